@@ -1,0 +1,1 @@
+"""Fixed-point layers for every framework."""

@@ -1,0 +1,120 @@
+"""Every error that deqcore raises, with the text that a user reads.
+
+A message says what was given, what was expected and what to do next. Texts that more than one place raises
+live here beside their type, as class methods; a caller never composes such a sentence itself.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """Return `` Did you mean 'x'?`` for the nearest known name, or an empty string."""
+    near = difflib.get_close_matches(given, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def listing(known: Iterable[str]) -> str:
+    """Return the known names as a readable list."""
+    return ", ".join(sorted(known)) or "none"
+
+
+class DeqcoreError(Exception):
+    """Base class of all errors of deqcore."""
+
+
+class ConfigError(DeqcoreError, ValueError):
+    """A setting is unknown, malformed or contradicts another one."""
+
+    @classmethod
+    def unknown_option(cls, owner: str, given: str, known: Iterable[str]) -> ConfigError:
+        """An option that its owner (a solver, a strategy, a section of the config) does not have."""
+        known = list(known)
+        return cls(
+            f"{owner} has no option {given!r}.{did_you_mean(given, known)} Its options are: {listing(known)}."
+        )
+
+    @classmethod
+    def bad_value(cls, owner: str, option: str, given: object, expected: str) -> ConfigError:
+        """An option whose value is out of range or of another type."""
+        return cls(f"{owner}: {option} = {given!r}, but {expected} is expected.")
+
+
+class UnknownNameError(ConfigError, LookupError):
+    """A solver, strategy, backend, sink, trainer or command that nobody registered."""
+
+    @classmethod
+    def of(cls, kind: str, given: str, known: Iterable[str], hint: str = "") -> UnknownNameError:
+        """Name what was asked for, what exists, and the nearest match."""
+        known = list(known)
+        return cls(
+            f"No {kind} is registered as {given!r}.{did_you_mean(given, known)} "
+            f"Registered: {listing(known)}. See `deqcore plugins`.{hint}"
+        )
+
+
+class PluginError(DeqcoreError):
+    """A plugin is broken, conflicts with another one or uses a reserved name."""
+
+
+class BackendError(DeqcoreError):
+    """No backend fits, or the one that was asked for cannot do what is needed."""
+
+
+class MissingFrameworkError(BackendError, ImportError):
+    """A backend's framework is not installed."""
+
+    @classmethod
+    def of(cls, backend: str, package: str, extra: str) -> MissingFrameworkError:
+        """Name the extra to install."""
+        return cls(
+            f"The {backend!r} backend needs the package {package!r}, which is not installed. "
+            f'Install it with: pip install "deqcore[{extra}]"'
+        )
+
+
+class BackendMismatchError(BackendError, TypeError):
+    """The arrays belong to another framework than the config names, or to several frameworks."""
+
+    @classmethod
+    def of(cls, configured: str, origin: str, found: str) -> BackendMismatchError:
+        """Say which setting asked for which backend, and whose arrays came."""
+        return cls(
+            f"backend = {configured!r} (set by {origin}), but the arrays given belong to {found!r}. Nothing is "
+            f"converted silently: convert the arrays with deqcore.get_backend(...).asarray, or set "
+            f"backend = {found!r} or 'auto'."
+        )
+
+
+class StateError(DeqcoreError, ValueError):
+    """The initial state cannot be solved for: its structure, shape, dtype or device is unfit."""
+
+
+class ProblemError(DeqcoreError, ValueError):
+    """What f returned does not fit the state that it was given."""
+
+
+class StrategyError(DeqcoreError, ValueError):
+    """A backward strategy cannot work with this solver, backend or order of differentiation."""
+
+    @classmethod
+    def needs_estimate(cls, strategy: str, solver: str, fitting: Iterable[str]) -> StrategyError:
+        """A strategy that reuses an estimate, with a solver that leaves none."""
+        return cls(
+            f"The strategy {strategy!r} reuses the solver's inverse-Jacobian estimate, but the solver {solver!r} "
+            f"keeps none. Solvers that do: {listing(fitting)}. Choose one of them, or another strategy."
+        )
+
+
+class ConvergenceError(DeqcoreError, ArithmeticError):
+    """A solve ended without meeting its tolerance and on_failure = 'raise'."""
+
+
+class ConvergenceWarning(UserWarning):
+    """A solve ended without meeting its tolerance and on_failure = 'warn'."""
+
+
+class DtypeToleranceWarning(UserWarning):
+    """A tolerance below what the state's dtype can reach."""
