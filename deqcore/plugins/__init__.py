@@ -1,0 +1,85 @@
+"""Plugins: solvers, strategies, backends, sinks, trainers and commands from anywhere, under a name.
+
+A plugin author imports `hookimpl` and the records from here; the rest of deqcore calls the lookups.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from deqcore.plugins.lookup import (
+    backend_of,
+    backends,
+    commands,
+    is_installed,
+    load,
+    load_deqfile,
+    make_solver,
+    make_strategy,
+    plugins_status,
+    register,
+    reset,
+    sinks,
+    solvers,
+    spec,
+    strategies,
+    trainers,
+)
+from deqcore.plugins.options import Options
+from deqcore.plugins.records import (
+    BackendSpec,
+    CommandSpec,
+    Kind,
+    SinkSpec,
+    SolverSpec,
+    Spec,
+    StrategySpec,
+    TrainerSpec,
+)
+
+if TYPE_CHECKING:
+    from deqcore.plugins.hookspecs import hookimpl
+    from deqcore.plugins.manager import PluginStatus
+
+__all__ = [
+    "BackendSpec",
+    "CommandSpec",
+    "Kind",
+    "Options",
+    "PluginStatus",
+    "SinkSpec",
+    "SolverSpec",
+    "Spec",
+    "StrategySpec",
+    "TrainerSpec",
+    "backend_of",
+    "backends",
+    "commands",
+    "hookimpl",
+    "is_installed",
+    "load",
+    "load_deqfile",
+    "make_solver",
+    "make_strategy",
+    "plugins_status",
+    "register",
+    "reset",
+    "sinks",
+    "solvers",
+    "spec",
+    "strategies",
+    "trainers",
+]
+
+
+def __getattr__(name: str) -> object:
+    # pluggy costs 0.03 s to import, and a program that uses built-ins only does without it.
+    if name == "hookimpl":
+        from deqcore.plugins.hookspecs import hookimpl
+
+        return hookimpl
+    if name == "PluginStatus":
+        from deqcore.plugins.manager import PluginStatus
+
+        return PluginStatus
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,110 @@
+"""Everything that ships with deqcore, as the records a plugin would offer. These names are reserved.
+
+Looked up before any plugin is loaded: a program that uses built-ins only never pays for discovery. To add a
+solver, a strategy or a command, add its line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Final
+
+from deqcore.plugins.records import (
+    BackendSpec,
+    CommandSpec,
+    Kind,
+    SolverSpec,
+    Spec,
+    StrategySpec,
+    TrainerSpec,
+)
+
+BACKENDS: Final = (
+    BackendSpec(
+        "numpy",
+        "deqcore_numpy.backend:NumpyBackend",
+        "reference and oracle; dense derivatives",
+        array_modules=("numpy",),
+    ),
+    BackendSpec(
+        "torch",
+        "deqcore_torch.backend:TorchBackend",
+        "PyTorch, eager; gradients through autograd",
+        package="torch",
+        extra="torch",
+        array_modules=("torch",),
+    ),
+    BackendSpec(
+        "jax",
+        "deqcore_jax.backend:JaxBackend",
+        "JAX; traceable by jit, grad and vmap",
+        package="jax",
+        extra="jax",
+        array_modules=("jax", "jaxlib"),
+    ),
+)
+
+SOLVERS: Final = (
+    SolverSpec("picard", "deqcore.solvers.picard:Picard", "damped fixed-point iteration"),
+    SolverSpec("anderson", "deqcore.solvers.anderson:Anderson", "Anderson acceleration"),
+    SolverSpec(
+        "broyden",
+        "deqcore.solvers.broyden:Broyden",
+        "Broyden's good method; leaves an inverse-Jacobian estimate",
+    ),
+    SolverSpec("newton-krylov", "deqcore.solvers.newton_krylov:NewtonKrylov", "inexact Newton with GMRES"),
+)
+
+STRATEGIES: Final = (
+    StrategySpec(
+        "exact-ift", "deqcore.strategies.exact_ift:ExactIFT", "solve the adjoint equation to tolerance"
+    ),
+    StrategySpec(
+        "broyden-reuse",
+        "deqcore.strategies.broyden_reuse:BroydenReuse",
+        "reuse the forward solver's inverse-Jacobian estimate",
+    ),
+    StrategySpec(
+        "jacobian-free", "deqcore.strategies.jacobian_free:JacobianFree", "take the cotangent as it is"
+    ),
+    StrategySpec("neumann", "deqcore.strategies.neumann:Neumann", "a truncated Neumann series"),
+    StrategySpec(
+        "phantom", "deqcore.strategies.phantom:Phantom", "damped unrolled steps from the fixed point"
+    ),
+    StrategySpec("unrolled", "deqcore.strategies.unrolled:Unrolled", "backpropagation through the steps"),
+)
+
+TRAINERS: Final = (
+    TrainerSpec("torch", "deqcore_torch.study:TorchTrainer", "torch", "PyTorch training loop"),
+    TrainerSpec("jax", "deqcore_jax.study:JaxTrainer", "jax", "JAX training loop"),
+)
+
+# One line per command; the target is a typer app or a function. `deqcore --help` imports none of them.
+COMMANDS: Final = (
+    CommandSpec(
+        "backends", "deqcore.cli.backends:command", "List the backends and whether they are installed."
+    ),
+    CommandSpec("solvers", "deqcore.cli.solvers:command", "List the solvers and their options."),
+    CommandSpec(
+        "strategies", "deqcore.cli.strategies:command", "List the backward strategies and their options."
+    ),
+    CommandSpec("plugins", "deqcore.cli.plugins:command", "List the plugins and whether they work."),
+    CommandSpec("config", "deqcore.cli.config:app", "Show the settings and where each comes from."),
+)
+
+
+def _by_name(records: Iterable[Spec]) -> Mapping[str, Spec]:
+    return MappingProxyType({record.name: record for record in records})
+
+
+BUILTIN: Final[Mapping[Kind, Mapping[str, Spec]]] = MappingProxyType(
+    {
+        "backend": _by_name(BACKENDS),
+        "solver": _by_name(SOLVERS),
+        "strategy": _by_name(STRATEGIES),
+        "sink": _by_name(()),
+        "trainer": _by_name(TRAINERS),
+        "command": _by_name(COMMANDS),
+    }
+)

@@ -1,0 +1,311 @@
+"""Names to records, records to objects: what the rest of deqcore calls.
+
+Built-ins are found in a table; only a name that is not there, or a listing, makes the manager load plugins.
+Every result is cached, for these functions run at each call of `fixed_point`: a repeated lookup costs one
+dictionary access.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping
+from functools import cache, lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from threading import RLock
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+
+from deqcore.errors import MissingFrameworkError, PluginError, UnknownNameError
+from deqcore.plugins.builtin import BUILTIN
+from deqcore.plugins.options import Options, as_options, instantiate
+from deqcore.plugins.records import (
+    BackendSpec,
+    CommandSpec,
+    Kind,
+    SinkSpec,
+    SolverSpec,
+    Spec,
+    StrategySpec,
+    TrainerSpec,
+)
+
+if TYPE_CHECKING:
+    from deqcore.plugins.manager import Manager, PluginStatus
+    from deqcore.solver import Solver
+    from deqcore.strategy import StepStrategy, Strategy
+
+S = TypeVar("S", bound=Spec)
+_lock: Final = RLock()
+_owners: Final[dict[type, str | None]] = {}
+
+
+@cache
+def manager() -> Manager:
+    """The one manager of this process, made when it is first needed: pluggy costs 0.03 s to import."""
+    from deqcore.plugins.manager import Manager
+
+    return Manager()
+
+
+def backends() -> dict[str, BackendSpec]:
+    """All backends by name, built-in and plugged in."""
+    return _all("backend", BackendSpec)
+
+
+def solvers() -> dict[str, SolverSpec]:
+    """All solvers by name, built-in and plugged in."""
+    return _all("solver", SolverSpec)
+
+
+def strategies() -> dict[str, StrategySpec]:
+    """All backward strategies by name, built-in and plugged in."""
+    return _all("strategy", StrategySpec)
+
+
+def sinks() -> dict[str, SinkSpec]:
+    """All sinks of the monitor by name, built-in and plugged in."""
+    return _all("sink", SinkSpec)
+
+
+def trainers() -> dict[str, TrainerSpec]:
+    """All training loops by name, built-in and plugged in."""
+    return _all("trainer", TrainerSpec)
+
+
+def commands() -> dict[str, CommandSpec]:
+    """All subcommands by name, built-in and plugged in."""
+    return _all("command", CommandSpec)
+
+
+def plugins_status() -> list[PluginStatus]:
+    """Every plugin, with what is wrong with it. Loads them all; never raises."""
+    with _lock:
+        return manager().statuses()
+
+
+def _all(kind: Kind, _record: type[S]) -> dict[str, S]:
+    with _lock:
+        offers = manager().offers(kind)
+    specs = {**BUILTIN[kind], **{name: _only(kind, name, found) for name, found in offers.items()}}
+    return cast("dict[str, S]", specs)
+
+
+def _only(kind: Kind, name: str, found: list[tuple[Spec, str]]) -> Spec:
+    if len(found) > 1:
+        titles = " and ".join(title for _, title in found)
+        raise PluginError(
+            f"The {kind} {name!r} is offered by two plugins: {titles}. Uninstall one of them, or name one in "
+            f"DEQCORE_DISABLE_PLUGINS."
+        )
+    return found[0][0]
+
+
+@lru_cache(maxsize=256)
+def spec(kind: Kind, name: str) -> Spec:
+    """The record registered under a name.
+
+    Args:
+        kind: what is looked for, such as "solver".
+        name: its registered name.
+
+    Raises:
+        UnknownNameError: nobody registered it; the message tells which plugins could not be loaded, and why.
+        PluginError: two plugins registered it.
+    """
+    built_in = BUILTIN[kind].get(name)
+    if built_in is not None:
+        return built_in
+    with _lock:
+        offers = manager().offers(kind)
+        broken = manager().broken()
+    if name in offers:
+        return _only(kind, name, offers[name])
+    hint = "".join(f" The plugin {each.name!r} is broken: {each.reason}" for each in broken)
+    raise UnknownNameError.of(kind, name, [*BUILTIN[kind], *offers], hint)
+
+
+@lru_cache(maxsize=256)
+def load(kind: Kind, name: str) -> object:
+    """Import what is registered under a name.
+
+    Raises:
+        UnknownNameError: nobody registered it.
+        MissingFrameworkError: it is a backend whose framework is not installed; the message names the extra.
+        PluginError: two plugins registered it, or its target cannot be imported.
+    """
+    record = spec(kind, name)
+    if isinstance(record, BackendSpec) and record.package and not is_installed(record.package):
+        raise MissingFrameworkError.of(name, record.package, record.extra or name)
+    module, _, attribute = record.target.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except Exception as error:
+        raise PluginError(
+            f"The {kind} {name!r} points at {record.target!r}, which cannot be imported: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return found
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package could be imported, without importing it."""
+    try:
+        return find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def make_solver(name: str, options: Mapping[str, object] | None = None) -> Solver:
+    """An instance of a registered solver; the same one for the same options.
+
+    Args:
+        name: its registered name.
+        options: fields of its dataclass.
+
+    Raises:
+        UnknownNameError: nobody registered it.
+        ConfigError: an option is unknown, of another type or out of range.
+        PluginError: the plugin that offers it is broken.
+    """
+    return _make_solver(name, as_options(f"The solver {name!r}", options))
+
+
+def make_strategy(name: str, options: Mapping[str, object] | None = None) -> Strategy | StepStrategy:
+    """An instance of a registered backward strategy; the same one for the same options.
+
+    Args:
+        name: its registered name.
+        options: fields of its dataclass.
+
+    Raises:
+        UnknownNameError: nobody registered it.
+        ConfigError: an option is unknown, of another type or out of range.
+        PluginError: the plugin that offers it is broken.
+    """
+    return _make_strategy(name, as_options(f"The strategy {name!r}", options))
+
+
+@lru_cache(maxsize=256)
+def _make_solver(name: str, options: Options) -> Solver:
+    from deqcore.solver import Solver
+
+    made: object = instantiate(f"solver {name!r}", _class("solver", name, Solver), options)
+    return cast("Solver", made)
+
+
+@lru_cache(maxsize=256)
+def _make_strategy(name: str, options: Options) -> Strategy | StepStrategy:
+    from deqcore.strategy import StepStrategy, Strategy
+
+    cls = _class("strategy", name, Strategy, StepStrategy)
+    made: object = instantiate(f"strategy {name!r}", cls, options)
+    return cast("Strategy | StepStrategy", made)
+
+
+def _class(kind: Kind, name: str, *bases: type) -> type:
+    cls = load(kind, name)
+    if not (isinstance(cls, type) and issubclass(cls, bases)):
+        wanted = " or ".join(f"{base.__module__}.{base.__qualname__}" for base in bases)
+        raise PluginError(f"The {kind} {name!r} is {cls!r}, but a subclass of {wanted} is expected.")
+    return cls
+
+
+def backend_of(leaf: object) -> str | None:
+    """The name of the backend whose arrays `leaf` belongs to, or None for anything that is no array.
+
+    Decided by the modules that define the type and its bases; imports nothing.
+    """
+    cls = type(leaf)
+    if cls not in _owners:
+        _owners[cls] = _owner_of(cls)
+    return _owners[cls]
+
+
+def _owner_of(cls: type) -> str | None:
+    roots = [parent.__module__.partition(".")[0] for parent in cls.__mro__]
+    if set(roots) <= {"builtins"}:
+        return None
+    built_in = _owner(roots, BUILTIN["backend"].values())
+    if built_in is not None:
+        return built_in
+    with _lock:
+        offers = manager().offers("backend")
+    return _owner(roots, [found[0][0] for found in offers.values()])
+
+
+def _owner(roots: list[str], specs: Iterable[Spec]) -> str | None:
+    owners = {
+        root: each.name for each in specs if isinstance(each, BackendSpec) for root in each.array_modules
+    }
+    return next((owners[root] for root in roots if root in owners), None)
+
+
+def register(plugin: object) -> None:
+    """Register a plugin of one's own, for notebooks and scripts.
+
+    Registering another one under the same name replaces the first, so that a cell may run again.
+
+    Args:
+        plugin: a module or an object with functions marked `hookimpl`, or a record.
+
+    Raises:
+        PluginError: it is no plugin, one of its hooks fails, or a name it offers is built in.
+
+    Example:
+        >>> import deqcore.plugins as plugins
+        >>> plugins.register(plugins.SolverSpec("mine", "my_notebook:Mine"))
+        >>> plugins.solvers()["mine"].target
+        'my_notebook:Mine'
+    """
+    with _lock:
+        if isinstance(plugin, Spec):
+            manager().offer(plugin, f"{plugin.kind} {plugin.name}", "registered")
+        else:
+            name = str(getattr(plugin, "__name__", None) or type(plugin).__qualname__)
+            status = manager().register(plugin, name, "registered")
+            if status.status == "broken":
+                manager().unregister(name)
+                raise PluginError(f"The plugin {name!r} cannot be registered: {status.reason}")
+    forget()
+
+
+def load_deqfile(path: Path) -> None:
+    """Execute a `deqfile.py` and register its hooks. Called for a config file with `plugins.deqfile = true` only.
+
+    The file is a module of its own: a record in it may point at `f"{__name__}:MySolver"`. Its folder is
+    appended to `sys.path`, so that it may also name modules beside it. An unchanged file is not executed again.
+
+    Raises:
+        PluginError: the file is missing or wrong; the message names file and line.
+    """
+    from deqcore.plugins import deqfile
+
+    path = path.resolve()
+    with _lock:
+        if not deqfile.changed(path):
+            return
+        name = str(path)
+        status = manager().register(deqfile.execute(path), name, "deqfile")
+        if status.status == "broken":
+            deqfile.forget(path)
+            manager().unregister(name)
+            raise PluginError(f"{name} cannot be used: {status.reason}")
+    forget()
+
+
+def forget() -> None:
+    """Empty the caches: what a name stands for may have changed."""
+    for cached in (spec, load, _make_solver, _make_strategy):
+        cached.cache_clear()
+    _owners.clear()
+
+
+def reset() -> None:
+    """Forget every plugin; the next lookup discovers them anew (tests, changed environments)."""
+    from deqcore.plugins import deqfile
+
+    manager.cache_clear()
+    deqfile.forget()
+    forget()

@@ -1,0 +1,250 @@
+"""Finds plugins, loads them, and keeps what is wrong with one from hurting the others.
+
+Nothing is loaded before a name is missing among the built-ins or a listing is asked for. A plugin that fails
+becomes a `PluginStatus` with the reason; who asks for a name it might have offered reads it in the error.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.metadata import EntryPoint, entry_points
+from typing import Final, Literal, TypeAlias
+
+import pluggy
+
+from deqcore.errors import PluginError, did_you_mean
+from deqcore.plugins import hookspecs
+from deqcore.plugins.builtin import BUILTIN
+from deqcore.plugins.records import Kind, Spec
+
+GROUP: Final = "deqcore"
+DISABLE: Final = "DEQCORE_DISABLE_PLUGINS"
+AUTOLOAD: Final = "DEQCORE_PLUGIN_AUTOLOAD"
+HEAVY: Final = frozenset({"torch", "jax", "jaxlib", "flax", "equinox", "tensorflow", "mlx"})
+
+Condition: TypeAlias = Literal["ok", "heavy", "conflict", "broken", "disabled"]
+
+
+@dataclass(frozen=True)
+class PluginStatus:
+    """What `deqcore plugins` shows of one plugin.
+
+    Attributes:
+        name: of the entry point, the module or the file.
+        version: of its distribution, "" if it has none.
+        source: where it came from.
+        hooks: the hooks it implements.
+        status: "heavy" means that it works, but imports a framework when it is merely listed.
+        reason: what is wrong, "" if nothing is.
+    """
+
+    name: str
+    version: str = ""
+    source: str = ""
+    hooks: tuple[str, ...] = ()
+    status: Condition = "ok"
+    reason: str = ""
+
+
+@dataclass
+class _Plugin:
+    status: PluginStatus
+    specs: list[Spec] = field(default_factory=list)
+
+    def add(self, spec: Spec) -> None:
+        if any((spec.kind, spec.name) == (other.kind, other.name) for other in self.specs):
+            raise PluginError(f"it offers the {spec.kind} {spec.name!r} twice.")
+        self.specs.append(spec)
+
+    def add_reason(self, status: Condition, reason: str) -> None:
+        reason = f"{self.status.reason} {reason}".strip()
+        self.status = replace(self.status, status=status, reason=reason)
+
+
+class Manager:
+    """All plugins of this process: registered ones and, once they are needed, those of entry points."""
+
+    def __init__(self) -> None:
+        self._pluggy = pluggy.PluginManager(hookspecs.PROJECT)
+        self._pluggy.add_hookspecs(hookspecs)
+        self._plugins: dict[str, _Plugin] = {}
+        self._discovered = False
+
+    def register(self, plugin: object, name: str, source: str, version: str = "") -> PluginStatus:
+        """Take in a plugin object, in place of an earlier one of that name. Its failure becomes its status."""
+        self.unregister(name)
+        entry = self._plugins[name] = _Plugin(PluginStatus(name, version, source))
+        with _contained(entry):
+            self._pluggy.register(plugin, name=name)
+            self._refuse_unknown_hooks(plugin)
+            for kind, hook in hookspecs.HOOKS.items():
+                for impl in getattr(self._pluggy.hook, hook).get_hookimpls():
+                    if impl.plugin_name == name:
+                        entry.status = replace(entry.status, hooks=(*entry.status.hooks, hook))
+                        with _contained(entry, hook):
+                            for spec in _records(kind, impl.function):
+                                entry.add(spec)
+            if not entry.status.hooks:
+                raise PluginError(
+                    f"it implements no hook: mark one of {_hook_names()} with deqcore.plugins.hookimpl."
+                )
+        return entry.status
+
+    def offer(self, spec: Spec, name: str, source: str) -> None:
+        """Take in one record without a plugin around it (notebooks)."""
+        _accept(spec.kind, spec)
+        self._plugins[name] = _Plugin(PluginStatus(name, "", source, (hookspecs.HOOKS[spec.kind],)), [spec])
+
+    def unregister(self, name: str) -> None:
+        """Forget a plugin, if there is one of that name."""
+        self._plugins.pop(name, None)
+        if self._pluggy.has_plugin(name):
+            self._pluggy.unregister(name=name)
+
+    def offers(self, kind: Kind) -> dict[str, list[tuple[Spec, str]]]:
+        """All records of a kind with the plugins that offer them, by name; built-ins are not among them."""
+        self._discover()
+        found: dict[str, list[tuple[Spec, str]]] = {}
+        for plugin in self._plugins.values():
+            for spec in plugin.specs:
+                if spec.kind == kind:
+                    found.setdefault(spec.name, []).append((spec, _title(plugin.status)))
+        return found
+
+    def statuses(self) -> list[PluginStatus]:
+        """Every plugin, working or not; a name that two of them offer is a conflict in both."""
+        self._discover()
+        taken = {kind: self.offers(kind) for kind in hookspecs.HOOKS}
+        return [self._with_conflicts(plugin, taken) for plugin in self._plugins.values()]
+
+    def broken(self) -> list[PluginStatus]:
+        """The plugins that could not be loaded, or not wholly."""
+        self._discover()
+        return [plugin.status for plugin in self._plugins.values() if plugin.status.status == "broken"]
+
+    def _with_conflicts(
+        self, plugin: _Plugin, taken: dict[Kind, dict[str, list[tuple[Spec, str]]]]
+    ) -> PluginStatus:
+        shown = _Plugin(plugin.status)
+        for spec in plugin.specs:
+            others = [title for _, title in taken[spec.kind][spec.name] if title != _title(plugin.status)]
+            if others:
+                shown.add_reason(
+                    "conflict", f"The {spec.kind} {spec.name!r} is offered by {others[0]} as well."
+                )
+        return shown.status
+
+    def _refuse_unknown_hooks(self, plugin: object) -> None:
+        for attribute in dir(plugin):
+            options = self._pluggy.parse_hookimpl_opts(plugin, attribute)
+            if options is not None and attribute not in hookspecs.HOOKS.values():
+                near = did_you_mean(attribute, hookspecs.HOOKS.values())
+                raise PluginError(f"it marks {attribute!r}, which is no hook.{near} Hooks: {_hook_names()}.")
+
+    def _discover(self) -> None:
+        """Load the entry points, once."""
+        if self._discovered:
+            return
+        self._discovered = True
+        if os.environ.get(AUTOLOAD, "1").strip().lower() in {"0", "false", "no", "off"}:
+            return
+        disabled = {name.strip() for name in os.environ.get(DISABLE, "").split(",")}
+        for point in sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value)):
+            self._load(point, disabled)
+
+    def _load(self, point: EntryPoint, disabled: set[str]) -> None:
+        dist = point.dist.name if point.dist else ""
+        version = point.dist.version if point.dist else ""
+        source = f"entry point {point.value!r}" + (f" of {dist}" if dist else "")
+        name = point.name if point.name not in self._plugins else f"{point.name} ({dist or point.value})"
+        entry = self._plugins[name] = _Plugin(PluginStatus(name, version, source))
+        if disabled & {point.name, dist} - {""}:
+            entry.add_reason("disabled", f"named in {DISABLE}.")
+            return
+        before = _frameworks()
+        loaded: list[object] = []
+        with _contained(entry):
+            loaded.append(_load_entry_point(point))
+        if loaded:
+            self.register(loaded[0], name, source, version)
+        heavy = _frameworks() - before
+        if heavy and self._plugins[name].status.status == "ok":
+            names = ", ".join(sorted(heavy))
+            self._plugins[name].add_reason(
+                "heavy", f"It imports {names} when it is loaded; a plugin should not."
+            )
+
+
+def _accept(kind: Kind, record: object) -> Spec:
+    """Check a record: its type, its layout, and that its name is free."""
+    known = {cls.kind: cls for cls in Spec.__subclasses__()}[kind]
+    if not isinstance(record, known):
+        raise PluginError(f"it yields {record!r}, but a {known.__name__} is expected.")
+    if record.version > known.version:
+        raise PluginError(
+            f"{known.__name__}({record.name!r}) has layout version {record.version}, but this deqcore knows "
+            f"only {known.version}. Upgrade deqcore, or install an older version of the plugin."
+        )
+    if record.name in BUILTIN[kind]:
+        raise PluginError(
+            f"the {kind} name {record.name!r} is reserved for the built-in one; choose another name."
+        )
+    return record
+
+
+def _records(kind: Kind, function: Callable[[], object]) -> Iterator[Spec]:
+    offered = function()
+    if not isinstance(offered, Iterable) or isinstance(offered, (str, bytes)):
+        raise PluginError(f"it returns {offered!r}, but records are expected: use yield, or return a list.")
+    for record in offered:
+        yield _accept(kind, record)
+
+
+def _load_entry_point(point: EntryPoint) -> object:
+    try:
+        return point.load()
+    except ModuleNotFoundError as error:
+        root = point.module.partition(".")[0]
+        if error.name and error.name != root and not error.name.startswith(f"{root}."):
+            raise PluginError(f"it needs the package {error.name!r}, which is not installed.") from error
+        raise PluginError(f"its entry point {point.value!r} leads nowhere: {error}.") from error
+    except AttributeError as error:
+        raise PluginError(f"its entry point {point.value!r} leads nowhere: {error}.") from error
+
+
+@contextmanager
+def _contained(entry: _Plugin, hook: str = "") -> Iterator[None]:
+    """Turn whatever a plugin does wrong into its status."""
+    where = f"{hook}: " if hook else ""
+    try:
+        yield
+    except PluginError as error:
+        entry.add_reason("broken", f"{where}{error}")
+    except (Exception, SystemExit) as error:
+        entry.add_reason("broken", f"{where}{type(error).__name__}: {error} ({place(error)}).")
+
+
+def place(error: BaseException) -> str:
+    """File and line of the innermost frame of an exception, or of the syntax error itself."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}, line {error.lineno}"
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return f"{trace.tb_frame.f_code.co_filename}, line {trace.tb_lineno}" if trace else "unknown place"
+
+
+def _frameworks() -> set[str]:
+    return {root for root in HEAVY if root in sys.modules}
+
+
+def _hook_names() -> str:
+    return ", ".join(hookspecs.HOOKS.values())
+
+
+def _title(status: PluginStatus) -> str:
+    return f"{status.name!r} ({status.source})" if status.source else repr(status.name)

@@ -1,0 +1,144 @@
+"""The records that plugins offer: a name, an import string, and what a listing shows.
+
+A record names its target as `"module:attribute"` and imports nothing, so that every plugin can be listed
+without importing a framework. The target is imported when its name is first used.
+
+Requirements of a plugin module: it imports nothing heavy, and its hooks yield the records below.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar, Final, Literal, TypeAlias
+
+from deqcore.errors import PluginError
+
+Kind: TypeAlias = Literal["backend", "solver", "strategy", "sink", "trainer", "command"]
+
+NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+TARGET: Final = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
+
+
+class Spec:
+    """What all records share; the records themselves are frozen dataclasses.
+
+    Attributes:
+        name: what a config or a command line calls it: letters, digits, `.`, `_` and `-`.
+        target: import string, `"package.module:attribute"`.
+        summary: one line for listings.
+        kind: what is registered.
+        version: layout of the record; a record of a later layout than deqcore knows is refused.
+    """
+
+    name: str
+    target: str
+    summary: str
+
+    kind: ClassVar[Kind]
+    version: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        _check(self, "name", self.name, NAME, "letters, digits, '.', '_' and '-', such as 'my-solver'")
+        _check(self, "target", self.target, TARGET, "an import string, such as 'my_package.solver:MySolver'")
+        if not isinstance(self.summary, str):
+            raise PluginError(f"{type(self).__name__}({self.name!r}): summary must be a string.")
+
+
+@dataclass(frozen=True)
+class SolverSpec(Spec):
+    """A solver: the target is a frozen dataclass, subclass of `deqcore.Solver`."""
+
+    name: str
+    target: str
+    summary: str = ""
+
+    kind: ClassVar[Kind] = "solver"
+
+
+@dataclass(frozen=True)
+class StrategySpec(Spec):
+    """A backward strategy: a frozen dataclass, subclass of `deqcore.Strategy` or `deqcore.StepStrategy`."""
+
+    name: str
+    target: str
+    summary: str = ""
+
+    kind: ClassVar[Kind] = "strategy"
+
+
+@dataclass(frozen=True)
+class BackendSpec(Spec):
+    """A backend: the target is a subclass of `deqcore.Backend`.
+
+    Attributes:
+        package: the framework's import name, looked for before the target is imported; None if it needs none.
+        extra: the extra of deqcore that installs the framework.
+        array_modules: roots of the modules that define the framework's array types: `("jax", "jaxlib")`.
+    """
+
+    name: str
+    target: str
+    summary: str = ""
+    package: str | None = None
+    extra: str | None = None
+    array_modules: tuple[str, ...] = ()
+
+    kind: ClassVar[Kind] = "backend"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.array_modules, tuple) or not all(
+            isinstance(root, str) and root.isidentifier() for root in self.array_modules
+        ):
+            raise PluginError(
+                f"BackendSpec({self.name!r}): array_modules = {self.array_modules!r}, but a tuple of "
+                f"top-level module names is expected, such as ('torch',)."
+            )
+
+
+@dataclass(frozen=True)
+class SinkSpec(Spec):
+    """A sink of the monitor: where its records go."""
+
+    name: str
+    target: str
+    summary: str = ""
+
+    kind: ClassVar[Kind] = "sink"
+
+
+@dataclass(frozen=True)
+class TrainerSpec(Spec):
+    """The training loop that a study uses on one backend.
+
+    Attributes:
+        backend: name of the backend it trains on.
+    """
+
+    name: str
+    target: str
+    backend: str
+    summary: str = ""
+
+    kind: ClassVar[Kind] = "trainer"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self, "backend", self.backend, NAME, "the name of a backend, such as 'torch'")
+
+
+@dataclass(frozen=True)
+class CommandSpec(Spec):
+    """A subcommand of `deqcore`: the target is a typer app or a function with typer annotations."""
+
+    name: str
+    target: str
+    summary: str = ""
+
+    kind: ClassVar[Kind] = "command"
+
+
+def _check(record: Spec, field: str, given: object, pattern: re.Pattern[str], expected: str) -> None:
+    if not (isinstance(given, str) and pattern.fullmatch(given)):
+        raise PluginError(f"{type(record).__name__}: {field} = {given!r}, but {expected} is expected.")
