@@ -1,0 +1,170 @@
+"""The NumPy backend: the reference that the others are compared with, and an oracle for small problems.
+
+It has no autodiff tape. Jacobians are dense (complex step or central differences, see `derivative.py`), so
+`deqcore.vjp` works for any NumPy function, at a cost of one evaluation of f per element of the state and arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import optree
+
+from deqcore.backend import Backend, BackwardRecord, Capabilities, Carry, Map
+from deqcore.driver import Forward
+from deqcore.strategy import Adjoint
+from deqcore_numpy.derivative import batched_jacobian, jacobian, rows_are_independent
+from deqcore_numpy.history import NumpyHistory
+
+
+class NumpyBackend(Backend):
+    """NumPy arrays on the host."""
+
+    name: ClassVar[str] = "numpy"
+    capabilities: ClassVar[Capabilities] = Capabilities(autodiff=False, jvp=True)
+    xp = np
+
+    def is_array(self, leaf: object) -> bool:
+        return isinstance(leaf, np.ndarray | np.generic)
+
+    def asarray(self, a: object, *, dtype: str | None = None, like: Any = None) -> Any:
+        return np.asarray(a, dtype or (like.dtype if like is not None else None))
+
+    def to_numpy(self, x: Any) -> Any:
+        return np.asarray(x)
+
+    def flatten(self, tree: Any) -> tuple[list[Any], Any]:
+        return optree.tree_flatten(tree)  # type: ignore[return-value]
+
+    def unflatten(self, structure: Any, leaves: Sequence[Any]) -> Any:
+        return optree.tree_unflatten(structure, leaves)
+
+    def dtype_name(self, x: Any) -> str:
+        return str(x.dtype)
+
+    def device_of(self, x: Any) -> str:
+        return "cpu"
+
+    def is_traced(self, *leaves: Any) -> bool:
+        return False
+
+    def astype(self, x: Any, dtype: str) -> Any:
+        return x.astype(dtype, copy=False)
+
+    def wide(self, x: Any) -> Any:
+        return np.asarray(x).astype(np.float64, copy=False)
+
+    def cast(self, x: Any, like: Any) -> Any:
+        return x.astype(like.dtype, copy=False)
+
+    def norm(self, v: Any) -> Any:
+        dtype = np.promote_types(v.dtype, np.float32)
+        return np.linalg.norm(v.astype(dtype, copy=False), axis=1)
+
+    def inner(self, a: Any, b: Any) -> Any:
+        return np.sum(self.wide(a) * self.wide(b), axis=1)
+
+    def select(self, mask: Any, new: Any, old: Any) -> Any:
+        return np.where(mask.reshape(-1, *[1] * (np.ndim(new) - 1)), new, old)
+
+    def all_known(self, mask: Any) -> bool:
+        return bool(mask.all())
+
+    def solve(self, a: Any, b: Any) -> Any:
+        try:
+            return np.linalg.solve(a, b[..., None])[..., 0]
+        except np.linalg.LinAlgError:
+            return np.stack([_solve_one(a[i], b[i]) for i in range(len(b))])
+
+    def history(self, like: Any, memory: int, dtype: str | None = None) -> NumpyHistory:
+        batch, n = like.shape
+        storage = np.zeros((batch, memory, n), dtype or like.dtype)
+        return NumpyHistory(storage, np.zeros((batch, memory), bool))
+
+    def loop(
+        self,
+        running: Callable[[Carry], Any],
+        body: Callable[[Carry], Carry],
+        carry: Carry,
+        steps: Any,
+        check_every: int | str = "auto",
+    ) -> Carry:
+        every = 1 if check_every == "auto" else int(check_every)
+        with np.errstate(all="ignore"):  # NaN and inf are statuses here, not warnings
+            for step in range(int(steps)):
+                if step % every == 0 and not running(carry):
+                    break
+                carry = body(carry)
+        return carry
+
+    def linearize(self, f: Map, z: Any) -> tuple[Any, Map]:
+        if rows_are_independent(f, z):
+            blocks = batched_jacobian(f, z)
+
+            def pull(u: Any) -> Any:
+                return np.einsum("bij,bi->bj", blocks, u).astype(u.dtype, copy=False)
+        else:
+            dense = jacobian(f, z)
+
+            def pull(u: Any) -> Any:
+                return (np.ravel(u) @ dense).reshape(u.shape).astype(u.dtype, copy=False)
+
+        return f(z), pull
+
+    def push(self, f: Map, z: Any) -> Map:
+        from deqcore_numpy.derivative import pick
+
+        wide = np.asarray(z, np.float64)
+        rule = pick(f, wide)
+        return lambda v: rule(f, wide, np.asarray(v, np.float64)).astype(v.dtype, copy=False)
+
+    def forward_only(
+        self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], solve: Callable[[Map, Any], Forward]
+    ) -> Forward:
+        with np.errstate(all="ignore"):
+            return solve(lambda z: f(z, *args), z0)
+
+    def implicit(
+        self,
+        f: Callable[..., Any],
+        z0: Any,
+        args: tuple[Any, ...],
+        solve: Callable[[Map, Any], Forward],
+        adjoint: Adjoint,
+    ) -> tuple[Any, Forward, BackwardRecord | None]:
+        forward = self.forward_only(f, z0, args, solve)
+        return forward.fz, forward, None
+
+    def detach(self, x: Any) -> Any:
+        return x
+
+    def recording(self) -> bool:
+        return False
+
+    def vjp(
+        self, value: Callable[..., tuple[Any, Any]], args: tuple[Any, ...], cotangent: Any
+    ) -> tuple[Any, Any, tuple[Any, ...]]:
+        leaves, structure = self.flatten(args)
+        found, aux = value(*args)
+        gradients: list[Any] = []
+        for i, leaf in enumerate(leaves):
+            if not self.is_array(leaf) or not np.issubdtype(leaf.dtype, np.floating):
+                gradients.append(None)
+                continue
+
+            def moved(x: Any, i: int = i) -> Any:
+                changed = [*leaves[:i], x, *leaves[i + 1 :]]
+                return value(*self.unflatten(structure, changed))[0]
+
+            dense = jacobian(moved, leaf)
+            gradients.append((np.ravel(cotangent) @ dense).reshape(leaf.shape).astype(leaf.dtype))
+        return found, aux, self.unflatten(structure, gradients)
+
+
+def _solve_one(a: Any, b: Any) -> Any:
+    try:
+        return np.linalg.solve(a, b)
+    except np.linalg.LinAlgError:
+        return np.full_like(b, np.nan)

@@ -1,0 +1,74 @@
+"""A history in one NumPy array: the plainest form of the contract."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from deqcore.backend import History
+
+
+class NumpyHistory(History):
+    """Ring of `(batch, memory, n)`. The operating system commits its zero pages as steps fill them."""
+
+    def __init__(self, storage: Any, seen: Any, written: int = 0, active: Any = None) -> None:
+        self.storage = storage
+        self.seen = seen  # (batch, memory)
+        self.written = written
+        self.active = active
+        self.memory = storage.shape[1]
+
+    def _used(self) -> int:
+        return min(self.written, self.memory)
+
+    def append(self, v: Any) -> NumpyHistory:
+        slot = self.written % self.memory
+        seen = self.seen.copy()
+        if self.active is None:
+            self.storage[:, slot] = v
+            seen[:, slot] = True
+        else:
+            self.storage[self.active, slot] = v[self.active]
+            seen[self.active, slot] = True
+        return NumpyHistory(self.storage, seen, self.written + 1, self.active)
+
+    def dot(self, v: Any) -> Any:
+        used = self._used()
+        many = v if v.ndim == 3 else v[:, None, :]
+        found = np.zeros((v.shape[0], many.shape[1], self.memory))
+        compute = np.promote_types(self.storage.dtype, np.float32)
+        rows = self.storage[:, :used].astype(compute, copy=False)
+        found[:, :, :used] = np.matmul(many.astype(compute, copy=False), rows.swapaxes(1, 2))
+        found = np.where(self.seen[:, None, :], found, 0.0)
+        return found if v.ndim == 3 else found[:, 0]
+
+    def combine(self, coefficients: Any) -> Any:
+        used = self._used()
+        compute = np.promote_types(self.storage.dtype, np.float32)
+        c = np.where(self.seen, coefficients, 0.0)[:, None, :used].astype(compute)
+        rows = self.storage[:, :used].astype(compute, copy=False)
+        return np.matmul(c, rows)[:, 0].astype(self.storage.dtype, copy=False)
+
+    def restart(self, rows: Any) -> NumpyHistory:
+        chosen = rows if self.active is None else rows & self.active
+        seen = np.where(chosen[:, None], False, self.seen)
+        return NumpyHistory(self.storage, seen, self.written, self.active)
+
+    def slot(self) -> Any:
+        mask = np.zeros(self.memory, bool)
+        if self.written:
+            mask[(self.written - 1) % self.memory] = True
+        return mask
+
+    def count(self) -> Any:
+        return self.seen.sum(axis=1, dtype=np.int32)
+
+    def with_active(self, active: Any) -> NumpyHistory:
+        return NumpyHistory(self.storage, self.seen, self.written, active)
+
+    def vectors(self) -> Any:
+        return np.where(self.seen[:, : self._used(), None], self.storage[:, : self._used()], 0)
+
+    def copy(self) -> NumpyHistory:
+        return NumpyHistory(self.storage.copy(), self.seen, self.written, self.active)

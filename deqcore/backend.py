@@ -1,0 +1,330 @@
+"""What a framework must offer: the contract that PyTorch, JAX, NumPy and any fourth backend fulfil.
+
+Read this file first, `solver.py` second, `strategy.py` third.
+
+Two layers, nothing more. Ordinary array mathematics goes through the **array namespace** `Backend.xp` (the array
+API standard). What that standard refuses to have is a method of **Backend**: loops, differentiation, rows that must
+stay as they are, transfers to the host, and histories. The **History** is the only large object in a solver, and its
+products are the only hot loops outside f, so a backend owns its storage.
+
+Requirements that every backend keeps, and that `deqcore.testing` checks:
+
+1. States inside the core are matrices `(batch, n)`; whatever the user's state looks like is raveled at the boundary.
+2. Norms, inner products and coefficients are float32 or better, whatever the state's dtype.
+3. Rows are independent: what happens to one sample (NaN, a singular system) changes no bit of another's result.
+4. Nothing is copied to the host, and no device is waited for, except in `loop` (every `check_every` steps),
+   `all_known` (which answers False where it would have to wait) and `to_numpy`.
+5. Operations are functional: they return what changed. A backend may write in place where nobody else can see it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
+
+if TYPE_CHECKING:
+    from deqcore.driver import Forward
+    from deqcore.strategy import Adjoint, AdjointReport
+
+Array: TypeAlias = Any
+"""An array of the backend's framework. Frameworks share no base class, so the type checker sees Any."""
+
+Tree: TypeAlias = Any
+"""Nested tuples, lists and dicts (and whatever else the framework registers) with arrays at the leaves."""
+
+Map: TypeAlias = Callable[[Array], Array]
+"""A function from `(batch, n)` to `(batch, n)`."""
+
+Carry = TypeVar("Carry")
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend can do. Tests and the core ask for these, never for a backend's name."""
+
+    autodiff: bool = True  # does it differentiate f itself (or by a dense Jacobian of finite differences)?
+    jvp: bool = False  # has it forward-mode products J v?
+    jit: bool = False  # can fixed_point stand inside compiled, traced code?
+    vmap: bool = False  # can fixed_point be vectorised over a further axis?
+    float64: bool = True  # are double-precision states exact, without a global switch?
+    bfloat16: bool = False  # can a state or a history be bfloat16?
+    complex: bool = False  # can a state be complex?
+    accelerator: bool = False  # can arrays live on another device than the host?
+    second_derivatives: bool = False  # are gradients of gradients of exact-ift right?
+
+
+class History(ABC):
+    """A growing list of vectors per sample, with the four operations that Broyden, Anderson and GMRES need.
+
+    Storage is a ring of `memory` slots that all samples share: the k-th append writes slot `k % memory`. Every
+    sample sees only the slots that it wrote since its last restart; in the others its dot products are exactly zero
+    and its coefficients are ignored. Overwriting a slot that a sample still sees is the caller's responsibility
+    (sound for Anderson, unsound for Broyden, which restarts first).
+
+    Attributes:
+        active: rows that `append` and `restart` may change, `(batch,)` of bool, or None for all.
+        memory: number of slots.
+    """
+
+    active: Array | None
+    memory: int
+
+    @abstractmethod
+    def append(self, v: Array) -> History:
+        """Write `v` `(batch, n)` into the next slot of every active row."""
+
+    @abstractmethod
+    def dot(self, v: Array) -> Array:
+        """Inner products of all vectors with `v`: `(batch, memory)`, zero in slots not seen.
+
+        `v` is `(batch, n)`; several vectors `(batch, r, n)` share one pass over the storage and give
+        `(batch, r, memory)`. The result is in the wide dtype (`Backend.wide`).
+        """
+
+    @abstractmethod
+    def combine(self, coefficients: Array) -> Array:
+        """Σ_j c_j q_j for coefficients `(batch, memory)`: `(batch, n)` in the state's dtype."""
+
+    @abstractmethod
+    def restart(self, rows: Array) -> History:
+        """Forget the vectors of the active rows among `rows` `(batch,)` of bool."""
+
+    @abstractmethod
+    def slot(self) -> Array:
+        """One-hot mask `(memory,)` of bool of the slot that was written last; all False before the first append."""
+
+    @abstractmethod
+    def count(self) -> Array:
+        """How many vectors each sample sees: `(batch,)` int32."""
+
+    @abstractmethod
+    def with_active(self, active: Array | None) -> History:
+        """The same history with other active rows. Shares storage."""
+
+    @abstractmethod
+    def vectors(self) -> Array:
+        """The stored vectors, `(batch, used, n)`: the slots written so far (all `memory` slots in traced code)."""
+
+    @abstractmethod
+    def copy(self) -> History:
+        """A history with storage of its own, so that continuing a solve leaves the first solve's estimate alone."""
+
+
+class Backend(ABC):
+    """One framework behind one interface. A subclass is final: it is instantiated, never subclassed again."""
+
+    name: ClassVar[str]
+    capabilities: Capabilities
+    xp: Any
+
+    # -- arrays and trees ---------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def is_array(self, leaf: object) -> bool:
+        """Whether `leaf` is an array of this framework."""
+
+    @abstractmethod
+    def asarray(self, a: object, *, dtype: str | None = None, like: Array | None = None) -> Array:
+        """Convert host data (NumPy arrays, numbers, lists) to this framework.
+
+        Args:
+            a: the data. Floating data keeps its dtype unless `dtype` is given.
+            dtype: a dtype's name, as in ``"float32"``.
+            like: an array whose device (and, without `dtype`, whose dtype) is taken.
+        """
+
+    @abstractmethod
+    def to_numpy(self, x: Array) -> Any:
+        """Copy to a NumPy array on the host (waits for the device). Dtypes that NumPy lacks become float32."""
+
+    @abstractmethod
+    def flatten(self, tree: Tree) -> tuple[list[Any], Any]:
+        """Split a tree into its leaves and a structure that compares with `==`."""
+
+    @abstractmethod
+    def unflatten(self, structure: Any, leaves: Sequence[Any]) -> Tree:
+        """Undo `flatten`."""
+
+    @abstractmethod
+    def dtype_name(self, x: Array) -> str:
+        """The dtype's name, as in ``"float32"``, ``"bfloat16"``, ``"int64"``."""
+
+    @abstractmethod
+    def device_of(self, x: Array) -> Any:
+        """Something that compares equal for arrays on the same device; None where that is not known (tracing)."""
+
+    @abstractmethod
+    def is_traced(self, *leaves: Any) -> bool:
+        """Whether any leaf is abstract (inside jit, grad or vmap of a tracing framework)."""
+
+    def autocasting(self, x: Array) -> bool:
+        """Whether f runs under automatic mixed precision, so that its output may be narrower than the state."""
+        return False
+
+    @abstractmethod
+    def astype(self, x: Array, dtype: str) -> Array:
+        """Cast to the dtype of this name; gradients pass."""
+
+    # -- rows ---------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def wide(self, x: Array) -> Array:
+        """Cast to the dtype of coefficients: float64 where the framework has it at hand, else float32."""
+
+    @abstractmethod
+    def cast(self, x: Array, like: Array) -> Array:
+        """Cast `x` to the dtype of `like`."""
+
+    @abstractmethod
+    def norm(self, v: Array) -> Array:
+        """2-norm of each row of `v` `(batch, n)`: `(batch,)`, accumulated in float32 or better without overflow."""
+
+    @abstractmethod
+    def inner(self, a: Array, b: Array) -> Array:
+        """Inner product of each row of `a` with that of `b`: `(batch,)` in the wide dtype."""
+
+    @abstractmethod
+    def select(self, mask: Array, new: Array, old: Array) -> Array:
+        """Rows of `new` where `mask` `(batch,)` holds, of `old` elsewhere; never arithmetic with the mask (0·NaN)."""
+
+    @abstractmethod
+    def all_known(self, mask: Array) -> bool:
+        """True only if all of `mask` holds *and* finding out costs no wait; False says nothing."""
+
+    @abstractmethod
+    def solve(self, a: Array, b: Array) -> Array:
+        """Solve the small systems `a` `(batch, k, k)` for `b` `(batch, k)`.
+
+        A singular system gives non-finite numbers in its own row; it neither raises nor touches another row.
+        """
+
+    @abstractmethod
+    def history(self, like: Array, memory: int, dtype: str | None = None) -> History:
+        """An empty history for vectors like `like` `(batch, n)`, stored in `dtype` (default: the vectors' own)."""
+
+    def eps(self, x: Array) -> float:
+        """Machine epsilon of the dtype of `x`."""
+        return float(self.xp.finfo(x.dtype).eps)
+
+    def default_rtol(self, x: Array) -> float:
+        """rtol = "auto": what the dtype can reach, at most 1e-4 where it can: √eps, but at least 2·eps.
+
+        float64 1.5e-8, float32 1e-4, float16 2e-3, bfloat16 1.6e-2.
+        """
+        eps = self.eps(x)
+        return max(2 * eps, min(1e-4, eps**0.5))
+
+    def number(self, value: Any, like: Array) -> Any:
+        """A tolerance or step budget in the form that the loops of this backend want.
+
+        Eager backends keep the Python number. A tracing backend makes it an array (an integer stays one, a float
+        takes the dtype in which norms of `like` are measured), so that another value recompiles nothing.
+        """
+        return value
+
+    # -- loops --------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def loop(
+        self,
+        running: Callable[[Carry], Array],
+        body: Callable[[Carry], Carry],
+        carry: Carry,
+        steps: int | Array,
+        check_every: int | str = "auto",
+    ) -> Carry:
+        """Apply `body` while `running(carry)` (a scalar) holds, `steps` times at most.
+
+        Args:
+            running: asked before the first step and then every `check_every` steps.
+            body: must be harmless when applied after `running` became False.
+            carry: structure, shapes and dtypes stay the same from step to step.
+            steps: never exceeded, whatever `check_every` is; may be a traced scalar.
+            check_every: ``"auto"`` is 1 where a check is free, and more on devices where it waits.
+        """
+
+    # -- differentiation ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def linearize(self, f: Map, z: Array) -> tuple[Array, Map]:
+        """Evaluate f once at `z`; return `(f(z), pull)` with `pull(u) = Jᵀu`, callable many times."""
+
+    def push(self, f: Map, z: Array) -> Map | None:
+        """Forward products `v ↦ J v` at `z`, or None where the framework has none."""
+        return None
+
+    @abstractmethod
+    def forward_only(
+        self, f: Callable[..., Array], z0: Array, args: tuple[Any, ...], solve: Callable[[Map, Array], Forward]
+    ) -> Forward:
+        """Run `solve(lambda z: f(z, *args), z0)` with no gradient recorded."""
+
+    @abstractmethod
+    def implicit(
+        self,
+        f: Callable[..., Array],
+        z0: Array,
+        args: tuple[Any, ...],
+        solve: Callable[[Map, Array], Forward],
+        adjoint: Adjoint,
+    ) -> tuple[Array, Forward, BackwardRecord | None]:
+        """Solve, and attach the implicit gradient to the value.
+
+        Args:
+            f: `f(z, *args)` on raveled states; may close over differentiable values.
+            z0: initial state `(batch, n)`. It gets no gradient: the fixed point does not depend on it.
+            args: pytrees; their arrays get gradients.
+            solve: the driver with solver and tolerances bound.
+            adjoint: `adjoint(pull, g, forward)` gives `u ≈ (I − J)^-T g` and its report.
+
+        Returns:
+            The value f(z*) `(batch, n)` with gradients attached whenever the framework records them, what the
+            solver did, and a record that the backward pass will fill (None where there is no such path).
+        """
+
+    @abstractmethod
+    def detach(self, x: Array) -> Array:
+        """The same numbers, without a gradient."""
+
+    def recording(self) -> bool:
+        """Whether a gradient may be asked for later. A backend without a tape answers False."""
+        return True
+
+    @abstractmethod
+    def vjp(
+        self, value: Callable[..., tuple[Array, Any]], args: tuple[Any, ...], cotangent: Array
+    ) -> tuple[Array, Any, tuple[Any, ...]]:
+        """Cotangents of `args` for `value(*args) -> (array, aux)`, by the framework's own differentiation.
+
+        Returns:
+            The value, aux, and for each argument a tree like it; None in place of leaves without a derivative
+            (integers, strings).
+        """
+
+    # -- measuring ----------------------------------------------------------------------------------------------
+
+    def synchronize(self) -> None:
+        """Wait until all devices have finished. Only measurements call it."""
+        return None
+
+
+class BackwardRecord:
+    """What the backward pass did, filled in when it runs. Eager frameworks only.
+
+    Attributes:
+        report: the AdjointReport of the latest backward pass, or None before the first.
+        runs: how many backward passes have run.
+    """
+
+    __slots__ = ("report", "runs")
+
+    def __init__(self) -> None:
+        self.report: AdjointReport | None = None
+        self.runs: int = 0
+
+    def add(self, report: AdjointReport) -> None:
+        """Keep the report of a backward pass that has just run."""
+        self.report = report
+        self.runs += 1

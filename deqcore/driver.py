@@ -1,0 +1,230 @@
+"""The driver: everything that all solvers share, so that a solver is only its step.
+
+It owns tolerances, freezing, the best iterate, status and counters, and keeps these promises:
+
+- A sample stops changing (iterate, state and estimate) at the first iterate that meets the tolerance, so its result
+  does not depend on its batch mates, and a late check on a slow device does no harm.
+- NaN or inf in one sample touches no other; the best finite iterate is returned.
+- The residual is the true one, ‖f(z) − z‖, whatever step the solver took.
+
+Termination follows the practice of NonlinearSolve.jl (relative and absolute residual, best iterate, blow-up and
+stall detection with separate statuses), per sample.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from deqcore.backend import Array, Backend, History, Map
+from deqcore.solution import Status
+from deqcore.solver import Solver
+
+BLOW_UP = 1e6  # a residual this many times the first one counts as divergence
+PROGRESS = 0.999  # a residual must fall below this part of the last mark within `patience` steps
+
+
+class Control(NamedTuple):
+    """When to stop. Numbers may be framework scalars: changing them then recompiles nothing.
+
+    Attributes:
+        rtol: a sample is done when ‖f(z) − z‖ ≤ atol + rtol·‖f(z)‖.
+        atol: see rtol.
+        max_steps: step budget; 0 evaluates f once and reports.
+        check_every: steps between host checks, or "auto".
+        patience: steps without progress after which a sample counts as stalled.
+    """
+
+    rtol: float | Array
+    atol: float | Array = 0.0
+    max_steps: int | Array = 40
+    check_every: int | str = "auto"
+    patience: int = 30
+
+
+class Carry(NamedTuple):
+    """The loop state. All arrays have the batch as their first axis."""
+
+    z: Array
+    fz: Array
+    state: Any
+    status: Array
+    steps: Array
+    best_z: Array
+    best_fz: Array
+    best_residual: Array
+    limit: Array  # blow-up limit
+    mark: Array  # residual at the last progress
+    since: Array  # steps since then
+
+
+class Forward(NamedTuple):
+    """What a solve found, raveled: `z`, `fz` are `(batch, n)`, the rest `(batch,)`."""
+
+    z: Array
+    fz: Array
+    residual: Array
+    status: Array
+    steps: Array
+    evaluations: Array
+    carry: Carry
+
+
+def drive(
+    backend: Backend, solver: Solver, f: Map, z0: Array, control: Control, resume: Carry | None = None
+) -> Forward:
+    """Run `solver` on `f` from `z0` `(batch, n)` until every sample has stopped.
+
+    Args:
+        backend: whose arrays these are.
+        solver: the method.
+        f: the map on `(batch, n)`.
+        z0: initial iterate; ignored with `resume`.
+        control: when to stop.
+        resume: the carry of an earlier solve of the same f, to continue it.
+
+    Returns:
+        The best iterate of each sample, and how it ended.
+    """
+    tolerance = _Tolerance(backend, control)
+    start = _begin(backend, solver, f, z0, tolerance) if resume is None else _reopen(backend, resume, tolerance)
+
+    def running(carry: Carry) -> Array:
+        return backend.xp.any(carry.status == int(Status.RUNNING))
+
+    def body(carry: Carry) -> Carry:
+        return _step(backend, solver, f, carry, tolerance, control.patience)
+
+    end = backend.loop(running, body, start, control.max_steps, control.check_every)
+    xp = backend.xp
+    spent = xp.full_like(end.status, int(Status.MAX_STEPS))
+    status = xp.where(end.status == int(Status.RUNNING), spent, end.status)
+    end = end._replace(status=status, state=with_active(end.state, None))
+    evaluations = solver.evaluations(backend, end.steps, end.state)
+    return Forward(end.best_z, end.best_fz, end.best_residual, status, end.steps, evaluations, end)
+
+
+class _Tolerance:
+    """Decides whether residuals `(batch,)` are small enough."""
+
+    def __init__(self, backend: Backend, control: Control) -> None:
+        self.backend = backend
+        self.rtol = control.rtol
+        self.atol = control.atol
+
+    def met(self, residual: Array, fz: Array) -> Array:
+        if isinstance(self.rtol, float) and self.rtol == 0.0:
+            return residual <= self.atol
+        return residual <= self.atol + self.rtol * self.backend.norm(fz)
+
+
+def _begin(backend: Backend, solver: Solver, f: Map, z0: Array, tolerance: _Tolerance) -> Carry:
+    xp = backend.xp
+    fz = f(z0)
+    residual = backend.norm(fz - z0)
+    finite = xp.isfinite(residual)
+    status = xp.zeros_like(residual, dtype=xp.int32)
+    status = xp.where(tolerance.met(residual, fz), status + int(Status.CONVERGED), status)
+    status = xp.where(finite, status, xp.full_like(status, int(Status.NONFINITE)))
+    known = xp.where(finite, residual, xp.full_like(residual, float("inf")))
+    return Carry(
+        z=z0,
+        fz=fz,
+        state=solver.init(backend, z0, fz),
+        status=status,
+        steps=xp.zeros_like(status),
+        best_z=z0,
+        best_fz=backend.select(finite, fz, z0),
+        best_residual=known,
+        limit=BLOW_UP * residual,
+        mark=known,
+        since=xp.zeros_like(status),
+    )
+
+
+def _reopen(backend: Backend, carry: Carry, tolerance: _Tolerance) -> Carry:
+    """Continue: samples that do not meet the (perhaps new) tolerance run again, on copies of their histories."""
+    xp = backend.xp
+    failed = (carry.status == int(Status.NONFINITE)) | (carry.status == int(Status.DIVERGED))
+    met = tolerance.met(carry.best_residual, carry.best_fz)
+    status = xp.where(met, xp.full_like(carry.status, int(Status.CONVERGED)), xp.zeros_like(carry.status))
+    return carry._replace(
+        status=xp.where(failed, carry.status, status),
+        since=xp.zeros_like(carry.since),
+        state=copy_state(carry.state),
+    )
+
+
+def _step(
+    backend: Backend, solver: Solver, f: Map, carry: Carry, tolerance: _Tolerance, patience: int
+) -> Carry:
+    xp = backend.xp
+    active = carry.status == int(Status.RUNNING)
+    everyone = backend.all_known(active)
+    state = with_active(carry.state, None if everyone else active)
+    z, fz, state = solver.step(backend, f, carry.z, carry.fz, state)
+    residual = backend.norm(fz - z)
+
+    met = tolerance.met(residual, fz)
+    sane = residual <= carry.limit  # False for NaN, too
+    better = (residual < carry.best_residual) | (met & sane)
+    progress = residual < PROGRESS * carry.mark
+    since = xp.where(progress, xp.zeros_like(carry.since), carry.since + 1)
+    mark = xp.where(progress, residual, carry.mark)
+    status = _judge(backend, residual, met, sane, since >= patience)
+
+    if not everyone:
+        better = better & active
+        z = backend.select(active, z, carry.z)
+        fz = backend.select(active, fz, carry.fz)
+        state = freeze(backend, active, state, carry.state)
+        status = xp.where(active, status, carry.status)
+    steps = carry.steps + 1 if everyone else carry.steps + xp.astype(active, xp.int32)
+    if backend.all_known(better):
+        best = z, fz, residual
+    else:
+        best = (
+            backend.select(better, z, carry.best_z),
+            backend.select(better, fz, carry.best_fz),
+            xp.where(better, residual, carry.best_residual),
+        )
+    return Carry(z, fz, state, status, steps, *best, carry.limit, mark, since)
+
+
+def _judge(backend: Backend, residual: Array, met: Array, sane: Array, stalled: Array) -> Array:
+    """The status that these findings give. The usual case, nobody met or failed, costs little."""
+    xp = backend.xp
+    ok = met & sane
+    plain = xp.astype(ok, xp.int32) * int(Status.CONVERGED)
+    if backend.all_known(sane & ~stalled):
+        return plain
+    status = xp.where(ok | ~stalled, plain, xp.full_like(plain, int(Status.STALLED)))
+    status = xp.where(sane, status, xp.full_like(status, int(Status.DIVERGED)))
+    return xp.where(xp.isfinite(residual), status, xp.full_like(status, int(Status.NONFINITE)))
+
+
+def with_active(state: Any, active: Array | None) -> Any:
+    """The same solver state with `active` set in each of its histories."""
+    return map_state(state, lambda leaf: leaf.with_active(active) if isinstance(leaf, History) else leaf)
+
+
+def copy_state(state: Any) -> Any:
+    """The same solver state with histories of its own."""
+    return map_state(state, lambda leaf: leaf.copy() if isinstance(leaf, History) else leaf)
+
+
+def freeze(backend: Backend, active: Array, new: Any, old: Any) -> Any:
+    """Keep the rows of `old` where not active. Histories already did so; leaves without a batch axis pass."""
+    if isinstance(new, tuple):
+        parts = (freeze(backend, active, a, b) for a, b in zip(new, old, strict=True))
+        return type(new)(*parts) if hasattr(new, "_fields") else tuple(parts)
+    if new is None or isinstance(new, History) or not new.ndim:
+        return new
+    return backend.select(active, new, old)
+
+
+def map_state(state: Any, fn: Any) -> Any:
+    """Apply `fn` to each leaf of a solver state: nested (named) tuples of arrays and histories."""
+    if isinstance(state, tuple):
+        parts = (map_state(part, fn) for part in state)
+        return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
+    return None if state is None else fn(state)

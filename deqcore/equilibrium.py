@@ -1,0 +1,395 @@
+"""`fixed_point` and `vjp`: resolve the settings, pick the backend, solve, attach the gradient."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from deqcore import config as settings
+from deqcore import plugins
+from deqcore.backend import Array, Backend, BackwardRecord, Map, Tree
+from deqcore.config import Config
+from deqcore.driver import Carry, Control, Forward, drive
+from deqcore.errors import (
+    BackendError,
+    BackendMismatchError,
+    ConfigError,
+    ConvergenceError,
+    ConvergenceWarning,
+    DtypeToleranceWarning,
+    StateError,
+    StrategyError,
+)
+from deqcore.solution import Solution, SolveState, Status, summarize
+from deqcore.solver import Solver
+from deqcore.space import Space
+from deqcore.strategy import Adjoint, StepStrategy, Strategy
+
+
+def fixed_point(
+    f: Callable[..., Tree],
+    z0: Tree,
+    *args: Any,
+    config: Config | None = None,
+    state: SolveState | None = None,
+    **overrides: object,
+) -> Solution:
+    """Solve z* = f(z*, *args), with the implicit gradient attached.
+
+    Args:
+        f: `f(z, *args)` returns a tree like z. It may close over parameters.
+        z0: initial state, a tree of floating-point arrays; with `batch = true` the first axis of each is the batch.
+        *args: further arguments of f, any trees. Their arrays get gradients.
+        config: complete settings; default: environment and `deqcore.using`.
+        state: `sol.state` of an earlier solve of the same problem, to continue it with a new step budget.
+        **overrides: settings of this call, as in `forward__rtol=1e-6`.
+
+    Returns:
+        The solution; `sol.value` is f(z*) and has the shapes and dtype of z0.
+
+    Raises:
+        ConfigError: a setting is unknown or out of range.
+        BackendMismatchError: the config names another backend than the arrays belong to.
+        StateError: z0 is unfit (no arrays, integers, mixed dtypes or devices, no batch axis).
+        ProblemError: f returned another structure, shape, dtype or device.
+        StrategyError: the strategy needs an estimate that the solver does not keep.
+        ConvergenceError: `on_failure = "raise"` and a sample did not converge.
+
+    Source: Bai, Kolter & Koltun (2019), "Deep Equilibrium Models".
+
+    Example:
+        >>> import numpy as np, deqcore
+        >>> x = np.array([[1.0, 2.0]])
+        >>> sol = deqcore.fixed_point(lambda z, x: 0.5 * np.tanh(z) + x, np.zeros((1, 2)), x)
+        >>> bool(sol.converged.all()), sol.value.shape
+        (True, (1, 2))
+    """
+    plan = _plan(config, overrides, z0, args)
+    found = plan.run(plan.space.wrap(f), plan.space.ravel(z0), args, state)
+    return plan.solution(*found)
+
+
+def vjp(
+    f: Callable[..., Tree],
+    z0: Tree,
+    *args: Any,
+    cotangent: Tree,
+    config: Config | None = None,
+    **overrides: object,
+) -> tuple[Tree, tuple[Any, ...]]:
+    """Solve z* = f(z*, *args) and pull a cotangent of z* back to the arguments, the same way on every backend.
+
+    Args:
+        f: as in `fixed_point`.
+        z0: as in `fixed_point`.
+        *args: as in `fixed_point`; on a backend without autodiff each number costs an evaluation of f.
+        cotangent: dL/dz*, a tree like z0.
+        config: as in `fixed_point`.
+        **overrides: as in `fixed_point`.
+
+    Returns:
+        f(z*), and for each argument a tree of gradients like it, with None for leaves that are not floating-point
+        arrays.
+
+    Raises:
+        StateError: the cotangent does not fit z0. Otherwise as `fixed_point`.
+
+    Example:
+        >>> import numpy as np, deqcore
+        >>> f = lambda z, a, x: a * z + x
+        >>> z, (da, dx) = deqcore.vjp(f, np.zeros((1, 1)), np.array(0.5), np.ones((1, 1)), cotangent=np.ones((1, 1)))
+        >>> z.round(6).item(), da.round(6).item(), dx.round(6).item()  # x/(1-a), x/(1-a)², 1/(1-a)
+        (2.0, 4.0, 2.0)
+    """
+    plan = _plan(config, overrides, z0, args)
+    if Space.of(plan.backend, cotangent, plan.config.forward.batch).shapes != plan.space.shapes:
+        raise StateError("The cotangent does not fit z0: a tree with the same shapes is expected.")
+    g = plan.space.ravel(cotangent)
+    raveled, start = plan.space.wrap(f), plan.space.ravel(z0)
+    run = plan.differentiate if plan.backend.capabilities.autodiff else plan.differentiate_by_hand
+    value, gradients, forward = run(raveled, start, args, g)
+    plan.report_failure(forward)
+    return plan.space.unravel(value), gradients
+
+
+def get_backend(config: Config | None = None, **overrides: object) -> Backend:
+    """The backend that the config picks: `auto` takes the first installed of torch, jax, numpy, and says so.
+
+    Args:
+        config: complete settings; default: environment and `deqcore.using`.
+        **overrides: settings of this call, as in `backend="jax"`.
+
+    Raises:
+        UnknownNameError: nobody registered this name.
+        MissingFrameworkError: the backend's framework is not installed; names the extra to install.
+    """
+    resolved, _ = settings.resolve(config, overrides)
+    if resolved.backend != "auto":
+        return _backend(resolved.backend)
+    for name in ("torch", "jax", "numpy"):
+        record = plugins.backends()[name]
+        if record.package is None or plugins.is_installed(record.package):
+            warnings.warn(
+                f"backend = 'auto' with no array at hand: {name!r} was taken, the first installed of torch, jax and "
+                f"numpy. Name one to silence this.",
+                stacklevel=2,
+            )
+            return _backend(name)
+    raise BackendError("No backend is installed.")
+
+
+_instances: dict[str, Backend] = {}
+
+
+def _backend(name: str) -> Backend:
+    if name not in _instances:
+        cls: Any = plugins.load("backend", name)
+        _instances[name] = cls()
+    return _instances[name]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One call, resolved: nothing below this line looks at settings or registries again."""
+
+    config: Config
+    backend: Backend
+    solver: Solver
+    strategy: Strategy | StepStrategy
+    control: Control
+    space: Space
+
+    def run(
+        self, f: Callable[..., Array], z0: Array, args: tuple[Any, ...], state: SolveState | None
+    ) -> tuple[Array, Forward | None, BackwardRecord | None]:
+        """Solve, attach the gradient, report failure."""
+        resume = self._resume(state, z0)
+
+        def solve(g: Map, start: Array) -> Forward:
+            return drive(self.backend, self.solver, g, start, self.control, resume)
+
+        if isinstance(self.strategy, StepStrategy):
+            forward = self.backend.forward_only(f, z0, args, solve) if self.strategy.solves() else None
+            value = self.strategy.value(self.backend, lambda z: f(z, *args), z0, forward)
+            record = None
+        else:
+            adjoint = Adjoint(self.backend, self.strategy, self.solver)
+            value, forward, record = self.backend.implicit(f, z0, args, solve, adjoint)
+        self.report_failure(forward)
+        return value, forward, record
+
+    def solution(self, value: Array, forward: Forward | None, record: BackwardRecord | None) -> Solution:
+        """What the user sees."""
+        if forward is None:
+            forward = self._unsolved(value)
+        state = SolveState(forward.carry, repr(self.solver)) if forward.carry is not None else None
+        return Solution(
+            value=self.space.unravel(value),
+            residual=forward.residual,
+            status=forward.status,
+            steps=forward.steps,
+            evaluations=forward.evaluations,
+            state=state,
+            backend=self.backend,
+            record=record,
+        )
+
+    def differentiate(
+        self, f: Callable[..., Array], z0: Array, args: tuple[Any, ...], g: Array
+    ) -> tuple[Array, tuple[Any, ...], Forward | None]:
+        """Gradients for `args` by the framework's own differentiation of the attached value."""
+        quiet = replace(self, config=_quiet(self.config))
+
+        def value(*moved: Any) -> tuple[Array, Forward | None]:
+            found, forward, _ = quiet.run(f, z0, moved, None)
+            return found, forward
+
+        found, forward, gradients = self.backend.vjp(value, args, g)
+        return found, gradients, forward
+
+    def differentiate_by_hand(
+        self, f: Callable[..., Array], z0: Array, args: tuple[Any, ...], g: Array
+    ) -> tuple[Array, tuple[Any, ...], Forward | None]:
+        """The same without a tape: route the cotangent, then differentiate one evaluation (or the steps)."""
+
+        def solve(h: Map, start: Array) -> Forward:
+            return drive(self.backend, self.solver, h, start, self.control)
+
+        strategy = self.strategy
+        if isinstance(strategy, StepStrategy):
+            forward = self.backend.forward_only(f, z0, args, solve) if strategy.solves() else None
+
+            def value(*moved: Any) -> tuple[Array, None]:
+                return strategy.value(self.backend, lambda z: f(z, *moved), z0, forward), None
+
+            found, _, gradients = self.backend.vjp(value, args, g)
+            return found, gradients, forward
+        forward = self.backend.forward_only(f, z0, args, solve)
+        adjoint = Adjoint(self.backend, strategy, self.solver)
+        if adjoint.uses_pull:
+            _, pull = self.backend.linearize(lambda z: f(z, *args), forward.z)
+        else:
+            pull = _no_pull
+        u, _ = adjoint(pull, g, forward.carry.state)
+        _, _, gradients = self.backend.vjp(lambda *moved: (f(forward.z, *moved), None), args, u)
+        return forward.fz, gradients, forward
+
+    def report_failure(self, forward: Forward | None) -> None:
+        """Raise or warn about samples that did not converge. Traced code cannot: there the Solution says it."""
+        action = self.config.forward.on_failure
+        if forward is None or action == "ignore" or self.backend.is_traced(forward.status):
+            return
+        xp = self.backend.xp
+        if not bool(xp.any(forward.status != int(Status.CONVERGED))):
+            return
+        parts: list[Any] = [
+            self.backend.to_numpy(a) for a in (forward.status, forward.residual, forward.steps)
+        ]
+        text = (
+            f"{summarize(*parts)} (solver {self.config.forward.solver!r}, forward.rtol = {self.control.rtol}, "
+            f"forward.max_steps = {self.control.max_steps}; forward.on_failure = {action!r} decides what happens now)"
+        )
+        if action == "raise":
+            raise ConvergenceError(text)
+        warnings.warn(text, ConvergenceWarning, stacklevel=_stacklevel())
+
+    def _resume(self, state: SolveState | None, z0: Array) -> Carry | None:
+        if state is None:
+            return None
+        if state.solver != repr(self.solver):
+            raise StateError(
+                f"The state comes from {state.solver}, but this call uses {self.solver!r}: continue with the same "
+                f"solver and options, or start from z0 = sol.value."
+            )
+        if tuple(state.carry.z.shape) != tuple(z0.shape):
+            raise StateError(
+                f"The state has shape {tuple(state.carry.z.shape)} (raveled), but z0 has {tuple(z0.shape)}: continue "
+                f"with the batch that the state came from."
+            )
+        return state.carry
+
+    def _unsolved(self, value: Array) -> Any:
+        """Statistics of a strategy that takes a fixed number of steps and looks at no residual."""
+        xp = self.backend.xp
+        norms = self.backend.norm(self.backend.detach(value))
+        unknown = xp.full_like(norms, float("nan"))
+        count = xp.zeros_like(norms, dtype=xp.int32)
+        steps = count + getattr(self.strategy, "steps", 0)
+        return _Unsolved(unknown, count + int(Status.MAX_STEPS), steps, steps, None)
+
+
+@dataclass(frozen=True)
+class _Unsolved:
+    residual: Array
+    status: Array
+    steps: Array
+    evaluations: Array
+    carry: None
+
+
+def _no_pull(u: Array) -> Array:
+    raise StrategyError("The strategy called pull, although its uses_pull() says that it does not.")
+
+
+def _quiet(config: Config) -> Config:
+    return settings.resolve(config, {"forward__on_failure": "ignore"})[0]
+
+
+def _plan(
+    config: Config | None, overrides: Mapping[str, object], z0: Tree, args: tuple[Any, ...]
+) -> _Plan:
+    resolved, scalars = settings.resolve(config, overrides)
+    backend = _pick(resolved, z0, args)
+    forward, backward = resolved.forward, resolved.backward
+    solver = plugins.make_solver(forward.solver, forward.options)
+    strategy = plugins.make_strategy(backward.strategy, backward.options)
+    if isinstance(strategy, Strategy):
+        strategy = strategy.bind(plugins.make_solver)
+        if strategy.wants_estimate() and not solver.has_estimate:
+            raise StrategyError.needs_estimate(backward.strategy, forward.solver, _with_estimate())
+    space = Space.of(backend, z0, forward.batch)
+    like = backend.flatten(z0)[0][0]
+    control = _control(resolved, scalars, backend, like)
+    return _Plan(resolved, backend, solver, strategy, control, space)
+
+
+def _control(
+    config: Config, scalars: Mapping[str, object], backend: Backend, like: Array
+) -> Control:
+    forward = config.forward
+    rtol: Any = scalars.get("forward__rtol", forward.rtol)
+    atol: Any = scalars.get("forward__atol", forward.atol)
+    max_steps: Any = scalars.get("forward__max_steps", forward.max_steps)
+    if rtol == "auto" if isinstance(rtol, str) else False:
+        rtol = backend.default_rtol(like)
+    for name, value in (("rtol", rtol), ("atol", atol), ("max_steps", max_steps)):
+        if name in {key.partition("__")[2] for key in scalars} and not backend.is_traced(value):
+            number = float(value)
+            if not (number >= 0 and number < float("inf")):
+                raise ConfigError.bad_value("forward", name, number, "a finite number >= 0")
+    if isinstance(rtol, float) and 0.0 < rtol < 0.5 * backend.eps(like) and isinstance(atol, float) and atol == 0:
+        warnings.warn(
+            f"forward.rtol = {rtol:g} is below what {backend.dtype_name(like)} can reach (about "
+            f"{backend.eps(like):.1g}): the solve will end as STALLED or MAX_STEPS. Use a wider dtype or a larger rtol.",
+            DtypeToleranceWarning,
+            stacklevel=_stacklevel(),
+        )
+    return Control(
+        rtol=backend.number(rtol, like),
+        atol=backend.number(atol, like),
+        max_steps=backend.number(max_steps, like),
+        check_every=forward.check_every,
+    )
+
+
+def _pick(config: Config, z0: Tree, args: tuple[Any, ...]) -> Backend:
+    """The backend whose arrays the state holds; the config may only confirm it."""
+    found = next((name for leaf in _walk(z0) if (name := plugins.backend_of(leaf)) is not None), None)
+    if found is None:
+        found = next((name for leaf in _walk(args) if (name := plugins.backend_of(leaf)) is not None), None)
+    if found is None:
+        if config.backend == "auto":
+            raise StateError(
+                f"The state z0 ({type(z0).__name__}) holds no array of a known framework: give arrays of numpy, "
+                f"torch or jax, or name the backend in the config."
+            )
+        found = config.backend
+    if config.backend not in ("auto", found):
+        raise BackendMismatchError.of(config.backend, config.origin("backend"), found)
+    others = {name for leaf in _walk(args) if (name := plugins.backend_of(leaf)) not in (None, "numpy", found)}
+    if others:
+        raise BackendMismatchError.of(found, "the state z0", ", ".join(sorted(str(name) for name in others)))
+    return _backend(found)
+
+
+def _walk(tree: Tree) -> Iterator[Any]:
+    """Leaves of plain containers, before any framework is known."""
+    if isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from _walk(value)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            yield from _walk(value)
+    else:
+        yield tree
+
+
+def _with_estimate() -> list[str]:
+    names = []
+    for name in plugins.solvers():
+        cls: Any = plugins.load("solver", name)
+        if cls.has_estimate:
+            names.append(name)
+    return names
+
+
+def _stacklevel() -> int:
+    """The first frame outside this package, so that a warning points at the user's line."""
+    import sys
+
+    depth, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("deqcore"):
+        frame, depth = frame.f_back, depth + 1
+    return depth

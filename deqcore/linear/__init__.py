@@ -1,0 +1,1 @@
+"""Matrix-free linear algebra: estimates of the inverse Jacobian, and GMRES."""

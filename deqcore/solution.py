@@ -1,0 +1,119 @@
+"""What a solve returns: `Solution`, and `Status` as an integer for code and a sentence for people."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
+
+from deqcore.backend import Array, Backend, BackwardRecord, Tree
+
+if TYPE_CHECKING:
+    from deqcore.driver import Carry
+    from deqcore.strategy import AdjointReport
+
+
+class Status(IntEnum):
+    """How a sample's solve ended. An int32 in traced code; `sentence` says cause and remedy."""
+
+    RUNNING = 0
+    CONVERGED = 1
+    MAX_STEPS = 2
+    STALLED = 3
+    DIVERGED = 4
+    NONFINITE = 5
+
+    @property
+    def sentence(self) -> str:
+        """Cause and remedy in one sentence."""
+        return _SENTENCES[self]
+
+
+_SENTENCES = {
+    Status.RUNNING: "The solve has not ended.",
+    Status.CONVERGED: "The residual met the tolerance.",
+    Status.MAX_STEPS: (
+        "The step budget was spent before the residual met the tolerance: raise forward.max_steps, loosen "
+        "forward.rtol, or choose a solver that needs fewer steps (broyden, anderson, newton-krylov)."
+    ),
+    Status.STALLED: (
+        "The residual stopped falling above the tolerance: it may be below what the dtype can reach (loosen "
+        "forward.rtol or use a wider dtype), or the method is stuck (try another solver or a larger memory)."
+    ),
+    Status.DIVERGED: (
+        "The residual grew far above its initial value: f is not a contraction near here. Use broyden or "
+        "newton-krylov, damp the step, start closer, or regularise the Jacobian of f in training."
+    ),
+    Status.NONFINITE: (
+        "f returned NaN or inf: the best finite iterate is returned. Look for overflow, a division by zero or a "
+        "narrow dtype in f, or for NaN in its inputs and parameters."
+    ),
+}
+
+
+@dataclass(frozen=True)
+class SolveState:
+    """Where a solve stands, to continue it with `fixed_point(..., state=sol.state)`.
+
+    Sealed: continuing copies what it changes, so an estimate that a backward pass still needs stays as it is.
+
+    Attributes:
+        carry: the driver's loop state.
+        solver: repr of the solver that made it; continuing with another one is an error.
+    """
+
+    carry: Carry
+    solver: str
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The result of `fixed_point`.
+
+    Attributes:
+        value: f(z*), a tree like z0; carries gradients whenever the framework records them.
+        residual: ‖f(z) − z‖ of the returned iterate per sample, `(batch,)`.
+        status: `Status` per sample, `(batch,)` int32.
+        steps: solver steps per sample until it stopped changing, `(batch,)` int32.
+        evaluations: evaluations of f per sample, `(batch,)` int32, without the one that records the gradient.
+        state: to continue the solve, or None for strategies that do not solve (unrolled).
+    """
+
+    value: Tree
+    residual: Array
+    status: Array
+    steps: Array
+    evaluations: Array
+    state: SolveState | None
+    backend: Backend = field(repr=False)
+    record: BackwardRecord | None = field(default=None, repr=False)
+
+    @property
+    def converged(self) -> Array:
+        """Whether each sample met its tolerance, `(batch,)` of bool."""
+        return self.status == int(Status.CONVERGED)
+
+    @property
+    def backward(self) -> AdjointReport | None:
+        """What the latest backward pass did, per sample; None before it ran (and always in JAX, see the probe)."""
+        return self.record.report if self.record is not None else None
+
+    def summary(self) -> str:
+        """A few lines for people: how many samples ended how, with numbers, cause and remedy."""
+        status: Any = self.backend.to_numpy(self.status)
+        residual: Any = self.backend.to_numpy(self.residual)
+        steps: Any = self.backend.to_numpy(self.steps)
+        return summarize(status, residual, steps)
+
+
+def summarize(status: Any, residual: Any, steps: Any) -> str:
+    """Describe NumPy arrays `(batch,)` of status, residual and steps, one line per status that occurs."""
+    lines = []
+    for kind in Status:
+        rows = status == int(kind)
+        if rows.any():
+            lines.append(
+                f"{int(rows.sum())} of {status.size} samples {kind.name} after at most {int(steps[rows].max())} "
+                f"steps, residual at most {float(residual[rows].max()):.3g}. {kind.sentence}"
+            )
+    return "\n".join(lines) or "The batch is empty."

@@ -1,0 +1,73 @@
+"""What a solver must offer. One method, one file: subclass `Solver` as a frozen dataclass of its options.
+
+A solver iterates on matrices `(batch, n)` and is **written once** for all frameworks: pure functions, array
+operations through `backend.xp`, histories through `backend.history`, a state whose structure, shapes and dtypes never
+change. Everything that all methods share (tolerances, freezing of samples that are done, the best iterate, status,
+counters) belongs to the driver, see `driver.py`.
+
+Example:
+    A complete solver::
+
+        @dataclass(frozen=True)
+        class Picard(Solver):
+            damping: float = 1.0
+
+            def init(self, backend, z, fz):
+                return ()
+
+            def step(self, backend, f, z, fz, state):
+                z = z + self.damping * (fz - z)
+                return z, f(z), state
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from deqcore.backend import Array, Backend, Map
+
+if TYPE_CHECKING:
+    from deqcore.linear.lowrank import InverseJacobian
+
+
+class Solver(ABC):
+    """A fixed-point method for `z = f(z)`.
+
+    Attributes:
+        has_estimate: whether `inverse_jacobian` gives one; checked before any solve.
+        evaluations_per_step: how often `step` evaluates f. A method with a varying number overrides `evaluations`.
+    """
+
+    has_estimate: ClassVar[bool] = False
+    evaluations_per_step: ClassVar[int] = 1
+
+    @abstractmethod
+    def init(self, backend: Backend, z: Array, fz: Array) -> Any:
+        """The state before the first step: a NamedTuple of arrays (leading axis: batch) and histories.
+
+        Args:
+            backend: whose arrays these are.
+            z: initial iterate `(batch, n)`.
+            fz: `f(z)`, `(batch, n)`.
+        """
+
+    @abstractmethod
+    def step(self, backend: Backend, f: Map, z: Array, fz: Array, state: Any) -> tuple[Array, Array, Any]:
+        """One step: `(z, f(z), state) -> (z₊, f(z₊), state₊)`.
+
+        Args:
+            backend: whose arrays these are.
+            f: the map; a step calls it `evaluations_per_step` times.
+            z: current iterate `(batch, n)`.
+            fz: `f(z)`; a step never evaluates f at `z` again.
+            state: as `init` or the previous step returned it.
+        """
+
+    def inverse_jacobian(self, backend: Backend, state: Any) -> InverseJacobian | None:
+        """The estimate H ≈ (∂(f − z)/∂z)^-1 that the solve leaves behind, or None."""
+        return None
+
+    def evaluations(self, backend: Backend, steps: Array, state: Any) -> Array:
+        """Evaluations of f per sample after `steps` `(batch,)` int32, the first one included."""
+        return 1 + self.evaluations_per_step * steps

@@ -1,0 +1,1 @@
+"""Fixed-point methods, one file each."""

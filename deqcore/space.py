@@ -1,0 +1,146 @@
+"""The boundary between the user's state, any tree of arrays, and the core's matrix `(batch, n)`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from deqcore.backend import Array, Backend, Tree
+from deqcore.errors import ProblemError, StateError
+
+
+@dataclass(frozen=True)
+class Space:
+    """How a tree of arrays becomes a matrix and back.
+
+    Attributes:
+        shapes: shape of each leaf.
+        sizes: numbers per sample in each leaf.
+        batch: rows of the matrix; 1 if the whole state is one system.
+    """
+
+    backend: Backend
+    structure: Any
+    shapes: tuple[tuple[int, ...], ...]
+    sizes: tuple[int, ...]
+    batch: int
+    dtype: str
+    device: Any
+
+    @classmethod
+    def of(cls, backend: Backend, z0: Tree, batch: bool) -> Space:
+        """Describe the state z0, or say what is wrong with it.
+
+        Raises:
+            StateError: no arrays, integer or mixed dtypes, several devices, too few axes, unequal batch sizes.
+        """
+        leaves, structure = backend.flatten(z0)
+        if not leaves:
+            raise StateError("The state z0 holds no array: give at least one array of floating-point numbers.")
+        for leaf in leaves:
+            _check_leaf(backend, leaf, batch)
+        dtypes = {backend.dtype_name(leaf) for leaf in leaves}
+        if len(dtypes) > 1:
+            raise StateError(
+                f"The leaves of the state have the dtypes {', '.join(sorted(dtypes))}, but the whole state is one "
+                f"vector of one dtype: cast its leaves to the widest of them."
+            )
+        devices = {str(backend.device_of(leaf)) for leaf in leaves}
+        if len(devices) > 1:
+            raise StateError(
+                f"The leaves of the state are on the devices {', '.join(sorted(devices))}, but one is expected: "
+                f"move them together before the solve."
+            )
+        shapes = tuple(tuple(leaf.shape) for leaf in leaves)
+        rows = {shape[0] for shape in shapes} if batch else {1}
+        if len(rows) > 1:
+            raise StateError(
+                f"With batch = true the first axis of every leaf is the batch, but the leaves have {sorted(rows)} "
+                f"rows (shapes {list(shapes)}). Give them one batch size, or set forward.batch = false to solve the "
+                f"whole state as one system."
+            )
+        sizes = tuple(math.prod(shape[1:] if batch else shape) for shape in shapes)
+        return cls(backend, structure, shapes, sizes, rows.pop(), dtypes.pop(), backend.device_of(leaves[0]))
+
+    def ravel(self, tree: Tree) -> Array:
+        """The matrix `(batch, n)` of a tree that is known to fit."""
+        return self._join(self.backend.flatten(tree)[0])
+
+    def unravel(self, matrix: Array) -> Tree:
+        """The tree of a matrix `(batch, n)`."""
+        xp = self.backend.xp
+        leaves, start = [], 0
+        for shape, size in zip(self.shapes, self.sizes, strict=True):
+            part = matrix if len(self.sizes) == 1 else matrix[:, start : start + size]
+            leaves.append(xp.reshape(part, shape))
+            start += size
+        return self.backend.unflatten(self.structure, leaves)
+
+    def wrap(self, f: Callable[..., Tree]) -> Callable[..., Array]:
+        """f on trees as a function of the matrix, with its output checked.
+
+        Raises:
+            ProblemError: (when called) f returned another structure, shape, dtype or device.
+        """
+
+        def raveled(z: Array, *args: Any) -> Array:
+            leaves, structure = self.backend.flatten(f(self.unravel(z), *args))
+            if structure != self.structure:
+                raise ProblemError(
+                    f"f returned the structure {structure}, but its state has {self.structure}: f(z, ...) must "
+                    f"return a tree like z."
+                )
+            return self._join([self._checked(leaf, i) for i, leaf in enumerate(leaves)])
+
+        return raveled
+
+    def _join(self, leaves: list[Array]) -> Array:
+        xp = self.backend.xp
+        parts = [xp.reshape(a, (self.batch, size)) for a, size in zip(leaves, self.sizes, strict=True)]
+        return parts[0] if len(parts) == 1 else xp.concat(parts, axis=1)
+
+    def _checked(self, leaf: Any, i: int) -> Array:
+        backend = self.backend
+        if not backend.is_array(leaf):
+            raise ProblemError(
+                f"f returned a {type(leaf).__name__} as leaf {i}, but an array of {backend.name} is expected."
+            )
+        if tuple(leaf.shape) != self.shapes[i]:
+            raise ProblemError(
+                f"f returned shape {tuple(leaf.shape)} for leaf {i}, but the state has {self.shapes[i]}: f must keep "
+                f"the shape of z."
+            )
+        if backend.dtype_name(leaf) != self.dtype:
+            if backend.autocasting(leaf):
+                return backend.astype(leaf, self.dtype)
+            raise ProblemError(
+                f"f returned {backend.dtype_name(leaf)} for a state of {self.dtype}: cast z0 or the parameters and "
+                f"inputs of f so that both agree."
+            )
+        if str(backend.device_of(leaf)) != str(self.device):
+            raise ProblemError(
+                f"f returned an array on {backend.device_of(leaf)} for a state on {self.device}: move z0, or the "
+                f"parameters and inputs of f, so that all are on one device."
+            )
+        return leaf
+
+
+def _check_leaf(backend: Backend, leaf: Any, batch: bool) -> None:
+    if not backend.is_array(leaf):
+        raise StateError(
+            f"The state z0 holds a {type(leaf).__name__}, but only arrays of {backend.name} are expected at its "
+            f"leaves: convert it with deqcore.get_backend(...).asarray."
+        )
+    name = backend.dtype_name(leaf)
+    if "float" not in name:
+        wanted = "float32 or float64"
+        hint = " Split it into its real and imaginary part." if "complex" in name else " Cast z0 first."
+        raise StateError(f"The state z0 is {name}, but a floating-point dtype such as {wanted} is expected.{hint}")
+    if batch and leaf.ndim < 2:
+        raise StateError(
+            f"A leaf of the state has shape {tuple(leaf.shape)}, but with batch = true every leaf needs a batch axis "
+            f"and at least one more: reshape it to (batch, n), or set forward.batch = false to solve the whole state "
+            f"as one system."
+        )

@@ -1,0 +1,1 @@
+"""Backward strategies, one file each."""

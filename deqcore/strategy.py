@@ -1,0 +1,156 @@
+"""What a backward strategy must offer.
+
+Forward, `z* = f(z*, θ)` is solved without recording a gradient. Backward, the implicit function theorem asks for
+
+    dL/dθ = (∂f/∂θ)ᵀ u,    u = (I − J)^-T g,    J = ∂f/∂z at z*,
+
+where g is the cotangent of z*. Every implicit strategy differs only in how it finds u: it is a `Strategy` and writes
+`route`. The last product with (∂f/∂θ)ᵀ is one ordinary recorded evaluation of f, done by the framework.
+
+Strategies that differentiate through a fixed number of steps instead are a `StepStrategy`.
+
+Source: Bai, Kolter & Koltun (2019), "Deep Equilibrium Models", Theorem 1.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, TypeAlias
+
+from deqcore.backend import Array, Backend, Map
+
+if TYPE_CHECKING:
+    from deqcore.driver import Forward
+    from deqcore.linear.lowrank import InverseJacobian
+    from deqcore.solver import Solver
+
+MakeSolver: TypeAlias = "Callable[[str, Mapping[str, object]], Solver]"
+
+
+class AdjointReport(NamedTuple):
+    """What the backward pass did, per sample. All leaves have shape `(batch,)`.
+
+    Attributes:
+        status: `Status` as int32. A strategy that promises no accuracy reports CONVERGED.
+        pulls: vector–Jacobian products spent, int32.
+        residual: ‖g + Jᵀu − u‖ / ‖g‖ where it was measured, NaN where not.
+        error: estimate of ‖u − u*‖ / ‖u*‖, NaN where there is none.
+        fallback: True where the strategy gave up and something simpler was used instead.
+    """
+
+    status: Array
+    pulls: Array
+    residual: Array
+    error: Array
+    fallback: Array
+
+
+class Strategy(ABC):
+    """An implicit backward strategy: a frozen dataclass of its options, registered under a name.
+
+    Attributes:
+        needs: what `route` uses with its default options; `uses_pull` and `wants_estimate` answer for any.
+        exact: whether `route` solves the adjoint equation to a tolerance, so that the result is a true derivative
+            (which forward mode and second derivatives require).
+    """
+
+    needs: ClassVar[Literal["nothing", "pull", "estimate"]]
+    exact: ClassVar[bool] = False
+
+    @abstractmethod
+    def route(
+        self, backend: Backend, pull: Map, g: Array, estimate: InverseJacobian | None
+    ) -> tuple[Array, AdjointReport]:
+        """Return `u ≈ (I − J)^-T g` and what it took.
+
+        Args:
+            backend: whose arrays these are.
+            pull: `u ↦ Jᵀu` at z*, `(batch, n)` to `(batch, n)`; each call costs one vector–Jacobian product.
+            g: cotangent of z*, `(batch, n)`.
+            estimate: H ≈ (J − I)^-1 from the forward solve, or None if `needs` is not "estimate".
+        """
+
+    def uses_pull(self) -> bool:
+        """Whether `route` may call `pull` with these options; if not, the graph of z need not be recorded."""
+        return self.needs == "pull"
+
+    def wants_estimate(self) -> bool:
+        """Whether `route` reads the solver's estimate with these options; if so the solver must have one."""
+        return self.needs == "estimate"
+
+    def bind(self, make_solver: MakeSolver) -> Strategy:
+        """Resolve the names of solvers among the options. Called once, before any solve."""
+        return self
+
+
+class StepStrategy(ABC):
+    """A strategy that differentiates through steps of its own, recorded by the framework (phantom, unrolled)."""
+
+    @abstractmethod
+    def value(self, backend: Backend, f: Map, z0: Array, forward: Forward | None) -> Array:
+        """The differentiable value `(batch, n)`.
+
+        Args:
+            backend: whose arrays these are.
+            f: the map, recorded by the framework.
+            z0: the initial state `(batch, n)`.
+            forward: the solution found without a gradient, or None if `solves` is False.
+        """
+
+    def solves(self) -> bool:
+        """Whether the fixed point is solved for first."""
+        return True
+
+
+@dataclass(frozen=True)
+class Adjoint:
+    """A strategy bound to the solver whose estimate it may use. What `Backend.implicit` calls in the backward pass."""
+
+    backend: Backend
+    strategy: Strategy
+    solver: Solver
+
+    def __call__(self, pull: Map, g: Array, state: object) -> tuple[Array, AdjointReport]:
+        """Route the cotangent `g` `(batch, n)`; `state` is the forward solver's, with its estimate inside."""
+        estimate = (
+            self.solver.inverse_jacobian(self.backend, state) if self.uses_state else None
+        )
+        return self.strategy.route(self.backend, pull, g, estimate)
+
+    @property
+    def uses_pull(self) -> bool:
+        """Whether the backward pass may call `pull`."""
+        return self.strategy.uses_pull()
+
+    @property
+    def uses_state(self) -> bool:
+        """Whether the solver's state must be kept for the backward pass."""
+        return self.strategy.wants_estimate()
+
+
+def report(
+    backend: Backend,
+    g: Array,
+    *,
+    status: Array | None = None,
+    pulls: Array | int = 0,
+    residual: Array | None = None,
+    error: Array | None = None,
+    fallback: Array | None = None,
+) -> AdjointReport:
+    """Fill an AdjointReport for the cotangent `g` `(batch, n)`; what is not given says "not measured"."""
+    from deqcore.solution import Status
+
+    xp = backend.xp
+    zeros = backend.norm(g)
+    ints = xp.zeros_like(zeros, dtype=xp.int32)
+    unknown = xp.full_like(zeros, float("nan"))
+    return AdjointReport(
+        status=ints + int(Status.CONVERGED) if status is None else status,
+        pulls=ints + pulls if isinstance(pulls, int) else pulls,
+        residual=unknown if residual is None else residual,
+        error=unknown if error is None else error,
+        fallback=ints > 0 if fallback is None else fallback,
+    )
