@@ -1,1 +1,78 @@
-"""Fixed-point layers for every framework."""
+"""Fixed-point layers for every framework.
+
+The public names are imported when they are first used: `import deqcore` itself costs a millisecond.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from deqcore import errors
+    from deqcore.backend import Backend, Capabilities, History
+    from deqcore.config import Config, using
+    from deqcore.equilibrium import fixed_point, get_backend, vjp
+    from deqcore.linear.lowrank import InverseJacobian
+    from deqcore.solution import Solution, Status
+    from deqcore.solver import Solver
+    from deqcore.strategy import AdjointReport, StepStrategy, Strategy
+
+    __version__: str
+
+_HOME: Final = {
+    "AdjointReport": "deqcore.strategy",
+    "Backend": "deqcore.backend",
+    "Capabilities": "deqcore.backend",
+    "Config": "deqcore.config",
+    "History": "deqcore.backend",
+    "InverseJacobian": "deqcore.linear.lowrank",
+    "Solution": "deqcore.solution",
+    "Solver": "deqcore.solver",
+    "Status": "deqcore.solution",
+    "StepStrategy": "deqcore.strategy",
+    "Strategy": "deqcore.strategy",
+    "fixed_point": "deqcore.equilibrium",
+    "get_backend": "deqcore.equilibrium",
+    "using": "deqcore.config",
+    "vjp": "deqcore.equilibrium",
+}
+
+__all__ = [
+    "AdjointReport",
+    "Backend",
+    "Capabilities",
+    "Config",
+    "History",
+    "InverseJacobian",
+    "Solution",
+    "Solver",
+    "Status",
+    "StepStrategy",
+    "Strategy",
+    "__version__",
+    "errors",
+    "fixed_point",
+    "get_backend",
+    "using",
+    "vjp",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOME:
+        value: object = getattr(import_module(_HOME[name]), name)
+    elif name == "errors":
+        value = import_module("deqcore.errors")
+    elif name == "__version__":
+        from importlib.metadata import version
+
+        value = version("deqcore")
+    else:
+        raise AttributeError(f"module 'deqcore' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

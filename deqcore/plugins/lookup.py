@@ -272,10 +272,10 @@ def register(plugin: object) -> None:
 
 
 def load_deqfile(path: Path) -> None:
-    """Execute a `deqfile.py` and register its hooks. Called for a config file with `plugins.deqfile = true` only.
+    """Execute a `deqfile.py` and register its hooks. Only for a config that says `plugins.deqfile = true`.
 
     The file is a module of its own: a record in it may point at `f"{__name__}:MySolver"`. Its folder is
-    appended to `sys.path`, so that it may also name modules beside it. An unchanged file is not executed again.
+    appended to `sys.path`, so that it may also name modules beside it. An unchanged file is not run twice.
 
     Raises:
         PluginError: the file is missing or wrong; the message names file and line.

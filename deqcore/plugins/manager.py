@@ -75,7 +75,7 @@ class Manager:
         self._discovered = False
 
     def register(self, plugin: object, name: str, source: str, version: str = "") -> PluginStatus:
-        """Take in a plugin object, in place of an earlier one of that name. Its failure becomes its status."""
+        """Take in a plugin, in place of an earlier one of that name. Its failure becomes its status."""
         self.unregister(name)
         entry = self._plugins[name] = _Plugin(PluginStatus(name, version, source))
         with _contained(entry):

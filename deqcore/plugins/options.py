@@ -1,7 +1,7 @@
 """Options of a solver or strategy: a hashable mapping, and the checks that turn it into an instance.
 
 The options of a solver are the fields of its dataclass. Nothing swallows an unknown one, and a value that does
-not fit the field's annotation is refused rather than converted (an int for a float is the one exception).
+not fit the field's annotation is refused, not converted (an int for a float is the exception).
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def _adapter(cls: type, name: str) -> TypeAdapter[Any] | None:
     try:
         return TypeAdapter(get_type_hints(cls, include_extras=True)[name])
     except (NameError, PydanticSchemaGenerationError, PydanticUndefinedAnnotation):
-        # A type imported under TYPE_CHECKING only, or one of the plugin's own: the class itself must check it.
+        # A type imported under TYPE_CHECKING only, or the plugin's own: the class itself must check it.
         return None
 
 

@@ -1,0 +1,315 @@
+"""Which settings apply: call > `using` > environment > file > defaults, key by key.
+
+A level that names a solver or a strategy discards lower levels' `options` for it: they were for another.
+An explicit `config=` object is complete; only the overrides of the call itself are put on top of it. A config
+names registered things, never an import path; reading one executes nothing unless `plugins.deqfile = true`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from pathlib import Path
+from typing import Final, TypeAlias, final
+
+from deqcore.errors import ConfigError
+from deqcore.plugins.lookup import backend_of, load_deqfile
+from deqcore.plugins.options import freeze, plain
+from deqcore.settings import (
+    KEYS,
+    Backward,
+    Forward,
+    Key,
+    Layer,
+    Plugins,
+    Settings,
+    environment,
+    flatten,
+    layer,
+    merge,
+    overrides_layer,
+    read_file,
+    scalar,
+    validate,
+    variables,
+)
+
+Table: TypeAlias = Mapping[str, object]
+
+FILE: Final = "deq.toml"
+RAW_SECTIONS: Final = ("study", "monitor")
+# What a traced program may give as one of its own scalars, so that changing it does not recompile.
+SCALARS: Final = frozenset({"forward__rtol", "forward__atol", "forward__max_steps"})
+NUMBERS: Final = (float, int, str, bool)
+
+
+@final
+class Config:
+    """All settings of a solve: complete, frozen and hashable.
+
+    Args:
+        backend: "auto" or the name of a backend.
+        forward: settings of the solve, see `deqcore.settings.Forward`.
+        backward: settings of the gradient, see `deqcore.settings.Backward`.
+        plugins: what code a config file may bring along.
+        study: settings that `deqcore study` reads; kept as they are.
+        monitor: settings that the monitor reads; kept as they are.
+
+    Raises:
+        ConfigError: a setting is unknown or its value does not fit.
+
+    Example:
+        >>> config = Config(backend="numpy", forward={"solver": "anderson", "options": {"memory": 5}})
+        >>> config.forward.solver, config.forward.options["memory"], config.forward.max_steps
+        ('anderson', 5, 40)
+        >>> config.origin("forward.solver"), config.origin("forward.max_steps")
+        ('Config(...)', 'default')
+    """
+
+    __slots__ = ("_hash", "_layer", "_sections", "_settings")
+
+    _hash: int
+    _layer: Layer
+    _sections: dict[str, object]
+    _settings: Settings
+
+    def __init__(
+        self,
+        *,
+        backend: str | None = None,
+        forward: Table | Forward | None = None,
+        backward: Table | Backward | None = None,
+        plugins: Table | Plugins | None = None,
+        study: Table | None = None,
+        monitor: Table | None = None,
+    ) -> None:
+        given = {"backend": backend, "forward": forward, "backward": backward, "plugins": plugins}
+        pairs = flatten({name: value for name, value in given.items() if value is not None})
+        sections = {
+            name: value for name, value in (("study", study), ("monitor", monitor)) if value is not None
+        }
+        self._fill(_without_file(layer(pairs, "Config(...)")), sections)
+
+    def _fill(self, merged: Layer, sections: Mapping[str, object]) -> None:
+        self._layer = merged
+        self._sections = copy.deepcopy(dict(sections))
+        self._settings = validate(merged)
+        self._hash = hash(self._settings)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Config:
+        """Read a TOML file, or `[tool.deqcore]` of a pyproject.toml; environment variables go on top.
+
+        With `plugins.deqfile = true`, the `deqfile.py` beside the file is executed.
+
+        Raises:
+            ConfigError: the file cannot be read, is not TOML, or a setting in it does not fit.
+            PluginError: its deqfile.py is missing or wrong.
+        """
+        path = Path(path)
+        table = read_file(path)
+        sections = {name: table[name] for name in table if name in RAW_SECTIONS}
+        settings = {name: table[name] for name in table if name not in RAW_SECTIONS}
+        lowest = layer(flatten(settings), f"file {path}")
+        config = _assemble(merge(lowest, environment(variables())), sections)
+        if config.plugins.deqfile:
+            load_deqfile(path.parent / "deqfile.py")
+        return config
+
+    @classmethod
+    def discover(cls, path: str | Path | None = None) -> Config:
+        """What a command line works with: the named file, else `deq.toml` in the working directory, if any."""
+        if path is None and not Path(FILE).exists():
+            return current()
+        return cls.load(FILE if path is None else path)
+
+    @property
+    def backend(self) -> str:
+        """The name of a backend, or "auto"."""
+        return self._settings.backend
+
+    @property
+    def forward(self) -> Forward:
+        """How the fixed point is solved for."""
+        return self._settings.forward
+
+    @property
+    def backward(self) -> Backward:
+        """How the gradient is found."""
+        return self._settings.backward
+
+    @property
+    def plugins(self) -> Plugins:
+        """What code a config file may bring along."""
+        return self._settings.plugins
+
+    def section(self, name: str) -> dict[str, object]:
+        """A section that the core does not read ("study", "monitor"), as it was written; empty if it was not.
+
+        Raises:
+            ConfigError: there is no such section.
+        """
+        if name not in RAW_SECTIONS:
+            raise ConfigError.unknown_option("The config", name, RAW_SECTIONS)
+        found = copy.deepcopy(self._sections.get(name, {}))
+        if not isinstance(found, Mapping):
+            raise ConfigError.bad_value("The config", name, found, "a table of settings")
+        return dict(found)
+
+    def origin(self, name: str) -> str:
+        """Where a value came from, such as "environment variable DEQCORE_FORWARD__RTOL".
+
+        Args:
+            name: dotted, such as "forward.rtol" or "forward.options.memory".
+
+        Raises:
+            ConfigError: there is no such setting.
+        """
+        key = tuple(name.split(".", 2))
+        if key[:2] not in KEYS:
+            raise ConfigError.unknown_option("The config", name, map(".".join, KEYS))
+        found = [origin for each, origin in self._layer.origins.items() if each[: len(key)] == key]
+        return " and ".join(dict.fromkeys(found)) or "default"
+
+    def items(self) -> Iterator[tuple[str, object, str]]:
+        """Every setting: its dotted name, its value, and where it came from."""
+        for key in KEYS:
+            value: object = self._settings
+            for part in key:
+                value = getattr(value, part)
+            options = value if isinstance(value, Mapping) and value else {"": value}
+            for option, item in options.items():
+                name = ".".join((*key, option) if option else key)
+                yield name, plain(item), self.origin(name)
+
+    def as_dict(self) -> dict[str, object]:
+        """All settings as nested dictionaries of plain values, to print or to store."""
+        nested: dict[str, object] = {"backend": self.backend}
+        for name in ("forward", "backward", "plugins"):
+            section = getattr(self, name)
+            nested[name] = {field: plain(getattr(section, field)) for field in type(section).model_fields}
+        return nested | copy.deepcopy(self._sections)
+
+    def __eq__(self, other: object) -> bool:
+        return self._settings == other._settings if isinstance(other, Config) else NotImplemented
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{'.'.join(key)}={value!r}" for key, value in self._layer.values.items())
+        return f"<Config {shown}>" if shown else "<Config: defaults>"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # The hash of a string differs between processes, so it must not travel.
+        return _assemble_from, (dict(self._layer.values), dict(self._layer.origins), self._sections)
+
+
+def _assemble(merged: Layer, sections: Mapping[str, object]) -> Config:
+    config = object.__new__(Config)
+    config._fill(merged, sections)
+    return config
+
+
+def _assemble_from(values: dict[Key, object], origins: dict[Key, str], sections: dict[str, object]) -> Config:
+    return _assemble(Layer(values, origins), sections)
+
+
+_using: ContextVar[tuple[Layer, ...]] = ContextVar("deqcore.using", default=())
+
+
+@contextmanager
+def using(config: Config | None = None, **overrides: object) -> Iterator[Config]:
+    """Apply settings to every solve inside a `with` block, in this thread or task only.
+
+    Args:
+        config: what it sets (its defaults stay open to the environment).
+        overrides: single settings on top of it, such as `forward__rtol=1e-6`.
+
+    Yields:
+        The settings that apply inside.
+
+    Raises:
+        ConfigError: a setting is unknown or its value does not fit.
+
+    Example:
+        >>> with using(forward__max_steps=7) as inside:
+        ...     inside.forward.max_steps, current() == inside
+        (7, True)
+    """
+    origin = "deqcore.using"
+    upper = _without_file(overrides_layer(overrides.items(), origin))
+    if config is not None:
+        lower = Layer(config._layer.values, {k: f"{origin}, {o}" for k, o in config._layer.origins.items()})
+        upper = merge(lower, upper)
+    validate(upper)
+    token = _using.set((*_using.get(), upper))
+    try:
+        yield current()
+    finally:
+        _using.reset(token)
+
+
+def current() -> Config:
+    """The settings that apply here: defaults, environment and `using`. No file is read."""
+    return _resolved((), _using.get(), variables(), (), ())
+
+
+def resolve(config: Config | None, overrides: Mapping[str, object]) -> tuple[Config, dict[str, object]]:
+    """The settings of one call.
+
+    Args:
+        config: complete settings, or None for those that `current()` gives.
+        overrides: single settings by name, such as `{"forward__rtol": 1e-6}`.
+
+    Returns:
+        The config, and the framework's scalars given for `rtol`, `atol` or `max_steps`, by override's name.
+        Those are neither checked nor part of the config: they may be traced.
+
+    Raises:
+        ConfigError: a setting is unknown or its value does not fit.
+    """
+    if not overrides:
+        return current() if config is None else config, {}
+    scalars: dict[str, object] = {}
+    names: list[tuple[str, object]] = []
+    types: list[type] = []
+    for name, value in overrides.items():
+        plain_value = value if type(value) in NUMBERS else scalar(value)
+        if name in SCALARS and backend_of(plain_value) not in (None, "numpy"):
+            scalars[name] = value
+            continue
+        frozen = freeze("The call", name, plain_value)
+        names.append((name, frozen))
+        types.append(type(frozen))  # 1 == True, but they are different settings
+    if config is None:
+        return _resolved((), _using.get(), variables(), tuple(names), tuple(types)), scalars
+    if not names:
+        return config, scalars
+    # Equal configs may have different origins, so it is the layer that tells them apart here.
+    return _resolved((config,), (config._layer,), (), tuple(names), tuple(types)), scalars
+
+
+@lru_cache(maxsize=512)
+def _resolved(
+    base: tuple[Config, ...],
+    levels: tuple[Layer, ...],
+    variables: tuple[tuple[str, str], ...],
+    overrides: tuple[tuple[str, object], ...],
+    _types: tuple[type, ...],
+) -> Config:
+    call = _without_file(overrides_layer(overrides, "the call"))
+    return _assemble(merge(environment(variables), *levels, call), base[0]._sections if base else {})
+
+
+def _without_file(given: Layer) -> Layer:
+    """Refuse `plugins.deqfile` where there is no file that it could stand beside."""
+    if given.values.get(("plugins", "deqfile")) is True:
+        raise ConfigError(
+            "plugins.deqfile = true asks for the deqfile.py beside a config file, but there is no file here. "
+            "Write it into the file and use deqcore.Config.load, or call deqcore.plugins.register."
+        )
+    return given
