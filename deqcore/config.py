@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
-from typing import Final, TypeAlias, final
+from typing import Final, Never, TypeAlias, final
 
 from deqcore.errors import ConfigError
 from deqcore.plugins.lookup import backend_of, load_deqfile
@@ -30,6 +30,7 @@ from deqcore.settings import (
     flatten,
     layer,
     merge,
+    names_of,
     overrides_layer,
     read_file,
     scalar,
@@ -85,7 +86,10 @@ class Config:
         plugins: Table | Plugins | None = None,
         study: Table | None = None,
         monitor: Table | None = None,
+        **unknown: Never,
     ) -> None:
+        for name in unknown:
+            raise ConfigError.unknown_option("The config", name, (*names_of(Settings), *RAW_SECTIONS))
         given = {"backend": backend, "forward": forward, "backward": backward, "plugins": plugins}
         pairs = flatten({name: value for name, value in given.items() if value is not None})
         sections = {
@@ -121,7 +125,7 @@ class Config:
 
     @classmethod
     def discover(cls, path: str | Path | None = None) -> Config:
-        """What a command line works with: the named file, else `deq.toml` in the working directory, if any."""
+        """What a command line works with: the named file, else a `deq.toml` in the working directory."""
         if path is None and not Path(FILE).exists():
             return current()
         return cls.load(FILE if path is None else path)
@@ -190,7 +194,7 @@ class Config:
         nested: dict[str, object] = {"backend": self.backend}
         for name in ("forward", "backward", "plugins"):
             section = getattr(self, name)
-            nested[name] = {field: plain(getattr(section, field)) for field in type(section).model_fields}
+            nested[name] = {field: plain(getattr(section, field)) for field in names_of(type(section))}
         return nested | copy.deepcopy(self._sections)
 
     def __eq__(self, other: object) -> bool:

@@ -10,77 +10,84 @@ import difflib
 import json
 import os
 import sys
-import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeAlias
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 from deqcore.errors import ConfigError, did_you_mean, listing
-from deqcore.plugins.options import Options, freeze
+from deqcore.plugins.options import Options, check, freeze
 
 Key: TypeAlias = tuple[str, ...]
-Tolerance: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Name: TypeAlias = Annotated[str, Field(min_length=1)]
+T = TypeVar("T")
+
+TABLE: Final = {"expected": "a table of settings"}
 
 PREFIX: Final = "DEQCORE_"
 OTHER_VARIABLES: Final = frozenset({"DEQCORE_DISABLE_PLUGINS", "DEQCORE_PLUGIN_AUTOLOAD"})
 
 
-class _Section(BaseModel):
-    """A description is what an error message expects."""
+def setting(default: T, expected: str, least: float | None = None) -> T:
+    """A field of a section: its default, what an error says is expected, and the least number allowed."""
+    made: T = field(default=default, metadata={"expected": expected, "least": least})
+    return made
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
-
-class Forward(_Section):
+@dataclass(frozen=True)
+class Forward:
     """How the fixed point is solved for."""
 
-    solver: Name = Field(default="broyden", description="the name of a registered solver")
-    rtol: Literal["auto"] | Tolerance = Field(default="auto", description="'auto' or a finite number >= 0")
-    atol: Tolerance = Field(default=0.0, description="a finite number >= 0")
-    max_steps: int = Field(default=40, ge=0, description="an integer >= 0")
-    check_every: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
-        default="auto", description="'auto' or an integer >= 1"
-    )
-    batch: bool = Field(default=True, description="true or false")
-    on_failure: Literal["raise", "warn", "ignore"] = Field(
-        default="warn", description="'raise', 'warn' or 'ignore'"
-    )
-    compact: bool = Field(default=False, description="true or false")
-    options: Options = Field(default=Options(), description="a table of the solver's options")
+    solver: str = setting("broyden", "the name of a registered solver")
+    rtol: float | Literal["auto"] = setting("auto", "'auto' or a finite number >= 0", least=0)
+    atol: float = setting(0.0, "a finite number >= 0", least=0)
+    max_steps: int = setting(40, "an integer >= 0", least=0)
+    check_every: int | Literal["auto"] = setting("auto", "'auto' or an integer >= 1", least=1)
+    batch: bool = setting(True, "true or false")
+    on_failure: Literal["raise", "warn", "ignore"] = setting("warn", "'raise', 'warn' or 'ignore'")
+    compact: bool = setting(False, "true or false")
+    options: Options = field(default=Options(), metadata=TABLE)
 
 
-class Backward(_Section):
+@dataclass(frozen=True)
+class Backward:
     """How the gradient is found."""
 
-    strategy: Name = Field(default="exact-ift", description="the name of a registered strategy")
-    options: Options = Field(default=Options(), description="a table of the strategy's options")
+    strategy: str = setting("exact-ift", "the name of a registered strategy")
+    options: Options = field(default=Options(), metadata=TABLE)
 
 
-class Plugins(_Section):
+@dataclass(frozen=True)
+class Plugins:
     """What code a config file may bring along."""
 
-    deqfile: bool = Field(default=False, description="true or false")
+    deqfile: bool = setting(False, "true or false")
 
 
-class Settings(_Section):
+@dataclass(frozen=True)
+class Settings:
     """All settings, with their defaults."""
 
-    backend: Name = Field(default="auto", description="'auto' or the name of a registered backend")
-    forward: Forward = Field(default=Forward(), description="a table of settings")
-    backward: Backward = Field(default=Backward(), description="a table of settings")
-    plugins: Plugins = Field(default=Plugins(), description="a table of settings")
+    backend: str = setting("auto", "'auto' or the name of a registered backend")
+    forward: Forward = field(default=Forward(), metadata=TABLE)
+    backward: Backward = field(default=Backward(), metadata=TABLE)
+    plugins: Plugins = field(default=Plugins(), metadata=TABLE)
 
 
-SECTIONS: Final[dict[str, type[_Section]]] = {"forward": Forward, "backward": Backward, "plugins": Plugins}
+Section: TypeAlias = Forward | Backward | Plugins
+
+
+def names_of(cls: type) -> tuple[str, ...]:
+    """The names of a dataclass's fields."""
+    return tuple(each.name for each in fields(cls))
+
+
+SECTIONS: Final[dict[str, type[Section]]] = {"forward": Forward, "backward": Backward, "plugins": Plugins}
 KEYS: Final[tuple[Key, ...]] = (
     ("backend",),
-    *((section, field) for section, model in SECTIONS.items() for field in model.model_fields),
+    *((section, field) for section, cls in SECTIONS.items() for field in names_of(cls)),
 )
+TABLES: Final[tuple[Key, ...]] = tuple((section,) for section in SECTIONS)
 # A level that sets the first of a pair discards what lower levels say of the second.
 CHOICES: Final[dict[Key, Key]] = {
     ("forward", "solver"): ("forward", "options"),
@@ -113,12 +120,13 @@ def layer(values: Iterable[tuple[Key, object]], origin: str) -> Layer:
 def flatten(table: Mapping[str, object]) -> Iterable[tuple[Key, object]]:
     """Key and value of each setting in a mapping of sections, such as a parsed file."""
     for name, value in table.items():
-        if isinstance(value, _Section):
-            fields: object = {field: getattr(value, field) for field in value.model_fields_set}
-        else:
-            fields = value
-        if name in SECTIONS and isinstance(fields, Mapping):
-            yield from (((name, str(field)), item) for field, item in fields.items())
+        items = (
+            {each: getattr(value, each) for each in names_of(type(value))}
+            if isinstance(value, Section)
+            else value
+        )
+        if name in SECTIONS and isinstance(items, Mapping):
+            yield from (((name, str(each)), item) for each, item in items.items())
         else:
             yield (str(name),), value
 
@@ -144,28 +152,26 @@ def validate(given: Layer, *, strict: bool = True) -> Settings:
     Raises:
         ConfigError: naming the setting, what is wrong with it, and where it was set.
     """
-    nested: dict[str, Any] = {}
-    for (*tables, name), value in given.values.items():
-        table = nested
-        for each in tables:
-            table = table.setdefault(each, {})
-        table[name] = value
-    try:
-        return Settings.model_validate(nested, strict=strict)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise _readable(given, tuple(str(part) for part in first["loc"]), first["type"]) from None
-
-
-def _readable(given: Layer, location: Key, problem: str) -> ConfigError:
-    key = next(key for size in (2, 1) if (key := location[:size]) in given.values or size == 1)
-    where = given.origins.get(key) or next(o for k, o in given.origins.items() if k[: len(key)] == key)
-    owner = f"[{key[0]}] (set by {where})" if len(key) > 1 else f"The config (set by {where})"
-    fields = SECTIONS[key[0]].model_fields if len(key) > 1 else Settings.model_fields
-    if problem == "extra_forbidden":
-        return unknown(owner, key[-1], fields, ".")
-    return ConfigError.bad_value(
-        owner, key[-1], given.values[key], fields[key[-1]].description or "another type"
+    tables: dict[str, dict[str, Any]] = {name: {} for name in ("", *SECTIONS)}
+    options: dict[str, dict[str, object]] = {}
+    for key, value in given.values.items():
+        if len(key) > 2:
+            options.setdefault(key[0], {})[key[2]] = value
+            continue
+        table, name = key if len(key) == 2 else ("", key[0])
+        cls: type = SECTIONS[table] if table else Settings
+        owner = f"[{table}]" if table else "The config"
+        owner = f"{owner} (set by {given.origins[key]})"
+        if name not in names_of(cls):
+            raise unknown(owner, name, names_of(cls), ".")
+        tables[table][name] = check(owner, cls, name, value, strict=strict)
+    for table, found in options.items():
+        tables[table]["options"] = Options(found)
+    return Settings(
+        **tables[""],
+        forward=Forward(**tables["forward"]),
+        backward=Backward(**tables["backward"]),
+        plugins=Plugins(**tables["plugins"]),
     )
 
 
@@ -193,6 +199,8 @@ def read_file(path: Path) -> dict[str, object]:
     Raises:
         ConfigError: it is missing, no file, no TOML (with the line), or without that table.
     """
+    import tomllib
+
     try:
         table: object = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -242,20 +250,30 @@ def environment(given: tuple[tuple[str, str], ...]) -> Layer:
     mine = {name: value for name, value in given if _is_setting(name)}
     if not mine:
         return Layer({}, {})
+    from pydantic import BaseModel
     from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
     from pydantic_settings.exceptions import SettingsError
 
-    class Environment(BaseSettings, Settings):
+    class Table(BaseModel):
+        options: dict[str, Any]
+
+    class Environment(BaseSettings):
         model_config = SettingsConfigDict(env_prefix=PREFIX, env_nested_delimiter="__")
+        backend: str
+        forward: Table
+        backward: Table
+        plugins: Table
 
     source = EnvSettingsSource(Environment)
     source.env_vars = {name.lower(): value for name, value in mine.items()}
     try:
         found = source()
     except SettingsError as error:
+        tables = [name for name in mine if _key(name) in (*TABLES, *CHOICES.values())]
         raise ConfigError(
-            f"One of {listing(mine)} is not valid JSON, where a table is expected: {error}."
-        ) from None
+            f"The environment variable {listing(tables)} holds a whole table and must be JSON, such as "
+            f"'{{\"memory\": 20}}', but it is not."
+        ) from error
     raw = layer(flatten(found), "the environment")
     texts = {key: _parse(value) if len(key) > 2 else value for key, value in raw.values.items()}
     named = Layer(texts, {key: f"environment variable {_variable(key, mine)}" for key in texts})
@@ -264,9 +282,13 @@ def environment(given: tuple[tuple[str, str], ...]) -> Layer:
     return Layer(values, named.origins)
 
 
+def _key(name: str) -> Key:
+    return tuple(name.removeprefix(PREFIX).lower().split("__", 2))
+
+
 def _is_setting(name: str) -> bool:
     """Whether a DEQCORE_ variable is one of ours; a misspelt one is an error, a stranger's is not."""
-    head = name.removeprefix(PREFIX).lower().split("__")[0]
+    head = _key(name)[0]
     if head == "backend" or head in SECTIONS:
         return True
     known = [PREFIX + "__".join(key).upper() for key in KEYS]
@@ -281,11 +303,14 @@ def _variable(key: Key, names: Iterable[str]) -> str:
     return next((name for name in candidates if name in names), candidates[0])
 
 
-def _parse(text: object) -> object:
+def _parse(value: object) -> object:
+    """An option's value as JSON reads it; text that is no JSON stays text."""
+    if isinstance(value, Mapping):
+        return Options({name: _parse(item) for name, item in value.items()})
     try:
-        return json.loads(text) if isinstance(text, str) else text
+        return freeze("options", "", json.loads(value)) if isinstance(value, str) else value
     except ValueError:
-        return text
+        return value
 
 
 def _get(settings: Settings, key: Key) -> object:
