@@ -1,0 +1,254 @@
+"""How the implicit gradient is attached to a solution in PyTorch.
+
+One recorded evaluation y = f(z*, …) serves everything: it carries the parameters' gradients by ordinary autograd, so
+closures, modules and hooks need no registration, and its graph gives the pulls Jᵀu. `_Attach` stands behind y and
+turns the cotangent g of the value into u; autograd then continues through y with u.
+
+z* enters f through a `_Gate`, which swallows the part of the cotangent that would flow on into z*: it is accounted
+for in u already.
+
+Second derivatives (`exact` strategies). In a backward pass that records its own graph, f is evaluated again at z*
+*attached* (this very function's output), u is attached as the solution of its linear fixed-point equation, and the
+gradients of arguments and parameters are formed explicitly. That needs the tensors that f depends on: those in args,
+and leaves, found by walking the graph of y. A tensor that f closes over and that has a history of its own is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from deqcore.backend import BackwardRecord
+from deqcore.driver import Forward
+from deqcore.errors import StrategyError
+from deqcore.strategy import Adjoint
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def attach(
+    f: Callable[..., Tensor],
+    forward: Forward,
+    args: tuple[Any, ...],
+    tensors: Sequence[Tensor],
+    adjoint: Adjoint,
+    record: BackwardRecord,
+) -> Tensor:
+    """The value f(z*) `(batch, n)` with its implicit gradient.
+
+    Args:
+        f: `f(z, *args)` on `(batch, n)`.
+        forward: the solution, without gradients.
+        args: arguments of f.
+        tensors: the tensors among the leaves of args.
+        adjoint: turns a cotangent into u.
+        record: filled in by each backward pass.
+    """
+    job = _Job(f, args, adjoint, record, forward.carry.state if adjoint.uses_state else None, forward.z)
+    if adjoint.uses_pull:
+        start = _sequence()
+        z = _Gate.apply(forward.z.detach().requires_grad_(), _Switch(blocked=True))
+        y = f(z, *args)
+    else:
+        start = 0
+        z = forward.z.detach()
+        y = f(z, *args)
+    if not y.requires_grad:
+        return forward.fz
+    outside: list[Tensor] = []
+    if adjoint.strategy.exact:
+        sources = [t for t in tensors if t.requires_grad]
+        leaves, job.hidden = _leaves(y, z, sources, start)
+        if not leaves and not sources and not job.hidden:
+            return forward.fz  # y depends on z* only: nothing to differentiate
+        outside = [*sources, *leaves]
+        job.sources = len(sources)
+    value: Tensor = _Attach.apply(y, z, forward.fz, job, *outside)
+    return value
+
+
+class _Job:
+    """What a backward pass needs beside tensors. It refers to no output, so there is no reference cycle."""
+
+    def __init__(
+        self,
+        f: Callable[..., Tensor],
+        args: tuple[Any, ...],
+        adjoint: Adjoint,
+        record: BackwardRecord,
+        state: Any,
+        z: Tensor,
+    ) -> None:
+        self.f = f
+        self.args = args
+        self.adjoint = adjoint
+        self.record = record
+        self.state = state
+        self.z = z
+        self.hidden: str | None = None
+        self.sources = 0
+        self.order = 2  # highest order of derivative that is right
+
+    def route(self, y: Tensor, z: Tensor, g: Tensor) -> Tensor:
+        def pull(u: Tensor) -> Tensor:
+            (found,) = torch.autograd.grad(y, z, u, retain_graph=True, allow_unused=True)
+            return torch.zeros_like(u) if found is None else found
+
+        u, report = self.adjoint(pull, g, self.state)
+        self.record.add(report)
+        found: Tensor = u
+        return found
+
+
+class _Attach(torch.autograd.Function):
+    """Identity on the solver's value; its backward replaces the cotangent g by u."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, z: Tensor, value: Tensor, job: _Job, *outside: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.job = job
+        out = value.view_as(value)
+        ctx.save_for_backward(y, z, out, *outside)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        (g,) = cotangents
+        y, z, out, *outside = ctx.saved_tensors
+        job: _Job = ctx.job
+        nothing = (None,) * len(outside)
+        if g is None:
+            return (None, None, None, None, *nothing)
+        if not torch.is_grad_enabled():
+            return (job.route(y, z, g), None, None, None, *nothing)
+        if not job.adjoint.strategy.exact:
+            refusal = (
+                f"The strategy {type(job.adjoint.strategy).__name__} approximates the gradient, and the derivative "
+                f"of an approximation is no second derivative: use backward.strategy = 'exact-ift'."
+            )
+        elif job.order < 2:
+            refusal = (
+                "Derivatives of order 3 and more through a fixed point are not supported in PyTorch: use JAX, where "
+                "exact-ift nests to any order."
+            )
+        elif job.hidden is not None:
+            refusal = (
+                f"f closes over a tensor that has a history of its own ({job.hidden}): second derivatives would "
+                f"silently miss it. Pass it through args, as in fixed_point(f, z0, tensor)."
+            )
+        else:
+            return (None, None, None, None, *_second_order(job, g, out, outside))
+        with torch.no_grad():
+            u = job.route(y, z, g)
+        return (_Refuse.apply(u, y, refusal), None, None, None, *nothing)
+
+
+def _second_order(job: _Job, g: Tensor, out: Tensor, outside: list[Tensor]) -> list[Tensor | None]:
+    """Gradients of the tensors outside, as differentiable functions of g, z* and those tensors."""
+    switch = _Switch(blocked=False)
+    backend = job.adjoint.backend
+    leaves, structure = backend.flatten(job.args)
+    gated: list[Tensor] = []
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            leaves[i] = _Gate.apply(leaf, switch)
+            gated.append(leaves[i])
+    z = _Gate.apply(out + (job.z - out).detach(), switch)  # the value of z*, the derivative of the solution
+    y = job.f(z, *backend.unflatten(structure, leaves))
+
+    def pull(u: Tensor) -> Tensor:
+        with switch.closed():
+            (found,) = torch.autograd.grad(y, z, u, create_graph=True, allow_unused=True)
+        return torch.zeros_like(u) if found is None else found
+
+    with torch.no_grad():
+        u = job.route(y, z, g)
+    inner = _Job(lambda v: g + pull(v), (), job.adjoint, BackwardRecord(), job.state, u)
+    inner.order = 1
+    start = _Gate.apply(u.detach().requires_grad_(), _Switch(blocked=True))
+    attached = _Attach.apply(g + pull(start), start, u, inner)
+    targets = [*gated, *outside[job.sources :]]
+    with switch.closed():
+        found = torch.autograd.grad(y, targets, attached, create_graph=True, allow_unused=True)
+    return list(found)
+
+
+class _Switch:
+    """Whether the gates made with it let a cotangent pass."""
+
+    def __init__(self, blocked: bool) -> None:
+        self.blocked = blocked
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        self.blocked = True
+        try:
+            yield
+        finally:
+            self.blocked = False
+
+
+class _Gate(torch.autograd.Function):
+    """Identity whose backward passes nothing while its switch is blocked."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, switch: _Switch) -> Tensor:
+        ctx.switch = switch
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        return (None if ctx.switch.blocked else cotangents[0], None)
+
+
+class _Refuse(torch.autograd.Function):
+    """Identity that may not be differentiated; y ties it to everything that u depends on."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, y: Tensor, reason: str) -> Tensor:
+        ctx.reason = reason
+        return u.view_as(u)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        raise StrategyError(ctx.reason)
+
+
+def _sequence() -> int:
+    """A number below those of all graph nodes made from now on in this thread."""
+    with torch.enable_grad():
+        probe = torch.zeros((), requires_grad=True).view(())
+    return int(probe.grad_fn._sequence_nr())  # type: ignore[union-attr]
+
+
+def _leaves(y: Tensor, z: Tensor, sources: list[Tensor], start: int) -> tuple[list[Tensor], str | None]:
+    """Leaf tensors that f closes over, and the name of a node that was made before f ran, if there is one."""
+    barriers = [t.grad_fn for t in (z, *sources) if t.grad_fn is not None]  # kept alive: ids stay unique
+    stop = {id(node) for node in barriers}
+    known = {id(t) for t in sources}
+    leaves: list[Tensor] = []
+    hidden: str | None = None
+    seen: set[int] = set()
+    stack: list[Any] = [y.grad_fn]
+    nodes = []  # likewise
+    while stack:
+        node = stack.pop()
+        if node is None or id(node) in seen or id(node) in stop:
+            continue
+        seen.add(id(node))
+        nodes.append(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            if id(variable) not in known:
+                leaves.append(variable)
+            continue
+        if node._sequence_nr() < start:
+            hidden = node.name()
+            continue
+        stack.extend(following for following, _ in node.next_functions)
+    return leaves, hidden

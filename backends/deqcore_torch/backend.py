@@ -1,0 +1,202 @@
+"""The PyTorch backend: eager loops, histories that grow in place, gradients attached by autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import array_api_compat.torch as xp
+import numpy as np
+import optree
+import torch
+from torch import Tensor
+
+from deqcore.backend import Backend, BackwardRecord, Capabilities, Carry, Map
+from deqcore.driver import Forward
+from deqcore.strategy import Adjoint
+from deqcore_torch.autograd import attach
+from deqcore_torch.history import TorchHistory
+
+DEVICE_CHECK = 4  # steps between host checks where a check waits for the device
+
+
+class TorchBackend(Backend):
+    """PyTorch tensors on any device."""
+
+    name: ClassVar[str] = "torch"
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        jvp=True, bfloat16=True, accelerator=True, second_derivatives=True
+    )
+    xp = xp
+
+    def is_array(self, leaf: object) -> bool:
+        return isinstance(leaf, Tensor)
+
+    def asarray(self, a: object, *, dtype: str | None = None, like: Tensor | None = None) -> Tensor:
+        kind = getattr(torch, dtype) if dtype else (like.dtype if like is not None else None)
+        if not isinstance(a, Tensor):
+            a = torch.from_numpy(np.array(a)) if isinstance(a, np.ndarray | list | np.generic) else torch.tensor(a)
+        return a.to(device=like.device if like is not None else None, dtype=kind)
+
+    def to_numpy(self, x: Tensor) -> Any:
+        x = x.detach().cpu()
+        return (x.float() if x.dtype is torch.bfloat16 else x).numpy()
+
+    def flatten(self, tree: Any) -> tuple[list[Any], Any]:
+        if isinstance(tree, Tensor):
+            return [tree], None
+        return optree.tree_flatten(tree)  # type: ignore[return-value]
+
+    def unflatten(self, structure: Any, leaves: Sequence[Any]) -> Any:
+        return leaves[0] if structure is None else optree.tree_unflatten(structure, leaves)
+
+    def dtype_name(self, x: Tensor) -> str:
+        return str(x.dtype).removeprefix("torch.")
+
+    def device_of(self, x: Tensor) -> torch.device:
+        return x.device
+
+    def is_traced(self, *leaves: Any) -> bool:
+        return False
+
+    def autocasting(self, x: Tensor) -> bool:
+        return torch.is_autocast_enabled(x.device.type)
+
+    def astype(self, x: Tensor, dtype: str) -> Tensor:
+        return x.to(getattr(torch, dtype))
+
+    def wide(self, x: Tensor) -> Tensor:
+        return x.to(_wide(x.device))
+
+    def cast(self, x: Tensor, like: Tensor) -> Tensor:
+        return x.to(like.dtype)
+
+    def norm(self, v: Tensor) -> Tensor:
+        narrow = v.dtype in (torch.float16, torch.bfloat16)
+        found: Tensor = torch.linalg.vector_norm(v, dim=1, dtype=torch.float32 if narrow else None)
+        return found
+
+    def inner(self, a: Tensor, b: Tensor) -> Tensor:
+        return (self.wide(a) * self.wide(b)).sum(1)
+
+    def select(self, mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
+        return torch.where(mask.view(-1, *[1] * (new.dim() - 1)), new, old)
+
+    def all_known(self, mask: Tensor) -> bool:
+        return mask.device.type == "cpu" and bool(mask.all())
+
+    def solve(self, a: Tensor, b: Tensor) -> Tensor:
+        found, info = torch.linalg.solve_ex(a, b[..., None])
+        return found[..., 0].masked_fill(info[:, None] != 0, float("nan"))
+
+    def history(self, like: Tensor, memory: int, dtype: str | None = None) -> TorchHistory:
+        stored = getattr(torch, dtype) if dtype else like.dtype
+        return TorchHistory([], memory, like[:0], tuple(like.shape), stored, _wide(like.device))
+
+    def loop(
+        self,
+        running: Callable[[Carry], Tensor],
+        body: Callable[[Carry], Carry],
+        carry: Carry,
+        steps: Any,
+        check_every: int | str = "auto",
+    ) -> Carry:
+        every = 0 if check_every == "auto" else int(check_every)
+        for step in range(int(steps)):
+            if every == 0 or step % every == 0:
+                going = running(carry)
+                if every == 0:
+                    every = 1 if going.device.type == "cpu" else DEVICE_CHECK
+                if not going:
+                    break
+            carry = body(carry)
+        return carry
+
+    def linearize(self, f: Map, z: Tensor) -> tuple[Tensor, Map]:
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            y = f(z)
+
+        def pull(u: Tensor) -> Tensor:
+            if not y.requires_grad:
+                return torch.zeros_like(u)
+            (found,) = torch.autograd.grad(y, z, u, retain_graph=True, allow_unused=True)
+            return torch.zeros_like(u) if found is None else found
+
+        return y.detach(), pull
+
+    def push(self, f: Map, z: Tensor) -> Map:
+        import torch.autograd.forward_ad as forward_ad
+
+        def product(v: Tensor) -> Tensor:
+            with torch.no_grad(), forward_ad.dual_level():
+                tangent = forward_ad.unpack_dual(f(forward_ad.make_dual(z, v))).tangent
+            return torch.zeros_like(v) if tangent is None else tangent
+
+        return product
+
+    def forward_only(
+        self,
+        f: Callable[..., Tensor],
+        z0: Tensor,
+        args: tuple[Any, ...],
+        solve: Callable[[Map, Tensor], Forward],
+    ) -> Forward:
+        with torch.no_grad():
+            return solve(lambda z: f(z, *args), z0.detach())
+
+    def implicit(
+        self,
+        f: Callable[..., Tensor],
+        z0: Tensor,
+        args: tuple[Any, ...],
+        solve: Callable[[Map, Tensor], Forward],
+        adjoint: Adjoint,
+    ) -> tuple[Tensor, Forward, BackwardRecord | None]:
+        forward = self.forward_only(f, z0, args, solve)
+        if not torch.is_grad_enabled():
+            return forward.fz, forward, None
+        record = BackwardRecord()
+        tensors = [leaf for leaf in self.flatten(args)[0] if isinstance(leaf, Tensor)]
+        value = attach(f, forward, args, tensors, adjoint, record)
+        return value, forward, record
+
+    def detach(self, x: Tensor) -> Tensor:
+        return x.detach()
+
+    def recording(self) -> bool:
+        return torch.is_grad_enabled()
+
+    def vjp(
+        self, value: Callable[..., tuple[Tensor, Any]], args: tuple[Any, ...], cotangent: Tensor
+    ) -> tuple[Tensor, Any, tuple[Any, ...]]:
+        leaves, structure = self.flatten(args)
+        moved = [_leaf(leaf) for leaf in leaves]
+        with torch.enable_grad():
+            found, aux = value(*self.unflatten(structure, moved))
+        wanted = [leaf for leaf in moved if isinstance(leaf, Tensor) and leaf.requires_grad]
+        gradients = iter(_gradients(found, wanted, cotangent))
+        results = [
+            next(gradients) if isinstance(leaf, Tensor) and leaf.requires_grad else None for leaf in moved
+        ]
+        return found.detach(), aux, self.unflatten(structure, results)
+
+    def synchronize(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _leaf(leaf: Any) -> Any:
+    differentiable = isinstance(leaf, Tensor) and leaf.is_floating_point()
+    return leaf.detach().requires_grad_() if differentiable else leaf
+
+
+def _gradients(value: Tensor, leaves: list[Tensor], cotangent: Tensor) -> list[Tensor]:
+    if not value.requires_grad or not leaves:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    found = torch.autograd.grad(value, leaves, cotangent, allow_unused=True)
+    return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]

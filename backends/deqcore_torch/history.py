@@ -1,0 +1,162 @@
+"""A history that grows in place, chunk by chunk.
+
+Storage is a list of tensors `(batch, slots, n)`: after k appends it holds k vectors, rounded up to a chunk, however
+large `memory` is. Products are written as row vector times matrix: on CPUs `bmm(v, Hᵀ)` moves several times the
+bytes per second of `bmm(H, v)`, and its bits do not depend on the batch size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deqcore.backend import History
+
+CHUNK = 4
+
+
+class TorchHistory(History):
+    """Ring of vectors in chunks; see `deqcore.backend.History`.
+
+    While every sample has seen every vector (no restart, no frozen row yet) `seen` is None and no mask is applied.
+    """
+
+    def __init__(
+        self,
+        chunks: list[Tensor],
+        memory: int,
+        like: Tensor,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        wide: torch.dtype,
+        seen: Tensor | None = None,
+        written: int = 0,
+        active: Tensor | None = None,
+    ) -> None:
+        self.chunks = chunks  # shared by all versions of this history; grows in place
+        self.memory = memory
+        self.like = like  # empty: device and dtype of what combine returns
+        self.batch, self.width = shape
+        self.dtype = dtype
+        self.wide = wide
+        self.seen = seen  # (batch, memory) of bool
+        self.written = written
+        self.active = active
+
+    def _with(self, seen: Tensor | None, written: int, active: Tensor | None) -> TorchHistory:
+        return TorchHistory(
+            self.chunks,
+            self.memory,
+            self.like,
+            (self.batch, self.width),
+            self.dtype,
+            self.wide,
+            seen,
+            written,
+            active,
+        )
+
+    def _used(self) -> int:
+        return min(self.written, self.memory)
+
+    def _mask(self) -> Tensor:
+        if self.seen is not None:
+            return self.seen
+        mask = torch.zeros(self.batch, self.memory, dtype=torch.bool, device=self.like.device)
+        mask[:, : self._used()] = True
+        return mask
+
+    def append(self, v: Tensor) -> TorchHistory:
+        slot = self.written % self.memory
+        target = self._place(slot, v)
+        if self.active is None:
+            target.copy_(v)
+        else:
+            target.copy_(torch.where(self.active[:, None], v.to(self.dtype), target))
+        seen = self.seen
+        if self.active is not None or seen is not None:
+            seen = self._mask().clone() if self.seen is not None else self._mask()
+            seen[:, slot] = True if self.active is None else seen[:, slot] | self.active
+        return self._with(seen, self.written + 1, self.active)
+
+    def _place(self, slot: int, v: Tensor) -> Tensor:
+        chunk, row = divmod(slot, CHUNK)
+        while len(self.chunks) <= chunk:
+            rows = min(CHUNK, self.memory - CHUNK * len(self.chunks))
+            self.chunks.append(v.new_empty((v.shape[0], rows, v.shape[1]), dtype=self.dtype).zero_())
+        return self.chunks[chunk][:, row]
+
+    def _filled(self) -> list[Tensor]:
+        """The chunks in use, cut to the slots written."""
+        left, parts = self._used(), []
+        for chunk in self.chunks:
+            if left <= 0:
+                break
+            parts.append(chunk if left >= chunk.shape[1] else chunk[:, :left])
+            left -= chunk.shape[1]
+        return parts
+
+    def dot(self, v: Tensor) -> Tensor:
+        many = v if v.dim() == 3 else v[:, None]
+        compute = self.dtype if self.dtype in (torch.float32, torch.float64) else torch.float32
+        many = many.to(compute)
+        found = torch.zeros((*many.shape[:2], self.memory), dtype=self.wide, device=v.device)
+        start = 0
+        for part in self._filled():
+            end = start + part.shape[1]
+            found[:, :, start:end] = torch.bmm(many, part.to(compute).transpose(1, 2))
+            start = end
+        if self.seen is not None:
+            found = found.masked_fill_(~self.seen[:, None], 0.0)
+        return found if v.dim() == 3 else found[:, 0]
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        compute = self.dtype if self.dtype in (torch.float32, torch.float64) else torch.float32
+        c = coefficients if self.seen is None else coefficients.masked_fill(~self.seen, 0.0)
+        c = c.to(compute)[:, None]
+        total: Tensor | None = None
+        start = 0
+        for part in self._filled():
+            end = start + part.shape[1]
+            rows, piece = part.to(compute), c[:, :, start:end]
+            total = torch.bmm(piece, rows) if total is None else torch.baddbmm(total, piece, rows)
+            start = end
+        if total is None:
+            return self.like.new_zeros((self.batch, self.width))
+        return total[:, 0].to(self.like.dtype)
+
+    def restart(self, rows: Tensor) -> TorchHistory:
+        chosen = rows if self.active is None else rows & self.active
+        if self.seen is None and not rows.is_cuda and not bool(chosen.any()):
+            return self
+        return self._with(self._mask() & ~chosen[:, None], self.written, self.active)
+
+    def slot(self) -> Tensor:
+        mask = torch.zeros(self.memory, dtype=torch.bool, device=self.like.device)
+        if self.written:
+            mask[(self.written - 1) % self.memory] = True
+        return mask
+
+    def count(self) -> Tensor:
+        if self.seen is None:
+            return torch.full(
+                (self.batch,), self._used(), dtype=torch.int32, device=self.like.device
+            )
+        return self.seen.sum(1, dtype=torch.int32)
+
+    def with_active(self, active: Tensor | None) -> TorchHistory:
+        return self if active is self.active else self._with(self.seen, self.written, active)
+
+    def vectors(self) -> Tensor:
+        parts = self._filled()
+        if not parts:
+            return self.like.new_zeros((self.batch, 0, self.width), dtype=self.dtype)
+        stacked = torch.cat(parts, 1)
+        if self.seen is None:
+            return stacked
+        return torch.where(self.seen[:, : self._used(), None], stacked, torch.zeros_like(stacked))
+
+    def copy(self) -> TorchHistory:
+        fresh = self._with(self.seen, self.written, self.active)
+        fresh.chunks = [chunk.clone() for chunk in self.chunks]
+        return fresh
