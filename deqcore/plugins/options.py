@@ -1,7 +1,7 @@
 """Options of a solver or strategy: a hashable mapping, and the checks that turn it into an instance.
 
-The options of a solver are the fields of its dataclass. Nothing swallows an unknown one, and a value that does not
-fit the field's annotation is refused, not converted (except an int for a float).
+The options of a solver are the fields of its dataclass. Nothing swallows an unknown one; a value that does not
+fit its annotation is refused, not converted (but an int passes for a float).
 """
 
 from __future__ import annotations
@@ -112,11 +112,11 @@ def instantiate(owner: str, cls: type[T], options: Mapping[str, object]) -> T:
     """
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         raise PluginError(f"The {owner} is {cls!r}, but a dataclass of its options is expected.")
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    fields = options_of(cls)
     for name in options:
         if name not in fields:
             raise ConfigError.unknown_option(f"The {owner}", name, fields)
-    missing = [name for name, field in fields.items() if name not in options and _is_required(field)]
+    missing = [name for name, field in fields.items() if name not in options and is_required(field)]
     if missing:
         raise ConfigError(f"The {owner} needs the option {listing(missing)}, which has no default.")
     checked = {name: check(f"The {owner}", cls, name, value) for name, value in options.items()}
@@ -128,7 +128,14 @@ def instantiate(owner: str, cls: type[T], options: Mapping[str, object]) -> T:
         raise ConfigError(f"The {owner} refuses its options: {error}") from error
 
 
-def _is_required(field: dataclasses.Field[Any]) -> bool:
+def options_of(cls: type) -> dict[str, dataclasses.Field[Any]]:
+    """The options among a dataclass's fields: those that `__init__` takes, unless marked `internal`."""
+    fields = dataclasses.fields(cls)
+    return {each.name: each for each in fields if each.init and not each.metadata.get("internal")}
+
+
+def is_required(field: dataclasses.Field[Any]) -> bool:
+    """Whether a field has no default."""
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 

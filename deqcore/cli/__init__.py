@@ -1,0 +1,1 @@
+"""The command line: `deqcore COMMAND`. One file per command, imported when it is called."""

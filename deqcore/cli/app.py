@@ -1,0 +1,104 @@
+"""The entry point `deqcore`: finds the command, runs it, and turns errors into one readable message.
+
+Commands are records like all plugins: the built-in ones are the table `COMMANDS` in
+`deqcore/plugins/builtin.py` (one line each), others come through the hook `deqcore_commands`. The module of a
+command is imported when it is called, so that `deqcore --help` stays quick.
+
+Exit codes: 0 fine, 1 a check failed (the command raises `typer.Exit(1)`), 2 wrong usage or a DeqcoreError.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperCommand, TyperGroup
+
+from deqcore import plugins
+from deqcore.errors import DeqcoreError, PluginError
+from deqcore.plugins.builtin import BUILTIN
+
+
+class LazyGroup(TyperGroup):
+    """Commands by name, from the registry. The help page knows their summaries and imports nothing."""
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 - typer passes it
+        """Names of all commands; a conflict between plugins must not cost the user the help page."""
+        try:
+            return list(plugins.commands())
+        except PluginError as error:
+            complain(error)
+            return list(BUILTIN["command"])
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """A placeholder that knows the name and the summary."""
+        try:
+            record = plugins.spec("command", cmd_name)
+        except DeqcoreError:
+            if ctx.resilient_parsing:
+                return None
+            raise
+        return TyperCommand(name=record.name, help=record.summary)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Import the command that is to be run."""
+        name, found, rest = super().resolve_command(ctx, args)
+        return name, found and command(str(name)), rest
+
+
+def command(name: str) -> Any:
+    """Import a registered command: a typer app, or a function that becomes one."""
+    target = plugins.load("command", name)
+    if isinstance(target, typer.Typer):
+        return typer.main.get_command(target)
+    if not callable(target):
+        raise PluginError(f"The command {name!r} is {target!r}, but a typer app or a function is expected.")
+    single = typer.Typer(add_completion=False)
+    single.command(name)(target)
+    return typer.main.get_command(single)
+
+
+app = typer.Typer(cls=LazyGroup, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from deqcore import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Deep equilibrium models on PyTorch, JAX and NumPy: train, compare, check."""
+
+
+def complain(error: DeqcoreError) -> None:
+    """Print an error's message, red, to stderr."""
+    text = Text(str(error), style="red")
+    Console(stderr=True).print(Text("Error: ", style="bold red") + text, soft_wrap=True)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        args: instead of those that the process was started with.
+    """
+    try:
+        typer.main.get_command(app)(args=args, prog_name="deqcore")
+    except DeqcoreError as error:
+        complain(error)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

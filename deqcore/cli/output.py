@@ -1,0 +1,58 @@
+"""How listings are printed: a table for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Final, TypeAlias
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+Row: TypeAlias = Mapping[str, object]
+AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+STYLES: Final = {"ok": "green", "heavy": "yellow", "broken": "red", "conflict": "red", "disabled": "dim"}
+
+
+def show(
+    rows: Sequence[Row], columns: Iterable[str], *, as_json: bool, empty: str = "Nothing to show."
+) -> None:
+    """Print rows.
+
+    Args:
+        rows: one mapping per row; JSON gets all of it.
+        columns: which of its keys the table shows, in order; one that is empty in all rows is left out.
+        as_json: print a JSON list.
+        empty: what to say instead of a table without rows.
+    """
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2, default=str))
+        return
+    # Where the output is no terminal, rich would assume 80 columns and cut what a script wants to read.
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    if not rows:
+        console.print(Text(empty))
+        return
+    cells = {column: [_cell(row.get(column)) for row in rows] for column in columns}
+    shown = {column: texts for column, texts in cells.items() if any(texts)}
+    table = Table(*shown, box=box.SIMPLE_HEAD, pad_edge=False)
+    for texts in zip(*shown.values(), strict=True):
+        table.add_row(*texts)
+    console.print(table)
+
+
+def _cell(value: object) -> Text:
+    if isinstance(value, bool):
+        value = "yes" if value else "no"
+    if isinstance(value, Mapping):
+        value = ", ".join(f"{name}={item!r}" for name, item in value.items())
+    if isinstance(value, (list, tuple)):
+        value = ", ".join(map(str, value))
+    text = "" if value is None else str(value)
+    return Text(text, style=STYLES.get(text, ""))

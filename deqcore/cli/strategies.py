@@ -1,0 +1,15 @@
+"""`deqcore strategies`: what can be named as `backward.strategy`, and its options."""
+
+from __future__ import annotations
+
+from deqcore import plugins
+from deqcore.cli import registered
+from deqcore.cli.output import AsJson, show
+
+COLUMNS = ("name", "summary", "options", "needs", "exact", "status", "reason")
+
+
+def command(as_json: AsJson = False) -> None:
+    """List the backward strategies, with their options and defaults, and what each needs."""
+    facts = {"needs": "needs", "exact": "exact"}
+    show(registered.rows("strategy", plugins.strategies().values(), facts), COLUMNS, as_json=as_json)
