@@ -202,7 +202,11 @@ class Backend(ABC):
 
     @abstractmethod
     def history(self, like: Array, memory: int, dtype: str | None = None) -> History:
-        """An empty history for vectors like `like` `(batch, n)`, stored in `dtype` (default: the vectors' own)."""
+        """An empty history for vectors like `like` `(batch, n)`, stored in `dtype` (default: the vectors' own).
+
+        Where the framework is recording a gradient through `like`, the history is functional: nothing is written in
+        place, so that steps can be differentiated through.
+        """
 
     def eps(self, x: Array) -> float:
         """Machine epsilon of the dtype of `x`."""
@@ -287,6 +291,10 @@ class Backend(ABC):
     @abstractmethod
     def detach(self, x: Array) -> Array:
         """The same numbers, without a gradient."""
+
+    def checkpoint(self, f: Map) -> Map:
+        """f, evaluated again in the backward pass in place of keeping what it computed."""
+        return f
 
     def recording(self) -> bool:
         """Whether a gradient may be asked for later. A backend without a tape answers False."""

@@ -172,7 +172,7 @@ class _Plan:
 
         if isinstance(self.strategy, StepStrategy):
             forward = self.backend.forward_only(f, z0, args, solve) if self.strategy.solves() else None
-            value = self.strategy.value(self.backend, lambda z: f(z, *args), z0, forward)
+            value = self.strategy.value(self.backend, lambda z: f(z, *args), z0, forward, self.solver)
             record = None
         else:
             adjoint = Adjoint(self.backend, self.strategy, self.solver)
@@ -222,7 +222,7 @@ class _Plan:
             forward = self.backend.forward_only(f, z0, args, solve) if strategy.solves() else None
 
             def value(*moved: Any) -> tuple[Array, None]:
-                return strategy.value(self.backend, lambda z: f(z, *moved), z0, forward), None
+                return strategy.value(self.backend, lambda z: f(z, *moved), z0, forward, self.solver), None
 
             found, _, gradients = self.backend.vjp(value, args, g)
             return found, gradients, forward

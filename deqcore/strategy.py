@@ -89,7 +89,7 @@ class StepStrategy(ABC):
     """A strategy that differentiates through steps of its own, recorded by the framework (phantom, unrolled)."""
 
     @abstractmethod
-    def value(self, backend: Backend, f: Map, z0: Array, forward: Forward | None) -> Array:
+    def value(self, backend: Backend, f: Map, z0: Array, forward: Forward | None, solver: Solver) -> Array:
         """The differentiable value `(batch, n)`.
 
         Args:
@@ -97,6 +97,7 @@ class StepStrategy(ABC):
             f: the map, recorded by the framework.
             z0: the initial state `(batch, n)`.
             forward: the solution found without a gradient, or None if `solves` is False.
+            solver: the configured method, for a strategy that records its steps.
         """
 
     def solves(self) -> bool:

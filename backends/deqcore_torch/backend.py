@@ -9,13 +9,14 @@ import array_api_compat.torch as xp
 import numpy as np
 import optree
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
-from deqcore.backend import Backend, BackwardRecord, Capabilities, Carry, Map
+from deqcore.backend import Backend, BackwardRecord, Capabilities, Carry, History, Map
 from deqcore.driver import Forward
 from deqcore.strategy import Adjoint
 from deqcore_torch.autograd import attach
-from deqcore_torch.history import TorchHistory
+from deqcore_torch.history import RecordedHistory, TorchHistory
 
 DEVICE_CHECK = 4  # steps between host checks where a check waits for the device
 
@@ -89,8 +90,10 @@ class TorchBackend(Backend):
         found, info = torch.linalg.solve_ex(a, b[..., None])
         return found[..., 0].masked_fill(info[:, None] != 0, float("nan"))
 
-    def history(self, like: Tensor, memory: int, dtype: str | None = None) -> TorchHistory:
+    def history(self, like: Tensor, memory: int, dtype: str | None = None) -> History:
         stored = getattr(torch, dtype) if dtype else like.dtype
+        if torch.is_grad_enabled() and like.requires_grad:
+            return RecordedHistory.empty(like, memory, stored, _wide(like.device))
         return TorchHistory([], memory, like[:0], tuple(like.shape), stored, _wide(like.device))
 
     def loop(
@@ -163,6 +166,12 @@ class TorchBackend(Backend):
 
     def detach(self, x: Tensor) -> Tensor:
         return x.detach()
+
+    def checkpoint(self, f: Map) -> Map:
+        def checkpointed(z: Tensor) -> Any:
+            return torch.utils.checkpoint.checkpoint(f, z, use_reentrant=False)
+
+        return checkpointed
 
     def recording(self) -> bool:
         return torch.is_grad_enabled()

@@ -160,3 +160,64 @@ class TorchHistory(History):
         fresh = self._with(self.seen, self.written, self.active)
         fresh.chunks = [chunk.clone() for chunk in self.chunks]
         return fresh
+
+
+class RecordedHistory(History):
+    """The same ring without writes in place, for solver steps that autograd differentiates through."""
+
+    def __init__(self, storage: Tensor, seen: Tensor, written: int, active: Tensor | None, wide: torch.dtype) -> None:
+        self.storage = storage  # (batch, memory, n)
+        self.seen = seen  # (batch, memory)
+        self.written = written
+        self.active = active
+        self.wide = wide
+        self.memory = storage.shape[1]
+
+    @classmethod
+    def empty(cls, like: Tensor, memory: int, dtype: torch.dtype, wide: torch.dtype) -> RecordedHistory:
+        """No vectors yet, for vectors like `like` `(batch, n)`."""
+        storage = torch.zeros((like.shape[0], memory, like.shape[1]), dtype=dtype, device=like.device)
+        seen = torch.zeros(storage.shape[:2], dtype=torch.bool, device=like.device)
+        return cls(storage, seen, 0, None, wide)
+
+    def _rows(self) -> Tensor:
+        return torch.where(self.seen[:, :, None], self.storage, torch.zeros_like(self.storage))
+
+    def append(self, v: Tensor) -> RecordedHistory:
+        mask = torch.zeros_like(self.seen)
+        mask[:, self.written % self.memory] = True
+        if self.active is not None:
+            mask = mask & self.active[:, None]
+        storage = torch.where(mask[:, :, None], v.to(self.storage.dtype)[:, None], self.storage)
+        return RecordedHistory(storage, self.seen | mask, self.written + 1, self.active, self.wide)
+
+    def dot(self, v: Tensor) -> Tensor:
+        many = v if v.dim() == 3 else v[:, None]
+        found = torch.bmm(many.to(self.wide), self._rows().to(self.wide).transpose(1, 2))
+        return found if v.dim() == 3 else found[:, 0]
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        c = torch.where(self.seen, coefficients, torch.zeros_like(coefficients))
+        return torch.bmm(c.to(self.storage.dtype)[:, None], self._rows())[:, 0]
+
+    def restart(self, rows: Tensor) -> RecordedHistory:
+        chosen = rows if self.active is None else rows & self.active
+        return RecordedHistory(self.storage, self.seen & ~chosen[:, None], self.written, self.active, self.wide)
+
+    def slot(self) -> Tensor:
+        mask = torch.zeros(self.memory, dtype=torch.bool, device=self.storage.device)
+        if self.written:
+            mask[(self.written - 1) % self.memory] = True
+        return mask
+
+    def count(self) -> Tensor:
+        return self.seen.sum(1, dtype=torch.int32)
+
+    def with_active(self, active: Tensor | None) -> RecordedHistory:
+        return RecordedHistory(self.storage, self.seen, self.written, active, self.wide)
+
+    def vectors(self) -> Tensor:
+        return self._rows()[:, : min(self.written, self.memory)]
+
+    def copy(self) -> RecordedHistory:
+        return self
