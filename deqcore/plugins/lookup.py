@@ -130,12 +130,13 @@ def load(kind: Kind, name: str) -> object:
 
     Raises:
         UnknownNameError: nobody registered it.
-        MissingFrameworkError: it is a backend whose framework is not installed; the message names the extra.
+        MissingFrameworkError: the framework of this backend or trainer is not installed; names the extra.
         PluginError: two plugins registered it, or its target cannot be imported.
     """
     record = spec(kind, name)
-    if isinstance(record, BackendSpec) and record.package and not is_installed(record.package):
-        raise MissingFrameworkError.of(name, record.package, record.extra or name)
+    backend = spec("backend", record.backend) if isinstance(record, TrainerSpec) else record
+    if isinstance(backend, BackendSpec) and backend.package and not is_installed(backend.package):
+        raise MissingFrameworkError.of(backend.name, backend.package, backend.extra or backend.name)
     module, _, attribute = record.target.partition(":")
     try:
         found: Any = importlib.import_module(module)

@@ -1,7 +1,7 @@
 """Options of a solver or strategy: a hashable mapping, and the checks that turn it into an instance.
 
-The options of a solver are the fields of its dataclass. Nothing swallows an unknown one; a value that does not
-fit its annotation is refused, not converted (but an int passes for a float).
+The options of a solver are the fields of its dataclass. Nothing swallows an unknown one; a value that does
+not fit its annotation is refused, not converted (but an int passes for a float).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def freeze(owner: str, name: str, value: object) -> object:
     if isinstance(value, Options):
         return value
     if isinstance(value, Mapping):
-        return Options(value, f"{owner}.{name}")
+        return Options(value, f"{owner}, {name}")
     if isinstance(value, (list, tuple)):
         return tuple(freeze(owner, name, item) for item in value)
     try:
