@@ -163,6 +163,10 @@ class Backend(ABC):
         """Whether f runs under automatic mixed precision, so that its output may be narrower than the state."""
         return False
 
+    def widened(self) -> bool:
+        """Whether f is being evaluated in a wider dtype than the state's, to differentiate it by differences."""
+        return False
+
     @abstractmethod
     def astype(self, x: Array, dtype: str) -> Array:
         """Cast to the dtype of this name; gradients pass."""

@@ -112,7 +112,7 @@ class Space:
                 f"f returned shape {tuple(leaf.shape)} for leaf {i}, but the state has {self.shapes[i]}: f must keep "
                 f"the shape of z."
             )
-        if backend.dtype_name(leaf) != self.dtype:
+        if backend.dtype_name(leaf) != self.dtype and not backend.widened():
             if backend.autocasting(leaf):
                 return backend.astype(leaf, self.dtype)
             raise ProblemError(

@@ -15,7 +15,14 @@ import optree
 from deqcore.backend import Backend, BackwardRecord, Capabilities, Carry, Map
 from deqcore.driver import Forward
 from deqcore.strategy import Adjoint
-from deqcore_numpy.derivative import batched_jacobian, jacobian, rows_are_independent
+from deqcore_numpy.derivative import (
+    batched_jacobian,
+    differencing,
+    is_differencing,
+    jacobian,
+    pick,
+    rows_are_independent,
+)
 from deqcore_numpy.history import NumpyHistory
 
 
@@ -49,6 +56,9 @@ class NumpyBackend(Backend):
 
     def is_traced(self, *leaves: Any) -> bool:
         return False
+
+    def widened(self) -> bool:
+        return is_differencing()
 
     def astype(self, x: Any, dtype: str) -> Any:
         return x.astype(dtype, copy=False)
@@ -114,11 +124,15 @@ class NumpyBackend(Backend):
         return f(z), pull
 
     def push(self, f: Map, z: Any) -> Map:
-        from deqcore_numpy.derivative import pick
-
         wide = np.asarray(z, np.float64)
-        rule = pick(f, wide)
-        return lambda v: rule(f, wide, np.asarray(v, np.float64)).astype(v.dtype, copy=False)
+        with differencing():
+            rule = pick(f, wide)
+
+        def product(v: Any) -> Any:
+            with differencing():
+                return rule(f, wide, np.asarray(v, np.float64)).astype(v.dtype, copy=False)
+
+        return product
 
     def forward_only(
         self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], solve: Callable[[Map, Any], Forward]
@@ -147,7 +161,8 @@ class NumpyBackend(Backend):
         self, value: Callable[..., tuple[Any, Any]], args: tuple[Any, ...], cotangent: Any
     ) -> tuple[Any, Any, tuple[Any, ...]]:
         leaves, structure = self.flatten(args)
-        found, aux = value(*args)
+        with np.errstate(all="ignore"):
+            found, aux = value(*args)
         gradients: list[Any] = []
         for i, leaf in enumerate(leaves):
             if not self.is_array(leaf) or not np.issubdtype(leaf.dtype, np.floating):

@@ -10,12 +10,32 @@ Source: Squire & Trapp (1998), "Using complex variables to estimate derivatives 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
 
 TINY = 1e-100
+
+_differencing: ContextVar[bool] = ContextVar("deqcore_numpy.differencing", default=False)
+
+
+@contextmanager
+def differencing() -> Iterator[None]:
+    """Mark that f is evaluated in float64 or complex128 to differentiate it, whatever the state's dtype is."""
+    token = _differencing.set(True)
+    try:
+        with np.errstate(all="ignore"):  # NaN and inf are statuses here, not warnings
+            yield
+    finally:
+        _differencing.reset(token)
+
+
+def is_differencing() -> bool:
+    """Whether f is being evaluated inside `differencing`."""
+    return _differencing.get()
 
 
 def complex_step(f: Callable[[Any], Any], x: Any, dx: Any) -> Any:
@@ -53,13 +73,14 @@ def pick(f: Callable[[Any], Any], x: Any) -> Callable[[Callable[[Any], Any], Any
 def jacobian(f: Callable[[Any], Any], x: Any) -> Any:
     """Dense Jacobian of f at x: `(f(x).size, x.size)`, float64, from x.size directional derivatives."""
     x = np.asarray(x, np.float64)
-    rule = pick(f, x)
-    columns = []
-    for i in range(x.size):
-        dx = np.zeros(x.size)
-        dx[i] = 1.0
-        columns.append(np.ravel(rule(f, x, dx.reshape(x.shape))))
-    return np.stack(columns, axis=1) if columns else np.zeros((np.size(f(x)), 0))
+    with differencing():
+        rule = pick(f, x)
+        columns = []
+        for i in range(x.size):
+            dx = np.zeros(x.size)
+            dx[i] = 1.0
+            columns.append(np.ravel(rule(f, x, dx.reshape(x.shape))))
+        return np.stack(columns, axis=1) if columns else np.zeros((np.size(f(x)), 0))
 
 
 def batched_jacobian(f: Callable[[Any], Any], z: Any) -> Any:
@@ -68,12 +89,13 @@ def batched_jacobian(f: Callable[[Any], Any], z: Any) -> Any:
     Costs n directional derivatives, all rows at once.
     """
     z = np.asarray(z, np.float64)
-    rule = pick(f, z)
     columns = []
-    for i in range(z.shape[1]):
-        dz = np.zeros_like(z)
-        dz[:, i] = 1.0
-        columns.append(rule(f, z, dz))
+    with differencing():
+        rule = pick(f, z)
+        for i in range(z.shape[1]):
+            dz = np.zeros_like(z)
+            dz[:, i] = 1.0
+            columns.append(rule(f, z, dz))
     return np.stack(columns, axis=2) if columns else np.zeros((*z.shape, 0))
 
 
