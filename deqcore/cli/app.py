@@ -13,11 +13,10 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
 from deqcore import plugins
+from deqcore.cli.output import complain
 from deqcore.errors import DeqcoreError, PluginError
 from deqcore.plugins.builtin import BUILTIN
 
@@ -79,12 +78,6 @@ def root(
     ] = False,
 ) -> None:
     """Deep equilibrium models on PyTorch, JAX and NumPy: train, compare, check."""
-
-
-def complain(error: DeqcoreError) -> None:
-    """Print an error's message, red, to stderr."""
-    text = Text(str(error), style="red")
-    Console(stderr=True).print(Text("Error: ", style="bold red") + text, soft_wrap=True)
 
 
 def main(args: list[str] | None = None) -> None:

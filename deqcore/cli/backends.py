@@ -9,6 +9,7 @@ import typer
 
 from deqcore import plugins
 from deqcore.cli.output import AsJson, show
+from deqcore.cli.project import load_plugins
 from deqcore.errors import DeqcoreError
 from deqcore.plugins import BackendSpec
 
@@ -23,6 +24,7 @@ def command(
     as_json: AsJson = False,
 ) -> None:
     """List the backends, whether their frameworks are installed, and in which version."""
+    load_plugins()
     rows = [_row(spec, devices) for spec in plugins.backends().values()]
     show(rows, COLUMNS, as_json=as_json)
 

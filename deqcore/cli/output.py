@@ -1,4 +1,4 @@
-"""How listings are printed: a table for people, JSON for programs."""
+"""How listings and errors are printed: a table for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from deqcore.errors import DeqcoreError
 
 Row: TypeAlias = Mapping[str, object]
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -45,6 +47,12 @@ def show(
     for texts in zip(*shown.values(), strict=True):
         table.add_row(*texts)
     console.print(table)
+
+
+def complain(error: DeqcoreError) -> None:
+    """Print an error's message, red, to stderr."""
+    text = Text(str(error), style="red")
+    Console(stderr=True).print(Text("Error: ", style="bold red") + text, soft_wrap=True)
 
 
 def _cell(value: object) -> Text:

@@ -216,3 +216,24 @@ def test_a_conflict_between_plugins_does_not_cost_the_help_page(
     assert code == 0
     assert "solvers" in out
     assert "two plugins offer 'export'" in err
+
+
+def test_listings_see_the_deqfile_of_the_working_directory(capsys: Capture, tmp_path: Path) -> None:
+    (tmp_path / "deqfile.py").write_text(
+        "from deqcore.plugins import SolverSpec, hookimpl\n@hookimpl\ndef deqcore_solvers():\n"
+        "    yield SolverSpec('mine', 'deqcore.solvers.picard:Picard')\n"
+    )
+    assert "mine" not in listing(capsys, "solvers")
+    (tmp_path / "deq.toml").write_text("plugins.deqfile = true\n")
+    assert listing(capsys, "solvers")["mine"]["options"] == {"damping": 1.0}
+    assert listing(capsys, "plugins")[str(tmp_path / "deqfile.py")]["source"] == "deqfile"
+
+
+def test_a_broken_deqfile_costs_nobody_the_listing(capsys: Capture, tmp_path: Path) -> None:
+    (tmp_path / "deqfile.py").write_text("x = 1\n1 / 0\n")
+    (tmp_path / "deq.toml").write_text("plugins.deqfile = true\n")
+    for command in ("solvers", "strategies", "backends", "plugins"):
+        code, out, err = run(capsys, command)
+        assert code == 0
+        assert out
+        assert "deqfile.py, line 2: ZeroDivisionError" in err

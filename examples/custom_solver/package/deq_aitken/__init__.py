@@ -1,0 +1,1 @@
+"""The Aitken solver as a package."""
