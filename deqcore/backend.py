@@ -212,6 +212,10 @@ class Backend(ABC):
         place, so that steps can be differentiated through.
         """
 
+    def eye(self, like: Array, rows: int, columns: int | None = None) -> Array:
+        """Identity matrix `(rows, columns)` in the dtype and on the device of `like` (which traced arrays hide)."""
+        return self.xp.eye(rows, columns, dtype=like.dtype, device=like.device)
+
     def eps(self, x: Array) -> float:
         """Machine epsilon of the dtype of `x`."""
         return float(self.xp.finfo(x.dtype).eps)

@@ -13,6 +13,7 @@ stall detection with separate statuses), per sample.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from deqcore.backend import Array, Backend, History, Map
@@ -101,6 +102,23 @@ def drive(
     end = end._replace(status=status, state=with_active(end.state, None))
     evaluations = solver.evaluations(backend, end.steps, end.state)
     return Forward(end.best_z, end.best_fz, end.best_residual, status, end.steps, evaluations, end)
+
+
+@dataclass(frozen=True)
+class Drive:
+    """`drive` with everything bound but f and z0: what a backend solves with.
+
+    A tracing backend compiles for the solver, and takes the numbers in `control` and `resume` as data.
+    """
+
+    backend: Backend
+    solver: Solver
+    control: Control
+    resume: Carry | None = None
+
+    def __call__(self, f: Map, z0: Array) -> Forward:
+        """Solve for `f` from `z0` `(batch, n)`."""
+        return drive(self.backend, self.solver, f, z0, self.control, self.resume)
 
 
 class _Tolerance:

@@ -9,9 +9,9 @@ from typing import Any
 
 from deqcore import config as settings
 from deqcore import plugins
-from deqcore.backend import Array, Backend, BackwardRecord, Map, Tree
+from deqcore.backend import Array, Backend, BackwardRecord, Tree
 from deqcore.config import Config
-from deqcore.driver import Carry, Control, Forward, drive
+from deqcore.driver import Carry, Control, Drive, Forward
 from deqcore.errors import (
     BackendError,
     BackendMismatchError,
@@ -165,11 +165,7 @@ class _Plan:
         self, f: Callable[..., Array], z0: Array, args: tuple[Any, ...], state: SolveState | None
     ) -> tuple[Array, Forward | None, BackwardRecord | None]:
         """Solve, attach the gradient, report failure."""
-        resume = self._resume(state, z0)
-
-        def solve(g: Map, start: Array) -> Forward:
-            return drive(self.backend, self.solver, g, start, self.control, resume)
-
+        solve = Drive(self.backend, self.solver, self.control, self._resume(state, z0))
         if isinstance(self.strategy, StepStrategy):
             forward = self.backend.forward_only(f, z0, args, solve) if self.strategy.solves() else None
             value = self.strategy.value(self.backend, lambda z: f(z, *args), z0, forward, self.solver)
@@ -213,10 +209,7 @@ class _Plan:
         self, f: Callable[..., Array], z0: Array, args: tuple[Any, ...], g: Array
     ) -> tuple[Array, tuple[Any, ...], Forward | None]:
         """The same without a tape: route the cotangent, then differentiate one evaluation (or the steps)."""
-
-        def solve(h: Map, start: Array) -> Forward:
-            return drive(self.backend, self.solver, h, start, self.control)
-
+        solve = Drive(self.backend, self.solver, self.control)
         strategy = self.strategy
         if isinstance(strategy, StepStrategy):
             forward = self.backend.forward_only(f, z0, args, solve) if strategy.solves() else None

@@ -47,7 +47,7 @@ class Space:
                 f"The leaves of the state have the dtypes {', '.join(sorted(dtypes))}, but the whole state is one "
                 f"vector of one dtype: cast its leaves to the widest of them."
             )
-        devices = {str(backend.device_of(leaf)) for leaf in leaves}
+        devices = {str(at) for leaf in leaves if (at := backend.device_of(leaf)) is not None}
         if len(devices) > 1:
             raise StateError(
                 f"The leaves of the state are on the devices {', '.join(sorted(devices))}, but one is expected: "
@@ -119,9 +119,10 @@ class Space:
                 f"f returned {backend.dtype_name(leaf)} for a state of {self.dtype}: cast z0 or the parameters and "
                 f"inputs of f so that both agree."
             )
-        if str(backend.device_of(leaf)) != str(self.device):
+        device = backend.device_of(leaf)
+        if device is not None and self.device is not None and str(device) != str(self.device):
             raise ProblemError(
-                f"f returned an array on {backend.device_of(leaf)} for a state on {self.device}: move z0, or the "
+                f"f returned an array on {device} for a state on {self.device}: move z0, or the "
                 f"parameters and inputs of f, so that all are on one device."
             )
         return leaf

@@ -114,7 +114,7 @@ class Anderson(Solver):
     def _inverse_scale(self, backend: Backend, gram: Array) -> tuple[Array, Array]:
         """The scaled, ridged Gram matrix, and the scale 1/‖Δg_j‖ of its rows and columns."""
         xp = backend.xp
-        eye = xp.eye(self.memory, dtype=gram.dtype, device=gram.device)[None]
+        eye = backend.eye(gram, self.memory)[None]
         diagonal = xp.sum(gram * eye, axis=2)
         usable = diagonal > 0
         scale = xp.where(usable, 1.0 / xp.sqrt(xp.where(usable, diagonal, xp.ones_like(diagonal))), 0 * diagonal)
@@ -133,5 +133,5 @@ class Anderson(Solver):
         return TwoBases(backend, state.values, state.residuals, kernel)
 
     def _units(self, backend: Backend, like: Array) -> list[Array]:
-        eye = backend.xp.eye(self.memory, dtype=like.dtype, device=like.device)
+        eye = backend.eye(like, self.memory)
         return [eye[i][None, :] for i in range(self.memory)]
