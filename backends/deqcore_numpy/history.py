@@ -64,6 +64,9 @@ class NumpyHistory(History):
     def count(self) -> Any:
         return self.seen.sum(axis=1, dtype=np.int32)
 
+    def full(self) -> Any:
+        return self.seen[:, self.written % self.memory]
+
     def with_active(self, active: Any) -> NumpyHistory:
         return NumpyHistory(self.storage, self.seen, self.written, active)
 

@@ -144,6 +144,12 @@ class TorchHistory(History):
             )
         return self.seen.sum(1, dtype=torch.int32)
 
+    def full(self) -> Tensor:
+        if self.seen is None:
+            filled = self.written >= self.memory
+            return torch.full((self.batch,), filled, dtype=torch.bool, device=self.like.device)
+        return self.seen[:, self.written % self.memory]
+
     def with_active(self, active: Tensor | None) -> TorchHistory:
         return self if active is self.active else self._with(self.seen, self.written, active)
 

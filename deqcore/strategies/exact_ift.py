@@ -74,7 +74,12 @@ class ExactIFT(Strategy):
         self, backend: Backend, pull: Map, g: Array, estimate: InverseJacobian | None
     ) -> tuple[Array, AdjointReport]:
         """Solve the adjoint equation for the cotangent `g` `(batch, n)`."""
+        xp = backend.xp
         rtol = backend.default_rtol(g) if self.rtol == "auto" else float(self.rtol)
+
+        def code(like: Array, status: Status) -> Array:
+            return xp.full_like(like, int(status))
+
         u0 = self._start(g, estimate)
         if self.bound is None:
             found = gmres(
@@ -87,17 +92,17 @@ class ExactIFT(Strategy):
                 reorthogonalize=bool(self.options.get("reorthogonalize", True)),
             )
             u, residual, pulls, converged = found
+            budget = self.max_steps + (0 if u0 is None else 1)
+            ended = xp.where(pulls < budget, code(pulls, Status.STALLED), code(pulls, Status.MAX_STEPS))
+            status = xp.where(converged, code(pulls, Status.CONVERGED), ended)
         else:
             control = Control(rtol=0.0, atol=rtol * backend.norm(g), max_steps=self.max_steps)
             forward = drive(backend, self.bound, lambda u: g + pull(u), g if u0 is None else u0, control)
             u, residual, pulls = forward.z, forward.residual, forward.evaluations
-            converged = forward.status == int(Status.CONVERGED)
-        xp = backend.xp
+            status = forward.status
         norm = backend.cast(backend.norm(g), residual)
         relative = xp.where(norm > 0, residual / xp.where(norm > 0, norm, xp.ones_like(norm)), 0 * residual)
-        code = xp.zeros_like(pulls)
-        spent = xp.where(xp.isfinite(relative), code + int(Status.MAX_STEPS), code + int(Status.NONFINITE))
-        status = xp.where(converged, code + int(Status.CONVERGED), spent)
+        status = xp.where(xp.isfinite(relative), status, code(pulls, Status.NONFINITE))
         return u, report(backend, g, status=status, pulls=pulls, residual=relative)
 
     def _start(self, g: Array, estimate: InverseJacobian | None) -> Array | None:
