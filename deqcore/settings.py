@@ -230,10 +230,11 @@ def variables() -> tuple[tuple[str, str], ...]:
     # os.environ decodes each name when it is iterated; comparing what it wraps is 20 times cheaper.
     raw = vars(os.environ).get("_data")
     if raw is None or raw != _seen[0]:
-        found = {
-            name: value for name, value in os.environ.items() if name.startswith(PREFIX) and value.strip()
-        }
-        _seen = (raw and dict(raw), tuple(sorted(found.items() - dict.fromkeys(OTHER_VARIABLES).items())))
+        found = [
+            (name, value) for name, value in os.environ.items() if name.startswith(PREFIX) and value.strip()
+        ]
+        settings = sorted(pair for pair in found if pair[0] not in OTHER_VARIABLES)
+        _seen = (raw and dict(raw), tuple(settings))
     return _seen[1]
 
 

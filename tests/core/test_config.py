@@ -610,3 +610,12 @@ def test_public_names_are_all_there_and_lazy() -> None:
     assert deqcore.Config is Config
     with pytest.raises(AttributeError, match="no attribute 'fixedpoint'"):
         _ = deqcore.fixedpoint  # type: ignore[attr-defined]
+
+
+def test_variables_of_the_plugin_manager_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deqcore.settings import variables
+
+    monkeypatch.setenv("DEQCORE_DISABLE_PLUGINS", "a")
+    monkeypatch.setenv("DEQCORE_PLUGIN_AUTOLOAD", "0")
+    monkeypatch.setenv("DEQCORE_BACKEND", "numpy")
+    assert variables() == (("DEQCORE_BACKEND", "numpy"),)
