@@ -99,6 +99,14 @@ class History(ABC):
     def count(self) -> Array:
         """How many vectors each sample sees: `(batch,)` int32."""
 
+    def full(self) -> Array:
+        """Whether the next append would overwrite a vector that the sample still sees: `(batch,)` of bool.
+
+        Not the same as `count() == memory` for a sample that was frozen while the ring moved on and goes on now
+        (a continued solve): its oldest vectors may stand in the next slot. Such a backend overrides this.
+        """
+        return self.count() >= self.memory
+
     @abstractmethod
     def with_active(self, active: Array | None) -> History:
         """The same history with other active rows. Shares storage."""
@@ -199,7 +207,7 @@ class Backend(ABC):
 
     @abstractmethod
     def solve(self, a: Array, b: Array) -> Array:
-        """Solve the small systems `a` `(batch, k, k)` for `b` `(batch, k)`.
+        """Solve the small systems `a` `(batch, k, k)` for `b` `(batch, k)` or `(batch, k, r)`.
 
         A singular system gives non-finite numbers in its own row; it neither raises nor touches another row.
         """

@@ -68,6 +68,13 @@ class Solver(ABC):
         """The estimate H ≈ (∂(f − z)/∂z)^-1 that the solve leaves behind, or None."""
         return None
 
+    def secant_estimate(self, backend: Backend, state: Any) -> InverseJacobian | None:
+        """An estimate that keeps all secant pairs at once, H Y = S, to certify and refine with.
+
+        A method that updates recursively keeps only its latest pair exactly; the default is its `inverse_jacobian`.
+        """
+        return self.inverse_jacobian(backend, state)
+
     def evaluations(self, backend: Backend, steps: Array, state: Any) -> Array:
         """Evaluations of f per sample after `steps` `(batch,)` int32, the first one included."""
         return 1 + self.evaluations_per_step * steps

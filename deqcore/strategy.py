@@ -80,6 +80,10 @@ class Strategy(ABC):
         """Whether `route` reads the solver's estimate with these options; if so the solver must have one."""
         return self.needs == "estimate"
 
+    def wants_secants(self) -> bool:
+        """Whether the estimate should be `Solver.secant_estimate` in place of `Solver.inverse_jacobian`."""
+        return False
+
     def bind(self, make_solver: MakeSolver) -> Strategy:
         """Resolve the names of solvers among the options. Called once, before any solve."""
         return self
@@ -115,9 +119,11 @@ class Adjoint:
 
     def __call__(self, pull: Map, g: Array, state: object) -> tuple[Array, AdjointReport]:
         """Route the cotangent `g` `(batch, n)`; `state` is the forward solver's, with its estimate inside."""
-        estimate = (
-            self.solver.inverse_jacobian(self.backend, state) if self.uses_state else None
-        )
+        estimate: InverseJacobian | None = None
+        if self.uses_state:
+            secants = self.strategy.wants_secants()
+            make = self.solver.secant_estimate if secants else self.solver.inverse_jacobian
+            estimate = make(self.backend, state)
         return self.strategy.route(self.backend, pull, g, estimate)
 
     @property

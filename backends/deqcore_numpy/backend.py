@@ -83,10 +83,12 @@ class NumpyBackend(Backend):
         return bool(mask.all())
 
     def solve(self, a: Any, b: Any) -> Any:
+        many = b if b.ndim == 3 else b[..., None]
         try:
-            return np.linalg.solve(a, b[..., None])[..., 0]
+            found = np.linalg.solve(a, many)
         except np.linalg.LinAlgError:
-            return np.stack([_solve_one(a[i], b[i]) for i in range(len(b))])
+            found = np.stack([_solve_one(a[i], many[i]) for i in range(len(b))])
+        return found if b.ndim == 3 else found[..., 0]
 
     def history(self, like: Any, memory: int, dtype: str | None = None) -> NumpyHistory:
         batch, n = like.shape

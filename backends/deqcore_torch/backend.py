@@ -87,8 +87,9 @@ class TorchBackend(Backend):
         return mask.device.type == "cpu" and bool(mask.all())
 
     def solve(self, a: Tensor, b: Tensor) -> Tensor:
-        found, info = torch.linalg.solve_ex(a, b[..., None])
-        return found[..., 0].masked_fill(info[:, None] != 0, float("nan"))
+        found, info = torch.linalg.solve_ex(a, b if b.dim() == 3 else b[..., None])
+        found = found.masked_fill(info[:, None, None] != 0, float("nan"))
+        return found if b.dim() == 3 else found[..., 0]
 
     def history(self, like: Tensor, memory: int, dtype: str | None = None) -> History:
         stored = getattr(torch, dtype) if dtype else like.dtype

@@ -1,23 +1,26 @@
-"""Batched, matrix-free GMRES on a History."""
+"""Batched, matrix-free GMRES on a History, with right preconditioning and an estimate of the error."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from deqcore.backend import Array, Backend, History, Map
 
 
 class Krylov(NamedTuple):
-    """The loop state of GMRES with at most m steps. Small arrays are in the wide dtype."""
+    """A Krylov space of at most m steps per sample. Small arrays are in the wide dtype."""
 
     basis: History  # orthonormal v_0 … v_k, m + 1 slots
-    columns: History  # columns of the Hessenberg matrix, m slots of length m + 1
+    columns: History  # columns of the Hessenberg matrix H̄, m slots of length m + 1
     v: Array  # latest basis vector (batch, n)
     null: Array  # ν with νᵀH̄ = 0 (batch, m + 1)
     square: Array  # ‖ν‖² (batch,)
+    start: Array  # ‖r₀‖ (batch,)
     residual: Array  # ‖b − A x‖ (batch,)
-    running: Array  # (batch,) of bool
-    steps: Array  # (batch,) int32
+    alive: Array  # can this space still grow? (batch,) of bool
+    steps: Array  # products spent (batch,) int32
+    grown: Array  # dimensions added in all, a scalar int32
 
 
 class LinearSolution(NamedTuple):
@@ -44,6 +47,7 @@ def gmres(
     *,
     rtol: float | Array,
     max_steps: int,
+    precondition: Map | None = None,
     reorthogonalize: bool = True,
     check_every: int | str = "auto",
 ) -> LinearSolution:
@@ -52,9 +56,6 @@ def gmres(
     Every sample has a Krylov space of its own and stops at the first step that meets its tolerance: the result does
     not depend on its batch mates, and no sample can make another fail.
 
-    Instead of rotating the Hessenberg matrix H̄ in every step, the loop carries the one vector ν with νᵀH̄ = 0, from
-    which the least residual is β ν₀/‖ν‖: O(k) work a step in place of O(k²), and a single small solve at the end.
-
     Args:
         backend: whose arrays these are.
         product: `v ↦ A v` on `(batch, n)`; called once per step for the whole batch.
@@ -62,100 +63,158 @@ def gmres(
         x0: start `(batch, n)`, default zero (which saves one product).
         rtol: stop when ‖b − A x‖ ≤ rtol·‖b‖.
         max_steps: size of the Krylov space at most; there is no restart.
+        precondition: `v ↦ M v` with M ≈ A^-1, applied from the right, so that residuals stay true ones.
         reorthogonalize: project twice, so that the basis stays orthogonal to rounding (two more passes a step).
         check_every: see `Backend.loop`.
 
-    Source: Saad & Schultz (1986), "GMRES: a generalized minimal residual algorithm"; the residual from the null
-    vector: Ayachour (2003), "A fast implementation for GMRES method"; twice is enough: Giraud et al. (2005).
+    Source: Saad & Schultz (1986), "GMRES: a generalized minimal residual algorithm"; twice is enough: Giraud et al.
+    (2005).
     """
-    xp = backend.xp
-    r = b if x0 is None else b - product(x0)
-    norm = backend.wide(backend.norm(r))
+    space = KrylovSpace(backend, product, precondition, reorthogonalize, check_every)
     goal = rtol * backend.wide(backend.norm(b))
-    size = max(1, max_steps)
-    v = _divide(backend, r, norm)
-    basis = backend.history(b, size + 1).append(v)
-    null = backend.cast(basis.slot(), norm)[None, :] + 0 * norm[:, None]  # (batch, m + 1)
-    start = Krylov(
-        basis=basis,
-        columns=backend.history(null, size),
-        v=v,
-        null=null,
-        square=xp.ones_like(norm),
-        residual=norm,
-        running=(norm > goal) & xp.isfinite(norm),
-        steps=xp.zeros_like(norm, dtype=xp.int32),
-    )
-
-    def running(k: Krylov) -> Array:
-        return xp.any(k.running)
-
-    def body(k: Krylov) -> Krylov:
-        return _arnoldi_step(backend, product, k, goal, reorthogonalize)
-
-    end = backend.loop(running, body, start, max_steps, check_every)
-    update = end.basis.with_active(None).combine(_coefficients(backend, end, norm))
-    x = update if x0 is None else x0 + update
-    products = end.steps if x0 is None else end.steps + 1
-    return LinearSolution(x, end.residual, products, end.residual <= goal)
-
-
-def _arnoldi_step(backend: Backend, product: Map, k: Krylov, goal: Array, twice: bool) -> Krylov:
-    xp = backend.xp
-    active = k.running
-    w = product(k.v)
-    scale = backend.wide(backend.norm(w))
-    h = k.basis.dot(w)
-    w = w - k.basis.combine(h)
-    if twice:
-        more = k.basis.dot(w)
-        w = w - k.basis.combine(more)
-        h = h + more
-    height = backend.wide(backend.norm(w))
-    floor = 4 * xp.finfo(w.dtype).eps * scale
-    broke = height <= floor  # the space is invariant: the solution in it is exact, or A is singular
-    height = xp.where(broke, floor, height)
-    v = _divide(backend, w, height)
-
-    following = backend.cast(xp.roll(k.basis.slot(), 1), height)[None, :]
-    entry = -xp.sum(k.null * h, axis=1) / height
-    square = k.square + entry * entry
-    residual = k.residual * xp.sqrt(k.square / square)
-    taken = active & xp.isfinite(residual)
-    going = taken & (residual > goal) & ~broke
-    null = k.null + entry[:, None] * following
-    return Krylov(
-        basis=k.basis.with_active(going).append(v),
-        columns=k.columns.with_active(taken).append(h + height[:, None] * following),
-        v=v,
-        null=xp.where(taken[:, None], null, k.null),
-        square=xp.where(taken, square, k.square),
-        residual=xp.where(taken, residual, k.residual),
-        running=going,
-        steps=k.steps + xp.astype(active, xp.int32),
+    k = space.begin(b if x0 is None else b - product(x0), max_steps)
+    k = space.grow(k, goal, max_steps)
+    update = space.solution(k)
+    return LinearSolution(
+        x=update if x0 is None else x0 + update,
+        residual=k.residual,
+        products=k.steps if x0 is None else k.steps + 1,
+        converged=k.residual <= goal,
     )
 
 
-def _coefficients(backend: Backend, k: Krylov, norm: Array) -> Array:
-    """The minimiser y of ‖β e₀ − H̄ y‖, padded to `(batch, m + 1)`.
+@dataclass(frozen=True)
+class KrylovSpace:
+    """Arnoldi's process on A M, with the least residual tracked and the minimiser formed on demand.
 
-    The least residual vector is r̂ = β ν ν₀ / ‖ν‖², and rows 1 … k of H̄ are triangular, so H̄ y = β e₀ − r̂ is solved
-    there. Columns that a sample did not reach get a unit diagonal, and y = 0.
+    Instead of rotating the Hessenberg matrix H̄ in every step, the loop carries the one vector ν with νᵀH̄ = 0, from
+    which the least residual is β ν₀/‖ν‖: O(k) work a step in place of O(k²), and one small solve at the end.
+
+    Source: Ayachour (2003), "A fast implementation for GMRES method".
     """
-    xp = backend.xp
-    columns = k.columns.with_active(None).vectors()  # (batch, used, m + 1)
-    used = columns.shape[1]
-    if used == 0:
-        return 0 * k.null
-    below = columns[:, :, 1 : used + 1]
-    eye = xp.eye(used, dtype=below.dtype, device=below.device)[None]
-    reached = xp.sum(below * eye, axis=2) > 0  # (batch, used)
-    filled = below + eye * backend.cast(~reached, below)[:, None, :]
-    target = -k.null[:, 1 : used + 1] * (norm * k.null[:, 0] / k.square)[:, None]
-    y = backend.solve(xp.permute_dims(filled, (0, 2, 1)), xp.where(reached, target, xp.zeros_like(target)))
-    y = xp.where(xp.isfinite(y), y, xp.zeros_like(y))
-    rest = xp.zeros_like(k.null)[:, used:]
-    return xp.concat([y, rest], axis=1)
+
+    backend: Backend
+    product: Map
+    precondition: Map | None = None
+    reorthogonalize: bool = True
+    check_every: int | str = "auto"
+
+    def begin(self, r: Array, max_steps: int) -> Krylov:
+        """The space of the first residual `r` `(batch, n)`, with room for `max_steps`."""
+        backend, xp = self.backend, self.backend.xp
+        norm = backend.wide(backend.norm(r))
+        size = max(1, max_steps)
+        v = _divide(backend, r, norm)
+        basis = backend.history(r, size + 1).append(v)
+        null = backend.cast(basis.slot(), norm)[None, :] + 0 * norm[:, None]  # (batch, m + 1)
+        return Krylov(
+            basis=basis,
+            columns=backend.history(null, size),
+            v=v,
+            null=null,
+            square=xp.ones_like(norm),
+            start=norm,
+            residual=norm,
+            alive=(norm > 0) & xp.isfinite(norm),
+            steps=xp.zeros_like(norm, dtype=xp.int32),
+            grown=xp.astype(xp.sum(0 * null[:0]), xp.int32),
+        )
+
+    def grow(self, k: Krylov, goal: Array, steps: int | Array) -> Krylov:
+        """Add dimensions until each residual is at most `goal` `(batch,)`, `steps` at most."""
+        xp = self.backend.xp
+
+        def running(k: Krylov) -> Array:
+            return xp.any(k.alive & (k.residual > goal))
+
+        return self.backend.loop(running, lambda k: self._step(k, goal), k, steps, self.check_every)
+
+    def _step(self, k: Krylov, goal: Array) -> Krylov:
+        backend, xp = self.backend, self.backend.xp
+        active = k.alive & (k.residual > goal)
+        w = self.product(k.v if self.precondition is None else self.precondition(k.v))
+        scale = backend.wide(backend.norm(w))
+        h = k.basis.dot(w)
+        w = w - k.basis.combine(h)
+        if self.reorthogonalize:
+            more = k.basis.dot(w)
+            w = w - k.basis.combine(more)
+            h = h + more
+        height = backend.wide(backend.norm(w))
+        floor = 4 * xp.finfo(w.dtype).eps * scale
+        broke = height <= floor  # the space is invariant: its solution is exact, or A is singular
+        height = xp.where(broke, floor, height)
+        v = _divide(backend, w, height)
+
+        following = backend.cast(xp.roll(k.basis.slot(), 1), height)[None, :]
+        entry = -xp.sum(k.null * h, axis=1) / height
+        square = k.square + entry * entry
+        residual = k.residual * xp.sqrt(k.square / square)
+        taken = active & xp.isfinite(residual)
+        going = taken & ~broke
+        null = k.null + entry[:, None] * following
+        return Krylov(
+            basis=k.basis.with_active(going).append(v),
+            columns=k.columns.with_active(taken).append(h + height[:, None] * following),
+            v=backend.select(active, v, k.v),
+            null=xp.where(taken[:, None], null, k.null),
+            square=xp.where(taken, square, k.square),
+            start=k.start,
+            residual=xp.where(taken, residual, k.residual),
+            alive=xp.where(active, going, k.alive),
+            steps=k.steps + xp.astype(active, xp.int32),
+            grown=k.grown + 1,
+        )
+
+    def solution(self, k: Krylov) -> Array:
+        """The x in the space with the least residual, `(batch, n)`."""
+        x = k.basis.with_active(None).combine(self._coefficients(k))
+        return x if self.precondition is None else self.precondition(x)
+
+    def inverse_norm(self, k: Krylov) -> Array:
+        """1/σ_min(H̄) per sample, the norm of (A M)^-1 as far as the space has seen it: a lower bound of it."""
+        backend, xp = self.backend, self.backend.xp
+        hessenberg, missing = self._hessenberg(k)
+        if hessenberg.shape[1] == 0:
+            return xp.ones_like(k.start)
+        size = xp.max(xp.sum(hessenberg * hessenberg, axis=1), axis=1)  # fills columns not reached
+        fill = backend.cast(missing, hessenberg)[:, None, :] * xp.sqrt(size)[:, None, None]
+        eye = backend.eye(fill, hessenberg.shape[1], hessenberg.shape[2])
+        filled = hessenberg + eye[None] * fill
+        sound = xp.isfinite(size)[:, None, None]
+        least = xp.min(xp.linalg.svdvals(xp.where(sound, filled, eye[None] + 0 * fill)), axis=1)
+        return xp.where(sound[:, 0, 0], 1.0 / least, xp.full_like(least, float("nan")))
+
+    def _hessenberg(self, k: Krylov) -> tuple[Array, Array]:
+        """H̄ `(batch, used + 1, used)` and which of its columns a sample did not reach `(batch, used)`."""
+        xp = self.backend.xp
+        columns = k.columns.with_active(None).vectors()  # (batch, used, m + 1)
+        used = columns.shape[1]
+        matrix = xp.permute_dims(columns[:, :, : used + 1], (0, 2, 1))
+        return matrix, xp.sum(xp.abs(matrix), axis=1) == 0
+
+    def _coefficients(self, k: Krylov) -> Array:
+        """The minimiser y of ‖β e₀ − H̄ y‖, padded to `(batch, m + 1)`.
+
+        The least residual vector is r̂ = β ν ν₀ / ‖ν‖², and rows 1 … k of H̄ are triangular, so H̄ y = β e₀ − r̂ is
+        solved there. Columns that a sample did not reach get a unit diagonal, and y = 0.
+        """
+        backend, xp = self.backend, self.backend.xp
+        hessenberg, missing = self._hessenberg(k)
+        used = hessenberg.shape[2]
+        if used == 0:
+            return 0 * k.null
+        eye = backend.eye(hessenberg, used)[None]
+        triangle = hessenberg[:, 1:, :] + eye * backend.cast(missing, hessenberg)[:, None, :]
+        target = -k.null[:, 1 : used + 1] * (k.start * k.null[:, 0] / k.square)[:, None]
+        y = backend.solve(triangle, xp.where(missing, xp.zeros_like(target), target))
+        y = xp.where(xp.isfinite(y), y, xp.zeros_like(y))
+        return xp.concat([y, xp.zeros_like(k.null)[:, used:]], axis=1)
+
+    def residual_vector(self, k: Krylov) -> Array:
+        """b − A x of the solution, `(batch, n)`, from the basis and without a product."""
+        coefficients = k.null * (k.start * k.null[:, 0] / k.square)[:, None]
+        return k.basis.with_active(None).combine(coefficients)
 
 
 def _divide(backend: Backend, v: Array, norm: Array) -> Array:

@@ -6,14 +6,18 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from deqcore.backend import Array, Backend, History, Map
-from deqcore.linear.lowrank import InverseJacobian, OneBasis, matvec, vecmat
+from deqcore.linear.lowrank import InverseJacobian, OneBasis, matvec, multisecant, vecmat
 from deqcore.solver import Solver
 
 
 class BroydenState(NamedTuple):
-    """Basis Q of residuals, kernel K and Gram matrix N = QᵀQ `(batch, m, m)`, next step's coefficients `(batch, m)`."""
+    """Basis Q of residuals, kernel K and Gram matrix N = QᵀQ `(batch, m, m)`, coefficients of the next step `(batch, m)`.
+
+    `taken` holds the coefficients of the steps that led to each residual of the basis, in the same slots.
+    """
 
     basis: History
+    taken: History
     kernel: Array
     gram: Array
     step: Array
@@ -65,7 +69,8 @@ class Broyden(Solver):
         basis = backend.history(g, self.memory + 1, self.history_dtype).append(g)
         gram = basis.dot(g)[:, :, None] * backend.cast(basis.slot(), basis.dot(g))[None, None, :]
         step = backend.cast(basis.slot(), gram)[None, :] + gram[:, :, 0] * 0
-        return BroydenState(basis, backend.xp.zeros_like(gram), gram, step)
+        taken = backend.history(step, self.memory + 1).append(backend.xp.zeros_like(step))
+        return BroydenState(basis, taken, backend.xp.zeros_like(gram), gram, step)
 
     def step(
         self, backend: Backend, f: Map, z: Array, fz: Array, state: BroydenState
@@ -75,7 +80,7 @@ class Broyden(Solver):
         z = z + state.basis.combine(state.step)
         fz = f(z)
         g = fz - z
-        full = state.basis.count() > self.memory
+        full = state.basis.full()
         keep = ~full[:, None]
         kernel = state.kernel
         c = state.step
@@ -95,6 +100,7 @@ class Broyden(Solver):
         scale = (1.0 / denominator)[:, None]
         return z, fz, BroydenState(
             basis,
+            state.taken.restart(full).append(xp.where(keep, c, xp.zeros_like(c))),
             xp.where(sound[:, :, None], kernel + (scale * h)[:, :, None] * v[:, None, :], xp.zeros_like(kernel)),
             gram,
             xp.where(sound, -h * (ss[:, None] * scale), e + xp.zeros_like(c)),
@@ -103,3 +109,14 @@ class Broyden(Solver):
     def inverse_jacobian(self, backend: Backend, state: BroydenState) -> InverseJacobian:
         """H after the last secant pair."""
         return OneBasis(backend, state.basis, state.kernel)
+
+    def secant_estimate(self, backend: Backend, state: BroydenState) -> InverseJacobian:
+        """The type-I multi-secant estimate of all pairs in memory."""
+        xp = backend.xp
+        steps = state.taken.vectors()  # (batch, used, m)
+        used, slots = steps.shape[1], steps.shape[2]
+        eye = xp.eye(slots, dtype=steps.dtype, device=steps.device)
+        newer = (eye - xp.roll(eye, -1, axis=1))[None, :used, :]  # residual after the step minus the one before
+        there = xp.any(steps != 0, axis=2)
+        differences = xp.where(there[:, :, None], newer, xp.zeros_like(steps))
+        return multisecant(backend, state.basis, state.gram, steps, differences)

@@ -1,4 +1,4 @@
-"""Reuse of the forward solver's inverse-Jacobian estimate."""
+"""Reuse of the forward solver's inverse-Jacobian estimate: plain, certified, refined."""
 
 from __future__ import annotations
 
@@ -7,21 +7,40 @@ from typing import ClassVar, Literal
 
 from deqcore.backend import Array, Backend, Map
 from deqcore.errors import StrategyError
+from deqcore.linear.certified import SAFETY, solve_certified
+from deqcore.linear.gmres import gmres
 from deqcore.linear.lowrank import InverseJacobian
+from deqcore.solution import Status
 from deqcore.strategy import AdjointReport, Strategy, report
 
 
 @dataclass(frozen=True)
 class BroydenReuse(Strategy):
-    """u = −Hᵀg with the estimate H ≈ (J − I)^-1 that the forward solve left behind.
+    """u ≈ (I − J)^-T g from the secant pairs that the forward solve left behind.
 
-    One low-rank product in place of a linear solve. Right where the solver's secant pairs saw the directions that
-    the cotangent needs; wrong without a word elsewhere, most of all with several slow modes and tight tolerances.
+    *Plain* (`certify=False, target=None, fallback="none"`): u = −Hᵀg with the solver's own H, as published. One
+    low-rank product; right where the secant pairs saw the directions that the cotangent needs, wrong without a word
+    elsewhere, most of all with several slow modes and tight forward tolerances.
 
-    Cost: two passes over the solver's history, no pull.
+    *Certified* (`certify=True, target=None`): the same u, and one pull that measures its adjoint residual.
 
-    Source: Ramzi et al. (2022), "SHINE: SHaring the INverse Estimate from the forward pass for bi-level optimization
-    and implicit models", eq. (5).
+    *Refined* (`target` set, the default): GMRES on (I − Jᵀ) with the multi-secant estimate M = −Hᵀ of all pairs as
+    right preconditioner, per sample, until residual *and estimated error* are at most `target`. Its first direction
+    is M g, the reused gradient itself, so the first pull is the certificate and a sample whose estimate is good
+    enough spends nothing more.
+
+    Cost: plain, two passes over the solver's history; certified, one pull more; refined, as many pulls as it takes,
+    `refine_steps` at most, and as many history vectors.
+
+    Args:
+        certify: measure and report the adjoint residual.
+        target: bound on the estimated relative error of u, in (0, 1), or None for no refinement.
+        refine_steps: pulls per sample at most, at least 1.
+        fallback: what a sample gets that misses the target: "jacobian-free" (u = g, where its adjoint residual is
+            smaller), "exact-ift" (GMRES to the dtype's default tolerance) or "none" (the best u found).
+
+    Source: plain: Ramzi et al. (2022), "SHINE: SHaring the INverse Estimate from the forward pass for bi-level
+    optimization and implicit models", eq. (5). Certificate and multi-secant refinement: docs/design.md.
 
     Example:
         >>> import numpy as np, deqcore
@@ -31,12 +50,111 @@ class BroydenReuse(Strategy):
         [[2.0]]
     """
 
+    certify: bool = True
+    target: float | None = 0.1
+    refine_steps: int = 40
+    fallback: Literal["jacobian-free", "exact-ift", "none"] = "jacobian-free"
     needs: ClassVar[Literal["nothing", "pull", "estimate"]] = "estimate"
+
+    def __post_init__(self) -> None:
+        if self.target is not None and not 0.0 < self.target < 1.0:
+            raise ValueError(f"target = {self.target}, but a number between 0 and 1, or none, is expected")
+        if self.refine_steps < 1:
+            raise ValueError(f"refine_steps = {self.refine_steps}, but at least 1 is expected")
+        if self.fallback not in ("jacobian-free", "exact-ift", "none"):
+            raise ValueError(f"fallback = {self.fallback!r}, but 'jacobian-free', 'exact-ift' or 'none' is expected")
+        if self.fallback != "none" and self.target is None and self.certify:
+            raise ValueError(f"fallback = {self.fallback!r} needs a target that a sample can miss: set target")
+
+    def uses_pull(self) -> bool:
+        """All but the plain method."""
+        return self.certify or self.target is not None
+
+    def wants_secants(self) -> bool:
+        """Refinement works with the estimate that keeps all pairs."""
+        return self.target is not None
 
     def route(
         self, backend: Backend, pull: Map, g: Array, estimate: InverseJacobian | None
     ) -> tuple[Array, AdjointReport]:
-        """Return −Hᵀg."""
+        """Return u for the cotangent `g` `(batch, n)`."""
         if estimate is None:
             raise StrategyError("broyden-reuse was called without an estimate; its solver promised one.")
-        return -estimate.apply_transpose(g), report(backend, g)
+        if self.target is None:
+            return self._plain(backend, pull, g, estimate)
+        return self._refined(backend, pull, g, estimate, self.target)
+
+    def _plain(
+        self, backend: Backend, pull: Map, g: Array, estimate: InverseJacobian
+    ) -> tuple[Array, AdjointReport]:
+        u = -estimate.apply_transpose(g)
+        if not self.certify:
+            return u, report(backend, g)
+        r = g + pull(u) - u
+        error = SAFETY * _ratio(backend, backend.norm(estimate.apply_transpose(r)), backend.norm(u))
+        residual = _ratio(backend, backend.norm(r), backend.norm(g))
+        return u, report(backend, g, pulls=1, residual=residual, error=error)
+
+    def _refined(
+        self, backend: Backend, pull: Map, g: Array, estimate: InverseJacobian, target: float
+    ) -> tuple[Array, AdjointReport]:
+        xp = backend.xp
+        found = solve_certified(
+            backend,
+            pull,
+            g,
+            lambda v: -estimate.apply_transpose(v),
+            target=target,
+            max_pulls=self.refine_steps,
+        )
+        u, pulls, residual, error = found.u, found.pulls, found.residual, found.error
+        code = xp.zeros_like(pulls)
+        finite = xp.isfinite(residual)
+        status = xp.where(finite, code + int(Status.MAX_STEPS), code + int(Status.NONFINITE))
+        status = xp.where(found.met, code + int(Status.CONVERGED), status)
+        replaced = code > 0
+        if self.fallback != "none":
+            u, pulls, residual, replaced = self._fall_back(backend, pull, g, u, pulls, residual, found.met)
+            error = xp.where(replaced, xp.full_like(error, float("nan")), error)
+        return u, report(
+            backend, g, status=status, pulls=pulls, residual=residual, error=error, fallback=replaced
+        )
+
+    def _fall_back(
+        self, backend: Backend, pull: Map, g: Array, u: Array, pulls: Array, residual: Array, met: Array
+    ) -> tuple[Array, Array, Array, Array]:
+        """Replace what missed the target; the loop runs once if there is such a sample, and not at all otherwise."""
+        xp = backend.xp
+
+        def missing(carry: tuple[Array, ...]) -> Array:
+            return xp.any(~met)
+
+        def replace(carry: tuple[Array, ...]) -> tuple[Array, ...]:
+            u, pulls, residual, replaced = carry
+            if self.fallback == "exact-ift":
+                # Samples that are done ask for nothing: their right-hand side is zero.
+                wanted = backend.select(met, xp.zeros_like(g), g)
+                found = gmres(
+                    backend, lambda v: v - pull(v), wanted, rtol=backend.default_rtol(g), max_steps=self.refine_steps
+                )
+                other, products = found.x, found.products
+                left = _ratio(backend, found.residual, backend.norm(g))
+            else:
+                other, products = g, xp.ones_like(pulls)
+                left = _ratio(backend, backend.norm(pull(g)), backend.norm(g))
+            better = ~met & ~(residual <= backend.cast(left, residual))
+            return (
+                backend.select(better, other, u),
+                xp.where(met, pulls, pulls + products),
+                xp.where(better, backend.cast(left, residual), residual),
+                replaced | better,
+            )
+
+        return backend.loop(missing, replace, (u, pulls, residual, pulls < 0), 1, 1)
+
+
+def _ratio(backend: Backend, a: Array, b: Array) -> Array:
+    """a / b per sample, zero where b is zero."""
+    xp = backend.xp
+    a, b = backend.wide(a), backend.wide(b)
+    return xp.where(b > 0, a / xp.where(b > 0, b, xp.ones_like(b)), xp.zeros_like(a))
