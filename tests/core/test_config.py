@@ -557,19 +557,25 @@ def test_origin_of_what_does_not_exist() -> None:
 # -- what importing costs ----------------------------------------------------------------------------------
 
 
-def fastest(code: str, repeat: int = 5) -> tuple[float, set[str]]:
-    """Best time of running code in a fresh interpreter, and the modules it left."""
+def fastest(code: str, limit: float) -> tuple[float, set[str]]:
+    """Best processor time of running code in fresh interpreters, and the modules it left.
+
+    Processor time, and several attempts, because a test machine has other things to do as well.
+    """
     script = (
-        f"import time, sys; start = time.perf_counter(); {code}; "
-        "print(time.perf_counter() - start, *sys.modules, sep='\\n')"
+        f"import time, sys; start = time.process_time(); {code}; "
+        "print(time.process_time() - start, *sys.modules, sep='\\n')"
     )
-    runs = [
-        subprocess.run(
+    best = float("inf")
+    for _ in range(10):
+        out = subprocess.run(
             [sys.executable, "-c", script], capture_output=True, check=True, text=True
-        ).stdout.split("\n")
-        for _ in range(repeat)
-    ]
-    return min(float(run[0]) for run in runs), set(runs[0][1:])
+        ).stdout
+        seconds, *modules = out.split("\n")
+        best = min(best, float(seconds))
+        if best < limit:
+            break
+    return best, set(modules)
 
 
 HEAVY = {
@@ -587,15 +593,14 @@ HEAVY = {
 
 
 def test_importing_deqcore_is_quick_and_light() -> None:
-    seconds, modules = fastest("import deqcore")
+    seconds, modules = fastest("import deqcore", 0.05)
     assert seconds < 0.05
     assert not modules & HEAVY
 
 
 def test_importing_the_config_is_quick_and_light() -> None:
-    seconds, modules = fastest(
-        "import deqcore.config; deqcore.Config(forward={'rtol': 1e-3}); deqcore.config.current()"
-    )
+    code = "import deqcore.config; deqcore.Config(forward={'rtol': 1e-3}); deqcore.config.current()"
+    seconds, modules = fastest(code, 0.12)
     assert seconds < 0.12
     assert not modules & HEAVY
 
