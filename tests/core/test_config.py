@@ -568,10 +568,8 @@ def fastest(code: str, limit: float) -> tuple[float, set[str]]:
     )
     best = float("inf")
     for _ in range(10):
-        out = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, check=True, text=True
-        ).stdout
-        seconds, *modules = out.split("\n")
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True)
+        seconds, *modules = done.stdout.split("\n")
         best = min(best, float(seconds))
         if best < limit:
             break
