@@ -67,7 +67,7 @@ def attach(
         if not leaves and not sources and not job.hidden:
             return forward.fz  # y depends on z* only: nothing to differentiate
         outside = [*sources, *leaves]
-        job.sources = len(sources)
+        job.repeated = {i for i, t in enumerate(sources) if any(t is s for s in sources[:i])}
     value: Tensor = _Attach.apply(y, z, forward.fz, job, *outside)
     return value
 
@@ -91,7 +91,7 @@ class _Job:
         self.state = state
         self.z = z
         self.hidden: str | None = None
-        self.sources = 0
+        self.repeated: set[int] = set()  # sources that are the same tensor as an earlier one
         self.order = 2  # highest order of derivative that is right
 
     def route(self, y: Tensor, z: Tensor, g: Tensor) -> Tensor:
@@ -172,10 +172,14 @@ def _second_order(job: _Job, g: Tensor, out: Tensor, outside: list[Tensor]) -> l
     inner.order = 1
     start = _Gate.apply(u.detach().requires_grad_(), _Switch(blocked=True))
     attached = _Attach.apply(g + pull(start), start, u, inner)
-    targets = [*gated, *outside[job.sources :]]
     with switch.closed():
-        found = torch.autograd.grad(y, targets, attached, create_graph=True, allow_unused=True)
-    return list(found)
+        found = torch.autograd.grad(y, [*gated, *outside], attached, create_graph=True, allow_unused=True)
+    passed = found[: len(gated)]
+    used: list[Tensor | None] = list(found[len(gated) :])
+    for i, part in enumerate(passed):  # f may also close over a tensor that it is passed
+        direct = None if i in job.repeated else used[i]
+        used[i] = part if direct is None else direct if part is None else part + direct
+    return used
 
 
 class _Switch:
@@ -228,19 +232,18 @@ def _sequence() -> int:
 
 def _leaves(y: Tensor, z: Tensor, sources: list[Tensor], start: int) -> tuple[list[Tensor], str | None]:
     """Leaf tensors that f closes over, and the name of a node that was made before f ran, if there is one."""
-    barriers = [t.grad_fn for t in (z, *sources) if t.grad_fn is not None]  # kept alive: ids stay unique
-    stop = {id(node) for node in barriers}
+    nodes = [t.grad_fn for t in (z, *sources) if t.grad_fn is not None]  # kept alive: ids stay unique
+    # Edges, not nodes: a sibling of a source (two outputs of one `unbind`) is not the source.
+    seen = {(id(t.grad_fn), t.output_nr) for t in (z, *sources)}
     known = {id(t) for t in sources}
     leaves: list[Tensor] = []
     hidden: str | None = None
-    seen: set[int] = set()
-    stack: list[Any] = [y.grad_fn]
-    nodes = []  # likewise
+    stack: list[Any] = [(y.grad_fn, y.output_nr)]
     while stack:
-        node = stack.pop()
-        if node is None or id(node) in seen or id(node) in stop:
+        node, output = stack.pop()
+        if node is None or (id(node), output) in seen:
             continue
-        seen.add(id(node))
+        seen.add((id(node), output))
         nodes.append(node)
         variable = getattr(node, "variable", None)
         if variable is not None:
@@ -250,5 +253,5 @@ def _leaves(y: Tensor, z: Tensor, sources: list[Tensor], start: int) -> tuple[li
         if node._sequence_nr() < start:
             hidden = node.name()
             continue
-        stack.extend(following for following, _ in node.next_functions)
+        stack.extend(node.next_functions)
     return leaves, hidden
