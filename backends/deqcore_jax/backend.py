@@ -1,0 +1,183 @@
+"""The JAX backend: everything is traced, so that `fixed_point` stands inside jit, grad, vmap, scan and checkpoint.
+
+Eager calls work the same way: f is traced, and the compiled solve for its structure is found again (`interning.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from deqcore.backend import Backend, BackwardRecord, Capabilities, Carry, Map
+from deqcore.driver import Forward
+from deqcore.strategy import Adjoint
+from deqcore_jax import implicit, probe, pytrees
+from deqcore_jax.context import as_outside
+from deqcore_jax.dtypes import single, wide
+from deqcore_jax.history import JaxHistory
+from deqcore_jax.loop import loop
+from deqcore_jax.program import is_array, is_differentiable, is_traced
+
+pytrees.register()
+
+
+class JaxBackend(Backend):
+    """JAX arrays on any device, concrete or traced."""
+
+    name: ClassVar[str] = "jax"
+    xp = jnp
+
+    @property
+    def capabilities(self) -> Capabilities:  # type: ignore[override]
+        """Double precision is a switch of the process (or of a `with` block), so this is no constant."""
+        return replace(_CAPABILITIES, float64=bool(jax.config.jax_enable_x64))
+
+    def is_array(self, leaf: object) -> bool:
+        return isinstance(leaf, jax.Array)
+
+    def asarray(self, a: object, *, dtype: str | None = None, like: Any = None) -> Any:
+        kind = dtype or (like.dtype if like is not None else None)
+        known = like is not None and not isinstance(like, jax.core.Tracer)
+        return jnp.asarray(a, kind, device=like.sharding if known and _one_device(like) else None)
+
+    def to_numpy(self, x: Any) -> Any:
+        found = np.asarray(x)
+        return found.astype(np.float32) if found.dtype.kind == "V" else found
+
+    def flatten(self, tree: Any) -> tuple[list[Any], Any]:
+        return jax.tree.flatten(tree)
+
+    def unflatten(self, structure: Any, leaves: Sequence[Any]) -> Any:
+        return jax.tree.unflatten(structure, leaves)
+
+    def dtype_name(self, x: Any) -> str:
+        return str(x.dtype)
+
+    def device_of(self, x: Any) -> str | None:
+        if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array):
+            return None
+        return ", ".join(sorted(str(device) for device in x.devices()))
+
+    def is_traced(self, *leaves: Any) -> bool:
+        return is_traced(leaves)
+
+    def astype(self, x: Any, dtype: str) -> Any:
+        return x.astype(dtype)
+
+    # -- rows ---------------------------------------------------------------------------------------------------
+
+    def wide(self, x: Any) -> Any:
+        return jnp.asarray(x).astype(wide())
+
+    def cast(self, x: Any, like: Any) -> Any:
+        return x.astype(like.dtype)
+
+    def norm(self, v: Any) -> Any:
+        wider = v.astype(single(v.dtype))
+        return jnp.sqrt(jnp.sum(wider * wider, axis=1))
+
+    def inner(self, a: Any, b: Any) -> Any:
+        return jnp.sum(self.wide(a) * self.wide(b), axis=1)
+
+    def select(self, mask: Any, new: Any, old: Any) -> Any:
+        return jnp.where(mask.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+    def all_known(self, mask: Any) -> bool:
+        return False  # loops are traced: nothing is ever known inside
+
+    def solve(self, a: Any, b: Any) -> Any:
+        return jnp.linalg.solve(a, b) if b.ndim == 3 else jnp.linalg.solve(a, b[..., None])[..., 0]
+
+    def history(self, like: Any, memory: int, dtype: str | None = None) -> JaxHistory:
+        return JaxHistory.empty(like, memory, jnp.dtype(dtype) if dtype else None, wide())
+
+    def eye(self, like: Any, rows: int, columns: int | None = None) -> Any:
+        return jnp.eye(rows, columns, dtype=like.dtype)
+
+    def number(self, value: Any, like: Any) -> Any:
+        if isinstance(value, int) or jnp.issubdtype(jnp.result_type(value), jnp.integer):
+            return jnp.asarray(value).astype(jnp.int32)
+        return jnp.asarray(value).astype(single(like.dtype))
+
+    # -- loops --------------------------------------------------------------------------------------------------
+
+    def loop(
+        self,
+        running: Callable[[Carry], Any],
+        body: Callable[[Carry], Carry],
+        carry: Carry,
+        steps: Any,
+        check_every: int | str = "auto",
+    ) -> Carry:
+        return loop(running, body, carry, steps, check_every)
+
+    # -- differentiation ----------------------------------------------------------------------------------------
+
+    def linearize(self, f: Map, z: Any) -> tuple[Any, Map]:
+        with as_outside():
+            fz, pull = jax.vjp(f, z)
+        return fz, lambda u: pull(u)[0]
+
+    def push(self, f: Map, z: Any) -> Map:
+        with as_outside():
+            found: Map = jax.linearize(f, z)[1]
+        return found
+
+    def forward_only(
+        self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], solve: Callable[[Map, Any], Forward]
+    ) -> Forward:
+        return implicit.solve(f, z0, args, solve)[1]
+
+    def implicit(
+        self,
+        f: Callable[..., Any],
+        z0: Any,
+        args: tuple[Any, ...],
+        solve: Callable[[Map, Any], Forward],
+        adjoint: Adjoint,
+    ) -> tuple[Any, Forward, BackwardRecord | None]:
+        value, forward = implicit.solve(f, z0, args, solve, adjoint, probe.take(z0.shape[0]))
+        return value, forward, None
+
+    def detach(self, x: Any) -> Any:
+        return lax.stop_gradient(x)
+
+    def checkpoint(self, f: Map) -> Map:
+        return jax.checkpoint(f)
+
+    def vjp(
+        self, value: Callable[..., tuple[Any, Any]], args: tuple[Any, ...], cotangent: Any
+    ) -> tuple[Any, Any, tuple[Any, ...]]:
+        leaves, structure = self.flatten(args)
+        moving = [i for i, leaf in enumerate(leaves) if is_array(leaf) and is_differentiable(leaf)]
+
+        def of_leaves(*moved: Any) -> tuple[Any, Any]:
+            merged = list(leaves)
+            for i, leaf in zip(moving, moved, strict=True):
+                merged[i] = leaf
+            return value(*self.unflatten(structure, merged))
+
+        found, pull, aux = jax.vjp(of_leaves, *[jnp.asarray(leaves[i]) for i in moving], has_aux=True)
+        gradients: list[Any] = [None] * len(leaves)
+        for i, gradient in zip(moving, pull(cotangent), strict=True):
+            gradients[i] = gradient
+        return found, aux, self.unflatten(structure, gradients)
+
+    def synchronize(self) -> None:
+        for device in jax.devices():
+            device.synchronize_all_activity()
+
+
+_CAPABILITIES = Capabilities(
+    jvp=True, jit=True, vmap=True, bfloat16=True, accelerator=True, second_derivatives=True
+)
+
+
+def _one_device(x: Any) -> bool:
+    return len(x.devices()) == 1

@@ -1,0 +1,128 @@
+"""A history in one preallocated array, as `lax.while_loop` asks for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deqcore.backend import History
+from deqcore_jax.dtypes import common, single
+
+
+@jax.tree_util.register_pytree_node_class
+class JaxHistory(History):
+    """Ring of `(batch, memory, n)`; a write touches one slot, which XLA updates in place inside a loop.
+
+    `active` belongs to one step: it is no part of the pytree, so it does not outlive a step of a compiled loop.
+
+    Attributes:
+        storage: the vectors `(batch, memory, n)`.
+        seen: slots that each sample wrote since its last restart, `(batch, memory)` of bool.
+        written: appends so far, int32.
+        dtype: the state's dtype, in which `combine` answers; the storage may be narrower.
+        wide: the dtype of dot products.
+    """
+
+    def __init__(
+        self, storage: Any, seen: Any, written: Any, dtype: Any, wide: Any, active: Any = None
+    ) -> None:
+        self.storage = storage
+        self.seen = seen
+        self.written = written
+        self.dtype = dtype
+        self.wide = wide
+        self.active = active
+        # The second last axis, also while a transformation carries an axis more.
+        self.memory = getattr(storage, "shape", (0, 0))[-2]
+
+    @classmethod
+    def empty(cls, like: Any, memory: int, dtype: Any, wide: Any) -> JaxHistory:
+        """No vectors yet, room for `memory` vectors like `like` `(batch, n)` stored in `dtype`."""
+        batch, n = like.shape
+        storage = jnp.zeros((batch, memory, n), dtype or like.dtype)
+        return cls(storage, jnp.zeros((batch, memory), bool), jnp.int32(0), like.dtype, wide)
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """The arrays, and the dtypes beside them."""
+        return (self.storage, self.seen, self.written), (self.dtype, self.wide)
+
+    @classmethod
+    def tree_unflatten(cls, dtypes: tuple[Any, ...], arrays: tuple[Any, ...]) -> JaxHistory:
+        """Undo `tree_flatten`; all rows are active again."""
+        return cls(*arrays, *dtypes)
+
+    def append(self, v: Any) -> JaxHistory:
+        """Write one slot; rows that are not active write back what they had."""
+        slot = lax.rem(self.written, jnp.int32(self.memory))
+        new = v.astype(self.storage.dtype)[:, None, :]
+        here = jnp.arange(self.memory, dtype=jnp.int32)[None, :] == slot
+        if self.active is not None:
+            old = lax.dynamic_slice_in_dim(self.storage, slot, 1, axis=1)
+            new = jnp.where(self.active[:, None, None], new, old)
+            here = here & self.active[:, None]
+        storage = lax.dynamic_update_slice_in_dim(self.storage, new, slot, axis=1)
+        return self._with(storage, self.seen | here, self.written + 1)
+
+    def dot(self, v: Any) -> Any:
+        """One pass over the storage, accumulated in float32 or better."""
+        many = v if v.ndim == 3 else v[:, None, :]
+        rows, many, dtype = self._compute(many)
+        found = jnp.einsum(
+            "brn,bmn->brm", many, rows, preferred_element_type=dtype, precision=lax.Precision.HIGHEST
+        )
+        found = jnp.where(self.seen[:, None, :], found.astype(self.wide), jnp.zeros((), self.wide))
+        return found if v.ndim == 3 else found[:, 0]
+
+    def combine(self, coefficients: Any) -> Any:
+        """One pass over the storage; coefficients of slots not seen are ignored."""
+        dtype = single(self.storage.dtype)
+        c = jnp.where(self.seen, coefficients, jnp.zeros((), coefficients.dtype)).astype(dtype)
+        rows = self.storage.astype(dtype)
+        found = jnp.einsum(
+            "bm,bmn->bn", c, rows, preferred_element_type=dtype, precision=lax.Precision.HIGHEST
+        )
+        return found.astype(self.dtype)
+
+    def restart(self, rows: Any) -> JaxHistory:
+        """Nothing is erased: what is not seen is masked."""
+        chosen = rows if self.active is None else rows & self.active
+        return self._with(self.storage, self.seen & ~chosen[:, None], self.written)
+
+    def slot(self) -> Any:
+        """The slot before `written`."""
+        last = lax.rem(self.written + (self.memory - 1), jnp.int32(self.memory))
+        return (jnp.arange(self.memory, dtype=jnp.int32) == last) & (self.written > 0)
+
+    def count(self) -> Any:
+        """Sum of `seen`."""
+        return jnp.sum(self.seen, axis=1, dtype=jnp.int32)
+
+    def full(self) -> Any:
+        """Whether the sample still sees the slot that comes next."""
+        return self.seen[:, lax.rem(self.written, jnp.int32(self.memory))]
+
+    def with_active(self, active: Any) -> JaxHistory:
+        """Shares the arrays."""
+        return JaxHistory(self.storage, self.seen, self.written, self.dtype, self.wide, active)
+
+    def vectors(self) -> Any:
+        """All `memory` slots, zero where not seen."""
+        return jnp.where(self.seen[:, :, None], self.storage, jnp.zeros((), self.storage.dtype))
+
+    def copy(self) -> JaxHistory:
+        """Itself: nothing is ever written in place."""
+        return self
+
+    def _with(self, storage: Any, seen: Any, written: Any) -> JaxHistory:
+        return JaxHistory(storage, seen, written, self.dtype, self.wide, self.active)
+
+    def _compute(self, v: Any) -> tuple[Any, Any, Any]:
+        """Storage and vectors in one dtype, and the dtype to accumulate in.
+
+        Equal narrow dtypes are multiplied as they are: their products are exact in the accumulator.
+        """
+        both = common(self.storage.dtype, v.dtype)
+        return self.storage.astype(both), v.astype(both), single(both)

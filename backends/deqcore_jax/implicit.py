@@ -1,0 +1,212 @@
+"""Solve, and attach the implicit gradient.
+
+The solve runs on inputs without tangents; then the gradient is attached to what it found. With y = f(z*) and lin its
+derivative, recorded once for products with J and for the gradients of the leaves:
+
+    exact strategies    custom_jvp:  dz* = (I − J)^-1 lin(0, dθ), by lax.custom_linear_solve, whose transpose is the
+                        strategy's route. All of JAX's transformations follow, to any order in principle: the rule
+                        linearises at an *attached* z*, so that second derivatives know that z* moves with θ.
+    approximate ones    custom_vjp:  dθ = (∂f/∂θ)ᵀ route(pull, g). Reverse mode, first order; more is refused.
+
+All of it is one `jax.jit` whose key is the structure of f, the solver and the strategy: see `interning.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from deqcore.driver import Control, Drive, Forward
+from deqcore.errors import StrategyError
+from deqcore.linear.lowrank import InverseJacobian
+from deqcore.strategy import Adjoint, AdjointReport
+from deqcore_jax.context import precise
+from deqcore_jax.linearize import Linear
+from deqcore_jax.probe import Probe, fill
+from deqcore_jax.program import Program, is_differentiable, is_traced, trace
+
+
+class Numbers(NamedTuple):
+    """What may change without compiling again."""
+
+    rtol: Any
+    atol: Any
+    max_steps: Any
+    resume: Any
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is compiled for: f, the method, the strategy (None: no gradient is attached)."""
+
+    program: Program
+    drive: Any  # a Drive without its numbers, or any callable like one
+    adjoint: Adjoint | None
+
+    def solve(self, z0: Any, numbers: Numbers | None, leaves: list[Any]) -> Forward:
+        """Run the solver; products of coefficients in full precision, f as it was traced."""
+        drive = self.drive
+        if numbers is not None:
+            rtol, atol, max_steps, resume = numbers
+            control = drive.control._replace(rtol=rtol, atol=atol, max_steps=max_steps)
+            drive = Drive(drive.backend, drive.solver, control, resume)
+        with precise():
+            found: Forward = drive(lambda z: self.program(z, leaves), z0)
+        return found
+
+    @property
+    def bound(self) -> Adjoint:
+        """The strategy, where there is one."""
+        assert self.adjoint is not None
+        return self.adjoint
+
+
+def solve(
+    f: Callable[..., Any],
+    z0: Any,
+    args: tuple[Any, ...],
+    drive: Callable[..., Forward],
+    adjoint: Adjoint | None = None,
+    probe: Probe | None = None,
+) -> tuple[Any, Forward]:
+    """Trace f, solve, attach the gradient.
+
+    Args:
+        f: `f(z, *args)` on `(batch, n)`.
+        z0: initial state `(batch, n)`.
+        args: any trees.
+        drive: the driver with everything but f and z0 bound.
+        adjoint: how gradients are found; None attaches none.
+        probe: where the backward pass is reported.
+
+    Returns:
+        The value `(batch, n)`, and what the solver did (without gradient).
+    """
+    program, leaves = trace(f, z0, args)
+    if not is_traced((leaves, probe)):
+        adjoint = None  # nobody can ask for a gradient
+    numbers = None
+    if isinstance(drive, Drive):
+        control = drive.control
+        numbers = Numbers(control.rtol, control.atol, control.max_steps, drive.resume)
+        drive = Drive(drive.backend, drive.solver, Control(0.0, 0.0, 0, *control[3:]))
+    return _run(Problem(program, drive, adjoint), z0, numbers, leaves, probe)
+
+
+@partial(jax.jit, static_argnums=0)
+def _run(
+    problem: Problem, z0: Any, numbers: Numbers | None, leaves: list[Any], probe: Probe | None
+) -> tuple[Any, Forward]:
+    still = lax.stop_gradient((lax.convert_element_type(z0, z0.dtype), numbers, leaves))
+    forward = problem.solve(*still)
+    if problem.adjoint is None:
+        return forward.fz, forward
+    state = forward.carry.state if problem.adjoint.uses_state else ()
+    if problem.adjoint.strategy.exact and probe is None:
+        return _exact(problem, forward.z, forward.fz, state, leaves)[1], forward
+    return _reverse(problem, forward.z, forward.fz, state, leaves, probe), forward
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _exact(problem: Problem, z: Any, fz: Any, state: Any, leaves: list[Any]) -> tuple[Any, Any]:
+    """`z` and `fz` as functions of the leaves."""
+    return z, fz
+
+
+@partial(_exact.defjvp, symbolic_zeros=True)
+def _exact_jvp(problem: Problem, primals: Any, tangents: Any) -> Any:
+    z, fz, state, leaves = primals
+    z, fz = _exact(problem, z, fz, state, leaves)
+    moved = {i: t for i, t in enumerate(tangents[3]) if not isinstance(t, SymbolicZero)}
+    linear = Linear(problem.program, z, leaves, list(moved))
+    dz = lax.custom_linear_solve(
+        lambda v: v - linear.push(v),
+        linear.push_leaves(list(moved.values())),
+        lambda _, b: _route_forward(problem, linear, b, state),
+        lambda _, g: _route(problem, linear, g, state)[0],
+    )
+    return (z, fz), (dz, dz)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _reverse(problem: Problem, z: Any, fz: Any, state: Any, leaves: list[Any], probe: Probe | None) -> Any:
+    """`fz` as a function of the leaves, and of the probe that it does not depend on."""
+    return fz
+
+
+def _reverse_fwd(
+    problem: Problem, z: Any, fz: Any, state: Any, leaves: list[Any], probe: Probe | None
+) -> tuple[Any, Any]:
+    if problem.bound.strategy.exact:
+        z, fz = _exact(problem, z, fz, state, leaves)
+    return fz, (z, state, leaves, probe)
+
+
+def _reverse_bwd(problem: Problem, residuals: Any, g: Any) -> Any:
+    z, state, leaves, probe = residuals
+    moved = [i for i, leaf in enumerate(leaves) if is_differentiable(leaf)]
+    if problem.bound.strategy.exact:
+        linear = Linear(problem.program, z, leaves, moved)
+        u, report = lax.custom_linear_solve(
+            lambda v: v - linear.pull(v),
+            g,
+            lambda _, b: _route(problem, linear, b, state),
+            lambda _, b: _route_forward(problem, linear, b, state),
+            has_aux=True,
+        )
+    else:
+        z, state, leaves, g = _first_order_only(type(problem.bound.strategy).__name__, (z, state, leaves, g))
+        linear = Linear(problem.program, z, leaves, moved, products=problem.bound.uses_pull)
+        u, report = _route(problem, linear, g, state)
+    found = iter(linear.pull_leaves(u))
+    gradients = [next(found) if i in moved else None for i in range(len(leaves))]
+    return None, None, None, gradients, None if probe is None else fill(report)
+
+
+_reverse.defvjp(_reverse_fwd, _reverse_bwd)
+
+
+def _route(problem: Problem, linear: Linear, g: Any, state: Any) -> tuple[Any, AdjointReport]:
+    """u ≈ (I − J)^-T g."""
+    with precise():
+        return problem.bound(linear.pull, g, state)
+
+
+def _route_forward(problem: Problem, linear: Linear, b: Any, state: Any) -> Any:
+    """x ≈ (I − J)^-1 b: the same kind of equation, with J v in place of Jᵀu."""
+    adjoint = problem.bound
+    estimate = adjoint.solver.inverse_jacobian(adjoint.backend, state) if adjoint.uses_state else None
+    turned = None if estimate is None else _Transposed(estimate)
+    with precise():
+        return adjoint.strategy.route(adjoint.backend, linear.push, b, turned)[0]
+
+
+@dataclass(frozen=True)
+class _Transposed(InverseJacobian):
+    inner: InverseJacobian
+
+    def apply(self, v: Any) -> Any:
+        return self.inner.apply_transpose(v)
+
+    def apply_transpose(self, v: Any) -> Any:
+        return self.inner.apply(v)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _first_order_only(strategy: str, values: Any) -> Any:
+    return values
+
+
+@_first_order_only.defjvp
+def _refuse(strategy: str, primals: Any, tangents: Any) -> Any:
+    raise StrategyError(
+        f"The gradient of {strategy} was differentiated again, but it is an approximation whose derivative is not "
+        f"that of the fixed point: use backward.strategy = 'exact-ift' for second derivatives."
+    )

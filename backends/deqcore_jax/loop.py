@@ -1,0 +1,67 @@
+"""One `lax.while_loop` for every loop of the core."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, cast
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+
+from deqcore.backend import Carry
+
+# The predicate of a loop is read by the host in each test where the loop runs on an accelerator.
+EVERY: Final = {"cpu": 1}
+EVERY_ELSEWHERE: Final = 4
+
+
+@custom_vmap
+def _anywhere(flag: Any) -> Any:
+    """The flag; under vmap, whether it holds in any lane.
+
+    A predicate per lane would make JAX select between the old and the new carry in every step, histories included.
+    The bodies of the core are harmless once they have ended, so that lanes may end together.
+    """
+    return flag
+
+
+@_anywhere.def_vmap
+def _anywhere_batched(_axis_size: int, _in_batched: list[bool], flag: Any) -> tuple[Any, bool]:
+    return jnp.any(flag), False
+
+
+def loop(
+    running: Callable[[Carry], Any],
+    body: Callable[[Carry], Carry],
+    carry: Carry,
+    steps: Any,
+    check_every: int | str = "auto",
+) -> Carry:
+    """Apply `body` while `running(carry)`, `steps` times at most; see `deqcore.backend.Backend.loop`."""
+    if check_every == "auto":
+        every = EVERY.get(jax.default_backend(), EVERY_ELSEWHERE)
+    else:
+        every = int(check_every)
+    budget = jnp.asarray(steps).astype(jnp.int32)
+
+    def goes_on(state: tuple[Any, Carry]) -> Any:
+        done, inner = state
+        return (done < budget) & _anywhere(running(inner))
+
+    def once(state: tuple[Any, Carry]) -> tuple[Any, Carry]:
+        done, inner = state
+        return done + 1, body(inner)
+
+    def several(state: tuple[Any, Carry]) -> tuple[Any, Carry]:
+        # A scan has a fixed length, so that no device is asked for a predicate inside it.
+        return lax.scan(lambda s, _: (once(s), None), state, length=every)[0]
+
+    def chunk(state: tuple[Any, Carry]) -> tuple[Any, Carry]:
+        # Single steps at the end of the budget: cheaper than masking each step of every chunk.
+        return lax.cond(state[0] + every <= budget, several, once, state)
+
+    start = jnp.int32(0), carry
+    _, end = lax.while_loop(goes_on, once if every == 1 else chunk, start)
+    return cast("Carry", end)

@@ -1,0 +1,126 @@
+"""What a backward pass did: a probe carries the report of the adjoint out of `jax.grad` as data.
+
+A vector–Jacobian product has no return path beside its gradients. So the figures come back as one: inside
+`reporting(probe)` a solve takes the probe, an argument of zeros, along, and the gradient with respect to the probe *is*
+the report. It passes `jit`, `vmap`, `scan` and layers, and costs nothing where it is not asked for.
+
+Rules: one probe serves one solve; make it and differentiate with respect to it inside the same `jit`; under `vmap`
+each lane brings its own. A probed solve has reverse mode only.
+
+Example:
+    >>> import jax, jax.numpy as jnp, deqcore, deqcore_jax.probe
+    >>> def loss(a, probe):
+    ...     with deqcore_jax.probe.reporting(probe):
+    ...         z = deqcore.fixed_point(lambda z: a * z + 1.0, jnp.zeros((2, 1))).value
+    ...     return jnp.sum(z)
+    >>> gradient, figures = jax.grad(loss, argnums=(0, 1))(0.5, deqcore_jax.probe.new(2))
+    >>> report = deqcore_jax.probe.read(figures)
+    >>> report.status.tolist(), report.pulls.tolist()  # 1 is CONVERGED
+    ([1, 1], [1, 1])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from deqcore.errors import StrategyError
+from deqcore.strategy import AdjointReport
+from deqcore_jax.context import key
+
+
+class Probe(NamedTuple):
+    """An AdjointReport in floating-point numbers, each `(batch,)` of float32, and how often it was filled in."""
+
+    status: Any
+    pulls: Any
+    residual: Any
+    error: Any
+    fallback: Any
+    runs: Any
+
+
+class _Slot:
+    """The probe of a `reporting` block, and whether a solve has taken it."""
+
+    def __init__(self, probe: Probe) -> None:
+        self.probe = probe
+        self.taken = False
+
+
+_open: ContextVar[_Slot | None] = ContextVar("deqcore_jax.probe", default=None)
+
+
+def new(batch: int) -> Probe:
+    """A probe for a solve with `batch` samples (1 if `forward.batch = false`)."""
+    return Probe(*[jnp.zeros(batch, jnp.float32)] * len(Probe._fields))
+
+
+@contextmanager
+def reporting(probe: Probe) -> Iterator[None]:
+    """Let the one solve inside the block report its backward pass as the gradient of `probe`.
+
+    Raises:
+        StrategyError: a second solve runs inside the block, or the probe is for another batch.
+    """
+    slot = _Slot(probe)
+    token = _open.set(slot)
+    try:
+        with key(slot):  # a function compiled inside the block holds this probe, and no other may use it
+            yield
+    finally:
+        _open.reset(token)
+
+
+def read(figures: Probe) -> AdjointReport:
+    """The report in a gradient with respect to a probe.
+
+    Args:
+        figures: what `jax.grad` returned for the probe.
+
+    Raises:
+        StrategyError: (outside compiled code) no backward pass reported, or several added up.
+    """
+    runs = figures.runs
+    if not isinstance(runs, jax.core.Tracer) and runs.size:
+        fewest, most = float(runs.min()), float(runs.max())
+        if fewest != 1.0 or most != 1.0:
+            raise StrategyError(
+                f"The probe was reported to between {fewest:g} and {most:g} times per sample, but once is expected: "
+                f"differentiate a value that depends on a solve inside `reporting`, with one probe per solve and per "
+                f"lane of vmap."
+            )
+    return AdjointReport(
+        status=figures.status.astype(jnp.int32),
+        pulls=figures.pulls.astype(jnp.int32),
+        residual=figures.residual,
+        error=figures.error,
+        fallback=figures.fallback > 0,
+    )
+
+
+def take(batch: int) -> Probe | None:
+    """The probe for the solve that starts now, if one waits. Only `deqcore_jax.backend` calls it."""
+    slot = _open.get()
+    if slot is None:
+        return None
+    if slot.taken:
+        raise StrategyError("A second solve runs inside one `reporting` block: give each solve a probe of its own.")
+    if slot.probe.runs.shape != (batch,):
+        raise StrategyError(
+            f"The probe has shape {slot.probe.runs.shape}, but the solve has {batch} samples: make it with "
+            f"deqcore_jax.probe.new({batch})."
+        )
+    slot.taken = True
+    return slot.probe
+
+
+def fill(report: AdjointReport) -> Probe:
+    """A report as the cotangent of a probe."""
+    numbers = [jnp.asarray(each).astype(jnp.float32) for each in report]
+    return Probe(*numbers, runs=jnp.ones_like(numbers[0]))
