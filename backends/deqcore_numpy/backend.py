@@ -14,6 +14,7 @@ import optree
 
 from deqcore.backend import Backend, BackwardRecord, Capabilities, Carry, Map
 from deqcore.driver import Forward
+from deqcore.errors import ConfigError
 from deqcore.strategy import Adjoint
 from deqcore_numpy.derivative import (
     batched_jacobian,
@@ -91,9 +92,11 @@ class NumpyBackend(Backend):
         return found if b.ndim == 3 else found[..., 0]
 
     def history(self, like: Any, memory: int, dtype: str | None = None) -> NumpyHistory:
+        if dtype not in (None, "float16", "float32", "float64"):
+            raise ConfigError.bad_value("The solver", "history_dtype", dtype, "float16, float32 or float64 on numpy")
         batch, n = like.shape
         storage = np.zeros((batch, memory, n), dtype or like.dtype)
-        return NumpyHistory(storage, np.zeros((batch, memory), bool))
+        return NumpyHistory(storage, np.zeros((batch, memory), bool), like.dtype)
 
     def loop(
         self,

@@ -12,9 +12,10 @@ from deqcore.backend import History
 class NumpyHistory(History):
     """Ring of `(batch, memory, n)`. The operating system commits its zero pages as steps fill them."""
 
-    def __init__(self, storage: Any, seen: Any, written: int = 0, active: Any = None) -> None:
+    def __init__(self, storage: Any, seen: Any, dtype: Any, written: int = 0, active: Any = None) -> None:
         self.storage = storage
         self.seen = seen  # (batch, memory)
+        self.dtype = dtype  # the state's, in which combine answers; the storage may be narrower
         self.written = written
         self.active = active
         self.memory = storage.shape[1]
@@ -31,7 +32,7 @@ class NumpyHistory(History):
         else:
             self.storage[self.active, slot] = v[self.active]
             seen[self.active, slot] = True
-        return NumpyHistory(self.storage, seen, self.written + 1, self.active)
+        return NumpyHistory(self.storage, seen, self.dtype, self.written + 1, self.active)
 
     def dot(self, v: Any) -> Any:
         used = self._used()
@@ -48,12 +49,12 @@ class NumpyHistory(History):
         compute = np.promote_types(self.storage.dtype, np.float32)
         c = np.where(self.seen, coefficients, 0.0)[:, None, :used].astype(compute)
         rows = self.storage[:, :used].astype(compute, copy=False)
-        return np.matmul(c, rows)[:, 0].astype(self.storage.dtype, copy=False)
+        return np.matmul(c, rows)[:, 0].astype(self.dtype, copy=False)
 
     def restart(self, rows: Any) -> NumpyHistory:
         chosen = rows if self.active is None else rows & self.active
         seen = np.where(chosen[:, None], False, self.seen)
-        return NumpyHistory(self.storage, seen, self.written, self.active)
+        return NumpyHistory(self.storage, seen, self.dtype, self.written, self.active)
 
     def slot(self) -> Any:
         mask = np.zeros(self.memory, bool)
@@ -68,10 +69,10 @@ class NumpyHistory(History):
         return self.seen[:, self.written % self.memory]
 
     def with_active(self, active: Any) -> NumpyHistory:
-        return NumpyHistory(self.storage, self.seen, self.written, active)
+        return NumpyHistory(self.storage, self.seen, self.dtype, self.written, active)
 
     def vectors(self) -> Any:
         return np.where(self.seen[:, : self._used(), None], self.storage[:, : self._used()], 0)
 
     def copy(self) -> NumpyHistory:
-        return NumpyHistory(self.storage.copy(), self.seen, self.written, self.active)
+        return NumpyHistory(self.storage.copy(), self.seen, self.dtype, self.written, self.active)

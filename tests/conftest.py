@@ -1,0 +1,49 @@
+"""What tests share: independent truths, the eager backends, and a quiet environment."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Settings of whoever runs the tests are none of theirs; threads cost more than they bring at these sizes.
+for _name in [name for name in os.environ if name.startswith("DEQCORE_")]:
+    del os.environ[_name]
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+settings.register_profile(
+    "deqcore",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=8,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("deqcore")
+
+
+def _load(name: str):
+    path = Path(__file__).parent / "helpers" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"tests_helpers_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def truth():
+    """Closed forms, SciPy and textbook methods; see helpers/truth.py."""
+    return _load("truth")
+
+
+@pytest.fixture(scope="session", params=["numpy", "torch"])
+def be(request):
+    """An eager backend."""
+    import deqcore
+
+    if request.param == "torch":
+        pytest.importorskip("torch")
+    return deqcore.get_backend(backend=request.param)
