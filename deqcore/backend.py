@@ -87,6 +87,14 @@ class History(ABC):
     def combine(self, coefficients: Array) -> Array:
         """Σ_j c_j q_j for coefficients `(batch, memory)`: `(batch, n)` in the state's dtype."""
 
+    def append_difference(self, a: Array, b: Array) -> History:
+        """`append(a - b)`; a backend may spare the temporary."""
+        return self.append(a - b)
+
+    def add_combination(self, base: Array, coefficients: Array) -> Array:
+        """`base + combine(coefficients)`, `(batch, n)`; a backend may spare the temporary."""
+        return base + self.combine(coefficients)
+
     @abstractmethod
     def restart(self, rows: Array) -> History:
         """Forget the vectors of the active rows among `rows` `(batch,)` of bool."""

@@ -64,6 +64,10 @@ class Solver(ABC):
             state: as `init` or the previous step returned it.
         """
 
+    def residual_norm(self, backend: Backend, state: Any) -> Array | None:
+        """‖f(z) − z‖ of the current iterate `(batch,)` if the method has measured it, so that nobody does it twice."""
+        return None
+
     def inverse_jacobian(self, backend: Backend, state: Any) -> InverseJacobian | None:
         """The estimate H ≈ (∂(f − z)/∂z)^-1 that the solve leaves behind, or None."""
         return None

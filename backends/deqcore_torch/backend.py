@@ -14,9 +14,10 @@ from torch import Tensor
 
 from deqcore.backend import Backend, BackwardRecord, Capabilities, Carry, History, Map
 from deqcore.driver import Forward
+from deqcore.errors import ConfigError
 from deqcore.strategy import Adjoint
 from deqcore_torch.autograd import attach
-from deqcore_torch.history import RecordedHistory, TorchHistory
+from deqcore_torch.history import RecordedHistory, TorchHistory, select_rows
 
 DEVICE_CHECK = 4  # steps between host checks where a check waits for the device
 
@@ -81,6 +82,8 @@ class TorchBackend(Backend):
         return (self.wide(a) * self.wide(b)).sum(1)
 
     def select(self, mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
+        if mask.device.type == "cpu" and new.dim() > 1 and not torch.is_grad_enabled():
+            return select_rows(mask, new, old)
         return torch.where(mask.view(-1, *[1] * (new.dim() - 1)), new, old)
 
     def all_known(self, mask: Tensor) -> bool:
@@ -92,7 +95,10 @@ class TorchBackend(Backend):
         return found if b.dim() == 3 else found[..., 0]
 
     def history(self, like: Tensor, memory: int, dtype: str | None = None) -> History:
-        stored = getattr(torch, dtype) if dtype else like.dtype
+        stored = like.dtype if dtype is None else getattr(torch, dtype, None)
+        if not isinstance(stored, torch.dtype) or not stored.is_floating_point:
+            expected = "float16, bfloat16, float32 or float64"
+            raise ConfigError.bad_value("The solver", "history_dtype", dtype, expected)
         if torch.is_grad_enabled() and like.requires_grad:
             return RecordedHistory.empty(like, memory, stored, _wide(like.device))
         return TorchHistory([], memory, like[:0], tuple(like.shape), stored, _wide(like.device))

@@ -12,7 +12,25 @@ from torch import Tensor
 
 from deqcore.backend import History
 
-CHUNK = 4
+CHUNK = 4  # slots per chunk for large vectors
+SMALL = 4096  # numbers per vector up to which one chunk holds the whole memory
+
+
+def select_rows(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """Rows of `new` where `mask` holds, of `old` elsewhere, on the host: copies of rows.
+
+    `torch.where` with a broadcast mask takes 25 times as long there (256 × 512 float32: 520 µs against 20 µs).
+    """
+    rows = mask.nonzero()[:, 0]
+    count = rows.shape[0]
+    if count == mask.shape[0]:
+        return new
+    if count == 0:
+        return old
+    if 2 * count > mask.shape[0]:
+        rest = (~mask).nonzero()[:, 0]
+        return new.index_copy(0, rest, old.index_select(0, rest))
+    return old.index_copy(0, rows, new.index_select(0, rows))
 
 
 class TorchHistory(History):
@@ -37,6 +55,7 @@ class TorchHistory(History):
         self.memory = memory
         self.like = like  # empty: device and dtype of what combine returns
         self.batch, self.width = shape
+        self.chunk = memory if self.width <= SMALL and memory * self.width <= 16 * SMALL else CHUNK
         self.dtype = dtype
         self.wide = wide
         self.seen = seen  # (batch, memory) of bool
@@ -67,23 +86,41 @@ class TorchHistory(History):
         return mask
 
     def append(self, v: Tensor) -> TorchHistory:
+        return self._write(v, None)
+
+    def append_difference(self, a: Tensor, b: Tensor) -> TorchHistory:
+        return self._write(a, b)
+
+    def _write(self, v: Tensor, minus: Tensor | None) -> TorchHistory:
         slot = self.written % self.memory
         target = self._place(slot, v)
-        if self.active is None:
-            target.copy_(v)
+        if self.active is None and minus is not None and v.dtype is self.dtype:
+            torch.sub(v, minus, out=target)
         else:
-            target.copy_(torch.where(self.active[:, None], v.to(self.dtype), target))
+            self._copy(v if minus is None else v - minus, target)
         seen = self.seen
         if self.active is not None or seen is not None:
             seen = self._mask().clone() if self.seen is not None else self._mask()
             seen[:, slot] = True if self.active is None else seen[:, slot] | self.active
         return self._with(seen, self.written + 1, self.active)
 
+    def _copy(self, v: Tensor, target: Tensor) -> None:
+        if self.active is None:
+            target.copy_(v)
+            return
+        if self.written < self.memory:
+            target.zero_()  # nothing was written here yet, and rows that are not active must not hold garbage
+        if v.device.type == "cpu":
+            rows = self.active.nonzero()[:, 0]
+            target.index_copy_(0, rows, v.index_select(0, rows).to(self.dtype))
+        else:
+            target.copy_(torch.where(self.active[:, None], v.to(self.dtype), target))
+
     def _place(self, slot: int, v: Tensor) -> Tensor:
-        chunk, row = divmod(slot, CHUNK)
+        chunk, row = divmod(slot, self.chunk)
         while len(self.chunks) <= chunk:
-            rows = min(CHUNK, self.memory - CHUNK * len(self.chunks))
-            self.chunks.append(v.new_empty((v.shape[0], rows, v.shape[1]), dtype=self.dtype).zero_())
+            rows = min(self.chunk, self.memory - self.chunk * len(self.chunks))
+            self.chunks.append(v.new_empty((v.shape[0], rows, v.shape[1]), dtype=self.dtype))
         return self.chunks[chunk][:, row]
 
     def _filled(self) -> list[Tensor]:
@@ -100,21 +137,29 @@ class TorchHistory(History):
         many = v if v.dim() == 3 else v[:, None]
         compute = self.dtype if self.dtype in (torch.float32, torch.float64) else torch.float32
         many = many.to(compute)
-        found = torch.zeros((*many.shape[:2], self.memory), dtype=self.wide, device=v.device)
-        start = 0
-        for part in self._filled():
-            end = start + part.shape[1]
-            found[:, :, start:end] = torch.bmm(many, part.to(compute).transpose(1, 2))
-            start = end
+        parts = [torch.bmm(many, part.to(compute).transpose(1, 2)) for part in self._filled()]
+        if not parts:
+            return many.new_zeros((*v.shape[:-1], self.memory), dtype=self.wide)
+        found = (parts[0] if len(parts) == 1 else torch.cat(parts, 2)).to(self.wide)
+        missing = self.memory - found.shape[2]
+        if missing:
+            found = torch.nn.functional.pad(found, (0, missing))
         if self.seen is not None:
-            found = found.masked_fill_(~self.seen[:, None], 0.0)
+            found = found.masked_fill(~self.seen[:, None], 0.0)
         return found if v.dim() == 3 else found[:, 0]
 
     def combine(self, coefficients: Tensor) -> Tensor:
+        return self._sum(coefficients, None)
+
+    def add_combination(self, base: Tensor, coefficients: Tensor) -> Tensor:
+        if self.written and base.dtype is self.dtype and base.dtype in (torch.float32, torch.float64):
+            return self._sum(coefficients, base[:, None])
+        return base + self._sum(coefficients, None)
+
+    def _sum(self, coefficients: Tensor, total: Tensor | None) -> Tensor:
         compute = self.dtype if self.dtype in (torch.float32, torch.float64) else torch.float32
         c = coefficients if self.seen is None else coefficients.masked_fill(~self.seen, 0.0)
         c = c.to(compute)[:, None]
-        total: Tensor | None = None
         start = 0
         for part in self._filled():
             end = start + part.shape[1]

@@ -11,12 +11,25 @@ from deqcore.solver import Solver
 
 
 class AndersonState(NamedTuple):
-    """Differences of values ΔF and of residuals ΔG, their Gram matrix ΔGᵀΔG `(batch, m, m)`, next coefficients γ."""
+    """What Anderson carries. Small arrays are in the wide dtype.
+
+    Attributes:
+        values: differences ΔF.
+        residuals: differences ΔG.
+        gram: ΔGᵀΔG `(batch, m, m)`.
+        target: ΔGᵀg `(batch, m)`.
+        step: next coefficients γ `(batch, m)`.
+        residual: g `(batch, n)`.
+        norm: ‖g‖ `(batch,)`.
+    """
 
     values: History
     residuals: History
     gram: Array
+    target: Array
     step: Array
+    residual: Array
+    norm: Array
 
 
 @dataclass(frozen=True)
@@ -77,32 +90,41 @@ class Anderson(Solver):
         residuals = backend.history(fz, self.memory, self.history_dtype)
         step = residuals.dot(fz)  # (batch, memory), all zero
         gram = step[:, :, None] + step[:, None, :]
-        return AndersonState(values, residuals, gram, step)
+        return AndersonState(values, residuals, gram, step, step, fz - z, backend.norm(fz - z))
 
     def step(
         self, backend: Backend, f: Map, z: Array, fz: Array, state: AndersonState
     ) -> tuple[Array, Array, Any]:
         """One accelerated step, then the new difference."""
         xp = backend.xp
-        g = fz - z
-        z = fz - state.values.combine(state.step)
+        g = state.residual
+        z = state.values.add_combination(fz, -state.step)
         if self.mixing != 1.0:
-            z = z - (1.0 - self.mixing) * (g - state.residuals.combine(state.step))
+            z = z - (1.0 - self.mixing) * state.residuals.add_combination(g, -state.step)
         value = f(z)
         residual = value - z
-        grew = ~(backend.norm(residual) <= self.growth * backend.norm(g))
+        norm = backend.norm(residual)
+        grew = ~(norm <= self.growth * state.norm)
+        calm = backend.all_known(~grew)
+        values, residuals, gram, before = state.values, state.residuals, state.gram, state.target
+        if not calm:
+            values, residuals = values.restart(grew), residuals.restart(grew)
+            gram = xp.where(grew[:, None, None], xp.zeros_like(gram), gram)
+            before = xp.where(grew[:, None], xp.zeros_like(before), before)
         difference = residual - g
-        values = state.values.restart(grew).append(value - fz)
-        residuals = state.residuals.restart(grew).append(difference)
-        newest = residuals.slot()
-        both = residuals.dot(xp.stack([difference, residual], axis=1))  # (batch, 2, m)
-        row, target = both[:, 0], both[:, 1]
-        gram = xp.where(grew[:, None, None], xp.zeros_like(state.gram), state.gram)
-        gram = xp.where(newest[None, :, None], row[:, None, :], gram)
-        gram = xp.where(newest[None, None, :], row[:, :, None], gram)
+        values = values.append_difference(value, fz)
+        residuals = residuals.append(difference)
+        newest = residuals.slot()[None, :]
+        # One pass: ΔGᵀΔg = ΔGᵀg₊ − ΔGᵀg, of which all but the entry of the new column itself was known.
+        target = residuals.dot(residual)
+        square = backend.wide(backend.norm(difference))[:, None] ** 2
+        row = xp.where(newest, square, target - before)
+        gram = xp.where(newest[:, :, None], row[:, None, :], gram)
+        gram = xp.where(newest[:, None, :], row[:, :, None], gram)
         gamma = self._least_squares(backend, gram, target)
-        gamma = xp.where(grew[:, None], xp.zeros_like(gamma), gamma)
-        return z, value, AndersonState(values, residuals, gram, gamma)
+        if not calm:
+            gamma = xp.where(grew[:, None], xp.zeros_like(gamma), gamma)
+        return z, value, AndersonState(values, residuals, gram, target, gamma, residual, norm)
 
     def _least_squares(self, backend: Backend, gram: Array, target: Array) -> Array:
         """(ΔGᵀΔG + ridge)γ = ΔGᵀg with unit diagonal; slots not seen have target 0 and get γ = 0."""
@@ -122,6 +144,10 @@ class Anderson(Solver):
         ridge = max(self.ridge, 10 * float(xp.finfo(gram.dtype).eps))
         missing = xp.where(usable, xp.full_like(scale, ridge), xp.ones_like(scale))
         return scaled + eye * missing[:, None, :], scale
+
+    def residual_norm(self, backend: Backend, state: AndersonState) -> Array:
+        """Measured for the safeguard."""
+        return state.norm
 
     def inverse_jacobian(self, backend: Backend, state: AndersonState) -> InverseJacobian:
         """The multi-secant estimate from the differences now held."""

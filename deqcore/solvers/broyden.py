@@ -6,20 +6,31 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from deqcore.backend import Array, Backend, History, Map
-from deqcore.linear.lowrank import InverseJacobian, OneBasis, matvec, multisecant, vecmat
+from deqcore.linear.lowrank import InverseJacobian, OneBasis, multisecant
 from deqcore.solver import Solver
 
 
 class BroydenState(NamedTuple):
-    """Basis Q of residuals, kernel K and Gram matrix N = QᵀQ `(batch, m, m)`, coefficients of the next step `(batch, m)`.
+    """The basis of residuals and, in the same slots, coefficients with respect to it (all in the wide dtype).
 
-    `taken` holds the coefficients of the steps that led to each residual of the basis, in the same slots.
+    Attributes:
+        basis: residuals Q.
+        gram: row k holds q_kᵀ[q_0 … q_k], so that N = QᵀQ = L + Lᵀ − diag.
+        left: columns β h of the updates, K = Σ_j (βh)_j v_jᵀ.
+        right: columns v of the updates.
+        pairs: coefficients of the step that led to each residual, then the one-hot of the residual before it.
+        diagonal: squared norms of the residuals `(batch, m)`.
+        newest: one-hot of the current residual `(batch, m)`.
+        step: coefficients of the next step `(batch, m)`.
     """
 
     basis: History
-    taken: History
-    kernel: Array
-    gram: Array
+    gram: History
+    left: History
+    right: History
+    pairs: History
+    diagonal: Array
+    newest: Array
     step: Array
 
 
@@ -34,8 +45,9 @@ class Broyden(Solver):
         K₊ = K + h vᵀ / (wᵀc + wᵀh),    c₊ = −h · wᵀc / (wᵀc + wᵀh)
 
     which is H₊ = H + (s − H y) sᵀH / (sᵀH y), since for a full step H y = H g₊ + s. Two passes over the buffer a
-    step (`dot`, `combine`), no linear solve, k + 1 vectors after k steps. When the memory is full the sample
-    restarts: overwriting old pairs is unsound, as later ones were built on them.
+    step (`dot`, `combine`), no linear solve, k + 1 vectors after k steps. K and N are kept as lists of vectors, too,
+    so that the small algebra costs O(k) and not O(m) vectors. When the memory is full the sample restarts:
+    overwriting old pairs is unsound, as later ones were built on them.
 
     Use it when f is expensive or not a contraction; it leaves an inverse-Jacobian estimate for reuse.
 
@@ -65,58 +77,79 @@ class Broyden(Solver):
 
     def init(self, backend: Backend, z: Array, fz: Array) -> BroydenState:
         """H = −I: the first step is the residual itself."""
+        xp = backend.xp
+        slots = self.memory + 1
         g = fz - z
-        basis = backend.history(g, self.memory + 1, self.history_dtype).append(g)
-        gram = basis.dot(g)[:, :, None] * backend.cast(basis.slot(), basis.dot(g))[None, None, :]
-        step = backend.cast(basis.slot(), gram)[None, :] + gram[:, :, 0] * 0
-        taken = backend.history(step, self.memory + 1).append(backend.xp.zeros_like(step))
-        return BroydenState(basis, taken, backend.xp.zeros_like(gram), gram, step)
+        basis = backend.history(g, slots, self.history_dtype).append(g)
+        d = basis.dot(g)
+        none = xp.zeros_like(d)
+        newest = none + backend.cast(basis.slot(), d)[None, :]
+        return BroydenState(
+            basis,
+            backend.history(d, slots).append(d),
+            backend.history(d, slots).append(none),
+            backend.history(d, slots).append(none),
+            backend.history(xp.concat([d, d], axis=1), slots).append(xp.concat([none, none], axis=1)),
+            d,
+            newest,
+            newest,
+        )
 
     def step(
         self, backend: Backend, f: Map, z: Array, fz: Array, state: BroydenState
     ) -> tuple[Array, Array, Any]:
         """One full step and one rank-one update."""
         xp = backend.xp
-        z = z + state.basis.combine(state.step)
+        z = state.basis.add_combination(z, state.step)
         fz = f(z)
         g = fz - z
-        full = state.basis.full()
-        keep = ~full[:, None]
-        kernel = state.kernel
-        c = state.step
-        basis = state.basis.restart(full).append(g)
-        newest = basis.slot()
-        e = backend.cast(newest, c)[None, :]
+        c, older, full = state.step, state.newest, state.basis.full()
+        histories = state[:5]
+        if not backend.all_known(~full):
+            # A restarted sample keeps only the new residual; its pair is lost with the memory.
+            histories = tuple(history.restart(full) for history in histories)
+            c = xp.where(full[:, None], xp.zeros_like(c), c)
+        basis, gram, left, right, pairs = histories
+        basis = basis.append(g)
+        newest = backend.cast(basis.slot(), c)[None, :]
         d = basis.dot(g)  # (batch, m)
-        gram = xp.where(newest[None, :, None], d[:, None, :], state.gram)
-        gram = xp.where(newest[None, None, :], d[:, :, None], gram)
-        w = matvec(backend, gram, c)
-        h = -(e + matvec(backend, kernel, d))
-        v = -(c + vecmat(backend, w, kernel))
+        gram = gram.append(d)
+        diagonal = xp.where(newest > 0, d, state.diagonal)
+        w = gram.dot(c) + gram.combine(c) - diagonal * c
+        h = -(newest + left.combine(right.dot(d)))
+        v = -(c + right.combine(left.dot(w)))
         ss = xp.sum(w * c, axis=1)
         denominator = ss + xp.sum(w * h, axis=1)
-        tiny = xp.finfo(denominator.dtype).eps
-        sound = (xp.abs(denominator) > tiny * ss)[:, None] & keep
-        scale = (1.0 / denominator)[:, None]
+        sound = xp.abs(denominator) > backend.eps(ss) * ss
+        beta = xp.where(sound, 1.0 / denominator, xp.zeros_like(ss))[:, None]
+        shorten = xp.where(sound, -ss / denominator, xp.full_like(ss, -1.0))[:, None]
         return z, fz, BroydenState(
             basis,
-            state.taken.restart(full).append(xp.where(keep, c, xp.zeros_like(c))),
-            xp.where(sound[:, :, None], kernel + (scale * h)[:, :, None] * v[:, None, :], xp.zeros_like(kernel)),
             gram,
-            xp.where(sound, -h * (ss[:, None] * scale), e + xp.zeros_like(c)),
+            left.append(beta * h),
+            right.append(v),
+            pairs.append(xp.concat([c, older], axis=1)),
+            diagonal,
+            newest + xp.zeros_like(c),
+            shorten * h,
         )
 
     def inverse_jacobian(self, backend: Backend, state: BroydenState) -> InverseJacobian:
         """H after the last secant pair."""
-        return OneBasis(backend, state.basis, state.kernel)
+        left = backend.xp.permute_dims(state.left.vectors(), (0, 2, 1))
+        return OneBasis(backend, state.basis, backend.xp.matmul(left, state.right.vectors()))
 
     def secant_estimate(self, backend: Backend, state: BroydenState) -> InverseJacobian:
         """The type-I multi-secant estimate of all pairs in memory."""
         xp = backend.xp
-        steps = state.taken.vectors()  # (batch, used, m)
-        used, slots = steps.shape[1], steps.shape[2]
-        eye = xp.eye(slots, dtype=steps.dtype, device=steps.device)
-        newer = (eye - xp.roll(eye, -1, axis=1))[None, :used, :]  # residual after the step minus the one before
+        both = state.pairs.vectors()  # (batch, used, 2 m)
+        used, slots = both.shape[1], state.step.shape[1]
+        steps, older = both[:, :, :slots], both[:, :, slots:]
+        newer = backend.eye(steps, used, slots)[None] - older
         there = xp.any(steps != 0, axis=2)
         differences = xp.where(there[:, :, None], newer, xp.zeros_like(steps))
-        return multisecant(backend, state.basis, state.gram, steps, differences)
+        rows = state.gram.vectors()
+        missing = xp.zeros_like(steps[:, :1, :1]) + xp.zeros((1, slots - used, slots), dtype=rows.dtype)
+        lower = xp.concat([rows, missing], axis=1) if used < slots else rows
+        gram = lower + xp.permute_dims(lower, (0, 2, 1)) - lower * backend.eye(lower, slots)[None]
+        return multisecant(backend, state.basis, gram, steps, differences)
