@@ -141,7 +141,7 @@ class KrylovSpace:
             w = w - k.basis.combine(more)
             h = h + more
         height = backend.wide(backend.norm(w))
-        floor = 4 * xp.finfo(w.dtype).eps * scale
+        floor = 4 * backend.eps(w) * scale
         broke = height <= floor  # the space is invariant: its solution is exact, or A is singular
         height = xp.where(broke, floor, height)
         v = _divide(backend, w, height)
