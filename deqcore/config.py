@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 from typing import Final, Never, TypeAlias, final
 
 from deqcore.errors import ConfigError
-from deqcore.plugins.lookup import backend_of, load_deqfile
+from deqcore.plugins.lookup import backend_of, contexts, load_deqfile
 from deqcore.plugins.options import freeze, plain
 from deqcore.settings import (
     KEYS,
@@ -252,7 +252,11 @@ def using(config: Config | None = None, **overrides: object) -> Iterator[Config]
     validate(upper)
     token = _using.set((*_using.get(), upper))
     try:
-        yield current()
+        with ExitStack() as stack:
+            config = current()
+            for context in contexts():
+                stack.enter_context(context(config))
+            yield config
     finally:
         _using.reset(token)
 

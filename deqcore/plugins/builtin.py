@@ -42,6 +42,7 @@ BACKENDS: Final = (
         package="jax",
         extra="jax",
         array_modules=("jax", "jaxlib"),
+        context="deqcore_jax.context:settings",
     ),
 )
 

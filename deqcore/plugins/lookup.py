@@ -8,7 +8,9 @@ dictionary access.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -137,17 +139,30 @@ def load(kind: Kind, name: str) -> object:
     backend = spec("backend", record.backend) if isinstance(record, TrainerSpec) else record
     if isinstance(backend, BackendSpec) and backend.package and not is_installed(backend.package):
         raise MissingFrameworkError.of(backend.name, backend.package, backend.extra or backend.name)
-    module, _, attribute = record.target.partition(":")
     try:
-        found: Any = importlib.import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
+        return _import(record.target)
     except Exception as error:
         raise PluginError(
             f"The {kind} {name!r} points at {record.target!r}, which cannot be imported: "
             f"{type(error).__name__}: {error}"
         ) from error
+
+
+def _import(target: str) -> object:
+    module, _, attribute = target.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in attribute.split("."):
+        found = getattr(found, part)
     return found
+
+
+def contexts() -> list[Callable[[object], AbstractContextManager[object]]]:
+    """What `deqcore.using` enters: the contexts of the backends whose framework is imported."""
+    specs: Iterable[Spec] = BUILTIN["backend"].values()
+    if manager.cache_info().currsize:  # a program that uses built-ins only never pays for discovery
+        specs = backends().values()
+    mine = [each for each in specs if isinstance(each, BackendSpec) and each.package in sys.modules]
+    return [cast("Any", _import(each.context)) for each in mine if each.context]
 
 
 def is_installed(package: str) -> bool:

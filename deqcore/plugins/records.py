@@ -75,6 +75,8 @@ class BackendSpec(Spec):
         package: the framework's import name, looked for before the target is imported; None if it needs none.
         extra: the extra of deqcore that installs the framework.
         array_modules: roots of the modules that define the framework's array types: `("jax", "jaxlib")`.
+        context: import string of a function `config -> context manager` that `deqcore.using` enters while the
+            framework is imported, so that what it compiles under some settings is not used under others.
     """
 
     name: str
@@ -83,6 +85,7 @@ class BackendSpec(Spec):
     package: str | None = None
     extra: str | None = None
     array_modules: tuple[str, ...] = ()
+    context: str | None = None
 
     kind: ClassVar[Kind] = "backend"
 
@@ -94,6 +97,10 @@ class BackendSpec(Spec):
             raise PluginError(
                 f"BackendSpec({self.name!r}): array_modules = {self.array_modules!r}, but a tuple of "
                 f"top-level module names is expected, such as ('torch',)."
+            )
+        if self.context is not None:
+            _check(
+                self, "context", self.context, TARGET, "an import string, such as 'my_package.jit:context'"
             )
 
 
