@@ -1,0 +1,1 @@
+"""What checks a backend, a solver, a strategy or a model: problems with known answers, and comparisons."""

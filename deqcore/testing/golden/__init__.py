@@ -1,0 +1,1 @@
+"""Stored solutions of the golden problems, and the script that makes them."""

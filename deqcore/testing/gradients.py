@@ -1,0 +1,278 @@
+"""`deqcore check gradients`: every backend × solver × strategy on golden problems, or on a user's own.
+
+Exact strategies are held to the truth, within a bound from tolerance, dtype and the condition of I − J. Approximate
+ones have no truth: after a fixed number of steps they are the same algorithm everywhere, so frameworks must agree.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from deqcore import plugins
+from deqcore.errors import BackendError
+from deqcore.testing import worker
+from deqcore.testing.bounds import tolerance
+from deqcore.testing.compare import Comparison, differ, quantities, size
+from deqcore.testing.problem import walk
+from deqcore.testing.problems import Golden, golden, unraveled
+from deqcore.testing.processes import Task, installed, run_all
+from deqcore.testing.worker import Job
+
+EVERY_SOLVER: Final = ("mlp", "tree")
+ONE_SOLVER: Final = ("affine", "conv", "ring")  # of each exact strategy: their point is f, not the solver
+FIXED_PROBLEM: Final = "ring"
+FIXED_STEPS: Final = 10
+SAME: Final = 1e-7  # what frameworks may differ by after a fixed number of float64 steps, relative
+MAX_STEPS: Final = 500
+ADJOINT_STEPS: Final = 40  # GMRES ends within a sample's number of elements; tracing frameworks allocate all of them
+JITTERS: Final = (1, 2, 3)
+SPREAD: Final = 10.0  # float32: times the spread that changing the data by one unit in the last place makes
+
+
+@dataclass(frozen=True)
+class Run:
+    """One job on one backend, and what came of it."""
+
+    backend: str
+    job: Job
+    error: str
+    seconds: float
+    arrays: Mapping[str, Any]
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the backend left the job out on purpose."""
+        return self.error.startswith(worker.SKIPPED)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that was run and compared."""
+
+    runs: Sequence[Run]
+    comparisons: Sequence[Comparison]
+    spread: Mapping[str, float]
+
+    @property
+    def errors(self) -> list[Run]:
+        """Runs that ended with an error."""
+        return [run for run in self.runs if run.error and not run.skipped]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every run ended and every comparison is within its bound."""
+        return not self.errors and all(each.ok for each in self.comparisons)
+
+
+def check(
+    backends: Sequence[str] = (),
+    solvers: Sequence[str] = (),
+    strategies: Sequence[str] = (),
+    dtypes: Sequence[str] = ("float64", "float32"),
+    tell: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """Run the check on the golden problems.
+
+    Args:
+        backends: names; default: all that are installed.
+        solvers: names; default: all registered.
+        strategies: names; default: all registered.
+        dtypes: names.
+        tell: called with lines about progress.
+
+    Raises:
+        UnknownNameError: a name is not registered.
+        MissingFrameworkError: the framework of a named backend is not installed.
+    """
+    chosen = installed(backends)
+    pairs = list(combinations(solvers or tuple(plugins.solvers()), strategies or tuple(plugins.strategies())))
+    if not pairs:
+        raise BackendError("No solver among those named keeps the estimate that the strategy needs.")
+    jobs: dict[tuple[str, str], list[Job]] = {}
+    for dtype in dtypes:
+        for backend in chosen:
+            jobs[backend, dtype] = list(plan(pairs, dtype))
+        reference = reference_of(chosen)
+        jobs.setdefault((reference, dtype), []).extend(jittered(pairs, dtype))
+        if reference not in chosen:
+            jobs[reference, dtype].extend(job for job in plan(pairs, dtype) if not is_exact(job.strategy))
+    runs = execute(jobs, tell)
+    return Report(runs, list(judge(runs, chosen)), spreads(runs))
+
+
+def combinations(solvers: Iterable[str], strategies: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Solvers and strategies that fit together.
+
+    Raises:
+        UnknownNameError: a name is not registered.
+    """
+    needs = {name: getattr(plugins.load("strategy", name), "needs", "nothing") for name in strategies}
+    for solver in solvers:
+        has_estimate = getattr(plugins.load("solver", solver), "has_estimate", False)
+        yield from ((solver, name) for name in strategies if needs[name] != "estimate" or has_estimate)
+
+
+def is_exact(strategy: str) -> bool:
+    """Whether a strategy promises the true gradient."""
+    return bool(getattr(plugins.load("strategy", strategy), "exact", False))
+
+
+def plan(pairs: Iterable[tuple[str, str]], dtype: str) -> Iterator[Job]:
+    """The jobs of one backend in one dtype."""
+    begun = set()
+    for solver, strategy in pairs:
+        if is_exact(strategy):
+            names = EVERY_SOLVER if strategy in begun else (*ONE_SOLVER, *EVERY_SOLVER)
+            begun.add(strategy)
+            yield from (exact_job(name, solver, strategy, dtype) for name in names)
+        else:
+            yield Job("solve", FIXED_PROBLEM, dtype, solver, strategy, max_steps=FIXED_STEPS)
+
+
+def exact_job(problem: str, solver: str, strategy: str, dtype: str) -> Job:
+    """A solve to what the dtype can reach."""
+    rtol = tolerance_of(golden(problem), dtype)
+    return Job("solve", problem, dtype, solver, strategy, {}, tight(strategy, rtol), rtol, MAX_STEPS)
+
+
+def tight(strategy: str, rtol: float) -> dict[str, object]:
+    """Options that make an exact strategy as exact as `rtol`."""
+    cls: Any = plugins.load("strategy", strategy)
+    known = {field.name for field in fields(cls)}
+    return {name: value for name, value in {"rtol": rtol, "max_steps": ADJOINT_STEPS}.items() if name in known}
+
+
+def tolerance_of(problem: Golden, dtype: str) -> float:
+    """The relative tolerance of both solves."""
+    return tolerance(float(np.finfo(dtype).eps), problem.truth.jacobian.shape[1])
+
+
+def jittered(pairs: Iterable[tuple[str, str]], dtype: str) -> Iterator[Job]:
+    """The reference's runs on data changed by one unit in the last place: what rounding does to each algorithm.
+
+    In float64, where a promise takes their place, only for estimates: that figure is worth knowing.
+    """
+    for solver, strategy in pairs:
+        estimate = getattr(plugins.load("strategy", strategy), "needs", "") == "estimate"
+        if estimate or (dtype != "float64" and not is_exact(strategy)):
+            for seed in JITTERS if estimate else JITTERS[:1]:
+                yield Job("solve", FIXED_PROBLEM, dtype, solver, strategy, max_steps=FIXED_STEPS, jitter=seed)
+
+
+def reference_of(backends: Sequence[str]) -> str:
+    """The backend that the others are compared with: the first that needs no framework."""
+    light = [name for name, spec in plugins.backends().items() if spec.package is None]
+    return next((name for name in backends if name in light), light[0] if light else backends[0])
+
+
+def execute(jobs: Mapping[tuple[str, str], list[Job]], tell: Callable[[str], None]) -> list[Run]:
+    """Run all jobs, each backend and dtype in a process of its own."""
+    runs: list[Run] = []
+    with tempfile.TemporaryDirectory(prefix="deqcore-check-") as folder:
+        tasks = {}
+        for (backend, dtype), mine in jobs.items():
+            task = Task(Path(folder) / f"{backend}-{dtype}", backend, dtype)
+            worker.write(task.folder, backend, mine)
+            tasks[task] = mine
+        for task, failure in run_all(list(tasks), tell).items():
+            mine = tasks[task]
+            found = [(failure, 0.0, {})] * len(mine) if failure else worker.read(task.folder)
+            runs += [Run(task.backend, job, *each) for job, each in zip(mine, found, strict=True)]
+    return runs
+
+
+def truth_arrays(problem: Golden) -> dict[str, Any]:
+    """The stored truth under the names that a worker uses."""
+    truth = problem.truth
+    found = dict(walk(truth.z, "z"))
+    found |= dict(walk(unraveled(truth.gradients["cotangent"], problem.problem.z0), "cotangent"))
+    return found | {name: value for name, value in truth.gradients.items() if name != "cotangent"}
+
+
+def judge(runs: Sequence[Run], chosen: Sequence[str]) -> Iterator[Comparison]:
+    """Compare every run that ended with the truth and with the reference."""
+    reference = {
+        run.job.key: run
+        for name in (*chosen, reference_of(chosen))  # the last one wins: the reference, if it ran the job
+        for run in runs
+        if run.backend == name and not run.error
+    }
+    for run in runs:
+        if run.error or run.backend not in chosen or run.job.jitter:
+            continue
+        other = reference.get(run.job.key, run)
+        if is_exact(run.job.strategy):
+            problem = golden(run.job.problem)
+            bounds = bounds_of(run.job, problem)
+            yield from compare(run, "truth", truth_arrays(problem), bounds)
+            if other.backend != run.backend:
+                twice = {name: 2 * bound for name, bound in bounds.items()}
+                yield from compare(run, other.backend, other.arrays, twice)
+        elif other.backend != run.backend:
+            yield from compare(run, other.backend, other.arrays, allowed(run.job, other, runs))
+
+
+def bounds_of(job: Job, problem: Golden) -> dict[str, float]:
+    """Bounds of an exact job, by quantity."""
+    eps, n = float(np.finfo(job.dtype).eps), problem.truth.jacobian.shape[1]
+    found = problem.truth.sensitivity.bounds(eps, n, job.rtol, job.rtol)
+    return {"z": found.pop("value"), **found}
+
+
+def allowed(job: Job, reference: Run, runs: Sequence[Run]) -> dict[str, float]:
+    """What frameworks may differ by after the same steps: a promise in float64, measured in narrower dtypes."""
+    names = quantities(reference.arrays)
+    if job.dtype == "float64":
+        return {name: SAME * size(reference.arrays, name) for name in names}
+    near = [run for run in runs if run.job.jitter and not run.error and same_algorithm(run.job, job)]
+    spread = {
+        name: max((differ(run.arrays, reference.arrays, name)[0] for run in near), default=float("inf"))
+        for name in names
+    }
+    return {name: SPREAD * value for name, value in spread.items()}
+
+
+def same_algorithm(a: Job, b: Job) -> bool:
+    """Whether two jobs differ in their data only."""
+    return (a.problem, a.solver, a.strategy, a.dtype) == (b.problem, b.solver, b.strategy, b.dtype)
+
+
+def compare(run: Run, against: str, expected: Mapping[str, Any], bounds: Mapping[str, float]) -> Iterator[Comparison]:
+    """Compare all quantities that have a bound."""
+    job = run.job
+    for name in quantities(run.arrays, expected):
+        if name in bounds:
+            error, relative, cosine, place = differ(run.arrays, expected, name)
+            yield Comparison(
+                job.problem,
+                run.backend,
+                against,
+                job.dtype,
+                job.solver,
+                job.strategy,
+                name,
+                error,
+                relative,
+                cosine,
+                bounds[name],
+                place,
+            )
+
+
+def spreads(runs: Sequence[Run]) -> dict[str, float]:
+    """How far one unit in the last place of the data moves each approximate gradient, relative, the largest."""
+    plain = [run for run in runs if not run.job.jitter and not run.error]
+    found: dict[str, float] = {}
+    for run in runs:
+        base = next((p for p in plain if same_algorithm(p.job, run.job) and p.backend == run.backend), None)
+        if run.job.jitter and not run.error and base is not None:
+            key = f"{run.job.solver} {run.job.strategy} {run.job.dtype}"
+            gaps = [differ(run.arrays, base.arrays, name)[1] for name in quantities(run.arrays) if name != "z"]
+            found[key] = max(found.get(key, 0.0), *gaps)
+    return found

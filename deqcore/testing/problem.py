@@ -1,0 +1,167 @@
+"""A fixed-point problem that every framework can solve, and how one is read from a user's file."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deqcore.backend import Array, Backend, Tree
+from deqcore.errors import ProblemError, did_you_mean, listing
+
+
+@dataclass(frozen=True)
+class Problem:
+    """z* = f(z*, params, inputs), with NumPy data that each framework gets a copy of.
+
+    Attributes:
+        name: for reports.
+        params: tree (usually a dict) of NumPy arrays.
+        inputs: tree of NumPy arrays.
+        z0: initial state, a tree of NumPy arrays; its first axis is the batch, unless `batch` is False.
+        f: written once, `f(xp, params, z, inputs)` with the array namespace `xp`; or one function per framework,
+            `{"torch": f, "jax": g}`, each `f(params, z, inputs)` on that framework's arrays.
+        cotangent: dL/dz*, a tree like z0; default: standard normal numbers from a fixed seed.
+        batch: as the setting `forward.batch`.
+
+    Example:
+        >>> import numpy as np
+        >>> def f(xp, params, z, x):
+        ...     return xp.tanh(z @ params["W"]) + x
+        >>> problem = Problem("cell", {"W": 0.1 * np.ones((2, 2))}, np.ones((1, 2)), np.zeros((1, 2)), f)
+        >>> [name for name, _ in problem.leaves()]
+        ["params['W']", 'inputs']
+    """
+
+    name: str
+    params: Tree
+    inputs: Tree
+    z0: Tree
+    f: Callable[..., Tree] | Mapping[str, Callable[..., Tree]]
+    cotangent: Tree | None = None
+    batch: bool = True
+
+    def __post_init__(self) -> None:
+        for field in ("params", "inputs", "z0", "cotangent"):
+            for name, leaf in walk(getattr(self, field), field):
+                if not isinstance(leaf, np.ndarray | np.generic | int | float | None):
+                    raise ProblemError(
+                        f"Problem {self.name!r}: {name} is a {type(leaf).__name__}, but a NumPy array is expected: "
+                        f"the data are shared by all frameworks."
+                    )
+        functions = self.f.values() if isinstance(self.f, Mapping) else [self.f]
+        if not functions or not all(callable(f) for f in functions):
+            raise ProblemError(
+                f"Problem {self.name!r}: f = {self.f!r}, but a function f(xp, params, z, inputs), or a dict such "
+                f"as {{'torch': f, 'jax': g}} of functions f(params, z, inputs), is expected."
+            )
+
+    @property
+    def backends(self) -> tuple[str, ...] | None:
+        """The backends that f is written for; None for all."""
+        return tuple(self.f) if isinstance(self.f, Mapping) else None
+
+    def bound(self, backend: Backend) -> Callable[..., Tree]:
+        """F for one backend, as `f(z, params, inputs)`."""
+        if isinstance(self.f, Mapping):
+            own = self.f[backend.name]
+            return lambda z, params, inputs: own(params, z, inputs)
+        f, xp = self.f, backend.xp
+        return lambda z, params, inputs: f(xp, params, z, inputs)
+
+    def leaves(self) -> list[tuple[str, Any]]:
+        """Names and values of everything that gets a gradient."""
+        return [*walk(self.params, "params"), *walk(self.inputs, "inputs")]
+
+    def direction(self) -> Tree:
+        """The cotangent."""
+        if self.cotangent is not None:
+            return self.cotangent
+        rng = np.random.default_rng(20)
+        return rebuild(self.z0, lambda leaf: rng.standard_normal(np.shape(leaf)).astype(np.float32))
+
+
+def walk(tree: Tree, name: str) -> Iterator[tuple[str, Any]]:
+    """Leaves of nested dicts (keys sorted), lists and tuples, with names such as `params['layers'][0]`."""
+    if isinstance(tree, Mapping):
+        for key in sorted(tree):
+            yield from walk(tree[key], f"{name}[{key!r}]")
+    elif isinstance(tree, list | tuple):
+        for i, item in enumerate(tree):
+            yield from walk(item, f"{name}[{i}]")
+    else:
+        yield name, tree
+
+
+def rebuild(tree: Tree, change: Callable[[Any], Array]) -> Tree:
+    """The same tree with `change` applied to each leaf, in the order of `walk`."""
+    if isinstance(tree, Mapping):
+        return {key: rebuild(tree[key], change) for key in sorted(tree)}
+    if isinstance(tree, list | tuple):
+        return type(tree)([rebuild(item, change) for item in tree])
+    return change(tree)
+
+
+def load_problem(where: str) -> Problem:
+    """Read `path/to/file.py:name`; the name is a Problem or a function without arguments that returns one.
+
+    Raises:
+        ProblemError: no such file or name, the file raises, or the name is something else.
+    """
+    path_text, separator, name = where.rpartition(":")
+    if not separator or not name.isidentifier():
+        raise ProblemError(f"--problem {where!r}: path/to/file.py:name is expected.")
+    path = Path(path_text)
+    if not path.is_file():
+        raise ProblemError(f"--problem {where!r}: there is no file {path_text!r} in {Path.cwd()}.")
+    module = _execute(path)
+    if not hasattr(module, name):
+        public = [key for key in vars(module) if not key.startswith("_")]
+        fitting = [key for key in public if isinstance(getattr(module, key), Problem)]
+        raise ProblemError(
+            f"{path} defines no {name!r}.{did_you_mean(name, public)} Problems in it: {listing(fitting)}."
+        )
+    found = getattr(module, name)
+    if callable(found) and not isinstance(found, Problem | type):
+        try:
+            found = found()
+        except Exception as error:
+            raise ProblemError(f"{path}:{name}() raised {type(error).__name__}: {error}") from error
+    if not isinstance(found, Problem):
+        raise ProblemError(
+            f"{path}:{name} is a {type(found).__name__}, but a deqcore.testing.Problem, or a function without "
+            f"arguments that returns one, is expected."
+        )
+    return found
+
+
+def _execute(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"deqcore_problem_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ProblemError(f"{path} is no Python file: path/to/file.py:name is expected.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    sys.path.append(str(path.parent.resolve()))
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise ProblemError(f"{path} cannot be executed: {place(error, path)}") from error
+    return module
+
+
+def place(error: BaseException, path: Path | None = None) -> str:
+    """An error with the line that it came from: the last one in `path`, or the last outside of deqcore."""
+    if isinstance(error, SyntaxError):
+        return f"SyntaxError: {error.msg} (line {error.lineno})"
+    line, trace = "", error.__traceback__
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if path is None or file == str(path):
+            line = f" ({Path(file).name}, line {trace.tb_lineno})"
+        trace = trace.tb_next
+    return f"{type(error).__name__}: {error}{line}"
