@@ -1,4 +1,4 @@
-"""The driver's promises, each as a test that fails without it. The driver runs solvers on matrices `(batch, n)`."""
+"""The driver's promises, each as a test that fails without it. Solvers run on matrices `(batch, n)`."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Scripted(Solver):
         return z, f(z), state
 
 
-# -- freezing and independence ----------------------------------------------------------------------------------
+# -- freezing and independence -------------------------------------------------------------------------------
 
 
 def test_a_sample_stops_at_the_first_iterate_that_meets_the_tolerance(be, truth):
@@ -171,7 +171,7 @@ def test_a_bad_sample_changes_no_bit_of_its_neighbours(be, truth, solver, harm):
 
     _, healthy, healthy_estimate = solve(False)
     forward, found, found_estimate = solve(True)
-    assert codes(forward, be)[2] in (Status.NONFINITE, Status.DIVERGED)
+    assert codes(forward, be)[2] in (Status.NONFINITE, Status.DIVERGED, Status.MAX_STEPS)
     assert np.isfinite(found["z"][2]).all()
     assert np.isfinite(found["fz"][2]).all()
     for i in (0, 1, 3, 4):
@@ -181,7 +181,7 @@ def test_a_bad_sample_changes_no_bit_of_its_neighbours(be, truth, solver, harm):
             assert identical(found_estimate[i], healthy_estimate[i]), i
 
 
-# -- best iterate -----------------------------------------------------------------------------------------------
+# -- best iterate --------------------------------------------------------------------------------------------
 
 
 def test_the_best_iterate_is_kept_per_sample(be):
@@ -223,7 +223,7 @@ def test_the_last_finite_iterate_of_a_failed_sample_is_the_best_not_the_last(be,
     assert set(found["status"]) == {Status.NONFINITE}
 
 
-# -- statuses ---------------------------------------------------------------------------------------------------
+# -- statuses ------------------------------------------------------------------------------------------------
 
 
 def test_every_status_occurs_in_one_batch(be):
@@ -252,7 +252,7 @@ def test_every_status_occurs_in_one_batch(be):
         Status.NONFINITE,
     ]
     found = host(be, forward)
-    assert found["steps"][2] == 30  # the patience
+    assert found["steps"][2] == Control(1e-6).patience
     assert identical(found["z"][3], [0.0, 0.0])  # diverged from the start: nothing was better
     assert found["residual"][3] == pytest.approx(np.sqrt(2))
     assert identical(found["z"][4], [1.0, 1.0])
@@ -272,9 +272,7 @@ def test_patience_decides_when_a_sample_has_stalled(be):
 def test_blow_up_is_seen_where_the_limit_itself_would_overflow(be):
     # One number per sample, so that the norm does not overflow before the limit does.
     z0 = be.asarray(np.array([[1.0]]), dtype="float32")
-    forward = drive(
-        be, Picard(), lambda z: be.xp.where(z > 1, z * z, 0 * z + 1e34), z0, Control(1e-3, max_steps=5)
-    )
+    forward = drive(be, Picard(), lambda z: be.xp.where(z > 1, z * z, 0 * z + 1e34), z0, Control(1e-3, max_steps=5))
     assert codes(forward, be)[0] in (Status.NONFINITE, Status.DIVERGED)
 
 
@@ -305,7 +303,7 @@ def test_what_does_not_contract_is_never_called_converged(be, truth, solver):
         assert residual <= np.linalg.norm(0.5 * np.ones(3))
 
 
-# -- the residual -----------------------------------------------------------------------------------------------
+# -- the residual --------------------------------------------------------------------------------------------
 
 
 def test_the_residual_is_the_true_one_under_damping(be):
@@ -361,7 +359,7 @@ def test_accelerated_solvers_work_in_float16(be, truth, solver):
     assert np.linalg.norm(found["z"] - problem.root) <= 0.05 * np.linalg.norm(problem.root)
 
 
-# -- counts and limits ------------------------------------------------------------------------------------------
+# -- counts and limits ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
@@ -425,7 +423,7 @@ def test_samples_of_no_numbers_have_converged(be):
     assert codes(forward, be) == [Status.CONVERGED] * 3
 
 
-# -- late checks ------------------------------------------------------------------------------------------------
+# -- late checks ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
@@ -439,9 +437,7 @@ def test_late_checks_change_nothing(be, truth, solver):
             calls.append(1)
             return plain(z)
 
-        forward = drive(
-            be, solver, f, be.asarray(0 * problem.b), Control(1e-7, max_steps=200, check_every=every)
-        )
+        forward = drive(be, solver, f, be.asarray(0 * problem.b), Control(1e-7, max_steps=200, check_every=every))
         found = host(be, forward)
         if solver.has_estimate:
             found["estimate"] = estimate(be, solver, forward)
@@ -482,7 +478,7 @@ def test_the_loop_asks_no_more_often_than_it_is_told(be, every):
     assert int(be.to_numpy(end)) == -(-10 // stride) * stride
 
 
-# -- going on ---------------------------------------------------------------------------------------------------
+# -- going on ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
@@ -528,7 +524,7 @@ class Watched(Broyden):
 
 
 def test_a_frozen_sample_that_goes_on_keeps_its_secant_equation(be, truth):
-    """While sample 0 was frozen the shared ring moved on, so its own old vectors may stand in the next slot."""
+    """While sample 0 was frozen the ring moved on, so its own old vectors may stand in the next slot."""
     problem = truth.affine(0, 2, 12, [0.5, 0.97])
     f, z0 = truth.affine_map(be, problem), be.asarray(0 * problem.b)
     solver = Watched(memory=14)
@@ -578,7 +574,7 @@ def test_samples_that_failed_stay_failed_when_the_others_go_on(be):
     assert host(be, rest)["z"][1] == pytest.approx(np.full(3, 10.0), rel=1e-4)
 
 
-# -- solver states ----------------------------------------------------------------------------------------------
+# -- solver states -------------------------------------------------------------------------------------------
 
 
 class Nested(NamedTuple):

@@ -44,9 +44,7 @@ def check(be, history, model, random):
                 assert dots[i, j] == 0.0
                 assert pair[i, 1, j] == 0.0
                 coefficients[i, j] = np.nan  # ignored
-    assert be.to_numpy(history.combine(be.asarray(coefficients))) == pytest.approx(
-        combined, rel=1e-12, abs=1e-12
-    )
+    assert be.to_numpy(history.combine(be.asarray(coefficients))) == pytest.approx(combined, rel=1e-12, abs=1e-12)
     assert be.to_numpy(history.count()).tolist() == [len(slots) for slots in model]
     stored = be.to_numpy(history.vectors())
     for i, slots in enumerate(model):
@@ -81,9 +79,7 @@ def test_a_history_does_what_a_dictionary_does(be, operations, memory, seed):
                 model[i] = {}
         else:
             other = history.copy().with_active(None)
-            other.append(be.asarray(random.standard_normal((BATCH, N)))).restart(
-                be.asarray(np.ones(BATCH, bool))
-            )
+            other.append(be.asarray(random.standard_normal((BATCH, N)))).restart(be.asarray(np.ones(BATCH, bool)))
         check(be, history, model, random)
 
 
@@ -138,9 +134,7 @@ def test_storage_may_be_narrower_and_products_stay_wide(be, state):
     combined = history.combine(be.asarray(c))
     assert be.dtype_name(combined) == state
     expected = np.einsum("bk,kbn->bn", c, stored)
-    assert be.to_numpy(combined).astype(np.float64) == pytest.approx(
-        expected, abs=5e-3 if state == "float16" else 1e-5
-    )
+    assert be.to_numpy(combined).astype(np.float64) == pytest.approx(expected, abs=5e-3 if state == "float16" else 1e-5)
 
 
 def test_float16_products_do_not_overflow(be):

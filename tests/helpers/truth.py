@@ -25,11 +25,7 @@ def matrix(seed, n, rho):
 def affine(seed, batch, n, rho):
     """f(z) = A z + b per sample; rho is one spectral radius or one per sample."""
     radii = np.broadcast_to(rho, (batch,))
-    a = (
-        np.stack([matrix(1000 * seed + i, n, radii[i]) for i in range(batch)])
-        if batch
-        else np.zeros((0, n, n))
-    )
+    a = np.stack([matrix(1000 * seed + i, n, radii[i]) for i in range(batch)]) if batch else np.zeros((0, n, n))
     b = rng(seed).standard_normal((batch, n))
     eye = np.eye(n)
     root = np.stack([np.linalg.solve(eye - a[i], b[i]) for i in range(batch)]) if batch else b
@@ -109,7 +105,7 @@ def picard(f, z, rtol, atol=0.0, max_steps=100, damping=1.0):
 
 
 def broyden(f, z, steps):
-    """Broyden's good method with B₀ = −I, dense, from the definition: iterates, and H = B^-1 after each step."""
+    """Broyden's good method with B₀ = −I, dense, by definition: iterates, and H = B^-1 after each step."""
     b = -np.eye(len(z))
     g = f(z) - z
     iterates, inverses = [z], [np.linalg.inv(b)]

@@ -1,0 +1,275 @@
+"""GMRES against SciPy, dense least squares and dense solves; singular systems, breakdowns, bad samples."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.sparse.linalg
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deqcore.linear.gmres import KrylovSpace, gmres
+
+
+@pytest.fixture(autouse=True)
+def _nan_is_no_warning():
+    with np.errstate(all="ignore"):
+        yield
+
+
+def systems(seed, batch, n, spread=0.8):
+    random = np.random.default_rng(seed)
+    a = np.eye(n) - spread * random.standard_normal((batch, n, n)) / np.sqrt(n)
+    return a, random.standard_normal((batch, n))
+
+
+def product_of(be, a, dtype="float64", count=None):
+    a = be.asarray(a, dtype=dtype)
+
+    def product(v):
+        if count is not None:
+            count.append(1)
+        return be.xp.sum(a * v[:, None, :], axis=2)
+
+    return product
+
+
+def run(be, a, b, dtype="float64", **kwargs):
+    kwargs = {"rtol": 1e-10, "max_steps": 60} | kwargs
+    found = gmres(be, product_of(be, a, dtype), be.asarray(b, dtype=dtype), **kwargs)
+    return {name: be.to_numpy(getattr(found, name)) for name in found._fields}
+
+
+def residual(a, b, x):
+    return np.linalg.norm(b - np.einsum("bij,bj->bi", a, x), axis=1)
+
+
+@given(seed=st.integers(0, 1000), n=st.integers(1, 20))
+def test_solves_what_a_dense_solver_solves(be, seed, n):
+    a, b = systems(seed, 3, n)
+    found = run(be, a, b)
+    assert found["converged"].all()
+    assert found["products"].max() <= n + 1
+    expected = np.linalg.solve(a, b[..., None])[..., 0]
+    scale = np.linalg.cond(a).max()
+    assert np.abs(found["x"] - expected).max() <= 1e-9 * scale * np.abs(expected).max()
+    # The reported residual is the true one.
+    true = residual(a, b, found["x"])
+    assert found["residual"] == pytest.approx(true, rel=1e-2, abs=1e-12)
+    assert (true <= 1.01e-10 * np.linalg.norm(b, axis=1)).all()
+
+
+@given(seed=st.integers(0, 1000))
+def test_each_step_is_optimal_in_its_krylov_space(be, truth, seed):
+    a, b = systems(seed, 2, 12)
+    expected = [truth.krylov_residuals(a[i], b[i], 7) for i in range(2)]
+    for k in range(8):
+        found = run(be, a, b, rtol=0.0, max_steps=k)
+        assert found["products"].tolist() == [k, k]
+        for i in range(2):
+            assert found["residual"][i] == pytest.approx(expected[i][k], rel=1e-9)
+        assert residual(a, b, found["x"]) == pytest.approx(found["residual"], rel=1e-9)
+        assert not found["converged"].any()
+
+
+@pytest.mark.parametrize("k", [3, 6])
+def test_agrees_with_scipy(be, k):
+    a, b = systems(5, 3, 30)
+    found = run(be, a, b, rtol=1e-14, max_steps=k)
+    for i in range(3):
+        x, _ = scipy.sparse.linalg.gmres(a[i], b[i], rtol=1e-14, restart=k, maxiter=1)
+        assert found["x"][i] == pytest.approx(x, rel=1e-9, abs=1e-12)
+
+
+def test_every_sample_stops_by_itself(be):
+    """A diagonal matrix with k distinct eigenvalues needs k steps."""
+    n, needed = 12, [1, 2, 5, 8]
+    a = np.stack([np.diag(np.resize(np.linspace(1, 3, k), n)) for k in needed])
+    b = np.random.default_rng(0).standard_normal((4, n))
+    together = run(be, a, b, rtol=1e-9)
+    assert together["products"].tolist() == needed
+    assert together["converged"].all()
+    for i in range(4):
+        alone = run(be, a[i : i + 1], b[i : i + 1], rtol=1e-9)
+        assert alone["products"][0] == needed[i]
+        assert np.abs(alone["x"][0] - together["x"][i]).max() <= 1e-12 * np.abs(alone["x"]).max()
+
+
+def test_a_late_check_changes_nothing(be):
+    a, b = systems(2, 3, 10)
+    one, late = run(be, a, b, check_every=1, rtol=1e-6), run(be, a, b, check_every=9, rtol=1e-6)
+    for name in one:
+        assert np.array_equal(one[name], late[name]), name
+
+
+def test_starts_from_a_given_vector(be):
+    a, b = systems(3, 2, 8)
+    exact = np.linalg.solve(a, b[..., None])[..., 0]
+    x0 = exact + 1e-3 * np.random.default_rng(0).standard_normal(exact.shape)
+    found = run(be, a, b, x0=be.asarray(x0), rtol=1e-9)
+    assert found["x"] == pytest.approx(exact, rel=1e-7)
+    assert found["products"].max() <= 9
+    count = []
+    product = product_of(be, a, count=count)
+    done = gmres(be, product, be.asarray(b), be.asarray(exact), rtol=1e-9, max_steps=20)
+    assert be.to_numpy(done.products).tolist() == [1, 1]  # only the one that looked at the start
+    assert len(count) == 1
+    assert be.to_numpy(done.converged).all()
+
+
+def test_no_steps_give_the_start_and_its_residual(be):
+    a, b = systems(4, 2, 5)
+    found = run(be, a, b, max_steps=0)
+    assert not found["x"].any()
+    assert found["residual"] == pytest.approx(np.linalg.norm(b, axis=1))
+    assert found["products"].tolist() == [0, 0]
+    assert not found["converged"].any()
+
+
+def test_a_zero_right_hand_side_costs_nothing(be):
+    a, b = systems(4, 3, 5)
+    b[1] = 0.0
+    found = run(be, a, b)
+    assert found["converged"].all()
+    assert found["products"][1] == 0
+    assert not found["x"][1].any()
+    assert found["residual"][1] == 0.0
+
+
+def test_singular_systems_give_their_least_residual(be):
+    n = 6
+    b = np.random.default_rng(1).standard_normal((4, n))
+    a = np.stack([np.diag([0.0, 1, 2, 3, 4, 5]), np.diag([0.0, 1, 2, 3, 4, 5]), np.zeros((n, n)), np.eye(n)])
+    b[0, 0] = 0.0  # consistent
+    b[2] = np.eye(n)[0]
+    found = run(be, a, b, max_steps=30)
+    assert np.isfinite(found["x"]).all()
+    assert found["converged"].tolist() == [True, False, False, True]
+    assert residual(a, b, found["x"])[0] <= 1e-9
+    # Inconsistent: no x does better than |b₀|; a breakdown may end a little above.
+    assert abs(b[1, 0]) * (1 - 1e-12) <= found["residual"][1]
+    assert residual(a, b, found["x"])[1] == pytest.approx(found["residual"][1], rel=1e-6)
+    assert found["residual"][2] == 1.0
+    assert found["products"][2] == 1  # it noticed at once
+    assert not found["x"][2].any()
+    assert found["x"][3] == pytest.approx(b[3])
+    assert found["products"][3] == 1
+
+
+def test_more_steps_than_dimensions_do_no_harm(be):
+    a, b = systems(6, 3, 4)
+    found = run(be, a, b, rtol=0.0, max_steps=50)
+    expected = np.linalg.solve(a, b[..., None])[..., 0]
+    assert found["x"] == pytest.approx(expected, rel=1e-10)
+    assert found["products"].max() <= 8
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_sample_changes_no_bit_of_its_neighbours(be, bad):
+    a, b = systems(7, 4, 9)
+    healthy = run(be, a, b)
+    for where in ("matrix", "right-hand side"):
+        broken_a, broken_b = a.copy(), b.copy()
+        if where == "matrix":
+            broken_a[2, 3, 3] = bad
+        else:
+            broken_b[2, 3] = bad
+        found = run(be, broken_a, broken_b)
+        assert not found["converged"][2]
+        for i in (0, 1, 3):
+            for name in found:
+                assert np.array_equal(found[name][i], healthy[name][i]), (name, where)
+
+
+def test_a_matrix_that_turns_bad_later_leaves_the_best_so_far(be):
+    """A product that overflows in the third step ends that sample with its two good ones."""
+    a, b = systems(8, 2, 9)
+    plain, calls = product_of(be, a), []
+    mask = be.asarray(np.array([[True], [False]]))
+
+    def product(v):
+        calls.append(1)
+        w = plain(v)
+        return be.xp.where(mask, w * float("inf"), w) if len(calls) == 3 else w
+
+    found = gmres(be, product, be.asarray(b), rtol=1e-10, max_steps=30)
+    two = run(be, a, b, rtol=1e-10, max_steps=2)
+    assert be.to_numpy(found.x)[0] == pytest.approx(two["x"][0], rel=1e-12)
+    assert be.to_numpy(found.residual)[0] == pytest.approx(two["residual"][0], rel=1e-12)
+    assert be.to_numpy(found.converged).tolist() == [False, True]
+
+
+def test_float32_reaches_what_float32_can(be):
+    a, b = systems(9, 3, 40)
+    found = run(be, a, b, dtype="float32", rtol=1e-5)
+    assert found["x"].dtype == np.float32
+    assert found["converged"].all()
+    assert (residual(a, b, found["x"].astype(float)) <= 3e-5 * np.linalg.norm(b, axis=1)).all()
+
+
+def test_orthogonality_is_kept_where_one_projection_loses_it(be):
+    n = 40
+    spectrum = np.logspace(0, -7, n)
+    q, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((n, n)))
+    a = ((q * spectrum) @ q.T)[None]
+    b = np.random.default_rng(1).standard_normal((1, n))
+    found = run(be, a, b, rtol=1e-8, max_steps=n)
+    # What is left is rounding in A x: n·eps·‖A‖·‖x‖.
+    rounding = n * np.finfo(float).eps * np.linalg.norm(found["x"])
+    assert residual(a, b, found["x"]) == pytest.approx(found["residual"], rel=1e-3, abs=rounding)
+
+
+@pytest.mark.parametrize("smallest", [0.0, 1e-12])
+@pytest.mark.parametrize("n", [30, 60, 90])
+def test_a_singular_matrix_is_never_called_solved(be, n, smallest):
+    """The residual's recurrence alone falls to rounding here while x grows to 1e15: seen at 1e-5 for a true 0.8."""
+    random = np.random.default_rng(n)
+    spectrum = np.linspace(1, 60, n)
+    spectrum[0] = smallest
+    q = np.stack([np.linalg.qr(random.standard_normal((n, n)))[0] for _ in range(4)])
+    a, b = (q * spectrum) @ q.swapaxes(1, 2), random.standard_normal((4, n))
+    for rtol in (1e-4, 1e-10):
+        found = run(be, a, b, rtol=rtol, max_steps=n)
+        true = residual(a, b, found["x"])
+        goal = rtol * np.linalg.norm(b, axis=1)
+        assert not (found["converged"] & (true > 3 * goal)).any()
+        assert (true <= 100 * np.maximum(found["residual"], goal)).all()
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_batches_of_none_and_one(be, batch):
+    a, b = systems(1, batch, 5)
+    found = run(be, a, b)
+    assert found["x"].shape == (batch, 5)
+    assert found["converged"].all()
+
+
+def test_right_preconditioning_keeps_residuals_true(be):
+    a, b = systems(12, 2, 15)
+    rough = np.linalg.inv(a) + 0.02 * np.random.default_rng(0).standard_normal(a.shape)
+    found = run(be, a, b, precondition=product_of(be, rough), rtol=1e-9)
+    plain = run(be, a, b, rtol=1e-9)
+    assert found["converged"].all()
+    assert residual(a, b, found["x"]) == pytest.approx(found["residual"], rel=1e-2)
+    assert (found["products"] < plain["products"]).all()
+    perfect = run(be, a, b, precondition=product_of(be, np.linalg.inv(a)), rtol=1e-9)
+    assert perfect["products"].tolist() == [1, 1]
+
+
+def test_the_space_knows_its_inverse_norm_and_residual_vector(be):
+    a, b = systems(13, 2, 6)
+    space = KrylovSpace(be, product_of(be, a))
+    k = space.begin(be.asarray(b), 6)
+    last = np.zeros(2)
+    exact = 1 / np.linalg.svd(a, compute_uv=False)[:, -1]
+    for steps in range(1, 7):
+        k = space.grow(k, be.asarray(np.zeros(2)), 1)
+        bound = be.to_numpy(space.inverse_norm(k))
+        assert (bound <= exact * (1 + 1e-9)).all()  # a lower bound of ‖A^-1‖
+        assert (bound >= last * (1 - 1e-9)).all()  # that only grows
+        last = bound
+        x = be.to_numpy(space.solution(k))
+        r = be.to_numpy(space.residual_vector(k))
+        if steps < 6:
+            assert r == pytest.approx(b - np.einsum("bij,bj->bi", a, x), rel=1e-8, abs=1e-10)
+    assert last == pytest.approx(exact, rel=1e-6)
