@@ -87,6 +87,10 @@ class History(ABC):
     def combine(self, coefficients: Array) -> Array:
         """Σ_j c_j q_j for coefficients `(batch, memory)`: `(batch, n)` in the state's dtype."""
 
+    def may_be_full(self) -> bool:
+        """False only if it is known, without waiting for a device, that no sample is full."""
+        return True
+
     def append_difference(self, a: Array, b: Array) -> History:
         """`append(a - b)`; a backend may spare the temporary."""
         return self.append(a - b)
@@ -237,12 +241,12 @@ class Backend(ABC):
         return float(self.xp.finfo(x.dtype).eps)
 
     def default_rtol(self, x: Array) -> float:
-        """rtol = "auto": what the dtype can reach, at most 1e-4 where it can: √eps, but at least 2·eps.
+        """Rtol = "auto": what the dtype can reach, at most 1e-4 where it can: √eps, but at least 2·eps.
 
         float64 1.5e-8, float32 1e-4, float16 2e-3, bfloat16 1.6e-2.
         """
-        eps = self.eps(x)
-        return max(2 * eps, min(1e-4, eps**0.5))
+        eps = float(self.eps(x))
+        return float(max(2 * eps, min(1e-4, eps**0.5)))
 
     def number(self, value: Any, like: Array) -> Any:
         """A tolerance or step budget in the form that the loops of this backend want.
@@ -311,6 +315,17 @@ class Backend(ABC):
             The value f(z*) `(batch, n)` with gradients attached whenever the framework records them, what the
             solver did, and a record that the backward pass will fill (None where there is no such path).
         """
+
+    def record(
+        self,
+        f: Callable[..., Array],
+        z0: Array,
+        args: tuple[Any, ...],
+        steps: Callable[[Map, Array, Forward | None], Array],
+        forward: Forward | None,
+    ) -> Array:
+        """`steps(lambda z: f(z, *args), z0, forward)` with its gradient recorded; tracing, f is called once."""
+        return steps(lambda z: f(z, *args), z0, forward)
 
     @abstractmethod
     def detach(self, x: Array) -> Array:

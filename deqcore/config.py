@@ -92,9 +92,7 @@ class Config:
             raise ConfigError.unknown_option("The config", name, (*names_of(Settings), *RAW_SECTIONS))
         given = {"backend": backend, "forward": forward, "backward": backward, "plugins": plugins}
         pairs = flatten({name: value for name, value in given.items() if value is not None})
-        sections = {
-            name: value for name, value in (("study", study), ("monitor", monitor)) if value is not None
-        }
+        sections = {name: value for name, value in (("study", study), ("monitor", monitor)) if value is not None}
         self._fill(_without_file(layer(pairs, "Config(...)")), sections)
 
     def _fill(self, merged: Layer, sections: Mapping[str, object]) -> None:

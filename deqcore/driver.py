@@ -39,7 +39,7 @@ class Control(NamedTuple):
     atol: float | Array = 0.0
     max_steps: int | Array = 40
     check_every: int | str = "auto"
-    patience: int = 30
+    patience: int = 50
 
 
 class Carry(NamedTuple):
@@ -153,7 +153,7 @@ def _begin(backend: Backend, solver: Solver, f: Map, z0: Array, tolerance: _Tole
         best_z=z0,
         best_fz=backend.select(finite, fz, z0),
         best_residual=known,
-        limit=BLOW_UP * residual,
+        limit=xp.clip(BLOW_UP * residual, max=float(xp.finfo(residual.dtype).max)),  # inf is never sane
         mark=known,
         since=xp.zeros_like(status),
     )
@@ -167,20 +167,20 @@ def _reopen(backend: Backend, carry: Carry, tolerance: _Tolerance) -> Carry:
     status = xp.where(met, xp.full_like(carry.status, int(Status.CONVERGED)), xp.zeros_like(carry.status))
     return carry._replace(
         status=xp.where(failed, carry.status, status),
+        mark=carry.best_residual,  # a frozen sample's own mark has moved with the steps of its batch mates
         since=xp.zeros_like(carry.since),
         state=copy_state(carry.state),
     )
 
 
-def _step(
-    backend: Backend, solver: Solver, f: Map, carry: Carry, tolerance: _Tolerance, patience: int
-) -> Carry:
+def _step(backend: Backend, solver: Solver, f: Map, carry: Carry, tolerance: _Tolerance, patience: int) -> Carry:
     xp = backend.xp
     active = carry.status == int(Status.RUNNING)
     everyone = backend.all_known(active)
     state = with_active(carry.state, None if everyone else active)
     z, fz, state = solver.step(backend, f, carry.z, carry.fz, state)
-    residual = backend.norm(fz - z)
+    known = solver.residual_norm(backend, state)
+    residual = backend.norm(fz - z) if known is None else known
 
     met = tolerance.met(residual, fz)
     sane = residual <= carry.limit  # False for NaN, too

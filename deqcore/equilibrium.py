@@ -25,7 +25,7 @@ from deqcore.errors import (
 from deqcore.solution import Solution, SolveState, Status, summarize
 from deqcore.solver import Solver
 from deqcore.space import Space
-from deqcore.strategy import Adjoint, StepStrategy, Strategy
+from deqcore.strategy import Adjoint, Steps, StepStrategy, Strategy
 
 
 def fixed_point(
@@ -168,8 +168,8 @@ class _Plan:
         solve = Drive(self.backend, self.solver, self.control, self._resume(state, z0))
         if isinstance(self.strategy, StepStrategy):
             forward = self.backend.forward_only(f, z0, args, solve) if self.strategy.solves() else None
-            value = self.strategy.value(self.backend, lambda z: f(z, *args), z0, forward, self.solver)
-            record = None
+            steps = Steps(self.backend, self.strategy, self.solver)
+            value, record = self.backend.record(f, z0, args, steps, forward), None
         else:
             adjoint = Adjoint(self.backend, self.strategy, self.solver)
             value, forward, record = self.backend.implicit(f, z0, args, solve, adjoint)
@@ -237,9 +237,7 @@ class _Plan:
         xp = self.backend.xp
         if not bool(xp.any(forward.status != int(Status.CONVERGED))):
             return
-        parts: list[Any] = [
-            self.backend.to_numpy(a) for a in (forward.status, forward.residual, forward.steps)
-        ]
+        parts: list[Any] = [self.backend.to_numpy(a) for a in (forward.status, forward.residual, forward.steps)]
         text = (
             f"{summarize(*parts)} (solver {self.config.forward.solver!r}, forward.rtol = {self.control.rtol}, "
             f"forward.max_steps = {self.control.max_steps}; forward.on_failure = {action!r} decides what happens now)"
@@ -290,9 +288,7 @@ def _quiet(config: Config) -> Config:
     return settings.resolve(config, {"forward__on_failure": "ignore"})[0]
 
 
-def _plan(
-    config: Config | None, overrides: Mapping[str, object], z0: Tree, args: tuple[Any, ...]
-) -> _Plan:
+def _plan(config: Config | None, overrides: Mapping[str, object], z0: Tree, args: tuple[Any, ...]) -> _Plan:
     resolved, scalars = settings.resolve(config, overrides)
     backend = _pick(resolved, z0, args)
     forward, backward = resolved.forward, resolved.backward
@@ -308,9 +304,7 @@ def _plan(
     return _Plan(resolved, backend, solver, strategy, control, space)
 
 
-def _control(
-    config: Config, scalars: Mapping[str, object], backend: Backend, like: Array
-) -> Control:
+def _control(config: Config, scalars: Mapping[str, object], backend: Backend, like: Array) -> Control:
     forward = config.forward
     rtol: Any = scalars.get("forward__rtol", forward.rtol)
     atol: Any = scalars.get("forward__atol", forward.atol)
@@ -325,7 +319,8 @@ def _control(
     if isinstance(rtol, float) and 0.0 < rtol < 0.5 * backend.eps(like) and isinstance(atol, float) and atol == 0:
         warnings.warn(
             f"forward.rtol = {rtol:g} is below what {backend.dtype_name(like)} can reach (about "
-            f"{backend.eps(like):.1g}): the solve will end as STALLED or MAX_STEPS. Use a wider dtype or a larger rtol.",
+            f"{backend.eps(like):.1g}): the solve will end as STALLED or MAX_STEPS. Use a wider dtype or a larger "
+            f"rtol.",
             DtypeToleranceWarning,
             stacklevel=_stacklevel(),
         )

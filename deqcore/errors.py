@@ -32,9 +32,7 @@ class ConfigError(DeqcoreError, ValueError):
     def unknown_option(cls, owner: str, given: str, known: Iterable[str]) -> ConfigError:
         """An option that its owner (a solver, a strategy, a section of the config) does not have."""
         known = list(known)
-        return cls(
-            f"{owner} has no option {given!r}.{did_you_mean(given, known)} Its options are: {listing(known)}."
-        )
+        return cls(f"{owner} has no option {given!r}.{did_you_mean(given, known)} Its options are: {listing(known)}.")
 
     @classmethod
     def bad_value(cls, owner: str, option: str, given: object, expected: str) -> ConfigError:

@@ -109,9 +109,7 @@ def layer(values: Iterable[tuple[Key, object]], origin: str) -> Layer:
     for key, value in values:
         if key in CHOICES.values() and isinstance(value, Mapping):
             owner = f"{'.'.join(key)} (set by {origin})"
-            flat |= {
-                (*key, str(name)): freeze(owner, str(name), scalar(item)) for name, item in value.items()
-            }
+            flat |= {(*key, str(name)): freeze(owner, str(name), scalar(item)) for name, item in value.items()}
         else:
             flat[key] = scalar(value)
     return Layer(flat, dict.fromkeys(flat, origin))
@@ -120,11 +118,7 @@ def layer(values: Iterable[tuple[Key, object]], origin: str) -> Layer:
 def flatten(table: Mapping[str, object]) -> Iterable[tuple[Key, object]]:
     """Key and value of each setting in a mapping of sections, such as a parsed file."""
     for name, value in table.items():
-        items = (
-            {each: getattr(value, each) for each in names_of(type(value))}
-            if isinstance(value, Section)
-            else value
-        )
+        items = {each: getattr(value, each) for each in names_of(type(value))} if isinstance(value, Section) else value
         if name in SECTIONS and isinstance(items, Mapping):
             yield from (((name, str(each)), item) for each, item in items.items())
         else:
@@ -230,9 +224,7 @@ def variables() -> tuple[tuple[str, str], ...]:
     # os.environ decodes each name when it is iterated; comparing what it wraps is 20 times cheaper.
     raw = vars(os.environ).get("_data")
     if raw is None or raw != _seen[0]:
-        found = [
-            (name, value) for name, value in os.environ.items() if name.startswith(PREFIX) and value.strip()
-        ]
+        found = [(name, value) for name, value in os.environ.items() if name.startswith(PREFIX) and value.strip()]
         settings = sorted(pair for pair in found if pair[0] not in OTHER_VARIABLES)
         _seen = (raw and dict(raw), tuple(settings))
     return _seen[1]

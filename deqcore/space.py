@@ -79,7 +79,7 @@ class Space:
         return self.backend.unflatten(self.structure, leaves)
 
     def wrap(self, f: Callable[..., Tree]) -> Callable[..., Array]:
-        """f on trees as a function of the matrix, with its output checked.
+        """F on trees as a function of the matrix, with its output checked.
 
         Raises:
             ProblemError: (when called) f returned another structure, shape, dtype or device.

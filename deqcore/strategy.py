@@ -137,6 +137,19 @@ class Adjoint:
         return self.strategy.wants_estimate()
 
 
+@dataclass(frozen=True)
+class Steps:
+    """A step strategy bound to its solver: what `Backend.record` differentiates through."""
+
+    backend: Backend
+    strategy: StepStrategy
+    solver: Solver
+
+    def __call__(self, f: Map, z0: Array, forward: Forward | None) -> Array:
+        """The differentiable value `(batch, n)`."""
+        return self.strategy.value(self.backend, f, z0, forward, self.solver)
+
+
 def report(
     backend: Backend,
     g: Array,

@@ -17,7 +17,7 @@ from jax import lax
 from deqcore.backend import Backend, BackwardRecord, Capabilities, Carry, Map
 from deqcore.driver import Forward
 from deqcore.strategy import Adjoint
-from deqcore_jax import implicit, probe, pytrees
+from deqcore_jax import implicit, probe, pytrees, small
 from deqcore_jax.context import as_outside
 from deqcore_jax.dtypes import single, wide
 from deqcore_jax.history import JaxHistory
@@ -92,7 +92,7 @@ class JaxBackend(Backend):
         return False  # loops are traced: nothing is ever known inside
 
     def solve(self, a: Any, b: Any) -> Any:
-        return jnp.linalg.solve(a, b) if b.ndim == 3 else jnp.linalg.solve(a, b[..., None])[..., 0]
+        return small.solve(a, b) if b.ndim == 3 else small.solve(a, b[..., None])[..., 0]
 
     def history(self, like: Any, memory: int, dtype: str | None = None) -> JaxHistory:
         return JaxHistory.empty(like, memory, jnp.dtype(dtype) if dtype else None, wide())
@@ -145,6 +145,16 @@ class JaxBackend(Backend):
         value, forward = implicit.solve(f, z0, args, solve, adjoint, probe.take(z0.shape[0]))
         return value, forward, None
 
+    def record(
+        self,
+        f: Callable[..., Any],
+        z0: Any,
+        args: tuple[Any, ...],
+        steps: Callable[[Map, Any, Forward | None], Any],
+        forward: Forward | None,
+    ) -> Any:
+        return implicit.record(f, z0, args, steps, forward)
+
     def detach(self, x: Any) -> Any:
         return lax.stop_gradient(x)
 
@@ -174,9 +184,7 @@ class JaxBackend(Backend):
             device.synchronize_all_activity()
 
 
-_CAPABILITIES = Capabilities(
-    jvp=True, jit=True, vmap=True, bfloat16=True, accelerator=True, second_derivatives=True
-)
+_CAPABILITIES = Capabilities(jvp=True, jit=True, vmap=True, bfloat16=True, accelerator=True, second_derivatives=True)
 
 
 def _one_device(x: Any) -> bool:

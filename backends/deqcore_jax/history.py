@@ -26,9 +26,7 @@ class JaxHistory(History):
         wide: the dtype of dot products.
     """
 
-    def __init__(
-        self, storage: Any, seen: Any, written: Any, dtype: Any, wide: Any, active: Any = None
-    ) -> None:
+    def __init__(self, storage: Any, seen: Any, written: Any, dtype: Any, wide: Any, active: Any = None) -> None:
         self.storage = storage
         self.seen = seen
         self.written = written
@@ -70,9 +68,7 @@ class JaxHistory(History):
         """One pass over the storage, accumulated in float32 or better."""
         many = v if v.ndim == 3 else v[:, None, :]
         rows, many, dtype = self._compute(many)
-        found = jnp.einsum(
-            "brn,bmn->brm", many, rows, preferred_element_type=dtype, precision=lax.Precision.HIGHEST
-        )
+        found = jnp.einsum("brn,bmn->brm", many, rows, preferred_element_type=dtype, precision=lax.Precision.HIGHEST)
         found = jnp.where(self.seen[:, None, :], found.astype(self.wide), jnp.zeros((), self.wide))
         return found if v.ndim == 3 else found[:, 0]
 
@@ -81,9 +77,7 @@ class JaxHistory(History):
         dtype = single(self.storage.dtype)
         c = jnp.where(self.seen, coefficients, jnp.zeros((), coefficients.dtype)).astype(dtype)
         rows = self.storage.astype(dtype)
-        found = jnp.einsum(
-            "bm,bmn->bn", c, rows, preferred_element_type=dtype, precision=lax.Precision.HIGHEST
-        )
+        found = jnp.einsum("bm,bmn->bn", c, rows, preferred_element_type=dtype, precision=lax.Precision.HIGHEST)
         return found.astype(self.dtype)
 
     def restart(self, rows: Any) -> JaxHistory:

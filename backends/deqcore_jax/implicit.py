@@ -14,18 +14,19 @@ All of it is one `jax.jit` whose key is the structure of f, the solver and the s
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from deqcore.backend import Backend
 from deqcore.driver import Control, Drive, Forward
 from deqcore.errors import StrategyError
 from deqcore.linear.lowrank import InverseJacobian
+from deqcore.solver import Solver
 from deqcore.strategy import Adjoint, AdjointReport
 from deqcore_jax.context import precise
 from deqcore_jax.linearize import Linear
@@ -114,6 +115,19 @@ def _run(
     return _reverse(problem, forward.z, forward.fz, state, leaves, probe), forward
 
 
+def record(
+    f: Callable[..., Any], z0: Any, args: tuple[Any, ...], steps: Callable[..., Any], forward: Forward | None
+) -> Any:
+    """Trace f, and differentiate through `steps` (see `deqcore.backend.Backend.record`)."""
+    program, leaves = trace(f, z0, args)
+    return _record(program, steps, z0, leaves, forward)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _record(program: Program, steps: Any, z0: Any, leaves: list[Any], forward: Forward | None) -> Any:
+    return steps(lambda z: program(z, leaves), z0, forward)
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _exact(problem: Problem, z: Any, fz: Any, state: Any, leaves: list[Any]) -> tuple[Any, Any]:
     """`z` and `fz` as functions of the leaves."""
@@ -129,7 +143,7 @@ def _exact_jvp(problem: Problem, primals: Any, tangents: Any) -> Any:
     dz = lax.custom_linear_solve(
         lambda v: v - linear.push(v),
         linear.push_leaves(list(moved.values())),
-        lambda _, b: _route_forward(problem, linear, b, state),
+        lambda _, b: _route_forward(problem, linear, b, state)[0],
         lambda _, g: _route(problem, linear, g, state)[0],
     )
     return (z, fz), (dz, dz)
@@ -179,17 +193,32 @@ def _route(problem: Problem, linear: Linear, g: Any, state: Any) -> tuple[Any, A
         return problem.bound(linear.pull, g, state)
 
 
-def _route_forward(problem: Problem, linear: Linear, b: Any, state: Any) -> Any:
-    """x ≈ (I − J)^-1 b: the same kind of equation, with J v in place of Jᵀu."""
-    adjoint = problem.bound
-    estimate = adjoint.solver.inverse_jacobian(adjoint.backend, state) if adjoint.uses_state else None
-    turned = None if estimate is None else _Transposed(estimate)
+def _route_forward(problem: Problem, linear: Linear, b: Any, state: Any) -> tuple[Any, AdjointReport]:
+    """x ≈ (I − J)^-1 b: the same kind of equation, with J v in place of Jᵀu and H in place of Hᵀ."""
+    turned = replace(problem.bound, solver=cast(Any, _Transposed(problem.bound.solver)))
     with precise():
-        return adjoint.strategy.route(adjoint.backend, linear.push, b, turned)[0]
+        return turned(linear.push, b, state)
+
+
+class _Transposed:
+    """A solver whose estimates are those of another one, transposed."""
+
+    def __init__(self, solver: Solver) -> None:
+        self.solver = solver
+
+    def inverse_jacobian(self, backend: Backend, state: Any) -> InverseJacobian | None:
+        return _turn(self.solver.inverse_jacobian(backend, state))
+
+    def secant_estimate(self, backend: Backend, state: Any) -> InverseJacobian | None:
+        return _turn(self.solver.secant_estimate(backend, state))
+
+
+def _turn(estimate: InverseJacobian | None) -> InverseJacobian | None:
+    return None if estimate is None else _TransposedEstimate(estimate)
 
 
 @dataclass(frozen=True)
-class _Transposed(InverseJacobian):
+class _TransposedEstimate(InverseJacobian):
     inner: InverseJacobian
 
     def apply(self, v: Any) -> Any:

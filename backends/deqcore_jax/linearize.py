@@ -33,9 +33,7 @@ class Linear:
     push: Map
     pull: Map
 
-    def __init__(
-        self, program: Program, z: Any, leaves: list[Any], moved: list[int], *, products: bool = True
-    ) -> None:
+    def __init__(self, program: Program, z: Any, leaves: list[Any], moved: list[int], *, products: bool = True) -> None:
         self.z = z
         self.moved = [leaves[i] for i in moved]
 

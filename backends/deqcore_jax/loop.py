@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
@@ -40,10 +40,8 @@ def loop(
     check_every: int | str = "auto",
 ) -> Carry:
     """Apply `body` while `running(carry)`, `steps` times at most; see `deqcore.backend.Backend.loop`."""
-    if check_every == "auto":
-        every = EVERY.get(jax.default_backend(), EVERY_ELSEWHERE)
-    else:
-        every = int(check_every)
+    chosen = EVERY.get(jax.default_backend(), EVERY_ELSEWHERE) if check_every == "auto" else check_every
+    every = int(chosen)
     budget = jnp.asarray(steps).astype(jnp.int32)
 
     def goes_on(state: tuple[Any, Carry]) -> Any:
@@ -64,4 +62,4 @@ def loop(
 
     start = jnp.int32(0), carry
     _, end = lax.while_loop(goes_on, once if every == 1 else chunk, start)
-    return cast("Carry", end)
+    return end

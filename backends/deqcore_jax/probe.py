@@ -123,4 +123,5 @@ def take(batch: int) -> Probe | None:
 def fill(report: AdjointReport) -> Probe:
     """A report as the cotangent of a probe."""
     numbers = [jnp.asarray(each).astype(jnp.float32) for each in report]
-    return Probe(*numbers, runs=jnp.ones_like(numbers[0]))
+    status, pulls, residual, error, fallback = numbers
+    return Probe(status, pulls, residual, error, fallback, jnp.ones_like(status))

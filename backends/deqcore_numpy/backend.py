@@ -31,7 +31,7 @@ class NumpyBackend(Backend):
     """NumPy arrays on the host."""
 
     name: ClassVar[str] = "numpy"
-    capabilities: ClassVar[Capabilities] = Capabilities(autodiff=False, jvp=True)
+    capabilities: Capabilities = Capabilities(autodiff=False, jvp=True)
     xp = np
 
     def is_array(self, leaf: object) -> bool:
@@ -44,7 +44,7 @@ class NumpyBackend(Backend):
         return np.asarray(x)
 
     def flatten(self, tree: Any) -> tuple[list[Any], Any]:
-        return optree.tree_flatten(tree)  # type: ignore[return-value]
+        return optree.tree_flatten(tree)
 
     def unflatten(self, structure: Any, leaves: Sequence[Any]) -> Any:
         return optree.tree_unflatten(structure, leaves)

@@ -68,6 +68,9 @@ class NumpyHistory(History):
     def full(self) -> Any:
         return self.seen[:, self.written % self.memory]
 
+    def may_be_full(self) -> bool:
+        return bool(self.full().any())
+
     def with_active(self, active: Any) -> NumpyHistory:
         return NumpyHistory(self.storage, self.seen, self.dtype, self.written, active)
 

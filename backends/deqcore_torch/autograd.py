@@ -117,7 +117,7 @@ class _Attach(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         (g,) = cotangents
         y, z, out, *outside = ctx.saved_tensors
         job: _Job = ctx.job

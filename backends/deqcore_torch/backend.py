@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, ClassVar
 
 import array_api_compat.torch as xp
@@ -26,9 +28,7 @@ class TorchBackend(Backend):
     """PyTorch tensors on any device."""
 
     name: ClassVar[str] = "torch"
-    capabilities: ClassVar[Capabilities] = Capabilities(
-        jvp=True, bfloat16=True, accelerator=True, second_derivatives=True
-    )
+    capabilities: Capabilities = Capabilities(jvp=True, bfloat16=True, accelerator=True, second_derivatives=True)
     xp = xp
 
     def is_array(self, leaf: object) -> bool:
@@ -47,7 +47,7 @@ class TorchBackend(Backend):
     def flatten(self, tree: Any) -> tuple[list[Any], Any]:
         if isinstance(tree, Tensor):
             return [tree], None
-        return optree.tree_flatten(tree)  # type: ignore[return-value]
+        return optree.tree_flatten(tree)
 
     def unflatten(self, structure: Any, leaves: Sequence[Any]) -> Any:
         return leaves[0] if structure is None else optree.tree_unflatten(structure, leaves)
@@ -136,7 +136,7 @@ class TorchBackend(Backend):
         return y.detach(), pull
 
     def push(self, f: Map, z: Tensor) -> Map:
-        import torch.autograd.forward_ad as forward_ad
+        forward_ad = _forward_ad()
 
         def product(v: Tensor) -> Tensor:
             with torch.no_grad(), forward_ad.dual_level():
@@ -192,14 +192,23 @@ class TorchBackend(Backend):
             found, aux = value(*self.unflatten(structure, moved))
         wanted = [leaf for leaf in moved if isinstance(leaf, Tensor) and leaf.requires_grad]
         gradients = iter(_gradients(found, wanted, cotangent))
-        results = [
-            next(gradients) if isinstance(leaf, Tensor) and leaf.requires_grad else None for leaf in moved
-        ]
+        results = [next(gradients) if isinstance(leaf, Tensor) and leaf.requires_grad else None for leaf in moved]
         return found.detach(), aux, self.unflatten(structure, results)
 
     def synchronize(self) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+
+
+@cache
+def _forward_ad() -> Any:
+    """Forward mode, with what torch loads (and warns of, on its own account) at its first use."""
+    from torch.autograd import forward_ad
+
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
+    return forward_ad
 
 
 def _wide(device: torch.device) -> torch.dtype:

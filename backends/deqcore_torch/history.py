@@ -184,9 +184,7 @@ class TorchHistory(History):
 
     def count(self) -> Tensor:
         if self.seen is None:
-            return torch.full(
-                (self.batch,), self._used(), dtype=torch.int32, device=self.like.device
-            )
+            return torch.full((self.batch,), self._used(), dtype=torch.int32, device=self.like.device)
         return self.seen.sum(1, dtype=torch.int32)
 
     def full(self) -> Tensor:
@@ -194,6 +192,9 @@ class TorchHistory(History):
             filled = self.written >= self.memory
             return torch.full((self.batch,), filled, dtype=torch.bool, device=self.like.device)
         return self.seen[:, self.written % self.memory]
+
+    def may_be_full(self) -> bool:
+        return self.written >= self.memory
 
     def with_active(self, active: Tensor | None) -> TorchHistory:
         return self if active is self.active else self._with(self.seen, self.written, active)

@@ -24,7 +24,7 @@ from deqcore.plugins.builtin import BUILTIN
 class LazyGroup(TyperGroup):
     """Commands by name, from the registry. The help page knows their summaries and imports nothing."""
 
-    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 - typer passes it
+    def list_commands(self, ctx: Any) -> list[str]:
         """Names of all commands; a conflict between plugins must not cost the user the help page."""
         try:
             return list(plugins.commands())

@@ -25,9 +25,7 @@ def config() -> None:
 def show_config(
     path: Annotated[
         Path | None,
-        typer.Option(
-            "--config", help="A TOML file. Default: deq.toml in the working directory, if there is one."
-        ),
+        typer.Option("--config", help="A TOML file. Default: deq.toml in the working directory, if there is one."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -20,9 +20,7 @@ AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON inst
 STYLES: Final = {"ok": "green", "heavy": "yellow", "broken": "red", "conflict": "red", "disabled": "dim"}
 
 
-def show(
-    rows: Sequence[Row], columns: Iterable[str], *, as_json: bool, empty: str = "Nothing to show."
-) -> None:
+def show(rows: Sequence[Row], columns: Iterable[str], *, as_json: bool, empty: str = "Nothing to show.") -> None:
     """Print rows.
 
     Args:

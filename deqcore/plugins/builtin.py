@@ -58,21 +58,15 @@ SOLVERS: Final = (
 )
 
 STRATEGIES: Final = (
-    StrategySpec(
-        "exact-ift", "deqcore.strategies.exact_ift:ExactIFT", "solve the adjoint equation to tolerance"
-    ),
+    StrategySpec("exact-ift", "deqcore.strategies.exact_ift:ExactIFT", "solve the adjoint equation to tolerance"),
     StrategySpec(
         "broyden-reuse",
         "deqcore.strategies.broyden_reuse:BroydenReuse",
         "reuse the forward solver's inverse-Jacobian estimate",
     ),
-    StrategySpec(
-        "jacobian-free", "deqcore.strategies.jacobian_free:JacobianFree", "take the cotangent as it is"
-    ),
+    StrategySpec("jacobian-free", "deqcore.strategies.jacobian_free:JacobianFree", "take the cotangent as it is"),
     StrategySpec("neumann", "deqcore.strategies.neumann:Neumann", "a truncated Neumann series"),
-    StrategySpec(
-        "phantom", "deqcore.strategies.phantom:Phantom", "damped unrolled steps from the fixed point"
-    ),
+    StrategySpec("phantom", "deqcore.strategies.phantom:Phantom", "damped unrolled steps from the fixed point"),
     StrategySpec("unrolled", "deqcore.strategies.unrolled:Unrolled", "backpropagation through the steps"),
 )
 
@@ -83,13 +77,9 @@ TRAINERS: Final = (
 
 # One line per command; the target is a typer app or a function. `deqcore --help` imports none of them.
 COMMANDS: Final = (
-    CommandSpec(
-        "backends", "deqcore.cli.backends:command", "List the backends and whether they are installed."
-    ),
+    CommandSpec("backends", "deqcore.cli.backends:command", "List the backends and whether they are installed."),
     CommandSpec("solvers", "deqcore.cli.solvers:command", "List the solvers and their options."),
-    CommandSpec(
-        "strategies", "deqcore.cli.strategies:command", "List the backward strategies and their options."
-    ),
+    CommandSpec("strategies", "deqcore.cli.strategies:command", "List the backward strategies and their options."),
     CommandSpec("plugins", "deqcore.cli.plugins:command", "List the plugins and whether they work."),
     CommandSpec("config", "deqcore.cli.config:app", "Show the settings and where each comes from."),
 )

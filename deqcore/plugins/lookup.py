@@ -252,9 +252,7 @@ def _owner_of(cls: type) -> str | None:
 
 
 def _owner(roots: list[str], specs: Iterable[Spec]) -> str | None:
-    owners = {
-        root: each.name for each in specs if isinstance(each, BackendSpec) for root in each.array_modules
-    }
+    owners = {root: each.name for each in specs if isinstance(each, BackendSpec) for root in each.array_modules}
     return next((owners[root] for root in roots if root in owners), None)
 
 

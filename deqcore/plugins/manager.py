@@ -89,9 +89,7 @@ class Manager:
                             for spec in _records(kind, impl.function):
                                 entry.add(spec)
             if not entry.status.hooks:
-                raise PluginError(
-                    f"it implements no hook: mark one of {_hook_names()} with deqcore.plugins.hookimpl."
-                )
+                raise PluginError(f"it implements no hook: mark one of {_hook_names()} with deqcore.plugins.hookimpl.")
         return entry.status
 
     def offer(self, spec: Spec, name: str, source: str) -> None:
@@ -126,16 +124,12 @@ class Manager:
         self._discover()
         return [plugin.status for plugin in self._plugins.values() if plugin.status.status == "broken"]
 
-    def _with_conflicts(
-        self, plugin: _Plugin, taken: dict[Kind, dict[str, list[tuple[Spec, str]]]]
-    ) -> PluginStatus:
+    def _with_conflicts(self, plugin: _Plugin, taken: dict[Kind, dict[str, list[tuple[Spec, str]]]]) -> PluginStatus:
         shown = _Plugin(plugin.status)
         for spec in plugin.specs:
             others = [title for _, title in taken[spec.kind][spec.name] if title != _title(plugin.status)]
             if others:
-                shown.add_reason(
-                    "conflict", f"The {spec.kind} {spec.name!r} is offered by {others[0]} as well."
-                )
+                shown.add_reason("conflict", f"The {spec.kind} {spec.name!r} is offered by {others[0]} as well.")
         return shown.status
 
     def _refuse_unknown_hooks(self, plugin: object) -> None:
@@ -174,9 +168,7 @@ class Manager:
         heavy = _frameworks() - before
         if heavy and self._plugins[name].status.status == "ok":
             names = ", ".join(sorted(heavy))
-            self._plugins[name].add_reason(
-                "heavy", f"It imports {names} when it is loaded; a plugin should not."
-            )
+            self._plugins[name].add_reason("heavy", f"It imports {names} when it is loaded; a plugin should not.")
 
 
 def _accept(kind: Kind, record: object) -> Spec:
@@ -190,9 +182,7 @@ def _accept(kind: Kind, record: object) -> Spec:
             f"only {known.version}. Upgrade deqcore, or install an older version of the plugin."
         )
     if record.name in BUILTIN[kind]:
-        raise PluginError(
-            f"the {kind} name {record.name!r} is reserved for the built-in one; choose another name."
-        )
+        raise PluginError(f"the {kind} name {record.name!r} is reserved for the built-in one; choose another name.")
     return record
 
 

@@ -99,9 +99,7 @@ class BackendSpec(Spec):
                 f"top-level module names is expected, such as ('torch',)."
             )
         if self.context is not None:
-            _check(
-                self, "context", self.context, TARGET, "an import string, such as 'my_package.jit:context'"
-            )
+            _check(self, "context", self.context, TARGET, "an import string, such as 'my_package.jit:context'")
 
 
 @dataclass(frozen=True)

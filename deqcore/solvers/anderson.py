@@ -92,9 +92,7 @@ class Anderson(Solver):
         gram = step[:, :, None] + step[:, None, :]
         return AndersonState(values, residuals, gram, step, step, fz - z, backend.norm(fz - z))
 
-    def step(
-        self, backend: Backend, f: Map, z: Array, fz: Array, state: AndersonState
-    ) -> tuple[Array, Array, Any]:
+    def step(self, backend: Backend, f: Map, z: Array, fz: Array, state: AndersonState) -> tuple[Array, Array, Any]:
         """One accelerated step, then the new difference."""
         xp = backend.xp
         g = state.residual

@@ -75,9 +75,7 @@ class NewtonKrylov(Solver):
             backend.xp.full_like(norm, self.forcing), backend.xp.zeros_like(norm, dtype=backend.xp.int32)
         )
 
-    def step(
-        self, backend: Backend, f: Map, z: Array, fz: Array, state: NewtonState
-    ) -> tuple[Array, Array, Any]:
+    def step(self, backend: Backend, f: Map, z: Array, fz: Array, state: NewtonState) -> tuple[Array, Array, Any]:
         """One Newton step with backtracking."""
         xp = backend.xp
         g = fz - z

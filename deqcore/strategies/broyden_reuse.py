@@ -84,9 +84,7 @@ class BroydenReuse(Strategy):
             return self._plain(backend, pull, g, estimate)
         return self._refined(backend, pull, g, estimate, self.target)
 
-    def _plain(
-        self, backend: Backend, pull: Map, g: Array, estimate: InverseJacobian
-    ) -> tuple[Array, AdjointReport]:
+    def _plain(self, backend: Backend, pull: Map, g: Array, estimate: InverseJacobian) -> tuple[Array, AdjointReport]:
         u = -estimate.apply_transpose(g)
         if not self.certify:
             return u, report(backend, g)
@@ -116,9 +114,7 @@ class BroydenReuse(Strategy):
         if self.fallback != "none":
             u, pulls, residual, replaced = self._fall_back(backend, pull, g, u, pulls, residual, found.met)
             error = xp.where(replaced, xp.full_like(error, float("nan")), error)
-        return u, report(
-            backend, g, status=status, pulls=pulls, residual=residual, error=error, fallback=replaced
-        )
+        return u, report(backend, g, status=status, pulls=pulls, residual=residual, error=error, fallback=replaced)
 
     def _fall_back(
         self, backend: Backend, pull: Map, g: Array, u: Array, pulls: Array, residual: Array, met: Array
@@ -154,7 +150,7 @@ class BroydenReuse(Strategy):
 
 
 def _ratio(backend: Backend, a: Array, b: Array) -> Array:
-    """a / b per sample, zero where b is zero."""
+    """A / b per sample, zero where b is zero."""
     xp = backend.xp
     a, b = backend.wide(a), backend.wide(b)
     return xp.where(b > 0, a / xp.where(b > 0, b, xp.ones_like(b)), xp.zeros_like(a))

@@ -27,7 +27,8 @@ class Neumann(Strategy):
     Example:
         >>> import numpy as np, deqcore
         >>> z, (dx,) = deqcore.vjp(lambda z, x: 0.5 * z + x, np.zeros((1, 2)), np.ones((1, 2)),
-        ...                        cotangent=np.ones((1, 2)), backward__strategy="neumann", backward__options={"terms": 2})
+        ...                        cotangent=np.ones((1, 2)), backward__strategy="neumann",
+        ...                        backward__options={"terms": 2})
         >>> dx.round(6).tolist()  # 1 + 1/2 + 1/4
         [[1.75, 1.75]]
     """

@@ -46,7 +46,7 @@ class Unrolled(StepStrategy):
         return False
 
     def value(self, backend: Backend, f: Map, z0: Array, forward: Forward | None, solver: Solver) -> Array:
-        """f at the iterate after the last step."""
+        """F at the iterate after the last step."""
         run = backend.checkpoint(f) if self.checkpoint else f
         z = backend.detach(z0)
         fz = run(z)

@@ -1,1 +1,26 @@
-"""What checks a backend, a solver, a strategy or a model: problems with known answers, and comparisons."""
+"""What proves an implementation right: golden problems, gradient checks, conformance tests, the strict backend.
+
+For users: `Problem`, a function of one's own for `deqcore check gradients --problem`. For authors of plugins:
+`BackendTests`, `SolverTests` and `StrategyTests`, base classes of test cases.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from deqcore.testing.problem import Problem
+    from deqcore.testing.problems import golden
+
+_HOME: Final = {"Problem": "deqcore.testing.problem", "golden": "deqcore.testing.problems"}
+
+__all__ = ["Problem", "golden"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'deqcore.testing' has no attribute {name!r}")
+    value: object = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value

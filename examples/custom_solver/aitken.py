@@ -46,17 +46,13 @@ class Aitken(Solver):
 
     def __post_init__(self) -> None:
         if not 0 < self.first <= self.largest:
-            raise ValueError(
-                f"first = {self.first}, but a number above 0 and up to {self.largest} is expected"
-            )
+            raise ValueError(f"first = {self.first}, but a number above 0 and up to {self.largest} is expected")
 
     def init(self, backend: Backend, z: Array, fz: Array) -> AitkenState:
         r = fz - z
         return AitkenState(r, backend.xp.full_like(backend.inner(r, r), self.first))
 
-    def step(
-        self, backend: Backend, f: Map, z: Array, fz: Array, state: AitkenState
-    ) -> tuple[Array, Array, Any]:
+    def step(self, backend: Backend, f: Map, z: Array, fz: Array, state: AitkenState) -> tuple[Array, Array, Any]:
         xp = backend.xp
         r = fz - z
         delta = r - state.residual

@@ -55,16 +55,10 @@ def test_help_lists_all_commands_and_imports_none(capsys: Capture) -> None:
     for record in COMMANDS:
         assert record.name in out
     script = (
-        "import sys; from deqcore.cli.app import main\n"
-        "try: main(['--help'])\n"
-        "except SystemExit: print(*sys.modules)"
+        "import sys; from deqcore.cli.app import main\ntry: main(['--help'])\nexcept SystemExit: print(*sys.modules)"
     )
-    found = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, check=True, text=True
-    ).stdout.split()
-    assert not {"torch", "jax", "numpy", "scipy", "pydantic", "deqcore.cli.solvers", "deqcore.config"} & set(
-        found
-    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True).stdout.split()
+    assert not {"torch", "jax", "numpy", "scipy", "pydantic", "deqcore.cli.solvers", "deqcore.config"} & set(found)
 
 
 def test_every_command_can_be_imported() -> None:
@@ -95,9 +89,7 @@ def test_backends(capsys: Capture) -> None:
 
 
 def test_backends_shows_devices_when_asked(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "deqcore.cli.backends.plugins.backends", lambda: {"numpy": BUILTIN["backend"]["numpy"]}
-    )
+    monkeypatch.setattr("deqcore.cli.backends.plugins.backends", lambda: {"numpy": BUILTIN["backend"]["numpy"]})
     assert listing(capsys, "backends", "--devices")["numpy"]["device"] == "cpu"
 
 
@@ -166,9 +158,7 @@ def test_an_error_is_one_message_without_a_traceback(capsys: Capture, tmp_path: 
     code, out, err = run(capsys, "config", "show")
     assert code == 2
     assert out == ""
-    assert err.startswith(
-        "Error: [forward] (set by file deq.toml) has no option 'rtoll'. Did you mean 'rtol'?"
-    )
+    assert err.startswith("Error: [forward] (set by file deq.toml) has no option 'rtoll'. Did you mean 'rtol'?")
     assert err.count("\n") == 1
 
 

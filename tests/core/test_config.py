@@ -205,9 +205,7 @@ def test_unknown_settings_get_a_suggestion() -> None:
 )
 def test_misspelt_overrides_get_a_suggestion(given: str, meant: str) -> None:
     for config in (None, Config()):
-        with pytest.raises(
-            errors.ConfigError, match=f"The call has no option '{given}'. Did you mean {meant}"
-        ):
+        with pytest.raises(errors.ConfigError, match=f"The call has no option '{given}'. Did you mean {meant}"):
             resolve(config, {given: 1})
 
 
@@ -387,9 +385,7 @@ def test_changes_of_the_environment_are_seen(monkeypatch: pytest.MonkeyPatch) ->
         ("FORWARD", "{bad", "DEQCORE_FORWARD holds a whole table and must be JSON"),
     ],
 )
-def test_bad_variables_are_named(
-    name: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_variables_are_named(name: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(f"DEQCORE_{name}", value)
     with pytest.raises(errors.ConfigError, match=message):
         current()
@@ -399,9 +395,7 @@ def test_bad_variables_are_named(
 
 
 def test_a_file_and_a_pyproject_say_the_same(tmp_path: Path) -> None:
-    plain = write(
-        tmp_path / "a.toml", '[forward]\nsolver = "anderson"\noptions = {memory = 5}\n[study]\nseed = 1\n'
-    )
+    plain = write(tmp_path / "a.toml", '[forward]\nsolver = "anderson"\noptions = {memory = 5}\n[study]\nseed = 1\n')
     project = write(
         tmp_path / "pyproject.toml",
         '[project]\nname = "x"\n[tool.deqcore.forward]\nsolver = "anderson"\n'

@@ -20,9 +20,7 @@ from deqcore.plugins.builtin import BUILTIN
 Install = Callable[..., None]
 
 HEADER = "from deqcore.plugins import *\nfrom deqcore.plugins import hookimpl\n"
-OFFERS_MINE = (
-    HEADER + '@hookimpl\ndef deqcore_solvers():\n    yield SolverSpec("mine", "{module}_impl:Mine")\n'
-)
+OFFERS_MINE = HEADER + '@hookimpl\ndef deqcore_solvers():\n    yield SolverSpec("mine", "{module}_impl:Mine")\n'
 SOLVER = """
 from dataclasses import dataclass
 from deqcore import Solver
@@ -111,9 +109,7 @@ def test_unknown_names_get_a_suggestion_and_the_list() -> None:
 
 def test_a_missing_framework_names_the_extra() -> None:
     plugins.register(
-        BackendSpec(
-            "absent", "deq_absent:Backend", package="no_such_framework", extra="absent", array_modules=()
-        )
+        BackendSpec("absent", "deq_absent:Backend", package="no_such_framework", extra="absent", array_modules=())
     )
     plugins.register(TrainerSpec("absent", "deq_absent:Trainer", "absent"))
     for kind in ("backend", "trainer"):
@@ -446,9 +442,7 @@ def test_backend_of_jax_and_its_tracers() -> None:
 
 # -- deqfile.py --------------------------------------------------------------------------------------------
 
-DEQFILE = (
-    HEADER + SOLVER + '@hookimpl\ndef deqcore_solvers():\n    yield SolverSpec("mine", f"{__name__}:Mine")\n'
-)
+DEQFILE = HEADER + SOLVER + '@hookimpl\ndef deqcore_solvers():\n    yield SolverSpec("mine", f"{__name__}:Mine")\n'
 
 
 def test_a_deqfile_registers_its_own_classes(tmp_path: Path) -> None:
@@ -594,9 +588,7 @@ def test_an_annotation_that_cannot_be_evaluated_is_left_to_the_class() -> None:
     module = ModuleType("deq_lazy")
     sys.modules["deq_lazy"] = module
     source = "class Lazy:\n    value: Unknown = None\n"
-    header = (
-        "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass(frozen=True)\n"
-    )
+    header = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass(frozen=True)\n"
     exec(header + source, module.__dict__)
     assert instantiate("solver 'lazy'", module.Lazy, {"value": "anything"}).value == "anything"
 

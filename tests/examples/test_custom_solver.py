@@ -55,9 +55,7 @@ def install(site: Path) -> None:
         shutil.copy(EXAMPLE / "package" / source, site / target)
     info = site / "deq_aitken-0.1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: {project['project']['name']}\nVersion: 0.1.0\n"
-    )
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['project']['name']}\nVersion: 0.1.0\n")
     points = project["project"]["entry-points"]["deqcore"]
     (info / "entry_points.txt").write_text("[deqcore]\n" + "".join(f"{k} = {v}\n" for k, v in points.items()))
 
@@ -67,9 +65,7 @@ def test_the_script_runs_on_every_backend(name: str) -> None:
     run = script()
     found = run.main(name)
     _, z0, (w, x) = run.problem(deqcore.get_backend(backend="numpy"))
-    truth = scipy.optimize.fsolve(
-        lambda z: (np.tanh(z.reshape(z0.shape) @ w + x) - z.reshape(z0.shape)).ravel(), z0
-    )
+    truth = scipy.optimize.fsolve(lambda z: (np.tanh(z.reshape(z0.shape) @ w + x) - z.reshape(z0.shape)).ravel(), z0)
     for result in found.values():
         assert result["converged"]
         np.testing.assert_allclose(result["z"], truth.reshape(z0.shape), atol=1e-4)
@@ -113,13 +109,9 @@ def test_the_package_registers_it_by_an_entry_point(tmp_path: Path, monkeypatch:
     assert float(sol.value[0, 0]) == pytest.approx(0.7390851332151607)  # the Dottie number
 
 
-def test_both_ways_at_once_are_a_conflict_that_names_both(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_both_ways_at_once_are_a_conflict_that_names_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     Config.load(EXAMPLE / "deq.toml")
-    with pytest.raises(
-        errors.PluginError, match=r"(?s)'aitken' is offered by two plugins: .*deqfile.*deq_aitken"
-    ):
+    with pytest.raises(errors.PluginError, match=r"(?s)'aitken' is offered by two plugins: .*deqfile.*deq_aitken"):
         plugins.make_solver("aitken")

@@ -1,0 +1,198 @@
+"""What measuring needs of a framework, and what takes part in a comparison."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import deqcore
+from deqcore.backend import Array, Backend, Tree
+from deqcore.bench.cases import Case
+from deqcore.config import Config
+from deqcore.testing.problem import rebuild
+
+Call = Callable[..., Any]
+
+
+def same(fn: Call) -> Call:
+    """The function as it is."""
+    return fn
+
+
+@dataclass(frozen=True)
+class Harness:
+    """A framework under measurement.
+
+    Attributes:
+        name: of the framework, as deqcore registers it.
+        xp: its array namespace.
+        asarray: from NumPy.
+        to_numpy: to NumPy; waits for the device.
+        jit: compiles a function, where the framework does that.
+        block: waits until an array has been computed.
+        quiet: context in which no gradient is recorded.
+        traced: f runs inside compiled code, so its calls cannot be counted from outside.
+    """
+
+    name: str
+    xp: Any
+    asarray: Callable[[Any], Array]
+    to_numpy: Callable[[Array], Any]
+    block: Callable[[Array], object]
+    jit: Callable[[Call], Call] = same
+    quiet: Callable[[], AbstractContextManager[Any]] = nullcontext
+    traced: bool = False
+
+    @classmethod
+    def of(cls, backend: Backend, package: str | None) -> Harness:
+        """For any registered backend, through what it offers; `package` is the framework's module."""
+        module: Any = import_module(package) if package else None
+        traced = backend.capabilities.jit
+
+        def block(value: Array) -> None:
+            backend.synchronize()
+            backend.to_numpy(value)  # free of cost where arrays live on the host
+
+        return cls(
+            name=backend.name,
+            xp=backend.xp,
+            asarray=backend.asarray,
+            to_numpy=backend.to_numpy,
+            block=block,
+            jit=module.jit if traced else same,
+            quiet=getattr(module, "no_grad", nullcontext),
+            traced=traced,
+        )
+
+    def ready(self, case: Case) -> Ready:
+        """The case in arrays of this framework."""
+        problem = case.problem
+        if isinstance(problem.f, Mapping):
+            own = problem.f[self.name]
+
+            def f(z: Tree, params: Tree, inputs: Tree) -> Tree:
+                return own(params, z, inputs)
+        else:
+            shared, xp = problem.f, self.xp
+
+            def f(z: Tree, params: Tree, inputs: Tree) -> Tree:
+                return shared(xp, params, z, inputs)
+
+        params, inputs, z0 = (rebuild(tree, self.asarray) for tree in (problem.params, problem.inputs, problem.z0))
+        return Ready(case, f, z0, params, inputs)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A case in arrays of one framework: z* = f(z*, params, inputs).
+
+    Attributes:
+        calls: grows by one with each evaluation of f, if this is the counted version; the list's one number.
+    """
+
+    case: Case
+    f: Callable[[Tree, Tree, Tree], Tree]
+    z0: Array
+    params: Tree
+    inputs: Tree
+    calls: list[int] = field(default_factory=lambda: [0])
+
+    def counted(self) -> Ready:
+        """The same with an f that counts its calls."""
+        calls = [0]
+
+        def f(z: Tree, params: Tree, inputs: Tree) -> Tree:
+            calls[0] += 1
+            return self.f(z, params, inputs)
+
+        return replace(self, f=f, calls=calls)
+
+
+class Outcome(NamedTuple):
+    """What one solve gave.
+
+    Attributes:
+        value: the state that the library returns.
+        evaluations: of f, as the library counts them; None if the caller has to count.
+    """
+
+    value: Array
+    evaluations: Any = None
+
+
+class Contender(ABC):
+    """A solver of some library.
+
+    Attributes:
+        library: the distribution's name.
+        solver: the method, in the library's words.
+        exact: whether the tolerance it is given is the one common norm; if not, it is searched for.
+    """
+
+    library: str
+    solver: str
+    exact: bool = False
+
+    @property
+    def name(self) -> str:
+        """Library and solver."""
+        return f"{self.library} {self.solver}"
+
+    @abstractmethod
+    def prepare(self, harness: Harness, ready: Ready, rtol: float, max_steps: int) -> Callable[[], Outcome]:
+        """A solve with everything bound that does not belong to its time.
+
+        Args:
+            harness: the framework.
+            ready: what to solve.
+            rtol: tolerance in the library's own norm; 0: take all the steps.
+            max_steps: budget in the library's own units.
+        """
+
+
+class Deqcore(Contender):
+    """One of deqcore's solvers, called as a user calls it."""
+
+    library = "deqcore"
+    exact = True
+
+    def __init__(self, solver: str, *, label: str | None = None, **forward: object) -> None:
+        """Args: a registered solver's name, a label for tables, further settings of `[forward]`."""
+        self.solver = label or solver
+        self.settings = {"solver": solver, "on_failure": "ignore", **forward}
+
+    def prepare(self, harness: Harness, ready: Ready, rtol: float, max_steps: int) -> Callable[[], Outcome]:
+        """`fixed_point` without a gradient, compiled where the framework compiles."""
+        config = Config(
+            backend=harness.name,
+            forward={**self.settings, "rtol": rtol, "max_steps": max_steps},
+            backward={"strategy": "jacobian-free"},
+        )
+
+        def solve(z0: Array, params: Tree, inputs: Tree) -> tuple[Array, Array]:
+            found = deqcore.fixed_point(ready.f, z0, params, inputs, config=config)
+            return found.value, found.evaluations
+
+        compiled = harness.jit(solve)
+
+        def run() -> Outcome:
+            with harness.quiet():
+                value, evaluations = compiled(ready.z0, ready.params, ready.inputs)
+            harness.block(value)
+            return Outcome(value, evaluations if harness.traced else None)
+
+        return run
+
+
+def residuals(harness: Harness, ready: Ready, value: Array) -> Any:
+    """‖f(z) − z‖ / ‖f(z)‖ per sample, in float64, `(batch,)`: the one norm that all contenders are measured in."""
+    with harness.quiet():
+        image = ready.f(value, ready.params, ready.inputs)
+    z, fz = (np.asarray(harness.to_numpy(a), np.float64).reshape(len(a), -1) for a in (value, image))
+    return np.linalg.norm(fz - z, axis=1) / np.maximum(np.linalg.norm(fz, axis=1), 1e-300)

@@ -1,0 +1,76 @@
+"""`deqcore check`: prove gradients, backends, solvers and strategies right. Exit 0 if all agree, 1 if not."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Annotated, Final
+
+import typer
+from rich.console import Console
+
+from deqcore.cli.output import AsJson
+from deqcore.errors import ConfigError, did_you_mean, listing
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+DTYPES: Final = ("float64", "float32")
+
+
+@app.callback()
+def check() -> None:
+    """Prove gradients, backends, solvers and strategies right."""
+
+
+@app.command()
+def gradients(
+    backend: Annotated[
+        list[str] | None, typer.Option(help="Only this backend; may be repeated. Default: all installed.")
+    ] = None,
+    solver: Annotated[list[str] | None, typer.Option(help="Only this solver; may be repeated.")] = None,
+    strategy: Annotated[list[str] | None, typer.Option(help="Only this strategy; may be repeated.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="float64 or float32; may be repeated.")] = None,
+    problem: Annotated[
+        str | None,
+        typer.Option(help="Your own problem, path/to/file.py:name: a deqcore.testing.Problem."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare solutions and gradients with stored truths and across frameworks.
+
+    Every backend × solver × strategy runs on golden problems. Exact strategies must agree with the truth within a
+    bound from tolerance, dtype and condition; approximate ones must agree between frameworks after the same steps.
+    Each framework runs in a process of its own.
+    """
+    from deqcore.testing import gradients as golden
+    from deqcore.testing import own, render
+
+    start = time.perf_counter()
+    dtypes = _dtypes(dtype or [])
+    chosen = (backend or (), solver or (), strategy or (), dtypes)
+    tell = _teller(as_json)
+    report = golden.check(*chosen, tell) if problem is None else own.check_own(problem, *chosen, tell)
+    seconds = time.perf_counter() - start
+    if as_json:
+        typer.echo(json.dumps(render.as_json(report, seconds), indent=2))
+    else:
+        show = render.matrix if problem is None else render.leaves
+        render.console().print(show(report, seconds))
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def _dtypes(named: list[str]) -> tuple[str, ...]:
+    for name in named:
+        if name not in DTYPES:
+            raise ConfigError(f"--dtype {name!r}.{did_you_mean(name, DTYPES)} Checked are: {listing(DTYPES)}.")
+    return tuple(dict.fromkeys(named)) or DTYPES
+
+
+def _teller(quiet: bool) -> Callable[[str], None]:
+    """Progress for people, on stderr and only on a terminal."""
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        return lambda _: None
+    return lambda line: console.print(line, style="dim")

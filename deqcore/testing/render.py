@@ -1,0 +1,165 @@
+"""Reports of the gradient check as tables for people and as JSON for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Final
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from deqcore.testing.compare import Comparison
+from deqcore.testing.gradients import Report, Run
+
+SHORT: Final = {"float64": "f64", "float32": "f32"}
+LISTED: Final = 12  # failures that are described; JSON has all
+
+
+def as_json(report: Report, seconds: float) -> dict[str, object]:
+    """Everything in the report as plain values."""
+    return {
+        "ok": report.ok,
+        "seconds": round(seconds, 2),
+        "comparisons": [asdict(each) | {"ok": each.ok} for each in report.comparisons],
+        "errors": [_run(run) for run in report.errors],
+        "skipped": [_run(run) for run in report.runs if run.skipped],
+        "spread": dict(report.spread),
+    }
+
+
+def _run(run: Run) -> dict[str, object]:
+    job = run.job
+    return {
+        "backend": run.backend,
+        "kind": job.kind,
+        "problem": job.problem,
+        "dtype": job.dtype,
+        "solver": job.solver,
+        "strategy": job.strategy,
+        "message": run.error,
+    }
+
+
+def matrix(report: Report, seconds: float) -> RenderableType:
+    """One line per solver and strategy, one column per backend and dtype."""
+    columns = list(dict.fromkeys((each.backend, each.job.dtype) for each in report.runs if not each.job.jitter))
+    columns.sort(key=lambda column: (column[0], SHORT.get(column[1], column[1]) != "f64"))
+    table = Table("solver", "strategy", "against", box=box.SIMPLE_HEAD, pad_edge=False)
+    for backend, dtype in columns:
+        table.add_column(f"{backend} {SHORT.get(dtype, dtype)}", justify="right")
+    pairs = dict.fromkeys((run.job.solver, run.job.strategy) for run in report.runs)
+    for solver, strategy in pairs:
+        mine = [each for each in report.comparisons if (each.solver, each.strategy) == (solver, strategy)]
+        exact = any(each.against == "truth" for each in mine)
+        against = "truth" if exact else next((each.against for each in mine), "–")
+        cells = [_cell(report, mine, solver, strategy, backend, dtype) for backend, dtype in columns]
+        table.add_row(solver, strategy, against, *cells)
+    return Group(table, *_failures(report), _summary(report, seconds))
+
+
+def _cell(report: Report, mine: Sequence[Comparison], solver: str, strategy: str, backend: str, dtype: str) -> Text:
+    runs = [
+        run
+        for run in report.runs
+        if (run.backend, run.job.dtype, run.job.solver, run.job.strategy) == (backend, dtype, solver, strategy)
+    ]
+    if any(run.error and not run.skipped for run in runs):
+        return Text("error", style="bold red")
+    found = [each for each in mine if (each.backend, each.dtype) == (backend, dtype)]
+    if found:
+        worst = max(each.relative for each in found)
+        good = all(each.ok for each in found)
+        return Text(f"{'✓' if good else '✗'} {worst:.0e}", style="green" if good else "bold red")
+    return Text("left out" if any(run.skipped for run in runs) else "reference" if runs else "–", style="dim")
+
+
+def _failures(report: Report) -> Iterable[Text]:
+    bad = [each for each in report.comparisons if not each.ok]
+    for run in report.errors[:LISTED]:
+        job = run.job
+        yield Text(
+            f"✗ {run.backend} {job.dtype}, {job.solver} × {job.strategy} on {job.problem}: {run.error}", style="red"
+        )
+    for each in bad[:LISTED]:
+        yield Text(f"✗ {describe(each)}", style="red")
+    more = len(bad) + len(report.errors) - min(len(bad), LISTED) - min(len(report.errors), LISTED)
+    if more:
+        yield Text(f"… and {more} more (--json lists them all)", style="red")
+
+
+def describe(each: Comparison) -> str:
+    """A disagreement in words."""
+    return (
+        f"{each.backend} {each.dtype}, {each.solver} × {each.strategy} on {each.problem}: {each.quantity} differs from "
+        f"{each.against} by {each.relative:.1e} relative ({each.error:.1e}, bound {each.bound:.1e}); cosine "
+        f"{each.cosine:.6f}; {each.place}"
+    )
+
+
+def _summary(report: Report, seconds: float) -> Text:
+    bad = sum(not each.ok for each in report.comparisons) + len(report.errors)
+    share = max((each.share for each in report.comparisons), default=0.0)
+    text = Text()
+    if bad:
+        text.append(f"{bad} of {len(report.comparisons) + len(report.errors)} checks failed", style="bold red")
+    else:
+        text.append(f"{len(report.comparisons)} comparisons agree", style="bold green")
+        text.append(f", the worst at {share:.0%} of its bound")
+    text.append(f" ({seconds:.0f} s).")
+    noisy = {name: value for name, value in report.spread.items() if value > 1e-3}
+    for name, value in noisy.items():
+        text.append(
+            f"\n{name}: one unit in the last place of the data moves this gradient by {value:.0e}.", style="yellow"
+        )
+    return text
+
+
+def leaves(report: Report, seconds: float) -> RenderableType:
+    """One line per quantity of a user's own problem, and the first place of disagreement."""
+    table = Table(
+        *("backend", "dtype", "solver", "quantity", "against", "relative error", "allowed", "cosine", "verdict"),
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for each in report.comparisons:
+        allowed = each.relative * each.bound / each.error if each.error else float("nan")
+        verdict = Text("ok", style="green") if each.ok else Text("differs", style="bold red")
+        table.add_row(
+            *(each.backend, each.dtype, each.solver, each.quantity, each.against),
+            *(f"{each.relative:.1e}", f"{allowed:.1e}" if allowed == allowed else "", f"{each.cosine:.8f}"),
+            verdict,
+        )
+    lines = [Text(f"✗ {run.backend}, {run.job.dtype}: {run.error}", style="red") for run in _distinct(report.errors)]
+    for key, each in first_disagreements(report).items():
+        lines.append(Text(f"First disagreement of {key}: {each.quantity}. {_why(each)}", style="red"))
+    return Group(table, *lines, _summary(report, seconds))
+
+
+def _why(each: Comparison) -> str:
+    return (
+        f"{each.place}. The difference of {each.error:.1e} is more than {each.dtype}, the tolerance and the condition "
+        f"of I − J explain ({each.bound:.1e}): the two compute different things."
+    )
+
+
+def first_disagreements(report: Report) -> dict[str, Comparison]:
+    """For each pair of results the first quantity, in the order in which errors travel, that differs."""
+    found: dict[str, Comparison] = {}
+    for each in report.comparisons:
+        if not each.ok:
+            found.setdefault(f"{each.backend} {each.dtype} ({each.solver}) with {each.against}", each)
+    return found
+
+
+def _distinct(runs: Sequence[Run]) -> list[Run]:
+    unique: Mapping[tuple[str, str, str], Run] = {(run.backend, run.job.dtype, run.error): run for run in runs}
+    return list(unique.values())
+
+
+def console() -> Any:
+    """Where tables go; wide where the output is no terminal, so that nothing is cut."""
+    made = Console()
+    return made if made.is_terminal else Console(width=200)
