@@ -104,9 +104,7 @@ def vjp(
         (2.0, 4.0, 2.0)
     """
     plan = _plan(config, overrides, z0, args)
-    if Space.of(plan.backend, cotangent, plan.config.forward.batch).shapes != plan.space.shapes:
-        raise StateError("The cotangent does not fit z0: a tree with the same shapes is expected.")
-    g = plan.space.ravel(cotangent)
+    g = plan.space.ravel_like("cotangent", cotangent)
     raveled, start = plan.space.wrap(f), plan.space.ravel(z0)
     run = plan.differentiate if plan.backend.capabilities.autodiff else plan.differentiate_by_hand
     value, gradients, forward = run(raveled, start, args, g)

@@ -68,6 +68,27 @@ class Space:
         """The matrix `(batch, n)` of a tree that is known to fit."""
         return self._join(self.backend.flatten(tree)[0])
 
+    def ravel_like(self, name: str, tree: Tree) -> Array:
+        """The matrix `(batch, n)` of a tree that must be like the state.
+
+        Raises:
+            StateError: it has another structure, or leaves of another kind, shape or dtype.
+        """
+        leaves, structure = self.backend.flatten(tree)
+        kinds = [self._kind(leaf) for leaf in leaves]
+        expected = [f"{self.dtype} {shape}" for shape in self.shapes]
+        if structure != self.structure or kinds != expected:
+            raise StateError(
+                f"The {name} has the leaves {', '.join(kinds) or 'none'}, but a tree like z0 is expected: "
+                f"{', '.join(expected)}."
+            )
+        return self._join(leaves)
+
+    def _kind(self, leaf: Any) -> str:
+        if not self.backend.is_array(leaf):
+            return type(leaf).__name__
+        return f"{self.backend.dtype_name(leaf)} {tuple(leaf.shape)}"
+
     def unravel(self, matrix: Array) -> Tree:
         """The tree of a matrix `(batch, n)`."""
         xp = self.backend.xp

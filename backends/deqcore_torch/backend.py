@@ -21,6 +21,7 @@ from deqcore.strategy import Adjoint
 from deqcore_torch.autograd import attach
 from deqcore_torch.history import RecordedHistory, TorchHistory, select_rows
 
+LEAF = optree.tree_structure(0)  # the structure of a bare tensor, the usual state: found without optree
 DEVICE_CHECK = 4  # steps between host checks where a check waits for the device
 
 
@@ -46,11 +47,11 @@ class TorchBackend(Backend):
 
     def flatten(self, tree: Any) -> tuple[list[Any], Any]:
         if isinstance(tree, Tensor):
-            return [tree], None
+            return [tree], LEAF
         return optree.tree_flatten(tree)
 
     def unflatten(self, structure: Any, leaves: Sequence[Any]) -> Any:
-        return leaves[0] if structure is None else optree.tree_unflatten(structure, leaves)
+        return leaves[0] if structure is LEAF else optree.tree_unflatten(structure, leaves)
 
     def dtype_name(self, x: Tensor) -> str:
         return str(x.dtype).removeprefix("torch.")

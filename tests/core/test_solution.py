@@ -1,0 +1,73 @@
+"""What a solve returns: statuses as numbers and sentences, the summary, the properties."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import deqcore
+from deqcore.solution import Status, summarize
+
+
+def test_a_status_is_an_integer_and_a_sentence():
+    assert [int(status) for status in Status] == [0, 1, 2, 3, 4, 5]
+    for status in Status:
+        assert status.sentence.endswith(".")
+        assert len(status.sentence) > 20
+
+
+@pytest.mark.parametrize(
+    ("status", "cause", "remedies"),
+    [
+        (Status.CONVERGED, "met the tolerance", []),
+        (Status.MAX_STEPS, "step budget was spent", ["forward.max_steps", "forward.rtol", "broyden"]),
+        (Status.STALLED, "stopped falling", ["dtype", "forward.rtol", "solver"]),
+        (Status.DIVERGED, "grew far above", ["not a contraction", "damp", "newton-krylov"]),
+        (Status.NONFINITE, "NaN or inf", ["best finite iterate", "overflow", "dtype"]),
+    ],
+)
+def test_sentences_name_cause_and_remedy(status, cause, remedies):
+    assert cause in status.sentence
+    for remedy in remedies:
+        assert remedy in status.sentence
+
+
+def test_the_summary_has_one_line_per_status_with_its_numbers():
+    status = np.array([1, 2, 2, 5])
+    text = summarize(status, np.array([1e-7, 0.25, 0.5, 3.0]), np.array([4, 40, 39, 2]))
+    lines = text.split("\n")
+    assert len(lines) == 3
+    assert lines[0].startswith("1 of 4 samples CONVERGED after at most 4 steps, residual at most 1e-07.")
+    assert lines[1].startswith("2 of 4 samples MAX_STEPS after at most 40 steps, residual at most 0.5.")
+    assert Status.MAX_STEPS.sentence in lines[1]
+    assert lines[2].startswith("1 of 4 samples NONFINITE after at most 2 steps, residual at most 3.")
+
+
+def test_the_summary_of_nothing():
+    nothing = np.zeros(0)
+    assert summarize(nothing, nothing, nothing) == "The batch is empty."
+
+
+def test_a_solution_says_per_sample_what_happened(be):
+    rates = be.asarray(np.array([[0.1], [0.99]]))
+    sol = deqcore.fixed_point(
+        lambda z: rates * z + 1,
+        be.asarray(np.zeros((2, 3))),
+        forward__solver="picard",
+        forward__rtol=1e-6,
+        forward__max_steps=20,
+        forward__on_failure="ignore",
+    )
+    assert be.to_numpy(sol.converged).tolist() == [True, False]
+    assert be.to_numpy(sol.status).tolist() == [Status.CONVERGED, Status.MAX_STEPS]
+    assert be.to_numpy(sol.steps).tolist() == [6, 20]
+    assert be.to_numpy(sol.evaluations).tolist() == [7, 21]
+    assert be.to_numpy(sol.residual)[1] == pytest.approx(np.sqrt(3) * 0.99**20, rel=1e-9)
+    assert str(sol.status.dtype).endswith("int32")
+    assert sol.backward is None
+    assert "1 of 2 samples CONVERGED" in sol.summary()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        sol.value = None
+    assert "backend" not in repr(sol)
