@@ -80,6 +80,7 @@ COMMANDS: Final = (
     CommandSpec("backends", "deqcore.cli.backends:command", "List the backends and whether they are installed."),
     CommandSpec("solvers", "deqcore.cli.solvers:command", "List the solvers and their options."),
     CommandSpec("strategies", "deqcore.cli.strategies:command", "List the backward strategies and their options."),
+    CommandSpec("check", "deqcore.cli.check:app", "Prove gradients, backends, solvers and strategies right."),
     CommandSpec("plugins", "deqcore.cli.plugins:command", "List the plugins and whether they work."),
     CommandSpec("config", "deqcore.cli.config:app", "Show the settings and where each comes from."),
 )

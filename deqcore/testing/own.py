@@ -113,7 +113,8 @@ def sensitivity_of(arrays: Mapping[str, Any]) -> Sensitivity:
         for name, value in arrays.items()
         if name.startswith(prefix)
     }
-    return Sensitivity(*map(float, arrays["sensitivity"]), slopes)
+    inverse, jacobian, condition, *norms = map(float, arrays["sensitivity"])
+    return Sensitivity(inverse, jacobian, condition, *norms, slopes=slopes)
 
 
 def _judge(

@@ -125,11 +125,11 @@ def leaves(report: Report, seconds: float) -> RenderableType:
         pad_edge=False,
     )
     for each in report.comparisons:
-        allowed = each.relative * each.bound / each.error if each.error else float("nan")
+        allowed = f"{each.relative * each.bound / each.error:.1e}" if each.error else ""
         verdict = Text("ok", style="green") if each.ok else Text("differs", style="bold red")
         table.add_row(
             *(each.backend, each.dtype, each.solver, each.quantity, each.against),
-            *(f"{each.relative:.1e}", f"{allowed:.1e}" if allowed == allowed else "", f"{each.cosine:.8f}"),
+            *(f"{each.relative:.1e}", allowed, f"{each.cosine:.8f}"),
             verdict,
         )
     lines = [Text(f"✗ {run.backend}, {run.job.dtype}: {run.error}", style="red") for run in _distinct(report.errors)]

@@ -100,7 +100,7 @@ class Flat:
 
     def solution(self) -> Any:
         """z*, to rounding."""
-        found = root(lambda z: self(z) - z, self.start, tol=1e-13)  # type: ignore[misc]
+        found = root(lambda z: self(z) - z, self.start, tol=1e-13)
         z = found.x.astype(np.longdouble)
         for _ in range(5):
             jacobian = derivative(self, np.asarray(z, np.float64))
@@ -115,7 +115,7 @@ class Flat:
         u = solve(np.eye(z.size) - jacobian.T, g)
         products: dict[str, Any] = {"cotangent": np.eye(z.size)}
         for name, leaf in self.data:
-            products[name] = derivative(partial(self, z, name), leaf)  # type: ignore[misc]
+            products[name] = derivative(partial(self, z, name), leaf)
         return jacobian, {name: product.T @ u for name, product in products.items()}, products
 
 

@@ -1,0 +1,20 @@
+"""One small adapter per library. A library that is not installed offers nobody."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Final
+
+from deqcore.bench.harness import Contender
+
+LIBRARIES: Final = {"torch": ("torchdeq", "xitorch"), "jax": ("jaxopt", "optimistix", "anchorax")}
+
+
+def peers(framework: str) -> list[Contender]:
+    """Contenders of all libraries that are installed for this framework."""
+    found: list[Contender] = []
+    for name in LIBRARIES[framework]:
+        if find_spec(name) is not None:
+            found += import_module(f"benchmarks.peers.with_{name}").CONTENDERS
+    return found

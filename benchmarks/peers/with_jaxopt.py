@@ -1,0 +1,65 @@
+"""jaxopt: one system with an absolute tolerance; the batch as it is, or one system per sample under vmap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jaxopt
+
+from deqcore.bench.harness import Contender, Harness, Outcome, Ready
+from deqcore.testing.problem import rebuild
+
+
+class Jaxopt(Contender):
+    """One of its solvers on the whole batch, or on each sample."""
+
+    library = "jaxopt"
+
+    def __init__(self, solver: str, make: Callable[..., Any], per_sample: bool = False) -> None:
+        self.solver = f"{solver} (vmap)" if per_sample else solver
+        self.make = make
+        self.per_sample = per_sample
+
+    def prepare(self, harness: Harness, ready: Ready, rtol: float, max_steps: int) -> Callable[[], Outcome]:
+        size = (ready.z0[0] if self.per_sample else ready.z0).size ** 0.5
+
+        def solve(z0: Any, params: Any, inputs: Any) -> Any:
+            solver = self.make(lambda z, p, x: ready.f(z, p, x), maxiter=max(1, max_steps), tol=rtol * size)
+            found = solver.run(z0, params, inputs)
+            return found.params, found.state.iter_num
+
+        def single(z0: Any, params: Any, inputs: Any) -> Any:
+            value, steps = solve(z0[None], params, rebuild(inputs, lambda a: a[None]))
+            return value[0], steps
+
+        compiled = jax.jit(jax.vmap(single, in_axes=(0, None, 0)) if self.per_sample else solve)
+
+        def run() -> Outcome:
+            value, steps = compiled(ready.z0, ready.params, ready.inputs)
+            harness.block(value)
+            return Outcome(value, steps)
+
+        return run
+
+
+def anderson(f: Callable[..., Any], **settings: Any) -> Any:
+    """Its own defaults."""
+    return jaxopt.AndersonAcceleration(f, **settings)
+
+
+def iteration(f: Callable[..., Any], **settings: Any) -> Any:
+    return jaxopt.FixedPointIteration(f, **settings)
+
+
+def broyden(f: Callable[..., Any], **settings: Any) -> Any:
+    return jaxopt.Broyden(lambda z, p, x: f(z, p, x) - z, **settings)
+
+
+CONTENDERS = [
+    Jaxopt("fixed-point", iteration),
+    Jaxopt("anderson", anderson),
+    Jaxopt("anderson", anderson, per_sample=True),
+    Jaxopt("broyden", broyden),
+]

@@ -1,0 +1,42 @@
+"""optimistix: the whole batch is one system, one tolerance on the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optimistix
+
+from deqcore.bench.harness import Contender, Harness, Outcome, Ready
+
+
+class FixedPoint(Contender):
+    """`FixedPointIteration`, its one method."""
+
+    library = "optimistix"
+    solver = "fixed-point"
+
+    def prepare(self, harness: Harness, ready: Ready, rtol: float, max_steps: int) -> Callable[[], Outcome]:
+        def solve(z0: Any, params: Any, inputs: Any) -> Any:
+            found = optimistix.fixed_point(
+                lambda z, args: ready.f(z, *args),
+                optimistix.FixedPointIteration(rtol=0.0, atol=max(rtol, 1e-30), norm=optimistix.rms_norm),
+                z0,
+                (params, inputs),
+                max_steps=max(1, max_steps),
+                throw=False,
+            )
+            return found.value, found.stats["num_steps"]
+
+        compiled = jax.jit(solve)
+
+        def run() -> Outcome:
+            value, steps = compiled(ready.z0, ready.params, ready.inputs)
+            harness.block(value)
+            return Outcome(value, steps)
+
+        return run
+
+
+CONTENDERS = [FixedPoint()]
