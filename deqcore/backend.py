@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
@@ -239,6 +240,10 @@ class Backend(ABC):
     def eps(self, x: Array) -> float:
         """Machine epsilon of the dtype of `x`."""
         return float(self.xp.finfo(x.dtype).eps)
+
+    def quiet(self) -> AbstractContextManager[object]:
+        """Inside it the framework does not warn of NaN and inf: here they are statuses."""
+        return nullcontext()
 
     def default_rtol(self, x: Array) -> float:
         """Rtol = "auto": what the dtype can reach, at most 1e-4 where it can: √eps, but at least 2·eps.

@@ -223,7 +223,8 @@ class _Plan:
             _, pull = self.backend.linearize(lambda z: f(z, *args), forward.z)
         else:
             pull = _no_pull
-        u, _ = adjoint(pull, g, forward.carry.state)
+        with self.backend.quiet():
+            u, _ = adjoint(pull, g, forward.carry.state)
         _, _, gradients = self.backend.vjp(lambda *moved: (f(forward.z, *moved), None), args, u)
         return forward.fz, gradients, forward
 
@@ -251,6 +252,12 @@ class _Plan:
             raise StateError(
                 f"The state comes from {state.solver}, but this call uses {self.solver!r}: continue with the same "
                 f"solver and options, or start from z0 = sol.value."
+            )
+        z = state.carry.z
+        if not self.backend.is_array(z) or self.backend.dtype_name(z) != self.space.dtype:
+            raise StateError(
+                f"The state comes from a solve of {type(z).__module__}.{type(z).__name__} of {z.dtype}, but z0 is "
+                f"{self.space.dtype} of {self.backend.name}: continue with arrays of the same kind."
             )
         if tuple(state.carry.z.shape) != tuple(z0.shape):
             raise StateError(
@@ -343,6 +350,7 @@ def _pick(config: Config, z0: Tree, args: tuple[Any, ...]) -> Backend:
             )
         found = config.backend
     if config.backend not in ("auto", found):
+        plugins.spec("backend", config.backend)  # a name that nobody registered is told as such
         raise BackendMismatchError.of(config.backend, config.origin("backend"), found)
     others = {name for leaf in _walk(args) if (name := plugins.backend_of(leaf)) not in (None, "numpy", found)}
     if others:

@@ -7,6 +7,7 @@ It has no autodiff tape. Jacobians are dense (complex step or central difference
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import numpy as np
@@ -80,6 +81,9 @@ class NumpyBackend(Backend):
     def select(self, mask: Any, new: Any, old: Any) -> Any:
         return np.where(mask.reshape(-1, *[1] * (np.ndim(new) - 1)), new, old)
 
+    def quiet(self) -> AbstractContextManager[object]:
+        return np.errstate(all="ignore")
+
     def all_known(self, mask: Any) -> bool:
         return bool(mask.all())
 
@@ -107,7 +111,7 @@ class NumpyBackend(Backend):
         check_every: int | str = "auto",
     ) -> Carry:
         every = 1 if check_every == "auto" else int(check_every)
-        with np.errstate(all="ignore"):  # NaN and inf are statuses here, not warnings
+        with self.quiet():
             for step in range(int(steps)):
                 if step % every == 0 and not running(carry):
                     break
@@ -142,7 +146,7 @@ class NumpyBackend(Backend):
     def forward_only(
         self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], solve: Callable[[Map, Any], Forward]
     ) -> Forward:
-        with np.errstate(all="ignore"):
+        with self.quiet():
             return solve(lambda z: f(z, *args), z0)
 
     def implicit(
@@ -166,7 +170,7 @@ class NumpyBackend(Backend):
         self, value: Callable[..., tuple[Any, Any]], args: tuple[Any, ...], cotangent: Any
     ) -> tuple[Any, Any, tuple[Any, ...]]:
         leaves, structure = self.flatten(args)
-        with np.errstate(all="ignore"):
+        with self.quiet():
             found, aux = value(*args)
         gradients: list[Any] = []
         for i, leaf in enumerate(leaves):
