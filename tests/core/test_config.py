@@ -11,7 +11,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import timeit
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -528,12 +527,10 @@ def test_tracers_are_handed_back() -> None:
     "overrides",
     [{}, {"forward__rtol": 1e-6, "forward__solver": "picard"}, {"forward__options": {"memory": 3}}],
 )
-def test_resolving_again_costs_microseconds(overrides: dict[str, object]) -> None:
+def test_resolving_again_finds_the_same_settings(overrides: dict[str, object]) -> None:
     for config in (None, Config()):
         first = resolve(config, overrides)[0]
         assert resolve(config, dict(overrides))[0] is first
-        seconds = min(timeit.repeat(lambda: resolve(config, overrides), number=500, repeat=7)) / 500  # noqa: B023
-        assert seconds < 20e-6
 
 
 def test_equal_overrides_of_other_types_are_told_apart() -> None:
