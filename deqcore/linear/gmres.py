@@ -12,8 +12,9 @@ class Krylov(NamedTuple):
     """A Krylov space of at most m steps per sample. Small arrays are in the wide dtype."""
 
     basis: History  # orthonormal v_0 … v_k, m + 1 slots
-    columns: History  # columns of the Hessenberg matrix H̄, m slots of length m + 1
+    columns: History  # columns of the Hessenberg matrix H̄, m slots: m + 1 entries, then the one-hot `source`
     v: Array  # latest basis vector (batch, n)
+    source: Array  # one-hot of its slot (batch, m + 1): not the latest one for a sample that paused
     null: Array  # ν with νᵀH̄ = 0 (batch, m + 1)
     square: Array  # ‖ν‖² (batch,)
     start: Array  # ‖r₀‖ (batch,)
@@ -110,8 +111,9 @@ class KrylovSpace:
         null = backend.cast(basis.slot(), norm)[None, :] + 0 * norm[:, None]  # (batch, m + 1)
         return Krylov(
             basis=basis,
-            columns=backend.history(null, size),
+            columns=backend.history(xp.concat([null, null], axis=1), size),
             v=v,
+            source=null,
             null=null,
             square=xp.ones_like(norm),
             start=norm,
@@ -160,8 +162,9 @@ class KrylovSpace:
         null = k.null + entry[:, None] * following
         return Krylov(
             basis=k.basis.with_active(going).append(v),
-            columns=k.columns.with_active(taken).append(h + height[:, None] * following),
+            columns=k.columns.with_active(taken).append(xp.concat([h + height[:, None] * following, k.source], axis=1)),
             v=backend.select(active, v, k.v),
+            source=xp.where(active[:, None], following, k.source),
             null=xp.where(taken[:, None], null, k.null),
             square=xp.where(taken, square, k.square),
             start=k.start,
@@ -193,11 +196,12 @@ class KrylovSpace:
         """1/σ_min(H̄) per sample, the norm of (A M)^-1 as far as the space has seen it: a lower bound of it."""
         backend, xp = self.backend, self.backend.xp
         hessenberg, missing = self._hessenberg(k)
-        if hessenberg.shape[1] == 0:
+        if hessenberg.shape[2] == 0:
             return xp.ones_like(k.start)
         size = xp.max(xp.sum(hessenberg * hessenberg, axis=1), axis=1)  # fills columns not reached
         fill = backend.cast(missing, hessenberg)[:, None, :] * xp.sqrt(size)[:, None, None]
-        eye = backend.eye(fill, hessenberg.shape[1], hessenberg.shape[2])
+        # Column j without an entry goes with slot j + 1 without a vector: what is there keeps its singular values.
+        eye = xp.roll(backend.eye(fill, hessenberg.shape[1], hessenberg.shape[2]), 1, axis=0)
         filled = hessenberg + eye[None] * fill
         sound = xp.isfinite(size)[:, None, None]
         least = xp.min(xp.linalg.svdvals(xp.where(sound, filled, eye[None] + 0 * fill)), axis=1)
@@ -206,13 +210,13 @@ class KrylovSpace:
     def _hessenberg(self, k: Krylov) -> tuple[Array, Array]:
         """H̄ `(batch, used + 1, used)` and which of its columns a sample did not reach `(batch, used)`."""
         xp = self.backend.xp
-        columns = k.columns.with_active(None).vectors()  # (batch, used, m + 1)
+        columns = k.columns.with_active(None).vectors()  # (batch, used, 2 (m + 1))
         used = columns.shape[1]
         matrix = xp.permute_dims(columns[:, :, : used + 1], (0, 2, 1))
         return matrix, xp.sum(xp.abs(matrix), axis=1) == 0
 
     def _coefficients(self, k: Krylov) -> Array:
-        """The minimiser y of ‖β e₀ − H̄ y‖, padded to `(batch, m + 1)`.
+        """The minimiser y of ‖β e₀ − H̄ y‖, in the slots of the basis `(batch, m + 1)`.
 
         The least residual vector is r̂ = β ν ν₀ / ‖ν‖², and rows 1 … k of H̄ are triangular, so H̄ y = β e₀ − r̂ is
         solved there. Columns that a sample did not reach get a unit diagonal, and y = 0.
@@ -227,7 +231,8 @@ class KrylovSpace:
         target = -k.null[:, 1 : used + 1] * (k.start * k.null[:, 0] / k.square)[:, None]
         y = backend.solve(triangle, xp.where(missing, xp.zeros_like(target), target))
         y = xp.where(xp.isfinite(y), y, xp.zeros_like(y))
-        return xp.concat([y, xp.zeros_like(k.null)[:, used:]], axis=1)
+        source = k.columns.with_active(None).vectors()[:, :, k.null.shape[1] :]  # column j is A times this vector
+        return xp.matmul(y[:, None, :], source)[:, 0, :]
 
     def residual_vector(self, k: Krylov) -> Array:
         """B − A x of the solution, `(batch, n)`, from the basis and without a product."""

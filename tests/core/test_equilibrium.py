@@ -71,7 +71,7 @@ def test_without_a_batch_a_vector_and_a_scalar_are_states(be):
 def test_one_system_couples_all_rows(be, truth):
     """With batch = false one residual counts: a converged row goes on with the others."""
     rates = be.asarray(np.array([[0.0], [0.9]]))
-    f = lambda z: rates * z + 1.0  # noqa: E731
+    f = lambda z: rates * z + 1.0
     apart = deqcore.fixed_point(f, zeros(be, 2, 1), forward__solver="picard", forward__rtol=1e-3, forward__max_steps=99)
     whole = deqcore.fixed_point(
         f, zeros(be, 2, 1), forward__solver="picard", forward__rtol=1e-3, forward__max_steps=99, forward__batch=False
@@ -144,7 +144,7 @@ def test_every_failing_status_is_in_the_message(be):
 
 def test_vjp_reports_a_failed_forward_solve(be):
     z0 = zeros(be, 1, 2)
-    f = lambda z, x: 0.9 * z + x  # noqa: E731
+    f = lambda z, x: 0.9 * z + x
     with pytest.warns(ConvergenceWarning, match="MAX_STEPS"):
         deqcore.vjp(f, z0, z0 + 1.0, cotangent=z0 + 1.0, **SLOW)
     with pytest.raises(ConvergenceError):
@@ -176,7 +176,7 @@ def test_a_bad_sample_warns_of_itself_and_of_nothing_else(be, strategy, harm):
 
 def test_a_state_continues_a_solve(be):
     rates = be.asarray(np.array([[0.8], [0.5]]))
-    f = lambda z: rates * z + be.asarray(np.arange(4.0))  # noqa: E731
+    f = lambda z: rates * z + be.asarray(np.arange(4.0))
     settings = {"forward__rtol": 1e-10, "forward__solver": "picard", "forward__on_failure": "ignore"}
     z0 = zeros(be, 2, 4)
     first = deqcore.fixed_point(f, z0, forward__max_steps=20, **settings)
@@ -290,7 +290,7 @@ def test_a_config_that_names_another_backend_says_who_asked(be, monkeypatch):
 
 def test_arrays_of_two_frameworks_are_refused():
     torch = pytest.importorskip("torch")
-    f = lambda z, x: z  # noqa: E731
+    f = lambda z, x: z
     with pytest.raises(BackendMismatchError, match=r"'numpy' .*the arrays given belong to 'torch'"):
         deqcore.fixed_point(f, np.zeros((1, 2)), torch.zeros(1, 2))
     with pytest.raises(StateError, match="holds a ndarray, but only arrays of torch"):
@@ -387,7 +387,7 @@ def test_check_every_reaches_the_solve(be):
 
 
 def test_vjp_of_an_affine_map_has_its_closed_form(be):
-    f = lambda z, a, x: a * z + x  # noqa: E731
+    f = lambda z, a, x: a * z + x
     arguments = be.asarray(np.array(0.5)), be.asarray(np.ones((1, 1)))
     z, (da, dx) = deqcore.vjp(
         f, zeros(be, 1, 1), *arguments, cotangent=be.asarray(np.ones((1, 1))), forward__rtol=1e-12
@@ -443,7 +443,7 @@ def test_vjp_of_trees(be):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_vjp_keeps_narrow_dtypes(be, dtype):
-    f = lambda z, w, x: w * be.xp.tanh(z) + x  # noqa: E731
+    f = lambda z, w, x: w * be.xp.tanh(z) + x
     w, x = be.asarray(np.full((1, 3), 0.5), dtype=dtype), be.asarray(np.array([[0.1, 0.2, 0.3]]), dtype=dtype)
     z0 = be.asarray(np.zeros((1, 3)), dtype=dtype)
     z, (dw, dx) = deqcore.vjp(f, z0, w, x, cotangent=z0 + 1.0)

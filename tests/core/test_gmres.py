@@ -8,6 +8,7 @@ import scipy.sparse.linalg
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deqcore.linear.certified import solve_certified
 from deqcore.linear.gmres import KrylovSpace, gmres
 
 
@@ -273,3 +274,52 @@ def test_the_space_knows_its_inverse_norm_and_residual_vector(be):
         if steps < 6:
             assert r == pytest.approx(b - np.einsum("bij,bj->bi", a, x), rel=1e-8, abs=1e-10)
     assert last == pytest.approx(exact, rel=1e-6)
+
+
+def test_a_space_that_paused_goes_on_as_if_it_had_not(be):
+    """Sample 0 waits while the others grow; its next vector then stands in a slot far from its last."""
+    a, b = systems(14, 3, 24)
+    space = KrylovSpace(be, product_of(be, a))
+    norm = np.linalg.norm(b, axis=1)
+    first = space.grow(space.begin(be.asarray(b), 60), be.asarray(norm * np.array([0.5, 1e-6, 1e-3])), 30)
+    grown = be.to_numpy(first.steps)
+    assert grown[0] < grown[2] < grown[1]
+    k = space.grow(first, be.asarray(norm * np.array([1e-2, 1e-6, 1e-3])), 1)
+    k = space.grow(k, be.asarray(norm * np.array([1e-2, 1e-6, 1e-3])), 30)
+    for i in range(3):
+        one = KrylovSpace(be, product_of(be, a[i : i + 1]))
+        steps = int(be.to_numpy(k.steps)[i])
+        alone = one.grow(one.begin(be.asarray(b[i : i + 1]), 24), be.asarray(np.zeros(1)), steps)
+        for name in ("solution", "residual_vector", "inverse_norm"):
+            together = be.to_numpy(getattr(space, name)(k))[i]
+            assert together == pytest.approx(be.to_numpy(getattr(one, name)(alone))[0], rel=1e-9, abs=1e-12), name
+        assert be.to_numpy(k.residual)[i] == pytest.approx(be.to_numpy(alone.residual)[0], rel=1e-9)
+
+
+@given(seed=st.integers(0, 1000))
+def test_a_certified_solve_does_not_depend_on_its_batch(be, seed):
+    a, _ = systems(seed, 5, 12, spread=0.7)
+    j = (np.eye(12) - a) * np.array([0.0, 0.3, 0.6, 0.9, 1.0])[:, None, None]
+    g = np.random.default_rng(seed).standard_normal((5, 12))
+
+    def solve(rows):
+        matrix = be.asarray(j[rows])
+        found = solve_certified(
+            be,
+            lambda u: be.xp.sum(matrix * u[:, :, None], axis=1),
+            be.asarray(g[rows]),
+            None,
+            target=0.02,
+            max_pulls=60,
+        )
+        return {name: be.to_numpy(getattr(found, name)) for name in found._fields}
+
+    together = solve(slice(None))
+    true = np.linalg.norm(g + np.einsum("bij,bi->bj", j, together["u"]) - together["u"], axis=1)
+    assert together["residual"] == pytest.approx(true / np.linalg.norm(g, axis=1), rel=1e-6, abs=1e-12)
+    for i in range(5):
+        alone = solve(slice(i, i + 1))
+        assert alone["pulls"][0] == together["pulls"][i]
+        assert alone["met"][0] == together["met"][i]
+        assert np.abs(alone["u"][0] - together["u"][i]).max() <= 1e-10 * np.abs(alone["u"]).max()
+        assert alone["error"][0] == pytest.approx(together["error"][i], rel=1e-8, abs=1e-12)

@@ -127,7 +127,7 @@ def test_affine_maps_that_expand_are_solved(be, truth, name):
 
 @given(rate=st.floats(-0.95, 0.95), damping=st.floats(0.1, 1.0))
 def test_damped_iteration_has_its_closed_form(be, rate, damping):
-    f = lambda z: rate * z + 1.0  # noqa: E731
+    f = lambda z: rate * z + 1.0
     iterates, _ = step_through(be, Picard(damping=damping), f, np.zeros((1, 1)), 6)
     root = 1 / (1 - rate)
     expected = [root - root * (1 - damping * (1 - rate)) ** k for k in range(7)]
@@ -136,7 +136,7 @@ def test_damped_iteration_has_its_closed_form(be, rate, damping):
 
 def test_damping_widens_what_converges(be):
     a = np.diag([-3.0, 0.5])  # eigenvalue −3: plain iteration diverges, τ < 1/2 converges
-    f = lambda z: z @ be.asarray(a) + 1.0  # noqa: E731
+    f = lambda z: z @ be.asarray(a) + 1.0
     z0 = be.asarray(np.zeros((1, 2)))
     assert not be.to_numpy(solve(be, "picard", f, z0).converged)[0]
     sol = solve(be, "picard", f, z0, options={"damping": 0.4})

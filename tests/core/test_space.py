@@ -63,7 +63,7 @@ def test_named_tuples_keep_their_type(be):
     ],
 )
 def test_an_unfit_state_is_refused(be, tree, batch, words):
-    convert = lambda a: be.asarray(a) if isinstance(a, np.ndarray) else a  # noqa: E731
+    convert = lambda a: be.asarray(a) if isinstance(a, np.ndarray) else a
     tree = [convert(a) for a in tree] if isinstance(tree, list) else convert(tree)
     with pytest.raises(StateError) as caught:
         Space.of(be, tree, batch)
@@ -136,7 +136,7 @@ def test_f_gets_its_tree_and_its_arguments(be):
 )
 def test_a_tree_that_must_be_like_the_state_is_checked(be, tree, kind):
     space = Space.of(be, be.asarray(np.ones((2, 3))), batch=True)
-    convert = lambda a: be.asarray(a) if isinstance(a, np.ndarray) else a  # noqa: E731
+    convert = lambda a: be.asarray(a) if isinstance(a, np.ndarray) else a
     tree = [convert(a) for a in tree] if isinstance(tree, list) else convert(tree)
     with pytest.raises(StateError) as caught:
         space.ravel_like("cotangent", tree)

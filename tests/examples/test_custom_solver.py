@@ -84,7 +84,7 @@ def test_gradients_go_through_it(name: str) -> None:
 
 def test_one_step_of_aitken_solves_an_affine_map_with_one_mode() -> None:
     Config.load(EXAMPLE / "deq.toml")
-    f = lambda z: -0.5 * z + 3.0  # noqa: E731 - z* = 2
+    f = lambda z: -0.5 * z + 3.0
     sol = deqcore.fixed_point(f, np.zeros((1, 4)), forward__solver="aitken", forward__rtol=1e-12)
     assert sol.steps.tolist() == [2]  # one to learn the damping, one to use it
     np.testing.assert_allclose(sol.value, 2.0, rtol=1e-12)
