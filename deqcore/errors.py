@@ -116,3 +116,7 @@ class ConvergenceWarning(UserWarning):
 
 class DtypeToleranceWarning(UserWarning):
     """A tolerance below what the state's dtype can reach."""
+
+
+class LayerWarning(UserWarning):
+    """A layer's cell does something that a fixed point does not survive, or a checkpoint has other settings."""

@@ -1,0 +1,74 @@
+"""`DEQ`: a cell and its equilibrium as an `equinox.Module`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import equinox as eqx
+
+from deqcore.config import Config
+from deqcore.layer import LayerSettings
+from deqcore.solution import Solution
+from deqcore_jax.layer import check_cell, initial_state, solve
+
+
+class DEQ(eqx.Module):
+    """The equilibrium z* = cell(z*, *inputs) as a layer.
+
+    Every leaf of z has the batch as its first axis (unless `forward.batch = false`), and the cell returns a tree like
+    it; a cell for one sample goes in as `jax.vmap(cell)`. To start warm, pass `z0=` the previous equilibrium.
+
+    Args:
+        cell: module or function `cell(z, *inputs)`. Its optional method `initial_state(*inputs)` gives z0; without
+            one z0 is zeros like the first input.
+        config: complete settings; default: environment and `deqcore.using` at each call.
+        evaluation: overrides that apply when `inference` is true, such as `{"forward__max_steps": 100}`.
+        inference: whether the layer is in use, not in training; `equinox.nn.inference_mode` sets it.
+        **overrides: single settings, such as `forward__rtol=1e-5`.
+
+    Attributes:
+        cell: the cell.
+
+    Raises:
+        ConfigError: a setting is unknown or out of range.
+        UnknownNameError: a solver or a strategy is not registered.
+
+    Source: Bai, Kolter & Koltun (2019), "Deep Equilibrium Models".
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from deqcore_jax.equinox import DEQ
+        >>> layer = DEQ(lambda z, x: 0.5 * jnp.tanh(z) + x, forward__rtol=1e-5)
+        >>> layer(jnp.ones((4, 3))).shape
+        (4, 3)
+    """
+
+    cell: Any
+    settings: LayerSettings = eqx.field(static=True)
+    inference: bool
+
+    def __init__(
+        self,
+        cell: Any,
+        config: Config | None = None,
+        *,
+        evaluation: Mapping[str, object] | None = None,
+        inference: bool = False,
+        **overrides: object,
+    ) -> None:
+        self.cell = check_cell(cell)
+        self.settings = LayerSettings.of(config, overrides, evaluation)
+        self.inference = inference
+
+    def __call__(self, *inputs: Any, z0: Any = None) -> Any:
+        """The equilibrium z*, a tree like the state."""
+        return self.solve(*inputs, z0=z0).value
+
+    def solve(self, *inputs: Any, z0: Any = None, **overrides: object) -> Solution:
+        """The same with everything that is known of the solve; `overrides` are settings of this call."""
+        return solve(self.cell, self.settings, not self.inference, z0, inputs, overrides)
+
+    def initial_state(self, *inputs: Any) -> Any:
+        """Where a solve without z0 starts."""
+        return initial_state(self.cell, inputs)

@@ -1,0 +1,44 @@
+"""What the layers for flax and equinox share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from deqcore.equilibrium import fixed_point
+from deqcore.errors import ConfigError
+from deqcore.layer import LayerSettings, shape_unknown
+from deqcore.solution import Solution
+
+
+def check_cell(cell: Any) -> Any:
+    """The cell, or an error that says what one is."""
+    if not callable(cell):
+        raise ConfigError.bad_value("The layer", "cell", cell, "a module or a function cell(z, *inputs)")
+    return cell
+
+
+def initial_state(cell: Any, inputs: tuple[Any, ...]) -> Any:
+    """The cell's own initial state, or zeros like the first input."""
+    if hasattr(cell, "initial_state"):
+        return cell.initial_state(*inputs)
+    if not inputs:
+        raise shape_unknown()
+    return jax.tree.map(jnp.zeros_like, inputs[0])
+
+
+def solve(
+    cell: Any,
+    settings: LayerSettings,
+    training: bool,
+    z0: Any,
+    inputs: tuple[Any, ...],
+    overrides: Mapping[str, object],
+) -> Solution:
+    """One solve of a layer; `overrides` win over its settings."""
+    config, own = settings.call(training)
+    start = initial_state(cell, inputs) if z0 is None else z0
+    return fixed_point(cell, start, *inputs, config=config, **(own | dict(overrides)))

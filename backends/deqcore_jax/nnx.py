@@ -1,0 +1,76 @@
+"""`DEQ`: a cell and its equilibrium as a `flax.nnx.Module`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import nnx
+
+from deqcore.config import Config
+from deqcore.layer import LayerSettings
+from deqcore.solution import Solution
+from deqcore_jax.layer import check_cell, initial_state, solve
+
+
+class DEQ(nnx.Module):
+    """The equilibrium z* = cell(z*, *inputs) as a layer.
+
+    Every leaf of z has the batch as its first axis (unless `forward.batch = false`), and the cell returns a tree like
+    it. To start warm, pass `z0=` the previous equilibrium.
+
+    Args:
+        cell: module or function `cell(z, *inputs)`. Its optional method `initial_state(*inputs)` gives z0; without
+            one z0 is zeros like the first input.
+        config: complete settings; default: environment and `deqcore.using` at each call.
+        evaluation: overrides that apply when `deterministic` is true, such as `{"forward__max_steps": 100}`.
+        deterministic: whether the layer is in use, not in training; `model.eval()` and `model.train()` set it.
+        **overrides: single settings, such as `forward__rtol=1e-5`.
+
+    Attributes:
+        cell: the cell.
+
+    Raises:
+        ConfigError: a setting is unknown or out of range.
+        UnknownNameError: a solver or a strategy is not registered.
+
+    Source: Bai, Kolter & Koltun (2019), "Deep Equilibrium Models".
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from deqcore_jax.nnx import DEQ
+        >>> class Cell(nnx.Module):
+        ...     def __init__(self, width, rngs):
+        ...         self.linear = nnx.Linear(width, width, kernel_init=nnx.initializers.normal(0.1), rngs=rngs)
+        ...     def __call__(self, z, x):
+        ...         return jnp.tanh(self.linear(z) + x)
+        >>> layer = DEQ(Cell(3, nnx.Rngs(0)), forward__rtol=1e-5)
+        >>> layer(jnp.ones((4, 3))).shape
+        (4, 3)
+    """
+
+    def __init__(
+        self,
+        cell: Any,
+        config: Config | None = None,
+        *,
+        evaluation: Mapping[str, object] | None = None,
+        deterministic: bool = False,
+        **overrides: object,
+    ) -> None:
+        self.cell = check_cell(cell)
+        self.settings = LayerSettings.of(config, overrides, evaluation)
+        self.deterministic = deterministic
+
+    def __call__(self, *inputs: Any, z0: Any = None) -> Any:
+        """The equilibrium z*, a tree like the state."""
+        return self.solve(*inputs, z0=z0).value
+
+    def solve(self, *inputs: Any, z0: Any = None, **overrides: object) -> Solution:
+        """The same with everything that is known of the solve; `overrides` are settings of this call."""
+        return solve(self.cell, self.settings, not self.deterministic, z0, inputs, overrides)
+
+    def initial_state(self, *inputs: Any) -> Any:
+        """Where a solve without z0 starts."""
+        return initial_state(self.cell, inputs)

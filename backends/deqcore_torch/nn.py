@@ -1,0 +1,223 @@
+"""`DEQ`: a cell and its equilibrium as an `nn.Module`."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import optree
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from deqcore.config import Config
+from deqcore.equilibrium import fixed_point
+from deqcore.errors import ConfigError, LayerWarning
+from deqcore.layer import LayerSettings, check_reuse, differences, shape_unknown
+from deqcore.solution import Solution
+from deqcore_torch.watch import Watch
+
+FORMAT = 1  # of the settings in a checkpoint
+
+
+class DEQ(nn.Module):
+    """The equilibrium z* = cell(z*, *inputs) as a layer.
+
+    Shapes, dtype and device follow the state: every leaf of z has the batch as its first axis (unless
+    `forward.batch = false`), and the cell returns a tree like it.
+
+    Args:
+        cell: module (or function) `cell(z, *inputs)`. Its optional method `initial_state(*inputs)` gives z0; without
+            one z0 is zeros like the first input.
+        config: complete settings; default: environment and `deqcore.using` at each call.
+        evaluation: overrides that apply in evaluation mode (`layer.eval()`), such as
+            `{"forward__max_steps": 100, "forward__rtol": 1e-6}`.
+        reuse: start warm, from the previous call. "sequence": each sample from its own equilibrium, for video,
+            molecular dynamics, streaming, where row i of one call follows row i of the last (another batch size
+            starts cold). "batch": every sample from the mean equilibrium of the last batch. None: cold. What is kept
+            carries no gradient and is not part of `state_dict`; `reset()` forgets it.
+        checkpoint: recompute the cell's activations in the backward pass in place of keeping them.
+        **overrides: single settings, such as `forward__rtol=1e-5, backward__strategy="broyden-reuse"`.
+
+    Attributes:
+        cell: the cell.
+
+    Raises:
+        ConfigError: a setting is unknown or out of range.
+        UnknownNameError: a solver or a strategy is not registered.
+
+    Source: Bai, Kolter & Koltun (2019), "Deep Equilibrium Models".
+
+    Example:
+        >>> import torch
+        >>> from deqcore_torch.nn import DEQ
+        >>> class Cell(torch.nn.Module):
+        ...     def __init__(self, width):
+        ...         super().__init__()
+        ...         self.linear = torch.nn.Linear(width, width)
+        ...         torch.nn.init.normal_(self.linear.weight, std=0.3 / width**0.5)
+        ...     def forward(self, z, x):
+        ...         return torch.tanh(self.linear(z) + x)
+        >>> layer = DEQ(Cell(16), forward__rtol=1e-5)
+        >>> z = layer(torch.randn(8, 16))
+        >>> z.sum().backward()
+        >>> z.shape, layer.cell.linear.weight.grad.shape
+        (torch.Size([8, 16]), torch.Size([16, 16]))
+    """
+
+    def __init__(
+        self,
+        cell: Any,
+        config: Config | None = None,
+        *,
+        evaluation: Mapping[str, object] | None = None,
+        reuse: str | None = None,
+        checkpoint: bool = False,
+        **overrides: object,
+    ) -> None:
+        super().__init__()
+        if not callable(cell):
+            raise ConfigError.bad_value("The layer", "cell", cell, "a module or a function cell(z, *inputs)")
+        check_reuse(reuse)
+        self.cell = cell
+        self.settings = LayerSettings.of(config, overrides, evaluation)
+        self.reuse = reuse
+        self.checkpoint = checkpoint
+        self._last: Any = None
+        self._watch = Watch()
+
+    def forward(self, *inputs: Any, z0: Any = None) -> Any:
+        """The equilibrium z*, a tree like the state.
+
+        Args:
+            *inputs: what the cell takes beside z; gradients reach them.
+            z0: initial state; default: see the class.
+        """
+        return self.solve(*inputs, z0=z0).value
+
+    def solve(self, *inputs: Any, z0: Any = None, **overrides: object) -> Solution:
+        """The same with everything that is known of the solve.
+
+        Args:
+            *inputs: as in `forward`.
+            z0: as in `forward`.
+            **overrides: settings of this call.
+        """
+        start = self.initial_state(*inputs) if z0 is None else z0
+        config, own = self.settings.call(self.training)
+        with self._watch.over(self.cell, self.training):
+            solution = fixed_point(self._map(), start, *inputs, config=config, **(own | overrides))
+        if self.reuse is not None:
+            self._last = optree.tree_map(lambda leaf: leaf.detach(), solution.value)
+        return solution
+
+    def trajectory(self, *inputs: Any, steps: Sequence[int], z0: Any = None) -> list[Any]:
+        """States on the way, for losses that correct the path (fixed-point correction).
+
+        Each is the best iterate so far and carries an implicit gradient of its own; the last one is the solution,
+        solved on to the layer's own budget.
+
+        Args:
+            *inputs: as in `forward`.
+            steps: step counts, increasing and positive, after which a state is wanted.
+            z0: as in `forward`.
+
+        Raises:
+            ConfigError: the step counts do not increase.
+
+        Source: Bai, Geng, Savani & Kolter (2022), "Deep equilibrium optical flow estimation", eq. (6).
+        """
+        counts = [0, *steps]
+        if not steps or any(b <= a for a, b in pairwise(counts)):
+            raise ConfigError.bad_value("trajectory", "steps", list(steps), "increasing positive step counts")
+        config, own = self.settings.call(self.training)
+        start = self.initial_state(*inputs) if z0 is None else z0
+        quiet = own | {"forward__on_failure": "ignore"}
+        states: list[Any] = []
+        state = None
+        for before, count in pairwise(counts):
+            found = fixed_point(
+                self._map(),
+                start,
+                *inputs,
+                config=config,
+                state=state,
+                **(quiet | {"forward__max_steps": count - before}),
+            )
+            state = found.state
+            states.append(found.value)
+        states.append(fixed_point(self._map(), start, *inputs, config=config, state=state, **own).value)
+        return states
+
+    def initial_state(self, *inputs: Any) -> Any:
+        """Where a solve without z0 starts: warm if the layer does so and the shapes allow it."""
+        if hasattr(self.cell, "initial_state"):
+            cold = self.cell.initial_state(*inputs)
+        elif not inputs:
+            raise shape_unknown()
+        else:
+            cold = optree.tree_map(torch.zeros_like, inputs[0])
+        return cold if self._last is None else self._warm(cold)
+
+    def reset(self) -> None:
+        """Forget the equilibrium that the next solve would start from."""
+        self._last = None
+
+    def _warm(self, cold: Any) -> Any:
+        if optree.tree_structure(cold) != optree.tree_structure(self._last):
+            return cold
+        leaves, structure = optree.tree_flatten(cold)
+        kept = optree.tree_leaves(self._last)
+        if self.reuse == "batch":
+            kept = [
+                last.mean(0, keepdim=True).expand(len(leaf), *last.shape[1:])
+                for leaf, last in zip(leaves, kept, strict=True)
+            ]
+        if any(leaf.shape != last.shape for leaf, last in zip(leaves, kept, strict=True)):
+            return cold
+        return optree.tree_unflatten(structure, [last.to(leaf) for leaf, last in zip(leaves, kept, strict=True)])
+
+    def _map(self) -> Any:
+        if not self.checkpoint:
+            return self.cell
+
+        def checkpointed(z: Any, *inputs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return self.cell(z, *inputs)
+            return torch.utils.checkpoint.checkpoint(self.cell, z, *inputs, use_reentrant=False)
+
+        return checkpointed
+
+    def get_extra_state(self) -> Tensor:
+        """The settings, as bytes of JSON in a tensor, so that safetensors stores them as well."""
+        text = json.dumps({"format": FORMAT, "reuse": self.reuse, **self.settings.as_dict()}, sort_keys=True)
+        return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Compare the settings of a checkpoint with the layer's own, which stay as they are."""
+        found = json.loads(bytes(state.cpu().numpy()).decode())
+        lines = differences(found, json.loads(bytes(self.get_extra_state().numpy()).decode()))
+        if lines:
+            warnings.warn(
+                f"The checkpoint was saved by a layer with other settings ({'; '.join(lines)}). Its weights are "
+                f"loaded and the layer keeps its own settings: make the layer with those of the checkpoint if its "
+                f"equilibrium is to be the same.",
+                LayerWarning,
+                stacklevel=4,
+            )
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # Weights from elsewhere carry no settings, and that is no mistake.
+        missing = args[2] if len(args) > 2 else []
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        key = prefix + torch.nn.modules.module._EXTRA_STATE_KEY_SUFFIX
+        if key in missing:
+            missing.remove(key)
+
+    def extra_repr(self) -> str:
+        """Settings in the layer's printed form."""
+        shown = [f"{name}={value!r}" for name, value in self.settings.overrides]
+        return ", ".join(shown + ([f"reuse={self.reuse!r}"] if self.reuse else []))

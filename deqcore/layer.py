@@ -1,0 +1,102 @@
+"""What layers of all frameworks have in common: settings that are checked when the layer is made.
+
+A layer resolves its settings at each call, so that `deqcore.using` and the environment reach it, but a typo in its
+own is an error at construction and not in the first training step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from deqcore import config as settings
+from deqcore import plugins
+from deqcore.config import Config
+from deqcore.errors import ConfigError
+from deqcore.plugins.options import freeze, plain
+from deqcore.settings import scalar
+
+REUSE: Final = ("batch", "sequence")
+
+Items = tuple[tuple[str, object], ...]
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """Settings of one layer. Frozen and hashable, so that JAX may keep it outside its arrays.
+
+    Attributes:
+        config: complete settings, or None for environment and `deqcore.using`.
+        overrides: single settings, such as `("forward__rtol", 1e-5)`.
+        evaluation: further ones that apply outside training.
+    """
+
+    config: Config | None = None
+    overrides: Items = ()
+    evaluation: Items = ()
+
+    @classmethod
+    def of(
+        cls, config: Config | None, overrides: Mapping[str, object], evaluation: Mapping[str, object] | None
+    ) -> LayerSettings:
+        """Check and freeze.
+
+        Raises:
+            ConfigError: a setting is unknown or out of range.
+            UnknownNameError: no such solver or strategy.
+        """
+        if config is not None and not isinstance(config, Config):
+            raise ConfigError.bad_value("The layer", "config", config, "a deqcore.Config")
+        made = cls(config, _frozen(overrides), _frozen(evaluation or {}))
+        for training in (True, False):
+            resolved, _ = settings.resolve(*made.call(training))
+            plugins.make_solver(resolved.forward.solver, resolved.forward.options)
+            plugins.make_strategy(resolved.backward.strategy, resolved.backward.options)
+        return made
+
+    def call(self, training: bool) -> tuple[Config | None, dict[str, object]]:
+        """Config and overrides of one solve, as `fixed_point` takes them."""
+        return self.config, dict(self.overrides) if training else dict(self.overrides) | dict(self.evaluation)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What was set, as plain values, to store beside the weights."""
+        return {
+            "config": None if self.config is None else self.config.as_dict(),
+            "overrides": {name: plain(value) for name, value in self.overrides},
+            "evaluation": {name: plain(value) for name, value in self.evaluation},
+        }
+
+
+def _frozen(items: Mapping[str, object]) -> Items:
+    return tuple((name, freeze("The layer", name, scalar(value))) for name, value in sorted(items.items()))
+
+
+def check_reuse(reuse: object) -> None:
+    """Refuse what is no way of starting warm.
+
+    Raises:
+        ConfigError: it is not None, "batch" or "sequence".
+    """
+    if reuse is not None and reuse not in REUSE:
+        raise ConfigError.bad_value("The layer", "reuse", reuse, "None, 'batch' or 'sequence'")
+
+
+def shape_unknown() -> ConfigError:
+    """What a call without inputs and without z0 is told."""
+    return ConfigError(
+        "The layer was called without inputs and without z0, and its cell has no method initial_state: the shape of "
+        "the state is not known. Pass z0, or give the cell a method initial_state(*inputs)."
+    )
+
+
+def differences(found: Mapping[str, Any], expected: Mapping[str, Any], at: str = "") -> list[str]:
+    """Where two nested dictionaries of settings differ, one line each."""
+    lines: list[str] = []
+    for name in sorted({*found, *expected}):
+        a, b, path = found.get(name), expected.get(name), f"{at}{name}"
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += differences(a, b, f"{path}.")
+        elif a != b:
+            lines.append(f"{path}: {a!r} there, {b!r} here")
+    return lines
