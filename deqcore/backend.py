@@ -54,6 +54,7 @@ class Capabilities:
     complex: bool = False  # can a state be complex?
     accelerator: bool = False  # can arrays live on another device than the host?
     second_derivatives: bool = False  # are gradients of gradients of exact-ift right?
+    compaction: bool = False  # may a solve go on with fewer rows than it began with (shapes known step by step)?
 
 
 class History(ABC):
@@ -131,6 +132,17 @@ class History(ABC):
     @abstractmethod
     def copy(self) -> History:
         """A history with storage of its own, so that continuing a solve leaves the first solve's estimate alone."""
+
+    def take(self, rows: Array) -> History:
+        """The same vectors of these samples only (indices `(k,)`), all active, with storage of its own.
+
+        With `put` what a backend with the capability `compaction` offers.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not offer compaction.")
+
+    def put(self, rows: Array, part: History) -> History:
+        """This history, gone on with as `part`, which `take(rows)` began: other rows saw nothing of it."""
+        raise NotImplementedError(f"{type(self).__name__} does not offer compaction.")
 
 
 class Backend(ABC):
@@ -213,6 +225,18 @@ class Backend(ABC):
     @abstractmethod
     def select(self, mask: Array, new: Array, old: Array) -> Array:
         """Rows of `new` where `mask` `(batch,)` holds, of `old` elsewhere; never arithmetic with the mask (0·NaN)."""
+
+    def rows(self, mask: Array) -> Array:
+        """Indices `(k,)` of the rows where `mask` holds. Waits for the device; with `compaction` only."""
+        return self.xp.nonzero(mask)[0]
+
+    def take(self, x: Array, rows: Array) -> Array:
+        """The rows of `x` with these indices, in storage of their own."""
+        return self.xp.take(x, rows, axis=0)
+
+    def put(self, x: Array, rows: Array, part: Array) -> Array:
+        """`x` with the rows of these indices replaced by those of `part`; `x` itself stays. With `compaction` only."""
+        raise NotImplementedError(f"The backend {self.name!r} does not offer compaction.")
 
     @abstractmethod
     def all_known(self, mask: Array) -> bool:

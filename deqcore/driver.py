@@ -13,12 +13,14 @@ stall detection with separate statuses), per sample.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from deqcore.backend import Array, Backend, History, Map
+from deqcore.compaction import Narrow, shrinking
 from deqcore.solution import Status
-from deqcore.solver import Solver
+from deqcore.solver import Solver, map_state
 
 BLOW_UP = 1e6  # a residual this many times the first one counts as divergence
 PROGRESS = 0.999  # a residual must fall below this part of the last mark within `patience` steps
@@ -71,7 +73,13 @@ class Forward(NamedTuple):
 
 
 def drive(
-    backend: Backend, solver: Solver, f: Map, z0: Array, control: Control, resume: Carry | None = None
+    backend: Backend,
+    solver: Solver,
+    f: Map,
+    z0: Array,
+    control: Control,
+    resume: Carry | None = None,
+    narrow: Narrow | None = None,
 ) -> Forward:
     """Run `solver` on `f` from `z0` `(batch, n)` until every sample has stopped.
 
@@ -82,6 +90,7 @@ def drive(
         z0: initial iterate; ignored with `resume`.
         control: when to stop.
         resume: the carry of an earlier solve of the same f, to continue it.
+        narrow: gives f for some rows of the batch; with it, samples that have stopped are no longer evaluated.
 
     Returns:
         The best iterate of each sample, and how it ended.
@@ -89,13 +98,16 @@ def drive(
     tolerance = _Tolerance(backend, control)
     start = _begin(backend, solver, f, z0, tolerance) if resume is None else _reopen(backend, resume, tolerance)
 
-    def running(carry: Carry) -> Array:
-        return backend.xp.any(carry.status == int(Status.RUNNING))
+    def advance(f: Map, running: Callable[[Carry], Array], carry: Carry, steps: int | Array) -> Carry:
+        def body(carry: Carry) -> Carry:
+            return _step(backend, solver, f, carry, tolerance, control.patience)
 
-    def body(carry: Carry) -> Carry:
-        return _step(backend, solver, f, carry, tolerance, control.patience)
+        return backend.loop(running, body, carry, steps, control.check_every)
 
-    end = backend.loop(running, body, start, control.max_steps, control.check_every)
+    if narrow is None:
+        end = advance(f, lambda carry: backend.xp.any(carry.status == int(Status.RUNNING)), start, control.max_steps)
+    else:
+        end = shrinking(backend, advance, f, narrow, start, int(control.max_steps))
     xp = backend.xp
     spent = xp.full_like(end.status, int(Status.MAX_STEPS))
     status = xp.where(end.status == int(Status.RUNNING), spent, end.status)
@@ -115,10 +127,11 @@ class Drive:
     solver: Solver
     control: Control
     resume: Carry | None = None
+    narrow: Narrow | None = None
 
     def __call__(self, f: Map, z0: Array) -> Forward:
         """Solve for `f` from `z0` `(batch, n)`."""
-        return drive(self.backend, self.solver, f, z0, self.control, self.resume)
+        return drive(self.backend, self.solver, f, z0, self.control, self.resume, self.narrow)
 
 
 class _Tolerance:
@@ -238,11 +251,3 @@ def freeze(backend: Backend, active: Array, new: Any, old: Any) -> Any:
     if new is None or isinstance(new, History) or not new.ndim:
         return new
     return backend.select(active, new, old)
-
-
-def map_state(state: Any, fn: Any) -> Any:
-    """Apply `fn` to each leaf of a solver state: nested (named) tuples of arrays and histories."""
-    if isinstance(state, tuple):
-        parts = (map_state(part, fn) for part in state)
-        return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
-    return None if state is None else fn(state)

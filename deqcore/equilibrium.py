@@ -10,6 +10,7 @@ from typing import Any
 from deqcore import config as settings
 from deqcore import plugins
 from deqcore.backend import Array, Backend, BackwardRecord, Tree
+from deqcore.compaction import Narrow
 from deqcore.config import Config
 from deqcore.driver import Carry, Control, Drive, Forward
 from deqcore.errors import (
@@ -24,7 +25,7 @@ from deqcore.errors import (
 )
 from deqcore.solution import Solution, SolveState, Status, summarize
 from deqcore.solver import Solver
-from deqcore.space import Space
+from deqcore.space import Raveled, Space
 from deqcore.strategy import Adjoint, Steps, StepStrategy, Strategy
 
 
@@ -34,6 +35,7 @@ def fixed_point(
     *args: Any,
     config: Config | None = None,
     state: SolveState | None = None,
+    batched_args: tuple[int, ...] = (),
     **overrides: object,
 ) -> Solution:
     """Solve z* = f(z*, *args), with the implicit gradient attached.
@@ -44,13 +46,16 @@ def fixed_point(
         *args: further arguments of f, any trees. Their arrays get gradients.
         config: complete settings; default: environment and `deqcore.using`.
         state: `sol.state` of an earlier solve of the same problem, to continue it with a new step budget.
+        batched_args: positions in `args` of those whose arrays carry the batch axis first. Only
+            `forward.compact = true` needs it: f is then evaluated for fewer and fewer samples, and must compute
+            each from its own rows of the state and these arguments alone.
         **overrides: settings of this call, as in `forward__rtol=1e-6`.
 
     Returns:
         The solution; `sol.value` is f(z*) and has the shapes and dtype of z0.
 
     Raises:
-        ConfigError: a setting is unknown or out of range.
+        ConfigError: a setting is unknown or out of range, or the backend cannot do it (compaction).
         BackendMismatchError: the config names another backend than the arrays belong to.
         StateError: z0 is unfit (no arrays, integers, mixed dtypes or devices, no batch axis).
         ProblemError: f returned another structure, shape, dtype or device.
@@ -67,7 +72,7 @@ def fixed_point(
         (True, (1, 2))
     """
     plan = _plan(config, overrides, z0, args)
-    found = plan.run(plan.space.wrap(f), plan.space.ravel(z0), args, state)
+    found = plan.run(plan.space.wrap(f, tuple(batched_args)), plan.space.ravel(z0), args, state)
     return plan.solution(*found)
 
 
@@ -77,6 +82,7 @@ def vjp(
     *args: Any,
     cotangent: Tree,
     config: Config | None = None,
+    batched_args: tuple[int, ...] = (),
     **overrides: object,
 ) -> tuple[Tree, tuple[Any, ...]]:
     """Solve z* = f(z*, *args) and pull a cotangent of z* back to the arguments, the same way on every backend.
@@ -87,6 +93,7 @@ def vjp(
         *args: as in `fixed_point`; on a backend without autodiff each number costs an evaluation of f.
         cotangent: dL/dz*, a tree like z0.
         config: as in `fixed_point`.
+        batched_args: as in `fixed_point`.
         **overrides: as in `fixed_point`.
 
     Returns:
@@ -105,7 +112,7 @@ def vjp(
     """
     plan = _plan(config, overrides, z0, args)
     g = plan.space.ravel_like("cotangent", cotangent)
-    raveled, start = plan.space.wrap(f), plan.space.ravel(z0)
+    raveled, start = plan.space.wrap(f, tuple(batched_args)), plan.space.ravel(z0)
     run = plan.differentiate if plan.backend.capabilities.autodiff else plan.differentiate_by_hand
     value, gradients, forward = run(raveled, start, args, g)
     plan.report_failure(forward)
@@ -160,10 +167,10 @@ class _Plan:
     space: Space
 
     def run(
-        self, f: Callable[..., Array], z0: Array, args: tuple[Any, ...], state: SolveState | None
+        self, f: Raveled, z0: Array, args: tuple[Any, ...], state: SolveState | None
     ) -> tuple[Array, Forward | None, BackwardRecord | None]:
         """Solve, attach the gradient, report failure."""
-        solve = Drive(self.backend, self.solver, self.control, self._resume(state, z0))
+        solve = Drive(self.backend, self.solver, self.control, self._resume(state, z0), self._narrow(f, args))
         if isinstance(self.strategy, StepStrategy):
             forward = self.backend.forward_only(f, z0, args, solve) if self.strategy.solves() else None
             steps = Steps(self.backend, self.strategy, self.solver)
@@ -191,7 +198,7 @@ class _Plan:
         )
 
     def differentiate(
-        self, f: Callable[..., Array], z0: Array, args: tuple[Any, ...], g: Array
+        self, f: Raveled, z0: Array, args: tuple[Any, ...], g: Array
     ) -> tuple[Array, tuple[Any, ...], Forward | None]:
         """Gradients for `args` by the framework's own differentiation of the attached value."""
         quiet = replace(self, config=_quiet(self.config))
@@ -204,10 +211,10 @@ class _Plan:
         return found, gradients, forward
 
     def differentiate_by_hand(
-        self, f: Callable[..., Array], z0: Array, args: tuple[Any, ...], g: Array
+        self, f: Raveled, z0: Array, args: tuple[Any, ...], g: Array
     ) -> tuple[Array, tuple[Any, ...], Forward | None]:
         """The same without a tape: route the cotangent, then differentiate one evaluation (or the steps)."""
-        solve = Drive(self.backend, self.solver, self.control)
+        solve = Drive(self.backend, self.solver, self.control, narrow=self._narrow(f, args))
         strategy = self.strategy
         if isinstance(strategy, StepStrategy):
             forward = self.backend.forward_only(f, z0, args, solve) if strategy.solves() else None
@@ -244,6 +251,18 @@ class _Plan:
         if action == "raise":
             raise ConvergenceError(text)
         warnings.warn(text, ConvergenceWarning, stacklevel=_stacklevel())
+
+    def _narrow(self, f: Raveled, args: tuple[Any, ...]) -> Narrow | None:
+        """F for some samples only, if the settings ask for it."""
+        if not self.config.forward.compact:
+            return None
+        if not self.backend.capabilities.compaction:
+            raise ConfigError(
+                f"forward.compact = true, but the backend {self.backend.name!r} traces its loops, in which a batch "
+                f"keeps its size: set forward.compact = false for it."
+            )
+        f.check_batched(args)
+        return lambda rows: f.on_rows(rows, args)
 
     def _resume(self, state: SolveState | None, z0: Array) -> Carry | None:
         if state is None:

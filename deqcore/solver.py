@@ -82,3 +82,11 @@ class Solver(ABC):
     def evaluations(self, backend: Backend, steps: Array, state: Any) -> Array:
         """Evaluations of f per sample after `steps` `(batch,)` int32, the first one included."""
         return 1 + self.evaluations_per_step * steps
+
+
+def map_state(state: Any, fn: Any) -> Any:
+    """Apply `fn` to each leaf of a solver state: nested (named) tuples of arrays and histories."""
+    if isinstance(state, tuple):
+        parts = (map_state(part, fn) for part in state)
+        return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
+    return None if state is None else fn(state)

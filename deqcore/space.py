@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from deqcore.backend import Array, Backend, Tree
-from deqcore.errors import ProblemError, StateError
+from deqcore.backend import Array, Backend, Map, Tree
+from deqcore.errors import ConfigError, ProblemError, StateError
 
 
 @dataclass(frozen=True)
@@ -99,23 +99,23 @@ class Space:
             start += size
         return self.backend.unflatten(self.structure, leaves)
 
-    def wrap(self, f: Callable[..., Tree]) -> Callable[..., Array]:
-        """F on trees as a function of the matrix, with its output checked.
+    def wrap(self, f: Callable[..., Tree], batched: tuple[int, ...] = ()) -> Raveled:
+        """F on trees as a function of the matrix, with its output checked. See `Raveled`."""
+        return Raveled(self, f, batched)
 
-        Raises:
-            ProblemError: (when called) f returned another structure, shape, dtype or device.
-        """
+    def call(self, f: Callable[..., Tree], z: Array, args: tuple[Any, ...]) -> Array:
+        """`f` of the matrix `z`, as a matrix."""
+        leaves, structure = self.backend.flatten(f(self.unravel(z), *args))
+        if structure != self.structure:
+            raise ProblemError(
+                f"f returned the structure {structure}, but its state has {self.structure}: f(z, ...) must "
+                f"return a tree like z."
+            )
+        return self._join([self._checked(leaf, i) for i, leaf in enumerate(leaves)])
 
-        def raveled(z: Array, *args: Any) -> Array:
-            leaves, structure = self.backend.flatten(f(self.unravel(z), *args))
-            if structure != self.structure:
-                raise ProblemError(
-                    f"f returned the structure {structure}, but its state has {self.structure}: f(z, ...) must "
-                    f"return a tree like z."
-                )
-            return self._join([self._checked(leaf, i) for i, leaf in enumerate(leaves)])
-
-        return raveled
+    def of_rows(self, rows: int) -> Space:
+        """The same space with another number of samples."""
+        return replace(self, shapes=tuple((rows, *shape[1:]) for shape in self.shapes), batch=rows)
 
     def _join(self, leaves: list[Array]) -> Array:
         xp = self.backend.xp
@@ -147,6 +147,63 @@ class Space:
                 f"parameters and inputs of f, so that all are on one device."
             )
         return leaf
+
+
+@dataclass(frozen=True)
+class Raveled:
+    """The user's f on matrices `(batch, n)`.
+
+    Attributes:
+        space: how the state becomes a matrix.
+        f: `f(z, *args)` on trees.
+        batched: positions in `args` of those that carry the batch axis; only `on_rows` asks.
+    """
+
+    space: Space
+    f: Callable[..., Tree]
+    batched: tuple[int, ...] = ()
+
+    def __call__(self, z: Array, *args: Any) -> Array:
+        """F of `z` `(batch, n)`.
+
+        Raises:
+            ProblemError: f returned another structure, shape, dtype or device.
+        """
+        return self.space.call(self.f, z, args)
+
+    def on_rows(self, rows: Array, args: tuple[Any, ...]) -> Map:
+        """F for the samples `rows` (indices `(k,)`) only: `(k, n)` to `(k, n)`."""
+        backend = self.space.backend
+        space = self.space.of_rows(rows.shape[0])
+
+        def taken(leaf: Any) -> Any:
+            return backend.take(leaf, rows) if backend.is_array(leaf) else leaf
+
+        some = list(args)
+        for i in self.batched:
+            leaves, structure = backend.flatten(args[i])
+            some[i] = backend.unflatten(structure, [taken(leaf) for leaf in leaves])
+        return lambda z: space.call(self.f, z, tuple(some))
+
+    def check_batched(self, args: tuple[Any, ...]) -> None:
+        """Whether the arguments that are said to carry the batch axis do.
+
+        Raises:
+            ConfigError: a position is no argument, or an array there has another first axis.
+        """
+        for i in self.batched:
+            if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < len(args):
+                raise ConfigError.bad_value(
+                    "fixed_point", "batched_args", self.batched, f"positions among the {len(args)} arguments after z0"
+                )
+            for leaf in self.space.backend.flatten(args[i])[0]:
+                shape = getattr(leaf, "shape", None)
+                if shape is not None and tuple(shape[:1]) != (self.space.batch,):
+                    raise ConfigError(
+                        f"fixed_point: batched_args = {self.batched!r} says that argument {i} carries the batch axis, "
+                        f"but it holds an array of shape {tuple(shape)} for a batch of {self.space.batch}: leave it "
+                        f"out, or give every array in it that first axis."
+                    )
 
 
 def _check_leaf(backend: Backend, leaf: Any, batch: bool) -> None:

@@ -32,7 +32,7 @@ class NumpyBackend(Backend):
     """NumPy arrays on the host."""
 
     name: ClassVar[str] = "numpy"
-    capabilities: Capabilities = Capabilities(autodiff=False, jvp=True)
+    capabilities: Capabilities = Capabilities(autodiff=False, jvp=True, compaction=True)
     xp = np
 
     def is_array(self, leaf: object) -> bool:
@@ -80,6 +80,11 @@ class NumpyBackend(Backend):
 
     def select(self, mask: Any, new: Any, old: Any) -> Any:
         return np.where(mask.reshape(-1, *[1] * (np.ndim(new) - 1)), new, old)
+
+    def put(self, x: Any, rows: Any, part: Any) -> Any:
+        x = x.copy()
+        x[rows] = part
+        return x
 
     def quiet(self) -> AbstractContextManager[object]:
         return np.errstate(all="ignore")

@@ -79,3 +79,13 @@ class NumpyHistory(History):
 
     def copy(self) -> NumpyHistory:
         return NumpyHistory(self.storage.copy(), self.seen, self.dtype, self.written, self.active)
+
+    def take(self, rows: Any) -> NumpyHistory:
+        return NumpyHistory(self.storage[rows], self.seen[rows], self.dtype, self.written)
+
+    def put(self, rows: Any, part: History) -> NumpyHistory:
+        assert isinstance(part, NumpyHistory)
+        self.storage[rows] = part.storage
+        seen = self.seen.copy()
+        seen[rows] = part.seen
+        return NumpyHistory(self.storage, seen, self.dtype, part.written, self.active)

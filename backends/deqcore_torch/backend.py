@@ -29,7 +29,9 @@ class TorchBackend(Backend):
     """PyTorch tensors on any device."""
 
     name: ClassVar[str] = "torch"
-    capabilities: Capabilities = Capabilities(jvp=True, bfloat16=True, accelerator=True, second_derivatives=True)
+    capabilities: Capabilities = Capabilities(
+        jvp=True, bfloat16=True, accelerator=True, second_derivatives=True, compaction=True
+    )
     xp = xp
 
     def is_array(self, leaf: object) -> bool:
@@ -86,6 +88,9 @@ class TorchBackend(Backend):
         if mask.device.type == "cpu" and new.dim() > 1 and not torch.is_grad_enabled():
             return select_rows(mask, new, old)
         return torch.where(mask.view(-1, *[1] * (new.dim() - 1)), new, old)
+
+    def put(self, x: Tensor, rows: Tensor, part: Tensor) -> Tensor:
+        return x.index_copy(0, rows, part)
 
     def all_known(self, mask: Tensor) -> bool:
         return mask.device.type == "cpu" and bool(mask.all())

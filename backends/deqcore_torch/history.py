@@ -213,6 +213,32 @@ class TorchHistory(History):
         fresh.chunks = [chunk.clone() for chunk in self.chunks]
         return fresh
 
+    def take(self, rows: Tensor) -> TorchHistory:
+        fresh = TorchHistory(
+            [chunk.index_select(0, rows) for chunk in self.chunks],
+            self.memory,
+            self.like,
+            (rows.shape[0], self.width),
+            self.dtype,
+            self.wide,
+            None if self.seen is None else self.seen.index_select(0, rows),
+            self.written,
+        )
+        return fresh
+
+    def put(self, rows: Tensor, part: History) -> TorchHistory:
+        assert isinstance(part, TorchHistory)
+        start = 0
+        for i, chunk in enumerate(part.chunks):
+            if i == len(self.chunks):
+                self.chunks.append(chunk.new_empty((self.batch, *chunk.shape[1:])))
+            if self.written < start + chunk.shape[1] and part.written > self.written:
+                self.chunks[i][:, max(0, self.written - start) :].zero_()  # rows that saw nothing hold no garbage
+            self.chunks[i].index_copy_(0, rows, chunk)
+            start += chunk.shape[1]
+        seen = self._mask().index_copy(0, rows, part._mask())
+        return self._with(seen, part.written, self.active)
+
 
 class RecordedHistory(History):
     """The same ring without writes in place, for solver steps that autograd differentiates through."""

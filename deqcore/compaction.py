@@ -1,0 +1,127 @@
+"""Compaction: a solve that goes on with the samples that still need it, and evaluates f for them only.
+
+Opt-in (`forward.compact`), as only the caller knows which arguments carry the batch axis. Each time that half of
+the rows in work have stopped the others move to arrays of their own, so that all moves together copy a state and its
+histories once at most. At the end everything is put back where it was: iterates, statuses, and histories, so that
+estimates and a continued solve know nothing of it. Samples do not see each other in a solve, so results are the same
+as without; to the last bit where f, too, computes a row from that row alone and in the same way for any batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from deqcore.backend import Array, Backend, History, Map
+from deqcore.errors import ProblemError
+from deqcore.solution import Status
+from deqcore.solver import map_state
+
+if TYPE_CHECKING:
+    from deqcore.driver import Carry
+
+
+class Narrow(Protocol):
+    """Gives f for some samples."""
+
+    def __call__(self, rows: Array) -> Map:
+        """The map on `(k, n)` for the samples with the indices `rows` `(k,)`."""
+
+
+class Advance(Protocol):
+    """Steps with f while `running` holds, `steps` at most."""
+
+    def __call__(self, f: Map, running: Callable[[Carry], Array], carry: Carry, steps: int) -> Carry:
+        """The carry after these steps."""
+
+
+def shrinking(
+    backend: Backend, advance: Advance, f: Map, narrow: Narrow, carry: Carry, steps: int, rows: Array | None = None
+) -> Carry:
+    """Advance `carry` until all its samples have stopped, with fewer and fewer rows.
+
+    Args:
+        backend: whose arrays these are.
+        advance: the driver's loop.
+        f: the map for the rows in `carry`.
+        narrow: see `Narrow`; its indices are those of the whole batch.
+        carry: where the solve stands.
+        steps: step budget.
+        rows: which samples `carry` holds, None for all.
+
+    Raises:
+        ProblemError: f gives other values for some samples than for the whole batch.
+    """
+    xp = backend.xp
+    size = carry.status.shape[0]
+
+    def running(carry: Carry) -> Array:
+        return 2 * xp.sum(xp.astype(carry.status == int(Status.RUNNING), xp.int32)) > size
+
+    end = advance(f, running, carry, steps)
+    going = backend.rows(end.status == int(Status.RUNNING))
+    left = steps - _spent(backend, carry, end)
+    if going.shape[0] == 0 or left <= 0:
+        return end
+    chosen = going if rows is None else backend.take(rows, going)
+    part = _take(backend, end, going)
+    fewer = narrow(chosen)
+    if rows is None:
+        _check(backend, fewer, part)
+    done: Carry = _put(backend, end, going, shrinking(backend, advance, fewer, narrow, part, left, chosen))
+    return done
+
+
+def _spent(backend: Backend, start: Carry, end: Carry) -> int:
+    """Steps between two carries: those of a sample that ran all along."""
+    taken = end.steps - start.steps
+    return int(backend.xp.max(taken)) if taken.shape[0] else 0
+
+
+def _check(backend: Backend, fewer: Map, part: Carry) -> None:
+    """One evaluation for the first samples that go on alone, against what the whole batch gave for them.
+
+    An argument that was not declared, a batch statistic in f or a random number in it would make the solve converge
+    to something else without a word.
+    """
+    xp = backend.xp
+    try:
+        difference = backend.norm(fewer(part.z) - part.fz)
+    except Exception as error:
+        error.add_note(
+            f"This was raised when f was evaluated on {part.z.shape[0]} samples that go on without the others "
+            f"(forward.compact = true). {_REMEDY}"
+        )
+        raise
+    slack = 0.05 if backend.autocasting(part.z) else backend.eps(part.z) ** 0.5
+    if bool(xp.any(difference > slack * (backend.norm(part.fz) + backend.norm(part.z)))):
+        raise ProblemError(
+            f"forward.compact = true, but f gives other values for {part.z.shape[0]} samples alone than for the same "
+            f"samples in the whole batch. {_REMEDY}"
+        )
+
+
+_REMEDY = (
+    "Every argument that carries the batch axis must be passed in args and named in batched_args, none closed over, "
+    "and f must neither couple samples (batch statistics) nor draw random numbers; otherwise set "
+    "forward.compact = false."
+)
+
+
+def _take(backend: Backend, carry: Any, rows: Array) -> Any:
+    def taken(leaf: Any) -> Any:
+        if isinstance(leaf, History):
+            return leaf.take(rows)
+        return backend.take(leaf, rows) if leaf.ndim else leaf
+
+    return map_state(carry, taken)
+
+
+def _put(backend: Backend, carry: Any, rows: Array, part: Any) -> Any:
+    """`carry` with its samples `rows` as they stand in `part`; leaves without a batch axis are those of `part`."""
+    if isinstance(carry, tuple):
+        parts = (_put(backend, a, rows, b) for a, b in zip(carry, part, strict=True))
+        return type(carry)(*parts) if hasattr(carry, "_fields") else tuple(parts)
+    if isinstance(carry, History):
+        return carry.put(rows, part)
+    return part if carry is None or not carry.ndim else backend.put(carry, rows, part)
