@@ -18,6 +18,7 @@ from deqcore.equilibrium import fixed_point
 from deqcore.errors import ConfigError, LayerWarning
 from deqcore.layer import LayerSettings, check_reuse, differences, shape_unknown
 from deqcore.solution import Solution
+from deqcore_torch.cells import begin_solve
 from deqcore_torch.watch import Watch
 
 FORMAT = 1  # of the settings in a checkpoint
@@ -107,6 +108,7 @@ class DEQ(nn.Module):
             **overrides: settings of this call.
         """
         start = self.initial_state(*inputs) if z0 is None else z0
+        begin_solve(self.cell)
         config, own = self.settings.call(self.training)
         with self._watch.over(self.cell, self.training):
             solution = fixed_point(self._map(), start, *inputs, config=config, **(own | overrides))
@@ -133,6 +135,7 @@ class DEQ(nn.Module):
         counts = [0, *steps]
         if not steps or any(b <= a for a, b in pairwise(counts)):
             raise ConfigError.bad_value("trajectory", "steps", list(steps), "increasing positive step counts")
+        begin_solve(self.cell)
         config, own = self.settings.call(self.training)
         start = self.initial_state(*inputs) if z0 is None else z0
         quiet = own | {"forward__on_failure": "ignore"}

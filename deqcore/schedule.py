@@ -1,0 +1,103 @@
+"""Settings that change in the course of training: unrolled pre-training, tolerances that tighten, budgets that grow."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import exp, log
+from typing import Final
+
+from deqcore import config as settings
+from deqcore.errors import ConfigError
+from deqcore.plugins.options import freeze
+
+SMOOTH: Final = ("forward__rtol", "forward__atol", "forward__max_steps")
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A number that moves from `start` to `end`, evenly in its logarithm, between the steps `begin` and `until`.
+
+    Args:
+        start: value up to step `begin`, above 0.
+        end: value from step `until` on, above 0.
+        until: training step.
+        begin: training step, below `until`.
+    """
+
+    start: float
+    end: float
+    until: int
+    begin: int = 0
+
+    def __post_init__(self) -> None:
+        if not (self.start > 0 and self.end > 0):
+            raise ConfigError.bad_value("Ramp", "start, end", (self.start, self.end), "two numbers above 0")
+        if not self.begin < self.until:
+            raise ConfigError.bad_value("Ramp", "until", self.until, f"a step after begin = {self.begin}")
+
+    def at(self, step: int) -> float:
+        """The value at a training step."""
+        part = min(1.0, max(0.0, (step - self.begin) / (self.until - self.begin)))
+        if part in (0.0, 1.0):
+            return self.end if part else self.start
+        return exp((1 - part) * log(self.start) + part * log(self.end))
+
+
+class Schedule:
+    """Overrides of settings by training step.
+
+    A stage holds from its step until the next one begins; a later stage stands on its own and keeps nothing of the
+    earlier ones. Values of `forward__rtol`, `forward__atol` and `forward__max_steps` may be a `Ramp`. In JAX these
+    three recompile nothing when they are passed as arrays; another solver or strategy compiles once per stage.
+
+    Args:
+        stages: pairs (first training step, overrides), in increasing order, the first at step 0.
+
+    Raises:
+        ConfigError: the steps do not increase from 0, a setting is unknown or out of range, or a ramp stands where a
+            name or a switch is expected.
+
+    Source: unrolled pre-training: Bai, Kolter & Koltun (2019), §4; tolerance schedules: docs/design.md.
+
+    Example:
+        >>> from deqcore.schedule import Ramp, Schedule
+        >>> schedule = Schedule([
+        ...     (0, {"backward__strategy": "unrolled", "backward__options": {"steps": 6}}),
+        ...     (1000, {"forward__rtol": Ramp(1e-2, 1e-4, until=5000, begin=1000)}),
+        ... ])
+        >>> schedule.at(10)["backward__strategy"], round(schedule.at(3000)["forward__rtol"], 6)
+        ('unrolled', 0.001)
+    """
+
+    def __init__(self, stages: Sequence[tuple[int, Mapping[str, object]]]) -> None:
+        self.starts = [start for start, _ in stages]
+        self.stages = [dict(overrides) for _, overrides in stages]
+        if not stages or self.starts[0] != 0 or self.starts != sorted(set(self.starts)):
+            raise ConfigError.bad_value("Schedule", "stages", self.starts, "training steps that increase from 0")
+        for start, overrides in zip(self.starts, self.stages, strict=True):
+            for name, value in overrides.items():
+                if isinstance(value, Ramp) and name not in SMOOTH:
+                    raise ConfigError.bad_value("Schedule", name, value, f"a plain value; ramps are for {SMOOTH}")
+                if not isinstance(value, Ramp):
+                    freeze("Schedule", name, value)
+            settings.resolve(None, self.at(start))
+
+    def at(self, step: int) -> dict[str, object]:
+        """Overrides at a training step, for `fixed_point`, `deqcore.using` or a layer's `solve`.
+
+        Args:
+            step: training step, at least 0.
+        """
+        if step < 0:
+            raise ConfigError.bad_value("Schedule", "step", step, "a training step of at least 0")
+        stage = self.stages[bisect_right(self.starts, step) - 1]
+        return {name: _at(name, value, step) for name, value in stage.items()}
+
+
+def _at(name: str, value: object, step: int) -> object:
+    if not isinstance(value, Ramp):
+        return value
+    found = value.at(step)
+    return round(found) if name == "forward__max_steps" else found
