@@ -1,0 +1,1 @@
+"""Call shapes of other libraries, for code that moves."""
