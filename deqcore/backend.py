@@ -55,6 +55,7 @@ class Capabilities:
     accelerator: bool = False  # can arrays live on another device than the host?
     second_derivatives: bool = False  # are gradients of gradients of exact-ift right?
     compaction: bool = False  # may a solve go on with fewer rows than it began with (shapes known step by step)?
+    eager: bool = True  # does every call of fixed_point run its Python anew, never code compiled at an earlier one?
 
 
 class History(ABC):
@@ -391,16 +392,23 @@ class BackwardRecord:
 
     Attributes:
         report: the AdjointReport of the latest backward pass, or None before the first.
+        seconds: host time of its route, NaN where it was not taken; a device may still be at work.
         runs: how many backward passes have run.
+        listener: called after each, in whatever thread the framework differentiates in; it must not wait for a device.
     """
 
-    __slots__ = ("report", "runs")
+    __slots__ = ("listener", "report", "runs", "seconds")
 
     def __init__(self) -> None:
         self.report: AdjointReport | None = None
+        self.seconds: float = float("nan")
         self.runs: int = 0
+        self.listener: Callable[[BackwardRecord], None] | None = None
 
-    def add(self, report: AdjointReport) -> None:
+    def add(self, report: AdjointReport, seconds: float = float("nan")) -> None:
         """Keep the report of a backward pass that has just run."""
         self.report = report
+        self.seconds = seconds
         self.runs += 1
+        if self.listener is not None:
+            self.listener(self)

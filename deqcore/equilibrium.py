@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from deqcore import config as settings
@@ -23,6 +24,7 @@ from deqcore.errors import (
     StateError,
     StrategyError,
 )
+from deqcore.observer import Observer, Solve, observer
 from deqcore.solution import Solution, SolveState, Status, summarize
 from deqcore.solver import Solver
 from deqcore.space import Raveled, Space
@@ -72,8 +74,13 @@ def fixed_point(
         (True, (1, 2))
     """
     plan = _plan(config, overrides, z0, args)
-    found = plan.run(plan.space.wrap(f, tuple(batched_args)), plan.space.ravel(z0), args, state)
-    return plan.solution(*found)
+    start = time.perf_counter()
+    value, forward, record = plan.run(plan.space.wrap(f, tuple(batched_args)), plan.space.ravel(z0), args, state)
+    solution = plan.solution(value, forward, record)
+    if plan.observer is not None:
+        plan.observer.solved(Solve(solution, plan.config, time.perf_counter() - start, f, args))
+    plan.report_failure(forward)
+    return solution
 
 
 def vjp(
@@ -114,7 +121,11 @@ def vjp(
     g = plan.space.ravel_like("cotangent", cotangent)
     raveled, start = plan.space.wrap(f, tuple(batched_args)), plan.space.ravel(z0)
     run = plan.differentiate if plan.backend.capabilities.autodiff else plan.differentiate_by_hand
-    value, gradients, forward = run(raveled, start, args, g)
+    began = time.perf_counter()
+    value, gradients, forward, record = run(raveled, start, args, g)
+    if plan.observer is not None:
+        solution = plan.solution(plan.backend.detach(value), forward, record)
+        plan.observer.solved(Solve(solution, plan.config, time.perf_counter() - began, f, args))
     plan.report_failure(forward)
     return plan.space.unravel(value), gradients
 
@@ -165,11 +176,12 @@ class _Plan:
     strategy: Strategy | StepStrategy
     control: Control
     space: Space
+    observer: Observer | None
 
     def run(
         self, f: Raveled, z0: Array, args: tuple[Any, ...], state: SolveState | None
     ) -> tuple[Array, Forward | None, BackwardRecord | None]:
-        """Solve, attach the gradient, report failure."""
+        """Solve, attach the gradient."""
         solve = Drive(self.backend, self.solver, self.control, self._resume(state, z0), self._narrow(f, args))
         if isinstance(self.strategy, StepStrategy):
             forward = self.backend.forward_only(f, z0, args, solve) if self.strategy.solves() else None
@@ -178,7 +190,6 @@ class _Plan:
         else:
             adjoint = Adjoint(self.backend, self.strategy, self.solver)
             value, forward, record = self.backend.implicit(f, z0, args, solve, adjoint)
-        self.report_failure(forward)
         return value, forward, record
 
     def solution(self, value: Array, forward: Forward | None, record: BackwardRecord | None) -> Solution:
@@ -199,20 +210,19 @@ class _Plan:
 
     def differentiate(
         self, f: Raveled, z0: Array, args: tuple[Any, ...], g: Array
-    ) -> tuple[Array, tuple[Any, ...], Forward | None]:
+    ) -> tuple[Array, tuple[Any, ...], Forward | None, BackwardRecord | None]:
         """Gradients for `args` by the framework's own differentiation of the attached value."""
-        quiet = replace(self, config=_quiet(self.config))
 
-        def value(*moved: Any) -> tuple[Array, Forward | None]:
-            found, forward, _ = quiet.run(f, z0, moved, None)
-            return found, forward
+        def value(*moved: Any) -> tuple[Array, tuple[Forward | None, BackwardRecord | None]]:
+            found, forward, record = self.run(f, z0, moved, None)
+            return found, (forward, record)
 
-        found, forward, gradients = self.backend.vjp(value, args, g)
-        return found, gradients, forward
+        found, (forward, record), gradients = self.backend.vjp(value, args, g)
+        return found, gradients, forward, record
 
     def differentiate_by_hand(
         self, f: Raveled, z0: Array, args: tuple[Any, ...], g: Array
-    ) -> tuple[Array, tuple[Any, ...], Forward | None]:
+    ) -> tuple[Array, tuple[Any, ...], Forward | None, BackwardRecord | None]:
         """The same without a tape: route the cotangent, then differentiate one evaluation (or the steps)."""
         solve = Drive(self.backend, self.solver, self.control, narrow=self._narrow(f, args))
         strategy = self.strategy
@@ -223,7 +233,7 @@ class _Plan:
                 return strategy.value(self.backend, lambda z: f(z, *moved), z0, forward, self.solver), None
 
             found, _, gradients = self.backend.vjp(value, args, g)
-            return found, gradients, forward
+            return found, gradients, forward, None
         forward = self.backend.forward_only(f, z0, args, solve)
         adjoint = Adjoint(self.backend, strategy, self.solver)
         if adjoint.uses_pull:
@@ -231,9 +241,12 @@ class _Plan:
         else:
             pull = _no_pull
         with self.backend.quiet():
-            u, _ = adjoint(pull, g, forward.carry.state)
+            start = time.perf_counter()
+            u, report = adjoint(pull, g, forward.carry.state)
+            record = BackwardRecord()
+            record.add(report, time.perf_counter() - start)
         _, _, gradients = self.backend.vjp(lambda *moved: (f(forward.z, *moved), None), args, u)
-        return forward.fz, gradients, forward
+        return forward.fz, gradients, forward, record
 
     def report_failure(self, forward: Forward | None) -> None:
         """Raise or warn about samples that did not converge. Traced code cannot: there the Solution says it."""
@@ -308,13 +321,12 @@ def _no_pull(u: Array) -> Array:
     raise StrategyError("The strategy called pull, although its uses_pull() says that it does not.")
 
 
-def _quiet(config: Config) -> Config:
-    return settings.resolve(config, {"forward__on_failure": "ignore"})[0]
-
-
 def _plan(config: Config | None, overrides: Mapping[str, object], z0: Tree, args: tuple[Any, ...]) -> _Plan:
     resolved, scalars = settings.resolve(config, overrides)
     backend = _pick(resolved, z0, args)
+    watcher = observer()
+    if watcher is not None:
+        resolved = watcher.adjust(resolved, backend)
     forward, backward = resolved.forward, resolved.backward
     solver = plugins.make_solver(forward.solver, forward.options)
     strategy = plugins.make_strategy(backward.strategy, backward.options)
@@ -325,7 +337,7 @@ def _plan(config: Config | None, overrides: Mapping[str, object], z0: Tree, args
     space = Space.of(backend, z0, forward.batch)
     like = backend.flatten(z0)[0][0]
     control = _control(resolved, scalars, backend, like)
-    return _Plan(resolved, backend, solver, strategy, control, space)
+    return _Plan(resolved, backend, solver, strategy, control, space, watcher)
 
 
 def _control(config: Config, scalars: Mapping[str, object], backend: Backend, like: Array) -> Control:

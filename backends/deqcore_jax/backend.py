@@ -184,7 +184,9 @@ class JaxBackend(Backend):
             device.synchronize_all_activity()
 
 
-_CAPABILITIES = Capabilities(jvp=True, jit=True, vmap=True, bfloat16=True, accelerator=True, second_derivatives=True)
+_CAPABILITIES = Capabilities(
+    jvp=True, jit=True, vmap=True, bfloat16=True, accelerator=True, second_derivatives=True, eager=False
+)
 
 
 def _one_device(x: Any) -> bool:

@@ -15,6 +15,7 @@ and leaves, found by walking the graph of y. A tensor that f closes over and tha
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -99,8 +100,9 @@ class _Job:
             (found,) = torch.autograd.grad(y, z, u, retain_graph=True, allow_unused=True)
             return torch.zeros_like(u) if found is None else found
 
+        start = time.perf_counter()
         u, report = self.adjoint(pull, g, self.state)
-        self.record.add(report)
+        self.record.add(report, time.perf_counter() - start)
         found: Tensor = u
         return found
 
