@@ -73,6 +73,15 @@ class MissingFrameworkError(BackendError, ImportError):
         )
 
 
+class MissingExtraError(DeqcoreError, ImportError):
+    """A feature needs a package that is optional and not installed."""
+
+    @classmethod
+    def of(cls, feature: str, package: str, extra: str) -> MissingExtraError:
+        """Name the extra to install."""
+        return cls(f'{feature} needs the package {package!r}. Install it with: pip install "deqcore[{extra}]"')
+
+
 class BackendMismatchError(BackendError, TypeError):
     """The arrays belong to another framework than the config names, or to several frameworks."""
 
@@ -120,3 +129,11 @@ class DtypeToleranceWarning(UserWarning):
 
 class LayerWarning(UserWarning):
     """A layer's cell does something that a fixed point does not survive, or a checkpoint has other settings."""
+
+
+class MonitorError(DeqcoreError, RuntimeError):
+    """A trigger of the monitor says that the run must stop, or a log cannot be read."""
+
+
+class MonitorWarning(UserWarning):
+    """What the monitor has to tell: a trigger fired, or a sink failed."""

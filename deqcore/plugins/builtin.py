@@ -14,6 +14,7 @@ from deqcore.plugins.records import (
     BackendSpec,
     CommandSpec,
     Kind,
+    SinkSpec,
     SolverSpec,
     Spec,
     StrategySpec,
@@ -75,6 +76,10 @@ TRAINERS: Final = (
     TrainerSpec("jax", "deqcore_jax.study:JaxTrainer", "jax", "JAX training loop"),
 )
 
+SINKS: Final = (
+    SinkSpec("jsonl", "deqcore.monitor.sinks.jsonl:JsonlSink", "JSON lines; the log that watch and report read"),
+)
+
 # One line per command; the target is a typer app or a function. `deqcore --help` imports none of them.
 COMMANDS: Final = (
     CommandSpec("backends", "deqcore.cli.backends:command", "List the backends and whether they are installed."),
@@ -95,7 +100,7 @@ BUILTIN: Final[Mapping[Kind, Mapping[str, Spec]]] = MappingProxyType(
         "backend": _by_name(BACKENDS),
         "solver": _by_name(SOLVERS),
         "strategy": _by_name(STRATEGIES),
-        "sink": _by_name(()),
+        "sink": _by_name(SINKS),
         "trainer": _by_name(TRAINERS),
         "command": _by_name(COMMANDS),
     }

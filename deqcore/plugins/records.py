@@ -104,7 +104,7 @@ class BackendSpec(Spec):
 
 @dataclass(frozen=True)
 class SinkSpec(Spec):
-    """A sink of the monitor: where its records go."""
+    """A sink of the monitor: the target is a dataclass of its options, subclass of `deqcore.monitor.Sink`."""
 
     name: str
     target: str

@@ -1,0 +1,92 @@
+"""The triggers of a monitor at work: events, actions, and the settings that they change."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeAlias
+
+from deqcore.config import Config
+from deqcore.errors import MonitorError, MonitorWarning
+from deqcore.monitor import effects
+from deqcore.monitor.sink import Event, Row
+from deqcore.monitor.triggers import Change, Trigger, Watcher
+
+Hook: TypeAlias = Callable[[Event], object]
+
+
+class Alarms:
+    """Watches rows and acts.
+
+    Args:
+        triggers: what to watch; they were checked.
+        hooks: functions by name, for the action "hook".
+
+    Attributes:
+        retrain: the sentence of the event that set the retrain mark, or None.
+        error: what the action "raise" wants raised, or None.
+    """
+
+    def __init__(self, triggers: Iterable[Trigger], hooks: Mapping[str, Hook]) -> None:
+        self._watchers = [Watcher(trigger) for trigger in triggers]
+        self._hooks = hooks
+        self.retrain: str | None = None
+        self.error: MonitorError | None = None
+        self.active: tuple[Trigger, ...] = ()
+
+    @property
+    def may_mark(self) -> bool:
+        """Whether a trigger can set the retrain mark."""
+        return any(watcher.trigger.action == "retrain" for watcher in self._watchers)
+
+    def see(self, row: Row) -> list[Event]:
+        """Show a row to all triggers, and act on what changes."""
+        changes = [change for watcher in self._watchers if (change := watcher.see(row.values)) is not None]
+        if changes:
+            on = (watcher.trigger for watcher in self._watchers if watcher.active)
+            self.active = tuple(trigger for trigger in on if trigger.action in effects.CHANGES)
+        return [event for change in changes for event in self._act(change, row)]
+
+    def _act(self, change: Change, row: Row) -> list[Event]:
+        trigger = change.trigger
+        text = _sentence(change, row)
+        kind = "fired" if change.fired else "cleared"
+        event = Event(row.step, row.time, kind, text, trigger.metric, change.value, trigger.action)
+        if not change.fired:
+            return [event]
+        if trigger.action == "hook":
+            self._hooks[trigger.hook](event)
+        elif trigger.action == "raise":
+            self.error = MonitorError(text)
+        else:
+            warnings.warn(text, MonitorWarning, stacklevel=2)
+        if trigger.action != "retrain":
+            return [event]
+        self.retrain = self.retrain or text
+        return [event, Event(row.step, row.time, "retrain", text, trigger.metric, change.value, trigger.action)]
+
+    def apply(self, config: Config, rtol: float | None, least: float) -> Config:
+        """The config with the actions in force."""
+        return effects.apply(config, self.active, rtol, least) if self.active else config
+
+
+_ACTIONS: Mapping[str, str] = {
+    "warn": "",
+    "raise": " The run is stopped.",
+    "tighten": " The forward tolerance is tightened.",
+    "refine": " The backward strategy may spend more.",
+    "exact": " The backward strategy is exact-ift from here on.",
+    "hook": " The hook {hook!r} is called.",
+    "retrain": " The model is marked for retraining.",
+}
+
+
+def _sentence(change: Change, row: Row) -> str:
+    trigger = change.trigger
+    where = f"step {row.step}" + (f", {row.name}" if row.name else "")
+    if change.fired:
+        what = f"{trigger.statistic} of {trigger.metric} over {trigger.window} = {change.value:.4g} {trigger.condition}"
+        return f"{where}: {what}.{_ACTIONS[trigger.action].format(hook=trigger.hook)}"
+    if change.value is None:
+        return f"{where}: {trigger.metric} was not measured meanwhile: the earlier settings are tried again."
+    return f"{where}: {trigger.metric} = {change.value:.4g} again; what the trigger did is undone."

@@ -1,0 +1,114 @@
+"""Standard names, units and meanings: the one table that the monitor, its sinks, triggers, views and dashboard use.
+
+Names follow the practice of Prometheus: one prefix, and base units. Every value of a row is a float; what was not
+measured is absent, never zero and never NaN.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from deqcore.errors import ConfigError, did_you_mean, listing
+
+NAME: Final = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a number is called and what it means.
+
+    Attributes:
+        name: letters, digits and underscores, as Prometheus wants it.
+        unit: "1" for ratios, else "steps", "seconds", "samples", "norm" (of the state's unit).
+        help: one sentence.
+        per_sample: whether a reference profile may keep its value for each sample.
+    """
+
+    name: str
+    unit: str
+    help: str
+    per_sample: bool = False
+
+    def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.name):
+            expected = "letters, digits and underscores, such as 'my_loss'"
+            raise ConfigError.bad_value("Metric", "name", self.name, expected)
+
+
+STANDARD: Final[tuple[Metric, ...]] = (
+    Metric("deq_forward_steps", "steps", "Solver steps, mean over the batch.", per_sample=True),
+    Metric("deq_forward_steps_max", "steps", "Solver steps of the slowest sample."),
+    Metric("deq_forward_evaluations", "evaluations", "Evaluations of f in the forward solve, mean over the batch."),
+    Metric("deq_forward_residual", "norm", "‖f(z) − z‖ of the returned iterate, median over the batch.", True),
+    Metric("deq_forward_residual_max", "norm", "‖f(z) − z‖ of the worst sample (inf where it is not finite)."),
+    Metric("deq_forward_seconds", "seconds", "Host time of the forward solve."),
+    Metric("deq_unconverged_fraction", "1", "Samples that did not meet the forward tolerance."),
+    Metric("deq_nonfinite_fraction", "1", "Samples where f returned NaN or inf, or whose solve diverged."),
+    Metric("deq_backward_steps", "steps", "Vector–Jacobian products of the backward pass, mean over the batch."),
+    Metric("deq_backward_steps_max", "steps", "Vector–Jacobian products of the costliest sample."),
+    Metric("deq_backward_residual", "1", "Relative adjoint residual ‖g + Jᵀu − u‖ / ‖g‖, median over the batch."),
+    Metric("deq_backward_residual_max", "1", "Relative adjoint residual of the worst sample."),
+    Metric("deq_backward_error", "1", "Certified bound on the gradient's relative error, worst sample."),
+    Metric("deq_backward_seconds", "seconds", "Host time of the adjoint solve."),
+    Metric("deq_uncertified_fraction", "1", "Samples whose backward pass missed what its strategy promises."),
+    Metric("deq_refined_fraction", "1", "Samples whose reused gradient needed more than the certificate's product."),
+    Metric("deq_fallback_fraction", "1", "Samples whose backward pass gave up and took something simpler."),
+    Metric("deq_gradient_cosine", "1", "Gradient audit: cosine between the gradient used and the exact one."),
+    Metric("deq_gradient_error", "1", "Gradient audit: relative error of the gradient used, 2-norm."),
+    Metric("deq_spectral_radius", "1", "Estimated spectral radius of the Jacobian of f at the fixed point."),
+    Metric("deq_residual_psi", "1", "Drift of the residuals from the reference: population stability index."),
+    Metric("deq_residual_ks", "1", "Drift of the residuals from the reference: Kolmogorov–Smirnov distance."),
+    Metric("deq_residual_ks_pvalue", "1", "Probability of such a distance without drift."),
+    Metric("deq_steps_psi", "1", "Drift of the steps from the reference: population stability index."),
+    Metric("deq_steps_ks", "1", "Drift of the steps from the reference: Kolmogorov–Smirnov distance."),
+    Metric("deq_steps_ks_pvalue", "1", "Probability of such a distance without drift."),
+    Metric("deq_retrain", "1", "1 once a trigger has marked the model for retraining."),
+)
+
+
+class Metrics(Mapping[str, Metric]):
+    """The standard metrics, and those that a monitor's user adds.
+
+    Args:
+        more: further metrics.
+
+    Raises:
+        ConfigError: two have the same name.
+
+    Example:
+        >>> metrics = Metrics([Metric("my_loss", "1", "Training loss.")])
+        >>> metrics["my_loss"].unit, metrics["deq_forward_steps"].unit
+        ('1', 'steps')
+    """
+
+    def __init__(self, more: Iterable[Metric] = ()) -> None:
+        self._known = {metric.name: metric for metric in STANDARD}
+        for metric in more:
+            if metric.name in self._known:
+                raise ConfigError(f"The metric {metric.name!r} exists already: choose another name.")
+            self._known[metric.name] = metric
+
+    def __getitem__(self, name: str) -> Metric:
+        return self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def check(self, owner: str, name: str) -> Metric:
+        """The metric of this name.
+
+        Raises:
+            ConfigError: there is none; `owner` says who asked for it.
+        """
+        if name not in self._known:
+            raise ConfigError(
+                f"{owner}: there is no metric {name!r}.{did_you_mean(name, self._known)} Metrics are: "
+                f"{listing(self._known)}. Your own are declared with Monitor(metrics=[Metric(...)])."
+            )
+        return self._known[name]

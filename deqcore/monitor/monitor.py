@@ -1,0 +1,356 @@
+"""`Monitor`: sees every solve, keeps its figures on the device, writes them to sinks, and acts on triggers."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from threading import RLock
+from types import TracebackType
+from typing import Any, Final, final
+
+from deqcore import plugins
+from deqcore.backend import Array, Backend, BackwardRecord
+from deqcore.config import Config, current
+from deqcore.equilibrium import get_backend
+from deqcore.errors import ConfigError, MonitorWarning
+from deqcore.monitor.alarms import Alarms, Hook
+from deqcore.monitor.drift import TRIGGERS, Drift, Profile, Samples
+from deqcore.monitor.figures import Pending, fetch, values
+from deqcore.monitor.metrics import Metric, Metrics
+from deqcore.monitor.outlet import Outlet
+from deqcore.monitor.settings import MonitorSettings, SinkLike, make_triggers
+from deqcore.monitor.sink import Event, Record, Row, Run
+from deqcore.monitor.triggers import Trigger
+from deqcore.observer import Observer, Solve, observing
+from deqcore.solution import Solution
+from deqcore.strategy import AdjointReport
+
+RECENT: Final = 1000
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A measurement that costs something, taken now and then: a spectral radius, an audit of the gradient.
+
+    Attributes:
+        metric: what it measures.
+        measure: from a solve (which has f, its arguments and the solution) to a number or a scalar of the framework.
+        every: solves between measurements.
+    """
+
+    metric: str
+    measure: Callable[[Solve], Any]
+    every: int = 100
+
+
+@final
+class Monitor(Observer):
+    """Observe solves, write their figures to sinks, act on triggers.
+
+    Inside its `with` block every `fixed_point` and `vjp` of this thread or task is observed. The statistics stay on
+    the device and are moved in one transfer every `every` solves. A sink that fails is told of once and never stops
+    the training.
+
+    The actions "tighten", "refine" and "exact" change the settings of the solves inside the block, whatever config
+    these were given. Code that JAX has compiled cannot be changed so: there, call it inside
+    `with deqcore.using(monitor.config):`, which compiles anew when an action changes something.
+
+    Args:
+        config: whose section `[monitor]` gives what the other arguments do not; also the base of `monitor.config`.
+        sinks: sinks, registered names, or tables such as `{"sink": "csv", "path": "run.csv"}`.
+        triggers: what to watch, `Trigger` or tables of its fields.
+        every: solves between transfers.
+        hooks: functions by name, for the action "hook"; each gets the `Event`. What they raise is passed on.
+        metrics: further metrics, for `log`.
+        reference: a profile, or its file: drift against it is measured, and sets the retrain mark.
+        probes: measurements to take now and then.
+
+    Raises:
+        ConfigError: a setting, a metric, a condition or an option of a sink does not fit.
+        MissingExtraError: a package that a sink needs is not installed.
+
+    Example:
+        >>> import numpy as np, deqcore
+        >>> with Monitor(sinks=[]) as monitor:
+        ...     sol = deqcore.fixed_point(lambda z: 0.5 * z + 1.0, np.zeros((4, 2)))
+        >>> row = monitor.rows[-1]
+        >>> row.values["deq_unconverged_fraction"], row.values["deq_forward_steps"] == float(sol.steps.mean())
+        (0.0, True)
+    """
+
+    def __init__(
+        self,
+        config: Config | None = None,
+        *,
+        sinks: Iterable[SinkLike] | None = None,
+        triggers: Iterable[Trigger | Mapping[str, object]] | None = None,
+        every: int | None = None,
+        hooks: Mapping[str, Hook] | None = None,
+        metrics: Iterable[Metric] = (),
+        reference: Profile | str | Path | None = None,
+        probes: Sequence[Probe] = (),
+    ) -> None:
+        self._base = current() if config is None else config
+        given = MonitorSettings.of(self._base.section("monitor") if config is not None else {})
+        self.every = given.every if every is None else every
+        if self.every < 1:
+            raise ConfigError.bad_value("Monitor", "every", every, "an integer >= 1")
+        self.metrics = Metrics(metrics)
+        found = given.reference if reference is None else reference
+        profile = Profile.load(found) if isinstance(found, (str, Path)) else found
+        self._drift = Drift(profile) if profile is not None else None
+        made = make_triggers(given.triggers if triggers is None else triggers)
+        made += (
+            TRIGGERS if profile is not None and not any("_psi" in t.metric or "_ks" in t.metric for t in made) else ()
+        )
+        for trigger in made:
+            trigger.check(self.metrics, hooks or {})
+        for probe in probes:
+            self.metrics.check("A probe", probe.metric)
+        self._probes = tuple(probes)
+        self._alarms = Alarms(made, hooks or {})
+        run = Run(self.metrics, time.time(), self._base.as_dict())
+        self._outlet = Outlet(given.sinks if sinks is None else sinks, run)
+        self.rows: deque[Row] = deque(maxlen=RECENT)
+        self.events: deque[Event] = deque(maxlen=RECENT)
+        self._samples = Samples()
+        self._pending: list[Pending] = []
+        self._notes: list[Event] = []
+        self._noted: set[str] = set()
+        self._solves = 0
+        self._since = 0
+        self._step: int | None = None
+        self._rtol: float | None = None
+        self._least = 0.0
+        self._lock = RLock()
+        self._stack: ExitStack | None = None
+        self._closed = False
+
+    # -- what the user reads ------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> Config:
+        """The monitor's own settings with the actions in force: for `using`, or for a call's `config=`."""
+        return self._alarms.apply(self._base, self._rtol, self._least)
+
+    @property
+    def retrain(self) -> str | None:
+        """Why the model should be trained again, or None."""
+        return self._alarms.retrain
+
+    @property
+    def step(self) -> int:
+        """The training step as `advance` counts it, or else the number of solves so far."""
+        return self._solves if self._step is None else self._step
+
+    def profile(self) -> Profile:
+        """The distribution of residuals and steps over the latest samples, to save beside the model."""
+        self.flush()
+        return self._samples.profile()
+
+    # -- what is observed ---------------------------------------------------------------------------------------
+
+    def adjust(self, config: Config, backend: Backend) -> Config:
+        """The settings of a solve inside the block, with the actions in force."""
+        adjusted = self._alarms.apply(config, self._rtol, self._least)
+        if backend.capabilities.eager or adjusted is config or adjusted == config:
+            return adjusted
+        self._note(
+            f"{backend.name} compiles its solves, so a trigger's action reaches them only inside "
+            f"`with deqcore.using(monitor.config):`."
+        )
+        return config
+
+    def solved(self, solve: Solve) -> None:
+        """Take the statistics of a solve inside the block."""
+        solution = solve.solution
+        if solution.backend.is_traced(solution.status):
+            self._note(
+                "A solve inside traced code is seen by nobody but the code itself: observe its solution there "
+                "(deqcore_jax.collector.observe), or outside of it (monitor.observe)."
+            )
+            return
+        self.observe(solution, seconds=solve.seconds, config=solve.config)
+        for probe in self._probes:
+            if (self._solves - 1) % probe.every == 0:
+                self.log(**{probe.metric: probe.measure(solve)})
+
+    def observe(
+        self, solution: Solution, *, name: str = "", seconds: float | None = None, config: Config | None = None
+    ) -> None:
+        """Take the statistics of a solution, and of its backward pass when that has run.
+
+        Args:
+            solution: what `fixed_point` returned, outside of traced code.
+            name: of the layer, for models with several.
+            seconds: that the solve took.
+            config: settings that it ran with; default: the monitor's own.
+        """
+        backend = solution.backend
+        if self._rtol is None:
+            leaf = backend.flatten(solution.value)[0][0]
+            self._rtol, self._least = backend.default_rtol(leaf), 2 * backend.eps(leaf)
+        with self._lock:
+            item = self._item(name, backend, config)
+            item.forward(solution)
+            if seconds is not None:
+                item.seconds["deq_forward_seconds"] = seconds
+            record = solution.record
+            if record is not None:
+                item.record = record
+                if record.report is not None:
+                    item.backward(record.report, record.seconds)
+                record.listener = lambda record: self._heard(item, record)
+            self._take(item)
+
+    def observe_backward(self, report: AdjointReport, *, name: str = "", seconds: float = float("nan")) -> None:
+        """Take what a backward pass did, where no solution leads to it (a probe's figures in JAX)."""
+        name_of = plugins.backend_of(report.status)
+        backend = get_backend(backend=name_of or "numpy")
+        with self._lock:
+            item = self._item(name, backend, None)
+            item.backward(report, seconds)
+            self._add(item)
+
+    def log(self, *, layer: str = "", **figures: float | Array) -> None:
+        """Record further metrics: numbers, or scalars of a framework, which stay on their device until the flush.
+
+        Raises:
+            ConfigError: a metric is unknown.
+        """
+        for metric in figures:
+            self.metrics.check("Monitor.log", metric)
+        owner = next((name for value in figures.values() if (name := plugins.backend_of(value))), "numpy")
+        with self._lock:
+            item = self._item(layer, get_backend(backend=owner), None)
+            for metric, value in figures.items():
+                if plugins.backend_of(value) == owner and owner != "numpy":
+                    item.arrays[metric] = value
+                else:
+                    item.seconds[metric] = float(value)
+            self._add(item)
+
+    def advance(self, step: int | None = None) -> None:
+        """Say that a training step has ended; figures that follow belong to the next one."""
+        self._step = (0 if self._step is None else self._step) + 1 if step is None else step
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _item(self, name: str, backend: Backend, config: Config | None) -> Pending:
+        strategy = (self._base if config is None else config).backward.strategy
+        return Pending(self.step, self._solves, time.time(), name, backend, reused=_reuses(strategy))
+
+    def _take(self, item: Pending) -> None:
+        self._solves += 1
+        self._since += 1
+        self._add(item)
+        if self._since >= self.every:
+            self.flush()
+
+    def _add(self, item: Pending) -> None:
+        self._pending.append(item)
+
+    def _heard(self, item: Pending, record: BackwardRecord) -> None:
+        """A backward pass has run, perhaps in another thread; perhaps after its solve became a row."""
+        report = record.report
+        if report is None:
+            return
+        with self._lock:
+            if item.sent or "backward.status" in item.arrays:
+                item = Pending(self.step, item.solve, time.time(), item.name, item.backend, reused=item.reused)
+                self._add(item)
+            item.backward(report, record.seconds)
+
+    def flush(self, *, final: bool = False) -> None:
+        """Move what has gathered to the host, show it to the triggers, and write it to the sinks.
+
+        Args:
+            final: take solves, too, whose backward pass may still come.
+
+        Raises:
+            MonitorError: a trigger with the action "raise" fired.
+        """
+        with self._lock:
+            self._since = 0
+            ready = [item for item in self._pending if final or not item.awaits()]
+            kept = [item for item in self._pending if not final and item.awaits()]
+            self._pending = kept
+            for item in kept:
+                item.held = True
+            for item in ready:
+                item.sent = True
+            records = self._rows(ready)
+            notes, self._notes = self._notes, []
+            self._outlet.write(self.step, [*notes, *records])
+            error, self._alarms.error = self._alarms.error, None
+        if error is not None:
+            raise error
+
+    def _rows(self, ready: list[Pending]) -> list[Record]:
+        records: list[Record] = []
+        hosts = fetch(ready)
+        for item, host in zip(ready, hosts, strict=True):
+            figures = values(item, host)
+            self._samples.add(host)
+            if self._drift is not None:
+                figures |= self._drift.measure(self._samples)
+            if self._alarms.may_mark:
+                figures["deq_retrain"] = float(self._alarms.retrain is not None)
+            row = Row(item.step, item.solve, item.time, figures, item.name)
+            events = self._alarms.see(row)
+            self.rows.append(row)
+            self.events.extend(events)
+            records += [row, *events]
+        return records
+
+    def _note(self, text: str) -> None:
+        if text not in self._noted:
+            self._noted.add(text)
+            self._notes.append(Event(self.step, time.time(), "note", text))
+            warnings.warn(text, MonitorWarning, stacklevel=4)
+
+    def __enter__(self) -> Monitor:
+        if self._closed or self._stack is not None:
+            raise ConfigError("A Monitor is entered once: make another one.")
+        self._stack = ExitStack()
+        self._stack.enter_context(observing(self))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._stack is not None:
+            self._stack.close()
+            self._stack = None
+        try:
+            self.close()
+        except Exception:
+            if error is None:  # what broke the block matters more than what a trigger has to say at its end
+                raise
+
+    def close(self) -> None:
+        """Write what is left and close the sinks. A `with` block does it by itself.
+
+        Raises:
+            MonitorError: a trigger with the action "raise" fired at the last flush.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.flush(final=True)
+        finally:
+            self._outlet.close()
+
+
+@lru_cache(maxsize=64)
+def _reuses(strategy: str) -> bool:
+    """Whether a strategy works with the forward solver's estimate, so that its first product is a certificate."""
+    cls: Any = plugins.load("strategy", strategy)
+    return bool(getattr(cls, "needs", None) == "estimate")

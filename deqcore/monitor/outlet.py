@@ -1,0 +1,47 @@
+"""All sinks of a monitor together, with what goes to them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from deqcore.monitor.guard import Guard, rescue
+from deqcore.monitor.settings import SinkLike, make_sink
+from deqcore.monitor.sink import Event, Record, Run
+
+
+class Outlet:
+    """Writes records to every sink; a failure in one becomes an event in the others.
+
+    Args:
+        sinks: what `make_sink` takes.
+        run: what the sinks are told.
+
+    Raises:
+        ConfigError: a sink's options do not fit.
+        MissingExtraError: a package that a sink needs is not installed.
+    """
+
+    def __init__(self, sinks: Iterable[SinkLike], run: Run) -> None:
+        self.run = run
+        self.guards = [Guard(*make_sink(sink), self._tell) for sink in sinks]
+        self._step = 0
+        self._events: list[Event] = []
+
+    def write(self, step: int, records: Iterable[Record]) -> None:
+        """Offer records to all sinks, with the events of failures up to here."""
+        self._step = step
+        told, self._events = self._events, []
+        everything = [*told, *records]
+        for guard in self.guards:
+            guard.write(self.run, everything)
+
+    def close(self) -> None:
+        """Write what is left, close the sinks, and rescue what none of them took."""
+        self.write(self._step, ())
+        for guard in self.guards:
+            guard.close()
+        rescue(self.run, self.guards)
+
+    def _tell(self, text: str) -> None:
+        self._events.append(Event(self._step, time.time(), "sink", text))

@@ -1,0 +1,106 @@
+"""The section `[monitor]` of a config: sinks, triggers, and how often.
+
+[monitor]
+every = 10                          # solves between transfers from the device
+reference = "profile.json"          # the profile that drift is measured against
+[[monitor.sinks]]
+sink = "jsonl"                      # a registered name; the other keys are the sink's own options
+path = "monitor.jsonl"
+[[monitor.triggers]]                # see deqcore.monitor.triggers
+metric = "deq_unconverged_fraction"
+condition = "> 0.1"
+action = "warn"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from deqcore import plugins
+from deqcore.errors import ConfigError, PluginError
+from deqcore.monitor.sink import Sink
+from deqcore.monitor.triggers import Trigger
+from deqcore.plugins.options import Options, check, instantiate
+from deqcore.settings import names_of
+
+SinkLike: TypeAlias = Sink | str | Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class MonitorSettings:
+    """What a config says of the monitor.
+
+    Attributes:
+        every: solves between transfers from the device and writes to the sinks.
+        reference: a file with the profile that drift is measured against, or None.
+        sinks: tables with the key "sink" and that sink's options.
+        triggers: tables of `Trigger`.
+    """
+
+    every: int = field(default=10, metadata={"least": 1, "expected": "an integer >= 1"})
+    reference: str | None = None
+    sinks: tuple[Options, ...] = (Options({"sink": "jsonl"}),)
+    triggers: tuple[Options, ...] = ()
+
+    @classmethod
+    def of(cls, section: Mapping[str, object]) -> MonitorSettings:
+        """Check a section.
+
+        Raises:
+            ConfigError: a setting is unknown or its value does not fit.
+        """
+        known = names_of(cls)
+        for name in section:
+            if name not in known:
+                raise ConfigError.unknown_option("[monitor]", name, known)
+        plain = {name: section[name] for name in ("every", "reference") if name in section}
+        values: dict[str, Any] = {name: check("[monitor]", cls, name, value) for name, value in plain.items()}
+        values |= {name: _tables(name, section[name]) for name in ("sinks", "triggers") if name in section}
+        return cls(**values)
+
+
+def _tables(name: str, given: object) -> tuple[Options, ...]:
+    tables = given if isinstance(given, (list, tuple)) else (given,)
+    for each in tables:
+        if not isinstance(each, Mapping):
+            raise ConfigError.bad_value("[monitor]", name, each, f"a table, written [[monitor.{name}]],")
+    return tuple(Options(each, f"[[monitor.{name}]]") for each in tables)
+
+
+def make_sink(given: SinkLike) -> tuple[str, Sink]:
+    """A sink, and the name to call it by.
+
+    Args:
+        given: a sink, a registered name, or a table with the key "sink" and options.
+
+    Raises:
+        UnknownNameError: nobody registered it.
+        ConfigError: an option is unknown or does not fit.
+        PluginError: what is registered is no sink.
+    """
+    if isinstance(given, Sink):
+        return type(given).__name__, given
+    table = {"sink": given} if isinstance(given, str) else dict(given)
+    name = table.pop("sink", None)
+    if not isinstance(name, str):
+        raise ConfigError.bad_value("[[monitor.sinks]]", "sink", name, "the name of a registered sink")
+    target: Any = plugins.load("sink", name)
+    made: object = instantiate(f"sink {name!r}", target, table)
+    if not isinstance(made, Sink):
+        raise PluginError(f"The sink {name!r} is {target!r}, but a subclass of deqcore.monitor.Sink is expected.")
+    return name, made
+
+
+def make_triggers(given: Iterable[Trigger | Mapping[str, object]]) -> tuple[Trigger, ...]:
+    """Triggers from tables.
+
+    Raises:
+        ConfigError: an option is unknown or does not fit.
+    """
+    made = (
+        each if isinstance(each, Trigger) else instantiate("trigger in [[monitor.triggers]]", Trigger, each)
+        for each in given
+    )
+    return tuple(made)

@@ -1,0 +1,110 @@
+"""What a sink must offer: the contract between the monitor and the places where its records go.
+
+A sink is a dataclass whose fields are its options, registered under a name by the hook `deqcore_sinks`:
+
+    @hookimpl
+    def deqcore_sinks():
+        yield SinkSpec("parquet", "deq_parquet:ParquetSink", summary="one row group per flush")
+
+Requirements:
+
+1. `write` gets all records since the last call, in order, and returns when they are handed over. It raises if they
+   are not: the monitor then reports it once, keeps the records, and offers them again at the next flush. So `write`
+   keeps all of its records or none.
+2. It is called every few steps, from the thread that trains: what takes long belongs into a thread of the sink's own.
+3. Nothing is opened and nothing heavy is imported before `open`; `needs` names the packages that it will import.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, TypeAlias
+
+from deqcore.monitor.metrics import Metric
+
+
+@dataclass(frozen=True)
+class Row:
+    """The figures of one solve, or of one that only its backward pass is known of.
+
+    Attributes:
+        step: training step: as `Monitor.advance` counts it, or else the number of the solve.
+        solve: number of the solve since the monitor was made, from 0.
+        time: seconds since the epoch.
+        name: which layer, for models with several; "" if there is but one.
+        values: by metric. What was not measured is absent; infinite values occur, NaN does not.
+    """
+
+    step: int
+    solve: int
+    time: float
+    values: Mapping[str, float]
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened: a trigger fired or was cleared, a sink failed, the retrain mark was set.
+
+    Attributes:
+        step: as in `Row`.
+        time: seconds since the epoch.
+        kind: "fired", "cleared", "retrain", "sink" or "note".
+        message: one sentence for people.
+        metric: what it is about, or "".
+        value: of the metric that decided, or None.
+        action: of the trigger, or "".
+    """
+
+    step: int
+    time: float
+    kind: str
+    message: str
+    metric: str = ""
+    value: float | None = None
+    action: str = ""
+
+
+Record: TypeAlias = Row | Event
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a sink learns when it is opened.
+
+    Attributes:
+        metrics: all that may occur in rows, by name, with units and meanings.
+        started: seconds since the epoch.
+        config: the settings that were in force, as plain values.
+    """
+
+    metrics: Mapping[str, Metric]
+    started: float
+    config: Mapping[str, object] = field(default_factory=dict)
+
+
+class Sink(ABC):
+    """Where records go. A subclass is a dataclass of its options and is final.
+
+    Attributes:
+        keeps: whether what was written can be read back; a sink that shows only the latest values does not.
+        needs: import names of optional packages, each with the extra of deqcore that installs it. They are looked for
+            when the monitor is made, so that a missing one is told before the training begins.
+    """
+
+    keeps: ClassVar[bool] = True
+    needs: ClassVar[Mapping[str, str]] = {}
+
+    def open(self, run: Run) -> None:
+        """Get ready. Called once before the first `write`; again, if it raised, at the next flush."""
+        return None
+
+    @abstractmethod
+    def write(self, records: Sequence[Record]) -> None:
+        """Hand over `records`, all or none."""
+
+    def close(self) -> None:
+        """Finish: called once, after the last `write`, also after an `open` or a `write` that failed."""
+        return None
