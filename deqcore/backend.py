@@ -317,6 +317,13 @@ class Backend(ABC):
         """Forward products `v ↦ J v` at `z`, or None where the framework has none."""
         return None
 
+    def recorded_pull(self, f: Map, z: Array) -> Map:
+        """Products `u ↦ Jᵀu` at `z` that are themselves recorded: gradients flow to z and to what f depends on.
+
+        The default is for backends whose `linearize` composes with differentiation, or that have no tape at all.
+        """
+        return self.linearize(f, z)[1]
+
     @abstractmethod
     def forward_only(
         self, f: Callable[..., Array], z0: Array, args: tuple[Any, ...], solve: Callable[[Map, Array], Forward]

@@ -73,7 +73,7 @@ def fixed_point(
         >>> bool(sol.converged.all()), sol.value.shape
         (True, (1, 2))
     """
-    plan = _plan(config, overrides, z0, args)
+    plan = plan_call(config, overrides, z0, args)
     start = time.perf_counter()
     value, forward, record = plan.run(plan.space.wrap(f, tuple(batched_args)), plan.space.ravel(z0), args, state)
     solution = plan.solution(value, forward, record)
@@ -117,7 +117,7 @@ def vjp(
         >>> z.round(6).item(), da.round(6).item(), dx.round(6).item()  # x/(1-a), x/(1-a)², 1/(1-a)
         (2.0, 4.0, 2.0)
     """
-    plan = _plan(config, overrides, z0, args)
+    plan = plan_call(config, overrides, z0, args)
     g = plan.space.ravel_like("cotangent", cotangent)
     raveled, start = plan.space.wrap(f, tuple(batched_args)), plan.space.ravel(z0)
     run = plan.differentiate if plan.backend.capabilities.autodiff else plan.differentiate_by_hand
@@ -167,7 +167,7 @@ def _backend(name: str) -> Backend:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """One call, resolved: nothing below this line looks at settings or registries again."""
 
     config: Config
@@ -321,9 +321,10 @@ def _no_pull(u: Array) -> Array:
     raise StrategyError("The strategy called pull, although its uses_pull() says that it does not.")
 
 
-def _plan(config: Config | None, overrides: Mapping[str, object], z0: Tree, args: tuple[Any, ...]) -> _Plan:
+def plan_call(config: Config | None, overrides: Mapping[str, object], z0: Tree, args: tuple[Any, ...]) -> Plan:
+    """Resolve the settings of one call for the state z0; for other parts of deqcore, no public name."""
     resolved, scalars = settings.resolve(config, overrides)
-    backend = _pick(resolved, z0, args)
+    backend = pick_backend(resolved, z0, args)
     watcher = observer()
     if watcher is not None:
         resolved = watcher.adjust(resolved, backend)
@@ -337,7 +338,7 @@ def _plan(config: Config | None, overrides: Mapping[str, object], z0: Tree, args
     space = Space.of(backend, z0, forward.batch)
     like = backend.flatten(z0)[0][0]
     control = _control(resolved, scalars, backend, like)
-    return _Plan(resolved, backend, solver, strategy, control, space, watcher)
+    return Plan(resolved, backend, solver, strategy, control, space, watcher)
 
 
 def _control(config: Config, scalars: Mapping[str, object], backend: Backend, like: Array) -> Control:
@@ -368,7 +369,7 @@ def _control(config: Config, scalars: Mapping[str, object], backend: Backend, li
     )
 
 
-def _pick(config: Config, z0: Tree, args: tuple[Any, ...]) -> Backend:
+def pick_backend(config: Config, z0: Tree, args: tuple[Any, ...]) -> Backend:
     """The backend whose arrays the state holds; the config may only confirm it."""
     found = next((name for leaf in _walk(z0) if (name := plugins.backend_of(leaf)) is not None), None)
     if found is None:

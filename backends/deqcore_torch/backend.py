@@ -141,6 +141,20 @@ class TorchBackend(Backend):
 
         return y.detach(), pull
 
+    def recorded_pull(self, f: Map, z: Tensor) -> Map:
+        if not torch.is_grad_enabled():
+            return self.linearize(f, z)[1]
+        z = z if z.requires_grad else z.detach().requires_grad_()
+        y = f(z)
+
+        def pull(u: Tensor) -> Tensor:
+            if not y.requires_grad:
+                return torch.zeros_like(u)
+            (found,) = torch.autograd.grad(y, z, u, create_graph=True, allow_unused=True)
+            return torch.zeros_like(u) if found is None else found
+
+        return pull
+
     def push(self, f: Map, z: Tensor) -> Map:
         forward_ad = _forward_ad()
 

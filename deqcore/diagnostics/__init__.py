@@ -1,0 +1,48 @@
+"""What a fixed-point layer is like at its solution: spectral radius, norm of the Jacobian, quality of its gradient.
+
+All of it is written on the contract, so it works with every backend. `spectral_radius`, `gradient_audit` and
+`residual_curve` measure, and return NumPy arrays on the host; `jacobian_penalty` is a differentiable loss.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from deqcore.diagnostics.audit import Audit, gradient_audit
+    from deqcore.diagnostics.penalty import jacobian_penalty
+    from deqcore.diagnostics.residuals import Curve, residual_curve
+    from deqcore.diagnostics.spectrum import Spectrum, spectral_radius
+
+_HOME: Final = {
+    "Audit": "deqcore.diagnostics.audit",
+    "Curve": "deqcore.diagnostics.residuals",
+    "Spectrum": "deqcore.diagnostics.spectrum",
+    "gradient_audit": "deqcore.diagnostics.audit",
+    "jacobian_penalty": "deqcore.diagnostics.penalty",
+    "residual_curve": "deqcore.diagnostics.residuals",
+    "spectral_radius": "deqcore.diagnostics.spectrum",
+}
+
+__all__ = [
+    "Audit",
+    "Curve",
+    "Spectrum",
+    "gradient_audit",
+    "jacobian_penalty",
+    "residual_curve",
+    "spectral_radius",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'deqcore.diagnostics' has no attribute {name!r}")
+    value: object = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,83 @@
+"""A strategy's gradient taken apart: u, the gradients of arguments, and what it reports, on every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from deqcore.backend import Array, Map
+from deqcore.driver import Drive, Forward
+from deqcore.equilibrium import Plan
+from deqcore.linear.gmres import gmres
+from deqcore.strategy import Adjoint, AdjointReport, Steps, StepStrategy
+
+REFERENCE_EPS = 100.0  # the reference is solved to this many units of rounding, 1e-10 at least
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What became of a cotangent.
+
+    Attributes:
+        u: what stands for (I − J)^-T g, `(batch, n)`. For a strategy that differentiates steps, the gradient of a
+            shift of f, which is the same thing.
+        gradients: of the arguments, as `Backend.vjp` gives them.
+        report: of an implicit strategy, else None.
+    """
+
+    u: Array
+    gradients: tuple[Any, ...]
+    report: AdjointReport | None
+
+
+def solve(plan: Plan, f: Callable[..., Array], z0: Array, args: tuple[Any, ...]) -> Forward:
+    """The forward solve of a call, with no gradient recorded."""
+    return plan.backend.forward_only(f, z0, args, Drive(plan.backend, plan.solver, plan.control))
+
+
+def by_strategy(
+    plan: Plan, f: Callable[..., Array], z0: Array, args: tuple[Any, ...], g: Array, forward: Forward
+) -> Routed:
+    """The call's own strategy, at the solution that it shares with the reference."""
+    backend, strategy = plan.backend, plan.strategy
+    if isinstance(strategy, StepStrategy):
+        steps = Steps(backend, strategy, plan.solver)
+        begin = forward if strategy.solves() else None
+
+        def value(shift: Array, *moved: Any) -> tuple[Array, None]:
+            return backend.record(lambda z, s, *rest: f(z, *rest) + s, z0, (shift, *moved), steps, begin), None
+
+        _, _, (u, *gradients) = backend.vjp(value, (0 * z0, *args), g)
+        return Routed(u, tuple(gradients), None)
+    adjoint = Adjoint(backend, strategy, plan.solver)
+    _, pull = backend.linearize(lambda z: f(z, *args), forward.z)
+    with backend.quiet():
+        u, report = adjoint(pull, g, forward.carry.state)
+    return Routed(u, _gradients(plan, f, args, u, forward.z), report)
+
+
+def by_reference(
+    plan: Plan, f: Callable[..., Array], args: tuple[Any, ...], g: Array, forward: Forward, max_pulls: int
+) -> tuple[Routed, Any, Any]:
+    """The same by GMRES to rounding; also its relative residuals and pulls per sample, on the host."""
+    backend = plan.backend
+    _, pull = backend.linearize(lambda z: f(z, *args), forward.z)
+    product: Map = lambda u: u - pull(u)  # noqa: E731
+    rtol = max(1e-10, REFERENCE_EPS * backend.eps(g))
+    with backend.quiet():
+        found = gmres(backend, product, g, rtol=rtol, max_steps=min(max_pulls, g.shape[1]))
+        residual = backend.to_numpy(backend.norm(g - product(found.x))).astype(np.float64)
+    norm = backend.to_numpy(backend.norm(g)).astype(np.float64)
+    relative = np.divide(residual, norm, out=np.zeros_like(residual), where=norm > 0)
+    routed = Routed(found.x, _gradients(plan, f, args, found.x, forward.z), None)
+    return routed, relative, backend.to_numpy(found.products)
+
+
+def _gradients(plan: Plan, f: Callable[..., Array], args: tuple[Any, ...], u: Array, z: Array) -> tuple[Any, ...]:
+    """(∂f/∂args)ᵀ u by one recorded evaluation of f."""
+    if not args:
+        return ()
+    return plan.backend.vjp(lambda *moved: (f(z, *moved), None), args, u)[2]

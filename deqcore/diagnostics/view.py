@@ -1,0 +1,42 @@
+"""A function at a state, raveled: what all measurements at a point start from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from deqcore import config as settings
+from deqcore.backend import Array, Backend, Map, Tree
+from deqcore.equilibrium import pick_backend
+from deqcore.space import Space
+
+
+@dataclass(frozen=True)
+class View:
+    """The map `z ↦ f(z, *args)` on `(batch, n)` and the point at which it is looked at.
+
+    Attributes:
+        backend: whose arrays these are.
+        space: how trees become matrices.
+        f: the map.
+        z: the point `(batch, n)`.
+    """
+
+    backend: Backend
+    space: Space
+    f: Map
+    z: Array
+
+
+def view(f: Callable[..., Tree], z: Tree, args: tuple[Any, ...], batch: bool) -> View:
+    """Look at `f(·, *args)` at `z`.
+
+    Raises:
+        StateError: z is unfit as a state (no arrays, integers, no batch axis).
+        BackendMismatchError: the arrays belong to several frameworks.
+    """
+    backend = pick_backend(settings.resolve(None, {})[0], z, args)
+    space = Space.of(backend, z, batch)
+    raveled = space.wrap(f)
+    return View(backend, space, lambda v: raveled(v, *args), space.ravel(z))

@@ -1,0 +1,182 @@
+"""The gradient audit against dense linear algebra, and residual curves against closed forms."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import deqcore
+from deqcore.diagnostics import gradient_audit, residual_curve
+from deqcore.errors import ConfigError, StateError
+
+torch = pytest.importorskip("torch")
+jax = pytest.importorskip("jax")
+
+
+@pytest.fixture(params=["numpy", "torch", "jax"])
+def be(request):
+    with jax.enable_x64(True):
+        yield deqcore.get_backend(backend=request.param)
+
+
+B, N = 3, 8
+
+
+@pytest.fixture
+def problem():
+    r = np.random.default_rng(0)
+    a = np.stack([0.7 * r.standard_normal((N, N)) / np.sqrt(N) for _ in range(B)])
+    b, g = r.standard_normal((B, N)), r.standard_normal((B, N))
+    u = np.stack([np.linalg.solve((np.eye(N) - a[i]).T, g[i]) for i in range(B)])
+    return a, b, g, u
+
+
+def audit(be, problem, strategy, g=None, options=None, **more):
+    a, b, own, _ = problem
+
+    def f(z, a, b):
+        return be.xp.sum(a * z[:, None, :], axis=2) + b
+
+    return gradient_audit(
+        f,
+        be.asarray(np.zeros((B, N))),
+        be.asarray(a),
+        be.asarray(b),
+        cotangent=be.asarray(own if g is None else g),
+        forward__rtol=1e-10,
+        forward__max_steps=200,
+        backward__strategy=strategy,
+        backward__options=options or {},
+        **more,
+    )
+
+
+def cosine(a, b):
+    return np.sum(a * b, axis=-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+
+
+def test_jacobian_free_against_the_closed_form(be, problem):
+    *_, g, u = problem
+    found = audit(be, problem, "jacobian-free")
+    assert found.cosine == pytest.approx(cosine(g, u), rel=1e-7)
+    assert found.norm_ratio == pytest.approx(np.linalg.norm(g, axis=1) / np.linalg.norm(u, axis=1), rel=1e-7)
+    assert found.error == pytest.approx(np.linalg.norm(g - u, axis=1) / np.linalg.norm(u, axis=1), rel=1e-7)
+    assert found.pulls.tolist() == [0] * B
+    assert (found.exact_residual < 1e-9).all()
+    assert (found.exact_pulls <= N).all()
+
+
+def test_gradients_of_the_arguments(be, problem):
+    """The gradients of A are u zᵀ and those of b are u."""
+    a, b, g, u = problem
+    z = np.stack([np.linalg.solve(np.eye(N) - a[i], b[i]) for i in range(B)])
+    whole = [np.concatenate([np.einsum("bi,bj->bij", v, z).ravel(), v.ravel()]) for v in (g, u)]
+    found = audit(be, problem, "jacobian-free")
+    assert found.gradient_cosine == pytest.approx(cosine(*whole), rel=1e-6)
+    assert found.gradient_norm_ratio == pytest.approx(np.linalg.norm(whole[0]) / np.linalg.norm(whole[1]), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options"), [("phantom", {"steps": 3, "damping": 1.0}), ("neumann", {"terms": 2})]
+)
+def test_a_truncated_series(be, problem, strategy, options):
+    """Both are g + Jᵀg + JᵀJᵀg here: one differentiates three steps from z*, the other sums."""
+    a, _, g, u = problem
+    pulled = np.einsum("bij,bi->bj", a, g)
+    series = g + pulled + np.einsum("bij,bi->bj", a, pulled)
+    found = audit(be, problem, strategy, options=options)
+    assert found.cosine == pytest.approx(cosine(series, u), rel=1e-6)
+    assert np.isnan(found.pulls).all() == (strategy == "phantom")
+
+
+def test_exact_and_certified_agree_with_the_reference(be, problem):
+    exact = audit(be, problem, "exact-ift", options={"rtol": 1e-9})
+    assert (exact.error < 1e-7).all()
+    reuse = audit(be, problem, "broyden-reuse", options={"target": 0.05})
+    assert (reuse.error <= 0.05).all()
+    assert (reuse.reported <= 0.05).all()
+
+
+def test_a_sample_of_the_batch(be, problem):
+    whole, part = (audit(be, problem, "jacobian-free", samples=k, batched_args=(0, 1)) for k in (None, 2))
+    assert part.rows.tolist() == [0, 2]
+    assert part.cosine == pytest.approx(whole.cosine[[0, 2]])
+    assert "2 samples" in part.summary()
+
+
+def test_a_module_that_nothing_is_passed_to():
+    torch.manual_seed(0)
+    cell = torch.nn.Linear(4, 4)
+    with torch.no_grad():
+        cell.weight *= 0.5
+    found = gradient_audit(cell, torch.zeros(2, 4), cotangent=torch.ones(2, 4), backward__strategy="exact-ift")
+    assert found.cosine == pytest.approx([1.0, 1.0], abs=1e-5)
+    assert np.isnan(found.gradient_cosine)
+
+
+def test_zero_cotangent_nan_and_an_empty_batch(be, problem):
+    g = problem[2].copy()
+    g[0], g[1] = 0.0, np.nan
+    found = audit(be, problem, "jacobian-free", g=g)
+    assert (found.cosine[0], found.norm_ratio[0], found.error[0]) == (1.0, 1.0, 0.0)
+    assert np.isnan(found.error[1])
+    assert np.isfinite(found.error[2])
+    empty = be.asarray(np.zeros((0, 4)))
+    nothing = gradient_audit(lambda z: 0.5 * z, empty, cotangent=empty, backward__strategy="jacobian-free")
+    assert nothing.cosine.shape == (0,)
+    assert nothing.summary() == "The batch is empty."
+
+
+def test_bad_input():
+    f, z = (lambda z: 0.5 * z), np.zeros((2, 2))
+    with pytest.raises(ConfigError, match="samples = 0"):
+        gradient_audit(f, z, cotangent=z, samples=0)
+    with pytest.raises(ConfigError, match="max_pulls = 0"):
+        gradient_audit(f, z, cotangent=z, max_pulls=0)
+    with pytest.raises(ConfigError, match="batched_args"):
+        gradient_audit(f, z, cotangent=z, batched_args=(0,))
+    with pytest.raises(StateError, match="cotangent"):
+        gradient_audit(f, z, cotangent=np.zeros((2, 3)))
+
+
+def test_a_plain_iterations_curve_is_geometric(be):
+    """z_{k+1} = r z_k + 1 from 0: residual r^k, value (1 − r^(k+1))/(1 − r)."""
+    rates = np.array([[0.5], [0.8]])
+    stored = be.asarray(rates)
+    z0 = be.asarray(np.zeros((2, 1)))
+    found = residual_curve(lambda z: stored * z + 1, z0, steps=12, forward__solver="picard", forward__rtol=1e-3)
+    k = np.arange(13)[:, None]
+    expected = rates.T**k * (1 - rates.T) / (1 - rates.T ** (k + 1))
+    met = np.argmax(expected[:, 0] <= 1e-3)
+    assert found.steps.tolist() == [met, 12]
+    assert found.residual[: met + 1, 0] == pytest.approx(expected[: met + 1, 0], rel=1e-9)
+    assert found.residual[:, 1] == pytest.approx(expected[:, 1], rel=1e-9)
+    assert found.rate() == pytest.approx([0.5, 0.8], rel=0.1)
+    assert found.steps_to(1e-3).tolist() == [met, -1]
+    assert found.steps_to(0.5).tolist() == [np.argmax(each <= 0.5) for each in expected.T]
+
+
+def test_a_curve_is_the_solve_that_fixed_point_makes(be, problem):
+    a, b = (be.asarray(each) for each in problem[:2])
+
+    def f(z):
+        return be.xp.sum(a * z[:, None, :], axis=2) + b
+
+    z0 = be.asarray(np.zeros((B, N)))
+    settings = {"forward__solver": "broyden", "forward__rtol": 1e-9}
+    curve = residual_curve(f, z0, **settings)
+    sol = deqcore.fixed_point(f, z0, **settings)
+    assert curve.steps.tolist() == be.to_numpy(sol.steps).tolist()
+    size = np.linalg.norm(be.to_numpy(sol.value), axis=1)
+    assert curve.residual[-1] * size == pytest.approx(be.to_numpy(sol.residual), rel=1e-5)
+
+
+def test_a_curve_of_a_solve_that_fails(be):
+    found = residual_curve(lambda z: 0 * z + float("nan"), be.asarray(np.zeros((1, 1))), steps=30)
+    assert len(found.residual) == 1
+    assert np.isnan(found.residual).all()
+    assert np.isnan(found.rate()).all()
+    empty = residual_curve(lambda z: 0.5 * z, be.asarray(np.zeros((0, 2))), steps=3)
+    assert empty.residual.shape[1] == 0
+    with pytest.raises(ConfigError, match="steps = -1"):
+        residual_curve(lambda z: z, np.zeros((1, 1)), steps=-1)
