@@ -155,9 +155,7 @@ def _cut(backend: Backend, tree: Tree, rows: Any) -> Tree:
     leaves, structure = backend.flatten(tree)
 
     def cut(leaf: Array) -> Array:
-        if not backend.is_array(leaf):
-            return leaf
-        return backend.xp.stack([leaf[int(i)] for i in rows]) if len(rows) else leaf[:0]
+        return backend.take(leaf, backend.asarray(rows)) if backend.is_array(leaf) else leaf
 
     return backend.unflatten(structure, [cut(leaf) for leaf in leaves])
 

@@ -52,7 +52,7 @@ def residual_curve(
     *args: Any,
     steps: int = 40,
     config: Config | None = None,
-    **overrides: object,
+    **overrides: Any,
 ) -> Curve:
     """Solve one step at a time, as `fixed_point` would, and record every residual.
 
@@ -78,7 +78,7 @@ def residual_curve(
     """
     if steps < 0:
         raise ConfigError.bad_value("residual_curve", "steps", steps, "at least 0")
-    fixed = {"forward__on_failure": "ignore", "backward__strategy": "jacobian-free"}
+    fixed: dict[str, Any] = {"forward__on_failure": "ignore", "backward__strategy": "jacobian-free"}
     state, found, taken = None, [], None
     for step in range(steps + 1):
         budget = {"forward__max_steps": min(step, 1)}

@@ -34,7 +34,7 @@ class BroydenReuse(Strategy):
 
     Args:
         certify: measure and report the adjoint residual.
-        target: bound on the estimated relative error of u, in (0, 1), or None for no refinement.
+        target: bound on the estimated relative error of u, in (0, 1), or None ("none" in a file) for no refinement.
         refine_steps: pulls per sample at most, at least 1.
         fallback: what a sample gets that misses the target: "jacobian-free" (u = g, where its adjoint residual is
             smaller), "exact-ift" (GMRES to the dtype's default tolerance) or "none" (the best u found).
@@ -51,13 +51,15 @@ class BroydenReuse(Strategy):
     """
 
     certify: bool = True
-    target: float | None = 0.1
+    target: float | Literal["none"] | None = 0.1
     refine_steps: int = 40
     fallback: Literal["jacobian-free", "exact-ift", "none"] = "jacobian-free"
     needs: ClassVar[Literal["nothing", "pull", "estimate"]] = "estimate"
 
     def __post_init__(self) -> None:
-        if self.target is not None and not 0.0 < self.target < 1.0:
+        if self.target == "none":  # how a TOML file, which has no null, says it
+            object.__setattr__(self, "target", None)
+        if self.target is not None and not 0.0 < float(self.target) < 1.0:
             raise ValueError(f"target = {self.target}, but a number between 0 and 1, or none, is expected")
         if self.refine_steps < 1:
             raise ValueError(f"refine_steps = {self.refine_steps}, but at least 1 is expected")
@@ -82,7 +84,7 @@ class BroydenReuse(Strategy):
             raise StrategyError("broyden-reuse was called without an estimate; its solver promised one.")
         if self.target is None:
             return self._plain(backend, pull, g, estimate)
-        return self._refined(backend, pull, g, estimate, self.target)
+        return self._refined(backend, pull, g, estimate, float(self.target))
 
     def _plain(self, backend: Backend, pull: Map, g: Array, estimate: InverseJacobian) -> tuple[Array, AdjointReport]:
         u = -estimate.apply_transpose(g)

@@ -411,6 +411,12 @@ def test_strategies_ask_only_for_what_they_use():
     ] * 3
 
 
+def test_a_file_without_null_can_ask_for_plain_reuse():
+    assert plugins.make_strategy("broyden-reuse", PLAIN | {"target": "none"}) == plugins.make_strategy(
+        "broyden-reuse", PLAIN
+    )
+
+
 def test_reuse_without_an_estimate_is_a_broken_promise(be, truth):
     problem = truth.affine(3, 2, 6, 0.7)
     with pytest.raises(StrategyError, match="without an estimate"):
@@ -421,6 +427,7 @@ def test_reuse_without_an_estimate_is_a_broken_promise(be, truth):
     ("name", "options", "message"),
     [
         ("broyden-reuse", {"target": 1.5}, "target = 1.5"),
+        ("broyden-reuse", {"target": "some"}, "target = 'some'"),
         ("broyden-reuse", {"refine_steps": 0}, "refine_steps = 0"),
         ("broyden-reuse", {"fallback": "hope"}, "'hope'"),
         ("exact-ift", {"rtol": "tight"}, "rtol = 'tight'"),

@@ -14,7 +14,7 @@ jax = pytest.importorskip("jax")
 
 
 @pytest.fixture(params=["numpy", "torch", "jax"])
-def be(request):
+def every(request):
     with jax.enable_x64(True):
         yield deqcore.get_backend(backend=request.param)
 
@@ -55,9 +55,9 @@ def cosine(a, b):
     return np.sum(a * b, axis=-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
 
 
-def test_jacobian_free_against_the_closed_form(be, problem):
+def test_jacobian_free_against_the_closed_form(every, problem):
     *_, g, u = problem
-    found = audit(be, problem, "jacobian-free")
+    found = audit(every, problem, "jacobian-free")
     assert found.cosine == pytest.approx(cosine(g, u), rel=1e-7)
     assert found.norm_ratio == pytest.approx(np.linalg.norm(g, axis=1) / np.linalg.norm(u, axis=1), rel=1e-7)
     assert found.error == pytest.approx(np.linalg.norm(g - u, axis=1) / np.linalg.norm(u, axis=1), rel=1e-7)
@@ -139,11 +139,11 @@ def test_bad_input():
         gradient_audit(f, z, cotangent=np.zeros((2, 3)))
 
 
-def test_a_plain_iterations_curve_is_geometric(be):
+def test_a_plain_iterations_curve_is_geometric(every):
     """z_{k+1} = r z_k + 1 from 0: residual r^k, value (1 − r^(k+1))/(1 − r)."""
     rates = np.array([[0.5], [0.8]])
-    stored = be.asarray(rates)
-    z0 = be.asarray(np.zeros((2, 1)))
+    stored = every.asarray(rates)
+    z0 = every.asarray(np.zeros((2, 1)))
     found = residual_curve(lambda z: stored * z + 1, z0, steps=12, forward__solver="picard", forward__rtol=1e-3)
     k = np.arange(13)[:, None]
     expected = rates.T**k * (1 - rates.T) / (1 - rates.T ** (k + 1))

@@ -16,7 +16,7 @@ jax = pytest.importorskip("jax")
 
 
 @pytest.fixture(params=["numpy", "torch", "jax"])
-def be(request):
+def every(request):
     with jax.enable_x64(True):
         yield deqcore.get_backend(backend=request.param)
 
@@ -39,10 +39,10 @@ def pair(n, modulus, angle, rng):
     return v @ a @ np.linalg.inv(v)
 
 
-def test_each_sample_has_its_own(be):
+def test_each_sample_has_its_own(every):
     rng = np.random.default_rng(0)
     a = np.stack([scale * rng.standard_normal((30, 30)) / np.sqrt(30) for scale in (0.3, 0.9, 1.5)])
-    found = spectral_radius(affine(be, a), be.asarray(np.zeros((3, 30))), tolerance=1e-9)
+    found = spectral_radius(affine(every, a), every.asarray(np.zeros((3, 30))), tolerance=1e-9)
     assert found.radius == pytest.approx(radius(a), rel=1e-7)
     assert found.products <= 30
 
@@ -92,9 +92,9 @@ def test_at_a_state_of_a_nonlinear_function_in_float32():
     assert found.radius == pytest.approx(radius((slope[:, :, None] * w).double().numpy()), rel=2e-3)
 
 
-def test_a_nan_stays_in_its_sample(be):
+def test_a_nan_stays_in_its_sample(every):
     a = np.stack([0.5 * np.eye(4), np.full((4, 4), np.nan), 0.25 * np.eye(4)])
-    found = spectral_radius(affine(be, a), be.asarray(np.ones((3, 4))))
+    found = spectral_radius(affine(every, a), every.asarray(np.ones((3, 4))))
     assert found.radius[[0, 2]] == pytest.approx([0.5, 0.25])
     assert np.isnan(found.radius[1])
     assert np.isnan(found.error[1])
