@@ -70,7 +70,8 @@ def attach(
         outside = [*sources, *leaves]
         job.repeated = {i for i, t in enumerate(sources) if any(t is s for s in sources[:i])}
     value: Tensor = _Attach.apply(y, z, forward.fz, job, *outside)
-    return value
+    # What follows may write in place (relu_): neither into the solve's state, nor into what second derivatives need.
+    return value.clone()
 
 
 class _Job:

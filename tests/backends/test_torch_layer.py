@@ -239,3 +239,15 @@ def test_a_mutated_weight_counts_at_the_next_call(made):
         layer.cell.w.mul_(0.5)
     z = layer(x).detach()
     assert torch.allclose(layer.cell(z, x), z, atol=1e-8)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3, 2, 2)])
+def test_what_follows_a_layer_may_write_in_place(shape):
+    x = torch.randn(shape, requires_grad=True)
+    layer = DEQ(lambda z, x: 0.5 * torch.tanh(z) + x, forward__rtol=1e-6)
+    kept = layer.solve(x)
+    torch.relu_(kept.value).sum().backward()
+    (expected,) = torch.autograd.grad(torch.relu(layer(x)).sum(), x)
+    assert torch.allclose(x.grad, expected)
+    again = deqcore.fixed_point(layer.cell, torch.zeros(shape), x, state=kept.state, forward__rtol=1e-6)
+    assert torch.equal(again.value, layer(x))  # the state was not written to

@@ -1,0 +1,131 @@
+"""Run under torchrun with two processes: gradients with DDP and FSDP2 against those of one process on all samples.
+
+Prints one JSON object from rank 0: relative differences, and collectives counted during a solve.
+"""
+
+import copy
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+from deqcore_torch.nn import DEQ
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+WIDTH = 24
+STRATEGIES = {
+    "exact-ift": {"backward__strategy": "exact-ift", "backward__options": {"rtol": 1e-7}},
+    "certified": {"backward__strategy": "broyden-reuse", "backward__options": {"target": 1e-5, "refine_steps": 100}},
+}
+
+
+class Cell(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Linear(WIDTH, WIDTH)
+        torch.nn.init.normal_(self.w.weight, std=0.5 / WIDTH**0.5)
+
+    def forward(self, z, x):
+        return torch.tanh(self.w(z) + x)
+
+
+class Model(torch.nn.Module):
+    def __init__(self, settings):
+        super().__init__()
+        self.deq = DEQ(Cell(), forward__rtol=1e-6, forward__max_steps=100, **settings)
+        self.head = torch.nn.Linear(WIDTH, 3)
+
+    def forward(self, x):
+        return self.head(self.deq(x))
+
+
+def loss(model, x, y, count):
+    return torch.nn.functional.cross_entropy(model(x), y, reduction="sum") / count
+
+
+def gradients(model):
+    found = {}
+    for name, p in model.named_parameters():
+        g = p.grad
+        found[name.removeprefix("module.")] = g.full_tensor() if hasattr(g, "full_tensor") else g
+    return found
+
+
+def worst(found, expected):
+    return max(float((found[k] - expected[k]).norm() / expected[k].norm()) for k in expected)
+
+
+class Counter:
+    """Counts collectives by wrapping those that DDP, FSDP and the functional API go through."""
+
+    def __init__(self):
+        self.count = 0
+        self.names = ("all_reduce", "all_gather_into_tensor", "broadcast", "reduce_scatter_tensor", "all_gather")
+
+    def __enter__(self):
+        self.old = {name: getattr(dist, name) for name in self.names}
+        for name, function in self.old.items():
+
+            def counted(*args, _function=function, **kwargs):
+                self.count += 1
+                return _function(*args, **kwargs)
+
+            setattr(dist, name, counted)
+        return self
+
+    def __exit__(self, *_):
+        for name, function in self.old.items():
+            setattr(dist, name, function)
+
+
+def main():
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    # Uneven, and rank 1 has a harder sample: the ranks need different numbers of steps.
+    x = torch.randn(7, WIDTH)
+    x[:3] *= 0.01
+    x[3:] *= 3
+    y = torch.randint(3, (7,))
+    mine = slice(0, 3) if rank == 0 else slice(3, 7)
+    report = {}
+    for name, settings in STRATEGIES.items():
+        torch.manual_seed(1)
+        whole = Model(settings)
+        split, sharded = copy.deepcopy(whole), copy.deepcopy(whole)
+        loss(whole, x, y, 7).backward()
+        expected = gradients(whole)
+
+        split = DistributedDataParallel(split)
+        with Counter() as counter:
+            value = split(x[mine])
+        report[f"{name} collectives"] = counter.count
+        # DDP averages over ranks, so a sum over the whole batch takes the number of ranks as a factor.
+        (torch.nn.functional.cross_entropy(value, y[mine], reduction="sum") * 2 / 7).backward()
+        report[f"{name} ddp"] = worst(gradients(split), expected)
+
+        fully_shard(sharded.deq)
+        fully_shard(sharded)
+        (loss(sharded, x[mine], y[mine], 7) * 2).backward()
+        report[f"{name} fsdp2"] = worst(gradients(sharded), expected)
+
+    steps = torch.tensor([int(Model({}).deq.solve(x[mine]).steps.max())])
+    both = [torch.zeros_like(steps) for _ in range(2)]
+    dist.all_gather(both, steps)
+    report["steps"] = [int(s) for s in both]
+    if rank == 0:
+        print(json.dumps(report))
+    dist.destroy_process_group()
+
+
+def failing():
+    """One rank does not converge and raises; the launcher must end the other one."""
+    dist.init_process_group("gloo")
+    settings = {"forward__on_failure": "raise", "forward__max_steps": 1 if dist.get_rank() else 100}
+    model = DistributedDataParallel(DEQ(Cell(), **settings))
+    model(torch.randn(2, WIDTH)).sum().backward()
+
+
+if __name__ == "__main__":
+    {"gradients": main, "failing": failing}[sys.argv[1]]()
