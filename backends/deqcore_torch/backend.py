@@ -189,7 +189,7 @@ class TorchBackend(Backend):
         record = BackwardRecord()
         tensors = [leaf for leaf in self.flatten(args)[0] if isinstance(leaf, Tensor)]
         value = attach(f, forward, args, tensors, adjoint, record)
-        return value, forward, record
+        return value, forward, record if value.requires_grad else None
 
     def detach(self, x: Tensor) -> Tensor:
         return x.detach()

@@ -68,6 +68,12 @@ STANDARD: Final[tuple[Metric, ...]] = (
     Metric("deq_retrain", "1", "1 once a trigger has marked the model for retraining."),
 )
 
+# Counts that Prometheus wants beside the values, each with the label that it is counted by.
+COUNTERS: Final[tuple[tuple[Metric, str], ...]] = (
+    (Metric("deq_solves_total", "1", "Solves observed."), "layer"),
+    (Metric("deq_events_total", "1", "Events: triggers fired and cleared, retrain marks, failing sinks."), "kind"),
+)
+
 
 class Metrics(Mapping[str, Metric]):
     """The standard metrics, and those that a monitor's user adds.

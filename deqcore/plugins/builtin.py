@@ -78,6 +78,16 @@ TRAINERS: Final = (
 
 SINKS: Final = (
     SinkSpec("jsonl", "deqcore.monitor.sinks.jsonl:JsonlSink", "JSON lines; the log that watch and report read"),
+    SinkSpec("csv", "deqcore.monitor.sinks.csv:CsvSink", "one column per metric"),
+    SinkSpec("tensorboard", "deqcore.monitor.sinks.tensorboard:TensorBoardSink", "scalars over training steps"),
+    SinkSpec("prometheus", "deqcore.monitor.sinks.prometheus:PrometheusSink", "the latest values over HTTP"),
+    SinkSpec(
+        "prometheus-textfile",
+        "deqcore.monitor.sinks.prometheus:PrometheusTextfileSink",
+        "the latest values for the node exporter",
+    ),
+    SinkSpec("mlflow", "deqcore.monitor.sinks.mlflow:MlflowSink", "metrics of an MLflow run"),
+    SinkSpec("wandb", "deqcore.monitor.sinks.wandb:WandbSink", "metrics of a Weights & Biases run"),
 )
 
 # One line per command; the target is a typer app or a function. `deqcore --help` imports none of them.

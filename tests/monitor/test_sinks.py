@@ -114,7 +114,7 @@ def test_a_write_that_fails_half_way_is_taken_back(tmp_path, monkeypatch) -> Non
         room[0] -= done
         return done
 
-    monkeypatch.setattr("deqcore.monitor.sinks.jsonl.os.write", write)
+    monkeypatch.setattr("deqcore.monitor.appending.os.write", write)
     with Monitor(sinks=[{"sink": "jsonl", "path": str(path)}], every=1) as monitor:
         solve()
         room[0] = 20

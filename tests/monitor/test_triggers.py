@@ -1,0 +1,255 @@
+"""Triggers: when they fire, when they are over, what they do to solves, and what is refused."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+
+import deqcore
+from deqcore import Config
+from deqcore.errors import ConfigError, MonitorError, MonitorWarning
+from deqcore.monitor import Monitor, Trigger
+from deqcore.monitor.effects import apply
+from deqcore.monitor.triggers import Condition, Watcher
+
+METRIC = "deq_forward_steps"
+
+
+def feed(watcher: Watcher, *values: float | None) -> list[bool | None]:
+    """What changed at each value; None stands for a row without the metric."""
+    found = []
+    for value in values:
+        change = watcher.see({} if value is None else {METRIC: value})
+        found.append(None if change is None else change.fired)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("text", "yes", "no"), [("> 0.1", 0.2, 0.1), (">=1e-3", 1e-3, 0.0), (" < -2 ", -3, -2), ("<= .5", 0.5, 0.6)]
+)
+def test_conditions(text, yes, no) -> None:
+    condition = Condition.parse(text)
+    assert condition(yes)
+    assert not condition(no)
+
+
+@pytest.mark.parametrize("text", ["", "0.1", "== 3", "> x", "> 1 2", ">> 1", 3, None, "> nan"])
+def test_bad_conditions(text) -> None:
+    with pytest.raises(ConfigError, match=r"such as '> 0\.1'"):
+        Condition.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "opposite"), [("> 0.1", "< 0.08"), (">= 10", "< 8"), ("< -1", "> -0.8"), ("> 0", "<= 0")]
+)
+def test_the_opposite_lies_beyond_the_threshold(text, opposite) -> None:
+    assert str(Condition.parse(text).opposite()) == opposite
+
+
+def test_it_fires_once_with_a_full_window_and_again_after_it_was_over() -> None:
+    watcher = Watcher(Trigger(METRIC, "> 10", window=3, hold=0))
+    assert feed(watcher, 20, 20, None, 20) == [None, None, None, True]
+    assert feed(watcher, 20, 20, 20, 9, 9) == [None] * 5  # 9 is below 10, but not clearly
+    assert feed(watcher, 7, 7, 7) == [None, False, None]  # mean of (9, 7, 7) < 8
+    assert feed(watcher, 30, 30) == [None, True]  # (7, 30, 30): a window of values since the change
+
+
+@pytest.mark.parametrize(
+    ("statistic", "value"), [("mean", 4.0), ("median", 2.0), ("min", 1.0), ("max", 9.0), ("last", 2.0)]
+)
+def test_statistics(statistic, value) -> None:
+    watcher = Watcher(Trigger(METRIC, "> 0", window=3, statistic=statistic))
+    change = None
+    for each in (1.0, 9.0, 2.0):
+        change = watcher.see({METRIC: each})
+    assert change is not None
+    assert change.value == value
+
+
+def test_an_action_lasts_as_long_as_it_must() -> None:
+    watcher = Watcher(Trigger(METRIC, "> 10", window=2, hold=5))
+    assert feed(watcher, 20, 20) == [None, True]
+    assert feed(watcher, 0, 0, 0, 0, 0) == [None] * 4 + [False]
+
+
+def test_what_is_not_measured_meanwhile_is_tried_again_ever_less_often() -> None:
+    watcher = Watcher(Trigger(METRIC, "> 10", window=1, hold=4))
+    waits = []
+    for _ in range(9):
+        assert feed(watcher, 20) == [True]
+        waits.append(feed(watcher, *[None] * 500).index(False) + 1)
+        watcher = _resume(watcher)
+    assert waits == [4, 8, 16, 32, 64, 128, 256, 256, 256]
+
+
+def _resume(watcher: Watcher) -> Watcher:
+    """As if the trial had just begun: the rows fed after it do not count."""
+    watcher._since = 0
+    return watcher
+
+
+def test_a_long_quiet_spell_makes_the_next_action_short_again() -> None:
+    watcher = Watcher(Trigger(METRIC, "> 10", window=1, hold=2))
+    assert feed(watcher, 20, None, None, 20) == [True, None, False, True]  # relapsed at once: twice as long
+    assert feed(watcher, None, None, None, None) == [None, None, None, False]
+    assert feed(watcher, 0, 0, 0, 0, 20) == [None, None, None, None, True]
+    assert feed(watcher, None, None) == [None, False]
+
+
+def test_effects_on_settings() -> None:
+    config = Config(forward={"rtol": 1e-3}, backward={"strategy": "broyden-reuse", "options": {"target": 0.2}})
+    tighten = Trigger(METRIC, "> 1", "tighten")
+    assert apply(config, (tighten,)).forward.rtol == pytest.approx(1e-4)
+    assert apply(config, (tighten,), least=5e-4).forward.rtol == 5e-4
+    assert apply(config, (Trigger(METRIC, "> 1", "tighten", factor=0.5),)).forward.rtol == pytest.approx(5e-4)
+    auto = Config()
+    assert apply(auto, (tighten,), rtol=1e-4).forward.rtol == pytest.approx(1e-5)
+    assert apply(auto, (tighten,)) == auto
+
+    refined = apply(config, (Trigger(METRIC, "> 1", "refine"),)).backward.options
+    assert refined["target"] == pytest.approx(0.1)
+    assert refined["refine_steps"] == 80
+    plain = Config(
+        backward={"strategy": "broyden-reuse", "options": {"target": None, "certify": False, "fallback": "none"}}
+    )
+    assert apply(plain, (Trigger(METRIC, "> 1", "refine"),)).backward.options["target"] == 0.1
+    neumann = Config(backward={"strategy": "neumann", "options": {"terms": 3}})
+    assert apply(neumann, (Trigger(METRIC, "> 1", "refine", factor=3.0),)).backward.options["terms"] == 9
+    free = Config(backward={"strategy": "jacobian-free"})
+    assert apply(free, (Trigger(METRIC, "> 1", "refine"),)) == free
+
+    exact = apply(config, (tighten, Trigger(METRIC, "> 1", "exact")))
+    assert exact.backward.strategy == "exact-ift"
+    assert exact.backward.options == {}
+    assert exact.forward.rtol == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize(
+    ("trigger", "message"),
+    [
+        ({"metric": "deq_forward_stpes", "condition": "> 1"}, "Did you mean 'deq_forward_steps'"),
+        ({"metric": METRIC, "condition": "1"}, "condition = '1'"),
+        ({"metric": METRIC, "condition": "> 1", "until": "> 3"}, "until = '> 3'"),
+        ({"metric": METRIC, "condition": "> 1", "until": "soon"}, "until = 'soon'"),
+        ({"metric": METRIC, "condition": "> 1", "action": "tigten"}, "action = 'tigten'"),
+        ({"metric": METRIC, "condition": "> 1", "windw": 3}, "Did you mean 'window'"),
+        ({"metric": METRIC, "condition": "> 1", "window": 0}, "window = 0"),
+        ({"metric": METRIC, "condition": "> 1", "action": "tighten", "factor": 2.0}, "factor = 2.0"),
+        ({"metric": METRIC, "condition": "> 1", "action": "refine", "factor": 0.5}, "factor = 0.5"),
+        ({"metric": METRIC, "condition": "> 1", "factor": 0.5}, "take a factor"),
+        ({"metric": METRIC, "condition": "> 1", "action": "hook", "hook": "pag"}, "Did you mean 'page'"),
+        ({"metric": METRIC, "condition": "> 1", "hook": "page"}, "set 'hook'"),
+        ({"condition": "> 1"}, "needs the option metric"),
+        ({"metric": METRIC}, "needs the option condition"),
+    ],
+)
+def test_bad_triggers_are_told_before_the_training(trigger, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Monitor(Config(monitor={"triggers": [trigger], "sinks": []}), hooks={"page": print})
+
+
+def solve(rate: float, **settings: object):
+    return deqcore.fixed_point(lambda z: rate * z + 1.0, np.zeros((2, 3)), forward__solver="picard", **settings)
+
+
+def test_raise_stops_the_run_and_the_log_says_why(tmp_path) -> None:
+    path = tmp_path / "log.jsonl"
+    monitor = Monitor(
+        sinks=[{"sink": "jsonl", "path": str(path)}], triggers=[Trigger(METRIC, "> 3", "raise", window=2)], every=2
+    )
+    with pytest.raises(MonitorError, match="mean of deq_forward_steps over 2 = .* The run is stopped"), monitor:
+        for _ in range(100):
+            solve(0.5)
+    assert len(monitor.rows) == 2
+    assert '"event":"fired"' in path.read_text()
+
+
+def test_what_broke_the_block_is_not_hidden_by_a_trigger() -> None:
+    monitor = Monitor(sinks=[], triggers=[Trigger(METRIC, "> 3", "raise", window=1)])
+    with pytest.raises(ZeroDivisionError), monitor:
+        solve(0.5)
+        1 / 0  # noqa: B018
+
+
+def test_hooks_get_the_event() -> None:
+    events = []
+    trigger = Trigger(METRIC, "> 3", "hook", window=1, hook="page")
+    with Monitor(sinks=[], triggers=[trigger], hooks={"page": events.append}):
+        solve(0.5)
+    (event,) = events
+    assert (event.kind, event.metric, event.action) == ("fired", METRIC, "hook")
+    assert event.value > 3
+
+
+def test_tightening_reaches_solves_whatever_config_they_have(be) -> None:
+    config = Config(forward={"rtol": 1e-2, "solver": "picard"})
+    trigger = Trigger("deq_forward_residual_max", "> 1e-3", "tighten", window=2, hold=4, factor=0.01)
+    residuals = []
+
+    def run() -> None:
+        sol = deqcore.fixed_point(lambda z: 0.5 * z + 1.0, be.asarray(np.zeros((2, 3))), config=config)
+        residuals.append(float(be.to_numpy(sol.residual).max()))
+
+    with Monitor(sinks=[], every=1, triggers=[trigger]) as monitor:
+        for step in range(12):
+            with pytest.warns(MonitorWarning, match="tightened") if step in (1, 7) else nullcontext():
+                run()
+    loose, tight = residuals[0], residuals[2]
+    assert loose > 1e-3
+    assert tight < 1e-3
+    assert residuals[:2] == [loose] * 2
+    assert residuals[2:6] == [tight] * 4
+    assert residuals[6:8] == [loose] * 2  # undone after `hold`, and it fires again
+    assert [event.kind for event in monitor.events] == ["fired", "cleared", "fired"]
+    assert config.forward.rtol == 1e-2
+
+
+def test_monitor_config_follows_the_actions_and_serves_using() -> None:
+    trigger = Trigger(METRIC, "> 3", "exact", window=1, until="< 0.5")
+    with Monitor(Config(backward={"strategy": "jacobian-free"}), sinks=[], every=1, triggers=[trigger]) as monitor:
+        assert monitor.config.backward.strategy == "jacobian-free"
+        with pytest.warns(MonitorWarning, match="exact-ift from here on"):
+            solve(0.5)
+        assert monitor.config.backward.strategy == "exact-ift"
+    with deqcore.using(monitor.config) as inside:
+        assert inside.backward.strategy == "exact-ift"
+
+
+def train_stiff(monitor: Monitor) -> tuple[list[str], list[float]]:
+    """f(z) = gain·z + 1, whose gain is trained to 0.97 and back to 0.2; the strategies, and gradients over the truth.
+
+    The gradient of z* = 1/(1 − gain) is 1/(1 − gain)²; the Neumann series of two terms knows 1 + gain + gain² of it.
+    """
+    import torch
+
+    gain = torch.tensor(0.3, requires_grad=True)
+    config = Config(
+        forward={"solver": "picard", "max_steps": 2000, "rtol": 1e-5},
+        backward={"strategy": "neumann", "options": {"terms": 2}},
+    )
+    strategies, ratios = [], []
+    with monitor:
+        for step in range(60):
+            strategies.append(monitor.adjust(config, deqcore.get_backend(backend="torch")).backward.strategy)
+            sol = deqcore.fixed_point(lambda z, gain: gain * z + 1.0, torch.zeros(2, 3), gain, config=config)
+            (found,) = torch.autograd.grad(sol.value[0, 0], gain)
+            with torch.no_grad():
+                ratios.append(float(found * (1.0 - gain) ** 2))
+                gain += 0.3 * ((0.97 if step < 30 else 0.2) - gain)
+    return strategies, ratios
+
+
+def test_a_model_trained_to_go_stiff_is_switched_to_exact_gradients_and_back() -> None:
+    pytest.importorskip("torch")
+    trigger = Trigger("deq_forward_steps", "> 60", "exact", window=3, until="< 20", hold=10)
+    monitor = Monitor(sinks=[], every=1, triggers=[trigger])
+    with pytest.warns(MonitorWarning, match="exact-ift from here on"):
+        strategies, ratios = train_stiff(monitor)
+    assert [event.kind for event in monitor.events] == ["fired", "cleared"]
+    on, off = strategies.index("exact-ift"), len(strategies) - strategies[::-1].index("exact-ift")
+    assert 5 < on < 30 < off < 60
+    assert ratios[on - 1] < 0.4  # what the truncated series made of a stiff model
+    assert ratios[on:off] == pytest.approx([1.0] * (off - on), rel=1e-2)
+    assert ratios[off:] == pytest.approx([1.0] * (60 - off), rel=0.05)
