@@ -96,6 +96,7 @@ COMMANDS: Final = (
     CommandSpec("solvers", "deqcore.cli.solvers:command", "List the solvers and their options."),
     CommandSpec("strategies", "deqcore.cli.strategies:command", "List the backward strategies and their options."),
     CommandSpec("check", "deqcore.cli.check:app", "Prove gradients, backends, solvers and strategies right."),
+    CommandSpec("explain", "deqcore.cli.explain:command", "Every strategy on your problem, and the cheapest."),
     CommandSpec("plugins", "deqcore.cli.plugins:command", "List the plugins and whether they work."),
     CommandSpec("config", "deqcore.cli.config:app", "Show the settings and where each comes from."),
 )

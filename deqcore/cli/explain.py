@@ -1,0 +1,276 @@
+"""`deqcore explain`: every backward strategy on the user's own problem, and the cheapest that is good enough."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import Annotated, Any, Final
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from deqcore import plugins
+from deqcore.backend import Backend, Tree
+from deqcore.bench.harness import Harness
+from deqcore.bench.machine import describe
+from deqcore.cli.output import AsJson, show
+from deqcore.config import Config
+from deqcore.config import resolve as resolve_settings
+from deqcore.diagnostics.choices import Choice, Row, Table, candidates, cheapest, survey
+from deqcore.equilibrium import get_backend
+from deqcore.errors import BackendError, ConfigError, ProblemError, did_you_mean, listing
+from deqcore.testing.problem import Problem, load_problem, place, rebuild
+from deqcore.testing.problems import golden, names
+
+COLUMNS: Final = (
+    "strategy",
+    "pulls",
+    "ms",
+    "residual",
+    "estimate",
+    "missed",
+    "cosine",
+    "worst",
+    "norm ratio",
+    "memory",
+    "note",
+)
+DTYPES: Final = ("float32", "float64")
+
+
+def command(
+    problem: Annotated[
+        str,
+        typer.Option("--problem", "-p", help="Your problem, path/to/file.py:name, or the name of a golden one."),
+    ] = "mlp",
+    backend: Annotated[str, typer.Option(help="The backend to run on.")] = "auto",
+    solver: Annotated[str, typer.Option(help="The forward solver. Default: as configured.")] = "",
+    accuracy: Annotated[
+        str, typer.Option(help="What the gradient must be: a cosine, such as 0.99, or error=0.05 (relative).")
+    ] = "0.99",
+    dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
+    rounds: Annotated[int, typer.Option(min=0, help="Rounds of timing; 0: neither time nor memory.")] = 9,
+    as_json: AsJson = False,
+) -> None:
+    """Compare all backward strategies on a problem, and name the cheapest that is accurate enough.
+
+    Forward settings come from deq.toml and the environment. The exact gradient that all are compared with is solved
+    for to rounding. Exit code 1: no strategy is accurate enough.
+    """
+    good, asked = _accuracy(accuracy)
+    config = _config(backend, solver)
+    found = get_backend(config)
+    task = _problem(problem)
+    table = _survey(found, task, config, dtype, rounds, _teller(as_json))
+    best = cheapest(table.rows, good)
+    verdict = _verdict(best, table, asked)
+    if as_json:
+        typer.echo(json.dumps(_as_json(table, task, found, config, asked, best, verdict), indent=2))
+    else:
+        show([_cells(row) for row in table.rows], COLUMNS, as_json=False)
+        for line in _notes(table, task, found, config):
+            Console().print(Text(line, style="dim"), soft_wrap=True)
+        Console().print(Text(verdict, style="bold" if best else "bold red"), soft_wrap=True)
+    if best is None:
+        raise typer.Exit(1)
+
+
+def _accuracy(text: str) -> tuple[Callable[[Row], bool], str]:
+    """What is asked for, as a test and in words.
+
+    Raises:
+        ConfigError: it is neither a cosine nor an error.
+    """
+    kind, separator, number = text.rpartition("=")
+    kind = kind.strip() or "cosine"
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if kind == "cosine" and 0.0 < value <= 1.0 and (separator or text):
+        return (lambda row: row.cosine >= value), f"a cosine of at least {value:g}"
+    if kind == "error" and 0.0 < value < math.inf:
+        return (lambda row: row.error <= value), f"a relative error of at most {value:g}"
+    raise ConfigError.bad_value(
+        "deqcore explain", "--accuracy", text, "a cosine above 0 and at most 1, such as 0.99, or error=0.05"
+    )
+
+
+def _config(backend: str, solver: str) -> Config:
+    """Project and environment, then the command line."""
+    overrides: dict[str, object] = {"forward__on_failure": "ignore"}
+    if backend != "auto":
+        overrides["backend"] = backend
+    if solver:
+        overrides["forward__solver"] = solver
+    return resolve_settings(Config.discover(), overrides)[0]
+
+
+def _problem(name: str) -> Problem:
+    if ":" in name:
+        return load_problem(name)
+    if name not in names():
+        raise ProblemError(
+            f"--problem {name!r}: no problem of that name.{did_you_mean(name, names())} There are: {listing(names())}; "
+            f"or name your own as path/to/file.py:name."
+        )
+    return golden(name).problem
+
+
+def _survey(
+    backend: Backend, problem: Problem, config: Config, dtype: str, rounds: int, say: Callable[[str], object]
+) -> Table:
+    """Convert the data and measure; an error in the user's f says where it was raised."""
+    if problem.backends is not None and backend.name not in problem.backends:
+        raise ProblemError(
+            f"Problem {problem.name!r} is written for {listing(problem.backends)}, but the backend is "
+            f"{backend.name!r}: choose one of them with --backend."
+        )
+    settings = {"forward__batch": problem.batch, "backend": backend.name}
+    config = resolve_settings(config, settings)[0]
+    harness = Harness.of(backend, plugins.backends()[backend.name].package)
+    f, raised = problem.bound(backend), []
+
+    def watched(*args: Any) -> Tree:
+        try:
+            return f(*args)
+        except Exception as error:
+            raised.append(error)
+            raise
+
+    try:
+        return survey(
+            harness, backend, watched, _data(problem, dtype, backend), config, _choices(config), rounds=rounds, say=say
+        )
+    except Exception as error:
+        if raised and error is raised[-1]:
+            raise ProblemError(f"Problem {problem.name!r}: f raised {place(error)}") from error
+        raise
+
+
+def _choices(config: Config) -> list[Choice]:
+    """All candidates, and the configured one where it is none of them."""
+    found = list(candidates())
+    own = Choice(config.backward.strategy, dict(config.backward.options))
+    known = [(each.strategy, dict(each.options)) for each in found]
+    return found if (own.strategy, dict(own.options)) in known else [*found, own]
+
+
+def _data(problem: Problem, dtype: str, backend: Backend) -> tuple[Tree, Tree, Tree, Tree]:
+    """Parameters, inputs, z0 and cotangent as arrays of the backend."""
+    import numpy as np
+
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype!r}.{did_you_mean(dtype, DTYPES)} There are: {listing(DTYPES)}.")
+
+    def convert(leaf: Any) -> Any:
+        host = np.asarray(leaf)
+        if not np.issubdtype(host.dtype, np.floating):
+            return backend.asarray(host)
+        made = backend.asarray(host.astype(dtype))
+        if backend.dtype_name(made) != dtype:
+            raise BackendError(
+                f"--dtype {dtype}: {backend.name} made {backend.dtype_name(made)} of it. Where double precision is "
+                f"behind a switch, set it (JAX_ENABLE_X64=1), or use --dtype float32."
+            )
+        return made
+
+    trees = (problem.params, problem.inputs, problem.z0, problem.direction())
+    params, inputs, z0, g = (rebuild(tree, convert) for tree in trees)
+    return params, inputs, z0, g
+
+
+def _verdict(best: Row | None, table: Table, asked: str) -> str:
+    if best is not None:
+        options = ", ".join(f"{name} = {_toml(value)}" for name, value in best.options.items())
+        setting = f"backward.strategy = {best.strategy!r}" + (
+            f", backward.options = {{ {options} }}" if options else ""
+        )
+        cost = f"{best.pulls:g} pulls" if math.isnan(best.seconds) else f"{1e3 * best.seconds:.3g} ms a gradient"
+        return (
+            f"The cheapest with {asked}: {best.label}, {cost}, cosine {best.cosine:.4f}, relative error "
+            f"{best.error:.2g}. Set {setting}."
+        )
+    usable = [row for row in table.rows if not row.failure and not math.isnan(row.error)]
+    nearest = min(usable, key=lambda row: row.error, default=None)
+    if nearest is None:
+        return f"No strategy gave a gradient, so none has {asked}."
+    return (
+        f"None has {asked}. The nearest is {nearest.label}: cosine {nearest.cosine:.4f}, relative error "
+        f"{nearest.error:.2g}. Raise its budget of pulls, or solve to a smaller forward.rtol."
+    )
+
+
+def _toml(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else repr("none" if value is None else value)
+
+
+def _notes(table: Table, problem: Problem, backend: Backend, config: Config) -> list[str]:
+    lines = [
+        f"{problem.name}: {table.samples} samples, backend {backend.name}, solver {config.forward.solver}.",
+        "pulls: vector–Jacobian products, median (most) per sample; for phantom and unrolled the steps differentiated.",
+        "ms: one gradient with its solve, median (quartiles). residual, estimate: reported, worst sample.",
+        "missed: samples that it says missed their target. cosine, norm ratio: gradients of all parameters and inputs",
+        "against the exact ones; worst: u of the worst sample. memory: growth of the process meanwhile.",
+    ]
+    if table.failed:
+        lines.append(
+            f"{table.failed} of {table.samples} samples did not converge in the forward solve: no gradient is right "
+            f"there. See forward.max_steps, forward.rtol, forward.solver."
+        )
+    if table.trust > 1e-3:
+        lines.append(f"The exact gradient itself has an adjoint residual of {table.trust:.1g}: I − J is near singular.")
+    return lines
+
+
+def _cells(row: Row) -> dict[str, object]:
+    """Text of one line of the table."""
+
+    def number(value: float, form: str) -> str:
+        return "" if math.isnan(value) else format(value, form)
+
+    pulls = number(row.pulls, "g")
+    if row.most_pulls > row.pulls:
+        pulls += f" ({row.most_pulls:g})"
+    ms = "" if math.isnan(row.seconds) else f"{1e3 * row.seconds:.3g} ({1e3 * row.low:.3g}–{1e3 * row.high:.3g})"
+    return {
+        "strategy": row.label,
+        "pulls": pulls,
+        "ms": ms,
+        "residual": number(row.residual, ".1e"),
+        "estimate": number(row.estimate, ".1e"),
+        "missed": str(row.missed) if row.missed else "",
+        "cosine": number(row.cosine, ".4f"),
+        "worst": number(row.worst_cosine, ".4f"),
+        "norm ratio": number(row.norm_ratio, ".3f"),
+        "memory": "" if row.memory is None or row.failure else f"{row.memory / 2**20:.1f} MiB",
+        "note": row.failure,
+    }
+
+
+def _as_json(
+    table: Table, problem: Problem, backend: Backend, config: Config, asked: str, best: Row | None, verdict: str
+) -> dict[str, object]:
+    return {
+        "problem": problem.name,
+        "backend": backend.name,
+        "solver": config.forward.solver,
+        "samples": table.samples,
+        "not_converged": table.failed,
+        "reference_residual": table.trust,
+        "rows": [row.as_dict() for row in table.rows],
+        "asked": asked,
+        "cheapest": best.label if best else None,
+        "verdict": verdict,
+        "machine": describe(),
+    }
+
+
+def _teller(quiet: bool) -> Callable[[str], None]:
+    """Progress for people, on stderr and only on a terminal."""
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        return lambda _: None
+    return lambda line: console.print(line, style="dim")

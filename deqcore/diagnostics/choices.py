@@ -1,0 +1,257 @@
+"""Every backward strategy on one problem: what it costs and how good its gradient is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, Final
+
+import numpy as np
+
+from deqcore import equilibrium, plugins
+from deqcore.backend import Array, Backend, Tree
+from deqcore.bench.harness import Harness
+from deqcore.bench.machine import peak_memory
+from deqcore.bench.timing import Spread, interleave
+from deqcore.config import Config
+from deqcore.diagnostics import routed
+from deqcore.diagnostics.audit import compare, flat
+from deqcore.errors import StrategyError
+from deqcore.solution import Status
+
+VARIANTS: Final[Mapping[str, Sequence[Mapping[str, object]]]] = MappingProxyType(
+    {
+        "exact-ift": ({}, {"max_steps": 5}),
+        "broyden-reuse": ({}, {"target": 0.01}, {"certify": False, "target": None, "fallback": "none"}),
+    }
+)
+"""Options under which a built-in strategy is tried; any other is tried with its defaults."""
+
+REFERENCE_PULLS: Final = 200
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A strategy with options."""
+
+    strategy: str
+    options: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """For tables."""
+        if not self.options:
+            return self.strategy
+        if self.options.get("certify") is False:
+            return f"{self.strategy} (plain)"
+        return f"{self.strategy} ({', '.join(f'{name}={value}' for name, value in self.options.items())})"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one choice costs and how good it is. NaN: not known, or not measured.
+
+    Attributes:
+        label: strategy and options, for people.
+        pulls: vector–Jacobian products, median over the samples; the steps of a strategy that differentiates steps.
+        most_pulls: likewise, the largest.
+        residual: certified adjoint residual, the largest.
+        estimate: error that the strategy itself reports, the largest.
+        missed: samples that it reports as not having met its target.
+        cosine: of the gradient of all parameters and inputs with the exact one.
+        norm_ratio: likewise.
+        error: relative difference from the exact one, likewise.
+        worst_cosine: of u, over the samples.
+        seconds: median for one gradient, solve included.
+        low: lower quartile of the seconds.
+        high: upper quartile.
+        memory: bytes by which the process grew meanwhile; None where the system does not tell.
+        failure: why there are no figures, or "".
+    """
+
+    label: str
+    strategy: str
+    options: Mapping[str, object]
+    pulls: float = np.nan
+    most_pulls: float = np.nan
+    residual: float = np.nan
+    estimate: float = np.nan
+    missed: int = 0
+    cosine: float = np.nan
+    norm_ratio: float = np.nan
+    error: float = np.nan
+    worst_cosine: float = np.nan
+    seconds: float = np.nan
+    low: float = np.nan
+    high: float = np.nan
+    memory: int | None = None
+    failure: str = ""
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values; what is not known is None."""
+        found = asdict(self)
+        return {name: None if isinstance(value, float) and np.isnan(value) else value for name, value in found.items()}
+
+
+@dataclass(frozen=True)
+class Table:
+    """All choices on one problem.
+
+    Attributes:
+        rows: one per choice.
+        failed: samples whose solve did not meet its tolerance.
+        samples: in the batch.
+        trust: adjoint residual of the reference, the largest.
+    """
+
+    rows: Sequence[Row]
+    failed: int
+    samples: int
+    trust: float
+
+
+def candidates() -> Iterator[Choice]:
+    """Every registered strategy, in the options worth trying."""
+    for name in plugins.strategies():
+        for options in VARIANTS.get(name, ({},)):
+            yield Choice(name, options)
+
+
+def survey(
+    harness: Harness,
+    backend: Backend,
+    f: Callable[..., Tree],
+    data: tuple[Tree, Tree, Tree, Tree],
+    config: Config,
+    choices: Sequence[Choice],
+    *,
+    rounds: int,
+    say: Callable[[str], object] = lambda _: None,
+) -> Table:
+    """Measure the choices on z* = f(z*, params, inputs).
+
+    Args:
+        harness: of the framework, for timing.
+        backend: the same.
+        f: `f(z, params, inputs)`.
+        data: parameters, inputs, z0 and cotangent, in arrays of the framework.
+        config: settings of the forward solve.
+        choices: what is measured.
+        rounds: of timing, all choices in turn in each; 0: neither time nor memory is measured.
+        say: told what is being done.
+    """
+    params, inputs, z0, g = data
+    plan = equilibrium.plan_call(config, _backward(Choice("exact-ift")), z0, (params, inputs))
+    space = plan.space
+    raveled, start, cotangent = space.wrap(f), space.ravel(z0), space.ravel_like("cotangent", g)
+    args = (params, inputs)
+    say("the exact gradient")
+    forward = routed.solve(plan, raveled, start, args)
+    exact, residual, _ = routed.by_reference(plan, raveled, args, cotangent, forward, REFERENCE_PULLS)
+    status = backend.to_numpy(forward.status)
+    rows, tasks = [], {}
+    for choice in choices:
+        say(choice.label)
+        row = _judge(harness, plan, config, choice, (raveled, start, args, cotangent), exact)
+        if rounds and not row.failure:
+            task = _gradient(harness, config, choice, f, data)
+            task()
+            row = replace(row, memory=peak_memory(task))
+            tasks[row.label] = task
+        rows.append(row)
+    if tasks:
+        say("timing")
+        seconds = interleave(tasks, rounds=rounds, budget=30.0).seconds
+        rows = [_timed(row, seconds[row.label]) if row.label in tasks else row for row in rows]
+    failed = int(np.sum(status != int(Status.CONVERGED)))
+    return Table(rows, failed, len(status), float(np.max(residual, initial=0.0)))
+
+
+def _backward(choice: Choice) -> dict[str, Any]:
+    return {
+        "backward__strategy": choice.strategy,
+        "backward__options": dict(choice.options),
+        "forward__on_failure": "ignore",
+    }
+
+
+def _timed(row: Row, seconds: list[float]) -> Row:
+    spread = Spread.of(seconds)
+    return replace(row, seconds=spread.median, low=spread.low, high=spread.high)
+
+
+def _gradient(
+    harness: Harness, config: Config, choice: Choice, f: Callable[..., Tree], data: tuple[Tree, Tree, Tree, Tree]
+) -> Callable[[], None]:
+    """One gradient as a user computes it, compiled where the framework compiles."""
+    params, inputs, z0, g = data
+    settings = _backward(choice)
+
+    def once(z0: Tree, params: Tree, inputs: Tree, g: Tree) -> Any:
+        z, gradients = equilibrium.vjp(f, z0, params, inputs, cotangent=g, config=config, **settings)
+        return z, gradients
+
+    compiled = harness.jit(once)
+    flatten = equilibrium.get_backend(config).flatten
+
+    def run() -> None:
+        for leaf in flatten(compiled(z0, params, inputs, g))[0]:
+            if leaf is not None:
+                harness.block(leaf)
+
+    return run
+
+
+def _judge(
+    harness: Harness,
+    plan: equilibrium.Plan,
+    config: Config,
+    choice: Choice,
+    problem: tuple[Callable[..., Array], Array, tuple[Any, ...], Array],
+    exact: routed.Routed,
+) -> Row:
+    """Everything but time and memory."""
+    f, z0, args, g = problem
+    backend = plan.backend
+    row = Row(choice.label, choice.strategy, dict(choice.options))
+    try:
+        own = equilibrium.plan_call(config, _backward(choice), plan.space.unravel(z0), args)
+
+        def once(z0: Array, args: tuple[Any, ...], g: Array) -> routed.Routed:
+            return routed.by_strategy(own, f, z0, args, g, routed.solve(own, f, z0, args))
+
+        found = routed.Routed(*harness.jit(lambda *data: tuple(vars(once(*data)).values()))(z0, args, g))
+    except StrategyError as error:
+        return replace(row, failure=str(error))
+    u, truth = (backend.to_numpy(each.u).astype(np.float64) for each in (found, exact))
+    whole = [flat(backend, each.gradients)[None] for each in (found, exact)]
+    cosine, ratio, error_ = (float(each[0]) for each in compare(*whole))
+    row = replace(row, cosine=cosine, norm_ratio=ratio, error=error_, worst_cosine=_least(compare(u, truth)[0]))
+    if found.report is None:
+        steps = float(getattr(own.strategy, "steps", np.nan))
+        return replace(row, pulls=steps, most_pulls=steps)
+    report = {name: backend.to_numpy(leaf) for name, leaf in found.report._asdict().items()}
+    return replace(
+        row,
+        pulls=float(np.median(report["pulls"])) if report["pulls"].size else 0.0,
+        most_pulls=float(np.max(report["pulls"], initial=0)),
+        residual=_most(report["residual"]),
+        estimate=_most(report["error"]),
+        missed=int(np.sum(report["status"] != int(Status.CONVERGED))),
+    )
+
+
+def _most(values: Any) -> float:
+    known = values[~np.isnan(values)]
+    return float(np.max(known)) if known.size else np.nan
+
+
+def _least(values: Any) -> float:
+    return float(np.min(values)) if values.size else np.nan
+
+
+def cheapest(rows: Sequence[Row], good: Callable[[Row], bool]) -> Row | None:
+    """The quickest row that is good enough; by pulls where nothing was timed."""
+    fitting = [row for row in rows if not row.failure and good(row)]
+    return min(fitting, key=lambda row: (np.nan_to_num(row.seconds), row.pulls), default=None)

@@ -1,0 +1,179 @@
+"""`deqcore explain` as a user calls it; its figures against dense linear algebra."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deqcore import plugins
+from deqcore.cli.app import main
+
+pytest.importorskip("torch")
+
+PROBLEM = """
+import numpy as np
+from deqcore.testing import Problem
+
+rng = np.random.default_rng(0)
+A = 0.8 * rng.standard_normal((6, 6)) / np.sqrt(6)
+x = rng.standard_normal((3, 6))
+
+def affine(xp, p, z, x):
+    return z @ p["A"].T + x
+
+def broken(xp, p, z, x):
+    raise RuntimeError("no such layer")
+
+mine = Problem("mine", {"A": A}, x, 0 * x, affine)
+torch_only = Problem("torch only", {"A": A}, x, 0 * x, {"torch": lambda p, z, x: z @ p["A"].T + x})
+raises = Problem("raises", {"A": A}, x, 0 * x, broken)
+def cycle(xp, p, z, x):
+    return p["r"] * xp.roll(z, 1, axis=1) + x
+
+y = rng.standard_normal((2, 80))
+hard = Problem("hard", {"r": np.array(0.999)}, y, 0 * y, cycle)
+none = Problem("none", {"A": A}, x, 0 * x, lambda xp, p, z, x: xp.tanh(z @ p["A"].T) * np.nan + x)
+flat = Problem("flat", {"A": A}, x[:0], 0 * x[:0], affine)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch, tmp_path):
+    for name in [name for name in os.environ if name.startswith("DEQCORE_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DEQCORE_PLUGIN_AUTOLOAD", "0")
+    plugins.reset()
+    (tmp_path / "p.py").write_text(PROBLEM)
+    yield
+    plugins.reset()
+
+
+def explain(capture, *args):
+    with pytest.raises(SystemExit) as ended:
+        main(["explain", *args])
+    out, err = capture.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+def figures(capture, *args):
+    code, out, err = explain(capture, "--json", "--rounds", "0", *args)
+    assert code in (0, 1), err
+    found = json.loads(out)
+    return code, found, {row["label"]: row for row in found["rows"]}
+
+
+def truth():
+    """u and the gradients of A and x as one vector, exact and with u = g."""
+    space = {}
+    exec(PROBLEM, space)
+    a, x = space["A"], space["x"]
+    g = np.random.default_rng(20).standard_normal(x.shape)
+    z = np.linalg.solve(np.eye(6) - a, x.T).T
+    u = np.linalg.solve(np.eye(6) - a.T, g.T).T
+    return u, g, [np.concatenate([(v.T @ z).ravel(), v.ravel()]) for v in (u, g)]
+
+
+def cosine(a, b):
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+def test_figures_are_those_of_dense_linear_algebra(capsys, backend):
+    options = ["--problem", "p.py:mine", "--backend", backend, "--dtype", "float64"]
+    code, found, rows = figures(capsys, *options)
+    u, g, (exact, free) = truth()
+    assert code == 0
+    assert found["samples"] == 3
+    assert found["not_converged"] == 0
+    row = rows["jacobian-free"]
+    assert row["cosine"] == pytest.approx(cosine(free, exact), abs=1e-4)
+    assert row["norm_ratio"] == pytest.approx(np.linalg.norm(free) / np.linalg.norm(exact), rel=1e-3)
+    assert row["error"] == pytest.approx(np.linalg.norm(free - exact) / np.linalg.norm(exact), rel=1e-3)
+    assert row["worst_cosine"] == pytest.approx(min(cosine(a, b) for a, b in zip(g, u, strict=True)), abs=1e-4)
+    assert (row["pulls"], row["residual"], row["estimate"]) == (0, None, None)
+    assert rows["exact-ift"]["error"] < 1e-6
+    assert rows["exact-ift"]["most_pulls"] <= 6
+    assert rows["broyden-reuse (target=0.01)"]["estimate"] <= 0.01
+    assert rows["broyden-reuse (target=0.01)"]["error"] <= 0.02
+    assert rows["phantom"]["pulls"] == 5
+    assert set(plugins.strategies()) <= {row["strategy"] for row in rows.values()}
+
+
+def test_the_cheapest_by_pulls_where_nothing_is_timed(capsys):
+    code, found, rows = figures(capsys, "--problem", "p.py:mine", "--backend", "numpy", "--accuracy", "error=0.03")
+    good = [row for row in rows.values() if row["error"] <= 0.03]
+    assert code == 0
+    assert rows[found["cheapest"]]["pulls"] == min(row["pulls"] for row in good)
+    assert "a relative error of at most 0.03" in found["verdict"]
+    assert repr(rows[found["cheapest"]]["strategy"]) in found["verdict"]
+
+
+def test_a_table_with_times(capsys):
+    code, out, _ = explain(capsys, "--backend", "torch", "--rounds", "3")
+    assert code == 0
+    for part in ("exact-ift", "broyden-reuse (plain)", "unrolled", "mlp: 3 samples", "The cheapest with a cosine"):
+        assert part in out
+
+
+def test_nothing_is_accurate_enough(capsys):
+    """A cyclic shift: GMRES needs as many pulls as there are numbers, 80, and no strategy has them."""
+    Path("deq.toml").write_text("[forward]\nmax_steps = 1\n")
+    code, found, _ = figures(capsys, "--problem", "p.py:hard", "--backend", "torch", "--accuracy", "error=0.05")
+    assert code == 1
+    assert found["cheapest"] is None
+    assert found["verdict"].startswith("None has a relative error of at most 0.05. The nearest is ")
+    assert found["not_converged"] == 2  # the project's settings apply
+
+
+def test_an_f_that_gives_nan_has_no_good_gradient(capsys):
+    code, found, rows = figures(capsys, "--problem", "p.py:none", "--backend", "numpy")
+    assert (code, found["cheapest"], found["not_converged"]) == (1, None, 3)
+    assert found["verdict"].startswith("No strategy gave a gradient, so none has ")
+    assert all(row["cosine"] is None for row in rows.values())
+
+
+def test_a_solver_without_an_estimate(capsys):
+    _, found, rows = figures(capsys, "--problem", "p.py:mine", "--backend", "numpy", "--solver", "picard")
+    assert found["solver"] == "picard"
+    assert "estimate" in rows["broyden-reuse"]["failure"]
+    assert rows["jacobian-free"]["failure"] == ""
+
+
+def test_the_configured_options_are_among_the_rows(capsys):
+    Path("deq.toml").write_text('[backward]\nstrategy = "neumann"\noptions = { terms = 2 }\n')
+    _, _, rows = figures(capsys, "--problem", "p.py:mine", "--backend", "numpy")
+    assert rows["neumann (terms=2)"]["pulls"] == 2
+
+
+def test_an_empty_batch(capsys):
+    code, found, _ = figures(capsys, "--problem", "p.py:flat", "--backend", "numpy")
+    assert (code, found["samples"]) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--problem", "mlq"], "Did you mean 'mlp'?"),
+        (["--problem", "missing.py:mine"], "there is no file 'missing.py'"),
+        (["--problem", "p.py:mime"], "Did you mean 'mine'?"),
+        (["--problem", "p.py:raises"], "f raised RuntimeError: no such layer (p.py, line 13)"),
+        (["--problem", "p.py:torch_only"], "written for torch"),
+        (["--accuracy", "1.5"], "a cosine above 0 and at most 1"),
+        (["--accuracy", "nan"], "'nan'"),
+        (["--accuracy", "error=-1"], "'error=-1'"),
+        (["--accuracy", "angle=3"], "'angle=3'"),
+        (["--dtype", "float46"], "Did you mean 'float64'?"),
+        (["--solver", "broiden"], "Did you mean 'broyden'?"),
+        (["--backend", "numpyy"], "Did you mean 'numpy'?"),
+    ],
+)
+def test_bad_input(capsys, args, message):
+    code, out, err = explain(capsys, *([] if "--backend" in args else ["--backend", "numpy"]), *args)
+    assert code == 2
+    assert out == ""
+    assert message in " ".join(err.split())
