@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import TypeAlias
 
 from deqcore.config import Config
@@ -60,10 +61,10 @@ class Alarms:
             self.error = MonitorError(text)
         else:
             warnings.warn(text, MonitorWarning, stacklevel=2)
-        if trigger.action != "retrain":
+        if trigger.action != "retrain" or self.retrain is not None:
             return [event]
-        self.retrain = self.retrain or text
-        return [event, Event(row.step, row.time, "retrain", text, trigger.metric, change.value, trigger.action)]
+        self.retrain = text
+        return [replace(event, kind="retrain")]
 
     def apply(self, config: Config, rtol: float | None, least: float) -> Config:
         """The config with the actions in force."""
@@ -89,4 +90,5 @@ def _sentence(change: Change, row: Row) -> str:
         return f"{where}: {what}.{_ACTIONS[trigger.action].format(hook=trigger.hook)}"
     if change.value is None:
         return f"{where}: {trigger.metric} was not measured meanwhile: the earlier settings are tried again."
-    return f"{where}: {trigger.metric} = {change.value:.4g} again; what the trigger did is undone."
+    after = " What the trigger changed is undone." if trigger.action in effects.CHANGES else ""
+    return f"{where}: {trigger.statistic} of {trigger.metric} = {change.value:.4g} again.{after}"

@@ -97,6 +97,7 @@ COMMANDS: Final = (
     CommandSpec("strategies", "deqcore.cli.strategies:command", "List the backward strategies and their options."),
     CommandSpec("check", "deqcore.cli.check:app", "Prove gradients, backends, solvers and strategies right."),
     CommandSpec("explain", "deqcore.cli.explain:command", "Every strategy on your problem, and the cheapest."),
+    CommandSpec("monitor", "deqcore.cli.monitor:app", "Watch and report what a Monitor has logged."),
     CommandSpec("plugins", "deqcore.cli.plugins:command", "List the plugins and whether they work."),
     CommandSpec("config", "deqcore.cli.config:app", "Show the settings and where each comes from."),
 )

@@ -1,0 +1,101 @@
+"""`deqcore monitor`: look at what a Monitor has logged."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.live import Live
+
+from deqcore.cli.output import AsJson, show
+from deqcore.errors import MonitorError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+LogPath = Annotated[Path, typer.Argument(help="The log, as the sink jsonl writes it.")]
+
+
+@app.callback()
+def monitor() -> None:
+    """Look at what a Monitor has logged."""
+
+
+@app.command()
+def watch(
+    log: LogPath,
+    window: Annotated[int, typer.Option(min=1, help="Solves that the statistics are taken over.")] = 100,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between looks at the file.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Print one frame and end.")] = False,
+) -> None:
+    """Follow a log in the terminal. Ctrl-C ends it; where the output is no terminal, one frame is printed."""
+    from deqcore.monitor.log import Tail
+    from deqcore.monitor.watch import view
+
+    tail = Tail(log)
+    console = Console()
+    if once or not console.is_terminal:
+        console = console if console.is_terminal else Console(width=120)
+        console.print(view(tail.finish(), window, console.width))
+        return
+    try:
+        with Live(view(tail.log, window, console.width), console=console, screen=True, auto_refresh=False) as live:
+            while True:
+                time.sleep(interval)
+                tail.poll()
+                live.update(view(tail.log, window, console.width), refresh=True)
+    except KeyboardInterrupt:
+        console.print(view(tail.log, window, console.width))
+
+
+@app.command()
+def report(
+    log: LogPath,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page. Default: the log's name, .html.")] = None,
+) -> None:
+    """Write an HTML page about a log: one file, no network."""
+    from deqcore.monitor.log import read
+    from deqcore.monitor.report import render
+
+    target = log.with_suffix(".html") if out is None else out
+    page = render(read(log))
+    try:
+        target.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise MonitorError(f"The report {str(target)!r} cannot be written: {error.strerror}.") from None
+    typer.echo(str(target))
+
+
+@app.command()
+def metrics(as_json: AsJson = False) -> None:
+    """List the metrics with their units and meanings."""
+    from deqcore.monitor.metrics import COUNTERS, STANDARD
+
+    listed = [*STANDARD, *(metric for metric, _ in COUNTERS)]
+    rows = [{"metric": each.name, "unit": each.unit, "meaning": each.help} for each in listed]
+    show(rows, ("metric", "unit", "meaning"), as_json=as_json)
+
+
+@app.command()
+def sinks(as_json: AsJson = False) -> None:
+    """List the sinks and their options."""
+    from deqcore import plugins
+    from deqcore.cli import project, registered
+
+    project.load_plugins()
+    show(
+        registered.rows("sink", plugins.sinks().values(), {"keeps": "keeps"}),
+        ("name", "options", "summary", "status", "reason"),
+        as_json=as_json,
+    )
+
+
+@app.command()
+def dashboard() -> None:
+    """Print the Grafana dashboard that goes with the sinks prometheus and prometheus-textfile."""
+    from deqcore.monitor.dashboard import load
+
+    typer.echo(json.dumps(load(), indent=2, ensure_ascii=False))
