@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.deqcore-installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: test check unit clean
+.PHONY: study test check unit clean
 
 # torch goes first, with its pin, so that nothing that follows can pull another build of it.
 $(STAMP): pyproject.toml constraints.txt
@@ -13,6 +13,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[all,test]"
 	touch $@
+
+# Handwritten digits, one equilibrium model, three backward strategies; report in study-digits/report.html.
+study: $(STAMP)
+	$(BIN)/deqcore study $(ARGS)
 
 test: check unit
 

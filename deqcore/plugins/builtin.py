@@ -92,6 +92,7 @@ SINKS: Final = (
 
 # One line per command; the target is a typer app or a function. `deqcore --help` imports none of them.
 COMMANDS: Final = (
+    CommandSpec("study", "deqcore.cli.study:command", "Train one model under several strategies, compare, report."),
     CommandSpec("backends", "deqcore.cli.backends:command", "List the backends and whether they are installed."),
     CommandSpec("solvers", "deqcore.cli.solvers:command", "List the solvers and their options."),
     CommandSpec("strategies", "deqcore.cli.strategies:command", "List the backward strategies and their options."),

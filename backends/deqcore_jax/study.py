@@ -1,0 +1,191 @@
+"""The training step of a study in JAX."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import deqcore
+import deqcore_jax.probe
+from deqcore.config import Config
+from deqcore.study.models.base import Model, Weights
+from deqcore.study.trainer import BETA1, BETA2, EPSILON, Figures, Numbers, Step, Trainer
+
+LAYOUT = ("NCHW", "OIHW", "NCHW")
+
+
+class JaxOps:
+    """Operations beyond the array API standard, see `deqcore.study.models.base.Ops`."""
+
+    xp = jnp
+
+    def relu(self, x: Any) -> Any:
+        return jax.nn.relu(x)
+
+    def conv(self, x: Any, kernel: Any, stride: int = 1) -> Any:
+        return jax.lax.conv_general_dilated(x, kernel, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=LAYOUT)
+
+    def upsample(self, x: Any) -> Any:
+        return jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
+
+    def norm(self, x: Any, groups: int) -> Any:
+        grouped = x.reshape(x.shape[0], groups, -1)
+        return _standard(grouped).reshape(x.shape)
+
+    def layer_norm(self, x: Any) -> Any:
+        return _standard(x)
+
+    def attention(self, q: Any, k: Any, v: Any) -> Any:
+        length = q.shape[-2]
+        scores = q @ jnp.swapaxes(k, -1, -2) / jnp.sqrt(jnp.asarray(q.shape[-1], q.dtype))
+        seen = jnp.tril(jnp.ones((length, length), bool))
+        return jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1) @ v
+
+    def embed(self, table: Any, tokens: Any) -> Any:
+        return table[tokens]
+
+
+class JaxTrainer(Trainer):
+    """Adam on a model, on JAX's default device.
+
+    Forward and backward are compiled apart, so that each can be timed: the first returns the pullback as data.
+    """
+
+    def __init__(self, model: Model, weights: Weights, config: Config) -> None:
+        self._ops = JaxOps()
+        self._model = model
+        self._config = config
+        self._weights = {name: jnp.array(weights[name]) for name in sorted(weights)}
+        self._adam = optax.scale_by_adam(BETA1, BETA2, EPSILON)
+        self._state = self._adam.init(self._weights)
+        self._forward = jax.jit(self._pullback, static_argnames="config")
+        self._backward = jax.jit(lambda pull: pull(jnp.ones((), jnp.float32)))
+        self._update = jax.jit(self._updated)
+        self._predict = jax.jit(self._logits)
+        self._grow = jax.jit(self._growth, static_argnames=("config", "pulls"))
+
+    def warm_up(self, x: Numbers, y: Numbers, count: int) -> None:
+        gradient, _ = self._gradient(x, y, self._config)
+        jax.block_until_ready(self._update(self._weights, self._state, gradient, 0.0))
+        self.predict(np.repeat(x[:1], count, axis=0))
+
+    def step(self, x: Numbers, y: Numbers, rate: float) -> Step:
+        inputs, targets = jax.block_until_ready((jnp.asarray(x), jnp.asarray(_narrow(y))))
+        start = time.perf_counter()
+        loss, pull, figures = jax.block_until_ready(self._forward(self._weights, inputs, targets, config=self._config))
+        middle = time.perf_counter()
+        gradient, probe = jax.block_until_ready(self._backward(pull))
+        end = time.perf_counter()
+        self._weights, self._state = jax.block_until_ready(self._update(self._weights, self._state, gradient, rate))
+        done = time.perf_counter()
+        return Step(float(loss), middle - start, end - middle, done - end, self._figures(figures, probe))
+
+    def predict(self, x: Numbers) -> Numbers:
+        return np.asarray(self._predict(self._weights, jnp.asarray(_narrow(x))))
+
+    def gradient(self, x: Numbers, y: Numbers, config: Config) -> tuple[float, Numbers]:
+        gradient, loss = self._gradient(x, y, config)
+        return loss, np.concatenate([np.asarray(gradient[name], np.float64).ravel() for name in sorted(gradient)])
+
+    def radius(self, x: Numbers, config: Config, pulls: int) -> Numbers:
+        return np.asarray(self._grow(self._weights, jnp.asarray(_narrow(x)), config=config, pulls=pulls))
+
+    def save(self) -> Weights:
+        count, mu, nu = self._state
+        saved = {"adam.count": count}
+        for prefix, tree in (("weight", self._weights), ("adam.mu", mu), ("adam.nu", nu)):
+            saved |= {f"{prefix}.{name}": value for name, value in tree.items()}
+        return {name: np.array(value) for name, value in saved.items()}
+
+    def restore(self, saved: Weights) -> None:
+        def tree(prefix: str) -> dict[str, Any]:
+            return {name: jnp.array(saved[f"{prefix}.{name}"]) for name in self._weights}
+
+        self._weights = tree("weight")
+        self._state = type(self._state)(jnp.array(saved["adam.count"]), tree("adam.mu"), tree("adam.nu"))
+
+    def peak(self) -> int | None:
+        # JAX cannot start the measurement anew: the peak is that of the whole process.
+        found = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        return None if found is None or jax.default_backend() == "cpu" else int(found)
+
+    def _gradient(self, x: Numbers, y: Numbers, config: Config) -> tuple[Any, float]:
+        loss, pull, _ = self._forward(self._weights, jnp.asarray(_narrow(x)), jnp.asarray(_narrow(y)), config=config)
+        return self._backward(pull)[0], float(loss)
+
+    def _pullback(self, weights: Any, x: Any, y: Any, config: Config) -> tuple[Any, Any, Any]:
+        def loss(weights: Any, probe: Any) -> tuple[Any, Any]:
+            z, figures = self._solve(weights, x, config, probe)
+            logits = self._model.read(self._ops, weights, z)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), figures
+
+        return cast(tuple[Any, Any, Any], jax.vjp(loss, weights, deqcore_jax.probe.new(x.shape[0]), has_aux=True))
+
+    def _solve(self, weights: Any, x: Any, config: Config, probe: Any = None) -> tuple[Any, Any]:
+        model, ops = self._model, self._ops
+        injected = model.inject(ops, weights, x)
+        z = model.start(ops, weights, injected)
+        if not model.equilibrium:
+            for _ in range(model.depth):
+                z = model.cell(ops, weights, z, injected)
+            return z, None
+
+        def solve() -> Any:
+            return deqcore.fixed_point(lambda z: model.cell(ops, weights, z, injected), z, config=config)
+
+        if probe is None:
+            return solve().value, None
+        with deqcore_jax.probe.reporting(probe):
+            sol = solve()
+        leaves = [leaf.reshape(x.shape[0], -1) for leaf in jax.tree.leaves(sol.value)]
+        scale = jnp.linalg.norm(jnp.concatenate(leaves, axis=1), axis=1)
+        return sol.value, jax.lax.stop_gradient((sol.evaluations, sol.residual, sol.status, scale))
+
+    def _updated(self, weights: Any, state: Any, gradient: Any, rate: Any) -> tuple[Any, Any]:
+        direction, state = self._adam.update(gradient, state)
+        return jax.tree.map(lambda w, d: w - rate * d, weights, direction), state
+
+    def _logits(self, weights: Any, x: Any) -> Any:
+        return self._model.read(self._ops, weights, self._solve(weights, x, self._config)[0])
+
+    def _growth(self, weights: Any, x: Any, config: Config, pulls: int) -> Any:
+        z, _ = self._solve(weights, x, config)
+        injected = self._model.inject(self._ops, weights, x)
+        _, pull = jax.vjp(lambda z: self._model.cell(self._ops, weights, z, injected), z)
+        leaves, structure = jax.tree.flatten(z)
+        keys = jax.random.split(jax.random.key(0), len(leaves))
+        u = structure.unflatten([jax.random.normal(k, l.shape, l.dtype) for k, l in zip(keys, leaves, strict=True)])
+
+        def norm(u: Any) -> Any:
+            squares = [jnp.sum(jnp.square(leaf.reshape(x.shape[0], -1)), axis=1) for leaf in jax.tree.leaves(u)]
+            return jnp.sqrt(sum(squares))
+
+        def body(u: Any, _: None) -> tuple[Any, Any]:
+            size = jnp.maximum(norm(u), 1e-30)
+            u = jax.tree.map(lambda leaf: leaf / size.reshape(-1, *[1] * (leaf.ndim - 1)), u)
+            (u,) = pull(u)
+            return u, norm(u)
+
+        return jax.lax.scan(body, u, None, length=pulls)[1]
+
+    def _figures(self, figures: Any, probe: Any) -> Figures:
+        if figures is None:
+            return Figures.explicit(self._model.depth)
+        *steps, scale = [np.asarray(each) for each in figures]
+        ran = bool(np.all(np.asarray(probe.runs) == 1))  # a step strategy fills no probe
+        return Figures.of(steps, scale, deqcore_jax.probe.read(probe) if ran else None)
+
+
+def _standard(x: Any) -> Any:
+    mean = x.mean(-1, keepdims=True)
+    return (x - mean) * jax.lax.rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + 1e-5)
+
+
+def _narrow(a: Numbers) -> Numbers:
+    """Integers as JAX keeps them without its switch for 64 bits."""
+    return a.astype(np.int32) if np.issubdtype(a.dtype, np.integer) else a

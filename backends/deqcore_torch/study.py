@@ -1,0 +1,174 @@
+"""The training step of a study in PyTorch."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, cast
+
+import array_api_compat.torch as xp
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import deqcore
+from deqcore.config import Config
+from deqcore.solution import Solution
+from deqcore.strategy import AdjointReport
+from deqcore.study.models.base import Model, Weights
+from deqcore.study.trainer import BETA1, BETA2, EPSILON, Figures, Numbers, Step, Trainer
+
+
+class TorchOps:
+    """Operations beyond the array API standard, see `deqcore.study.models.base.Ops`."""
+
+    xp = xp
+
+    def relu(self, x: Tensor) -> Tensor:
+        return F.relu(x)
+
+    def conv(self, x: Tensor, kernel: Tensor, stride: int = 1) -> Tensor:
+        return F.conv2d(x, kernel, stride=stride, padding=1)
+
+    def upsample(self, x: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=2, mode="nearest")
+
+    def norm(self, x: Tensor, groups: int) -> Tensor:
+        return F.group_norm(x, groups)
+
+    def layer_norm(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:])
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, table)
+
+
+class TorchTrainer(Trainer):
+    """Adam on a model, on the GPU if there is one."""
+
+    def __init__(self, model: Model, weights: Weights, config: Config) -> None:
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._ops = TorchOps()
+        self._model = model
+        self._config = config
+        self._weights = {name: self._move(weights[name].copy()).requires_grad_() for name in sorted(weights)}
+        self._adam = torch.optim.Adam(self._weights.values(), lr=0.0, betas=(BETA1, BETA2), eps=EPSILON)
+
+    def warm_up(self, x: Numbers, y: Numbers, count: int) -> None:
+        for _ in range(2):
+            self.gradient(x, y, self._config)
+        self.predict(np.repeat(x[:1], count, axis=0))
+
+    def step(self, x: Numbers, y: Numbers, rate: float) -> Step:
+        inputs, targets = self._move(x), self._move(y)
+        start = self._now()
+        loss, sol = self._loss(inputs, targets, self._config)
+        middle = self._now()
+        self._adam.zero_grad()
+        loss.backward()
+        end = self._now()
+        self._adam.param_groups[0]["lr"] = rate
+        self._adam.step()
+        done = self._now()
+        return Step(loss.item(), middle - start, end - middle, done - end, self._figures(sol))
+
+    def predict(self, x: Numbers) -> Numbers:
+        with torch.no_grad():
+            z, _ = self._solve(self._move(x), self._config)
+            return cast(Numbers, self._model.read(self._ops, self._weights, z).float().cpu().numpy())
+
+    def gradient(self, x: Numbers, y: Numbers, config: Config) -> tuple[float, Numbers]:
+        loss, _ = self._loss(self._move(x), self._move(y), config)
+        found = torch.autograd.grad(loss, list(self._weights.values()))
+        return loss.item(), torch.cat([part.flatten() for part in found]).double().cpu().numpy()
+
+    def radius(self, x: Numbers, config: Config, pulls: int) -> Numbers:
+        with torch.no_grad():
+            inputs = self._move(x)
+            z, _ = self._solve(inputs, config)
+            injected = self._model.inject(self._ops, self._weights, inputs)
+        backend = deqcore.get_backend(config)
+        leaves, structure = backend.flatten(z)
+        sizes = [leaf[0].numel() for leaf in leaves]
+
+        def f(flat: Tensor) -> Tensor:
+            parts = flat.split(sizes, dim=1)
+            tree = backend.unflatten(structure, [p.reshape(l.shape) for p, l in zip(parts, leaves, strict=True)])
+            image = self._model.cell(self._ops, self._weights, tree, injected)
+            return torch.cat([leaf.flatten(1) for leaf in backend.flatten(image)[0]], dim=1)
+
+        _, pull = backend.linearize(f, torch.cat([leaf.flatten(1) for leaf in leaves], dim=1))
+        generator = torch.Generator().manual_seed(0)
+        u = torch.randn(len(x), sum(sizes), generator=generator).to(self._device)
+        norms = []
+        for _ in range(pulls):
+            u = u / u.norm(dim=1, keepdim=True).clamp_min(1e-30)
+            u = pull(u)
+            norms.append(u.norm(dim=1))
+        return torch.stack(norms).detach().cpu().numpy()
+
+    def save(self) -> Weights:
+        saved = {f"weight.{name}": value for name, value in self._weights.items()}
+        for name, value in self._weights.items():
+            saved |= {f"adam.{name}.{key}": each for key, each in self._adam.state[value].items()}
+        return {name: value.detach().cpu().numpy().copy() for name, value in saved.items()}
+
+    def restore(self, saved: Weights) -> None:
+        with torch.no_grad():
+            for name, value in self._weights.items():
+                value.copy_(self._move(saved[f"weight.{name}"]))
+                keys = [key for key in saved if key.startswith(f"adam.{name}.")]
+                self._adam.state[value] = {key.rpartition(".")[2]: torch.from_numpy(saved[key].copy()) for key in keys}
+                for key, each in self._adam.state[value].items():
+                    self._adam.state[value][key] = each if key == "step" else each.to(self._device)
+
+    def reset_peak(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> int | None:
+        return torch.cuda.max_memory_allocated() if self._device.type == "cuda" else None
+
+    def _solve(self, x: Tensor, config: Config) -> tuple[Any, Solution | None]:
+        model, ops, weights = self._model, self._ops, self._weights
+        injected = model.inject(ops, weights, x)
+        z = model.start(ops, weights, injected)
+        if model.equilibrium:
+            sol = deqcore.fixed_point(lambda z: model.cell(ops, weights, z, injected), z, config=config)
+            return sol.value, sol
+        for _ in range(model.depth):
+            z = model.cell(ops, weights, z, injected)
+        return z, None
+
+    def _loss(self, x: Tensor, y: Tensor, config: Config) -> tuple[Tensor, Solution | None]:
+        z, sol = self._solve(x, config)
+        logits = self._model.read(self._ops, self._weights, z)
+        return F.cross_entropy(logits.flatten(0, -2), y.flatten()), sol
+
+    def _figures(self, sol: Solution | None) -> Figures:
+        if sol is None:
+            return Figures.explicit(self._model.depth)
+        with torch.no_grad():
+            leaves = [leaf.flatten(1) for leaf in sol.backend.flatten(sol.value)[0]]
+            scale = torch.cat(leaves, dim=1).norm(dim=1)
+        steps = [each.cpu().numpy() for each in (sol.evaluations, sol.residual, sol.status)]
+        report = sol.backward
+        if report is not None:
+            report = AdjointReport(*(each.detach().cpu().numpy() for each in report))
+        return Figures.of(steps, scale.cpu().numpy(), report)
+
+    def _move(self, a: Numbers) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(a)).to(self._device)
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def threads(count: int) -> None:
+    """Threads that one operation may use."""
+    torch.set_num_threads(count)

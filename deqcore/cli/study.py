@@ -1,0 +1,77 @@
+"""`deqcore study`: train the same model under several strategies, measure, compare, report."""
+
+from __future__ import annotations
+
+import shlex
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from rich.console import Console
+
+from deqcore.config import Config
+from deqcore.errors import ConfigError, MissingFrameworkError
+
+NEEDED: Final = ("sklearn", "matplotlib", "jinja2", "safetensors", "filelock")
+
+
+def command(
+    file: Annotated[
+        Path | None, typer.Argument(help="A TOML file with a table [study]. Default: digits, three strategies.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where results go. Default: study-NAME.")] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="torch, jax, or any with a trainer; may be repeated. Default: the file's.")
+    ] = None,
+    language: Annotated[str | None, typer.Option(help="Of the report: en or ja.")] = None,
+    data: Annotated[str | None, typer.Option(help="Your own data, module:function; gives a Dataset.")] = None,
+    model: Annotated[str | None, typer.Option(help="Your own model, module:Class, a deqcore.study Model.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Trainings at a time.")] = 1,
+) -> None:
+    """Train, measure, compare, report.
+
+    Without a file: scikit-learn's handwritten digits, a dense equilibrium classifier, the same seed and budget under
+    exact-ift, broyden-reuse and jacobian-free. Start it again to continue what was stopped.
+    """
+    for package in NEEDED:
+        if find_spec(package) is None:
+            raise MissingFrameworkError.of("study", package, "study")
+    from deqcore.study.main import Request, study
+
+    table, origin = _table(file)
+    asked = Request(
+        table=table,
+        origin=origin,
+        changes={"backends": backend, "language": language},
+        out=out,
+        data=data,
+        model=model,
+        jobs=jobs,
+        command=shlex.join(_words(file, out, backend, language, data, model)),
+    )
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    study(asked, console)
+
+
+def _table(file: Path | None) -> tuple[dict[str, Any], str]:
+    """The table `[study]`, and where it was written."""
+    config = Config.discover(file)
+    table = config.section("study")
+    if file is not None and not table:
+        raise ConfigError(f"{str(file)!r} has no table [study]: write at least the line [study].")
+    if config.backend != "auto":
+        table.setdefault("backends", [config.backend])
+    return table, str(file) if file is not None else "deq.toml" if table else "default"
+
+
+def _words(file: Path | None, out: Path | None, backend: list[str] | None, *rest: str | None) -> list[str]:
+    words = ["deqcore", "study", *([str(file)] if file else [])]
+    words += ["--out", str(out)] if out else []
+    for each in backend or []:
+        words += ["--backend", each]
+    for name, value in zip(("--language", "--data", "--model"), rest, strict=True):
+        words += [name, value] if value else []
+    return words

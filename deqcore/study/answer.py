@@ -1,0 +1,148 @@
+"""The answer of a study: which strategy to use, what it saves and what it costs, from measured numbers only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from deqcore.study.settings import Cost
+from deqcore.study.summary import Interval, Row, explicit, reference
+
+TOLERATED: Final = -0.01  # one point of accuracy below exact gradients, at the lower end of the interval
+HARMFUL: Final = 0.9  # cosine below which a reused gradient is warned about
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A row beside another one, paired by seed.
+
+    Attributes:
+        accuracy: difference of test accuracies.
+        time: quotient of whole trainings.
+        memory: quotient of what training adds to the process.
+    """
+
+    accuracy: Interval | None
+    time: Interval | None
+    memory: Interval | None
+
+    @classmethod
+    def of(cls, row: Row, other: Row) -> Comparison:
+        """Compare."""
+        return cls(
+            row.against(other, "test_accuracy"), row.ratio(other, "training"), row.ratio(other, "training_memory")
+        )
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What trainings cost.
+
+    Attributes:
+        training: one training, in the currency of the settings. `month`: the retraining schedule.
+        saved: per month against exact gradients. `payback`: months until a switch has paid; None if it never does.
+    """
+
+    training: float
+    month: float
+    saved: float | None
+    payback: float | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What to use for one kind of problem (data, backend, model).
+
+    Attributes:
+        place: data, backend, model.
+        best: the row that is recommended; None if nothing trained.
+        exact: the row with exact gradients. `explicit`: the network without an equilibrium.
+        against_exact, against_explicit: what the recommended row saves and costs.
+        bill: in money.
+        warnings: what speaks against trusting it: pairs of a word of `words.py` and its values.
+    """
+
+    place: tuple[str, str, str]
+    best: Row | None
+    exact: Row | None
+    explicit: Row | None
+    against_exact: Comparison | None
+    against_explicit: Comparison | None
+    bill: Bill | None
+    warnings: tuple[tuple[str, dict[str, object]], ...]
+
+
+def answers(rows: Sequence[Row], cost: Cost) -> list[Answer]:
+    """One answer for each data set, backend and model with an equilibrium."""
+    places = dict.fromkeys(row.place for row in rows if not row.explicit)
+    return [_answer([row for row in rows if row.place == place], rows, cost) for place in places]
+
+
+def acceptable(row: Row, exact: Row | None) -> bool:
+    """Whether a row's accuracy is at most a point below that of exact gradients, at the lower end of its interval."""
+    difference = row.against(exact, "test_accuracy") if exact is not None else None
+    return difference is None or difference.worst >= TOLERATED
+
+
+def _answer(mine: Sequence[Row], rows: Sequence[Row], cost: Cost) -> Answer:
+    trained = [row for row in mine if row.results]
+    place = mine[0].place[:3]
+    fit = [row for row in trained if acceptable(row, reference(row, rows))] or trained
+    if not fit:
+        return Answer(place, None, None, None, None, None, None, _warnings(mine, None))
+    best = min(fit, key=lambda row: (_mean(row, "training"), row.label))
+    exact, plain = reference(best, rows), explicit(best, rows)
+    return Answer(
+        place,
+        best,
+        exact,
+        plain,
+        Comparison.of(best, exact) if exact is not None else None,
+        Comparison.of(best, plain) if plain is not None else None,
+        bill(best, exact, cost),
+        _warnings(mine, best),
+    )
+
+
+def bill(row: Row, exact: Row | None, cost: Cost) -> Bill:
+    """What a row's trainings cost at the price of the machine."""
+
+    def training(row: Row) -> float:
+        return _mean(row, "training") * cost.scale / 3600 * cost.price_per_hour
+
+    month = training(row) * cost.trainings_per_month
+    saved = None if exact is None else training(exact) * cost.trainings_per_month - month
+    payback = cost.switch_cost / saved if saved is not None and saved > 0 else None
+    return Bill(training(row), month, saved, payback)
+
+
+def _warnings(mine: Sequence[Row], best: Row | None) -> tuple[tuple[str, dict[str, object]], ...]:
+    found: list[tuple[str, dict[str, object]]] = []
+    if best is not None and len(best.results) < 3:
+        found.append(("few_seeds", {"count": len(best.results)}))
+    for row in mine:
+        cosine, gap = row.metric("cosine"), _gap(row, mine)
+        if cosine is not None and cosine.mean < HARMFUL:
+            found.append(("low_cosine", {"strategy": row.label, "solver": row.solver, "cosine": f"{cosine.mean:.2f}"}))
+        if gap is not None and gap.high is not None and gap.high < 0 and gap.mean < TOLERATED:
+            found.append(("harmful", {"strategy": row.label, "solver": row.solver, "points": f"{100 * gap.mean:.1f}"}))
+        unconverged = row.metric("unconverged")
+        if unconverged is not None and unconverged.mean > 0.01:
+            share = f"{100 * unconverged.mean:.0f}"
+            found.append(("unconverged", {"strategy": row.label, "solver": row.solver, "percent": share}))
+        found += [
+            ("failed", {"strategy": row.label, "solver": row.solver, "seed": seed, "reason": reason})
+            for seed, reason in row.failures.items()
+        ]
+    return tuple(found)
+
+
+def _gap(row: Row, among: Sequence[Row]) -> Interval | None:
+    exact = reference(row, among)
+    return None if exact is None or exact is row else row.against(exact, "test_accuracy")
+
+
+def _mean(row: Row, metric: str) -> float:
+    value = row.metric(metric)
+    return float("inf") if value is None else value.mean

@@ -1,0 +1,98 @@
+"""A data set: three splits of arrays, made once and shared by every cell."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deqcore.errors import DeqcoreError, listing
+from deqcore.study.models.base import Kind, Shape
+
+Part: TypeAlias = Literal["train", "validation", "test"]
+PARTS: Final[tuple[Part, ...]] = ("train", "validation", "test")
+SPLIT_SEED: Final = 0
+
+
+class DataError(DeqcoreError, ValueError):
+    """Data that cannot be used: unreadable, empty, a class without samples, shapes that do not fit."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Inputs `(samples, …)` and targets `(samples,)`, or `(samples, length)` for tokens."""
+
+    x: NDArray[Any]
+    y: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Data for a study.
+
+    Attributes:
+        name: for tables and reports.
+        kind: of its inputs, see `Shape`.
+        classes: names of the classes (or words), in the order of their numbers.
+        train: what the weights are fitted to.
+        validation: what the epoch is chosen by.
+        test: looked at once, at the end.
+        note: where it came from.
+    """
+
+    name: str
+    kind: Kind
+    classes: tuple[str, ...]
+    train: Split
+    validation: Split
+    test: Split
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        for part in PARTS:
+            split: Split = getattr(self, part)
+            if len(split) == 0 or len(split.x) != len(split.y):
+                raise DataError(
+                    f"The {part} part of {self.name!r} has {len(split.x)} inputs and {len(split.y)} targets, but "
+                    f"equal numbers, at least 1, are expected."
+                )
+            if not np.issubdtype(split.y.dtype, np.integer) or split.y.min() < 0 or split.y.max() >= len(self.classes):
+                raise DataError(
+                    f"The targets of the {part} part of {self.name!r} must be integers from 0 to "
+                    f"{len(self.classes) - 1}, the number of a class."
+                )
+            if np.issubdtype(split.x.dtype, np.floating) and not np.isfinite(split.x).all():
+                raise DataError(f"The {part} part of {self.name!r} has NaN or infinite inputs.")
+        absent = sorted(set(range(len(self.classes))) - set(np.unique(self.train.y).tolist()))
+        if absent and self.kind != "tokens":
+            names = listing(self.classes[number] for number in absent)
+            raise DataError(f"No sample for training in these classes of {self.name!r}: {names}.")
+
+    @property
+    def shape(self) -> Shape:
+        """What a model has to be built for."""
+        return Shape(self.kind, tuple(self.train.x.shape[1:]), len(self.classes))
+
+
+def split_by_class(x: NDArray[Any], y: NDArray[np.int64], fractions: tuple[float, float]) -> tuple[Split, Split, Split]:
+    """Training, validation and test parts with every class in the same proportion; always the same ones.
+
+    Args:
+        x: inputs.
+        y: targets.
+        fractions: of validation and test.
+    """
+    rng = np.random.default_rng(SPLIT_SEED)
+    rows: list[list[int]] = [[], [], []]
+    for number in np.unique(y):
+        mixed = rng.permutation(np.flatnonzero(y == number))
+        stops = np.cumsum([round(fraction * len(mixed)) for fraction in fractions])
+        for part, chosen in zip(rows, np.split(mixed, stops)[-1:] + np.split(mixed, stops)[:-1], strict=True):
+            part.extend(chosen.tolist())
+    train, validation, test = (np.sort(np.asarray(part, dtype=np.int64)) for part in rows)
+    return Split(x[train], y[train]), Split(x[validation], y[validation]), Split(x[test], y[test])

@@ -1,0 +1,124 @@
+"""Staged gates: what must hold before a strategy goes from pilot to shadow to rollout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from deqcore.errors import UnknownNameError
+from deqcore.study.settings import Gate
+from deqcore.study.summary import Row, reference
+from deqcore.study.words import say
+
+
+def _points(row: Row, exact: Row | None) -> float | None:
+    found = None if exact is None else row.against(exact, "test_accuracy")
+    return None if found is None else 100 * found.worst
+
+
+def _quotient(metric: str) -> Callable[[Row, Row | None], float | None]:
+    def read(row: Row, exact: Row | None) -> float | None:
+        found = None if exact is None else row.ratio(exact, metric)
+        return None if found is None else found.mean if found.high is None else found.high
+
+    return read
+
+
+def _own(metric: str, scale: float = 1.0) -> Callable[[Row, Row | None], float | None]:
+    def read(row: Row, _: Row | None) -> float | None:
+        found = row.metric(metric)
+        return None if found is None else scale * found.mean
+
+    return read
+
+
+METRICS: Final[dict[str, Callable[[Row, Row | None], float | None]]] = {
+    "accuracy": _own("test_accuracy", 100.0),  # percent
+    "accuracy_difference": _points,  # points against exact-ift, lower end of the 95 % interval
+    "time_ratio": _quotient("training"),  # whole training against exact-ift, upper end of the 95 % interval
+    "memory_ratio": _quotient("peak_memory"),
+    "cosine": _own("cosine"),
+    "unconverged": _own("unconverged"),
+    "fallback": _own("fallback"),
+    "failures": lambda row, _: float(len(row.failures)),
+    "seeds": lambda row, _: float(len(row.results)),
+}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A gate and what was measured.
+
+    Attributes:
+        stage: of the gate.
+        criterion: in words.
+        measured: the worst value over all data, backends, models and solvers.
+        passed: whether it holds; what was not measured does not.
+    """
+
+    stage: str
+    criterion: str
+    measured: str
+    passed: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All gates of a study, in their order."""
+
+    gates: tuple[Judged, ...]
+
+    @property
+    def go(self) -> bool:
+        """Whether every gate is passed."""
+        return all(gate.passed for gate in self.gates)
+
+    def sentence(self, language: str) -> str:
+        """Go or no-go, and why."""
+        if self.go:
+            return say(language, "go_all")
+        first = next(gate for gate in self.gates if not gate.passed)
+        stages = list(dict.fromkeys(gate.stage for gate in self.gates))
+        passed = stages[: stages.index(first.stage)]
+        why = f"{first.criterion} ({first.measured})"
+        if not passed:
+            return say(language, "no_go_first", stage=first.stage, why=why)
+        return say(language, "go_until", passed=", ".join(passed), stage=first.stage, why=why)
+
+
+def check(gates: Sequence[Gate], labels: Sequence[str]) -> None:
+    """Find mistakes before anything is trained.
+
+    Raises:
+        UnknownNameError: a gate names a metric or a strategy that is not in the study.
+    """
+    for gate in gates:
+        if gate.metric not in METRICS:
+            raise UnknownNameError.of("metric of a gate", gate.metric, METRICS)
+        if gate.strategy not in labels:
+            raise UnknownNameError.of("strategy of the study", gate.strategy, labels)
+
+
+def judge(rows: Sequence[Row], gates: Sequence[Gate]) -> Verdict:
+    """Compare each gate with the worst row of its strategy."""
+    return Verdict(tuple(_judge(gate, rows) for gate in gates))
+
+
+def _judge(gate: Gate, rows: Sequence[Row]) -> Judged:
+    mine = [row for row in rows if row.strategy == gate.strategy]
+    values = [METRICS[gate.metric](row, reference(row, rows)) for row in mine]
+    known = [value for value in values if value is not None]
+    least, most = gate.at_least, gate.at_most
+    criterion = f"{gate.strategy}: {gate.metric}"
+    criterion += "" if least is None else f" ≥ {least:g}"
+    criterion += "" if most is None else f" ≤ {most:g}"
+    if not known or len(known) < len(values):
+        return Judged(gate.stage, criterion, "–", passed=False)
+    worst = max(known) if least is None else min(known)
+    passed = (least is None or min(known) >= least) and (most is None or max(known) <= most)
+    return Judged(gate.stage, criterion, f"{worst:.4g}", passed)

@@ -1,0 +1,166 @@
+"""What a study means: its cells, each one training with everything that decides its numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from typing import Any, Final
+
+from deqcore import plugins
+from deqcore.config import Config
+from deqcore.errors import ConfigError, StrategyError, UnknownNameError
+from deqcore.study.models import find
+from deqcore.study.settings import DataChoice, ModelChoice, SolverChoice, StrategyChoice, Study, Table, Training
+
+FORMAT: Final = 1  # of a cell's files; raised when old results cannot be read, or would come out differently
+EXPLICIT: Final = "explicit"
+
+
+@dataclass(frozen=True)
+class Own:
+    """Import strings of the user's own code, from the command line."""
+
+    data: str | None = None
+    model: str | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training. Equal cells give equal numbers."""
+
+    data: DataChoice
+    backend: str
+    model: ModelChoice
+    solver: SolverChoice
+    strategy: StrategyChoice
+    rtol: float
+    seed: int
+    max_steps: int
+    training: Training
+    own: Own = field(default=Own())
+
+    @property
+    def explicit(self) -> bool:
+        """Whether the model has no equilibrium, so that no solver and no strategy is used."""
+        return self.strategy.name == EXPLICIT
+
+    @property
+    def key(self) -> str:
+        """Name of the cell's folder: readable, and different for cells that differ in anything."""
+        told = json.dumps([FORMAT, self.as_dict()], sort_keys=True).encode()
+        parts = (self.data.label, self.backend, self.model.name, self.solver.name, self.strategy.label, f"s{self.seed}")
+        slug = re.sub(r"[^A-Za-z0-9]+", "-", "-".join(parts)).strip("-").lower()[:80]
+        return f"{slug}-{hashlib.sha256(told).hexdigest()[:8]}"
+
+    @property
+    def label(self) -> str:
+        """For progress bars and error messages."""
+        parts = [self.data.label, self.backend, self.model.name]
+        parts += [] if self.explicit else [self.solver.name, self.strategy.label, f"{self.rtol:g}"]
+        return " ".join((*parts, f"seed {self.seed}"))
+
+    def config(self) -> Config:
+        """Settings of its solves. What does not converge is counted, so nothing warns."""
+        return Config(
+            backend=self.backend,
+            forward={
+                "solver": self.solver.name,
+                "options": dict(self.solver.options),
+                "rtol": self.rtol,
+                "max_steps": self.max_steps,
+                "on_failure": "ignore",
+            },
+            backward={"strategy": self.strategy.name, "options": _options(self.strategy)},
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        tables = ("data", "model", "solver", "strategy", "training")
+        plain: dict[str, Any] = {name: getattr(self, name).model_dump() for name in tables}
+        numbers = {name: getattr(self, name) for name in ("backend", "rtol", "seed", "max_steps")}
+        return plain | numbers | {"own": asdict(self.own)}
+
+    @classmethod
+    def of(cls, plain: dict[str, Any]) -> Cell:
+        """Undo `as_dict`."""
+        tables: dict[str, type[Table]] = {
+            "data": DataChoice,
+            "model": ModelChoice,
+            "solver": SolverChoice,
+            "strategy": StrategyChoice,
+            "training": Training,
+        }
+        read: dict[str, Any] = {name: table.model_validate(plain[name]) for name, table in tables.items()}
+        numbers = {name: plain[name] for name in ("backend", "rtol", "seed", "max_steps")}
+        return cls(**read, **numbers, own=Own(**plain["own"]))
+
+
+def cells(study: Study, own: Own, backends: tuple[str, ...]) -> list[Cell]:
+    """The grid, seeds outermost, so that a study that is stopped early has compared everything on some seeds.
+
+    Args:
+        study: what was asked for.
+        own: the user's code.
+        backends: the names that `study.backends` stand for.
+
+    Raises:
+        UnknownNameError: nobody registered a name.
+        ConfigError: an option does not exist or does not fit; two entries of an axis cannot be told apart.
+        StrategyError: a strategy needs an estimate that a solver does not keep.
+    """
+    _check(study, own, backends)
+    found = [cell for seed in study.seeds for cell in _of_seed(study, own, backends, seed)]
+    keys = [cell.key for cell in found]
+    if len(set(keys)) < len(keys):
+        raise ConfigError("The study asks for the same cell twice: remove the repeated entry of an axis.")
+    return found
+
+
+def _of_seed(study: Study, own: Own, backends: tuple[str, ...], seed: int) -> Iterator[Cell]:
+    for data, backend, model in product(study.data, backends, study.models):
+        shared: dict[str, Any] = {
+            "data": data,
+            "backend": backend,
+            "model": model,
+            "seed": seed,
+            "max_steps": study.max_steps,
+            "training": study.training,
+            "own": own,
+        }
+        if not find(model.name, own.model).equilibrium:
+            explicit = StrategyChoice(name=EXPLICIT)
+            yield Cell(solver=SolverChoice(name="none"), strategy=explicit, rtol=0.0, **shared)
+            continue
+        for rtol, solver, strategy in product(study.rtol, study.solvers, study.strategies):
+            yield Cell(solver=solver, strategy=strategy, rtol=rtol, **shared)
+
+
+def _check(study: Study, own: Own, backends: tuple[str, ...]) -> None:
+    """Find every mistake in the names and options before the first training."""
+    axes = {"strategies": [each.label for each in study.strategies], "data": [each.label for each in study.data]}
+    for axis, labels in axes.items():
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ConfigError(f"[study]: two entries of {axis} are called {label!r}: give one a label of its own.")
+    trained = {spec.backend for spec in plugins.trainers().values()}
+    for backend in backends:
+        plugins.spec("backend", backend)
+        if backend not in trained:
+            raise UnknownNameError.of("trainer", backend, trained, " A study trains, so its backend needs a trainer.")
+    for model in study.models:
+        find(model.name, own.model)
+    for solver, strategy in product(study.solvers, study.strategies):
+        made = plugins.make_solver(solver.name, solver.options)
+        route = plugins.make_strategy(strategy.name, _options(strategy))
+        wants = getattr(route, "wants_estimate", None)
+        if wants is not None and wants() and not made.has_estimate:
+            raise StrategyError.needs_estimate(strategy.label, solver.name, ("broyden",))
+
+
+def _options(strategy: StrategyChoice) -> dict[str, object]:
+    """TOML has no null: the text "none" stands for it in an option `target`."""
+    return {name: None if name == "target" and value == "none" else value for name, value in strategy.options.items()}

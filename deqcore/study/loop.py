@@ -1,0 +1,265 @@
+"""Train one cell: the same order of samples, rates, audits and clock for every backend and strategy.
+
+The clock runs in training steps only. Compiling and warming up come before it, and it stands still while the model
+is evaluated, audited or saved.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deqcore.config import Config
+from deqcore.study import store
+from deqcore.study.data.base import Dataset, Split
+from deqcore.study.grid import Cell
+from deqcore.study.memory import PeakMemory
+from deqcore.study.models import find
+from deqcore.study.trainer import Figures, Step, Trainer
+
+Tell: TypeAlias = Callable[[Mapping[str, object]], None]
+
+WEIGHTS, ORDER, AUDIT = range(3)  # streams of random numbers that one seed gives
+AUDIT_RTOL: Final = 1e-5
+AUDIT_STEPS: Final = 100
+AUDIT_PULLS: Final = 20
+EVALUATION_BATCH: Final = 256
+
+
+class CellFailure(Exception):
+    """A training that came to nothing, with the reason for people."""
+
+
+@dataclass(frozen=True)
+class Audit:
+    """A look at the gradient during training, on a batch of the training data.
+
+    Attributes:
+        epoch: epochs done before it.
+        cosine: of the strategy's gradient with the exact one.
+        ratio: of their norms.
+        radius: estimate of the Jacobian's spectral radius, median over samples. `radius_most`: the largest.
+    """
+
+    epoch: int
+    cosine: float
+    ratio: float
+    radius: float | None
+    radius_most: float | None
+
+
+def initial_weights(cell: Cell, data: Dataset) -> tuple[Any, dict[str, Any]]:
+    """The model and where it starts: the same numbers on every backend, for every strategy."""
+    model = find(cell.model.name, cell.own.model)(data.shape, cell.model.width)
+    return model, model.initial(np.random.default_rng([cell.seed, WEIGHTS]))
+
+
+def batches(cell: Cell, size: int, epoch: int) -> NDArray[np.int64]:
+    """Rows of the training data, `(steps, batch)`: a function of seed and epoch only."""
+    batch = min(cell.training.batch, size)
+    order = np.random.default_rng([cell.seed, ORDER, epoch]).permutation(size)
+    steps = size // batch
+    return order[: steps * batch].reshape(steps, batch)
+
+
+def rate(cell: Cell, step: int, steps: int) -> float:
+    """Learning rate of a step: from the full rate to zero along a cosine."""
+    return cell.training.rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def audited(cell: Cell, epoch: int) -> bool:
+    """Whether the gradient is looked at before this epoch: `audits` times, evenly, the first time at the start."""
+    audits = min(cell.training.audits, cell.training.epochs)
+    return audits > 0 and epoch in {round(i * cell.training.epochs / audits) for i in range(audits)}
+
+
+def exact(cell: Cell) -> Config:
+    """Settings of the gradient that others are compared with: implicit, and solved far below the study's tolerance."""
+    return Config(
+        backend=cell.backend,
+        forward={"solver": "broyden", "rtol": AUDIT_RTOL, "max_steps": AUDIT_STEPS, "on_failure": "ignore"},
+        backward={"strategy": "exact-ift", "options": {"rtol": AUDIT_RTOL, "max_steps": AUDIT_STEPS}},
+    )
+
+
+class Training:
+    """One cell in training.
+
+    Args:
+        cell: what is trained.
+        data: on what.
+        trainer: the class for its backend.
+        folder: where progress is saved.
+        tell: gets progress for people, as plain values.
+    """
+
+    def __init__(self, cell: Cell, data: Dataset, trainer: Callable[..., Trainer], folder: Path, tell: Tell) -> None:
+        self.cell, self.data, self.folder, self.tell = cell, data, folder, tell
+        model, weights = initial_weights(cell, data)
+        if data.kind not in model.accepts:
+            raise CellFailure(f"the model {cell.model.name!r} takes {' or '.join(model.accepts)}, not {data.kind}")
+        self.before = PeakMemory.now()
+        self.parameters = sum(value.size for value in weights.values())
+        self.trainer = trainer(model, weights, cell.config())
+        self.best: dict[str, Any] = self._weights()
+        self.history: dict[str, Any] = {"epochs": 0, "steps": [], "epoch": [], "audits": [], "best": -1, "peak": 0}
+
+    def run(self) -> dict[str, Any]:
+        """Train, or go on where a killed process stopped, and look at the test data once.
+
+        Raises:
+            CellFailure: the loss is no longer a number.
+        """
+        self._resume()
+        self._warm_up()
+        for epoch in range(self.history["epochs"], self.cell.training.epochs):
+            self._audit(epoch)
+            self._epoch(epoch)
+            self._validate(epoch)
+            self.history["epochs"] = epoch + 1
+            tensors = {**self.trainer.save(), **{f"best.{name}": value for name, value in self.best.items()}}
+            store.write_progress(self.folder, tensors, self.history)
+        self.trainer.restore(self.trainer.save() | self.best)
+        loss, accuracy = self._evaluate(self.data.test)
+        return self._result(loss, accuracy)
+
+    def _resume(self) -> None:
+        found = store.read_progress(self.folder)
+        if found is None:
+            return
+        tensors, self.history = found
+        self.trainer.restore({name: value for name, value in tensors.items() if not name.startswith("best.")})
+        self.best = {name.removeprefix("best."): v for name, v in tensors.items() if name.startswith("best.")}
+
+    def _weights(self) -> dict[str, Any]:
+        return {name: value for name, value in self.trainer.save().items() if name.startswith("weight.")}
+
+    def _warm_up(self) -> None:
+        start = time.perf_counter()
+        rows = batches(self.cell, len(self.data.train), 0)[0]
+        self.trainer.warm_up(self.data.train.x[rows], self.data.train.y[rows], EVALUATION_BATCH)
+        self.warm_up = time.perf_counter() - start
+
+    def _epoch(self, epoch: int) -> None:
+        rows = batches(self.cell, len(self.data.train), epoch)
+        steps = len(rows) * self.cell.training.epochs
+        memory = PeakMemory()
+        self.trainer.reset_peak()
+        for i, chosen in enumerate(rows):
+            number = epoch * len(rows) + i
+            step = self.trainer.step(
+                self.data.train.x[chosen], self.data.train.y[chosen], rate(self.cell, number, steps)
+            )
+            if not math.isfinite(step.loss):
+                raise CellFailure(f"the loss became {step.loss} at step {number + 1} of {steps} (epoch {epoch + 1})")
+            self.history["steps"].append(_row(step))
+            self._progress(step, number, steps, epoch)
+        memory.stop()
+        self.history["peak"] = max(self.history["peak"], self.trainer.peak() or memory.most)
+
+    def _progress(self, step: Step, number: int, steps: int, epoch: int) -> None:
+        figures = step.figures
+        self.tell(
+            {
+                "step": number + 1,
+                "steps": steps,
+                "epoch": epoch + 1,
+                "loss": step.loss,
+                "residual": figures.residual,
+                "evaluations": figures.evaluations_most,
+                "pulls": figures.pulls_most,
+            }
+        )
+
+    def _audit(self, epoch: int) -> None:
+        if not audited(self.cell, epoch) or self.cell.explicit:
+            return
+        rng = np.random.default_rng([self.cell.seed, AUDIT, epoch])
+        train = self.data.train
+        rows = rng.choice(len(train), min(self.cell.training.batch, len(train)), replace=False)
+        x, y, truth = train.x[rows], train.y[rows], exact(self.cell)
+        _, found = self.trainer.gradient(x, y, self.cell.config())
+        _, wanted = self.trainer.gradient(x, y, truth)
+        growth = self.trainer.radius(x, truth, AUDIT_PULLS)
+        # Where two eigenvalues have the largest modulus the growth oscillates: its mean over some steps does not.
+        radius = np.exp(np.log(np.maximum(growth[-AUDIT_PULLS // 2 :], 1e-30)).mean(0))
+        size = float(np.linalg.norm(found) * np.linalg.norm(wanted))
+        audit = Audit(
+            epoch=epoch,
+            cosine=float(found @ wanted) / size if size > 0 else 0.0,
+            ratio=float(np.linalg.norm(found)) / max(float(np.linalg.norm(wanted)), 1e-30),
+            radius=_number(np.median(radius)),
+            radius_most=_number(radius.max()),
+        )
+        if not (math.isfinite(audit.cosine) and math.isfinite(audit.ratio)):
+            raise CellFailure(f"the gradient is not finite at the audit before epoch {epoch + 1}")
+        self.history["audits"].append(asdict(audit))
+
+    def _validate(self, epoch: int) -> None:
+        loss, accuracy = self._evaluate(self.data.validation)
+        self.history["epoch"].append({"validation_loss": _number(loss), "validation_accuracy": accuracy})
+        if accuracy > self.history["best"]:
+            self.history["best"], self.history["best_epoch"] = accuracy, epoch + 1
+            self.best = self._weights()
+
+    def _evaluate(self, split: Split) -> tuple[float, float]:
+        """Mean cross-entropy and accuracy. Batches have one size, the last one is filled up: nothing is recompiled."""
+        logits = []
+        for start in range(0, len(split), EVALUATION_BATCH):
+            rows = np.arange(start, start + EVALUATION_BATCH)
+            found = self.trainer.predict(split.x[np.minimum(rows, len(split) - 1)])
+            logits.append(found[: len(split) - start])
+        scores = np.concatenate(logits).astype(np.float64)
+        scores = scores - scores.max(-1, keepdims=True)
+        scores = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+        right = np.take_along_axis(scores, split.y[..., None], axis=-1)
+        return float(-right.mean()), float((scores.argmax(-1) == split.y).mean())
+
+    def _result(self, loss: float, accuracy: float) -> dict[str, Any]:
+        history = self.history
+        columns = {name: [row[name] for row in history["steps"]] for name in history["steps"][0]}
+        return {
+            "status": "ok",
+            "cell": self.cell.as_dict(),
+            "test_accuracy": accuracy,
+            "test_loss": _number(loss),
+            "best_epoch": history["best_epoch"],
+            "parameters": self.parameters,
+            "test_samples": int(self.data.test.y.size),
+            "warm_up": self.warm_up,
+            "times": times(columns),
+            "peak_memory": history["peak"],
+            "training_memory": history["peak"] - (0 if self.trainer.peak() is not None else self.before),
+            "figures": {name: _average(columns[name]) for name in Figures._fields},
+            "cosine": _average([audit["cosine"] for audit in history["audits"]]),
+            "history": {"steps": columns, "epochs": history["epoch"], "audits": history["audits"]},
+        }
+
+
+def times(columns: Mapping[str, Any]) -> dict[str, float]:
+    """Median seconds of each part of a step, and of the whole training (the sum of its steps)."""
+    parts = {name: float(median(columns[name])) for name in ("forward", "backward", "update")}
+    whole = [sum(each) for each in zip(columns["forward"], columns["backward"], columns["update"], strict=True)]
+    return parts | {"step": float(median(whole)), "training": float(sum(whole))}
+
+
+def _row(step: Step) -> dict[str, Any]:
+    parts = {"loss": step.loss, "forward": step.forward, "backward": step.backward, "update": step.update}
+    return parts | step.figures._asdict()
+
+
+def _average(values: list[Any]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,102 @@
+"""A study from request to report."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from deqcore import plugins
+from deqcore.bench.machine import describe
+from deqcore.errors import BackendError
+from deqcore.study import gates, report, table
+from deqcore.study.grid import Cell, Own, cells
+from deqcore.study.progress import Live
+from deqcore.study.run import run
+from deqcore.study.settings import Study, read
+from deqcore.study.store import Store
+
+PACKAGES = ("torch", "jax", "jaxlib", "optax", "scipy", "scikit-learn")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for.
+
+    Attributes:
+        table: `[study]` as it was written. `origin`: where.
+        changes: settings that the command line puts on top, None where it is silent.
+        out: directory for results, or None for one named after the study.
+        data, model: import strings of the user's own code.
+        jobs: trainings at a time.
+        command: that reproduces the study.
+    """
+
+    table: Mapping[str, Any]
+    origin: str
+    changes: Mapping[str, Any]
+    out: Path | None
+    data: str | None
+    model: str | None
+    jobs: int
+    command: str
+
+    def settings(self) -> Study:
+        """Everything put together and checked."""
+        asked = dict(self.table) | {name: value for name, value in self.changes.items() if value}
+        if self.data is not None:
+            asked.setdefault("data", ["own"])
+        if self.model is not None:
+            asked.setdefault("models", ["own"])
+        return read(asked, self.origin)
+
+
+def study(request: Request, console: Console) -> None:
+    """Train what is unfinished, print the table, write the report.
+
+    Args:
+        request: what was asked for.
+        console: where to write.
+    """
+    settings = request.settings()
+    grid = plan(settings, Own(request.data, request.model))
+    slug = re.sub(r"[^\w.-]+", "-", settings.name) or "results"
+    place = Store(request.out if request.out is not None else Path(f"study-{slug}"))
+    with place.lock():
+        about = {"machine": describe(PACKAGES), "command": request.command}
+        place.open({"settings": settings.model_dump(), **about})
+        done = sum(place.result(cell) is not None for cell in grid)
+        if done:
+            console.print(f"{done} of {len(grid)} cells were finished before.", style="dim")
+        with Live(console, grid, done) as live:
+            results = run(place, grid, live, request.jobs)
+        found = report.write(place.root, settings, results, about)
+    console.print(table.terminal(found))
+    if settings.gates:
+        console.print(gates.judge(found, settings.gates).sentence(settings.language))
+    console.print(f"Report: {place.root / 'report.html'}", soft_wrap=True)
+
+
+def plan(settings: Study, own: Own) -> list[Cell]:
+    """The grid; every mistake in names and options is found here, before anything is trained."""
+    gates.check(settings.gates, [strategy.label for strategy in settings.strategies])
+    return cells(settings, own, tuple(dict.fromkeys(map(backend, settings.backends))))
+
+
+def backend(name: str) -> str:
+    """The backend that a name stands for: "auto" is the first installed that has a trainer.
+
+    Raises:
+        BackendError: there is none.
+    """
+    if name != "auto":
+        return name
+    for spec in plugins.trainers().values():
+        package = plugins.backends()[spec.backend].package
+        if package is None or plugins.is_installed(package):
+            return spec.backend
+    raise BackendError('No framework to train with is installed: pip install "deqcore[torch]" or "deqcore[jax]".')

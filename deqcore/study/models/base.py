@@ -1,0 +1,112 @@
+"""What a model of the study is: initial weights in NumPy, and four functions written once for every framework.
+
+A model never imports a framework. It computes with `ops.xp` (the array namespace) and with the few operations of
+`Ops` that the array API standard lacks; a trainer brings both.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deqcore.backend import Array
+
+Kind: TypeAlias = Literal["vector", "image", "tokens"]
+Weights: TypeAlias = dict[str, NDArray[np.float32]]
+Parameters: TypeAlias = Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model is built for.
+
+    Attributes:
+        kind: "vector" `(batch, n)`, "image" `(batch, channels, height, width)` or "tokens" `(batch, length)`.
+        sample: shape of one input, without the batch.
+        classes: number of classes, or of words.
+    """
+
+    kind: Kind
+    sample: tuple[int, ...]
+    classes: int
+
+
+class Ops(Protocol):
+    """Operations beyond the array API standard that a trainer's framework brings."""
+
+    xp: Any
+
+    def relu(self, x: Array) -> Array:
+        """Max(x, 0), with derivative 0 at 0."""
+
+    def conv(self, x: Array, kernel: Array, stride: int = 1) -> Array:
+        """3×3 convolution, zero padding 1: `(b, c, h, w)` with `(o, c, 3, 3)`."""
+
+    def upsample(self, x: Array) -> Array:
+        """Twice the height and width, each value repeated."""
+
+    def norm(self, x: Array, groups: int) -> Array:
+        """Zero mean and unit variance over each of `groups` groups of channels: `(b, c, …)`."""
+
+    def layer_norm(self, x: Array) -> Array:
+        """Zero mean and unit variance over the last axis."""
+
+    def attention(self, q: Array, k: Array, v: Array) -> Array:
+        """Causal softmax attention, `(b, heads, length, width)`."""
+
+    def embed(self, table: Array, tokens: Array) -> Array:
+        """Rows of `table` `(words, width)` for integers `(b, length)`."""
+
+
+class Model(ABC):
+    """A classifier: `read(z*)` with `z* = cell(z*, inject(x))`. One of your own is a subclass, `module:Class`.
+
+    Attributes:
+        accepts: the kinds of input it can be built for.
+        equilibrium: False for an explicit network, which is `cell` applied `depth` times to zero.
+        depth: of an explicit network.
+    """
+
+    accepts: ClassVar[tuple[Kind, ...]]
+    equilibrium: ClassVar[bool] = True
+    depth: ClassVar[int] = 2
+
+    def __init__(self, shape: Shape, width: int) -> None:
+        self.shape = shape
+        self.width = width
+
+    @abstractmethod
+    def initial(self, rng: np.random.Generator) -> Weights:
+        """Initial weights, float32."""
+
+    @abstractmethod
+    def inject(self, ops: Ops, p: Parameters, x: Array) -> Any:
+        """What the input adds to each step, computed once per solve: an array or a tuple of arrays."""
+
+    @abstractmethod
+    def start(self, ops: Ops, p: Parameters, injected: Any) -> Any:
+        """The initial state z0, a tree of arrays with the batch first."""
+
+    @abstractmethod
+    def cell(self, ops: Ops, p: Parameters, z: Any, injected: Any) -> Any:
+        """f(z): a tree like z."""
+
+    @abstractmethod
+    def read(self, ops: Ops, p: Parameters, z: Any) -> Array:
+        """Logits `(batch, classes)`, or `(batch, length, classes)` for tokens."""
+
+
+def normal(rng: np.random.Generator, shape: tuple[int, ...], scale: float) -> NDArray[np.float32]:
+    """Normal weights of standard deviation `scale`."""
+    return np.asarray(scale * rng.standard_normal(shape), dtype=np.float32)
+
+
+def contraction(rng: np.random.Generator, size: int, rate: float) -> NDArray[np.float32]:
+    """A random matrix `(size, size)` of spectral norm `rate`."""
+    made = rng.standard_normal((size, size))
+    return np.asarray(made * (rate / np.linalg.norm(made, 2)), dtype=np.float32)

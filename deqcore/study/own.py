@@ -1,0 +1,45 @@
+"""The user's own code, named on the command line as `module:attribute`, never in a config file."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from deqcore.errors import ConfigError, did_you_mean
+
+
+def load_own(option: str, target: str, base: type) -> type:
+    """Import a class.
+
+    Args:
+        option: of the command line, for the error.
+        target: `module:Class`; the working directory is searched as well.
+        base: what it must be a subclass of.
+
+    Raises:
+        ConfigError: it cannot be imported, or is no subclass.
+    """
+    found = load_object(option, target)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ConfigError(
+            f"{option} {target!r} is {found!r}, but a subclass of {base.__module__}.{base.__name__} is expected."
+        )
+    return found
+
+
+def load_object(option: str, target: str) -> object:
+    """Import `module:attribute`."""
+    module, _, name = target.partition(":")
+    if not (module and name):
+        raise ConfigError.bad_value("The command line", option, target, "module:attribute, such as 'my_data:load'")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = import_module(module)
+    except Exception as error:  # whatever the user's module does on import, it is told with its name
+        raise ConfigError(f"{option} {target!r} cannot be imported: {type(error).__name__}: {error}") from error
+    if not hasattr(found, name):
+        raise ConfigError(f"{option}: the module {module!r} has no {name!r}.{did_you_mean(name, vars(found))}")
+    value: object = getattr(found, name)
+    return value

@@ -1,0 +1,191 @@
+"""The report's plots, as SVG that stands in the page itself."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from deqcore.study.summary import Row
+
+PALETTE: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
+PARTS: Final = (("forward", "#0072b2"), ("backward", "#d55e00"), ("update", "#999999"))
+MANY: Final = 8  # lines in one plot that people can tell apart
+SIZE: Final = (6.0, 3.4)  # inches
+
+
+def plots(rows: Sequence[Row]) -> dict[str, str]:
+    """Every plot that has something to show, by the word of its title in `words.py`."""
+    trained = [row for row in rows if row.results]
+    made: dict[str, Callable[[Any, Sequence[Row]], bool]] = {
+        "plot_accuracy": _accuracy,
+        "plot_time": _time,
+        "plot_evaluations": _evaluations,
+        "plot_cosine": _cosine,
+        "plot_certificate": _certificate,
+        "plot_radius": _radius,
+        "plot_memory": _memory,
+    }
+    drawn = {word: _draw(word, draw, trained) for word, draw in made.items() if trained}
+    return {word: svg for word, svg in drawn.items() if svg}
+
+
+def _draw(word: str, draw: Callable[[Any, Sequence[Row]], bool], rows: Sequence[Row]) -> str:
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    # Text stays text: small, searchable, and in the reader's own font. A salt of its own keeps ids in a page apart.
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": word, "font.size": 9, "font.family": "sans-serif"}
+    with mpl.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser has it
+        figure = Figure(figsize=SIZE, layout="constrained")
+        axes = figure.subplots()
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if not draw(axes, rows):
+            return ""
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    svg = out.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def name(row: Row, rows: Sequence[Row]) -> str:
+    """The shortest name that tells a row from the others."""
+    parts = [row.label]
+    columns: list[Callable[[Row], str]] = [
+        lambda r: r.solver,
+        lambda r: f"{r.rtol:g}",
+        lambda r: r.place[2],
+        lambda r: r.place[1],
+        lambda r: r.place[0],
+    ]
+    for column in columns:
+        if len({column(other) for other in rows if not other.explicit}) > 1:
+            parts.append(column(row))
+    return " · ".join(dict.fromkeys(parts))
+
+
+def _accuracy(axes: Any, rows: Sequence[Row]) -> bool:
+    for row, colour in zip(rows[:MANY], PALETTE, strict=False):
+        clocks, curves = [], []
+        for result in row.results.values():
+            epochs = result["history"]["epochs"]
+            clocks.append(_per_epoch(result, "seconds", len(epochs), np.sum).cumsum())
+            curves.append([100 * epoch["validation_accuracy"] for epoch in epochs])
+        axes.plot(np.mean(clocks, 0), np.mean(curves, 0), color=colour, label=name(row, rows))
+        if len(curves) > 1:
+            axes.fill_between(np.mean(clocks, 0), np.min(curves, 0), np.max(curves, 0), color=colour, alpha=0.15, lw=0)
+    axes.set(xlabel="seconds of training", ylabel="%")
+    axes.legend(frameon=False)
+    return True
+
+
+def _time(axes: Any, rows: Sequence[Row]) -> bool:
+    places, left = np.arange(len(rows)), np.zeros(len(rows))
+    for part, colour in PARTS:
+        values = np.array([1e3 * _mean(row, part) for row in rows])
+        axes.barh(places, values, left=left, color=colour, label=part, height=0.6)
+        left += values
+    axes.set_yticks(places, [name(row, rows) for row in rows])
+    axes.invert_yaxis()
+    axes.set(xlabel="ms per step (median)")
+    axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return True
+
+
+def _evaluations(axes: Any, rows: Sequence[Row]) -> bool:
+    shown = [row for row in rows if not row.explicit][:MANY]
+    for row, colour in zip(shown, PALETTE, strict=False):
+        for metric, style in (("evaluations_most", "-"), ("pulls_most", "--")):
+            curves = _curves(row, metric)
+            if curves is not None:
+                kind = "f" if style == "-" else "pulls"
+                axes.plot(_epochs(curves), curves, style, color=colour, label=f"{name(row, rows)}: {kind}")
+    axes.set(xlabel="epoch", ylabel="per step", ylim=(0, None))
+    if shown:
+        axes.legend(frameon=False, fontsize=8, ncols=2)
+    return bool(shown)
+
+
+def _cosine(axes: Any, rows: Sequence[Row]) -> bool:
+    found = _audits(axes, rows, ("cosine",))
+    axes.set(xlabel="epoch", ylabel="cosine")
+    return found
+
+
+def _radius(axes: Any, rows: Sequence[Row]) -> bool:
+    found = _audits(axes, rows, ("radius", "radius_most"))
+    axes.axhline(1.0, color="#666666", lw=0.8, ls=":")
+    axes.set(xlabel="epoch", ylabel="|λ|max", ylim=(0, None))
+    return found
+
+
+def _certificate(axes: Any, rows: Sequence[Row]) -> bool:
+    found = False
+    for row, colour in zip([row for row in rows if not row.explicit], PALETTE, strict=False):
+        curves = _curves(row, "adjoint_residual")
+        if curves is not None:
+            found = True
+            axes.semilogy(_epochs(curves), curves, color=colour, label=name(row, rows))
+    axes.set(xlabel="epoch", ylabel="‖g + Jᵀu − u‖ / ‖g‖")
+    if found:
+        axes.legend(frameon=False)
+    return found
+
+
+def _memory(axes: Any, rows: Sequence[Row]) -> bool:
+    places = np.arange(len(rows))
+    axes.barh(places, [_mean(row, "peak_memory") / 1e6 for row in rows], color=PALETTE[0], height=0.6)
+    axes.set_yticks(places, [name(row, rows) for row in rows])
+    axes.invert_yaxis()
+    axes.set(xlabel="MB")
+    return True
+
+
+def _audits(axes: Any, rows: Sequence[Row], metrics: Sequence[str]) -> bool:
+    found = False
+    for row, colour in zip([row for row in rows if not row.explicit], PALETTE, strict=False):
+        audits = [result["history"]["audits"] for result in row.results.values()]
+        if not audits[0]:
+            continue
+        found = True
+        epochs = [audit["epoch"] for audit in audits[0]]
+        for metric, style in zip(metrics, ("o-", "^:"), strict=False):
+            values = np.array([[np.nan if a[metric] is None else a[metric] for a in each] for each in audits])
+            label = name(row, rows) if style == "o-" else None
+            axes.plot(epochs, values.mean(0), style, ms=3, color=colour, label=label)
+    if found:
+        axes.legend(frameon=False)
+    return found
+
+
+def _curves(row: Row, metric: str) -> Any:
+    """Means per epoch and over seeds; None where nothing was measured."""
+    found = []
+    for result in row.results.values():
+        if result["history"]["steps"][metric][0] is None:
+            return None
+        found.append(_per_epoch(result, metric, len(result["history"]["epochs"]), np.mean))
+    return np.mean(found, 0)
+
+
+def _per_epoch(result: Any, metric: str, epochs: int, combine: Callable[..., Any]) -> Any:
+    steps = result["history"]["steps"]
+    if metric == "seconds":
+        values = np.sum([steps[part] for part, _ in PARTS], axis=0)
+    else:
+        values = np.array([np.nan if value is None else value for value in steps[metric]], dtype=float)
+    return combine(values.reshape(epochs, -1), axis=1)
+
+
+def _epochs(curve: Any) -> Any:
+    return np.arange(1, len(curve) + 1)
+
+
+def _mean(row: Row, metric: str) -> float:
+    value = row.metric(metric)
+    return 0.0 if value is None else value.mean

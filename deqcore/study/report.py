@@ -1,0 +1,136 @@
+"""What a study leaves behind: results.json, results.csv, results.md and one page of HTML that needs nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from deqcore.study import store, table
+from deqcore.study.answer import Answer, answers
+from deqcore.study.gates import Verdict, judge
+from deqcore.study.plots import plots
+from deqcore.study.settings import Cost, Study
+from deqcore.study.summary import METRICS, Interval, Row, rows
+from deqcore.study.words import LANGUAGES, say
+
+
+def write(root: Path, study: Study, results: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> list[Row]:
+    """Write all files of the report.
+
+    Args:
+        root: the directory of the study.
+        study: its settings.
+        results: of its cells.
+        about: machine, versions, and the command that reproduces it.
+
+    Returns:
+        The rows of the table.
+    """
+    found = rows(results)
+    verdict = judge(found, study.gates)
+    summary = [_summary(row) for row in found]
+    judged = [gate.as_dict() for gate in verdict.gates]
+    content = {**about, "settings": study.model_dump(), "summary": summary, "gates": judged, "cells": list(results)}
+    store.write_json(root / "results.json", content)
+    store.write(root / "results.csv", table.comma_separated(found).encode())
+    store.write(root / "results.md", table.markdown(found).encode())
+    store.write(root / "report.html", page(study, found, verdict, about).encode())
+    return found
+
+
+def page(study: Study, found: Sequence[Row], verdict: Verdict, about: Mapping[str, Any]) -> str:
+    """The HTML. Every name in it is escaped: a class or a data set may be called anything."""
+    from jinja2 import Environment, StrictUndefined
+
+    source = resources.files("deqcore.study").joinpath("report.html.j2").read_text(encoding="utf-8")
+    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=False).from_string(source)
+    header, lines = table.cells(found)
+    words = LANGUAGES[study.language]
+    return template.render(
+        language=study.language,
+        words=words,
+        title=say(study.language, "title", name=study.name),
+        answers=[_told(answer, study) for answer in answers(found, study.cost)],
+        gates=[gate.as_dict() for gate in verdict.gates],
+        verdict={"go": verdict.go, "text": verdict.sentence(study.language)},
+        shared=table.shared(found),
+        header=header,
+        lines=lines,
+        labels=len(header) - len(table.COLUMNS),
+        plots=[{"title": words[word], "svg": svg} for word, svg in plots(found).items()],
+        command=about["command"],
+        machine=_flat(about["machine"]),
+        settings=json.dumps(study.model_dump(), indent=1, ensure_ascii=False),
+    )
+
+
+def _told(answer: Answer, study: Study) -> dict[str, object]:
+    """The first screen: one sentence that answers, then what it rests on."""
+    language = study.language
+    data, backend, model = answer.place
+    place = {"data": data, "backend": backend, "model": model}
+    warnings = [say(language, word, **values) for word, values in answer.warnings]
+    best = answer.best
+    if best is None:
+        return {"head": say(language, "nothing", **place), "sentences": [], "warnings": warnings}
+    head = say(language, "use", strategy=best.label, solver=best.solver, **place)
+    sentences = [say(language, "accuracy", accuracy=table.percent(best.metric("test_accuracy")))]
+    if best is answer.exact:
+        sentences.append(say(language, "is_exact"))
+    elif answer.against_exact is not None:
+        versus = answer.against_exact
+        ratio, points = _bracketed(versus.time, 1.0, 2), _bracketed(versus.accuracy, 100.0, 2, signed=True)
+        sentences.append(say(language, "time_exact", ratio=ratio, points=points))
+        if versus.memory is not None:
+            batch = f"{1 / versus.memory.mean:.2f}"
+            sentences.append(say(language, "memory", ratio=_bracketed(versus.memory, 1.0, 2), batch=batch))
+    if answer.against_explicit is not None:
+        versus = answer.against_explicit
+        ratio, points = _bracketed(versus.time, 1.0, 2), _bracketed(versus.accuracy, 100.0, 2, signed=True)
+        sentences.append(say(language, "time_explicit", ratio=ratio, points=points))
+    return {"head": head, "sentences": sentences + _money(answer, study.cost, language), "warnings": warnings}
+
+
+def _money(answer: Answer, cost: Cost, language: str) -> list[str]:
+    bill = answer.bill
+    if bill is None:
+        return []
+
+    def amount(value: float) -> str:
+        return f"{table.significant(value)} {cost.currency}"
+
+    training, month = amount(bill.training), amount(bill.month)
+    told = [say(language, "money", training=training, month=month, count=f"{cost.trainings_per_month:g}")]
+    if bill.saved is not None and answer.best is not answer.exact:
+        told.append(say(language, "saved" if bill.saved >= 0 else "lost", saved=amount(abs(bill.saved))))
+    if bill.payback is not None and cost.switch_cost > 0:
+        told.append(say(language, "payback", switch=amount(cost.switch_cost), months=f"{bill.payback:.1f}"))
+    return told
+
+
+def _bracketed(value: Interval | None, scale: float, digits: int, *, signed: bool = False) -> str:
+    if value is None:
+        return "–"
+    sign = "+" if signed else ""
+    text = f"{scale * value.mean:{sign}.{digits}f}".replace("-", "−")
+    if value.low is None or value.high is None:
+        return text
+    ends = f"[{scale * value.low:{sign}.{digits}f}, {scale * value.high:{sign}.{digits}f}]"
+    return f"{text} {ends.replace('-', '−')}"
+
+
+def _summary(row: Row) -> dict[str, Any]:
+    metrics = {name: row.metric(name) for name in METRICS} if row.results else {}
+    numbers = {name: None if value is None else asdict(value) for name, value in metrics.items()}
+    return {**table.identity(row), "seeds": list(row.results), "failures": dict(row.failures), "metrics": numbers}
+
+
+def _flat(machine: Mapping[str, Any]) -> list[tuple[str, str]]:
+    def text(value: object) -> str:
+        return ", ".join(f"{key} {each}" for key, each in value.items()) if isinstance(value, Mapping) else str(value)
+
+    return [(name.replace("_", " "), text(value)) for name, value in machine.items()]

@@ -1,0 +1,134 @@
+"""Run the cells of a study, each in a process of its own, and survive what happens to them."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from deqcore.study import store, worker
+from deqcore.study.grid import Cell
+from deqcore.study.store import Store, StudyError
+
+LOG: Final = "worker.log"
+
+
+class Watcher(Protocol):
+    """Who is told how the study goes: the terminal, or nobody."""
+
+    def started(self, cell: Cell) -> None:
+        """A cell's process was started."""
+
+    def progressed(self, cell: Cell, progress: dict[str, Any]) -> None:
+        """A cell has taken some steps."""
+
+    def ended(self, cell: Cell, result: dict[str, Any]) -> None:
+        """A cell has a result."""
+
+
+class Process:
+    """One cell's process, and a thread that reads what it tells."""
+
+    def __init__(self, cell: Cell, folder: Path, events: queue.Queue[tuple[Process, dict[str, Any] | None]]) -> None:
+        self.cell, self.folder = cell, folder
+        store.write_json(folder / "cell.json", cell.as_dict())
+        with (folder / LOG).open("wb") as log:
+            self.popen = subprocess.Popen(
+                [sys.executable, "-m", "deqcore.study.worker", str(folder)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=environment(cell.training.threads),
+            )
+        threading.Thread(target=self._read, args=(events,), daemon=True).start()
+
+    def _read(self, events: queue.Queue[tuple[Process, dict[str, Any] | None]]) -> None:
+        assert self.popen.stdout is not None
+        for line in self.popen.stdout:
+            try:
+                events.put((self, json.loads(line)))
+            except ValueError:
+                continue  # the user's own code may print
+        self.popen.wait()
+        events.put((self, None))
+
+    def result(self) -> dict[str, Any]:
+        """What came of the ended process.
+
+        Raises:
+            StudyError: it could not write.
+        """
+        found: dict[str, Any] | None = store.read_json(self.folder / "result.json")
+        if found is not None:
+            return found
+        told = (self.folder / LOG).read_text(errors="replace").strip()
+        last = told.splitlines()[-1] if told else "it said nothing"
+        code = self.popen.returncode
+        if last.startswith("Error: "):
+            raise StudyError(f"{self.cell.label}: {last.removeprefix('Error: ')}")
+        if code == -signal.SIGKILL:
+            reason, detail = "killed", "the process was killed from outside; the system does that when memory runs out"
+        elif code < 0:
+            reason, detail = "crashed", f"the process ended with {signal.Signals(-code).name}: {last}"
+        else:
+            reason, detail = "crashed", f"the process ended with code {code}: {last}"
+        worker.failed(self.cell, reason, detail, self.folder)
+        return dict(store.read_json(self.folder / "result.json"))
+
+    def kill(self) -> None:
+        """End it at once; what it finished is on disk."""
+        self.popen.kill()
+        self.popen.wait()
+
+
+def run(place: Store, cells: Sequence[Cell], watcher: Watcher, jobs: int = 1) -> list[dict[str, Any]]:
+    """Train every cell that has no result yet.
+
+    Args:
+        place: where results are.
+        cells: the whole grid.
+        watcher: is told what happens.
+        jobs: processes at a time.
+
+    Returns:
+        The results, in the order of the cells.
+
+    Raises:
+        StudyError: results cannot be written.
+    """
+    events: queue.Queue[tuple[Process, dict[str, Any] | None]] = queue.Queue()
+    waiting = [cell for cell in cells if place.result(cell) is None]
+    running: list[Process] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                cell = waiting.pop(0)
+                running.append(Process(cell, place.folder(cell), events))
+                watcher.started(cell)
+            process, progress = events.get()
+            if progress is not None:
+                watcher.progressed(process.cell, progress)
+                continue
+            running.remove(process)
+            watcher.ended(process.cell, process.result())
+    finally:
+        for process in running:
+            process.kill()
+    return [dict(place.result(cell) or {}) for cell in cells]
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Of a worker: as many threads as the study allows, for every library that would take more."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+    limits = dict.fromkeys(names, str(threads))
+    if threads == 1:
+        flag = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+        limits["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    return {**os.environ, **limits}

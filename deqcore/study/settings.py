@@ -1,0 +1,232 @@
+"""What a study may ask for: the table `[study]` of a config file, checked strictly.
+
+Every list is an axis of the grid. An entry is a name, or a table with the name and its options:
+
+    [study]
+    name = "pilot"
+    models = ["dense", { name = "conv", width = 16 }]
+    strategies = ["exact-ift", { name = "broyden-reuse", label = "plain", options = { target = "none" } }]
+    seeds = [0, 1, 2]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from deqcore.errors import ConfigError
+from deqcore.study.words import LANGUAGES
+
+Option: TypeAlias = bool | int | float | str
+
+
+class Table(BaseModel):
+    """A table of settings: frozen, and what it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def _named(given: object) -> object:
+    return {"name": given} if isinstance(given, str) else given
+
+
+def _listed(given: object) -> object:
+    return tuple(given) if isinstance(given, list) else given
+
+
+class ModelChoice(Table):
+    """A model and its width."""
+
+    name: str
+    width: int = Field(default=128, ge=4)
+
+
+class SolverChoice(Table):
+    """A registered solver and its options."""
+
+    name: str
+    options: dict[str, Option] = {}
+
+
+class StrategyChoice(Table):
+    """A registered strategy, its options, and what tables call it."""
+
+    name: str
+    label: str = ""
+    options: dict[str, Option | None] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _label(cls, given: Any) -> Any:
+        return {**given, "label": given.get("label") or given.get("name", "")} if isinstance(given, Mapping) else given
+
+
+class DataChoice(Table):
+    """A data set.
+
+    Attributes:
+        name: "digits", "images", "arrays", "text", or "own" (named on the command line).
+        path: of the folder or file.
+        label: what tables call it.
+        size: images are resized to size × size; 0 keeps them.
+        per_class: images of each class at most; 0 takes all.
+        level: of a text: "char" or "word".
+        length: of a text's windows.
+        words: the most frequent words (or characters) kept.
+        samples: windows of a text at most; 0 takes all.
+    """
+
+    name: str
+    path: str = ""
+    label: str = ""
+    size: int = Field(default=0, ge=0)
+    per_class: int = Field(default=0, ge=0)
+    level: Literal["char", "word"] = "char"
+    length: int = Field(default=32, ge=2)
+    words: int = Field(default=1000, ge=2)
+    samples: int = Field(default=0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _label(cls, given: Any) -> Any:
+        return {**given, "label": given.get("label") or given.get("name", "")} if isinstance(given, Mapping) else given
+
+
+class Training(Table):
+    """The budget that every cell gets.
+
+    Attributes:
+        epochs: passes over the training data.
+        batch: samples per step; an incomplete last batch is left out (the order changes each epoch).
+        rate: Adam's learning rate; falls to zero along a cosine.
+        audits: how often in a training the gradient is compared with the exact one.
+        threads: of each process; 1 is the fastest for small models and leaves no rounding to chance.
+    """
+
+    epochs: int = Field(default=30, ge=1)
+    batch: int = Field(default=64, ge=1)
+    rate: float = Field(default=2e-3, gt=0)
+    audits: int = Field(default=10, ge=0)
+    threads: int = Field(default=1, ge=1)
+
+
+class Cost(Table):
+    """What the machine costs.
+
+    Attributes:
+        price_per_hour: of one machine.
+        currency: for the report.
+        trainings_per_month: the retraining schedule.
+        scale: a real training in units of the one that was measured (more data, more epochs).
+        switch_cost: of changing the strategy, once.
+    """
+
+    price_per_hour: float = Field(default=1.0, ge=0)
+    currency: str = "USD"
+    trainings_per_month: float = Field(default=30.0, ge=0)
+    scale: float = Field(default=1.0, gt=0)
+    switch_cost: float = Field(default=0.0, ge=0)
+
+
+class Gate(Table):
+    """A criterion that a stage must meet.
+
+    Attributes:
+        stage: "pilot", "shadow", "rollout" or a name of your own; stages are passed in the order of the file.
+        strategy: label of the strategy on trial.
+        metric: see `deqcore.study.gates.METRICS`.
+        at_least: the lowest value that passes.
+        at_most: the highest value that passes.
+    """
+
+    stage: str
+    strategy: str
+    metric: str
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Gate:
+        if self.at_least is None and self.at_most is None:
+            raise ValueError("a gate needs at_least or at_most")
+        return self
+
+
+Models: TypeAlias = tuple[Annotated[ModelChoice, BeforeValidator(_named)], ...]
+Solvers: TypeAlias = tuple[Annotated[SolverChoice, BeforeValidator(_named)], ...]
+Strategies: TypeAlias = tuple[Annotated[StrategyChoice, BeforeValidator(_named)], ...]
+Data: TypeAlias = tuple[Annotated[DataChoice, BeforeValidator(_named)], ...]
+
+
+class Study(Table):
+    """The whole of `[study]`."""
+
+    name: str = "digits"
+    backends: Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)] = ("auto",)
+    data: Annotated[Data, BeforeValidator(_listed), Field(min_length=1)] = (DataChoice(name="digits"),)
+    models: Annotated[Models, BeforeValidator(_listed), Field(min_length=1)] = (ModelChoice(name="dense"),)
+    solvers: Annotated[Solvers, BeforeValidator(_listed), Field(min_length=1)] = (SolverChoice(name="broyden"),)
+    strategies: Annotated[Strategies, BeforeValidator(_listed), Field(min_length=1)] = (
+        StrategyChoice(name="exact-ift"),
+        StrategyChoice(name="broyden-reuse"),
+        StrategyChoice(name="jacobian-free"),
+    )
+    rtol: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], BeforeValidator(_listed), Field(min_length=1)] = (
+        1e-4,
+    )
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_listed), Field(min_length=1)] = (0,)
+    max_steps: int = Field(default=40, ge=1)
+    language: Literal["en", "ja"] = "en"
+    training: Training = Training()
+    cost: Cost = Cost()
+    gates: Annotated[tuple[Gate, ...], BeforeValidator(_listed)] = ()
+
+
+assert set(LANGUAGES) == {"en", "ja"}
+
+
+def read(table: Mapping[str, object], origin: str) -> Study:
+    """Check the table `[study]`.
+
+    Args:
+        table: as it was written.
+        origin: where, for the error.
+
+    Raises:
+        ConfigError: a key is unknown (with a suggestion) or a value does not fit.
+    """
+    try:
+        return Study.model_validate(dict(table))
+    except ValidationError as error:
+        raise _told(error, origin) from None
+
+
+def _told(error: ValidationError, origin: str) -> ConfigError:
+    """The first mistake, in the words of the house."""
+    first = error.errors(include_url=False)[0]
+    path = [part for part in first["loc"] if not (isinstance(part, str) and part.endswith("]"))]
+    owner = f"[study{''.join(f'.{part}' for part in path[:-1])}] (set by {origin})"
+    name = str(path[-1]) if path else "study"
+    if first["type"] == "extra_forbidden":
+        return ConfigError.unknown_option(owner, name, _known(path[:-1]))
+    expected = first["msg"].removeprefix("Value error, ")
+    if path and isinstance(path[-1], int):
+        owner, name = f"[study] (set by {origin})", f"{path[-2]}[{path[-1]}]"
+    return ConfigError(f"{owner}: {name} = {first.get('input')!r} does not fit: {expected[:1].lower()}{expected[1:]}.")
+
+
+def _known(path: list[int | str]) -> list[str]:
+    """The keys of the table at a path."""
+    tables: dict[str, type[Table]] = {
+        "models": ModelChoice,
+        "solvers": SolverChoice,
+        "strategies": StrategyChoice,
+        "data": DataChoice,
+        "training": Training,
+        "cost": Cost,
+        "gates": Gate,
+    }
+    found = tables[str(path[0])] if path else Study
+    return list(found.model_fields)

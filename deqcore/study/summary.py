@@ -1,0 +1,160 @@
+"""Results over seeds: means with confidence intervals, and differences paired by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+
+Result: TypeAlias = Mapping[str, Any]
+LEVEL: Final = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds and its 95 % confidence interval (Student's t).
+
+    Attributes:
+        mean: over seeds.
+        low, high: ends of the interval; None with fewer than two seeds, which say nothing about the spread.
+        count: seeds.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Interval:
+        """From one value per seed."""
+        mean, count = float(np.mean(values)), len(values)
+        if count < 2:
+            return cls(mean, None, None, count)
+        from scipy.stats import t
+
+        half = float(t.ppf(0.5 + LEVEL / 2, count - 1) * np.std(values, ddof=1) / count**0.5)
+        return cls(mean, mean - half, mean + half, count)
+
+    @property
+    def worst(self) -> float:
+        """The lower end, or the mean where there is no interval."""
+        return self.mean if self.low is None else self.low
+
+
+METRICS: Final[dict[str, Callable[[Result], float | None]]] = {
+    "test_accuracy": lambda result: result["test_accuracy"],
+    "test_loss": lambda result: result["test_loss"],
+    "forward": lambda result: result["times"]["forward"],
+    "backward": lambda result: result["times"]["backward"],
+    "update": lambda result: result["times"]["update"],
+    "step": lambda result: result["times"]["step"],
+    "training": lambda result: result["times"]["training"],
+    "warm_up": lambda result: result["warm_up"],
+    "peak_memory": lambda result: result["peak_memory"],
+    "training_memory": lambda result: result["training_memory"],
+    "evaluations": lambda result: result["figures"]["evaluations_most"],
+    "pulls": lambda result: result["figures"]["pulls_most"],
+    "unconverged": lambda result: result["figures"]["unconverged"],
+    "adjoint_residual": lambda result: result["figures"]["adjoint_residual"],
+    "fallback": lambda result: result["figures"]["fallback"],
+    "cosine": lambda result: result["cosine"],
+    "radius": lambda result: _last(result, "radius"),
+    "radius_most": lambda result: _last(result, "radius_most"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Cells that differ in their seed only.
+
+    Attributes:
+        place: data, backend, model and width: what has one exact gradient and one explicit network to compare with.
+        solver, strategy, rtol: how it was trained. `name`: the strategy's registered name.
+        results: of the cells that ended well, by seed.
+        failures: reasons of those that did not, by seed.
+    """
+
+    place: tuple[str, str, str, int]
+    solver: str
+    strategy: str
+    name: str
+    rtol: float
+    results: Mapping[int, Result]
+    failures: Mapping[int, str]
+
+    @property
+    def explicit(self) -> bool:
+        """Whether it has no equilibrium."""
+        return self.name == "explicit"
+
+    @property
+    def label(self) -> str:
+        """The strategy, or the model where there is none."""
+        return self.place[2] if self.explicit else self.strategy
+
+    def metric(self, name: str) -> Interval | None:
+        """A metric over seeds; None where it was not measured."""
+        values = [METRICS[name](result) for result in self.results.values()]
+        known = [value for value in values if value is not None]
+        return Interval.of(known) if known else None
+
+    def against(self, other: Row, name: str) -> Interval | None:
+        """The difference of a metric, paired by seed."""
+        return self._paired(other, name, lambda mine, theirs: mine - theirs)
+
+    def ratio(self, other: Row, name: str) -> Interval | None:
+        """The quotient of a metric, paired by seed."""
+        return self._paired(other, name, lambda mine, theirs: mine / theirs)
+
+    def _paired(self, other: Row, name: str, combine: Callable[[float, float], float]) -> Interval | None:
+        read = METRICS[name]
+        both = [seed for seed in self.results if seed in other.results]
+        pairs = [(read(self.results[seed]), read(other.results[seed])) for seed in both]
+        found = [combine(mine, theirs) for mine, theirs in pairs if mine is not None and theirs is not None]
+        return Interval.of(found) if found else None
+
+
+def rows(results: Iterable[Result]) -> list[Row]:
+    """Group results by everything but the seed, in their order."""
+    grouped: dict[tuple[Any, ...], list[Result]] = {}
+    for result in results:
+        cell = result["cell"]
+        place = (cell["data"]["label"], cell["backend"], cell["model"]["name"], cell["model"]["width"])
+        key = (place, _named(cell["solver"]), cell["strategy"]["label"], cell["strategy"]["name"], cell["rtol"])
+        grouped.setdefault(key, []).append(result)
+    return [_row(key, found) for key, found in grouped.items()]
+
+
+def _row(key: tuple[Any, ...], found: Sequence[Result]) -> Row:
+    place, solver, strategy, name, rtol = key
+    good = {each["cell"]["seed"]: each for each in found if each["status"] == "ok"}
+    bad = {each["cell"]["seed"]: f"{each['reason']}: {each['detail']}" for each in found if each["status"] != "ok"}
+    return Row(place, solver, strategy, name, rtol, good, bad)
+
+
+def reference(row: Row, among: Iterable[Row]) -> Row | None:
+    """The row that was trained with exact gradients and is otherwise the same."""
+    same = (other for other in among if other.place == row.place and other.rtol == row.rtol and other.results)
+    exact = [other for other in same if other.name == "exact-ift"]
+    return next((other for other in exact if other.solver == row.solver), exact[0] if exact else None)
+
+
+def explicit(row: Row, among: Iterable[Row]) -> Row | None:
+    """The explicit network of equal size."""
+    data, backend, model, width = row.place
+    place = (data, backend, f"{model}-explicit", width)
+    return next((other for other in among if other.place == place and other.results), None)
+
+
+def _named(solver: Mapping[str, Any]) -> str:
+    options = ", ".join(f"{name}={value}" for name, value in solver["options"].items())
+    return f"{solver['name']} ({options})" if options else str(solver["name"])
+
+
+def _last(result: Result, name: str) -> float | None:
+    audits = result["history"]["audits"]
+    value: float | None = audits[-1][name] if audits else None
+    return value

@@ -1,0 +1,103 @@
+"""What the report says, in each language. Sentences hold figures in braces; nothing else is translated."""
+
+from __future__ import annotations
+
+from typing import Final
+
+EN: Final = {
+    "title": "Study {name}",
+    "answer": "The answer",
+    "use": "For {model} on {data} ({backend}) use {strategy} with {solver}.",
+    "nothing": "For {model} on {data} ({backend}) nothing trained to the end.",
+    "accuracy": "Its test accuracy is {accuracy} %.",
+    "is_exact": "Exact gradients themselves are the fastest choice here among those that are accurate enough.",
+    "time_exact": "A training takes {ratio} of the time with exact gradients; accuracy changes by {points} points.",
+    "time_explicit": "Against the explicit network of equal size: {ratio} of the time, {points} points of accuracy.",
+    "memory": "Training adds {ratio} of the memory that exact gradients add: {batch} of the batch in the same space.",
+    "money": "One training costs {training}, a month of {count} trainings {month}.",
+    "saved": "Against exact gradients that is {saved} less a month.",
+    "lost": "Against exact gradients that is {saved} more a month.",
+    "payback": "A switch that costs {switch} has paid after {months} months.",
+    "interval": "In brackets: 95 % confidence intervals, paired over seeds.",
+    "few_seeds": "Only {count} seed(s): differences may be chance. Use three seeds or more before you decide.",
+    "low_cosine": "{strategy} with {solver}: the gradient's cosine with the exact one is {cosine} on average.",
+    "harmful": "{strategy} with {solver} harms: accuracy changes by {points} points against exact gradients.",
+    "unconverged": "{strategy} with {solver}: {percent} % of the solves missed their tolerance.",
+    "failed": "{strategy} with {solver}, seed {seed}, did not end well: {reason}",
+    "gates": "Gates",
+    "stage": "stage",
+    "criterion": "criterion",
+    "measured": "measured",
+    "verdict": "verdict",
+    "go": "go",
+    "no_go": "no-go",
+    "go_all": "Go: every gate is passed.",
+    "go_until": "Go for {passed}; no-go from {stage} on: {why}.",
+    "no_go_first": "No-go: {stage} is not passed: {why}.",
+    "results": "Results",
+    "table_note": "Times are medians of a step; f and pulls are what a batch pays for (its slowest sample), averaged "
+    "over steps; ± is half of the 95 % interval over seeds. Peak memory is that of the process (or the device) while "
+    "it trains.",
+    "plot_accuracy": "Validation accuracy against training time",
+    "plot_time": "Time of a step, split",
+    "plot_evaluations": "Evaluations of f and pulls over training",
+    "plot_cosine": "Cosine of the gradient with the exact one",
+    "plot_certificate": "Measured adjoint residual over training",
+    "plot_radius": "Spectral radius of the Jacobian (median and largest sample)",
+    "plot_memory": "Peak memory",
+    "configuration": "Settings",
+    "machine": "Machine and versions",
+    "again": "To reproduce",
+    "made": "Everything here was measured on this machine; the numbers behind it are in results.json.",
+}
+JA: Final = {
+    "title": "評価報告：{name}",
+    "answer": "結論",
+    "use": "{data}（{backend}）の {model} には {strategy}（ソルバー {solver}）を推奨します。",
+    "nothing": "{data}（{backend}）の {model} では最後まで学習できた設定がありません。",
+    "accuracy": "テスト精度は {accuracy} % です。",
+    "is_exact": "精度の条件を満たす中では、厳密な勾配そのものが最速です。",
+    "time_exact": "学習時間は厳密な勾配の {ratio} 倍、精度の差は {points} ポイントです。",
+    "time_explicit": "同規模の通常のネットワークに対し、時間は {ratio} 倍、精度の差は {points} ポイントです。",
+    "memory": "学習で増えるメモリは厳密な勾配の {ratio} 倍です（同じメモリでバッチを {batch} 倍にできます）。",
+    "money": "学習 1 回の費用は {training}、月 {count} 回で {month} です。",
+    "saved": "厳密な勾配に比べ、月 {saved} の削減です。",
+    "lost": "厳密な勾配に比べ、月 {saved} の増加です。",
+    "payback": "切り替え費用 {switch} は {months} か月で回収できます。",
+    "interval": "括弧内は 95 % 信頼区間（乱数の種ごとに対応づけた差）です。",
+    "few_seeds": "乱数の種が {count} 個だけなので、差は偶然かもしれません。判断の前に 3 個以上で実行してください。",
+    "low_cosine": "{strategy}（{solver}）：厳密な勾配とのコサインが平均 {cosine} です。",
+    "harmful": "{strategy}（{solver}）は有害です：厳密な勾配に対し精度が {points} ポイント変わります。",
+    "unconverged": "{strategy}（{solver}）：求解の {percent} % が許容誤差に達していません。",
+    "failed": "{strategy}（{solver}）、種 {seed} は正常に終わりませんでした：{reason}",
+    "gates": "段階ごとの判定",
+    "stage": "段階",
+    "criterion": "基準",
+    "measured": "実測値",
+    "verdict": "判定",
+    "go": "可",
+    "no_go": "不可",
+    "go_all": "可：すべての基準を満たしています。",
+    "go_until": "{passed} までは可、{stage} からは不可：{why}。",
+    "no_go_first": "不可：{stage} の基準を満たしていません：{why}。",
+    "results": "結果",
+    "table_note": "時間は 1 ステップの中央値。f と pulls はバッチ中で最も遅い標本の回数の平均。± は種に対する 95 % "
+    "信頼区間の半幅。最大メモリは学習中のプロセス（またはデバイス）のものです。",
+    "plot_accuracy": "検証精度と学習時間",
+    "plot_time": "1 ステップの時間の内訳",
+    "plot_evaluations": "学習中の f の評価回数と pull の回数",
+    "plot_cosine": "厳密な勾配とのコサイン",
+    "plot_certificate": "学習中に測った随伴残差",
+    "plot_radius": "ヤコビ行列のスペクトル半径（中央値と最大）",
+    "plot_memory": "最大メモリ",
+    "configuration": "設定",
+    "machine": "計算機とバージョン",
+    "again": "再現方法",
+    "made": "すべてこの計算機での実測値です。元の数値は results.json にあります。",
+}
+LANGUAGES: Final[dict[str, dict[str, str]]] = {"en": EN, "ja": JA}
+
+
+def say(language: str, word: str, **values: object) -> str:
+    """A sentence in a language, with its figures."""
+    return LANGUAGES[language][word].format(**values)
