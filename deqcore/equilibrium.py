@@ -78,7 +78,7 @@ def fixed_point(
     value, forward, record = plan.run(plan.space.wrap(f, tuple(batched_args)), plan.space.ravel(z0), args, state)
     solution = plan.solution(value, forward, record)
     if plan.observer is not None:
-        plan.observer.solved(Solve(solution, plan.config, time.perf_counter() - start, f, args))
+        plan.observer.solved(Solve(solution, plan.config, time.perf_counter() - start, f, z0, args))
     plan.report_failure(forward)
     return solution
 
@@ -125,7 +125,7 @@ def vjp(
     value, gradients, forward, record = run(raveled, start, args, g)
     if plan.observer is not None:
         solution = plan.solution(plan.backend.detach(value), forward, record)
-        plan.observer.solved(Solve(solution, plan.config, time.perf_counter() - began, f, args))
+        plan.observer.solved(Solve(solution, plan.config, time.perf_counter() - began, f, z0, args))
     plan.report_failure(forward)
     return plan.space.unravel(value), gradients
 

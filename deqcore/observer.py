@@ -28,6 +28,7 @@ class Solve:
         config: the settings that it ran with.
         seconds: on the host, from the start of the solve to its return; a device may still be at work.
         f: the map, as it was given: `f(z, *args)`.
+        z0: the initial state.
         args: its further arguments.
     """
 
@@ -35,6 +36,7 @@ class Solve:
     config: Config
     seconds: float
     f: Callable[..., Tree]
+    z0: Tree
     args: tuple[Any, ...]
 
 

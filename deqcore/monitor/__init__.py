@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from deqcore.monitor.drift import Profile
     from deqcore.monitor.metrics import Metric, Metrics
-    from deqcore.monitor.monitor import Monitor, Probe
+    from deqcore.monitor.monitor import Monitor
+    from deqcore.monitor.probes import Probe
     from deqcore.monitor.sink import Event, Record, Row, Run, Sink
     from deqcore.monitor.triggers import Trigger
 
@@ -20,7 +21,7 @@ _HOME: Final = {
     "Metric": "deqcore.monitor.metrics",
     "Metrics": "deqcore.monitor.metrics",
     "Monitor": "deqcore.monitor.monitor",
-    "Probe": "deqcore.monitor.monitor",
+    "Probe": "deqcore.monitor.probes",
     "Profile": "deqcore.monitor.drift",
     "Record": "deqcore.monitor.sink",
     "Row": "deqcore.monitor.sink",

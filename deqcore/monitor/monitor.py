@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from threading import RLock
@@ -24,6 +23,7 @@ from deqcore.monitor.drift import TRIGGERS, Drift, Profile, Samples
 from deqcore.monitor.figures import Pending, fetch, values
 from deqcore.monitor.metrics import Metric, Metrics
 from deqcore.monitor.outlet import Outlet
+from deqcore.monitor.probes import Probe, make_probes
 from deqcore.monitor.settings import MonitorSettings, SinkLike, make_triggers
 from deqcore.monitor.sink import Event, Record, Row, Run
 from deqcore.monitor.triggers import Trigger
@@ -32,21 +32,6 @@ from deqcore.solution import Solution
 from deqcore.strategy import AdjointReport
 
 RECENT: Final = 1000
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A measurement that costs something, taken now and then: a spectral radius, an audit of the gradient.
-
-    Attributes:
-        metric: what it measures.
-        measure: from a solve (which has f, its arguments and the solution) to a number or a scalar of the framework.
-        every: solves between measurements.
-    """
-
-    metric: str
-    measure: Callable[[Solve], Any]
-    every: int = 100
 
 
 @final
@@ -94,7 +79,7 @@ class Monitor(Observer):
         hooks: Mapping[str, Hook] | None = None,
         metrics: Iterable[Metric] = (),
         reference: Profile | str | Path | None = None,
-        probes: Sequence[Probe] = (),
+        probes: Sequence[Probe] | None = None,
     ) -> None:
         self._base = current() if config is None else config
         given = MonitorSettings.of(self._base.section("monitor") if config is not None else {})
@@ -111,9 +96,9 @@ class Monitor(Observer):
         )
         for trigger in made:
             trigger.check(self.metrics, hooks or {})
-        for probe in probes:
-            self.metrics.check("A probe", probe.metric)
-        self._probes = tuple(probes)
+        self._probes = list(make_probes(given.probes) if probes is None else probes)
+        for metric in (metric for probe in self._probes for metric in probe.names):
+            self.metrics.check("A probe", metric)
         self._alarms = Alarms(made, hooks or {})
         run = Run(self.metrics, time.time(), self._base.as_dict())
         self._outlet = Outlet(given.sinks if sinks is None else sinks, run)
@@ -176,10 +161,10 @@ class Monitor(Observer):
                 "(deqcore_jax.collector.observe), or outside of it (monitor.observe)."
             )
             return
+        number = self._solves
         self.observe(solution, seconds=solve.seconds, config=solve.config)
-        for probe in self._probes:
-            if (self._solves - 1) % probe.every == 0:
-                self.log(**{probe.metric: probe.measure(solve)})
+        for probe in [each for each in self._probes if number % each.every == 0]:
+            self._probe(probe, solve)
 
     def observe(
         self, solution: Solution, *, name: str = "", seconds: float | None = None, config: Config | None = None
@@ -226,6 +211,9 @@ class Monitor(Observer):
         """
         for metric in figures:
             self.metrics.check("Monitor.log", metric)
+        self._log(figures, layer)
+
+    def _log(self, figures: Mapping[str, float | Array], layer: str) -> None:
         owner = next((name for value in figures.values() if (name := plugins.backend_of(value))), "numpy")
         with self._lock:
             item = self._item(layer, get_backend(backend=owner), None)
@@ -239,6 +227,19 @@ class Monitor(Observer):
     def advance(self, step: int | None = None) -> None:
         """Say that a training step has ended; figures that follow belong to the next one."""
         self._step = (0 if self._step is None else self._step) + 1 if step is None else step
+
+    def _probe(self, probe: Probe, solve: Solve) -> None:
+        """Measure; a probe that fails is told of once and left out from then on."""
+        try:
+            found = probe.take(solve)
+        except Exception as error:
+            self._probes.remove(probe)
+            self._note(
+                f"The probe of {', '.join(probe.names)} fails and is left out from here on: {type(error).__name__}: "
+                f"{error}"
+            )
+        else:
+            self._log(found, "")
 
     # -- inside -------------------------------------------------------------------------------------------------
 

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from deqcore import plugins
 from deqcore.errors import ConfigError, PluginError
 from deqcore.monitor.sink import Sink
 from deqcore.monitor.triggers import Trigger
-from deqcore.plugins.options import Options, check, instantiate
+from deqcore.plugins.options import Options, as_options, check, instantiate
 from deqcore.settings import names_of
 
 SinkLike: TypeAlias = Sink | str | Mapping[str, object]
@@ -35,12 +35,14 @@ class MonitorSettings:
     Attributes:
         every: solves between transfers from the device and writes to the sinks.
         reference: a file with the profile that drift is measured against, or None.
+        probes: solves between measurements, by the probe's name.
         sinks: tables with the key "sink" and that sink's options.
         triggers: tables of `Trigger`.
     """
 
     every: int = field(default=10, metadata={"least": 1, "expected": "an integer >= 1"})
     reference: str | None = None
+    probes: Options = field(default=Options(), metadata={"expected": "a table, such as { spectral_radius = 200 },"})
     sinks: tuple[Options, ...] = (Options({"sink": "jsonl"}),)
     triggers: tuple[Options, ...] = ()
 
@@ -55,7 +57,9 @@ class MonitorSettings:
         for name in section:
             if name not in known:
                 raise ConfigError.unknown_option("[monitor]", name, known)
-        plain = {name: section[name] for name in ("every", "reference") if name in section}
+        plain = {name: section[name] for name in ("every", "reference", "probes") if name in section}
+        if isinstance(plain.get("probes"), Mapping):
+            plain["probes"] = as_options("[monitor.probes]", cast("Mapping[str, object]", plain["probes"]))
         values: dict[str, Any] = {name: check("[monitor]", cls, name, value) for name, value in plain.items()}
         values |= {name: _tables(name, section[name]) for name in ("sinks", "triggers") if name in section}
         return cls(**values)

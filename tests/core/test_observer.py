@@ -42,6 +42,7 @@ def test_it_sees_solves_inside_its_block_only(be) -> None:
     assert seen.solution is sol
     assert seen.f is linear
     assert seen.args == (x,)
+    assert seen.z0.shape == (2, 3)
     assert seen.seconds > 0
 
 

@@ -250,6 +250,41 @@ def test_a_probe_measures_now_and_then_with_f_at_hand(be) -> None:
     assert found == pytest.approx([0.75] * 3)
 
 
+def test_the_probes_of_a_config_measure_what_is_known(be) -> None:
+    turn = 0.8 * np.array([[0.0, -1.0], [1.0, 0.0]])  # eigenvalues ±0.8 i
+    config = deqcore.Config(
+        monitor={"sinks": [], "probes": {"spectral_radius": 2, "gradient_audit": 3}},
+        forward={"solver": "anderson"},
+        backward={"strategy": "jacobian-free"},
+    )
+    with Monitor(config) as monitor:
+        for _ in range(4):
+            z0 = be.asarray(np.zeros((3, 2)))
+            deqcore.fixed_point(lambda z: z @ be.asarray(turn.T, like=z) + 1.0, z0, config=config)
+    rows = [row.values for row in monitor.rows]
+    assert [row["deq_spectral_radius"] for row in rows if "deq_spectral_radius" in row] == pytest.approx([0.8] * 2)
+    audits = [row for row in rows if "deq_gradient_cosine" in row]
+    assert len(audits) == 2
+    inverse = np.linalg.inv(np.eye(2) - turn.T)
+    g = np.random.default_rng(0).standard_normal((3, 2))
+    exact = g @ inverse.T
+    cosine = (g * exact).sum(1) / np.linalg.norm(g, axis=1) / np.linalg.norm(exact, axis=1)
+    error = np.linalg.norm(g - exact, axis=1) / np.linalg.norm(exact, axis=1)
+    assert audits[0]["deq_gradient_cosine"] == pytest.approx(cosine.mean(), rel=1e-4)
+    assert audits[0]["deq_gradient_error"] == pytest.approx(error.mean(), rel=1e-4)
+
+
+def test_a_probe_that_fails_is_told_once_and_left_out() -> None:
+    def broken(solve):
+        raise RuntimeError("no such luck")
+
+    with Monitor(sinks=[], probes=[Probe("deq_spectral_radius", broken, 1)]) as monitor:
+        with pytest.warns(MonitorWarning, match=r"deq_spectral_radius fails .*RuntimeError: no such luck"):
+            deqcore.fixed_point(affine(0.5), np.zeros((2, 2)))
+        deqcore.fixed_point(affine(0.5), np.zeros((2, 2)))
+    assert len(monitor.rows) == 2
+
+
 def test_unknown_metrics_are_told_with_a_suggestion() -> None:
     monitor = Monitor(sinks=[])
     with pytest.raises(ConfigError, match=r"no metric 'deq_spectral_radios'\. Did you mean 'deq_spectral_radius'\?"):
@@ -271,6 +306,9 @@ def test_unknown_metrics_are_told_with_a_suggestion() -> None:
         ({"sinks": "jsonl"}, "a table, written"),
         ({"sinks": [{"sink": "jsonl", "pth": "a"}]}, "Did you mean 'path'"),
         ({"sinks": [{"sink": "jsonll"}]}, "Did you mean 'jsonl'"),
+        ({"probes": {"spectral": 3}}, "Did you mean 'spectral_radius'"),
+        ({"probes": {"spectral_radius": 0}}, "spectral_radius = 0"),
+        ({"probes": 3}, "probes = 3"),
         ({"reference": "nowhere.json"}, "no reference profile 'nowhere.json'"),
     ],
 )

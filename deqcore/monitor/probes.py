@@ -1,0 +1,121 @@
+"""Probes: measurements that cost something, taken now and then on the solves that a monitor sees.
+
+[monitor.probes]
+spectral_radius = 200       # solves between measurements
+gradient_audit = 500
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+
+from deqcore.backend import Array, Tree
+from deqcore.errors import ConfigError
+from deqcore.observer import Solve
+
+Measured: TypeAlias = "float | Array | Sequence[float | Array]"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A measurement of one's own.
+
+    Attributes:
+        metrics: what it measures: a metric's name, or several.
+        measure: from a solve (with f, its arguments and the solution) to a number or a scalar of the framework; to as
+            many of them as there are metrics, if these are several.
+        every: solves between measurements.
+    """
+
+    metrics: str | tuple[str, ...]
+    measure: Callable[[Solve], Measured]
+    every: int = 100
+
+    def __post_init__(self) -> None:
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+            raise ConfigError.bad_value("A probe", "every", self.every, "an integer >= 1")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The metrics as a tuple."""
+        return (self.metrics,) if isinstance(self.metrics, str) else tuple(self.metrics)
+
+    def take(self, solve: Solve) -> dict[str, float | Array]:
+        """Measure; by metric."""
+        found = self.measure(solve)
+        values: Any = (found,) if isinstance(self.metrics, str) else found
+        return dict(zip(self.names, values, strict=True))
+
+
+def spectral_radius(every: int = 200, max_products: int = 20) -> Probe:
+    """The largest spectral radius of ∂f/∂z in the batch, at the solution.
+
+    Cost: one evaluation of f and `max_products` vector–Jacobian products at most, each for the whole batch.
+    """
+
+    def measure(solve: Solve) -> float:
+        from deqcore import diagnostics
+
+        found = diagnostics.spectral_radius(
+            solve.f, solve.solution.value, *solve.args, batch=solve.config.forward.batch, max_products=max_products
+        )
+        return float(np.max(found.radius))
+
+    return Probe("deq_spectral_radius", measure, every)
+
+
+def gradient_audit(every: int = 500, cotangent: Callable[[Solve], Tree] | None = None, max_pulls: int = 100) -> Probe:
+    """The strategy's gradient against the exact one: cosine and relative error of u, means over the batch.
+
+    Cost: one solve, the strategy's backward pass, and one GMRES solve to rounding.
+
+    Args:
+        every: solves between audits.
+        cotangent: dL/dz* of a solve. Default: random numbers, since the loss is not known when the solve returns;
+            an estimate that is made for the loss's own cotangents may look worse with them than it is.
+        max_pulls: of the exact solve.
+    """
+
+    def measure(solve: Solve) -> tuple[float, float]:
+        from deqcore import diagnostics
+
+        g = _random(solve) if cotangent is None else cotangent(solve)
+        found = diagnostics.gradient_audit(
+            solve.f, solve.z0, *solve.args, cotangent=g, max_pulls=max_pulls, config=solve.config
+        )
+        return float(np.mean(found.cosine)), float(np.mean(found.error))
+
+    return Probe(("deq_gradient_cosine", "deq_gradient_error"), measure, every)
+
+
+def _random(solve: Solve) -> Tree:
+    """A cotangent like z0, always the same."""
+    backend = solve.solution.backend
+    leaves, structure = backend.flatten(solve.z0)
+    rng = np.random.default_rng(0)
+    made = [backend.cast(backend.asarray(rng.standard_normal(tuple(leaf.shape)), like=leaf), leaf) for leaf in leaves]
+    return backend.unflatten(structure, made)
+
+
+BUILT_IN: Final[Mapping[str, Callable[[int], Probe]]] = {
+    "spectral_radius": spectral_radius,
+    "gradient_audit": gradient_audit,
+}
+
+
+def make_probes(table: Mapping[str, object]) -> tuple[Probe, ...]:
+    """The probes of a table, as in `{"spectral_radius": 200}`.
+
+    Raises:
+        ConfigError: there is no such probe, or the number does not fit.
+    """
+    for name, every in table.items():
+        if name not in BUILT_IN:
+            raise ConfigError.unknown_option("[monitor.probes]", name, BUILT_IN)
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ConfigError.bad_value("[monitor.probes]", name, every, "a number of solves >= 1")
+    return tuple(BUILT_IN[name](every) for name, every in table.items() if isinstance(every, int))
