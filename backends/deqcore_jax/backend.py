@@ -80,7 +80,9 @@ class JaxBackend(Backend):
 
     def norm(self, v: Any) -> Any:
         wider = v.astype(single(v.dtype))
-        return jnp.sqrt(jnp.sum(wider * wider, axis=1))
+        square = jnp.sum(wider * wider, axis=1)
+        zero = square == 0  # the root's derivative there is infinite, and 0·inf would spoil a recorded step
+        return jnp.where(zero, square, jnp.sqrt(jnp.where(zero, jnp.ones_like(square), square)))
 
     def inner(self, a: Any, b: Any) -> Any:
         return jnp.sum(self.wide(a) * self.wide(b), axis=1)

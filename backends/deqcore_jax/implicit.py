@@ -30,6 +30,7 @@ from deqcore.solver import Solver
 from deqcore.strategy import Adjoint, AdjointReport
 from deqcore_jax.context import precise
 from deqcore_jax.linearize import Linear
+from deqcore_jax.loop import recorded
 from deqcore_jax.probe import Probe, fill
 from deqcore_jax.program import Program, is_differentiable, is_traced, trace
 
@@ -125,7 +126,8 @@ def record(
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _record(program: Program, steps: Any, z0: Any, leaves: list[Any], forward: Forward | None) -> Any:
-    return steps(lambda z: program(z, leaves), z0, forward)
+    with recorded():
+        return steps(lambda z: program(z, leaves), z0, forward)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

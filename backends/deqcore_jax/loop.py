@@ -1,8 +1,10 @@
-"""One `lax.while_loop` for every loop of the core."""
+"""One `lax.while_loop` for every loop of the core; a scan of the whole budget where steps are differentiated through."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Final
 
 import jax
@@ -15,6 +17,22 @@ from deqcore.backend import Carry
 # The predicate of a loop is read by the host in each test where the loop runs on an accelerator.
 EVERY: Final = {"cpu": 1}
 EVERY_ELSEWHERE: Final = 4
+
+_recorded: ContextVar[bool] = ContextVar("_recorded", default=False)
+
+
+@contextmanager
+def recorded() -> Iterator[None]:
+    """Loops inside it can be differentiated in reverse mode, which `lax.while_loop` cannot.
+
+    They need a step budget that is a Python number. All of it is allocated, and a step that is not needed is skipped
+    by `lax.cond`, so that its derivative is skipped, too.
+    """
+    token = _recorded.set(True)
+    try:
+        yield
+    finally:
+        _recorded.reset(token)
 
 
 @custom_vmap
@@ -40,6 +58,8 @@ def loop(
     check_every: int | str = "auto",
 ) -> Carry:
     """Apply `body` while `running(carry)`, `steps` times at most; see `deqcore.backend.Backend.loop`."""
+    if _recorded.get():
+        return _scan(running, body, carry, int(steps))
     chosen = EVERY.get(jax.default_backend(), EVERY_ELSEWHERE) if check_every == "auto" else check_every
     every = int(chosen)
     budget = jnp.asarray(steps).astype(jnp.int32)
@@ -63,3 +83,10 @@ def loop(
     start = jnp.int32(0), carry
     _, end = lax.while_loop(goes_on, once if every == 1 else chunk, start)
     return end
+
+
+def _scan(running: Callable[[Carry], Any], body: Callable[[Carry], Carry], carry: Carry, steps: int) -> Carry:
+    def step(inner: Carry, _: None) -> tuple[Carry, None]:
+        return lax.cond(running(inner), body, lambda same: same, inner), None
+
+    return lax.scan(step, carry, None, length=steps)[0]

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from deqcore.cli.output import AsJson
+from deqcore.cli.project import load_plugins
 from deqcore.errors import ConfigError, did_you_mean, listing
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -21,6 +22,7 @@ DTYPES: Final = ("float64", "float32")
 @app.callback()
 def check() -> None:
     """Prove gradients, backends, solvers and strategies right."""
+    load_plugins()
 
 
 @app.command()

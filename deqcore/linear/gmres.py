@@ -147,6 +147,7 @@ class KrylovSpace:
         floor = 4 * backend.eps(w) * scale
         broke = height <= floor  # the space is invariant: its solution is exact, or A is singular
         height = xp.where(broke, floor, height)
+        height = xp.where(height == 0, xp.ones_like(height), height)  # nothing may divide by it, in derivatives neither
         v = _divide(backend, w, height)
 
         following = backend.cast(xp.roll(k.basis.slot(), 1), height)[None, :]

@@ -1,6 +1,7 @@
 """What proves an implementation right: golden problems, gradient checks, conformance tests, the strict backend.
 
-For users: `Problem`, a function of one's own for `deqcore check gradients --problem`. For authors of plugins:
+For users: `Problem`, a function of one's own for `deqcore check gradients --problem`, with `weights` from a file, and
+the pytest fixture `check_gradients` of `deqcore.testing.pytest_gradients`. For authors of plugins:
 `BackendTests`, `SolverTests` and `StrategyTests`, base classes of test cases.
 """
 
@@ -12,10 +13,15 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from deqcore.testing.problem import Problem
     from deqcore.testing.problems import golden
+    from deqcore.testing.weights import weights
 
-_HOME: Final = {"Problem": "deqcore.testing.problem", "golden": "deqcore.testing.problems"}
+_HOME: Final = {
+    "Problem": "deqcore.testing.problem",
+    "golden": "deqcore.testing.problems",
+    "weights": "deqcore.testing.weights",
+}
 
-__all__ = ["Problem", "golden"]
+__all__ = ["Problem", "golden", "weights"]
 
 
 def __getattr__(name: str) -> object:

@@ -16,6 +16,7 @@ import numpy as np
 
 from deqcore import plugins
 from deqcore.errors import BackendError
+from deqcore.strategy import StepStrategy
 from deqcore.testing import worker
 from deqcore.testing.bounds import tolerance
 from deqcore.testing.compare import Comparison, differ, quantities, size
@@ -28,11 +29,12 @@ EVERY_SOLVER: Final = ("mlp", "tree")
 ONE_SOLVER: Final = ("affine", "conv", "ring")  # of each exact strategy: their point is f, not the solver
 FIXED_PROBLEM: Final = "ring"
 FIXED_STEPS: Final = 10
+FEW_STEPS: Final = 3  # of a method that solves in each step: after ten it is at rounding, and differentiates noise
 SAME: Final = 1e-7  # what frameworks may differ by after a fixed number of float64 steps, relative
 MAX_STEPS: Final = 500
 ADJOINT_STEPS: Final = 40  # GMRES ends within a sample's number of elements; tracing frameworks allocate all of them
 JITTERS: Final = (1, 2, 3)
-SPREAD: Final = 10.0  # float32: times the spread that changing the data by one unit in the last place makes
+SPREAD: Final = 10.0  # float32: times what changing the data by one unit in the last place does, at least that unit
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def plan(pairs: Iterable[tuple[str, str]], dtype: str) -> Iterator[Job]:
             begun.add(strategy)
             yield from (exact_job(name, solver, strategy, dtype) for name in names)
         else:
-            yield Job("solve", FIXED_PROBLEM, dtype, solver, strategy, max_steps=FIXED_STEPS)
+            yield fixed_job(solver, strategy, dtype)
 
 
 def exact_job(problem: str, solver: str, strategy: str, dtype: str) -> Job:
@@ -141,10 +143,28 @@ def exact_job(problem: str, solver: str, strategy: str, dtype: str) -> Job:
     return Job("solve", problem, dtype, solver, strategy, {}, tight(strategy, rtol), rtol, MAX_STEPS)
 
 
+def fixed_job(solver: str, strategy: str, dtype: str, jitter: int = 0) -> Job:
+    """A few steps without a tolerance: the same algorithm everywhere, so the same answer."""
+    steps = FEW_STEPS if worker.solves_inside(plugins.make_solver(solver, {})) else FIXED_STEPS
+    options = {"steps": steps} if solver_steps(strategy) else {}
+    return Job("solve", FIXED_PROBLEM, dtype, solver, strategy, {}, options, max_steps=steps, jitter=jitter)
+
+
+def solver_steps(strategy: str) -> bool:
+    """Whether a strategy records a number of the solver's own steps."""
+    made = plugins.make_strategy(strategy, {})
+    return isinstance(made, StepStrategy) and not made.solves() and "steps" in option_names(strategy)
+
+
+def option_names(strategy: str) -> set[str]:
+    """Names of a strategy's options."""
+    cls: Any = plugins.load("strategy", strategy)
+    return {field.name for field in fields(cls)}
+
+
 def tight(strategy: str, rtol: float) -> dict[str, object]:
     """Options that make an exact strategy as exact as `rtol`."""
-    cls: Any = plugins.load("strategy", strategy)
-    known = {field.name for field in fields(cls)}
+    known = option_names(strategy)
     return {name: value for name, value in {"rtol": rtol, "max_steps": ADJOINT_STEPS}.items() if name in known}
 
 
@@ -162,7 +182,7 @@ def jittered(pairs: Iterable[tuple[str, str]], dtype: str) -> Iterator[Job]:
         estimate = getattr(plugins.load("strategy", strategy), "needs", "") == "estimate"
         if estimate or (dtype != "float64" and not is_exact(strategy)):
             for seed in JITTERS if estimate else JITTERS[:1]:
-                yield Job("solve", FIXED_PROBLEM, dtype, solver, strategy, max_steps=FIXED_STEPS, jitter=seed)
+                yield fixed_job(solver, strategy, dtype, seed)
 
 
 def reference_of(backends: Sequence[str]) -> str:
@@ -235,7 +255,8 @@ def allowed(job: Job, reference: Run, runs: Sequence[Run]) -> dict[str, float]:
         name: max((differ(run.arrays, reference.arrays, name)[0] for run in near), default=float("inf"))
         for name in names
     }
-    return {name: SPREAD * value for name, value in spread.items()}
+    eps = float(np.finfo(job.dtype).eps)
+    return {name: SPREAD * max(value, eps * size(reference.arrays, name)) for name, value in spread.items()}
 
 
 def same_algorithm(a: Job, b: Job) -> bool:

@@ -113,8 +113,8 @@ def sensitivity_of(arrays: Mapping[str, Any]) -> Sensitivity:
         for name, value in arrays.items()
         if name.startswith(prefix)
     }
-    inverse, jacobian, condition, *norms = map(float, arrays["sensitivity"])
-    return Sensitivity(inverse, jacobian, condition, *norms, slopes=slopes)
+    inverse, jacobian, condition, state, cotangent, adjoint = map(float, arrays["sensitivity"])
+    return Sensitivity(inverse, jacobian, condition, state, cotangent, adjoint, slopes)
 
 
 def _judge(

@@ -118,6 +118,10 @@ class Truth:
         healthy: samples that have a solution, `(batch,)` of bool.
         radius: spectral radius of J, the largest over the healthy samples.
         sensitivity: what error bounds follow from.
+        bend: a direction in all data, by leaf name.
+        hessian: how the gradients change along it (the Hessian of ⟨g, z*⟩ times `bend`), by leaf name; `cotangent`
+            is the change of u.
+        inverse: v, H v and Hᵀ v for the true H = (J − I)⁻¹, each `(batch, n)`.
     """
 
     z: Tree
@@ -126,6 +130,9 @@ class Truth:
     healthy: Array
     radius: float
     sensitivity: Sensitivity
+    bend: Mapping[str, Array]
+    hessian: Mapping[str, Array]
+    inverse: tuple[Array, Array, Array]
 
     @property
     def contracts(self) -> bool:
@@ -179,6 +186,9 @@ def golden(name: str) -> Golden:
         healthy=data["healthy"],
         radius=float(data["radius"]),
         sensitivity=sensitivity,
+        bend={key: data[f"bend:{key}"] for key, _ in problem.leaves()},
+        hessian={key: data[f"hessian:{key}"] for key in slopes},
+        inverse=(data["probe"], data["inverse"], data["transposed"]),
     )
     return Golden(problem, truth)
 

@@ -15,7 +15,7 @@ from deqcore import plugins
 from deqcore.errors import BackendError, MissingFrameworkError
 
 SLOTS: Final = 2
-TIMEOUT: Final = 600.0
+TIMEOUT: Final = 3600.0  # compiling takes minutes on a busy machine; this ends what hangs
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,20 @@ def run_all(tasks: Sequence[Task], tell: Callable[[str], None] = lambda _: None)
                 if process.poll() is None and not late:
                     continue
                 if late:
-                    process.kill()
+                    _end(process)
                 del running[task]
                 ended[task] = f"no answer within {TIMEOUT:.0f} s" if late else _outcome(task, process)
                 tell(f"{task.backend} {task.dtype}: {time.monotonic() - start:.1f} s")
             time.sleep(0.02)
     finally:
         for process, _ in running.values():
-            process.kill()
+            _end(process)
     return ended
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
 
 
 def _framework(task: Task) -> str | None:

@@ -132,10 +132,15 @@ def leaves(report: Report, seconds: float) -> RenderableType:
             *(f"{each.relative:.1e}", allowed, f"{each.cosine:.8f}"),
             verdict,
         )
-    lines = [Text(f"✗ {run.backend}, {run.job.dtype}: {run.error}", style="red") for run in _distinct(report.errors)]
-    for key, each in first_disagreements(report).items():
-        lines.append(Text(f"First disagreement of {key}: {each.quantity}. {_why(each)}", style="red"))
+    lines = [Text(f"✗ {line}", style="red") for line in complaints(report)]
     return Group(table, *lines, _summary(report, seconds))
+
+
+def complaints(report: Report) -> list[str]:
+    """What is wrong with a user's own problem, a line each: errors, then first disagreements."""
+    lines = [f"{run.backend}, {run.job.dtype}: {run.error}" for run in _distinct(report.errors)]
+    found = first_disagreements(report).items()
+    return lines + [f"First disagreement of {key}: {each.quantity}. {_why(each)}" for key, each in found]
 
 
 def _why(each: Comparison) -> str:

@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -20,6 +21,7 @@ from deqcore import plugins
 from deqcore.backend import Array, Backend, Tree
 from deqcore.config import Config
 from deqcore.equilibrium import get_backend, vjp
+from deqcore.errors import DeqcoreError
 from deqcore.solver import Solver
 from deqcore.strategy import StepStrategy
 from deqcore.testing.problem import Problem, load_problem, place, rebuild, walk
@@ -140,8 +142,13 @@ def too_slow(backend: Backend, job: Job) -> bool:
     """Whether each number of the data would cost a run of a solver that solves in each of its steps."""
     strategy = plugins.make_strategy(job.strategy, job.strategy_options)
     recorded = isinstance(strategy, StepStrategy) and not strategy.solves()
-    nested = type(plugins.make_solver(job.solver, job.solver_options)).evaluations is not Solver.evaluations
+    nested = solves_inside(plugins.make_solver(job.solver, job.solver_options))
     return recorded and nested and not backend.capabilities.autodiff
+
+
+def solves_inside(solver: Solver) -> bool:
+    """Whether a step takes a varying number of evaluations, because it solves something itself."""
+    return type(solver).evaluations is not Solver.evaluations
 
 
 def run(backend: Backend, job: Job) -> dict[str, Any]:
@@ -168,6 +175,8 @@ def run(backend: Backend, job: Job) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     """Run all jobs in the folder; one that fails does not stop the others."""
+    with suppress(DeqcoreError):  # whoever started this process has told what is wrong with the project
+        Config.discover()
     task = json.loads((folder / "jobs.json").read_text())
     reports: list[dict[str, object]] = []
     arrays: dict[str, Any] = {}

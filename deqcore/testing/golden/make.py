@@ -3,7 +3,8 @@
 Nothing of deqcore's numerics is used. Affine problems are solved in closed form with 40 digits (mpmath). Elsewhere z*
 comes from `scipy.optimize.root`, refined by Newton steps whose residual is taken in extended precision; Jacobians are
 dense, by the complex step; gradients follow from the implicit function theorem by a dense solve; their change with z
-by central differences of all this.
+by central differences of all this. Hessian–vector products are fourth-order differences of gradients at solutions of
+the moved problems.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from deqcore.testing.problem import rebuild, walk
 from deqcore.testing.problems import FOLDER, FUNCTIONS, raveled
 
 STEP = 1e-100  # complex step: no subtraction, so as small as it likes
+HESSIAN_STEP = 2.0**-10  # over ‖A⁻¹‖; fourth order: h⁴ = 1e-12, and rounding over h about the same
 
 
 def rounded(a: Any) -> Any:
@@ -77,6 +79,7 @@ class Flat:
     """A problem as a function of one vector of everything, in any precision."""
 
     def __init__(self, name: str, params: Any, inputs: Any, z0: Any) -> None:
+        self.name = name
         self.f = FUNCTIONS[name]
         self.z0 = z0
         self.batch = next(walk(z0, ""))[1].shape[0]
@@ -98,9 +101,30 @@ class Flat:
         ends = iter(np.cumsum([leaf[0].size for _, leaf in walk(self.z0, "")]))
         return rebuild(self.z0, lambda leaf: rows[:, next(offsets) : next(ends)].reshape(leaf.shape))
 
+    def moved(self, size: float, direction: dict[str, Any]) -> Flat:
+        """The problem with all its data moved by `size` along a direction."""
+        leaves = iter([leaf + size * direction[name] for name, leaf in self.data])
+        params = rebuild(self.params, lambda _: next(leaves))
+        inputs = rebuild(self.inputs, lambda _: next(leaves))
+        return Flat(self.name, params, inputs, self.z0)
+
+    def hessian_product(self, g: Any, direction: dict[str, Any], inverse: float) -> dict[str, Any]:
+        """How the gradients of ⟨g, z*⟩ change along a direction of all data; error about 1e-12 times the condition."""
+        found: dict[str, Any] = {}
+        h = HESSIAN_STEP / max(1.0, inverse)
+        for weight, size in ((8.0, 1.0), (-8.0, -1.0), (-1.0, 2.0), (1.0, -2.0)):
+            near = self.moved(size * h, direction)
+            for name, value in near.gradients(near.solution(), g)[1].items():
+                found[name] = found.get(name, 0.0) + weight * value / (12 * h)
+        return found
+
     def solution(self) -> Any:
         """z*, to rounding."""
-        found = root(lambda z: self(z) - z, self.start, tol=1e-13)
+
+        def residual(z: Any) -> Any:
+            return self(z) - z
+
+        found = root(residual, self.start, tol=1e-13)
         z = found.x.astype(np.longdouble)
         for _ in range(5):
             jacobian = derivative(self, np.asarray(z, np.float64))
@@ -157,6 +181,18 @@ def exact_affine(params: Any, x: Any, g: Any) -> tuple[Any, dict[str, Any]]:
     return z, gradients | {"inputs": adjoint @ params["U"], "cotangent": adjoint}
 
 
+def inverse_facts(a: Any, v: Any) -> tuple[Any, Any]:
+    """H v and Hᵀ v for H = (J − I)⁻¹ = −A⁻¹, refined with residuals in extended precision."""
+    found = []
+    for matrix in (a, a.T):
+        x = solve(matrix, -v)
+        for _ in range(2):
+            residual = -v - matrix.astype(np.longdouble) @ x.astype(np.longdouble)
+            x = x + solve(matrix, np.asarray(residual, np.float64))
+        found.append(x)
+    return found[0], found[1]
+
+
 def compute(name: str) -> dict[str, Any]:
     """Everything that is stored for one problem."""
     params, inputs, z0 = draw(name)
@@ -201,6 +237,14 @@ def compute(name: str) -> dict[str, Any]:
     inverse = norm(np.linalg.inv(a), 2)
     facts = [inverse, norm(jacobian, 2), norm(a, 2) * inverse, norm(z), norm(g), norm(gradients["cotangent"])]
     radius = np.abs(eigvals(jacobian)).max()
+    bent = {key: rounded(rng.standard_normal(leaf.shape)) / 8 for key, leaf in flat.data}
+    for key, value in flat.hessian_product(g, bent, inverse).items():
+        shaped = value.reshape(shapes[key])
+        stored[f"hessian:{key}"] = everyone(shaped) if key in per_sample else shaped
+    stored |= {f"bend:{key}": everyone(leaf) if key in per_sample else leaf for key, leaf in bent.items()}
+    probe = rounded(rng.standard_normal(z.shape))
+    for key, value in zip(("probe", "inverse", "transposed"), (probe, *inverse_facts(a, probe)), strict=True):
+        stored[key] = everyone(value.reshape(flat.batch, n))
     return stored | {
         "jacobian": blocks,
         "healthy": healthy,

@@ -1,0 +1,69 @@
+"""A pytest fixture for the gradients of a user's own model: `pytest_plugins = ["deqcore.testing.pytest_gradients"]`.
+
+Example:
+    In a test suite::
+
+        def test_my_cell_has_the_same_gradients_everywhere(check_gradients):
+            check_gradients("problems.py:cell", backends=["torch", "jax"])
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from deqcore.errors import ProblemError
+from deqcore.testing.gradients import Report
+from deqcore.testing.own import check_own
+from deqcore.testing.problem import Problem
+
+
+@pytest.fixture
+def check_gradients(request: pytest.FixtureRequest) -> Callable[..., Report]:
+    """`check_gradients(problem)` fails the test if a gradient is not what dtype, tolerance and condition explain.
+
+    `problem` is `path/to/file.py:name`, relative to the test's folder, or a function at the top level of a module
+    that returns a `deqcore.testing.Problem`. The keywords `backends`, `solvers`, `strategies` and `dtypes` choose as
+    the options of `deqcore check gradients` do. Each framework runs in a process of its own, which imports the file.
+    """
+    folder = request.path.parent
+
+    def check(
+        problem: str | Callable[[], Problem],
+        *,
+        backends: Sequence[str] = (),
+        solvers: Sequence[str] = (),
+        strategies: Sequence[str] = (),
+        dtypes: Sequence[str] = ("float64", "float32"),
+    ) -> Report:
+        from deqcore.testing import render
+
+        report = check_own(where_of(problem, folder), backends, solvers, strategies, dtypes)
+        if not report.ok:
+            pytest.fail("\n".join(render.complaints(report)), pytrace=False)
+        return report
+
+    return check
+
+
+def where_of(problem: str | Callable[[], Problem], folder: Path) -> str:
+    """`path/to/file.py:name` of a problem.
+
+    Raises:
+        ProblemError: it is a function that another process could not find.
+    """
+    if isinstance(problem, str):
+        path, _, name = problem.rpartition(":")
+        return f"{os.path.normpath(folder / path)}:{name}" if path else problem
+    name = getattr(problem, "__qualname__", "")
+    file = inspect.getsourcefile(problem) if inspect.isfunction(problem) else None
+    if file is None or not name.isidentifier():
+        raise ProblemError(
+            f"check_gradients({problem!r}): each framework imports the problem in a process of its own, so "
+            f"'path/to/file.py:name' or a function at the top level of a module is expected."
+        )
+    return f"{file}:{name}"
