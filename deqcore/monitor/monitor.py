@@ -56,6 +56,11 @@ class Monitor(Observer):
         reference: a profile, or its file: drift against it is measured, and sets the retrain mark.
         probes: measurements to take now and then.
 
+    Attributes:
+        rows: the latest 1000.
+        events: the latest 1000.
+        collects: whether traced code reports by itself, so that nothing need be said of solves inside it.
+
     Raises:
         ConfigError: a setting, a metric, a condition or an option of a sink does not fit.
         MissingExtraError: a package that a sink needs is not installed.
@@ -104,6 +109,7 @@ class Monitor(Observer):
         self._outlet = Outlet(given.sinks if sinks is None else sinks, run)
         self.rows: deque[Row] = deque(maxlen=RECENT)
         self.events: deque[Event] = deque(maxlen=RECENT)
+        self.collects = False
         self._samples = Samples()
         self._pending: list[Pending] = []
         self._notes: list[Event] = []
@@ -123,6 +129,11 @@ class Monitor(Observer):
     def config(self) -> Config:
         """The monitor's own settings with the actions in force: for `using`, or for a call's `config=`."""
         return self._alarms.apply(self._base, self._rtol, self._least)
+
+    @property
+    def entered(self) -> bool:
+        """Whether it is inside its `with` block."""
+        return self._stack is not None
 
     @property
     def retrain(self) -> str | None:
@@ -156,10 +167,11 @@ class Monitor(Observer):
         """Take the statistics of a solve inside the block."""
         solution = solve.solution
         if solution.backend.is_traced(solution.status):
-            self._note(
-                "A solve inside traced code is seen by nobody but the code itself: observe its solution there "
-                "(deqcore_jax.collector.observe), or outside of it (monitor.observe)."
-            )
+            if not self.collects:
+                self._note(
+                    "A solve inside traced code is seen by nobody but the code itself: observe its solution there "
+                    "(deqcore_jax.collector.observe), or outside of it (monitor.observe)."
+                )
             return
         number = self._solves
         self.observe(solution, seconds=solve.seconds, config=solve.config)
@@ -167,7 +179,13 @@ class Monitor(Observer):
             self._probe(probe, solve)
 
     def observe(
-        self, solution: Solution, *, name: str = "", seconds: float | None = None, config: Config | None = None
+        self,
+        solution: Solution,
+        *,
+        name: str = "",
+        seconds: float | None = None,
+        config: Config | None = None,
+        defer: bool = False,
     ) -> None:
         """Take the statistics of a solution, and of its backward pass when that has run.
 
@@ -176,11 +194,11 @@ class Monitor(Observer):
             name: of the layer, for models with several.
             seconds: that the solve took.
             config: settings that it ran with; default: the monitor's own.
+            defer: leave the flush, when it is due, to `advance` or to the next solve: for threads where triggers must
+                not act.
         """
         backend = solution.backend
-        if self._rtol is None:
-            leaf = backend.flatten(solution.value)[0][0]
-            self._rtol, self._least = backend.default_rtol(leaf), 2 * backend.eps(leaf)
+        self.learn(solution)
         with self._lock:
             item = self._item(name, backend, config)
             item.forward(solution)
@@ -192,7 +210,18 @@ class Monitor(Observer):
                 if record.report is not None:
                     item.backward(record.report, record.seconds)
                 record.listener = lambda record: self._heard(item, record)
-            self._take(item)
+            self._solves += 1
+            self._since += 1
+            self._pending.append(item)
+            if not defer:
+                self._flush_if_due()
+
+    def learn(self, solution: Solution) -> None:
+        """Note what tolerance the dtype of a solution can reach, for the action "tighten"."""
+        if self._rtol is None and solution.value is not None:
+            backend = solution.backend
+            leaf = backend.flatten(solution.value)[0][0]
+            self._rtol, self._least = backend.default_rtol(leaf), 2 * backend.eps(leaf)
 
     def observe_backward(self, report: AdjointReport, *, name: str = "", seconds: float = float("nan")) -> None:
         """Take what a backward pass did, where no solution leads to it (a probe's figures in JAX)."""
@@ -201,7 +230,7 @@ class Monitor(Observer):
         with self._lock:
             item = self._item(name, backend, None)
             item.backward(report, seconds)
-            self._add(item)
+            self._pending.append(item)
 
     def log(self, *, layer: str = "", **figures: float | Array) -> None:
         """Record further metrics: numbers, or scalars of a framework, which stay on their device until the flush.
@@ -222,11 +251,16 @@ class Monitor(Observer):
                     item.arrays[metric] = value
                 else:
                     item.seconds[metric] = float(value)
-            self._add(item)
+            self._pending.append(item)
 
     def advance(self, step: int | None = None) -> None:
-        """Say that a training step has ended; figures that follow belong to the next one."""
+        """Say that a training step has ended; figures that follow belong to the next one.
+
+        Args:
+            step: its number; default: one more than the last.
+        """
         self._step = (0 if self._step is None else self._step) + 1 if step is None else step
+        self._flush_if_due()
 
     def _probe(self, probe: Probe, solve: Solve) -> None:
         """Measure; a probe that fails is told of once and left out from then on."""
@@ -247,15 +281,9 @@ class Monitor(Observer):
         strategy = (self._base if config is None else config).backward.strategy
         return Pending(self.step, self._solves, time.time(), name, backend, reused=_reuses(strategy))
 
-    def _take(self, item: Pending) -> None:
-        self._solves += 1
-        self._since += 1
-        self._add(item)
+    def _flush_if_due(self) -> None:
         if self._since >= self.every:
             self.flush()
-
-    def _add(self, item: Pending) -> None:
-        self._pending.append(item)
 
     def _heard(self, item: Pending, record: BackwardRecord) -> None:
         """A backward pass has run, perhaps in another thread; perhaps after its solve became a row."""
@@ -265,7 +293,7 @@ class Monitor(Observer):
         with self._lock:
             if item.sent or "backward.status" in item.arrays:
                 item = Pending(self.step, item.solve, time.time(), item.name, item.backend, reused=item.reused)
-                self._add(item)
+                self._pending.append(item)
             item.backward(report, record.seconds)
 
     def flush(self, *, final: bool = False) -> None:

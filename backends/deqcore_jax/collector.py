@@ -1,0 +1,90 @@
+"""A monitor inside compiled code: the figures of a solve leave it by a host callback.
+
+    @jax.jit
+    def step(params, x):
+        sol = deqcore.fixed_point(f, z0, params, x)
+        deqcore_jax.collector.observe(monitor, sol)
+        ...
+
+    with Monitor(...) as monitor, deqcore_jax.collector.collecting(monitor):
+        for x in data:
+            params = step(params, x)
+            monitor.advance()
+
+Explicit, since compiled code is used again wherever its function is called: it reports to the monitor that it was
+traced with. The callback is asynchronous and unordered and takes numbers only; triggers and sinks run in
+`monitor.advance()` and at the end, in the thread that trains. Backward passes are reported by `deqcore_jax.probe`:
+give the figures to `monitor.observe_backward(probe.read(figures))` outside, or to `observe_backward` here inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from deqcore.equilibrium import get_backend
+from deqcore.monitor.monitor import Monitor
+from deqcore.solution import Solution
+from deqcore.strategy import AdjointReport
+from deqcore_jax import probe
+
+
+def observe(monitor: Monitor, solution: Solution, *, name: str = "") -> None:
+    """Report a solution from inside `jit`; outside it works, too.
+
+    Under `vmap` every lane is a solve of its own.
+
+    Args:
+        monitor: which gets a row each time that the compiled code runs.
+        solution: what `fixed_point` returned.
+        name: of the layer.
+    """
+    monitor.learn(solution)
+    arrays = (solution.residual, solution.status, solution.steps, solution.evaluations)
+    jax.debug.callback(partial(_solved, monitor, name), *arrays)
+
+
+def observe_backward(monitor: Monitor, figures: probe.Probe, *, name: str = "") -> None:
+    """Report a backward pass from inside `jit`.
+
+    Args:
+        monitor: which gets a row each time that the compiled code runs.
+        figures: the gradient with respect to a probe.
+        name: of the layer.
+    """
+    jax.debug.callback(partial(_differentiated, monitor, name), probe.read(figures))
+
+
+@contextmanager
+def collecting(monitor: Monitor) -> Iterator[None]:
+    """Wait at the end of the block until all callbacks have run. Goes inside the monitor's own block.
+
+    The monitor then takes it that compiled code reports by `observe`, and says nothing of solves that it cannot see.
+    """
+    monitor.collects = True
+    try:
+        yield
+    finally:
+        jax.effects_barrier()
+
+
+def _solved(monitor: Monitor, name: str, residual: Any, status: Any, steps: Any, evaluations: Any) -> None:
+    solution = Solution(
+        value=None,
+        residual=np.asarray(residual),
+        status=np.asarray(status),
+        steps=np.asarray(steps),
+        evaluations=np.asarray(evaluations),
+        state=None,
+        backend=get_backend(backend="numpy"),
+    )
+    monitor.observe(solution, name=name, defer=True)
+
+
+def _differentiated(monitor: Monitor, name: str, report: AdjointReport) -> None:
+    monitor.observe_backward(AdjointReport(*[np.asarray(array) for array in report]), name=name)
