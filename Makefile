@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.deqcore-installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: study test check unit clean
+.PHONY: study test check unit bench clean
 
 # torch goes first, with its pin, so that nothing that follows can pull another build of it.
 $(STAMP): pyproject.toml constraints.txt
@@ -28,6 +28,11 @@ check: $(STAMP)
 
 unit: $(STAMP)
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=70
+
+# The tables under docs/benchmarks: about 12 minutes on 2 quiet cores.
+bench: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -r benchmarks/requirements.txt
+	$(BIN)/python -m benchmarks --out docs/benchmarks
 
 clean:
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

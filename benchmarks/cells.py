@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from deqcore.bench.cases import CASES, Case, narrow
+from deqcore.bench.cases import CASES, SMALL, Case, narrow
 from deqcore.testing.problem import Problem
 
 GROUPS: Final = 8
@@ -114,8 +114,26 @@ def mixed_conv(batch: int = 64, size: int = 32, side: int = 16) -> Case:
         Problem("mixed-conv", {"K": narrow(kernel)}, inputs, 0 * inputs["b"], {"torch": rated_torch}),
         f"tanh of a 3×3 convolution, {batch}×{size}×{side}×{side}, one sample of {batch} ten times slower",
         max_steps=300,
+        uneven=True,
     )
 
 
-EVERY: Final[Mapping[str, Callable[..., Case]]] = {"conv": conv, "attention": attention, **CASES}
+EVERY: Final[Mapping[str, Callable[..., Case]]] = {
+    "conv": conv,
+    "attention": attention,
+    **CASES,
+    "mixed-conv": mixed_conv,
+}
 """Makers of all compared cases by name; all take `batch` and `size`."""
+
+QUICK: Final[Mapping[str, Mapping[str, int]]] = {
+    "conv": {"batch": 4, "size": 16},
+    "attention": {"batch": 4, "size": 16, "tokens": 8},
+    "mixed-conv": {"batch": 16, "size": 8, "side": 8},
+}
+"""Sizes of a first look; the others take `bench.cases.QUICK`."""
+
+
+def case(name: str, quick: bool) -> Case:
+    """One of the cases, small for a first look."""
+    return EVERY[name](**QUICK.get(name, SMALL)) if quick else EVERY[name]()

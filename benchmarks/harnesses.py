@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from deqcore.bench.harness import Harness
@@ -17,13 +16,18 @@ def torch_harness(device: str = "cpu", dtype: str = "float32") -> Harness:
         if value.is_cuda:
             torch.cuda.synchronize()
 
+    def to_numpy(a: Any) -> Any:
+        held = a.detach().cpu()
+        return (held.float() if held.dtype in (torch.bfloat16, torch.float16) else held).numpy()
+
     return Harness(
         name="torch",
         xp=xp,
         asarray=lambda a: torch.from_numpy(a).to(device=device, dtype=getattr(torch, dtype)),
-        to_numpy=lambda a: a.detach().cpu().float().numpy(),
+        to_numpy=to_numpy,
         block=wait,
         quiet=torch.no_grad,
+        package="torch",
     )
 
 
@@ -41,17 +45,15 @@ def jax_harness() -> Harness:
         block=jax.block_until_ready,
         jit=jax.jit,
         traced=True,
+        package="jax",
     )
 
 
-def harness(framework: str, threads: int, device: str = "cpu", dtype: str = "float32") -> Harness:
-    """One of the two; call it before anything else has imported the framework."""
-    if framework == "torch":
-        import torch
+def harness(framework: str, threads: int) -> Harness:
+    """One of the two. Call `limit_threads` before anything else has imported the framework: JAX has no other switch."""
+    if framework == "jax":
+        return jax_harness()
+    import torch
 
-        torch.set_num_threads(threads)
-        return torch_harness(device, dtype)
-    if threads == 1:
-        flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
-    return jax_harness()
+    torch.set_num_threads(threads)
+    return torch_harness()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Final
@@ -9,6 +10,8 @@ from typing import Final
 from deqcore.bench.harness import Contender
 
 LIBRARIES: Final = {"torch": ("torchdeq", "xitorch"), "jax": ("jaxopt", "optimistix", "anchorax")}
+PYTHON: Final = f"{sys.version_info.major}.{sys.version_info.minor}"
+SKIPPED: Final = {"banax": f"it needs Python 3.12 or later and has no adapter here yet; this is Python {PYTHON}"}
 
 
 def peers(framework: str) -> list[Contender]:

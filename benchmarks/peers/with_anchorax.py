@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import jax
 from anchorax import solvers
 
-from deqcore.bench.harness import Contender, Harness, Outcome, Ready
+from deqcore.bench.harness import Contender, Harness, Outcome, Ready, Solve
 from deqcore.testing.problem import rebuild
 
 
@@ -16,14 +16,15 @@ class Anchorax(Contender):
     """One of its solvers under vmap."""
 
     library = "anchorax"
+    recompiles = True
 
     def __init__(self, solver: str, **settings: Any) -> None:
         self.solver = solver
         self.function = getattr(solvers, solver)
         self.settings = settings
 
-    def prepare(self, harness: Harness, ready: Ready, rtol: float, max_steps: int) -> Callable[[], Outcome]:
-        def single(z0: Any, params: Any, inputs: Any) -> Any:
+    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> Solve:
+        def single(rtol: float, z0: Any, params: Any, inputs: Any) -> Any:
             one = rebuild(inputs, lambda a: a[None])
 
             def f(u: Any, _: Any, *, inference: bool = False, key: Any = None) -> Any:
@@ -43,12 +44,14 @@ class Anchorax(Contender):
             )
             return value, steps
 
-        compiled = jax.jit(jax.vmap(single, in_axes=(0, None, 0)))
+        @cache  # its tolerance is static: each compiles again
+        def compiled(rtol: float) -> Any:
+            return jax.jit(jax.vmap(partial(single, rtol), in_axes=(0, None, 0)))
 
-        def run() -> Outcome:
-            value, steps = compiled(ready.z0, ready.params, ready.inputs)
+        def run(rtol: float) -> Outcome:
+            value, steps = compiled(rtol)(ready.z0, ready.params, ready.inputs)
             harness.block(value)
-            return Outcome(value, steps)
+            return Outcome(value, int(steps.max()))
 
         return run
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jaxopt
 
-from deqcore.bench.harness import Contender, Harness, Outcome, Ready
+from deqcore.bench.harness import Contender, Harness, Outcome, Ready, Solve
 from deqcore.testing.problem import rebuild
 
 
@@ -22,24 +22,24 @@ class Jaxopt(Contender):
         self.make = make
         self.per_sample = per_sample
 
-    def prepare(self, harness: Harness, ready: Ready, rtol: float, max_steps: int) -> Callable[[], Outcome]:
+    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> Solve:
         size = (ready.z0[0] if self.per_sample else ready.z0).size ** 0.5
 
-        def solve(z0: Any, params: Any, inputs: Any) -> Any:
-            solver = self.make(lambda z, p, x: ready.f(z, p, x), maxiter=max(1, max_steps), tol=rtol * size)
+        def solve(z0: Any, params: Any, inputs: Any, rtol: Any) -> Any:
+            solver = self.make(ready.f, maxiter=max(1, max_steps), tol=rtol * size)
             found = solver.run(z0, params, inputs)
             return found.params, found.state.iter_num
 
-        def single(z0: Any, params: Any, inputs: Any) -> Any:
-            value, steps = solve(z0[None], params, rebuild(inputs, lambda a: a[None]))
+        def single(z0: Any, params: Any, inputs: Any, rtol: Any) -> Any:
+            value, steps = solve(z0[None], params, rebuild(inputs, lambda a: a[None]), rtol)
             return value[0], steps
 
-        compiled = jax.jit(jax.vmap(single, in_axes=(0, None, 0)) if self.per_sample else solve)
+        compiled = jax.jit(jax.vmap(single, in_axes=(0, None, 0, None)) if self.per_sample else solve)
 
-        def run() -> Outcome:
-            value, steps = compiled(ready.z0, ready.params, ready.inputs)
+        def run(rtol: float) -> Outcome:
+            value, steps = compiled(ready.z0, ready.params, ready.inputs, rtol)
             harness.block(value)
-            return Outcome(value, steps)
+            return Outcome(value, int(steps.max()))
 
         return run
 

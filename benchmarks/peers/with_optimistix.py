@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import optimistix
 
-from deqcore.bench.harness import Contender, Harness, Outcome, Ready
+from deqcore.bench.harness import Contender, Harness, Outcome, Ready, Solve
 
 
 class FixedPoint(Contender):
@@ -17,11 +16,11 @@ class FixedPoint(Contender):
     library = "optimistix"
     solver = "fixed-point"
 
-    def prepare(self, harness: Harness, ready: Ready, rtol: float, max_steps: int) -> Callable[[], Outcome]:
-        def solve(z0: Any, params: Any, inputs: Any) -> Any:
+    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> Solve:
+        def solve(z0: Any, params: Any, inputs: Any, rtol: Any) -> Any:
             found = optimistix.fixed_point(
                 lambda z, args: ready.f(z, *args),
-                optimistix.FixedPointIteration(rtol=0.0, atol=max(rtol, 1e-30), norm=optimistix.rms_norm),
+                optimistix.FixedPointIteration(rtol=0.0, atol=rtol, norm=optimistix.rms_norm),
                 z0,
                 (params, inputs),
                 max_steps=max(1, max_steps),
@@ -31,10 +30,10 @@ class FixedPoint(Contender):
 
         compiled = jax.jit(solve)
 
-        def run() -> Outcome:
-            value, steps = compiled(ready.z0, ready.params, ready.inputs)
+        def run(rtol: float) -> Outcome:
+            value, steps = compiled(ready.z0, ready.params, ready.inputs, rtol)
             harness.block(value)
-            return Outcome(value, steps)
+            return Outcome(value, int(steps))
 
         return run
 

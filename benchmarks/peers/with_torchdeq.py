@@ -8,7 +8,7 @@ from typing import Any
 from torchdeq.solver import anderson_solver, broyden_solver
 from torchdeq.solver.fp_iter import fixed_point_iter
 
-from deqcore.bench.harness import Contender, Harness, Outcome, Ready
+from deqcore.bench.harness import Contender, Harness, Outcome, Ready, Solve
 
 
 class TorchDEQ(Contender):
@@ -20,8 +20,8 @@ class TorchDEQ(Contender):
         self.solver = solver
         self.function = function
 
-    def prepare(self, harness: Harness, ready: Ready, rtol: float, max_steps: int) -> Callable[[], Outcome]:
-        def run() -> Outcome:
+    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> Solve:
+        def run(rtol: float) -> Outcome:
             with harness.quiet():
                 value, _, _ = self.function(
                     lambda z: ready.f(z, ready.params, ready.inputs),

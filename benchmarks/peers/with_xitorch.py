@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 
 from xitorch.optimize import equilibrium
 
-from deqcore.bench.harness import Contender, Harness, Outcome, Ready
+from deqcore.bench.harness import Contender, Harness, Outcome, Ready, Solve
 
 
 class Xitorch(Contender):
@@ -19,11 +18,11 @@ class Xitorch(Contender):
         self.solver = solver
         self.batched = batched
 
-    def prepare(self, harness: Harness, ready: Ready, rtol: float, max_steps: int) -> Callable[[], Outcome]:
+    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> Solve:
         size = ready.z0.numel() ** 0.5
         settings = {"feat_ndims": ready.z0.dim() - 1} if self.batched else {}
 
-        def run() -> Outcome:
+        def run(rtol: float) -> Outcome:
             with harness.quiet(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 value = equilibrium(

@@ -22,12 +22,14 @@ class Case:
         note: what is special about it, one sentence.
         rtol: relative residual that each sample must reach.
         max_steps: step budget.
+        uneven: whether some samples need many more steps than others, so that compaction should pay.
     """
 
     problem: Problem
     note: str
     rtol: float = 1e-5
     max_steps: int = 50
+    uneven: bool = False
 
     @property
     def name(self) -> str:
@@ -124,6 +126,7 @@ def mixed(batch: int = 64, size: int = 512) -> Case:
         _problem("mixed", {"W": _orthogonal(rng, size)}, inputs, rated),
         f"affine, {batch}×{size}, orthogonal times 0.3, one sample of {batch} times 0.3^(1/10)",
         max_steps=200,
+        uneven=True,
     )
 
 
@@ -153,3 +156,6 @@ CASES: Final[Mapping[str, Callable[..., Case]]] = MappingProxyType(
     }
 )
 """Makers by name; all take `batch` and `size`."""
+
+SMALL: Final[Mapping[str, int]] = MappingProxyType({"batch": 16, "size": 32})
+"""Sizes of a first look."""

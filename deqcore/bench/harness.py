@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -15,6 +15,7 @@ import deqcore
 from deqcore.backend import Array, Backend, Tree
 from deqcore.bench.cases import Case
 from deqcore.config import Config
+from deqcore.errors import ProblemError, listing
 from deqcore.testing.problem import rebuild
 
 Call = Callable[..., Any]
@@ -38,6 +39,7 @@ class Harness:
         block: waits until an array has been computed.
         quiet: context in which no gradient is recorded.
         traced: f runs inside compiled code, so its calls cannot be counted from outside.
+        package: the framework's distribution, for reports.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Harness:
     jit: Callable[[Call], Call] = same
     quiet: Callable[[], AbstractContextManager[Any]] = nullcontext
     traced: bool = False
+    package: str | None = None
 
     @classmethod
     def of(cls, backend: Backend, package: str | None) -> Harness:
@@ -68,12 +71,18 @@ class Harness:
             jit=module.jit if traced else same,
             quiet=getattr(module, "no_grad", nullcontext),
             traced=traced,
+            package=package,
         )
 
     def ready(self, case: Case) -> Ready:
         """The case in arrays of this framework."""
         problem = case.problem
         if isinstance(problem.f, Mapping):
+            if self.name not in problem.f:
+                raise ProblemError(
+                    f"The problem {problem.name!r} is written for {listing(problem.f)}, not for {self.name!r}: choose "
+                    f"another backend, or write it once with the array namespace."
+                )
             own = problem.f[self.name]
 
             def f(z: Tree, params: Tree, inputs: Tree) -> Tree:
@@ -119,11 +128,14 @@ class Outcome(NamedTuple):
 
     Attributes:
         value: the state that the library returns.
-        evaluations: of f, as the library counts them; None if the caller has to count.
+        evaluations: of f for the slowest sample, as the library counts them; None where it does not.
     """
 
     value: Array
-    evaluations: Any = None
+    evaluations: int | None = None
+
+
+Solve = Callable[[float], Outcome]
 
 
 class Contender(ABC):
@@ -133,11 +145,13 @@ class Contender(ABC):
         library: the distribution's name.
         solver: the method, in the library's words.
         exact: whether the tolerance it is given is the one common norm; if not, it is searched for.
+        recompiles: whether another tolerance compiles again, so that few are tried.
     """
 
     library: str
     solver: str
     exact: bool = False
+    recompiles: bool = False
 
     @property
     def name(self) -> str:
@@ -145,14 +159,16 @@ class Contender(ABC):
         return f"{self.library} {self.solver}"
 
     @abstractmethod
-    def prepare(self, harness: Harness, ready: Ready, rtol: float, max_steps: int) -> Callable[[], Outcome]:
+    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> Solve:
         """A solve with everything bound that does not belong to its time.
 
         Args:
             harness: the framework.
             ready: what to solve.
-            rtol: tolerance in the library's own norm; 0: take all the steps.
             max_steps: budget in the library's own units.
+
+        Returns:
+            A function of the tolerance, in the library's own norm; 0 takes all the steps.
         """
 
 
@@ -162,32 +178,44 @@ class Deqcore(Contender):
     library = "deqcore"
     exact = True
 
-    def __init__(self, solver: str, *, label: str | None = None, **forward: object) -> None:
-        """Args: a registered solver's name, a label for tables, further settings of `[forward]`."""
+    def __init__(self, solver: str, label: str = "", compact: bool = False, **forward: object) -> None:
+        """Args: a registered solver's name, a label for tables, compaction, further settings of `[forward]`."""
         self.solver = label or solver
-        self.settings = {"solver": solver, "on_failure": "ignore", **forward}
+        self.compact = compact
+        self.settings = {"solver": solver, "on_failure": "ignore", **forward} | ({"compact": True} if compact else {})
 
-    def prepare(self, harness: Harness, ready: Ready, rtol: float, max_steps: int) -> Callable[[], Outcome]:
+    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> Solve:
         """`fixed_point` without a gradient, compiled where the framework compiles."""
         config = Config(
             backend=harness.name,
-            forward={**self.settings, "rtol": rtol, "max_steps": max_steps},
+            forward={**self.settings, "max_steps": max_steps},
             backward={"strategy": "jacobian-free"},
         )
+        batched: dict[str, Any] = {"batched_args": (1,)} if self.compact else {}
 
-        def solve(z0: Array, params: Tree, inputs: Tree) -> tuple[Array, Array]:
-            found = deqcore.fixed_point(ready.f, z0, params, inputs, config=config)
+        def solve(z0: Array, params: Tree, inputs: Tree, rtol: float | Array) -> tuple[Array, Array]:
+            found = deqcore.fixed_point(ready.f, z0, params, inputs, config=config, forward__rtol=rtol, **batched)
             return found.value, found.evaluations
 
         compiled = harness.jit(solve)
 
-        def run() -> Outcome:
+        def run(rtol: float) -> Outcome:
             with harness.quiet():
-                value, evaluations = compiled(ready.z0, ready.params, ready.inputs)
+                value, evaluations = compiled(ready.z0, ready.params, ready.inputs, rtol)
             harness.block(value)
-            return Outcome(value, evaluations if harness.traced else None)
+            return Outcome(value, int(np.max(harness.to_numpy(evaluations), initial=0)))
 
         return run
+
+
+def ours(solvers: Iterable[str], case: Case, traced: bool) -> list[Contender]:
+    """Contenders of deqcore for a case; on an uneven one, with compaction too where code is eager."""
+    compact = [True] if case.uneven and not traced else []
+    return [
+        Deqcore(name, f"{name} (compact)" if each else "", compact=each)
+        for name in solvers
+        for each in (False, *compact)
+    ]
 
 
 def residuals(harness: Harness, ready: Ready, value: Array) -> Any:

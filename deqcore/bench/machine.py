@@ -11,8 +11,12 @@ from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
+from typing import Final
 
-PROC = Path("/proc")
+from deqcore.errors import ConfigError
+
+PROC: Final = Path("/proc")
+POOLS: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def describe(packages: Iterable[str] = ()) -> dict[str, object]:
@@ -21,7 +25,7 @@ def describe(packages: Iterable[str] = ()) -> dict[str, object]:
     Args:
         packages: distributions whose versions belong to the result; those that are not installed are left out.
     """
-    found = {}
+    found: dict[str, str] = {}
     for name in ("deqcore", "numpy", *packages):
         try:
             found[name] = version(name)
@@ -29,7 +33,7 @@ def describe(packages: Iterable[str] = ()) -> dict[str, object]:
             continue
     return {
         "cpu": _cpu(),
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "memory_gib": _memory(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
@@ -37,6 +41,28 @@ def describe(packages: Iterable[str] = ()) -> dict[str, object]:
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "load_before": [round(number, 2) for number in os.getloadavg()] if hasattr(os, "getloadavg") else None,
     }
+
+
+def usable_cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def limit_threads(threads: int) -> None:
+    """Let this process use so many threads. To be called before NumPy or a framework is imported.
+
+    Thread pools read the environment or count the processors that they may use, so both are set. The limit cannot be
+    undone.
+
+    Args:
+        threads: at least 1, at most `usable_cores()`.
+    """
+    cores = usable_cores()
+    if not 1 <= threads <= cores:
+        raise ConfigError.bad_value("bench", "--threads", threads, f"a number from 1 to {cores}, the usable cores,")
+    os.environ.update(dict.fromkeys(POOLS, str(threads)))
+    if threads < cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
 
 
 def _cpu() -> str:
@@ -111,6 +137,17 @@ def peak_memory(task: Callable[[], object]) -> int | None:
     task()
     peak = _status("VmHWM")
     return None if before is None or peak is None else max(0, peak - before)
+
+
+def give_back_blocks(least: int = 2**16) -> None:
+    """From now on glibc gives blocks of `least` bytes back as soon as they are free, so that peaks are exact.
+
+    Allocation becomes slower: nothing is to be timed afterwards.
+    """
+    try:
+        ctypes.CDLL(None).mallopt(-3, least)  # M_MMAP_THRESHOLD; setting it also stops its growth
+    except (OSError, AttributeError):  # not glibc
+        return
 
 
 def _trim() -> None:

@@ -2,37 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
 
-from deqcore.bench.compare import Row
+from deqcore.bench.rows import Row
+from deqcore.bench.timing import SHARE, Spread
 
-COLUMNS = ("problem", "solver", "evaluations", "residual", "ms", "ms per f", "overhead", "memory", "first call s")
-SMALL = 2**17  # bytes of a state below which the process's growth says nothing about it
+COLUMNS: Final = (
+    "problem",
+    "solver",
+    "evaluations",
+    "residual (max / median)",
+    "ms (quartiles)",
+    "ms per f",
+    "overhead (quartiles)",
+    "memory",
+    "first call s",
+)
+SMALL: Final = 2**17  # bytes of a state below which the process's growth says nothing about it
 
 
 def cells(row: Row) -> dict[str, str]:
     """The cells of a table, by column."""
+    if row.error:
+        return dict.fromkeys(COLUMNS, "") | {
+            "problem": row.case,
+            "solver": row.contender,
+            "ms (quartiles)": f"raised {row.error.partition(':')[0]}",
+        }
     found = {
         "problem": row.case,
         "solver": row.contender,
         "evaluations": str(row.evaluations),
-        "residual": f"{row.residual_max:.1e} / {row.residual_median:.1e}",
+        "residual (max / median)": f"{row.residual_max:.1e} / {row.residual_median:.1e}",
         "memory": "" if row.memory is None or row.state < SMALL else f"{row.memory / row.state:.1f} states",
         "first call s": f"{row.first_seconds:.2f}",
     }
     if not row.seconds:
-        return found | {"ms": "" if row.reached else "residual not reached", "ms per f": "", "overhead": ""}
-    ms = sorted(1e3 * each for each in row.seconds)
-    overhead = row.overhead
+        why = "not timed" if row.reached else "residual not reached"
+        return found | {"ms (quartiles)": why, "ms per f": "", "overhead (quartiles)": ""}
+    ms = Spread.of([1e3 * each for each in row.seconds])
     return found | {
-        "ms": f"{ms[len(ms) // 2]:.2f} ({ms[0]:.2f}–{ms[-1]:.2f})",
-        "ms per f": f"{1e3 * sorted(row.reference)[len(row.reference) // 2]:.3f}",
-        "overhead": f"{overhead.median:.2f} ({overhead.low:.2f}–{overhead.high:.2f})",
+        "ms (quartiles)": spread(ms),
+        "ms per f": f"{1e3 * Spread.of(row.reference).median:.3g}",
+        "overhead (quartiles)": spread(row.overhead),
     }
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """A Markdown table, one line per row, grouped as they come."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(cells(row)[column] for column in COLUMNS) + " |" for row in rows]
+def spread(found: Spread) -> str:
+    """Median and quartiles."""
+    return f"{found.median:.3g} ({found.low:.3g}–{found.high:.3g})"
+
+
+def markdown(rows: Iterable[Mapping[str, str]], columns: Sequence[str] = COLUMNS) -> str:
+    """A Markdown table, one line per row, in their order."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(row[column].replace("|", "\\|") for column in columns) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def machine_text(machine: Mapping[str, Any]) -> str:
+    """What `machine.describe` found, in one paragraph."""
+    packages = ", ".join(f"{name} {number}" for name, number in machine["packages"].items())
+    memory = "" if machine["memory_gib"] is None else f", {machine['memory_gib']} GiB"
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores{memory}, {machine['system']}, Python {machine['python']}; "
+        f"{packages}; {machine['date']}."
+    )
+
+
+def disturbed(rows: Iterable[Row]) -> int:
+    """How many kept rounds were disturbed by others, over the comparisons of these rows."""
+    rounds = {(row.framework, row.case): row.disturbance for row in rows if row.seconds}
+    return sum(each > SHARE for kept in rounds.values() for each in kept)

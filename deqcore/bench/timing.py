@@ -6,19 +6,27 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import count
-from typing import TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 from deqcore.bench.machine import Bystanders
 
 Task: TypeAlias = Callable[[], object]
 Clock: TypeAlias = Callable[[], float]
 
-LEAST_SECONDS = 0.004  # a shorter task is repeated until it takes this long
-MOST_REPEATS = 50
-LEAST_ROUNDS = 3
+LEAST_SECONDS: Final = 0.004  # a shorter task is repeated until it takes this long
+MOST_REPEATS: Final = 50
+LEAST_ROUNDS: Final = 3
+SHARE: Final = 0.05  # of the machine that others may use in a round that counts as undisturbed
+
+
+class Watch(Protocol):
+    """Which share of the machine others used, known once its block is left; see `machine.Bystanders`."""
+
+    share: float
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,11 @@ class Spread:
         quarters = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else ordered * 3
         return cls(statistics.median(ordered), quarters[0], quarters[2], ordered[0])
 
+    @classmethod
+    def of_ratios(cls, above: Sequence[float], below: Sequence[float]) -> Spread:
+        """Of the quotients of numbers that were measured in the same rounds, so that drift cancels out."""
+        return cls.of([a / b for a, b in zip(above, below, strict=True)])
+
 
 @dataclass(frozen=True)
 class Rounds:
@@ -45,14 +58,32 @@ class Rounds:
     Attributes:
         seconds: per task.
         reference: seconds of one call of the reference, measured just before and after that task.
+        returned: what the task returned, the last time in that round.
         disturbance: share of the machine that others used, per kept round (NaN: unknown).
         dropped: rounds that were measured and left out.
     """
 
     seconds: Mapping[str, list[float]]
     reference: Mapping[str, list[float]]
+    returned: Mapping[str, list[object]]
     disturbance: list[float]
     dropped: int
+
+
+@dataclass(frozen=True)
+class _Lap:
+    seconds: float
+    reference: float
+    returned: object
+
+
+@dataclass(frozen=True)
+class _Round:
+    share: float
+    laps: Mapping[str, _Lap]
+
+    def quiet(self, share: float) -> bool:
+        return not self.share > share  # NaN counts as quiet: nothing better is known
 
 
 def interleave(
@@ -60,63 +91,80 @@ def interleave(
     reference: Task | None = None,
     *,
     rounds: int = 9,
-    share: float = 0.05,
+    share: float = SHARE,
     budget: float = 60.0,
     clock: Clock = time.perf_counter,
+    watch: Callable[[], AbstractContextManager[Watch]] = Bystanders,
 ) -> Rounds:
     """Time each task once per round, in rotating order, until enough rounds were undisturbed.
 
     Args:
-        tasks: what is timed, by name. Each must block until its work is done, and must have run before (compiled).
+        tasks: what is timed, by name, at least one. Each must block until its work is done, and must have run before
+            (compiled).
         reference: timed before and after each task, for ratios that drift cancels out of.
         rounds: that are kept.
         share: of the machine that others may use in a round that counts as undisturbed.
         budget: seconds after which the quietest rounds are kept even if they were disturbed.
-        clock: `time.process_time` counts processor time instead, which is right for one thread on a machine that
-            never is quiet.
+        clock: seconds.
+        watch: makes a context manager that says how disturbed its block was.
     """
-    began = time.perf_counter()
+    began = clock()
     repeats = {name: _repeats(task, clock) for name, task in tasks.items()}
     beside = _repeats(reference, clock) if reference else 0
-    found: list[tuple[float, dict[str, tuple[float, float]]]] = []
-    names = list(tasks)
-    quiet = 0
+    names, found = list(tasks), []
     for attempt in count():
         turn = attempt % len(names)
-        times = {}
-        gc.collect()
-        gc.disable()
-        try:
-            with Bystanders() as others:
-                for name in names[turn:] + names[:turn]:
-                    before = _time(reference, beside, clock) if reference else math.nan
-                    seconds = _time(tasks[name], repeats[name], clock)
-                    after = _time(reference, beside, clock) if reference else math.nan
-                    times[name] = seconds, (before + after) / 2
-        finally:
-            gc.enable()
-        found.append((others.share, times))
-        quiet += not others.share > share  # NaN counts as quiet
-        late = time.perf_counter() - began > budget and len(found) >= min(rounds, LEAST_ROUNDS)
-        if quiet >= rounds or late or (clock is time.process_time and len(found) >= rounds):
+        order = names[turn:] + names[:turn]
+        with _no_collector(), watch() as others:
+            laps = {name: _lap(tasks[name], repeats[name], reference, beside, clock) for name in order}
+        found.append(_Round(others.share, laps))
+        late = clock() - began > budget and len(found) >= min(rounds, LEAST_ROUNDS)
+        if late or sum(each.quiet(share) for each in found) >= rounds:
             break
-    quietest = sorted(range(len(found)), key=lambda i: found[i][0] if found[i][0] > share else 0.0)
-    kept = [found[i] for i in sorted(quietest[:rounds])]
+    kept = _quietest(found, rounds, share)
     return Rounds(
-        seconds={name: [times[name][0] for _, times in kept] for name in names},
-        reference={name: [times[name][1] for _, times in kept] for name in names},
-        disturbance=[each for each, _ in kept],
+        seconds={name: [each.laps[name].seconds for each in kept] for name in names},
+        reference={name: [each.laps[name].reference for each in kept] for name in names},
+        returned={name: [each.laps[name].returned for each in kept] for name in names},
+        disturbance=[each.share for each in kept],
         dropped=len(found) - len(kept),
     )
 
 
-def _time(task: Task, repeats: int, clock: Clock) -> float:
+def _quietest(found: Sequence[_Round], rounds: int, share: float) -> list[_Round]:
+    """All undisturbed rounds first, then the least disturbed; in the order of time."""
+    ranked = sorted(range(len(found)), key=lambda i: 0.0 if found[i].quiet(share) else found[i].share)
+    return [found[i] for i in sorted(ranked[:rounds])]
+
+
+def _lap(task: Task, repeats: int, reference: Task | None, beside: int, clock: Clock) -> _Lap:
+    before = _time(reference, beside, clock)[0] if reference else math.nan
+    seconds, returned = _time(task, repeats, clock)
+    after = _time(reference, beside, clock)[0] if reference else math.nan
+    return _Lap(seconds, (before + after) / 2, returned)
+
+
+def _time(task: Task, repeats: int, clock: Clock) -> tuple[float, object]:
+    returned: object = None
     start = clock()
     for _ in range(repeats):
-        task()
-    return (clock() - start) / repeats
+        returned = task()
+    return (clock() - start) / repeats, returned
 
 
 def _repeats(task: Task, clock: Clock) -> int:
-    once = min(_time(task, 1, clock) for _ in range(2))
+    once = min(_time(task, 1, clock)[0] for _ in range(2))
     return min(MOST_REPEATS, max(1, math.ceil(LEAST_SECONDS / max(once, 1e-9))))
+
+
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    """The garbage collector does not run inside."""
+    gc.collect()
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()

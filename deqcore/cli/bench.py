@@ -3,38 +3,41 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Annotated
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from deqcore import plugins
-from deqcore.bench.cases import CASES, Case
-from deqcore.bench.compare import Row, compare
-from deqcore.bench.harness import Contender, Deqcore, Harness
-from deqcore.bench.machine import describe
-from deqcore.bench.report import COLUMNS, cells
+from deqcore.bench.folder import result_folder
+from deqcore.bench.machine import describe, limit_threads, usable_cores
 from deqcore.cli.output import AsJson, show
-from deqcore.equilibrium import get_backend
 from deqcore.errors import ProblemError, did_you_mean, listing
-from deqcore.testing.problem import load_problem
 
-QUICK = {"batch": 16, "size": 32}
+if TYPE_CHECKING:
+    from deqcore.bench.cases import Case
+    from deqcore.bench.harness import Harness
+    from deqcore.bench.rows import Row
 
 
 def command(
-    problem: Annotated[
+    case: Annotated[
         list[str] | None,
-        typer.Option("--problem", "-p", help="A problem's name, or path/to/file.py:name. Default: all names."),
+        typer.Option("--case", "-c", help="A case's name, or path/to/file.py:name; may be repeated. Default: all."),
     ] = None,
     solver: Annotated[
-        list[str] | None, typer.Option("--solver", "-s", help="A registered solver. Default: all.")
+        list[str] | None, typer.Option("--solver", "-s", help="A registered solver; may be repeated. Default: all.")
     ] = None,
     backend: Annotated[str, typer.Option(help="The backend to measure on.")] = "auto",
+    batch: Annotated[int | None, typer.Option(min=1, help="Samples in the batch. Default: the case's own.")] = None,
+    size: Annotated[int | None, typer.Option(min=4, help="Numbers per sample. Default: the case's own.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads that may be used. Default: all cores.")] = None,
     rtol: Annotated[float, typer.Option(min=0.0, help="Relative residual to reach, per sample.")] = 1e-5,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of timing.")] = 5,
-    quick: Annotated[bool, typer.Option("--quick", help="Small problems: a check, not a measurement.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of timing.")] = 7,
+    budget: Annotated[float, typer.Option(min=0.0, help="Seconds for the timing of a case on a busy machine.")] = 20.0,
+    quick: Annotated[bool, typer.Option("--quick", help="Small and short: a first look, no measurement.")] = False,
+    out: Annotated[Path | None, typer.Option(help="A folder for results.json, a table and a plot.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Time the solvers: seconds, evaluations of f, residual, overhead, memory.
@@ -43,33 +46,83 @@ def command(
     that drifts favours none; rounds in which others used it are left out. The comparison with other libraries is
     `python -m benchmarks` in a checkout of the source.
     """
+    if out is not None:
+        result_folder(out)
+    limit_threads(usable_cores() if threads is None else threads)  # before NumPy or a framework is imported
+    from deqcore.bench.compare import compare
+    from deqcore.bench.harness import ours
+
+    solvers = _solvers(solver)
+    cases = [_case(name, rtol, quick, batch, size) for name in _named(case)]
     harness = _harness(backend)
-    contenders: Sequence[Contender] = [Deqcore(name) for name in solver or plugins.solvers()]
     console = Console(stderr=True)
+
+    def say(text: str) -> None:
+        if console.is_terminal:
+            console.print(text, style="dim")
+
+    if quick:
+        rounds, budget = min(3, rounds), min(2.0, budget)
     rows: list[Row] = []
-    for name in problem or CASES:
-        case = _case(name, rtol, quick)
-        if case.problem.backends is None or harness.name in case.problem.backends:
-            rows += compare(harness, case, contenders, rounds=rounds, say=lambda text: console.print(text, style="dim"))
+    for each in cases:
+        contenders = ours(solvers, each, harness.traced)
+        rows += compare(harness, each, contenders, rounds=rounds, budget=budget, say=say)
+    _answer(rows, out, as_json, harness.package)
+
+
+def _answer(rows: list[Row], out: Path | None, as_json: bool, package: str | None) -> None:
+    from deqcore.bench import plots
+    from deqcore.bench.report import COLUMNS, cells, machine_text, markdown
+
+    machine = describe([package] if package else [])
+    result = json.dumps({"machine": machine, "rows": [row.as_dict() for row in rows]}, indent=2)
+    table = [cells(row) for row in rows]
+    if out is not None:
+        (out / "results.json").write_text(result + "\n")
+        (out / "report.md").write_text(f"{machine_text(machine)}\n\n{markdown(table)}\n")
+        if plots.available():
+            plots.overheads(rows, out / "overhead.png", f"Solvers on {rows[0].framework}")
     if as_json:
-        typer.echo(json.dumps({"machine": describe(), "rows": [row.as_dict() for row in rows]}, indent=2))
-        return
-    show([cells(row) for row in rows], COLUMNS, as_json=False)
+        typer.echo(result)
+    else:
+        show(table, COLUMNS, as_json=False)
 
 
 def _harness(name: str) -> Harness:
+    from deqcore import plugins
+    from deqcore.bench.harness import Harness
+    from deqcore.equilibrium import get_backend
+
     found = get_backend(backend=name)
-    spec = plugins.backends()[found.name]
-    return Harness.of(found, spec.package)
+    return Harness.of(found, plugins.backends()[found.name].package)
 
 
-def _case(name: str, rtol: float, quick: bool) -> Case:
-    if name in CASES:
-        made = CASES[name](**QUICK) if quick else CASES[name]()
-        return Case(made.problem, made.note, rtol, made.max_steps)
-    if ":" not in name:
-        raise ProblemError(
-            f"--problem {name!r}: no problem of that name.{did_you_mean(name, CASES)} There are: {listing(CASES)}; "
-            f"or name your own as path/to/file.py:name."
-        )
-    return Case(load_problem(name), name, rtol, max_steps=200)
+def _solvers(named: list[str] | None) -> list[str]:
+    from deqcore import plugins
+
+    for name in named or ():
+        plugins.spec("solver", name)  # unknown: an error with a suggestion
+    return list(dict.fromkeys(named or plugins.solvers()))
+
+
+def _named(named: list[str] | None) -> list[str]:
+    from deqcore.bench.cases import CASES
+
+    for name in named or ():
+        if name not in CASES and ":" not in name:
+            raise ProblemError(
+                f"--case {name!r}: no case of that name.{did_you_mean(name, CASES)} There are: {listing(CASES)}; "
+                f"or name your own as path/to/file.py:name."
+            )
+    return list(dict.fromkeys(named or CASES))
+
+
+def _case(name: str, rtol: float, quick: bool, batch: int | None, size: int | None) -> Case:
+    from deqcore.bench.cases import CASES, SMALL, Case
+    from deqcore.testing.problem import load_problem
+
+    if name not in CASES:
+        return Case(load_problem(name), name, rtol, max_steps=200)
+    chosen = {key: value for key, value in (("batch", batch), ("size", size)) if value is not None}
+    made = CASES[name](**{**(SMALL if quick else {}), **chosen})
+    return replace(made, rtol=rtol)

@@ -1,0 +1,50 @@
+"""One measured training step of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from deqcore.bench.timing import Spread
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step of one layer.
+
+    Attributes:
+        forward_evaluations: of f until the value is there.
+        backward_evaluations: of f in the backward pass.
+        solver_evaluations: of f, as the solver counts them; None where it does not.
+        residual: of the value, largest of the batch.
+        cosine: of the gradient of all parameters with the exact one.
+        forward: seconds per kept round. `backward` and `step` likewise.
+        reference: seconds per evaluation of f without gradient, beside `step`.
+    """
+
+    layer: str
+    forward_evaluations: int
+    backward_evaluations: int
+    solver_evaluations: int | None
+    residual: float
+    cosine: float
+    note: str = ""
+    forward: list[float] = field(default_factory=list)
+    backward: list[float] = field(default_factory=list)
+    step: list[float] = field(default_factory=list)
+    reference: list[float] = field(default_factory=list)
+    disturbance: list[float] = field(default_factory=list)
+
+    def against(self, other: Step, part: str = "step") -> Spread:
+        """Seconds of a part over those of another layer, paired by round."""
+        return Spread.of_ratios(getattr(self, part), getattr(other, part))
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Step:
+        """Undo `as_dict`."""
+        return cls(**{each.name: plain[each.name] for each in fields(cls)})
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        return asdict(self)

@@ -1,0 +1,278 @@
+"""What the project set out to reach, computed from measured results: target, figure, peer, verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from benchmarks.steps import Step
+from deqcore.bench.report import spread
+from deqcore.bench.rows import Row
+from deqcore.bench.timing import Spread
+
+COLUMNS: Final = ("what", "target", "measured", "peer", "verdict")
+TORCHDEQ: Final = {"picard": "fixed_point_iter", "anderson": "anderson", "broyden": "broyden"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One figure and its limit.
+
+    Attributes:
+        what: is measured.
+        limit: that the figure must not exceed.
+        figure: measured; None: not measured.
+        shown: the figure with its spread.
+        peer: the same of a peer, or what it was compared with.
+        strict: whether the limit itself is too much.
+    """
+
+    what: str
+    limit: float
+    figure: float | None
+    shown: str = ""
+    peer: str = ""
+    strict: bool = False
+
+    @property
+    def verdict(self) -> Literal["met", "not measured"] | str:
+        """Met, or missed by how much."""
+        if self.figure is None:
+            return "not measured"
+        if self.figure < self.limit or (self.figure == self.limit and not self.strict):
+            return "met"
+        if self.limit > 0:
+            return f"missed: {self.figure / self.limit:.2f} × the limit"
+        return f"missed by {self.figure - self.limit:.3g}"
+
+    def cells(self) -> dict[str, str]:
+        """A row of the table."""
+        sign = "<" if self.strict else "≤"
+        return {
+            "what": self.what,
+            "target": f"{sign} {self.limit:.3g}",
+            "measured": self.shown or ("" if self.figure is None else f"{self.figure:.3g}"),
+            "peer": self.peer,
+            "verdict": self.verdict,
+        }
+
+
+class Results:
+    """Lookups in what was measured; all answer None for what was not."""
+
+    def __init__(self, results: Mapping[str, Any]) -> None:
+        self.sections: Mapping[str, Any] = results["sections"]
+        self.rows = [Row.of(row) for name in ("cases-torch", "cases-jax") for row in self.section(name).get("rows", ())]
+        self.steps = {step["layer"]: Step.of(step) for step in self.section("training-torch").get("steps", ())}
+
+    def section(self, name: str) -> Mapping[str, Any]:
+        """One section, empty if it is missing."""
+        return self.sections.get(name, {})
+
+    def row(self, framework: str, case: str, contender: str) -> Row | None:
+        """A contender that was timed."""
+        for row in self.rows:
+            if (row.framework, row.case, row.contender) == (framework, case, contender):
+                return row if row.seconds else None
+        return None
+
+    def listed(self, framework: str, case: str, contender: str) -> Row | None:
+        """A contender, timed or not."""
+        found = [r for r in self.rows if (r.framework, r.case, r.contender) == (framework, case, contender)]
+        return found[0] if found else None
+
+    def fact(self, name: str, *keys: str) -> Any:
+        """A single figure."""
+        found: Any = self.section("facts-torch").get(name)
+        for key in keys:
+            found = None if found is None else found.get(key)
+        return found
+
+
+def targets(results: Mapping[str, Any]) -> list[Target]:
+    """All of them, in the order of the table."""
+    found = Results(results)
+    makers: tuple[Callable[[Results], list[Target]], ...] = (
+        _overheads,
+        _against_torchdeq,
+        _counts,
+        _jax,
+        _compaction,
+        _memory,
+        _fixed_cost,
+        _training,
+    )
+    return [target for make in makers for target in make(found)]
+
+
+def _ratio(what: str, limit: float, ours: Spread | None, peer: str = "") -> Target:
+    if ours is None:
+        return Target(what, limit, None, peer=peer)
+    return Target(what, limit, ours.median, spread(ours), peer)
+
+
+def _overheads(found: Results) -> list[Target]:
+    limits = {
+        ("broyden", "conv"): 1.5,
+        ("broyden", "dense"): 2.0,
+        ("anderson", "conv"): 1.3,
+        ("anderson", "dense"): 1.5,
+        ("picard", "conv"): 1.12,
+        ("picard", "dense"): 1.12,
+    }
+    made = []
+    for (solver, case), limit in limits.items():
+        ours = found.row("torch", case, f"deqcore {solver}")
+        peer = found.row("torch", case, f"torchdeq {TORCHDEQ[solver]}")
+        other = "" if peer is None else f"torchdeq {spread(peer.overhead)}"
+        made.append(_ratio(f"{solver}: overhead, {case}", limit, ours.overhead if ours else None, other))
+    return made
+
+
+def _against_torchdeq(found: Results) -> list[Target]:
+    limits = {
+        ("broyden", "conv"): 1 / 4,
+        ("broyden", "dense"): 1 / 2.5,
+        ("anderson", "conv"): 1 / 2.5,
+        ("anderson", "dense"): 1 / 1.8,
+    }
+    made = []
+    for (solver, case), limit in limits.items():
+        what = f"{solver}: seconds / torchdeq's, equal residual, {case}"
+        ours = found.row("torch", case, f"deqcore {solver}")
+        peer = found.row("torch", case, f"torchdeq {solver}")
+        both = ours is not None and peer is not None
+        made.append(_ratio(what, limit, ours.against(peer) if both and ours and peer else None))
+    return made
+
+
+def _counts(found: Results) -> list[Target]:
+    ours = found.listed("torch", "dense", "deqcore anderson")
+    peer = found.listed("torch", "dense", "torchdeq anderson")
+    plain = found.listed("torch", "dense", "deqcore picard")
+    others = [
+        "" if peer is None else f"torchdeq {peer.evaluations}{'' if peer.reached else ' (not reached)'}",
+        "" if plain is None else f"plain {plain.evaluations}",
+    ]
+    linear, memory = found.fact("anderson linear"), found.fact("limited memory")
+    newton, broyden = (found.fact("slow modes", name, "evaluations") for name in ("newton-krylov", "broyden"))
+    expansive = found.fact("not a contraction", "newton-krylov")
+    seeds = "" if memory is None else f" of {memory['seeds']}"
+    return [
+        Target(
+            "anderson: evaluations to 1e-5, dense",
+            24,
+            ours.evaluations if ours and ours.reached else None,
+            peer=", ".join(filter(None, others)),
+        ),
+        Target(
+            "anderson: evaluations, linear ρ = .95, 1e-6, median",
+            86,
+            None if linear is None else linear["evaluations"],
+            peer=_peer(linear, "torchdeq evaluations"),
+        ),
+        Target(
+            "broyden: failures with 10 pairs, linear ρ = .95, 200 steps",
+            2,
+            None if memory is None else memory["failures"],
+            "" if memory is None else f"{memory['failures']}{seeds}",
+            _peer(memory, "torchdeq failures"),
+        ),
+        Target(
+            "newton-krylov: distance to the solution where f is no contraction",
+            1e-8,
+            None if expansive is None else (expansive["distance"] if expansive["converged"] else float("inf")),
+            peer="plain iteration diverges",
+        ),
+        Target(
+            "newton-krylov: evaluations and products, 20 slow modes, 1e-8",
+            float("inf") if broyden is None else broyden,
+            newton if broyden is not None else None,
+            peer=f"broyden {broyden}",
+            strict=True,
+        ),
+    ]
+
+
+def _peer(found: Mapping[str, Any] | None, key: str) -> str:
+    return f"torchdeq {found[key]:g}" if found and found.get(key) is not None else ""
+
+
+def _jax(found: Results) -> list[Target]:
+    made = []
+    for case in ("dense", "conv"):
+        rivals = [found.row("jax", case, f"jaxopt anderson{kind}") for kind in ("", " (vmap)")]
+        timed = [row for row in rivals if row is not None]
+        best = min(timed, key=lambda row: Spread.of(row.seconds).median, default=None)
+        for solver in ("anderson", "broyden"):
+            ours = found.row("jax", case, f"deqcore {solver}")
+            ratio = ours.against(best) if ours is not None and best is not None else None
+            peer = "" if best is None else f"{best.contender}, its best"
+            made.append(_ratio(f"JAX {solver}: seconds / jaxopt's Anderson, {case}", 0.8, ratio, peer))
+    return made
+
+
+def _compaction(found: Results) -> list[Target]:
+    made = []
+    for solver in ("picard", "anderson"):
+        plain = found.row("torch", "mixed-conv", f"deqcore {solver}")
+        compact = found.row("torch", "mixed-conv", f"deqcore {solver} (compact)")
+        ratio = compact.against(plain) if plain is not None and compact is not None else None
+        made.append(_ratio(f"{solver}: seconds with compaction / without, 1 hard sample of 64", 0.25, ratio))
+    return made
+
+
+def _memory(found: Results) -> list[Target]:
+    facts = found.fact("stored vectors")
+    if facts is None:
+        return [Target("broyden: states of memory after 24 steps", 31, None)]
+    steps = facts["steps"]
+    limits = {"float32": steps + 1 + 6, "bfloat16": (steps + 1) / 2 + 6}
+    return [
+        Target(
+            f"broyden: states of memory after {steps} steps, {dtype} history",
+            limit,
+            facts[dtype],
+            peer=_peer(facts, "torchdeq"),
+        )
+        for dtype, limit in limits.items()
+    ]
+
+
+def _fixed_cost(found: Results) -> list[Target]:
+    steps = {"picard": 0.08, "anderson": 0.38, "broyden": 0.38}
+    calls = [
+        Target(f"{solver}: ms per call, tiny f", 0.3, found.fact("fixed cost", solver, "ms per call"))
+        for solver in steps
+    ]
+    each = [
+        Target(f"{solver}: ms per step, tiny f", limit, found.fact("fixed cost", solver, "ms per step"))
+        for solver, limit in steps.items()
+    ]
+    return calls + each
+
+
+def _training(found: Results) -> list[Target]:
+    certified, plain = (found.steps.get(f"deqcore broyden, {kind} reuse") for kind in ("certified", "plain"))
+    free = found.steps.get("deqcore broyden, jacobian-free")
+    heavy, default = (found.steps.get(f"torchdeq {kind}") for kind in ("broyden, IFT broyden", "defaults"))
+    ours = found.steps.get("deqcore, defaults")
+    extra = None
+    if certified is not None and certified.solver_evaluations is not None:
+        extra = certified.forward_evaluations + certified.backward_evaluations - certified.solver_evaluations
+
+    def against(a: Step | None, b: Step | None, part: str = "step") -> Spread | None:
+        return a.against(b, part) if a is not None and b is not None and a.step and b.step else None
+
+    return [
+        _ratio("backward of plain reuse / of jacobian-free, conv", 1.25, against(plain, free, "backward")),
+        _ratio(
+            "training step, certified reuse (0.1) / torchdeq Broyden forward and backward, conv",
+            1 / 3,
+            against(certified, heavy),
+        ),
+        _ratio("training step, certified reuse (0.1) / torchdeq's default, conv", 1.0, against(certified, default)),
+        _ratio("training step, our defaults / torchdeq's default, conv", 1.0, against(ours, default)),
+        Target("evaluations of f in a training step beyond the solver's", 1, extra),
+    ]

@@ -1,0 +1,25 @@
+"""The folder that results go to."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from deqcore.errors import ConfigError
+
+
+def result_folder(path: Path) -> Path:
+    """Make the folder, before anything is measured.
+
+    Raises:
+        ConfigError: it is a file, or nothing can be written there.
+    """
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"--out {str(path)!r} is a file, but a folder is expected: name another path.")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {str(path)!r}: the folder cannot be made ({error.strerror}).") from error
+    if not os.access(path, os.W_OK):
+        raise ConfigError(f"--out {str(path)!r}: nothing can be written to this folder. Name one of your own.")
+    return path

@@ -1,0 +1,153 @@
+"""The comparison with peers: verdicts, the page, and what is told when something is missing. Measures nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+
+
+def timed(framework: str, case: str, contender: str, seconds: float, evaluations: int = 10) -> dict[str, Any]:
+    return {
+        "framework": framework, "case": case, "contender": contender, "evaluations": evaluations, "residual_max": 9e-6,
+        "residual_median": 1e-6, "reached": True, "tolerance": 1e-5, "first_seconds": 0.1, "memory": 5 * 2**20,
+        "state": 2**20, "seconds": [seconds] * 3, "reference": [0.001] * 3, "disturbance": [0.0] * 3, "dropped": 0,
+        "error": "",
+    }  # fmt: skip
+
+
+def step(layer: str, forward: float, backward: float, **changes: object) -> dict[str, Any]:
+    return {
+        "layer": layer, "forward_evaluations": 11, "backward_evaluations": 0, "solver_evaluations": 10,
+        "residual": 9e-5, "cosine": 0.99, "note": "", "forward": [forward] * 3, "backward": [backward] * 3,
+        "step": [forward + backward] * 3, "reference": [0.001] * 3, "disturbance": [0.0] * 3, **changes,
+    }  # fmt: skip
+
+
+MACHINE = {
+    "machine": {
+        "cpu": "C", "cores": 2, "memory_gib": 4.0, "system": "S", "python": "3", "packages": {}, "date": "d",
+        "load_before": [0.1],
+    },
+    "threads": 2,
+    "commit": "abc",
+    "seconds": 1.0,
+}  # fmt: skip
+
+
+def results(quick: bool = False) -> dict[str, Any]:
+    rows = [
+        timed("torch", "conv", "deqcore broyden", 0.014),
+        timed("torch", "conv", "torchdeq broyden", 0.060),
+        timed("torch", "dense", "deqcore anderson", 0.018, 22),
+        timed("torch", "mixed-conv", "deqcore picard", 0.100),
+        timed("torch", "mixed-conv", "deqcore picard (compact)", 0.030),
+    ]
+    facts = {
+        "limited memory": {"seeds": 200, "failures": 3, "median steps": 80.0, "torchdeq failures": 74},
+        "slow modes": {"newton-krylov": {"evaluations": 60}, "broyden": {"evaluations": 60}},
+        "stored vectors": {"steps": 24, "float32": 31.0, "bfloat16": 19.0, "torchdeq": 113.0},
+        "not a contraction": {"newton-krylov": {"converged": False, "distance": 1e-12}},
+    }
+    steps = [
+        step("deqcore broyden, certified reuse", 0.02, 0.01),
+        step("deqcore broyden, plain reuse", 0.02, 0.012),
+        step("deqcore broyden, jacobian-free", 0.02, 0.010),
+        step("torchdeq broyden, IFT broyden", 0.05, 0.05),
+    ]
+    jax = [timed("jax", "dense", "deqcore broyden", 0.03), timed("jax", "dense", "jaxopt anderson", 0.02)]
+    sections = {
+        "cases-torch": {**MACHINE, "rows": rows, "notes": {"conv": "a block"}},
+        "cases-jax": {**MACHINE, "rows": jax, "notes": {"dense": "a cell"}},
+        "facts-torch": {**MACHINE, **facts},
+        "training-torch": {**MACHINE, "steps": steps},
+        "curves-jax": {"error": "its process ended with code 1"},
+    }
+    return {"quick": quick, "sections": sections}
+
+
+def test_verdicts_follow_from_the_numbers() -> None:
+    from benchmarks.targets import targets
+
+    found = {target.what: target for target in targets(results())}
+    assert found["broyden: overhead, conv"].figure == pytest.approx(1.4)  # 14 ms / (10 × 1 ms)
+    assert found["broyden: overhead, conv"].verdict == "met"
+    assert found["broyden: overhead, conv"].peer.startswith("torchdeq 6")
+    assert found["broyden: seconds / torchdeq's, equal residual, conv"].figure == pytest.approx(14 / 60)
+    assert found["broyden: overhead, dense"].verdict == "not measured"
+    assert found["anderson: evaluations to 1e-5, dense"].verdict == "met"
+    assert found["broyden: failures with 10 pairs, linear ρ = .95, 200 steps"].verdict == "missed: 1.50 × the limit"
+    assert found["newton-krylov: evaluations and products, 20 slow modes, 1e-8"].verdict == "missed: 1.00 × the limit"
+    assert found["newton-krylov: distance to the solution where f is no contraction"].verdict.startswith("missed")
+    assert found["broyden: states of memory after 24 steps, float32 history"].verdict == "met"
+    assert found["broyden: states of memory after 24 steps, bfloat16 history"].verdict == "missed: 1.03 × the limit"
+    assert found["picard: seconds with compaction / without, 1 hard sample of 64"].verdict == "missed: 1.20 × the limit"
+    assert found["JAX broyden: seconds / jaxopt's Anderson, dense"].figure == pytest.approx(1.5)
+    assert found["backward of plain reuse / of jacobian-free, conv"].verdict == "met"
+    heavy = found["training step, certified reuse (0.1) / torchdeq Broyden forward and backward, conv"]
+    assert heavy.figure == pytest.approx(0.3)
+    assert found["evaluations of f in a training step beyond the solver's"].figure == 1
+
+
+def test_nothing_measured_is_a_verdict_too() -> None:
+    from benchmarks.targets import targets
+
+    found = targets({"quick": False, "sections": {}})
+    assert {target.verdict for target in found} == {"not measured"}
+
+
+def test_the_page_has_the_tables_and_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import page
+
+    monkeypatch.setattr(page.plots, "available", lambda: False)
+    page.write(results(quick=True), tmp_path)
+    text = (tmp_path / "index.md").read_text()
+    assert "| broyden: overhead, conv | ≤ 1.5 | 1.4 (1.4–1.4) |" in text
+    assert "no result" in text
+    assert "**Not measured: curves-jax (its process ended with code 1).**" in text
+    assert "C, 2 cores, 4.0 GiB" in text
+    assert "commit abc" in text
+
+
+def test_rendering_needs_no_measurement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks.__main__ import main
+
+    found = results()
+    found["sections"].pop("curves-jax")
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    assert main(["--render", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "torch-overhead.png").is_file()
+    assert "torch-overhead.png" in (tmp_path / "index.md").read_text()
+    assert "banax is left out: it needs Python 3.12" in capsys.readouterr().err
+
+
+def test_missing_libraries_are_told_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    import benchmarks.__main__ as command
+
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    lines = command.absent()
+    assert any("pip install 'deqcore[torch]'" in line for line in lines)
+    assert any("torchdeq, xitorch" in line and "benchmarks/requirements.txt" in line for line in lines)
+    found: dict[str, Any] = {"quick": True, "sections": {}}
+    command._measure(found, ["cases-torch"], 1, True)
+    assert found["sections"]["cases-torch"] == {"error": "torch is not installed"}
+
+
+def test_wrong_usage_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks.__main__ import main
+
+    assert main(["--section", "cases-torc", "--out", str(tmp_path)]) == 2
+    assert "Did you mean 'cases-torch'?" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main(["--out", str(tmp_path / "file")]) == 2
+    assert "is a file" in capsys.readouterr().err
