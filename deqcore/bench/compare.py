@@ -198,7 +198,7 @@ def tune(harness: Harness, ready: Ready, solve: Solve, few: bool = False) -> flo
         few: try the case's own tolerance and a few finer ones, in place of a search over all decades.
     """
     rtol = ready.case.rtol
-    grid = rtol * 10.0 ** (np.arange(FINEST * PER_DECADE, COARSEST * PER_DECADE + 1) / PER_DECADE)
+    grid = [rtol * 10.0 ** (k / PER_DECADE) for k in range(FINEST * PER_DECADE, COARSEST * PER_DECADE + 1)]
 
     def enough(tolerance: float) -> bool:
         return bool(residuals(harness, ready, solve(tolerance).value).max() <= rtol)
@@ -209,5 +209,5 @@ def tune(harness: Harness, ready: Ready, solve: Solve, few: bool = False) -> flo
     low, high = 0, len(grid)  # grid[low - 1] is fine enough, grid[high] is not
     while low < high:
         middle = (low + high) // 2
-        low, high = (middle + 1, high) if enough(float(grid[middle])) else (low, middle)
-    return float(grid[max(0, low - 1)])
+        low, high = (middle + 1, high) if enough(grid[middle]) else (low, middle)
+    return grid[max(0, low - 1)]
