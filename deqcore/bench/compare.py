@@ -198,13 +198,13 @@ def tune(harness: Harness, ready: Ready, solve: Solve, few: bool = False) -> flo
         few: try the case's own tolerance and a few finer ones, in place of a search over all decades.
     """
     rtol = ready.case.rtol
-    grid = [rtol * 10.0 ** (k / PER_DECADE) for k in range(FINEST * PER_DECADE, COARSEST * PER_DECADE + 1)]
+    grid: list[float] = [rtol * 10.0 ** (k / PER_DECADE) for k in range(FINEST * PER_DECADE, COARSEST * PER_DECADE + 1)]
 
     def enough(tolerance: float) -> bool:
         return bool(residuals(harness, ready, solve(tolerance).value).max() <= rtol)
 
     if few:
-        near = [rtol * 10.0**-decades for decades in NEAR]
+        near: list[float] = [rtol * 10.0**-decades for decades in NEAR]
         return next((tolerance for tolerance in near if enough(tolerance)), near[-1])
     low, high = 0, len(grid)  # grid[low - 1] is fine enough, grid[high] is not
     while low < high:
