@@ -1,4 +1,4 @@
-"""One `lax.while_loop` for every loop of the core; a scan of the whole budget where steps are differentiated through."""
+"""One `lax.while_loop` for every loop of the core; a scan of the whole budget where steps are differentiated."""
 
 from __future__ import annotations
 

@@ -238,7 +238,7 @@ def compute(name: str) -> dict[str, Any]:
     facts = [inverse, norm(jacobian, 2), norm(a, 2) * inverse, norm(z), norm(g), norm(gradients["cotangent"])]
     radius = np.abs(eigvals(jacobian)).max()
     bent = {key: rounded(rng.standard_normal(leaf.shape)) / 8 for key, leaf in flat.data}
-    for key, value in flat.hessian_product(g, bent, inverse).items():
+    for key, value in flat.hessian_product(g, bent, float(inverse)).items():
         shaped = value.reshape(shapes[key])
         stored[f"hessian:{key}"] = everyone(shaped) if key in per_sample else shaped
     stored |= {f"bend:{key}": everyone(leaf) if key in per_sample else leaf for key, leaf in bent.items()}
