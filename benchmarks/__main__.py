@@ -17,7 +17,7 @@ from typing import Any, Final
 from benchmarks.peers import LIBRARIES, SKIPPED
 from benchmarks.worker import ALL
 from deqcore.bench.folder import result_folder
-from deqcore.bench.machine import describe, usable_cores
+from deqcore.bench.machine import check_threads, describe, usable_cores
 from deqcore.errors import DeqcoreError, did_you_mean, listing
 
 ROOT: Final = Path(__file__).resolve().parents[1]
@@ -30,12 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         out = result_folder(given.out)
         sections = _sections(given.section)
+        check_threads(given.threads)
         for line in absent():
             _say(line)
         results = _earlier(out, given.quick)
         if not given.render:
-            _measure(results, sections, given.threads, given.quick)
-            (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+            for name in sections:
+                results["sections"][name] = _measure(name, given.threads, given.quick)
+                (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
         from benchmarks.page import write
 
         write(results, out)
@@ -99,20 +101,17 @@ def _earlier(out: Path, quick: bool) -> dict[str, Any]:
     return {"quick": quick, "sections": {}}
 
 
-def _measure(results: dict[str, Any], names: Sequence[str], threads: int, quick: bool) -> None:
-    """Never two frameworks at once, each in a fresh process."""
-    for name in names:
-        section, framework = name.split("-")
-        if find_spec(framework) is None:
-            results["sections"][name] = {"error": f"{framework} is not installed"}
-            continue
-        start = time.perf_counter()
-        machine = describe(["torch", "jax", "jaxlib", *(n for group in LIBRARIES.values() for n in group)])
-        found = _run(section, framework, threads, quick)
-        elapsed = round(time.perf_counter() - start, 1)
-        facts = {"machine": machine, "threads": threads, "commit": _commit(), "seconds": elapsed}
-        results["sections"][name] = {**facts, **found}
-        _say(f"{name}: {elapsed} s")
+def _measure(name: str, threads: int, quick: bool) -> dict[str, Any]:
+    """One section in a fresh process; no other framework runs meanwhile."""
+    section, framework = name.split("-")
+    if find_spec(framework) is None:
+        return {"error": f"{framework} is not installed"}
+    start = time.perf_counter()
+    machine = describe(["torch", "jax", "jaxlib", *(n for group in LIBRARIES.values() for n in group)])
+    found = _run(section, framework, threads, quick)
+    elapsed = round(time.perf_counter() - start, 1)
+    _say(f"{name}: {elapsed} s")
+    return {"machine": machine, "threads": threads, "commit": _commit(), "seconds": elapsed, **found}
 
 
 def _run(section: str, framework: str, threads: int, quick: bool) -> dict[str, Any]:

@@ -33,7 +33,8 @@ def describe(packages: Iterable[str] = ()) -> dict[str, object]:
             continue
     return {
         "cpu": _cpu(),
-        "cores": usable_cores(),
+        "cores": os.cpu_count(),
+        "usable_cores": usable_cores(),
         "memory_gib": _memory(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
@@ -48,6 +49,14 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def check_threads(threads: int) -> int:
+    """Refuse more threads than there are cores to use; returns how many there are."""
+    cores = usable_cores()
+    if not 1 <= threads <= cores:
+        raise ConfigError.bad_value("bench", "--threads", threads, f"a number from 1 to {cores}, the usable cores,")
+    return cores
+
+
 def limit_threads(threads: int) -> None:
     """Let this process use so many threads. To be called before NumPy or a framework is imported.
 
@@ -57,9 +66,7 @@ def limit_threads(threads: int) -> None:
     Args:
         threads: at least 1, at most `usable_cores()`.
     """
-    cores = usable_cores()
-    if not 1 <= threads <= cores:
-        raise ConfigError.bad_value("bench", "--threads", threads, f"a number from 1 to {cores}, the usable cores,")
+    cores = check_threads(threads)
     os.environ.update(dict.fromkeys(POOLS, str(threads)))
     if threads < cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])

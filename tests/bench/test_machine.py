@@ -24,7 +24,8 @@ def test_a_description_names_versions_that_are_installed_only() -> None:
     assert packages["numpy"] == np.__version__
     assert "scipy" in packages
     assert "no-such-distribution" not in packages
-    assert found["cores"] == machine.usable_cores() >= 1
+    assert found["usable_cores"] == machine.usable_cores() >= 1
+    assert found["cores"] == os.cpu_count()
     assert str(found["python"]) == sys.version.split()[0]
 
 

@@ -138,9 +138,7 @@ def test_missing_libraries_are_told_with_the_remedy(monkeypatch: pytest.MonkeyPa
     lines = command.absent()
     assert any("pip install 'deqcore[torch]'" in line for line in lines)
     assert any("torchdeq, xitorch" in line and "benchmarks/requirements.txt" in line for line in lines)
-    found: dict[str, Any] = {"quick": True, "sections": {}}
-    command._measure(found, ["cases-torch"], 1, True)
-    assert found["sections"]["cases-torch"] == {"error": "torch is not installed"}
+    assert command._measure("cases-torch", 1, True) == {"error": "torch is not installed"}
 
 
 def test_wrong_usage_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,6 +146,8 @@ def test_wrong_usage_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
     assert main(["--section", "cases-torc", "--out", str(tmp_path)]) == 2
     assert "Did you mean 'cases-torch'?" in capsys.readouterr().err
+    assert main(["--threads", "0", "--out", str(tmp_path)]) == 2
+    assert "a number from 1 to" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert main(["--out", str(tmp_path / "file")]) == 2
     assert "is a file" in capsys.readouterr().err

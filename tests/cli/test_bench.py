@@ -115,7 +115,7 @@ def test_threads_are_checked_and_set_before_numpy_is_imported(tmp_path: Path) ->
     command = [str(script), "bench", *TINY, "-c", "dense", "-s", "picard", "--json", "--threads"]
     environment = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")}
     done = subprocess.run([*command, "1"], capture_output=True, text=True, env=environment, check=True)
-    assert json.loads(done.stdout)["machine"]["cores"] == 1
+    assert json.loads(done.stdout)["machine"]["usable_cores"] == 1
     done = subprocess.run([*command, "0"], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2
     assert "a number from 1 to" in done.stderr
