@@ -109,8 +109,8 @@ def dense(backend: Backend, problem: Problem, job: worker.Job, f: Callable[..., 
     reference = Dense(backend, problem, job, f)
     quiet = replace(job, rtol=0.0, max_steps=max(job.max_steps, 50), strategy="jacobian-free", strategy_options={})
     near = worker.solve(backend, problem, quiet, f)
-    start = np.concatenate([near[name].reshape(reference.g.shape[0], -1) for name, _ in walk(problem.z0, "z")], axis=1)
-    z = reference.solution(start)
+    parts = [near[name].reshape(len(reference.g), -1) for name, _ in walk(problem.z0, "z")] if reference.g.size else []
+    z = reference.solution(np.concatenate(parts, axis=1) if parts else reference.g)
     found, a = reference.gradients(z)
     found = {name: np.asarray(value) for name, value in found.items()}
     inverse = float(np.linalg.norm(np.linalg.inv(a), 2, axis=(1, 2)).max(initial=0.0))
