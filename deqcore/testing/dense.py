@@ -35,6 +35,8 @@ class Dense:
         self.start = self.space.ravel(self.z0)
         self.g = backend.to_numpy(self.space.ravel(cotangent))
         batch, n = self.g.shape
+        if not self.g.size:
+            raise ProblemError("The state holds no numbers, so there is no gradient to check: give a sample at least.")
         if batch * n * n > LIMIT:
             raise ProblemError(
                 f"The state has {batch} samples of {n} numbers: a dense reference holds {batch * n * n:.1e} numbers, "
@@ -60,8 +62,6 @@ class Dense:
             else:
                 unit[:, i] = 1.0
             rows.append(self._pull(pull, unit))
-        if not rows:
-            return np.zeros((batch, n, n))
         return np.stack([row.ravel() for row in rows])[None] if coupled else np.stack(rows, axis=1)
 
     def gradients(self, z: Any) -> tuple[dict[str, Any], Any]:
@@ -109,8 +109,8 @@ def dense(backend: Backend, problem: Problem, job: worker.Job, f: Callable[..., 
     reference = Dense(backend, problem, job, f)
     quiet = replace(job, rtol=0.0, max_steps=max(job.max_steps, 50), strategy="jacobian-free", strategy_options={})
     near = worker.solve(backend, problem, quiet, f)
-    parts = [near[name].reshape(len(reference.g), -1) for name, _ in walk(problem.z0, "z")] if reference.g.size else []
-    z = reference.solution(np.concatenate(parts, axis=1) if parts else reference.g)
+    start = np.concatenate([near[name].reshape(len(reference.g), -1) for name, _ in walk(problem.z0, "z")], axis=1)
+    z = reference.solution(start)
     found, a = reference.gradients(z)
     found = {name: np.asarray(value) for name, value in found.items()}
     inverse = float(np.linalg.norm(np.linalg.inv(a), 2, axis=(1, 2)).max(initial=0.0))
