@@ -25,6 +25,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
+from deqcore.errors import BackendError
+
 if TYPE_CHECKING:
     from deqcore.driver import Forward
     from deqcore.strategy import Adjoint, AdjointReport
@@ -204,6 +206,16 @@ class Backend(ABC):
     @abstractmethod
     def astype(self, x: Array, dtype: str) -> Array:
         """Cast to the dtype of this name; gradients pass."""
+
+    def place(self, x: Array, device: str) -> Array:
+        """Move `x` to the device of this name: ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
+
+        Raises:
+            BackendError: there is no such device.
+        """
+        if device != "cpu":
+            raise BackendError(f"The backend {self.name!r} has arrays on the host only, but device = {device!r}.")
+        return x
 
     # -- rows ---------------------------------------------------------------------------------------------------
 
@@ -387,7 +399,24 @@ class Backend(ABC):
             (integers, strings).
         """
 
-    # -- measuring ----------------------------------------------------------------------------------------------
+    def grad(self, fn: Callable[[Array], Array]) -> Callable[[Array], Array]:
+        """The gradient of a scalar function of one array; may be nested where `second_derivatives` is promised."""
+
+        def gradient(x: Array) -> Array:
+            one = self.asarray(1.0, like=x)
+            return self.vjp(lambda moved: (fn(moved), None), (x,), one)[2][0]
+
+        return gradient
+
+    # -- measuring and checking ---------------------------------------------------------------------------------
+
+    def jit(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """`fn` compiled, on a backend that promises `jit`; elsewhere `fn` itself."""
+        return fn
+
+    def checking(self) -> AbstractContextManager[object]:
+        """What the conformance suite runs in: double precision at hand, and no product shortened (TF32)."""
+        return nullcontext()
 
     def synchronize(self) -> None:
         """Wait until all devices have finished. Only measurements call it."""

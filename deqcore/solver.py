@@ -37,9 +37,12 @@ class Solver(ABC):
     Attributes:
         has_estimate: whether `inverse_jacobian` gives one; checked before any solve.
         evaluations_per_step: how often `step` evaluates f. A method with a varying number overrides `evaluations`.
+        claims: golden problems that it solves although plain iteration does not, such as "expansive"; the conformance
+            suite holds it to them.
     """
 
     has_estimate: ClassVar[bool] = False
+    claims: ClassVar[tuple[str, ...]] = ()
     evaluations_per_step: ClassVar[int] = 1
 
     @abstractmethod

@@ -5,7 +5,8 @@ Eager calls work the same way: f is traced, and the compiled solve for its struc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from jax import lax
 
 from deqcore.backend import Backend, BackwardRecord, Capabilities, Carry, Map
 from deqcore.driver import Forward
+from deqcore.errors import BackendError
 from deqcore.strategy import Adjoint
 from deqcore_jax import implicit, probe, pytrees, small
 from deqcore_jax.context import as_outside
@@ -66,6 +68,13 @@ class JaxBackend(Backend):
 
     def is_traced(self, *leaves: Any) -> bool:
         return is_traced(leaves)
+
+    def place(self, x: Any, device: str) -> Any:
+        kind, _, index = device.partition(":")
+        try:
+            return jax.device_put(x, jax.devices(kind)[int(index or 0)])
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise BackendError(f"jax cannot use the device {device!r}: {error}") from error
 
     def astype(self, x: Any, dtype: str) -> Any:
         return x.astype(dtype)
@@ -180,6 +189,19 @@ class JaxBackend(Backend):
         for i, gradient in zip(moving, pull(cotangent), strict=True):
             gradients[i] = gradient
         return found, aux, self.unflatten(structure, gradients)
+
+    def grad(self, fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        found: Callable[[Any], Any] = jax.grad(fn)
+        return found
+
+    def jit(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        found: Callable[..., Any] = jax.jit(fn)
+        return found
+
+    @contextmanager
+    def checking(self) -> Iterator[None]:
+        with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+            yield
 
     def synchronize(self) -> None:
         for device in jax.devices():

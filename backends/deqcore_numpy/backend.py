@@ -103,6 +103,8 @@ class NumpyBackend(Backend):
     def history(self, like: Any, memory: int, dtype: str | None = None) -> NumpyHistory:
         if dtype not in (None, "float16", "float32", "float64"):
             raise ConfigError.bad_value("The solver", "history_dtype", dtype, "float16, float32 or float64 on numpy")
+        if np.iscomplexobj(like):  # norms and dot products are real: `derivative.pick` turns to differences
+            raise TypeError("A history holds real vectors: no complex step goes through it.")
         batch, n = like.shape
         storage = np.zeros((batch, memory, n), dtype or like.dtype)
         return NumpyHistory(storage, np.zeros((batch, memory), bool), like.dtype)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from deqcore.backend import Backend, BackwardRecord, Capabilities, Carry, History, Map
 from deqcore.driver import Forward
-from deqcore.errors import ConfigError
+from deqcore.errors import BackendError, ConfigError
 from deqcore.strategy import Adjoint
 from deqcore_torch.autograd import attach
 from deqcore_torch.history import RecordedHistory, TorchHistory, select_rows
@@ -69,6 +70,12 @@ class TorchBackend(Backend):
 
     def astype(self, x: Tensor, dtype: str) -> Tensor:
         return x.to(getattr(torch, dtype))
+
+    def place(self, x: Tensor, device: str) -> Tensor:
+        try:
+            return x.to(device)
+        except (RuntimeError, AssertionError) as error:
+            raise BackendError(f"torch cannot use the device {device!r}: {error}") from error
 
     def wide(self, x: Tensor) -> Tensor:
         return x.to(_wide(x.device))
@@ -159,7 +166,8 @@ class TorchBackend(Backend):
         forward_ad = _forward_ad()
 
         def product(v: Tensor) -> Tensor:
-            with torch.no_grad(), forward_ad.dual_level():
+            # A gradient that is being recorded (unrolled steps of a Newton method) goes through the product, too.
+            with forward_ad.dual_level():
                 tangent = forward_ad.unpack_dual(f(forward_ad.make_dual(z, v))).tangent
             return torch.zeros_like(v) if tangent is None else tangent
 
@@ -214,6 +222,27 @@ class TorchBackend(Backend):
         gradients = iter(_gradients(found, wanted, cotangent))
         results = [next(gradients) if isinstance(leaf, Tensor) and leaf.requires_grad else None for leaf in moved]
         return found.detach(), aux, self.unflatten(structure, results)
+
+    def grad(self, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def gradient(x: Tensor) -> Tensor:
+            with torch.enable_grad():
+                x = x if x.requires_grad else x.detach().requires_grad_()
+                (found,) = torch.autograd.grad(fn(x), x, create_graph=True)
+            return found
+
+        return gradient
+
+    @contextmanager
+    def checking(self) -> Iterator[None]:
+        switches = [torch.backends.cuda.matmul, torch.backends.cudnn]
+        before = [switch.allow_tf32 for switch in switches]
+        try:
+            for switch in switches:
+                switch.allow_tf32 = False
+            yield
+        finally:
+            for switch, allowed in zip(switches, before, strict=True):
+                switch.allow_tf32 = allowed
 
     def synchronize(self) -> None:
         if torch.cuda.is_available():

@@ -125,7 +125,8 @@ class Broyden(Solver):
             missed = xp.where(renewed, c + e_y, missed)
             denominator = xp.where(renewed[:, 0], -xp.sum(w * e_y, axis=1), denominator)
         sound = xp.abs(denominator) > backend.eps(ss) * ss
-        beta = xp.where(sound, 1.0 / denominator, xp.zeros_like(ss))[:, None]
+        # The divisor is made safe first: the derivative of a branch that `where` drops would still be 0·inf.
+        beta = xp.where(sound, 1.0 / xp.where(sound, denominator, xp.ones_like(ss)), xp.zeros_like(ss))[:, None]
         return (
             z,
             fz,

@@ -11,17 +11,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from deqcore.testing.backends import BackendTests
     from deqcore.testing.problem import Problem
     from deqcore.testing.problems import golden
+    from deqcore.testing.solvers import SolverTests
+    from deqcore.testing.strategies import StrategyTests
     from deqcore.testing.weights import weights
 
 _HOME: Final = {
+    "BackendTests": "deqcore.testing.backends",
     "Problem": "deqcore.testing.problem",
+    "SolverTests": "deqcore.testing.solvers",
+    "StrategyTests": "deqcore.testing.strategies",
     "golden": "deqcore.testing.problems",
     "weights": "deqcore.testing.weights",
 }
 
-__all__ = ["Problem", "golden", "weights"]
+__all__ = ["BackendTests", "Problem", "SolverTests", "StrategyTests", "golden", "weights"]
 
 
 def __getattr__(name: str) -> object:

@@ -1,0 +1,139 @@
+"""What a history must do, against a dictionary of vectors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from deqcore.testing.conformance import DTYPES, Conformance, needs, several
+from deqcore.testing.kit import Kit, close
+
+
+class Model:
+    """A history as plain as can be: for each sample the vectors it sees, by slot."""
+
+    def __init__(self, batch: int, memory: int) -> None:
+        self.memory = memory
+        self.written = 0
+        self.seen: list[dict[int, Any]] = [{} for _ in range(batch)]
+
+    def append(self, v: Any, active: Any) -> None:
+        for i, rows in enumerate(self.seen):
+            if active[i]:
+                rows[self.written % self.memory] = v[i]
+        self.written += 1
+
+    def restart(self, rows: Any, active: Any) -> None:
+        for i, mine in enumerate(self.seen):
+            if rows[i] and active[i]:
+                mine.clear()
+
+    def dot(self, v: Any) -> Any:
+        found = np.zeros((len(v), self.memory))
+        for i, rows in enumerate(self.seen):
+            for slot, q in rows.items():
+                found[i, slot] = q @ v[i]
+        return found
+
+    def combine(self, c: Any) -> Any:
+        zero = np.zeros_like(next((q for rows in self.seen for q in rows.values()), np.zeros(1)))
+        return np.stack([sum((c[i, s] * q for s, q in rows.items()), zero) for i, rows in enumerate(self.seen)])
+
+
+class HistoryTests(Conformance):
+    """Append, dot, combine, restart, rings, frozen rows, storage."""
+
+    @several("seed", range(4))
+    def test_a_history_does_what_a_dictionary_does(self, kit: Kit, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        batch, n, memory = 3, 5, 3
+        history = kit.backend.history(kit.array(np.zeros((batch, n))), memory)
+        model = Model(batch, memory)
+        model.append(first := rng.standard_normal((batch, n)), [True] * batch)
+        history = history.append(kit.array(first))
+        for _ in range(8):
+            active = rng.random(batch) < 0.7
+            history = history.with_active(kit.array(active, "bool"))
+            if rng.random() < 0.25:
+                rows = rng.random(batch) < 0.5
+                history = history.restart(kit.array(rows, "bool"))
+                model.restart(rows, active)
+            v = rng.standard_normal((batch, n))
+            assert [i in rows for i, rows in zip([model.written % memory] * batch, model.seen, strict=True)] == list(
+                kit.numpy(history.full())
+            ), "full: whether the next append overwrites a vector that the sample still sees"
+            history = history.append(kit.array(v))
+            model.append(v, active)
+            self._agree(kit, history, model, rng)
+
+    def _agree(self, kit: Kit, history: Any, model: Model, rng: Any) -> None:
+        batch, memory = len(model.seen), model.memory
+        w, many = rng.standard_normal((batch, 5)), rng.standard_normal((batch, 2, 5))
+        c = rng.standard_normal((batch, memory))
+        close(kit.numpy(history.dot(kit.array(w))), model.dot(w), 100 * kit.eps, "dot")
+        found = kit.numpy(history.dot(kit.array(many)))
+        close(found, np.stack([model.dot(many[:, r]) for r in range(2)], axis=1), 100 * kit.eps, "dot of several")
+        unseen = np.array([[slot not in rows for slot in range(memory)] for rows in model.seen])
+        assert not kit.numpy(history.dot(kit.array(w)))[unseen].any(), "dot: a slot that is not seen gives zero"
+        close(kit.numpy(history.combine(kit.array(c))), model.combine(c), 100 * kit.eps, "combine")
+        total = kit.numpy(history.add_combination(kit.array(w), kit.array(c)))
+        close(total, w + model.combine(c), 100 * kit.eps, "add_combination")
+        assert [len(rows) for rows in model.seen] == list(kit.numpy(history.count())), "count"
+        slot = [s == (model.written - 1) % memory for s in range(memory)]
+        assert slot == list(kit.numpy(history.slot())), "slot: the one that was written last"
+        assert history.may_be_full() or not kit.numpy(history.full()).any(), "may_be_full: False only if known"
+        vectors = kit.numpy(history.vectors())
+        for i, rows in enumerate(model.seen):
+            for s, q in rows.items():
+                close(vectors[i, s], q, 10 * kit.eps, "vectors")
+
+    def test_an_empty_history(self, kit: Kit) -> None:
+        history = kit.backend.history(kit.array(np.zeros((2, 3))), 4)
+        assert history.memory == 4
+        assert not kit.numpy(history.dot(kit.array(np.ones((2, 3))))).any()
+        assert not kit.numpy(history.combine(kit.array(np.ones((2, 4))))).any()
+        assert not kit.numpy(history.slot()).any()
+        assert list(kit.numpy(history.count())) == [0, 0]
+
+    def test_differences(self, kit: Kit) -> None:
+        a, b = np.random.default_rng(0).standard_normal((2, 1, 4))
+        history = kit.backend.history(kit.array(a), 2).append_difference(kit.array(a), kit.array(b))
+        close(kit.numpy(history.dot(kit.array(a)))[:, 0], [(a - b)[0] @ a[0]], 100 * kit.eps, "append_difference")
+
+    def test_going_on_leaves_a_copy_alone(self, kit: Kit) -> None:
+        one = kit.array([[1.0, 0.0]])
+        first = kit.backend.history(one, 2).append(one)
+        kept = first.copy()
+        moved = first.append(kit.array([[0.0, 5.0]])).append(kit.array([[7.0, 7.0]]))
+        assert kit.numpy(moved.dot(one)).max() == 7.0
+        assert sorted(kit.numpy(kept.dot(one))[0]) == [0.0, 1.0], "copy: storage of its own"
+
+    @several("dtype", DTYPES)
+    def test_narrow_storage_has_wide_products(self, kit: Kit, dtype: str) -> None:
+        like = kit.array(np.ones((1, 3)), dtype)
+        history = kit.backend.history(like, 2, "float32").append(like)
+        found = history.dot(like)
+        wide = kit.backend.dtype_name(kit.backend.wide(like))
+        assert kit.backend.dtype_name(found) == wide, "coefficients are in the wide dtype"
+        assert kit.backend.dtype_name(history.combine(found)) == dtype, "combine answers in the state's dtype"
+        close(kit.numpy(found)[0, 0], 3.0, 1e-6, "dot")
+
+    @needs("bfloat16")
+    def test_storage_in_bfloat16(self, kit: Kit) -> None:
+        like = kit.array(np.full((1, 512), 1.0), "float32")
+        history = kit.backend.history(like, 2, "bfloat16").append(like)
+        close(kit.numpy(history.dot(like))[0, 0], 512.0, 1e-6, "dot, accumulated in float32 or better")
+        assert kit.backend.dtype_name(history.combine(history.dot(like))) == "float32"
+
+    @several("harm", [np.nan, np.inf])
+    def test_what_is_not_finite_stays_in_its_sample(self, kit: Kit, harm: float) -> None:
+        clean = np.array([[1.0, 2.0], [3.0, 4.0]])
+        bad = clean.copy()
+        bad[0] = harm
+        found = []
+        for rows in (clean, bad):
+            history = kit.backend.history(kit.array(rows), 2).append(kit.array(rows))
+            found.append((kit.numpy(history.dot(kit.array(rows)))[1], kit.numpy(history.combine(kit.array(clean)))[1]))
+        assert np.array_equal(found[0][0], found[1][0])
+        assert np.array_equal(found[0][1], found[1][1])

@@ -1,0 +1,165 @@
+"""What conformance tests compute with: arrays on the backend under test, and simple problems with known answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import deqcore
+from deqcore.backend import Array, Backend, Map, Tree
+from deqcore.linear.lowrank import InverseJacobian
+from deqcore.solution import Solution
+from deqcore.testing.problem import rebuild
+from deqcore.testing.problems import Golden
+
+
+@dataclass(frozen=True)
+class Affine:
+    """f(z) = A z + b per sample, and what follows from it, in NumPy and float64.
+
+    Attributes:
+        a: `(batch, n, n)`.
+        b: `(batch, n)`.
+    """
+
+    a: Any
+    b: Any
+
+    @property
+    def root(self) -> Any:
+        """z* = (I − A)^-1 b."""
+        return np.linalg.solve(np.eye(self.a.shape[1]) - self.a, self.b[..., None])[..., 0]
+
+    def adjoint(self, g: Any) -> Any:
+        """u = (I − A)^-T g."""
+        return np.linalg.solve(np.eye(self.a.shape[1]) - self.a.swapaxes(1, 2), g[..., None])[..., 0]
+
+    def residual(self, u: Any, g: Any) -> Any:
+        """‖g + Aᵀu − u‖ / ‖g‖ per sample."""
+        left = g + np.einsum("bij,bi->bj", self.a, u) - u
+        return np.linalg.norm(left, axis=1) / np.linalg.norm(g, axis=1)
+
+
+def affine(batch: int = 3, n: int = 6, *, norm: float = 0.7, seed: int = 0) -> Affine:
+    """A random non-symmetric problem with ‖A‖₂ = norm in every sample."""
+    rng = np.random.default_rng(seed)
+    a = rng.standard_normal((batch, n, n))
+    a *= norm / np.linalg.norm(a, 2, axis=(1, 2))[:, None, None]
+    return Affine(a, rng.standard_normal((batch, n)))
+
+
+@dataclass(frozen=True)
+class Kit:
+    """A backend and a device.
+
+    Attributes:
+        backend: under test.
+        device: where its arrays go.
+    """
+
+    backend: Backend
+    device: str = "cpu"
+
+    def array(self, a: Any, dtype: str = "float64") -> Array:
+        """Host data on the device; float64 becomes float32 where the backend has nothing wider."""
+        if dtype == "float64" and not self.backend.capabilities.float64:
+            dtype = "float32"
+        found = self.backend.asarray(np.asarray(a), dtype=dtype)
+        return found if self.device == "cpu" else self.backend.place(found, self.device)
+
+    def numpy(self, x: Array) -> Any:
+        """Back on the host."""
+        return self.backend.to_numpy(x)
+
+    def tree(self, tree: Tree, dtype: str) -> Tree:
+        """A tree of floating-point host data on the device."""
+        return rebuild(tree, lambda leaf: self.array(leaf, dtype))
+
+    def data(self, golden: Golden, dtype: str) -> tuple[Callable[..., Tree], Tree, tuple[Tree, Tree]]:
+        """f, z0 and (params, inputs) of a golden problem."""
+        problem = golden.problem
+        args = self.tree(problem.params, dtype), self.tree(problem.inputs, dtype)
+        return problem.bound(self.backend), self.tree(problem.z0, dtype), args
+
+    def map(self, problem: Affine, dtype: str = "float64") -> Map:
+        """f of an affine problem; rows are summed one by one, so that no sample sees another."""
+        a, b = self.array(problem.a, dtype), self.array(problem.b, dtype)
+        return lambda z: self.backend.xp.sum(a * z[:, None, :], axis=2) + b
+
+    def pull(self, problem: Affine, dtype: str = "float64") -> Map:
+        """u ↦ Aᵀu."""
+        a = self.array(problem.a, dtype)
+        return lambda u: self.backend.xp.sum(a * u[:, :, None], axis=1)
+
+    def solve(
+        self, f: Callable[..., Tree], z0: Tree, *args: Tree, solver: str, rtol: float, **settings: Any
+    ) -> Solution:
+        """`deqcore.fixed_point` with complete settings, silent about failure."""
+        return deqcore.fixed_point(f, z0, *args, config=self.config(solver=solver, rtol=rtol, **settings))
+
+    def config(
+        self,
+        *,
+        solver: str = "broyden",
+        rtol: float = 1e-10,
+        max_steps: int = 500,
+        options: Mapping[str, object] | None = None,
+        strategy: str = "exact-ift",
+        strategy_options: Mapping[str, object] | None = None,
+        check_every: int | str = "auto",
+        batch: bool = True,
+    ) -> deqcore.Config:
+        """Complete settings, so that no environment variable has a say."""
+        if not self.backend.capabilities.float64:
+            rtol = max(rtol, 1e-5)
+        forward = {"solver": solver, "rtol": rtol, "max_steps": max_steps, "options": dict(options or {})}
+        return deqcore.Config(
+            backend=self.backend.name,
+            forward={**forward, "check_every": check_every, "batch": batch, "on_failure": "ignore"},
+            backward={"strategy": strategy, "options": dict(strategy_options or {})},
+        )
+
+    @property
+    def eager(self) -> bool:
+        """Whether a Python function inside a loop runs once per step (and not once per trace)."""
+        return self.backend.all_known(self.array([1.0]) > 0)
+
+    @property
+    def eps(self) -> float:
+        """Of the widest dtype."""
+        return float(np.finfo("float64" if self.backend.capabilities.float64 else "float32").eps)
+
+
+@dataclass(frozen=True)
+class DenseEstimate(InverseJacobian):
+    """Any matrices as an inverse-Jacobian estimate.
+
+    Attributes:
+        kit: where the arrays live.
+        h: H `(batch, n, n)` in NumPy.
+        dtype: of the arrays.
+    """
+
+    kit: Kit
+    h: Any
+    dtype: str = "float64"
+
+    def apply(self, v: Array) -> Array:
+        """H v."""
+        return self.kit.backend.xp.sum(self.kit.array(self.h, self.dtype) * v[:, None, :], axis=2)
+
+    def apply_transpose(self, v: Array) -> Array:
+        """Hᵀ v."""
+        return self.kit.backend.xp.sum(self.kit.array(self.h, self.dtype) * v[:, :, None], axis=1)
+
+
+def close(found: Any, expected: Any, tolerance: float, what: str) -> None:
+    """Fail where two NumPy arrays differ, relative to the larger of 1 and the expected norm."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    assert found.shape == expected.shape, f"{what}: shape {found.shape}, but {expected.shape} is expected"
+    error = np.linalg.norm(found - expected)
+    allowed = tolerance * max(1.0, float(np.linalg.norm(expected)))
+    assert error <= allowed, f"{what}: off by {error:.2e}, allowed {allowed:.2e}"

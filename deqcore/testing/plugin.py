@@ -1,0 +1,80 @@
+"""The pytest plugin of the conformance suite: options, markers, expected failures.
+
+Load it with `pytest_plugins = ["deqcore.testing.plugin"]` or `pytest -p deqcore.testing.plugin`. It is no entry
+point: it has no business in the sessions of people who only use deqcore.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deqcore.errors import did_you_mean, listing
+from deqcore.testing.conformance import NEEDS, Conformance
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What `deqcore check` and a command line choose with."""
+    group = parser.getgroup("deqcore", "deqcore conformance suite")
+    add = group.addoption
+    add("--deqcore-backend", action="append", help="run on this backend only; may be repeated")
+    add("--deqcore-solver", action="append", help="check this solver only; may be repeated")
+    add("--deqcore-strategy", action="append", help="check this strategy only; may be repeated")
+    add("--deqcore-device", help="device of the arrays, such as cuda; default cpu")
+    add("--deqcore-options", help="options of the solver or strategy under test, as JSON")
+    add("--deqcore-expect", metavar="FILE", help="TOML file of expected failures: test = 'reason'")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The marker that tests ask for capabilities with."""
+    config.addinivalue_line("markers", f"{NEEDS}(capability): skipped where the backend does not promise it")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what is expected to fail; strictly, so that the list stays true."""
+    listed = _listed(config.getoption("deqcore_expect"))
+    used: set[str] = set()
+    for item in items:
+        cls = getattr(item, "cls", None)
+        if cls is None or not issubclass(cls, Conformance):
+            continue
+        _check_names(cls)
+        expected = {**cls.expected_failures, **listed}
+        bare = item.name.partition("[")[0]
+        key = next((name for name in (item.name, bare) if name in expected), None)
+        if key is not None:
+            used.add(key)
+            item.add_marker(pytest.mark.xfail(reason=expected[key], strict=True))
+    tests = {item.name for item in items}
+    for name in set(listed) - used:
+        raise pytest.UsageError(f"--deqcore-expect names {name!r}, but no such test was collected." + _near(name, tests))
+
+
+def _check_names(cls: type[Conformance]) -> None:
+    tests = {name for name in dir(cls) if name.startswith("test_")}
+    for name in cls.expected_failures:
+        if name.partition("[")[0] not in tests:
+            raise pytest.UsageError(
+                f"{cls.__name__}.expected_failures names {name!r}, but there is no such test." + _near(name, tests)
+            )
+
+
+def _near(name: str, tests: set[str]) -> str:
+    return did_you_mean(name, tests) or f" Tests: {listing(tests)}."
+
+
+def _listed(path: str | None) -> Mapping[str, str]:
+    if path is None:
+        return {}
+    try:
+        found: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise pytest.UsageError(f"--deqcore-expect {path!r} cannot be read: {error}") from error
+    for name, reason in found.items():
+        if not isinstance(reason, str):
+            raise pytest.UsageError(f"--deqcore-expect {path!r}: {name} = {reason!r}, but a reason in words is expected.")
+    return found

@@ -1,0 +1,195 @@
+"""What `Strategy.route` must keep, with Jacobians that are known."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from deqcore import plugins
+from deqcore.backend import Array, Map
+from deqcore.linear.lowrank import InverseJacobian
+from deqcore.solution import Status
+from deqcore.strategy import AdjointReport, StepStrategy, Strategy
+from deqcore.testing.conformance import DTYPES, Conformance, pytest, several
+from deqcore.testing.kit import Affine, DenseEstimate, Kit, affine, close
+from deqcore.testing.lightness import check_light
+
+FLAT = -np.stack([np.eye(6)] * 3)
+
+
+def cotangent(seed: int = 11) -> Any:
+    """G `(3, 6)`."""
+    return np.random.default_rng(seed).standard_normal((3, 6))
+
+
+def perfect(kit: Kit, problem: Affine, dtype: str = "float64") -> DenseEstimate:
+    """H = (A − I)^-1."""
+    return DenseEstimate(kit, np.linalg.inv(problem.a - np.eye(problem.a.shape[1])), dtype)
+
+
+def route(
+    kit: Kit, strategy: Strategy, problem: Affine, g: Any, estimate: InverseJacobian | None = None, dtype: str = "float64"
+) -> tuple[Any, AdjointReport]:
+    """`strategy.route` on the Jacobians of an affine problem, compiled where the backend can; NumPy in and out."""
+    pull: Map = kit.pull(problem, dtype) if strategy.uses_pull() else _no_pull
+    if estimate is None and strategy.wants_estimate():
+        estimate = DenseEstimate(kit, -np.stack([np.eye(g.shape[1])] * len(g)), dtype)
+
+    def routed(g: Array) -> Any:
+        with kit.backend.quiet():
+            return strategy.route(kit.backend, pull, g, estimate if strategy.wants_estimate() else None)
+
+    u, report = kit.backend.jit(routed)(kit.array(g, dtype))
+    assert kit.backend.dtype_name(u) == dtype, f"u is {kit.backend.dtype_name(u)} for a cotangent of {dtype}"
+    assert isinstance(report, AdjointReport)
+    return kit.numpy(u), AdjointReport(*map(kit.numpy, report))
+
+
+def _no_pull(u: Array) -> Array:
+    raise AssertionError("route called pull, although uses_pull() says that it does not")
+
+
+class RouteTests(Conformance):
+    """Only for a `Strategy`; a `StepStrategy` has tests of its own."""
+
+    def test_is_a_frozen_dataclass_of_options(self, kit: Kit, any_strategy: Strategy | StepStrategy) -> None:
+        assert dataclasses.is_dataclass(any_strategy), "options are fields of a dataclass"
+        assert hash(any_strategy) == hash(dataclasses.replace(any_strategy)), "compiled code is cached by the strategy"
+        if isinstance(any_strategy, Strategy):
+            assert any_strategy.needs in ("nothing", "pull", "estimate")
+
+    def test_it_imports_no_framework(self, kit: Kit, strategy_name: str) -> None:
+        check_light("strategy", strategy_name)
+
+    def test_where_f_is_flat_the_cotangent_is_the_answer(self, kit: Kit, strategy: Strategy) -> None:
+        u, _ = route(kit, strategy, Affine(np.zeros((3, 6, 6)), np.zeros((3, 6))), cotangent())
+        close(u, cotangent(), 1e-5, "u for J = 0")
+
+    @several("seed", range(3))
+    def test_an_exact_strategy_solves_the_adjoint_equation(
+        self, kit: Kit, strategy_name: str, strategy: Strategy, tight: Any, seed: int
+    ) -> None:
+        if not strategy.exact:
+            pytest.skip("the strategy approximates")
+        sharp = plugins.make_strategy(strategy_name, tight)
+        assert isinstance(sharp, Strategy)
+        problem, g = affine(norm=(0.7, 0.95, 3.0)[seed], seed=seed), cotangent(seed)
+        u, report = route(kit, sharp.bind(plugins.make_solver), problem, g)
+        expected = problem.adjoint(g)
+        inverse = np.linalg.norm(np.linalg.inv(np.eye(6) - problem.a), 2, axis=(1, 2)).max()
+        close(u, expected, 1e-9 * inverse if kit.eps < 1e-10 else 1e-3 * inverse, "u = (I − J)^-T g")
+        assert (report.status == int(Status.CONVERGED)).all()
+
+    def test_a_perfect_estimate_gives_the_perfect_gradient(self, kit: Kit, strategy: Strategy) -> None:
+        if not strategy.wants_estimate():
+            pytest.skip("the strategy reads no estimate")
+        problem, g = affine(norm=0.9), cotangent()
+        u, report = route(kit, strategy, problem, g, perfect(kit, problem))
+        close(u, problem.adjoint(g), 1e-6 if kit.eps < 1e-10 else 1e-3, "u = −Hᵀg with H = (J − I)^-1")
+        assert report.pulls.max() <= 1, "a perfect estimate needs one pull to be certified, and none to be used"
+
+    def test_it_is_no_worse_than_the_bare_cotangent(self, kit: Kit, strategy: Strategy) -> None:
+        problem, g = affine(norm=0.3), cotangent()
+        u, _ = route(kit, strategy, problem, g, perfect(kit, affine(norm=0.3, seed=5)))  # an estimate of another J
+        u2, _ = route(kit, strategy, problem, g)  # H = −I
+        for found in (u, u2) if strategy.uses_pull() else (u2,):
+            limit = 1.8 if not strategy.uses_pull() else 0.6
+            assert (problem.residual(found, g) <= limit).all(), "a worthless estimate must not be trusted blindly"
+        assert (problem.residual(u2, g) <= 0.3 + 1e-6).all(), "‖g + Jᵀu − u‖ is above that of u = g"
+
+    def test_the_report_is_true(self, kit: Kit, strategy: Strategy) -> None:
+        problem, g = affine(norm=0.8), cotangent()
+        for estimate in (None, perfect(kit, problem), perfect(kit, affine(norm=0.7, seed=3))):
+            u, report = route(kit, strategy, problem, g, estimate)
+            assert [each.shape for each in report] == [(3,)] * 5
+            assert report.status.dtype == report.pulls.dtype == np.int32
+            assert report.fallback.dtype == bool
+            assert set(report.status) <= {int(code) for code in Status if code is not Status.RUNNING}
+            true = problem.residual(u.astype(float), g)
+            known = np.isfinite(report.residual)
+            slack = 1e-6 if kit.eps < 1e-10 else 1e-3
+            assert (np.abs(report.residual - true)[known] <= slack + 1e-3 * true[known]).all(), (
+                f"residuals {report.residual} are reported, but ‖g + Jᵀu − u‖/‖g‖ is {true}"
+            )
+            exact = problem.adjoint(g)
+            error = np.linalg.norm(u - exact, axis=1) / np.linalg.norm(exact, axis=1)
+            estimated = np.isfinite(report.error)
+            assert (error[estimated] <= 20 * report.error[estimated] + slack).all(), (
+                f"errors {report.error} are estimated, but they are {error}"
+            )
+
+    def test_pulls_are_counted(self, kit: Kit, strategy: Strategy) -> None:
+        if not kit.eager:
+            pytest.skip("a traced loop calls pull once, whatever it runs")
+        problem, calls = affine(batch=1, norm=0.8), []  # of several samples each may spend its own number
+        pull = kit.pull(problem)
+        estimate = perfect(kit, affine(batch=1, norm=0.7, seed=3)) if strategy.wants_estimate() else None
+
+        def counted(u: Array) -> Array:
+            calls.append(u)
+            return pull(u)
+
+        _, report = strategy.route(kit.backend, counted, kit.array(cotangent()[:1]), estimate)
+        spent = int(kit.numpy(report.pulls)[0])
+        assert spent == len(calls), f"{spent} pulls are reported, but pull was called {len(calls)} times"
+
+    def test_a_budget_that_is_too_small_is_confessed(self, kit: Kit, strategy_name: str, strategy: Strategy) -> None:
+        if not strategy.exact or "max_steps" not in {field.name for field in dataclasses.fields(strategy)}:  # type: ignore[arg-type]
+            pytest.skip("the strategy has no budget of steps")
+        short = dataclasses.replace(strategy, max_steps=2)  # type: ignore[type-var]
+        problem, g = affine(norm=0.95), cotangent()
+        u, report = route(kit, short, problem, g)
+        wrong = problem.residual(u, g) > 1e-3
+        assert wrong.any(), "two steps cannot solve this"
+        assert not (report.status[wrong] == int(Status.CONVERGED)).any(), "CONVERGED, but the equation is not solved"
+
+    def test_an_equation_without_solution_is_confessed(self, kit: Kit, strategy: Strategy) -> None:
+        if not strategy.exact:
+            pytest.skip("the strategy approximates")
+        problem = affine()
+        problem.a[1] = np.eye(6)  # I − Jᵀ = 0
+        _, report = route(kit, strategy, problem, cotangent())
+        assert report.status[1] != int(Status.CONVERGED)
+        assert (report.status[[0, 2]] == int(Status.CONVERGED)).all()
+
+    @several("harm", [np.nan, np.inf])
+    def test_a_bad_sample_changes_no_bit_of_its_neighbours(self, kit: Kit, strategy: Strategy, harm: float) -> None:
+        problem, g = affine(), cotangent()
+        bad = g.copy()
+        bad[1] = harm
+        one, two = (route(kit, strategy, problem, each) for each in (g, bad))
+        assert np.array_equal(one[0][[0, 2]], two[0][[0, 2]]), "u of a healthy sample depends on its neighbour"
+        for name, a, b in zip(AdjointReport._fields, one[1], two[1], strict=True):
+            assert np.array_equal(a[[0, 2]], b[[0, 2]], equal_nan=a.dtype.kind == "f"), f"report.{name}"
+        if strategy.exact:
+            assert two[1].status[1] != int(Status.CONVERGED), "a cotangent that is not finite has no answer"
+
+    def test_a_sample_is_routed_in_company_as_alone(self, kit: Kit, strategy: Strategy) -> None:
+        problem, g = affine(norm=0.8), cotangent()
+        problem.a[0] *= 0.1
+        together, _ = route(kit, strategy, problem, g)
+        for i in range(3):
+            alone, _ = route(kit, strategy, Affine(problem.a[i : i + 1], problem.b[i : i + 1]), g[i : i + 1])
+            close(together[i], alone[0], 1e-6 if kit.eps < 1e-10 else 1e-3, f"u of sample {i}")
+
+    def test_a_cotangent_of_zero_gives_zero(self, kit: Kit, strategy: Strategy) -> None:
+        g = cotangent()
+        g[1] = 0.0
+        u, _ = route(kit, strategy, affine(), g)
+        assert not u[1].any()
+        assert np.isfinite(u).all()
+
+    @several("factor", [1e-6, 1e6])
+    def test_the_scale_of_the_loss_does_not_matter(self, kit: Kit, strategy: Strategy, factor: float) -> None:
+        problem, g = affine(norm=0.8), cotangent()
+        plain, one = route(kit, strategy, problem, g)
+        scaled, two = route(kit, strategy, problem, factor * g)
+        close(scaled / factor, plain, 1e-5 if kit.eps < 1e-10 else 1e-2, "u for a scaled loss")
+        assert np.array_equal(one.pulls, two.pulls)
+
+    @several("dtype", DTYPES)
+    def test_dtypes_are_kept(self, kit: Kit, strategy: Strategy, dtype: str) -> None:
+        u, _ = route(kit, strategy, affine(norm=0.3), cotangent(), dtype=dtype)
+        assert np.isfinite(u).all()

@@ -1,0 +1,60 @@
+"""What a `StepStrategy` must keep: its gradient is that of its own value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+import deqcore
+from deqcore import plugins
+from deqcore.driver import Control, Drive, Forward
+from deqcore.strategy import StepStrategy, Strategy
+from deqcore.testing.conformance import Conformance, needs, pytest, several
+from deqcore.testing.kit import Affine, Kit, affine, close
+
+
+class StepStrategyTests(Conformance):
+    """Only for a `StepStrategy`."""
+
+    @pytest.fixture
+    def steps(self, any_strategy: Strategy | StepStrategy) -> StepStrategy:
+        """The strategy under test, if it is one of steps."""
+        if not isinstance(any_strategy, StepStrategy):
+            pytest.skip("the strategy routes a cotangent")
+        return any_strategy
+
+    @several("solver", ["picard", "broyden"])
+    @needs("autodiff")
+    def test_its_gradient_is_that_of_its_steps(
+        self, kit: Kit, steps: StepStrategy, strategy_name: str, settings: Any, solver: str
+    ) -> None:
+        """Central differences of `value`, with the solution that it starts from held still."""
+        if not kit.backend.capabilities.float64:
+            pytest.skip("central differences need double precision")
+        problem, g, h = affine(batch=2, n=3, norm=0.5), np.ones((2, 3)), 1e-6
+        config = kit.config(solver=solver, rtol=1e-13, strategy=strategy_name, strategy_options=settings)
+        f = lambda z, b: kit.map(Affine(problem.a, 0 * problem.b))(z) + b  # noqa: E731
+        b, z0 = kit.array(problem.b), kit.array(np.zeros((2, 3)))
+        z, (db,) = deqcore.vjp(f, z0, b, cotangent=kit.array(g), config=config)
+        forward = self._forward(kit, problem, solver) if steps.solves() else None
+
+        def total(shift: Any) -> float:
+            moved = kit.array(problem.b + shift)
+            method = plugins.make_solver(solver)
+            return float(np.sum(g * kit.numpy(steps.value(kit.backend, lambda z: f(z, moved), z0, forward, method))))
+
+        expected = np.zeros((2, 3))
+        for index in np.ndindex(2, 3):
+            shift = np.zeros((2, 3))
+            shift[index] = h
+            expected[index] = (total(shift) - total(-shift)) / (2 * h)
+        close(kit.numpy(db), expected, 1e-5, "gradient of the steps")
+        if steps.solves():
+            close(kit.numpy(z), problem.root, 1e-5, "steps from the solution stay there")
+
+    def _forward(self, kit: Kit, problem: Affine, solver: str) -> Forward:
+        z0 = kit.array(np.zeros(problem.b.shape))
+        numbers = [kit.backend.number(value, z0) for value in (1e-13, 0.0, 300)]
+        drive = Drive(kit.backend, plugins.make_solver(solver), Control(*numbers))
+        return kit.backend.forward_only(kit.map(problem), z0, (), drive)

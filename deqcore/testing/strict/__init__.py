@@ -1,0 +1,17 @@
+"""The strict NumPy backend: it refuses what a tracing framework cannot do, with a message that says what to do instead.
+
+A solver or a strategy that passes here traces under `jax.jit` without edits, and its author needs no JAX to find out.
+"""
+
+from __future__ import annotations
+
+from deqcore import plugins
+
+NAME = "strict"
+
+
+def register() -> None:
+    """Make `backend = "strict"` known in this process."""
+    target = "deqcore.testing.strict.backend:StrictBackend"
+    summary = "NumPy that refuses what tracing refuses; for tests"
+    plugins.register(plugins.BackendSpec(NAME, target, summary, array_modules=("deqcore",)))

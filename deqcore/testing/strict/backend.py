@@ -1,0 +1,160 @@
+"""The strict backend: the registered NumPy backend behind arrays, histories and loops that refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import numpy as np
+
+from deqcore import plugins
+from deqcore.backend import Array, Backend, BackwardRecord, Capabilities, Carry, History, Map
+from deqcore.driver import Forward
+from deqcore.strategy import Adjoint
+from deqcore.testing.strict.array import StrictArray, StrictError, unwrap, wrap
+from deqcore.testing.strict.carry import check_same
+from deqcore.testing.strict.history import StrictHistory
+from deqcore.testing.strict.namespace import XP
+
+
+class StrictBackend(Backend):
+    """NumPy with the manners of a tracing framework."""
+
+    name: ClassVar[str] = "strict"
+    xp = XP
+
+    def __init__(self) -> None:
+        make: Any = plugins.load("backend", "numpy")
+        self.numpy: Backend = make()
+        self.capabilities: Capabilities = replace(self.numpy.capabilities, autodiff=False)
+
+    def is_array(self, leaf: object) -> bool:
+        return isinstance(leaf, StrictArray)
+
+    def asarray(self, a: object, *, dtype: str | None = None, like: Array | None = None) -> Array:
+        return wrap(self.numpy.asarray(unwrap(a), dtype=dtype, like=unwrap(like)))
+
+    def to_numpy(self, x: Array) -> Any:
+        return np.array(unwrap(x))
+
+    def flatten(self, tree: Any) -> tuple[list[Any], Any]:
+        return self.numpy.flatten(tree)
+
+    def unflatten(self, structure: Any, leaves: Sequence[Any]) -> Any:
+        return self.numpy.unflatten(structure, leaves)
+
+    def dtype_name(self, x: Array) -> str:
+        return str(x.dtype)
+
+    def device_of(self, x: Array) -> Any:
+        return "cpu"
+
+    def is_traced(self, *leaves: Any) -> bool:
+        return any(isinstance(leaf, StrictArray) for leaf in self.flatten(leaves)[0])
+
+    def widened(self) -> bool:
+        return self.numpy.widened()
+
+    def astype(self, x: Array, dtype: str) -> Array:
+        return wrap(unwrap(x).astype(dtype))
+
+    def wide(self, x: Array) -> Array:
+        return wrap(self.numpy.wide(unwrap(x)))
+
+    def cast(self, x: Array, like: Array) -> Array:
+        return wrap(self.numpy.cast(unwrap(x), unwrap(like)))
+
+    def norm(self, v: Array) -> Array:
+        return wrap(self.numpy.norm(unwrap(v)))
+
+    def inner(self, a: Array, b: Array) -> Array:
+        return wrap(self.numpy.inner(unwrap(a), unwrap(b)))
+
+    def select(self, mask: Array, new: Array, old: Array) -> Array:
+        return wrap(self.numpy.select(unwrap(mask), unwrap(new), unwrap(old)))
+
+    def all_known(self, mask: Array) -> bool:
+        return False
+
+    def solve(self, a: Array, b: Array) -> Array:
+        return wrap(self.numpy.solve(unwrap(a), unwrap(b)))
+
+    def history(self, like: Array, memory: int, dtype: str | None = None) -> History:
+        return StrictHistory(self.numpy.history(unwrap(like), memory, dtype))
+
+    def quiet(self) -> AbstractContextManager[object]:
+        return self.numpy.quiet()
+
+    def loop(
+        self,
+        running: Callable[[Carry], Array],
+        body: Callable[[Carry], Carry],
+        carry: Carry,
+        steps: int | Array,
+        check_every: int | str = "auto",
+    ) -> Carry:
+        """Trace the body once, whether it is needed or not, and hold every step to what came out."""
+        with self.quiet():
+            check_same(carry, body(carry))
+            for _ in range(int(unwrap(steps))):
+                if not _condition(running(carry)):
+                    break
+                after = body(carry)
+                check_same(carry, after)
+                carry = after
+        return carry
+
+    def linearize(self, f: Map, z: Array) -> tuple[Array, Map]:
+        value, pull = self.numpy.linearize(lambda x: unwrap(f(wrap(x))), unwrap(z))
+        return wrap(value), lambda u: wrap(pull(unwrap(u)))
+
+    def push(self, f: Map, z: Array) -> Map | None:
+        product = self.numpy.push(lambda x: unwrap(f(wrap(x))), unwrap(z))
+        return None if product is None else lambda v: wrap(product(unwrap(v)))
+
+    def forward_only(
+        self, f: Callable[..., Array], z0: Array, args: tuple[Any, ...], solve: Callable[[Map, Array], Forward]
+    ) -> Forward:
+        with self.quiet():
+            return solve(lambda z: f(z, *args), z0)
+
+    def implicit(
+        self,
+        f: Callable[..., Array],
+        z0: Array,
+        args: tuple[Any, ...],
+        solve: Callable[[Map, Array], Forward],
+        adjoint: Adjoint,
+    ) -> tuple[Array, Forward, BackwardRecord | None]:
+        forward = self.forward_only(f, z0, args, solve)
+        return forward.fz, forward, None
+
+    def detach(self, x: Array) -> Array:
+        return x
+
+    def recording(self) -> bool:
+        return False
+
+    def vjp(
+        self, value: Callable[..., tuple[Array, Any]], args: tuple[Any, ...], cotangent: Array
+    ) -> tuple[Array, Any, tuple[Any, ...]]:
+        def hidden(*moved: Any) -> tuple[Any, Any]:
+            found, aux = value(*_mapped(self, moved, wrap))
+            return unwrap(found), aux
+
+        found, aux, gradients = self.numpy.vjp(hidden, _mapped(self, args, unwrap), unwrap(cotangent))
+        return wrap(found), aux, _mapped(self, gradients, wrap)
+
+
+
+def _mapped(backend: Backend, trees: Any, change: Callable[[Any], Any]) -> Any:
+    leaves, structure = backend.flatten(trees)
+    return backend.unflatten(structure, [change(leaf) for leaf in leaves])
+
+
+def _condition(going: Any) -> bool:
+    if not isinstance(going, StrictArray) or going.shape != () or going.dtype != bool:
+        raise StrictError(f"A loop's condition is {going!r}, but one bool array without axes is expected (xp.any).")
+    return bool(going.hidden)

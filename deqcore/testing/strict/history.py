@@ -1,0 +1,82 @@
+"""A functional history: every operation returns a new one, as in a framework that traces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from deqcore.backend import Array, History
+from deqcore.testing.strict.array import StrictArray, unwrap, wrap
+
+
+class StrictHistory(History):
+    """The NumPy backend's history behind the wall, copied before it is changed; whether it is full is never known.
+
+    `vectors` has all `memory` slots, as in traced code, where nobody knows how many steps were taken.
+    """
+
+    def __init__(self, inner: History) -> None:
+        self.inner = inner
+        self.memory = inner.memory
+
+    @property
+    def active(self) -> Array | None:  # type: ignore[override]
+        """The active rows."""
+        return wrap(self.inner.active)
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What must stay as it is from step to step: shape and dtype of the storage."""
+        storage: Any = self.inner
+        return storage.storage.shape, storage.storage.dtype, storage.dtype
+
+    def append(self, v: Array) -> StrictHistory:
+        """Write into a copy."""
+        return StrictHistory(self.inner.copy().append(unwrap(_strict(v))))
+
+    def dot(self, v: Array) -> Array:
+        """As the inner history."""
+        return wrap(self.inner.dot(unwrap(_strict(v))))
+
+    def combine(self, coefficients: Array) -> Array:
+        """As the inner history."""
+        return wrap(self.inner.combine(unwrap(_strict(coefficients))))
+
+    def restart(self, rows: Array) -> StrictHistory:
+        """As the inner history."""
+        return StrictHistory(self.inner.restart(unwrap(_strict(rows))))
+
+    def slot(self) -> Array:
+        """As the inner history."""
+        return wrap(self.inner.slot())
+
+    def count(self) -> Array:
+        """As the inner history."""
+        return wrap(self.inner.count())
+
+    def full(self) -> Array:
+        """As the inner history."""
+        return wrap(self.inner.full())
+
+    def with_active(self, active: Array | None) -> StrictHistory:
+        """As the inner history."""
+        return StrictHistory(self.inner.with_active(unwrap(active)))
+
+    def vectors(self) -> Array:
+        """All slots, zero where nothing was written."""
+        used: Any = self.inner.vectors()
+        shape, dtype, _ = self.kind
+        found = np.zeros(shape, dtype)  # type: ignore[call-overload]
+        found[:, : used.shape[1]] = used
+        return wrap(found)
+
+    def copy(self) -> StrictHistory:
+        """Itself: it is never written to."""
+        return self
+
+
+def _strict(v: Any) -> StrictArray:
+    if not isinstance(v, StrictArray):
+        raise TypeError(f"A history was given a {type(v).__name__}, but an array of the backend is expected.")
+    return v

@@ -1,0 +1,1 @@
+"""The suite for `pytest -p deqcore.testing.plugin --pyargs deqcore.testing.suite`."""
