@@ -14,6 +14,8 @@ for _name in [name for name in os.environ if name.startswith("DEQCORE_")]:
     del os.environ[_name]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+pytest_plugins = ["deqcore.testing.plugin"]
+
 settings.register_profile(
     "deqcore",
     deadline=None,

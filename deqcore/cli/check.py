@@ -10,11 +10,14 @@ from typing import Annotated, Final
 import typer
 from rich.console import Console
 
+from deqcore.cli import conformance
 from deqcore.cli.output import AsJson
 from deqcore.cli.project import load_plugins
 from deqcore.errors import ConfigError, did_you_mean, listing
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
+for each in (conformance.backend, conformance.solver, conformance.strategy):
+    app.command()(each)
 
 DTYPES: Final = ("float64", "float32")
 

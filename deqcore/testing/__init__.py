@@ -33,6 +33,8 @@ __all__ = ["BackendTests", "Problem", "SolverTests", "StrategyTests", "golden", 
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'deqcore.testing' has no attribute {name!r}")
+    if name.endswith("Tests"):
+        import_module("deqcore.testing.conformance")  # says what to install where pytest is missing
     value: object = getattr(import_module(_HOME[name]), name)
     globals()[name] = value
     return value

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 
-from deqcore.testing.conformance import DTYPES, Conformance, needs, pytest, several
+from deqcore.testing.conformance import DTYPES, Conformance, needs, several
 from deqcore.testing.kit import Kit, close
 
 
@@ -52,7 +53,8 @@ class ArrayTests(Conformance):
 
     def test_trees_are_taken_apart_and_put_together(self, kit: Kit) -> None:
         x, y = kit.array([1.0]), kit.array([2.0, 3.0])
-        for tree in (x, {"b": [x, (y,)], "a": y}, (x, {"c": y}), []):
+        trees: list[Any] = [x, {"b": [x, (y,)], "a": y}, (x, {"c": y}), []]
+        for tree in trees:
             leaves, structure = kit.backend.flatten(tree)
             assert all(kit.backend.is_array(leaf) for leaf in leaves)
             rebuilt = kit.backend.unflatten(structure, leaves)
@@ -94,7 +96,7 @@ class ArrayTests(Conformance):
         a = np.random.default_rng(0).standard_normal((3, 50)).astype(dtype)
         a[1] = 0.0
         found = kit.backend.norm(kit.array(a, dtype))
-        close(kit.numpy(found), np.linalg.norm(a.astype(float), axis=1), 20 * np.finfo(dtype).eps, "norm")
+        close(kit.numpy(found), np.linalg.norm(a.astype(float), axis=1), 20 * float(np.finfo(dtype).eps), "norm")
         assert kit.backend.dtype_name(found) in DTYPES
 
     @needs("bfloat16")
@@ -105,11 +107,11 @@ class ArrayTests(Conformance):
         close(kit.numpy(found), [300.0 * 64], 1e-2, "norm of 4096 numbers")
 
     def test_inner_products_are_wide(self, kit: Kit) -> None:
-        a = np.float32([[1.0, 1e-8], [3.0, 4.0]])
+        a = np.array([[1.0, 1e-8], [3.0, 4.0]], np.float32)
         found = kit.backend.inner(kit.array(a, "float32"), kit.array(a, "float32"))
         wide = kit.backend.dtype_name(kit.backend.wide(kit.array([1.0], "float32")))
         assert kit.backend.dtype_name(found) == wide
-        close(kit.numpy(found), np.sum(a.astype(float) ** 2, axis=1), 2 * np.finfo(wide).eps, "inner product")
+        close(kit.numpy(found), np.sum(a.astype(float) ** 2, axis=1), 2 * float(np.finfo(wide).eps), "inner product")
 
     @several("axes", [1, 2, 3])
     def test_rows_are_selected_without_arithmetic(self, kit: Kit, axes: int) -> None:
@@ -133,7 +135,7 @@ class ArrayTests(Conformance):
         b = rng.standard_normal((3, 4, columns) if columns else (3, 4)).astype(dtype)
         expected = np.linalg.solve(a.astype(float), b.astype(float) if columns else b[..., None].astype(float))
         found = kit.backend.solve(kit.array(a, dtype), kit.array(b, dtype))
-        close(kit.numpy(found), expected.reshape(b.shape), 1e3 * np.finfo(dtype).eps, "solution")
+        close(kit.numpy(found), expected.reshape(b.shape), 1e3 * float(np.finfo(dtype).eps), "solution")
 
     def test_a_singular_system_spoils_its_own_row_only(self, kit: Kit) -> None:
         a = np.stack([2 * np.eye(2), np.zeros((2, 2)), 4 * np.eye(2)])

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 
 import deqcore
 from deqcore import errors
 from deqcore.testing.bounds import tolerance
-from deqcore.testing.conformance import DTYPES, Conformance, needs, pytest, several
+from deqcore.testing.conformance import DTYPES, Conformance, needs, several
 from deqcore.testing.kit import Kit, affine, close
 from deqcore.testing.problem import walk
 from deqcore.testing.problems import Golden, golden
@@ -63,10 +64,10 @@ class DerivativeTests(Conformance):
     def test_golden_gradients(self, kit: Kit, name: str, dtype: str) -> None:
         known = golden(name)
         rtol = tolerance(float(np.finfo(dtype).eps), known.truth.jacobian.shape[1])
-        settings = {"strategy_options": {"rtol": rtol}, "rtol": rtol, "solver": "picard"}
+        config = kit.config(solver="picard", rtol=rtol, strategy_options={"rtol": rtol})
         f, z0, args = kit.data(known, dtype)
         g = kit.tree(known.problem.direction(), dtype)
-        z, gradients = deqcore.vjp(f, z0, *args, cotangent=g, config=kit.config(**settings))
+        z, gradients = deqcore.vjp(f, z0, *args, cotangent=g, config=config)
         check_golden(kit, known, z, gradients, dtype, rtol)
 
     @needs("autodiff")
@@ -88,7 +89,9 @@ class DerivativeTests(Conformance):
             sol = deqcore.fixed_point(f, 0 * b, a, b, config=kit.config(solver=solver, strategy=strategy))
             return sol.value, None
 
-        _, _, (da, db) = kit.backend.vjp(total, (kit.array(problem.a), kit.array(problem.b)), kit.array(np.ones((3, 6))))
+        _, _, (da, db) = kit.backend.vjp(
+            total, (kit.array(problem.a), kit.array(problem.b)), kit.array(np.ones((3, 6)))
+        )
         u = problem.adjoint(np.ones((3, 6)))
         close(kit.numpy(db), u, 0.3, f"gradient for b by {strategy}")
         close(kit.numpy(da), u[:, :, None] * problem.root[:, None, :], 0.3, f"gradient for A by {strategy}")
@@ -140,8 +143,7 @@ class DerivativeTests(Conformance):
 
     @needs("bfloat16")
     def test_states_in_bfloat16(self, kit: Kit) -> None:
-        half = lambda a: kit.backend.astype(kit.array(a, "float32"), "bfloat16")  # noqa: E731
-        b = half(np.ones((2, 8)))
+        b = kit.backend.astype(kit.array(np.ones((2, 8)), "float32"), "bfloat16")
         sol = kit.solve(lambda z: 0.5 * z + b, 0 * b, solver="anderson", rtol=2e-2)
         assert kit.backend.dtype_name(sol.value) == "bfloat16"
         assert kit.backend.dtype_name(sol.residual) in DTYPES, "residuals are float32 or better"
@@ -180,5 +182,3 @@ def check_golden(kit: Kit, known: Golden, z: Any, gradients: Any, dtype: str, rt
     for name, leaf in [*walk(gradients[0], "params"), *walk(gradients[1], "inputs")]:
         error = np.linalg.norm(kit.numpy(leaf) - known.truth.gradients[name])
         assert error <= bounds[name], f"the gradient for {name} is off by {error:.2e}, {bounds[name]:.2e} is explained"
-
-

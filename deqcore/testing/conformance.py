@@ -6,7 +6,7 @@ A class of tests names its subject by attributes, and pytest collects it like an
 
     class TestMine(SolverTests):
         solvers = ("mine",)
-        expected_failures = {"test_golden[numpy-mine-ill-conditioned-float32]": "stalls: single precision is too coarse"}
+        expected_failures = {"test_golden[numpy-mine-slow-modes-float32]": "stalls in single precision"}
 
 Tests ask for what a backend can do (`deqcore.backend.Capabilities`), never for its name.
 """
@@ -14,7 +14,7 @@ Tests ask for what a backend can do (`deqcore.backend.Capabilities`), never for 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, TypeVar
 
 from deqcore.errors import MissingExtraError
 
@@ -24,11 +24,12 @@ except ImportError as error:
     raise MissingExtraError.of("The conformance suite", "pytest", "test") from error
 
 import deqcore
-from deqcore import plugins
 from deqcore.backend import Backend
 from deqcore.testing import strict
 from deqcore.testing.kit import Kit
 from deqcore.testing.processes import installed
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 DTYPES: Final = ("float64", "float32")
 NEEDS: Final = "deqcore_needs"
@@ -39,14 +40,15 @@ PLUGIN_MISSING: Final = (
 )
 
 
-def needs(capability: str) -> Any:
+def needs(capability: str) -> Callable[[F], F]:
     """Mark a test that only makes sense where a backend has this capability."""
-    return getattr(pytest.mark, NEEDS)(capability)
+    mark: Callable[[F], F] = getattr(pytest.mark, NEEDS)(capability)
+    return mark
 
 
-def several(name: str | tuple[str, ...], values: Sequence[object]) -> Callable[..., Any]:
+def several(name: str | tuple[str, ...], values: Sequence[object]) -> Callable[[F], F]:
     """`pytest.mark.parametrize`, typed."""
-    mark: Callable[..., Any] = pytest.mark.parametrize(name, values)
+    mark: Callable[[F], F] = pytest.mark.parametrize(name, values)
     return mark
 
 
@@ -115,4 +117,3 @@ def skip_without_dtype(backend: Backend, dtype: str) -> None:
     """Skip where the backend has no such dtype; float32 is what every backend has."""
     if dtype in ("float64", "bfloat16"):
         skip_without(backend, dtype)
-

@@ -6,6 +6,7 @@ point: it has no business in the sessions of people who only use deqcore.
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +14,31 @@ from typing import Any
 
 import pytest
 
-from deqcore.errors import did_you_mean, listing
-from deqcore.testing.conformance import NEEDS, Conformance
+# Before the modules with the tests are imported, so that a bare assert shows what was compared.
+pytest.register_assert_rewrite(
+    *(
+        f"deqcore.testing.{name}"
+        for name in [
+            "backends",
+            "backend_arrays",
+            "backend_derivatives",
+            "backend_history",
+            "kit",
+            "lightness",
+            "sinks",
+            "solvers",
+            "solver_estimate",
+            "solver_steps",
+            "strategies",
+            "strategy_route",
+            "strategy_steps",
+        ]
+    )
+)
+
+from deqcore.config import Config  # noqa: E402
+from deqcore.errors import did_you_mean, listing  # noqa: E402
+from deqcore.testing.conformance import NEEDS, Conformance  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,12 +50,65 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--deqcore-strategy", action="append", help="check this strategy only; may be repeated")
     add("--deqcore-device", help="device of the arrays, such as cuda; default cpu")
     add("--deqcore-options", help="options of the solver or strategy under test, as JSON")
+    add("--deqcore-results", metavar="FILE", help="write what came of each test to this JSON file")
+    add("--deqcore-project", action="store_true", help="see the plugins of the project in the working directory")
     add("--deqcore-expect", metavar="FILE", help="TOML file of expected failures: test = 'reason'")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """The marker that tests ask for capabilities with."""
     config.addinivalue_line("markers", f"{NEEDS}(capability): skipped where the backend does not promise it")
+    if config.getoption("deqcore_project"):
+        Config.discover()
+    if path := config.getoption("deqcore_results"):
+        config.pluginmanager.register(Results(Path(path)), "deqcore_results")
+
+
+class Results:
+    """Collects what came of each test, and writes it at the end."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.found: dict[str, dict[str, object]] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """One phase of one test: setup, call or teardown."""
+        name = report.nodeid.rpartition("::")[2]
+        mine = self.found.setdefault(
+            name, {"test": name, "outcome": "passed", "message": "", "detail": "", "seconds": 0.0}
+        )
+        mine["seconds"] = float(str(mine["seconds"])) + report.duration
+        if report.passed or mine["outcome"] == "failed":
+            return
+        expected = hasattr(report, "wasxfail")
+        mine["outcome"] = "expected" if expected else report.outcome
+        mine["message"] = report.wasxfail if expected else _reason(report)
+        mine["detail"] = report.longreprtext if report.failed else ""
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """A module that cannot be collected is a failure, too."""
+        if report.failed:
+            name = report.nodeid or "collection"
+            self.found[name] = {
+                "test": name,
+                "outcome": "failed",
+                "message": report.longreprtext.strip().splitlines()[-1],
+                "detail": report.longreprtext,
+                "seconds": 0.0,
+            }
+
+    def pytest_sessionfinish(self) -> None:
+        """Write the file."""
+        self.path.write_text(json.dumps(list(self.found.values())))
+
+
+def _reason(report: pytest.TestReport) -> str:
+    """The line that says why."""
+    if isinstance(report.longrepr, tuple):
+        return str(report.longrepr[2]).removeprefix("Skipped: ")
+    crash = getattr(report.longrepr, "reprcrash", None)
+    text = crash.message if crash is not None else report.longreprtext
+    return str(text).strip().splitlines()[0] if str(text).strip() else "no message"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -51,7 +128,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.xfail(reason=expected[key], strict=True))
     tests = {item.name for item in items}
     for name in set(listed) - used:
-        raise pytest.UsageError(f"--deqcore-expect names {name!r}, but no such test was collected." + _near(name, tests))
+        raise pytest.UsageError(
+            f"--deqcore-expect names {name!r}, but no such test was collected." + _near(name, tests)
+        )
 
 
 def _check_names(cls: type[Conformance]) -> None:
@@ -76,5 +155,7 @@ def _listed(path: str | None) -> Mapping[str, str]:
         raise pytest.UsageError(f"--deqcore-expect {path!r} cannot be read: {error}") from error
     for name, reason in found.items():
         if not isinstance(reason, str):
-            raise pytest.UsageError(f"--deqcore-expect {path!r}: {name} = {reason!r}, but a reason in words is expected.")
+            raise pytest.UsageError(
+                f"--deqcore-expect {path!r}: {name} = {reason!r}, but a reason in words is expected."
+            )
     return found

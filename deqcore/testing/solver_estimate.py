@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pytest
 
 import deqcore
 from deqcore.linear.lowrank import InverseJacobian
 from deqcore.solver import Solver
-from deqcore.testing.conformance import Conformance, pytest
+from deqcore.testing.conformance import Conformance
 from deqcore.testing.kit import Affine, Kit, affine, close
 from deqcore.testing.solver_steps import walk_steps
 
@@ -43,7 +44,9 @@ class EstimateTests(Conformance):
         for h, *_ in self._estimates(kit, solver, flat, steps=1):
             close(self._apply(kit, h, v), -v, 1e-5, "H v for f without slope")
 
-    def test_a_frozen_sample_keeps_its_estimate(self, kit: Kit, solver: Solver, solver_name: str, settings: Any) -> None:
+    def test_a_frozen_sample_keeps_its_estimate(
+        self, kit: Kit, solver: Solver, solver_name: str, settings: Any
+    ) -> None:
         """A sample that ended early has the estimate that it would have alone, whatever its batch mates did since."""
         if not solver.has_estimate:
             pytest.skip("the solver keeps no estimate")

@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Final
 
 import numpy as np
+import pytest
 
 import deqcore
 from deqcore import plugins
 from deqcore.solution import Status
 from deqcore.solver import Solver
 from deqcore.testing.bounds import tolerance
-from deqcore.testing.conformance import DTYPES, chosen, pytest, several
+from deqcore.testing.conformance import DTYPES, chosen, several
 from deqcore.testing.kit import Affine, Kit, affine, close
 from deqcore.testing.problems import golden, names, raveled
 from deqcore.testing.solver_estimate import EstimateTests
@@ -86,9 +87,11 @@ class SolverTests(StepTests, EstimateTests):
     def test_two_halves_of_a_solve_are_the_whole(self, kit: Kit, solver_name: str, settings: Any, share: int) -> None:
         problem = affine(norm=0.8)
         f, z0 = kit.map(problem), kit.array(np.zeros((3, 6)))
-        run = lambda steps, state: deqcore.fixed_point(  # noqa: E731
-            f, z0, state=state, config=kit.config(solver=solver_name, rtol=1e-9, max_steps=steps, options=settings)
-        )
+
+        def run(steps: int, state: Any) -> deqcore.Solution:
+            config = kit.config(solver=solver_name, rtol=1e-9, max_steps=steps, options=settings)
+            return deqcore.fixed_point(f, z0, state=state, config=config)
+
         whole, first = run(7, None), run(share, None)
         both = run(7 - share, first.state)
         assert list(kit.numpy(both.steps)) == list(kit.numpy(whole.steps))
@@ -101,7 +104,9 @@ class SolverTests(StepTests, EstimateTests):
         for i in range(3):
             alone = self._solve(kit, Affine(problem.a[i : i + 1], problem.b[i : i + 1]), solver_name, settings)
             steps = int(kit.numpy(alone.steps)[0]), int(kit.numpy(together.steps)[i])
-            assert abs(steps[0] - steps[1]) <= (steps[0] > 8), f"sample {i}: {steps[0]} steps alone, {steps[1]} together"
+            assert abs(steps[0] - steps[1]) <= (steps[0] > 8), (
+                f"sample {i}: {steps[0]} steps alone, {steps[1]} together"
+            )
             found = kit.numpy(together.value)[i]
             close(found, kit.numpy(alone.value)[0], 1e-7 if kit.eps < 1e-10 else 1e-3, f"sample {i}")
 

@@ -13,13 +13,14 @@ from dataclasses import fields
 from typing import Any, ClassVar
 
 import numpy as np
+import pytest
 
 import deqcore
 from deqcore import plugins
-from deqcore.strategy import Strategy, StepStrategy
+from deqcore.strategy import StepStrategy, Strategy
 from deqcore.testing.backend_derivatives import check_golden
 from deqcore.testing.bounds import tolerance
-from deqcore.testing.conformance import DTYPES, chosen, pytest, several
+from deqcore.testing.conformance import DTYPES, chosen, several
 from deqcore.testing.kit import Kit, affine, close
 from deqcore.testing.problems import golden
 from deqcore.testing.strategy_route import RouteTests

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
 import numpy as np
+import pytest
 
 from deqcore import plugins
 from deqcore.backend import Array, Map
 from deqcore.linear.lowrank import InverseJacobian
 from deqcore.solution import Status
 from deqcore.strategy import AdjointReport, StepStrategy, Strategy
-from deqcore.testing.conformance import DTYPES, Conformance, pytest, several
+from deqcore.testing.conformance import DTYPES, Conformance, several
 from deqcore.testing.kit import Affine, DenseEstimate, Kit, affine, close
 from deqcore.testing.lightness import check_light
 
@@ -30,7 +32,12 @@ def perfect(kit: Kit, problem: Affine, dtype: str = "float64") -> DenseEstimate:
 
 
 def route(
-    kit: Kit, strategy: Strategy, problem: Affine, g: Any, estimate: InverseJacobian | None = None, dtype: str = "float64"
+    kit: Kit,
+    strategy: Strategy,
+    problem: Affine,
+    g: Any,
+    estimate: InverseJacobian | None = None,
+    dtype: str = "float64",
 ) -> tuple[Any, AdjointReport]:
     """`strategy.route` on the Jacobians of an affine problem, compiled where the backend can; NumPy in and out."""
     pull: Map = kit.pull(problem, dtype) if strategy.uses_pull() else _no_pull
@@ -55,8 +62,8 @@ class RouteTests(Conformance):
     """Only for a `Strategy`; a `StepStrategy` has tests of its own."""
 
     def test_is_a_frozen_dataclass_of_options(self, kit: Kit, any_strategy: Strategy | StepStrategy) -> None:
-        assert dataclasses.is_dataclass(any_strategy), "options are fields of a dataclass"
-        assert hash(any_strategy) == hash(dataclasses.replace(any_strategy)), "compiled code is cached by the strategy"
+        assert dataclasses.is_dataclass(type(any_strategy)), "options are fields of a dataclass"
+        assert hash(any_strategy) == hash(copy.copy(any_strategy)), "compiled code is cached by the strategy"
         if isinstance(any_strategy, Strategy):
             assert any_strategy.needs in ("nothing", "pull", "estimate")
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 
 import deqcore
 from deqcore import plugins
+from deqcore.backend import Array
 from deqcore.driver import Control, Drive, Forward
 from deqcore.strategy import StepStrategy, Strategy
-from deqcore.testing.conformance import Conformance, needs, pytest, several
+from deqcore.testing.conformance import Conformance, needs, several
 from deqcore.testing.kit import Affine, Kit, affine, close
 
 
@@ -34,15 +36,22 @@ class StepStrategyTests(Conformance):
             pytest.skip("central differences need double precision")
         problem, g, h = affine(batch=2, n=3, norm=0.5), np.ones((2, 3)), 1e-6
         config = kit.config(solver=solver, rtol=1e-13, strategy=strategy_name, strategy_options=settings)
-        f = lambda z, b: kit.map(Affine(problem.a, 0 * problem.b))(z) + b  # noqa: E731
+        slope = kit.map(Affine(problem.a, 0 * problem.b))
+
+        def f(z: Array, b: Array) -> Array:
+            return slope(z) + b
+
         b, z0 = kit.array(problem.b), kit.array(np.zeros((2, 3)))
         z, (db,) = deqcore.vjp(f, z0, b, cotangent=kit.array(g), config=config)
         forward = self._forward(kit, problem, solver) if steps.solves() else None
 
         def total(shift: Any) -> float:
-            moved = kit.array(problem.b + shift)
-            method = plugins.make_solver(solver)
-            return float(np.sum(g * kit.numpy(steps.value(kit.backend, lambda z: f(z, moved), z0, forward, method))))
+            moved, method = kit.array(problem.b + shift), plugins.make_solver(solver)
+
+            def shifted(z: Array) -> Array:
+                return f(z, moved)
+
+            return float(np.sum(g * kit.numpy(steps.value(kit.backend, shifted, z0, forward, method))))
 
         expected = np.zeros((2, 3))
         for index in np.ndindex(2, 3):

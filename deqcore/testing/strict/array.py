@@ -27,11 +27,9 @@ REFUSED: Final = {
 }
 
 UNARY: Final = ("__neg__", "__pos__", "__abs__", "__invert__")
-BINARY: Final = tuple(
-    f"__{side}{name}__"
-    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
-    for side in ("", "r")
-) + ("__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__")
+ARITHMETIC: Final = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
+COMPARISON: Final = ("__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__")
+BINARY: Final = (*(f"__{side}{name}__" for name in ARITHMETIC for side in ("", "r")), *COMPARISON)
 
 
 class StrictArray:
@@ -74,12 +72,12 @@ class StrictArray:
         return "cpu"
 
     @property
-    def T(self) -> StrictArray:  # noqa: N802 - the standard's name
+    def T(self) -> StrictArray:
         """The transposed matrix."""
         return StrictArray(self.hidden.T)
 
     @property
-    def mT(self) -> StrictArray:  # noqa: N802
+    def mT(self) -> StrictArray:
         """The transposed matrices of a stack."""
         return StrictArray(self.hidden.mT)
 

@@ -148,7 +148,6 @@ class StrictBackend(Backend):
         return wrap(found), aux, _mapped(self, gradients, wrap)
 
 
-
 def _mapped(backend: Backend, trees: Any, change: Callable[[Any], Any]) -> Any:
     leaves, structure = backend.flatten(trees)
     return backend.unflatten(structure, [change(leaf) for leaf in leaves])

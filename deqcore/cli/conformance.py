@@ -1,0 +1,119 @@
+"""`deqcore check backend|solver|strategy NAME`: the conformance suite as commands."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeAlias
+
+import typer
+from rich.console import Console
+
+from deqcore.cli.output import AsJson
+from deqcore.config import Config
+from deqcore.errors import ConfigError
+
+if TYPE_CHECKING:
+    from deqcore.testing.runner import Request
+
+Name: TypeAlias = Annotated[str, typer.Argument(help="Its registered name.")]
+Backends: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option("--backend", help="Run on this backend only; may be repeated. Default: strict and all installed."),
+]
+Device: TypeAlias = Annotated[str | None, typer.Option(help="Where the arrays are, such as cuda. Default: the host.")]
+OptionsText: TypeAlias = Annotated[str | None, typer.Option("--options", help="Its options, as a JSON object.")]
+Expect: TypeAlias = Annotated[
+    Path | None, typer.Option(help="TOML file of expected failures, test = 'reason'; one that passes is a failure.")
+]
+Junit: TypeAlias = Annotated[Path | None, typer.Option(help="Write JUnit's XML to this file.")]
+Select: TypeAlias = Annotated[str | None, typer.Option("--select", "-k", help="Only tests whose names match.")]
+
+
+def backend(
+    name: Name,
+    device: Device = None,
+    expect: Expect = None,
+    junit: Junit = None,
+    select: Select = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a backend: arrays, histories, loops, derivatives, gradients against stored truths."""
+    from deqcore.testing.runner import Request
+
+    report(Request("backend", name, (), device, None, expect, select), junit, as_json)
+
+
+def solver(
+    name: Name,
+    on: Backends = None,
+    device: Device = None,
+    options: OptionsText = None,
+    expect: Expect = None,
+    junit: Junit = None,
+    select: Select = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a solver: honest statuses everywhere, and convergence where plain iteration converges or it claims it."""
+    from deqcore.testing.runner import Request
+
+    report(Request("solver", name, tuple(on or ()), device, checked(options), expect, select), junit, as_json)
+
+
+def strategy(
+    name: Name,
+    on: Backends = None,
+    device: Device = None,
+    options: OptionsText = None,
+    expect: Expect = None,
+    junit: Junit = None,
+    select: Select = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a backward strategy: against closed forms, stored truths and its own report."""
+    from deqcore.testing.runner import Request
+
+    report(Request("strategy", name, tuple(on or ()), device, checked(options), expect, select), junit, as_json)
+
+
+def checked(options: str | None) -> str | None:
+    """Text that is a JSON object."""
+    try:
+        if options is None or isinstance(json.loads(options), dict):
+            return options
+    except ValueError:
+        pass
+    raise ConfigError(f"--options {options!r}, but a JSON object is expected, such as '{{\"memory\": 5}}'.")
+
+
+def report(request: Request, junit: Path | None, as_json: bool) -> None:
+    """Run, print, and exit with 1 if a test failed."""
+    from deqcore.testing import runner, runner_render
+    from deqcore.testing.render import console
+
+    Config.discover()
+    if junit is not None and not junit.parent.is_dir():
+        raise ConfigError(f"--junit {str(junit)!r}: there is no folder {str(junit.parent)!r}.")
+    if request.expect is not None and not request.expect.is_file():
+        raise ConfigError(f"--expect {str(request.expect)!r}: there is no such file.")
+    start = time.perf_counter()
+    outcomes = runner.check(request, teller(as_json))
+    seconds = time.perf_counter() - start
+    if junit is not None:
+        junit.write_text(runner_render.junit(request, outcomes), encoding="utf-8")
+    if as_json:
+        typer.echo(json.dumps(runner_render.as_json(request, outcomes, seconds), indent=2))
+    else:
+        console().print(runner_render.table(request, outcomes, seconds))
+    if not runner.ok(outcomes):
+        raise typer.Exit(1)
+
+
+def teller(quiet: bool) -> Callable[[str], None]:
+    """Progress for people, on stderr and only on a terminal."""
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        return lambda _: None
+    return lambda line: console.print(line, style="dim")

@@ -1,0 +1,116 @@
+"""The outcome of a conformance run as a table, as JSON and as JUnit's XML."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Final
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from deqcore.testing.runner import Outcome, Request, ok
+
+LISTED: Final = 15
+
+
+def as_json(request: Request, outcomes: Sequence[Outcome], seconds: float) -> dict[str, object]:
+    """Everything as plain values."""
+    return {
+        "ok": ok(outcomes),
+        "kind": request.kind,
+        "name": request.name,
+        "seconds": round(seconds, 2),
+        "tests": [asdict(each) for each in outcomes],
+    }
+
+
+def table(request: Request, outcomes: Sequence[Outcome], seconds: float) -> RenderableType:
+    """One line per test, one column per backend, then the failures in words."""
+    backends = list(dict.fromkeys(each.backend for each in outcomes))
+    made = Table(f"{request.kind} {request.name}", box=box.SIMPLE_HEAD, pad_edge=False)
+    for backend in backends:
+        made.add_column(backend, justify="right")
+    for check in dict.fromkeys(each.check for each in outcomes):
+        cells = [
+            _cell([each for each in outcomes if (each.check, each.backend) == (check, backend)]) for backend in backends
+        ]
+        made.add_row(sentence(check), *cells)
+    return Group(made, *_failures(outcomes), _summary(outcomes, seconds))
+
+
+def sentence(check: str) -> str:
+    """A test's name as the promise that it is."""
+    text = check.removeprefix("test_").replace("_", " ")
+    return text[:1].upper() + text[1:]
+
+
+def _cell(mine: Sequence[Outcome]) -> Text:
+    ran = [each for each in mine if each.outcome != "skipped"]
+    failed = sum(each.outcome == "failed" for each in ran)
+    expected = sum(each.outcome == "expected" for each in ran)
+    if failed:
+        return Text(f"✗ {failed} of {len(ran)}", style="bold red")
+    if not ran:
+        return Text("–", style="dim")
+    known = f" ({expected} known to fail)" if expected else ""
+    return Text(f"✓ {len(ran)}{known}", style="yellow" if expected else "green")
+
+
+def _failures(outcomes: Sequence[Outcome]) -> Iterable[Text]:
+    bad = [each for each in outcomes if each.outcome == "failed"]
+    for each in bad[:LISTED]:
+        yield Text(f"✗ {each.test}: {each.message.removeprefix('AssertionError: ')}", style="red")
+    if len(bad) > LISTED:
+        yield Text(f"… and {len(bad) - LISTED} more (--json lists them all)", style="red")
+
+
+def _summary(outcomes: Sequence[Outcome], seconds: float) -> Text:
+    count = {
+        kind: sum(each.outcome == kind for each in outcomes) for kind in ("passed", "failed", "expected", "skipped")
+    }
+    text = Text()
+    if count["failed"]:
+        text.append(f"{count['failed']} tests failed", style="bold red")
+        text.append(f", {count['passed']} passed")
+    elif count["passed"] or count["expected"]:
+        text.append(f"{count['passed']} tests passed", style="bold green")
+    else:
+        text.append("No test ran", style="bold red")
+    if count["expected"]:
+        text.append(f", {count['expected']} failed as expected")
+    if count["skipped"]:
+        text.append(f", {count['skipped']} do not apply")
+    text.append(f" ({seconds:.0f} s).")
+    return text
+
+
+def junit(request: Request, outcomes: Sequence[Outcome]) -> str:
+    """JUnit's XML, one suite per backend."""
+    root = ET.Element("testsuites", name=f"deqcore check {request.kind} {request.name}")
+    for backend in dict.fromkeys(each.backend for each in outcomes):
+        mine = [each for each in outcomes if each.backend == backend]
+        count = {kind: str(sum(each.outcome == kind for each in mine)) for kind in ("failed", "skipped", "expected")}
+        suite = ET.SubElement(
+            root,
+            "testsuite",
+            name=f"{request.kind} {request.name} on {backend}",
+            tests=str(len(mine)),
+            failures=count["failed"],
+            errors="0",
+            skipped=str(int(count["skipped"]) + int(count["expected"])),
+            time=f"{sum(each.seconds for each in mine):.3f}",
+        )
+        for each in mine:
+            case = ET.SubElement(
+                suite, "testcase", classname=f"deqcore.{request.kind}", name=each.test, time=f"{each.seconds:.3f}"
+            )
+            if each.outcome == "failed":
+                ET.SubElement(case, "failure", message=each.message).text = each.detail
+            elif each.outcome != "passed":
+                ET.SubElement(case, "skipped", message=each.message)
+    ET.indent(root)
+    return ET.tostring(root, encoding="unicode", xml_declaration=True)

@@ -1,0 +1,27 @@
+"""What ships passes its own suite: each built-in on each backend that is installed."""
+
+from __future__ import annotations
+
+from deqcore.testing import BackendTests, SolverTests, StrategyTests
+
+LIGHT = ("numpy", "strict", "torch")  # JAX compiles each of some hundred tests: see test_jax.py
+
+
+class TestBackends(BackendTests):
+    backends = LIGHT
+
+
+class TestSolvers(SolverTests):
+    backends = LIGHT
+
+
+class TestStrategies(StrategyTests):
+    backends = LIGHT
+
+
+class TestSmallMemory(SolverTests):
+    """Restarts and full rings."""
+
+    backends = ("numpy",)
+    solvers = ("anderson", "broyden")
+    options = {"memory": 3}
