@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from deqcore.testing import BackendTests, SolverTests, StrategyTests
 
 LIGHT = ("numpy", "strict", "torch")  # JAX compiles each of some hundred tests: see test_jax.py
@@ -24,4 +26,4 @@ class TestSmallMemory(SolverTests):
 
     backends = ("numpy",)
     solvers = ("anderson", "broyden")
-    options = {"memory": 3}
+    options: ClassVar = {"memory": 3}
