@@ -371,7 +371,8 @@ def _control(config: Config, scalars: Mapping[str, object], backend: Backend, li
 
 def pick_backend(config: Config, z0: Tree, args: tuple[Any, ...]) -> Backend:
     """The backend whose arrays the state holds; the config may only confirm it."""
-    found = next((name for leaf in _walk(z0) if (name := plugins.backend_of(leaf)) is not None), None)
+    arrays = [leaf for leaf in _walk(z0) if plugins.backend_of(leaf) is not None]
+    found = plugins.backend_of(arrays[0]) if arrays else None
     if found is None:
         found = next((name for leaf in _walk(args) if (name := plugins.backend_of(leaf)) is not None), None)
     if found is None:
@@ -380,6 +381,8 @@ def pick_backend(config: Config, z0: Tree, args: tuple[Any, ...]) -> Backend:
                 f"The state z0 ({type(z0).__name__}) holds no array of a known framework: give arrays of numpy, "
                 f"torch or jax, or name the backend in the config."
             )
+        found = config.backend
+    if config.backend not in ("auto", found) and arrays and plugins.shares_arrays(config.backend, arrays):
         found = config.backend
     if config.backend not in ("auto", found):
         plugins.spec("backend", config.backend)  # a name that nobody registered is told as such

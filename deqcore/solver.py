@@ -37,11 +37,13 @@ class Solver(ABC):
     Attributes:
         has_estimate: whether `inverse_jacobian` gives one; checked before any solve.
         evaluations_per_step: how often `step` evaluates f. A method with a varying number overrides `evaluations`.
+        needs: capabilities of the backend that it cannot do without, such as "jvp".
         claims: golden problems that it solves although plain iteration does not, such as "expansive"; the conformance
             suite holds it to them.
     """
 
     has_estimate: ClassVar[bool] = False
+    needs: ClassVar[tuple[str, ...]] = ()
     claims: ClassVar[tuple[str, ...]] = ()
     evaluations_per_step: ClassVar[int] = 1
 

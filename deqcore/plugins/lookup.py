@@ -239,6 +239,16 @@ def backend_of(leaf: object) -> str | None:
     return _owners[cls]
 
 
+def shares_arrays(name: str, leaves: Iterable[object]) -> bool:
+    """Whether the backend of this name works on these arrays, too, although another one owns their type.
+
+    A framework over plain NumPy arrays lists `numpy` among its `array_modules`: there the config decides.
+    """
+    record = spec("backend", name)
+    roots = set(record.array_modules) if isinstance(record, BackendSpec) else set()
+    return all(roots & {parent.__module__.partition(".")[0] for parent in type(leaf).__mro__} for leaf in leaves)
+
+
 def _owner_of(cls: type) -> str | None:
     roots = [parent.__module__.partition(".")[0] for parent in cls.__mro__]
     if set(roots) <= {"builtins"}:

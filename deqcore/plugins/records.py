@@ -74,7 +74,8 @@ class BackendSpec(Spec):
     Attributes:
         package: the framework's import name, looked for before the target is imported; None if it needs none.
         extra: the extra of deqcore that installs the framework.
-        array_modules: roots of the modules that define the framework's array types: `("jax", "jaxlib")`.
+        array_modules: roots of the modules that define the framework's array types: `("jax", "jaxlib")`. A type that
+            a built-in backend owns may be listed as well (`"numpy"`): then the config picks between the two.
         context: import string of a function `config -> context manager` that `deqcore.using` enters while the
             framework is imported, so that what it compiles under some settings is not used under others.
     """

@@ -73,6 +73,7 @@ class Anderson(Solver):
     growth: float = 10.0
     history_dtype: str | None = None
     has_estimate: ClassVar[bool] = True
+    claims: ClassVar[tuple[str, ...]] = ("expansive", "monotone", "slow-modes")
 
     def __post_init__(self) -> None:
         if self.memory < 1:

@@ -70,6 +70,7 @@ class Broyden(Solver):
     memory: int = 30
     history_dtype: str | None = None
     has_estimate: ClassVar[bool] = True
+    claims: ClassVar[tuple[str, ...]] = ("expansive", "monotone", "slow-modes")
 
     def __post_init__(self) -> None:
         if self.memory < 1:

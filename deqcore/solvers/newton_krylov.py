@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from deqcore.backend import Array, Backend, Map
 from deqcore.errors import BackendError
@@ -59,6 +59,8 @@ class NewtonKrylov(Solver):
     inner_steps: int = 30
     forcing: float = 0.1
     halvings: int = 5
+    needs: ClassVar[tuple[str, ...]] = ("jvp",)
+    claims: ClassVar[tuple[str, ...]] = ("expansive", "monotone", "slow-modes", "ill-conditioned")
 
     def __post_init__(self) -> None:
         if self.inner_steps < 1:

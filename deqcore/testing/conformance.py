@@ -76,6 +76,10 @@ class Conformance:
         """Further fixtures that hold a name, each with a function from pytest's config to the names."""
         return {}
 
+    def required(self, request: Any) -> Sequence[str]:
+        """Capabilities that the subject of the test needs."""
+        return ()
+
     def _backends(self, config: Any) -> Sequence[str]:
         strict.register()
         named = self.backends or tuple(chosen(config, "backend"))
@@ -97,6 +101,8 @@ class Conformance:
         with kit.backend.checking():
             for mark in request.node.iter_markers(NEEDS):
                 skip_without(kit.backend, mark.args[0])
+            for capability in self.required(request):
+                skip_without(kit.backend, capability)
             if "dtype" in request.fixturenames:
                 skip_without_dtype(kit.backend, request.getfixturevalue("dtype"))
             yield

@@ -49,6 +49,11 @@ class SolverTests(StepTests, EstimateTests):
         """Each solver that was asked for."""
         return {"solver_name": lambda config: self.solvers or chosen(config, "solver") or tuple(plugins.solvers())}
 
+    def required(self, request: Any) -> Sequence[str]:
+        """What the solver says that it needs."""
+        found: Any = plugins.load("solver", request.getfixturevalue("solver_name"))
+        return tuple(found.needs)
+
     @pytest.fixture
     def settings(self, request: Any) -> Mapping[str, object]:
         """Options of the solver."""
