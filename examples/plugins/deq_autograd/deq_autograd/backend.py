@@ -182,7 +182,7 @@ class AutogradBackend(Backend):
 
 @primitive
 def routed(value: Any, solved: Any, route: Callable[[Any], Any]) -> Any:
-    """What the solver found for f(z*). The gradient is that of the evaluation `value`, where the cotangent becomes u."""
+    """What the solver found for f(z*); its gradient is that of the evaluation `value`, with u for the cotangent."""
     return solved
 
 
