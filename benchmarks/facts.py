@@ -14,7 +14,7 @@ from torch import Tensor
 import deqcore
 from benchmarks.harnesses import torch_harness
 from deqcore.bench.cases import slow_modes
-from deqcore.bench.compare import Say, evaluations
+from deqcore.bench.compare import Say, counted
 from deqcore.bench.harness import Deqcore, residuals
 from deqcore.bench.machine import give_back_blocks, peak_memory
 from deqcore.bench.timing import interleave
@@ -141,10 +141,8 @@ def newton_on_slow_modes(quick: bool) -> Facts:
     for solver in ("newton-krylov", "broyden"):
         contender = Deqcore(solver)
         solve = contender.prepare(harness, ready, case.max_steps)
-        result[solver] = {
-            "evaluations": evaluations(harness, ready, contender, solve, 1e-8, case.max_steps),
-            "residual": float(residuals(harness, ready, solve(1e-8).value).max()),
-        }
+        count, value = counted(harness, ready, contender, solve, 1e-8, case.max_steps)
+        result[solver] = {"evaluations": count, "residual": float(residuals(harness, ready, value).max())}
     return result
 
 

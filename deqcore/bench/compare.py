@@ -10,6 +10,7 @@ from typing import Final
 
 import numpy as np
 
+from deqcore.backend import Array
 from deqcore.bench.cases import Case
 from deqcore.bench.harness import Contender, Harness, Outcome, Ready, Solve, residuals
 from deqcore.bench.machine import peak_memory
@@ -21,6 +22,7 @@ FINEST: Final = -4  # tolerances that are tried, in decades around the residual 
 COARSEST: Final = 4
 PER_DECADE: Final = 4
 NEAR: Final = (0.0, 0.25, 0.5, 1.0, 2.0)
+PATIENCE: Final = 8.0  # seconds of one solve, beyond which a contender is not searched for
 ROUNDING: Final = 1e-3  # the residual is measured in float64, the solve in float32
 
 Say = Callable[[str], object]
@@ -137,43 +139,52 @@ def _settle(harness: Harness, ready: Ready, contender: Contender, memory: bool) 
     """Warm up, find the tolerance, count."""
     case = ready.case
     solve = contender.prepare(harness, ready, case.max_steps)
-    start = time.perf_counter()
-    solve(case.rtol)
-    first = time.perf_counter() - start
+    first = _seconds(solve, case.rtol)
+    if first > PATIENCE and (again := _seconds(solve, case.rtol)) > PATIENCE:  # imports and compilation are forgiven
+        raise TimeoutError(f"one solve took {again:.0f} s, more than {PATIENCE:.0f} s: not searched, not timed")
     tolerance = _tolerance(harness, ready, contender, solve)
 
     def run() -> Outcome:
         return solve(tolerance)
 
-    reached = residuals(harness, ready, run().value)
+    count, value = counted(harness, ready, contender, solve, tolerance, case.max_steps)
+    residual = residuals(harness, ready, value)
+    reached = bool(residual.max() <= case.rtol * (1 + ROUNDING))
     row = Row(
         framework=harness.name,
         case=case.name,
         contender=contender.name,
-        evaluations=evaluations(harness, ready, contender, solve, tolerance, case.max_steps),
-        residual_max=float(reached.max()),
-        residual_median=float(np.median(reached)),
-        reached=bool(reached.max() <= case.rtol * (1 + ROUNDING)),
+        evaluations=count,
+        residual_max=float(residual.max()),
+        residual_median=float(np.median(residual)),
+        reached=reached,
         tolerance=tolerance,
         first_seconds=first,
-        memory=peak_memory(run) if memory else None,
+        memory=peak_memory(run) if memory and reached else None,
         state=int(harness.to_numpy(ready.z0).nbytes),
     )
     return row, run
 
 
-def evaluations(
+def _seconds(solve: Solve, tolerance: float) -> float:
+    start = time.perf_counter()
+    solve(tolerance)
+    return time.perf_counter() - start
+
+
+def counted(
     harness: Harness, ready: Ready, contender: Contender, solve: Solve, tolerance: float, max_steps: int
-) -> int:
-    """Of f in one solve: counted from outside where f is called eagerly.
+) -> tuple[int, Array]:
+    """Evaluations of f in one solve, and its value: counted from outside where f is called eagerly.
 
     Calls miss the products J v of a Newton method, which the library counts; compiled code shows no calls at all.
     """
     if harness.traced:
-        return solve(tolerance).evaluations or 0
-    counted = ready.counted()
-    told = contender.prepare(harness, counted, max_steps)(tolerance).evaluations
-    return max(counted.calls[0], told or 0)
+        found = solve(tolerance)
+        return found.evaluations or 0, found.value
+    watched = ready.counted()
+    found = contender.prepare(harness, watched, max_steps)(tolerance)
+    return max(watched.calls[0], found.evaluations or 0), found.value
 
 
 def _tolerance(harness: Harness, ready: Ready, contender: Contender, solve: Solve) -> float:
@@ -206,7 +217,9 @@ def tune(harness: Harness, ready: Ready, solve: Solve, few: bool = False) -> flo
     if few:
         near: list[float] = [rtol * 10.0**-decades for decades in NEAR]
         return next((tolerance for tolerance in near if enough(tolerance)), near[-1])
-    low, high = 0, len(grid)  # grid[low - 1] is fine enough, grid[high] is not
+    if not enough(grid[0]):
+        return grid[0]
+    low, high = 1, len(grid)  # grid[low - 1] is fine enough, grid[high] is not
     while low < high:
         middle = (low + high) // 2
         low, high = (middle + 1, high) if enough(grid[middle]) else (low, middle)

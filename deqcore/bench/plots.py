@@ -61,6 +61,8 @@ def overheads(rows: Sequence[Row], path: Path, title: str) -> None:
         )
     axes.axvline(1.0, color="0.4", linewidth=1, zorder=0)
     axes.set_xscale("log")
+    for which in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        which(plt.matplotlib.ticker.LogFormatter(minor_thresholds=(1.5, 0.7)))  # 2 and 5, not 2 × 10⁰
     axes.set_yticks(range(len(cases)), cases)
     axes.invert_yaxis()
     for i in range(1, len(cases)):

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Final
 
 from deqcore.bench.cases import Case
-from deqcore.bench.compare import Say, evaluation, evaluations, silent
+from deqcore.bench.compare import Say, counted, evaluation, silent
 from deqcore.bench.harness import Contender, Harness, residuals
 from deqcore.bench.timing import Clock, interleave
 
@@ -77,7 +77,7 @@ def points(
     for budget in budgets:
         say(f"{harness.name}: {case.name} {tuple(shape)}: {budget} steps")
         solves = {each.name: each.prepare(harness, ready, budget) for each in contenders}
-        reached = {name: residuals(harness, ready, solve(0.0).value) for name, solve in solves.items()}
+        counts = {each.name: counted(harness, ready, each, solves[each.name], 0.0, budget) for each in contenders}
         tasks = {name: _fixed(solve) for name, solve in solves.items()}
         times = interleave(tasks, evaluation(harness, ready), rounds=rounds, budget=seconds, clock=clock)
         for contender in contenders:
@@ -90,8 +90,8 @@ def points(
                     int(shape[0]),
                     int(harness.to_numpy(ready.z0)[0].size),
                     budget,
-                    evaluations(harness, ready, contender, solves[name], 0.0, budget),
-                    float(reached[name].max()),
+                    counts[name][0],
+                    float(residuals(harness, ready, counts[name][1]).max()),
                     _median(times.seconds[name]),
                     _median(times.reference[name]),
                 )

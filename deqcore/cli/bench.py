@@ -76,7 +76,7 @@ def _answer(rows: list[Row], out: Path | None, as_json: bool, package: str | Non
 
     machine = describe([package] if package else [])
     result = json.dumps({"machine": machine, "rows": [row.as_dict() for row in rows]}, indent=2)
-    table = [cells(row) for row in rows]
+    table = [cells(row) | {"solver": row.contender.removeprefix("deqcore ")} for row in rows]  # no other library here
     if out is not None:
         (out / "results.json").write_text(result + "\n")
         (out / "report.md").write_text(f"{machine_text(machine)}\n\n{markdown(table)}\n")

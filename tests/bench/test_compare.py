@@ -109,6 +109,13 @@ def test_a_contender_that_raises_costs_the_others_nothing(harness: Harness) -> N
     assert rows[1].seconds
 
 
+def test_a_solve_that_takes_too_long_is_not_searched(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparing, "PATIENCE", 0.0)
+    (row,) = compare(harness, halving(), [Plain()], rounds=1, memory=False)
+    assert row.error.startswith("TimeoutError: one solve took")
+    assert row.seconds == []
+
+
 def test_tolerances_are_the_loosest_that_do(harness: Harness) -> None:
     case = halving(rtol=1e-4)
     ready = harness.ready(case)
@@ -120,7 +127,7 @@ def test_tolerances_are_the_loosest_that_do(harness: Harness) -> None:
         return Outcome(np.full((3, 4), 2 * (1 - 2.0**-steps), np.float32))
 
     assert tune(harness, ready, solve) == pytest.approx(1e-4 * 10**1.25)
-    assert len(tried) <= 6
+    assert len(tried) <= 7
     tried.clear()
     assert tune(harness, ready, solve, few=True) == 1e-4
     assert tried == [1e-4]
