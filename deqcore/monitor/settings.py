@@ -66,7 +66,9 @@ class MonitorSettings:
 
 
 def _tables(name: str, given: object) -> tuple[Options, ...]:
-    tables = given if isinstance(given, (list, tuple)) else (given,)
+    tables = list(given) if isinstance(given, (list, tuple)) else [given]
+    if name == "sinks":  # a name alone will do
+        tables = [{"sink": each} if isinstance(each, str) else each for each in tables]
     for each in tables:
         if not isinstance(each, Mapping):
             raise ConfigError.bad_value("[monitor]", name, each, f"a table, written [[monitor.{name}]],")

@@ -303,7 +303,8 @@ def test_unknown_metrics_are_told_with_a_suggestion() -> None:
         ({"evry": 3}, "Did you mean 'every'"),
         ({"every": 0}, "every = 0, but an integer >= 1"),
         ({"every": "3"}, "every = '3'"),
-        ({"sinks": "jsonl"}, "a table, written"),
+        ({"sinks": 3}, "a table, written"),
+        ({"triggers": "deq_forward_steps > 3"}, "a table, written"),
         ({"sinks": [{"sink": "jsonl", "pth": "a"}]}, "Did you mean 'path'"),
         ({"sinks": [{"sink": "jsonll"}]}, "Did you mean 'jsonl'"),
         ({"probes": {"spectral": 3}}, "Did you mean 'spectral_radius'"),
@@ -333,6 +334,11 @@ def test_the_section_of_a_config_file_is_used(tmp_path, monkeypatch) -> None:
             with told:
                 deqcore.fixed_point(affine(0.5), np.zeros((2, 2)))
     assert (tmp_path / "a.csv").exists()
+
+
+def test_sinks_may_be_named_alone() -> None:
+    monitor = Monitor(deqcore.Config(monitor={"sinks": ["csv", {"sink": "jsonl", "path": "x"}]}))
+    assert [guard.name for guard in monitor._outlet.guards] == ["csv", "jsonl"]
 
 
 def test_a_monitor_is_entered_once() -> None:
