@@ -61,8 +61,8 @@ def observer() -> Observer | None:
 
 
 @contextmanager
-def observing(watcher: Observer) -> Iterator[None]:
-    """Let `watcher` see every solve inside the block, in this thread or task only."""
+def observing(watcher: Observer | None) -> Iterator[None]:
+    """Let `watcher` see every solve inside the block, in this thread or task only; None: let nobody see them."""
     token = _observer.set(watcher)
     try:
         yield

@@ -25,14 +25,15 @@ class Alarms:
 
     Attributes:
         retrain: the sentence of the event that set the retrain mark, or None.
-        error: what the action "raise" wants raised, or None.
+        error: what is to be raised once the records are safe: by the action "raise", by a hook, or by a warning that
+            the user's filters turn into an error.
     """
 
     def __init__(self, triggers: Iterable[Trigger], hooks: Mapping[str, Hook]) -> None:
         self._watchers = [Watcher(trigger) for trigger in triggers]
         self._hooks = hooks
         self.retrain: str | None = None
-        self.error: MonitorError | None = None
+        self.error: Exception | None = None
         self.active: tuple[Trigger, ...] = ()
 
     @property
@@ -55,16 +56,22 @@ class Alarms:
         event = Event(row.step, row.time, kind, text, trigger.metric, change.value, trigger.action)
         if not change.fired:
             return [event]
-        if trigger.action == "hook":
-            self._hooks[trigger.hook](event)
-        elif trigger.action == "raise":
-            self.error = MonitorError(text)
-        else:
-            warnings.warn(text, MonitorWarning, stacklevel=2)
+        try:
+            self._tell(trigger, event)
+        except Exception as error:
+            self.error = self.error or error
         if trigger.action != "retrain" or self.retrain is not None:
             return [event]
         self.retrain = text
         return [replace(event, kind="retrain")]
+
+    def _tell(self, trigger: Trigger, event: Event) -> None:
+        if trigger.action == "hook":
+            self._hooks[trigger.hook](event)
+        elif trigger.action == "raise":
+            raise MonitorError(event.message)
+        else:
+            warnings.warn(event.message, MonitorWarning, stacklevel=2)
 
     def apply(self, config: Config, rtol: float | None, least: float) -> Config:
         """The config with the actions in force."""

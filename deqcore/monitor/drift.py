@@ -35,6 +35,7 @@ VERSION: Final = 1
 # What is compared: metric's short name -> part of a solve's arrays.
 PARTS: Final[Mapping[str, str]] = {"residual": "forward.residual", "steps": "forward.steps"}
 
+METRICS: Final = frozenset(f"deq_{name}_{measure}" for name in PARTS for measure in ("psi", "ks", "ks_pvalue"))
 TRIGGERS: Final = tuple(
     Trigger(f"deq_{name}_{measure}", f"> {limit}", action="retrain", window=1)
     for name in PARTS

@@ -78,7 +78,6 @@ class Guard:
             f"are kept and offered again at every flush."
         )
         self._tell(text)
-        warnings.warn(text, MonitorWarning, stacklevel=2)
 
 
 def rescue(run: Run, guards: Sequence[Guard]) -> Path | None:

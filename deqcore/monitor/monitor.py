@@ -4,34 +4,29 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import lru_cache
 from pathlib import Path
-from threading import RLock
 from types import TracebackType
-from typing import Any, Final, final
+from typing import final
 
-from deqcore import plugins
-from deqcore.backend import Array, Backend, BackwardRecord
+from deqcore.backend import Array, Backend
 from deqcore.config import Config, current
-from deqcore.equilibrium import get_backend
 from deqcore.errors import ConfigError, MonitorWarning
 from deqcore.monitor.alarms import Alarms, Hook
-from deqcore.monitor.drift import TRIGGERS, Drift, Profile, Samples
-from deqcore.monitor.figures import Pending, fetch, values
+from deqcore.monitor.analysis import Analysis
+from deqcore.monitor.drift import METRICS as DRIFT_METRICS
+from deqcore.monitor.drift import TRIGGERS, Profile
+from deqcore.monitor.inbox import Inbox
 from deqcore.monitor.metrics import Metric, Metrics
 from deqcore.monitor.outlet import Outlet
 from deqcore.monitor.probes import Probe, make_probes
 from deqcore.monitor.settings import MonitorSettings, SinkLike, make_triggers
-from deqcore.monitor.sink import Event, Record, Row, Run
+from deqcore.monitor.sink import Event, Row, Run
 from deqcore.monitor.triggers import Trigger
 from deqcore.observer import Observer, Solve, observing
 from deqcore.solution import Solution
 from deqcore.strategy import AdjointReport
-
-RECENT: Final = 1000
 
 
 @final
@@ -57,8 +52,6 @@ class Monitor(Observer):
         probes: measurements to take now and then.
 
     Attributes:
-        rows: the latest 1000.
-        events: the latest 1000.
         collects: whether traced code reports by itself, so that nothing need be said of solves inside it.
 
     Raises:
@@ -94,36 +87,38 @@ class Monitor(Observer):
         self.metrics = Metrics(metrics)
         found = given.reference if reference is None else reference
         profile = Profile.load(found) if isinstance(found, (str, Path)) else found
-        self._drift = Drift(profile) if profile is not None else None
         made = make_triggers(given.triggers if triggers is None else triggers)
-        made += (
-            TRIGGERS if profile is not None and not any("_psi" in t.metric or "_ks" in t.metric for t in made) else ()
-        )
+        if profile is not None and not any(trigger.metric in DRIFT_METRICS for trigger in made):
+            made += TRIGGERS
         for trigger in made:
             trigger.check(self.metrics, hooks or {})
         self._probes = list(make_probes(given.probes) if probes is None else probes)
         for metric in (metric for probe in self._probes for metric in probe.names):
             self.metrics.check("A probe", metric)
         self._alarms = Alarms(made, hooks or {})
+        self._analysis = Analysis(self._alarms, profile)
+        self._inbox = Inbox()
         run = Run(self.metrics, time.time(), self._base.as_dict())
         self._outlet = Outlet(given.sinks if sinks is None else sinks, run)
-        self.rows: deque[Row] = deque(maxlen=RECENT)
-        self.events: deque[Event] = deque(maxlen=RECENT)
         self.collects = False
-        self._samples = Samples()
-        self._pending: list[Pending] = []
         self._notes: list[Event] = []
         self._noted: set[str] = set()
-        self._solves = 0
-        self._since = 0
-        self._step: int | None = None
         self._rtol: float | None = None
         self._least = 0.0
-        self._lock = RLock()
         self._stack: ExitStack | None = None
         self._closed = False
 
     # -- what the user reads ------------------------------------------------------------------------------------
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        """The latest 1000 rows."""
+        return self._analysis.rows
+
+    @property
+    def events(self) -> Sequence[Event]:
+        """The latest 1000 events of triggers."""
+        return self._analysis.events
 
     @property
     def config(self) -> Config:
@@ -143,12 +138,12 @@ class Monitor(Observer):
     @property
     def step(self) -> int:
         """The training step as `advance` counts it, or else the number of solves so far."""
-        return self._solves if self._step is None else self._step
+        return self._inbox.now
 
     def profile(self) -> Profile:
         """The distribution of residuals and steps over the latest samples, to save beside the model."""
         self.flush()
-        return self._samples.profile()
+        return self._analysis.samples.profile()
 
     # -- what is observed ---------------------------------------------------------------------------------------
 
@@ -173,7 +168,7 @@ class Monitor(Observer):
                     "(deqcore_jax.collector.observe), or outside of it (monitor.observe)."
                 )
             return
-        number = self._solves
+        number = self._inbox.solves
         self.observe(solution, seconds=solve.seconds, config=solve.config)
         for probe in [each for each in self._probes if number % each.every == 0]:
             self._probe(probe, solve)
@@ -197,24 +192,11 @@ class Monitor(Observer):
             defer: leave the flush, when it is due, to `advance` or to the next solve: for threads where triggers must
                 not act.
         """
-        backend = solution.backend
         self.learn(solution)
-        with self._lock:
-            item = self._item(name, backend, config)
-            item.forward(solution)
-            if seconds is not None:
-                item.seconds["deq_forward_seconds"] = seconds
-            record = solution.record
-            if record is not None:
-                item.record = record
-                if record.report is not None:
-                    item.backward(record.report, record.seconds)
-                record.listener = lambda record: self._heard(item, record)
-            self._solves += 1
-            self._since += 1
-            self._pending.append(item)
-            if not defer:
-                self._flush_if_due()
+        strategy = (self._base if config is None else config).backward.strategy
+        self._inbox.solution(solution, name, seconds, strategy)
+        if not defer:
+            self._flush_if_due()
 
     def learn(self, solution: Solution) -> None:
         """Note what tolerance the dtype of a solution can reach, for the action "tighten"."""
@@ -225,12 +207,7 @@ class Monitor(Observer):
 
     def observe_backward(self, report: AdjointReport, *, name: str = "", seconds: float = float("nan")) -> None:
         """Take what a backward pass did, where no solution leads to it (a probe's figures in JAX)."""
-        name_of = plugins.backend_of(report.status)
-        backend = get_backend(backend=name_of or "numpy")
-        with self._lock:
-            item = self._item(name, backend, None)
-            item.backward(report, seconds)
-            self._pending.append(item)
+        self._inbox.backward(report, name, seconds, self._base.backward.strategy)
 
     def log(self, *, layer: str = "", **figures: float | Array) -> None:
         """Record further metrics: numbers, or scalars of a framework, which stay on their device until the flush.
@@ -240,18 +217,7 @@ class Monitor(Observer):
         """
         for metric in figures:
             self.metrics.check("Monitor.log", metric)
-        self._log(figures, layer)
-
-    def _log(self, figures: Mapping[str, float | Array], layer: str) -> None:
-        owner = next((name for value in figures.values() if (name := plugins.backend_of(value))), "numpy")
-        with self._lock:
-            item = self._item(layer, get_backend(backend=owner), None)
-            for metric, value in figures.items():
-                if plugins.backend_of(value) == owner and owner != "numpy":
-                    item.arrays[metric] = value
-                else:
-                    item.seconds[metric] = float(value)
-            self._pending.append(item)
+        self._inbox.figures(figures, layer)
 
     def advance(self, step: int | None = None) -> None:
         """Say that a training step has ended; figures that follow belong to the next one.
@@ -259,13 +225,15 @@ class Monitor(Observer):
         Args:
             step: its number; default: one more than the last.
         """
-        self._step = (0 if self._step is None else self._step) + 1 if step is None else step
+        inbox = self._inbox
+        inbox.step = (0 if inbox.step is None else inbox.step) + 1 if step is None else step
         self._flush_if_due()
 
     def _probe(self, probe: Probe, solve: Solve) -> None:
         """Measure; a probe that fails is told of once and left out from then on."""
         try:
-            found = probe.take(solve)
+            with observing(None):
+                found = probe.take(solve)
         except Exception as error:
             self._probes.remove(probe)
             self._note(
@@ -273,28 +241,14 @@ class Monitor(Observer):
                 f"{error}"
             )
         else:
-            self._log(found, "")
+            self._inbox.figures(found, "")
 
     # -- inside -------------------------------------------------------------------------------------------------
 
-    def _item(self, name: str, backend: Backend, config: Config | None) -> Pending:
-        strategy = (self._base if config is None else config).backward.strategy
-        return Pending(self.step, self._solves, time.time(), name, backend, reused=_reuses(strategy))
-
     def _flush_if_due(self) -> None:
-        if self._since >= self.every:
+        # Figures without solves must not pile up either.
+        if self._inbox.since >= self.every or len(self._inbox) >= 8 * self.every:
             self.flush()
-
-    def _heard(self, item: Pending, record: BackwardRecord) -> None:
-        """A backward pass has run, perhaps in another thread; perhaps after its solve became a row."""
-        report = record.report
-        if report is None:
-            return
-        with self._lock:
-            if item.sent or "backward.status" in item.arrays:
-                item = Pending(self.step, item.solve, time.time(), item.name, item.backend, reused=item.reused)
-                self._pending.append(item)
-            item.backward(report, record.seconds)
 
     def flush(self, *, final: bool = False) -> None:
         """Move what has gathered to the host, show it to the triggers, and write it to the sinks.
@@ -303,40 +257,15 @@ class Monitor(Observer):
             final: take solves, too, whose backward pass may still come.
 
         Raises:
-            MonitorError: a trigger with the action "raise" fired.
+            MonitorError: a trigger with the action "raise" fired. What a hook raises is passed on, too.
         """
-        with self._lock:
-            self._since = 0
-            ready = [item for item in self._pending if final or not item.awaits()]
-            kept = [item for item in self._pending if not final and item.awaits()]
-            self._pending = kept
-            for item in kept:
-                item.held = True
-            for item in ready:
-                item.sent = True
-            records = self._rows(ready)
+        with self._inbox.lock:
+            records = self._analysis.records(self._inbox.take(final=final))
             notes, self._notes = self._notes, []
             self._outlet.write(self.step, [*notes, *records])
             error, self._alarms.error = self._alarms.error, None
         if error is not None:
             raise error
-
-    def _rows(self, ready: list[Pending]) -> list[Record]:
-        records: list[Record] = []
-        hosts = fetch(ready)
-        for item, host in zip(ready, hosts, strict=True):
-            figures = values(item, host)
-            self._samples.add(host)
-            if self._drift is not None:
-                figures |= self._drift.measure(self._samples)
-            if self._alarms.may_mark:
-                figures["deq_retrain"] = float(self._alarms.retrain is not None)
-            row = Row(item.step, item.solve, item.time, figures, item.name)
-            events = self._alarms.see(row)
-            self.rows.append(row)
-            self.events.extend(events)
-            records += [row, *events]
-        return records
 
     def _note(self, text: str) -> None:
         if text not in self._noted:
@@ -376,10 +305,3 @@ class Monitor(Observer):
             self.flush(final=True)
         finally:
             self._outlet.close()
-
-
-@lru_cache(maxsize=64)
-def _reuses(strategy: str) -> bool:
-    """Whether a strategy works with the forward solver's estimate, so that its first product is a certificate."""
-    cls: Any = plugins.load("strategy", strategy)
-    return bool(getattr(cls, "needs", None) == "estimate")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterable
 
+from deqcore.errors import MonitorWarning
 from deqcore.monitor.guard import Guard, rescue
 from deqcore.monitor.settings import SinkLike, make_sink
 from deqcore.monitor.sink import Event, Record, Run
@@ -27,6 +29,7 @@ class Outlet:
         self.guards = [Guard(*make_sink(sink), self._tell) for sink in sinks]
         self._step = 0
         self._events: list[Event] = []
+        self._unsaid: list[str] = []
 
     def write(self, step: int, records: Iterable[Record]) -> None:
         """Offer records to all sinks, with the events of failures up to here."""
@@ -35,6 +38,7 @@ class Outlet:
         everything = [*told, *records]
         for guard in self.guards:
             guard.write(self.run, everything)
+        self._say()
 
     def close(self) -> None:
         """Write what is left, close the sinks, and rescue what none of them took."""
@@ -42,6 +46,14 @@ class Outlet:
         for guard in self.guards:
             guard.close()
         rescue(self.run, self.guards)
+        self._say()
 
     def _tell(self, text: str) -> None:
         self._events.append(Event(self._step, time.time(), "sink", text))
+        self._unsaid.append(text)
+
+    def _say(self) -> None:
+        """Warn, once every sink has its records: the user's filters may turn a warning into an error."""
+        unsaid, self._unsaid = self._unsaid, []
+        for text in unsaid:
+            warnings.warn(text, MonitorWarning, stacklevel=2)

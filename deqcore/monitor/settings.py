@@ -66,13 +66,16 @@ class MonitorSettings:
 
 
 def _tables(name: str, given: object) -> tuple[Options, ...]:
-    tables = list(given) if isinstance(given, (list, tuple)) else [given]
+    tables: list[object] = list(given) if isinstance(given, (list, tuple)) else [given]
     if name == "sinks":  # a name alone will do
         tables = [{"sink": each} if isinstance(each, str) else each for each in tables]
-    for each in tables:
-        if not isinstance(each, Mapping):
-            raise ConfigError.bad_value("[monitor]", name, each, f"a table, written [[monitor.{name}]],")
-    return tuple(Options(each, f"[[monitor.{name}]]") for each in tables)
+    return tuple(_table(name, each) for each in tables)
+
+
+def _table(name: str, given: object) -> Options:
+    if not isinstance(given, Mapping):
+        raise ConfigError.bad_value("[monitor]", name, given, f"a table, written [[monitor.{name}]],")
+    return Options(given, f"[[monitor.{name}]]")
 
 
 def make_sink(given: SinkLike) -> tuple[str, Sink]:

@@ -274,6 +274,24 @@ def test_the_probes_of_a_config_measure_what_is_known(be) -> None:
     assert audits[0]["deq_gradient_error"] == pytest.approx(error.mean(), rel=1e-4)
 
 
+def test_the_solves_of_a_probe_are_not_observed() -> None:
+    def again(solve):
+        return deqcore.fixed_point(solve.f, solve.z0).steps.mean()
+
+    with Monitor(sinks=[], probes=[Probe("deq_spectral_radius", again, 1)]) as monitor:
+        deqcore.fixed_point(affine(0.5), np.zeros((2, 2)))
+    assert [row.solve for row in monitor.rows] == [0, 1]
+    assert "deq_forward_steps" not in monitor.rows[1].values
+
+
+def test_figures_without_solves_do_not_pile_up() -> None:
+    with Monitor(sinks=[], every=2) as monitor:
+        for step in range(40):
+            monitor.log(deq_spectral_radius=0.5)
+            monitor.advance(step)
+        assert len(monitor.rows) >= 32
+
+
 def test_a_probe_that_fails_is_told_once_and_left_out() -> None:
     def broken(solve):
         raise RuntimeError("no such luck")

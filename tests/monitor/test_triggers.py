@@ -183,6 +183,23 @@ def test_hooks_get_the_event() -> None:
     assert event.value > 3
 
 
+@pytest.mark.parametrize("action", ["hook", "warn"])
+def test_what_a_hook_or_a_warning_raises_costs_no_record(action, tmp_path) -> None:
+    def broken(event):
+        raise RuntimeError("the pager is broken")
+
+    path = tmp_path / "log.jsonl"
+    trigger = Trigger(METRIC, "> 3", action, window=1, hook="page" if action == "hook" else "")
+    monitor = Monitor(sinks=[{"sink": "jsonl", "path": str(path)}], every=3, triggers=[trigger], hooks={"page": broken})
+    with monitor:
+        solve(0.5)
+        solve(0.5)
+        with pytest.raises((RuntimeError, MonitorWarning), match="pager is broken|deq_forward_steps over 1"):
+            solve(0.5)  # here warnings are errors
+        solve(0.5)
+    assert path.read_text().count('"kind":"row"') == 4
+
+
 def test_tightening_reaches_solves_whatever_config_they_have(be) -> None:
     config = Config(forward={"rtol": 1e-2, "solver": "picard"})
     trigger = Trigger("deq_forward_residual_max", "> 1e-3", "tighten", window=2, hold=4, factor=0.01)
