@@ -203,6 +203,14 @@ class Backend(ABC):
         """Whether f is being evaluated in a wider dtype than the state's, to differentiate it by differences."""
         return False
 
+    def reading(self, z: Array) -> AbstractContextManager[object]:
+        """Inside it f reads `z`. Where arrays can be written to, a write is found out without a pass over them.
+
+        Raises:
+            ProblemError: (from the block) f wrote to `z`.
+        """
+        return nullcontext()
+
     @abstractmethod
     def astype(self, x: Array, dtype: str) -> Array:
         """Cast to the dtype of this name; gradients pass."""
@@ -282,12 +290,16 @@ class Backend(ABC):
         """Inside it the framework does not warn of NaN and inf: here they are statuses."""
         return nullcontext()
 
+    def precision(self, x: Array) -> float:
+        """Machine epsilon of what f returns for a state like `x`: coarser than `eps` under mixed precision."""
+        return self.eps(x)
+
     def default_rtol(self, x: Array) -> float:
         """Rtol = "auto": what the dtype can reach, at most 1e-4 where it can: √eps, but at least 2·eps.
 
         float64 1.5e-8, float32 1e-4, float16 2e-3, bfloat16 1.6e-2.
         """
-        eps = float(self.eps(x))
+        eps = float(self.precision(x))
         return float(max(2 * eps, min(1e-4, eps**0.5)))
 
     def number(self, value: Any, like: Array) -> Any:
@@ -430,15 +442,18 @@ class BackwardRecord:
         report: the AdjointReport of the latest backward pass, or None before the first.
         seconds: host time of its route, NaN where it was not taken; a device may still be at work.
         runs: how many backward passes have run.
+        drift: how far the evaluation that was recorded lies from the solver's own at the same point,
+            ‖y − f(z*)‖ `(batch,)`, or None: more than rounding says that f is not deterministic.
         listener: called after each, in whatever thread the framework differentiates in; it must not wait for a device.
     """
 
-    __slots__ = ("listener", "report", "runs", "seconds")
+    __slots__ = ("drift", "listener", "report", "runs", "seconds")
 
     def __init__(self) -> None:
         self.report: AdjointReport | None = None
         self.seconds: float = float("nan")
         self.runs: int = 0
+        self.drift: Array | None = None
         self.listener: Callable[[BackwardRecord], None] | None = None
 
     def add(self, report: AdjointReport, seconds: float = float("nan")) -> None:

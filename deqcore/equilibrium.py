@@ -10,7 +10,7 @@ from typing import Any
 
 from deqcore import config as settings
 from deqcore import plugins
-from deqcore.backend import Array, Backend, BackwardRecord, Tree
+from deqcore.backend import Array, Backend, BackwardRecord, Map, Tree
 from deqcore.compaction import Narrow
 from deqcore.config import Config
 from deqcore.driver import Carry, Control, Drive, Forward
@@ -21,6 +21,7 @@ from deqcore.errors import (
     ConvergenceError,
     ConvergenceWarning,
     DtypeToleranceWarning,
+    NonDeterministicWarning,
     StateError,
     StrategyError,
 )
@@ -75,10 +76,12 @@ def fixed_point(
     """
     plan = plan_call(config, overrides, z0, args)
     start = time.perf_counter()
-    value, forward, record = plan.run(plan.space.wrap(f, tuple(batched_args)), plan.space.ravel(z0), args, state)
+    raveled = plan.space.wrap(f, tuple(batched_args))
+    value, forward, record = plan.run(raveled, plan.space.ravel(z0), args, state)
     solution = plan.solution(value, forward, record)
     if plan.observer is not None:
         plan.observer.solved(Solve(solution, plan.config, time.perf_counter() - start, f, z0, args))
+    plan.report_drift(raveled, args, forward, record)
     plan.report_failure(forward)
     return solution
 
@@ -126,6 +129,7 @@ def vjp(
     if plan.observer is not None:
         solution = plan.solution(plan.backend.detach(value), forward, record)
         plan.observer.solved(Solve(solution, plan.config, time.perf_counter() - began, f, z0, args))
+    plan.report_drift(raveled, args, forward, record)
     plan.report_failure(forward)
     return plan.space.unravel(value), gradients
 
@@ -245,8 +249,37 @@ class Plan:
             u, report = adjoint(pull, g, forward.carry.state)
             record = BackwardRecord()
             record.add(report, time.perf_counter() - start)
-        _, _, gradients = self.backend.vjp(lambda *moved: (f(forward.z, *moved), None), args, u)
+        again, _, gradients = self.backend.vjp(lambda *moved: (f(forward.z, *moved), None), args, u)
+        record.drift = self.backend.norm(again - forward.fz)
         return forward.fz, gradients, forward, record
+
+    def report_drift(
+        self, f: Raveled, args: tuple[Any, ...], forward: Forward | None, record: BackwardRecord | None
+    ) -> None:
+        """Warn if f is not deterministic.
+
+        The gradient's own evaluation at z* tells at no cost; without one, a failed solve pays for one more.
+        """
+        backend, xp = self.backend, self.backend.xp
+        if forward is None or self.config.forward.on_failure == "ignore" or not backend.capabilities.eager:
+            return
+        drift = None if record is None else record.drift
+        if drift is None:
+            if bool(xp.all(forward.status == int(Status.CONVERGED))):
+                return
+            drift = backend.norm(backend.forward_only(f, forward.z, args, _once) - forward.fz)
+        size = backend.wide(backend.norm(forward.fz))
+        share = backend.wide(drift) / xp.where(size > 0, size, xp.ones_like(size))
+        if bool(xp.any(share > backend.precision(forward.z) ** (2 / 3))):
+            largest = float(xp.max(xp.where(xp.isfinite(share), share, xp.zeros_like(share))))
+            warnings.warn(
+                f"f is not deterministic: at the same z and arguments it gave values that differ by up to "
+                f"{largest:.2g} of their norm, so that it has no fixed point, and its gradient is that of another "
+                f"function. Switch dropout and noise off (eval()), draw them once before the solve and pass them as "
+                f"an argument, and let f change no state of its own.",
+                NonDeterministicWarning,
+                stacklevel=_stacklevel(),
+            )
 
     def report_failure(self, forward: Forward | None) -> None:
         """Raise or warn about samples that did not converge. Traced code cannot: there the Solution says it."""
@@ -315,6 +348,10 @@ class _Unsolved:
     steps: Array
     evaluations: Array
     carry: None
+
+
+def _once(f: Map, z: Array) -> Any:
+    return f(z)
 
 
 def _no_pull(u: Array) -> Array:

@@ -100,7 +100,15 @@ class StateError(DeqcoreError, ValueError):
 
 
 class ProblemError(DeqcoreError, ValueError):
-    """What f returned does not fit the state that it was given."""
+    """What f returned does not fit the state that it was given, or f changed that state."""
+
+    @classmethod
+    def in_place(cls) -> ProblemError:
+        """F wrote to its state, which the solver still needs."""
+        return cls(
+            "f writes to its state z in place, which the solver and the gradient still need: compute a new array, as "
+            "in `torch.tanh(z)` for `z.tanh_()`, `z = z + x` for `z += x`, or begin f with a copy of z."
+        )
 
 
 class StrategyError(DeqcoreError, ValueError):
@@ -137,3 +145,7 @@ class MonitorError(DeqcoreError, RuntimeError):
 
 class MonitorWarning(UserWarning):
     """What the monitor has to tell: a trigger fired, or a sink failed."""
+
+
+class NonDeterministicWarning(UserWarning):
+    """f gave different values for the same state: dropout or other random numbers, or a state of its own."""

@@ -105,7 +105,9 @@ class Space:
 
     def call(self, f: Callable[..., Tree], z: Array, args: tuple[Any, ...]) -> Array:
         """`f` of the matrix `z`, as a matrix."""
-        leaves, structure = self.backend.flatten(f(self.unravel(z), *args))
+        with self.backend.reading(z):
+            found = f(self.unravel(z), *args)
+        leaves, structure = self.backend.flatten(found)
         if structure != self.structure:
             raise ProblemError(
                 f"f returned the structure {structure}, but its state has {self.structure}: f(z, ...) must "

@@ -14,19 +14,17 @@ All of it is one `jax.jit` whose key is the structure of f, the solver and the s
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from deqcore.backend import Backend
 from deqcore.driver import Control, Drive, Forward
 from deqcore.errors import StrategyError
-from deqcore.linear.lowrank import InverseJacobian
-from deqcore.solver import Solver
+from deqcore.linear.transposed import transposed
 from deqcore.strategy import Adjoint, AdjointReport
 from deqcore_jax.context import precise
 from deqcore_jax.linearize import Linear
@@ -197,37 +195,8 @@ def _route(problem: Problem, linear: Linear, g: Any, state: Any) -> tuple[Any, A
 
 def _route_forward(problem: Problem, linear: Linear, b: Any, state: Any) -> tuple[Any, AdjointReport]:
     """x ≈ (I − J)^-1 b: the same kind of equation, with J v in place of Jᵀu and H in place of Hᵀ."""
-    turned = replace(problem.bound, solver=cast(Any, _Transposed(problem.bound.solver)))
     with precise():
-        return turned(linear.push, b, state)
-
-
-class _Transposed:
-    """A solver whose estimates are those of another one, transposed."""
-
-    def __init__(self, solver: Solver) -> None:
-        self.solver = solver
-
-    def inverse_jacobian(self, backend: Backend, state: Any) -> InverseJacobian | None:
-        return _turn(self.solver.inverse_jacobian(backend, state))
-
-    def secant_estimate(self, backend: Backend, state: Any) -> InverseJacobian | None:
-        return _turn(self.solver.secant_estimate(backend, state))
-
-
-def _turn(estimate: InverseJacobian | None) -> InverseJacobian | None:
-    return None if estimate is None else _TransposedEstimate(estimate)
-
-
-@dataclass(frozen=True)
-class _TransposedEstimate(InverseJacobian):
-    inner: InverseJacobian
-
-    def apply(self, v: Any) -> Any:
-        return self.inner.apply_transpose(v)
-
-    def apply_transpose(self, v: Any) -> Any:
-        return self.inner.apply(v)
+        return transposed(problem.bound)(linear.push, b, state)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

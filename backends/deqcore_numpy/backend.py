@@ -6,8 +6,8 @@ It has no autodiff tape. Jacobians are dense (complex step or central difference
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,7 +15,7 @@ import optree
 
 from deqcore.backend import Backend, BackwardRecord, Capabilities, Carry, Map
 from deqcore.driver import Forward
-from deqcore.errors import ConfigError
+from deqcore.errors import ConfigError, ProblemError
 from deqcore.strategy import Adjoint
 from deqcore_numpy.derivative import (
     batched_jacobian,
@@ -61,6 +61,19 @@ class NumpyBackend(Backend):
 
     def widened(self) -> bool:
         return is_differencing()
+
+    @contextmanager
+    def reading(self, z: Any) -> Iterator[None]:
+        writable = z.flags.writeable
+        z.flags.writeable = False  # and so are the views that f gets
+        try:
+            yield
+        except ValueError as error:
+            if "read-only" in str(error):
+                raise ProblemError.in_place() from error
+            raise
+        finally:
+            z.flags.writeable = writable
 
     def astype(self, x: Any, dtype: str) -> Any:
         return x.astype(dtype, copy=False)

@@ -10,7 +10,10 @@ for in u already.
 Second derivatives (`exact` strategies). In a backward pass that records its own graph, f is evaluated again at z*
 *attached* (this very function's output), u is attached as the solution of its linear fixed-point equation, and the
 gradients of arguments and parameters are formed explicitly. That needs the tensors that f depends on: those in args,
-and leaves, found by walking the graph of y. A tensor that f closes over and that has a history of its own is refused.
+and leaves, found by walking the graph of y (`graph.py`). A tensor that f closes over and that has a history of its own
+is refused, and so is compiled code, whose backward PyTorch does not differentiate.
+
+Inside `torch.func` and in forward mode there is no such tape: see `transforms.py`.
 """
 
 from __future__ import annotations
@@ -25,8 +28,12 @@ from torch import Tensor
 
 from deqcore.backend import BackwardRecord
 from deqcore.driver import Forward
-from deqcore.errors import StrategyError
+from deqcore.linear.transposed import transposed
 from deqcore.strategy import Adjoint
+from deqcore_torch import transforms
+from deqcore_torch.ambient import Ambient
+from deqcore_torch.graph import Outside, outside, sequence
+from deqcore_torch.transforms import ORDER, Refuse, approximate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,26 +57,30 @@ def attach(
         adjoint: turns a cotangent into u.
         record: filled in by each backward pass.
     """
+    if transforms.active():
+        transforms.refuse_vmap()
+        return transforms.attach(f, forward, args, adjoint)
     job = _Job(f, args, adjoint, record, forward.carry.state if adjoint.uses_state else None, forward.z)
+    start = 0
+    z = forward.z.detach()
+    if adjoint.strategy.exact:
+        job.ambient = Ambient.now(z)
+        start = sequence()
     if adjoint.uses_pull:
-        start = _sequence()
-        z = _Gate.apply(forward.z.detach().requires_grad_(), _Switch(blocked=True))
-        y = f(z, *args)
-    else:
-        start = 0
-        z = forward.z.detach()
-        y = f(z, *args)
+        z = _Gate.apply(z.requires_grad_(), _Switch(blocked=True))
+    y = f(z, *args)
+    record.drift = torch.linalg.vector_norm(y.detach() - forward.fz, dim=1)
     if not y.requires_grad:
         return forward.fz
-    outside: list[Tensor] = []
+    tensors_outside: list[Tensor] = []
     if adjoint.strategy.exact:
         sources = [t for t in tensors if t.requires_grad]
-        leaves, job.hidden = _leaves(y, z, sources, start)
-        if not leaves and not sources and not job.hidden:
+        job.outside = outside(y, z, sources, start)
+        if not job.outside.leaves and not sources and job.outside.hidden is None:
             return forward.fz  # y depends on z* only: nothing to differentiate
-        outside = [*sources, *leaves]
+        tensors_outside = [*sources, *job.outside.leaves]
         job.repeated = {i for i, t in enumerate(sources) if any(t is s for s in sources[:i])}
-    value: Tensor = _Attach.apply(y, z, forward.fz, job, *outside)
+    value: Tensor = _Attach.apply(y, z, forward.fz, job, *tensors_outside)
     # What follows may write in place (relu_): neither into the solve's state, nor into what second derivatives need.
     return value.clone()
 
@@ -92,7 +103,8 @@ class _Job:
         self.record = record
         self.state = state
         self.z = z
-        self.hidden: str | None = None
+        self.ambient: Ambient | None = None  # in which f is evaluated again
+        self.outside = Outside()
         self.repeated: set[int] = set()  # sources that are the same tensor as an earlier one
         self.order = 2  # highest order of derivative that is right
 
@@ -106,6 +118,25 @@ class _Job:
         self.record.add(report, time.perf_counter() - start)
         found: Tensor = u
         return found
+
+    def refusal(self) -> str | None:
+        """Why the gradient may not be differentiated again, if it may not."""
+        if not self.adjoint.strategy.exact:
+            return approximate(self.adjoint, "differentiated again")
+        if self.order < 2:
+            return ORDER
+        if self.outside.hidden is not None:
+            return (
+                f"f closes over a tensor that has a history of its own ({self.outside.hidden}): second derivatives "
+                f"would silently miss it. Pass it through args, as in fixed_point(f, z0, tensor)."
+            )
+        if self.outside.compiled:
+            return (
+                "f is compiled by torch.compile, and PyTorch cannot differentiate the backward pass of compiled code: "
+                "give fixed_point the uncompiled f where second derivatives are wanted, or compile it with "
+                "backend = 'eager'."
+            )
+        return None
 
 
 class _Attach(torch.autograd.Function):
@@ -127,28 +158,21 @@ class _Attach(torch.autograd.Function):
         nothing = (None,) * len(outside)
         if g is None:
             return (None, None, None, None, *nothing)
+        transforms.refuse_vmap(g)
         if not torch.is_grad_enabled():
             return (job.route(y, z, g), None, None, None, *nothing)
-        if not job.adjoint.strategy.exact:
-            refusal = (
-                f"The strategy {type(job.adjoint.strategy).__name__} approximates the gradient, and the derivative "
-                f"of an approximation is no second derivative: use backward.strategy = 'exact-ift'."
-            )
-        elif job.order < 2:
-            refusal = (
-                "Derivatives of order 3 and more through a fixed point are not supported in PyTorch: use JAX, where "
-                "exact-ift nests to any order."
-            )
-        elif job.hidden is not None:
-            refusal = (
-                f"f closes over a tensor that has a history of its own ({job.hidden}): second derivatives would "
-                f"silently miss it. Pass it through args, as in fixed_point(f, z0, tensor)."
-            )
-        else:
+        refusal = job.refusal()
+        if refusal is None:
             return (None, None, None, None, *_second_order(job, g, out, outside))
         with torch.no_grad():
             u = job.route(y, z, g)
-        return (_Refuse.apply(u, y, refusal), None, None, None, *nothing)
+        if not job.outside.compiled or job.outside.hidden is not None:
+            return (Refuse.apply(u, y, refusal), None, None, None, *nothing)
+        # Through compiled code, PyTorch's own error would come before ours.
+        found = torch.autograd.grad(y, outside, u, retain_graph=True, allow_unused=True)
+        wanted = [None if i in job.repeated else part for i, part in enumerate(found)]
+        refused = [None if part is None else Refuse.apply(part.detach(), y, refusal) for part in wanted]
+        return (None, None, None, None, *refused)
 
 
 def _second_order(job: _Job, g: Tensor, out: Tensor, outside: list[Tensor]) -> list[Tensor | None]:
@@ -162,7 +186,8 @@ def _second_order(job: _Job, g: Tensor, out: Tensor, outside: list[Tensor]) -> l
             leaves[i] = _Gate.apply(leaf, switch)
             gated.append(leaves[i])
     z = _Gate.apply(out + (job.z - out).detach(), switch)  # the value of z*, the derivative of the solution
-    y = job.f(z, *backend.unflatten(structure, leaves))
+    assert job.ambient is not None
+    y = job.ambient.around(job.f)(z, *backend.unflatten(structure, leaves))
 
     def pull(u: Tensor) -> Tensor:
         with switch.closed():
@@ -171,7 +196,7 @@ def _second_order(job: _Job, g: Tensor, out: Tensor, outside: list[Tensor]) -> l
 
     with torch.no_grad():
         u = job.route(y, z, g)
-    inner = _Job(lambda v: g + pull(v), (), job.adjoint, BackwardRecord(), job.state, u)
+    inner = _Job(lambda v: g + pull(v), (), transposed(job.adjoint), BackwardRecord(), job.state, u)
     inner.order = 1
     start = _Gate.apply(u.detach().requires_grad_(), _Switch(blocked=True))
     attached = _Attach.apply(g + pull(start), start, u, inner)
@@ -211,50 +236,3 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
         return (None if ctx.switch.blocked else cotangents[0], None)
-
-
-class _Refuse(torch.autograd.Function):
-    """Identity that may not be differentiated; y ties it to everything that u depends on."""
-
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, y: Tensor, reason: str) -> Tensor:
-        ctx.reason = reason
-        return u.view_as(u)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        raise StrategyError(ctx.reason)
-
-
-def _sequence() -> int:
-    """A number below those of all graph nodes made from now on in this thread."""
-    with torch.enable_grad():
-        probe = torch.zeros((), requires_grad=True).view(())
-    return int(probe.grad_fn._sequence_nr())  # type: ignore[union-attr]
-
-
-def _leaves(y: Tensor, z: Tensor, sources: list[Tensor], start: int) -> tuple[list[Tensor], str | None]:
-    """Leaf tensors that f closes over, and the name of a node that was made before f ran, if there is one."""
-    nodes = [t.grad_fn for t in (z, *sources) if t.grad_fn is not None]  # kept alive: ids stay unique
-    # Edges, not nodes: a sibling of a source (two outputs of one `unbind`) is not the source.
-    seen = {(id(t.grad_fn), t.output_nr) for t in (z, *sources)}
-    known = {id(t) for t in sources}
-    leaves: list[Tensor] = []
-    hidden: str | None = None
-    stack: list[Any] = [(y.grad_fn, y.output_nr)]
-    while stack:
-        node, output = stack.pop()
-        if node is None or (id(node), output) in seen:
-            continue
-        seen.add((id(node), output))
-        nodes.append(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            if id(variable) not in known:
-                leaves.append(variable)
-            continue
-        if node._sequence_nr() < start:
-            hidden = node.name()
-            continue
-        stack.extend(node.next_functions)
-    return leaves, hidden

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from deqcore.backend import Backend, BackwardRecord, Capabilities, Carry, History, Map
 from deqcore.driver import Forward
-from deqcore.errors import BackendError, ConfigError
+from deqcore.errors import BackendError, ConfigError, ProblemError
 from deqcore.strategy import Adjoint
+from deqcore_torch import transforms
+from deqcore_torch.ambient import nothing_recorded
 from deqcore_torch.autograd import attach
 from deqcore_torch.history import RecordedHistory, TorchHistory, select_rows
 
@@ -77,6 +79,18 @@ class TorchBackend(Backend):
         except (RuntimeError, AssertionError) as error:
             raise BackendError(f"torch cannot use the device {device!r}: {error}") from error
 
+    def precision(self, x: Tensor) -> float:
+        kind = x.device.type
+        narrowed = x.dtype is torch.float32 and torch.is_autocast_enabled(kind)
+        return float(torch.finfo(torch.get_autocast_dtype(kind) if narrowed else x.dtype).eps)
+
+    @contextmanager
+    def reading(self, z: Tensor) -> Iterator[None]:
+        before = z._version
+        yield
+        if z._version != before:
+            raise ProblemError.in_place()
+
     def wide(self, x: Tensor) -> Tensor:
         return x.to(_wide(x.device))
 
@@ -112,7 +126,7 @@ class TorchBackend(Backend):
         if not isinstance(stored, torch.dtype) or not stored.is_floating_point:
             expected = "float16, bfloat16, float32 or float64"
             raise ConfigError.bad_value("The solver", "history_dtype", dtype, expected)
-        if torch.is_grad_enabled() and like.requires_grad:
+        if (torch.is_grad_enabled() and like.requires_grad) or transforms.active():
             return RecordedHistory.empty(like, memory, stored, _wide(like.device))
         return TorchHistory([], memory, like[:0], tuple(like.shape), stored, _wide(like.device))
 
@@ -136,6 +150,8 @@ class TorchBackend(Backend):
         return carry
 
     def linearize(self, f: Map, z: Tensor) -> tuple[Tensor, Map]:
+        if transforms.active():
+            return transforms.pull_of(f, z)
         with torch.enable_grad():
             z = z.detach().requires_grad_()
             y = f(z)
@@ -163,6 +179,8 @@ class TorchBackend(Backend):
         return pull
 
     def push(self, f: Map, z: Tensor) -> Map:
+        if transforms.active():
+            return transforms.push_of(f, z)
         forward_ad = _forward_ad()
 
         def product(v: Tensor) -> Tensor:
@@ -180,8 +198,12 @@ class TorchBackend(Backend):
         args: tuple[Any, ...],
         solve: Callable[[Map, Tensor], Forward],
     ) -> Forward:
-        with torch.no_grad():
-            return solve(lambda z: f(z, *args), z0.detach())
+        run: Map = lambda z: f(z, *args)  # noqa: E731
+        if transforms.active():
+            transforms.refuse_vmap()
+            run = lambda z: f(z, *args).detach()  # noqa: E731 (outer transformations would record every step)
+        with nothing_recorded():
+            return solve(run, z0.clone() if z0.is_inference() else z0.detach())
 
     def implicit(
         self,
@@ -192,7 +214,7 @@ class TorchBackend(Backend):
         adjoint: Adjoint,
     ) -> tuple[Tensor, Forward, BackwardRecord | None]:
         forward = self.forward_only(f, z0, args, solve)
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and not transforms.active():
             return forward.fz, forward, None
         record = BackwardRecord()
         tensors = [leaf for leaf in self.flatten(args)[0] if isinstance(leaf, Tensor)]

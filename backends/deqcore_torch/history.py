@@ -7,6 +7,8 @@ bytes per second of `bmm(H, v)`, and its bits do not depend on the batch size.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,12 @@ def select_rows(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
         rest = (~mask).nonzero()[:, 0]
         return new.index_copy(0, rest, old.index_select(0, rest))
     return old.index_copy(0, rows, new.index_select(0, rows))
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Inside it products keep their dtype: the user's autocast belongs to f, not to the solver's coefficients."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 class TorchHistory(History):
@@ -137,7 +145,8 @@ class TorchHistory(History):
         many = v if v.dim() == 3 else v[:, None]
         compute = self.dtype if self.dtype in (torch.float32, torch.float64) else torch.float32
         many = many.to(compute)
-        parts = [torch.bmm(many, part.to(compute).transpose(1, 2)) for part in self._filled()]
+        with full_precision(v.device):
+            parts = [torch.bmm(many, part.to(compute).transpose(1, 2)) for part in self._filled()]
         if not parts:
             return many.new_zeros((*v.shape[:-1], self.memory), dtype=self.wide)
         found = (parts[0] if len(parts) == 1 else torch.cat(parts, 2)).to(self.wide)
@@ -164,7 +173,8 @@ class TorchHistory(History):
         for part in self._filled():
             end = start + part.shape[1]
             rows, piece = part.to(compute), c[:, :, start:end]
-            total = torch.bmm(piece, rows) if total is None else torch.baddbmm(total, piece, rows)
+            with full_precision(rows.device):
+                total = torch.bmm(piece, rows) if total is None else torch.baddbmm(total, piece, rows)
             start = end
         if total is None:
             return self.like.new_zeros((self.batch, self.width))
@@ -271,12 +281,14 @@ class RecordedHistory(History):
 
     def dot(self, v: Tensor) -> Tensor:
         many = v if v.dim() == 3 else v[:, None]
-        found = torch.bmm(many.to(self.wide), self._rows().to(self.wide).transpose(1, 2))
+        with full_precision(v.device):
+            found = torch.bmm(many.to(self.wide), self._rows().to(self.wide).transpose(1, 2))
         return found if v.dim() == 3 else found[:, 0]
 
     def combine(self, coefficients: Tensor) -> Tensor:
         c = torch.where(self.seen, coefficients, torch.zeros_like(coefficients))
-        return torch.bmm(c.to(self.storage.dtype)[:, None], self._rows())[:, 0]
+        with full_precision(c.device):
+            return torch.bmm(c.to(self.storage.dtype)[:, None], self._rows())[:, 0]
 
     def restart(self, rows: Tensor) -> RecordedHistory:
         chosen = rows if self.active is None else rows & self.active

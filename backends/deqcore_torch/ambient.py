@@ -1,0 +1,64 @@
+"""What surrounds an evaluation of f beside its inputs: recording, autocast, the state of random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+@contextmanager
+def nothing_recorded() -> Iterator[None]:
+    """No gradient in reverse or forward mode, and tensors that know whether they were written to.
+
+    Tensors made in inference mode do not; a solve is made of others.
+    """
+    with torch.inference_mode(False), torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
+        yield
+
+
+@dataclass(frozen=True)
+class Ambient:
+    """Autocast and the random state with which f was recorded, to evaluate it again in a backward pass."""
+
+    device: torch.device
+    dtype: torch.dtype
+    enabled: bool
+    cached: bool
+    host_state: Tensor
+    device_state: Tensor | None
+
+    @classmethod
+    def now(cls, x: Tensor) -> Ambient:
+        """As it is at this point, for the device of `x`."""
+        kind = x.device.type
+        return cls(
+            device=x.device,
+            dtype=torch.get_autocast_dtype(kind),
+            enabled=torch.is_autocast_enabled(kind),
+            cached=torch.is_autocast_cache_enabled(),
+            host_state=torch.get_rng_state(),
+            device_state=torch.cuda.get_rng_state(x.device) if x.is_cuda else None,
+        )
+
+    def around(self, f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """f as it runs here, wherever it is called; the random state there is left alone."""
+
+        def again(*args: object) -> Tensor:
+            with self._restored():
+                return f(*args)
+
+        return again
+
+    @contextmanager
+    def _restored(self) -> Iterator[None]:
+        autocast = torch.autocast(self.device.type, dtype=self.dtype, enabled=self.enabled, cache_enabled=self.cached)
+        with torch.random.fork_rng([self.device] if self.device_state is not None else []), autocast:
+            torch.set_rng_state(self.host_state)
+            if self.device_state is not None:
+                torch.cuda.set_rng_state(self.device_state, self.device)
+            yield

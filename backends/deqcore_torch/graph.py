@@ -1,0 +1,58 @@
+"""What the recorded graph of f tells about the tensors that f depends on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Outside:
+    """Tensors from outside f that its value depends on.
+
+    Attributes:
+        leaves: leaf tensors that f closes over.
+        hidden: name of a node that was made before f ran: f closes over a tensor with a history of its own.
+        compiled: whether f, or a part of it, is compiled code with a backward of its own.
+    """
+
+    leaves: list[Tensor] = field(default_factory=list)
+    hidden: str | None = None
+    compiled: bool = False
+
+
+def sequence() -> int:
+    """A number below those of all graph nodes made from now on in this thread."""
+    with torch.enable_grad():
+        probe = torch.zeros((), requires_grad=True).view(())
+    return int(probe.grad_fn._sequence_nr())  # type: ignore[union-attr]
+
+
+def outside(y: Tensor, z: Tensor, sources: list[Tensor], start: int) -> Outside:
+    """Walk the graph of y back to z, to the sources and to what was there before `start`."""
+    nodes = [t.grad_fn for t in (z, *sources) if t.grad_fn is not None]  # kept alive: ids stay unique
+    # Edges, not nodes: a sibling of a source (two outputs of one `unbind`) is not the source.
+    seen = {(id(t.grad_fn), t.output_nr) for t in (z, *sources)}
+    known = {id(t) for t in sources}
+    found = Outside()
+    stack: list[Any] = [(y.grad_fn, y.output_nr)]
+    while stack:
+        node, output = stack.pop()
+        if node is None or (id(node), output) in seen:
+            continue
+        seen.add((id(node), output))
+        nodes.append(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            if id(variable) not in known:
+                found.leaves.append(variable)
+            continue
+        if node._sequence_nr() < start:
+            found.hidden = node.name()
+            continue
+        found.compiled = found.compiled or node.name() == "CompiledFunctionBackward"
+        stack.extend(node.next_functions)
+    return found

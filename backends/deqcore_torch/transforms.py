@@ -1,0 +1,232 @@
+"""The implicit gradient under `torch.func` (grad, vjp, jvp) and in forward mode.
+
+There the tape of `autograd.py` is out of reach: a tensor may be tracked by several transformations at once, and
+none of them may be asked for leaves. So the value is attached by its derivative alone. With y = f(z, θ) and
+A = I − J,
+
+    out = root(y, z):    d out = A^-1 (dy − J dz),    in reverse  (g_y, g_z) = (u, g − u),  u = A^-T g,
+
+which is one Newton step z + A^-1 (y − z) at its fixed point: right in θ to first order whatever z knows of θ, to
+third order where z is such an `out` itself. Every derivative that may be differentiated again takes the step twice.
+u and the tangent are attached as solutions of their own linear equations, by the same rule.
+
+J is found by `torch.func.vjp`, and J v by transposing it once more: that needs no formula of forward mode inside f.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack, is_legacy_batchedtensor
+from torch.autograd import forward_ad
+
+from deqcore.backend import Map
+from deqcore.driver import Forward
+from deqcore.errors import StrategyError
+from deqcore.linear.transposed import transposed
+from deqcore.strategy import Adjoint
+from deqcore_torch.ambient import Ambient, nothing_recorded
+
+_vjp: Any = torch.func.vjp  # its annotation also counts the auxiliary output that it does not have here
+MOST = 2  # two Newton steps get three derivatives right, but PyTorch fails inside a third nested level
+ORDER = (
+    "Derivatives of order 3 and more through a fixed point are not supported in PyTorch: use JAX, where exact-ift "
+    "nests to any order."
+)
+
+
+def active() -> bool:
+    """Whether `torch.func` or forward mode looks at what is computed here."""
+    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
+
+
+def refuse_vmap(*tensors: Tensor) -> None:
+    """Raise inside `torch.func.vmap`, and for tensors that its older form has batched.
+
+    Raises:
+        StrategyError: a batched tensor cannot decide when a loop ends.
+    """
+    batched = any(is_legacy_batchedtensor(t) for t in tensors)
+    if batched or TransformType.Vmap in _levels():
+        raise StrategyError(
+            "fixed_point cannot run inside torch.func.vmap (nor its backward under is_grads_batched = True): the "
+            "solver's loop ends when the samples have converged, which PyTorch cannot ask of batched tensors. Make the "
+            "mapped axis a part of the batch (reshape z0 and the arguments), give jacrev or jacobian "
+            "chunk_size = 1 or vectorize = False, or use JAX, where vmap works."
+        )
+
+
+def pull_of(f: Map, z: Tensor) -> tuple[Tensor, Map]:
+    """f(z), and u ↦ Jᵀu."""
+    y, pull = _vjp(f, z)
+    return y, lambda u: pull(u)[0]
+
+
+def push_of(f: Map, z: Tensor) -> Map:
+    """V ↦ J v."""
+    y, pull = pull_of(f, z)
+    _, push = pull_of(pull, torch.zeros_like(y))
+    return push
+
+
+def attach(f: Callable[..., Tensor], forward: Forward, args: tuple[Any, ...], adjoint: Adjoint) -> Tensor:
+    """f(z*) `(batch, n)` with its implicit gradient for all transformations that are active.
+
+    Args:
+        f: `f(z, *args)` on `(batch, n)`.
+        forward: the solution, without gradients.
+        args: arguments of f.
+        adjoint: turns a cotangent into u.
+
+    Raises:
+        StrategyError: the transformations nest deeper than derivatives are right.
+    """
+    _refuse_depth()
+    z = forward.z.detach()
+    again = Ambient.now(z).around(lambda z: f(z, *args))
+    state = forward.carry.state if adjoint.uses_state else None
+    return _attach(_Equation(again, adjoint, state), z, f(z, *args), forward.fz.detach())
+
+
+def _attach(equation: _Equation, z: Tensor, y: Tensor, value: Tensor) -> Tensor:
+    out: Tensor = _Root.apply(y, z, value, equation)
+    if not equation.adjoint.strategy.exact:
+        return out
+    out = _Root.apply(equation.f(out), out, value, equation)
+    return out
+
+
+def _attach_linear(f: Map, solution: Tensor, adjoint: Adjoint, state: Any) -> Tensor:
+    return _attach(_Equation(f, adjoint, state), solution, f(solution), solution)
+
+
+def _levels() -> list[Any]:
+    return [interpreter.key() for interpreter in get_interpreter_stack() or []]
+
+
+def _refuse_depth() -> None:
+    levels = _levels()
+    if levels.count(TransformType.Jvp) > 1:
+        raise StrategyError(
+            "Forward mode inside forward mode through a fixed point is not supported in PyTorch: take jvp of grad "
+            "(forward over reverse), grad of jvp, or use JAX."
+        )
+    if len(levels) > MOST:
+        raise StrategyError(ORDER)
+
+
+@dataclass(frozen=True, eq=False)
+class _Equation:
+    """z = f(z), the strategy for its adjoint, and the forward solver's state.
+
+    No tensor may be kept across levels of transformations: `_Root.forward` runs below its caller's level, and what
+    `vjp` recorded ends with the level in which it did. So f is linearised anew at each use.
+    """
+
+    f: Map
+    adjoint: Adjoint
+    state: Any
+
+    def pull(self, z: Tensor) -> Map:
+        """u ↦ Jᵀu at z."""
+        return pull_of(self.f, z)[1] if self.adjoint.uses_pull else _no_pull
+
+    def push(self, z: Tensor) -> Map:
+        """v ↦ J v at z: the transpose of `pull`."""
+        return push_of(self.f, z)
+
+    def solve(self, z: Tensor, g: Tensor) -> Tensor:
+        """u = g + Jᵀu."""
+        u = self._plain(self.adjoint, self.pull, z, g)
+        if not self.adjoint.strategy.exact or not (torch.is_grad_enabled() or active()):
+            return u
+        return _attach_linear(lambda v: g + self.pull(z)(v), u, transposed(self.adjoint), self.state)
+
+    def solve_forward(self, z: Tensor, dy: Tensor, dz: Tensor | None) -> Tensor:
+        """v = b + J v with b = dy − J dz."""
+        b = dy if dz is None else dy - self.push(z)(dz)
+        turned = transposed(self.adjoint)
+        v = self._plain(turned, self.push, z, b)
+        return _attach_linear(lambda w: b + self.push(z)(w), v, turned, self.state)
+
+    def _plain(self, adjoint: Adjoint, product: Callable[[Tensor], Map], z: Tensor, b: Tensor) -> Tensor:
+        with nothing_recorded():
+            at = product(z.detach())
+            u, _ = adjoint(lambda v: at(v).detach(), b.detach(), self.state)
+        found: Tensor = u.detach()
+        return found
+
+
+def _no_pull(u: Tensor) -> Tensor:
+    raise StrategyError("The strategy called pull, although its uses_pull() says that it does not.")
+
+
+class _Root(torch.autograd.Function):
+    """The solution's value as a function of y = f(z, θ) and z."""
+
+    @staticmethod
+    def forward(y: Tensor, z: Tensor, value: Tensor, equation: _Equation) -> Tensor:
+        return value.clone()  # a view would have to have a view for its tangent
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        y, z, _, ctx.equation = inputs
+        ctx.save_for_backward(y, z)
+        ctx.save_for_forward(y, z)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        (g,) = cotangents
+        refuse_vmap(g)
+        y, z = ctx.saved_tensors
+        equation: _Equation = ctx.equation
+        try:
+            u = equation.solve(z, g)
+        except RuntimeError as error:
+            if "escaped?" in str(error):  # PyTorch's own assertion: a tape around two levels of torch.func
+                raise StrategyError(ORDER) from error
+            raise
+        if not equation.adjoint.strategy.exact:
+            u = Refuse.apply(u, y, approximate(equation.adjoint, "differentiated again"))
+        return u, g - u if ctx.needs_input_grad[1] else None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        dy, dz, _, _ = tangents
+        equation: _Equation = ctx.equation
+        if not equation.adjoint.strategy.exact:
+            raise StrategyError(approximate(equation.adjoint, "asked for in forward mode"))
+        y, z = ctx.saved_tensors
+        return equation.solve_forward(z, torch.zeros_like(y) if dy is None else dy, dz)
+
+
+class Refuse(torch.autograd.Function):
+    """Identity that may not be differentiated; y ties it to everything that u depends on."""
+
+    @staticmethod
+    def forward(u: Tensor, y: Tensor, reason: str) -> Tensor:
+        return u.view_as(u)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.reason = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        raise StrategyError(ctx.reason)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise StrategyError(ctx.reason)
+
+
+def approximate(adjoint: Adjoint, what: str) -> str:
+    """Why an approximate strategy cannot do this."""
+    return (
+        f"The gradient of {type(adjoint.strategy).__name__} was {what}, but it approximates the gradient in reverse "
+        f"mode, and the derivative of an approximation is no second derivative: use backward.strategy = 'exact-ift'."
+    )
