@@ -331,6 +331,12 @@ class Backend(ABC):
             check_every: ``"auto"`` is 1 where a check is free, and more on devices where it waits.
         """
 
+    def repeat(self, body: Callable[[Carry], Carry], carry: Carry, times: int) -> Carry:
+        """Apply `body` a fixed number of times; gradients pass. A tracing backend traces it once."""
+        for _ in range(times):
+            carry = body(carry)
+        return carry
+
     # -- differentiation ----------------------------------------------------------------------------------------
 
     @abstractmethod

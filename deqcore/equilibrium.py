@@ -250,7 +250,8 @@ class Plan:
             record = BackwardRecord()
             record.add(report, time.perf_counter() - start)
         again, _, gradients = self.backend.vjp(lambda *moved: (f(forward.z, *moved), None), args, u)
-        record.drift = self.backend.norm(again - forward.fz)
+        with self.backend.quiet():
+            record.drift = self.backend.norm(again - forward.fz)
         return forward.fz, gradients, forward, record
 
     def report_drift(
@@ -267,11 +268,13 @@ class Plan:
         if drift is None:
             if bool(xp.all(forward.status == int(Status.CONVERGED))):
                 return
-            drift = backend.norm(backend.forward_only(f, forward.z, args, _once) - forward.fz)
+            with backend.quiet():
+                drift = backend.norm(backend.forward_only(f, forward.z, args, _once) - forward.fz)
         size = backend.wide(backend.norm(forward.fz))
         share = backend.wide(drift) / xp.where(size > 0, size, xp.ones_like(size))
-        if bool(xp.any(share > backend.precision(forward.z) ** (2 / 3))):
-            largest = float(xp.max(xp.where(xp.isfinite(share), share, xp.zeros_like(share))))
+        known = xp.isfinite(share) & (forward.status != int(Status.NONFINITE))
+        largest = float(xp.max(xp.where(known, share, xp.zeros_like(share)))) if share.shape[0] else 0.0
+        if largest > backend.precision(forward.z) ** (2 / 3):
             warnings.warn(
                 f"f is not deterministic: at the same z and arguments it gave values that differ by up to "
                 f"{largest:.2g} of their norm, so that it has no fixed point, and its gradient is that of another "

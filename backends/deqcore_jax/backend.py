@@ -128,6 +128,10 @@ class JaxBackend(Backend):
     ) -> Carry:
         return loop(running, body, carry, steps, check_every)
 
+    def repeat(self, body: Callable[[Carry], Carry], carry: Carry, times: int) -> Carry:
+        end: Carry = lax.scan(lambda state, _: (body(state), None), carry, length=times)[0]
+        return end
+
     # -- differentiation ----------------------------------------------------------------------------------------
 
     def linearize(self, f: Map, z: Any) -> tuple[Any, Map]:

@@ -97,7 +97,16 @@ def solve(
         control = drive.control
         numbers = Numbers(control.rtol, control.atol, control.max_steps, drive.resume)
         drive = Drive(drive.backend, drive.solver, Control(0.0, 0.0, 0, *control[3:]))
-    return _run(Problem(program, drive, adjoint), z0, numbers, leaves, probe)
+    try:
+        return _run(Problem(program, drive, adjoint), z0, numbers, leaves, probe)
+    except TypeError as error:
+        if adjoint is None or "custom_vjp" not in str(error):
+            raise
+        what = type(adjoint.strategy).__name__ if probe is None else "A solve that reports to a probe"
+        raise StrategyError(
+            f"{what} has reverse mode only, but forward mode (jvp, jacfwd, hessian) was asked for: use "
+            f"backward.strategy = 'exact-ift' without a probe."
+        ) from error
 
 
 @partial(jax.jit, static_argnums=0)

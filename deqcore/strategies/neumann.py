@@ -48,7 +48,5 @@ class Neumann(Strategy):
         self, backend: Backend, pull: Map, g: Array, estimate: InverseJacobian | None
     ) -> tuple[Array, AdjointReport]:
         """Sum the series by Horner's rule, u ← g + Jᵀu."""
-        u = g
-        for _ in range(self.terms):
-            u = g + pull(u)
+        u = backend.repeat(lambda u: g + pull(u), g, self.terms)
         return u, report(backend, g, pulls=self.terms)

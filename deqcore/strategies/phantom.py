@@ -48,8 +48,10 @@ class Phantom(StepStrategy):
         """Take the steps from the solution."""
         if forward is None:
             raise StrategyError("phantom starts from the solution, but none was given.")
-        z = backend.detach(forward.z)
-        for _ in range(self.steps):
+
+        def step(z: Array) -> Array:
             fz = f(z)
-            z = fz if self.damping == 1.0 else z + self.damping * (fz - z)
-        return z
+            return fz if self.damping == 1.0 else z + self.damping * (fz - z)
+
+        value: Array = backend.repeat(step, backend.detach(forward.z), self.steps)
+        return value
