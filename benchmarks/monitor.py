@@ -1,8 +1,8 @@
 """What the monitor costs a training step: `python -m benchmarks.monitor` (torch; `--json` for numbers).
 
 Two figures. "inside": thread time spent in calls of the monitor over thread time of the step, which a busy machine
-hardly disturbs. "overhead": steps without and with the monitor take turns in every round and the ratio is taken within a
-round; "off" is measured twice, and how far off/off is from 1 is what this machine can resolve.
+hardly disturbs. "overhead": steps without and with the monitor take turns in every round and the ratio is taken within
+a round; "off" is measured twice, and how far off/off is from 1 is what this machine can resolve.
 """
 
 from __future__ import annotations

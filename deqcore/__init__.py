@@ -38,6 +38,8 @@ _HOME: Final = {
     "vjp": "deqcore.equilibrium",
 }
 
+_MODULES: Final = ("diagnostics", "errors", "monitor")
+
 __all__ = [
     "AdjointReport",
     "Backend",
@@ -62,8 +64,8 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name in _HOME:
         value: object = getattr(import_module(_HOME[name]), name)
-    elif name == "errors":
-        value = import_module("deqcore.errors")
+    elif name in _MODULES:
+        value = import_module(f"deqcore.{name}")
     elif name == "__version__":
         from importlib.metadata import version
 

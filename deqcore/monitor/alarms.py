@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TypeAlias
 
 from deqcore.config import Config
-from deqcore.errors import MonitorError, MonitorWarning
+from deqcore.errors import MonitorError
 from deqcore.monitor import effects
 from deqcore.monitor.sink import Event, Row
+from deqcore.monitor.tell import tell
 from deqcore.monitor.triggers import Change, Trigger, Watcher
 
 Hook: TypeAlias = Callable[[Event], object]
@@ -71,7 +71,7 @@ class Alarms:
         elif trigger.action == "raise":
             raise MonitorError(event.message)
         else:
-            warnings.warn(event.message, MonitorWarning, stacklevel=2)
+            tell(event.message)
 
     def apply(self, config: Config, rtol: float | None, least: float) -> Config:
         """The config with the actions in force."""

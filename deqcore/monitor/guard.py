@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-from deqcore.errors import MissingExtraError, MonitorWarning
+from deqcore.errors import MissingExtraError
 from deqcore.monitor.lines import header, line
 from deqcore.monitor.sink import Event, Record, Run, Sink
+from deqcore.monitor.tell import tell
 from deqcore.plugins.lookup import is_installed
 
 LIMIT: Final = 20_000  # records that are kept for a sink that fails
@@ -98,12 +98,8 @@ def rescue(run: Run, guards: Sequence[Guard]) -> Path | None:
         ) as file:
             file.write("\n".join([header(run), *map(line, records)]) + "\n")
     except OSError as error:
-        warnings.warn(f"{len(records)} records of the monitor are lost: {error}", MonitorWarning, stacklevel=2)
+        tell(f"{len(records)} records of the monitor are lost: {error}")
         return None
     names = ", ".join(repr(guard.name) for guard in keepers)
-    warnings.warn(
-        f"No sink took the last {len(records)} records ({names}): they are in {file.name}.",
-        MonitorWarning,
-        stacklevel=2,
-    )
+    tell(f"No sink took the last {len(records)} records ({names}): they are in {file.name}.")
     return Path(file.name)

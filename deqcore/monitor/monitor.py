@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import final
 
 from deqcore.backend import Array, Backend
 from deqcore.config import Config, current
-from deqcore.errors import ConfigError, MonitorWarning
+from deqcore.errors import ConfigError
 from deqcore.monitor.alarms import Alarms, Hook
 from deqcore.monitor.analysis import Analysis
 from deqcore.monitor.drift import METRICS as DRIFT_METRICS
@@ -23,6 +22,7 @@ from deqcore.monitor.outlet import Outlet
 from deqcore.monitor.probes import Probe, make_probes
 from deqcore.monitor.settings import MonitorSettings, SinkLike, make_triggers
 from deqcore.monitor.sink import Event, Row, Run
+from deqcore.monitor.tell import tell
 from deqcore.monitor.triggers import Trigger
 from deqcore.observer import Observer, Solve, observing
 from deqcore.solution import Solution
@@ -271,7 +271,7 @@ class Monitor(Observer):
         if text not in self._noted:
             self._noted.add(text)
             self._notes.append(Event(self.step, time.time(), "note", text))
-            warnings.warn(text, MonitorWarning, stacklevel=4)
+            tell(text)
 
     def __enter__(self) -> Monitor:
         if self._closed or self._stack is not None:

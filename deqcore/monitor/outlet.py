@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterable
 
-from deqcore.errors import MonitorWarning
 from deqcore.monitor.guard import Guard, rescue
 from deqcore.monitor.settings import SinkLike, make_sink
 from deqcore.monitor.sink import Event, Record, Run
+from deqcore.monitor.tell import tell
 
 
 class Outlet:
@@ -56,4 +55,4 @@ class Outlet:
         """Warn, once every sink has its records: the user's filters may turn a warning into an error."""
         unsaid, self._unsaid = self._unsaid, []
         for text in unsaid:
-            warnings.warn(text, MonitorWarning, stacklevel=2)
+            tell(text)

@@ -173,6 +173,13 @@ def test_what_broke_the_block_is_not_hidden_by_a_trigger() -> None:
         1 / 0  # noqa: B018
 
 
+def test_a_warning_points_at_the_line_that_led_to_it() -> None:
+    monitor = Monitor(sinks=[], every=1, triggers=[Trigger(METRIC, "> 3", window=1)])
+    with pytest.warns(MonitorWarning) as seen, monitor:
+        deqcore.fixed_point(lambda z: 0.5 * z + 1.0, np.zeros((2, 3)), forward__solver="picard")
+    assert seen[0].filename == __file__
+
+
 def test_hooks_get_the_event() -> None:
     events = []
     trigger = Trigger(METRIC, "> 3", "hook", window=1, hook="page")
