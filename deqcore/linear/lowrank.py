@@ -26,7 +26,7 @@ class InverseJacobian(ABC):
 
 @dataclass(frozen=True)
 class OneBasis(InverseJacobian):
-    """H = −I − Q K Qᵀ with one history Q and small matrices K `(batch, memory, memory)`. What Broyden leaves."""
+    """H = −I − Q K Qᵀ with one history Q and small matrices K `(batch, memory, memory)`."""
 
     backend: Backend
     basis: History
@@ -39,6 +39,27 @@ class OneBasis(InverseJacobian):
     def apply_transpose(self, v: Array) -> Array:
         """Hᵀ v = −v − Q Kᵀ Qᵀ v."""
         return -v - self.basis.combine(vecmat(self.backend, self.basis.dot(v), self.kernel))
+
+
+@dataclass(frozen=True)
+class Updates(InverseJacobian):
+    """H = −I − Q K Qᵀ with K = Σ_j l_j r_jᵀ kept as its updates. What Broyden leaves.
+
+    K is never formed: its products take O(k) work a vector in place of O(k²), and are those of histories, which do
+    not depend on the batch by a single bit (a product of matrices with as many columns as the *batch* took steps did).
+    """
+
+    basis: History
+    left: History
+    right: History
+
+    def apply(self, v: Array) -> Array:
+        """H v = −v − Q Σ_j l_j (r_jᵀ Qᵀ v)."""
+        return -self.basis.add_combination(v, self.left.combine(self.right.dot(self.basis.dot(v))))
+
+    def apply_transpose(self, v: Array) -> Array:
+        """Hᵀ v = −v − Q Σ_j r_j (l_jᵀ Qᵀ v)."""
+        return -self.basis.add_combination(v, self.right.combine(self.left.dot(self.basis.dot(v))))
 
 
 @dataclass(frozen=True)

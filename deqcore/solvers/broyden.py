@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from deqcore.backend import Array, Backend, History, Map
-from deqcore.linear.lowrank import InverseJacobian, OneBasis, multisecant
+from deqcore.linear.lowrank import InverseJacobian, Updates, multisecant
 from deqcore.solver import Solver
 
 
@@ -184,8 +184,7 @@ class Broyden(Solver):
 
     def inverse_jacobian(self, backend: Backend, state: BroydenState) -> InverseJacobian:
         """H after the last secant pair."""
-        left = backend.xp.permute_dims(state.left.vectors(), (0, 2, 1))
-        return OneBasis(backend, state.basis, backend.xp.matmul(left, state.right.vectors()))
+        return Updates(state.basis, state.left, state.right)
 
     def secant_estimate(self, backend: Backend, state: BroydenState) -> InverseJacobian:
         """The type-I multi-secant estimate of all pairs in memory."""
