@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -13,6 +14,7 @@ import optax
 import deqcore
 import deqcore_jax.probe
 from deqcore.config import Config
+from deqcore.diagnostics import spectral_radius
 from deqcore.study.models.base import Model, Weights
 from deqcore.study.trainer import BETA1, BETA2, EPSILON, Figures, Numbers, Step, Trainer
 
@@ -67,7 +69,7 @@ class JaxTrainer(Trainer):
         self._backward = jax.jit(lambda pull: pull(jnp.ones((), jnp.float32)))
         self._update = jax.jit(self._updated)
         self._predict = jax.jit(self._logits)
-        self._grow = jax.jit(self._growth, static_argnames=("config", "pulls"))
+        self._solved = jax.jit(self._at, static_argnames="config")
 
     def warm_up(self, x: Numbers, y: Numbers, count: int) -> None:
         gradient, _ = self._gradient(x, y, self._config)
@@ -92,8 +94,11 @@ class JaxTrainer(Trainer):
         gradient, loss = self._gradient(x, y, config)
         return loss, np.concatenate([np.asarray(gradient[name], np.float64).ravel() for name in sorted(gradient)])
 
-    def radius(self, x: Numbers, config: Config, pulls: int) -> Numbers:
-        return np.asarray(self._grow(self._weights, jnp.asarray(_narrow(x)), config=config, pulls=pulls))
+    def radius(self, x: Numbers, config: Config, products: int) -> Numbers:
+        z, injected = self._solved(self._weights, jnp.asarray(_narrow(x)), config=config)
+        step = jax.jit(partial(self._model.cell, self._ops))
+        found = spectral_radius(lambda z: step(self._weights, z, injected), z, max_products=products)
+        return cast(Numbers, found.radius)
 
     def save(self) -> Weights:
         count, mu, nu = self._state
@@ -153,25 +158,8 @@ class JaxTrainer(Trainer):
     def _logits(self, weights: Any, x: Any) -> Any:
         return self._model.read(self._ops, weights, self._solve(weights, x, self._config)[0])
 
-    def _growth(self, weights: Any, x: Any, config: Config, pulls: int) -> Any:
-        z, _ = self._solve(weights, x, config)
-        injected = self._model.inject(self._ops, weights, x)
-        _, pull = jax.vjp(lambda z: self._model.cell(self._ops, weights, z, injected), z)
-        leaves, structure = jax.tree.flatten(z)
-        keys = jax.random.split(jax.random.key(0), len(leaves))
-        u = structure.unflatten([jax.random.normal(k, l.shape, l.dtype) for k, l in zip(keys, leaves, strict=True)])
-
-        def norm(u: Any) -> Any:
-            squares = [jnp.sum(jnp.square(leaf.reshape(x.shape[0], -1)), axis=1) for leaf in jax.tree.leaves(u)]
-            return jnp.sqrt(sum(squares))
-
-        def body(u: Any, _: None) -> tuple[Any, Any]:
-            size = jnp.maximum(norm(u), 1e-30)
-            u = jax.tree.map(lambda leaf: leaf / size.reshape(-1, *[1] * (leaf.ndim - 1)), u)
-            (u,) = pull(u)
-            return u, norm(u)
-
-        return jax.lax.scan(body, u, None, length=pulls)[1]
+    def _at(self, weights: Any, x: Any, config: Config) -> tuple[Any, Any]:
+        return self._solve(weights, x, config)[0], self._model.inject(self._ops, weights, x)
 
     def _figures(self, figures: Any, probe: Any) -> Figures:
         if figures is None:

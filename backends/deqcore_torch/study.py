@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any, cast
 
 import array_api_compat.torch as xp
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import deqcore
 from deqcore.config import Config
+from deqcore.diagnostics import spectral_radius
 from deqcore.solution import Solution
 from deqcore.strategy import AdjointReport
 from deqcore.study.models.base import Model, Weights
@@ -85,30 +87,13 @@ class TorchTrainer(Trainer):
         found = torch.autograd.grad(loss, list(self._weights.values()))
         return loss.item(), torch.cat([part.flatten() for part in found]).double().cpu().numpy()
 
-    def radius(self, x: Numbers, config: Config, pulls: int) -> Numbers:
+    def radius(self, x: Numbers, config: Config, products: int) -> Numbers:
+        inputs = self._move(x)
         with torch.no_grad():
-            inputs = self._move(x)
             z, _ = self._solve(inputs, config)
             injected = self._model.inject(self._ops, self._weights, inputs)
-        backend = deqcore.get_backend(config)
-        leaves, structure = backend.flatten(z)
-        sizes = [leaf[0].numel() for leaf in leaves]
-
-        def f(flat: Tensor) -> Tensor:
-            parts = flat.split(sizes, dim=1)
-            tree = backend.unflatten(structure, [p.reshape(l.shape) for p, l in zip(parts, leaves, strict=True)])
-            image = self._model.cell(self._ops, self._weights, tree, injected)
-            return torch.cat([leaf.flatten(1) for leaf in backend.flatten(image)[0]], dim=1)
-
-        _, pull = backend.linearize(f, torch.cat([leaf.flatten(1) for leaf in leaves], dim=1))
-        generator = torch.Generator().manual_seed(0)
-        u = torch.randn(len(x), sum(sizes), generator=generator).to(self._device)
-        norms = []
-        for _ in range(pulls):
-            u = u / u.norm(dim=1, keepdim=True).clamp_min(1e-30)
-            u = pull(u)
-            norms.append(u.norm(dim=1))
-        return torch.stack(norms).detach().cpu().numpy()
+        step = partial(self._model.cell, self._ops, self._weights)
+        return cast(Numbers, spectral_radius(lambda z: step(z, injected), z, max_products=products).radius)
 
     def save(self) -> Weights:
         saved = {f"weight.{name}": value for name, value in self._weights.items()}
@@ -167,8 +152,3 @@ class TorchTrainer(Trainer):
         if self._device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
-
-
-def threads(count: int) -> None:
-    """Threads that one operation may use."""
-    torch.set_num_threads(count)

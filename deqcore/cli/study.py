@@ -27,6 +27,8 @@ def command(
     language: Annotated[str | None, typer.Option(help="Of the report: en or ja.")] = None,
     data: Annotated[str | None, typer.Option(help="Your own data, module:function; gives a Dataset.")] = None,
     model: Annotated[str | None, typer.Option(help="Your own model, module:Class, a deqcore.study Model.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and how long it will take.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Train again what failed before.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Trainings at a time.")] = 1,
 ) -> None:
     """Train, measure, compare, report.
@@ -48,6 +50,8 @@ def command(
         data=data,
         model=model,
         jobs=jobs,
+        dry_run=dry_run,
+        retry=retry,
         command=shlex.join(_words(file, out, backend, language, data, model)),
     )
     console = Console()

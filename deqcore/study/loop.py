@@ -28,9 +28,11 @@ from deqcore.study.trainer import Figures, Step, Trainer
 Tell: TypeAlias = Callable[[Mapping[str, object]], None]
 
 WEIGHTS, ORDER, AUDIT = range(3)  # streams of random numbers that one seed gives
+PARTS: Final = ("forward", "backward", "update")
 AUDIT_RTOL: Final = 1e-5
 AUDIT_STEPS: Final = 100
-AUDIT_PULLS: Final = 20
+AUDIT_PRODUCTS: Final = 40
+AUDIT_SAMPLES: Final = 16  # whose spectral radius is estimated
 EVALUATION_BATCH: Final = 256
 
 
@@ -110,7 +112,15 @@ class Training:
         self.parameters = sum(value.size for value in weights.values())
         self.trainer = trainer(model, weights, cell.config())
         self.best: dict[str, Any] = self._weights()
-        self.history: dict[str, Any] = {"epochs": 0, "steps": [], "epoch": [], "audits": [], "best": -1, "peak": 0}
+        self.history: dict[str, Any] = {
+            "epochs": 0,
+            "steps": [],
+            "epoch": [],
+            "audits": [],
+            "best": None,
+            "best_epoch": 0,
+            "peak": 0,
+        }
 
     def run(self) -> dict[str, Any]:
         """Train, or go on where a killed process stopped, and look at the test data once.
@@ -130,6 +140,25 @@ class Training:
         self.trainer.restore(self.trainer.save() | self.best)
         loss, accuracy = self._evaluate(self.data.test)
         return self._result(loss, accuracy)
+
+    def measure(self, steps: int) -> dict[str, Any]:
+        """Time steps with nothing else running, at the weights of the start and at the latest ones; changes nothing.
+
+        Returns:
+            `warm_up` and `times` as in a result; the whole training is extrapolated from them.
+        """
+        self._warm_up()
+        rows = batches(self.cell, len(self.data.train), 0)
+        taken: list[Step] = []
+        for _ in range(2 if store.read_progress(self.folder) else 1):
+            for i in range(steps):
+                chosen = rows[i % len(rows)]
+                taken.append(self.trainer.step(self.data.train.x[chosen], self.data.train.y[chosen], 0.0))
+            self._resume()
+        columns = {part: [getattr(step, part) for step in taken] for part in PARTS}
+        found = times(columns)
+        found["training"] *= len(rows) * self.cell.training.epochs / len(taken)
+        return {"warm_up": self.warm_up, "times": found}
 
     def _resume(self) -> None:
         found = store.read_progress(self.folder)
@@ -188,9 +217,7 @@ class Training:
         x, y, truth = train.x[rows], train.y[rows], exact(self.cell)
         _, found = self.trainer.gradient(x, y, self.cell.config())
         _, wanted = self.trainer.gradient(x, y, truth)
-        growth = self.trainer.radius(x, truth, AUDIT_PULLS)
-        # Where two eigenvalues have the largest modulus the growth oscillates: its mean over some steps does not.
-        radius = np.exp(np.log(np.maximum(growth[-AUDIT_PULLS // 2 :], 1e-30)).mean(0))
+        radius = self.trainer.radius(x[:AUDIT_SAMPLES], truth, AUDIT_PRODUCTS)
         size = float(np.linalg.norm(found) * np.linalg.norm(wanted))
         audit = Audit(
             epoch=epoch,
@@ -206,8 +233,9 @@ class Training:
     def _validate(self, epoch: int) -> None:
         loss, accuracy = self._evaluate(self.data.validation)
         self.history["epoch"].append({"validation_loss": _number(loss), "validation_accuracy": accuracy})
-        if accuracy > self.history["best"]:
-            self.history["best"], self.history["best_epoch"] = accuracy, epoch + 1
+        # By loss: with a few hundred samples many epochs have one accuracy, and the first of them is rarely the best.
+        if self.history["best"] is None or loss < self.history["best"]:
+            self.history["best"], self.history["best_epoch"] = _number(loss), epoch + 1
             self.best = self._weights()
 
     def _evaluate(self, split: Split) -> tuple[float, float]:
@@ -246,8 +274,8 @@ class Training:
 
 def times(columns: Mapping[str, Any]) -> dict[str, float]:
     """Median seconds of each part of a step, and of the whole training (the sum of its steps)."""
-    parts = {name: float(median(columns[name])) for name in ("forward", "backward", "update")}
-    whole = [sum(each) for each in zip(columns["forward"], columns["backward"], columns["update"], strict=True)]
+    parts = {name: float(median(columns[name])) for name in PARTS}
+    whole = [sum(each) for each in zip(*(columns[name] for name in PARTS), strict=True)]
     return parts | {"step": float(median(whole)), "training": float(sum(whole))}
 
 

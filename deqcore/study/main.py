@@ -17,6 +17,7 @@ from deqcore.study import gates, report, table
 from deqcore.study.grid import Cell, Own, cells
 from deqcore.study.progress import Live
 from deqcore.study.run import run
+from deqcore.study.schedule import schedule, timed
 from deqcore.study.settings import Study, read
 from deqcore.study.store import Store
 
@@ -32,7 +33,8 @@ class Request:
         changes: settings that the command line puts on top, None where it is silent.
         out: directory for results, or None for one named after the study.
         data, model: import strings of the user's own code.
-        jobs: trainings at a time.
+        jobs: trainings at a time. With more than one, steps are timed in a serial pass of their own afterwards.
+        dry_run: only show the plan. `retry`: train again what failed.
         command: that reproduces the study.
     """
 
@@ -43,6 +45,8 @@ class Request:
     data: str | None
     model: str | None
     jobs: int
+    dry_run: bool
+    retry: bool
     command: str
 
     def settings(self) -> Study:
@@ -68,12 +72,17 @@ def study(request: Request, console: Console) -> None:
     place = Store(request.out if request.out is not None else Path(f"study-{slug}"))
     with place.lock():
         about = {"machine": describe(PACKAGES), "command": request.command}
+        if request.dry_run:
+            console.print(schedule(place, grid, request.jobs))
+            return
         place.open({"settings": settings.model_dump(), **about})
-        done = sum(place.result(cell) is not None for cell in grid)
+        done = place.resume(grid, retry=request.retry)
         if done:
             console.print(f"{done} of {len(grid)} cells were finished before.", style="dim")
         with Live(console, grid, done) as live:
             results = run(place, grid, live, request.jobs)
+        if request.jobs > 1:
+            results = timed(place, grid, results, console)
         found = report.write(place.root, settings, results, about)
     console.print(table.terminal(found))
     if settings.gates:

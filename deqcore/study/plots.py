@@ -38,7 +38,13 @@ def _draw(word: str, draw: Callable[[Any, Sequence[Row]], bool], rows: Sequence[
     from matplotlib.figure import Figure
 
     # Text stays text: small, searchable, and in the reader's own font. A salt of its own keeps ids in a page apart.
-    style: Any = {"svg.fonttype": "none", "svg.hashsalt": word, "font.size": 9, "font.family": "sans-serif"}
+    style: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": word,
+        "text.parse_math": False,
+        "font.size": 9,
+        "font.family": "sans-serif",
+    }
     with mpl.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser has it
         figure = Figure(figsize=SIZE, layout="constrained")
@@ -49,8 +55,8 @@ def _draw(word: str, draw: Callable[[Any, Sequence[Row]], bool], rows: Sequence[
             return ""
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    svg = out.getvalue()
-    return svg[svg.index("<svg") :]
+    drawn = out.getvalue()
+    return drawn[drawn.index("<svg") :]
 
 
 def name(row: Row, rows: Sequence[Row]) -> str:

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeAlias
 
 from deqcore.study import store, worker
 from deqcore.study.grid import Cell
@@ -33,15 +33,25 @@ class Watcher(Protocol):
         """A cell has a result."""
 
 
-class Process:
-    """One cell's process, and a thread that reads what it tells."""
+Events: TypeAlias = "queue.Queue[tuple[Process, dict[str, Any] | None]]"
 
-    def __init__(self, cell: Cell, folder: Path, events: queue.Queue[tuple[Process, dict[str, Any] | None]]) -> None:
+
+class Process:
+    """One cell's process, and a thread that reads what it tells.
+
+    Args:
+        cell: what it works on.
+        folder: where.
+        events: gets its lines of progress, and None when it has ended.
+        measured: only time so many steps, in place of training.
+    """
+
+    def __init__(self, cell: Cell, folder: Path, events: Events, measured: int = 0) -> None:
         self.cell, self.folder = cell, folder
         store.write_json(folder / "cell.json", cell.as_dict())
         with (folder / LOG).open("wb") as log:
             self.popen = subprocess.Popen(
-                [sys.executable, "-m", "deqcore.study.worker", str(folder)],
+                [sys.executable, "-m", "deqcore.study.worker", str(folder), str(measured)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -49,15 +59,22 @@ class Process:
             )
         threading.Thread(target=self._read, args=(events,), daemon=True).start()
 
-    def _read(self, events: queue.Queue[tuple[Process, dict[str, Any] | None]]) -> None:
-        assert self.popen.stdout is not None
-        for line in self.popen.stdout:
-            try:
-                events.put((self, json.loads(line)))
-            except ValueError:
-                continue  # the user's own code may print
-        self.popen.wait()
+    def _read(self, events: Events) -> None:
+        with self.popen:  # closes the pipes
+            assert self.popen.stdout is not None
+            for line in self.popen.stdout:
+                try:
+                    events.put((self, json.loads(line)))
+                except ValueError:
+                    continue  # the user's own code may print
+            # The end of its standard input would end the process: that stays open until it has ended by itself.
+            self.popen.wait()
         events.put((self, None))
+
+    def said(self) -> str:
+        """The last line that it wrote to its standard error."""
+        told = (self.folder / LOG).read_text(errors="replace").strip()
+        return told.splitlines()[-1] if told else "it said nothing"
 
     def result(self) -> dict[str, Any]:
         """What came of the ended process.
@@ -68,8 +85,7 @@ class Process:
         found: dict[str, Any] | None = store.read_json(self.folder / "result.json")
         if found is not None:
             return found
-        told = (self.folder / LOG).read_text(errors="replace").strip()
-        last = told.splitlines()[-1] if told else "it said nothing"
+        last = self.said()
         code = self.popen.returncode
         if last.startswith("Error: "):
             raise StudyError(f"{self.cell.label}: {last.removeprefix('Error: ')}")
@@ -103,7 +119,7 @@ def run(place: Store, cells: Sequence[Cell], watcher: Watcher, jobs: int = 1) ->
     Raises:
         StudyError: results cannot be written.
     """
-    events: queue.Queue[tuple[Process, dict[str, Any] | None]] = queue.Queue()
+    events: Events = queue.Queue()
     waiting = [cell for cell in cells if place.result(cell) is None]
     running: list[Process] = []
     try:
@@ -122,6 +138,22 @@ def run(place: Store, cells: Sequence[Cell], watcher: Watcher, jobs: int = 1) ->
         for process in running:
             process.kill()
     return [dict(place.result(cell) or {}) for cell in cells]
+
+
+def measure(place: Store, cell: Cell, steps: int) -> dict[str, Any]:
+    """Time a cell's steps in a process of its own, with nothing beside it.
+
+    Raises:
+        StudyError: the process came to nothing.
+    """
+    events: Events = queue.Queue()
+    process = Process(cell, place.folder(cell), events, measured=steps)
+    told: dict[str, Any] = {}
+    while (line := events.get()[1]) is not None:
+        told = line
+    if process.popen.returncode or "times" not in told:
+        raise StudyError(f"{cell.label} could not be timed: {process.said().removeprefix('Error: ')}")
+    return told
 
 
 def environment(threads: int) -> dict[str, str]:

@@ -105,10 +105,10 @@ class Training(Table):
         threads: of each process; 1 is the fastest for small models and leaves no rounding to chance.
     """
 
-    epochs: int = Field(default=30, ge=1)
+    epochs: int = Field(default=20, ge=1)
     batch: int = Field(default=64, ge=1)
     rate: float = Field(default=2e-3, gt=0)
-    audits: int = Field(default=10, ge=0)
+    audits: int = Field(default=8, ge=0)
     threads: int = Field(default=1, ge=1)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -131,6 +131,22 @@ class Store:
                 f"directory with --out."
             )
         write_json(self.root / "study.json", mine | about)
+
+    def resume(self, cells: Iterable[Cell], *, retry: bool) -> int:
+        """Count the finished cells.
+
+        Args:
+            cells: the whole grid.
+            retry: forget the results of those that failed.
+        """
+        done = 0
+        for cell in cells:
+            found = self.result(cell)
+            if found is not None and found["status"] != "ok" and retry:
+                (self.folder(cell) / "result.json").unlink()
+                found = None
+            done += found is not None
+        return done
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -45,9 +45,11 @@ def cosine(value: Interval | None) -> str:
 
 
 def significant(value: float) -> str:
-    """Three significant digits, without an exponent."""
+    """Three significant digits; an exponent only where there would be nothing else to see."""
     if value == 0:
         return "0"
+    if abs(value) < 1e-4:
+        return f"{value:.2e}"
     digits = max(0, 2 - int(f"{abs(value):e}".partition("e")[2]))
     return f"{value:.{min(digits, 6)}f}"
 

@@ -127,8 +127,8 @@ class Trainer(ABC):
         """Loss, and its gradient for all weights as one vector, in the order of their names."""
 
     @abstractmethod
-    def radius(self, x: Numbers, config: Config, pulls: int) -> Numbers:
-        """Estimate |λ|max of the Jacobian at the solution, per sample, by `pulls` steps of power iteration on Jᵀ."""
+    def radius(self, x: Numbers, config: Config, products: int) -> Numbers:
+        """Spectral radius of the Jacobian at the solution, per sample, from so many products at most."""
 
     @abstractmethod
     def save(self) -> Weights:

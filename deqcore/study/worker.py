@@ -35,9 +35,7 @@ def train(cell: Cell, folder: Path, tell: Tell) -> dict[str, Any]:
     """
     start = time.perf_counter()
     try:
-        trainer: Any = plugins.load("trainer", _trainer(cell.backend))
-        found = data.load(cell.data, cell.own.data)
-        result = Training(cell, found, trainer, folder, tell).run()
+        result = _training(cell, folder, tell).run()
     except store.StudyError:
         raise  # the disk: nothing can be written about it either
     except CellFailure as error:
@@ -57,6 +55,11 @@ def train(cell: Cell, folder: Path, tell: Tell) -> dict[str, Any]:
 def failed(cell: Cell, reason: str, detail: str, folder: Path) -> None:
     """Write the result of a cell whose process could not."""
     store.write_json(folder / "result.json", {**_failed(cell, reason, detail), "seconds": 0.0})
+
+
+def _training(cell: Cell, folder: Path, tell: Tell) -> Training:
+    trainer: Any = plugins.load("trainer", _trainer(cell.backend))
+    return Training(cell, data.load(cell.data, cell.own.data), trainer, folder, tell)
 
 
 def _failed(cell: Cell, reason: str, detail: str) -> dict[str, Any]:
@@ -86,20 +89,22 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def main(folder: Path) -> None:
-    """Train the cell in `folder`."""
+def main(folder: Path, measured: int = 0) -> None:
+    """Train the cell in `folder`, or only time so many of its steps."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     from deqcore.cli.project import load_plugins
 
     load_plugins()
     cell = Cell.of(store.read_json(folder / "cell.json"))
     with store.locked(folder / store.LOCK, f"Another process trains {folder.name!r}", wait=HANDOVER):
-        if store.read_json(folder / "result.json") is None:
+        if measured:
+            print(json.dumps(_training(cell, folder, Lines()).measure(measured)), flush=True)
+        elif store.read_json(folder / "result.json") is None:
             train(cell, folder, Lines())
 
 
 if __name__ == "__main__":
     try:
-        main(Path(sys.argv[1]))
-    except DeqcoreError as error:
+        main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
+    except (DeqcoreError, CellFailure) as error:
         sys.exit(f"Error: {error}")

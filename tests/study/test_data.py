@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from deqcore.errors import UnknownNameError
+from deqcore.errors import ConfigError, UnknownNameError
 from deqcore.study import data
 from deqcore.study.data import DataError, Dataset, Split
 from deqcore.study.settings import DataChoice
@@ -54,3 +57,168 @@ def test_unfit_data(train: Split, words: str):
     with pytest.raises(DataError) as caught:
         Dataset("mine", "vector", ("a", "<b>"), train, good, good)
     assert words in str(caught.value)
+
+
+def images(root: Path, part: str, sizes: dict[str, int], side: int = 6) -> None:
+    from PIL import Image
+
+    rng = np.random.default_rng(len(part))
+    for name, count in sizes.items():
+        (root / part / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / part / name / f"{number:03}.png")
+
+
+def test_an_image_folder(tmp_path: Path):
+    images(tmp_path, "train", {"cat": 10, "dog": 10})
+    images(tmp_path, "test", {"cat": 2, "dog": 3})
+    found = data.load(DataChoice(name="images", path=str(tmp_path)))
+    assert found.classes == ("cat", "dog")
+    assert [len(part) for part in (found.train, found.validation, found.test)] == [16, 4, 5]
+    assert found.train.x.shape[1:] == (3, 6, 6)
+    from PIL import Image
+
+    first = np.asarray(Image.open(tmp_path / "test" / "cat" / "000.png"))
+    np.testing.assert_allclose(found.test.x[0].transpose(1, 2, 0) * 255, first, atol=1e-4)
+    small = data.load(DataChoice(name="images", path=str(tmp_path), size=4, per_class=5))
+    assert small.train.x.shape == (8, 3, 4, 4)
+
+
+def test_unfit_image_folders(tmp_path: Path):
+    choice = DataChoice(name="images", path=str(tmp_path))
+    with pytest.raises(DataError, match="no folder 'train'"):
+        data.load(choice)
+    with pytest.raises(DataError, match="an existing folder is expected"):
+        data.load(DataChoice(name="images"))
+    images(tmp_path, "train", {"cat": 5, "dog": 5})
+    (tmp_path / "train" / "none").mkdir()
+    with pytest.raises(DataError, match="class 'none' has no image"):
+        data.load(choice)
+    (tmp_path / "train" / "none").rmdir()
+    broken = tmp_path / "train" / "cat" / "000.png"
+    whole = broken.read_bytes()
+    for content in (b"", b"<html>", whole[: len(whole) // 2]):
+        broken.write_bytes(content)
+        with pytest.raises(DataError, match=r"000\.png' cannot be read as an image"):
+            data.load(choice)
+    broken.write_bytes(whole)
+    images(tmp_path, "test", {"cat": 1, "dog": 1, "cow": 1})
+    with pytest.raises(DataError, match="not in 'train': cow"):
+        data.load(choice)
+
+
+def test_images_of_two_sizes_need_one(tmp_path: Path):
+    images(tmp_path, "train", {"cat": 5})
+    images(tmp_path, "train", {"dog": 5}, side=7)
+    with pytest.raises(DataError, match="set size = 32"):
+        data.load(DataChoice(name="images", path=str(tmp_path)))
+    assert data.load(DataChoice(name="images", path=str(tmp_path), size=5)).train.x.shape[2:] == (5, 5)
+
+
+def test_npz(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (20, 4, 4), dtype=np.uint8), np.repeat([0, 1], 10)
+    path = tmp_path / "mine.npz"
+    np.savez(path, x_train=x, y_train=y, x_test=x[:3], y_test=y[:3])
+    found = data.load(DataChoice(name="arrays", path=str(path)))
+    assert found.kind == "image"
+    assert found.train.x.shape == (16, 1, 4, 4)
+    np.testing.assert_array_equal(found.test.x[:, 0], x[:3] / np.float32(255))
+    np.savez(path, x_train=x.reshape(20, -1), y_train=y)
+    found = data.load(DataChoice(name="arrays", path=str(path)))
+    assert found.kind == "vector"
+    assert [len(part) for part in (found.train, found.validation, found.test)] == [12, 4, 4]
+
+
+def idx(array: np.ndarray) -> bytes:
+    head = bytes([0, 0, 8, array.ndim]) + b"".join(int(n).to_bytes(4, "big") for n in array.shape)
+    return head + array.astype(np.uint8).tobytes()
+
+
+def test_idx_files_as_mnist_has_them(tmp_path: Path):
+    x, y = np.arange(20 * 9).reshape(20, 3, 3) % 256, np.repeat([0, 1], 10)
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(x)))
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(y))
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(idx(x[:4]))
+    choice = DataChoice(name="arrays", path=str(tmp_path))
+    with pytest.raises(DataError, match=r"t10k-labels-idx1-ubyte"):
+        data.load(choice)
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx(y[:4]))
+    found = data.load(choice)
+    np.testing.assert_allclose(found.test.x[:, 0] * 255, x[:4], atol=1e-4)
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx(y[:4])[:-1])
+    with pytest.raises(DataError, match="is cut off"):
+        data.load(choice)
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(b"no")
+    with pytest.raises(DataError, match="is no IDX file"):
+        data.load(choice)
+
+
+def test_unfit_arrays(tmp_path: Path):
+    path = tmp_path / "mine.npz"
+    choice = DataChoice(name="arrays", path=str(path))
+    with pytest.raises(DataError, match="an NPZ file or a folder"):
+        data.load(choice)
+    path.write_bytes(b"PK\3\4 no archive")
+    with pytest.raises(DataError, match="cannot be read as NPZ"):
+        data.load(choice)
+    np.savez(path, x_train=np.zeros((4, 2)))
+    with pytest.raises(DataError, match="x_train and y_train are expected"):
+        data.load(choice)
+    np.savez(path, x_train=np.zeros((4, 2)), y_train=np.zeros(4))
+    with pytest.raises(DataError, match="integers"):
+        data.load(choice)
+    np.savez(path, x_train=np.array([{}], dtype=object), y_train=np.zeros(4, int))
+    with pytest.raises(DataError, match="without pickle"):
+        data.load(choice)
+
+
+def test_a_text_becomes_windows_with_their_successors(tmp_path: Path):
+    path = tmp_path / "a.txt"
+    path.write_text("abcde" * 40)
+    found = data.load(DataChoice(name="text", path=str(path), length=8))
+    assert found.train.x.shape == (19, 8)  # (160 − 1) // 8
+    assert (found.train.x[:, 1:] == found.train.y[:, :-1]).all()
+    letters = np.asarray(found.classes)
+    assert "".join(letters[found.train.x[0]]) == "abcdeabc"
+    assert "".join(letters[found.train.y[0]]) == "bcdeabcd"
+
+
+def test_words_that_are_rare_share_a_number(tmp_path: Path):
+    for part, text in (
+        ("train", "the cat the dog the cow " * 9),
+        ("valid", "the cat sat " * 9),
+        ("test", "a the cat " * 9),
+    ):
+        (tmp_path / f"{part}.txt").write_text(text)
+    found = data.load(DataChoice(name="text", path=str(tmp_path), level="word", length=4, words=3))
+    assert found.classes == ("<rare>", "the", "cat")
+    assert found.test.x[0].tolist() == [0, 1, 2, 0]
+
+
+@pytest.mark.parametrize(("content", "words"), [(b"", "is empty"), (b"\xff\xfe", "UTF-8"), (b"short", "one window")])
+def test_unfit_texts(tmp_path: Path, content: bytes, words: str):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        data.load(DataChoice(name="text", path=str(tmp_path / "a.txt")))
+
+
+def test_data_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "my_study_data.py").write_text(
+        "import numpy as np\n"
+        "from deqcore.study.data import Dataset, Split\n"
+        "s = Split(np.zeros((2, 3), np.float32), np.array([0, 1]))\n"
+        "def load():\n    return Dataset('mine', 'vector', ('a', 'b'), s, s, s)\n"
+        "def wrong():\n    return 3\n"
+    )
+    assert data.load(DataChoice(name="own"), "my_study_data:load").name == "mine"
+    with pytest.raises(ConfigError, match="gave int"):
+        data.load(DataChoice(name="own"), "my_study_data:wrong")
+    with pytest.raises(ConfigError, match="Did you mean 'load'"):
+        data.load(DataChoice(name="own"), "my_study_data:laod")
+    with pytest.raises(ConfigError, match="cannot be imported"):
+        data.load(DataChoice(name="own"), "no_such_module:load")
+    with pytest.raises(ConfigError, match="module:attribute"):
+        data.load(DataChoice(name="own"), "load")

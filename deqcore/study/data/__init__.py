@@ -6,13 +6,16 @@ from collections.abc import Callable
 from typing import Final
 
 from deqcore.errors import ConfigError, UnknownNameError
-from deqcore.study.data import digits
+from deqcore.study.data import arrays, digits, images, text
 from deqcore.study.data.base import DataError, Dataset, Split
 from deqcore.study.own import load_object
 from deqcore.study.settings import DataChoice
 
 LOADERS: Final[dict[str, Callable[[DataChoice], Dataset]]] = {
     "digits": lambda _: digits.load(),
+    "images": images.load,
+    "arrays": arrays.load,
+    "text": text.load,
 }
 
 __all__ = ["LOADERS", "DataError", "Dataset", "Split", "load"]

@@ -1,0 +1,91 @@
+"""Every model, on both frameworks: the same functions, the same gradients, a contraction at the start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deqcore.config import Config
+from deqcore.study.models import find
+from deqcore.study.models.base import Model, Shape
+
+SHAPES = {
+    "dense": Shape("vector", (12,), 3),
+    "conv": Shape("image", (3, 8, 8), 3),
+    "attention": Shape("tokens", (6,), 11),
+}
+
+
+def built(name: str, width: int = 16) -> tuple[Model, dict[str, Any], Any, Any]:
+    shape = SHAPES[name.removesuffix("-explicit")]
+    model = find(name)(shape, width)
+    rng = np.random.default_rng(1)
+    if shape.kind == "tokens":
+        x, y = rng.integers(0, shape.classes, (2, 5, *shape.sample))
+    else:
+        x, y = rng.standard_normal((5, *shape.sample)).astype(np.float32), rng.integers(0, shape.classes, 5)
+    return model, model.initial(np.random.default_rng(0)), x, y
+
+
+def settings(backend: str) -> Config:
+    forward = {"solver": "broyden", "rtol": 1e-5, "max_steps": 60, "on_failure": "ignore"}
+    return Config(backend=backend, forward=forward, backward={"strategy": "exact-ift", "options": {"rtol": 1e-5}})
+
+
+def trainers() -> dict[str, Any]:
+    pytest.importorskip("torch")
+    pytest.importorskip("jax")
+    pytest.importorskip("optax")
+    from deqcore_jax.study import JaxTrainer
+    from deqcore_torch.study import TorchTrainer
+
+    return {"torch": TorchTrainer, "jax": JaxTrainer}
+
+
+def steps(backend: str) -> Config:
+    """A fixed number of plain steps: the functions are compared here, not the solvers."""
+    forward = {"solver": "picard", "rtol": 1e-9, "max_steps": 12, "on_failure": "ignore"}
+    return Config(backend=backend, forward=forward, backward={"strategy": "jacobian-free"})
+
+
+@pytest.mark.parametrize("name", ["dense-explicit", "conv", "attention"])
+def test_loss_and_gradient_agree_between_torch_and_jax(name: str):
+    model, weights, x, y = built(name)
+    found = {}
+    for backend, make in trainers().items():
+        found[backend] = make(model, weights, steps(backend)).gradient(x, y, steps(backend))
+    (loss, gradient), (other, second) = found.values()
+    assert loss == pytest.approx(other, abs=1e-5)
+    assert np.linalg.norm(gradient - second) < 2e-4 * np.linalg.norm(gradient)
+    assert np.linalg.norm(gradient) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["dense", "conv", "attention"])
+def test_the_cell_contracts_at_the_start(name: str):
+    model, weights, x, _ = built(name, width=32)
+    trainer = trainers()["torch"](model, weights, settings("torch"))
+    radius = trainer.radius(x, settings("torch"), 40)
+    assert radius.shape == (5,)
+    assert (radius < 0.95).all()
+    assert (radius > 0.05).all()  # an equilibrium that depends on nothing but the input would prove nothing
+
+
+@pytest.mark.parametrize("name", ["dense", "conv", "attention"])
+def test_the_explicit_network_has_the_same_weights(name: str):
+    one, two = built(name), built(f"{name}-explicit")
+    assert one[1].keys() == two[1].keys()
+    assert all(one[1][key].tobytes() == two[1][key].tobytes() for key in one[1])
+    assert one[0].equilibrium
+    assert not two[0].equilibrium
+
+
+def test_attention_does_not_see_the_future():
+    model, weights, x, _ = built("attention")
+    trainer = trainers()["torch"](model, weights, settings("torch"))
+    changed = x.copy()
+    changed[:, -1] = (changed[:, -1] + 1) % 11
+    one, two = trainer.predict(x), trainer.predict(changed)
+    np.testing.assert_allclose(one[:, :-1], two[:, :-1], atol=2e-3)  # up to the solver's tolerance
+    assert np.abs(one[:, -1] - two[:, -1]).max() > 0.1

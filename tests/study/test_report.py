@@ -1,0 +1,228 @@
+"""Summaries, answers, gates and the report, from results that are made up here."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from deqcore.study import report, table
+from deqcore.study.answer import answers, bill
+from deqcore.study.gates import judge
+from deqcore.study.grid import Cell, Own, cells
+from deqcore.study.settings import Cost, Study, read
+from deqcore.study.summary import Interval, reference, rows
+from deqcore.study.words import EN, JA
+
+SPEED = {"exact-ift": 4.0, "broyden-reuse": 3.0, "jacobian-free": 2.0, "explicit": 1.0}
+LOSS = {"exact-ift": 0.0, "broyden-reuse": 0.002, "jacobian-free": 0.05, "explicit": 0.0}
+
+
+def result(cell: Cell) -> dict[str, Any]:
+    """A training as it might have been: two epochs of three steps."""
+    rng = np.random.default_rng([cell.seed, len(cell.strategy.label)])
+    name = cell.strategy.name
+    steps = {
+        part: (SPEED[name] * 1e-3 * rng.uniform(0.9, 1.1, 6)).tolist() for part in ("forward", "backward", "update")
+    }
+    pulls = None if cell.explicit else [3] * 6
+    steps |= {"loss": [1.0] * 6, "evaluations_most": [9] * 6, "pulls_most": pulls or [None] * 6}
+    steps |= {"adjoint_residual": [0.05] * 6 if name == "broyden-reuse" else [None] * 6}
+    audits = [
+        {"epoch": e, "cosine": 0.98 - 0.2 * (name == "jacobian-free"), "radius": 0.5, "radius_most": 0.6}
+        for e in (0, 1)
+    ]
+    whole = np.sum([steps[part] for part in ("forward", "backward", "update")], axis=0)
+    times = {part: float(np.median(steps[part])) for part in ("forward", "backward", "update")}
+    return {
+        "status": "ok",
+        "cell": cell.as_dict(),
+        "test_accuracy": 0.95 + 0.01 * np.random.default_rng(cell.seed).uniform() - LOSS[name] - 1e-4 * rng.uniform(),
+        "test_loss": 0.1,
+        "warm_up": 1.0,
+        "times": times | {"step": float(np.median(whole)), "training": float(whole.sum())},
+        "peak_memory": 100_000_000,
+        "training_memory": 10_000_000,
+        "figures": {
+            "evaluations_most": 9.0,
+            "pulls_most": None if cell.explicit else 3.0,
+            "unconverged": 0.0,
+            "adjoint_residual": None,
+            "fallback": 0.0,
+        },
+        "cosine": None if cell.explicit else audits[0]["cosine"],
+        "history": {
+            "steps": steps,
+            "epochs": [
+                {"validation_accuracy": 0.9, "validation_loss": 0.3},
+                {"validation_accuracy": 0.95, "validation_loss": 0.2},
+            ],
+            "audits": [] if cell.explicit else audits,
+        },
+    }
+
+
+def made(**table: Any) -> tuple[Study, list[dict[str, Any]]]:
+    study = read({"seeds": [0, 1, 2], "models": ["dense", "dense-explicit"], **table}, "x")
+    return study, [result(cell) for cell in cells(study, Own(), ("torch",))]
+
+
+ABOUT = {"machine": {"cpu": "a <fast> one"}, "command": "deqcore study a.toml"}
+
+
+def test_intervals_are_students():
+    values = [0.91, 0.93, 0.95, 0.90]
+    found, truth = Interval.of(values), stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((truth.low, truth.high))
+    assert Interval.of([0.9]) == Interval(0.9, None, None, 1)
+
+
+def test_differences_are_paired_by_seed():
+    _, results = made()
+    found = {row.name: row for row in rows(results)}
+    gap = found["broyden-reuse"].against(found["exact-ift"], "test_accuracy")
+    assert gap is not None
+    by_name = {
+        name: [each["test_accuracy"] for each in results if each["cell"]["strategy"]["name"] == name]
+        for name in ("broyden-reuse", "exact-ift")
+    }
+    truth = stats.ttest_rel(by_name["broyden-reuse"], by_name["exact-ift"]).confidence_interval(0.95)
+    assert (gap.low, gap.high) == pytest.approx((truth.low, truth.high))
+    assert reference(found["jacobian-free"], found.values()) is found["exact-ift"]
+
+
+def test_the_answer_is_the_fastest_that_is_accurate_enough():
+    _, results = made()
+    (answer,) = answers(rows(results), Cost())
+    assert answer.best is not None
+    assert answer.best.name == "broyden-reuse"  # jacobian-free is faster, but costs five points
+    assert answer.explicit is not None
+    words = [word for word, _ in answer.warnings]
+    assert "low_cosine" in words
+    assert "harmful" in words
+
+
+def test_the_bill():
+    _, results = made()
+    found = {row.name: row for row in rows(results)}
+    cost = Cost(price_per_hour=3.6, trainings_per_month=10, scale=1000, switch_cost=5)
+    told = bill(found["jacobian-free"], found["exact-ift"], cost)
+    seconds = {
+        name: np.mean([each["times"]["training"] for each in results if each["cell"]["strategy"]["name"] == name])
+        for name in ("jacobian-free", "exact-ift")
+    }
+    assert told.training == pytest.approx(seconds["jacobian-free"])  # 1000 trainings at 0.001 a second
+    assert told.saved == pytest.approx(10 * (seconds["exact-ift"] - seconds["jacobian-free"]))
+    assert told.payback == pytest.approx(5 / told.saved)
+
+
+def test_gates_stop_at_the_first_that_is_not_met():
+    gates = [
+        {"stage": "pilot", "strategy": "broyden-reuse", "metric": "accuracy", "at_least": 90.0},
+        {"stage": "shadow", "strategy": "broyden-reuse", "metric": "time_ratio", "at_most": 0.5},
+        {"stage": "rollout", "strategy": "broyden-reuse", "metric": "accuracy_difference", "at_least": -1.0},
+    ]
+    study, results = made(gates=gates)
+    verdict = judge(rows(results), study.gates)
+    assert [gate.passed for gate in verdict.gates] == [True, False, True]
+    assert not verdict.go
+    assert verdict.sentence("en").startswith("Go for pilot; no-go from shadow on: broyden-reuse: time_ratio ≤ 0.5")
+    study, _ = made(gates=gates[:1])
+    assert judge(rows(results), study.gates).go
+
+
+def test_a_failed_cell_is_told_and_nothing_else_suffers(tmp_path: Path):
+    study, results = made()
+    bad = next(
+        each for each in results if each["cell"]["strategy"]["name"] == "jacobian-free" and each["cell"]["seed"] == 1
+    )
+    results[results.index(bad)] = {
+        "status": "failed",
+        "reason": "diverged",
+        "detail": "<loss> nan",
+        "cell": bad["cell"],
+    }
+    found = report.write(tmp_path, study, results, ABOUT)
+    (row,) = (row for row in found if row.name == "jacobian-free")
+    assert set(row.results) == {0, 2}
+    assert row.failures == {1: "diverged: <loss> nan"}
+    page = (tmp_path / "report.html").read_text()
+    assert "diverged: &lt;loss&gt; nan" in page
+    assert "<loss>" not in page
+
+
+def test_nothing_trained(tmp_path: Path):
+    study, results = made(models=["dense"])
+    failed = [{"status": "failed", "reason": "error", "detail": "x", "cell": each["cell"]} for each in results]
+    found = report.write(tmp_path, study, failed, ABOUT)
+    assert "nothing trained to the end" in (tmp_path / "report.html").read_text()
+    assert "–" in table.markdown(found)
+
+
+def test_the_files_hold_what_the_results_say(tmp_path: Path):
+    study, results = made()
+    report.write(tmp_path, study, results, ABOUT)
+    told = json.loads((tmp_path / "results.json").read_text())
+    for row in told["summary"]:
+        name = row["strategy"] if row["strategy"] != "–" else "explicit"
+        values = [each["test_accuracy"] for each in results if each["cell"]["strategy"]["label"] == name]
+        assert row["metrics"]["test_accuracy"]["mean"] == pytest.approx(np.mean(values))
+    lines = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
+    assert len(lines) == len(results) == 12
+    assert float(lines[0]["test_accuracy"]) == results[0]["test_accuracy"]
+    exact = [each["test_accuracy"] for each in results if each["cell"]["strategy"]["name"] == "exact-ift"]
+    half = stats.t.ppf(0.975, 2) * np.std(exact, ddof=1) / 3**0.5
+    expected = f"{100 * np.mean(exact):.2f} ± {100 * half:.2f}"
+    assert expected in (tmp_path / "results.md").read_text()
+    assert expected in (tmp_path / "report.html").read_text()
+
+
+class Links(HTMLParser):
+    """What a page would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.tags: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.found += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "action", "data")]
+
+
+@pytest.mark.parametrize("language", ["en", "ja"])
+def test_the_page_needs_nothing_from_outside_and_escapes_names(tmp_path: Path, language: str):
+    evil = "<script>alert(1)</script> & $x$"
+    study, results = made(
+        name=evil, language=language, strategies=["exact-ift", {"name": "broyden-reuse", "label": f"plain {evil}"}]
+    )
+    report.write(tmp_path, study, results, ABOUT)
+    page = (tmp_path / "report.html").read_text()
+    links = Links()
+    links.feed(page)
+    assert all(link.startswith(("#", "data:")) for link in links.found)
+    assert "script" not in links.tags
+    assert "svg" in links.tags
+    assert "url(http" not in page
+    assert "default-src 'none'" in page
+    assert not re.search(r"@import|<link(?! rel=\"icon\")", page)
+
+
+def test_languages_say_the_same_things():
+    assert EN.keys() == JA.keys()
+    for word, sentence in EN.items():
+        assert sorted(re.findall(r"{(\w+)}", sentence)) == sorted(re.findall(r"{(\w+)}", JA[word])), word
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0, "0"), (1234.6, "1235"), (0.0123456, "0.0123"), (9.996, "10.00"), (2.5e-9, "2.50e-09")]
+)
+def test_three_significant_digits(value: float, text: str):
+    assert table.significant(value) == text
