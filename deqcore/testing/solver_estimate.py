@@ -72,9 +72,14 @@ class EstimateTests(Conformance):
         config = kit.config(solver=solver_name, rtol=1e-12, max_steps=3, options=settings)
         first = deqcore.fixed_point(f, z0, config=config)
         before = self._apply(kit, self._estimate(kit, solver, self._state(first)), v)
-        deqcore.fixed_point(f, z0, state=first.state, config=config)
+        second = deqcore.fixed_point(f, z0, state=first.state, config=config)
         after = self._apply(kit, self._estimate(kit, solver, self._state(first)), v)
         assert np.array_equal(before, after), "continuing a solve destroyed an estimate that a backward may still need"
+        before = self._apply(kit, self._estimate(kit, solver, self._state(second)), v)
+        other = kit.map(affine(norm=0.9, seed=1))
+        deqcore.fixed_point(other, z0, state=first.state, config=config)
+        after = self._apply(kit, self._estimate(kit, solver, self._state(second)), v)
+        assert np.array_equal(before, after), "continuing a solve twice destroyed the estimate of the first continuation"
 
     def _estimates(self, kit: Kit, solver: Solver, problem: Affine, steps: int = 4) -> Iterator[tuple[Any, Any, Any]]:
         """Both estimates after some steps, with the latest pair s = Δz, y = Δ(f(z) − z)."""

@@ -127,6 +127,23 @@ class RouteTests(Conformance):
                 f"errors {report.error} are estimated, but they are {error}"
             )
 
+    def test_converged_means_what_the_options_promise(self, kit: Kit, strategy: Strategy) -> None:
+        """Options named `rtol` and `target` are promises: of the adjoint residual, and of the estimated error."""
+        target, rtol = (getattr(strategy, name, None) for name in ("target", "rtol"))
+        if not isinstance(target, float) and not isinstance(rtol, float):
+            pytest.skip("the options promise no accuracy")
+        problem, g = affine(norm=0.8), cotangent()
+        exact = problem.adjoint(g)
+        for estimate in (None, perfect(kit, affine(norm=0.7, seed=3)), perfect(kit, affine(norm=3.0, seed=4))):
+            u, report = route(kit, strategy, problem, g, estimate)
+            done = (report.status == int(Status.CONVERGED)) & ~report.fallback
+            error = np.linalg.norm(u - exact, axis=1) / np.linalg.norm(exact, axis=1)
+            if isinstance(target, float):
+                assert (error[done] <= 3 * target).all(), f"CONVERGED with a target of {target}, but u is off by {error}"
+            if isinstance(rtol, float):
+                left = problem.residual(u, g)
+                assert (left[done] <= 1.01 * rtol + 1e3 * kit.eps).all(), f"CONVERGED at rtol = {rtol} with {left}"
+
     def test_pulls_are_counted(self, kit: Kit, strategy: Strategy) -> None:
         if not kit.eager:
             pytest.skip("a traced loop calls pull once, whatever it runs")

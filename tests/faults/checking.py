@@ -1,0 +1,45 @@
+"""Check a faulty copy with the conformance suite, in a process of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from deqcore.testing.processes import environment
+from deqcore.testing.runner import Outcome, Request, arguments
+
+PLANTING = Path(__file__).with_name("planting.py")
+TIMEOUT = 120.0
+
+
+def source_of(module: str) -> str:
+    """The text of a module, without importing it."""
+    return Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
+
+
+def check(module: str, text: str, request: Request, backend: str, timeout: float = TIMEOUT) -> list[Outcome]:
+    """What the suite says of everything that uses `module` with this text."""
+    with tempfile.TemporaryDirectory(prefix="deqcore-fault-") as name:
+        folder = Path(name)
+        (folder / "planted.py").write_text(text, encoding="utf-8")
+        results = folder / "results.json"
+        args = arguments(request, backend, results)
+        env = {
+            **environment("float64"),
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+            "PYTHONPATH": os.pathsep.join(part for part in sys.path if part),
+        }
+        command = [sys.executable, str(PLANTING), module, str(folder / "planted.py"), *args]
+        try:
+            done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=timeout)
+        except subprocess.TimeoutExpired:
+            return [Outcome("timeout", backend, "failed", f"no answer within {timeout:.0f} s", "", timeout)]
+        if not results.exists():
+            lines = (done.stdout + done.stderr).strip().splitlines()
+            return [Outcome("import", backend, "failed", lines[-1] if lines else "no message", "", 0.0)]
+        return [Outcome(**each, backend=backend) for each in json.loads(results.read_text())]

@@ -1,0 +1,464 @@
+"""Faults that have been made, here or elsewhere, each with the check that must name it and the words it must use."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from deqcore.testing.runner import Kind, Request
+
+PLAIN = {"certify": False, "target": None, "fallback": "none"}
+MEASURED = {"certify": True, "target": None, "fallback": "none"}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault.
+
+    Attributes:
+        name: what is wrong.
+        where: the module.
+        old: text that occurs once in it.
+        new: what is planted in its place.
+        what: kind and name of what is checked, as in "solver broyden".
+        test: that must fail.
+        reason: a regular expression that its message must match.
+        backend: to run on.
+        options: of the solver or strategy.
+    """
+
+    name: str
+    where: str
+    old: str
+    new: str
+    what: str
+    test: str
+    reason: str
+    backend: str = "numpy"
+    options: Any = None
+
+    @property
+    def request(self) -> Request:
+        """The one check that names the fault."""
+        kind, _, name = self.what.partition(" ")
+        options = None if self.options is None else json.dumps(self.options)
+        found: Kind = kind
+        return Request(found, name, (self.backend,), options=options, select=self.test)
+
+    def planted(self, text: str) -> str:
+        """The faulty source."""
+        count = text.count(self.old)
+        if count != 1:
+            raise ValueError(f"{self.name}: {self.old!r} occurs {count} times in {self.where}, but once is expected")
+        return text.replace(self.old, self.new)
+
+
+REUSE = "deqcore.strategies.broyden_reuse"
+EXACT = "deqcore.strategies.exact_ift"
+LOWRANK = "deqcore.linear.lowrank"
+GMRES = "deqcore.linear.gmres"
+BROYDEN = "deqcore.solvers.broyden"
+ANDERSON = "deqcore.solvers.anderson"
+PICARD = "deqcore.solvers.picard"
+NUMPY = "deqcore_numpy.backend"
+HISTORY = "deqcore_numpy.history"
+TORCH = "deqcore_torch.backend"
+
+STRATEGIES = [
+    Fault(
+        "sign of the reused estimate",
+        REUSE,
+        "        u = -estimate.apply_transpose(g)\n",
+        "        u = estimate.apply_transpose(g)\n",
+        "strategy broyden-reuse",
+        "test_a_perfect_estimate_gives_the_perfect_gradient",
+        "u = −Hᵀg",
+        options=PLAIN,
+    ),
+    Fault(
+        "H in place of its transpose, in the strategy",
+        REUSE,
+        "        u = -estimate.apply_transpose(g)\n",
+        "        u = -estimate.apply(g)\n",
+        "strategy broyden-reuse",
+        "test_a_perfect_estimate_gives_the_perfect_gradient",
+        "u = −Hᵀg",
+        options=PLAIN,
+    ),
+    Fault(
+        "a residual that leaves out u",
+        REUSE,
+        "r = g + pull(u) - u\n",
+        "r = g + pull(u)\n",
+        "strategy broyden-reuse",
+        "test_the_report_is_true",
+        "residuals .* are reported",
+        options=MEASURED,
+    ),
+    Fault(
+        "a certificate that promises too much",
+        "deqcore.linear.certified",
+        "error = SAFETY * reach",
+        "error = 1e-3 * SAFETY * reach",
+        "strategy broyden-reuse",
+        "test_the_report_is_true",
+        "errors .* are estimated",
+    ),
+    Fault(
+        "a worthless estimate trusted blindly",
+        REUSE,
+        "        if self.target is None:\n",
+        "        if self.target is not None:\n",
+        "strategy broyden-reuse",
+        "test_converged_means_what_the_options_promise",
+        "CONVERGED with a target of 0.1",
+    ),
+    Fault(
+        "a budget that ran out called converged",
+        EXACT,
+        "code(pulls, Status.STALLED), code(pulls, Status.MAX_STEPS))",
+        "code(pulls, Status.STALLED), code(pulls, Status.CONVERGED))",
+        "strategy exact-ift",
+        "test_a_budget_that_is_too_small_is_confessed",
+        "CONVERGED, but the equation is not solved",
+    ),
+    Fault(
+        "a NaN cotangent called converged",
+        EXACT,
+        "status = xp.where(xp.isfinite(relative), status, code(pulls, Status.NONFINITE))",
+        "status = xp.where(xp.isfinite(relative), status, code(pulls, Status.CONVERGED))",
+        "strategy exact-ift",
+        "test_a_bad_sample_changes_no_bit_of_its_neighbours",
+        "has no answer",
+    ),
+    Fault(
+        "Arnoldi without orthogonalisation",
+        GMRES,
+        "        w = w - k.basis.combine(h)\n",
+        "        w = w + 0 * k.basis.combine(h)\n",
+        "strategy exact-ift",
+        "test_an_exact_strategy_solves_the_adjoint_equation",
+        "u = ",
+    ),
+    Fault(
+        "a least-squares solution with the wrong sign",
+        GMRES,
+        "target = -k.null[:, 1 : used + 1]",
+        "target = k.null[:, 1 : used + 1]",
+        "strategy exact-ift",
+        "test_an_exact_strategy_solves_the_adjoint_equation",
+        "u = ",
+    ),
+    Fault(
+        "an equation without solution called solved",
+        GMRES,
+        "converged=(residual <= goal) & backend.xp.isfinite(residual)",
+        "converged=(residual <= goal) | backend.xp.isfinite(residual)",
+        "strategy exact-ift",
+        "test_an_equation_without_solution_is_confessed",
+        "status",
+    ),
+    Fault(
+        "a term too few in the series",
+        "deqcore.strategies.neumann",
+        "for _ in range(self.terms):",
+        "for _ in range(self.terms - 1):",
+        "strategy neumann",
+        "test_pulls_are_counted",
+        "5 pulls are reported, but pull was called 4 times",
+    ),
+    Fault(
+        "a series that forgets its first term",
+        "deqcore.strategies.neumann",
+        "            u = g + pull(u)\n",
+        "            u = pull(u)\n",
+        "strategy neumann",
+        "test_where_f_is_flat_the_cotangent_is_the_answer",
+        "u for J = 0",
+    ),
+    Fault(
+        "z detached in every unrolled step",
+        "deqcore.strategies.unrolled",
+        "z, fz, state = solver.step(backend, run, z, fz, state)",
+        "z, fz, state = solver.step(backend, run, backend.detach(z), backend.detach(fz), state)",
+        "strategy unrolled",
+        "test_its_gradient_is_that_of_its_steps",
+        "gradient of the steps",
+        backend="torch",
+    ),
+]
+
+SOLVERS = [
+    Fault(
+        "H in place of its transpose, in the estimate",
+        LOWRANK,
+        "self.basis.combine(vecmat(self.backend, self.basis.dot(v), self.kernel))",
+        "self.basis.combine(matvec(self.backend, self.kernel, self.basis.dot(v)))",
+        "solver broyden",
+        "test_the_transpose_is_the_transpose",
+        "aᵀ",
+    ),
+    Fault(
+        "left and right basis mixed up",
+        LOWRANK,
+        "self.right.combine(vecmat(self.backend, self.left.dot(v), self.kernel))",
+        "self.left.combine(vecmat(self.backend, self.right.dot(v), self.kernel))",
+        "solver anderson",
+        "test_the_transpose_is_the_transpose",
+        "aᵀ",
+    ),
+    Fault(
+        "secant pairs off by one",
+        BROYDEN,
+        "y, missed, denominator = newest - e_y,",
+        "y, missed, denominator = e_y - newest,",
+        "solver broyden",
+        "test_the_latest_secant_equation_holds",
+        "H y = s",
+    ),
+    Fault(
+        "the difference taken from the wrong step",
+        ANDERSON,
+        "row = xp.where(newest, square, target - before)",
+        "row = xp.where(newest, square, target)",
+        "solver anderson",
+        "test_the_latest_secant_equation_holds",
+        "H y = s",
+    ),
+    Fault(
+        "pairs overwritten in place of a restart",
+        BROYDEN,
+        "        if state.basis.may_be_full():\n",
+        "        if False:\n",
+        "solver broyden",
+        "test_golden",
+        "healthy samples ended as",
+        options={"memory": 5},
+    ),
+    Fault(
+        "a state that is one step behind",
+        ANDERSON,
+        "AndersonState(values, residuals, gram, target, gamma, residual, norm)",
+        "AndersonState(values, residuals, gram, target, gamma, g, norm)",
+        "solver anderson",
+        "test_the_latest_secant_equation_holds",
+        "H y = s",
+    ),
+    Fault(
+        "an absolute ridge",
+        ANDERSON,
+        "missing = xp.where(usable, xp.full_like(scale, ridge), xp.ones_like(scale))",
+        "missing = xp.where(usable, 1e-4 * scale * scale, xp.ones_like(scale))",
+        "solver anderson",
+        "test_steps_do_not_depend_on_scale",
+        "other units",
+    ),
+    Fault(
+        "a residual that is not the true one",
+        ANDERSON,
+        "        return state.norm\n",
+        "        return 0.5 * state.norm\n",
+        "solver anderson",
+        "test_the_residual_norm_is_that_of_the_iterate",
+        "residual_norm",
+    ),
+    Fault(
+        "float64 leaks into a float32 state",
+        PICARD,
+        "z = fz if self.damping",
+        "z = backend.wide(fz) if self.damping",
+        "solver picard",
+        "test_steps_keep_structure_shapes_and_dtypes",
+        "after step 1",
+    ),
+    Fault(
+        "f(z) of another z",
+        PICARD,
+        "return z, f(z), state",
+        "return z, fz, state",
+        "solver picard",
+        "test_a_step_returns_f_of_z",
+        "that a step returns",
+    ),
+    Fault(
+        "an evaluation that nobody counts",
+        PICARD,
+        "return z, f(z), state",
+        "return z, 0 * f(f(z)) + f(z), state",
+        "solver picard",
+        "test_f_is_evaluated_as_often_as_declared",
+        "3 == 1|3",
+    ),
+    Fault(
+        "one sample's stop stops the batch",
+        "deqcore.driver",
+        "lambda carry: backend.xp.any(carry.status",
+        "lambda carry: backend.xp.all(carry.status",
+        "solver picard",
+        "test_a_sample_is_solved_in_company_as_alone",
+        "alone",
+    ),
+    Fault(
+        "samples that are done go on with the batch",
+        "deqcore.driver",
+        "    active = carry.status == int(Status.RUNNING)\n",
+        "    active = carry.status >= int(Status.RUNNING)\n",
+        "solver picard",
+        "test_a_sample_is_solved_in_company_as_alone",
+        "alone",
+    ),
+    Fault(
+        "damping in the residual",
+        "deqcore.driver",
+        "    residual = backend.norm(fz - z) if known is None else known\n",
+        "    residual = 0.1 * backend.norm(fz - z) if known is None else known\n",
+        "solver picard",
+        "test_golden",
+        "are reported, but",
+    ),
+    Fault(
+        "a derivative of 0/0 under a mask",
+        BROYDEN,
+        "1.0 / xp.where(sound, denominator, xp.ones_like(ss))",
+        "1.0 / denominator",
+        "strategy unrolled",
+        "test_its_gradient_is_that_of_its_steps",
+        "gradient of the steps",
+        backend="torch",
+    ),
+]
+
+BACKENDS = [
+    Fault(
+        "a transposed pull",
+        NUMPY,
+        '"bij,bi->bj", blocks, u',
+        '"bij,bj->bi", blocks, u',
+        "backend numpy",
+        "test_linearize_gives_the_value_and_the_transposed_product",
+        "not J u",
+    ),
+    Fault(
+        "mask arithmetic",
+        NUMPY,
+        "        return np.where(mask.reshape(-1, *[1] * (np.ndim(new) - 1)), new, old)\n",
+        "        m = mask.reshape(-1, *[1] * (np.ndim(new) - 1))\n        return m * new + (1 - m) * old\n",
+        "backend numpy",
+        "test_rows_are_selected_without_arithmetic",
+        "must choose, not multiply",
+    ),
+    Fault(
+        "the cotangent of the last input dropped",
+        NUMPY,
+        "            if not self.is_array(leaf) or not np.issubdtype(leaf.dtype, np.floating):\n",
+        "            if not self.is_array(leaf) or leaf.dtype.kind != 'f' or 0 < i == len(leaves) - 1:\n",
+        "backend numpy",
+        "test_vjp_of_an_argument_that_is_not_used_is_zero",
+        "",
+    ),
+    Fault(
+        "norms over the batch",
+        NUMPY,
+        "        return np.linalg.norm(v.astype(dtype, copy=False), axis=1)\n",
+        "        return np.linalg.norm(v.astype(dtype, copy=False), axis=1) + 0 * v.sum()\n",
+        "backend numpy",
+        "test_a_bad_sample_changes_no_bit_of_its_neighbours",
+        "depends on its neighbour",
+    ),
+    Fault(
+        "inner products in the state's dtype",
+        NUMPY,
+        "np.sum(self.wide(a) * self.wide(b), axis=1)",
+        "np.sum(a * b, axis=1)",
+        "backend numpy",
+        "test_inner_products_are_wide",
+        "float32",
+    ),
+    Fault(
+        "a singular system solved by zeros",
+        NUMPY,
+        "return np.full_like(b, np.nan)",
+        "return np.zeros_like(b)",
+        "backend numpy",
+        "test_a_singular_system_spoils_its_own_row_only",
+        "must not give finite numbers",
+    ),
+    Fault(
+        "a step above the budget",
+        NUMPY,
+        "for step in range(int(steps)):",
+        "for step in range(int(steps) + 1):",
+        "backend numpy",
+        "test_a_loop_never_exceeds_its_steps",
+        "",
+    ),
+    Fault(
+        "a ring that sticks at its end",
+        HISTORY,
+        "        slot = self.written % self.memory\n",
+        "        slot = min(self.written, self.memory - 1)\n",
+        "backend numpy",
+        "test_a_history_does_what_a_dictionary_does",
+        "dot|count",
+    ),
+    Fault(
+        "frozen rows written to",
+        HISTORY,
+        "            self.storage[self.active, slot] = v[self.active]\n",
+        "            self.storage[:, slot] = v\n",
+        "backend numpy",
+        "test_a_history_does_what_a_dictionary_does",
+        "dot|combine",
+    ),
+    Fault(
+        "coefficients of slots that a sample does not see",
+        HISTORY,
+        "c = np.where(self.seen, coefficients, 0.0)",
+        "c = np.where(self.seen | True, coefficients, 0.0)",
+        "backend numpy",
+        "test_a_history_does_what_a_dictionary_does",
+        "combine",
+    ),
+    Fault(
+        "a copy that shares its storage",
+        HISTORY,
+        "NumpyHistory(self.storage.copy(), self.seen",
+        "NumpyHistory(self.storage, self.seen",
+        "solver broyden",
+        "test_going_on_leaves_the_first_estimate_alone",
+        "destroyed an estimate",
+    ),
+    Fault(
+        "a graph that can be used once",
+        TORCH,
+        "torch.autograd.grad(y, z, u, retain_graph=True, allow_unused=True)",
+        "torch.autograd.grad(y, z, u, allow_unused=True)",
+        "backend torch",
+        "test_linearize_gives_the_value_and_the_transposed_product",
+        "second time",
+        backend="torch",
+    ),
+    Fault(
+        "norms of a narrow state in its own dtype",
+        TORCH,
+        "dtype=torch.float32 if narrow else None",
+        "dtype=None",
+        "backend torch",
+        "test_norms_of_narrow_states_are_wide",
+        "bfloat16|norm of",
+        backend="torch",
+    ),
+    Fault(
+        "products J v that no gradient passes",
+        TORCH,
+        "            with forward_ad.dual_level():\n",
+        "            with torch.no_grad(), forward_ad.dual_level():\n",
+        "solver newton-krylov",
+        "test_steps_can_be_differentiated_through",
+        "gradient through two steps",
+        backend="torch",
+    ),
+]
+
+FAULTS = [*STRATEGIES, *SOLVERS, *BACKENDS]

@@ -1,0 +1,46 @@
+"""The suite fails every planted fault, by the check that names it and in its words."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def load(name: str):
+    path = Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"faults_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+checking, planted = load("checking"), load("planted")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", planted.FAULTS, ids=lambda fault: fault.name)
+def test_the_suite_names_it(fault):
+    if fault.backend != "numpy":
+        pytest.importorskip(fault.backend)
+    text = fault.planted(checking.source_of(fault.where))
+    outcomes = checking.check(fault.where, text, fault.request, fault.backend)
+    failed = [each for each in outcomes if each.outcome == "failed"]
+    assert {each.check for each in failed} == {fault.test}, f"not caught: {[(o.test, o.message) for o in outcomes]}"
+    told = [each for each in failed if re.search(fault.reason, f"{each.message}\n{each.detail}")]
+    assert told, f"caught for another reason: {[each.message for each in failed]}"
+
+
+def test_there_are_enough_of_them_and_each_has_a_name():
+    names = [fault.name for fault in planted.FAULTS]
+    assert len(names) >= 25
+    assert len(set(names)) == len(names)
+
+
+def test_a_text_that_is_not_there_cannot_be_planted():
+    with pytest.raises(ValueError, match="occurs 0 times"):
+        planted.FAULTS[0].planted("")
