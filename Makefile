@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.deqcore-installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: study test check unit bench clean
+.PHONY: study test check unit bench plugins faults clean
 
 # torch goes first, with its pin, so that nothing that follows can pull another build of it.
 $(STAMP): pyproject.toml constraints.txt
@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 study: $(STAMP)
 	$(BIN)/deqcore study $(ARGS)
 
-test: check unit
+test: check unit plugins
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -33,6 +33,14 @@ unit: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -r benchmarks/requirements.txt
 	$(BIN)/python -m benchmarks --out docs/benchmarks
+
+# Our wheel and those of examples/plugins in a fresh environment, where their suites run.
+plugins: $(STAMP)
+	$(BIN)/python examples/plugins/check.py
+
+# The planted faults against the whole suite, and random mutants (an hour; `make test` runs each fault's own check).
+faults: $(STAMP)
+	$(BIN)/python tests/faults/run.py --matrix --mutants 100 --json docs/conformance/faults.json
 
 clean:
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -2,7 +2,7 @@
 
 For users: `Problem`, a function of one's own for `deqcore check gradients --problem`, with `weights` from a file, and
 the pytest fixture `check_gradients` of `deqcore.testing.pytest_gradients`. For authors of plugins:
-`BackendTests`, `SolverTests` and `StrategyTests`, base classes of test cases.
+`BackendTests`, `SolverTests`, `StrategyTests` and `SinkTests`, base classes of test cases.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from deqcore.testing.backends import BackendTests
     from deqcore.testing.problem import Problem
     from deqcore.testing.problems import golden
+    from deqcore.testing.sinks import SinkTests
     from deqcore.testing.solvers import SolverTests
     from deqcore.testing.strategies import StrategyTests
     from deqcore.testing.weights import weights
@@ -21,13 +22,14 @@ if TYPE_CHECKING:
 _HOME: Final = {
     "BackendTests": "deqcore.testing.backends",
     "Problem": "deqcore.testing.problem",
+    "SinkTests": "deqcore.testing.sinks",
     "SolverTests": "deqcore.testing.solvers",
     "StrategyTests": "deqcore.testing.strategies",
     "golden": "deqcore.testing.problems",
     "weights": "deqcore.testing.weights",
 }
 
-__all__ = ["BackendTests", "Problem", "SolverTests", "StrategyTests", "golden", "weights"]
+__all__ = ["BackendTests", "Problem", "SinkTests", "SolverTests", "StrategyTests", "golden", "weights"]
 
 
 def __getattr__(name: str) -> object:

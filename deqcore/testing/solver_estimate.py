@@ -79,7 +79,9 @@ class EstimateTests(Conformance):
         other = kit.map(affine(norm=0.9, seed=1))
         deqcore.fixed_point(other, z0, state=first.state, config=config)
         after = self._apply(kit, self._estimate(kit, solver, self._state(second)), v)
-        assert np.array_equal(before, after), "continuing a solve twice destroyed the estimate of the first continuation"
+        assert np.array_equal(before, after), (
+            "continuing a solve twice destroyed the estimate of the first continuation"
+        )
 
     def _estimates(self, kit: Kit, solver: Solver, problem: Affine, steps: int = 4) -> Iterator[tuple[Any, Any, Any]]:
         """Both estimates after some steps, with the latest pair s = Δz, y = Δ(f(z) − z)."""

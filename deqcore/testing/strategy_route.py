@@ -139,7 +139,7 @@ class RouteTests(Conformance):
             done = (report.status == int(Status.CONVERGED)) & ~report.fallback
             error = np.linalg.norm(u - exact, axis=1) / np.linalg.norm(exact, axis=1)
             if isinstance(target, float):
-                assert (error[done] <= 3 * target).all(), f"CONVERGED with a target of {target}, but u is off by {error}"
+                assert (error[done] <= 3 * target).all(), f"CONVERGED with a target of {target}, but off by {error}"
             if isinstance(rtol, float):
                 left = problem.residual(u, g)
                 assert (left[done] <= 1.01 * rtol + 1e3 * kit.eps).all(), f"CONVERGED at rtol = {rtol} with {left}"

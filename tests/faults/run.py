@@ -87,7 +87,7 @@ def run_mutants(count: int, seed: int) -> dict[str, object]:
                 survivors.append(str(mutant))
     share = 1 - len(survivors) / len(chosen)
     seconds = time.perf_counter() - start
-    print(f"\n{len(chosen)} of {len(everything)} mutants, seed {seed}: {share:.0%} caught ({seconds:.0f} s). Survivors:")
+    print(f"\n{len(chosen)} of {len(everything)} mutants, seed {seed}: {share:.0%} caught ({seconds:.0f} s). Left:")
     print("\n".join(survivors) or "none")
     return {"mutants": len(chosen), "seed": seed, "caught": share, "survivors": survivors}
 

@@ -103,7 +103,11 @@ class AutogradBackend(Backend):
 
     def solve(self, a: Any, b: Any) -> Any:
         many = b if b.ndim == 3 else b[..., None]
-        bad = np.linalg.cond(np.nan_to_num(getval(a))) > 1e300 if a.size else np.zeros(len(getval(a)), bool)
+        bad = (
+            np.linalg.cond(np.nan_to_num(getval(a)).astype("float64")) > 1e300
+            if a.size
+            else np.zeros(len(getval(a)), bool)
+        )
         found = anp.linalg.solve(anp.where(bad[:, None, None], np.eye(a.shape[-1]), a), many)
         found = anp.where(bad[:, None, None], np.nan, found).astype(b.dtype)
         return found if b.ndim == 3 else found[..., 0]
@@ -141,7 +145,8 @@ class AutogradBackend(Backend):
         """Value and gradient of z*: one more evaluation of f at z* is recorded, and its cotangent is routed."""
         forward, record = self.forward_only(f, z0, args, solve), BackwardRecord()
 
-        value = f(forward.z, *args)
+        with self.quiet():
+            value = f(forward.z, *args)
         if not isbox(value):
             return forward.fz, forward, record  # nobody takes a gradient
         # Now, and not in the backward pass: autograd tells traces apart only while the outer one is open.

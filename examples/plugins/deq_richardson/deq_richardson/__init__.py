@@ -1,0 +1,1 @@
+"""A backward strategy for deqcore: damped iteration on the adjoint equation."""

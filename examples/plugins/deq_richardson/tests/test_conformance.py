@@ -1,0 +1,6 @@
+from deqcore.testing import StrategyTests
+
+
+class TestRichardson(StrategyTests):
+    strategies = ("richardson",)
+    backends = ("numpy", "strict")

@@ -1,0 +1,1 @@
+"""A sink for deqcore's monitor: a table of SQLite."""
