@@ -299,6 +299,20 @@ def resolve(config: Config | None, overrides: Mapping[str, object]) -> tuple[Con
     return _resolved((config,), (config._layer,), (), tuple(names), tuple(types)), scalars
 
 
+def override(config: Config, overrides: Mapping[str, object], origin: str) -> Config:
+    """The config with settings on top of it that tell where they came from.
+
+    Args:
+        config: complete settings.
+        overrides: single settings by name, such as `{"forward__rtol": 1e-6}`.
+        origin: what `Config.origin` is to say of them.
+
+    Raises:
+        ConfigError: a setting is unknown or its value does not fit.
+    """
+    return _assemble(merge(config._layer, overrides_layer(overrides.items(), origin)), config._sections)
+
+
 @lru_cache(maxsize=512)
 def _resolved(
     base: tuple[Config, ...],

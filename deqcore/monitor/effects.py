@@ -5,12 +5,12 @@ They work on the config that a call resolved to, so that they reach layers with 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Final
 
 from deqcore import plugins
-from deqcore.config import Config, resolve
+from deqcore.config import Config, override
 from deqcore.monitor.triggers import Trigger
 from deqcore.plugins.options import options_of
 
@@ -20,6 +20,7 @@ REFINE: Final = 2.0
 BUDGETS: Final = ("refine_steps", "terms", "steps", "max_steps")
 TARGET: Final = 0.1  # where the strategy has a target and none is set
 
+ORIGIN: Final = "the monitor"
 CHANGES: Final = frozenset({"tighten", "refine", "exact"})
 
 
@@ -35,8 +36,13 @@ def apply(config: Config, triggers: tuple[Trigger, ...], rtol: float | None = No
     """
     for trigger in sorted(triggers, key=lambda each: each.action != "exact"):
         changes = overrides(config, trigger, rtol, least)
-        config = resolve(config, changes)[0] if changes else config
+        config = override(config, changes, ORIGIN) if changes else config
     return config
+
+
+def changed(config: Config) -> bool:
+    """Whether actions are in this config already, as in `monitor.config`: they must not be applied twice."""
+    return any(ORIGIN in config.origin(name) for name in ("forward.rtol", "backward.strategy", "backward.options"))
 
 
 def overrides(config: Config, trigger: Trigger, rtol: float | None, least: float) -> dict[str, object]:
@@ -54,11 +60,6 @@ def overrides(config: Config, trigger: Trigger, rtol: float | None, least: float
     return {}
 
 
-def refinable(config: Config) -> bool:
-    """Whether the strategy has an option that "refine" could raise."""
-    return bool(_refined(config, REFINE))
-
-
 def _refined(config: Config, factor: float) -> dict[str, object]:
     """More steps and a smaller target, where the strategy has such options."""
     cls: Any = plugins.load("strategy", config.backward.strategy)
@@ -73,8 +74,3 @@ def _refined(config: Config, factor: float) -> dict[str, object]:
         target = current["target"]
         more["target"] = target / factor if isinstance(target, float) else TARGET
     return more
-
-
-def describe(triggers: Iterable[Trigger]) -> str:
-    """The actions in force, for people."""
-    return ", ".join(f"{trigger.action} (on {trigger.metric})" for trigger in triggers) or "none"

@@ -24,13 +24,11 @@ class Metric:
         name: letters, digits and underscores, as Prometheus wants it.
         unit: "1" for ratios, else "steps", "seconds", "samples", "norm" (of the state's unit).
         help: one sentence.
-        per_sample: whether a reference profile may keep its value for each sample.
     """
 
     name: str
     unit: str
     help: str
-    per_sample: bool = False
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
@@ -39,10 +37,10 @@ class Metric:
 
 
 STANDARD: Final[tuple[Metric, ...]] = (
-    Metric("deq_forward_steps", "steps", "Solver steps, mean over the batch.", per_sample=True),
+    Metric("deq_forward_steps", "steps", "Solver steps, mean over the batch."),
     Metric("deq_forward_steps_max", "steps", "Solver steps of the slowest sample."),
     Metric("deq_forward_evaluations", "evaluations", "Evaluations of f in the forward solve, mean over the batch."),
-    Metric("deq_forward_residual", "norm", "‖f(z) − z‖ of the returned iterate, median over the batch.", True),
+    Metric("deq_forward_residual", "norm", "‖f(z) − z‖ of the returned iterate, median over the batch."),
     Metric("deq_forward_residual_max", "norm", "‖f(z) − z‖ of the worst sample (inf where it is not finite)."),
     Metric("deq_forward_seconds", "seconds", "Host time of the forward solve."),
     Metric("deq_unconverged_fraction", "1", "Samples that did not meet the forward tolerance."),

@@ -12,6 +12,7 @@ from typing import final
 from deqcore.backend import Array, Backend
 from deqcore.config import Config, current
 from deqcore.errors import ConfigError
+from deqcore.monitor import effects
 from deqcore.monitor.alarms import Alarms, Hook
 from deqcore.monitor.analysis import Analysis
 from deqcore.monitor.drift import METRICS as DRIFT_METRICS
@@ -149,14 +150,22 @@ class Monitor(Observer):
 
     def adjust(self, config: Config, backend: Backend) -> Config:
         """The settings of a solve inside the block, with the actions in force."""
+        if not self._alarms.active or effects.changed(config):
+            return config
         adjusted = self._alarms.apply(config, self._rtol, self._least)
-        if backend.capabilities.eager or adjusted is config or adjusted == config:
-            return adjusted
-        self._note(
-            f"{backend.name} compiles its solves, so a trigger's action reaches them only inside "
-            f"`with deqcore.using(monitor.config):`."
-        )
-        return config
+        if adjusted == config:
+            actions = " and ".join(sorted({trigger.action for trigger in self._alarms.active}))
+            self._note(
+                f"The action {actions} changes nothing of a solve with forward.rtol = {config.forward.rtol} and "
+                f"backward.strategy = {config.backward.strategy!r}: there is nothing more to spend."
+            )
+        elif not backend.capabilities.eager:
+            self._note(
+                f"{backend.name} compiles its solves, so a trigger's action reaches them only inside "
+                f"`with deqcore.using(monitor.config):`."
+            )
+            return config
+        return adjusted
 
     def solved(self, solve: Solve) -> None:
         """Take the statistics of a solve inside the block."""

@@ -230,6 +230,29 @@ def test_tightening_reaches_solves_whatever_config_they_have(be) -> None:
     assert config.forward.rtol == 1e-2
 
 
+def test_an_action_that_changes_nothing_says_so() -> None:
+    config = Config(backward={"strategy": "jacobian-free"})
+    with Monitor(sinks=[], every=1, triggers=[Trigger(METRIC, "> 3", "refine", window=1)]):
+        with pytest.warns(MonitorWarning, match="may spend more"):
+            solve(0.5, config=config)
+        with pytest.warns(MonitorWarning, match="refine changes nothing .* 'jacobian-free': there is nothing more"):
+            solve(0.5, config=config)
+        solve(0.5, config=config)  # said once
+
+
+def test_an_action_is_applied_once_where_the_config_has_it_already() -> None:
+    config = Config(forward={"rtol": 1e-3})
+    with Monitor(config, sinks=[], every=1, triggers=[Trigger(METRIC, "> 3", "tighten", window=1)]) as monitor:
+        with pytest.warns(MonitorWarning, match="tightened"):
+            solve(0.5, config=config)
+        backend = deqcore.get_backend(backend="numpy")
+        assert monitor.adjust(config, backend).forward.rtol == pytest.approx(1e-4)
+        assert monitor.config.origin("forward.rtol") == "the monitor"
+        assert monitor.adjust(monitor.config, backend) is monitor.config
+        with deqcore.using(monitor.config, forward__max_steps=99) as inside:
+            assert monitor.adjust(inside, backend).forward.rtol == pytest.approx(1e-4)
+
+
 def test_monitor_config_follows_the_actions_and_serves_using() -> None:
     trigger = Trigger(METRIC, "> 3", "exact", window=1, until="< 0.5")
     with Monitor(Config(backward={"strategy": "jacobian-free"}), sinks=[], every=1, triggers=[trigger]) as monitor:
