@@ -1,7 +1,7 @@
 """Golden problems: functions written once with the array namespace, and solutions that deqcore had no part in.
 
 `golden(name)` gives a problem with its stored truth: z*, gradients of ⟨g, z*⟩ for a cotangent g, and the facts about
-the Jacobian from which error bounds follow. `deqcore.testing.golden.make` computes and stores them.
+the Jacobian from which error bounds follow. `deqcore.testing.truths.make` computes and stores them.
 
 All data are exact in float32, so that the same numbers are the truth in float64 and in float32.
 """
@@ -22,7 +22,7 @@ from deqcore.errors import ProblemError, did_you_mean, listing
 from deqcore.testing.bounds import Sensitivity, Slope
 from deqcore.testing.problem import Problem, rebuild, walk
 
-FOLDER: Final = Path(__file__).parent / "golden"
+FOLDER: Final = Path(__file__).parent / "truths"
 
 
 def affine(xp: Any, p: Tree, z: Tree, x: Tree) -> Tree:

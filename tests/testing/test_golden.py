@@ -8,9 +8,9 @@ import pytest
 import deqcore
 from deqcore.errors import ProblemError
 from deqcore.testing import golden
-from deqcore.testing.golden import make
 from deqcore.testing.problem import rebuild, walk
 from deqcore.testing.problems import FOLDER, FUNCTIONS, names, raveled, unraveled
+from deqcore.testing.truths import make
 
 QUICK = [name for name in FUNCTIONS if name not in ("slow-modes", "conv")]  # those take seconds
 
@@ -143,6 +143,13 @@ def test_second_derivatives_of_exact_ift_are_the_golden_ones(backend):
 def test_an_unknown_golden_problem_gets_a_suggestion():
     with pytest.raises(ProblemError, match="Did you mean 'affine'"):
         golden("afine")
+
+
+def test_the_script_does_not_take_the_functions_name():
+    import deqcore.testing.truths.make
+    from deqcore.testing import golden as again
+
+    assert again("affine").problem.name == "affine"
 
 
 def test_raveled_and_unraveled_undo_each_other():
