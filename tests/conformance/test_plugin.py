@@ -100,7 +100,7 @@ def test_without_pytest_the_message_names_the_extra(tmp_path):
         import sys
         sys.modules["pytest"] = None
         import deqcore.testing
-        deqcore.testing.truths("mlp")
+        deqcore.testing.golden("mlp")
         try:
             deqcore.testing.SolverTests
         except deqcore.errors.MissingExtraError as error:

@@ -146,7 +146,6 @@ def test_an_unknown_golden_problem_gets_a_suggestion():
 
 
 def test_the_script_does_not_take_the_functions_name():
-    import deqcore.testing.truths.make
     from deqcore.testing import golden as again
 
     assert again("affine").problem.name == "affine"
