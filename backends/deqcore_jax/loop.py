@@ -60,6 +60,9 @@ def loop(
     """Apply `body` while `running(carry)`, `steps` times at most; see `deqcore.backend.Backend.loop`."""
     if _recorded.get():
         return _scan(running, body, carry, int(steps))
+    if isinstance(steps, int) and steps == 1:  # a condition: no loop, and no carry to copy
+        once_at_most: Carry = lax.cond(_anywhere(running(carry)), body, lambda same: same, carry)
+        return once_at_most
     chosen = EVERY.get(jax.default_backend(), EVERY_ELSEWHERE) if check_every == "auto" else check_every
     every = int(chosen)
     budget = jnp.asarray(steps).astype(jnp.int32)
