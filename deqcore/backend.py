@@ -243,6 +243,12 @@ class Backend(ABC):
     def inner(self, a: Array, b: Array) -> Array:
         """Inner product of each row of `a` with that of `b`: `(batch,)` in the wide dtype."""
 
+    def invert(self, x: Array, floor: Array) -> Array:
+        """1/x where |x| > floor, 0 elsewhere (where either is NaN, too); `x` and `floor` have shape `(batch,)`."""
+        xp = self.xp
+        sound = xp.abs(x) > floor
+        return xp.where(sound, 1.0 / xp.where(sound, x, xp.ones_like(x)), xp.zeros_like(x))
+
     @abstractmethod
     def select(self, mask: Array, new: Array, old: Array) -> Array:
         """Rows of `new` where `mask` `(batch,)` holds, of `old` elsewhere; never arithmetic with the mask (0·NaN)."""
@@ -259,9 +265,21 @@ class Backend(ABC):
         """`x` with the rows of these indices replaced by those of `part`; `x` itself stays. With `compaction` only."""
         raise NotImplementedError(f"The backend {self.name!r} does not offer compaction.")
 
-    @abstractmethod
+    def host(self, x: Array) -> Any | None:
+        """`x` as a NumPy array sharing its memory, where looking costs neither a wait nor a copy; None elsewhere.
+
+        The driver's own decisions, a dozen operations on `(batch,)`, cost a fifth as much on such views.
+        """
+        return None
+
+    def from_host(self, x: Any) -> Array:
+        """Undo `host`: an array that shares the memory of the NumPy array `x`, which nobody else writes to."""
+        raise NotImplementedError(f"The backend {self.name!r} looks at nothing on the host.")
+
     def all_known(self, mask: Array) -> bool:
         """True only if all of `mask` holds *and* finding out costs no wait; False says nothing."""
+        seen = self.host(mask)
+        return seen is not None and bool(seen.all())
 
     @abstractmethod
     def solve(self, a: Array, b: Array) -> Array:
@@ -315,7 +333,7 @@ class Backend(ABC):
     @abstractmethod
     def loop(
         self,
-        running: Callable[[Carry], Array],
+        running: Callable[[Carry], Array | bool],
         body: Callable[[Carry], Carry],
         carry: Carry,
         steps: int | Array,

@@ -31,7 +31,7 @@ class Narrow(Protocol):
 class Advance(Protocol):
     """Steps with f while `running` holds, `steps` at most."""
 
-    def __call__(self, f: Map, running: Callable[[Carry], Array], carry: Carry, steps: int) -> Carry:
+    def __call__(self, f: Map, running: Callable[[Carry], Array | bool], carry: Carry, steps: int) -> Carry:
         """The carry after these steps."""
 
 

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from deqcore.backend import Array, Backend, History, Map
 from deqcore.compaction import Narrow, shrinking
 from deqcore.solution import Status
@@ -98,14 +100,20 @@ def drive(
     tolerance = _Tolerance(backend, control)
     start = _begin(backend, solver, f, z0, tolerance) if resume is None else _reopen(backend, resume, tolerance)
 
-    def advance(f: Map, running: Callable[[Carry], Array], carry: Carry, steps: int | Array) -> Carry:
+    def going(carry: Carry) -> Array | bool:
+        seen = backend.host(carry.status)
+        if seen is None:
+            return backend.xp.any(carry.status == int(Status.RUNNING))
+        return bool((seen == int(Status.RUNNING)).any())
+
+    def advance(f: Map, running: Callable[[Carry], Array | bool], carry: Carry, steps: int | Array) -> Carry:
         def body(carry: Carry) -> Carry:
             return _step(backend, solver, f, carry, tolerance, control.patience)
 
         return backend.loop(running, body, carry, steps, control.check_every)
 
     if narrow is None:
-        end = advance(f, lambda carry: backend.xp.any(carry.status == int(Status.RUNNING)), start, control.max_steps)
+        end = advance(f, going, start, control.max_steps)
     else:
         end = shrinking(backend, advance, f, narrow, start, int(control.max_steps))
     xp = backend.xp
@@ -143,9 +151,14 @@ class _Tolerance:
         self.atol = control.atol
 
     def met(self, residual: Array, fz: Array) -> Array:
-        if isinstance(self.rtol, float) and self.rtol == 0.0:
-            return residual <= self.atol
-        return residual <= self.atol + self.rtol * self.backend.norm(fz)
+        return residual <= self.goal(fz)
+
+    def goal(self, fz: Array) -> Array | float:
+        """Largest residual that is small enough: `(batch,)`, or one number for all."""
+        if isinstance(self.rtol, float) and self.rtol == 0.0 and isinstance(self.atol, float):
+            return self.atol
+        relative = self.rtol * self.backend.norm(fz)
+        return relative if isinstance(self.atol, float) and self.atol == 0.0 else self.atol + relative
 
 
 def _begin(backend: Backend, solver: Solver, f: Map, z0: Array, tolerance: _Tolerance) -> Carry:
@@ -187,50 +200,74 @@ def _reopen(backend: Backend, carry: Carry, tolerance: _Tolerance) -> Carry:
 
 
 def _step(backend: Backend, solver: Solver, f: Map, carry: Carry, tolerance: _Tolerance, patience: int) -> Carry:
-    xp = backend.xp
-    active = carry.status == int(Status.RUNNING)
-    everyone = backend.all_known(active)
-    state = with_active(carry.state, None if everyone else active)
-    z, fz, state = solver.step(backend, f, carry.z, carry.fz, state)
+    before = backend.host(carry.status)
+    everyone = before is not None and bool((before == int(Status.RUNNING)).all())
+    active = None if everyone else carry.status == int(Status.RUNNING)
+    z, fz, state = solver.step(backend, f, carry.z, carry.fz, with_active(carry.state, active))
     known = solver.residual_norm(backend, state)
     residual = backend.norm(fz - z) if known is None else known
+    goal = tolerance.goal(fz)
+    if active is None and _calm(backend, residual, goal, carry):
+        zeros = carry.status  # RUNNING is 0
+        return Carry(z, fz, state, zeros, carry.steps + 1, z, fz, residual, carry.limit, residual, zeros)
 
-    met = tolerance.met(residual, fz)
-    sane = residual <= carry.limit  # False for NaN, too
-    better = (residual < carry.best_residual) | (met & sane)
-    progress = residual < PROGRESS * carry.mark
-    since = xp.where(progress, xp.zeros_like(carry.since), carry.since + 1)
-    mark = xp.where(progress, residual, carry.mark)
-    status = _judge(backend, residual, met, sane, since >= patience)
-
-    if not everyone:
+    better, status, since, mark = _judge(backend, residual, goal, carry, patience)
+    if active is not None:
         better = better & active
         z = backend.select(active, z, carry.z)
         fz = backend.select(active, fz, carry.fz)
         state = freeze(backend, active, state, carry.state)
-        status = xp.where(active, status, carry.status)
-    steps = carry.steps + 1 if everyone else carry.steps + xp.astype(active, xp.int32)
+        status = backend.xp.where(active, status, carry.status)
+    steps = carry.steps + 1 if active is None else carry.steps + backend.xp.astype(active, backend.xp.int32)
     if backend.all_known(better):
         best = z, fz, residual
     else:
         best = (
             backend.select(better, z, carry.best_z),
             backend.select(better, fz, carry.best_fz),
-            xp.where(better, residual, carry.best_residual),
+            backend.xp.where(better, residual, carry.best_residual),
         )
     return Carry(z, fz, state, status, steps, *best, carry.limit, mark, since)
 
 
-def _judge(backend: Backend, residual: Array, met: Array, sane: Array, stalled: Array) -> Array:
-    """The status that these findings give. The usual case, nobody met or failed, costs little."""
-    xp = backend.xp
-    ok = met & sane
-    plain = xp.astype(ok, xp.int32) * int(Status.CONVERGED)
-    if backend.all_known(sane & ~stalled):
-        return plain
-    status = xp.where(ok | ~stalled, plain, xp.full_like(plain, int(Status.STALLED)))
+def _calm(backend: Backend, residual: Array, goal: Array | float, carry: Carry) -> bool:
+    """Whether every sample is known to have progressed, and none to be done: most steps of most solves.
+
+    Then nothing is to be judged or selected. The best residual is at most the mark and within the blow-up limit.
+    """
+    now, best = backend.host(residual), backend.host(carry.best_residual)
+    if now is None or best is None:
+        return False
+    target = goal if isinstance(goal, float) else backend.host(goal)
+    return bool(((now < PROGRESS * best) & (now > target)).all())
+
+
+def _judge(
+    backend: Backend, residual: Array, goal: Array | float, carry: Carry, patience: int
+) -> tuple[Array, Array, Array, Array]:
+    """Which iterates are the best so far, and the new status, steps without progress, and mark of each sample."""
+    arrays = [residual, carry.limit, carry.best_residual, carry.mark, carry.since]
+    target = goal if isinstance(goal, float) else backend.host(goal)
+    seen = [backend.host(a) for a in arrays]
+    if target is None or any(view is None for view in seen):
+        return _verdict(backend.xp, patience, goal, *arrays)
+    better, status, since, mark = (backend.from_host(a) for a in _verdict(np, patience, target, *seen))
+    return better, status, since, mark
+
+
+def _verdict(
+    xp: Any, patience: int, goal: Any, residual: Any, limit: Any, best: Any, mark: Any, since: Any
+) -> tuple[Any, Any, Any, Any]:
+    met = residual <= goal
+    sane = residual <= limit  # False for NaN, too
+    better = (residual < best) | (met & sane)
+    progress = residual < PROGRESS * mark
+    since = xp.where(progress, xp.zeros_like(since), since + 1)
+    status = xp.astype(met, xp.int32) * int(Status.CONVERGED)
+    status = xp.where(met | (since < patience), status, xp.full_like(status, int(Status.STALLED)))
     status = xp.where(sane, status, xp.full_like(status, int(Status.DIVERGED)))
-    return xp.where(xp.isfinite(residual), status, xp.full_like(status, int(Status.NONFINITE)))
+    status = xp.where(xp.isfinite(residual), status, xp.full_like(status, int(Status.NONFINITE)))
+    return better, status, since, xp.where(progress, residual, mark)
 
 
 def with_active(state: Any, active: Array | None) -> Any:

@@ -95,7 +95,7 @@ class Space:
         leaves, start = [], 0
         for shape, size in zip(self.shapes, self.sizes, strict=True):
             part = matrix if len(self.sizes) == 1 else matrix[:, start : start + size]
-            leaves.append(xp.reshape(part, shape))
+            leaves.append(part if part.shape == shape else xp.reshape(part, shape))
             start += size
         return self.backend.unflatten(self.structure, leaves)
 
@@ -121,7 +121,11 @@ class Space:
 
     def _join(self, leaves: list[Array]) -> Array:
         xp = self.backend.xp
-        parts = [xp.reshape(a, (self.batch, size)) for a, size in zip(leaves, self.sizes, strict=True)]
+        rows = self.batch
+        parts = [
+            a if a.shape == (rows, size) else xp.reshape(a, (rows, size))
+            for a, size in zip(leaves, self.sizes, strict=True)
+        ]
         return parts[0] if len(parts) == 1 else xp.concat(parts, axis=1)
 
     def _checked(self, leaf: Any, i: int) -> Array:
@@ -143,7 +147,8 @@ class Space:
                 f"inputs of f so that both agree."
             )
         device = backend.device_of(leaf)
-        if device is not None and self.device is not None and str(device) != str(self.device):
+        known = device is not None and self.device is not None and device != self.device
+        if known and str(device) != str(self.device):
             raise ProblemError(
                 f"f returned an array on {device} for a state on {self.device}: move z0, or the "
                 f"parameters and inputs of f, so that all are on one device."

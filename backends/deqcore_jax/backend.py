@@ -99,9 +99,6 @@ class JaxBackend(Backend):
     def select(self, mask: Any, new: Any, old: Any) -> Any:
         return jnp.where(mask.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
-    def all_known(self, mask: Any) -> bool:
-        return False  # loops are traced: nothing is ever known inside
-
     def solve(self, a: Any, b: Any) -> Any:
         return small.solve(a, b) if b.ndim == 3 else small.solve(a, b[..., None])[..., 0]
 

@@ -105,16 +105,30 @@ class TorchBackend(Backend):
     def inner(self, a: Tensor, b: Tensor) -> Tensor:
         return (self.wide(a) * self.wide(b)).sum(1)
 
+    def invert(self, x: Tensor, floor: Tensor) -> Tensor:
+        if x.device.type != "cpu" or torch.is_grad_enabled() or transforms.active():
+            return super().invert(x, floor)
+        seen = x.numpy()
+        out = np.zeros_like(seen)
+        np.divide(1.0, seen, out=out, where=np.abs(seen) > floor.numpy())
+        return torch.from_numpy(out)
+
     def select(self, mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
-        if mask.device.type == "cpu" and new.dim() > 1 and not torch.is_grad_enabled():
+        eager = not torch.is_grad_enabled() and not transforms.active()
+        if eager and mask.device.type == "cpu" and new.dim() > 1:
             return select_rows(mask, new, old)
         return torch.where(mask.view(-1, *[1] * (new.dim() - 1)), new, old)
 
     def put(self, x: Tensor, rows: Tensor, part: Tensor) -> Tensor:
         return x.index_copy(0, rows, part)
 
-    def all_known(self, mask: Tensor) -> bool:
-        return mask.device.type == "cpu" and bool(mask.all())
+    def host(self, x: Tensor) -> Any | None:
+        if x.device.type != "cpu" or transforms.active():
+            return None
+        return (x.detach() if x.requires_grad else x).numpy()
+
+    def from_host(self, x: Any) -> Tensor:
+        return torch.from_numpy(x)
 
     def solve(self, a: Tensor, b: Tensor) -> Tensor:
         found, info = torch.linalg.solve_ex(a, b if b.dim() == 3 else b[..., None])
@@ -128,11 +142,11 @@ class TorchBackend(Backend):
             raise ConfigError.bad_value("The solver", "history_dtype", dtype, expected)
         if (torch.is_grad_enabled() and like.requires_grad) or transforms.active():
             return RecordedHistory.empty(like, memory, stored, _wide(like.device))
-        return TorchHistory([], memory, like[:0], tuple(like.shape), stored, _wide(like.device))
+        return TorchHistory.empty(like, memory, stored, _wide(like.device))
 
     def loop(
         self,
-        running: Callable[[Carry], Tensor],
+        running: Callable[[Carry], Tensor | bool],
         body: Callable[[Carry], Carry],
         carry: Carry,
         steps: Any,
@@ -143,7 +157,8 @@ class TorchBackend(Backend):
             if every == 0 or step % every == 0:
                 going = running(carry)
                 if every == 0:
-                    every = 1 if going.device.type == "cpu" else DEVICE_CHECK
+                    waits = isinstance(going, Tensor) and going.device.type != "cpu"
+                    every = DEVICE_CHECK if waits else 1
                 if not going:
                     break
             carry = body(carry)

@@ -16,16 +16,18 @@ class AndersonState(NamedTuple):
     Attributes:
         values: differences ΔF.
         residuals: differences ΔG.
-        gram: ΔGᵀΔG `(batch, m, m)`.
+        system: S ΔGᵀΔG S plus the ridge `(batch, m, m)`; its diagonal is 1 + ridge, also in slots without a vector.
+        scale: S, 1/‖Δg_j‖ of each difference, zero in slots without one `(batch, m)`.
         target: ΔGᵀg `(batch, m)`.
-        step: next coefficients γ `(batch, m)`.
+        step: next coefficients −γ `(batch, m)`.
         residual: g `(batch, n)`.
         norm: ‖g‖ `(batch,)`.
     """
 
     values: History
     residuals: History
-    gram: Array
+    system: Array
+    scale: Array
     target: Array
     step: Array
     residual: Array
@@ -89,60 +91,63 @@ class Anderson(Solver):
         """No differences yet: the first step is a plain one."""
         values = backend.history(fz, self.memory, self.history_dtype)
         residuals = backend.history(fz, self.memory, self.history_dtype)
-        step = residuals.dot(fz)  # (batch, memory), all zero
-        gram = step[:, :, None] + step[:, None, :]
-        return AndersonState(values, residuals, gram, step, step, fz - z, backend.norm(fz - z))
+        none = residuals.dot(fz)  # (batch, memory), all zero
+        system = self._empty(backend, none) + none[:, :, None]
+        g = fz - z
+        return AndersonState(values, residuals, system, none, none, none, g, backend.norm(g))
 
     def step(self, backend: Backend, f: Map, z: Array, fz: Array, state: AndersonState) -> tuple[Array, Array, Any]:
         """One accelerated step, then the new difference."""
         xp = backend.xp
-        g = state.residual
-        z = state.values.add_combination(fz, -state.step)
+        z = state.values.add_combination(fz, state.step)
         if self.mixing != 1.0:
-            z = z - (1.0 - self.mixing) * state.residuals.add_combination(g, -state.step)
+            z = z - (1.0 - self.mixing) * state.residuals.add_combination(state.residual, state.step)
         value = f(z)
         residual = value - z
         norm = backend.norm(residual)
-        grew = ~(norm <= self.growth * state.norm)
-        calm = backend.all_known(~grew)
-        values, residuals, gram, before = state.values, state.residuals, state.gram, state.target
+        sane = norm <= self.growth * state.norm
+        calm = backend.all_known(sane)
         if not calm:
-            values, residuals = values.restart(grew), residuals.restart(grew)
-            gram = xp.where(grew[:, None, None], xp.zeros_like(gram), gram)
-            before = xp.where(grew[:, None], xp.zeros_like(before), before)
-        difference = residual - g
-        values = values.append_difference(value, fz)
-        residuals = residuals.append(difference)
-        newest = residuals.slot()[None, :]
+            state = self._forget(backend, ~sane, state)
+        values = state.values.append_difference(value, fz)
+        difference = residual - state.residual
+        residuals = state.residuals.append(difference)
+        newest = residuals.slot()
         # One pass: ΔGᵀΔg = ΔGᵀg₊ − ΔGᵀg, of which all but the entry of the new column itself was known.
         target = residuals.dot(residual)
-        square = backend.wide(backend.norm(difference))[:, None] ** 2
-        row = xp.where(newest, square, target - before)
-        gram = xp.where(newest[:, :, None], row[:, None, :], gram)
-        gram = xp.where(newest[:, None, :], row[:, :, None], gram)
-        gamma = self._least_squares(backend, gram, target)
+        length = backend.wide(backend.norm(difference))
+        inverse = backend.invert(length, 0 * length)[:, None]
+        scale = xp.where(newest[None, :], inverse, state.scale)
+        row = (target - state.target) * scale * inverse
+        row = xp.where(newest[None, :], xp.full_like(row, 1.0 + self._ridge(xp, row)), row)
+        system = xp.where(newest[None, :, None], row[:, None, :], state.system)
+        system = xp.where(newest[None, None, :], row[:, :, None], system)
+        step = backend.solve(system, target * scale) * -scale
+        usable = xp.isfinite(step)
         if not calm:
-            gamma = xp.where(grew[:, None], xp.zeros_like(gamma), gamma)
-        return z, value, AndersonState(values, residuals, gram, target, gamma, residual, norm)
+            usable = usable & sane[:, None]
+        if not backend.all_known(usable):
+            step = xp.where(usable, step, xp.zeros_like(step))
+        return z, value, AndersonState(values, residuals, system, scale, target, step, residual, norm)
 
-    def _least_squares(self, backend: Backend, gram: Array, target: Array) -> Array:
-        """(ΔGᵀΔG + ridge)γ = ΔGᵀg with unit diagonal; slots not seen have target 0 and get γ = 0."""
+    def _forget(self, backend: Backend, rows: Array, state: AndersonState) -> AndersonState:
+        """The state of samples whose residual grew, without their differences."""
         xp = backend.xp
-        inverse, scale = self._inverse_scale(backend, gram)
-        gamma = backend.solve(inverse, target * scale) * scale
-        return xp.where(xp.isfinite(gamma), gamma, xp.zeros_like(gamma))
+        none = xp.zeros_like(state.scale)
+        return state._replace(
+            values=state.values.restart(rows),
+            residuals=state.residuals.restart(rows),
+            system=xp.where(rows[:, None, None], self._empty(backend, none), state.system),
+            scale=xp.where(rows[:, None], none, state.scale),
+            target=xp.where(rows[:, None], none, state.target),
+        )
 
-    def _inverse_scale(self, backend: Backend, gram: Array) -> tuple[Array, Array]:
-        """The scaled, ridged Gram matrix, and the scale 1/‖Δg_j‖ of its rows and columns."""
-        xp = backend.xp
-        eye = backend.eye(gram, self.memory)[None]
-        diagonal = xp.sum(gram * eye, axis=2)
-        usable = diagonal > 0
-        scale = xp.where(usable, 1.0 / xp.sqrt(xp.where(usable, diagonal, xp.ones_like(diagonal))), 0 * diagonal)
-        scaled = gram * scale[:, :, None] * scale[:, None, :]
-        ridge = max(self.ridge, 10 * float(xp.finfo(gram.dtype).eps))
-        missing = xp.where(usable, xp.full_like(scale, ridge), xp.ones_like(scale))
-        return scaled + eye * missing[:, None, :], scale
+    def _ridge(self, xp: Any, like: Array) -> float:
+        return max(self.ridge, 10 * float(xp.finfo(like.dtype).eps))
+
+    def _empty(self, backend: Backend, like: Array) -> Array:
+        """The system of a sample without differences: its γ is 0."""
+        return (1.0 + self._ridge(backend.xp, like)) * backend.eye(like, self.memory)[None]
 
     def residual_norm(self, backend: Backend, state: AndersonState) -> Array:
         """Measured for the safeguard."""
@@ -151,7 +156,7 @@ class Anderson(Solver):
     def inverse_jacobian(self, backend: Backend, state: AndersonState) -> InverseJacobian:
         """The multi-secant estimate from the differences now held."""
         xp = backend.xp
-        system, scale = self._inverse_scale(backend, state.gram)
+        system, scale = state.system, state.scale
         columns = [backend.solve(system, xp.zeros_like(scale) + unit) for unit in self._units(backend, scale)]
         kernel = xp.stack(columns, axis=2) * scale[:, :, None] * scale[:, None, :]
         kernel = xp.where(xp.isfinite(kernel), kernel, xp.zeros_like(kernel))

@@ -15,13 +15,13 @@ class BroydenState(NamedTuple):
 
     Attributes:
         basis: residuals Q.
-        gram: row k holds q_kᵀ[q_0 … q_k], so that N = QᵀQ = L + Lᵀ − diag.
-        left: columns β h of the updates, K = Σ_j (βh)_j v_jᵀ.
+        gram: row k holds q_kᵀ[q_0 … ½ q_k], so that N = QᵀQ = L + Lᵀ.
+        left: columns β u of the updates, K = Σ_j (βu)_j v_jᵀ.
         right: columns v of the updates.
         pairs: in the slot of the residual that it ended in, each secant pair: coefficients of s, then those of y.
-        diagonal: squared norms of the residuals `(batch, m)`.
         newest: one-hot of the current residual `(batch, m)`.
         step: coefficients of the next step `(batch, m)`.
+        norm: ‖g‖ of the current residual `(batch,)`.
     """
 
     basis: History
@@ -29,9 +29,9 @@ class BroydenState(NamedTuple):
     left: History
     right: History
     pairs: History
-    diagonal: Array
     newest: Array
     step: Array
+    norm: Array
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Broyden(Solver):
     Every step lies in the span of the residuals seen so far, so one buffer of residuals Q = [g₀ … g_k] and small
     matrices carry the method. With H = −I − Q K Qᵀ, step s = Q c and new residual g₊ (appended to Q as column e):
 
-        d = Qᵀg₊,  h = −(e + K d)  (so H g₊ = Q h),  w = N c = Qᵀs,  v = −(c + Kᵀ w)  (so Hᵀs = Q v)
-        K₊ = K + h vᵀ / (wᵀc + wᵀh),    c₊ = −h · wᵀc / (wᵀc + wᵀh)
+        d = Qᵀg₊,  u = e + K d  (so −H g₊ = Q u),  w = N c = Qᵀs,  v = c + Kᵀ w  (so −Hᵀs = Q v)
+        K₊ = K + u vᵀ / (wᵀc − wᵀu),    c₊ = u · wᵀc / (wᵀc − wᵀu)
 
     which is H₊ = H + (s − H y) sᵀH / (sᵀH y), since for a full step H y = H g₊ + s. Two passes over the buffer a
     step (`dot`, `combine`), no linear solve, k + 1 vectors after k steps. K and N are kept as lists of vectors, too,
@@ -87,65 +87,66 @@ class Broyden(Solver):
         newest = none + backend.cast(basis.slot(), d)[None, :]
         return BroydenState(
             basis,
-            backend.history(d, slots).append(d),
+            backend.history(d, slots).append(d * (1.0 - 0.5 * newest)),
             backend.history(d, slots).append(none),
             backend.history(d, slots).append(none),
             backend.history(xp.concat([d, d], axis=1), slots).append(xp.concat([none, none], axis=1)),
-            d,
             newest,
             newest,
+            backend.norm(g),
         )
 
     def step(self, backend: Backend, f: Map, z: Array, fz: Array, state: BroydenState) -> tuple[Array, Array, Any]:
         """One full step and one rank-one update."""
         xp = backend.xp
-        start = z
-        z = state.basis.add_combination(z, state.step)
+        start, c, e_y, renewed = z, state.step, state.newest, None
+        z = state.basis.add_combination(z, c)
         fz = f(z)
         g = fz - z
-        c, e_y, renewed = state.step, state.newest, None
         histories: tuple[History, ...] = state[:5]
-        diagonal = state.diagonal
         if state.basis.may_be_full():
             renewed = state.basis.full()[:, None]
-            histories, diagonal, e_s, e_y = self._renew(backend, state, renewed, z - start, g)
+            histories, e_s, e_y = self._renew(backend, state, renewed, z - start, g)
             c = xp.where(renewed, e_s, c)
         basis, gram, left, right, pairs = histories
         basis = basis.append(g)
-        newest = backend.cast(basis.slot(), c)[None, :]
+        unit = backend.cast(basis.slot(), c)
+        newest = xp.broadcast_to(unit, c.shape)
         d = basis.dot(g)  # (batch, m)
-        gram = gram.append(d)
-        diagonal = xp.where(newest > 0, d, diagonal)
-        w = gram.dot(c) + gram.combine(c) - diagonal * c
-        h = -(newest + left.combine(right.dot(d)))
-        v = -(c + right.combine(left.dot(w)))
-        ss, sg = xp.sum(w * c, axis=1), xp.sum(w * h, axis=1)
-        y, missed, denominator = newest - e_y, -h, ss + sg  # missed: s − H y, which is −H g₊ after a full step
+        gram = gram.append(d * (1.0 - 0.5 * unit))
+        w = gram.add_combination(gram.dot(c), c)  # N c
+        ahead = left.add_combination(newest, right.dot(d))  # −H g₊: the step without the new pair
+        v = right.add_combination(c, left.dot(w))  # −Hᵀ s
+        ss, sh = backend.inner(w, c), backend.inner(w, ahead)
+        denominator = ss - sh
+        y, missed = newest - e_y, ahead  # missed: s − H y, which is −H g₊ after a full step
         if renewed is not None:
             y = xp.where(renewed, e_y, y)
             missed = xp.where(renewed, c + e_y, missed)
-            denominator = xp.where(renewed[:, 0], -xp.sum(w * e_y, axis=1), denominator)
-        sound = xp.abs(denominator) > backend.eps(ss) * ss
-        # The divisor is made safe first: the derivative of a branch that `where` drops would still be 0·inf.
-        beta = xp.where(sound, 1.0 / xp.where(sound, denominator, xp.ones_like(ss)), xp.zeros_like(ss))[:, None]
+            denominator = xp.where(renewed[:, 0], -backend.inner(w, e_y), denominator)
+        scaled = backend.invert(denominator, backend.eps(ss) * ss)[:, None] * missed
         return (
             z,
             fz,
             BroydenState(
                 basis,
                 gram,
-                left.append(-beta * missed),
+                left.append(scaled),
                 right.append(v),
                 pairs.append(xp.concat([c, y], axis=1)),
-                diagonal,
-                newest + xp.zeros_like(c),
-                -h - (beta * sg[:, None]) * missed,
+                newest,
+                ahead + sh[:, None] * scaled,
+                backend.norm(g),
             ),
         )
 
+    def residual_norm(self, backend: Backend, state: BroydenState) -> Array:
+        """Of the residual that the step has formed."""
+        return state.norm
+
     def _renew(
         self, backend: Backend, state: BroydenState, full: Array, s: Array, g: Array
-    ) -> tuple[tuple[History, ...], Array, Array, Array]:
+    ) -> tuple[tuple[History, ...], Array, Array]:
         """Restart the samples that are full, with the pair that they have just made as first one.
 
         Restarting with nothing forgets what the last step has shown, and fails on one in ten hard linear problems
@@ -155,7 +156,7 @@ class Broyden(Solver):
         xp = backend.xp
         if self.memory < 3:  # no room for s, y and the new residual
             restarted = tuple(history.restart(full[:, 0]) for history in state[:5])
-            return restarted, state.diagonal, 0 * state.step, 0 * state.step
+            return restarted, 0 * state.step, 0 * state.step
         active = state.basis.active
         rows = full[:, 0] if active is None else full[:, 0] & active
         y = g - state.basis.combine(state.newest)
@@ -165,22 +166,19 @@ class Broyden(Solver):
 
         def renew(carry: tuple[Any, ...]) -> tuple[Any, ...]:
             basis, gram, left, right, pairs = (h.with_active(rows).restart(rows) for h in carry[0])
-            diagonal, units = carry[1], []
-            none = xp.zeros_like(diagonal)
+            none, units = xp.zeros_like(carry[1]), []
             for vector in (s, y):
                 basis = basis.append(vector)
                 unit = none + backend.cast(basis.slot(), none)[None, :]
-                row = basis.dot(vector)
-                gram, left, right = gram.append(row), left.append(none), right.append(none)
+                gram = gram.append(basis.dot(vector) * (1.0 - 0.5 * unit))
+                left, right = left.append(none), right.append(none)
                 pairs = pairs.append(xp.concat([none, none], axis=1))
-                diagonal = xp.where((unit > 0) & rows[:, None], row, diagonal)
                 units.append(unit)
             histories = tuple(h.with_active(active) for h in (basis, gram, left, right, pairs))
-            return histories, diagonal, units[0], xp.where(rows[:, None], units[1], carry[3])
+            return histories, units[0], xp.where(rows[:, None], units[1], carry[2])
 
-        carry = (tuple(state[:5]), state.diagonal, 0 * state.step, state.newest)
-        histories, diagonal, e_s, e_y = backend.loop(needed, renew, carry, 1, 1)
-        return tuple(h.with_active(active) for h in histories), diagonal, e_s, e_y
+        histories, e_s, e_y = backend.loop(needed, renew, (tuple(state[:5]), 0 * state.step, state.newest), 1, 1)
+        return tuple(h.with_active(active) for h in histories), e_s, e_y
 
     def inverse_jacobian(self, backend: Backend, state: BroydenState) -> InverseJacobian:
         """H after the last secant pair."""
@@ -195,5 +193,5 @@ class Broyden(Solver):
         rows = state.gram.vectors()
         missing = xp.zeros_like(steps[:, :1, :1]) + xp.zeros((1, slots - used, slots), dtype=rows.dtype)
         lower = xp.concat([rows, missing], axis=1) if used < slots else rows
-        gram = lower + xp.permute_dims(lower, (0, 2, 1)) - lower * backend.eye(lower, slots)[None]
+        gram = lower + xp.permute_dims(lower, (0, 2, 1))
         return multisecant(backend, state.basis, gram, steps, differences)
