@@ -200,7 +200,8 @@ class TorchBackend(Backend):
 
         def product(v: Tensor) -> Tensor:
             # A gradient that is being recorded (unrolled steps of a Newton method) goes through the product, too.
-            with forward_ad.dual_level():
+            # A solve switches forward mode off for what surrounds it; this product is its own.
+            with forward_ad._set_fwd_grad_enabled(True), forward_ad.dual_level():
                 tangent = forward_ad.unpack_dual(f(forward_ad.make_dual(z, v))).tangent
             return torch.zeros_like(v) if tangent is None else tangent
 
