@@ -236,7 +236,7 @@ class TorchHistory(History):
 
     def restart(self, rows: Tensor) -> TorchHistory:
         chosen = rows if self.active is None else rows & self.active
-        if self.seen is None and not rows.is_cuda and not bool(chosen.any()):
+        if self.seen is None and chosen.device.type == "cpu" and not chosen.numpy().any():
             return self
         return self._with(self._mask() & ~chosen[:, None], self.written, self.active)
 
