@@ -148,7 +148,7 @@ def _times(task: Step, count: int) -> Step:
     return run
 
 
-CASES = (("conv", 16, 32), ("attention", 8, 64), ("dense", 256, 512))
+CASES = (("conv", 16, 32), ("attention", 8, 64), ("dense", 128, 256))
 
 
 def main() -> None:
