@@ -14,10 +14,12 @@ from deqcore import plugins
 from deqcore.config import Config
 from deqcore.errors import ConfigError, StrategyError, UnknownNameError
 from deqcore.study.models import find
+from deqcore.study.models.base import Kind
 from deqcore.study.settings import DataChoice, ModelChoice, SolverChoice, StrategyChoice, Study, Table, Training
 
 FORMAT: Final = 1  # of a cell's files; raised when old results cannot be read, or would come out differently
 EXPLICIT: Final = "explicit"
+KINDS: Final[dict[str, Kind]] = {"digits": "image", "images": "image", "text": "tokens"}  # of what is always one
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,8 @@ def cells(study: Study, own: Own, backends: tuple[str, ...]) -> list[Cell]:
 
 def _of_seed(study: Study, own: Own, backends: tuple[str, ...], seed: int) -> Iterator[Cell]:
     for data, backend, model in product(study.data, backends, study.models):
+        if not _fits(data, model, own):
+            continue
         shared: dict[str, Any] = {
             "data": data,
             "backend": backend,
@@ -139,6 +143,23 @@ def _of_seed(study: Study, own: Own, backends: tuple[str, ...], seed: int) -> It
             yield Cell(solver=solver, strategy=strategy, rtol=rtol, **shared)
 
 
+def _fits(data: DataChoice, model: ModelChoice, own: Own) -> bool:
+    """Whether a model takes the data, as far as that is known before the data is read."""
+    return data.name not in KINDS or KINDS[data.name] in find(model.name, own.model).accepts
+
+
+def _check_pairs(study: Study, own: Own) -> None:
+    for model in study.models:
+        if not any(_fits(data, model, own) for data in study.data):
+            takes = " or ".join(find(model.name, own.model).accepts)
+            raise ConfigError(f"[study]: the model {model.name!r} takes {takes}, which no entry of data gives.")
+    for data in study.data:
+        if not any(_fits(data, model, own) for model in study.models):
+            raise ConfigError(
+                f"[study]: the data {data.label!r} is {KINDS[data.name]}, which no entry of models takes."
+            )
+
+
 def _check(study: Study, own: Own, backends: tuple[str, ...]) -> None:
     """Find every mistake in the names and options before the first training."""
     axes = {"strategies": [each.label for each in study.strategies], "data": [each.label for each in study.data]}
@@ -153,6 +174,7 @@ def _check(study: Study, own: Own, backends: tuple[str, ...]) -> None:
             raise UnknownNameError.of("trainer", backend, trained, " A study trains, so its backend needs a trainer.")
     for model in study.models:
         find(model.name, own.model)
+    _check_pairs(study, own)
     for solver, strategy in product(study.solvers, study.strategies):
         made = plugins.make_solver(solver.name, solver.options)
         route = plugins.make_strategy(strategy.name, _options(strategy))

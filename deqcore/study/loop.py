@@ -37,7 +37,15 @@ EVALUATION_BATCH: Final = 256
 
 
 class CellFailure(Exception):
-    """A training that came to nothing, with the reason for people."""
+    """A training that came to nothing, with the reason for people.
+
+    Attributes:
+        reason: in a word or two.
+    """
+
+    def __init__(self, detail: str, reason: str = "diverged") -> None:
+        super().__init__(detail)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,9 @@ class Training:
         self.cell, self.data, self.folder, self.tell = cell, data, folder, tell
         model, weights = initial_weights(cell, data)
         if data.kind not in model.accepts:
-            raise CellFailure(f"the model {cell.model.name!r} takes {' or '.join(model.accepts)}, not {data.kind}")
+            raise CellFailure(
+                f"the model {cell.model.name!r} takes {' or '.join(model.accepts)}, not {data.kind}", "unfit"
+            )
         self.before = PeakMemory.now()
         self.parameters = sum(value.size for value in weights.values())
         self.trainer = trainer(model, weights, cell.config())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
@@ -37,6 +38,14 @@ class Interval:
 
         half = float(t.ppf(0.5 + LEVEL / 2, count - 1) * np.std(values, ddof=1) / count**0.5)
         return cls(mean, mean - half, mean + half, count)
+
+    @classmethod
+    def of_ratios(cls, values: Sequence[float]) -> Interval:
+        """From one quotient per seed: geometric mean, and an interval of logarithms, which never falls below zero."""
+        found = cls.of([math.log(value) for value in values])
+        low = None if found.low is None else math.exp(found.low)
+        high = None if found.high is None else math.exp(found.high)
+        return cls(math.exp(found.mean), low, high, found.count)
 
     @property
     def worst(self) -> float:
@@ -103,18 +112,19 @@ class Row:
 
     def against(self, other: Row, name: str) -> Interval | None:
         """The difference of a metric, paired by seed."""
-        return self._paired(other, name, lambda mine, theirs: mine - theirs)
+        found = [mine - theirs for mine, theirs in self._pairs(other, name)]
+        return Interval.of(found) if found else None
 
     def ratio(self, other: Row, name: str) -> Interval | None:
-        """The quotient of a metric, paired by seed."""
-        return self._paired(other, name, lambda mine, theirs: mine / theirs)
+        """The quotient of a metric, paired by seed; of positive numbers only."""
+        found = [mine / theirs for mine, theirs in self._pairs(other, name) if mine > 0 and theirs > 0]
+        return Interval.of_ratios(found) if found else None
 
-    def _paired(self, other: Row, name: str, combine: Callable[[float, float], float]) -> Interval | None:
+    def _pairs(self, other: Row, name: str) -> list[tuple[float, float]]:
         read = METRICS[name]
         both = [seed for seed in self.results if seed in other.results]
         pairs = [(read(self.results[seed]), read(other.results[seed])) for seed in both]
-        found = [combine(mine, theirs) for mine, theirs in pairs if mine is not None and theirs is not None]
-        return Interval.of(found) if found else None
+        return [(mine, theirs) for mine, theirs in pairs if mine is not None and theirs is not None]
 
 
 def rows(results: Iterable[Result]) -> list[Row]:

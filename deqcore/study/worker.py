@@ -39,7 +39,7 @@ def train(cell: Cell, folder: Path, tell: Tell) -> dict[str, Any]:
     except store.StudyError:
         raise  # the disk: nothing can be written about it either
     except CellFailure as error:
-        result = _failed(cell, "diverged", str(error))
+        result = _failed(cell, error.reason, str(error))
     except DeqcoreError as error:
         result = _failed(cell, "error", str(error))
     except MemoryError:

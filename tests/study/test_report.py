@@ -98,6 +98,19 @@ def test_differences_are_paired_by_seed():
     assert reference(found["jacobian-free"], found.values()) is found["exact-ift"]
 
 
+def test_quotients_are_paired_in_logarithms():
+    _, results = made()
+    found = {row.name: row for row in rows(results)}
+    ratio = found["broyden-reuse"].ratio(found["exact-ift"], "training")
+    assert ratio is not None
+    seconds = {
+        name: np.log([each["times"]["training"] for each in results if each["cell"]["strategy"]["name"] == name])
+        for name in ("broyden-reuse", "exact-ift")
+    }
+    truth = stats.ttest_rel(seconds["broyden-reuse"], seconds["exact-ift"]).confidence_interval(0.95)
+    assert (ratio.low, ratio.high) == pytest.approx((np.exp(truth.low), np.exp(truth.high)))
+
+
 def test_the_answer_is_the_fastest_that_is_accurate_enough():
     _, results = made()
     (answer,) = answers(rows(results), Cost())

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from deqcore.cli.app import main
 from deqcore.study import data, store
 from deqcore.study.grid import Cell, Own, cells
 from deqcore.study.run import run
-from deqcore.study.settings import DataChoice, read
+from deqcore.study.settings import DataChoice, ModelChoice, read
 from deqcore.study.store import Store
 from deqcore.study.worker import train
 
@@ -200,8 +201,8 @@ def test_a_model_of_ones_own_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_model_that_does_not_take_the_data_is_told(tmp_path: Path):
-    found = train(tiny(models=["attention"]), tmp_path, lambda _: None)
-    assert found["status"] == "failed"
+    found = train(replace(tiny(), model=ModelChoice(name="attention")), tmp_path, lambda _: None)
+    assert (found["status"], found["reason"]) == ("failed", "unfit")
     assert "takes tokens, not image" in found["detail"]
 
 

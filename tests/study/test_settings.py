@@ -29,6 +29,11 @@ def test_every_axis_multiplies_and_explicit_models_appear_once():
     assert [cell.seed for cell in found] == sorted(cell.seed for cell in found)
 
 
+def test_models_meet_only_the_data_that_they_take():
+    found = grid({"data": ["digits", "text"], "models": ["conv", "attention"], "strategies": ["exact-ift"]})
+    assert [(cell.data.name, cell.model.name) for cell in found] == [("digits", "conv"), ("text", "attention")]
+
+
 def test_a_cell_comes_back_from_its_json_form():
     entry = {"name": "broyden-reuse", "label": "plain", "options": {"target": "none", "certify": False}}
     (cell,) = grid({"strategies": [{**entry, "options": {**entry["options"], "fallback": "none"}}]})
@@ -71,6 +76,8 @@ def test_mistakes_in_the_file_are_told_with_their_place(table: dict[str, object]
         ({"strategies": [{"name": "broyden-reuse", "options": {"targte": 0.1}}]}, ConfigError, "target"),
         ({"solvers": ["picard"]}, StrategyError, "keeps none"),
         ({"strategies": ["exact-ift", "exact-ift"]}, ConfigError, "two entries of strategies"),
+        ({"models": ["attention"]}, ConfigError, "'attention' takes tokens, which no entry of data gives"),
+        ({"data": ["digits", "text"]}, ConfigError, "'text' is tokens, which no entry of models takes"),
         ({"seeds": [1, 1]}, ConfigError, "same cell twice"),
     ],
 )
