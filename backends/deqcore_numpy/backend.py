@@ -23,6 +23,7 @@ from deqcore_numpy.derivative import (
     is_differencing,
     jacobian,
     pick,
+    pull_back,
     rows_are_independent,
 )
 from deqcore_numpy.history import NumpyHistory
@@ -205,8 +206,8 @@ class NumpyBackend(Backend):
                 changed = [*leaves[:i], x, *leaves[i + 1 :]]
                 return value(*self.unflatten(structure, changed))[0]
 
-            dense = jacobian(moved, leaf)
-            gradients.append((np.ravel(cotangent) @ dense).reshape(leaf.shape).astype(leaf.dtype))
+            with self.quiet():
+                gradients.append(pull_back(jacobian(moved, leaf), cotangent, found, leaf).astype(leaf.dtype))
         return found, aux, self.unflatten(structure, gradients)
 
 

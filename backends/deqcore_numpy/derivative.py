@@ -110,3 +110,29 @@ def rows_are_independent(f: Callable[[Any], Any], z: Any) -> bool:
     moved = z.copy()
     moved[0] += 1e-3 * (1.0 + np.abs(moved[0]))
     return bool(np.array_equal(f(z)[1:], f(moved)[1:], equal_nan=True))
+
+
+def pull_back(dense: Any, cotangent: Any, value: Any, leaf: Any) -> Any:
+    """Σ_o cotangent_o ∂value_o/∂leaf, with samples that are not finite kept out of the gradients of the others.
+
+    A difference of NaN is NaN whether or not the number depends on what was moved. Where the leaf has the batch as
+    its first axis, and no finite sample depends on another one's part of it, an ill sample is taken to depend on its
+    own part only, too.
+
+    Args:
+        dense: `(value.size, leaf.size)`.
+        cotangent: like `value`.
+        value: f's output, `(batch, n)`.
+        leaf: what was moved.
+    """
+    ill = ~np.isfinite(value).all(axis=1)
+    batch = len(value)
+    if ill.any() and leaf.ndim and leaf.shape[0] == batch:
+        blocks = dense.reshape(batch, value.shape[1], batch, -1).copy()
+        apart = ~np.eye(batch, dtype=bool)
+        well = ~ill[:, None] & ~ill[None, :] & apart
+        if not blocks.transpose(0, 2, 1, 3)[well].any():
+            blocks.transpose(0, 2, 1, 3)[ill[:, None] & apart] = 0.0
+        dense = blocks.reshape(dense.shape)
+    # What does not depend on a number gets nothing of it, not even 0 · NaN.
+    return np.sum(np.where(dense == 0.0, 0.0, np.ravel(cotangent)[:, None] * dense), axis=0).reshape(leaf.shape)
