@@ -123,12 +123,18 @@ class KrylovSpace:
             grown=xp.astype(xp.sum(0 * null[:0]), xp.int32),
         )
 
-    def grow(self, k: Krylov, goal: Array, steps: int | Array) -> Krylov:
-        """Add dimensions until each residual is at most `goal` `(batch,)`, `steps` at most."""
+    def grow(self, k: Krylov, goal: Array, steps: int | Array, *, together: bool = False) -> Krylov:
+        """Add dimensions until each residual is at most `goal` `(batch,)`, `steps` at most.
+
+        With `together` all samples pause as soon as one of them is there. Slots are shared: a sample that paused
+        alone while others grew on would find none left when it goes on.
+        """
         xp = self.backend.xp
+        asked = k.alive & (k.residual > goal)
 
         def running(k: Krylov) -> Array:
-            return xp.any(k.alive & (k.residual > goal))
+            waiting = k.alive & (k.residual > goal)
+            return xp.any(waiting) & ~xp.any(asked & ~waiting) if together else xp.any(waiting)
 
         return self.backend.loop(running, lambda k: self._step(k, goal), k, steps, self.check_every)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Final
 
 from deqcore.backend import Array, Backend, History
 
@@ -23,6 +24,10 @@ class InverseJacobian(ABC):
     def apply_transpose(self, v: Array) -> Array:
         """Hᵀ v for `v` `(batch, n)`."""
 
+    def sharp_transpose(self, v: Array) -> Array:
+        """Hᵀ v with as little regularisation as rounding allows: to judge by, where `apply_transpose` is to use."""
+        return self.apply_transpose(v)
+
 
 @dataclass(frozen=True)
 class OneBasis(InverseJacobian):
@@ -31,6 +36,7 @@ class OneBasis(InverseJacobian):
     backend: Backend
     basis: History
     kernel: Array
+    sharp: Array | None = None
 
     def apply(self, v: Array) -> Array:
         """H v = −v − Q K Qᵀ v."""
@@ -39,6 +45,11 @@ class OneBasis(InverseJacobian):
     def apply_transpose(self, v: Array) -> Array:
         """Hᵀ v = −v − Q Kᵀ Qᵀ v."""
         return -v - self.basis.combine(vecmat(self.backend, self.basis.dot(v), self.kernel))
+
+    def sharp_transpose(self, v: Array) -> Array:
+        """The same with the other kernel."""
+        kernel = self.kernel if self.sharp is None else self.sharp
+        return -v - self.basis.combine(vecmat(self.backend, self.basis.dot(v), kernel))
 
 
 @dataclass(frozen=True)
@@ -80,14 +91,24 @@ class TwoBases(InverseJacobian):
         return -v + self.right.combine(vecmat(self.backend, self.left.dot(v), self.kernel))
 
 
+RIDGE: Final = 0.3
+"""Tikhonov parameter of the multi-secant system of unit pairs. With 1e-10 the estimate as a preconditioner lost to none
+at all by up to 43 pulls on conv cells, whose pairs are nearly dependent; from 0.1 to 1 it hardly matters
+(docs/design.md)."""
+
+SHARP: Final = 1e-4
+"""The same where the estimate only judges an error."""
+
+
 def multisecant(backend: Backend, basis: History, gram: Array, steps: Array, differences: Array) -> OneBasis:
-    """The estimate H = −I + (S + Y)(SᵀY)^+ Sᵀ, which satisfies every secant equation H Y = S.
+    """The estimate H = −I + (S + Y)(SᵀY)^+ Sᵀ, which satisfies every secant equation H Y = S, in the mean.
 
     With S = Q Rᵀ and Y = Q Eᵀ in the span of one basis Q everything is small: SᵀY = R N Eᵀ, N = QᵀQ. The system is
     scaled to unit pairs and regularised (Tikhonov), so that pairs near rounding or nearly dependent ones do no harm.
 
-    Used as a right preconditioner M = −Hᵀ of A = (I − J)ᵀ it deflates: Sᵀ(A M) = Sᵀ, so that A M has the eigenvalue
-    1 on all directions that the forward solve has seen. Measured against Broyden's own estimate in docs/design.md.
+    Used as a right preconditioner M = −Hᵀ of A = (I − J)ᵀ it deflates: Sᵀ(A M) = Sᵀ, so that, but for the
+    regularisation, A M has the eigenvalue 1 on all directions that the forward solve has seen. Measured against
+    Broyden's own estimate in docs/design.md.
 
     Args:
         backend: whose arrays these are.
@@ -105,14 +126,17 @@ def multisecant(backend: Backend, basis: History, gram: Array, steps: Array, dif
     y = _scale(backend, xp.sum(xp.matmul(differences, gram) * differences, axis=2))
     pairs = xp.matmul(product, xp.permute_dims(differences, flip)) * s[:, :, None] * y[:, None, :]
     normal = xp.matmul(xp.permute_dims(pairs, flip), pairs)
-    ridge = max(1e-10, 10 * backend.eps(gram))
     eye = backend.eye(gram, normal.shape[1])[None]
-    inverse = backend.solve(normal + ridge * eye, xp.permute_dims(pairs, flip))
-    inverse = inverse * y[:, :, None] * s[:, None, :]
     left = xp.permute_dims(steps + differences, flip)
-    kernel = -xp.matmul(xp.matmul(left, inverse), steps)
-    sound = xp.all(xp.all(xp.isfinite(kernel), axis=2), axis=1)
-    return OneBasis(backend, basis, xp.where(sound[:, None, None], kernel, xp.zeros_like(kernel)))
+
+    def kernel(ridge: float) -> Array:
+        inverse = backend.solve(normal + ridge * eye, xp.permute_dims(pairs, flip))
+        inverse = inverse * y[:, :, None] * s[:, None, :]
+        found = -xp.matmul(xp.matmul(left, inverse), steps)
+        sound = xp.all(xp.all(xp.isfinite(found), axis=2), axis=1)
+        return xp.where(sound[:, None, None], found, xp.zeros_like(found))
+
+    return OneBasis(backend, basis, kernel(RIDGE), kernel(SHARP))
 
 
 def _scale(backend: Backend, squares: Array) -> Array:

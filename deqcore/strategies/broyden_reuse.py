@@ -106,6 +106,7 @@ class BroydenReuse(Strategy):
             lambda v: -estimate.apply_transpose(v),
             target=target,
             max_pulls=self.refine_steps,
+            judge=lambda v: -estimate.sharp_transpose(v),
         )
         u, pulls, residual, error = found.u, found.pulls, found.residual, found.error
         code = xp.zeros_like(pulls)

@@ -1,0 +1,170 @@
+"""What certified reuse does on a case, beside the truth about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+import deqcore
+from benchmarks.certificates.problems import Case
+from benchmarks.certificates.truth import Truth, gmres_residuals, pulls_to, truth
+from deqcore.driver import Control, Forward, drive
+from deqcore.linear.gmres import gmres
+from deqcore.solution import Status
+from deqcore.solvers.broyden import Broyden
+from deqcore.strategies.broyden_reuse import BroydenReuse
+
+TARGETS = (0.1, 0.01)
+LEVELS = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
+REFINE_STEPS = 40
+MOST_PULLS = 100
+FORWARD = Control(rtol=1e-4, max_steps=100)
+SOLVER = Broyden(memory=100)  # every pair is kept: a restart would lose most of the estimate
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Certified reuse with one target on one case; arrays `(samples,)`.
+
+    Attributes:
+        failed: reported as such.
+        pulls: spent.
+        baseline: pulls of GMRES from zero to the residual that certified reuse reached.
+        residual: computed from the dense Jacobian.
+        reported_residual: by deqcore.
+        error: of u, relative.
+        reported_error: the estimate.
+        cosine: with the exact u.
+    """
+
+    target: float
+    failed: Any
+    pulls: Any
+    baseline: Any
+    residual: Any
+    reported_residual: Any
+    error: Any
+    reported_error: Any
+    cosine: Any
+
+    @property
+    def excess(self) -> Any:
+        """Pulls beyond GMRES from zero at the same residual."""
+        return self.pulls - self.baseline
+
+    @property
+    def ratio(self) -> Any:
+        """Estimated over true error."""
+        return self.reported_error / self.error
+
+    @property
+    def undetected(self) -> Any:
+        """Above the target and not reported as failed."""
+        return (self.residual > self.target) & ~self.failed
+
+
+@dataclass(frozen=True)
+class Result:
+    """One case.
+
+    Attributes:
+        case: its name.
+        kind: "random cotangents" or "own cotangents".
+        samples: with a cotangent that is not zero.
+        condition: of I − J, median.
+        steps: of the forward solve, median.
+        converged: share of the forward solves.
+        seen: share of the exact u that lies in the span of the secant pairs' steps, median.
+        outcomes: by target.
+        curve: residual level -> pulls of (preconditioned GMRES, GMRES from zero), each summed over the samples.
+    """
+
+    case: str
+    kind: str
+    samples: int
+    condition: float
+    steps: float
+    converged: float
+    seen: float
+    outcomes: list[Outcome]
+    curve: dict[float, tuple[int, int]] = field(default_factory=dict)
+
+
+def measure(case: Case) -> Result:
+    """Solve, certify, verify."""
+    backend = deqcore.get_backend(backend="torch")
+    shape = case.z0.shape
+    flat = (shape[0], case.z0[0].numel())
+
+    def f(z: Any) -> Any:
+        return case.narrow(z.reshape(shape)).reshape(flat)
+
+    with torch.no_grad():
+        forward = drive(backend, SOLVER, f, case.z0.reshape(flat), FORWARD)
+    _, pull = backend.linearize(f, forward.z)
+    g = case.g.reshape(flat)
+    dense = truth(case, forward.z)
+    chosen = np.linalg.norm(dense.g, axis=1) > 0
+    dense = Truth(*(part[chosen] for part in (dense.a, dense.g, dense.u, dense.condition)))
+    steps = max(MOST_PULLS, 2 * REFINE_STEPS)
+    baseline = [gmres_residuals(a, b, steps) for a, b in zip(dense.a, dense.g, strict=True)]
+    estimate = SOLVER.secant_estimate(backend, forward.carry.state)
+    outcomes = []
+    for target in TARGETS:
+        strategy = BroydenReuse(target=target, refine_steps=REFINE_STEPS, fallback="none")
+        u, report = strategy.route(backend, pull, g, estimate)
+        outcomes.append(_outcome(target, u, report, dense, baseline, chosen))
+    curve = {}
+    for level in LEVELS:
+        found = gmres(
+            backend,
+            lambda v: v - pull(v),
+            g,
+            rtol=level,
+            max_steps=MOST_PULLS,
+            precondition=lambda v: -estimate.apply_transpose(v),
+        )
+        curve[level] = (
+            int(found.products.numpy()[chosen].sum()),
+            sum(pulls_to(residuals, level) for residuals in baseline),
+        )
+    return Result(
+        case.name,
+        case.kind,
+        int(chosen.sum()),
+        float(np.median(dense.condition)),
+        float(forward.steps.float().median()),
+        float((forward.status == int(Status.CONVERGED)).float().mean()),
+        float(np.median(_seen(forward, dense, chosen))),
+        outcomes,
+        curve,
+    )
+
+
+def _outcome(target: float, u: Any, report: Any, dense: Truth, baseline: list[Any], chosen: Any) -> Outcome:
+    wide = u.double().numpy()[chosen]
+    residual = dense.residual(wide)
+    return Outcome(
+        target=target,
+        failed=report.status.numpy()[chosen] != int(Status.CONVERGED),
+        pulls=report.pulls.numpy()[chosen],
+        baseline=np.array([pulls_to(b, r) for b, r in zip(baseline, residual, strict=True)]),
+        residual=residual,
+        reported_residual=report.residual.double().numpy()[chosen],
+        error=dense.error(wide),
+        reported_error=report.error.double().numpy()[chosen],
+        cosine=dense.cosine(wide),
+    )
+
+
+def _seen(forward: Forward, dense: Truth, chosen: Any) -> list[float]:
+    """‖Q Qᵀ u‖ / ‖u‖ with Q the space of the residuals, in which all steps of Broyden's method lie."""
+    vectors = forward.carry.state.basis.vectors().double().numpy()[chosen]
+    found = []
+    for basis, u in zip(vectors, dense.u, strict=True):
+        q = np.linalg.svd(basis[np.linalg.norm(basis, axis=1) > 0], full_matrices=False)[2]
+        found.append(float(np.linalg.norm(q @ u) / np.linalg.norm(u)))
+    return found

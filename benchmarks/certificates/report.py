@@ -1,0 +1,209 @@
+"""The verdicts on certified reuse, as a page, as data and as plots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.certificates.measure import LEVELS, REFINE_STEPS, TARGETS, Outcome, Result
+from benchmarks.certificates.problems import OWN
+from benchmarks.certificates.trained import Training
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One figure against its target."""
+
+    figure: str
+    target: str
+    found: str
+    holds: bool
+    remark: str = ""
+
+
+def pooled(results: Sequence[Result], name: str, targets: Sequence[float] = TARGETS) -> Any:
+    """An attribute of all outcomes with these targets, as one array."""
+    return np.concatenate(
+        [np.asarray(getattr(o, name), float) for r in results for o in r.outcomes if o.target in targets]
+    )
+
+
+def verdicts(results: Sequence[Result]) -> list[Verdict]:
+    """Every target, held or missed."""
+    first, second = TARGETS
+    undetected = int(pooled(results, "undetected").sum())
+    failed = pooled(results, "failed", [first])
+    cosine = pooled(results, "cosine", [second])
+    sound = cosine[pooled(results, "failed", [second]) == 0]
+    excess = pooled(results, "excess")
+    ratio = pooled(results, "ratio")
+    found = [
+        Verdict(
+            f"adjoint residual above the target and not reported as failed, samples (targets {first} and {second})",
+            "0",
+            f"{undetected} of {len(excess)}",
+            undetected == 0,
+        ),
+        Verdict(
+            f"reported as failed at refine_steps = {REFINE_STEPS}, target {first}",
+            "≤ 1 %",
+            f"{100 * failed.mean():.2f} % ({int(failed.sum())} of {len(failed)})",
+            failed.mean() <= 0.01,
+            _where(results, lambda o: o.target == first and o.failed.any(), lambda o: f"{int(o.failed.sum())}"),
+        ),
+        Verdict(
+            f"cosine with the exact gradient at target {second}, worst sample",
+            "≥ 0.98",
+            f"{cosine.min():.4f}",
+            cosine.min() >= 0.98,
+            f"{sound.min():.4f} among the samples not reported as failed",
+        ),
+        Verdict(
+            "pulls beyond GMRES from 0 at the same adjoint residual, worst sample",
+            "≤ 1",
+            f"{int(excess.max())} ({int((excess > 1).sum())} of {len(excess)} samples above 1)",
+            excess.max() <= 1,
+            _where(results, lambda o: (o.excess > 1).any(), lambda o: f"{int(o.excess.max())} at target {o.target}"),
+        ),
+        Verdict(
+            "estimated over true error at least 0.5",
+            "99 %",
+            f"{100 * np.mean(ratio >= 0.5):.2f} %",
+            np.mean(ratio >= 0.5) >= 0.99,
+            _where(results, lambda o: (o.ratio < 0.5).any(), lambda o: f"{int((o.ratio < 0.5).sum())}"),
+        ),
+        Verdict("… at most 3", "80 %", f"{100 * np.mean(ratio <= 3):.1f} %", np.mean(ratio <= 3) >= 0.80),
+        Verdict("… at most 30", "99 %", f"{100 * np.mean(ratio <= 30):.2f} %", np.mean(ratio <= 30) >= 0.99),
+    ]
+    for result in results:
+        if result.kind == OWN:
+            mine, theirs = result.curve[0.01]
+            found.append(
+                Verdict(
+                    f"pulls to residual 0.01 over those of GMRES from 0: {result.case}",
+                    "≤ 0.8",
+                    f"{mine / theirs:.2f} ({mine / result.samples:.1f} against {theirs / result.samples:.1f})",
+                    mine <= 0.8 * theirs,
+                    f"{100 * result.seen:.0f} % of the exact u lies in the span of the forward's pairs",
+                )
+            )
+    return found
+
+
+def _where(results: Sequence[Result], is_bad: Any, describe: Any) -> str:
+    found = [f"{r.case}: {describe(o)}" for r in results for o in r.outcomes if is_bad(o)]
+    return "; ".join(found)
+
+
+def page(results: Sequence[Result], trainings: Sequence[Training], seconds: float, machine: str) -> str:
+    """The page in Markdown."""
+    lines = [
+        "# Certified reuse: what it costs, what it reports, what is true",
+        "",
+        f"`python -m benchmarks.certificates`, {machine}, {seconds:.0f} s. Forward: Broyden with all pairs kept, "
+        f"float32, rtol 1e-4, 100 steps at most; refine_steps = {REFINE_STEPS}. Truth: a dense float64 Jacobian by "
+        "automatic differentiation of the float64 function, LAPACK, and a textbook GMRES, none of which is deqcore's.",
+        "",
+        "| figure | target | found | | remark |",
+        "|---|---|---|---|---|",
+    ]
+    for v in verdicts(results):
+        lines.append(f"| {v.figure} | {v.target} | {v.found} | {'holds' if v.holds else '**misses**'} | {v.remark} |")
+    lines += ["", "![Estimated against true error](certificates-scatter.png)", ""]
+    lines += ["![Pulls to a residual](certificates-pulls.png)", "", "## By problem", ""]
+    lines += [
+        "| problem | samples | cond(I − J) | forward steps, converged | seen | target | failed | worst cosine | pulls, "
+        "GMRES(0) | worst excess | estimate / error: 1, 50, 99 % |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        for o in r.outcomes:
+            lines.append(f"| {_row(r, o)} |")
+    if trainings:
+        lines += [
+            "",
+            "## Trained cells",
+            "",
+            "| cell | epochs | training loss | training accuracy |",
+            "|---|---|---|---|",
+        ]
+        lines += [f"| {t.name} | {t.epochs} | {t.loss:.3f} | {100 * t.accuracy:.1f} % |" for t in trainings]
+    lines += ["", "## Pulls to an adjoint residual, over those of GMRES from 0", ""]
+    lines += ["| problem | " + " | ".join(map(str, LEVELS)) + " |", "|---|" + "---|" * len(LEVELS)]
+    for r in results:
+        cells = (f"{r.curve[level][0] / max(1, r.curve[level][1]):.2f}" for level in LEVELS)
+        lines.append(f"| {r.case} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _row(r: Result, o: Outcome) -> str:
+    quantiles = "/".join(f"{q:.2g}" for q in np.quantile(o.ratio, [0.01, 0.5, 0.99]))
+    return " | ".join(
+        [
+            r.case,
+            str(r.samples),
+            f"{r.condition:.0f}",
+            f"{r.steps:.0f}, {100 * r.converged:.0f} %",
+            f"{100 * r.seen:.0f} %",
+            str(o.target),
+            str(int(o.failed.sum())),
+            f"{o.cosine.min():.4f}",
+            f"{o.pulls.mean():.1f}, {o.baseline.mean():.1f}",
+            f"{int(o.excess.max()):+d}",
+            quantiles,
+        ]
+    )
+
+
+def as_json(results: Sequence[Result], trainings: Sequence[Training], seconds: float, machine: Any) -> dict[str, Any]:
+    """Every number, one list per sample figure."""
+
+    def outcome(o: Outcome) -> dict[str, Any]:
+        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(o).items()} | {
+            "excess": o.excess.tolist()
+        }
+
+    return {
+        "machine": machine,
+        "seconds": round(seconds, 1),
+        "verdicts": [vars(v) | {"holds": bool(v.holds)} for v in verdicts(results)],
+        "trainings": [vars(t) for t in trainings],
+        "results": [vars(r) | {"outcomes": [outcome(o) for o in r.outcomes]} for r in results],
+    }
+
+
+def plots(results: Sequence[Result], out: Path) -> None:
+    """The scatter of estimated against true errors, and the pulls to each residual."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    colours = plt.get_cmap("tab20").colors
+    figure, axes = plt.subplots(figsize=(8, 6), layout="constrained")
+    for r, colour in zip(results, colours, strict=False):
+        for o, marker in zip(r.outcomes, "o^", strict=True):
+            label = r.case if o.target == TARGETS[0] else None
+            axes.scatter(o.error, o.reported_error, s=14, marker=marker, color=colour, label=label, alpha=0.8)
+    span = np.geomspace(max(1e-6, float(np.min(pooled(results, "error"))) / 2), 2.0, 2)
+    for factor, style in ((1, "-"), (0.5, "--"), (3, ":"), (30, "-.")):
+        axes.plot(span, factor * span, style, color="0.4", lw=0.9, label=f"estimate = {factor} × error")
+    axes.set(xscale="log", yscale="log", xlabel="true relative error of u", ylabel="error that deqcore reports")
+    axes.set_title("Certified reuse: reported against true error (○ target 0.1, △ target 0.01)", fontsize=10)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    figure.savefig(out / "certificates-scatter.png", dpi=130)
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for r, colour in zip(results, colours, strict=False):
+        ratios = [r.curve[level][0] / max(1, r.curve[level][1]) for level in LEVELS]
+        axes.plot(LEVELS, ratios, "-o" if r.kind == OWN else ":", ms=4, color=colour, label=r.case)
+    axes.axhline(1.0, color="0.4", lw=0.9)
+    axes.axhline(0.8, color="0.4", lw=0.9, ls="--")
+    axes.set(xscale="log", xlabel="relative adjoint residual", ylabel="pulls over those of GMRES from 0")
+    axes.invert_xaxis()
+    axes.set_title("Pulls to a residual (full lines: trained cells, their own cotangents)", fontsize=10)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    figure.savefig(out / "certificates-pulls.png", dpi=130)

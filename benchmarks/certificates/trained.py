@@ -1,0 +1,168 @@
+"""Fixed-point cells trained to convergence on real data, with the cotangents of their own loss."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import deqcore
+from benchmarks.certificates.problems import OWN, AttentionCell, Case, ConvCell, of_module
+
+CONVERGED = 0.02  # training loss at which a cell counts as trained to convergence; all classes are as good as certain
+RTOL = 1e-3
+FEW = 512  # images that the convolution and attention cells learn by heart
+
+
+class TanhCell(nn.Module):
+    """tanh(W z + x)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, width)
+        with torch.no_grad():
+            self.inner.weight.mul_(0.5)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(self.inner(z) + x)
+
+
+class Classifier(nn.Module):
+    """Encoder, fixed-point cell, linear readout."""
+
+    def __init__(self, encoder: nn.Module, cell: nn.Module, shape: tuple[int, ...], classes: int = 10) -> None:
+        super().__init__()
+        self.encoder, self.cell, self.shape = encoder, cell, shape
+        self.readout = nn.Linear(int(np.prod(shape)), classes)
+
+    def inject(self, images: Tensor) -> Tensor:
+        return self.encoder(images).reshape(len(images), *self.shape)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.inject(images)
+        found = deqcore.fixed_point(self.cell, torch.zeros_like(x), x, config=TRAINING)
+        return self.readout(found.value.flatten(1))
+
+
+TRAINING = deqcore.Config(
+    backend="torch",
+    forward={"solver": "broyden", "rtol": RTOL, "max_steps": 40, "on_failure": "ignore"},
+    backward={"strategy": "broyden-reuse", "options": {"target": 0.1}},
+)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a cell was trained.
+
+    Attributes:
+        name: of the cell.
+        epochs: until the loss was small enough, or the budget was spent.
+        loss: mean over the last epoch.
+        accuracy: on the training images.
+    """
+
+    name: str
+    epochs: int
+    loss: float
+    accuracy: float
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """The 1,797 handwritten digits that scikit-learn carries, 8×8, standardised."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    images = torch.tensor(found.images, dtype=torch.float32)[:, None] / 8.0 - 1.0
+    return images, torch.tensor(found.target)
+
+
+def image_folder(path: Path, limit: int, side: int = 16) -> tuple[Tensor, Tensor]:
+    """Images from a folder of class folders, `limit` in all, evenly over ten classes, scaled to `side`×`side`."""
+    from PIL import Image
+
+    folders = sorted(folder for folder in path.iterdir() if folder.is_dir())[:10]
+    images, labels = [], []
+    for label, folder in enumerate(folders):
+        for file in sorted(folder.iterdir())[: limit // len(folders)]:
+            with Image.open(file) as image:
+                small = image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
+                images.append(np.asarray(small, np.float32).transpose(2, 0, 1) / 64.0 - 2.0)
+            labels.append(label)
+    return torch.tensor(np.stack(images)), torch.tensor(labels)
+
+
+def cells(samples: int, epochs: int, images: Path | None, limit: int) -> Iterator[tuple[Case, Training]]:
+    """Train each cell, then look at `samples` of its training images with the cotangents of their loss."""
+    data = digits()
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 128))
+    yield _trained("tanh cell 128, digits", flat, TanhCell(128), (128,), data, samples, epochs)
+    data = data[0][:FEW], data[1][:FEW]
+    conv = nn.Conv2d(1, 8, 3, padding=1)
+    yield _trained("conv cell, digits", conv, ConvCell(8), (8, 8, 8), data, samples, epochs)
+    tokens = nn.Sequential(nn.Flatten(2), nn.Unflatten(2, (8, 8)), nn.Flatten(1, 2), nn.Linear(8, 24))
+    yield _trained("attention cell, digits", tokens, AttentionCell(8, 24), (8, 24), data, samples, epochs)
+    if images is not None:
+        data = image_folder(images, limit)
+        stem = nn.Conv2d(3, 12, 3, padding=1, stride=2)
+        yield _trained("conv cell, CIFAR-10 subset", stem, ConvCell(12), (12, 8, 8), data, samples, 2 * epochs)
+
+
+def _trained(
+    name: str,
+    encoder: nn.Module,
+    cell: nn.Module,
+    shape: tuple[int, ...],
+    data: tuple[Tensor, Tensor],
+    samples: int,
+    epochs: int,
+) -> tuple[Case, Training]:
+    torch.manual_seed(1)
+    for layer in (*encoder.modules(), *cell.modules()):
+        if isinstance(layer, nn.Linear | nn.Conv2d) and not isinstance(cell, TanhCell):
+            layer.reset_parameters()
+    model = Classifier(encoder, cell, shape)
+    inputs, labels = data
+    training = _fit(name, model, inputs, labels, epochs)
+    chosen = torch.linspace(0, len(inputs) - 1, samples).long()
+    return _case(name, model, inputs[chosen], labels[chosen]), training
+
+
+def _fit(name: str, model: Classifier, inputs: Tensor, labels: Tensor, epochs: int) -> Training:
+    """Adam until the loss is small, or the epochs are spent."""
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    generator = torch.Generator().manual_seed(2)
+    epoch, loss, right = 0, float("inf"), 0
+    while epoch < epochs and loss > CONVERGED:
+        total, right = 0.0, 0
+        for rows in torch.randperm(len(inputs), generator=generator).split(128):
+            optimizer.zero_grad()
+            scores = model(inputs[rows])
+            value = nn.functional.cross_entropy(scores, labels[rows])
+            value.backward()
+            optimizer.step()
+            total += float(value.detach()) * len(rows)
+            right += int((scores.argmax(1) == labels[rows]).sum())
+        schedule.step()
+        epoch, loss = epoch + 1, total / len(inputs)
+    return Training(name, epoch, loss, right / len(inputs))
+
+
+def _case(name: str, model: Classifier, inputs: Tensor, labels: Tensor) -> Case:
+    """The cell at these inputs; g = dL/dz* of each sample's own loss."""
+    with torch.no_grad():
+        x = model.inject(inputs)
+        z = deqcore.fixed_point(model.cell, torch.zeros_like(x), x, config=TRAINING).value
+    z = z.requires_grad_()
+    loss = nn.functional.cross_entropy(model.readout(z.flatten(1)), labels, reduction="sum")
+    (g,) = torch.autograd.grad(loss, z)
+    return of_module(name, OWN, copy.deepcopy(model.cell), x, g)
+
+
+Make = Callable[[], tuple[Case, Training]]

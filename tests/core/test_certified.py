@@ -1,0 +1,171 @@
+"""Certificates over random spectra, verified by dense linear algebra that shares no code with them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import deqcore
+from deqcore.driver import Control, drive
+from deqcore.linear.certified import solve_certified
+from deqcore.solution import Status
+from deqcore.solvers.broyden import Broyden
+from deqcore.strategies.broyden_reuse import BroydenReuse
+
+N = 30
+
+
+@pytest.fixture(autouse=True)
+def _nan_is_no_warning():
+    with np.errstate(all="ignore"):
+        yield
+
+
+def spectrum(rng, slow, radius, skew):
+    """One J: `slow` eigenvalues from 0.9 to 0.99, the others within ±radius; skew vectors make it non-normal."""
+    values = rng.uniform(-radius, radius, N)
+    values[:slow] = rng.uniform(0.9, 0.99, slow)
+    vectors = np.linalg.qr(rng.standard_normal((N, N)))[0] + skew * rng.standard_normal((N, N)) / np.sqrt(N)
+    return vectors @ np.diag(values) @ np.linalg.inv(vectors)
+
+
+def reuse(be, jacobian, g, *, b=None, rtol=1e-5, **options):
+    """Forward solve of z = J z + b by Broyden, then the strategy: u and its report on the host."""
+    stored = be.asarray(jacobian)
+    shift = be.asarray(np.random.default_rng(1).standard_normal(g.shape) if b is None else b)
+    solver = Broyden(memory=60)
+    forward = drive(
+        be, solver, lambda z: be.xp.sum(stored * z[:, None, :], axis=2) + shift, 0 * shift, Control(rtol, max_steps=60)
+    )
+    pulls = []
+
+    def pull(u):
+        pulls.append(1)
+        return be.xp.sum(stored * u[:, :, None], axis=1)
+
+    strategy = BroydenReuse(**({"fallback": "none"} | options))
+    estimate = solver.secant_estimate(be, forward.carry.state)
+    u, report = strategy.route(be, pull, be.asarray(g), estimate)
+    return be.to_numpy(u), type(report)(*(be.to_numpy(leaf) for leaf in report)), len(pulls)
+
+
+def residual(jacobian, g, u):
+    return np.linalg.norm(g + np.einsum("bij,bi->bj", jacobian, u) - u, axis=1) / np.linalg.norm(g, axis=1)
+
+
+def exact(jacobian, g):
+    return np.stack([np.linalg.solve((np.eye(N) - j).T, each) for j, each in zip(jacobian, g, strict=True)])
+
+
+def krylov_pulls(jacobian, g, goal):
+    """How many products plain GMRES needs, by dense least squares in each Krylov space."""
+    a, basis = np.eye(N) - jacobian.T, (g / np.linalg.norm(g))[:, None]
+    for k in range(1, N + 1):
+        image = a @ basis
+        left = g - image @ np.linalg.lstsq(image, g, rcond=1e-13)[0]
+        if np.linalg.norm(left) <= goal * np.linalg.norm(g):
+            return k
+        basis = np.linalg.qr(np.column_stack([basis, a @ basis[:, -1]]))[0]
+    return N
+
+
+@settings(max_examples=12)
+@given(
+    seed=st.integers(0, 10_000),
+    slow=st.integers(0, 6),
+    radius=st.floats(0.1, 0.8),
+    skew=st.floats(0.0, 0.6),
+    target=st.sampled_from([0.1, 0.01]),
+)
+def test_a_certificate_is_true(be, seed, slow, radius, skew, target):
+    """What is reported as met is met; the reported residual is the real one; the error is of the reported size."""
+    rng = np.random.default_rng(seed)
+    jacobian = np.stack([spectrum(rng, slow, radius, skew) for _ in range(3)])
+    g = rng.standard_normal((3, N))
+    u, report, pulls = reuse(be, jacobian, g, target=target)
+    true, met = residual(jacobian, g, u), report.status == int(Status.CONVERGED)
+    assert (true[met] <= target * (1 + 1e-9)).all()
+    assert report.residual == pytest.approx(true, rel=1e-5, abs=1e-10)
+    error = np.linalg.norm(u - exact(jacobian, g), axis=1) / np.linalg.norm(exact(jacobian, g), axis=1)
+    assert (report.error >= error / 6).all()
+    assert report.pulls.max() == pulls <= 40
+    assert met.all()  # N = 30 pulls end every space
+
+
+@settings(max_examples=12)
+@given(seed=st.integers(0, 10_000), slow=st.integers(0, 3), radius=st.floats(0.2, 0.8), skew=st.floats(0.0, 0.4))
+def test_reuse_costs_no_more_than_gmres_and_a_pull(seed, slow, radius, skew):
+    rng = np.random.default_rng(seed)
+    jacobian, g = spectrum(rng, slow, radius, skew)[None], rng.standard_normal((1, N))
+    numpy = deqcore.get_backend(backend="numpy")
+    for target in (0.1, 0.01):
+        u, report, _ = reuse(numpy, jacobian, g, target=target)
+        assert report.pulls[0] <= krylov_pulls(jacobian[0], g[0], residual(jacobian, g, u)[0] * (1 + 1e-9)) + 1
+
+
+def test_a_hard_sample_takes_nothing_from_the_easy_ones(be):
+    """A cyclic shift needs N pulls and gets 20; its batch mates must not be cut short with it."""
+    rng = np.random.default_rng(0)
+    easy = [0.5 * rng.standard_normal((N, N)) / np.sqrt(N) for _ in range(3)]
+    jacobian = np.stack([easy[0], 0.999 * np.roll(np.eye(N), 1, axis=0), *easy[1:]])
+    g = rng.standard_normal((4, N))
+    b = rng.standard_normal((4, N))
+    u, report, _ = reuse(be, jacobian, g, b=b, target=1e-3, refine_steps=20, rtol=0.5)
+    assert report.status.tolist()[0::2] == [int(Status.CONVERGED)] * 2
+    assert report.status[1] == int(Status.MAX_STEPS)
+    assert report.pulls[1] == 20
+    rest = [0, 2, 3]
+    alone, single, _ = reuse(be, jacobian[rest], g[rest], b=b[rest], target=1e-3, refine_steps=20, rtol=0.5)
+    assert single.pulls.tolist() == report.pulls[rest].tolist()
+    assert u[rest] == pytest.approx(alone, rel=1e-7)
+    assert (residual(jacobian, g, u)[rest] <= 1e-3).all()
+
+
+def test_zero_and_nan_cotangents_stay_in_their_rows(be):
+    rng = np.random.default_rng(1)
+    jacobian = np.stack([spectrum(rng, 1, 0.5, 0.2) for _ in range(3)])
+    g = rng.standard_normal((3, N))
+    g[0], g[1, 4] = 0.0, np.nan
+    u, report, _ = reuse(be, jacobian, g, target=0.05)
+    assert not u[0].any()
+    assert (report.pulls[0], report.residual[0], report.error[0]) == (0, 0.0, 0.0)
+    assert report.status.tolist() == [int(Status.CONVERGED), int(Status.NONFINITE), int(Status.CONVERGED)]
+    assert np.isnan(report.residual[1])
+    assert residual(jacobian, g, u)[2] <= 0.05
+
+
+@pytest.mark.parametrize("fallback", ["none", "jacobian-free", "exact-ift"])
+def test_a_singular_system_is_reported(be, fallback):
+    """J with eigenvalue 1 whose left vector g sees: there is no solution, and no certificate may say otherwise."""
+    rng = np.random.default_rng(2)
+    v = np.linalg.qr(rng.standard_normal((N, N)))[0]
+    jacobian = (v @ np.diag([1.0, *rng.uniform(-0.5, 0.5, N - 1)]) @ v.T)[None]
+    g = rng.standard_normal((1, N))
+    b = (np.eye(N) - jacobian[0])[None] @ rng.standard_normal((1, N, 1))
+    u, report, _ = reuse(be, jacobian, g, b=b[:, :, 0], target=0.01, fallback=fallback)
+    assert report.status[0] != int(Status.CONVERGED)
+    assert report.residual[0] > 0.01
+    assert report.residual[0] > residual(jacobian, g, u)[0] / 4
+
+
+def test_no_pairs_yet_is_plain_gmres(be):
+    """With b = 0 the start is the solution: Broyden takes no step and knows nothing."""
+    rng = np.random.default_rng(3)
+    jacobian, g = spectrum(rng, 2, 0.6, 0.1)[None], rng.standard_normal((1, N))
+    u, report, _ = reuse(be, jacobian, g, b=np.zeros((1, N)), target=0.01)
+    true = residual(jacobian, g, u)[0]
+    assert true <= 0.01
+    assert report.pulls[0] == krylov_pulls(jacobian[0], g[0], true * (1 + 1e-9))
+
+
+def test_without_preconditioner_or_judge(be):
+    rng = np.random.default_rng(4)
+    jacobian, g = spectrum(rng, 0, 0.5, 0.1)[None], rng.standard_normal((1, N))
+    stored = be.asarray(jacobian)
+    found = solve_certified(
+        be, lambda u: be.xp.sum(stored * u[:, :, None], axis=1), be.asarray(g), None, target=0.01, max_pulls=N
+    )
+    assert bool(be.to_numpy(found.met)[0])
+    assert residual(jacobian, g, be.to_numpy(found.u))[0] <= 0.01
