@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,6 +163,3 @@ def _case(name: str, model: Classifier, inputs: Tensor, labels: Tensor) -> Case:
     loss = nn.functional.cross_entropy(model.readout(z.flatten(1)), labels, reduction="sum")
     (g,) = torch.autograd.grad(loss, z)
     return of_module(name, OWN, copy.deepcopy(model.cell), x, g)
-
-
-Make = Callable[[], tuple[Case, Training]]
