@@ -11,7 +11,8 @@ Second derivatives (`exact` strategies). In a backward pass that records its own
 *attached* (this very function's output), u is attached as the solution of its linear fixed-point equation, and the
 gradients of arguments and parameters are formed explicitly. That needs the tensors that f depends on: those in args,
 and leaves, found by walking the graph of y (`graph.py`). A tensor that f closes over and that has a history of its own
-is refused, and so is compiled code, whose backward PyTorch does not differentiate.
+is refused, and so is compiled code, whose backward PyTorch does not differentiate: the gradients that leave it are
+replaced by such as refuse, since PyTorch's own error does not say what to do.
 
 Inside `torch.func` and in forward mode there is no such tape: see `transforms.py`.
 """
@@ -32,7 +33,7 @@ from deqcore.linear.transposed import transposed
 from deqcore.strategy import Adjoint
 from deqcore_torch import transforms
 from deqcore_torch.ambient import Ambient
-from deqcore_torch.graph import Outside, outside, sequence
+from deqcore_torch.graph import Outside, outside, refuse_compiled, sequence
 from deqcore_torch.transforms import ORDER, Refuse, approximate
 
 if TYPE_CHECKING:
@@ -168,13 +169,9 @@ class _Attach(torch.autograd.Function):
             return (None, None, None, None, *_second_order(job, g, out, outside))
         with torch.no_grad():
             u = job.route(y, z, g)
-        if not job.outside.compiled or job.outside.hidden is not None:
-            return (Refuse.apply(u, y, refusal), None, None, None, *nothing)
-        # Through compiled code, PyTorch's own error would come before ours.
-        found = torch.autograd.grad(y, outside, u, retain_graph=True, allow_unused=True)
-        wanted = [None if i in job.repeated else part for i, part in enumerate(found)]
-        refused = [None if part is None else Refuse.apply(part.detach(), y, refusal) for part in wanted]
-        return (None, None, None, None, *refused)
+        # PyTorch's own error, which comes from inside compiled code, would come before ours.
+        refuse_compiled(y, lambda part: Refuse.apply(part, part, refusal))
+        return (Refuse.apply(u, y, refusal), None, None, None, *nothing)
 
 
 def _second_order(job: _Job, g: Tensor, out: Tensor, outside: list[Tensor]) -> list[Tensor | None]:

@@ -23,6 +23,7 @@ from deqcore_torch import transforms
 from deqcore_torch.ambient import nothing_recorded
 from deqcore_torch.autograd import attach
 from deqcore_torch.history import RecordedHistory, TorchHistory, select_rows
+from deqcore_torch.untraced import untraced
 
 LEAF = optree.tree_structure(0)  # the structure of a bare tensor, the usual state: found without optree
 DEVICE_CHECK = 4  # steps between host checks where a check waits for the device
@@ -207,6 +208,7 @@ class TorchBackend(Backend):
 
         return product
 
+    @untraced
     def forward_only(
         self,
         f: Callable[..., Tensor],
@@ -221,6 +223,7 @@ class TorchBackend(Backend):
         with nothing_recorded():
             return solve(run, z0.clone() if z0.is_inference() else z0.detach())
 
+    @untraced
     def implicit(
         self,
         f: Callable[..., Tensor],
@@ -236,6 +239,17 @@ class TorchBackend(Backend):
         tensors = [leaf for leaf in self.flatten(args)[0] if isinstance(leaf, Tensor)]
         value = attach(f, forward, args, tensors, adjoint, record)
         return value, forward, record if value.requires_grad else None
+
+    @untraced
+    def record(
+        self,
+        f: Callable[..., Tensor],
+        z0: Tensor,
+        args: tuple[Any, ...],
+        steps: Callable[[Map, Tensor, Forward | None], Tensor],
+        forward: Forward | None,
+    ) -> Tensor:
+        return super().record(f, z0, args, steps, forward)
 
     def detach(self, x: Tensor) -> Tensor:
         return x.detach()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
+
+COMPILED: Final = (
+    "CompiledFunctionBackward"  # the node of code that AOTAutograd compiled, with every backend but "eager"
+)
 
 
 @dataclass
@@ -53,6 +58,30 @@ def outside(y: Tensor, z: Tensor, sources: list[Tensor], start: int) -> Outside:
         if node._sequence_nr() < start:
             found.hidden = node.name()
             continue
-        found.compiled = found.compiled or node.name() == "CompiledFunctionBackward"
+        found.compiled = found.compiled or node.name() == COMPILED
         stack.extend(node.next_functions)
     return found
+
+
+def refuse_compiled(y: Tensor, refuse: Callable[[Tensor], Tensor]) -> None:
+    """Have the gradients that leave compiled code in the pass now running replaced by `refuse(gradient)`."""
+    seen: set[Any] = set()
+    stack: list[Any] = [y.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == COMPILED:
+            _replace_once(node, refuse)
+        stack.extend(following for following, _ in node.next_functions)
+
+
+def _replace_once(node: Any, refuse: Callable[[Tensor], Tensor]) -> None:
+    def replaced(inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...]) -> Any:
+        handle.remove()
+        if not torch.is_grad_enabled():
+            return None
+        return tuple(refuse(part) if part is not None and part.requires_grad else part for part in inputs)
+
+    handle = node.register_hook(replaced)

@@ -19,6 +19,7 @@ from deqcore.errors import ConfigError, LayerWarning
 from deqcore.layer import LayerSettings, check_reuse, differences, shape_unknown
 from deqcore.solution import Solution
 from deqcore_torch.cells import begin_solve
+from deqcore_torch.untraced import untraced
 from deqcore_torch.watch import Watch
 
 FORMAT = 1  # of the settings in a checkpoint
@@ -90,6 +91,7 @@ class DEQ(nn.Module):
         self._last: Any = None
         self._watch = Watch()
 
+    @untraced
     def forward(self, *inputs: Any, z0: Any = None) -> Any:
         """The equilibrium z*, a tree like the state.
 
@@ -99,6 +101,7 @@ class DEQ(nn.Module):
         """
         return self.solve(*inputs, z0=z0).value
 
+    @untraced
     def solve(self, *inputs: Any, z0: Any = None, **overrides: object) -> Solution:
         """The same with everything that is known of the solve.
 
@@ -116,6 +119,7 @@ class DEQ(nn.Module):
             self._last = optree.tree_map(lambda leaf: leaf.detach(), solution.value)
         return solution
 
+    @untraced
     def trajectory(self, *inputs: Any, steps: Sequence[int], z0: Any = None) -> list[Any]:
         """States on the way, for losses that correct the path (fixed-point correction).
 

@@ -1,0 +1,42 @@
+"""What torch.compile does not look into."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Final, ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+REASON: Final = (
+    "a fixed point is solved by a loop that ends when the samples have converged, which no graph holds: what surrounds "
+    "it is compiled, with a graph break here. Without fullgraph = True that is all; to compile the cell as well, give "
+    "the compiled one, as in DEQ(torch.compile(cell))"
+)
+
+
+def untraced(fn: Callable[P, R]) -> Callable[P, R]:
+    """`fn` as Python runs it, even where torch.compile runs what calls it.
+
+    Traced, each count of secant pairs is a graph of its own: 79 graphs for a cell of 4 numbers, against the 2 around
+    it. `torch.compiler.disable` alone would load the compiler (seconds) for everybody.
+    """
+    disabled: Callable[P, R] | None = None
+
+    @wraps(fn)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        nonlocal disabled
+        if "torch._dynamo" not in sys.modules:
+            return fn(*args, **kwargs)
+        if disabled is None:
+            disabled = torch.compiler.disable(fn)
+        return disabled(*args, **kwargs)
+
+    # As `torch.compiler.disable` marks its own: the graph break, or the error of fullgraph = True, names the reason.
+    call._torchdynamo_disable = True
+    call._torchdynamo_disable_msg = REASON
+    return call
