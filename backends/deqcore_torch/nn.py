@@ -17,7 +17,7 @@ from deqcore.config import Config
 from deqcore.equilibrium import fixed_point
 from deqcore.errors import ConfigError, LayerWarning
 from deqcore.layer import LayerSettings, check_reuse, differences, shape_unknown
-from deqcore.solution import Solution
+from deqcore.solution import Solution, SolveState
 from deqcore_torch.cells import begin_solve
 from deqcore_torch.untraced import untraced
 from deqcore_torch.watch import Watch
@@ -42,6 +42,7 @@ class DEQ(nn.Module):
             starts cold). "batch": every sample from the mean equilibrium of the last batch. None: cold. What is kept
             carries no gradient and is not part of `state_dict`; `reset()` forgets it.
         checkpoint: recompute the cell's activations in the backward pass in place of keeping them.
+        batched_inputs: positions of the inputs that carry the batch axis, for `forward.compact = true`; None: all.
         **overrides: single settings, such as `forward__rtol=1e-5, backward__strategy="broyden-reuse"`.
 
     Attributes:
@@ -78,6 +79,7 @@ class DEQ(nn.Module):
         evaluation: Mapping[str, object] | None = None,
         reuse: str | None = None,
         checkpoint: bool = False,
+        batched_inputs: tuple[int, ...] | None = None,
         **overrides: object,
     ) -> None:
         super().__init__()
@@ -88,6 +90,7 @@ class DEQ(nn.Module):
         self.settings = LayerSettings.of(config, overrides, evaluation)
         self.reuse = reuse
         self.checkpoint = checkpoint
+        self.batched_inputs = batched_inputs
         self._last: Any = None
         self._watch = Watch()
 
@@ -114,7 +117,7 @@ class DEQ(nn.Module):
         begin_solve(self.cell)
         config, own = self.settings.call(self.training)
         with self._watch.over(self.cell, self.training):
-            solution = fixed_point(self._map(), start, *inputs, config=config, **(own | overrides))
+            solution = self._solve(start, inputs, config, own | overrides)
         if self.reuse is not None:
             self._last = optree.tree_map(lambda leaf: leaf.detach(), solution.value)
         return solution
@@ -146,18 +149,22 @@ class DEQ(nn.Module):
         states: list[Any] = []
         state = None
         for before, count in pairwise(counts):
-            found = fixed_point(
-                self._map(),
-                start,
-                *inputs,
-                config=config,
-                state=state,
-                **(quiet | {"forward__max_steps": count - before}),
-            )
+            found = self._solve(start, inputs, config, quiet | {"forward__max_steps": count - before}, state)
             state = found.state
             states.append(found.value)
-        states.append(fixed_point(self._map(), start, *inputs, config=config, state=state, **own).value)
+        states.append(self._solve(start, inputs, config, own, state).value)
         return states
+
+    def _solve(
+        self,
+        start: Any,
+        inputs: tuple[Any, ...],
+        config: Config | None,
+        overrides: Mapping[str, Any],
+        state: SolveState | None = None,
+    ) -> Solution:
+        batched = tuple(range(len(inputs))) if self.batched_inputs is None else self.batched_inputs
+        return fixed_point(self._map(), start, *inputs, config=config, state=state, batched_args=batched, **overrides)
 
     def initial_state(self, *inputs: Any) -> Any:
         """Where a solve without z0 starts: warm if the layer does so and the shapes allow it."""
