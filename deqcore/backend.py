@@ -93,8 +93,15 @@ class History(ABC):
         """Σ_j c_j q_j for coefficients `(batch, memory)`: `(batch, n)` in the state's dtype."""
 
     def may_be_full(self) -> bool:
-        """False only if it is known, without waiting for a device, that no sample is full."""
+        """False only if it is known, without waiting for a device, that no active sample is full."""
         return True
+
+    def all_full(self) -> bool:
+        """True only if it is known, without waiting for a device, that every active sample is full.
+
+        A backend may take it that rows only leave `active`, as in a solve; `with_active(None)` ends that.
+        """
+        return False
 
     def append_difference(self, a: Array, b: Array) -> History:
         """`append(a - b)`; a backend may spare the temporary."""
@@ -107,6 +114,10 @@ class History(ABC):
     @abstractmethod
     def restart(self, rows: Array) -> History:
         """Forget the vectors of the active rows among `rows` `(batch,)` of bool."""
+
+    def restart_active(self) -> History:
+        """Forget the vectors of all active rows, so that a backend can know when they are all full again."""
+        return self.restart(self.count() >= 0 if self.active is None else self.active)
 
     @abstractmethod
     def slot(self) -> Array:

@@ -90,24 +90,29 @@ class TorchHistory(History):
     """Ring of vectors in chunks; see `deqcore.backend.History`.
 
     While every sample has seen every vector (no restart, no frozen row yet) `seen` is None and no mask is applied.
+    The host counts along: where it knows since which append the active samples hold every vector and none before,
+    it knows without a look at the device when they are full.
     """
 
-    __slots__ = ("active", "memory", "seen", "store", "written")
+    __slots__ = ("active", "memory", "seen", "since", "store", "written")
 
-    def __init__(self, store: _Store, seen: Tensor | None, written: int, active: Tensor | None) -> None:
+    def __init__(
+        self, store: _Store, seen: Tensor | None, written: int, active: Tensor | None, since: int | None = None
+    ) -> None:
         self.store = store
         self.memory = store.memory
         self.seen = seen  # (batch, memory) of bool
         self.written = written
         self.active = active
+        self.since = since  # the active samples see all appends from this one on; None: not known on the host
 
     @classmethod
     def empty(cls, like: Tensor, memory: int, dtype: torch.dtype, wide: torch.dtype) -> TorchHistory:
         """No vectors yet, for vectors like `like` `(batch, n)`."""
-        return cls(_Store([], memory, like[:0], tuple(like.shape), dtype, wide), None, 0, None)
+        return cls(_Store([], memory, like[:0], tuple(like.shape), dtype, wide), None, 0, None, 0)
 
-    def _with(self, seen: Tensor | None, written: int, active: Tensor | None) -> TorchHistory:
-        return TorchHistory(self.store, seen, written, active)
+    def _with(self, seen: Tensor | None, written: int, active: Tensor | None, since: int | None) -> TorchHistory:
+        return TorchHistory(self.store, seen, written, active, since)
 
     def _used(self) -> int:
         return min(self.written, self.memory)
@@ -138,7 +143,7 @@ class TorchHistory(History):
         if self.active is not None or seen is not None:
             seen = self._mask().clone() if seen is not None else self._mask()
             seen[:, slot] = True if self.active is None else seen[:, slot] | self.active
-        return self._with(seen, self.written + 1, self.active)
+        return self._with(seen, self.written + 1, self.active, self.since)
 
     def _copy(self, v: Tensor, target: Tensor) -> None:
         if self.active is None:
@@ -238,7 +243,12 @@ class TorchHistory(History):
         chosen = rows if self.active is None else rows & self.active
         if self.seen is None and chosen.device.type == "cpu" and not chosen.numpy().any():
             return self
-        return self._with(self._mask() & ~chosen[:, None], self.written, self.active)
+        return self._with(self._mask() & ~chosen[:, None], self.written, self.active, None)
+
+    def restart_active(self) -> TorchHistory:
+        mask = self._mask()
+        seen = torch.zeros_like(mask) if self.active is None else mask & ~self.active[:, None]
+        return self._with(seen, self.written, self.active, self.written)
 
     def slot(self) -> Tensor:
         if not self.written:
@@ -257,10 +267,16 @@ class TorchHistory(History):
         return self.seen[:, self.written % self.memory]
 
     def may_be_full(self) -> bool:
-        return self.written >= self.memory
+        return self.written - (self.since or 0) >= self.memory
+
+    def all_full(self) -> bool:
+        return self.since is not None and self.written - self.since >= self.memory
 
     def with_active(self, active: Tensor | None) -> TorchHistory:
-        return self if active is self.active else self._with(self.seen, self.written, active)
+        if active is self.active:
+            return self
+        # All rows again: those that were not active have missed appends and restarts.
+        return self._with(self.seen, self.written, active, None if active is None else self.since)
 
     def vectors(self) -> Tensor:
         parts = self._filled()
@@ -273,7 +289,7 @@ class TorchHistory(History):
 
     def copy(self) -> TorchHistory:
         store = self.store.with_chunks([chunk.clone() for chunk in self.store.chunks], self.store.batch)
-        return TorchHistory(store, self.seen, self.written, self.active)
+        return TorchHistory(store, self.seen, self.written, self.active, self.since)
 
     def take(self, rows: Tensor) -> TorchHistory:
         chunks = [chunk.index_select(1, rows) for chunk in self.store.chunks]
@@ -291,7 +307,7 @@ class TorchHistory(History):
             self.store.chunks[i].index_copy_(1, rows, chunk)
             start += chunk.shape[0]
         seen = self._mask().index_copy(0, rows, part._mask())
-        return self._with(seen, part.written, self.active)
+        return self._with(seen, part.written, self.active, None)
 
 
 class RecordedHistory(History):

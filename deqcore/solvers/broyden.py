@@ -154,8 +154,9 @@ class Broyden(Solver):
         that stay, so they enter the basis themselves. A loop of one round at most is a condition that can be traced.
         """
         xp = backend.xp
+        together = state.basis.all_full()  # known on the host: nobody is asked
         if self.memory < 3:  # no room for s, y and the new residual
-            restarted = tuple(history.restart(full[:, 0]) for history in state[:5])
+            restarted = tuple(h.restart_active() if together else h.restart(full[:, 0]) for h in state[:5])
             return restarted, 0 * state.step, 0 * state.step
         active = state.basis.active
         rows = full[:, 0] if active is None else full[:, 0] & active
@@ -165,7 +166,9 @@ class Broyden(Solver):
             return xp.any(rows)
 
         def renew(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-            basis, gram, left, right, pairs = (h.with_active(rows).restart(rows) for h in carry[0])
+            basis, gram, left, right, pairs = (
+                h.restart_active() if together else h.with_active(rows).restart(rows) for h in carry[0]
+            )
             none, units = xp.zeros_like(carry[1]), []
             for vector in (s, y):
                 basis = basis.append(vector)
@@ -177,7 +180,8 @@ class Broyden(Solver):
             histories = tuple(h.with_active(active) for h in (basis, gram, left, right, pairs))
             return histories, units[0], xp.where(rows[:, None], units[1], carry[2])
 
-        histories, e_s, e_y = backend.loop(needed, renew, (tuple(state[:5]), 0 * state.step, state.newest), 1, 1)
+        start = tuple(state[:5]), 0 * state.step, state.newest
+        histories, e_s, e_y = renew(start) if together else backend.loop(needed, renew, start, 1, 1)
         return tuple(h.with_active(active) for h in histories), e_s, e_y
 
     def inverse_jacobian(self, backend: Backend, state: BroydenState) -> InverseJacobian:

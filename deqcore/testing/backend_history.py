@@ -82,7 +82,8 @@ class HistoryTests(Conformance):
         assert [len(rows) for rows in model.seen] == list(kit.numpy(history.count())), "count"
         slot = [s == (model.written - 1) % memory for s in range(memory)]
         assert slot == list(kit.numpy(history.slot())), "slot: the one that was written last"
-        assert history.may_be_full() or not kit.numpy(history.full()).any(), "may_be_full: False only if known"
+        full = kit.numpy(history.full())[kit.numpy(history.active)]
+        assert history.may_be_full() or not full.any(), "may_be_full: False only if known"
         vectors = kit.numpy(history.vectors())
         for i, rows in enumerate(model.seen):
             for s, q in rows.items():
@@ -95,6 +96,20 @@ class HistoryTests(Conformance):
         assert not kit.numpy(history.combine(kit.array(np.ones((2, 4))))).any()
         assert not kit.numpy(history.slot()).any()
         assert list(kit.numpy(history.count())) == [0, 0]
+
+    def test_active_rows_restart_together(self, kit: Kit) -> None:
+        one, active = kit.array(np.ones((3, 2))), kit.array([True, False, True], "bool")
+        history = kit.backend.history(one, 2).append(one).with_active(active).restart_active()
+        assert list(kit.numpy(history.count())) == [0, 1, 0], "restart_active: the active rows alone"
+        history = history.append(one)
+        assert not history.all_full(), "all_full: True only if known"
+        history = history.append(one)
+        assert list(kit.numpy(history.full())[::2]) == [True, True]
+        assert history.may_be_full(), "may_be_full: False only if known"
+        again = history.with_active(None)
+        assert list(kit.numpy(again.full())) == [True, False, True]
+        assert not again.all_full(), "all_full: a row that comes back has missed what the others saw"
+        assert list(kit.numpy(again.restart_active().count())) == [0, 0, 0]
 
     def test_differences(self, kit: Kit) -> None:
         a, b = np.random.default_rng(0).standard_normal((2, 1, 4))

@@ -89,7 +89,7 @@ class Elsewhere:
 
 
 @pytest.mark.parametrize("every", [1, 4, 8])
-@pytest.mark.parametrize("solver", [Anderson(), Broyden(memory=40)], ids=repr)
+@pytest.mark.parametrize("solver", [Anderson(), Broyden(memory=40), Broyden(memory=4), Broyden(memory=2)], ids=repr)
 def test_a_solve_waits_no_more_often_than_it_checks(monkeypatch, backend, solver, every):
     w = spectrum(32)
     x = torch.from_numpy(np.random.default_rng(3).standard_normal((4, 32))).float()
@@ -100,3 +100,15 @@ def test_a_solve_waits_no_more_often_than_it_checks(monkeypatch, backend, solver
     assert watch.waits <= -(-steps // every)
     monkeypatch.undo()
     assert end.steps.tolist() == [steps] * 4
+
+
+@pytest.mark.parametrize("memory", [4, 8])
+def test_a_continued_solve_in_which_samples_fill_at_different_times(backend, memory):
+    w, solver = spectrum(32).double(), Broyden(memory=memory)
+    x = torch.from_numpy(np.random.default_rng(3).standard_normal((3, 32)))
+    x[0] *= 1e-3  # is done long before the others
+    first = drive(backend, solver, lambda z: z @ w + x, 0 * x, Control(0.0, atol=1e-2, max_steps=6 + memory))
+    end = drive(backend, solver, lambda z: z @ w + x, 0 * x, Control(0.0, atol=1e-9, max_steps=300), first.carry)
+    assert first.steps[0] < first.steps[1]
+    assert end.status.tolist() == [1, 1, 1]
+    np.testing.assert_allclose(end.fz.numpy(), np.linalg.solve(np.eye(32) - w.numpy(), x.numpy().T).T, atol=1e-7)
