@@ -126,6 +126,8 @@ class JaxBackend(Backend):
         return loop(running, body, carry, steps, check_every)
 
     def repeat(self, body: Callable[[Carry], Carry], carry: Carry, times: int) -> Carry:
+        if times == 0:
+            return carry  # a scan traces its body even so, and the body may do what must not be done
         end: Carry = lax.scan(lambda state, _: (body(state), None), carry, length=times)[0]
         return end
 
