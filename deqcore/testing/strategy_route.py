@@ -107,7 +107,7 @@ class RouteTests(Conformance):
         assert (problem.residual(u2, g) <= 0.3 + 1e-6).all(), "‖g + Jᵀu − u‖ is above that of u = g"
 
     def test_the_report_is_true(self, kit: Kit, strategy: Strategy) -> None:
-        problem, g = affine(norm=0.8), cotangent()
+        problem, g = affine(norm=0.95), cotangent()
         for estimate in (None, perfect(kit, problem), perfect(kit, affine(norm=0.7, seed=3))):
             u, report = route(kit, strategy, problem, g, estimate)
             assert [each.shape for each in report] == [(3,)] * 5
@@ -123,7 +123,7 @@ class RouteTests(Conformance):
             exact = problem.adjoint(g)
             error = np.linalg.norm(u - exact, axis=1) / np.linalg.norm(exact, axis=1)
             estimated = np.isfinite(report.error)
-            assert (error[estimated] <= 20 * report.error[estimated] + slack).all(), (
+            assert (error[estimated] <= 3 * report.error[estimated] + slack).all(), (
                 f"errors {report.error} are estimated, but they are {error}"
             )
 
@@ -143,6 +143,37 @@ class RouteTests(Conformance):
             if isinstance(rtol, float):
                 left = problem.residual(u, g)
                 assert (left[done] <= 1.01 * rtol + 1e3 * kit.eps).all(), f"CONVERGED at rtol = {rtol} with {left}"
+
+    def test_a_promise_is_kept_where_that_is_easy(self, kit: Kit, strategy: Strategy) -> None:
+        """An option `target` that is missed even where f contracts strongly would be no promise."""
+        if not isinstance(getattr(strategy, "target", None), float) or self._budget(strategy)[1] < 6:
+            pytest.skip("the options promise no accuracy, or leave no budget for it")
+        _, report = route(kit, strategy, affine(norm=0.3), cotangent())
+        assert (report.status == int(Status.CONVERGED)).all(), f"statuses {report.status}"
+        assert not report.fallback.any()
+
+    def test_a_budget_is_kept(self, kit: Kit, strategy: Strategy) -> None:
+        name, _ = self._budget(strategy)
+        if not name:
+            pytest.skip("the strategy has no budget")
+        short = dataclasses.replace(strategy, **{name: 2})  # type: ignore[type-var]
+        _, report = route(kit, short, affine(norm=0.95), cotangent())
+        assert report.pulls.max() <= 2 * 2 + 1, f"{report.pulls} pulls for {name} = 2 (once more for a fallback)"
+
+    def _budget(self, strategy: Strategy) -> tuple[str, int]:
+        names = ("max_steps", "refine_steps", "terms", "steps")
+        return next(((name, int(getattr(strategy, name))) for name in names if hasattr(strategy, name)), ("", 0))
+
+    def test_a_fallback_is_confessed(self, kit: Kit, strategy: Strategy) -> None:
+        if getattr(strategy, "fallback", None) != "jacobian-free":
+            pytest.skip("the strategy does not fall back to the cotangent")
+        g = cotangent()
+        for norm in (0.3, 0.95, 3.0):
+            u, report = route(kit, strategy, affine(norm=norm), g, perfect(kit, affine(norm=3.0, seed=4)))
+            same = (np.abs(u - g) <= 1e-6 * np.abs(g)).all(axis=1)
+            assert list(report.fallback) == list(same), f"fallback {report.fallback}, but u is g in {same}"
+            done = report.status == int(Status.CONVERGED)
+            assert not (report.fallback & done).any(), "what was replaced has not converged"
 
     def test_pulls_are_counted(self, kit: Kit, strategy: Strategy) -> None:
         if not kit.eager:
@@ -201,9 +232,10 @@ class RouteTests(Conformance):
     def test_a_cotangent_of_zero_gives_zero(self, kit: Kit, strategy: Strategy) -> None:
         g = cotangent()
         g[1] = 0.0
-        u, _ = route(kit, strategy, affine(), g)
+        u, report = route(kit, strategy, affine(), g)
         assert not u[1].any()
         assert np.isfinite(u).all()
+        assert not report.residual[1] < 0.0, "a residual is a norm"
 
     @several("factor", [1e-6, 1e6])
     def test_the_scale_of_the_loss_does_not_matter(self, kit: Kit, strategy: Strategy, factor: float) -> None:
