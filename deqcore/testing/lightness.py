@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from typing import Final
@@ -33,7 +34,11 @@ def check_light(kind: plugins.Kind, name: str) -> None:
     if kind == "backend" or target in ("__main__", "builtins") or target.startswith("deqfile_"):
         return
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, target, ",".join(frameworks())], capture_output=True, text=True, check=False
+        [sys.executable, "-c", PROGRAM, target, ",".join(frameworks())],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(part for part in sys.path if part)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         return  # a module that only this process knows, such as a test's own

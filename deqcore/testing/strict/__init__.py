@@ -5,9 +5,14 @@ A solver or a strategy that passes here traces under `jax.jit` without edits, an
 
 from __future__ import annotations
 
-from deqcore import plugins
+from typing import Final
 
-NAME = "strict"
+from deqcore import plugins
+from deqcore.testing.strict.array import StrictError
+
+__all__ = ["NAME", "StrictError", "register"]
+
+NAME: Final = "strict"
 
 
 def register() -> None:
