@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,24 @@ class StepStrategyTests(Conformance):
         close(kit.numpy(db), expected, 1e-5, "gradient of the steps")
         if steps.solves():
             close(kit.numpy(z), problem.root, 1e-5, "steps from the solution stay there")
+
+    @needs("autodiff")
+    def test_every_number_among_its_options_matters(
+        self, kit: Kit, steps: StepStrategy, strategy_name: str, settings: Any
+    ) -> None:
+        """An option that changes no gradient is not read."""
+        b = kit.array(affine(batch=2, n=3, norm=0.5).b)
+
+        def gradient(options: Any) -> Any:
+            config = kit.config(solver="picard", strategy=strategy_name, strategy_options=options)
+            return kit.numpy(deqcore.vjp(lambda z, b: 0.5 * z + b, 0 * b, b, cotangent=b, config=config)[1][0])
+
+        for field in dataclasses.fields(steps):  # type: ignore[arg-type]
+            value = getattr(steps, field.name)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                changed = value + 1 if isinstance(value, int) else 0.5 * value
+                same = np.allclose(gradient({**settings, field.name: changed}), gradient(settings), rtol=1e-6)
+                assert not same, f"{field.name} = {changed} gives the same gradient as {value}"
 
     def _forward(self, kit: Kit, problem: Affine, solver: str) -> Forward:
         z0 = kit.array(np.zeros(problem.b.shape))

@@ -32,6 +32,7 @@ checking, planted, mutants = load("checking"), load("planted"), load("mutants")
 
 PLAIN, MEASURED = (json.dumps(options) for options in (planted.PLAIN, planted.MEASURED))
 FALLBACK = json.dumps({"target": 0.001, "refine_steps": 2, "fallback": "exact-ift"})
+NONE = json.dumps({"target": 0.001, "refine_steps": 2, "fallback": "none"})
 SPENT = json.dumps({"target": 0.001, "refine_steps": 2})
 
 
@@ -51,7 +52,7 @@ CHECKS = {
     "deqcore.strategies.exact_ift": strategy(
         "exact-ift", None, '{"start": "reuse"}', '{"solver": "anderson"}', '{"start": "cotangent"}', '{"rtol": 0.01}'
     ),
-    "deqcore.strategies.broyden_reuse": strategy("broyden-reuse", None, PLAIN, MEASURED, FALLBACK, SPENT),
+    "deqcore.strategies.broyden_reuse": strategy("broyden-reuse", None, PLAIN, MEASURED, FALLBACK, SPENT, NONE),
     "deqcore.strategies.jacobian_free": strategy("jacobian-free"),
     "deqcore.strategies.neumann": strategy("neumann"),
     "deqcore.strategies.phantom": strategy("phantom", None, '{"damping": 1.0}', backend="torch"),
@@ -63,7 +64,7 @@ CHECKS = {
         *strategy("broyden-reuse"),
     ],
     "deqcore.linear.lowrank": [*solver("broyden", None, '{"memory": 5}'), *solver("anderson")],
-    "deqcore.linear.certified": strategy("broyden-reuse", None, SPENT, FALLBACK),
+    "deqcore.linear.certified": strategy("broyden-reuse", None, SPENT, FALLBACK, NONE),
 }
 
 
