@@ -25,9 +25,9 @@ DTYPES: Final = ("float64", "float32")
 HEADER: Final = """# What is known to fail
 
 Golden problems that a built-in solver does not solve within {steps} steps to what the dtype can reach (1e-12 in
-float64, a few units in the last place in float32). Samples without a solution (one in `divergent`, one in `nan`) are left out:
-there every solver must say that it failed. The suite demands an honest status in all of these cases, and convergence
-in all others. Written by `python -m deqcore.testing.known`; a test keeps it true.
+float64, a few units in the last place in float32). Samples without a solution (one in `divergent`, one in `nan`) are
+left out: there every solver must say that it failed. The suite demands an honest status in all of these cases, and
+convergence in all others. Written by `python -m deqcore.testing.known`; a test keeps it true.
 
 | solver | problem | backend | dtype | how its healthy samples end | why |
 |---|---|---|---|---|---|

@@ -54,7 +54,7 @@ CHECKS = {
     ),
     "deqcore.strategies.broyden_reuse": strategy("broyden-reuse", None, PLAIN, MEASURED, FALLBACK, SPENT, NONE),
     "deqcore.strategies.jacobian_free": strategy("jacobian-free"),
-    "deqcore.strategies.neumann": strategy("neumann"),
+    "deqcore.strategies.neumann": strategy("neumann", None, '{"terms": 1}', '{"terms": 0}'),
     "deqcore.strategies.phantom": strategy("phantom", None, '{"damping": 1.0}', backend="torch"),
     "deqcore.strategies.unrolled": strategy("unrolled", None, '{"checkpoint": true}', backend="torch"),
     "deqcore.linear.gmres": [
