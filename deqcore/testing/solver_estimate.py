@@ -33,10 +33,12 @@ class EstimateTests(Conformance):
             close(left, right, 1e-7 if kit.eps < 1e-10 else 1e-3, "aᵀ(H b) and (Hᵀa)ᵀb")
 
     def test_the_latest_secant_equation_holds(self, kit: Kit, solver: Solver) -> None:
-        for h, s, y in self._estimates(kit, solver, affine()):
+        """Of `inverse_jacobian`; a `secant_estimate` may be regularised, and must then still come near."""
+        tight = 1e-5 if kit.eps < 1e-10 else 1e-2
+        for (h, s, y), allowed in zip(self._estimates(kit, solver, affine()), (tight, 0.5), strict=True):
             found = self._apply(kit, h, y)
             error = np.linalg.norm(found - s) / np.linalg.norm(s)
-            assert error <= (1e-5 if kit.eps < 1e-10 else 1e-2), f"H y = s for the latest pair is off by {error:.1e}"
+            assert error <= allowed, f"H y = s for the latest pair is off by {error:.1e}"
 
     def test_where_f_is_flat_it_is_minus_the_identity(self, kit: Kit, solver: Solver) -> None:
         flat = Affine(np.zeros((3, 6, 6)), affine().b)
