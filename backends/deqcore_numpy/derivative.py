@@ -122,9 +122,10 @@ def pull_back(dense: Any, cotangent: Any, value: Any, leaf: Any) -> Any:
     Args:
         dense: `(value.size, leaf.size)`.
         cotangent: like `value`.
-        value: f's output, `(batch, n)`.
+        value: f's output, `(batch, n)`; of any shape with the batch first.
         leaf: what was moved.
     """
+    value = np.reshape(value, (len(value), -1) if np.ndim(value) else (1, 1))
     ill = ~np.isfinite(value).all(axis=1)
     batch = len(value)
     if ill.any() and leaf.ndim and leaf.shape[0] == batch:
