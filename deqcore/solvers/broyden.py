@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
 from deqcore.backend import Array, Backend, History, Map
 from deqcore.linear.lowrank import InverseJacobian, Updates, multisecant
@@ -19,9 +19,10 @@ class BroydenState(NamedTuple):
         left: columns β u of the updates, K = Σ_j (βu)_j v_jᵀ.
         right: columns v of the updates.
         pairs: in the slot of the residual that it ended in, each secant pair: coefficients of s, then those of y.
-        newest: one-hot of the current residual `(batch, m)`.
-        step: coefficients of the next step `(batch, m)`.
+        newest: the current residual: one-hot `(batch, m)`, or g₊ − y if a step was refused as the memory was full.
+        step: coefficients of the next full step −H g `(batch, m)`.
         norm: ‖g‖ of the current residual `(batch,)`.
+        guard: with `growth`, the part τ of the full step that is taken next, and the least ‖g‖ so far, `(batch,)`.
     """
 
     basis: History
@@ -32,6 +33,19 @@ class BroydenState(NamedTuple):
     newest: Array
     step: Array
     norm: Array
+    guard: tuple[Array, Array] | None = None
+
+
+class _Verdict(NamedTuple):
+    """Whether a step is taken and whether its pair is of use, `(batch,)` of bool, and what follows from it."""
+
+    taken: Array
+    usable: Array
+    norm: Array
+    guard: tuple[Array, Array]
+
+
+HUGE: Final = 1e6  # a refused residual this much larger says nothing of the slope, and its square may overflow
 
 
 @dataclass(frozen=True)
@@ -49,12 +63,20 @@ class Broyden(Solver):
     so that the small algebra costs O(k) and not O(m) vectors. When the memory is full the sample restarts from its
     latest pair: overwriting old pairs is unsound, as later ones were built on them.
 
-    Use it when f is expensive or not a contraction; it leaves an inverse-Jacobian estimate for reuse.
+    With `growth` a step is refused that makes the residual larger than `growth` times the least one so far, or not
+    finite: the sample stays where it is and tries half the step, τ = ½, and after each step that it takes twice as
+    much, up to the full one. What the refused step has shown of the Jacobian is kept. With s = −τ H g the pair is
 
-    Cost: one evaluation of f per step; `memory + 1` history vectors at most.
+        s − H y = s − H g₊ + H g = Q (u + (τ − 1) c),    sᵀH y = wᵀc − wᵀu,    c the coefficients of the full step
+
+    Use it when f is expensive or not a contraction; it leaves an inverse-Jacobian estimate for reuse. Set `growth`
+    (2, say) where solves end as DIVERGED or NONFINITE: far from a solution, with f growing faster than linearly.
+
+    Cost: one evaluation of f per step, also for a refused one; `memory + 1` history vectors at most.
 
     Args:
-        memory: secant pairs kept, at least 1.
+        memory: secant pairs kept, at least 1; with `growth` at least 3.
+        growth: safeguard, at least 1; None takes every step.
         history_dtype: dtype of the stored residuals (``"bfloat16"`` halves the memory), default the state's own.
 
     Source: Broyden (1965), "A class of methods for solving nonlinear simultaneous equations"; compact form after
@@ -68,6 +90,7 @@ class Broyden(Solver):
     """
 
     memory: int = 30
+    growth: float | None = None
     history_dtype: str | None = None
     has_estimate: ClassVar[bool] = True
     claims: ClassVar[tuple[str, ...]] = ("expansive", "monotone", "slow-modes")
@@ -75,6 +98,13 @@ class Broyden(Solver):
     def __post_init__(self) -> None:
         if self.memory < 1:
             raise ValueError(f"memory = {self.memory}, but at least 1 secant pair is expected")
+        if self.growth is not None and not 1.0 <= self.growth < float("inf"):
+            raise ValueError(f"growth = {self.growth}, but a finite number of at least 1, or None, is expected")
+        if self.growth is not None and self.memory < 3:
+            raise ValueError(
+                f"memory = {self.memory} with growth = {self.growth}, but at least 3 is expected: a refused step needs "
+                f"the residual before it, too"
+            )
 
     def init(self, backend: Backend, z: Array, fz: Array) -> BroydenState:
         """H = −I: the first step is the residual itself."""
@@ -85,6 +115,7 @@ class Broyden(Solver):
         d = basis.dot(g)
         none = xp.zeros_like(d)
         newest = none + backend.cast(basis.slot(), d)[None, :]
+        norm = backend.norm(g)
         return BroydenState(
             basis,
             backend.history(d, slots).append(d * (1.0 - 0.5 * newest)),
@@ -93,24 +124,32 @@ class Broyden(Solver):
             backend.history(xp.concat([d, d], axis=1), slots).append(xp.concat([none, none], axis=1)),
             newest,
             newest,
-            backend.norm(g),
+            norm,
+            None if self.growth is None else (xp.ones_like(backend.wide(norm)), norm),
         )
 
     def step(self, backend: Backend, f: Map, z: Array, fz: Array, state: BroydenState) -> tuple[Array, Array, Any]:
-        """One full step and one rank-one update."""
+        """One step and one rank-one update."""
         xp = backend.xp
-        start, c, e_y, renewed = z, state.step, state.newest, None
+        start, whole, before = z, state.step, state.newest  # −H g and g as they stand in the basis
+        c = whole if state.guard is None else state.guard[0][:, None] * whole
         z = state.basis.add_combination(z, c)
-        fz = f(z)
-        g = fz - z
+        value = f(z)
+        g = value - z
+        norm = backend.norm(g)
+        verdict = self._verdict(backend, state, norm)
+        if verdict is not None:
+            g = backend.select(verdict.usable, g, xp.zeros_like(g))
+        renewed = None
         histories: tuple[History, ...] = state[:5]
+        e_y = before
         if state.basis.may_be_full():
             renewed = state.basis.full()[:, None]
             histories, e_s, e_y = self._renew(backend, state, renewed, z - start, g)
             c = xp.where(renewed, e_s, c)
         basis, gram, left, right, pairs = histories
         basis = basis.append(g)
-        unit = backend.cast(basis.slot(), c)
+        unit = backend.cast(basis.slot(), c)[None, :]
         newest = xp.broadcast_to(unit, c.shape)
         d = basis.dot(g)  # (batch, m)
         gram = gram.append(d * (1.0 - 0.5 * unit))
@@ -118,26 +157,46 @@ class Broyden(Solver):
         ahead = left.add_combination(newest, right.dot(d))  # −H g₊: the step without the new pair
         v = right.add_combination(c, left.dot(w))  # −Hᵀ s
         ss, sh = backend.inner(w, c), backend.inner(w, ahead)
-        denominator = ss - sh
-        y, missed = newest - e_y, ahead  # missed: s − H y, which is −H g₊ after a full step
-        if renewed is not None:
+        y, missed, along = newest - e_y, ahead, ss  # missed: s − H y, which is −H g₊ after a full step
+        if renewed is not None:  # H is −I, and y is in the basis itself
             y = xp.where(renewed, e_y, y)
-            missed = xp.where(renewed, c + e_y, missed)
+            before = xp.where(renewed, newest - e_y, before)
+            whole = xp.where(renewed, before, whole)
+        if renewed is not None or verdict is not None:
+            missed, along = ahead + c - whole, backend.inner(w, whole)
+        denominator = along - sh
+        if renewed is not None:
             denominator = xp.where(renewed[:, 0], -backend.inner(w, e_y), denominator)
         scaled = backend.invert(denominator, backend.eps(ss) * ss)[:, None] * missed
+        step = ahead + sh[:, None] * scaled
+        guard = None
+        if verdict is not None:
+            taken, known = verdict.taken[:, None], verdict.usable[:, None]
+            c, y, scaled = (xp.where(known, each, xp.zeros_like(each)) for each in (c, y, scaled))
+            step = xp.where(taken, step, whole + along[:, None] * scaled)
+            newest = xp.where(taken, newest, before)
+            z, value = backend.select(verdict.taken, z, start), backend.select(verdict.taken, value, fz)
+            norm, guard = verdict.norm, verdict.guard
+        pairs = pairs.append(xp.concat([c, y], axis=1))
         return (
             z,
-            fz,
-            BroydenState(
-                basis,
-                gram,
-                left.append(scaled),
-                right.append(v),
-                pairs.append(xp.concat([c, y], axis=1)),
-                newest,
-                ahead + sh[:, None] * scaled,
-                backend.norm(g),
-            ),
+            value,
+            BroydenState(basis, gram, left.append(scaled), right.append(v), pairs, newest, step, norm, guard),
+        )
+
+    def _verdict(self, backend: Backend, state: BroydenState, norm: Array) -> _Verdict | None:
+        """Which samples take the step, and the guard of the next one."""
+        if self.growth is None or state.guard is None:
+            return None
+        xp = backend.xp
+        length, best = state.guard
+        taken = norm <= self.growth * best  # False for NaN, too
+        length = xp.where(taken, xp.clip(2.0 * length, max=1.0), 0.5 * length)
+        return _Verdict(
+            taken=taken,
+            usable=norm <= HUGE * best,
+            norm=xp.where(taken, norm, state.norm),
+            guard=(length, xp.where(norm < best, norm, best)),
         )
 
     def residual_norm(self, backend: Backend, state: BroydenState) -> Array:
