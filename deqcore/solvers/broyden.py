@@ -157,7 +157,8 @@ class Broyden(Solver):
         ahead = left.add_combination(newest, right.dot(d))  # −H g₊: the step without the new pair
         v = right.add_combination(c, left.dot(w))  # −Hᵀ s
         ss, sh = backend.inner(w, c), backend.inner(w, ahead)
-        y, missed, along = newest - e_y, ahead, ss  # missed: s − H y, which is −H g₊ after a full step
+        y, missed = newest - e_y, ahead  # missed: s − H y, which is −H g₊ after a full step
+        along = ss  # −sᵀH g
         if renewed is not None:  # H is −I, and y is in the basis itself
             y = xp.where(renewed, e_y, y)
             before = xp.where(renewed, newest - e_y, before)
