@@ -17,7 +17,7 @@ from deqcore.bench.timing import Spread, interleave
 from deqcore.config import Config
 from deqcore.diagnostics import routed
 from deqcore.diagnostics.audit import compare, flat
-from deqcore.errors import StrategyError
+from deqcore.errors import DeqcoreError
 from deqcore.solution import Status
 
 VARIANTS: Final[Mapping[str, Sequence[Mapping[str, object]]]] = MappingProxyType(
@@ -29,6 +29,7 @@ VARIANTS: Final[Mapping[str, Sequence[Mapping[str, object]]]] = MappingProxyType
 """Options under which a built-in strategy is tried; any other is tried with its defaults."""
 
 REFERENCE_PULLS: Final = 200
+SECONDS = 30.0  # of waiting for undisturbed rounds
 
 
 @dataclass(frozen=True)
@@ -153,19 +154,51 @@ def survey(
     rows, tasks = [], {}
     for choice in choices:
         say(choice.label)
-        row = _judge(harness, plan, config, choice, (raveled, start, args, cotangent), exact)
-        if rounds and not row.failure:
-            task = _gradient(harness, config, choice, f, data)
-            task()
-            row = replace(row, memory=peak_memory(task))
+        row, task = _measure(harness, plan, config, choice, f, (raveled, start, args, cotangent), data, exact, rounds)
+        if task is not None:
             tasks[row.label] = task
         rows.append(row)
     if tasks:
         say("timing")
-        seconds = interleave(tasks, rounds=rounds, budget=30.0).seconds
+        seconds = interleave(tasks, rounds=rounds, budget=SECONDS).seconds
         rows = [_timed(row, seconds[row.label]) if row.label in tasks else row for row in rows]
     failed = int(np.sum(status != int(Status.CONVERGED)))
     return Table(rows, failed, len(status), float(np.max(residual, initial=0.0)))
+
+
+def _measure(
+    harness: Harness,
+    plan: equilibrium.Plan,
+    config: Config,
+    choice: Choice,
+    f: Callable[..., Tree],
+    raveled: tuple[Callable[..., Array], Array, tuple[Any, ...], Array],
+    data: tuple[Tree, Tree, Tree, Tree],
+    exact: routed.Routed,
+    rounds: int,
+) -> tuple[Row, Callable[[], None] | None]:
+    """A choice's row, and what is to be timed for it.
+
+    The forward solve and the exact gradient went through before, so whatever is raised here, by the strategy, the
+    framework or an f that cannot be used in this way, is a property of the choice: its row says so.
+    """
+    try:
+        row = _judge(harness, plan, config, choice, raveled, exact)
+        if not rounds:
+            return row, None
+        task = _gradient(harness, config, choice, f, data)
+        task()
+        return replace(row, memory=peak_memory(task)), task
+    except Exception as error:
+        return Row(choice.label, choice.strategy, dict(choice.options), failure=reason(error)), None
+
+
+def reason(error: Exception) -> str:
+    """Why a choice cannot run, in one line: deqcore's own words, or the type and first line of a foreign error."""
+    if isinstance(error, DeqcoreError):
+        return str(error)
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def _backward(choice: Choice) -> dict[str, Any]:
@@ -215,15 +248,12 @@ def _judge(
     f, z0, args, g = problem
     backend = plan.backend
     row = Row(choice.label, choice.strategy, dict(choice.options))
-    try:
-        own = equilibrium.plan_call(config, _backward(choice), plan.space.unravel(z0), args)
+    own = equilibrium.plan_call(config, _backward(choice), plan.space.unravel(z0), args)
 
-        def once(z0: Array, args: tuple[Any, ...], g: Array) -> routed.Routed:
-            return routed.by_strategy(own, f, z0, args, g, routed.solve(own, f, z0, args))
+    def once(z0: Array, args: tuple[Any, ...], g: Array) -> routed.Routed:
+        return routed.by_strategy(own, f, z0, args, g, routed.solve(own, f, z0, args))
 
-        found = routed.Routed(*harness.jit(lambda *data: tuple(vars(once(*data)).values()))(z0, args, g))
-    except StrategyError as error:
-        return replace(row, failure=str(error))
+    found = routed.Routed(*harness.jit(lambda *data: tuple(vars(once(*data)).values()))(z0, args, g))
     u, truth = (backend.to_numpy(each.u).astype(np.float64) for each in (found, exact))
     whole = [flat(backend, each.gradients)[None] for each in (found, exact)]
     cosine, ratio, error_ = (float(each[0]) for each in compare(*whole))

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 from deqcore import plugins
+from deqcore.cli import explain as explaining
 from deqcore.cli.app import main
+from deqcore.diagnostics import choices
+from deqcore.plugins import StrategySpec
 
 pytest.importorskip("torch")
 
@@ -37,7 +40,35 @@ def cycle(xp, p, z, x):
 y = rng.standard_normal((2, 80))
 hard = Problem("hard", {"r": np.array(0.999)}, y, 0 * y, cycle)
 none = Problem("none", {"A": A}, x, 0 * x, lambda xp, p, z, x: xp.tanh(z @ p["A"].T) * np.nan + x)
+
+def single(p, z, x):
+    if z.grad_fn is not None:
+        raise RuntimeError("f is differentiated once only")
+    return z @ p["A"].T + x
+
+once = Problem("once", {"A": A}, x, 0 * x, {"torch": single})
 flat = Problem("flat", {"A": A}, x[:0], 0 * x[:0], affine)
+"""
+
+BROKEN = """
+from dataclasses import dataclass
+from deqcore.strategy import Strategy
+
+@dataclass(frozen=True)
+class Raises(Strategy):
+    needs = "pull"
+
+    def route(self, backend, pull, g, estimate):
+        raise ValueError("no reverse mode here\\nand a second line")
+
+@dataclass(frozen=True)
+class Silent(Raises):
+    def route(self, backend, pull, g, estimate):
+        raise NotImplementedError
+
+@dataclass(frozen=True)
+class Demands(Raises):
+    depth: int
 """
 
 
@@ -104,6 +135,68 @@ def test_figures_are_those_of_dense_linear_algebra(capsys, backend):
     assert set(plugins.strategies()) <= {row["strategy"] for row in rows.values()}
 
 
+@pytest.mark.slow
+def test_every_strategy_runs_on_jax(capsys, monkeypatch):
+    pytest.importorskip("jax")
+    monkeypatch.setattr(choices, "VARIANTS", {})
+    Path("deq.toml").write_text("[forward]\nmax_steps = 12\n")
+    code, _, rows = figures(capsys, "--problem", "p.py:mine", "--backend", "jax")
+    _, _, (exact, free) = truth()
+    assert code == 0
+    assert [row["failure"] for row in rows.values()] == [""] * len(plugins.strategies())
+    assert rows["jacobian-free"]["cosine"] == pytest.approx(cosine(free, exact), abs=1e-3)
+    assert rows["unrolled"]["error"] < 1e-2
+    assert rows["exact-ift"]["error"] < 1e-3
+
+
+@pytest.mark.slow
+def test_steps_are_timed_on_jax(capsys, monkeypatch):
+    pytest.importorskip("jax")
+    monkeypatch.setattr(choices, "SECONDS", 0.0)
+    unrolled = choices.Choice("unrolled", {"steps": 2, "checkpoint": True})
+    monkeypatch.setattr(explaining, "_choices", lambda _: [unrolled])
+    code, out, err = explain(capsys, "--json", "--rounds", "1", "--problem", "p.py:mine", "--backend", "jax")
+    (row,) = json.loads(out)["rows"]
+    assert code in (0, 1), err
+    assert row["failure"] == ""
+    assert row["seconds"] > 0
+
+
+@pytest.mark.parametrize("rounds", ["0", "1"])
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+def test_a_strategy_that_cannot_run_is_a_row_with_the_reason(capsys, monkeypatch, backend, rounds):
+    """One from a package fails in its own ways; all others have their figures."""
+    monkeypatch.setattr(choices, "SECONDS", 0.0)
+    Path("broken.py").write_text(BROKEN)
+    for name in ("Raises", "Demands", "Silent"):
+        plugins.register(StrategySpec(name.lower(), f"broken:{name}"))
+    options = ["--problem", "p.py:mine", "--backend", backend, "--rounds", rounds]
+    code, out, err = explain(capsys, "--json", *options)
+    rows = {row["strategy"]: row for row in json.loads(out)["rows"]}
+    assert code == 0, err
+    assert rows["raises"]["failure"] == "ValueError: no reverse mode here"
+    assert "depth" in rows["demands"]["failure"]
+    assert rows["silent"]["failure"] == "NotImplementedError"
+    assert rows["raises"]["cosine"] is None
+    assert all(row["failure"] == "" for name, row in rows.items() if name not in ("raises", "demands", "silent"))
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+def test_the_reason_is_in_the_table(capsys, backend):
+    Path("broken.py").write_text(BROKEN)
+    plugins.register(StrategySpec("raises", "broken:Raises"))
+    code, out, _ = explain(capsys, "--backend", backend, "--rounds", "0", "--problem", "p.py:mine")
+    assert code == 0
+    assert "no reverse mode here" in " ".join(out.split())
+
+
+def test_an_f_that_only_some_strategies_can_use(capsys):
+    """The strategies that evaluate f on its own output cannot run, the others can."""
+    _, _, rows = figures(capsys, "--problem", "p.py:once", "--backend", "torch")
+    assert rows["exact-ift"]["failure"] == ""
+    assert rows["phantom"]["failure"] == rows["unrolled"]["failure"] == "RuntimeError: f is differentiated once only"
+
+
 def test_the_cheapest_by_pulls_where_nothing_is_timed(capsys):
     code, found, rows = figures(capsys, "--problem", "p.py:mine", "--backend", "numpy", "--accuracy", "error=0.03")
     good = [row for row in rows.values() if row["error"] <= 0.03]
@@ -113,7 +206,8 @@ def test_the_cheapest_by_pulls_where_nothing_is_timed(capsys):
     assert repr(rows[found["cheapest"]]["strategy"]) in found["verdict"]
 
 
-def test_a_table_with_times(capsys):
+def test_a_table_with_times(capsys, monkeypatch):
+    monkeypatch.setattr(choices, "SECONDS", 0.0)
     code, out, _ = explain(capsys, "--backend", "torch", "--rounds", "3")
     assert code == 0
     for part in ("exact-ift", "broyden-reuse (plain)", "unrolled", "mlp: 3 samples", "The cheapest with a cosine"):
