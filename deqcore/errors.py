@@ -60,6 +60,14 @@ class PluginError(DeqcoreError):
 class BackendError(DeqcoreError):
     """No backend fits, or the one that was asked for cannot do what is needed."""
 
+    @classmethod
+    def no_products(cls, reason: str) -> BackendError:
+        """A product J v that a solver needs and the backend, or this f, does not have."""
+        return cls(
+            f"The solver needs forward products J v, which cannot be had here: {reason} Use a solver that needs none: "
+            f"anderson, broyden or picard."
+        )
+
 
 class MissingFrameworkError(BackendError, ImportError):
     """A backend's framework is not installed."""

@@ -11,8 +11,9 @@ Second derivatives (`exact` strategies). In a backward pass that records its own
 *attached* (this very function's output), u is attached as the solution of its linear fixed-point equation, and the
 gradients of arguments and parameters are formed explicitly. That needs the tensors that f depends on: those in args,
 and leaves, found by walking the graph of y (`graph.py`). A tensor that f closes over and that has a history of its own
-is refused, and so is compiled code, whose backward PyTorch does not differentiate: the gradients that leave it are
-replaced by such as refuse, since PyTorch's own error does not say what to do.
+is refused, and so are Functions that are differentiable once only, and compiled code, whose backward PyTorch does not
+differentiate: the gradients that leave it are replaced by such as refuse, since PyTorch's own error does not say what
+to do.
 
 Inside `torch.func` and in forward mode there is no such tape: see `transforms.py`.
 """
@@ -22,7 +23,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -33,11 +34,16 @@ from deqcore.linear.transposed import transposed
 from deqcore.strategy import Adjoint
 from deqcore_torch import transforms
 from deqcore_torch.ambient import Ambient
-from deqcore_torch.graph import Outside, outside, refuse_compiled, sequence
+from deqcore_torch.graph import Outside, once_only, outside, refuse_compiled, sequence
 from deqcore_torch.transforms import ORDER, Refuse, approximate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+ONCE_ONLY: Final = (
+    "f contains an autograd.Function whose backward is marked @once_differentiable, and its gradient was "
+    "differentiated again: write that backward in differentiable operations and remove the mark."
+)
 
 
 def attach(
@@ -176,6 +182,7 @@ class _Attach(torch.autograd.Function):
 
 def _second_order(job: _Job, g: Tensor, out: Tensor, outside: list[Tensor]) -> list[Tensor | None]:
     """Gradients of the tensors outside, as differentiable functions of g, z* and those tensors."""
+    begun = sequence()
     switch = _Switch(blocked=False)
     backend = job.adjoint.backend
     leaves, structure = backend.flatten(job.args)
@@ -206,6 +213,8 @@ def _second_order(job: _Job, g: Tensor, out: Tensor, outside: list[Tensor]) -> l
     for i, part in enumerate(passed):  # f may also close over a tensor that it is passed
         direct = None if i in job.repeated else used[i]
         used[i] = part if direct is None else direct if part is None else part + direct
+    if once_only(used, begun):
+        used = [part if part is None else Refuse.apply(part, part, ONCE_ONLY) for part in used]
     return used
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, ClassVar
 
 import array_api_compat.torch as xp
@@ -19,7 +17,7 @@ from deqcore.backend import Backend, BackwardRecord, Capabilities, Carry, Histor
 from deqcore.driver import Forward
 from deqcore.errors import BackendError, ConfigError, ProblemError
 from deqcore.strategy import Adjoint
-from deqcore_torch import transforms
+from deqcore_torch import products, transforms
 from deqcore_torch.ambient import nothing_recorded
 from deqcore_torch.autograd import attach
 from deqcore_torch.history import RecordedHistory, TorchHistory, select_rows
@@ -197,16 +195,7 @@ class TorchBackend(Backend):
     def push(self, f: Map, z: Tensor) -> Map:
         if transforms.active():
             return transforms.push_of(f, z)
-        forward_ad = _forward_ad()
-
-        def product(v: Tensor) -> Tensor:
-            # A gradient that is being recorded (unrolled steps of a Newton method) goes through the product, too.
-            # A solve switches forward mode off for what surrounds it; this product is its own.
-            with forward_ad._set_fwd_grad_enabled(True), forward_ad.dual_level():
-                tangent = forward_ad.unpack_dual(f(forward_ad.make_dual(z, v))).tangent
-            return torch.zeros_like(v) if tangent is None else tangent
-
-        return product
+        return products.push(f, z)
 
     @untraced
     def forward_only(
@@ -256,6 +245,8 @@ class TorchBackend(Backend):
 
     def checkpoint(self, f: Map) -> Map:
         def checkpointed(z: Tensor) -> Any:
+            if transforms.active():
+                return f(z)  # evaluated again outside of forward mode it would save fewer tensors: an error of torch
             return torch.utils.checkpoint.checkpoint(f, z, use_reentrant=False)
 
         return checkpointed
@@ -299,17 +290,6 @@ class TorchBackend(Backend):
     def synchronize(self) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-
-
-@cache
-def _forward_ad() -> Any:
-    """Forward mode, with what torch loads (and warns of, on its own account) at its first use."""
-    from torch.autograd import forward_ad
-
-    with warnings.catch_warnings(), forward_ad.dual_level():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
-    return forward_ad
 
 
 def _wide(device: torch.device) -> torch.dtype:

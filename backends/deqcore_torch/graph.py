@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -12,6 +12,8 @@ from torch import Tensor
 COMPILED: Final = (
     "CompiledFunctionBackward"  # the node of code that AOTAutograd compiled, with every backend but "eager"
 )
+
+ONCE: Final = "torch::autograd::Error"  # the node behind gradients that `once_differentiable` let out
 
 
 @dataclass
@@ -61,6 +63,25 @@ def outside(y: Tensor, z: Tensor, sources: list[Tensor], start: int) -> Outside:
         found.compiled = found.compiled or node.name() == COMPILED
         stack.extend(node.next_functions)
     return found
+
+
+def once_only(gradients: Iterable[Tensor | None], start: int) -> bool:
+    """Whether gradients, made since `start`, come through a Function that is `once_differentiable`.
+
+    Its node refuses only where the engine visits it, and `torch.autograd.grad` goes round it to what it wants: the
+    derivative is then wrong without a word.
+    """
+    seen: set[Any] = set()
+    stack: list[Any] = [part.grad_fn for part in gradients if part is not None]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen or node._sequence_nr() < start:
+            continue
+        if node.name() == ONCE:
+            return True
+        seen.add(node)
+        stack.extend(following for following, _ in node.next_functions)
+    return False
 
 
 def refuse_compiled(y: Tensor, refuse: Callable[[Tensor], Tensor]) -> None:

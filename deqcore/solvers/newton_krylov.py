@@ -83,10 +83,7 @@ class NewtonKrylov(Solver):
         g = fz - z
         push = backend.push(f, z)
         if push is None:
-            raise BackendError(
-                f"newton-krylov needs forward-mode products J v, which the backend {backend.name!r} does not offer: "
-                f"use broyden or anderson."
-            )
+            raise BackendError.no_products(f"the backend {backend.name!r} offers none.")
         inner = gmres(
             backend, lambda v: v - push(v), g, rtol=state.forcing, max_steps=self.inner_steps, reorthogonalize=False
         )

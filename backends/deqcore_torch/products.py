@@ -1,0 +1,81 @@
+"""Products J v in PyTorch: forward mode, and where an operation in f has none, the transpose of the transpose."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deqcore.backend import Map
+from deqcore.errors import BackendError
+from deqcore_torch.graph import once_only, sequence
+
+
+def push(f: Map, z: Tensor) -> Map:
+    """V ↦ J v at `z` `(batch, n)`; a gradient that is being recorded goes through the products.
+
+    Raises:
+        BackendError: f has a part with neither a forward-mode derivative nor a second one in reverse mode.
+    """
+    turned: list[Map] = []  # what serves in place of forward mode, once that has failed
+
+    def product(v: Tensor) -> Tensor:
+        if not turned:
+            try:
+                return _forward(f, z, v)
+            except NotImplementedError as error:
+                turned.append(_transposed_twice(f, z, str(error).splitlines()[0]))
+        return turned[0](v)
+
+    return product
+
+
+def _forward(f: Map, z: Tensor, v: Tensor) -> Tensor:
+    forward_ad = _forward_ad()
+    # A solve switches forward mode off for what surrounds it; this product is its own.
+    with forward_ad._set_fwd_grad_enabled(True), forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(f(forward_ad.make_dual(z, v))).tangent
+    return torch.zeros_like(v) if tangent is None else tangent
+
+
+def _transposed_twice(f: Map, z: Tensor, reason: str) -> Map:
+    """V ↦ J v as the derivative of u ↦ Jᵀu: one recorded evaluation, then two reverse passes' cost a product."""
+    recording, begun = torch.is_grad_enabled(), sequence()
+    with torch.enable_grad():
+        start = z if recording and z.requires_grad else z.detach().requires_grad_()
+        y = f(start)
+        if not y.requires_grad:
+            return torch.zeros_like
+        u = torch.zeros_like(y).requires_grad_()
+        (pulled,) = torch.autograd.grad(y, start, u, create_graph=True, allow_unused=True)
+    if once_only([pulled], begun):
+        raise BackendError.no_products(f"{reason} And its backward is marked @once_differentiable.")
+    if pulled is None or not pulled.requires_grad:
+        return torch.zeros_like
+
+    def product(v: Tensor) -> Tensor:
+        try:
+            (found,) = torch.autograd.grad(pulled, u, v, create_graph=recording, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            raise BackendError.no_products(f"{reason} And twice in reverse mode: {error}.{_hint(reason)}") from error
+        return torch.zeros_like(v) if found is None else found
+
+    return product
+
+
+def _hint(reason: str) -> str:
+    return " sdpa_kernel(SDPBackend.MATH) of torch.nn.attention has both." if "scaled_dot_product" in reason else ""
+
+
+@cache
+def _forward_ad() -> Any:
+    """Forward mode, with what torch loads (and warns of, on its own account) at its first use."""
+    from torch.autograd import forward_ad
+
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
+    return forward_ad
