@@ -17,7 +17,9 @@ from torch import Tensor
 from deqcore.backend import History
 
 CHUNK = 4  # slots per chunk for large vectors
-TINY = 2**15  # numbers in all up to which products run over the whole memory: fewer operations, more bytes
+# Numbers per sample up to which products run over the whole memory: fewer operations, more bytes. Not numbers in all:
+# a sample's bits must not depend on how many others there are.
+TINY = 2**11
 SMALL = 4096  # numbers per vector up to which one chunk holds the whole memory
 
 
@@ -76,7 +78,7 @@ class _Store:
         self.like = like  # empty: device and dtype of what combine returns
         self.batch, self.width = shape
         self.chunk = memory if self.width <= SMALL and memory * self.width <= 16 * SMALL else CHUNK
-        self.whole = self.chunk == memory and self.batch * memory * self.width <= TINY and dtype is wide
+        self.whole = self.chunk == memory and memory * self.width <= TINY and dtype is wide
         self.compute = dtype if dtype in (torch.float32, torch.float64) else torch.float32
         self.dtype = dtype
         self.wide = wide
