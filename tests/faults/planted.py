@@ -64,6 +64,7 @@ PICARD = "deqcore.solvers.picard"
 NUMPY = "deqcore_numpy.backend"
 HISTORY = "deqcore_numpy.history"
 TORCH = "deqcore_torch.backend"
+PRODUCTS = "deqcore_torch.products"
 
 STRATEGIES = [
     Fault(
@@ -441,9 +442,9 @@ BACKENDS = [
     ),
     Fault(
         "products J v that no gradient passes",
-        TORCH,
-        "            with forward_ad._set_fwd_grad_enabled(True), forward_ad.dual_level():\n",
-        "            with torch.no_grad(), forward_ad._set_fwd_grad_enabled(True), forward_ad.dual_level():\n",
+        PRODUCTS,
+        "    with forward_ad._set_fwd_grad_enabled(True), forward_ad.dual_level():\n",
+        "    with torch.no_grad(), forward_ad._set_fwd_grad_enabled(True), forward_ad.dual_level():\n",
         "solver newton-krylov",
         "test_steps_can_be_differentiated_through",
         "gradient through two steps",
