@@ -34,8 +34,9 @@ class NewtonKrylov(Solver):
     """Newton–Krylov: solve (I − J) d = f(z) − z by GMRES with products J v, then z ← z + λ d.
 
     Converges fast near a solution whatever the spectrum of J, so it solves what is no contraction, and slow modes
-    cost only as many products as GMRES needs to find them. The inner tolerance η follows the outer progress
-    (Eisenstat & Walker), and λ is halved, per sample, until the residual falls.
+    cost only as many products as GMRES needs to find them. The inner tolerance η is what the linear model missed in
+    the step before, relative to the residual (Eisenstat & Walker): where f is nearly linear the second step is solved
+    to the end and not begun anew. λ is halved, per sample, until the residual falls.
 
     Cost: per step one evaluation of f, one per product J v (counted as evaluations; a forward-mode product costs
     about two of them) and one per halving; `inner_steps` + 1 history vectors.
@@ -45,8 +46,8 @@ class NewtonKrylov(Solver):
         forcing: first inner tolerance η, in (0, 1).
         halvings: at most this many per step.
 
-    Source: Knoll & Keyes (2004), "Jacobian-free Newton–Krylov methods"; η: Eisenstat & Walker (1996), choice 2 with
-    γ = 0.9, α = 2.
+    Source: Knoll & Keyes (2004), "Jacobian-free Newton–Krylov methods"; η: Eisenstat & Walker (1996), choice 1, and
+    choice 2 with γ = 0.9, α = 2 after a step with λ < 1.
 
     Example:
         >>> import numpy as np, deqcore
@@ -56,7 +57,7 @@ class NewtonKrylov(Solver):
         (1.170121, 4)
     """
 
-    inner_steps: int = 30
+    inner_steps: int = 50
     forcing: float = 0.1
     halvings: int = 5
     needs: ClassVar[tuple[str, ...]] = ("jvp",)
@@ -113,8 +114,11 @@ class NewtonKrylov(Solver):
             )
 
         end = backend.loop(searching, halve, trial, self.halvings)
-        ratio = backend.wide(end.residual) / backend.wide(before)
-        forcing = xp.clip(0.9 * ratio * ratio, 1e-4, self.forcing)
+        after, size = backend.wide(end.residual), backend.wide(before)
+        ratio = after / size
+        # What the linear model has missed tells how finely it is worth solving; a shortened step says nothing of it.
+        forcing = xp.where(end.length == 1.0, xp.abs(after - inner.residual) / size, 0.9 * ratio * ratio)
+        forcing = xp.clip(forcing, min(2.0 * backend.eps(z) ** 0.5, self.forcing), self.forcing)
         forcing = xp.where(xp.isfinite(forcing), forcing, state.forcing)
         return end.z, end.fz, NewtonState(forcing, state.spent + inner.products + end.trials)
 

@@ -380,6 +380,21 @@ def test_newton_krylov_solves_a_linear_map_in_few_steps(be, truth):
 # -- the driver with a solver of one's own ----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_newton_krylov_needs_fewer_evaluations_than_broyden_on_slow_modes(be, seed):
+    """The linear model misses nothing in the first step, so that the second is solved to the end."""
+    rng = np.random.default_rng(seed)
+    q, _ = np.linalg.qr(rng.standard_normal((96, 96)))
+    w = (q * np.concatenate([np.linspace(0.95, 0.99, 20), 0.3 * rng.uniform(-1, 1, 76)])) @ q.T
+    b = rng.standard_normal((4, 96))
+    a, x = be.asarray(w), be.asarray(b)
+    f = lambda z: be.xp.sum(a[None] * z[:, None, :], axis=2) + x
+    newton, broyden = (solve(be, name, f, 0.0 * x, rtol=1e-8) for name in ("newton-krylov", "broyden"))
+    assert be.to_numpy(newton.steps).max() == 2
+    assert be.to_numpy(newton.evaluations).max() < be.to_numpy(broyden.evaluations).max()
+    np.testing.assert_allclose(be.to_numpy(newton.value), np.linalg.solve(np.eye(96) - w, b.T).T, atol=1e-4)
+
+
 @dataclass(frozen=True)
 class CountedPicard(Picard):
     """Plain iteration that evaluates f twice a step."""
