@@ -377,9 +377,6 @@ def test_newton_krylov_solves_a_linear_map_in_few_steps(be, truth):
     assert be.to_numpy(sol.value) == pytest.approx(problem.root, rel=1e-6)
 
 
-# -- the driver with a solver of one's own ----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_newton_krylov_needs_fewer_evaluations_than_broyden_on_slow_modes(be, seed):
     """The linear model misses nothing in the first step, so that the second is solved to the end."""
@@ -393,6 +390,9 @@ def test_newton_krylov_needs_fewer_evaluations_than_broyden_on_slow_modes(be, se
     assert be.to_numpy(newton.steps).max() == 2
     assert be.to_numpy(newton.evaluations).max() < be.to_numpy(broyden.evaluations).max()
     np.testing.assert_allclose(be.to_numpy(newton.value), np.linalg.solve(np.eye(96) - w, b.T).T, atol=1e-4)
+
+
+# -- the driver with a solver of one's own ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
