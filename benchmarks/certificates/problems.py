@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -37,8 +38,9 @@ class Case:
     g: Tensor
 
 
-def synthetic(samples: int) -> Iterator[Case]:
-    """Everything that needs no training."""
+def linear_problems(samples: int, seed: int = 0) -> Iterator[Case]:
+    """Random spectra; sample i of each has the seed `seed + i`."""
+    linear = partial(_linear, seed=seed)
     for rho in (0.5, 0.9, 0.99):
         yield linear(f"dense, ρ {rho}", samples, lambda r, rho=rho: rho * r.standard_normal((N, N)) / np.sqrt(N))
     yield linear("non-normal", samples, non_normal)
@@ -46,15 +48,19 @@ def synthetic(samples: int) -> Iterator[Case]:
     yield linear("5 slow modes .95–.99", samples, lambda r: slow(r, np.linspace(0.95, 0.99, 5)))
     yield linear("20 slow modes .95–.99", samples, lambda r: slow(r, np.linspace(0.95, 0.99, 20)))
     yield linear("symmetric, ρ .95", samples, symmetric)
+
+
+def random_cells(samples: int, seed: int = 0) -> Iterator[Case]:
+    """Cells with random weights."""
     for gain in (1.0, 2.0):
-        yield tanh_cell(gain, samples)
-    yield module("conv cell, random weights", ConvCell(8), (samples, 8, 6, 6))
-    yield module("attention cell, random weights", AttentionCell(8, 24), (samples, 8, 24))
+        yield tanh_cell(gain, samples, seed)
+    yield module("conv cell, random weights", ConvCell(8), (samples, 8, 6, 6), seed)
+    yield module("attention cell, random weights", AttentionCell(8, 24), (samples, 8, 24), seed)
 
 
-def linear(name: str, samples: int, make: Callable[[np.random.Generator], np.ndarray]) -> Case:
+def _linear(name: str, samples: int, make: Callable[[np.random.Generator], np.ndarray], seed: int) -> Case:
     """f(z) = J z + b with a Jacobian of its own for each sample."""
-    rngs = [np.random.default_rng(seed) for seed in range(samples)]
+    rngs = [np.random.default_rng(seed + i) for i in range(samples)]
     jacobian = torch.tensor(np.stack([make(rng) for rng in rngs]))
     b = torch.tensor(np.stack([rng.standard_normal(N) for rng in rngs]))
     g = torch.tensor(np.stack([rng.standard_normal(N) for rng in rngs]))
@@ -89,9 +95,9 @@ def symmetric(rng: np.random.Generator) -> np.ndarray:
     return vectors @ np.diag(rng.uniform(-0.95, 0.95, N)) @ vectors.T
 
 
-def tanh_cell(gain: float, samples: int) -> Case:
+def tanh_cell(gain: float, samples: int, seed: int = 0) -> Case:
     """tanh(W z + b) with random weights; gain 2 is no contraction at 0."""
-    rngs = [np.random.default_rng(seed) for seed in range(samples)]
+    rngs = [np.random.default_rng(seed + i) for i in range(samples)]
     w = torch.tensor(np.stack([rng.standard_normal((N, N)) * gain / np.sqrt(N) for rng in rngs]))
     b = torch.tensor(np.stack([rng.standard_normal(N) for rng in rngs]))
     g = torch.tensor(np.stack([rng.standard_normal(N) for rng in rngs]))
@@ -136,9 +142,9 @@ class AttentionCell(nn.Module):
         return self.norm2(y + self.mlp(y))
 
 
-def module(name: str, cell: nn.Module, shape: tuple[int, ...]) -> Case:
+def module(name: str, cell: nn.Module, shape: tuple[int, ...], seed: int = 0) -> Case:
     """A cell with its default random weights, random inputs and cotangents."""
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(7 + seed)
     for parameter in cell.parameters():
         if parameter.dim() > 1:
             with torch.no_grad():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,8 +99,14 @@ def _where(results: Sequence[Result], is_bad: Any, describe: Any) -> str:
     return "; ".join(found)
 
 
-def page(results: Sequence[Result], trainings: Sequence[Training], seconds: float, machine: str) -> str:
-    """The page in Markdown."""
+def page(
+    results: Sequence[Result],
+    trainings: Sequence[Training],
+    seconds: float,
+    machine: str,
+    missing: Mapping[str, str],
+) -> str:
+    """The page in Markdown; `missing`: sections that were not measured in full, and why."""
     lines = [
         "# Certified reuse: what it costs, what it reports, what is true",
         "",
@@ -113,6 +119,7 @@ def page(results: Sequence[Result], trainings: Sequence[Training], seconds: floa
     ]
     for v in verdicts(results):
         lines.append(f"| {v.figure} | {v.target} | {v.found} | {'holds' if v.holds else '**misses**'} | {v.remark} |")
+    lines += [f"\n**{name} was not measured in full**: {why}." for name, why in missing.items()]
     lines += ["", "![Estimated against true error](certificates-scatter.png)", ""]
     lines += ["![Pulls to a residual](certificates-pulls.png)", "", "## By problem", ""]
     lines += [
@@ -157,23 +164,6 @@ def _row(r: Result, o: Outcome) -> str:
             quantiles,
         ]
     )
-
-
-def as_json(results: Sequence[Result], trainings: Sequence[Training], seconds: float, machine: Any) -> dict[str, Any]:
-    """Every number, one list per sample figure."""
-
-    def outcome(o: Outcome) -> dict[str, Any]:
-        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(o).items()} | {
-            "excess": o.excess.tolist()
-        }
-
-    return {
-        "machine": machine,
-        "seconds": round(seconds, 1),
-        "verdicts": [vars(v) | {"holds": bool(v.holds)} for v in verdicts(results)],
-        "trainings": [vars(t) for t in trainings],
-        "results": [vars(r) | {"outcomes": [outcome(o) for o in r.outcomes]} for r in results],
-    }
 
 
 def plots(results: Sequence[Result], out: Path) -> None:
