@@ -20,8 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks.certificates.measure import Result
 from benchmarks.certificates.report import page, plots, verdicts
 from benchmarks.certificates.sections import IMAGES, names, unpack
+from benchmarks.certificates.trained import Training
 from deqcore.bench.machine import describe
 
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -99,7 +101,8 @@ def _measure(name: str, options: argparse.Namespace, left: float) -> dict[str, A
 
 def _render(found: dict[str, Any], out: Path, drawn: bool) -> int:
     """The page of all that is there; the plots and the verdicts at the end only."""
-    results, trainings = [], []
+    results: list[Result] = []
+    trainings: list[Training] = []
     missing = {name: each["error"] for name, each in found["sections"].items() if each["error"]}
     for name in names(False, True):
         if name in found["sections"]:

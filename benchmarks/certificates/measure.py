@@ -31,6 +31,7 @@ class Outcome:
 
     Attributes:
         failed: reported as such.
+        settled: the forward solve converged; elsewhere z is no fixed point, and (I − J(z))^-1 any matrix's inverse.
         pulls: spent.
         baseline: pulls of GMRES from zero to the residual that certified reuse reached.
         residual: computed from the dense Jacobian.
@@ -42,6 +43,7 @@ class Outcome:
 
     target: float
     failed: Any
+    settled: Any
     pulls: Any
     baseline: Any
     residual: Any
@@ -108,6 +110,7 @@ def measure(case: Case) -> Result:
     g = case.g.reshape(flat)
     dense = truth(case, forward.z)
     chosen = np.linalg.norm(dense.g, axis=1) > 0
+    settled = (forward.status == int(Status.CONVERGED)).numpy()[chosen]
     dense = Truth(*(part[chosen] for part in (dense.a, dense.g, dense.u, dense.condition)))
     steps = max(MOST_PULLS, 2 * REFINE_STEPS)
     baseline = [gmres_residuals(a, b, steps) for a, b in zip(dense.a, dense.g, strict=True)]
@@ -116,7 +119,7 @@ def measure(case: Case) -> Result:
     for target in TARGETS:
         strategy = BroydenReuse(target=target, refine_steps=REFINE_STEPS, fallback="none")
         u, report = strategy.route(backend, pull, g, estimate)
-        outcomes.append(_outcome(target, u, report, dense, baseline, chosen))
+        outcomes.append(_outcome(target, u, report, dense, baseline, chosen, settled))
     curve = {}
     for level in LEVELS:
         found = gmres(
@@ -144,12 +147,15 @@ def measure(case: Case) -> Result:
     )
 
 
-def _outcome(target: float, u: Any, report: Any, dense: Truth, baseline: list[Any], chosen: Any) -> Outcome:
+def _outcome(
+    target: float, u: Any, report: Any, dense: Truth, baseline: list[Any], chosen: Any, settled: Any
+) -> Outcome:
     wide = u.double().numpy()[chosen]
     residual = dense.residual(wide)
     return Outcome(
         target=target,
         failed=report.status.numpy()[chosen] != int(Status.CONVERGED),
+        settled=settled,
         pulls=report.pulls.numpy()[chosen],
         baseline=np.array([pulls_to(b, r) for b, r in zip(baseline, residual, strict=True)]),
         residual=residual,

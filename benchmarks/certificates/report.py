@@ -37,6 +37,7 @@ def verdicts(results: Sequence[Result]) -> list[Verdict]:
     first, second = TARGETS
     undetected = int(pooled(results, "undetected").sum())
     failed = pooled(results, "failed", [first])
+    settled = pooled(results, "settled", [first]) > 0
     cosine = pooled(results, "cosine", [second])
     sound = cosine[pooled(results, "failed", [second]) == 0]
     excess = pooled(results, "excess")
@@ -51,7 +52,7 @@ def verdicts(results: Sequence[Result]) -> list[Verdict]:
         Verdict(
             f"reported as failed at refine_steps = {REFINE_STEPS}, target {first}",
             "≤ 1 %",
-            f"{100 * failed.mean():.2f} % ({int(failed.sum())} of {len(failed)})",
+            _share(failed),
             failed.mean() <= 0.01,
             _where(results, lambda o: o.target == first and o.failed.any(), lambda o: f"{int(o.failed.sum())}"),
         ),
@@ -62,6 +63,7 @@ def verdicts(results: Sequence[Result]) -> list[Verdict]:
             cosine.min() >= 0.98,
             f"{sound.min():.4f} among the samples not reported as failed",
         ),
+        *_apart(failed, cosine, settled),
         Verdict(
             "pulls beyond GMRES from 0 at the same adjoint residual, worst sample",
             "≤ 1",
@@ -92,6 +94,34 @@ def verdicts(results: Sequence[Result]) -> list[Verdict]:
                 )
             )
     return found
+
+
+def _share(found: Any) -> str:
+    return f"{100 * found.mean():.2f} % ({int(found.sum())} of {len(found)})"
+
+
+def _apart(failed: Any, cosine: Any, settled: Any) -> list[Verdict]:
+    """The two figures above where z is a fixed point: elsewhere there is no gradient of f's solution to be right."""
+    if settled.all() or not settled.any():
+        return []
+    fails, worst = failed[settled], cosine[settled].min()
+    name = "… only samples whose forward solve converged"
+    return [
+        Verdict(
+            f"{name}: reported as failed",
+            "≤ 1 %",
+            _share(fails),
+            fails.mean() <= 0.01,
+            f"of those whose solve did not: {_share(failed[~settled])}",
+        ),
+        Verdict(
+            f"{name}: worst cosine",
+            "≥ 0.98",
+            f"{worst:.4f}",
+            worst >= 0.98,
+            f"of those whose solve did not: {cosine[~settled].min():.4f}",
+        ),
+    ]
 
 
 def _where(results: Sequence[Result], is_bad: Any, describe: Any) -> str:

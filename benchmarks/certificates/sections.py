@@ -82,7 +82,8 @@ def main() -> int:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     start = time.perf_counter()
-    results, trainings = [], []
+    results: list[Result] = []
+    trainings: list[Training] = []
     for case, training in cases(options.name, options.samples, options.images):
         results.append(measure(case))
         trainings += [] if training is None else [training]

@@ -119,14 +119,8 @@ def attention_on_digits(samples: int) -> tuple[Case, Training]:
 def conv_on_images(samples: int, path: Path) -> tuple[Case, Training]:
     """Learns a few images of a folder by heart."""
     stem = nn.Conv2d(3, 8, 3, padding=1, stride=2)
-    return _trained(
-        f"conv cell, images of {path.resolve().parent.name}/{path.name}",
-        stem,
-        ConvCell(8),
-        (8, 8, 8),
-        image_folder(path, FEW),
-        samples,
-    )
+    name = f"conv cell, images of {path.resolve().parent.name}/{path.name}"
+    return _trained(name, stem, ConvCell(8), (8, 8, 8), image_folder(path, FEW), samples)
 
 
 def _few(data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
