@@ -42,6 +42,7 @@ def verdicts(results: Sequence[Result]) -> list[Verdict]:
     sound = cosine[pooled(results, "failed", [second]) == 0]
     excess = pooled(results, "excess")
     ratio = pooled(results, "ratio")
+    there = pooled(results, "settled") > 0
     found = [
         Verdict(
             f"adjoint residual above the target and not reported as failed, samples (targets {first} and {second})",
@@ -71,6 +72,7 @@ def verdicts(results: Sequence[Result]) -> list[Verdict]:
             excess.max() <= 1,
             _where(results, lambda o: (o.excess > 1).any(), lambda o: f"{int(o.excess.max())} at target {o.target}"),
         ),
+        *_apart_pulls(excess, there),
         Verdict(
             "estimated over true error at least 0.5",
             "99 %",
@@ -122,6 +124,15 @@ def _apart(failed: Any, cosine: Any, settled: Any) -> list[Verdict]:
             f"of those whose solve did not: {cosine[~settled].min():.4f}",
         ),
     ]
+
+
+def _apart_pulls(excess: Any, settled: Any) -> list[Verdict]:
+    """Likewise."""
+    if settled.all() or not settled.any():
+        return []
+    most = int(excess[settled].max())
+    name = "… only samples whose forward solve converged: pulls beyond"
+    return [Verdict(name, "≤ 1", str(most), most <= 1, f"of those whose solve did not: {int(excess[~settled].max())}")]
 
 
 def _where(results: Sequence[Result], is_bad: Any, describe: Any) -> str:
