@@ -75,7 +75,8 @@ class Broyden(Solver):
     Cost: one evaluation of f per step, also for a refused one; `memory + 1` history vectors at most.
 
     Args:
-        memory: secant pairs kept, at least 1; with `growth` at least 3.
+        memory: secant pairs kept, at least 1; with `growth` at least 3. By default as many as 40 steps make, since a
+            restart forgets pairs that reuse would need.
         growth: safeguard, at least 1; None takes every step.
         history_dtype: dtype of the stored residuals (``"bfloat16"`` halves the memory), default the state's own.
 
@@ -89,7 +90,7 @@ class Broyden(Solver):
         (1.170121, True)
     """
 
-    memory: int = 30
+    memory: int = 39  # 40 slots: rows of whole cache lines, whose products have the same bits in any batch
     growth: float | None = None
     history_dtype: str | None = None
     has_estimate: ClassVar[bool] = True
