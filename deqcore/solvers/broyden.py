@@ -165,7 +165,8 @@ class Broyden(Solver):
             before = xp.where(renewed, newest - e_y, before)
             whole = xp.where(renewed, before, whole)
         if renewed is not None or verdict is not None:
-            missed, along = ahead + c - whole, backend.inner(w, whole)
+            # Where c is the whole step the bracket is exactly zero: a batch mate that restarts changes no bit.
+            missed, along = ahead + (c - whole), backend.inner(w, whole)
         denominator = along - sh
         if renewed is not None:
             denominator = xp.where(renewed[:, 0], -backend.inner(w, e_y), denominator)
