@@ -125,6 +125,8 @@ def pull_back(dense: Any, cotangent: Any, value: Any, leaf: Any) -> Any:
         value: f's output, `(batch, n)`; of any shape with the batch first.
         leaf: what was moved.
     """
+    if not np.size(value):
+        return np.zeros(leaf.shape)
     value = np.reshape(value, (len(value), -1) if np.ndim(value) else (1, 1))
     ill = ~np.isfinite(value).all(axis=1)
     batch = len(value)
