@@ -10,11 +10,7 @@ from deqcore.backend import History
 
 
 class NumpyHistory(History):
-    """Ring of `(batch, memory, n)`. The operating system commits its zero pages as steps fill them.
-
-    Products always run over the whole memory: how many slots are in use depends on the whole batch, and BLAS groups
-    sums by their length, so that a sample's last bits would depend on its batch mates.
-    """
+    """Ring of `(batch, memory, n)`. The operating system commits its zero pages as steps fill them."""
 
     def __init__(self, storage: Any, seen: Any, dtype: Any, written: int = 0, active: Any = None) -> None:
         self.storage = storage
@@ -39,17 +35,20 @@ class NumpyHistory(History):
         return NumpyHistory(self.storage, seen, self.dtype, self.written + 1, self.active)
 
     def dot(self, v: Any) -> Any:
+        used = self._used()
         many = v if v.ndim == 3 else v[:, None, :]
+        found = np.zeros((v.shape[0], many.shape[1], self.memory))
         compute = np.promote_types(self.storage.dtype, np.float32)
-        rows = self.storage.astype(compute, copy=False)
-        found = np.matmul(many.astype(compute, copy=False), rows.swapaxes(1, 2)).astype(np.float64, copy=False)
+        rows = self.storage[:, :used].astype(compute, copy=False)
+        found[:, :, :used] = np.matmul(many.astype(compute, copy=False), rows.swapaxes(1, 2))
         found = np.where(self.seen[:, None, :], found, 0.0)
         return found if v.ndim == 3 else found[:, 0]
 
     def combine(self, coefficients: Any) -> Any:
+        used = self._used()
         compute = np.promote_types(self.storage.dtype, np.float32)
-        c = np.where(self.seen, coefficients, 0.0)[:, None, :].astype(compute)
-        rows = self.storage.astype(compute, copy=False)
+        c = np.where(self.seen, coefficients, 0.0)[:, None, :used].astype(compute)
+        rows = self.storage[:, :used].astype(compute, copy=False)
         return np.matmul(c, rows)[:, 0].astype(self.dtype, copy=False)
 
     def restart(self, rows: Any) -> NumpyHistory:
