@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Measure deqcore beside the libraries that people use today. About 12 minutes on 2 quiet cores.",
+        description="Measure deqcore beside what people use today: 10 minutes for torch on 2 quiet cores.",
     )
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="folder for tables and plots")
     parser.add_argument("--threads", type=int, default=min(2, usable_cores()), help="default: 2")
