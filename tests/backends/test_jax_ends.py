@@ -1,0 +1,78 @@
+"""Compiled gradients end: LAPACK's batched LU inside them made XLA's CPU backend wait for ever, once in some 50 calls."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+pytest.importorskip("jax")
+
+import jax
+import jax.numpy as jnp
+
+import deqcore
+from deqcore_jax import small
+
+PROGRAM = """
+    import jax, jax.numpy as jnp, numpy as np
+    import deqcore
+
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(0.76 * rng.standard_normal((64, 64)) / 8, jnp.float32)
+
+    def loss(w, x, g):
+        sol = deqcore.fixed_point(
+            lambda z: jnp.tanh(z @ w.T + x), jnp.zeros((64, 64), jnp.float32), forward__solver="broyden",
+            forward__rtol=1e-4, backward__strategy="broyden-reuse", forward__on_failure="ignore",
+        )
+        return jnp.sum(sol.value * g)
+
+    gradient = jax.jit(jax.grad(loss))
+    for _ in range(200):
+        x, g = (jnp.asarray(rng.standard_normal((64, 64)), jnp.float32) for _ in range(2))
+        found = np.asarray(gradient(w, x, g))
+    print(np.isfinite(found).all())
+"""
+
+
+def test_two_hundred_gradients_by_certified_reuse():
+    command = [sys.executable, "-c", textwrap.dedent(PROGRAM)]
+    # The limit is there to end a program that waits for ever: 200 calls take seconds.
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.stdout.strip() == "True", done.stderr
+
+
+@pytest.mark.parametrize(("solver", "strategy"), [("broyden", "broyden-reuse"), ("anderson", "exact-ift")])
+def test_no_gradient_calls_batched_lu(solver, strategy):
+    def loss(x):
+        options = {"forward__solver": solver, "backward__strategy": strategy, "forward__on_failure": "ignore"}
+        return jnp.sum(deqcore.fixed_point(lambda z: jnp.tanh(0.5 * z + x), jnp.zeros_like(x), **options).value)
+
+    compiled = jax.jit(jax.grad(loss)).lower(jnp.ones((4, 16), jnp.float32)).compile().as_text()
+    assert "while" in compiled
+    assert "getrf" not in compiled
+    assert "trsm" not in compiled
+
+
+@pytest.mark.parametrize("k", [1, 3, 8, 9, 40])
+def test_small_systems_against_numpy(k):
+    rng = np.random.default_rng(k)
+    a, b = rng.standard_normal((5, k, k)), rng.standard_normal((5, k, 2))
+    a[0] = np.flip(np.eye(k), axis=0)  # no pivot on the diagonal
+    with jax.enable_x64(True):
+        found = jax.jit(small.solve)(jnp.asarray(a), jnp.asarray(b))
+        np.testing.assert_allclose(found, np.linalg.solve(a, b), rtol=1e-9, atol=1e-9)
+        slope = jax.grad(lambda a: jnp.sum(small.solve(a, jnp.asarray(b)) ** 2))(jnp.asarray(a))
+    x = np.linalg.solve(a, b)
+    np.testing.assert_allclose(slope, -np.linalg.solve(np.swapaxes(a, 1, 2), 2 * x) @ np.swapaxes(x, 1, 2), rtol=1e-6)
+
+
+def test_a_singular_system_spoils_no_other():
+    a = np.stack([np.eye(3), np.zeros((3, 3)), 2 * np.eye(3)]).astype(np.float32)
+    found = np.asarray(small.solve(jnp.asarray(a), jnp.ones((3, 3, 1), jnp.float32)))
+    assert not np.isfinite(found[1]).any()
+    np.testing.assert_array_equal(found[[0, 2], :, 0], [[1, 1, 1], [0.5, 0.5, 0.5]])
