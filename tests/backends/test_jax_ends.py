@@ -1,4 +1,4 @@
-"""Compiled gradients end: LAPACK's batched LU inside them made XLA's CPU backend wait for ever, once in some 50 calls."""
+"""Compiled gradients end: LAPACK's batched LU inside them made XLA's CPU backend wait for ever, now and then."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ pytest.importorskip("jax")
 
 import jax
 import jax.numpy as jnp
+from deqcore_jax import small
 
 import deqcore
-from deqcore_jax import small
 
 PROGRAM = """
     import jax, jax.numpy as jnp, numpy as np
