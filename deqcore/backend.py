@@ -299,6 +299,14 @@ class Backend(ABC):
         A singular system gives non-finite numbers in its own row; it neither raises nor touches another row.
         """
 
+    def solve_upper(self, a: Array, b: Array) -> Array:
+        """`solve` where `a` is upper triangular; worth an implementation where elimination costs more than f."""
+        return self.solve(a, b)
+
+    def solve_positive(self, a: Array, b: Array) -> Array:
+        """`solve` where `a` is symmetric and positive definite to rounding."""
+        return self.solve(a, b)
+
     @abstractmethod
     def history(self, like: Array, memory: int, dtype: str | None = None) -> History:
         """An empty history for vectors like `like` `(batch, n)`, stored in `dtype` (default: the vectors' own).

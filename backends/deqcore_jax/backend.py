@@ -102,6 +102,12 @@ class JaxBackend(Backend):
     def solve(self, a: Any, b: Any) -> Any:
         return small.solve(a, b) if b.ndim == 3 else small.solve(a, b[..., None])[..., 0]
 
+    def solve_upper(self, a: Any, b: Any) -> Any:
+        return small.solve_upper(a, b) if b.ndim == 3 else small.solve_upper(a, b[..., None])[..., 0]
+
+    def solve_positive(self, a: Any, b: Any) -> Any:
+        return small.solve_positive(a, b) if b.ndim == 3 else small.solve_positive(a, b[..., None])[..., 0]
+
     def history(self, like: Any, memory: int, dtype: str | None = None) -> JaxHistory:
         return JaxHistory.empty(like, memory, jnp.dtype(dtype) if dtype else None, wide())
 

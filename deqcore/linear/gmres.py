@@ -236,7 +236,7 @@ class KrylovSpace:
         eye = backend.eye(hessenberg, used)[None]
         triangle = hessenberg[:, 1:, :] + eye * backend.cast(missing, hessenberg)[:, None, :]
         target = -k.null[:, 1 : used + 1] * (k.start * k.null[:, 0] / k.square)[:, None]
-        y = backend.solve(triangle, xp.where(missing, xp.zeros_like(target), target))
+        y = backend.solve_upper(triangle, xp.where(missing, xp.zeros_like(target), target))
         y = xp.where(xp.isfinite(y), y, xp.zeros_like(y))
         source = k.columns.with_active(None).vectors()[:, :, k.null.shape[1] :]  # column j is A times this vector
         return xp.matmul(y[:, None, :], source)[:, 0, :]

@@ -129,14 +129,20 @@ def multisecant(backend: Backend, basis: History, gram: Array, steps: Array, dif
     eye = backend.eye(gram, normal.shape[1])[None]
     left = xp.permute_dims(steps + differences, flip)
 
-    def kernel(ridge: float) -> Array:
-        inverse = backend.solve(normal + ridge * eye, xp.permute_dims(pairs, flip))
+    # Both systems in one call: a traced program holds the elimination once.
+    both = backend.solve_positive(
+        xp.concat([normal + RIDGE * eye, normal + SHARP * eye], axis=0),
+        xp.concat([xp.permute_dims(pairs, flip)] * 2, axis=0),
+    )
+
+    def kernel(inverse: Array) -> Array:
         inverse = inverse * y[:, :, None] * s[:, None, :]
         found = -xp.matmul(xp.matmul(left, inverse), steps)
         sound = xp.all(xp.all(xp.isfinite(found), axis=2), axis=1)
         return xp.where(sound[:, None, None], found, xp.zeros_like(found))
 
-    return OneBasis(backend, basis, kernel(RIDGE), kernel(SHARP))
+    batch = normal.shape[0]
+    return OneBasis(backend, basis, kernel(both[:batch]), kernel(both[batch:]))
 
 
 def _scale(backend: Backend, squares: Array) -> Array:

@@ -137,6 +137,20 @@ class ArrayTests(Conformance):
         found = kit.backend.solve(kit.array(a, dtype), kit.array(b, dtype))
         close(kit.numpy(found), expected.reshape(b.shape), 1e3 * float(np.finfo(dtype).eps), "solution")
 
+    @several("dtype", DTYPES)
+    @several("size", [4, 23])
+    def test_small_systems_of_a_known_kind(self, kit: Kit, dtype: str, size: int) -> None:
+        rng = np.random.default_rng(2)
+        a = rng.standard_normal((3, size, size)) + size * np.eye(size)
+        for solve, system in (
+            (kit.backend.solve_upper, np.triu(a)),
+            (kit.backend.solve_positive, a @ np.swapaxes(a, 1, 2)),
+        ):
+            for b in (rng.standard_normal((3, size)), rng.standard_normal((3, size, 2))):
+                expected = np.linalg.solve(system, b if b.ndim == 3 else b[..., None]).reshape(b.shape)
+                found = kit.numpy(solve(kit.array(system.astype(dtype), dtype), kit.array(b.astype(dtype), dtype)))
+                close(found, expected, 1e4 * float(np.finfo(dtype).eps), solve.__name__)
+
     def test_a_singular_system_spoils_its_own_row_only(self, kit: Kit) -> None:
         a = np.stack([2 * np.eye(2), np.zeros((2, 2)), 4 * np.eye(2)])
         found = kit.numpy(kit.backend.solve(kit.array(a), kit.array(np.ones((3, 2)))))

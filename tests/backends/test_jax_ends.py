@@ -71,6 +71,20 @@ def test_small_systems_against_numpy(k):
     np.testing.assert_allclose(slope, -np.linalg.solve(np.swapaxes(a, 1, 2), 2 * x) @ np.swapaxes(x, 1, 2), rtol=1e-6)
 
 
+@pytest.mark.parametrize("k", [1, 5, 40])
+@pytest.mark.parametrize("kind", ["upper", "positive"])
+def test_systems_of_a_known_kind_and_their_derivatives(kind, k):
+    rng = np.random.default_rng(k)
+    a = rng.standard_normal((3, k, k)) + k * np.eye(k)
+    a = np.triu(a) if kind == "upper" else a @ np.swapaxes(a, 1, 2)
+    b = rng.standard_normal((3, k, 2))
+    solve = getattr(small, f"solve_{kind}")
+    with jax.enable_x64(True):
+        x, pull = jax.vjp(lambda b: solve(jnp.asarray(a), b), jnp.asarray(b))
+        np.testing.assert_allclose(x, np.linalg.solve(a, b), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(pull(x)[0], np.linalg.solve(np.swapaxes(a, 1, 2), x), rtol=1e-9, atol=1e-12)
+
+
 def test_a_singular_system_spoils_no_other():
     a = np.stack([np.eye(3), np.zeros((3, 3)), 2 * np.eye(3)]).astype(np.float32)
     found = np.asarray(small.solve(jnp.asarray(a), jnp.ones((3, 3, 1), jnp.float32)))
