@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from deqcore.config import Config
+from deqcore.errors import ConfigError
 from deqcore.study.models import find
 from deqcore.study.models.base import Model, Shape
 
 SHAPES = {
     "dense": Shape("vector", (12,), 3),
+    "slow": Shape("vector", (12,), 3),
     "conv": Shape("image", (3, 8, 8), 3),
     "attention": Shape("tokens", (6,), 11),
 }
@@ -50,7 +52,7 @@ def steps(backend: str) -> Config:
     return Config(backend=backend, forward=forward, backward={"strategy": "jacobian-free"})
 
 
-@pytest.mark.parametrize("name", ["dense-explicit", "conv", "attention"])
+@pytest.mark.parametrize("name", ["dense-explicit", "slow", "conv", "attention"])
 def test_loss_and_gradient_agree_between_torch_and_jax(name: str):
     model, weights, x, y = built(name)
     found = {}
@@ -79,6 +81,41 @@ def test_the_explicit_network_has_the_same_weights(name: str):
     assert all(one[1][key].tobytes() == two[1][key].tobytes() for key in one[1])
     assert one[0].equilibrium
     assert not two[0].equilibrium
+
+
+def test_slow_has_the_equilibria_and_gradients_of_dense():
+    (dense, weights, x, y), (slow, same, _, _) = built("dense"), built("slow")
+    assert all(weights[name].tobytes() == same[name].tobytes() for name in weights)
+    make = trainers()["torch"]
+    config = Config(
+        backend="torch",
+        forward={"solver": "newton-krylov", "rtol": 1e-6, "max_steps": 30, "on_failure": "ignore"},
+        backward={"strategy": "exact-ift", "options": {"rtol": 1e-6, "max_steps": 60}},
+    )
+    one, two = (make(model, weights, config) for model in (dense, slow))
+    np.testing.assert_allclose(one.predict(x), two.predict(x), atol=1e-4)
+    first, second = one.gradient(x, y, config)[1], two.gradient(x, y, config)[1]
+    assert np.linalg.norm(first - second) < 1e-3 * np.linalg.norm(first)
+    assert two.radius(x, config, 60).min() > 0.98
+    assert one.radius(x, config, 60).max() < 0.95
+
+
+def test_a_quarter_of_slows_modes_is_slow():
+    torch = pytest.importorskip("torch")
+    from deqcore_torch.study import TorchOps
+
+    model, weights, _, _ = built("slow", width=32)
+    p = {name: torch.from_numpy(value * (name != "W")) for name, value in weights.items()}
+    unit, nothing = torch.eye(32), torch.zeros(32, 32)
+    moved = model.cell(TorchOps(), p, unit, nothing) - model.cell(TorchOps(), p, nothing, nothing)
+    rates = np.linalg.eigvalsh(moved.double().numpy())
+    np.testing.assert_allclose(rates[:24], 0.0, atol=1e-6)
+    assert rates[24:].tolist() == pytest.approx([0.9] * 4 + [1 - 0.1**1.33333] * 2 + [1 - 0.1**1.66667, 0.99], abs=1e-4)
+
+
+def test_slow_wants_a_power_of_two():
+    with pytest.raises(ConfigError, match=r"width = 24, but a power of two is expected, such as 32"):
+        built("slow", width=24)
 
 
 def test_attention_does_not_see_the_future():

@@ -9,6 +9,7 @@ from deqcore.study.models.attention import Attention, AttentionExplicit
 from deqcore.study.models.base import Model
 from deqcore.study.models.conv import Conv, ConvExplicit
 from deqcore.study.models.dense import Dense, DenseExplicit
+from deqcore.study.models.slow import Slow
 from deqcore.study.own import load_own
 
 MODELS: Final[dict[str, type[Model]]] = {
@@ -16,6 +17,7 @@ MODELS: Final[dict[str, type[Model]]] = {
     "dense-explicit": DenseExplicit,
     "conv": Conv,
     "conv-explicit": ConvExplicit,
+    "slow": Slow,
     "attention": Attention,
     "attention-explicit": AttentionExplicit,
 }
