@@ -57,7 +57,7 @@ class Config:
         backward: settings of the gradient, see `deqcore.settings.Backward`.
         plugins: what code a config file may bring along.
         study: settings that `deqcore study` reads; kept as they are.
-        monitor: settings that the monitor reads; kept as they are.
+        monitor: settings that the monitor reads; checked here as far as that needs no monitor.
 
     Raises:
         ConfigError: a setting is unknown or its value does not fit.
@@ -94,6 +94,7 @@ class Config:
         pairs = flatten({name: value for name, value in given.items() if value is not None})
         sections = {name: value for name, value in (("study", study), ("monitor", monitor)) if value is not None}
         self._fill(_without_file(layer(pairs, "Config(...)")), sections)
+        self._check_monitor()
 
     def _fill(self, merged: Layer, sections: Mapping[str, object]) -> None:
         self._layer = merged
@@ -119,7 +120,15 @@ class Config:
         config = _assemble(merge(lowest, environment(variables())), sections)
         if config.plugins.deqfile:
             load_deqfile(path.parent / "deqfile.py")
+        config._check_monitor()
         return config
+
+    def _check_monitor(self) -> None:
+        """A mistake in `[monitor]` is told where settings are read, not hours later where a monitor is made."""
+        if "monitor" in self._sections:
+            from deqcore.monitor.settings import check_section
+
+            check_section(self.section("monitor"))
 
     @classmethod
     def discover(cls, path: str | Path | None = None) -> Config:

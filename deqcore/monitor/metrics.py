@@ -14,6 +14,7 @@ from typing import Final
 from deqcore.errors import ConfigError, did_you_mean, listing
 
 NAME: Final = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
+PREFIX: Final = "deq_"  # of the standard names; a config that uses another name with it is wrong
 
 
 @dataclass(frozen=True)

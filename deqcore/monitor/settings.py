@@ -20,6 +20,8 @@ from typing import Any, TypeAlias, cast
 
 from deqcore import plugins
 from deqcore.errors import ConfigError, PluginError
+from deqcore.monitor.metrics import PREFIX, Metrics
+from deqcore.monitor.probes import make_probes
 from deqcore.monitor.sink import Sink
 from deqcore.monitor.triggers import Trigger
 from deqcore.plugins.options import Options, as_options, check, instantiate
@@ -65,6 +67,26 @@ class MonitorSettings:
         return cls(**values)
 
 
+def check_section(section: Mapping[str, object]) -> None:
+    """Find the mistakes in a section `[monitor]` that can be found without making a monitor.
+
+    What only a `Monitor` knows is left to it: hooks, and metrics of the user's own, whose names do not begin with
+    `deq_`. A sink must be registered; its options are checked when it is made, as that imports what it writes with.
+
+    Raises:
+        ConfigError: a setting is unknown, or a value, a condition or a metric does not fit.
+        UnknownNameError: nobody registered a sink.
+    """
+    given = MonitorSettings.of(section)
+    for trigger in make_triggers(given.triggers):
+        trigger.check_form()
+        if trigger.metric.startswith(PREFIX):
+            Metrics().check("A trigger", trigger.metric)
+    for table in given.sinks:
+        plugins.spec("sink", _sink_name(table))
+    make_probes(given.probes)
+
+
 def _tables(name: str, given: object) -> tuple[Options, ...]:
     tables: list[object] = list(given) if isinstance(given, (list, tuple)) else [given]
     if name == "sinks":  # a name alone will do
@@ -92,14 +114,20 @@ def make_sink(given: SinkLike) -> tuple[str, Sink]:
     if isinstance(given, Sink):
         return type(given).__name__, given
     table = {"sink": given} if isinstance(given, str) else dict(given)
-    name = table.pop("sink", None)
-    if not isinstance(name, str):
-        raise ConfigError.bad_value("[[monitor.sinks]]", "sink", name, "the name of a registered sink")
+    name = _sink_name(table)
+    del table["sink"]
     target: Any = plugins.load("sink", name)
     made: object = instantiate(f"sink {name!r}", target, table)
     if not isinstance(made, Sink):
         raise PluginError(f"The sink {name!r} is {target!r}, but a subclass of deqcore.monitor.Sink is expected.")
     return name, made
+
+
+def _sink_name(table: Mapping[str, object]) -> str:
+    name = table.get("sink")
+    if not isinstance(name, str):
+        raise ConfigError.bad_value("[[monitor.sinks]]", "sink", name, "the name of a registered sink")
+    return name
 
 
 def make_triggers(given: Iterable[Trigger | Mapping[str, object]]) -> tuple[Trigger, ...]:

@@ -128,18 +128,27 @@ class Trigger:
         """
         owner = f"The trigger on {self.metric!r}"
         metrics.check("A trigger", self.metric)
-        fires = Condition.parse(self.condition, owner)
-        if self.until is not None and Condition.parse(self.until, owner, "until").sign[0] == fires.sign[0]:
-            expected = f"a condition on the other side of {self.condition!r}"
-            raise ConfigError.bad_value(owner, "until", self.until, expected)
-        if self.factor is not None:
-            self._check_factor(owner)
+        self.check_form()
         if self.action == "hook" and self.hook not in hooks:
             raise ConfigError(
                 f"{owner}: hook = {self.hook!r}, but the monitor has no such function."
                 f"{did_you_mean(self.hook, hooks)} It has: {listing(hooks)}. Give it as Monitor(hooks={{name: "
                 f"function}})."
             )
+
+    def check_form(self) -> None:
+        """Check what needs no monitor to be checked.
+
+        Raises:
+            ConfigError: a condition is none, or options contradict.
+        """
+        owner = f"The trigger on {self.metric!r}"
+        fires = Condition.parse(self.condition, owner)
+        if self.until is not None and Condition.parse(self.until, owner, "until").sign[0] == fires.sign[0]:
+            expected = f"a condition on the other side of {self.condition!r}"
+            raise ConfigError.bad_value(owner, "until", self.until, expected)
+        if self.factor is not None:
+            self._check_factor(owner)
         if self.action != "hook" and self.hook:
             raise ConfigError(f"{owner}: hook = {self.hook!r} is given, but action = {self.action!r}: set 'hook'.")
 
