@@ -86,7 +86,7 @@ def absent() -> list[str]:
     for framework, libraries in LIBRARIES.items():
         if find_spec(framework) is None:
             lines.append(f"{framework} is not installed, nothing is measured on it: pip install 'deqcore[{framework}]'")
-        missing = [name for name in libraries if find_spec(name) is None]
+        missing = [name for name in libraries if name not in SKIPPED and find_spec(name) is None]
         if missing:
             lines.append(f"not installed, so left out: {', '.join(missing)}. All peers: {INSTALL}")
     return [*lines, *(f"{name} is left out: {why}" for name, why in SKIPPED.items())]

@@ -20,6 +20,11 @@ QUICK_ROUNDS, QUICK_BUDGET = 3, 0.7
 BUDGETS: Final = (1, 2, 4, 7, 10, 14, 20, 28)  # steps of the residual curves
 SWEEP_BATCH: Final = (1, 8, 64, 256, 1024)
 SWEEP_SIZE: Final = (32, 128, 512, 1024)
+# Where each number of steps, tolerance and shape is compiled for, most of the time is no measurement.
+COMPILED: Final = ("conv", "dense", "attention", "affine", "slow-modes")
+COMPILED_BUDGETS: Final = (2, 5, 10, 20)
+COMPILED_BATCH: Final = (8, 64, 512)
+COMPILED_SIZE: Final = (32, 128, 512)
 
 
 @dataclass(frozen=True)
@@ -39,13 +44,18 @@ class Setting:
     say: Callable[[str], object]
 
     @property
+    def compiled(self) -> bool:
+        """Whether the framework compiles."""
+        return self.framework == "jax"
+
+    @property
     def rounds(self) -> int:
         """Of timing."""
         return QUICK_ROUNDS if self.quick else ROUNDS
 
     def seconds(self, case: str) -> float:
         """Budget of a case."""
-        return QUICK_BUDGET if self.quick else LONG.get(case, BUDGET)
+        return QUICK_BUDGET if self.quick else LONG.get(case, BUDGET) / (3 if self.compiled else 1)
 
 
 def cases(setting: Setting) -> dict[str, Any]:
@@ -59,7 +69,7 @@ def cases(setting: Setting) -> dict[str, Any]:
     measured = harness(setting.framework, setting.threads)
     others = peers(setting.framework)
     rows, notes = [], {}
-    for name in EVERY:
+    for name in COMPILED if setting.compiled else EVERY:
         made = case(name, setting.quick)
         backends = made.problem.backends
         if backends is not None and setting.framework not in backends:
@@ -90,11 +100,14 @@ def curves(setting: Setting) -> dict[str, Any]:
         "seconds": 0.3 if setting.quick else 2.0,
         "say": setting.say,
     }
-    budgets = BUDGETS[:3] if setting.quick else BUDGETS
+    budgets, batches, sizes = (
+        (COMPILED_BUDGETS, COMPILED_BATCH, COMPILED_SIZE) if setting.compiled else (BUDGETS, SWEEP_BATCH, SWEEP_SIZE)
+    )
+    if setting.quick:
+        budgets, batches, sizes = budgets[:2], batches[:2], sizes[:2]
     residual = []
     for name in ("dense", "conv"):
         residual += points(measured, case(name, setting.quick), [*mine, *rivals], budgets, **limits)
-    batches, sizes = (SWEEP_BATCH[:2], SWEEP_SIZE[:2]) if setting.quick else (SWEEP_BATCH, SWEEP_SIZE)
     batch, size = [], []
     for each in batches:
         batch += points(measured, dense(each, 64 if setting.quick else 256), [*mine, *rivals], [STEPS], **limits)

@@ -9,9 +9,8 @@ from typing import Final
 
 from deqcore.bench.harness import Contender
 
-LIBRARIES: Final = {"torch": ("torchdeq", "xitorch"), "jax": ("jaxopt", "optimistix", "anchorax")}
-PYTHON: Final = f"{sys.version_info.major}.{sys.version_info.minor}"
-SKIPPED: Final = {"banax": f"it needs Python 3.12 or later and has no adapter here yet; this is Python {PYTHON}"}
+LIBRARIES: Final = {"torch": ("torchdeq", "xitorch"), "jax": ("jaxopt", "optimistix", "anchorax", "banax")}
+SKIPPED: Final = {"banax": "it needs Python 3.12 or later"} if sys.version_info < (3, 12) else {}
 
 
 def peers(framework: str) -> list[Contender]:

@@ -154,6 +154,7 @@ def _choices(config: Config) -> list[Choice]:
     """All candidates, and the configured one where it is none of them."""
     found = list(candidates())
     own = Choice(config.backward.strategy, dict(config.backward.options))
+    plugins.make_strategy(own.strategy, own.options)  # a typo of the user's is no property of the problem
     known = [(each.strategy, dict(each.options)) for each in found]
     return found if (own.strategy, dict(own.options)) in known else [*found, own]
 

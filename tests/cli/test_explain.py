@@ -244,6 +244,13 @@ def test_the_configured_options_are_among_the_rows(capsys):
     assert rows["neumann (terms=2)"]["pulls"] == 2
 
 
+def test_a_misspelt_option_of_the_configured_strategy(capsys):
+    Path("deq.toml").write_text('[backward]\nstrategy = "neumann"\noptions = { termz = 2 }\n')
+    code, out, err = explain(capsys, "--problem", "p.py:mine", "--backend", "numpy", "--rounds", "0")
+    assert (code, out) == (2, "")
+    assert "Did you mean 'terms'?" in " ".join(err.split())
+
+
 def test_an_empty_batch(capsys):
     code, found, _ = figures(capsys, "--problem", "p.py:flat", "--backend", "numpy")
     assert (code, found["samples"]) == (0, 0)
