@@ -122,7 +122,7 @@ class Anderson(Solver):
         row = xp.where(newest[None, :], xp.full_like(row, 1.0 + self._ridge(xp, row)), row)
         system = xp.where(newest[None, :, None], row[:, None, :], state.system)
         system = xp.where(newest[None, None, :], row[:, :, None], system)
-        step = backend.solve(system, target * scale) * -scale
+        step = backend.solve_positive(system, target * scale) * -scale
         usable = xp.isfinite(step)
         if not calm:
             usable = usable & sane[:, None]
@@ -157,7 +157,7 @@ class Anderson(Solver):
         """The multi-secant estimate from the differences now held."""
         xp = backend.xp
         system, scale = state.system, state.scale
-        columns = [backend.solve(system, xp.zeros_like(scale) + unit) for unit in self._units(backend, scale)]
+        columns = [backend.solve_positive(system, xp.zeros_like(scale) + unit) for unit in self._units(backend, scale)]
         kernel = xp.stack(columns, axis=2) * scale[:, :, None] * scale[:, None, :]
         kernel = xp.where(xp.isfinite(kernel), kernel, xp.zeros_like(kernel))
         return TwoBases(backend, state.values, state.residuals, kernel)
