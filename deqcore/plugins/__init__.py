@@ -1,4 +1,4 @@
-"""Plugins: solvers, strategies, backends, sinks, trainers and commands from anywhere, under a name.
+"""Plugins: solvers, strategies, backends, sinks, trainers, data, models and commands from anywhere, under a name.
 
 A plugin author imports `hookimpl` and the records from here; the rest of deqcore calls the lookups.
 """
@@ -11,11 +11,13 @@ from deqcore.plugins.lookup import (
     backend_of,
     backends,
     commands,
+    data,
     is_installed,
     load,
     load_deqfile,
     make_solver,
     make_strategy,
+    models,
     plugins_status,
     register,
     reset,
@@ -30,7 +32,9 @@ from deqcore.plugins.options import Options
 from deqcore.plugins.records import (
     BackendSpec,
     CommandSpec,
+    DataSpec,
     Kind,
+    ModelSpec,
     SinkSpec,
     SolverSpec,
     Spec,
@@ -45,7 +49,9 @@ if TYPE_CHECKING:
 __all__ = [
     "BackendSpec",
     "CommandSpec",
+    "DataSpec",
     "Kind",
+    "ModelSpec",
     "Options",
     "PluginStatus",
     "SinkSpec",
@@ -56,12 +62,14 @@ __all__ = [
     "backend_of",
     "backends",
     "commands",
+    "data",
     "hookimpl",
     "is_installed",
     "load",
     "load_deqfile",
     "make_solver",
     "make_strategy",
+    "models",
     "plugins_status",
     "register",
     "reset",

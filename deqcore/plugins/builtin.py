@@ -13,7 +13,9 @@ from typing import Final
 from deqcore.plugins.records import (
     BackendSpec,
     CommandSpec,
+    DataSpec,
     Kind,
+    ModelSpec,
     SinkSpec,
     SolverSpec,
     Spec,
@@ -76,6 +78,23 @@ TRAINERS: Final = (
     TrainerSpec("jax", "deqcore_jax.study:JaxTrainer", "jax", "JAX training loop"),
 )
 
+DATA: Final = (
+    DataSpec("digits", "deqcore.study.data.digits:load", "scikit-learn's 1797 handwritten digits", gives="image"),
+    DataSpec("images", "deqcore.study.data.images:load", "a folder train/CLASS/*.jpg", gives="image"),
+    DataSpec("arrays", "deqcore.study.data.arrays:load", "an NPZ, or a folder of IDX files"),
+    DataSpec("text", "deqcore.study.data.text:load", "a text file, by characters or words", gives="tokens"),
+)
+
+MODELS: Final = (
+    ModelSpec("dense", "deqcore.study.models.dense:Dense", "a dense cell"),
+    ModelSpec("dense-explicit", "deqcore.study.models.dense:DenseExplicit", "two explicit layers with its weights"),
+    ModelSpec("conv", "deqcore.study.models.conv:Conv", "a convolutional cell on two resolutions"),
+    ModelSpec("conv-explicit", "deqcore.study.models.conv:ConvExplicit", "its cell applied twice"),
+    ModelSpec("slow", "deqcore.study.models.slow:Slow", "the dense cell with slow modes"),
+    ModelSpec("attention", "deqcore.study.models.attention:Attention", "a causal transformer block"),
+    ModelSpec("attention-explicit", "deqcore.study.models.attention:AttentionExplicit", "its block applied twice"),
+)
+
 SINKS: Final = (
     SinkSpec("jsonl", "deqcore.monitor.sinks.jsonl:JsonlSink", "JSON lines; the log that watch and report read"),
     SinkSpec("csv", "deqcore.monitor.sinks.csv:CsvSink", "one column per metric"),
@@ -116,6 +135,8 @@ BUILTIN: Final[Mapping[Kind, Mapping[str, Spec]]] = MappingProxyType(
         "strategy": _by_name(STRATEGIES),
         "sink": _by_name(SINKS),
         "trainer": _by_name(TRAINERS),
+        "data": _by_name(DATA),
+        "model": _by_name(MODELS),
         "command": _by_name(COMMANDS),
     }
 )

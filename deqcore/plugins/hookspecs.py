@@ -17,7 +17,9 @@ import pluggy
 from deqcore.plugins.records import (
     BackendSpec,
     CommandSpec,
+    DataSpec,
     Kind,
+    ModelSpec,
     SinkSpec,
     SolverSpec,
     StrategySpec,
@@ -105,6 +107,36 @@ def deqcore_trainers() -> Iterable[TrainerSpec]:
 
 
 @hookspec
+def deqcore_data() -> Iterable[DataSpec]:
+    """Offer data for studies, so that a config may say `data = ["mine"]`.
+
+    Example:
+        >>> from deqcore.plugins import DataSpec, hookimpl
+        >>> @hookimpl
+        ... def deqcore_data():
+        ...     yield DataSpec("fashion", "deq_fashion:load", gives="image")
+        >>> next(iter(deqcore_data())).gives
+        'image'
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def deqcore_models() -> Iterable[ModelSpec]:
+    """Offer models for studies, so that a config may say `models = ["mine"]`.
+
+    Example:
+        >>> from deqcore.plugins import ModelSpec, hookimpl
+        >>> @hookimpl
+        ... def deqcore_models():
+        ...     yield ModelSpec("mixer", "deq_mixer:Mixer", summary="an MLP mixer as a cell")
+        >>> next(iter(deqcore_models())).name
+        'mixer'
+    """
+    raise NotImplementedError
+
+
+@hookspec
 def deqcore_commands() -> Iterable[CommandSpec]:
     """Offer subcommands of `deqcore`.
 
@@ -125,5 +157,7 @@ HOOKS: Final[dict[Kind, str]] = {
     "strategy": "deqcore_strategies",
     "sink": "deqcore_sinks",
     "trainer": "deqcore_trainers",
+    "data": "deqcore_data",
+    "model": "deqcore_models",
     "command": "deqcore_commands",
 }

@@ -23,7 +23,9 @@ from deqcore.plugins.options import Options, as_options, instantiate
 from deqcore.plugins.records import (
     BackendSpec,
     CommandSpec,
+    DataSpec,
     Kind,
+    ModelSpec,
     SinkSpec,
     SolverSpec,
     Spec,
@@ -72,6 +74,16 @@ def sinks() -> dict[str, SinkSpec]:
 def trainers() -> dict[str, TrainerSpec]:
     """All training loops by name, built-in and plugged in."""
     return _all("trainer", TrainerSpec)
+
+
+def data() -> dict[str, DataSpec]:
+    """All data sets of studies by name, built-in and plugged in."""
+    return _all("data", DataSpec)
+
+
+def models() -> dict[str, ModelSpec]:
+    """All models of studies by name, built-in and plugged in."""
+    return _all("model", ModelSpec)
 
 
 def commands() -> dict[str, CommandSpec]:

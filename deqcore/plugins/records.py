@@ -14,7 +14,8 @@ from typing import ClassVar, Final, Literal, TypeAlias
 
 from deqcore.errors import PluginError
 
-Kind: TypeAlias = Literal["backend", "solver", "strategy", "sink", "trainer", "command"]
+Kind: TypeAlias = Literal["backend", "solver", "strategy", "sink", "trainer", "data", "model", "command"]
+INPUTS: Final = ("vector", "image", "tokens")  # kinds of data of a study, see deqcore.study.models.base.Shape
 
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 TARGET: Final = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
@@ -132,6 +133,39 @@ class TrainerSpec(Spec):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check(self, "backend", self.backend, NAME, "the name of a backend, such as 'torch'")
+
+
+@dataclass(frozen=True)
+class DataSpec(Spec):
+    """Data for studies: the target is a function `DataChoice -> Dataset`, see `deqcore.study.data`.
+
+    Attributes:
+        gives: the kind of its inputs, "vector", "image" or "tokens", if it is always the same one: then models that
+            do not take it are left out of the grid, and a study without a model that does is an error at its start.
+    """
+
+    name: str
+    target: str
+    summary: str = ""
+    gives: str | None = None
+
+    kind: ClassVar[Kind] = "data"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gives is not None and self.gives not in INPUTS:
+            raise PluginError(f"DataSpec({self.name!r}): gives = {self.gives!r}, but one of {INPUTS} is expected.")
+
+
+@dataclass(frozen=True)
+class ModelSpec(Spec):
+    """A model for studies: the target is a subclass of `deqcore.study.models.Model`."""
+
+    name: str
+    target: str
+    summary: str = ""
+
+    kind: ClassVar[Kind] = "model"
 
 
 @dataclass(frozen=True)

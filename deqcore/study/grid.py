@@ -14,12 +14,10 @@ from deqcore import plugins
 from deqcore.config import Config
 from deqcore.errors import ConfigError, StrategyError, UnknownNameError
 from deqcore.study.models import find
-from deqcore.study.models.base import Kind
 from deqcore.study.settings import DataChoice, ModelChoice, SolverChoice, StrategyChoice, Study, Table, Training
 
 FORMAT: Final = 1  # of a cell's files; raised when old results cannot be read, or would come out differently
 EXPLICIT: Final = "explicit"
-KINDS: Final[dict[str, Kind]] = {"digits": "image", "images": "image", "text": "tokens"}  # of what is always one
 
 
 @dataclass(frozen=True)
@@ -145,7 +143,16 @@ def _of_seed(study: Study, own: Own, backends: tuple[str, ...], seed: int) -> It
 
 def _fits(data: DataChoice, model: ModelChoice, own: Own) -> bool:
     """Whether a model takes the data, as far as that is known before the data is read."""
-    return data.name not in KINDS or KINDS[data.name] in find(model.name, own.model).accepts
+    given = _gives(data, own)
+    return given is None or given in find(model.name, own.model).accepts
+
+
+def _gives(data: DataChoice, own: Own) -> str | None:
+    """The kind of its inputs, if that is known before it is read."""
+    if data.name == "own" and own.data is not None:
+        return None
+    spec = plugins.spec("data", data.name)
+    return spec.gives if isinstance(spec, plugins.DataSpec) else None
 
 
 def _check_pairs(study: Study, own: Own) -> None:
@@ -156,7 +163,7 @@ def _check_pairs(study: Study, own: Own) -> None:
     for data in study.data:
         if not any(_fits(data, model, own) for model in study.models):
             raise ConfigError(
-                f"[study]: the data {data.label!r} is {KINDS[data.name]}, which no entry of models takes."
+                f"[study]: the data {data.label!r} is {_gives(data, own)}, which no entry of models takes."
             )
 
 

@@ -504,7 +504,7 @@ def test_listing_everything_imports_no_framework() -> None:
     code = """
         import json, sys
         from deqcore import plugins
-        for kind in ("backends", "solvers", "strategies", "sinks", "trainers", "commands", "plugins_status"):
+        for kind in "backends solvers strategies sinks trainers data models commands plugins_status".split():
             getattr(plugins, kind)()
         heavy = "torch jax jaxlib flax equinox numpy scipy pydantic sklearn matplotlib".split()
         print(json.dumps(sorted(set(heavy) & set(sys.modules))))

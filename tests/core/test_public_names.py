@@ -7,7 +7,8 @@ import pytest
 PUBLIC = {
     "deqcore": """AdjointReport Backend Capabilities Config History InverseJacobian Solution Solver Status StepStrategy
         Strategy __version__ errors fixed_point get_backend using vjp""",
-    "deqcore.plugins": "BackendSpec CommandSpec SinkSpec SolverSpec StrategySpec TrainerSpec hookimpl register",
+    "deqcore.plugins": """BackendSpec CommandSpec DataSpec ModelSpec SinkSpec SolverSpec StrategySpec TrainerSpec
+        hookimpl register""",
     "deqcore.schedule": "Ramp Schedule",
 }
 

@@ -1,24 +1,16 @@
-"""The data sets of the study, by name."""
+"""The data sets of the study, by name: built-in ones, and those of plugins."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Final
+from typing import Any
 
-from deqcore.errors import ConfigError, UnknownNameError
-from deqcore.study.data import arrays, digits, images, text
+from deqcore import plugins
+from deqcore.errors import ConfigError, PluginError
 from deqcore.study.data.base import DataError, Dataset, Split
 from deqcore.study.own import load_object
 from deqcore.study.settings import DataChoice
 
-LOADERS: Final[dict[str, Callable[[DataChoice], Dataset]]] = {
-    "digits": lambda _: digits.load(),
-    "images": images.load,
-    "arrays": arrays.load,
-    "text": text.load,
-}
-
-__all__ = ["LOADERS", "DataError", "Dataset", "Split", "load"]
+__all__ = ["DataError", "Dataset", "Split", "load"]
 
 
 def load(choice: DataChoice, own: str | None = None) -> Dataset:
@@ -31,16 +23,21 @@ def load(choice: DataChoice, own: str | None = None) -> Dataset:
     Raises:
         UnknownNameError: there is no such data set.
         DataError: it cannot be used.
-        ConfigError: the user's function cannot be imported, or returns something else than a `Dataset`.
+        PluginError: a plugin's function cannot be imported, or returns something else than a `Dataset`.
+        ConfigError: the same of the user's own function.
     """
     if choice.name == "own" and own is not None:
         function = load_object("--data", own)
         found = function() if callable(function) else function
         if not isinstance(found, Dataset):
-            raise ConfigError(
-                f"--data {own!r} gave {type(found).__name__}, but a deqcore.study.data.Dataset is expected."
-            )
+            raise ConfigError(f"--data {own!r} gave {_unlike(found)}")
         return found
-    if choice.name not in LOADERS:
-        raise UnknownNameError.of("data set", choice.name, LOADERS)
-    return LOADERS[choice.name](choice)
+    target: Any = plugins.load("data", choice.name)
+    found = target(choice)
+    if not isinstance(found, Dataset):
+        raise PluginError(f"The data {choice.name!r} gave {_unlike(found)}")
+    return found
+
+
+def _unlike(found: object) -> str:
+    return f"{type(found).__name__}, but a deqcore.study.data.Dataset is expected."

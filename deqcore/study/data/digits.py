@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from deqcore.study.data.base import Dataset, split_by_class
+from deqcore.study.settings import DataChoice
 
 
-def load() -> Dataset:
+def load(_: DataChoice | None = None) -> Dataset:
     """8×8 images of ten digits: 60 % training, 20 % validation, 20 % test, every digit in proportion.
 
     Source: Alpaydin & Kaynak (1998), Optical Recognition of Handwritten Digits, UCI; test part, as in scikit-learn.

@@ -1,10 +1,11 @@
-"""The models of the study, by name."""
+"""The models of the study, by name: built-in ones, and those of plugins."""
 
 from __future__ import annotations
 
-from typing import Final
+from typing import cast
 
-from deqcore.errors import UnknownNameError
+from deqcore import plugins
+from deqcore.errors import PluginError
 from deqcore.study.models.attention import Attention, AttentionExplicit
 from deqcore.study.models.base import Model
 from deqcore.study.models.conv import Conv, ConvExplicit
@@ -12,31 +13,34 @@ from deqcore.study.models.dense import Dense, DenseExplicit
 from deqcore.study.models.slow import Slow
 from deqcore.study.own import load_own
 
-MODELS: Final[dict[str, type[Model]]] = {
-    "dense": Dense,
-    "dense-explicit": DenseExplicit,
-    "conv": Conv,
-    "conv-explicit": ConvExplicit,
-    "slow": Slow,
-    "attention": Attention,
-    "attention-explicit": AttentionExplicit,
-}
+__all__ = [
+    "Attention",
+    "AttentionExplicit",
+    "Conv",
+    "ConvExplicit",
+    "Dense",
+    "DenseExplicit",
+    "Model",
+    "Slow",
+    "find",
+]
 
 
 def find(name: str, own: str | None = None) -> type[Model]:
     """The class of a model.
 
     Args:
-        name: of a built-in one, or "own".
+        name: a registered one, or "own".
         own: import string of the user's own, `module:Class`; comes from the command line only.
 
     Raises:
         UnknownNameError: there is no such model.
+        PluginError: a plugin's model cannot be imported, or is none.
         ConfigError: the user's own cannot be imported or is no Model.
     """
     if name == "own" and own is not None:
-        found: type[Model] = load_own("--model", own, Model)
-        return found
-    if name not in MODELS:
-        raise UnknownNameError.of("model", name, MODELS)
-    return MODELS[name]
+        return cast("type[Model]", load_own("--model", own, Model))
+    found = plugins.load("model", name)
+    if not (isinstance(found, type) and issubclass(found, Model)):
+        raise PluginError(f"The model {name!r} is {found!r}, but a subclass of deqcore.study.models.Model is expected.")
+    return found
