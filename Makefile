@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.deqcore-installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: study test check unit bench plugins faults clean
+.PHONY: study test check unit bench plugins faults docs clean
 
 # torch goes first, with its pin, so that nothing that follows can pull another build of it.
 $(STAMP): pyproject.toml constraints.txt
@@ -41,6 +41,11 @@ plugins: $(STAMP)
 # The planted faults against the whole suite, and random mutants (an hour; `make test` runs each fault's own check).
 faults: $(STAMP)
 	$(BIN)/python tests/faults/run.py --matrix --mutants 100 --json docs/conformance/faults.json
+
+# The site, into build/site; its code blocks are run by `make unit`.
+docs: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -45,19 +45,33 @@ Carry = TypeVar("Carry")
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a backend can do. Tests and the core ask for these, never for a backend's name."""
+    """What a backend can do. Tests and the core ask for these, never for a backend's name.
 
-    autodiff: bool = True  # does it differentiate f itself (or by a dense Jacobian of finite differences)?
-    jvp: bool = False  # has it forward-mode products J v?
-    jit: bool = False  # can fixed_point stand inside compiled, traced code?
-    vmap: bool = False  # can fixed_point be vectorised over a further axis?
-    float64: bool = True  # are double-precision states exact, without a global switch?
-    bfloat16: bool = False  # can a state or a history be bfloat16?
-    complex: bool = False  # can a state be complex?
-    accelerator: bool = False  # can arrays live on another device than the host?
-    second_derivatives: bool = False  # are gradients of gradients of exact-ift right?
-    compaction: bool = False  # may a solve go on with fewer rows than it began with (shapes known step by step)?
-    eager: bool = True  # does every call of fixed_point run its Python anew, never code compiled at an earlier one?
+    Attributes:
+        autodiff: does it differentiate f itself (or by a dense Jacobian of finite differences)?
+        jvp: has it forward-mode products J v?
+        jit: can fixed_point stand inside compiled, traced code?
+        vmap: can fixed_point be vectorised over a further axis?
+        float64: are double-precision states exact, without a global switch?
+        bfloat16: can a state or a history be bfloat16?
+        complex: can a state be complex?
+        accelerator: can arrays live on another device than the host?
+        second_derivatives: are gradients of gradients of exact-ift right?
+        compaction: may a solve go on with fewer rows than it began with (shapes known step by step)?
+        eager: does every call of fixed_point run its Python anew, never code compiled at an earlier one?
+    """
+
+    autodiff: bool = True
+    jvp: bool = False
+    jit: bool = False
+    vmap: bool = False
+    float64: bool = True
+    bfloat16: bool = False
+    complex: bool = False
+    accelerator: bool = False
+    second_derivatives: bool = False
+    compaction: bool = False
+    eager: bool = True
 
 
 class History(ABC):

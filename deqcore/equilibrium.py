@@ -157,7 +157,7 @@ def get_backend(config: Config | None = None, **overrides: object) -> Backend:
                 stacklevel=2,
             )
             return _backend(name)
-    raise BackendError("No backend is installed.")
+    raise BackendError('No backend is installed: pip install "deqcore[torch]" or "deqcore[jax]".')
 
 
 _instances: dict[str, Backend] = {}

@@ -79,7 +79,9 @@ class Schedule:
         for start, overrides in zip(self.starts, self.stages, strict=True):
             for name, value in overrides.items():
                 if isinstance(value, Ramp) and name not in SMOOTH:
-                    raise ConfigError.bad_value("Schedule", name, value, f"a plain value; ramps are for {SMOOTH}")
+                    raise ConfigError.bad_value(
+                        "Schedule", name, value, f"a plain value (a Ramp fits {', '.join(SMOOTH)})"
+                    )
                 if not isinstance(value, Ramp):
                     freeze("Schedule", name, value)
             settings.resolve(None, self.at(start))
@@ -89,6 +91,9 @@ class Schedule:
 
         Args:
             step: training step, at least 0.
+
+        Raises:
+            ConfigError: the step is negative.
         """
         if step < 0:
             raise ConfigError.bad_value("Schedule", "step", step, "a training step of at least 0")

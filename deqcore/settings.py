@@ -36,7 +36,20 @@ def setting(default: T, expected: str, least: float | None = None) -> T:
 
 @dataclass(frozen=True)
 class Forward:
-    """How the fixed point is solved for."""
+    """How the fixed point is solved for.
+
+    Attributes:
+        solver: name of a registered solver (`deqcore solvers`).
+        rtol: a sample has converged when ‖f(z) − z‖ ≤ atol + rtol·‖f(z)‖, 2-norm over its own state; "auto": what
+            the dtype can reach, at most 1e-4.
+        atol: see rtol; in units of the state.
+        max_steps: solver steps at most. The first evaluation of f comes on top.
+        check_every: steps between questions whether all samples have stopped; "auto": 1 where asking is free.
+        batch: the first axis of every leaf is the batch; false: the whole state is one system.
+        on_failure: what happens if a sample does not converge. Traced code cannot raise or warn.
+        compact: evaluate f for the samples still in work only (eager backends; needs `batched_args`).
+        options: fields of the solver's own dataclass.
+    """
 
     solver: str = setting("broyden", "the name of a registered solver")
     rtol: float | Literal["auto"] = setting("auto", "'auto' or a finite number >= 0", least=0)
@@ -51,7 +64,12 @@ class Forward:
 
 @dataclass(frozen=True)
 class Backward:
-    """How the gradient is found."""
+    """How the gradient is found.
+
+    Attributes:
+        strategy: name of a registered strategy (`deqcore strategies`).
+        options: fields of the strategy's own dataclass.
+    """
 
     strategy: str = setting("exact-ift", "the name of a registered strategy")
     options: Options = field(default=Options(), metadata=TABLE)
@@ -59,7 +77,11 @@ class Backward:
 
 @dataclass(frozen=True)
 class Plugins:
-    """What code a config file may bring along."""
+    """What code a config file may bring along.
+
+    Attributes:
+        deqfile: execute the `deqfile.py` beside the config file, which registers solvers and the like.
+    """
 
     deqfile: bool = setting(False, "true or false")
 
@@ -198,7 +220,9 @@ def read_file(path: Path) -> dict[str, object]:
     try:
         table: object = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"There is no config file {str(path)!r}.") from None
+        raise ConfigError(
+            f"There is no config file {str(path)!r} in {Path.cwd()}: name an existing TOML file."
+        ) from None
     except IsADirectoryError:
         raise ConfigError(f"{str(path)!r} is a directory, but a TOML file is expected.") from None
     except OSError as error:
@@ -211,7 +235,7 @@ def read_file(path: Path) -> dict[str, object]:
         for name in ("tool", "deqcore"):
             table = table.get(name) if isinstance(table, dict) else None
         if not isinstance(table, dict):
-            raise ConfigError(f"{str(path)!r} has no table [tool.deqcore].")
+            raise ConfigError(f"{str(path)!r} has no table [tool.deqcore]: write one, or name a deq.toml.")
     return dict(table) if isinstance(table, dict) else {}
 
 

@@ -77,6 +77,8 @@ class Solution:
         steps: solver steps per sample until it stopped changing, `(batch,)` int32.
         evaluations: evaluations of f per sample, `(batch,)` int32, without the one that records the gradient.
         state: to continue the solve, or None for strategies that do not solve (unrolled).
+        backend: whose arrays these are.
+        record: filled in by the backward pass, see `backward`; None if there is none.
     """
 
     value: Tree

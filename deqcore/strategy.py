@@ -160,7 +160,17 @@ def report(
     error: Array | None = None,
     fallback: Array | None = None,
 ) -> AdjointReport:
-    """Fill an AdjointReport for the cotangent `g` `(batch, n)`; what is not given says "not measured"."""
+    """Fill an AdjointReport; what is not given says "not measured" (or CONVERGED, for the status).
+
+    Args:
+        backend: whose arrays these are.
+        g: the cotangent `(batch, n)`.
+        status: `Status` per sample `(batch,)` int32.
+        pulls: products Jᵀv that were spent, `(batch,)` int32 or one number for all.
+        residual: ‖g + Jᵀu − u‖ / ‖g‖ `(batch,)`.
+        error: estimated relative error of u `(batch,)`.
+        fallback: which samples got something simpler `(batch,)` of bool.
+    """
     from deqcore.solution import Status
 
     xp = backend.xp

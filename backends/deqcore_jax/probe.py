@@ -35,7 +35,16 @@ from deqcore_jax.context import key
 
 
 class Probe(NamedTuple):
-    """An AdjointReport in floating-point numbers, each `(batch,)` of float32, and how often it was filled in."""
+    """An AdjointReport in floating-point numbers, each `(batch,)` of float32, and how often it was filled in.
+
+    Attributes:
+        status: as in AdjointReport.
+        pulls: likewise.
+        residual: likewise.
+        error: likewise.
+        fallback: likewise, 0 or 1.
+        runs: how often a backward pass reported.
+    """
 
     status: Any
     pulls: Any

@@ -46,7 +46,9 @@ class VariationalDropout(nn.Module):
         if not 0.0 <= p < 1.0:
             raise ConfigError.bad_value("VariationalDropout", "p", p, "a number from 0 to below 1")
         if 0 in shared:
-            raise ConfigError.bad_value("VariationalDropout", "shared", shared, "axes other than the batch, 0")
+            raise ConfigError.bad_value(
+                "VariationalDropout", "shared", shared, "numbers of axes other than the batch (axis 0)"
+            )
         self.p = p
         self.shared = shared
         self.mask: Tensor | None = None

@@ -102,7 +102,9 @@ class Profile:
         except (MissingExtraError, ConfigError):
             raise
         except FileNotFoundError:
-            raise ConfigError(f"There is no reference profile {str(path)!r}.") from None
+            raise ConfigError(
+                f"There is no reference profile {str(path)!r}: write one with monitor.profile().save(path)."
+            ) from None
         except Exception as error:
             raise ConfigError(f"The reference profile {str(path)!r} cannot be read: {error}.") from error
 

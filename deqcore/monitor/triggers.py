@@ -108,6 +108,12 @@ class Trigger:
         hold: solves that an action lasts at least.
         factor: of "tighten" (below 1; default 0.1) and "refine" (above 1; default 2).
         hook: name of the function, for "hook".
+
+    Example:
+        >>> from deqcore.monitor import Trigger
+        >>> trigger = Trigger("deq_unconverged_fraction", "> 0.05", "warn", window=50)
+        >>> trigger.metric, trigger.statistic
+        ('deq_unconverged_fraction', 'mean')
     """
 
     metric: str

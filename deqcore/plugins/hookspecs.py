@@ -29,6 +29,7 @@ from deqcore.plugins.records import (
 PROJECT: Final = "deqcore"
 hookspec: Final = pluggy.HookspecMarker(PROJECT)
 hookimpl: Final = pluggy.HookimplMarker(PROJECT)
+"""Marks a function as the implementation of the hook of its name."""
 
 
 @hookspec

@@ -43,12 +43,18 @@ class Spec:
         _check(self, "name", self.name, NAME, "letters, digits, '.', '_' and '-', such as 'my-solver'")
         _check(self, "target", self.target, TARGET, "an import string, such as 'my_package.solver:MySolver'")
         if not isinstance(self.summary, str):
-            raise PluginError(f"{type(self).__name__}({self.name!r}): summary must be a string.")
+            raise PluginError(f"{type(self).__name__}: summary = {self.summary!r}, but a string is expected.")
 
 
 @dataclass(frozen=True)
 class SolverSpec(Spec):
-    """A solver: the target is a frozen dataclass, subclass of `deqcore.Solver`."""
+    """A solver: the target is a frozen dataclass, subclass of `deqcore.Solver`.
+
+    Attributes:
+        name: what a config or a command line calls it: letters, digits, `.`, `_` and `-`.
+        target: import string, `"package.module:attribute"`, imported when its name is first used.
+        summary: one line for listings.
+    """
 
     name: str
     target: str
@@ -59,7 +65,13 @@ class SolverSpec(Spec):
 
 @dataclass(frozen=True)
 class StrategySpec(Spec):
-    """A backward strategy: a frozen dataclass, subclass of `deqcore.Strategy` or `deqcore.StepStrategy`."""
+    """A backward strategy: a frozen dataclass, subclass of `deqcore.Strategy` or `deqcore.StepStrategy`.
+
+    Attributes:
+        name: what a config or a command line calls it: letters, digits, `.`, `_` and `-`.
+        target: import string, `"package.module:attribute"`, imported when its name is first used.
+        summary: one line for listings.
+    """
 
     name: str
     target: str
@@ -73,6 +85,9 @@ class BackendSpec(Spec):
     """A backend: the target is a subclass of `deqcore.Backend`.
 
     Attributes:
+        name: what a config calls it.
+        target: import string, `"package.module:Class"`.
+        summary: one line for listings.
         package: the framework's import name, looked for before the target is imported; None if it needs none.
         extra: the extra of deqcore that installs the framework.
         array_modules: roots of the modules that define the framework's array types: `("jax", "jaxlib")`. A type that
@@ -106,7 +121,13 @@ class BackendSpec(Spec):
 
 @dataclass(frozen=True)
 class SinkSpec(Spec):
-    """A sink of the monitor: the target is a dataclass of its options, subclass of `deqcore.monitor.Sink`."""
+    """A sink of the monitor: the target is a dataclass of its options, subclass of `deqcore.monitor.Sink`.
+
+    Attributes:
+        name: what a config or a command line calls it: letters, digits, `.`, `_` and `-`.
+        target: import string, `"package.module:attribute"`, imported when its name is first used.
+        summary: one line for listings.
+    """
 
     name: str
     target: str
@@ -120,6 +141,9 @@ class TrainerSpec(Spec):
     """The training loop that a study uses on one backend.
 
     Attributes:
+        name: what it is called in listings.
+        target: import string, `"package.module:Class"`.
+        summary: one line for listings.
         backend: name of the backend it trains on.
     """
 
@@ -170,7 +194,13 @@ class ModelSpec(Spec):
 
 @dataclass(frozen=True)
 class CommandSpec(Spec):
-    """A subcommand of `deqcore`: the target is a typer app or a function with typer annotations."""
+    """A subcommand of `deqcore`: the target is a typer app or a function with typer annotations.
+
+    Attributes:
+        name: what a config or a command line calls it: letters, digits, `.`, `_` and `-`.
+        target: import string, `"package.module:attribute"`, imported when its name is first used.
+        summary: one line for listings.
+    """
 
     name: str
     target: str

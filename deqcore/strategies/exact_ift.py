@@ -32,6 +32,7 @@ class ExactIFT(Strategy):
         start: "zero" (GMRES), "cotangent" (u = g) or "reuse" (u = −Hᵀg, needs a solver with an estimate);
             "auto" is zero for GMRES and cotangent otherwise.
         options: the solver's own.
+        bound: the solver itself; deqcore fills it in.
 
     Source: Bai, Kolter & Koltun (2019), "Deep Equilibrium Models", Theorem 1; separate tolerances: docs/design.md.
 

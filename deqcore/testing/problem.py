@@ -79,7 +79,7 @@ class Problem:
         return [*walk(self.params, "params"), *walk(self.inputs, "inputs")]
 
     def direction(self) -> Tree:
-        """The cotangent."""
+        """The cotangent, or the default one."""
         if self.cotangent is not None:
             return self.cotangent
         rng = np.random.default_rng(20)

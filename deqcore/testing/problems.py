@@ -159,6 +159,10 @@ def golden(name: str) -> Golden:
 
     Raises:
         ProblemError: there is none of this name.
+
+    Example:
+        >>> golden("mlp").problem.name
+        'mlp'
     """
     if name not in FUNCTIONS:
         known = list(FUNCTIONS)

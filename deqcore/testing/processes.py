@@ -115,7 +115,7 @@ def installed(names: Sequence[str]) -> tuple[str, ...]:
             raise MissingFrameworkError.of(name, str(spec.package), spec.extra or name)
     found = tuple(names) or tuple(name for name, spec in plugins.backends().items() if _is_there(spec))
     if not found:
-        raise BackendError("No backend is installed.")
+        raise BackendError('No backend is installed: pip install "deqcore[torch]" or "deqcore[jax]".')
     return found
 
 

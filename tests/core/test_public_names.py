@@ -1,23 +1,101 @@
 """The names that users may rely on. A change here is a change of contract: it needs a line in the changelog."""
 
+import enum
 import importlib
+import inspect
+import re
 
 import pytest
 
 PUBLIC = {
     "deqcore": """AdjointReport Backend Capabilities Config History InverseJacobian Solution Solver Status StepStrategy
         Strategy __version__ errors fixed_point get_backend using vjp""",
+    "deqcore.errors": """BackendError BackendMismatchError ConfigError ConvergenceError ConvergenceWarning DeqcoreError
+        DtypeToleranceWarning LayerWarning MissingExtraError MissingFrameworkError MonitorError MonitorWarning
+        NonDeterministicWarning PluginError ProblemError StateError StrategyError UnknownNameError""",
+    "deqcore.settings": "Backward Forward Plugins",
+    "deqcore.schedule": "Ramp Schedule",
+    "deqcore.strategy": "report",
+    "deqcore.solvers.picard": "Picard",
+    "deqcore.solvers.anderson": "Anderson",
+    "deqcore.solvers.broyden": "Broyden",
+    "deqcore.solvers.newton_krylov": "NewtonKrylov",
+    "deqcore.strategies.exact_ift": "ExactIFT",
+    "deqcore.strategies.broyden_reuse": "BroydenReuse",
+    "deqcore.strategies.jacobian_free": "JacobianFree",
+    "deqcore.strategies.neumann": "Neumann",
+    "deqcore.strategies.phantom": "Phantom",
+    "deqcore.strategies.unrolled": "Unrolled",
     "deqcore.plugins": """BackendSpec CommandSpec DataSpec ModelSpec SinkSpec SolverSpec StrategySpec TrainerSpec
         hookimpl register""",
-    "deqcore.schedule": "Ramp Schedule",
+    "deqcore.diagnostics": "Audit Curve Spectrum gradient_audit jacobian_penalty residual_curve spectral_radius",
+    "deqcore.monitor": "Event Metric Metrics Monitor Probe Profile Record Row Run Sink Trigger",
+    "deqcore.monitor.adapters": "lightning_callback transformers_callback",
+    "deqcore.testing": "BackendTests Problem SinkTests SolverTests StrategyTests golden weights",
+    "deqcore.testing.strict": "StrictError register",
+    "deqcore.testing.pytest_gradients": "check_gradients",
+    "deqcore.study.models": "Model",
+    "deqcore.study.models.base": "Ops Shape",
+    "deqcore.study.data": "Dataset",
+    "deqcore.study.data.base": "Split",
+    "deqcore_torch.nn": "DEQ",
+    "deqcore_torch.cells": "MonotoneCell VariationalDropout begin_solve",
+    "deqcore_torch.compat.torchdeq": "get_deq",
+    "deqcore_jax.nnx": "DEQ",
+    "deqcore_jax.equinox": "DEQ",
+    "deqcore_jax.probe": "Probe new read reporting",
+    "deqcore_jax.collector": "collecting observe observe_backward",
 }
+NAMES = [(home, name) for home, names in PUBLIC.items() for name in names.split()]
+FRAMEWORKS = {
+    "deqcore_torch": "torch",
+    "deqcore_jax": "jax",
+    "deqcore_jax.nnx": "flax",
+    "deqcore_jax.equinox": "equinox",
+}
+# An alias of types, a version, a marker that pluggy makes, and plain records need no sections.
+NO_DOCSTRING = {"Record", "__version__", "hookimpl", "errors"}
+# What a user calls without being an author of plugins: it shows how.
+EXAMPLES = [
+    "fixed_point",
+    "vjp",
+    "using",
+    "Config",
+    "gradient_audit",
+    "residual_curve",
+    "spectral_radius",
+    "jacobian_penalty",
+    "Schedule",
+    "Metrics",
+    "Problem",
+    "Picard",
+    "Anderson",
+    "Broyden",
+    "NewtonKrylov",
+    "ExactIFT",
+    "BroydenReuse",
+    "JacobianFree",
+    "Neumann",
+    "Phantom",
+    "Unrolled",
+    "DEQ",
+    "Monitor",
+    "Trigger",
+    "golden",
+    "get_deq",
+]
 
 
-@pytest.mark.parametrize("module", list(PUBLIC))
-def test_public_names_are_there(module):
-    found = importlib.import_module(module)
-    for name in PUBLIC[module].split():
-        assert getattr(found, name) is not None
+def load(home, name):
+    for module in (home, home.split(".")[0]):
+        if module in FRAMEWORKS:
+            pytest.importorskip(FRAMEWORKS[module])
+    return getattr(importlib.import_module(home), name)
+
+
+@pytest.mark.parametrize(("home", "name"), NAMES)
+def test_public_names_are_there(home, name):
+    assert load(home, name) is not None
 
 
 def test_deqcore_offers_these_names_and_no_others():
@@ -25,3 +103,87 @@ def test_deqcore_offers_these_names_and_no_others():
 
     assert sorted(deqcore.__all__) == sorted(PUBLIC["deqcore"].split())
     assert set(deqcore.__all__) <= set(dir(deqcore))
+
+
+@pytest.mark.parametrize(
+    "home", ["deqcore.diagnostics", "deqcore.monitor", "deqcore.monitor.adapters", "deqcore.testing"]
+)
+def test_modules_with_a_list_of_names_offer_these_and_no_others(home):
+    assert sorted(importlib.import_module(home).__all__) == sorted(PUBLIC[home].split())
+
+
+def callables(home, name):
+    """A function, or a class with its own public methods (conformance tests are named by their claims)."""
+    found = load(home, name)
+    if inspect.isclass(found):
+        yield name, found
+        for each, member in vars(found).items():
+            inherited = any(hasattr(base, each) for base in found.__mro__[1:])
+            if not each.startswith(("_", "test_")) and inspect.isfunction(member) and not inherited:
+                yield f"{name}.{each}", member
+    elif callable(found):
+        yield name, found
+
+
+def parameters(found):
+    """Names of the parameters that need words."""
+    if inspect.isclass(found):
+        if issubclass(found, BaseException | enum.Enum) or getattr(found, "_is_protocol", False):
+            return []
+        if found.__init__ is object.__init__ and not hasattr(found, "_fields"):
+            return []
+        found = found.__init__ if found.__init__ is not object.__init__ else found  # a metaclass may hide it
+    names = inspect.signature(found).parameters
+    return [each for each in names if each not in ("self", "cls", "unknown")]
+
+
+def lacking(label, found):
+    """What a docstring does not say."""
+    text = inspect.getdoc(found) or ""
+    if len(text.split()) < 2:
+        yield "has no docstring"
+    taken = parameters(found)
+    whole = "." not in label  # a method of one or two arguments may explain them in its sentence
+    if whole and len(taken) > 1 and not re.search(r"^(Args|Attributes):", text, re.M):
+        yield "has no section Args or Attributes"
+    if whole and len(taken) > 1:
+        missing = [each for each in taken if not re.search(rf"^\s+\*{{0,2}}{each}\b|, {each}[:,]|`{each}`", text, re.M)]
+        if missing:
+            yield f"says nothing of {missing}"
+    raised = set(re.findall(r"raise (\w+Error)\b", source(found))) - {"NotImplementedError"}
+    if raised and inspect.isfunction(found) and not re.search(r"^Raises:", text, re.M):
+        yield f"raises {sorted(raised)} and does not say so"
+
+
+def source(found):
+    try:
+        return inspect.getsource(inspect.unwrap(found))
+    except (OSError, TypeError):
+        return ""
+
+
+@pytest.mark.parametrize(("home", "name"), NAMES)
+def test_public_names_have_docstrings_with_their_sections(home, name):
+    if name in NO_DOCSTRING:
+        return
+    found = [f"{label} {each}" for label, made in callables(home, name) for each in lacking(label, made)]
+    assert not found, "\n".join(found)
+
+
+def test_a_docstring_without_its_sections_is_found():
+    def bad(first, second):
+        """Do it."""
+        raise ValueError(first, second)
+
+    assert list(lacking("bad", bad)) == [
+        "has no section Args or Attributes",
+        "says nothing of ['first', 'second']",
+        "raises ['ValueError'] and does not say so",
+    ]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_what_a_user_calls_has_an_example(name):
+    for home, each in NAMES:
+        if each == name:
+            assert re.search(r"^Examples?:", inspect.getdoc(load(home, each)) or "", re.M), f"{home}.{name}"

@@ -51,7 +51,9 @@ def _dataset(choice: DataChoice, found: dict[str, NDArray[Any]]) -> Dataset:
         raise DataError(f"{choice.path!r} holds {listing(found)}, but x_train and y_train are expected.")
     x, y = _inputs(found["x_train"]), _targets(found["y_train"], choice.path)
     if len(x) != len(y):
-        raise DataError(f"{choice.path!r}: x_train has {len(x)} samples, y_train {len(y)}.")
+        raise DataError(
+            f"{choice.path!r}: x_train has {len(x)} samples, y_train {len(y)}, but equal numbers are expected."
+        )
     given = {part: _given(found, part, choice.path) for part in ("validation", "test")}
     shares = tuple(0.0 if given[part] else SHARE for part in ("validation", "test"))
     train, validation, test = split_by_class(x, y, (shares[0], shares[1]))

@@ -22,7 +22,12 @@ class DataError(DeqcoreError, ValueError):
 
 @dataclass(frozen=True)
 class Split:
-    """Inputs `(samples, …)` and targets `(samples,)`, or `(samples, length)` for tokens."""
+    """One part of a data set.
+
+    Attributes:
+        x: inputs `(samples, …)`, floating-point, or integers for tokens.
+        y: targets, integers `(samples,)`, or `(samples, length)` for tokens.
+    """
 
     x: NDArray[Any]
     y: NDArray[np.int64]
@@ -67,7 +72,7 @@ class Dataset:
                     f"{len(self.classes) - 1}, the number of a class."
                 )
             if np.issubdtype(split.x.dtype, np.floating) and not np.isfinite(split.x).all():
-                raise DataError(f"The {part} part of {self.name!r} has NaN or infinite inputs.")
+                raise DataError(f"The {part} part of {self.name!r} has NaN or infinite inputs: remove or replace them.")
         absent = sorted(set(range(len(self.classes))) - set(np.unique(self.train.y).tolist()))
         if absent and self.kind != "tokens":
             names = listing(self.classes[number] for number in absent)

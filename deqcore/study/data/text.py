@@ -53,7 +53,7 @@ def _tokens(path: Path, level: str) -> list[str]:
         raise DataError(f"{str(path)!r} cannot be read as UTF-8 text: {error}.") from error
     found = list(text) if level == "char" else text.split()
     if not found:
-        raise DataError(f"The text {str(path)!r} is empty.")
+        raise DataError(f"The text {str(path)!r} is empty: name a file with text in it.")
     return found
 
 

@@ -70,6 +70,10 @@ class Model(ABC):
         accepts: the kinds of input it can be built for.
         equilibrium: False for an explicit network, which is `cell` applied `depth` times to zero.
         depth: of an explicit network.
+
+    Args:
+        shape: of the data that it is built for.
+        width: of the state: features, or channels.
     """
 
     accepts: ClassVar[tuple[Kind, ...]]

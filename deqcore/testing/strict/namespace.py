@@ -198,7 +198,9 @@ class Namespace(SimpleNamespace):
         if name in DTYPES:
             return getattr(np, name)
         if name in DYNAMIC:
-            raise StrictError(f"xp.{name} has a result whose shape depends on values: tracing cannot know it.")
+            raise StrictError(
+                f"xp.{name} has a result whose shape depends on values, which tracing does not know: use xp.where."
+            )
         if name == "asarray":
             raise StrictError("xp.asarray loses the device: use backend.asarray(a, like=z).")
         if name not in NAMES:
@@ -211,7 +213,9 @@ class Linalg(SimpleNamespace):
 
     def __getattr__(self, name: str) -> Any:
         if name not in LINALG:
-            raise StrictError(f"xp.linalg.{name} is no function of the array API standard.")
+            raise StrictError(
+                f"xp.linalg.{name} is no function of the array API standard: other frameworks may lack it."
+            )
         return _strict(getattr(np.linalg, name))
 
 

@@ -1,0 +1,70 @@
+"""Pages that commands write are what the commands write now, and the reference has every public name."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from deqcore.errors import DeqcoreError
+
+ROOT = Path(__file__).resolve().parents[2]
+REFERENCE = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "reference").glob("*.md"))
+
+
+def tool(name: str):
+    spec = importlib.util.spec_from_file_location(f"docs_tools_{name}", ROOT / "docs" / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # a dataclass looks its module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def public():
+    spec = importlib.util.spec_from_file_location("public", ROOT / "tests" / "core" / "test_public_names.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return [(home, name) for home, names in module.PUBLIC.items() for name in names.split()]
+
+
+def test_errors_md_is_true_to_the_code():
+    errors = tool("errors")
+    assert errors.PAGE.read_text(encoding="utf-8") == errors.render(errors.collect()), "python docs/tools/errors.py"
+
+
+def test_commands_md_is_true_to_the_code():
+    commands = tool("commands")
+    assert commands.PAGE.read_text(encoding="utf-8") == commands.render(), "python docs/tools/commands.py"
+
+
+def test_every_error_class_is_found_with_its_messages():
+    found = tool("errors").collect()
+    from deqcore import errors
+
+    classes = {name for name, each in vars(errors).items() if isinstance(each, type) and issubclass(each, Exception)}
+    assert classes <= set(found)
+    (template,) = [text for text in found["UnknownNameError"].messages if "No {kind} is registered" in text]
+    assert "deqcore plugins" in template
+    assert any("ends" in text or "summarize" in text for text in found["ConvergenceError"].messages)
+
+
+def test_every_message_says_more_than_that_it_failed():
+    """A remedy cannot be tested for; that a message has a sentence and shows what was given can."""
+    for kind in tool("errors").collect().values():
+        for text in kind.messages:
+            assert len(re.findall(r"\w+", text)) >= 4, f"{kind.name}: {text}"
+    with pytest.raises(DeqcoreError, match=r"nowhere\.toml"):
+        from deqcore import Config
+
+        Config.load("nowhere.toml")
+
+
+@pytest.mark.parametrize(("home", "name"), public(), ids=lambda each: each)
+def test_the_reference_has_every_public_name(home, name):
+    if name in ("__version__", "errors", "hookimpl") or home == "deqcore.errors":
+        return
+    shown = {f"::: {home}.{name}", f"::: {home}"} | {f"::: {home.rpartition('.')[0]}.{name}"}
+    assert shown & set(REFERENCE.splitlines()), f"docs/reference has no line '::: {home}.{name}'"
