@@ -164,6 +164,9 @@ class DataSpec(Spec):
     """Data for studies: the target is a function `DataChoice -> Dataset`, see `deqcore.study.data`.
 
     Attributes:
+        name: what a study calls it.
+        target: import string, `"package.module:attribute"`.
+        summary: one line for listings.
         gives: the kind of its inputs, "vector", "image" or "tokens", if it is always the same one: then models that
             do not take it are left out of the grid, and a study without a model that does is an error at its start.
     """
