@@ -186,7 +186,13 @@ class DataSpec(Spec):
 
 @dataclass(frozen=True)
 class ModelSpec(Spec):
-    """A model for studies: the target is a subclass of `deqcore.study.models.Model`."""
+    """A model for studies: the target is a subclass of `deqcore.study.models.Model`.
+
+    Attributes:
+        name: what a study calls it.
+        target: import string, `"package.module:Class"`.
+        summary: one line for listings.
+    """
 
     name: str
     target: str
