@@ -30,6 +30,8 @@ class Audit:
         reported: the relative error that the strategy estimated, per sample; NaN where it gives none.
         exact_pulls: that the reference spent, per sample.
         exact_residual: relative adjoint residual of the reference, per sample: what is above it in `error` is real.
+        coupling: how much of Jᵀu of one sample lands in the others; 0 where f treats each sample alone. Anything else
+            makes all gradients above wrong, the reference too: set ``forward.batch = false``.
     """
 
     rows: Any
@@ -42,15 +44,18 @@ class Audit:
     reported: Any
     exact_pulls: Any
     exact_residual: Any
+    coupling: float
 
     def summary(self) -> str:
         """One line for people."""
         if not len(self.rows):
             return "The batch is empty."
+        warning = f"; f COUPLES THE SAMPLES ({self.coupling:.2g}): set forward.batch = false" if self.coupling else ""
         return (
             f"gradient of {len(self.rows)} samples against the exact one: cosine {np.min(self.cosine):.4f} (worst), "
             f"norm ratio {np.min(self.norm_ratio):.3g} to {np.max(self.norm_ratio):.3g}, {np.nanmax(self.error):.2g} "
-            f"relative error (worst); the audit itself cost one solve and {int(np.max(self.exact_pulls))} pulls"
+            f"relative error (worst); the audit itself cost one solve and {int(np.max(self.exact_pulls)) + 1} pulls"
+            f"{warning}"
         )
 
 
@@ -68,8 +73,9 @@ def gradient_audit(
     """Compare the configured strategy's gradient with the exact one, on a sample of the batch.
 
     Cost: one forward solve, the strategy's own backward pass, and one GMRES solve to rounding (`exact_pulls`
-    vector–Jacobian products, as many vectors of memory), all for the audited samples only. In training, every few
-    hundred steps on four samples is cheap and enough to see a gradient go wrong. Not for traced code.
+    vector–Jacobian products, as many vectors of memory), all for the audited samples only, and one product more to see
+    whether f couples them. In training, every few hundred steps on four samples is cheap and enough to see a gradient
+    go wrong. Not for traced code.
 
     Args:
         f: as in `fixed_point`.
@@ -126,6 +132,7 @@ def gradient_audit(
         reported=unknown if report is None else backend.to_numpy(report.error).astype(np.float64),
         exact_pulls=pulls,
         exact_residual=residual,
+        coupling=routed.coupling(plan, raveled, args, forward),
     )
 
 

@@ -76,6 +76,21 @@ def by_reference(
     return routed, relative, backend.to_numpy(found.products)
 
 
+def coupling(plan: Plan, f: Callable[..., Array], args: tuple[Any, ...], forward: Forward) -> float:
+    """How much of Jᵀu lands in other samples than the one that u is in, in norms: 0 where f treats each alone."""
+    backend, (batch, n) = plan.backend, forward.z.shape
+    if batch < 2:
+        return 0.0
+    probe = np.zeros((batch, n))
+    probe[0] = np.random.default_rng(0).standard_normal(n)
+    _, pull = backend.linearize(lambda z: f(z, *args), forward.z)
+    with backend.quiet():
+        found = backend.to_numpy(pull(backend.asarray(probe, like=forward.z)))
+    found = found.astype(np.float64)
+    whole = float(np.linalg.norm(found))
+    return float(np.linalg.norm(found[1:])) / whole if whole > 0 else 0.0
+
+
 def _gradients(plan: Plan, f: Callable[..., Array], args: tuple[Any, ...], u: Array, z: Array) -> tuple[Any, ...]:
     """(∂f/∂args)ᵀ u by one recorded evaluation of f."""
     if not args:

@@ -127,6 +127,20 @@ def test_zero_cotangent_nan_and_an_empty_batch(be, problem):
     assert nothing.summary() == "The batch is empty."
 
 
+def test_an_f_that_couples_the_samples_is_found_out(every):
+    settings = {"cotangent": every.asarray(np.ones((3, 2))), "backward__strategy": "exact-ift"}
+    zero = every.asarray(np.zeros((3, 2)))
+    alone = gradient_audit(lambda z: 0.5 * z + 1, zero, **settings)
+    assert alone.coupling == 0
+    assert "COUPLES" not in alone.summary()
+    # Centred over the batch: two thirds of a unit stay, a third of it goes to each of the two others.
+    mixed = gradient_audit(lambda z: 0.5 * (z - every.xp.mean(z, axis=0)) + 1, zero, **settings)
+    assert mixed.coupling == pytest.approx(np.sqrt(2 / 9 / (4 / 9 + 2 / 9)))
+    assert "forward.batch = false" in mixed.summary()
+    whole = gradient_audit(lambda z: 0.5 * (z - every.xp.mean(z, axis=0)) + 1, zero, forward__batch=False, **settings)
+    assert whole.coupling == 0
+
+
 def test_bad_input():
     f, z = (lambda z: 0.5 * z), np.zeros((2, 2))
     with pytest.raises(ConfigError, match="samples = 0"):
