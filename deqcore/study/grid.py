@@ -14,7 +14,7 @@ from deqcore import plugins
 from deqcore.config import Config
 from deqcore.errors import ConfigError, StrategyError, UnknownNameError
 from deqcore.study.models import find
-from deqcore.study.settings import DataChoice, ModelChoice, SolverChoice, StrategyChoice, Study, Table, Training
+from deqcore.study.settings import DataChoice, Drift, ModelChoice, SolverChoice, StrategyChoice, Study, Table, Training
 
 FORMAT: Final = 1  # of a cell's files; raised when old results cannot be read, or would come out differently
 EXPLICIT: Final = "explicit"
@@ -42,11 +42,17 @@ class Cell:
     max_steps: int
     training: Training
     own: Own = field(default=Own())
+    drift: Drift = field(default=Drift())
 
     @property
     def explicit(self) -> bool:
         """Whether the model has no equilibrium, so that no solver and no strategy is used."""
         return self.strategy.name == EXPLICIT
+
+    @property
+    def epochs(self) -> int:
+        """Of all rounds together."""
+        return self.training.epochs * self.drift.rounds
 
     @property
     def key(self) -> str:
@@ -82,7 +88,8 @@ class Cell:
         tables = ("data", "model", "solver", "strategy", "training")
         plain: dict[str, Any] = {name: getattr(self, name).model_dump() for name in tables}
         numbers = {name: getattr(self, name) for name in ("backend", "rtol", "seed", "max_steps")}
-        return plain | numbers | {"own": asdict(self.own)}
+        plain |= numbers | {"own": asdict(self.own)}
+        return plain | {"drift": self.drift.model_dump()} if self.drift.rounds > 1 else plain
 
     @classmethod
     def of(cls, plain: dict[str, Any]) -> Cell:
@@ -96,7 +103,8 @@ class Cell:
         }
         read: dict[str, Any] = {name: table.model_validate(plain[name]) for name, table in tables.items()}
         numbers = {name: plain[name] for name in ("backend", "rtol", "seed", "max_steps")}
-        return cls(**read, **numbers, own=Own(**plain["own"]))
+        drift = Drift.model_validate(plain.get("drift", {}))
+        return cls(**read, **numbers, own=Own(**plain["own"]), drift=drift)
 
 
 def cells(study: Study, own: Own, backends: tuple[str, ...]) -> list[Cell]:
@@ -132,6 +140,7 @@ def _of_seed(study: Study, own: Own, backends: tuple[str, ...], seed: int) -> It
             "max_steps": study.max_steps,
             "training": study.training,
             "own": own,
+            "drift": study.drift,
         }
         if not find(model.name, own.model).equilibrium:
             explicit = StrategyChoice(name=EXPLICIT)

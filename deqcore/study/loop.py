@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from deqcore.config import Config
 from deqcore.study import store
 from deqcore.study.data.base import Dataset, Split
+from deqcore.study.data.drift import drifted
 from deqcore.study.grid import Cell
 from deqcore.study.memory import PeakMemory
 from deqcore.study.models import find
@@ -81,14 +82,16 @@ def batches(cell: Cell, size: int, epoch: int) -> NDArray[np.int64]:
 
 
 def rate(cell: Cell, step: int, steps: int) -> float:
-    """Learning rate of a step: from the full rate to zero along a cosine."""
-    return cell.training.rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+    """Learning rate of a step: in each round from the full rate to zero along a cosine."""
+    each = steps // cell.drift.rounds
+    return cell.training.rate * 0.5 * (1 + math.cos(math.pi * (step % each) / each))
 
 
 def audited(cell: Cell, epoch: int) -> bool:
-    """Whether the gradient is looked at before this epoch: `audits` times, evenly, the first time at the start."""
-    audits = min(cell.training.audits, cell.training.epochs)
-    return audits > 0 and epoch in {round(i * cell.training.epochs / audits) for i in range(audits)}
+    """Whether the gradient is looked at before this epoch: `audits` times a round, evenly, first at its start."""
+    epochs = cell.training.epochs
+    audits = min(cell.training.audits, epochs)
+    return audits > 0 and epoch % epochs in {round(i * epochs / audits) for i in range(audits)}
 
 
 def exact(cell: Cell) -> Config:
@@ -113,6 +116,7 @@ class Training:
 
     def __init__(self, cell: Cell, data: Dataset, trainer: Callable[..., Trainer], folder: Path, tell: Tell) -> None:
         self.cell, self.data, self.folder, self.tell = cell, data, folder, tell
+        self.start = data  # before any drift
         model, weights = initial_weights(cell, data)
         if data.kind not in model.accepts:
             raise CellFailure(
@@ -130,6 +134,7 @@ class Training:
             "best": None,
             "best_epoch": 0,
             "peak": 0,
+            "rounds": [],
         }
 
     def run(self) -> dict[str, Any]:
@@ -140,16 +145,30 @@ class Training:
         """
         self._resume()
         self._warm_up()
-        for epoch in range(self.history["epochs"], self.cell.training.epochs):
+        for epoch in range(self.history["epochs"], self.cell.epochs):
+            self._begin(epoch)
             self._audit(epoch)
             self._epoch(epoch)
             self._validate(epoch)
             self.history["epochs"] = epoch + 1
+            if (epoch + 1) % self.cell.training.epochs == 0:
+                self._end_round()
             tensors = {**self.trainer.save(), **{f"best.{name}": value for name, value in self.best.items()}}
             store.write_progress(self.folder, tensors, self.history)
+        return self._result()
+
+    def _begin(self, epoch: int) -> None:
+        """Take the data of this epoch's round; at the start of a round, forget which epoch was the best."""
+        number, inside = divmod(epoch, self.cell.training.epochs)
+        self.data = drifted(self.start, number * self.cell.drift.amount)
+        if inside == 0:
+            self.history["best"] = None
+
+    def _end_round(self) -> None:
+        """Go back to the round's best epoch, and look at the test data once."""
         self.trainer.restore(self.trainer.save() | self.best)
         loss, accuracy = self._evaluate(self.data.test)
-        return self._result(loss, accuracy)
+        self.history["rounds"].append({"test_loss": _number(loss), "test_accuracy": accuracy})
 
     def measure(self, steps: int) -> dict[str, Any]:
         """Time steps with nothing else running, at the weights of the start and at the latest ones; changes nothing.
@@ -167,14 +186,15 @@ class Training:
             self._resume()
         columns = {part: [getattr(step, part) for step in taken] for part in PARTS}
         found = times(columns)
-        found["training"] *= len(rows) * self.cell.training.epochs / len(taken)
+        found["training"] *= len(rows) * self.cell.epochs / len(taken)
         return {"warm_up": self.warm_up, "times": found}
 
     def _resume(self) -> None:
         found = store.read_progress(self.folder)
         if found is None:
             return
-        tensors, self.history = found
+        tensors, history = found
+        self.history |= history
         self.trainer.restore({name: value for name, value in tensors.items() if not name.startswith("best.")})
         self.best = {name.removeprefix("best."): v for name, v in tensors.items() if name.startswith("best.")}
 
@@ -189,7 +209,7 @@ class Training:
 
     def _epoch(self, epoch: int) -> None:
         rows = batches(self.cell, len(self.data.train), epoch)
-        steps = len(rows) * self.cell.training.epochs
+        steps = len(rows) * self.cell.epochs
         memory = PeakMemory()
         self.trainer.reset_peak()
         for i, chosen in enumerate(rows):
@@ -261,14 +281,14 @@ class Training:
         right = np.take_along_axis(scores, split.y[..., None], axis=-1)
         return float(-right.mean()), float((scores.argmax(-1) == split.y).mean())
 
-    def _result(self, loss: float, accuracy: float) -> dict[str, Any]:
-        history = self.history
+    def _result(self) -> dict[str, Any]:
+        history, last = self.history, self.history["rounds"][-1]
         columns = {name: [row[name] for row in history["steps"]] for name in history["steps"][0]}
         return {
             "status": "ok",
             "cell": self.cell.as_dict(),
-            "test_accuracy": accuracy,
-            "test_loss": _number(loss),
+            **last,
+            "rounds": history["rounds"],
             "best_epoch": history["best_epoch"],
             "parameters": self.parameters,
             "test_samples": int(self.data.test.y.size),

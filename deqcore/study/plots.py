@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from deqcore.study.rounds import accumulations
 from deqcore.study.summary import Row
 
 PALETTE: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
@@ -28,6 +29,7 @@ def plots(rows: Sequence[Row]) -> dict[str, str]:
         "plot_certificate": _certificate,
         "plot_radius": _radius,
         "plot_memory": _memory,
+        "plot_rounds": _rounds,
     }
     drawn = {word: _draw(word, draw, trained) for word, draw in made.items() if trained}
     return {word: svg for word, svg in drawn.items() if svg}
@@ -150,6 +152,24 @@ def _memory(axes: Any, rows: Sequence[Row]) -> bool:
     axes.invert_yaxis()
     axes.set(xlabel="MB")
     return True
+
+
+def _rounds(axes: Any, rows: Sequence[Row]) -> bool:
+    found = [each for each in accumulations(rows) if each.gap]
+    for each, colour in zip(found[:MANY], PALETTE[1:] + PALETTE[:1], strict=False):
+        gap = each.gap or ()
+        numbers = np.arange(1, len(gap) + 1)
+        axes.plot(numbers, [100 * value.mean for value in gap], "o-", ms=3, color=colour, label=name(each.row, rows))
+        ends = [(value.low, value.high) for value in gap if value.low is not None and value.high is not None]
+        if len(ends) == len(gap):
+            low, high = 100 * np.transpose(ends)
+            axes.fill_between(numbers, low, high, color=colour, alpha=0.15, lw=0)
+        axes.set_xticks(numbers)
+    axes.axhline(0.0, color="#666666", lw=0.8, ls=":")
+    axes.set(xlabel="round", ylabel="points")
+    if found:
+        axes.legend(frameon=False)
+    return bool(found)
 
 
 def _audits(axes: Any, rows: Sequence[Row], metrics: Sequence[str]) -> bool:

@@ -12,7 +12,8 @@ from typing import Any
 from deqcore.study import store, table
 from deqcore.study.answer import Answer, answers
 from deqcore.study.gates import Verdict, judge
-from deqcore.study.plots import plots
+from deqcore.study.plots import name, plots
+from deqcore.study.rounds import Accumulation, accumulations
 from deqcore.study.settings import Cost, Study
 from deqcore.study.summary import METRICS, Interval, Row, rows
 from deqcore.study.words import LANGUAGES, say
@@ -32,7 +33,7 @@ def write(root: Path, study: Study, results: Sequence[Mapping[str, Any]], about:
     """
     found = rows(results)
     verdict = judge(found, study.gates)
-    summary = [_summary(row) for row in found]
+    summary = [_summary(row, found) for row in found]
     judged = [gate.as_dict() for gate in verdict.gates]
     content = {**about, "settings": study.model_dump(), "summary": summary, "gates": judged, "cells": list(results)}
     store.write_json(root / "results.json", content)
@@ -61,6 +62,7 @@ def page(study: Study, found: Sequence[Row], verdict: Verdict, about: Mapping[st
         header=header,
         lines=lines,
         labels=len(header) - len(table.COLUMNS),
+        rounds=[_round(each, found, study.language) for each in accumulations(found)],
         plots=[{"title": words[word], "svg": svg} for word, svg in plots(found).items()],
         command=about["command"],
         machine=_flat(about["machine"]),
@@ -95,6 +97,22 @@ def _told(answer: Answer, study: Study) -> dict[str, object]:
     return {"head": head, "sentences": sentences + _money(answer, study.cost, language), "warnings": warnings}
 
 
+def _round(found: Accumulation, rows: Sequence[Row], language: str) -> dict[str, Any]:
+    """A line of the table of rounds, and what it says."""
+    row = found.row
+    gaps = found.gap or (None,) * len(found.accuracy)
+    values = [table.percent(value) + _gap(gap) for value, gap in zip(found.accuracy, gaps, strict=True)]
+    heads = [say(language, "round", number=number) for number in range(1, len(values) + 1)]
+    word = "builds_up" if found.builds_up else "no_build_up"
+    told = "" if found.builds_up is None else say(language, word, strategy=row.label, solver=row.solver)
+    growth = _bracketed(found.growth, 100.0, 2, signed=True)
+    return {"label": name(row, rows), "heads": heads, "values": [*values, growth], "told": told}
+
+
+def _gap(value: Interval | None) -> str:
+    return "" if value is None else f" ({100 * value.mean:+.2f})".replace("-", "−")
+
+
 def _money(answer: Answer, cost: Cost, language: str) -> list[str]:
     bill = answer.bill
     if bill is None:
@@ -123,10 +141,17 @@ def _bracketed(value: Interval | None, scale: float, digits: int, *, signed: boo
     return f"{text} {ends.replace('-', '−')}"
 
 
-def _summary(row: Row) -> dict[str, Any]:
+def _summary(row: Row, found: Sequence[Row]) -> dict[str, Any]:
     metrics = {name: row.metric(name) for name in METRICS} if row.results else {}
     numbers = {name: None if value is None else asdict(value) for name, value in metrics.items()}
-    return {**table.identity(row), "seeds": list(row.results), "failures": dict(row.failures), "metrics": numbers}
+    rounds = [each.as_dict() for each in accumulations(found) if each.row is row]
+    told: dict[str, Any] = {
+        **table.identity(row),
+        "seeds": list(row.results),
+        "failures": dict(row.failures),
+        "metrics": numbers,
+    }
+    return told | ({"rounds": rounds[0]} if rounds else {})
 
 
 def _flat(machine: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -112,6 +112,18 @@ class Training(Table):
     threads: int = Field(default=1, ge=1)
 
 
+class Drift(Table):
+    """Retraining: the weights are kept, and trained again on data that has drifted a little further.
+
+    Attributes:
+        rounds: trainings in a row, each of `training.epochs`; 1 is a single training, without drift.
+        amount: of drift from one round to the next, see `deqcore.study.data.drift`.
+    """
+
+    rounds: int = Field(default=1, ge=1)
+    amount: float = Field(default=0.1, ge=0, le=10)
+
+
 class Cost(Table):
     """What the machine costs.
 
@@ -180,6 +192,7 @@ class Study(Table):
     max_steps: int = Field(default=40, ge=1)
     language: Literal["en", "ja"] = "en"
     training: Training = Training()
+    drift: Drift = Drift()
     cost: Cost = Cost()
     gates: Annotated[tuple[Gate, ...], BeforeValidator(_listed)] = ()
 
@@ -225,6 +238,7 @@ def _known(path: list[int | str]) -> list[str]:
         "strategies": StrategyChoice,
         "data": DataChoice,
         "training": Training,
+        "drift": Drift,
         "cost": Cost,
         "gates": Gate,
     }

@@ -100,7 +100,7 @@ class Store:
     def epochs(self, cell: Cell) -> int:
         """Epochs of a cell that need not be done again."""
         if self.result(cell) is not None:
-            return cell.training.epochs
+            return cell.epochs
         found = read_progress(self.folder(cell))
         return 0 if found is None else int(found[1]["epochs"])
 

@@ -27,6 +27,7 @@ EN: Final = {
     "gates": "Gates",
     "stage": "stage",
     "criterion": "criterion",
+    "strategy": "strategy",
     "measured": "measured",
     "verdict": "verdict",
     "go": "go",
@@ -34,6 +35,14 @@ EN: Final = {
     "go_all": "Go: every gate is passed.",
     "go_until": "Go for {passed}; no-go from {stage} on: {why}.",
     "no_go_first": "No-go: {stage} is not passed: {why}.",
+    "rounds": "Retraining under drift",
+    "round": "round {number}",
+    "growth": "first to last",
+    "rounds_note": "Test accuracy in % after each retraining on data that drifted further; in brackets the difference "
+    "from exact gradients in points, paired over seeds; last column: how that difference changes from the first round "
+    "to the last.",
+    "builds_up": "{strategy} with {solver}: what it loses against exact gradients builds up from round to round.",
+    "no_build_up": "{strategy} with {solver}: no build-up of its error is shown.",
     "results": "Results",
     "table_note": "Times are medians of a step; f and pulls are what a batch pays for (its slowest sample), averaged "
     "over steps; ± is half of the 95 % interval over seeds. Peak memory is that of the process (or the device) while "
@@ -45,6 +54,7 @@ EN: Final = {
     "plot_certificate": "Measured adjoint residual over training",
     "plot_radius": "Spectral radius of the Jacobian (median and largest sample)",
     "plot_memory": "Peak memory",
+    "plot_rounds": "Difference from exact gradients over rounds of retraining",
     "configuration": "Settings",
     "machine": "Machine and versions",
     "again": "To reproduce",
@@ -73,6 +83,7 @@ JA: Final = {
     "gates": "段階ごとの判定",
     "stage": "段階",
     "criterion": "基準",
+    "strategy": "手法",
     "measured": "実測値",
     "verdict": "判定",
     "go": "可",
@@ -80,6 +91,13 @@ JA: Final = {
     "go_all": "可：すべての基準を満たしています。",
     "go_until": "{passed} までは可、{stage} からは不可：{why}。",
     "no_go_first": "不可：{stage} の基準を満たしていません：{why}。",
+    "rounds": "ドリフト下の再学習",
+    "round": "第 {number} 回",
+    "growth": "初回から最終回",
+    "rounds_note": "データが少しずつ変化する中で再学習した後のテスト精度（%）。括弧内は厳密な勾配との差（ポイント、"
+    "種ごとに対応づけ）。最後の列はその差の初回から最終回への変化です。",
+    "builds_up": "{strategy}（{solver}）：厳密な勾配との差が回を追って蓄積しています。",
+    "no_build_up": "{strategy}（{solver}）：誤差の蓄積は認められません。",
     "results": "結果",
     "table_note": "時間は 1 ステップの中央値。f と pulls はバッチ中で最も遅い標本の回数の平均。± は種に対する 95 % "
     "信頼区間の半幅。最大メモリは学習中のプロセス（またはデバイス）のものです。",
@@ -90,6 +108,7 @@ JA: Final = {
     "plot_certificate": "学習中に測った随伴残差",
     "plot_radius": "ヤコビ行列のスペクトル半径（中央値と最大）",
     "plot_memory": "最大メモリ",
+    "plot_rounds": "再学習の回ごとの厳密な勾配との差",
     "configuration": "設定",
     "machine": "計算機とバージョン",
     "again": "再現方法",

@@ -17,6 +17,7 @@ from deqcore.study import report, table
 from deqcore.study.answer import answers, bill
 from deqcore.study.gates import judge
 from deqcore.study.grid import Cell, Own, cells
+from deqcore.study.rounds import accumulations
 from deqcore.study.settings import Cost, Study, read
 from deqcore.study.summary import Interval, reference, rows
 from deqcore.study.words import EN, JA
@@ -195,6 +196,52 @@ def test_the_files_hold_what_the_results_say(tmp_path: Path):
     expected = f"{100 * np.mean(exact):.2f} ± {100 * half:.2f}"
     assert expected in (tmp_path / "results.md").read_text()
     assert expected in (tmp_path / "report.html").read_text()
+
+
+def grown(slope: float, **table: Any) -> tuple[Any, list[dict[str, Any]]]:
+    """Results whose certified rows lose `slope` more in each of four rounds."""
+    study, results = made(drift={"rounds": 4}, models=["dense"], **table)
+    for result in results:
+        loss = slope if result["cell"]["strategy"]["name"] == "broyden-reuse" else 0.0
+        noise = np.random.default_rng(result["cell"]["seed"]).uniform(0, 1e-3, 4)
+        result["rounds"] = [
+            {"test_accuracy": 0.9 - loss * i + noise[i] * (loss > 0), "test_loss": 1.0} for i in range(4)
+        ]
+    return study, results
+
+
+def test_the_growth_of_the_gap_is_paired_by_seed():
+    _, results = grown(0.02)
+    found = {each.row.name: each for each in accumulations(rows(results))}
+    assert found["exact-ift"].gap is None
+    mine = [each for each in results if each["cell"]["strategy"]["name"] == "broyden-reuse"]
+    accuracy = np.array([[each["test_accuracy"] for each in result["rounds"]] for result in mine])
+    truth = stats.ttest_1samp(accuracy[:, 3] - accuracy[:, 0], 0.0).confidence_interval(0.95)
+    growth = found["broyden-reuse"].growth
+    assert growth is not None
+    assert (growth.low, growth.high) == pytest.approx((truth.low, truth.high))
+    assert found["broyden-reuse"].builds_up
+    assert not found["jacobian-free"].builds_up
+
+
+@pytest.mark.parametrize(("language", "words"), [("en", "builds up from round to round"), ("ja", "蓄積しています")])
+def test_the_report_shows_the_rounds(tmp_path: Path, language: str, words: str):
+    study, results = grown(0.02, language=language)
+    report.write(tmp_path, study, results, ABOUT)
+    page = (tmp_path / "report.html").read_text()
+    assert words in page
+    mine = [each for each in results if each["cell"]["strategy"]["name"] == "broyden-reuse"]
+    gap = np.mean([result["rounds"][3]["test_accuracy"] for result in mine]) - 0.9
+    assert f"({100 * gap:+.2f})".replace("-", "−") in page
+    told = json.loads((tmp_path / "results.json").read_text())["summary"]
+    (row,) = (each for each in told if each["strategy"] == "broyden-reuse")
+    assert row["rounds"]["gap"][3]["mean"] == pytest.approx(gap)
+
+
+def test_a_single_training_has_no_rounds_to_show(tmp_path: Path):
+    study, results = made(models=["dense"])
+    report.write(tmp_path, study, results, ABOUT)
+    assert "Retraining under drift" not in (tmp_path / "report.html").read_text()
 
 
 class Links(HTMLParser):

@@ -1,0 +1,224 @@
+"""The evidence of docs/evidence: `python -m benchmarks.evidence --data FOLDER` (start it again to go on).
+
+Each study is one command of its own, `deqcore study docs/evidence/NAME.toml`, and they run one after the other. This
+module runs them, leaves out what is large (the course of every step), and writes tables and verdicts beside the
+settings. FOLDER holds `cifar10-jpeg.tar.gz` (or `cifar10/`, unpacked) and `wikitext-2/`; digits and slow need neither.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tarfile
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from deqcore.bench.machine import describe
+from deqcore.errors import DeqcoreError, did_you_mean, listing
+from deqcore.study import table
+from deqcore.study.grid import Own
+from deqcore.study.main import plan
+from deqcore.study.settings import read
+from deqcore.study.store import Store
+from deqcore.study.summary import Interval, Row, rows
+from deqcore.study.table import significant
+
+HOME: Final = Path(__file__).resolve().parents[1] / "docs" / "evidence"
+STUDIES: Final = ("slow-torch", "text-torch", "images-torch", "digits-torch", "digits-jax")
+NEEDS: Final = {"images": "cifar10", "text": "wikitext-2"}
+ARCHIVE: Final = "cifar10-jpeg.tar.gz"
+TARGETS: Final = {"digits": -1.0, "images": -0.5}  # points, lower end of the interval, certified against exact
+LIMIT: Final = 1.15  # whole training of certified reuse in units of Jacobian-free
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is unfinished, write the tables. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
+    parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"default: all of {listing(STUDIES)}")
+    parser.add_argument("--data", type=Path, help="folder with the archive of images and the texts")
+    parser.add_argument("--work", type=Path, default=Path("study-evidence"), help="where the studies keep their cells")
+    parser.add_argument("--render", action="store_true", help="run nothing: tables from the cells that are finished")
+    given = parser.parse_args(arguments)
+    try:
+        chosen = _chosen(given.studies)
+        work = given.work.resolve()
+        if not given.render:
+            prepare(chosen, given.data, work / "data")
+            for name in chosen:
+                _run(name, work)
+        for name in chosen:
+            if (work / name / "study.json").exists():
+                _keep(name, work / name)
+        (HOME / "tables.md").write_text(page())
+    except DeqcoreError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _chosen(given: Sequence[str]) -> Sequence[str]:
+    for name in given:
+        if name not in STUDIES:
+            raise DeqcoreError(f"No study {name!r}.{did_you_mean(name, STUDIES)} There are: {listing(STUDIES)}.")
+    return given or STUDIES
+
+
+def prepare(studies: Iterable[str], source: Path | None, place: Path) -> None:
+    """Make a folder of data to run the studies in: paths in their settings are relative to it.
+
+    Raises:
+        DeqcoreError: a study needs data that `source` does not have.
+    """
+    place.mkdir(parents=True, exist_ok=True)
+    for name in dict.fromkeys(NEEDS[study.partition("-")[0]] for study in studies if study.partition("-")[0] in NEEDS):
+        if (place / name).exists():
+            continue
+        if source is not None and (source / name).is_dir():
+            (place / name).symlink_to((source / name).resolve())
+        elif source is not None and name == NEEDS["images"] and (source / ARCHIVE).is_file():
+            with tarfile.open(source / ARCHIVE) as archive:
+                archive.extractall(place / f".{name}", filter="data")
+            (place / f".{name}").rename(place / name)
+        else:
+            raise DeqcoreError(f"--data {source}: a folder with {name!r} is expected ({ARCHIVE!r} will do for images).")
+
+
+def command(name: str) -> list[str]:
+    """How one study is run, in the folder of data."""
+    study, _, backend = name.partition("-")
+    return ["deqcore", "study", str(HOME / f"{study}.toml"), "--backend", backend]
+
+
+def _run(name: str, work: Path) -> None:
+    words = [sys.executable, "-m", "deqcore.cli.app", *command(name)[1:], "--out", str(work / name)]
+    done = subprocess.run(words, cwd=work / "data", check=False)
+    if done.returncode:
+        raise DeqcoreError(f"the study {name!r} ended with code {done.returncode}; its message stands above")
+
+
+def _keep(name: str, folder: Path) -> None:
+    """Results without the course of every step, as JSON, CSV and Markdown."""
+    results = _finished(name, folder)
+    about = json.loads((folder / "study.json").read_text())
+    slim = [{key: value for key, value in result.items() if key != "history"} | _audits(result) for result in results]
+    content = {"machine": about.get("machine", describe(["torch"])), "cells": slim}
+    found = rows(results)
+    (HOME / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    (HOME / f"{name}.csv").write_text(table.comma_separated(found))
+    (HOME / f"{name}.md").write_text(table.markdown(found))
+
+
+def _audits(result: Mapping[str, Any]) -> dict[str, Any]:
+    return {"history": {"audits": result["history"]["audits"]}} if "history" in result else {}
+
+
+def _finished(name: str, folder: Path) -> list[dict[str, Any]]:
+    """Results of the cells that have one, in the order of the grid; what other settings left there is no part of it."""
+    asked = settings(name) | {"backends": [name.partition("-")[2]]}
+    place = Store(folder)
+    found = [place.result(cell) for cell in plan(read(asked, f"{name}.toml"), Own())]
+    return [result for result in found if result is not None]
+
+
+def settings(name: str) -> dict[str, Any]:
+    """The table `[study]` of a study."""
+    found: dict[str, Any] = tomllib.loads((HOME / f"{name.partition('-')[0]}.toml").read_text())["study"]
+    return found
+
+
+def page() -> str:
+    """Tables and verdicts of every study that has results, as Markdown."""
+    parts = [
+        "<!-- Made by python -m benchmarks.evidence; do not edit. -->\n# Evidence: tables and verdicts\n",
+        "What they mean: [index.md](index.md). Differences and quotients are paired by seed; brackets: 95 % intervals.\n",
+    ]
+    return "\n".join(parts + [_section(name) for name in STUDIES if (HOME / f"{name}.json").exists()])
+
+
+def _section(name: str) -> str:
+    kept = json.loads((HOME / f"{name}.json").read_text())
+    found = rows(kept["cells"])
+    machine, asked = kept["machine"], len(settings(name)["seeds"])
+    seeds = [len(row.results) for row in found]
+    told = f"{machine['cpu']}, {machine['usable_cores']} cores, load {machine['load_before']}, {machine['date']}"
+    study, _, backend = name.partition("-")
+    lines = [f"## {name}\n", f"`deqcore study {study}.toml --backend {backend}`; {told};"]
+    lines += [f"seeds finished: {min(seeds)} to {max(seeds)} of {asked}.\n"]
+    return "\n".join([*lines, table.markdown(found), *verdicts(name, found), ""])
+
+
+def verdicts(name: str, found: Sequence[Row]) -> list[str]:
+    """What the rows say about the questions that the evidence is for."""
+    by = {row.strategy: row for row in found if not row.explicit}
+    exact, free, certified, plain = (
+        by.get(each) for each in ("exact-ift", "jacobian-free", "broyden-reuse", "plain reuse")
+    )
+    if exact is None or free is None or certified is None or plain is None:
+        return []
+    gap = exact.against(free, "test_accuracy")
+    lines = [f"- Exact gradients against Jacobian-free: {_points(gap)} points{_separated(gap)}."]
+    lines.append(
+        f"- Plain reuse against exact: {_points(plain.against(exact, 'test_accuracy'))} points{_cosine(plain)}."
+    )
+    mine = certified.against(exact, "test_accuracy")
+    lines.append(f"- Certified reuse against exact: {_points(mine)} points{_cosine(certified)}{_target(name, mine)}.")
+    pulls = [each.metric("pulls") for each in (certified, exact)]
+    if pulls[0] is not None and pulls[1] is not None:
+        lines.append(f"- Pulls of the slowest sample: certified {pulls[0].mean:.1f}, exact {pulls[1].mean:.1f}.")
+    return [*lines, *_times(certified, exact, free)]
+
+
+def _times(certified: Row, exact: Row, free: Row) -> list[str]:
+    to_free, to_exact = (certified.ratio(other, "training") for other in (free, exact))
+    if to_free is None or to_exact is None:
+        return []
+    first = f"{_ratio(to_free)} of Jacobian-free (at most {LIMIT}: {_met(to_free.mean <= LIMIT)})"
+    second = f"{_ratio(to_exact)} of exact (below 1: {_met(to_exact.mean < 1)})"
+    return [f"- Whole training of certified reuse: {first}, {second}."]
+
+
+def _points(value: Interval | None) -> str:
+    if value is None:
+        return "–"
+    ends = "" if value.low is None or value.high is None else f" [{100 * value.low:+.2f}, {100 * value.high:+.2f}]"
+    return f"{100 * value.mean:+.2f}{ends}"
+
+
+def _ratio(value: Interval) -> str:
+    ends = "" if value.low is None or value.high is None else f" [{significant(value.low)}, {significant(value.high)}]"
+    return f"{significant(value.mean)}{ends}"
+
+
+def _separated(gap: Interval | None) -> str:
+    """Whether a mean is two standard errors above zero."""
+    if gap is None or gap.high is None:
+        return ""
+    from scipy.stats import t
+
+    error = (gap.high - gap.mean) / float(t.ppf(0.975, gap.count - 1))
+    told = "counts" if gap.mean > 2 * error else "does not count"
+    return f", {gap.mean / error:.1f} standard errors: the task {told} as evidence on strategies" if error else ""
+
+
+def _cosine(row: Row) -> str:
+    value = row.metric("cosine")
+    return "" if value is None else f", cosine of its gradient {value.mean:.3f}"
+
+
+def _target(name: str, value: Interval | None) -> str:
+    target = TARGETS.get(name.partition("-")[0])
+    if target is None or value is None:
+        return ""
+    return f"; lower end at least {target}: {_met(value.low is not None and 100 * value.low >= target)}"
+
+
+def _met(whether: bool) -> str:
+    return "met" if whether else "MISSED"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
