@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -103,6 +104,18 @@ def _answer(mine: Sequence[Row], rows: Sequence[Row], cost: Cost) -> Answer:
         bill(best, exact, cost),
         _warnings(mine, best),
     )
+
+
+def devices(memory: Interval | None, cost: Cost) -> int | None:
+    """How many devices hold what a row's training adds to memory, where exact gradients need `cost.devices`.
+
+    Memory decides, time does not: fewer devices work longer, and the bill in machine hours stays as it is. Rounded
+    up, from the upper end of the interval; None where nothing is saved or only one device is in use.
+    """
+    if memory is None or cost.devices == 1:
+        return None
+    needed = math.ceil(cost.devices * (memory.mean if memory.high is None else memory.high))
+    return needed if needed < cost.devices else None
 
 
 def bill(row: Row, exact: Row | None, cost: Cost) -> Bill:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deqcore.study import store, table
-from deqcore.study.answer import Answer, answers
+from deqcore.study.answer import Answer, answers, devices
 from deqcore.study.gates import Verdict, judge
 from deqcore.study.plots import name, plots
 from deqcore.study.rounds import Accumulation, accumulations
@@ -90,6 +90,9 @@ def _told(answer: Answer, study: Study) -> dict[str, object]:
         if versus.memory is not None:
             batch = f"{1 / versus.memory.mean:.2f}"
             sentences.append(say(language, "memory", ratio=_bracketed(versus.memory, 1.0, 2), batch=batch))
+        fewer = devices(versus.memory, study.cost)
+        if fewer is not None:
+            sentences.append(say(language, "devices", devices=study.cost.devices, fewer=fewer))
     if answer.against_explicit is not None:
         versus = answer.against_explicit
         ratio, points = _bracketed(versus.time, 1.0, 2), _bracketed(versus.accuracy, 100.0, 2, signed=True)

@@ -133,6 +133,7 @@ class Cost(Table):
         trainings_per_month: the retraining schedule.
         scale: a real training in units of the one that was measured (more data, more epochs).
         switch_cost: of changing the strategy, once.
+        devices: that a training with exact gradients is spread over for want of memory; 1 says nothing about devices.
     """
 
     price_per_hour: float = Field(default=1.0, ge=0)
@@ -140,6 +141,7 @@ class Cost(Table):
     trainings_per_month: float = Field(default=30.0, ge=0)
     scale: float = Field(default=1.0, gt=0)
     switch_cost: float = Field(default=0.0, ge=0)
+    devices: int = Field(default=1, ge=1)
 
 
 class Gate(Table):

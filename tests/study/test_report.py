@@ -14,7 +14,7 @@ import pytest
 from scipy import stats
 
 from deqcore.study import report, table
-from deqcore.study.answer import answers, bill
+from deqcore.study.answer import answers, bill, devices
 from deqcore.study.gates import judge
 from deqcore.study.grid import Cell, Own, cells
 from deqcore.study.rounds import accumulations
@@ -135,6 +135,20 @@ def test_the_bill():
     assert told.training == pytest.approx(seconds["jacobian-free"])  # 1000 trainings at 0.001 a second
     assert told.saved == pytest.approx(10 * (seconds["exact-ift"] - seconds["jacobian-free"]))
     assert told.payback == pytest.approx(5 / told.saved)
+
+
+@pytest.mark.parametrize(("share", "count", "wanted"), [(0.5, 8, 4), (0.51, 8, 5), (0.95, 8, None), (0.1, 1, None)])
+def test_memory_saved_is_fewer_devices(tmp_path: Path, share: float, count: int, wanted: int | None):
+    study, results = made(cost={"devices": count})
+    for each in results:
+        if each["cell"]["strategy"]["name"] != "exact-ift":
+            each["training_memory"] *= share
+    (answer,) = answers(rows(results), study.cost)
+    assert answer.against_exact is not None
+    assert devices(answer.against_exact.memory, study.cost) == wanted
+    report.write(tmp_path, study, results, ABOUT)
+    sentence = f"{wanted} devices do for the {count} that exact gradients need"
+    assert (sentence in (tmp_path / "report.html").read_text()) == (wanted is not None)
 
 
 def test_gates_stop_at_the_first_that_is_not_met():
