@@ -134,7 +134,7 @@ def page() -> str:
     """Tables and verdicts of every study that has results, as Markdown."""
     parts = [
         "<!-- Made by python -m benchmarks.evidence; do not edit. -->\n# Evidence: tables and verdicts\n",
-        "What they mean: [index.md](index.md). Differences and quotients are paired by seed; brackets: 95 % intervals.\n",
+        "What they mean: [index.md](index.md). Differences and quotients are paired by seed; [95 % interval].\n",
     ]
     return "\n".join(parts + [_section(name) for name in STUDIES if (HOME / f"{name}.json").exists()])
 
