@@ -168,12 +168,14 @@ class TorchHistory(History):
         return self.store.chunks[chunk][row]
 
     def _filled(self) -> list[Tensor]:
-        """The chunks in use, cut to the slots written."""
+        """The chunks in use, cut to the slots written; slot by slot where large vectors must be widened first."""
         left, parts = self._used(), []
+        whole = self.store.dtype is self.store.compute or self.store.chunk > CHUNK
         for chunk in self.store.chunks:
             if left <= 0:
                 break
-            parts.append(chunk if left >= chunk.shape[0] else chunk[:left])
+            part = chunk if left >= chunk.shape[0] else chunk[:left]
+            parts += [part] if whole else part.split(1)
             left -= chunk.shape[0]
         return parts
 
