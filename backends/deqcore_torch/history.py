@@ -175,7 +175,7 @@ class TorchHistory(History):
             if left <= 0:
                 break
             part = chunk if left >= chunk.shape[0] else chunk[:left]
-            parts += [part] if whole else part.split(1)
+            parts += [part] if whole else list(part.split(1))
             left -= chunk.shape[0]
         return parts
 
