@@ -30,6 +30,7 @@ def command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and how long it will take.")] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Train again what failed before.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Trainings at a time.")] = 1,
+    executor: Annotated[str, typer.Option(help="local, or ray: the machines of a Ray cluster.")] = "local",
 ) -> None:
     """Train, measure, compare, report.
 
@@ -41,6 +42,8 @@ def command(
             raise MissingFrameworkError.of("study", package, "study")
     from deqcore.study.main import Request, study
 
+    if executor not in ("local", "ray"):
+        raise ConfigError.bad_value("The command line", "--executor", executor, "'local' or 'ray'")
     table, origin = _table(file)
     asked = Request(
         table=table,
@@ -53,6 +56,7 @@ def command(
         dry_run=dry_run,
         retry=retry,
         command=shlex.join(_words(file, out, backend, language, data, model)),
+        executor="ray" if executor == "ray" else "local",
     )
     console = Console()
     if not console.is_terminal:

@@ -6,14 +6,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
 from deqcore import plugins
 from deqcore.bench.machine import describe
 from deqcore.errors import BackendError
-from deqcore.study import gates, report, table
+from deqcore.study import cluster, gates, report, table
 from deqcore.study.grid import Cell, Own, cells
 from deqcore.study.progress import Live
 from deqcore.study.run import run
@@ -34,6 +34,7 @@ class Request:
         out: directory for results, or None for one named after the study.
         data, model: import strings of the user's own code.
         jobs: trainings at a time. With more than one, steps are timed in a serial pass of their own afterwards.
+        executor: "local", or "ray" for the machines of a Ray cluster; steps are timed here afterwards, too.
         dry_run: only show the plan. `retry`: train again what failed.
         command: that reproduces the study.
     """
@@ -48,6 +49,7 @@ class Request:
     dry_run: bool
     retry: bool
     command: str
+    executor: Literal["local", "ray"] = "local"
 
     def settings(self) -> Study:
         """Everything put together and checked."""
@@ -80,8 +82,9 @@ def study(request: Request, console: Console) -> None:
         if done:
             console.print(f"{done} of {len(grid)} cells were finished before.", style="dim")
         with Live(console, grid, done) as live:
-            results = run(place, grid, live, request.jobs)
-        if request.jobs > 1:
+            spread = request.executor == "ray"
+            results = cluster.run(place, grid, live) if spread else run(place, grid, live, request.jobs)
+        if request.jobs > 1 or spread:
             results = timed(place, grid, results, console)
         found = report.write(place.root, settings, results, about)
     console.print(table.terminal(found))
