@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.deqcore-installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: study test check unit bench plugins faults docs clean
+.PHONY: study test check unit bench plugins faults docs release-check clean
 
 # torch goes first, with its pin, so that nothing that follows can pull another build of it.
 $(STAMP): pyproject.toml constraints.txt
@@ -46,6 +46,11 @@ faults: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# What would be published, built twice and tried in fresh environments (minutes). ARGS="core-3.12": one of them only.
+release-check: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[release]"
+	$(BIN)/python release/check.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,160 @@
+"""`make release-check`: is what we would publish reproducible, complete, and does it work where nothing else is installed?
+
+    python release/check.py [core-3.11 core-oldest torch-3.11 …]      # all environments without a name
+
+1. The distribution is built twice, in folders of different names, and compared byte by byte.
+2. twine and check-wheel-contents look at it; every tracked module must be in the wheel, and no test.
+3. Each environment is fresh, gets the wheel and one framework at most, and runs `smoke.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHONS = ("3.11", "3.12", "3.13", "3.14")
+PACKAGES = ("deqcore", "backends/deqcore_numpy", "backends/deqcore_torch", "backends/deqcore_jax")
+ENVIRONMENTS = [*(f"core-{version}" for version in PYTHONS), "core-oldest", "torch-3.11", "jax-3.11", "jax-oldest"]
+
+
+class Failure(Exception):
+    """What is wrong with the release, in words."""
+
+
+def run(*words: str | Path, cwd: Path = ROOT, **variables: str) -> str:
+    """Run a command; its output is shown if it fails."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
+    done = subprocess.run([str(word) for word in words], cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise Failure(f"{' '.join(map(str, words))}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    return done.stdout
+
+
+def tracked() -> list[str]:
+    """The files of the commit, with forward slashes."""
+    return run("git", "ls-files").splitlines()
+
+
+def build(folder: Path) -> dict[str, Path]:
+    """Build sdist and wheel from a copy of the tracked files."""
+    for name in tracked():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    epoch = run("git", "log", "-1", "--format=%ct").strip()
+    run(sys.executable, "-m", "build", "--no-isolation", cwd=folder, SOURCE_DATE_EPOCH=epoch)
+    return {path.name: path for path in sorted((folder / "dist").iterdir())}
+
+
+def reproducible(work: Path) -> list[Path]:
+    """Two builds with the same bytes."""
+    first, second = build(work / "first"), build(work / "a" / "second")
+    for name, path in first.items():
+        sums = [hashlib.sha256(each.read_bytes()).hexdigest() for each in (path, second[name])]
+        if sums[0] != sums[1]:
+            raise Failure(f"{name} is not reproducible: {sums[0]} and {sums[1]}")
+        print(f"{name}  sha256 {sums[0]}, twice")
+    return list(first.values())
+
+
+def complete(files: list[Path]) -> None:
+    """What must be in the files is in them, and nothing else."""
+    (wheel,) = [path for path in files if path.suffix == ".whl"]
+    (sdist,) = [path for path in files if path.name.endswith(".tar.gz")]
+    run(sys.executable, "-m", "twine", "check", "--strict", *files)
+    run(sys.executable, "-m", "check_wheel_contents", "--toplevel", ",".join(Path(p).name for p in PACKAGES), wheel)
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    expected = {
+        name.removeprefix("backends/")
+        for name in tracked()
+        if name.startswith(tuple(f"{package}/" for package in PACKAGES))
+    }
+    missing, extra = expected - inside, {name for name in inside - expected if ".dist-info/" not in name}
+    if missing or extra:
+        raise Failure(f"{wheel.name} lacks {sorted(missing)} and has {sorted(extra)} too much")
+    for package in PACKAGES:
+        if f"{Path(package).name}/py.typed" not in inside:
+            raise Failure(f"{wheel.name}: {package} has no py.typed, so its types are invisible to users")
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    unknown = packed - set(tracked()) - {"PKG-INFO", ""}
+    lacking = {
+        "Makefile",
+        "mkdocs.yml",
+        "README.ja.md",
+        "tests/conftest.py",
+        "docs/index.md",
+        "release/smoke.py",
+    } - packed
+    if unknown or lacking:
+        raise Failure(f"{sdist.name} has {sorted(unknown)} that no commit has, and lacks {sorted(lacking)}")
+    print(f"{wheel.name} has {len(inside)} files, {sdist.name} {len(packed)}: complete")
+
+
+def oldest(extra: str = "") -> list[str]:
+    """The lowest versions that pyproject.toml allows, as pins."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [*project["dependencies"], *(project["optional-dependencies"][extra] if extra else [])]
+    return [re.sub(r">=([\d.]+).*", r"==\1", each) for each in wanted]
+
+
+def interpreter(version: str) -> str | None:
+    """A Python of this version: this one, one on the path, or one of pyenv's."""
+    if sys.version.startswith(f"{version}."):
+        return sys.executable
+    found = sorted((Path.home() / ".pyenv" / "versions").glob(f"{version}.*/bin/python"))
+    return shutil.which(f"python{version}") if not found else str(found[-1])
+
+
+def smoke(name: str, wheel: Path, work: Path) -> None:
+    """A fresh environment with the wheel and what `name` says."""
+    kind, _, version = name.partition("-")
+    python = interpreter("3.11" if version == "oldest" else version)
+    if python is None:
+        print(f"{name}: left out, there is no Python {version} on this machine")
+        return
+    folder = work / name
+    run(python, "-m", "venv", folder)
+    pip = [folder / "bin" / "python", "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    pins = ["-c", ROOT / "constraints.txt"]
+    if kind == "torch":
+        run(*pip, *pins, "torch")
+    lowest = oldest("jax" if kind == "jax" else "") if version == "oldest" else []
+    run(*pip, *pins, *lowest, str(wheel) if kind == "core" else f"{wheel}[{kind}]")
+    run(folder / "bin" / "python", "-m", "pip", "check")
+    print(
+        f"{name}: {run(folder / 'bin' / 'python', ROOT / 'release' / 'smoke.py', kind, cwd=work).strip()}", flush=True
+    )
+    shutil.rmtree(folder)
+
+
+def main(names: list[str]) -> int:
+    """Check everything; 1 if something is wrong."""
+    unknown = [name for name in names if name not in ENVIRONMENTS]
+    if unknown:
+        print(f"There is no environment {unknown}. There are: {', '.join(ENVIRONMENTS)}.")
+        return 2
+    with tempfile.TemporaryDirectory() as made:
+        work = Path(made)
+        try:
+            files = reproducible(work)
+            complete(files)
+            for name in names or ENVIRONMENTS:
+                smoke(name, next(path for path in files if path.suffix == ".whl"), work)
+        except Failure as failure:
+            print(f"The release is not fit: {failure}")
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
