@@ -1,4 +1,4 @@
-"""`make release-check`: is what we would publish reproducible, complete, and does it work where nothing else is installed?
+"""`make release-check`: is what we would publish reproducible and complete, and does it work in a fresh environment?
 
     python release/check.py [core-3.11 core-oldest torch-3.11 …]      # all environments without a name
 

@@ -40,9 +40,10 @@ def core() -> None:
         try:
             deqcore.get_backend(backend=name)
         except deqcore.errors.MissingFrameworkError as error:
-            assert f"deqcore[{name}]" in str(error)
+            said = str(error)
         else:
             raise AssertionError(f"{name} is installed, but this environment should have the core alone")
+        assert f"deqcore[{name}]" in said, said
     command("check", "gradients", "--backend", "numpy", "--solver", "broyden", "--strategy", "exact-ift")
 
 
@@ -75,7 +76,7 @@ def jax() -> None:
 def main(kind: str) -> None:
     """Run the checks of one kind of environment."""
     assert "site-packages" in str(deqcore.__file__), f"not the wheel: {deqcore.__file__}"
-    names = {row["solver"] for row in json.loads(command("solvers", "--json"))}
+    names = {row["name"] for row in json.loads(command("solvers", "--json"))}
     assert {"picard", "anderson", "broyden", "newton-krylov"} <= names, names
     checks: dict[str, Callable[[], None]] = {"core": core, "torch": torch, "jax": jax}
     checks[kind]()
