@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.deqcore-installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: study test check unit bench plugins faults docs release-check clean
+.PHONY: study test check types unit bench plugins faults docs release-check clean
 
 # torch goes first, with its pin, so that nothing that follows can pull another build of it.
 $(STAMP): pyproject.toml constraints.txt
@@ -24,7 +24,15 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --strict $(USERS)
 	$(BIN)/lint-imports
+
+# Types of deqcore as its users' programs see them, by the other checker as well.
+USERS := tests/types/user.py examples/one_program/fit.py examples/custom_solver/run.py examples/custom_solver/aitken.py
+types: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[release]"
+	$(BIN)/mypy --strict $(USERS)
+	PYTHONPATH=.:backends $(BIN)/pyright --pythonpath $(BIN)/python $(USERS) $(wildcard examples/plugins/deq_[mrs]*/deq_*)
 
 unit: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=90

@@ -39,7 +39,7 @@ def main(name: str) -> dict[str, Any]:
     f, z0, args = problem(backend)
     found: dict[str, Any] = {}
     for solver in (config.forward.solver, "picard"):
-        changed = {} if solver == config.forward.solver else {"forward__solver": solver}
+        changed: dict[str, Any] = {} if solver == config.forward.solver else {"forward__solver": solver}
         sol = deqcore.fixed_point(f, z0, *args, config=config, backend=name, **changed)
         found[solver] = {
             "z": backend.to_numpy(backend.detach(sol.value)),

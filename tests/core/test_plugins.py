@@ -396,7 +396,7 @@ def test_records_validate_name_and_target(name: str, target: str) -> None:
 
 
 def test_records_validate_their_other_fields() -> None:
-    with pytest.raises(errors.PluginError, match="summary must be a string"):
+    with pytest.raises(errors.PluginError, match="summary = 3, but a string is expected"):
         StrategySpec("a", "b:c", summary=3)  # type: ignore[arg-type]
     with pytest.raises(errors.PluginError, match="array_modules"):
         BackendSpec("a", "b:c", array_modules="torch")  # type: ignore[arg-type]
