@@ -22,13 +22,14 @@ from deqcore.errors import DeqcoreError, did_you_mean, listing
 from deqcore.study import table
 from deqcore.study.grid import Own
 from deqcore.study.main import plan
+from deqcore.study.rounds import accumulations
 from deqcore.study.settings import read
 from deqcore.study.store import Store
 from deqcore.study.summary import Interval, Row, rows
 from deqcore.study.table import significant
 
 HOME: Final = Path(__file__).resolve().parents[1] / "docs" / "evidence"
-STUDIES: Final = ("slow-torch", "text-torch", "images-torch", "digits-torch", "digits-jax")
+STUDIES: Final = ("slow-torch", "text-torch", "images-torch", "digits-torch", "rounds-torch", "digits-jax")
 NEEDS: Final = {"images": "cifar10", "text": "wikitext-2"}
 ARCHIVE: Final = "cifar10-jpeg.tar.gz"
 TARGETS: Final = {"digits": -1.0, "images": -0.5}  # points, lower end of the interval, certified against exact
@@ -103,6 +104,8 @@ def _run(name: str, work: Path) -> None:
 def _keep(name: str, folder: Path) -> None:
     """Results without the course of every step, as JSON, CSV and Markdown."""
     results = _finished(name, folder)
+    if not results:
+        return
     about = json.loads((folder / "study.json").read_text())
     slim = [{key: value for key, value in result.items() if key != "history"} | _audits(result) for result in results]
     content = {"machine": about.get("machine", describe(["torch"])), "cells": slim}
@@ -169,7 +172,7 @@ def verdicts(name: str, found: Sequence[Row]) -> list[str]:
     pulls = [each.metric("pulls") for each in (certified, exact)]
     if pulls[0] is not None and pulls[1] is not None:
         lines.append(f"- Pulls of the slowest sample: certified {pulls[0].mean:.1f}, exact {pulls[1].mean:.1f}.")
-    return [*lines, *_times(certified, exact, free)]
+    return [*lines, *_times(certified, exact, free), *_rounds(found)]
 
 
 def _times(certified: Row, exact: Row, free: Row) -> list[str]:
@@ -179,6 +182,20 @@ def _times(certified: Row, exact: Row, free: Row) -> list[str]:
     first = f"{_ratio(to_free)} of Jacobian-free (at most {LIMIT}: {_met(to_free.mean <= LIMIT)})"
     second = f"{_ratio(to_exact)} of exact (below 1: {_met(to_exact.mean < 1)})"
     return [f"- Whole training of certified reuse: {first}, {second}."]
+
+
+def _rounds(found: Sequence[Row]) -> list[str]:
+    """What became of the gap to exact gradients over rounds of retraining."""
+    return [
+        f"- {each.row.label}, gap to exact gradients in round 1: {_points(each.gap[0])}, in round {len(each.gap)}: "
+        f"{_points(each.gap[-1])}; growth {_points(each.growth)} points: {_growing(each.builds_up)}."
+        for each in accumulations(found)
+        if each.gap
+    ]
+
+
+def _growing(found: bool | None) -> str:
+    return "one seed says nothing" if found is None else "it builds up" if found else "no build-up is shown"
 
 
 def _points(value: Interval | None) -> str:

@@ -1,0 +1,115 @@
+"""The verdicts of the evidence, from results that are made up here, and the data that its studies are run in."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from benchmarks import evidence
+from deqcore.errors import DeqcoreError
+from deqcore.study.summary import rows
+
+LABELS = ("exact-ift", "broyden-reuse", "plain reuse", "jacobian-free")
+
+
+def results(accuracy: dict[str, list[float]]) -> list[dict[str, Any]]:
+    found = []
+    for label, values in accuracy.items():
+        for seed, value in enumerate(values):
+            cell = {
+                "data": {"label": "d"},
+                "backend": "torch",
+                "model": {"name": "m", "width": 8},
+                "solver": {"name": "broyden", "options": {}},
+                "strategy": {"label": label, "name": label},
+                "rtol": 1e-3,
+                "seed": seed,
+            }
+            figures = dict.fromkeys(("evaluations_most", "unconverged", "adjoint_residual", "fallback"))
+            seconds = 1.0 + LABELS.index(label) + 0.1 * seed
+            found.append(
+                {
+                    "status": "ok",
+                    "cell": cell,
+                    "test_accuracy": value,
+                    "times": {"training": seconds},
+                    "figures": {**figures, "pulls_most": 3.0},
+                    "cosine": 0.5,
+                }
+            )
+    return found
+
+
+ACCURACY = {
+    "exact-ift": [0.90, 0.92, 0.91, 0.93],
+    "broyden-reuse": [0.90, 0.915, 0.912, 0.93],
+    "plain reuse": [0.5, 0.4, 0.6, 0.45],
+    "jacobian-free": [0.89, 0.90, 0.90, 0.905],
+}
+
+
+def test_verdicts_are_paired_over_seeds():
+    told = evidence.verdicts("digits-torch", rows(results(ACCURACY)))
+    exact, certified, free = (np.array(ACCURACY[LABELS[i]]) for i in (0, 1, 3))
+    errors = (exact - free).mean() / stats.sem(exact - free)
+    assert errors > 2
+    assert f"{errors:.1f} standard errors: the task counts" in told[0]
+    low, high = stats.ttest_rel(certified, exact).confidence_interval(0.95)
+    assert f"[{100 * low:+.2f}, {100 * high:+.2f}]" in told[2]
+    assert told[2].endswith(f"lower end at least -1.0: {'met' if low >= -0.01 else 'MISSED'}.")
+    assert "cosine of its gradient 0.500" in told[1]
+    assert "of Jacobian-free (at most 1.15: met)" in told[4]
+    assert "of exact (below 1: MISSED)" in told[4]
+
+
+def test_a_task_where_nothing_differs_does_not_count():
+    same = ACCURACY | {"jacobian-free": [0.905, 0.91, 0.92, 0.925]}
+    assert "does not count as evidence" in evidence.verdicts("text-torch", rows(results(same)))[0]
+    assert "lower end" not in evidence.verdicts("text-torch", rows(results(same)))[2]
+
+
+def test_a_gap_that_grows_is_told():
+    found = results(ACCURACY)
+    for each in found:
+        label, noise = each["cell"]["strategy"]["label"], 1e-3 * each["cell"]["seed"]
+        loss = 0.1 + noise if label == "plain reuse" else 0.0
+        each["rounds"] = [{"test_accuracy": 0.9 - loss * number} for number in range(3)]
+    told = evidence.verdicts("rounds-torch", rows(found))
+    (plain,) = (line for line in told if line.startswith("- plain reuse, gap"))
+    assert "round 1: +0.00" in plain
+    assert "in round 3: -20.30" in plain
+    assert plain.endswith("it builds up.")
+    assert sum("no build-up is shown" in line for line in told) == 2
+
+
+def test_images_are_unpacked_and_texts_are_linked(tmp_path: Path):
+    source, place = tmp_path / "source", tmp_path / "data"
+    (source / "train" / "cat").mkdir(parents=True)
+    (source / "train" / "cat" / "1.jpg").write_bytes(b"x")
+    (source / "wikitext-2").mkdir()
+    with tarfile.open(source / "cifar10-jpeg.tar.gz", "w:gz") as archive:
+        archive.add(source / "train", "train")
+    evidence.prepare(["images-torch", "text-torch", "digits-torch"], source, place)
+    assert (place / "cifar10" / "train" / "cat" / "1.jpg").read_bytes() == b"x"
+    assert (place / "wikitext-2").is_dir()
+    with pytest.raises(DeqcoreError, match="a folder with 'cifar10' is expected"):
+        evidence.prepare(["images-torch"], None, tmp_path / "other")
+
+
+def test_a_study_that_there_is_not(capsys: pytest.CaptureFixture[str]):
+    assert evidence.main(["digit-torch"]) == 2
+    assert "Did you mean 'digits-torch'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", evidence.STUDIES)
+def test_the_settings_are_a_study_with_what_the_verdicts_ask_for(name: str):
+    from deqcore.study.settings import read
+
+    study = read(evidence.settings(name), name)
+    assert set(LABELS) <= {each.label for each in study.strategies}
+    assert len(study.seeds) == 5
