@@ -140,6 +140,9 @@ def _certificate(axes: Any, rows: Sequence[Row]) -> bool:
             found = True
             axes.semilogy(_epochs(curves), curves, color=colour, label=name(row, rows))
     axes.set(xlabel="epoch", ylabel="‖g + Jᵀu − u‖ / ‖g‖")
+    # The usual labels of a logarithmic axis are mathtext, which stays unparsed here: a data set may be called $x$.
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: "")
     if found:
         axes.legend(frameon=False)
     return found
