@@ -321,6 +321,10 @@ class Backend(ABC):
         """`solve` where `a` is symmetric and positive definite to rounding."""
         return self.solve(a, b)
 
+    def least_singular_value(self, a: Array) -> Array:
+        """Least singular value of each of the matrices `a` `(batch, m, k)`, m ≥ k: `(batch,)`."""
+        return self.xp.min(self.xp.linalg.svdvals(a), axis=1)
+
     @abstractmethod
     def history(self, like: Array, memory: int, dtype: str | None = None) -> History:
         """An empty history for vectors like `like` `(batch, n)`, stored in `dtype` (default: the vectors' own).

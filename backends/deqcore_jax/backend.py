@@ -108,6 +108,9 @@ class JaxBackend(Backend):
     def solve_positive(self, a: Any, b: Any) -> Any:
         return small.solve_positive(a, b) if b.ndim == 3 else small.solve_positive(a, b[..., None])[..., 0]
 
+    def least_singular_value(self, a: Any) -> Any:
+        return small.least_singular_value(a)
+
     def history(self, like: Any, memory: int, dtype: str | None = None) -> JaxHistory:
         return JaxHistory.empty(like, memory, jnp.dtype(dtype) if dtype else None, wide())
 

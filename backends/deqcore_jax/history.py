@@ -40,8 +40,10 @@ class JaxHistory(History):
     def empty(cls, like: Any, memory: int, dtype: Any, wide: Any) -> JaxHistory:
         """No vectors yet, room for `memory` vectors like `like` `(batch, n)` stored in `dtype`."""
         batch, n = like.shape
-        storage = jnp.zeros((batch, memory, n), dtype or like.dtype)
-        return cls(storage, jnp.zeros((batch, memory), bool), jnp.int32(0), like.dtype, wide)
+        # Made from `like`: inside shard_map a loop's carry must vary along the same axes of the mesh from the start.
+        storage = jnp.zeros_like(like, dtype or like.dtype, shape=(batch, memory, n))
+        seen = jnp.zeros_like(like, bool, shape=(batch, memory))
+        return cls(storage, seen, jnp.int32(0), like.dtype, wide)
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """The arrays, and the dtypes beside them."""

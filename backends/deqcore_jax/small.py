@@ -1,8 +1,9 @@
 """Small systems in plain array operations.
 
-LAPACK's batched LU is no choice here: with jaxlib 0.10 on a CPU, a compiled gradient that calls it more than once may
-never end (tests/backends/test_jax_ends.py), and its pivots had to be made a permutation by a loop of their own.
-What the methods here cost is in docs/design.md.
+LAPACK is no choice here: jaxlib 0.10 splits a batch over the threads of XLA's own pool and waits for them, on a thread
+of that pool. Where as many calls wait as the pool has threads (several in one program, or several devices of one host),
+none ever ends: tests/backends/test_jax_ends.py, tests/scale/test_jax_sharding.py. What the methods here cost is in
+docs/design.md.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from jax import lax
 
 UNROLLED: Final = 8
 """Systems of at most so many unknowns are eliminated without a loop."""
+
+SQUARINGS: Final = 7
+"""Powers of a matrix that its norm is found from: 2^7, which leaves an error below half a percent."""
 
 
 def solve(a: Any, b: Any) -> Any:
@@ -101,7 +105,7 @@ def _eliminate(a: Any, b: Any) -> Any:
         m = jnp.where(chosen[:, :, None], pivot, m - column * pivot)
         return m, jnp.where(chosen, i, owner)
 
-    carry = jnp.concatenate([a, b], axis=2), jnp.full(a.shape[:2], k, jnp.int32)
+    carry = jnp.concatenate([a, b], axis=2), jnp.full_like(a, k, jnp.int32, shape=a.shape[:2])
     if k <= UNROLLED:
         for i in range(k):
             carry = step(i, carry)
@@ -111,3 +115,45 @@ def _eliminate(a: Any, b: Any) -> Any:
     mine = owner[:, None, :] == jnp.arange(k, dtype=jnp.int32)[None, :, None]  # (batch, unknown, row)
     order = jnp.sum(jnp.where(mine, rows[:, None, :], 0), axis=2)
     return jnp.take_along_axis(m[:, :, k:], order[:, :, None], axis=1)
+
+
+def least_singular_value(a: Any) -> Any:
+    """1/‖R^-1‖ of `a` `(batch, m, k)` = Q R, zero where R is singular.
+
+    The norm of R^-1 is the square root of the largest eigenvalue of its Gram matrix, which rounding does not hurt (that
+    of `a` would lose the least). Squared again and again, the Gram matrix is all in that eigenvector.
+    """
+    eye = jnp.broadcast_to(jnp.eye(a.shape[2], dtype=a.dtype), (a.shape[0], a.shape[2], a.shape[2]))
+    inverse = _substitute(_triangle(a), eye)
+    scale = jnp.max(jnp.abs(inverse), axis=(1, 2), keepdims=True)
+    gram = jnp.matmul(inverse / scale, jnp.swapaxes(inverse / scale, 1, 2))
+    power = gram
+    for _ in range(SQUARINGS):
+        power = power / jnp.trace(power, axis1=1, axis2=2)[:, None, None]
+        power = jnp.matmul(power, power)
+    column = jnp.argmax(jnp.sum(power * power, axis=1), axis=1)
+    v = jnp.take_along_axis(power, column[:, None, None], axis=2)[:, :, 0]
+    along = jnp.sum(v * jnp.matmul(gram, v[:, :, None])[:, :, 0], axis=1) / jnp.sum(v * v, axis=1)
+    norm = scale[:, 0, 0] * jnp.sqrt(along)
+    return jnp.where(jnp.isfinite(norm), 1.0 / norm, jnp.zeros_like(norm))
+
+
+def _triangle(a: Any) -> Any:
+    """R of `a` = Q R by the modified Gram-Schmidt process: as good as Householder's where Q is not wanted."""
+    k = a.shape[2]
+
+    def step(i: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        rest, r = carry
+        column = lax.dynamic_slice_in_dim(rest, i, 1, 2)  # (batch, m, 1)
+        length = jnp.sqrt(jnp.sum(column * column, axis=1, keepdims=True))
+        q = column / jnp.where(length > 0, length, jnp.ones_like(length))
+        row = jnp.matmul(jnp.swapaxes(q, 1, 2), rest)  # (batch, 1, k), zero to the left of i but for rounding
+        row = jnp.where(jnp.arange(k, dtype=jnp.int32)[None, None, :] < i, jnp.zeros_like(row), row)
+        return rest - q * row, lax.dynamic_update_slice_in_dim(r, row, i, 1)
+
+    carry = a, jnp.zeros_like(a, shape=(a.shape[0], k, k))
+    if k <= UNROLLED:
+        for i in range(k):
+            carry = step(i, carry)
+        return carry[1]
+    return lax.fori_loop(0, k, step, carry)[1]

@@ -211,7 +211,7 @@ class KrylovSpace:
         eye = xp.roll(backend.eye(fill, hessenberg.shape[1], hessenberg.shape[2]), 1, axis=0)
         filled = hessenberg + eye[None] * fill
         sound = xp.isfinite(size)[:, None, None]
-        least = xp.min(xp.linalg.svdvals(xp.where(sound, filled, eye[None] + 0 * fill)), axis=1)
+        least = backend.least_singular_value(xp.where(sound, filled, eye[None] + 0 * fill))
         return xp.where(sound[:, 0, 0], 1.0 / least, xp.full_like(least, float("nan")))
 
     def _hessenberg(self, k: Krylov) -> tuple[Array, Array]:
