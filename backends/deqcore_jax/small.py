@@ -78,7 +78,8 @@ def _invert(a: Any) -> Any:
         m = jnp.concatenate([a, jnp.broadcast_to(jnp.eye(k, dtype=a.dtype), a.shape)], axis=2)
         for i in range(k):
             row = m[:, i : i + 1, :] / m[:, i : i + 1, i : i + 1]
-            m = (m - m[:, :, i : i + 1] * row).at[:, i, :].set(row[:, 0, :])
+            rest = m - m[:, :, i : i + 1] * row
+            m = jnp.concatenate([rest[:, :i], row, rest[:, i + 1 :]], axis=1)  # a scatter would gather a split batch
         return m[:, :, k:]
     h = k // 2
     corner, side = _invert(a[:, :h, :h]), a[:, :h, h:]

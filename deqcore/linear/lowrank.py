@@ -129,11 +129,15 @@ def multisecant(backend: Backend, basis: History, gram: Array, steps: Array, dif
     eye = backend.eye(gram, normal.shape[1])[None]
     left = xp.permute_dims(steps + differences, flip)
 
-    # Both systems in one call: a traced program holds the elimination once.
+    # Both systems in one call: a traced program holds the elimination once. A sample's two systems stand side by side,
+    # so that they stay on its device where a batch is split over several.
+    batch, size = normal.shape[0], normal.shape[1]
+    systems = xp.stack([normal + RIDGE * eye, normal + SHARP * eye], axis=1)
+    sides = xp.stack([xp.permute_dims(pairs, flip)] * 2, axis=1)
     both = backend.solve_positive(
-        xp.concat([normal + RIDGE * eye, normal + SHARP * eye], axis=0),
-        xp.concat([xp.permute_dims(pairs, flip)] * 2, axis=0),
+        xp.reshape(systems, (2 * batch, size, size)), xp.reshape(sides, (2 * batch, size, sides.shape[3]))
     )
+    both = xp.reshape(both, (batch, 2, size, both.shape[2]))
 
     def kernel(inverse: Array) -> Array:
         inverse = inverse * y[:, :, None] * s[:, None, :]
@@ -141,8 +145,7 @@ def multisecant(backend: Backend, basis: History, gram: Array, steps: Array, dif
         sound = xp.all(xp.all(xp.isfinite(found), axis=2), axis=1)
         return xp.where(sound[:, None, None], found, xp.zeros_like(found))
 
-    batch = normal.shape[0]
-    return OneBasis(backend, basis, kernel(both[:batch]), kernel(both[batch:]))
+    return OneBasis(backend, basis, kernel(both[:, 0]), kernel(both[:, 1]))
 
 
 def _scale(backend: Backend, squares: Array) -> Array:
