@@ -151,6 +151,11 @@ class ArrayTests(Conformance):
                 found = kit.numpy(solve(kit.array(system.astype(dtype), dtype), kit.array(b.astype(dtype), dtype)))
                 close(found, expected, 1e4 * float(np.finfo(dtype).eps), solve.__name__)
 
+    def test_least_singular_values(self, kit: Kit) -> None:
+        a = np.random.default_rng(3).standard_normal((4, 6, 5))
+        found = kit.numpy(kit.backend.least_singular_value(kit.array(a)))
+        close(found, np.linalg.svd(a, compute_uv=False)[:, -1], 5e-3, "least singular value")
+
     def test_a_singular_system_spoils_its_own_row_only(self, kit: Kit) -> None:
         a = np.stack([2 * np.eye(2), np.zeros((2, 2)), 4 * np.eye(2)])
         found = kit.numpy(kit.backend.solve(kit.array(a), kit.array(np.ones((3, 2)))))

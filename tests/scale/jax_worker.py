@@ -37,9 +37,7 @@ CASES = {
     },
 }
 COLLECTIVE = re.compile(r"= (\(?[^=]*?\)?) (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)[-(]")
-CALLED = re.compile(
-    r"\b(body|condition|calls|to_apply|branch_computations|true_computation|false_computation)=\{?((?:%[\w.-]+(?:, )?)+)"
-)
+CALLED = re.compile(r"\b(body|condition|calls|to_apply|\w+_computations?)=\{?((?:%[\w.-]+(?:, )?)+)")
 
 
 def collectives(text):
