@@ -54,7 +54,7 @@ def test_no_gradient_calls_lapack(solver, strategy):
 
     compiled = jax.jit(jax.grad(loss)).lower(jnp.ones((4, 16), jnp.float32)).compile().as_text()
     assert "while" in compiled
-    assert "lapack" not in compiled
+    assert 'target="lapack' not in compiled
 
 
 @pytest.mark.parametrize("k", [1, 3, 8, 9, 40])
