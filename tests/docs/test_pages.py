@@ -22,7 +22,7 @@ from deqcore.config import Config
 from deqcore.study.settings import read as read_study
 
 ROOT = Path(__file__).resolve().parents[2]
-WRITTEN = ("benchmarks", "conformance", "reference")  # by commands, with tests of their own
+WRITTEN = ("benchmarks", "conformance", "evidence", "reference")  # by commands, with tests of their own
 PAGES = [ROOT / "README.md", ROOT / "README.ja.md"] + [
     path for path in sorted((ROOT / "docs").rglob("*.md")) if path.parent.name not in WRITTEN and path.stem != "errors"
 ]
