@@ -1,0 +1,115 @@
+"""A causal equilibrium transformer that predicts the next character of a text.
+
+The states of all positions are the equilibrium of one block of attention and a perceptron, z* = block(z*, text).
+Compared with an explicit transformer of four layers, each with weights of its own, and as many weights in all; both are
+tuned over the same grid of learning rates on validation text.
+
+The text is Python's own reference (`pydoc_data.topics`, which comes with Python).
+Source: Bai, Kolter & Koltun (2019), "Deep equilibrium models", §4, reduced to one block.
+
+    python examples/models/text.py                   # PyTorch
+    python examples/models/text.py --backend jax
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import common
+import numpy as np
+
+LENGTH, WORDS, HEADS = 48, 80, 4
+EQUILIBRIUM = {"width": 64, "hidden": 206, "layers": 0}
+EXPLICIT = {"width": 32, "hidden": 128, "layers": 4}
+SETTINGS = {
+    "forward__solver": "anderson",
+    "forward__rtol": 1e-2,
+    "forward__max_steps": 20,
+    "forward__on_failure": "ignore",
+    "backward__strategy": "exact-ift",
+    "backward__options": {"rtol": 3e-2, "max_steps": 12},
+}
+RATES, WINDOWS = (2e-3, 5e-3), 256
+
+
+def data() -> tuple[list[str], dict[str, Any]]:
+    """The characters, and their numbers in the first 90 % (train), the next 5 % (tune) and the last (test).
+
+    The 79 most frequent characters have numbers of their own, all others share 0.
+    """
+    from pydoc_data.topics import topics
+
+    whole = "\n\n".join(topics[name] for name in sorted(topics))
+    characters = ["\N{REPLACEMENT CHARACTER}", *(c for c, _ in Counter(whole).most_common(WORDS - 1))]
+    number = {character: k for k, character in enumerate(characters)}
+    coded = np.asarray([number.get(character, 0) for character in whole], dtype=np.int64)
+    first, second = int(0.9 * len(coded)), int(0.95 * len(coded))
+    return characters, {"train": coded[:first], "tune": coded[first:second], "test": coded[second:]}
+
+
+def windows(coded: Any, count: int) -> Any:
+    """Windows `(count, length + 1)` side by side, evenly spread: inputs, and one more for the targets."""
+    starts = np.linspace(0, len(coded) - LENGTH - 1, count).astype(int)
+    return coded[starts[:, None] + np.arange(LENGTH + 1)]
+
+
+def batches(rng: np.random.Generator, coded: Any, size: int) -> Any:
+    """Endless random windows `(size, length + 1)`."""
+    while True:
+        yield (coded[rng.integers(0, len(coded) - LENGTH - 1, size)[:, None] + np.arange(LENGTH + 1)],)
+
+
+def weights(rng: np.random.Generator, width: int, hidden: int, layers: int) -> common.Weights:
+    """Of the equilibrium model (no layers) or of the explicit one."""
+    made = {
+        "embed.weight": rng.standard_normal((WORDS, width)).astype(np.float32),
+        "place": (0.5 * rng.standard_normal((LENGTH, width))).astype(np.float32),
+        "read.weight": common.matrix(rng, WORDS, width, gain=0.3),
+        "read.bias": np.zeros(WORDS, np.float32),
+    }
+    for cell in [f"cells.{k}" for k in range(layers)] or ["deq.cell"]:
+        made[f"{cell}.mix.weight"] = common.matrix(rng, 3 * width, width)
+        made[f"{cell}.out.weight"] = common.matrix(rng, width, width, gain=0.5)
+        made[f"{cell}.first.weight"] = common.matrix(rng, hidden, width)
+        made[f"{cell}.first.bias"] = np.zeros(hidden, np.float32)
+        made[f"{cell}.second.weight"] = common.matrix(rng, width, hidden, gain=0.5)
+    return made
+
+
+def tuned(options: Any, shape: dict[str, int], text: dict[str, Any]) -> tuple[float, Any]:
+    """Test perplexity per character at the rate that is best on the validation text, and the model."""
+
+    def perplexity(side: Any, coded: Any) -> float:
+        return float(
+            np.exp(np.mean([side.predict(rows).mean() for rows in np.split(windows(coded, WINDOWS), WINDOWS // 64)]))
+        )
+
+    def run(rate: float, decay: float, seed: int) -> tuple[float, float, Any]:
+        rng = np.random.default_rng(options.seed + seed)
+        begin = weights(rng, **shape)
+        begin = begin if shape["layers"] else common.start(options, begin)
+        side = common.side(options.backend, "text", begin, SETTINGS, **shape)
+        side.fit(batches(rng, text["train"], 16), options.steps, rate, decay)
+        return -perplexity(side, text["tune"]), -perplexity(side, text["test"]), side
+
+    tune, test, side, setting = common.tune(run, RATES, (0.01,), 1)
+    size = sum(value.size for value in side.weights().values())
+    name = "explicit" if shape["layers"] else "equilibrium"
+    print(f"{name}: test perplexity {-test:.3f} (validation {-tune:.3f}; {setting}; {size} weights)", flush=True)
+    return -test, side
+
+
+def main(given: list[str] | None = None) -> dict[str, float]:
+    """Tune both over the same grid, compare perplexities per character on test text."""
+    options = common.arguments(__doc__ or "", 800, given)
+    _, text = data()
+    explicit, _ = tuned(options, EXPLICIT, text)
+    equilibrium, side = tuned(options, EQUILIBRIUM, text)
+    print(f"the equilibrium model's is {100 * (equilibrium / explicit - 1):+.1f} % of the explicit one's")
+    common.finish(options, "text", side.weights())
+    return {"equilibrium": equilibrium, "explicit": explicit, "characters": float(WORDS)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""The example models: PyTorch and JAX give the same losses and gradients from the same weights, and both learn."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.optimize
+
+pytest.importorskip("torch")
+pytest.importorskip("jax")
+pytest.importorskip("sklearn")
+MODELS = Path(__file__).parents[2] / "examples" / "models"
+TIGHT = {
+    "forward__rtol": 3e-7,
+    "forward__max_steps": 100,
+    "backward__strategy": "exact-ift",
+    "backward__options": {"rtol": 1e-6, "max_steps": 100},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilation() -> Iterator[None]:
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(autouse=True)
+def _path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.syspath_prepend(MODELS)
+    yield
+    for name in [n for n, m in sys.modules.items() if str(getattr(m, "__file__", "")).startswith(str(MODELS))]:
+        del sys.modules[name]
+
+
+def deblurring(example: Any, rng: np.random.Generator) -> tuple[Any, ...]:
+    found = example.data(rng)
+    return found["train_blurred"][:8], found["train"][:8]
+
+
+def sudoku(example: Any, rng: np.random.Generator) -> tuple[Any, ...]:
+    grids = example.solutions()
+    return example.puzzles(rng, grids, grids, 8)  # type: ignore[no-any-return]
+
+
+def forces(example: Any, rng: np.random.Generator) -> tuple[Any, ...]:
+    x = example.sample(rng, 3, 1)
+    return x, example.forces(x.astype(np.float64)).astype(np.float32)
+
+
+def graph(example: Any, rng: np.random.Generator) -> tuple[Any, ...]:
+    found = example.data(0)
+    return tuple(found[name] for name in ("adjacency", "features", "groups", "train"))
+
+
+def images(example: Any, rng: np.random.Generator) -> tuple[Any, ...]:
+    return tuple(part[:8] for part in example.data()["train"])
+
+
+def text(example: Any, rng: np.random.Generator) -> tuple[Any, ...]:
+    _, coded = example.data()
+    return (example.windows(coded["train"], 4),)
+
+
+BATCHES = {
+    "deblurring": deblurring,
+    "sudoku": sudoku,
+    "forces": forces,
+    "graph": graph,
+    "images": images,
+    "text": text,
+}
+SHAPES = {"images": {"width": 6}, "text": {"width": 16, "hidden": 16, "layers": 0}}  # small ones are enough
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_both_frameworks_give_the_same_loss_and_gradients(name: str) -> None:
+    common, example = importlib.import_module("common"), importlib.import_module(name)
+    rng = np.random.default_rng(1)
+    batch = BATCHES[name](example, rng)
+    shape = SHAPES.get(name, {})
+    weights = example.weights(rng, **shape)
+    settings = {**example.SETTINGS, **TIGHT}
+    loss, gradients = common.side("torch", name, weights, settings, **shape).gradients(*batch)
+    loss_jax, gradients_jax = common.side("jax", name, weights, settings, **shape).gradients(*batch)
+    assert loss_jax == pytest.approx(loss, rel=1e-5)
+    assert set(gradients) == set(gradients_jax) == set(weights)
+    for key, expected in gradients.items():
+        assert np.linalg.norm(expected) > 0, key
+        assert np.linalg.norm(gradients_jax[key] - expected) <= 1e-4 * np.linalg.norm(expected), key
+
+
+SHORT = {"RATES": (0.01,), "DECAYS": (0.0,), "GRAPHS": 1, "SEEDS": 1, "WINDOWS": 64, "TEST": 40}
+HOLDS: dict[str, tuple[int, Any]] = {
+    "deblurring": (20, lambda r: r["learned"] > r["input"] + 3),
+    "sudoku": (6, lambda r: r["halted"] > 0.9),
+    "forces": (25, lambda r: r["model"] < r["linear"] < r["typical"]),
+    "graph": (30, lambda r: r["implicit"] > 0.4),  # four groups: guessing gives a quarter
+    "images": (3, lambda r: 0 < r["implicit"] < 1),  # no more than a run: convolutions are slow in JAX on a CPU
+    "text": (20, lambda r: r["equilibrium"] < r["characters"] / 2),
+}
+
+
+@pytest.mark.parametrize("name", HOLDS)
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_a_short_training_learns_and_stores_its_weights(
+    name: str, backend: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    example, common = importlib.import_module(name), importlib.import_module("common")
+    for setting, value in SHORT.items():
+        if hasattr(example, setting):
+            monkeypatch.setattr(example, setting, value)
+    steps, holds = HOLDS[name]
+    assert holds(example.main(["--steps", str(steps), "--backend", backend, "--out", str(tmp_path)]))
+    assert name in {"graph", "text"} or (tmp_path / f"{name}.png").stat().st_size > 1000
+    options = common.arguments("Test.", 1, ["--weights", str(tmp_path / f"{name}.safetensors")])
+    begin = example.weights(np.random.default_rng(0), **(example.EQUILIBRIUM if name == "text" else {}))
+    assert any(np.any(value != begin[key]) for key, value in common.start(options, begin).items())
+    with pytest.raises(SystemExit, match="but this example needs"):
+        common.start(options, {"other.weight": np.zeros(2)})
+
+
+def test_the_generated_forces_are_the_gradient_of_the_energy() -> None:
+    example = importlib.import_module("forces")
+    x = example.sample(np.random.default_rng(0), 1, 1).astype(np.float64)
+    slope = scipy.optimize.approx_fprime(x.ravel(), lambda v: example.energy(v.reshape(x.shape))[0], 1e-6)
+    np.testing.assert_allclose(example.forces(x).ravel(), -slope, rtol=1e-3, atol=1e-3)
+    linear = example.pair_design(x) @ np.ones(example.BASIS)
+
+    def pairs(v: Any) -> Any:
+        _, r = example.vectors(v.reshape(x.shape))
+        return np.exp(-(((r[..., None] - example.CENTRES) / example.SPREAD) ** 2) / 2).sum()
+
+    np.testing.assert_allclose(linear, -scipy.optimize.approx_fprime(x.ravel(), pairs, 1e-6), rtol=1e-3, atol=1e-3)
