@@ -28,7 +28,7 @@ SETTINGS = {
     "backward__strategy": "exact-ift",
     "backward__options": {"rtol": 3e-2, "max_steps": 12},
 }
-RATES, DECAYS, SEEDS = (3e-3, 1e-2), (0.02,), 2
+RATES, DECAYS, SEEDS = (3e-3, 1e-2, 3e-2), (0.02,), 2
 
 
 def data() -> dict[str, tuple[Any, Any]]:
@@ -79,7 +79,7 @@ def tuned(options: Any, width: int, blocks: int) -> tuple[float, Any]:
 
 def main(given: list[str] | None = None) -> dict[str, float]:
     """Tune both networks over the same grid, compare them on test images."""
-    options = common.arguments(__doc__ or "", 300, given)
+    options = common.arguments(__doc__ or "", 150, given)
     explicit, _ = tuned(options, NARROW, BLOCKS)
     implicit, side = tuned(options, WIDTH, 0)
     images, digits = data()["test"]

@@ -30,7 +30,7 @@ SETTINGS = {
     "backward__strategy": "exact-ift",
     "backward__options": {"rtol": 3e-2, "max_steps": 12},
 }
-RATES, WINDOWS = (2e-3, 5e-3), 256
+RATES, WINDOWS = (3e-3, 1e-2, 3e-2), 256
 
 
 def data() -> tuple[list[str], dict[str, Any]]:
@@ -102,7 +102,7 @@ def tuned(options: Any, shape: dict[str, int], text: dict[str, Any]) -> tuple[fl
 
 def main(given: list[str] | None = None) -> dict[str, float]:
     """Tune both over the same grid, compare perplexities per character on test text."""
-    options = common.arguments(__doc__ or "", 800, given)
+    options = common.arguments(__doc__ or "", 600, given)
     _, text = data()
     explicit, _ = tuned(options, EXPLICIT, text)
     equilibrium, side = tuned(options, EQUILIBRIUM, text)
