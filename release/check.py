@@ -1,6 +1,6 @@
 """`make release-check`: is what we would publish reproducible and complete, and does it work in a fresh environment?
 
-    python release/check.py [core-3.11 core-oldest torch-3.11 …]      # all environments without a name
+    python release/check.py [core-3.11 core-oldest torch-3.11 …]      # the usual ones without a name
 
 1. The distribution is built twice, in folders of different names, and compared byte by byte.
 2. twine and check-wheel-contents look at it; every tracked module must be in the wheel, and no test.
@@ -24,7 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 PACKAGES = ("deqcore", "backends/deqcore_numpy", "backends/deqcore_torch", "backends/deqcore_jax")
-ENVIRONMENTS = [*(f"core-{version}" for version in PYTHONS), "core-oldest", "torch-3.11", "jax-3.11", "jax-oldest"]
+USUAL = [*(f"core-{version}" for version in PYTHONS), "core-oldest", "torch-3.11", "jax-3.11", "jax-oldest"]
+ENVIRONMENTS = USUAL + [f"{kind}-{version}" for kind in ("torch", "jax") for version in PYTHONS[1:]]
 
 
 class Failure(Exception):
@@ -148,7 +149,7 @@ def main(names: list[str]) -> int:
         try:
             files = reproducible(work)
             complete(files)
-            for name in names or ENVIRONMENTS:
+            for name in names or USUAL:
                 smoke(name, next(path for path in files if path.suffix == ".whl"), work)
         except Failure as failure:
             print(f"The release is not fit: {failure}")
