@@ -56,23 +56,26 @@ def build(folder: Path) -> dict[str, Path]:
     return {path.name: path for path in sorted((folder / "dist").iterdir())}
 
 
-def reproducible(work: Path) -> list[Path]:
-    """Two builds with the same bytes."""
+def reproducible(work: Path) -> tuple[Path, Path]:
+    """Two builds with the same bytes: wheel and sdist."""
     first, second = build(work / "first"), build(work / "a" / "second")
     for name, path in first.items():
         sums = [hashlib.sha256(each.read_bytes()).hexdigest() for each in (path, second[name])]
         if sums[0] != sums[1]:
             raise Failure(f"{name} is not reproducible: {sums[0]} and {sums[1]}")
         print(f"{name}  sha256 {sums[0]}, twice")
-    return list(first.values())
+    wheel, sdist = sorted(first.values(), key=lambda path: path.suffix != ".whl")
+    return wheel, sdist
 
 
-def complete(files: list[Path]) -> None:
-    """What must be in the files is in them, and nothing else."""
-    (wheel,) = [path for path in files if path.suffix == ".whl"]
-    (sdist,) = [path for path in files if path.name.endswith(".tar.gz")]
-    run(sys.executable, "-m", "twine", "check", "--strict", *files)
+def well_formed(wheel: Path, sdist: Path) -> None:
+    """What twine and check-wheel-contents find."""
+    run(sys.executable, "-m", "twine", "check", "--strict", wheel, sdist)
     run(sys.executable, "-m", "check_wheel_contents", "--toplevel", ",".join(Path(p).name for p in PACKAGES), wheel)
+
+
+def complete(wheel: Path, sdist: Path) -> None:
+    """What must be in the files is in them, and nothing else."""
     inside = set(zipfile.ZipFile(wheel).namelist())
     expected = {
         name.removeprefix("backends/")
@@ -147,10 +150,11 @@ def main(names: list[str]) -> int:
     with tempfile.TemporaryDirectory() as made:
         work = Path(made)
         try:
-            files = reproducible(work)
-            complete(files)
+            wheel, sdist = reproducible(work)
+            well_formed(wheel, sdist)
+            complete(wheel, sdist)
             for name in names or USUAL:
-                smoke(name, next(path for path in files if path.suffix == ".whl"), work)
+                smoke(name, wheel, work)
         except Failure as failure:
             print(f"The release is not fit: {failure}")
             return 1
