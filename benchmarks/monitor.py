@@ -1,4 +1,4 @@
-"""What the monitor costs a training step: `python -m benchmarks.monitor` (torch; under 3 minutes; `--json` for numbers).
+"""What the monitor costs a training step: `python -m benchmarks.monitor` (torch; `--json` for numbers).
 
 Two figures. "inside": thread time spent in calls of the monitor over thread time of the step, which a busy machine
 hardly disturbs. "overhead": steps without and with the monitor take turns in every round and the ratio is taken within
@@ -155,7 +155,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--budget", type=float, default=40.0, help="seconds per case")
+    parser.add_argument("--budget", type=float, default=40.0, help="seconds per case, of three")
     parser.add_argument("--busy", action="store_true", help="count processor time: for a machine that never is quiet")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
