@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deqcore.backend import Backend, BackwardRecord, Capabilities, Carry, History, Map
 from deqcore.driver import Forward
-from deqcore.errors import BackendError, ConfigError, ProblemError
+from deqcore.errors import BackendError, ConfigError, ProblemError, StateError
 from deqcore.strategy import Adjoint
 from deqcore_torch import products, transforms
 from deqcore_torch.ambient import nothing_recorded
@@ -205,6 +205,7 @@ class TorchBackend(Backend):
         args: tuple[Any, ...],
         solve: Callable[[Map, Tensor], Forward],
     ) -> Forward:
+        _refuse_split(z0)
         run: Map = lambda z: f(z, *args)  # noqa: E731
         if transforms.active():
             transforms.refuse_vmap()
@@ -290,6 +291,16 @@ class TorchBackend(Backend):
     def synchronize(self) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+
+
+def _refuse_split(z0: Tensor) -> None:
+    """A DTensor's rows live on several ranks, where histories and the driver's decisions are each rank's own."""
+    if type(z0) is not Tensor and hasattr(z0, "full_tensor"):
+        raise StateError(
+            "The state z0 is a DTensor, but each rank solves for tensors of its own: pass z0.full_tensor(), or "
+            "z0.to_local() where the batch is what is split. Parameters may be DTensors (tensor-parallel modules): let "
+            "the cell take and return plain tensors, the same ones on each rank of the tensor-parallel group."
+        )
 
 
 def _wide(device: torch.device) -> torch.dtype:

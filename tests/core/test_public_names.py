@@ -41,6 +41,7 @@ PUBLIC = {
     "deqcore_torch.nn": "DEQ",
     "deqcore_torch.cells": "MonotoneCell VariationalDropout begin_solve",
     "deqcore_torch.compat.torchdeq": "get_deq",
+    "deqcore_jax.cells": "Monotone dropout_mask spectrally_normalized weight_normalized",
     "deqcore_jax.nnx": "DEQ",
     "deqcore_jax.equinox": "DEQ",
     "deqcore_jax.probe": "Probe new read reporting",

@@ -39,10 +39,17 @@ def test_two_processes_give_the_gradients_of_one(report, strategy, wrapper):
 
 def test_a_solve_takes_no_collective_even_where_ranks_need_different_steps(report):
     assert len(set(report["steps"])) == 2
-    assert report["exact-ift collectives"] == report["certified collectives"] == 0
+    assert report["exact-ift collectives"] == report["certified collectives"] == {}
+    assert report["exact-ift ddp collectives"] == report["certified ddp collectives"] == {"allreduce": 1}
 
 
 def test_a_rank_that_raises_ends_all():
     done = torchrun("failing")
     assert done.returncode != 0
     assert "ConvergenceError" in done.stderr
+
+
+@pytest.mark.parametrize("strategy", ["exact-ift", "certified"])
+def test_a_sharded_layer_gathers_its_parameters_once_each_way(report, strategy):
+    # The layer: gathered in the forward and again in the backward pass. The rest of the model: gathered once.
+    assert report[f"{strategy} fsdp2 collectives"] == {"allgather_base": 3, "reduce_scatter_base": 2}
