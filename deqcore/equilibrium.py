@@ -165,8 +165,7 @@ _instances: dict[str, Backend] = {}
 
 def _backend(name: str) -> Backend:
     if name not in _instances:
-        cls: Any = plugins.load("backend", name)
-        _instances[name] = cls()
+        _instances[name] = plugins.make_backend(name)
     return _instances[name]
 
 

@@ -69,15 +69,20 @@ class BackendError(DeqcoreError):
         )
 
 
+def installing(package: str, extra: str | None) -> str:
+    """The command that installs a package, by way of the extra of deqcore that has it, if one does."""
+    return f"pip install {package}" if extra is None else f'pip install "deqcore[{extra}]"'
+
+
 class MissingFrameworkError(BackendError, ImportError):
     """A backend's framework is not installed."""
 
     @classmethod
-    def of(cls, backend: str, package: str, extra: str) -> MissingFrameworkError:
-        """Name the extra to install."""
+    def of(cls, backend: str, package: str, extra: str | None) -> MissingFrameworkError:
+        """Name the extra to install, or the package itself where deqcore has no extra for it."""
         return cls(
             f"The {backend!r} backend needs the package {package!r}, which is not installed. "
-            f'Install it with: pip install "deqcore[{extra}]"'
+            f"Install it with: {installing(package, extra)}"
         )
 
 

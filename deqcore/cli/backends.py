@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from deqcore import plugins
 from deqcore.cli.output import AsJson, show
 from deqcore.cli.project import load_plugins
-from deqcore.errors import DeqcoreError
+from deqcore.errors import DeqcoreError, installing
 from deqcore.plugins import BackendSpec
 
 COLUMNS = ("name", "summary", "installed", "version", "device", "remedy")
@@ -37,7 +37,7 @@ def _row(spec: BackendSpec, devices: bool) -> dict[str, object]:
         "summary": spec.summary,
         "installed": installed,
         "version": _version(package) if installed else "",
-        "remedy": "" if installed else f'pip install "deqcore[{spec.extra or spec.name}]"',
+        "remedy": "" if installed else installing(package, spec.extra),
     }
     return row | {"device": _device(spec.name)} if devices and installed else row
 
@@ -51,8 +51,7 @@ def _version(package: str) -> str:
 
 def _device(name: str) -> str:
     try:
-        backend: Any = plugins.load("backend", name)
-        made = backend()
+        made = plugins.make_backend(name)
         return str(made.device_of(made.asarray([0.0])))
     except DeqcoreError as error:
         return str(error)

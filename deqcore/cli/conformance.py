@@ -96,8 +96,11 @@ def report(request: Request, junit: Path | None, as_json: bool) -> None:
     Config.discover()
     if junit is not None and not junit.parent.is_dir():
         raise ConfigError(f"--junit {str(junit)!r}: there is no folder {str(junit.parent)!r}.")
+    if junit is not None and junit.is_dir():
+        raise ConfigError(f"--junit {str(junit)!r} is a directory, but the name of a file to write is expected.")
     if request.expect is not None and not request.expect.is_file():
-        raise ConfigError(f"--expect {str(request.expect)!r}: there is no such file.")
+        found = "is a directory, but a TOML file is expected" if request.expect.is_dir() else "there is no such file"
+        raise ConfigError(f"--expect {str(request.expect)!r}: {found}.")
     start = time.perf_counter()
     outcomes = runner.check(request, teller(as_json))
     seconds = time.perf_counter() - start

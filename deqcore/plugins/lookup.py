@@ -34,6 +34,7 @@ from deqcore.plugins.records import (
 )
 
 if TYPE_CHECKING:
+    from deqcore.backend import Backend
     from deqcore.plugins.manager import Manager, PluginStatus
     from deqcore.solver import Solver
     from deqcore.strategy import StepStrategy, Strategy
@@ -150,7 +151,7 @@ def load(kind: Kind, name: str) -> object:
     record = spec(kind, name)
     backend = spec("backend", record.backend) if isinstance(record, TrainerSpec) else record
     if isinstance(backend, BackendSpec) and backend.package and not is_installed(backend.package):
-        raise MissingFrameworkError.of(backend.name, backend.package, backend.extra or backend.name)
+        raise MissingFrameworkError.of(backend.name, backend.package, backend.extra)
     try:
         return _import(record.target)
     except Exception as error:
@@ -200,6 +201,20 @@ def make_solver(name: str, options: Mapping[str, object] | None = None) -> Solve
     return _make_solver(name, as_options(f"The solver {name!r}", options))
 
 
+def make_backend(name: str) -> Backend:
+    """A new instance of a registered backend.
+
+    Raises:
+        UnknownNameError: nobody registered it.
+        MissingFrameworkError: its framework is not installed.
+        PluginError: the plugin that offers it is broken, or its class is no whole backend.
+    """
+    from deqcore.backend import Backend
+
+    made: object = _class("backend", name, Backend)()
+    return cast("Backend", made)
+
+
 def make_strategy(name: str, options: Mapping[str, object] | None = None) -> Strategy | StepStrategy:
     """An instance of a registered backward strategy; the same one for the same options.
 
@@ -233,11 +248,9 @@ def _make_strategy(name: str, options: Options) -> Strategy | StepStrategy:
 
 
 def _class(kind: Kind, name: str, *bases: type) -> type:
-    cls = load(kind, name)
-    if not (isinstance(cls, type) and issubclass(cls, bases)):
-        wanted = " or ".join(f"{base.__module__}.{base.__qualname__}" for base in bases)
-        raise PluginError(f"The {kind} {name!r} is {cls!r}, but a subclass of {wanted} is expected.")
-    return cls
+    from deqcore.plugins.contract import fulfils
+
+    return fulfils(f"{kind} {name!r}", load(kind, name), *bases)
 
 
 def backend_of(leaf: object) -> str | None:

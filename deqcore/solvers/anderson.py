@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -75,7 +76,14 @@ class Anderson(Solver):
     growth: float = 10.0
     history_dtype: str | None = None
     has_estimate: ClassVar[bool] = True
-    claims: ClassVar[tuple[str, ...]] = ("expansive", "monotone", "slow-modes")
+    claims: ClassVar[Mapping[str, int]] = {
+        "affine": 10,
+        "expansive": 14,
+        "mlp": 15,
+        "monotone": 18,
+        "slow-modes": 220,
+        "tree": 27,
+    }
 
     def __post_init__(self) -> None:
         if self.memory < 1:

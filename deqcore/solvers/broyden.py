@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, NamedTuple
 
@@ -94,7 +95,14 @@ class Broyden(Solver):
     growth: float | None = None
     history_dtype: str | None = None
     has_estimate: ClassVar[bool] = True
-    claims: ClassVar[tuple[str, ...]] = ("expansive", "monotone", "slow-modes")
+    claims: ClassVar[Mapping[str, int]] = {
+        "affine": 14,
+        "expansive": 19,
+        "mlp": 18,
+        "monotone": 21,
+        "slow-modes": 48,
+        "tree": 23,
+    }
 
     def __post_init__(self) -> None:
         if self.memory < 1:

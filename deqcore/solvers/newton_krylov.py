@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -61,7 +62,15 @@ class NewtonKrylov(Solver):
     forcing: float = 0.1
     halvings: int = 5
     needs: ClassVar[tuple[str, ...]] = ("jvp",)
-    claims: ClassVar[tuple[str, ...]] = ("expansive", "monotone", "slow-modes", "ill-conditioned")
+    claims: ClassVar[Mapping[str, int]] = {
+        "affine": 13,
+        "expansive": 23,
+        "ill-conditioned": 12,
+        "mlp": 34,
+        "monotone": 30,
+        "slow-modes": 60,
+        "tree": 48,
+    }
 
     def __post_init__(self) -> None:
         if self.inner_steps < 1:

@@ -100,7 +100,10 @@ class ExactIFT(Strategy):
             control = Control(rtol=0.0, atol=rtol * backend.norm(g), max_steps=self.max_steps)
             forward = drive(backend, self.bound, lambda u: g + pull(u), g if u0 is None else u0, control)
             u, residual, pulls = forward.z, forward.residual, forward.evaluations
-            status = forward.status
+            # Without a solution u grows until g is lost in the rounding of Jᵀu: a difference of zero is no solution.
+            residual = xp.maximum(residual, backend.cast(backend.eps(u) * backend.norm(u), residual))
+            lost = (forward.status == int(Status.CONVERGED)) & ~(residual <= control.atol)
+            status = xp.where(lost, code(pulls, Status.STALLED), forward.status)
         norm = backend.cast(backend.norm(g), residual)
         relative = xp.where(norm > 0, residual / xp.where(norm > 0, norm, xp.ones_like(norm)), 0 * residual)
         status = xp.where(xp.isfinite(relative), status, code(pulls, Status.NONFINITE))

@@ -112,7 +112,7 @@ def installed(names: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         spec = plugins.spec("backend", name)
         if isinstance(spec, plugins.BackendSpec) and not _is_there(spec):
-            raise MissingFrameworkError.of(name, str(spec.package), spec.extra or name)
+            raise MissingFrameworkError.of(name, str(spec.package), spec.extra)
     found = tuple(names) or tuple(name for name, spec in plugins.backends().items() if _is_there(spec))
     if not found:
         raise BackendError('No backend is installed: pip install "deqcore[torch]" or "deqcore[jax]".')

@@ -110,7 +110,7 @@ def backends_of(request: Request) -> tuple[str, ...]:
 
 
 def arguments(request: Request, backend: str, results: Path) -> list[str]:
-    """Pytest's command line, free of anybody's configuration."""
+    """Pytest's command line, free of anybody's configuration: a conftest.py of the working directory is code, too."""
     config = results.parent / "pytest.ini"
     config.write_text("[pytest]\n")
     given = {
@@ -121,7 +121,7 @@ def arguments(request: Request, backend: str, results: Path) -> list[str]:
         "expect": request.expect and request.expect.resolve(),
         "results": results,
     }
-    args = ["-q", "-c", str(config), "-p", "no:cacheprovider", "-p", "deqcore.testing.plugin"]
+    args = ["-q", "-c", str(config), "--noconftest", "-p", "no:cacheprovider", "-p", "deqcore.testing.plugin"]
     args += [f"--deqcore-{name}={value}" for name, value in given.items() if value is not None]
     args += ["-k", request.select] if request.select else []
     args += ["-x"] if request.first else []

@@ -1,7 +1,8 @@
 """`SolverTests`: everything that a solver must keep.
 
 Convergence is demanded only where plain iteration converges within the budget, and on the golden problems that the
-solver claims (`deqcore.Solver.claims`). An honest status is demanded everywhere.
+solver claims (`deqcore.Solver.claims`), there within the evaluations that it claims. An honest status is demanded
+everywhere.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class SolverTests(StepTests, EstimateTests):
     Attributes:
         solvers: registered names; default: the option `--deqcore-solver`, else all.
         options: options of the solver.
-        claims: in place of the solver's own, which are made for its default options.
+        claims: in place of the solver's own, which are made for its default options and count for nothing with others.
 
     Example:
         ::
@@ -45,7 +46,7 @@ class SolverTests(StepTests, EstimateTests):
 
     solvers: ClassVar[tuple[str, ...]] = ()
     options: ClassVar[Mapping[str, object]] = {}
-    claims: ClassVar[tuple[str, ...] | None] = None
+    claims: ClassVar[Mapping[str, int] | None] = None
 
     def subjects(self) -> dict[str, Callable[[Any], Sequence[str]]]:
         """Each solver that was asked for."""
@@ -79,16 +80,27 @@ class SolverTests(StepTests, EstimateTests):
         status, residual = kit.numpy(sol.status), kit.numpy(sol.residual)
         check_honest(kit, sol, rtol, dtype)
         assert not (status[~truth.healthy] == int(Status.CONVERGED)).any(), "a sample without solution converged"
-        if truth.radius**MAX_STEPS < rtol or problem in (solver.claims if self.claims is None else self.claims):
+        claims = self._claims(solver, settings)
+        if truth.radius**MAX_STEPS < rtol or problem in claims:
             left = [Status(int(code)).name for code in status[truth.healthy] if code != int(Status.CONVERGED)]
             assert not left, f"healthy samples ended as {left} with residuals {residual[truth.healthy]}"
+        if problem in claims and dtype == "float64":
+            spent = kit.numpy(sol.evaluations)[truth.healthy]
+            assert spent.max() <= claims[problem], f"{spent} evaluations; at most {claims[problem]} are claimed"
         done = status == int(Status.CONVERGED)
         error = np.linalg.norm((raveled_of(kit, sol.value) - raveled(truth.z, len(done)))[done])
         bound = truth.sensitivity.bounds(float(np.finfo(dtype).eps), n, rtol, rtol)["value"]
         assert error <= bound, f"converged samples are off z* by {error:.2e}; {bound:.2e} is explained"
 
     def test_claims_are_golden_problems(self, kit: Kit, solver: Solver) -> None:
+        assert isinstance(solver.claims, Mapping), f"claims = {solver.claims}, but {{problem: evaluations}} is expected"
         assert set(solver.claims) <= set(names())
+
+    def _claims(self, solver: Solver, settings: Mapping[str, object]) -> Mapping[str, int]:
+        """What the class under test or the solver claims; the solver speaks of its default options only."""
+        if self.claims is not None:
+            return self.claims
+        return {} if settings else solver.claims
 
     @several("share", [1, 3])
     def test_two_halves_of_a_solve_are_the_whole(self, kit: Kit, solver_name: str, settings: Any, share: int) -> None:

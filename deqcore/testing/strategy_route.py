@@ -93,7 +93,9 @@ class RouteTests(Conformance):
         u, report = route(kit, sharp.bind(plugins.make_solver), problem, g)
         expected = problem.adjoint(g)
         inverse = np.linalg.norm(np.linalg.inv(np.eye(6) - problem.a), 2, axis=(1, 2)).max()
-        close(u, expected, 1e-9 * inverse if kit.eps < 1e-10 else 1e-3 * inverse, "u = (I − J)^-T g")
+        promised = getattr(sharp, "rtol", None)
+        allowed = max(1e-9 if kit.eps < 1e-10 else 1e-3, 4 * promised if isinstance(promised, float) else 0.0)
+        close(u, expected, allowed * inverse, "u = (I − J)^-T g")
         assert (report.status == int(Status.CONVERGED)).all()
 
     def test_a_perfect_estimate_gives_the_perfect_gradient(self, kit: Kit, strategy: Strategy) -> None:

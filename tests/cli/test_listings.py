@@ -83,7 +83,7 @@ def test_backends(capsys: Capture) -> None:
     assert rows["numpy"]["installed"] is True
     assert rows["numpy"]["version"] == np.__version__
     assert rows["absent"]["installed"] is False
-    assert rows["absent"]["remedy"] == 'pip install "deqcore[absent]"'
+    assert rows["absent"]["remedy"] == "pip install no_such_framework"
     assert all("device" not in row for row in rows.values())
     assert "pip install" in run(capsys, "backends")[1]
 

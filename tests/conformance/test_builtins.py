@@ -27,4 +27,3 @@ class TestSmallMemory(SolverTests):
     backends = ("numpy",)
     solvers = ("anderson", "broyden")
     options: ClassVar = {"memory": 3}
-    claims = ()

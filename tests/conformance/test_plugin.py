@@ -17,6 +17,7 @@ from deqcore.cli import app
 from deqcore.testing import runner, runner_render
 from deqcore.testing.runner import Outcome, Request
 
+QUICK = ("--backend", "numpy", "-k", "returns_f_of_z")
 CONFTEST = 'pytest_plugins = ["deqcore.testing.plugin"]\n'
 MINE = """
     from dataclasses import dataclass
@@ -163,6 +164,29 @@ def test_a_deqfile_of_the_working_directory_is_seen(capsys, tmp_path, monkeypatc
     assert "healthy samples ended as ['STALLED'" in out  # honest about it, but plain iteration would converge
 
 
+def test_a_deqfile_that_nobody_opted_into_is_never_executed(capsys, tmp_path, monkeypatch):
+    """Neither by a command nor by the processes that it starts, whatever lies beside it."""
+    (tmp_path / "deqfile.py").write_text("from pathlib import Path\nPath('executed').touch()\n")
+    (tmp_path / "conftest.py").write_text("import deqfile\n")
+    monkeypatch.chdir(tmp_path)
+    for content in (None, "plugins.deqfile = false\n", "[forward]\nrtol = 1e-3\n"):
+        if content is not None:
+            (tmp_path / "deq.toml").write_text(content)
+        for args in (("plugins",), ("solvers",), ("config", "show"), ("check", "solver", "picard", *QUICK)):
+            code, _, err = command(capsys, *args)
+            assert code == 0, err
+        assert not (tmp_path / "executed").exists()
+    plugins.reset()
+
+
+def test_a_config_path_that_is_a_directory(capsys, tmp_path, monkeypatch):
+    (tmp_path / "deq.toml").mkdir()
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command(capsys, "check", "solver", "picard", *QUICK)
+    assert code == 2
+    assert "'deq.toml' is a directory, but a TOML file is expected" in " ".join(err.split())
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -173,7 +197,9 @@ def test_a_deqfile_of_the_working_directory_is_seen(capsys, tmp_path, monkeypatc
         (("solver", "picard", "--options", "[1]"), "JSON object"),
         (("solver", "picard", "--options", "{"), "JSON object"),
         (("solver", "picard", "--junit", "/nowhere/x.xml"), "no folder"),
+        (("solver", "picard", "--junit", "/tmp"), "is a directory, but the name of a file to write is expected"),
         (("solver", "picard", "--expect", "/nowhere/x.toml"), "no such file"),
+        (("solver", "picard", "--expect", "/tmp"), "is a directory, but a TOML file is expected"),
         (("backend", "numpy", "--device", "cuda"), "host only"),
         (("solver", "picard", "--backend", "numpy", "-k", "zzz"), "No test matches 'zzz'"),
     ],

@@ -40,6 +40,9 @@ class Mine(Solver):
 
     def step(self, backend, f, z, fz, state):
         return fz, f(fz), state
+
+class Plain(Solver):
+    init, step = Mine.init, Mine.step
 """
 
 
@@ -292,7 +295,8 @@ TARGETS = {
     "deq_absent:Mine": "ModuleNotFoundError",
     "deq_good_impl:SOLVERS": "AttributeError",
     "json:dumps": "a subclass of deqcore.solver.Solver is expected",
-    "deqcore.solver:Solver": "a dataclass of its options is expected",
+    "deqcore.solver:Solver": "which lacks init, step",
+    "deq_good_impl:Plain": "a dataclass of its options is expected",
 }
 
 
@@ -303,6 +307,68 @@ def test_a_target_that_is_no_solver_is_an_error_when_used(target: str, install: 
     assert "wrong" in plugins.solvers()
     with pytest.raises(errors.PluginError, match=TARGETS[target]):
         plugins.make_solver("wrong")
+
+
+SHAPELESS = """
+from dataclasses import dataclass
+from deqcore import Backend, Solver, Strategy
+
+@dataclass(frozen=True)
+class Mute(Solver):
+    def init(self, backend, z, fz):
+        return ()
+
+@dataclass(frozen=True)
+class Short(Mute):
+    def step(self, f, z):
+        return f(z)
+
+@dataclass(frozen=True)
+class Odd(Strategy):
+    needs = "pull"
+    def route(self, pull, g):
+        return g
+
+class Half(Backend):
+    name = "half"
+"""
+
+
+@pytest.mark.parametrize(
+    ("make", "target", "message"),
+    [
+        (plugins.make_solver, "Mute", r"solver 'wrong' is Mute, which lacks step: see deqcore.solver.Solver"),
+        (
+            plugins.make_solver,
+            "Short",
+            r"solver 'wrong' has step\(self, f, z\), but it is called as step\(self, backend, f, z, fz, state\)",
+        ),
+        (plugins.make_strategy, "Odd", r"has route\(self, pull, g\), but it is called as route\(self, backend, pull, "),
+        (
+            plugins.make_backend,
+            "Half",
+            r"'wrong' is Half, which lacks asarray, .*: see deqcore.backend.Backend",
+        ),
+        (
+            plugins.make_backend,
+            "Mute",
+            r"'wrong' is <class .*Mute'>, but a subclass of deqcore.backend.Backend",
+        ),
+    ],
+)
+def test_a_class_that_misses_the_contract_is_told_so_before_it_is_used(make, target, message, install: Install) -> None:
+    install("good", OFFERS_MINE)
+    (Path(sys.path[0]) / "deq_shapeless.py").write_text(SHAPELESS)
+    spec = {plugins.make_solver: SolverSpec, plugins.make_strategy: StrategySpec, plugins.make_backend: BackendSpec}
+    plugins.register(spec[make]("wrong", f"deq_shapeless:{target}"))
+    with pytest.raises(errors.PluginError, match=message):
+        make("wrong")
+
+
+def test_a_framework_that_no_extra_installs_is_named_itself() -> None:
+    plugins.register(BackendSpec("theirs", "deq_theirs:Theirs", package="no_such_framework"))
+    with pytest.raises(errors.MissingFrameworkError, match="Install it with: pip install no_such_framework$"):
+        plugins.make_backend("theirs")
 
 
 # -- options -----------------------------------------------------------------------------------------------

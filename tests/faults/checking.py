@@ -14,7 +14,7 @@ from deqcore.testing.processes import environment
 from deqcore.testing.runner import Outcome, Request, arguments
 
 PLANTING = Path(__file__).with_name("planting.py")
-TIMEOUT = 120.0
+TIMEOUT = 300.0
 
 
 def source_of(module: str) -> str:

@@ -26,8 +26,7 @@ class StrictBackend(Backend):
     xp = XP
 
     def __init__(self) -> None:
-        make: Any = plugins.load("backend", "numpy")
-        self.numpy: Backend = make()
+        self.numpy: Backend = plugins.make_backend("numpy")
         self.capabilities: Capabilities = replace(self.numpy.capabilities, autodiff=False)
 
     def is_array(self, leaf: object) -> bool:
