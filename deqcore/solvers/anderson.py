@@ -81,6 +81,7 @@ class Anderson(Solver):
         "expansive": 14,
         "mlp": 15,
         "monotone": 18,
+        "overshoot": 13,
         "slow-modes": 220,
         "tree": 27,
     }

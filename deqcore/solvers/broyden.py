@@ -100,6 +100,7 @@ class Broyden(Solver):
         "expansive": 19,
         "mlp": 18,
         "monotone": 21,
+        "overshoot": 16,
         "slow-modes": 48,
         "tree": 23,
     }

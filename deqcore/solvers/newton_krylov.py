@@ -68,6 +68,7 @@ class NewtonKrylov(Solver):
         "ill-conditioned": 12,
         "mlp": 34,
         "monotone": 30,
+        "overshoot": 29,
         "slow-modes": 60,
         "tree": 48,
     }

@@ -93,7 +93,9 @@ class BroydenReuse(Strategy):
         r = g + pull(u) - u
         error = SAFETY * _ratio(backend, backend.norm(estimate.apply_transpose(r)), backend.norm(u))
         residual = _ratio(backend, backend.norm(r), backend.norm(g))
-        return u, report(backend, g, pulls=1, residual=residual, error=error)
+        told = report(backend, g, pulls=1, residual=residual, error=error)
+        lost = backend.xp.full_like(told.status, int(Status.NONFINITE))
+        return u, told._replace(status=backend.xp.where(backend.xp.isfinite(residual), told.status, lost))
 
     def _refined(
         self, backend: Backend, pull: Map, g: Array, estimate: InverseJacobian, target: float
@@ -153,7 +155,7 @@ class BroydenReuse(Strategy):
 
 
 def _ratio(backend: Backend, a: Array, b: Array) -> Array:
-    """A / b per sample, zero where b is zero."""
+    """A / b per sample, zero where b is zero (not where it is NaN, which is no good residual)."""
     xp = backend.xp
     a, b = backend.wide(a), backend.wide(b)
-    return xp.where(b > 0, a / xp.where(b > 0, b, xp.ones_like(b)), xp.zeros_like(a))
+    return xp.where(b == 0, xp.zeros_like(a), a / xp.where(b == 0, xp.ones_like(b), b))

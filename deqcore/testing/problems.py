@@ -78,6 +78,11 @@ def expansive(xp: Any, p: Tree, z: Tree, x: Tree) -> Tree:
     return x - xp.matmul(z, p["W"].T) - 0.5 * xp.sin(z)
 
 
+def overshoot(xp: Any, p: Tree, z: Tree, x: Tree) -> Tree:
+    """Z − tanh(W z − x): plain iteration converges, but full Newton steps from afar overshoot ever further."""
+    return z - xp.tanh(xp.matmul(z, p["W"].T) - x)
+
+
 def valve(xp: Any, p: Tree, z: Tree, x: Tree) -> Tree:
     """A tanh cell, but a sample with x₀ > 0 obeys z ← z + x₀ (1 + z²), which has no solution."""
     cell = xp.tanh(xp.matmul(z, p["W"].T) + xp.matmul(x, p["U"].T))
@@ -99,6 +104,7 @@ FUNCTIONS: Final[Mapping[str, Callable[..., Tree]]] = MappingProxyType(
         "tree": tree,
         "monotone": monotone,
         "expansive": expansive,
+        "overshoot": overshoot,
         "ill-conditioned": affine,
         "slow-modes": affine,
         "divergent": valve,

@@ -40,6 +40,14 @@ class EstimateTests(Conformance):
             error = np.linalg.norm(found - s) / np.linalg.norm(s)
             assert error <= allowed, f"H y = s for the latest pair is off by {error:.1e}"
 
+    def test_the_sharp_estimate_keeps_the_latest_pair(self, kit: Kit, solver: Solver) -> None:
+        """`sharp_transpose` is regularised as little as rounding allows, so that H y = s holds up to a percent."""
+        for h, s, y in self._estimates(kit, solver, affine()):
+            rows = [kit.numpy(h.sharp_transpose(kit.array(np.tile(unit, (3, 1))))) for unit in np.eye(6)]  # of H
+            found = np.sum(np.stack(rows, axis=1) * y[:, None, :], axis=2)
+            error = np.linalg.norm(found - s) / np.linalg.norm(s)
+            assert error <= 1e-2, f"H y = s for the latest pair is off by {error:.1e}, judged sharply"
+
     def test_where_f_is_flat_it_is_minus_the_identity(self, kit: Kit, solver: Solver) -> None:
         flat = Affine(np.zeros((3, 6, 6)), affine().b)
         v = np.random.default_rng(8).standard_normal((3, 6))

@@ -2,30 +2,79 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 import deqcore
-from deqcore.backend import History, Map
+from deqcore.backend import Backend, History, Map
+from deqcore.driver import copy_state
 from deqcore.solver import Solver, map_state
 from deqcore.testing.conformance import DTYPES, Conformance, needs, several
 from deqcore.testing.kit import Kit, affine, close
 from deqcore.testing.lightness import check_light
+from deqcore.testing.problems import golden
 
 
-def walk_steps(kit: Kit, solver: Solver, f: Map, z: Any, steps: int) -> list[tuple[Any, Any, Any]]:
+def walk_steps(kit: Kit, solver: Solver, f: Map, z: Any, steps: int, *, jit: bool = True) -> list[tuple[Any, Any, Any]]:
     """`(z, f(z), state)` before the first step and after each, without the driver; compiled where the backend can."""
+    compiled = kit.backend.jit if jit else lambda step: step
     fz = f(z)
-    init = kit.backend.jit(lambda z, fz: solver.init(kit.backend, z, fz))
+    init = compiled(lambda z, fz: solver.init(kit.backend, z, fz))
     found: list[tuple[Any, Any, Any]] = [(z, fz, init(z, fz))]
-    step = kit.backend.jit(lambda z, fz, state: solver.step(kit.backend, f, z, fz, state))
+    step = compiled(lambda z, fz, state: solver.step(kit.backend, f, z, fz, state))
     for _ in range(steps):
         found.append(step(*found[-1]))
     return found
+
+
+def overshooting(kit: Kit, rows: int = 3) -> tuple[Map, Any]:
+    """F and z0 of the golden problem `overshoot`, where a solver has to search, for its first samples."""
+    problem = golden("overshoot").problem
+    w, x = kit.array(problem.params["W"]), kit.array(problem.inputs[:rows])
+    xp = kit.backend.xp
+    return lambda z: z - xp.tanh(xp.sum(w[None] * z[:, None, :], axis=2) - x), kit.array(problem.z0[:rows])
+
+
+class _Counting:
+    """A backend that counts products J v, and calls of a function outside of them."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._inside = False
+        self.calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def counted(self, f: Map) -> Map:
+        def run(z: Any) -> Any:
+            self.calls += not self._inside
+            return f(z)
+
+        return run
+
+    def push(self, f: Map, z: Any) -> Map | None:
+        with self._within():
+            push = self._backend.push(f, z)
+
+        def product(v: Any) -> Any:
+            self.calls += 1
+            with self._within():
+                return push(v) if push is not None else None
+
+        return None if push is None else product
+
+    @contextlib.contextmanager
+    def _within(self) -> Iterator[None]:
+        self._inside = True
+        yield
+        self._inside = False
 
 
 class StepTests(Conformance):
@@ -84,7 +133,8 @@ class StepTests(Conformance):
         f, z0 = kit.map(affine()), kit.array(np.zeros((3, 6)))
         z, fz, state = walk_steps(kit, solver, f, z0, 2)[-1]
         before = np.array(kit.numpy(z)), np.array(kit.numpy(fz))
-        first, again = (solver.step(kit.backend, f, z, fz, state) for _ in range(2))
+        # Of copies: a history whose ring is full may overwrite its oldest vector in place.
+        first, again = (solver.step(kit.backend, f, z, fz, copy_state(state)) for _ in range(2))
         assert np.array_equal(kit.numpy(first[0]), kit.numpy(again[0])), "two steps from one state differ"
         assert np.array_equal(kit.numpy(z), before[0]), "a step wrote into z"
         assert np.array_equal(kit.numpy(fz), before[1]), "a step wrote into f(z)"
@@ -112,6 +162,43 @@ class StepTests(Conformance):
             pytest.skip("the solver counts its evaluations itself")
         solver.step(kit.backend, counted, z, fz, state)
         assert len(calls) == solver.evaluations_per_step
+
+    def test_evaluations_and_products_are_counted(self, kit: Kit, solver: Solver) -> None:
+        """Of a solver that counts for itself: calls of f, and products J v, on a problem that makes it search."""
+        if type(solver).evaluations is Solver.evaluations or not kit.eager:
+            pytest.skip("the solver's steps all cost the same, or a traced loop calls f once, whatever it runs")
+        f, z0 = overshooting(kit, rows=1)
+        backend = _Counting(kit.backend)
+        found = walk_steps(Kit(cast(Backend, backend), kit.device), solver, backend.counted(f), z0, 4, jit=False)
+        steps = kit.backend.xp.zeros_like(kit.array(np.zeros(1)), dtype=kit.backend.xp.int32) + 4
+        told = int(kit.numpy(solver.evaluations(kit.backend, steps, found[-1][2]))[0])
+        assert told == backend.calls, f"{told} evaluations and products are reported, but there were {backend.calls}"
+
+    def test_every_number_among_its_options_matters(self, kit: Kit, solver: Solver) -> None:
+        """An option that changes no iterate is not read."""
+        if not kit.eager:
+            pytest.skip("options are read in Python, and compiling for each value takes long")
+        problems = (overshooting(kit), (kit.map(affine(norm=3.0)), kit.array(np.zeros((3, 6)))))
+        plain = self._iterates(kit, solver, problems)
+        for field in dataclasses.fields(solver):  # type: ignore[arg-type]
+            value = getattr(solver, field.name)
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                continue
+            others = self._others(solver, field.name, value)
+            changed = (not np.array_equal(plain, self._iterates(kit, other, problems)) for other in others)
+            assert any(changed), f"{field.name} = {value} or any other value gives the same iterates"
+
+    def _iterates(self, kit: Kit, solver: Solver, problems: Any) -> Any:
+        return np.stack([kit.numpy(z) for f, z0 in problems for z, *_ in walk_steps(kit, solver, f, z0, 9)])
+
+    def _others(self, solver: Solver, name: str, value: float) -> list[Solver]:
+        """The solver with other values of one option: those that it accepts."""
+        whole = isinstance(value, int)
+        others: list[Solver] = []
+        for other in (1, 3, value - 1, value + 1) if whole else (1.01, 0.5 * value, 2.0 * value, 0.1, 0.01):
+            with contextlib.suppress(ValueError):
+                others.append(dataclasses.replace(solver, **{name: other}))  # type: ignore[type-var]
+        return [other for other in others if other != solver]
 
     @needs("autodiff")
     def test_steps_can_be_differentiated_through(self, kit: Kit, solver_name: str, settings: Any) -> None:

@@ -60,6 +60,7 @@ LOWRANK = "deqcore.linear.lowrank"
 GMRES = "deqcore.linear.gmres"
 BROYDEN = "deqcore.solvers.broyden"
 ANDERSON = "deqcore.solvers.anderson"
+NEWTON = "deqcore.solvers.newton_krylov"
 PICARD = "deqcore.solvers.picard"
 NUMPY = "deqcore_numpy.backend"
 HISTORY = "deqcore_numpy.history"
@@ -190,6 +191,46 @@ STRATEGIES = [
     ),
 ]
 
+STRATEGIES += [
+    Fault(
+        "the norm of the inverse upside down",
+        GMRES,
+        "1.0 / least, xp.full_like(least",
+        "1.0 * least, xp.full_like(least",
+        "strategy broyden-reuse",
+        "test_converged_means_what_the_options_promise",
+        "CONVERGED with a target of 0.1",
+    ),
+    Fault(
+        "a residual by recurrence, believed where rounding is all that is left",
+        GMRES,
+        "residual = k.residual if precondition is not None else",
+        "residual = k.residual if precondition is None else",
+        "strategy exact-ift",
+        "test_an_equation_without_solution_is_confessed",
+        "CONVERGED without a solution",
+    ),
+    Fault(
+        "a budget of pulls spent twice as fast",
+        GMRES,
+        "grown=k.grown + 1,",
+        "grown=k.grown + 2,",
+        "strategy broyden-reuse",
+        "test_as_many_pulls_as_dimensions_are_enough",
+        "as many pulls as there are dimensions|statuses",
+    ),
+    Fault(
+        "a certificate of NaN",
+        REUSE,
+        "a / xp.where(b == 0, xp.ones_like(b), b))",
+        "xp.where(xp.isnan(b), 0 * b + 1 > 2, a / xp.where(b == 0, xp.ones_like(b), b)))",
+        "strategy broyden-reuse",
+        "test_a_bad_sample_changes_no_bit_of_its_neighbours",
+        "NONFINITE",
+        options=MEASURED,
+    ),
+]
+
 SOLVERS = [
     Fault(
         "H in place of its transpose, in the estimate",
@@ -211,6 +252,15 @@ SOLVERS = [
     ),
     Fault(
         "secant pairs off by one",
+        BROYDEN,
+        "pairs = pairs.append(xp.concat([c, y], axis=1))",
+        "pairs = pairs.append(xp.concat([step, y], axis=1))",
+        "solver broyden",
+        "test_the_sharp_estimate_keeps_the_latest_pair",
+        "H y = s",
+    ),
+    Fault(
+        "the sign of y in the secant pairs",
         BROYDEN,
         "y, missed = newest - e_y,",
         "y, missed = e_y - newest,",
@@ -308,6 +358,33 @@ SOLVERS = [
         "solver picard",
         "test_a_sample_is_solved_in_company_as_alone",
         "alone",
+    ),
+    Fault(
+        "a line search that lengthens the step",
+        NEWTON,
+        "length = 0.5 * t.length",
+        "length = 2.0 * t.length",
+        "solver newton-krylov",
+        "test_golden",
+        "off z\\*|healthy samples ended|evaluations",
+    ),
+    Fault(
+        "products that nobody counts",
+        NEWTON,
+        "state.spent + inner.products + end.trials",
+        "state.spent + end.trials",
+        "solver newton-krylov",
+        "test_evaluations_and_products_are_counted",
+        "evaluations and products are reported",
+    ),
+    Fault(
+        "an option that nobody reads",
+        ANDERSON,
+        "        if self.mixing != 1.0:\n",
+        "        if self.mixing == 1.0:\n",
+        "solver anderson",
+        "test_every_number_among_its_options_matters",
+        "mixing = 1.0 or any other value",
     ),
     Fault(
         "damping in the residual",

@@ -49,7 +49,7 @@ def strategy(name: str, *options: str | None, backend: str = "numpy") -> list[tu
 
 CHECKS = {
     "deqcore.solvers.picard": solver("picard", None, '{"damping": 0.5}'),
-    "deqcore.solvers.anderson": solver("anderson", None, '{"memory": 3}', '{"mixing": 0.5}'),
+    "deqcore.solvers.anderson": solver("anderson", None, '{"memory": 3}', '{"mixing": 0.5}', '{"growth": 1.5}'),
     "deqcore.solvers.broyden": solver("broyden", None, '{"memory": 5}', '{"memory": 2}', '{"growth": 2.0}'),
     "deqcore.solvers.newton_krylov": [*solver("newton-krylov"), *solver("newton-krylov", backend="torch")],
     "deqcore.strategies.exact_ift": strategy(

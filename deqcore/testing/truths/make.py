@@ -60,6 +60,10 @@ def draw(name: str) -> tuple[dict[str, Any], Any, Any]:
     if name == "expansive":
         q = np.linalg.qr(normal(6, 6))[0]
         return {"W": q @ np.diag(np.linspace(0.8, 2.0, 6)) @ q.T}, normal(3, 6), np.zeros((3, 6))
+    if name == "overshoot":
+        q = np.linalg.qr(normal(6, 6))[0]
+        x = rng.uniform(1.0, 1.5, (3, 6)) * rng.choice([-1.0, 1.0], (3, 6))  # Newton for tanh diverges beyond 1.09
+        return {"W": q @ np.diag(np.linspace(0.7, 1.3, 6)) @ q.T}, x, np.zeros((3, 6))
     if name in ("divergent", "nan"):
         x = normal(4, 4)
         x[:, 0] = [0.0, 0.0, 1.0, 0.0] if name == "divergent" else [1.0, 4.0, -1.0, 0.25]
@@ -124,7 +128,11 @@ class Flat:
         def residual(z: Any) -> Any:
             return self(z) - z
 
-        found = root(residual, self.start, tol=1e-13)
+        start = self.start
+        if self.name == "overshoot":  # Newton steps from z0 lead away, which is the point of it
+            for _ in range(60):
+                start = self(start)
+        found = root(residual, start, tol=1e-13)
         z = found.x.astype(np.longdouble)
         for _ in range(5):
             jacobian = derivative(self, np.asarray(z, np.float64))
