@@ -49,7 +49,11 @@ def dropout_mask(key: Any, like: Any, p: float = 0.5, shared: tuple[int, ...] = 
 
 
 def weight_normalized(v: Any, g: Any) -> Any:
-    """`g v / ‖v‖`, with the norm over all axes but the first: `v` `(out, ...)`, `g` `(out,)`.
+    """`g v / ‖v‖`, with the norm over all axes but the first.
+
+    Args:
+        v: directions `(out, ...)`.
+        g: lengths `(out,)`.
 
     Source: Salimans & Kingma (2016), "Weight normalization", eq. (2).
     """
