@@ -160,12 +160,12 @@ def report(
     error: Array | None = None,
     fallback: Array | None = None,
 ) -> AdjointReport:
-    """Fill an AdjointReport; what is not given says "not measured" (or CONVERGED, for the status).
+    """Fill an AdjointReport; what is not given says "not measured".
 
     Args:
         backend: whose arrays these are.
         g: the cotangent `(batch, n)`.
-        status: `Status` per sample `(batch,)` int32.
+        status: `Status` per sample `(batch,)` int32; default CONVERGED, and NONFINITE where the residual is not finite.
         pulls: products Jᵀv that were spent, `(batch,)` int32 or one number for all.
         residual: ‖g + Jᵀu − u‖ / ‖g‖ `(batch,)`.
         error: estimated relative error of u `(batch,)`.
@@ -177,8 +177,12 @@ def report(
     zeros = backend.norm(g)
     ints = xp.zeros_like(zeros, dtype=xp.int32)
     unknown = xp.full_like(zeros, float("nan"))
+    if status is None:
+        status = ints + int(Status.CONVERGED)
+        if residual is not None:
+            status = xp.where(xp.isfinite(residual), status, xp.full_like(status, int(Status.NONFINITE)))
     return AdjointReport(
-        status=ints + int(Status.CONVERGED) if status is None else status,
+        status=status,
         pulls=ints + pulls if isinstance(pulls, int) else pulls,
         residual=unknown if residual is None else residual,
         error=unknown if error is None else error,
