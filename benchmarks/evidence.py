@@ -230,7 +230,8 @@ def _target(name: str, value: Interval | None) -> str:
     target = TARGETS.get(name.partition("-")[0])
     if target is None or value is None:
         return ""
-    return f"; lower end at least {target}: {_met(value.low is not None and 100 * value.low >= target)}"
+    told = "one seed says nothing" if value.low is None else _met(100 * value.low >= target)
+    return f"; lower end at least {target}: {told}"
 
 
 def _met(whether: bool) -> str:

@@ -73,6 +73,12 @@ def test_a_task_where_nothing_differs_does_not_count():
     assert "lower end" not in evidence.verdicts("text-torch", rows(results(same)))[2]
 
 
+def test_one_seed_says_nothing():
+    alone = evidence.verdicts("digits-torch", rows(results({name: values[:1] for name, values in ACCURACY.items()})))
+    assert alone[0] == "- Exact gradients against Jacobian-free: +1.00 points."
+    assert alone[2].endswith("lower end at least -1.0: one seed says nothing.")
+
+
 def test_a_gap_that_grows_is_told():
     found = results(ACCURACY)
     for each in found:
