@@ -28,7 +28,12 @@ def arguments(text: str, steps: int, given: list[str] | None = None) -> argparse
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder for the picture and the weights")
     parser.add_argument("--weights", type=Path, help="start from this safetensors file, of either framework")
-    return parser.parse_args(given)
+    options = parser.parse_args(given)
+    if options.steps < 1:
+        parser.error(f"--steps {options.steps}, but at least 1 is expected")
+    if options.weights is not None and not options.weights.is_file():
+        parser.error(f"--weights {options.weights}: there is no such file")
+    return options
 
 
 def start(options: argparse.Namespace, weights: Weights) -> Weights:

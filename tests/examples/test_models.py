@@ -143,3 +143,29 @@ def test_the_generated_forces_are_the_gradient_of_the_energy() -> None:
         return np.exp(-(((r[..., None] - example.CENTRES) / example.SPREAD) ** 2) / 2).sum()
 
     np.testing.assert_allclose(linear, -scipy.optimize.approx_fprime(x.ravel(), pairs, 1e-6), rtol=1e-3, atol=1e-3)
+
+
+def test_the_generated_puzzles_have_one_solution() -> None:
+    example = importlib.import_module("sudoku")
+    grids = example.solutions()
+    assert len({tuple(grid) for grid in grids}) == 288  # the known number of 4×4 grids
+    clues, answers = example.puzzles(np.random.default_rng(0), grids, grids, 20)
+    for given, answer in zip(clues[..., 0], answers, strict=True):
+        known = given.any(-1)
+        fits = [grid for grid in grids if np.array_equal(grid[known], given.argmax(-1)[known])]
+        np.testing.assert_array_equal(fits, [answer])
+        assert 4 <= known.sum() < 16
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--steps", "0"], "--steps 0, but at least 1 is expected"),
+        (["--weights", "none.safetensors"], "none.safetensors: there is no such file"),
+        (["--backend", "numpy"], "invalid choice: 'numpy'"),
+    ],
+)
+def test_what_cannot_be_is_refused_on_the_command_line(given: list[str], message: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        importlib.import_module("graph").main(given)
+    assert message in capsys.readouterr().err
