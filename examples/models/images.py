@@ -79,7 +79,7 @@ def tuned(options: Any, width: int, blocks: int) -> tuple[float, Any]:
 
 def main(given: list[str] | None = None) -> dict[str, float]:
     """Tune both networks over the same grid, compare them on test images."""
-    options = common.arguments(__doc__ or "", 150, given)
+    options = common.arguments(__doc__ or "", 300, given)
     explicit, _ = tuned(options, NARROW, BLOCKS)
     implicit, side = tuned(options, WIDTH, 0)
     images, digits = data()["test"]
