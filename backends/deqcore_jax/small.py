@@ -61,34 +61,32 @@ def _substitute(a: Any, b: Any) -> Any:
 
 
 def solve_positive(a: Any, b: Any) -> Any:
-    """`solve` for symmetric positive definite `a`: inverted by halves, most of it products of matrices."""
+    """`solve` for symmetric positive definite `a`: elimination without pivots."""
     if 0 in b.shape:
         return b
-    inverse = _invert(lax.stop_gradient(a))
+    still = lax.stop_gradient(a)
     found: Any = lax.custom_linear_solve(
-        lambda x: jnp.matmul(a, x), b, lambda _, y: jnp.matmul(inverse, y), symmetric=True
+        lambda x: jnp.matmul(a, x), b, lambda _, y: _eliminate_in_order(still, y), symmetric=True
     )
     return found
 
 
-def _invert(a: Any) -> Any:
-    """By the Schur complement, which is positive definite again; small ones by elimination without pivots."""
+def _eliminate_in_order(a: Any, b: Any) -> Any:
     k = a.shape[1]
+    rows = jnp.arange(k, dtype=jnp.int32)[None, :, None]
+
+    def step(i: Any, m: Any) -> Any:
+        row = lax.dynamic_slice_in_dim(m, i, 1, 1)  # (batch, 1, k + r)
+        row = row / lax.dynamic_slice_in_dim(row, i, 1, 2)
+        return jnp.where(rows == i, row, m - lax.dynamic_slice_in_dim(m, i, 1, 2) * row)
+
+    m = jnp.concatenate([a, b], axis=2)
     if k <= UNROLLED:
-        m = jnp.concatenate([a, jnp.broadcast_to(jnp.eye(k, dtype=a.dtype), a.shape)], axis=2)
         for i in range(k):
-            row = m[:, i : i + 1, :] / m[:, i : i + 1, i : i + 1]
-            rest = m - m[:, :, i : i + 1] * row
-            m = jnp.concatenate([rest[:, :i], row, rest[:, i + 1 :]], axis=1)  # a scatter would gather a split batch
-        return m[:, :, k:]
-    h = k // 2
-    corner, side = _invert(a[:, :h, :h]), a[:, :h, h:]
-    across = jnp.matmul(corner, side)
-    rest = _invert(a[:, h:, h:] - jnp.matmul(jnp.swapaxes(side, 1, 2), across))
-    right = -jnp.matmul(across, rest)
-    left = corner - jnp.matmul(right, jnp.swapaxes(across, 1, 2))
-    below = jnp.swapaxes(right, 1, 2)
-    return jnp.concatenate([jnp.concatenate([left, right], axis=2), jnp.concatenate([below, rest], axis=2)], axis=1)
+            m = step(i, m)
+    else:
+        m = lax.fori_loop(0, k, step, m)
+    return m[:, :, k:]
 
 
 def _eliminate(a: Any, b: Any) -> Any:
