@@ -100,13 +100,13 @@ class JaxBackend(Backend):
         return jnp.where(mask.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
     def solve(self, a: Any, b: Any) -> Any:
-        return small.solve(a, b) if b.ndim == 3 else small.solve(a, b[..., None])[..., 0]
+        return small.solve(a, b)
 
     def solve_upper(self, a: Any, b: Any) -> Any:
-        return small.solve_upper(a, b) if b.ndim == 3 else small.solve_upper(a, b[..., None])[..., 0]
+        return small.solve_upper(a, b)
 
     def solve_positive(self, a: Any, b: Any) -> Any:
-        return small.solve_positive(a, b) if b.ndim == 3 else small.solve_positive(a, b[..., None])[..., 0]
+        return small.solve_positive(a, b)
 
     def least_singular_value(self, a: Any) -> Any:
         return small.least_singular_value(a)

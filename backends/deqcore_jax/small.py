@@ -8,6 +8,7 @@ docs/design.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import jax.numpy as jnp
@@ -21,29 +22,47 @@ SQUARINGS: Final = 7
 
 
 def solve(a: Any, b: Any) -> Any:
-    """Solve `a` `(batch, k, k)` for `b` `(batch, k, r)`. A singular system gives non-finite numbers in its own row."""
-    if 0 in b.shape:
-        return b
-    transposed = jnp.swapaxes(lax.stop_gradient(a), 1, 2)
-    found: Any = lax.custom_linear_solve(
-        lambda x: jnp.matmul(a, x), b, lambda _, y: _eliminate(a, y), lambda _, y: _eliminate(transposed, y)
-    )
-    return found
+    """Solve `a` `(batch, k, k)` for `b` `(batch, k)` or `(batch, k, r)`.
+
+    A singular system gives non-finite numbers in its own row.
+    """
+    return _solved(a, b, _eliminate, lambda a, y: _eliminate(jnp.swapaxes(a, 1, 2), y))
 
 
 def solve_upper(a: Any, b: Any) -> Any:
     """`solve` for upper triangular `a`: back substitution by halves, without a loop."""
+
+    def transposed(a: Any, y: Any) -> Any:
+        turned = jnp.flip(jnp.swapaxes(a, 1, 2), (1, 2))  # upper triangular again
+        return jnp.flip(_substitute(turned, jnp.flip(y, 1)), 1)
+
+    return _solved(a, b, _substitute, transposed)
+
+
+def solve_positive(a: Any, b: Any) -> Any:
+    """`solve` for symmetric positive definite `a`: elimination without pivots."""
+    return _solved(a, b, _eliminate_in_order, _eliminate_in_order)
+
+
+def _solved(a: Any, b: Any, method: Callable[[Any, Any], Any], transposed: Callable[[Any, Any], Any]) -> Any:
+    """`method(a, b)`, differentiated as the solution of a linear system and not through the method."""
+    if b.ndim == 2:
+        return _solved(a, b[..., None], method, transposed)[..., 0]
     if 0 in b.shape:
         return b
     still = lax.stop_gradient(a)
-    turned = jnp.flip(jnp.swapaxes(still, 1, 2), (1, 2))  # the transpose, upper triangular again
-    found: Any = lax.custom_linear_solve(
-        lambda x: jnp.matmul(a, x),
-        b,
-        lambda _, y: _substitute(still, y),
-        lambda _, y: jnp.flip(_substitute(turned, jnp.flip(y, 1)), 1),
+    return lax.custom_linear_solve(
+        lambda x: jnp.matmul(a, x), b, lambda _, y: method(still, y), lambda _, y: transposed(still, y)
     )
-    return found
+
+
+def _repeat(count: int, step: Callable[[Any, Any], Any], carry: Any) -> Any:
+    """`step(i, carry)` for i below `count`: a loop where there are many."""
+    if count > UNROLLED:
+        return lax.fori_loop(0, count, step, carry)
+    for i in range(count):
+        carry = step(i, carry)
+    return carry
 
 
 def _substitute(a: Any, b: Any) -> Any:
@@ -60,17 +79,6 @@ def _substitute(a: Any, b: Any) -> Any:
     return jnp.concatenate([above, below], axis=1)
 
 
-def solve_positive(a: Any, b: Any) -> Any:
-    """`solve` for symmetric positive definite `a`: elimination without pivots."""
-    if 0 in b.shape:
-        return b
-    still = lax.stop_gradient(a)
-    found: Any = lax.custom_linear_solve(
-        lambda x: jnp.matmul(a, x), b, lambda _, y: _eliminate_in_order(still, y), symmetric=True
-    )
-    return found
-
-
 def _eliminate_in_order(a: Any, b: Any) -> Any:
     k = a.shape[1]
     rows = jnp.arange(k, dtype=jnp.int32)[None, :, None]
@@ -80,13 +88,7 @@ def _eliminate_in_order(a: Any, b: Any) -> Any:
         row = row / lax.dynamic_slice_in_dim(row, i, 1, 2)
         return jnp.where(rows == i, row, m - lax.dynamic_slice_in_dim(m, i, 1, 2) * row)
 
-    m = jnp.concatenate([a, b], axis=2)
-    if k <= UNROLLED:
-        for i in range(k):
-            m = step(i, m)
-    else:
-        m = lax.fori_loop(0, k, step, m)
-    return m[:, :, k:]
+    return _repeat(k, step, jnp.concatenate([a, b], axis=2))[:, :, k:]
 
 
 def _eliminate(a: Any, b: Any) -> Any:
@@ -104,13 +106,8 @@ def _eliminate(a: Any, b: Any) -> Any:
         m = jnp.where(chosen[:, :, None], pivot, m - column * pivot)
         return m, jnp.where(chosen, i, owner)
 
-    carry = jnp.concatenate([a, b], axis=2), jnp.full_like(a, k, jnp.int32, shape=a.shape[:2])
-    if k <= UNROLLED:
-        for i in range(k):
-            carry = step(i, carry)
-    else:
-        carry = lax.fori_loop(0, k, step, carry)
-    m, owner = carry
+    nobody = jnp.full_like(a, k, jnp.int32, shape=a.shape[:2])
+    m, owner = _repeat(k, step, (jnp.concatenate([a, b], axis=2), nobody))
     mine = owner[:, None, :] == jnp.arange(k, dtype=jnp.int32)[None, :, None]  # (batch, unknown, row)
     order = jnp.sum(jnp.where(mine, rows[:, None, :], 0), axis=2)
     return jnp.take_along_axis(m[:, :, k:], order[:, :, None], axis=1)
@@ -150,9 +147,4 @@ def _triangle(a: Any) -> Any:
         row = jnp.where(jnp.arange(k, dtype=jnp.int32)[None, None, :] < i, jnp.zeros_like(row), row)
         return rest - q * row, lax.dynamic_update_slice_in_dim(r, row, i, 1)
 
-    carry = a, jnp.zeros_like(a, shape=(a.shape[0], k, k))
-    if k <= UNROLLED:
-        for i in range(k):
-            carry = step(i, carry)
-        return carry[1]
-    return lax.fori_loop(0, k, step, carry)[1]
+    return _repeat(k, step, (a, jnp.zeros_like(a, shape=(a.shape[0], k, k))))[1]

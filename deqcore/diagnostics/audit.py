@@ -114,7 +114,8 @@ def gradient_audit(
     raveled, start = plan.space.wrap(f), backend.detach(plan.space.ravel(z0))
     forward = routed.solve(plan, raveled, start, args)
     mine = routed.by_strategy(plan, raveled, start, args, g, forward)
-    exact, residual, pulls = routed.by_reference(plan, raveled, args, g, forward, max_pulls)
+    pull = routed.pull_at(plan, raveled, args, forward)
+    exact, residual, pulls = routed.by_reference(plan, raveled, args, g, forward, pull, max_pulls)
     u, truth = (backend.to_numpy(each.u).astype(np.float64) for each in (mine, exact))
     cosine, ratio, error = compare(u, truth)
     total = [flat(backend, each.gradients)[None] for each in (mine, exact)]
@@ -132,7 +133,7 @@ def gradient_audit(
         reported=unknown if report is None else backend.to_numpy(report.error).astype(np.float64),
         exact_pulls=pulls,
         exact_residual=residual,
-        coupling=routed.coupling(plan, raveled, args, forward),
+        coupling=routed.coupling(plan, pull, forward),
     )
 
 

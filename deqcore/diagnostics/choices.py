@@ -149,7 +149,8 @@ def survey(
     args = (params, inputs)
     say("the exact gradient")
     forward = routed.solve(plan, raveled, start, args)
-    exact, residual, _ = routed.by_reference(plan, raveled, args, cotangent, forward, REFERENCE_PULLS)
+    pull = routed.pull_at(plan, raveled, args, forward)
+    exact, residual, _ = routed.by_reference(plan, raveled, args, cotangent, forward, pull, REFERENCE_PULLS)
     status = backend.to_numpy(forward.status)
     rows, tasks = [], {}
     for choice in choices:

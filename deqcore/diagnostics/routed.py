@@ -53,18 +53,28 @@ def by_strategy(
         _, _, (u, *gradients) = backend.vjp(value, (0 * z0, *args), g)
         return Routed(u, tuple(gradients), None)
     adjoint = Adjoint(backend, strategy, plan.solver)
-    _, pull = backend.linearize(lambda z: f(z, *args), forward.z)
+    pull = pull_at(plan, f, args, forward)
     with backend.quiet():
         u, report = adjoint(pull, g, forward.carry.state)
     return Routed(u, _gradients(plan, f, args, u, forward.z), report)
 
 
+def pull_at(plan: Plan, f: Callable[..., Array], args: tuple[Any, ...], forward: Forward) -> Map:
+    """`u ↦ Jᵀu` at the solution."""
+    return plan.backend.linearize(lambda z: f(z, *args), forward.z)[1]
+
+
 def by_reference(
-    plan: Plan, f: Callable[..., Array], args: tuple[Any, ...], g: Array, forward: Forward, max_pulls: int
+    plan: Plan,
+    f: Callable[..., Array],
+    args: tuple[Any, ...],
+    g: Array,
+    forward: Forward,
+    pull: Map,
+    max_pulls: int,
 ) -> tuple[Routed, Any, Any]:
     """The same by GMRES to rounding; also its relative residuals and pulls per sample, on the host."""
     backend = plan.backend
-    _, pull = backend.linearize(lambda z: f(z, *args), forward.z)
     product: Map = lambda u: u - pull(u)  # noqa: E731
     rtol = max(1e-10, REFERENCE_EPS * backend.eps(g))
     with backend.quiet():
@@ -76,14 +86,13 @@ def by_reference(
     return routed, relative, backend.to_numpy(found.products)
 
 
-def coupling(plan: Plan, f: Callable[..., Array], args: tuple[Any, ...], forward: Forward) -> float:
+def coupling(plan: Plan, pull: Map, forward: Forward) -> float:
     """How much of Jᵀu lands in other samples than the one that u is in, in norms: 0 where f treats each alone."""
     backend, (batch, n) = plan.backend, forward.z.shape
     if batch < 2:
         return 0.0
     probe = np.zeros((batch, n))
     probe[0] = np.random.default_rng(0).standard_normal(n)
-    _, pull = backend.linearize(lambda z: f(z, *args), forward.z)
     with backend.quiet():
         found = backend.to_numpy(pull(backend.asarray(probe, like=forward.z)))
     found = found.astype(np.float64)

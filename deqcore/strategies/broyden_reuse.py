@@ -93,9 +93,7 @@ class BroydenReuse(Strategy):
         r = g + pull(u) - u
         error = SAFETY * _ratio(backend, backend.norm(estimate.apply_transpose(r)), backend.norm(u))
         residual = _ratio(backend, backend.norm(r), backend.norm(g))
-        told = report(backend, g, pulls=1, residual=residual, error=error)
-        lost = backend.xp.full_like(told.status, int(Status.NONFINITE))
-        return u, told._replace(status=backend.xp.where(backend.xp.isfinite(residual), told.status, lost))
+        return u, report(backend, g, pulls=1, residual=residual, error=error)
 
     def _refined(
         self, backend: Backend, pull: Map, g: Array, estimate: InverseJacobian, target: float

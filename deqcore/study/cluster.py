@@ -50,8 +50,7 @@ def train(plain: dict[str, Any], files: dict[str, bytes]) -> Iterator[dict[str, 
 
 
 def _news(folder: Path, sent: dict[str, bytes]) -> dict[str, bytes]:
-    found = {name: (folder / name).read_bytes() for name in FILES if (folder / name).exists()}
-    new = {name: content for name, content in found.items() if sent.get(name) != content}
+    new = {name: content for name, content in _files(folder).items() if sent.get(name) != content}
     sent.update(new)
     return new
 
