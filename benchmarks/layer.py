@@ -8,8 +8,6 @@ disturbs: the bare call's time is taken out of the layer's by replacing `fixed_p
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Callable
 from unittest.mock import patch
@@ -18,7 +16,7 @@ import torch
 from deqcore_torch import nn
 
 import deqcore
-from deqcore.bench.machine import describe
+from benchmarks.overhead import Row, compared, main
 from deqcore.bench.timing import Clock, Spread, interleave
 
 TARGET = 0.03  # of a bare call
@@ -75,7 +73,7 @@ def inside(layer: nn.DEQ, x: torch.Tensor, calls: int) -> float:
     return (whole - spent) / calls
 
 
-def measure(batch: int, width: int, rounds: int, budget: float, clock: Clock) -> dict[str, object]:
+def measure(batch: int, width: int, rounds: int, budget: float, clock: Clock) -> Row:
     """One row."""
     layer, x, through, bare = pair(batch, width)
     tasks = {"bare": bare, "layer": through, "bare again": bare}
@@ -83,49 +81,19 @@ def measure(batch: int, width: int, rounds: int, budget: float, clock: Clock) ->
         task()
     own = inside(layer, x, 50)
     found = interleave(tasks, rounds=rounds, budget=budget, clock=clock).seconds
-    base = [(a + b) / 2 for a, b in zip(found["bare"], found["bare again"], strict=True)]
-    overhead = Spread.of([a / b - 1 for a, b in zip(found["layer"], base, strict=True)])
-    noise = Spread.of([b / a - 1 for a, b in zip(found["bare"], found["bare again"], strict=True)])
+    base, difference = compared(found, "bare", "layer")
     seconds = Spread.of(base).median
     return {
         "case": f"batch {batch}, width {width}",
         "bare_ms": 1e3 * seconds,
         "inside_us": 1e6 * own,
         "inside": own / seconds,
-        "overhead": overhead.median,
-        "quartiles": [overhead.low, overhead.high],
-        "noise": [noise.low, noise.high],
+        **difference,
         "target_met": own / seconds <= TARGET,
     }
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--budget", type=float, default=30.0, help="seconds per case")
-    parser.add_argument("--busy", action="store_true", help="count processor time: for a machine that never is quiet")
-    parser.add_argument("--json", action="store_true")
-    asked = parser.parse_args()
-    torch.set_num_threads(1)
-    clock = time.process_time if asked.busy else time.perf_counter
-    rows = []
-    for size in SIZES:
-        row = measure(*size, asked.rounds, asked.budget, clock)
-        rows.append(row)
-        if asked.json:
-            continue
-        low, high = row["quartiles"]  # type: ignore[misc]
-        least, most = row["noise"]  # type: ignore[misc]
-        print(
-            f"{row['case']:24} bare {row['bare_ms']:7.2f} ms  inside {row['inside_us']:4.0f} us = {row['inside']:.2%}  "
-            f"overhead {row['overhead']:+.1%} ({low:+.1%} to {high:+.1%}; noise {least:+.1%} to {most:+.1%})  "
-            f"inside <= {TARGET:.0%}: {'met' if row['target_met'] else 'MISSED'}",
-            flush=True,
-        )
-    if asked.json:
-        print(json.dumps({"machine": describe(["torch"]), "rows": rows}, indent=2))
-
-
 if __name__ == "__main__":
-    main()
+    main(
+        __doc__, SIZES, measure, lambda row: f"{row['case']:24} bare {row['bare_ms']:7.2f}", target=TARGET, budget=30.0
+    )

@@ -7,8 +7,6 @@ a round; "off" is measured twice, and how far off/off is from 1 is what this mac
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,9 +16,9 @@ import torch
 
 import deqcore
 from benchmarks.cells import EVERY
+from benchmarks.overhead import Row, compared, main
 from deqcore.backend import Backend, BackwardRecord
 from deqcore.bench.harness import Harness
-from deqcore.bench.machine import describe
 from deqcore.bench.timing import Clock, Spread, interleave
 from deqcore.config import Config
 from deqcore.monitor import Monitor, Trigger
@@ -100,7 +98,7 @@ def watched(step: Step, monitor: Monitor) -> Step:
     return observed
 
 
-def measure(cell: str, batch: int, size: int, rounds: int, budget: float, clock: Clock) -> dict[str, object]:
+def measure(cell: str, batch: int, size: int, rounds: int, budget: float, clock: Clock) -> Row:
     """Overhead of the monitor with its default sink and three triggers, in parts of a step."""
     step = step_of(cell, batch, size)
     with tempfile.TemporaryDirectory() as folder:
@@ -123,17 +121,13 @@ def measure(cell: str, batch: int, size: int, rounds: int, budget: float, clock:
         seconds, share = inside(step, monitor, 10 * monitor.every)
         found = interleave(tasks, rounds=rounds, budget=budget, clock=clock)
         monitor.close()
-    base = [(a + b) / 2 for a, b in zip(found.seconds["off"], found.seconds["off again"], strict=True)]
-    overhead = Spread.of([on / off - 1 for on, off in zip(found.seconds["on"], base, strict=True)])
-    noise = Spread.of([b / a - 1 for a, b in zip(found.seconds["off"], found.seconds["off again"], strict=True)])
+    base, difference = compared(found.seconds, "off", "on")
     return {
         "cell": f"{cell}, batch {batch}, size {size}",
         "step_ms": 1e3 * Spread.of(base).median / monitor.every,
         "inside_us": 1e6 * seconds,
         "inside": share,
-        "overhead": overhead.median,
-        "quartiles": [overhead.low, overhead.high],
-        "noise": [noise.low, noise.high],
+        **difference,
         "rounds": len(base),
         "disturbance": Spread.of(found.disturbance).median,
         "target_met": share <= TARGET,
@@ -151,32 +145,7 @@ def _times(task: Step, count: int) -> Step:
 CASES = (("conv", 16, 32), ("attention", 8, 64), ("dense", 128, 256))
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--budget", type=float, default=40.0, help="seconds per case, of three")
-    parser.add_argument("--busy", action="store_true", help="count processor time: for a machine that never is quiet")
-    parser.add_argument("--json", action="store_true")
-    asked = parser.parse_args()
-    torch.set_num_threads(1)
-    clock = time.process_time if asked.busy else time.perf_counter
-    rows = []
-    for case in CASES:
-        row = measure(*case, asked.rounds, asked.budget, clock)
-        rows.append(row)
-        if asked.json:
-            continue
-        low, high = row["quartiles"]  # type: ignore[misc]
-        print(
-            f"{row['cell']:30} step {row['step_ms']:7.2f} ms  inside {row['inside_us']:4.0f} us = {row['inside']:.2%}  "
-            f"overhead {row['overhead']:+.1%} ({low:+.1%} to {high:+.1%}; noise {row['noise'][0]:+.1%} to "  # type: ignore[index]
-            f"{row['noise'][1]:+.1%})  inside <= {TARGET:.0%}: {'met' if row['target_met'] else 'MISSED'}",  # type: ignore[index]
-            flush=True,
-        )
-    if asked.json:
-        print(json.dumps({"machine": describe(["torch"]), "rows": rows}, indent=2))
-
-
 if __name__ == "__main__":
-    main()
+    main(
+        __doc__, CASES, measure, lambda row: f"{row['cell']:30} step {row['step_ms']:7.2f}", target=TARGET, budget=40.0
+    )
