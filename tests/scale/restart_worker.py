@@ -92,8 +92,10 @@ def main(job, folder):
         "settings": "0._extra_state" in state["model"],
     }
     if dist.get_rank() == 0:
-        print(json.dumps(report))
+        print(json.dumps(report), flush=True)
     dist.destroy_process_group()
+    # Gloo's threads may still hold work with tensors of Python; the interpreter's end then aborts the process.
+    os._exit(0)
 
 
 if __name__ == "__main__":
