@@ -32,7 +32,9 @@ BLOCK = re.compile(
     re.M | re.S,
 )
 NOT_RUN = {"pip", "make", "git", "python", "torchrun", "cd", "curl", "open"}  # they install, or take long
-NEEDS = {"autograd": ["autograd"], "torch": ["torch"], "jax": ["jax"], "flax": ["flax"], "equinox": ["equinox"]}
+NEEDS = {"autograd": ["autograd"], "torch": ["torch"], "jax": ["jax"], "flax": ["flax"], "equinox": ["equinox"]} | {
+    name: [name] for name in ("lightning", "accelerate", "transformers")
+}
 
 
 @pytest.fixture
@@ -78,6 +80,8 @@ def unindented(text: str, indent: str) -> str:
 @pytest.mark.filterwarnings("ignore:.*Dynamo:UserWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning:lightning")
+@pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_blocks_of_a_page_run(path, folder):
     page = path.read_text(encoding="utf-8")

@@ -47,9 +47,9 @@ def solve() -> None:
     deqcore.fixed_point(lambda z: 0.5 * z + 1.0, np.zeros((2, 3)))
 
 
-def fit(callback, steps: int, *, rank_zero: bool = True, fail_at: int | None = None) -> None:
+def fit(callback, steps: int, *, rank_zero: bool = True, fail_at: int | None = None, begin: int = 0) -> None:
     """The hooks of `lightning.pytorch.Trainer.fit`, in its order."""
-    trainer = types.SimpleNamespace(is_global_zero=rank_zero, global_step=0)
+    trainer = types.SimpleNamespace(is_global_zero=rank_zero, global_step=begin)
     callback.on_fit_start(trainer, None)
     callback.on_train_start(trainer, None)
     try:
@@ -67,9 +67,9 @@ def fit(callback, steps: int, *, rank_zero: bool = True, fail_at: int | None = N
     callback.on_fit_end(trainer, None)
 
 
-def train(callback, steps: int, *, rank_zero: bool = True) -> None:
+def train(callback, steps: int, *, rank_zero: bool = True, begin: int = 0) -> None:
     """The hooks of `transformers.Trainer.train`, in its order."""
-    state = types.SimpleNamespace(is_world_process_zero=rank_zero, global_step=0)
+    state = types.SimpleNamespace(is_world_process_zero=rank_zero, global_step=begin)
     callback.on_train_begin(None, state, None, model=None)
     for _ in range(steps):
         callback.on_step_begin(None, state, None, model=None)
@@ -99,6 +99,13 @@ def test_a_run_is_observed_with_the_trainers_steps_and_closed(loop) -> None:
     assert observer() is None
     solve()
     assert len(monitor.rows) == 5
+
+
+def test_a_restored_run_goes_on_counting(loop) -> None:
+    make, drive = loop
+    monitor = Monitor(sinks=[])
+    drive(make(monitor), 2, begin=7)
+    assert [row.step for row in monitor.rows] == [7, 8]
 
 
 def test_other_ranks_observe_nothing(loop) -> None:

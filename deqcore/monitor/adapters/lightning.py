@@ -51,6 +51,11 @@ def _class() -> Any:
                 self.monitor.__enter__()
                 self._mine = True
 
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            """Count from where a restored trainer stands."""
+            if self.monitor.entered:
+                self.monitor.advance(trainer.global_step)
+
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             """Count."""
             if self.monitor.entered:

@@ -44,11 +44,13 @@ def _class() -> Any:
             self._mine = False
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            """Enter, on rank zero."""
+            """Enter, on rank zero, and count from where a restored trainer stands."""
             if state.is_world_process_zero and not self.monitor.entered:
                 self.monitor.__enter__()
                 self._mine = True
                 atexit.register(self.monitor.close)  # the only thing left when the trainer fails
+            if self.monitor.entered:
+                self.monitor.advance(state.global_step)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             """Count."""
