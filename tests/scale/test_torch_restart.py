@@ -13,6 +13,8 @@ torch = pytest.importorskip("torch")
 if not torch.distributed.is_available():
     pytest.skip("this build of torch has no distributed package", allow_module_level=True)
 from deqcore_torch.nn import DEQ  # noqa: E402
+from torch.distributed.fsdp import fully_shard  # noqa: E402
+from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
 WORKER = Path(__file__).with_name("restart_worker.py")
 pytestmark = pytest.mark.slow
@@ -40,18 +42,22 @@ def test_a_killed_rank_costs_no_step(tmp_path):
     assert found == {"step": 2, "losses": True, "weights": True, "moved": True, "settings": True}
 
 
-def test_a_world_of_one_is_as_none():
+@pytest.mark.parametrize("wrapper", [DistributedDataParallel, fully_shard])
+def test_a_world_of_one_is_as_none(wrapper):
     torch.manual_seed(0)
     plain = DEQ(torch.nn.Bilinear(4, 4, 4), forward__rtol=1e-5)
     with torch.no_grad():
         plain.cell.weight.mul_(0.1)
+    x = torch.randn(3, 4)
+    plain(x).square().sum().backward()
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        split = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(plain))
-        x = torch.randn(3, 4)
-        for layer in (plain, split):
-            layer(x).square().sum().backward()
+        split = wrapper(copy.deepcopy(plain))
+        split.zero_grad()
+        split(x).square().sum().backward()
+        found = next(p.grad for name, p in split.named_parameters() if name.endswith("cell.weight"))
+        found = found.full_tensor() if hasattr(found, "full_tensor") else found
+        assert torch.equal(found, plain.cell.weight.grad)
     finally:
         torch.distributed.destroy_process_group()
-    assert torch.equal(split.module.cell.weight.grad, plain.cell.weight.grad)
     assert float(plain.cell.weight.grad.norm()) > 0
