@@ -410,10 +410,10 @@ def _control(config: Config, scalars: Mapping[str, object], backend: Backend, li
 
 def pick_backend(config: Config, z0: Tree, args: tuple[Any, ...]) -> Backend:
     """The backend whose arrays the state holds; the config may only confirm it."""
-    arrays = [leaf for leaf in _walk(z0) if plugins.backend_of(leaf) is not None]
+    arrays = [leaf for leaf in plain_leaves(z0) if plugins.backend_of(leaf) is not None]
     found = plugins.backend_of(arrays[0]) if arrays else None
     if found is None:
-        found = next((name for leaf in _walk(args) if (name := plugins.backend_of(leaf)) is not None), None)
+        found = next((name for leaf in plain_leaves(args) if (name := plugins.backend_of(leaf)) is not None), None)
     if found is None:
         if config.backend == "auto":
             raise StateError(
@@ -426,20 +426,20 @@ def pick_backend(config: Config, z0: Tree, args: tuple[Any, ...]) -> Backend:
     if config.backend not in ("auto", found):
         plugins.spec("backend", config.backend)  # a name that nobody registered is told as such
         raise BackendMismatchError.of(config.backend, config.origin("backend"), found)
-    others = {name for leaf in _walk(args) if (name := plugins.backend_of(leaf)) not in (None, "numpy", found)}
+    others = {name for leaf in plain_leaves(args) if (name := plugins.backend_of(leaf)) not in (None, "numpy", found)}
     if others:
         raise BackendMismatchError.of(found, "the state z0", ", ".join(sorted(str(name) for name in others)))
     return _backend(found)
 
 
-def _walk(tree: Tree) -> Iterator[Any]:
+def plain_leaves(tree: Tree) -> Iterator[Any]:
     """Leaves of plain containers, before any framework is known."""
     if isinstance(tree, Mapping):
         for value in tree.values():
-            yield from _walk(value)
+            yield from plain_leaves(value)
     elif isinstance(tree, (list, tuple)):
         for value in tree:
-            yield from _walk(value)
+            yield from plain_leaves(value)
     else:
         yield tree
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from deqcore.equilibrium import fixed_point
 from deqcore.errors import ConfigError
+from deqcore.halting import Rule, until
 from deqcore.layer import LayerSettings, shape_unknown
 from deqcore.solution import Solution
 
@@ -37,8 +38,10 @@ def solve(
     z0: Any,
     inputs: tuple[Any, ...],
     overrides: Mapping[str, object],
+    rule: Rule | None = None,
 ) -> Solution:
-    """One solve of a layer; `overrides` win over its settings."""
+    """One solve of a layer; `overrides` win over its settings, `rule` says when a sample halts."""
     config, own = settings.call(training)
     start = initial_state(cell, inputs) if z0 is None else z0
-    return fixed_point(cell, start, *inputs, config=config, **(own | dict(overrides)))
+    f = cell if rule is None else until(cell, rule)
+    return fixed_point(f, start, *inputs, config=config, **(own | dict(overrides)))

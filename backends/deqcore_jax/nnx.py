@@ -8,6 +8,7 @@ from typing import Any
 from flax import nnx
 
 from deqcore.config import Config
+from deqcore.halting import Rule
 from deqcore.layer import LayerSettings
 from deqcore.solution import Solution
 from deqcore_jax.layer import check_cell, initial_state, solve
@@ -63,13 +64,19 @@ class DEQ(nnx.Module):
         self.settings = LayerSettings.of(config, overrides, evaluation)
         self.deterministic = deterministic
 
-    def __call__(self, *inputs: Any, z0: Any = None) -> Any:
-        """The equilibrium z*, a tree like the state."""
-        return self.solve(*inputs, z0=z0).value
+    def __call__(self, *inputs: Any, z0: Any = None, until: Rule | None = None) -> Any:
+        """The equilibrium z*, a tree like the state.
 
-    def solve(self, *inputs: Any, z0: Any = None, **overrides: object) -> Solution:
+        Args:
+            *inputs: what the cell takes beside z.
+            z0: initial state; default: see the class.
+            until: when a sample halts before it has converged, such as `deqcore.halting.Settled(read)`.
+        """
+        return self.solve(*inputs, z0=z0, until=until).value
+
+    def solve(self, *inputs: Any, z0: Any = None, until: Rule | None = None, **overrides: object) -> Solution:
         """The same with everything that is known of the solve; `overrides` are settings of this call."""
-        return solve(self.cell, self.settings, not self.deterministic, z0, inputs, overrides)
+        return solve(self.cell, self.settings, not self.deterministic, z0, inputs, overrides, until)
 
     def initial_state(self, *inputs: Any) -> Any:
         """Where a solve without z0 starts."""

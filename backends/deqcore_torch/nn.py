@@ -13,9 +13,11 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from deqcore import halting
 from deqcore.config import Config
 from deqcore.equilibrium import fixed_point
 from deqcore.errors import ConfigError, LayerWarning
+from deqcore.halting import Rule
 from deqcore.layer import LayerSettings, check_reuse, differences, shape_unknown
 from deqcore.solution import Solution, SolveState
 from deqcore_torch.cells import begin_solve
@@ -95,29 +97,31 @@ class DEQ(nn.Module):
         self._watch = Watch()
 
     @untraced
-    def forward(self, *inputs: Any, z0: Any = None) -> Any:
+    def forward(self, *inputs: Any, z0: Any = None, until: Rule | None = None) -> Any:
         """The equilibrium z*, a tree like the state.
 
         Args:
             *inputs: what the cell takes beside z; gradients reach them.
             z0: initial state; default: see the class.
+            until: when a sample halts before it has converged, such as `deqcore.halting.Settled(read)`.
         """
-        return self.solve(*inputs, z0=z0).value
+        return self.solve(*inputs, z0=z0, until=until).value
 
     @untraced
-    def solve(self, *inputs: Any, z0: Any = None, **overrides: object) -> Solution:
+    def solve(self, *inputs: Any, z0: Any = None, until: Rule | None = None, **overrides: object) -> Solution:
         """The same with everything that is known of the solve.
 
         Args:
             *inputs: as in `forward`.
             z0: as in `forward`.
+            until: as in `forward`.
             **overrides: settings of this call.
         """
         start = self.initial_state(*inputs) if z0 is None else z0
         begin_solve(self.cell)
         config, own = self.settings.call(self.training)
         with self._watch.over(self.cell, self.training):
-            solution = self._solve(start, inputs, config, own | overrides)
+            solution = self._solve(start, inputs, config, own | overrides, rule=until)
         if self.reuse is not None:
             self._last = optree.tree_map(lambda leaf: leaf.detach(), solution.value)
         return solution
@@ -162,9 +166,11 @@ class DEQ(nn.Module):
         config: Config | None,
         overrides: Mapping[str, Any],
         state: SolveState | None = None,
+        rule: Rule | None = None,
     ) -> Solution:
+        f = self._map() if rule is None else halting.until(self._map(), rule)
         batched = tuple(range(len(inputs))) if self.batched_inputs is None else self.batched_inputs
-        return fixed_point(self._map(), start, *inputs, config=config, state=state, batched_args=batched, **overrides)
+        return fixed_point(f, start, *inputs, config=config, state=state, batched_args=batched, **overrides)
 
     def initial_state(self, *inputs: Any) -> Any:
         """Where a solve without z0 starts: warm if the layer does so and the shapes allow it."""

@@ -2,7 +2,8 @@
 
 Each cell of a 4×4 Sudoku holds a few numbers per digit, and hears from its row, column, box and other digits, with the
 same weights again and again until nothing changes: z* = f(z*, clues). Each puzzle halts by itself, easy ones after few
-steps: the solver's own test per sample is the halting rule, so there is no halting network to train.
+steps: when each of its digits is sure (`deqcore.halting`), or nothing changes any more. There is no halting network to
+train.
 
 Puzzles are generated, with exactly one solution each; the solutions of test puzzles do not occur in training.
 Source: Palm, Paquet & Winther (2018), "Recurrent relational networks"; Bai, Kolter & Koltun (2019).
@@ -20,6 +21,7 @@ import common
 import numpy as np
 
 WIDTH, HIDDEN = 12, 48
+SURE = 0.99  # a puzzle halts when each of its digits has at least this probability
 SETTINGS = {
     "forward__solver": "picard",
     "forward__rtol": 3e-3,

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from common import linear
 from jax import Array, nn
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
-from sudoku import peers
+from sudoku import SURE, peers
 
 import deqcore
+from deqcore.halting import until
 
 
 def cell(z: Array, p: Any, x: Array) -> Array:
@@ -21,7 +22,7 @@ def cell(z: Array, p: Any, x: Array) -> Array:
     return jnp.tanh(x + linear(p, "deq.cell.update", nn.relu(linear(p, "deq.cell.message", seen))))
 
 
-def solve(p: Any, settings: Any, clues: Array) -> Any:
+def solve(p: Any, settings: Any, clues: Array, cell: Any = cell) -> Any:
     x = linear(p, "inject", clues)
     return deqcore.fixed_point(cell, jnp.zeros_like(x), p, x, **settings)
 
@@ -33,5 +34,10 @@ def loss(p: Any, settings: Any, clues: Array, answers: Array) -> Array:
 
 def predict(p: Any, settings: Any, clues: Array) -> tuple[Array, Array, Array]:
     """Digits, the steps that each puzzle took, and whether it halted by itself."""
-    solution = solve(p, settings, clues)
+
+    def sure(z: Array, fz: Array) -> Array:
+        """Whether every digit of a puzzle is."""
+        return nn.softmax(linear(p, "read", fz)[..., 0]).max(-1).min(-1) > SURE
+
+    solution = solve(p, settings, clues, until(cell, sure))
     return linear(p, "read", solution.value)[..., 0].argmax(-1), solution.steps, solution.converged

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from deqcore_torch.nn import DEQ
-from sudoku import HIDDEN, WIDTH, peers
+from sudoku import HIDDEN, SURE, WIDTH, peers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -43,5 +43,9 @@ class Model(nn.Module):
     def predict(self, clues: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Digits, the steps that each puzzle took, and whether it halted by itself."""
         with torch.no_grad():
-            solution = self.deq.solve(self.inject(clues))
+            solution = self.deq.solve(self.inject(clues), until=self.sure)
             return self.read(solution.value).squeeze(-1).argmax(-1), solution.steps, solution.converged
+
+    def sure(self, z: Tensor, fz: Tensor) -> Tensor:
+        """Whether every digit of a puzzle is."""
+        return self.read(fz).squeeze(-1).softmax(-1).amax(-1).amin(-1) > SURE
