@@ -1,10 +1,11 @@
 """`make release-check`: is what we would publish reproducible and complete, and does it work in a fresh environment?
 
-    python release/check.py [core-3.11 core-oldest torch-3.11 …]      # the usual ones without a name
+    python release/check.py [core-3.11 core-oldest all-3.11 …]        # the usual ones without a name
 
 1. The distribution is built twice, in folders of different names, and compared byte by byte.
 2. twine and check-wheel-contents look at it; every tracked module must be in the wheel, and no test.
-3. Each environment is fresh, gets the wheel and one framework at most, and runs `smoke.py`.
+3. Each environment is fresh, gets the wheel with one extra at most, and runs `smoke.py`. `all` is the extra of that
+   name: every framework, layers, studies and monitor. `oldest` is the lowest version of everything that is allowed.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 PACKAGES = ("deqcore", "backends/deqcore_numpy", "backends/deqcore_torch", "backends/deqcore_jax")
-USUAL = [*(f"core-{version}" for version in PYTHONS), "core-oldest", "torch-3.11", "jax-3.11", "jax-oldest"]
-ENVIRONMENTS = USUAL + [f"{kind}-{version}" for kind in ("torch", "jax") for version in PYTHONS[1:]]
+KINDS = ("core", "torch", "jax", "all")
+USUAL = [*(f"core-{version}" for version in PYTHONS), "core-oldest"]
+USUAL += ["torch-3.11", "jax-3.11", "jax-oldest", "all-3.11"]
+# Where the package index has no CPU build of torch, its oldest release brings gigabytes along: only when asked for.
+ENVIRONMENTS = [f"{kind}-{version}" for kind in KINDS for version in (*PYTHONS, "oldest")]
 
 
 class Failure(Exception):
@@ -104,10 +108,17 @@ def complete(wheel: Path, sdist: Path) -> None:
     print(f"{wheel.name} has {len(inside)} files, {sdist.name} {len(packed)}: complete")
 
 
-def oldest(extra: str = "") -> list[str]:
-    """The lowest versions that pyproject.toml allows, as pins."""
+def oldest(*extras: str) -> list[str]:
+    """The lowest versions that pyproject.toml allows for the core and these extras, as pins."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = [*project["dependencies"], *(project["optional-dependencies"][extra] if extra else [])]
+    wanted, todo, seen = dict.fromkeys(project["dependencies"]), list(extras), set()
+    while todo:
+        seen.add(extra := todo.pop())
+        for each in project["optional-dependencies"][extra]:
+            if named := re.fullmatch(r"deqcore\[(.+)\]", each):
+                todo += set(named[1].split(",")) - seen
+            else:
+                wanted[each] = None
     return [re.sub(r">=([\d.]+).*", r"==\1", each) for each in wanted]
 
 
@@ -129,10 +140,12 @@ def smoke(name: str, wheel: Path, work: Path) -> None:
     folder = work / name
     run(python, "-m", "venv", folder)
     pip = [folder / "bin" / "python", "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-    pins = ["-c", ROOT / "constraints.txt"]
-    if kind == "torch":
-        run(*pip, *pins, "torch")
-    lowest = oldest("jax" if kind == "jax" else "") if version == "oldest" else []
+    extras = () if kind == "core" else (kind,)
+    # The pin of torch chooses its CPU build where the index has one, as long as torch comes before all else.
+    pins = ["-c", ROOT / "constraints.txt"] if version != "oldest" else []
+    lowest = oldest(*extras) if version == "oldest" else []
+    if kind in ("torch", "all"):
+        run(*pip, *pins, *([pin for pin in lowest if pin.startswith("torch==")] or ["torch"]))
     run(*pip, *pins, *lowest, str(wheel) if kind == "core" else f"{wheel}[{kind}]")
     run(folder / "bin" / "python", "-m", "pip", "check")
     print(

@@ -1,4 +1,4 @@
-"""What a fresh installation must be able to do: `python smoke.py core|torch|jax`. Needs nothing but the wheel."""
+"""What a fresh installation must be able to do: `python smoke.py core|torch|jax|all`. Needs nothing but the wheel."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,19 @@ import numpy as np
 import deqcore
 
 FRAMEWORKS = ("torch", "jax")
+OPTIONAL = (*FRAMEWORKS, "flax", "equinox", "optax", "sklearn", "matplotlib", "safetensors", "tensorboard")
+STUDY = """
+[study]
+name = "smoke"
+backends = ["torch", "jax"]
+data = ["digits"]
+models = [{ name = "dense", width = 8 }]
+strategies = ["broyden-reuse"]
+seeds = [0]
+[study.training]
+epochs = 1
+audits = 1
+"""
 
 
 def affine(z: np.ndarray, a: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -73,16 +87,44 @@ def jax() -> None:
     assert abs(float(jax.jit(jax.grad(total))(jnp.asarray(0.5))) - 8.0) < 1e-3
 
 
+def all_extras() -> None:
+    """Every layer, the commands over all frameworks, a log for TensorBoard, and a study with its report."""
+    import jax.numpy as jnp
+    from deqcore_jax import equinox, nnx
+
+    torch()
+    jax()
+    for layer in (nnx.DEQ(affine), equinox.DEQ(affine)):
+        assert np.allclose(layer(jnp.asarray(0.5), jnp.ones((2, 1)), z0=jnp.zeros((2, 1))), 2.0, atol=1e-2), layer
+    command("check", "gradients", "--solver", "broyden", "--strategy", "exact-ift")
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        sinks = [
+            {"sink": "tensorboard", "folder": str(folder / "events")},
+            {"sink": "jsonl", "path": str(folder / "log")},
+        ]
+        with deqcore.monitor.Monitor(sinks=sinks) as monitor:
+            deqcore.fixed_point(affine, np.zeros((2, 1)), np.array(0.5), np.ones((2, 1)))
+            monitor.advance()
+        assert any((folder / "events").iterdir())
+        (folder / "study.toml").write_text(STUDY, encoding="utf-8")
+        command("study", str(folder / "study.toml"), "--out", str(folder / "out"))
+        rows = json.loads((folder / "out" / "results.json").read_text(encoding="utf-8"))
+        assert rows, rows
+        assert (folder / "out" / "report.html").stat().st_size > 10_000
+
+
 def main(kind: str) -> None:
     """Run the checks of one kind of environment."""
     assert "site-packages" in str(deqcore.__file__), f"not the wheel: {deqcore.__file__}"
     names = {row["name"] for row in json.loads(command("solvers", "--json"))}
     assert {"picard", "anderson", "broyden", "newton-krylov"} <= names, names
-    checks: dict[str, Callable[[], None]] = {"core": core, "torch": torch, "jax": jax}
+    checks: dict[str, Callable[[], None]] = {"core": core, "torch": torch, "jax": jax, "all": all_extras}
     checks[kind]()
-    others = [name for name in FRAMEWORKS if name != kind and importlib.util.find_spec(name)]
-    assert not others, f"{others} came along with {kind}"
-    versions = ", ".join(f"{name} {__import__(name).__version__}" for name in ("numpy", kind) if name != "core")
+    there = [name for name in OPTIONAL if importlib.util.find_spec(name)]
+    others = [name for name in FRAMEWORKS if name in there and name != kind]
+    assert kind == "all" or not others, f"{others} came along with {kind}"
+    versions = ", ".join(f"{name} {__import__(name).__version__}" for name in ("numpy", *there))
     print(f"{kind}: fine with Python {sys.version.split()[0]}, deqcore {deqcore.__version__}, {versions}")
 
 

@@ -87,10 +87,15 @@ def _param_key(value: Any, depth: int) -> Hashable:
     return type(value), value  # 1 == True, but they are different parameters
 
 
+def _is_dropped(v: core.Var) -> bool:
+    """Is this output used nowhere? JAX's class for it is public from 0.10 on only."""
+    return type(v).__name__ == "DropVar"
+
+
 def _rule_key(jaxpr: core.Jaxpr, eqn: core.JaxprEqn, depth: int) -> Hashable:
     """What a custom derivative rule does: its jaxpr, traced on the inputs that can be differentiated."""
     inputs = [v for v in dict.fromkeys(eqn.invars) if not isinstance(v, core.Literal)]
-    outputs = [v for v in eqn.outvars if not isinstance(v, core.DropVar)]
+    outputs = [v for v in eqn.outvars if not _is_dropped(v)]
     alone = core.jaxpr_as_fun(
         core.ClosedJaxpr(jaxpr.replace(constvars=[], invars=inputs, outvars=outputs, eqns=[eqn]), ())
     )

@@ -15,10 +15,14 @@ from torch.autograd import forward_ad
 def nothing_recorded() -> Iterator[None]:
     """No gradient in reverse or forward mode, and tensors that know whether they were written to.
 
-    Tensors made in inference mode do not; a solve is made of others.
+    Tensors made in inference mode do not; a solve is made of others. Autocast forgets the narrow copies of parameters
+    that it made inside: they have no gradients, and PyTorch before 2.8 would use them outside all the same.
     """
     with torch.inference_mode(False), torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
-        yield
+        try:
+            yield
+        finally:
+            torch.clear_autocast_cache()
 
 
 @dataclass(frozen=True)

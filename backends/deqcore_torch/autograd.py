@@ -72,8 +72,6 @@ def attach(
     z = forward.z.detach()
     if adjoint.strategy.exact:
         job.ambient = Ambient.now(z)
-        if job.ambient.enabled:
-            torch.clear_autocast_cache()  # the solver's narrow copies of parameters would look like hidden tensors
         start = sequence()
     if adjoint.uses_pull:
         z = _Gate.apply(z.requires_grad_(), _Switch(blocked=True))

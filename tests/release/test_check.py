@@ -60,6 +60,19 @@ def test_the_lowest_versions_are_pins(check):
     assert all("==" in pin for pin in check.oldest("jax"))
 
 
+def test_the_lowest_versions_of_everything_are_those_of_every_extra_in_it(check):
+    pins = check.oldest("all")
+    assert len(pins) == len(set(pins))
+    assert set(check.oldest("torch", "nnx", "equinox", "study", "monitor")) == set(pins)
+    assert {pin.partition("==")[0] for pin in pins} > {"torch", "jax", "flax", "equinox", "tensorboard", "jinja2"}
+    assert all("==" in pin and "deqcore" not in pin for pin in pins)
+
+
+def test_there_is_an_environment_of_every_kind(check):
+    assert set(check.USUAL) < set(check.ENVIRONMENTS)
+    assert {name.partition("-")[0] for name in check.USUAL} == {"core", "torch", "jax", "all"}
+
+
 def test_an_unknown_environment_is_refused(check, capsys):
     assert check.main(["core-2.7"]) == 2
     assert "core-3.11" in capsys.readouterr().out
