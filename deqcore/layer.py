@@ -6,14 +6,16 @@ own is an error at construction and not in the first training step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from deqcore import config as settings
 from deqcore import plugins
 from deqcore.config import Config
-from deqcore.errors import ConfigError
+from deqcore.errors import ConfigError, LayerWarning
 from deqcore.plugins.options import freeze, plain
 from deqcore.settings import scalar
 
@@ -87,6 +89,33 @@ def shape_unknown() -> ConfigError:
     return ConfigError(
         "The layer was called without inputs and without z0, and its cell has no method initial_state: the shape of "
         "the state is not known. Pass z0, or give the cell a method initial_state(*inputs)."
+    )
+
+
+def compare_settings(found: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Warn if the settings of a checkpoint are not the layer's own, which stay as they are.
+
+    Args:
+        found: plain values, as JSON gives them back.
+        own: likewise.
+    """
+    lines = differences(found, json.loads(json.dumps(own)))
+    if lines:
+        warnings.warn(
+            f"The checkpoint was saved by a layer with other settings ({'; '.join(lines)}). Its weights are "
+            f"loaded and the layer keeps its own settings: make the layer with those of the checkpoint if its "
+            f"equilibrium is to be the same.",
+            LayerWarning,
+            stacklevel=5,
+        )
+
+
+def batch_norm_text(names: Iterable[str]) -> str:
+    """What batch normalisation in training mode does to a fixed point, and what to use."""
+    return (
+        f"The cell has batch normalisation in training mode ({', '.join(names)}): it makes each sample's "
+        f"equilibrium depend on its batch mates, and its running statistics change with every evaluation of "
+        f"the solver. Use GroupNorm or LayerNorm inside the cell, or put it into "
     )
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from dataclasses import FrozenInstanceError
 from typing import Any
 
 import equinox as eqx
+import jax
 
 from deqcore.config import Config
+from deqcore.errors import LayerWarning, ProblemError
 from deqcore.halting import Rule
-from deqcore.layer import LayerSettings
+from deqcore.layer import LayerSettings, batch_norm_text, compare_settings
 from deqcore.solution import Solution
 from deqcore_jax.layer import check_cell, initial_state, solve
 
@@ -34,6 +38,7 @@ class DEQ(eqx.Module):
     Raises:
         ConfigError: a setting is unknown or out of range.
         UnknownNameError: a solver or a strategy is not registered.
+        ProblemError: (when called) the cell returned something that is not like z, or changed its own state.
 
     Source: Bai, Kolter & Koltun (2019), "Deep Equilibrium Models".
 
@@ -74,8 +79,39 @@ class DEQ(eqx.Module):
 
     def solve(self, *inputs: Any, z0: Any = None, until: Rule | None = None, **overrides: object) -> Solution:
         """The same with everything that is known of the solve; `overrides` are settings of this call."""
-        return solve(self.cell, self.settings, not self.inference, z0, inputs, overrides, until)
+        norms = _training_norms(self.cell)
+        if norms and not self.inference:
+            warnings.warn(f"{batch_norm_text(norms)}equinox.nn.inference_mode.", LayerWarning, stacklevel=3)
+        try:
+            return solve(self.cell, self.settings, not self.inference, z0, inputs, overrides, until)
+        except FrozenInstanceError as error:
+            raise ProblemError(
+                f"The cell changes its own state while the solver evaluates it ({error}): equinox modules stay as "
+                f"they are, and a fixed point needs one function. Compute what changes before the solve, and pass it "
+                f"as an input."
+            ) from error
+
+    def check_settings(self, found: Mapping[str, Any]) -> None:
+        """Compare the settings stored with a checkpoint with the layer's own, which stay as they are.
+
+        Args:
+            found: `layer.settings.as_dict()` of the layer that was saved, as JSON gives it back.
+
+        Warns:
+            LayerWarning: they differ, with each difference.
+        """
+        compare_settings(found, self.settings.as_dict())
 
     def initial_state(self, *inputs: Any) -> Any:
         """Where a solve without z0 starts."""
         return initial_state(self.cell, inputs)
+
+
+def _training_norms(cell: Any) -> list[str]:
+    """Where a cell has batch normalisation in training mode."""
+    parts = jax.tree_util.tree_leaves_with_path(cell, is_leaf=lambda part: isinstance(part, eqx.nn.BatchNorm))
+    return [
+        jax.tree_util.keystr(path).lstrip(".") or "the cell"
+        for path, part in parts
+        if isinstance(part, eqx.nn.BatchNorm) and not part.inference
+    ]

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from flax import nnx
+from flax.errors import TraceContextError
 
 from deqcore.config import Config
+from deqcore.errors import ProblemError
 from deqcore.halting import Rule
-from deqcore.layer import LayerSettings
+from deqcore.layer import LayerSettings, batch_norm_text, compare_settings
 from deqcore.solution import Solution
 from deqcore_jax.layer import check_cell, initial_state, solve
 
@@ -34,12 +36,14 @@ class DEQ(nnx.Module):
     Raises:
         ConfigError: a setting is unknown or out of range.
         UnknownNameError: a solver or a strategy is not registered.
+        ProblemError: (when called) the cell returned something that is not like z, or changed its own state.
 
     Source: Bai, Kolter & Koltun (2019), "Deep Equilibrium Models".
 
     Example:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
+    from flax.errors import TraceContextError
         >>> from deqcore_jax.nnx import DEQ
         >>> class Cell(nnx.Module):
         ...     def __init__(self, width, rngs):
@@ -76,8 +80,43 @@ class DEQ(nnx.Module):
 
     def solve(self, *inputs: Any, z0: Any = None, until: Rule | None = None, **overrides: object) -> Solution:
         """The same with everything that is known of the solve; `overrides` are settings of this call."""
-        return solve(self.cell, self.settings, not self.deterministic, z0, inputs, overrides, until)
+        try:
+            return solve(self.cell, self.settings, not self.deterministic, z0, inputs, overrides, until)
+        except TraceContextError as error:
+            raise ProblemError(_changes_itself(self.cell, error)) from error
+
+    def check_settings(self, found: Mapping[str, Any]) -> None:
+        """Compare the settings stored with a checkpoint with the layer's own, which stay as they are.
+
+        Args:
+            found: `layer.settings.as_dict()` of the layer that was saved, as JSON gives it back; orbax stores it
+                beside the weights by `JsonSave`.
+
+        Warns:
+            LayerWarning: they differ, with each difference.
+        """
+        compare_settings(found, self.settings.as_dict())
 
     def initial_state(self, *inputs: Any) -> Any:
         """Where a solve without z0 starts."""
         return initial_state(self.cell, inputs)
+
+
+def _changes_itself(cell: Any, error: Exception) -> str:
+    """Why a cell that writes to itself has no fixed point, and what to do."""
+    parts = [(".".join(map(str, path)) or "the cell", part) for path, part in nnx.iter_modules(cell)]
+    norms = [name for name, part in parts if isinstance(part, nnx.BatchNorm) and not part.use_running_average]
+    if norms:
+        return f"{batch_norm_text(norms)}evaluation mode: layer.eval()."
+    drops = [name for name, part in parts if isinstance(part, nnx.Dropout) and not part.deterministic]
+    if drops:
+        return (
+            f"The cell draws random numbers while the solver evaluates it (dropout: {', '.join(drops)}): it is then "
+            f"another function at each step. Draw one mask before the solve by deqcore_jax.cells.dropout_mask, and "
+            f"pass it as an input."
+        )
+    return (
+        f"The cell changes its own state while the solver evaluates it ({str(error).partition(' (')[0]}): it is then "
+        f"another function at each step, and has no fixed point. Compute what changes before the solve, and pass it "
+        f"as an input."
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -16,9 +15,9 @@ from torch import Tensor, nn
 from deqcore import halting
 from deqcore.config import Config
 from deqcore.equilibrium import fixed_point
-from deqcore.errors import ConfigError, LayerWarning
+from deqcore.errors import ConfigError
 from deqcore.halting import Rule
-from deqcore.layer import LayerSettings, check_reuse, differences, shape_unknown
+from deqcore.layer import LayerSettings, check_reuse, compare_settings, shape_unknown
 from deqcore.solution import Solution, SolveState
 from deqcore_torch.cells import begin_solve
 from deqcore_torch.untraced import untraced
@@ -213,21 +212,15 @@ class DEQ(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """The settings, as bytes of JSON in a tensor, so that safetensors stores them as well."""
-        text = json.dumps({"format": FORMAT, "reuse": self.reuse, **self.settings.as_dict()}, sort_keys=True)
+        text = json.dumps(self._stored(), sort_keys=True)
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Compare the settings of a checkpoint with the layer's own, which stay as they are."""
-        found = json.loads(bytes(state.cpu().numpy()).decode())
-        lines = differences(found, json.loads(bytes(self.get_extra_state().numpy()).decode()))
-        if lines:
-            warnings.warn(
-                f"The checkpoint was saved by a layer with other settings ({'; '.join(lines)}). Its weights are "
-                f"loaded and the layer keeps its own settings: make the layer with those of the checkpoint if its "
-                f"equilibrium is to be the same.",
-                LayerWarning,
-                stacklevel=4,
-            )
+        compare_settings(json.loads(bytes(state.cpu().numpy()).decode()), self._stored())
+
+    def _stored(self) -> dict[str, Any]:
+        return {"format": FORMAT, "reuse": self.reuse, **self.settings.as_dict()}
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         # Weights from elsewhere carry no settings, and that is no mistake.

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from deqcore.errors import LayerWarning
+from deqcore.layer import batch_norm_text
 
 
 class Watch:
@@ -40,11 +41,7 @@ class Watch:
         changed = [name for name, buffer in cell.named_buffers() if before.get(name) != buffer._version]
         norms = [name for name, module in cell.named_modules() if isinstance(module, _BatchNorm) and module.training]
         if training and norms:
-            self.tell(
-                f"The cell has batch normalisation in training mode ({', '.join(norms)}): it makes each sample's "
-                f"equilibrium depend on its batch mates, and its running statistics change with every evaluation of "
-                f"the solver. Use GroupNorm or LayerNorm inside the cell, or put it into eval() mode."
-            )
+            self.tell(f"{batch_norm_text(norms)}eval() mode.")
         elif changed:
             self.tell(
                 f"The cell wrote to its buffers {', '.join(changed)} while the solver evaluated it: it is then "

@@ -1,9 +1,11 @@
 """The layers for flax and equinox: the same root and gradients as SciPy, jit, training and evaluation."""
 
+import json
+
 import numpy as np
 import pytest
 
-from deqcore.errors import ConfigError, ProblemError, UnknownNameError
+from deqcore.errors import ConfigError, LayerWarning, ProblemError, UnknownNameError
 
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
@@ -146,3 +148,116 @@ def test_weights_survive_a_round_trip(kind, made, tmp_path):
         eqx.tree_serialise_leaves(tmp_path / "layer.eqx", layer)
         other = eqx.tree_deserialise_leaves(tmp_path / "layer.eqx", other)
     assert np.array_equal(layer(x), other(x))
+
+
+class Normed(nnx.Module):
+    def __init__(self):
+        self.norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+
+    def __call__(self, z, x):
+        return 0.3 * self.norm(z) + x
+
+
+class Dropped(nnx.Module):
+    def __init__(self):
+        self.drop = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+
+    def __call__(self, z, x):
+        return 0.3 * self.drop(z) + x
+
+
+class Counting(nnx.Module):
+    def __init__(self):
+        self.calls = nnx.Variable(jnp.zeros(()))
+
+    def __call__(self, z, x):
+        self.calls[...] += 1
+        return 0.3 * z + x
+
+
+class Frozen(eqx.Module):
+    calls: int = 0
+
+    def __call__(self, z, x):
+        self.calls = self.calls + 1
+        return 0.3 * z + x
+
+
+class EqxNormed(eqx.Module):
+    norm: eqx.nn.BatchNorm
+
+    def __init__(self):
+        self.norm = eqx.nn.BatchNorm(3, "batch", mode="batch")
+
+    def __call__(self, z, x, state):
+        normed, _ = jax.vmap(self.norm, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(z, state)
+        return 0.3 * normed + x
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, nnx.jit, lambda f: nnx.grad(lambda layer, x: f(layer, x).sum())])
+@pytest.mark.parametrize(
+    ("cell", "told"),
+    [
+        (Normed, r"batch normalisation in training mode \(norm\).*GroupNorm or LayerNorm.*layer\.eval\(\)"),
+        (Dropped, r"dropout: drop.*dropout_mask"),
+        (Counting, r"Cannot mutate Variable.*pass it as an input"),
+    ],
+)
+def test_an_nnx_cell_that_changes_itself_is_told_what_to_do(cell, told, transform):
+    with pytest.raises(ProblemError, match=told):
+        transform(lambda layer, x: layer(x))(deqcore_jax.nnx.DEQ(cell()), jnp.ones((4, 3)))
+
+
+@pytest.mark.parametrize("cell", [Normed, Dropped])
+def test_in_evaluation_mode_these_cells_are_functions(cell):
+    layer = deqcore_jax.nnx.DEQ(cell(), forward__rtol=1e-6)
+    layer.eval()
+    assert np.asarray(layer(jnp.ones((4, 3)))) == pytest.approx(np.full((4, 3), 1 / 0.7), rel=1e-4)
+
+
+def test_an_equinox_cell_that_changes_itself_is_told_what_to_do():
+    with pytest.raises(ProblemError, match=r"cannot assign to field 'calls'.*pass it as an input"):
+        deqcore_jax.equinox.DEQ(Frozen())(jnp.ones((4, 3)))
+
+
+def test_batch_normalisation_of_equinox_is_explained():
+    cell, state = eqx.nn.make_with_state(EqxNormed)()
+    layer = deqcore_jax.equinox.DEQ(cell, forward__rtol=1e-4)
+    x = jax.random.normal(jax.random.key(0), (4, 3))
+    with pytest.warns(LayerWarning, match=r"\(norm\).*GroupNorm or LayerNorm.*inference_mode"):
+        layer(x, state)
+    assert eqx.nn.inference_mode(layer)(x, state).shape == (4, 3)  # without a warning
+
+
+@pytest.mark.parametrize(
+    ("cell", "told"),
+    [
+        (lambda z, x: z[:, :2], r"shape \(4, 2\).*must keep the shape"),
+        (lambda z, x: (0.3 * z + x).astype(jnp.bfloat16), "bfloat16 for a state of float32"),
+        (lambda z, x: {"z": z}, "must return a tree like z"),
+        (lambda z, x: None, "must return a tree like z"),
+    ],
+)
+def test_a_cell_that_returns_something_else_is_refused(kind, cell, told):
+    with pytest.raises(ProblemError, match=told):
+        LAYERS[kind][0](cell)(jnp.ones((4, 3), jnp.float32))
+
+
+def test_an_empty_batch_stays_empty(kind, made):
+    layer = make(kind, made)
+    x = jnp.zeros((0, 4))
+    assert layer(x).shape == (0, N)
+    w, b, dx = gradient(kind, layer, x, jnp.zeros((0, N)))
+    assert not np.any(w)
+    assert not np.any(b)
+    assert dx.shape == x.shape
+
+
+def test_a_checkpoint_with_other_settings_says_which(kind, made):
+    saved = json.dumps(make(kind, made, forward__rtol=1e-3).settings.as_dict())
+    with pytest.warns(LayerWarning, match=r"overrides\.forward__rtol: 0\.001 there, 1e-08 here"):
+        make(kind, made, forward__rtol=1e-8).check_settings(json.loads(saved))
+    options = {"forward__options": {"memory": 4}, "evaluation": {"forward__max_steps": 9}}
+    make(kind, made, **options).check_settings(
+        json.loads(json.dumps(make(kind, made, **options).settings.as_dict()))
+    )  # the same: no word
