@@ -386,6 +386,10 @@ class Backend(ABC):
             check_every: ``"auto"`` is 1 where a check is free, and more on devices where it waits.
         """
 
+    def once(self, wanted: Array, body: Callable[[Carry], Carry], carry: Carry) -> Carry:
+        """Apply `body` if any of `wanted` `(batch,)` of bool holds: a condition that can be traced."""
+        return self.loop(lambda _: self.xp.any(wanted), body, carry, 1, 1)
+
     def repeat(self, body: Callable[[Carry], Carry], carry: Carry, times: int) -> Carry:
         """Apply `body` a fixed number of times; gradients pass. A tracing backend traces it once."""
         for _ in range(times):

@@ -54,10 +54,14 @@ class Strategy(ABC):
         needs: what `route` uses with its default options; `uses_pull` and `wants_estimate` answer for any.
         exact: whether `route` solves the adjoint equation to a tolerance, so that the result is a true derivative
             (which forward mode and second derivatives require).
+        claims: golden problems whose adjoint equation it solves, each with the pulls per sample that this may take
+            in float64, from the estimate H = −I if it wants one, as in ``{"slow-modes": 12}``; the conformance suite
+            holds it to them. Made for the default options.
     """
 
     needs: ClassVar[Literal["nothing", "pull", "estimate"]]
     exact: ClassVar[bool] = False
+    claims: ClassVar[Mapping[str, int]] = {}
 
     @abstractmethod
     def route(
@@ -148,6 +152,13 @@ class Steps:
     def __call__(self, f: Map, z0: Array, forward: Forward | None) -> Array:
         """The differentiable value `(batch, n)`."""
         return self.strategy.value(self.backend, f, z0, forward, self.solver)
+
+
+def relative(backend: Backend, a: Array, b: Array) -> Array:
+    """a / b per sample in the wide dtype, zero where b is zero (not where it is NaN, which is no good residual)."""
+    xp = backend.xp
+    a, b = backend.wide(a), backend.wide(b)
+    return xp.where(b == 0, xp.zeros_like(a), a / xp.where(b == 0, xp.ones_like(b), b))
 
 
 def report(

@@ -25,6 +25,10 @@ Backends: TypeAlias = Annotated[
 ]
 Device: TypeAlias = Annotated[str | None, typer.Option(help="Where the arrays are, such as cuda. Default: the host.")]
 OptionsText: TypeAlias = Annotated[str | None, typer.Option("--options", help="Its options, as a JSON object.")]
+ClaimsText: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--claims", help="Golden problems that it solves with these options, and at what cost, as JSON."),
+]
 Expect: TypeAlias = Annotated[
     Path | None, typer.Option(help="TOML file of expected failures, test = 'reason'; one that passes is a failure.")
 ]
@@ -43,7 +47,7 @@ def backend(
     """Check a backend: arrays, histories, loops, derivatives, gradients against stored truths."""
     from deqcore.testing.runner import Request
 
-    report(Request("backend", name, (), device, None, expect, select), junit, as_json)
+    report(Request("backend", name, (), device, expect=expect, select=select), junit, as_json)
 
 
 def solver(
@@ -51,6 +55,7 @@ def solver(
     on: Backends = None,
     device: Device = None,
     options: OptionsText = None,
+    claims: ClaimsText = None,
     expect: Expect = None,
     junit: Junit = None,
     select: Select = None,
@@ -59,7 +64,8 @@ def solver(
     """Check a solver: honest statuses everywhere, and convergence where plain iteration converges or it claims it."""
     from deqcore.testing.runner import Request
 
-    report(Request("solver", name, tuple(on or ()), device, checked(options), expect, select), junit, as_json)
+    given = checked(options), checked(claims, "--claims", '{"slow-modes": 60}')
+    report(Request("solver", name, tuple(on or ()), device, *given, expect, select), junit, as_json)
 
 
 def strategy(
@@ -67,6 +73,7 @@ def strategy(
     on: Backends = None,
     device: Device = None,
     options: OptionsText = None,
+    claims: ClaimsText = None,
     expect: Expect = None,
     junit: Junit = None,
     select: Select = None,
@@ -75,17 +82,18 @@ def strategy(
     """Check a backward strategy: against closed forms, stored truths and its own report."""
     from deqcore.testing.runner import Request
 
-    report(Request("strategy", name, tuple(on or ()), device, checked(options), expect, select), junit, as_json)
+    given = checked(options), checked(claims, "--claims", '{"slow-modes": 60}')
+    report(Request("strategy", name, tuple(on or ()), device, *given, expect, select), junit, as_json)
 
 
-def checked(options: str | None) -> str | None:
+def checked(text: str | None, option: str = "--options", example: str = '{"memory": 5}') -> str | None:
     """Text that is a JSON object."""
     try:
-        if options is None or isinstance(json.loads(options), dict):
-            return options
+        if text is None or isinstance(json.loads(text), dict):
+            return text
     except ValueError:
         pass
-    raise ConfigError(f"--options {options!r}, but a JSON object is expected, such as '{{\"memory\": 5}}'.")
+    raise ConfigError(f"{option} {text!r}, but a JSON object is expected, such as '{example}'.")
 
 
 def report(request: Request, junit: Path | None, as_json: bool) -> None:

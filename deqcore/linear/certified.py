@@ -73,7 +73,7 @@ def solve_certified(
     first = _Round(start, target * norm, some, xp.where(some > 0, nothing + float("inf"), nothing), norm == 0)
 
     def unfinished(r: _Round) -> Array:
-        return xp.any(~r.met & r.space.alive)
+        return xp.any(r.space.alive)
 
     def once(r: _Round) -> _Round:
         k = space.grow(r.space, r.goal, max_pulls - r.space.grown, together=True)
@@ -83,9 +83,7 @@ def solve_certified(
         judged = ~r.met & (reached | ~k.alive | (k.steps >= max_pulls))
         residual, error = xp.where(judged, residual, r.residual), xp.where(judged, error, r.error)
         met = xp.where(judged, (residual <= target) & (error <= target), r.met)
-        shrink = xp.clip(0.8 * target / error, 0.1, 0.7)
-        tighter = k.residual * xp.where(xp.isnan(shrink), 0.1 + nothing, shrink)
-        goal = xp.where(reached, tighter, r.goal)
+        goal = xp.where(reached, k.residual * xp.clip(0.8 * target / error, 0.1, 0.7), r.goal)
         k = k._replace(alive=k.alive & ~met & (k.steps < max_pulls))
         return _Round(k, goal, residual, error, met)
 
@@ -109,6 +107,4 @@ def _estimate(backend: Backend, space: KrylovSpace, k: Krylov, norm: Array, judg
     reach = reach * space.inverse_norm(k)
     if judge is not None:
         reach = xp.maximum(reach, length(judge))
-    error = SAFETY * reach / xp.where(size > 0, size, xp.ones_like(size))
-    error = xp.where(size > 0, error, xp.where(norm > 0, xp.full_like(error, float("inf")), xp.zeros_like(error)))
-    return residual / xp.where(norm > 0, norm, xp.ones_like(norm)), error
+    return residual / norm, SAFETY * reach / size  # nobody judges a cotangent of zero

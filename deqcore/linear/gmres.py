@@ -106,7 +106,7 @@ class KrylovSpace:
         backend, xp = self.backend, self.backend.xp
         norm = backend.wide(backend.norm(r))
         size = max(1, max_steps)
-        v = _divide(backend, r, norm)
+        v = r / backend.cast(xp.where(norm > 0, norm, xp.ones_like(norm)), r)[:, None]
         basis = backend.history(r, size + 1).append(v)
         null = backend.cast(basis.slot(), norm)[None, :] + 0 * norm[:, None]  # (batch, m + 1)
         return Krylov(
@@ -118,7 +118,7 @@ class KrylovSpace:
             square=xp.ones_like(norm),
             start=norm,
             residual=norm,
-            alive=(norm > 0) & xp.isfinite(norm),
+            alive=xp.isfinite(norm),
             steps=xp.zeros_like(norm, dtype=xp.int32),
             grown=xp.astype(xp.sum(0 * null[:0]), xp.int32),
         )
@@ -154,7 +154,7 @@ class KrylovSpace:
         broke = height <= floor  # the space is invariant: its solution is exact, or A is singular
         height = xp.where(broke, floor, height)
         height = xp.where(height == 0, xp.ones_like(height), height)  # nothing may divide by it, in derivatives neither
-        v = _divide(backend, w, height)
+        v = w / backend.cast(height, w)[:, None]
 
         following = backend.cast(xp.roll(k.basis.slot(), 1), height)[None, :]
         overlap = xp.sum(k.null * h, axis=1)
@@ -205,13 +205,13 @@ class KrylovSpace:
         hessenberg, missing = self._hessenberg(k)
         if hessenberg.shape[2] == 0:
             return xp.ones_like(k.start)
-        size = xp.max(xp.sum(hessenberg * hessenberg, axis=1), axis=1)  # fills columns not reached
+        size = xp.sum(xp.sum(hessenberg * hessenberg, axis=2), axis=1)  # fills columns not reached
         fill = backend.cast(missing, hessenberg)[:, None, :] * xp.sqrt(size)[:, None, None]
         # Column j without an entry goes with slot j + 1 without a vector: what is there keeps its singular values.
         eye = xp.roll(backend.eye(fill, hessenberg.shape[1], hessenberg.shape[2]), 1, axis=0)
         filled = hessenberg + eye[None] * fill
         sound = xp.isfinite(size)[:, None, None]
-        least = backend.least_singular_value(xp.where(sound, filled, eye[None] + 0 * fill))
+        least = backend.least_singular_value(xp.where(sound, filled, eye[None]))
         return xp.where(sound[:, 0, 0], 1.0 / least, xp.full_like(least, float("nan")))
 
     def _hessenberg(self, k: Krylov) -> tuple[Array, Array]:
@@ -232,7 +232,7 @@ class KrylovSpace:
         hessenberg, missing = self._hessenberg(k)
         used = hessenberg.shape[2]
         if used == 0:
-            return 0 * k.null
+            return xp.zeros_like(k.null)
         eye = backend.eye(hessenberg, used)[None]
         triangle = hessenberg[:, 1:, :] + eye * backend.cast(missing, hessenberg)[:, None, :]
         target = -k.null[:, 1 : used + 1] * (k.start * k.null[:, 0] / k.square)[:, None]
@@ -245,10 +245,3 @@ class KrylovSpace:
         """B − A x of the solution, `(batch, n)`, from the basis and without a product."""
         coefficients = k.null * (k.start * k.null[:, 0] / k.square)[:, None]
         return k.basis.with_active(None).combine(coefficients)
-
-
-def _divide(backend: Backend, v: Array, norm: Array) -> Array:
-    """V / norm per row, zero where the norm is zero."""
-    xp = backend.xp
-    inverse = xp.where(norm > 0, 1.0 / xp.where(norm > 0, norm, xp.ones_like(norm)), xp.zeros_like(norm))
-    return v * backend.cast(inverse, v)[:, None]

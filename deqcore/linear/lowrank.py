@@ -126,12 +126,12 @@ def multisecant(backend: Backend, basis: History, gram: Array, steps: Array, dif
     y = _scale(backend, xp.sum(xp.matmul(differences, gram) * differences, axis=2))
     pairs = xp.matmul(product, xp.permute_dims(differences, flip)) * s[:, :, None] * y[:, None, :]
     normal = xp.matmul(xp.permute_dims(pairs, flip), pairs)
-    eye = backend.eye(gram, normal.shape[1])[None]
+    batch, size, _ = normal.shape
+    eye = backend.eye(gram, size)[None]
     left = xp.permute_dims(steps + differences, flip)
 
     # Both systems in one call: a traced program holds the elimination once. A sample's two systems stand side by side,
     # so that they stay on its device where a batch is split over several.
-    batch, size = normal.shape[0], normal.shape[1]
     systems = xp.stack([normal + RIDGE * eye, normal + SHARP * eye], axis=1)
     sides = xp.stack([xp.permute_dims(pairs, flip)] * 2, axis=1)
     both = backend.solve_positive(
@@ -151,8 +151,7 @@ def multisecant(backend: Backend, basis: History, gram: Array, steps: Array, dif
 def _scale(backend: Backend, squares: Array) -> Array:
     """1/√squares, zero where a pair is missing."""
     xp = backend.xp
-    there = squares > 0
-    return xp.where(there, 1.0 / xp.sqrt(xp.where(there, squares, xp.ones_like(squares))), xp.zeros_like(squares))
+    return 1.0 / xp.sqrt(xp.where(squares > 0, squares, xp.full_like(squares, float("inf"))))
 
 
 def matvec(backend: Backend, a: Array, x: Array) -> Array:

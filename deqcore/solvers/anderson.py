@@ -45,8 +45,8 @@ class Anderson(Solver):
 
     The Gram matrix is kept and only one row of it is new in each step. It is scaled to unit diagonal before a ridge
     is added, so the regularisation is relative to each column: an absolute ridge turns the method into averaging as
-    soon as the residual is small. A sample whose residual grows more than `growth`-fold forgets its differences and
-    takes a plain step.
+    soon as the residual is small. A sample whose residual grows more than `growth`-fold forgets all differences but
+    the one that has just shown this, and goes on from there.
 
     Use it when f contracts; it needs less algebra than Broyden and a small memory. Its differences make an
     inverse-Jacobian estimate (multi-secant), H = −I + ΔF (ΔGᵀΔG)^-1 ΔGᵀ.
@@ -78,12 +78,14 @@ class Anderson(Solver):
     has_estimate: ClassVar[bool] = True
     claims: ClassVar[Mapping[str, int]] = {
         "affine": 10,
-        "expansive": 14,
-        "mlp": 15,
-        "monotone": 18,
+        "conv": 23,
+        "expansive": 13,
+        "mlp": 14,
+        "monotone": 17,
         "overshoot": 13,
-        "slow-modes": 220,
-        "tree": 27,
+        "ring": 32,
+        "slow-modes": 190,
+        "tree": 25,
     }
 
     def __post_init__(self) -> None:
@@ -115,8 +117,7 @@ class Anderson(Solver):
         residual = value - z
         norm = backend.norm(residual)
         sane = norm <= self.growth * state.norm
-        calm = backend.all_known(sane)
-        if not calm:
+        if not backend.all_known(sane):
             state = self._forget(backend, ~sane, state)
         values = state.values.append_difference(value, fz)
         difference = residual - state.residual
@@ -133,8 +134,6 @@ class Anderson(Solver):
         system = xp.where(newest[None, None, :], row[:, :, None], system)
         step = backend.solve_positive(system, target * scale) * -scale
         usable = xp.isfinite(step)
-        if not calm:
-            usable = usable & sane[:, None]
         if not backend.all_known(usable):
             step = xp.where(usable, step, xp.zeros_like(step))
         return z, value, AndersonState(values, residuals, system, scale, target, step, residual, norm)

@@ -63,14 +63,16 @@ class NewtonKrylov(Solver):
     halvings: int = 5
     needs: ClassVar[tuple[str, ...]] = ("jvp",)
     claims: ClassVar[Mapping[str, int]] = {
-        "affine": 13,
-        "expansive": 23,
-        "ill-conditioned": 12,
-        "mlp": 34,
-        "monotone": 30,
-        "overshoot": 29,
-        "slow-modes": 60,
-        "tree": 48,
+        "affine": 12,
+        "conv": 45,
+        "expansive": 22,
+        "ill-conditioned": 11,
+        "mlp": 33,
+        "monotone": 29,
+        "overshoot": 28,
+        "ring": 43,
+        "slow-modes": 58,
+        "tree": 47,
     }
 
     def __post_init__(self) -> None:
@@ -83,7 +85,7 @@ class NewtonKrylov(Solver):
 
     def init(self, backend: Backend, z: Array, fz: Array) -> NewtonState:
         """The first inner tolerance, nothing spent."""
-        norm = backend.wide(backend.norm(fz - z))
+        norm = backend.wide(backend.norm(z))
         return NewtonState(
             backend.xp.full_like(norm, self.forcing), backend.xp.zeros_like(norm, dtype=backend.xp.int32)
         )

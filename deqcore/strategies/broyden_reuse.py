@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -11,7 +12,7 @@ from deqcore.linear.certified import SAFETY, solve_certified
 from deqcore.linear.gmres import gmres
 from deqcore.linear.lowrank import InverseJacobian
 from deqcore.solution import Status
-from deqcore.strategy import AdjointReport, Strategy, report
+from deqcore.strategy import AdjointReport, Strategy, relative, report
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,15 @@ class BroydenReuse(Strategy):
     refine_steps: int = 40
     fallback: Literal["jacobian-free", "exact-ift", "none"] = "jacobian-free"
     needs: ClassVar[Literal["nothing", "pull", "estimate"]] = "estimate"
+    claims: ClassVar[Mapping[str, int]] = {
+        "affine": 4,
+        "conv": 3,
+        "expansive": 2,
+        "ill-conditioned": 8,
+        "ring": 4,
+        "slow-modes": 16,
+        "tree": 3,
+    }
 
     def __post_init__(self) -> None:
         if self.target == "none":  # how a TOML file, which has no null, says it
@@ -91,8 +101,8 @@ class BroydenReuse(Strategy):
         if not self.certify:
             return u, report(backend, g)
         r = g + pull(u) - u
-        error = SAFETY * _ratio(backend, backend.norm(estimate.apply_transpose(r)), backend.norm(u))
-        residual = _ratio(backend, backend.norm(r), backend.norm(g))
+        error = SAFETY * relative(backend, backend.norm(estimate.apply_transpose(r)), backend.norm(u))
+        residual = relative(backend, backend.norm(r), backend.norm(g))
         return u, report(backend, g, pulls=1, residual=residual, error=error)
 
     def _refined(
@@ -103,10 +113,10 @@ class BroydenReuse(Strategy):
             backend,
             pull,
             g,
-            lambda v: -estimate.apply_transpose(v),
+            estimate.apply_transpose,  # −M: a preconditioner's sign changes nothing
             target=target,
             max_pulls=self.refine_steps,
-            judge=lambda v: -estimate.sharp_transpose(v),
+            judge=estimate.sharp_transpose,
         )
         u, pulls, residual, error = found.u, found.pulls, found.residual, found.error
         code = xp.zeros_like(pulls)
@@ -122,11 +132,8 @@ class BroydenReuse(Strategy):
     def _fall_back(
         self, backend: Backend, pull: Map, g: Array, u: Array, pulls: Array, residual: Array, met: Array
     ) -> tuple[Array, Array, Array, Array]:
-        """Replace what missed the target; the loop runs once if there is such a sample, and not at all otherwise."""
+        """Replace what missed the target."""
         xp = backend.xp
-
-        def missing(carry: tuple[Array, ...]) -> Array:
-            return xp.any(~met)
 
         def replace(carry: tuple[Array, ...]) -> tuple[Array, ...]:
             u, pulls, residual, replaced = carry
@@ -137,10 +144,10 @@ class BroydenReuse(Strategy):
                     backend, lambda v: v - pull(v), wanted, rtol=backend.default_rtol(g), max_steps=self.refine_steps
                 )
                 other, products = found.x, found.products
-                left = _ratio(backend, found.residual, backend.norm(g))
+                left = relative(backend, found.residual, backend.norm(g))
             else:
                 other, products = g, xp.ones_like(pulls)
-                left = _ratio(backend, backend.norm(pull(g)), backend.norm(g))
+                left = relative(backend, backend.norm(pull(g)), backend.norm(g))
             better = ~met & ~(residual <= backend.cast(left, residual))
             return (
                 backend.select(better, other, u),
@@ -149,11 +156,4 @@ class BroydenReuse(Strategy):
                 replaced | better,
             )
 
-        return backend.loop(missing, replace, (u, pulls, residual, pulls < 0), 1, 1)
-
-
-def _ratio(backend: Backend, a: Array, b: Array) -> Array:
-    """A / b per sample, zero where b is zero (not where it is NaN, which is no good residual)."""
-    xp = backend.xp
-    a, b = backend.wide(a), backend.wide(b)
-    return xp.where(b == 0, xp.zeros_like(a), a / xp.where(b == 0, xp.ones_like(b), b))
+        return backend.once(~met, replace, (u, pulls, residual, xp.zeros_like(met)))

@@ -12,7 +12,7 @@ from deqcore.linear.gmres import gmres
 from deqcore.linear.lowrank import InverseJacobian
 from deqcore.solution import Status
 from deqcore.solver import Solver
-from deqcore.strategy import AdjointReport, MakeSolver, Strategy, report
+from deqcore.strategy import AdjointReport, MakeSolver, Strategy, relative, report
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,15 @@ class ExactIFT(Strategy):
     bound: Solver | None = field(default=None, repr=False, metadata={"internal": True})
     needs: ClassVar[Literal["nothing", "pull", "estimate"]] = "pull"
     exact: ClassVar[bool] = True
+    claims: ClassVar[Mapping[str, int]] = {
+        "affine": 6,
+        "conv": 13,
+        "expansive": 6,
+        "ill-conditioned": 8,
+        "ring": 15,
+        "slow-modes": 22,
+        "tree": 12,
+    }
 
     def __post_init__(self) -> None:
         if self.rtol != "auto" and not 0.0 <= self.rtol < 1.0:
@@ -98,19 +107,20 @@ class ExactIFT(Strategy):
             status = xp.where(converged, code(pulls, Status.CONVERGED), ended)
         else:
             control = Control(rtol=0.0, atol=rtol * backend.norm(g), max_steps=self.max_steps)
-            forward = drive(backend, self.bound, lambda u: g + pull(u), g if u0 is None else u0, control)
+            start = xp.zeros_like(g) if u0 is None else u0
+            forward = drive(backend, self.bound, lambda u: g + pull(u), start, control)
             u, residual, pulls = forward.z, forward.residual, forward.evaluations
             # Without a solution u grows until g is lost in the rounding of Jᵀu: a difference of zero is no solution.
             residual = xp.maximum(residual, backend.cast(backend.eps(u) * backend.norm(u), residual))
             lost = (forward.status == int(Status.CONVERGED)) & ~(residual <= control.atol)
             status = xp.where(lost, code(pulls, Status.STALLED), forward.status)
-        norm = backend.cast(backend.norm(g), residual)
-        relative = xp.where(norm > 0, residual / xp.where(norm > 0, norm, xp.ones_like(norm)), 0 * residual)
-        status = xp.where(xp.isfinite(relative), status, code(pulls, Status.NONFINITE))
-        return u, report(backend, g, status=status, pulls=pulls, residual=relative)
+        left = relative(backend, residual, backend.norm(g))
+        status = xp.where(xp.isfinite(left), status, code(pulls, Status.NONFINITE))
+        return u, report(backend, g, status=status, pulls=pulls, residual=left)
 
     def _start(self, g: Array, estimate: InverseJacobian | None) -> Array | None:
+        """Where u begins; None is zero, for which GMRES needs no product."""
         if self.start == "reuse" and estimate is not None:
             return -estimate.apply_transpose(g)
         zero = self.start == "zero" or (self.start == "auto" and self.solver == "gmres")
-        return (None if self.solver == "gmres" else 0 * g) if zero else g
+        return None if zero else g

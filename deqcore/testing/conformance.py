@@ -13,6 +13,7 @@ Tests ask for what a backend can do (`deqcore.backend.Capabilities`), never for 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Final, TypeVar
 
@@ -106,6 +107,17 @@ class Conformance:
             if "dtype" in request.fixturenames:
                 skip_without_dtype(kit.backend, request.getfixturevalue("dtype"))
             yield
+
+
+def claimed(config: Any, own: Mapping[str, int] | None, subject: Any, settings: Mapping[str, object]) -> Any:
+    """Claims of a solver or strategy: of the class under test, the option `--deqcore-claims`, or the subject's own.
+
+    The subject speaks of its default options only.
+    """
+    given = chosen(config, "claims")
+    if own is not None or given:
+        return {**(own or {}), **(json.loads(given) if given else {})}
+    return {} if settings else getattr(subject, "claims", {})
 
 
 def chosen(config: Any, what: str) -> Any:

@@ -28,8 +28,10 @@ pytest.register_assert_rewrite(
             "sinks",
             "solvers",
             "solver_estimate",
+            "solver_search",
             "solver_steps",
             "strategies",
+            "strategy_claims",
             "strategy_route",
             "strategy_steps",
         ]
@@ -50,6 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--deqcore-strategy", action="append", help="check this strategy only; may be repeated")
     add("--deqcore-device", help="device of the arrays, such as cuda; default cpu")
     add("--deqcore-options", help="options of the solver or strategy under test, as JSON")
+    add("--deqcore-claims", help="golden problems that it claims with these options, and at what cost, as JSON")
     add("--deqcore-results", metavar="FILE", help="write what came of each test to this JSON file")
     add("--deqcore-project", action="store_true", help="see the plugins of the project in the working directory")
     add("--deqcore-expect", metavar="FILE", help="TOML file of expected failures: test = 'reason'")

@@ -59,6 +59,7 @@ class Request:
         backends: to run on; empty for all that are installed and the strict one.
         device: of the arrays.
         options: of the solver or strategy, as JSON.
+        claims: golden problems that it claims with these options, and at what cost, as JSON.
         expect: a TOML file of expected failures.
         select: only tests that match, as pytest's `-k`.
         first: stop at the first failure.
@@ -69,6 +70,7 @@ class Request:
     backends: tuple[str, ...] = ()
     device: str | None = None
     options: str | None = None
+    claims: str | None = None
     expect: Path | None = None
     select: str | None = None
     first: bool = False
@@ -118,6 +120,7 @@ def arguments(request: Request, backend: str, results: Path) -> list[str]:
         request.kind: request.name,
         "device": request.device,
         "options": request.options,
+        "claims": request.claims,
         "expect": request.expect and request.expect.resolve(),
         "results": results,
     }

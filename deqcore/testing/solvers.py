@@ -19,16 +19,17 @@ from deqcore import plugins
 from deqcore.solution import Status
 from deqcore.solver import Solver
 from deqcore.testing.bounds import tolerance
-from deqcore.testing.conformance import DTYPES, chosen, several
+from deqcore.testing.conformance import DTYPES, chosen, claimed, several
 from deqcore.testing.kit import Affine, Kit, affine, close
 from deqcore.testing.problems import golden, names, raveled
 from deqcore.testing.solver_estimate import EstimateTests
+from deqcore.testing.solver_search import SearchTests
 from deqcore.testing.solver_steps import StepTests
 
 MAX_STEPS: Final = 300
 
 
-class SolverTests(StepTests, EstimateTests):
+class SolverTests(StepTests, SearchTests, EstimateTests):
     """Subclass it, name your solver, and run pytest.
 
     Attributes:
@@ -70,7 +71,9 @@ class SolverTests(StepTests, EstimateTests):
 
     @several("dtype", DTYPES)
     @several("problem", names())
-    def test_golden(self, kit: Kit, solver: Solver, solver_name: str, settings: Any, problem: str, dtype: str) -> None:
+    def test_golden(
+        self, request: Any, kit: Kit, solver: Solver, solver_name: str, settings: Any, problem: str, dtype: str
+    ) -> None:
         """An honest status everywhere; convergence, to the stored z*, where it is due."""
         known = golden(problem)
         truth, n = known.truth, known.truth.jacobian.shape[1]
@@ -80,7 +83,7 @@ class SolverTests(StepTests, EstimateTests):
         status, residual = kit.numpy(sol.status), kit.numpy(sol.residual)
         check_honest(kit, sol, rtol, dtype)
         assert not (status[~truth.healthy] == int(Status.CONVERGED)).any(), "a sample without solution converged"
-        claims = self._claims(solver, settings)
+        claims = claimed(request.config, self.claims, solver, settings)
         if truth.radius**MAX_STEPS < rtol or problem in claims:
             left = [Status(int(code)).name for code in status[truth.healthy] if code != int(Status.CONVERGED)]
             assert not left, f"healthy samples ended as {left} with residuals {residual[truth.healthy]}"
@@ -95,12 +98,6 @@ class SolverTests(StepTests, EstimateTests):
     def test_claims_are_golden_problems(self, kit: Kit, solver: Solver) -> None:
         assert isinstance(solver.claims, Mapping), f"claims = {solver.claims}, but {{problem: evaluations}} is expected"
         assert set(solver.claims) <= set(names())
-
-    def _claims(self, solver: Solver, settings: Mapping[str, object]) -> Mapping[str, int]:
-        """What the class under test or the solver claims; the solver speaks of its default options only."""
-        if self.claims is not None:
-            return self.claims
-        return {} if settings else solver.claims
 
     @several("share", [1, 3])
     def test_two_halves_of_a_solve_are_the_whole(self, kit: Kit, solver_name: str, settings: Any, share: int) -> None:

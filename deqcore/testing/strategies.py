@@ -23,16 +23,18 @@ from deqcore.testing.bounds import tolerance
 from deqcore.testing.conformance import DTYPES, chosen, several
 from deqcore.testing.kit import Kit, affine, close
 from deqcore.testing.problems import golden
+from deqcore.testing.strategy_claims import ClaimTests
 from deqcore.testing.strategy_route import RouteTests
 from deqcore.testing.strategy_steps import StepStrategyTests
 
 
-class StrategyTests(RouteTests, StepStrategyTests):
+class StrategyTests(RouteTests, ClaimTests, StepStrategyTests):
     """Subclass it, name your strategy, and run pytest.
 
     Attributes:
         strategies: registered names; default: the option `--deqcore-strategy`, else all.
         options: options of the strategy.
+        claims: in place of the strategy's own, which are made for its default options.
 
     Example:
         ::

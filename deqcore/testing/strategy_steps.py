@@ -81,6 +81,22 @@ class StepStrategyTests(Conformance):
                 same = np.allclose(gradient({**settings, field.name: changed}), gradient(settings), rtol=1e-6)
                 assert not same, f"{field.name} = {changed} gives the same gradient as {value}"
 
+    @several("solver", ["picard", "broyden"])
+    @needs("autodiff")
+    def test_many_steps_come_near_the_gradient_of_the_solution(
+        self, kit: Kit, steps: StepStrategy, strategy_name: str, settings: Any, solver: str
+    ) -> None:
+        """Steps beyond the last digit must neither divide rounding by rounding nor spoil what was right."""
+        if not isinstance(getattr(steps, "steps", None), int):
+            pytest.skip("the number of its steps is no option")
+        problem, g = affine(batch=2, n=3, norm=0.5), np.ones((2, 3))
+        slope = kit.map(Affine(problem.a, 0 * problem.b))
+        config = kit.config(solver=solver, strategy=strategy_name, strategy_options={**settings, "steps": 60})
+        b = kit.array(problem.b)
+        z, (db,) = deqcore.vjp(lambda z, b: slope(z) + b, 0 * b, b, cotangent=kit.array(g), config=config)
+        close(kit.numpy(z), problem.root, 1e-5, "value after 60 steps")
+        close(kit.numpy(db), problem.adjoint(g), 1e-4 if kit.eps < 1e-10 else 1e-2, "gradient after 60 steps")
+
     def _forward(self, kit: Kit, problem: Affine, solver: str) -> Forward:
         z0 = kit.array(np.zeros(problem.b.shape))
         numbers = [kit.backend.number(value, z0) for value in (1e-13, 0.0, 300)]

@@ -101,8 +101,8 @@ STRATEGIES = [
     Fault(
         "a certificate that promises too much",
         "deqcore.linear.certified",
-        "error = SAFETY * reach",
-        "error = 1e-3 * SAFETY * reach",
+        "return residual / norm, SAFETY * reach / size",
+        "return residual / norm, 1e-3 * SAFETY * reach / size",
         "strategy broyden-reuse",
         "test_the_report_is_true",
         "errors .* are estimated",
@@ -128,8 +128,8 @@ STRATEGIES = [
     Fault(
         "a NaN cotangent called converged",
         EXACT,
-        "status = xp.where(xp.isfinite(relative), status, code(pulls, Status.NONFINITE))",
-        "status = xp.where(xp.isfinite(relative), status, code(pulls, Status.CONVERGED))",
+        "status = xp.where(xp.isfinite(left), status, code(pulls, Status.NONFINITE))",
+        "status = xp.where(xp.isfinite(left), status, code(pulls, Status.CONVERGED))",
         "strategy exact-ift",
         "test_a_bad_sample_changes_no_bit_of_its_neighbours",
         "has no answer",
@@ -221,7 +221,7 @@ STRATEGIES += [
     ),
     Fault(
         "a certificate of NaN",
-        REUSE,
+        "deqcore.strategy",
         "a / xp.where(b == 0, xp.ones_like(b), b))",
         "xp.where(xp.isnan(b), 0 * b + 1 > 2, a / xp.where(b == 0, xp.ones_like(b), b)))",
         "strategy broyden-reuse",

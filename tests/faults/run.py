@@ -33,48 +33,82 @@ def load(name: str):
 
 checking, planted, mutants = load("checking"), load("planted"), load("mutants")
 
-PLAIN, MEASURED = (json.dumps(options) for options in (planted.PLAIN, planted.MEASURED))
-FALLBACK = json.dumps({"target": 0.001, "refine_steps": 2, "fallback": "exact-ift"})
-NONE = json.dumps({"target": 0.001, "refine_steps": 2, "fallback": "none"})
-SPENT = json.dumps({"target": 0.001, "refine_steps": 2})
+Options = dict[str, object]
 
 
-def solver(name: str, *options: str | None, backend: str = "numpy") -> list[tuple[Request, str]]:
-    return [(Request("solver", name, options=each, first=True), backend) for each in options or (None,)]
+def checks(kind: str, name: str, *variants: tuple[Options, Options], backend: str = "numpy"):
+    """A check for each set of options, with what is claimed under it; without any, the defaults and their claims."""
+    return [
+        (Request(kind, name, options=text(options), claims=text(claims), first=True), backend)
+        for options, claims in variants or [({}, {})]
+    ]
 
 
-def strategy(name: str, *options: str | None, backend: str = "numpy") -> list[tuple[Request, str]]:
-    return [(Request("strategy", name, options=each, first=True), backend) for each in options or (None,)]
+def text(given: Options) -> str | None:
+    return json.dumps(given) if given else None
 
+
+PLAIN, MEASURED, DEFAULT = (planted.PLAIN, {}), (planted.MEASURED, {}), ({}, {})
+SPENT = {"target": 0.001, "refine_steps": 2}  # a target that this budget misses
+
+ANDERSON = checks(
+    "solver",
+    "anderson",
+    DEFAULT,
+    ({"memory": 3}, {"affine": 28, "expansive": 42, "monotone": 67, "tree": 41}),
+    ({"mixing": 0.5}, {"affine": 10, "expansive": 12, "monotone": 15, "tree": 33}),
+    ({"growth": 1.5, "memory": 3}, {"affine": 28, "expansive": 28, "overshoot": 19, "tree": 41}),
+)
+BROYDEN = checks(
+    "solver",
+    "broyden",
+    DEFAULT,
+    ({"memory": 5}, {"affine": 29, "expansive": 37, "slow-modes": 175, "tree": 34}),
+    ({"memory": 2}, {"affine": 34, "mlp": 25, "overshoot": 21, "tree": 43}),
+    ({"growth": 2.0}, {"affine": 14, "expansive": 21, "monotone": 19, "overshoot": 15, "slow-modes": 43}),
+    ({"growth": 2.0, "memory": 5}, {"affine": 29, "expansive": 41, "overshoot": 18, "slow-modes": 160}),
+)
+EXACT = checks(
+    "strategy",
+    "exact-ift",
+    DEFAULT,
+    ({"start": "cotangent"}, {"affine": 7, "slow-modes": 22, "tree": 12}),
+    ({"start": "reuse"}, {"affine": 7, "slow-modes": 22, "tree": 12}),
+    ({"solver": "anderson", "max_steps": 300}, {"affine": 8, "slow-modes": 130, "tree": 15}),
+    ({"solver": "anderson", "max_steps": 300, "start": "zero"}, {"affine": 8, "tree": 15}),
+    ({"rtol": 0.01}, {"affine": 5, "slow-modes": 16, "tree": 5}),
+)
+REUSE = checks(
+    "strategy",
+    "broyden-reuse",
+    DEFAULT,
+    ({"target": 1e-3}, {"affine": 6, "conv": 7, "slow-modes": 18, "tree": 8}),
+    ({"target": 1e-6}, {"conv": 12, "ring": 13, "slow-modes": 21, "tree": 10}),
+    (SPENT, {}),
+    ({**SPENT, "fallback": "exact-ift"}, {}),
+    ({**SPENT, "fallback": "none"}, {}),
+)
+GMRES = [EXACT[0], REUSE[0], EXACT[1], REUSE[1], *checks("solver", "newton-krylov")]
 
 CHECKS = {
-    "deqcore.solvers.picard": solver("picard", None, '{"damping": 0.5}'),
-    "deqcore.solvers.anderson": solver("anderson", None, '{"memory": 3}', '{"mixing": 0.5}', '{"growth": 1.5}'),
-    "deqcore.solvers.broyden": solver("broyden", None, '{"memory": 5}', '{"memory": 2}', '{"growth": 2.0}'),
-    "deqcore.solvers.newton_krylov": [*solver("newton-krylov"), *solver("newton-krylov", backend="torch")],
-    "deqcore.strategies.exact_ift": strategy(
-        "exact-ift",
-        None,
-        '{"start": "reuse"}',
-        '{"solver": "anderson", "max_steps": 300}',
-        '{"start": "cotangent"}',
-        '{"rtol": 0.01}',
-    ),
-    "deqcore.strategies.broyden_reuse": strategy("broyden-reuse", None, PLAIN, MEASURED, FALLBACK, SPENT, NONE),
-    "deqcore.strategies.jacobian_free": strategy("jacobian-free"),
-    "deqcore.strategies.neumann": strategy("neumann", None, '{"terms": 1}', '{"terms": 0}'),
-    "deqcore.strategies.phantom": strategy("phantom", None, '{"damping": 1.0}', backend="torch"),
-    "deqcore.strategies.unrolled": strategy("unrolled", None, '{"checkpoint": true}', backend="torch"),
-    "deqcore.linear.gmres": [
-        *strategy("exact-ift"),
-        *solver("newton-krylov"),
-        *strategy("exact-ift", '{"start": "cotangent"}'),
-        *strategy("broyden-reuse"),
+    "deqcore.solvers.picard": checks("solver", "picard", DEFAULT, ({"damping": 0.5}, {"affine": 80, "expansive": 96})),
+    "deqcore.solvers.anderson": ANDERSON,
+    "deqcore.solvers.broyden": BROYDEN,
+    "deqcore.solvers.newton_krylov": [
+        *checks("solver", "newton-krylov"),
+        *checks("solver", "newton-krylov", backend="torch"),
     ],
-    "deqcore.linear.lowrank": [*solver("broyden", None, '{"memory": 5}'), *solver("anderson")],
-    "deqcore.linear.certified": strategy("broyden-reuse", None, SPENT, FALLBACK, NONE),
+    "deqcore.strategies.exact_ift": EXACT,
+    "deqcore.strategies.broyden_reuse": [*REUSE, *checks("strategy", "broyden-reuse", PLAIN, MEASURED)],
+    "deqcore.strategies.jacobian_free": checks("strategy", "jacobian-free"),
+    "deqcore.strategies.neumann": checks("strategy", "neumann", DEFAULT, ({"terms": 1}, {}), ({"terms": 0}, {})),
+    "deqcore.strategies.phantom": checks("strategy", "phantom", DEFAULT, ({"damping": 1.0}, {}), backend="torch"),
+    "deqcore.strategies.unrolled": checks("strategy", "unrolled", DEFAULT, ({"checkpoint": True}, {}), backend="torch"),
+    "deqcore.linear.gmres": GMRES,
+    "deqcore.linear.lowrank": [*BROYDEN[:2], ANDERSON[0], REUSE[0]],
+    "deqcore.linear.certified": REUSE,
     "deqcore.linear.transposed": [
-        *strategy("exact-ift", '{"start": "reuse"}', backend="torch"),
+        *checks("strategy", "exact-ift", ({"start": "reuse"}, {}), backend="torch"),
         (Request("backend", "torch", first=True), "torch"),
     ],
 }

@@ -1,0 +1,95 @@
+"""What a strategy claims, and estimates of its error where they are hard to make."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+from deqcore.solution import Status
+from deqcore.strategy import AdjointReport, Strategy
+from deqcore.testing.conformance import Conformance, claimed, several
+from deqcore.testing.kit import Affine, DenseEstimate, Kit, close
+from deqcore.testing.problems import golden, names, raveled
+from deqcore.testing.strategy_route import route, unlike
+
+
+def adjoint_of(name: str) -> tuple[Affine, Any, Any]:
+    """J at the z* of a golden problem, g and u = (I − J)^-T g, of its healthy samples."""
+    known = golden(name)
+    truth, healthy = known.truth, known.truth.healthy
+    g = raveled(known.problem.direction(), len(healthy))[healthy]
+    u = truth.gradients["cotangent"]
+    u = u[healthy] if len(u) == len(healthy) else u
+    return Affine(truth.jacobian, np.zeros(g.shape)), g, u
+
+
+def half_right() -> tuple[Affine, Any, Any]:
+    """An estimate that is right but for one slow mode, of which it knows a tenth; with the cotangent."""
+    rng = np.random.default_rng(15)
+    q, _ = np.linalg.qr(rng.standard_normal((3, 16, 16)))
+    modes = np.array([0.99, *rng.uniform(-0.3, 0.3, 15)])
+    weights = np.array([0.05, *rng.standard_normal(15)])
+    inverse = 1.0 / (1.0 - modes)
+    inverse[0] *= 0.1
+    turned = q.swapaxes(1, 2)
+    return Affine(q @ np.diag(modes) @ turned, np.zeros((3, 16))), q @ weights, -(q @ np.diag(inverse) @ turned)
+
+
+class ClaimTests(Conformance):
+    """Only for a `Strategy`."""
+
+    claims: ClassVar[Mapping[str, int] | None] = None
+
+    @several("problem", names())
+    def test_a_claim_is_kept(
+        self, request: Any, kit: Kit, strategy: Strategy, settings: Mapping[str, object], problem: str
+    ) -> None:
+        """The adjoint equation of a golden problem is solved, within the pulls that are claimed."""
+        claims = claimed(request.config, self.claims, strategy, settings)
+        if problem not in claims:
+            pytest.skip("the strategy claims nothing here")
+        if not kit.backend.capabilities.float64:
+            pytest.skip("claims are made for double precision")
+        known, g, expected = adjoint_of(problem)
+        u, report = route(kit, strategy, known, g)
+        assert (report.status == int(Status.CONVERGED)).all(), f"statuses {report.status}"
+        assert report.pulls.max() <= claims[problem], f"{report.pulls} pulls; at most {claims[problem]} are claimed"
+        if strategy.exact:
+            error = np.linalg.norm(u - expected, axis=1) / np.linalg.norm(expected, axis=1)
+            size = np.linalg.norm(g, axis=1) / np.linalg.norm(expected, axis=1)
+            inverse = np.linalg.norm(np.linalg.inv(np.eye(g.shape[1]) - known.a), 2, axis=(1, 2))
+            assert (error <= 1.01 * report.residual * size * inverse + 1e-12 * inverse).all(), (
+                f"u is off by {error}, more than residuals of {report.residual} explain"
+            )
+
+    def test_claims_are_golden_problems(self, kit: Kit, strategy: Strategy) -> None:
+        assert isinstance(strategy.claims, Mapping), f"claims = {strategy.claims}, but {{problem: pulls}} is expected"
+        assert set(strategy.claims) <= set(names())
+
+    def test_unlike_samples_are_routed_as_alone(self, kit: Kit, strategy: Strategy) -> None:
+        """One is done after a pull or two, its batch mates go on for long: nobody's numbers depend on that."""
+        problem, g = unlike()
+        together, told = route(kit, strategy, problem, g)
+        slack = 1e-6 if kit.eps < 1e-10 else 1e-2
+        for i in range(3) if kit.eager else (0,):
+            one = slice(i, i + 1)
+            alone, own = route(kit, strategy, Affine(problem.a[one], problem.b[one]), g[one])
+            close(together[one], alone, slack, f"u of sample {i}")
+            for name, a, b in zip(AdjointReport._fields, told, own, strict=True):
+                assert np.allclose(a[i], b[0], rtol=1e3 * slack, atol=slack, equal_nan=True), (
+                    f"{name} of sample {i}: {a[i]} in company, {b[0]} alone"
+                )
+
+    def test_the_error_of_a_half_right_estimate_is_not_hidden(self, kit: Kit, strategy: Strategy) -> None:
+        """Good in the mean and bad in the one direction that u is mostly of."""
+        if not strategy.wants_estimate() or not isinstance(getattr(strategy, "target", None), float):
+            pytest.skip("the strategy reads no estimate, or promises no accuracy")
+        problem, g, h = half_right()
+        u, report = route(kit, strategy, problem, g, DenseEstimate(kit, h))
+        exact = problem.adjoint(g)
+        error = np.linalg.norm(u - exact, axis=1) / np.linalg.norm(exact, axis=1)
+        told = np.isfinite(report.error)
+        assert (error <= 3 * report.error + 1e-6)[told].all(), f"errors {report.error} are estimated, but are {error}"
