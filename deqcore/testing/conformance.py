@@ -28,6 +28,7 @@ import deqcore
 from deqcore.backend import Backend
 from deqcore.testing import strict
 from deqcore.testing.kit import Kit
+from deqcore.testing.problems import golden
 from deqcore.testing.processes import installed
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -116,8 +117,12 @@ def claimed(config: Any, own: Mapping[str, int] | None, subject: Any, settings: 
     """
     given = chosen(config, "claims")
     if own is not None or given:
-        return {**(own or {}), **(json.loads(given) if given else {})}
-    return {} if settings else getattr(subject, "claims", {})
+        claims = {**(own or {}), **(json.loads(given) if given else {})}
+    else:
+        claims = {} if settings else subject.claims
+    for name in claims:
+        golden(name)  # an unknown one would be checked nowhere
+    return claims
 
 
 def chosen(config: Any, what: str) -> Any:
