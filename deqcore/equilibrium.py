@@ -141,9 +141,18 @@ def get_backend(config: Config | None = None, **overrides: object) -> Backend:
         config: complete settings; default: environment and `deqcore.using`.
         **overrides: settings of this call, as in `backend="jax"`.
 
+    Returns:
+        The backend: one object per name.
+
     Raises:
         UnknownNameError: nobody registered this name.
         MissingFrameworkError: the backend's framework is not installed; names the extra to install.
+
+    Example:
+        >>> import deqcore
+        >>> be = deqcore.get_backend(backend="numpy")
+        >>> be.name, be.norm(be.asarray([[3.0, 4.0]])).tolist()
+        ('numpy', [5.0])
     """
     resolved, _ = settings.resolve(config, overrides)
     if resolved.backend != "auto":

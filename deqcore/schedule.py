@@ -24,6 +24,14 @@ class Ramp:
         end: value from step `until` on, above 0.
         until: training step.
         begin: training step, below `until`.
+
+    Raises:
+        ConfigError: start or end is not above 0, or `until` is not after `begin`.
+
+    Example:
+        >>> ramp = Ramp(1e-2, 1e-4, until=100)
+        >>> [float(f"{ramp.at(step):.1e}") for step in (0, 50, 500)]
+        [0.01, 0.001, 0.0001]
     """
 
     start: float

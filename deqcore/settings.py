@@ -49,6 +49,15 @@ class Forward:
         on_failure: what happens if a sample does not converge. Traced code cannot raise or warn.
         compact: evaluate f for the samples still in work only (eager backends; needs `batched_args`).
         options: fields of the solver's own dataclass.
+
+    Raises:
+        ConfigError: (when a Config is made) a setting is unknown or out of range.
+
+    Example:
+        >>> from deqcore import Config
+        >>> forward = Config(forward={"solver": "anderson", "max_steps": 60}).forward
+        >>> forward.solver, forward.max_steps, forward.rtol
+        ('anderson', 60, 'auto')
     """
 
     solver: str = setting("broyden", "the name of a registered solver")
@@ -69,6 +78,15 @@ class Backward:
     Attributes:
         strategy: name of a registered strategy (`deqcore strategies`).
         options: fields of the strategy's own dataclass.
+
+    Raises:
+        ConfigError: (when a Config is made) a setting is unknown.
+
+    Example:
+        >>> from deqcore import Config
+        >>> backward = Config(backward={"strategy": "broyden-reuse", "options": {"target": 0.1}}).backward
+        >>> backward.strategy, backward.options["target"]
+        ('broyden-reuse', 0.1)
     """
 
     strategy: str = setting("exact-ift", "the name of a registered strategy")
@@ -81,6 +99,14 @@ class Plugins:
 
     Attributes:
         deqfile: execute the `deqfile.py` beside the config file, which registers solvers and the like.
+
+    Raises:
+        ConfigError: (when a Config is made) a setting is unknown, or is not true or false.
+
+    Example:
+        >>> from deqcore import Config
+        >>> Config().plugins.deqfile  # a file executes nothing unless it says so
+        False
     """
 
     deqfile: bool = setting(False, "true or false")

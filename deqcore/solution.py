@@ -14,7 +14,14 @@ if TYPE_CHECKING:
 
 
 class Status(IntEnum):
-    """How a sample's solve ended. An int32 in traced code; `sentence` says cause and remedy."""
+    """How a sample's solve ended. An int32 in traced code; `sentence` says cause and remedy.
+
+    Example:
+        >>> import numpy as np, deqcore
+        >>> sol = deqcore.fixed_point(np.cos, np.ones((1, 1)), forward__max_steps=2, forward__on_failure="ignore")
+        >>> Status(int(sol.status[0])).name, Status.MAX_STEPS.sentence[:25]
+        ('MAX_STEPS', 'The step budget was spent')
+    """
 
     RUNNING = 0
     CONVERGED = 1
@@ -79,6 +86,12 @@ class Solution:
         state: to continue the solve, or None for strategies that do not solve (unrolled).
         backend: whose arrays these are.
         record: filled in by the backward pass, see `backward`; None if there is none.
+
+    Example:
+        >>> import numpy as np, deqcore
+        >>> sol = deqcore.fixed_point(np.cos, np.ones((2, 1)), forward__rtol=1e-8)
+        >>> sol.value.round(6).tolist(), sol.converged.tolist(), sol.steps.shape
+        ([[0.739085], [0.739085]], [True, True], (2,))
     """
 
     value: Tree

@@ -181,6 +181,17 @@ def report(
         residual: ‖g + Jᵀu − u‖ / ‖g‖ `(batch,)`.
         error: estimated relative error of u `(batch,)`.
         fallback: which samples got something simpler `(batch,)` of bool.
+
+    Returns:
+        A report whose leaves are all `(batch,)`.
+
+    Example:
+        >>> import numpy as np, deqcore
+        >>> from deqcore import Status
+        >>> be = deqcore.get_backend(backend="numpy")
+        >>> found = report(be, np.ones((2, 3)), pulls=4, residual=np.array([1e-6, np.inf]))
+        >>> found.pulls.tolist(), [Status(each).name for each in found.status.tolist()]
+        ([4, 4], ['CONVERGED', 'NONFINITE'])
     """
     from deqcore.solution import Status
 

@@ -55,7 +55,15 @@ def weight_normalized(v: Any, g: Any) -> Any:
         v: directions `(out, ...)`.
         g: lengths `(out,)`.
 
+    Returns:
+        A weight like v, whose rows have the norms |g|.
+
     Source: Salimans & Kingma (2016), "Weight normalization", eq. (2).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> weight_normalized(jnp.array([[3.0, 4.0]]), jnp.array([10.0])).tolist()
+        [[6.0, 8.0]]
     """
     norm = jnp.sqrt(jnp.sum(v * v, axis=tuple(range(1, v.ndim)), keepdims=True))
     return v * (g.reshape(-1, *[1] * (v.ndim - 1)) / norm)
@@ -79,6 +87,12 @@ def spectrally_normalized(w: Any, u: Any, bound: float = 1.0, steps: int = 1) ->
         ConfigError: the bound is not above 0, or there is no step.
 
     Source: Miyato, Kataoka, Koyama & Yoshida (2018), "Spectral normalization for GANs", algorithm 1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> w, u = spectrally_normalized(jnp.diag(jnp.array([4.0, 1.0])), jnp.ones(2), bound=0.5, steps=20)
+        >>> w.round(3).tolist()
+        [[0.5, 0.0], [0.0, 0.125]]
     """
     if not bound > 0.0:
         raise ConfigError.bad_value("spectrally_normalized", "bound", bound, "a number above 0")

@@ -43,6 +43,17 @@ def observe(monitor: Monitor, solution: Solution, *, name: str = "") -> None:
         monitor: which gets a row each time that the compiled code runs.
         solution: what `fixed_point` returned.
         name: of the layer.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, deqcore
+        >>> from deqcore.monitor import Monitor
+        >>> with Monitor(sinks=[]) as monitor, collecting(monitor):
+        ...     @jax.jit
+        ...     def step(x):
+        ...         sol = deqcore.fixed_point(lambda z, x: 0.5 * z + x, 0 * x, x)
+        ...         observe(monitor, sol, name="layer")
+        ...         return sol.value
+        ...     _ = step(jnp.ones((2, 3)))
     """
     monitor.learn(solution)
     arrays = (solution.residual, solution.status, solution.steps, solution.evaluations)

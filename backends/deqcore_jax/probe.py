@@ -66,13 +66,24 @@ _open: ContextVar[_Slot | None] = ContextVar("deqcore_jax.probe", default=None)
 
 
 def new(batch: int) -> Probe:
-    """A probe for a solve with `batch` samples (1 if `forward.batch = false`)."""
+    """A probe for a solve with `batch` samples (1 if `forward.batch = false`).
+
+    Returns:
+        Zeros `(batch,)` of float32 in each field.
+
+    Example:
+        >>> new(2).pulls.tolist()
+        [0.0, 0.0]
+    """
     return Probe(*[jnp.zeros(batch, jnp.float32)] * len(Probe._fields))
 
 
 @contextmanager
 def reporting(probe: Probe) -> Iterator[None]:
     """Let the one solve inside the block report its backward pass as the gradient of `probe`.
+
+    Args:
+        probe: what is differentiated with respect to, as in the example of this module.
 
     Raises:
         StrategyError: a second solve runs inside the block, or the probe is for another batch.
@@ -91,6 +102,9 @@ def read(figures: Probe) -> AdjointReport:
 
     Args:
         figures: what `jax.grad` returned for the probe.
+
+    Returns:
+        The report, `(batch,)` in each field.
 
     Raises:
         StrategyError: (outside compiled code) no backward pass reported, or several added up.

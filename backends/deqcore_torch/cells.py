@@ -15,7 +15,18 @@ from deqcore.errors import ConfigError, ProblemError
 
 
 def begin_solve(module: object) -> None:
-    """Tell all parts of a module that a new solve begins. `DEQ` calls it; call it before a bare `fixed_point`."""
+    """Tell all parts of a module that a new solve begins. `DEQ` calls it; call it before a bare `fixed_point`.
+
+    Args:
+        module: whose parts are told; anything but a module has none.
+
+    Example:
+        >>> dropout = VariationalDropout(0.5)
+        >>> mask = dropout(torch.ones(4, 2)), dropout.mask is None
+        >>> begin_solve(dropout)
+        >>> mask[1], dropout.mask is None
+        (False, True)
+    """
     if isinstance(module, nn.Module):
         for part in module.modules():
             if isinstance(part, VariationalDropout):
@@ -39,6 +50,13 @@ class VariationalDropout(nn.Module):
 
     Source: Gal & Ghahramani (2016), "A theoretically grounded application of dropout in recurrent neural networks";
     for equilibrium models: Bai, Kolter & Koltun (2019), §4.
+
+    Example:
+        >>> x = torch.ones(2, 3)
+        >>> dropout = VariationalDropout(0.5)
+        >>> begin_solve(dropout)
+        >>> bool((dropout(x) == dropout(x)).all())  # one mask until the next solve
+        True
     """
 
     def __init__(self, p: float = 0.5, shared: tuple[int, ...] = ()) -> None:
@@ -96,6 +114,13 @@ class MonotoneCell(nn.Module):
         ConfigError: the margin is not above 0.
 
     Source: Winston & Kolter (2020), "Monotone operator equilibrium networks", eq. (8) and §3.2.
+
+    Example:
+        >>> from deqcore_torch.nn import DEQ
+        >>> layer = DEQ(MonotoneCell(inputs=3, width=5), forward__solver="picard", forward__max_steps=5000)
+        >>> sol = layer.solve(torch.ones(2, 3))
+        >>> sol.value.shape, bool(sol.converged.all())
+        (torch.Size([2, 5]), True)
     """
 
     def __init__(self, inputs: int, width: int, margin: float = 0.1) -> None:

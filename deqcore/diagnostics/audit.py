@@ -90,6 +90,9 @@ def gradient_audit(
         config: as in `fixed_point`.
         **overrides: as in `fixed_point`.
 
+    Returns:
+        Figures per audited sample `(samples,)`, see `Audit`.
+
     Raises:
         ConfigError: samples or max_pulls is out of range, or a position in batched_args does not exist.
         StateError: the cotangent is not like z0. Otherwise as `fixed_point`.

@@ -67,6 +67,9 @@ def residual_curve(
         config: as in `fixed_point`; its step budget does not count.
         **overrides: as in `fixed_point`, as in `forward__solver="anderson"`.
 
+    Returns:
+        Residuals `(steps + 1, batch)`, relative to ‖f(z)‖, see `Curve`.
+
     Raises:
         ConfigError: steps is negative. Otherwise as `fixed_point`.
 

@@ -59,6 +59,9 @@ def spectral_radius(
         max_products: products at most.
         seed: of the random start vectors.
 
+    Returns:
+        Radius, eigenvalue and error of each sample `(batch,)`, see `Spectrum`.
+
     Raises:
         ConfigError: tolerance or max_products is out of range.
         StateError: z is unfit as a state.

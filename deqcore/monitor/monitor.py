@@ -64,7 +64,7 @@ class Monitor(Observer):
         >>> with Monitor(sinks=[]) as monitor:
         ...     sol = deqcore.fixed_point(lambda z: 0.5 * z + 1.0, np.zeros((4, 2)))
         >>> row = monitor.rows[-1]
-        >>> row.values["deq_unconverged_fraction"], row.values["deq_forward_steps"] == float(sol.steps.mean())
+        >>> float(row.values["deq_unconverged_fraction"]), row.values["deq_forward_steps"] == float(sol.steps.mean())
         (0.0, True)
     """
 

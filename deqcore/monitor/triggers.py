@@ -109,6 +109,9 @@ class Trigger:
         factor: of "tighten" (below 1; default 0.1) and "refine" (above 1; default 2).
         hook: name of the function, for "hook".
 
+    Raises:
+        ConfigError: (when a Monitor is made) the metric is unknown, or an option does not fit the action.
+
     Example:
         >>> from deqcore.monitor import Trigger
         >>> trigger = Trigger("deq_unconverged_fraction", "> 0.05", "warn", window=50)

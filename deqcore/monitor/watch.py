@@ -85,7 +85,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
     Example:
         >>> sparkline([0, 1, 2, 3, float("inf")], 10)
-        '▁▃▅█×'
+        '▁▃▆█×'
     """
     shown = list(values)
     if len(shown) > width:  # means of equal parts, so that the whole window is seen

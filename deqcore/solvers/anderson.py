@@ -60,6 +60,9 @@ class Anderson(Solver):
         growth: safeguard, above 1.
         history_dtype: dtype of the stored differences, default the state's own.
 
+    Raises:
+        ValueError: an option is out of its range. From settings it is the ConfigError that names the setting.
+
     Source: Anderson (1965); Walker & Ni (2011), "Anderson acceleration for fixed-point iterations", eq. (2.2);
     multi-secant form: Fang & Saad (2009).
 

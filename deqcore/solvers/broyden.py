@@ -81,6 +81,9 @@ class Broyden(Solver):
         growth: safeguard, at least 1; None takes every step.
         history_dtype: dtype of the stored residuals (``"bfloat16"`` halves the memory), default the state's own.
 
+    Raises:
+        ValueError: an option is out of its range. From settings it is the ConfigError that names the setting.
+
     Source: Broyden (1965), "A class of methods for solving nonlinear simultaneous equations"; compact form after
     Byrd, Nocedal & Schnabel (1994); derivation in docs/design.md.
 

@@ -47,6 +47,9 @@ class NewtonKrylov(Solver):
         forcing: first inner tolerance η, in (0, 1).
         halvings: at most this many per step.
 
+    Raises:
+        ValueError: an option is out of its range. From settings it is the ConfigError that names the setting.
+
     Source: Knoll & Keyes (2004), "Jacobian-free Newton–Krylov methods"; η: Eisenstat & Walker (1996), choice 1, and
     choice 2 with γ = 0.9, α = 2 after a step with λ < 1.
 
@@ -55,7 +58,7 @@ class NewtonKrylov(Solver):
         >>> sol = deqcore.fixed_point(lambda z: 3 * np.cos(z), np.ones((1, 1)), forward__solver="newton-krylov",
         ...                           forward__rtol=1e-10)
         >>> round(float(sol.value[0, 0]), 6), int(sol.steps[0])
-        (1.170121, 4)
+        (1.170121, 3)
     """
 
     inner_steps: int = 50

@@ -22,13 +22,16 @@ class Picard(Solver):
     Args:
         damping: τ, in (0, 2).
 
+    Raises:
+        ValueError: damping is not in (0, 2). From settings it is the ConfigError that names the setting.
+
     Source: Picard (1890); Kelley, "Iterative Methods for Linear and Nonlinear Equations" (1995), §4.2.
 
     Example:
         >>> import numpy as np, deqcore
         >>> sol = deqcore.fixed_point(np.cos, np.ones((1, 1)), forward__solver="picard", forward__rtol=1e-6)
-        >>> round(float(sol.value[0, 0]), 5)
-        0.73909
+        >>> round(float(sol.value[0, 0]), 4)
+        0.7391
     """
 
     damping: float = 1.0

@@ -40,6 +40,9 @@ class BroydenReuse(Strategy):
         fallback: what a sample gets that misses the target: "jacobian-free" (u = g, where its adjoint residual is
             smaller), "exact-ift" (GMRES to the dtype's default tolerance) or "none" (the best u found).
 
+    Raises:
+        ValueError: an option is out of its range. From settings it is the ConfigError that names the setting.
+
     Source: plain: Ramzi et al. (2022), "SHINE: SHaring the INverse Estimate from the forward pass for bi-level
     optimization and implicit models", eq. (5). Certificate and multi-secant refinement: docs/design.md.
 

@@ -34,6 +34,9 @@ class ExactIFT(Strategy):
         options: the solver's own.
         bound: the solver itself; deqcore fills it in.
 
+    Raises:
+        ValueError: an option is out of its range. From settings it is the ConfigError that names the setting.
+
     Source: Bai, Kolter & Koltun (2019), "Deep Equilibrium Models", Theorem 1; separate tolerances: docs/design.md.
 
     Example:

@@ -22,6 +22,9 @@ class Neumann(Strategy):
     Args:
         terms: K, at least 0; 0 is jacobian-free.
 
+    Raises:
+        ValueError: terms is below 0. From settings it is the ConfigError that names the setting.
+
     Source: Geng et al. (2021), "On training implicit models", eq. (9).
 
     Example:

@@ -24,6 +24,9 @@ class Phantom(StepStrategy):
         steps: k, at least 1.
         damping: λ in (0, 1].
 
+    Raises:
+        ValueError: an option is out of its range. From settings it is the ConfigError that names the setting.
+
     Source: Geng et al. (2021), "On training implicit models", eq. (7).
 
     Example:

@@ -26,6 +26,9 @@ class Unrolled(StepStrategy):
         steps: solver steps, at least 1.
         checkpoint: keep only the iterates and evaluate f again in the backward pass.
 
+    Raises:
+        ValueError: steps is below 1. From settings it is the ConfigError that names the setting.
+
     Source: Bai, Kolter & Koltun (2019), "Deep Equilibrium Models", §3.1 (weight-tied baseline).
 
     Example:

@@ -58,6 +58,20 @@ FRAMEWORKS = {
 NO_DOCSTRING = {"Record", "__version__", "hookimpl", "errors"}
 # What a user calls without being an author of plugins: it shows how.
 EXAMPLES = [
+    "Solution",
+    "Status",
+    "get_backend",
+    "report",
+    "Forward",
+    "Backward",
+    "Plugins",
+    "Ramp",
+    "VariationalDropout",
+    "MonotoneCell",
+    "begin_solve",
+    "weight_normalized",
+    "spectrally_normalized",
+    "observe",
     "fixed_point",
     "vjp",
     "using",

@@ -168,6 +168,9 @@ def get_deq(args: object = None, **options: object) -> TorchDEQ:
         args: a dictionary or an `argparse.Namespace`; of a namespace the names that torchdeq knows are taken.
         **options: single options, above `args`.
 
+    Returns:
+        A module: `deq(f, z0)` gives the list of outputs and a dictionary of figures per sample `(batch,)`.
+
     Raises:
         ConfigError: an option is unknown, or has no counterpart here (the message says what to use).
 
