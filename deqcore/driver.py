@@ -21,6 +21,7 @@ import numpy as np
 
 from deqcore.backend import Array, Backend, History, Map
 from deqcore.compaction import Narrow, shrinking
+from deqcore.errors import PluginError
 from deqcore.solution import Status
 from deqcore.solver import Solver, map_state
 
@@ -203,7 +204,9 @@ def _step(backend: Backend, solver: Solver, f: Map, carry: Carry, tolerance: _To
     before = backend.host(carry.status)
     everyone = before is not None and bool((before == int(Status.RUNNING)).all())
     active = None if everyone else carry.status == int(Status.RUNNING)
-    z, fz, state = solver.step(backend, f, carry.z, carry.fz, with_active(carry.state, active))
+    z, fz, state = _stepped(
+        solver, solver.step(backend, f, carry.z, carry.fz, with_active(carry.state, active)), carry.z
+    )
     known = solver.residual_norm(backend, state)
     residual = backend.norm(fz - z) if known is None else known
     goal = tolerance.goal(fz)
@@ -228,6 +231,15 @@ def _step(backend: Backend, solver: Solver, f: Map, carry: Carry, tolerance: _To
             backend.xp.where(better, residual, carry.best_residual),
         )
     return Carry(z, fz, state, status, steps, *best, carry.limit, mark, since)
+
+
+def _stepped(solver: Solver, found: Any, z: Array) -> tuple[Array, Array, Any]:
+    """What a step returned, if it is what the contract says."""
+    triple = isinstance(found, tuple) and len(found) == 3
+    if triple and all(getattr(each, "shape", None) == z.shape for each in found[:2]):
+        return found
+    expected = f"(z, f(z), state) with two arrays of shape {tuple(z.shape)}"
+    raise PluginError.returned(f"{type(solver).__name__}.step", found, expected)
 
 
 def _calm(backend: Backend, residual: Array, goal: Array | float, carry: Carry) -> bool:

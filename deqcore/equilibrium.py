@@ -242,7 +242,7 @@ class Plan:
             forward = self.backend.forward_only(f, z0, args, solve) if strategy.solves() else None
 
             def value(*moved: Any) -> tuple[Array, None]:
-                return strategy.value(self.backend, lambda z: f(z, *moved), z0, forward, self.solver), None
+                return Steps(self.backend, strategy, self.solver)(lambda z: f(z, *moved), z0, forward), None
 
             found, _, gradients = self.backend.vjp(value, args, g)
             return found, gradients, forward, None

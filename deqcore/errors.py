@@ -56,6 +56,20 @@ class UnknownNameError(ConfigError, LookupError):
 class PluginError(DeqcoreError):
     """A plugin is broken, conflicts with another one or uses a reserved name."""
 
+    @classmethod
+    def returned(cls, method: str, given: object, expected: str) -> PluginError:
+        """A method of a solver or strategy that returned something else than its contract says."""
+        return cls(f"{method} returned {described(given)}, but {expected} is expected.")
+
+
+def described(given: object) -> str:
+    """A value in a few words: its shape or what it is a tuple of, not its numbers."""
+    if isinstance(given, tuple) and not hasattr(given, "_fields"):
+        return f"a tuple of {len(given)} ({', '.join(described(each) for each in given)})"
+    shape = getattr(given, "shape", None)
+    kind = "None" if given is None else f"a {type(given).__name__}"
+    return kind if shape is None else f"{kind} of shape {tuple(shape)}"
+
 
 class BackendError(DeqcoreError):
     """No backend fits, or the one that was asked for cannot do what is needed."""

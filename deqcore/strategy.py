@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, TypeAlias
 
 from deqcore.backend import Array, Backend, Map
+from deqcore.errors import PluginError
 
 if TYPE_CHECKING:
     from deqcore.driver import Forward
@@ -128,7 +129,21 @@ class Adjoint:
             secants = self.strategy.wants_secants()
             make = self.solver.secant_estimate if secants else self.solver.inverse_jacobian
             estimate = make(self.backend, state)
-        return self.strategy.route(self.backend, pull, g, estimate)
+        return self._routed(self.strategy.route(self.backend, pull, g, estimate), g)
+
+    def _routed(self, found: object, g: Array) -> tuple[Array, AdjointReport]:
+        """What `route` returned, if it is what the contract says."""
+        name, shape = f"{type(self.strategy).__name__}.route", tuple(g.shape)
+        if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], AdjointReport):
+            expected = "(u, report) with an AdjointReport, as `return u, deqcore.strategy.report(backend, g)` gives,"
+            raise PluginError.returned(name, found, expected)
+        u, told = found
+        if getattr(u, "shape", None) != g.shape:
+            raise PluginError.returned(name, u, f"u of the cotangent's shape {shape}")
+        for field, leaf in zip(AdjointReport._fields, told, strict=True):
+            if getattr(leaf, "shape", None) != g.shape[:1]:
+                raise PluginError.returned(f"{name} (report.{field})", leaf, f"one number per sample, {shape[:1]},")
+        return u, told
 
     @property
     def uses_pull(self) -> bool:
@@ -151,7 +166,11 @@ class Steps:
 
     def __call__(self, f: Map, z0: Array, forward: Forward | None) -> Array:
         """The differentiable value `(batch, n)`."""
-        return self.strategy.value(self.backend, f, z0, forward, self.solver)
+        value = self.strategy.value(self.backend, f, z0, forward, self.solver)
+        if getattr(value, "shape", None) != z0.shape:
+            expected = f"an array of the state's shape {tuple(z0.shape)}"
+            raise PluginError.returned(f"{type(self.strategy).__name__}.value", value, expected)
+        return value
 
 
 def relative(backend: Backend, a: Array, b: Array) -> Array:
