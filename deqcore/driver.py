@@ -235,8 +235,7 @@ def _step(backend: Backend, solver: Solver, f: Map, carry: Carry, tolerance: _To
 
 def _stepped(solver: Solver, found: Any, z: Array) -> tuple[Array, Array, Any]:
     """What a step returned, if it is what the contract says."""
-    triple = isinstance(found, tuple) and len(found) == 3
-    if triple and all(getattr(each, "shape", None) == z.shape for each in found[:2]):
+    if isinstance(found, tuple) and [getattr(each, "shape", None) for each in found[:-1]] == [z.shape] * 2:
         return found
     expected = f"(z, f(z), state) with two arrays of shape {tuple(z.shape)}"
     raise PluginError.returned(f"{type(solver).__name__}.step", found, expected)
