@@ -134,6 +134,17 @@ QUICK: Final[Mapping[str, Mapping[str, int]]] = {
 """Sizes of a first look; the others take `bench.cases.QUICK`."""
 
 
-def case(name: str, quick: bool) -> Case:
+COMPILED: Final[Mapping[str, Mapping[str, int]]] = {
+    "dense": {},
+    "affine": {},
+    "slow-modes": {},
+    "conv": {"batch": 8, "size": 16, "side": 8},  # XLA's convolutions in a loop on a CPU: the full size ends in hours
+}
+"""Cases of a compiled framework, and the sizes that they have there."""
+
+
+def case(name: str, quick: bool, compiled: bool = False) -> Case:
     """One of the cases, small for a first look."""
-    return EVERY[name](**QUICK.get(name, SMALL)) if quick else EVERY[name]()
+    if quick:
+        return EVERY[name](**QUICK.get(name, SMALL))
+    return EVERY[name](**COMPILED[name] if compiled else {})

@@ -20,9 +20,7 @@ QUICK_ROUNDS, QUICK_BUDGET = 3, 0.7
 BUDGETS: Final = (1, 2, 4, 7, 10, 14, 20, 28)  # steps of the residual curves
 SWEEP_BATCH: Final = (1, 8, 64, 256, 1024)
 SWEEP_SIZE: Final = (32, 128, 512, 1024)
-# Where each number of steps, tolerance and shape is compiled for, most of the time is no measurement; and the JAX conv
-# case alone did not end within ten minutes: XLA runs convolutions inside loops slowly on CPUs.
-COMPILED: Final = ("dense", "affine", "slow-modes")
+# Where each number of steps, tolerance and shape is compiled for, most of the time is no measurement.
 COMPILED_BUDGETS: Final = (2, 5, 10, 20)
 COMPILED_BATCH: Final = (8, 64, 512)
 COMPILED_SIZE: Final = (32, 128, 512)
@@ -61,7 +59,7 @@ class Setting:
 
 def cases(setting: Setting) -> dict[str, Any]:
     """Solvers of deqcore and of its peers on all cases."""
-    from benchmarks.cells import EVERY, case
+    from benchmarks.cells import COMPILED, EVERY, case
     from benchmarks.harnesses import harness
     from benchmarks.peers import peers
     from deqcore.bench.compare import compare
@@ -71,7 +69,7 @@ def cases(setting: Setting) -> dict[str, Any]:
     others = peers(setting.framework)
     rows, notes = [], {}
     for name in COMPILED if setting.compiled else EVERY:
-        made = case(name, setting.quick)
+        made = case(name, setting.quick, setting.compiled)
         backends = made.problem.backends
         if backends is not None and setting.framework not in backends:
             continue

@@ -29,6 +29,7 @@ from deqcore.errors import BackendError
 
 if TYPE_CHECKING:
     from deqcore.driver import Forward
+    from deqcore.solver import Solver
     from deqcore.strategy import Adjoint, AdjointReport
 
 Array: TypeAlias = Any
@@ -152,6 +153,10 @@ class History(ABC):
     @abstractmethod
     def with_active(self, active: Array | None) -> History:
         """The same history with other active rows. Shares storage."""
+
+    def settled(self) -> History:
+        """The same history for who keeps it after the solve: all rows active, and nothing held for a next step."""
+        return self.with_active(None)
 
     @abstractmethod
     def vectors(self) -> Array:
@@ -321,8 +326,13 @@ class Backend(ABC):
         """`solve` where `a` is symmetric and positive definite to rounding."""
         return self.solve(a, b)
 
-    def least_singular_value(self, a: Array) -> Array:
-        """Least singular value of each of the matrices `a` `(batch, m, k)`, m ≥ k: `(batch,)`."""
+    def least_singular_value(self, a: Array, columns: Array) -> Array:
+        """Least singular value of each of the matrices `a` `(batch, m, k)`, m ≥ k: `(batch,)`.
+
+        Of the columns from `columns` (a scalar int32) on it is known that column j is c·e_{j+1}, with c no less than
+        the norm of any other column and all others zero in that row: traced code, whose shapes cannot shrink, may
+        spare them.
+        """
         return self.xp.min(self.xp.linalg.svdvals(a), axis=1)
 
     @abstractmethod
@@ -332,6 +342,33 @@ class Backend(ABC):
         Where the framework is recording a gradient through `like`, the history is functional: nothing is written in
         place, so that steps can be differentiated through.
         """
+
+    def native_step(self, solver: Solver, f: Map, z: Array, fz: Array, state: Any) -> tuple[Array, Array, Any] | None:
+        """`solver.step(self, f, z, fz, state)` by compiled code, where this backend has some for it; None elsewhere.
+
+        To rounding it is the same step on the same state, so that histories, estimates and continued solves do not
+        know which one ran. The choice must not depend on the values of any sample.
+        """
+        return None
+
+    def measure(self, z: Array, fz: Array) -> tuple[Array, Array]:
+        """‖f(z) − z‖ and ‖f(z)‖ of each row `(batch,)`, as `norm` gives them."""
+        return self.norm(fz - z), self.norm(fz)
+
+    def project(self, basis: History, w: Array, twice: bool) -> tuple[Array, Array, Array, Array]:
+        """`w` `(batch, n)` without its components h in the orthonormal `basis`, and h, ‖w‖ before, ‖w‖ after.
+
+        With `twice` it is projected once more, so that what is left is orthogonal to rounding. h `(batch, memory)`
+        and the norms `(batch,)` are in the wide dtype.
+        """
+        before = self.wide(self.norm(w))
+        h = basis.dot(w)
+        w = w - basis.combine(h)
+        if twice:
+            more = basis.dot(w)
+            w = w - basis.combine(more)
+            h = h + more
+        return w, h, before, self.wide(self.norm(w))
 
     def eye(self, like: Array, rows: int, columns: int | None = None) -> Array:
         """Identity matrix `(rows, columns)` in the dtype and on the device of `like` (which traced arrays hide)."""

@@ -120,7 +120,7 @@ def drive(
     xp = backend.xp
     spent = xp.full_like(end.status, int(Status.MAX_STEPS))
     status = xp.where(end.status == int(Status.RUNNING), spent, end.status)
-    end = end._replace(status=status, state=with_active(end.state, None))
+    end = end._replace(status=status, state=settled(end.state))
     evaluations = solver.evaluations(backend, end.steps, end.state)
     return Forward(end.best_z, end.best_fz, end.best_residual, status, end.steps, evaluations, end)
 
@@ -154,11 +154,11 @@ class _Tolerance:
     def met(self, residual: Array, fz: Array) -> Array:
         return residual <= self.goal(fz)
 
-    def goal(self, fz: Array) -> Array | float:
-        """Largest residual that is small enough: `(batch,)`, or one number for all."""
+    def goal(self, fz: Array, size: Array | None = None) -> Array | float:
+        """Largest residual that is small enough: `(batch,)`, or one number for all. `size` is ‖f(z)‖ if known."""
         if isinstance(self.rtol, float) and self.rtol == 0.0 and isinstance(self.atol, float):
             return self.atol
-        relative = self.rtol * self.backend.norm(fz)
+        relative = self.rtol * (self.backend.norm(fz) if size is None else size)
         return relative if isinstance(self.atol, float) and self.atol == 0.0 else self.atol + relative
 
 
@@ -204,12 +204,13 @@ def _step(backend: Backend, solver: Solver, f: Map, carry: Carry, tolerance: _To
     before = backend.host(carry.status)
     everyone = before is not None and bool((before == int(Status.RUNNING)).all())
     active = None if everyone else carry.status == int(Status.RUNNING)
-    z, fz, state = _stepped(
-        solver, solver.step(backend, f, carry.z, carry.fz, with_active(carry.state, active)), carry.z
-    )
-    known = solver.residual_norm(backend, state)
-    residual = backend.norm(fz - z) if known is None else known
-    goal = tolerance.goal(fz)
+    start = carry.z, carry.fz, with_active(carry.state, active)
+    found = backend.native_step(solver, f, *start) or solver.step(backend, f, *start)
+    z, fz, state = _stepped(solver, found, carry.z)
+    residual, size = solver.residual_norm(backend, state), None
+    if residual is None:
+        residual, size = backend.measure(z, fz)
+    goal = tolerance.goal(fz, size)
     if active is None and _calm(backend, residual, goal, carry):
         zeros = carry.status  # RUNNING is 0
         return Carry(z, fz, state, zeros, carry.steps + 1, z, fz, residual, carry.limit, residual, zeros)
@@ -284,6 +285,11 @@ def _verdict(
 def with_active(state: Any, active: Array | None) -> Any:
     """The same solver state with `active` set in each of its histories."""
     return map_state(state, lambda leaf: leaf.with_active(active) if isinstance(leaf, History) else leaf)
+
+
+def settled(state: Any) -> Any:
+    """The solver state as it is kept after the solve."""
+    return map_state(state, lambda leaf: leaf.settled() if isinstance(leaf, History) else leaf)
 
 
 def copy_state(state: Any) -> Any:

@@ -25,7 +25,7 @@ T = TypeVar("T")
 TABLE: Final = {"expected": "a table of settings"}
 
 PREFIX: Final = "DEQCORE_"
-OTHER_VARIABLES: Final = frozenset({"DEQCORE_DISABLE_PLUGINS", "DEQCORE_PLUGIN_AUTOLOAD"})
+OTHER_VARIABLES: Final = frozenset({"DEQCORE_DISABLE_PLUGINS", "DEQCORE_NATIVE", "DEQCORE_PLUGIN_AUTOLOAD"})
 
 
 def setting(default: T, expected: str, least: float | None = None) -> T:

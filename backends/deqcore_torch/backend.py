@@ -16,8 +16,9 @@ from torch import Tensor
 from deqcore.backend import Backend, BackwardRecord, Capabilities, Carry, History, Map
 from deqcore.driver import Forward
 from deqcore.errors import BackendError, ConfigError, ProblemError, StateError
+from deqcore.solver import Solver
 from deqcore.strategy import Adjoint
-from deqcore_torch import products, transforms
+from deqcore_torch import native, products, transforms
 from deqcore_torch.ambient import nothing_recorded
 from deqcore_torch.autograd import attach
 from deqcore_torch.history import RecordedHistory, TorchHistory, select_rows
@@ -128,6 +129,27 @@ class TorchBackend(Backend):
 
     def from_host(self, x: Any) -> Tensor:
         return torch.from_numpy(x)
+
+    def native_step(
+        self, solver: Solver, f: Map, z: Tensor, fz: Tensor, state: Any
+    ) -> tuple[Tensor, Tensor, Any] | None:
+        steps = self._native(z)
+        return None if steps is None else steps.step(self, solver, f, z, fz, state)
+
+    def measure(self, z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
+        steps = self._native(z)
+        return super().measure(z, fz) if steps is None else steps.measure(z, fz)
+
+    def project(self, basis: History, w: Tensor, twice: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        steps = self._native(w)
+        found = None if steps is None else steps.project(basis, w, twice)
+        return super().project(basis, w, twice) if found is None else found
+
+    def _native(self, x: Tensor) -> Any | None:
+        """The native steps, if they can read x and neither autograd nor a transformation follows what happens to it."""
+        steps = native.loaded()
+        followed = torch.is_grad_enabled() and x.requires_grad
+        return None if steps is None or followed or not steps.plain(x) or self.host(x) is None else steps
 
     def solve(self, a: Tensor, b: Tensor) -> Tensor:
         found, info = torch.linalg.solve_ex(a, b if b.dim() == 3 else b[..., None])

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,9 +62,9 @@ def _unwritten(memory: int, device: torch.device) -> tuple[Tensor, ...]:
 
 
 class _Store:
-    """What all versions of a history share; only `chunks` changes, it grows."""
+    """What all versions of a history share; only `chunks` changes, it grows, and what is planned."""
 
-    __slots__ = ("batch", "chunk", "chunks", "compute", "dtype", "like", "memory", "whole", "wide", "width")
+    __slots__ = ("batch", "chunk", "chunks", "compute", "dtype", "like", "memory", "planned", "whole", "wide", "width")
 
     def __init__(
         self,
@@ -82,6 +84,7 @@ class _Store:
         self.compute = dtype if dtype in (torch.float32, torch.float64) else torch.float32
         self.dtype = dtype
         self.wide = wide
+        self.planned: tuple[int, Tensor] | None = None  # see `TorchHistory.plan`
 
     def with_chunks(self, chunks: list[Tensor], batch: int) -> _Store:
         """Other storage for vectors of the same kind."""
@@ -116,36 +119,54 @@ class TorchHistory(History):
     def _with(self, seen: Tensor | None, written: int, active: Tensor | None, since: int | None) -> TorchHistory:
         return TorchHistory(self.store, seen, written, active, since)
 
-    def _used(self) -> int:
+    def used(self) -> int:
+        """How many slots have been written."""
         return min(self.written, self.memory)
 
     def _mask(self) -> Tensor:
         if self.seen is not None:
             return self.seen
         mask = torch.zeros(self.store.batch, self.memory, dtype=torch.bool, device=self.store.like.device)
-        mask[:, : self._used()] = True
+        mask[:, : self.used()] = True
         return mask
 
     def append(self, v: Tensor) -> TorchHistory:
-        slot = self.written % self.memory
-        self._copy(v, self._place(slot, v))
-        return self._moved(slot)
+        self._copy(v, self._place(v))
+        return self.appended()
 
     def append_difference(self, a: Tensor, b: Tensor) -> TorchHistory:
-        slot = self.written % self.memory
-        target = self._place(slot, a)
+        target = self._place(a)
         if self.active is None and a.dtype is self.store.dtype:
             torch.sub(a, b, out=target)
         else:
             self._copy(a - b, target)
-        return self._moved(slot)
+        return self.appended()
 
-    def _moved(self, slot: int) -> TorchHistory:
-        seen = self.seen
-        if self.active is not None or seen is not None:
-            seen = self._mask().clone() if seen is not None else self._mask()
+    def appended(self, seen: Tensor | None = None) -> TorchHistory:
+        """This history once the next slot is written; `seen` as a history that goes in step with it has found it."""
+        if seen is None and (self.active is not None or self.seen is not None):
+            slot = self.written % self.memory
+            seen = self._mask().clone() if self.seen is not None else self._mask()
             seen[:, slot] = True if self.active is None else seen[:, slot] | self.active
         return self._with(seen, self.written + 1, self.active, self.since)
+
+    def reserve(self, like: Tensor) -> int:
+        """Storage for the next vector; returns its slot."""
+        self._place(like)
+        return self.written % self.memory
+
+    def addresses(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Where the chunks stand in memory."""
+        return np.array([chunk.data_ptr() for chunk in self.store.chunks], np.int64)
+
+    def plan(self, following: Tensor) -> None:
+        """Remember the iterate that the next step goes to, found while the vectors were in the cache."""
+        self.store.planned = self.written, following
+
+    def take_planned(self) -> Tensor | None:
+        """What was planned after the latest append, once."""
+        planned, self.store.planned = self.store.planned, None
+        return planned[1] if planned is not None and planned[0] == self.written else None
 
     def _copy(self, v: Tensor, target: Tensor) -> None:
         if self.active is None:
@@ -159,8 +180,8 @@ class TorchHistory(History):
         else:
             target.copy_(torch.where(self.active[:, None], v.to(self.store.dtype), target))
 
-    def _place(self, slot: int, v: Tensor) -> Tensor:
-        chunk, row = divmod(slot, self.store.chunk)
+    def _place(self, v: Tensor) -> Tensor:
+        chunk, row = divmod(self.written % self.memory, self.store.chunk)
         while len(self.store.chunks) <= chunk:
             slots = min(self.store.chunk, self.memory - self.store.chunk * len(self.store.chunks))
             make = v.new_zeros if self.store.whole else v.new_empty
@@ -169,7 +190,7 @@ class TorchHistory(History):
 
     def _filled(self) -> list[Tensor]:
         """The chunks in use, cut to the slots written; slot by slot where large vectors must be widened first."""
-        left, parts = self._used(), []
+        left, parts = self.used(), []
         whole = self.store.dtype is self.store.compute or self.store.chunk > CHUNK
         for chunk in self.store.chunks:
             if left <= 0:
@@ -261,7 +282,7 @@ class TorchHistory(History):
 
     def count(self) -> Tensor:
         if self.seen is None:
-            return torch.full((self.store.batch,), self._used(), dtype=torch.int32, device=self.store.like.device)
+            return torch.full((self.store.batch,), self.used(), dtype=torch.int32, device=self.store.like.device)
         return self.seen.sum(1, dtype=torch.int32)
 
     def full(self) -> Tensor:
@@ -282,6 +303,10 @@ class TorchHistory(History):
         # All rows again: those that were not active have missed appends and restarts.
         return self._with(self.seen, self.written, active, None if active is None else self.since)
 
+    def settled(self) -> TorchHistory:
+        self.store.planned = None
+        return self.with_active(None)
+
     def vectors(self) -> Tensor:
         parts = self._filled()
         if not parts:
@@ -289,7 +314,7 @@ class TorchHistory(History):
         stacked = torch.cat(parts).transpose(0, 1)
         if self.seen is None:
             return stacked
-        return torch.where(self.seen[:, : self._used(), None], stacked, torch.zeros_like(stacked))
+        return torch.where(self.seen[:, : self.used(), None], stacked, torch.zeros_like(stacked))
 
     def copy(self) -> TorchHistory:
         store = self.store.with_chunks([chunk.clone() for chunk in self.store.chunks], self.store.batch)
@@ -298,7 +323,7 @@ class TorchHistory(History):
     def take(self, rows: Tensor) -> TorchHistory:
         chunks = [chunk.index_select(1, rows) for chunk in self.store.chunks]
         seen = None if self.seen is None else self.seen.index_select(0, rows)
-        return TorchHistory(self.store.with_chunks(chunks, rows.shape[0]), seen, self.written, None)
+        return TorchHistory(self.store.with_chunks(chunks, rows.shape[0]), seen, self.written, None, self.since)
 
     def put(self, rows: Tensor, part: History) -> TorchHistory:
         assert isinstance(part, TorchHistory)

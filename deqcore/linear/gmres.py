@@ -142,14 +142,7 @@ class KrylovSpace:
         backend, xp = self.backend, self.backend.xp
         active = k.alive & (k.residual > goal)
         w = self.product(k.v if self.precondition is None else self.precondition(k.v))
-        scale = backend.wide(backend.norm(w))
-        h = k.basis.dot(w)
-        w = w - k.basis.combine(h)
-        if self.reorthogonalize:
-            more = k.basis.dot(w)
-            w = w - k.basis.combine(more)
-            h = h + more
-        height = backend.wide(backend.norm(w))
+        w, h, scale, height = backend.project(k.basis, w, self.reorthogonalize)
         floor = 4 * backend.eps(w) * scale
         broke = height <= floor  # the space is invariant: its solution is exact, or A is singular
         height = xp.where(broke, floor, height)
@@ -211,7 +204,7 @@ class KrylovSpace:
         eye = xp.roll(backend.eye(fill, hessenberg.shape[1], hessenberg.shape[2]), 1, axis=0)
         filled = hessenberg + eye[None] * fill
         sound = xp.isfinite(size)[:, None, None]
-        least = backend.least_singular_value(xp.where(sound, filled, eye[None]))
+        least = backend.least_singular_value(xp.where(sound, filled, eye[None]), k.grown)
         return xp.where(sound[:, 0, 0], 1.0 / least, xp.full_like(least, float("nan")))
 
     def _hessenberg(self, k: Krylov) -> tuple[Array, Array]:

@@ -121,7 +121,7 @@ class Anderson(Solver):
         norm = backend.norm(residual)
         sane = norm <= self.growth * state.norm
         if not backend.all_known(sane):
-            state = self._forget(backend, ~sane, state)
+            state = self.forget(backend, ~sane, state)
         values = state.values.append_difference(value, fz)
         difference = residual - state.residual
         residuals = state.residuals.append(difference)
@@ -132,7 +132,7 @@ class Anderson(Solver):
         inverse = backend.invert(length, 0 * length)[:, None]
         scale = xp.where(newest[None, :], inverse, state.scale)
         row = (target - state.target) * scale * inverse
-        row = xp.where(newest[None, :], xp.full_like(row, 1.0 + self._ridge(xp, row)), row)
+        row = xp.where(newest[None, :], xp.full_like(row, 1.0 + self.relative_ridge(backend.eps(row))), row)
         system = xp.where(newest[None, :, None], row[:, None, :], state.system)
         system = xp.where(newest[None, None, :], row[:, :, None], system)
         step = backend.solve_positive(system, target * scale) * -scale
@@ -141,8 +141,8 @@ class Anderson(Solver):
             step = xp.where(usable, step, xp.zeros_like(step))
         return z, value, AndersonState(values, residuals, system, scale, target, step, residual, norm)
 
-    def _forget(self, backend: Backend, rows: Array, state: AndersonState) -> AndersonState:
-        """The state of samples whose residual grew, without their differences."""
+    def forget(self, backend: Backend, rows: Array, state: AndersonState) -> AndersonState:
+        """The state of the samples `rows` `(batch,)` without their differences, as their residual grew."""
         xp = backend.xp
         none = xp.zeros_like(state.scale)
         return state._replace(
@@ -153,12 +153,13 @@ class Anderson(Solver):
             target=xp.where(rows[:, None], none, state.target),
         )
 
-    def _ridge(self, xp: Any, like: Array) -> float:
-        return max(self.ridge, 10 * float(xp.finfo(like.dtype).eps))
+    def relative_ridge(self, eps: float) -> float:
+        """What is added to the unit diagonal: `ridge`, but more than the rounding of the system's dtype."""
+        return max(self.ridge, 10 * eps)
 
     def _empty(self, backend: Backend, like: Array) -> Array:
         """The system of a sample without differences: its γ is 0."""
-        return (1.0 + self._ridge(backend.xp, like)) * backend.eye(like, self.memory)[None]
+        return (1.0 + self.relative_ridge(backend.eps(like))) * backend.eye(like, self.memory)[None]
 
     def residual_norm(self, backend: Backend, state: AndersonState) -> Array:
         """Measured for the safeguard."""

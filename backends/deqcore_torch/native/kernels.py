@@ -1,0 +1,391 @@
+"""Solver steps compiled for the CPU: one sample at a time, so that its history is read once and bits know no batch.
+
+Histories come as the addresses of their chunks `(slots, batch, n)`; which slots a sample has seen is `seen`
+`(batch, slots)`. Each kernel works on samples `start … stop` and holds no lock. Vectors are taken in blocks that stay
+in the cache, four at a time; a block is summed in the vectors' own dtype, in vector registers, the blocks in float64,
+in which all small algebra is done. Loops over numbers go over slices from 0: with another start the compiler has to
+think of negative indices, and does not use vector registers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+from numba import carray, njit, types
+from numba.extending import intrinsic
+
+BLOCK: Final = 4096  # numbers
+TOGETHER: Final = 16  # samples
+KEPT: Final = 2**17  # numbers of history that stay in the cache
+EPS: Final = float(np.finfo(np.float64).eps)
+# Sums may be reordered, but NaN and inf are statuses: no "nnan", no "ninf".
+compiled: Final = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+
+
+@intrinsic
+def _at(_context: Any, address: Any, like: Any) -> Any:
+    """A pointer to numbers of the dtype of `like`; the compiler adds the context."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like.dtype)(types.int64, like), code
+
+
+@compiled
+def _square(x):
+    total = x.dtype.type(0)
+    for i in range(x.shape[0]):
+        total += x[i] * x[i]
+    return total
+
+
+@compiled
+def _square_of_difference(x, y):
+    total = x.dtype.type(0)
+    for i in range(x.shape[0]):
+        d = x[i] - y[i]
+        total += d * d
+    return total
+
+
+@compiled
+def _norm(x):
+    """‖x‖; in float64 where a sum in the vectors' own dtype would overflow or vanish."""
+    total = 0.0
+    for low in range(0, x.shape[0], BLOCK):
+        total += _square(x[low : low + BLOCK])
+    if not 1e-30 < total < 1e30:
+        total = 0.0
+        for i in range(x.shape[0]):
+            total += np.float64(x[i]) * np.float64(x[i])
+    return np.sqrt(total)
+
+
+@compiled
+def _distance(x, y):
+    """‖x − y‖, likewise."""
+    total = 0.0
+    for low in range(0, x.shape[0], BLOCK):
+        total += _square_of_difference(x[low : low + BLOCK], y[low : low + BLOCK])
+    if not 1e-30 < total < 1e30:
+        total = 0.0
+        for i in range(x.shape[0]):
+            d = np.float64(x[i]) - np.float64(y[i])
+            total += d * d
+    return np.sqrt(total)
+
+
+@compiled
+def norms(z, fz, residual, size, start, stop):
+    """‖f(z) − z‖ and ‖f(z)‖ of each sample."""
+    for b in range(start, stop):
+        residual[b] = _distance(fz[b], z[b])
+        size[b] = _norm(fz[b])
+
+
+@compiled
+def _part(chunks, per_chunk, slot, row, like, low):
+    """A block of the vector in `slot` of this sample, from `low` on."""
+    batch, n = like.shape
+    offset = ((slot % per_chunk) * batch + row) * n + low
+    return carray(_at(chunks[slot // per_chunk] + offset * like.itemsize, like), (min(BLOCK, n - low),))
+
+
+@compiled
+def _copy(x, y):
+    for i in range(y.shape[0]):
+        y[i] = x[i]
+
+
+@compiled
+def _subtract(x, y, out):
+    for i in range(out.shape[0]):
+        out[i] = x[i] - y[i]
+
+
+@compiled
+def _dot(x, y):
+    total = y.dtype.type(0)
+    for i in range(y.shape[0]):
+        total += x[i] * y[i]
+    return total
+
+
+@compiled
+def _dots(x0, x1, x2, x3, y):
+    t0 = t1 = t2 = t3 = y.dtype.type(0)
+    for i in range(y.shape[0]):
+        t0 += x0[i] * y[i]
+        t1 += x1[i] * y[i]
+        t2 += x2[i] * y[i]
+        t3 += x3[i] * y[i]
+    return t0, t1, t2, t3
+
+
+@compiled
+def _add(c, x, y):
+    for i in range(y.shape[0]):
+        y[i] += c * x[i]
+
+
+@compiled
+def _adds(c0, x0, c1, x1, c2, x2, c3, x3, y):
+    for i in range(y.shape[0]):
+        y[i] += c0 * x0[i] + c1 * x1[i] + c2 * x2[i] + c3 * x3[i]
+
+
+@compiled
+def _slots(seen, used, found):
+    """The slots that a sample has seen, in `found`; returns how many."""
+    count = 0
+    for k in range(used):
+        if seen[k]:
+            found[count] = k
+            count += 1
+    return count
+
+
+@compiled
+def _products(chunks, per_chunk, slots, count, v, row, like, out):
+    """`out[k]` = h_kᵀv for `count` slots, 0 for others."""
+    out[:] = 0.0
+    for low in range(0, v.shape[0], BLOCK):
+        part = v[low : low + BLOCK]
+        j = 0
+        while j + 4 <= count:
+            k0, k1, k2, k3 = slots[j], slots[j + 1], slots[j + 2], slots[j + 3]
+            t0, t1, t2, t3 = _dots(
+                _part(chunks, per_chunk, k0, row, like, low),
+                _part(chunks, per_chunk, k1, row, like, low),
+                _part(chunks, per_chunk, k2, row, like, low),
+                _part(chunks, per_chunk, k3, row, like, low),
+                part,
+            )
+            out[k0] += t0
+            out[k1] += t1
+            out[k2] += t2
+            out[k3] += t3
+            j += 4
+        while j < count:
+            out[slots[j]] += _dot(_part(chunks, per_chunk, slots[j], row, like, low), part)
+            j += 1
+
+
+@compiled
+def _combined(chunks, per_chunk, slots, count, coefficients, base, row, like, out):
+    """`out` = base + Σ c_k h_k over `count` slots."""
+    number = like.dtype.type
+    for low in range(0, out.shape[0], BLOCK):
+        part = out[low : low + BLOCK]
+        _copy(base[low : low + BLOCK], part)
+        j = 0
+        while j + 4 <= count:
+            k0, k1, k2, k3 = slots[j], slots[j + 1], slots[j + 2], slots[j + 3]
+            _adds(
+                number(coefficients[k0]),
+                _part(chunks, per_chunk, k0, row, like, low),
+                number(coefficients[k1]),
+                _part(chunks, per_chunk, k1, row, like, low),
+                number(coefficients[k2]),
+                _part(chunks, per_chunk, k2, row, like, low),
+                number(coefficients[k3]),
+                _part(chunks, per_chunk, k3, row, like, low),
+                part,
+            )
+            j += 4
+        while j < count:
+            _add(number(coefficients[slots[j]]), _part(chunks, per_chunk, slots[j], row, like, low), part)
+            j += 1
+
+
+@compiled
+def combined(base, chunks, per_chunk, used, seen, coefficients, out, start, stop):
+    """Base + Σ c_k h_k of each sample, with the bits of the iterates that steps look ahead to."""
+    slots = np.empty(seen.shape[1], np.int64)
+    for b in range(start, stop):
+        count = _slots(seen[b], used, slots)
+        _combined(chunks, per_chunk, slots, count, coefficients[b], base[b], b, base, out[b])
+
+
+@compiled
+def _stored(chunks, per_chunk, slot, row, like, x, y):
+    """Writes x − y into the slot of this sample."""
+    for low in range(0, x.shape[0], BLOCK):
+        _subtract(x[low : low + BLOCK], y[low : low + BLOCK], _part(chunks, per_chunk, slot, row, like, low))
+
+
+@compiled
+def _cleared(chunks, per_chunk, slot, row, like):
+    """Zeroes the slot of a sample that does not take part: what nobody wrote holds no garbage."""
+    for low in range(0, like.shape[1], BLOCK):
+        _part(chunks, per_chunk, slot, row, like, low)[:] = 0
+
+
+@compiled
+def broyden(
+    z, fz, ahead, basis, per_chunk, slot, used, fresh, active, seen, gram, left, right, pairs, before, step, norm,
+    next_step, next_norm, start, stop,
+):  # fmt: skip
+    """What follows f in a step of `Broyden`, with the next iterate z + Q c `ahead`.
+
+    Names and formulas are those of `deqcore.solvers.broyden`; gram, left, right `(m, batch, m)` and pairs
+    `(m, batch, 2 m)` are the only chunks of their histories. Small algebra takes several samples at a time, as their
+    rows in a slot are neighbours in memory: one after the other, each row would be on a page of its own.
+    """
+    m = step.shape[1]
+    group = min(max(KEPT // (z.shape[1] * used), 1), TOGETHER)
+    d, w, u, v = np.empty((group, m)), np.empty((group, m)), np.empty((group, m)), np.empty((group, m))
+    slots = np.empty(m, np.int64)
+    for first in range(start, stop, group):
+        rows = min(group, stop - first)
+        for j in range(rows):
+            b = first + j
+            if not active[b]:
+                if fresh:
+                    _cleared(basis, per_chunk, slot, b, z)
+                    gram[slot, b] = left[slot, b] = right[slot, b] = 0.0
+                    pairs[slot, b] = 0.0
+                next_step[b] = step[b]
+                next_norm[b] = norm[b]
+                _copy(z[b], ahead[b])
+                continue
+            g = ahead[b]  # for now: where products find it in the cache
+            _subtract(fz[b], z[b], g)
+            next_norm[b] = _norm(g)
+            for low in range(0, g.shape[0], BLOCK):
+                _copy(g[low : low + BLOCK], _part(basis, per_chunk, slot, b, z, low))
+            count = _slots(seen[b], used, slots)
+            _products(basis, per_chunk, slots, count, g, b, z, d[j])
+            _copy(d[j], gram[slot, b])
+            gram[slot, b, slot] *= 0.5
+            w[j] = 0.0
+            u[j] = 0.0
+            u[j, slot] = 1.0
+            v[j] = step[b]
+        for k in range(used):  # w = (L + Lᵀ) c
+            for j in range(rows):
+                b = first + j
+                if active[b] and seen[b, k]:
+                    row, c = gram[k, b], step[b]
+                    w[j, k] += _dot(row[:used], c[:used])
+                    _add(c[k], row[:used], w[j, :used])
+        for k in range(used):  # u = e + K d, v = c + Kᵀw; the new slot is not filled yet
+            for j in range(rows):
+                b = first + j
+                if active[b] and seen[b, k] and k != slot:
+                    x, y = left[k, b], right[k, b]
+                    _add(_dot(y[:used], d[j, :used]), x[:used], u[j, :used])
+                    _add(_dot(x[:used], w[j, :used]), y[:used], v[j, :used])
+        for j in range(rows):
+            b = first + j
+            if active[b]:
+                ss = _dot(w[j, :used], step[b, :used])
+                sh = _dot(w[j, :used], u[j, :used])
+                inverse = 0.0
+                if abs(ss - sh) > EPS * ss:
+                    inverse = 1.0 / (ss - sh)
+                for k in range(m):
+                    scaled = inverse * u[j, k]
+                    left[slot, b, k] = scaled
+                    right[slot, b, k] = v[j, k]
+                    pairs[slot, b, k] = step[b, k]
+                    pairs[slot, b, m + k] = -before[b, k]
+                    next_step[b, k] = u[j, k] + sh * scaled
+                pairs[slot, b, m + slot] += 1.0
+                count = _slots(seen[b], used, slots)
+                _combined(basis, per_chunk, slots, count, next_step[b], z[b], b, z, ahead[b])
+
+
+@compiled
+def _solved(a, b, m):
+    """Solves a x = b in place, by elimination with row exchanges; x is in b, not finite where a is singular."""
+    for k in range(m):
+        best = k
+        for i in range(k + 1, m):
+            if abs(a[i, k]) > abs(a[best, k]):
+                best = i
+        if best != k:
+            for j in range(k, m):
+                a[k, j], a[best, j] = a[best, j], a[k, j]
+            b[k], b[best] = b[best], b[k]
+        for i in range(k + 1, m):
+            factor = a[i, k] / a[k, k]
+            for j in range(k, m):
+                a[i, j] -= factor * a[k, j]
+            b[i] -= factor * b[k]
+    for k in range(m - 1, -1, -1):
+        for j in range(k + 1, m):
+            b[k] -= a[k, j] * b[j]
+        b[k] /= a[k, k]
+
+
+@compiled
+def anderson(
+    z, fz, before_f, before_g, ahead, values, residuals, per_chunk, slot, used, fresh, active, seen,
+    system, scale, target, step, ridge, next_g, next_system, next_scale, next_target, next_step, start, stop,
+):  # fmt: skip
+    """What follows f in a step of `Anderson` with mixing 1, with the next iterate f(z) − ΔF γ `ahead`.
+
+    Names and formulas are those of `deqcore.solvers.anderson`.
+    """
+    m = step.shape[1]
+    matrix, x = np.empty((m, m)), np.empty(m)
+    slots = np.empty(m, np.int64)
+    for b in range(start, stop):
+        next_system[b] = system[b]
+        next_scale[b] = scale[b]
+        next_target[b] = target[b]
+        next_step[b] = step[b]
+        if not active[b]:
+            if fresh:
+                _cleared(values, per_chunk, slot, b, z)
+                _cleared(residuals, per_chunk, slot, b, z)
+            _copy(before_g[b], next_g[b])
+            _copy(z[b], ahead[b])
+            continue
+        _stored(values, per_chunk, slot, b, z, fz[b], before_f[b])
+        g = next_g[b]
+        _subtract(fz[b], z[b], g)
+        _stored(residuals, per_chunk, slot, b, z, g, before_g[b])
+        length = _distance(g, before_g[b])
+        inverse = 1.0 / length if length > 0.0 else 0.0
+        next_scale[b, slot] = inverse
+        count = _slots(seen[b], used, slots)
+        _products(residuals, per_chunk, slots, count, g, b, z, next_target[b])
+        for k in range(m):
+            entry = (next_target[b, k] - target[b, k]) * next_scale[b, k] * inverse
+            if k == slot:
+                entry = 1.0 + ridge
+            next_system[b, slot, k] = entry
+            next_system[b, k, slot] = entry
+        matrix[:] = next_system[b]
+        x[:] = next_target[b] * next_scale[b]
+        _solved(matrix, x, m)
+        for k in range(m):
+            x[k] *= -next_scale[b, k]
+            if not np.isfinite(x[k]):
+                x[k] = 0.0
+            next_step[b, k] = x[k]
+        _combined(values, per_chunk, slots, count, x, fz[b], b, z, ahead[b])
+
+
+@compiled
+def project(w, basis, per_chunk, used, seen, twice, out, h, before, after, start, stop):
+    """W without its components `h` in the orthonormal basis, and the norms before and after."""
+    m = h.shape[1]
+    found = np.empty(m)
+    slots = np.empty(m, np.int64)
+    for b in range(start, stop):
+        rest = out[b]
+        _copy(w[b], rest)
+        before[b] = _norm(rest)
+        count = _slots(seen[b], used, slots)
+        h[b] = 0.0
+        for _ in range(2 if twice else 1):
+            _products(basis, per_chunk, slots, count, rest, b, w, found)
+            h[b] += found
+            found[:] = -found
+            _combined(basis, per_chunk, slots, count, found, rest, b, w, rest)
+        after[b] = _norm(rest)

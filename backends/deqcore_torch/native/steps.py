@@ -1,0 +1,168 @@
+"""The steps that have a native version: what a solver's own `step` does, on the same state, in fewer passes."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deqcore.backend import Backend, Map
+from deqcore.solver import Solver
+from deqcore.solvers.anderson import Anderson, AndersonState
+from deqcore.solvers.broyden import Broyden, BroydenState
+from deqcore_torch.history import TorchHistory
+from deqcore_torch.native import kernels
+from deqcore_torch.native.pool import run
+
+VECTORS: Final = (torch.float32, torch.float64)
+Step = tuple[Tensor, Tensor, Any]
+
+
+def step(backend: Backend, solver: Solver, f: Map, z: Tensor, fz: Tensor, state: Any) -> Step | None:
+    """One step of `solver`, or None where there is no native version for it or for these tensors.
+
+    Args:
+        backend: torch's.
+        solver: an exact `Broyden` or `Anderson`; a subclass may do something else in its step.
+        f: the map on `(batch, n)`.
+        z: current iterate `(batch, n)`, `plain`.
+        fz: f(z).
+        state: the solver's state.
+    """
+    if type(solver) is Broyden and solver.growth is None:
+        return _broyden(f, z, state)
+    if type(solver) is Anderson and solver.mixing == 1.0:
+        return _anderson(backend, solver, f, fz, state)
+    return None
+
+
+def plain(z: Tensor) -> bool:
+    """Whether kernels can read this: some rows of float32 or float64, on the host, in one piece."""
+    return type(z) is Tensor and z.device.type == "cpu" and z.dtype in VECTORS and z.numel() > 0 and z.is_contiguous()
+
+
+def _holds(history: Any, like: Tensor) -> bool:
+    """Whether the history stores vectors as they are."""
+    return type(history) is TorchHistory and history.store.dtype is like.dtype
+
+
+def _room(like: Tensor) -> Tensor:
+    """Memory in one piece for a result, whatever the strides of `like`."""
+    return like.new_empty(like.shape)
+
+
+def view(x: Tensor) -> Any:
+    """The same memory as a NumPy array; a copy of what is not in one piece, which can only be read."""
+    return (x.detach() if x.requires_grad else x).contiguous().numpy()
+
+
+def _masks(before: TorchHistory, after: TorchHistory) -> tuple[Any, Any]:
+    """Which rows take part, and which slots each has seen once the new one is written."""
+    batch = after.store.batch
+    active = np.ones(batch, np.bool_) if before.active is None else view(before.active)
+    seen = np.ones((batch, after.memory), np.bool_) if after.seen is None else view(after.seen)
+    return active, seen
+
+
+def _next(history: TorchHistory, base: Tensor, coefficients: Tensor) -> Tensor:
+    """The iterate that this step evaluates f at: found by the step before it, unless the solve begins or goes on."""
+    planned = history.take_planned()
+    if planned is not None:
+        return planned
+    out = _room(base)
+    _, seen = _masks(history, history)
+    run(
+        kernels.combined,
+        base.shape[0],
+        base.numel() * (history.used() + 2),
+        *(view(base), history.addresses(), history.store.chunk, history.used(), seen, view(coefficients), view(out)),
+    )
+    return out
+
+
+def _broyden(f: Map, z: Tensor, state: BroydenState) -> Step | None:
+    small = state[1:5]
+    if not _holds(state.basis, z) or state.basis.may_be_full():
+        return None
+    if not all(_holds(h, state.step) and h.store.chunk == h.memory for h in small):
+        return None
+    basis = state.basis
+    z = _next(basis, z, state.step)
+    value = f(z)
+    slot = basis.reserve(z)
+    for history in small:
+        history.reserve(state.step)
+    after = basis.appended()
+    ahead, following, norm = _room(z), _room(state.step), _room(state.norm)
+    active, seen = _masks(basis, after)
+    run(
+        kernels.broyden,
+        z.shape[0],
+        z.numel() * (after.used() + 2),
+        *(view(z), view(value), view(ahead), basis.addresses(), basis.store.chunk),
+        *(slot, after.used(), basis.written < basis.memory, active, seen),
+        *(view(h.store.chunks[0]) for h in small),
+        *(view(each) for each in (state.newest, state.step, state.norm, following, norm)),
+    )
+    after.plan(ahead)
+    unit = torch.zeros_like(state.step)
+    unit[:, slot] = 1.0
+    gram, left, right, pairs = (h.appended(after.seen) for h in small)
+    return z, value, BroydenState(after, gram, left, right, pairs, unit, following, norm)
+
+
+def _anderson(backend: Backend, solver: Anderson, f: Map, fz: Tensor, state: AndersonState) -> Step | None:
+    if not (_holds(state.values, fz) and _holds(state.residuals, fz)):
+        return None
+    z = _next(state.values, fz, state.step)
+    value = f(z)
+    norm, _ = measure(z, value)
+    sane = norm <= solver.growth * state.norm
+    state = solver.forget(backend, ~sane, state) if not bool(sane.all()) else state
+    values, residuals = state.values, state.residuals
+    slot = values.reserve(z)
+    residuals.reserve(z)
+    after = values.appended()
+    following = [_room(each) for each in (z, state.system, state.scale, state.target, state.step)]
+    ahead = _room(z)
+    active, seen = _masks(values, after)
+    run(
+        kernels.anderson,
+        z.shape[0],
+        z.numel() * (2 * after.used() + 6),
+        *(view(each) for each in (z, value, fz, state.residual, ahead)),
+        *(values.addresses(), residuals.addresses(), values.store.chunk),
+        *(slot, after.used(), values.written < values.memory, active, seen),
+        *(view(each) for each in (state.system, state.scale, state.target, state.step)),
+        solver.relative_ridge(np.finfo(np.float64).eps),
+        *(view(each) for each in following),
+    )
+    after.plan(ahead)
+    g, system, scale, target, step = following
+    return z, value, AndersonState(after, residuals.appended(after.seen), system, scale, target, step, g, norm)
+
+
+def measure(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
+    """‖f(z) − z‖ and ‖f(z)‖ of each row."""
+    residual, size = z.new_empty(z.shape[0]), z.new_empty(z.shape[0])
+    run(kernels.norms, z.shape[0], 2 * z.numel(), view(z), view(fz), view(residual), view(size))
+    return residual, size
+
+
+def project(basis: Any, w: Tensor, twice: bool) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """`Backend.project`, or None where there is none for this history."""
+    if not _holds(basis, w):
+        return None
+    out, h = _room(w), torch.empty(w.shape[0], basis.memory, dtype=torch.float64)
+    before, after = h.new_empty(w.shape[0]), h.new_empty(w.shape[0])
+    _, seen = _masks(basis, basis)
+    run(
+        kernels.project,
+        w.shape[0],
+        w.numel() * (basis.used() + 2),
+        *(view(w), basis.addresses(), basis.store.chunk, basis.used(), seen, twice),
+        *(view(each) for each in (out, h, before, after)),
+    )
+    return out, h, before, after

@@ -1,0 +1,216 @@
+"""Native steps are the steps that solvers define. Truth: the solvers' own steps, NumPy, and other batches."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import deqcore
+from deqcore.driver import Control, drive
+from deqcore.solvers.anderson import Anderson
+from deqcore.solvers.broyden import Broyden
+from deqcore.solvers.picard import Picard
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("numba")
+
+from deqcore_torch import native  # noqa: E402
+from deqcore_torch.backend import TorchBackend  # noqa: E402
+from deqcore_torch.native import kernels, pool, steps  # noqa: E402
+
+SOLVERS = [Broyden(), Broyden(memory=3), Anderson(), Anderson(memory=2), Anderson(growth=1.001)]
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
+
+
+def problem(dtype, batch, n, gain=0.9):
+    """A tanh cell; sample b has the gain b/batch of it, so that samples stop one after the other."""
+    generator = torch.Generator().manual_seed(n)
+    w = torch.randn(n, n, generator=generator, dtype=torch.float64) / n**0.5
+    x = torch.randn(batch, n, generator=generator, dtype=torch.float64)
+    gains = gain * torch.arange(1, batch + 1, dtype=torch.float64)[:, None] / batch
+    w, x, gains = w.to(dtype), x.to(dtype), gains.to(dtype)
+    return (lambda z: torch.tanh(gains * (z @ w) + x)), torch.zeros(batch, n, dtype=dtype)
+
+
+def solve(f, z, solver, rtol=0.0, max_steps=8):
+    with torch.no_grad():
+        return drive(TorchBackend(), solver, f, z, Control(rtol=rtol, max_steps=max_steps))
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """Runs something with the solvers' own steps."""
+
+    def run(do):
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "loaded", lambda: None)
+            return do()
+
+    return run
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("batch", "n", "rtol"), [(1, 3, 0.0), (20, 30, 0.0), (20, 30, 1e-2), (2, 5000, 0.0)])
+def test_steps_are_those_of_the_solver(without, solver, dtype, batch, n, rtol):
+    f, z = problem(dtype, batch, n)
+    run = lambda: solve(f, z, solver, rtol, 6)
+    found, expected = run(), without(run)
+    assert torch.equal(found.steps, expected.steps)
+    for ours, own in [(found.z, expected.z), (found.fz, expected.fz)]:
+        assert float((ours - own).norm() / own.norm()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("solver", [Broyden(), Anderson()], ids=repr)
+def test_the_estimates_are_those_of_the_solver(without, solver):
+    f, z = problem(torch.float64, 7, 30)
+    v = torch.randn(7, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    backend = TorchBackend()
+
+    def applied():
+        state = solve(f, z, solver, max_steps=5).carry.state
+        found = [solver.inverse_jacobian(backend, state).apply(v), solver.secant_estimate(backend, state).apply(v)]
+        return torch.stack(found)
+
+    assert torch.allclose(applied(), without(applied), rtol=1e-7, atol=1e-9)
+
+
+def test_a_native_step_is_taken(monkeypatch):
+    taken = []
+    monkeypatch.setattr(steps, "run", lambda kernel, *rest: taken.append(kernel) or pool.run(kernel, *rest))
+    f, z = problem(torch.float32, 3, 10)
+    for solver in (Broyden(), Anderson(), Picard()):
+        solve(f, z, solver, rtol=1e-3)
+    assert {kernels.broyden, kernels.anderson, kernels.norms} <= set(taken)
+    x = z.requires_grad_()
+    deqcore.fixed_point(lambda z, x: torch.tanh(0.5 * z + x), z.detach(), x, backward__strategy="exact-ift").value.sum()
+    taken.clear()
+    value = deqcore.fixed_point(
+        lambda z, x: torch.tanh(0.5 * z + x), z.detach(), x, backward__strategy="exact-ift"
+    ).value
+    value.sum().backward()
+    assert kernels.project in taken
+
+
+@pytest.mark.parametrize("solver", [Broyden(), Broyden(memory=4), Anderson()], ids=repr)
+def test_bits_depend_neither_on_the_batch_nor_on_threads(monkeypatch, solver):
+    monkeypatch.setattr(pool, "WORTH", 1)  # split whatever can be
+    rates = torch.linspace(0.1, 0.9, 40)[:, None]
+    x = torch.randn(40, 600, generator=torch.Generator().manual_seed(0))
+    all_of_them = solve(lambda z: torch.tanh(rates * z.roll(1, 1) + x), torch.zeros(40, 600), solver, rtol=1e-4)
+    for b in (0, 17, 39):
+        alone = solve(lambda z, b=b: torch.tanh(rates[b] * z.roll(1, 1) + x[b]), torch.zeros(1, 600), solver, rtol=1e-4)
+        assert torch.equal(alone.fz[0], all_of_them.fz[b])
+        assert int(alone.steps[0]) == int(all_of_them.steps[b])
+
+
+@pytest.mark.parametrize("solver", [Broyden(), Anderson()], ids=repr)
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
+def test_a_neighbour_changes_nothing(solver, poison):
+    x = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
+    bad = torch.zeros(5, 12)
+    bad[2] = poison
+    f = lambda z, shift: torch.tanh(0.7 * z.roll(1, 1) + x) + shift * (1 + z)
+    clean, dirty = (solve(lambda z, s=s: f(z, s), torch.zeros(5, 12), solver) for s in (0 * bad.nan_to_num(0), bad))
+    rows = [0, 1, 3, 4]
+    assert torch.equal(clean.fz[rows], dirty.fz[rows])
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1.0, 1e20, 1e36])
+def test_norms_neither_overflow_nor_vanish(size):
+    numbers = np.random.default_rng(0).standard_normal((3, 700)).astype("float32") * np.float32(size)
+    z, fz = torch.from_numpy(numbers[:1].repeat(2, 0)), torch.from_numpy(numbers[1:])
+    residual, length = steps.measure(z, fz)
+    wide = numbers.astype("float64")
+    assert np.allclose(residual, np.linalg.norm(wide[1:] - wide[:1], axis=1), rtol=1e-5, atol=0)
+    assert np.allclose(length, np.linalg.norm(wide[1:], axis=1), rtol=1e-5, atol=0)
+
+
+def test_norms_say_what_is_not_finite():
+    z = torch.zeros(3, 5)
+    fz = torch.ones(3, 5)
+    fz[0, 2], fz[1, 4] = float("nan"), float("inf")
+    residual, length = steps.measure(z, fz)
+    for found in (residual, length):
+        assert torch.isnan(found[0])
+        assert torch.isinf(found[1])
+    assert float(residual[2]) == pytest.approx(5**0.5)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_projection_is_that_of_the_contract(without, twice, masked):
+    backend = TorchBackend()
+    generator = torch.Generator().manual_seed(3)
+    q, _ = torch.linalg.qr(torch.randn(4, 50, 6, generator=generator, dtype=torch.float64))
+    basis = backend.history(q[:, :, 0], 9)
+    for k in range(6):
+        active = torch.tensor([True, k < 3, True, True]) if masked else None
+        basis = basis.with_active(active).append(q[:, :, k].contiguous())
+    w = torch.randn(4, 50, generator=generator, dtype=torch.float64)
+    found, expected = (run(lambda: backend.project(basis, w, twice)) for run in (lambda do: do(), without))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-13)
+
+
+def test_a_solve_holds_no_iterate_that_nobody_asks_for():
+    f, z = problem(torch.float32, 3, 10)
+    for solver, name in ((Broyden(), "basis"), (Anderson(), "values")):
+        state = solve(f, z, solver).carry.state
+        assert getattr(state, name).store.planned is None
+
+
+def test_pools_do_not_outlive_a_fork():
+    assert pool._pool(2, 1) is not pool._pool(2, 2)
+
+
+def test_an_error_in_a_thread_is_raised(monkeypatch):
+    monkeypatch.setattr(pool, "WORTH", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+    def kernel(numbers, start, stop):
+        if start > 0:
+            raise ValueError("here")
+
+    numbers = np.zeros(4)
+    monkeypatch.setattr(pool, "_compiled", {(kernel, numbers.dtype)})
+    with pytest.raises(ValueError, match="here"):
+        pool.run(kernel, 4, 100, numbers)
+
+
+def test_processes_that_compile_at_once_find_their_own_code(tmp_path):
+    """Numba's own cache gave one dtype the code of the other."""
+    program = """
+import sys, torch, deqcore
+dtype = getattr(torch, sys.argv[1])
+x = torch.linspace(-1, 1, 24, dtype=dtype).reshape(3, 8)
+sol = deqcore.fixed_point(lambda z: torch.tanh(0.5 * z + x), torch.zeros_like(x), forward__rtol=1e-5)
+assert sol.value.dtype is dtype and bool(sol.converged.all()), sol
+"""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    runs = [
+        subprocess.Popen([sys.executable, "-c", program, dtype], env=environment, stderr=subprocess.PIPE, text=True)
+        for dtype in ("float32", "float64")
+    ]
+    for each in runs:
+        _, errors = each.communicate(timeout=300)
+        assert each.returncode == 0, errors
+
+
+def test_it_can_be_turned_off(monkeypatch):
+    native.loaded.cache_clear()
+    monkeypatch.setenv("DEQCORE_NATIVE", "0")
+    assert native.loaded() is None
+    native.loaded.cache_clear()
+    monkeypatch.delenv("DEQCORE_NATIVE")
+    assert native.loaded() is steps
+
+
+def test_a_numba_that_does_not_import_is_told(monkeypatch):
+    native.loaded.cache_clear()
+    monkeypatch.setitem(sys.modules, "deqcore_torch.native.steps", None)
+    with pytest.warns(UserWarning, match="Numba does not work here"):
+        assert native.loaded() is None
+    native.loaded.cache_clear()
