@@ -68,3 +68,12 @@ def test_the_reference_has_every_public_name(home, name):
         return
     shown = {f"::: {home}.{name}", f"::: {home}"} | {f"::: {home.rpartition('.')[0]}.{name}"}
     assert shown & set(REFERENCE.splitlines()), f"docs/reference has no line '::: {home}.{name}'"
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.ja.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"])
+def test_the_files_that_a_page_outside_the_site_names_are_there(name):
+    page = (ROOT / name).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", page) if "://" not in link]
+    paths = re.findall(r"`((?:docs|examples|tests|benchmarks|deqcore|backends|release)/[\w./-]*)`", page)
+    missing = [each for each in links + paths if not (ROOT / each).exists()]
+    assert not missing, f"{name} names {missing}"
