@@ -15,6 +15,9 @@ Requirements that every backend keeps, and that `deqcore.testing` checks:
 4. Nothing is copied to the host, and no device is waited for, except in `loop` (every `check_every` steps),
    `all_known` (which answers False where it would have to wait) and `to_numpy`.
 5. Operations are functional: they return what changed. A backend may write in place where nobody else can see it.
+
+What is no abstract method has a default, right for an eager framework whose arrays behave like NumPy's and live on the
+host. A backend starts with the rest, and overrides what its framework does otherwise, or faster.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
+
+import optree
 
 from deqcore.errors import BackendError
 
@@ -205,25 +210,25 @@ class Backend(ABC):
     def to_numpy(self, x: Array) -> Any:
         """Copy to a NumPy array on the host (waits for the device). Dtypes that NumPy lacks become float32."""
 
-    @abstractmethod
     def flatten(self, tree: Tree) -> tuple[list[Any], Any]:
         """Split a tree into its leaves and a structure that compares with `==`."""
+        return optree.tree_flatten(tree)
 
-    @abstractmethod
     def unflatten(self, structure: Any, leaves: Sequence[Any]) -> Tree:
         """Undo `flatten`."""
+        return optree.tree_unflatten(structure, leaves)
 
-    @abstractmethod
     def dtype_name(self, x: Array) -> str:
         """The dtype's name, as in ``"float32"``, ``"bfloat16"``, ``"int64"``."""
+        return str(x.dtype)
 
-    @abstractmethod
     def device_of(self, x: Array) -> Any:
         """Something that compares equal for arrays on the same device; None where that is not known (tracing)."""
+        return "cpu"
 
-    @abstractmethod
     def is_traced(self, *leaves: Any) -> bool:
         """Whether any leaf is abstract (inside jit, grad or vmap of a tracing framework)."""
+        return False
 
     def autocasting(self, x: Array) -> bool:
         """Whether f runs under automatic mixed precision, so that its output may be narrower than the state."""
@@ -241,9 +246,9 @@ class Backend(ABC):
         """
         return nullcontext()
 
-    @abstractmethod
     def astype(self, x: Array, dtype: str) -> Array:
         """Cast to the dtype of this name; gradients pass."""
+        return x.astype(dtype)
 
     def place(self, x: Array, device: str) -> Array:
         """Move `x` to the device of this name: ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
@@ -257,21 +262,21 @@ class Backend(ABC):
 
     # -- rows ---------------------------------------------------------------------------------------------------
 
-    @abstractmethod
     def wide(self, x: Array) -> Array:
         """Cast to the dtype of coefficients: float64 where the framework has it at hand, else float32."""
+        return self.astype(x, "float64" if self.capabilities.float64 else "float32")
 
-    @abstractmethod
     def cast(self, x: Array, like: Array) -> Array:
         """Cast `x` to the dtype of `like`."""
+        return self.astype(x, self.dtype_name(like))
 
-    @abstractmethod
     def norm(self, v: Array) -> Array:
         """2-norm of each row of `v` `(batch, n)`: `(batch,)`, accumulated in float32 or better without overflow."""
+        return self.xp.sqrt(self.inner(v, v))
 
-    @abstractmethod
     def inner(self, a: Array, b: Array) -> Array:
         """Inner product of each row of `a` with that of `b`: `(batch,)` in the wide dtype."""
+        return self.xp.sum(self.wide(a) * self.wide(b), axis=1)
 
     def invert(self, x: Array, floor: Array) -> Array:
         """1/x where |x| > floor, 0 elsewhere (where either is NaN, too); `x` and `floor` have shape `(batch,)`."""
@@ -279,9 +284,9 @@ class Backend(ABC):
         sound = xp.abs(x) > floor
         return xp.where(sound, 1.0 / xp.where(sound, x, xp.ones_like(x)), xp.zeros_like(x))
 
-    @abstractmethod
     def select(self, mask: Array, new: Array, old: Array) -> Array:
         """Rows of `new` where `mask` `(batch,)` holds, of `old` elsewhere; never arithmetic with the mask (0·NaN)."""
+        return self.xp.where(self.xp.reshape(mask, (-1, *[1] * (new.ndim - 1))), new, old)
 
     def rows(self, mask: Array) -> Array:
         """Indices `(k,)` of the rows where `mask` holds. Waits for the device; with `compaction` only."""
@@ -335,13 +340,15 @@ class Backend(ABC):
         """
         return self.xp.min(self.xp.linalg.svdvals(a), axis=1)
 
-    @abstractmethod
     def history(self, like: Array, memory: int, dtype: str | None = None) -> History:
         """An empty history for vectors like `like` `(batch, n)`, stored in `dtype` (default: the vectors' own).
 
         Where the framework is recording a gradient through `like`, the history is functional: nothing is written in
-        place, so that steps can be differentiated through.
+        place, so that steps can be differentiated through. The default is functional always.
         """
+        from deqcore.history import FunctionalHistory
+
+        return FunctionalHistory.empty(self, like, memory, dtype)
 
     def native_step(self, solver: Solver, f: Map, z: Array, fz: Array, state: Any) -> tuple[Array, Array, Any] | None:
         """`solver.step(self, f, z, fz, state)` by compiled code, where this backend has some for it; None elsewhere.
@@ -404,7 +411,6 @@ class Backend(ABC):
 
     # -- loops --------------------------------------------------------------------------------------------------
 
-    @abstractmethod
     def loop(
         self,
         running: Callable[[Carry], Array | bool],
@@ -422,6 +428,13 @@ class Backend(ABC):
             steps: never exceeded, whatever `check_every` is; may be a traced scalar.
             check_every: ``"auto"`` is 1 where a check is free, and more on devices where it waits.
         """
+        every = 1 if check_every == "auto" else int(check_every)
+        with self.quiet():
+            for step in range(int(steps)):
+                if step % every == 0 and not bool(running(carry)):
+                    break
+                carry = body(carry)
+        return carry
 
     def once(self, wanted: Array, body: Callable[[Carry], Carry], carry: Carry) -> Carry:
         """Apply `body` if any of `wanted` `(batch,)` of bool holds: a condition that can be traced."""
@@ -435,9 +448,19 @@ class Backend(ABC):
 
     # -- differentiation ----------------------------------------------------------------------------------------
 
-    @abstractmethod
+    def pullback(
+        self, f: Callable[[tuple[Array, ...]], Array], leaves: tuple[Array, ...]
+    ) -> tuple[Array, Callable[[Array], tuple[Array, ...]]]:
+        """Evaluate f once at a tuple of arrays; return its value and the map from its cotangent to theirs.
+
+        What `linearize` and `vjp` are made of where a backend does not write them itself.
+        """
+        raise NotImplementedError(f"{type(self).__name__} offers neither `pullback` nor `linearize` and `vjp`.")
+
     def linearize(self, f: Map, z: Array) -> tuple[Array, Map]:
         """Evaluate f once at `z`; return `(f(z), pull)` with `pull(u) = Jᵀu`, callable many times."""
+        value, pull = self.pullback(lambda leaves: f(leaves[0]), (z,))
+        return value, lambda u: pull(u)[0]
 
     def push(self, f: Map, z: Array) -> Map | None:
         """Forward products `v ↦ J v` at `z`, or None where the framework has none."""
@@ -450,11 +473,14 @@ class Backend(ABC):
         """
         return self.linearize(f, z)[1]
 
-    @abstractmethod
     def forward_only(
         self, f: Callable[..., Array], z0: Array, args: tuple[Any, ...], solve: Callable[[Map, Array], Forward]
     ) -> Forward:
         """Run `solve(lambda z: f(z, *args), z0)` with no gradient recorded."""
+        leaves, structure = self.flatten(args)
+        still = self.unflatten(structure, [self.detach(leaf) if self.is_array(leaf) else leaf for leaf in leaves])
+        with self.quiet():
+            return solve(lambda z: self.detach(f(z, *still)), self.detach(z0))
 
     @abstractmethod
     def implicit(
@@ -502,7 +528,6 @@ class Backend(ABC):
         """Whether a gradient may be asked for later. A backend without a tape answers False."""
         return True
 
-    @abstractmethod
     def vjp(
         self, value: Callable[..., tuple[Array, Any]], args: tuple[Any, ...], cotangent: Array
     ) -> tuple[Array, Any, tuple[Any, ...]]:
@@ -512,6 +537,19 @@ class Backend(ABC):
             The value, aux, and for each argument a tree like it; None in place of leaves without a derivative
             (integers, strings).
         """
+        leaves, structure = self.flatten(args)
+        moving = [i for i, leaf in enumerate(leaves) if self.is_array(leaf) and "float" in self.dtype_name(leaf)]
+        kept: list[Any] = []
+
+        def of_leaves(moved: tuple[Array, ...]) -> Array:
+            changed = dict(zip(moving, moved, strict=True))
+            found, aux = value(*self.unflatten(structure, [changed.get(i, leaf) for i, leaf in enumerate(leaves)]))
+            kept.append(aux)
+            return found
+
+        found, pull = self.pullback(of_leaves, tuple(leaves[i] for i in moving))
+        gradients = dict(zip(moving, pull(cotangent), strict=True))
+        return found, kept[0], self.unflatten(structure, [gradients.get(i) for i in range(len(leaves))])
 
     def grad(self, fn: Callable[[Array], Array]) -> Callable[[Array], Array]:
         """The gradient of a scalar function of one array; may be nested where `second_derivatives` is promised."""

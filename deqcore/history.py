@@ -1,0 +1,105 @@
+"""A history that any tape can follow: nothing is ever written in place. The default of `Backend.history`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from deqcore.backend import Array, Backend, History
+
+
+class _Shared(NamedTuple):
+    """What all states of one history have in common."""
+
+    backend: Backend
+    memory: int
+    dtype: str  # the state's, in which `combine` answers; the slots may be narrower
+
+
+class FunctionalHistory(History):
+    """One array per slot, `(batch, n)`, and for each the samples that see it.
+
+    Costs an operation per slot where a ring in one array costs one in all: a backend with such a ring overrides
+    `Backend.history`.
+    """
+
+    def __init__(self, shared: _Shared, slots: tuple[Array, ...], seen: Array, written: int, active: Array | None):
+        self.shared, self.slots, self.seen, self.written, self.active = shared, slots, seen, written, active
+        self.memory = shared.memory
+
+    @classmethod
+    def empty(cls, backend: Backend, like: Array, memory: int, dtype: str | None = None) -> FunctionalHistory:
+        """No vector yet, for vectors like `like` `(batch, n)`."""
+        still = backend.detach(like)
+        zero = backend.xp.zeros_like(backend.astype(still, dtype or backend.dtype_name(like)))
+        nobody = backend.xp.broadcast_to(backend.xp.sum(zero, axis=1)[:, None] > 0, (like.shape[0], memory))
+        return cls(_Shared(backend, memory, backend.dtype_name(like)), (zero,) * memory, nobody, 0, None)
+
+    def _with(self, **changes: object) -> FunctionalHistory:
+        kept = {"slots": self.slots, "seen": self.seen, "written": self.written, "active": self.active}
+        return FunctionalHistory(self.shared, **{**kept, **changes})
+
+    def _at(self, slot: int, there: bool = True) -> Array:
+        """One-hot mask `(memory,)`."""
+        return self.shared.backend.asarray(there & (np.arange(self.memory) == slot), like=self.seen)
+
+    def append(self, v: Array) -> FunctionalHistory:
+        """See `History.append`."""
+        backend, at = self.shared.backend, self.written % self.memory
+        new = backend.cast(v, self.slots[at])
+        if self.active is None:
+            seen = self.seen | self._at(at)
+        else:
+            seen = self.seen | (self.active[:, None] & self._at(at))
+            new = backend.select(self.active, new, self.slots[at])
+        return self._with(slots=(*self.slots[:at], new, *self.slots[at + 1 :]), seen=seen, written=self.written + 1)
+
+    def dot(self, v: Array) -> Array:
+        """See `History.dot`."""
+        backend, xp = self.shared.backend, self.shared.backend.xp
+        many = backend.wide(v if v.ndim == 3 else v[:, None, :])
+        with backend.quiet():
+            found = xp.stack([xp.sum(many * backend.wide(q)[:, None, :], axis=2) for q in self.slots], axis=2)
+        found = xp.where(self.seen[:, None, :], found, xp.zeros_like(found))
+        return found if v.ndim == 3 else found[:, 0, :]
+
+    def combine(self, coefficients: Array) -> Array:
+        """See `History.combine`."""
+        backend, xp = self.shared.backend, self.shared.backend.xp
+        c = backend.wide(xp.where(self.seen, coefficients, xp.zeros_like(coefficients)))
+        with backend.quiet():
+            total = sum(c[:, j, None] * backend.wide(q) for j, q in enumerate(self.slots))
+        return backend.astype(total, self.shared.dtype)
+
+    def restart(self, rows: Array) -> FunctionalHistory:
+        """See `History.restart`."""
+        chosen = rows if self.active is None else rows & self.active
+        return self._with(seen=self.seen & ~chosen[:, None])
+
+    def slot(self) -> Array:
+        """See `History.slot`."""
+        return self._at((self.written - 1) % self.memory, self.written > 0)
+
+    def count(self) -> Array:
+        """See `History.count`."""
+        backend = self.shared.backend
+        return backend.astype(backend.xp.sum(backend.astype(self.seen, "int32"), axis=1), "int32")
+
+    def full(self) -> Array:
+        """See `History.full`."""
+        return self.seen[:, self.written % self.memory]
+
+    def with_active(self, active: Array | None) -> FunctionalHistory:
+        """See `History.with_active`."""
+        return self._with(active=active)
+
+    def vectors(self) -> Array:
+        """See `History.vectors`."""
+        xp, used = self.shared.backend.xp, min(self.written, self.memory)
+        kept = xp.stack(self.slots[: used or 1], axis=1)
+        return xp.where(self.seen[:, : used or 1, None], kept, xp.zeros_like(kept))[:, :used]
+
+    def copy(self) -> FunctionalHistory:
+        """Itself: nobody writes to it."""
+        return self

@@ -1,0 +1,103 @@
+"""The defaults of `Backend` are enough: NumPy with what has no default, and nothing overridden for speed."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from deqcore_numpy.backend import NumpyBackend
+from deqcore_numpy.derivative import is_differencing, jacobian
+
+from deqcore import plugins
+from deqcore.backend import Backend, Capabilities
+from deqcore.history import FunctionalHistory
+from deqcore.testing import BackendTests, SolverTests
+
+pytest_plugins = ["deqcore.testing.plugin"]
+
+
+class PlainBackend(Backend):
+    name: ClassVar[str] = "plain"
+    capabilities = Capabilities(autodiff=False)
+    xp = np
+
+    def is_array(self, leaf: object) -> bool:
+        return isinstance(leaf, np.ndarray | np.generic)
+
+    def asarray(self, a: object, *, dtype: str | None = None, like: Any = None) -> Any:
+        return np.asarray(a, dtype or (like.dtype if like is not None else None))
+
+    def to_numpy(self, x: Any) -> Any:
+        return np.asarray(x)
+
+    def detach(self, x: Any) -> Any:
+        return x
+
+    def all_known(self, mask: Any) -> bool:
+        return bool(np.all(mask))
+
+    def widened(self) -> bool:
+        return is_differencing()
+
+    def quiet(self) -> Any:
+        return np.errstate(all="ignore")
+
+    def solve(self, a: Any, b: Any) -> Any:
+        return NumpyBackend().solve(a, b)
+
+    def astype(self, x: Any, dtype: str) -> Any:
+        if np.iscomplexobj(x):
+            raise TypeError("norms and dot products are real: `jacobian` turns to differences")
+        return super().astype(x, dtype)
+
+    def pullback(self, f: Any, leaves: tuple[Any, ...]) -> Any:
+        with self.quiet():
+            value = f(leaves)
+            dense = [
+                jacobian(lambda x, i=i: f((*leaves[:i], x, *leaves[i + 1 :])), leaf) for i, leaf in enumerate(leaves)
+            ]
+
+        def pull(u: Any) -> Any:
+            parts = zip(dense, leaves, strict=True)
+            return tuple((np.ravel(u) @ d).reshape(x.shape).astype(x.dtype) for d, x in parts)
+
+        return value, pull
+
+    def implicit(self, f: Any, z0: Any, args: Any, solve: Any, adjoint: Any) -> Any:
+        forward = self.forward_only(f, z0, args, solve)
+        return forward.fz, forward, None
+
+
+plugins.register(plugins.BackendSpec("plain", f"{__name__}:PlainBackend", package="numpy", array_modules=("numpy",)))
+
+
+class TestPlainBackend(BackendTests):
+    backends = ("plain",)
+
+
+class TestSolversOnIt(SolverTests):
+    backends = ("plain",)
+    solvers = ("anderson", "broyden")
+
+
+def test_a_backend_without_derivatives_says_what_it_lacks():
+    class Without(PlainBackend):
+        pullback = Backend.pullback
+
+    with pytest.raises(NotImplementedError, match=r"Without offers neither `pullback` nor `linearize` and `vjp`"):
+        Without().linearize(lambda z: z, np.ones((1, 1)))
+
+
+def test_the_default_history_keeps_narrow_slots_and_answers_in_the_states_dtype():
+    backend = PlainBackend()
+    v = np.array([[1.0, 1 / 3], [2.0, 0.5]], np.float32)
+    history = backend.history(v, 3, "float16")
+    assert isinstance(history, FunctionalHistory)
+    history = history.append(v)
+    assert {slot.dtype.name for slot in history.slots} == {"float16"}
+    found = history.combine(np.array([[2.0, 9.0, 9.0]] * 2))
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, 2 * v.astype(np.float16).astype(np.float32))
+    assert history.vectors().shape == (2, 1, 2)
+    assert backend.history(v, 3).vectors().shape == (2, 0, 2)
