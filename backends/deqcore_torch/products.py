@@ -14,8 +14,15 @@ from deqcore.errors import BackendError
 from deqcore_torch.graph import once_only, sequence
 
 
-def push(f: Map, z: Tensor) -> Map:
+def push(f: Map, z: Tensor, fused: bool = True) -> Map:
     """V ↦ J v at `z` `(batch, n)`; a gradient that is being recorded goes through the products.
+
+    Fused attention, which has no forward mode, is evaluated by PyTorch's plain kernel here: the same to rounding.
+
+    Args:
+        f: the map on `(batch, n)`.
+        z: where.
+        fused: whether attention in f may be fused.
 
     Raises:
         BackendError: f has a part with neither a forward-mode derivative nor a second one in reverse mode.
@@ -27,10 +34,22 @@ def push(f: Map, z: Tensor) -> Map:
             try:
                 return _forward(f, z, v)
             except NotImplementedError as error:
-                turned.append(_transposed_twice(f, z, str(error).splitlines()[0]))
+                reason = str(error).splitlines()[0]
+                plain = fused and "scaled_dot_product" in reason
+                turned.append(push(_unfused(f), z, fused=False) if plain else _transposed_twice(f, z, reason))
         return turned[0](v)
 
     return product
+
+
+def _unfused(f: Map) -> Map:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def plain(z: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return f(z)
+
+    return plain
 
 
 def _forward(f: Map, z: Tensor, v: Tensor) -> Tensor:
@@ -60,14 +79,10 @@ def _transposed_twice(f: Map, z: Tensor, reason: str) -> Map:
         try:
             (found,) = torch.autograd.grad(pulled, u, v, create_graph=recording, retain_graph=True, allow_unused=True)
         except RuntimeError as error:
-            raise BackendError.no_products(f"{reason} And twice in reverse mode: {error}.{_hint(reason)}") from error
+            raise BackendError.no_products(f"{reason} And twice in reverse mode: {error}.") from error
         return torch.zeros_like(v) if found is None else found
 
     return product
-
-
-def _hint(reason: str) -> str:
-    return " sdpa_kernel(SDPBackend.MATH) of torch.nn.attention has both." if "scaled_dot_product" in reason else ""
 
 
 @cache

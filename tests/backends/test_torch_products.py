@@ -60,15 +60,35 @@ def test_products_without_forward_mode_are_those_of_a_dense_jacobian(data, recor
     assert torch.allclose(found[1], 2 * slope * (v @ a.T), rtol=1e-12)
 
 
-def test_attention_without_products_names_the_kernel_that_has_them(data):
+@pytest.mark.parametrize("recording", [False, True])
+def test_products_of_fused_attention_are_those_of_central_differences(data, recording):
+    a, b, v = data
+    f = attention(a.requires_grad_(), b)
+    with torch.set_grad_enabled(recording):
+        found = deqcore.get_backend(backend="torch").push(f, b)(v)
+    step = 1e-5 * v
+    assert torch.allclose(found, (f(b + step) - f(b - step)) / 2e-5, rtol=1e-7, atol=1e-9)
+    assert found.requires_grad is recording
+
+
+def test_newton_krylov_solves_fused_attention(data):
+    f, b = attention(data[0].requires_grad_(), data[1]), data[1]
+    sol = deqcore.fixed_point(f, torch.zeros_like(b), forward__solver="newton-krylov", forward__rtol=1e-12)
+    assert sol.converged.all()
+    assert torch.allclose(f(sol.value), sol.value, rtol=1e-11)
+
+
+def test_attention_whose_kernel_the_user_insists_on_is_refused(data):
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    f, b = attention(data[0].requires_grad_(), data[1]), data[1]
-    settings = {"forward__solver": "newton-krylov", "forward__rtol": 1e-12}
-    with pytest.raises(BackendError, match="SDPBackend.MATH"):
-        deqcore.fixed_point(f, torch.zeros_like(b), **settings)
-    with sdpa_kernel(SDPBackend.MATH):
-        assert deqcore.fixed_point(f, torch.zeros_like(b), **settings).converged.all()
+    free, b, v = attention(data[0].requires_grad_(), data[1]), *data[1:]
+
+    def f(z):
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return free(z)
+
+    with pytest.raises(BackendError, match="products"):
+        deqcore.get_backend(backend="torch").push(f, b)(v)
 
 
 def test_a_function_that_reads_no_state_has_products_of_zero(data):
@@ -88,13 +108,12 @@ def test_newton_krylov_solves_without_forward_mode(data):
     assert torch.allclose(found.value, expected.value, rtol=1e-10)
 
 
-@pytest.mark.parametrize("kind", ["once", "once beside another", "attention"])
+@pytest.mark.parametrize("kind", ["once", "once beside another"])
 def test_where_no_product_can_be_had_the_error_names_solvers_that_need_none(data, kind):
     a, b, _ = data
     f = {
         "once": cell(Once.apply, a, b),
         "once beside another": cell(lambda x: 0.5 * Once.apply(x) + 0.1 * Tanh.apply(x), a, b),
-        "attention": attention(a.requires_grad_(), b),
     }[kind]
     with pytest.raises(BackendError, match="anderson, broyden or picard"):
         deqcore.fixed_point(f, torch.zeros_like(b), forward__solver="newton-krylov")
