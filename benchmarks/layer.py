@@ -95,5 +95,11 @@ def measure(batch: int, width: int, rounds: int, budget: float, clock: Clock) ->
 
 if __name__ == "__main__":
     main(
-        __doc__, SIZES, measure, lambda row: f"{row['case']:24} bare {row['bare_ms']:7.2f}", target=TARGET, budget=30.0
+        __doc__,
+        SIZES,
+        measure,
+        lambda row: f"{row['case']:24} bare {row['bare_ms']:7.2f}",
+        target=TARGET,
+        budget=30.0,
+        name="layer",
     )

@@ -147,5 +147,11 @@ CASES = (("conv", 16, 32), ("attention", 8, 64), ("dense", 128, 256))
 
 if __name__ == "__main__":
     main(
-        __doc__, CASES, measure, lambda row: f"{row['cell']:30} step {row['step_ms']:7.2f}", target=TARGET, budget=40.0
+        __doc__,
+        CASES,
+        measure,
+        lambda row: f"{row['cell']:30} step {row['step_ms']:7.2f}",
+        target=TARGET,
+        budget=40.0,
+        name="monitor",
     )

@@ -6,11 +6,13 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from deqcore.bench.machine import describe
+from deqcore.bench.report import machine_text, markdown
 from deqcore.bench.timing import Clock, Spread
 
 Row = dict[str, Any]
@@ -43,8 +45,9 @@ def main(
     *,
     target: float,
     budget: float,
+    name: str,
 ) -> None:
-    """Measure and print.
+    """Measure and print; with `--out`, leave a page as well.
 
     Args:
         description: of the command.
@@ -53,12 +56,14 @@ def main(
         head: begins a row's line.
         target: for "inside".
         budget: seconds per case, by default.
+        name: of the module, and of the page.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--budget", type=float, default=budget, help=f"seconds per case, of {len(cases)}")
     parser.add_argument("--busy", action="store_true", help="count processor time: for a machine that never is quiet")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--out", type=Path, help=f"folder for {name}.md and {name}.json")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     clock: Clock = time.process_time if asked.busy else time.perf_counter
@@ -75,5 +80,29 @@ def main(
             f"inside <= {target:.0%}: {'met' if row['target_met'] else 'MISSED'}",
             flush=True,
         )
+    found = {"machine": describe(["torch"]), "clock": clock.__name__, "rows": rows}
     if asked.json:
-        print(json.dumps({"machine": describe(["torch"]), "rows": rows}, indent=2))
+        print(json.dumps(found, indent=2))
+    if asked.out is not None:
+        (asked.out / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
+        (asked.out / f"{name}.md").write_text(page(name, description or "", found, head, target))
+
+
+def page(name: str, description: str, found: Row, head: Callable[[Row], str], target: float) -> str:
+    """What was measured, how, and on which machine."""
+    title, _, rest = description.partition("\n\n")
+    shown = [
+        {
+            "case, ms": " ".join(head(row).split()),
+            "inside": f"{row['inside_us']:.0f} µs = {row['inside']:.2%}",
+            "overhead (quartiles)": "{:+.1%} ({:+.1%} to {:+.1%})".format(row["overhead"], *row["quartiles"]),
+            "off against off": "{:+.1%} to {:+.1%}".format(*row["noise"]),
+            f"inside ≤ {target:.0%}": "met" if row["target_met"] else "missed",
+        }
+        for row in found["rows"]
+    ]
+    clock = "processor time" if found["clock"] == "process_time" else "wall-clock time"
+    return (
+        f"# {title.partition(':')[0]}\n\nBy `python -m benchmarks.{name} --out docs/benchmarks`; {clock}.\n\n"
+        f"{rest.strip()}\n\n{markdown(shown, tuple(shown[0]))}\n\n{machine_text(found['machine'])}\n"
+    )

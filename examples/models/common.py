@@ -12,6 +12,7 @@ import importlib
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,16 @@ class TorchSide:
         loss = self.model.loss(*map(self.torch.as_tensor, batch))
         loss.backward()
         return loss.item(), {name: p.grad.numpy().copy() for name, p in self.model.named_parameters()}
+
+    def peak(self, *batch: Any) -> int:
+        """Bytes that loss and gradients need at their highest, by the allocator's own events."""
+        from torch.profiler import ProfilerActivity, profile
+
+        self.gradients(*batch)  # what is allocated once, and the gradients themselves
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            self.gradients(*batch)
+        events = [each for each in seen.profiler.kineto_results.events() if each.name() == "[memory]"]
+        return max(accumulate(each.nbytes() for each in sorted(events, key=lambda each: each.start_ns())))
 
     def fit(
         self, batches: Iterable[tuple[Any, ...]], steps: int, rate: float, decay: float = 0.0, *, quiet: bool = False

@@ -104,11 +104,16 @@ def main(given: list[str] | None = None) -> dict[str, float]:
     """Tune both over the same grid, compare perplexities per character on test text."""
     options = common.arguments(__doc__ or "", 600, given)
     _, text = data()
-    explicit, _ = tuned(options, EXPLICIT, text)
+    explicit, other = tuned(options, EXPLICIT, text)
     equilibrium, side = tuned(options, EQUILIBRIUM, text)
     print(f"the equilibrium model's is {100 * (equilibrium / explicit - 1):+.1f} % of the explicit one's")
+    found = {"equilibrium": equilibrium, "explicit": explicit, "characters": float(WORDS)}
+    if options.backend == "torch":
+        batch = next(batches(np.random.default_rng(0), text["train"], 16))
+        found |= {"memory": side.peak(*batch) / 1e6, "explicit memory": other.peak(*batch) / 1e6}
+        print(f"peak memory of a step: {found['memory']:.1f} MB, explicit {found['explicit memory']:.1f} MB")
     common.finish(options, "text", side.weights())
-    return {"equilibrium": equilibrium, "explicit": explicit, "characters": float(WORDS)}
+    return found
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -129,6 +130,26 @@ def test_a_short_training_learns_and_stores_its_weights(
     assert any(np.any(value != begin[key]) for key, value in common.start(options, begin).items())
     with pytest.raises(SystemExit, match="but this example needs"):
         common.start(options, {"other.weight": np.zeros(2)})
+
+
+def test_the_peak_memory_is_what_a_step_holds_at_once() -> None:
+    import torch
+
+    common = importlib.import_module("common")
+
+    class Model(torch.nn.Module):
+        def __init__(self, settings: Any) -> None:
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.ones(1))
+
+        def loss(self, x: Any) -> Any:
+            return ((self.w * x).exp() * 2.0).sum()  # exp keeps its result; the product and its input are transient
+
+    side = common.TorchSide(SimpleNamespace(Model=Model), {"w": np.ones(1, np.float32)}, {})
+    size = 4 * 1_000_000
+    found = side.peak(np.ones(1_000_000, np.float32))
+    assert 2 * size <= found <= 4.1 * size
+    assert found == pytest.approx(side.peak(np.ones(2_000_000, np.float32)) / 2, rel=0.01)
 
 
 def test_the_generated_forces_are_the_gradient_of_the_energy() -> None:
