@@ -42,7 +42,7 @@ COLUMNS: Final = (
     "gradient's error",
     "f, pulls",
     "step, ms",
-    "times faster than the best peer",
+    "time of the best peer / own",
 )
 States = tuple[Tensor, ...]
 Solve = Callable[..., States]
@@ -257,7 +257,7 @@ def page(found: dict[str, Any]) -> tuple[str, bool]:
                 "gradient's error": f"{row['error']:.3f}",
                 "f, pulls": f"{row['evaluations']}, {row['pulls']}",
                 "step, ms": spread(Spread.of([1e3 * each for each in row["seconds"]])),
-                "times faster than the best peer": spread(ratio),
+                "time of the best peer / own": spread(ratio),
             }
         else:
             error = f"gradient's error {row['error']:.2f}" if "error" in row else "residual"
@@ -266,19 +266,21 @@ def page(found: dict[str, Any]) -> tuple[str, bool]:
     best = max(ours, key=lambda name: ours[name])
     met = ours[best] >= TARGET
     busy = sorted(found["disturbance"])[len(found["disturbance"]) // 2]
-    clock = "processor time" if found["clock"] == "process_time" else "wall-clock time"
+    clock = "processor time (`--busy`)" if found["clock"] == "process_time" else "wall-clock time"
     return (
         f"# A multiscale model beside torchdeq\n\n"
         f"By `python -m benchmarks.mdeq`: forward and backward pass of an MDEQ cell ({found['parameters']} weights, "
         f"resolutions {', '.join(str(SIZE >> k) for k in range(len(CHANNELS)))} with {CHANNELS} channels, batch "
         f"{BATCH}, float32), one thread. Every sample reaches a residual of {RESIDUAL:g}, the gradient of the "
         f"parameters is within {ERROR:.0%} of the exact one; each has the loosest tolerances of a quarter-decade grid "
-        f"that do it, and {STEPS} steps at most either way. Contenders take turns in each round, ratios are taken "
+        f"that do it, and {STEPS} steps at most either way. Weights are random, the norm after the injection weighted "
+        f"{INJECTION:g} so that a solve takes about as many steps as a trained model's. Contenders take "
+        f"turns in each round, ratios are taken "
         f"within a round: medians of {clock}, quartiles in brackets; others used {busy:.0%} of the machine in the "
-        f"median round (load before: {found['machine']['load_before'][0]:.1f}). {machine_text(found['machine'])}\n\n"
+        f"median round (load then: {found['machine']['load_before'][0]:.1f}). {machine_text(found['machine'])}\n\n"
         f"{markdown(shown, COLUMNS)}\n\n"
         f"*Pulls* are products with Jᵀ, the one that gives the parameters' gradient included. The best peer is {peer}. "
-        f"Target: {TARGET:g} times faster. {best} is {ours[best]:.2f} times faster: "
+        f"Target: {TARGET:g} times its speed. The best of ours, {best}, has {ours[best]:.2f} times its speed: "
         f"{'met' if met else 'missed'}.\n"
     ), met
 
