@@ -63,7 +63,7 @@ def test_the_lowest_versions_are_pins(check):
 def test_the_lowest_versions_of_everything_are_those_of_every_extra_in_it(check):
     pins = check.oldest("all")
     assert len(pins) == len(set(pins))
-    assert set(check.oldest("torch", "nnx", "equinox", "study", "monitor")) == set(pins)
+    assert set(check.oldest("torch", "nnx", "equinox", "study", "monitor")) <= set(pins)
     assert {pin.partition("==")[0] for pin in pins} > {"torch", "jax", "flax", "equinox", "tensorboard", "jinja2"}
     assert all("==" in pin and "deqcore" not in pin for pin in pins)
 
