@@ -78,7 +78,17 @@ class DEQ(eqx.Module):
         return self.solve(*inputs, z0=z0, until=until).value
 
     def solve(self, *inputs: Any, z0: Any = None, until: Rule | None = None, **overrides: object) -> Solution:
-        """The same with everything that is known of the solve; `overrides` are settings of this call."""
+        """The same with everything that is known of the solve.
+
+        Args:
+            *inputs: what the cell takes beside z.
+            z0: initial state; default: see the class.
+            until: when a sample halts before it has converged.
+            **overrides: settings of this call.
+
+        Raises:
+            ProblemError: the cell returned something that is not like z, or changed its own state.
+        """
         norms = _training_norms(self.cell)
         if norms and not self.inference:
             warnings.warn(f"{batch_norm_text(norms)}equinox.nn.inference_mode.", LayerWarning, stacklevel=3)

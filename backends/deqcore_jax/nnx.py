@@ -43,7 +43,6 @@ class DEQ(nnx.Module):
     Example:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
-    from flax.errors import TraceContextError
         >>> from deqcore_jax.nnx import DEQ
         >>> class Cell(nnx.Module):
         ...     def __init__(self, width, rngs):
@@ -79,7 +78,17 @@ class DEQ(nnx.Module):
         return self.solve(*inputs, z0=z0, until=until).value
 
     def solve(self, *inputs: Any, z0: Any = None, until: Rule | None = None, **overrides: object) -> Solution:
-        """The same with everything that is known of the solve; `overrides` are settings of this call."""
+        """The same with everything that is known of the solve.
+
+        Args:
+            *inputs: what the cell takes beside z.
+            z0: initial state; default: see the class.
+            until: when a sample halts before it has converged.
+            **overrides: settings of this call.
+
+        Raises:
+            ProblemError: the cell returned something that is not like z, or changed its own state.
+        """
         try:
             return solve(self.cell, self.settings, not self.deterministic, z0, inputs, overrides, until)
         except TraceContextError as error:

@@ -69,7 +69,7 @@ class PlainBackend(Backend):
         return forward.fz, forward, None
 
 
-plugins.register(plugins.BackendSpec("plain", f"{__name__}:PlainBackend", package="numpy", array_modules=("numpy",)))
+plugins.register(plugins.BackendSpec("plain", f"{__name__}:PlainBackend", array_modules=("numpy",)))
 
 
 class TestPlainBackend(BackendTests):
