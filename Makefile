@@ -46,7 +46,7 @@ plugins: $(STAMP)
 
 # The planted faults against the whole suite, and random mutants (an hour; `make test` runs each fault's own check).
 faults: $(STAMP)
-	$(BIN)/python tests/faults/run.py --matrix --mutants 100 --json docs/conformance/faults.json
+	$(BIN)/python tests/faults/run.py --matrix --mutants 100 --json docs/conformance/faults.json --resume
 
 # The site, into build/site; its code blocks are run by `make unit`.
 docs: $(STAMP)

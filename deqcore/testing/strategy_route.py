@@ -214,9 +214,11 @@ class RouteTests(Conformance):
         name, _ = self._budget(strategy)
         if not name:
             pytest.skip("the strategy has no budget")
-        short = dataclasses.replace(strategy, **{name: 2})  # type: ignore[type-var]
-        _, report = route(kit, short, affine(norm=0.95), cotangent())
-        assert report.pulls.max() <= 2 * 2 + 1, f"{report.pulls} pulls for {name} = 2 (once more for a fallback)"
+        for budget, (problem, g) in ((2, (affine(norm=0.95), cotangent())), (4, unlike())):
+            short = dataclasses.replace(strategy, **{name: budget})  # type: ignore[type-var]
+            _, report = route(kit, short, problem, g)
+            most = 2 * budget if getattr(strategy, "fallback", "none") == "exact-ift" else budget
+            assert report.pulls.max() <= most + 1, f"{report.pulls} pulls for {name} = {budget}"
 
     def _budget(self, strategy: Strategy) -> tuple[str, int]:
         names = ("max_steps", "refine_steps", "terms", "steps")

@@ -14,7 +14,7 @@ from deqcore.testing.processes import environment
 from deqcore.testing.runner import Outcome, Request, arguments
 
 PLANTING = Path(__file__).with_name("planting.py")
-TIMEOUT = 300.0
+TIMEOUT = 600.0  # of a check that takes seconds, on a machine with much else to do
 
 
 def source_of(module: str) -> str:

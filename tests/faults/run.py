@@ -1,6 +1,6 @@
 """`make faults`: the full matrix of planted faults, and random mutants, with the survivors listed.
 
-python tests/faults/run.py [--mutants N] [--seed S] [--again FILE] [--matrix] [--json FILE]
+python tests/faults/run.py [--mutants N] [--seed S] [--again FILE] [--matrix] [--only TEXT] [--json FILE] [--resume]
 
 A check that fails what is not faulty would call every mutant caught (two of them did for a while): each is first run
 against the code as it is.
@@ -9,6 +9,7 @@ against the code as it is.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import sys
@@ -59,6 +60,7 @@ ANDERSON = checks(
     ({"mixing": 0.5}, {"affine": 10, "expansive": 12, "monotone": 15, "tree": 33}),
     ({"growth": 1.5, "memory": 3}, {"affine": 28, "expansive": 28, "overshoot": 19, "tree": 41}),
 )
+ANDERSON += checks("solver", "anderson", backend="strict")  # where samples that are done stay in the batch
 BROYDEN = checks(
     "solver",
     "broyden",
@@ -68,6 +70,7 @@ BROYDEN = checks(
     ({"growth": 2.0}, {"affine": 14, "expansive": 21, "monotone": 19, "overshoot": 15, "slow-modes": 43}),
     ({"growth": 2.0, "memory": 5}, {"affine": 29, "expansive": 41, "overshoot": 18, "slow-modes": 160}),
 )
+BROYDEN += checks("solver", "broyden", backend="strict")
 EXACT = checks(
     "strategy",
     "exact-ift",
@@ -128,43 +131,72 @@ def judged(module: str, source: str) -> str:
     return ""
 
 
-def run_mutants(count: int, seed: int, again: Path | None, workers: int) -> dict[str, object]:
+class Results:
+    """What was found so far, kept in a file after each step, so that a run of an hour can be gone on with."""
+
+    def __init__(self, path: Path | None, resume: bool) -> None:
+        self.path = path
+        sources = sorted(Path(deqcore.__file__).parent.rglob("*.py"))
+        digest = hashlib.sha256(b"".join(each.read_bytes() for each in sources)).hexdigest()[:16]
+        self.found: dict[str, dict[str, object]] = {"of": {"deqcore": digest}, "mutants": {}, "matrix": {}}
+        if resume and path is not None and path.exists():
+            before = json.loads(path.read_text())
+            if before.get("of") == self.found["of"]:
+                self.found = before
+            else:
+                print(f"{path} was written for another state of deqcore: begun anew.")
+
+    def keep(self, part: str, name: str, value: object) -> None:
+        self.found[part][name] = value
+        if self.path is not None:
+            self.path.write_text(json.dumps(self.found, indent=1, ensure_ascii=False) + "\n")
+
+
+def run_mutants(count: int, seed: int, again: Path | None, workers: int, results: Results) -> float:
+    """The share of a sample that is caught; mutants of an earlier sample in `again` only if they survived there."""
     everything = mutants.mutants(mutants.modules(Path(deqcore.__file__).parent))
     chosen = mutants.random.Random(seed).sample(everything, min(count, len(everything)))
     drawn = len(chosen)
     if again is not None:  # what was caught once is taken for caught: checks are only ever added
-        left = json.loads(again.read_text())["survivors"]
+        left = {name for name, caught in json.loads(again.read_text())["mutants"].items() if not caught}
         chosen = [mutant for mutant in chosen if str(mutant) in left]
-    survivors, start = [], time.perf_counter()
+    known = results.found["mutants"]
+    start = time.perf_counter()
+    todo = [mutant for mutant in chosen if str(mutant) not in known]
     with ThreadPoolExecutor(workers) as pool:
-        modules = sorted({mutant.module for mutant in chosen})
+        modules = sorted({mutant.module for mutant in todo})
         for module, failed in zip(modules, pool.map(judged, modules, map(checking.source_of, modules)), strict=True):
             if failed:
                 raise SystemExit(f"A check fails {module} as it is, and so would any mutant of it: {failed}")
-        for number, (mutant, caught) in enumerate(zip(chosen, pool.map(judge, chosen), strict=True), 1):
+        for number, (mutant, caught) in enumerate(zip(todo, pool.map(judge, todo), strict=True), 1):
             print(f"{number:3d} {'caught  ' if caught else 'SURVIVED'} {mutant}   {caught}", flush=True)
-            if not caught:
-                survivors.append(str(mutant))
+            results.keep("mutants", str(mutant), caught)
+    survivors = [str(mutant) for mutant in chosen if not known[str(mutant)]]
     share = 1 - len(survivors) / drawn
     seconds = time.perf_counter() - start
     print(f"\n{drawn} of {len(everything)} mutants, seed {seed}: {share:.0%} caught ({seconds:.0f} s). Left:")
     print("\n".join(survivors) or "none")
-    return {"mutants": drawn, "seed": seed, "caught": share, "survivors": survivors}
+    return share
 
 
-def run_matrix() -> dict[str, object]:
-    """Every fault against every check of its subject: how many of them notice, and whether one does."""
-    missed: list[str] = []
-    for fault in planted.FAULTS:
-        text = fault.planted(checking.source_of(fault.where))
+def run_matrix(only: str, results: Results) -> list[str]:
+    """Every fault against every check of its subject: how many of them notice. Those that none notices."""
+    faults = [fault for fault in planted.FAULTS if only in fault.name]
+    if not faults:
+        raise SystemExit(f"--only {only!r}: no planted fault is called so.")
+    known = results.found["matrix"]
+    for fault in faults:
+        if fault.name in known:
+            continue
+        source = fault.planted(checking.source_of(fault.where))
         request = Request(fault.request.kind, fault.request.name, options=fault.request.options)
-        outcomes = checking.check(fault.where, text, request, fault.backend)
+        outcomes = checking.check(fault.where, source, request, fault.backend)
         failed = list(dict.fromkeys(each.check for each in outcomes if each.outcome == "failed"))
         print(f"{len(failed):3d} checks fail: {fault.name} ({', '.join(failed[:4])})", flush=True)
-        if fault.test not in failed:
-            missed.append(fault.name)
-    print(f"\n{len(planted.FAULTS) - len(missed)} of {len(planted.FAULTS)} planted faults caught.")
-    return {"faults": len(planted.FAULTS), "missed": missed}
+        results.keep("matrix", fault.name, failed)
+    missed = [fault.name for fault in faults if fault.test not in known[fault.name]]
+    print(f"\n{len(faults) - len(missed)} of {len(faults)} planted faults caught. Missed: {missed or 'none'}")
+    return missed
 
 
 def main(arguments: Iterable[str] | None = None) -> int:
@@ -174,14 +206,14 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser.add_argument("--again", type=Path, help="only the survivors that this file of an earlier run lists")
     parser.add_argument("--workers", type=int, default=2, help="processes at a time")
     parser.add_argument("--matrix", action="store_true", help="the planted faults against the whole suite, too")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", default="", help="of the matrix: faults whose name has this text")
+    parser.add_argument("--json", type=Path, help="keep what was found in this file, after each step")
+    parser.add_argument("--resume", action="store_true", help="go on with what --json has")
     given = parser.parse_args(arguments)
-    found = run_mutants(given.mutants, given.seed, given.again, given.workers) if given.mutants else {"caught": 1.0}
-    if given.matrix:
-        found |= run_matrix()
-    if given.json:
-        given.json.write_text(json.dumps(found, indent=2))
-    return int(float(str(found["caught"])) < 0.85 or bool(found.get("missed")))
+    results = Results(given.json, given.resume)
+    missed = run_matrix(given.only, results) if given.matrix else []
+    share = run_mutants(given.mutants, given.seed, given.again, given.workers, results) if given.mutants else 1.0
+    return int(share < 0.85 or bool(missed))
 
 
 if __name__ == "__main__":
