@@ -44,7 +44,7 @@ bench: $(STAMP)
 plugins: $(STAMP)
 	$(BIN)/python examples/plugins/check.py
 
-# The planted faults against the whole suite, and random mutants (an hour; `make test` runs each fault's own check).
+# The planted faults against the whole suite, and random mutants (`make test` runs each fault's own check).
 faults: $(STAMP)
 	$(BIN)/python tests/faults/run.py --matrix --mutants 100 --json docs/conformance/faults.json --resume
 

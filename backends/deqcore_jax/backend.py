@@ -109,15 +109,7 @@ class JaxBackend(Backend):
         return small.solve_positive(a, b)
 
     def least_singular_value(self, a: Any, columns: Any) -> Any:
-        few = small.UNROLLED
-        if a.shape[2] <= 2 * few:
-            return small.least_singular_value(a)
-        return lax.cond(
-            columns <= few,
-            lambda a: small.least_singular_value(a[:, : few + 1, :few]),
-            small.least_singular_value,
-            a,
-        )
+        return small.least_singular_value(a, columns)
 
     def history(self, like: Any, memory: int, dtype: str | None = None) -> JaxHistory:
         return JaxHistory.empty(like, memory, jnp.dtype(dtype) if dtype else None, wide())

@@ -113,12 +113,17 @@ def _eliminate(a: Any, b: Any) -> Any:
     return jnp.take_along_axis(m[:, :, k:], order[:, :, None], axis=1)
 
 
-def least_singular_value(a: Any) -> Any:
+def least_singular_value(a: Any, columns: Any = None) -> Any:
     """1/‖R^-1‖ of `a` `(batch, m, k)` = Q R, zero where R is singular.
+
+    Where `columns` says that few are in use (see `Backend.least_singular_value`) only these are looked at.
 
     The norm of R^-1 is the square root of the largest eigenvalue of its Gram matrix, which rounding does not hurt (that
     of `a` would lose the least). Squared again and again, the Gram matrix is all in that eigenvector.
     """
+    if columns is not None and a.shape[2] > 2 * UNROLLED:
+        few = a[:, : UNROLLED + 1, :UNROLLED]
+        return lax.cond(columns <= UNROLLED, lambda: least_singular_value(few), lambda: least_singular_value(a))
     eye = jnp.broadcast_to(jnp.eye(a.shape[2], dtype=a.dtype), (a.shape[0], a.shape[2], a.shape[2]))
     inverse = _substitute(_triangle(a), eye)
     scale = jnp.max(jnp.abs(inverse), axis=(1, 2), keepdims=True)

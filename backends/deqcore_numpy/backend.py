@@ -6,14 +6,13 @@ It has no autodiff tape. Jacobians are dense (complex step or central difference
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
 import numpy as np
-import optree
 
-from deqcore.backend import Backend, BackwardRecord, Capabilities, Carry, Map
+from deqcore.backend import Backend, BackwardRecord, Capabilities, Map
 from deqcore.driver import Forward
 from deqcore.errors import ConfigError, ProblemError
 from deqcore.strategy import Adjoint
@@ -45,21 +44,6 @@ class NumpyBackend(Backend):
     def to_numpy(self, x: Any) -> Any:
         return np.asarray(x)
 
-    def flatten(self, tree: Any) -> tuple[list[Any], Any]:
-        return optree.tree_flatten(tree)
-
-    def unflatten(self, structure: Any, leaves: Sequence[Any]) -> Any:
-        return optree.tree_unflatten(structure, leaves)
-
-    def dtype_name(self, x: Any) -> str:
-        return str(x.dtype)
-
-    def device_of(self, x: Any) -> str:
-        return "cpu"
-
-    def is_traced(self, *leaves: Any) -> bool:
-        return False
-
     def widened(self) -> bool:
         return is_differencing()
 
@@ -88,12 +72,6 @@ class NumpyBackend(Backend):
     def norm(self, v: Any) -> Any:
         dtype = np.promote_types(v.dtype, np.float32)
         return np.linalg.norm(v.astype(dtype, copy=False), axis=1)
-
-    def inner(self, a: Any, b: Any) -> Any:
-        return np.sum(self.wide(a) * self.wide(b), axis=1)
-
-    def select(self, mask: Any, new: Any, old: Any) -> Any:
-        return np.where(mask.reshape(-1, *[1] * (np.ndim(new) - 1)), new, old)
 
     def put(self, x: Any, rows: Any, part: Any) -> Any:
         x = x.copy()
@@ -125,22 +103,6 @@ class NumpyBackend(Backend):
         batch, n = like.shape
         storage = np.zeros((batch, memory, n), dtype or like.dtype)
         return NumpyHistory(storage, np.zeros((batch, memory), bool), like.dtype)
-
-    def loop(
-        self,
-        running: Callable[[Carry], Any],
-        body: Callable[[Carry], Carry],
-        carry: Carry,
-        steps: Any,
-        check_every: int | str = "auto",
-    ) -> Carry:
-        every = 1 if check_every == "auto" else int(check_every)
-        with self.quiet():
-            for step in range(int(steps)):
-                if step % every == 0 and not running(carry):
-                    break
-                carry = body(carry)
-        return carry
 
     def linearize(self, f: Map, z: Any) -> tuple[Any, Map]:
         if rows_are_independent(f, z):

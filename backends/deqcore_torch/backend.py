@@ -64,9 +64,6 @@ class TorchBackend(Backend):
     def device_of(self, x: Tensor) -> torch.device:
         return x.device
 
-    def is_traced(self, *leaves: Any) -> bool:
-        return False
-
     def autocasting(self, x: Tensor) -> bool:
         return torch.is_autocast_enabled(x.device.type)
 

@@ -114,3 +114,15 @@ def test_least_singular_values_against_numpy(m, k):
     np.testing.assert_allclose(found, expected, rtol=5e-3)
     a[0, :, 0] = 0.0
     assert small.least_singular_value(jnp.asarray(a, jnp.float32))[0] == 0.0
+
+
+@pytest.mark.parametrize("columns", [1, 5, 8, 9, 30])
+def test_columns_that_are_not_in_use_change_no_least_singular_value(columns):
+    rng = np.random.default_rng(columns)
+    a = np.zeros((4, 41, 40))
+    a[:, : columns + 1, :columns] = rng.standard_normal((4, columns + 1, columns))
+    unused = np.arange(columns, 40)
+    a[:, unused + 1, unused] = np.linalg.norm(a, axis=(1, 2))[:, None]
+    expected = np.linalg.svd(a, compute_uv=False)[:, -1]
+    found = jax.jit(small.least_singular_value)(jnp.asarray(a, jnp.float32), jnp.int32(columns))
+    np.testing.assert_allclose(found, expected, rtol=5e-3)

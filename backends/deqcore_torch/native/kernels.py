@@ -254,8 +254,7 @@ def broyden(
             g = ahead[b]  # for now: where products find it in the cache
             _subtract(fz[b], z[b], g)
             next_norm[b] = _norm(g)
-            for low in range(0, g.shape[0], BLOCK):
-                _copy(g[low : low + BLOCK], _part(basis, per_chunk, slot, b, z, low))
+            _stored(basis, per_chunk, slot, b, z, fz[b], z[b])
             count = _slots(seen[b], used, slots)
             _products(basis, per_chunk, slots, count, g, b, z, d[j])
             _copy(d[j], gram[slot, b])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -37,18 +37,6 @@ class StrictBackend(Backend):
 
     def to_numpy(self, x: Array) -> Any:
         return np.array(unwrap(x))
-
-    def flatten(self, tree: Any) -> tuple[list[Any], Any]:
-        return self.numpy.flatten(tree)
-
-    def unflatten(self, structure: Any, leaves: Sequence[Any]) -> Any:
-        return self.numpy.unflatten(structure, leaves)
-
-    def dtype_name(self, x: Array) -> str:
-        return str(x.dtype)
-
-    def device_of(self, x: Array) -> Any:
-        return "cpu"
 
     def is_traced(self, *leaves: Any) -> bool:
         return any(isinstance(leaf, StrictArray) for leaf in self.flatten(leaves)[0])
