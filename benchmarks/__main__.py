@@ -111,7 +111,7 @@ def _measure(name: str, threads: int, quick: bool) -> dict[str, Any]:
     found = _run(section, framework, threads, quick)
     elapsed = round(time.perf_counter() - start, 1)
     _say(f"{name}: {elapsed} s")
-    return {"machine": machine, "threads": threads, "commit": _commit(), "seconds": elapsed, **found}
+    return {"machine": machine, "threads": threads, "commit": commit(), "seconds": elapsed, **found}
 
 
 def _run(section: str, framework: str, threads: int, quick: bool) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def _run(section: str, framework: str, threads: int, quick: bool) -> dict[str, A
         return found
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit measured, with a + where the tree had changes of its own."""
     try:
         told = subprocess.run(

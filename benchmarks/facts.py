@@ -172,11 +172,12 @@ def newton_on_expansive(quick: bool) -> Facts:
     return result
 
 
-def fixed_cost(quick: bool) -> Facts:
+def fixed_cost(quick: bool, device: str = "cpu") -> Facts:
     """Milliseconds of a call and of a step where f costs next to nothing: a tanh cell, 4×16."""
+    block = torch_harness(device).block
     generator = torch.Generator().manual_seed(0)
-    w = 0.2 * torch.randn(16, 16, generator=generator)
-    x = torch.randn(4, 16, generator=generator)
+    w = 0.2 * torch.randn(16, 16, generator=generator).to(device)
+    x = torch.randn(4, 16, generator=generator).to(device)
 
     def f(z: Tensor) -> Tensor:
         return torch.tanh(z @ w + x)
@@ -190,14 +191,14 @@ def fixed_cost(quick: bool) -> Facts:
 
         def run() -> None:
             with torch.no_grad():
-                deqcore.fixed_point(f, torch.zeros_like(x), config=config)
+                block(deqcore.fixed_point(f, torch.zeros_like(x), config=config).value)
 
         run()
         return run
 
     solvers = ("picard", "anderson", "broyden")
     tasks = {f"{solver} {steps}": task(solver, steps) for solver in solvers for steps in (FEW, MANY)}
-    times = interleave(tasks, lambda: f(x), rounds=3 if quick else 15, budget=2.0 if quick else 15.0)
+    times = interleave(tasks, lambda: block(f(x)), rounds=3 if quick else 15, budget=2.0 if quick else 15.0)
     result: Facts = {"f": {"ms": 1e3 * statistics.median(times.reference[f"picard {FEW}"])}}
     for solver in solvers:
         pairs = zip(times.seconds[f"{solver} {FEW}"], times.seconds[f"{solver} {MANY}"], strict=True)

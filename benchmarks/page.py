@@ -50,7 +50,7 @@ def write(results: Mapping[str, Any], out: Path) -> None:
     if found.steps:
         parts += [
             "## A training step (PyTorch, convolutional block)",
-            markdown(_steps(found.steps.values()), STEP_COLUMNS),
+            markdown(step_cells(found.steps.values()), STEP_COLUMNS),
         ]
     parts += ["## How it was measured", NOTES]
     (out / "index.md").write_text("\n\n".join(parts) + "\n")
@@ -89,7 +89,9 @@ def _framework(found: Results, framework: str, title: str, pictures: Mapping[str
     return [f"## {title}", listed, markdown(cells(row) for row in rows), *shown]
 
 
-def _steps(steps: Iterable[Step]) -> list[dict[str, str]]:
+def step_cells(steps: Iterable[Step]) -> list[dict[str, str]]:
+    """The table's rows, by `STEP_COLUMNS`."""
+
     def ms(seconds: Sequence[float]) -> Spread | None:
         return Spread.of([1e3 * each for each in seconds]) if seconds else None
 

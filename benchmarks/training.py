@@ -101,36 +101,60 @@ class Defaults(Ours):
         self.config = Config(backend="torch", forward={"rtol": rtol, "max_steps": STEPS, "on_failure": "ignore"})
 
 
-def training(harness: Harness, *, rounds: int, budget: float, quick: bool, say: Callable[[str], object]) -> list[Step]:
-    """Measure a training step of every layer, interleaved, at equal forward residual."""
+def training(
+    harness: Harness,
+    *,
+    rounds: int,
+    budget: float,
+    quick: bool,
+    say: Callable[[str], object],
+    failed: dict[str, str] | None = None,
+) -> list[Step]:
+    """Measure a training step of every layer, interleaved, at equal forward residual.
+
+    `failed`: is told what a layer raised, by its name, and the others go on; without it the first error ends it.
+    """
     ready = harness.ready(case("conv", quick))
     for parameter in ready.params.values():
         parameter.requires_grad_()
-    loss = Loss(ready)
+    loss = Loss(ready, harness.block)
     exact = loss.gradient(Ours("broyden", "exact-ift", 1e-6, rtol=1e-6, max_steps=100), ready)
     steps: list[Step] = []
     tasks: dict[str, Callable[[], object]] = {}
     for name, (make, note) in layers(ready).items():
         say(f"training: {name}")
-        layer = make(_equal_tolerance(ready, make))
-        steps.append(_counted(name, note, layer, ready, loss, exact))
-        tasks[name] = loss.timed(layer, ready)
+        try:
+            layer = make(_equal_tolerance(ready, make))
+            step, task = _counted(name, note, layer, ready, loss, exact), loss.timed(layer, ready)
+        except Exception as error:
+            if failed is None:
+                raise
+            failed[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            continue
+        steps.append(step)
+        tasks[name] = task
+    if not tasks:
+        return steps
     say("training: timing")
     with torch.no_grad():
         start = ready.f(ready.inputs, ready.params, ready.inputs)
 
     def reference() -> None:
         with torch.no_grad():
-            ready.f(start, ready.params, ready.inputs)
+            for _ in range(harness.queued):
+                image = ready.f(start, ready.params, ready.inputs)
+            harness.block(image)
 
     times = interleave(tasks, reference, rounds=rounds, budget=budget)
-    return [_split(step, times.returned[step.layer], times.reference[step.layer], times.disturbance) for step in steps]
+    reference_of = {name: [each / harness.queued for each in beside] for name, beside in times.reference.items()}
+    return [_split(step, times.returned[step.layer], reference_of[step.layer], times.disturbance) for step in steps]
 
 
 class Loss:
     """A linear loss with fixed weights, and how a step of it is run."""
 
-    def __init__(self, ready: Ready) -> None:
+    def __init__(self, ready: Ready, wait: Callable[[Tensor], object]) -> None:
+        self.wait = wait
         rng = np.random.default_rng(0)
         self.weights = torch.from_numpy(rng.standard_normal(tuple(ready.z0.shape))).to(ready.z0)
 
@@ -149,8 +173,10 @@ class Loss:
         def run() -> tuple[float, float]:
             start = time.perf_counter()
             value = self(layer(ready).value)
+            self.wait(value)
             middle = time.perf_counter()
-            torch.autograd.grad(value, parameters)
+            found = torch.autograd.grad(value, parameters)
+            self.wait(found[0])
             return middle - start, time.perf_counter() - middle
 
         run()

@@ -13,7 +13,6 @@ import numpy as np
 from deqcore.backend import Array
 from deqcore.bench.cases import Case
 from deqcore.bench.harness import Contender, Harness, Outcome, Ready, Solve, residuals
-from deqcore.bench.machine import peak_memory
 from deqcore.bench.rows import Row
 from deqcore.bench.timing import Clock, Rounds, interleave
 from deqcore.errors import DtypeToleranceWarning
@@ -90,21 +89,21 @@ def _compare(
         return rows
     say(f"{harness.name}: {case.name}: timing")
     found = interleave(tasks, evaluation(harness, ready), rounds=rounds, budget=budget, clock=clock)
-    return [_timed(row, found) if row.contender in tasks else row for row in rows]
+    return [_timed(row, found, harness.queued) if row.contender in tasks else row for row in rows]
 
 
-def _timed(row: Row, found: Rounds) -> Row:
+def _timed(row: Row, found: Rounds, queued: int) -> Row:
     return replace(
         row,
         seconds=found.seconds[row.contender],
-        reference=found.reference[row.contender],
+        reference=[each / queued for each in found.reference[row.contender]],
         disturbance=found.disturbance,
         dropped=found.dropped,
     )
 
 
 def _failed(harness: Harness, ready: Ready, contender: Contender, error: Exception) -> Row:
-    unknown, state = float("nan"), int(harness.to_numpy(ready.z0).nbytes)
+    unknown = float("nan")
     text = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return Row(
         framework=harness.name,
@@ -117,19 +116,21 @@ def _failed(harness: Harness, ready: Ready, contender: Contender, error: Excepti
         tolerance=unknown,
         first_seconds=unknown,
         memory=None,
-        state=state,
+        state=_bytes(harness, ready.z0),
         error=text,
     )
 
 
 def evaluation(harness: Harness, ready: Ready) -> Callable[[], object]:
-    """One stand-alone evaluation of f at a point that is not special, to time."""
+    """`harness.queued` stand-alone evaluations of f at a point that is not special, to time."""
     compiled = harness.jit(ready.f)
     z = ready.f(ready.z0, ready.params, ready.inputs)
 
     def run() -> None:
         with harness.quiet():
-            harness.block(compiled(z, ready.params, ready.inputs))
+            for _ in range(harness.queued):
+                image = compiled(z, ready.params, ready.inputs)
+            harness.block(image)
 
     run()
     return run
@@ -160,10 +161,15 @@ def _settle(harness: Harness, ready: Ready, contender: Contender, memory: bool) 
         reached=reached,
         tolerance=tolerance,
         first_seconds=first,
-        memory=peak_memory(run) if memory and reached else None,
-        state=int(harness.to_numpy(ready.z0).nbytes),
+        memory=harness.peak(run) if memory and reached else None,
+        state=_bytes(harness, ready.z0),
     )
     return row, run
+
+
+def _bytes(harness: Harness, z: Array) -> int:
+    """Of a state as the framework holds it, where it says so: NumPy knows no bfloat16."""
+    return int(getattr(z, "nbytes", None) or harness.to_numpy(z).nbytes)
 
 
 def _seconds(solve: Solve, tolerance: float) -> float:

@@ -14,6 +14,7 @@ import numpy as np
 import deqcore
 from deqcore.backend import Array, Backend, Tree
 from deqcore.bench.cases import Case
+from deqcore.bench.machine import peak_memory
 from deqcore.config import Config
 from deqcore.errors import ProblemError, listing
 from deqcore.testing.problem import rebuild
@@ -40,6 +41,9 @@ class Harness:
         quiet: context in which no gradient is recorded.
         traced: f runs inside compiled code, so its calls cannot be counted from outside.
         package: the framework's distribution, for reports.
+        relative: ‖f(z) − z‖ / ‖f(z)‖ per sample in float64, from z and f(z); None: on the host.
+        peak: bytes by which memory grew while a task ran; None where unknown.
+        queued: evaluations of f in a row before one waits for them, when f alone is timed.
     """
 
     name: str
@@ -51,6 +55,9 @@ class Harness:
     quiet: Callable[[], AbstractContextManager[Any]] = nullcontext
     traced: bool = False
     package: str | None = None
+    relative: Callable[[Array, Array], Any] | None = None
+    peak: Callable[[Callable[[], object]], int | None] = peak_memory
+    queued: int = 1
 
     @classmethod
     def of(cls, backend: Backend, package: str | None) -> Harness:
@@ -222,5 +229,7 @@ def residuals(harness: Harness, ready: Ready, value: Array) -> Any:
     """‖f(z) − z‖ / ‖f(z)‖ per sample, in float64, `(batch,)`: the one norm that all contenders are measured in."""
     with harness.quiet():
         image = ready.f(value, ready.params, ready.inputs)
+        if harness.relative is not None:
+            return harness.relative(value, image)
     z, fz = (np.asarray(harness.to_numpy(a), np.float64).reshape(len(a), -1) for a in (value, image))
     return np.linalg.norm(fz - z, axis=1) / np.maximum(np.linalg.norm(fz, axis=1), 1e-300)

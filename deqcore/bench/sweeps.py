@@ -93,7 +93,7 @@ def points(
                     counts[name][0],
                     float(residuals(harness, ready, counts[name][1]).max()),
                     _median(times.seconds[name]),
-                    _median(times.reference[name]),
+                    _median(times.reference[name]) / harness.queued,
                 )
             )
     return found

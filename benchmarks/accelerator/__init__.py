@@ -1,0 +1,1 @@
+"""deqcore beside its peers on a CUDA device: `python -m benchmarks.accelerator`."""
