@@ -53,16 +53,19 @@ class JaxOps:
 
 
 class JaxTrainer(Trainer):
-    """Adam on a model, on JAX's default device.
+    """Adam on a model, on JAX's default device if no other is asked for.
 
     Forward and backward are compiled apart, so that each can be timed: the first returns the pullback as data.
     """
 
-    def __init__(self, model: Model, weights: Weights, config: Config) -> None:
+    def __init__(self, model: Model, weights: Weights, config: Config, device: str = "auto") -> None:
+        like = jnp.zeros(1)
+        placed = like if device == "auto" else deqcore.get_backend(config).place(like, device)
+        (self._device,) = placed.devices()
         self._ops = JaxOps()
         self._model = model
         self._config = config
-        self._weights = {name: jnp.array(weights[name]) for name in sorted(weights)}
+        self._weights = {name: self._move(weights[name]) for name in sorted(weights)}
         self._adam = optax.scale_by_adam(BETA1, BETA2, EPSILON)
         self._state = self._adam.init(self._weights)
         self._forward = jax.jit(self._pullback, static_argnames="config")
@@ -70,6 +73,9 @@ class JaxTrainer(Trainer):
         self._update = jax.jit(self._updated)
         self._predict = jax.jit(self._logits)
         self._solved = jax.jit(self._at, static_argnames="config")
+
+    def device(self) -> str:
+        return "cpu" if self._device.platform == "cpu" else str(self._device.device_kind)
 
     def warm_up(self, x: Numbers, y: Numbers, count: int) -> None:
         gradient, _ = self._gradient(x, y, self._config)
@@ -109,15 +115,19 @@ class JaxTrainer(Trainer):
 
     def restore(self, saved: Weights) -> None:
         def tree(prefix: str) -> dict[str, Any]:
-            return {name: jnp.array(saved[f"{prefix}.{name}"]) for name in self._weights}
+            return {name: self._move(saved[f"{prefix}.{name}"]) for name in self._weights}
 
         self._weights = tree("weight")
-        self._state = type(self._state)(jnp.array(saved["adam.count"]), tree("adam.mu"), tree("adam.nu"))
+        self._state = type(self._state)(self._move(saved["adam.count"]), tree("adam.mu"), tree("adam.nu"))
 
     def peak(self) -> int | None:
         # JAX cannot start the measurement anew: the peak is that of the whole process.
-        found = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-        return None if found is None or jax.default_backend() == "cpu" else int(found)
+        found = (self._device.memory_stats() or {}).get("peak_bytes_in_use")
+        return None if found is None or self._device.platform == "cpu" else int(found)
+
+    def _move(self, a: Numbers) -> Any:
+        """A copy on the device; what is computed with it stays there."""
+        return jax.device_put(np.array(a), self._device)
 
     def _gradient(self, x: Numbers, y: Numbers, config: Config) -> tuple[Any, float]:
         loss, pull, _ = self._forward(self._weights, jnp.asarray(_narrow(x)), jnp.asarray(_narrow(y)), config=config)

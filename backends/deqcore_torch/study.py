@@ -49,15 +49,20 @@ class TorchOps:
 
 
 class TorchTrainer(Trainer):
-    """Adam on a model, on the GPU if there is one."""
+    """Adam on a model, on the GPU if there is one and no other device is asked for."""
 
-    def __init__(self, model: Model, weights: Weights, config: Config) -> None:
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(self, model: Model, weights: Weights, config: Config, device: str = "auto") -> None:
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = deqcore.get_backend(config).place(torch.zeros(1), device).device
         self._ops = TorchOps()
         self._model = model
         self._config = config
         self._weights = {name: self._move(weights[name].copy()).requires_grad_() for name in sorted(weights)}
         self._adam = torch.optim.Adam(self._weights.values(), lr=0.0, betas=(BETA1, BETA2), eps=EPSILON)
+
+    def device(self) -> str:
+        return torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else str(self._device)
 
     def warm_up(self, x: Numbers, y: Numbers, count: int) -> None:
         for _ in range(2):
@@ -112,10 +117,10 @@ class TorchTrainer(Trainer):
 
     def reset_peak(self) -> None:
         if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats(self._device)
 
     def peak(self) -> int | None:
-        return torch.cuda.max_memory_allocated() if self._device.type == "cuda" else None
+        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None
 
     def _solve(self, x: Tensor, config: Config) -> tuple[Any, Solution | None]:
         model, ops, weights = self._model, self._ops, self._weights
@@ -150,5 +155,5 @@ class TorchTrainer(Trainer):
 
     def _now(self) -> float:
         if self._device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self._device)
         return time.perf_counter()

@@ -24,6 +24,9 @@ def command(
     backend: Annotated[
         list[str] | None, typer.Option(help="torch, jax, or any with a trainer; may be repeated. Default: the file's.")
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where models live: auto, cpu, cuda, … Default: the file's.")
+    ] = None,
     language: Annotated[str | None, typer.Option(help="Of the report: en or ja.")] = None,
     data: Annotated[str | None, typer.Option(help="Your own data, module:function; gives a Dataset.")] = None,
     model: Annotated[str | None, typer.Option(help="Your own model, module:Class, a deqcore.study Model.")] = None,
@@ -48,14 +51,14 @@ def command(
     asked = Request(
         table=table,
         origin=origin,
-        changes={"backends": backend, "language": language},
+        changes={"backends": backend, "device": device, "language": language},
         out=out,
         data=data,
         model=model,
         jobs=jobs,
         dry_run=dry_run,
         retry=retry,
-        command=shlex.join(_words(file, out, backend, language, data, model)),
+        command=shlex.join(_words(file, out, backend, device, language, data, model)),
         executor="ray" if executor == "ray" else "local",
     )
     console = Console()
@@ -80,6 +83,6 @@ def _words(file: Path | None, out: Path | None, backend: list[str] | None, *rest
     words += ["--out", str(out)] if out else []
     for each in backend or []:
         words += ["--backend", each]
-    for name, value in zip(("--language", "--data", "--model"), rest, strict=True):
+    for name, value in zip(("--device", "--language", "--data", "--model"), rest, strict=True):
         words += [name, value] if value else []
     return words

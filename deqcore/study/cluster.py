@@ -86,9 +86,10 @@ def run(place: Store, cells: Sequence[Cell], watcher: Watcher) -> list[dict[str,
 
 
 def _run(ray: Any, place: Store, waiting: Sequence[Cell], watcher: Watcher) -> None:
-    gpus = 1 if ray.cluster_resources().get("GPU") else 0
+    gpu = bool(ray.cluster_resources().get("GPU"))
     tasks: dict[Any, Cell] = {}
     for cell in waiting:
+        gpus = int(gpu and cell.device != "cpu")
         remote = ray.remote(num_returns="streaming", num_cpus=cell.training.threads, num_gpus=gpus)(train)
         tasks[remote.remote(cell.as_dict(), _files(place.folder(cell)))] = cell
     begun: set[str] = set()

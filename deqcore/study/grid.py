@@ -42,6 +42,7 @@ class Cell:
     max_steps: int
     training: Training
     own: Own = field(default=Own())
+    device: str = "auto"
     drift: Drift = field(default=Drift())
 
     @property
@@ -89,6 +90,7 @@ class Cell:
         plain: dict[str, Any] = {name: getattr(self, name).model_dump() for name in tables}
         numbers = {name: getattr(self, name) for name in ("backend", "rtol", "seed", "max_steps")}
         plain |= numbers | {"own": asdict(self.own)}
+        plain |= {} if self.device == "auto" else {"device": self.device}
         return plain | {"drift": self.drift.model_dump()} if self.drift.rounds > 1 else plain
 
     @classmethod
@@ -104,7 +106,7 @@ class Cell:
         read: dict[str, Any] = {name: table.model_validate(plain[name]) for name, table in tables.items()}
         numbers = {name: plain[name] for name in ("backend", "rtol", "seed", "max_steps")}
         drift = Drift.model_validate(plain.get("drift", {}))
-        return cls(**read, **numbers, own=Own(**plain["own"]), drift=drift)
+        return cls(**read, **numbers, own=Own(**plain["own"]), device=plain.get("device", "auto"), drift=drift)
 
 
 def cells(study: Study, own: Own, backends: tuple[str, ...]) -> list[Cell]:
@@ -140,6 +142,7 @@ def _of_seed(study: Study, own: Own, backends: tuple[str, ...], seed: int) -> It
             "max_steps": study.max_steps,
             "training": study.training,
             "own": own,
+            "device": study.device,
             "drift": study.drift,
         }
         if not find(model.name, own.model).equilibrium:

@@ -124,7 +124,7 @@ class Training:
             )
         self.before = PeakMemory.now()
         self.parameters = sum(value.size for value in weights.values())
-        self.trainer = trainer(model, weights, cell.config())
+        self.trainer = trainer(model, weights, cell.config(), cell.device)
         self.best: dict[str, Any] = self._weights()
         self.history: dict[str, Any] = {
             "epochs": 0,
@@ -291,6 +291,7 @@ class Training:
             "rounds": history["rounds"],
             "best_epoch": history["best_epoch"],
             "parameters": self.parameters,
+            "device": self.trainer.device(),
             "test_samples": int(self.data.test.y.size),
             "warm_up": self.warm_up,
             "times": times(columns),

@@ -13,7 +13,7 @@ from rich.console import Console
 from deqcore import plugins
 from deqcore.bench.machine import describe
 from deqcore.errors import BackendError
-from deqcore.study import cluster, gates, report, table
+from deqcore.study import cluster, device, gates, report, table
 from deqcore.study.grid import Cell, Own, cells
 from deqcore.study.progress import Live
 from deqcore.study.run import run
@@ -70,6 +70,8 @@ def study(request: Request, console: Console) -> None:
     """
     settings = request.settings()
     grid = plan(settings, Own(request.data, request.model))
+    if request.executor == "local":
+        device.check(settings.device, dict.fromkeys(cell.backend for cell in grid))
     slug = re.sub(r"[^\w.-]+", "-", settings.name) or "results"
     place = Store(request.out if request.out is not None else Path(f"study-{slug}"))
     with place.lock():

@@ -32,6 +32,8 @@ def write(root: Path, study: Study, results: Sequence[Mapping[str, Any]], about:
         The rows of the table.
     """
     found = rows(results)
+    devices = sorted({result["device"] for result in results if "device" in result})
+    about = {**about, "machine": {**about["machine"], **({"device": ", ".join(devices)} if devices else {})}}
     verdict = judge(found, study.gates)
     summary = [_summary(row, found) for row in found]
     judged = [gate.as_dict() for gate in verdict.gates]

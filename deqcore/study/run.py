@@ -18,6 +18,11 @@ from deqcore.study.grid import Cell
 from deqcore.study.store import Store, StudyError
 
 LOG: Final = "worker.log"
+GPU: Final = {  # memory as it is needed, since others train there, too; float32 is not rounded to 10 bits
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "NVIDIA_TF32_OVERRIDE": "0",
+    "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+}
 
 
 class Watcher(Protocol):
@@ -157,9 +162,10 @@ def measure(place: Store, cell: Cell, steps: int) -> dict[str, Any]:
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Of a worker: as many threads as the study allows, for every library that would take more."""
+    """Of a worker: as many threads as the study allows, for every library that would take more, and `GPU`."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
     limits = dict.fromkeys(names, str(threads))
+    limits |= {name: os.environ.get(name, value) for name, value in GPU.items()}
     if threads == 1:
         flag = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
         limits["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()

@@ -175,7 +175,12 @@ Data: TypeAlias = tuple[Annotated[DataChoice, BeforeValidator(_named)], ...]
 
 
 class Study(Table):
-    """The whole of `[study]`."""
+    """The whole of `[study]`.
+
+    Attributes:
+        device: where the models live: "cpu", "cuda", "cuda:1", or whatever the backend calls it; "auto" is its GPU if
+            it has one. The attributes that are not listed are named like their key.
+    """
 
     name: str = "digits"
     backends: Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)] = ("auto",)
@@ -192,6 +197,7 @@ class Study(Table):
     )
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_listed), Field(min_length=1)] = (0,)
     max_steps: int = Field(default=40, ge=1)
+    device: str = Field(default="auto", pattern=r"^(auto|[a-z]+(:\d+)?)$")
     language: Literal["en", "ja"] = "en"
     training: Training = Training()
     drift: Drift = Drift()

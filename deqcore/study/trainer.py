@@ -98,11 +98,19 @@ class Trainer(ABC):
         model: what is trained.
         weights: where it starts; copied.
         config: of its solves; names the backend.
+        device: where the weights go; "auto" is the framework's GPU if it has one.
+
+    Raises:
+        BackendError: there is no such device.
     """
 
     @abstractmethod
-    def __init__(self, model: Model, weights: Weights, config: Config) -> None:
+    def __init__(self, model: Model, weights: Weights, config: Config, device: str = "auto") -> None:
         """Copy the weights to the framework."""
+
+    @abstractmethod
+    def device(self) -> str:
+        """What the device is called, for the report: "cpu", or a GPU's model."""
 
     @abstractmethod
     def warm_up(self, x: Numbers, y: Numbers, count: int) -> None:
