@@ -140,15 +140,19 @@ def _finished(name: str, folder: Path) -> list[dict[str, Any]]:
     asked = settings(name) | {"backends": [name.partition("-")[2]]}
     place = Store(folder)
     found = [place.result(cell) for cell in plan(read(asked, f"{name}.toml"), Own())]
-    results = [result for result in found if result is not None]
-    return [_timed(result) for result in results] if any(result.get("serial") for result in results) else results
+    return _alone([result for result in found if result is not None])
 
 
-def _timed(result: dict[str, Any]) -> dict[str, Any]:
-    """Without its times, if other trainings ran beside it: those beside it were timed alone."""
-    if result["status"] != "ok" or result.get("serial"):
-        return result
-    return {**result, "warm_up": None, "times": dict.fromkeys(result["times"])}
+def _alone(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without the times of trainings beside others, once the pass that times them one by one has begun."""
+    if not any(result.get("serial") for result in results):
+        return results
+    kept = [result.get("serial") or result["status"] != "ok" for result in results]
+    empty = [
+        {} if keep else {"warm_up": None, "times": dict.fromkeys(result["times"])}
+        for keep, result in zip(kept, results, strict=True)
+    ]
+    return [{**result, **each} for result, each in zip(results, empty, strict=True)]
 
 
 def settings(name: str) -> dict[str, Any]:

@@ -112,7 +112,17 @@ def test_a_study_that_there_is_not(capsys: pytest.CaptureFixture[str]):
     assert "Did you mean 'digits-torch'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", evidence.STUDIES)
+def test_times_that_were_not_taken_alone_are_left_out_where_others_were():
+    first, second = results({"exact-ift": [0.9, 0.8]})
+    times = {"training": None}
+    assert evidence._alone([first, second]) == [first, second]  # one training at a time needs no second pass
+    assert evidence._alone([first | {"serial": True}, second]) == [
+        first | {"serial": True},
+        second | {"times": times, "warm_up": None},
+    ]
+
+
+@pytest.mark.parametrize("name", evidence.STUDIES + evidence.ON_GPU)
 def test_the_settings_are_a_study_with_what_the_verdicts_ask_for(name: str):
     from deqcore.study.settings import read
 
