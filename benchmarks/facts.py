@@ -172,7 +172,7 @@ def newton_on_expansive(quick: bool) -> Facts:
     return result
 
 
-def fixed_cost(quick: bool, device: str = "cpu") -> Facts:
+def fixed_cost(quick: bool, device: str = "cpu", budget: float = 15.0) -> Facts:
     """Milliseconds of a call and of a step where f costs next to nothing: a tanh cell, 4×16."""
     block = torch_harness(device).block
     generator = torch.Generator().manual_seed(0)
@@ -198,7 +198,7 @@ def fixed_cost(quick: bool, device: str = "cpu") -> Facts:
 
     solvers = ("picard", "anderson", "broyden")
     tasks = {f"{solver} {steps}": task(solver, steps) for solver in solvers for steps in (FEW, MANY)}
-    times = interleave(tasks, lambda: block(f(x)), rounds=3 if quick else 15, budget=2.0 if quick else 15.0)
+    times = interleave(tasks, lambda: block(f(x)), rounds=3 if quick else 15, budget=2.0 if quick else budget)
     result: Facts = {"f": {"ms": 1e3 * statistics.median(times.reference[f"picard {FEW}"])}}
     for solver in solvers:
         pairs = zip(times.seconds[f"{solver} {FEW}"], times.seconds[f"{solver} {MANY}"], strict=True)

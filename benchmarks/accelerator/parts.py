@@ -6,6 +6,8 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Final
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 import deqcore
 from benchmarks.accelerator import device as on
 from benchmarks.cells import attention, conv, mixed_conv
+from benchmarks.peers import LIBRARIES
 from deqcore.bench.cases import Case, dense
 from deqcore.bench.compare import compare
 from deqcore.bench.harness import Contender, Harness, Ready, Solve, ours
@@ -101,14 +104,36 @@ class Bounded(Contender):
         return self.contender.prepare(harness, ready, max_steps)
 
 
+class Unusable(Contender):
+    """A library that is installed, but cannot be imported beside these versions."""
+
+    solver = "(import)"
+
+    def __init__(self, library: str, error: Exception) -> None:
+        self.library, self.error = library, error
+
+    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> Solve:
+        raise self.error
+
+
+def _peers(framework: str) -> list[Contender]:
+    found: list[Contender] = []
+    for name in LIBRARIES[framework]:
+        if find_spec(name) is None:
+            continue
+        try:
+            found += import_module(f"benchmarks.peers.with_{name}").CONTENDERS
+        except Exception as error:  # whatever a library raises is a result, and costs the others nothing
+            found.append(Unusable(name, error))
+    return found
+
+
 def cases(name: str, setting: Setting, peers: bool = True) -> dict[str, Any]:
     """Every solver on one case, and the peers that are installed."""
-    from benchmarks import peers as others
-
     sized = CASES[name]
     measured = on.harness(setting.device, sized.dtype)
     made = sized.case(name, setting.quick)
-    contenders = [*ours(SOLVERS, made, traced=False), *(others.peers("torch") if peers else ())]
+    contenders = [*ours(SOLVERS, made, traced=False), *(_peers("torch") if peers else ())]
     with on.tf32(sized.tf32):
         rows = _compared(measured, made, contenders, setting)
         by_name = {each.name: each for each in contenders}
@@ -129,7 +154,6 @@ def jax_cases(name: str, setting: Setting) -> dict[str, Any]:
     """Compiled JAX beside its peers."""
     import jax
 
-    from benchmarks import peers as others
     from benchmarks.harnesses import jax_harness
 
     found = jax.default_backend()
@@ -137,7 +161,7 @@ def jax_cases(name: str, setting: Setting) -> dict[str, Any]:
         raise RuntimeError(f"JAX runs on {found!r} here, not on {setting.device!r}")
     made = CASES[name].case(name, setting.quick)
     measured = replace(jax_harness(), queued=on.QUEUED, peak=lambda _: None)
-    contenders = [*ours(SOLVERS, made, traced=True), *others.peers("jax")]
+    contenders = [*ours(SOLVERS, made, traced=True), *_peers("jax")]
     return {"rows": _compared(measured, made, contenders, setting), "note": _note(made)}
 
 
@@ -189,7 +213,7 @@ def steps(name: str, setting: Setting) -> dict[str, Any]:
     if name == FIXED:
         from benchmarks.facts import fixed_cost
 
-        return {"facts": fixed_cost(setting.quick, setting.device)}
+        return {"facts": fixed_cost(setting.quick, setting.device, setting.seconds)}
     return stepped(STEPPED[name], setting)
 
 
@@ -218,8 +242,8 @@ def stepped(shape: Stepped, setting: Setting) -> dict[str, Any]:
     own: list[list[float]] = [[] for _ in range(pairs)]
     wall, native, began = [], 0, time.perf_counter()
     rounds = 0
+    on.settle(setting.device)
     while rounds <= setting.rounds and (rounds < 3 or time.perf_counter() - began < setting.seconds):
-        on.settle(setting.device)
         start = time.perf_counter()
         with torch.no_grad():
             laps, taken = _solve_of_steps(backend, solver, x, rate, pairs, setting.device)

@@ -130,6 +130,20 @@ def test_nobody_begins_once_the_time_is_over() -> None:
     assert all("larger --budget" in each["error"] for each in found["rows"])
 
 
+def test_a_library_that_cannot_be_imported_is_a_contender_that_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.accelerator import parts
+
+    def broken(name: str) -> Any:
+        raise ImportError(f"{name} asks for what is gone")
+
+    monkeypatch.setattr(parts, "LIBRARIES", {"torch": ("json", "no_such_library")})
+    monkeypatch.setattr(parts, "import_module", broken)
+    (only,) = parts._peers("torch")
+    assert only.name == "json (import)"
+    with pytest.raises(ImportError, match="is gone"):
+        only.prepare(None, None, 1)
+
+
 def test_steps_are_measured_by_vectors_held() -> None:
     from benchmarks.accelerator import parts
 
