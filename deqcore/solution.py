@@ -129,6 +129,6 @@ def summarize(status: Any, residual: Any, steps: Any) -> str:
         if rows.any():
             lines.append(
                 f"{int(rows.sum())} of {status.size} samples {kind.name} after at most {int(steps[rows].max())} "
-                f"steps, residual at most {float(residual[rows].max()):.3g}. {kind.sentence}"
+                f"steps, residual ‖f(z) − z‖ at most {float(residual[rows].max()):.3g}. {kind.sentence}"
             )
     return "\n".join(lines) or "The batch is empty."

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from deqcore.bench.rows import Row
 from deqcore.bench.sweeps import Point
-from deqcore.errors import MissingFrameworkError
+from deqcore.errors import MissingExtraError
 from deqcore.plugins import is_installed
 
 MARKERS: Final = "osD^vPX*<>hp"
@@ -22,7 +22,7 @@ def available() -> bool:
 
 def _pyplot() -> Any:
     if not available():
-        raise MissingFrameworkError.of("plots", "matplotlib", "study")
+        raise MissingExtraError.of("A plot", "matplotlib", "study")
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from deqcore import plugins
 from deqcore.cli.output import AsJson, show
 from deqcore.config import Config
 
@@ -29,10 +30,14 @@ def show_config(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show each setting with where it came from."""
+    """Show each setting with where it came from. Exit code 2: a name or an option that nobody has."""
     found = Config.discover(path)
     rows = [
         {"setting": name, "value": value if as_json else json.dumps(value, default=str), "origin": origin}
         for name, value, origin in found.items()
     ]
     show(rows, COLUMNS, as_json=as_json)
+    if found.backend != "auto":
+        plugins.spec("backend", found.backend)
+    plugins.make_solver(found.forward.solver, found.forward.options)
+    plugins.make_strategy(found.backward.strategy, found.backward.options)

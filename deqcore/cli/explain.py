@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable
 from typing import Annotated, Any, Final
 
@@ -61,7 +62,9 @@ def command(
     """
     good, asked = _accuracy(accuracy)
     config = _config(backend, solver)
-    found = get_backend(config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "backend = 'auto'")  # what it took stands below the table
+        found = get_backend(config)
     task = _problem(problem)
     table = _survey(found, task, config, dtype, rounds, _teller(as_json))
     best = cheapest(table.rows, good)
@@ -70,7 +73,7 @@ def command(
         typer.echo(json.dumps(_as_json(table, task, found, config, asked, best, verdict), indent=2))
     else:
         show([_cells(row) for row in table.rows], COLUMNS, as_json=False)
-        for line in _notes(table, task, found, config):
+        for line in _notes(table, task, found, config, timed=rounds > 0):
             Console().print(Text(line, style="dim"), soft_wrap=True)
         Console().print(Text(verdict, style="bold" if best else "bold red"), soft_wrap=True)
     if best is None:
@@ -208,14 +211,15 @@ def _toml(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else repr("none" if value is None else value)
 
 
-def _notes(table: Table, problem: Problem, backend: Backend, config: Config) -> list[str]:
+def _notes(table: Table, problem: Problem, backend: Backend, config: Config, *, timed: bool) -> list[str]:
     lines = [
         f"{problem.name}: {table.samples} samples, backend {backend.name}, solver {config.forward.solver}.",
         "pulls: vector–Jacobian products, median (most) per sample; for phantom and unrolled the steps differentiated.",
-        "ms: one gradient with its solve, median (quartiles). residual, estimate: reported, worst sample.",
-        "missed: samples that it says missed their target. cosine, norm ratio: gradients of all parameters and inputs",
-        "against the exact ones; worst: u of the worst sample. memory: growth of the process meanwhile.",
+        "residual, estimate: reported, worst sample. missed: samples that it says missed their target.",
+        "cosine, norm ratio: of all gradients (parameters, inputs) against the exact ones; worst: u of the worst one.",
     ]
+    if timed:
+        lines.append("ms: one gradient with its solve, median (quartiles). memory: growth of the process meanwhile.")
     if table.failed:
         lines.append(
             f"{table.failed} of {table.samples} samples did not converge in the forward solve: no gradient is right "

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from deqcore.config import Config
-from deqcore.errors import ConfigError, MissingFrameworkError
+from deqcore.errors import ConfigError, MissingExtraError
 
 NEEDED: Final = ("sklearn", "matplotlib", "jinja2", "safetensors", "filelock")
 
@@ -42,7 +42,7 @@ def command(
     """
     for package in NEEDED:
         if find_spec(package) is None:
-            raise MissingFrameworkError.of("study", package, "study")
+            raise MissingExtraError.of("`deqcore study`", package, "study")
     from deqcore.study.main import Request, study
 
     if executor not in ("local", "ray"):

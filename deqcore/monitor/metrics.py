@@ -50,7 +50,9 @@ STANDARD: Final[tuple[Metric, ...]] = (
     Metric("deq_backward_steps_max", "steps", "Vector–Jacobian products of the costliest sample."),
     Metric("deq_backward_residual", "1", "Relative adjoint residual ‖g + Jᵀu − u‖ / ‖g‖, median over the batch."),
     Metric("deq_backward_residual_max", "1", "Relative adjoint residual of the worst sample."),
-    Metric("deq_backward_error", "1", "Certified bound on the gradient's relative error, worst sample."),
+    Metric(
+        "deq_backward_error", "1", "Estimate of the gradient's relative error, worst sample (an estimate, no bound)."
+    ),
     Metric("deq_backward_seconds", "seconds", "Host time of the adjoint solve."),
     Metric("deq_uncertified_fraction", "1", "Samples whose backward pass missed what its strategy promises."),
     Metric("deq_refined_fraction", "1", "Samples whose reused gradient needed more than the certificate's product."),

@@ -131,7 +131,10 @@ def load_problem(where: str) -> Problem:
         try:
             found = found()
         except Exception as error:
-            raise ProblemError(f"{path}:{name}() raised {type(error).__name__}: {error}") from error
+            raise ProblemError(
+                f"{path}:{name}() raised {type(error).__name__}: {error}. A Problem, or a function without "
+                f"arguments that returns one, is expected."
+            ) from error
     if not isinstance(found, Problem):
         raise ProblemError(
             f"{path}:{name} is a {type(found).__name__}, but a deqcore.testing.Problem, or a function without "

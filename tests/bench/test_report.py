@@ -9,7 +9,7 @@ import pytest
 from deqcore.bench import plots, report
 from deqcore.bench.rows import Row
 from deqcore.bench.sweeps import Point
-from deqcore.errors import MissingFrameworkError
+from deqcore.errors import MissingExtraError
 
 
 def row(
@@ -70,5 +70,5 @@ def test_plots_are_png_files(tmp_path: Path) -> None:
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(plots, "is_installed", lambda name: False)
     assert not plots.available()
-    with pytest.raises(MissingFrameworkError, match=r"deqcore\[study\]"):
+    with pytest.raises(MissingExtraError, match=r"deqcore\[study\]"):
         plots.overheads([], tmp_path / "a.png", "title")

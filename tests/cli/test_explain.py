@@ -113,6 +113,14 @@ def cosine(a, b):
     return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
+def test_it_says_what_it_took_and_explains_only_the_columns_that_it_shows(capsys, recwarn):
+    _, out, err = explain(capsys, "--rounds", "0", "--problem", "p.py:mine")
+    assert "3 samples, backend torch, solver broyden." in out
+    assert "ms: one gradient" not in out
+    assert not err
+    assert not [each for each in recwarn if "auto" in str(each.message)]
+
+
 @pytest.mark.parametrize("backend", ["numpy", "torch"])
 def test_figures_are_those_of_dense_linear_algebra(capsys, backend):
     options = ["--problem", "p.py:mine", "--backend", backend, "--dtype", "float64"]

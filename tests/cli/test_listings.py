@@ -153,6 +153,33 @@ def test_config_show(capsys: Capture, tmp_path: Path, monkeypatch: pytest.Monkey
     assert listing(capsys, "config", "show", "--config", "other.toml")["backend"]["value"] == "numpy"
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('forward.solver = "andersen"', "No solver is registered as 'andersen'. Did you mean 'anderson'?"),
+        ('backward.strategy = "exact"', "No strategy is registered as 'exact'. Did you mean 'exact-ift'?"),
+        ('backend = "jacks"', "No backend is registered as 'jacks'."),
+        ("forward.options = {memry = 3}", "has no option 'memry'. Did you mean 'memory'?"),
+    ],
+)
+def test_config_show_finds_names_that_nobody_has(capsys: Capture, tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "deq.toml").write_text(text)
+    code, out, err = run(capsys, "config", "show")
+    assert code == 2
+    assert text.partition(" = ")[0] in out  # what is set is shown all the same
+    assert said in err
+
+
+def test_the_study_says_which_extra_it_needs(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deqcore.cli import study
+
+    monkeypatch.setattr(study, "NEEDED", ("no_such_package",))
+    code, _, err = run(capsys, "study")
+    assert code == 2
+    assert "`deqcore study` needs the package 'no_such_package'" in err
+    assert 'pip install "deqcore[study]"' in err
+
+
 def test_an_error_is_one_message_without_a_traceback(capsys: Capture, tmp_path: Path) -> None:
     (tmp_path / "deq.toml").write_text("[forward]\nrtoll = 1\n")
     code, out, err = run(capsys, "config", "show")

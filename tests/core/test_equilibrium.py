@@ -114,7 +114,9 @@ def test_failure_warns_with_numbers_and_the_settings_to_change(be):
     (warning,) = caught
     text = str(warning.message)
     assert warning.filename == __file__  # it points at the user's line
-    assert text.startswith("2 of 2 samples MAX_STEPS after at most 3 steps, residual at most 1.26.")  # √3·0.9³
+    assert text.startswith(
+        "2 of 2 samples MAX_STEPS after at most 3 steps, residual ‖f(z) − z‖ at most 1.26."
+    )  # √3·0.9³
     for word in ("forward.max_steps = 3", "solver 'picard'", "forward.rtol = 1e-06", "forward.on_failure = 'warn'"):
         assert word in text
 

@@ -39,10 +39,10 @@ def test_the_summary_has_one_line_per_status_with_its_numbers():
     text = summarize(status, np.array([1e-7, 0.25, 0.5, 3.0]), np.array([4, 40, 39, 2]))
     lines = text.split("\n")
     assert len(lines) == 3
-    assert lines[0].startswith("1 of 4 samples CONVERGED after at most 4 steps, residual at most 1e-07.")
-    assert lines[1].startswith("2 of 4 samples MAX_STEPS after at most 40 steps, residual at most 0.5.")
+    assert lines[0].startswith("1 of 4 samples CONVERGED after at most 4 steps, residual ‖f(z) − z‖ at most 1e-07.")
+    assert lines[1].startswith("2 of 4 samples MAX_STEPS after at most 40 steps, residual ‖f(z) − z‖ at most 0.5.")
     assert Status.MAX_STEPS.sentence in lines[1]
-    assert lines[2].startswith("1 of 4 samples NONFINITE after at most 2 steps, residual at most 3.")
+    assert lines[2].startswith("1 of 4 samples NONFINITE after at most 2 steps, residual ‖f(z) − z‖ at most 3.")
 
 
 def test_the_summary_of_nothing():

@@ -229,7 +229,7 @@ def test_an_empty_batch_has_no_gradient_to_check():
         ("{file}:onse", "Did you mean 'once'.*Problems in it: "),
         ("{file}:number", "is a int, but a deqcore.testing.Problem"),
         ("{file}:Problem", "is a type"),
-        ("{file}:fails", "raised OSError: no data"),
+        ("{file}:fails", "raised OSError: no data. A Problem, or a function without arguments"),
     ],
 )
 def test_a_problem_that_cannot_be_read_says_why(file, where, words):

@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from deqcore.errors import MissingFrameworkError, listing
+from deqcore.errors import MissingExtraError, listing
 from deqcore.study.data.base import DataError, Dataset, Split, split_by_class
 from deqcore.study.settings import DataChoice
 
@@ -61,7 +61,7 @@ def _image(file: Path, size: int) -> NDArray[np.float32]:
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError:
-        raise MissingFrameworkError.of("image folder", "pillow", "study") from None
+        raise MissingExtraError.of("A folder of images", "pillow", "study") from None
     try:
         with Image.open(file) as opened:
             image: Any = opened.convert("RGB")
