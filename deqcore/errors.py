@@ -39,6 +39,12 @@ class ConfigError(DeqcoreError, ValueError):
         """An option whose value is out of range or of another type."""
         return cls(f"{owner}: {option} = {given!r}, but {expected} is expected.")
 
+    @classmethod
+    def no_entry(cls, owner: str, what: str, given: str, known: Iterable[str]) -> ConfigError:
+        """A name that is none of a fixed list, which no plugin can make longer."""
+        known = list(known)
+        return cls(f"{owner}: there is no {what} {given!r}.{did_you_mean(given, known)} There are: {listing(known)}.")
+
 
 class UnknownNameError(ConfigError, LookupError):
     """A solver, strategy, backend, sink, trainer or command that nobody registered."""

@@ -93,7 +93,7 @@ def _svg(chart: Chart, lines: Sequence[tuple[str, list[int], list[float]]], mark
         axes: Any = figure.add_subplot()
         for color, (label, steps, values) in zip(_cycle(len(lines)), lines, strict=True):
             _line(axes, color, label, np.asarray(steps, float), np.asarray(values, float))
-        for step, kind in marks[:50]:
+        for step, kind in sorted(marks[:50], key=lambda mark: mark[1] == "retrain"):  # red is on top
             axes.axvline(step, color="#dc2626" if kind == "retrain" else "#f59e0b", linewidth=0.8, linestyle="--")
         if chart.log and all(min(values) > 0 for _, _, values in lines):
             axes.set_yscale("log")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from deqcore.errors import UnknownNameError
+from deqcore.errors import ConfigError
 from deqcore.study.settings import Gate
 from deqcore.study.summary import Row, reference
 from deqcore.study.words import say
@@ -95,13 +95,13 @@ def check(gates: Sequence[Gate], labels: Sequence[str]) -> None:
     """Find mistakes before anything is trained.
 
     Raises:
-        UnknownNameError: a gate names a metric or a strategy that is not in the study.
+        ConfigError: a gate names a metric or a strategy that is not in the study.
     """
     for gate in gates:
         if gate.metric not in METRICS:
-            raise UnknownNameError.of("metric of a gate", gate.metric, METRICS)
+            raise ConfigError.no_entry("[[study.gates]]", "metric", gate.metric, METRICS)
         if gate.strategy not in labels:
-            raise UnknownNameError.of("strategy of the study", gate.strategy, labels)
+            raise ConfigError.no_entry("[[study.gates]]", "strategy of the study", gate.strategy, labels)
 
 
 def judge(rows: Sequence[Row], gates: Sequence[Gate]) -> Verdict:

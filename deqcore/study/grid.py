@@ -179,8 +179,22 @@ def _check_pairs(study: Study, own: Own) -> None:
             )
 
 
+def _check_own(study: Study, own: Own) -> None:
+    """The user's own code goes by the name "own"; what nothing in the file asks for would be left out in silence."""
+    for option, given, axis, choices in (
+        ("--data", own.data, "data", study.data),
+        ("--model", own.model, "models", study.models),
+    ):
+        if given is not None and "own" not in [choice.name for choice in choices]:
+            raise ConfigError(
+                f'{option} {given!r} is named, but [study] {axis} has no entry "own", which stands for it: write '
+                f'{axis} = ["own"], or leave {axis} out.'
+            )
+
+
 def _check(study: Study, own: Own, backends: tuple[str, ...]) -> None:
     """Find every mistake in the names and options before the first training."""
+    _check_own(study, own)
     axes = {"strategies": [each.label for each in study.strategies], "data": [each.label for each in study.data]}
     for axis, labels in axes.items():
         for label in labels:

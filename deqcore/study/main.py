@@ -19,7 +19,7 @@ from deqcore.study.progress import Live
 from deqcore.study.run import run
 from deqcore.study.schedule import schedule, timed
 from deqcore.study.settings import Study, read
-from deqcore.study.store import Store
+from deqcore.study.store import Store, StudyError
 
 PACKAGES = ("torch", "jax", "jaxlib", "optax", "scipy", "scikit-learn")
 
@@ -77,7 +77,10 @@ def study(request: Request, console: Console) -> None:
     with place.lock():
         about = {"machine": describe(PACKAGES), "command": request.command}
         if request.dry_run:
-            console.print(schedule(place, grid, request.jobs))
+            shown, failed = schedule(place, grid, request.jobs)
+            console.print(shown)
+            if failed:
+                raise StudyError("\n".join(failed))
             return
         place.open({"settings": settings.model_dump(), **about})
         done = place.resume(grid, retry=request.retry)

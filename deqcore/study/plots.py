@@ -115,7 +115,7 @@ def _evaluations(axes: Any, rows: Sequence[Row]) -> bool:
                 axes.plot(_epochs(curves), curves, style, color=colour, label=f"{name(row, rows)}: {kind}")
     axes.set(xlabel="epoch", ylabel="per step", ylim=(0, None))
     if shown:
-        axes.legend(frameon=False, fontsize=8, ncols=2)
+        axes.legend(frameon=False, fontsize=8, ncols=min(len(shown), 3), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return bool(shown)
 
 

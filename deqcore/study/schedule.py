@@ -21,8 +21,8 @@ STEPS: Final = 30  # steps that a time in a report rests on
 STARTUP: Final = 5.0  # seconds of a process until it can warm up: the import of a framework, reading the data
 
 
-def schedule(place: Store, cells: Sequence[Cell], jobs: int) -> Table:
-    """The plan as a table; one cell of each kind (all seeds together) is timed for a few steps.
+def schedule(place: Store, cells: Sequence[Cell], jobs: int) -> tuple[Table, list[str]]:
+    """The plan as a table, and why cells could not be timed; of each kind (all seeds together) one is, for a few steps.
 
     Args:
         place: where finished cells are found.
@@ -33,31 +33,31 @@ def schedule(place: Store, cells: Sequence[Cell], jobs: int) -> Table:
     for cell in cells:
         kinds.setdefault(replace(cell, seed=0).key, []).append(cell)
     table = Table("cell", "seeds", "finished", "estimate", box=box.SIMPLE_HEAD, pad_edge=False)
-    total = 0.0
+    total, failed = 0.0, []
     for kind in kinds.values():
         waiting = [cell for cell in kind if place.result(cell) is None]
-        seconds, told = _estimate(kind[0], len(waiting))
-        total += seconds
+        try:
+            seconds = _estimate(kind[0], len(waiting))
+            total, told = total + seconds, duration(seconds)
+        except StudyError as error:
+            failed.append(str(error))
+            told = "none"
         done = f"{len(kind) - len(waiting)}/{len(kind)}"
         table.add_row(kind[0].label.rpartition(" seed ")[0], str(len(kind)), done, told)
     table.add_section()
     table.add_row(f"together, {jobs} at a time", str(len(cells)), "", duration(total / jobs))
-    return table
+    return table, failed
 
 
-def _estimate(cell: Cell, count: int) -> tuple[float, str]:
-    """Seconds for `count` cells like this one, or why it could not be timed."""
+def _estimate(cell: Cell, count: int) -> float:
+    """Seconds for `count` cells like this one."""
     if not count:
-        return 0.0, duration(0)
+        return 0.0
     with TemporaryDirectory() as folder:
-        try:
-            found = measure(Store(Path(folder)), cell, PROBES)
-        except StudyError as error:
-            return 0.0, str(error)
+        found = measure(Store(Path(folder)), cell, PROBES)
     # An audit solves two gradients, one of them far below the tolerance, and compiles for it where that is needed.
     audits = cell.training.audits * 5 * found["times"]["step"] + 2 * found["warm_up"]
-    seconds = count * (STARTUP + found["warm_up"] + found["times"]["training"] + audits)
-    return seconds, duration(seconds)
+    return float(count * (STARTUP + found["warm_up"] + found["times"]["training"] + audits))
 
 
 def timed(

@@ -117,6 +117,21 @@ def test_the_command_trains_reports_and_continues(
     assert _outcome(tmp_path / "study-tiny") == before
 
 
+def test_a_plan_that_cannot_be_timed_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "study.toml").write_text(
+        TINY.replace("models", 'data = [{ name = "images", path = "photos" }]\nmodels')
+    )
+    with pytest.raises(SystemExit) as ended:
+        main(["study", "study.toml", "--dry-run"])
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert "together, 1 at a time" in out
+    assert "path = 'photos', but an existing folder is expected" in err
+
+
 def _raise(code: object) -> None:
     raise SystemExit(code)
 

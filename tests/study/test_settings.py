@@ -94,8 +94,16 @@ def test_a_backend_without_trainer_is_refused():
 
 def test_gates_name_what_exists():
     table = {"gates": [{"stage": "pilot", "strategy": "exact-ift", "metric": "cosin", "at_least": 0.5}]}
-    with pytest.raises(UnknownNameError, match="Did you mean 'cosine'"):
+    with pytest.raises(ConfigError, match=r"no metric 'cosin'\. Did you mean 'cosine'"):
         gates.check(read(table, "x").gates, ["exact-ift"])
     table["gates"][0]["metric"], table["gates"][0]["strategy"] = "cosine", "exact"
-    with pytest.raises(UnknownNameError, match="exact-ift"):
+    with pytest.raises(ConfigError, match="There are: exact-ift"):
         gates.check(read(table, "x").gates, ["exact-ift"])
+
+
+@pytest.mark.parametrize(
+    ("own", "said"), [(Own(data="mine:load"), "leave data out"), (Own(model="mine:Model"), "leave models out")]
+)
+def test_own_code_that_no_entry_asks_for_is_an_error(own: Own, said: str):
+    with pytest.raises(ConfigError, match=said):
+        cells(read({"data": ["digits"], "models": ["dense"]}, "x"), own, ("torch",))
