@@ -81,7 +81,8 @@ def _told(answer: Answer, study: Study) -> dict[str, object]:
     best = answer.best
     if best is None:
         return {"head": say(language, "nothing", **place), "sentences": [], "warnings": warnings}
-    head = say(language, "use", strategy=best.label, solver=best.solver, **place)
+    unsure = "few_seeds" in [word for word, _ in answer.warnings]
+    head = say(language, "use_unsure" if unsure else "use", strategy=best.label, solver=best.solver, **place)
     sentences = [say(language, "accuracy", accuracy=table.percent(best.metric("test_accuracy")))]
     if best is answer.exact:
         sentences.append(say(language, "is_exact"))

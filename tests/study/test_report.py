@@ -186,6 +186,14 @@ def test_a_failed_cell_is_told_and_nothing_else_suffers(tmp_path: Path):
     assert "<loss>" not in page
 
 
+@pytest.mark.parametrize(("seeds", "head"), [([0], "did best, on too few seeds to tell"), ([0, 1, 2], " use ")])
+def test_too_few_seeds_recommend_nothing(tmp_path: Path, seeds: list[int], head: str):
+    study, results = made(models=["dense"], seeds=seeds)
+    report.write(tmp_path, study, results, ABOUT)
+    (said,) = re.findall(r"For dense on digits[^<]*", (tmp_path / "report.html").read_text())
+    assert head in said
+
+
 def test_nothing_trained(tmp_path: Path):
     study, results = made(models=["dense"])
     failed = [{"status": "failed", "reason": "error", "detail": "x", "cell": each["cell"]} for each in results]
