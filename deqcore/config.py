@@ -254,6 +254,7 @@ def using(config: Config | None = None, **overrides: object) -> Iterator[Config]
     origin = "deqcore.using"
     upper = _without_file(overrides_layer(overrides.items(), origin))
     if config is not None:
+        _must_be_config(config)
         lower = Layer(config._layer.values, {k: f"{origin}, {o}" for k, o in config._layer.origins.items()})
         upper = merge(lower, upper)
     validate(upper)
@@ -287,6 +288,8 @@ def resolve(config: Config | None, overrides: Mapping[str, object]) -> tuple[Con
     Raises:
         ConfigError: a setting is unknown or its value does not fit.
     """
+    if config is not None:
+        _must_be_config(config)
     if not overrides:
         return current() if config is None else config, {}
     scalars: dict[str, object] = {}
@@ -306,6 +309,14 @@ def resolve(config: Config | None, overrides: Mapping[str, object]) -> tuple[Con
         return config, scalars
     # Equal configs may have different origins, so it is the layer that tells them apart here.
     return _resolved((config,), (config._layer,), (), tuple(names), tuple(types)), scalars
+
+
+def _must_be_config(given: object) -> None:
+    if not isinstance(given, Config):
+        raise ConfigError(
+            f"config = {given!r}, but a deqcore.Config is expected: deqcore.Config.load(path) reads a file, and "
+            f"deqcore.Config(**settings) takes a table."
+        )
 
 
 def override(config: Config, overrides: Mapping[str, object], origin: str) -> Config:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import deqcore
 from deqcore import errors, plugins
 from deqcore.config import Config, current, resolve, using
 from deqcore.plugins import Options
@@ -613,3 +614,17 @@ def test_variables_of_the_plugin_manager_are_no_settings(monkeypatch: pytest.Mon
     monkeypatch.setenv("DEQCORE_PLUGIN_AUTOLOAD", "0")
     monkeypatch.setenv("DEQCORE_BACKEND", "numpy")
     assert variables() == (("DEQCORE_BACKEND", "numpy"),)
+
+
+@pytest.mark.parametrize("given", ["deq.toml", {"backend": "numpy"}, Path("deq.toml")])
+def test_what_is_no_config_is_told_how_to_become_one(given: object) -> None:
+    x = np.ones((1, 1))
+    calls = [
+        lambda: deqcore.fixed_point(np.cos, x, config=given),
+        lambda: deqcore.fixed_point(np.cos, x, config=given, forward__rtol=1e-3),
+        lambda: deqcore.get_backend(given),
+        lambda: using(given).__enter__(),
+    ]
+    for call in calls:
+        with pytest.raises(errors.ConfigError, match=r"a deqcore\.Config is expected: deqcore\.Config\.load\(path\)"):
+            call()
