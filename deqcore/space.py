@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from deqcore.backend import Array, Backend, Map, Tree
-from deqcore.errors import ConfigError, ProblemError, StateError
+from deqcore.errors import ConfigError, ProblemError, StateError, described
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ class Space:
         leaves, structure = self.backend.flatten(found)
         if structure != self.structure:
             raise ProblemError(
-                f"f returned the structure {structure}, but its state has {self.structure}: f(z, ...) must "
-                f"return a tree like z."
+                f"f returned {described(found)}, whose structure is {structure}, but its state has "
+                f"{self.structure}: f(z, ...) must return a tree like z."
             )
         return self._join([self._checked(leaf, i) for i, leaf in enumerate(leaves)])
 

@@ -86,9 +86,9 @@ def test_a_state_on_two_devices_is_refused():
 @pytest.mark.parametrize(
     ("f", "words"),
     [
-        (lambda be, z: (z, z), ["structure", "must return a tree like z"]),
+        (lambda be, z: (z, z), ["f returned a tuple of 2", "structure", "must return a tree like z"]),
         (lambda be, z: {"z": z}, ["structure", "must return a tree like z"]),
-        (lambda be, z: None, ["structure", "must return a tree like z"]),
+        (lambda be, z: None, ["f returned None", "structure", "must return a tree like z"]),
         (lambda be, z: z[:, :1], ["(2, 1)", "(2, 3)", "keep the shape of z"]),
         (lambda be, z: z[:1], ["(1, 3)", "(2, 3)"]),
         (lambda be, z: be.astype(z, "float32"), ["float32", "float64", "cast z0 or the parameters"]),
