@@ -26,7 +26,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias, TypeVar
 
 import optree
 
@@ -47,6 +47,24 @@ Map: TypeAlias = Callable[[Array], Array]
 """A function from `(batch, n)` to `(batch, n)`."""
 
 Carry = TypeVar("Carry")
+
+
+class Stepped(NamedTuple):
+    """What a step led to.
+
+    Attributes:
+        z: the iterate `(batch, n)`.
+        fz: f(z).
+        state: the solver's.
+        size: ‖f(z)‖ `(batch,)`, where it has been measured.
+        frozen: z and state of samples that take no part are already what they were.
+    """
+
+    z: Array
+    fz: Array
+    state: Any
+    size: Array | None = None
+    frozen: bool = False
 
 
 @dataclass(frozen=True)
@@ -350,11 +368,26 @@ class Backend(ABC):
 
         return FunctionalHistory.empty(self, like, memory, dtype)
 
-    def native_step(self, solver: Solver, f: Map, z: Array, fz: Array, state: Any) -> tuple[Array, Array, Any] | None:
+    def native_step(self, solver: Solver, f: Map, z: Array, fz: Array, state: Any) -> Stepped | None:
         """`solver.step(self, f, z, fz, state)` by compiled code, where this backend has some for it; None elsewhere.
 
         To rounding it is the same step on the same state, so that histories, estimates and continued solves do not
         know which one ran. The choice must not depend on the values of any sample.
+        """
+        return None
+
+    def native_keep(self, carry: Any, found: Stepped, residual: Array, goal: Array | float, patience: int) -> Any | None:
+        """What the driver keeps of a step, by compiled code where this backend has some for it; None elsewhere.
+
+        Args:
+            carry: the driver's, before the step.
+            found: what the step led to.
+            residual: ‖f(z) − z‖ `(batch,)`.
+            goal: the largest residual that is small enough, `(batch,)` or one number.
+            patience: steps without progress after which a sample has stalled.
+
+        Returns:
+            The carry after the step, but with the solver's state of before.
         """
         return None
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deqcore.backend import Array, Backend, History, Map
+from deqcore.backend import Array, Backend, History, Map, Stepped
 from deqcore.compaction import Narrow, shrinking
 from deqcore.errors import PluginError
 from deqcore.solution import Status
@@ -205,12 +205,17 @@ def _step(backend: Backend, solver: Solver, f: Map, carry: Carry, tolerance: _To
     everyone = before is not None and bool((before == int(Status.RUNNING)).all())
     active = None if everyone else carry.status == int(Status.RUNNING)
     start = carry.z, carry.fz, with_active(carry.state, active)
-    found = backend.native_step(solver, f, *start) or solver.step(backend, f, *start)
-    z, fz, state = _stepped(solver, found, carry.z)
-    residual, size = solver.residual_norm(backend, state), None
+    found = backend.native_step(solver, f, *start) or _stepped(solver, solver.step(backend, f, *start), carry.z)
+    z, fz, state, size, frozen = found
+    residual = solver.residual_norm(backend, state)
     if residual is None:
         residual, size = backend.measure(z, fz)
     goal = tolerance.goal(fz, size)
+    if active is not None and not frozen:
+        state = freeze(backend, active, state, carry.state)
+    kept: Carry | None = backend.native_keep(carry, found, residual, goal, patience)
+    if kept is not None:
+        return kept._replace(state=state)
     if active is None and _calm(backend, residual, goal, carry):
         zeros = carry.status  # RUNNING is 0
         return Carry(z, fz, state, zeros, carry.steps + 1, z, fz, residual, carry.limit, residual, zeros)
@@ -220,7 +225,6 @@ def _step(backend: Backend, solver: Solver, f: Map, carry: Carry, tolerance: _To
         better = better & active
         z = backend.select(active, z, carry.z)
         fz = backend.select(active, fz, carry.fz)
-        state = freeze(backend, active, state, carry.state)
         status = backend.xp.where(active, status, carry.status)
     steps = carry.steps + 1 if active is None else carry.steps + backend.xp.astype(active, backend.xp.int32)
     if backend.all_known(better):
@@ -234,10 +238,10 @@ def _step(backend: Backend, solver: Solver, f: Map, carry: Carry, tolerance: _To
     return Carry(z, fz, state, status, steps, *best, carry.limit, mark, since)
 
 
-def _stepped(solver: Solver, found: Any, z: Array) -> tuple[Array, Array, Any]:
+def _stepped(solver: Solver, found: Any, z: Array) -> Stepped:
     """What a step returned, if it is what the contract says."""
     if isinstance(found, tuple) and [getattr(each, "shape", None) for each in found[:-1]] == [z.shape] * 2:
-        return found
+        return Stepped(*found)
     expected = f"(z, f(z), state) with two arrays of shape {tuple(z.shape)}"
     raise PluginError.returned(f"{type(solver).__name__}.step", found, expected)
 

@@ -13,7 +13,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
-from deqcore.backend import Backend, BackwardRecord, Capabilities, Carry, History, Map
+from deqcore.backend import Backend, BackwardRecord, Capabilities, Carry, History, Map, Stepped
 from deqcore.driver import Forward
 from deqcore.errors import BackendError, ConfigError, ProblemError, StateError
 from deqcore.solver import Solver
@@ -127,26 +127,26 @@ class TorchBackend(Backend):
     def from_host(self, x: Any) -> Tensor:
         return torch.from_numpy(x)
 
-    def native_step(
-        self, solver: Solver, f: Map, z: Tensor, fz: Tensor, state: Any
-    ) -> tuple[Tensor, Tensor, Any] | None:
-        steps = self._native(z)
-        return None if steps is None else steps.step(self, solver, f, z, fz, state)
+    def native_step(self, solver: Solver, f: Map, z: Tensor, fz: Tensor, state: Any) -> Stepped | None:
+        steps = native.reading(z)
+        found: Stepped | None = None if steps is None else steps.step(self, solver, f, z, fz, state)
+        return found
+
+    def native_keep(
+        self, carry: Any, found: Stepped, residual: Tensor, goal: Tensor | float, patience: int
+    ) -> Any | None:
+        steps = native.reading(found.z)
+        return None if steps is None else steps.keep(carry, found, residual, goal, patience)
 
     def measure(self, z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
-        steps = self._native(z)
-        return super().measure(z, fz) if steps is None else steps.measure(z, fz)
+        steps = native.reading(z)
+        found = None if steps is None else steps.measure(z, fz)
+        return super().measure(z, fz) if found is None else found
 
     def project(self, basis: History, w: Tensor, twice: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        steps = self._native(w)
+        steps = native.reading(w)
         found = None if steps is None else steps.project(basis, w, twice)
         return super().project(basis, w, twice) if found is None else found
-
-    def _native(self, x: Tensor) -> Any | None:
-        """The native steps, if they can read x and neither autograd nor a transformation follows what happens to it."""
-        steps = native.loaded()
-        followed = torch.is_grad_enabled() and x.requires_grad
-        return None if steps is None or followed or not steps.plain(x) or self.host(x) is None else steps
 
     def solve(self, a: Tensor, b: Tensor) -> Tensor:
         found, info = torch.linalg.solve_ex(a, b if b.dim() == 3 else b[..., None])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from deqcore.backend import History
+from deqcore_torch import native
 
 CHUNK = 4  # slots per chunk for large vectors
 # Numbers per sample up to which products run over the whole memory: fewer operations, more bytes. Not numbers in all:
@@ -64,7 +65,9 @@ def _unwritten(memory: int, device: torch.device) -> tuple[Tensor, ...]:
 class _Store:
     """What all versions of a history share; only `chunks` changes, it grows, and what is planned."""
 
-    __slots__ = ("batch", "chunk", "chunks", "compute", "dtype", "like", "memory", "planned", "whole", "wide", "width")
+    __slots__ = (
+        *("batch", "chunk", "chunks", "compute", "dtype", "like", "memory", "planned", "table", "whole", "wide", "width"),
+    )
 
     def __init__(
         self,
@@ -85,6 +88,7 @@ class _Store:
         self.dtype = dtype
         self.wide = wide
         self.planned: tuple[int, Tensor] | None = None  # see `TorchHistory.plan`
+        self.table: Tensor | None = None  # see `TorchHistory.table`
 
     def with_chunks(self, chunks: list[Tensor], batch: int) -> _Store:
         """Other storage for vectors of the same kind."""
@@ -159,6 +163,15 @@ class TorchHistory(History):
         """Where the chunks stand in memory."""
         return np.array([chunk.data_ptr() for chunk in self.store.chunks], np.int64)
 
+    def table(self) -> Tensor:
+        """The addresses on the device itself. Nobody waits for it."""
+        store = self.store
+        if store.table is None or store.table.shape[0] != len(store.chunks):
+            host = torch.from_numpy(self.addresses())
+            pinned = host.pin_memory() if store.like.is_cuda else host
+            store.table = pinned.to(store.like.device, non_blocking=True)
+        return store.table
+
     def plan(self, following: Tensor) -> None:
         """Remember the iterate that the next step goes to, found while the vectors were in the cache."""
         self.store.planned = self.written, following
@@ -215,6 +228,10 @@ class TorchHistory(History):
             products = torch.bmm(v[:, None], self.store.chunks[0].permute(1, 2, 0))[:, 0]
             hidden = self._hidden()
             return products if hidden is None else products.masked_fill_(hidden, 0.0)
+        if self.written and v.dim() == 2 and (kernels := native.reading(v)) is not None:
+            products: Tensor | None = kernels.dots(self, v)
+            if products is not None:
+                return products
         many = v if v.dim() == 3 else v[:, None]
         compute = self.store.compute
         if many.dtype is not compute:
@@ -230,9 +247,19 @@ class TorchHistory(History):
         return found if v.dim() == 3 else found[:, 0]
 
     def combine(self, coefficients: Tensor) -> Tensor:
-        return self._sum(coefficients, None)
+        found = self._fused(coefficients, None)
+        return self._sum(coefficients, None) if found is None else found
+
+    def _fused(self, coefficients: Tensor, base: Tensor | None) -> Tensor | None:
+        """The combination by one kernel, where there is one for it."""
+        kernels = native.reading(coefficients) if self.written else None
+        found: Tensor | None = None if kernels is None else kernels.combined(self, coefficients, base)
+        return found
 
     def add_combination(self, base: Tensor, coefficients: Tensor) -> Tensor:
+        found = self._fused(coefficients, base)
+        if found is not None:
+            return found
         if self.written and base.dtype is self.store.dtype and base.dtype is self.store.compute:
             return self._sum(coefficients, base[:, None])
         return base + self._sum(coefficients, None)
@@ -248,7 +275,8 @@ class TorchHistory(History):
             c = coefficients if hidden is None else coefficients.masked_fill(hidden, 0.0)
             rows = self.store.chunks[0].transpose(0, 1)
             piece = c[:, None]
-            return (torch.bmm(piece, rows) if base is None else torch.baddbmm(base, piece, rows))[:, 0]
+            whole = torch.bmm(piece, rows) if base is None else torch.baddbmm(base, piece, rows)
+            return whole[:, 0].to(self.store.like.dtype)
         c = coefficients if self.seen is None else coefficients.masked_fill(~self.seen, 0.0)
         c = c.to(compute)[:, None]
         total, start = None, 0

@@ -1,4 +1,5 @@
-"""Solver steps compiled by Numba, where it is installed: ``pip install "deqcore[native]"``.
+"""Native steps: compiled by Numba for the CPU (``pip install "deqcore[native]"``), by Triton, which comes with torch, for
+GPUs.
 
 ``DEQCORE_NATIVE=0`` in the environment turns them off.
 """
@@ -11,16 +12,34 @@ import warnings
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from deqcore_torch import transforms
+
+COMPILERS: Final = {"cpu": ("numba", "steps"), "cuda": ("triton", "device")}
+"""For each type of device, what compiles for it, and the module of its native steps."""
+
+
+def reading(x: Tensor) -> ModuleType | Any | None:
+    """The native steps, if they can read x and neither autograd nor a transformation follows what happens to it."""
+    if (torch.is_grad_enabled() and x.requires_grad) or transforms.active():
+        return None
+    steps = loaded(x.device.type)
+    return None if steps is None or not steps.plain(x) else steps
 
 
 @cache
-def loaded() -> ModuleType | Any | None:
-    """The module of native steps; None where Numba is not installed or turned off."""
-    if os.environ.get("DEQCORE_NATIVE", "1") == "0" or find_spec("numba") is None:
+def loaded(kind: str) -> ModuleType | Any | None:
+    """The module of native steps for devices of this kind; None without its compiler, or where they are turned off."""
+    compiler, module = COMPILERS.get(kind, (None, None))
+    if compiler is None or os.environ.get("DEQCORE_NATIVE", "1") == "0" or find_spec(compiler) is None:
         return None
     try:
-        return importlib.import_module("deqcore_torch.native.steps")
+        return importlib.import_module(f"deqcore_torch.native.{module}")
     except (ImportError, RuntimeError) as error:  # RuntimeError: no folder that Numba may keep its cache in
-        warnings.warn(f"Solver steps run without compiled code, as Numba does not work here: {error}", stacklevel=2)
+        name = compiler.capitalize()
+        warnings.warn(f"Solver steps run without compiled code, as {name} does not work here: {error}", stacklevel=3)
         return None

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deqcore.backend import Backend, Map
+from deqcore.backend import Backend, Map, Stepped
 from deqcore.solver import Solver
 from deqcore.solvers.anderson import Anderson, AndersonState
 from deqcore.solvers.broyden import Broyden, BroydenState
@@ -17,10 +17,9 @@ from deqcore_torch.native import kernels
 from deqcore_torch.native.pool import run
 
 VECTORS: Final = (torch.float32, torch.float64)
-Step = tuple[Tensor, Tensor, Any]
 
 
-def step(backend: Backend, solver: Solver, f: Map, z: Tensor, fz: Tensor, state: Any) -> Step | None:
+def step(backend: Backend, solver: Solver, f: Map, z: Tensor, fz: Tensor, state: Any) -> Stepped | None:
     """One step of `solver`, or None where there is no native version for it or for these tensors.
 
     Args:
@@ -82,7 +81,7 @@ def _next(history: TorchHistory, base: Tensor, coefficients: Tensor) -> Tensor:
     return out
 
 
-def _broyden(f: Map, z: Tensor, state: BroydenState) -> Step | None:
+def _broyden(f: Map, z: Tensor, state: BroydenState) -> Stepped | None:
     small = state[1:5]
     if not _holds(state.basis, z) or state.basis.may_be_full():
         return None
@@ -110,15 +109,15 @@ def _broyden(f: Map, z: Tensor, state: BroydenState) -> Step | None:
     unit = torch.zeros_like(state.step)
     unit[:, slot] = 1.0
     gram, left, right, pairs = (h.appended(after.seen) for h in small)
-    return z, value, BroydenState(after, gram, left, right, pairs, unit, following, norm)
+    return Stepped(z, value, BroydenState(after, gram, left, right, pairs, unit, following, norm))
 
 
-def _anderson(backend: Backend, solver: Anderson, f: Map, fz: Tensor, state: AndersonState) -> Step | None:
+def _anderson(backend: Backend, solver: Anderson, f: Map, fz: Tensor, state: AndersonState) -> Stepped | None:
     if not (_holds(state.values, fz) and _holds(state.residuals, fz)):
         return None
     z = _next(state.values, fz, state.step)
     value = f(z)
-    norm, _ = measure(z, value)
+    norm, size = measure(z, value)
     sane = norm <= solver.growth * state.norm
     state = solver.forget(backend, ~sane, state) if not bool(sane.all()) else state
     values, residuals = state.values, state.residuals
@@ -141,7 +140,23 @@ def _anderson(backend: Backend, solver: Anderson, f: Map, fz: Tensor, state: And
     )
     after.plan(ahead)
     g, system, scale, target, step = following
-    return z, value, AndersonState(after, residuals.appended(after.seen), system, scale, target, step, g, norm)
+    residuals = residuals.appended(after.seen)
+    return Stepped(z, value, AndersonState(after, residuals, system, scale, target, step, g, norm), size)
+
+
+def dots(history: TorchHistory, v: Tensor) -> None:
+    """`History.dot`: left to torch here, as its products with matrices on the host are as fast."""
+    return
+
+
+def combined(history: TorchHistory, coefficients: Tensor, base: Tensor | None) -> None:
+    """`History.combine`, likewise."""
+    return
+
+
+def keep(carry: Any, found: Stepped, residual: Tensor, goal: Tensor | float, patience: int) -> None:
+    """`Backend.native_keep`: the driver itself judges on the host, without waiting."""
+    return
 
 
 def measure(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,259 @@
+"""What GPUs have a native version of: steps, products with histories, and what the driver does after a step."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Final
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from deqcore.backend import Backend, Map, Stepped
+from deqcore.driver import PROGRESS, Carry
+from deqcore.solution import Status
+from deqcore.solver import Solver
+from deqcore.solvers.anderson import Anderson, AndersonState
+from deqcore.solvers.broyden import Broyden, BroydenState
+from deqcore_torch.history import TorchHistory
+from deqcore_torch.native import fused
+
+KINDS: Final = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+MOST: Final = 64  # slots: small matrices up to this size stay in registers
+AT_ONCE: Final = 16  # slots that one program reads
+BLOCK: Final = 256  # numbers of each that it reads at once
+COLUMNS: Final = 1024  # numbers of the result that one program writes
+EPS: Final = float(np.finfo(np.float64).eps)
+
+
+def plain(x: Tensor) -> bool:
+    """Whether kernels can read this: some rows of floats on a GPU, in one piece."""
+    return type(x) is Tensor and x.is_cuda and x.dtype in KINDS and x.numel() > 0 and x.is_contiguous()
+
+
+def step(backend: Backend, solver: Solver, f: Map, z: Tensor, fz: Tensor, state: Any) -> Stepped | None:
+    """One step of `solver`, or None where there is no native version for it or for these tensors.
+
+    Args: as for `deqcore_torch.native.steps.step`.
+    """
+    if type(solver) is Broyden and solver.growth is None:
+        return _broyden(f, z, state)
+    if type(solver) is Anderson and solver.mixing == 1.0:
+        return _anderson(solver, f, z, fz, state)
+    return None
+
+
+def _on(x: Tensor) -> AbstractContextManager[object]:
+    """Kernels run on the current device: inside it that of x."""
+    return nullcontext() if not x.is_cuda or x.device.index == torch.cuda.current_device() else torch.cuda.device_of(x)
+
+
+def _wide(x: Tensor) -> Any:
+    return tl.float64 if x.dtype is torch.float64 else tl.float32
+
+
+def _lanes(memory: int) -> int:
+    return max(4, int(triton.next_power_of_2(memory)))
+
+
+def _spans(n: int) -> int:
+    return int(triton.cdiv(n, fused.SPAN))
+
+
+def _holds(history: Any) -> bool:
+    return type(history) is TorchHistory and history.store.dtype in KINDS and history.memory <= MOST
+
+
+def _seen(history: TorchHistory, like: Tensor) -> tuple[Tensor, bool]:
+    """Which slots each sample has seen, and whether that is said at all."""
+    return (like, False) if history.seen is None else (history.seen, True)
+
+
+def _products(history: TorchHistory) -> dict[str, Any]:
+    return {"kind": KINDS[history.store.dtype], "slots_at_once": AT_ONCE, "block": BLOCK, "span": fused.SPAN}
+
+
+def dots(history: TorchHistory, v: Tensor) -> Tensor:
+    """`History.dot` of `v` `(batch, n)`, in one pass over the vectors."""
+    (batch, n), memory = v.shape, history.memory
+    parts = v.new_empty((_spans(n), batch, memory), dtype=history.store.compute)
+    seen, masked = _seen(history, v)
+    with _on(v):
+        fused.dots[(batch, parts.shape[0], triton.cdiv(memory, AT_ONCE))](
+            *(v, history.table(), seen, parts, n, batch, memory, history.used(), history.store.chunk),
+            **_products(history),
+            wide=KINDS[history.store.compute],
+            has_seen=masked,
+        )
+    return parts[0].to(history.store.wide) if parts.shape[0] == 1 else parts.sum(0, dtype=history.store.wide)
+
+
+def combined(
+    history: TorchHistory, coefficients: Tensor, base: Tensor | None, active: Tensor | None = None,
+    stay: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Base + Σ c_k h_k `(batch, n)` in the dtype of the state; `stay` for samples that are not `active`."""
+    store = history.store
+    out = store.like.new_empty((store.batch, store.width)) if base is None else torch.empty_like(base)
+    seen, masked = _seen(history, out)
+    with _on(out):
+        fused.combined[(store.batch, triton.cdiv(store.width, COLUMNS))](
+            *(out if base is None else base, coefficients, history.table(), seen),
+            *(out if active is None else active, out if stay is None else stay, out),
+            *(store.width, store.batch, history.memory, history.used(), store.chunk),
+            kind=KINDS[store.dtype],
+            wide=KINDS[store.compute],
+            has_base=base is not None,
+            has_seen=masked,
+            has_active=active is not None,
+            slots_at_once=AT_ONCE // 2,
+            block=COLUMNS,
+            num_warps=8,
+        )
+    return out
+
+
+def _everyone(history: TorchHistory) -> Tensor:
+    if history.active is not None:
+        return history.active
+    return torch.ones(history.store.batch, dtype=torch.bool, device=history.store.like.device)
+
+
+def _like(*tensors: Tensor) -> list[Tensor]:
+    return [torch.empty_like(each, memory_format=torch.contiguous_format) for each in tensors]
+
+
+def _dense(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(each.contiguous() for each in tensors)
+
+
+def _broyden(f: Map, z: Tensor, state: BroydenState) -> Stepped | None:
+    basis, small = state.basis, (state.gram, state.left, state.right, state.pairs)
+    if not _holds(basis) or basis.may_be_full():
+        return None
+    if not all(_holds(h) and h.store.chunk == h.memory for h in small):
+        return None
+    z = combined(basis, state.step, z, basis.active, z)
+    value = f(z).contiguous()
+    used, slot, fresh = basis.used(), basis.reserve(z), int(basis.written < basis.memory)
+    for history in small:
+        history.reserve(state.step)
+    (batch, n), memory = z.shape, basis.memory
+    active = _everyone(basis)
+    spans = _spans(n)
+    parts = z.new_empty((spans, batch, memory), dtype=basis.store.compute)
+    squares = z.new_empty((spans, batch, 3), dtype=torch.float64)
+    newest, following, norm, size = _like(state.newest, state.step, state.norm, state.norm)
+    after_seen = torch.empty((batch, memory), dtype=torch.bool, device=z.device)
+    seen, masked = _seen(basis, z)
+    with _on(z):
+        fused.broyden_products[(batch, spans, triton.cdiv(memory, AT_ONCE))](
+            *(z, value, basis.table(), seen, active, parts, squares),
+            *(n, batch, memory, used, slot, basis.store.chunk, fresh),
+            **_products(basis),
+            wide=KINDS[basis.store.compute],
+            has_seen=masked,
+        )
+        lanes = _lanes(memory)
+        fused.broyden_algebra[(batch,)](
+            *(parts, squares, spans, seen, active, *(h.store.chunks[0] for h in small)),
+            *_dense(state.newest, state.step, state.norm),
+            *(after_seen, newest, following, norm, size),
+            *(batch, memory, used, slot, fresh),
+            eps=EPS,
+            has_seen=masked,
+            lanes=lanes,
+            at_once=fused.PARTS,
+            num_warps=8 if lanes > 32 else 4,
+        )
+    after = (h.appended(after_seen) for h in (basis, *small))
+    return Stepped(z, value, BroydenState(*after, newest, following, norm), size, frozen=True)
+
+
+def _anderson(solver: Anderson, f: Map, z: Tensor, fz: Tensor, state: AndersonState) -> Stepped | None:
+    values, residuals = state.values, state.residuals
+    if not (_holds(values) and _holds(residuals)) or values.memory > MOST // 2:
+        return None
+    z = combined(values, state.step, fz, values.active, z)
+    value = f(z).contiguous()
+    used, slot, fresh = values.used(), values.reserve(z), int(values.written < values.memory)
+    residuals.reserve(z)
+    (batch, n), memory = z.shape, values.memory
+    active = _everyone(values)
+    spans = _spans(n)
+    parts = z.new_empty((spans, batch, memory), dtype=values.store.compute)
+    squares = z.new_empty((spans, batch, 4), dtype=torch.float64)
+    g, system, scale, target, following, norm, size = _like(z, *state[2:6], state.norm, state.norm)
+    after_seen = torch.empty((batch, memory), dtype=torch.bool, device=z.device)
+    seen, masked = _seen(values, z)
+    with _on(z):
+        fused.anderson_products[(batch, spans, triton.cdiv(memory, AT_ONCE))](
+            *(z, value, *_dense(fz, state.residual), g, values.table(), residuals.table(), seen, active, parts, squares),
+            *(n, batch, memory, used, slot, values.store.chunk, fresh),
+            **_products(values),
+            wide=KINDS[values.store.compute],
+            has_seen=masked,
+        )
+        fused.anderson_algebra[(batch,)](
+            *(parts, squares, spans, seen, active),
+            *_dense(state.system, state.scale, state.target, state.step, state.norm),
+            *(after_seen, system, scale, target, following, norm, size),
+            *(batch, memory, used, slot, fresh, solver.growth),
+            ridge=solver.relative_ridge(EPS),
+            has_seen=masked,
+            lanes=_lanes(memory),
+            at_once=fused.PARTS,
+        )
+    after = (h.appended(after_seen) for h in (values, residuals))
+    return Stepped(z, value, AndersonState(*after, system, scale, target, following, g, norm), size, frozen=True)
+
+
+def measure(z: Tensor, fz: Tensor) -> None:
+    """`Backend.measure`: left to torch."""
+    return
+
+
+def project(basis: Any, w: Tensor, twice: bool) -> None:
+    """`Backend.project`: left to the products with histories above."""
+    return
+
+
+def keep(carry: Carry, found: Stepped, residual: Tensor, goal: Tensor | float, patience: int) -> Carry:
+    """What the driver keeps of a step, all but the solver's state, which stays that of `carry`."""
+    batch, n = found.z.shape
+    flags = torch.empty(batch, dtype=torch.int8, device=found.z.device)
+    status, steps, best, mark, since = _like(
+        carry.status, carry.steps, carry.best_residual, carry.mark, carry.since
+    )
+    fz, best_z, best_fz = (torch.empty_like(found.z) for _ in range(3))
+    z = found.z if found.frozen else torch.empty_like(found.z)
+    if not isinstance(goal, Tensor) or goal.dim() == 0:
+        goal = torch.zeros_like(residual) + goal
+    with _on(found.z):
+        fused.verdict[(triton.cdiv(batch, BLOCK),)](
+            *_dense(carry.status, carry.steps, residual, goal, carry.limit),
+            *_dense(carry.best_residual, carry.mark, carry.since),
+            *(status, steps, best, mark, since, flags, batch, patience),
+            progress=PROGRESS,
+            running=int(Status.RUNNING),
+            converged=int(Status.CONVERGED),
+            stalled=int(Status.STALLED),
+            diverged=int(Status.DIVERGED),
+            nonfinite=int(Status.NONFINITE),
+            block=BLOCK,
+        )
+        fused.keep[(batch, triton.cdiv(n, COLUMNS))](
+            *_dense(found.z, found.fz, carry.z, carry.fz, carry.best_z, carry.best_fz),
+            *(z, fz, best_z, best_fz, flags, n),
+            frozen=found.frozen,
+            block=COLUMNS,
+        )
+    return Carry(z, fz, carry.state, status, steps, best_z, best_fz, best, carry.limit, mark, since)
+

@@ -1,0 +1,413 @@
+"""Solver steps as fused Triton kernels for GPUs: few launches, and each vector of the history read twice a step.
+
+Histories come as a table of the addresses of their chunks `(slots, batch, n)`; which slots a sample has seen is `seen`
+`(batch, slots)`. A program works on one sample and `SPAN` of its numbers, however many samples there are, so that bits
+know no batch. Products are summed in the vectors' dtype (at least float32) over a span, over the spans in float64, in
+which all small algebra is done. With a sample that does not take part (`active`) nothing happens.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import triton
+import triton.language as tl
+
+SPAN: Final = 4096  # numbers of a vector that one program sums
+PARTS: Final = 8  # spans that are added up at once
+
+
+@triton.jit
+def _rows(chunks, slots, wanted, per_chunk, batch, b, n, kind: tl.constexpr):
+    """Where the vectors of this sample begin in `slots`."""
+    chunk = tl.load(chunks + slots // per_chunk, mask=wanted, other=0)
+    chunk = tl.multiple_of(chunk, 16)
+    return chunk.to(tl.pointer_type(kind)) + ((slots % per_chunk).to(tl.int64) * batch + b) * n
+
+
+@triton.jit
+def _each(flag, lanes):
+    """A flag of the sample as a mask of all `lanes`."""
+    return (lanes * 0 + flag) != 0
+
+
+@triton.jit
+def _known(seen, b, slots, used, memory, has_seen: tl.constexpr):
+    """Which of `slots` this sample has seen."""
+    known = slots < used
+    if has_seen:
+        known = known & (tl.load(seen + b * memory + slots, mask=slots < memory, other=0) != 0)
+    return known
+
+
+@triton.jit(do_not_specialize=["batch", "memory", "used", "per_chunk"])
+def dots(
+    v, chunks, seen, partial, n, batch, memory, used, per_chunk,
+    kind: tl.constexpr, wide: tl.constexpr, has_seen: tl.constexpr,
+    slots_at_once: tl.constexpr, block: tl.constexpr, span: tl.constexpr,
+):  # fmt: skip
+    """`partial` (spans, batch, memory): h_kᵀv over a span, 0 for what is not seen."""
+    b, part, tile = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    slots = tile * slots_at_once + tl.arange(0, slots_at_once)
+    known = _known(seen, b, slots, used, memory, has_seen)
+    rows = _rows(chunks, slots, known, per_chunk, batch, b, n, kind)
+    total = tl.zeros([slots_at_once, block], wide)
+    for start in range(part * span, tl.minimum(n, (part + 1) * span), block):
+        column = start + tl.arange(0, block)
+        inside = column < n
+        x = tl.load(v + b * n + column, mask=inside, other=0).to(wide)
+        h = tl.load(rows[:, None] + column[None, :], mask=known[:, None] & inside[None, :], other=0).to(wide)
+        total += h * x[None, :]
+    tl.store(partial + (part * batch + b) * memory + slots, tl.sum(total, 1), mask=slots < memory)
+
+
+@triton.jit(do_not_specialize=["batch", "memory", "used", "per_chunk"])
+def combined(
+    base, coefficients, chunks, seen, active, stay, out, n, batch, memory, used, per_chunk,
+    kind: tl.constexpr, wide: tl.constexpr, has_base: tl.constexpr, has_seen: tl.constexpr, has_active: tl.constexpr,
+    slots_at_once: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """Base + Σ c_k h_k of each sample; `stay` for those that do not take part."""
+    b = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * block + tl.arange(0, block)
+    inside = column < n
+    takes_part = 1
+    if has_active:
+        takes_part = tl.load(active + b).to(tl.int32)
+    if takes_part != 0:
+        total = tl.zeros([block], wide)
+        for first in range(0, used, slots_at_once):
+            slots = first + tl.arange(0, slots_at_once)
+            known = _known(seen, b, slots, used, memory, has_seen)
+            rows = _rows(chunks, slots, known, per_chunk, batch, b, n, kind)
+            c = tl.load(coefficients + b * memory + slots, mask=known, other=0).to(wide)
+            h = tl.load(rows[:, None] + column[None, :], mask=known[:, None] & inside[None, :], other=0).to(wide)
+            total += tl.sum(c[:, None] * h, 0)
+        if has_base:
+            total += tl.load(base + b * n + column, mask=inside, other=0).to(wide)
+        tl.store(out + b * n + column, total.to(out.dtype.element_ty), mask=inside)
+    else:
+        tl.store(out + b * n + column, tl.load(stay + b * n + column, mask=inside, other=0), mask=inside)
+
+
+@triton.jit
+def _square(x):
+    wide = x.to(tl.float64)
+    return wide * wide
+
+
+@triton.jit(do_not_specialize=["batch", "memory", "used", "slot", "per_chunk", "fresh"])
+def broyden_products(
+    z, fz, chunks, seen, active, partial, squares, n, batch, memory, used, slot, per_chunk, fresh,
+    kind: tl.constexpr, wide: tl.constexpr, has_seen: tl.constexpr,
+    slots_at_once: tl.constexpr, block: tl.constexpr, span: tl.constexpr,
+):  # fmt: skip
+    """Writes g = f(z) − z into its slot; `partial` as in `dots` for the slots before it.
+
+    `squares` (spans, batch, 3): ‖g‖², gᵀg with g as it is kept, and ‖f(z)‖², in float64.
+    """
+    b, part, tile = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    takes_part = tl.load(active + b).to(tl.int32)
+    slots = tile * slots_at_once + tl.arange(0, slots_at_once)
+    known = _known(seen, b, slots, used, memory, has_seen) & (slots != slot) & _each(takes_part, slots)
+    rows = _rows(chunks, slots, known, per_chunk, batch, b, n, kind)
+    first = tile == 0
+    here = tl.multiple_of(tl.load(chunks + slot // per_chunk), 16).to(tl.pointer_type(kind))
+    here += ((slot % per_chunk).to(tl.int64) * batch + b) * n
+    total = tl.zeros([slots_at_once, block], wide)
+    gg, kept, ff = tl.zeros([block], tl.float64), tl.zeros([block], tl.float64), tl.zeros([block], tl.float64)
+    for start in range(part * span, tl.minimum(n, (part + 1) * span), block):
+        column = start + tl.arange(0, block)
+        inside = column < n
+        taken = inside & _each(takes_part, column)
+        value = tl.load(fz + b * n + column, mask=taken, other=0)
+        before = tl.load(z + b * n + column, mask=taken, other=0)
+        g = (value.to(wide) - before.to(wide)).to(z.dtype.element_ty)
+        h = tl.load(rows[:, None] + column[None, :], mask=known[:, None] & inside[None, :], other=0).to(wide)
+        total += h * g.to(wide)[None, :]
+        if first:
+            stored = g.to(kind)
+            tl.store(here + column, stored, mask=inside & _each(takes_part | fresh, column))
+            gg += _square(g)
+            kept += stored.to(tl.float64) * g.to(tl.float64)
+            ff += _square(value)
+    tl.store(partial + (part * batch + b) * memory + slots, tl.sum(total, 1), mask=slots < memory)
+    if first:
+        at = squares + (part * batch + b) * 3
+        tl.store(at, tl.sum(gg, 0))
+        tl.store(at + 1, tl.sum(kept, 0))
+        tl.store(at + 2, tl.sum(ff, 0))
+
+
+@triton.jit
+def _entry(x, lanes, k: tl.constexpr):
+    return tl.sum(tl.where(lanes == k, x, 0.0), 0)
+
+
+@triton.jit
+def _added(partial, spans, batch, b, width, j, inside, lanes: tl.constexpr, at_once: tl.constexpr):
+    """The sum over spans of what stands at [span, b, j]."""
+    total = tl.zeros([lanes], tl.float64)
+    for first in range(0, spans, at_once):
+        part = first + tl.arange(0, at_once)
+        at = ((part.to(tl.int64) * batch + b) * width)[:, None] + j[None, :]
+        total += tl.sum(tl.load(partial + at, mask=(part < spans)[:, None] & inside[None, :], other=0).to(tl.float64), 0)
+    return total
+
+
+@triton.jit(do_not_specialize=["spans", "batch", "memory", "used", "slot", "fresh"])
+def broyden_algebra(
+    partial, squares, spans, seen, active, gram, left, right, pairs, newest, step, norm,
+    next_seen, next_newest, next_step, next_norm, size, batch, memory, used, slot, fresh, eps: tl.constexpr,
+    has_seen: tl.constexpr, lanes: tl.constexpr, at_once: tl.constexpr,
+):  # fmt: skip
+    """What stands in `deqcore.solvers.broyden` after the products, with its names."""
+    b = tl.program_id(0).to(tl.int64)
+    i, j, four = tl.arange(0, lanes), tl.arange(0, lanes), tl.arange(0, 4)
+    real, new = j < memory, j == slot
+    own = b * memory + j
+    takes_part = tl.load(active + b).to(tl.int32)
+    there = _known(seen, b, j, used, memory, has_seen)
+    known = there & (j != slot)
+    tl.store(next_seen + own, tl.where(_each(takes_part, j), known | new, there), mask=real)
+    c = tl.load(step + own, mask=real, other=0)
+    before = tl.load(newest + own, mask=real, other=0)
+    if takes_part != 0:
+        found = _added(squares, spans, batch, b, 3, four, four < 3, 4, at_once)
+        kept = _entry(found, four, 1)
+        d = _added(partial, spans, batch, b, memory, j, known, lanes, at_once)
+        d = tl.where(new, kept, d)
+        known_row = _known(seen, b, i, used, memory, has_seen) & (i != slot)
+        tile = ((i.to(tl.int64) * batch + b) * memory)[:, None] + j[None, :]
+        held = known_row[:, None] & real[None, :]
+        row = tl.where(new, 0.5 * d, d)
+        lower = tl.load(gram + tile, mask=held, other=0)
+        w = tl.sum(lower * c[None, :], 1) + tl.sum(lower * c[:, None], 0)  # (L + Lᵀ) c, then the new row's part
+        w += tl.where(new, tl.sum(row * c, 0), 0.0) + row * tl.sum(tl.where(new, c, 0.0), 0)
+        lefts = tl.load(left + tile, mask=held, other=0)
+        rights = tl.load(right + tile, mask=held, other=0)
+        u = tl.where(new, 1.0, 0.0) + tl.sum(lefts * tl.sum(rights * d[None, :], 1)[:, None], 0)
+        v = c + tl.sum(rights * tl.sum(lefts * w[None, :], 1)[:, None], 0)
+        ss, sh = tl.sum(w * c, 0), tl.sum(w * u, 0)
+        safe = tl.abs(ss - sh) > eps * ss
+        inverse = tl.where(safe, 1.0 / tl.where(safe, ss - sh, 1.0), 0.0)
+        scaled = inverse * u
+        at = (slot.to(tl.int64) * batch + b) * memory + j
+        tl.store(gram + at, row, mask=real)
+        tl.store(left + at, scaled, mask=real)
+        tl.store(right + at, v, mask=real)
+        pair = (slot.to(tl.int64) * batch + b) * 2 * memory + j
+        tl.store(pairs + pair, c, mask=real)
+        tl.store(pairs + pair + memory, tl.where(new, 1.0, 0.0) - before, mask=real)
+        tl.store(next_step + own, u + sh * scaled, mask=real)
+        tl.store(next_newest + own, tl.where(new, 1.0, 0.0), mask=real)
+        tl.store(next_norm + b, tl.sqrt(_entry(found, four, 0)).to(next_norm.dtype.element_ty))
+        tl.store(size + b, tl.sqrt(_entry(found, four, 2)).to(size.dtype.element_ty))
+    else:
+        if fresh != 0:
+            zero = tl.zeros([lanes], tl.float64)
+            at = (slot.to(tl.int64) * batch + b) * memory + j
+            tl.store(gram + at, zero, mask=real)
+            tl.store(left + at, zero, mask=real)
+            tl.store(right + at, zero, mask=real)
+            pair = (slot.to(tl.int64) * batch + b) * 2 * memory + j
+            tl.store(pairs + pair, zero, mask=real)
+            tl.store(pairs + pair + memory, zero, mask=real)
+        tl.store(next_step + own, c, mask=real)
+        tl.store(next_newest + own, before, mask=real)
+        tl.store(next_norm + b, tl.load(norm + b))
+        tl.store(size + b, 0.0)
+
+
+@triton.jit(do_not_specialize=["batch", "memory", "used", "slot", "per_chunk", "fresh"])
+def anderson_products(
+    z, fz, before_f, before_g, next_g, values, residuals, seen, active, partial, squares,
+    n, batch, memory, used, slot, per_chunk, fresh,
+    kind: tl.constexpr, wide: tl.constexpr, has_seen: tl.constexpr,
+    slots_at_once: tl.constexpr, block: tl.constexpr, span: tl.constexpr,
+):  # fmt: skip
+    """Writes Δf and Δg into their slots and g = f(z) − z; `partial` as in `dots` for the Δg before.
+
+    `squares` (spans, batch, 4): ‖g‖², ‖Δg‖², gᵀΔg with Δg as it is kept, and ‖f(z)‖², in float64.
+    """
+    b, part, tile = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    takes_part = tl.load(active + b).to(tl.int32)
+    slots = tile * slots_at_once + tl.arange(0, slots_at_once)
+    known = _known(seen, b, slots, used, memory, has_seen) & (slots != slot) & _each(takes_part, slots)
+    rows = _rows(residuals, slots, known, per_chunk, batch, b, n, kind)
+    first = tile == 0
+    offset = ((slot % per_chunk).to(tl.int64) * batch + b) * n
+    new_value = tl.multiple_of(tl.load(values + slot // per_chunk), 16).to(tl.pointer_type(kind)) + offset
+    new_residual = tl.multiple_of(tl.load(residuals + slot // per_chunk), 16).to(tl.pointer_type(kind)) + offset
+    total = tl.zeros([slots_at_once, block], wide)
+    gg, dd = tl.zeros([block], tl.float64), tl.zeros([block], tl.float64)
+    kept, ff = tl.zeros([block], tl.float64), tl.zeros([block], tl.float64)
+    for start in range(part * span, tl.minimum(n, (part + 1) * span), block):
+        column = start + tl.arange(0, block)
+        inside = column < n
+        at = b * n + column
+        taken = inside & _each(takes_part, column)
+        value = tl.load(fz + at, mask=taken, other=0)
+        point = tl.load(z + at, mask=taken, other=0)
+        g = (value.to(wide) - point.to(wide)).to(z.dtype.element_ty)
+        h = tl.load(rows[:, None] + column[None, :], mask=known[:, None] & inside[None, :], other=0).to(wide)
+        total += h * g.to(wide)[None, :]
+        if first:
+            old_g = tl.load(before_g + at, mask=inside, other=0)
+            old_f = tl.load(before_f + at, mask=taken, other=0)
+            change = (g.to(wide) - old_g.to(wide)).to(z.dtype.element_ty)
+            written = inside & _each(takes_part | fresh, column)
+            nothing = tl.zeros([block], kind)
+            stored = tl.where(taken, change.to(kind), nothing)
+            step = (value.to(wide) - old_f.to(wide)).to(kind)
+            tl.store(new_residual + column, stored, mask=written)
+            tl.store(new_value + column, tl.where(taken, step, nothing), mask=written)
+            tl.store(next_g + at, tl.where(taken, g, old_g), mask=inside)
+            gg += _square(g)
+            dd += _square(change)
+            kept += stored.to(tl.float64) * g.to(tl.float64)
+            ff += _square(value)
+    tl.store(partial + (part * batch + b) * memory + slots, tl.sum(total, 1), mask=slots < memory)
+    if first:
+        at = squares + (part * batch + b) * 4
+        tl.store(at, tl.sum(gg, 0))
+        tl.store(at + 1, tl.sum(dd, 0))
+        tl.store(at + 2, tl.sum(kept, 0))
+        tl.store(at + 3, tl.sum(ff, 0))
+
+
+@triton.jit(do_not_specialize=["spans", "batch", "memory", "used", "slot", "fresh"])
+def anderson_algebra(
+    partial, squares, spans, seen, active, system, scale, target, step, norm,
+    next_seen, next_system, next_scale, next_target, next_step, next_norm, size,
+    batch, memory, used, slot, fresh, growth, ridge: tl.constexpr,
+    has_seen: tl.constexpr, lanes: tl.constexpr, at_once: tl.constexpr,
+):  # fmt: skip
+    """What stands in `deqcore.solvers.anderson` after the products, with its names."""
+    b = tl.program_id(0).to(tl.int64)
+    i, j = tl.arange(0, lanes), tl.arange(0, lanes)
+    four = tl.arange(0, 4)
+    real = j < memory
+    own = b * memory + j
+    tile = (b * memory + i)[:, None] * memory + j[None, :]
+    inside = (i < memory)[:, None] & real[None, :]
+    takes_part = tl.load(active + b).to(tl.int32)
+    new, diagonal = j == slot, i[:, None] == j[None, :]
+    unit = tl.where(diagonal, tl.full([lanes, lanes], 1.0 + ridge, tl.float64), 0.0)
+    there = _known(seen, b, j, used, memory, has_seen)
+    known = there & (j != slot)
+    old_system = tl.load(system + tile, mask=inside, other=0)
+    old_scale = tl.load(scale + own, mask=real, other=0)
+    old_target = tl.load(target + own, mask=real, other=0)
+    old_step = tl.load(step + own, mask=real, other=0)
+    old_norm = tl.load(norm + b)
+    if takes_part != 0:
+        found = _added(squares, spans, batch, b, 4, four, four < 4, 4, at_once)
+        length, kept = tl.sqrt(_entry(found, four, 1)), _entry(found, four, 2)
+        now = tl.sqrt(_entry(found, four, 0)).to(old_norm.dtype)
+        sane = now <= growth * old_norm
+        known = known & _each(sane, j)
+        old_system = tl.where(sane, old_system, unit)
+        old_scale = tl.where(sane, old_scale, 0.0)
+        old_target = tl.where(sane, old_target, 0.0)
+        result = _added(partial, spans, batch, b, memory, j, known, lanes, at_once)
+        result = tl.where(new, kept, result)
+        inverse = tl.where(length > 0.0, 1.0 / tl.where(length > 0.0, length, 1.0), 0.0)
+        scales = tl.where(new, inverse, old_scale)
+        row = tl.where(new, tl.full([lanes], 1.0 + ridge, tl.float64), (result - old_target) * scales * inverse)
+        column = tl.sum(tl.where(diagonal, row[None, :], 0.0), 1)
+        matrix = tl.where((i == slot)[:, None], row[None, :], old_system)
+        matrix = tl.where(new[None, :], column[:, None], matrix)
+        tl.store(next_system + tile, matrix, mask=inside)
+        tl.store(next_seen + own, known | new, mask=real)
+        tl.store(next_scale + own, scales, mask=real)
+        tl.store(next_target + own, result, mask=real)
+        # Gauss-Jordan elimination: the system is positive definite with a diagonal of ones.
+        matrix = tl.where(inside, matrix, tl.where(diagonal, 1.0, 0.0))
+        x = tl.sum(tl.where(diagonal, (result * scales)[None, :], 0.0), 1)  # along rows
+        for k in range(0, memory):
+            pivot_row = tl.sum(tl.where((i == k)[:, None], matrix, 0.0), 0)
+            pivot_column = tl.sum(tl.where((j == k)[None, :], matrix, 0.0), 1)
+            pivot = tl.sum(tl.where(j == k, pivot_row, 0.0), 0)
+            known_x = tl.sum(tl.where(i == k, x, 0.0), 0) / pivot
+            factor = tl.where(i == k, 0.0, pivot_column)
+            matrix = matrix - factor[:, None] * (pivot_row / pivot)[None, :]
+            matrix = tl.where((i == k)[:, None], (pivot_row / pivot)[None, :], matrix)
+            x = tl.where(i == k, known_x, x - factor * known_x)
+        solved = tl.sum(tl.where(diagonal, x[:, None], 0.0), 0)
+        solved = solved * -scales
+        finite = tl.abs(solved) < float("inf")
+        tl.store(next_step + own, tl.where(finite, solved, 0.0), mask=real)
+        tl.store(next_norm + b, now)
+        tl.store(size + b, tl.sqrt(_entry(found, four, 3)).to(size.dtype.element_ty))
+    else:
+        tl.store(next_seen + own, there, mask=real)
+        tl.store(next_system + tile, old_system, mask=inside)
+        tl.store(next_scale + own, old_scale, mask=real)
+        tl.store(next_target + own, old_target, mask=real)
+        tl.store(next_step + own, old_step, mask=real)
+        tl.store(next_norm + b, old_norm)
+        tl.store(size + b, 0.0)
+
+
+@triton.jit(do_not_specialize=["batch", "patience"])
+def verdict(
+    status, steps, residual, goal, limit, best, mark, since,
+    next_status, next_steps, next_best, next_mark, next_since, flags, batch, patience,
+    progress: tl.constexpr, running: tl.constexpr, converged: tl.constexpr, stalled: tl.constexpr,
+    diverged: tl.constexpr, nonfinite: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """The driver's judgement of each sample. `flags`: 1 where it takes part, 2 more where its iterate is the best."""
+    b = tl.program_id(0) * block + tl.arange(0, block)
+    inside = b < batch
+    before = tl.load(status + b, mask=inside, other=0)
+    active = before == running
+    now = tl.load(residual + b, mask=inside, other=0)
+    least = tl.load(best + b, mask=inside, other=0)
+    marked = tl.load(mark + b, mask=inside, other=0)
+    waited = tl.load(since + b, mask=inside, other=0)
+    met = now <= tl.load(goal + b, mask=inside, other=0)
+    sane = now <= tl.load(limit + b, mask=inside, other=0)  # False for NaN, too
+    better = ((now < least) | (met & sane)) & active
+    moved = now < progress * marked
+    waited = tl.where(moved, 0, waited + 1)
+    after = tl.where(met, converged, tl.where(waited < patience, running, stalled))
+    after = tl.where(sane, after, diverged)
+    after = tl.where(tl.abs(now) < float("inf"), after, nonfinite)
+    tl.store(next_status + b, tl.where(active, after, before), mask=inside)
+    tl.store(next_steps + b, tl.load(steps + b, mask=inside, other=0) + active.to(tl.int32), mask=inside)
+    tl.store(next_best + b, tl.where(better, now, least), mask=inside)
+    tl.store(next_mark + b, tl.where(moved, now, marked), mask=inside)
+    tl.store(next_since + b, waited, mask=inside)
+    tl.store(flags + b, active.to(tl.int8) + 2 * better.to(tl.int8), mask=inside)
+
+
+@triton.jit
+def _chosen(new, old, out, at, takes, inside):
+    """New where `takes`, old elsewhere; only one of the two is read."""
+    kept = tl.load(old + at, mask=inside & ~takes, other=0)
+    tl.store(out + at, tl.where(takes, new, kept), mask=inside)
+
+
+@triton.jit
+def keep(
+    z, fz, old_z, old_fz, best_z, best_fz, next_z, next_fz, next_best_z, next_best_fz, flags, n,
+    frozen: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """The iterates that stay: of samples that take part the new ones, and the best ones.
+
+    With `frozen` z is already that of samples that take no part.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * block + tl.arange(0, block)
+    inside = column < n
+    at = b * n + column
+    flag = tl.load(flags + b).to(tl.int32)
+    active, better = _each(flag & 1, column), _each(flag & 2, column)
+    point = tl.load(z + at, mask=inside & active, other=0)
+    value = tl.load(fz + at, mask=inside & active, other=0)
+    if frozen == 0:
+        _chosen(point, old_z, next_z, at, active, inside)
+    _chosen(value, old_fz, next_fz, at, active, inside)
+    _chosen(point, best_z, next_best_z, at, better, inside)
+    _chosen(value, best_fz, next_best_fz, at, better, inside)

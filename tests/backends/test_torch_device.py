@@ -1,0 +1,211 @@
+"""Native steps on a GPU are the steps that solvers define; without a GPU, Triton's interpreter runs them here.
+
+Truth: the solvers' own steps, products of matrices, and other batches.
+"""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+from deqcore.driver import Control, drive
+from deqcore.solvers.anderson import Anderson
+from deqcore.solvers.broyden import Broyden
+from deqcore.solvers.newton_krylov import NewtonKrylov
+from deqcore.solvers.picard import Picard
+
+torch = pytest.importorskip("torch")
+if find_spec("triton") is None:
+    pytest.skip("needs triton", allow_module_level=True)
+
+from deqcore_torch import native  # noqa: E402
+from deqcore_torch.backend import TorchBackend  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RUNS = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+kernels = pytest.mark.skipif(not RUNS, reason="needs a GPU, or TRITON_INTERPRET=1 from the start")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, that interprets
+SOLVERS = [Broyden(), Broyden(memory=3), Broyden(memory=5), Anderson(), Anderson(memory=2), Anderson(growth=1.001)]
+TOLERANCE = {torch.float32: 3e-5, torch.float64: 1e-12}
+
+
+@pytest.mark.skipif(RUNS, reason="runs directly")
+def test_kernels_in_triton_s_interpreter():
+    """Triton decides when it is imported whether it interprets, so this has a process of its own."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-cov", __file__]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert " passed" in process.stdout
+
+
+@pytest.fixture(autouse=True)
+def fused(monkeypatch, request):
+    """The GPU's native steps for whatever device there is."""
+    if "kernels_in" in request.node.name:
+        return None
+    device = pytest.importorskip("deqcore_torch.native.device")
+    if DEVICE == "cpu":
+        monkeypatch.setattr(device, "plain", lambda x: x.dtype in device.KINDS and x.numel() > 0 and x.is_contiguous())
+        monkeypatch.setattr(native, "loaded", lambda kind: device)
+        monkeypatch.setattr(TorchBackend, "host", lambda self, x: None)  # as on a device that would have to be asked
+    return device
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """Runs something with the solvers' own steps."""
+
+    def run(do):
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "loaded", lambda kind: None)
+            return do()
+
+    return run
+
+
+def problem(dtype, batch, n, gain=0.9):
+    """A tanh cell; sample b has the gain b/batch of it, so that samples stop one after the other."""
+    generator = torch.Generator().manual_seed(n)
+    w = torch.randn(n, n, generator=generator, dtype=torch.float64) / n**0.5
+    x = torch.randn(batch, n, generator=generator, dtype=torch.float64)
+    gains = gain * torch.arange(1, batch + 1, dtype=torch.float64)[:, None] / batch
+    w, x, gains = (each.to(DEVICE, dtype) for each in (w, x, gains))
+    return (lambda z: torch.tanh(gains * (z @ w) + x)), torch.zeros(batch, n, dtype=dtype, device=DEVICE)
+
+
+def solve(f, z, solver, rtol=0.0, max_steps=8, resume=None):
+    with torch.no_grad():
+        return drive(TorchBackend(), solver, f, z, Control(rtol=rtol, max_steps=max_steps, check_every=4), resume)
+
+
+@kernels
+@pytest.mark.parametrize("solver", [*SOLVERS, Picard(), NewtonKrylov()], ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("batch", "n", "rtol"), [(1, 3, 0.0), (9, 30, 0.0), (9, 30, 1e-2), (2, 4500, 0.0)])
+def test_steps_are_those_of_the_solver(without, solver, dtype, batch, n, rtol):
+    f, z = problem(dtype, batch, n)
+    run = lambda: solve(f, z, solver, rtol, 6)
+    found, expected = run(), without(run)
+    assert torch.equal(found.steps, expected.steps)
+    assert torch.equal(found.status, expected.status)
+    for ours, own in [(found.z, expected.z), (found.fz, expected.fz), (found.carry.z, expected.carry.z)]:
+        assert float((ours - own).norm() / own.norm()) < TOLERANCE[dtype]
+
+
+@kernels
+@pytest.mark.parametrize("solver", [Broyden(), Broyden(history_dtype="bfloat16"), Anderson()], ids=repr)
+def test_narrow_states_and_histories(without, solver):
+    f, z = problem(torch.bfloat16, 5, 40, gain=0.5)
+    run = lambda: solve(f, z, solver, rtol=2e-2, max_steps=12)
+    found, expected = run(), without(run)
+    assert found.z.dtype is torch.bfloat16
+    assert (found.status == 1).all()
+    assert (expected.status == 1).all()
+    assert float((found.z - expected.z).float().norm() / expected.z.float().norm()) < 0.03
+
+
+@kernels
+@pytest.mark.parametrize("solver", [Broyden(), Anderson()], ids=repr)
+def test_the_estimates_are_those_of_the_solver(without, solver):
+    f, z = problem(torch.float64, 7, 30)
+    v = torch.randn(7, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    backend = TorchBackend()
+
+    def applied():
+        state = solve(f, z, solver, rtol=1e-3, max_steps=5).carry.state
+        found = [solver.inverse_jacobian(backend, state).apply(v), solver.secant_estimate(backend, state).apply(v)]
+        return torch.stack(found)
+
+    assert torch.allclose(applied(), without(applied), rtol=1e-7, atol=1e-9)
+
+
+@kernels
+@pytest.mark.parametrize("solver", [Broyden(), Anderson()], ids=repr)
+def test_a_solve_goes_on(without, solver):
+    f, z = problem(torch.float64, 7, 30)
+
+    def twice():
+        first = solve(f, z, solver, rtol=1e-2, max_steps=20)
+        return solve(f, z, solver, rtol=1e-6, max_steps=20, resume=first.carry)
+
+    found, expected = twice(), without(twice)
+    assert torch.equal(found.steps, expected.steps)
+    assert (found.status == 1).all()
+    assert torch.allclose(found.z, expected.z, rtol=1e-9)
+
+
+@kernels
+@pytest.mark.parametrize("memory", [3, 20])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("stored", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("n", [5, 4100])
+def test_products_and_combinations(fused, without, memory, masked, stored, n):
+    backend, generator = TorchBackend(), torch.Generator().manual_seed(0)
+    vectors = torch.randn(7, 3, n, generator=generator).to(DEVICE)
+    history = backend.history(vectors[0], memory, stored)
+    for k, v in enumerate(vectors):
+        active = torch.tensor([True, k % 2 == 0, k > 4], device=DEVICE) if masked else None
+        history = history.with_active(active).append(v)
+    history = history.with_active(None)
+    c = torch.randn(3, memory, generator=generator, dtype=torch.float64).to(DEVICE)
+    v = vectors[0] + vectors[3]
+    run = lambda: (history.dot(v), history.combine(c), history.add_combination(v, c))
+    taken = []
+    assert fused.dots(history, v) is not None
+    found, expected = run(), without(run)
+    for ours, own in zip(found, expected, strict=True):
+        taken.append(ours.dtype)
+        assert ours.dtype is own.dtype
+        assert torch.allclose(ours, own, rtol=1e-4, atol=1e-4 * float(own.abs().max()))
+    assert taken == [torch.float64, torch.float32, torch.float32]
+
+
+@kernels
+@pytest.mark.parametrize("solver", [Broyden(), Anderson()], ids=repr)
+def test_bits_do_not_depend_on_the_batch(solver):
+    rates = torch.linspace(0.1, 0.9, 10, device=DEVICE)[:, None]
+    x = torch.randn(10, 300, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    everyone = solve(lambda z: torch.tanh(rates * z.roll(1, 1) + x), torch.zeros_like(x), solver, rtol=1e-4)
+    for b in (0, 4, 9):
+        alone = solve(lambda z, b=b: torch.tanh(rates[b] * z.roll(1, 1) + x[b]), torch.zeros_like(x[:1]), solver, 1e-4)
+        assert torch.equal(alone.fz[0], everyone.fz[b])
+        assert int(alone.steps[0]) == int(everyone.steps[b])
+
+
+@kernels
+@pytest.mark.parametrize("solver", [Broyden(), Anderson(), Picard()], ids=repr)
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
+def test_a_neighbour_changes_nothing(solver, poison):
+    x = torch.randn(5, 12, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    bad = torch.zeros(5, 12, device=DEVICE)
+    bad[2] = poison
+    f = lambda z, shift: torch.tanh(0.7 * z.roll(1, 1) + x) + shift * (1 + z)
+    clean, dirty = (solve(lambda z, s=s: f(z, s), torch.zeros_like(x), solver) for s in (torch.zeros_like(bad), bad))
+    rows = [0, 1, 3, 4]
+    assert torch.equal(clean.fz[rows], dirty.fz[rows])
+    assert torch.equal(clean.status[rows], dirty.status[rows])
+    assert int(dirty.status[2]) != 1
+
+
+@kernels
+@pytest.mark.parametrize("solver", [Broyden(), Anderson()], ids=repr)
+def test_a_native_step_is_taken(fused, monkeypatch, solver):
+    taken = []
+    own = fused.step
+    monkeypatch.setattr(fused, "step", lambda *given: taken.append(own(*given)) or taken[-1])
+    f, z = problem(torch.float32, 3, 10)
+    solve(f, z, solver, rtol=1e-3)
+    assert taken
+    assert all(found is not None and found.frozen for found in taken)
+
+
+@kernels
+def test_what_has_no_native_version(fused):
+    f, z = problem(torch.float32, 3, 10)
+    backend = TorchBackend()
+    for solver in (Broyden(memory=80), Broyden(growth=2.0), Anderson(mixing=0.5), Picard()):
+        fz = f(z)
+        assert fused.step(backend, solver, f, z, fz, solver.init(backend, z, fz)) is None
