@@ -228,10 +228,9 @@ class TorchHistory(History):
             products = torch.bmm(v[:, None], self.store.chunks[0].permute(1, 2, 0))[:, 0]
             hidden = self._hidden()
             return products if hidden is None else products.masked_fill_(hidden, 0.0)
-        if self.written and v.dim() == 2 and (kernels := native.reading(v)) is not None:
-            products: Tensor | None = kernels.dots(self, v)
-            if products is not None:
-                return products
+        if self.written and v.dim() == 2 and native.products(v) and (kernels := native.reading(v)) is not None:
+            products: Tensor = kernels.dots(self, v)
+            return products
         many = v if v.dim() == 3 else v[:, None]
         compute = self.store.compute
         if many.dtype is not compute:
@@ -252,8 +251,13 @@ class TorchHistory(History):
 
     def _fused(self, coefficients: Tensor, base: Tensor | None) -> Tensor | None:
         """The combination by one kernel, where there is one for it."""
-        kernels = native.reading(coefficients) if self.written else None
-        found: Tensor | None = None if kernels is None else kernels.combined(self, coefficients, base)
+        if not self.written or not native.products(coefficients):
+            return None
+        coefficients, base = coefficients.contiguous(), None if base is None else base.contiguous()
+        kernels = native.reading(coefficients)
+        if kernels is None or (base is not None and native.reading(base) is None):
+            return None
+        found: Tensor = kernels.combined(self, coefficients, base)
         return found
 
     def add_combination(self, base: Tensor, coefficients: Tensor) -> Tensor:

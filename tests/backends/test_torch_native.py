@@ -45,7 +45,7 @@ def without(monkeypatch):
 
     def run(do):
         with monkeypatch.context() as patch:
-            patch.setattr(native, "loaded", lambda: None)
+            patch.setattr(native, "loaded", lambda kind: None)
             return do()
 
     return run
@@ -202,15 +202,15 @@ assert sol.value.dtype is dtype and bool(sol.converged.all()), sol
 def test_it_can_be_turned_off(monkeypatch):
     native.loaded.cache_clear()
     monkeypatch.setenv("DEQCORE_NATIVE", "0")
-    assert native.loaded() is None
+    assert native.loaded("cpu") is None
     native.loaded.cache_clear()
     monkeypatch.delenv("DEQCORE_NATIVE")
-    assert native.loaded() is steps
+    assert native.loaded("cpu") is steps
 
 
 def test_a_numba_that_does_not_import_is_told(monkeypatch):
     native.loaded.cache_clear()
     monkeypatch.setitem(sys.modules, "deqcore_torch.native.steps", None)
     with pytest.warns(UserWarning, match="Numba does not work here"):
-        assert native.loaded() is None
+        assert native.loaded("cpu") is None
     native.loaded.cache_clear()

@@ -31,6 +31,12 @@ def reading(x: Tensor) -> ModuleType | Any | None:
     return None if steps is None or not steps.plain(x) else steps
 
 
+def products(x: Tensor) -> bool:
+    """Whether there are native products with histories on this device. On CPUs torch's own are as fast."""
+    steps = loaded(x.device.type)
+    return steps is not None and hasattr(steps, "dots")
+
+
 @cache
 def loaded(kind: str) -> ModuleType | Any | None:
     """The module of native steps for devices of this kind; None without its compiler, or where they are turned off."""

@@ -55,10 +55,6 @@ def _on(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext() if not x.is_cuda or x.device.index == torch.cuda.current_device() else torch.cuda.device_of(x)
 
 
-def _wide(x: Tensor) -> Any:
-    return tl.float64 if x.dtype is torch.float64 else tl.float32
-
-
 def _lanes(memory: int) -> int:
     return max(4, int(triton.next_power_of_2(memory)))
 
@@ -76,8 +72,15 @@ def _seen(history: TorchHistory, like: Tensor) -> tuple[Tensor, bool]:
     return (like, False) if history.seen is None else (history.seen, True)
 
 
+def _stored(history: TorchHistory) -> dict[str, Any]:
+    """What kernels must know of the vectors of a history."""
+    store = history.store
+    kinds = {"kind": KINDS[store.dtype], "wide": KINDS[store.compute]}
+    return {**kinds, "aligned": store.width * store.dtype.itemsize % 16 == 0}
+
+
 def _products(history: TorchHistory) -> dict[str, Any]:
-    return {"kind": KINDS[history.store.dtype], "slots_at_once": AT_ONCE, "block": BLOCK, "span": fused.SPAN}
+    return {**_stored(history), "slots_at_once": AT_ONCE, "block": BLOCK, "span": fused.SPAN}
 
 
 def dots(history: TorchHistory, v: Tensor) -> Tensor:
@@ -89,7 +92,6 @@ def dots(history: TorchHistory, v: Tensor) -> Tensor:
         fused.dots[(batch, parts.shape[0], triton.cdiv(memory, AT_ONCE))](
             *(v, history.table(), seen, parts, n, batch, memory, history.used(), history.store.chunk),
             **_products(history),
-            wide=KINDS[history.store.compute],
             has_seen=masked,
         )
     return parts[0].to(history.store.wide) if parts.shape[0] == 1 else parts.sum(0, dtype=history.store.wide)
@@ -108,8 +110,7 @@ def combined(
             *(out if base is None else base, coefficients, history.table(), seen),
             *(out if active is None else active, out if stay is None else stay, out),
             *(store.width, store.batch, history.memory, history.used(), store.chunk),
-            kind=KINDS[store.dtype],
-            wide=KINDS[store.compute],
+            **_stored(history),
             has_base=base is not None,
             has_seen=masked,
             has_active=active is not None,
@@ -158,7 +159,6 @@ def _broyden(f: Map, z: Tensor, state: BroydenState) -> Stepped | None:
             *(z, value, basis.table(), seen, active, parts, squares),
             *(n, batch, memory, used, slot, basis.store.chunk, fresh),
             **_products(basis),
-            wide=KINDS[basis.store.compute],
             has_seen=masked,
         )
         lanes = _lanes(memory)
@@ -198,7 +198,6 @@ def _anderson(solver: Anderson, f: Map, z: Tensor, fz: Tensor, state: AndersonSt
             *(z, value, *_dense(fz, state.residual), g, values.table(), residuals.table(), seen, active, parts, squares),
             *(n, batch, memory, used, slot, values.store.chunk, fresh),
             **_products(values),
-            wide=KINDS[values.store.compute],
             has_seen=masked,
         )
         fused.anderson_algebra[(batch,)](

@@ -18,11 +18,11 @@ PARTS: Final = 8  # spans that are added up at once
 
 
 @triton.jit
-def _rows(chunks, slots, wanted, per_chunk, batch, b, n, kind: tl.constexpr):
-    """Where the vectors of this sample begin in `slots`."""
-    chunk = tl.load(chunks + slots // per_chunk, mask=wanted, other=0)
-    chunk = tl.multiple_of(chunk, 16)
-    return chunk.to(tl.pointer_type(kind)) + ((slots % per_chunk).to(tl.int64) * batch + b) * n
+def _rows(chunks, slots, wanted, per_chunk, batch, b, n, kind: tl.constexpr, aligned: tl.constexpr):
+    """Where the vectors of this sample begin in `slots`; `aligned` if all begin at a multiple of 16 bytes."""
+    chunk = tl.load(chunks + slots // per_chunk, mask=wanted, other=0).to(tl.pointer_type(kind))
+    rows = chunk + ((slots % per_chunk).to(tl.int64) * batch + b) * n
+    return tl.multiple_of(rows, 16) if aligned else rows
 
 
 @triton.jit
@@ -43,14 +43,14 @@ def _known(seen, b, slots, used, memory, has_seen: tl.constexpr):
 @triton.jit(do_not_specialize=["batch", "memory", "used", "per_chunk"])
 def dots(
     v, chunks, seen, partial, n, batch, memory, used, per_chunk,
-    kind: tl.constexpr, wide: tl.constexpr, has_seen: tl.constexpr,
+    kind: tl.constexpr, aligned: tl.constexpr, wide: tl.constexpr, has_seen: tl.constexpr,
     slots_at_once: tl.constexpr, block: tl.constexpr, span: tl.constexpr,
 ):  # fmt: skip
     """`partial` (spans, batch, memory): h_kᵀv over a span, 0 for what is not seen."""
     b, part, tile = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     slots = tile * slots_at_once + tl.arange(0, slots_at_once)
     known = _known(seen, b, slots, used, memory, has_seen)
-    rows = _rows(chunks, slots, known, per_chunk, batch, b, n, kind)
+    rows = _rows(chunks, slots, known, per_chunk, batch, b, n, kind, aligned)
     total = tl.zeros([slots_at_once, block], wide)
     for start in range(part * span, tl.minimum(n, (part + 1) * span), block):
         column = start + tl.arange(0, block)
@@ -64,8 +64,8 @@ def dots(
 @triton.jit(do_not_specialize=["batch", "memory", "used", "per_chunk"])
 def combined(
     base, coefficients, chunks, seen, active, stay, out, n, batch, memory, used, per_chunk,
-    kind: tl.constexpr, wide: tl.constexpr, has_base: tl.constexpr, has_seen: tl.constexpr, has_active: tl.constexpr,
-    slots_at_once: tl.constexpr, block: tl.constexpr,
+    kind: tl.constexpr, aligned: tl.constexpr, wide: tl.constexpr,
+    has_base: tl.constexpr, has_seen: tl.constexpr, has_active: tl.constexpr, slots_at_once: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """Base + Σ c_k h_k of each sample; `stay` for those that do not take part."""
     b = tl.program_id(0).to(tl.int64)
@@ -79,7 +79,7 @@ def combined(
         for first in range(0, used, slots_at_once):
             slots = first + tl.arange(0, slots_at_once)
             known = _known(seen, b, slots, used, memory, has_seen)
-            rows = _rows(chunks, slots, known, per_chunk, batch, b, n, kind)
+            rows = _rows(chunks, slots, known, per_chunk, batch, b, n, kind, aligned)
             c = tl.load(coefficients + b * memory + slots, mask=known, other=0).to(wide)
             h = tl.load(rows[:, None] + column[None, :], mask=known[:, None] & inside[None, :], other=0).to(wide)
             total += tl.sum(c[:, None] * h, 0)
@@ -99,7 +99,7 @@ def _square(x):
 @triton.jit(do_not_specialize=["batch", "memory", "used", "slot", "per_chunk", "fresh"])
 def broyden_products(
     z, fz, chunks, seen, active, partial, squares, n, batch, memory, used, slot, per_chunk, fresh,
-    kind: tl.constexpr, wide: tl.constexpr, has_seen: tl.constexpr,
+    kind: tl.constexpr, aligned: tl.constexpr, wide: tl.constexpr, has_seen: tl.constexpr,
     slots_at_once: tl.constexpr, block: tl.constexpr, span: tl.constexpr,
 ):  # fmt: skip
     """Writes g = f(z) − z into its slot; `partial` as in `dots` for the slots before it.
@@ -110,10 +110,9 @@ def broyden_products(
     takes_part = tl.load(active + b).to(tl.int32)
     slots = tile * slots_at_once + tl.arange(0, slots_at_once)
     known = _known(seen, b, slots, used, memory, has_seen) & (slots != slot) & _each(takes_part, slots)
-    rows = _rows(chunks, slots, known, per_chunk, batch, b, n, kind)
+    rows = _rows(chunks, slots, known, per_chunk, batch, b, n, kind, aligned)
     first = tile == 0
-    here = tl.multiple_of(tl.load(chunks + slot // per_chunk), 16).to(tl.pointer_type(kind))
-    here += ((slot % per_chunk).to(tl.int64) * batch + b) * n
+    here = _rows(chunks, slot, True, per_chunk, batch, b, n, kind, aligned)
     total = tl.zeros([slots_at_once, block], wide)
     gg, kept, ff = tl.zeros([block], tl.float64), tl.zeros([block], tl.float64), tl.zeros([block], tl.float64)
     for start in range(part * span, tl.minimum(n, (part + 1) * span), block):
@@ -223,7 +222,7 @@ def broyden_algebra(
 def anderson_products(
     z, fz, before_f, before_g, next_g, values, residuals, seen, active, partial, squares,
     n, batch, memory, used, slot, per_chunk, fresh,
-    kind: tl.constexpr, wide: tl.constexpr, has_seen: tl.constexpr,
+    kind: tl.constexpr, aligned: tl.constexpr, wide: tl.constexpr, has_seen: tl.constexpr,
     slots_at_once: tl.constexpr, block: tl.constexpr, span: tl.constexpr,
 ):  # fmt: skip
     """Writes Δf and Δg into their slots and g = f(z) − z; `partial` as in `dots` for the Δg before.
@@ -234,11 +233,10 @@ def anderson_products(
     takes_part = tl.load(active + b).to(tl.int32)
     slots = tile * slots_at_once + tl.arange(0, slots_at_once)
     known = _known(seen, b, slots, used, memory, has_seen) & (slots != slot) & _each(takes_part, slots)
-    rows = _rows(residuals, slots, known, per_chunk, batch, b, n, kind)
+    rows = _rows(residuals, slots, known, per_chunk, batch, b, n, kind, aligned)
     first = tile == 0
-    offset = ((slot % per_chunk).to(tl.int64) * batch + b) * n
-    new_value = tl.multiple_of(tl.load(values + slot // per_chunk), 16).to(tl.pointer_type(kind)) + offset
-    new_residual = tl.multiple_of(tl.load(residuals + slot // per_chunk), 16).to(tl.pointer_type(kind)) + offset
+    new_value = _rows(values, slot, True, per_chunk, batch, b, n, kind, aligned)
+    new_residual = _rows(residuals, slot, True, per_chunk, batch, b, n, kind, aligned)
     total = tl.zeros([slots_at_once, block], wide)
     gg, dd = tl.zeros([block], tl.float64), tl.zeros([block], tl.float64)
     kept, ff = tl.zeros([block], tl.float64), tl.zeros([block], tl.float64)

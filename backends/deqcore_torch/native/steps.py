@@ -144,16 +144,6 @@ def _anderson(backend: Backend, solver: Anderson, f: Map, fz: Tensor, state: And
     return Stepped(z, value, AndersonState(after, residuals, system, scale, target, step, g, norm), size)
 
 
-def dots(history: TorchHistory, v: Tensor) -> None:
-    """`History.dot`: left to torch here, as its products with matrices on the host are as fast."""
-    return
-
-
-def combined(history: TorchHistory, coefficients: Tensor, base: Tensor | None) -> None:
-    """`History.combine`, likewise."""
-    return
-
-
 def keep(carry: Any, found: Stepped, residual: Tensor, goal: Tensor | float, patience: int) -> None:
     """`Backend.native_keep`: the driver itself judges on the host, without waiting."""
     return
