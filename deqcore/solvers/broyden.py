@@ -266,7 +266,7 @@ class Broyden(Solver):
         used, slots = both.shape[1], state.step.shape[1]
         steps, differences = both[:, :, :slots], both[:, :, slots:]
         rows = state.gram.vectors()
-        missing = xp.zeros_like(steps[:, :1, :1]) + xp.zeros((1, slots - used, slots), dtype=rows.dtype)
+        missing = xp.broadcast_to(xp.zeros_like(rows[:, :1]), (rows.shape[0], slots - used, slots))
         lower = xp.concat([rows, missing], axis=1) if used < slots else rows
         gram = lower + xp.permute_dims(lower, (0, 2, 1))
         return multisecant(backend, state.basis, gram, steps, differences)
