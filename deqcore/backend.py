@@ -376,7 +376,9 @@ class Backend(ABC):
         """
         return None
 
-    def native_keep(self, carry: Any, found: Stepped, residual: Array, goal: Array | float, patience: int) -> Any | None:
+    def native_keep(
+        self, carry: Any, found: Stepped, residual: Array, goal: Array | float, patience: int
+    ) -> Any | None:
         """What the driver keeps of a step, by compiled code where this backend has some for it; None elsewhere.
 
         Args:
@@ -388,6 +390,20 @@ class Backend(ABC):
 
         Returns:
             The carry after the step, but with the solver's state of before.
+        """
+        return None
+
+    def native_arnoldi(self, space: Any, w: Array, goal: Array, twice: bool) -> Any | None:
+        """What GMRES does with a product, by compiled code where this backend has some for it; None elsewhere.
+
+        Args:
+            space: `deqcore.linear.gmres.Krylov`.
+            w: the product with its latest vector, `(batch, n)`.
+            goal: residual at which a sample is done, `(batch,)`.
+            twice: project twice.
+
+        Returns:
+            The space with one more dimension.
         """
         return None
 

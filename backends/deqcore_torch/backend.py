@@ -138,6 +138,10 @@ class TorchBackend(Backend):
         steps = native.reading(found.z)
         return None if steps is None else steps.keep(carry, found, residual, goal, patience)
 
+    def native_arnoldi(self, space: Any, w: Tensor, goal: Tensor, twice: bool) -> Any | None:
+        steps = native.reading(w)
+        return None if steps is None else steps.arnoldi(space, w, goal, twice)
+
     def measure(self, z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
         steps = native.reading(z)
         found = None if steps is None else steps.measure(z, fz)

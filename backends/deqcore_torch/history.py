@@ -66,7 +66,20 @@ class _Store:
     """What all versions of a history share; only `chunks` changes, it grows, and what is planned."""
 
     __slots__ = (
-        *("batch", "chunk", "chunks", "compute", "dtype", "like", "memory", "planned", "table", "whole", "wide", "width"),
+        *(
+            "batch",
+            "chunk",
+            "chunks",
+            "compute",
+            "dtype",
+            "like",
+            "memory",
+            "planned",
+            "table",
+            "whole",
+            "wide",
+            "width",
+        ),
     )
 
     def __init__(
@@ -229,8 +242,8 @@ class TorchHistory(History):
             hidden = self._hidden()
             return products if hidden is None else products.masked_fill_(hidden, 0.0)
         if self.written and v.dim() == 2 and native.products(v) and (kernels := native.reading(v)) is not None:
-            products: Tensor = kernels.dots(self, v)
-            return products
+            fused: Tensor = kernels.dots(self, v)
+            return fused
         many = v if v.dim() == 3 else v[:, None]
         compute = self.store.compute
         if many.dtype is not compute:

@@ -140,8 +140,11 @@ class KrylovSpace:
 
     def _step(self, k: Krylov, goal: Array) -> Krylov:
         backend, xp = self.backend, self.backend.xp
-        active = k.alive & (k.residual > goal)
         w = self.product(k.v if self.precondition is None else self.precondition(k.v))
+        found: Krylov | None = backend.native_arnoldi(k, w, goal, self.reorthogonalize)
+        if found is not None:
+            return found
+        active = k.alive & (k.residual > goal)
         w, h, scale, height = backend.project(k.basis, w, self.reorthogonalize)
         floor = 4 * backend.eps(w) * scale
         broke = height <= floor  # the space is invariant: its solution is exact, or A is singular

@@ -10,7 +10,9 @@ from importlib.util import find_spec
 
 import pytest
 
+import deqcore
 from deqcore.driver import Control, drive
+from deqcore.linear.gmres import gmres
 from deqcore.solvers.anderson import Anderson
 from deqcore.solvers.broyden import Broyden
 from deqcore.solvers.newton_krylov import NewtonKrylov
@@ -135,6 +137,70 @@ def test_a_solve_goes_on(without, solver):
     assert torch.equal(found.steps, expected.steps)
     assert (found.status == 1).all()
     assert torch.allclose(found.z, expected.z, rtol=1e-9)
+
+
+def systems(dtype, batch, n):
+    """Sample b has b slow modes; the last one is singular, and the one before it not finite."""
+    generator = torch.Generator().manual_seed(n)
+    a = (
+        torch.eye(n, dtype=torch.float64)
+        + 0.3 * torch.randn(batch, n, n, generator=generator, dtype=torch.float64) / n**0.5
+    )
+    a[-1, :, 0] = 0.0
+    right = torch.randn(batch, n, generator=generator, dtype=torch.float64)
+    right[-2, 0] = float("nan")
+    a, right = a.to(DEVICE, dtype), right.to(DEVICE, dtype)
+    return (lambda v: torch.einsum("bij,bj->bi", a, v)), right
+
+
+@kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize(("batch", "n", "steps"), [(3, 4, 8), (6, 30, 9), (3, 1100, 5)])
+def test_gmres_is_that_of_the_core(without, monkeypatch, fused, dtype, twice, batch, n, steps):
+    product, right = systems(dtype, batch, n)
+    rtol = torch.logspace(-1, -4, batch, device=DEVICE, dtype=torch.float64)
+    taken = []
+    own = fused.arnoldi
+    monkeypatch.setattr(fused, "arnoldi", lambda *given: taken.append(own(*given)) or taken[-1])
+    run = lambda: gmres(TorchBackend(), product, right, rtol=rtol, max_steps=steps, reorthogonalize=twice)
+    with torch.no_grad():
+        found, expected = run(), without(run)
+    assert taken
+    assert None not in taken
+    assert torch.equal(found.products, expected.products)
+    assert torch.equal(found.converged, expected.converged)
+    sound = [b for b in range(batch) if b < batch - 2]
+    assert torch.allclose(found.x[sound], expected.x[sound], rtol=1e-3 if dtype is torch.float32 else 1e-9, atol=1e-5)
+    assert torch.allclose(found.residual[sound], expected.residual[sound], rtol=1e-2, atol=1e-5)
+
+
+@kernels
+def test_certified_solves_are_those_of_the_core(without):
+    f, z = problem(torch.float64, 6, 30)
+    run = lambda: deqcore.fixed_point(
+        lambda z, x: f(z) + x, z, x, forward__rtol=1e-6, backward__strategy="broyden-reuse"
+    )
+    gradients = []
+    for way in (lambda do: do(), without):
+        x = torch.zeros_like(z, requires_grad=True)
+        sol = run()
+        way(lambda sol=sol: sol.value.square().sum().backward())
+        gradients.append((x.grad, sol.backward.pulls))
+    assert torch.equal(gradients[0][1], gradients[1][1])
+    assert torch.allclose(gradients[0][0], gradients[1][0], rtol=1e-6, atol=1e-9)
+
+
+@kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [1, 5000])
+def test_norms(fused, dtype, n):
+    z, fz = torch.randn(2, 3, n, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    fz[1, 0] = float("nan")
+    residual, size = fused.measure(z, fz)
+    wide = [each.double() for each in (fz.double() - z.double(), fz)]
+    assert torch.allclose(residual.double(), wide[0].norm(dim=1), rtol=1e-6, equal_nan=True)
+    assert torch.allclose(size.double(), wide[1].norm(dim=1), rtol=1e-6, equal_nan=True)
 
 
 @kernels

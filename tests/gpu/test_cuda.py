@@ -79,7 +79,7 @@ def waits(solve):
             solve()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(each.message) for each in seen)
+    return [f"{each.filename}:{each.lineno}" for each in seen if "synchroniz" in str(each.message)]
 
 
 @pytest.mark.parametrize("solver", ["picard", "anderson", "broyden"])
@@ -90,7 +90,10 @@ def test_the_host_waits_only_to_ask_who_has_stopped(solver):
     solve()  # compiles, allocates
     with torch.no_grad():
         steps = int(solve().steps.max())
-        assert waits(solve) <= steps // 5 + 3
+        found = waits(solve)
+    checks = [place for place in found if "deqcore_torch/backend.py" in place]  # `TorchBackend.loop` asks
+    assert len(checks) <= steps // 5 + 2, found
+    assert len(found) - len(checks) <= 4, found  # after the solve: did all converge, and is that to be told?
 
 
 def test_a_late_check_changes_nothing():
@@ -138,7 +141,7 @@ def test_autocast_and_a_scaler():
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
 
 
@@ -161,10 +164,12 @@ def test_memory_grows_with_the_steps_taken():
     f = lambda z, x: rate * torch.sin(z) + x
     vector = 4 * x.numel()
     with torch.no_grad():
-        deqcore.fixed_point(f, torch.zeros_like(x), x, forward__max_steps=1)
+        deqcore.fixed_point(f, torch.zeros_like(x), x, forward__max_steps=1, forward__on_failure="ignore")
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        sol = deqcore.fixed_point(f, torch.zeros_like(x), x, forward__max_steps=6, forward__rtol=1e-6)
+        sol = deqcore.fixed_point(
+            f, torch.zeros_like(x), x, forward__max_steps=6, forward__rtol=1e-6, forward__on_failure="ignore"
+        )
         peak = (torch.cuda.max_memory_allocated() - before) / vector
     assert int(sol.steps.max()) == 6
     assert peak <= 8 + 10

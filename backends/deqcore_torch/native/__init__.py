@@ -1,5 +1,4 @@
-"""Native steps: compiled by Numba for the CPU (``pip install "deqcore[native]"``), by Triton, which comes with torch, for
-GPUs.
+"""Native steps: by Numba for the CPU (``pip install "deqcore[native]"``), by Triton, which comes with torch, for GPUs.
 
 ``DEQCORE_NATIVE=0`` in the environment turns them off.
 """

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from types import SimpleNamespace
 from typing import Any, Final
 
 import numpy as np
@@ -13,12 +15,14 @@ from torch import Tensor
 
 from deqcore.backend import Backend, Map, Stepped
 from deqcore.driver import PROGRESS, Carry
+from deqcore.linear.gmres import Krylov
 from deqcore.solution import Status
 from deqcore.solver import Solver
 from deqcore.solvers.anderson import Anderson, AndersonState
 from deqcore.solvers.broyden import Broyden, BroydenState
 from deqcore_torch.history import TorchHistory
 from deqcore_torch.native import fused
+from deqcore_torch.native.launch import Kernel
 
 KINDS: Final = {
     torch.float16: tl.float16,
@@ -29,7 +33,9 @@ KINDS: Final = {
 MOST: Final = 64  # slots: small matrices up to this size stay in registers
 AT_ONCE: Final = 16  # slots that one program reads
 BLOCK: Final = 256  # numbers of each that it reads at once
+WIDEST: Final = 1024  # slots of a basis: one vector of coefficients stays in registers
 COLUMNS: Final = 1024  # numbers of the result that one program writes
+RUN: Final = SimpleNamespace(**{name: Kernel(getattr(fused, name)) for name in fused.KERNELS})
 EPS: Final = float(np.finfo(np.float64).eps)
 
 
@@ -55,6 +61,7 @@ def _on(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext() if not x.is_cuda or x.device.index == torch.cuda.current_device() else torch.cuda.device_of(x)
 
 
+@cache
 def _lanes(memory: int) -> int:
     return max(4, int(triton.next_power_of_2(memory)))
 
@@ -72,11 +79,14 @@ def _seen(history: TorchHistory, like: Tensor) -> tuple[Tensor, bool]:
     return (like, False) if history.seen is None else (history.seen, True)
 
 
+@cache
+def _kinds(dtype: torch.dtype, compute: torch.dtype, width: int) -> dict[str, Any]:
+    return {"kind": KINDS[dtype], "wide": KINDS[compute], "aligned": width * dtype.itemsize % 16 == 0}
+
+
 def _stored(history: TorchHistory) -> dict[str, Any]:
     """What kernels must know of the vectors of a history."""
-    store = history.store
-    kinds = {"kind": KINDS[store.dtype], "wide": KINDS[store.compute]}
-    return {**kinds, "aligned": store.width * store.dtype.itemsize % 16 == 0}
+    return _kinds(history.store.dtype, history.store.compute, history.store.width)
 
 
 def _products(history: TorchHistory) -> dict[str, Any]:
@@ -89,7 +99,8 @@ def dots(history: TorchHistory, v: Tensor) -> Tensor:
     parts = v.new_empty((_spans(n), batch, memory), dtype=history.store.compute)
     seen, masked = _seen(history, v)
     with _on(v):
-        fused.dots[(batch, parts.shape[0], triton.cdiv(memory, AT_ONCE))](
+        RUN.dots(
+            (batch, parts.shape[0], triton.cdiv(memory, AT_ONCE)),
             *(v, history.table(), seen, parts, n, batch, memory, history.used(), history.store.chunk),
             **_products(history),
             has_seen=masked,
@@ -106,7 +117,8 @@ def combined(
     out = store.like.new_empty((store.batch, store.width)) if base is None else torch.empty_like(base)
     seen, masked = _seen(history, out)
     with _on(out):
-        fused.combined[(store.batch, triton.cdiv(store.width, COLUMNS))](
+        RUN.combined(
+            (store.batch, triton.cdiv(store.width, COLUMNS)),
             *(out if base is None else base, coefficients, history.table(), seen),
             *(out if active is None else active, out if stay is None else stay, out),
             *(store.width, store.batch, history.memory, history.used(), store.chunk),
@@ -116,7 +128,7 @@ def combined(
             has_active=active is not None,
             slots_at_once=AT_ONCE // 2,
             block=COLUMNS,
-            num_warps=8,
+            warps=8,
         )
     return out
 
@@ -155,14 +167,16 @@ def _broyden(f: Map, z: Tensor, state: BroydenState) -> Stepped | None:
     after_seen = torch.empty((batch, memory), dtype=torch.bool, device=z.device)
     seen, masked = _seen(basis, z)
     with _on(z):
-        fused.broyden_products[(batch, spans, triton.cdiv(memory, AT_ONCE))](
+        RUN.broyden_products(
+            (batch, spans, triton.cdiv(memory, AT_ONCE)),
             *(z, value, basis.table(), seen, active, parts, squares),
             *(n, batch, memory, used, slot, basis.store.chunk, fresh),
             **_products(basis),
             has_seen=masked,
         )
         lanes = _lanes(memory)
-        fused.broyden_algebra[(batch,)](
+        RUN.broyden_algebra(
+            (batch,),
             *(parts, squares, spans, seen, active, *(h.store.chunks[0] for h in small)),
             *_dense(state.newest, state.step, state.norm),
             *(after_seen, newest, following, norm, size),
@@ -171,10 +185,11 @@ def _broyden(f: Map, z: Tensor, state: BroydenState) -> Stepped | None:
             has_seen=masked,
             lanes=lanes,
             at_once=fused.PARTS,
-            num_warps=8 if lanes > 32 else 4,
+            warps=8 if lanes > 32 else 4,
         )
-    after = (h.appended(after_seen) for h in (basis, *small))
-    return Stepped(z, value, BroydenState(*after, newest, following, norm), size, frozen=True)
+    after, gram, left, right, pairs = (h.appended(after_seen) for h in (basis, *small))
+    state = BroydenState(after, gram, left, right, pairs, newest, following, norm)
+    return Stepped(z, value, state, size, frozen=True)
 
 
 def _anderson(solver: Anderson, f: Map, z: Tensor, fz: Tensor, state: AndersonState) -> Stepped | None:
@@ -194,13 +209,26 @@ def _anderson(solver: Anderson, f: Map, z: Tensor, fz: Tensor, state: AndersonSt
     after_seen = torch.empty((batch, memory), dtype=torch.bool, device=z.device)
     seen, masked = _seen(values, z)
     with _on(z):
-        fused.anderson_products[(batch, spans, triton.cdiv(memory, AT_ONCE))](
-            *(z, value, *_dense(fz, state.residual), g, values.table(), residuals.table(), seen, active, parts, squares),
+        RUN.anderson_products(
+            (batch, spans, triton.cdiv(memory, AT_ONCE)),
+            *(
+                z,
+                value,
+                *_dense(fz, state.residual),
+                g,
+                values.table(),
+                residuals.table(),
+                seen,
+                active,
+                parts,
+                squares,
+            ),
             *(n, batch, memory, used, slot, values.store.chunk, fresh),
             **_products(values),
             has_seen=masked,
         )
-        fused.anderson_algebra[(batch,)](
+        RUN.anderson_algebra(
+            (batch,),
             *(parts, squares, spans, seen, active),
             *_dense(state.system, state.scale, state.target, state.step, state.norm),
             *(after_seen, system, scale, target, following, norm, size),
@@ -210,49 +238,145 @@ def _anderson(solver: Anderson, f: Map, z: Tensor, fz: Tensor, state: AndersonSt
             lanes=_lanes(memory),
             at_once=fused.PARTS,
         )
-    after = (h.appended(after_seen) for h in (values, residuals))
-    return Stepped(z, value, AndersonState(*after, system, scale, target, following, g, norm), size, frozen=True)
+    values, residuals = values.appended(after_seen), residuals.appended(after_seen)
+    state = AndersonState(values, residuals, system, scale, target, following, g, norm)
+    return Stepped(z, value, state, size, frozen=True)
 
 
-def measure(z: Tensor, fz: Tensor) -> None:
-    """`Backend.measure`: left to torch."""
-    return
+def measure(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
+    """`Backend.measure` in one pass."""
+    (batch, n), (z, fz) = z.shape, _dense(z, fz)
+    parts = z.new_empty((_spans(n), batch, 2), dtype=torch.float64)
+    with _on(z):
+        RUN.squares(
+            (batch, parts.shape[0]),
+            *(z, fz, parts, n, batch),
+            wide=KINDS[_narrowest(z.dtype)],
+            block=COLUMNS,
+            span=fused.SPAN,
+        )
+    total = parts[0] if parts.shape[0] == 1 else parts.sum(0)
+    residual, size = total.sqrt_().to(_narrowest(z.dtype)).unbind(1)
+    return residual, size
 
 
-def project(basis: Any, w: Tensor, twice: bool) -> None:
-    """`Backend.project`: left to the products with histories above."""
-    return
+def _narrowest(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of norms."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def keep(carry: Carry, found: Stepped, residual: Tensor, goal: Tensor | float, patience: int) -> Carry:
     """What the driver keeps of a step, all but the solver's state, which stays that of `carry`."""
     batch, n = found.z.shape
-    flags = torch.empty(batch, dtype=torch.int8, device=found.z.device)
-    status, steps, best, mark, since = _like(
-        carry.status, carry.steps, carry.best_residual, carry.mark, carry.since
-    )
+    status, steps, since = torch.empty((3, batch), dtype=torch.int32, device=residual.device).unbind()
+    best, mark = residual.new_empty((2, batch)).unbind()
     fz, best_z, best_fz = (torch.empty_like(found.z) for _ in range(3))
     z = found.z if found.frozen else torch.empty_like(found.z)
     if not isinstance(goal, Tensor) or goal.dim() == 0:
         goal = torch.zeros_like(residual) + goal
     with _on(found.z):
-        fused.verdict[(triton.cdiv(batch, BLOCK),)](
+        RUN.keep(
+            (batch, triton.cdiv(n, COLUMNS)),
             *_dense(carry.status, carry.steps, residual, goal, carry.limit),
             *_dense(carry.best_residual, carry.mark, carry.since),
-            *(status, steps, best, mark, since, flags, batch, patience),
+            *(status, steps, best, mark, since),
+            *_dense(found.z, found.fz, carry.z, carry.fz, carry.best_z, carry.best_fz),
+            *(z, fz, best_z, best_fz, n, patience),
             progress=PROGRESS,
             running=int(Status.RUNNING),
             converged=int(Status.CONVERGED),
             stalled=int(Status.STALLED),
             diverged=int(Status.DIVERGED),
             nonfinite=int(Status.NONFINITE),
-            block=BLOCK,
-        )
-        fused.keep[(batch, triton.cdiv(n, COLUMNS))](
-            *_dense(found.z, found.fz, carry.z, carry.fz, carry.best_z, carry.best_fz),
-            *(z, fz, best_z, best_fz, flags, n),
             frozen=found.frozen,
             block=COLUMNS,
         )
     return Carry(z, fz, carry.state, status, steps, best_z, best_fz, best, carry.limit, mark, since)
 
+
+def project(basis: Any, w: Tensor, twice: bool) -> None:
+    """`Backend.project`: part of `arnoldi` here."""
+    return
+
+
+def arnoldi(space: Krylov, w: Tensor, goal: Tensor, twice: bool) -> Krylov | None:
+    """A step of GMRES once the product `w` is there; None where there is no native version for this space."""
+    basis, columns = space.basis, space.columns
+    if type(basis) is not TorchHistory or type(columns) is not TorchHistory or columns.store.chunk != columns.memory:
+        return None
+    if basis.memory > WIDEST or basis.written >= basis.memory:
+        return None
+    (batch, n), memory, used = w.shape, basis.memory, basis.used()
+    wide, store = torch.float64, basis.store
+    spans, blocks = _spans(n), int(triton.cdiv(n, COLUMNS))
+    seen, masked = _seen(basis, w)
+    columns_seen, columns_masked = _seen(columns, w)
+    slot, column = basis.reserve(w), columns.reserve(space.null.new_empty((batch, 2 * memory)))
+    with _on(w):
+
+        def project(v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            parts = v.new_empty((spans, batch, memory), dtype=store.compute)
+            before, after = v.new_empty((spans, batch), dtype=wide), v.new_empty((blocks, batch), dtype=wide)
+            RUN.projections(
+                (batch, spans, triton.cdiv(memory, AT_ONCE)),
+                *(v, basis.table(), seen, parts, before, n, batch, memory, used, store.chunk),
+                **_products(basis),
+                has_seen=masked,
+            )
+            rest = torch.empty_like(v)
+            RUN.rejected(
+                (batch, blocks),
+                *(v, parts, spans, basis.table(), seen, rest, after, n, batch, memory, used, store.chunk),
+                **_stored(basis),
+                has_seen=masked,
+                slots_at_once=AT_ONCE // 2,
+                block=COLUMNS,
+                at_once=fused.PARTS,
+                warps=8,
+            )
+            return rest, parts, before, after
+
+        w, first, before, after = project(w.contiguous())
+        second = first
+        if twice:
+            w, second, _, after = project(w)
+        square, residual, height = torch.empty((3, batch), dtype=wide, device=w.device).unbind()
+        source, null = torch.empty((2, batch, memory), dtype=wide, device=w.device).unbind()
+        flags = torch.empty((batch, 2 * memory), dtype=torch.bool, device=w.device)
+        basis_seen = flags.view(-1)[: batch * memory].view(batch, memory)
+        next_columns_seen = flags.view(-1)[batch * memory : batch * (2 * memory - 1)].view(batch, memory - 1)
+        alive = flags.view(-1)[batch * (2 * memory - 1) :]
+        steps = torch.empty_like(space.steps)
+        RUN.arnoldi_algebra(
+            (batch,),
+            *(first, second, spans, before, after, blocks, seen, columns_seen, columns.store.chunks[0]),
+            *_dense(space.source, space.null, space.square, space.residual, goal, space.alive, space.steps),
+            *(basis_seen, next_columns_seen, source, null, square, residual, alive, steps, height),
+            *(batch, memory, used, slot, column, int(columns.written < columns.memory)),
+            eps=float(torch.finfo(w.dtype).eps),
+            twice=twice,
+            has_basis_seen=masked,
+            has_columns_seen=columns_masked,
+            lanes=_lanes(memory),
+            at_once=fused.PARTS,
+        )
+        v = torch.empty_like(w)
+        RUN.arnoldi_vector(
+            (batch, blocks),
+            *(w, space.v, height, basis.table(), v, n, batch, slot, store.chunk, 1),
+            **_stored(basis),
+            block=COLUMNS,
+        )
+    return Krylov(
+        basis=basis.with_active(None).appended(basis_seen),
+        columns=columns.with_active(None).appended(next_columns_seen),
+        v=v,
+        source=source,
+        null=null,
+        square=square,
+        start=space.start,
+        residual=residual,
+        alive=alive,
+        steps=steps,
+        grown=space.grown + 1,
+    )

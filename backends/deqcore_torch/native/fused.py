@@ -15,6 +15,20 @@ import triton.language as tl
 
 SPAN: Final = 4096  # numbers of a vector that one program sums
 PARTS: Final = 8  # spans that are added up at once
+KERNELS: Final = (
+    "dots",
+    "combined",
+    "broyden_products",
+    "broyden_algebra",
+    "anderson_products",
+    "anderson_algebra",
+    "keep",
+    "squares",
+    "projections",
+    "rejected",
+    "arnoldi_algebra",
+    "arnoldi_vector",
+)
 
 
 @triton.jit
@@ -65,7 +79,8 @@ def dots(
 def combined(
     base, coefficients, chunks, seen, active, stay, out, n, batch, memory, used, per_chunk,
     kind: tl.constexpr, aligned: tl.constexpr, wide: tl.constexpr,
-    has_base: tl.constexpr, has_seen: tl.constexpr, has_active: tl.constexpr, slots_at_once: tl.constexpr, block: tl.constexpr,
+    has_base: tl.constexpr, has_seen: tl.constexpr, has_active: tl.constexpr,
+    slots_at_once: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """Base + Σ c_k h_k of each sample; `stay` for those that do not take part."""
     b = tl.program_id(0).to(tl.int64)
@@ -121,9 +136,9 @@ def broyden_products(
         taken = inside & _each(takes_part, column)
         value = tl.load(fz + b * n + column, mask=taken, other=0)
         before = tl.load(z + b * n + column, mask=taken, other=0)
-        g = (value.to(wide) - before.to(wide)).to(z.dtype.element_ty)
+        g = value.to(wide) - before.to(wide)
         h = tl.load(rows[:, None] + column[None, :], mask=known[:, None] & inside[None, :], other=0).to(wide)
-        total += h * g.to(wide)[None, :]
+        total += h * g[None, :]
         if first:
             stored = g.to(kind)
             tl.store(here + column, stored, mask=inside & _each(takes_part | fresh, column))
@@ -150,7 +165,9 @@ def _added(partial, spans, batch, b, width, j, inside, lanes: tl.constexpr, at_o
     for first in range(0, spans, at_once):
         part = first + tl.arange(0, at_once)
         at = ((part.to(tl.int64) * batch + b) * width)[:, None] + j[None, :]
-        total += tl.sum(tl.load(partial + at, mask=(part < spans)[:, None] & inside[None, :], other=0).to(tl.float64), 0)
+        total += tl.sum(
+            tl.load(partial + at, mask=(part < spans)[:, None] & inside[None, :], other=0).to(tl.float64), 0
+        )
     return total
 
 
@@ -247,20 +264,20 @@ def anderson_products(
         taken = inside & _each(takes_part, column)
         value = tl.load(fz + at, mask=taken, other=0)
         point = tl.load(z + at, mask=taken, other=0)
-        g = (value.to(wide) - point.to(wide)).to(z.dtype.element_ty)
+        g = value.to(wide) - point.to(wide)
         h = tl.load(rows[:, None] + column[None, :], mask=known[:, None] & inside[None, :], other=0).to(wide)
-        total += h * g.to(wide)[None, :]
+        total += h * g[None, :]
         if first:
             old_g = tl.load(before_g + at, mask=inside, other=0)
             old_f = tl.load(before_f + at, mask=taken, other=0)
-            change = (g.to(wide) - old_g.to(wide)).to(z.dtype.element_ty)
+            change = g - old_g.to(wide)
             written = inside & _each(takes_part | fresh, column)
             nothing = tl.zeros([block], kind)
             stored = tl.where(taken, change.to(kind), nothing)
             step = (value.to(wide) - old_f.to(wide)).to(kind)
             tl.store(new_residual + column, stored, mask=written)
             tl.store(new_value + column, tl.where(taken, step, nothing), mask=written)
-            tl.store(next_g + at, tl.where(taken, g, old_g), mask=inside)
+            tl.store(next_g + at, tl.where(taken, g.to(z.dtype.element_ty), old_g), mask=inside)
             gg += _square(g)
             dd += _square(change)
             kept += stored.to(tl.float64) * g.to(tl.float64)
@@ -348,36 +365,19 @@ def anderson_algebra(
         tl.store(size + b, 0.0)
 
 
-@triton.jit(do_not_specialize=["batch", "patience"])
-def verdict(
-    status, steps, residual, goal, limit, best, mark, since,
-    next_status, next_steps, next_best, next_mark, next_since, flags, batch, patience,
-    progress: tl.constexpr, running: tl.constexpr, converged: tl.constexpr, stalled: tl.constexpr,
-    diverged: tl.constexpr, nonfinite: tl.constexpr, block: tl.constexpr,
-):  # fmt: skip
-    """The driver's judgement of each sample. `flags`: 1 where it takes part, 2 more where its iterate is the best."""
-    b = tl.program_id(0) * block + tl.arange(0, block)
-    inside = b < batch
-    before = tl.load(status + b, mask=inside, other=0)
-    active = before == running
-    now = tl.load(residual + b, mask=inside, other=0)
-    least = tl.load(best + b, mask=inside, other=0)
-    marked = tl.load(mark + b, mask=inside, other=0)
-    waited = tl.load(since + b, mask=inside, other=0)
-    met = now <= tl.load(goal + b, mask=inside, other=0)
-    sane = now <= tl.load(limit + b, mask=inside, other=0)  # False for NaN, too
-    better = ((now < least) | (met & sane)) & active
-    moved = now < progress * marked
-    waited = tl.where(moved, 0, waited + 1)
-    after = tl.where(met, converged, tl.where(waited < patience, running, stalled))
-    after = tl.where(sane, after, diverged)
-    after = tl.where(tl.abs(now) < float("inf"), after, nonfinite)
-    tl.store(next_status + b, tl.where(active, after, before), mask=inside)
-    tl.store(next_steps + b, tl.load(steps + b, mask=inside, other=0) + active.to(tl.int32), mask=inside)
-    tl.store(next_best + b, tl.where(better, now, least), mask=inside)
-    tl.store(next_mark + b, tl.where(moved, now, marked), mask=inside)
-    tl.store(next_since + b, waited, mask=inside)
-    tl.store(flags + b, active.to(tl.int8) + 2 * better.to(tl.int8), mask=inside)
+@triton.jit(do_not_specialize=["batch"])
+def squares(z, fz, out, n, batch, wide: tl.constexpr, block: tl.constexpr, span: tl.constexpr):
+    """`out` (spans, batch, 2): ‖f(z) − z‖² and ‖f(z)‖² over a span, in float64."""
+    b, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    gg, ff = tl.zeros([block], tl.float64), tl.zeros([block], tl.float64)
+    for start in range(part * span, tl.minimum(n, (part + 1) * span), block):
+        column = start + tl.arange(0, block)
+        value = tl.load(fz + b * n + column, mask=column < n, other=0)
+        point = tl.load(z + b * n + column, mask=column < n, other=0)
+        gg += _square(value.to(wide) - point.to(wide))
+        ff += _square(value)
+    tl.store(out + (part * batch + b) * 2, tl.sum(gg, 0))
+    tl.store(out + (part * batch + b) * 2 + 1, tl.sum(ff, 0))
 
 
 @triton.jit
@@ -387,25 +387,171 @@ def _chosen(new, old, out, at, takes, inside):
     tl.store(out + at, tl.where(takes, new, kept), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["patience"])
 def keep(
-    z, fz, old_z, old_fz, best_z, best_fz, next_z, next_fz, next_best_z, next_best_fz, flags, n,
-    frozen: tl.constexpr, block: tl.constexpr,
+    status, steps, residual, goal, limit, best, mark, since,
+    next_status, next_steps, next_best, next_mark, next_since,
+    z, fz, old_z, old_fz, best_z, best_fz, next_z, next_fz, next_best_z, next_best_fz, n, patience,
+    progress: tl.constexpr, running: tl.constexpr, converged: tl.constexpr, stalled: tl.constexpr,
+    diverged: tl.constexpr, nonfinite: tl.constexpr, frozen: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """The iterates that stay: of samples that take part the new ones, and the best ones.
+    """The driver's judgement of a sample, and the iterates that stay: the new one if it takes part, and the best one.
 
     With `frozen` z is already that of samples that take no part.
     """
+    b, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    before, now, least = tl.load(status + b), tl.load(residual + b), tl.load(best + b)
+    marked, waited = tl.load(mark + b), tl.load(since + b)
+    active = before == running
+    met, sane = now <= tl.load(goal + b), now <= tl.load(limit + b)  # False for NaN, too
+    better = ((now < least) | (met & sane)) & active
+    if part == 0:
+        moved = now < progress * marked
+        waited = tl.where(moved, 0, waited + 1)
+        after = tl.where(met, converged, tl.where(waited < patience, running, stalled))
+        after = tl.where(sane, after, diverged)
+        after = tl.where(tl.abs(now) < float("inf"), after, nonfinite)
+        tl.store(next_status + b, tl.where(active, after, before))
+        tl.store(next_steps + b, tl.load(steps + b) + active.to(tl.int32))
+        tl.store(next_best + b, tl.where(better, now, least))
+        tl.store(next_mark + b, tl.where(moved, now, marked))
+        tl.store(next_since + b, waited)
+    column = part * block + tl.arange(0, block)
+    inside = column < n
+    at = b * n + column
+    takes, improves = _each(active.to(tl.int32), column), _each(better.to(tl.int32), column)
+    point = tl.load(z + at, mask=inside & takes, other=0)
+    value = tl.load(fz + at, mask=inside & takes, other=0)
+    if frozen == 0:
+        _chosen(point, old_z, next_z, at, takes, inside)
+    _chosen(value, old_fz, next_fz, at, takes, inside)
+    _chosen(point, best_z, next_best_z, at, improves, inside)
+    _chosen(value, best_fz, next_best_fz, at, improves, inside)
+
+
+@triton.jit(do_not_specialize=["batch", "memory", "used", "per_chunk"])
+def projections(
+    w, chunks, seen, partial, norms, n, batch, memory, used, per_chunk,
+    kind: tl.constexpr, aligned: tl.constexpr, wide: tl.constexpr, has_seen: tl.constexpr,
+    slots_at_once: tl.constexpr, block: tl.constexpr, span: tl.constexpr,
+):  # fmt: skip
+    """`partial` as in `dots`, and `norms` (spans, batch): ‖w‖² over a span, in float64."""
+    b, part, tile = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    slots = tile * slots_at_once + tl.arange(0, slots_at_once)
+    known = _known(seen, b, slots, used, memory, has_seen)
+    rows = _rows(chunks, slots, known, per_chunk, batch, b, n, kind, aligned)
+    total = tl.zeros([slots_at_once, block], wide)
+    square = tl.zeros([block], tl.float64)
+    for start in range(part * span, tl.minimum(n, (part + 1) * span), block):
+        column = start + tl.arange(0, block)
+        inside = column < n
+        x = tl.load(w + b * n + column, mask=inside, other=0)
+        h = tl.load(rows[:, None] + column[None, :], mask=known[:, None] & inside[None, :], other=0).to(wide)
+        total += h * x.to(wide)[None, :]
+        if tile == 0:
+            square += _square(x)
+    tl.store(partial + (part * batch + b) * memory + slots, tl.sum(total, 1), mask=slots < memory)
+    if tile == 0:
+        tl.store(norms + part * batch + b, tl.sum(square, 0))
+
+
+@triton.jit(do_not_specialize=["spans", "batch", "memory", "used", "per_chunk"])
+def rejected(
+    w, partial, spans, chunks, seen, out, norms, n, batch, memory, used, per_chunk,
+    kind: tl.constexpr, aligned: tl.constexpr, wide: tl.constexpr, has_seen: tl.constexpr,
+    slots_at_once: tl.constexpr, block: tl.constexpr, at_once: tl.constexpr,
+):  # fmt: skip
+    """`out` = w − Σ h_k q_k with the h whose parts are in `partial`; `norms` (blocks, batch): its squares."""
+    b, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    column = part * block + tl.arange(0, block)
+    inside = column < n
+    rest = tl.load(w + b * n + column, mask=inside, other=0).to(wide)
+    for first in range(0, used, slots_at_once):
+        slots = first + tl.arange(0, slots_at_once)
+        known = _known(seen, b, slots, used, memory, has_seen)
+        rows = _rows(chunks, slots, known, per_chunk, batch, b, n, kind, aligned)
+        c = _added(partial, spans, batch, b, memory, slots, known, slots_at_once, at_once).to(wide)
+        h = tl.load(rows[:, None] + column[None, :], mask=known[:, None] & inside[None, :], other=0).to(wide)
+        rest -= tl.sum(c[:, None] * h, 0)
+    result = rest.to(out.dtype.element_ty)
+    tl.store(out + b * n + column, result, mask=inside)
+    tl.store(norms + part * batch + b, tl.sum(tl.where(inside, _square(result), 0.0), 0))
+
+
+@triton.jit(do_not_specialize=["spans", "blocks", "batch", "memory", "used", "slot", "column", "fresh"])
+def arnoldi_algebra(
+    first, second, spans, before, after, blocks, basis_seen, columns_seen, columns, source, null, square, residual,
+    goal, alive, steps, next_basis_seen, next_columns_seen, next_source, next_null, next_square, next_residual,
+    next_alive, next_steps, height, batch, memory, used, slot, column, fresh, eps: tl.constexpr,
+    twice: tl.constexpr, has_basis_seen: tl.constexpr, has_columns_seen: tl.constexpr,
+    lanes: tl.constexpr, at_once: tl.constexpr,
+):  # fmt: skip
+    """What stands in `deqcore.linear.gmres` after the projection, with its names; `memory` is that of the basis.
+
+    `height` is what the new vector is divided by, negative where it does not enter the basis, 0 where nothing changes.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    j, one = tl.arange(0, lanes), tl.arange(0, 1)
+    real, following = j < memory, tl.where(j == slot, 1.0, 0.0).to(tl.float64)
+    own = b * memory + j
+    there = _known(basis_seen, b, j, used, memory, has_basis_seen)
+    columns_there = _known(columns_seen, b, j, used - 1, memory - 1, has_columns_seen)
+    nu = tl.load(null + own, mask=real, other=0)
+    from_ = tl.load(source + own, mask=real, other=0)
+    old_square, old_residual, living = tl.load(square + b), tl.load(residual + b), tl.load(alive + b).to(tl.int32)
+    active = (living != 0) & (old_residual > tl.load(goal + b))
+    h = _added(first, spans, batch, b, memory, j, there, lanes, at_once)
+    if twice:
+        h += _added(second, spans, batch, b, memory, j, there, lanes, at_once)
+    scale = tl.sqrt(tl.sum(_added(before, spans, batch, b, 1, one, one < 1, 1, at_once), 0))
+    length = tl.sqrt(tl.sum(_added(after, blocks, batch, b, 1, one, one < 1, 1, at_once), 0))
+    floor = 4.0 * eps * scale
+    broke = length <= floor
+    length = tl.where(broke, floor, length)
+    length = tl.where(length == 0.0, 1.0, length)
+    overlap = tl.sum(nu * h, 0)
+    empty = broke & (tl.abs(overlap) <= 16.0 * floor * tl.sqrt(old_square))
+    entry = -overlap / length
+    new_square = old_square + entry * entry
+    new_residual = old_residual * tl.sqrt(old_square / new_square)
+    taken = active & (tl.abs(new_residual) < float("inf")) & (empty == 0)
+    going = taken & (broke == 0)
+    is_taken, is_going = taken.to(tl.int32), going.to(tl.int32)
+    each_taken, each_active = _each(is_taken, j), _each(active.to(tl.int32), j)
+    at = (column.to(tl.int64) * batch + b) * 2 * memory + j
+    zero = tl.zeros([lanes], tl.float64)
+    stored = real & _each(is_taken | fresh, j)
+    tl.store(columns + at, tl.where(each_taken, h + length * following, zero), mask=stored)
+    tl.store(columns + at + memory, tl.where(each_taken, from_, zero), mask=stored)
+    tl.store(next_basis_seen + own, there | ((j == slot) & _each(is_going, j)), mask=real)
+    short = j < memory - 1
+    tl.store(next_columns_seen + b * (memory - 1) + j, columns_there | ((j == column) & each_taken), mask=short)
+    tl.store(next_source + own, tl.where(each_active, following, from_), mask=real)
+    tl.store(next_null + own, tl.where(each_taken, nu + entry * following, nu), mask=real)
+    tl.store(next_square + b, tl.where(taken, new_square, old_square))
+    tl.store(next_residual + b, tl.where(taken, new_residual, old_residual))
+    tl.store(next_alive + b, tl.where(active, is_going, living) != 0)
+    tl.store(next_steps + b, tl.load(steps + b) + active.to(tl.int32))
+    tl.store(height + b, tl.where(going, length, tl.where(active, -length, 0.0)))
+
+
+@triton.jit(do_not_specialize=["batch", "slot", "per_chunk", "fresh"])
+def arnoldi_vector(
+    w, v, height, chunks, out, n, batch, slot, per_chunk, fresh,
+    kind: tl.constexpr, aligned: tl.constexpr, wide: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """W over its length into the basis and `out`, as `height` says; elsewhere `out` stays `v`."""
     b = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
     inside = column < n
-    at = b * n + column
-    flag = tl.load(flags + b).to(tl.int32)
-    active, better = _each(flag & 1, column), _each(flag & 2, column)
-    point = tl.load(z + at, mask=inside & active, other=0)
-    value = tl.load(fz + at, mask=inside & active, other=0)
-    if frozen == 0:
-        _chosen(point, old_z, next_z, at, active, inside)
-    _chosen(value, old_fz, next_fz, at, active, inside)
-    _chosen(point, best_z, next_best_z, at, better, inside)
-    _chosen(value, best_fz, next_best_fz, at, better, inside)
+    length = tl.load(height + b)
+    active, going = (length != 0.0).to(tl.int32), (length > 0.0).to(tl.int32)
+    taken = _each(active, column)
+    here = _rows(chunks, slot, True, per_chunk, batch, b, n, kind, aligned)
+    x = tl.load(w + b * n + column, mask=inside & taken, other=0).to(wide)
+    x = x / tl.where(length == 0.0, 1.0, tl.abs(length)).to(wide)
+    new = x.to(out.dtype.element_ty)
+    kept = tl.load(v + b * n + column, mask=inside & ~taken, other=0)
+    tl.store(out + b * n + column, tl.where(taken, new, kept), mask=inside)
+    basis = tl.where(_each(going, column), new.to(kind), tl.zeros([block], kind))
+    tl.store(here + column, basis, mask=inside & _each(going | fresh, column))

@@ -149,6 +149,11 @@ def keep(carry: Any, found: Stepped, residual: Tensor, goal: Tensor | float, pat
     return
 
 
+def arnoldi(space: Any, w: Tensor, goal: Tensor, twice: bool) -> None:
+    """`Backend.native_arnoldi`: only its projection is compiled for the host, see `project`."""
+    return
+
+
 def measure(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
     """‖f(z) − z‖ and ‖f(z)‖ of each row."""
     residual, size = z.new_empty(z.shape[0]), z.new_empty(z.shape[0])
