@@ -31,7 +31,8 @@ KINDS: Final = {
     torch.float64: tl.float64,
 }
 MOST: Final = 64  # slots: small matrices up to this size stay in registers
-AT_ONCE: Final = 16  # slots that one program reads
+AT_ONCE: Final = 16  # slots whose products one program sums
+FEW: Final = 4  # slots that it combines at once
 BLOCK: Final = 256  # numbers of each that it reads at once
 WIDEST: Final = 1024  # slots of a basis: one vector of coefficients stays in registers
 COLUMNS: Final = 1024  # numbers of the result that one program writes
@@ -126,9 +127,8 @@ def combined(
             has_base=base is not None,
             has_seen=masked,
             has_active=active is not None,
-            slots_at_once=AT_ONCE // 2,
+            slots_at_once=FEW,
             block=COLUMNS,
-            warps=8,
         )
     return out
 
@@ -268,8 +268,7 @@ def _narrowest(dtype: torch.dtype) -> torch.dtype:
 def keep(carry: Carry, found: Stepped, residual: Tensor, goal: Tensor | float, patience: int) -> Carry:
     """What the driver keeps of a step, all but the solver's state, which stays that of `carry`."""
     batch, n = found.z.shape
-    status, steps, since = torch.empty((3, batch), dtype=torch.int32, device=residual.device).unbind()
-    best, mark = residual.new_empty((2, batch)).unbind()
+    status, steps, since, best, mark = _like(carry.status, carry.steps, carry.since, residual, residual)
     fz, best_z, best_fz = (torch.empty_like(found.z) for _ in range(3))
     z = found.z if found.frozen else torch.empty_like(found.z)
     if not isinstance(goal, Tensor) or goal.dim() == 0:
@@ -329,10 +328,9 @@ def arnoldi(space: Krylov, w: Tensor, goal: Tensor, twice: bool) -> Krylov | Non
                 *(v, parts, spans, basis.table(), seen, rest, after, n, batch, memory, used, store.chunk),
                 **_stored(basis),
                 has_seen=masked,
-                slots_at_once=AT_ONCE // 2,
+                slots_at_once=FEW,
                 block=COLUMNS,
                 at_once=fused.PARTS,
-                warps=8,
             )
             return rest, parts, before, after
 
@@ -340,13 +338,11 @@ def arnoldi(space: Krylov, w: Tensor, goal: Tensor, twice: bool) -> Krylov | Non
         second = first
         if twice:
             w, second, _, after = project(w)
-        square, residual, height = torch.empty((3, batch), dtype=wide, device=w.device).unbind()
-        source, null = torch.empty((2, batch, memory), dtype=wide, device=w.device).unbind()
-        flags = torch.empty((batch, 2 * memory), dtype=torch.bool, device=w.device)
-        basis_seen = flags.view(-1)[: batch * memory].view(batch, memory)
-        next_columns_seen = flags.view(-1)[batch * memory : batch * (2 * memory - 1)].view(batch, memory - 1)
-        alive = flags.view(-1)[batch * (2 * memory - 1) :]
-        steps = torch.empty_like(space.steps)
+        square, residual, height, source, null, alive, steps = _like(
+            *(space.square, space.residual, space.square, space.source, space.null, space.alive, space.steps)
+        )
+        basis_seen = torch.empty((batch, memory), dtype=torch.bool, device=w.device)
+        next_columns_seen = torch.empty((batch, memory - 1), dtype=torch.bool, device=w.device)
         RUN.arnoldi_algebra(
             (batch,),
             *(first, second, spans, before, after, blocks, seen, columns_seen, columns.store.chunks[0]),

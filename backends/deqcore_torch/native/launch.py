@@ -35,17 +35,26 @@ class Kernel:
             constants: by name.
         """
         given = [constants[name] for name in self.names[len(arguments) :]]
-        key = None
-        if self.direct:
-            kinds = [(x.dtype, x.data_ptr() % 16 == 0) for x in arguments if isinstance(x, Tensor)]
-            n = 0 if self.n is None else arguments[self.n]
-            key = (arguments[0].device.index, warps, n == 1, n % 16 == 0, *kinds, *given)
-            code = self.compiled.get(key)
-            if code is not None:
-                try:
-                    code[(*grid, 1, 1)[:3]](*arguments, *given)
-                except TypeError:  # this version of Triton launches compiled code in another way
-                    self.direct = False
-                else:
-                    return
-        self.compiled[key] = self.function[grid](*arguments, *given, num_warps=warps)
+        key = self._key(arguments, given, warps) if self.direct else None
+        code = None if key is None else self.compiled.get(key)
+        if code is not None:
+            try:
+                code[(*grid, 1, 1)[:3]](*arguments, *given)
+            except TypeError:  # this version of Triton launches compiled code in another way
+                self.direct = False
+            else:
+                return
+        code = self.function[grid](*arguments, *given, num_warps=warps)
+        if key is not None:
+            self.compiled[key] = code
+
+    def _key(self, arguments: tuple[Any, ...], constants: list[Any], warps: int) -> tuple[Any, ...] | None:
+        """What code depends on; None where a tensor is not aligned as allocated ones are, and Triton has to look."""
+        addresses, kinds = 0, []
+        for x in arguments:
+            if type(x) is Tensor:
+                addresses |= x.data_ptr()
+                kinds.append(x.dtype)
+        n = 0 if self.n is None else arguments[self.n]
+        aligned = addresses % 16 == 0
+        return (arguments[0].device.index, warps, n == 1, n % 16 == 0, *kinds, *constants) if aligned else None
