@@ -246,17 +246,16 @@ def _anderson(solver: Anderson, f: Map, z: Tensor, fz: Tensor, state: AndersonSt
 def measure(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
     """`Backend.measure` in one pass."""
     (batch, n), (z, fz) = z.shape, _dense(z, fz)
-    parts = z.new_empty((_spans(n), batch, 2), dtype=torch.float64)
+    parts = z.new_empty((2, _spans(n), batch), dtype=torch.float64)
     with _on(z):
         RUN.squares(
-            (batch, parts.shape[0]),
+            (batch, parts.shape[1]),
             *(z, fz, parts, n, batch),
             wide=KINDS[_narrowest(z.dtype)],
             block=COLUMNS,
             span=fused.SPAN,
         )
-    total = parts[0] if parts.shape[0] == 1 else parts.sum(0)
-    residual, size = total.sqrt_().to(_narrowest(z.dtype)).unbind(1)
+    residual, size = parts.sum(1).sqrt_().to(_narrowest(z.dtype)).unbind()
     return residual, size
 
 

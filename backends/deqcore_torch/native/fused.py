@@ -367,7 +367,7 @@ def anderson_algebra(
 
 @triton.jit(do_not_specialize=["batch"])
 def squares(z, fz, out, n, batch, wide: tl.constexpr, block: tl.constexpr, span: tl.constexpr):
-    """`out` (spans, batch, 2): ‖f(z) − z‖² and ‖f(z)‖² over a span, in float64."""
+    """`out` (2, spans, batch): ‖f(z) − z‖² and ‖f(z)‖² over a span, in float64."""
     b, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     gg, ff = tl.zeros([block], tl.float64), tl.zeros([block], tl.float64)
     for start in range(part * span, tl.minimum(n, (part + 1) * span), block):
@@ -376,8 +376,9 @@ def squares(z, fz, out, n, batch, wide: tl.constexpr, block: tl.constexpr, span:
         point = tl.load(z + b * n + column, mask=column < n, other=0)
         gg += _square(value.to(wide) - point.to(wide))
         ff += _square(value)
-    tl.store(out + (part * batch + b) * 2, tl.sum(gg, 0))
-    tl.store(out + (part * batch + b) * 2 + 1, tl.sum(ff, 0))
+    at = out + part * batch + b
+    tl.store(at, tl.sum(gg, 0))
+    tl.store(at + tl.num_programs(1) * batch, tl.sum(ff, 0))
 
 
 @triton.jit
