@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,38 @@ def test_one_seed_says_nothing():
     alone = evidence.verdicts("digits-torch", rows(results({name: values[:1] for name, values in ACCURACY.items()})))
     assert alone[0] == "- Exact gradients against Jacobian-free: +1.00 points."
     assert alone[2].endswith("lower end at least -1.0: one seed says nothing.")
+    assert "2.00 of exact (below 1: one seed says nothing)" in alone[4]
+
+
+def test_what_was_not_timed_has_no_verdict():
+    found = results(ACCURACY)
+    for each in found:
+        if each["cell"]["strategy"]["label"] == "jacobian-free":
+            each["times"] = {"training": None}
+    (told,) = (line for line in evidence.verdicts("digits-torch", rows(found)) if "Whole training" in line)
+    assert "against Jacobian-free not timed (at most 1.15), 1.88 [1." in told
+    assert told.endswith("of exact (below 1: MISSED).")
+    for each in found:
+        each["times"] = {"training": None}
+    assert not any("Whole training" in line for line in evidence.verdicts("digits-torch", rows(found)))
+
+
+def test_a_section_says_how_many_seeds_were_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(evidence, "HOME", tmp_path)
+    (tmp_path / "digits.toml").write_text("[study]\nseeds = [0, 1, 2, 3, 4]\n")
+    found = [each | {"warm_up": None, "peak_memory": None} for each in results(ACCURACY)]
+    for each in found:
+        each["times"] = dict.fromkeys(("forward", "backward", "update", "step")) | each["times"]
+    machine = {"cpu": "a CPU", "usable_cores": 2, "load_before": [0.0, 0.0, 0.0], "date": "2026-01-01"}
+
+    def section() -> str:
+        (tmp_path / "digits-torch.json").write_text(json.dumps({"machine": machine, "cells": found}))
+        return evidence._section("digits-torch")
+
+    assert "seeds finished: 4 to 4 of 5.\n" in section()
+    for each in found[1:4]:
+        each["times"] = each["times"] | {"training": None}
+    assert "seeds finished: 4 to 4 of 5, timed alone: 1 to 4.\n" in section()
 
 
 def test_a_gap_that_grows_is_told():
