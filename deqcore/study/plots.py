@@ -79,17 +79,28 @@ def name(row: Row, rows: Sequence[Row]) -> str:
 
 def _accuracy(axes: Any, rows: Sequence[Row]) -> bool:
     for row, colour in zip(rows[:MANY], PALETTE, strict=False):
-        clocks, curves = [], []
-        for result in row.results.values():
-            epochs = result["history"]["epochs"]
-            clocks.append(_per_epoch(result, "seconds", len(epochs), np.sum).cumsum())
-            curves.append([100 * epoch["validation_accuracy"] for epoch in epochs])
+        timed = [result for result in row.results.values() if result["times"]["training"] is not None]
+        if not timed:
+            continue
+        clocks = [clock(result) for result in timed]
+        curves = [[100 * epoch["validation_accuracy"] for epoch in result["history"]["epochs"]] for result in timed]
         axes.plot(np.mean(clocks, 0), np.mean(curves, 0), color=colour, label=name(row, rows))
         if len(curves) > 1:
             axes.fill_between(np.mean(clocks, 0), np.min(curves, 0), np.max(curves, 0), color=colour, alpha=0.15, lw=0)
     axes.set(xlabel="seconds of training", ylabel="%")
-    axes.legend(frameon=False)
-    return True
+    if found := bool(axes.lines):
+        axes.legend(frameon=False)
+    return found
+
+
+def clock(result: Any) -> Any:
+    """Seconds of training at the end of each epoch, `(epochs,)`.
+
+    A training beside others shares the machine with them: its seconds tell how its epochs compare, and the time that was
+    taken alone afterwards how long they are.
+    """
+    seconds = _per_epoch(result, "seconds", len(result["history"]["epochs"]), np.sum).cumsum()
+    return seconds * result["times"]["training"] / seconds[-1]
 
 
 def _time(axes: Any, rows: Sequence[Row]) -> bool:

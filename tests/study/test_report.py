@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from deqcore.study import report, table
+from deqcore.study import plots, report, table
 from deqcore.study.answer import answers, bill, devices
 from deqcore.study.gates import judge
 from deqcore.study.grid import Cell, Own, cells
@@ -230,6 +230,18 @@ def grown(slope: float, **table: Any) -> tuple[Any, list[dict[str, Any]]]:
             {"test_accuracy": 0.9 - loss * i + noise[i] * (loss > 0), "test_loss": 1.0} for i in range(4)
         ]
     return study, results
+
+
+def test_accuracy_is_drawn_over_the_time_that_was_taken_alone():
+    _, (first, *others) = made()
+    seconds = np.sum([first["history"]["steps"][part] for part in ("forward", "backward", "update")], axis=0)
+    ends = np.array([seconds[:3].sum(), seconds.sum()])
+    assert plots.clock(first) == pytest.approx(ends)
+    alone = first | {"times": first["times"] | {"training": 0.1 * ends[1]}, "serial": True}
+    assert plots.clock(alone) == pytest.approx(0.1 * ends)
+    untimed = [each | {"times": dict.fromkeys(each["times"])} for each in (first, *others)]
+    assert "plot_accuracy" in plots.plots(rows([alone, *others]))
+    assert "plot_accuracy" not in plots.plots(rows(untimed))
 
 
 def test_the_growth_of_the_gap_is_paired_by_seed():
