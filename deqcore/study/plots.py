@@ -96,8 +96,8 @@ def _accuracy(axes: Any, rows: Sequence[Row]) -> bool:
 def clock(result: Any) -> Any:
     """Seconds of training at the end of each epoch, `(epochs,)`.
 
-    A training beside others shares the machine with them: its seconds tell how its epochs compare, and the time that was
-    taken alone afterwards how long they are.
+    A training beside others shares the machine with them: its seconds tell how its epochs compare, and the time that
+    was taken alone afterwards how long they are.
     """
     seconds = _per_epoch(result, "seconds", len(result["history"]["epochs"]), np.sum).cumsum()
     return seconds * result["times"]["training"] / seconds[-1]

@@ -43,10 +43,62 @@ def test_kernels_in_triton_s_interpreter():
     assert " passed" in process.stdout
 
 
+class Compiled:
+    """Stands for a Triton function and for what it is compiled to; notes how it is called."""
+
+    arg_names = ("x", "n", "slot", "wide", "block")
+
+    def __init__(self, code=None):
+        self.code, self.calls = code, []
+
+    def __getitem__(self, grid):
+        def run(*arguments, **options):
+            self.calls.append((grid, arguments, options))
+            if isinstance(self.code, Exception):
+                raise self.code
+            return self.code
+
+        return run
+
+
+def test_compiled_code_is_launched_directly():
+    launch = pytest.importorskip("deqcore_torch.native.launch")
+    code = Compiled()
+    function = Compiled(code)
+    kernel = launch.Kernel(function)
+    assert not kernel.direct  # no function of Triton's
+    kernel.direct = True
+    x = torch.zeros(64)
+    for slot in (1, 2):
+        kernel((3,), x, 32, slot, block=4, wide="f")
+    assert function.calls == [((3,), (x, 32, 1, "f", 4), {"num_warps": 4})]
+    assert code.calls == [((3, 1, 1), (x, 32, 2, "f", 4), {})]
+    for other, n, block in [(x.double(), 32, 4), (x, 33, 4), (x, 1, 4), (x, 32, 8), (x[1:], 32, 4), (x[1:], 32, 4)]:
+        kernel((3,), other, n, 1, wide="f", block=block)
+    assert len(function.calls) == 7  # each is compiled for itself, and what is not aligned is left to Triton
+    assert len(code.calls) == 1
+    code.code = TypeError("takes other arguments")
+    kernel((3,), x, 32, 1, wide="f", block=4)
+    kernel((3,), x, 32, 1, wide="f", block=4)
+    assert not kernel.direct
+    assert len(function.calls) == 9
+    assert len(code.calls) == 2
+
+
+def test_a_gpu_that_triton_cannot_compile_for(monkeypatch):
+    device = pytest.importorskip("deqcore_torch.native.device")
+    monkeypatch.setattr(device, "probe", lambda: (_ for _ in ()).throw(RuntimeError("Failed to find C compiler.")))
+    load = native.loaded.__wrapped__
+    with pytest.warns(UserWarning, match="as Triton does not work here: Failed to find C compiler"):
+        assert load("cuda") is None
+    monkeypatch.setattr(device, "probe", lambda: None)
+    assert load("cuda") is device
+
+
 @pytest.fixture(autouse=True)
 def fused(monkeypatch, request):
-    """The GPU's native steps for whatever device there is."""
-    if "kernels_in" in request.node.name:
+    """The GPU's native steps for whatever device there is, in tests marked `kernels`."""
+    if not RUNS or not any(mark == kernels.mark for mark in request.node.iter_markers()):
         return None
     device = pytest.importorskip("deqcore_torch.native.device")
     if DEVICE == "cpu":

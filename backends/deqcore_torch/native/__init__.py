@@ -43,8 +43,10 @@ def loaded(kind: str) -> ModuleType | Any | None:
     if compiler is None or os.environ.get("DEQCORE_NATIVE", "1") == "0" or find_spec(compiler) is None:
         return None
     try:
-        return importlib.import_module(f"deqcore_torch.native.{module}")
-    except (ImportError, RuntimeError) as error:  # RuntimeError: no folder that Numba may keep its cache in
+        steps = importlib.import_module(f"deqcore_torch.native.{module}")
+        steps.probe()
+    except Exception as error:  # no folder for Numba's cache, no C compiler for Triton, a GPU that it does not know, …
         name = compiler.capitalize()
         warnings.warn(f"Solver steps run without compiled code, as {name} does not work here: {error}", stacklevel=3)
         return None
+    return steps

@@ -45,6 +45,16 @@ def plain(x: Tensor) -> bool:
     return type(x) is Tensor and x.is_cuda and x.dtype in KINDS and x.numel() > 0 and x.is_contiguous()
 
 
+def probe() -> None:
+    """Compile and run the smallest kernel: Triton needs a C compiler, and knows not every GPU.
+
+    Raises:
+        Exception: whatever stands in the way.
+    """
+    one = torch.ones(1, 1, device="cuda")
+    measure(one, one)
+
+
 def step(backend: Backend, solver: Solver, f: Map, z: Tensor, fz: Tensor, state: Any) -> Stepped | None:
     """One step of `solver`, or None where there is no native version for it or for these tensors.
 
@@ -251,16 +261,16 @@ def measure(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
         RUN.squares(
             (batch, parts.shape[1]),
             *(z, fz, parts, n, batch),
-            wide=KINDS[_narrowest(z.dtype)],
+            wide=KINDS[_norm_dtype(z.dtype)],
             block=COLUMNS,
             span=fused.SPAN,
         )
-    residual, size = parts.sum(1).sqrt_().to(_narrowest(z.dtype)).unbind()
+    residual, size = parts.sum(1).sqrt_().to(_norm_dtype(z.dtype)).unbind()
     return residual, size
 
 
-def _narrowest(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of norms."""
+def _norm_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that norms of such vectors have."""
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 

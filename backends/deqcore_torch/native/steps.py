@@ -19,6 +19,12 @@ from deqcore_torch.native.pool import run
 VECTORS: Final = (torch.float32, torch.float64)
 
 
+def probe() -> None:
+    """Compile and run the smallest kernel; raises what stands in the way."""
+    one = torch.ones(1, 1)
+    measure(one, one)
+
+
 def step(backend: Backend, solver: Solver, f: Map, z: Tensor, fz: Tensor, state: Any) -> Stepped | None:
     """One step of `solver`, or None where there is no native version for it or for these tensors.
 
