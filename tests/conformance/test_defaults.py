@@ -52,7 +52,15 @@ class PlainBackend(Backend):
         return forward.fz, forward, None
 
 
-plugins.register(plugins.BackendSpec("plain", f"{__name__}:PlainBackend", array_modules=("numpy",)))
+SPEC = plugins.BackendSpec("plain", f"{__name__}:PlainBackend", array_modules=("numpy",))
+plugins.register(SPEC)
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    """Other tests of this process may have reset what is registered."""
+    if SPEC.name not in plugins.backends():
+        plugins.register(SPEC)
 
 
 class TestPlainBackend(BackendTests):
