@@ -34,7 +34,7 @@ class Cell(Block):
     """The text is added anew at each step, and what was there is normalised, so that states stay bounded."""
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        heard = norm(x + self.attend(z))
+        heard = norm(x + z + self.attend(z))
         return norm(heard + self.think(heard))
 
 
@@ -59,8 +59,8 @@ class Model(nn.Module):
         self.place = nn.Parameter(torch.zeros(LENGTH, width))
         if layers:
             self.cells = nn.Sequential(*(Layer(width, hidden) for _ in range(layers)))
-        else:
-            self.deq = DEQ(Cell(width, hidden), **settings)
+        else:  # keeps the states of the recorded steps, and activations of one step at a time
+            self.deq = DEQ(Cell(width, hidden), checkpoint=True, **settings)
         self.layers = layers
         self.read = nn.Linear(width, WORDS)
 

@@ -152,6 +152,21 @@ def test_the_peak_memory_is_what_a_step_holds_at_once() -> None:
     assert found == pytest.approx(side.peak(np.ones(2_000_000, np.float32)) / 2, rel=0.01)
 
 
+def test_the_equilibrium_transformer_needs_less_memory_than_the_explicit_one() -> None:
+    common, example = importlib.import_module("common"), importlib.import_module("text")
+    _, coded = example.data()
+    rows = example.windows(coded["train"], 16)
+
+    def model(shape: dict[str, int]) -> tuple[int, int]:
+        weights = example.weights(np.random.default_rng(0), **shape)
+        side = common.side("torch", "text", weights, example.SETTINGS, **shape)
+        return sum(value.size for value in weights.values()), side.peak(rows)
+
+    (size, memory), (explicit_size, explicit_memory) = model(example.EQUILIBRIUM), model(example.EXPLICIT)
+    assert size == pytest.approx(explicit_size, rel=0.01)
+    assert memory < explicit_memory
+
+
 def test_the_generated_forces_are_the_gradient_of_the_energy() -> None:
     example = importlib.import_module("forces")
     x = example.sample(np.random.default_rng(0), 1, 1).astype(np.float64)
