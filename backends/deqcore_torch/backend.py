@@ -128,29 +128,34 @@ class TorchBackend(Backend):
         return torch.from_numpy(x)
 
     def native_step(self, solver: Solver, f: Map, z: Tensor, fz: Tensor, state: Any) -> Stepped | None:
-        steps = native.reading(z)
+        steps = self._native(z)
         found: Stepped | None = None if steps is None else steps.step(self, solver, f, z, fz, state)
         return found
 
     def native_keep(
         self, carry: Any, found: Stepped, residual: Tensor, goal: Tensor | float, patience: int
     ) -> Any | None:
-        steps = native.reading(found.z)
+        steps = self._native(found.z)
         return None if steps is None else steps.keep(carry, found, residual, goal, patience)
 
     def native_arnoldi(self, space: Any, w: Tensor, goal: Tensor, twice: bool) -> Any | None:
-        steps = native.reading(w)
+        steps = self._native(w)
         return None if steps is None else steps.arnoldi(space, w, goal, twice)
 
     def measure(self, z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
-        steps = native.reading(z)
+        steps = self._native(z)
         found = None if steps is None else steps.measure(z, fz)
         return super().measure(z, fz) if found is None else found
 
     def project(self, basis: History, w: Tensor, twice: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        steps = native.reading(w)
+        steps = self._native(w)
         found = None if steps is None else steps.project(basis, w, twice)
         return super().project(basis, w, twice) if found is None else found
+
+    def _native(self, x: Tensor) -> Any | None:
+        """The native steps that can read x; those for the host only where looking at x is no wait."""
+        steps = native.reading(x)
+        return None if steps is None or (x.device.type == "cpu" and self.host(x) is None) else steps
 
     def solve(self, a: Tensor, b: Tensor) -> Tensor:
         found, info = torch.linalg.solve_ex(a, b if b.dim() == 3 else b[..., None])

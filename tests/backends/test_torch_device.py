@@ -104,6 +104,7 @@ def fused(monkeypatch, request):
         monkeypatch.setattr(device, "plain", lambda x: x.dtype in device.KINDS and x.numel() > 0 and x.is_contiguous())
         monkeypatch.setattr(native, "loaded", lambda kind: device)
         monkeypatch.setattr(TorchBackend, "host", lambda self, x: None)  # as on a device that would have to be asked
+        monkeypatch.setattr(TorchBackend, "_native", lambda self, x: native.reading(x))
     return device
 
 
