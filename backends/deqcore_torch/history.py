@@ -66,20 +66,18 @@ class _Store:
     """What all versions of a history share; only `chunks` changes, it grows, and what is planned."""
 
     __slots__ = (
-        *(
-            "batch",
-            "chunk",
-            "chunks",
-            "compute",
-            "dtype",
-            "like",
-            "memory",
-            "planned",
-            "table",
-            "whole",
-            "wide",
-            "width",
-        ),
+        "batch",
+        "chunk",
+        "chunks",
+        "compute",
+        "dtype",
+        "like",
+        "memory",
+        "planned",
+        "table",
+        "whole",
+        "wide",
+        "width",
     )
 
     def __init__(
