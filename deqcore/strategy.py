@@ -14,6 +14,7 @@ Source: Bai, Kolter & Koltun (2019), "Deep Equilibrium Models", Theorem 1.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,13 @@ class AdjointReport(NamedTuple):
         residual: ‖g + Jᵀu − u‖ / ‖g‖ where it was measured, NaN where not.
         error: estimate of ‖u − u*‖ / ‖u*‖, NaN where there is none.
         fallback: True where the strategy gave up and something simpler was used instead.
+
+    Example:
+        >>> import numpy as np
+        >>> unknown = np.full(2, np.nan)
+        >>> AdjointReport(np.array([1, 2]), np.array([3, 9]), np.array([1e-6, 0.5]), unknown, np.array([False, True]))
+        1 of 2 samples CONVERGED after at most 3 pulls, adjoint residual at most 1e-06.
+        1 of 2 samples MAX_STEPS after at most 9 pulls, adjoint residual at most 0.5; 1 got the fallback.
     """
 
     status: Array
@@ -46,6 +54,14 @@ class AdjointReport(NamedTuple):
     residual: Array
     error: Array
     fallback: Array
+
+    def __repr__(self) -> str:
+        """A line per status that occurs; the fields themselves where they have no values (traced code)."""
+        try:
+            lists = [list(leaf.tolist()) for leaf in self]
+        except Exception:  # each framework has an error of its own for arrays without values
+            return f"AdjointReport({', '.join(map('{}={!r}'.format, self._fields, self))})"
+        return _told(*lists)
 
 
 class Strategy(ABC):
@@ -178,6 +194,25 @@ def relative(backend: Backend, a: Array, b: Array) -> Array:
     xp = backend.xp
     a, b = backend.wide(a), backend.wide(b)
     return xp.where(b == 0, xp.zeros_like(a), a / xp.where(b == 0, xp.ones_like(b), b))
+
+
+def _told(status: list[int], pulls: list[int], residual: list[float], error: list[float], fallback: list[bool]) -> str:
+    """A report's values in words."""
+    from deqcore.solution import Status
+
+    lines = []
+    for kind in Status:
+        rows = [row for row, each in enumerate(status) if each == kind]
+        if not rows:
+            continue
+        text = f"{len(rows)} of {len(status)} samples {kind.name} after at most {max(pulls[row] for row in rows)} pulls"
+        for name, values in (("adjoint residual", residual), ("estimated error", error)):
+            if known := [values[row] for row in rows if not math.isnan(values[row])]:
+                text += f", {name} at most {max(known):.3g}"
+        if fell := sum(bool(fallback[row]) for row in rows):
+            text += f"; {fell} got the fallback"
+        lines.append(f"{text}.")
+    return "\n".join(lines) or "The batch is empty."
 
 
 def report(

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from deqcore.cli import conformance
 from deqcore.cli.output import AsJson
-from deqcore.cli.project import load_plugins
+from deqcore.config import Config
 from deqcore.errors import ConfigError, did_you_mean, listing
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -25,7 +25,6 @@ DTYPES: Final = ("float64", "float32")
 @app.callback()
 def check() -> None:
     """Prove gradients, backends, solvers and strategies right."""
-    load_plugins()
 
 
 @app.command()
@@ -51,6 +50,7 @@ def gradients(
     from deqcore.testing import gradients as golden
     from deqcore.testing import own, render
 
+    Config.discover()
     start = time.perf_counter()
     dtypes = _dtypes(dtype or [])
     chosen = (backend or (), solver or (), strategy or (), dtypes)

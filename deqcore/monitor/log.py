@@ -14,7 +14,10 @@ from deqcore.monitor.sink import Event, Row
 
 @dataclass
 class Log:
-    """What a log says.
+    """What a log says of its latest run.
+
+    The sink appends, so a file may hold several runs. One that goes on where the last one stopped (its steps are
+    higher: a training that was resumed) counts as the same; otherwise what came before is left out.
 
     Attributes:
         rows: in the order of the file.
@@ -22,6 +25,7 @@ class Log:
         units: by metric, from the latest header.
         config: from the latest header.
         runs: how many headers there are.
+        left_out: how many of them begin what was left out.
         problems: lines that could not be read, one sentence each.
     """
 
@@ -31,7 +35,9 @@ class Log:
     units: dict[str, str] = field(default_factory=dict)
     config: dict[str, object] = field(default_factory=dict)
     runs: int = 0
+    left_out: int = 0
     problems: list[str] = field(default_factory=list)
+    _head: tuple[int, int] = field(default=(0, 0), init=False, repr=False)
 
     @property
     def retrain(self) -> Event | None:
@@ -42,6 +48,20 @@ class Log:
     def solves(self) -> int:
         """How many rows tell of a forward solve."""
         return sum("deq_forward_steps" in row.values for row in self.rows)
+
+    def begin(self) -> None:
+        """Note that a header stands here."""
+        self.runs += 1
+        self._head = len(self.rows), len(self.events)
+
+    def add(self, row: Row) -> None:
+        """Take a row; the first one after a header tells whether its run goes on or begins anew."""
+        rows, events = self._head
+        if 0 < rows == len(self.rows) and row.step <= self.rows[-1].step:
+            del self.rows[:rows], self.events[:events]
+            self.left_out = self.runs - 1
+            self._head = 0, 0
+        self.rows.append(row)
 
 
 class Tail:
@@ -109,7 +129,7 @@ class Tail:
         if record is None:
             self._begin(table)
         elif isinstance(record, Row):
-            self.log.rows.append(record)
+            self.log.add(record)
         else:
             self.log.events.append(record)
 
@@ -120,7 +140,7 @@ class Tail:
                 f"version {VERSION}: use the deqcore that wrote it, or write a new log."
             )
         units, config = header.get("units"), header.get("config")
-        self.log.runs += 1
+        self.log.begin()
         self.log.units |= units if isinstance(units, dict) else {}
         self.log.config = config if isinstance(config, dict) else {}
 

@@ -51,6 +51,8 @@ def _title(log: Log, now: float) -> Text:
         last = log.rows[-1]
         age = max(0.0, now - last.time)
         text.append(f"  step {last.step} · {log.solves} solves · last {_ago(age)} ago", style="default not bold")
+    if log.left_out:
+        text.append(f" · {log.left_out} earlier run(s) in this file left out", style="dim not bold")
     return text
 
 

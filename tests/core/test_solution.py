@@ -50,6 +50,25 @@ def test_the_summary_of_nothing():
     assert summarize(nothing, nothing, nothing) == "The batch is empty."
 
 
+def test_a_printed_adjoint_report_is_a_line_per_status(be):
+    columns = [[1, 1, 2], [3, 4, 9], [1e-6, 2e-6, 0.5], [float("nan")] * 3, [False, False, True]]
+    report = deqcore.AdjointReport(*(be.asarray(np.array(column)) for column in columns))
+    assert str(report).split("\n") == [
+        "2 of 3 samples CONVERGED after at most 4 pulls, adjoint residual at most 2e-06.",
+        "1 of 3 samples MAX_STEPS after at most 9 pulls, adjoint residual at most 0.5; 1 got the fallback.",
+    ]
+    assert str(report._replace(error=report.residual)).count("estimated error at most 0.5;") == 1
+    assert str(deqcore.AdjointReport(*(leaf[:0] for leaf in report))) == "The batch is empty."
+
+
+def test_an_adjoint_report_in_traced_code_shows_its_fields():
+    jax = pytest.importorskip("jax")
+    shown = []
+    jax.jit(lambda x: shown.append(repr(deqcore.AdjointReport(x, x, x, x, x))))(np.ones(2))
+    assert shown[0].startswith("AdjointReport(status=")
+    assert ", fallback=" in shown[0]
+
+
 def test_a_solution_says_per_sample_what_happened(be):
     rates = be.asarray(np.array([[0.1], [0.99]]))
     sol = deqcore.fixed_point(
@@ -71,3 +90,4 @@ def test_a_solution_says_per_sample_what_happened(be):
     with pytest.raises(dataclasses.FrozenInstanceError):
         sol.value = None
     assert "backend" not in repr(sol)
+    assert "Carry" not in repr(sol)

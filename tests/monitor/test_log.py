@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -63,6 +64,25 @@ def test_a_log_comes_back_as_it_was_written(tmp_path) -> None:
     assert log.runs == 1
     assert not log.problems
     assert log.solves == 3
+
+
+def test_a_second_run_in_the_same_file_is_shown_alone_unless_it_goes_on(tmp_path) -> None:
+    old = Event(2, 1001.0, "retrain", "of the earlier run")
+    path = write(tmp_path / "a.jsonl", *rows(3), old)
+    more = [line(replace(row, step=row.step + 3)) for row in rows(2)]
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n".join([header(RUN), *more]) + "\n")
+    log = read(path)
+    assert [row.step for row in log.rows] == [0, 1, 2, 3, 4]
+    assert (log.runs, log.left_out, log.retrain) == (2, 0, old)
+    assert "left out" not in render(log) + shown(view(log, 10))
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n".join([header(RUN), *map(line, rows(2))]) + "\n")
+    log = read(path)
+    assert [row.step for row in log.rows] == [0, 1]
+    assert (log.runs, log.left_out, log.retrain, log.events) == (3, 2, None, [])
+    assert "2 earlier run(s) in this file left out" in render(log)
+    assert "2 earlier run(s) in this file left out" in shown(view(log, 10))
 
 
 def test_a_truncated_last_line_is_told_and_costs_only_itself(tmp_path) -> None:
