@@ -6,16 +6,18 @@ own is an error at construction and not in the first training step.
 
 from __future__ import annotations
 
+import inspect
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
 from deqcore import config as settings
 from deqcore import plugins
 from deqcore.config import Config
-from deqcore.errors import ConfigError, LayerWarning
+from deqcore.errors import ConfigError, LayerWarning, ProblemError
 from deqcore.plugins.options import freeze, plain
 from deqcore.settings import scalar
 
@@ -90,6 +92,43 @@ def shape_unknown() -> ConfigError:
         "The layer was called without inputs and without z0, and its cell has no method initial_state: the shape of "
         "the state is not known. Pass z0, or give the cell a method initial_state(*inputs)."
     )
+
+
+@contextmanager
+def explain_arguments(cell: Callable[..., Any], inputs: tuple[Any, ...], name: str) -> Iterator[None]:
+    """Around a solve: a `TypeError` because the cell takes another number of arguments is told as such.
+
+    Args:
+        cell: whose signature says how many it takes.
+        inputs: those of the layer's call.
+        name: the cell's, for the message.
+
+    Raises:
+        ProblemError: the cell cannot be called as `cell(z, *inputs)`.
+    """
+    try:
+        yield
+    except TypeError as error:
+        try:
+            signature = inspect.signature(cell)
+        except (TypeError, ValueError):  # some callables in C have none
+            raise error from None
+        try:
+            taken = list(signature.bind(None, *inputs).arguments)
+        except TypeError as reason:
+            raise ProblemError(
+                f"The layer was called with {len(inputs)} input(s), so its cell is called as cell(z, *inputs) with "
+                f"{len(inputs) + 1} argument(s), but {name} takes {signature} ({reason}). Call the layer with the "
+                f"inputs that the cell takes after z, or put what you have into a cell that takes them, as in "
+                f"f(z, x) = tanh(linear(z) + x)."
+            ) from error
+        optional = [each for each in taken if signature.parameters[each].default is not inspect.Parameter.empty]
+        if optional:  # as in flax's Linear, whose second argument is a sharding
+            error.add_note(
+                f"The layer called {name}, which takes {signature}, as cell(z, *inputs): an input was taken for "
+                f"{', '.join(optional)}."
+            )
+        raise
 
 
 def compare_settings(found: Mapping[str, Any], own: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from deqcore.equilibrium import fixed_point
 from deqcore.errors import ConfigError
 from deqcore.halting import Rule, until
-from deqcore.layer import LayerSettings, shape_unknown
+from deqcore.layer import LayerSettings, explain_arguments, shape_unknown
 from deqcore.solution import Solution
 
 
@@ -44,4 +44,5 @@ def solve(
     config, own = settings.call(training)
     start = initial_state(cell, inputs) if z0 is None else z0
     f = cell if rule is None else until(cell, rule)
-    return fixed_point(f, start, *inputs, config=config, **(own | dict(overrides)))
+    with explain_arguments(cell, inputs, type(cell).__name__):
+        return fixed_point(f, start, *inputs, config=config, **(own | dict(overrides)))

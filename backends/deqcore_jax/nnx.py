@@ -36,7 +36,8 @@ class DEQ(nnx.Module):
     Raises:
         ConfigError: a setting is unknown or out of range.
         UnknownNameError: a solver or a strategy is not registered.
-        ProblemError: (when called) the cell returned something that is not like z, or changed its own state.
+        ProblemError: (when called) the cell returned something that is not like z, takes other arguments, or changed
+            its own state.
 
     Source: Bai, Kolter & Koltun (2019), "Deep Equilibrium Models".
 

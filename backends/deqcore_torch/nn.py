@@ -17,7 +17,7 @@ from deqcore.config import Config
 from deqcore.equilibrium import fixed_point
 from deqcore.errors import ConfigError
 from deqcore.halting import Rule
-from deqcore.layer import LayerSettings, check_reuse, compare_settings, shape_unknown
+from deqcore.layer import LayerSettings, check_reuse, compare_settings, explain_arguments, shape_unknown
 from deqcore.solution import Solution, SolveState
 from deqcore_torch.cells import begin_solve
 from deqcore_torch.untraced import untraced
@@ -52,6 +52,7 @@ class DEQ(nn.Module):
     Raises:
         ConfigError: a setting is unknown or out of range.
         UnknownNameError: a solver or a strategy is not registered.
+        ProblemError: (when called) the cell returned something that is not like z, or takes other arguments.
 
     Source: Bai, Kolter & Koltun (2019), "Deep Equilibrium Models".
 
@@ -169,7 +170,9 @@ class DEQ(nn.Module):
     ) -> Solution:
         f = self._map() if rule is None else halting.until(self._map(), rule)
         batched = tuple(range(len(inputs))) if self.batched_inputs is None else self.batched_inputs
-        return fixed_point(f, start, *inputs, config=config, state=state, batched_args=batched, **overrides)
+        call = self.cell.forward if isinstance(self.cell, nn.Module) else self.cell
+        with explain_arguments(call, inputs, type(self.cell).__name__):
+            return fixed_point(f, start, *inputs, config=config, state=state, batched_args=batched, **overrides)
 
     def initial_state(self, *inputs: Any) -> Any:
         """Where a solve without z0 starts: warm if the layer does so and the shapes allow it."""

@@ -1,6 +1,7 @@
 """The layers for flax and equinox: the same root and gradients as SciPy, jit, training and evaluation."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -241,6 +242,32 @@ def test_batch_normalisation_of_equinox_is_explained():
 def test_a_cell_that_returns_something_else_is_refused(kind, cell, told):
     with pytest.raises(ProblemError, match=told):
         LAYERS[kind][0](cell)(jnp.ones((4, 3), jnp.float32))
+
+
+@pytest.mark.parametrize(
+    ("cell", "inputs", "told"),
+    [
+        (lambda z: 0.3 * z, 1, r"1 input.*2 argument.*function takes \(z\) \(too many.*linear\(z\) \+ x"),
+        (jax.vmap(lambda z, x, y: z), 1, r"takes \(z, x, y\) \(missing a required argument: 'y'\)"),
+    ],
+)
+def test_a_cell_that_takes_other_arguments_is_told(kind, cell, inputs, told):
+    with pytest.raises(ProblemError, match=told):
+        LAYERS[kind][0](cell)(*[jnp.ones((4, 3), jnp.float32)] * inputs)
+
+
+def test_a_module_of_the_framework_is_no_cell():
+    x = jnp.ones((4, 3), jnp.float32)
+    with pytest.raises(ProblemError, match=r"Linear takes \(x"):
+        deqcore_jax.equinox.DEQ(eqx.nn.Linear(3, 3, key=jax.random.key(0)))(x)
+    with pytest.raises(TypeError) as found:  # flax takes the input for another argument of its own
+        deqcore_jax.nnx.DEQ(nnx.Linear(3, 3, rngs=nnx.Rngs(0)))(x)
+    assert re.search(r"Linear, which takes \(inputs.*taken for out_sharding", " ".join(found.value.__notes__))
+
+
+def test_a_type_error_in_a_cell_stays_what_it_is(kind):
+    with pytest.raises(TypeError, match="unsupported operand"):
+        LAYERS[kind][0](lambda z, x: z + None)(jnp.ones((4, 3), jnp.float32))
 
 
 def test_an_empty_batch_stays_empty(kind, made):

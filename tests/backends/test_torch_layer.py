@@ -238,6 +238,25 @@ def test_a_cell_that_changes_the_shape_is_refused():
         DEQ(lambda z, x: torch.cat([z, x], 1))(torch.rand(2, 3))
 
 
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize(
+    ("cell", "inputs", "told"),
+    [
+        (torch.nn.Linear(3, 3), 1, r"1 input.*2 argument.*Linear takes \(input.*too many.*linear\(z\) \+ x"),
+        (Plain(), 2, r"2 input.*Plain takes \(z, x\).*too many"),
+        (lambda z, x, y: z, 1, r"function takes \(z, x, y\) \(missing a required argument: 'y'\)"),
+    ],
+)
+def test_a_cell_that_takes_other_arguments_is_told(cell, inputs, told, checkpoint):
+    with pytest.raises(ProblemError, match=told):
+        DEQ(cell, checkpoint=checkpoint)(*[torch.ones(2, 3)] * inputs)
+
+
+def test_a_type_error_in_a_cell_stays_what_it_is():
+    with pytest.raises(TypeError, match="unsupported operand"):
+        DEQ(lambda z, x: z + None)(torch.ones(2, 3))
+
+
 def test_a_mutated_weight_counts_at_the_next_call(made):
     layer = DEQ(Cell(made), forward__rtol=1e-10)
     x = torch.tensor(made.x)
