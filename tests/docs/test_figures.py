@@ -74,3 +74,82 @@ def test_limits(readme):
     certified = str(figures["certificate: samples"])
     for figure in (f"{slower:.1f}", f"{default['cosine']:.2f}", f"{broyden:.1f}", kept, certified):
         assert re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d])", page), figure
+
+
+def contenders(framework: str) -> dict[tuple[str, str], dict]:
+    return {(row["case"], row["contender"]): row for row in SECTIONS[f"cases-{framework}"]["rows"]}
+
+
+def quotient(a: list[float], b: list[float]) -> float:
+    """The median over rounds, in which both took turns."""
+    return median(x / y for x, y in zip(a, b, strict=True))
+
+
+def test_choosing():
+    page = " ".join((ROOT / "docs" / "choosing.md").read_text(encoding="utf-8").split())
+    steps = {step["layer"]: step for step in SECTIONS["training-torch"]["steps"]}
+    share = {layer: quotient(step["step"], steps["deqcore, defaults"]["step"]) for layer, step in steps.items()}
+    cosine = {layer: step["cosine"] for layer, step in steps.items()}
+    certified, loose = "deqcore broyden, certified reuse", "deqcore broyden, exact-ift to 0.1"
+    theirs = quotient(steps[certified]["step"], steps["torchdeq broyden, IFT broyden"]["step"])
+    rows = contenders("torch")
+    overhead = {
+        case: [
+            quotient(row["seconds"], [row["evaluations"] * one for one in row["reference"]])
+            for row in (
+                rows[case, f"deqcore {solver}"] for solver in ("picard", "anderson", "broyden", "newton-krylov")
+            )
+        ]
+        for case in ("conv", "dense")
+    }
+    count = {key: row["evaluations"] for key, row in rows.items()}
+    conv, dense = overhead["conv"], overhead["dense"]
+    for text in (
+        f"cosine {cosine['deqcore, defaults']:.4f}; the default",
+        f"cosine {cosine[loose]:.3f} on the convolution at {share[loose]:.0%} of",
+        f"cosine {cosine[certified]:.3f}, {share[certified]:.0%} of the step time of the defaults; {theirs:.0%} of",
+        f"| {share['deqcore broyden, jacobian-free']:.0%} of the step time; "
+        f"cosine {cosine['deqcore broyden, jacobian-free']:.2f}",
+        f"its cosine was {cosine['deqcore broyden, plain reuse']:.2f} on the convolution",
+        f"needs {count['conv', 'deqcore picard']} evaluations to 1e-5 where Anderson needs "
+        f"{count['conv', 'deqcore anderson']}",
+        f"{count['dense', 'deqcore anderson']} evaluations on the dense cell (plain iteration "
+        f"{count['dense', 'deqcore picard']}, torchdeq's Anderson {count['dense', 'torchdeq anderson']})",
+        f"{count['slow-modes', 'deqcore anderson']} evaluations on 20 slow modes",
+        f"`broyden` takes {count['slow-modes', 'deqcore broyden']}",
+        f"{count['slow-modes', 'deqcore newton-krylov']} evaluations and products on 20 slow modes",
+        f"for the convolution {conv[0]:.2f} (`picard`), {conv[1]:.2f} (`anderson`), {conv[2]:.2f} (`broyden`), "
+        f"{conv[3]:.1f} (",
+        f"is cheaper, {dense[0]:.2f}, {dense[1]:.2f}, {dense[2]:.2f} and {dense[3]:.1f}",
+    ):
+        assert text.replace("%", " %") in page, text
+
+
+def test_tuning():
+    page = (ROOT / "docs" / "tuning.md").read_text(encoding="utf-8")
+    rows = contenders("torch")
+    for solver in ("picard", "anderson", "broyden"):
+        plain, compact = (rows["mixed-conv", f"deqcore {solver}{suffix}"]["seconds"] for suffix in ("", " (compact)"))
+        assert f"{quotient(compact, plain):.2f} (`{solver}`)" in page
+
+
+def test_concepts():
+    page = " ".join((ROOT / "docs" / "concepts.md").read_text(encoding="utf-8").split())
+    found = json.loads((ROOT / "docs" / "pictures" / "figures.json").read_text(encoding="utf-8"))
+    plain, free = found["worst cosine, plain reuse"], found["worst cosine, jacobian-free"]
+    certified, pulls = found["worst cosine, certified reuse, target 0.1"], found["mean pulls, certified"]
+    assert found["steps to 1e-4, picard"] == -1
+    for text in (
+        f"`anderson` takes {found['steps to 1e-4, anderson']}, `broyden` {found['steps to 1e-4, broyden']}, and "
+        f"`newton-krylov` {found['steps to 1e-4, newton-krylov']} steps",
+        f"plain reuse has a cosine of {plain['0']:.2f} with the exact gradient; with two, −{-plain['2']:.2f}, at "
+        f"a norm up to {int(found['largest norm ratio, plain reuse']['2'])} times",
+        f"lose cosine as well ({free['2']:.2f})",
+        f"stays at {min(certified.values()):.2f} or better, for {min(pulls.values()):.0f} to "
+        f"{max(pulls.values()):.0f} pulls",
+        f"{found['certificate: samples']} samples",
+        f"{found['certificate: share at least half the error']:.1%} of the estimates",
+        f"{found['certificate: share at most three times the error']:.1%} at most three times",
+        f"{found['certificate: share of targets kept']:.1%} of the samples keep their target",
+    ):
+        assert text.replace("%", " %") in page, text
