@@ -83,6 +83,11 @@ class Capabilities:
         second_derivatives: are gradients of gradients of exact-ift right?
         compaction: may a solve go on with fewer rows than it began with (shapes known step by step)?
         eager: does every call of fixed_point run its Python anew, never code compiled at an earlier one?
+
+    Example:
+        >>> import deqcore
+        >>> deqcore.get_backend(backend="numpy").capabilities.compaction
+        True
     """
 
     autodiff: bool = True
@@ -109,6 +114,13 @@ class History(ABC):
     Attributes:
         active: rows that `append` and `restart` may change, `(batch,)` of bool, or None for all.
         memory: number of slots.
+
+    Example:
+        >>> import numpy as np, deqcore
+        >>> be = deqcore.get_backend(backend="numpy")
+        >>> history = be.history(np.zeros((1, 2)), memory=3).append(np.array([[3.0, 4.0]]))
+        >>> history.dot(np.array([[1.0, 1.0]])).tolist()
+        [[7.0, 0.0, 0.0]]
     """
 
     active: Array | None
@@ -202,7 +214,14 @@ class History(ABC):
 
 
 class Backend(ABC):
-    """One framework behind one interface. A subclass is final: it is instantiated, never subclassed again."""
+    """One framework behind one interface. A subclass is final: it is instantiated, never subclassed again.
+
+    Example:
+        >>> import deqcore
+        >>> be = deqcore.get_backend(backend="numpy")
+        >>> be.norm(be.asarray([[3.0, 4.0], [0.0, 2.0]])).tolist()
+        [5.0, 2.0]
+    """
 
     name: ClassVar[str]
     capabilities: Capabilities

@@ -42,6 +42,21 @@ class Solver(ABC):
         claims: golden problems that it solves, also where plain iteration does not, each with the evaluations (and
             products) that this may take in float64, as in ``{"expansive": 20}``; the conformance suite holds it to
             them. Made for the default options.
+
+    Example:
+        >>> import numpy as np, deqcore
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Half(Solver):
+        ...     def init(self, backend, z, fz):
+        ...         return ()
+        ...     def step(self, backend, f, z, fz, state):
+        ...         z = (z + fz) / 2
+        ...         return z, f(z), state
+        >>> be, f = deqcore.get_backend(backend="numpy"), lambda z: 0.2 * z + 1.0
+        >>> z, fz, _ = Half().step(be, f, np.zeros((1, 1)), np.ones((1, 1)), ())
+        >>> z.tolist(), fz.tolist()
+        ([[0.5]], [[1.1]])
     """
 
     has_estimate: ClassVar[bool] = False

@@ -74,6 +74,19 @@ class Strategy(ABC):
         claims: golden problems whose adjoint equation it solves, each with the pulls per sample that this may take
             in float64, from the estimate H = −I if it wants one, as in ``{"slow-modes": 12}``; the conformance suite
             holds it to them. Made for the default options.
+
+    Example:
+        >>> import numpy as np, deqcore
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class TwoTerms(Strategy):
+        ...     needs = "pull"
+        ...     def route(self, backend, pull, g, estimate):
+        ...         return g + pull(g), report(backend, g, pulls=1)
+        >>> be = deqcore.get_backend(backend="numpy")
+        >>> u, told = TwoTerms().route(be, lambda v: 0.5 * v, np.ones((1, 2)), None)
+        >>> u.tolist(), told.pulls.tolist()
+        ([[1.5, 1.5]], [1])
     """
 
     needs: ClassVar[Literal["nothing", "pull", "estimate"]]
@@ -111,7 +124,19 @@ class Strategy(ABC):
 
 
 class StepStrategy(ABC):
-    """A strategy that differentiates through steps of its own, recorded by the framework (phantom, unrolled)."""
+    """A strategy that differentiates through steps of its own, recorded by the framework (phantom, unrolled).
+
+    Example:
+        >>> import numpy as np, deqcore
+        >>> class OneStep(StepStrategy):
+        ...     def value(self, backend, f, z0, forward, solver):
+        ...         return f(z0 if forward is None else forward.z)
+        ...     def solves(self):
+        ...         return False
+        >>> be = deqcore.get_backend(backend="numpy")
+        >>> OneStep().value(be, lambda z: 0.5 * z + 1.0, np.zeros((1, 2)), None, None).tolist()
+        [[1.0, 1.0]]
+    """
 
     @abstractmethod
     def value(self, backend: Backend, f: Map, z0: Array, forward: Forward | None, solver: Solver) -> Array:

@@ -67,6 +67,19 @@ def observe_backward(monitor: Monitor, figures: probe.Probe, *, name: str = "") 
         monitor: which gets a row each time that the compiled code runs.
         figures: the gradient with respect to a probe.
         name: of the layer.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, deqcore
+        >>> def loss(figures, x):
+        ...     with probe.reporting(figures):
+        ...         return deqcore.fixed_point(lambda z, x: 0.5 * z + x, 0 * x, x).value.sum()
+        >>> with deqcore.monitor.Monitor(sinks=[]) as monitor, collecting(monitor):
+        ...     @jax.jit
+        ...     def step(x):
+        ...         observe_backward(monitor, jax.grad(loss)(probe.new(2), x))
+        ...     step(jnp.ones((2, 3)))
+        >>> monitor.rows[-1].values["deq_backward_steps"] > 0
+        True
     """
     jax.debug.callback(partial(_differentiated, monitor, name), probe.read(figures))
 
@@ -76,6 +89,13 @@ def collecting(monitor: Monitor) -> Iterator[None]:
     """Wait at the end of the block until all callbacks have run. Goes inside the monitor's own block.
 
     The monitor then takes it that compiled code reports by `observe`, and says nothing of solves that it cannot see.
+
+    Example:
+        >>> import jax.numpy as jnp, deqcore
+        >>> with deqcore.monitor.Monitor(sinks=[]) as monitor, collecting(monitor):
+        ...     _ = jax.jit(lambda x: observe(monitor, deqcore.fixed_point(jnp.cos, x)))(jnp.ones((2, 1)))
+        >>> len(monitor.rows)
+        1
     """
     monitor.collects = True
     try:

@@ -44,6 +44,10 @@ class Probe(NamedTuple):
         error: likewise.
         fallback: likewise, 0 or 1.
         runs: how often a backward pass reported.
+
+    Example:
+        >>> new(3)._fields[-1], new(3).runs.shape
+        ('runs', (3,))
     """
 
     status: Any
@@ -87,6 +91,14 @@ def reporting(probe: Probe) -> Iterator[None]:
 
     Raises:
         StrategyError: a second solve runs inside the block, or the probe is for another batch.
+
+    Example:
+        >>> import deqcore
+        >>> def loss(figures, x):
+        ...     with reporting(figures):
+        ...         return deqcore.fixed_point(lambda z, x: 0.5 * z + x, 0 * x, x).value.sum()
+        >>> print(read(jax.grad(loss)(new(2), jnp.ones((2, 3)))).status)
+        [1 1]
     """
     slot = _Slot(probe)
     token = _open.set(slot)
@@ -108,6 +120,10 @@ def read(figures: Probe) -> AdjointReport:
 
     Raises:
         StrategyError: (outside compiled code) no backward pass reported, or several added up.
+
+    Example:
+        >>> read(new(2)._replace(runs=jnp.ones(2), pulls=jnp.full(2, 3.0))).pulls.tolist()
+        [3, 3]
     """
     runs = figures.runs
     if not isinstance(runs, jax.core.Tracer) and runs.size:

@@ -32,6 +32,14 @@ class Audit:
         exact_residual: relative adjoint residual of the reference, per sample: what is above it in `error` is real.
         coupling: how much of Jᵀu of one sample lands in the others; 0 where f treats each sample alone. Anything else
             makes all gradients above wrong, the reference too: set ``forward.batch = false``.
+
+    Example:
+        >>> import numpy as np
+        >>> from deqcore.diagnostics import gradient_audit
+        >>> z0, x, g = np.zeros((2, 3)), np.ones((2, 3)), np.ones((2, 3))
+        >>> found = gradient_audit(lambda z, x: 0.5 * z + x, z0, x, cotangent=g, backward__strategy="jacobian-free")
+        >>> found.norm_ratio.round(3).tolist(), round(found.gradient_cosine, 3)
+        ([0.5, 0.5], 1.0)
     """
 
     rows: Any

@@ -23,6 +23,13 @@ class Curve:
         residual: ‖f(z) − z‖ / ‖f(z)‖ at each iterate, the initial one first, `(steps + 1, batch)`. A sample that has
             stopped keeps its last value.
         steps: steps that each sample took until it stopped, `(batch,)`.
+
+    Example:
+        >>> import numpy as np
+        >>> from deqcore.diagnostics import residual_curve
+        >>> curve = residual_curve(lambda z: 0.5 * z + 1.0, np.zeros((1, 1)), steps=12, forward__solver="picard")
+        >>> curve.steps_to(1e-2).tolist(), curve.rate().round(1).tolist()
+        ([6], [0.5])
     """
 
     residual: Any

@@ -23,6 +23,13 @@ class Spectrum:
         error: ‖Jᵀx − λx‖ for its unit vector x `(batch,)`: λ is an eigenvalue of a matrix that near to J. For a normal
             J it bounds the error of λ; a non-normal J can amplify it.
         products: vector–Jacobian products of the whole batch that were spent.
+
+    Example:
+        >>> import numpy as np
+        >>> from deqcore.diagnostics import spectral_radius
+        >>> turn = 0.5 * np.array([[0.0, 1.0], [-1.0, 0.0]])
+        >>> spectral_radius(lambda z: z @ turn, np.zeros((1, 2))).eigenvalue.round(3).tolist()
+        [0.5j]
     """
 
     radius: Any

@@ -14,7 +14,18 @@ from deqcore.backend import Array, Backend, History
 
 
 class InverseJacobian(ABC):
-    """H ≈ (∂(f − z)/∂z)^-1 per sample, as a linear operator on `(batch, n)`."""
+    """H ≈ (∂(f − z)/∂z)^-1 per sample, as a linear operator on `(batch, n)`.
+
+    Example:
+        >>> import numpy as np
+        >>> class Exact(InverseJacobian):  # of f(z) = z / 2 + 1, whose ∂(f − z)/∂z is −1/2
+        ...     def apply(self, v):
+        ...         return -2.0 * v
+        ...     def apply_transpose(self, v):
+        ...         return -2.0 * v
+        >>> Exact().sharp_transpose(np.ones((1, 2))).tolist()
+        [[-2.0, -2.0]]
+    """
 
     @abstractmethod
     def apply(self, v: Array) -> Array:

@@ -49,6 +49,14 @@ class Profile:
 
     Attributes:
         samples: by name ("residual", "steps"), `(n,)` of float; residuals that are not finite are inf.
+
+    Example:
+        >>> import numpy as np, deqcore
+        >>> from deqcore.monitor import Monitor
+        >>> with Monitor(sinks=[]) as monitor:
+        ...     _ = deqcore.fixed_point(lambda z: 0.5 * z + 1.0, np.zeros((256, 2)))
+        >>> monitor.profile().samples["steps"].shape
+        (256,)
     """
 
     samples: Mapping[str, Host]

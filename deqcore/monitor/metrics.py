@@ -25,6 +25,10 @@ class Metric:
         name: letters, digits and underscores, as Prometheus wants it.
         unit: "1" for ratios, else "steps", "seconds", "samples", "norm" (of the state's unit).
         help: one sentence.
+
+    Example:
+        >>> Metric("my_loss", "nats", "Training loss.").unit
+        'nats'
     """
 
     name: str

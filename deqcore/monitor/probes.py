@@ -29,6 +29,15 @@ class Probe:
         measure: from a solve (with f, its arguments and the solution) to a number or a scalar of the framework; to as
             many of them as there are metrics, if these are several.
         every: solves between measurements.
+
+    Example:
+        >>> import numpy as np, deqcore
+        >>> from deqcore.monitor import Metric, Monitor
+        >>> size = Probe("my_size", lambda solve: float(np.abs(solve.solution.value).max()), every=1)
+        >>> with Monitor(sinks=[], metrics=[Metric("my_size", "1", "Largest entry.")], probes=[size]) as monitor:
+        ...     _ = deqcore.fixed_point(lambda z: 0.5 * z + 1.0, np.zeros((4, 2)))
+        >>> round(monitor.rows[-1].values["my_size"], 2)
+        2.0
     """
 
     metrics: str | tuple[str, ...]

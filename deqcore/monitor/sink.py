@@ -35,6 +35,10 @@ class Row:
         time: seconds since the epoch.
         name: which layer, for models with several; "" if there is but one.
         values: by metric. What was not measured is absent; infinite values occur, NaN does not.
+
+    Example:
+        >>> Row(step=3, solve=2, time=0.0, values={"deq_forward_steps": 7.0}).values["deq_forward_steps"]
+        7.0
     """
 
     step: int
@@ -56,6 +60,10 @@ class Event:
         metric: what it is about, or "".
         value: of the metric that decided, or None.
         action: of the trigger, or "".
+
+    Example:
+        >>> Event(3, 0.0, "fired", "Too many steps.", "deq_forward_steps", 40.0, "warn").kind
+        'fired'
     """
 
     step: int
@@ -78,6 +86,11 @@ class Run:
         metrics: all that may occur in rows, by name, with units and meanings.
         started: seconds since the epoch.
         config: the settings that were in force, as plain values.
+
+    Example:
+        >>> from deqcore.monitor import Metrics
+        >>> Run(Metrics(), 0.0).metrics["deq_forward_steps"].unit
+        'steps'
     """
 
     metrics: Mapping[str, Metric]
@@ -92,6 +105,18 @@ class Sink(ABC):
         keeps: whether what was written can be read back; a sink that shows only the latest values does not.
         needs: import names of optional packages, each with the extra of deqcore that installs it. They are looked for
             when the monitor is made, so that a missing one is told before the training begins.
+
+    Example:
+        >>> import numpy as np, deqcore
+        >>> @dataclass
+        ... class Kept(Sink):
+        ...     records: list[Record] = field(default_factory=list)
+        ...     def write(self, records: Sequence[Record]) -> None:
+        ...         self.records.extend(records)
+        >>> with deqcore.monitor.Monitor(sinks=[kept := Kept()]):
+        ...     _ = deqcore.fixed_point(lambda z: 0.5 * z + 1.0, np.zeros((4, 2)))
+        >>> len(kept.records)
+        1
     """
 
     keeps: ClassVar[bool] = True

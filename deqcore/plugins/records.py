@@ -54,6 +54,10 @@ class SolverSpec(Spec):
         name: what a config or a command line calls it: letters, digits, `.`, `_` and `-`.
         target: import string, `"package.module:attribute"`, imported when its name is first used.
         summary: one line for listings.
+
+    Example:
+        >>> SolverSpec("mine", "my_package.solver:Mine", "steps of half the length").target
+        'my_package.solver:Mine'
     """
 
     name: str
@@ -71,6 +75,10 @@ class StrategySpec(Spec):
         name: what a config or a command line calls it: letters, digits, `.`, `_` and `-`.
         target: import string, `"package.module:attribute"`, imported when its name is first used.
         summary: one line for listings.
+
+    Example:
+        >>> StrategySpec("mine", "my_package.strategy:Mine", "two terms of the series").kind
+        'strategy'
     """
 
     name: str
@@ -94,6 +102,11 @@ class BackendSpec(Spec):
             a built-in backend owns may be listed as well (`"numpy"`): then the config picks between the two.
         context: import string of a function `config -> context manager` that `deqcore.using` enters while the
             framework is imported, so that what it compiles under some settings is not used under others.
+
+    Example:
+        >>> spec = BackendSpec("cupy", "deq_cupy:CupyBackend", package="cupy", array_modules=("cupy",))
+        >>> spec.kind, spec.array_modules
+        ('backend', ('cupy',))
     """
 
     name: str
@@ -127,6 +140,10 @@ class SinkSpec(Spec):
         name: what a config or a command line calls it: letters, digits, `.`, `_` and `-`.
         target: import string, `"package.module:attribute"`, imported when its name is first used.
         summary: one line for listings.
+
+    Example:
+        >>> SinkSpec("sqlite", "deq_sqlite.sink:SqliteSink").name
+        'sqlite'
     """
 
     name: str
@@ -145,6 +162,10 @@ class TrainerSpec(Spec):
         target: import string, `"package.module:Class"`.
         summary: one line for listings.
         backend: name of the backend it trains on.
+
+    Example:
+        >>> TrainerSpec("mine", "my_package.trainer:Trainer", backend="torch").backend
+        'torch'
     """
 
     name: str
@@ -169,6 +190,10 @@ class DataSpec(Spec):
         summary: one line for listings.
         gives: the kind of its inputs, "vector", "image" or "tokens", if it is always the same one: then models that
             do not take it are left out of the grid, and a study without a model that does is an error at its start.
+
+    Example:
+        >>> DataSpec("ours", "our_package.data:load", gives="image").gives
+        'image'
     """
 
     name: str
@@ -192,6 +217,10 @@ class ModelSpec(Spec):
         name: what a study calls it.
         target: import string, `"package.module:Class"`.
         summary: one line for listings.
+
+    Example:
+        >>> ModelSpec("ours", "our_package.model:Ours").kind
+        'model'
     """
 
     name: str
@@ -209,6 +238,10 @@ class CommandSpec(Spec):
         name: what a config or a command line calls it: letters, digits, `.`, `_` and `-`.
         target: import string, `"package.module:attribute"`, imported when its name is first used.
         summary: one line for listings.
+
+    Example:
+        >>> CommandSpec("serve", "my_package.cli:app", "serve a model").summary
+        'serve a model'
     """
 
     name: str

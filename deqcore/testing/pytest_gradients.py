@@ -1,11 +1,4 @@
-"""A pytest fixture for the gradients of a user's own model: `pytest_plugins = ["deqcore.testing.pytest_gradients"]`.
-
-Example:
-    In a test suite::
-
-        def test_my_cell_has_the_same_gradients_everywhere(check_gradients):
-            check_gradients("problems.py:cell", backends=["torch", "jax"])
-"""
+"""A pytest fixture for the gradients of a user's own model: `pytest_plugins = ["deqcore.testing.pytest_gradients"]`."""
 
 from __future__ import annotations
 
@@ -29,6 +22,12 @@ def check_gradients(request: pytest.FixtureRequest) -> Callable[..., Report]:
     `problem` is `path/to/file.py:name`, relative to the test's folder, or a function at the top level of a module
     that returns a `deqcore.testing.Problem`. The keywords `backends`, `solvers`, `strategies` and `dtypes` choose as
     the options of `deqcore check gradients` do. Each framework runs in a process of its own, which imports the file.
+
+    Example:
+        In a test suite::
+
+            def test_my_cell_has_the_same_gradients_everywhere(check_gradients):
+                check_gradients("problems.py:cell", backends=["torch", "jax"])
     """
     folder = request.path.parent
 

@@ -27,6 +27,10 @@ class Split:
     Attributes:
         x: inputs `(samples, …)`, floating-point, or integers for tokens.
         y: targets, integers `(samples,)`, or `(samples, length)` for tokens.
+
+    Example:
+        >>> len(Split(np.zeros((5, 3)), np.zeros(5, dtype=np.int64)))
+        5
     """
 
     x: NDArray[Any]
@@ -48,6 +52,11 @@ class Dataset:
         validation: what the epoch is chosen by.
         test: looked at once, at the end.
         note: where it came from.
+
+    Example:
+        >>> part = Split(np.zeros((4, 3)), np.array([0, 1, 0, 1]))
+        >>> Dataset("ours", "vector", ("no", "yes"), part, part, part).shape
+        Shape(kind='vector', sample=(3,), classes=2)
     """
 
     name: str

@@ -29,6 +29,10 @@ class Shape:
         kind: "vector" `(batch, n)`, "image" `(batch, channels, height, width)` or "tokens" `(batch, length)`.
         sample: shape of one input, without the batch.
         classes: number of classes, or of words.
+
+    Example:
+        >>> Shape("image", (1, 8, 8), 10).classes
+        10
     """
 
     kind: Kind
@@ -37,7 +41,13 @@ class Shape:
 
 
 class Ops(Protocol):
-    """Operations beyond the array API standard that a trainer's framework brings."""
+    """Operations beyond the array API standard that a trainer's framework brings.
+
+    Example:
+        A model uses it like this, with any trainer's `ops`::
+
+            hidden = ops.relu(ops.norm(ops.conv(z, p["kernel"]), groups=4)) + ops.xp.tanh(injected)
+    """
 
     xp: Any
 
@@ -74,6 +84,23 @@ class Model(ABC):
     Args:
         shape: of the data that it is built for.
         width: of the state: features, or channels.
+
+    Example:
+        >>> class Tiny(Model):
+        ...     accepts = ("vector",)
+        ...     def initial(self, rng):
+        ...         n, m, k = self.shape.sample[0], self.width, self.shape.classes
+        ...         return {"u": normal(rng, (n, m), 1.0), "w": contraction(rng, m, 0.5), "v": normal(rng, (m, k), 1.0)}
+        ...     def inject(self, ops, p, x):
+        ...         return x @ p["u"]
+        ...     def start(self, ops, p, injected):
+        ...         return 0 * injected
+        ...     def cell(self, ops, p, z, injected):
+        ...         return ops.xp.tanh(z @ p["w"] + injected)
+        ...     def read(self, ops, p, z):
+        ...         return z @ p["v"]
+        >>> sorted(Tiny(Shape("vector", (4,), 3), width=8).initial(np.random.default_rng(0)))
+        ['u', 'v', 'w']
     """
 
     accepts: ClassVar[tuple[Kind, ...]]

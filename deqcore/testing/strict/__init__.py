@@ -16,7 +16,18 @@ NAME: Final = "strict"
 
 
 def register() -> None:
-    """Make `backend = "strict"` known in this process."""
+    """Make `backend = "strict"` known in this process.
+
+    Example:
+        >>> import numpy as np, deqcore
+        >>> register()
+        >>> be = deqcore.get_backend(backend="strict")
+        >>> try:
+        ...     bool(be.xp.sum(be.asarray(np.ones(2))) > 1)
+        ... except StrictError:
+        ...     print("refused: a traced number has no truth value")
+        refused: a traced number has no truth value
+    """
     target = "deqcore.testing.strict.backend:StrictBackend"
     summary = "NumPy that refuses what tracing refuses; for tests"
     plugins.register(plugins.BackendSpec(NAME, target, summary, array_modules=("deqcore",)))
