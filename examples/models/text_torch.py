@@ -34,7 +34,7 @@ class Cell(Block):
     """The text is added anew at each step, and what was there is normalised, so that states stay bounded."""
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        heard = norm(x + z + self.attend(z))
+        heard = norm(x + z / 2 + self.attend(z))
         return norm(heard + self.think(heard))
 
 
