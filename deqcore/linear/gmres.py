@@ -61,7 +61,8 @@ def gmres(
         backend: whose arrays these are.
         product: `v ↦ A v` on `(batch, n)`; called once per step for the whole batch.
         b: right-hand side `(batch, n)`.
-        x0: start `(batch, n)`, default zero (which saves one product).
+        x0: start `(batch, n)`, default zero (which saves one product). A sample for which zero is nearer begins there:
+            what rounding leaves of a residual is relative to the start, and a poor estimate's may be 1e5 times x.
         rtol: stop when ‖b − A x‖ ≤ rtol·‖b‖.
         max_steps: size of the Krylov space at most; there is no restart.
         precondition: `v ↦ M v` with M ≈ A^-1, applied from the right, so that residuals stay true ones.
@@ -73,7 +74,12 @@ def gmres(
     """
     space = KrylovSpace(backend, product, precondition, reorthogonalize, check_every)
     goal = rtol * backend.wide(backend.norm(b))
-    k = space.begin(b if x0 is None else b - product(x0), max_steps)
+    r = b
+    if x0 is not None:
+        r = b - product(x0)
+        nearer = backend.norm(r) <= backend.norm(b)  # False for NaN, too
+        x0, r = backend.select(nearer, x0, backend.xp.zeros_like(x0)), backend.select(nearer, r, b)
+    k = space.begin(r, max_steps)
     k = space.grow(k, goal, max_steps)
     update = space.solution(k)
     residual = k.residual if precondition is not None else space.trusted(k, update)

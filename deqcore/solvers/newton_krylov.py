@@ -76,6 +76,7 @@ class NewtonKrylov(Solver):
         "ring": 43,
         "slow-modes": 58,
         "tree": 47,
+        "walled": 35,
     }
 
     def __post_init__(self) -> None:

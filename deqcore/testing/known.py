@@ -38,7 +38,10 @@ WHY: Final = {
         "slow-modes": "ρ(J) = 0.99: plain iteration needs some 2,700 steps",
         "": "plain iteration does not contract here",
     },
-    "": {"ill-conditioned": "condition 1e4 at the edge of what contracts; no secant method is asked to"},
+    "": {
+        "ill-conditioned": "condition 1e4 at the edge of what contracts; no secant method is asked to",
+        "walled": "full steps leave the region where f has numbers; `broyden` with `growth = 2` solves it",
+    },
 }
 ENDED: Final = {int(Status.STALLED): TOO_SLOW, int(Status.MAX_STEPS): TOO_SLOW}
 

@@ -83,6 +83,11 @@ def overshoot(xp: Any, p: Tree, z: Tree, x: Tree) -> Tree:
     return z - xp.tanh(xp.matmul(z, p["W"].T) - x)
 
 
+def walled(xp: Any, p: Tree, z: Tree, x: Tree) -> Tree:
+    """Z + c (x − log W z), known where W z > 0 alone: z* = W⁻¹ eˣ, and a full step from z0 leaves for NaN."""
+    return z + p["c"] * (x - xp.log(xp.matmul(z, p["W"].T)))
+
+
 def valve(xp: Any, p: Tree, z: Tree, x: Tree) -> Tree:
     """A tanh cell, but a sample with x₀ > 0 obeys z ← z + x₀ (1 + z²), which has no solution."""
     cell = xp.tanh(xp.matmul(z, p["W"].T) + xp.matmul(x, p["U"].T))
@@ -105,6 +110,7 @@ FUNCTIONS: Final[Mapping[str, Callable[..., Tree]]] = MappingProxyType(
         "monotone": monotone,
         "expansive": expansive,
         "overshoot": overshoot,
+        "walled": walled,
         "ill-conditioned": affine,
         "slow-modes": affine,
         "divergent": valve,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from deqcore.backend import Map
 from deqcore.solver import Solver
 from deqcore.testing.conformance import Conformance
 from deqcore.testing.kit import Affine, Kit, affine, close
+from deqcore.testing.problems import golden
 from deqcore.testing.solver_steps import overshooting, walk_steps
 
 
@@ -68,6 +70,28 @@ class SearchTests(Conformance):
                 same, anew = (np.abs(after - other).max(axis=1) < 1e-9 for other in (before, -probe))
                 learned = missed <= (1e-5 if kit.eps < 1e-10 else 1e-2)
                 assert (learned | (stayed & same) | anew).all(), f"H y = s is off by {missed} after step {step}"
+
+    def test_a_refused_step_is_tried_shorter(self, kit: Kit, solver: Solver) -> None:
+        """Beyond a wall f gives NaN, which shows nothing of J: a solver that stays must come nearer each time."""
+        if not kit.eager or type(solver).evaluations is not Solver.evaluations or solver.evaluations_per_step != 1:
+            pytest.skip("f is evaluated in loops or compiled code, or several times a step")
+        f, z0, args = kit.data(golden("walled"), "float64")
+        seen = []
+
+        def watched(z: Any) -> Any:
+            seen.append(z)
+            return f(z, *args)
+
+        walked = walk_steps(kit, solver, watched, z0, 6, jit=False)
+        at = [kit.numpy(z) for z, *_ in walked]
+        lengths = [np.linalg.norm(kit.numpy(tried) - z, axis=1) for z, tried in zip(at, seen[1:], strict=False)]
+        refused = [(new == old).all(axis=1) & ~(new != new).any(axis=1) for old, new in pairwise(at)]
+        if not any(each.any() for each in refused):
+            pytest.skip("the solver refuses no step")
+        for step, stayed in enumerate(refused[:-1]):
+            shorter = lengths[step + 1] <= 0.75 * lengths[step]
+            assert (shorter | ~stayed).all(), f"refused at {lengths[step]}, and then tried at {lengths[step + 1]}"
+        assert not refused[-1].any(), "six steps, and no point with numbers was found"
 
     def _product(self, kit: Kit, solver: Solver, state: Any, v: Any) -> Any:
         h = solver.inverse_jacobian(kit.backend, state)

@@ -21,6 +21,15 @@ class TestStrategies(StrategyTests):
     backends = LIGHT
 
 
+class TestGuarded(SolverTests):
+    """Steps that are refused, once and several times in a row."""
+
+    backends = ("numpy",)
+    solvers = ("broyden",)
+    options: ClassVar = {"growth": 2.0}
+    claims: ClassVar = {"overshoot": 15, "walled": 33}
+
+
 class TestSmallMemory(SolverTests):
     """Restarts and full rings."""
 

@@ -45,6 +45,15 @@ def residual(a, b, x):
     return np.linalg.norm(b - np.einsum("bij,bj->bi", a, x), axis=1)
 
 
+def test_a_start_far_off_costs_no_digits(be):
+    """What rounding leaves is relative to the start: 1e8 times too large, it would leave 1e-7 of b."""
+    a, b = systems(3, 3, 6)
+    x0 = be.asarray(np.array([[1e8], [0.1], [np.nan]]) * b)
+    found = gmres(be, product_of(be, a), be.asarray(b), x0, rtol=1e-12, max_steps=10)
+    assert be.to_numpy(found.converged).all()
+    assert (residual(a, b, be.to_numpy(found.x)) <= 1.01e-12 * np.linalg.norm(b, axis=1)).all()
+
+
 @given(seed=st.integers(0, 1000), n=st.integers(1, 20))
 def test_solves_what_a_dense_solver_solves(be, seed, n):
     a, b = systems(seed, 3, n)

@@ -369,6 +369,16 @@ SOLVERS = [
         "off z\\*|healthy samples ended|evaluations",
     ),
     Fault(
+        "a step that is refused twice and shortened once",
+        BROYDEN,
+        "max=1.0), 0.5 * length)",
+        "max=1.0), xp.full_like(length, 0.5))",
+        "solver broyden",
+        "test_a_refused_step_is_tried_shorter",
+        "and then tried at",
+        options={"growth": 2.0},
+    ),
+    Fault(
         "products that nobody counts",
         NEWTON,
         "state.spent + inner.products + end.trials",

@@ -64,6 +64,9 @@ def draw(name: str) -> tuple[dict[str, Any], Any, Any]:
         q = np.linalg.qr(normal(6, 6))[0]
         x = rng.uniform(1.0, 1.5, (3, 6)) * rng.choice([-1.0, 1.0], (3, 6))  # Newton for tanh diverges beyond 1.09
         return {"W": q @ np.diag(np.linspace(0.7, 1.3, 6)) @ q.T}, x, np.zeros((3, 6))
+    if name == "walled":
+        p = {"W": np.eye(6) + rng.uniform(0.0, 0.1, (6, 6)), "c": np.asarray(2.0)}
+        return p, -rng.uniform(1.5, 2.5, (3, 6)), np.ones((3, 6))
     if name in ("divergent", "nan"):
         x = normal(4, 4)
         x[:, 0] = [0.0, 0.0, 1.0, 0.0] if name == "divergent" else [1.0, 4.0, -1.0, 0.25]
@@ -132,6 +135,8 @@ class Flat:
         if self.name == "overshoot":  # Newton steps from z0 lead away, which is the point of it
             for _ in range(60):
                 start = self(start)
+        if self.name == "walled":  # beyond the wall there are no numbers, so from the closed form
+            start = np.ravel(solve(self.params["W"], np.exp(self.inputs).T).T)
         found = root(residual, start, tol=1e-13)
         z = found.x.astype(np.longdouble)
         for _ in range(5):
