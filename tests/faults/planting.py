@@ -1,12 +1,13 @@
 """Run pytest with one module of ours replaced by a faulty copy. The files themselves are never touched.
 
-Usage: python planting.py MODULE FILE_WITH_ITS_SOURCE PYTEST_ARGUMENTS…
+Usage: python planting.py SECONDS_AT_MOST MODULE FILE_WITH_ITS_SOURCE PYTEST_ARGUMENTS…
 """
 
 from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
+import resource
 import sys
 from pathlib import Path
 
@@ -38,6 +39,7 @@ class Planted(importlib.machinery.SourceFileLoader):
 
 
 if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv.pop(1)), resource.RLIM_INFINITY))
     sys.meta_path.insert(0, Planter(sys.argv[1], Path(sys.argv[2])))
     import pytest
 
