@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import pytest
+from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[2]
 READMES = ["README.md", "README.ja.md"]
@@ -153,3 +156,33 @@ def test_concepts():
         f"{found['certificate: share of targets kept']:.1%} of the samples keep their target",
     ):
         assert text.replace("%", " %") in page, text
+
+
+@pytest.mark.parametrize("name", ["proof-of-concept.md", "proof-of-concept.ja.md"])
+def test_proof_of_concept(name):
+    page = " ".join((ROOT / "docs" / name).read_text(encoding="utf-8").split()).replace(" %", "")
+    with (ROOT / "docs" / "pictures" / "pilot.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+
+    def column(strategy: str, name: str) -> np.ndarray:
+        return np.array([float(row[name]) for row in rows if row["strategy"] == strategy])
+
+    def interval(values: np.ndarray) -> tuple[float, float]:
+        return values.mean(), stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+
+    accuracy = {
+        each: 100 * column(each, "test_accuracy") for each in ("exact-ift", "broyden-reuse", "jacobian-free", "–")
+    }
+    seconds = {each: column(each, "training") for each in accuracy}
+    lost, chance = interval(accuracy["jacobian-free"] - accuracy["exact-ift"])
+    gained, unsure = interval(accuracy["broyden-reuse"] - accuracy["exact-ift"])
+    middle, half = interval(np.log(seconds["broyden-reuse"] / seconds["exact-ift"]))
+    slower = np.exp(np.log(seconds["exact-ift"] / seconds["–"]).mean())
+    assert len(rows) == 12
+    figures = ["{:.2f} ± {:.2f}".format(*interval(accuracy[each])) for each in ("exact-ift", "broyden-reuse", "–")]
+    figures += [f"{seconds[each].mean():.1f}" for each in ("exact-ift", "jacobian-free")]
+    figures += [f"{-lost:.2f}", f"± {chance:.2f}", f"+{gained:.2f}", f"−{unsure - gained:.2f}"]
+    figures += [f"{np.exp(middle + half):.2f}", f"{slower:.0f}", f"{sum(map(sum, seconds.values())):.0f}"]
+    figures += [f"{column('jacobian-free', 'cosine').mean():.2f}"]
+    for figure in figures:
+        assert re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d])", page), figure
