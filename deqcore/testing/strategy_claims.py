@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -64,6 +65,25 @@ class ClaimTests(Conformance):
             assert (error <= 1.01 * report.residual * size * inverse + 1e-12 * inverse).all(), (
                 f"u is off by {error}, more than residuals of {report.residual} explain"
             )
+
+    def test_directions_stay_independent_where_that_is_hard(
+        self, request: Any, kit: Kit, strategy: Strategy, settings: Mapping[str, object]
+    ) -> None:
+        """Who claims to end within as many pulls as dimensions does so at a condition of 1e6, too."""
+        claims, n = claimed(request.config, self.claims, strategy, settings), 24
+        if claims.get("ill-conditioned", n) > golden("ill-conditioned").truth.jacobian.shape[1]:
+            pytest.skip("the strategy claims no end within as many pulls as dimensions")
+        if not kit.backend.capabilities.float64:
+            pytest.skip("claims are made for double precision")
+        rng = np.random.default_rng(19)
+        left, right = np.linalg.qr(rng.standard_normal((2, 3, n, n)))[0]
+        problem = Affine(np.eye(n) - left @ np.diag(np.logspace(0, -6, n)) @ right, np.zeros((3, n)))
+        g = rng.standard_normal((3, n))
+        sharp = dataclasses.replace(strategy, rtol=1e-8) if hasattr(strategy, "rtol") else strategy  # type: ignore[type-var]
+        u, report = route(kit, sharp, problem, g)
+        assert (report.status == int(Status.CONVERGED)).all(), f"statuses {report.status} after {report.pulls} pulls"
+        assert report.pulls.max() <= n + 1, f"{report.pulls} pulls for {n} dimensions"
+        assert (problem.residual(u, g) <= 1.01e-8).all(), f"residuals of {problem.residual(u, g)}"
 
     def test_claims_are_golden_problems(self, kit: Kit, strategy: Strategy) -> None:
         assert isinstance(strategy.claims, Mapping), f"claims = {strategy.claims}, but {{problem: pulls}} is expected"
