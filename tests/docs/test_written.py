@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import json
 import re
 import sys
 from pathlib import Path
@@ -38,6 +40,27 @@ def test_errors_md_is_true_to_the_code():
 def test_commands_md_is_true_to_the_code():
     commands = tool("commands")
     assert commands.PAGE.read_text(encoding="utf-8") == commands.render(), "python docs/tools/commands.py"
+
+
+@pytest.mark.parametrize(
+    ("module", "measured", "page"),
+    [("page", "results.json", "index.md"), ("accelerator.report", "accelerator.json", "accelerator.md")],
+)
+def test_pages_of_benchmarks_are_true_to_their_measurements(module, measured, page, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(ROOT)
+    writer = importlib.import_module(f"benchmarks.{module}")
+    for name in ("overheads", "curves"):
+        monkeypatch.setattr(writer.plots, name, lambda *_: None)
+    home = ROOT / "docs" / "benchmarks"
+    writer.write(json.loads((home / measured).read_text(encoding="utf-8")), tmp_path)
+    assert (tmp_path / page).read_text(encoding="utf-8") == (home / page).read_text(encoding="utf-8")
+
+
+def test_the_tables_of_evidence_are_true_to_its_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    evidence = importlib.import_module("benchmarks.evidence")
+    assert evidence.page().strip() == (evidence.HOME / "tables.md").read_text(encoding="utf-8").strip()
 
 
 def test_every_error_class_is_found_with_its_messages():
