@@ -2,20 +2,26 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+USABLE := $(VENV)/.deqcore-usable
 STAMP  := $(VENV)/.deqcore-installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: study test check types unit bench plugins faults docs release-check clean
 
 # torch goes first, with its pin, so that nothing that follows can pull another build of it.
-$(STAMP): pyproject.toml constraints.txt
+$(USABLE): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[all]"
+	touch $@
+
+# What only the checks need comes on top.
+$(STAMP): $(USABLE)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[all,test]"
 	touch $@
 
 # Handwritten digits, one equilibrium model, three backward strategies; report in study-digits/report.html.
-study: $(STAMP)
+study: $(USABLE)
 	$(BIN)/deqcore study $(ARGS)
 
 test: check types unit plugins
