@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -46,3 +47,22 @@ def solve(
     f = cell if rule is None else until(cell, rule)
     with explain_arguments(cell, inputs, type(cell).__name__):
         return fixed_point(f, start, *inputs, config=config, **(own | dict(overrides)))
+
+
+def trajectory(
+    cell: Any, settings: LayerSettings, training: bool, z0: Any, inputs: tuple[Any, ...], steps: Sequence[int]
+) -> list[Any]:
+    """States after so many steps, each solved on from the last, and the solution."""
+    counts = [0, *steps]
+    if not steps or any(b <= a for a, b in pairwise(counts)):
+        raise ConfigError.bad_value("trajectory", "steps", list(steps), "increasing positive step counts")
+    config, own = settings.call(training)
+    start = initial_state(cell, inputs) if z0 is None else z0
+    stops = [{"forward__max_steps": b - a, "forward__on_failure": "ignore"} for a, b in pairwise(counts)]
+    states, state = [], None
+    for stop in [*stops, {}]:
+        with explain_arguments(cell, inputs, type(cell).__name__):
+            found = fixed_point(cell, start, *inputs, config=config, state=state, **(own | stop))
+        state = found.state
+        states.append(found.value)
+    return states

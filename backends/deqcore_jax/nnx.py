@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax import nnx
@@ -13,7 +13,7 @@ from deqcore.errors import ProblemError
 from deqcore.halting import Rule
 from deqcore.layer import LayerSettings, batch_norm_text, compare_settings
 from deqcore.solution import Solution
-from deqcore_jax.layer import check_cell, initial_state, solve
+from deqcore_jax.layer import check_cell, initial_state, solve, trajectory
 
 
 class DEQ(nnx.Module):
@@ -94,6 +94,24 @@ class DEQ(nnx.Module):
             return solve(self.cell, self.settings, not self.deterministic, z0, inputs, overrides, until)
         except TraceContextError as error:
             raise ProblemError(_changes_itself(self.cell, error)) from error
+
+    def trajectory(self, *inputs: Any, steps: Sequence[int], z0: Any = None) -> list[Any]:
+        """States on the way, for losses that correct the path (fixed-point correction).
+
+        Each is the best iterate so far and carries an implicit gradient of its own; the last one is the solution,
+        solved on to the layer's own budget.
+
+        Args:
+            *inputs: what the cell takes beside z.
+            steps: step counts, increasing and positive, after which a state is wanted.
+            z0: initial state; default: see the class.
+
+        Raises:
+            ConfigError: the step counts do not increase.
+
+        Source: Bai, Geng, Savani & Kolter (2022), "Deep equilibrium optical flow estimation", eq. (6).
+        """
+        return trajectory(self.cell, self.settings, not self.deterministic, z0, inputs, steps)
 
     def check_settings(self, found: Mapping[str, Any]) -> None:
         """Compare the settings stored with a checkpoint with the layer's own, which stay as they are.

@@ -1,21 +1,27 @@
 """Parts of cells that make equilibrium models train: one dropout mask per solve, and a cell that always converges.
 
-Weight and spectral normalisation come from `torch.nn.utils.parametrizations`; Jacobian regularisation from
-`deqcore.diagnostics`.
+Weight and spectral normalisation come from `torch.nn.utils.parametrizations`, and `begin_solve` makes them one function
+per solve; Jacobian regularisation comes from `deqcore.diagnostics`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _SpectralNorm
 
 from deqcore.errors import ConfigError, ProblemError
 
 
 def begin_solve(module: object) -> None:
     """Tell all parts of a module that a new solve begins. `DEQ` calls it; call it before a bare `fixed_point`.
+
+    Dropout masks are forgotten. Parametrised weights are computed once: within `torch.nn.utils.parametrize.cached()`
+    they are then kept with their gradient, and spectral normalisation takes its power iteration here (in training) and
+    none in the solve, which would make another function of every evaluation.
 
     Args:
         module: whose parts are told; anything but a module has none.
@@ -27,10 +33,25 @@ def begin_solve(module: object) -> None:
         >>> mask[1], dropout.mask is None
         (False, True)
     """
-    if isinstance(module, nn.Module):
-        for part in module.modules():
-            if isinstance(part, VariationalDropout):
-                part.mask = None
+    if not isinstance(module, nn.Module):
+        return
+    for part in module.modules():
+        if isinstance(part, VariationalDropout):
+            part.mask = None
+        elif parametrize.is_parametrized(part):
+            _normalise(part)
+
+
+def _normalise(part: nn.Module) -> None:
+    """Compute the weights once, and let spectral normalisation estimate no more until the next solve."""
+    lists = cast("nn.ModuleDict", part.parametrizations)
+    spectral = [each for each in lists.modules() if isinstance(each, _SpectralNorm)]
+    for each in spectral:
+        each.train(part.training)
+    for name in lists:
+        getattr(part, name)
+    for each in spectral:
+        each.eval()
 
 
 class VariationalDropout(nn.Module):

@@ -18,6 +18,9 @@ from typing import Any
 
 import numpy as np
 
+import deqcore
+from deqcore.errors import BackendError
+
 Weights = dict[str, Any]
 
 
@@ -25,6 +28,9 @@ def arguments(text: str, steps: int, given: list[str] | None = None) -> argparse
     """The command line of every example."""
     parser = argparse.ArgumentParser(description=text.splitlines()[0])
     parser.add_argument("--backend", choices=("torch", "jax"), default="torch", help="framework that trains")
+    parser.add_argument(
+        "--device", default="cpu", help="where it trains, such as cuda or cuda:1 (default: %(default)s)"
+    )
     parser.add_argument("--steps", type=int, default=steps, help="training steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder for the picture and the weights")
@@ -34,6 +40,11 @@ def arguments(text: str, steps: int, given: list[str] | None = None) -> argparse
         parser.error(f"--steps {options.steps}, but at least 1 is expected")
     if options.weights is not None and not options.weights.is_file():
         parser.error(f"--weights {options.weights}: there is no such file")
+    backend = deqcore.get_backend(backend=options.backend)
+    try:
+        backend.place(backend.asarray([0.0]), options.device)
+    except BackendError as error:
+        parser.error(f"--device {options.device}: {error}")
     return options
 
 
@@ -93,10 +104,12 @@ def tune(
     return max(found, key=lambda each: each[0])
 
 
-def side(backend: str, name: str, weights: Weights, settings: Mapping[str, object], **options: Any) -> Any:
-    """The model `name` on one framework, with these weights."""
+def side(
+    backend: str, name: str, weights: Weights, settings: Mapping[str, object], device: str = "cpu", **options: Any
+) -> Any:
+    """The model `name` on one framework and device, with these weights."""
     made = {"torch": TorchSide, "jax": JaxSide}[backend]
-    return made(importlib.import_module(f"{name}_{backend}"), weights, settings, **options)
+    return made(importlib.import_module(f"{name}_{backend}"), weights, settings, device, **options)
 
 
 def cosine(step: int, steps: int) -> float:
@@ -107,28 +120,40 @@ def cosine(step: int, steps: int) -> float:
 class TorchSide:
     """A `Model` of `NAME_torch.py`."""
 
-    def __init__(self, module: Any, weights: Weights, settings: Mapping[str, object], **options: Any) -> None:
+    def __init__(
+        self, module: Any, weights: Weights, settings: Mapping[str, object], device: str = "cpu", **options: Any
+    ) -> None:
         import torch
 
         self.torch = torch
+        self.device = torch.device(device)
         self.model = module.Model(dict(settings), **options)
         self.model.load_state_dict({name: torch.tensor(value) for name, value in weights.items()})
+        self.model.to(self.device)
 
     def weights(self) -> Weights:
-        return {name: p.detach().numpy().copy() for name, p in self.model.named_parameters()}
+        return {name: p.numpy(force=True).copy() for name, p in self.model.named_parameters()}
+
+    def tensors(self, arrays: Iterable[Any]) -> list[Any]:
+        return [self.torch.as_tensor(a, device=self.device) for a in arrays]
 
     def gradients(self, *batch: Any) -> tuple[float, Weights]:
         """Loss and its derivatives by the weights' names."""
         self.model.zero_grad()
-        loss = self.model.loss(*map(self.torch.as_tensor, batch))
+        loss = self.model.loss(*self.tensors(batch))
         loss.backward()
-        return loss.item(), {name: p.grad.numpy().copy() for name, p in self.model.named_parameters()}
+        return loss.item(), {name: p.grad.numpy(force=True).copy() for name, p in self.model.named_parameters()}
 
     def peak(self, *batch: Any) -> int:
         """Bytes that loss and gradients need at their highest, by the allocator's own events."""
         from torch.profiler import ProfilerActivity, profile
 
         self.gradients(*batch)  # what is allocated once, and the gradients themselves
+        if self.device.type == "cuda":
+            before = self.torch.cuda.memory_allocated(self.device)
+            self.torch.cuda.reset_peak_memory_stats(self.device)
+            self.gradients(*batch)
+            return int(self.torch.cuda.max_memory_allocated(self.device)) - int(before)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
             self.gradients(*batch)
         events = [each for each in seen.profiler.kineto_results.events() if each.name() == "[memory]"]
@@ -144,7 +169,7 @@ class TorchSide:
         progress = Progress(steps, quiet)
         for _, batch in zip(range(steps), batches, strict=False):
             optimizer.zero_grad()
-            loss = self.model.loss(*map(self.torch.as_tensor, batch))
+            loss = self.model.loss(*self.tensors(batch))
             loss.backward()
             self.torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             optimizer.step()
@@ -154,18 +179,21 @@ class TorchSide:
     def predict(self, *arrays: Any) -> Any:
         """What the model says, as NumPy arrays."""
         self.model.eval()
-        found = self.model.predict(*map(self.torch.as_tensor, arrays))
-        return tuple(a.detach().numpy() for a in found) if isinstance(found, tuple) else found.detach().numpy()
+        found = self.model.predict(*self.tensors(arrays))
+        return tuple(a.numpy(force=True) for a in found) if isinstance(found, tuple) else found.numpy(force=True)
 
 
 class JaxSide:
     """The functions of `NAME_jax.py`."""
 
-    def __init__(self, module: Any, weights: Weights, settings: Mapping[str, object], **options: Any) -> None:
+    def __init__(
+        self, module: Any, weights: Weights, settings: Mapping[str, object], device: str = "cpu", **options: Any
+    ) -> None:
         import jax
 
         self.jax = jax
-        self.params = {name: jax.numpy.asarray(value) for name, value in weights.items()}
+        backend = deqcore.get_backend(backend="jax")
+        self.params = {name: backend.place(value, device) for name, value in weights.items()}
         self.loss = lambda params, *batch: module.loss(params, settings, *batch, **options)
         self._predict = jax.jit(lambda params, *arrays: module.predict(params, settings, *arrays, **options))
 

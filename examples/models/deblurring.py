@@ -85,7 +85,7 @@ def main(given: list[str] | None = None) -> dict[str, float]:
     options = common.arguments(__doc__ or "", 500, given)
     rng = np.random.default_rng(options.seed)
     patches, begin = data(rng), common.start(options, weights(rng))
-    model = common.side(options.backend, "deblurring", begin, SETTINGS)
+    model = common.side(options.backend, "deblurring", begin, SETTINGS, options.device)
     model.fit(common.batches(rng, 16, patches["train_blurred"], patches["train"]), options.steps, 3e-3, decay=0.02)
 
     sharp, blurred = patches["test"], patches["test_blurred"]

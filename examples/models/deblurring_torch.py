@@ -20,7 +20,8 @@ class Cell(nn.Module):
         self.first = nn.Conv2d(1, CHANNELS, 3, padding=1)
         self.second = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)
         self.third = nn.Conv2d(CHANNELS, 1, 3, padding=1, bias=False)
-        self.vectors, self.values = map(torch.tensor, modes())
+        for name, value in zip(("vectors", "values"), modes(), strict=True):
+            self.register_buffer(name, torch.tensor(value), persistent=False)
 
     def denoise(self, z: Tensor) -> Tensor:
         return 0.5 * z + self.third(relu(self.second(relu(self.first(z)))))

@@ -114,7 +114,7 @@ def main(given: list[str] | None = None) -> dict[str, float]:
     pair = baseline(x, target)
     linear = (pair_design(x_test) @ pair).reshape(target_test.shape)
 
-    model = common.side(options.backend, "forces", common.start(options, weights(rng, pair)), SETTINGS)
+    model = common.side(options.backend, "forces", common.start(options, weights(rng, pair)), SETTINGS, options.device)
     model.fit(common.batches(rng, 16, x, target), options.steps, 3e-3)
     found = model.predict(x_test)
     result = {

@@ -34,9 +34,10 @@ class Model(nn.Module):
 
     def energy(self, positions: Tensor) -> Tensor:
         between = positions[:, :, None] - positions[:, None]
-        alone = torch.eye(positions.shape[1])
+        alone = torch.eye(positions.shape[1], device=positions.device)
+        centres = torch.tensor(CENTRES, device=positions.device)
         r = (between.square().sum(-1) + alone).sqrt()  # the root has no derivative at 0
-        radial = torch.exp(-(((r[..., None] - torch.tensor(CENTRES)) / SPREAD) ** 2) / 2) * (1 - alone)[..., None]
+        radial = torch.exp(-(((r[..., None] - centres) / SPREAD) ** 2) / 2) * (1 - alone)[..., None]
         z = self.deq(self.inject(radial.sum(2)), radial)
         return self.read(torch.tanh(self.hidden(z))).sum((1, 2)) + self.pair(radial).sum((1, 2, 3))
 

@@ -70,7 +70,7 @@ def tuned(options: Any, explicit: bool) -> tuple[float, Any]:
     def run(rate: float, decay: float, seed: int) -> tuple[float, float, Any]:
         graph = data(seed)
         begin = common.start(options, weights(np.random.default_rng(options.seed + seed)))
-        side = common.side(options.backend, "graph", begin, SETTINGS, explicit=explicit)
+        side = common.side(options.backend, "graph", begin, SETTINGS, options.device, explicit=explicit)
         batch = tuple(graph[name] for name in ("adjacency", "features", "groups", "train"))
         side.fit(repeat(batch), options.steps, rate, decay, quiet=True)
         right = side.predict(graph["adjacency"], graph["features"]).argmax(-1) == graph["groups"]

@@ -65,7 +65,7 @@ def tuned(options: Any, width: int, blocks: int) -> tuple[float, Any]:
         rng = np.random.default_rng(options.seed + seed)
         begin = weights(rng, width, blocks)
         begin = begin if blocks else common.start(options, begin)
-        side = common.side(options.backend, "images", begin, SETTINGS, width=width, blocks=blocks)
+        side = common.side(options.backend, "images", begin, SETTINGS, options.device, width=width, blocks=blocks)
         side.fit(common.batches(rng, 32, *parts["train"]), options.steps, rate, decay, quiet=blocks > 0)
         scores = [(side.predict(x)[0].argmax(-1) == y).mean() for x, y in (parts["tune"], parts["test"])]
         return scores[0], scores[1], side

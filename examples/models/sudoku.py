@@ -90,7 +90,7 @@ def main(given: list[str] | None = None) -> dict[str, float]:
     every = solutions()
     grids = rng.permutation(every)
     train, test = puzzles(rng, grids[:240], every, 3000), puzzles(rng, grids[240:], every, 1000)
-    model = common.side(options.backend, "sudoku", common.start(options, weights(rng)), SETTINGS)
+    model = common.side(options.backend, "sudoku", common.start(options, weights(rng)), SETTINGS, options.device)
     model.fit(common.batches(rng, 64, *train), options.steps, 2e-3, decay=0.01)
 
     guess, steps, converged = model.predict(test[0])

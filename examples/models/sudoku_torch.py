@@ -21,7 +21,7 @@ class Cell(nn.Module):
         super().__init__()
         self.message = nn.Linear(5 * WIDTH, HIDDEN)
         self.update = nn.Linear(HIDDEN, WIDTH)
-        self.peers = torch.tensor(peers())
+        self.register_buffer("peers", torch.tensor(peers()), persistent=False)
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         groups = torch.einsum("gij,bjkd->gbikd", self.peers, z)

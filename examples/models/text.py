@@ -105,7 +105,7 @@ def tuned(
         rng = np.random.default_rng(options.seed + seed)
         begin = weights(rng, **shape)
         begin = begin if shape["layers"] else common.start(options, begin)
-        side = common.side(options.backend, "text", begin, settings, **shape)
+        side = common.side(options.backend, "text", begin, settings, options.device, **shape)
         before = time.process_time()
         side.fit(batches(rng, text["train"], 16), options.steps, rate, decay, quiet=True)
         seconds.append(time.process_time() - before)
@@ -132,7 +132,7 @@ def main(given: list[str] | None = None) -> dict[str, float]:
     best, equilibrium, seconds, side = tuned(options, EQUILIBRIUM, text, grid, SETTINGS)
     print(f"the equilibrium model's is {100 * (equilibrium / explicit - 1):+.1f} % of the explicit one's,", end=" ")
     print(f"a training takes {seconds / explicit_time:.1f} times its processor time")
-    solved = common.side(options.backend, "text", side.weights(), SETTINGS | SOLVED, **EQUILIBRIUM)
+    solved = common.side(options.backend, "text", side.weights(), SETTINGS | SOLVED, options.device, **EQUILIBRIUM)
     found = {"equilibrium": equilibrium, "explicit": explicit, "characters": float(WORDS)}
     found |= {"trained": perplexity(side, text["test"]), "solved": perplexity(solved, text["test"])}
     print(f"one model's, as trained {found['trained']:.3f}, solved to the tolerance {found['solved']:.3f}")

@@ -59,6 +59,65 @@ def test_several_tensors_go_in_and_out_by_position(problem):
         assert torch.allclose(mine, other, atol=1e-5)
 
 
+def test_the_quick_start_of_its_readme():
+    """Options from its parser, a system of three tensors, the solution taken as ordinary tensors."""
+    torchdeq = pytest.importorskip("torchdeq")
+    from torchdeq.utils import add_deq_args
+
+    parser = argparse.ArgumentParser()
+    add_deq_args(parser)
+    args = parser.parse_args(
+        ["--f_tol", "1e-9", "--f_max_iter", "200", "--ift", "--b_tol", "1e-10", "--b_max_iter", "200"]
+    )
+    w = torch.nn.Parameter(torch.full((), 0.5, dtype=torch.float64))
+    start = tuple(torch.zeros(2, 3, dtype=torch.float64) for _ in range(3))
+
+    def fn(a, b, c):
+        return torch.tanh(w * b) + 1, 0.5 * torch.sin(a * c), 0.3 * torch.cos(w * a)
+
+    found = []
+    for library in (torchdeq.get_deq, get_deq):
+        z_out, info = library(args)(fn, start)
+        loss = sum(part.square().sum() for part in z_out[-1])
+        found.append((float(loss.detach()), *torch.autograd.grad(loss, w)))
+        assert float(info["nstep"].max()) < 200
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-8)
+    assert float(found[1][1]) == pytest.approx(float(found[0][1]), rel=1e-6)
+    assert abs(float(found[0][1])) > 1e-3
+
+
+class Filters(torch.nn.Module):
+    """The cell of the zoo's implicit representations (deq-inr): z ← W₁(W₀(z + sin u₀) ⊙ sin u₁) ⊙ sin u₂."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.maps = torch.nn.ModuleList(torch.nn.Linear(width, width, dtype=torch.float64) for _ in range(2))
+
+    def forward(self, z, u):
+        z = z + torch.sin(u[0])
+        for linear, phase in zip(self.maps, u[1:], strict=True):
+            z = linear(z) * torch.sin(phase)
+        return z
+
+
+@pytest.mark.parametrize(
+    "options", [{"f_solver": "anderson", "grad": 3}, {"f_solver": "broyden", "ift": True}], ids=str
+)
+def test_a_cell_of_its_zoo(options):
+    torchdeq = pytest.importorskip("torchdeq")
+    torch.manual_seed(0)
+    cell, u = Filters(16), torch.randn(3, 20, 16, dtype=torch.float64)
+    tight = {"f_tol": 1e-10, "b_tol": 1e-10, "f_max_iter": 200, "b_max_iter": 200} | options
+    found = []
+    for library in (torchdeq.get_deq, get_deq):
+        z = library(**tight)(lambda z: cell(z, u), torch.zeros(20, 16, dtype=torch.float64))[0][-1]
+        grads = torch.autograd.grad(z.square().sum(), [*cell.parameters()])
+        found.append([z.detach(), *grads])
+    for mine, theirs in zip(found[1], found[0], strict=True):
+        assert theirs.norm() > 0
+        assert (mine - theirs).norm() <= 1e-6 * theirs.norm()
+
+
 def test_states_on_the_way_end_in_the_solution(problem):
     _, func, z0 = problem
     deq = get_deq(n_states=3, f_max_iter=30, f_tol=1e-9)

@@ -127,6 +127,52 @@ def test_a_previous_equilibrium_starts_warm(kind, made):
     assert layer.solve(x + 1e-6, z0=z).steps.max() < layer.solve(x).steps.min() / 2
 
 
+def test_a_trajectory_ends_in_the_solution(kind):
+    layer = LAYERS[kind][0](
+        lambda z, x: 0.5 * jnp.tanh(z) + x, forward__solver="picard", forward__rtol=1e-9, forward__max_steps=60
+    )
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 3)))
+    states = layer.trajectory(x, steps=[1, 3])
+    z, expected = jnp.zeros_like(x), []
+    for _ in range(4):
+        z = 0.5 * jnp.tanh(z) + x
+        expected.append(z)
+    assert np.allclose(states[0], expected[1])  # one step from z0, then f of it, is what a solution returns
+    assert np.allclose(states[1], expected[3])
+    assert np.allclose(states[2], layer(x), atol=1e-9)
+    slopes = [jax.jit(jax.grad(lambda x, k=k: layer.trajectory(x, steps=[1, 3])[k].sum()))(x) for k in range(3)]
+    for z, before, slope in zip(states, [expected[0], expected[2], states[2]], slopes, strict=True):
+        assert z.shape == before.shape
+        assert np.allclose(slope, 1 / (1 - 0.5 * (1 - jnp.tanh(before) ** 2)), atol=1e-6)  # implicit, where it is
+    with pytest.raises(ConfigError, match="increasing"):
+        layer.trajectory(x, steps=[3, 3])
+
+
+def test_states_are_trees_and_inputs_many(kind):
+    layer = LAYERS[kind][0](lambda z, x, y: {"a": 0.5 * z["b"] + x["a"], "b": 0.2 * z["a"] + y}, forward__rtol=1e-9)
+    x, y = {"a": jnp.ones((2, 3)), "b": jnp.zeros((2, 3))}, jnp.full((2, 1), 0.5)
+    z = layer(x, y)
+    assert np.asarray(z["a"]) == pytest.approx(np.full((2, 3), 1.25 / 0.9), rel=1e-8)
+    slope = jax.grad(lambda y: layer(x, y)["a"].sum())(y)
+    assert np.asarray(slope) == pytest.approx(np.full((2, 1), 3 * 0.5 / 0.9), rel=1e-8)
+
+
+def test_a_cell_may_compute_in_a_narrow_dtype_and_be_recomputed(kind):
+    def cell(z, x):  # bfloat16 inside, the state's dtype outside
+        return (0.4 * jnp.tanh(z.astype(jnp.bfloat16)) + x.astype(jnp.bfloat16)).astype(z.dtype)
+
+    x = jnp.ones((3, 4), jnp.float32)
+    narrow = LAYERS[kind][0](cell, forward__rtol=1e-2)
+    z = narrow(x)
+    assert z.dtype == jnp.float32
+    exact = LAYERS[kind][0](lambda z, x: 0.4 * jnp.tanh(z) + x, **TIGHT)
+    x = x.astype(jnp.float64)
+    assert np.allclose(z, exact(x), rtol=2e-2)
+    again = LAYERS[kind][0](jax.checkpoint(lambda z, x: 0.4 * jnp.tanh(z) + x), **TIGHT)
+    slopes = [jax.grad(lambda x, m=m: m(x).sum())(x) for m in (exact, again)]
+    assert np.allclose(*slopes, rtol=1e-12)
+
+
 def test_mistakes_are_told_when_the_layer_is_made(kind, made):
     with pytest.raises(UnknownNameError, match="broyden"):
         make(kind, made, forward__solver="broyde")

@@ -1,5 +1,7 @@
 """Parts of cells: a mask per solve, and a cell that always has one fixed point."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 
@@ -8,6 +10,8 @@ from deqcore.errors import ConfigError, ProblemError
 torch = pytest.importorskip("torch")
 from deqcore_torch.cells import MonotoneCell, VariationalDropout, begin_solve  # noqa: E402
 from deqcore_torch.nn import DEQ  # noqa: E402
+from torch.nn.utils import parametrize  # noqa: E402
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm  # noqa: E402
 
 
 class Dropped(torch.nn.Module):
@@ -66,6 +70,87 @@ def test_bad_options_are_refused():
         VariationalDropout(0.5, shared=(0,))
     with pytest.raises(ConfigError, match="above 0"):
         MonotoneCell(2, 3, margin=0.0)
+
+
+def test_a_mask_is_on_the_device_of_its_input():
+    drop = VariationalDropout(0.5, shared=(1,))
+    assert drop(torch.ones(3, 2, device="meta")).device.type == drop.mask.device.type == "meta"
+
+
+@pytest.mark.filterwarnings("ignore:.*Dynamo:UserWarning", "ignore:The .grad attribute:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_compiled_cell_has_one_mask_per_solve_too():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    cell = Dropped()
+    layer = DEQ(torch.compile(cell, backend="aot_eager"), forward__rtol=1e-6)
+    x = torch.rand(4, 64, requires_grad=True)
+    masks = []
+    for _ in range(2):
+        x.grad = None
+        z = layer(x)
+        z.sum().backward()
+        masks.append(cell.drop.mask)
+        assert torch.allclose(z, 0.5 * torch.tanh(z * masks[-1]) + x, atol=1e-5)
+        slope = 0.5 * (1 - torch.tanh(z * masks[-1]) ** 2) * masks[-1]
+        assert torch.allclose(x.grad, 1 / (1 - slope), rtol=1e-3)
+    assert not torch.equal(*masks)
+
+
+class Scaled(torch.nn.Module):
+    """A normalised linear map inside a contraction."""
+
+    def __init__(self, normalised):
+        super().__init__()
+        self.linear = normalised(torch.nn.Linear(6, 6, dtype=torch.float64))
+
+    def forward(self, z, x):
+        return torch.tanh(0.7 * self.linear(z) + x)
+
+
+TIGHT = {"forward__rtol": 1e-11, "backward__options": {"rtol": 1e-10}}
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("normalised", [weight_norm, spectral_norm])
+def test_normalised_weights_have_the_gradients_of_an_unrolled_cell(normalised, cached, recwarn):
+    torch.manual_seed(0)
+    layer = DEQ(Scaled(normalised), **TIGHT)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    with parametrize.cached() if cached else nullcontext():
+        z = layer(x)
+    z.square().sum().backward()
+    found = {name: p.grad.clone() for name, p in layer.named_parameters()}
+    assert not recwarn.list  # in training mode too
+    layer.zero_grad()
+    z = torch.zeros_like(x)
+    layer.eval()  # the power iteration's vectors are those of the solve
+    for _ in range(200):
+        z = layer.cell(z, x)
+    z.square().sum().backward()
+    for name, p in layer.named_parameters():
+        assert torch.allclose(found[name], p.grad, rtol=1e-7, atol=1e-9), name
+        assert p.grad.norm() > 0, name
+
+
+def test_the_power_iteration_goes_on_from_solve_to_solve_in_training_only():
+    torch.manual_seed(0)
+    layer = DEQ(Scaled(spectral_norm), forward__rtol=1e-6)
+    with torch.no_grad():
+        layer.cell.linear.parametrizations.weight.original.copy_(torch.randn(6, 6))  # the estimate is far off
+    x = torch.randn(2, 6, dtype=torch.float64)
+
+    def norm():
+        with torch.no_grad():
+            return float(torch.linalg.matrix_norm(layer.eval().cell.linear.weight, 2))
+
+    layer(x)
+    for _ in range(200):
+        layer.train()(x)
+    assert norm() == pytest.approx(1.0, abs=1e-6)
+    before = layer.cell.linear.parametrizations.weight[0]._u.clone()
+    layer.eval()(x)
+    assert torch.equal(layer.cell.linear.parametrizations.weight[0]._u, before)
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,13 +125,44 @@ def test_a_short_training_learns_and_stores_its_weights(
         if hasattr(example, setting):
             monkeypatch.setattr(example, setting, value)
     steps, holds = HOLDS[name]
-    assert holds(example.main(["--steps", str(steps), "--backend", backend, "--out", str(tmp_path)]))
+    assert holds(example.main(["--steps", str(steps), "--backend", backend, "--device", "cpu", "--out", str(tmp_path)]))
     assert name in {"graph", "text"} or (tmp_path / f"{name}.png").stat().st_size > 1000
     options = common.arguments("Test.", 1, ["--weights", str(tmp_path / f"{name}.safetensors")])
     begin = example.weights(np.random.default_rng(0), **(example.EQUILIBRIUM if name == "text" else {}))
     assert any(np.any(value != begin[key]) for key, value in common.start(options, begin).items())
     with pytest.raises(SystemExit, match="but this example needs"):
         common.start(options, {"other.weight": np.zeros(2)})
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_all_of_a_torch_model_is_on_the_device_that_is_asked_for(name: str) -> None:
+    """On a device without numbers: an array left on the CPU would be refused there as it is on a GPU."""
+    common, example = importlib.import_module("common"), importlib.import_module(name)
+    rng, shape = np.random.default_rng(1), SHAPES.get(name, {})
+    side = common.side("torch", name, example.weights(rng, **shape), example.SETTINGS, "meta", **shape)
+
+    def one_step(*inputs: Any, z0: Any = None) -> Any:  # a solve looks at numbers
+        deq = side.model.deq
+        z = deq.cell(deq.initial_state(*inputs) if z0 is None else z0, *inputs)
+        return SimpleNamespace(value=z, steps=None, converged=None)
+
+    side.model.deq.solve = one_step
+    side.model.deq.forward = lambda *inputs, z0=None: one_step(*inputs, z0=z0).value
+    loss = side.model.loss(*side.tensors(BATCHES[name](example, rng)))
+    loss.backward()
+    assert {loss.device.type, *(p.grad.device.type for p in side.model.parameters())} == {"meta"}
+
+
+def test_a_jax_model_is_on_the_device_that_is_asked_for() -> None:
+    code = (
+        "import jax, numpy as np, common, graph\n"
+        "side = common.side('jax', 'graph', graph.weights(np.random.default_rng(0)), graph.SETTINGS, 'cpu:1')\n"
+        "batch = [graph.data(0)[name] for name in ('adjacency', 'features', 'groups', 'train')]\n"
+        "side.fit([batch], 1, 1e-2)\n"
+        "assert {d.id for p in side.params.values() for d in p.devices()} == {1}\n"
+    )
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    subprocess.run([sys.executable, "-c", code], cwd=MODELS, env=env, check=True, timeout=300)
 
 
 def test_the_peak_memory_is_what_a_step_holds_at_once() -> None:
@@ -198,6 +231,8 @@ def test_the_generated_puzzles_have_one_solution() -> None:
     [
         (["--steps", "0"], "--steps 0, but at least 1 is expected"),
         (["--weights", "none.safetensors"], "none.safetensors: there is no such file"),
+        (["--device", "nowhere"], "--device nowhere: torch cannot use the device"),
+        (["--backend", "jax", "--device", "nowhere"], "--device nowhere: jax cannot use the device"),
         (["--backend", "numpy"], "invalid choice: 'numpy'"),
     ],
 )
