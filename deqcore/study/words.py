@@ -8,13 +8,15 @@ EN: Final = {
     "title": "Study {name}",
     "answer": "The answer",
     "use": "For {model} on {data} ({backend}) use {strategy} with {solver}.",
-    "use_unsure": "For {model} on {data} ({backend}) {strategy} with {solver} did best, on too few seeds to tell.",
+    "use_unsure": "For {model} on {data} ({backend}) {strategy} with {solver} was the fastest that lost no more than a "
+    "point, on too few seeds to recommend it.",
     "nothing": "For {model} on {data} ({backend}) nothing trained to the end.",
     "accuracy": "Its test accuracy is {accuracy} %.",
     "is_exact": "Nothing faster is shown to stay within one point of accuracy of exact gradients.",
     "time_exact": "A training takes {ratio} of the time with exact gradients; accuracy changes by {points} points.",
     "time_explicit": "Against the explicit network of equal size: {ratio} of the time, {points} points of accuracy.",
-    "memory": "Training adds {ratio} of the memory that exact gradients add: {batch} of the batch in the same space.",
+    "memory": "Training adds {ratio} of the memory that exact gradients add: a batch {batch} times as large fits in "
+    "the same space.",
     "devices": "Where memory decides, {fewer} devices do for the {devices} that exact gradients need.",
     "money": "One training costs {training}, a month of {count} trainings {month}.",
     "saved": "Against exact gradients that is {saved} less a month.",
@@ -66,7 +68,8 @@ JA: Final = {
     "title": "評価報告：{name}",
     "answer": "結論",
     "use": "{data}（{backend}）の {model} には {strategy}（ソルバー {solver}）を推奨します。",
-    "use_unsure": "{data}（{backend}）の {model} では {strategy}（{solver}）が最良でしたが、種が少なく推奨できません。",
+    "use_unsure": "{data}（{backend}）の {model} では、精度を 1 ポイントより多くは落とさない設定のうち "
+    "{strategy}（{solver}）が最速でしたが、種が少なく推奨できません。",
     "nothing": "{data}（{backend}）の {model} では最後まで学習できた設定がありません。",
     "accuracy": "テスト精度は {accuracy} % です。",
     "is_exact": "厳密な勾配より速く、かつ精度の差が 1 ポイント以内と示された設定はありません。",
