@@ -13,7 +13,7 @@ from deqcore import plugins
 from deqcore.backend import Array
 from deqcore.driver import Control, Drive, Forward
 from deqcore.strategy import StepStrategy, Strategy
-from deqcore.testing.conformance import Conformance, needs, several
+from deqcore.testing.conformance import DTYPES, Conformance, needs, several
 from deqcore.testing.kit import Affine, Kit, affine, close
 
 
@@ -96,6 +96,31 @@ class StepStrategyTests(Conformance):
         z, (db,) = deqcore.vjp(lambda z, b: slope(z) + b, 0 * b, b, cotangent=kit.array(g), config=config)
         close(kit.numpy(z), problem.root, 1e-5, "value after 60 steps")
         close(kit.numpy(db), problem.adjoint(g), 1e-4 if kit.eps < 1e-10 else 1e-2, "gradient after 60 steps")
+
+    @several("dtype", DTYPES)
+    @several("solver", ["picard", "broyden"])
+    @needs("autodiff")
+    def test_steps_beyond_the_last_digit_spoil_nothing(
+        self, kit: Kit, steps: StepStrategy, strategy_name: str, settings: Any, solver: str, dtype: str
+    ) -> None:
+        """Where residuals hover at rounding, and are not zero by luck: a curved f, of which plain iteration is true."""
+        if not isinstance(getattr(steps, "steps", None), int):
+            pytest.skip("the number of its steps is no option")
+        problem = affine(batch=32, n=3, norm=0.7)
+        root = np.zeros((32, 3))
+        for _ in range(300):
+            root = np.tanh(np.einsum("bij,bj->bi", problem.a, root) + problem.b)
+        bend = 1.0 - root**2
+        u = Affine(bend[:, :, None] * problem.a, problem.b).adjoint(np.ones((32, 3)))
+        a, b, xp = kit.array(problem.a, dtype), kit.array(problem.b, dtype), kit.backend.xp
+        f = lambda z, b: xp.tanh(xp.sum(a * z[:, None, :], axis=2) + b)  # noqa: E731
+        config = kit.config(
+            solver=solver, rtol=1e-6, strategy=strategy_name, strategy_options={**settings, "steps": 60}
+        )
+        z, (db,) = deqcore.vjp(f, 0 * b, b, cotangent=0 * b + 1, config=config)
+        slack = 1e-5 if kit.backend.dtype_name(z) == "float64" else 1e-3
+        close(kit.numpy(z), root, slack, "value after 120 steps")
+        close(kit.numpy(db), bend * u, slack, "gradient after 120 steps")
 
     def _forward(self, kit: Kit, problem: Affine, solver: str) -> Forward:
         z0 = kit.array(np.zeros(problem.b.shape))
