@@ -9,6 +9,7 @@ import pytest
 
 import deqcore
 from deqcore.driver import Control, drive
+from deqcore.linear.gmres import KrylovSpace, gmres
 from deqcore.solvers.anderson import Anderson
 from deqcore.solvers.broyden import Broyden
 from deqcore.solvers.picard import Picard
@@ -91,7 +92,7 @@ def test_a_native_step_is_taken(monkeypatch):
         lambda z, x: torch.tanh(0.5 * z + x), z.detach(), x, backward__strategy="exact-ift"
     ).value
     value.sum().backward()
-    assert kernels.project in taken
+    assert kernels.arnoldi in taken
 
 
 @pytest.mark.parametrize("solver", [Broyden(), Broyden(memory=4), Anderson()], ids=repr)
@@ -153,6 +154,48 @@ def test_a_projection_is_that_of_the_contract(without, twice, masked):
     found, expected = (run(lambda: backend.project(basis, w, twice)) for run in (lambda do: do(), without))
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gmres_is_that_of_the_core(without, dtype, twice):
+    """Samples that end at once, early, late and never: a zero, an identity, a full and a singular matrix."""
+    generator = torch.Generator().manual_seed(5)
+    a = torch.eye(24, dtype=torch.float64) + 0.1 * torch.randn(5, 24, 24, generator=generator, dtype=torch.float64)
+    a[1] = torch.eye(24)
+    a[3] = torch.diag_embed(torch.tensor([1.0] * 3 + [0.0] * 21))
+    b = torch.randn(5, 24, generator=generator, dtype=torch.float64)
+    b[0], b[4, 2] = 0.0, float("nan")
+    backend, a, b = TorchBackend(), a.to(dtype), b.to(dtype)
+    product = lambda v: torch.einsum("bij,bj->bi", a, v)
+    solve = lambda: gmres(backend, product, b, rtol=1e-4, max_steps=20, reorthogonalize=twice)
+    found, expected = solve(), without(solve)
+    assert torch.equal(found.products, expected.products)
+    assert torch.equal(found.converged, expected.converged)
+    assert found.converged.tolist() == [True, True, True, False, False]
+    for ours, own in [(found.x, expected.x), (found.residual, expected.residual)]:
+        assert torch.allclose(ours, own, rtol=1e-3, atol=10 * TOLERANCE[dtype], equal_nan=True)
+    true = (b - product(found.x))[:3].norm(dim=1)
+    assert bool((true <= 1.01e-4 * b[:3].norm(dim=1)).all())
+
+
+def test_a_paused_space_grows_on(without):
+    """Samples that pause and go on together, as certified reuse has them."""
+    generator = torch.Generator().manual_seed(6)
+    a = torch.eye(30, dtype=torch.float64) + 0.3 * torch.randn(6, 30, 30, generator=generator, dtype=torch.float64) / 3
+    b = torch.randn(6, 30, generator=generator, dtype=torch.float64)
+    space = KrylovSpace(TorchBackend(), lambda v: torch.einsum("bij,bj->bi", a, v))
+
+    def grown():
+        k = space.begin(b, 24)
+        for goal in (0.5, 0.1, 1e-6):
+            k = space.grow(k, goal * k.start, 24 - int(k.grown), together=True)
+        return space.grow(k, 1e-6 * k.start, 24 - int(k.grown))
+
+    found, expected = grown(), without(grown)
+    assert torch.equal(found.steps, expected.steps)
+    assert torch.allclose(space.solution(found), torch.linalg.solve(a, b), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(space.residual_vector(found), space.residual_vector(expected), rtol=1e-6, atol=1e-9)
 
 
 def test_a_solve_holds_no_iterate_that_nobody_asks_for():

@@ -371,20 +371,86 @@ def anderson(
 
 
 @compiled
+def _projected(chunks, per_chunk, slots, count, row, like, twice, rest, h, found):
+    """Takes from `rest` its components `h` in the orthonormal vectors of `count` slots; the norms before and after."""
+    before = _norm(rest)
+    h[:] = 0.0
+    for _ in range(2 if twice else 1):
+        _products(chunks, per_chunk, slots, count, rest, row, like, found)
+        h += found
+        found[:] = -found
+        _combined(chunks, per_chunk, slots, count, found, rest, row, like, rest)
+    return before, _norm(rest)
+
+
+@compiled
 def project(w, basis, per_chunk, used, seen, twice, out, h, before, after, start, stop):
     """W without its components `h` in the orthonormal basis, and the norms before and after."""
-    m = h.shape[1]
-    found = np.empty(m)
+    found = np.empty(h.shape[1])
+    slots = np.empty(h.shape[1], np.int64)
+    for b in range(start, stop):
+        _copy(w[b], out[b])
+        count = _slots(seen[b], used, slots)
+        before[b], after[b] = _projected(basis, per_chunk, slots, count, b, w, twice, out[b], h[b], found)
+
+
+@compiled
+def arnoldi(
+    w, latest, basis, per_chunk, slot, used, seen, columns, column, source, null, square, residual, goal, alive,
+    steps, twice, eps, v, next_source, next_null, next_square, next_residual, next_alive, next_steps, going, taken,
+    start, stop,
+):  # fmt: skip
+    """A step of GMRES once the product `w` is there.
+
+    Names and formulas are those of `deqcore.linear.gmres`; `columns` `(m, batch, 2 (m + 1))` is the only chunk.
+    """
+    m = null.shape[1]
+    h, found = np.empty(m), np.empty(m)
     slots = np.empty(m, np.int64)
     for b in range(start, stop):
-        rest = out[b]
-        _copy(w[b], rest)
-        before[b] = _norm(rest)
-        count = _slots(seen[b], used, slots)
-        h[b] = 0.0
-        for _ in range(2 if twice else 1):
-            _products(basis, per_chunk, slots, count, rest, b, w, found)
-            h[b] += found
-            found[:] = -found
-            _combined(basis, per_chunk, slots, count, found, rest, b, w, rest)
-        after[b] = _norm(rest)
+        next_source[b] = source[b]
+        next_null[b] = null[b]
+        next_square[b] = square[b]
+        next_residual[b] = residual[b]
+        next_alive[b] = alive[b]
+        next_steps[b] = steps[b]
+        going[b] = taken[b] = False
+        if alive[b] and residual[b] > goal[b]:
+            rest = v[b]
+            _copy(w[b], rest)
+            count = _slots(seen[b], used, slots)
+            before, height = _projected(basis, per_chunk, slots, count, b, w, twice, rest, h, found)
+            floor = 4.0 * eps * before
+            broke = height <= floor
+            if broke:
+                height = floor if floor > 0.0 else 1.0
+            length = w.dtype.type(height)
+            for i in range(rest.shape[0]):
+                rest[i] /= length
+            overlap = _dot(null[b], h)
+            empty = broke and abs(overlap) <= 16.0 * floor * np.sqrt(square[b])
+            entry = -overlap / height
+            whole = square[b] + entry * entry
+            left = residual[b] * np.sqrt(square[b] / whole)
+            taken[b] = np.isfinite(left) and not empty
+            going[b] = taken[b] and not broke
+            if taken[b]:
+                columns[column, b, :m] = h
+                columns[column, b, slot] += height
+                columns[column, b, m:] = source[b]
+                next_null[b, slot] += entry
+                next_square[b] = whole
+                next_residual[b] = left
+            next_source[b] = 0.0
+            next_source[b, slot] = 1.0
+            next_alive[b] = going[b]
+            next_steps[b] += 1
+        else:
+            _copy(latest[b], v[b])
+        if going[b]:
+            for low in range(0, w.shape[1], BLOCK):
+                _copy(v[b, low : low + BLOCK], _part(basis, per_chunk, slot, b, w, low))
+        else:
+            _cleared(basis, per_chunk, slot, b, w)
+        if not taken[b]:
+            columns[column, b] = 0.0

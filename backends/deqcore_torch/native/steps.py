@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deqcore.backend import Backend, Map, Stepped
+from deqcore.linear.gmres import Krylov
 from deqcore.solver import Solver
 from deqcore.solvers.anderson import Anderson, AndersonState
 from deqcore.solvers.broyden import Broyden, BroydenState
@@ -155,9 +156,43 @@ def keep(carry: Any, found: Stepped, residual: Tensor, goal: Tensor | float, pat
     return
 
 
-def arnoldi(space: Any, w: Tensor, goal: Tensor, twice: bool) -> None:
-    """`Backend.native_arnoldi`: only its projection is compiled for the host, see `project`."""
-    return
+def arnoldi(space: Krylov, w: Tensor, goal: Tensor, twice: bool) -> Krylov | None:
+    """`Backend.native_arnoldi`, or None where there is none for these histories."""
+    basis, columns = space.basis, space.columns
+    if not (_holds(basis, w) and _holds(columns, space.null)) or columns.store.chunk != columns.memory:
+        return None
+    if basis.written >= basis.memory or columns.written >= columns.memory:
+        return None
+    batch = w.shape[0]
+    slot, column = basis.reserve(w), columns.reserve(space.null.new_empty(batch, columns.store.width))
+    _, seen = _masks(basis, basis)
+    before = space.source, space.null, space.square, space.residual, space.alive, space.steps
+    after = source, null, square, residual, alive, steps = tuple(_room(each) for each in before)
+    v = _room(w)
+    going, taken = torch.empty(2, batch, dtype=torch.bool)
+    run(
+        kernels.arnoldi,
+        batch,
+        w.numel() * (basis.used() + 2),
+        *(view(w), view(space.v), basis.addresses(), basis.store.chunk, slot, basis.used(), seen),
+        *(view(columns.store.chunks[0]), column),
+        *(view(each) for each in (*before[:4], goal, *before[4:])),
+        *(twice, float(torch.finfo(w.dtype).eps)),
+        *(view(each) for each in (v, *after, going, taken)),
+    )
+    return Krylov(
+        basis=basis.with_active(None if bool(going.all()) else going).appended(),
+        columns=columns.with_active(None if bool(taken.all()) else taken).appended(),
+        v=v,
+        source=source,
+        null=null,
+        square=square,
+        start=space.start,
+        residual=residual,
+        alive=alive,
+        steps=steps,
+        grown=space.grown + 1,
+    )
 
 
 def measure(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
