@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,3 +62,19 @@ def test_a_restart_without_a_checkpoint_is_told(engine: Any, tmp_path: Path) -> 
         engine.main(["--out", str(tmp_path), "--resume"])
     with pytest.raises(SystemExit):
         engine.main(["--epochs", "0"])
+
+
+def test_two_processes_take_half_the_steps_of_an_epoch(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, str(TRAINERS / "with_accelerate.py"), "--epochs", "1", "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("15 steps") == 1  # 30 in one process; the first one tells
+    assert logged_steps(tmp_path) == sorted(2 * list(range(15)))  # two batches of its own make a step
