@@ -46,6 +46,7 @@ class Mutant:
     Attributes:
         module: import name.
         line: of the place.
+        column: of the place.
         before: the changed expression as it was.
         after: and as it is.
         source: of the whole module, changed.
@@ -53,12 +54,13 @@ class Mutant:
 
     module: str
     line: int
+    column: int
     before: str
     after: str
     source: str
 
     def __str__(self) -> str:
-        return f"{self.module}:{self.line}  {self.before}  →  {self.after}"
+        return f"{self.module}:{self.line}:{self.column}  {self.before}  →  {self.after}"
 
 
 def modules(root: Path) -> dict[str, str]:
@@ -135,7 +137,7 @@ def _made(module: str, tree: ast.Module, index: int, number: int) -> Mutant:
             return ast.copy_location(new, node) if each is node else self.generic_visit(each)
 
     source = ast.unparse(ast.fix_missing_locations(Swap().visit(changed)))
-    return Mutant(module, getattr(node, "lineno", 0), before, after, source)
+    return Mutant(module, getattr(node, "lineno", 0), getattr(node, "col_offset", 0), before, after, source)
 
 
 def sample(sources: dict[str, str], count: int, seed: int) -> list[Mutant]:
