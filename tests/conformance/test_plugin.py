@@ -90,6 +90,15 @@ def test_by_pyargs_without_any_file(tmp_path):
     assert "passed" in done.stdout
 
 
+def test_by_pyargs_the_device_is_that_of_the_arrays(tmp_path):
+    args = ("-p", "deqcore.testing.plugin", "--pyargs", "deqcore.testing.suite.test_solver", "-k", "budget")
+    chosen = ("--deqcore-backend", "numpy", "--deqcore-solver", "picard", "--deqcore-device")
+    assert run(tmp_path, *args, *chosen, "cpu").returncode == 0
+    refused = run(tmp_path, *args, *chosen, "cuda")
+    assert refused.returncode == 1
+    assert "host only" in refused.stdout
+
+
 def test_nothing_runs_in_sessions_that_did_not_ask(tmp_path):
     from importlib.metadata import entry_points
 
