@@ -68,8 +68,8 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether every run ended and every comparison is within its bound."""
-        return not self.errors and all(each.ok for each in self.comparisons)
+        """Whether anything was compared, every run ended and every comparison is within its bound."""
+        return bool(self.comparisons) and not self.errors and all(each.ok for each in self.comparisons)
 
 
 def check(

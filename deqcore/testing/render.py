@@ -105,6 +105,9 @@ def _summary(report: Report, seconds: float) -> Text:
     text = Text()
     if bad:
         text.append(f"{bad} of {len(report.comparisons) + len(report.errors)} checks failed", style="bold red")
+    elif not report.comparisons:
+        text.append("Nothing was compared", style="bold red")
+        text.append(": a problem without a known solution needs two backends, solvers or strategies to compare")
     else:
         text.append(f"{len(report.comparisons)} comparisons agree", style="bold green")
         text.append(f", the worst at {share:.0%} of its bound")

@@ -308,5 +308,8 @@ def test_reports_read_well():
     assert data["skipped"][0]["solver"] == "newton-krylov"
     good = text(render.matrix(Report(runs[:1], [comparison()], {}), 2.0))
     assert "1 comparisons agree, the worst at 50% of its bound" in good
+    alone = Report(runs[:1], [], {})
+    assert not alone.ok
+    assert "Nothing was compared: a problem without a known solution needs two" in text(render.matrix(alone, 2.0))
     many = Report([], [bad] * 15, {})
     assert "… and 3 more" in text(render.matrix(many, 1.0))
