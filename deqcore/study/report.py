@@ -16,7 +16,7 @@ from deqcore.study.plots import name, plots
 from deqcore.study.rounds import Accumulation, accumulations
 from deqcore.study.settings import Cost, Study
 from deqcore.study.summary import METRICS, Interval, Row, rows
-from deqcore.study.words import LANGUAGES, say
+from deqcore.study.words import LANGUAGES, head, say
 
 
 def write(root: Path, study: Study, results: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> list[Row]:
@@ -60,8 +60,8 @@ def page(study: Study, found: Sequence[Row], verdict: Verdict, about: Mapping[st
         answers=[_told(answer, study) for answer in answers(found, study.cost)],
         gates=[gate.as_dict() for gate in verdict.gates],
         verdict={"go": verdict.go, "text": verdict.sentence(study.language)},
-        shared=table.shared(found),
-        header=header,
+        shared=table.shared(found, lambda title: head(study.language, title)),
+        header=[head(study.language, title) for title in header],
         lines=lines,
         labels=len(header) - len(table.COLUMNS),
         rounds=[_round(each, found, study.language) for each in accumulations(found)],

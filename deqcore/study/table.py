@@ -98,10 +98,10 @@ def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return [*varying, *(title for title, _, _ in COLUMNS)], lines
 
 
-def shared(rows: Sequence[Row]) -> str:
-    """What all rows have in common, in words."""
+def shared(rows: Sequence[Row], head: Callable[[str], str] = str) -> str:
+    """What all rows have in common, in words; `head` gives the names of columns in another language."""
     told = [identity(row) for row in rows]
-    return ", ".join(f"{name} {told[0][name]}" for name in IDENTITY if len({each[name] for each in told}) == 1)
+    return ", ".join(f"{head(name)} {told[0][name]}" for name in IDENTITY if len({each[name] for each in told}) == 1)
 
 
 def terminal(rows: Sequence[Row]) -> Table:

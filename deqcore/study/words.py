@@ -121,9 +121,33 @@ JA: Final = {
     "again": "再現方法",
     "made": "すべてこの計算機での実測値です。元の数値は results.json にあります。",
 }
+HEADS_JA: Final[dict[str, str]] = {
+    "data": "データ",
+    "backend": "バックエンド",
+    "model": "モデル",
+    "solver": "ソルバー",
+    "rtol": "rtol",
+    "strategy": "手法",
+    "test accuracy %": "テスト精度 %",
+    "forward ms": "順伝播 ms",
+    "backward ms": "逆伝播 ms",
+    "step ms": "ステップ ms",
+    "training s": "学習 秒",
+    "peak MB": "最大メモリ MB",
+    "f forward": "順伝播の f",
+    "pulls backward": "逆伝播の pull",
+    "gradient cosine": "勾配のコサイン",
+}
+"""Heads of the table of results; in English they are the table's own (table.COLUMNS, table.IDENTITY)."""
+
 LANGUAGES: Final[dict[str, dict[str, str]]] = {"en": EN, "ja": JA}
 
 
 def say(language: str, word: str, **values: object) -> str:
     """A sentence in a language, with its figures."""
     return LANGUAGES[language][word].format(**values)
+
+
+def head(language: str, title: str) -> str:
+    """The head of a column of the table of results."""
+    return HEADS_JA[title] if language == "ja" else title

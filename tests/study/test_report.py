@@ -20,7 +20,7 @@ from deqcore.study.grid import Cell, Own, cells
 from deqcore.study.rounds import accumulations
 from deqcore.study.settings import Cost, Study, read
 from deqcore.study.summary import Interval, reference, rows
-from deqcore.study.words import EN, JA
+from deqcore.study.words import EN, HEADS_JA, JA, head
 
 SPEED = {"exact-ift": 4.0, "broyden-reuse": 3.0, "jacobian-free": 2.0, "explicit": 1.0}
 LOSS = {"exact-ift": 0.0, "broyden-reuse": 0.002, "jacobian-free": 0.05, "explicit": 0.0}
@@ -301,6 +301,7 @@ def test_the_page_needs_nothing_from_outside_and_escapes_names(tmp_path: Path, l
     )
     report.write(tmp_path, study, results, ABOUT)
     page = (tmp_path / "report.html").read_text()
+    assert ("テスト精度 %" in page) == (language == "ja")
     links = Links()
     links.feed(page)
     assert all(link.startswith(("#", "data:")) for link in links.found)
@@ -314,6 +315,9 @@ def test_the_page_needs_nothing_from_outside_and_escapes_names(tmp_path: Path, l
 
 def test_languages_say_the_same_things():
     assert EN.keys() == JA.keys()
+    titles = [*table.IDENTITY, *(title for title, _, _ in table.COLUMNS)]
+    assert list(HEADS_JA) == titles
+    assert [head("en", title) for title in titles] == titles
     for word, sentence in EN.items():
         assert sorted(re.findall(r"{(\w+)}", sentence)) == sorted(re.findall(r"{(\w+)}", JA[word])), word
 
