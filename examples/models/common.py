@@ -160,10 +160,17 @@ class TorchSide:
         return max(accumulate(each.nbytes() for each in sorted(events, key=lambda each: each.start_ns())))
 
     def fit(
-        self, batches: Iterable[tuple[Any, ...]], steps: int, rate: float, decay: float = 0.0, *, quiet: bool = False
+        self,
+        batches: Iterable[tuple[Any, ...]],
+        steps: int,
+        rate: float,
+        decay: float = 0.0,
+        *,
+        memory: float = 0.999,
+        quiet: bool = False,
     ) -> None:
-        """AdamW with gradients clipped to norm 1."""
-        optimizer = self.torch.optim.AdamW(self.model.parameters(), rate, weight_decay=decay)
+        """AdamW with gradients clipped to norm 1; `memory` is its β₂."""
+        optimizer = self.torch.optim.AdamW(self.model.parameters(), rate, (0.9, memory), weight_decay=decay)
         schedule = self.torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, steps))
         self.model.train()
         progress = Progress(steps, quiet)
@@ -206,15 +213,22 @@ class JaxSide:
         return float(loss), {name: np.asarray(value) for name, value in found.items()}
 
     def fit(
-        self, batches: Iterable[tuple[Any, ...]], steps: int, rate: float, decay: float = 0.0, *, quiet: bool = False
+        self,
+        batches: Iterable[tuple[Any, ...]],
+        steps: int,
+        rate: float,
+        decay: float = 0.0,
+        *,
+        memory: float = 0.999,
+        quiet: bool = False,
     ) -> None:
-        """AdamW with gradients clipped to norm 1."""
+        """AdamW with gradients clipped to norm 1; `memory` is its β₂."""
         import optax
 
         jnp = self.jax.numpy
         rates = jnp.asarray([rate * cosine(step, steps) for step in range(steps)])
         optimizer = optax.chain(
-            optax.clip_by_global_norm(1.0), optax.adamw(lambda count: rates[count], weight_decay=decay)
+            optax.clip_by_global_norm(1.0), optax.adamw(lambda count: rates[count], b2=memory, weight_decay=decay)
         )
 
         @self.jax.jit

@@ -2,8 +2,8 @@
 
 The states of all positions are the equilibrium of one block of attention and a perceptron, z* = block(z*, text).
 Compared with an explicit transformer of four layers, each with weights of its own, and as many weights in all; both are
-tuned over the same grid of learning rates and decays on validation text. The gradient is that of eight recorded steps
-from the solution, of which only the states are kept.
+tuned over the same grid of learning rates, decays and memories (β₂) of AdamW on validation text. The gradient is that
+of eight recorded steps from the solution, of which only the states are kept.
 
 The text is Python's own reference (`pydoc_data.topics`, which comes with Python).
 Source: Bai, Kolter & Koltun (2019), "Deep equilibrium models", §4, reduced to one block.
@@ -35,8 +35,8 @@ SETTINGS = {
     "backward__options": {"steps": 8, "damping": 1.0},
 }
 SOLVED = {"forward__solver": "anderson", "forward__rtol": 1e-4, "forward__max_steps": 80}
-RATES, DECAYS, SEEDS, WINDOWS = (4e-3, 8e-3, 1.6e-2), (0.1, 0.3), 3, 256
-Setting = tuple[float, float]  # rate, decay
+RATES, DECAYS, MEMORIES, SEEDS, WINDOWS = (4e-3, 8e-3, 1.6e-2), (0.1, 0.3), (0.999, 0.95), 6, 256
+Setting = tuple[float, float, float]  # rate, decay, β₂
 
 
 def data() -> tuple[list[str], dict[str, Any]]:
@@ -101,16 +101,17 @@ def tuned(
     name = "explicit" if shape["layers"] else "equilibrium"
     seconds = []
 
-    def run(rate: float, decay: float, seed: int) -> tuple[float, float, Any]:
+    def run(rate: float, decay: float, memory: float, seed: int) -> tuple[float, float, Any]:
         rng = np.random.default_rng(options.seed + seed)
         begin = weights(rng, **shape)
         begin = begin if shape["layers"] else common.start(options, begin)
         side = common.side(options.backend, "text", begin, settings, options.device, **shape)
         before = time.process_time()
-        side.fit(batches(rng, text["train"], 16), options.steps, rate, decay, quiet=True)
+        side.fit(batches(rng, text["train"], 16), options.steps, rate, decay, memory=memory, quiet=True)
         seconds.append(time.process_time() - before)
         tune, test = perplexity(side, text["tune"]), perplexity(side, text["test"])
-        print(f"{name}, rate {rate}, decay {decay}, seed {seed}: validation {tune:.3f}, test {test:.3f}", flush=True)
+        setting = f"rate {rate}, decay {decay}, memory {memory}"
+        print(f"{name}, {setting}, seed {seed}: validation {tune:.3f}, test {test:.3f}", flush=True)
         return tune, test, side
 
     tried = {setting: run(*setting, 0) for setting in grid}
@@ -127,7 +128,7 @@ def main(given: list[str] | None = None) -> dict[str, float]:
     """Tune both over the same grid, compare perplexities per character on test text."""
     options = common.arguments(__doc__ or "", 600, given)
     _, text = data()
-    grid = list(product(RATES, DECAYS))
+    grid = list(product(RATES, DECAYS, MEMORIES))
     _, explicit, explicit_time, other = tuned(options, EXPLICIT, text, grid, SETTINGS)
     best, equilibrium, seconds, side = tuned(options, EQUILIBRIUM, text, grid, SETTINGS)
     print(f"the equilibrium model's is {100 * (equilibrium / explicit - 1):+.1f} % of the explicit one's,", end=" ")

@@ -104,7 +104,7 @@ def test_both_frameworks_give_the_same_loss_and_gradients(name: str) -> None:
         assert np.linalg.norm(gradients_jax[key] - expected) <= 1e-4 * np.linalg.norm(expected), key
 
 
-SHORT = {"RATES": (0.01,), "DECAYS": (0.0,), "GRAPHS": 1, "SEEDS": 1, "WINDOWS": 64, "TEST": 40}
+SHORT = {"RATES": (0.01,), "DECAYS": (0.0,), "MEMORIES": (0.95,), "GRAPHS": 1, "SEEDS": 1, "WINDOWS": 64, "TEST": 40}
 HOLDS: dict[str, tuple[int, Any]] = {
     "deblurring": (12, lambda r: r["learned"] > r["input"] + 3),
     "sudoku": (6, lambda r: r["halted"] > 0.9),
