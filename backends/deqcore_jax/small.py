@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -89,9 +90,9 @@ def _inverse_upper(a: Any) -> Any:
     more = count * size - k  # unknowns of their own, to fill the last block
     a = jnp.pad(a, ((0, 0), (0, more), (0, more))) + jnp.diag(jnp.arange(k + more) >= k).astype(a.dtype)
     starts = range(0, k + more, size)
-    diagonal = jnp.concatenate([a[:, i : i + size, i : i + size] for i in starts])
+    diagonal = jnp.stack([a[:, i : i + size, i : i + size] for i in starts])
     eye = jnp.broadcast_to(jnp.eye(size, dtype=a.dtype), diagonal.shape)
-    inverse, *blocks = reversed(jnp.split(_substitute(diagonal, eye), count))
+    inverse, *blocks = reversed(tuple(jax.vmap(_substitute)(diagonal, eye)))  # the batch may lie on several devices
     for block in blocks:
         i = k + more - inverse.shape[1] - size
         beside = -jnp.matmul(block, jnp.matmul(a[:, i : i + size, i + size :], inverse))

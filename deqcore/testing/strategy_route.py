@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
 from deqcore import plugins
-from deqcore.backend import Array, Map
+from deqcore.backend import Array, Backend, Map
 from deqcore.linear.lowrank import InverseJacobian
 from deqcore.solution import Status
 from deqcore.strategy import AdjointReport, StepStrategy, Strategy
@@ -33,24 +35,46 @@ def perfect(kit: Kit, problem: Affine, dtype: str = "float64") -> DenseEstimate:
     return DenseEstimate(kit, np.linalg.inv(problem.a - np.eye(problem.a.shape[1])), dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Matrices(InverseJacobian):
+    """H `(batch, n, n)` as an array of the framework."""
+
+    xp: Any
+    h: Array
+
+    def apply(self, v: Array) -> Array:
+        return self.xp.sum(self.h * v[:, None, :], axis=2)
+
+    def apply_transpose(self, v: Array) -> Array:
+        return self.xp.sum(self.h * v[:, :, None], axis=1)
+
+
+@functools.lru_cache(maxsize=64)
+def _program(backend: Backend, strategy: Strategy) -> Callable[..., Any]:
+    """`route` as a function of g, A and H: compiled once for all problems of a shape."""
+    xp = backend.xp
+
+    def routed(g: Array, a: Array, *h: Array) -> Any:
+        pull: Map = (lambda u: xp.sum(a * u[:, :, None], axis=1)) if strategy.uses_pull() else _no_pull
+        with backend.quiet():
+            return strategy.route(backend, pull, g, _Matrices(xp, *h) if h else None)
+
+    return backend.jit(routed)
+
+
 def route(
     kit: Kit,
     strategy: Strategy,
     problem: Affine,
     g: Any,
-    estimate: InverseJacobian | None = None,
+    estimate: DenseEstimate | None = None,
     dtype: str = "float64",
 ) -> tuple[Any, AdjointReport]:
     """`strategy.route` on the Jacobians of an affine problem, compiled where the backend can; NumPy in and out."""
-    pull: Map = kit.pull(problem, dtype) if strategy.uses_pull() else _no_pull
-    if estimate is None and strategy.wants_estimate():
-        estimate = DenseEstimate(kit, -np.stack([np.eye(g.shape[1])] * len(g)), dtype)
-
-    def routed(g: Array) -> Any:
-        with kit.backend.quiet():
-            return strategy.route(kit.backend, pull, g, estimate if strategy.wants_estimate() else None)
-
-    u, report = kit.backend.jit(routed)(kit.array(g, dtype))
+    matrices = [g, problem.a]
+    if strategy.wants_estimate():
+        matrices.append(-np.stack([np.eye(g.shape[1])] * len(g)) if estimate is None else estimate.h)
+    u, report = _program(kit.backend, strategy)(*(kit.array(each, dtype) for each in matrices))
     assert kit.backend.dtype_name(u) == dtype, f"u is {kit.backend.dtype_name(u)} for a cotangent of {dtype}"
     assert isinstance(report, AdjointReport)
     return kit.numpy(u), AdjointReport(*map(kit.numpy, report))
