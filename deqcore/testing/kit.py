@@ -89,9 +89,8 @@ class Kit:
         a, b = self.array(problem.a, dtype), self.array(problem.b, dtype)
         return lambda z: self.backend.xp.sum(a * z[:, None, :], axis=2) + b
 
-    def pull(self, problem: Affine, dtype: str = "float64") -> Map:
-        """u ↦ Aᵀu."""
-        a = self.array(problem.a, dtype)
+    def pull(self, a: Array) -> Map:
+        """u ↦ Aᵀu for A `(batch, n, n)`."""
         return lambda u: self.backend.xp.sum(a * u[:, :, None], axis=1)
 
     def solve(
@@ -139,21 +138,19 @@ class DenseEstimate(InverseJacobian):
 
     Attributes:
         kit: where the arrays live.
-        h: H `(batch, n, n)` in NumPy.
-        dtype: of the arrays.
+        h: H `(batch, n, n)`, an array of the framework.
     """
 
     kit: Kit
-    h: Any
-    dtype: str = "float64"
+    h: Array
 
     def apply(self, v: Array) -> Array:
         """H v."""
-        return self.kit.backend.xp.sum(self.kit.array(self.h, self.dtype) * v[:, None, :], axis=2)
+        return self.kit.backend.xp.sum(self.h * v[:, None, :], axis=2)
 
     def apply_transpose(self, v: Array) -> Array:
         """Hᵀ v."""
-        return self.kit.backend.xp.sum(self.kit.array(self.h, self.dtype) * v[:, :, None], axis=1)
+        return self.kit.pull(self.h)(v)
 
 
 def close(found: Any, expected: Any, tolerance: float, what: str) -> None:

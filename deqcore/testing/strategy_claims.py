@@ -12,7 +12,7 @@ import pytest
 from deqcore.solution import Status
 from deqcore.strategy import AdjointReport, Strategy
 from deqcore.testing.conformance import Conformance, claimed, several
-from deqcore.testing.kit import Affine, DenseEstimate, Kit, close
+from deqcore.testing.kit import Affine, Kit, close
 from deqcore.testing.problems import golden, names, raveled
 from deqcore.testing.strategy_route import route, unlike
 
@@ -108,7 +108,7 @@ class ClaimTests(Conformance):
         if not strategy.wants_estimate() or not isinstance(getattr(strategy, "target", None), float):
             pytest.skip("the strategy reads no estimate, or promises no accuracy")
         problem, g, h = half_right()
-        u, report = route(kit, strategy, problem, g, DenseEstimate(kit, h))
+        u, report = route(kit, strategy, problem, g, h)
         exact = problem.adjoint(g)
         error = np.linalg.norm(u - exact, axis=1) / np.linalg.norm(exact, axis=1)
         told = np.isfinite(report.error)

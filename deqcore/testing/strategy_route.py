@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from deqcore import plugins
-from deqcore.backend import Array, Backend, Map
-from deqcore.linear.lowrank import InverseJacobian
+from deqcore.backend import Array
 from deqcore.solution import Status
 from deqcore.strategy import AdjointReport, StepStrategy, Strategy
 from deqcore.testing.conformance import DTYPES, Conformance, several
@@ -30,36 +29,21 @@ def cotangent(seed: int = 11) -> Any:
     return g
 
 
-def perfect(kit: Kit, problem: Affine, dtype: str = "float64") -> DenseEstimate:
-    """H = (A − I)^-1."""
-    return DenseEstimate(kit, np.linalg.inv(problem.a - np.eye(problem.a.shape[1])), dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Matrices(InverseJacobian):
-    """H `(batch, n, n)` as an array of the framework."""
-
-    xp: Any
-    h: Array
-
-    def apply(self, v: Array) -> Array:
-        return self.xp.sum(self.h * v[:, None, :], axis=2)
-
-    def apply_transpose(self, v: Array) -> Array:
-        return self.xp.sum(self.h * v[:, :, None], axis=1)
+def perfect(problem: Affine) -> Any:
+    """H = (A − I)^-1, `(batch, n, n)`."""
+    return np.linalg.inv(problem.a - np.eye(problem.a.shape[1]))
 
 
 @functools.lru_cache(maxsize=64)
-def _program(backend: Backend, strategy: Strategy) -> Callable[..., Any]:
+def _program(kit: Kit, strategy: Strategy) -> Callable[..., Any]:
     """`route` as a function of g, A and H: compiled once for all problems of a shape."""
-    xp = backend.xp
 
     def routed(g: Array, a: Array, *h: Array) -> Any:
-        pull: Map = (lambda u: xp.sum(a * u[:, :, None], axis=1)) if strategy.uses_pull() else _no_pull
-        with backend.quiet():
-            return strategy.route(backend, pull, g, _Matrices(xp, *h) if h else None)
+        pull = kit.pull(a) if strategy.uses_pull() else _no_pull
+        with kit.backend.quiet():
+            return strategy.route(kit.backend, pull, g, DenseEstimate(kit, *h) if h else None)
 
-    return backend.jit(routed)
+    return kit.backend.jit(routed)
 
 
 def route(
@@ -67,14 +51,17 @@ def route(
     strategy: Strategy,
     problem: Affine,
     g: Any,
-    estimate: DenseEstimate | None = None,
+    estimate: Any = None,
     dtype: str = "float64",
 ) -> tuple[Any, AdjointReport]:
-    """`strategy.route` on the Jacobians of an affine problem, compiled where the backend can; NumPy in and out."""
+    """`strategy.route` on the Jacobians of an affine problem, compiled where the backend can; NumPy in and out.
+
+    `estimate` is H `(batch, n, n)` for a strategy that wants one, by default −I.
+    """
     matrices = [g, problem.a]
     if strategy.wants_estimate():
-        matrices.append(-np.stack([np.eye(g.shape[1])] * len(g)) if estimate is None else estimate.h)
-    u, report = _program(kit.backend, strategy)(*(kit.array(each, dtype) for each in matrices))
+        matrices.append(-np.stack([np.eye(g.shape[1])] * len(g)) if estimate is None else estimate)
+    u, report = _program(kit, strategy)(*(kit.array(each, dtype) for each in matrices))
     assert kit.backend.dtype_name(u) == dtype, f"u is {kit.backend.dtype_name(u)} for a cotangent of {dtype}"
     assert isinstance(report, AdjointReport)
     return kit.numpy(u), AdjointReport(*map(kit.numpy, report))
@@ -157,7 +144,7 @@ class RouteTests(Conformance):
         if not strategy.wants_estimate():
             pytest.skip("the strategy reads no estimate")
         problem, g = affine(norm=0.9), cotangent()
-        u, report = route(kit, strategy, problem, g, perfect(kit, problem))
+        u, report = route(kit, strategy, problem, g, perfect(problem))
         slack = 1e-6 if kit.eps < 1e-10 else 1e-3
         close(u, problem.adjoint(g), slack, "u = −Hᵀg with H = (J − I)^-1")
         assert report.pulls.max() <= 1, "a perfect estimate needs one pull to be certified, and none to be used"
@@ -166,7 +153,7 @@ class RouteTests(Conformance):
 
     def test_it_is_no_worse_than_the_bare_cotangent(self, kit: Kit, strategy: Strategy) -> None:
         problem, g = affine(norm=0.3), cotangent()
-        u, _ = route(kit, strategy, problem, g, perfect(kit, affine(norm=0.3, seed=5)))  # an estimate of another J
+        u, _ = route(kit, strategy, problem, g, perfect(affine(norm=0.3, seed=5)))  # an estimate of another J
         u2, _ = route(kit, strategy, problem, g)  # H = −I
         for found in (u, u2) if strategy.uses_pull() else (u2,):
             limit = 1.8 if not strategy.uses_pull() else 0.6
@@ -175,7 +162,7 @@ class RouteTests(Conformance):
 
     def test_the_report_is_true(self, kit: Kit, strategy: Strategy) -> None:
         problem, g = affine(norm=0.95), cotangent()
-        for estimate in (None, perfect(kit, problem), perfect(kit, affine(norm=0.7, seed=3))):
+        for estimate in (None, perfect(problem), perfect(affine(norm=0.7, seed=3))):
             self._true(kit, problem, g, *route(kit, strategy, problem, g, estimate))
 
     def _true(self, kit: Kit, problem: Affine, g: Any, u: Any, report: AdjointReport) -> None:
@@ -208,7 +195,7 @@ class RouteTests(Conformance):
     def _promised(self, kit: Kit, strategy: Strategy, problem: Affine, g: Any, target: Any, rtol: Any) -> None:
         exact = problem.adjoint(g)
         n = g.shape[1]
-        for estimate in (None, *(perfect(kit, affine(n=n, norm=norm, seed=3)) for norm in (0.7, 3.0))):
+        for estimate in (None, *(perfect(affine(n=n, norm=norm, seed=3)) for norm in (0.7, 3.0))):
             u, report = route(kit, strategy, problem, g, estimate)
             done = (report.status == int(Status.CONVERGED)) & ~report.fallback
             error = np.linalg.norm(u - exact, axis=1) / np.linalg.norm(exact, axis=1)
@@ -259,7 +246,7 @@ class RouteTests(Conformance):
             return
         for norm in (0.3, 0.95, 3.0):
             problem = affine(norm=norm)
-            u, report = route(kit, strategy, problem, g, perfect(kit, affine(norm=3.0, seed=4)))
+            u, report = route(kit, strategy, problem, g, perfect(affine(norm=3.0, seed=4)))
             assert (problem.residual(u, g) <= 1.001 * problem.residual(g, g) + 1e-6).all(), "worse than u = g"
             assert np.isnan(report.error[report.fallback]).all(), "nobody estimated the error of what u was replaced by"
             assert np.isfinite(report.error[~report.fallback]).all() or strategy.wants_estimate() is False
@@ -272,8 +259,9 @@ class RouteTests(Conformance):
         if not kit.eager:
             pytest.skip("a traced loop calls pull once, whatever it runs")
         problem, calls = affine(batch=1, norm=0.8), []  # of several samples each may spend its own number
-        pull = kit.pull(problem)
-        estimate = perfect(kit, affine(batch=1, norm=0.7, seed=3)) if strategy.wants_estimate() else None
+        pull = kit.pull(kit.array(problem.a))
+        h = kit.array(perfect(affine(batch=1, norm=0.7, seed=3)))
+        estimate = DenseEstimate(kit, h) if strategy.wants_estimate() else None
 
         def counted(u: Array) -> Array:
             calls.append(u)
