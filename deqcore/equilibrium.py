@@ -414,6 +414,7 @@ def _control(config: Config, scalars: Mapping[str, object], backend: Backend, li
         atol=backend.number(atol, like),
         max_steps=backend.number(max_steps, like),
         check_every=forward.check_every,
+        patience=forward.patience,
     )
 
 

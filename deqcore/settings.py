@@ -46,6 +46,7 @@ class Forward:
         max_steps: solver steps at most. The first evaluation of f comes on top.
         check_every: steps between questions whether all samples have stopped; "auto": 1 where asking is free.
         batch: the first axis of every leaf is the batch; false: the whole state is one system.
+        patience: steps without progress of the residual after which a sample ends as STALLED.
         on_failure: what happens if a sample does not converge. Traced code cannot raise or warn.
         compact: evaluate f for the samples still in work only (eager backends; needs `batched_args`).
         options: fields of the solver's own dataclass.
@@ -66,6 +67,7 @@ class Forward:
     max_steps: int = setting(40, "an integer >= 0", least=0)
     check_every: int | Literal["auto"] = setting("auto", "'auto' or an integer >= 1", least=1)
     batch: bool = setting(True, "true or false")
+    patience: int = setting(50, "an integer >= 1", least=1)
     on_failure: Literal["raise", "warn", "ignore"] = setting("warn", "'raise', 'warn' or 'ignore'")
     compact: bool = setting(False, "true or false")
     options: Options = field(default=Options(), metadata=TABLE)
@@ -77,6 +79,10 @@ class Backward:
 
     Attributes:
         strategy: name of a registered strategy (`deqcore strategies`).
+        on_failure: what happens if the adjoint solve of a sample does not converge: a warning, an error, nothing, or
+            its adjoint solution replaced by zero or NaN.
+        verify_every: measure the true adjoint residual and look for coupled samples in the first backward pass of a
+            layer or function and in every n-th after it; 0: never.
         options: fields of the strategy's own dataclass.
 
     Raises:
@@ -90,6 +96,10 @@ class Backward:
     """
 
     strategy: str = setting("exact-ift", "the name of a registered strategy")
+    on_failure: Literal["warn", "raise", "ignore", "zero", "nan"] = setting(
+        "warn", "'warn', 'raise', 'ignore', 'zero' or 'nan'"
+    )
+    verify_every: int = setting(100, "an integer >= 0", least=0)
     options: Options = field(default=Options(), metadata=TABLE)
 
 
