@@ -51,6 +51,7 @@ def gmres(
     precondition: Map | None = None,
     reorthogonalize: bool = True,
     check_every: int | str = "auto",
+    restart: int | None = None,
 ) -> LinearSolution:
     """Solve A x = b for each sample, with A given by its product.
 
@@ -64,10 +65,13 @@ def gmres(
         x0: start `(batch, n)`, default zero (which saves one product). A sample for which zero is nearer begins there:
             what rounding leaves of a residual is relative to the start, and a poor estimate's may be 1e5 times x.
         rtol: stop when ‖b − A x‖ ≤ rtol·‖b‖.
-        max_steps: size of the Krylov space at most; there is no restart.
+        max_steps: products at most, beside the one that a start takes.
         precondition: `v ↦ M v` with M ≈ A^-1, applied from the right, so that residuals stay true ones.
         reorthogonalize: project twice, so that the basis stays orthogonal to rounding (two more passes a step).
         check_every: see `Backend.loop`.
+        restart: dimensions of one Krylov space at most. The next space begins at the residual that the last one left,
+            and a sample stops (not converged) when a whole space leaves more than `PROGRESS` of the residual. None: one
+            space of `max_steps`.
 
     Source: Saad & Schultz (1986), "GMRES: a generalized minimal residual algorithm"; twice is enough: Giraud et al.
     (2005).
@@ -79,16 +83,69 @@ def gmres(
         r = b - product(x0)
         nearer = backend.norm(r) <= backend.norm(b)  # False for NaN, too
         x0, r = backend.select(nearer, x0, backend.xp.zeros_like(x0)), backend.select(nearer, r, b)
-    k = space.begin(r, max_steps)
-    k = space.grow(k, goal, max_steps)
-    update = space.solution(k)
-    residual = k.residual if precondition is not None else space.trusted(k, update)
+    if restart is not None and restart < max_steps:
+        x, residual, products = _restarted(space, x0, r, goal, max_steps, restart)
+    else:
+        k = space.grow(space.begin(r, max_steps), goal, max_steps)
+        x, residual = _ended(space, k, x0)
+        products = k.steps
     return LinearSolution(
-        x=update if x0 is None else x0 + update,
+        x=x,
         residual=residual,
-        products=k.steps if x0 is None else k.steps + 1,
+        products=products if x0 is None else products + 1,
         converged=(residual <= goal) & backend.xp.isfinite(residual),
     )
+
+
+PROGRESS = 0.9
+"""Share of the residual that a whole Krylov space may leave; who leaves more has stalled."""
+
+
+class _Cycle(NamedTuple):
+    """Where restarted GMRES stands. `k` is a space that has not grown yet."""
+
+    x: Array
+    k: Krylov
+    residual: Array
+    products: Array
+    left: Array | int  # products that the budget still allows
+
+
+def _restarted(
+    space: KrylovSpace, x0: Array | None, r: Array, goal: Array, max_steps: int, restart: int
+) -> tuple[Array, Array, Array]:
+    """x, ‖b − A x‖ and the products spent, by spaces of at most `restart` dimensions.
+
+    A restart takes no product: the basis knows the residual vector that it leaves, but for the rounding of A x, below
+    which no residual is believed.
+    """
+    xp = space.backend.xp
+
+    def unfinished(c: _Cycle) -> Array:
+        return xp.any(c.k.alive & (c.residual > goal))
+
+    def cycle(c: _Cycle) -> _Cycle:
+        k = space.grow(c.k, goal, xp.where(c.left < restart, c.left, restart + 0 * c.left))
+        x, residual = _ended(space, k, c.x)
+        going = k.alive & (k.residual > goal) & (k.residual <= PROGRESS * c.residual)
+        left = c.left - k.grown
+        again = going & (left > 0)
+        following = space.backend.once(again, lambda old: space.begin(space.residual_vector(old), restart), k)
+        following = following._replace(alive=following.alive & again)
+        return _Cycle(x, following, xp.where(c.k.alive, residual, c.residual), c.products + k.steps, left)
+
+    k = space.begin(r, restart)
+    budget = 0 * k.grown + max_steps
+    start = _Cycle(xp.zeros_like(r) if x0 is None else x0, k, k.residual, k.steps, budget)
+    end = space.backend.loop(unfinished, cycle, start, -(-max_steps // restart), 1)
+    return end.x, end.residual, end.products
+
+
+def _ended(space: KrylovSpace, k: Krylov, x0: Array | None) -> tuple[Array, Array]:
+    """The solution from `x0` and the size of its residual."""
+    update = space.solution(k)
+    x = update if x0 is None else x0 + update
+    return x, k.residual if space.precondition is not None else space.trusted(k, x)
 
 
 @dataclass(frozen=True)

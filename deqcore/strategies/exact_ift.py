@@ -4,33 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Final, Literal
 
 from deqcore.backend import Array, Backend, Map
 from deqcore.driver import Control, drive
-from deqcore.linear.gmres import gmres
+from deqcore.linear.direct import Direct, solve_direct
+from deqcore.linear.gmres import LinearSolution, gmres
 from deqcore.linear.lowrank import InverseJacobian
 from deqcore.solution import Status
 from deqcore.solver import Solver
 from deqcore.strategy import AdjointReport, MakeSolver, Strategy, relative, report
+
+SPACE: Final = 40
+"""Dimensions of a Krylov space, after which GMRES restarts: more would cost traced code, which passes over all of them
+in every step, time on every solve."""
+
+MORE_STEPS: Final = 8
+"""Steps beyond one for each unknown, for what rounding and restarts lose."""
+
+MOST_STEPS: Final = 200
+"""Steps that an automatic budget gives at most."""
 
 
 @dataclass(frozen=True)
 class ExactIFT(Strategy):
     """Solve u = g + Jᵀu by GMRES or by any registered solver.
 
-    The adjoint equation is linear, so GMRES needs the fewest pulls of all methods that see only products. A small
-    `max_steps` is an honest, cheap choice: the residual that was reached is reported per sample.
+    The adjoint equation is linear, so GMRES needs the fewest pulls of all methods that see only products. Where it
+    fails and the system is small, I − Jᵀ is built by one pull for each unknown and solved by elimination; only the
+    samples that failed take that result. A small `max_steps` is an honest, cheap choice: the residual that was reached
+    is reported per sample.
 
-    Cost: one pull per step, `max_steps` + 1 history vectors at most.
+    Cost: one pull per step and `SPACE` + 1 history vectors at most. The direct solve adds n + 1 pulls and n² numbers
+    per sample.
 
     Args:
         solver: "gmres", or a registered solver's name.
         rtol: relative adjoint residual, ‖g + Jᵀu − u‖ ≤ rtol·‖g‖; "auto" by dtype. Separate from the forward
             tolerance: an inexact forward solve must not loosen the gradient.
-        max_steps: pulls at most.
+        max_steps: pulls at most, those of the direct solve included; "auto" gives GMRES n + 8 and at most 200 of them,
+            and the direct solve its n + 1 more.
         start: "zero" (GMRES), "cotangent" (u = g) or "reuse" (u = −Hᵀg, needs a solver with an estimate);
             "auto" is zero for GMRES and cotangent otherwise.
+        direct: largest number of unknowns n for which a sample that GMRES cannot solve is solved directly; 0 for none.
         options: the solver's own.
         bound: the solver itself; deqcore fills it in.
 
@@ -49,8 +65,9 @@ class ExactIFT(Strategy):
 
     solver: str = "gmres"
     rtol: float | Literal["auto"] = "auto"
-    max_steps: int = 40
+    max_steps: int | Literal["auto"] = "auto"
     start: Literal["auto", "zero", "cotangent", "reuse"] = "auto"
+    direct: int = 512
     options: Mapping[str, object] = field(default_factory=dict, hash=False)
     bound: Solver | None = field(default=None, repr=False, metadata={"internal": True})
     needs: ClassVar[Literal["nothing", "pull", "estimate"]] = "pull"
@@ -68,8 +85,10 @@ class ExactIFT(Strategy):
     def __post_init__(self) -> None:
         if self.rtol != "auto" and not 0.0 <= self.rtol < 1.0:
             raise ValueError(f"rtol = {self.rtol}, but 'auto' or a number from 0 to below 1 is expected")
-        if self.max_steps < 0:
-            raise ValueError(f"max_steps = {self.max_steps}, but a number of at least 0 is expected")
+        if self.max_steps != "auto" and self.max_steps < 0:
+            raise ValueError(f"max_steps = {self.max_steps}. It must be 'auto' or a number of at least 0.")
+        if self.direct < 0:
+            raise ValueError(f"direct = {self.direct}. It must be a number of at least 0.")
         if self.start not in ("auto", "zero", "cotangent", "reuse"):
             raise ValueError(f"start = {self.start!r}, but 'auto', 'zero', 'cotangent' or 'reuse' is expected")
         if self.solver == "gmres" and set(self.options) - {"reorthogonalize"}:
@@ -87,39 +106,64 @@ class ExactIFT(Strategy):
         self, backend: Backend, pull: Map, g: Array, estimate: InverseJacobian | None
     ) -> tuple[Array, AdjointReport]:
         """Solve the adjoint equation for the cotangent `g` `(batch, n)`."""
-        xp = backend.xp
         rtol = backend.default_rtol(g) if self.rtol == "auto" else float(self.rtol)
-
-        def code(like: Array, status: Status) -> Array:
-            return xp.full_like(like, int(status))
-
         u0 = self._start(g, estimate)
         if self.bound is None:
-            found = gmres(
-                backend,
-                lambda u: u - pull(u),
-                g,
-                u0,
-                rtol=rtol,
-                max_steps=self.max_steps,
-                reorthogonalize=bool(self.options.get("reorthogonalize", True)),
-            )
-            u, residual, pulls, converged = found
-            budget = self.max_steps + (0 if u0 is None else 1)
-            ended = xp.where(pulls < budget, code(pulls, Status.STALLED), code(pulls, Status.MAX_STEPS))
-            status = xp.where(converged, code(pulls, Status.CONVERGED), ended)
-        else:
-            control = Control(rtol=0.0, atol=rtol * backend.norm(g), max_steps=self.max_steps)
-            start = xp.zeros_like(g) if u0 is None else u0
-            forward = drive(backend, self.bound, lambda u: g + pull(u), start, control)
-            u, residual, pulls = forward.z, forward.residual, forward.evaluations
-            # Without a solution u grows until g is lost in the rounding of Jᵀu: a difference of zero is no solution.
-            residual = xp.maximum(residual, backend.cast(backend.eps(u) * backend.norm(u), residual))
-            lost = (forward.status == int(Status.CONVERGED)) & ~(residual <= control.atol)
-            status = xp.where(lost, code(pulls, Status.STALLED), forward.status)
-        left = relative(backend, residual, backend.norm(g))
-        status = xp.where(xp.isfinite(left), status, code(pulls, Status.NONFINITE))
-        return u, report(backend, g, status=status, pulls=pulls, residual=left)
+            return self._gmres(backend, pull, g, u0, rtol)
+        return self._driven(backend, pull, g, backend.xp.zeros_like(g) if u0 is None else u0, rtol, self.bound)
+
+    def _gmres(
+        self, backend: Backend, pull: Map, g: Array, u0: Array | None, rtol: float
+    ) -> tuple[Array, AdjointReport]:
+        """By GMRES, and directly where it fails."""
+        steps = self._steps(g.shape[1])
+        found = gmres(
+            backend,
+            lambda u: u - pull(u),
+            g,
+            u0,
+            rtol=rtol,
+            max_steps=steps,
+            reorthogonalize=bool(self.options.get("reorthogonalize", True)),
+            restart=SPACE,
+        )
+        budget = steps + (0 if u0 is None else 1)
+        ended = backend.xp.where(found.products < budget, int(Status.STALLED), int(Status.MAX_STEPS))
+        u, residual, pulls = self._direct(backend, pull, g, found)
+        converged = residual <= rtol * backend.wide(backend.norm(g))
+        status = backend.xp.where(converged, int(Status.CONVERGED), ended)
+        return u, _reported(backend, g, residual, pulls, status)
+
+    def _direct(self, backend: Backend, pull: Map, g: Array, found: LinearSolution) -> Direct:
+        """What GMRES found, or the direct solve where it found nothing and the budget allows that."""
+        before = Direct(found.x, found.residual, found.products)
+        cost = g.shape[1] + 1
+        if g.shape[1] > self.direct or (self.max_steps != "auto" and self.max_steps < cost):
+            return before
+        wanted = ~found.converged & backend.xp.isfinite(backend.norm(g))
+        if self.max_steps != "auto":
+            wanted = wanted & (found.products + cost <= self.max_steps)
+        return solve_direct(backend, pull, g, wanted, before)
+
+    def _driven(
+        self, backend: Backend, pull: Map, g: Array, u0: Array, rtol: float, solver: Solver
+    ) -> tuple[Array, AdjointReport]:
+        """By a registered solver."""
+        xp = backend.xp
+        control = Control(rtol=0.0, atol=rtol * backend.norm(g), max_steps=self._steps(g.shape[1]))
+        forward = drive(backend, solver, lambda u: g + pull(u), u0, control)
+        # Without a solution u grows until g is lost in the rounding of Jᵀu: a difference of zero is no solution.
+        rounding = backend.cast(backend.eps(forward.z) * backend.norm(forward.z), forward.residual)
+        residual = xp.maximum(forward.residual, rounding)
+        lost = (forward.status == int(Status.CONVERGED)) & ~(residual <= control.atol)
+        status = xp.where(lost, int(Status.STALLED), forward.status)
+        return forward.z, _reported(backend, g, residual, forward.evaluations, status)
+
+    def _steps(self, n: int) -> int:
+        """Steps of the iteration, for systems of n unknowns."""
+        if self.max_steps != "auto":
+            return self.max_steps
+        return MOST_STEPS if self.bound is not None else min(n + MORE_STEPS, MOST_STEPS)
 
     def _start(self, g: Array, estimate: InverseJacobian | None) -> Array | None:
         """Where u begins; None is zero, for which GMRES needs no product."""
@@ -127,3 +171,11 @@ class ExactIFT(Strategy):
             return -estimate.apply_transpose(g)
         zero = self.start == "zero" or (self.start == "auto" and self.solver == "gmres")
         return None if zero else g
+
+
+def _reported(backend: Backend, g: Array, residual: Array, pulls: Array, status: Array) -> AdjointReport:
+    """The report; a residual that is not finite has its own status."""
+    xp = backend.xp
+    left = relative(backend, residual, backend.norm(g))
+    status = xp.where(xp.isfinite(left), status, int(Status.NONFINITE))
+    return report(backend, g, status=xp.astype(status, xp.int32), pulls=pulls, residual=left)

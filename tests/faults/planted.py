@@ -119,8 +119,8 @@ STRATEGIES = [
     Fault(
         "a budget that ran out called converged",
         EXACT,
-        "code(pulls, Status.STALLED), code(pulls, Status.MAX_STEPS))",
-        "code(pulls, Status.STALLED), code(pulls, Status.CONVERGED))",
+        "int(Status.STALLED), int(Status.MAX_STEPS))",
+        "int(Status.STALLED), int(Status.CONVERGED))",
         "strategy exact-ift",
         "test_a_budget_that_is_too_small_is_confessed",
         "CONVERGED, but the equation is not solved",
@@ -128,8 +128,8 @@ STRATEGIES = [
     Fault(
         "a NaN cotangent called converged",
         EXACT,
-        "status = xp.where(xp.isfinite(left), status, code(pulls, Status.NONFINITE))",
-        "status = xp.where(xp.isfinite(left), status, code(pulls, Status.CONVERGED))",
+        "status = xp.where(xp.isfinite(left), status, int(Status.NONFINITE))",
+        "status = xp.where(xp.isfinite(left), status, int(Status.CONVERGED))",
         "strategy exact-ift",
         "test_a_bad_sample_changes_no_bit_of_its_neighbours",
         "has no answer",

@@ -1,0 +1,101 @@
+"""Solve (I − Jᵀ) u = g with the matrix itself: what is left for small systems that GMRES cannot solve."""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+from deqcore.backend import Array, Backend, Map
+
+ENTRIES: Final = 2**24
+"""Numbers in the matrices that are solved at a time; a batch with more of them is solved in parts."""
+
+REFINED: Final = 2
+"""Solves of each system: the second one removes what elimination in float32 left of the residual."""
+
+
+class Direct(NamedTuple):
+    """What the direct solve led to.
+
+    Attributes:
+        u: solution `(batch, n)`; what was given where it is no better.
+        residual: ‖g + Jᵀu − u‖ by a product of its own, `(batch,)`.
+        pulls: products spent by the sample `(batch,)` int32.
+    """
+
+    u: Array
+    residual: Array
+    pulls: Array
+
+
+def solve_direct(backend: Backend, pull: Map, g: Array, wanted: Array, before: Direct) -> Direct:
+    """Replace `before` in the `wanted` rows by the solution of the dense system, where that has a smaller residual.
+
+    One product for each unit vector serves all samples, and one more measures the residual: n + 1 products. Nothing is
+    done where no row is wanted. A singular system keeps what it had, as does one that has no finite solution.
+
+    Args:
+        backend: whose arrays these are.
+        pull: `u ↦ Jᵀu`, row by row.
+        g: cotangent `(batch, n)`.
+        wanted: rows to solve `(batch,)` of bool.
+        before: what is known of all rows.
+    """
+    batch, n = g.shape
+    size = min(batch, max(1, ENTRIES // (n * n)))
+
+    def solved(carry: tuple[Array, Direct]) -> tuple[Array, Direct]:
+        waiting, found = carry
+        if size == batch:
+            return waiting & ~waiting, _taken(backend, pull, g, waiting, _solve(backend, pull, g, None), found)
+        first = backend.xp.argsort(backend.xp.astype(~waiting, backend.xp.int32), stable=True)
+        place = backend.xp.argsort(first, stable=True)  # where a row stands among them
+        now = waiting & (place < size)
+        part = _solve(backend, pull, g, first[:size])
+        whole = backend.take(part, backend.xp.where(now, place, 0 * place))
+        return waiting & ~now, _taken(backend, pull, g, now, whole, found)
+
+    parts = -(-batch // size)
+    if parts == 1:
+        return backend.once(wanted, solved, (wanted, before))[1]
+    return backend.loop(lambda carry: backend.xp.any(carry[0]), solved, (wanted, before), parts, 1)[1]
+
+
+def _solve(backend: Backend, pull: Map, g: Array, rows: Array | None) -> tuple[Array, Array]:
+    """u of these rows (of all without) in the dtype of `g`, and the largest norm of a column of I − Jᵀ."""
+    xp = backend.xp
+    n = g.shape[1]
+    side = g if rows is None else backend.take(g, rows)
+    unit = backend.cast(backend.eye(g, 1, n), g) + xp.zeros_like(g)
+
+    def column(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        unit, history = carry
+        image = pull(unit)
+        return xp.roll(unit, 1, axis=1), history.append(image if rows is None else backend.take(image, rows))
+
+    _, history = backend.repeat(column, (unit, backend.history(side, n)), n)
+    images = backend.wide(xp.permute_dims(history.vectors(), (0, 2, 1)))
+    matrix = backend.eye(images, n)[None] - images
+    side = backend.wide(side)
+
+    def refined(u: Array) -> Array:
+        return u + backend.solve(matrix, side - xp.matmul(matrix, u[:, :, None])[:, :, 0])
+
+    u = backend.repeat(refined, xp.zeros_like(side), REFINED)
+    return u, xp.sqrt(xp.max(xp.sum(matrix * matrix, axis=1), axis=1))
+
+
+def _taken(
+    backend: Backend, pull: Map, g: Array, rows: Array, solution: tuple[Array, Array], found: Direct
+) -> Direct:
+    """What is known after the solve of these rows. The residual is measured, and never believed below rounding."""
+    xp = backend.xp
+    wide, size = solution
+    u = backend.cast(wide, g)
+    rounding = backend.eps(u) * size * backend.wide(backend.norm(u))
+    residual = xp.maximum(backend.wide(backend.norm(g + pull(u) - u)), rounding)
+    better = rows & xp.isfinite(residual) & ~(residual > found.residual)
+    return Direct(
+        backend.select(better, u, found.u),
+        xp.where(better, backend.cast(residual, found.residual), found.residual),
+        found.pulls + xp.astype(rows, xp.int32) * (g.shape[1] + 1),
+    )
