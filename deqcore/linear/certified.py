@@ -8,7 +8,23 @@ from deqcore.backend import Array, Backend, Map
 from deqcore.linear.gmres import Krylov, KrylovSpace
 
 SAFETY = 1.2
-"""Factor on the error estimate; how the estimate compares with the true error is in docs/design.md."""
+"""Factor on an error that is estimated by one application of an estimate, as plain reuse does."""
+
+LEAST = 3
+"""Dimensions of the Krylov space before its estimate counts: one or two have seen nothing of a mode that the cotangent
+shows little of (docs/notes/certificates.md)."""
+
+NOTHING_HIDDEN = 1e-3
+"""Share of the target. A residual below it ends the wait for `LEAST`: only a mode slower than this could hide in it."""
+
+SPREAD = 1.75
+"""Factor on the estimate by the least singular value."""
+
+YOUTH = 2.0
+"""A space of k dimensions has its estimate raised by 1 + YOUTH / k: σ falls until the slow modes have been seen."""
+
+JUDGED = 1.5
+"""Factor on the estimate by M'."""
 
 ROUNDING = 2.0
 """Residuals below this many roundings of A u are not believed: with A singular the recurrence falls to any size."""
@@ -46,11 +62,17 @@ def solve_certified(
 
     The residual alone does not bound the error: with a slow mode, a residual of 0.2 goes with a cosine of 0.6. The
     error is A^-1 r = M (A M)^-1 r, and the Krylov space knows a lower bound 1/σ_min(H̄) of ‖(A M)^-1‖, which is tight
-    once M has taken the slow modes out. So
+    once M has taken the slow modes out, or the space has met them. The estimate is
 
-        error ≈ SAFETY · max(‖r‖ / σ_min(H̄), ‖M r‖ / σ_min(H̄), ‖M' r‖) / ‖u‖
+        error ≈ max(1.75 (1 + 2/k) ρ √(ρ/ρ') max(‖r‖, ‖M r‖) / σ_min(H̄), 1.5 ‖M' r‖) / ‖u‖
 
-    where M' is M with less regularisation, good to judge by and too noisy to solve with.
+    where k is the dimension, ρ the ratio by which the last step reduced the residual, ρ' the best ratio of the steps
+    before it (at most ρ), and M' is M with less regularisation, good to judge by and too noisy to solve with. A
+    residual that falls slowly, or more slowly than it did, is one of slow modes. No sample is certified by fewer than
+    `LEAST` dimensions unless its space has closed or its residual is tiny.
+
+    It is an estimate and no bound: a mode that neither M nor the space has met is not in it. How it compares with true
+    errors, and what else was tried: docs/notes/certificates.md.
 
     Rounds: grow the spaces until a sample reaches its residual goal, estimate, tighten the goals of the samples that
     reached theirs and are not done.
@@ -76,13 +98,18 @@ def solve_certified(
         return xp.any(r.space.alive)
 
     def once(r: _Round) -> _Round:
-        k = space.grow(r.space, r.goal, max_pulls - r.space.grown, together=True)
+        young = r.space.grown < LEAST
+        bottom = NOTHING_HIDDEN * target * norm
+        steps = xp.where(young, min(LEAST, max_pulls) + 0 * r.space.grown, max_pulls) - r.space.grown
+        k = space.grow(r.space, xp.where(young, bottom, r.goal), steps, together=True)
         residual, error = _estimate(backend, space, k, norm, judge)
         # Only a sample that is there, or can go no further, is judged: when others pause must not matter to it.
-        reached = k.residual <= r.goal
-        judged = ~r.met & (reached | ~k.alive | (k.steps >= max_pulls))
+        closed = ~k.alive
+        known = (k.steps >= LEAST) | (k.residual <= bottom) | closed
+        reached = known & (k.residual <= r.goal)
+        judged = ~r.met & (reached | closed | (k.steps >= max_pulls))
         residual, error = xp.where(judged, residual, r.residual), xp.where(judged, error, r.error)
-        met = xp.where(judged, (residual <= target) & (error <= target), r.met)
+        met = xp.where(judged, known & (residual <= target) & (error <= target), r.met)
         goal = xp.where(reached, k.residual * xp.clip(0.8 * target / error, 0.1, 0.7), r.goal)
         k = k._replace(alive=k.alive & ~met & (k.steps < max_pulls))
         return _Round(k, goal, residual, error, met)
@@ -104,7 +131,17 @@ def _estimate(backend: Backend, space: KrylovSpace, k: Krylov, norm: Array, judg
     rounding = space.trusted(k._replace(residual=0 * k.residual), u)
     residual = xp.maximum(k.residual, ROUNDING * rounding)
     reach = residual if space.precondition is None else xp.maximum(residual, length(space.precondition))
-    reach = reach * space.inverse_norm(k)
+    reach = SPREAD * reach * space.inverse_norm(k) * _caution(space, k)
     if judge is not None:
-        reach = xp.maximum(reach, length(judge))
-    return residual / norm, SAFETY * reach / size  # nobody judges a cotangent of zero
+        reach = xp.maximum(reach, JUDGED * length(judge))
+    return residual / norm, reach / size  # a cotangent of zero is not judged
+
+
+def _caution(space: KrylovSpace, k: Krylov) -> Array:
+    """How far the residuals of the space say that the estimate by its singular values may be off, `(batch,)`."""
+    xp = space.backend.xp
+    ratio, last, count = space.ratios(k)
+    latest = xp.min(xp.where(last, ratio, xp.ones_like(ratio)), axis=1)
+    best = xp.min(xp.where(last, xp.ones_like(ratio), ratio), axis=1)
+    rise = xp.maximum(latest / best, xp.ones_like(best))
+    return (1.0 + YOUTH / xp.where(count > 0, count, 1.0)) * latest * xp.sqrt(rise)

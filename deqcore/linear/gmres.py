@@ -273,6 +273,24 @@ class KrylovSpace:
         least = backend.least_singular_value(xp.where(sound, filled, eye[None]), k.grown)
         return xp.where(sound[:, 0, 0], 1.0 / least, xp.full_like(least, float("nan")))
 
+    def ratios(self, k: Krylov) -> tuple[Array, Array, Array]:
+        """How each step reduced the residual, from the null vector that the space carries anyway.
+
+        Returns:
+            The ratio of the residual after each column to that before it, 1 where the sample did not take the column,
+            `(batch, used)`; which column it took last, `(batch, used)` of bool; and how many it took `(batch,)`.
+        """
+        backend, xp = self.backend, self.backend.xp
+        hessenberg, missing = self._hessenberg(k)
+        used = hessenberg.shape[2]
+        upper = xp.triu(xp.ones_like(backend.eye(k.null, used + 1)))
+        squares = xp.matmul(k.null[:, : used + 1] * k.null[:, : used + 1], upper)  # ‖ν‖² after each column
+        taken = backend.cast(~missing, k.null)
+        order = xp.matmul(taken, upper[:used, :used])
+        count = xp.sum(taken, axis=1)
+        ratio = xp.where(missing, xp.ones_like(taken), xp.sqrt(squares[:, :-1] / squares[:, 1:]))
+        return ratio, ~missing & (order == count[:, None]), count
+
     def _hessenberg(self, k: Krylov) -> tuple[Array, Array]:
         """H̄ `(batch, used + 1, used)` and which of its columns a sample did not reach `(batch, used)`."""
         xp = self.backend.xp
