@@ -10,8 +10,9 @@ import torch
 
 import deqcore
 from benchmarks.certificates.problems import Case
-from benchmarks.certificates.truth import Truth, gmres_residuals, pulls_to, truth
+from benchmarks.certificates.truth import Truth, gmres_errors, gmres_residuals, pulls_to, truth
 from deqcore.driver import Control, Forward, drive
+from deqcore.linear.certified import Certified, solve_certified
 from deqcore.linear.gmres import gmres
 from deqcore.solution import Status
 from deqcore.solvers.broyden import Broyden
@@ -34,6 +35,8 @@ class Outcome:
         settled: the forward solve converged; elsewhere z is no fixed point, and (I − J(z))^-1 any matrix's inverse.
         pulls: spent.
         baseline: pulls of GMRES from zero to the residual that certified reuse reached.
+        sufficient: fewest pulls after which the true error of the same Krylov space's solution is within the target,
+            by a textbook GMRES on the dense matrices; NaN where no number of them is enough.
         residual: computed from the dense Jacobian.
         reported_residual: by deqcore.
         error: of u, relative.
@@ -46,6 +49,7 @@ class Outcome:
     settled: Any
     pulls: Any
     baseline: Any
+    sufficient: Any
     residual: Any
     reported_residual: Any
     error: Any
@@ -67,6 +71,16 @@ class Outcome:
         """Above the target and not reported as failed."""
         return (self.residual > self.target) & ~self.failed
 
+    @property
+    def wrong(self) -> Any:
+        """True error above the target and not reported as failed, where the forward solve converged."""
+        return (self.error > self.target) & ~self.failed & self.settled
+
+    @property
+    def certified(self) -> Any:
+        """Reported as within the target, where the forward solve converged."""
+        return ~self.failed & self.settled
+
 
 @dataclass(frozen=True)
 class Result:
@@ -81,6 +95,7 @@ class Result:
         converged: share of the forward solves.
         seen: share of the exact u that lies in the span of the secant pairs' steps, median.
         outcomes: by target.
+        alone: the same without the estimate, by a Krylov space of I − Jᵀ itself.
         curve: residual level -> pulls of (preconditioned GMRES, GMRES from zero), each summed over the samples.
     """
 
@@ -92,6 +107,7 @@ class Result:
     converged: float
     seen: float
     outcomes: list[Outcome]
+    alone: list[Outcome]
     curve: dict[float, tuple[int, int]] = field(default_factory=dict)
 
 
@@ -115,11 +131,18 @@ def measure(case: Case) -> Result:
     steps = max(MOST_PULLS, 2 * REFINE_STEPS)
     baseline = [gmres_residuals(a, b, steps) for a, b in zip(dense.a, dense.g, strict=True)]
     estimate = SOLVER.secant_estimate(backend, forward.carry.state)
-    outcomes = []
+    matrix = _matrix(estimate, g)[chosen]
+    with_estimate = [gmres_errors(a, m, b, u) for a, m, b, u in zip(dense.a, matrix, dense.g, dense.u, strict=True)]
+    without = [gmres_errors(a, None, b, u) for a, b, u in zip(dense.a, dense.g, dense.u, strict=True)]
+    outcomes, alone = [], []
     for target in TARGETS:
         strategy = BroydenReuse(target=target, refine_steps=REFINE_STEPS, fallback="none")
         u, report = strategy.route(backend, pull, g, estimate)
-        outcomes.append(_outcome(target, u, report, dense, baseline, chosen, settled))
+        sound = report.status == int(Status.CONVERGED)
+        found = Certified(u, report.residual, report.error, report.pulls, sound)
+        outcomes.append(_outcome(target, found, dense, baseline, with_estimate, chosen, settled))
+        found = solve_certified(backend, pull, g, None, target=target, max_pulls=REFINE_STEPS)
+        alone.append(_outcome(target, found, dense, baseline, without, chosen, settled))
     curve = {}
     for level in LEVELS:
         found = gmres(
@@ -143,27 +166,35 @@ def measure(case: Case) -> Result:
         float((forward.status == int(Status.CONVERGED)).float().mean()),
         float(np.median(_seen(forward, dense, chosen))),
         outcomes,
+        alone,
         curve,
     )
 
 
 def _outcome(
-    target: float, u: Any, report: Any, dense: Truth, baseline: list[Any], chosen: Any, settled: Any
+    target: float, found: Certified, dense: Truth, baseline: list[Any], errors: list[Any], chosen: Any, settled: Any
 ) -> Outcome:
-    wide = u.double().numpy()[chosen]
+    wide = found.u.double().numpy()[chosen]
     residual = dense.residual(wide)
     return Outcome(
         target=target,
-        failed=report.status.numpy()[chosen] != int(Status.CONVERGED),
+        failed=~found.met.numpy()[chosen],
         settled=settled,
-        pulls=report.pulls.numpy()[chosen],
+        pulls=found.pulls.numpy()[chosen],
         baseline=np.array([pulls_to(b, r) for b, r in zip(baseline, residual, strict=True)]),
+        sufficient=np.array([float(pulls_to(e, target)) if (e <= target).any() else np.nan for e in errors]),
         residual=residual,
-        reported_residual=report.residual.double().numpy()[chosen],
+        reported_residual=found.residual.double().numpy()[chosen],
         error=dense.error(wide),
-        reported_error=report.error.double().numpy()[chosen],
+        reported_error=found.error.double().numpy()[chosen],
         cosine=dense.cosine(wide),
     )
+
+
+def _matrix(estimate: Any, g: Any) -> Any:
+    """M = −Hᵀ as matrices `(batch, n, n)`, by its products with unit vectors."""
+    columns = [estimate.apply_transpose(row.expand_as(g).contiguous()) for row in torch.eye(g.shape[1], dtype=g.dtype)]
+    return -torch.stack(columns, 2).double().numpy()
 
 
 def _seen(forward: Forward, dense: Truth, chosen: Any) -> list[float]:

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,12 +59,60 @@ def random_cells(samples: int, seed: int = 0) -> Iterator[Case]:
     yield module("attention cell, random weights", AttentionCell(8, 24), (samples, 8, 24), seed)
 
 
-def _linear(name: str, samples: int, make: Callable[[np.random.Generator], np.ndarray], seed: int) -> Case:
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.2)
+NARROW = 64
+
+
+def small_tanh_cells(samples: int, seed: int = 0) -> Iterator[Case]:
+    """Random tanh cells of two widths and four gains; those of width 64 have cotangents of three numbers only."""
+    for width in (32, 100):
+        for gain in (0.7, 1.0, 1.3, 1.6):
+            yield tanh_cell(gain, samples, 500 + seed, width)
+    for gain in (1.0, 1.5):
+        yield tanh_cell(gain, samples, 800 + seed, NARROW, cotangents=3)
+
+
+def dense_slow_modes(samples: int, seed: int = 0) -> Iterator[Case]:
+    """One to five slow modes up to .999, of which random cotangents show more or less."""
+    for modes in ([0.99], [0.999], [0.97, 0.99], [0.95, 0.97, 0.98, 0.99, 0.995]):
+        for width, radius in ((32, 0.3), (100, 0.3), (100, 0.6)):
+            name = f"slow {', '.join(f'{m:g}'[1:] for m in modes)}; others ±{radius}, n {width}"
+
+            def make(r: np.random.Generator, modes: list[float] = modes, n: int = width, radius: float = radius) -> Any:
+                return slow(r, modes, n, radius)
+
+            yield _linear(name, samples, make, 2000 + seed, width)
+
+
+def hidden_modes(samples: int, seed: int = 0) -> Iterator[Case]:
+    """A diagonal J with one mode of .999 that x does not excite; the cotangent has little of it, or a fifth."""
+    for spread in (0.0, 0.3):
+        for share in SHARES:
+            yield hidden_mode(share, spread, samples, seed)
+
+
+def hidden_mode(share: float, spread: float, samples: int, seed: int = 0) -> Case:
+    """J = diag(.3 ± spread, …, .999), x and g random but for the last entry: 0 in x, `share` of ‖g‖ in g."""
+    rngs = [np.random.default_rng(3000 + seed + i) for i in range(samples)]
+    diagonal = np.stack([0.3 + spread * rng.uniform(-1, 1, NARROW) for rng in rngs])
+    x, g = (np.stack([rng.standard_normal(NARROW) for rng in rngs]) for _ in range(2))
+    diagonal[:, -1], x[:, -1], g[:, -1] = 0.999, 0.0, 0.0
+    g[:, -1] = share * np.linalg.norm(g, axis=1) / np.sqrt(1 - share**2)
+
+    def f(diagonal: Tensor, x: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda z: diagonal * z + x
+
+    wide, shift, cotangent = torch.tensor(diagonal), torch.tensor(x), torch.tensor(g).float()
+    name = f"hidden .999, share {100 * share:g} %, others .3" + (f" ± {spread:g}" if spread else "")
+    return Case(name, RANDOM, f(wide.float(), shift.float()), f(wide, shift), 0 * shift.float(), cotangent)
+
+
+def _linear(name: str, samples: int, make: Callable[[np.random.Generator], np.ndarray], seed: int, n: int = N) -> Case:
     """f(z) = J z + b with a Jacobian of its own for each sample."""
     rngs = [np.random.default_rng(seed + i) for i in range(samples)]
     jacobian = torch.tensor(np.stack([make(rng) for rng in rngs]))
-    b = torch.tensor(np.stack([rng.standard_normal(N) for rng in rngs]))
-    g = torch.tensor(np.stack([rng.standard_normal(N) for rng in rngs]))
+    b = torch.tensor(np.stack([rng.standard_normal(n) for rng in rngs]))
+    g = torch.tensor(np.stack([rng.standard_normal(n) for rng in rngs]))
 
     def f(jacobian: Tensor, b: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda z: torch.einsum("bij,bj->bi", jacobian, z) + b
@@ -81,10 +130,10 @@ def non_normal(rng: np.random.Generator) -> np.ndarray:
     return upper + np.diag(rng.uniform(-0.8, 0.8, N))
 
 
-def slow(rng: np.random.Generator, modes: object) -> np.ndarray:
-    """Some eigenvalues near one, the others within ±0.3, eigenvectors not orthogonal."""
-    vectors = np.eye(N) + 0.5 * rng.standard_normal((N, N)) / np.sqrt(N)
-    values = rng.uniform(-0.3, 0.3, N)
+def slow(rng: np.random.Generator, modes: object, n: int = N, radius: float = 0.3) -> np.ndarray:
+    """Some eigenvalues near one, the others within ±radius, eigenvectors not orthogonal."""
+    vectors = np.eye(n) + 0.5 * rng.standard_normal((n, n)) / np.sqrt(n)
+    values = rng.uniform(-radius, radius, n)
     values[: len(modes)] = modes  # type: ignore[arg-type]
     return vectors @ np.diag(values) @ np.linalg.inv(vectors)
 
@@ -95,17 +144,20 @@ def symmetric(rng: np.random.Generator) -> np.ndarray:
     return vectors @ np.diag(rng.uniform(-0.95, 0.95, N)) @ vectors.T
 
 
-def tanh_cell(gain: float, samples: int, seed: int = 0) -> Case:
-    """tanh(W z + b) with random weights; gain 2 is no contraction at 0."""
+def tanh_cell(gain: float, samples: int, seed: int = 0, n: int = N, cotangents: int | None = None) -> Case:
+    """tanh(W z + b) with random weights; gain 2 is no contraction at 0. Only the first `cotangents` of g are not 0."""
     rngs = [np.random.default_rng(seed + i) for i in range(samples)]
-    w = torch.tensor(np.stack([rng.standard_normal((N, N)) * gain / np.sqrt(N) for rng in rngs]))
-    b = torch.tensor(np.stack([rng.standard_normal(N) for rng in rngs]))
-    g = torch.tensor(np.stack([rng.standard_normal(N) for rng in rngs]))
+    w = torch.tensor(np.stack([rng.standard_normal((n, n)) * gain / np.sqrt(n) for rng in rngs]))
+    b = torch.tensor(np.stack([rng.standard_normal(n) for rng in rngs]))
+    g = torch.tensor(np.stack([rng.standard_normal(n) for rng in rngs]))
+    g[:, n if cotangents is None else cotangents :] = 0.0
 
     def f(w: Tensor, b: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda z: torch.tanh(torch.einsum("bij,bj->bi", w, z) + b)
 
-    return Case(f"tanh cell, gain {gain:g}", RANDOM, f(w.float(), b.float()), f(w, b), 0 * b.float(), g.float())
+    width = "" if n == N else f", n {n}" + ("" if cotangents is None else f", {cotangents} cotangents")
+    name = f"tanh cell, gain {gain:g}{width}"
+    return Case(name, RANDOM, f(w.float(), b.float()), f(w, b), 0 * b.float(), g.float())
 
 
 class ConvCell(nn.Module):

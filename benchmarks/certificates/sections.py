@@ -15,19 +15,28 @@ import torch
 
 from benchmarks.certificates import trained
 from benchmarks.certificates.measure import Outcome, Result, measure
-from benchmarks.certificates.problems import Case, linear_problems, random_cells
+from benchmarks.certificates.problems import (
+    Case,
+    dense_slow_modes,
+    hidden_modes,
+    linear_problems,
+    random_cells,
+    small_tanh_cells,
+)
 from benchmarks.certificates.trained import Training
 
 RANDOM: Final = ("linear", "random-cells")
+MORE: Final = {"tanh-cells": small_tanh_cells, "slow-modes": dense_slow_modes, "hidden-modes": hidden_modes}
 LEARNT: Final = ("digits-conv", "digits-attention", "digits-dense")
+OUTCOMES: Final = ("outcomes", "alone")
 IMAGES: Final = "images-conv"
 
 
 def names(quick: bool, images: bool) -> list[str]:
     """What there is to measure, the longest first."""
     if quick:
-        return list(RANDOM)
-    return [*([IMAGES] if images else []), *LEARNT[:1], *RANDOM, *LEARNT[1:]]
+        return [*RANDOM, *MORE]
+    return [*([IMAGES] if images else []), *LEARNT[:1], *RANDOM, *LEARNT[1:], *MORE]
 
 
 def cases(name: str, samples: int, images: Path | None) -> Iterator[tuple[Case, Training | None]]:
@@ -36,6 +45,8 @@ def cases(name: str, samples: int, images: Path | None) -> Iterator[tuple[Case, 
         yield from ((case, None) for case in linear_problems(samples))
     elif name == "random-cells":
         yield from ((case, None) for case in random_cells(samples))
+    elif name in MORE:
+        yield from ((case, None) for case in MORE[name](samples))
     elif name == IMAGES:
         if images is None:
             raise ValueError(f"section {name!r} needs --images")
@@ -50,7 +61,7 @@ def cases(name: str, samples: int, images: Path | None) -> Iterator[tuple[Case, 
 
 def pack(results: list[Result], trainings: list[Training], seconds: float) -> dict[str, Any]:
     """As JSON."""
-    packed = [vars(r) | {"outcomes": [_outcome(o) for o in r.outcomes]} for r in results]
+    packed = [vars(r) | {name: [_outcome(o) for o in getattr(r, name)] for name in OUTCOMES} for r in results]
     return {"seconds": round(seconds, 1), "results": packed, "trainings": [vars(t) for t in trainings]}
 
 
@@ -58,13 +69,14 @@ def unpack(section: dict[str, Any]) -> tuple[list[Result], list[Training]]:
     """Undo `pack`, after a way through JSON, where keys are text."""
     results = []
     for found in section["results"]:
-        outcomes = [
-            Outcome(**{name: np.array(value) if isinstance(value, list) else value for name, value in o.items()})
-            for o in found["outcomes"]
-        ]
+        outcomes = {name: [_unpacked(o) for o in found[name]] for name in OUTCOMES}
         curve = {float(level): (int(mine), int(theirs)) for level, (mine, theirs) in found["curve"].items()}
-        results.append(Result(**found | {"outcomes": outcomes, "curve": curve}))
+        results.append(Result(**found | outcomes | {"curve": curve}))
     return results, [Training(**t) for t in section["trainings"]]
+
+
+def _unpacked(o: dict[str, Any]) -> Outcome:
+    return Outcome(**{name: np.array(value) if isinstance(value, list) else value for name, value in o.items()})
 
 
 def _outcome(o: Outcome) -> dict[str, Any]:

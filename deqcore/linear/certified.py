@@ -110,7 +110,7 @@ def solve_certified(
         judged = ~r.met & (reached | closed | (k.steps >= max_pulls))
         residual, error = xp.where(judged, residual, r.residual), xp.where(judged, error, r.error)
         met = xp.where(judged, known & (residual <= target) & (error <= target), r.met)
-        goal = xp.where(reached, k.residual * xp.clip(0.8 * target / error, 0.1, 0.7), r.goal)
+        goal = xp.where(reached, k.residual * xp.clip(target / error, 0.25, 0.8), r.goal)
         k = k._replace(alive=k.alive & ~met & (k.steps < max_pulls))
         return _Round(k, goal, residual, error, met)
 

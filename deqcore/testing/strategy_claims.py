@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
+from deqcore.backend import Array
 from deqcore.solution import Status
 from deqcore.strategy import AdjointReport, Strategy
 from deqcore.testing.conformance import Conformance, claimed, several
@@ -37,6 +38,27 @@ def half_right() -> tuple[Affine, Any, Any]:
     inverse[0] *= 0.1
     turned = q.swapaxes(1, 2)
     return Affine(q @ np.diag(modes) @ turned, np.zeros((3, 16))), q @ weights, -(q @ np.diag(inverse) @ turned)
+
+
+def hardly_shown(n: int = 16, share: float = 0.05) -> tuple[Affine, Any, Any]:
+    """All modes .3 but one of .999, of which the cotangent shows a twentieth, and the estimate knows nothing."""
+    rng = np.random.default_rng(21)
+    q, _ = np.linalg.qr(rng.standard_normal((3, n, n)))
+    modes, known = np.full(n, 0.3), np.full(n, 1 / 0.7)
+    modes[0], known[0] = 0.999, 1.0
+    weights = rng.standard_normal((3, n))
+    weights[:, 0] = share * np.linalg.norm(weights[:, 1:], axis=1) / np.sqrt(1 - share**2)
+    turned = q.swapaxes(1, 2)
+    g = np.einsum("bij,bj->bi", q, weights)
+    return Affine(q @ np.diag(modes) @ turned, np.zeros((3, n))), g, -(q @ np.diag(known) @ turned)
+
+
+def hard_symmetric(n: int = 96) -> tuple[Affine, Any]:
+    """Symmetric, with eigenvalues from .3 to .9999: forty products are not enough."""
+    rng = np.random.default_rng(22)
+    q, _ = np.linalg.qr(rng.standard_normal((3, n, n)))
+    problem = Affine(q @ np.diag(np.linspace(0.3, 0.9999, n)) @ q.swapaxes(1, 2), np.zeros((3, n)))
+    return problem, rng.standard_normal((3, n))
 
 
 class ClaimTests(Conformance):
@@ -113,3 +135,46 @@ class ClaimTests(Conformance):
         error = np.linalg.norm(u - exact, axis=1) / np.linalg.norm(exact, axis=1)
         told = np.isfinite(report.error)
         assert (error <= 3 * report.error + 1e-6)[told].all(), f"errors {report.error} are estimated, but are {error}"
+
+    def test_a_mode_that_the_cotangent_hardly_shows_is_met(self, kit: Kit, strategy: Strategy) -> None:
+        """One product shows a small residual and nothing of the mode that is most of u."""
+        target = getattr(strategy, "target", None)
+        if not isinstance(target, float):
+            pytest.skip("the options promise no accuracy")
+        problem, g, known = hardly_shown()
+        exact = problem.adjoint(g)
+        for estimate in (None, known) if strategy.wants_estimate() else (None,):
+            u, report = route(kit, strategy, problem, g, estimate)
+            done = (report.status == int(Status.CONVERGED)) & ~report.fallback
+            error = np.linalg.norm(u - exact, axis=1) / np.linalg.norm(exact, axis=1)
+            assert (error[done] <= 3 * target).all(), (
+                f"CONVERGED with a target of {target} after {report.pulls} pulls, but off by {error}"
+            )
+
+    def test_a_hard_equation_is_solved_or_confessed(self, kit: Kit, strategy: Strategy) -> None:
+        """Who calls itself exact and has an automatic budget solves small systems, whatever their condition."""
+        if not strategy.exact:
+            pytest.skip("the strategy approximates")
+        problem, g = hard_symmetric()
+        u, report = route(kit, strategy, problem, g)
+        left, done = problem.residual(u, g), report.status == int(Status.CONVERGED)
+        allowed = 2 * kit.backend.default_rtol(kit.array(g)) + 1e4 * kit.eps
+        assert (left[done] <= allowed).all(), f"CONVERGED, but ‖g + Jᵀu − u‖/‖g‖ = {left}"
+        if getattr(strategy, "max_steps", None) == "auto":
+            assert done.all(), f"statuses {report.status} with residuals of {left} for 96 unknowns"
+
+    def test_coupled_rows_are_no_solution(self, kit: Kit, strategy: Strategy) -> None:
+        """Where one sample's product depends on another's vector, what is CONVERGED must still be a solution."""
+        if not strategy.exact or not kit.eager:
+            pytest.skip("the strategy approximates, or products are compiled")
+        problem, g = hard_symmetric()
+        matrix = kit.array(problem.a)
+        alone = kit.pull(matrix)
+
+        def coupled(u: Array) -> Array:
+            return alone(u) + 0.5 * kit.backend.xp.roll(u, 1, axis=0)
+
+        u, report = strategy.route(kit.backend, coupled, kit.array(g), None)
+        left = kit.numpy(kit.backend.norm(kit.array(g) + coupled(u) - u)) / np.linalg.norm(g, axis=1)
+        done = kit.numpy(report.status) == int(Status.CONVERGED)
+        assert (left[done] <= 1e-2).all(), f"CONVERGED, but ‖g + Jᵀu − u‖/‖g‖ = {left}"
