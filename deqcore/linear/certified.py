@@ -141,6 +141,8 @@ def _caution(space: KrylovSpace, k: Krylov) -> Array:
     """How far the residuals of the space say that the estimate by its singular values may be off, `(batch,)`."""
     xp = space.backend.xp
     ratio, last, count = space.ratios(k)
+    if ratio.shape[1] == 0:  # no sample has grown its space: all cotangents are zero, or not finite
+        return xp.ones_like(count)
     latest = xp.min(xp.where(last, ratio, xp.ones_like(ratio)), axis=1)
     best = xp.min(xp.where(last, xp.ones_like(ratio), ratio), axis=1)
     rise = xp.maximum(latest / best, xp.ones_like(best))

@@ -61,8 +61,8 @@ class BroydenReuse(Strategy):
     needs: ClassVar[Literal["nothing", "pull", "estimate"]] = "estimate"
     claims: ClassVar[Mapping[str, int]] = {
         "affine": 4,
-        "conv": 3,
-        "expansive": 2,
+        "conv": 4,
+        "expansive": 3,
         "ill-conditioned": 8,
         "ring": 4,
         "slow-modes": 16,
