@@ -234,7 +234,7 @@ class TorchBackend(Backend):
         solve: Callable[[Map, Tensor], Forward],
     ) -> Forward:
         _refuse_split(z0)
-        run: Map = lambda z: f(z, *args)  # noqa: E731
+        run: Map = lambda z: y.detach() if (y := f(z, *args)).requires_grad else y  # noqa: E731 (f may return args)
         if transforms.active():
             transforms.refuse_vmap()
             run = lambda z: f(z, *args).detach()  # noqa: E731 (outer transformations would record every step)
