@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from deqcore.linear.transposed import transposed
 from deqcore.strategy import Adjoint
 from deqcore_torch import transforms
 from deqcore_torch.graph import Outside, outside, refuse_compiled, sequence
+from deqcore_torch.saved import Saved
 from deqcore_torch.second import Recorded, Twice, distinct
 from deqcore_torch.transforms import Refuse, approximate
 
@@ -61,7 +63,9 @@ def attach(
     z = forward.z.detach()
     if adjoint.uses_pull:
         z = _Gate.apply(z.requires_grad_())
-    y = f(z, *args)
+    job.saved = Saved.around()
+    with job.saved or nullcontext():
+        y = f(z, *args)
     record.drift = torch.linalg.vector_norm(y.detach() - forward.fz, dim=1)
     if not y.requires_grad:
         return forward.fz
@@ -94,6 +98,7 @@ class _Job:
         self.record = record
         self.state = state
         self.outside = Outside()
+        self.saved: Saved | None = None
 
     def route(self, y: Tensor, z: Tensor, g: Tensor) -> Tensor:
         def pull(u: Tensor) -> Tensor:
@@ -144,6 +149,8 @@ class _Attach(torch.autograd.Function):
         if g is None:
             return (None, None, None, None, *nothing)
         transforms.refuse_vmap(g)
+        if job.saved is not None and job.adjoint.uses_pull:
+            job.saved.fetch()
         if not torch.is_grad_enabled():
             return (job.route(y, z, g), None, None, None, *nothing)
         refusal = job.refusal()

@@ -17,13 +17,13 @@ fixed, so that the path through h counts once, as PyTorch itself counts it beyon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from deqcore.errors import StrategyError
 from deqcore_torch.graph import once_only, sequence
@@ -33,6 +33,8 @@ ONCE_ONLY: Final = (
     "f contains an autograd.Function whose backward is marked @once_differentiable, and its gradient was "
     "differentiated again: write that backward in differentiable operations and remove the mark."
 )
+
+Edge: TypeAlias = tuple[int, int]  # id of a node, number of its output
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +48,7 @@ class Recorded:
 
 def distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Those that need gradients, each once."""
-    found = {_key(t): t for t in reversed(tensors) if t.requires_grad}
+    found = {id(t) if t.is_leaf else (id(t.grad_fn), t.output_nr): t for t in reversed(tensors) if t.requires_grad}
     return list(found.values())[::-1]
 
 
@@ -59,11 +61,18 @@ def partial(
     where they enter the sources, by hooks on the nodes before them; zeros go on. Hooks that the user has on a source
     do not change what is taken: they run when the engine delivers it.
     """
-    with _collected(outputs, sources) as found:
+    edges = [get_gradient_edge(source) for source in sources]
+    wanted = [(id(edge.node), edge.output_nr) for edge in edges]
+    found: dict[Edge, Tensor] = {}
+    handles = [_collect(node, into, found) for node, into in _frontier(outputs, set(wanted))]
+    try:
         torch.autograd.grad(
             outputs, sources, cotangents, create_graph=create_graph, retain_graph=True, allow_unused=True
         )
-    return [found.get(_key(source)) for source in sources]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [found.get(edge) for edge in wanted]
 
 
 class Twice(torch.autograd.Function):
@@ -101,62 +110,34 @@ class Twice(torch.autograd.Function):
         return (None, *found)
 
 
-def _key(tensor: Tensor) -> tuple[int, int]:
-    """Identity as the engine sees it: a leaf, or an output of a node."""
-    node = tensor.grad_fn
-    return (id(tensor), -1) if node is None else (id(node), tensor.output_nr)
-
-
-def _edge(node: Any, output: int) -> tuple[int, int]:
-    variable = getattr(node, "variable", None)
-    return (id(node), output) if variable is None else (id(variable), -1)
-
-
-@contextmanager
-def _collected(outputs: Sequence[Tensor], sources: Sequence[Tensor]) -> Iterator[dict[tuple[int, int], Tensor]]:
-    """What enters each source, by `_key`, while the block runs the engine."""
-    found: dict[tuple[int, int], Tensor] = {}
-    wanted = {_key(source) for source in sources}
-    alive = [source.grad_fn for source in sources]  # ids of nodes stay unique while the nodes live
-    handles = [_collect(node, edges, found) for node, edges in _frontier(outputs, wanted, alive)]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _frontier(
-    outputs: Sequence[Tensor], wanted: set[tuple[int, int]], alive: list[Any]
-) -> Iterator[tuple[Any, dict[int, tuple[int, int]]]]:
+def _frontier(outputs: Sequence[Tensor], wanted: set[Edge]) -> list[tuple[Any, dict[int, Edge]]]:
     """The nodes with edges into the sources, and which of their edges these are."""
     stack: list[Any] = [output.grad_fn for output in outputs]
-    seen: set[int] = set()
+    seen: dict[int, Any] = {}  # keeps the nodes alive, so that their ids stay unique
+    found = []
     while stack:
         node = stack.pop()
         if node is None or id(node) in seen:
             continue
-        seen.add(id(node))
-        alive.append(node)
-        edges: dict[int, tuple[int, int]] = {}
+        seen[id(node)] = node
+        into: dict[int, Edge] = {}
         for i, (following, output) in enumerate(node.next_functions):
-            if following is None:
-                continue
-            if (edge := _edge(following, output)) in wanted:
-                edges[i] = edge
+            if (id(following), output) in wanted:
+                into[i] = (id(following), output)
             else:
                 stack.append(following)
-        if edges:
-            yield node, edges
+        if into:
+            found.append((node, into))
+    return found
 
 
-def _collect(node: Any, edges: dict[int, tuple[int, int]], found: dict[tuple[int, int], Tensor]) -> Any:
+def _collect(node: Any, into: dict[int, Edge], found: dict[Edge, Tensor]) -> Any:
     def collect(gradients: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...]:
         left = list(gradients)
-        for i, key in edges.items():
+        for i, edge in into.items():
             part = left[i]
             if part is not None:
-                found[key] = found[key] + part if key in found else part
+                found[edge] = found[edge] + part if edge in found else part
                 # Zeros, since a hook of the user's cannot take None.
                 left[i] = torch.zeros((), dtype=part.dtype, device=part.device).expand(part.shape)
         return tuple(left)
