@@ -26,6 +26,7 @@ from deqcore.errors import (
     StrategyError,
 )
 from deqcore.observer import Observer, Solve, observer
+from deqcore.opaque import opened
 from deqcore.solution import Solution, SolveState, Status, summarize
 from deqcore.solver import Solver
 from deqcore.space import Raveled, Space
@@ -108,10 +109,12 @@ def vjp(
 
     Returns:
         f(z*), and for each argument a tree of gradients like it, with None for leaves that are not floating-point
-        arrays.
+        arrays. A dataclass is a tree of its fields here, registered or not.
 
     Raises:
-        StateError: the cotangent does not fit z0. Otherwise as `fixed_point`.
+        StateError: the cotangent does not fit z0.
+        ProblemError: an argument is an object with arrays inside that the backend's trees do not know, such as a
+            module of torch. Otherwise as `fixed_point`.
 
     Example:
         >>> import numpy as np, deqcore
@@ -122,16 +125,17 @@ def vjp(
     """
     plan = plan_call(config, overrides, z0, args)
     g = plan.space.ravel_like("cotangent", cotangent)
-    raveled, start = plan.space.wrap(f, tuple(batched_args)), plan.space.ravel(z0)
+    trees, closed = opened(plan.backend, args)
+    raveled = plan.space.wrap(lambda z, *trees: f(z, *closed(trees)), tuple(batched_args))
     run = plan.differentiate if plan.backend.capabilities.autodiff else plan.differentiate_by_hand
     began = time.perf_counter()
-    value, gradients, forward, record = run(raveled, start, args, g)
+    value, gradients, forward, record = run(raveled, plan.space.ravel(z0), trees, g)
     if plan.observer is not None:
         solution = plan.solution(plan.backend.detach(value), forward, record)
         plan.observer.solved(Solve(solution, plan.config, time.perf_counter() - began, f, z0, args))
-    plan.report_drift(raveled, args, forward, record)
+    plan.report_drift(raveled, trees, forward, record)
     plan.report_failure(forward)
-    return plan.space.unravel(value), gradients
+    return plan.space.unravel(value), closed(gradients)
 
 
 def get_backend(config: Config | None = None, **overrides: object) -> Backend:

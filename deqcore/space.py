@@ -9,6 +9,7 @@ from typing import Any
 
 from deqcore.backend import Array, Backend, Map, Tree
 from deqcore.errors import ConfigError, ProblemError, StateError, described
+from deqcore.opaque import arrays_in
 
 
 @dataclass(frozen=True)
@@ -204,6 +205,7 @@ class Raveled:
                     "fixed_point", "batched_args", self.batched, f"positions among the {len(args)} arguments after z0"
                 )
             for leaf in self.space.backend.flatten(args[i])[0]:
+                self._refuse_opaque(i, leaf)
                 shape = getattr(leaf, "shape", None)
                 if shape is not None and tuple(shape[:1]) != (self.space.batch,):
                     raise ConfigError(
@@ -211,6 +213,16 @@ class Raveled:
                         f"but it holds an array of shape {tuple(shape)} for a batch of {self.space.batch}: leave it "
                         f"out, or give every array in it that first axis."
                     )
+
+    def _refuse_opaque(self, i: int, leaf: Any) -> None:
+        """A leaf that holds arrays has rows that cannot be taken."""
+        backend = self.space.backend
+        if not backend.is_array(leaf) and any(True for _ in arrays_in(backend, leaf)):
+            raise ConfigError(
+                f"fixed_point: batched_args = {self.batched!r} says that argument {i} carries the batch axis, but it "
+                f"has a {type(leaf).__name__}, whose arrays are no leaves of a tree: pass them as a dict or a tuple, "
+                f"or register the class as a pytree."
+            )
 
 
 def _check_leaf(backend: Backend, leaf: Any, batch: bool) -> None:

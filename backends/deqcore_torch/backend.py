@@ -16,6 +16,7 @@ from torch import Tensor
 from deqcore.backend import Backend, BackwardRecord, Capabilities, Carry, History, Map, Stepped
 from deqcore.driver import Forward
 from deqcore.errors import BackendError, ConfigError, ProblemError, StateError
+from deqcore.opaque import arrays_in
 from deqcore.solver import Solver
 from deqcore.strategy import Adjoint
 from deqcore_torch import native, products, transforms
@@ -234,7 +235,7 @@ class TorchBackend(Backend):
         solve: Callable[[Map, Tensor], Forward],
     ) -> Forward:
         _refuse_split(z0)
-        run: Map = lambda z: f(z, *args)  # noqa: E731
+        run: Map = lambda z: y.detach() if (y := f(z, *args)).requires_grad else y  # noqa: E731 (f may return args)
         if transforms.active():
             transforms.refuse_vmap()
             run = lambda z: f(z, *args).detach()  # noqa: E731 (outer transformations would record every step)
@@ -254,7 +255,7 @@ class TorchBackend(Backend):
         if not torch.is_grad_enabled() and not transforms.active():
             return forward.fz, forward, None
         record = BackwardRecord()
-        tensors = [leaf for leaf in self.flatten(args)[0] if isinstance(leaf, Tensor)]
+        tensors = list(arrays_in(self, args)) if adjoint.strategy.exact else []
         value = attach(f, forward, args, tensors, adjoint, record)
         return value, forward, record if value.requires_grad else None
 

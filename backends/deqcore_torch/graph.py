@@ -38,8 +38,15 @@ def sequence() -> int:
     return int(probe.grad_fn._sequence_nr())  # type: ignore[union-attr]
 
 
-def outside(y: Tensor, z: Tensor, sources: list[Tensor], start: int) -> Outside:
-    """Walk the graph of y back to z, to the sources and to what was there before `start`."""
+def outside(y: Tensor, z: Tensor, sources: list[Tensor], made: range) -> Outside:
+    """Walk the graph of y back to z, to the sources and to what f did not make.
+
+    Args:
+        y: the value of f.
+        z: its state.
+        sources: tensors that f was passed.
+        made: numbers of the nodes that this thread made during f; each thread counts its own.
+    """
     nodes = [t.grad_fn for t in (z, *sources) if t.grad_fn is not None]  # kept alive: ids stay unique
     # Edges, not nodes: a sibling of a source (two outputs of one `unbind`) is not the source.
     seen = {(id(t.grad_fn), t.output_nr) for t in (z, *sources)}
@@ -57,7 +64,7 @@ def outside(y: Tensor, z: Tensor, sources: list[Tensor], start: int) -> Outside:
             if id(variable) not in known:
                 found.leaves.append(variable)
             continue
-        if node._sequence_nr() < start:
+        if node._sequence_nr() not in made:
             found.hidden = node.name()
             continue
         found.compiled = found.compiled or node.name() == COMPILED

@@ -19,20 +19,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import optree
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, get_interpreter_stack, is_legacy_batchedtensor
+from torch._C._functorch import (
+    TransformType,
+    get_interpreter_stack,
+    is_dead_tensor_wrapper,
+    is_legacy_batchedtensor,
+    unwrap_if_dead,
+)
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 from deqcore.backend import Map
 from deqcore.driver import Forward
-from deqcore.errors import StrategyError
+from deqcore.errors import ProblemError, StrategyError
 from deqcore.linear.transposed import transposed
 from deqcore.strategy import Adjoint
 from deqcore_torch.ambient import Ambient, nothing_recorded
 
 _vjp: Any = torch.func.vjp  # its annotation also counts the auxiliary output that it does not have here
-MOST = 2  # two Newton steps get three derivatives right, but PyTorch fails inside a third nested level
+MOST = 2  # the order of derivatives, and the nested levels: PyTorch fails inside a third one
 ORDER = (
     "Derivatives of order 3 and more through a fixed point are not supported in PyTorch: use JAX, where exact-ift "
     "nests to any order."
@@ -87,9 +95,37 @@ def attach(f: Callable[..., Tensor], forward: Forward, args: tuple[Any, ...], ad
     """
     _refuse_depth()
     z = forward.z.detach()
-    again = Ambient.now(z).around(lambda z: f(z, *args))
+    again = Ambient.now(z).around(_outlasting(lambda z: f(z, *args)))
     state = forward.carry.state if adjoint.uses_state else None
     return _attach(_Equation(again, adjoint, state), z, f(z, *args), forward.fz.detach())
+
+
+def _outlasting(f: Map) -> Map:
+    """F as it runs after levels of transformations have ended that were active here.
+
+    `torch.func.vjp` runs its backward pass after it has left its level. What f closes over is then wrapped for levels
+    that are gone, and PyTorch takes their numbers for those of new ones.
+    """
+
+    def again(z: Tensor) -> Tensor:
+        with _Alive():
+            return f(z)
+
+    return again
+
+
+class _Alive(TorchFunctionMode):
+    """Take tensors out of the wrappers of levels that have ended."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = optree.tree_map(_alive, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _alive(leaf: Any) -> Any:
+    while isinstance(leaf, Tensor) and is_dead_tensor_wrapper(leaf):
+        leaf = unwrap_if_dead(leaf)
+    return leaf
 
 
 def _attach(equation: _Equation, z: Tensor, y: Tensor, value: Tensor) -> Tensor:
@@ -100,8 +136,6 @@ def _attach(equation: _Equation, z: Tensor, y: Tensor, value: Tensor) -> Tensor:
     return out
 
 
-def _attach_linear(f: Map, solution: Tensor, adjoint: Adjoint, state: Any) -> Tensor:
-    return _attach(_Equation(f, adjoint, state), solution, f(solution), solution)
 
 
 def _levels() -> list[Any]:
@@ -130,6 +164,7 @@ class _Equation:
     f: Map
     adjoint: Adjoint
     state: Any
+    order: int = 1  # of the derivative that its own is
 
     def pull(self, z: Tensor) -> Map:
         """u ↦ Jᵀu at z."""
@@ -139,26 +174,58 @@ class _Equation:
         """v ↦ J v at z: the transpose of `pull`."""
         return push_of(self.f, z)
 
-    def solve(self, z: Tensor, g: Tensor) -> Tensor:
-        """u = g + Jᵀu."""
-        u = self._plain(self.adjoint, self.pull, z, g)
+    def solve(self, z: Tensor, y: Tensor, g: Tensor) -> Tensor:
+        """u = g + Jᵀu at z, where f(z) was y at the call."""
+        u = self._plain(self.adjoint, self._linearized, z, y, g)
         if not self.adjoint.strategy.exact or not (torch.is_grad_enabled() or active()):
             return u
-        return _attach_linear(lambda v: g + self.pull(z)(v), u, transposed(self.adjoint), self.state)
+        return self._attached(lambda v: _alive(g) + self.pull(_alive(z))(v), u, transposed(self.adjoint))
 
-    def solve_forward(self, z: Tensor, dy: Tensor, dz: Tensor | None) -> Tensor:
-        """v = b + J v with b = dy − J dz."""
+    def solve_forward(self, z: Tensor, y: Tensor, dy: Tensor, dz: Tensor | None) -> Tensor:
+        """v = b + J v with b = dy − J dz, where f(z) was y at the call."""
         b = dy if dz is None else dy - self.push(z)(dz)
         turned = transposed(self.adjoint)
-        v = self._plain(turned, self.push, z, b)
-        return _attach_linear(lambda w: b + self.push(z)(w), v, turned, self.state)
+        v = self._plain(turned, self._pushed, z, y, b)
+        return self._attached(lambda w: _alive(b) + self.push(_alive(z))(w), v, turned)
 
-    def _plain(self, adjoint: Adjoint, product: Callable[[Tensor], Map], z: Tensor, b: Tensor) -> Tensor:
+    def _attached(self, f: Map, solution: Tensor, adjoint: Adjoint) -> Tensor:
+        return _attach(_Equation(f, adjoint, self.state, self.order + 1), solution, f(solution), solution)
+
+    def _linearized(self, z: Tensor) -> tuple[Tensor | None, Map]:
+        return pull_of(self.f, z) if self.adjoint.uses_pull else (None, _no_pull)
+
+    def _pushed(self, z: Tensor) -> tuple[Tensor | None, Map]:
+        y, pull = pull_of(self.f, z)
+        _, push = pull_of(pull, torch.zeros_like(y))
+        return y, push
+
+    def _plain(
+        self, adjoint: Adjoint, product: Callable[[Tensor], tuple[Any, Map]], z: Tensor, y: Tensor, b: Tensor
+    ) -> Tensor:
         with nothing_recorded():
-            at = product(z.detach())
+            again, at = product(z.detach())
+            if again is not None:
+                _check_same(again.detach(), y.detach(), adjoint.backend.precision(y))
             u, _ = adjoint(lambda v: at(v).detach(), b.detach(), self.state)
         found: Tensor = u.detach()
         return found
+
+
+def _check_same(again: Tensor, before: Tensor, precision: float) -> None:
+    """Raise if f does not give what it gave at the call: what it reads has changed since.
+
+    Raises:
+        ProblemError: it gives something else.
+    """
+    size = torch.linalg.vector_norm(before, dim=1)
+    off = torch.linalg.vector_norm(again - before, dim=1)
+    if bool((off > precision ** (2 / 3) * size).any()):
+        raise ProblemError(
+            f"f gave another value in the backward pass than at the call (at the same z, off by up to "
+            f"{float(off.max()):.2g} for values of norm {float(size.max()):.2g}). torch.func evaluates f again in "
+            f"the backward pass, so what f reads must stay as it is until then: pass loop variables and tensors that "
+            f"change through args, and do not switch modules between train() and eval() in between."
+        )
 
 
 def _no_pull(u: Tensor) -> Tensor:
@@ -184,8 +251,10 @@ class _Root(torch.autograd.Function):
         refuse_vmap(g)
         y, z = ctx.saved_tensors
         equation: _Equation = ctx.equation
+        if equation.order > MOST:
+            raise StrategyError(ORDER)
         try:
-            u = equation.solve(z, g)
+            u = equation.solve(z, y, g)
         except RuntimeError as error:
             if "escaped?" in str(error):  # PyTorch's own assertion: a tape around two levels of torch.func
                 raise StrategyError(ORDER) from error
@@ -198,10 +267,12 @@ class _Root(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Any) -> Any:
         dy, dz, _, _ = tangents
         equation: _Equation = ctx.equation
+        if equation.order > MOST:
+            raise StrategyError(ORDER)
         if not equation.adjoint.strategy.exact:
             raise StrategyError(approximate(equation.adjoint, "asked for in forward mode"))
         y, z = ctx.saved_tensors
-        return equation.solve_forward(z, torch.zeros_like(y) if dy is None else dy, dz)
+        return equation.solve_forward(z, y, torch.zeros_like(y) if dy is None else dy, dz)
 
 
 class Refuse(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,16 @@ from deqcore.testing.conformance import DTYPES, Conformance, needs, several
 from deqcore.testing.kit import Kit, affine, close
 from deqcore.testing.problem import walk
 from deqcore.testing.problems import Golden, golden
+
+
+@dataclass(frozen=True)
+class _Held:
+    a: Any
+    rest: Any
+    name: str
+
+
+_Held.__module__ = "user"  # a class of a module of deqcore would belong to the strict backend
 
 
 class DerivativeTests(Conformance):
@@ -116,6 +127,64 @@ class DerivativeTests(Conformance):
             assert not kit.backend.capabilities.second_derivatives, "second derivatives are promised"
         else:
             close(found, 16.0, 1e-5, "d²/da² 1/(1 − a) = 2/(1 − a)³")
+
+    @needs("autodiff")
+    def test_what_f_reads_is_what_it_was_at_the_call(self, kit: Kit) -> None:
+        """z = 1 / (1 − c a), with another c before the backward pass: right or refused, in every order."""
+
+        def loss(a: Any) -> Any:
+            held = [0.8]
+            z0 = kit.array(np.zeros((1, 1)))
+            sol = deqcore.fixed_point(lambda z, a: held[0] * a * z + 1.0, z0, a, config=self._exact(kit))
+            held[0] = -3.0
+            return kit.backend.xp.sum(sol.value)
+
+        what = "where a variable that f reads has changed since the call"
+        self._first_and_second(kit, loss, 0.8 / 0.6**2, 2 * 0.8**2 / 0.6**3, what)
+
+    @needs("autodiff")
+    def test_each_path_counts_once_where_arguments_depend_on_each_other(self, kit: Kit) -> None:
+        """z = 1 / (1 − s) with s = ¾ h + ¼ a and h = a², where f is passed h and a, and closes over h."""
+
+        def loss(a: Any) -> Any:
+            h, z0 = a * a, kit.array(np.zeros((1, 1)))
+            f = lambda z, h_, a_: (0.5 * h + 0.25 * h_ + 0.25 * a_) * z + 1.0  # noqa: E731
+            return kit.backend.xp.sum(deqcore.fixed_point(f, z0, h, a, config=self._exact(kit)).value)
+
+        left, slope = 1 - 0.3125, 1.0
+        first, second = slope / left**2, 1.5 / left**2 + 2 * slope**2 / left**3
+        self._first_and_second(kit, loss, first, second, "where f reads a and h = a²: each path counts once")
+
+    def test_arguments_in_a_dataclass_get_their_gradient(self, kit: Kit) -> None:
+        """Registered with the backend's trees or not."""
+        rtol = 1e-11 if kit.eps < 1e-10 else 1e-6
+        config = kit.config(solver="picard", rtol=rtol, strategy_options={"rtol": rtol})
+        f = lambda z, p: p.a * z + p.rest["b"]  # noqa: E731
+        b = kit.array(np.ones((1, 1)))
+        _, (found,) = deqcore.vjp(f, 0 * b, _Held(kit.array(0.5), {"b": b}, "text"), cotangent=b, config=config)
+        close(kit.numpy(found.a), 4.0, 1e-5, "gradient of a field, 1/(1 − a)²")
+        close(kit.numpy(found.rest["b"]), [[2.0]], 1e-5, "gradient of a tree in a field, 1/(1 − a)")
+        assert found.name is None
+
+    def test_arguments_whose_arrays_would_be_lost_are_refused(self, kit: Kit) -> None:
+        class Module:
+            __module__ = "user"
+
+            def __init__(self, a: Any) -> None:
+                self.a = a
+
+        b = kit.array(np.ones((1, 1)))
+        with pytest.raises(errors.ProblemError, match="Module that holds arrays"):
+            deqcore.vjp(lambda z, m: m.a * z + 1.0, b, Module(kit.array(0.5)), cotangent=b, config=self._exact(kit))
+
+    def _first_and_second(self, kit: Kit, loss: Any, first: float, second: float, what: str) -> None:
+        for order, truth in ((1, first), (2, second)):
+            gradient = kit.backend.grad(loss) if order == 1 else kit.backend.grad(kit.backend.grad(loss))
+            try:
+                found = kit.numpy(gradient(kit.array(0.5)))
+            except errors.DeqcoreError:
+                continue
+            close(found, truth, 1e-5, f"derivative of order {order} {what}")
 
     @needs("second_derivatives")
     def test_second_derivatives_of_an_approximation_are_refused(self, kit: Kit) -> None:

@@ -16,8 +16,11 @@ from deqcore.solution import Status
 
 torch = pytest.importorskip("torch")
 
+from deqcore_torch.nn import DEQ  # noqa: E402 (after importorskip)
+
 N = 6
 TIGHT = {"forward__rtol": 1e-12, "backward__strategy": "exact-ift", "backward__options": {"rtol": 1e-12}}
+EXACT = {"backward__strategy": "exact-ift"}
 STRATEGIES = ["exact-ift", "broyden-reuse", "jacobian-free", "neumann", "phantom", "unrolled"]
 
 
@@ -188,6 +191,121 @@ def test_nothing_outlives_its_last_reference(strategy, order):
         assert [reference() for reference in references] == [None] * 3
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_an_object_that_keeps_its_own_equilibrium_is_freed(strategy, order):
+    """The graph refers to no f: a cycle through it is one that the garbage collector cannot see."""
+    if order == 2 and strategy != "exact-ift":
+        pytest.skip("refused")
+
+    class Trainer:
+        def __init__(self):
+            self.linear = torch.nn.Linear(4, 4)
+            self.linear.weight.data *= 0.3
+            self.x = torch.ones(2, 4, requires_grad=True)
+            self.layer = DEQ(self.step, backward__strategy=strategy)
+
+        def step(self, z, x):
+            return torch.tanh(self.linear(z) + x)
+
+        def run(self):
+            self.z = deqcore.fixed_point(self.step, torch.zeros(2, 4), self.x, backward__strategy=strategy).value
+            self.loss = (self.layer(self.x) ** 2).sum() + (self.z**2).sum()
+            if order:
+                (self.g,) = torch.autograd.grad(self.loss, self.x, retain_graph=True, create_graph=order == 2)
+            if order == 2:
+                (self.g**2).sum().backward(retain_graph=True)
+
+    trainer = Trainer()
+    trainer.run()
+    references = [weakref.ref(trainer), weakref.ref(trainer.linear)]
+    del trainer
+    gc.collect()
+    assert [reference() for reference in references] == [None] * 2
+
+
+class Counted(torch.nn.Module):
+    """A cell that counts its evaluations."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = torch.nn.Linear(N, N, dtype=torch.float64)
+        self.linear.weight.data *= 0.8
+        self.calls = 0
+        self.linear.register_forward_hook(self.count)
+
+    def count(self, *_):
+        self.calls += 1
+
+    def forward(self, z, x):
+        return torch.tanh(self.linear(z) + x)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("solves", [1, 2])
+def test_a_checkpoint_around_layers_solves_once_more_and_not_for_each_vjp(strategy, solves):
+    def gradients(wrap):
+        cell = Counted()
+        layer = DEQ(cell, backward__strategy=strategy, forward__rtol=1e-8, forward__on_failure="ignore")
+        x = torch.ones(3, N, dtype=torch.float64, requires_grad=True)
+
+        def through(x):
+            for _ in range(solves):
+                x = layer(x)
+            return x
+
+        y = wrap(through, x)
+        forward = cell.calls
+        found = []
+        for kept in (True, False):  # two backward passes through one graph
+            before = cell.calls
+            found.append(torch.autograd.grad((y**2).sum(), [x, *layer.parameters()], retain_graph=kept))
+            counts.append((forward, cell.calls - before))
+        return [g for each in found for g in each]
+
+    counts = []
+    plain = gradients(lambda f, x: f(x))
+    assert [backward for _, backward in counts] == [0, 0]
+    counts.clear()
+    kept = gradients(lambda f, x: torch.utils.checkpoint.checkpoint(f, x, use_reentrant=False))
+    assert all(backward <= forward for forward, backward in counts)
+    for found, expected in zip(kept, plain, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_second_derivatives_through_a_checkpoint():
+    cell = Counted()
+    tight = {"forward__rtol": 1e-12, "backward__strategy": "exact-ift", "backward__options": {"rtol": 1e-12}}
+    layer, x = DEQ(cell, **tight), torch.ones(3, N, dtype=torch.float64, requires_grad=True)
+
+    def second(y):
+        (g,) = torch.autograd.grad((y**2).sum(), x, create_graph=True)
+        return torch.autograd.grad((g**3).sum(), [x, *layer.parameters()])
+
+    kept = second(torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False))
+    for found, expected in zip(kept, second(layer(x)), strict=True):
+        assert torch.allclose(found, expected, rtol=1e-12)
+
+
+def test_saved_tensors_that_hooks_keep_elsewhere_are_brought_back_once(module, x):
+    """Once for the pass, though the route makes a pass of its own for each vjp."""
+    back = []
+
+    def unpack(t):
+        back.append(1)
+        return t.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), unpack):
+        solution = deqcore.fixed_point(
+            lambda z, x: torch.tanh(module(z) + x), torch.zeros_like(x), x.requires_grad_(), **EXACT
+        )
+    before = len(back)
+    solution.value.sum().backward()
+    assert int(solution.backward.pulls.max()) > 3
+    assert len(back) - before < 12
 
 
 # -- passes ---------------------------------------------------------------------------------------------------------

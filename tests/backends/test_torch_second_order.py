@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -158,23 +160,203 @@ def test_a_hidden_history_is_refused_only_where_it_is_differentiated_twice(modul
     assert torch.allclose(found, torch.autograd.grad(expected.sum(), x)[0], rtol=1e-8)
 
 
-def test_the_evaluation_for_second_derivatives_has_the_autocast_and_random_state_of_the_first(module):
-    """f records what it finds: the random number that it would draw, and whether autocast is on."""
-    seen = []
-    x = torch.randn(3, N).requires_grad_()
-    cell = module.float()
+@pytest.mark.parametrize("order", [1, 2])
+def test_no_backward_pass_evaluates_f(module, x, order):
+    """What autocast, the random state and closed-over values were at the call is what all derivatives see."""
+    calls = []
 
     def f(z, x):
-        seen.append((torch.rand(()).item(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
-        return torch.tanh(cell(z) + x).float()
+        calls.append(torch.rand(()).item())
+        return torch.tanh(module(z) + x)
 
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        z = deqcore.fixed_point(f, torch.zeros(3, N), x, backward__strategy="exact-ift").value
-    recorded = seen[-1]
-    count, state = len(seen), torch.get_rng_state()
-    torch.autograd.grad(z.sum(), x, create_graph=True)
-    assert len(seen) == count + 1
-    assert seen[-1] == recorded
-    assert recorded[1:] == (True, torch.bfloat16)
+    z = solved(f, x, x)
+    count, state = len(calls), torch.get_rng_state()
+    (g,) = torch.autograd.grad((z**2).sum(), x, create_graph=order == 2)
+    if order == 2:
+        (g**2).sum().backward()
+    assert len(calls) == count
     assert torch.equal(torch.get_rng_state(), state)
-    assert not torch.is_autocast_enabled("cpu")
+
+
+def derivatives(loss, *wanted):
+    """First and second derivatives of a scalar, with unused tensors as zeros."""
+    first = torch.autograd.grad(loss, wanted, create_graph=True, materialize_grads=True)
+    second = torch.autograd.grad(sum((g**3).sum() for g in first), wanted, materialize_grads=True)
+    return [*first, *second]
+
+
+def agree(build, *wanted):
+    """Hold derivatives of every order through `solved` to those through unrolled steps."""
+    for found, expected in zip(derivatives(build(solved), *wanted), derivatives(build(unrolled), *wanted), strict=True):
+        assert torch.allclose(found, expected, rtol=1e-7, atol=1e-9)
+
+
+def loop_variable(module, x, solve):
+    xs = [k * x for k in (1.0, 0.3, -2.0)]
+    return sum((solve(lambda z, v: torch.tanh(module(z) + scale * v), x, v) ** 2).sum() for scale, v in enumerate(xs))
+
+
+def leaves_of_a_loop(module, x, solve):
+    weights = [module.weight, module.bias, torch.ones((), dtype=x.dtype)]
+    total = 0.0
+    for t in range(3):
+        total = total + (solve(lambda z: 0.3 * torch.tanh(z + weights[t].mean() * z + weights[t].sum()), x) ** 2).sum()
+    return total
+
+
+def list_that_changes(module, x, solve):
+    held = [module.weight, 0.7]
+    value = solve(lambda z, x: torch.tanh(held[1] * z @ held[0].T + x), x, x)
+    held[0], held[1] = 2 * module.weight, -3.0
+    return (value**2).sum()
+
+
+def mode_that_changes(module, x, solve):
+    batch_norm = torch.nn.BatchNorm1d(N, dtype=x.dtype, momentum=0.0)
+    batch_norm.running_var *= 9.0
+    batch_norm.eval()
+    value = solve(lambda z, x: torch.tanh(0.3 * batch_norm(z) + x), x, x)
+    batch_norm.train()
+    return (value**2).sum() + 0.0 * module.weight.sum()
+
+
+@pytest.mark.parametrize("build", [loop_variable, leaves_of_a_loop, list_that_changes, mode_that_changes])
+def test_derivatives_see_what_f_saw_at_the_call(module, x, build):
+    agree(lambda solve: build(module, x, solve), x, module.weight)
+
+
+def closed_and_passed(module, x, solve):
+    h = torch.tanh(x)
+    return solve(lambda z, h_, x_: torch.tanh(module(z) + h + x_), x, h, x)
+
+
+def both_passed(module, x, solve):
+    return solve(lambda z, h, x: torch.tanh(module(z) + h * x), x, torch.tanh(x), x)
+
+
+def a_chain(module, x, solve):
+    h = torch.sin(x)
+    k = h * h
+    return solve(lambda z, k_, h_: torch.tanh(module(z) + h * k_ + x), x, k, h)
+
+
+def views(module, x, solve):
+    return solve(lambda z, a, b: torch.tanh(module(z) + a.reshape(3, N) * b[0] + x), x, x.view(-1), x[1:])
+
+
+def passed_twice(module, x, solve):
+    h = 2 * x
+    return solve(lambda z, a, b: torch.tanh(module(z) + a * b + h), x, h, h)
+
+
+def outputs_of_one_node(module, x, solve):
+    a, b = torch.tanh(x).unbind(1)[:2]
+    return solve(lambda z, a_, b_: torch.tanh(module(z) + b[:, None] + a_[:, None] * b_[:, None]), x, a, b)
+
+
+def a_parameter_and_its_function(module, x, solve):
+    w = module.weight / (1 + module.weight.norm())
+    return solve(lambda z, w_, x: torch.tanh(z @ w_ + z @ module.weight.T * 0.3 + x), x, w, x)
+
+
+def broadcast(module, x, solve):
+    h = x.sum()
+    return solve(lambda z, h_, x_: torch.tanh(module(z) + 0.1 * h_ + h.expand(3, N) * 0.1 + x_), x, h, x)
+
+
+DEPENDENT = [
+    closed_and_passed,
+    both_passed,
+    a_chain,
+    views,
+    passed_twice,
+    outputs_of_one_node,
+    a_parameter_and_its_function,
+    broadcast,
+]
+
+
+@pytest.mark.parametrize("build", DEPENDENT)
+def test_each_path_counts_once_where_sources_depend_on_each_other(module, x, build):
+    agree(lambda solve: (build(module, x, solve) ** 2).sum(), x, module.weight)
+
+
+@pytest.mark.parametrize("build", DEPENDENT)
+def test_dependent_sources_against_finite_differences(module, x, build):
+    def loss(x, w):
+        module.weight.data = w.data
+        with torch.nn.utils.parametrize.cached():
+            return torch.func.functional_call(_Built(module, build), {"module.weight": w}, (x,))
+
+    w = module.weight.detach().clone().requires_grad_()
+    assert torch.autograd.gradcheck(loss, (x, w), fast_mode=True)
+    assert torch.autograd.gradgradcheck(loss, (x, w), fast_mode=True)
+
+
+class _Built(torch.nn.Module):
+    def __init__(self, module, build):
+        super().__init__()
+        self.module = module
+        self.build = build
+
+    def forward(self, x):
+        return self.build(self.module, x, solved)
+
+
+def test_gradients_of_an_intermediate_tensor_that_depends_on_another_source(module, x):
+    """PyTorch's own meaning: the gradient of h and that of x, which includes the path through h."""
+
+    def found(solve):
+        h = torch.tanh(x)
+        value = solve(lambda z, h_, x_: torch.tanh(module(z) + h * h_ + x_), x, h, x)
+        return torch.autograd.grad((value**2).sum(), [h, x], create_graph=True)
+
+    for got, expected in zip(found(solved), found(unrolled), strict=True):
+        assert torch.allclose(got, expected, rtol=1e-8)
+
+
+def test_hooks_on_tensors_run_once_each(module, x):
+    """A hook that scales the gradient of a parameter or an argument scales it once, also under create_graph."""
+
+    def found(create_graph):
+        h = torch.tanh(x)
+        handles = [module.weight.register_hook(lambda g: 2 * g), h.register_hook(lambda g: 3 * g)]
+        value = solved(lambda z, h: torch.tanh(module(z) + h), x, h)
+        got = torch.autograd.grad((value**2).sum(), [module.weight, x], create_graph=create_graph)
+        for handle in handles:
+            handle.remove()
+        return got
+
+    for plain, kept in zip(found(False), found(True), strict=True):
+        assert torch.allclose(plain, kept, rtol=1e-12)
+
+
+def test_a_tensor_from_another_thread_is_refused_and_not_forgotten(module, x):
+    """Threads count their nodes apart: a history made in a young thread looks older, in an old one newer."""
+    for length in (0, 3000):
+        made = []
+
+        def make(length=length, made=made):
+            h = x
+            for _ in range(length):
+                h = h * 1.0
+            made.append(torch.tanh(h))
+
+        thread = threading.Thread(target=make)
+        thread.start()
+        thread.join()
+        z = solved(lambda z, made=made: torch.tanh(module(z) + made[0]), x)
+        (g,) = torch.autograd.grad(z.sum(), made[0], create_graph=True)
+        with pytest.raises(StrategyError, match="Pass it through args"):
+            g.sum().backward()
+
+
+@pytest.mark.parametrize("returned", ["argument", "parameter"])
+def test_f_that_returns_a_tensor_from_outside(x, returned):
+    f = (lambda z, x: x) if returned == "argument" else (lambda z: x)
+    args = (x,) if returned == "argument" else ()
+    value = solved(f, x, *args)
+    (g,) = torch.autograd.grad((value**3).sum(), x, create_graph=True)
+    (h,) = torch.autograd.grad(g.sum(), x)
+    assert torch.allclose(g, 3 * x**2)
+    assert torch.allclose(h, 6 * x)

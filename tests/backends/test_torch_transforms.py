@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import deqcore
-from deqcore.errors import StrategyError
+from deqcore.errors import ProblemError, StrategyError
 
 torch = pytest.importorskip("torch")
 
@@ -111,7 +111,30 @@ def tape_over_dual_numbers(value, a, da, b):
     return torch.autograd.grad((tangent**2).sum(), leaf)[0]
 
 
+def vjp_of_grad(value, a, da, b):
+    """Its backward pass runs after the levels that f was called in have ended."""
+    return torch.func.vjp(torch.func.grad(loss(value, b)), a)[1](da)[0]
+
+
+def vjp_of_vjp(value, a, da, b):
+    one = torch.ones((), dtype=a.dtype)
+    return torch.func.vjp(lambda a: torch.func.vjp(loss(value, b), a)[1](one)[0], a)[1](da)[0]
+
+
+def vjp_of_jvp(value, a, da, b):
+    one = torch.ones((), dtype=a.dtype)
+    return torch.func.vjp(lambda a: torch.func.jvp(loss(value, b), (a,), (da,))[1], a)[1](one)[0]
+
+
+def jacobian_of_grad(value, a, da, b):
+    return torch.func.jacrev(torch.func.grad(loss(value, b)), chunk_size=1)(a)
+
+
 DERIVATIVES = [
+    vjp_of_grad,
+    vjp_of_vjp,
+    vjp_of_jvp,
+    jacobian_of_grad,
     gradient,
     vjp,
     jvp,
@@ -233,3 +256,38 @@ def test_forward_over_forward_and_a_third_level_are_refused(data):
         line(torch.zeros((), dtype=torch.float64))
     with pytest.raises(StrategyError, match="order 3 and more"):
         tape_over_grad_of_grad(solved, a, da, b)
+    with pytest.raises(StrategyError, match="order 3 and more"):
+        leaf = a.clone().requires_grad_()
+        torch.autograd.grad(vjp_of_grad(solved, leaf, da, b).sum(), leaf)
+
+
+def test_what_f_reads_must_stay_until_the_backward_pass(data):
+    """torch.func evaluates f again there; what has changed since the call is an error and no other derivative."""
+    a, _, b = data
+
+    def total(a):
+        return sum(((deqcore.fixed_point(lambda z: cell(z, a * k, b), 0 * b, **OPTIONS).value) ** 2).sum() for k in scales)
+
+    scales = [0.5, 1.0]
+    with pytest.raises(ProblemError, match="another value in the backward pass"):
+        torch.func.grad(total)(a)
+
+    def passed(a):
+        solve = lambda k: deqcore.fixed_point(lambda z, c: cell(z, c, b), 0 * b, a * k, **OPTIONS).value
+        return sum((solve(k) ** 2).sum() for k in scales)
+
+    expected = torch.func.grad(lambda a: sum((unrolled(a * k, b) ** 2).sum() for k in scales))(a)
+    assert torch.allclose(torch.func.grad(passed)(a), expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize("derivative", [gradient, grad_of_grad, vjp_of_grad, forward_over_reverse])
+def test_each_path_counts_once_where_sources_depend_on_each_other(data, derivative):
+    a, da, b = data
+
+    def value(a, b):
+        h = torch.tanh(a)
+        f = lambda z, h_, a_: cell(z, a_ + h * h_, b)
+        return deqcore.fixed_point(f, torch.zeros_like(b), h, a, **OPTIONS).value
+
+    expected = derivative(lambda a, b: unrolled(a + torch.tanh(a) ** 2, b), a, da, b)
+    assert torch.allclose(derivative(value, a, da, b), expected, rtol=1e-7, atol=1e-9)

@@ -66,6 +66,8 @@ NUMPY = "deqcore_numpy.backend"
 HISTORY = "deqcore_numpy.history"
 TORCH = "deqcore_torch.backend"
 PRODUCTS = "deqcore_torch.products"
+AUTOGRAD = "deqcore_torch.autograd"
+SECOND = "deqcore_torch.second"
 
 STRATEGIES = [
     Fault(
@@ -554,6 +556,39 @@ BACKENDS = [
         "test_steps_can_be_differentiated_through",
         "gradient through two steps",
         backend="torch",
+    ),
+    Fault(
+        "late f",
+        AUTOGRAD,
+        "    value: Tensor = _Attach.apply(y, z, forward.fz, job, *tensors_outside)\n",
+        "    late = torch.enable_grad()(lambda y, z, g: _Job.route(job, f(z, *args), z, g))\n"
+        "    job.route = late\n"
+        "    value: Tensor = _Attach.apply(y, z, forward.fz, job, *tensors_outside)\n",
+        "backend torch",
+        "test_what_f_reads_is_what_it_was_at_the_call",
+        "has changed since the call",
+        backend="torch",
+    ),
+    Fault(
+        "double path",
+        SECOND,
+        "    return [found.get(edge) for edge in wanted]\n",
+        "    return list(torch.autograd.grad(outputs, sources, cotangents, create_graph=create_graph, retain_graph=True, "
+        "allow_unused=True))\n",
+        "backend torch",
+        "test_each_path_counts_once_where_arguments_depend_on_each_other",
+        "each path counts once",
+        backend="torch",
+    ),
+    Fault(
+        "arguments whose gradient is lost",
+        "deqcore.equilibrium",
+        "    trees, closed = opened(plan.backend, args)\n",
+        "    trees, closed = args, lambda trees: trees\n",
+        "backend numpy",
+        "test_arguments_in_a_dataclass_get_their_gradient",
+        "NoneType",
+        backend="numpy",
     ),
 ]
 

@@ -1,0 +1,145 @@
+"""Second derivatives on PyTorch's tape, from the one evaluation y = f(z*, …) that the call recorded.
+
+f is not evaluated in a backward pass. What f read at the call (a loop variable, a list, the mode of a module) is what
+its derivatives see, and nothing here refers to f or to its arguments.
+
+The recorded graph gives the gradients of the sources, the tensors outside f that y depends on, as a differentiable
+function
+
+    P_s(z, g, sources) = (∂f/∂s)ᵀ u,    u = g + Jᵀu.
+
+`Twice` holds their values. Its backward differentiates P once and gives the part of z to the solution, whose own
+backward turns it into gradients of the sources.
+
+A source may be computed from another one: h = tanh(x), where f reads both h and x. `partial` holds all other sources
+fixed, so that the path through h counts once, as PyTorch itself counts it beyond h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from deqcore.errors import StrategyError
+from deqcore_torch.graph import once_only, sequence
+from deqcore_torch.transforms import ORDER, Refuse
+
+ONCE_ONLY: Final = (
+    "f contains an autograd.Function whose backward is marked @once_differentiable, and its gradient was "
+    "differentiated again: write that backward in differentiable operations and remove the mark."
+)
+
+Edge: TypeAlias = tuple[int, int]  # id of a node, number of its output
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """y = f(z, …) with its graph, and how to find u, differentiably, from g."""
+
+    y: Tensor
+    z: Tensor
+    solve: Callable[[Tensor], Tensor]
+
+
+def distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Those that need gradients, each once."""
+    found = {id(t) if t.is_leaf else (id(t.grad_fn), t.output_nr): t for t in reversed(tensors) if t.requires_grad}
+    return list(found.values())[::-1]
+
+
+def partial(
+    outputs: Sequence[Tensor], sources: Sequence[Tensor], cotangents: Sequence[Tensor], create_graph: bool
+) -> list[Tensor | None]:
+    """Gradients of the outputs for each source while the others stay fixed; the graph is kept.
+
+    The engine itself continues beyond a source towards a source that it is computed from. So the gradients are taken
+    where they enter the sources, by hooks on the nodes before them; zeros go on. Hooks that the user has on a source
+    do not change what is taken: they run when the engine delivers it.
+    """
+    edges = [get_gradient_edge(source) for source in sources]
+    wanted = [(id(edge.node), edge.output_nr) for edge in edges]
+    found: dict[Edge, Tensor] = {}
+    handles = [_collect(node, into, found) for node, into in _frontier(outputs, set(wanted))]
+    try:
+        torch.autograd.grad(
+            outputs, sources, cotangents, create_graph=create_graph, retain_graph=True, allow_unused=True
+        )
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [found.get(edge) for edge in wanted]
+
+
+class Twice(torch.autograd.Function):
+    """The gradients of the sources, which may be differentiated once more."""
+
+    @staticmethod
+    def forward(ctx: Any, recorded: Recorded, out: Tensor, g: Tensor, *sources: Tensor) -> Any:
+        """P at u = `solve(g)`; `out` is the solution as the engine knows it."""
+        begun = sequence()
+        with torch.enable_grad():
+            cotangent = g.detach().requires_grad_()
+            parts = partial([recorded.y], sources, [recorded.solve(cotangent)], create_graph=True)
+        ctx.set_materialize_grads(False)
+        ctx.once = once_only(parts, begun)
+        ctx.kept = [part is not None and part.requires_grad for part in parts]
+        graph = [part for part, kept in zip(parts, ctx.kept, strict=True) if kept and part is not None]
+        ctx.save_for_backward(out, recorded.z, cotangent, *sources, *graph)
+        ctx.count = len(sources)
+        return tuple(None if part is None else part.detach() for part in parts)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        """The gradients for the solution, for g and for the sources."""
+        if ctx.once:
+            raise StrategyError(ONCE_ONLY)
+        out, z, g, *rest = ctx.saved_tensors
+        sources, graph = rest[: ctx.count], rest[ctx.count :]
+        given = [each for each, kept in zip(cotangents, ctx.kept, strict=True) if kept]
+        pairs = [(part, each) for part, each in zip(graph, given, strict=True) if each is not None]
+        if not pairs:
+            return (None,) * (3 + ctx.count)
+        found = partial([part for part, _ in pairs], [z, g, *sources], [each for _, each in pairs], create_graph=False)
+        if torch.is_grad_enabled():
+            found = [None if part is None else Refuse.apply(part, out, ORDER) for part in found]
+        return (None, *found)
+
+
+def _frontier(outputs: Sequence[Tensor], wanted: set[Edge]) -> list[tuple[Any, dict[int, Edge]]]:
+    """The nodes with edges into the sources, and which of their edges these are."""
+    stack: list[Any] = [output.grad_fn for output in outputs]
+    seen: dict[int, Any] = {}  # keeps the nodes alive, so that their ids stay unique
+    found = []
+    while stack:
+        node = stack.pop()
+        if node is None or id(node) in seen:
+            continue
+        seen[id(node)] = node
+        into: dict[int, Edge] = {}
+        for i, (following, output) in enumerate(node.next_functions):
+            if (id(following), output) in wanted:
+                into[i] = (id(following), output)
+            else:
+                stack.append(following)
+        if into:
+            found.append((node, into))
+    return found
+
+
+def _collect(node: Any, into: dict[int, Edge], found: dict[Edge, Tensor]) -> Any:
+    def collect(gradients: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...]:
+        left = list(gradients)
+        for i, edge in into.items():
+            part = left[i]
+            if part is not None:
+                found[edge] = found[edge] + part if edge in found else part
+                # Zeros, since a hook of the user's cannot take None.
+                left[i] = torch.zeros((), dtype=part.dtype, device=part.device).expand(part.shape)
+        return tuple(left)
+
+    return node.register_hook(collect)
