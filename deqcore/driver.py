@@ -64,15 +64,18 @@ class Carry(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """What a solve found, raveled: `z`, `fz` are `(batch, n)`, the rest `(batch,)`."""
+    """What a solve found, raveled: `z`, `fz` are `(batch, n)`, the rest `(batch,)`.
+
+    A strategy that takes a fixed number of steps leaves no carry, and f(z) only where it evaluated it.
+    """
 
     z: Array
-    fz: Array
+    fz: Any
     residual: Array
     status: Array
     steps: Array
     evaluations: Array
-    carry: Carry
+    carry: Any
 
 
 def drive(
@@ -143,6 +146,11 @@ class Drive:
         return drive(self.backend, self.solver, f, z0, self.control, self.resume, self.narrow)
 
 
+def tolerance_met(backend: Backend, control: Control, residual: Array, fz: Array) -> Array:
+    """Whether residuals `(batch,)` meet the tolerance for f(z) `(batch, n)`: `(batch,)` of bool."""
+    return _Tolerance(backend, control).met(residual, fz)
+
+
 class _Tolerance:
     """Decides whether residuals `(batch,)` are small enough."""
 
@@ -178,7 +186,7 @@ def _begin(backend: Backend, solver: Solver, f: Map, z0: Array, tolerance: _Tole
         status=status,
         steps=xp.zeros_like(status),
         best_z=z0,
-        best_fz=backend.select(finite, fz, z0),
+        best_fz=fz,
         best_residual=known,
         limit=xp.clip(BLOW_UP * residual, max=float(xp.finfo(residual.dtype).max)),  # inf is never sane
         mark=known,

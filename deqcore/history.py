@@ -100,6 +100,10 @@ class FunctionalHistory(History):
         kept = xp.stack(self.slots[: used or 1], axis=1)
         return xp.where(self.seen[:, : used or 1, None], kept, xp.zeros_like(kept))[:, :used]
 
+    def detach(self) -> FunctionalHistory:
+        """See `History.detach`."""
+        return self._with(slots=tuple(self.shared.backend.detach(slot) for slot in self.slots))
+
     def copy(self) -> FunctionalHistory:
         """Itself: nobody writes to it."""
         return self

@@ -108,6 +108,10 @@ class JaxHistory(History):
         """All `memory` slots, zero where not seen."""
         return jnp.where(self.seen[:, :, None], self.storage, jnp.zeros((), self.storage.dtype))
 
+    def detach(self) -> JaxHistory:
+        """Of the vectors; masks have no gradient."""
+        return self._with(lax.stop_gradient(self.storage), self.seen, self.written)
+
     def copy(self) -> JaxHistory:
         """Itself: nothing is ever written in place."""
         return self

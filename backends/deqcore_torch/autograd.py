@@ -54,7 +54,7 @@ def attach(
     adjoint: Adjoint,
     record: BackwardRecord,
 ) -> Tensor:
-    """The value f(z*) `(batch, n)` with its implicit gradient.
+    """The value z* `(batch, n)` with its implicit gradient.
 
     Args:
         f: `f(z, *args)` on `(batch, n)`.
@@ -78,16 +78,16 @@ def attach(
     y = f(z, *args)
     record.drift = torch.linalg.vector_norm(y.detach() - forward.fz, dim=1)
     if not y.requires_grad:
-        return forward.fz
+        return forward.z
     tensors_outside: list[Tensor] = []
     if adjoint.strategy.exact:
         sources = [t for t in tensors if t.requires_grad]
         job.outside = outside(y, z, sources, start)
         if not job.outside.leaves and not sources and job.outside.hidden is None:
-            return forward.fz  # y depends on z* only: nothing to differentiate
+            return forward.z  # y depends on z* only: nothing to differentiate
         tensors_outside = [*sources, *job.outside.leaves]
         job.repeated = {i for i, t in enumerate(sources) if any(t is s for s in sources[:i])}
-    value: Tensor = _Attach.apply(y, z, forward.fz, job, *tensors_outside)
+    value: Tensor = _Attach.apply(y, z, forward.z, job, *tensors_outside)
     # What follows may write in place (relu_): neither into the solve's state, nor into what second derivatives need.
     return value.clone()
 
@@ -189,7 +189,7 @@ def _second_order(job: _Job, g: Tensor, out: Tensor, outside: list[Tensor]) -> l
         if isinstance(leaf, Tensor) and leaf.requires_grad:
             leaves[i] = _Gate.apply(leaf, switch)
             gated.append(leaves[i])
-    z = _Gate.apply(out + (job.z - out).detach(), switch)  # the value of z*, the derivative of the solution
+    z = _Gate.apply(out, switch)  # z* with the derivative of the solution
     assert job.ambient is not None
     y = job.ambient.around(job.f)(z, *backend.unflatten(structure, leaves))
 

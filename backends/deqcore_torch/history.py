@@ -441,5 +441,8 @@ class RecordedHistory(History):
     def vectors(self) -> Tensor:
         return self._rows()[:, : min(self.written, self.memory)]
 
+    def detach(self) -> RecordedHistory:
+        return RecordedHistory(self.storage.detach(), self.seen, self.written, self.active, self.wide)
+
     def copy(self) -> RecordedHistory:
         return self
