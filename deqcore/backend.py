@@ -205,6 +205,14 @@ class History(ABC):
     def copy(self) -> History:
         """A history with storage of its own, so that continuing a solve leaves the first solve's estimate alone."""
 
+    def merge(self, rows: Array, other: History) -> History:
+        """`other`, which has been begun later, in the samples `rows` `(batch,)` of bool, and this history elsewhere.
+
+        Both have one memory. Each vector keeps its slot, so that one-hot masks of it stay right. The next append is
+        this history's, or that of `other` where all samples are among `rows`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot go on for some samples only: write `merge`.")
+
     def take(self, rows: Array) -> History:
         """The same vectors of these samples only (indices `(k,)`), all active, with storage of its own.
 

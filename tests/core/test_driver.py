@@ -491,7 +491,8 @@ def test_two_halves_of_a_solve_are_the_whole(be, truth, solver):
     rest = drive(be, solver, f, z0, Control(0.0, max_steps=7), half.carry)
     a, b = host(be, whole), host(be, rest)
     for name in FIELDS:
-        assert identical(a[name], b[name]), name
+        once_more = name == "evaluations"  # on resuming, f is asked whether it is the same
+        assert identical(a[name] + once_more, b[name]), name
     if solver.has_estimate:
         assert identical(estimate(be, solver, whole), estimate(be, solver, rest))
 
