@@ -197,9 +197,21 @@ class History(ABC):
     def vectors(self) -> Array:
         """The stored vectors, `(batch, used, n)`: the slots written so far (all `memory` slots in traced code)."""
 
+    def detach(self) -> History:
+        """The same numbers, without gradients. Only a history that a tape can follow needs it."""
+        return self
+
     @abstractmethod
     def copy(self) -> History:
         """A history with storage of its own, so that continuing a solve leaves the first solve's estimate alone."""
+
+    def merge(self, rows: Array, other: History) -> History:
+        """`other`, which has been begun later, in the samples `rows` `(batch,)` of bool, and this history elsewhere.
+
+        Both have one memory. Each vector keeps its slot, so that one-hot masks of it stay right. The next append is
+        this history's, or that of `other` where all samples are among `rows`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot go on for some samples only: write `merge`.")
 
     def take(self, rows: Array) -> History:
         """The same vectors of these samples only (indices `(k,)`), all active, with storage of its own.
@@ -274,6 +286,18 @@ class Backend(ABC):
     def widened(self) -> bool:
         """Whether f is being evaluated in a wider dtype than the state's, to differentiate it by differences."""
         return False
+
+    def owned(self, leaves: list[Any]) -> list[Any]:
+        """What f returned, with a copy of each array that f or the user keeps: a reused buffer, an argument, z itself.
+
+        Only a framework whose arrays can be written to needs it. `leaves` and one container, or one name, may hold
+        the arrays beside their owner.
+        """
+        return leaves
+
+    def unshared(self, x: Array, other: Array) -> Array:
+        """`x`, copied if it shares memory with `other` and can be written to."""
+        return x
 
     def reading(self, z: Array) -> AbstractContextManager[object]:
         """Inside it f reads `z`. Where arrays can be written to, a write is found out without a pass over them.
@@ -569,8 +593,9 @@ class Backend(ABC):
             adjoint: `adjoint(pull, g, forward)` gives `u ≈ (I − J)^-T g` and its report.
 
         Returns:
-            The value f(z*) `(batch, n)` with gradients attached whenever the framework records them, what the
-            solver did, and a record that the backward pass will fill (None where there is no such path).
+            The value z* `(batch, n)`, which is `forward.z` to the last bit, with gradients attached whenever the
+            framework records them, what the solver did, and a record that the backward pass will fill (None where
+            there is no such path).
         """
 
     def record(
@@ -578,15 +603,22 @@ class Backend(ABC):
         f: Callable[..., Array],
         z0: Array,
         args: tuple[Any, ...],
-        steps: Callable[[Map, Array, Forward | None], Array],
+        steps: Callable[[Map, Array, Forward | None], Any],
         forward: Forward | None,
-    ) -> Array:
+    ) -> Any:
         """`steps(lambda z: f(z, *args), z0, forward)` with its gradient recorded; tracing, f is called once."""
         return steps(lambda z: f(z, *args), z0, forward)
 
     @abstractmethod
     def detach(self, x: Array) -> Array:
         """The same numbers, without a gradient."""
+
+    def straight_through(self, value: Array, carrier: Array) -> Array:
+        """`value` `(batch, n)` with the derivative of `carrier` `(batch, n)`.
+
+        A backend may override this to spare the passes, and to keep NaN in `carrier` out of the value.
+        """
+        return value + (carrier - self.detach(carrier)) if self.recording() else value
 
     def checkpoint(self, f: Map) -> Map:
         """f, evaluated again in the backward pass in place of keeping what it computed."""

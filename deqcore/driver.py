@@ -26,6 +26,7 @@ from deqcore.solution import Status
 from deqcore.solver import Solver, map_state
 
 BLOW_UP = 1e6  # a residual this many times the first one counts as divergence
+ROUNDING = 8.0  # two evaluations of one f at one z differ by this many units of rounding at most
 PROGRESS = 0.999  # a residual must fall below this part of the last mark within `patience` steps
 
 
@@ -61,18 +62,22 @@ class Carry(NamedTuple):
     limit: Array  # blow-up limit
     mark: Array  # residual at the last progress
     since: Array  # steps since then
+    extra: Array  # evaluations of f beyond those that the solver counts: one for each time that the solve went on
 
 
 class Forward(NamedTuple):
-    """What a solve found, raveled: `z`, `fz` are `(batch, n)`, the rest `(batch,)`."""
+    """What a solve found, raveled: `z`, `fz` are `(batch, n)`, the rest `(batch,)`.
+
+    A strategy that takes a fixed number of steps leaves no carry, and f(z) only where it evaluated it.
+    """
 
     z: Array
-    fz: Array
+    fz: Any
     residual: Array
     status: Array
     steps: Array
     evaluations: Array
-    carry: Carry
+    carry: Any
 
 
 def drive(
@@ -92,14 +97,18 @@ def drive(
         f: the map on `(batch, n)`.
         z0: initial iterate; ignored with `resume`.
         control: when to stop.
-        resume: the carry of an earlier solve of the same f, to continue it.
+        resume: the carry of an earlier solve, to go on from: of the same f with all that it has learned, of another
+            one from its best iterate.
         narrow: gives f for some rows of the batch; with it, samples that have stopped are no longer evaluated.
 
     Returns:
         The best iterate of each sample, and how it ended.
     """
     tolerance = _Tolerance(backend, control)
-    start = _begin(backend, solver, f, z0, tolerance) if resume is None else _reopen(backend, resume, tolerance)
+    if resume is None:
+        start = _begin(backend, solver, f, z0, tolerance)
+    else:
+        start = _reopen(backend, solver, f, resume, tolerance)
 
     def going(carry: Carry) -> Array | bool:
         seen = backend.host(carry.status)
@@ -122,6 +131,8 @@ def drive(
     status = xp.where(end.status == int(Status.RUNNING), spent, end.status)
     end = end._replace(status=status, state=settled(end.state))
     evaluations = solver.evaluations(backend, end.steps, end.state)
+    if resume is not None:
+        evaluations = evaluations + end.extra
     return Forward(end.best_z, end.best_fz, end.best_residual, status, end.steps, evaluations, end)
 
 
@@ -141,6 +152,11 @@ class Drive:
     def __call__(self, f: Map, z0: Array) -> Forward:
         """Solve for `f` from `z0` `(batch, n)`."""
         return drive(self.backend, self.solver, f, z0, self.control, self.resume, self.narrow)
+
+
+def tolerance_met(backend: Backend, control: Control, residual: Array, fz: Array) -> Array:
+    """Whether residuals `(batch,)` meet the tolerance for f(z) `(batch, n)`: `(batch,)` of bool."""
+    return _Tolerance(backend, control).met(residual, fz)
 
 
 class _Tolerance:
@@ -163,8 +179,13 @@ class _Tolerance:
 
 
 def _begin(backend: Backend, solver: Solver, f: Map, z0: Array, tolerance: _Tolerance) -> Carry:
-    xp = backend.xp
     fz = f(z0)
+    return _begin_at(backend, z0, fz, tolerance)._replace(state=solver.init(backend, z0, fz))
+
+
+def _begin_at(backend: Backend, z0: Array, fz: Array, tolerance: _Tolerance) -> Carry:
+    """The carry before the first step, but for the solver's state."""
+    xp = backend.xp
     residual = backend.norm(fz - z0)
     finite = xp.isfinite(residual)
     status = xp.zeros_like(residual, dtype=xp.int32)
@@ -174,30 +195,53 @@ def _begin(backend: Backend, solver: Solver, f: Map, z0: Array, tolerance: _Tole
     return Carry(
         z=z0,
         fz=fz,
-        state=solver.init(backend, z0, fz),
+        state=None,
         status=status,
         steps=xp.zeros_like(status),
         best_z=z0,
-        best_fz=backend.select(finite, fz, z0),
+        best_fz=fz,
         best_residual=known,
         limit=xp.clip(BLOW_UP * residual, max=float(xp.finfo(residual.dtype).max)),  # inf is never sane
         mark=known,
         since=xp.zeros_like(status),
+        extra=xp.zeros_like(status),
     )
 
 
-def _reopen(backend: Backend, carry: Carry, tolerance: _Tolerance) -> Carry:
-    """Continue: samples that do not meet the (perhaps new) tolerance run again, on copies of their histories."""
+def _reopen(backend: Backend, solver: Solver, f: Map, old: Carry, tolerance: _Tolerance) -> Carry:
+    """Go on from the best iterates: one evaluation of f says where they stand, and whether f is still the same.
+
+    Samples whose f is the same run on, on copies of their histories, if they do not meet the (perhaps new) tolerance.
+    The others begin again at their best iterate: what was learned, and every residual, is that of another function.
+    """
     xp = backend.xp
-    failed = (carry.status == int(Status.NONFINITE)) | (carry.status == int(Status.DIVERGED))
-    met = tolerance.met(carry.best_residual, carry.best_fz)
-    status = xp.where(met, xp.full_like(carry.status, int(Status.CONVERGED)), xp.zeros_like(carry.status))
-    return carry._replace(
-        status=xp.where(failed, carry.status, status),
-        mark=carry.best_residual,  # a frozen sample's own mark has moved with the steps of its batch mates
-        since=xp.zeros_like(carry.since),
-        state=copy_state(carry.state),
+    z = old.best_z
+    first = _begin_at(backend, z, f(z), tolerance)
+    near = ROUNDING * backend.precision(z) * (backend.norm(z) + backend.norm(old.best_fz))
+    same = backend.norm(first.fz - old.best_fz) <= near  # False for NaN, too
+    failed = (old.status == int(Status.NONFINITE)) | (old.status == int(Status.DIVERGED))
+    kept = same & failed & (first.status == int(Status.RUNNING))
+    carry = first._replace(
+        z=old.z,
+        fz=old.fz,
+        state=copy_state(old.state),
+        status=xp.where(kept, old.status, first.status),
+        steps=old.steps,
+        limit=xp.where(same, old.limit, first.limit),
+        extra=old.extra + 1,
     )
+
+    def renewed(carry: Carry) -> Carry:
+        state = merge(backend, ~same, solver.init(backend, z, first.fz), carry.state)
+        before, after = (solver.evaluations(backend, old.steps, each) for each in (carry.state, state))
+        return carry._replace(
+            z=backend.select(same, carry.z, z),
+            fz=backend.select(same, carry.fz, first.fz),
+            state=state,
+            extra=carry.extra + before - after,  # a solver that counts in its state has begun to count again
+        )
+
+    return backend.once(~same, renewed, carry)
 
 
 def _step(backend: Backend, solver: Solver, f: Map, carry: Carry, tolerance: _Tolerance, patience: int) -> Carry:
@@ -218,7 +262,7 @@ def _step(backend: Backend, solver: Solver, f: Map, carry: Carry, tolerance: _To
         return kept._replace(state=state)
     if active is None and _calm(backend, residual, goal, carry):
         zeros = carry.status  # RUNNING is 0
-        return Carry(z, fz, state, zeros, carry.steps + 1, z, fz, residual, carry.limit, residual, zeros)
+        return Carry(z, fz, state, zeros, carry.steps + 1, z, fz, residual, carry.limit, residual, zeros, carry.extra)
 
     better, status, since, mark = _judge(backend, residual, goal, carry, patience)
     if active is not None:
@@ -235,7 +279,7 @@ def _step(backend: Backend, solver: Solver, f: Map, carry: Carry, tolerance: _To
             backend.select(better, fz, carry.best_fz),
             backend.xp.where(better, residual, carry.best_residual),
         )
-    return Carry(z, fz, state, status, steps, *best, carry.limit, mark, since)
+    return Carry(z, fz, state, status, steps, *best, carry.limit, mark, since, carry.extra)
 
 
 def _stepped(solver: Solver, found: Any, z: Array) -> Stepped:
@@ -299,6 +343,18 @@ def settled(state: Any) -> Any:
 def copy_state(state: Any) -> Any:
     """The same solver state with histories of its own."""
     return map_state(state, lambda leaf: leaf.copy() if isinstance(leaf, History) else leaf)
+
+
+def merge(backend: Backend, rows: Array, new: Any, old: Any) -> Any:
+    """The solver state `new` in the samples `rows` `(batch,)` of bool, `old` elsewhere."""
+    if isinstance(new, tuple):
+        parts = (merge(backend, rows, a, b) for a, b in zip(new, old, strict=True))
+        return type(new)(*parts) if hasattr(new, "_fields") else tuple(parts)
+    if isinstance(new, History):
+        return old.merge(rows, new)
+    if new is None or new.ndim:
+        return new if new is None else backend.select(rows, new, old)
+    return backend.xp.where(backend.xp.all(rows), new, old)
 
 
 def freeze(backend: Backend, active: Array, new: Any, old: Any) -> Any:

@@ -13,7 +13,7 @@ from deqcore import plugins
 from deqcore.backend import Array, Backend, BackwardRecord, Map, Tree
 from deqcore.compaction import Narrow
 from deqcore.config import Config
-from deqcore.driver import Carry, Control, Drive, Forward
+from deqcore.driver import Carry, Control, Drive, Forward, tolerance_met
 from deqcore.errors import (
     BackendError,
     BackendMismatchError,
@@ -30,7 +30,7 @@ from deqcore.opaque import opened
 from deqcore.solution import Solution, SolveState, Status, summarize
 from deqcore.solver import Solver
 from deqcore.space import Raveled, Space
-from deqcore.strategy import Adjoint, Steps, StepStrategy, Strategy
+from deqcore.strategy import Adjoint, Reached, Steps, StepStrategy, Strategy
 
 
 def fixed_point(
@@ -56,7 +56,8 @@ def fixed_point(
         **overrides: settings of this call, as in `forward__rtol=1e-6`.
 
     Returns:
-        The solution; `sol.value` is f(z*) and has the shapes and dtype of z0.
+        The solution. `sol.value` has the shapes and dtype of z0. It is the iterate whose residual and status are
+        reported, with the implicit gradient.
 
     Raises:
         ConfigError: a setting is unknown or out of range, or the backend cannot do it (compaction).
@@ -108,7 +109,7 @@ def vjp(
         **overrides: as in `fixed_point`.
 
     Returns:
-        f(z*), and for each argument a tree of gradients like it, with None for leaves that are not floating-point
+        z*, and for each argument a tree of gradients like it, with None for leaves that are not floating-point
         arrays. A dataclass is a tree of its fields here, registered or not.
 
     Raises:
@@ -196,22 +197,32 @@ class Plan:
 
     def run(
         self, f: Raveled, z0: Array, args: tuple[Any, ...], state: SolveState | None
-    ) -> tuple[Array, Forward | None, BackwardRecord | None]:
+    ) -> tuple[Array, Forward, BackwardRecord | None]:
         """Solve, attach the gradient."""
         solve = Drive(self.backend, self.solver, self.control, self._resume(state, z0), self._narrow(f, args))
         if isinstance(self.strategy, StepStrategy):
-            forward = self.backend.forward_only(f, z0, args, solve) if self.strategy.solves() else None
-            steps = Steps(self.backend, self.strategy, self.solver)
-            value, record = self.backend.record(f, z0, args, steps, forward), None
+            value, forward, record = *self._step(self.strategy, f, z0, args, solve), None
         else:
             adjoint = Adjoint(self.backend, self.strategy, self.solver)
             value, forward, record = self.backend.implicit(f, z0, args, solve, adjoint)
-        return value, forward, record
+        return self.backend.unshared(value, z0), forward, record
 
-    def solution(self, value: Array, forward: Forward | None, record: BackwardRecord | None) -> Solution:
+    def _step(
+        self, strategy: StepStrategy, f: Raveled, z0: Array, args: tuple[Any, ...], solve: Drive
+    ) -> tuple[Array, Forward]:
+        """The value with the derivative of the strategy's steps, and what is known of it."""
+        steps = Steps(self.backend, strategy, self.solver)
+        if not strategy.solves():
+            value, reached = self.backend.record(f, z0, args, steps, None)
+            return value, self._unsolved(value, reached)
+        forward = self.backend.forward_only(f, z0, args, solve)
+        if not self.backend.recording():
+            return forward.z, forward
+        carrier, _ = self.backend.record(f, z0, args, steps, forward)
+        return self.backend.straight_through(forward.z, carrier), forward
+
+    def solution(self, value: Array, forward: Forward, record: BackwardRecord | None) -> Solution:
         """What the user sees."""
-        if forward is None:
-            forward = self._unsolved(value)
         state = SolveState(forward.carry, repr(self.solver)) if forward.carry is not None else None
         return Solution(
             value=self.space.unravel(value),
@@ -222,14 +233,16 @@ class Plan:
             state=state,
             backend=self.backend,
             record=record,
+            z=self.space.unravel(forward.z),
+            fz=None if forward.fz is None else self.space.unravel(forward.fz),
         )
 
     def differentiate(
         self, f: Raveled, z0: Array, args: tuple[Any, ...], g: Array
-    ) -> tuple[Array, tuple[Any, ...], Forward | None, BackwardRecord | None]:
+    ) -> tuple[Array, tuple[Any, ...], Forward, BackwardRecord | None]:
         """Gradients for `args` by the framework's own differentiation of the attached value."""
 
-        def value(*moved: Any) -> tuple[Array, tuple[Forward | None, BackwardRecord | None]]:
+        def value(*moved: Any) -> tuple[Array, tuple[Forward, BackwardRecord | None]]:
             found, forward, record = self.run(f, z0, moved, None)
             return found, (forward, record)
 
@@ -238,18 +251,18 @@ class Plan:
 
     def differentiate_by_hand(
         self, f: Raveled, z0: Array, args: tuple[Any, ...], g: Array
-    ) -> tuple[Array, tuple[Any, ...], Forward | None, BackwardRecord | None]:
+    ) -> tuple[Array, tuple[Any, ...], Forward, BackwardRecord | None]:
         """The same without a tape: route the cotangent, then differentiate one evaluation (or the steps)."""
         solve = Drive(self.backend, self.solver, self.control, narrow=self._narrow(f, args))
         strategy = self.strategy
         if isinstance(strategy, StepStrategy):
-            forward = self.backend.forward_only(f, z0, args, solve) if strategy.solves() else None
-
-            def value(*moved: Any) -> tuple[Array, None]:
-                return Steps(self.backend, strategy, self.solver)(lambda z: f(z, *moved), z0, forward), None
-
-            found, _, gradients = self.backend.vjp(value, args, g)
-            return found, gradients, forward, None
+            solved = self.backend.forward_only(f, z0, args, solve) if strategy.solves() else None
+            steps = Steps(self.backend, strategy, self.solver)
+            found, reached, gradients = self.backend.vjp(
+                lambda *moved: steps(lambda z: f(z, *moved), z0, solved), args, g
+            )
+            forward = self._unsolved(found, reached) if solved is None else solved
+            return self.backend.unshared(forward.z, z0), gradients, forward, None
         forward = self.backend.forward_only(f, z0, args, solve)
         adjoint = Adjoint(self.backend, strategy, self.solver)
         if adjoint.uses_pull:
@@ -264,17 +277,15 @@ class Plan:
         again, _, gradients = self.backend.vjp(lambda *moved: (f(forward.z, *moved), None), args, u)
         with self.backend.quiet():
             record.drift = self.backend.norm(again - forward.fz)
-        return forward.fz, gradients, forward, record
+        return self.backend.unshared(forward.z, z0), gradients, forward, record
 
-    def report_drift(
-        self, f: Raveled, args: tuple[Any, ...], forward: Forward | None, record: BackwardRecord | None
-    ) -> None:
+    def report_drift(self, f: Raveled, args: tuple[Any, ...], forward: Forward, record: BackwardRecord | None) -> None:
         """Warn if f is not deterministic.
 
         The gradient's own evaluation at z* tells at no cost; without one, a failed solve pays for one more.
         """
         backend, xp = self.backend, self.backend.xp
-        if forward is None or self.config.forward.on_failure == "ignore" or not backend.capabilities.eager:
+        if forward.carry is None or self.config.forward.on_failure == "ignore" or not backend.capabilities.eager:
             return
         drift = None if record is None else record.drift
         if drift is None:
@@ -296,10 +307,10 @@ class Plan:
                 stacklevel=_stacklevel(),
             )
 
-    def report_failure(self, forward: Forward | None) -> None:
+    def report_failure(self, forward: Forward) -> None:
         """Raise or warn about samples that did not converge. Traced code cannot: there the Solution says it."""
         action = self.config.forward.on_failure
-        if forward is None or action == "ignore" or self.backend.is_traced(forward.status):
+        if forward.carry is None or action == "ignore" or self.backend.is_traced(forward.status):
             return
         xp = self.backend.xp
         if not bool(xp.any(forward.status != int(Status.CONVERGED))):
@@ -346,23 +357,21 @@ class Plan:
             )
         return state.carry
 
-    def _unsolved(self, value: Array) -> Any:
-        """Statistics of a strategy that takes a fixed number of steps and looks at no residual."""
-        xp = self.backend.xp
-        norms = self.backend.norm(self.backend.detach(value))
-        unknown = xp.full_like(norms, float("nan"))
-        count = xp.zeros_like(norms, dtype=xp.int32)
-        steps = count + getattr(self.strategy, "steps", 0)
-        return _Unsolved(unknown, count + int(Status.MAX_STEPS), steps, steps, None)
-
-
-@dataclass(frozen=True)
-class _Unsolved:
-    residual: Array
-    status: Array
-    steps: Array
-    evaluations: Array
-    carry: None
+    def _unsolved(self, value: Array, reached: Reached | None) -> Forward:
+        """What is known of a value that a fixed number of steps has led to, whatever the tolerance."""
+        backend, xp = self.backend, self.backend.xp
+        z = backend.detach(value)
+        norms = backend.norm(z)
+        steps = xp.zeros_like(norms, dtype=xp.int32) + getattr(self.strategy, "steps", 0)
+        status = xp.full_like(steps, int(Status.FIXED_STEPS))
+        if reached is None:
+            return Forward(z, None, xp.full_like(norms, float("nan")), status, steps, steps, None)
+        with backend.quiet():
+            residual = backend.norm(reached.fz - z)
+            met = tolerance_met(backend, self.control, residual, reached.fz)
+        status = xp.where(met, xp.full_like(status, int(Status.CONVERGED)), status)
+        status = xp.where(xp.isfinite(residual), status, xp.full_like(status, int(Status.NONFINITE)))
+        return Forward(z, reached.fz, residual, status, steps, reached.evaluations, None)
 
 
 def _once(f: Map, z: Array) -> Any:

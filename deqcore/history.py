@@ -100,6 +100,20 @@ class FunctionalHistory(History):
         kept = xp.stack(self.slots[: used or 1], axis=1)
         return xp.where(self.seen[:, : used or 1, None], kept, xp.zeros_like(kept))[:, :used]
 
+    def merge(self, rows: Array, other: History) -> FunctionalHistory:
+        """See `History.merge`."""
+        assert isinstance(other, FunctionalHistory)
+        backend = self.shared.backend
+        if backend.all_known(rows):
+            return other
+        slots = tuple(backend.select(rows, new, old) for new, old in zip(other.slots, self.slots, strict=True))
+        seen = backend.select(rows, other.seen, self.seen)
+        return self._with(slots=slots, seen=seen, written=max(self.written, other.written))
+
+    def detach(self) -> FunctionalHistory:
+        """See `History.detach`."""
+        return self._with(slots=tuple(self.shared.backend.detach(slot) for slot in self.slots))
+
     def copy(self) -> FunctionalHistory:
         """Itself: nobody writes to it."""
         return self

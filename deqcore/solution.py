@@ -29,6 +29,7 @@ class Status(IntEnum):
     STALLED = 3
     DIVERGED = 4
     NONFINITE = 5
+    FIXED_STEPS = 6
 
     @property
     def sentence(self) -> str:
@@ -55,6 +56,10 @@ _SENTENCES = {
         "f returned NaN or inf: the best finite iterate is returned. Look for overflow, a division by zero or a "
         "narrow dtype in f, or for NaN in its inputs and parameters."
     ),
+    Status.FIXED_STEPS: (
+        "The strategy takes a fixed number of steps, after which the residual was above the tolerance or was not "
+        "measured (NaN): raise its own step count in backward.options, or choose a strategy that solves."
+    ),
 }
 
 
@@ -78,14 +83,16 @@ class Solution:
     """The result of `fixed_point`.
 
     Attributes:
-        value: f(z*), a tree like z0; carries gradients whenever the framework records them.
-        residual: ‖f(z) − z‖ of the returned iterate per sample, `(batch,)`.
+        value: the iterate z*, a tree like z0; carries gradients whenever the framework records them.
+        residual: ‖f(z) − z‖ at `value`, per sample, `(batch,)`; NaN where a strategy of fixed steps has not measured it.
         status: `Status` per sample, `(batch,)` int32.
         steps: solver steps per sample until it stopped changing, `(batch,)` int32.
         evaluations: evaluations of f per sample, `(batch,)` int32, without the one that records the gradient.
         state: to continue the solve, or None for strategies that do not solve (unrolled).
         backend: whose arrays these are.
         record: filled in by the backward pass, see `backward`; None if there is none.
+        z: the numbers of `value` without a gradient. It may share memory with `state` and z0: do not write to it.
+        fz: f(z) without a gradient, or None where it was not evaluated.
 
     Example:
         >>> import numpy as np, deqcore
@@ -102,6 +109,8 @@ class Solution:
     state: SolveState | None = field(repr=False)
     backend: Backend = field(repr=False)
     record: BackwardRecord | None = field(default=None, repr=False)
+    z: Tree = field(default=None, repr=False)
+    fz: Tree | None = field(default=None, repr=False)
 
     @property
     def converged(self) -> Array:

@@ -26,7 +26,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from deqcore.backend import Array, Backend, Map
+from deqcore.backend import Array, Backend, History, Map
 
 if TYPE_CHECKING:
     from deqcore.linear.lowrank import InverseJacobian
@@ -101,9 +101,27 @@ class Solver(ABC):
         """
         return self.inverse_jacobian(backend, state)
 
+    def chord(self, backend: Backend, z: Array, fz: Array, state: Any) -> Array | None:
+        """The next iterate with all that was learned held fixed, z − H (f(z) − z) `(batch, n)`.
+
+        Where the residual is rounding, `step` may divide rounding by rounding, and its derivative with it. Whoever
+        differentiates through steps goes on from there with this one, whose derivative converges at the rate of H.
+
+        Returns:
+            The iterate; by default f(z) for a method without an estimate. None says that `step` divides by no
+            difference of iterates, so that it may be differentiated at any residual.
+        """
+        estimate = self.inverse_jacobian(backend, state)
+        return fz if estimate is None else z - estimate.apply(fz - z)
+
     def evaluations(self, backend: Backend, steps: Array, state: Any) -> Array:
         """Evaluations of f per sample after `steps` `(batch,)` int32, the first one included."""
         return 1 + self.evaluations_per_step * steps
+
+
+def detach_state(backend: Backend, state: Any) -> Any:
+    """The same numbers in a solver state, without gradients."""
+    return map_state(state, lambda leaf: leaf.detach() if isinstance(leaf, History) else backend.detach(leaf))
 
 
 def map_state(state: Any, fn: Any) -> Any:

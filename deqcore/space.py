@@ -114,6 +114,8 @@ class Space:
                 f"f returned {described(found)}, whose structure is {structure}, but its state has "
                 f"{self.structure}: f(z, ...) must return a tree like z."
             )
+        if len(leaves) == 1:  # several are joined in an array of their own
+            leaves = self.backend.owned(leaves)
         return self._join([self._checked(leaf, i) for i, leaf in enumerate(leaves)])
 
     def of_rows(self, rows: int) -> Space:

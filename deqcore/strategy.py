@@ -123,8 +123,30 @@ class Strategy(ABC):
         return self
 
 
+class Reached(NamedTuple):
+    """Where a fixed number of recorded steps led.
+
+    Attributes:
+        z: the iterate, with its derivative `(batch, n)`.
+        fz: f(z) `(batch, n)`.
+        evaluations: evaluations of f `(batch,)` int32.
+
+    Example:
+        >>> import numpy as np
+        >>> Reached(np.ones((1, 2)), np.ones((1, 2)), np.ones(1, np.int32)).z.tolist()
+        [[1.0, 1.0]]
+    """
+
+    z: Array
+    fz: Array
+    evaluations: Array
+
+
 class StepStrategy(ABC):
     """A strategy that differentiates through steps of its own, recorded by the framework (phantom, unrolled).
+
+    Where it solves first, `sol.value` is the solution, whose residual and status are reported, with the derivative
+    of the steps. Where it does not, `sol.value` is what the steps led to.
 
     Example:
         >>> import numpy as np, deqcore
@@ -139,8 +161,8 @@ class StepStrategy(ABC):
     """
 
     @abstractmethod
-    def value(self, backend: Backend, f: Map, z0: Array, forward: Forward | None, solver: Solver) -> Array:
-        """The differentiable value `(batch, n)`.
+    def value(self, backend: Backend, f: Map, z0: Array, forward: Forward | None, solver: Solver) -> Array | Reached:
+        """The differentiable value `(batch, n)`; a `Reached` where f at it is known, so that the residual is, too.
 
         Args:
             backend: whose arrays these are.
@@ -205,13 +227,17 @@ class Steps:
     strategy: StepStrategy
     solver: Solver
 
-    def __call__(self, f: Map, z0: Array, forward: Forward | None) -> Array:
-        """The differentiable value `(batch, n)`."""
-        value = self.strategy.value(self.backend, f, z0, forward, self.solver)
+    def __call__(self, f: Map, z0: Array, forward: Forward | None) -> tuple[Array, Reached | None]:
+        """The differentiable value `(batch, n)`, and what is known of it (without gradients)."""
+        found = self.strategy.value(self.backend, f, z0, forward, self.solver)
+        reached = found if isinstance(found, Reached) else None
+        value = found if reached is None else reached.z
         if getattr(value, "shape", None) != z0.shape:
             expected = f"an array of the state's shape {tuple(z0.shape)}"
             raise PluginError.returned(f"{type(self.strategy).__name__}.value", value, expected)
-        return value
+        if reached is None:
+            return value, None
+        return value, Reached(self.backend.detach(value), self.backend.detach(reached.fz), reached.evaluations)
 
 
 def relative(backend: Backend, a: Array, b: Array) -> Array:

@@ -181,6 +181,9 @@ class JaxBackend(Backend):
     def detach(self, x: Any) -> Any:
         return lax.stop_gradient(x)
 
+    def straight_through(self, value: Any, carrier: Any) -> Any:
+        return implicit.straight_through(value, carrier)
+
     def checkpoint(self, f: Map) -> Map:
         return jax.checkpoint(f)
 

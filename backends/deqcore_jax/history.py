@@ -108,6 +108,18 @@ class JaxHistory(History):
         """All `memory` slots, zero where not seen."""
         return jnp.where(self.seen[:, :, None], self.storage, jnp.zeros((), self.storage.dtype))
 
+    def merge(self, rows: Any, other: History) -> JaxHistory:
+        """The slot that comes next is that of `other` only where no sample of this history is left."""
+        assert isinstance(other, JaxHistory)
+        storage = jnp.where(rows[:, None, None], other.storage, self.storage)
+        seen = jnp.where(rows[:, None], other.seen, self.seen)
+        later = jnp.maximum(self.written, other.written)
+        return self._with(storage, seen, jnp.where(jnp.all(rows), other.written, later))
+
+    def detach(self) -> JaxHistory:
+        """Of the vectors; masks have no gradient."""
+        return self._with(lax.stop_gradient(self.storage), self.seen, self.written)
+
     def copy(self) -> JaxHistory:
         """Itself: nothing is ever written in place."""
         return self

@@ -1,7 +1,7 @@
 """Solve, and attach the implicit gradient.
 
-The solve runs on inputs without tangents; then the gradient is attached to what it found. With y = f(z*) and lin its
-derivative, recorded once for products with J and for the gradients of the leaves:
+The solve runs on inputs without tangents; then the gradient is attached to what it found. With lin the derivative of
+f at z*, recorded once for products with J and for the gradients of the leaves:
 
     exact strategies    custom_jvp:  dz* = (I − J)^-1 lin(0, dθ), by lax.custom_linear_solve, whose transpose is the
                         strategy's route. All of JAX's transformations follow, to any order in principle: the rule
@@ -116,11 +116,11 @@ def _run(
     still = lax.stop_gradient((lax.convert_element_type(z0, z0.dtype), numbers, leaves))
     forward = problem.solve(*still)
     if problem.adjoint is None:
-        return forward.fz, forward
+        return forward.z, forward
     state = forward.carry.state if problem.adjoint.uses_state else ()
     if problem.adjoint.strategy.exact and probe is None:
-        return _exact(problem, forward.z, forward.fz, state, leaves)[1], forward
-    return _reverse(problem, forward.z, forward.fz, state, leaves, probe), forward
+        return _exact(problem, forward.z, state, leaves), forward
+    return _reverse(problem, forward.z, state, leaves, probe), forward
 
 
 def record(
@@ -137,17 +137,28 @@ def _record(program: Program, steps: Any, z0: Any, leaves: list[Any], forward: F
         return steps(lambda z: program(z, leaves), z0, forward)
 
 
+@jax.custom_jvp
+def straight_through(value: Any, carrier: Any) -> Any:
+    """`value` with the derivative of `carrier`."""
+    return value
+
+
+@straight_through.defjvp
+def _straight_through_jvp(primals: Any, tangents: Any) -> Any:
+    return straight_through(*primals), tangents[1]
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _exact(problem: Problem, z: Any, fz: Any, state: Any, leaves: list[Any]) -> tuple[Any, Any]:
-    """`z` and `fz` as functions of the leaves."""
-    return z, fz
+def _exact(problem: Problem, z: Any, state: Any, leaves: list[Any]) -> Any:
+    """`z` as a function of the leaves."""
+    return z
 
 
 @partial(_exact.defjvp, symbolic_zeros=True)
 def _exact_jvp(problem: Problem, primals: Any, tangents: Any) -> Any:
-    z, fz, state, leaves = primals
-    z, fz = _exact(problem, z, fz, state, leaves)
-    moved = {i: t for i, t in enumerate(tangents[3]) if not isinstance(t, SymbolicZero)}
+    z, state, leaves = primals
+    z = _exact(problem, z, state, leaves)
+    moved = {i: t for i, t in enumerate(tangents[2]) if not isinstance(t, SymbolicZero)}
     linear = Linear(problem.program, z, leaves, list(moved))
     dz = lax.custom_linear_solve(
         lambda v: v - linear.push(v),
@@ -155,21 +166,19 @@ def _exact_jvp(problem: Problem, primals: Any, tangents: Any) -> Any:
         lambda _, b: _route_forward(problem, linear, b, state)[0],
         lambda _, g: _route(problem, linear, g, state)[0],
     )
-    return (z, fz), (dz, dz)
+    return z, dz
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _reverse(problem: Problem, z: Any, fz: Any, state: Any, leaves: list[Any], probe: Probe | None) -> Any:
-    """`fz` as a function of the leaves, and of the probe that it does not depend on."""
-    return fz
+def _reverse(problem: Problem, z: Any, state: Any, leaves: list[Any], probe: Probe | None) -> Any:
+    """`z` as a function of the leaves, and of the probe that it does not depend on."""
+    return z
 
 
-def _reverse_fwd(
-    problem: Problem, z: Any, fz: Any, state: Any, leaves: list[Any], probe: Probe | None
-) -> tuple[Any, Any]:
+def _reverse_fwd(problem: Problem, z: Any, state: Any, leaves: list[Any], probe: Probe | None) -> tuple[Any, Any]:
     if problem.bound.strategy.exact:
-        z, fz = _exact(problem, z, fz, state, leaves)
-    return fz, (z, state, leaves, probe)
+        z = _exact(problem, z, state, leaves)
+    return z, (z, state, leaves, probe)
 
 
 def _reverse_bwd(problem: Problem, residuals: Any, g: Any) -> Any:
@@ -190,7 +199,7 @@ def _reverse_bwd(problem: Problem, residuals: Any, g: Any) -> Any:
         u, report = _route(problem, linear, g, state)
     found = iter(linear.pull_leaves(u))
     gradients = [next(found) if i in moved else None for i in range(len(leaves))]
-    return None, None, None, gradients, None if probe is None else fill(report)
+    return None, None, gradients, None if probe is None else fill(report)
 
 
 _reverse.defvjp(_reverse_fwd, _reverse_bwd)

@@ -14,7 +14,7 @@ def register() -> None:
     """Tell JAX about `Solution` and `SolveState`; NamedTuples (`Carry`, `AdjointReport`) it knows."""
     jax.tree_util.register_dataclass(
         Solution,
-        data_fields=["value", "residual", "status", "steps", "evaluations", "state"],
+        data_fields=["value", "residual", "status", "steps", "evaluations", "state", "z", "fz"],
         meta_fields=["backend", "record"],
     )
     jax.tree_util.register_dataclass(SolveState, data_fields=["carry"], meta_fields=["solver"])

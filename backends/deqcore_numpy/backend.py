@@ -26,6 +26,7 @@ from deqcore_numpy.derivative import (
     rows_are_independent,
 )
 from deqcore_numpy.history import NumpyHistory
+from deqcore_numpy.ownership import held
 
 
 class NumpyBackend(Backend):
@@ -46,6 +47,12 @@ class NumpyBackend(Backend):
 
     def widened(self) -> bool:
         return is_differencing()
+
+    def owned(self, leaves: list[Any]) -> list[Any]:
+        return [np.copy(leaves[0])] if isinstance(leaves[0], np.ndarray) and held(leaves) else leaves
+
+    def unshared(self, x: Any, other: Any) -> Any:
+        return np.copy(x) if np.may_share_memory(x, other) else x
 
     @contextmanager
     def reading(self, z: Any) -> Iterator[None]:
@@ -144,7 +151,7 @@ class NumpyBackend(Backend):
         adjoint: Adjoint,
     ) -> tuple[Any, Forward, BackwardRecord | None]:
         forward = self.forward_only(f, z0, args, solve)
-        return forward.fz, forward, None
+        return forward.z, forward, None
 
     def detach(self, x: Any) -> Any:
         return x

@@ -81,6 +81,14 @@ class NumpyHistory(History):
     def copy(self) -> NumpyHistory:
         return NumpyHistory(self.storage.copy(), self.seen, self.dtype, self.written, self.active)
 
+    def merge(self, rows: Any, other: History) -> NumpyHistory:
+        assert isinstance(other, NumpyHistory)
+        if rows.all():
+            return other
+        self.storage[rows] = other.storage[rows]
+        seen = np.where(rows[:, None], other.seen, self.seen)
+        return NumpyHistory(self.storage, seen, self.dtype, max(self.written, other.written), self.active)
+
     def take(self, rows: Any) -> NumpyHistory:
         return NumpyHistory(self.storage[rows], self.seen[rows], self.dtype, self.written)
 

@@ -44,7 +44,7 @@ def attach(
     adjoint: Adjoint,
     record: BackwardRecord,
 ) -> Tensor:
-    """The value f(z*) `(batch, n)` with its implicit gradient.
+    """The value z* `(batch, n)` with its implicit gradient.
 
     Args:
         f: `f(z, *args)` on `(batch, n)`.
@@ -68,16 +68,16 @@ def attach(
         y = f(z, *args)
     record.drift = torch.linalg.vector_norm(y.detach() - forward.fz, dim=1)
     if not y.requires_grad:
-        return forward.fz
+        return forward.z
     tensors_outside: list[Tensor] = []
     if exact:
         y = _own(y, start)
         sources = distinct(tensors)
         job.outside = outside(y, z, sources, range(start, sequence()))
         if not job.outside.leaves and not sources and job.outside.hidden is None:
-            return forward.fz  # y depends on z* only: nothing to differentiate
+            return forward.z  # y depends on z* only: nothing to differentiate
         tensors_outside = [*sources, *job.outside.leaves]
-    value: Tensor = _Attach.apply(y, z, forward.fz, job, *tensors_outside)
+    value: Tensor = _Attach.apply(y, z, forward.z, job, *tensors_outside)
     # What follows may write in place (relu_): neither into the solve's state, nor into what second derivatives need.
     return value.clone()
 

@@ -22,7 +22,9 @@ from deqcore.strategy import Adjoint
 from deqcore_torch import native, products, transforms
 from deqcore_torch.ambient import nothing_recorded
 from deqcore_torch.autograd import attach
+from deqcore_torch.gradients import straight_through
 from deqcore_torch.history import RecordedHistory, TorchHistory, select_rows
+from deqcore_torch.ownership import held
 from deqcore_torch.untraced import untraced
 
 LEAF = optree.tree_structure(0)  # the structure of a bare tensor, the usual state: found without optree
@@ -81,6 +83,14 @@ class TorchBackend(Backend):
         kind = x.device.type
         narrowed = x.dtype is torch.float32 and torch.is_autocast_enabled(kind)
         return float(torch.finfo(torch.get_autocast_dtype(kind) if narrowed else x.dtype).eps)
+
+    def owned(self, leaves: list[Any]) -> list[Any]:
+        return [leaves[0].clone()] if isinstance(leaves[0], Tensor) and held(leaves) else leaves
+
+    def unshared(self, x: Tensor, other: Tensor) -> Tensor:
+        if transforms.active() or x.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
+            return x
+        return x.clone()
 
     @contextmanager
     def reading(self, z: Tensor) -> Iterator[None]:
@@ -253,7 +263,7 @@ class TorchBackend(Backend):
     ) -> tuple[Tensor, Forward, BackwardRecord | None]:
         forward = self.forward_only(f, z0, args, solve)
         if not torch.is_grad_enabled() and not transforms.active():
-            return forward.fz, forward, None
+            return forward.z, forward, None
         record = BackwardRecord()
         tensors = list(arrays_in(self, args)) if adjoint.strategy.exact else []
         value = attach(f, forward, args, tensors, adjoint, record)
@@ -265,13 +275,16 @@ class TorchBackend(Backend):
         f: Callable[..., Tensor],
         z0: Tensor,
         args: tuple[Any, ...],
-        steps: Callable[[Map, Tensor, Forward | None], Tensor],
+        steps: Callable[[Map, Tensor, Forward | None], Any],
         forward: Forward | None,
-    ) -> Tensor:
+    ) -> Any:
         return super().record(f, z0, args, steps, forward)
 
     def detach(self, x: Tensor) -> Tensor:
         return x.detach()
+
+    def straight_through(self, value: Tensor, carrier: Tensor) -> Tensor:
+        return straight_through(value, carrier) if carrier.requires_grad or transforms.active() else value
 
     def checkpoint(self, f: Map) -> Map:
         def checkpointed(z: Tensor) -> Any:
@@ -282,7 +295,7 @@ class TorchBackend(Backend):
         return checkpointed
 
     def recording(self) -> bool:
-        return torch.is_grad_enabled()
+        return torch.is_grad_enabled() or transforms.active()
 
     def vjp(
         self, value: Callable[..., tuple[Tensor, Any]], args: tuple[Any, ...], cotangent: Tensor

@@ -363,6 +363,14 @@ class TorchHistory(History):
         store = self.store.with_chunks([chunk.clone() for chunk in self.store.chunks], self.store.batch)
         return TorchHistory(store, self.seen, self.written, self.active, self.since)
 
+    def merge(self, rows: Tensor, other: History) -> TorchHistory:
+        assert isinstance(other, TorchHistory)
+        chosen = rows.nonzero()[:, 0]
+        if chosen.shape[0] == rows.shape[0]:
+            return other
+        found = self.put(chosen, other.take(chosen))
+        return found._with(found.seen, max(self.written, other.written), self.active, None)
+
     def take(self, rows: Tensor) -> TorchHistory:
         chunks = [chunk.index_select(1, rows) for chunk in self.store.chunks]
         seen = None if self.seen is None else self.seen.index_select(0, rows)
@@ -440,6 +448,15 @@ class RecordedHistory(History):
 
     def vectors(self) -> Tensor:
         return self._rows()[:, : min(self.written, self.memory)]
+
+    def merge(self, rows: Tensor, other: History) -> RecordedHistory:
+        assert isinstance(other, RecordedHistory)
+        storage = torch.where(rows[:, None, None], other.storage, self.storage)
+        seen = torch.where(rows[:, None], other.seen, self.seen)
+        return RecordedHistory(storage, seen, max(self.written, other.written), self.active, self.wide)
+
+    def detach(self) -> RecordedHistory:
+        return RecordedHistory(self.storage.detach(), self.seen, self.written, self.active, self.wide)
 
     def copy(self) -> RecordedHistory:
         return self

@@ -82,7 +82,7 @@ def push_of(f: Map, z: Tensor) -> Map:
 
 
 def attach(f: Callable[..., Tensor], forward: Forward, args: tuple[Any, ...], adjoint: Adjoint) -> Tensor:
-    """f(z*) `(batch, n)` with its implicit gradient for all transformations that are active.
+    """z* `(batch, n)` with its implicit gradient for all transformations that are active.
 
     Args:
         f: `f(z, *args)` on `(batch, n)`.
@@ -97,7 +97,7 @@ def attach(f: Callable[..., Tensor], forward: Forward, args: tuple[Any, ...], ad
     z = forward.z.detach()
     again = Ambient.now(z).around(_outlasting(lambda z: f(z, *args)))
     state = forward.carry.state if adjoint.uses_state else None
-    return _attach(_Equation(again, adjoint, state), z, f(z, *args), forward.fz.detach())
+    return _attach(_Equation(again, adjoint, state), z, f(z, *args), z)
 
 
 def _outlasting(f: Map) -> Map:

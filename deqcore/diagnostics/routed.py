@@ -48,7 +48,7 @@ def by_strategy(
         begin = forward if strategy.solves() else None
 
         def value(shift: Array, *moved: Any) -> tuple[Array, None]:
-            return backend.record(lambda z, s, *rest: f(z, *rest) + s, z0, (shift, *moved), steps, begin), None
+            return backend.record(lambda z, s, *rest: f(z, *rest) + s, z0, (shift, *moved), steps, begin)[0], None
 
         _, _, (u, *gradients) = backend.vjp(value, (0 * z0, *args), g)
         return Routed(u, tuple(gradients), None)

@@ -117,13 +117,14 @@ def _forward(residual: Host, status: Host, steps: Host, evaluations: Host) -> di
         "deq_forward_evaluations": float(np.add.reduce(evaluations)) / size,
         "deq_nonfinite_fraction": lost / size,
     }
-    if unknown.all() and not lost:  # a strategy with fixed steps looks at no residual
+    if unknown.all() and not lost:  # a strategy with fixed steps that has not measured a residual
         return found
     known = np.sort(np.where(unknown, np.inf, residual))
+    missed = (status != int(Status.CONVERGED)) & (status != int(Status.FIXED_STEPS))  # fixed steps have no tolerance
     return found | {
         "deq_forward_residual": _middle(known),
         "deq_forward_residual_max": float(known[-1]),
-        "deq_unconverged_fraction": np.count_nonzero(status != int(Status.CONVERGED)) / size,
+        "deq_unconverged_fraction": np.count_nonzero(missed) / size,
     }
 
 

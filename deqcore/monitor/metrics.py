@@ -48,7 +48,7 @@ STANDARD: Final[tuple[Metric, ...]] = (
     Metric("deq_forward_residual", "norm", "‖f(z) − z‖ of the returned iterate, median over the batch."),
     Metric("deq_forward_residual_max", "norm", "‖f(z) − z‖ of the worst sample (inf where it is not finite)."),
     Metric("deq_forward_seconds", "seconds", "Host time of the forward solve."),
-    Metric("deq_unconverged_fraction", "1", "Samples that did not meet the forward tolerance."),
+    Metric("deq_unconverged_fraction", "1", "Samples whose solve did not meet the forward tolerance."),
     Metric("deq_nonfinite_fraction", "1", "Samples where f returned NaN or inf, or whose solve diverged."),
     Metric("deq_backward_steps", "steps", "Vector–Jacobian products of the backward pass, mean over the batch."),
     Metric("deq_backward_steps_max", "steps", "Vector–Jacobian products of the costliest sample."),

@@ -48,3 +48,7 @@ class Picard(Solver):
         """One damped step."""
         z = fz if self.damping == 1.0 else z + self.damping * (fz - z)
         return z, f(z), state
+
+    def chord(self, backend: Backend, z: Array, fz: Array, state: Any) -> Array | None:
+        """A step divides by nothing."""
+        return None

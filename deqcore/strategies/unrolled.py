@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from deqcore.backend import Array, Backend, Map
 from deqcore.driver import Forward, freeze, with_active
-from deqcore.solver import Solver
-from deqcore.strategy import StepStrategy
+from deqcore.solver import Solver, detach_state
+from deqcore.strategy import Reached, StepStrategy
+
+
+class _At(NamedTuple):
+    """Between two steps.
+
+    Attributes:
+        z: the iterate `(batch, n)`.
+        fz: f(z) `(batch, n)`.
+        seen: z and f(z) as the solver's latest own step left them.
+        state: the solver's.
+        settled: samples whose residual has reached rounding `(batch,)` of bool.
+    """
+
+    z: Array
+    fz: Array
+    seen: tuple[Array, Array]
+    state: Any
+    settled: Array
 
 
 @dataclass(frozen=True)
@@ -16,9 +34,14 @@ class Unrolled(StepStrategy):
     """Run a fixed number of the solver's steps and differentiate through them.
 
     Exact for what was computed, which is the truncated iteration and not the fixed point; the reference for checks,
-    and the usual way to pre-train. With the solver "picard" this is an ordinary weight-tied network. A sample stops
-    where its residual reaches rounding (eps^¾): beyond, a quasi-Newton step divides rounding by rounding, and so does
-    its derivative.
+    and the usual way to pre-train. With the solver "picard" this is an ordinary weight-tied network.
+
+    A value may be there long before its derivative. Beyond rounding (a residual of eps^¾) a quasi-Newton step divides
+    rounding by rounding, and so does its derivative. There the sample goes on with chord steps (`Solver.chord`): they
+    keep the value, and its derivative converges at the rate of the estimate.
+
+    The residual is measured at the returned iterate. The status is CONVERGED where it meets the tolerance, and
+    FIXED_STEPS where it does not: `steps` decides, and `forward.max_steps` is ignored.
 
     Cost: `steps` + 1 recorded evaluations of f, whose memory is held unless `checkpoint` recomputes them.
 
@@ -29,15 +52,16 @@ class Unrolled(StepStrategy):
     Raises:
         ValueError: steps is below 1. From settings it is the ConfigError that names the setting.
 
-    Source: Bai, Kolter & Koltun (2019), "Deep Equilibrium Models", §3.1 (weight-tied baseline).
+    Source: Bai, Kolter & Koltun (2019), "Deep Equilibrium Models", §3.1 (weight-tied baseline); Kelley (1995),
+    "Iterative Methods for Linear and Nonlinear Equations", §5.4.1 (chord method).
 
     Example:
         >>> import numpy as np, deqcore
         >>> z, (dx,) = deqcore.vjp(lambda z, x: 0.5 * z + x, np.zeros((1, 1)), np.ones((1, 1)),
         ...                        cotangent=np.ones((1, 1)), forward__solver="picard",
         ...                        backward__strategy="unrolled", backward__options={"steps": 3})
-        >>> z.round(6).tolist(), dx.round(6).tolist()  # f(f(f(f(0))))
-        ([[1.875]], [[1.875]])
+        >>> z.round(6).tolist(), dx.round(6).tolist()  # f(f(f(0)))
+        ([[1.75]], [[1.75]])
     """
 
     steps: int = 10
@@ -51,21 +75,45 @@ class Unrolled(StepStrategy):
         """Nothing is solved for beside the recorded steps."""
         return False
 
-    def value(self, backend: Backend, f: Map, z0: Array, forward: Forward | None, solver: Solver) -> Array:
-        """F at the iterate after the last step."""
+    def value(self, backend: Backend, f: Map, z0: Array, forward: Forward | None, solver: Solver) -> Reached:
+        """The iterate after the last step."""
         run = backend.checkpoint(f) if self.checkpoint else f
         z = backend.detach(z0)
         fz = run(z)
-        start = z, fz, solver.init(backend, z, fz)
-        enough = backend.precision(z) ** 0.75
+        none = backend.norm(z) < 0
+        start = _At(z, fz, (z, fz), solver.init(backend, z, fz), none)
+        end = backend.repeat(lambda at: _step(backend, solver, run, at), start, self.steps)
+        steps = backend.xp.zeros_like(none, dtype=backend.xp.int32) + self.steps
+        return Reached(end.z, end.fz, solver.evaluations(backend, steps, end.state))
 
-        def step(at: tuple[Array, Array, Any]) -> tuple[Array, Array, Any]:
-            z, fz, state = at
-            norm = backend.norm(backend.detach(fz))
-            active = backend.norm(backend.detach(fz - z)) > enough * norm
-            new_z, new_fz, new_state = solver.step(backend, run, z, fz, with_active(state, active))
-            kept = with_active(freeze(backend, active, new_state, state), None)
-            return backend.select(active, new_z, z), backend.select(active, new_fz, fz), kept
 
-        value: Array = backend.repeat(step, start, self.steps)[1]
-        return value
+def _step(backend: Backend, solver: Solver, f: Map, at: _At) -> _At:
+    """A step of the solver, or for settled samples a chord step, in one evaluation of f."""
+    settled = at.settled | _at_rounding(backend, at.z, at.fz)
+    chord = None
+    if not backend.all_known(~settled):
+        chord = solver.chord(backend, at.z, at.fz, detach_state(backend, at.state))
+    if chord is None:
+        z, fz, state = solver.step(backend, f, at.z, at.fz, at.state)
+        return _At(z, fz, (z, fz), state, at.settled)
+    values: list[Array] = []
+
+    def mixed(z: Array) -> Array:
+        values.append(f(backend.select(settled, chord, z)))
+        return values[-1]
+
+    z, fz, state = solver.step(backend, mixed, *at.seen, with_active(at.state, ~settled))
+    state = with_active(freeze(backend, ~settled, state, at.state), None)
+    seen = backend.select(settled, at.seen[0], z), backend.select(settled, at.seen[1], fz)
+    # A step that evaluates f several times may do so inside a traced loop, whose values stay there.
+    value = values[0] if solver.evaluations_per_step == 1 else f(chord)
+    kept = settled & ~_at_rounding(backend, chord, value)  # the estimate is no good there: stay
+    z = backend.select(kept, at.z, backend.select(settled, chord, z))
+    fz = backend.select(kept, at.fz, backend.select(settled, value, fz))
+    return _At(z, fz, seen, state, settled)
+
+
+def _at_rounding(backend: Backend, z: Array, fz: Array) -> Array:
+    """Samples whose residual is rounding `(batch,)` of bool."""
+    residual, size = backend.norm(backend.detach(fz - z)), backend.norm(backend.detach(fz))
+    return residual <= backend.precision(z) ** 0.75 * size

@@ -100,7 +100,7 @@ def test_other_strategies_come_as_near_as_they_promise(be, affine, strategy, opt
 
 def test_unrolled_is_the_gradient_of_its_steps(be, affine):
     a, g = affine["a"], affine["g"]
-    powers = [np.linalg.matrix_power(a.T, k) for k in range(4)]
+    powers = [np.linalg.matrix_power(a.T, k) for k in range(3)]
     expected = sum(g @ p.T for p in powers)
     _, _, db = gradients(be, affine, "unrolled", {"steps": 3}, "picard")
     assert relative(db, expected) < 1e-8

@@ -12,7 +12,7 @@ from deqcore.solution import Status, summarize
 
 
 def test_a_status_is_an_integer_and_a_sentence():
-    assert [int(status) for status in Status] == [0, 1, 2, 3, 4, 5]
+    assert [int(status) for status in Status] == [0, 1, 2, 3, 4, 5, 6]
     for status in Status:
         assert status.sentence.endswith(".")
         assert len(status.sentence) > 20

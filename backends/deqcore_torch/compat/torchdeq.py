@@ -1,7 +1,8 @@
 """torchdeq's call shape on deqcore: `deq = get_deq(...)`, then `z_out, info = deq(func, z_init)`.
 
 What is the same: `func` takes the tensors of the state as positional arguments; `z_out` is a list of states whose
-last one is the best; options go by torchdeq's names. What differs, on purpose:
+last one is the best; options go by torchdeq's names; training returns f of the iterate whose figures `info` has (with
+the phantom gradient: where its steps lead), evaluation the iterate itself. What differs, on purpose:
 
 - Residuals are 2-norms of f(z) − z over a sample's whole state, for every solver, and each sample stops on its own.
 - `f_max_iter` counts solver steps; the first evaluation of f comes on top.
@@ -18,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
+import optree
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,7 @@ from deqcore.equilibrium import fixed_point
 from deqcore.errors import ConfigError
 from deqcore.solution import Solution
 from deqcore_torch.cells import begin_solve as reset_deq
+from deqcore_torch.gradients import straight_through
 
 __all__ = ["TorchDEQ", "get_deq", "reset_deq"]
 
@@ -96,6 +99,16 @@ class Options:
             "options": {"solver": solver, "rtol": self.b_tol, "max_steps": self.b_max_iter},
         }
 
+    def left(self, f: Callable[[Any], Any], solution: Solution) -> Any:
+        """What torchdeq returns in training: f of the iterate, or where the phantom steps lead, with our gradient."""
+        z, fz = solution.z, solution.fz
+        steps, damping = (1, 1.0) if self.ift else (self.grad, self.tau)
+        with torch.no_grad():
+            for step in range(steps):
+                fz = f(z) if step else fz
+                z = optree.tree_map(lambda a, b: a + damping * (b - a), z, fz) if damping != 1.0 else fz
+        return optree.tree_map(straight_through, z, solution.value)
+
     def stops(self, budget: int) -> list[int]:
         """Steps after which a state is wanted; the last is the budget."""
         if self.n_states > 1:
@@ -156,7 +169,7 @@ class TorchDEQ(nn.Module):
         for before, stop in zip([0, *stops], stops, strict=False):
             state = None if solution is None else solution.state
             solution = fixed_point(f, start, config=config, state=state, forward__max_steps=stop - before)
-            states.append(solution.value)
+            states.append(self.options.left(f, solution) if self.training else solution.value)
         assert solution is not None  # there is always one stop: the budget
         return states, _info(solution)
 
@@ -214,7 +227,7 @@ def _solver(name: str) -> str:
 
 
 def _info(solution: Solution) -> dict[str, Tensor]:
-    leaves = solution.backend.flatten(solution.value)[0]
+    leaves = solution.backend.flatten(solution.fz)[0]
     with torch.no_grad():
         flat = torch.cat([leaf.reshape(len(leaf), -1) for leaf in leaves], 1)
         relative = solution.residual / flat.norm(dim=1)

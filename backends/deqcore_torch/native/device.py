@@ -299,7 +299,7 @@ def keep(carry: Carry, found: Stepped, residual: Tensor, goal: Tensor | float, p
             frozen=found.frozen,
             block=COLUMNS,
         )
-    return Carry(z, fz, carry.state, status, steps, best_z, best_fz, best, carry.limit, mark, since)
+    return Carry(z, fz, carry.state, status, steps, best_z, best_fz, best, carry.limit, mark, since, carry.extra)
 
 
 def project(basis: Any, w: Tensor, twice: bool) -> None:

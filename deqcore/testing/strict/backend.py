@@ -116,7 +116,7 @@ class StrictBackend(Backend):
         adjoint: Adjoint,
     ) -> tuple[Array, Forward, BackwardRecord | None]:
         forward = self.forward_only(f, z0, args, solve)
-        return forward.fz, forward, None
+        return forward.z, forward, None
 
     def detach(self, x: Array) -> Array:
         return x

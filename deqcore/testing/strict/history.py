@@ -71,6 +71,11 @@ class StrictHistory(History):
         found[:, : used.shape[1]] = used
         return wrap(found)
 
+    def merge(self, rows: Array, other: History) -> StrictHistory:
+        """Into a copy."""
+        assert isinstance(other, StrictHistory)
+        return StrictHistory(self.inner.copy().merge(unwrap(rows), other.inner))
+
     def copy(self) -> StrictHistory:
         """Itself: it is never written to."""
         return self

@@ -83,7 +83,7 @@ class AutogradBackend(Backend):
         with self.quiet():
             value = f(forward.z, *args)
         if not isbox(value):
-            return forward.fz, forward, record  # nobody takes a gradient
+            return forward.z, forward, record  # nobody takes a gradient
         # Now, and not in the backward pass: autograd tells traces apart only while the outer one is open.
         _, pull = self.linearize(lambda z: f(z, *optree.tree_map(self.detach, args)), forward.z)
 
@@ -92,12 +92,12 @@ class AutogradBackend(Backend):
             record.add(report)
             return u
 
-        return routed(value, forward.fz, route), forward, record
+        return routed(value, forward.z, route), forward, record
 
 
 @primitive
 def routed(value: Any, solved: Any, route: Callable[[Any], Any]) -> Any:
-    """What the solver found for f(z*); its gradient is that of the evaluation `value`, with u for the cotangent."""
+    """What the solver found for z*; its gradient is that of the evaluation `value`, with u for the cotangent."""
     return solved
 
 
