@@ -18,10 +18,9 @@ from deqcore.errors import ConfigError, ProblemError
 from deqcore.strategy import Adjoint
 from deqcore_numpy.derivative import (
     batched_jacobian,
-    differencing,
     is_differencing,
     jacobian,
-    pick,
+    product,
     pull_back,
     rows_are_independent,
 )
@@ -111,7 +110,7 @@ class NumpyBackend(Backend):
             def pull(u: Any) -> Any:
                 return np.einsum("bij,bi->bj", blocks, u).astype(u.dtype, copy=False)
         else:
-            dense = jacobian(f, z)
+            dense = jacobian(f, z, state=True)
 
             def pull(u: Any) -> Any:
                 return (np.ravel(u) @ dense).reshape(u.shape).astype(u.dtype, copy=False)
@@ -119,15 +118,8 @@ class NumpyBackend(Backend):
         return f(z), pull
 
     def push(self, f: Map, z: Any) -> Map:
-        wide = np.asarray(z, np.float64)
-        with differencing():
-            rule = pick(f, wide)
-
-        def product(v: Any) -> Any:
-            with differencing():
-                return rule(f, wide, np.asarray(v, np.float64)).astype(v.dtype, copy=False)
-
-        return product
+        multiply = product(f, z)
+        return lambda v: multiply(v).astype(v.dtype, copy=False)
 
     def forward_only(
         self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], solve: Callable[[Map, Any], Forward]
