@@ -47,17 +47,15 @@ class NumpyBackend(Backend):
         return is_differencing()
 
     @contextmanager
-    def reading(self, z: Any) -> Iterator[None]:
-        writable = z.flags.writeable
-        z.flags.writeable = False  # and so are the views that f gets
+    def reading(self, z: Any) -> Iterator[Any]:
+        seen = z.view()
+        seen.flags.writeable = False  # and so are the views of it that f makes; z itself keeps its flags
         try:
-            yield
+            yield seen
         except ValueError as error:
             if "read-only" in str(error):
                 raise ProblemError.in_place() from error
             raise
-        finally:
-            z.flags.writeable = writable
 
     def astype(self, x: Any, dtype: str) -> Any:
         return x.astype(dtype, copy=False)

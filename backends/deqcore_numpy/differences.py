@@ -1,6 +1,6 @@
 """Finite differences whose steps are found, with an estimate of their error, and the complex step beside them.
 
-A step has the unit of what it moves. It begins at 2^-7 of a *scale*: of a number's own size, of the size of its sample,
+A step has the unit of what it moves. It begins at 2^-9 of a *scale*: of a number's own size, of the size of its sample,
 or, where all of these are 0, of f's value. From there a ladder of steps leads down (and, where rounding dominates, up)
 by factors of 8, until two neighbours agree. Each number of f's output takes the first step that two neighbours agree
 on, or else the one of the least error. So a kink, a saturation or a sample of another size near by changes nothing.
@@ -24,9 +24,10 @@ import numpy as np
 
 from deqcore.errors import DerivativeWarning
 
-START: Final = 2.0**-7  # times the scale
+START: Final = 2.0**-9  # times the scale
 FACTOR: Final = 8.0
-DOWN, UP = 14, 8  # steps below and above the first
+DOWN: Final = 14  # steps from the first one down
+UP: Final = 8  # and up
 BLIND: Final = (-100, -300, -600, -900, 100, 300, 600)  # powers of 2 to try where nothing has a scale
 COMPLEX: Final = 2.0**-133  # times the scale
 GOOD: Final = 1e-8  # relative difference of neighbours that ends the search
@@ -71,7 +72,9 @@ class Differences:
         self.f, self.x, self.rows = f, x, rows
         self.base = np.asarray(f(x))
         self.empty = not (x.size and self.base.size)
-        self.scale, self.blind = (np.ones(()), np.zeros(())) if self.empty else scales(x, self.base, state)
+        found = (np.ones(()), np.zeros((), bool)) if self.empty else scales(x, self.base, state)
+        self.scale: Any = found[0]
+        self.blind: Any = found[1]
         self.eps = max(EPS, float(np.finfo(self.base.dtype).eps) if self.base.dtype.kind == "f" else EPS)
 
     # -- differences --------------------------------------------------------------------------------------------
@@ -90,22 +93,23 @@ class Differences:
         first = START * self.unit(dx=search.dx)
         yield first
         yield first / FACTOR
-        if search.open(truncated=True):
-            for k in range(2, DOWN):
-                yield first / FACTOR**k
-                if not search.open():
-                    return
-        if search.open():
-            search.restart(first)
-            for k in range(1, UP):
-                yield first * FACTOR**k
-                if not search.open():
-                    return
+        rounded = search.rounded()
+        for k in range(2, DOWN if (search.open & ~rounded).any() else 0):
+            yield first / FACTOR**k
+            if not search.open.any():
+                return
+        # Only where noise is all that is wrong: longer steps pass over what is smaller than they are.
+        rounded |= search.used >= np.abs(self.over(first / FACTOR, self.base))
+        search.restart(rounded)
+        for k in range(1, UP if (search.open & rounded).any() else 0):
+            yield first * FACTOR**k
+            if not (search.open & rounded).any():
+                break
         if self.blind.any():
             for power in BLIND:
-                if not search.open():
+                if not search.open.any():
                     return
-                search.restart(None)
+                search.restart()
                 yield first * 2.0**power
                 yield first * 2.0**power / FACTOR
 
@@ -177,7 +181,7 @@ class Differences:
             return False
         floor = 10 * slope.floor
         size = np.maximum(np.abs(found), np.abs(slope.value))
-        known = np.isfinite(slope.value) & np.isfinite(self.base)
+        known: Any = np.isfinite(slope.value) & np.isfinite(self.base)
         if not np.isfinite(found[known]).all() or (np.abs(found - again) > GOOD * size + floor)[known].any():
             return False
         apart = known & (np.abs(found - slope.value) > 10 * slope.error + 1e-6 * size + floor)
@@ -212,6 +216,7 @@ class _Search:
         self.done = ~np.isfinite(at.base)
         self.floor: Any = None
         self.last: Any = None
+        self.only = np.ones(shape, bool)
         self.first: Any = None
 
     def at(self, step: Any) -> None:
@@ -237,15 +242,20 @@ class _Search:
         error = np.abs(value - before) + rounding
         error = np.where(np.isfinite(error), error, np.inf)
         # Where f is coarse (float32 inside), small steps move nothing: that is no slope of 0.
-        coarse = (value == 0) & (self.value != 0) & (self.error <= 1e-2 * np.abs(self.value))
-        better = ~self.done & ~coarse & (self._score(value, error) < self._score(self.value, self.error))
-        kink = (bend > 0.5 * bent) & (bent > 0.5 * bend) & (bend > 1e-3 * np.abs(value)) & (bend > 1e3 * rounding)
+        trusted = (self.value != 0) & (self.bend == 0) & (self.error <= 1e-2 * np.abs(self.value))
+        steady = (bend > 0.5 * bent) & (bent > 0.5 * bend)  # a curve's falls with the step, by 8
+        bend = np.where(steady & (bend > 1e-3 * np.abs(value)), bend, 0.0)
+        lower = self._score(value, error) < self._score(self.value, self.error)
+        # A kink that shorter steps do not reach was near by. What rounding leaves of them must show it.
+        past = (bend == 0) & (error < 0.02 * self.bend)
+        better = np.where((self.bend > 0) & (bend == 0), past, lower) & ~((value == 0) & trusted)
+        better &= self.open & self.only
         self.value = np.where(better, value, self.value)
         self.error = np.where(better, error, self.error)
         self.rounding = np.where(better, rounding, self.rounding)
         self.used = np.where(better, np.abs(step), self.used)
-        self.bend = np.where(better, np.where(kink, bend / (bend + np.abs(value)), 0.0), self.bend)
-        self.done |= better & ((error <= GOOD * np.abs(value)) | (error <= self.floor))
+        self.bend = np.where(better, bend, self.bend)
+        self.done |= better & (bend == 0) & ((error <= GOOD * np.abs(value)) | (error <= self.floor))
 
     def _score(self, value: Any, error: Any) -> Any:
         """Relative error. An absolute one would prefer steps so long that f is flat along them."""
@@ -253,15 +263,19 @@ class _Search:
             score = error / (np.abs(value) + self.floor + error)
         return np.where(error == 0, 0.0, np.where(np.isnan(score), 1.0 + np.isnan(value), score))
 
-    def restart(self, step: Any) -> None:
-        """Go in another direction: from the first step, or (None) from nowhere."""
-        self.last = None if step is None else self.first
+    def restart(self, only: Any = None) -> None:
+        """Go in another direction: from the first step on, for these numbers; or from nowhere, for all."""
+        self.last = None if only is None else self.first
+        self.only = np.ones(self.done.shape, bool) if only is None else only
 
-    def open(self, *, truncated: bool = False) -> bool:
-        """Whether a number has no good slope yet (and smaller steps may mend that)."""
-        if not truncated:
-            return not self.done.all()
-        return bool((~self.done & ~(self.error < 2 * self.rounding)).any())
+    @property
+    def open(self) -> Any:
+        """Which numbers have no good slope yet."""
+        return ~self.done
+
+    def rounded(self) -> Any:
+        """Where the error is one of rounding, which smaller steps make larger."""
+        return self.error < 2 * self.rounding
 
     def result(self) -> Slope:
         """The best of all."""
@@ -271,7 +285,9 @@ class _Search:
             if self.place.rows
             else np.min(used, initial=np.inf)
         )
-        return Slope(self.value, self.error, least, self.bend, self.floor)
+        size = np.abs(self.bend) + np.abs(self.value)
+        bend = np.divide(self.bend, size, out=np.zeros(size.shape), where=self.bend > 10 * self.error)
+        return Slope(self.value, self.error, least, bend, self.floor)
 
 
 @dataclass
@@ -313,12 +329,15 @@ def scales(x: Any, value: Any, state: bool) -> tuple[Any, Any]:
     size = np.where(np.isfinite(x), np.abs(x), 0.0)
     samples = size.reshape(len(size), -1) if size.ndim > 1 else size.reshape(1, -1)
     most = np.max(samples, axis=1, initial=0.0)
+    shown = np.where(np.isfinite(value), np.abs(value), 0.0)
+    # An argument may have one part for each sample, too; its unit is then unknown, but f's is the best guess.
+    alike = value.ndim > 0 and len(value) == len(most)
+    own = np.max(shown.reshape(len(shown), -1), axis=1) if alike else np.max(shown)
     if state:
-        own = np.where(np.isfinite(value), np.abs(value), 0.0).reshape(len(samples), -1)
-        most = np.maximum(most, np.max(own, axis=1, initial=0.0))
+        most = np.maximum(most, own)
     blind = most == 0
-    elsewhere = np.max(np.abs(value[np.isfinite(value)]), initial=0.0)
-    most = np.where(blind, np.max(most, initial=0.0) or elsewhere or 1.0, most)
+    most = np.where(blind, own, most)
+    most = np.where(most == 0, np.max(most) or 1.0, most)
     spread = [-1, *[1] * (size.ndim - 1)] if size.ndim > 1 else [1] * size.ndim
     most, blind = most.reshape(spread), blind.reshape(spread)
     return np.maximum(size, most / 64), np.broadcast_to(blind, size.shape)
