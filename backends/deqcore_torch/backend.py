@@ -82,9 +82,9 @@ class TorchBackend(Backend):
         return float(torch.finfo(torch.get_autocast_dtype(kind) if narrowed else x.dtype).eps)
 
     @contextmanager
-    def reading(self, z: Tensor) -> Iterator[None]:
+    def reading(self, z: Tensor) -> Iterator[Tensor]:
         before = z._version
-        yield
+        yield z
         if z._version != before:
             raise ProblemError.in_place()
 
