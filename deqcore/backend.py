@@ -299,13 +299,18 @@ class Backend(ABC):
         """`x`, copied if it shares memory with `other` and can be written to."""
         return x
 
-    def reading(self, z: Array) -> AbstractContextManager[object]:
-        """Inside it f reads `z`. Where arrays can be written to, a write is found out without a pass over them.
+    def reading(self, z: Array) -> AbstractContextManager[Array]:
+        """Give f what it reads `z` from. Where arrays can be written to, a write is found out without a pass over them.
+
+        `z` may be the user's own memory, in several threads at once: the block changes no property of it.
+
+        Returns:
+            A context whose value is an array like `z`, on the same memory.
 
         Raises:
-            ProblemError: (from the block) f wrote to `z`.
+            ProblemError: (from the block) f wrote to that array.
         """
-        return nullcontext()
+        return nullcontext(z)
 
     def astype(self, x: Array, dtype: str) -> Array:
         """Cast to the dtype of this name; gradients pass."""

@@ -182,3 +182,7 @@ class MonitorWarning(UserWarning):
 
 class NonDeterministicWarning(UserWarning):
     """f gave different values for the same state: dropout or other random numbers, or a state of its own."""
+
+
+class DerivativeWarning(UserWarning):
+    """A derivative by finite differences is not reliable, or f has a kink where it is differentiated."""

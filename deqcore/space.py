@@ -106,8 +106,8 @@ class Space:
 
     def call(self, f: Callable[..., Tree], z: Array, args: tuple[Any, ...]) -> Array:
         """`f` of the matrix `z`, as a matrix."""
-        with self.backend.reading(z):
-            found = f(self.unravel(z), *args)
+        with self.backend.reading(z) as seen:
+            found = f(self.unravel(seen), *args)
         leaves, structure = self.backend.flatten(found)
         if structure != self.structure:
             raise ProblemError(

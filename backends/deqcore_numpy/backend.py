@@ -18,10 +18,9 @@ from deqcore.errors import ConfigError, ProblemError
 from deqcore.strategy import Adjoint
 from deqcore_numpy.derivative import (
     batched_jacobian,
-    differencing,
     is_differencing,
     jacobian,
-    pick,
+    product,
     pull_back,
     rows_are_independent,
 )
@@ -55,17 +54,15 @@ class NumpyBackend(Backend):
         return np.copy(x) if np.may_share_memory(x, other) else x
 
     @contextmanager
-    def reading(self, z: Any) -> Iterator[None]:
-        writable = z.flags.writeable
-        z.flags.writeable = False  # and so are the views that f gets
+    def reading(self, z: Any) -> Iterator[Any]:
+        seen = z.view()
+        seen.flags.writeable = False  # and so are the views of it that f makes; z itself keeps its flags
         try:
-            yield
+            yield seen
         except ValueError as error:
             if "read-only" in str(error):
                 raise ProblemError.in_place() from error
             raise
-        finally:
-            z.flags.writeable = writable
 
     def astype(self, x: Any, dtype: str) -> Any:
         return x.astype(dtype, copy=False)
@@ -118,7 +115,7 @@ class NumpyBackend(Backend):
             def pull(u: Any) -> Any:
                 return np.einsum("bij,bi->bj", blocks, u).astype(u.dtype, copy=False)
         else:
-            dense = jacobian(f, z)
+            dense = jacobian(f, z, state=True)
 
             def pull(u: Any) -> Any:
                 return (np.ravel(u) @ dense).reshape(u.shape).astype(u.dtype, copy=False)
@@ -126,15 +123,8 @@ class NumpyBackend(Backend):
         return f(z), pull
 
     def push(self, f: Map, z: Any) -> Map:
-        wide = np.asarray(z, np.float64)
-        with differencing():
-            rule = pick(f, wide)
-
-        def product(v: Any) -> Any:
-            with differencing():
-                return rule(f, wide, np.asarray(v, np.float64)).astype(v.dtype, copy=False)
-
-        return product
+        multiply = product(f, z)
+        return lambda v: multiply(v).astype(v.dtype, copy=False)
 
     def forward_only(
         self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], solve: Callable[[Map, Any], Forward]

@@ -1,15 +1,12 @@
-"""Derivatives of plain NumPy functions: complex step where it is valid, central differences elsewhere.
+"""Derivatives of plain NumPy functions: the complex step where it is valid, central differences elsewhere.
 
-The complex step has no subtraction and so no rounding error, but it is wrong without a word where f is not analytic
-code (`abs`, comparisons, casts to real). It is therefore tried against central differences along one random
-direction first.
-
-Source: Squire & Trapp (1998), "Using complex variables to estimate derivatives of real functions".
+The complex step has no subtraction and so no rounding error, but its result is wrong where f is not analytic code
+(`abs`, comparisons, casts to real). `differences.Differences.check` therefore compares both along a random direction
+first; a difference that is not reliable itself does not decide.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-TINY = 1e-100
+from deqcore_numpy.differences import Differences
 
 _differencing: ContextVar[bool] = ContextVar("deqcore_numpy.differencing", default=False)
 
@@ -38,69 +35,82 @@ def is_differencing() -> bool:
     return _differencing.get()
 
 
-def complex_step(f: Callable[[Any], Any], x: Any, dx: Any) -> Any:
-    """f'(x)·dx for analytic f, exact to rounding; `x` and `dx` are float64."""
-    return np.imag(f(x + 1j * TINY * dx)) / TINY
+def jacobian(f: Callable[[Any], Any], x: Any, *, state: bool = False) -> Any:
+    """Dense Jacobian of f at x: `(f(x).size, x.size)`, float64, from x.size directional derivatives.
 
+    Args:
+        f: any function of one array.
+        x: of a floating-point dtype, any shape.
+        state: whether f's output has the unit of x, sample by sample.
 
-def central_difference(f: Callable[[Any], Any], x: Any, dx: Any) -> Any:
-    """f'(x)·dx by a fourth-order central difference; error about 1e-11 relative to f."""
-    finite = np.isfinite(x) & np.isfinite(dx)  # a sample that has failed must not choose the others' step
-    size = np.linalg.norm(dx[finite])
-    if size == 0:
-        return np.zeros_like(f(x))
-    h = 1e-3 * max(1.0, float(np.max(np.abs(x[finite]), initial=0.0))) / size
-    near = f(x + h * dx) - f(x - h * dx)
-    far = f(x + 2 * h * dx) - f(x - 2 * h * dx)
-    return (8 * near - far) / (12 * h)
-
-
-def pick(f: Callable[[Any], Any], x: Any) -> Callable[[Callable[[Any], Any], Any, Any], Any]:
-    """The better rule for f at x: complex step if it agrees with differences along a random direction."""
-    dx = np.random.default_rng(0).standard_normal(x.shape)
-    if not x.size:
-        return central_difference
-    expected = central_difference(f, x, dx)
-    if not np.size(expected):  # an empty batch shows nothing of what complex numbers meet in f
-        return central_difference
-    try:
-        with warnings.catch_warnings(), np.errstate(all="ignore"):
-            warnings.simplefilter("ignore")
-            found = complex_step(f, x, dx)
-    except (TypeError, ValueError, NotImplementedError):
-        return central_difference
-    finite = np.isfinite(expected) & np.isfinite(found)
-    same = np.linalg.norm((found - expected)[finite]) <= 1e-5 * np.linalg.norm(expected[finite]) + 1e-12
-    return complex_step if same else central_difference
-
-
-def jacobian(f: Callable[[Any], Any], x: Any) -> Any:
-    """Dense Jacobian of f at x: `(f(x).size, x.size)`, float64, from x.size directional derivatives."""
+    Warns:
+        DerivativeWarning: f has a kink at x, or its derivative cannot be found with certainty.
+    """
     x = np.asarray(x, np.float64)
     with differencing():
-        rule = pick(f, x)
-        columns = []
-        for i in range(x.size):
-            dx = np.zeros(x.size)
-            dx[i] = 1.0
-            columns.append(np.ravel(rule(f, x, dx.reshape(x.shape))))
-        return np.stack(columns, axis=1) if columns else np.zeros((np.size(f(x)), 0))
+        rule = Differences(f, x, state=state).check()
+        columns = [np.ravel(rule(unit)) for unit in _units(x)]
+        rule.close()
+    return np.stack(columns, axis=1) if columns else np.zeros((rule.at.base.size, 0))
 
 
 def batched_jacobian(f: Callable[[Any], Any], z: Any) -> Any:
     """Jacobians of each row of f with respect to its own row of z `(batch, n)`: `(batch, n, n)`, float64.
 
-    Costs n directional derivatives, all rows at once.
+    Costs n directional derivatives, all rows at once, each row with steps of its own.
+
+    Warns:
+        DerivativeWarning: f has a kink at z, or its derivative cannot be found with certainty.
     """
     z = np.asarray(z, np.float64)
     columns = []
     with differencing():
-        rule = pick(f, z)
+        rule = Differences(f, z, rows=True, state=True).check()
         for i in range(z.shape[1]):
             dz = np.zeros_like(z)
             dz[:, i] = 1.0
-            columns.append(rule(f, z, dz))
+            columns.append(rule(dz))
+        rule.close()
     return np.stack(columns, axis=2) if columns else np.zeros((*z.shape, 0))
+
+
+def product(f: Callable[[Any], Any], z: Any) -> Callable[[Any], Any]:
+    """`v` to J v for J = f'(z), both `(batch, n)`, float64.
+
+    Without the complex step, samples that see each other cost a directional derivative each, since one step cannot
+    fit all of them.
+
+    Warns:
+        DerivativeWarning: f has a kink at z, or its derivative cannot be found with certainty.
+    """
+    z = np.asarray(z, np.float64)
+    with differencing():
+        rows = rows_are_independent(f, z)
+        rule = Differences(f, z, rows=rows, state=True).check()
+
+    def multiply(v: Any) -> Any:
+        v = np.asarray(v, np.float64)
+        with differencing():
+            parts = [v] if rule.analytic or rows else list(_samples(v))
+            found = sum((rule(part) for part in parts), start=np.zeros(z.shape))
+            rule.close()
+        return found
+
+    return multiply
+
+
+def _units(x: Any) -> Iterator[Any]:
+    for i in range(x.size):
+        unit = np.zeros(x.size)
+        unit[i] = 1.0
+        yield unit.reshape(x.shape)
+
+
+def _samples(v: Any) -> Iterator[Any]:
+    for i in np.flatnonzero(v.any(axis=1)):
+        part = np.zeros_like(v)
+        part[i] = v[i]
+        yield part
 
 
 def rows_are_independent(f: Callable[[Any], Any], z: Any) -> bool:

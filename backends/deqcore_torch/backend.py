@@ -93,9 +93,9 @@ class TorchBackend(Backend):
         return x.clone()
 
     @contextmanager
-    def reading(self, z: Tensor) -> Iterator[None]:
+    def reading(self, z: Tensor) -> Iterator[Tensor]:
         before = z._version
-        yield
+        yield z
         if z._version != before:
             raise ProblemError.in_place()
 

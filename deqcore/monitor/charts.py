@@ -12,6 +12,7 @@ import numpy as np
 from deqcore.monitor.log import Log, series
 
 POINTS: Final = 400
+MOST: Final = 1e150  # beyond it a chart's own arithmetic overflows; such values are left out as infinite ones are
 COLORS: Final = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#475569")
 
 
@@ -72,7 +73,7 @@ def draw(log: Log) -> list[tuple[str, str]]:
         lines = [
             (_label(metric, layer), *found[metric, layer])
             for metric, layer in found
-            if metric in chart.metrics and np.isfinite(found[metric, layer][1]).any()
+            if metric in chart.metrics and _drawable(found[metric, layer][1]).any()
         ]
         if lines:
             drawn.append((chart.title, _svg(chart, lines, marks)))
@@ -110,9 +111,13 @@ def _svg(chart: Chart, lines: Sequence[tuple[str, list[int], list[float]]], mark
     return svg[svg.index("<svg") :]
 
 
+def _drawable(values: Any) -> Any:
+    return np.abs(values) < MOST
+
+
 def _line(axes: Any, color: str, label: str, steps: Any, values: Any) -> None:
     """Means of at most `POINTS` parts, with the range of each behind; what is not finite is left out."""
-    known = np.isfinite(values)
+    known = _drawable(values)
     parts = min(POINTS, int(known.sum()))
     groups = [np.array_split(array[known], parts) for array in (steps, values)]
     middle = [group.mean() for group in groups[0]]

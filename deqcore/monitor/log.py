@@ -10,6 +10,7 @@ from pathlib import Path
 from deqcore.errors import MonitorError
 from deqcore.monitor.lines import VERSION, parse
 from deqcore.monitor.sink import Event, Row
+from deqcore.monitor.text import plain, printable
 
 
 @dataclass
@@ -17,7 +18,8 @@ class Log:
     """What a log says of its latest run.
 
     The sink appends, so a file may hold several runs. One that goes on where the last one stopped (its steps are
-    higher: a training that was resumed) counts as the same; otherwise what came before is left out.
+    higher: a training that was resumed) counts as the same; otherwise what came before is left out. Runs whose lines
+    alternate, from processes that write to one file at the same time, all count.
 
     Attributes:
         rows: in the order of the file.
@@ -37,7 +39,9 @@ class Log:
     runs: int = 0
     left_out: int = 0
     problems: list[str] = field(default_factory=list)
-    _head: tuple[int, int] = field(default=(0, 0), init=False, repr=False)
+    _latest: str = field(default="", init=False, repr=False)
+    _parts: dict[str, _Part] = field(default_factory=dict, init=False, repr=False)
+    _count: int = field(default=0, init=False, repr=False)
 
     @property
     def retrain(self) -> Event | None:
@@ -49,19 +53,60 @@ class Log:
         """How many rows tell of a forward solve."""
         return sum("deq_forward_steps" in row.values for row in self.rows)
 
-    def begin(self) -> None:
-        """Note that a header stands here."""
+    def begin(self, key: str = "") -> None:
+        """Take a header; without a key (older logs) it has the lines up to the next one."""
         self.runs += 1
-        self._head = len(self.rows), len(self.events)
+        self._latest = key or f"run {self.runs}"
+        self._parts[self._latest] = _Part(self._count)
 
-    def add(self, row: Row) -> None:
-        """Take a row; the first one after a header tells whether its run goes on or begins anew."""
-        rows, events = self._head
-        if 0 < rows == len(self.rows) and row.step <= self.rows[-1].step:
-            del self.rows[:rows], self.events[:events]
-            self.left_out = self.runs - 1
-            self._head = 0, 0
-        self.rows.append(row)
+    def add(self, record: Row | Event, key: str = "") -> None:
+        """Take a row or an event; the first row of a run decides whether it goes on or begins again."""
+        part = self._parts.setdefault(key or self._latest, _Part(self._count))
+        if part.hidden:  # it is not over: it runs beside the one that seemed to replace it
+            part.hidden = False
+            self._show()
+        if isinstance(record, Row) and not part.began:
+            part.began = True
+            self._replace(part, record.step)
+        part.records.append((self._count, record))
+        self._count += 1
+        if isinstance(record, Row):
+            self.rows.append(record)
+        else:
+            self.events.append(record)
+
+    def _replace(self, new: _Part, step: int) -> None:
+        """Leave out the runs that have written nothing since the header of this one, if it begins again."""
+        over = [each for each in self._parts.values() if each is not new and not each.hidden and each.end <= new.start]
+        rows = [pair for each in over for pair in each.records if isinstance(pair[1], Row)]
+        last = max(rows, key=lambda pair: pair[0], default=None)
+        if last is not None and isinstance(last[1], Row) and step <= last[1].step:
+            for each in over:
+                each.hidden = True
+            self._show()
+
+    def _show(self) -> None:
+        shown = sorted(
+            (pair for each in self._parts.values() if not each.hidden for pair in each.records),
+            key=lambda pair: pair[0],
+        )
+        self.rows[:] = [record for _, record in shown if isinstance(record, Row)]
+        self.events[:] = [record for _, record in shown if isinstance(record, Event)]
+        self.left_out = sum(each.hidden for each in self._parts.values())
+
+
+@dataclass
+class _Part:
+    """The records of one run, with their places among all records."""
+
+    start: int
+    records: list[tuple[int, Row | Event]] = field(default_factory=list)
+    began: bool = False
+    hidden: bool = False
+
+    @property
+    def end(self) -> int:
+        return self.records[-1][0] + 1 if self.records else self.start
 
 
 class Tail:
@@ -121,17 +166,15 @@ class Tail:
             if not isinstance(table, dict):
                 raise ValueError("it is no JSON object")
             record = parse(table)
-        except ValueError as error:  # JSON and UTF-8 errors are ValueErrors, too
+        except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors are ValueErrors, too
             if self._line == 1:
-                raise _no_log(self.log.path, 1, str(error)) from None
-            self.log.problems.append(f"Line {self._line} was left out: {error}.")
+                raise _no_log(self.log.path, 1, printable(error)) from None
+            self.log.problems.append(f"Line {self._line} was left out: {printable(error)}.")
             return
         if record is None:
             self._begin(table)
-        elif isinstance(record, Row):
-            self.log.add(record)
         else:
-            self.log.events.append(record)
+            self.log.add(record, printable(table.get("run", "")))
 
     def _begin(self, header: dict[str, object]) -> None:
         if header.get("version") != VERSION:
@@ -140,9 +183,10 @@ class Tail:
                 f"version {VERSION}: use the deqcore that wrote it, or write a new log."
             )
         units, config = header.get("units"), header.get("config")
-        self.log.begin()
-        self.log.units |= units if isinstance(units, dict) else {}
-        self.log.config = config if isinstance(config, dict) else {}
+        self.log.begin(printable(header.get("run", "")))
+        self.log.units |= {printable(name): printable(unit) for name, unit in _table(units).items()}
+        found = plain(_table(config))
+        self.log.config = found if isinstance(found, dict) else {}
 
 
 def read(path: str | Path) -> Log:
@@ -164,6 +208,10 @@ def series(rows: list[Row]) -> Iterator[tuple[str, str, list[int], list[float]]]
             values.append(value)
     for (metric, layer), (steps, values) in found.items():
         yield metric, layer, steps, values
+
+
+def _table(given: object) -> dict[str, object]:
+    return given if isinstance(given, dict) else {}
 
 
 def _no_log(path: Path, line: int, reason: str) -> MonitorError:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 
 from deqcore.monitor.guard import Guard, rescue
 from deqcore.monitor.settings import SinkLike, make_sink
-from deqcore.monitor.sink import Event, Record, Run
+from deqcore.monitor.sink import Event, Record, Row, Run
 from deqcore.monitor.tell import tell
+from deqcore.monitor.text import encodable
 
 
 class Outlet:
@@ -34,7 +36,7 @@ class Outlet:
         """Offer records to all sinks, with the events of failures up to here."""
         self._step = step
         told, self._events = self._events, []
-        everything = [*told, *records]
+        everything = [_encodable(record) for record in (*told, *records)]
         for guard in self.guards:
             guard.write(self.run, everything)
         self._say()
@@ -56,3 +58,10 @@ class Outlet:
         unsaid, self._unsaid = self._unsaid, []
         for text in unsaid:
             tell(text)
+
+
+def _encodable(record: Record) -> Record:
+    """The record with text that every sink can write: labels are the user's, and messages quote what failed."""
+    if isinstance(record, Row):
+        return record if encodable(record.name) == record.name else replace(record, name=encodable(record.name))
+    return record if encodable(record.message) == record.message else replace(record, message=encodable(record.message))

@@ -123,7 +123,10 @@ def _statistics(values: list[float]) -> dict[str, float]:
 
 
 def _clock(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
+    except (OverflowError, OSError, ValueError):  # no time of any calendar
+        return f"{seconds:g} s"
 
 
 def _span(log: Log) -> str:

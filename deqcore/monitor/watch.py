@@ -95,9 +95,9 @@ def sparkline(values: Sequence[float], width: int) -> str:
         shown = [sum(shown[a:b]) / (b - a) for a, b in pairwise(edges)]
     known = [value for value in shown if math.isfinite(value)]
     low, high = (min(known), max(known)) if known else (0.0, 0.0)
-    span = (high - low) or 1.0
+    span = (high / 2 - low / 2) or 1.0  # halves: the whole may be beyond the largest number
     return "".join(
-        BARS[round((value - low) / span * (len(BARS) - 1))] if math.isfinite(value) else "×" for value in shown
+        BARS[round((value / 2 - low / 2) / span * (len(BARS) - 1))] if math.isfinite(value) else "×" for value in shown
     )
 
 

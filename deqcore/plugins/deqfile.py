@@ -38,8 +38,10 @@ def execute(path: Path) -> ModuleType:
     sys.modules[module.__name__] = module
     try:
         exec(compile(source, str(path), "exec"), module.__dict__)  # what plugins.deqfile = true asks for
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         del sys.modules[module.__name__]
+        if not isinstance(error, (Exception, SystemExit)):  # an interrupt: the next load executes it again
+            raise
         raise PluginError(f"{_place(path, error)}: {type(error).__name__}: {error}") from error
     _loaded[path] = _digest(source)
     return module

@@ -336,7 +336,11 @@ def load_deqfile(path: Path) -> None:
         if not deqfile.changed(path):
             return
         name = str(path)
-        status = manager().register(deqfile.execute(path), name, "deqfile")
+        try:
+            status = manager().register(deqfile.execute(path), name, "deqfile")
+        except BaseException:
+            deqfile.forget(path)
+            raise
         if status.status == "broken":
             deqfile.forget(path)
             manager().unregister(name)

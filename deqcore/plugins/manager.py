@@ -72,11 +72,22 @@ class Manager:
         self._pluggy = pluggy.PluginManager(hookspecs.PROJECT)
         self._pluggy.add_hookspecs(hookspecs)
         self._plugins: dict[str, _Plugin] = {}
-        self._discovered = False
+        self._points: list[EntryPoint] | None = None  # that are still to be loaded; None: not looked for yet
+        self._loading = False
 
     def register(self, plugin: object, name: str, source: str, version: str = "") -> PluginStatus:
-        """Take in a plugin, in place of an earlier one of that name. Its failure becomes its status."""
+        """Take in a plugin; it replaces an earlier one of that name. Its failure becomes its status.
+
+        An interrupt leaves nothing of it behind, so that it can be registered again.
+        """
         self.unregister(name)
+        try:
+            return self._take_in(plugin, name, source, version)
+        except BaseException:
+            self.unregister(name)
+            raise
+
+    def _take_in(self, plugin: object, name: str, source: str, version: str) -> PluginStatus:
         entry = self._plugins[name] = _Plugin(PluginStatus(name, version, source))
         with _contained(entry):
             self._pluggy.register(plugin, name=name)
@@ -140,21 +151,37 @@ class Manager:
                 raise PluginError(f"it marks {attribute!r}, which is no hook.{near} Hooks: {_hook_names()}.")
 
     def _discover(self) -> None:
-        """Load the entry points, once."""
-        if self._discovered:
+        """Load the entry points, once. After an interrupt the next lookup goes on with the one that it met."""
+        if self._loading or self._points == []:  # a plugin that looks something up while it is loaded sees what is there
             return
-        self._discovered = True
+        self._loading = True
+        try:
+            points = self._entry_points() if self._points is None else self._points
+            self._points = points
+            disabled = {name.strip() for name in os.environ.get(DISABLE, "").split(",")}
+            while points:
+                self._load(points[0], disabled)
+                del points[0]
+        finally:
+            self._loading = False
+
+    def _entry_points(self) -> list[EntryPoint]:
         if os.environ.get(AUTOLOAD, "1").strip().lower() in {"0", "false", "no", "off"}:
-            return
-        disabled = {name.strip() for name in os.environ.get(DISABLE, "").split(",")}
-        for point in sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value)):
-            self._load(point, disabled)
+            return []
+        return sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value))
 
     def _load(self, point: EntryPoint, disabled: set[str]) -> None:
         dist = point.dist.name if point.dist else ""
+        name = point.name if point.name not in self._plugins else f"{point.name} ({dist or point.value})"
+        try:
+            self._load_as(name, point, dist, disabled)
+        except BaseException:
+            self.unregister(name)
+            raise
+
+    def _load_as(self, name: str, point: EntryPoint, dist: str, disabled: set[str]) -> None:
         version = point.dist.version if point.dist else ""
         source = f"entry point {point.value!r}" + (f" of {dist}" if dist else "")
-        name = point.name if point.name not in self._plugins else f"{point.name} ({dist or point.value})"
         entry = self._plugins[name] = _Plugin(PluginStatus(name, version, source))
         if disabled & {point.name, dist} - {""}:
             entry.add_reason("disabled", f"named in {DISABLE}.")

@@ -51,6 +51,28 @@ class DerivativeTests(Conformance):
             return
         close(kit.numpy(product(kit.array(v))), np.einsum("bij,bj->bi", problem.a, v), 1e-6, "push(v) = J v")
 
+    def test_derivatives_in_other_units(self, kit: Kit) -> None:
+        """Each sample of f(z) = s·g(z/s) has a unit s of its own; J is that of g. |z| keeps complex steps out."""
+        far = 100 if kit.backend.capabilities.float64 else 12
+        s = 10.0 ** np.array([[-far], [-6], [0], [6], [far]])
+        y = np.random.default_rng(5).standard_normal((5, 3))
+        y = np.sign(y) * (0.1 + np.abs(y))
+        unit, xp = kit.array(s), kit.backend.xp
+
+        def f(z: Any, x: Any) -> Any:
+            return unit * (0.5 * xp.tanh(z / unit) + 0.125 * xp.abs(z / unit)) + x
+
+        z, x, u = kit.array(s * y), kit.array(0 * y), kit.array(np.ones((5, 3)))
+        slope = 0.5 / np.cosh(y) ** 2 + 0.125 * np.sign(y)
+        _, pull = kit.backend.linearize(lambda z: f(z, x), z)
+        close(kit.numpy(pull(u)), slope, 1e-5, "Jᵀu of s·g(z/s), a unit s for each sample")
+        push = kit.backend.push(lambda z: f(z, x), z)
+        if push is not None:
+            close(kit.numpy(push(u)), slope, 1e-5, "J v of s·g(z/s), a unit s for each sample")
+        _, _, (dz, dx) = kit.backend.vjp(lambda z, x: (f(z, x), None), (z, x), u)
+        close(kit.numpy(dz), slope, 1e-5, "gradient of z in s·g(z/s), a unit s for each sample")
+        close(kit.numpy(dx), np.ones((5, 3)), 1e-5, "gradient of a term that is 0, a unit s for each sample")
+
     def test_vjp_of_trees_and_of_what_has_no_derivative(self, kit: Kit) -> None:
         x, k = kit.array([1.0, 2.0]), kit.array([3, 4], "int32")
 

@@ -1,0 +1,373 @@
+"""Finite differences whose steps are found, with an estimate of their error, and the complex step beside them.
+
+A step has the unit of what it moves. It begins at 2^-9 of a *scale*: of a number's own size, of the size of its sample,
+or, where all of these are 0, of f's value. From there a ladder of steps leads down (and, where rounding dominates, up)
+by factors of 8, until two neighbours agree. Each number of f's output takes the first step that two neighbours agree
+on, or else the one of the least error. So a kink, a saturation or a sample of another size near by changes nothing.
+
+Costs in evaluations of f: 8 a direction where f is smooth at its scale, at most `4 * (DOWN + UP + 2 * len(BLIND))`;
+1 a direction by the complex step. `Differences.check`, once per linearisation, takes 11 more, at most
+`2 * (limit + DOWN + 3)`.
+
+Sources: Ridders (1982), "Accurate computation of F'(x) and F'(x)F''(x)"; Squire & Trapp (1998), "Using complex
+variables to estimate derivatives of real functions".
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from deqcore.errors import DerivativeWarning
+
+START: Final = 2.0**-9  # times the scale
+FACTOR: Final = 8.0
+DOWN: Final = 14  # steps from the first one down
+UP: Final = 8  # and up
+BLIND: Final = (-100, -300, -600, -900, 100, 300, 600)  # powers of 2 to try where nothing has a scale
+COMPLEX: Final = 2.0**-133  # times the scale
+GOOD: Final = 1e-8  # relative difference of neighbours that ends the search
+FLOOR: Final = 1e-11  # of f's size: a change by less along a natural step is rounding
+POOR: Final = 1e-4  # relative error that a warning reports
+EPS: Final = float(np.finfo(float).eps)
+LEAST: Final = 1e-290
+
+Function = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Slope:
+    """A directional derivative.
+
+    Attributes:
+        value: like f's output.
+        error: estimated, absolute.
+        step: the smallest that a row was moved by, in units of the direction; `(batch, 1)` or a scalar.
+        bend: relative difference of the slopes on the two sides where it does not fall with the step, else 0.
+        floor: an error that f's own rounding explains.
+    """
+
+    value: Any
+    error: Any
+    step: Any
+    bend: Any
+    floor: Any
+
+
+class Differences:
+    """Directional derivatives of f at x.
+
+    Args:
+        f: from arrays like `x` to arrays; in float64.
+        x: float64, any shape.
+        rows: whether sample i of f's output depends on sample i of x only; then each takes steps of its own.
+        state: whether f's output has the unit of `x`, sample by sample.
+    """
+
+    def __init__(self, f: Function, x: Any, *, rows: bool = False, state: bool = False) -> None:
+        self.f, self.x, self.rows = f, x, rows
+        self.base = np.asarray(f(x))
+        self.empty = not (x.size and self.base.size)
+        found = (np.ones(()), np.zeros((), bool)) if self.empty else scales(x, self.base, state)
+        self.scale: Any = found[0]
+        self.blind: Any = found[1]
+        self.eps = max(EPS, float(np.finfo(self.base.dtype).eps) if self.base.dtype.kind == "f" else EPS)
+
+    # -- differences --------------------------------------------------------------------------------------------
+
+    def slope(self, dx: Any) -> Slope:
+        """f'(x)·dx by central differences of fourth order."""
+        if self.empty:
+            none = np.zeros(self.base.shape)
+            return Slope(none, none, np.zeros(()), none, none)
+        search = _Search(self, dx)
+        for step in self._ladder(search):
+            search.at(step)
+        return search.result()
+
+    def _ladder(self, search: _Search) -> Iterator[Any]:
+        first = START * self.unit(dx=search.dx)
+        yield first
+        yield first / FACTOR
+        rounded = search.rounded()
+        for k in range(2, DOWN if (search.open & ~rounded).any() else 0):
+            yield first / FACTOR**k
+            if not search.open.any():
+                return
+        # Only where noise is all that is wrong: longer steps pass over what is smaller than they are.
+        rounded |= search.used >= np.abs(self.over(first / FACTOR, self.base))
+        search.restart(rounded)
+        for k in range(1, UP if (search.open & rounded).any() else 0):
+            yield first * FACTOR**k
+            if not (search.open & rounded).any():
+                break
+        if self.blind.any():
+            for power in BLIND:
+                if not search.open.any():
+                    return
+                search.restart()
+                yield first * 2.0**power
+                yield first * 2.0**power / FACTOR
+
+    def unit(self, dx: Any) -> Any:
+        """What a step along `dx` is measured by: it moves no number by more than its scale."""
+        with np.errstate(all="ignore"):
+            sizes = np.abs(dx) / self.scale
+        most = np.max(sizes.reshape(len(sizes), -1), axis=1, keepdims=True) if self.rows else np.max(sizes)
+        return 1.0 / np.where(most > 0, most, 1.0)
+
+    def moved(self, step: Any, dx: Any) -> Any:
+        """F at x + step·dx."""
+        return np.asarray(self.f(self.x + self.over(step, self.x) * dx))
+
+    def over(self, step: Any, like: Any) -> Any:
+        """The step in a shape that goes with an array."""
+        return step.reshape(-1, *[1] * (np.ndim(like) - 1)) if self.rows else step
+
+    # -- complex step -------------------------------------------------------------------------------------------
+
+    def complex_slope(self, dx: Any, step: float = COMPLEX) -> Any:
+        """f'(x)·dx for code that is analytic, exact to rounding."""
+        h = np.maximum(step * self.unit(dx), LEAST)
+        found = np.asarray(self.moved(1j * h, dx))
+        return np.imag(found) / self.over(h, found)
+
+    def check(self) -> Rule:
+        """Which rule is right for f at x, by two or four directional derivatives.
+
+        Warns:
+            DerivativeWarning: f has a kink at x, or its derivative cannot be found with certainty.
+        """
+        if self.empty:
+            return Rule(self, analytic=False)
+        rng = np.random.default_rng(0)
+        analytic, worst = True, 0.0
+        for size in self._sizes():
+            dx = size * rng.choice((-1.0, 1.0), self.x.shape) * rng.uniform(0.5, 1.0, self.x.shape)
+            slope = self.slope(dx)
+            self._learn(slope, dx)
+            worst = max(worst, uncertainty(slope, self.base))
+            bend = float(np.max(slope.bend, initial=0.0))
+            if bend:
+                warn_of_bend(bend)
+            analytic = analytic and not bend and self._agrees(slope, dx)
+        if not analytic:
+            warn_if_poor(worst)
+        return Rule(self, analytic)
+
+    def _sizes(self) -> list[Any]:
+        rows = np.max(self.scale.reshape(len(self.scale), -1), axis=1) if self.x.ndim else self.scale
+        wide = np.broadcast_to(rows.reshape(-1, *[1] * (self.x.ndim - 1)) if self.x.ndim else rows, self.x.shape)
+        mixed = bool((self.scale < 1e-4 * wide).any())
+        return [self.scale, wide] if mixed else [self.scale]
+
+    def _learn(self, slope: Slope, dx: Any) -> None:
+        """What had no scale gets that of the step which was right for it."""
+        if self.blind.any():
+            found = np.broadcast_to(self.over(slope.step, self.x) * np.abs(dx) / START, self.x.shape)
+            self.scale = np.where(self.blind & (found > 0) & np.isfinite(found), found, self.scale)
+
+    def _agrees(self, slope: Slope, dx: Any) -> bool:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                warnings.simplefilter("error", np.exceptions.ComplexWarning)  # the imaginary part is thrown away
+                found, again = self.complex_slope(dx), self.complex_slope(dx, COMPLEX * 2.0**60)
+        except Exception:  # whatever f says to complex numbers
+            return False
+        floor = 10 * slope.floor
+        size = np.maximum(np.abs(found), np.abs(slope.value))
+        known: Any = np.isfinite(slope.value) & np.isfinite(self.base)
+        if not np.isfinite(found[known]).all() or (np.abs(found - again) > GOOD * size + floor)[known].any():
+            return False
+        apart = known & (np.abs(found - slope.value) > 10 * slope.error + 1e-6 * size + floor)
+        doubtful = known & (slope.error > 0.05 * size + floor)  # such a difference agrees with anything
+        apart |= doubtful
+        return not apart.any() or self._nearer(found, slope.value, dx, apart)
+
+    def _nearer(self, found: Any, value: Any, dx: Any, where: Any) -> bool:
+        """Whether differences tend to `found` as their steps shrink, as far as rounding lets them."""
+        gap, seen = np.abs(found - value), np.zeros(where.shape, bool)
+        nearer = np.zeros(where.shape, bool)
+        for k in range(DOWN):
+            h = START * self.unit(dx) / FACTOR**k
+            high, low, over = self.moved(h, dx), self.moved(-h, dx), self.over(h, self.base)
+            rounding = 4 * self.eps * np.maximum(np.abs(high), np.abs(low)) / over
+            shown = (high - low) / (2 * over)
+            sharp = rounding < 0.05 * gap
+            nearer = np.where(sharp, np.abs(shown - found) < 0.25 * np.abs(shown - value), nearer)
+            seen |= sharp
+        return bool((seen & nearer)[where].all())
+
+
+class _Search:
+    """The best slope so far, number by number of f's output."""
+
+    def __init__(self, at: Differences, dx: Any) -> None:
+        self.place, self.dx = at, dx
+        shape = at.base.shape
+        self.value, self.error = np.full(shape, np.nan), np.full(shape, np.inf)
+        self.bend, self.used = np.zeros(shape), np.full(shape, np.inf)
+        self.rounding = np.zeros(shape)
+        self.done = ~np.isfinite(at.base)
+        self.floor: Any = None
+        self.last: Any = None
+        self.only = np.ones(shape, bool)
+        self.first: Any = None
+
+    def at(self, step: Any) -> None:
+        """Take a step."""
+        place = self.place
+        over = np.broadcast_to(place.over(step, place.base), self.value.shape)
+        high, low = place.moved(step, self.dx), place.moved(-step, self.dx)
+        near = (high - low) / (2 * over)
+        far = (place.moved(2 * step, self.dx) - place.moved(-2 * step, self.dx)) / (4 * over)
+        value = (4 * near - far) / 3
+        bend = np.abs((high - place.base) - (place.base - low)) / over
+        rounding = 3 * place.eps * np.maximum(np.abs(high), np.abs(low)) / over
+        if self.floor is None:  # what is below it is rounding of f
+            most = np.fmax(np.abs(place.base), np.fmax(np.abs(high), np.abs(low)))
+            self.floor = FLOOR * np.where(np.isfinite(most), most, 0.0) / place.over(place.unit(self.dx), place.base)
+        if self.last is not None:
+            self._take(value, bend, rounding, over)
+        self.first = (value, bend) if self.first is None else self.first
+        self.last = value, bend
+
+    def _take(self, value: Any, bend: Any, rounding: Any, step: Any) -> None:
+        before, bent = self.last
+        error = np.abs(value - before) + rounding
+        error = np.where(np.isfinite(error), error, np.inf)
+        # Where f is coarse (float32 inside), small steps move nothing: that is no slope of 0.
+        trusted = (self.value != 0) & (self.bend == 0) & (self.error <= 1e-2 * np.abs(self.value))
+        steady = (bend > 0.5 * bent) & (bent > 0.5 * bend)  # a curve's falls with the step, by 8
+        bend = np.where(steady & (bend > 1e-3 * np.abs(value)), bend, 0.0)
+        lower = self._score(value, error) < self._score(self.value, self.error)
+        # A kink that shorter steps do not reach was near by. What rounding leaves of them must show it.
+        past = (bend == 0) & (error < 0.02 * self.bend)
+        better = np.where((self.bend > 0) & (bend == 0), past, lower) & ~((value == 0) & trusted)
+        better &= self.open & self.only
+        self.value = np.where(better, value, self.value)
+        self.error = np.where(better, error, self.error)
+        self.rounding = np.where(better, rounding, self.rounding)
+        self.used = np.where(better, np.abs(step), self.used)
+        self.bend = np.where(better, bend, self.bend)
+        self.done |= better & (bend == 0) & ((error <= GOOD * np.abs(value)) | (error <= self.floor))
+
+    def _score(self, value: Any, error: Any) -> Any:
+        """Relative error. An absolute one would prefer steps so long that f is flat along them."""
+        with np.errstate(all="ignore"):
+            score = error / (np.abs(value) + self.floor + error)
+        return np.where(error == 0, 0.0, np.where(np.isnan(score), 1.0 + np.isnan(value), score))
+
+    def restart(self, only: Any = None) -> None:
+        """Go in another direction: from the first step on, for these numbers; or from nowhere, for all."""
+        self.last = None if only is None else self.first
+        self.only = np.ones(self.done.shape, bool) if only is None else only
+
+    @property
+    def open(self) -> Any:
+        """Which numbers have no good slope yet."""
+        return ~self.done
+
+    def rounded(self) -> Any:
+        """Where the error is one of rounding, which smaller steps make larger."""
+        return self.error < 2 * self.rounding
+
+    def result(self) -> Slope:
+        """The best of all."""
+        used = np.where(np.isfinite(self.used), self.used, np.inf)
+        least = (
+            np.min(used.reshape(len(used), -1), axis=1, keepdims=True, initial=np.inf)
+            if self.place.rows
+            else np.min(used, initial=np.inf)
+        )
+        size = np.abs(self.bend) + np.abs(self.value)
+        bend = np.divide(self.bend, size, out=np.zeros(size.shape), where=self.bend > 10 * self.error)
+        return Slope(self.value, self.error, least, bend, self.floor)
+
+
+@dataclass
+class Rule:
+    """A rule that has been chosen, as a function of the direction.
+
+    Attributes:
+        at: f and x.
+        analytic: whether the complex step is right.
+        worst: largest relative error of the differences so far.
+    """
+
+    at: Differences
+    analytic: bool
+    worst: float = 0.0
+
+    def __call__(self, dx: Any) -> Any:
+        if self.analytic:
+            return self.at.complex_slope(dx)
+        slope = self.at.slope(dx)
+        self.worst = max(self.worst, uncertainty(slope, self.at.base))
+        return slope.value
+
+    def close(self) -> None:
+        """Report what the directions since the last report have shown.
+
+        Warns:
+            DerivativeWarning: a difference is not reliable.
+        """
+        worst, self.worst = self.worst, 0.0
+        warn_if_poor(worst)
+
+
+def scales(x: Any, value: Any, state: bool) -> tuple[Any, Any]:
+    """What the size of each number of `x` is measured by, and where nothing says it.
+
+    A number of less than 1/64 of its sample's largest may be 0 up to rounding, so it takes that.
+    """
+    size = np.where(np.isfinite(x), np.abs(x), 0.0)
+    samples = size.reshape(len(size), -1) if size.ndim > 1 else size.reshape(1, -1)
+    most = np.max(samples, axis=1, initial=0.0)
+    shown = np.where(np.isfinite(value), np.abs(value), 0.0)
+    # An argument may have one part for each sample, too; its unit is then unknown, but f's is the best guess.
+    alike = value.ndim > 0 and len(value) == len(most)
+    own = np.max(shown.reshape(len(shown), -1), axis=1) if alike else np.max(shown)
+    if state:
+        most = np.maximum(most, own)
+    blind = most == 0
+    most = np.where(blind, own, most)
+    most = np.where(most == 0, np.max(most) or 1.0, most)
+    spread = [-1, *[1] * (size.ndim - 1)] if size.ndim > 1 else [1] * size.ndim
+    most, blind = most.reshape(spread), blind.reshape(spread)
+    return np.maximum(size, most / 64), np.broadcast_to(blind, size.shape)
+
+
+def uncertainty(slope: Slope, base: Any) -> float:
+    """The largest relative error that matters: a change of less than 1e-7 of f along a natural step does not."""
+    error = np.where(np.isfinite(base) & (slope.error > 1e4 * slope.floor), slope.error, 0.0)
+    with np.errstate(all="ignore"):
+        ratio = np.where(error > 0, error / np.abs(slope.value), 0.0)
+    return float(np.max(np.where(np.isnan(ratio), np.inf, ratio), initial=0.0))
+
+
+def warn_if_poor(worst: float) -> None:
+    """Warn of a difference whose estimated error is above `POOR`."""
+    if worst > POOR:
+        warnings.warn(
+            f"The derivative of f by finite differences is not reliable (estimated relative error {worst:.1e}, limit "
+            f"{POOR:.0e}). Compute f in float64 with NumPy operations that take complex numbers, or use a backend "
+            f"with automatic differentiation.",
+            DerivativeWarning,
+            stacklevel=3,
+        )
+
+
+def warn_of_bend(bend: float) -> None:
+    """Warn of a point where f has two slopes."""
+    warnings.warn(
+        f"f has a kink at this point: its slopes on the two sides differ by {bend:.0%}, and the derivative is their "
+        f"mean. Move the point, or use a smooth function.",
+        DerivativeWarning,
+        stacklevel=3,
+    )
