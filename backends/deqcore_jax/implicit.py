@@ -7,6 +7,9 @@ derivative, recorded once for products with J and for the gradients of the leave
                         strategy's route. All of JAX's transformations follow, to any order in principle: the rule
                         linearises at an *attached* z*, so that second derivatives know that z* moves with θ.
     approximate ones    custom_vjp:  dθ = (∂f/∂θ)ᵀ route(pull, g). Reverse mode, first order; more is refused.
+    exact, but f calls  custom_vjp:  dθ = (∂f/∂θ)ᵀ u, and u = (I − J)^-T g has a derivative of its own. Reverse mode
+    a jax.custom_vjp    of any order; J v is the transpose of f's own backward rule.
+    function
 
 All of it is one `jax.jit` whose key is the structure of f, the solver and the strategy: see `interning.py`.
 """
@@ -19,6 +22,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
@@ -27,7 +32,7 @@ from deqcore.errors import StrategyError
 from deqcore.linear.transposed import transposed
 from deqcore.strategy import Adjoint, AdjointReport
 from deqcore_jax.context import precise
-from deqcore_jax.linearize import Linear
+from deqcore_jax.linearize import Linear, Reverse, forward_only, no_reverse_mode
 from deqcore_jax.loop import recorded
 from deqcore_jax.probe import Probe, fill
 from deqcore_jax.program import Program, is_differentiable, is_traced, trace
@@ -67,6 +72,11 @@ class Problem:
         assert self.adjoint is not None
         return self.adjoint
 
+    @property
+    def both_modes(self) -> bool:
+        """Whether the gradient is a true derivative, and f has forward mode, too."""
+        return self.bound.strategy.exact and not self.program.reverse_only
+
 
 def solve(
     f: Callable[..., Any],
@@ -97,16 +107,29 @@ def solve(
         control = drive.control
         numbers = Numbers(control.rtol, control.atol, control.max_steps, drive.resume)
         drive = Drive(drive.backend, drive.solver, Control(0.0, 0.0, 0, *control[3:]))
+    problem = Problem(program, drive, adjoint)
     try:
-        return _run(Problem(program, drive, adjoint), z0, numbers, leaves, probe)
+        return _run(problem, z0, numbers, leaves, probe)
     except TypeError as error:
         if adjoint is None or "custom_vjp" not in str(error):
             raise
-        what = type(adjoint.strategy).__name__ if probe is None else "A solve that reports to a probe"
-        raise StrategyError(
-            f"{what} has reverse mode only, but forward mode (jvp, jacfwd, hessian) was asked for: use "
-            f"backward.strategy = 'exact-ift' without a probe."
-        ) from error
+        raise _no_forward_mode(problem, probe) from error
+
+
+def _no_forward_mode(problem: Problem, probe: Probe | None) -> StrategyError:
+    """The error for jvp, jacfwd or hessian of a value that is a `jax.custom_vjp` function."""
+    asked = "has reverse mode only, but forward mode (jvp, jacfwd, hessian) was asked for"
+    if not problem.bound.strategy.exact:
+        name = type(problem.bound.strategy).__name__
+        return StrategyError(f"{name} {asked}: use backward.strategy = 'exact-ift' without a probe.")
+    if probe is not None:
+        return StrategyError(
+            f"A solve that reports to a probe {asked}: use backward.strategy = 'exact-ift' without a probe."
+        )
+    return StrategyError(
+        f"f calls a jax.custom_vjp function, which {asked}. Use reverse mode (jax.grad, jax.jacrev; "
+        f"jax.jacrev(jax.grad(...)) for second derivatives), or give the function a jax.custom_jvp rule."
+    )
 
 
 @partial(jax.jit, static_argnums=0)
@@ -118,9 +141,9 @@ def _run(
     if problem.adjoint is None:
         return forward.fz, forward
     state = forward.carry.state if problem.adjoint.uses_state else ()
-    if problem.adjoint.strategy.exact and probe is None:
+    if probe is None and problem.both_modes:
         return _exact(problem, forward.z, forward.fz, state, leaves)[1], forward
-    return _reverse(problem, forward.z, forward.fz, state, leaves, probe), forward
+    return _reverse(problem, forward.z, forward.fz, state, leaves, probe)[1], forward
 
 
 def record(
@@ -149,34 +172,54 @@ def _exact_jvp(problem: Problem, primals: Any, tangents: Any) -> Any:
     z, fz = _exact(problem, z, fz, state, leaves)
     moved = {i: t for i, t in enumerate(tangents[3]) if not isinstance(t, SymbolicZero)}
     linear = Linear(problem.program, z, leaves, list(moved))
-    dz = lax.custom_linear_solve(
-        lambda v: v - linear.push(v),
-        linear.push_leaves(list(moved.values())),
-        lambda _, b: _route_forward(problem, linear, b, state)[0],
-        lambda _, g: _route(problem, linear, g, state)[0],
-    )
+    b = linear.push_leaves(list(moved.values()))
+    dz = (_solution if linear.reversible else _solution_forward)(problem, linear, b, state)
     return (z, fz), (dz, dz)
 
 
+def _solution(problem: Problem, linear: Linear, b: Any, state: Any) -> Any:
+    """(I − J)^-1 b, with a transpose."""
+    return lax.custom_linear_solve(
+        lambda v: v - linear.push(v),
+        b,
+        lambda _, b: _route_forward(problem, linear, b, state)[0],
+        lambda _, g: _route(problem, linear, g, state)[0],
+    )
+
+
+def _solution_forward(problem: Problem, linear: Linear, b: Any, state: Any) -> Any:
+    """(I − J)^-1 b for an f without reverse mode."""
+    solve = lambda _, b: _route_forward(problem, linear, b, state)[0]
+    return forward_only(lax.custom_linear_solve(lambda v: v - linear.push(v), b, solve))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _reverse(problem: Problem, z: Any, fz: Any, state: Any, leaves: list[Any], probe: Probe | None) -> Any:
-    """`fz` as a function of the leaves, and of the probe that it does not depend on."""
-    return fz
+def _reverse(
+    problem: Problem, z: Any, fz: Any, state: Any, leaves: list[Any], probe: Probe | None
+) -> tuple[Any, Any]:
+    """`z` and `fz` as functions of the leaves, and of the probe that they do not depend on."""
+    return z, fz
 
 
 def _reverse_fwd(
     problem: Problem, z: Any, fz: Any, state: Any, leaves: list[Any], probe: Probe | None
 ) -> tuple[Any, Any]:
-    if problem.bound.strategy.exact:
+    if problem.both_modes:
         z, fz = _exact(problem, z, fz, state, leaves)
-    return fz, (z, state, leaves, probe)
+    elif problem.bound.strategy.exact:
+        z, fz = _reverse(problem, z, fz, state, leaves, None)
+    return (z, fz), (z, state, leaves, probe)
 
 
-def _reverse_bwd(problem: Problem, residuals: Any, g: Any) -> Any:
+def _reverse_bwd(problem: Problem, residuals: Any, cotangents: tuple[Any, Any]) -> Any:
     z, state, leaves, probe = residuals
+    g = cotangents[0] + cotangents[1]
     moved = [i for i, leaf in enumerate(leaves) if is_differentiable(leaf)]
-    if problem.bound.strategy.exact:
+    linear: Linear | Reverse
+    if problem.both_modes:
         linear = Linear(problem.program, z, leaves, moved)
+        if not linear.reversible:
+            raise no_reverse_mode()
         u, report = lax.custom_linear_solve(
             lambda v: v - linear.pull(v),
             g,
@@ -184,9 +227,12 @@ def _reverse_bwd(problem: Problem, residuals: Any, g: Any) -> Any:
             lambda _, b: _route_forward(problem, linear, b, state),
             has_aux=True,
         )
+    elif problem.bound.strategy.exact:
+        linear = Reverse(problem.program, z, leaves, moved)
+        u, report = _adjoint(problem, z, state, leaves, g)
     else:
         z, state, leaves, g = _first_order_only(type(problem.bound.strategy).__name__, (z, state, leaves, g))
-        linear = Linear(problem.program, z, leaves, moved, products=problem.bound.uses_pull)
+        linear = Reverse(problem.program, z, leaves, moved, products=problem.bound.uses_pull)
         u, report = _route(problem, linear, g, state)
     found = iter(linear.pull_leaves(u))
     gradients = [next(found) if i in moved else None for i in range(len(leaves))]
@@ -196,13 +242,48 @@ def _reverse_bwd(problem: Problem, residuals: Any, g: Any) -> Any:
 _reverse.defvjp(_reverse_fwd, _reverse_bwd)
 
 
-def _route(problem: Problem, linear: Linear, g: Any, state: Any) -> tuple[Any, AdjointReport]:
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _adjoint(problem: Problem, z: Any, state: Any, leaves: list[Any], g: Any) -> tuple[Any, AdjointReport]:
+    """u ≈ (I − J)^-T g where f has reverse mode only, so that only its second derivatives need J v."""
+    return _route(problem, Reverse(problem.program, z, leaves, []), g, state)
+
+
+@_adjoint.defjvp
+def _adjoint_jvp(problem: Problem, primals: Any, tangents: Any) -> Any:
+    """The tangent of u = g + Jᵀu: du = (I − J)^-T (dg + d(Jᵀ) u)."""
+    z, state, leaves, g = primals
+    dz, _, dleaves, dg = tangents
+    u, report = _adjoint(problem, z, state, leaves, g)
+    moved = [i for i, leaf in enumerate(leaves) if is_differentiable(leaf)]
+
+    def pulled(z: Any, *at: Any) -> Any:
+        merged = dict(zip(moved, at, strict=True))
+        every = [merged.get(i, leaf) for i, leaf in enumerate(leaves)]
+        return Reverse(problem.program, z, every, []).pull(u)
+
+    turned = jax.jvp(pulled, (z, *[leaves[i] for i in moved]), (dz, *[dleaves[i] for i in moved]))[1]
+    linear = Reverse(problem.program, z, leaves, [])
+    linear.push(z)  # an f whose rule is not linear is refused here, by name
+    du = lax.custom_linear_solve(
+        lambda v: v - linear.pull(v),
+        dg + turned,
+        lambda _, b: _route(problem, linear, b, state)[0],
+        lambda _, b: _route_forward(problem, linear, b, state)[0],
+    )
+    return (u, report), (du, AdjointReport(*map(_no_tangent, report)))
+
+
+def _no_tangent(x: Any) -> Any:
+    return jnp.zeros_like(x) if is_differentiable(x) else np.zeros(x.shape, jax.dtypes.float0)
+
+
+def _route(problem: Problem, linear: Linear | Reverse, g: Any, state: Any) -> tuple[Any, AdjointReport]:
     """u ≈ (I − J)^-T g."""
     with precise():
         return problem.bound(linear.pull, g, state)
 
 
-def _route_forward(problem: Problem, linear: Linear, b: Any, state: Any) -> tuple[Any, AdjointReport]:
+def _route_forward(problem: Problem, linear: Linear | Reverse, b: Any, state: Any) -> tuple[Any, AdjointReport]:
     """x ≈ (I − J)^-1 b: the same kind of equation, with J v in place of Jᵀu and H in place of Hᵀ."""
     with precise():
         return transposed(problem.bound)(linear.push, b, state)
