@@ -29,9 +29,11 @@ from jax.custom_derivatives import SymbolicZero
 
 from deqcore.driver import Control, Drive, Forward
 from deqcore.errors import StrategyError
+from deqcore.failure import Place
 from deqcore.linear.transposed import transposed
 from deqcore.strategy import Adjoint, AdjointReport
 from deqcore_jax.context import precise
+from deqcore_jax.failures import bound, checked, place_of
 from deqcore_jax.linearize import Linear, Reverse, forward_only, no_reverse_mode
 from deqcore_jax.loop import recorded
 from deqcore_jax.probe import Probe, fill
@@ -49,11 +51,12 @@ class Numbers(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """What is compiled for: f, the method, the strategy (None: no gradient is attached)."""
+    """What is compiled for: f, the method, the strategy (None: no gradient is attached), the line that warns."""
 
     program: Program
     drive: Any  # a Drive without its numbers, or any callable like one
     adjoint: Adjoint | None
+    place: Place | None
 
     def solve(self, z0: Any, numbers: Numbers | None, leaves: list[Any]) -> Forward:
         """Run the solver; products of coefficients in full precision, f as it was traced."""
@@ -102,12 +105,14 @@ def solve(
     program, leaves = trace(f, z0, args)
     if not is_traced((leaves, probe)):
         adjoint = None  # nobody can ask for a gradient
+    adjoint = None if adjoint is None else bound(adjoint)
+    place = None if adjoint is None else place_of(adjoint)
     numbers = None
     if isinstance(drive, Drive):
         control = drive.control
         numbers = Numbers(control.rtol, control.atol, control.max_steps, drive.resume)
         drive = Drive(drive.backend, drive.solver, Control(0.0, 0.0, 0, *control[3:]))
-    problem = Problem(program, drive, adjoint)
+    problem = Problem(program, drive, adjoint, place)
     try:
         return _run(problem, z0, numbers, leaves, probe)
     except TypeError as error:
@@ -280,13 +285,15 @@ def _no_tangent(x: Any) -> Any:
 def _route(problem: Problem, linear: Linear | Reverse, g: Any, state: Any) -> tuple[Any, AdjointReport]:
     """u ≈ (I − J)^-T g."""
     with precise():
-        return problem.bound(linear.pull, g, state)
+        u, report = problem.bound(linear.pull, g, state)
+        return checked(problem.bound, problem.place, u, report), report
 
 
 def _route_forward(problem: Problem, linear: Linear | Reverse, b: Any, state: Any) -> tuple[Any, AdjointReport]:
     """x ≈ (I − J)^-1 b: the same kind of equation, with J v in place of Jᵀu and H in place of Hᵀ."""
     with precise():
-        return transposed(problem.bound)(linear.push, b, state)
+        x, report = transposed(problem.bound)(linear.push, b, state)
+        return checked(problem.bound, problem.place, x, report), report
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -10,8 +10,8 @@ from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
 from deqcore.backend import Map
-from deqcore.errors import StrategyError
-from deqcore_jax.program import Program
+from deqcore.errors import BackendError, StrategyError
+from deqcore_jax.program import Program, calls
 
 
 class Linear:
@@ -113,6 +113,24 @@ class Reverse:
                 f"f calls a jax.custom_vjp function whose backward rule is not linear in the cotangent, so that it "
                 f"has first derivatives only ({_first_line(error)}). Write a linear rule for second derivatives."
             ) from error
+
+
+def product(f: Map, z: Any) -> Map:
+    """`v ↦ J v` at z `(batch, n)`.
+
+    Raises:
+        BackendError: f calls a `jax.custom_vjp` function whose backward rule is not linear.
+    """
+    found: Map = jax.linearize(f, z)[1]
+    if not calls(jax.make_jaxpr(found)(z), "custom_lin"):
+        return found
+    pull = jax.vjp(f, z)[1]  # such a function has a transpose only, whose transpose is the product
+    try:
+        transposed = jax.linear_transpose(lambda u: pull(u)[0], z)
+        return _traced(lambda v: transposed(v)[0], z)
+    except (ValueError, NotImplementedError, TypeError) as error:
+        reason = "f calls a jax.custom_vjp function whose backward rule is not linear in the cotangent."
+        raise BackendError.no_products(reason) from error
 
 
 def no_reverse_mode(error: Exception | None = None) -> StrategyError:

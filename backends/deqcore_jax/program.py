@@ -34,7 +34,7 @@ class Program:
 
         The derivative of a `jax.custom_jvp` function is its rule, so that what the function calls does not count.
         """
-        return _calls(self.jaxpr, primitive)
+        return calls(self.jaxpr, primitive)
 
     @property
     def reverse_only(self) -> bool:
@@ -72,16 +72,17 @@ def trace(f: Callable[..., Any], z0: Any, args: tuple[Any, ...]) -> tuple[Progra
     return Program(first), [leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf) for leaf in found]
 
 
-def _calls(value: Any, primitive: str) -> bool:
+def calls(value: Any, primitive: str) -> bool:
+    """`Program.calls` for a jaxpr, or for anything that holds some."""
     if isinstance(value, core.ClosedJaxpr):
-        return _calls(value.jaxpr, primitive)
+        return calls(value.jaxpr, primitive)
     if isinstance(value, tuple | list):
-        return any(_calls(each, primitive) for each in value)
+        return any(calls(each, primitive) for each in value)
     if not isinstance(value, core.Jaxpr):
         return False
     names = [eqn.primitive.name for eqn in value.eqns]
     inside = [list(e.params.values()) for e in value.eqns if not e.primitive.name.startswith("custom_jvp_call")]
-    return any(name.startswith(primitive) for name in names) or _calls(inside, primitive)
+    return any(name.startswith(primitive) for name in names) or calls(inside, primitive)
 
 
 def is_array(leaf: object) -> bool:
