@@ -34,6 +34,7 @@ from deqcore.errors import BackendError
 
 if TYPE_CHECKING:
     from deqcore.driver import Forward
+    from deqcore.failure import Failures
     from deqcore.solver import Solver
     from deqcore.strategy import Adjoint, AdjointReport
 
@@ -542,6 +543,15 @@ class Backend(ABC):
         for _ in range(times):
             carry = body(carry)
         return carry
+
+    def watch(
+        self, report: Failures, status: Array, steps: Array, residual: Array, *, compiled: bool
+    ) -> None:
+        """Call `report` with what traced arrays `(batch,)` turn out to be, whenever a sample did not converge.
+
+        Only a tracing backend is asked to. It calls at once where values are known (eager transformations), and by a
+        callback from compiled code only if `compiled`, since a callback has a price there.
+        """
 
     # -- differentiation ----------------------------------------------------------------------------------------
 

@@ -25,9 +25,10 @@ from deqcore.errors import (
     StateError,
     StrategyError,
 )
+from deqcore.failure import Failures
 from deqcore.observer import Observer, Solve, observer
 from deqcore.opaque import opened
-from deqcore.solution import Solution, SolveState, Status, summarize
+from deqcore.solution import SOLVED, Solution, SolveState, Status, summarize
 from deqcore.solver import Solver
 from deqcore.space import Raveled, Space
 from deqcore.strategy import Adjoint, Reached, Steps, StepStrategy, Strategy
@@ -203,7 +204,9 @@ class Plan:
         if isinstance(self.strategy, StepStrategy):
             value, forward, record = *self._step(self.strategy, f, z0, args, solve), None
         else:
-            adjoint = Adjoint(self.backend, self.strategy, self.solver)
+            action = self.config.backward.on_failure
+            asked = not self.backend.capabilities.eager and self._is_set("backward.on_failure")
+            adjoint = Adjoint(self.backend, self.strategy, self.solver, action, asked)
             value, forward, record = self.backend.implicit(f, z0, args, solve, adjoint)
         return self.backend.unshared(value, z0), forward, record
 
@@ -308,21 +311,35 @@ class Plan:
             )
 
     def report_failure(self, forward: Forward) -> None:
-        """Raise or warn about samples that did not converge. Traced code cannot: there the Solution says it."""
+        """Raise or warn about samples that did not converge; see `Backend.watch` for traced code."""
         action = self.config.forward.on_failure
-        if forward.carry is None or action == "ignore" or self.backend.is_traced(forward.status):
+        if forward.carry is None or action == "ignore":
             return
-        xp = self.backend.xp
+        xp, figures = self.backend.xp, (forward.status, forward.steps, forward.residual)
+        if self.backend.is_traced(*figures):
+            failures = Failures(action, SOLVED, after=f" {self._circumstances()}")
+            self.backend.watch(failures, *figures, compiled=action == "raise" or self._is_set("forward.on_failure"))
+            return
         if not bool(xp.any(forward.status != int(Status.CONVERGED))):
             return
         parts: list[Any] = [self.backend.to_numpy(a) for a in (forward.status, forward.residual, forward.steps)]
-        text = (
-            f"{summarize(*parts)} (solver {self.config.forward.solver!r}, forward.rtol = {self.control.rtol}, "
-            f"forward.max_steps = {self.control.max_steps}; forward.on_failure = {action!r} decides what happens now)"
-        )
+        text = f"{summarize(*parts)} {self._circumstances()}"
         if action == "raise":
             raise ConvergenceError(text)
         warnings.warn(text, ConvergenceWarning, stacklevel=_stacklevel())
+
+    def _circumstances(self) -> str:
+        """The settings that a failed solve ran with, for its message."""
+        numbers = {"rtol": self.control.rtol, "max_steps": self.control.max_steps}
+        known = [f", forward.{name} = {each}" for name, each in numbers.items() if not self.backend.is_traced(each)]
+        return (
+            f"(solver {self.config.forward.solver!r}{''.join(known)}; forward.on_failure = "
+            f"{self.config.forward.on_failure!r} decides what happens now)"
+        )
+
+    def _is_set(self, name: str) -> bool:
+        """Whether somebody chose this setting, so that it is not the default."""
+        return self.config.origin(name) != "default"
 
     def _narrow(self, f: Raveled, args: tuple[Any, ...]) -> Narrow | None:
         """F for some samples only, if the settings ask for it."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import numpy as np
 
 from deqcore.backend import Array, Backend, BackwardRecord, Tree
 
@@ -130,14 +132,58 @@ class Solution:
         return summarize(status, residual, steps)
 
 
+SOLVED: Final = "after at most {steps} steps, residual ‖f(z) − z‖ at most {residual:.3g}. {sentence}"
+
+
+class Tally(NamedTuple):
+    """A batch in a few numbers: for each `Status`, how many samples ended so and the largest figures among them.
+
+    Attributes:
+        samples: how many, `(len(Status),)` int32.
+        steps: the most steps (or vjps), `(len(Status),)` int32.
+        residual: the largest residual, `(len(Status),)`; −inf where there are no samples.
+
+    Example:
+        >>> import numpy as np
+        >>> Tally.of(np, np.array([1, 2, 2]), np.array([3, 9, 9]), np.array([1e-6, 0.5, 0.25])).samples.tolist()
+        [0, 1, 2, 0, 0, 0]
+    """
+
+    samples: Any
+    steps: Any
+    residual: Any
+
+    @classmethod
+    def of(cls, xp: Any, status: Any, steps: Any, residual: Any) -> Tally:
+        """Count arrays `(batch,)` of the array namespace `xp`, with at least one sample."""
+        rows = status[None, :] == xp.arange(len(Status))[:, None]
+        return cls(
+            xp.sum(xp.astype(rows, xp.int32), axis=1),
+            xp.max(xp.where(rows, steps, xp.zeros_like(steps)), axis=1),
+            xp.max(xp.where(rows, residual, xp.full_like(residual, -float("inf"))), axis=1),
+        )
+
+    def failed(self) -> Any:
+        """Whether any sample did not converge."""
+        return self.samples.sum() > self.samples[int(Status.CONVERGED)]
+
+    def lines(self, template: str) -> str:
+        """One line per status that occurs.
+
+        Args:
+            template: how a line goes on after "2 of 3 samples MAX_STEPS", with {steps}, {residual} and {sentence}.
+        """
+        total, found = int(self.samples.sum()), []
+        for kind in Status:
+            if count := int(self.samples[int(kind)]):
+                steps, residual = int(self.steps[int(kind)]), float(self.residual[int(kind)])
+                text = template.format(steps=steps, residual=residual, sentence=kind.sentence)
+                found.append(f"{count} of {total} samples {kind.name} {text}")
+        return "\n".join(found)
+
+
 def summarize(status: Any, residual: Any, steps: Any) -> str:
     """Describe NumPy arrays `(batch,)` of status, residual and steps, one line per status that occurs."""
-    lines = []
-    for kind in Status:
-        rows = status == int(kind)
-        if rows.any():
-            lines.append(
-                f"{int(rows.sum())} of {status.size} samples {kind.name} after at most {int(steps[rows].max())} "
-                f"steps, residual ‖f(z) − z‖ at most {float(residual[rows].max()):.3g}. {kind.sentence}"
-            )
-    return "\n".join(lines) or "The batch is empty."
+    if not status.size:
+        return "The batch is empty."
+    return Tally.of(np, status, steps, residual).lines(SOLVED)

@@ -179,11 +179,21 @@ class StepStrategy(ABC):
 
 @dataclass(frozen=True)
 class Adjoint:
-    """A strategy bound to the solver whose estimate it may use. What `Backend.implicit` calls in the backward pass."""
+    """A strategy bound to the solver whose estimate it may use. What `Backend.implicit` calls in the backward pass.
+
+    Attributes:
+        backend: whose arrays these are.
+        strategy: the strategy.
+        solver: whose estimate it may use.
+        on_failure: the setting `backward.on_failure`.
+        asked: whether that setting was chosen, so that it is not the default.
+    """
 
     backend: Backend
     strategy: Strategy
     solver: Solver
+    on_failure: str = "ignore"
+    asked: bool = False
 
     def __call__(self, pull: Map, g: Array, state: object) -> tuple[Array, AdjointReport]:
         """Route the cotangent `g` `(batch, n)`; `state` is the forward solver's, with its estimate inside."""

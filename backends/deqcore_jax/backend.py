@@ -18,11 +18,13 @@ from jax import lax
 from deqcore.backend import Backend, BackwardRecord, Capabilities, Carry, Map
 from deqcore.driver import Forward
 from deqcore.errors import BackendError
+from deqcore.failure import Failures
 from deqcore.strategy import Adjoint
-from deqcore_jax import implicit, probe, pytrees, small
+from deqcore_jax import failures, implicit, probe, pytrees, small
 from deqcore_jax.context import as_outside
 from deqcore_jax.dtypes import single, wide
 from deqcore_jax.history import JaxHistory
+from deqcore_jax.linearize import product
 from deqcore_jax.loop import loop
 from deqcore_jax.program import is_array, is_differentiable, is_traced
 
@@ -140,6 +142,9 @@ class JaxBackend(Backend):
         end: Carry = lax.scan(lambda state, _: (body(state), None), carry, length=times)[0]
         return end
 
+    def watch(self, report: Failures, status: Any, steps: Any, residual: Any, *, compiled: bool) -> None:
+        failures.watch(report, status, steps, residual, compiled=compiled)
+
     # -- differentiation ----------------------------------------------------------------------------------------
 
     def linearize(self, f: Map, z: Any) -> tuple[Any, Map]:
@@ -149,8 +154,7 @@ class JaxBackend(Backend):
 
     def push(self, f: Map, z: Any) -> Map:
         with as_outside():
-            found: Map = jax.linearize(f, z)[1]
-        return found
+            return product(f, z)
 
     def forward_only(
         self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], solve: Callable[[Map, Any], Forward]

@@ -7,6 +7,9 @@ f at z*, recorded once for products with J and for the gradients of the leaves:
                         strategy's route. All of JAX's transformations follow, to any order in principle: the rule
                         linearises at an *attached* z*, so that second derivatives know that z* moves with θ.
     approximate ones    custom_vjp:  dθ = (∂f/∂θ)ᵀ route(pull, g). Reverse mode, first order; more is refused.
+    exact, but f calls  custom_vjp:  dθ = (∂f/∂θ)ᵀ u, and u = (I − J)^-T g has a derivative of its own. Reverse mode
+    a jax.custom_vjp    of any order; J v is the transpose of f's own backward rule.
+    function
 
 All of it is one `jax.jit` whose key is the structure of f, the solver and the strategy: see `interning.py`.
 """
@@ -19,15 +22,19 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from deqcore.driver import Control, Drive, Forward
 from deqcore.errors import StrategyError
+from deqcore.failure import Place
 from deqcore.linear.transposed import transposed
 from deqcore.strategy import Adjoint, AdjointReport
 from deqcore_jax.context import precise
-from deqcore_jax.linearize import Linear
+from deqcore_jax.failures import bound, checked, place_of
+from deqcore_jax.linearize import Linear, Reverse, forward_only, no_reverse_mode
 from deqcore_jax.loop import recorded
 from deqcore_jax.probe import Probe, fill
 from deqcore_jax.program import Program, is_differentiable, is_traced, trace
@@ -44,11 +51,12 @@ class Numbers(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """What is compiled for: f, the method, the strategy (None: no gradient is attached)."""
+    """What is compiled for: f, the method, the strategy (None: no gradient is attached), the line that warns."""
 
     program: Program
     drive: Any  # a Drive without its numbers, or any callable like one
     adjoint: Adjoint | None
+    place: Place | None
 
     def solve(self, z0: Any, numbers: Numbers | None, leaves: list[Any]) -> Forward:
         """Run the solver; products of coefficients in full precision, f as it was traced."""
@@ -66,6 +74,11 @@ class Problem:
         """The strategy, where there is one."""
         assert self.adjoint is not None
         return self.adjoint
+
+    @property
+    def both_modes(self) -> bool:
+        """Whether the gradient is a true derivative, and f has forward mode, too."""
+        return self.bound.strategy.exact and not self.program.reverse_only
 
 
 def solve(
@@ -92,21 +105,36 @@ def solve(
     program, leaves = trace(f, z0, args)
     if not is_traced((leaves, probe)):
         adjoint = None  # nobody can ask for a gradient
+    adjoint = None if adjoint is None else bound(adjoint)
+    place = None if adjoint is None else place_of(adjoint)
     numbers = None
     if isinstance(drive, Drive):
         control = drive.control
         numbers = Numbers(control.rtol, control.atol, control.max_steps, drive.resume)
         drive = Drive(drive.backend, drive.solver, Control(0.0, 0.0, 0, *control[3:]))
+    problem = Problem(program, drive, adjoint, place)
     try:
-        return _run(Problem(program, drive, adjoint), z0, numbers, leaves, probe)
+        return _run(problem, z0, numbers, leaves, probe)
     except TypeError as error:
         if adjoint is None or "custom_vjp" not in str(error):
             raise
-        what = type(adjoint.strategy).__name__ if probe is None else "A solve that reports to a probe"
-        raise StrategyError(
-            f"{what} has reverse mode only, but forward mode (jvp, jacfwd, hessian) was asked for: use "
-            f"backward.strategy = 'exact-ift' without a probe."
-        ) from error
+        raise _no_forward_mode(problem, probe) from error
+
+
+def _no_forward_mode(problem: Problem, probe: Probe | None) -> StrategyError:
+    """The error for jvp, jacfwd or hessian of a value that is a `jax.custom_vjp` function."""
+    asked = "has reverse mode only, but forward mode (jvp, jacfwd, hessian) was asked for"
+    if not problem.bound.strategy.exact:
+        name = type(problem.bound.strategy).__name__
+        return StrategyError(f"{name} {asked}: use backward.strategy = 'exact-ift' without a probe.")
+    if probe is not None:
+        return StrategyError(
+            f"A solve that reports to a probe {asked}: use backward.strategy = 'exact-ift' without a probe."
+        )
+    return StrategyError(
+        f"f calls a jax.custom_vjp function, which {asked}. Use reverse mode (jax.grad, jax.jacrev; "
+        f"jax.jacrev(jax.grad(...)) for second derivatives), or give the function a jax.custom_jvp rule."
+    )
 
 
 @partial(jax.jit, static_argnums=0)
@@ -118,7 +146,7 @@ def _run(
     if problem.adjoint is None:
         return forward.z, forward
     state = forward.carry.state if problem.adjoint.uses_state else ()
-    if problem.adjoint.strategy.exact and probe is None:
+    if probe is None and problem.both_modes:
         return _exact(problem, forward.z, state, leaves), forward
     return _reverse(problem, forward.z, state, leaves, probe), forward
 
@@ -160,13 +188,24 @@ def _exact_jvp(problem: Problem, primals: Any, tangents: Any) -> Any:
     z = _exact(problem, z, state, leaves)
     moved = {i: t for i, t in enumerate(tangents[2]) if not isinstance(t, SymbolicZero)}
     linear = Linear(problem.program, z, leaves, list(moved))
-    dz = lax.custom_linear_solve(
+    b = linear.push_leaves(list(moved.values()))
+    return z, (_solution if linear.reversible else _solution_forward)(problem, linear, b, state)
+
+
+def _solution(problem: Problem, linear: Linear, b: Any, state: Any) -> Any:
+    """(I − J)^-1 b, with a transpose."""
+    return lax.custom_linear_solve(
         lambda v: v - linear.push(v),
-        linear.push_leaves(list(moved.values())),
+        b,
         lambda _, b: _route_forward(problem, linear, b, state)[0],
         lambda _, g: _route(problem, linear, g, state)[0],
     )
-    return z, dz
+
+
+def _solution_forward(problem: Problem, linear: Linear, b: Any, state: Any) -> Any:
+    """(I − J)^-1 b for an f without reverse mode."""
+    solve = lambda _, b: _route_forward(problem, linear, b, state)[0]
+    return forward_only(lax.custom_linear_solve(lambda v: v - linear.push(v), b, solve))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -176,16 +215,21 @@ def _reverse(problem: Problem, z: Any, state: Any, leaves: list[Any], probe: Pro
 
 
 def _reverse_fwd(problem: Problem, z: Any, state: Any, leaves: list[Any], probe: Probe | None) -> tuple[Any, Any]:
-    if problem.bound.strategy.exact:
+    if problem.both_modes:
         z = _exact(problem, z, state, leaves)
+    elif problem.bound.strategy.exact:
+        z = _reverse(problem, z, state, leaves, None)
     return z, (z, state, leaves, probe)
 
 
 def _reverse_bwd(problem: Problem, residuals: Any, g: Any) -> Any:
     z, state, leaves, probe = residuals
     moved = [i for i, leaf in enumerate(leaves) if is_differentiable(leaf)]
-    if problem.bound.strategy.exact:
+    linear: Linear | Reverse
+    if problem.both_modes:
         linear = Linear(problem.program, z, leaves, moved)
+        if not linear.reversible:
+            raise no_reverse_mode()
         u, report = lax.custom_linear_solve(
             lambda v: v - linear.pull(v),
             g,
@@ -193,9 +237,12 @@ def _reverse_bwd(problem: Problem, residuals: Any, g: Any) -> Any:
             lambda _, b: _route_forward(problem, linear, b, state),
             has_aux=True,
         )
+    elif problem.bound.strategy.exact:
+        linear = Reverse(problem.program, z, leaves, moved)
+        u, report = _adjoint(problem, z, state, leaves, g)
     else:
         z, state, leaves, g = _first_order_only(type(problem.bound.strategy).__name__, (z, state, leaves, g))
-        linear = Linear(problem.program, z, leaves, moved, products=problem.bound.uses_pull)
+        linear = Reverse(problem.program, z, leaves, moved, products=problem.bound.uses_pull)
         u, report = _route(problem, linear, g, state)
     found = iter(linear.pull_leaves(u))
     gradients = [next(found) if i in moved else None for i in range(len(leaves))]
@@ -205,16 +252,53 @@ def _reverse_bwd(problem: Problem, residuals: Any, g: Any) -> Any:
 _reverse.defvjp(_reverse_fwd, _reverse_bwd)
 
 
-def _route(problem: Problem, linear: Linear, g: Any, state: Any) -> tuple[Any, AdjointReport]:
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _adjoint(problem: Problem, z: Any, state: Any, leaves: list[Any], g: Any) -> tuple[Any, AdjointReport]:
+    """u ≈ (I − J)^-T g where f has reverse mode only, so that only its second derivatives need J v."""
+    return _route(problem, Reverse(problem.program, z, leaves, []), g, state)
+
+
+@_adjoint.defjvp
+def _adjoint_jvp(problem: Problem, primals: Any, tangents: Any) -> Any:
+    """The tangent of u = g + Jᵀu: du = (I − J)^-T (dg + d(Jᵀ) u)."""
+    z, state, leaves, g = primals
+    dz, _, dleaves, dg = tangents
+    u, report = _adjoint(problem, z, state, leaves, g)
+    moved = [i for i, leaf in enumerate(leaves) if is_differentiable(leaf)]
+
+    def pulled(z: Any, *at: Any) -> Any:
+        merged = dict(zip(moved, at, strict=True))
+        every = [merged.get(i, leaf) for i, leaf in enumerate(leaves)]
+        return Reverse(problem.program, z, every, []).pull(u)
+
+    turned = jax.jvp(pulled, (z, *[leaves[i] for i in moved]), (dz, *[dleaves[i] for i in moved]))[1]
+    linear = Reverse(problem.program, z, leaves, [])
+    linear.push(z)  # an f whose rule is not linear is refused here, by name
+    du = lax.custom_linear_solve(
+        lambda v: v - linear.pull(v),
+        dg + turned,
+        lambda _, b: _route(problem, linear, b, state)[0],
+        lambda _, b: _route_forward(problem, linear, b, state)[0],
+    )
+    return (u, report), (du, AdjointReport(*map(_no_tangent, report)))
+
+
+def _no_tangent(x: Any) -> Any:
+    return jnp.zeros_like(x) if is_differentiable(x) else np.zeros(x.shape, jax.dtypes.float0)
+
+
+def _route(problem: Problem, linear: Linear | Reverse, g: Any, state: Any) -> tuple[Any, AdjointReport]:
     """u ≈ (I − J)^-T g."""
     with precise():
-        return problem.bound(linear.pull, g, state)
+        u, report = problem.bound(linear.pull, g, state)
+        return checked(problem.bound, problem.place, u, report), report
 
 
-def _route_forward(problem: Problem, linear: Linear, b: Any, state: Any) -> tuple[Any, AdjointReport]:
+def _route_forward(problem: Problem, linear: Linear | Reverse, b: Any, state: Any) -> tuple[Any, AdjointReport]:
     """x ≈ (I − J)^-1 b: the same kind of equation, with J v in place of Jᵀu and H in place of Hᵀ."""
     with precise():
-        return transposed(problem.bound)(linear.push, b, state)
+        x, report = transposed(problem.bound)(linear.push, b, state)
+        return checked(problem.bound, problem.place, x, report), report
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

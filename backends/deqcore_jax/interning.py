@@ -94,7 +94,7 @@ def _is_dropped(v: core.Var) -> bool:
 
 def _rule_key(jaxpr: core.Jaxpr, eqn: core.JaxprEqn, depth: int) -> Hashable:
     """What a custom derivative rule does: its jaxpr, traced on the inputs that can be differentiated."""
-    inputs = [v for v in dict.fromkeys(eqn.invars) if not isinstance(v, core.Literal)]
+    inputs = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, core.Literal)))
     outputs = [v for v in eqn.outvars if not _is_dropped(v)]
     alone = core.jaxpr_as_fun(
         core.ClosedJaxpr(jaxpr.replace(constvars=[], invars=inputs, outvars=outputs, eqns=[eqn]), ())

@@ -7,48 +7,41 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend import core
+from jax.interpreters import ad, batching, mlir
 
 from deqcore.backend import Map
-from deqcore.errors import StrategyError
-from deqcore_jax.program import Program
+from deqcore.errors import BackendError, StrategyError
+from deqcore_jax.program import Program, calls
 
 
 class Linear:
-    """df = J dz + Σ_i (∂f/∂leaf_i) dleaf_i.
+    """df = J dz + Σ_i (∂f/∂leaf_i) dleaf_i, in both modes where f has both.
 
     Products with J are traced here, once, however often a strategy calls them: transposing is not free.
 
     Attributes:
         push: J v for `v` `(batch, n)`.
-        pull: Jᵀu for `u` `(batch, n)`.
+        pull: Jᵀu for `u` `(batch, n)`; raises StrategyError where f has no reverse mode.
+        reversible: whether f has a reverse mode in z and in the leaves that may move.
 
     Args:
         program: f.
         z: where, `(batch, n)`.
         leaves: the other inputs of f.
         moved: positions of the leaves that may move.
-        products: whether products with J are wanted; without them z is held fixed.
     """
 
     push: Map
     pull: Map
 
-    def __init__(self, program: Program, z: Any, leaves: list[Any], moved: list[int], *, products: bool = True) -> None:
+    def __init__(self, program: Program, z: Any, leaves: list[Any], moved: list[int]) -> None:
         self.z = z
         self.moved = [leaves[i] for i in moved]
-
-        def f(z: Any, *at: Any) -> Any:
-            merged = list(leaves)
-            for i, leaf in zip(moved, at, strict=True):
-                merged[i] = leaf
-            return program(z, merged)
-
-        if not products:
-            only = jax.linearize(lambda *at: f(z, *at), *self.moved)[1]
-            self._linear = lambda _, *d: only(*d)
-            self.push = self.pull = _missing
-            return
-        self._linear = jax.linearize(f, z, *self.moved)[1]
+        f = _of_moved(program, leaves, moved)
+        try:
+            self._linear = jax.linearize(f, z, *self.moved)[1]
+        except ValueError:  # values and tangents come from one operation, such as a loop whose end depends on z
+            self._linear = lambda *d: jax.jvp(f, (z, *self.moved), d)[1]
         zeros = [jnp.zeros_like(leaf) for leaf in self.moved]
 
         # The derivative of the linear map in its first argument only: the leaves' part of it drops out.
@@ -56,8 +49,19 @@ class Linear:
             return jax.jvp(lambda dz: self._linear(dz, *zeros), (jnp.zeros_like(v),), (v,))[1]
 
         self.push = _traced(push, z)
-        transposed = jax.linear_transpose(self.push, z)
-        self.pull = _traced(lambda u: transposed(u)[0], z)
+        self.reversible = self._transpose(program)
+
+    def _transpose(self, program: Program) -> bool:
+        """Make `pull`, if f has a reverse mode."""
+        try:
+            transposed = jax.linear_transpose(self.push, self.z)
+            self.pull = _traced(lambda u: transposed(u)[0], self.z)
+            if program.calls("while"):  # its transpose in the leaves is taken by JAX, too late for an error of ours
+                jax.eval_shape(self.pull_leaves, self.z)
+        except (ValueError, NotImplementedError):
+            self.pull = _refuse_reverse
+            return False
+        return True
 
     def push_leaves(self, d: list[Any]) -> Any:
         """Σ_i (∂f/∂leaf_i) d_i, `(batch, n)`."""
@@ -69,6 +73,103 @@ class Linear:
         return list(jax.linear_transpose(lambda *d: self.push_leaves(list(d)), *self.moved)(u))
 
 
+class Reverse:
+    """Jᵀu and (∂f/∂leaf_i)ᵀ u by reverse mode alone: `jax.custom_vjp` functions inside f have nothing else.
+
+    Attributes:
+        pull: Jᵀu for `u` `(batch, n)`.
+
+    Args:
+        program: f.
+        z: where, `(batch, n)`.
+        leaves: the other inputs of f.
+        moved: positions of the leaves that may move.
+        products: whether products with Jᵀ are wanted; without them z is held fixed.
+
+    Raises:
+        StrategyError: f has no reverse mode (`lax.while_loop`).
+    """
+
+    pull: Map
+
+    def __init__(self, program: Program, z: Any, leaves: list[Any], moved: list[int], *, products: bool = True) -> None:
+        f = _of_moved(program, leaves, moved)
+        at = [leaves[i] for i in moved]
+        try:
+            if not products:
+                self._vjp = jax.vjp(lambda *at: f(z, *at), *at)[1]
+                self._first, self.pull = 0, _missing
+                return
+            self._vjp, self._first = jax.vjp(f, z, *at)[1], 1
+            self.pull = _traced(lambda u: self._vjp(u)[0], z)
+        except (ValueError, NotImplementedError) as error:
+            raise no_reverse_mode(error) from error
+
+    def pull_leaves(self, u: Any) -> list[Any]:
+        """(∂f/∂leaf_i)ᵀ u for each leaf that moves."""
+        try:
+            return list(self._vjp(u)[self._first :])
+        except (ValueError, NotImplementedError) as error:
+            raise no_reverse_mode(error) from error
+
+    def push(self, v: Any) -> Any:
+        """J v, the transpose of `pull`."""
+        try:
+            return jax.linear_transpose(self.pull, v)(v)[0]
+        except (ValueError, NotImplementedError, TypeError) as error:
+            raise StrategyError(
+                f"f calls a jax.custom_vjp function whose backward rule is not linear in the cotangent, so that it "
+                f"has first derivatives only ({_first_line(error)}). Write a linear rule for second derivatives."
+            ) from error
+
+
+def product(f: Map, z: Any) -> Map:
+    """`v ↦ J v` at z `(batch, n)`.
+
+    Raises:
+        BackendError: f calls a `jax.custom_vjp` function whose backward rule is not linear.
+    """
+    try:
+        found: Map = jax.linearize(f, z)[1]
+    except ValueError:  # as in Linear
+        return lambda v: jax.jvp(f, (z,), (v,))[1]
+    if not calls(jax.make_jaxpr(found)(z), "custom_lin"):
+        return found
+    pull = jax.vjp(f, z)[1]  # such a function has a transpose only, whose transpose is the product
+    try:
+        transposed = jax.linear_transpose(lambda u: pull(u)[0], z)
+        return _traced(lambda v: transposed(v)[0], z)
+    except (ValueError, NotImplementedError, TypeError) as error:
+        reason = "f calls a jax.custom_vjp function whose backward rule is not linear in the cotangent."
+        raise BackendError.no_products(reason) from error
+
+
+def no_reverse_mode(error: Exception | None = None) -> StrategyError:
+    """The error for an f that JAX cannot differentiate in reverse mode."""
+    reason = f" ({_first_line(error)})" if error is not None else ""
+    return StrategyError(
+        f"f cannot be differentiated in reverse mode{reason}. Replace lax.while_loop and lax.fori_loop with traced "
+        f"bounds by lax.scan or lax.fori_loop with constant bounds, give the function a jax.custom_vjp rule, or use "
+        f"forward mode (jax.jvp, jax.jacfwd) with backward.strategy = 'exact-ift'."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0].rstrip(". ")
+
+
+def _of_moved(program: Program, leaves: list[Any], moved: list[int]) -> Any:
+    """f as a function of z and of the leaves that may move."""
+
+    def f(z: Any, *at: Any) -> Any:
+        merged = list(leaves)
+        for i, leaf in zip(moved, at, strict=True):
+            merged[i] = leaf
+        return program(z, merged)
+
+    return f
+
+
 def _traced(f: Map, example: Any) -> Map:
     closed = jax.make_jaxpr(f)(example)
     return lambda x: core.jaxpr_as_fun(closed)(x)[0]
@@ -76,3 +177,20 @@ def _traced(f: Map, example: Any) -> Map:
 
 def _missing(_: Any) -> Any:
     raise StrategyError("The strategy called pull, although its uses_pull() says that it does not.")
+
+
+def _refuse_reverse(*_: Any) -> Any:
+    raise no_reverse_mode()
+
+
+def forward_only(dz: Any) -> Any:
+    """The same tangent; taking its transpose, as reverse mode does, raises StrategyError."""
+    return _forward_only.bind(dz)
+
+
+_forward_only = core.Primitive("deqcore_forward_only")
+_forward_only.def_impl(lambda x: x)
+_forward_only.def_abstract_eval(lambda aval: aval)
+ad.deflinear2(_forward_only, _refuse_reverse)
+batching.defvectorized(_forward_only)
+mlir.register_lowering(_forward_only, lambda _, x: [x])

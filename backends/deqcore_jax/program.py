@@ -29,6 +29,18 @@ class Program:
         (fz,) = core.jaxpr_as_fun(core.ClosedJaxpr(self.jaxpr, ()))(*leaves, z)
         return lax.convert_element_type(fz, z.dtype)  # a weak type would change the loop's carry
 
+    def calls(self, primitive: str) -> bool:
+        """Whether f, or a function inside it, calls a primitive whose name begins like this.
+
+        The derivative of a `jax.custom_jvp` function is its rule, so that what the function calls does not count.
+        """
+        return calls(self.jaxpr, primitive)
+
+    @property
+    def reverse_only(self) -> bool:
+        """Whether f calls a `jax.custom_vjp` function: JAX gives it no forward mode."""
+        return self.calls("custom_vjp_call")
+
 
 def trace(f: Callable[..., Any], z0: Any, args: tuple[Any, ...]) -> tuple[Program, list[Any]]:
     """Call f once, on tracers.
@@ -58,6 +70,19 @@ def trace(f: Callable[..., Any], z0: Any, args: tuple[Any, ...]) -> tuple[Progra
     pure = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
     first = intern(pure, rules=is_traced(found))
     return Program(first), [leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf) for leaf in found]
+
+
+def calls(value: Any, primitive: str) -> bool:
+    """`Program.calls` for a jaxpr, or for anything that holds some."""
+    if isinstance(value, core.ClosedJaxpr):
+        return calls(value.jaxpr, primitive)
+    if isinstance(value, tuple | list):
+        return any(calls(each, primitive) for each in value)
+    if not isinstance(value, core.Jaxpr):
+        return False
+    names = [eqn.primitive.name for eqn in value.eqns]
+    inside = [list(e.params.values()) for e in value.eqns if not e.primitive.name.startswith("custom_jvp_call")]
+    return any(name.startswith(primitive) for name in names) or calls(inside, primitive)
 
 
 def is_array(leaf: object) -> bool:
