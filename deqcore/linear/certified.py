@@ -23,6 +23,9 @@ SPREAD = 1.75
 YOUTH = 2.0
 """A space of k dimensions has its estimate raised by 1 + YOUTH / k: σ falls until the slow modes have been seen."""
 
+RISE = 4.0
+"""Most that a slower fall of the residual counts: at rounding level it does not fall at all."""
+
 JUDGED = 1.5
 """Factor on the estimate by M'."""
 
@@ -67,9 +70,9 @@ def solve_certified(
         error ≈ max(1.75 (1 + 2/k) ρ √(ρ/ρ') max(‖r‖, ‖M r‖) / σ_min(H̄), 1.5 ‖M' r‖) / ‖u‖
 
     where k is the dimension, ρ the ratio by which the last step reduced the residual, ρ' the best ratio of the steps
-    before it (at most ρ), and M' is M with less regularisation, good to judge by and too noisy to solve with. A
-    residual that falls slowly, or more slowly than it did, is one of slow modes. No sample is certified by fewer than
-    `LEAST` dimensions unless its space has closed or its residual is tiny.
+    before it (ρ / 4 at least, ρ at most), and M' is M with less regularisation, good to judge by and too noisy to
+    solve with. A residual that falls slowly, or more slowly than it did, is one of slow modes. No sample is certified
+    by fewer than `LEAST` dimensions unless its space has closed or its residual is tiny.
 
     It is an estimate and no bound: a mode that neither M nor the space has met is not in it. How it compares with true
     errors, and what else was tried: docs/notes/certificates.md.
@@ -145,5 +148,5 @@ def _caution(space: KrylovSpace, k: Krylov) -> Array:
         return xp.ones_like(count)
     latest = xp.min(xp.where(last, ratio, xp.ones_like(ratio)), axis=1)
     best = xp.min(xp.where(last, xp.ones_like(ratio), ratio), axis=1)
-    rise = xp.maximum(latest / best, xp.ones_like(best))
+    rise = xp.clip(latest / best, 1.0, RISE)
     return (1.0 + YOUTH / xp.where(count > 0, count, 1.0)) * latest * xp.sqrt(rise)

@@ -84,9 +84,7 @@ def _solve(backend: Backend, pull: Map, g: Array, rows: Array | None) -> tuple[A
     return u, xp.sqrt(xp.max(xp.sum(matrix * matrix, axis=1), axis=1))
 
 
-def _taken(
-    backend: Backend, pull: Map, g: Array, rows: Array, solution: tuple[Array, Array], found: Direct
-) -> Direct:
+def _taken(backend: Backend, pull: Map, g: Array, rows: Array, solution: tuple[Array, Array], found: Direct) -> Direct:
     """What is known after the solve of these rows. The residual is measured, and never believed below rounding."""
     xp = backend.xp
     wide, size = solution

@@ -23,20 +23,21 @@ class BroydenReuse(Strategy):
     low-rank product; right where the secant pairs saw the directions that the cotangent needs, wrong without a word
     elsewhere, most of all with several slow modes and tight forward tolerances.
 
-    *Certified* (`certify=True, target=None`): the same u, and one pull that measures its adjoint residual.
+    *Certified* (`certify=True, target=None`): the same u, and one pull that measures its adjoint residual. The error
+    that it reports is the estimate's own: a mode that the forward solve has not met is not in it.
 
     *Refined* (`target` set, the default): GMRES on (I − Jᵀ) with the multi-secant estimate M = −Hᵀ of all pairs as
-    right preconditioner, per sample, until residual *and estimated error* are at most `target`. Its first direction
-    is M g, the reused gradient itself, so the first pull is the certificate and a sample whose estimate is good
-    enough spends nothing more.
+    right preconditioner, per sample, until residual *and estimated error* are at most `target`. The error is an
+    estimate and no bound. Its first direction is M g, the reused gradient itself; a sample is certified after three
+    pulls at the earliest, unless its residual vanishes before.
 
     Cost: plain, two passes over the solver's history; certified, one pull more; refined, as many pulls as it takes,
     `refine_steps` at most, and as many history vectors.
 
     Args:
         certify: measure and report the adjoint residual.
-        target: bound on the estimated relative error of u, in (0, 1), or None ("none" in a file) for no refinement.
-        refine_steps: pulls per sample at most, at least 1.
+        target: largest estimated relative error of u, in (0, 1), or None ("none" in a file) for no refinement.
+        refine_steps: pulls per sample at most, at least 1; fewer than 3 certify only what they solve.
         fallback: what a sample gets that misses the target: "jacobian-free" (u = g, where its adjoint residual is
             smaller), "exact-ift" (GMRES to the dtype's default tolerance) or "none" (the best u found).
 

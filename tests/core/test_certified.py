@@ -223,7 +223,9 @@ def test_what_is_certified_is_within_the_target():
         rng = np.random.default_rng(7000 + seed)
         slow = spectrum(rng, seed % 4, 0.4, 0.4)
         gain = rng.uniform(0.6, 1.2, N)
-        dense = rng.standard_normal((N, N)) * gain[:, None] / np.sqrt(N) * np.cosh(rng.standard_normal(N))[:, None] ** -2
+        dense = (
+            rng.standard_normal((N, N)) * gain[:, None] / np.sqrt(N) * np.cosh(rng.standard_normal(N))[:, None] ** -2
+        )
         for jacobian in (slow, dense):
             g = rng.standard_normal((1, N))
             u, report, _ = reuse(be, jacobian[None], g, target=0.1)
