@@ -23,7 +23,7 @@ from deqcore_torch import native, products, transforms
 from deqcore_torch.ambient import nothing_recorded
 from deqcore_torch.autograd import attach
 from deqcore_torch.history import RecordedHistory, TorchHistory, select_rows
-from deqcore_torch.untraced import untraced
+from deqcore_torch.untraced import refuse_tracing, untraced
 
 LEAF = optree.tree_structure(0)  # the structure of a bare tensor, the usual state: found without optree
 DEVICE_CHECK = 4  # steps between host checks where a check waits for the device
@@ -235,6 +235,7 @@ class TorchBackend(Backend):
         solve: Callable[[Map, Tensor], Forward],
     ) -> Forward:
         _refuse_split(z0)
+        refuse_tracing(z0)
         run: Map = lambda z: y.detach() if (y := f(z, *args)).requires_grad else y  # noqa: E731 (f may return args)
         if transforms.active():
             transforms.refuse_vmap()
