@@ -236,7 +236,7 @@ class TorchBackend(Backend):
     ) -> Forward:
         _refuse_split(z0)
         refuse_tracing(z0)
-        run: Map = lambda z: y.detach() if (y := f(z, *args)).requires_grad else y  # noqa: E731 (f may return args)
+        run: Map = lambda z: _untracked(f(z, *args))  # noqa: E731
         if transforms.active():
             transforms.refuse_vmap()
             run = lambda z: f(z, *args).detach()  # noqa: E731 (outer transformations would record every step)
@@ -331,6 +331,11 @@ def _refuse_split(z0: Tensor) -> None:
             "z0.to_local() where the batch is what is split. Parameters may be DTensors (tensor-parallel modules): let "
             "the cell take and return plain tensors, the same ones on each rank of the tensor-parallel group."
         )
+
+
+def _untracked(y: Tensor) -> Tensor:
+    """y without a history where none is recorded: f may return one of its arguments."""
+    return y.detach() if y.requires_grad and not torch.is_grad_enabled() else y
 
 
 def _wide(device: torch.device) -> torch.dtype:

@@ -192,6 +192,7 @@ def agree(build, *wanted):
         assert torch.allclose(found, expected, rtol=1e-7, atol=1e-9)
 
 
+# ruff: noqa: B023 (late binding is what is tested)
 def loop_variable(module, x, solve):
     xs = [k * x for k in (1.0, 0.3, -2.0)]
     return sum((solve(lambda z, v: torch.tanh(module(z) + scale * v), x, v) ** 2).sum() for scale, v in enumerate(xs))
