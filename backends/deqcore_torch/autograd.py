@@ -36,6 +36,7 @@ from deqcore_torch.saved import Saved
 from deqcore_torch.second import Recorded, Twice, distinct
 from deqcore_torch.transforms import Refuse, approximate
 
+
 def attach(
     f: Callable[..., Tensor],
     forward: Forward,

@@ -25,7 +25,7 @@ from deqcore_torch.autograd import attach
 from deqcore_torch.gradients import straight_through
 from deqcore_torch.history import RecordedHistory, TorchHistory, select_rows
 from deqcore_torch.ownership import held
-from deqcore_torch.untraced import untraced
+from deqcore_torch.untraced import refuse_tracing, untraced
 
 LEAF = optree.tree_structure(0)  # the structure of a bare tensor, the usual state: found without optree
 DEVICE_CHECK = 4  # steps between host checks where a check waits for the device
@@ -245,7 +245,8 @@ class TorchBackend(Backend):
         solve: Callable[[Map, Tensor], Forward],
     ) -> Forward:
         _refuse_split(z0)
-        run: Map = lambda z: y.detach() if (y := f(z, *args)).requires_grad else y  # noqa: E731 (f may return args)
+        refuse_tracing(z0)
+        run: Map = lambda z: _untracked(f(z, *args))  # noqa: E731
         if transforms.active():
             transforms.refuse_vmap()
             run = lambda z: f(z, *args).detach()  # noqa: E731 (outer transformations would record every step)
@@ -343,6 +344,11 @@ def _refuse_split(z0: Tensor) -> None:
             "z0.to_local() where the batch is what is split. Parameters may be DTensors (tensor-parallel modules): let "
             "the cell take and return plain tensors, the same ones on each rank of the tensor-parallel group."
         )
+
+
+def _untracked(y: Tensor) -> Tensor:
+    """y without a history where none is recorded: f may return one of its arguments."""
+    return y.detach() if y.requires_grad and not torch.is_grad_enabled() else y
 
 
 def _wide(device: torch.device) -> torch.dtype:

@@ -42,7 +42,8 @@ class DEQ(nn.Module):
             molecular dynamics, streaming, where row i of one call follows row i of the last (another batch size
             starts cold). "batch": every sample from the mean equilibrium of the last batch. None: cold. What is kept
             carries no gradient and is not part of `state_dict`; `reset()` forgets it.
-        checkpoint: recompute the cell's activations in the backward pass in place of keeping them.
+        checkpoint: recompute the cell's activations in the backward pass in place of keeping them, once for each vjp
+            of the adjoint solve. `torch.utils.checkpoint` around the whole layer solves once more.
         batched_inputs: positions of the inputs that carry the batch axis, for `forward.compact = true`; None: all.
         **overrides: single settings, such as `forward__rtol=1e-5, backward__strategy="broyden-reuse"`.
 

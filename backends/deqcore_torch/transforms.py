@@ -136,8 +136,6 @@ def _attach(equation: _Equation, z: Tensor, y: Tensor, value: Tensor) -> Tensor:
     return out
 
 
-
-
 def _levels() -> list[Any]:
     return [interpreter.key() for interpreter in get_interpreter_stack() or []]
 

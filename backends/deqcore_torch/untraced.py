@@ -1,4 +1,4 @@
-"""What torch.compile does not look into."""
+"""What torch.compile does not look into, and what no tracer can look into."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from functools import wraps
 from typing import Final, ParamSpec, TypeVar
 
 import torch
+
+from deqcore.errors import BackendError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -40,3 +42,18 @@ def untraced(fn: Callable[P, R]) -> Callable[P, R]:
     call._torchdynamo_disable = True
     call._torchdynamo_disable_msg = REASON
     return call
+
+
+def refuse_tracing(z0: torch.Tensor) -> None:
+    """Raise where tensors have no values, so that no loop can end on them.
+
+    Raises:
+        BackendError: torch.export, make_fx or torch.jit.trace runs here, or the state is a fake tensor.
+    """
+    proxy = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    if proxy or hasattr(z0, "fake_mode") or torch.jit.is_tracing():
+        raise BackendError(
+            "fixed_point was traced (by torch.export, make_fx or torch.jit.trace, or with fake tensors), but "
+            "its loop ends when the samples have converged, which needs values. Export the cell alone and solve "
+            "around it, or use torch.compile, which leaves the solve as it is."
+        )

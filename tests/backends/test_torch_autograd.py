@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import deqcore
-from deqcore.errors import NonDeterministicWarning, ProblemError
+from deqcore.errors import BackendError, NonDeterministicWarning, ProblemError
 from deqcore.solution import Status
 
 torch = pytest.importorskip("torch")
@@ -447,3 +447,35 @@ def test_numpy_finds_out_too():
 def test_a_deterministic_f_under_autocast_is_no_false_alarm(module, x):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         deqcore.fixed_point(lambda z: torch.tanh(module(z) + x), torch.zeros_like(x))
+
+
+# -- tracers ---------------------------------------------------------------------------------------------------------
+
+
+def _exported(layer, x):
+    torch.export.export(layer, (x,), strict=False)
+
+
+def _made_fx(layer, x):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    make_fx(layer)(x)
+
+
+def _fake(layer, x):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        deqcore.fixed_point(lambda z: 0.5 * z + 1, torch.zeros(2, 3))
+
+
+def _jit(layer, x):
+    torch.jit.trace(layer, (x,))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("trace", [_exported, _made_fx, _fake, _jit])
+def test_tracers_that_see_no_values_are_refused(trace):
+    layer = DEQ(lambda z, x: torch.tanh(0.3 * z + x))
+    with pytest.raises(BackendError, match="Export the cell alone"):
+        trace(layer, torch.ones(2, 3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 
 import numpy as np
@@ -191,6 +192,7 @@ def agree(build, *wanted):
         assert torch.allclose(found, expected, rtol=1e-7, atol=1e-9)
 
 
+# ruff: noqa: B023 (late binding is what is tested)
 def loop_variable(module, x, solve):
     xs = [k * x for k in (1.0, 0.3, -2.0)]
     return sum((solve(lambda z, v: torch.tanh(module(z) + scale * v), x, v) ** 2).sum() for scale, v in enumerate(xs))
@@ -360,3 +362,27 @@ def test_f_that_returns_a_tensor_from_outside(x, returned):
     (h,) = torch.autograd.grad(g.sum(), x)
     assert torch.allclose(g, 3 * x**2)
     assert torch.allclose(h, 6 * x)
+
+
+@dataclasses.dataclass
+class Inputs:
+    """No tree of optree's."""
+
+    h: object
+    name: str = "text"
+
+
+def test_tensors_in_a_dataclass_are_found(module, x):
+    def build(solve):
+        f = lambda z, p: torch.tanh(module(z) + p.h["x"] * p.h["x"])
+        return (solve(f, x, Inputs({"x": torch.sin(x)})) ** 2).sum()
+
+    agree(build, x, module.weight)
+
+
+def test_an_object_with_tensors_is_found_too(module, x):
+    class Holder:
+        def __init__(self, h):
+            self.h = h
+
+    agree(lambda solve: (solve(lambda z, p: torch.tanh(module(z) + p.h), x, Holder(2 * x)) ** 2).sum(), x)

@@ -583,8 +583,9 @@ BACKENDS = [
         "double path",
         SECOND,
         "    return [found.get(edge) for edge in wanted]\n",
-        "    return list(torch.autograd.grad(outputs, sources, cotangents, create_graph=create_graph, retain_graph=True, "
-        "allow_unused=True))\n",
+        "    return list(torch.autograd.grad(\n"
+        "        outputs, sources, cotangents, create_graph=create_graph, retain_graph=True, allow_unused=True\n"
+        "    ))\n",
         "backend torch",
         "test_each_path_counts_once_where_arguments_depend_on_each_other",
         "each path counts once",
