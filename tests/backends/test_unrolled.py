@@ -48,9 +48,7 @@ def gradient(be, f, x, solver, steps, component=1, z0=None, **options):
 def test_a_derivative_whose_value_is_there_already(be, solver, steps, moving):
     """z₂ = ½ z₂ + ¼ x₂ at x₂ = 0: the value 0 is there at once, its derivative ½ comes geometrically."""
     xp = be.xp
-    f = lambda z, x: xp.concat(  # noqa: E731
-        [xp.tanh(0.5 * z[:, :1]) + x[:, :1], 0.5 * z[:, 1:] + 0.25 * x[:, 1:]], axis=1
-    )
+    f = lambda z, x: xp.concat([xp.tanh(0.5 * z[:, :1]) + x[:, :1], 0.5 * z[:, 1:] + 0.25 * x[:, 1:]], axis=1)
     _, dx = gradient(be, f, np.array([[moving, 0.0], [0.3 * moving, 0.0]]), solver, steps)
     assert dx[:, 1] == pytest.approx(0.5, abs=2 * 0.5**steps + 1e-9)
     assert dx[:, 0] == pytest.approx(0.0, abs=1e-9)
@@ -58,7 +56,7 @@ def test_a_derivative_whose_value_is_there_already(be, solver, steps, moving):
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_start_at_the_solution_has_a_derivative(be, solver):
-    f = lambda z, x: 0.5 * z + x  # noqa: E731
+    f = lambda z, x: 0.5 * z + x
     x = np.array([[1.0, -2.0]])
     z, dx = gradient(be, f, x, solver, 40, z0=2 * x)
     assert np.array_equal(z, 2 * x)
@@ -82,7 +80,7 @@ def test_an_expanding_f_keeps_value_and_derivative(be, solver, steps):
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_residual_and_status_are_measured(be, solver):
-    f = lambda z, x: be.xp.cos(z) + x  # noqa: E731
+    f = lambda z, x: be.xp.cos(z) + x
     x = be.asarray(np.array([[0.1, 0.2]]))
     for steps, status in ((1, Status.FIXED_STEPS), (60, Status.CONVERGED)):
         sol = deqcore.fixed_point(

@@ -92,7 +92,7 @@ def test_the_value_has_the_residual_that_is_reported(be, solver, strategy, probl
 @pytest.mark.parametrize("strategy", ["exact-ift", "jacobian-free", "phantom", "unrolled"])
 def test_vjp_gives_the_same_point(be, strategy):
     x = be.asarray(np.array([[0.1, 0.2], [0.3, -0.4]]))
-    f = lambda z, x: 3.0 * be.xp.sin(z) + x  # noqa: E731
+    f = lambda z, x: 3.0 * be.xp.sin(z) + x
     settings = {
         "forward__solver": "broyden",
         "forward__max_steps": 7,
@@ -125,7 +125,7 @@ def test_the_gradient_is_as_before(be, strategy, slope):
 
 def test_nothing_nan_in_the_steps_reaches_the_value(be):
     """Phantom steps from an unstable solution overflow; the value does not."""
-    f = lambda z: z * z * 1e3  # noqa: E731  (z* = 1e-3 repels)
+    f = lambda z: z * z * 1e3
     z0 = be.asarray(np.array([[1e-3 * (1 + 1e-9)]]))
     sol = deqcore.fixed_point(
         f,

@@ -54,9 +54,7 @@ def test_the_answer_is_that_of_the_new_problem(be, problem, solver, options, fir
     start = be.asarray(0 * x)
     before = deqcore.fixed_point(f, start, be.asarray(x), forward__max_steps=first, **settings)
     calls.clear()
-    after = deqcore.fixed_point(
-        f, start, be.asarray(other), state=before.state, forward__max_steps=150, **settings
-    )
+    after = deqcore.fixed_point(f, start, be.asarray(other), state=before.state, forward__max_steps=150, **settings)
     z = be.to_numpy(after.value)
     assert z == pytest.approx(root(a, other), rel=1e-8, abs=1e-8)
     assert after.converged.all()
@@ -108,7 +106,7 @@ def test_every_evaluation_is_counted(be, problem, solver):
 
 def test_a_loop_over_inputs_follows_them(be):
     """Each call of a sequence starts where the last one ended."""
-    f = lambda z, x: 0.5 * z + x  # noqa: E731
+    f = lambda z, x: 0.5 * z + x
     state, found = None, []
     for value in (1.0, 2.0, -1.0):
         x = be.asarray(np.full((1, 2), value))
@@ -120,7 +118,7 @@ def test_a_loop_over_inputs_follows_them(be):
 
 def test_the_limits_are_those_of_the_new_problem(be):
     """A first residual of 1e-9 would make 1e-3 a blow-up, and the best residual of another f would win for good."""
-    f = lambda z, x: 0.5 * z + x  # noqa: E731
+    f = lambda z, x: 0.5 * z + x
     x = be.asarray(np.full((1, 2), 1e-9))
     small = deqcore.fixed_point(f, 0 * x, x, forward__solver="picard", forward__rtol=1e-4)
     large = deqcore.fixed_point(f, 0 * x, 1e9 * x, state=small.state, forward__solver="picard", forward__rtol=1e-8)
@@ -129,12 +127,12 @@ def test_the_limits_are_those_of_the_new_problem(be):
 
 
 def test_a_failed_sample_starts_again_where_f_has_changed(be):
-    f = lambda z, a: a * z + 1  # noqa: E731
+    f = lambda z, a: a * z + 1
     z0, wild, tame = (be.asarray(np.full((1, 1), v)) for v in (0.0, 3.0, 0.5))
     settings = {"forward__solver": "picard", "forward__max_steps": 60, **QUIET}
     bad = deqcore.fixed_point(f, z0, wild, **settings)
     assert Status(int(bad.status[0])) is Status.DIVERGED
-    again = deqcore.fixed_point(f, z0, wild, state=bad.state, **settings)
+    again = deqcore.fixed_point(f, z0, wild, state=bad.state, **settings)  # at z0 both f are 1
     assert Status(int(again.status[0])) is Status.DIVERGED
     good = deqcore.fixed_point(f, z0, tame, state=bad.state, **settings)
     assert good.converged.all()
