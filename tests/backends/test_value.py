@@ -162,7 +162,9 @@ def test_torch_value_in_all_modes():
     with torch.no_grad():
         quiet = solved(x)
     for strategy in ("exact-ift", "phantom"):
-        value, tangent = torch.func.jvp(lambda x, strategy=strategy: solved(x, strategy).value, (x,), (torch.ones_like(x),))
+        value, tangent = torch.func.jvp(
+            lambda x, strategy=strategy: solved(x, strategy).value, (x,), (torch.ones_like(x),)
+        )
         assert torch.allclose(value, plain.value, rtol=1e-12)  # another history there, which rounds otherwise
         assert torch.isfinite(tangent).all()
         pulled, _ = torch.func.vjp(lambda x, strategy=strategy: solved(x, strategy).value, x)

@@ -562,15 +562,6 @@ POINTS = [
     Fault(
         "stale state",
         "deqcore.driver",
-        "    same = backend.norm(first.fz - old.best_fz) <= near  # False for NaN, too\n",
-        "    same = backend.norm(first.fz - old.best_fz) <= 1e9 + near\n",
-        "solver broyden",
-        "test_a_state_of_another_problem_is_a_warm_start",
-        "stale state",
-    ),
-    Fault(
-        "stale state, not asked at all",
-        "deqcore.driver",
         "    first = _begin_at(backend, z, f(z), tolerance)\n",
         "    first = _begin_at(backend, z, old.best_fz, tolerance)\n",
         "solver picard",
