@@ -213,6 +213,7 @@ def _reopen(backend: Backend, solver: Solver, f: Map, old: Carry, tolerance: _To
 
     Samples whose f is the same run on, on copies of their histories, if they do not meet the (perhaps new) tolerance.
     The others begin again at their best iterate: what was learned, and every residual, is that of another function.
+    So do samples that have failed.
     """
     xp = backend.xp
     z = old.best_z
@@ -220,12 +221,11 @@ def _reopen(backend: Backend, solver: Solver, f: Map, old: Carry, tolerance: _To
     near = ROUNDING * backend.precision(z) * (backend.norm(z) + backend.norm(old.best_fz))
     same = backend.norm(first.fz - old.best_fz) <= near  # False for NaN, too
     failed = (old.status == int(Status.NONFINITE)) | (old.status == int(Status.DIVERGED))
-    kept = same & failed & (first.status == int(Status.RUNNING))
+    same = same & ~failed  # what a failed sample has learned led away
     carry = first._replace(
         z=old.z,
         fz=old.fz,
         state=copy_state(old.state),
-        status=xp.where(kept, old.status, first.status),
         steps=old.steps,
         limit=xp.where(same, old.limit, first.limit),
         extra=old.extra + 1,

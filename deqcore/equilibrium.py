@@ -50,7 +50,8 @@ def fixed_point(
         z0: initial state, a tree of floating-point arrays; with `batch = true` the first axis of each is the batch.
         *args: further arguments of f, any trees. Their arrays get gradients.
         config: complete settings; default: environment and `deqcore.using`.
-        state: `sol.state` of an earlier solve of the same problem, to continue it with a new step budget.
+        state: `sol.state` of an earlier solve, to go on from. One evaluation of f says where it stands: a sample whose
+            f is the same continues with a new step budget, any other begins at the best iterate. z0 is ignored.
         batched_args: positions in `args` of those whose arrays carry the batch axis first. Only
             `forward.compact = true` needs it: f is then evaluated for fewer and fewer samples, and must compute
             each from its own rows of the state and these arguments alone.

@@ -67,7 +67,7 @@ _SENTENCES = {
 
 @dataclass(frozen=True)
 class SolveState:
-    """Where a solve stands, to continue it with `fixed_point(..., state=sol.state)`.
+    """Where a solve stands, to go on from with `fixed_point(..., state=sol.state)`, also after f has changed.
 
     Sealed: continuing copies what it changes, so an estimate that a backward pass still needs stays as it is.
 
@@ -86,7 +86,7 @@ class Solution:
 
     Attributes:
         value: the iterate z*, a tree like z0; carries gradients whenever the framework records them.
-        residual: ‖f(z) − z‖ at `value`, per sample, `(batch,)`; NaN where a strategy of fixed steps has not measured it.
+        residual: ‖f(z) − z‖ at `value` per sample, `(batch,)`; NaN where a strategy of fixed steps does not measure it.
         status: `Status` per sample, `(batch,)` int32.
         steps: solver steps per sample until it stopped changing, `(batch,)` int32.
         evaluations: evaluations of f per sample, `(batch,)` int32, without the one that records the gradient.

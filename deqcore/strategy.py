@@ -239,7 +239,8 @@ class Steps:
 
     def __call__(self, f: Map, z0: Array, forward: Forward | None) -> tuple[Array, Reached | None]:
         """The differentiable value `(batch, n)`, and what is known of it (without gradients)."""
-        found = self.strategy.value(self.backend, f, z0, forward, self.solver)
+        with self.backend.quiet():
+            found = self.strategy.value(self.backend, f, z0, forward, self.solver)
         reached = found if isinstance(found, Reached) else None
         value = found if reached is None else reached.z
         if getattr(value, "shape", None) != z0.shape:

@@ -20,6 +20,7 @@ class _At(NamedTuple):
         seen: z and f(z) as the solver's latest own step left them.
         state: the solver's.
         settled: samples whose residual has reached rounding `(batch,)` of bool.
+        extra: evaluations of f beyond those that the solver counts `(batch,)` int32.
     """
 
     z: Array
@@ -27,6 +28,7 @@ class _At(NamedTuple):
     seen: tuple[Array, Array]
     state: Any
     settled: Array
+    extra: Array
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,10 @@ class Unrolled(StepStrategy):
         z = backend.detach(z0)
         fz = run(z)
         none = backend.norm(z) < 0
-        start = _At(z, fz, (z, fz), solver.init(backend, z, fz), none)
+        zero = backend.xp.zeros_like(none, dtype=backend.xp.int32)
+        start = _At(z, fz, (z, fz), solver.init(backend, z, fz), none, zero)
         end = backend.repeat(lambda at: _step(backend, solver, run, at), start, self.steps)
-        steps = backend.xp.zeros_like(none, dtype=backend.xp.int32) + self.steps
-        return Reached(end.z, end.fz, solver.evaluations(backend, steps, end.state))
+        return Reached(end.z, end.fz, solver.evaluations(backend, zero + self.steps, end.state) + end.extra)
 
 
 def _step(backend: Backend, solver: Solver, f: Map, at: _At) -> _At:
@@ -95,7 +97,7 @@ def _step(backend: Backend, solver: Solver, f: Map, at: _At) -> _At:
         chord = solver.chord(backend, at.z, at.fz, detach_state(backend, at.state))
     if chord is None:
         z, fz, state = solver.step(backend, f, at.z, at.fz, at.state)
-        return _At(z, fz, (z, fz), state, at.settled)
+        return _At(z, fz, (z, fz), state, at.settled, at.extra)
     values: list[Array] = []
 
     def mixed(z: Array) -> Array:
@@ -106,11 +108,13 @@ def _step(backend: Backend, solver: Solver, f: Map, at: _At) -> _At:
     state = with_active(freeze(backend, ~settled, state, at.state), None)
     seen = backend.select(settled, at.seen[0], z), backend.select(settled, at.seen[1], fz)
     # A step that evaluates f several times may do so inside a traced loop, whose values stay there.
-    value = values[0] if solver.evaluations_per_step == 1 else f(chord)
+    once = solver.evaluations_per_step == 1 and type(solver).evaluations is Solver.evaluations
+    value = values[0] if once else f(chord)
+    extra = at.extra if once else at.extra + backend.xp.astype(settled, backend.xp.int32)
     kept = settled & ~_at_rounding(backend, chord, value)  # the estimate is no good there: stay
     z = backend.select(kept, at.z, backend.select(settled, chord, z))
     fz = backend.select(kept, at.fz, backend.select(settled, value, fz))
-    return _At(z, fz, seen, state, settled)
+    return _At(z, fz, seen, state, settled, extra)
 
 
 def _at_rounding(backend: Backend, z: Array, fz: Array) -> Array:

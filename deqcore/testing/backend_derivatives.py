@@ -103,6 +103,20 @@ class DerivativeTests(Conformance):
         z, gradients = deqcore.vjp(f, z0, *args, cotangent=g, config=config)
         check_golden(kit, known, z, gradients, dtype, rtol)
 
+    @several("strategy", ["exact-ift", "jacobian-free", "phantom", "unrolled"])
+    def test_the_value_is_the_iterate_that_is_reported(self, kit: Kit, strategy: str) -> None:
+        """Where f expands, f of the returned point is no better than that point, and misses the tolerance."""
+        xp = kit.backend.xp
+        x = kit.array([[0.1, 0.4], [1.0, -2.0]])
+        f = lambda z, x: 3.0 * xp.sin(z) + x  # noqa: E731
+        config = kit.config(solver="broyden", rtol=1e-4, max_steps=6, strategy=strategy)
+        sol = deqcore.fixed_point(f, 0 * x + 1, x, config=config)
+        pulled, _ = deqcore.vjp(f, 0 * x + 1, x, cotangent=x, config=config)
+        for what, value in (("fixed_point", kit.backend.detach(sol.value)), ("vjp", pulled)):
+            z = kit.numpy(value).astype(float)
+            true = np.linalg.norm(3.0 * np.sin(z) + kit.numpy(x) - z, axis=1)
+            close(kit.numpy(sol.residual), true, 1e3 * kit.eps, f"{what}: the residual of the value")
+
     @needs("autodiff")
     def test_closed_over_values_get_their_gradient(self, kit: Kit) -> None:
         def loss(a: Any) -> Any:

@@ -89,6 +89,32 @@ class HistoryTests(Conformance):
             for s, q in rows.items():
                 close(vectors[i, s], q, 10 * kit.eps, "vectors")
 
+    @several("filled", [0, 1, 2, 5])
+    def test_some_samples_go_on_with_a_later_history(self, kit: Kit, filled: int) -> None:
+        """`merge`: vectors keep their slots, and each sample sees its own ones only."""
+        rng = np.random.default_rng(filled)
+        batch, n, memory = 3, 5, 3
+        for rows in ([True, False, True], [True] * 3, [False] * 3):
+            old, new = (kit.backend.history(kit.array(np.zeros((batch, n))), memory) for _ in range(2))
+            model = Model(batch, memory)
+            for _ in range(filled):
+                v = rng.standard_normal((batch, n))
+                old = old.append(kit.array(v))
+                model.append(v, [True] * batch)
+            first = rng.standard_normal((batch, n))
+            if filled:
+                new = new.append(kit.array(first))
+            found = old.copy().merge(kit.array(rows, "bool"), new)
+            for i in range(batch):
+                if rows[i]:
+                    model.seen[i] = {0: first[i]} if filled else {}
+            if all(rows):
+                model.written = min(filled, 1)
+            self._agree(kit, found, model, rng)
+            v = rng.standard_normal((batch, n))
+            model.append(v, [True] * batch)
+            self._agree(kit, found.append(kit.array(v)), model, rng)
+
     def test_an_empty_history(self, kit: Kit) -> None:
         history = kit.backend.history(kit.array(np.zeros((2, 3))), 4)
         assert history.memory == 4

@@ -113,6 +113,33 @@ class SolverTests(StepTests, SearchTests, EstimateTests):
         assert list(kit.numpy(both.steps)) == list(kit.numpy(whole.steps))
         close(kit.numpy(both.value), kit.numpy(whole.value), 1e4 * kit.eps, "value after two halves")
 
+    @several("first", [2, 60])
+    @several("rows", [[1], [0, 1, 2]])
+    def test_a_state_of_another_problem_is_a_warm_start(
+        self, kit: Kit, solver_name: str, settings: Any, first: int, rows: list[int]
+    ) -> None:
+        """Where f has changed the answer is that of the new f; where it has not, no bit knows of the others."""
+        problem = affine(norm=0.5)
+        b = problem.b.copy()
+        b[rows] += 1.0
+
+        def run(b: Any, steps: int, state: Any) -> deqcore.Solution:
+            config = kit.config(solver=solver_name, rtol=1e-9, max_steps=steps, options=settings)
+            f, z0 = kit.map(Affine(problem.a, b)), kit.array(np.zeros((3, 6)))
+            return deqcore.fixed_point(f, z0, state=state, config=config)
+
+        before = run(problem.b, first, None)
+        same, other = (run(each, 300, before.state) for each in (problem.b, b))
+        z, root = kit.numpy(other.value), Affine(problem.a, b).root
+        true = np.linalg.norm(np.einsum("bij,bj->bi", problem.a, z) + b - z, axis=1)
+        slack = 100 * kit.eps * (1 + np.linalg.norm(root, axis=1))
+        told = kit.numpy(other.residual)
+        assert (np.abs(told - true) <= slack).all(), f"stale state: residuals {told} are reported, but {true} is true"
+        done = kit.numpy(other.converged)
+        assert (true[done] <= 10 * slack[done] + 1e-8).all() or not done.any(), "stale state: CONVERGED for another f"
+        kept = [i for i in range(3) if i not in rows]
+        assert np.array_equal(z[kept], kit.numpy(same.value)[kept]), "a sample sees that its neighbour's f has changed"
+
     def test_a_sample_is_solved_in_company_as_alone(self, kit: Kit, solver_name: str, settings: Any) -> None:
         problem = affine(norm=0.8)
         problem.a[0] *= 0.2  # ends long before the others
@@ -206,5 +233,5 @@ def check_honest(kit: Kit, sol: deqcore.Solution, rtol: float, dtype: str) -> No
     assert not wrong.any(), f"residuals {residual} are reported, but ‖f(z) − z‖ is {true}"
     done = status == int(Status.CONVERGED)
     assert (true[done] <= rtol * size[done] + rounding[done]).all(), "CONVERGED, but the tolerance is not met"
-    assert np.array_equal(raveled_of(kit, sol.value), kit.numpy(carry.best_fz)), "the value is f(z) at the best iterate"
+    assert np.array_equal(raveled_of(kit, sol.value), kit.numpy(carry.best_z)), "the value is not the best iterate"
     assert set(status) <= {int(code) for code in Status if code is not Status.RUNNING}

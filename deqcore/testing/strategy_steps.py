@@ -12,7 +12,7 @@ import deqcore
 from deqcore import plugins
 from deqcore.backend import Array
 from deqcore.driver import Control, Drive, Forward
-from deqcore.strategy import StepStrategy, Strategy
+from deqcore.strategy import Steps, StepStrategy, Strategy
 from deqcore.testing.conformance import DTYPES, Conformance, needs, several
 from deqcore.testing.kit import Affine, Kit, affine, close
 
@@ -52,7 +52,8 @@ class StepStrategyTests(Conformance):
             def shifted(z: Array) -> Array:
                 return f(z, moved)
 
-            return float(np.sum(g * kit.numpy(steps.value(kit.backend, shifted, z0, forward, method))))
+            value, _ = Steps(kit.backend, steps, method)(shifted, z0, forward)
+            return float(np.sum(g * kit.numpy(value)))
 
         expected = np.zeros((2, 3))
         for index in np.ndindex(2, 3):
@@ -96,6 +97,47 @@ class StepStrategyTests(Conformance):
         z, (db,) = deqcore.vjp(lambda z, b: slope(z) + b, 0 * b, b, cotangent=kit.array(g), config=config)
         close(kit.numpy(z), problem.root, 1e-5, "value after 60 steps")
         close(kit.numpy(db), problem.adjoint(g), 1e-4 if kit.eps < 1e-10 else 1e-2, "gradient after 60 steps")
+
+    @several("solver", ["picard", "anderson", "broyden", "newton-krylov"])
+    @needs("autodiff")
+    def test_a_derivative_is_not_frozen_with_its_value(
+        self, kit: Kit, steps: StepStrategy, strategy_name: str, settings: Any, solver: str
+    ) -> None:
+        """z₂ = ½ z₂ + ¼ x₂ at x₂ = 0: the value 0 is there at once, its derivative ½ comes step by step."""
+        if not isinstance(getattr(steps, "steps", None), int):
+            pytest.skip("the number of its steps is no option")
+        if set(plugins.load("solver", solver).needs) - {
+            name for name, has in vars(kit.backend.capabilities).items() if has
+        }:
+            pytest.skip("the backend lacks what the solver needs")
+        xp = kit.backend.xp
+        x, g = kit.array([[1.0, 0.0], [0.0, 0.0]]), kit.array([[0.0, 1.0]] * 2)
+
+        def f(z: Array, x: Array) -> Array:
+            return xp.concat([xp.tanh(0.5 * z[:, :1]) + x[:, :1], 0.5 * z[:, 1:] + 0.25 * x[:, 1:]], axis=1)
+
+        config = kit.config(
+            solver=solver, rtol=1e-6, strategy=strategy_name, strategy_options={**settings, "steps": 50}
+        )
+        _, (dx,) = deqcore.vjp(f, 0 * x, x, cotangent=g, config=config)
+        close(kit.numpy(dx)[:, 1], [0.5, 0.5], 1e-4, "frozen derivative: after 50 steps of slope ½")
+
+    @several("solver", ["picard", "broyden"])
+    @needs("autodiff")
+    def test_its_residual_is_that_of_its_value(
+        self, kit: Kit, steps: StepStrategy, strategy_name: str, settings: Any, solver: str
+    ) -> None:
+        """Or NaN, and then the status claims nothing."""
+        problem = affine(norm=0.5)
+        f, z0 = kit.map(problem), kit.array(np.zeros((3, 6)))
+        sol = kit.solve(f, z0, solver=solver, rtol=1e-3, max_steps=5, strategy=strategy_name, strategy_options=settings)
+        z = kit.numpy(kit.backend.detach(sol.value))
+        true = np.linalg.norm(np.einsum("bij,bj->bi", problem.a, z) + problem.b - z, axis=1)
+        told, done = kit.numpy(sol.residual), kit.numpy(sol.converged)
+        known = np.isfinite(told)
+        close(told[known], true[known], 1e3 * kit.eps, "the residual that is reported")
+        assert not done[~known].any(), "CONVERGED without a residual"
+        assert (true[done] <= 1.01e-3 * np.linalg.norm(z, axis=1)[done] * 1.01).all(), "CONVERGED, but not the value"
 
     @several("dtype", DTYPES)
     @several("solver", ["picard", "broyden"])

@@ -603,4 +603,54 @@ BACKENDS = [
     ),
 ]
 
-FAULTS = [*STRATEGIES, *SOLVERS, *BACKENDS]
+POINTS = [
+    Fault(
+        "value for iterate",
+        "deqcore_numpy.backend",
+        "        return forward.z, forward, None",
+        "        return forward.fz, forward, None",
+        "backend numpy",
+        "test_the_value_is_the_iterate_that_is_reported",
+        "the residual of the value",
+    ),
+    Fault(
+        "value for iterate, where gradients are recorded",
+        "deqcore_torch.autograd",
+        "_Attach.apply(y, z, forward.z, job, *tensors_outside)",
+        "_Attach.apply(y, z, forward.fz, job, *tensors_outside)",
+        "backend torch",
+        "test_the_value_is_the_iterate_that_is_reported",
+        "the residual of the value",
+        backend="torch",
+    ),
+    Fault(
+        "stale state",
+        "deqcore.driver",
+        "    first = _begin_at(backend, z, f(z), tolerance)\n",
+        "    first = _begin_at(backend, z, old.best_fz, tolerance)\n",
+        "solver picard",
+        "test_a_state_of_another_problem_is_a_warm_start",
+        "stale state",
+    ),
+    Fault(
+        "a history that goes on with the vectors of another problem",
+        "deqcore_numpy.history",
+        "        self.storage[rows] = other.storage[rows]\n",
+        "",
+        "backend numpy",
+        "test_some_samples_go_on_with_a_later_history",
+        "dot",
+    ),
+    Fault(
+        "frozen derivative",
+        "deqcore.strategies.unrolled",
+        "    z = backend.select(kept, at.z, backend.select(settled, chord, z))\n",
+        "    z = backend.select(settled, at.z, z)\n",
+        "strategy unrolled",
+        "test_a_derivative_is_not_frozen_with_its_value",
+        "frozen derivative",
+        backend="torch",
+    ),
+]
+
+FAULTS = [*STRATEGIES, *SOLVERS, *BACKENDS, *POINTS]
