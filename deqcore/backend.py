@@ -544,7 +544,7 @@ class Backend(ABC):
             carry = body(carry)
         return carry
 
-    def watch(
+    def watch(  # noqa: B027 - an eager backend has no traced arrays
         self, report: Failures, status: Array, steps: Array, residual: Array, *, compiled: bool
     ) -> None:
         """Call `report` with what traced arrays `(batch,)` turn out to be, whenever a sample did not converge.

@@ -38,10 +38,15 @@ class Linear:
         self.z = z
         self.moved = [leaves[i] for i in moved]
         f = _of_moved(program, leaves, moved)
+        self._in_leaves = lambda *at: f(z, *at)
+        self._linear: Any = None
+        self.pull = _refuse_reverse
         try:
             self._linear = jax.linearize(f, z, *self.moved)[1]
         except ValueError:  # values and tangents come from one operation, such as a loop whose end depends on z
-            self._linear = lambda *d: jax.jvp(f, (z, *self.moved), d)[1]
+            self.push = _traced(lambda v: jax.jvp(lambda z: f(z, *self.moved), (z,), (v,))[1], z)
+            self.reversible = False
+            return
         zeros = [jnp.zeros_like(leaf) for leaf in self.moved]
 
         # The derivative of the linear map in its first argument only: the leaves' part of it drops out.
@@ -59,12 +64,13 @@ class Linear:
             if program.calls("while"):  # its transpose in the leaves is taken by JAX, too late for an error of ours
                 jax.eval_shape(self.pull_leaves, self.z)
         except (ValueError, NotImplementedError):
-            self.pull = _refuse_reverse
             return False
         return True
 
     def push_leaves(self, d: list[Any]) -> Any:
         """Σ_i (∂f/∂leaf_i) d_i, `(batch, n)`."""
+        if self._linear is None:
+            return jax.jvp(self._in_leaves, self.moved, d)[1]
         zeros = [jnp.zeros_like(leaf) for leaf in self.moved]
         return jax.jvp(lambda *d: self._linear(jnp.zeros_like(self.z), *d), zeros, d)[1]
 
