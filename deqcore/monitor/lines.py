@@ -22,7 +22,9 @@ MOST: Final = 2**53  # steps beyond are no steps, and no float has them
 def header(run: Run, key: str = "") -> str:
     """The line that begins a run; its key stands on the run's other lines, too."""
     units = {name: metric.unit for name, metric in run.metrics.items()}
-    return _dump({"kind": "run", "version": VERSION, "time": run.started, "units": units, "config": run.config} | _of(key))
+    return _dump(
+        {"kind": "run", "version": VERSION, "time": run.started, "units": units, "config": run.config} | _of(key)
+    )
 
 
 def line(record: Record, key: str = "") -> str:
