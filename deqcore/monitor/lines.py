@@ -1,8 +1,8 @@
 """Records as lines of JSON and back: the format of the log that `watch` and `report` read.
 
 The first line of a run is a header, {"kind": "run", "version": 1, ...}; every other line is a row (kind "row") or an
-event. Rows and events carry the "run" of their header, since several processes may write to one log. Infinite values are
-the strings "inf" and "-inf", so that every line is strict JSON.
+event. Rows and events carry the "run" of their header, since several processes may write to one log. Infinite values
+are the strings "inf" and "-inf", so that every line is strict JSON.
 """
 
 from __future__ import annotations
