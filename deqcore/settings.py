@@ -258,7 +258,7 @@ def read_file(path: Path) -> dict[str, object]:
     import tomllib
 
     try:
-        table: object = tomllib.loads(path.read_text(encoding="utf-8"))
+        table: object = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # with or without a mark
     except FileNotFoundError:
         raise ConfigError(
             f"There is no config file {str(path)!r} in {Path.cwd()}: name an existing TOML file."
@@ -271,6 +271,8 @@ def read_file(path: Path) -> dict[str, object]:
         raise ConfigError(f"The config file {str(path)!r} is no UTF-8 text: {error}.") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"The config file {str(path)!r} is not valid TOML: {error}.") from None
+    except (ValueError, RecursionError) as error:  # a path that no system has; tables in tables in tables
+        raise ConfigError(f"The config file {str(path)!r} cannot be read: {error}.") from None
     if path.name == "pyproject.toml":
         for name in ("tool", "deqcore"):
             table = table.get(name) if isinstance(table, dict) else None
@@ -283,12 +285,12 @@ _seen: tuple[object, tuple[tuple[str, str], ...]] = (None, ())
 
 
 def variables() -> tuple[tuple[str, str], ...]:
-    """The environment variables that may hold settings; half a microsecond while none changes."""
+    """The environment variables that may hold settings, in any case; half a microsecond while none changes."""
     global _seen  # noqa: PLW0603 - a cache of one entry
     # os.environ decodes each name when it is iterated; comparing what it wraps is 20 times cheaper.
     raw = vars(os.environ).get("_data")
     if raw is None or raw != _seen[0]:
-        found = [(name, value) for name, value in os.environ.items() if name.startswith(PREFIX) and value.strip()]
+        found = [(name, value) for name, value in os.environ.items() if _is_ours(name) and value.strip()]
         settings = sorted(pair for pair in found if pair[0] not in OTHER_VARIABLES)
         _seen = (raw and dict(raw), tuple(settings))
     return _seen[1]
@@ -296,15 +298,17 @@ def variables() -> tuple[tuple[str, str], ...]:
 
 @lru_cache(maxsize=64)
 def environment(given: tuple[tuple[str, str], ...]) -> Layer:
-    """The layer of `DEQCORE_FORWARD__RTOL=1e-6` and the like.
+    """The layer of `DEQCORE_FORWARD__RTOL=1e-6` and the like; the case of a name does not matter.
 
     Args:
         given: as `variables()` found them.
 
     Raises:
-        ConfigError: a variable nearly names a setting, or its value does not fit; the variable is named.
+        ConfigError: a variable nearly names a setting, two differ in case only, or a value does not fit; the variable
+            is named.
     """
     mine = {name: value for name, value in given if _is_setting(name)}
+    _refuse_twins(mine)
     if not mine:
         return Layer({}, {})
     from pydantic import BaseModel
@@ -325,7 +329,7 @@ def environment(given: tuple[tuple[str, str], ...]) -> Layer:
     source.env_vars = {name.lower(): value for name, value in mine.items()}
     try:
         found = source()
-    except SettingsError as error:
+    except (SettingsError, RecursionError) as error:
         tables = [name for name in mine if _key(name) in (*TABLES, *CHOICES.values())]
         raise ConfigError(
             f"The environment variable {listing(tables)} holds a whole table and must be JSON, such as "
@@ -340,24 +344,43 @@ def environment(given: tuple[tuple[str, str], ...]) -> Layer:
 
 
 def _key(name: str) -> Key:
-    return tuple(name.removeprefix(PREFIX).lower().split("__", 2))
+    return tuple(name[len(PREFIX) :].lower().split("__", 2))
+
+
+def _is_ours(name: str) -> bool:
+    return name[: len(PREFIX)].upper() == PREFIX
+
+
+def _refuse_twins(names: Iterable[str]) -> None:
+    """Windows knows no case in these names; elsewhere two of them could say different things."""
+    seen: dict[str, str] = {}
+    for name in names:
+        twin = seen.setdefault(name.upper(), name)
+        if twin != name:
+            raise ConfigError(
+                f"The environment variables {twin} and {name} are one setting, since case does not matter in their "
+                f"names. Unset one of them."
+            )
 
 
 def _is_setting(name: str) -> bool:
     """Whether a DEQCORE_ variable is one of ours; a misspelt one is an error, a stranger's is not."""
+    if name.upper() in OTHER_VARIABLES:  # read where no setting is, under one name only
+        raise ConfigError(f"The environment variable {name} must be written {name.upper()}. Rename it.")
     head = _key(name)[0]
     if head == "backend" or head in SECTIONS:
         return True
     known = [PREFIX + "__".join(key).upper() for key in KEYS]
-    if head.split("_")[0] in SECTIONS or difflib.get_close_matches(name, known, n=1, cutoff=0.85):
-        raise ConfigError(f"The environment variable {name} names no setting.{did_you_mean(name, known)}")
+    if head.split("_")[0] in SECTIONS or difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.85):
+        raise ConfigError(f"The environment variable {name} names no setting.{did_you_mean(name.upper(), known)}")
     return False
 
 
 def _variable(key: Key, names: Iterable[str]) -> str:
     """The variable that a value came from: its own, or one that holds a whole table as JSON."""
     candidates = [PREFIX + "__".join(key[:size]).upper() for size in range(len(key), 0, -1)]
-    return next((name for name in candidates if name in names), candidates[0])
+    written = {name.upper(): name for name in names}
+    return next((written[name] for name in candidates if name in written), candidates[0])
 
 
 def _parse(value: object) -> object:
@@ -366,7 +389,7 @@ def _parse(value: object) -> object:
         return Options({name: _parse(item) for name, item in value.items()})
     try:
         return freeze("options", "", json.loads(value)) if isinstance(value, str) else value
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from deqcore.monitor.log import Log, series
 
 POINTS: Final = 400
+LABEL: Final = 40  # characters of a layer's name: laying out a long text takes minutes
 MOST: Final = 1e150  # beyond it a chart's own arithmetic overflows; such values are left out as infinite ones are
 COLORS: Final = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#475569")
 
@@ -66,7 +67,10 @@ def draw(log: Log) -> list[tuple[str, str]]:
         "deq_steps_ks_pvalue",
     }
     own = dict.fromkeys(metric for metric, _ in found if metric not in shown)
-    charts = [*CHARTS, *(Chart(metric, (metric,), log.units.get(metric, "")) for metric in own)]
+    charts = [
+        *CHARTS,
+        *(Chart(_short(metric, 2 * LABEL), (metric,), _short(log.units.get(metric, ""))) for metric in own),
+    ]
     marks = [(event.step, event.kind) for event in log.events if event.kind in ("fired", "retrain")]
     drawn = []
     for chart in charts:
@@ -82,7 +86,11 @@ def draw(log: Log) -> list[tuple[str, str]]:
 
 def _label(metric: str, layer: str) -> str:
     name = metric.removeprefix("deq_").replace("_", " ")
-    return f"{layer}: {name}" if layer else name
+    return _short(f"{_short(layer)}: {name}" if layer else name, 2 * LABEL)
+
+
+def _short(text: str, most: int = LABEL) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _svg(chart: Chart, lines: Sequence[tuple[str, list[int], list[float]]], marks: Sequence[tuple[int, str]]) -> str:

@@ -1,8 +1,8 @@
 """Records as lines of JSON and back: the format of the log that `watch` and `report` read.
 
 The first line of a run is a header, {"kind": "run", "version": 1, ...}; every other line is a row (kind "row") or an
-event. Rows and events carry the "run" of their header, since several processes may write to one log. Infinite values are
-the strings "inf" and "-inf", so that every line is strict JSON.
+event. Rows and events carry the "run" of their header, since several processes may write to one log. Infinite values
+are the strings "inf" and "-inf", so that every line is strict JSON.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ MOST: Final = 2**53  # steps beyond are no steps, and no float has them
 def header(run: Run, key: str = "") -> str:
     """The line that begins a run; its key stands on the run's other lines, too."""
     units = {name: metric.unit for name, metric in run.metrics.items()}
-    return _dump({"kind": "run", "version": VERSION, "time": run.started, "units": units, "config": run.config} | _of(key))
+    return _dump(
+        {"kind": "run", "version": VERSION, "time": run.started, "units": units, "config": run.config} | _of(key)
+    )
 
 
 def line(record: Record, key: str = "") -> str:

@@ -6,10 +6,10 @@ import math
 
 
 def encodable(text: object) -> str:
-    """Text with a question mark for each lone surrogate, which no encoding of Unicode has.
+    r"""Text with a question mark for each lone surrogate, which no encoding of Unicode has.
 
     Example:
-        >>> encodable("a\\ud800b"), encodable(3)
+        >>> encodable("a\ud800b"), encodable(3)
         ('a?b', '3')
     """
     given = str(text)
@@ -17,10 +17,10 @@ def encodable(text: object) -> str:
 
 
 def printable(text: object) -> str:
-    """Text for people: without control characters, too.
+    r"""Text for people: without control characters, too.
 
     Example:
-        >>> printable("a\\x00b\\n")
+        >>> printable("a\x00b\n")
         'a\ufffdb '
     """
     shown = (" " if each.isspace() else each if each.isprintable() else "\ufffd" for each in encodable(text))

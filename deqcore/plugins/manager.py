@@ -152,7 +152,7 @@ class Manager:
 
     def _discover(self) -> None:
         """Load the entry points, once. After an interrupt the next lookup goes on with the one that it met."""
-        if self._loading or self._points == []:  # a plugin that looks something up while it is loaded sees what is there
+        if self._loading or self._points == []:  # a plugin may look something up while it is loaded
             return
         self._loading = True
         try:

@@ -148,7 +148,7 @@ def slopes(reference: Dense, z: Any, found: dict[str, Any]) -> dict[str, tuple[f
     rng = np.random.default_rng(3)
     products: dict[str, list[float]] = {name: [] for name in found}
     curves: dict[str, list[float]] = {name: [] for name in found}
-    h = 1e-5 * max(1.0, float(np.abs(z).max(initial=0.0)))
+    h = 1e-5 * (float(np.abs(z).max(initial=0.0)) or 1.0)  # in the unit of z
     for _ in range(PROBES):
         for name, value in reference.products(z, rng.standard_normal(z.shape)).items():
             products[name].append(float(np.linalg.norm(value)))

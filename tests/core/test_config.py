@@ -58,11 +58,12 @@ def test_the_defaults() -> None:
             "max_steps": 40,
             "check_every": "auto",
             "batch": True,
+            "patience": 50,
             "on_failure": "warn",
             "compact": False,
             "options": {},
         },
-        "backward": {"strategy": "exact-ift", "options": {}},
+        "backward": {"strategy": "exact-ift", "on_failure": "warn", "verify_every": 100, "options": {}},
         "plugins": {"deqfile": False},
     }
     assert {origin for _, _, origin in config.items()} == {"default"}
@@ -366,6 +367,51 @@ def test_values_from_the_environment_are_parsed(monkeypatch: pytest.MonkeyPatch)
     assert config.origin("forward.options.memory") == "environment variable DEQCORE_FORWARD__OPTIONS__MEMORY"
     assert config.origin("forward.options.mode") == "environment variable DEQCORE_FORWARD__OPTIONS"
     assert config.origin("forward.atol") == "default"
+
+
+@pytest.mark.parametrize("name", ["deqcore_forward__rtol", "Deqcore_Forward__Rtol", "DEQCORE_forward__RTOL"])
+def test_the_case_of_a_variable_does_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "1e-3")
+    config = current()
+    assert config.forward.rtol == 1e-3
+    assert config.origin("forward.rtol") == f"environment variable {name}"
+
+
+def test_two_variables_that_differ_in_case_only_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEQCORE_FORWARD__RTOL", "1e-3")
+    monkeypatch.setenv("deqcore_forward__rtol", "1e-3")
+    with pytest.raises(errors.ConfigError, match="DEQCORE_FORWARD__RTOL and deqcore_forward__rtol are one setting"):
+        current()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("deqcore_forward__rtoll", r"has no option 'rtoll'. Did you mean 'rtol'"),
+        ("deqcore_forwards__rtol", "names no setting. Did you mean 'DEQCORE_FORWARD__RTOL'"),
+        ("deqcore_native", "must be written DEQCORE_NATIVE"),
+    ],
+)
+def test_mistakes_in_lower_case_are_found_too(name: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(errors.ConfigError, match=message):
+        current()
+
+
+@pytest.mark.parametrize("name", ["deq.toml", "pyproject.toml"])
+def test_a_file_may_begin_with_a_byte_order_mark(name: str, tmp_path: Path) -> None:
+    head = "[tool.deqcore.forward]" if name == "pyproject.toml" else "[forward]"
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + f"{head}\r\nrtol = 1e-3\r\n".encode())
+    assert Config.load(tmp_path / name).forward.rtol == 1e-3
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 100_000, "a = " + "9" * 10_000, "[forward]\nmax_steps = " + "9" * 100])
+def test_a_file_beyond_all_bounds_is_an_error_of_ours(text: str, tmp_path: Path) -> None:
+    (tmp_path / "deq.toml").write_text(text)
+    with contextlib.suppress(errors.ConfigError):
+        Config.load(tmp_path / "deq.toml")
+    with pytest.raises(errors.ConfigError, match="cannot be read"):
+        Config.load("a\0b.toml")
 
 
 def test_changes_of_the_environment_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:

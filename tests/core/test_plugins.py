@@ -664,3 +664,76 @@ def test_options_travel() -> None:
 
     options = plugins.Options({"memory": 3, "nested": {"a": [1]}})
     assert pickle.loads(pickle.dumps(options)) == options
+
+
+# -- interrupts --------------------------------------------------------------------------------------------
+
+INTERRUPTED = """
+import sys
+if not hasattr(sys, "_{module}_tried"):
+    setattr(sys, "_{module}_tried", True)
+    raise {error}
+"""
+
+
+@pytest.mark.parametrize("error", ["KeyboardInterrupt", "GeneratorExit"])
+@pytest.mark.parametrize("where", ["module", "hook"])
+def test_an_interrupt_of_the_discovery_loses_no_plugin(where: str, error: str, install: Install) -> None:
+    first, late = OFFERS_MINE.replace('"mine"', '"first"'), OFFERS_MINE.replace('"mine"', '"late"')
+    install("a", first)
+    body = INTERRUPTED.replace("{error}", error)
+    if where == "module":
+        install("b", body + OFFERS_MINE)
+    else:
+        hook = OFFERS_MINE.replace("    yield", textwrap.indent(body, "    ") + "    yield", 1)
+        install("b", hook)
+    install("c", late)
+    try:
+        with pytest.raises((KeyboardInterrupt, GeneratorExit)) as caught:
+            plugins.solvers()
+        assert type(caught.value).__name__ == error
+        assert {"first", "mine", "late"} <= set(plugins.solvers())
+        assert all(each.status == "ok" for each in plugins.plugins_status()), plugins.plugins_status()
+        assert len(plugins.plugins_status()) == len({each.name for each in plugins.plugins_status()})
+    finally:
+        del sys._deq_b_tried  # type: ignore[attr-defined]
+
+
+def test_an_interrupt_of_register_leaves_nothing_behind() -> None:
+    tried = []
+
+    class Plugin:
+        @hookimpl
+        def deqcore_solvers(self):
+            if not tried:
+                tried.append(True)
+                raise KeyboardInterrupt
+            yield SolverSpec("mine", "somewhere:Mine")
+
+    plugin = Plugin()
+    with pytest.raises(KeyboardInterrupt):
+        plugins.register(plugin)
+    assert "mine" not in plugins.solvers()
+    assert not plugins.plugins_status()
+    plugins.register(plugin)
+    assert "mine" in plugins.solvers()
+
+
+def test_an_interrupted_deqfile_is_executed_again(tmp_path: Path) -> None:
+    path = tmp_path / "deqfile.py"
+    path.write_text(
+        (INTERRUPTED + textwrap.dedent(OFFERS_MINE)).replace("{error}", "KeyboardInterrupt").replace("{module}", "deq")
+    )
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            lookup.load_deqfile(path)
+        lookup.load_deqfile(path)
+        assert "mine" in plugins.solvers()
+    finally:
+        del sys._deq_tried  # type: ignore[attr-defined]
+
+
+def test_a_plugin_that_looks_something_up_while_it_is_loaded(install: Install) -> None:
+    install("a", "import deqcore.plugins as p\nassert 'picard' in p.solvers()\n" + textwrap.dedent(OFFERS_MINE))
+    assert "mine" in plugins.solvers()
+    assert status("a").status == "ok"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
+import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +18,14 @@ import pytest
 import deqcore
 from deqcore import plugins
 from deqcore.errors import ConfigError, MissingExtraError, MonitorWarning, PluginError, UnknownNameError
-from deqcore.monitor import Event, Metrics, Monitor, Row, Run, Sink
+from deqcore.monitor import Event, Metrics, Monitor, Row, Run, Sink, appending
+from deqcore.monitor.appending import AppendFile
 from deqcore.monitor.guard import LIMIT
-from deqcore.monitor.lines import line, parse
+from deqcore.monitor.lines import header, line, parse
+from deqcore.monitor.log import Tail, read
+from deqcore.monitor.report import render
+from deqcore.monitor.sinks.jsonl import JsonlSink
+from deqcore.monitor.watch import view
 from deqcore.plugins import SinkSpec
 
 RUN = Run(Metrics(), 1000.0, {"backend": "auto"})
@@ -217,3 +224,181 @@ def test_a_plugged_in_sink_is_used_by_its_name(tmp_path, monkeypatch) -> None:
     assert out.read_text().split() == ["0", "1", "2", "3", "4"]
     with pytest.raises(ConfigError, match="needs the option path"):
         Monitor(sinks=["lines"])
+
+
+# -- several writers, interrupts, and text of all kinds ------------------------------------------------------------
+
+WRITER = """
+import sys, time
+from deqcore.monitor import Event, Metrics, Row, Run
+from deqcore.monitor.sinks.jsonl import JsonlSink
+
+sink = JsonlSink(sys.argv[1])
+sink.open(Run(Metrics(), 0.0))
+for step in range(300):
+    sink.write([Row(step, step, float(step), {"deq_forward_steps": 1.0}, sys.argv[2])])
+sink.write([Event(300, 0.0, "note", sys.argv[2])])
+sink.close()
+"""
+
+
+def test_rows_of_several_processes_are_all_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    runs = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), name]) for name in "abc"]
+    assert [run.wait(60) for run in runs] == [0, 0, 0]
+    log = read(path)
+    assert not log.problems
+    lines = [json.loads(each) for each in path.read_text().splitlines()]
+    together = {each["run"] for each in lines}
+    assert len(together) == 3
+    # Those that were over before another began are left out, as after a restart.
+    places = {run: [i for i, each in enumerate(lines) if each["run"] == run] for run in together}
+    alone = [run for run in together if any(max(places[run]) < min(places[other]) for other in together - {run})]
+    assert len(log.rows) == 300 * (3 - len(alone))
+    assert len(log.events) == 3 - len(alone)
+
+
+def test_runs_that_alternate_are_all_read_and_one_that_is_over_is_left_out(tmp_path: Path) -> None:
+    def opened() -> JsonlSink:
+        sink = JsonlSink(str(tmp_path / "a.jsonl"))
+        sink.open(RUN)
+        return sink
+
+    old, one = opened(), None
+    old.write([Row(step, step, 0.0, {"deq_forward_steps": 1.0}, "old") for step in range(5)])
+    one, two = opened(), opened()
+    for step in range(20):
+        one.write([Row(step, step, 0.0, {"deq_forward_steps": 1.0}, "one")])
+        if step >= 7:
+            two.write([Row(step - 7, step, 0.0, {"deq_forward_steps": 1.0}, "two")])
+    for sink in (old, one, two):
+        sink.close()
+    log = read(tmp_path / "a.jsonl")
+    assert [sum(row.name == name for row in log.rows) for name in ("old", "one", "two")] == [0, 20, 13]
+    assert (log.runs, log.left_out) == (3, 1)
+    assert not log.problems
+
+
+def test_a_run_that_begins_late_hides_none_that_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [Row(step, step, 0.0, {"deq_forward_steps": 1.0}) for step in range(4)]
+    lines = [header(RUN, "a"), *(line(row, "a") for row in rows), header(RUN, "b"), line(rows[0], "b")]
+    path.write_text("\n".join(lines) + "\n")
+    tail = Tail(path)
+    assert len(tail.log.rows) == 1
+    with path.open("a") as file:
+        file.write(line(Row(4, 4, 0.0, {"deq_forward_steps": 2.0}), "a") + "\n")
+    tail.poll()
+    assert [row.step for row in tail.log.rows] == [0, 1, 2, 3, 0, 4]
+    assert tail.log.left_out == 0
+
+
+def test_an_interrupt_in_the_middle_of_a_write_leaves_no_torn_line(tmp_path: Path, monkeypatch) -> None:
+    path, real = tmp_path / "a.jsonl", os.write
+    sink = JsonlSink(str(path))
+    sink.open(RUN)
+    sink.write(ROWS[:1])
+    before, calls = path.read_bytes(), []
+
+    def write(file: int, data: bytes) -> int:
+        calls.append(len(data))
+        if len(calls) > 1:
+            raise problem
+        return real(file, data[:5])
+
+    for problem in (KeyboardInterrupt(), OSError(28, "No space left on device")):
+        calls.clear()
+        monkeypatch.setattr(os, "write", write)
+        with pytest.raises(type(problem)):
+            sink.write(ROWS[2:])
+        monkeypatch.setattr(os, "write", real)
+        assert path.read_bytes() == before
+    sink.write(ROWS[2:])
+    assert len(read(path).rows) == 2
+
+
+def test_a_block_that_another_process_wrote_meanwhile_is_not_taken_back(tmp_path: Path, monkeypatch) -> None:
+    path, real = tmp_path / "a.jsonl", os.write
+    file, other = AppendFile(str(path)), AppendFile(str(path))
+    file.append("first")
+    calls = []
+
+    def write(handle: int, data: bytes) -> int:
+        calls.append(data)
+        if len(calls) == 2:
+            real(other._file, b"\nfrom another\n")
+            raise OSError(28, "No space left on device")
+        return real(handle, data[:3])
+
+    monkeypatch.setattr(os, "write", write)
+    with pytest.raises(OSError, match="No space"):
+        file.append("second")
+    assert path.read_text() == "first\nsec\nfrom another\n"
+    file.close()
+    other.close()
+
+
+def test_a_process_that_sits_on_the_lock_stops_no_training(tmp_path: Path, monkeypatch) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(appending, "PAUSE", 0.0)
+    path = tmp_path / "a.jsonl"
+    file, other = AppendFile(str(path)), AppendFile(str(path))
+    fcntl.flock(other._file, fcntl.LOCK_EX)
+    file.append("all the same")
+    assert path.read_text() == "all the same\n"
+    file.close()
+    other.close()
+
+
+LABELS = ["\ud800", "a\udcffb", "\x00", "a\nb", "\u2028", "é🎉", "x" * 100_000, "$x$", "_x", "<b>"]
+
+
+@pytest.mark.parametrize("label", LABELS, ids=range(len(LABELS)))
+@pytest.mark.parametrize("sink", ["jsonl", "csv", "prometheus-textfile", "tensorboard"])
+def test_any_label_can_be_written(label: str, sink: str, tmp_path: Path) -> None:
+    if sink == "tensorboard":
+        pytest.importorskip("tensorboard")
+        options = {"sink": sink, "folder": str(tmp_path)}
+    else:
+        options = {"sink": sink, "path": str(tmp_path / "a.prom")}
+    with Monitor(sinks=[options], every=1) as monitor:
+        monitor.observe(deqcore.fixed_point(lambda z: 0.5 * z + 1.0, np.zeros((1, 2))), name=label)
+    if sink == "jsonl":
+        log = read(tmp_path / "a.prom")
+        assert len(log.rows) == 2
+        json.dumps(log.rows[1].name).encode()
+        if label not in ("\ud800", "\x00", "x" * 100_000):
+            return
+        pytest.importorskip("matplotlib")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of glyphs that the font lacks
+            render(log).encode()
+
+
+def test_what_no_sink_takes_and_cannot_be_rescued_is_reported(tmp_path: Path, monkeypatch) -> None:
+    """Whatever the records hold, nothing is raised out of the block."""
+    monkeypatch.setattr("deqcore.monitor.guard.line", lambda record: 1 / 0)
+    monkeypatch.setattr("deqcore.monitor.guard.header", lambda run: json.dumps(math.nan, allow_nan=False))
+    with pytest.warns(MonitorWarning) as told, Monitor(sinks=[Flaky(failing=True)]):
+        solve(1)
+    assert any("records of the monitor are lost" in str(each.message) for each in told)
+
+
+@pytest.mark.parametrize("time", [1e18, -1e18, math.inf, -math.inf, math.nan, -1.0, 0.0, 4e11])
+def test_any_time_can_be_shown(time: float, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "a.jsonl"
+    records = [Event(1, time, "fired", "text"), Row(1, 1, time, {"deq_forward_steps": 1e308, "own": -1e308})]
+    path.write_text("\n".join([header(RUN), *map(line, records)]))
+    page = render(read(path))
+    assert "text" in page
+    assert view(read(path), 10) is not None
+
+
+@pytest.mark.parametrize("step", [10**400, 2**63, math.nan, math.inf, "x", None], ids=range(6))
+def test_a_step_that_is_none_is_a_problem_of_its_line(step: object, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join([header(RUN), line(Row(step, 1, 1.0, {"deq_forward_steps": 1.0})), line(ROWS[2])]) + "\n")
+    log = read(path)
+    assert len(log.rows) == 1
+    assert len(log.problems) == 1

@@ -32,7 +32,8 @@ class JsonlSink(Sink):
     def write(self, records: Sequence[Record]) -> None:
         """Append the records."""
         assert self._file is not None
-        self._file.append("\n".join(line(record, self._key) for record in records))
+        if records:
+            self._file.append("\n".join(line(record, self._key) for record in records))
 
     def close(self) -> None:
         """Close the file."""
