@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deqcore import config as settings
-from deqcore import plugins
+from deqcore import failures, plugins
 from deqcore.backend import Array, Backend, BackwardRecord, Map, Tree
 from deqcore.compaction import Narrow
 from deqcore.config import Config
@@ -20,6 +20,7 @@ from deqcore.errors import (
     ConfigError,
     ConvergenceError,
     ConvergenceWarning,
+    CoupledRowsWarning,
     DtypeToleranceWarning,
     NonDeterministicWarning,
     StateError,
@@ -30,6 +31,7 @@ from deqcore.solution import Solution, SolveState, Status, summarize
 from deqcore.solver import Solver
 from deqcore.space import Raveled, Space
 from deqcore.strategy import Adjoint, Steps, StepStrategy, Strategy
+from deqcore.verification import coupled_rows
 
 
 def fixed_point(
@@ -200,9 +202,19 @@ class Plan:
             steps = Steps(self.backend, self.strategy, self.solver)
             value, record = self.backend.record(f, z0, args, steps, forward), None
         else:
-            adjoint = Adjoint(self.backend, self.strategy, self.solver)
-            value, forward, record = self.backend.implicit(f, z0, args, solve, adjoint)
+            value, forward, record = self.backend.implicit(f, z0, args, solve, self.adjoint(f))
         return value, forward, record
+
+    def adjoint(self, f: Raveled) -> Adjoint:
+        """The strategy bound to this call; in eager backends it verifies and reports failures by itself."""
+        assert isinstance(self.strategy, Strategy)
+        backward, watch = self.config.backward, None
+        if self.backend.capabilities.eager:
+            watch = failures.Watch(self._counts(f), backward.verify_every, backward.strategy)
+        return Adjoint(self.backend, self.strategy, self.solver, backward.on_failure, watch)
+
+    def _counts(self, f: Raveled) -> failures.Ledger:
+        return failures.ledger(f.f, self.strategy, (f.space.shapes, f.space.dtype, self.config.forward.batch))
 
     def solution(self, value: Array, forward: Forward | None, record: BackwardRecord | None) -> Solution:
         """What the user sees."""
@@ -247,7 +259,7 @@ class Plan:
             found, _, gradients = self.backend.vjp(value, args, g)
             return found, gradients, forward, None
         forward = self.backend.forward_only(f, z0, args, solve)
-        adjoint = Adjoint(self.backend, strategy, self.solver)
+        adjoint = self.adjoint(f)
         if adjoint.uses_pull:
             _, pull = self.backend.linearize(lambda z: f(z, *args), forward.z)
         else:
@@ -283,6 +295,8 @@ class Plan:
         known = xp.isfinite(share) & (forward.status != int(Status.NONFINITE))
         largest = float(xp.max(xp.where(known, share, xp.zeros_like(share)))) if share.shape[0] else 0.0
         if largest > backend.precision(forward.z) ** (2 / 3):
+            if self._report_coupling(f, args, forward):
+                return
             warnings.warn(
                 f"f is not deterministic: at the same z and arguments it gave values that differ by up to "
                 f"{largest:.2g} of their norm, so that it has no fixed point, and its gradient is that of another "
@@ -291,6 +305,16 @@ class Plan:
                 NonDeterministicWarning,
                 stacklevel=_stacklevel(),
             )
+
+    def _report_coupling(self, f: Raveled, args: tuple[Any, ...], forward: Forward) -> bool:
+        """Warn if values differ because the rows of other samples moved, and f itself is deterministic."""
+        backend = self.backend
+
+        def find() -> tuple[int, int] | None:
+            with backend.quiet():
+                return coupled_rows(backend, lambda z: backend.forward_only(f, z, args, _once), forward.z)
+
+        return failures.coupled_forward(self._counts(f), find, failures.user_line())
 
     def report_failure(self, forward: Forward | None) -> None:
         """Raise or warn about samples that did not converge. Traced code cannot: there the Solution says it."""

@@ -16,6 +16,7 @@ from deqcore.backend import Backend, BackwardRecord, Capabilities, Map
 from deqcore.driver import Forward
 from deqcore.errors import ConfigError, ProblemError
 from deqcore.strategy import Adjoint
+from deqcore.verification import coupled_rows
 from deqcore_numpy.derivative import (
     batched_jacobian,
     differencing,
@@ -23,7 +24,6 @@ from deqcore_numpy.derivative import (
     jacobian,
     pick,
     pull_back,
-    rows_are_independent,
 )
 from deqcore_numpy.history import NumpyHistory
 
@@ -105,7 +105,7 @@ class NumpyBackend(Backend):
         return NumpyHistory(storage, np.zeros((batch, memory), bool), like.dtype)
 
     def linearize(self, f: Map, z: Any) -> tuple[Any, Map]:
-        if rows_are_independent(f, z):
+        if coupled_rows(self, f, z) is None:
             blocks = batched_jacobian(f, z)
 
             def pull(u: Any) -> Any:

@@ -103,15 +103,6 @@ def batched_jacobian(f: Callable[[Any], Any], z: Any) -> Any:
     return np.stack(columns, axis=2) if columns else np.zeros((*z.shape, 0))
 
 
-def rows_are_independent(f: Callable[[Any], Any], z: Any) -> bool:
-    """Whether changing the first row of z leaves the other rows of f(z) as they are."""
-    if z.shape[0] < 2:
-        return True
-    moved = z.copy()
-    moved[0] += 1e-3 * (1.0 + np.abs(moved[0]))
-    return bool(np.array_equal(f(z)[1:], f(moved)[1:], equal_nan=True))
-
-
 def pull_back(dense: Any, cotangent: Any, value: Any, leaf: Any) -> Any:
     """Σ_o cotangent_o ∂value_o/∂leaf, with samples that are not finite kept out of the gradients of the others.
 

@@ -207,6 +207,8 @@ def _backward(choice: Choice) -> dict[str, Any]:
         "backward__strategy": choice.strategy,
         "backward__options": dict(choice.options),
         "forward__on_failure": "ignore",
+        "backward__on_failure": "ignore",
+        "backward__verify_every": 0,
     }
 
 

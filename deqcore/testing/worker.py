@@ -71,7 +71,7 @@ class Job:
                 "batch": batch,
                 "on_failure": "raise" if self.rtol else "ignore",
             },
-            backward={"strategy": self.strategy, "options": self.strategy_options},
+            backward={"strategy": self.strategy, "options": self.strategy_options, "on_failure": "ignore"},
         )
 
 
