@@ -113,6 +113,23 @@ def leaks(backend: Backend, pull: Map, halves: Halves, like: Array) -> Array:
     return xp.where(leaked, found / xp.where(leaked, xp.max(found), xp.ones_like(found)), xp.zeros_like(found))
 
 
+def leak_everywhere(backend: Backend, pull: Map, like: Array) -> float:
+    """The largest of `leaks` over halves that separate every pair of rows, for 2 log₂(batch) products.
+
+    Args:
+        backend: whose arrays these are; outside of traced code.
+        pull: `u ↦ Jᵀu`.
+        like: an array `(batch, n)` of the state's dtype and device.
+
+    Returns:
+        0 where f treats each row alone.
+    """
+    batch, n = like.shape
+    whole = random_halves(batch, n, seed=0)
+    found = [backend.to_numpy(leaks(backend, pull, whole._replace(rows=rows), like)) for rows in _groups(batch)]
+    return float(max((each.max() for each in found), default=0.0))
+
+
 def verified(
     backend: Backend, strategy: Strategy, pull: Map, g: Array, u: Array, told: AdjointReport, halves: Halves
 ) -> AdjointReport:
@@ -167,8 +184,8 @@ def _contradicts(backend: Backend, strategy: Strategy, g: Array, u: Array, true:
 def failing(backend: Backend, told: AdjointReport, g: Array) -> Array:
     """Samples whose adjoint solve failed, `(batch,)` of bool; works in traced code.
 
-    A sample that got the strategy's fallback has not failed. Nor has one whose cotangent `g` `(batch, n)` is not finite:
-    its gradient is not finite either, which a gradient scaler must see.
+    A sample that got the strategy's fallback has not failed. Nor has one whose cotangent `g` `(batch, n)` is not
+    finite: its gradient is not finite either, which a gradient scaler must see.
     """
     from deqcore.solution import Status
 
@@ -227,7 +244,7 @@ def coupled_rows(backend: Backend, f: Map, z: Array) -> tuple[int, int] | None:
 def _groups(batch: int) -> Iterator[Any]:
     """Masks of rows: for each bit of a row's number those that have it, and those that do not."""
     numbers = np.arange(batch)
-    for bit in range((batch - 1).bit_length()):
+    for bit in range(max(batch - 1, 0).bit_length()):
         having = (numbers >> bit) % 2 == 1
         yield having
         yield ~having

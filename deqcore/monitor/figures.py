@@ -57,7 +57,8 @@ class Pending:
 
     def backward(self, report: AdjointReport, seconds: float = float("nan")) -> None:
         """Take what a backward pass did."""
-        self.arrays |= {f"backward.{name}": array for name, array in zip(BACKWARD, report, strict=True) if array is not None}
+        known = {name: array for name, array in zip(BACKWARD, report, strict=True) if array is not None}
+        self.arrays |= {f"backward.{name}": array for name, array in known.items()}
         if not math.isnan(seconds):
             self.seconds["deq_backward_seconds"] = seconds
 
