@@ -178,9 +178,11 @@ def test_what_a_fallback_replaced_has_not_failed():
 def solved(how, **more):
     d = torch.linspace(0.1, 0.95, 10, dtype=torch.float64)
     start = (1 / (1 - d)).repeat(2, 1)
-    return lambda x: deqcore.fixed_point(
-        lambda z, x: d * z + x, start, x, backward__on_failure=how, backward__options={"max_steps": 2}, **more
-    ).value
+    return lambda x: (
+        deqcore.fixed_point(
+            lambda z, x: d * z + x, start, x, backward__on_failure=how, backward__options={"max_steps": 2}, **more
+        ).value
+    )
 
 
 ASKED = {
