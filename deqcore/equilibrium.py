@@ -208,13 +208,13 @@ class Plan:
     def adjoint(self, f: Raveled) -> Adjoint:
         """The strategy bound to this call; in eager backends it verifies and reports failures by itself."""
         assert isinstance(self.strategy, Strategy)
-        backward, watch = self.config.backward, None
-        if self.backend.capabilities.eager:
-            watch = failures.Watch(self._counts(f), backward.verify_every, backward.strategy)
-        return Adjoint(self.backend, self.strategy, self.solver, backward.on_failure, watch)
+        watch = self._watch(f) if self.backend.capabilities.eager else None
+        return Adjoint(self.backend, self.strategy, self.solver, self.config.backward.on_failure, watch)
 
-    def _counts(self, f: Raveled) -> failures.Ledger:
-        return failures.ledger(f.f, self.strategy, (f.space.shapes, f.space.dtype, self.config.forward.batch))
+    def _watch(self, f: Raveled) -> failures.Watch:
+        backward, space = self.config.backward, f.space
+        key = space.shapes, space.dtype, self.config.forward.batch
+        return failures.Watch(f.f, self.strategy, key, backward.verify_every, backward.strategy)
 
     def solution(self, value: Array, forward: Forward | None, record: BackwardRecord | None) -> Solution:
         """What the user sees."""
@@ -314,7 +314,7 @@ class Plan:
             with backend.quiet():
                 return coupled_rows(backend, lambda z: backend.forward_only(f, z, args, _once), forward.z)
 
-        return failures.coupled_forward(self._counts(f), find, failures.user_line())
+        return self._watch(f).coupled_forward(find)
 
     def report_failure(self, forward: Forward | None) -> None:
         """Raise or warn about samples that did not converge. Traced code cannot: there the Solution says it."""

@@ -11,9 +11,10 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from types import CodeType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 
@@ -87,20 +88,15 @@ class Ledger:
 _ledgers: WeakKeyDictionary[Any, dict[Hashable, Ledger]] = WeakKeyDictionary()
 
 
-def ledger(f: Callable[..., Any], strategy: Hashable, key: Hashable) -> Ledger:
-    """The ledger of a map.
+def ledger(subject: Any, key: Hashable) -> Ledger:
+    """The ledger of what `subject_of` returned.
 
     Args:
-        f: the map. A function has a ledger for its code object and each `key`, any other object (a layer's cell) has
-            one for each `strategy`. What `functools.partial` or a `__wrapped__` attribute wraps counts as the map.
-        strategy: what finds the gradient.
-        key: what tells the problems of one function apart: shapes and dtype.
+        subject: the code object of a function, or any other object, such as a layer's cell.
+        key: what tells the problems of one subject apart.
     """
-    subject = _subject(f)
-    code = getattr(subject, "__code__", None)
-    key = strategy if code is None else (strategy, key)
     try:
-        mine = _ledgers.setdefault(subject if code is None else code, {})
+        mine = _ledgers.setdefault(subject, {})
     except TypeError:  # not hashable, or without weak references
         mine = _ledgers.setdefault(type(subject), {})
     if key not in mine and len(mine) >= MOST:
@@ -113,9 +109,15 @@ def forget() -> None:
     _ledgers.clear()
 
 
-def _subject(f: Any) -> Any:
-    """What a map is made of: the object behind bound methods, partial functions and wrappers."""
+def subject_of(f: Any) -> Any:
+    """What a map is made of: the code object of a function, or the object behind bound methods.
+
+    What `functools.partial` or a `__wrapped__` attribute wraps counts as the map itself.
+    """
     for _ in range(16):
+        code = getattr(f, "__code__", None)
+        if code is not None and not f.__dict__:
+            return code
         if isinstance(f, functools.partial):
             f = f.func
         elif getattr(f, "__self__", None) is not None and hasattr(f, "__func__"):
@@ -123,7 +125,7 @@ def _subject(f: Any) -> Any:
         elif "__wrapped__" in getattr(f, "__dict__", {}):
             f = f.__wrapped__
         else:
-            break
+            return f if code is None else code
     return f
 
 
@@ -218,21 +220,41 @@ class Findings(NamedTuple):
     residual: float
 
 
-@dataclass(frozen=True, eq=False)
 class Watch:
     """Verifies the backward passes of one solve on schedule, and delivers what failed.
 
-    Attributes:
-        ledger: counts of the layer or function.
+    It does not keep the map alive, and looks for its ledger when the first backward pass runs.
+
+    Args:
+        f: the map. A function has a ledger for its code object, strategy and `key`; any other object (a layer's cell)
+            has one for each strategy.
+        strategy: what finds the gradient.
+        key: what tells the problems of one function apart: shapes and dtype.
         every: `backward.verify_every`.
-        strategy: the strategy's registered name.
-        line: the call of `fixed_point`.
+        name: the strategy's registered name.
     """
 
-    ledger: Ledger
-    every: int
-    strategy: str
-    line: Line = field(default_factory=user_line)
+    __slots__ = ("_key", "_ledger", "_subject", "every", "line", "name")
+
+    def __init__(self, f: Callable[..., Any], strategy: Hashable, key: Hashable, every: int, name: str) -> None:
+        subject = subject_of(f)
+        self._key = (strategy, key) if isinstance(subject, CodeType) else strategy
+        try:
+            self._subject: Callable[[], Any] = ref(subject)
+        except TypeError:  # without weak references
+            self._subject = ref(type(subject))
+        self._ledger: Ledger | None = None
+        self.every = every
+        self.name = name
+        self.line = user_line()
+
+    @property
+    def ledger(self) -> Ledger:
+        """Counts of the layer or function."""
+        if self._ledger is None:
+            subject = self._subject()
+            self._ledger = Ledger() if subject is None else ledger(subject, self._key)
+        return self._ledger
 
     def verify(
         self, adjoint: Adjoint, pull: Map, g: Array, u: Array, told: AdjointReport
@@ -285,6 +307,28 @@ class Watch:
                 warn(self._text(adjoint, told, g, found), ConvergenceWarning, self.line)
             counts.failed += 1
 
+    def coupled_forward(self, find: Callable[[], tuple[int, int] | None]) -> bool:
+        """Warn of a forward solve whose values differ because the rows of other samples moved.
+
+        Args:
+            find: looks for a pair of coupled rows; it is called as rarely as the warning is shown.
+
+        Returns:
+            Whether f couples rows.
+        """
+        counts = self.ledger
+        if counts.suspect and not _due(counts.forward):
+            counts.forward += 1
+            return True
+        pair = find()
+        if pair is None:
+            return False
+        counts.suspect = True
+        if _due(counts.forward):
+            warn(coupling(pair), CoupledRowsWarning, self.line)
+        counts.forward += 1
+        return True
+
     def _failed(self, adjoint: Adjoint, told: AdjointReport, g: Array) -> bool:
         """Whether a sample failed. Waits for a device only where the strategy promises something."""
         backend = adjoint.backend
@@ -293,7 +337,7 @@ class Watch:
             return False
         if status is None and not promises(adjoint.strategy):
             return False
-        return bool(backend.xp.any(failing(backend, told, g)))
+        return bool(backend.to_numpy(failing(backend, told, g)).any())
 
     def _text(self, adjoint: Adjoint, told: AdjointReport, g: Array, found: Findings | None) -> str:
         if found is not None and found.coupled:
@@ -302,31 +346,7 @@ class Watch:
         host = told._replace(**{name: backend.to_numpy(getattr(told, name)) for name in told._fields[:5]})
         rows = backend.to_numpy(failing(backend, told, g))
         wrong = 0 if found is None else found.wrong
-        return failure(host, rows, adjoint.strategy, self.strategy, adjoint.on_failure, wrong) or ""
-
-
-def coupled_forward(counts: Ledger, find: Callable[[], tuple[int, int] | None], line: Line) -> bool:
-    """Warn of a forward solve whose values differ because the rows of other samples moved.
-
-    Args:
-        counts: of the layer or function.
-        find: looks for a pair of coupled rows; it is called as rarely as the warning is shown.
-        line: the user's.
-
-    Returns:
-        Whether f couples rows.
-    """
-    if counts.suspect and not _due(counts.forward):
-        counts.forward += 1
-        return True
-    pair = find()
-    if pair is None:
-        return False
-    counts.suspect = True
-    if _due(counts.forward):
-        warn(coupling(pair), CoupledRowsWarning, line)
-    counts.forward += 1
-    return True
+        return failure(host, rows, adjoint.strategy, self.name, adjoint.on_failure, wrong) or ""
 
 
 def _due(count: int) -> bool:
