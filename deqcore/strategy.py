@@ -60,8 +60,8 @@ class AdjointReport(NamedTuple):
     residual: Array
     error: Array
     fallback: Array
-    coupling: Array | None = None
-    verify_vjps: Array | None = None
+    coupling: Array = None
+    verify_vjps: Array = None
 
     def __repr__(self) -> str:
         """A line per status that occurs; the fields themselves where they have no values (traced code)."""
