@@ -12,7 +12,8 @@ PUBLIC = {
         Strategy __version__ errors fixed_point get_backend using vjp""",
     "deqcore.errors": """BackendError BackendMismatchError ConfigError ConvergenceError ConvergenceWarning
         CoupledRowsWarning DeqcoreError DtypeToleranceWarning LayerWarning MissingExtraError MissingFrameworkError
-        MonitorError MonitorWarning NonDeterministicWarning PluginError ProblemError StateError StrategyError UnknownNameError""",
+        MonitorError MonitorWarning NonDeterministicWarning PluginError ProblemError StateError StrategyError
+        UnknownNameError""",
     "deqcore.settings": "Backward Forward Plugins",
     "deqcore.schedule": "Ramp Schedule",
     "deqcore.strategy": "report",
