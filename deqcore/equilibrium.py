@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deqcore import config as settings
-from deqcore import plugins
+from deqcore import failures, plugins
 from deqcore.backend import Array, Backend, BackwardRecord, Map, Tree
 from deqcore.compaction import Narrow
 from deqcore.config import Config
@@ -20,6 +20,7 @@ from deqcore.errors import (
     ConfigError,
     ConvergenceError,
     ConvergenceWarning,
+    CoupledRowsWarning,
     DtypeToleranceWarning,
     NonDeterministicWarning,
     StateError,
@@ -33,6 +34,7 @@ from deqcore.solution import SOLVED, Solution, SolveState, Status, summarize
 from deqcore.solver import Solver
 from deqcore.space import Raveled, Space
 from deqcore.strategy import Adjoint, Reached, Steps, StepStrategy, Strategy
+from deqcore.verification import coupled_rows
 
 
 def fixed_point(
@@ -206,11 +208,20 @@ class Plan:
         if isinstance(self.strategy, StepStrategy):
             value, forward, record = *self._step(self.strategy, f, z0, args, solve), None
         else:
-            action = self.config.backward.on_failure
-            asked = not self.backend.capabilities.eager and self._is_set("backward.on_failure")
-            adjoint = Adjoint(self.backend, self.strategy, self.solver, action, asked)
-            value, forward, record = self.backend.implicit(f, z0, args, solve, adjoint)
+            value, forward, record = self.backend.implicit(f, z0, args, solve, self.adjoint(f))
         return self.backend.unshared(value, z0), forward, record
+
+    def adjoint(self, f: Raveled) -> Adjoint:
+        """The strategy bound to this call; in eager backends it verifies and reports failures by itself."""
+        assert isinstance(self.strategy, Strategy)
+        eager, action = self.backend.capabilities.eager, self.config.backward.on_failure
+        asked = not eager and self._is_set("backward.on_failure")
+        return Adjoint(self.backend, self.strategy, self.solver, action, asked, self._watch(f) if eager else None)
+
+    def _watch(self, f: Raveled) -> failures.Watch:
+        backward, space = self.config.backward, f.space
+        key = space.shapes, space.dtype, self.config.forward.batch
+        return failures.Watch(f.f, self.strategy, key, backward.verify_every, backward.strategy)
 
     def _step(
         self, strategy: StepStrategy, f: Raveled, z0: Array, args: tuple[Any, ...], solve: Drive
@@ -269,7 +280,7 @@ class Plan:
             forward = self._unsolved(found, reached) if solved is None else solved
             return self.backend.unshared(forward.z, z0), gradients, forward, None
         forward = self.backend.forward_only(f, z0, args, solve)
-        adjoint = Adjoint(self.backend, strategy, self.solver)
+        adjoint = self.adjoint(f)
         if adjoint.uses_pull:
             _, pull = self.backend.linearize(lambda z: f(z, *args), forward.z)
         else:
@@ -303,6 +314,8 @@ class Plan:
         known = xp.isfinite(share) & (forward.status != int(Status.NONFINITE))
         largest = float(xp.max(xp.where(known, share, xp.zeros_like(share)))) if share.shape[0] else 0.0
         if largest > backend.precision(forward.z) ** (2 / 3):
+            if self._report_coupling(f, args, forward):
+                return
             warnings.warn(
                 f"f is not deterministic: at the same z and arguments it gave values that differ by up to "
                 f"{largest:.2g} of their norm, so that it has no fixed point, and its gradient is that of another "
@@ -311,6 +324,16 @@ class Plan:
                 NonDeterministicWarning,
                 stacklevel=_stacklevel(),
             )
+
+    def _report_coupling(self, f: Raveled, args: tuple[Any, ...], forward: Forward) -> bool:
+        """Warn if values differ because the rows of other samples moved, and f itself is deterministic."""
+        backend = self.backend
+
+        def find() -> tuple[int, int] | None:
+            with backend.quiet():
+                return coupled_rows(backend, lambda z: backend.forward_only(f, z, args, _once), forward.z)
+
+        return self._watch(f).coupled_forward(find)
 
     def report_failure(self, forward: Forward) -> None:
         """Raise or warn about samples that did not converge; see `Backend.watch` for traced code."""

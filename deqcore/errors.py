@@ -164,6 +164,10 @@ class ConvergenceWarning(UserWarning):
     """A solve ended without meeting its tolerance and on_failure = 'warn'."""
 
 
+class CoupledRowsWarning(UserWarning):
+    """f couples the rows of the state, which forward.batch = true takes for independent samples."""
+
+
 class DtypeToleranceWarning(UserWarning):
     """A tolerance below what the state's dtype can reach."""
 

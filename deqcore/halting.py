@@ -99,6 +99,7 @@ def until(f: Callable[..., Tree], rule: Rule) -> Callable[..., Tree]:
         held = [_hold(backend, done, *pair) for pair in zip(leaves, moved, strict=True)]
         return backend.unflatten(structure, held)
 
+    halting.__wrapped__ = f  # type: ignore[attr-defined] # backward passes are counted for f
     return halting
 
 

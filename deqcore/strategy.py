@@ -17,14 +17,16 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, TypeAlias
 
 from deqcore.backend import Array, Backend, Map
 from deqcore.errors import PluginError
+from deqcore.verification import failing, replaced
 
 if TYPE_CHECKING:
     from deqcore.driver import Forward
+    from deqcore.failures import Watch
     from deqcore.linear.lowrank import InverseJacobian
     from deqcore.solver import Solver
 
@@ -40,6 +42,10 @@ class AdjointReport(NamedTuple):
         residual: ‖g + Jᵀu − u‖ / ‖g‖ where it was measured, NaN where not.
         error: estimate of ‖u − u*‖ / ‖u*‖, NaN where there is none.
         fallback: True where the strategy gave up and something simpler was used instead.
+        coupling: 0 where nothing was found, or how much of a vector–Jacobian product lands in this sample although its
+            cotangent lies in others, relative to the largest sample: f couples the rows of the state, and
+            ``forward.batch = false`` is needed. NaN or None where it was not measured.
+        verify_vjps: vector–Jacobian products that `backward.verify_every` spent, int32, which `pulls` leaves out.
 
     Example:
         >>> import numpy as np
@@ -54,14 +60,17 @@ class AdjointReport(NamedTuple):
     residual: Array
     error: Array
     fallback: Array
+    coupling: Array = None
+    verify_vjps: Array = None
 
     def __repr__(self) -> str:
         """A line per status that occurs; the fields themselves where they have no values (traced code)."""
         try:
-            lists = [list(leaf.tolist()) for leaf in self]
+            lists = [list(leaf.tolist()) for leaf in self[:5]]
+            coupled = self.coupling is not None and any(each > 0 for each in self.coupling.tolist())
         except Exception:  # each framework has an error of its own for arrays without values
             return f"AdjointReport({', '.join(map('{}={!r}'.format, self._fields, self))})"
-        return _told(*lists)
+        return _told(*lists) + ("\nf couples the rows of the state: set forward.batch = false." if coupled else "")
 
 
 class Strategy(ABC):
@@ -77,7 +86,7 @@ class Strategy(ABC):
 
     Example:
         >>> import numpy as np, deqcore
-        >>> from dataclasses import dataclass
+        >>> from dataclasses import dataclass, field
         >>> @dataclass(frozen=True)
         ... class TwoTerms(Strategy):
         ...     needs = "pull"
@@ -185,8 +194,9 @@ class Adjoint:
         backend: whose arrays these are.
         strategy: the strategy.
         solver: whose estimate it may use.
-        on_failure: the setting `backward.on_failure`.
+        on_failure: the setting `backward.on_failure`. "zero" and "nan" are applied here, in traced code as well.
         asked: whether that setting was chosen, so that it is not the default.
+        watch: verifies, warns and raises in eager backends; None: nothing of this.
     """
 
     backend: Backend
@@ -194,15 +204,28 @@ class Adjoint:
     solver: Solver
     on_failure: str = "ignore"
     asked: bool = False
+    watch: Watch | None = field(default=None, compare=False, repr=False)
 
     def __call__(self, pull: Map, g: Array, state: object) -> tuple[Array, AdjointReport]:
-        """Route the cotangent `g` `(batch, n)`; `state` is the forward solver's, with its estimate inside."""
+        """Route the cotangent `g` `(batch, n)`; `state` is the forward solver's, with its estimate inside.
+
+        Raises:
+            ConvergenceError: `on_failure` is "raise" and a sample failed (eager backends).
+        """
         estimate: InverseJacobian | None = None
         if self.uses_state:
             secants = self.strategy.wants_secants()
             make = self.solver.secant_estimate if secants else self.solver.inverse_jacobian
             estimate = make(self.backend, state)
-        return self._routed(self.strategy.route(self.backend, pull, g, estimate), g)
+        u, told = self._routed(self.strategy.route(self.backend, pull, g, estimate), g)
+        findings = None
+        if self.watch is not None:
+            told, findings = self.watch.verify(self, pull, g, u, told)
+        if self.on_failure in ("zero", "nan"):
+            u = replaced(self.backend, u, failing(self.backend, told, g), self.on_failure)
+        if self.watch is not None:
+            self.watch.deliver(self, told, g, findings)
+        return u, told
 
     def _routed(self, found: object, g: Array) -> tuple[Array, AdjointReport]:
         """What `route` returned, if it is what the contract says."""
@@ -213,9 +236,9 @@ class Adjoint:
         u, told = found
         if getattr(u, "shape", None) != g.shape:
             raise PluginError.returned(name, u, f"u of the cotangent's shape {shape}")
-        for field, leaf in zip(AdjointReport._fields, told, strict=True):
-            if getattr(leaf, "shape", None) != g.shape[:1]:
-                raise PluginError.returned(f"{name} (report.{field})", leaf, f"one number per sample, {shape[:1]},")
+        for part, leaf in zip(AdjointReport._fields, told, strict=True):
+            if leaf is not None and getattr(leaf, "shape", None) != g.shape[:1]:
+                raise PluginError.returned(f"{name} (report.{part})", leaf, f"one number per sample, {shape[:1]},")
         return u, told
 
     @property
@@ -325,4 +348,6 @@ def report(
         residual=unknown if residual is None else residual,
         error=unknown if error is None else error,
         fallback=ints > 0 if fallback is None else fallback,
+        coupling=unknown,
+        verify_vjps=ints,
     )

@@ -140,6 +140,8 @@ def read(figures: Probe) -> AdjointReport:
         residual=figures.residual,
         error=figures.error,
         fallback=figures.fallback > 0,
+        coupling=jnp.full_like(figures.residual, jnp.nan),
+        verify_vjps=jnp.zeros_like(figures.status, jnp.int32),
     )
 
 
@@ -161,6 +163,6 @@ def take(batch: int) -> Probe | None:
 
 def fill(report: AdjointReport) -> Probe:
     """A report as the cotangent of a probe."""
-    numbers = [jnp.asarray(each).astype(jnp.float32) for each in report]
+    numbers = [jnp.asarray(each).astype(jnp.float32) for each in report[:5]]
     status, pulls, residual, error, fallback = numbers
     return Probe(status, pulls, residual, error, fallback, jnp.ones_like(status))

@@ -16,13 +16,13 @@ from deqcore.backend import Backend, BackwardRecord, Capabilities, Map
 from deqcore.driver import Forward
 from deqcore.errors import ConfigError, ProblemError
 from deqcore.strategy import Adjoint
+from deqcore.verification import coupled_rows
 from deqcore_numpy.derivative import (
     batched_jacobian,
     is_differencing,
     jacobian,
     product,
     pull_back,
-    rows_are_independent,
 )
 from deqcore_numpy.history import NumpyHistory
 from deqcore_numpy.ownership import held
@@ -109,7 +109,7 @@ class NumpyBackend(Backend):
         return NumpyHistory(storage, np.zeros((batch, memory), bool), like.dtype)
 
     def linearize(self, f: Map, z: Any) -> tuple[Any, Map]:
-        if rows_are_independent(f, z):
+        if coupled_rows(self, f, z) is None:
             blocks = batched_jacobian(f, z)
 
             def pull(u: Any) -> Any:
@@ -123,7 +123,7 @@ class NumpyBackend(Backend):
         return f(z), pull
 
     def push(self, f: Map, z: Any) -> Map:
-        multiply = product(f, z)
+        multiply = product(f, z, lambda: coupled_rows(self, f, z) is None)
         return lambda v: multiply(v).astype(v.dtype, copy=False)
 
     def forward_only(

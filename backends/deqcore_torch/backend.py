@@ -51,7 +51,7 @@ class TorchBackend(Backend):
 
     def to_numpy(self, x: Tensor) -> Any:
         x = x.detach().cpu()
-        return (x.float() if x.dtype is torch.bfloat16 else x).numpy()
+        return transforms.to_numpy(x.float() if x.dtype is torch.bfloat16 else x)
 
     def flatten(self, tree: Any) -> tuple[list[Any], Any]:
         if isinstance(tree, Tensor):

@@ -212,6 +212,7 @@ class DEQ(nn.Module):
                 return self.cell(z, *inputs)
             return torch.utils.checkpoint.checkpoint(self.cell, z, *inputs, use_reentrant=False)
 
+        checkpointed.__wrapped__ = self.cell  # type: ignore[attr-defined] # this layer's, where passes are counted
         return checkpointed
 
     def get_extra_state(self) -> Tensor:

@@ -25,7 +25,9 @@ from torch import Tensor
 from torch._C._functorch import (
     TransformType,
     get_interpreter_stack,
+    get_unwrapped,
     is_dead_tensor_wrapper,
+    is_functorch_wrapped_tensor,
     is_legacy_batchedtensor,
     unwrap_if_dead,
 )
@@ -66,6 +68,16 @@ def refuse_vmap(*tensors: Tensor) -> None:
             "mapped axis a part of the batch (reshape z0 and the arguments), give jacrev or jacobian "
             "chunk_size = 1 or vectorize = False, or use JAX, where vmap works."
         )
+
+
+def to_numpy(x: Tensor) -> Any:
+    """The values `x` (on the host) behind what grad, vjp and jvp wrap it in, as a NumPy array."""
+    if not active():
+        return x.numpy()
+    while is_functorch_wrapped_tensor(x):
+        x = get_unwrapped(x)
+    with torch._C._DisableFuncTorch():
+        return x.numpy()
 
 
 def pull_of(f: Map, z: Tensor) -> tuple[Tensor, Map]:

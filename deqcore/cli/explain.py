@@ -22,6 +22,7 @@ from deqcore.config import resolve as resolve_settings
 from deqcore.diagnostics.choices import Choice, Row, Table, candidates, cheapest, survey
 from deqcore.equilibrium import get_backend
 from deqcore.errors import BackendError, ConfigError, ProblemError, did_you_mean, listing
+from deqcore.failures import coupling
 from deqcore.testing.problem import Problem, load_problem, place, rebuild
 from deqcore.testing.problems import golden, names
 
@@ -215,7 +216,7 @@ def _notes(table: Table, problem: Problem, backend: Backend, config: Config, *, 
     lines = [
         f"{problem.name}: {table.samples} samples, backend {backend.name}, solver {config.forward.solver}.",
         "pulls: vector–Jacobian products, median (most) per sample; for phantom and unrolled the steps differentiated.",
-        "residual, estimate: reported, worst sample. missed: samples that it says missed their target.",
+        "residual: measured; estimate: reported; worst sample. missed: samples that it says missed their target.",
         "cosine, norm ratio: of all gradients (parameters, inputs) against the exact ones; worst: u of the worst one.",
     ]
     if timed:
@@ -225,6 +226,8 @@ def _notes(table: Table, problem: Problem, backend: Backend, config: Config, *, 
             f"{table.failed} of {table.samples} samples did not converge in the forward solve: no gradient is right "
             f"there. See forward.max_steps, forward.rtol, forward.solver."
         )
+    if table.coupling > 0 or table.pair is not None:
+        lines.append(coupling(table.pair))
     if table.trust > 1e-3:
         lines.append(f"The exact gradient itself has an adjoint residual of {table.trust:.1g}: I − J is near singular.")
     return lines
@@ -265,6 +268,8 @@ def _as_json(
         "samples": table.samples,
         "not_converged": table.failed,
         "reference_residual": table.trust,
+        "coupling": table.coupling,
+        "coupled_rows": None if table.pair is None else list(table.pair),
         "rows": [row.as_dict() for row in table.rows],
         "asked": asked,
         "cheapest": best.label if best else None,

@@ -27,10 +27,12 @@ class Audit:
         gradient_cosine: of the gradients of all arguments, as one vector; NaN if no argument has one.
         gradient_norm_ratio: likewise.
         pulls: that the strategy spent, per sample; NaN for one that differentiates steps.
+        residual: adjoint residual ‖g + Jᵀu − u‖ / ‖g‖ of the strategy's u, measured, per sample; NaN for a strategy
+            that differentiates steps without a solve.
         reported: the relative error that the strategy estimated, per sample; NaN where it gives none.
         exact_pulls: that the reference spent, per sample.
         exact_residual: relative adjoint residual of the reference, per sample: what is above it in `error` is real.
-        coupling: how much of Jᵀu of one sample lands in the others; 0 where f treats each sample alone. Anything else
+        coupling: how much of Jᵀu lands in samples where u is zero; 0 where f treats each sample alone. Anything else
             makes all gradients above wrong, the reference too: set ``forward.batch = false``.
 
     Example:
@@ -49,6 +51,7 @@ class Audit:
     gradient_cosine: float
     gradient_norm_ratio: float
     pulls: Any
+    residual: Any
     reported: Any
     exact_pulls: Any
     exact_residual: Any
@@ -62,7 +65,8 @@ class Audit:
         return (
             f"gradient of {len(self.rows)} samples against the exact one: cosine {np.min(self.cosine):.4f} (worst), "
             f"norm ratio {np.min(self.norm_ratio):.3g} to {np.max(self.norm_ratio):.3g}, {np.nanmax(self.error):.2g} "
-            f"relative error (worst); the audit itself cost one solve and {int(np.max(self.exact_pulls)) + 1} pulls"
+            f"relative error (worst), adjoint residual {np.max(self.residual):.2g} (worst); the audit itself cost one "
+            f"solve and {int(np.max(self.exact_pulls)) + 2 + 2 * (len(self.rows) - 1).bit_length()} pulls"
             f"{warning}"
         )
 
@@ -81,8 +85,8 @@ def gradient_audit(
     """Compare the configured strategy's gradient with the exact one, on a sample of the batch.
 
     Cost: one forward solve, the strategy's own backward pass, and one GMRES solve to rounding (`exact_pulls`
-    vector–Jacobian products, as many vectors of memory), all for the audited samples only, and one product more to see
-    whether f couples them. In training, every few hundred steps on four samples is cheap and enough to see a gradient
+    vector–Jacobian products, as many vectors of memory), all for the audited samples only, one product more to
+    measure the strategy's residual, and 1 + 2 log₂(samples) to see whether f couples samples. In training, every few hundred steps on four samples is cheap and enough to see a gradient
     go wrong. Not for traced code.
 
     Args:
@@ -141,6 +145,7 @@ def gradient_audit(
         gradient_cosine=whole[0],
         gradient_norm_ratio=whole[1],
         pulls=unknown if report is None else backend.to_numpy(report.pulls).astype(np.float64),
+        residual=backend.to_numpy(mine.residual).astype(np.float64),
         reported=unknown if report is None else backend.to_numpy(report.error).astype(np.float64),
         exact_pulls=pulls,
         exact_residual=residual,

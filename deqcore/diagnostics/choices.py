@@ -19,6 +19,7 @@ from deqcore.diagnostics import routed
 from deqcore.diagnostics.audit import compare, flat
 from deqcore.errors import DeqcoreError
 from deqcore.solution import Status
+from deqcore.verification import coupled_rows
 
 VARIANTS: Final[Mapping[str, Sequence[Mapping[str, object]]]] = MappingProxyType(
     {
@@ -57,7 +58,7 @@ class Row:
         label: strategy and options, for people.
         pulls: vector–Jacobian products, median over the samples; the steps of a strategy that differentiates steps.
         most_pulls: likewise, the largest.
-        residual: certified adjoint residual, the largest.
+        residual: adjoint residual ‖g + Jᵀu − u‖ / ‖g‖, measured and not as reported, the largest.
         estimate: error that the strategy itself reports, the largest.
         missed: samples that it reports as not having met its target.
         cosine: of the gradient of all parameters and inputs with the exact one.
@@ -104,12 +105,16 @@ class Table:
         failed: samples whose solve did not meet its tolerance.
         samples: in the batch.
         trust: adjoint residual of the reference, the largest.
+        coupling: how much of a vector–Jacobian product lands in samples where its cotangent is zero, the largest.
+        pair: (i, j) if sample i of f(z) was seen to change when sample j of z does.
     """
 
     rows: Sequence[Row]
     failed: int
     samples: int
     trust: float
+    coupling: float = 0.0
+    pair: tuple[int, int] | None = None
 
 
 def candidates() -> Iterator[Choice]:
@@ -152,6 +157,9 @@ def survey(
     pull = routed.pull_at(plan, raveled, args, forward)
     exact, residual, _ = routed.by_reference(plan, raveled, args, cotangent, forward, pull, REFERENCE_PULLS)
     status = backend.to_numpy(forward.status)
+    coupling = routed.coupling(plan, pull, forward)
+    with backend.quiet():
+        pair = coupled_rows(backend, lambda z: backend.detach(raveled(z, *args)), forward.z)
     rows, tasks = [], {}
     for choice in choices:
         say(choice.label)
@@ -164,7 +172,7 @@ def survey(
         seconds = interleave(tasks, rounds=rounds, budget=SECONDS).seconds
         rows = [_timed(row, seconds[row.label]) if row.label in tasks else row for row in rows]
     failed = int(np.sum(status != int(Status.CONVERGED)))
-    return Table(rows, failed, len(status), float(np.max(residual, initial=0.0)))
+    return Table(rows, failed, len(status), float(np.max(residual, initial=0.0)), coupling, pair)
 
 
 def _measure(
@@ -207,6 +215,8 @@ def _backward(choice: Choice) -> dict[str, Any]:
         "backward__strategy": choice.strategy,
         "backward__options": dict(choice.options),
         "forward__on_failure": "ignore",
+        "backward__on_failure": "ignore",
+        "backward__verify_every": 0,
     }
 
 
@@ -259,6 +269,7 @@ def _judge(
     whole = [flat(backend, each.gradients)[None] for each in (found, exact)]
     cosine, ratio, error_ = (float(each[0]) for each in compare(*whole))
     row = replace(row, cosine=cosine, norm_ratio=ratio, error=error_, worst_cosine=_least(compare(u, truth)[0]))
+    row = replace(row, residual=_most(backend.to_numpy(found.residual)))
     if found.report is None:
         steps = float(getattr(own.strategy, "steps", np.nan))
         return replace(row, pulls=steps, most_pulls=steps)
@@ -267,7 +278,6 @@ def _judge(
         row,
         pulls=float(np.median(report["pulls"])) if report["pulls"].size else 0.0,
         most_pulls=float(np.max(report["pulls"], initial=0)),
-        residual=_most(report["residual"]),
         estimate=_most(report["error"]),
         missed=int(np.sum(report["status"] != int(Status.CONVERGED))),
     )

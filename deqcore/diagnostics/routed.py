@@ -13,6 +13,7 @@ from deqcore.driver import Drive, Forward
 from deqcore.equilibrium import Plan
 from deqcore.linear.gmres import gmres
 from deqcore.strategy import Adjoint, AdjointReport, Steps, StepStrategy
+from deqcore.verification import adjoint_residual, leak_everywhere
 
 REFERENCE_EPS = 100.0  # the reference is solved to this many units of rounding, 1e-10 at least
 
@@ -26,11 +27,13 @@ class Routed:
             shift of f, which is the same thing.
         gradients: of the arguments, as `Backend.vjp` gives them.
         report: of an implicit strategy, else None.
+        residual: ‖g + Jᵀu − u‖ / ‖g‖ per sample, measured for this u, `(batch,)`.
     """
 
     u: Array
     gradients: tuple[Any, ...]
     report: AdjointReport | None
+    residual: Array
 
 
 def solve(plan: Plan, f: Callable[..., Array], z0: Array, args: tuple[Any, ...]) -> Forward:
@@ -51,12 +54,24 @@ def by_strategy(
             return backend.record(lambda z, s, *rest: f(z, *rest) + s, z0, (shift, *moved), steps, begin)[0], None
 
         _, _, (u, *gradients) = backend.vjp(value, (0 * z0, *args), g)
-        return Routed(u, tuple(gradients), None)
+        return Routed(u, tuple(gradients), None, _residual(plan, f, args, g, u, begin))
     adjoint = Adjoint(backend, strategy, plan.solver)
     pull = pull_at(plan, f, args, forward)
     with backend.quiet():
         u, report = adjoint(pull, g, forward.carry.state)
-    return Routed(u, _gradients(plan, f, args, u, forward.z), report)
+        residual = adjoint_residual(backend, pull, g, u)
+    return Routed(u, _gradients(plan, f, args, u, forward.z), report, residual)
+
+
+def _residual(
+    plan: Plan, f: Callable[..., Array], args: tuple[Any, ...], g: Array, u: Array, forward: Forward | None
+) -> Array:
+    """The residual of a strategy that differentiates steps; NaN where it solves nothing to measure it at."""
+    backend = plan.backend
+    if forward is None:
+        return backend.xp.full_like(backend.norm(g), float("nan"))
+    with backend.quiet():
+        return adjoint_residual(backend, pull_at(plan, f, args, forward), g, u)
 
 
 def pull_at(plan: Plan, f: Callable[..., Array], args: tuple[Any, ...], forward: Forward) -> Map:
@@ -79,25 +94,27 @@ def by_reference(
     rtol = max(1e-10, REFERENCE_EPS * backend.eps(g))
     with backend.quiet():
         found = gmres(backend, product, g, rtol=rtol, max_steps=min(max_pulls, g.shape[1]))
-        residual = backend.to_numpy(backend.norm(g - product(found.x))).astype(np.float64)
-    norm = backend.to_numpy(backend.norm(g)).astype(np.float64)
-    relative = np.divide(residual, norm, out=np.zeros_like(residual), where=norm > 0)
-    routed = Routed(found.x, _gradients(plan, f, args, found.x, forward.z), None)
-    return routed, relative, backend.to_numpy(found.products)
+        residual = adjoint_residual(backend, pull, g, found.x)
+    routed = Routed(found.x, _gradients(plan, f, args, found.x, forward.z), None, residual)
+    return routed, backend.to_numpy(residual).astype(np.float64), backend.to_numpy(found.products)
 
 
 def coupling(plan: Plan, pull: Map, forward: Forward) -> float:
-    """How much of Jᵀu lands in other samples than the one that u is in, in norms: 0 where f treats each alone."""
+    """How much of Jᵀu lands in other samples than those that u is in: 0 where f treats each alone.
+
+    In norms, for a u in the first sample. Where that finds nothing, the figure is that of
+    `deqcore.verification.leak_everywhere`, which separates every pair of samples.
+    """
     backend, (batch, n) = plan.backend, forward.z.shape
     if batch < 2:
         return 0.0
-    probe = np.zeros((batch, n))
-    probe[0] = np.random.default_rng(0).standard_normal(n)
+    first = np.zeros((batch, n))
+    first[0] = np.random.default_rng(0).standard_normal(n)
     with backend.quiet():
-        found = backend.to_numpy(pull(backend.asarray(probe, like=forward.z)))
-    found = found.astype(np.float64)
-    whole = float(np.linalg.norm(found))
-    return float(np.linalg.norm(found[1:])) / whole if whole > 0 else 0.0
+        found = backend.to_numpy(pull(backend.asarray(first, like=forward.z))).astype(np.float64)
+        whole = float(np.linalg.norm(found))
+        share = float(np.linalg.norm(found[1:])) / whole if whole > 0 else 0.0
+        return share if share > 0 else leak_everywhere(backend, pull, forward.z)
 
 
 def _gradients(plan: Plan, f: Callable[..., Array], args: tuple[Any, ...], u: Array, z: Array) -> tuple[Any, ...]:

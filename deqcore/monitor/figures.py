@@ -23,6 +23,7 @@ Host: TypeAlias = NDArray[np.float64]
 
 FORWARD = ("residual", "status", "steps", "evaluations")
 BACKWARD = AdjointReport._fields
+JUDGED = ("status", "pulls", "residual", "error", "fallback")
 
 
 @dataclass
@@ -56,7 +57,8 @@ class Pending:
 
     def backward(self, report: AdjointReport, seconds: float = float("nan")) -> None:
         """Take what a backward pass did."""
-        self.arrays |= {f"backward.{name}": array for name, array in zip(BACKWARD, report, strict=True)}
+        known = {name: array for name, array in zip(BACKWARD, report, strict=True) if array is not None}
+        self.arrays |= {f"backward.{name}": array for name, array in known.items()}
         if not math.isnan(seconds):
             self.seconds["deq_backward_seconds"] = seconds
 
@@ -99,7 +101,10 @@ def values(item: Pending, host: dict[str, Host]) -> dict[str, float]:
     if "forward.status" in host and host["forward.status"].size:
         found |= _forward(*(host[f"forward.{name}"] for name in FORWARD))
     if "backward.status" in host and host["backward.status"].size:
-        found |= _backward(*(host[f"backward.{name}"] for name in BACKWARD), reused=item.reused)
+        found |= _backward(*(host[f"backward.{name}"] for name in JUDGED), reused=item.reused)
+        coupling = host.get("backward.coupling", np.zeros(0))
+        if coupling.size and not np.isnan(coupling).all():
+            found["deq_coupling"] = float(np.nanmax(coupling))
     found |= {part: float(array.mean()) for part, array in host.items() if "." not in part}
     return {name: value for name, value in found.items() if not math.isnan(value)}
 

@@ -57,6 +57,11 @@ STANDARD: Final[tuple[Metric, ...]] = (
     Metric(
         "deq_backward_error", "1", "Estimate of the gradient's relative error, worst sample (an estimate, no bound)."
     ),
+    Metric(
+        "deq_coupling",
+        "1",
+        "How much of a vector–Jacobian product lands in rows where its cotangent is zero: above 0, f couples the rows.",
+    ),
     Metric("deq_backward_seconds", "seconds", "Host time of the adjoint solve."),
     Metric("deq_uncertified_fraction", "1", "Samples whose backward pass missed what its strategy promises."),
     Metric("deq_refined_fraction", "1", "Samples whose reused gradient needed more than the certificate's product."),

@@ -81,7 +81,11 @@ class Cell:
                 "max_steps": self.max_steps,
                 "on_failure": "ignore",
             },
-            backward={"strategy": self.strategy.name, "options": _options(self.strategy)},
+            backward={
+                "strategy": self.strategy.name,
+                "options": _options(self.strategy),
+                "on_failure": "ignore",
+            },
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -99,7 +99,11 @@ def exact(cell: Cell) -> Config:
     return Config(
         backend=cell.backend,
         forward={"solver": "broyden", "rtol": AUDIT_RTOL, "max_steps": AUDIT_STEPS, "on_failure": "ignore"},
-        backward={"strategy": "exact-ift", "options": {"rtol": AUDIT_RTOL, "max_steps": AUDIT_STEPS}},
+        backward={
+            "strategy": "exact-ift",
+            "options": {"rtol": AUDIT_RTOL, "max_steps": AUDIT_STEPS},
+            "on_failure": "ignore",
+        },
     )
 
 

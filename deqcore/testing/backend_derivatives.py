@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import deqcore
-from deqcore import errors
+from deqcore import errors, failures
 from deqcore.testing.bounds import tolerance
 from deqcore.testing.conformance import DTYPES, Conformance, needs, several
 from deqcore.testing.kit import Kit, affine, close
@@ -42,6 +43,39 @@ class DerivativeTests(Conformance):
         one = kit.array(np.ones((2, 3)))
         _, pull = kit.backend.linearize(lambda z: one, kit.array(np.zeros((2, 3))))
         assert not kit.numpy(pull(one)).any()
+
+    def test_products_of_a_function_that_couples_rows(self, kit: Kit) -> None:
+        """A backend may differentiate row by row only if no row depends on any other."""
+        xp, u = kit.backend.xp, np.random.default_rng(5).standard_normal((4, 3))
+        shift = lambda z: xp.concat([z[1:], z[:1]], axis=0)  # noqa: E731
+        pair = lambda z: xp.concat([0 * z[1:], z[2:3]], axis=0)  # noqa: E731 (row 3 reads row 2 only)
+        expected = np.zeros((4, 3))
+        expected[2] = u[3]
+        for f, truth in ((shift, np.roll(u, 1, axis=0)), (pair, expected)):
+            _, pull = kit.backend.linearize(f, kit.array(np.ones((4, 3))))
+            close(kit.numpy(pull(kit.array(u))), truth, 1e-6, "pull(u) where f couples rows")
+
+    def test_a_backward_pass_that_cannot_be_right_reaches_the_user(self, kit: Kit) -> None:
+        """Coupled rows and a failed adjoint solve: a warning by default, an error if that is asked for."""
+        if not kit.backend.capabilities.eager:
+            pytest.skip("compiled code warns and raises by callbacks")
+        xp, one = kit.backend.xp, kit.array(np.ones((4, 3)))
+        rates = kit.array(np.tile([0.1, 0.5, 0.9], (4, 1)))
+        shift = lambda z, b: 0.5 * xp.concat([z[1:], z[:1]], axis=0) + b  # noqa: E731
+        slow = lambda z, b: rates * z + b  # noqa: E731
+        for f, z0, kind in (
+            (shift, 2 * one, errors.CoupledRowsWarning),
+            (slow, one / (1 - rates), errors.ConvergenceWarning),
+        ):
+            config = kit.config(strategy_options={"max_steps": 2})
+            cotangent = kit.array(np.arange(12.0).reshape(4, 3))
+            failures.forget()
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                deqcore.vjp(f, z0, one, cotangent=cotangent, config=config, backward__on_failure="warn")
+            assert kind in {each.category for each in told}, f"{kind.__name__} is missing among {told}"
+            with pytest.raises(errors.ConvergenceError):
+                deqcore.vjp(f, z0, one, cotangent=cotangent, config=config, backward__on_failure="raise")
 
     def test_forward_products(self, kit: Kit) -> None:
         problem, v = affine(), np.random.default_rng(4).standard_normal((3, 6))

@@ -18,6 +18,7 @@ from deqcore.space import Space
 from deqcore.testing import worker
 from deqcore.testing.problem import Problem, rebuild, walk
 from deqcore.testing.problems import unraveled
+from deqcore.verification import leak_everywhere
 
 LIMIT: Final = 3_000_000  # numbers in the dense Jacobians of a batch
 POLISH: Final = 20
@@ -50,10 +51,8 @@ class Dense:
     def jacobian(self, z: Any) -> Any:
         """J per sample, `(batch, n, n)`; if f couples the samples, `(1, batch n, batch n)` of the whole."""
         _, pull = self.backend.linearize(lambda v: self.f(v, self.params, self.inputs), self._array(z))
-        batch, n = z.shape
-        probe = np.random.default_rng(1).standard_normal(z.shape)
-        probe[1:] = 0.0
-        coupled = batch > 1 and np.any(self._pull(pull, probe)[1:])
+        n = z.shape[1]
+        coupled = leak_everywhere(self.backend, pull, self._array(z)) > 0
         rows = []
         for i in range(z.size if coupled else n):
             unit = np.zeros_like(z)

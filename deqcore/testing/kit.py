@@ -118,7 +118,7 @@ class Kit:
         return deqcore.Config(
             backend=self.backend.name,
             forward={**forward, "check_every": check_every, "batch": batch, "on_failure": "ignore"},
-            backward={"strategy": strategy, "options": dict(strategy_options or {})},
+            backward={"strategy": strategy, "options": dict(strategy_options or {}), "on_failure": "ignore"},
         )
 
     @property

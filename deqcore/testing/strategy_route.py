@@ -19,6 +19,7 @@ from deqcore.strategy import AdjointReport, StepStrategy, Strategy
 from deqcore.testing.conformance import DTYPES, Conformance, several
 from deqcore.testing.kit import Affine, DenseEstimate, Kit, affine, close
 from deqcore.testing.lightness import check_light
+from deqcore.verification import random_halves, verified
 
 FLAT = -np.stack([np.eye(6)] * 3)
 
@@ -167,7 +168,7 @@ class RouteTests(Conformance):
             self._true(kit, problem, g, *route(kit, strategy, problem, g, estimate))
 
     def _true(self, kit: Kit, problem: Affine, g: Any, u: Any, report: AdjointReport) -> None:
-        assert [each.shape for each in report] == [(3,)] * 5
+        assert [each.shape for each in report] == [(3,)] * len(report)
         assert report.status.dtype == report.pulls.dtype == np.int32
         assert report.fallback.dtype == bool
         assert set(report.status) <= {int(code) for code in Status if code is not Status.RUNNING}
@@ -184,6 +185,35 @@ class RouteTests(Conformance):
         assert (error[estimated] <= 3 * report.error[estimated] + slack).all(), (
             f"errors {report.error} are estimated, but they are {error}"
         )
+
+    def test_rows_that_f_couples_are_reported(self, kit: Kit, strategy: Strategy) -> None:
+        """What `backward.verify_every` makes of a report: a residual that was measured, and no false CONVERGED."""
+        if not strategy.uses_pull():
+            pytest.skip("the strategy uses no products, so nothing can be measured")
+        backend, g = kit.backend, cotangent()
+        given = [kit.array(g)] + [kit.array(FLAT)] * strategy.wants_estimate()
+
+        def pull(u: Array) -> Array:  # f(z)[i] = 0.6 z[i − 1] + …
+            return 0.6 * backend.xp.concat([u[1:], u[:1]], axis=0)
+
+        def routed(g: Array, *h: Array) -> Any:
+            u, told = strategy.route(backend, pull, g, DenseEstimate(kit, *h) if h else None)
+            return u, told, verified(backend, strategy, pull, g, u, told, random_halves(3, 6, seed=0))
+
+        with backend.quiet():
+            u, told, true = backend.jit(routed)(*given)
+        u, status, residual = kit.numpy(u).astype(float), kit.numpy(true.status), kit.numpy(true.residual)
+        left = np.linalg.norm(g + 0.6 * np.roll(u, -1, axis=0) - u, axis=1) / np.linalg.norm(g, axis=1)
+        assert kit.numpy(true.coupling).max() > 0, "f couples rows, but the report does not say so"
+        assert np.array_equal(kit.numpy(true.pulls), kit.numpy(told.pulls)), "verification is counted apart"
+        assert (kit.numpy(true.verify_vjps) > 0).all(), "verification is counted apart"
+        close(residual, left, 1e-6, "‖g + Jᵀu − u‖/‖g‖")
+        if strategy.exact:
+            wrong = left > 0.01
+            assert not (status[wrong] == int(Status.CONVERGED)).any(), (
+                f"rows are coupled, and the status is CONVERGED with residuals of {left}"
+            )
+        assert np.isnan(kit.numpy(true.error)).all(), "an estimate of the error assumes that rows are independent"
 
     def test_converged_means_what_the_options_promise(self, kit: Kit, strategy: Strategy) -> None:
         """Options named `rtol` and `target` are promises: of the adjoint residual, and of the estimated error."""

@@ -21,11 +21,14 @@ from deqcore import plugins
 from deqcore.backend import Array, Backend, Tree
 from deqcore.config import Config
 from deqcore.equilibrium import get_backend, vjp
-from deqcore.errors import DeqcoreError
+from deqcore.errors import DeqcoreError, ProblemError
+from deqcore.failures import coupling
 from deqcore.solver import Solver
+from deqcore.space import Space
 from deqcore.strategy import StepStrategy
 from deqcore.testing.problem import Problem, load_problem, place, rebuild, walk
 from deqcore.testing.problems import FUNCTIONS, golden
+from deqcore.verification import coupled_rows
 
 SKIPPED: Final = "skipped: "
 
@@ -71,7 +74,7 @@ class Job:
                 "batch": batch,
                 "on_failure": "raise" if self.rtol else "ignore",
             },
-            backward={"strategy": self.strategy, "options": self.strategy_options},
+            backward={"strategy": self.strategy, "options": self.strategy_options, "on_failure": "ignore"},
         )
 
 
@@ -138,6 +141,21 @@ def solve(backend: Backend, problem: Problem, job: Job, f: Callable[..., Tree]) 
     return {name: backend.to_numpy(leaf) for name, leaf in named if leaf is not None}
 
 
+def _refuse_coupling(backend: Backend, problem: Problem, job: Job, f: Callable[..., Tree]) -> None:
+    """Rows that f couples are no samples: no strategy can be right.
+
+    Raises:
+        ProblemError: naming two of them.
+    """
+    params, inputs, z0, _ = data_of(problem, job, backend)
+    space = Space.of(backend, z0, problem.batch)
+    raveled = space.wrap(f)
+    with backend.quiet():
+        pair = coupled_rows(backend, lambda z: backend.detach(raveled(z, params, inputs)), space.ravel(z0))
+    if pair is not None:
+        raise ProblemError(coupling(pair))
+
+
 def too_slow(backend: Backend, job: Job) -> bool:
     """Whether each number of the data would cost a run of a solver that solves in each of its steps."""
     strategy = plugins.make_strategy(job.strategy, job.strategy_options)
@@ -166,6 +184,7 @@ def run(backend: Backend, job: Job) -> dict[str, Any]:
             from deqcore.testing.dense import dense
 
             return dense(backend, problem, job, f)
+        _refuse_coupling(backend, problem, job, f)
         return solve(backend, problem, job, f)
     except Exception as error:
         if f.raised is not None and error is f.raised:

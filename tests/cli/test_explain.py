@@ -41,6 +41,8 @@ y = rng.standard_normal((2, 80))
 hard = Problem("hard", {"r": np.array(0.999)}, y, 0 * y, cycle)
 none = Problem("none", {"A": A}, x, 0 * x, lambda xp, p, z, x: xp.tanh(z @ p["A"].T) * np.nan + x)
 
+mixing = Problem("mixing", {"A": 0.3 * A}, x, 0 * x, lambda xp, p, z, x: xp.tanh(xp.roll(z, -1, axis=0) @ p["A"]) + x)
+
 def single(p, z, x):
     if z.grad_fn is not None:
         raise RuntimeError("f is differentiated once only")
@@ -134,13 +136,25 @@ def test_figures_are_those_of_dense_linear_algebra(capsys, backend):
     assert row["norm_ratio"] == pytest.approx(np.linalg.norm(free) / np.linalg.norm(exact), rel=1e-3)
     assert row["error"] == pytest.approx(np.linalg.norm(free - exact) / np.linalg.norm(exact), rel=1e-3)
     assert row["worst_cosine"] == pytest.approx(min(cosine(a, b) for a, b in zip(g, u, strict=True)), abs=1e-4)
-    assert (row["pulls"], row["residual"], row["estimate"]) == (0, None, None)
+    assert (row["pulls"], row["estimate"]) == (0, None)
+    space = {}
+    exec(PROBLEM, space)
+    left = np.linalg.norm(g @ space["A"], axis=1) / np.linalg.norm(g, axis=1)
+    assert row["residual"] == pytest.approx(left.max(), rel=1e-6), "measured, though the strategy reports none"
+    assert (found["coupling"], found["coupled_rows"]) == (0.0, None)
     assert rows["exact-ift"]["error"] < 1e-6
     assert rows["exact-ift"]["most_pulls"] <= 6
     assert rows["broyden-reuse (target=0.01)"]["estimate"] <= 0.01
     assert rows["broyden-reuse (target=0.01)"]["error"] <= 0.02
     assert rows["phantom"]["pulls"] == 5
     assert set(plugins.strategies()) <= {row["strategy"] for row in rows.values()}
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+def test_coupled_samples_are_named(capsys, backend):
+    code, out, _ = explain(capsys, "--rounds", "0", "--problem", "p.py:mixing", "--backend", backend)
+    assert "row 0 of f(z) changes when row 1 of z does" in out
+    assert "forward.batch = false" in out
 
 
 @pytest.mark.slow

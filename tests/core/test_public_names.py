@@ -10,9 +10,10 @@ import pytest
 PUBLIC = {
     "deqcore": """AdjointReport Backend Capabilities Config History InverseJacobian Solution Solver Status StepStrategy
         Strategy __version__ errors fixed_point get_backend using vjp""",
-    "deqcore.errors": """BackendError BackendMismatchError ConfigError ConvergenceError ConvergenceWarning DeqcoreError
-        DtypeToleranceWarning LayerWarning MissingExtraError MissingFrameworkError MonitorError MonitorWarning
-        NonDeterministicWarning PluginError ProblemError StateError StrategyError UnknownNameError""",
+    "deqcore.errors": """BackendError BackendMismatchError ConfigError ConvergenceError ConvergenceWarning
+        CoupledRowsWarning DeqcoreError DtypeToleranceWarning LayerWarning MissingExtraError MissingFrameworkError
+        MonitorError MonitorWarning NonDeterministicWarning PluginError ProblemError StateError StrategyError
+        UnknownNameError""",
     "deqcore.settings": "Backward Forward Plugins",
     "deqcore.schedule": "Ramp Schedule",
     "deqcore.strategy": "report",

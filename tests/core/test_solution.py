@@ -58,7 +58,7 @@ def test_a_printed_adjoint_report_is_a_line_per_status(be):
         "1 of 3 samples MAX_STEPS after at most 9 pulls, adjoint residual at most 0.5; 1 got the fallback.",
     ]
     assert str(report._replace(error=report.residual)).count("estimated error at most 0.5;") == 1
-    assert str(deqcore.AdjointReport(*(leaf[:0] for leaf in report))) == "The batch is empty."
+    assert str(deqcore.AdjointReport(*(leaf[:0] for leaf in report[:5]))) == "The batch is empty."
 
 
 def test_an_adjoint_report_in_traced_code_shows_its_fields():

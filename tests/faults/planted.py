@@ -72,6 +72,24 @@ SECOND = "deqcore_torch.second"
 
 STRATEGIES = [
     Fault(
+        "a coupled row certified",
+        "deqcore.verification",
+        "    status = xp.where(wrong, xp.full_like(told.status, int(Status.STALLED)), told.status)\n",
+        "    status = told.status\n",
+        "strategy exact-ift",
+        "test_rows_that_f_couples_are_reported",
+        "rows are coupled, and the status is CONVERGED",
+    ),
+    Fault(
+        "a leak between rows overlooked",
+        "deqcore.verification",
+        "    leaked = outside & (found > noise)\n",
+        "    leaked = ~outside & (found > 1e30)\n",
+        "strategy broyden-reuse",
+        "test_rows_that_f_couples_are_reported",
+        "f couples rows, but the report does not say so",
+    ),
+    Fault(
         "sign of the reused estimate",
         REUSE,
         "        u = -estimate.apply_transpose(g)\n",
@@ -429,6 +447,33 @@ SOLVERS = [
 ]
 
 BACKENDS = [
+    Fault(
+        "a coupled row taken for a sample",
+        NUMPY,
+        "        if coupled_rows(self, f, z) is None:\n",
+        "        if np.array_equal(f(z)[1:], f(np.concatenate([z[:1] + 1e-3, z[1:]]))[1:]):\n",
+        "backend numpy",
+        "test_products_of_a_function_that_couples_rows",
+        "where f couples rows",
+    ),
+    Fault(
+        "a coupled row that nobody is told of",
+        "deqcore.failures",
+        "        if coupled:\n",
+        "        if coupled and how == 'raise':\n",
+        "backend numpy",
+        "test_a_backward_pass_that_cannot_be_right_reaches_the_user",
+        "CoupledRowsWarning is missing",
+    ),
+    Fault(
+        "a failed adjoint solve that nobody is told of",
+        "deqcore.failures",
+        "        elif failed:\n",
+        "        elif failed and how == 'raise':\n",
+        "backend numpy",
+        "test_a_backward_pass_that_cannot_be_right_reaches_the_user",
+        "ConvergenceWarning is missing",
+    ),
     Fault(
         "a transposed pull",
         NUMPY,

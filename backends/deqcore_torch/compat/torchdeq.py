@@ -163,6 +163,7 @@ class TorchDEQ(nn.Module):
         def f(z: Any) -> Any:
             return func(z) if single else list(func(*z))
 
+        f.__wrapped__ = func  # type: ignore[attr-defined] # backward passes are counted for func
         stops = self.options.stops(config.forward.max_steps) if self.training else [config.forward.max_steps]
         states: list[Any] = []
         solution: Solution | None = None
