@@ -133,10 +133,10 @@ class TorchBackend(Backend):
         return found
 
     def native_keep(
-        self, carry: Any, found: Stepped, residual: Tensor, goal: Tensor | float, patience: int
+        self, carry: Any, found: Stepped, residual: Tensor, size: Tensor | None, limits: Any
     ) -> Any | None:
         steps = self._native(found.z)
-        return None if steps is None else steps.keep(carry, found, residual, goal, patience)
+        return None if steps is None else steps.keep(carry, found, residual, size, limits)
 
     def native_arnoldi(self, space: Any, w: Tensor, goal: Tensor, twice: bool) -> Any | None:
         steps = self._native(w)
