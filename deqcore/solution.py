@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from deqcore.backend import Array, Backend, BackwardRecord, Tree
 
@@ -33,7 +34,21 @@ class Status(IntEnum):
     @property
     def sentence(self) -> str:
         """Cause and remedy in one sentence."""
-        return _SENTENCES[self]
+        return _SENTENCES[self].format(others=_listed(SEARCHING), damp="damp the step")
+
+    def advice(self, solver: str = "") -> str:
+        """The sentence for who uses `solver` (a name, or the repr of a solver), which it does not recommend."""
+        used, _, options = solver.partition("(")
+        others = [name for name in SEARCHING if name.replace("-", "") != used.replace("-", "").lower()]
+        damp = "damp the step (forward.options.growth = 2)" if "growth=None" in options else "damp the step"
+        return _SENTENCES[self].format(others=_listed(others), damp=damp)
+
+
+SEARCHING: Final = ("broyden", "anderson", "newton-krylov")  # solvers that work where plain iteration does not
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " or ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
 
 
 _SENTENCES = {
@@ -41,19 +56,21 @@ _SENTENCES = {
     Status.CONVERGED: "The residual met the tolerance.",
     Status.MAX_STEPS: (
         "The step budget was spent before the residual met the tolerance: raise forward.max_steps, loosen "
-        "forward.rtol, or choose a solver that needs fewer steps (broyden, anderson, newton-krylov)."
+        "forward.rtol, or choose a solver that may need fewer steps ({others})."
     ),
     Status.STALLED: (
         "The residual stopped falling above the tolerance: it may be below what the dtype can reach (loosen "
-        "forward.rtol or use a wider dtype), or the method is stuck (try another solver or a larger memory)."
+        "forward.rtol or use a wider dtype), or the method is stuck (start elsewhere, or try another solver: {others})."
     ),
     Status.DIVERGED: (
-        "The residual grew far above its initial value: f is not a contraction near here. Use broyden or "
-        "newton-krylov, damp the step, start closer, or regularise the Jacobian of f in training."
+        "The residual grew far above the scale of the start, or the iterate grew while its residual did not fall: f is "
+        "not a contraction near here, or has no fixed point. Use {others}, {damp}, start closer, or regularise the "
+        "Jacobian of f in training."
     ),
     Status.NONFINITE: (
-        "f returned NaN or inf: the best finite iterate is returned. Look for overflow, a division by zero or a "
-        "narrow dtype in f, or for NaN in its inputs and parameters."
+        "f returned NaN or inf at the start, or wherever a step led, shorter steps included: the best finite iterate "
+        "is returned. Start where f is finite, and look for overflow, a division by zero or a narrow dtype in f, or "
+        "for NaN in its inputs and parameters."
     ),
 }
 
@@ -118,17 +135,17 @@ class Solution:
         status: Any = self.backend.to_numpy(self.status)
         residual: Any = self.backend.to_numpy(self.residual)
         steps: Any = self.backend.to_numpy(self.steps)
-        return summarize(status, residual, steps)
+        return summarize(status, residual, steps, "" if self.state is None else self.state.solver)
 
 
-def summarize(status: Any, residual: Any, steps: Any) -> str:
-    """Describe NumPy arrays `(batch,)` of status, residual and steps, one line per status that occurs."""
+def summarize(status: Any, residual: Any, steps: Any, solver: str = "") -> str:
+    """Describe NumPy arrays `(batch,)` of status, residual and steps of `solver`, one line per status that occurs."""
     lines = []
     for kind in Status:
         rows = status == int(kind)
         if rows.any():
             lines.append(
                 f"{int(rows.sum())} of {status.size} samples {kind.name} after at most {int(steps[rows].max())} "
-                f"steps, residual ‖f(z) − z‖ at most {float(residual[rows].max()):.3g}. {kind.sentence}"
+                f"steps, residual ‖f(z) − z‖ at most {float(residual[rows].max()):.3g}. {kind.advice(solver)}"
             )
     return "\n".join(lines) or "The batch is empty."

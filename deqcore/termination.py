@@ -24,6 +24,8 @@ REFUSED: Final = -1  # in `since`: f was not finite at the point that the step l
 PENDING: Final = -2  # in `since`: f has not been evaluated yet at the point to try after it
 SHORTER: Final = 0.25  # of the part of the residual that was tried before, where the iterate has not become better
 SHORTEST: Final = 2.0**-10  # part of the residual that is tried after a refused step, at least
+IDLE: Final = 10  # steps without progress, at least, after which the end of the budget is a stall
+FAR: Final = 10.0  # growth over fall of the residual that is an escape, at the end of the budget
 LOST: Final = 0.25  # part of its largest value that the residual's rounding may make up
 FINE: Final = 1e-5  # a dtype with an ε below it resolves residuals far below what growth explains
 
@@ -150,11 +152,12 @@ def verdict(xp: Any, limits: Limits, residual: Any, size: Any, path: Path) -> Ve
 def spent(xp: Any, residual: Any, size: Any, path: Path, steps: Any) -> Any:
     """The status of samples whose step budget is spent, `(batch,)` int32: of its last iterate and `steps` in all.
 
-    A sample that made no progress in half of its steps, and grew while the residual did not fall, ran away: more steps
-    are no cure.
+    More steps are no cure for a sample that has made no progress in the second half of its steps. It ran away if it has
+    grown while its residual has not fallen, and stalled otherwise.
     """
-    left = (2 * path.since > steps) & (path.since >= 10)
-    left = left & (grown(xp, residual, size, path.reference, path.peak) > 10.0)
+    idle = (2 * path.since > steps) & (path.since >= IDLE)
+    away = grown(xp, residual, size, path.reference, path.peak) > FAR
     status = xp.full_like(path.since, int(Status.MAX_STEPS))
-    status = xp.where(left, xp.full_like(status, int(Status.DIVERGED)), status)
+    status = xp.where(idle, xp.full_like(status, int(Status.STALLED)), status)
+    status = xp.where(idle & away, xp.full_like(status, int(Status.DIVERGED)), status)
     return xp.where(path.since < 0, xp.full_like(status, int(Status.NONFINITE)), status)
