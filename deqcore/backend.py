@@ -167,9 +167,9 @@ class History(ABC):
 
     @abstractmethod
     def erase(self, rows: Array) -> History:
-        """`restart`, of samples whose vectors may hold NaN or inf: no number of them is read again.
+        """Write zeros over the vectors of the active rows among `rows` `(batch,)` of bool, which may hold NaN or inf.
 
-        `all_full` may go on counting such a sample with the others, so that they know when they are full.
+        The sample goes on seeing these slots. So it is full when it would have been, together with its batch mates.
         """
 
     def restart_active(self) -> History:

@@ -81,7 +81,7 @@ class FunctionalHistory(History):
         """See `History.erase`."""
         backend, chosen = self.shared.backend, rows if self.active is None else rows & self.active
         slots = tuple(backend.select(chosen, backend.xp.zeros_like(q), q) for q in self.slots)
-        return self._with(slots=slots, seen=self.seen & ~chosen[:, None])
+        return self._with(slots=slots)
 
     def slot(self) -> Array:
         """See `History.slot`."""

@@ -91,7 +91,7 @@ class JaxHistory(History):
         """Zeros, as products with what is masked are still computed."""
         chosen = rows if self.active is None else rows & self.active
         storage = jnp.where(chosen[:, None, None], jnp.zeros((), self.storage.dtype), self.storage)
-        return self._with(storage, self.seen & ~chosen[:, None], self.written)
+        return self._with(storage, self.seen, self.written)
 
     def slot(self) -> Any:
         """The slot before `written`."""

@@ -58,7 +58,7 @@ class NumpyHistory(History):
 
     def erase(self, rows: Any) -> NumpyHistory:
         self.storage[rows if self.active is None else rows & self.active] = 0
-        return self.restart(rows)
+        return self
 
     def slot(self) -> Any:
         mask = np.zeros(self.memory, bool)

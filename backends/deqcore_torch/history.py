@@ -321,7 +321,7 @@ class TorchHistory(History):
                 chunk.index_fill_(1, torch.from_numpy(chosen.numpy().nonzero()[0]), 0.0)
             else:
                 chunk.masked_fill_(chosen[None, :, None], 0.0)
-        return self._with(self._mask() & ~chosen[:, None], self.written, self.active, self.since)
+        return self
 
     def restart_active(self) -> TorchHistory:
         mask = self._mask()
@@ -437,7 +437,9 @@ class RecordedHistory(History):
         return RecordedHistory(self.storage, self.seen & ~chosen[:, None], self.written, self.active, self.wide)
 
     def erase(self, rows: Tensor) -> RecordedHistory:
-        return self.restart(rows)  # `_rows` reads nothing of them
+        chosen = rows if self.active is None else rows & self.active
+        storage = torch.where(chosen[:, None, None], torch.zeros_like(self.storage), self.storage)
+        return RecordedHistory(storage, self.seen, self.written, self.active, self.wide)
 
     def slot(self) -> Tensor:
         mask = torch.zeros(self.memory, dtype=torch.bool, device=self.storage.device)
