@@ -402,9 +402,7 @@ class Backend(ABC):
         """
         return None
 
-    def native_keep(
-        self, carry: Any, found: Stepped, residual: Array, size: Array | None, limits: Any
-    ) -> Any | None:
+    def native_keep(self, carry: Any, found: Stepped, residual: Array, size: Array | None, limits: Any) -> Any | None:
         """What the driver keeps of a step, by compiled code where this backend has some for it; None elsewhere.
 
         Args:

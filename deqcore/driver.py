@@ -42,7 +42,6 @@ from deqcore.termination import (
 )
 
 
-
 class Control(NamedTuple):
     """When to stop. Numbers may be framework scalars: changing them then recompiles nothing.
 
@@ -210,7 +209,7 @@ def _reopen(backend: Backend, carry: Carry, limits: Limits) -> Carry:
     failed = (carry.status == int(Status.NONFINITE)) | (carry.status == int(Status.DIVERGED))
     failed = failed & (carry.since >= 0)  # others had not tried all shorter steps when their budget was spent
     size = backend.norm(carry.best_fz)
-    met, _ = judged(xp, limits, carry.best_residual, size, carry.reference, carry.peak)
+    met, _ = judged(xp, limits, carry.best_residual, size, carry.reference, carry.peak, carry.mark)
     status = xp.where(met, xp.full_like(carry.status, int(Status.CONVERGED)), xp.zeros_like(carry.status))
     return carry._replace(
         status=xp.where(failed, carry.status, status),
@@ -283,9 +282,7 @@ def _calm(backend: Backend, residual: Array, size: Array | None, carry: Carry, l
     return bool(((now < PROGRESS * best) & (now > target)).all())
 
 
-def _judge(
-    backend: Backend, residual: Array, size: Array | None, fz: Array, carry: Carry, limits: Limits
-) -> Verdict:
+def _judge(backend: Backend, residual: Array, size: Array | None, fz: Array, carry: Carry, limits: Limits) -> Verdict:
     """What follows from the residual, on the host where looking is free."""
     size = backend.norm(fz) if size is None else size
     seen = [backend.host(each) for each in (residual, size, *carry.path)]
@@ -300,7 +297,9 @@ def _on_host(backend: Backend, limits: Limits) -> Limits:
     """The limits with their arrays as NumPy's, where the arrays of a solve are seen on the host."""
     if isinstance(limits.rtol, float) and isinstance(limits.atol, float):
         return limits
-    seen = (each if isinstance(each, float) else backend.host(each) for each in (limits.rtol, limits.atol, limits.slack))
+    seen = (
+        each if isinstance(each, float) else backend.host(each) for each in (limits.rtol, limits.atol, limits.slack)
+    )
     rtol, atol, slack = seen
     return limits._replace(rtol=rtol, atol=atol, slack=slack)
 
@@ -372,7 +371,9 @@ class _Refusals:
             fz=backend.select(rows, point, carry.fz),
             state=self.solver.restarted(backend, rows, z, carry.state),
             status=xp.where(lost, xp.full_like(carry.status, int(Status.NONFINITE)), carry.status),
-            since=xp.where(rows, xp.full_like(carry.since, PENDING), xp.where(lost, xp.zeros_like(carry.since), carry.since)),
+            since=xp.where(
+                rows, xp.full_like(carry.since, PENDING), xp.where(lost, xp.zeros_like(carry.since), carry.since)
+            ),
             length=length,
             tried=xp.where(rows, carry.best_residual, carry.tried),
         )

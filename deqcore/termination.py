@@ -27,6 +27,8 @@ SHORTEST: Final = 2.0**-10  # part of the residual that is tried after a refused
 IDLE: Final = 10  # steps without progress, at least, after which the end of the budget is a stall
 FAR: Final = 10.0  # growth over fall of the residual that is an escape, at the end of the budget
 LOST: Final = 0.25  # part of its largest value that the residual's rounding may make up
+FALL: Final = 100.0  # a residual this much below its largest value has fallen whatever the iterate is
+DROP: Final = 8.0  # if it did so by such a fall in one step
 FINE: Final = 1e-5  # a dtype with an ε below it resolves residuals far below what growth explains
 
 
@@ -116,7 +118,7 @@ def grown(xp: Any, residual: Any, size: Any, reference: Any, peak: Any) -> Any:
     return (residual / xp.where(peak > 0.0, peak, one)) * (size / xp.where(scale > 0.0, scale, one))
 
 
-def judged(xp: Any, limits: Limits, residual: Any, size: Any, reference: Any, peak: Any) -> tuple[Any, Any]:
+def judged(xp: Any, limits: Limits, residual: Any, size: Any, reference: Any, peak: Any, mark: Any) -> tuple[Any, Any]:
     """Whether the tolerance is met, and whether nothing but the growth of the iterate meets it, `(batch,)` of bool."""
     near = residual <= goal(xp, limits, size, reference)
     lost, hidden = limits.lost * size, limits.hidden * size
@@ -124,19 +126,22 @@ def judged(xp: Any, limits: Limits, residual: Any, size: Any, reference: Any, pe
     seen = lost <= LOST * peak
     at_start = (size <= 2.0 * reference) & (residual <= limits.atol + limits.rtol * reference)
     absolute = greater(xp, residual, lost) <= limits.atol
-    met = near & ((size <= reference) | at_start | absolute | (proven & seen))
-    hopeless = ~seen | (grown(xp, hidden, size, reference, peak) > limits.slack)
-    return met, near & ~met & hopeless
+    # A residual far below its largest value, by one large fall, which no way to infinity shows.
+    least = greater(xp, residual, lost)
+    bottom = (FALL * least <= peak) & (DROP * least <= mark)
+    met = near & ((size <= reference) | at_start | absolute | (seen & (proven | bottom)))
+    return met, near & ~met & ~seen
 
 
 def verdict(xp: Any, limits: Limits, residual: Any, size: Any, path: Path) -> Verdict:
     """What follows from a residual and ‖f(z)‖ of an iterate, `(batch,)` each."""
-    met, escaped = judged(xp, limits, residual, size, path.reference, path.peak)
+    met, escaped = judged(xp, limits, residual, size, path.reference, path.peak, path.mark)
     finite = xp.isfinite(residual)
     sane = BLOW_UP * residual <= path.reference  # False for NaN, too
-    better = ((residual < path.best) & ~escaped) | (met & sane)
+    better = ((residual < path.best) & (limits.lost * size <= LOST * path.peak)) | (met & sane)
     progress = residual < PROGRESS * path.mark
-    since = xp.where(progress, xp.zeros_like(path.since), xp.where(path.since < 0, xp.zeros_like(path.since), path.since) + 1)
+    waited = xp.where(path.since < 0, xp.zeros_like(path.since), path.since)
+    since = xp.where(progress, xp.zeros_like(waited), waited + 1)
     status = xp.astype(met, xp.int32) * int(Status.CONVERGED)
     status = xp.where(met | (since < limits.patience), status, xp.full_like(status, int(Status.STALLED)))
     status = xp.where(sane & ~escaped, status, xp.full_like(status, int(Status.DIVERGED)))

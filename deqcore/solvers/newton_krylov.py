@@ -108,9 +108,8 @@ class NewtonKrylov(Solver):
         first = z + inner.x
         value = f(first)
         residual = backend.norm(value - first)
-        trial = _Trial(
-            first, value, xp.ones_like(before), residual, ~(residual < before) & (before > 0.0), xp.zeros_like(inner.products)
-        )
+        longer = ~(residual < before) & (before > 0.0)
+        trial = _Trial(first, value, xp.ones_like(before), residual, longer, xp.zeros_like(inner.products))
 
         def searching(t: _Trial) -> Array:
             return xp.any(t.searching)

@@ -344,8 +344,8 @@ SOLVERS = [
     Fault(
         "a criterion met by growth",
         "deqcore.termination",
-        "    met = near & ((size <= reference) | at_start | absolute | (proven & seen))\n",
-        "    met = near & ((size <= reference) | at_start | absolute | (proven == proven))\n",
+        "    met = near & ((size <= reference) | at_start | absolute | (seen & (proven | bottom)))\n",
+        "    met = near & ((size <= reference) | at_start | absolute | (bottom == bottom))\n",
         "solver broyden",
         "test_growth_of_the_iterate_meets_no_tolerance",
         "CONVERGED by growth",
@@ -371,8 +371,8 @@ SOLVERS = [
     Fault(
         "a refused step that is not forgotten",
         BROYDEN,
-        'getattr(state, name).erase(rows) for name in _HISTORIES',
-        'getattr(state, name) for name in _HISTORIES',
+        "getattr(state, name).erase(rows) for name in _HISTORIES",
+        "getattr(state, name) for name in _HISTORIES",
         "solver broyden",
         "test_a_restarted_sample_begins_where_it_is_put",
         "restarted",

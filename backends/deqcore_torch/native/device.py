@@ -20,7 +20,7 @@ from deqcore.solution import Status
 from deqcore.solver import Solver
 from deqcore.solvers.anderson import Anderson, AndersonState
 from deqcore.solvers.broyden import Broyden, BroydenState
-from deqcore.termination import BLOW_UP, LOST, PROGRESS, REFUSED, Limits
+from deqcore.termination import BLOW_UP, DROP, FALL, LOST, PROGRESS, REFUSED, Limits
 from deqcore_torch.history import TorchHistory
 from deqcore_torch.native import fused
 from deqcore_torch.native.launch import Kernel
@@ -300,6 +300,8 @@ def keep(carry: Carry, found: Stepped, residual: Tensor, size: Tensor | None, li
             hidden=limits.hidden,
             tiny=limits.tiny,
             most=LOST,
+            fall=FALL,
+            drop=DROP,
             blow_up=BLOW_UP,
             progress=PROGRESS,
             refused=REFUSED,

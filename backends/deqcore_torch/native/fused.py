@@ -394,7 +394,7 @@ def keep(
     status, steps, residual, goal, size, reference, best, peak, mark, since,
     next_status, next_steps, next_best, next_peak, next_mark, next_since,
     z, fz, old_z, old_fz, best_z, best_fz, next_z, next_fz, next_best_z, next_best_fz, n, patience, rtol, atol, slack,
-    lost: tl.constexpr, hidden: tl.constexpr, tiny: tl.constexpr, most: tl.constexpr, blow_up: tl.constexpr,
+    lost: tl.constexpr, hidden: tl.constexpr, tiny: tl.constexpr, most: tl.constexpr, fall: tl.constexpr, drop: tl.constexpr, blow_up: tl.constexpr,
     progress: tl.constexpr, refused: tl.constexpr, running: tl.constexpr, converged: tl.constexpr,
     stalled: tl.constexpr, diverged: tl.constexpr, absolute: tl.constexpr, frozen: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
@@ -418,10 +418,12 @@ def keep(
     seen = unseen <= most * top
     at_start = (length <= 2.0 * scale) & (now <= fixed + rtol * scale)
     met = tl.where(now > unseen, now, unseen) <= fixed
-    met = near & ((length <= scale) | at_start | met | (proven & seen))
-    escaped = near & (met == 0) & ((seen == 0) | (rounding / height * growth > slack))
+    floor = tl.where(now > unseen, now, unseen)
+    bottom = (fall * floor <= top) & (drop * floor <= marked)
+    met = near & ((length <= scale) | at_start | met | (seen & (proven | bottom)))
+    escaped = near & (met == 0) & (seen == 0)
     sane = blow_up * now <= scale  # False for NaN, too
-    better = (((now < least) & (escaped == 0)) | (met & sane)) & active
+    better = (((now < least) & seen) | (met & sane)) & active
     if part == 0:
         moved = now < progress * marked
         finite = tl.abs(now) < float("inf")
