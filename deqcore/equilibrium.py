@@ -303,7 +303,8 @@ class Plan:
         parts: list[Any] = [self.backend.to_numpy(a) for a in (forward.status, forward.residual, forward.steps)]
         text = (
             f"{summarize(*parts, repr(self.solver))} (solver {self.config.forward.solver!r}, "
-            f"forward.rtol = {self.control.rtol}, forward.max_steps = {self.control.max_steps}; forward.on_failure = {action!r} decides what happens now)"
+            f"forward.rtol = {self.control.rtol}, forward.max_steps = {self.control.max_steps}; "
+            f"forward.on_failure = {action!r} decides what happens now)"
         )
         if action == "raise":
             raise ConvergenceError(text)

@@ -314,8 +314,8 @@ def keep(carry: Carry, found: Stepped, residual: Tensor, size: Tensor | None, li
             block=COLUMNS,
         )
     return carry._replace(
-        z=z, fz=fz, status=status, steps=steps, best_z=best_z, best_fz=best_fz, best_residual=best, peak=peak, mark=mark,
-        since=since,
+        z=z, fz=fz, status=status, steps=steps, best_z=best_z, best_fz=best_fz, best_residual=best, peak=peak,
+        mark=mark, since=since,
     )  # fmt: skip
 
 

@@ -394,7 +394,8 @@ def keep(
     status, steps, residual, goal, size, reference, best, peak, mark, since,
     next_status, next_steps, next_best, next_peak, next_mark, next_since,
     z, fz, old_z, old_fz, best_z, best_fz, next_z, next_fz, next_best_z, next_best_fz, n, patience, rtol, atol, slack,
-    lost: tl.constexpr, hidden: tl.constexpr, tiny: tl.constexpr, most: tl.constexpr, fall: tl.constexpr, drop: tl.constexpr, blow_up: tl.constexpr,
+    lost: tl.constexpr, hidden: tl.constexpr, tiny: tl.constexpr, most: tl.constexpr, fall: tl.constexpr,
+    drop: tl.constexpr, blow_up: tl.constexpr,
     progress: tl.constexpr, refused: tl.constexpr, running: tl.constexpr, converged: tl.constexpr,
     stalled: tl.constexpr, diverged: tl.constexpr, absolute: tl.constexpr, frozen: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
