@@ -166,6 +166,13 @@ class History(ABC):
     def restart(self, rows: Array) -> History:
         """Forget the vectors of the active rows among `rows` `(batch,)` of bool."""
 
+    @abstractmethod
+    def erase(self, rows: Array) -> History:
+        """Write zeros over the vectors of the active rows among `rows` `(batch,)` of bool, which may hold NaN or inf.
+
+        The sample goes on seeing these slots. So it is full when it would have been, together with its batch mates.
+        """
+
     def restart_active(self) -> History:
         """Forget the vectors of all active rows, so that a backend can know when they are all full again."""
         return self.restart(self.count() >= 0 if self.active is None else self.active)
@@ -425,17 +432,15 @@ class Backend(ABC):
         """
         return None
 
-    def native_keep(
-        self, carry: Any, found: Stepped, residual: Array, goal: Array | float, patience: int
-    ) -> Any | None:
+    def native_keep(self, carry: Any, found: Stepped, residual: Array, size: Array | None, limits: Any) -> Any | None:
         """What the driver keeps of a step, by compiled code where this backend has some for it; None elsewhere.
 
         Args:
             carry: the driver's, before the step.
             found: what the step led to.
             residual: ‖f(z) − z‖ `(batch,)`.
-            goal: the largest residual that is small enough, `(batch,)` or one number.
-            patience: steps without progress after which a sample has stalled.
+            size: ‖f(z)‖ `(batch,)`, or None where it is not known and `limits.rtol` is 0.
+            limits: `deqcore.termination.Limits`; the verdict is `deqcore.termination.verdict`.
 
         Returns:
             The carry after the step, but with the solver's state of before.

@@ -4,7 +4,8 @@ It owns tolerances, freezing, the best iterate, status and counters, and keeps t
 
 - A sample stops changing (iterate, state and estimate) at the first iterate that meets the tolerance, so its result
   does not depend on its batch mates, and a late check on a slow device does no harm.
-- NaN or inf in one sample touches no other; the best finite iterate is returned.
+- NaN or inf in one sample touches no other; a step to where f is not finite is refused and tried shorter, and the best
+  finite iterate is returned.
 - The residual is the true one, ‖f(z) − z‖, whatever step the solver took.
 
 Termination follows the practice of NonlinearSolve.jl (relative and absolute residual, best iterate, blow-up and
@@ -24,17 +25,30 @@ from deqcore.compaction import Narrow, shrinking
 from deqcore.errors import PluginError
 from deqcore.solution import Status
 from deqcore.solver import Solver, map_state
+from deqcore.termination import (
+    PENDING,
+    PROGRESS,
+    REFUSED,
+    SHORTER,
+    SHORTEST,
+    Limits,
+    Path,
+    Verdict,
+    goal,
+    greater,
+    judged,
+    spent,
+    verdict,
+)
 
-BLOW_UP = 1e6  # a residual this many times the first one counts as divergence
 ROUNDING = 8.0  # two evaluations of one f at one z differ by this many units of rounding at most
-PROGRESS = 0.999  # a residual must fall below this part of the last mark within `patience` steps
 
 
 class Control(NamedTuple):
     """When to stop. Numbers may be framework scalars: changing them then recompiles nothing.
 
     Attributes:
-        rtol: a sample is done when ‖f(z) − z‖ ≤ atol + rtol·‖f(z)‖.
+        rtol: a sample is done when ‖f(z) − z‖ ≤ atol + rtol·‖f(z)‖, and not because ‖f(z)‖ has grown.
         atol: see rtol.
         max_steps: step budget; 0 evaluates f once and reports.
         check_every: steps between host checks, or "auto".
@@ -59,10 +73,18 @@ class Carry(NamedTuple):
     best_z: Array
     best_fz: Array
     best_residual: Array
-    limit: Array  # blow-up limit
+    reference: Array  # scale of the start, max(‖z0‖, ‖f(z0)‖)
+    peak: Array  # largest residual so far
     mark: Array  # residual at the last progress
-    since: Array  # steps since then
+    since: Array  # steps since then; REFUSED: f was not finite where the last step led; PENDING: not evaluated yet
+    length: Array  # part of the residual that is tried after a refused step
+    tried: Array  # least residual at the last refused step
     extra: Array  # evaluations of f beyond those that the solver counts: one for each time that the solve went on
+
+    @property
+    def path(self) -> Path:
+        """What the verdict needs of it."""
+        return Path(self.reference, self.peak, self.best_residual, self.mark, self.since)
 
 
 class Forward(NamedTuple):
@@ -104,11 +126,13 @@ def drive(
     Returns:
         The best iterate of each sample, and how it ended.
     """
-    tolerance = _Tolerance(backend, control)
+    like = z0 if resume is None else resume.z
+    limits = Limits.of(backend, like, control.rtol, control.atol, control.patience)
     if resume is None:
-        start = _begin(backend, solver, f, z0, tolerance)
+        start = _begin(backend, solver, f, z0, limits)
     else:
-        start = _reopen(backend, solver, f, resume, tolerance)
+        start = _reopen(backend, solver, f, resume, limits)
+    refusals = _Refusals(backend, solver)
 
     def going(carry: Carry) -> Array | bool:
         seen = backend.host(carry.status)
@@ -118,22 +142,30 @@ def drive(
 
     def advance(f: Map, running: Callable[[Carry], Array | bool], carry: Carry, steps: int | Array) -> Carry:
         def body(carry: Carry) -> Carry:
-            return _step(backend, solver, f, carry, tolerance, control.patience)
+            return refusals.after(_step(backend, solver, f, refusals.before(carry), limits))
 
-        return backend.loop(running, body, carry, steps, control.check_every)
+        return backend.loop(refusals.watched(running), body, carry, steps, control.check_every)
 
     if narrow is None:
         end = advance(f, going, start, control.max_steps)
     else:
         end = shrinking(backend, advance, f, narrow, start, int(control.max_steps))
-    xp = backend.xp
-    spent = xp.full_like(end.status, int(Status.MAX_STEPS))
-    status = xp.where(end.status == int(Status.RUNNING), spent, end.status)
+    status = _ended(backend, start, end)
     end = end._replace(status=status, state=settled(end.state))
     evaluations = solver.evaluations(backend, end.steps, end.state)
     if resume is not None:
         evaluations = evaluations + end.extra
     return Forward(end.best_z, end.best_fz, end.best_residual, status, end.steps, evaluations, end)
+
+
+def _ended(backend: Backend, start: Carry, end: Carry) -> Array:
+    """The statuses of a loop that is over: a sample that still runs has spent its budget."""
+    seen = backend.host(end.status)
+    if seen is not None and not (seen == int(Status.RUNNING)).any():
+        return end.status
+    residual, size = backend.measure(end.z, end.fz)
+    left = spent(backend.xp, residual, size, end.path, end.steps - start.steps)
+    return backend.xp.where(end.status == int(Status.RUNNING), left, end.status)
 
 
 @dataclass(frozen=True)
@@ -154,42 +186,20 @@ class Drive:
         return drive(self.backend, self.solver, f, z0, self.control, self.resume, self.narrow)
 
 
-def tolerance_met(backend: Backend, control: Control, residual: Array, fz: Array) -> Array:
-    """Whether residuals `(batch,)` meet the tolerance for f(z) `(batch, n)`: `(batch,)` of bool."""
-    return _Tolerance(backend, control).met(residual, fz)
-
-
-class _Tolerance:
-    """Decides whether residuals `(batch,)` are small enough."""
-
-    def __init__(self, backend: Backend, control: Control) -> None:
-        self.backend = backend
-        self.rtol = control.rtol
-        self.atol = control.atol
-
-    def met(self, residual: Array, fz: Array) -> Array:
-        return residual <= self.goal(fz)
-
-    def goal(self, fz: Array, size: Array | None = None) -> Array | float:
-        """Largest residual that is small enough: `(batch,)`, or one number for all. `size` is ‖f(z)‖ if known."""
-        if isinstance(self.rtol, float) and self.rtol == 0.0 and isinstance(self.atol, float):
-            return self.atol
-        relative = self.rtol * (self.backend.norm(fz) if size is None else size)
-        return relative if isinstance(self.atol, float) and self.atol == 0.0 else self.atol + relative
-
-
-def _begin(backend: Backend, solver: Solver, f: Map, z0: Array, tolerance: _Tolerance) -> Carry:
+def _begin(backend: Backend, solver: Solver, f: Map, z0: Array, limits: Limits) -> Carry:
     fz = f(z0)
-    return _begin_at(backend, z0, fz, tolerance)._replace(state=solver.init(backend, z0, fz))
+    return _begin_at(backend, z0, fz, limits)._replace(state=solver.init(backend, z0, fz))
 
 
-def _begin_at(backend: Backend, z0: Array, fz: Array, tolerance: _Tolerance) -> Carry:
+def _begin_at(backend: Backend, z0: Array, fz: Array, limits: Limits) -> Carry:
     """The carry before the first step, but for the solver's state."""
     xp = backend.xp
-    residual = backend.norm(fz - z0)
+    residual, size = backend.measure(z0, fz)
+    reference = greater(xp, backend.norm(z0), size)
     finite = xp.isfinite(residual)
     status = xp.zeros_like(residual, dtype=xp.int32)
-    status = xp.where(tolerance.met(residual, fz), status + int(Status.CONVERGED), status)
+    met = residual <= goal(xp, limits, size, reference)
+    status = xp.where(met, status + int(Status.CONVERGED), status)
     status = xp.where(finite, status, xp.full_like(status, int(Status.NONFINITE)))
     known = xp.where(finite, residual, xp.full_like(residual, float("inf")))
     return Carry(
@@ -201,14 +211,17 @@ def _begin_at(backend: Backend, z0: Array, fz: Array, tolerance: _Tolerance) -> 
         best_z=z0,
         best_fz=fz,
         best_residual=known,
-        limit=xp.clip(BLOW_UP * residual, max=float(xp.finfo(residual.dtype).max)),  # inf is never sane
+        reference=reference,
+        peak=residual,
         mark=known,
         since=xp.zeros_like(status),
+        length=xp.full_like(residual, 0.5),
+        tried=xp.full_like(residual, float("inf")),
         extra=xp.zeros_like(status),
     )
 
 
-def _reopen(backend: Backend, solver: Solver, f: Map, old: Carry, tolerance: _Tolerance) -> Carry:
+def _reopen(backend: Backend, solver: Solver, f: Map, old: Carry, limits: Limits) -> Carry:
     """Go on from the best iterates: one evaluation of f says where they stand, and whether f is still the same.
 
     Samples whose f is the same run on, on copies of their histories, if they do not meet the (perhaps new) tolerance.
@@ -217,17 +230,27 @@ def _reopen(backend: Backend, solver: Solver, f: Map, old: Carry, tolerance: _To
     """
     xp = backend.xp
     z = old.best_z
-    first = _begin_at(backend, z, f(z), tolerance)
+    first = _begin_at(backend, z, f(z), limits)
     near = ROUNDING * backend.precision(z) * (backend.norm(z) + backend.norm(old.best_fz))
     same = backend.norm(first.fz - old.best_fz) <= near  # False for NaN, too
     failed = (old.status == int(Status.NONFINITE)) | (old.status == int(Status.DIVERGED))
-    same = same & ~failed  # what a failed sample has learned led away
+    # What a failed sample has learned led away. One whose budget was spent amid shorter steps has not failed yet.
+    same = same & ~(failed & (old.since >= 0))
+    reference, peak = xp.where(same, old.reference, first.reference), xp.where(same, old.peak, first.peak)
+    size = backend.norm(first.fz)
+    met, _ = judged(xp, limits, first.best_residual, size, reference, peak, xp.where(same, old.mark, first.mark))
+    goes_on = xp.where(met, xp.full_like(old.status, int(Status.CONVERGED)), xp.zeros_like(old.status))
     carry = first._replace(
         z=old.z,
         fz=old.fz,
         state=copy_state(old.state),
+        status=xp.where(same, goes_on, first.status),
         steps=old.steps,
-        limit=xp.where(same, old.limit, first.limit),
+        reference=reference,
+        peak=peak,
+        since=xp.where(same & (old.since < 0), old.since, first.since),
+        length=xp.where(same, old.length, first.length),
+        tried=xp.where(same, old.tried, first.tried),
         extra=old.extra + 1,
     )
 
@@ -244,7 +267,7 @@ def _reopen(backend: Backend, solver: Solver, f: Map, old: Carry, tolerance: _To
     return backend.once(~same, renewed, carry)
 
 
-def _step(backend: Backend, solver: Solver, f: Map, carry: Carry, tolerance: _Tolerance, patience: int) -> Carry:
+def _step(backend: Backend, solver: Solver, f: Map, carry: Carry, limits: Limits) -> Carry:
     before = backend.host(carry.status)
     everyone = before is not None and bool((before == int(Status.RUNNING)).all())
     active = None if everyone else carry.status == int(Status.RUNNING)
@@ -254,17 +277,21 @@ def _step(backend: Backend, solver: Solver, f: Map, carry: Carry, tolerance: _To
     residual = solver.residual_norm(backend, state)
     if residual is None:
         residual, size = backend.measure(z, fz)
-    goal = tolerance.goal(fz, size)
+    if size is None and limits.relative:
+        size = backend.norm(fz)
     if active is not None and not frozen:
         state = freeze(backend, active, state, carry.state)
-    kept: Carry | None = backend.native_keep(carry, found, residual, goal, patience)
+    kept: Carry | None = backend.native_keep(carry, found, residual, size, limits)
     if kept is not None:
         return kept._replace(state=state)
-    if active is None and _calm(backend, residual, goal, carry):
+    if active is None and _calm(backend, residual, size, carry, limits):
         zeros = carry.status  # RUNNING is 0
-        return Carry(z, fz, state, zeros, carry.steps + 1, z, fz, residual, carry.limit, residual, zeros, carry.extra)
+        return carry._replace(
+            z=z, fz=fz, state=state, steps=carry.steps + 1, best_z=z, best_fz=fz, best_residual=residual,
+            mark=residual, since=zeros,
+        )  # fmt: skip
 
-    better, status, since, mark = _judge(backend, residual, goal, carry, patience)
+    better, status, since, mark, peak = _judge(backend, residual, size, fz, carry, limits)
     if active is not None:
         better = better & active
         z = backend.select(active, z, carry.z)
@@ -279,7 +306,7 @@ def _step(backend: Backend, solver: Solver, f: Map, carry: Carry, tolerance: _To
             backend.select(better, fz, carry.best_fz),
             backend.xp.where(better, residual, carry.best_residual),
         )
-    return Carry(z, fz, state, status, steps, *best, carry.limit, mark, since, carry.extra)
+    return Carry(z, fz, state, status, steps, *best, carry.reference, peak, mark, since, carry.length, carry.tried, carry.extra)
 
 
 def _stepped(solver: Solver, found: Any, z: Array) -> Stepped:
@@ -290,44 +317,114 @@ def _stepped(solver: Solver, found: Any, z: Array) -> Stepped:
     raise PluginError.returned(f"{type(solver).__name__}.step", found, expected)
 
 
-def _calm(backend: Backend, residual: Array, goal: Array | float, carry: Carry) -> bool:
+def _calm(backend: Backend, residual: Array, size: Array | None, carry: Carry, limits: Limits) -> bool:
     """Whether every sample is known to have progressed, and none to be done: most steps of most solves.
 
-    Then nothing is to be judged or selected. The best residual is at most the mark and within the blow-up limit.
+    Then nothing is to be judged or selected. The best residual is at most the mark and the peak.
     """
-    now, best = backend.host(residual), backend.host(carry.best_residual)
-    if now is None or best is None:
+    now, best, reference = (backend.host(each) for each in (residual, carry.best_residual, carry.reference))
+    length = None if size is None else backend.host(size)
+    if now is None or best is None or reference is None or (size is not None and length is None):
         return False
-    target = goal if isinstance(goal, float) else backend.host(goal)
+    target = goal(np, _on_host(backend, limits), length, reference)
     return bool(((now < PROGRESS * best) & (now > target)).all())
 
 
-def _judge(
-    backend: Backend, residual: Array, goal: Array | float, carry: Carry, patience: int
-) -> tuple[Array, Array, Array, Array]:
-    """Which iterates are the best so far, and the new status, steps without progress, and mark of each sample."""
-    arrays = [residual, carry.limit, carry.best_residual, carry.mark, carry.since]
-    target = goal if isinstance(goal, float) else backend.host(goal)
-    seen = [backend.host(a) for a in arrays]
-    if target is None or any(view is None for view in seen):
-        return _verdict(backend.xp, patience, goal, *arrays)
-    better, status, since, mark = (backend.from_host(a) for a in _verdict(np, patience, target, *seen))
-    return better, status, since, mark
+def _judge(backend: Backend, residual: Array, size: Array | None, fz: Array, carry: Carry, limits: Limits) -> Verdict:
+    """What follows from the residual, on the host where looking is free."""
+    size = backend.norm(fz) if size is None else size
+    seen = [backend.host(each) for each in (residual, size, *carry.path)]
+    if any(view is None for view in seen):
+        return verdict(backend.xp, limits, residual, size, carry.path)
+    now, length, *path = seen
+    found = verdict(np, _on_host(backend, limits), now, length, Path(*path))
+    return Verdict(*map(backend.from_host, found))
 
 
-def _verdict(
-    xp: Any, patience: int, goal: Any, residual: Any, limit: Any, best: Any, mark: Any, since: Any
-) -> tuple[Any, Any, Any, Any]:
-    met = residual <= goal
-    sane = residual <= limit  # False for NaN, too
-    better = (residual < best) | (met & sane)
-    progress = residual < PROGRESS * mark
-    since = xp.where(progress, xp.zeros_like(since), since + 1)
-    status = xp.astype(met, xp.int32) * int(Status.CONVERGED)
-    status = xp.where(met | (since < patience), status, xp.full_like(status, int(Status.STALLED)))
-    status = xp.where(sane, status, xp.full_like(status, int(Status.DIVERGED)))
-    status = xp.where(xp.isfinite(residual), status, xp.full_like(status, int(Status.NONFINITE)))
-    return better, status, since, xp.where(progress, residual, mark)
+def _on_host(backend: Backend, limits: Limits) -> Limits:
+    """The limits with their arrays as NumPy's, where the arrays of a solve are seen on the host."""
+    if isinstance(limits.rtol, float) and isinstance(limits.atol, float):
+        return limits
+    seen = (
+        each if isinstance(each, float) else backend.host(each) for each in (limits.rtol, limits.atol, limits.slack)
+    )
+    rtol, atol, slack = seen
+    return limits._replace(rtol=rtol, atol=atol, slack=slack)
+
+
+class _Refusals:
+    """Steps that led to where f is not finite: the sample tries a shorter one from its best iterate.
+
+    Nothing is done, and no device asked, in steps whose residuals are finite. Where looking is free that is known
+    after each step. Elsewhere it is asked together with the question whether all samples have stopped; until then the
+    sample takes no step that counts. Traced code asks in the loop itself.
+    """
+
+    def __init__(self, backend: Backend, solver: Solver) -> None:
+        self.backend = backend
+        self.solver = solver
+        self.pending = False
+
+    def watched(self, running: Callable[[Carry], Array | bool]) -> Callable[[Carry], Array | bool]:
+        """`running`, which on a device answers for refused steps as well: one wait for both."""
+        backend, xp = self.backend, self.backend.xp
+
+        def asked(carry: Carry) -> Array | bool:
+            going = running(carry)
+            if not backend.capabilities.eager or isinstance(going, bool) or backend.host(carry.since) is not None:
+                return going
+            both = 2 * xp.astype(going, xp.int32) + xp.astype(xp.any(self._rows(carry)), xp.int32)
+            answer = int(both)
+            self.pending = answer % 2 == 1
+            return answer >= 2
+
+        return asked
+
+    def before(self, carry: Carry) -> Carry:
+        """The carry before a step, after a check that has found refused ones."""
+        if not self.pending:
+            return carry
+        self.pending = False
+        return self.shortened(carry)
+
+    def after(self, carry: Carry) -> Carry:
+        """The carry after a step."""
+        if not self.backend.capabilities.eager:
+            shortened: Carry = self.backend.once(self._rows(carry), self.shortened, carry)
+            return shortened
+        seen = self.backend.host(carry.since)
+        if seen is None or not (seen == REFUSED).any():
+            return carry
+        return self.shortened(carry)
+
+    def _rows(self, carry: Carry) -> Array:
+        return (carry.status == int(Status.RUNNING)) & (carry.since == REFUSED)
+
+    def shortened(self, carry: Carry) -> Carry:
+        """Samples with a refused step at the point to try next, with a residual of 0 and a solver that knows nothing.
+
+        From there every solver evaluates f at this very point, see `Solver.restarted`.
+        """
+        backend, xp = self.backend, self.backend.xp
+        rows = self._rows(carry)
+        stuck = rows & ~(carry.best_residual < PROGRESS * carry.tried)
+        length = xp.where(stuck, SHORTER * carry.length, carry.length)
+        lost = rows & (length < SHORTEST)
+        rows = rows & ~lost
+        part = backend.cast(length, carry.z)[:, None]
+        point = carry.best_z + part * (carry.best_fz - carry.best_z)
+        z = backend.select(rows, point, carry.z)
+        return carry._replace(
+            z=z,
+            fz=backend.select(rows, point, carry.fz),
+            state=self.solver.restarted(backend, rows, z, carry.state),
+            status=xp.where(lost, xp.full_like(carry.status, int(Status.NONFINITE)), carry.status),
+            since=xp.where(
+                rows, xp.full_like(carry.since, PENDING), xp.where(lost, xp.zeros_like(carry.since), carry.since)
+            ),
+            length=length,
+            tried=xp.where(rows, carry.best_residual, carry.tried),
+        )
 
 
 def with_active(state: Any, active: Array | None) -> Any:

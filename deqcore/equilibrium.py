@@ -13,7 +13,7 @@ from deqcore import failures, plugins
 from deqcore.backend import Array, Backend, BackwardRecord, Map, Tree
 from deqcore.compaction import Narrow
 from deqcore.config import Config
-from deqcore.driver import Carry, Control, Drive, Forward, tolerance_met
+from deqcore.driver import Carry, Control, Drive, Forward
 from deqcore.errors import (
     BackendError,
     BackendMismatchError,
@@ -34,6 +34,7 @@ from deqcore.solution import SOLVED, Solution, SolveState, Status, summarize
 from deqcore.solver import Solver
 from deqcore.space import Raveled, Space
 from deqcore.strategy import Adjoint, Reached, Steps, StepStrategy, Strategy
+from deqcore.termination import Limits, greater, judged
 from deqcore.verification import coupled_rows
 
 
@@ -342,13 +343,13 @@ class Plan:
             return
         xp, figures = self.backend.xp, (forward.status, forward.steps, forward.residual)
         if self.backend.is_traced(*figures):
-            failures = Failures(action, SOLVED, after=f" {self._circumstances()}")
+            failures = Failures(action, SOLVED, after=f" {self._circumstances()}", solver=repr(self.solver))
             self.backend.watch(failures, *figures, compiled=action == "raise" or self._is_set("forward.on_failure"))
             return
         if not bool(xp.any(forward.status != int(Status.CONVERGED))):
             return
         parts: list[Any] = [self.backend.to_numpy(a) for a in (forward.status, forward.residual, forward.steps)]
-        text = f"{summarize(*parts)} {self._circumstances()}"
+        text = f"{summarize(*parts, solver=repr(self.solver))} {self._circumstances()}"
         if action == "raise":
             raise ConvergenceError(text)
         warnings.warn(text, ConvergenceWarning, stacklevel=_stacklevel())
@@ -410,7 +411,9 @@ class Plan:
             return Forward(z, None, xp.full_like(norms, float("nan")), status, steps, steps, None)
         with backend.quiet():
             residual = backend.norm(reached.fz - z)
-            met = tolerance_met(backend, self.control, residual, reached.fz)
+            limits = Limits.of(backend, z, self.control.rtol, self.control.atol, self.control.patience)
+            size, mark = backend.norm(reached.fz), reached.residual
+            met, _ = judged(xp, limits, residual, size, reached.scale, greater(xp, mark, residual), mark)
         status = xp.where(met, xp.full_like(status, int(Status.CONVERGED)), status)
         status = xp.where(xp.isfinite(residual), status, xp.full_like(status, int(Status.NONFINITE)))
         return Forward(z, reached.fz, residual, status, steps, reached.evaluations, None)

@@ -44,6 +44,7 @@ class Failures:
         before: the beginning of the message.
         after: its end.
         place: what a warning points at; default: the caller's line.
+        solver: the solver in use, which the message does not recommend.
 
     Raises:
         ConvergenceError: (when called) the action is "raise".
@@ -60,16 +61,22 @@ class Failures:
     """
 
     def __init__(
-        self, action: str, template: str, before: str = "", after: str = "", place: Place | None = None
+        self,
+        action: str,
+        template: str,
+        before: str = "",
+        after: str = "",
+        place: Place | None = None,
+        solver: str = "",
     ) -> None:
-        self.action, self.template, self.before, self.after = action, template, before, after
+        self.action, self.template, self.before, self.after, self.solver = action, template, before, after, solver
         self.place = Place.caller() if place is None else place
         self.runs = 0
 
     def __call__(self, tally: Tally) -> None:
         """Report one run in which samples failed."""
         self.runs += 1
-        text = f"{self.before}{tally.lines(self.template)}{self.after}"
+        text = f"{self.before}{tally.lines(self.template, self.solver)}{self.after}"
         if self.action == "raise":
             raise ConvergenceError(text)
         if str(self.runs).strip("0") != "1":  # 1, 10, 100, …

@@ -77,6 +77,12 @@ class FunctionalHistory(History):
         chosen = rows if self.active is None else rows & self.active
         return self._with(seen=self.seen & ~chosen[:, None])
 
+    def erase(self, rows: Array) -> FunctionalHistory:
+        """See `History.erase`."""
+        backend, chosen = self.shared.backend, rows if self.active is None else rows & self.active
+        slots = tuple(backend.select(chosen, backend.xp.zeros_like(q), q) for q in self.slots)
+        return self._with(slots=slots)
+
     def slot(self) -> Array:
         """See `History.slot`."""
         return self._at((self.written - 1) % self.memory, self.written > 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -36,7 +37,21 @@ class Status(IntEnum):
     @property
     def sentence(self) -> str:
         """Cause and remedy in one sentence."""
-        return _SENTENCES[self]
+        return _SENTENCES[self].format(others=_listed(SEARCHING), damp="damp the step")
+
+    def advice(self, solver: str = "") -> str:
+        """The sentence for who uses `solver` (a name, or the repr of a solver), which it does not recommend."""
+        used, _, options = solver.partition("(")
+        others = [name for name in SEARCHING if name.replace("-", "") != used.replace("-", "").lower()]
+        damp = "damp the step (forward.options.growth = 2)" if "growth=None" in options else "damp the step"
+        return _SENTENCES[self].format(others=_listed(others), damp=damp)
+
+
+SEARCHING: Final = ("broyden", "anderson", "newton-krylov")  # solvers that work where plain iteration does not
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " or ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
 
 
 _SENTENCES = {
@@ -44,19 +59,21 @@ _SENTENCES = {
     Status.CONVERGED: "The residual met the tolerance.",
     Status.MAX_STEPS: (
         "The step budget was spent before the residual met the tolerance: raise forward.max_steps, loosen "
-        "forward.rtol, or choose a solver that needs fewer steps (broyden, anderson, newton-krylov)."
+        "forward.rtol, or choose a solver that may need fewer steps ({others})."
     ),
     Status.STALLED: (
         "The residual stopped falling above the tolerance: it may be below what the dtype can reach (loosen "
-        "forward.rtol or use a wider dtype), or the method is stuck (try another solver or a larger memory)."
+        "forward.rtol or use a wider dtype), or the method is stuck (start elsewhere, or try another solver: {others})."
     ),
     Status.DIVERGED: (
-        "The residual grew far above its initial value: f is not a contraction near here. Use broyden or "
-        "newton-krylov, damp the step, start closer, or regularise the Jacobian of f in training."
+        "The residual grew far above the scale of the start, or the iterate grew while its residual did not fall: f is "
+        "not a contraction near here, or has no fixed point. Use {others}, {damp}, start closer, or regularise the "
+        "Jacobian of f in training."
     ),
     Status.NONFINITE: (
-        "f returned NaN or inf: the best finite iterate is returned. Look for overflow, a division by zero or a "
-        "narrow dtype in f, or for NaN in its inputs and parameters."
+        "f returned NaN or inf at the start, or wherever a step led, shorter steps included: the best finite iterate "
+        "is returned. Start where f is finite, and look for overflow, a division by zero or a narrow dtype in f, or "
+        "for NaN in its inputs and parameters."
     ),
     Status.FIXED_STEPS: (
         "The strategy takes a fixed number of steps, after which the residual was above the tolerance or was not "
@@ -129,7 +146,7 @@ class Solution:
         status: Any = self.backend.to_numpy(self.status)
         residual: Any = self.backend.to_numpy(self.residual)
         steps: Any = self.backend.to_numpy(self.steps)
-        return summarize(status, residual, steps)
+        return summarize(status, residual, steps, "" if self.state is None else self.state.solver)
 
 
 SOLVED: Final = "after at most {steps} steps, residual ‖f(z) − z‖ at most {residual:.3g}. {sentence}"
@@ -167,23 +184,24 @@ class Tally(NamedTuple):
         """Whether any sample did not converge."""
         return self.samples.sum() > self.samples[int(Status.CONVERGED)]
 
-    def lines(self, template: str) -> str:
+    def lines(self, template: str, solver: str = "") -> str:
         """One line per status that occurs.
 
         Args:
             template: how a line goes on after "2 of 3 samples MAX_STEPS", with {steps}, {residual} and {sentence}.
+            solver: the solver in use, which the sentences do not recommend.
         """
         total, found = int(self.samples.sum()), []
         for kind in Status:
             if count := int(self.samples[int(kind)]):
                 steps, residual = int(self.steps[int(kind)]), float(self.residual[int(kind)])
-                text = template.format(steps=steps, residual=residual, sentence=kind.sentence)
+                text = template.format(steps=steps, residual=residual, sentence=kind.advice(solver))
                 found.append(f"{count} of {total} samples {kind.name} {text}")
         return "\n".join(found)
 
 
-def summarize(status: Any, residual: Any, steps: Any) -> str:
-    """Describe NumPy arrays `(batch,)` of status, residual and steps, one line per status that occurs."""
+def summarize(status: Any, residual: Any, steps: Any, solver: str = "") -> str:
+    """Describe NumPy arrays `(batch,)` of status, residual and steps of `solver`, one line per status that occurs."""
     if not status.size:
         return "The batch is empty."
-    return Tally.of(np, status, steps, residual).lines(SOLVED)
+    return Tally.of(np, status, steps, residual).lines(SOLVED, solver)

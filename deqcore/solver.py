@@ -86,6 +86,22 @@ class Solver(ABC):
             state: as `init` or the previous step returned it.
         """
 
+    def restarted(self, backend: Backend, rows: Array, z: Array, state: Any) -> Any:
+        """The state of the samples `rows` as before a first step from `z`, with a residual of 0; others keep theirs.
+
+        f was not finite where the last step led, so that the driver puts these samples at another point, which it
+        gives as z and as f(z). The next step must evaluate f at this very point, and go on from there as from a start:
+        what it sees is no difference to learn from. The default takes `init` and erases all histories.
+
+        Args:
+            backend: whose arrays these are.
+            rows: `(batch,)` of bool.
+            z: iterates `(batch, n)`.
+            state: as the last step returned it; the samples are active in its histories.
+        """
+        fresh = self.init(backend, z, z)
+        return _merged(backend, rows, fresh, state)
+
     def residual_norm(self, backend: Backend, state: Any) -> Array | None:
         """‖f(z) − z‖ of the current iterate `(batch,)` if the method has measured it, so that nobody does it twice."""
         return None
@@ -122,6 +138,16 @@ class Solver(ABC):
 def detach_state(backend: Backend, state: Any) -> Any:
     """The same numbers in a solver state, without gradients."""
     return map_state(state, lambda leaf: leaf.detach() if isinstance(leaf, History) else backend.detach(leaf))
+
+
+def _merged(backend: Backend, rows: Array, new: Any, old: Any) -> Any:
+    """Leaves of `new` in `rows`, of `old` elsewhere; histories are those of `old`, erased."""
+    if isinstance(old, tuple):
+        parts = (_merged(backend, rows, a, b) for a, b in zip(new, old, strict=True))
+        return type(old)(*parts) if hasattr(old, "_fields") else tuple(parts)
+    if isinstance(old, History):
+        return old.erase(rows)
+    return old if old is None or not old.ndim else backend.select(rows, new, old)
 
 
 def map_state(state: Any, fn: Any) -> Any:

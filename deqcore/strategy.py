@@ -139,16 +139,21 @@ class Reached(NamedTuple):
         z: the iterate, with its derivative `(batch, n)`.
         fz: f(z) `(batch, n)`.
         evaluations: evaluations of f `(batch,)` int32.
+        scale: scale of the start, max(‖z0‖, ‖f(z0)‖), `(batch,)`.
+        residual: ‖f(z0) − z0‖ at the start `(batch,)`.
 
     Example:
         >>> import numpy as np
-        >>> Reached(np.ones((1, 2)), np.ones((1, 2)), np.ones(1, np.int32)).z.tolist()
+        >>> one = np.ones(1)
+        >>> Reached(np.ones((1, 2)), np.ones((1, 2)), np.ones(1, np.int32), scale=one, residual=one).z.tolist()
         [[1.0, 1.0]]
     """
 
     z: Array
     fz: Array
     evaluations: Array
+    scale: Array
+    residual: Array
 
 
 class StepStrategy(ABC):
@@ -271,7 +276,8 @@ class Steps:
             raise PluginError.returned(f"{type(self.strategy).__name__}.value", value, expected)
         if reached is None:
             return value, None
-        return value, Reached(self.backend.detach(value), self.backend.detach(reached.fz), reached.evaluations)
+        detach = self.backend.detach
+        return value, reached._replace(z=detach(value), fz=detach(reached.fz))
 
 
 def relative(backend: Backend, a: Array, b: Array) -> Array:

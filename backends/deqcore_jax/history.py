@@ -87,6 +87,12 @@ class JaxHistory(History):
         chosen = rows if self.active is None else rows & self.active
         return self._with(self.storage, self.seen & ~chosen[:, None], self.written)
 
+    def erase(self, rows: Any) -> JaxHistory:
+        """Zeros, as products with what is masked are still computed."""
+        chosen = rows if self.active is None else rows & self.active
+        storage = jnp.where(chosen[:, None, None], jnp.zeros((), self.storage.dtype), self.storage)
+        return self._with(storage, self.seen, self.written)
+
     def slot(self) -> Any:
         """The slot before `written`."""
         last = lax.rem(self.written + (self.memory - 1), jnp.int32(self.memory))

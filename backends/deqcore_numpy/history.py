@@ -56,6 +56,10 @@ class NumpyHistory(History):
         seen = np.where(chosen[:, None], False, self.seen)
         return NumpyHistory(self.storage, seen, self.dtype, self.written, self.active)
 
+    def erase(self, rows: Any) -> NumpyHistory:
+        self.storage[rows if self.active is None else rows & self.active] = 0
+        return self
+
     def slot(self) -> Any:
         mask = np.zeros(self.memory, bool)
         if self.written:

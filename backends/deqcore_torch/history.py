@@ -313,6 +313,16 @@ class TorchHistory(History):
             return self
         return self._with(self._mask() & ~chosen[:, None], self.written, self.active, None)
 
+    def erase(self, rows: Tensor) -> TorchHistory:
+        chosen = rows if self.active is None else rows & self.active
+        self.store.planned = None
+        for chunk in self.store.chunks:
+            if chunk.device.type == "cpu":
+                chunk.index_fill_(1, torch.from_numpy(chosen.numpy().nonzero()[0]), 0.0)
+            else:
+                chunk.masked_fill_(chosen[None, :, None], 0.0)
+        return self
+
     def restart_active(self) -> TorchHistory:
         mask = self._mask()
         seen = torch.zeros_like(mask) if self.active is None else mask & ~self.active[:, None]
@@ -433,6 +443,11 @@ class RecordedHistory(History):
     def restart(self, rows: Tensor) -> RecordedHistory:
         chosen = rows if self.active is None else rows & self.active
         return RecordedHistory(self.storage, self.seen & ~chosen[:, None], self.written, self.active, self.wide)
+
+    def erase(self, rows: Tensor) -> RecordedHistory:
+        chosen = rows if self.active is None else rows & self.active
+        storage = torch.where(chosen[:, None, None], torch.zeros_like(self.storage), self.storage)
+        return RecordedHistory(storage, self.seen, self.written, self.active, self.wide)
 
     def slot(self) -> Tensor:
         mask = torch.zeros(self.memory, dtype=torch.bool, device=self.storage.device)

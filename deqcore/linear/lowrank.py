@@ -134,6 +134,7 @@ def multisecant(backend: Backend, basis: History, gram: Array, steps: Array, dif
     flip = (0, 2, 1)
     product = xp.matmul(steps, gram)  # (batch, p, m)
     s = _scale(backend, xp.sum(product * steps, axis=2))
+    differences = xp.where((s > 0.0)[:, :, None], differences, xp.zeros_like(differences))  # no step, no pair
     y = _scale(backend, xp.sum(xp.matmul(differences, gram) * differences, axis=2))
     pairs = xp.matmul(product, xp.permute_dims(differences, flip)) * s[:, :, None] * y[:, None, :]
     normal = xp.matmul(xp.permute_dims(pairs, flip), pairs)

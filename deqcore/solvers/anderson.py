@@ -139,7 +139,26 @@ class Anderson(Solver):
         usable = xp.isfinite(step)
         if not backend.all_known(usable):
             step = xp.where(usable, step, xp.zeros_like(step))
-        return z, value, AndersonState(values, residuals, system, scale, target, step, residual, norm)
+        after = AndersonState(values, residuals, system, scale, target, step, residual, norm)
+        return z, value, self.unlearned(backend, state.norm, after)
+
+    def unlearned(self, backend: Backend, before: Array, state: AndersonState) -> AndersonState:
+        """The state after a step; where it led from a residual of 0, it has shown no difference."""
+        known = before != 0.0
+        if backend.all_known(known):
+            return state
+        step = backend.xp.where(known[:, None], state.step, backend.xp.zeros_like(state.step))
+        return self.forget(backend, ~known, state)._replace(step=step)
+
+    def restarted(self, backend: Backend, rows: Array, z: Array, state: AndersonState) -> AndersonState:
+        """No differences, and a residual of 0."""
+        xp = backend.xp
+        blank = state._replace(values=state.values.erase(rows), residuals=state.residuals.erase(rows))
+        return self.forget(backend, rows, blank)._replace(
+            step=xp.where(rows[:, None], xp.zeros_like(state.step), state.step),
+            residual=backend.select(rows, xp.zeros_like(state.residual), state.residual),
+            norm=xp.where(rows, xp.zeros_like(state.norm), state.norm),
+        )
 
     def forget(self, backend: Backend, rows: Array, state: AndersonState) -> AndersonState:
         """The state of the samples `rows` `(batch,)` without their differences, as their residual grew."""

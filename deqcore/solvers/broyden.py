@@ -46,6 +46,7 @@ class _Verdict(NamedTuple):
     guard: tuple[Array, Array]
 
 
+_HISTORIES: Final = ("basis", "gram", "left", "right", "pairs")
 HUGE: Final = 1e6  # a refused residual this much larger says nothing of the slope, and its square may overflow
 
 
@@ -212,6 +213,22 @@ class Broyden(Solver):
             usable=norm <= HUGE * best,
             norm=xp.where(taken, norm, state.norm),
             guard=(length, xp.where(norm < best, norm, best)),
+        )
+
+    def restarted(self, backend: Backend, rows: Array, z: Array, state: BroydenState) -> BroydenState:
+        """No residuals and no step, so that the next residual becomes the first one."""
+        xp = backend.xp
+        blank = state._replace(**{name: getattr(state, name).erase(rows) for name in _HISTORIES})
+        none = xp.where(rows[:, None], xp.zeros_like(state.step), state.step)
+        guard = state.guard
+        if guard is not None:
+            whole, best = xp.ones_like(guard[0]), xp.full_like(guard[1], float("inf"))
+            guard = xp.where(rows, whole, guard[0]), xp.where(rows, best, guard[1])
+        return blank._replace(
+            newest=xp.where(rows[:, None], xp.zeros_like(state.newest), state.newest),
+            step=none,
+            norm=xp.where(rows, xp.zeros_like(state.norm), state.norm),
+            guard=guard,
         )
 
     def residual_norm(self, backend: Backend, state: BroydenState) -> Array:

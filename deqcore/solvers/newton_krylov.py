@@ -108,9 +108,8 @@ class NewtonKrylov(Solver):
         first = z + inner.x
         value = f(first)
         residual = backend.norm(value - first)
-        trial = _Trial(
-            first, value, xp.ones_like(before), residual, ~(residual < before), xp.zeros_like(inner.products)
-        )
+        longer = ~(residual < before) & (before > 0.0)
+        trial = _Trial(first, value, xp.ones_like(before), residual, longer, xp.zeros_like(inner.products))
 
         def searching(t: _Trial) -> Array:
             return xp.any(t.searching)
@@ -137,6 +136,11 @@ class NewtonKrylov(Solver):
         forcing = xp.clip(forcing, min(2.0 * backend.eps(z) ** 0.5, self.forcing), self.forcing)
         forcing = xp.where(xp.isfinite(forcing), forcing, state.forcing)
         return end.z, end.fz, NewtonState(forcing, state.spent + inner.products + end.trials)
+
+    def restarted(self, backend: Backend, rows: Array, z: Array, state: NewtonState) -> NewtonState:
+        """The first inner tolerance; what was spent stays so."""
+        forcing = backend.xp.where(rows, backend.xp.full_like(state.forcing, self.forcing), state.forcing)
+        return state._replace(forcing=forcing)
 
     def evaluations(self, backend: Backend, steps: Array, state: NewtonState) -> Array:
         """Evaluations and products."""

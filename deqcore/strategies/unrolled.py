@@ -9,6 +9,7 @@ from deqcore.backend import Array, Backend, Map
 from deqcore.driver import Forward, freeze, with_active
 from deqcore.solver import Solver, detach_state
 from deqcore.strategy import Reached, StepStrategy
+from deqcore.termination import greater
 
 
 class _At(NamedTuple):
@@ -86,7 +87,9 @@ class Unrolled(StepStrategy):
         zero = backend.xp.zeros_like(none, dtype=backend.xp.int32)
         start = _At(z, fz, (z, fz), solver.init(backend, z, fz), none, zero)
         end = backend.repeat(lambda at: _step(backend, solver, run, at), start, self.steps)
-        return Reached(end.z, end.fz, solver.evaluations(backend, zero + self.steps, end.state) + end.extra)
+        spent = solver.evaluations(backend, zero + self.steps, end.state) + end.extra
+        residual, size = backend.measure(z, backend.detach(fz))
+        return Reached(end.z, end.fz, spent, greater(backend.xp, backend.norm(z), size), residual)
 
 
 def _step(backend: Backend, solver: Solver, f: Map, at: _At) -> _At:

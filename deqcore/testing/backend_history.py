@@ -6,6 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from deqcore.driver import Control, drive
+from deqcore.solution import Status
+from deqcore.solvers.picard import Picard
 from deqcore.testing.conformance import DTYPES, Conformance, needs, several
 from deqcore.testing.kit import Kit, close
 
@@ -136,6 +139,32 @@ class HistoryTests(Conformance):
         assert list(kit.numpy(again.full())) == [True, False, True]
         assert not again.all_full(), "all_full: a row that comes back has missed what the others saw"
         assert list(kit.numpy(again.restart_active().count())) == [0, 0, 0]
+
+    @several("harm", [np.nan, np.inf])
+    def test_what_is_erased_is_zero_and_still_seen(self, kit: Kit, harm: float) -> None:
+        rows = np.array([[harm, harm], [3.0, 4.0]])
+        erased = kit.array([True, False], "bool")
+        v = kit.array(np.ones((2, 2)))
+        history = kit.backend.history(v, 2).append(kit.array(rows)).erase(erased)
+        dot = kit.numpy(history.dot(v))
+        assert np.array_equal(dot[0], [0.0, 0.0]), "erase: products with it are zero"
+        close(dot[1], [7.0, 0.0], 10 * kit.eps, "erase: other rows stay")
+        found = kit.numpy(history.combine(kit.array(np.ones((2, 2)))))
+        close(found, [[0.0, 0.0], [3.0, 4.0]], 10 * kit.eps, "erase: combinations with it are zero")
+        assert list(kit.numpy(history.count())) == [1, 1], "erase: the sample is full when its mates are"
+        assert list(kit.numpy(history.append(v).full())) == [True, True]
+
+    def test_a_verdict_is_not_met_by_growth(self, kit: Kit) -> None:
+        """Of the driver's loop with this backend's own judgement, where it has one."""
+        f = lambda z: z * 8.0 + 1.0  # noqa: E731
+        away = drive(kit.backend, Picard(), f, kit.array(np.zeros((2, 3))), Control(1e-4, max_steps=5))
+        assert not (kit.numpy(away.status) == int(Status.CONVERGED)).any()
+        one = kit.array(np.ones((2, 3)))
+        jump = lambda z: z + kit.backend.xp.where(kit.backend.xp.abs(z) > 1e5, one, 1e6 * one)  # noqa: E731
+        found = drive(kit.backend, Picard(), jump, kit.array(np.zeros((2, 3))), Control(0.5, max_steps=5))
+        assert (kit.numpy(found.status) == int(Status.CONVERGED)).all(), "the residual has fallen a millionfold"
+        still = drive(kit.backend, Picard(), lambda z: z + one, 0 * one, Control(0.05, max_steps=60))
+        assert not (kit.numpy(still.status) == int(Status.CONVERGED)).any(), "CONVERGED by growth of the iterate"
 
     def test_differences(self, kit: Kit) -> None:
         a, b = np.random.default_rng(0).standard_normal((2, 1, 4))

@@ -40,7 +40,7 @@ WHY: Final = {
     },
     "": {
         "ill-conditioned": "condition 1e4 at the edge of what contracts; no secant method is asked to",
-        "walled": "full steps leave the region where f has numbers; `broyden` with `growth = 2` solves it",
+        "walled": "shortened steps creep along the edge of where f has numbers; `broyden` or `anderson` solve it",
     },
 }
 ENDED: Final = {int(Status.STALLED): TOO_SLOW, int(Status.MAX_STEPS): TOO_SLOW}

@@ -22,6 +22,7 @@ from deqcore.testing.bounds import tolerance
 from deqcore.testing.conformance import DTYPES, chosen, claimed, several
 from deqcore.testing.kit import Affine, Kit, affine, close
 from deqcore.testing.problems import golden, names, raveled
+from deqcore.testing.solver_ends import EndTests
 from deqcore.testing.solver_estimate import EstimateTests
 from deqcore.testing.solver_search import SearchTests
 from deqcore.testing.solver_steps import StepTests
@@ -29,7 +30,7 @@ from deqcore.testing.solver_steps import StepTests
 MAX_STEPS: Final = 300
 
 
-class SolverTests(StepTests, SearchTests, EstimateTests):
+class SolverTests(StepTests, SearchTests, EstimateTests, EndTests):
     """Subclass it, name your solver, and run pytest.
 
     Attributes:

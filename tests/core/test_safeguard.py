@@ -7,7 +7,6 @@ import pytest
 
 import deqcore
 from deqcore.errors import ConfigError
-from deqcore.solution import Status
 from deqcore.solvers.broyden import Broyden
 
 
@@ -85,10 +84,10 @@ def test_a_step_to_where_f_is_not_finite_is_refused(be):
     """sqrt(z) = 1/2 by z ← z − 3 (sqrt(z) − 1/2): the first step leads below zero, where f is NaN."""
     z0 = be.asarray(np.array([[4.0], [0.3]]))
     f = lambda z: z - 3.0 * (be.xp.sqrt(z) - 0.5)
-    assert be.to_numpy(solve(f, z0, None).status)[0] == int(Status.NONFINITE)
-    guarded = solve(f, z0, 2.0)
-    assert be.to_numpy(guarded.converged).all()
-    np.testing.assert_allclose(be.to_numpy(guarded.value), 0.25, atol=1e-7)
+    for growth in (None, 2.0):
+        found = solve(f, z0, growth)
+        assert be.to_numpy(found.converged).all()
+        np.testing.assert_allclose(be.to_numpy(found.value), 0.25, atol=1e-7)
 
 
 def test_a_residual_whose_square_overflows_spoils_nothing(be):

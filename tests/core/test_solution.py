@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import deqcore
+from deqcore import plugins
 from deqcore.solution import Status, summarize
 
 
@@ -32,6 +33,24 @@ def test_sentences_name_cause_and_remedy(status, cause, remedies):
     assert cause in status.sentence
     for remedy in remedies:
         assert remedy in status.sentence
+
+
+@pytest.mark.parametrize("solver", ["broyden", "anderson", "newton-krylov"])
+@pytest.mark.parametrize("status", [Status.MAX_STEPS, Status.STALLED, Status.DIVERGED])
+def test_the_solver_in_use_is_not_recommended(status, solver):
+    used = plugins.make_solver(solver, {})
+    others = {"broyden", "anderson", "newton-krylov"} - {solver}
+    for given in (solver, repr(used)):
+        advice = status.advice(given)
+        assert solver not in advice
+        assert all(other in advice for other in others)
+    assert ("growth" in Status.DIVERGED.advice(repr(used))) == (solver == "broyden")
+    assert "growth" not in Status.DIVERGED.advice("Broyden(memory=39, growth=2.0, history_dtype=None)")
+
+
+def test_the_warning_of_a_solve_does_not_recommend_its_solver():
+    with pytest.warns(deqcore.errors.ConvergenceWarning, match="DIVERGED.*Use anderson or newton-krylov, damp"):
+        deqcore.fixed_point(lambda z: z + 1.0 + 0.5 * np.tanh(z), np.zeros((2, 3)), forward__solver="broyden")
 
 
 def test_the_summary_has_one_line_per_status_with_its_numbers():

@@ -14,12 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from deqcore.backend import Backend, Map, Stepped
-from deqcore.driver import PROGRESS, Carry
+from deqcore.driver import Carry
 from deqcore.linear.gmres import Krylov
 from deqcore.solution import Status
 from deqcore.solver import Solver
 from deqcore.solvers.anderson import Anderson, AndersonState
 from deqcore.solvers.broyden import Broyden, BroydenState
+from deqcore.termination import BLOW_UP, DROP, FALL, LOST, PROGRESS, REFUSED, Limits
 from deqcore_torch.history import TorchHistory
 from deqcore_torch.native import fused
 from deqcore_torch.native.launch import Kernel
@@ -274,32 +275,48 @@ def _norm_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def keep(carry: Carry, found: Stepped, residual: Tensor, goal: Tensor | float, patience: int) -> Carry:
+def keep(carry: Carry, found: Stepped, residual: Tensor, size: Tensor | None, limits: Limits) -> Carry | None:
     """What the driver keeps of a step, all but the solver's state, which stays that of `carry`."""
+    rtol, atol = limits.rtol, limits.atol
+    if not isinstance(rtol, float) or (rtol != 0.0 and not isinstance(atol, float)):
+        return None
     batch, n = found.z.shape
-    status, steps, since, best, mark = _like(carry.status, carry.steps, carry.since, residual, residual)
+    size = measure(found.z, found.fz)[1] if size is None else size
+    status, steps, since = _like(carry.status, carry.steps, carry.since)
+    best, peak, mark = _like(residual, residual, residual)
     fz, best_z, best_fz = (torch.empty_like(found.z) for _ in range(3))
     z = found.z if found.frozen else torch.empty_like(found.z)
-    if not isinstance(goal, Tensor) or goal.dim() == 0:
-        goal = torch.zeros_like(residual) + goal
+    goal = torch.zeros_like(residual) + atol if rtol == 0.0 else rtol * size
+    goal = goal + atol if rtol != 0.0 and atol != 0.0 else goal
     with _on(found.z):
         RUN.keep(
             (batch, triton.cdiv(n, COLUMNS)),
-            *_dense(carry.status, carry.steps, residual, goal, carry.limit),
-            *_dense(carry.best_residual, carry.mark, carry.since),
-            *(status, steps, best, mark, since),
+            *_dense(carry.status, carry.steps, residual, goal, size, carry.reference),
+            *_dense(carry.best_residual, carry.peak, carry.mark, carry.since),
+            *(status, steps, best, peak, mark, since),
             *_dense(found.z, found.fz, carry.z, carry.fz, carry.best_z, carry.best_fz),
-            *(z, fz, best_z, best_fz, n, patience),
+            *(z, fz, best_z, best_fz, n, limits.patience, rtol, 0.0 if rtol == 0.0 else atol, limits.slack),
+            lost=limits.lost,
+            hidden=limits.hidden,
+            tiny=limits.tiny,
+            most=LOST,
+            fall=FALL,
+            drop=DROP,
+            blow_up=BLOW_UP,
             progress=PROGRESS,
+            refused=REFUSED,
             running=int(Status.RUNNING),
             converged=int(Status.CONVERGED),
             stalled=int(Status.STALLED),
             diverged=int(Status.DIVERGED),
-            nonfinite=int(Status.NONFINITE),
+            absolute=rtol == 0.0,
             frozen=found.frozen,
             block=COLUMNS,
         )
-    return Carry(z, fz, carry.state, status, steps, best_z, best_fz, best, carry.limit, mark, since, carry.extra)
+    return carry._replace(
+        z=z, fz=fz, status=status, steps=steps, best_z=best_z, best_fz=best_fz, best_residual=best, peak=peak,
+        mark=mark, since=since,
+    )  # fmt: skip
 
 
 def project(basis: Any, w: Tensor, twice: bool) -> None:

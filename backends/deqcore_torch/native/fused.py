@@ -321,20 +321,21 @@ def anderson_algebra(
         length, kept = tl.sqrt(_entry(found, four, 1)), _entry(found, four, 2)
         now = tl.sqrt(_entry(found, four, 0)).to(old_norm.dtype)
         sane = now <= growth * old_norm
+        learns = old_norm != 0.0  # a step from a residual of 0 has shown no difference
         known = known & _each(sane, j)
         old_system = tl.where(sane, old_system, unit)
         old_scale = tl.where(sane, old_scale, 0.0)
         old_target = tl.where(sane, old_target, 0.0)
         result = _added(partial, spans, batch, b, memory, j, known, lanes, at_once)
-        result = tl.where(new, kept, result)
-        inverse = tl.where(length > 0.0, 1.0 / tl.where(length > 0.0, length, 1.0), 0.0)
+        result = tl.where(new, tl.where(learns, kept, 0.0), result)
+        inverse = tl.where((length > 0.0) & learns, 1.0 / tl.where(length > 0.0, length, 1.0), 0.0)
         scales = tl.where(new, inverse, old_scale)
         row = tl.where(new, tl.full([lanes], 1.0 + ridge, tl.float64), (result - old_target) * scales * inverse)
         column = tl.sum(tl.where(diagonal, row[None, :], 0.0), 1)
         matrix = tl.where((i == slot)[:, None], row[None, :], old_system)
         matrix = tl.where(new[None, :], column[:, None], matrix)
         tl.store(next_system + tile, matrix, mask=inside)
-        tl.store(next_seen + own, known | new, mask=real)
+        tl.store(next_seen + own, known | (new & _each(learns, j)), mask=real)
         tl.store(next_scale + own, scales, mask=real)
         tl.store(next_target + own, result, mask=real)
         # Gauss-Jordan elimination: the system is positive definite with a diagonal of ones.
@@ -390,33 +391,53 @@ def _chosen(new, old, out, at, takes, inside):
 
 @triton.jit(do_not_specialize=["patience"])
 def keep(
-    status, steps, residual, goal, limit, best, mark, since,
-    next_status, next_steps, next_best, next_mark, next_since,
-    z, fz, old_z, old_fz, best_z, best_fz, next_z, next_fz, next_best_z, next_best_fz, n, patience,
-    progress: tl.constexpr, running: tl.constexpr, converged: tl.constexpr, stalled: tl.constexpr,
-    diverged: tl.constexpr, nonfinite: tl.constexpr, frozen: tl.constexpr, block: tl.constexpr,
+    status, steps, residual, goal, size, reference, best, peak, mark, since,
+    next_status, next_steps, next_best, next_peak, next_mark, next_since,
+    z, fz, old_z, old_fz, best_z, best_fz, next_z, next_fz, next_best_z, next_best_fz, n, patience, rtol, atol, slack,
+    lost: tl.constexpr, hidden: tl.constexpr, tiny: tl.constexpr, most: tl.constexpr, fall: tl.constexpr,
+    drop: tl.constexpr, blow_up: tl.constexpr,
+    progress: tl.constexpr, refused: tl.constexpr, running: tl.constexpr, converged: tl.constexpr,
+    stalled: tl.constexpr, diverged: tl.constexpr, absolute: tl.constexpr, frozen: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """The driver's judgement of a sample, and the iterates that stay: the new one if it takes part, and the best one.
 
+    Names and formulas are those of `deqcore.termination`. `goal` is atol + rtol·‖f(z)‖, with `absolute` atol itself.
     With `frozen` z is already that of samples that take no part.
     """
     b, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     before, now, least = tl.load(status + b), tl.load(residual + b), tl.load(best + b)
+    target, length, scale, top = tl.load(goal + b), tl.load(size + b), tl.load(reference + b), tl.load(peak + b)
     marked, waited = tl.load(mark + b), tl.load(since + b)
     active = before == running
-    met, sane = now <= tl.load(goal + b), now <= tl.load(limit + b)  # False for NaN, too
-    better = ((now < least) | (met & sane)) & active
+    fixed = target if absolute else atol
+    near = (now <= target) | (now <= fixed + rtol * (tiny * scale))
+    largest = tl.where(top > scale, top, scale)
+    height = tl.where(top > 0.0, top, 1.0)
+    growth = length / tl.where(largest > 0.0, largest, 1.0)
+    rounding, unseen = hidden * length, lost * length
+    proven = tl.where(now > rounding, now, rounding) / height * growth <= slack
+    seen = unseen <= most * top
+    at_start = (length <= 2.0 * scale) & (now <= fixed + rtol * scale)
+    met = tl.where(now > unseen, now, unseen) <= fixed
+    floor = tl.where(now > unseen, now, unseen)
+    bottom = (fall * floor <= top) & (drop * floor <= marked)
+    met = near & ((length <= scale) | at_start | met | (seen & (proven | bottom)))
+    escaped = near & (met == 0) & (seen == 0)
+    sane = blow_up * now <= scale  # False for NaN, too
+    better = (((now < least) & seen) | (met & sane)) & active
     if part == 0:
         moved = now < progress * marked
-        waited = tl.where(moved, 0, waited + 1)
+        finite = tl.abs(now) < float("inf")
+        waited = tl.where(moved, 0, tl.where(waited < 0, 0, waited) + 1)
         after = tl.where(met, converged, tl.where(waited < patience, running, stalled))
-        after = tl.where(sane, after, diverged)
-        after = tl.where(tl.abs(now) < float("inf"), after, nonfinite)
+        after = tl.where(sane & (escaped == 0), after, diverged)
+        after = tl.where(finite, after, running)
         tl.store(next_status + b, tl.where(active, after, before))
         tl.store(next_steps + b, tl.load(steps + b) + active.to(tl.int32))
         tl.store(next_best + b, tl.where(better, now, least))
+        tl.store(next_peak + b, tl.where(active & sane & (now > top), now, top))
         tl.store(next_mark + b, tl.where(moved, now, marked))
-        tl.store(next_since + b, waited)
+        tl.store(next_since + b, tl.where(finite, waited, refused))
     column = part * block + tl.arange(0, block)
     inside = column < n
     at = b * n + column

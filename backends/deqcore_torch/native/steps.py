@@ -148,10 +148,15 @@ def _anderson(backend: Backend, solver: Anderson, f: Map, fz: Tensor, state: And
     after.plan(ahead)
     g, system, scale, target, step = following
     residuals = residuals.appended(after.seen)
-    return Stepped(z, value, AndersonState(after, residuals, system, scale, target, step, g, norm), size)
+    found = AndersonState(after, residuals, system, scale, target, step, g, norm)
+    learned = state.norm != 0.0
+    if not bool(learned.all()):
+        found = solver.unlearned(backend, state.norm, found)
+        after.plan(backend.select(learned, ahead, value))
+    return Stepped(z, value, found, size)
 
 
-def keep(carry: Any, found: Stepped, residual: Tensor, goal: Tensor | float, patience: int) -> None:
+def keep(carry: Any, found: Stepped, residual: Tensor, size: Tensor | None, limits: Any) -> None:
     """`Backend.native_keep`: the driver itself judges on the host, without waiting."""
     return
 

@@ -47,6 +47,10 @@ class StrictHistory(History):
         """As the inner history."""
         return StrictHistory(self.inner.restart(unwrap(_strict(rows))))
 
+    def erase(self, rows: Array) -> StrictHistory:
+        """Write into a copy."""
+        return StrictHistory(self.inner.copy().erase(unwrap(_strict(rows))))
+
     def slot(self) -> Array:
         """As the inner history."""
         return wrap(self.inner.slot())

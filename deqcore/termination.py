@@ -1,0 +1,168 @@
+"""When a sample has ended: the criterion, the verdict after each step, and what follows a refused step.
+
+Everything is per sample, and scale-invariant: s·f(z/s) from s·z0 ends after the same steps with the same status.
+
+**Criterion.** ‖f(z) − z‖ ≤ atol + rtol·‖f(z)‖, where ‖f(z)‖ counts for no less than ε² times the scale of the start,
+max(‖z0‖, ‖f(z0)‖), so that an equilibrium at 0 can be met. A large iterate does not satisfy it: once ‖f(z)‖ exceeds
+the scale of the start, the residual must have fallen from its largest value by more than the iterate has grown. The
+residual counts for no less than the rounding of f(z), as f(z) = z + 1 returns z itself where z is large enough.
+
+**Refused steps.** Where f is not finite at the point that a solver tries, the sample goes back to its best iterate and
+tries a shorter step along the residual there, with a solver that has forgotten what it knew of the sample.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, NamedTuple
+
+from deqcore.backend import Array, Backend
+from deqcore.solution import Status
+
+BLOW_UP: Final = 1e-6  # a residual this part of which exceeds the scale of the start counts as divergence
+PROGRESS: Final = 0.999  # a residual must fall below this part of the last mark within `patience` steps
+REFUSED: Final = -1  # in `since`: f was not finite at the point that the step led to
+PENDING: Final = -2  # in `since`: f has not been evaluated yet at the point to try after it
+SHORTER: Final = 0.25  # of the part of the residual that was tried before, where the iterate has not become better
+SHORTEST: Final = 2.0**-10  # part of the residual that is tried after a refused step, at least
+IDLE: Final = 10  # steps without progress, at least, after which the end of the budget is a stall
+FAR: Final = 10.0  # growth over fall of the residual that is an escape, at the end of the budget
+LOST: Final = 0.25  # part of its largest value that the residual's rounding may make up
+FALL: Final = 100.0  # a residual this much below its largest value has fallen whatever the iterate is
+DROP: Final = 8.0  # if it did so by such a fall in one step
+FINE: Final = 1e-5  # a dtype with an ε below it resolves residuals far below what growth explains
+
+
+class Limits(NamedTuple):
+    """The numbers that samples are judged by. `rtol` and `atol` may be arrays, `atol` one `(batch,)`, too.
+
+    Attributes:
+        rtol: relative tolerance.
+        atol: absolute tolerance.
+        patience: steps without progress after which a sample has stalled.
+        slack: growth of the iterate, relative to the fall of the residual, up to which the tolerance is met.
+        lost: unit roundoff of the state: the part of ‖f(z)‖ below which nothing is seen of a residual.
+        hidden: the same where it counts as residual, 0 in dtypes that are too coarse for that.
+        tiny: the part of the start's scale that ‖f(z)‖ counts for at least.
+    """
+
+    rtol: Any
+    atol: Any
+    patience: int
+    slack: Any
+    lost: float
+    hidden: float
+    tiny: float
+
+    @classmethod
+    def of(cls, backend: Backend, like: Array, rtol: Any, atol: Any, patience: int) -> Limits:
+        """The limits for states like `like` `(batch, n)`."""
+        eps = backend.eps(like)
+        least = min(1.0, max(0.1, 5.0 * eps**0.25))
+        if isinstance(rtol, float):
+            slack: Any = min(1.0, max(least, 8.0 * rtol**0.5))
+        else:
+            slack = backend.xp.clip(8.0 * backend.xp.sqrt(rtol), min=least, max=1.0)
+        return cls(rtol, atol, patience, slack, 0.5 * eps, 0.5 * eps if eps < FINE else 0.0, eps * eps)
+
+    @property
+    def relative(self) -> bool:
+        """Whether the criterion needs ‖f(z)‖ at all."""
+        return not (isinstance(self.rtol, float) and self.rtol == 0.0)
+
+
+class Path(NamedTuple):
+    """What is known of a sample's way so far, `(batch,)` each.
+
+    Attributes:
+        reference: scale of the start, max(‖z0‖, ‖f(z0)‖).
+        peak: largest residual so far.
+        best: least residual so far.
+        mark: residual at the last progress.
+        since: steps since then, or REFUSED or PENDING.
+    """
+
+    reference: Any
+    peak: Any
+    best: Any
+    mark: Any
+    since: Any
+
+
+class Verdict(NamedTuple):
+    """`better`: the iterate is the best so far. The others as in `Path` and `Status`."""
+
+    better: Any
+    status: Any
+    since: Any
+    mark: Any
+    peak: Any
+
+
+def greater(xp: Any, a: Any, b: Any) -> Any:
+    """The greater of two numbers; `b` where `a` is NaN."""
+    return xp.where(a > b, a, b)
+
+
+def goal(xp: Any, limits: Limits, size: Any, reference: Any) -> Any:
+    """The residual at most, before growth is looked at. `size` is ‖f(z)‖, or None where rtol is 0."""
+    if size is None or not limits.relative:
+        return limits.atol
+    relative = limits.rtol * greater(xp, size, limits.tiny * reference)
+    return relative if isinstance(limits.atol, float) and limits.atol == 0.0 else limits.atol + relative
+
+
+def grown(xp: Any, residual: Any, size: Any, reference: Any, peak: Any) -> Any:
+    """Growth of the iterate over fall of the residual. In quotients, as products overflow."""
+    scale = greater(xp, peak, reference)
+    one = xp.ones_like(scale)
+    return (residual / xp.where(peak > 0.0, peak, one)) * (size / xp.where(scale > 0.0, scale, one))
+
+
+def judged(xp: Any, limits: Limits, residual: Any, size: Any, reference: Any, peak: Any, mark: Any) -> tuple[Any, Any]:
+    """Whether the tolerance is met, and whether nothing but the growth of the iterate meets it, `(batch,)` of bool."""
+    near = residual <= goal(xp, limits, size, reference)
+    lost, hidden = limits.lost * size, limits.hidden * size
+    proven = grown(xp, greater(xp, residual, hidden), size, reference, peak) <= limits.slack
+    seen = lost <= LOST * peak
+    at_start = (size <= 2.0 * reference) & (residual <= limits.atol + limits.rtol * reference)
+    absolute = greater(xp, residual, lost) <= limits.atol
+    # A residual far below its largest value, by one large fall, which no way to infinity shows.
+    least = greater(xp, residual, lost)
+    bottom = (FALL * least <= peak) & (DROP * least <= mark)
+    met = near & ((size <= reference) | at_start | absolute | (seen & (proven | bottom)))
+    return met, near & ~met & ~seen
+
+
+def verdict(xp: Any, limits: Limits, residual: Any, size: Any, path: Path) -> Verdict:
+    """What follows from a residual and ‖f(z)‖ of an iterate, `(batch,)` each."""
+    met, escaped = judged(xp, limits, residual, size, path.reference, path.peak, path.mark)
+    finite = xp.isfinite(residual)
+    sane = BLOW_UP * residual <= path.reference  # False for NaN, too
+    better = ((residual < path.best) & (limits.lost * size <= LOST * path.peak)) | (met & sane)
+    progress = residual < PROGRESS * path.mark
+    waited = xp.where(path.since < 0, xp.zeros_like(path.since), path.since)
+    since = xp.where(progress, xp.zeros_like(waited), waited + 1)
+    status = xp.astype(met, xp.int32) * int(Status.CONVERGED)
+    status = xp.where(met | (since < limits.patience), status, xp.full_like(status, int(Status.STALLED)))
+    status = xp.where(sane & ~escaped, status, xp.full_like(status, int(Status.DIVERGED)))
+    return Verdict(
+        better=better,
+        status=xp.where(finite, status, xp.zeros_like(status)),
+        since=xp.where(finite, since, xp.full_like(since, REFUSED)),
+        mark=xp.where(progress, residual, path.mark),
+        peak=xp.where(sane & (residual > path.peak), residual, path.peak),
+    )
+
+
+def spent(xp: Any, residual: Any, size: Any, path: Path, steps: Any) -> Any:
+    """The status of samples whose step budget is spent, `(batch,)` int32: of its last iterate and `steps` in all.
+
+    More steps are no cure for a sample that has made no progress in the second half of its steps. It ran away if it has
+    grown while its residual has not fallen, and stalled otherwise.
+    """
+    idle = (2 * path.since > steps) & (path.since >= IDLE)
+    away = grown(xp, residual, size, path.reference, path.peak) > FAR
+    status = xp.full_like(path.since, int(Status.MAX_STEPS))
+    status = xp.where(idle, xp.full_like(status, int(Status.STALLED)), status)
+    status = xp.where(idle & away, xp.full_like(status, int(Status.DIVERGED)), status)
+    return xp.where(path.since < 0, xp.full_like(status, int(Status.NONFINITE)), status)
