@@ -76,7 +76,7 @@ def attach(
     if adjoint.uses_pull:
         z = _Gate.apply(z.requires_grad_(), _Switch(blocked=True))
     y = f(z, *args)
-    record.drift = torch.linalg.vector_norm(y.detach() - forward.fz, dim=1)
+    record.drift = adjoint.backend.norm(y.detach() - forward.fz)
     if not y.requires_grad:
         return forward.fz
     tensors_outside: list[Tensor] = []
