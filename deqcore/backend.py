@@ -22,6 +22,7 @@ host. A backend starts with the rest, and overrides what its framework does othe
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -345,8 +346,84 @@ class Backend(ABC):
         return self.astype(x, self.dtype_name(like))
 
     def norm(self, v: Array) -> Array:
-        """2-norm of each row of `v` `(batch, n)`: `(batch,)`, accumulated in float32 or better without overflow."""
-        return self.xp.sqrt(self.inner(v, v))
+        """2-norm of each row of `v` `(batch, n)`: `(batch,)`, accumulated in float32 or better.
+
+        Correct for rows of any scale: squares that overflow or vanish do not spoil it. A backend that sums squares
+        passes the sum's root to `guarded`.
+        """
+        return self.guarded(v, self.xp.sqrt(self.inner(v, v)))
+
+    def guarded(self, v: Array, found: Array) -> Array:
+        """Correct `found` `(batch,)`, norms of the rows of `v` by plain sums of squares, where these left the range.
+
+        Rows whose norm is too extreme to be squared are scaled and summed a second time. Where there is none (almost
+        always) this costs a comparison of `(batch,)` numbers; where rows are zero, a search for their largest entry.
+        """
+        xp = self.xp
+        low = float(xp.finfo(found.dtype).smallest_normal) ** (1 / 3)
+        safe = (found > low) & (found < 1 / low)
+        if self.all_known(safe):
+            return found
+
+        def again(found: Array) -> Array:
+            largest = self._largest(v, found)
+            lost = ~safe & (largest > 0) & xp.isfinite(largest)
+            return self.once(lost, lambda old: xp.where(lost, self._scaled_norm(v, largest), old), found)
+
+        return self.once(~safe, again, found)
+
+    def _largest(self, v: Array, like: Array) -> Array:
+        """The largest |v_i| of each row, in the dtype of `like`."""
+        xp = self.xp
+        return self.cast(xp.max(xp.abs(self.detach(v)), axis=1), like) if v.shape[1] else xp.zeros_like(like)
+
+    def _scaled_norm(self, v: Array, largest: Array) -> Array:
+        """2-norm of each row of `v` in the dtype of `largest` `(batch,)`, from entries over the largest one."""
+        xp = self.xp
+        sound = (largest > 0) & xp.isfinite(largest)
+        one = xp.ones_like(largest)
+        tiny = float(xp.finfo(largest.dtype).smallest_normal)
+        scale = xp.clip(self.power_of_two(xp.where(sound, largest, one)), tiny, 1 / tiny)
+        scaled = self.cast(v, scale) * (1.0 / scale)[:, None]
+        square = xp.sum(scaled * scaled, axis=1)
+        zero = square == 0  # the root's derivative there is infinite
+        return scale * xp.where(zero, square, xp.sqrt(xp.where(zero, xp.ones_like(square), square)))
+
+    def row_scale(self, norm: Array, like: Array) -> Array | None:
+        """Powers of two `(batch,)` that bring rows with these norms to about 1; None if known that no row needs it.
+
+        Products of vectors overflow or vanish long before the vectors do: at 1e-25 in float32 all of them are 0. A
+        method that stores vectors and forms their products divides them by this scale (`divide_rows`), which changes
+        no digit, and multiplies what it found (`multiply_rows`). The scale is 1 where squares are far from the ends
+        of the range, and where the norm is 0 or not finite.
+
+        Args:
+            norm: `(batch,)`, as `norm` gives it.
+            like: vectors `(batch, n)` of the dtype that will be scaled.
+        """
+        xp = self.xp
+        norm = self.detach(norm)
+        low = float(xp.finfo(norm.dtype).smallest_normal) ** 0.125
+        usable = (norm > 0) & xp.isfinite(norm)
+        plain = ((norm > low) & (norm < 1 / low)) | ~usable
+        if self.all_known(plain):
+            return None
+        kind = xp.finfo(like.dtype)
+        bound = 2.0 ** (math.floor(math.log2(min(1 / float(kind.smallest_normal), float(kind.max)))) - 1)
+        one = xp.ones_like(norm)
+        return xp.clip(self.power_of_two(xp.where(plain, one, norm)) * one, 1 / bound, bound)
+
+    def power_of_two(self, x: Array) -> Array:
+        """The largest power of two that is at most x > 0, 1 for 1; exact to the bit where the backend overrides it."""
+        return 2.0 ** self.xp.floor(self.xp.log2(x))
+
+    def divide_rows(self, v: Array, scale: Array | None) -> Array:
+        """`v` `(batch, k)` with each row divided by its `scale` `(batch,)`, a power of two; None divides by 1."""
+        return v if scale is None else v * self.cast(1.0 / scale, v)[:, None]
+
+    def multiply_rows(self, v: Array, scale: Array | None) -> Array:
+        """`v` `(batch, k)` with each row multiplied by its `scale` `(batch,)`, a power of two; None multiplies by 1."""
+        return v if scale is None else v * self.cast(scale, v)[:, None]
 
     def inner(self, a: Array, b: Array) -> Array:
         """Inner product of each row of `a` with that of `b`: `(batch,)` in the wide dtype."""

@@ -443,14 +443,19 @@ def copy_state(state: Any) -> Any:
 
 
 def merge(backend: Backend, rows: Array, new: Any, old: Any) -> Any:
-    """The solver state `new` in the samples `rows` `(batch,)` of bool, `old` elsewhere."""
+    """The solver state `new` in the samples `rows` `(batch,)` of bool, `old` elsewhere. None stands for a scale of 1."""
     if isinstance(new, tuple):
         parts = (merge(backend, rows, a, b) for a, b in zip(new, old, strict=True))
         return type(new)(*parts) if hasattr(new, "_fields") else tuple(parts)
     if isinstance(new, History):
         return old.merge(rows, new)
-    if new is None or new.ndim:
-        return new if new is None else backend.select(rows, new, old)
+    if new is None or old is None:
+        if new is old:
+            return None
+        one = backend.xp.ones_like(old if new is None else new)
+        new, old = one if new is None else new, one if old is None else old
+    if new.ndim:
+        return backend.select(rows, new, old)
     return backend.xp.where(backend.xp.all(rows), new, old)
 
 

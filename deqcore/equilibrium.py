@@ -348,8 +348,8 @@ class Plan:
             return
         if not bool(xp.any(forward.status != int(Status.CONVERGED))):
             return
-        parts: list[Any] = [self.backend.to_numpy(a) for a in (forward.status, forward.residual, forward.steps)]
-        text = f"{summarize(*parts, solver=repr(self.solver))} {self._circumstances()}"
+        status, residual, steps = map(self.backend.to_numpy, (forward.status, forward.residual, forward.steps))
+        text = f"{summarize(status, residual, steps, repr(self.solver))} {self._circumstances()}"
         if action == "raise":
             raise ConvergenceError(text)
         warnings.warn(text, ConvergenceWarning, stacklevel=_stacklevel())

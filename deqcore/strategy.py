@@ -222,7 +222,7 @@ class Adjoint:
             secants = self.strategy.wants_secants()
             make = self.solver.secant_estimate if secants else self.solver.inverse_jacobian
             estimate = make(self.backend, state)
-        u, told = self._routed(self.strategy.route(self.backend, pull, g, estimate), g)
+        u, told = self._routed(*self._unscaled(pull, g, estimate))
         findings = None
         if self.watch is not None:
             told, findings = self.watch.verify(self, pull, g, u, told)
@@ -231,6 +231,17 @@ class Adjoint:
         if self.watch is not None:
             self.watch.deliver(self, told, g, findings)
         return u, told
+
+    def _unscaled(self, pull: Map, g: Array, estimate: InverseJacobian | None) -> tuple[object, Array]:
+        """What `route` returned for `g` in units near its norm, which is linear in `g`, with u in units of 1."""
+        backend = self.backend
+        if not (self.uses_pull or self.uses_state):
+            return self.strategy.route(backend, pull, g, estimate), g
+        unit = backend.row_scale(backend.norm(g), g)
+        found = self.strategy.route(backend, pull, backend.divide_rows(g, unit), estimate)
+        if unit is not None and isinstance(found, tuple) and getattr(found[0], "shape", None) == g.shape:
+            found = backend.multiply_rows(found[0], unit), *found[1:]
+        return found, g
 
     def _routed(self, found: object, g: Array) -> tuple[Array, AdjointReport]:
         """What `route` returned, if it is what the contract says."""

@@ -75,7 +75,11 @@ class NumpyBackend(Backend):
 
     def norm(self, v: Any) -> Any:
         dtype = np.promote_types(v.dtype, np.float32)
-        return np.linalg.norm(v.astype(dtype, copy=False), axis=1)
+        with np.errstate(all="ignore"):  # squares that leave the range are what the guard is for
+            return self.guarded(v, np.linalg.norm(v.astype(dtype, copy=False), axis=1))
+
+    def power_of_two(self, x: Any) -> Any:
+        return x / (2.0 * np.frexp(x)[0])
 
     def put(self, x: Any, rows: Any, part: Any) -> Any:
         x = x.copy()

@@ -67,7 +67,7 @@ def attach(
     job.saved = Saved.around()
     with job.saved or nullcontext():
         y = f(z, *args)
-    record.drift = torch.linalg.vector_norm(y.detach() - forward.fz, dim=1)
+    record.drift = adjoint.backend.norm(y.detach() - forward.fz)
     if not y.requires_grad:
         return forward.z
     tensors_outside: list[Tensor] = []

@@ -110,8 +110,22 @@ class TorchBackend(Backend):
 
     def norm(self, v: Tensor) -> Tensor:
         narrow = v.dtype in (torch.float16, torch.bfloat16)
-        found: Tensor = torch.linalg.vector_norm(v, dim=1, dtype=torch.float32 if narrow else None)
-        return found
+        if self.host(v.new_empty(0, dtype=torch.float32) if narrow else v) is not None:
+            found: Tensor = torch.linalg.vector_norm(v, dim=1, dtype=torch.float32 if narrow else None)
+            return self.guarded(v, found)
+        steps = self._native(v)  # elsewhere a look at the norms would wait for the device
+        if steps is not None:
+            found = steps.norm(v)
+            return found
+        like = v.new_zeros(v.shape[0], dtype=torch.float32 if narrow else None)
+        return self._scaled_norm(v, self._largest(v, like))
+
+    def _largest(self, v: Tensor, like: Tensor) -> Tensor:
+        found: Tensor = torch.linalg.vector_norm(v.detach(), float("inf"), dim=1) if v.shape[1] else like
+        return found.to(like.dtype)
+
+    def power_of_two(self, x: Tensor) -> Tensor:
+        return x / (2.0 * torch.frexp(x)[0])
 
     def inner(self, a: Tensor, b: Tensor) -> Tensor:
         return (self.wide(a) * self.wide(b)).sum(1)

@@ -158,6 +158,9 @@ def compare(a: Any, b: Any) -> tuple[Any, Any, Any]:
 
     Two zero rows agree: 1, 1, 0. A zero row against another one has cosine 0.
     """
+    largest = np.maximum(np.abs(a).max(axis=1, initial=0.0), np.abs(b).max(axis=1, initial=0.0))
+    scale = np.where((largest > 0) & np.isfinite(largest), largest, 1.0)[:, None]  # squares stay in range
+    a, b = a / scale, b / scale
     norms = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
     gap = np.linalg.norm(a - b, axis=1)
     both, neither = norms[0] * norms[1], (norms[0] == 0) & (norms[1] == 0)

@@ -312,13 +312,14 @@ class KrylovSpace:
             return xp.zeros_like(k.null)
         eye = backend.eye(hessenberg, used)[None]
         triangle = hessenberg[:, 1:, :] + eye * backend.cast(missing, hessenberg)[:, None, :]
-        target = -k.null[:, 1 : used + 1] * (k.start * k.null[:, 0] / k.square)[:, None]
+        # For β = 1: with a small one these products may vanish, although y does not.
+        target = -k.null[:, 1 : used + 1] * (k.null[:, 0] / k.square)[:, None]
         y = backend.solve_upper(triangle, xp.where(missing, xp.zeros_like(target), target))
-        y = xp.where(xp.isfinite(y), y, xp.zeros_like(y))
+        y = k.start[:, None] * xp.where(xp.isfinite(y), y, xp.zeros_like(y))
         source = k.columns.with_active(None).vectors()[:, :, k.null.shape[1] :]  # column j is A times this vector
         return xp.matmul(y[:, None, :], source)[:, 0, :]
 
     def residual_vector(self, k: Krylov) -> Array:
         """B − A x of the solution, `(batch, n)`, from the basis and without a product."""
-        coefficients = k.null * (k.start * k.null[:, 0] / k.square)[:, None]
+        coefficients = k.start[:, None] * (k.null * (k.null[:, 0] / k.square)[:, None])
         return k.basis.with_active(None).combine(coefficients)

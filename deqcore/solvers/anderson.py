@@ -14,6 +14,8 @@ from deqcore.solver import Solver
 class AndersonState(NamedTuple):
     """What Anderson carries. Small arrays are in the wide dtype.
 
+    Vectors and what is made of them are in units of `unit`, so that their products stay in the range of the dtype.
+
     Attributes:
         values: differences ΔF.
         residuals: differences ΔG.
@@ -22,7 +24,8 @@ class AndersonState(NamedTuple):
         target: ΔGᵀg `(batch, m)`.
         step: next coefficients −γ `(batch, m)`.
         residual: g `(batch, n)`.
-        norm: ‖g‖ `(batch,)`.
+        norm: ‖g‖ `(batch,)`, in units of 1.
+        unit: power of two near the first ‖g‖ where that is far from 1 `(batch,)`, None where no sample needs it.
     """
 
     values: History
@@ -33,6 +36,7 @@ class AndersonState(NamedTuple):
     step: Array
     residual: Array
     norm: Array
+    unit: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -108,21 +112,28 @@ class Anderson(Solver):
         none = residuals.dot(fz)  # (batch, memory), all zero
         system = self._empty(backend, none) + none[:, :, None]
         g = fz - z
-        return AndersonState(values, residuals, system, none, none, none, g, backend.norm(g))
+        norm = backend.norm(g)
+        unit = backend.row_scale(norm, g)
+        return AndersonState(values, residuals, system, none, none, none, backend.divide_rows(g, unit), norm, unit)
 
     def step(self, backend: Backend, f: Map, z: Array, fz: Array, state: AndersonState) -> tuple[Array, Array, Any]:
         """One accelerated step, then the new difference."""
-        xp = backend.xp
-        z = state.values.add_combination(fz, state.step)
+        xp, unit = backend.xp, state.unit
+        z = state.values.add_combination(fz, backend.multiply_rows(state.step, unit))
         if self.mixing != 1.0:
-            z = z - (1.0 - self.mixing) * state.residuals.add_combination(state.residual, state.step)
+            left = state.residuals.add_combination(state.residual, state.step)
+            z = z - (1.0 - self.mixing) * backend.multiply_rows(left, unit)
         value = f(z)
         residual = value - z
         norm = backend.norm(residual)
         sane = norm <= self.growth * state.norm
         if not backend.all_known(sane):
             state = self.forget(backend, ~sane, state)
-        values = state.values.append_difference(value, fz)
+        residual = backend.divide_rows(residual, unit)
+        if unit is None:
+            values = state.values.append_difference(value, fz)
+        else:
+            values = state.values.append(backend.divide_rows(value - fz, unit))
         difference = residual - state.residual
         residuals = state.residuals.append(difference)
         newest = residuals.slot()
@@ -139,7 +150,7 @@ class Anderson(Solver):
         usable = xp.isfinite(step)
         if not backend.all_known(usable):
             step = xp.where(usable, step, xp.zeros_like(step))
-        after = AndersonState(values, residuals, system, scale, target, step, residual, norm)
+        after = AndersonState(values, residuals, system, scale, target, step, residual, norm, unit)
         return z, value, self.unlearned(backend, state.norm, after)
 
     def unlearned(self, backend: Backend, before: Array, state: AndersonState) -> AndersonState:

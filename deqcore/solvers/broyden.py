@@ -15,7 +15,7 @@ class BroydenState(NamedTuple):
     """The basis of residuals and, in the same slots, coefficients with respect to it (all in the wide dtype).
 
     Attributes:
-        basis: residuals Q.
+        basis: residuals Q in units of `unit`, so that their products stay in the range of the dtype.
         gram: row k holds q_kᵀ[q_0 … ½ q_k], so that N = QᵀQ = L + Lᵀ.
         left: columns β u of the updates, K = Σ_j (βu)_j v_jᵀ.
         right: columns v of the updates.
@@ -24,6 +24,7 @@ class BroydenState(NamedTuple):
         step: coefficients of the next full step −H g `(batch, m)`.
         norm: ‖g‖ of the current residual `(batch,)`.
         guard: with `growth`, the part τ of the full step that is taken next, and the least ‖g‖ so far, `(batch,)`.
+        unit: power of two near the first ‖g‖ where that is far from 1 `(batch,)`, None where no sample needs it.
     """
 
     basis: History
@@ -35,6 +36,7 @@ class BroydenState(NamedTuple):
     step: Array
     norm: Array
     guard: tuple[Array, Array] | None = None
+    unit: Array | None = None
 
 
 class _Verdict(NamedTuple):
@@ -127,11 +129,13 @@ class Broyden(Solver):
         xp = backend.xp
         slots = self.memory + 1
         g = fz - z
+        norm = backend.norm(g)
+        unit = backend.row_scale(norm, g)
+        g = backend.divide_rows(g, unit)
         basis = backend.history(g, slots, self.history_dtype).append(g)
         d = basis.dot(g)
         none = xp.zeros_like(d)
         newest = none + backend.cast(basis.slot(), d)[None, :]
-        norm = backend.norm(g)
         return BroydenState(
             basis,
             backend.history(d, slots).append(d * (1.0 - 0.5 * newest)),
@@ -142,6 +146,7 @@ class Broyden(Solver):
             newest,
             norm,
             None if self.growth is None else (xp.ones_like(backend.wide(norm)), norm),
+            unit,
         )
 
     def step(self, backend: Backend, f: Map, z: Array, fz: Array, state: BroydenState) -> tuple[Array, Array, Any]:
@@ -149,10 +154,10 @@ class Broyden(Solver):
         xp = backend.xp
         start, whole, before = z, state.step, state.newest  # −H g and g as they stand in the basis
         c = whole if state.guard is None else state.guard[0][:, None] * whole
-        z = state.basis.add_combination(z, c)
+        z = state.basis.add_combination(z, backend.multiply_rows(c, state.unit))
         value = f(z)
         g = value - z
-        norm = backend.norm(g)
+        norm, g = backend.norm(g), backend.divide_rows(g, state.unit)
         verdict = self._verdict(backend, state, norm)
         if verdict is not None:
             g = backend.select(verdict.usable, g, xp.zeros_like(g))
@@ -161,7 +166,8 @@ class Broyden(Solver):
         e_y = before
         if state.basis.may_be_full():
             renewed = state.basis.full()[:, None]
-            histories, e_s, e_y = self._renew(backend, state, renewed, z - start, g)
+            s = backend.divide_rows(z - start, state.unit)
+            histories, e_s, e_y = self._renew(backend, state, renewed, s, g)
             c = xp.where(renewed, e_s, c)
         basis, gram, left, right, pairs = histories
         basis = basis.append(g)
@@ -193,11 +199,9 @@ class Broyden(Solver):
             z, value = backend.select(verdict.taken, z, start), backend.select(verdict.taken, value, fz)
             norm, guard = verdict.norm, verdict.guard
         pairs = pairs.append(xp.concat([c, y], axis=1))
-        return (
-            z,
-            value,
-            BroydenState(basis, gram, left.append(scaled), right.append(v), pairs, newest, step, norm, guard),
-        )
+        left, right = left.append(scaled), right.append(v)
+        state = BroydenState(basis, gram, left, right, pairs, newest, step, norm, guard, state.unit)
+        return z, value, state
 
     def _verdict(self, backend: Backend, state: BroydenState, norm: Array) -> _Verdict | None:
         """Which samples take the step, and the guard of the next one."""

@@ -9,6 +9,7 @@ import pytest
 
 from deqcore.testing.conformance import DTYPES, Conformance, needs, several
 from deqcore.testing.kit import Kit, close
+from deqcore.testing.scales import EXPONENTS, scales
 
 
 class Counter(NamedTuple):
@@ -98,6 +99,37 @@ class ArrayTests(Conformance):
         found = kit.backend.norm(kit.array(a, dtype))
         close(kit.numpy(found), np.linalg.norm(a.astype(float), axis=1), 20 * float(np.finfo(dtype).eps), "norm")
         assert kit.backend.dtype_name(found) in DTYPES
+
+    @several("dtype", [*DTYPES, "bfloat16"])
+    def test_norms_of_any_scale(self, kit: Kit, dtype: str) -> None:
+        """Rows near the ends of the range, with their squares far beyond, beside a row of zeros and an ordinary one."""
+        plain = np.random.default_rng(0).integers(-9, 10, (4, 50)).astype(float)
+        plain[3] *= 2.0**-20
+        plain[3, 7] = 2.0 ** (EXPONENTS[dtype] // 2)  # beside which all others vanish
+        tiny, huge = scales(2, dtype)
+        factors = np.array([tiny, huge, 1.0, tiny])
+        rows = np.concatenate([plain * factors[:, None], np.zeros((1, 50))])
+        x = kit.backend.astype(kit.array(rows, "float64" if dtype == "float64" else "float32"), dtype)
+        with kit.backend.quiet():
+            found = kit.numpy(kit.backend.norm(x)).astype(float)
+        assert found[4] == 0.0
+        share = found[:4] / factors / np.linalg.norm(plain, axis=1)
+        close(share, np.ones(4), 1e-5, "norms over true ones")
+
+    @several("dtype", DTYPES)
+    def test_scales_of_rows(self, kit: Kit, dtype: str) -> None:
+        """Powers of two that change no digit; 1 for what is zero, not finite, or needs none."""
+        rows = np.array([[3.0, 4.0]]) * np.array([*scales(2, dtype), 1.0, 0.0, np.nan])[:, None]
+        v = kit.array(rows, dtype)
+        with kit.backend.quiet():
+            unit = kit.backend.row_scale(kit.backend.norm(v), v)
+        assert unit is not None, "None says that no row needs a scale"
+        found = kit.numpy(unit).astype(float)
+        assert list(found[2:]) == [1.0, 1.0, 1.0]
+        size = 5.0 * scales(2, dtype) / found[:2]
+        assert ((size >= 0.5) & (size <= 2.0)).all(), f"rows of norm {size}, but about 1 is expected"
+        moved = kit.backend.divide_rows(v, unit)
+        assert np.array_equal(kit.numpy(kit.backend.multiply_rows(moved, unit)), kit.numpy(v), equal_nan=True)
 
     @needs("bfloat16")
     def test_norms_of_narrow_states_are_wide(self, kit: Kit) -> None:

@@ -22,6 +22,7 @@ from deqcore.testing.bounds import tolerance
 from deqcore.testing.conformance import DTYPES, chosen, claimed, several
 from deqcore.testing.kit import Affine, Kit, affine, close
 from deqcore.testing.problems import golden, names, raveled
+from deqcore.testing.scales import scaled, scales, times
 from deqcore.testing.solver_ends import EndTests
 from deqcore.testing.solver_estimate import EstimateTests
 from deqcore.testing.solver_search import SearchTests
@@ -76,13 +77,37 @@ class SolverTests(StepTests, SearchTests, EstimateTests, EndTests):
         self, request: Any, kit: Kit, solver: Solver, solver_name: str, settings: Any, problem: str, dtype: str
     ) -> None:
         """An honest status everywhere; convergence, to the stored z*, where it is due."""
+        self._golden(request, kit, solver, solver_name, settings, problem, dtype, None)
+
+    @several(("problem", "dtype"), [*((name, "float32") for name in names()), ("mlp", "float64"), ("tree", "float64")])
+    def test_golden_in_other_units(
+        self, request: Any, kit: Kit, solver: Solver, solver_name: str, settings: Any, problem: str, dtype: str
+    ) -> None:
+        """The same of s f(z/s), s near 1e±25 in float32 and 1e±200 in float64: no norm or product leaves the range."""
+        batch = len(golden(problem).truth.healthy)
+        self._golden(request, kit, solver, solver_name, settings, problem, dtype, scales(batch, dtype))
+
+    def _golden(
+        self,
+        request: Any,
+        kit: Kit,
+        solver: Solver,
+        solver_name: str,
+        settings: Any,
+        problem: str,
+        dtype: str,
+        units: Any,
+    ) -> None:
         known = golden(problem)
         truth, n = known.truth, known.truth.jacobian.shape[1]
         rtol = tolerance(float(np.finfo(dtype).eps), n)
         f, z0, args = kit.data(known, dtype)
+        if units is not None:
+            f, z0 = scaled(kit, f, units, dtype), times(kit, z0, kit.array(units, dtype))
         sol = kit.solve(f, z0, *args, solver=solver_name, rtol=rtol, max_steps=MAX_STEPS, options=settings)
-        status, residual = kit.numpy(sol.status), kit.numpy(sol.residual)
-        check_honest(kit, sol, rtol, dtype)
+        one = np.ones(len(truth.healthy)) if units is None else units
+        status, residual = kit.numpy(sol.status), kit.numpy(sol.residual) / one
+        check_honest(kit, sol, rtol, dtype, one)
         assert not (status[~truth.healthy] == int(Status.CONVERGED)).any(), "a sample without solution converged"
         claims = claimed(request.config, self.claims, solver, settings)
         if (truth.contracts and truth.radius**MAX_STEPS < rtol) or problem in claims:
@@ -92,7 +117,7 @@ class SolverTests(StepTests, SearchTests, EstimateTests, EndTests):
             spent = kit.numpy(sol.evaluations)[truth.healthy]
             assert spent.max() <= claims[problem], f"{spent} evaluations; at most {claims[problem]} are claimed"
         done = status == int(Status.CONVERGED)
-        error = np.linalg.norm((raveled_of(kit, sol.value) - raveled(truth.z, len(done)))[done])
+        error = np.linalg.norm((raveled_of(kit, sol.value) / one[:, None] - raveled(truth.z, len(done)))[done])
         bound = truth.sensitivity.bounds(float(np.finfo(dtype).eps), n, rtol, rtol)["value"]
         assert error <= bound, f"converged samples are off z* by {error:.2e}; {bound:.2e} is explained"
 
@@ -219,12 +244,15 @@ def raveled_of(kit: Kit, tree: Any) -> Any:
     return np.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], axis=1)
 
 
-def check_honest(kit: Kit, sol: deqcore.Solution, rtol: float, dtype: str) -> None:
-    """The residual that is reported is the true one, and CONVERGED means that it meets the tolerance."""
+def check_honest(kit: Kit, sol: deqcore.Solution, rtol: float, dtype: str, units: Any = 1.0) -> None:
+    """The residual that is reported is the true one, and CONVERGED means that it meets the tolerance.
+
+    States are looked at in these units, one for all samples or `(batch,)`.
+    """
     assert sol.state is not None
-    carry = sol.state.carry
-    z, fz = kit.numpy(carry.best_z).astype(float), kit.numpy(carry.best_fz).astype(float)
-    status, residual = kit.numpy(sol.status), kit.numpy(sol.residual).astype(float)
+    carry, column = sol.state.carry, np.reshape(units, (-1, 1))
+    z, fz = (kit.numpy(each).astype(float) / column for each in (carry.best_z, carry.best_fz))
+    status, residual = kit.numpy(sol.status), kit.numpy(sol.residual).astype(float) / units
     if not kit.backend.capabilities.float64:
         rtol, dtype = max(rtol, 1e-5), "float32"
     true, size = np.linalg.norm(fz - z, axis=1), np.linalg.norm(fz, axis=1)

@@ -20,9 +20,10 @@ from deqcore import plugins
 from deqcore.strategy import StepStrategy, Strategy
 from deqcore.testing.backend_derivatives import check_golden
 from deqcore.testing.bounds import tolerance
-from deqcore.testing.conformance import DTYPES, chosen, several
+from deqcore.testing.conformance import DTYPES, chosen, needs, several
 from deqcore.testing.kit import Kit, affine, close
 from deqcore.testing.problems import golden
+from deqcore.testing.scales import scaled, scales
 from deqcore.testing.strategy_claims import ClaimTests
 from deqcore.testing.strategy_route import RouteTests
 from deqcore.testing.strategy_steps import StepStrategyTests
@@ -110,6 +111,27 @@ class StrategyTests(RouteTests, ClaimTests, StepStrategyTests):
             ("A", da, u[:, :, None] * problem.root[:, None, :]),
         ):
             close(kit.numpy(found), expected, 0.06, f"gradient for {name}")
+
+    @needs("autodiff")
+    @several("dtype", DTYPES)
+    def test_a_problem_in_other_units_has_the_same_gradients(
+        self, kit: Kit, strategy_name: str, settings: Any, dtype: str
+    ) -> None:
+        """Of s f(z/s) with s at both ends of the range; forward and backward, whatever the strategy is."""
+        problem, g = affine(norm=0.5), np.random.default_rng(6).standard_normal((3, 6))
+        a, xp = kit.array(problem.a, dtype), kit.backend.xp
+        config = kit.config(rtol=1e-4, strategy=strategy_name, strategy_options=settings)
+
+        def gradient(s: Any) -> list[Any]:
+            f = scaled(kit, lambda z: xp.tanh(xp.sum(a * z[:, None, :], axis=2)), s, dtype)
+            b, cotangent = kit.array(problem.b * s[:, None], dtype), kit.array(g, dtype)
+            z, (db,) = deqcore.vjp(lambda z, b: f(z) + b, 0 * b, b, cotangent=cotangent, config=config)
+            return [kit.numpy(z) / s[:, None], kit.numpy(db)]
+
+        for name, found, expected in zip(
+            ("z*", "gradient"), gradient(scales(3, dtype)), gradient(np.ones(3)), strict=True
+        ):
+            close(found, expected, 1e-4, f"{name} in other units")
 
     @several("dtype", DTYPES)
     def test_gradients_have_the_dtype_of_their_argument(

@@ -19,6 +19,7 @@ from deqcore.strategy import AdjointReport, StepStrategy, Strategy
 from deqcore.testing.conformance import DTYPES, Conformance, several
 from deqcore.testing.kit import Affine, DenseEstimate, Kit, affine, close
 from deqcore.testing.lightness import check_light
+from deqcore.testing.scales import scales
 from deqcore.verification import random_halves, verified
 
 FLAT = -np.stack([np.eye(6)] * 3)
@@ -124,6 +125,20 @@ class RouteTests(Conformance):
     def test_where_f_is_flat_the_cotangent_is_the_answer(self, kit: Kit, strategy: Strategy) -> None:
         u, _ = route(kit, strategy, Affine(np.zeros((3, 6, 6)), np.zeros((3, 6))), cotangent())
         close(u, cotangent(), 1e-5, "u for J = 0")
+
+    @several("dtype", DTYPES)
+    def test_the_units_of_the_cotangent_change_nothing(self, kit: Kit, strategy: Strategy, dtype: str) -> None:
+        """u is linear in g, also where the square of g vanishes or overflows."""
+        problem, g, s = affine(norm=0.7), cotangent(), scales(3, dtype)[:, None]
+        u, told = route(kit, strategy, problem, g, dtype=dtype)
+        moved, told_there = route(kit, strategy, problem, g * s, dtype=dtype)
+        close(moved / s, u, 1e-5 if dtype == "float32" else 1e-12, "u in units of g")
+        for name in ("status", "pulls", "fallback"):
+            one, other = getattr(told, name), getattr(told_there, name)
+            assert np.array_equal(one, other), f"{name} is {other} in other units, but {one} is due"
+        for name in ("residual", "error"):
+            one, other = np.nan_to_num(getattr(told, name)), np.nan_to_num(getattr(told_there, name))
+            close(other, one, 1e-5, f"{name} in other units")
 
     @several("seed", range(3))
     def test_an_exact_strategy_solves_the_adjoint_equation(

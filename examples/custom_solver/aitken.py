@@ -50,16 +50,19 @@ class Aitken(Solver):
 
     def init(self, backend: Backend, z: Array, fz: Array) -> AitkenState:
         r = fz - z
-        return AitkenState(r, backend.xp.full_like(backend.inner(r, r), self.first))
+        return AitkenState(r, backend.xp.full_like(backend.wide(backend.norm(r)), self.first))
 
     def step(self, backend: Backend, f: Map, z: Array, fz: Array, state: AitkenState) -> tuple[Array, Array, Any]:
         xp = backend.xp
         r = fz - z
         delta = r - state.residual
+        # Products of vectors overflow or vanish long before the vectors do: bring them to about 1 first.
+        unit = backend.row_scale(backend.norm(delta), delta)
+        delta, last = backend.divide_rows(delta, unit), backend.divide_rows(state.residual, unit)
         square = backend.inner(delta, delta)
         # Before the first step there is no difference yet: keep the damping, divide by one instead of zero.
         moved = square > 0
-        ratio = backend.inner(state.residual, delta) / xp.where(moved, square, xp.ones_like(square))
+        ratio = backend.inner(last, delta) / xp.where(moved, square, xp.ones_like(square))
         damping = xp.where(moved, -state.damping * ratio, state.damping)
         damping = xp.clip(damping, -self.largest, self.largest)
         z = z + backend.cast(damping, z)[:, None] * r

@@ -327,3 +327,22 @@ def test_what_has_no_native_version(fused):
     for solver in (Broyden(memory=80), Broyden(growth=2.0), Anderson(mixing=0.5), Picard()):
         fz = f(z)
         assert fused.step(backend, solver, f, z, fz, solver.init(backend, z, fz)) is None
+
+
+@kernels
+@pytest.mark.parametrize(("dtype", "k"), [(torch.float32, 83), (torch.float64, 664)])
+@pytest.mark.parametrize("solver", [Picard(), Broyden(memory=3), Anderson()], ids=repr)
+def test_powers_of_two_change_no_bit(solver, dtype, k):
+    """s f(z/s) with s near the ends of the range, where all squares vanish or overflow: steps are those of f."""
+    weights, x = (torch.randn(*shape, generator=torch.Generator().manual_seed(1)) for shape in ((7, 7), (3, 7)))
+    weights, x = (0.7 * torch.linalg.qr(weights)[0]).to(DEVICE, dtype), x.to(DEVICE, dtype)
+    rtol = 1e-3
+    found = []
+    for s in (1.0, 2.0**-k, 2.0**k):
+        f = lambda z, s=s: s * torch.tanh((z / s) @ weights) + s * x
+        with torch.no_grad():
+            found.append(drive(TorchBackend(), solver, f, 0 * x, Control(rtol)))
+            krylov = gmres(TorchBackend(), lambda v: v - v @ weights, s * x, rtol=rtol, max_steps=3)
+        found[-1] = [found[-1].z.double() / s, found[-1].steps, found[-1].status, krylov.x.double() / s]
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))

@@ -231,5 +231,5 @@ def _info(solution: Solution) -> dict[str, Tensor]:
     leaves = solution.backend.flatten(solution.fz)[0]
     with torch.no_grad():
         flat = torch.cat([leaf.reshape(len(leaf), -1) for leaf in leaves], 1)
-        relative = solution.residual / flat.norm(dim=1)
+        relative = solution.residual / solution.backend.norm(flat)
     return {"abs_lowest": solution.residual, "rel_lowest": relative, "nstep": solution.steps}

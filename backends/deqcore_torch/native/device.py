@@ -39,6 +39,8 @@ WIDEST: Final = 1024  # slots of a basis: one vector of coefficients stays in re
 COLUMNS: Final = 1024  # numbers of the result that one program writes
 RUN: Final = SimpleNamespace(**{name: Kernel(getattr(fused, name)) for name in fused.KERNELS})
 EPS: Final = float(np.finfo(np.float64).eps)
+LOW: Final = float(np.finfo(np.float64).smallest_normal) ** (1 / 3)  # norms from here …
+HIGH: Final = 1 / LOW  # … to there are roots of plain sums of squares
 
 
 def plain(x: Tensor) -> bool:
@@ -62,9 +64,9 @@ def step(backend: Backend, solver: Solver, f: Map, z: Tensor, fz: Tensor, state:
     Args: as for `deqcore_torch.native.steps.step`.
     """
     if type(solver) is Broyden and solver.growth is None:
-        return _broyden(f, z, state)
+        return _broyden(backend, f, z, state)
     if type(solver) is Anderson and solver.mixing == 1.0:
-        return _anderson(solver, f, z, fz, state)
+        return _anderson(backend, solver, f, z, fz, state)
     return None
 
 
@@ -158,19 +160,24 @@ def _dense(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(each.contiguous() for each in tensors)
 
 
-def _broyden(f: Map, z: Tensor, state: BroydenState) -> Stepped | None:
+def _unit(unit: Tensor | None, norm: Tensor) -> Tensor:
+    """The units of a solver's vectors, as numbers for kernels."""
+    return torch.ones_like(norm) if unit is None else unit.contiguous()
+
+
+def _broyden(backend: Backend, f: Map, z: Tensor, state: BroydenState) -> Stepped | None:
     basis, small = state.basis, (state.gram, state.left, state.right, state.pairs)
     if not _holds(basis) or basis.may_be_full():
         return None
     if not all(_holds(h) and h.store.chunk == h.memory for h in small):
         return None
-    z = combined(basis, state.step, z, basis.active, z)
+    z = combined(basis, backend.multiply_rows(state.step, state.unit), z, basis.active, z)
     value = f(z).contiguous()
     used, slot, fresh = basis.used(), basis.reserve(z), int(basis.written < basis.memory)
     for history in small:
         history.reserve(state.step)
     (batch, n), memory = z.shape, basis.memory
-    active = _everyone(basis)
+    active, unit = _everyone(basis), _unit(state.unit, state.norm)
     spans = _spans(n)
     parts = z.new_empty((spans, batch, memory), dtype=basis.store.compute)
     squares = z.new_empty((spans, batch, 3), dtype=torch.float64)
@@ -180,7 +187,7 @@ def _broyden(f: Map, z: Tensor, state: BroydenState) -> Stepped | None:
     with _on(z):
         RUN.broyden_products(
             (batch, spans, triton.cdiv(memory, AT_ONCE)),
-            *(z, value, basis.table(), seen, active, parts, squares),
+            *(z, value, unit, basis.table(), seen, active, parts, squares),
             *(n, batch, memory, used, slot, basis.store.chunk, fresh),
             **_products(basis),
             has_seen=masked,
@@ -188,7 +195,7 @@ def _broyden(f: Map, z: Tensor, state: BroydenState) -> Stepped | None:
         lanes = _lanes(memory)
         RUN.broyden_algebra(
             (batch,),
-            *(parts, squares, spans, seen, active, *(h.store.chunks[0] for h in small)),
+            *(parts, squares, spans, seen, active, unit, *(h.store.chunks[0] for h in small)),
             *_dense(state.newest, state.step, state.norm),
             *(after_seen, newest, following, norm, size),
             *(batch, memory, used, slot, fresh),
@@ -199,20 +206,22 @@ def _broyden(f: Map, z: Tensor, state: BroydenState) -> Stepped | None:
             warps=8 if lanes > 32 else 4,
         )
     after, gram, left, right, pairs = (h.appended(after_seen) for h in (basis, *small))
-    state = BroydenState(after, gram, left, right, pairs, newest, following, norm)
+    state = BroydenState(after, gram, left, right, pairs, newest, following, norm, None, state.unit)
     return Stepped(z, value, state, size, frozen=True)
 
 
-def _anderson(solver: Anderson, f: Map, z: Tensor, fz: Tensor, state: AndersonState) -> Stepped | None:
+def _anderson(
+    backend: Backend, solver: Anderson, f: Map, z: Tensor, fz: Tensor, state: AndersonState
+) -> Stepped | None:
     values, residuals = state.values, state.residuals
     if not (_holds(values) and _holds(residuals)) or values.memory > MOST // 2:
         return None
-    z = combined(values, state.step, fz, values.active, z)
+    z = combined(values, backend.multiply_rows(state.step, state.unit), fz, values.active, z)
     value = f(z).contiguous()
     used, slot, fresh = values.used(), values.reserve(z), int(values.written < values.memory)
     residuals.reserve(z)
     (batch, n), memory = z.shape, values.memory
-    active = _everyone(values)
+    active, unit = _everyone(values), _unit(state.unit, state.norm)
     spans = _spans(n)
     parts = z.new_empty((spans, batch, memory), dtype=values.store.compute)
     squares = z.new_empty((spans, batch, 4), dtype=torch.float64)
@@ -225,6 +234,7 @@ def _anderson(solver: Anderson, f: Map, z: Tensor, fz: Tensor, state: AndersonSt
             *(
                 z,
                 value,
+                unit,
                 *_dense(fz, state.residual),
                 g,
                 values.table(),
@@ -240,7 +250,7 @@ def _anderson(solver: Anderson, f: Map, z: Tensor, fz: Tensor, state: AndersonSt
         )
         RUN.anderson_algebra(
             (batch,),
-            *(parts, squares, spans, seen, active),
+            *(parts, squares, spans, seen, active, unit),
             *_dense(state.system, state.scale, state.target, state.step, state.norm),
             *(after_seen, system, scale, target, following, norm, size),
             *(batch, memory, used, slot, fresh, solver.growth),
@@ -250,24 +260,35 @@ def _anderson(solver: Anderson, f: Map, z: Tensor, fz: Tensor, state: AndersonSt
             at_once=fused.PARTS,
         )
     values, residuals = values.appended(after_seen), residuals.appended(after_seen)
-    state = AndersonState(values, residuals, system, scale, target, following, g, norm)
+    state = AndersonState(values, residuals, system, scale, target, following, g, norm, state.unit)
     return Stepped(z, value, state, size, frozen=True)
 
 
 def measure(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
     """`Backend.measure` in one pass."""
     (batch, n), (z, fz) = z.shape, _dense(z, fz)
-    parts = z.new_empty((2, _spans(n), batch), dtype=torch.float64)
+    ranges = z.dtype is torch.float64  # of other dtypes all squares are in the range of float64
+    parts = z.new_empty((6 if ranges else 2, _spans(n), batch), dtype=torch.float64)
     with _on(z):
         RUN.squares(
             (batch, parts.shape[1]),
             *(z, fz, parts, n, batch),
             wide=KINDS[_norm_dtype(z.dtype)],
+            ranges=ranges,
             block=COLUMNS,
             span=fused.SPAN,
         )
-    residual, size = parts.sum(1).sqrt_().to(_norm_dtype(z.dtype)).unbind()
+    found = parts.sum(1).sqrt_()
+    if ranges:
+        plain, up, down = found.view(3, 2, batch)
+        found = torch.where(plain > HIGH, down * fused.UP.value, torch.where(plain < LOW, up * fused.DOWN.value, plain))
+    residual, size = found.to(_norm_dtype(z.dtype)).unbind()
     return residual, size
+
+
+def norm(v: Tensor) -> Tensor:
+    """‖v‖ of each row, in one pass."""
+    return measure(v, v)[1]
 
 
 def _norm_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -15,6 +15,8 @@ import triton.language as tl
 
 SPAN: Final = 4096  # numbers of a vector that one program sums
 PARTS: Final = 8  # spans that are added up at once
+UP: Final = tl.constexpr(2.0**512)  # brings numbers whose squares vanish, and with DOWN those whose squares overflow,
+DOWN: Final = tl.constexpr(2.0**-512)  # into the range of float64
 KERNELS: Final = (
     "dots",
     "combined",
@@ -113,13 +115,13 @@ def _square(x):
 
 @triton.jit(do_not_specialize=["batch", "memory", "used", "slot", "per_chunk", "fresh"])
 def broyden_products(
-    z, fz, chunks, seen, active, partial, squares, n, batch, memory, used, slot, per_chunk, fresh,
+    z, fz, unit, chunks, seen, active, partial, squares, n, batch, memory, used, slot, per_chunk, fresh,
     kind: tl.constexpr, aligned: tl.constexpr, wide: tl.constexpr, has_seen: tl.constexpr,
     slots_at_once: tl.constexpr, block: tl.constexpr, span: tl.constexpr,
 ):  # fmt: skip
-    """Writes g = f(z) − z into its slot; `partial` as in `dots` for the slots before it.
+    """Writes g = (f(z) − z) / unit into its slot; `partial` as in `dots` for the slots before it.
 
-    `squares` (spans, batch, 3): ‖g‖², gᵀg with g as it is kept, and ‖f(z)‖², in float64.
+    `squares` (spans, batch, 3): ‖g‖², gᵀg with g as it is kept, and ‖f(z)/unit‖², in float64.
     """
     b, part, tile = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     takes_part = tl.load(active + b).to(tl.int32)
@@ -128,6 +130,7 @@ def broyden_products(
     rows = _rows(chunks, slots, known, per_chunk, batch, b, n, kind, aligned)
     first = tile == 0
     here = _rows(chunks, slot, True, per_chunk, batch, b, n, kind, aligned)
+    inverse = 1.0 / tl.load(unit + b).to(tl.float64)
     total = tl.zeros([slots_at_once, block], wide)
     gg, kept, ff = tl.zeros([block], tl.float64), tl.zeros([block], tl.float64), tl.zeros([block], tl.float64)
     for start in range(part * span, tl.minimum(n, (part + 1) * span), block):
@@ -136,7 +139,7 @@ def broyden_products(
         taken = inside & _each(takes_part, column)
         value = tl.load(fz + b * n + column, mask=taken, other=0)
         before = tl.load(z + b * n + column, mask=taken, other=0)
-        g = value.to(wide) - before.to(wide)
+        g = (value.to(wide) - before.to(wide)) * inverse.to(wide)
         h = tl.load(rows[:, None] + column[None, :], mask=known[:, None] & inside[None, :], other=0).to(wide)
         total += h * g[None, :]
         if first:
@@ -144,7 +147,7 @@ def broyden_products(
             tl.store(here + column, stored, mask=inside & _each(takes_part | fresh, column))
             gg += _square(g)
             kept += stored.to(tl.float64) * g.to(tl.float64)
-            ff += _square(value)
+            ff += _square(value.to(tl.float64) * inverse)
     tl.store(partial + (part * batch + b) * memory + slots, tl.sum(total, 1), mask=slots < memory)
     if first:
         at = squares + (part * batch + b) * 3
@@ -173,7 +176,7 @@ def _added(partial, spans, batch, b, width, j, inside, lanes: tl.constexpr, at_o
 
 @triton.jit(do_not_specialize=["spans", "batch", "memory", "used", "slot", "fresh"])
 def broyden_algebra(
-    partial, squares, spans, seen, active, gram, left, right, pairs, newest, step, norm,
+    partial, squares, spans, seen, active, unit, gram, left, right, pairs, newest, step, norm,
     next_seen, next_newest, next_step, next_norm, size, batch, memory, used, slot, fresh, eps: tl.constexpr,
     has_seen: tl.constexpr, lanes: tl.constexpr, at_once: tl.constexpr,
 ):  # fmt: skip
@@ -217,8 +220,9 @@ def broyden_algebra(
         tl.store(pairs + pair + memory, tl.where(new, 1.0, 0.0) - before, mask=real)
         tl.store(next_step + own, u + sh * scaled, mask=real)
         tl.store(next_newest + own, tl.where(new, 1.0, 0.0), mask=real)
-        tl.store(next_norm + b, tl.sqrt(_entry(found, four, 0)).to(next_norm.dtype.element_ty))
-        tl.store(size + b, tl.sqrt(_entry(found, four, 2)).to(size.dtype.element_ty))
+        scale = tl.load(unit + b).to(tl.float64)
+        tl.store(next_norm + b, (scale * tl.sqrt(_entry(found, four, 0))).to(next_norm.dtype.element_ty))
+        tl.store(size + b, (scale * tl.sqrt(_entry(found, four, 2))).to(size.dtype.element_ty))
     else:
         if fresh != 0:
             zero = tl.zeros([lanes], tl.float64)
@@ -237,14 +241,14 @@ def broyden_algebra(
 
 @triton.jit(do_not_specialize=["batch", "memory", "used", "slot", "per_chunk", "fresh"])
 def anderson_products(
-    z, fz, before_f, before_g, next_g, values, residuals, seen, active, partial, squares,
+    z, fz, unit, before_f, before_g, next_g, values, residuals, seen, active, partial, squares,
     n, batch, memory, used, slot, per_chunk, fresh,
     kind: tl.constexpr, aligned: tl.constexpr, wide: tl.constexpr, has_seen: tl.constexpr,
     slots_at_once: tl.constexpr, block: tl.constexpr, span: tl.constexpr,
 ):  # fmt: skip
-    """Writes Δf and Δg into their slots and g = f(z) − z; `partial` as in `dots` for the Δg before.
+    """Writes Δf / unit and Δg into their slots and g = (f(z) − z) / unit; `partial` as in `dots` for the Δg before.
 
-    `squares` (spans, batch, 4): ‖g‖², ‖Δg‖², gᵀΔg with Δg as it is kept, and ‖f(z)‖², in float64.
+    `squares` (spans, batch, 4): ‖g‖², ‖Δg‖², gᵀΔg with Δg as it is kept, and ‖f(z)/unit‖², in float64.
     """
     b, part, tile = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     takes_part = tl.load(active + b).to(tl.int32)
@@ -254,6 +258,7 @@ def anderson_products(
     first = tile == 0
     new_value = _rows(values, slot, True, per_chunk, batch, b, n, kind, aligned)
     new_residual = _rows(residuals, slot, True, per_chunk, batch, b, n, kind, aligned)
+    inverse = 1.0 / tl.load(unit + b).to(tl.float64)
     total = tl.zeros([slots_at_once, block], wide)
     gg, dd = tl.zeros([block], tl.float64), tl.zeros([block], tl.float64)
     kept, ff = tl.zeros([block], tl.float64), tl.zeros([block], tl.float64)
@@ -264,7 +269,7 @@ def anderson_products(
         taken = inside & _each(takes_part, column)
         value = tl.load(fz + at, mask=taken, other=0)
         point = tl.load(z + at, mask=taken, other=0)
-        g = value.to(wide) - point.to(wide)
+        g = (value.to(wide) - point.to(wide)) * inverse.to(wide)
         h = tl.load(rows[:, None] + column[None, :], mask=known[:, None] & inside[None, :], other=0).to(wide)
         total += h * g[None, :]
         if first:
@@ -274,14 +279,14 @@ def anderson_products(
             written = inside & _each(takes_part | fresh, column)
             nothing = tl.zeros([block], kind)
             stored = tl.where(taken, change.to(kind), nothing)
-            step = (value.to(wide) - old_f.to(wide)).to(kind)
+            step = ((value.to(wide) - old_f.to(wide)) * inverse.to(wide)).to(kind)
             tl.store(new_residual + column, stored, mask=written)
             tl.store(new_value + column, tl.where(taken, step, nothing), mask=written)
             tl.store(next_g + at, tl.where(taken, g.to(z.dtype.element_ty), old_g), mask=inside)
             gg += _square(g)
             dd += _square(change)
             kept += stored.to(tl.float64) * g.to(tl.float64)
-            ff += _square(value)
+            ff += _square(value.to(tl.float64) * inverse)
     tl.store(partial + (part * batch + b) * memory + slots, tl.sum(total, 1), mask=slots < memory)
     if first:
         at = squares + (part * batch + b) * 4
@@ -293,7 +298,7 @@ def anderson_products(
 
 @triton.jit(do_not_specialize=["spans", "batch", "memory", "used", "slot", "fresh"])
 def anderson_algebra(
-    partial, squares, spans, seen, active, system, scale, target, step, norm,
+    partial, squares, spans, seen, active, units, system, scale, target, step, norm,
     next_seen, next_system, next_scale, next_target, next_step, next_norm, size,
     batch, memory, used, slot, fresh, growth, ridge: tl.constexpr,
     has_seen: tl.constexpr, lanes: tl.constexpr, at_once: tl.constexpr,
@@ -319,7 +324,8 @@ def anderson_algebra(
     if takes_part != 0:
         found = _added(squares, spans, batch, b, 4, four, four < 4, 4, at_once)
         length, kept = tl.sqrt(_entry(found, four, 1)), _entry(found, four, 2)
-        now = tl.sqrt(_entry(found, four, 0)).to(old_norm.dtype)
+        own_unit = tl.load(units + b).to(tl.float64)
+        now = (own_unit * tl.sqrt(_entry(found, four, 0))).to(old_norm.dtype)
         sane = now <= growth * old_norm
         learns = old_norm != 0.0  # a step from a residual of 0 has shown no difference
         known = known & _each(sane, j)
@@ -355,7 +361,7 @@ def anderson_algebra(
         finite = tl.abs(solved) < float("inf")
         tl.store(next_step + own, tl.where(finite, solved, 0.0), mask=real)
         tl.store(next_norm + b, now)
-        tl.store(size + b, tl.sqrt(_entry(found, four, 3)).to(size.dtype.element_ty))
+        tl.store(size + b, (own_unit * tl.sqrt(_entry(found, four, 3))).to(size.dtype.element_ty))
     else:
         tl.store(next_seen + own, there, mask=real)
         tl.store(next_system + tile, old_system, mask=inside)
@@ -367,19 +373,37 @@ def anderson_algebra(
 
 
 @triton.jit(do_not_specialize=["batch"])
-def squares(z, fz, out, n, batch, wide: tl.constexpr, block: tl.constexpr, span: tl.constexpr):
-    """`out` (2, spans, batch): ‖f(z) − z‖² and ‖f(z)‖² over a span, in float64."""
+def squares(
+    z, fz, out, n, batch, wide: tl.constexpr, ranges: tl.constexpr, block: tl.constexpr, span: tl.constexpr
+):  # fmt: skip
+    """`out` (2, spans, batch): ‖f(z) − z‖² and ‖f(z)‖² over a span, in float64.
+
+    With `ranges` `out` is (6, spans, batch): these two, then those of the numbers times 2^512, and times 2^-512.
+    """
     b, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     gg, ff = tl.zeros([block], tl.float64), tl.zeros([block], tl.float64)
+    gg_up, ff_up = tl.zeros([block], tl.float64), tl.zeros([block], tl.float64)
+    gg_down, ff_down = tl.zeros([block], tl.float64), tl.zeros([block], tl.float64)
     for start in range(part * span, tl.minimum(n, (part + 1) * span), block):
         column = start + tl.arange(0, block)
         value = tl.load(fz + b * n + column, mask=column < n, other=0)
         point = tl.load(z + b * n + column, mask=column < n, other=0)
-        gg += _square(value.to(wide) - point.to(wide))
+        g = value.to(wide) - point.to(wide)
+        gg += _square(g)
         ff += _square(value)
-    at = out + part * batch + b
+        if ranges:
+            gg_up += _square(g * UP)
+            ff_up += _square(value * UP)
+            gg_down += _square(g * DOWN)
+            ff_down += _square(value * DOWN)
+    at, width = out + part * batch + b, tl.num_programs(1) * batch
     tl.store(at, tl.sum(gg, 0))
-    tl.store(at + tl.num_programs(1) * batch, tl.sum(ff, 0))
+    tl.store(at + width, tl.sum(ff, 0))
+    if ranges:
+        tl.store(at + 2 * width, tl.sum(gg_up, 0))
+        tl.store(at + 3 * width, tl.sum(ff_up, 0))
+        tl.store(at + 4 * width, tl.sum(gg_down, 0))
+        tl.store(at + 5 * width, tl.sum(ff_down, 0))
 
 
 @triton.jit

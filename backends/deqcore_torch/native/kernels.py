@@ -51,16 +51,36 @@ def _square_of_difference(x, y):
 
 
 @compiled
+def _largest(x):
+    """The largest |x_i|; 1 where it is 0 or not finite, so that a row can be divided by it."""
+    found = 0.0
+    for i in range(x.shape[0]):
+        found = max(found, abs(np.float64(x[i])))
+    return found if 0.0 < found < np.inf else 1.0
+
+
+@compiled
 def _norm(x):
-    """‖x‖; in float64 where a sum in the vectors' own dtype would overflow or vanish."""
+    """‖x‖; in float64 and scaled where a sum in the vectors' own dtype would overflow or vanish."""
     total = 0.0
     for low in range(0, x.shape[0], BLOCK):
         total += _square(x[low : low + BLOCK])
     if not 1e-30 < total < 1e30:
-        total = 0.0
+        total, scale = 0.0, _largest(x)
         for i in range(x.shape[0]):
-            total += np.float64(x[i]) * np.float64(x[i])
+            part = np.float64(x[i]) / scale
+            total += part * part
+        return scale * np.sqrt(total)
     return np.sqrt(total)
+
+
+@compiled
+def _largest_difference(x, y):
+    """`_largest` of x − y."""
+    found = 0.0
+    for i in range(x.shape[0]):
+        found = max(found, abs(np.float64(x[i]) - np.float64(y[i])))
+    return found if 0.0 < found < np.inf else 1.0
 
 
 @compiled
@@ -70,10 +90,11 @@ def _distance(x, y):
     for low in range(0, x.shape[0], BLOCK):
         total += _square_of_difference(x[low : low + BLOCK], y[low : low + BLOCK])
     if not 1e-30 < total < 1e30:
-        total = 0.0
+        total, scale = 0.0, _largest_difference(x, y)
         for i in range(x.shape[0]):
-            d = np.float64(x[i]) - np.float64(y[i])
+            d = (np.float64(x[i]) - np.float64(y[i])) / scale
             total += d * d
+        return scale * np.sqrt(total)
     return np.sqrt(total)
 
 
@@ -100,9 +121,10 @@ def _copy(x, y):
 
 
 @compiled
-def _subtract(x, y, out):
+def _subtract_scaled(x, y, factor, out):
+    number = out.dtype.type(factor)
     for i in range(out.shape[0]):
-        out[i] = x[i] - y[i]
+        out[i] = (x[i] - y[i]) * number
 
 
 @compiled
@@ -210,10 +232,18 @@ def combined(base, chunks, per_chunk, used, seen, coefficients, out, start, stop
 
 
 @compiled
-def _stored(chunks, per_chunk, slot, row, like, x, y):
-    """Writes x − y into the slot of this sample."""
+def _stored(chunks, per_chunk, slot, row, like, x, y, factor):
+    """Writes (x − y) `factor` into the slot of this sample."""
     for low in range(0, x.shape[0], BLOCK):
-        _subtract(x[low : low + BLOCK], y[low : low + BLOCK], _part(chunks, per_chunk, slot, row, like, low))
+        part = _part(chunks, per_chunk, slot, row, like, low)
+        _subtract_scaled(x[low : low + BLOCK], y[low : low + BLOCK], factor, part)
+
+
+@compiled
+def _written(chunks, per_chunk, slot, row, like, x):
+    """Writes x into the slot of this sample."""
+    for low in range(0, x.shape[0], BLOCK):
+        _copy(x[low : low + BLOCK], _part(chunks, per_chunk, slot, row, like, low))
 
 
 @compiled
@@ -226,7 +256,7 @@ def _cleared(chunks, per_chunk, slot, row, like):
 @compiled
 def broyden(
     z, fz, ahead, basis, per_chunk, slot, used, fresh, active, seen, gram, left, right, pairs, before, step, norm,
-    next_step, next_norm, start, stop,
+    unit, next_step, next_norm, start, stop,
 ):  # fmt: skip
     """What follows f in a step of `Broyden`, with the next iterate z + Q c `ahead`.
 
@@ -237,7 +267,7 @@ def broyden(
     m = step.shape[1]
     group = min(max(KEPT // (z.shape[1] * used), 1), TOGETHER)
     d, w, u, v = np.empty((group, m)), np.empty((group, m)), np.empty((group, m)), np.empty((group, m))
-    slots = np.empty(m, np.int64)
+    slots, scaled_step = np.empty(m, np.int64), np.empty(m)
     for first in range(start, stop, group):
         rows = min(group, stop - first)
         for j in range(rows):
@@ -252,9 +282,9 @@ def broyden(
                 _copy(z[b], ahead[b])
                 continue
             g = ahead[b]  # for now: where products find it in the cache
-            _subtract(fz[b], z[b], g)
-            next_norm[b] = _norm(g)
-            _stored(basis, per_chunk, slot, b, z, fz[b], z[b])
+            _subtract_scaled(fz[b], z[b], 1.0 / unit[b], g)
+            next_norm[b] = unit[b] * _norm(g)
+            _written(basis, per_chunk, slot, b, z, g)
             count = _slots(seen[b], used, slots)
             _products(basis, per_chunk, slots, count, g, b, z, d[j])
             _copy(d[j], gram[slot, b])
@@ -294,7 +324,8 @@ def broyden(
                     next_step[b, k] = u[j, k] + sh * scaled
                 pairs[slot, b, m + slot] += 1.0
                 count = _slots(seen[b], used, slots)
-                _combined(basis, per_chunk, slots, count, next_step[b], z[b], b, z, ahead[b])
+                scaled_step[:] = next_step[b] * unit[b]
+                _combined(basis, per_chunk, slots, count, scaled_step, z[b], b, z, ahead[b])
 
 
 @compiled
@@ -323,7 +354,7 @@ def _solved(a, b, m):
 @compiled
 def anderson(
     z, fz, before_f, before_g, ahead, values, residuals, per_chunk, slot, used, fresh, active, seen,
-    system, scale, target, step, ridge, next_g, next_system, next_scale, next_target, next_step, start, stop,
+    system, scale, target, step, unit, ridge, next_g, next_system, next_scale, next_target, next_step, start, stop,
 ):  # fmt: skip
     """What follows f in a step of `Anderson` with mixing 1, with the next iterate f(z) − ΔF γ `ahead`.
 
@@ -344,10 +375,11 @@ def anderson(
             _copy(before_g[b], next_g[b])
             _copy(z[b], ahead[b])
             continue
-        _stored(values, per_chunk, slot, b, z, fz[b], before_f[b])
+        inverse_unit = 1.0 / unit[b]
+        _stored(values, per_chunk, slot, b, z, fz[b], before_f[b], inverse_unit)
         g = next_g[b]
-        _subtract(fz[b], z[b], g)
-        _stored(residuals, per_chunk, slot, b, z, g, before_g[b])
+        _subtract_scaled(fz[b], z[b], inverse_unit, g)
+        _stored(residuals, per_chunk, slot, b, z, g, before_g[b], 1.0)
         length = _distance(g, before_g[b])
         inverse = 1.0 / length if length > 0.0 else 0.0
         next_scale[b, slot] = inverse
@@ -367,6 +399,7 @@ def anderson(
             if not np.isfinite(x[k]):
                 x[k] = 0.0
             next_step[b, k] = x[k]
+            x[k] *= unit[b]
         _combined(values, per_chunk, slots, count, x, fz[b], b, z, ahead[b])
 
 

@@ -38,7 +38,7 @@ def step(backend: Backend, solver: Solver, f: Map, z: Tensor, fz: Tensor, state:
         state: the solver's state.
     """
     if type(solver) is Broyden and solver.growth is None:
-        return _broyden(f, z, state)
+        return _broyden(backend, f, z, state)
     if type(solver) is Anderson and solver.mixing == 1.0:
         return _anderson(backend, solver, f, fz, state)
     return None
@@ -72,6 +72,11 @@ def _masks(before: TorchHistory, after: TorchHistory) -> tuple[Any, Any]:
     return active, seen
 
 
+def _unit(unit: Tensor | None, batch: int) -> Any:
+    """The units of a solver's vectors, as numbers for kernels."""
+    return np.ones(batch) if unit is None else view(unit.to(torch.float64))
+
+
 def _next(history: TorchHistory, base: Tensor, coefficients: Tensor) -> Tensor:
     """The iterate that this step evaluates f at: found by the step before it, unless the solve begins or goes on."""
     planned = history.take_planned()
@@ -88,14 +93,14 @@ def _next(history: TorchHistory, base: Tensor, coefficients: Tensor) -> Tensor:
     return out
 
 
-def _broyden(f: Map, z: Tensor, state: BroydenState) -> Stepped | None:
+def _broyden(backend: Backend, f: Map, z: Tensor, state: BroydenState) -> Stepped | None:
     small = state[1:5]
     if not _holds(state.basis, z) or state.basis.may_be_full():
         return None
     if not all(_holds(h, state.step) and h.store.chunk == h.memory for h in small):
         return None
     basis = state.basis
-    z = _next(basis, z, state.step)
+    z = _next(basis, z, backend.multiply_rows(state.step, state.unit))
     value = f(z)
     slot = basis.reserve(z)
     for history in small:
@@ -110,19 +115,21 @@ def _broyden(f: Map, z: Tensor, state: BroydenState) -> Stepped | None:
         *(view(z), view(value), view(ahead), basis.addresses(), basis.store.chunk),
         *(slot, after.used(), basis.written < basis.memory, active, seen),
         *(view(h.store.chunks[0]) for h in small),
-        *(view(each) for each in (state.newest, state.step, state.norm, following, norm)),
+        *(view(each) for each in (state.newest, state.step, state.norm)),
+        *(_unit(state.unit, z.shape[0]), view(following), view(norm)),
     )
     after.plan(ahead)
-    unit = torch.zeros_like(state.step)
-    unit[:, slot] = 1.0
+    newest = torch.zeros_like(state.step)
+    newest[:, slot] = 1.0
     gram, left, right, pairs = (h.appended(after.seen) for h in small)
-    return Stepped(z, value, BroydenState(after, gram, left, right, pairs, unit, following, norm))
+    state = BroydenState(after, gram, left, right, pairs, newest, following, norm, None, state.unit)
+    return Stepped(z, value, state)
 
 
 def _anderson(backend: Backend, solver: Anderson, f: Map, fz: Tensor, state: AndersonState) -> Stepped | None:
     if not (_holds(state.values, fz) and _holds(state.residuals, fz)):
         return None
-    z = _next(state.values, fz, state.step)
+    z = _next(state.values, fz, backend.multiply_rows(state.step, state.unit))
     value = f(z)
     norm, size = measure(z, value)
     sane = norm <= solver.growth * state.norm
@@ -142,13 +149,14 @@ def _anderson(backend: Backend, solver: Anderson, f: Map, fz: Tensor, state: And
         *(values.addresses(), residuals.addresses(), values.store.chunk),
         *(slot, after.used(), values.written < values.memory, active, seen),
         *(view(each) for each in (state.system, state.scale, state.target, state.step)),
+        _unit(state.unit, z.shape[0]),
         solver.relative_ridge(np.finfo(np.float64).eps),
         *(view(each) for each in following),
     )
     after.plan(ahead)
     g, system, scale, target, step = following
     residuals = residuals.appended(after.seen)
-    found = AndersonState(after, residuals, system, scale, target, step, g, norm)
+    found = AndersonState(after, residuals, system, scale, target, step, g, norm, state.unit)
     learned = state.norm != 0.0
     if not bool(learned.all()):
         found = solver.unlearned(backend, state.norm, found)
@@ -205,6 +213,11 @@ def measure(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
     residual, size = z.new_empty(z.shape[0]), z.new_empty(z.shape[0])
     run(kernels.norms, z.shape[0], 2 * z.numel(), view(z), view(fz), view(residual), view(size))
     return residual, size
+
+
+def norm(v: Tensor) -> Tensor:
+    """‖v‖ of each row."""
+    return measure(v, v)[1]
 
 
 def project(basis: Any, w: Tensor, twice: bool) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:

@@ -56,6 +56,9 @@ class StrictBackend(Backend):
     def norm(self, v: Array) -> Array:
         return wrap(self.numpy.norm(unwrap(v)))
 
+    def power_of_two(self, x: Array) -> Array:
+        return wrap(self.numpy.power_of_two(unwrap(x)))
+
     def inner(self, a: Array, b: Array) -> Array:
         return wrap(self.numpy.inner(unwrap(a), unwrap(b)))
 

@@ -1,0 +1,281 @@
+"""A problem in other units has the same solution in these units, whatever its numbers' squares do.
+
+Truth: z = a z + x has z* = x / (1 − a) and, for a cotangent g, dL/dx = g / (1 − a). Norms: `math.hypot`, which scales.
+"""
+
+import math
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+
+import deqcore
+from deqcore.driver import Control, drive
+from deqcore.solvers.anderson import Anderson
+from deqcore.solvers.broyden import Broyden
+
+A = np.array([0.5, 0.3, -0.4, 0.1, 0.45])
+X = np.array([[1.0, -2.0, 0.5, 3.0, 1.5], [-1.0, 0.25, 2.0, -0.5, 4.0]])
+G = np.array([[0.5, 1.0, -1.0, 2.0, 0.25], [1.0, -3.0, 0.5, 1.5, -0.75]])
+
+CASES = [
+    ("float32", 1e-19),
+    ("float32", 1e-21),
+    ("float32", 1e-25),
+    ("float32", 1e20),
+    ("float32", 1e25),
+    ("bfloat16", 1e-23),
+    ("bfloat16", 1e20),
+    ("float64", 1e-170),
+    ("float64", 1e-200),
+    ("float64", 1e200),
+]
+CLOSE = {"float32": 1e-3, "bfloat16": 6e-2, "float64": 1e-6}
+SOLVERS = [("picard", {}), ("anderson", {}), ("anderson", {"mixing": 0.9}), ("broyden", {}), ("broyden", {"memory": 3}),
+           ("broyden", {"growth": 2.0}), ("newton-krylov", {})]  # fmt: skip
+EXACT = ["exact-ift", "broyden-reuse"]
+
+
+def arrays(name, dtype, *given):
+    if name == "torch":
+        torch = pytest.importorskip("torch")
+        return [torch.tensor(a).to(getattr(torch, dtype)) for a in given]
+    if name == "jax":
+        jnp = pytest.importorskip("jax.numpy")
+        return [jnp.asarray(a, dtype) for a in given]
+    return [np.asarray(a, dtype) for a in given]
+
+
+def host(name, x):
+    return np.asarray(deqcore.get_backend(backend=name).to_numpy(x), np.float64)
+
+
+def precise(name, dtype):
+    """Double precision is a switch in JAX; all else runs without it."""
+    if name != "jax" or dtype != "float64":
+        return nullcontext()
+    import jax
+
+    return jax.enable_x64(True)
+
+
+def solved(name, dtype, s, solver, options, strategy="exact-ift", z0=0.0):
+    """z* and dL/dx in units of s and of the cotangent, and the solution."""
+    a, x, g, start = arrays(name, dtype, A, X * s, G, X * s * z0)
+    settings = {"forward__solver": solver, "forward__options": options, "backward__strategy": strategy}
+    sol = deqcore.fixed_point(lambda z: a * z + x, start, **settings)
+    _, (dx,) = deqcore.vjp(lambda z, x: a * z + x, start, x, cotangent=g, **settings)
+    return host(name, sol.value) / s, host(name, dx), sol
+
+
+def check(name, dtype, s, solver, options, strategy="exact-ift"):
+    value, dx, sol = solved(name, dtype, s, solver, options, strategy)
+    assert bool(sol.converged.all())
+    assert np.linalg.norm(value - X / (1 - A)) <= CLOSE[dtype] * np.linalg.norm(X / (1 - A))
+    if strategy == "exact-ift":
+        assert np.linalg.norm(dx - G / (1 - A)) <= CLOSE[dtype] * np.linalg.norm(G / (1 - A))
+    else:
+        assert np.linalg.norm(dx - G / (1 - A)) <= 0.1 * np.linalg.norm(G / (1 - A))
+    assert float(sol.residual.max()) > 0.0 or solver == "newton-krylov"
+    return sol
+
+
+@pytest.mark.parametrize(("solver", "options"), SOLVERS, ids=str)
+@pytest.mark.parametrize(("dtype", "s"), CASES)
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_states_of_any_size(name, dtype, s, solver, options):
+    if name == "numpy" and (dtype == "bfloat16" or solver == "newton-krylov"):
+        pytest.skip("no such dtype, or products by differences")
+    check(name, dtype, s, solver, options)
+
+
+@pytest.mark.parametrize("solver", ["anderson", "broyden"])
+@pytest.mark.parametrize(
+    ("dtype", "s"), [("float32", 1e-25), ("float32", 1e25), ("float64", 1e-200), ("float64", 1e200)]
+)
+def test_torch_without_compiled_code(monkeypatch, dtype, s, solver):
+    pytest.importorskip("torch")
+    from deqcore_torch import native
+
+    monkeypatch.setattr(native, "loaded", lambda kind: None)
+    check("torch", dtype, s, solver, {})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "s", "solver"),
+    [
+        ("float32", 1e-21, "broyden"),
+        ("float32", 1e-25, "anderson"),
+        ("float32", 1e25, "broyden"),
+        ("float32", 1e20, "picard"),
+        ("float32", 1e-25, "newton-krylov"),
+        ("bfloat16", 1e-23, "broyden"),
+        ("float64", 1e-170, "broyden"),
+        ("float64", 1e200, "anderson"),
+    ],
+)
+def test_jax_without_double_precision(dtype, s, solver):
+    pytest.importorskip("jax")
+    with precise("jax", dtype):
+        check("jax", dtype, s, solver, {})
+
+
+def test_jax_compiled_and_over_further_axes():
+    jax = pytest.importorskip("jax")
+    a, x = arrays("jax", "float32", A, X * 1e-25)
+
+    def loss(x, g):
+        return (deqcore.fixed_point(lambda z, x: a * z + x, 0 * x, x).value * g).sum()
+
+    (g,) = arrays("jax", "float32", G * 1e20)
+    huge, small = arrays("jax", "float32", X * 1e20, G * 1e-20)
+    both = jax.jit(jax.vmap(jax.grad(loss)))(jax.numpy.stack([x, huge]), jax.numpy.stack([g, small]))
+    for found, s in zip(np.asarray(both, np.float64), (1e20, 1e-20), strict=True):
+        assert np.allclose(found / s, G / (1 - A), rtol=1e-3)
+
+
+@pytest.mark.parametrize("strategy", EXACT)
+@pytest.mark.parametrize(("name", "dtype", "s"), [
+    ("torch", "float32", 1e-25), ("torch", "float32", 1e25), ("torch", "float64", 1e-200), ("torch", "float64", 1e200),
+    ("jax", "float32", 1e-25), ("jax", "float32", 1e25), ("numpy", "float64", 1e-200), ("numpy", "float32", 1e25),
+])  # fmt: skip
+def test_cotangents_of_any_size(name, dtype, s, strategy):
+    a, x, g = arrays(name, dtype, A, X, G * s)
+    _, (dx,) = deqcore.vjp(lambda z, x: a * z + x, 0 * x, x, cotangent=g, backward__strategy=strategy)
+    bound = CLOSE[dtype] if strategy == "exact-ift" else 0.1
+    assert np.linalg.norm(host(name, dx) / s - G / (1 - A)) <= bound * np.linalg.norm(G / (1 - A))
+
+
+@pytest.mark.parametrize("inner", ["broyden", "anderson"])
+def test_a_solver_for_the_adjoint_equation(inner):
+    torch = pytest.importorskip("torch")
+    a, x, g = arrays("torch", "float32", A, X, G * 1e-25)
+    options = {"solver": inner}
+    x.requires_grad_()
+    sol = deqcore.fixed_point(lambda z: a * z + x, torch.zeros(2, 5), backward__options=options)
+    sol.value.backward(g)
+    assert np.allclose(host("torch", x.grad) / 1e-25, G / (1 - A), rtol=1e-3)
+    assert int(sol.backward.pulls.max()) > 1
+
+
+@pytest.mark.parametrize("solver", ["broyden", "anderson", "picard"])
+@pytest.mark.parametrize("name", ["numpy", "torch", "jax"])
+def test_batch_mates_of_other_sizes_change_no_bit(name, solver):
+    rows = np.concatenate([X, X * 1e-25, X * 1e25])
+    a, x, alone = arrays(name, "float32", A, rows, X)
+    settings = {"forward__solver": solver, "forward__max_steps": 30}
+    together = deqcore.fixed_point(lambda z: a * z + x, 0 * x, **settings)
+    apart = deqcore.fixed_point(lambda z: a * z + alone, 0 * alone, **settings)
+    value, steps = host(name, together.value), host(name, together.steps)
+    assert np.array_equal(value[:2], host(name, apart.value)) or name == "jax"  # XLA adds in another order
+    assert np.allclose(value, rows / (1 - A), rtol=1e-3, atol=0)
+    assert list(steps) == list(host(name, apart.steps)) * 3
+
+
+@pytest.mark.parametrize(
+    "solver", [Broyden(), Broyden(memory=3), Broyden(growth=2.0), Anderson(), Anderson(mixing=0.8)]
+)
+@pytest.mark.parametrize(("name", "k"), [("numpy", 664), ("torch", 664), ("torch", 83)])
+def test_powers_of_two_change_no_bit(name, k, solver):
+    """The whole state is that of the problem in units of 1, which needs no scale: so it has none to be hidden by."""
+    dtype = "float64" if k > 100 else "float32"
+    w = 0.7 * np.linalg.qr(np.random.default_rng(0).standard_normal((5, 5)))[0]
+    weights, x = arrays(name, dtype, w, X)
+    backend = deqcore.get_backend(backend=name)
+    found = []
+    for s in (1.0, 2.0**-k, 2.0**k):
+        f = lambda z, s=s: s * backend.xp.tanh((z / s) @ weights) + s * x
+        with backend.quiet(), nothing(name):
+            found.append(drive(backend, solver, f, 0 * x, Control(1e-9 if k > 100 else 1e-5)))
+    plain = found[0]
+    assert plain.carry.state.unit is None
+    for other, s in zip(found[1:], (2.0**-k, 2.0**k), strict=True):
+        assert np.array_equal(host(name, other.z) / s, host(name, plain.z))
+        assert np.allclose(host(name, other.residual) / s, host(name, plain.residual), rtol=1e-6, atol=0)
+        assert list(host(name, other.steps)) == list(host(name, plain.steps))
+        v = x * 3
+        apply = [solver.inverse_jacobian(backend, each.carry.state).apply_transpose for each in (plain, other)]
+        assert np.array_equal(host(name, apply[0](v)), host(name, apply[1](v)))
+
+
+def nothing(name):
+    if name != "torch":
+        return nullcontext()
+    import torch
+
+    return torch.no_grad()
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch", "jax", "strict"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_norms(name, dtype):
+    from deqcore.testing import strict
+
+    strict.register()
+    wide = np.random.default_rng(1).uniform(-35, 35, (6, 33)) if dtype == "float32" else np.linspace(-290, 290, 198)
+    rows = (10.0 ** np.reshape(wide, (6, 33))).astype(dtype)
+    rows = np.concatenate(
+        [rows, np.zeros((1, 33), dtype), np.full((1, 33), 1e-25 if dtype == "float32" else 1e-200, dtype)]
+    )
+    with precise(name, dtype):
+        backend = deqcore.get_backend(backend=name)
+        with backend.quiet():
+            found = np.asarray(backend.to_numpy(backend.norm(backend.asarray(rows))), np.float64)
+    expected = [math.hypot(*map(float, row)) for row in rows]
+    assert np.allclose(found, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("dtype", "low", "high"), [("float32", -36, 36), ("float64", -290, 290)])
+def test_norms_of_jax_on_accelerators(dtype, low, high):
+    """Three sums in one pass, in place of a second pass that the host would have to decide on."""
+    pytest.importorskip("jax")
+    from deqcore_jax.backend import _norm_by_ranges
+
+    rows = 10.0 ** np.linspace(low, high, 64)[:, None] * np.array([3.0, 4.0])
+    with precise("jax", dtype):
+        import jax.numpy as jnp
+
+        found = np.asarray(_norm_by_ranges(jnp.asarray(rows, dtype)), np.float64)
+        ends = np.asarray(_norm_by_ranges(jnp.asarray([[0.0, 0.0], [np.inf, 1.0], [np.nan, 1.0]], dtype)))
+    assert np.allclose(found, 5.0 * 10.0 ** np.linspace(low, high, 64), rtol=1e-5, atol=0)
+    assert ends[0] == 0.0
+    assert ends[1] == np.inf
+    assert np.isnan(ends[2])
+
+
+@pytest.mark.parametrize("solver", ["broyden", "anderson", "picard"])
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_ordinary_numbers_pay_nothing(monkeypatch, name, solver):
+    """No row is looked at twice and none is scaled: the passes over `(batch, n)` are what they were."""
+    backend = deqcore.get_backend(backend=name)
+    monkeypatch.setattr(type(backend), "power_of_two", lambda *_: pytest.fail("a scale, or a second pass"))
+    a, x, g = arrays(name, "float32", A, X, G)
+    settings = {"forward__solver": solver, "backward__strategy": "neumann"}  # GMRES ends with a residual of rounding
+    deqcore.vjp(lambda z, x: a * z + x, 0 * x, x, cotangent=g, **settings)
+
+
+def test_unrolled_steps():
+    torch = pytest.importorskip("torch")
+    for solver in ("broyden", "anderson", "picard"):
+        found = []
+        for s in (1.0, 2.0**-83, 2.0**83):
+            a, x, g = arrays("torch", "float32", A, X * s, G)
+            x.requires_grad_()
+            value = deqcore.fixed_point(
+                lambda z, a=a, x=x: a * z + x, torch.zeros(2, 5), forward__solver=solver, backward__strategy="unrolled",
+                backward__options={"steps": 5},
+            ).value  # fmt: skip
+            value.backward(g)
+            found.append((host("torch", value.detach()) / s, host("torch", x.grad)))
+        for value, dx in found[1:]:
+            assert np.allclose(value, found[0][0], rtol=1e-5)
+            assert np.allclose(dx, found[0][1], rtol=1e-4)
+
+
+def test_a_start_of_ordinary_size_with_a_tiny_solution():
+    """The scale is that of the first residual; what the solve comes to later is still measured, not taken for 0."""
+    for name in ("numpy", "torch", "jax"):
+        a, x, one = arrays(name, "float32", np.full(3, 0.5), np.full((1, 3), 1e-25), np.ones((1, 3)))
+        sol = deqcore.fixed_point(lambda z, a=a, x=x: a * z + x, one, forward__solver="picard", forward__max_steps=200)
+        assert np.allclose(host(name, sol.value), 2e-25, rtol=1e-3, atol=0)
+        assert int(sol.steps.max()) > 80
