@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-jax = pytest.importorskip("jax")
-
-import jax.numpy as jnp
-
 import deqcore
+
+jax = pytest.importorskip("jax")
+jnp = pytest.importorskip("jax.numpy")
 
 
 def test_the_gradient_of_a_stiff_layer_is_right_under_jit():
