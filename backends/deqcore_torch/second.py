@@ -23,6 +23,7 @@ from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._C import _current_graph_task_id
 from torch.autograd.graph import get_gradient_edge
 
 from deqcore.errors import StrategyError
@@ -64,7 +65,10 @@ def partial(
     edges = [get_gradient_edge(source) for source in sources]
     wanted = [(id(edge.node), edge.output_nr) for edge in edges]
     found: dict[Edge, Tensor] = {}
-    handles = [_collect(node, into, found) for node, into in _frontier(outputs, set(wanted))]
+    passes: list[int] = []  # the first is this one: passes that begin within it meet the same nodes
+    nodes = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    handles = [node.register_prehook(lambda _: passes.append(_current_graph_task_id())) for node in nodes]
+    handles += [_collect(node, into, found, passes) for node, into in _frontier(nodes, set(wanted))]
     try:
         torch.autograd.grad(
             outputs, sources, cotangents, create_graph=create_graph, retain_graph=True, allow_unused=True
@@ -110,9 +114,9 @@ class Twice(torch.autograd.Function):
         return (None, *found)
 
 
-def _frontier(outputs: Sequence[Tensor], wanted: set[Edge]) -> list[tuple[Any, dict[int, Edge]]]:
+def _frontier(nodes: Sequence[Any], wanted: set[Edge]) -> list[tuple[Any, dict[int, Edge]]]:
     """The nodes with edges into the sources, and which of their edges these are."""
-    stack: list[Any] = [output.grad_fn for output in outputs]
+    stack: list[Any] = list(nodes)
     seen: dict[int, Any] = {}  # keeps the nodes alive, so that their ids stay unique
     found = []
     while stack:
@@ -131,15 +135,21 @@ def _frontier(outputs: Sequence[Tensor], wanted: set[Edge]) -> list[tuple[Any, d
     return found
 
 
-def _collect(node: Any, into: dict[int, Edge], found: dict[Edge, Tensor]) -> Any:
-    def collect(gradients: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...]:
+def _collect(node: Any, into: dict[int, Edge], found: dict[Edge, Tensor], passes: list[int]) -> Any:
+    def collect(gradients: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...] | None:
+        if _current_graph_task_id() != passes[0]:
+            return None
         left = list(gradients)
         for i, edge in into.items():
             part = left[i]
             if part is not None:
                 found[edge] = found[edge] + part if edge in found else part
-                # Zeros, since a hook of the user's cannot take None.
-                left[i] = torch.zeros((), dtype=part.dtype, device=part.device).expand(part.shape)
+                left[i] = _zeros(part)  # a hook of the user's cannot take None
         return tuple(left)
 
     return node.register_hook(collect)
+
+
+def _zeros(part: Tensor) -> Tensor:
+    """Zeros like a gradient, without memory where it is dense."""
+    return part.new_zeros(()).expand(part.shape) if part.layout is torch.strided else torch.zeros_like(part)

@@ -386,3 +386,24 @@ def test_an_object_with_tensors_is_found_too(module, x):
             self.h = h
 
     agree(lambda solve: (solve(lambda z, p: torch.tanh(module(z) + p.h), x, Holder(2 * x)) ** 2).sum(), x)
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["inside f", "before"])
+def test_an_equilibrium_of_an_equilibrium(module, x, inside):
+    """The passes of the inner one begin within those of the outer one, and meet the same nodes."""
+
+    def build(solve):
+        inner = lambda z, x: solve(lambda y, z, x: torch.tanh(module(y) + z + x), x, z, x)
+        if inside:
+            return (solve(lambda z, x: 0.3 * inner(z, x), x, x) ** 2).sum()
+        return (solve(lambda z, h, x: torch.tanh(module(z) + h * x), x, inner(x, x), x) ** 2).sum()
+
+    agree(build, x, module.weight)
+
+
+def test_sparse_gradients(x):
+    table = torch.nn.Embedding(5, N, sparse=True, dtype=x.dtype)
+    value = solved(lambda z: torch.tanh(0.5 * z + table(torch.tensor([0, 2, 2]))), x)
+    (plain,) = torch.autograd.grad(value.sum(), table.weight, retain_graph=True)
+    (kept,) = torch.autograd.grad(value.sum(), table.weight, create_graph=True)
+    assert torch.allclose(plain.to_dense(), kept.to_dense())
