@@ -221,8 +221,8 @@ STRATEGIES = [
     Fault(
         "z detached in every unrolled step",
         "deqcore.strategies.unrolled",
-        "solver.step(backend, run, z, fz,",
-        "solver.step(backend, run, backend.detach(z), backend.detach(fz),",
+        "solver.step(backend, f, at.z, at.fz,",
+        "solver.step(backend, f, backend.detach(at.z), backend.detach(at.fz),",
         "strategy unrolled",
         "test_its_gradient_is_that_of_its_steps",
         "gradient of the steps",
