@@ -37,7 +37,16 @@ class Linear:
     def __init__(self, program: Program, z: Any, leaves: list[Any], moved: list[int]) -> None:
         self.z = z
         self.moved = [leaves[i] for i in moved]
-        self._linear = jax.linearize(_of_moved(program, leaves, moved), z, *self.moved)[1]
+        f = _of_moved(program, leaves, moved)
+        self._in_leaves = lambda *at: f(z, *at)
+        self._linear: Any = None
+        self.pull = _refuse_reverse
+        try:
+            self._linear = jax.linearize(f, z, *self.moved)[1]
+        except ValueError:  # values and tangents come from one operation, such as a loop whose end depends on z
+            self.push = _traced(lambda v: jax.jvp(lambda z: f(z, *self.moved), (z,), (v,))[1], z)
+            self.reversible = False
+            return
         zeros = [jnp.zeros_like(leaf) for leaf in self.moved]
 
         # The derivative of the linear map in its first argument only: the leaves' part of it drops out.
@@ -45,18 +54,23 @@ class Linear:
             return jax.jvp(lambda dz: self._linear(dz, *zeros), (jnp.zeros_like(v),), (v,))[1]
 
         self.push = _traced(push, z)
-        self.reversible = True
+        self.reversible = self._transpose(program)
+
+    def _transpose(self, program: Program) -> bool:
+        """Make `pull`, if f has a reverse mode."""
         try:
-            transposed = jax.linear_transpose(self.push, z)
-            self.pull = _traced(lambda u: transposed(u)[0], z)
+            transposed = jax.linear_transpose(self.push, self.z)
+            self.pull = _traced(lambda u: transposed(u)[0], self.z)
             if program.calls("while"):  # its transpose in the leaves is taken by JAX, too late for an error of ours
-                jax.eval_shape(self.pull_leaves, z)
+                jax.eval_shape(self.pull_leaves, self.z)
         except (ValueError, NotImplementedError):
-            self.reversible = False
-            self.pull = _refuse_reverse
+            return False
+        return True
 
     def push_leaves(self, d: list[Any]) -> Any:
         """Σ_i (∂f/∂leaf_i) d_i, `(batch, n)`."""
+        if self._linear is None:
+            return jax.jvp(self._in_leaves, self.moved, d)[1]
         zeros = [jnp.zeros_like(leaf) for leaf in self.moved]
         return jax.jvp(lambda *d: self._linear(jnp.zeros_like(self.z), *d), zeros, d)[1]
 
@@ -121,7 +135,10 @@ def product(f: Map, z: Any) -> Map:
     Raises:
         BackendError: f calls a `jax.custom_vjp` function whose backward rule is not linear.
     """
-    found: Map = jax.linearize(f, z)[1]
+    try:
+        found: Map = jax.linearize(f, z)[1]
+    except ValueError:  # as in Linear
+        return lambda v: jax.jvp(f, (z,), (v,))[1]
     if not calls(jax.make_jaxpr(found)(z), "custom_lin"):
         return found
     pull = jax.vjp(f, z)[1]  # such a function has a transpose only, whose transpose is the product
