@@ -27,6 +27,7 @@ from deqcore.errors import (
 )
 from deqcore.failure import Failures
 from deqcore.observer import Observer, Solve, observer
+from deqcore.settings import LARGEST
 from deqcore.solution import SOLVED, Solution, SolveState, Status, summarize
 from deqcore.solver import Solver
 from deqcore.space import Raveled, Space
@@ -418,6 +419,8 @@ def _control(config: Config, scalars: Mapping[str, object], backend: Backend, li
             number = float(value)
             if not (number >= 0 and number < float("inf")):
                 raise ConfigError.bad_value("forward", name, number, "a finite number >= 0")
+            if name == "max_steps" and number > LARGEST:
+                raise ConfigError.bad_value("forward", name, value, f"a number of at most {LARGEST}")
     if isinstance(rtol, float) and 0.0 < rtol < 0.5 * backend.eps(like) and isinstance(atol, float) and atol == 0:
         warnings.warn(
             f"forward.rtol = {rtol:g} is below what {backend.dtype_name(like)} can reach (about "

@@ -28,9 +28,12 @@ PREFIX: Final = "DEQCORE_"
 OTHER_VARIABLES: Final = frozenset({"DEQCORE_DISABLE_PLUGINS", "DEQCORE_NATIVE", "DEQCORE_PLUGIN_AUTOLOAD"})
 
 
-def setting(default: T, expected: str, least: float | None = None) -> T:
-    """A field of a section: its default, what an error says is expected, and the least number allowed."""
-    made: T = field(default=default, metadata={"expected": expected, "least": least})
+LARGEST: Final = 2**31 - 1  # steps are counted in int32, on every backend
+
+
+def setting(default: T, expected: str, least: float | None = None, most: int | None = None) -> T:
+    """A field of a section: its default, what an error says is expected, the least and the largest number allowed."""
+    made: T = field(default=default, metadata={"expected": expected, "least": least, "most": most})
     return made
 
 
@@ -47,7 +50,8 @@ class Forward:
         check_every: steps between questions whether all samples have stopped; "auto": 1 where asking is free.
         batch: the first axis of every leaf is the batch; false: the whole state is one system.
         patience: steps without progress of the residual after which a sample ends as STALLED.
-        on_failure: what happens if a sample does not converge. Traced code cannot raise or warn.
+        on_failure: what happens if a sample does not converge. Code compiled by JAX raises if told "raise", and warns
+            only if "warn" was set: the default compiles no callback in.
         compact: evaluate f for the samples still in work only (eager backends; needs `batched_args`).
         options: fields of the solver's own dataclass.
 
@@ -64,10 +68,10 @@ class Forward:
     solver: str = setting("broyden", "the name of a registered solver")
     rtol: float | Literal["auto"] = setting("auto", "'auto' or a finite number >= 0", least=0)
     atol: float = setting(0.0, "a finite number >= 0", least=0)
-    max_steps: int = setting(40, "an integer >= 0", least=0)
-    check_every: int | Literal["auto"] = setting("auto", "'auto' or an integer >= 1", least=1)
+    max_steps: int = setting(40, "an integer >= 0", least=0, most=LARGEST)
+    check_every: int | Literal["auto"] = setting("auto", "'auto' or an integer >= 1", 1, LARGEST)
     batch: bool = setting(True, "true or false")
-    patience: int = setting(50, "an integer >= 1", least=1)
+    patience: int = setting(50, "an integer >= 1", least=1, most=LARGEST)
     on_failure: Literal["raise", "warn", "ignore"] = setting("warn", "'raise', 'warn' or 'ignore'")
     compact: bool = setting(False, "true or false")
     options: Options = field(default=Options(), metadata=TABLE)
@@ -99,7 +103,7 @@ class Backward:
     on_failure: Literal["warn", "raise", "ignore", "zero", "nan"] = setting(
         "warn", "'warn', 'raise', 'ignore', 'zero' or 'nan'"
     )
-    verify_every: int = setting(100, "an integer >= 0", least=0)
+    verify_every: int = setting(100, "an integer >= 0", least=0, most=LARGEST)
     options: Options = field(default=Options(), metadata=TABLE)
 
 

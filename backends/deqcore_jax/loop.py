@@ -13,6 +13,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 from deqcore.backend import Carry
+from deqcore.settings import LARGEST
 
 # The predicate of a loop is read by the host in each test where the loop runs on an accelerator.
 EVERY: Final = {"cpu": 1}
@@ -65,7 +66,7 @@ def loop(
         return once_at_most
     chosen = EVERY.get(jax.default_backend(), EVERY_ELSEWHERE) if check_every == "auto" else check_every
     every = int(chosen)
-    budget = jnp.asarray(steps).astype(jnp.int32)
+    budget = jnp.asarray(min(steps, LARGEST) if isinstance(steps, int) else steps).astype(jnp.int32)
 
     def goes_on(state: tuple[Any, Carry]) -> Any:
         done, inner = state

@@ -142,8 +142,8 @@ def is_required(field: dataclasses.Field[Any]) -> bool:
 def check(owner: str, cls: type, name: str, value: object, *, strict: bool = True) -> object:
     """Check one value against the annotation of a dataclass's field; an int becomes a float if need be.
 
-    A field's metadata may say more: `least`, the smallest number allowed (finite, then), and `expected`, the
-    words for the message.
+    A field's metadata may say more: `least`, the smallest number allowed (finite, then), `most`, the largest one, and
+    `expected`, the words for the message.
 
     Args:
         owner: whose option it is, for the message.
@@ -157,7 +157,9 @@ def check(owner: str, cls: type, name: str, value: object, *, strict: bool = Tru
     """
     metadata, hint = _field(cls, name)
     fits, checked = (True, value) if _fits_plainly(hint, value) else _fits(cls, name, value, strict)
-    least = metadata.get("least")
+    least, most = metadata.get("least"), metadata.get("most")
+    if fits and most is not None and isinstance(checked, int) and checked > most:
+        raise ConfigError.bad_value(owner, name, value, f"a number of at most {most}")
     if fits and least is not None and isinstance(checked, (int, float)):
         fits = least <= checked < float("inf")
     if not fits:

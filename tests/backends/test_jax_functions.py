@@ -38,7 +38,7 @@ SETTINGS = {
 @pytest.fixture(autouse=True, scope="module")
 def _double():
     wanted = {"jax_enable_compilation_cache": False, "jax_disable_most_optimizations": True}  # compile quickly
-    before = {name: getattr(jax.config, name) for name in wanted}
+    before = {name: jax.config.values[name] for name in wanted}
     for name, value in wanted.items():
         jax.config.update(name, value)
     with jax.enable_x64(True):

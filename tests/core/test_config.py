@@ -155,6 +155,16 @@ BAD_VALUES = [
 ]
 
 
+@pytest.mark.parametrize("value", [2**31, 2**40, 10**400], ids=["2**31", "2**40", "10**400"])
+@pytest.mark.parametrize("setting", ["forward.max_steps", "forward.patience", "forward.check_every"])
+def test_steps_that_no_counter_holds_are_refused_with_the_range(setting: str, value: int) -> None:
+    """Steps are counted in int32 on every backend."""
+    section, name = setting.split(".")
+    with pytest.raises(errors.ConfigError, match="a number of at most 2147483647"):
+        Config(**{section: {name: value}})  # type: ignore[arg-type]
+    assert getattr(getattr(Config(**{section: {name: 2**31 - 1}}), section), name) == 2**31 - 1  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(("section", "name", "value", "expected"), BAD_VALUES)
 def test_bad_values_are_refused_at_every_level(
     section: str, name: str, value: object, expected: str, tmp_path: Path
