@@ -194,14 +194,15 @@ def _solution(problem: Problem, linear: Linear, b: Any, state: Any) -> Any:
 
 def _solution_forward(problem: Problem, linear: Linear, b: Any, state: Any) -> Any:
     """(I − J)^-1 b for an f without reverse mode."""
-    solve = lambda _, b: _route_forward(problem, linear, b, state)[0]
+
+    def solve(_, b):
+        return _route_forward(problem, linear, b, state)[0]
+
     return forward_only(lax.custom_linear_solve(lambda v: v - linear.push(v), b, solve))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _reverse(
-    problem: Problem, z: Any, fz: Any, state: Any, leaves: list[Any], probe: Probe | None
-) -> tuple[Any, Any]:
+def _reverse(problem: Problem, z: Any, fz: Any, state: Any, leaves: list[Any], probe: Probe | None) -> tuple[Any, Any]:
     """`z` and `fz` as functions of the leaves, and of the probe that they do not depend on."""
     return z, fz
 

@@ -99,7 +99,7 @@ def test_no_callback_is_compiled_in_that_nobody_asked_for(settings):
 
 def test_figures_of_all_lanes_and_samples_leave_by_one_callback():
     """What the callback takes: 6 counts, 6 steps, 6 residuals, whatever the batch and the lanes."""
-    fn = jax.jit(lambda x: jax.vmap(lambda x: total(x, forward__on_failure="warn"))(x))
+    fn = jax.jit(jax.vmap(lambda x: total(x, forward__on_failure="warn")))
     lowered = fn.lower(np.ones((5, 7, 3), np.float32)).as_text()
     calls = [line for line in lowered.splitlines() if "custom_call" in line and "callback" in line]
     assert len(calls) == 1
@@ -169,9 +169,11 @@ def test_only_the_samples_that_fail_lose_their_gradient(wrap, action, left):
 def test_a_strategy_without_a_solve_and_forward_mode_report_too():
     neumann = {"backward__strategy": "neumann", "backward__options": {"terms": 3}, "backward__on_failure": "raise"}
     assert not run(jax.jit(gradient(**neumann)), X1)  # it promises no accuracy
-    fn = lambda x: deqcore.fixed_point(
-        lambda z, x: A * z + x, x / (1 - A), x, backward__options=ADJOINT, backward__on_failure="warn"
-    ).value
+    fn = lambda x: (
+        deqcore.fixed_point(
+            lambda z, x: A * z + x, x / (1 - A), x, backward__options=ADJOINT, backward__on_failure="warn"
+        ).value
+    )
     (found, *_) = run(jax.jit(lambda x: jax.jvp(fn, (x,), (x,))[1]), X1)
     assert "1 of 2 samples MAX_STEPS" in str(found.message)
 
