@@ -515,7 +515,9 @@ class Backend(ABC):
             carry = body(carry)
         return carry
 
-    def watch(self, report: Failures, status: Array, steps: Array, residual: Array, *, compiled: bool) -> None:
+    def watch(  # noqa: B027 - an eager backend has no traced arrays
+        self, report: Failures, status: Array, steps: Array, residual: Array, *, compiled: bool
+    ) -> None:
         """Call `report` with what traced arrays `(batch,)` turn out to be, whenever a sample did not converge.
 
         Only a tracing backend is asked to. It calls at once where values are known (eager transformations), and by a
