@@ -195,7 +195,7 @@ def _solution(problem: Problem, linear: Linear, b: Any, state: Any) -> Any:
 def _solution_forward(problem: Problem, linear: Linear, b: Any, state: Any) -> Any:
     """(I − J)^-1 b for an f without reverse mode."""
 
-    def solve(_, b):
+    def solve(_: Any, b: Any) -> Any:
         return _route_forward(problem, linear, b, state)[0]
 
     return forward_only(lax.custom_linear_solve(lambda v: v - linear.push(v), b, solve))
