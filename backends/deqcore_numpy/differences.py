@@ -344,10 +344,12 @@ def scales(x: Any, value: Any, state: bool) -> tuple[Any, Any]:
 
 
 def uncertainty(slope: Slope, base: Any) -> float:
-    """The largest relative error that matters: a change of less than 1e-7 of f along a natural step does not."""
+    """The largest error relative to its sample's largest slope; a change of f by 1e-7 along a natural step is none."""
     error = np.where(np.isfinite(base) & (slope.error > 1e4 * slope.floor), slope.error, 0.0)
     with np.errstate(all="ignore"):
-        ratio = np.where(error > 0, error / np.abs(slope.value), 0.0)
+        size = np.where(np.isfinite(slope.value), np.abs(slope.value), 0.0)
+        most = np.max(size.reshape(len(size), -1), axis=1) if size.size and size.ndim > 1 else np.max(size, initial=0.0)
+        ratio = np.where(error > 0, error / most.reshape(-1, *[1] * (size.ndim - 1)), 0.0)
     return float(np.max(np.where(np.isnan(ratio), np.inf, ratio), initial=0.0))
 
 
