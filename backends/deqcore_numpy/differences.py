@@ -6,7 +6,7 @@ by factors of 8, until two neighbours agree. Each number of f's output takes the
 on, or else the one of the least error. So a kink, a saturation or a sample of another size near by changes nothing.
 
 Costs in evaluations of f: 8 a direction where f is smooth at its scale, at most `4 * (DOWN + UP + 2 * len(BLIND))`;
-1 a direction by the complex step. `Differences.check`, once per linearisation, takes 11 more, at most
+1 a direction by the complex step. `Differences.check`, once per linearisation, takes 12 more, at most
 `2 * (limit + DOWN + 3)`.
 
 Sources: Ridders (1982), "Accurate computation of F'(x) and F'(x)F''(x)"; Squire & Trapp (1998), "Using complex
@@ -148,6 +148,7 @@ class Differences:
         analytic, worst = True, 0.0
         for size in self._sizes():
             dx = size * rng.choice((-1.0, 1.0), self.x.shape) * rng.uniform(0.5, 1.0, self.x.shape)
+            self._find_precision(dx)
             slope = self.slope(dx)
             self._learn(slope, dx)
             worst = max(worst, uncertainty(slope, self.base))
@@ -164,6 +165,14 @@ class Differences:
         wide = np.broadcast_to(rows.reshape(-1, *[1] * (self.x.ndim - 1)) if self.x.ndim else rows, self.x.shape)
         mixed = bool((self.scale < 1e-4 * wide).any())
         return [self.scale, wide] if mixed else [self.scale]
+
+    def _find_precision(self, dx: Any) -> None:
+        """Whether f computes in float32 inside: random points then give nothing but float32 numbers."""
+        found = np.abs(self.moved(START * self.unit(dx), dx))
+        with np.errstate(all="ignore"):
+            narrow = np.array_equal(found, found.astype(np.float32))
+        if narrow and np.unique(found).size > max(2, found.size // 2):
+            self.eps = max(self.eps, float(np.finfo(np.float32).eps))
 
     def _learn(self, slope: Slope, dx: Any) -> None:
         """What had no scale gets that of the step which was right for it."""
@@ -344,10 +353,12 @@ def scales(x: Any, value: Any, state: bool) -> tuple[Any, Any]:
 
 
 def uncertainty(slope: Slope, base: Any) -> float:
-    """The largest relative error that matters: a change of less than 1e-7 of f along a natural step does not."""
+    """The largest error relative to its sample's largest slope; a change of f by 1e-7 along a natural step is none."""
     error = np.where(np.isfinite(base) & (slope.error > 1e4 * slope.floor), slope.error, 0.0)
     with np.errstate(all="ignore"):
-        ratio = np.where(error > 0, error / np.abs(slope.value), 0.0)
+        size = np.where(np.isfinite(slope.value), np.abs(slope.value), 0.0)
+        most = np.max(size.reshape(len(size), -1), axis=1) if size.size and size.ndim > 1 else np.max(size, initial=0.0)
+        ratio = np.where(error > 0, error / most.reshape(-1, *[1] * (size.ndim - 1)), 0.0)
     return float(np.max(np.where(np.isnan(ratio), np.inf, ratio), initial=0.0))
 
 
