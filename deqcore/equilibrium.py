@@ -20,7 +20,6 @@ from deqcore.errors import (
     ConfigError,
     ConvergenceError,
     ConvergenceWarning,
-    CoupledRowsWarning,
     DtypeToleranceWarning,
     NonDeterministicWarning,
     StateError,

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from deqcore.strategy import Adjoint, AdjointReport, Strategy
 
 INSIDE: Final = frozenset(
-    "deqcore deqcore_torch deqcore_jax deqcore_numpy torch jax flax equinox lightning functools contextlib".split()
+    (
+        *("deqcore", "deqcore_torch", "deqcore_jax", "deqcore_numpy"),
+        *("torch", "jax", "flax", "equinox", "lightning", "functools", "contextlib"),
+    )
 )
 MOST: Final = 256  # shapes of one function that are counted apart
 
@@ -166,8 +169,8 @@ def failure(
     return (
         f"The adjoint solve did not converge for {int(rows.sum())} of {rows.size} samples ({counts} after at most "
         f"{int(told.pulls[rows].max())} vector–Jacobian products{residual}): the gradient of these samples is "
-        f"inaccurate.{contradicted} To fix it, {advice} (backward.strategy = {name!r}; backward.on_failure = {on_failure!r} decides "
-        f"what happens now)."
+        f"inaccurate.{contradicted} To fix it, {advice} (backward.strategy = {name!r}; "
+        f"backward.on_failure = {on_failure!r} decides what happens now)."
     )
 
 
@@ -350,5 +353,5 @@ class Watch:
 
 
 def _due(count: int) -> bool:
-    """Whether the next warning after `count` of them is shown: the 1st, 10th, 100th, …"""
+    """Whether the next warning after `count` of them is shown: the 1st, 10th, 100th and so on."""
     return str(count + 1).strip("0") == "1"

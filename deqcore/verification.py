@@ -178,8 +178,7 @@ def _contradicts(
     """Where a measured residual is above what was reported, by more than rounding and above what was promised.
 
     A strategy that promises an accuracy but reports no residual is held to its promise. Products in float32 may be
-    rounded to 8 bits on the way (autocast, TF32) without a trace, and are noise of that size; where f couples rows, there
-    is a better explanation.
+    rounded to 8 bits on the way (autocast, TF32) without a trace. Such noise excuses a residual, unless f couples rows.
     """
     xp = backend.xp
     promised = getattr(strategy, "rtol", None)

@@ -86,7 +86,8 @@ def gradient_audit(
 
     Cost: one forward solve, the strategy's own backward pass, and one GMRES solve to rounding (`exact_pulls`
     vector–Jacobian products, as many vectors of memory), all for the audited samples only, one product more to
-    measure the strategy's residual, and 1 + 2 log₂(samples) to see whether f couples samples. In training, every few hundred steps on four samples is cheap and enough to see a gradient
+    measure the strategy's residual, and 1 + 2 log₂(samples) to see whether f couples samples. In training, every few
+    hundred steps on four samples is cheap and enough to see a gradient
     go wrong. Not for traced code.
 
     Args:

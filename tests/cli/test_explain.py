@@ -152,7 +152,7 @@ def test_figures_are_those_of_dense_linear_algebra(capsys, backend):
 
 @pytest.mark.parametrize("backend", ["numpy", "torch"])
 def test_coupled_samples_are_named(capsys, backend):
-    code, out, _ = explain(capsys, "--rounds", "0", "--problem", "p.py:mixing", "--backend", backend)
+    _, out, _ = explain(capsys, "--rounds", "0", "--problem", "p.py:mixing", "--backend", backend)
     assert "row 0 of f(z) changes when row 1 of z does" in out
     assert "forward.batch = false" in out
 
