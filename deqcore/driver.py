@@ -326,7 +326,7 @@ class _Refusals:
             if not backend.capabilities.eager or isinstance(going, bool) or backend.host(carry.since) is not None:
                 return going
             both = 2 * xp.astype(going, xp.int32) + xp.astype(xp.any(self._rows(carry)), xp.int32)
-            answer = int(both)
+            answer = int(backend.to_numpy(both))
             self.pending = answer % 2 == 1
             return answer >= 2
 
