@@ -364,6 +364,7 @@ class _Refusals:
         self.backend = backend
         self.solver = solver
         self.pending = False
+        self.waits = backend.capabilities.eager and backend.capabilities.accelerator
 
     def watched(self, running: Callable[[Carry], Array | bool]) -> Callable[[Carry], Array | bool]:
         """`running`, which on a device answers for refused steps as well: one wait for both."""
@@ -371,10 +372,10 @@ class _Refusals:
 
         def asked(carry: Carry) -> Array | bool:
             going = running(carry)
-            if not backend.capabilities.eager or isinstance(going, bool) or backend.host(carry.since) is not None:
+            if not self.waits or isinstance(going, bool) or backend.host(carry.since) is not None:
                 return going
             both = 2 * xp.astype(going, xp.int32) + xp.astype(xp.any(self._rows(carry)), xp.int32)
-            answer = int(both)
+            answer = int(backend.to_numpy(both))
             self.pending = answer % 2 == 1
             return answer >= 2
 
@@ -389,10 +390,10 @@ class _Refusals:
 
     def after(self, carry: Carry) -> Carry:
         """The carry after a step."""
-        if not self.backend.capabilities.eager:
+        seen = self.backend.host(carry.since)
+        if seen is None and not self.waits:
             shortened: Carry = self.backend.once(self._rows(carry), self.shortened, carry)
             return shortened
-        seen = self.backend.host(carry.since)
         if seen is None or not (seen == REFUSED).any():
             return carry
         return self.shortened(carry)

@@ -44,7 +44,7 @@ class Forward:
     Attributes:
         solver: name of a registered solver (`deqcore solvers`).
         rtol: a sample has converged when ‖f(z) − z‖ ≤ atol + rtol·‖f(z)‖, 2-norm over its own state; "auto": what
-            the dtype can reach, at most 1e-4.
+            the dtype can reach, at most 1e-4. Growth of the iterate alone meets no tolerance.
         atol: see rtol; in units of the state.
         max_steps: solver steps at most. The first evaluation of f comes on top.
         check_every: steps between questions whether all samples have stopped; "auto": 1 where asking is free.

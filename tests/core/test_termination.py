@@ -239,6 +239,17 @@ def test_a_secant_estimate_ignores_the_point_after_a_refused_step(be):
         np.testing.assert_allclose(be.to_numpy(h.apply(v)), [[expected]], rtol=0.1)  # the mean of all pairs
 
 
+def test_patience_is_a_setting(be):
+    """A rotation by 90° keeps its residual: plain iteration stalls after `patience` steps."""
+    turn = lambda z: be.xp.concat([-z[:, 1:], z[:, :1]], axis=1)
+    for patience in (7, 23):
+        sol = solve(be, turn, np.ones((1, 2)), "picard", forward__patience=patience, forward__max_steps=100)
+        assert statuses(be, sol) == [Status.STALLED]
+        assert int(sol.steps[0]) == patience
+    with pytest.raises(deqcore.errors.ConfigError, match="patience"):
+        solve(be, turn, np.ones((1, 2)), "picard", forward__patience=0)
+
+
 # -- traced code ------------------------------------------------------------------------------------------------
 
 
@@ -249,6 +260,10 @@ def test_compiled_statuses_are_those_of_eager_code():
     def run(solver, xp, made, z0):
         return deqcore.fixed_point(made(xp), z0, forward__solver=solver, forward__on_failure="ignore").status
 
+    turn = lambda z: jnp.concatenate([-z[:, 1:], z[:, :1]], axis=1)
+    settings = {"forward__solver": "picard", "forward__max_steps": 100, "forward__on_failure": "ignore"}
+    found = deqcore.fixed_point(turn, jnp.ones((1, 2)), forward__patience=7, **settings)
+    assert (int(found.status[0]), int(found.steps[0])) == (int(Status.STALLED), 7)
     z0 = np.zeros((2, 3), np.float32)
     for solver in ("broyden", "anderson"):
         for call in (run, lambda *a: jax.jit(lambda z: run(*a[:3], z))(a[3])):
