@@ -10,32 +10,32 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from deqcore import errors
-    from deqcore.backend import Backend, Capabilities, History
+    from deqcore.abc.backend import Backend, Capabilities, History
+    from deqcore.abc.backward import AdjointReport, StepStrategy, Strategy
+    from deqcore.abc.solver import Solver
+    from deqcore.api import fixed_point, get_backend, vjp
     from deqcore.config import Config, using
-    from deqcore.equilibrium import fixed_point, get_backend, vjp
     from deqcore.linear.lowrank import InverseJacobian
     from deqcore.solution import Solution, Status
-    from deqcore.solver import Solver
-    from deqcore.strategy import AdjointReport, StepStrategy, Strategy
 
     __version__: str
 
 _HOME: Final = {
-    "AdjointReport": "deqcore.strategy",
-    "Backend": "deqcore.backend",
-    "Capabilities": "deqcore.backend",
+    "AdjointReport": "deqcore.abc.backward",
+    "Backend": "deqcore.abc.backend",
+    "Capabilities": "deqcore.abc.backend",
     "Config": "deqcore.config",
-    "History": "deqcore.backend",
+    "History": "deqcore.abc.backend",
     "InverseJacobian": "deqcore.linear.lowrank",
     "Solution": "deqcore.solution",
-    "Solver": "deqcore.solver",
+    "Solver": "deqcore.abc.solver",
     "Status": "deqcore.solution",
-    "StepStrategy": "deqcore.strategy",
-    "Strategy": "deqcore.strategy",
-    "fixed_point": "deqcore.equilibrium",
-    "get_backend": "deqcore.equilibrium",
+    "StepStrategy": "deqcore.abc.backward",
+    "Strategy": "deqcore.abc.backward",
+    "fixed_point": "deqcore.api",
+    "get_backend": "deqcore.api",
     "using": "deqcore.config",
-    "vjp": "deqcore.equilibrium",
+    "vjp": "deqcore.api",
 }
 
 _MODULES: Final = ("diagnostics", "errors", "monitor")

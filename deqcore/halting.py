@@ -13,8 +13,8 @@ from functools import cache
 from typing import Any, TypeAlias
 
 from deqcore import plugins
-from deqcore.backend import Array, Backend, Tree
-from deqcore.equilibrium import get_backend, plain_leaves
+from deqcore.abc.backend import Array, Backend, Tree
+from deqcore.api import get_backend, plain_leaves
 from deqcore.errors import BackendError, ConfigError, ProblemError
 
 Rule: TypeAlias = Callable[[Tree, Tree], Array]

@@ -17,9 +17,9 @@ from typing import Any, Final
 from deqcore import config as settings
 from deqcore import plugins
 from deqcore.config import Config
+from deqcore.config.options import freeze, plain
+from deqcore.config.sources import scalar
 from deqcore.errors import ConfigError, LayerWarning, ProblemError
-from deqcore.plugins.options import freeze, plain
-from deqcore.settings import scalar
 
 REUSE: Final = ("batch", "sequence")
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
-from deqcore.backend import Array, Backend, BackwardRecord, Tree
+from deqcore.abc.backend import Array, Backend, BackwardRecord, Tree
 
 if TYPE_CHECKING:
-    from deqcore.driver import Carry
-    from deqcore.strategy import AdjointReport
+    from deqcore.abc.backward import AdjointReport
+    from deqcore.solve.loop import Carry
 
 
 class Status(IntEnum):

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from deqcore.backend import Backend, BackwardRecord, Capabilities, Carry, History, Map
-from deqcore.driver import Forward
+from deqcore.abc.backend import Backend, BackwardRecord, Capabilities, Carry, History, Map
+from deqcore.abc.backward import Adjoint
 from deqcore.errors import BackendError
-from deqcore.failure import Failures
-from deqcore.strategy import Adjoint
+from deqcore.solve.loop import Forward
+from deqcore.solve.traced_failures import Failures
 from deqcore_jax import failures, implicit, probe, pytrees, small
 from deqcore_jax.context import as_outside
 from deqcore_jax.dtypes import single, wide

@@ -18,9 +18,9 @@ import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from deqcore.failure import Failures, Place
+from deqcore.abc.backward import Adjoint, AdjointReport
 from deqcore.solution import Status, Tally
-from deqcore.strategy import Adjoint, AdjointReport
+from deqcore.solve.traced_failures import Failures, Place
 
 ADJOINT: Final = "after at most {steps} vjps, adjoint residual at most {residual:.3g}."
 BEFORE: Final = "The adjoint solve of a backward pass failed, so the gradients of these samples are wrong.\n"
@@ -31,7 +31,7 @@ CURE: Final = (
 
 
 def watch(report: Failures, status: Any, steps: Any, residual: Any, *, compiled: bool) -> None:
-    """See `deqcore.backend.Backend.watch`."""
+    """See `deqcore.abc.backend.Backend.watch`."""
     if not status.size or (not compiled and is_staged()):
         return
     figures = [lax.stop_gradient(each) for each in (status, steps, residual)]

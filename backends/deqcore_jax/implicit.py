@@ -27,11 +27,11 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from deqcore.driver import Control, Drive, Forward
+from deqcore.abc.backward import Adjoint, AdjointReport
 from deqcore.errors import StrategyError
-from deqcore.failure import Place
 from deqcore.linear.transposed import transposed
-from deqcore.strategy import Adjoint, AdjointReport
+from deqcore.solve.loop import Control, Drive, Forward
+from deqcore.solve.traced_failures import Place
 from deqcore_jax.context import precise
 from deqcore_jax.failures import bound, checked, place_of
 from deqcore_jax.linearize import Linear, Reverse, forward_only, no_reverse_mode
@@ -154,7 +154,7 @@ def _run(
 def record(
     f: Callable[..., Any], z0: Any, args: tuple[Any, ...], steps: Callable[..., Any], forward: Forward | None
 ) -> Any:
-    """Trace f, and differentiate through `steps` (see `deqcore.backend.Backend.record`)."""
+    """Trace f, and differentiate through `steps` (see `deqcore.abc.backend.Backend.record`)."""
     program, leaves = trace(f, z0, args)
     return _record(program, steps, z0, leaves, forward)
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from deqcore.equilibrium import fixed_point
+from deqcore.api import fixed_point
 from deqcore.errors import ConfigError
 from deqcore.halting import Rule, until
 from deqcore.layer import LayerSettings, explain_arguments, shape_unknown

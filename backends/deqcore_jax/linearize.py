@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
-from deqcore.backend import Map
+from deqcore.abc.backend import Map
 from deqcore.errors import BackendError, StrategyError
 from deqcore_jax.program import Program, calls
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from deqcore.backend import Carry
-from deqcore.settings import LARGEST
+from deqcore.abc.backend import Carry
+from deqcore.config.sources import LARGEST
 
 # The predicate of a loop is read by the host in each test where the loop runs on an accelerator.
 EVERY: Final = {"cpu": 1}
@@ -58,7 +58,7 @@ def loop(
     steps: Any,
     check_every: int | str = "auto",
 ) -> Carry:
-    """Apply `body` while `running(carry)`, `steps` times at most; see `deqcore.backend.Backend.loop`."""
+    """Apply `body` while `running(carry)`, `steps` times at most; see `deqcore.abc.backend.Backend.loop`."""
     if _recorded.get():
         return _scan(running, body, carry, int(steps))
     if isinstance(steps, int) and steps == 1:  # a condition: no loop, and no carry to copy

@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from deqcore.backend import Backend, BackwardRecord, Capabilities, Map
-from deqcore.driver import Forward
+from deqcore.abc.backend import Backend, BackwardRecord, Capabilities, Map
+from deqcore.abc.backward import Adjoint
 from deqcore.errors import ConfigError, ProblemError
-from deqcore.strategy import Adjoint
-from deqcore.verification import coupled_rows
+from deqcore.solve.loop import Forward
+from deqcore.solve.verification import coupled_rows
 from deqcore_numpy.derivative import (
     batched_jacobian,
     is_differencing,

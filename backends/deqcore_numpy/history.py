@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from deqcore.backend import History
+from deqcore.abc.backend import History
 
 
 class NumpyHistory(History):

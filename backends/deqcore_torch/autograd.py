@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deqcore.backend import BackwardRecord
-from deqcore.driver import Forward
+from deqcore.abc.backend import BackwardRecord
+from deqcore.abc.backward import Adjoint
 from deqcore.linear.transposed import transposed
-from deqcore.strategy import Adjoint
+from deqcore.solve.loop import Forward
 from deqcore_torch import transforms
 from deqcore_torch.graph import Outside, outside, refuse_compiled, sequence
 from deqcore_torch.saved import Saved

@@ -13,12 +13,12 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
-from deqcore.backend import Backend, BackwardRecord, Capabilities, Carry, History, Map, Stepped
-from deqcore.driver import Forward
+from deqcore.abc.backend import Backend, BackwardRecord, Capabilities, Carry, History, Map, Stepped
+from deqcore.abc.backward import Adjoint
+from deqcore.abc.solver import Solver
 from deqcore.errors import BackendError, ConfigError, ProblemError, StateError
-from deqcore.opaque import arrays_in
-from deqcore.solver import Solver
-from deqcore.strategy import Adjoint
+from deqcore.solve.loop import Forward
+from deqcore.solve.opaque import arrays_in
 from deqcore_torch import native, products, transforms
 from deqcore_torch.ambient import nothing_recorded
 from deqcore_torch.autograd import attach

@@ -13,8 +13,8 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from deqcore import halting
+from deqcore.api import fixed_point
 from deqcore.config import Config
-from deqcore.equilibrium import fixed_point
 from deqcore.errors import ConfigError
 from deqcore.halting import Rule
 from deqcore.layer import LayerSettings, check_reuse, compare_settings, explain_arguments, shape_unknown

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deqcore.backend import Map
+from deqcore.abc.backend import Map
 from deqcore.errors import BackendError
 from deqcore_torch.graph import once_only, sequence
 

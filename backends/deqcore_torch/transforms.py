@@ -34,11 +34,11 @@ from torch._C._functorch import (
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from deqcore.backend import Map
-from deqcore.driver import Forward
+from deqcore.abc.backend import Map
+from deqcore.abc.backward import Adjoint
 from deqcore.errors import ProblemError, StrategyError
 from deqcore.linear.transposed import transposed
-from deqcore.strategy import Adjoint
+from deqcore.solve.loop import Forward
 from deqcore_torch.ambient import Ambient, nothing_recorded
 
 _vjp: Any = torch.func.vjp  # its annotation also counts the auxiliary output that it does not have here

@@ -11,12 +11,12 @@ import torch
 import deqcore
 from benchmarks.certificates.problems import Case
 from benchmarks.certificates.truth import Truth, gmres_errors, gmres_residuals, pulls_to, truth
-from deqcore.driver import Control, Forward, drive
+from deqcore.backward.broyden_reuse import BroydenReuse
 from deqcore.linear.certified import Certified, solve_certified
 from deqcore.linear.gmres import gmres
 from deqcore.solution import Status
+from deqcore.solve.loop import Control, Forward, drive
 from deqcore.solvers.broyden import Broyden
-from deqcore.strategies.broyden_reuse import BroydenReuse
 
 TARGETS = (0.1, 0.01)
 LEVELS = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from deqcore.backend import Array, Tree
+from deqcore.abc.backend import Array, Tree
 from deqcore.testing.problem import Problem
 
 

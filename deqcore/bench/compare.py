@@ -10,7 +10,7 @@ from typing import Final
 
 import numpy as np
 
-from deqcore.backend import Array
+from deqcore.abc.backend import Array
 from deqcore.bench.cases import Case
 from deqcore.bench.harness import Contender, Harness, Outcome, Ready, Solve, residuals
 from deqcore.bench.rows import Row

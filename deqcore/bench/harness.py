@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import deqcore
-from deqcore.backend import Array, Backend, Tree
+from deqcore.abc.backend import Array, Backend, Tree
 from deqcore.bench.cases import Case
 from deqcore.bench.machine import peak_memory
 from deqcore.config import Config

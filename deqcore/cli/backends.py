@@ -9,7 +9,7 @@ import typer
 
 from deqcore import plugins
 from deqcore.cli.output import AsJson, show
-from deqcore.cli.project import load_plugins
+from deqcore.cli.project_config import load_plugins
 from deqcore.errors import DeqcoreError, installing
 from deqcore.plugins import BackendSpec
 

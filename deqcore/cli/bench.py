@@ -90,8 +90,8 @@ def _answer(rows: list[Row], out: Path | None, as_json: bool, package: str | Non
 
 def _harness(name: str) -> Harness:
     from deqcore import plugins
+    from deqcore.api import get_backend
     from deqcore.bench.harness import Harness
-    from deqcore.equilibrium import get_backend
 
     found = get_backend(backend=name)
     return Harness.of(found, plugins.backends()[found.name].package)

@@ -13,16 +13,16 @@ from rich.console import Console
 from rich.text import Text
 
 from deqcore import plugins
-from deqcore.backend import Backend, Tree
+from deqcore.abc.backend import Backend, Tree
+from deqcore.api import get_backend
 from deqcore.bench.harness import Harness
 from deqcore.bench.machine import describe
 from deqcore.cli.output import AsJson, show
 from deqcore.config import Config
 from deqcore.config import resolve as resolve_settings
-from deqcore.diagnostics.choices import Choice, Row, Table, candidates, cheapest, survey
-from deqcore.equilibrium import get_backend
+from deqcore.diagnostics.strategy_comparison import Choice, Row, Table, candidates, cheapest, survey
 from deqcore.errors import BackendError, ConfigError, ProblemError, did_you_mean, listing
-from deqcore.failures import coupling
+from deqcore.solve.failures import coupling
 from deqcore.testing.problem import Problem, load_problem, place, rebuild
 from deqcore.testing.problems import golden, names
 

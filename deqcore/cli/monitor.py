@@ -83,11 +83,11 @@ def metrics(as_json: AsJson = False) -> None:
 def sinks(as_json: AsJson = False) -> None:
     """List the sinks and their options."""
     from deqcore import plugins
-    from deqcore.cli import project, registered
+    from deqcore.cli import listing, project_config
 
-    project.load_plugins()
+    project_config.load_plugins()
     show(
-        registered.rows("sink", plugins.sinks().values(), {"keeps": "keeps"}),
+        listing.rows("sink", plugins.sinks().values(), {"keeps": "keeps"}),
         ("name", "options", "summary", "status", "reason"),
         as_json=as_json,
     )

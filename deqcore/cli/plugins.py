@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from deqcore import plugins
 from deqcore.cli.output import AsJson, show
-from deqcore.cli.project import load_plugins
+from deqcore.cli.project_config import load_plugins
 
 COLUMNS = ("name", "version", "source", "hooks", "status", "reason")
 

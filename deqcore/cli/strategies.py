@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from deqcore import plugins
-from deqcore.cli import registered
+from deqcore.cli import listing
 from deqcore.cli.output import AsJson, show
-from deqcore.cli.project import load_plugins
+from deqcore.cli.project_config import load_plugins
 
 COLUMNS = ("name", "summary", "options", "needs", "exact", "status", "reason")
 
@@ -14,4 +14,4 @@ def command(as_json: AsJson = False) -> None:
     """List the backward strategies, with their options and defaults, and what each needs."""
     load_plugins()
     facts = {"needs": "needs", "exact": "exact"}
-    show(registered.rows("strategy", plugins.strategies().values(), facts), COLUMNS, as_json=as_json)
+    show(listing.rows("strategy", plugins.strategies().values(), facts), COLUMNS, as_json=as_json)

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from deqcore.backend import Array, Backend, Tree
+from deqcore.abc.backend import Array, Backend, Tree
+from deqcore.api import plan_call
 from deqcore.config import Config
-from deqcore.diagnostics import routed
-from deqcore.equilibrium import plan_call
+from deqcore.diagnostics import adjoint
 from deqcore.errors import ConfigError
 
 
@@ -128,10 +128,10 @@ def gradient_audit(
         plan = plan_call(config, overrides, z0, args)
     g = plan.space.ravel_like("cotangent", cotangent)
     raveled, start = plan.space.wrap(f), backend.detach(plan.space.ravel(z0))
-    forward = routed.solve(plan, raveled, start, args)
-    mine = routed.by_strategy(plan, raveled, start, args, g, forward)
-    pull = routed.pull_at(plan, raveled, args, forward)
-    exact, residual, pulls = routed.by_reference(plan, raveled, args, g, forward, pull, max_pulls)
+    forward = adjoint.solve(plan, raveled, start, args)
+    mine = adjoint.by_strategy(plan, raveled, start, args, g, forward)
+    pull = adjoint.pull_at(plan, raveled, args, forward)
+    exact, residual, pulls = adjoint.by_reference(plan, raveled, args, g, forward, pull, max_pulls)
     u, truth = (backend.to_numpy(each.u).astype(np.float64) for each in (mine, exact))
     cosine, ratio, error = compare(u, truth)
     total = [flat(backend, each.gradients)[None] for each in (mine, exact)]
@@ -150,7 +150,7 @@ def gradient_audit(
         reported=unknown if report is None else backend.to_numpy(report.error).astype(np.float64),
         exact_pulls=pulls,
         exact_residual=residual,
-        coupling=routed.coupling(plan, pull, forward),
+        coupling=adjoint.coupling(plan, pull, forward),
     )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from deqcore.backend import Array, Tree
-from deqcore.diagnostics.view import view
+from deqcore.abc.backend import Array, Tree
+from deqcore.diagnostics.linearization import view
 from deqcore.errors import StateError
 
 

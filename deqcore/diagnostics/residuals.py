@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from deqcore.backend import Tree
+from deqcore.abc.backend import Tree
+from deqcore.api import fixed_point
 from deqcore.config import Config
-from deqcore.equilibrium import fixed_point
 from deqcore.errors import ConfigError
 from deqcore.solution import Status
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from deqcore.backend import Array, Backend, History, Map, Tree
-from deqcore.diagnostics.view import view
+from deqcore.abc.backend import Array, Backend, History, Map, Tree
+from deqcore.diagnostics.linearization import view
 from deqcore.errors import ConfigError
 
 

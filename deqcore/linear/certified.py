@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from deqcore.backend import Array, Backend, Map
+from deqcore.abc.backend import Array, Backend, Map
 from deqcore.linear.gmres import Krylov, KrylovSpace
 
 SAFETY = 1.2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from deqcore.backend import Array, Backend, Map
+from deqcore.abc.backend import Array, Backend, Map
 
 ENTRIES: Final = 2**24
 """Numbers in the matrices that are solved at a time; a batch with more of them is solved in parts."""

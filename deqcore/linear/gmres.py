@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from deqcore.backend import Array, Backend, History, Map
+from deqcore.abc.backend import Array, Backend, History, Map
 
 
 class Krylov(NamedTuple):

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Final
 
-from deqcore.backend import Array, Backend, History
+from deqcore.abc.backend import Array, Backend, History
 
 
 class InverseJacobian(ABC):

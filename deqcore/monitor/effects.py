@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from deqcore import plugins
 from deqcore.config import Config, override
+from deqcore.config.options import options_of
 from deqcore.monitor.triggers import Trigger
-from deqcore.plugins.options import options_of
 
 TIGHTEN: Final = 0.1
 REFINE: Final = 2.0

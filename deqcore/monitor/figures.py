@@ -15,9 +15,9 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from deqcore.backend import Array, Backend, BackwardRecord
+from deqcore.abc.backend import Array, Backend, BackwardRecord
+from deqcore.abc.backward import AdjointReport
 from deqcore.solution import Solution, Status
-from deqcore.strategy import AdjointReport
 
 Host: TypeAlias = NDArray[np.float64]
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import final
 
-from deqcore.backend import Array, Backend
+from deqcore.abc.backend import Array, Backend
+from deqcore.abc.backward import AdjointReport
 from deqcore.config import Config, current
 from deqcore.errors import ConfigError
 from deqcore.monitor import effects
@@ -25,9 +26,8 @@ from deqcore.monitor.settings import MonitorSettings, SinkLike, make_triggers
 from deqcore.monitor.sink import Event, Row, Run
 from deqcore.monitor.tell import tell
 from deqcore.monitor.triggers import Trigger
-from deqcore.observer import Observer, Solve, observing
 from deqcore.solution import Solution
-from deqcore.strategy import AdjointReport
+from deqcore.solve.observer import Observer, Solve, observing
 
 
 @final

@@ -13,9 +13,9 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 
-from deqcore.backend import Array, Tree
+from deqcore.abc.backend import Array, Tree
 from deqcore.errors import ConfigError
-from deqcore.observer import Solve
+from deqcore.solve.observer import Solve
 
 Measured: TypeAlias = "float | Array | Sequence[float | Array]"
 

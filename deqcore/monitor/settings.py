@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
 from deqcore import plugins
+from deqcore.config.options import Options, as_options, check, instantiate
+from deqcore.config.sources import names_of
 from deqcore.errors import ConfigError, PluginError
 from deqcore.monitor.metrics import PREFIX, Metrics
 from deqcore.monitor.probes import make_probes
 from deqcore.monitor.sink import Sink
 from deqcore.monitor.triggers import Trigger
-from deqcore.plugins.options import Options, as_options, check, instantiate
-from deqcore.settings import names_of
 
 SinkLike: TypeAlias = Sink | str | Mapping[str, object]
 

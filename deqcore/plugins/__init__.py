@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from deqcore.config.options import Options
 from deqcore.plugins.lookup import (
     backend_of,
     backends,
@@ -29,8 +30,7 @@ from deqcore.plugins.lookup import (
     strategies,
     trainers,
 )
-from deqcore.plugins.options import Options
-from deqcore.plugins.records import (
+from deqcore.plugins.specs import (
     BackendSpec,
     CommandSpec,
     DataSpec,

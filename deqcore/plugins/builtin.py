@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Final
 
-from deqcore.plugins.records import (
+from deqcore.plugins.specs import (
     BackendSpec,
     CommandSpec,
     DataSpec,
@@ -61,16 +61,16 @@ SOLVERS: Final = (
 )
 
 STRATEGIES: Final = (
-    StrategySpec("exact-ift", "deqcore.strategies.exact_ift:ExactIFT", "solve the adjoint equation to tolerance"),
+    StrategySpec("exact-ift", "deqcore.backward.exact_ift:ExactIFT", "solve the adjoint equation to tolerance"),
     StrategySpec(
         "broyden-reuse",
-        "deqcore.strategies.broyden_reuse:BroydenReuse",
+        "deqcore.backward.broyden_reuse:BroydenReuse",
         "reuse the forward solver's inverse-Jacobian estimate",
     ),
-    StrategySpec("jacobian-free", "deqcore.strategies.jacobian_free:JacobianFree", "take the cotangent as it is"),
-    StrategySpec("neumann", "deqcore.strategies.neumann:Neumann", "a truncated Neumann series"),
-    StrategySpec("phantom", "deqcore.strategies.phantom:Phantom", "damped unrolled steps from the fixed point"),
-    StrategySpec("unrolled", "deqcore.strategies.unrolled:Unrolled", "backpropagation through the steps"),
+    StrategySpec("jacobian-free", "deqcore.backward.jacobian_free:JacobianFree", "take the cotangent as it is"),
+    StrategySpec("neumann", "deqcore.backward.neumann:Neumann", "a truncated Neumann series"),
+    StrategySpec("phantom", "deqcore.backward.phantom:Phantom", "damped unrolled steps from the fixed point"),
+    StrategySpec("unrolled", "deqcore.backward.unrolled:Unrolled", "backpropagation through the steps"),
 )
 
 TRAINERS: Final = (

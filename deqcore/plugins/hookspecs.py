@@ -14,7 +14,7 @@ from typing import Final
 
 import pluggy
 
-from deqcore.plugins.records import (
+from deqcore.plugins.specs import (
     BackendSpec,
     CommandSpec,
     DataSpec,

@@ -17,10 +17,10 @@ from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
+from deqcore.config.options import Options, as_options, instantiate
 from deqcore.errors import MissingFrameworkError, PluginError, UnknownNameError
 from deqcore.plugins.builtin import BUILTIN
-from deqcore.plugins.options import Options, as_options, instantiate
-from deqcore.plugins.records import (
+from deqcore.plugins.specs import (
     BackendSpec,
     CommandSpec,
     DataSpec,
@@ -34,10 +34,10 @@ from deqcore.plugins.records import (
 )
 
 if TYPE_CHECKING:
-    from deqcore.backend import Backend
+    from deqcore.abc.backend import Backend
+    from deqcore.abc.backward import StepStrategy, Strategy
+    from deqcore.abc.solver import Solver
     from deqcore.plugins.manager import Manager, PluginStatus
-    from deqcore.solver import Solver
-    from deqcore.strategy import StepStrategy, Strategy
 
 S = TypeVar("S", bound=Spec)
 _lock: Final = RLock()
@@ -209,7 +209,7 @@ def make_backend(name: str) -> Backend:
         MissingFrameworkError: its framework is not installed.
         PluginError: the plugin that offers it is broken, or its class is no whole backend.
     """
-    from deqcore.backend import Backend
+    from deqcore.abc.backend import Backend
 
     made: object = _class("backend", name, Backend)()
     return cast("Backend", made)
@@ -232,7 +232,7 @@ def make_strategy(name: str, options: Mapping[str, object] | None = None) -> Str
 
 @lru_cache(maxsize=256)
 def _make_solver(name: str, options: Options) -> Solver:
-    from deqcore.solver import Solver
+    from deqcore.abc.solver import Solver
 
     made: object = instantiate(f"solver {name!r}", _class("solver", name, Solver), options)
     return cast("Solver", made)
@@ -240,7 +240,7 @@ def _make_solver(name: str, options: Options) -> Solver:
 
 @lru_cache(maxsize=256)
 def _make_strategy(name: str, options: Options) -> Strategy | StepStrategy:
-    from deqcore.strategy import StepStrategy, Strategy
+    from deqcore.abc.backward import StepStrategy, Strategy
 
     cls = _class("strategy", name, Strategy, StepStrategy)
     made: object = instantiate(f"strategy {name!r}", cls, options)
@@ -248,7 +248,7 @@ def _make_strategy(name: str, options: Options) -> Strategy | StepStrategy:
 
 
 def _class(kind: Kind, name: str, *bases: type) -> type:
-    from deqcore.plugins.contract import fulfils
+    from deqcore.plugins.validate import fulfils
 
     return fulfils(f"{kind} {name!r}", load(kind, name), *bases)
 

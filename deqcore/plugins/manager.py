@@ -19,7 +19,7 @@ import pluggy
 from deqcore.errors import PluginError, did_you_mean
 from deqcore.plugins import hookspecs
 from deqcore.plugins.builtin import BUILTIN
-from deqcore.plugins.records import Kind, Spec
+from deqcore.plugins.specs import Kind, Spec
 
 GROUP: Final = "deqcore"
 DISABLE: Final = "DEQCORE_DISABLE_PLUGINS"

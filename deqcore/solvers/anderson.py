@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from deqcore.backend import Array, Backend, History, Map
+from deqcore.abc.backend import Array, Backend, History, Map
+from deqcore.abc.solver import Solver
 from deqcore.linear.lowrank import InverseJacobian, TwoBases
-from deqcore.solver import Solver
 
 
 class AndersonState(NamedTuple):

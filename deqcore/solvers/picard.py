@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from deqcore.backend import Array, Backend, Map
-from deqcore.solver import Solver
+from deqcore.abc.backend import Array, Backend, Map
+from deqcore.abc.solver import Solver
 
 
 @dataclass(frozen=True)

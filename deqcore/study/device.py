@@ -41,7 +41,7 @@ def main(backend: str, device: str) -> None:
         BackendError: that cannot be done.
     """
     import deqcore
-    from deqcore.cli.project import load_plugins
+    from deqcore.cli.project_config import load_plugins
 
     load_plugins()
     made = deqcore.get_backend(backend=backend)

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from deqcore.abc.backward import AdjointReport
 from deqcore.config import Config
 from deqcore.solution import Status
-from deqcore.strategy import AdjointReport
 from deqcore.study.models.base import Model, Weights
 
 Numbers: TypeAlias = NDArray[Any]

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import deqcore
-from deqcore import errors, failures
+from deqcore import errors
+from deqcore.solve import failures
 from deqcore.testing.bounds import tolerance
 from deqcore.testing.conformance import DTYPES, Conformance, needs, several
 from deqcore.testing.kit import Kit, affine, close

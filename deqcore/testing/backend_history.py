@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from deqcore.driver import Control, drive
 from deqcore.solution import Status
+from deqcore.solve.loop import Control, drive
 from deqcore.solvers.picard import Picard
 from deqcore.testing.conformance import DTYPES, Conformance, needs, several
 from deqcore.testing.kit import Kit, close

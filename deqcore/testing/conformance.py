@@ -8,7 +8,7 @@ A class of tests names its subject by attributes, and pytest collects it like an
         solvers = ("mine",)
         expected_failures = {"test_golden[numpy-mine-slow-modes-float32]": "stalls in single precision"}
 
-Tests ask for what a backend can do (`deqcore.backend.Capabilities`), never for its name.
+Tests ask for what a backend can do (`deqcore.abc.backend.Capabilities`), never for its name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ except ImportError as error:
     raise MissingExtraError.of("The conformance suite", "pytest", "test") from error
 
 import deqcore
-from deqcore.backend import Backend
+from deqcore.abc.backend import Backend
 from deqcore.testing import strict
 from deqcore.testing.kit import Kit
 from deqcore.testing.problems import golden

@@ -15,8 +15,8 @@ from typing import Any, Final
 import numpy as np
 
 from deqcore import plugins
+from deqcore.abc.backward import StepStrategy
 from deqcore.errors import BackendError
-from deqcore.strategy import StepStrategy
 from deqcore.testing import worker
 from deqcore.testing.bounds import tolerance
 from deqcore.testing.compare import Comparison, differ, quantities, size

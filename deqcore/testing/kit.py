@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import deqcore
-from deqcore.backend import Array, Backend, Map, Tree
+from deqcore.abc.backend import Array, Backend, Map, Tree
 from deqcore.linear.lowrank import InverseJacobian
 from deqcore.solution import Solution
 from deqcore.testing.problem import rebuild

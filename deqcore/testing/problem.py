@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from deqcore.backend import Array, Backend, Tree
+from deqcore.abc.backend import Array, Backend, Tree
 from deqcore.errors import ProblemError, did_you_mean, listing
 
 

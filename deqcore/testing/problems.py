@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from deqcore.backend import Array, Tree
+from deqcore.abc.backend import Array, Tree
 from deqcore.errors import ProblemError, did_you_mean, listing
 from deqcore.testing.bounds import Sensitivity, Slope
 from deqcore.testing.problem import Problem, rebuild, walk

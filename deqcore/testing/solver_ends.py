@@ -6,9 +6,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from deqcore.backend import Map
+from deqcore.abc.backend import Map
+from deqcore.abc.solver import Solver
 from deqcore.solution import Status
-from deqcore.solver import Solver
 from deqcore.testing.conformance import Conformance, several
 from deqcore.testing.kit import Kit, affine, close
 

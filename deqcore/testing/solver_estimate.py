@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import deqcore
+from deqcore.abc.solver import Solver
 from deqcore.linear.lowrank import InverseJacobian
-from deqcore.solver import Solver
 from deqcore.testing.conformance import Conformance
 from deqcore.testing.kit import Affine, Kit, affine, close
 from deqcore.testing.solver_steps import walk_steps

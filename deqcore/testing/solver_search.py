@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deqcore.backend import Map
-from deqcore.solver import Solver
+from deqcore.abc.backend import Map
+from deqcore.abc.solver import Solver
 from deqcore.testing.conformance import Conformance
 from deqcore.testing.kit import Affine, Kit, affine, close
 from deqcore.testing.problems import golden

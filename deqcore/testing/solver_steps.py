@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import deqcore
-from deqcore.backend import Backend, History, Map
-from deqcore.driver import copy_state
-from deqcore.solver import Solver, map_state
+from deqcore.abc.backend import Backend, History, Map
+from deqcore.abc.solver import Solver, map_state
+from deqcore.solve.loop import copy_state
 from deqcore.testing.conformance import DTYPES, Conformance, needs, several
 from deqcore.testing.kit import Kit, affine, close
 from deqcore.testing.lightness import check_light

@@ -16,8 +16,8 @@ import pytest
 
 import deqcore
 from deqcore import plugins
+from deqcore.abc.solver import Solver
 from deqcore.solution import Status
-from deqcore.solver import Solver
 from deqcore.testing.bounds import tolerance
 from deqcore.testing.conformance import DTYPES, chosen, claimed, several
 from deqcore.testing.kit import Affine, Kit, affine, close

@@ -17,7 +17,7 @@ import pytest
 
 import deqcore
 from deqcore import plugins
-from deqcore.strategy import StepStrategy, Strategy
+from deqcore.abc.backward import StepStrategy, Strategy
 from deqcore.testing.backend_derivatives import check_golden
 from deqcore.testing.bounds import tolerance
 from deqcore.testing.conformance import DTYPES, chosen, needs, several

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from deqcore.backend import Array
+from deqcore.abc.backend import Array
+from deqcore.abc.backward import AdjointReport, Strategy
 from deqcore.solution import Status
-from deqcore.strategy import AdjointReport, Strategy
 from deqcore.testing.conformance import Conformance, claimed, several
 from deqcore.testing.kit import Affine, Kit, close
 from deqcore.testing.problems import golden, names, raveled

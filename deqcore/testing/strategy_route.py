@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from deqcore import plugins
-from deqcore.backend import Array
+from deqcore.abc.backend import Array
+from deqcore.abc.backward import AdjointReport, StepStrategy, Strategy
 from deqcore.solution import Status
-from deqcore.strategy import AdjointReport, StepStrategy, Strategy
+from deqcore.solve.verification import random_halves, verified
 from deqcore.testing.conformance import DTYPES, Conformance, several
 from deqcore.testing.kit import Affine, DenseEstimate, Kit, affine, close
 from deqcore.testing.lightness import check_light
 from deqcore.testing.scales import scales
-from deqcore.verification import random_halves, verified
 
 FLAT = -np.stack([np.eye(6)] * 3)
 

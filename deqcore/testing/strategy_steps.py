@@ -10,9 +10,9 @@ import pytest
 
 import deqcore
 from deqcore import plugins
-from deqcore.backend import Array
-from deqcore.driver import Control, Drive, Forward
-from deqcore.strategy import Steps, StepStrategy, Strategy
+from deqcore.abc.backend import Array
+from deqcore.abc.backward import Steps, StepStrategy, Strategy
+from deqcore.solve.loop import Control, Drive, Forward
 from deqcore.testing.conformance import DTYPES, Conformance, needs, several
 from deqcore.testing.kit import Affine, Kit, affine, close
 

@@ -18,17 +18,17 @@ from typing import Any, Final
 import numpy as np
 
 from deqcore import plugins
-from deqcore.backend import Array, Backend, Tree
+from deqcore.abc.backend import Array, Backend, Tree
+from deqcore.abc.backward import StepStrategy
+from deqcore.abc.solver import Solver
+from deqcore.api import get_backend, vjp
 from deqcore.config import Config
-from deqcore.equilibrium import get_backend, vjp
 from deqcore.errors import DeqcoreError, ProblemError
-from deqcore.failures import coupling
-from deqcore.solver import Solver
-from deqcore.space import Space
-from deqcore.strategy import StepStrategy
+from deqcore.solve.failures import coupling
+from deqcore.solve.flatten import Space
+from deqcore.solve.verification import coupled_rows
 from deqcore.testing.problem import Problem, load_problem, place, rebuild, walk
 from deqcore.testing.problems import FUNCTIONS, golden
-from deqcore.verification import coupled_rows
 
 SKIPPED: Final = "skipped: "
 

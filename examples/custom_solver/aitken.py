@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from deqcore.backend import Array, Backend, Map
-from deqcore.solver import Solver
+from deqcore.abc.backend import Array, Backend, Map
+from deqcore.abc.solver import Solver
 
 
 class AitkenState(NamedTuple):

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 import deqcore
-from deqcore import Status, failures
+from deqcore import Status
 from deqcore.errors import ConvergenceError, CoupledRowsWarning
-from deqcore.verification import coupled_rows, leak_everywhere
+from deqcore.solve import failures
+from deqcore.solve.verification import coupled_rows, leak_everywhere
 
 torch = pytest.importorskip("torch")
 

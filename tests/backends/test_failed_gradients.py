@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import deqcore
-from deqcore import failures
+from deqcore.abc.backward import report
 from deqcore.errors import ConvergenceError, ConvergenceWarning
-from deqcore.strategy import report
-from deqcore.verification import failing
+from deqcore.solve import failures
+from deqcore.solve.verification import failing
 
 torch = pytest.importorskip("torch")
 

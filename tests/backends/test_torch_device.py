@@ -11,8 +11,8 @@ from importlib.util import find_spec
 import pytest
 
 import deqcore
-from deqcore.driver import Control, drive
 from deqcore.linear.gmres import gmres
+from deqcore.solve.loop import Control, drive
 from deqcore.solvers.anderson import Anderson
 from deqcore.solvers.broyden import Broyden
 from deqcore.solvers.picard import Picard

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import deqcore
-from deqcore.driver import Control, drive
 from deqcore.linear.gmres import KrylovSpace, gmres
+from deqcore.solve.loop import Control, drive
 from deqcore.solvers.anderson import Anderson
 from deqcore.solvers.broyden import Broyden
 from deqcore.solvers.picard import Picard

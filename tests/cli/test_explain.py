@@ -12,7 +12,7 @@ import pytest
 from deqcore import plugins
 from deqcore.cli import explain as explaining
 from deqcore.cli.app import main
-from deqcore.diagnostics import choices
+from deqcore.diagnostics import strategy_comparison
 from deqcore.plugins import StrategySpec
 
 pytest.importorskip("torch")
@@ -54,7 +54,7 @@ flat = Problem("flat", {"A": A}, x[:0], 0 * x[:0], affine)
 
 BROKEN = """
 from dataclasses import dataclass
-from deqcore.strategy import Strategy
+from deqcore.abc.backward import Strategy
 
 @dataclass(frozen=True)
 class Raises(Strategy):
@@ -160,7 +160,7 @@ def test_coupled_samples_are_named(capsys, backend):
 @pytest.mark.slow
 def test_every_strategy_runs_on_jax(capsys, monkeypatch):
     pytest.importorskip("jax")
-    monkeypatch.setattr(choices, "VARIANTS", {})
+    monkeypatch.setattr(strategy_comparison, "VARIANTS", {})
     Path("deq.toml").write_text("[forward]\nmax_steps = 12\n")
     code, _, rows = figures(capsys, "--problem", "p.py:mine", "--backend", "jax")
     _, _, (exact, free) = truth()
@@ -174,8 +174,8 @@ def test_every_strategy_runs_on_jax(capsys, monkeypatch):
 @pytest.mark.slow
 def test_steps_are_timed_on_jax(capsys, monkeypatch):
     pytest.importorskip("jax")
-    monkeypatch.setattr(choices, "SECONDS", 0.0)
-    unrolled = choices.Choice("unrolled", {"steps": 2, "checkpoint": True})
+    monkeypatch.setattr(strategy_comparison, "SECONDS", 0.0)
+    unrolled = strategy_comparison.Choice("unrolled", {"steps": 2, "checkpoint": True})
     monkeypatch.setattr(explaining, "_choices", lambda _: [unrolled])
     code, out, err = explain(capsys, "--json", "--rounds", "1", "--problem", "p.py:mine", "--backend", "jax")
     (row,) = json.loads(out)["rows"]
@@ -188,7 +188,7 @@ def test_steps_are_timed_on_jax(capsys, monkeypatch):
 @pytest.mark.parametrize("backend", ["numpy", "torch"])
 def test_a_strategy_that_cannot_run_is_a_row_with_the_reason(capsys, monkeypatch, backend, rounds):
     """One from a package fails in its own ways; all others have their figures."""
-    monkeypatch.setattr(choices, "SECONDS", 0.0)
+    monkeypatch.setattr(strategy_comparison, "SECONDS", 0.0)
     Path("broken.py").write_text(BROKEN)
     for name in ("Raises", "Demands", "Silent"):
         plugins.register(StrategySpec(name.lower(), f"broken:{name}"))
@@ -229,7 +229,7 @@ def test_the_cheapest_by_pulls_where_nothing_is_timed(capsys):
 
 
 def test_a_table_with_times(capsys, monkeypatch):
-    monkeypatch.setattr(choices, "SECONDS", 0.0)
+    monkeypatch.setattr(strategy_comparison, "SECONDS", 0.0)
     code, out, _ = explain(capsys, "--backend", "torch", "--rounds", "3")
     assert code == 0
     for part in ("exact-ift", "broyden-reuse (plain)", "unrolled", "mlp: 3 samples", "The cheapest with a cosine"):

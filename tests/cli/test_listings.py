@@ -14,7 +14,7 @@ import pytest
 import typer
 
 from deqcore import plugins
-from deqcore.cli import registered
+from deqcore.cli import listing
 from deqcore.cli.app import main
 from deqcore.errors import PluginError
 from deqcore.plugins import BackendSpec, CommandSpec, SolverSpec
@@ -115,7 +115,7 @@ def test_strategies(capsys: Capture) -> None:
 @pytest.mark.parametrize("kind", ["solver", "strategy"])
 def test_every_built_in_is_there_and_has_checked_defaults(kind: plugins.Kind) -> None:
     make = {"solver": plugins.make_solver, "strategy": plugins.make_strategy}[kind]
-    for row in registered.rows(kind, BUILTIN[kind].values(), {}):
+    for row in listing.rows(kind, BUILTIN[kind].values(), {}):
         assert row["status"] == "ok", row
         assert make(str(row["name"]), row["options"]) == make(str(row["name"]))  # type: ignore[arg-type]
 

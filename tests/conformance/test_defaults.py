@@ -10,8 +10,8 @@ from deqcore_numpy.backend import NumpyBackend
 from deqcore_numpy.derivative import jacobian
 
 from deqcore import plugins
-from deqcore.backend import Backend, Capabilities
-from deqcore.history import FunctionalHistory
+from deqcore.abc.backend import Backend, Capabilities
+from deqcore.abc.functional_history import FunctionalHistory
 from deqcore.testing import BackendTests, SolverTests
 
 pytest_plugins = ["deqcore.testing.plugin"]

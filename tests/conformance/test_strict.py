@@ -11,7 +11,7 @@ import pytest
 
 import deqcore
 from deqcore import plugins
-from deqcore.backend import Carry
+from deqcore.abc.backend import Carry
 from deqcore.testing import strict
 from deqcore.testing.strict.array import StrictArray, StrictError
 

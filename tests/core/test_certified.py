@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import deqcore
-from deqcore.driver import Control, drive
+from deqcore.backward.broyden_reuse import BroydenReuse
 from deqcore.linear.certified import solve_certified
 from deqcore.solution import Status
+from deqcore.solve.loop import Control, drive
 from deqcore.solvers.broyden import Broyden
-from deqcore.strategies.broyden_reuse import BroydenReuse
 
 N = 30
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import deqcore
-from deqcore.compaction import shrinking
-from deqcore.driver import Control, drive
 from deqcore.errors import ConfigError, ProblemError
+from deqcore.solve.compaction import shrinking
+from deqcore.solve.loop import Control, drive
 from deqcore.solvers.anderson import Anderson
 from deqcore.solvers.broyden import Broyden
 from deqcore.solvers.newton_krylov import NewtonKrylov

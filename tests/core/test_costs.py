@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import deqcore
-from deqcore.driver import Control, drive
+from deqcore.solve.loop import Control, drive
 from deqcore.solvers.anderson import Anderson
 from deqcore.solvers.broyden import Broyden
 

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 import deqcore
 from deqcore import plugins
+from deqcore.backward.exact_ift import ExactIFT
 from deqcore.errors import ConfigError
 from deqcore.linear import direct
 from deqcore.linear.gmres import gmres
 from deqcore.solution import Status
-from deqcore.strategies.exact_ift import ExactIFT
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deqcore.driver import Control, drive
+from deqcore.abc.solver import Solver
 from deqcore.solution import Status
-from deqcore.solver import Solver
+from deqcore.solve.loop import Control, drive
 from deqcore.solvers.anderson import Anderson
 from deqcore.solvers.broyden import Broyden
 from deqcore.solvers.picard import Picard

@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 import deqcore
 from deqcore import errors, plugins
 from deqcore.config import Config, resolve
+from deqcore.config.sources import KEYS, environment
 from deqcore.monitor import Event, Metrics, Monitor, Row, Run
 from deqcore.monitor.lines import header, line
 from deqcore.monitor.log import read
 from deqcore.monitor.report import table, tiles, verdict
 from deqcore.monitor.sinks.jsonl import JsonlSink
 from deqcore.monitor.watch import view
-from deqcore.settings import KEYS, environment
 
 CASES = int(os.environ.get("FUZZ_CASES", "60"))
 

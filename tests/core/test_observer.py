@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import deqcore
-from deqcore.backend import Backend
+from deqcore.abc.backend import Backend
 from deqcore.config import Config, resolve
 from deqcore.errors import ConvergenceError
-from deqcore.observer import Observer, Solve, observer, observing
+from deqcore.solve.observer import Observer, Solve, observer, observing
 
 
 class Watch(Observer):

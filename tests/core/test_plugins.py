@@ -294,8 +294,8 @@ TARGETS = {
     "deq_good_impl:Absent": "AttributeError",
     "deq_absent:Mine": "ModuleNotFoundError",
     "deq_good_impl:SOLVERS": "AttributeError",
-    "json:dumps": "a subclass of deqcore.solver.Solver is expected",
-    "deqcore.solver:Solver": "which lacks init, step",
+    "json:dumps": "a subclass of deqcore.abc.solver.Solver is expected",
+    "deqcore.abc.solver:Solver": "which lacks init, step",
     "deq_good_impl:Plain": "a dataclass of its options is expected",
 }
 
@@ -337,7 +337,7 @@ class Half(Backend):
 @pytest.mark.parametrize(
     ("make", "target", "message"),
     [
-        (plugins.make_solver, "Mute", r"solver 'wrong' is Mute, which lacks step: see deqcore.solver.Solver"),
+        (plugins.make_solver, "Mute", r"solver 'wrong' is Mute, which lacks step: see deqcore.abc.solver.Solver"),
         (
             plugins.make_solver,
             "Short",
@@ -347,12 +347,12 @@ class Half(Backend):
         (
             plugins.make_backend,
             "Half",
-            r"'wrong' is Half, which lacks asarray, .*: see deqcore.backend.Backend",
+            r"'wrong' is Half, which lacks asarray, .*: see deqcore.abc.backend.Backend",
         ),
         (
             plugins.make_backend,
             "Mute",
-            r"'wrong' is <class .*Mute'>, but a subclass of deqcore.backend.Backend",
+            r"'wrong' is <class .*Mute'>, but a subclass of deqcore.abc.backend.Backend",
         ),
     ],
 )
@@ -624,7 +624,7 @@ class Rich:
 
 
 def test_rich_annotations_are_checked_by_jsons_strict_rules(tmp_path: Path) -> None:
-    from deqcore.plugins.options import instantiate
+    from deqcore.config.options import instantiate
 
     module = ModuleType("deq_rich")
     sys.modules["deq_rich"] = module
@@ -649,7 +649,7 @@ def test_rich_annotations_are_checked_by_jsons_strict_rules(tmp_path: Path) -> N
 
 
 def test_an_annotation_that_cannot_be_evaluated_is_left_to_the_class() -> None:
-    from deqcore.plugins.options import instantiate
+    from deqcore.config.options import instantiate
 
     module = ModuleType("deq_lazy")
     sys.modules["deq_lazy"] = module

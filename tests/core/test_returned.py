@@ -10,8 +10,8 @@ import pytest
 
 import deqcore
 from deqcore import Solver, StepStrategy, Strategy, plugins
+from deqcore.abc.backward import report
 from deqcore.errors import PluginError
-from deqcore.strategy import report
 
 WRONG: dict[str, Any] = {}
 
@@ -76,7 +76,7 @@ def test_a_step_that_returns_something_else(wrong, words):
     ("wrong", "words"),
     [
         (lambda g, told: g, r"Routing.route returned a \w+ of shape \(2, 3\), but \(u, report\)"),
-        (lambda g, told: None, r"Routing.route returned None, but .*deqcore.strategy.report"),
+        (lambda g, told: None, r"Routing.route returned None, but .*deqcore.abc.backward.report"),
         (lambda g, told: (g, 3), r"a tuple of 2 \(a \w+ of shape \(2, 3\), a int\)"),
         (lambda g, told: (g[:1], told), r"returned a \w+ of shape \(1, 3\), but u of the cotangent's shape \(2, 3\)"),
         (lambda g, told: (g, told._replace(pulls=5)), r"\(report.pulls\) returned a int, but one number per sample"),

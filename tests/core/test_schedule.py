@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import deqcore
+from deqcore.config.schedule import Ramp, Schedule
 from deqcore.errors import ConfigError
-from deqcore.schedule import Ramp, Schedule
 
 
 def test_a_ramp_is_geometric_and_keeps_its_ends():

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import deqcore
-from deqcore.driver import Control, drive
 from deqcore.errors import ConfigError
 from deqcore.solution import Status
+from deqcore.solve.loop import Control, drive
 from deqcore.solvers.anderson import Anderson
 from deqcore.solvers.broyden import Broyden
 from deqcore.solvers.picard import Picard

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deqcore.errors import ProblemError, StateError
-from deqcore.space import Space
+from deqcore.solve.flatten import Space
 
 Pair = namedtuple("Pair", "first second")
 

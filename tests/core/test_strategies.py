@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 import deqcore
 from deqcore import plugins
-from deqcore.driver import Control, drive
+from deqcore.abc.backward import Adjoint
 from deqcore.errors import ConfigError, StrategyError
 from deqcore.linear.lowrank import InverseJacobian
 from deqcore.solution import Status
+from deqcore.solve.loop import Control, drive
 from deqcore.solvers.broyden import Broyden
-from deqcore.strategy import Adjoint
 
 PLAIN = {"certify": False, "target": None, "fallback": "none"}
 TIGHT = {"forward__rtol": 1e-13, "forward__max_steps": 300, "forward__on_failure": "ignore"}

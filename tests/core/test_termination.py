@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import deqcore
-from deqcore.driver import Control, drive
 from deqcore.solution import Status
+from deqcore.solve.loop import Control, drive
 from deqcore.solvers.anderson import Anderson
 from deqcore.solvers.broyden import Broyden
 from deqcore.solvers.newton_krylov import NewtonKrylov

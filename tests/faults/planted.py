@@ -54,8 +54,8 @@ class Fault:
         return text.replace(self.old, self.new)
 
 
-REUSE = "deqcore.strategies.broyden_reuse"
-EXACT = "deqcore.strategies.exact_ift"
+REUSE = "deqcore.backward.broyden_reuse"
+EXACT = "deqcore.backward.exact_ift"
 LOWRANK = "deqcore.linear.lowrank"
 GMRES = "deqcore.linear.gmres"
 BROYDEN = "deqcore.solvers.broyden"
@@ -73,7 +73,7 @@ SECOND = "deqcore_torch.second"
 STRATEGIES = [
     Fault(
         "a coupled row certified",
-        "deqcore.verification",
+        "deqcore.solve.verification",
         "    status = xp.where(wrong, xp.full_like(told.status, int(Status.STALLED)), told.status)\n",
         "    status = told.status\n",
         "strategy exact-ift",
@@ -82,7 +82,7 @@ STRATEGIES = [
     ),
     Fault(
         "a leak between rows overlooked",
-        "deqcore.verification",
+        "deqcore.solve.verification",
         "    leaked = outside & (found > noise)\n",
         "    leaked = ~outside & (found > 1e30)\n",
         "strategy broyden-reuse",
@@ -175,7 +175,7 @@ STRATEGIES = [
     ),
     Fault(
         "Arnoldi without orthogonalisation",
-        "deqcore.backend",
+        "deqcore.abc.backend",
         "        w = w - basis.combine(h)\n",
         "        w = w + 0 * basis.combine(h)\n",
         "strategy exact-ift",
@@ -202,7 +202,7 @@ STRATEGIES = [
     ),
     Fault(
         "a term too few in the series",
-        "deqcore.strategies.neumann",
+        "deqcore.backward.neumann",
         "pull(u), g, self.terms)",
         "pull(u), g, self.terms - 1)",
         "strategy neumann",
@@ -211,7 +211,7 @@ STRATEGIES = [
     ),
     Fault(
         "a series that forgets its first term",
-        "deqcore.strategies.neumann",
+        "deqcore.backward.neumann",
         "lambda u: g + pull(u)",
         "lambda u: pull(u)",
         "strategy neumann",
@@ -220,7 +220,7 @@ STRATEGIES = [
     ),
     Fault(
         "z detached in every unrolled step",
-        "deqcore.strategies.unrolled",
+        "deqcore.backward.unrolled",
         "solver.step(backend, f, at.z, at.fz,",
         "solver.step(backend, f, backend.detach(at.z), backend.detach(at.fz),",
         "strategy unrolled",
@@ -260,7 +260,7 @@ STRATEGIES += [
     ),
     Fault(
         "a certificate of NaN",
-        "deqcore.strategy",
+        "deqcore.abc.backward",
         "a / xp.where(b == 0, xp.ones_like(b), b))",
         "xp.where(xp.isnan(b), 0 * b + 1 > 2, a / xp.where(b == 0, xp.ones_like(b), b)))",
         "strategy broyden-reuse",
@@ -391,7 +391,7 @@ SOLVERS = [
     ),
     Fault(
         "a criterion met by growth",
-        "deqcore.termination",
+        "deqcore.solve.termination",
         "    met = near & ((size <= reference) | at_start | absolute | (seen & (proven | bottom)))\n",
         "    met = near & ((size <= reference) | at_start | absolute | (bottom == bottom))\n",
         "solver broyden",
@@ -400,7 +400,7 @@ SOLVERS = [
     ),
     Fault(
         "an iterate so large that f(z) rounds to z",
-        "deqcore.termination",
+        "deqcore.solve.termination",
         "    lost, hidden = limits.lost * size, limits.hidden * size\n",
         "    lost, hidden = 0.0 * size, 0.0 * size\n",
         "solver broyden",
@@ -427,7 +427,7 @@ SOLVERS = [
     ),
     Fault(
         "one sample's stop stops the batch",
-        "deqcore.driver",
+        "deqcore.solve.loop",
         "return bool((seen == int(Status.RUNNING)).any())",
         "return bool((seen == int(Status.RUNNING)).all())",
         "solver picard",
@@ -436,7 +436,7 @@ SOLVERS = [
     ),
     Fault(
         "samples that are done go on with the batch",
-        "deqcore.driver",
+        "deqcore.solve.loop",
         "    active = None if everyone else carry.status == int(Status.RUNNING)\n",
         "    active = None if everyone else carry.status >= int(Status.RUNNING)\n",
         "solver picard",
@@ -482,7 +482,7 @@ SOLVERS = [
     ),
     Fault(
         "damping in the residual",
-        "deqcore.driver",
+        "deqcore.solve.loop",
         "        residual, size = backend.measure(z, fz)\n",
         "        residual, size = 0.1 * backend.norm(fz - z), None\n",
         "solver picard",
@@ -503,7 +503,7 @@ BACKENDS = [
     ),
     Fault(
         "a coupled row that nobody is told of",
-        "deqcore.failures",
+        "deqcore.solve.failures",
         "        if coupled:\n",
         "        if coupled and how == 'raise':\n",
         "backend numpy",
@@ -512,7 +512,7 @@ BACKENDS = [
     ),
     Fault(
         "a failed adjoint solve that nobody is told of",
-        "deqcore.failures",
+        "deqcore.solve.failures",
         "        elif failed:\n",
         "        elif failed and how == 'raise':\n",
         "backend numpy",
@@ -530,7 +530,7 @@ BACKENDS = [
     ),
     Fault(
         "mask arithmetic",
-        "deqcore.backend",
+        "deqcore.abc.backend",
         "        return self.xp.where(self.xp.reshape(mask, (-1, *[1] * (new.ndim - 1))), new, old)\n",
         "        m = self.xp.reshape(mask, (-1, *[1] * (new.ndim - 1)))\n        return m * new + (1 - m) * old\n",
         "backend numpy",
@@ -566,7 +566,7 @@ BACKENDS = [
     ),
     Fault(
         "unscaled norms in the core",
-        "deqcore.backend",
+        "deqcore.abc.backend",
         "        return self.once(~safe, again, found)\n",
         "        return found\n",
         "backend numpy",
@@ -585,7 +585,7 @@ BACKENDS = [
     ),
     Fault(
         "inner products in the state's dtype",
-        "deqcore.backend",
+        "deqcore.abc.backend",
         "self.xp.sum(self.wide(a) * self.wide(b), axis=1)",
         "self.xp.sum(a * b, axis=1)",
         "backend numpy",
@@ -603,7 +603,7 @@ BACKENDS = [
     ),
     Fault(
         "a step above the budget",
-        "deqcore.backend",
+        "deqcore.abc.backend",
         "for step in range(int(steps)):",
         "for step in range(int(steps) + 1):",
         "backend numpy",
@@ -702,7 +702,7 @@ BACKENDS = [
     ),
     Fault(
         "arguments whose gradient is lost",
-        "deqcore.equilibrium",
+        "deqcore.api",
         "    trees, closed = opened(plan.backend, args)\n",
         "    trees, closed = args, lambda trees: trees\n",
         "backend numpy",
@@ -734,7 +734,7 @@ POINTS = [
     ),
     Fault(
         "stale state",
-        "deqcore.driver",
+        "deqcore.solve.loop",
         "    first = _begin_at(backend, z, f(z), tolerance)\n",
         "    first = _begin_at(backend, z, old.best_fz, tolerance)\n",
         "solver picard",
@@ -752,7 +752,7 @@ POINTS = [
     ),
     Fault(
         "frozen derivative",
-        "deqcore.strategies.unrolled",
+        "deqcore.backward.unrolled",
         "    z = backend.select(kept, at.z, backend.select(settled, chord, z))\n",
         "    z = backend.select(settled, at.z, z)\n",
         "strategy unrolled",

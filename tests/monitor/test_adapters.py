@@ -13,7 +13,7 @@ import deqcore
 from deqcore.errors import MissingExtraError
 from deqcore.monitor import Monitor
 from deqcore.monitor.adapters import lightning, lightning_callback, transformers, transformers_callback
-from deqcore.observer import observer
+from deqcore.solve.observer import observer
 
 
 @pytest.fixture(autouse=True)

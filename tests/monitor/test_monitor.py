@@ -10,10 +10,10 @@ import pytest
 
 import deqcore
 from deqcore import Status
-from deqcore.backend import BackwardRecord
+from deqcore.abc.backend import BackwardRecord
+from deqcore.abc.backward import AdjointReport
 from deqcore.errors import ConfigError, ConvergenceError, MonitorWarning
 from deqcore.monitor import Metric, Metrics, Monitor, Probe
-from deqcore.strategy import AdjointReport
 
 
 def affine(rates):

@@ -65,7 +65,7 @@ FAULTY = """
 from dataclasses import dataclass
 from deqcore.plugins import SolverSpec, StrategySpec, hookimpl
 from deqcore.solvers.broyden import Broyden
-from deqcore.strategies.exact_ift import ExactIFT
+from deqcore.backward.exact_ift import ExactIFT
 from deqcore.linear.lowrank import InverseJacobian
 
 @dataclass(frozen=True)

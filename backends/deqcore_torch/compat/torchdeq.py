@@ -23,8 +23,8 @@ import optree
 import torch
 from torch import Tensor, nn
 
+from deqcore.api import fixed_point
 from deqcore.config import Config
-from deqcore.equilibrium import fixed_point
 from deqcore.errors import ConfigError
 from deqcore.solution import Solution
 from deqcore_torch.cells import begin_solve as reset_deq

@@ -425,7 +425,7 @@ def keep(
 ):  # fmt: skip
     """The driver's judgement of a sample, and the iterates that stay: the new one if it takes part, and the best one.
 
-    Names and formulas are those of `deqcore.termination`. `goal` is atol + rtol·‖f(z)‖, with `absolute` atol itself.
+    Names and formulas are those of `deqcore.solve.termination`. `goal` is atol + rtol·‖f(z)‖, with `absolute` atol itself.
     With `frozen` z is already that of samples that take no part.
     """
     b, part = tl.program_id(0).to(tl.int64), tl.program_id(1)

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deqcore.backend import Backend, Map, Stepped
+from deqcore.abc.backend import Backend, Map, Stepped
+from deqcore.abc.solver import Solver
 from deqcore.linear.gmres import Krylov
-from deqcore.solver import Solver
 from deqcore.solvers.anderson import Anderson, AndersonState
 from deqcore.solvers.broyden import Broyden, BroydenState
 from deqcore_torch.history import TorchHistory

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 
-from deqcore.backend import Array
+from deqcore.abc.backend import Array
 from deqcore.study.models.base import Kind, Model, Ops, Parameters, Weights, normal
 
 GROUPS: Final = 4

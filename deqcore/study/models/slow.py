@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Final
 
-from deqcore.backend import Array
+from deqcore.abc.backend import Array
 from deqcore.errors import ConfigError
 from deqcore.study.models.base import Ops, Parameters, Shape
 from deqcore.study.models.dense import Dense

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from deqcore import plugins
-from deqcore.backend import Array, Backend, BackwardRecord, Capabilities, Carry, History, Map
-from deqcore.driver import Forward
-from deqcore.strategy import Adjoint
+from deqcore.abc.backend import Array, Backend, BackwardRecord, Capabilities, Carry, History, Map
+from deqcore.abc.backward import Adjoint
+from deqcore.solve.loop import Forward
 from deqcore.testing.strict.array import StrictArray, StrictError, unwrap, wrap
 from deqcore.testing.strict.carry import check_same
 from deqcore.testing.strict.history import StrictHistory

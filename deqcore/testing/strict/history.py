@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from deqcore.backend import Array, History
+from deqcore.abc.backend import Array, History
 from deqcore.testing.strict.array import StrictArray, unwrap, wrap
 
 

@@ -13,7 +13,7 @@ from autograd.core import make_vjp
 from autograd.extend import defvjp, primitive
 from autograd.tracer import getval, isbox
 
-from deqcore.backend import Backend, BackwardRecord, Capabilities
+from deqcore.abc.backend import Backend, BackwardRecord, Capabilities
 from deqcore.errors import StrategyError
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from deqcore.backend import Array, Backend, Map
+from deqcore.abc.backend import Array, Backend, Map
+from deqcore.abc.backward import AdjointReport, Strategy, report
 from deqcore.linear.lowrank import InverseJacobian
-from deqcore.strategy import AdjointReport, Strategy, report
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deqcore.backend import Array, Backend, History
+from deqcore.abc.backend import Array, Backend, History
 
 
 class _Shared(NamedTuple):

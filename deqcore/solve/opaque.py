@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass
 from types import FunctionType, ModuleType
 from typing import Any, Final
 
-from deqcore.backend import Array, Backend, Tree
+from deqcore.abc.backend import Array, Backend, Tree
 from deqcore.errors import ProblemError
 
 PLAIN: Final = (bool, int, float, complex, str, bytes, type(None), type, FunctionType, ModuleType)

@@ -20,15 +20,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, TypeAlias
 
-from deqcore.backend import Array, Backend, Map
+from deqcore.abc.backend import Array, Backend, Map
 from deqcore.errors import PluginError
-from deqcore.verification import failing, replaced
+from deqcore.solve.verification import failing, replaced
 
 if TYPE_CHECKING:
-    from deqcore.driver import Forward
-    from deqcore.failures import Watch
+    from deqcore.abc.solver import Solver
     from deqcore.linear.lowrank import InverseJacobian
-    from deqcore.solver import Solver
+    from deqcore.solve.failures import Watch
+    from deqcore.solve.loop import Forward
 
 MakeSolver: TypeAlias = "Callable[[str, Mapping[str, object]], Solver]"
 
@@ -247,7 +247,9 @@ class Adjoint:
         """What `route` returned, if it is what the contract says."""
         name, shape = f"{type(self.strategy).__name__}.route", tuple(g.shape)
         if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], AdjointReport):
-            expected = "(u, report) with an AdjointReport, as `return u, deqcore.strategy.report(backend, g)` gives,"
+            expected = (
+                "(u, report) with an AdjointReport, as `return u, deqcore.abc.backward.report(backend, g)` gives,"
+            )
             raise PluginError.returned(name, found, expected)
         u, told = found
         if getattr(u, "shape", None) != g.shape:

@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from deqcore.backend import Array, Backend, History, Map
+from deqcore.abc.backend import Array, Backend, History, Map
+from deqcore.abc.solver import map_state
 from deqcore.errors import ProblemError
 from deqcore.solution import Status
-from deqcore.solver import map_state
 
 if TYPE_CHECKING:
-    from deqcore.driver import Carry
+    from deqcore.solve.loop import Carry
 
 
 class Narrow(Protocol):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from deqcore.backend import Array, Backend, Map
-from deqcore.driver import Forward, freeze, with_active
-from deqcore.solver import Solver, detach_state
-from deqcore.strategy import Reached, StepStrategy
-from deqcore.termination import greater
+from deqcore.abc.backend import Array, Backend, Map
+from deqcore.abc.backward import Reached, StepStrategy
+from deqcore.abc.solver import Solver, detach_state
+from deqcore.solve.loop import Forward, freeze, with_active
+from deqcore.solve.termination import greater
 
 
 class _At(NamedTuple):

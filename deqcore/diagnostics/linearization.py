@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from deqcore import config as settings
-from deqcore.backend import Array, Backend, Map, Tree
-from deqcore.equilibrium import pick_backend
-from deqcore.space import Space
+from deqcore.abc.backend import Array, Backend, Map, Tree
+from deqcore.api import pick_backend
+from deqcore.solve.flatten import Space
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deqcore.backend import Array, Backend, History, Map, Stepped
-from deqcore.compaction import Narrow, shrinking
+from deqcore.abc.backend import Array, Backend, History, Map, Stepped
+from deqcore.abc.solver import Solver, map_state
 from deqcore.errors import PluginError
 from deqcore.solution import Status
-from deqcore.solver import Solver, map_state
-from deqcore.termination import (
+from deqcore.solve.compaction import Narrow, shrinking
+from deqcore.solve.termination import (
     PENDING,
     PROGRESS,
     REFUSED,
@@ -306,7 +306,9 @@ def _step(backend: Backend, solver: Solver, f: Map, carry: Carry, limits: Limits
             backend.select(better, fz, carry.best_fz),
             backend.xp.where(better, residual, carry.best_residual),
         )
-    return Carry(z, fz, state, status, steps, *best, carry.reference, peak, mark, since, carry.length, carry.tried, carry.extra)
+    return Carry(
+        z, fz, state, status, steps, *best, carry.reference, peak, mark, since, carry.length, carry.tried, carry.extra
+    )
 
 
 def _stepped(solver: Solver, found: Any, z: Array) -> Stepped:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deqcore.backend import Array, Backend, Map
-from deqcore.driver import Forward
+from deqcore.abc.backend import Array, Backend, Map
+from deqcore.abc.backward import StepStrategy
+from deqcore.abc.solver import Solver
 from deqcore.errors import StrategyError
-from deqcore.solver import Solver
-from deqcore.strategy import StepStrategy
+from deqcore.solve.loop import Forward
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from deqcore.backend import Array, Map
-from deqcore.driver import Drive, Forward
-from deqcore.equilibrium import Plan
+from deqcore.abc.backend import Array, Map
+from deqcore.abc.backward import Adjoint, AdjointReport, Steps, StepStrategy
+from deqcore.api import Plan
 from deqcore.linear.gmres import gmres
-from deqcore.strategy import Adjoint, AdjointReport, Steps, StepStrategy
-from deqcore.verification import adjoint_residual, leak_everywhere
+from deqcore.solve.loop import Drive, Forward
+from deqcore.solve.verification import adjoint_residual, leak_everywhere
 
 REFERENCE_EPS = 100.0  # the reference is solved to this many units of rounding, 1e-10 at least
 
@@ -103,7 +103,7 @@ def coupling(plan: Plan, pull: Map, forward: Forward) -> float:
     """How much of Jᵀu lands in other samples than those that u is in: 0 where f treats each alone.
 
     In norms, for a u in the first sample. Where that finds nothing, the figure is that of
-    `deqcore.verification.leak_everywhere`, which separates every pair of samples.
+    `deqcore.solve.verification.leak_everywhere`, which separates every pair of samples.
     """
     backend, (batch, n) = plan.backend, forward.z.shape
     if batch < 2:

@@ -34,10 +34,10 @@ import optree
 from deqcore.errors import BackendError
 
 if TYPE_CHECKING:
-    from deqcore.driver import Forward
-    from deqcore.failure import Failures
-    from deqcore.solver import Solver
-    from deqcore.strategy import Adjoint, AdjointReport
+    from deqcore.abc.backward import Adjoint, AdjointReport
+    from deqcore.abc.solver import Solver
+    from deqcore.solve.loop import Forward
+    from deqcore.solve.traced_failures import Failures
 
 Array: TypeAlias = Any
 """An array of the backend's framework. Frameworks share no base class, so the type checker sees Any."""
@@ -497,7 +497,7 @@ class Backend(ABC):
         Where the framework is recording a gradient through `like`, the history is functional: nothing is written in
         place, so that steps can be differentiated through. The default is functional always.
         """
-        from deqcore.history import FunctionalHistory
+        from deqcore.abc.functional_history import FunctionalHistory
 
         return FunctionalHistory.empty(self, like, memory, dtype)
 
@@ -517,7 +517,7 @@ class Backend(ABC):
             found: what the step led to.
             residual: ‖f(z) − z‖ `(batch,)`.
             size: ‖f(z)‖ `(batch,)`, or None where it is not known and `limits.rtol` is 0.
-            limits: `deqcore.termination.Limits`; the verdict is `deqcore.termination.verdict`.
+            limits: `deqcore.solve.termination.Limits`; the verdict is `deqcore.solve.termination.verdict`.
 
         Returns:
             The carry after the step, but with the solver's state of before.

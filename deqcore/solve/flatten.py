@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deqcore.backend import Array, Backend, Map, Tree
+from deqcore.abc.backend import Array, Backend, Map, Tree
 from deqcore.errors import ConfigError, ProblemError, StateError, described
-from deqcore.opaque import arrays_in
+from deqcore.solve.opaque import arrays_in
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
-from deqcore.backend import Array, Backend, Map
+from deqcore.abc.backend import Array, Backend, Map
 
 if TYPE_CHECKING:
-    from deqcore.strategy import AdjointReport, Strategy
+    from deqcore.abc.backward import AdjointReport, Strategy
 
 ROUNDING: Final = 100.0  # units of rounding below which a difference says nothing
 NARROW: Final = 10 * 2.0**-8  # of a product whose factors were rounded to bfloat16

@@ -7,9 +7,9 @@ from dataclasses import MISSING, Field, is_dataclass
 from typing import Any
 
 from deqcore import plugins
+from deqcore.config.options import is_required, options_of, plain
 from deqcore.errors import PluginError
 from deqcore.plugins import Kind, Spec
-from deqcore.plugins.options import is_required, options_of, plain
 
 
 def rows(kind: Kind, specs: Iterable[Spec], facts: Mapping[str, str]) -> list[dict[str, object]]:

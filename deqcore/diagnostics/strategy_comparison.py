@@ -9,17 +9,17 @@ from typing import Any, Final
 
 import numpy as np
 
-from deqcore import equilibrium, plugins
-from deqcore.backend import Array, Backend, Tree
+from deqcore import api, plugins
+from deqcore.abc.backend import Array, Backend, Tree
 from deqcore.bench.harness import Harness
 from deqcore.bench.machine import peak_memory
 from deqcore.bench.timing import Spread, interleave
 from deqcore.config import Config
-from deqcore.diagnostics import routed
+from deqcore.diagnostics import adjoint
 from deqcore.diagnostics.audit import compare, flat
 from deqcore.errors import DeqcoreError
 from deqcore.solution import Status
-from deqcore.verification import coupled_rows
+from deqcore.solve.verification import coupled_rows
 
 VARIANTS: Final[Mapping[str, Sequence[Mapping[str, object]]]] = MappingProxyType(
     {
@@ -148,16 +148,16 @@ def survey(
         say: told what is being done.
     """
     params, inputs, z0, g = data
-    plan = equilibrium.plan_call(config, _backward(Choice("exact-ift")), z0, (params, inputs))
+    plan = api.plan_call(config, _backward(Choice("exact-ift")), z0, (params, inputs))
     space = plan.space
     raveled, start, cotangent = space.wrap(f), space.ravel(z0), space.ravel_like("cotangent", g)
     args = (params, inputs)
     say("the exact gradient")
-    forward = routed.solve(plan, raveled, start, args)
-    pull = routed.pull_at(plan, raveled, args, forward)
-    exact, residual, _ = routed.by_reference(plan, raveled, args, cotangent, forward, pull, REFERENCE_PULLS)
+    forward = adjoint.solve(plan, raveled, start, args)
+    pull = adjoint.pull_at(plan, raveled, args, forward)
+    exact, residual, _ = adjoint.by_reference(plan, raveled, args, cotangent, forward, pull, REFERENCE_PULLS)
     status = backend.to_numpy(forward.status)
-    coupling = routed.coupling(plan, pull, forward)
+    coupling = adjoint.coupling(plan, pull, forward)
     with backend.quiet():
         pair = coupled_rows(backend, lambda z: backend.detach(raveled(z, *args)), forward.z)
     rows, tasks = [], {}
@@ -177,13 +177,13 @@ def survey(
 
 def _measure(
     harness: Harness,
-    plan: equilibrium.Plan,
+    plan: api.Plan,
     config: Config,
     choice: Choice,
     f: Callable[..., Tree],
     raveled: tuple[Callable[..., Array], Array, tuple[Any, ...], Array],
     data: tuple[Tree, Tree, Tree, Tree],
-    exact: routed.Routed,
+    exact: adjoint.Routed,
     rounds: int,
 ) -> tuple[Row, Callable[[], None] | None]:
     """A choice's row, and what is to be timed for it.
@@ -233,11 +233,11 @@ def _gradient(
     settings = _backward(choice)
 
     def once(z0: Tree, params: Tree, inputs: Tree, g: Tree) -> Any:
-        z, gradients = equilibrium.vjp(f, z0, params, inputs, cotangent=g, config=config, **settings)
+        z, gradients = api.vjp(f, z0, params, inputs, cotangent=g, config=config, **settings)
         return z, gradients
 
     compiled = harness.jit(once)
-    flatten = equilibrium.get_backend(config).flatten
+    flatten = api.get_backend(config).flatten
 
     def run() -> None:
         for leaf in flatten(compiled(z0, params, inputs, g))[0]:
@@ -249,22 +249,22 @@ def _gradient(
 
 def _judge(
     harness: Harness,
-    plan: equilibrium.Plan,
+    plan: api.Plan,
     config: Config,
     choice: Choice,
     problem: tuple[Callable[..., Array], Array, tuple[Any, ...], Array],
-    exact: routed.Routed,
+    exact: adjoint.Routed,
 ) -> Row:
     """Everything but time and memory."""
     f, z0, args, g = problem
     backend = plan.backend
     row = Row(choice.label, choice.strategy, dict(choice.options))
-    own = equilibrium.plan_call(config, _backward(choice), plan.space.unravel(z0), args)
+    own = api.plan_call(config, _backward(choice), plan.space.unravel(z0), args)
 
-    def once(z0: Array, args: tuple[Any, ...], g: Array) -> routed.Routed:
-        return routed.by_strategy(own, f, z0, args, g, routed.solve(own, f, z0, args))
+    def once(z0: Array, args: tuple[Any, ...], g: Array) -> adjoint.Routed:
+        return adjoint.by_strategy(own, f, z0, args, g, adjoint.solve(own, f, z0, args))
 
-    found = routed.Routed(*harness.jit(lambda *data: tuple(vars(once(*data)).values()))(z0, args, g))
+    found = adjoint.Routed(*harness.jit(lambda *data: tuple(vars(once(*data)).values()))(z0, args, g))
     u, truth = (backend.to_numpy(each.u).astype(np.float64) for each in (found, exact))
     whole = [flat(backend, each.gradients)[None] for each in (found, exact)]
     cosine, ratio, error_ = (float(each[0]) for each in compare(*whole))

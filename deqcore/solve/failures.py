@@ -20,11 +20,11 @@ import numpy as np
 
 from deqcore.errors import ConvergenceError, ConvergenceWarning, CoupledRowsWarning
 from deqcore.solution import Status
-from deqcore.verification import coupled_pair, failing, random_halves, verified
+from deqcore.solve.verification import coupled_pair, failing, random_halves, verified
 
 if TYPE_CHECKING:
-    from deqcore.backend import Array, Backend, Map
-    from deqcore.strategy import Adjoint, AdjointReport, Strategy
+    from deqcore.abc.backend import Array, Backend, Map
+    from deqcore.abc.backward import Adjoint, AdjointReport, Strategy
 
 INSIDE: Final = frozenset(
     (
@@ -144,7 +144,7 @@ def failure(
 
     Args:
         told: a report of NumPy arrays `(batch,)`.
-        rows: the samples that failed, as `deqcore.verification.failing` gives them, a NumPy array `(batch,)` of bool.
+        rows: the samples that failed, as `deqcore.solve.verification.failing` gives them, a NumPy array `(batch,)` of bool.
         strategy: that made it.
         name: under which the strategy is registered.
         on_failure: the setting.

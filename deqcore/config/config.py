@@ -15,10 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Final, Never, TypeAlias, final
 
-from deqcore.errors import ConfigError
-from deqcore.plugins.lookup import backend_of, contexts, load_deqfile
-from deqcore.plugins.options import freeze, plain
-from deqcore.settings import (
+from deqcore.config.options import freeze, plain
+from deqcore.config.sources import (
     KEYS,
     Backward,
     Forward,
@@ -37,6 +35,8 @@ from deqcore.settings import (
     validate,
     variables,
 )
+from deqcore.errors import ConfigError
+from deqcore.plugins.lookup import backend_of, contexts, load_deqfile
 
 Table: TypeAlias = Mapping[str, object]
 
@@ -53,8 +53,8 @@ class Config:
 
     Args:
         backend: "auto" or the name of a backend.
-        forward: settings of the solve, see `deqcore.settings.Forward`.
-        backward: settings of the gradient, see `deqcore.settings.Backward`.
+        forward: settings of the solve, see `deqcore.config.sources.Forward`.
+        backward: settings of the gradient, see `deqcore.config.sources.Backward`.
         plugins: what code a config file may bring along.
         study: settings that `deqcore study` reads; kept as they are.
         monitor: settings that the monitor reads; checked here as far as that needs no monitor.

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Any, Final, NamedTuple
 
-from deqcore.backend import Array, Backend
+from deqcore.abc.backend import Array, Backend
 from deqcore.solution import Status
 
 BLOW_UP: Final = 1e-6  # a residual this part of which exceeds the scale of the start counts as divergence

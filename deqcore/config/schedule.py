@@ -9,8 +9,8 @@ from math import exp, log
 from typing import Final
 
 from deqcore import config as settings
+from deqcore.config.options import freeze
 from deqcore.errors import ConfigError
-from deqcore.plugins.options import freeze
 
 SMOOTH: Final = ("forward__rtol", "forward__atol", "forward__max_steps")
 
@@ -70,7 +70,7 @@ class Schedule:
     Source: unrolled pre-training: Bai, Kolter & Koltun (2019), §4; tolerance schedules: docs/design.md.
 
     Example:
-        >>> from deqcore.schedule import Ramp, Schedule
+        >>> from deqcore.config.schedule import Ramp, Schedule
         >>> schedule = Schedule([
         ...     (0, {"backward__strategy": "unrolled", "backward__options": {"steps": 6}}),
         ...     (1000, {"forward__rtol": Ramp(1e-2, 1e-4, until=5000, begin=1000)}),

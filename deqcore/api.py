@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from deqcore import config as settings
-from deqcore import failures, plugins
-from deqcore.backend import Array, Backend, BackwardRecord, Map, Tree
-from deqcore.compaction import Narrow
+from deqcore import plugins
+from deqcore.abc.backend import Array, Backend, BackwardRecord, Map, Tree
+from deqcore.abc.backward import Adjoint, Reached, Steps, StepStrategy, Strategy
+from deqcore.abc.solver import Solver
 from deqcore.config import Config
-from deqcore.driver import Carry, Control, Drive, Forward
+from deqcore.config.sources import LARGEST
 from deqcore.errors import (
     BackendError,
     BackendMismatchError,
@@ -25,16 +26,16 @@ from deqcore.errors import (
     StateError,
     StrategyError,
 )
-from deqcore.failure import Failures
-from deqcore.observer import Observer, Solve, observer
-from deqcore.opaque import opened
-from deqcore.settings import LARGEST
 from deqcore.solution import SOLVED, Solution, SolveState, Status, summarize
-from deqcore.solver import Solver
-from deqcore.space import Raveled, Space
-from deqcore.strategy import Adjoint, Reached, Steps, StepStrategy, Strategy
-from deqcore.termination import Limits, greater, judged
-from deqcore.verification import coupled_rows
+from deqcore.solve import failures
+from deqcore.solve.compaction import Narrow
+from deqcore.solve.flatten import Raveled, Space
+from deqcore.solve.loop import Carry, Control, Drive, Forward
+from deqcore.solve.observer import Observer, Solve, observer
+from deqcore.solve.opaque import opened
+from deqcore.solve.termination import Limits, greater, judged
+from deqcore.solve.traced_failures import Failures
+from deqcore.solve.verification import coupled_rows
 
 
 def fixed_point(

@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from deqcore.backend import Backend, Tree
+from deqcore.abc.backend import Backend, Tree
 
 if TYPE_CHECKING:
     from deqcore.config import Config
@@ -52,7 +52,7 @@ class Observer(ABC):
         """A solve has returned; called before a failure to converge is reported. It must not wait for a device."""
 
 
-_observer: ContextVar[Observer | None] = ContextVar("deqcore.observer", default=None)
+_observer: ContextVar[Observer | None] = ContextVar("deqcore.solve.observer", default=None)
 
 
 def observer() -> Observer | None:

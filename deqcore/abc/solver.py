@@ -26,7 +26,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from deqcore.backend import Array, Backend, History, Map
+from deqcore.abc.backend import Array, Backend, History, Map
 
 if TYPE_CHECKING:
     from deqcore.linear.lowrank import InverseJacobian

@@ -1,0 +1,1 @@
+"""Contracts: what a backend, a solver and a backward strategy must offer."""

@@ -1,0 +1,23 @@
+"""Settings: where they come from, and which of them apply.
+
+`Config` and the functions that find the settings of a call are in `deqcore.config.config`, the sections and their
+sources in `deqcore.config.sources`. Names are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from deqcore.config.config import FILE, Config, current, override, resolve, using
+
+__all__: Final = ["FILE", "Config", "current", "override", "resolve", "using"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'deqcore.config' has no attribute {name!r}")
+    value: object = getattr(import_module("deqcore.config.config"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,1 @@
+"""The way of one call: resolve, flatten, iterate, stop."""
