@@ -23,7 +23,7 @@ from deqcore.errors import DeqcoreError, did_you_mean, listing
 from deqcore.study import table
 from deqcore.study.grid import Own
 from deqcore.study.main import plan
-from deqcore.study.rounds import accumulations
+from deqcore.study.retraining import accumulations
 from deqcore.study.settings import read
 from deqcore.study.store import Store
 from deqcore.study.summary import Interval, Row, rows

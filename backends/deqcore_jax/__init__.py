@@ -1,6 +1,6 @@
 """The JAX backend of deqcore.
 
-Nothing is imported until it is asked for: `deqcore_jax.probe` (what a backward pass did), `deqcore_jax.nnx` and
+Nothing is imported until it is asked for: `deqcore_jax.adjoint_tap` (what a backward pass did), `deqcore_jax.nnx` and
 `deqcore_jax.equinox` (layers).
 """
 

@@ -20,13 +20,13 @@ from deqcore.abc.backward import Adjoint
 from deqcore.errors import BackendError
 from deqcore.solve.loop import Forward
 from deqcore.solve.traced_failures import Failures
-from deqcore_jax import failures, implicit, probe, pytrees, small
-from deqcore_jax.context import as_outside
+from deqcore_jax import adjoint_tap, batched_linalg, failures, implicit, pytrees
+from deqcore_jax.closure import is_array, is_differentiable, is_traced
 from deqcore_jax.dtypes import single, wide
 from deqcore_jax.history import JaxHistory
+from deqcore_jax.jit_context import as_outside
 from deqcore_jax.linearize import product
 from deqcore_jax.loop import loop
-from deqcore_jax.program import is_array, is_differentiable, is_traced
 
 pytrees.register()
 
@@ -115,16 +115,16 @@ class JaxBackend(Backend):
         return jnp.where(mask.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
     def solve(self, a: Any, b: Any) -> Any:
-        return small.solve(a, b)
+        return batched_linalg.solve(a, b)
 
     def solve_upper(self, a: Any, b: Any) -> Any:
-        return small.solve_upper(a, b)
+        return batched_linalg.solve_upper(a, b)
 
     def solve_positive(self, a: Any, b: Any) -> Any:
-        return small.solve_positive(a, b)
+        return batched_linalg.solve_positive(a, b)
 
     def least_singular_value(self, a: Any, columns: Any) -> Any:
-        return small.least_singular_value(a, columns)
+        return batched_linalg.least_singular_value(a, columns)
 
     def history(self, like: Any, memory: int, dtype: str | None = None) -> JaxHistory:
         return JaxHistory.empty(like, memory, jnp.dtype(dtype) if dtype else None, wide())
@@ -182,7 +182,7 @@ class JaxBackend(Backend):
         solve: Callable[[Map, Any], Forward],
         adjoint: Adjoint,
     ) -> tuple[Any, Forward, BackwardRecord | None]:
-        value, forward = implicit.solve(f, z0, args, solve, adjoint, probe.take(z0.shape[0]))
+        value, forward = implicit.solve(f, z0, args, solve, adjoint, adjoint_tap.take(z0.shape[0]))
         return value, forward, None
 
     def record(

@@ -32,12 +32,12 @@ from deqcore.errors import StrategyError
 from deqcore.linear.transposed import transposed
 from deqcore.solve.loop import Control, Drive, Forward
 from deqcore.solve.traced_failures import Place
-from deqcore_jax.context import precise
+from deqcore_jax.adjoint_tap import Probe, fill
+from deqcore_jax.closure import Program, is_differentiable, is_traced, trace
 from deqcore_jax.failures import bound, checked, place_of
+from deqcore_jax.jit_context import precise
 from deqcore_jax.linearize import Linear, Reverse, forward_only, no_reverse_mode
 from deqcore_jax.loop import recorded
-from deqcore_jax.probe import Probe, fill
-from deqcore_jax.program import Program, is_differentiable, is_traced, trace
 
 
 class Numbers(NamedTuple):

@@ -11,7 +11,7 @@ from jax.interpreters import ad, batching, mlir
 
 from deqcore.abc.backend import Map
 from deqcore.errors import BackendError, StrategyError
-from deqcore_jax.program import Program, calls
+from deqcore_jax.closure import Program, calls
 
 
 class Linear:

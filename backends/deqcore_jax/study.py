@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 import deqcore
-import deqcore_jax.probe
+import deqcore_jax.adjoint_tap
 from deqcore.config import Config
 from deqcore.diagnostics import spectral_radius
 from deqcore.study.models.base import Model, Weights
@@ -139,7 +139,7 @@ class JaxTrainer(Trainer):
             logits = self._model.read(self._ops, weights, z)
             return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), figures
 
-        return cast(tuple[Any, Any, Any], jax.vjp(loss, weights, deqcore_jax.probe.new(x.shape[0]), has_aux=True))
+        return cast(tuple[Any, Any, Any], jax.vjp(loss, weights, deqcore_jax.adjoint_tap.new(x.shape[0]), has_aux=True))
 
     def _solve(self, weights: Any, x: Any, config: Config, probe: Any = None) -> tuple[Any, Any]:
         model, ops = self._model, self._ops
@@ -155,7 +155,7 @@ class JaxTrainer(Trainer):
 
         if probe is None:
             return solve().value, None
-        with deqcore_jax.probe.reporting(probe):
+        with deqcore_jax.adjoint_tap.reporting(probe):
             sol = solve()
         leaves = [leaf.reshape(x.shape[0], -1) for leaf in jax.tree.leaves(sol.value)]
         scale = jnp.linalg.norm(jnp.concatenate(leaves, axis=1), axis=1)
@@ -176,7 +176,7 @@ class JaxTrainer(Trainer):
             return Figures.explicit(self._model.depth)
         *steps, scale = [np.asarray(each) for each in figures]
         ran = bool(np.all(np.asarray(probe.runs) == 1))  # a step strategy fills no probe
-        return Figures.of(steps, scale, deqcore_jax.probe.read(probe) if ran else None)
+        return Figures.of(steps, scale, deqcore_jax.adjoint_tap.read(probe) if ran else None)
 
 
 def _standard(x: Any) -> Any:

@@ -30,11 +30,11 @@ from deqcore.abc.backend import BackwardRecord
 from deqcore.abc.backward import Adjoint
 from deqcore.linear.transposed import transposed
 from deqcore.solve.loop import Forward
-from deqcore_torch import transforms
+from deqcore_torch import functorch
+from deqcore_torch.functorch import Refuse, approximate
 from deqcore_torch.graph import Outside, outside, refuse_compiled, sequence
-from deqcore_torch.saved import Saved
-from deqcore_torch.second import Recorded, Twice, distinct
-from deqcore_torch.transforms import Refuse, approximate
+from deqcore_torch.saved_tensors import Saved
+from deqcore_torch.second_order import Recorded, Twice, distinct
 
 
 def attach(
@@ -55,9 +55,9 @@ def attach(
         adjoint: turns a cotangent into u.
         record: filled in by each backward pass.
     """
-    if transforms.active():
-        transforms.refuse_vmap()
-        return transforms.attach(f, forward, args, adjoint)
+    if functorch.active():
+        functorch.refuse_vmap()
+        return functorch.attach(f, forward, args, adjoint)
     job = _Job(adjoint, record, forward.carry.state if adjoint.uses_state else None)
     exact = adjoint.strategy.exact
     start = sequence() if exact else 0
@@ -149,7 +149,7 @@ class _Attach(torch.autograd.Function):
         nothing = (None,) * len(outside)
         if g is None:
             return (None, None, None, None, *nothing)
-        transforms.refuse_vmap(g)
+        functorch.refuse_vmap(g)
         if job.saved is not None and job.adjoint.uses_pull:
             job.saved.fetch()
         if not torch.is_grad_enabled():

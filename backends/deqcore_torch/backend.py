@@ -19,13 +19,13 @@ from deqcore.abc.solver import Solver
 from deqcore.errors import BackendError, ConfigError, ProblemError, StateError
 from deqcore.solve.loop import Forward
 from deqcore.solve.opaque import arrays_in
-from deqcore_torch import native, products, transforms
-from deqcore_torch.ambient import nothing_recorded
+from deqcore_torch import functorch, jvp, native
 from deqcore_torch.autograd import attach
+from deqcore_torch.disable_dynamo import refuse_tracing, untraced
+from deqcore_torch.eval_context import nothing_recorded
 from deqcore_torch.gradients import straight_through
 from deqcore_torch.history import RecordedHistory, TorchHistory, select_rows
 from deqcore_torch.ownership import held
-from deqcore_torch.untraced import refuse_tracing, untraced
 
 LEAF = optree.tree_structure(0)  # the structure of a bare tensor, the usual state: found without optree
 DEVICE_CHECK = 4  # steps between host checks where a check waits for the device
@@ -51,7 +51,7 @@ class TorchBackend(Backend):
 
     def to_numpy(self, x: Tensor) -> Any:
         x = x.detach().cpu()
-        return transforms.to_numpy(x.float() if x.dtype is torch.bfloat16 else x)
+        return functorch.to_numpy(x.float() if x.dtype is torch.bfloat16 else x)
 
     def flatten(self, tree: Any) -> tuple[list[Any], Any]:
         if isinstance(tree, Tensor):
@@ -88,7 +88,7 @@ class TorchBackend(Backend):
         return [leaves[0].clone()] if isinstance(leaves[0], Tensor) and held(leaves) else leaves
 
     def unshared(self, x: Tensor, other: Tensor) -> Tensor:
-        if transforms.active() or x.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
+        if functorch.active() or x.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
             return x
         return x.clone()
 
@@ -131,7 +131,7 @@ class TorchBackend(Backend):
         return (self.wide(a) * self.wide(b)).sum(1)
 
     def invert(self, x: Tensor, floor: Tensor) -> Tensor:
-        if x.device.type != "cpu" or torch.is_grad_enabled() or transforms.active():
+        if x.device.type != "cpu" or torch.is_grad_enabled() or functorch.active():
             return super().invert(x, floor)
         seen = x.numpy()
         out = np.zeros_like(seen)
@@ -139,7 +139,7 @@ class TorchBackend(Backend):
         return torch.from_numpy(out)
 
     def select(self, mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
-        eager = not torch.is_grad_enabled() and not transforms.active()
+        eager = not torch.is_grad_enabled() and not functorch.active()
         if eager and mask.device.type == "cpu" and new.dim() > 1:
             return select_rows(mask, new, old)
         return torch.where(mask.view(-1, *[1] * (new.dim() - 1)), new, old)
@@ -148,7 +148,7 @@ class TorchBackend(Backend):
         return x.index_copy(0, rows, part)
 
     def host(self, x: Tensor) -> Any | None:
-        if x.device.type != "cpu" or transforms.active():
+        if x.device.type != "cpu" or functorch.active():
             return None
         return (x.detach() if x.requires_grad else x).numpy()
 
@@ -193,7 +193,7 @@ class TorchBackend(Backend):
         if not isinstance(stored, torch.dtype) or not stored.is_floating_point:
             expected = "float16, bfloat16, float32 or float64"
             raise ConfigError.bad_value("The solver", "history_dtype", dtype, expected)
-        if (torch.is_grad_enabled() and like.requires_grad) or transforms.active():
+        if (torch.is_grad_enabled() and like.requires_grad) or functorch.active():
             return RecordedHistory.empty(like, memory, stored, _wide(like.device))
         return TorchHistory.empty(like, memory, stored, _wide(like.device))
 
@@ -218,8 +218,8 @@ class TorchBackend(Backend):
         return carry
 
     def linearize(self, f: Map, z: Tensor) -> tuple[Tensor, Map]:
-        if transforms.active():
-            return transforms.pull_of(f, z)
+        if functorch.active():
+            return functorch.pull_of(f, z)
         with torch.enable_grad():
             z = z.detach().requires_grad_()
             y = f(z)
@@ -247,9 +247,9 @@ class TorchBackend(Backend):
         return pull
 
     def push(self, f: Map, z: Tensor) -> Map:
-        if transforms.active():
-            return transforms.push_of(f, z)
-        return products.push(f, z)
+        if functorch.active():
+            return functorch.push_of(f, z)
+        return jvp.push(f, z)
 
     @untraced
     def forward_only(
@@ -262,8 +262,8 @@ class TorchBackend(Backend):
         _refuse_split(z0)
         refuse_tracing(z0)
         run: Map = lambda z: _untracked(f(z, *args))  # noqa: E731
-        if transforms.active():
-            transforms.refuse_vmap()
+        if functorch.active():
+            functorch.refuse_vmap()
             run = lambda z: f(z, *args).detach()  # noqa: E731 (outer transformations would record every step)
         with nothing_recorded():
             return solve(run, z0.clone() if z0.is_inference() else z0.detach())
@@ -278,7 +278,7 @@ class TorchBackend(Backend):
         adjoint: Adjoint,
     ) -> tuple[Tensor, Forward, BackwardRecord | None]:
         forward = self.forward_only(f, z0, args, solve)
-        if not torch.is_grad_enabled() and not transforms.active():
+        if not torch.is_grad_enabled() and not functorch.active():
             return forward.z, forward, None
         record = BackwardRecord()
         tensors = list(arrays_in(self, args)) if adjoint.strategy.exact else []
@@ -300,18 +300,18 @@ class TorchBackend(Backend):
         return x.detach()
 
     def straight_through(self, value: Tensor, carrier: Tensor) -> Tensor:
-        return straight_through(value, carrier) if carrier.requires_grad or transforms.active() else value
+        return straight_through(value, carrier) if carrier.requires_grad or functorch.active() else value
 
     def checkpoint(self, f: Map) -> Map:
         def checkpointed(z: Tensor) -> Any:
-            if transforms.active():
+            if functorch.active():
                 return f(z)  # evaluated again outside of forward mode it would save fewer tensors: an error of torch
             return torch.utils.checkpoint.checkpoint(f, z, use_reentrant=False)
 
         return checkpointed
 
     def recording(self) -> bool:
-        return torch.is_grad_enabled() or transforms.active()
+        return torch.is_grad_enabled() or functorch.active()
 
     def vjp(
         self, value: Callable[..., tuple[Tensor, Any]], args: tuple[Any, ...], cotangent: Tensor

@@ -19,9 +19,9 @@ from deqcore.errors import ConfigError
 from deqcore.halting import Rule
 from deqcore.layer import LayerSettings, check_reuse, compare_settings, explain_arguments, shape_unknown
 from deqcore.solution import Solution, SolveState
+from deqcore_torch.cell_checks import Watch
 from deqcore_torch.cells import begin_solve
-from deqcore_torch.untraced import untraced
-from deqcore_torch.watch import Watch
+from deqcore_torch.disable_dynamo import untraced
 
 FORMAT = 1  # of the settings in a checkpoint
 

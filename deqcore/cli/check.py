@@ -48,14 +48,14 @@ def gradients(
     Each framework runs in a process of its own.
     """
     from deqcore.testing import gradients as golden
-    from deqcore.testing import own, render
+    from deqcore.testing import render, user_problems
 
     Config.discover()
     start = time.perf_counter()
     dtypes = _dtypes(dtype or [])
     chosen = (backend or (), solver or (), strategy or (), dtypes)
     tell = _teller(as_json)
-    report = golden.check(*chosen, tell) if problem is None else own.check_own(problem, *chosen, tell)
+    report = golden.check(*chosen, tell) if problem is None else user_problems.check_own(problem, *chosen, tell)
     seconds = time.perf_counter() - start
     if as_json:
         typer.echo(json.dumps(render.as_json(report, seconds), indent=2))

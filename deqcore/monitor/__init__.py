@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from deqcore.monitor.drift import Profile
+    from deqcore.monitor.measurements import Probe
     from deqcore.monitor.metrics import Metric, Metrics
     from deqcore.monitor.monitor import Monitor
-    from deqcore.monitor.probes import Probe
     from deqcore.monitor.sink import Event, Record, Row, Run, Sink
     from deqcore.monitor.triggers import Trigger
 
@@ -21,7 +21,7 @@ _HOME: Final = {
     "Metric": "deqcore.monitor.metrics",
     "Metrics": "deqcore.monitor.metrics",
     "Monitor": "deqcore.monitor.monitor",
-    "Probe": "deqcore.monitor.probes",
+    "Probe": "deqcore.monitor.measurements",
     "Profile": "deqcore.monitor.drift",
     "Record": "deqcore.monitor.sink",
     "Row": "deqcore.monitor.sink",

@@ -19,9 +19,9 @@ from deqcore.monitor.analysis import Analysis
 from deqcore.monitor.drift import METRICS as DRIFT_METRICS
 from deqcore.monitor.drift import TRIGGERS, Profile
 from deqcore.monitor.inbox import Inbox
+from deqcore.monitor.measurements import Probe, make_probes
 from deqcore.monitor.metrics import Metric, Metrics
 from deqcore.monitor.outlet import Outlet
-from deqcore.monitor.probes import Probe, make_probes
 from deqcore.monitor.settings import MonitorSettings, SinkLike, make_triggers
 from deqcore.monitor.sink import Event, Row, Run
 from deqcore.monitor.tell import tell
@@ -174,7 +174,7 @@ class Monitor(Observer):
             if not self.collects:
                 self._note(
                     "A solve inside traced code is seen by nobody but the code itself: observe its solution there "
-                    "(deqcore_jax.collector.observe), or outside of it (monitor.observe)."
+                    "(deqcore_jax.callbacks.observe), or outside of it (monitor.observe)."
                 )
             return
         number = self._inbox.solves

@@ -22,8 +22,8 @@ from deqcore import plugins
 from deqcore.config.options import Options, as_options, check, instantiate
 from deqcore.config.sources import names_of
 from deqcore.errors import ConfigError, PluginError
+from deqcore.monitor.measurements import make_probes
 from deqcore.monitor.metrics import PREFIX, Metrics
-from deqcore.monitor.probes import make_probes
 from deqcore.monitor.sink import Sink
 from deqcore.monitor.triggers import Trigger
 

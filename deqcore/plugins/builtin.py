@@ -45,7 +45,7 @@ BACKENDS: Final = (
         package="jax",
         extra="jax",
         array_modules=("jax", "jaxlib"),
-        context="deqcore_jax.context:settings",
+        context="deqcore_jax.jit_context:settings",
     ),
 )
 

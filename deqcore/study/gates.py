@@ -9,7 +9,7 @@ from typing import Any, Final
 from deqcore.errors import ConfigError
 from deqcore.study.settings import Gate
 from deqcore.study.summary import Row, reference
-from deqcore.study.words import say
+from deqcore.study.translations import say
 
 
 def _points(row: Row, exact: Row | None) -> float | None:

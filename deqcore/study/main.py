@@ -13,10 +13,10 @@ from rich.console import Console
 from deqcore import plugins
 from deqcore.bench.machine import describe
 from deqcore.errors import BackendError
-from deqcore.study import cluster, device, gates, report, table
+from deqcore.study import device, gates, ray_executor, report, table
 from deqcore.study.grid import Cell, Own, cells
+from deqcore.study.local_executor import run
 from deqcore.study.progress import Live
-from deqcore.study.run import run
 from deqcore.study.schedule import schedule, timed
 from deqcore.study.settings import Study, read
 from deqcore.study.store import Store, StudyError
@@ -88,7 +88,7 @@ def study(request: Request, console: Console) -> None:
             console.print(f"{done} of {len(grid)} cells were finished before.", style="dim")
         with Live(console, grid, done) as live:
             spread = request.executor == "ray"
-            results = cluster.run(place, grid, live) if spread else run(place, grid, live, request.jobs)
+            results = ray_executor.run(place, grid, live) if spread else run(place, grid, live, request.jobs)
         if request.jobs > 1 or spread:
             results = timed(place, grid, results, console)
         found = report.write(place.root, settings, results, about)

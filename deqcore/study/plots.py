@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from deqcore.study.rounds import accumulations
+from deqcore.study.retraining import accumulations
 from deqcore.study.summary import Row
 
 PALETTE: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from deqcore.study import store, table
-from deqcore.study.answer import Answer, answers, devices
 from deqcore.study.gates import Verdict, judge
 from deqcore.study.plots import name, plots
-from deqcore.study.rounds import Accumulation, accumulations
+from deqcore.study.recommendation import Answer, answers, devices
+from deqcore.study.retraining import Accumulation, accumulations
 from deqcore.study.settings import Cost, Study
 from deqcore.study.summary import METRICS, Interval, Row, rows
-from deqcore.study.words import LANGUAGES, head, say
+from deqcore.study.translations import LANGUAGES, head, say
 
 
 def write(root: Path, study: Study, results: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> list[Row]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from deqcore.testing.conformance import DTYPES, Conformance, needs, several
-from deqcore.testing.kit import Kit, close
+from deqcore.testing.fixtures import Kit, close
 from deqcore.testing.scales import EXPONENTS, scales
 
 

@@ -12,11 +12,11 @@ import pytest
 import deqcore
 from deqcore import errors
 from deqcore.solve import failures
-from deqcore.testing.bounds import tolerance
 from deqcore.testing.conformance import DTYPES, Conformance, needs, several
-from deqcore.testing.kit import Kit, affine, close
+from deqcore.testing.fixtures import Kit, affine, close
 from deqcore.testing.problem import walk
 from deqcore.testing.problems import Golden, golden
+from deqcore.testing.tolerances import tolerance
 
 
 @dataclass(frozen=True)

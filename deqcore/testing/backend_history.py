@@ -10,7 +10,7 @@ from deqcore.solution import Status
 from deqcore.solve.loop import Control, drive
 from deqcore.solvers.picard import Picard
 from deqcore.testing.conformance import DTYPES, Conformance, needs, several
-from deqcore.testing.kit import Kit, close
+from deqcore.testing.fixtures import Kit, close
 
 
 class Model:

@@ -11,8 +11,8 @@ from deqcore.testing.backend_arrays import ArrayTests
 from deqcore.testing.backend_derivatives import DerivativeTests
 from deqcore.testing.backend_history import HistoryTests
 from deqcore.testing.conformance import several
-from deqcore.testing.kit import Affine, Kit, affine
-from deqcore.testing.lightness import check_light
+from deqcore.testing.fixtures import Affine, Kit, affine
+from deqcore.testing.import_cost import check_light
 
 
 class BackendTests(ArrayTests, HistoryTests, DerivativeTests):

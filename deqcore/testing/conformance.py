@@ -27,7 +27,7 @@ except ImportError as error:
 import deqcore
 from deqcore.abc.backend import Backend
 from deqcore.testing import strict
-from deqcore.testing.kit import Kit
+from deqcore.testing.fixtures import Kit
 from deqcore.testing.problems import golden
 from deqcore.testing.processes import installed
 

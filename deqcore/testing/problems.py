@@ -1,7 +1,7 @@
 """Golden problems: functions written once with the array namespace, and solutions that deqcore had no part in.
 
 `golden(name)` gives a problem with its stored truth: z*, gradients of ⟨g, z*⟩ for a cotangent g, and the facts about
-the Jacobian from which error bounds follow. `deqcore.testing.truths.make` computes and stores them.
+the Jacobian from which error bounds follow. `deqcore.testing.golden_values.make` computes and stores them.
 
 All data are exact in float32, so that the same numbers are the truth in float64 and in float32.
 """
@@ -19,10 +19,10 @@ import numpy as np
 
 from deqcore.abc.backend import Array, Tree
 from deqcore.errors import ProblemError, did_you_mean, listing
-from deqcore.testing.bounds import Sensitivity, Slope
 from deqcore.testing.problem import Problem, rebuild, walk
+from deqcore.testing.tolerances import Sensitivity, Slope
 
-FOLDER: Final = Path(__file__).parent / "truths"
+FOLDER: Final = Path(__file__).parent / "golden_values"
 
 
 def affine(xp: Any, p: Tree, z: Tree, x: Tree) -> Tree:

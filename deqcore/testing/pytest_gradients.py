@@ -11,8 +11,8 @@ import pytest
 
 from deqcore.errors import ProblemError
 from deqcore.testing.gradients import Report
-from deqcore.testing.own import check_own
 from deqcore.testing.problem import Problem
+from deqcore.testing.user_problems import check_own
 
 
 @pytest.fixture

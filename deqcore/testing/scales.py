@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 
 from deqcore.abc.backend import Array, Tree
-from deqcore.testing.kit import Kit
+from deqcore.testing.fixtures import Kit
 
 EXPONENTS: Final = {"float64": 664, "float32": 83, "bfloat16": 83}  # 1e±200, 1e±25, 1e±25
 

@@ -10,7 +10,7 @@ from deqcore.abc.backend import Map
 from deqcore.abc.solver import Solver
 from deqcore.solution import Status
 from deqcore.testing.conformance import Conformance, several
-from deqcore.testing.kit import Kit, affine, close
+from deqcore.testing.fixtures import Kit, affine, close
 
 BUDGET: Final = 80
 

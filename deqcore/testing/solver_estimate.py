@@ -13,7 +13,7 @@ import deqcore
 from deqcore.abc.solver import Solver
 from deqcore.linear.lowrank import InverseJacobian
 from deqcore.testing.conformance import Conformance
-from deqcore.testing.kit import Affine, Kit, affine, close
+from deqcore.testing.fixtures import Affine, Kit, affine, close
 from deqcore.testing.solver_steps import walk_steps
 
 

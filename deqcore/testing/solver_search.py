@@ -11,7 +11,7 @@ import pytest
 from deqcore.abc.backend import Map
 from deqcore.abc.solver import Solver
 from deqcore.testing.conformance import Conformance
-from deqcore.testing.kit import Affine, Kit, affine, close
+from deqcore.testing.fixtures import Affine, Kit, affine, close
 from deqcore.testing.problems import golden
 from deqcore.testing.solver_steps import overshooting, walk_steps
 

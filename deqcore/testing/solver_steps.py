@@ -16,8 +16,8 @@ from deqcore.abc.backend import Backend, History, Map
 from deqcore.abc.solver import Solver, map_state
 from deqcore.solve.loop import copy_state
 from deqcore.testing.conformance import DTYPES, Conformance, needs, several
-from deqcore.testing.kit import Kit, affine, close
-from deqcore.testing.lightness import check_light
+from deqcore.testing.fixtures import Kit, affine, close
+from deqcore.testing.import_cost import check_light
 from deqcore.testing.problems import golden
 
 

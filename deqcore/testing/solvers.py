@@ -18,15 +18,15 @@ import deqcore
 from deqcore import plugins
 from deqcore.abc.solver import Solver
 from deqcore.solution import Status
-from deqcore.testing.bounds import tolerance
 from deqcore.testing.conformance import DTYPES, chosen, claimed, several
-from deqcore.testing.kit import Affine, Kit, affine, close
+from deqcore.testing.fixtures import Affine, Kit, affine, close
 from deqcore.testing.problems import golden, names, raveled
 from deqcore.testing.scales import scaled, scales, times
 from deqcore.testing.solver_ends import EndTests
 from deqcore.testing.solver_estimate import EstimateTests
 from deqcore.testing.solver_search import SearchTests
 from deqcore.testing.solver_steps import StepTests
+from deqcore.testing.tolerances import tolerance
 
 MAX_STEPS: Final = 300
 

@@ -19,14 +19,14 @@ import deqcore
 from deqcore import plugins
 from deqcore.abc.backward import StepStrategy, Strategy
 from deqcore.testing.backend_derivatives import check_golden
-from deqcore.testing.bounds import tolerance
 from deqcore.testing.conformance import DTYPES, chosen, needs, several
-from deqcore.testing.kit import Kit, affine, close
+from deqcore.testing.fixtures import Kit, affine, close
 from deqcore.testing.problems import golden
 from deqcore.testing.scales import scaled, scales
 from deqcore.testing.strategy_claims import ClaimTests
 from deqcore.testing.strategy_route import RouteTests
 from deqcore.testing.strategy_steps import StepStrategyTests
+from deqcore.testing.tolerances import tolerance
 
 
 class StrategyTests(RouteTests, ClaimTests, StepStrategyTests):

@@ -13,7 +13,7 @@ from deqcore.abc.backend import Array
 from deqcore.abc.backward import AdjointReport, Strategy
 from deqcore.solution import Status
 from deqcore.testing.conformance import Conformance, claimed, several
-from deqcore.testing.kit import Affine, Kit, close
+from deqcore.testing.fixtures import Affine, Kit, close
 from deqcore.testing.problems import golden, names, raveled
 from deqcore.testing.strategy_route import route, unlike
 

@@ -18,8 +18,8 @@ from deqcore.abc.backward import AdjointReport, StepStrategy, Strategy
 from deqcore.solution import Status
 from deqcore.solve.verification import random_halves, verified
 from deqcore.testing.conformance import DTYPES, Conformance, several
-from deqcore.testing.kit import Affine, DenseEstimate, Kit, affine, close
-from deqcore.testing.lightness import check_light
+from deqcore.testing.fixtures import Affine, DenseEstimate, Kit, affine, close
+from deqcore.testing.import_cost import check_light
 from deqcore.testing.scales import scales
 
 FLAT = -np.stack([np.eye(6)] * 3)

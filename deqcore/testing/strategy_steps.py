@@ -14,7 +14,7 @@ from deqcore.abc.backend import Array
 from deqcore.abc.backward import Steps, StepStrategy, Strategy
 from deqcore.solve.loop import Control, Drive, Forward
 from deqcore.testing.conformance import DTYPES, Conformance, needs, several
-from deqcore.testing.kit import Affine, Kit, affine, close
+from deqcore.testing.fixtures import Affine, Kit, affine, close
 
 
 class StepStrategyTests(Conformance):

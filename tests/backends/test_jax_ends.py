@@ -13,7 +13,7 @@ pytest.importorskip("jax")
 
 import jax
 import jax.numpy as jnp
-from deqcore_jax import small
+from deqcore_jax import batched_linalg
 
 import deqcore
 
@@ -63,9 +63,9 @@ def test_small_systems_against_numpy(k):
     a, b = rng.standard_normal((5, k, k)), rng.standard_normal((5, k, 2))
     a[0] = np.flip(np.eye(k), axis=0)  # no pivot on the diagonal
     with jax.enable_x64(True):
-        found = jax.jit(small.solve)(jnp.asarray(a), jnp.asarray(b))
+        found = jax.jit(batched_linalg.solve)(jnp.asarray(a), jnp.asarray(b))
         np.testing.assert_allclose(found, np.linalg.solve(a, b), rtol=1e-9, atol=1e-9)
-        slope = jax.grad(lambda a: jnp.sum(small.solve(a, jnp.asarray(b)) ** 2))(jnp.asarray(a))
+        slope = jax.grad(lambda a: jnp.sum(batched_linalg.solve(a, jnp.asarray(b)) ** 2))(jnp.asarray(a))
     x = np.linalg.solve(a, b)
     np.testing.assert_allclose(slope, -np.linalg.solve(np.swapaxes(a, 1, 2), 2 * x) @ np.swapaxes(x, 1, 2), rtol=1e-6)
 
@@ -77,7 +77,7 @@ def test_systems_of_a_known_kind_and_their_derivatives(kind, k):
     a = rng.standard_normal((3, k, k)) + k * np.eye(k)
     a = np.triu(a) if kind == "upper" else a @ np.swapaxes(a, 1, 2)
     b = rng.standard_normal((3, k, 2))
-    solve = getattr(small, f"solve_{kind}")
+    solve = getattr(batched_linalg, f"solve_{kind}")
     with jax.enable_x64(True):
         x, pull = jax.vjp(lambda b: solve(jnp.asarray(a), b), jnp.asarray(b))
         np.testing.assert_allclose(x, np.linalg.solve(a, b), rtol=1e-9, atol=1e-12)
@@ -91,7 +91,7 @@ def test_a_positive_system_near_singularity_is_solved_to_rounding(k):
     half = rng.standard_normal((4, k, k // 2)).astype(np.float32) / np.float32(k**0.5)
     a = half @ np.swapaxes(half, 1, 2) + np.float32(1e-4) * np.eye(k, dtype=np.float32)
     b = rng.standard_normal((4, k, 3)).astype(np.float32)
-    x = np.asarray(jax.jit(small.solve_positive)(jnp.asarray(a), jnp.asarray(b))).astype(float)
+    x = np.asarray(jax.jit(batched_linalg.solve_positive)(jnp.asarray(a), jnp.asarray(b))).astype(float)
     left = np.linalg.norm(b - a.astype(float) @ x, axis=(1, 2))
     scale = np.linalg.norm(a, 2, axis=(1, 2)) * np.linalg.norm(x, axis=(1, 2))
     assert (left <= 20 * k * np.finfo(np.float32).eps * scale).all()
@@ -99,7 +99,7 @@ def test_a_positive_system_near_singularity_is_solved_to_rounding(k):
 
 def test_a_singular_system_spoils_no_other():
     a = np.stack([np.eye(3), np.zeros((3, 3)), 2 * np.eye(3)]).astype(np.float32)
-    found = np.asarray(small.solve(jnp.asarray(a), jnp.ones((3, 3, 1), jnp.float32)))
+    found = np.asarray(batched_linalg.solve(jnp.asarray(a), jnp.ones((3, 3, 1), jnp.float32)))
     assert not np.isfinite(found[1]).any()
     np.testing.assert_array_equal(found[[0, 2], :, 0], [[1, 1, 1], [0.5, 0.5, 0.5]])
 
@@ -110,10 +110,10 @@ def test_least_singular_values_against_numpy(m, k):
     a = rng.standard_normal((6, m, k)) * np.logspace(0, 3, k)
     a[5] = np.eye(m, k)  # all of them equal
     expected = np.linalg.svd(a, compute_uv=False)[:, -1]
-    found = jax.jit(small.least_singular_value)(jnp.asarray(a, jnp.float32))
+    found = jax.jit(batched_linalg.least_singular_value)(jnp.asarray(a, jnp.float32))
     np.testing.assert_allclose(found, expected, rtol=5e-3)
     a[0, :, 0] = 0.0
-    assert small.least_singular_value(jnp.asarray(a, jnp.float32))[0] == 0.0
+    assert batched_linalg.least_singular_value(jnp.asarray(a, jnp.float32))[0] == 0.0
 
 
 @pytest.mark.parametrize("columns", [1, 5, 8, 9, 30])
@@ -124,5 +124,5 @@ def test_columns_that_are_not_in_use_change_no_least_singular_value(columns):
     unused = np.arange(columns, 40)
     a[:, unused + 1, unused] = np.linalg.norm(a, axis=(1, 2))[:, None]
     expected = np.linalg.svd(a, compute_uv=False)[:, -1]
-    found = jax.jit(small.least_singular_value)(jnp.asarray(a, jnp.float32), jnp.int32(columns))
+    found = jax.jit(batched_linalg.least_singular_value)(jnp.asarray(a, jnp.float32), jnp.int32(columns))
     np.testing.assert_allclose(found, expected, rtol=5e-3)

@@ -154,7 +154,7 @@ def test_a_mutated_nnx_module_gives_its_new_output():
 
 def probed(value, batch, g):
     """Gradient with respect to x, and the report of the backward pass."""
-    import deqcore_jax.probe as probes
+    import deqcore_jax.adjoint_tap as probes
 
     def of(x, probe):
         with probes.reporting(probe):

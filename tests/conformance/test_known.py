@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from deqcore import plugins
-from deqcore.testing import known
-from deqcore.testing.lightness import check_light
+from deqcore.testing import known_failures
+from deqcore.testing.import_cost import check_light
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "conformance" / "known-failures.md"
 
@@ -21,7 +21,7 @@ def rows(text: str, backend: str) -> set[tuple[str, ...]]:
 
 def test_the_table_is_true():
     published = rows(PAGE.read_text(encoding="utf-8"), "numpy")
-    assert published == set(map(tuple, known.failures(["numpy"])))
+    assert published == set(map(tuple, known_failures.failures(["numpy"])))
     assert published
 
 

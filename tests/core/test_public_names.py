@@ -45,8 +45,8 @@ PUBLIC = {
     "deqcore_jax.cells": "Monotone dropout_mask spectrally_normalized weight_normalized",
     "deqcore_jax.nnx": "DEQ",
     "deqcore_jax.equinox": "DEQ",
-    "deqcore_jax.probe": "Probe new read reporting",
-    "deqcore_jax.collector": "collecting observe observe_backward",
+    "deqcore_jax.adjoint_tap": "Probe new read reporting",
+    "deqcore_jax.callbacks": "collecting observe observe_backward",
 }
 NAMES = [(home, name) for home, names in PUBLIC.items() for name in names.split()]
 FRAMEWORKS = {

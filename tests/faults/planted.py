@@ -66,9 +66,9 @@ NUMPY = "deqcore_numpy.backend"
 HISTORY = "deqcore_numpy.history"
 DIFFERENCES = "deqcore_numpy.differences"
 TORCH = "deqcore_torch.backend"
-PRODUCTS = "deqcore_torch.products"
+PRODUCTS = "deqcore_torch.jvp"
 AUTOGRAD = "deqcore_torch.autograd"
-SECOND = "deqcore_torch.second"
+SECOND = "deqcore_torch.second_order"
 
 STRATEGIES = [
     Fault(

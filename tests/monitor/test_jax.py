@@ -12,7 +12,7 @@ from deqcore.monitor import Monitor, Trigger
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
 
-from deqcore_jax import collector, probe  # noqa: E402
+from deqcore_jax import adjoint_tap, callbacks
 
 
 def solve(rate, **settings):
@@ -40,10 +40,10 @@ def test_the_collector_reports_every_run_of_compiled_code() -> None:
     def step(rate):
         traced.append(1)
         sol = solve(rate, forward__max_steps=200)
-        collector.observe(monitor, sol, name="cell")
+        callbacks.observe(monitor, sol, name="cell")
         return sol.value.sum(), sol.steps
 
-    with monitor, collector.collecting(monitor):
+    with monitor, callbacks.collecting(monitor):
         steps = []
         for rate in (0.2, 0.5, 0.8, 0.9):
             steps.append(float(step(rate)[1].mean()))
@@ -60,7 +60,7 @@ def test_the_collector_under_grad_and_vmap() -> None:
 
     def loss(rate):
         sol = solve(rate, forward__rtol=1e-6, forward__max_steps=200)
-        collector.observe(monitor, sol)
+        callbacks.observe(monitor, sol)
         return sol.value[0, 0]
 
     gradients = jax.jit(jax.vmap(jax.grad(loss)))(jnp.array([0.25, 0.5]))
@@ -74,18 +74,18 @@ def test_a_probe_reports_the_backward_pass_inside_and_outside_of_jit() -> None:
     monitor = Monitor(sinks=[])
 
     def loss(rate, figures):
-        with probe.reporting(figures):
+        with adjoint_tap.reporting(figures):
             return solve(rate).value.sum()
 
     @jax.jit
     def inside(rate):
-        gradient, figures = jax.grad(loss, argnums=(0, 1))(rate, probe.new(3))
-        collector.observe_backward(monitor, figures, name="in")
+        gradient, figures = jax.grad(loss, argnums=(0, 1))(rate, adjoint_tap.new(3))
+        callbacks.observe_backward(monitor, figures, name="in")
         return gradient, figures
 
     _, figures = inside(0.5)
     jax.effects_barrier()
-    report = probe.read(figures)
+    report = adjoint_tap.read(figures)
     monitor.observe_backward(report, name="out")
     monitor.close()
     first, second = monitor.rows
@@ -100,7 +100,7 @@ def test_triggers_of_collected_figures_act_in_the_thread_that_trains() -> None:
     @jax.jit
     def step(rate):
         sol = solve(rate)
-        collector.observe(monitor, sol)
+        callbacks.observe(monitor, sol)
         return sol.value
 
     for _ in range(2):

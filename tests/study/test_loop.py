@@ -10,8 +10,8 @@ import pytest
 
 from deqcore.study import data, store
 from deqcore.study.grid import Cell, Own, cells
-from deqcore.study.loop import CellFailure, Training, audited, batches, initial_weights
 from deqcore.study.settings import DataChoice, read
+from deqcore.study.train import CellFailure, Training, audited, batches, initial_weights
 from deqcore.study.worker import train
 
 DIGITS = data.load(DataChoice(name="digits"))

@@ -14,13 +14,13 @@ import pytest
 from scipy import stats
 
 from deqcore.study import plots, report, table
-from deqcore.study.answer import answers, bill, devices
 from deqcore.study.gates import judge
 from deqcore.study.grid import Cell, Own, cells
-from deqcore.study.rounds import accumulations
+from deqcore.study.recommendation import answers, bill, devices
+from deqcore.study.retraining import accumulations
 from deqcore.study.settings import Cost, Study, read
 from deqcore.study.summary import Interval, reference, rows
-from deqcore.study.words import EN, HEADS_JA, JA, head
+from deqcore.study.translations import EN, HEADS_JA, JA, head
 
 SPEED = {"exact-ift": 4.0, "broyden-reuse": 3.0, "jacobian-free": 2.0, "explicit": 1.0}
 LOSS = {"exact-ift": 0.0, "broyden-reuse": 0.002, "jacobian-free": 0.05, "explicit": 0.0}

@@ -14,8 +14,8 @@ from deqcore.study import data, store
 from deqcore.study.data.base import Dataset, Split
 from deqcore.study.data.drift import drifted
 from deqcore.study.grid import Cell, Own, cells
-from deqcore.study.loop import Training, audited, rate
 from deqcore.study.settings import DataChoice, read
+from deqcore.study.train import Training, audited, rate
 
 DIGITS = data.load(DataChoice(name="digits"))
 

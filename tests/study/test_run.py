@@ -19,7 +19,7 @@ import pytest
 from deqcore.cli.app import main
 from deqcore.study import data, store
 from deqcore.study.grid import Cell, Own, cells
-from deqcore.study.run import run
+from deqcore.study.local_executor import run
 from deqcore.study.settings import DataChoice, ModelChoice, read
 from deqcore.study.store import Store
 from deqcore.study.worker import train

@@ -8,9 +8,9 @@ import pytest
 import deqcore
 from deqcore.errors import ProblemError
 from deqcore.testing import golden
+from deqcore.testing.golden_values import make
 from deqcore.testing.problem import rebuild, walk
 from deqcore.testing.problems import FOLDER, FUNCTIONS, names, raveled, unraveled
-from deqcore.testing.truths import make
 
 QUICK = [name for name in FUNCTIONS if name not in ("slow-modes", "conv")]  # those take seconds
 

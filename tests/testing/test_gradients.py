@@ -11,9 +11,9 @@ import pytest
 from deqcore import get_backend, plugins
 from deqcore.errors import BackendError, MissingFrameworkError, UnknownNameError
 from deqcore.testing import golden, gradients, processes, render, worker
-from deqcore.testing.bounds import Sensitivity, Slope, rounding, tolerance
 from deqcore.testing.compare import Comparison, differ, quantities
 from deqcore.testing.gradients import Report, Run, check
+from deqcore.testing.tolerances import Sensitivity, Slope, rounding, tolerance
 from deqcore.testing.worker import Job
 
 

@@ -10,10 +10,10 @@ import pytest
 
 from deqcore import get_backend
 from deqcore.errors import ProblemError, UnknownNameError
-from deqcore.testing import Problem, own, weights, worker
+from deqcore.testing import Problem, user_problems, weights, worker
 from deqcore.testing.dense import dense
-from deqcore.testing.own import check_own
 from deqcore.testing.problem import load_problem, rebuild, walk
+from deqcore.testing.user_problems import check_own
 from deqcore.testing.worker import Job
 
 pytest_plugins = ["deqcore.testing.pytest_gradients"]
@@ -89,12 +89,12 @@ def inline(monkeypatch):
         for (name, _dtype), mine in jobs.items():
             for job in mine:
                 try:
-                    runs.append(own.Run(name, job, "", 0.0, worker.run(get_backend(backend=name), job)))
+                    runs.append(user_problems.Run(name, job, "", 0.0, worker.run(get_backend(backend=name), job)))
                 except Exception as error:
-                    runs.append(own.Run(name, job, f"{type(error).__name__}: {error}", 0.0, {}))
+                    runs.append(user_problems.Run(name, job, f"{type(error).__name__}: {error}", 0.0, {}))
         return runs
 
-    monkeypatch.setattr(own, "execute", here)
+    monkeypatch.setattr(user_problems, "execute", here)
 
 
 @pytest.mark.parametrize("name", ["once", "pair", "made"])
@@ -272,10 +272,10 @@ def test_check_own_refuses_what_it_cannot_judge(file):
 
 def test_a_large_problem_leaves_out_what_has_no_autodiff(file):
     large = replace(load_problem(f"{file}:once"), params={"W": np.zeros((100, 100)), "b": np.zeros(4)})
-    assert "numpy" not in own._backends(large, ())
-    assert "numpy" in own._backends(large, ("numpy",))
-    assert own._width(large) == 4
-    assert own._width(replace(large, batch=False)) == 8
+    assert "numpy" not in user_problems._backends(large, ())
+    assert "numpy" in user_problems._backends(large, ("numpy",))
+    assert user_problems._width(large) == 4
+    assert user_problems._width(replace(large, batch=False)) == 8
 
 
 def test_trees_are_walked_and_rebuilt_in_one_order():

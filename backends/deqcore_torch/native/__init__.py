@@ -16,7 +16,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from deqcore_torch import transforms
+from deqcore_torch import functorch
 
 COMPILERS: Final = {"cpu": ("numba", "steps"), "cuda": ("triton", "device")}
 """For each type of device, what compiles for it, and the module of its native steps."""
@@ -24,7 +24,7 @@ COMPILERS: Final = {"cpu": ("numba", "steps"), "cuda": ("triton", "device")}
 
 def reading(x: Tensor) -> ModuleType | Any | None:
     """The native steps, if they can read x and neither autograd nor a transformation follows what happens to it."""
-    if (torch.is_grad_enabled() and x.requires_grad) or transforms.active():
+    if (torch.is_grad_enabled() and x.requires_grad) or functorch.active():
         return None
     steps = loaded(x.device.type)
     return None if steps is None or not steps.plain(x) else steps

@@ -7,8 +7,8 @@ from typing import Any
 from deqcore import plugins
 from deqcore.errors import ConfigError, PluginError
 from deqcore.study.data.base import DataError, Dataset, Split
-from deqcore.study.own import load_object
 from deqcore.study.settings import DataChoice
+from deqcore.study.user_code import load_object
 
 __all__ = ["DataError", "Dataset", "Split", "load"]
 

@@ -11,7 +11,7 @@ from deqcore.study.models.base import Model
 from deqcore.study.models.conv import Conv, ConvExplicit
 from deqcore.study.models.dense import Dense, DenseExplicit
 from deqcore.study.models.slow import Slow
-from deqcore.study.own import load_own
+from deqcore.study.user_code import load_own
 
 __all__ = [
     "Attention",

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from deqcore_jax.interning import intern
+from deqcore_jax.jit_cache import intern
 
 
 @dataclass(frozen=True)

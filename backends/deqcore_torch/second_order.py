@@ -27,8 +27,8 @@ from torch._C import _current_graph_task_id
 from torch.autograd.graph import get_gradient_edge
 
 from deqcore.errors import StrategyError
+from deqcore_torch.functorch import ORDER, Refuse
 from deqcore_torch.graph import once_only, sequence
-from deqcore_torch.transforms import ORDER, Refuse
 
 ONCE_ONLY: Final = (
     "f contains an autograd.Function whose backward is marked @once_differentiable, and its gradient was "

@@ -1,6 +1,6 @@
 """What is known to fail: solver × golden problem × backend × dtype, where a healthy sample is not solved.
 
-`python -m deqcore.testing.known numpy torch > docs/conformance/known-failures.md` writes the published table; a test
+`python -m deqcore.testing.known_failures numpy torch > docs/conformance/known-failures.md` writes the published table; a test
 holds it to what happens. A solver that claims a problem (`Solver.claims`) is no longer excused from it.
 """
 
@@ -16,9 +16,9 @@ import deqcore
 from deqcore import plugins
 from deqcore.plugins.builtin import SOLVERS
 from deqcore.solution import Status
-from deqcore.testing.bounds import tolerance
-from deqcore.testing.kit import Kit
+from deqcore.testing.fixtures import Kit
 from deqcore.testing.problems import golden, names
+from deqcore.testing.tolerances import tolerance
 
 MAX_STEPS: Final = 300
 TOO_SLOW: Final = "STALLED or MAX_STEPS"  # which of the two is a matter of rounding, and so of the machine
@@ -28,7 +28,7 @@ HEADER: Final = """# What is known to fail
 Golden problems that a built-in solver does not solve within {steps} steps to what the dtype can reach (1e-12 in
 float64, a few units in the last place in float32). Samples without a solution (one in `divergent`, one in `nan`) are
 left out: there every solver must say that it failed. The suite demands an honest status in all of these cases, and
-convergence in all others. Written by `python -m deqcore.testing.known`; a test keeps it true.
+convergence in all others. Written by `python -m deqcore.testing.known_failures`; a test keeps it true.
 
 | solver | problem | backend | dtype | how its healthy samples end | why |
 |---|---|---|---|---|---|

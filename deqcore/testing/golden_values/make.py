@@ -1,4 +1,4 @@
-"""Compute and store the golden problems: `python -m deqcore.testing.truths.make`.
+"""Compute and store the golden problems: `python -m deqcore.testing.golden_values.make`.
 
 Nothing of deqcore's numerics is used. Affine problems are solved in closed form with 40 digits (mpmath). Elsewhere z*
 comes from `scipy.optimize.root`, refined by Newton steps whose residual is taken in extended precision; Jacobians are

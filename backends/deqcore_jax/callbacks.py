@@ -3,17 +3,17 @@
     @jax.jit
     def step(params, x):
         sol = deqcore.fixed_point(f, z0, params, x)
-        deqcore_jax.collector.observe(monitor, sol)
+        deqcore_jax.callbacks.observe(monitor, sol)
         ...
 
-    with Monitor(...) as monitor, deqcore_jax.collector.collecting(monitor):
+    with Monitor(...) as monitor, deqcore_jax.callbacks.collecting(monitor):
         for x in data:
             params = step(params, x)
             monitor.advance()
 
 Explicit, since compiled code is used again wherever its function is called: it reports to the monitor that it was
 traced with. The callback is asynchronous and unordered and takes numbers only; triggers and sinks run in
-`monitor.advance()` and at the end, in the thread that trains. Backward passes are reported by `deqcore_jax.probe`:
+`monitor.advance()` and at the end, in the thread that trains. Backward passes are reported by `deqcore_jax.adjoint_tap`:
 give the figures to `monitor.observe_backward(probe.read(figures))` outside, or to `observe_backward` here inside.
 """
 
@@ -31,7 +31,7 @@ from deqcore.abc.backward import AdjointReport
 from deqcore.api import get_backend
 from deqcore.monitor.monitor import Monitor
 from deqcore.solution import Solution
-from deqcore_jax import probe
+from deqcore_jax import adjoint_tap
 
 
 def observe(monitor: Monitor, solution: Solution, *, name: str = "") -> None:
@@ -60,7 +60,7 @@ def observe(monitor: Monitor, solution: Solution, *, name: str = "") -> None:
     jax.debug.callback(partial(_solved, monitor, name), *arrays)
 
 
-def observe_backward(monitor: Monitor, figures: probe.Probe, *, name: str = "") -> None:
+def observe_backward(monitor: Monitor, figures: adjoint_tap.Probe, *, name: str = "") -> None:
     """Report a backward pass from inside `jit`.
 
     Args:
@@ -81,7 +81,7 @@ def observe_backward(monitor: Monitor, figures: probe.Probe, *, name: str = "") 
         >>> monitor.rows[-1].values["deq_backward_steps"] > 0
         True
     """
-    jax.debug.callback(partial(_differentiated, monitor, name), probe.read(figures))
+    jax.debug.callback(partial(_differentiated, monitor, name), adjoint_tap.read(figures))
 
 
 @contextmanager

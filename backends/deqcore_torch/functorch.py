@@ -39,7 +39,7 @@ from deqcore.abc.backward import Adjoint
 from deqcore.errors import ProblemError, StrategyError
 from deqcore.linear.transposed import transposed
 from deqcore.solve.loop import Forward
-from deqcore_torch.ambient import Ambient, nothing_recorded
+from deqcore_torch.eval_context import Ambient, nothing_recorded
 
 _vjp: Any = torch.func.vjp  # its annotation also counts the auxiliary output that it does not have here
 MOST = 2  # the order of derivatives, and the nested levels: PyTorch fails inside a third one

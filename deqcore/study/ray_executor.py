@@ -16,7 +16,7 @@ from typing import Any, Final
 from deqcore.errors import MissingExtraError
 from deqcore.study import store
 from deqcore.study.grid import Cell
-from deqcore.study.run import Events, Process, Watcher
+from deqcore.study.local_executor import Events, Process, Watcher
 from deqcore.study.store import Store, StudyError
 
 FILES: Final = ("progress.safetensors", "result.json")  # that travel; the rest is made anew

@@ -8,13 +8,13 @@ Rules: one probe serves one solve; make it and differentiate with respect to it 
 each lane brings its own. A probed solve has reverse mode only.
 
 Example:
-    >>> import jax, jax.numpy as jnp, deqcore, deqcore_jax.probe
+    >>> import jax, jax.numpy as jnp, deqcore, deqcore_jax.adjoint_tap
     >>> def loss(a, probe):
-    ...     with deqcore_jax.probe.reporting(probe):
+    ...     with deqcore_jax.adjoint_tap.reporting(probe):
     ...         z = deqcore.fixed_point(lambda z: a * z + 1.0, jnp.zeros((2, 1))).value
     ...     return jnp.sum(z)
-    >>> gradient, figures = jax.grad(loss, argnums=(0, 1))(0.5, deqcore_jax.probe.new(2))
-    >>> report = deqcore_jax.probe.read(figures)
+    >>> gradient, figures = jax.grad(loss, argnums=(0, 1))(0.5, deqcore_jax.adjoint_tap.new(2))
+    >>> report = deqcore_jax.adjoint_tap.read(figures)
     >>> report.status.tolist(), report.pulls.tolist()  # 1 is CONVERGED
     ([1, 1], [1, 1])
 """
@@ -31,7 +31,7 @@ import jax.numpy as jnp
 
 from deqcore.abc.backward import AdjointReport
 from deqcore.errors import StrategyError
-from deqcore_jax.context import key
+from deqcore_jax.jit_context import key
 
 
 class Probe(NamedTuple):
@@ -66,7 +66,7 @@ class _Slot:
         self.taken = False
 
 
-_open: ContextVar[_Slot | None] = ContextVar("deqcore_jax.probe", default=None)
+_open: ContextVar[_Slot | None] = ContextVar("deqcore_jax.adjoint_tap", default=None)
 
 
 def new(batch: int) -> Probe:
@@ -155,7 +155,7 @@ def take(batch: int) -> Probe | None:
     if slot.probe.runs.shape != (batch,):
         raise StrategyError(
             f"The probe has shape {slot.probe.runs.shape}, but the solve has {batch} samples: make it with "
-            f"deqcore_jax.probe.new({batch})."
+            f"deqcore_jax.adjoint_tap.new({batch})."
         )
     slot.taken = True
     return slot.probe
