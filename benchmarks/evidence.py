@@ -201,9 +201,9 @@ def verdicts(name: str, found: Sequence[Row]) -> list[str]:
     )
     mine = certified.against(exact, "test_accuracy")
     lines.append(f"- Certified reuse against exact: {_points(mine)} points{_cosine(certified)}{_target(name, mine)}.")
-    pulls = [each.metric("pulls") for each in (certified, exact)]
-    if pulls[0] is not None and pulls[1] is not None:
-        lines.append(f"- Pulls of the slowest sample: certified {pulls[0].mean:.1f}, exact {pulls[1].mean:.1f}.")
+    vjps = [each.metric("vjps") for each in (certified, exact)]
+    if vjps[0] is not None and vjps[1] is not None:
+        lines.append(f"- vjps of the slowest sample: certified {vjps[0].mean:.1f}, exact {vjps[1].mean:.1f}.")
     return [*lines, *_times(certified, exact, free), *_rounds(found)]
 
 

@@ -45,7 +45,7 @@ COLUMNS: Final = (
     "residual",
     "backward tolerance",
     "gradient's error",
-    "f, pulls",
+    "f, vjps",
     "step, ms",
     "best peer / own",
     "with one cell",
@@ -223,7 +223,7 @@ class Problem:
         torch.autograd.backward(z, [part.to(dtype) for part in self.g])
         return z
 
-    def bare(self, cell: Cell, evaluations: int, pulls: int) -> None:
+    def bare(self, cell: Cell, evaluations: int, vjps: int) -> None:
         """As many evaluations and products as a step has, and nothing else: plain iteration both ways."""
         cell.zero_grad()
         z, u = tuple(map(torch.zeros_like, self.x)), self.g
@@ -232,7 +232,7 @@ class Problem:
                 z = cell(z, self.x)
         z = tuple(part.requires_grad_() for part in z)
         y = cell(z, self.x)
-        for _ in range(pulls - 1):
+        for _ in range(vjps - 1):
             u = torch.autograd.grad(y, z, u, retain_graph=True)
         torch.autograd.backward(y, u, inputs=list(cell.parameters()))
 
@@ -258,12 +258,12 @@ class Problem:
         """Of the cell: until the value is there, and in the backward pass; and products, counted by hooks."""
         calls: list[int] = []
         handle = self.cell.register_forward_hook(lambda *_: calls.append(1))
-        pulls: list[int] = []
-        other = self.cell.norms[0].register_full_backward_hook(lambda *_: pulls.append(1))
+        vjps: list[int] = []
+        other = self.cell.norms[0].register_full_backward_hook(lambda *_: vjps.append(1))
         self.step(self.cell, solve)
         handle.remove()
         other.remove()
-        return len(calls), len(pulls)
+        return len(calls), len(vjps)
 
 
 def loosest(grid: Sequence[float], good: Callable[[float], bool]) -> float | None:
@@ -296,14 +296,14 @@ def fitted(problem: Problem, make: Make, exact: bool) -> dict[str, Any]:
     found["error"] = error(BACKWARD[-1] if missed else tolerance)
     if missed:
         return found
-    evaluations, pulls = problem.evaluations(make(problem.cell, rtol, tolerance))
-    return found | {"evaluations": evaluations, "pulls": pulls}
+    evaluations, vjps = problem.evaluations(make(problem.cell, rtol, tolerance))
+    return found | {"evaluations": evaluations, "vjps": vjps}
 
 
 def best_of(problem: Problem, variants: Mapping[str, Make], exact: bool) -> tuple[dict[str, Any], Make]:
     """Of some options those with the fewest evaluations and products; the earlier of two that are equal."""
     rows = {name: fitted(problem, make, exact) for name, make in variants.items()}
-    name = min(rows, key=lambda name: rows[name].get("evaluations", 999) + rows[name].get("pulls", 999))
+    name = min(rows, key=lambda name: rows[name].get("evaluations", 999) + rows[name].get("vjps", 999))
     return rows[name] | {"options": name, "exact": exact}, variants[name]
 
 
@@ -330,8 +330,8 @@ def main() -> int:
             solve = make(cell, row["rtol"], row["tolerance"])
             rows[key] = rows[name] | {"cell": "given" if cell is problem.cell else "rewritten"}
             tasks[key] = lambda cell=cell, solve=solve: problem.step(cell, solve)
-    exact = [row for name, row in rows.items() if name.startswith("deqcore") and row["exact"] and "pulls" in row]
-    counts = min(((row["evaluations"], row["pulls"]) for row in exact), key=sum)
+    exact = [row for name, row in rows.items() if name.startswith("deqcore") and row["exact"] and "vjps" in row]
+    counts = min(((row["evaluations"], row["vjps"]) for row in exact), key=sum)
     for cell, module in (("given", problem.cell), ("rewritten", problem.rewritten)):
         tasks[f"bare {cell}"] = lambda module=module: problem.bare(module, *counts)
     clock = time.process_time if asked.busy else time.perf_counter
@@ -384,7 +384,7 @@ def page(found: dict[str, Any]) -> tuple[str, bool]:
             cells |= {
                 "backward tolerance": f"{row['tolerance']:.1e}" if row["exact"] else "",
                 "gradient's error": f"{row['error']:.3f}",
-                "f, pulls": f"{row['evaluations']}, {row['pulls']}",
+                "f, vjps": f"{row['evaluations']}, {row['vjps']}",
                 "step, ms": spread(Spread.of([1e3 * each for each in row["seconds"]])),
                 "best peer / own": spread(ratio(name, peers["given"])),
                 "with one cell": spread(ratio(name, peers[row["cell"]])),
@@ -442,7 +442,7 @@ def page(found: dict[str, Any]) -> tuple[str, bool]:
         f"within a round: medians of {clock}, quartiles in brackets; others used {busy:.0%} of the machine in the "
         f"median round (load then: {found['machine']['load_before'][0]:.1f}). {machine_text(found['machine'])}\n\n"
         f"{markdown(shown, COLUMNS)}\n\n"
-        f"*Pulls* are products with Jᵀ, the one that gives the parameters' gradient included. *Rewritten* is the same "
+        f"*vjps* are products with Jᵀ, the one that gives the parameters' gradient included. *Rewritten* is the same "
         f"function to rounding with the sums over resolutions done in fewer operations. The best peer is "
         f"{rows[peers['given']]['contender']} with the cell as given, {rows[peers['rewritten']]['contender']} with "
         f"the rewritten one.\n\n"

@@ -103,7 +103,7 @@ def vjp(
     batched_args: tuple[int, ...] = (),
     **overrides: object,
 ) -> tuple[Tree, tuple[Any, ...]]:
-    """Solve z* = f(z*, *args) and pull a cotangent of z* back to the arguments, the same way on every backend.
+    """Solve z* = f(z*, *args) and map a cotangent of z* back to the arguments, the same way on every backend.
 
     Args:
         f: as in `fixed_point`.
@@ -282,13 +282,13 @@ class Plan:
             return self.backend.unshared(forward.z, z0), gradients, forward, None
         forward = self.backend.forward_only(f, z0, args, solve)
         adjoint = self.adjoint(f)
-        if adjoint.uses_pull:
-            _, pull = self.backend.linearize(lambda z: f(z, *args), forward.z)
+        if adjoint.uses_vjp:
+            _, vjp = self.backend.linearize(lambda z: f(z, *args), forward.z)
         else:
-            pull = _no_pull
+            vjp = _no_vjp
         with self.backend.quiet():
             start = time.perf_counter()
-            u, report = adjoint(pull, g, forward.carry.state)
+            u, report = adjoint(vjp, g, forward.carry.state)
             record = BackwardRecord()
             record.add(report, time.perf_counter() - start)
         again, _, gradients = self.backend.vjp(lambda *moved: (f(forward.z, *moved), None), args, u)
@@ -423,8 +423,8 @@ def _once(f: Map, z: Array) -> Any:
     return f(z)
 
 
-def _no_pull(u: Array) -> Array:
-    raise StrategyError("The strategy called pull, although its uses_pull() says that it does not.")
+def _no_vjp(u: Array) -> Array:
+    raise StrategyError("The strategy called vjp, although its uses_vjp() says that it does not.")
 
 
 def plan_call(config: Config | None, overrides: Mapping[str, object], z0: Tree, args: tuple[Any, ...]) -> Plan:

@@ -15,7 +15,7 @@ Example:
     ...     return jnp.sum(z)
     >>> gradient, figures = jax.grad(loss, argnums=(0, 1))(0.5, deqcore_jax.adjoint_tap.new(2))
     >>> report = deqcore_jax.adjoint_tap.read(figures)
-    >>> report.status.tolist(), report.pulls.tolist()  # 1 is CONVERGED
+    >>> report.status.tolist(), report.vjps.tolist()  # 1 is CONVERGED
     ([1, 1], [1, 1])
 """
 
@@ -39,7 +39,7 @@ class Probe(NamedTuple):
 
     Attributes:
         status: as in AdjointReport.
-        pulls: likewise.
+        vjps: likewise.
         residual: likewise.
         error: likewise.
         fallback: likewise, 0 or 1.
@@ -51,7 +51,7 @@ class Probe(NamedTuple):
     """
 
     status: Any
-    pulls: Any
+    vjps: Any
     residual: Any
     error: Any
     fallback: Any
@@ -76,7 +76,7 @@ def new(batch: int) -> Probe:
         Zeros `(batch,)` of float32 in each field.
 
     Example:
-        >>> new(2).pulls.tolist()
+        >>> new(2).vjps.tolist()
         [0.0, 0.0]
     """
     return Probe(*[jnp.zeros(batch, jnp.float32)] * len(Probe._fields))
@@ -122,7 +122,7 @@ def read(figures: Probe) -> AdjointReport:
         StrategyError: (outside compiled code) no backward pass reported, or several added up.
 
     Example:
-        >>> read(new(2)._replace(runs=jnp.ones(2), pulls=jnp.full(2, 3.0))).pulls.tolist()
+        >>> read(new(2)._replace(runs=jnp.ones(2), vjps=jnp.full(2, 3.0))).vjps.tolist()
         [3, 3]
     """
     runs = figures.runs
@@ -136,7 +136,7 @@ def read(figures: Probe) -> AdjointReport:
             )
     return AdjointReport(
         status=figures.status.astype(jnp.int32),
-        pulls=figures.pulls.astype(jnp.int32),
+        vjps=figures.vjps.astype(jnp.int32),
         residual=figures.residual,
         error=figures.error,
         fallback=figures.fallback > 0,
@@ -164,5 +164,5 @@ def take(batch: int) -> Probe | None:
 def fill(report: AdjointReport) -> Probe:
     """A report as the cotangent of a probe."""
     numbers = [jnp.asarray(each).astype(jnp.float32) for each in report[:5]]
-    status, pulls, residual, error, fallback = numbers
-    return Probe(status, pulls, residual, error, fallback, jnp.ones_like(status))
+    status, vjps, residual, error, fallback = numbers
+    return Probe(status, vjps, residual, error, fallback, jnp.ones_like(status))

@@ -162,10 +162,10 @@ class JaxBackend(Backend):
 
     def linearize(self, f: Map, z: Any) -> tuple[Any, Map]:
         with as_outside():
-            fz, pull = jax.vjp(f, z)
-        return fz, lambda u: pull(u)[0]
+            fz, vjp = jax.vjp(f, z)
+        return fz, lambda u: vjp(u)[0]
 
-    def push(self, f: Map, z: Any) -> Map:
+    def jvp(self, f: Map, z: Any) -> Map:
         with as_outside():
             return product(f, z)
 
@@ -216,9 +216,9 @@ class JaxBackend(Backend):
                 merged[i] = leaf
             return value(*self.unflatten(structure, merged))
 
-        found, pull, aux = jax.vjp(of_leaves, *[jnp.asarray(leaves[i]) for i in moving], has_aux=True)
+        found, vjp, aux = jax.vjp(of_leaves, *[jnp.asarray(leaves[i]) for i in moving], has_aux=True)
         gradients: list[Any] = [None] * len(leaves)
-        for i, gradient in zip(moving, pull(cotangent), strict=True):
+        for i, gradient in zip(moving, vjp(cotangent), strict=True):
             gradients[i] = gradient
         return found, aux, self.unflatten(structure, gradients)
 

@@ -61,7 +61,7 @@ def checked(adjoint: Adjoint, place: Place | None, u: Any, report: AdjointReport
         return jnp.where(failed[:, None], jnp.full_like(u, 0.0 if action == "zero" else jnp.nan), u)
     if action != "ignore":
         failures = Failures(action, ADJOINT, BEFORE, CURE, place)
-        watch(failures, report.status, report.pulls, report.residual, compiled=True)
+        watch(failures, report.status, report.vjps, report.residual, compiled=True)
     return u
 
 

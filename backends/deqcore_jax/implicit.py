@@ -6,7 +6,7 @@ f at z*, recorded once for products with J and for the gradients of the leaves:
     exact strategies    custom_jvp:  dz* = (I − J)^-1 lin(0, dθ), by lax.custom_linear_solve, whose transpose is the
                         strategy's route. All of JAX's transformations follow, to any order in principle: the rule
                         linearises at an *attached* z*, so that second derivatives know that z* moves with θ.
-    approximate ones    custom_vjp:  dθ = (∂f/∂θ)ᵀ route(pull, g). Reverse mode, first order; more is refused.
+    approximate ones    custom_vjp:  dθ = (∂f/∂θ)ᵀ solve_adjoint(vjp, g). Reverse mode, first order; more is refused.
     exact, but f calls  custom_vjp:  dθ = (∂f/∂θ)ᵀ u, and u = (I − J)^-T g has a derivative of its own. Reverse mode
     a jax.custom_vjp    of any order; J v is the transpose of f's own backward rule.
     function
@@ -188,17 +188,17 @@ def _exact_jvp(problem: Problem, primals: Any, tangents: Any) -> Any:
     z = _exact(problem, z, state, leaves)
     moved = {i: t for i, t in enumerate(tangents[2]) if not isinstance(t, SymbolicZero)}
     linear = Linear(problem.program, z, leaves, list(moved))
-    b = linear.push_leaves(list(moved.values()))
+    b = linear.jvp_leaves(list(moved.values()))
     return z, (_solution if linear.reversible else _solution_forward)(problem, linear, b, state)
 
 
 def _solution(problem: Problem, linear: Linear, b: Any, state: Any) -> Any:
     """(I − J)^-1 b, with a transpose."""
     return lax.custom_linear_solve(
-        lambda v: v - linear.push(v),
+        lambda v: v - linear.jvp(v),
         b,
         lambda _, b: _route_forward(problem, linear, b, state)[0],
-        lambda _, g: _route(problem, linear, g, state)[0],
+        lambda _, g: _solve_adjoint(problem, linear, g, state)[0],
     )
 
 
@@ -208,7 +208,7 @@ def _solution_forward(problem: Problem, linear: Linear, b: Any, state: Any) -> A
     def solve(_: Any, b: Any) -> Any:
         return _route_forward(problem, linear, b, state)[0]
 
-    return forward_only(lax.custom_linear_solve(lambda v: v - linear.push(v), b, solve))
+    return forward_only(lax.custom_linear_solve(lambda v: v - linear.jvp(v), b, solve))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -234,9 +234,9 @@ def _reverse_bwd(problem: Problem, residuals: Any, g: Any) -> Any:
         if not linear.reversible:
             raise no_reverse_mode()
         u, report = lax.custom_linear_solve(
-            lambda v: v - linear.pull(v),
+            lambda v: v - linear.vjp(v),
             g,
-            lambda _, b: _route(problem, linear, b, state),
+            lambda _, b: _solve_adjoint(problem, linear, b, state),
             lambda _, b: _route_forward(problem, linear, b, state),
             has_aux=True,
         )
@@ -245,9 +245,9 @@ def _reverse_bwd(problem: Problem, residuals: Any, g: Any) -> Any:
         u, report = _adjoint(problem, z, state, leaves, g)
     else:
         z, state, leaves, g = _first_order_only(type(problem.bound.strategy).__name__, (z, state, leaves, g))
-        linear = Reverse(problem.program, z, leaves, moved, products=problem.bound.uses_pull)
-        u, report = _route(problem, linear, g, state)
-    found = iter(linear.pull_leaves(u))
+        linear = Reverse(problem.program, z, leaves, moved, products=problem.bound.uses_vjp)
+        u, report = _solve_adjoint(problem, linear, g, state)
+    found = iter(linear.vjp_leaves(u))
     gradients = [next(found) if i in moved else None for i in range(len(leaves))]
     return None, None, gradients, None if probe is None else fill(report)
 
@@ -258,7 +258,7 @@ _reverse.defvjp(_reverse_fwd, _reverse_bwd)
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _adjoint(problem: Problem, z: Any, state: Any, leaves: list[Any], g: Any) -> tuple[Any, AdjointReport]:
     """u ≈ (I − J)^-T g where f has reverse mode only, so that only its second derivatives need J v."""
-    return _route(problem, Reverse(problem.program, z, leaves, []), g, state)
+    return _solve_adjoint(problem, Reverse(problem.program, z, leaves, []), g, state)
 
 
 @_adjoint.defjvp
@@ -272,15 +272,15 @@ def _adjoint_jvp(problem: Problem, primals: Any, tangents: Any) -> Any:
     def pulled(z: Any, *at: Any) -> Any:
         merged = dict(zip(moved, at, strict=True))
         every = [merged.get(i, leaf) for i, leaf in enumerate(leaves)]
-        return Reverse(problem.program, z, every, []).pull(u)
+        return Reverse(problem.program, z, every, []).vjp(u)
 
     turned = jax.jvp(pulled, (z, *[leaves[i] for i in moved]), (dz, *[dleaves[i] for i in moved]))[1]
     linear = Reverse(problem.program, z, leaves, [])
-    linear.push(z)  # an f whose rule is not linear is refused here, by name
+    linear.jvp(z)  # an f whose rule is not linear is refused here, by name
     du = lax.custom_linear_solve(
-        lambda v: v - linear.pull(v),
+        lambda v: v - linear.vjp(v),
         dg + turned,
-        lambda _, b: _route(problem, linear, b, state)[0],
+        lambda _, b: _solve_adjoint(problem, linear, b, state)[0],
         lambda _, b: _route_forward(problem, linear, b, state)[0],
     )
     return (u, report), (du, AdjointReport(*map(_no_tangent, report)))
@@ -290,17 +290,17 @@ def _no_tangent(x: Any) -> Any:
     return jnp.zeros_like(x) if is_differentiable(x) else np.zeros(x.shape, jax.dtypes.float0)
 
 
-def _route(problem: Problem, linear: Linear | Reverse, g: Any, state: Any) -> tuple[Any, AdjointReport]:
+def _solve_adjoint(problem: Problem, linear: Linear | Reverse, g: Any, state: Any) -> tuple[Any, AdjointReport]:
     """u ≈ (I − J)^-T g."""
     with precise():
-        u, report = problem.bound(linear.pull, g, state)
+        u, report = problem.bound(linear.vjp, g, state)
         return checked(problem.bound, problem.place, u, report), report
 
 
 def _route_forward(problem: Problem, linear: Linear | Reverse, b: Any, state: Any) -> tuple[Any, AdjointReport]:
     """x ≈ (I − J)^-1 b: the same kind of equation, with J v in place of Jᵀu and H in place of Hᵀ."""
     with precise():
-        x, report = transposed(problem.bound)(linear.push, b, state)
+        x, report = transposed(problem.bound)(linear.jvp, b, state)
         return checked(problem.bound, problem.place, x, report), report
 
 

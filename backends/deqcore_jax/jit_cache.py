@@ -109,8 +109,8 @@ def _rule_key(jaxpr: core.Jaxpr, eqn: core.JaxprEqn, depth: int) -> Hashable:
         primals = [xs[i] for i in moving]
         if "bwd" not in eqn.params:
             return jax.jvp(f, primals, dxs)
-        out, pull = jax.vjp(f, *primals)  # such a rule has reverse mode only
-        return out, pull(out)
+        out, vjp = jax.vjp(f, *primals)  # such a rule has reverse mode only
+        return out, vjp(out)
 
     examples = [_example(v.aval) for v in inputs]
     try:

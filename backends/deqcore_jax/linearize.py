@@ -20,8 +20,8 @@ class Linear:
     Products with J are traced here, once, however often a strategy calls them: transposing is not free.
 
     Attributes:
-        push: J v for `v` `(batch, n)`.
-        pull: Jᵀu for `u` `(batch, n)`; raises StrategyError where f has no reverse mode.
+        jvp: J v for `v` `(batch, n)`.
+        vjp: Jᵀu for `u` `(batch, n)`; raises StrategyError where f has no reverse mode.
         reversible: whether f has a reverse mode in z and in the leaves that may move.
 
     Args:
@@ -31,8 +31,8 @@ class Linear:
         moved: positions of the leaves that may move.
     """
 
-    push: Map
-    pull: Map
+    jvp: Map
+    vjp: Map
 
     def __init__(self, program: Program, z: Any, leaves: list[Any], moved: list[int]) -> None:
         self.z = z
@@ -40,50 +40,50 @@ class Linear:
         f = _of_moved(program, leaves, moved)
         self._in_leaves = lambda *at: f(z, *at)
         self._linear: Any = None
-        self.pull = _refuse_reverse
+        self.vjp = _refuse_reverse
         try:
             self._linear = jax.linearize(f, z, *self.moved)[1]
         except ValueError:  # values and tangents come from one operation, such as a loop whose end depends on z
-            self.push = _traced(lambda v: jax.jvp(lambda z: f(z, *self.moved), (z,), (v,))[1], z)
+            self.jvp = _traced(lambda v: jax.jvp(lambda z: f(z, *self.moved), (z,), (v,))[1], z)
             self.reversible = False
             return
         zeros = [jnp.zeros_like(leaf) for leaf in self.moved]
 
         # The derivative of the linear map in its first argument only: the leaves' part of it drops out.
-        def push(v: Any) -> Any:
+        def jvp(v: Any) -> Any:
             return jax.jvp(lambda dz: self._linear(dz, *zeros), (jnp.zeros_like(v),), (v,))[1]
 
-        self.push = _traced(push, z)
+        self.jvp = _traced(jvp, z)
         self.reversible = self._transpose(program)
 
     def _transpose(self, program: Program) -> bool:
-        """Make `pull`, if f has a reverse mode."""
+        """Make `vjp`, if f has a reverse mode."""
         try:
-            transposed = jax.linear_transpose(self.push, self.z)
-            self.pull = _traced(lambda u: transposed(u)[0], self.z)
+            transposed = jax.linear_transpose(self.jvp, self.z)
+            self.vjp = _traced(lambda u: transposed(u)[0], self.z)
             if program.calls("while"):  # its transpose in the leaves is taken by JAX, too late for an error of ours
-                jax.eval_shape(self.pull_leaves, self.z)
+                jax.eval_shape(self.vjp_leaves, self.z)
         except (ValueError, NotImplementedError):
             return False
         return True
 
-    def push_leaves(self, d: list[Any]) -> Any:
+    def jvp_leaves(self, d: list[Any]) -> Any:
         """Σ_i (∂f/∂leaf_i) d_i, `(batch, n)`."""
         if self._linear is None:
             return jax.jvp(self._in_leaves, self.moved, d)[1]
         zeros = [jnp.zeros_like(leaf) for leaf in self.moved]
         return jax.jvp(lambda *d: self._linear(jnp.zeros_like(self.z), *d), zeros, d)[1]
 
-    def pull_leaves(self, u: Any) -> list[Any]:
+    def vjp_leaves(self, u: Any) -> list[Any]:
         """(∂f/∂leaf_i)ᵀ u for each leaf that moves."""
-        return list(jax.linear_transpose(lambda *d: self.push_leaves(list(d)), *self.moved)(u))
+        return list(jax.linear_transpose(lambda *d: self.jvp_leaves(list(d)), *self.moved)(u))
 
 
 class Reverse:
     """Jᵀu and (∂f/∂leaf_i)ᵀ u by reverse mode alone: `jax.custom_vjp` functions inside f have nothing else.
 
     Attributes:
-        pull: Jᵀu for `u` `(batch, n)`.
+        vjp: Jᵀu for `u` `(batch, n)`.
 
     Args:
         program: f.
@@ -96,7 +96,7 @@ class Reverse:
         StrategyError: f has no reverse mode (`lax.while_loop`).
     """
 
-    pull: Map
+    vjp: Map
 
     def __init__(self, program: Program, z: Any, leaves: list[Any], moved: list[int], *, products: bool = True) -> None:
         f = _of_moved(program, leaves, moved)
@@ -104,24 +104,24 @@ class Reverse:
         try:
             if not products:
                 self._vjp = jax.vjp(lambda *at: f(z, *at), *at)[1]
-                self._first, self.pull = 0, _missing
+                self._first, self.vjp = 0, _missing
                 return
             self._vjp, self._first = jax.vjp(f, z, *at)[1], 1
-            self.pull = _traced(lambda u: self._vjp(u)[0], z)
+            self.vjp = _traced(lambda u: self._vjp(u)[0], z)
         except (ValueError, NotImplementedError) as error:
             raise no_reverse_mode(error) from error
 
-    def pull_leaves(self, u: Any) -> list[Any]:
+    def vjp_leaves(self, u: Any) -> list[Any]:
         """(∂f/∂leaf_i)ᵀ u for each leaf that moves."""
         try:
             return list(self._vjp(u)[self._first :])
         except (ValueError, NotImplementedError) as error:
             raise no_reverse_mode(error) from error
 
-    def push(self, v: Any) -> Any:
-        """J v, the transpose of `pull`."""
+    def jvp(self, v: Any) -> Any:
+        """J v, the transpose of `vjp`."""
         try:
-            return jax.linear_transpose(self.pull, v)(v)[0]
+            return jax.linear_transpose(self.vjp, v)(v)[0]
         except (ValueError, NotImplementedError, TypeError) as error:
             raise StrategyError(
                 f"f calls a jax.custom_vjp function whose backward rule is not linear in the cotangent, so that it "
@@ -141,9 +141,9 @@ def product(f: Map, z: Any) -> Map:
         return lambda v: jax.jvp(f, (z,), (v,))[1]
     if not calls(jax.make_jaxpr(found)(z), "custom_lin"):
         return found
-    pull = jax.vjp(f, z)[1]  # such a function has a transpose only, whose transpose is the product
+    vjp = jax.vjp(f, z)[1]  # such a function has a transpose only, whose transpose is the product
     try:
-        transposed = jax.linear_transpose(lambda u: pull(u)[0], z)
+        transposed = jax.linear_transpose(lambda u: vjp(u)[0], z)
         return _traced(lambda v: transposed(v)[0], z)
     except (ValueError, NotImplementedError, TypeError) as error:
         reason = "f calls a jax.custom_vjp function whose backward rule is not linear in the cotangent."
@@ -182,7 +182,7 @@ def _traced(f: Map, example: Any) -> Map:
 
 
 def _missing(_: Any) -> Any:
-    raise StrategyError("The strategy called pull, although its uses_pull() says that it does not.")
+    raise StrategyError("The strategy called vjp, although its uses_vjp() says that it does not.")
 
 
 def _refuse_reverse(*_: Any) -> Any:

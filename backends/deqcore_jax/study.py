@@ -69,7 +69,7 @@ class JaxTrainer(Trainer):
         self._adam = optax.scale_by_adam(BETA1, BETA2, EPSILON)
         self._state = self._adam.init(self._weights)
         self._forward = jax.jit(self._pullback, static_argnames="config")
-        self._backward = jax.jit(lambda pull: pull(jnp.ones((), jnp.float32)))
+        self._backward = jax.jit(lambda vjp: vjp(jnp.ones((), jnp.float32)))
         self._update = jax.jit(self._updated)
         self._predict = jax.jit(self._logits)
         self._solved = jax.jit(self._at, static_argnames="config")
@@ -85,9 +85,9 @@ class JaxTrainer(Trainer):
     def step(self, x: Numbers, y: Numbers, rate: float) -> Step:
         inputs, targets = jax.block_until_ready((jnp.asarray(x), jnp.asarray(_narrow(y))))
         start = time.perf_counter()
-        loss, pull, figures = jax.block_until_ready(self._forward(self._weights, inputs, targets, config=self._config))
+        loss, vjp, figures = jax.block_until_ready(self._forward(self._weights, inputs, targets, config=self._config))
         middle = time.perf_counter()
-        gradient, probe = jax.block_until_ready(self._backward(pull))
+        gradient, probe = jax.block_until_ready(self._backward(vjp))
         end = time.perf_counter()
         self._weights, self._state = jax.block_until_ready(self._update(self._weights, self._state, gradient, rate))
         done = time.perf_counter()
@@ -130,8 +130,8 @@ class JaxTrainer(Trainer):
         return jax.device_put(np.array(a), self._device)
 
     def _gradient(self, x: Numbers, y: Numbers, config: Config) -> tuple[Any, float]:
-        loss, pull, _ = self._forward(self._weights, jnp.asarray(_narrow(x)), jnp.asarray(_narrow(y)), config=config)
-        return self._backward(pull)[0], float(loss)
+        loss, vjp, _ = self._forward(self._weights, jnp.asarray(_narrow(x)), jnp.asarray(_narrow(y)), config=config)
+        return self._backward(vjp)[0], float(loss)
 
     def _pullback(self, weights: Any, x: Any, y: Any, config: Config) -> tuple[Any, Any, Any]:
         def loss(weights: Any, probe: Any) -> tuple[Any, Any]:

@@ -22,7 +22,7 @@ from deqcore_numpy.derivative import (
     is_differencing,
     jacobian,
     product,
-    pull_back,
+    vjp_back,
 )
 from deqcore_numpy.history import NumpyHistory
 from deqcore_numpy.ownership import held
@@ -116,17 +116,17 @@ class NumpyBackend(Backend):
         if coupled_rows(self, f, z) is None:
             blocks = batched_jacobian(f, z)
 
-            def pull(u: Any) -> Any:
+            def vjp(u: Any) -> Any:
                 return np.einsum("bij,bi->bj", blocks, u).astype(u.dtype, copy=False)
         else:
             dense = jacobian(f, z, state=True)
 
-            def pull(u: Any) -> Any:
+            def vjp(u: Any) -> Any:
                 return (np.ravel(u) @ dense).reshape(u.shape).astype(u.dtype, copy=False)
 
-        return f(z), pull
+        return f(z), vjp
 
-    def push(self, f: Map, z: Any) -> Map:
+    def jvp(self, f: Map, z: Any) -> Map:
         multiply = product(f, z, lambda: coupled_rows(self, f, z) is None)
         return lambda v: multiply(v).astype(v.dtype, copy=False)
 
@@ -170,7 +170,7 @@ class NumpyBackend(Backend):
                 return value(*self.unflatten(structure, changed))[0]
 
             with self.quiet():
-                gradients.append(pull_back(jacobian(moved, leaf), cotangent, found, leaf).astype(leaf.dtype))
+                gradients.append(vjp_back(jacobian(moved, leaf), cotangent, found, leaf).astype(leaf.dtype))
         return found, aux, self.unflatten(structure, gradients)
 
 

@@ -113,7 +113,7 @@ def _samples(v: Any) -> Iterator[Any]:
         yield part
 
 
-def pull_back(dense: Any, cotangent: Any, value: Any, leaf: Any) -> Any:
+def vjp_back(dense: Any, cotangent: Any, value: Any, leaf: Any) -> Any:
     """Σ_o cotangent_o ∂value_o/∂leaf, with samples that are not finite kept out of the gradients of the others.
 
     A difference of NaN is NaN whether or not the number depends on what was moved. Where the leaf has the batch as

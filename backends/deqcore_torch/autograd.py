@@ -1,7 +1,7 @@
 """How the implicit gradient is attached to a solution in PyTorch.
 
 One recorded evaluation y = f(z*, …) serves everything: it carries the parameters' gradients by ordinary autograd, so
-closures, modules and hooks need no registration, and its graph gives the pulls Jᵀu. `_Attach` stands behind y and
+closures, modules and hooks need no registration, and its graph gives the vjps Jᵀu. `_Attach` stands behind y and
 turns the cotangent g of the value into u; autograd then continues through y with u.
 
 z* enters f through a `_Gate`, which swallows the part of the cotangent that would flow on into z*: it is accounted
@@ -62,7 +62,7 @@ def attach(
     exact = adjoint.strategy.exact
     start = sequence() if exact else 0
     z = forward.z.detach()
-    if adjoint.uses_pull:
+    if adjoint.uses_vjp:
         z = _Gate.apply(z.requires_grad_())
     job.saved = Saved.around()
     with job.saved or nullcontext():
@@ -101,13 +101,13 @@ class _Job:
         self.outside = Outside()
         self.saved: Saved | None = None
 
-    def route(self, y: Tensor, z: Tensor, g: Tensor) -> Tensor:
-        def pull(u: Tensor) -> Tensor:
+    def solve_adjoint(self, y: Tensor, z: Tensor, g: Tensor) -> Tensor:
+        def vjp(u: Tensor) -> Tensor:
             (found,) = torch.autograd.grad(y, z, u, retain_graph=True, allow_unused=True)
             return torch.zeros_like(u) if found is None else found
 
         start = time.perf_counter()
-        u, report = self.adjoint(pull, g, self.state)
+        u, report = self.adjoint(vjp, g, self.state)
         self.record.add(report, time.perf_counter() - start)
         found: Tensor = u
         return found
@@ -150,15 +150,15 @@ class _Attach(torch.autograd.Function):
         if g is None:
             return (None, None, None, None, *nothing)
         functorch.refuse_vmap(g)
-        if job.saved is not None and job.adjoint.uses_pull:
+        if job.saved is not None and job.adjoint.uses_vjp:
             job.saved.fetch()
         if not torch.is_grad_enabled():
-            return (job.route(y, z, g), None, None, None, *nothing)
+            return (job.solve_adjoint(y, z, g), None, None, None, *nothing)
         refusal = job.refusal()
         if refusal is None:
             return (None, None, None, None, *_second_order(job, y, z, g, out, outside))
         with torch.no_grad():
-            u = job.route(y, z, g)
+            u = job.solve_adjoint(y, z, g)
         # PyTorch's own error, which comes from inside compiled code, would come before ours.
         refuse_compiled(y, lambda part: Refuse.apply(part, part, refusal))
         return (Refuse.apply(u, y, refusal), None, None, None, *nothing)
@@ -167,17 +167,17 @@ class _Attach(torch.autograd.Function):
 def _second_order(job: _Job, y: Tensor, z: Tensor, g: Tensor, out: Tensor, outside: list[Tensor]) -> Any:
     """Gradients of the tensors outside, as differentiable functions of g, of the solution and of those tensors."""
 
-    def pull(u: Tensor) -> Tensor:
+    def vjp(u: Tensor) -> Tensor:
         (found,) = torch.autograd.grad(y, z, u, create_graph=True, allow_unused=True)
         return torch.zeros_like(u) if found is None else found
 
     def solve(g: Tensor) -> Tensor:
         """U as the solution of its own linear equation, whose Jacobian is Jᵀ."""
         with torch.no_grad():
-            u = job.route(y, z, g)
+            u = job.solve_adjoint(y, z, g)
         inner = _Job(transposed(job.adjoint), BackwardRecord(), job.state)
         start = _Gate.apply(u.detach().requires_grad_())
-        attached: Tensor = _Attach.apply(g + pull(start), start, u, inner)
+        attached: Tensor = _Attach.apply(g + vjp(start), start, u, inner)
         return attached
 
     return Twice.apply(Recorded(y, z, solve), out, g, *outside)

@@ -219,37 +219,37 @@ class TorchBackend(Backend):
 
     def linearize(self, f: Map, z: Tensor) -> tuple[Tensor, Map]:
         if functorch.active():
-            return functorch.pull_of(f, z)
+            return functorch.vjp_of(f, z)
         with torch.enable_grad():
             z = z.detach().requires_grad_()
             y = f(z)
 
-        def pull(u: Tensor) -> Tensor:
+        def vjp(u: Tensor) -> Tensor:
             if not y.requires_grad:
                 return torch.zeros_like(u)
             (found,) = torch.autograd.grad(y, z, u, retain_graph=True, allow_unused=True)
             return torch.zeros_like(u) if found is None else found
 
-        return y.detach(), pull
+        return y.detach(), vjp
 
-    def recorded_pull(self, f: Map, z: Tensor) -> Map:
+    def recorded_vjp(self, f: Map, z: Tensor) -> Map:
         if not torch.is_grad_enabled():
             return self.linearize(f, z)[1]
         z = z if z.requires_grad else z.detach().requires_grad_()
         y = f(z)
 
-        def pull(u: Tensor) -> Tensor:
+        def vjp(u: Tensor) -> Tensor:
             if not y.requires_grad:
                 return torch.zeros_like(u)
             (found,) = torch.autograd.grad(y, z, u, create_graph=True, allow_unused=True)
             return torch.zeros_like(u) if found is None else found
 
-        return pull
+        return vjp
 
-    def push(self, f: Map, z: Tensor) -> Map:
+    def jvp(self, f: Map, z: Tensor) -> Map:
         if functorch.active():
-            return functorch.push_of(f, z)
-        return jvp.push(f, z)
+            return functorch.jvp_of(f, z)
+        return jvp.jvp(f, z)
 
     @untraced
     def forward_only(

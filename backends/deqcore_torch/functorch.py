@@ -80,17 +80,17 @@ def to_numpy(x: Tensor) -> Any:
         return x.numpy()
 
 
-def pull_of(f: Map, z: Tensor) -> tuple[Tensor, Map]:
+def vjp_of(f: Map, z: Tensor) -> tuple[Tensor, Map]:
     """f(z), and u ↦ Jᵀu."""
-    y, pull = _vjp(f, z)
-    return y, lambda u: pull(u)[0]
+    y, vjp = _vjp(f, z)
+    return y, lambda u: vjp(u)[0]
 
 
-def push_of(f: Map, z: Tensor) -> Map:
+def jvp_of(f: Map, z: Tensor) -> Map:
     """V ↦ J v."""
-    y, pull = pull_of(f, z)
-    _, push = pull_of(pull, torch.zeros_like(y))
-    return push
+    y, vjp = vjp_of(f, z)
+    _, jvp = vjp_of(vjp, torch.zeros_like(y))
+    return jvp
 
 
 def attach(f: Callable[..., Tensor], forward: Forward, args: tuple[Any, ...], adjoint: Adjoint) -> Tensor:
@@ -176,38 +176,38 @@ class _Equation:
     state: Any
     order: int = 1  # of the derivative that its own is
 
-    def pull(self, z: Tensor) -> Map:
+    def vjp(self, z: Tensor) -> Map:
         """u ↦ Jᵀu at z."""
-        return pull_of(self.f, z)[1] if self.adjoint.uses_pull else _no_pull
+        return vjp_of(self.f, z)[1] if self.adjoint.uses_vjp else _no_vjp
 
-    def push(self, z: Tensor) -> Map:
-        """v ↦ J v at z: the transpose of `pull`."""
-        return push_of(self.f, z)
+    def jvp(self, z: Tensor) -> Map:
+        """v ↦ J v at z: the transpose of `vjp`."""
+        return jvp_of(self.f, z)
 
     def solve(self, z: Tensor, y: Tensor, g: Tensor) -> Tensor:
         """u = g + Jᵀu at z, where f(z) was y at the call."""
         u = self._plain(self.adjoint, self._linearized, z, y, g)
         if not self.adjoint.strategy.exact or not (torch.is_grad_enabled() or active()):
             return u
-        return self._attached(lambda v: _alive(g) + self.pull(_alive(z))(v), u, transposed(self.adjoint))
+        return self._attached(lambda v: _alive(g) + self.vjp(_alive(z))(v), u, transposed(self.adjoint))
 
     def solve_forward(self, z: Tensor, y: Tensor, dy: Tensor, dz: Tensor | None) -> Tensor:
         """v = b + J v with b = dy − J dz, where f(z) was y at the call."""
-        b = dy if dz is None else dy - self.push(z)(dz)
+        b = dy if dz is None else dy - self.jvp(z)(dz)
         turned = transposed(self.adjoint)
         v = self._plain(turned, self._pushed, z, y, b)
-        return self._attached(lambda w: _alive(b) + self.push(_alive(z))(w), v, turned)
+        return self._attached(lambda w: _alive(b) + self.jvp(_alive(z))(w), v, turned)
 
     def _attached(self, f: Map, solution: Tensor, adjoint: Adjoint) -> Tensor:
         return _attach(_Equation(f, adjoint, self.state, self.order + 1), solution, f(solution), solution)
 
     def _linearized(self, z: Tensor) -> tuple[Tensor | None, Map]:
-        return pull_of(self.f, z) if self.adjoint.uses_pull else (None, _no_pull)
+        return vjp_of(self.f, z) if self.adjoint.uses_vjp else (None, _no_vjp)
 
     def _pushed(self, z: Tensor) -> tuple[Tensor | None, Map]:
-        y, pull = pull_of(self.f, z)
-        _, push = pull_of(pull, torch.zeros_like(y))
-        return y, push
+        y, vjp = vjp_of(self.f, z)
+        _, jvp = vjp_of(vjp, torch.zeros_like(y))
+        return y, jvp
 
     def _plain(
         self, adjoint: Adjoint, product: Callable[[Tensor], tuple[Any, Map]], z: Tensor, y: Tensor, b: Tensor
@@ -238,8 +238,8 @@ def _check_same(again: Tensor, before: Tensor, precision: float) -> None:
         )
 
 
-def _no_pull(u: Tensor) -> Tensor:
-    raise StrategyError("The strategy called pull, although its uses_pull() says that it does not.")
+def _no_vjp(u: Tensor) -> Tensor:
+    raise StrategyError("The strategy called vjp, although its uses_vjp() says that it does not.")
 
 
 class _Root(torch.autograd.Function):

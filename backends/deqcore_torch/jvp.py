@@ -14,7 +14,7 @@ from deqcore.errors import BackendError
 from deqcore_torch.graph import once_only, sequence
 
 
-def push(f: Map, z: Tensor, fused: bool = True) -> Map:
+def jvp(f: Map, z: Tensor, fused: bool = True) -> Map:
     """V ↦ J v at `z` `(batch, n)`; a gradient that is being recorded goes through the products.
 
     Fused attention, which has no forward mode, is evaluated by PyTorch's plain kernel here: the same to rounding.
@@ -36,7 +36,7 @@ def push(f: Map, z: Tensor, fused: bool = True) -> Map:
             except NotImplementedError as error:
                 reason = str(error).splitlines()[0]
                 plain = fused and "scaled_dot_product" in reason
-                turned.append(push(_unfused(f), z, fused=False) if plain else _transposed_twice(f, z, reason))
+                turned.append(jvp(_unfused(f), z, fused=False) if plain else _transposed_twice(f, z, reason))
         return turned[0](v)
 
     return product

@@ -10,7 +10,7 @@ import torch
 
 import deqcore
 from benchmarks.certificates.problems import Case
-from benchmarks.certificates.truth import Truth, gmres_errors, gmres_residuals, pulls_to, truth
+from benchmarks.certificates.truth import Truth, gmres_errors, gmres_residuals, truth, vjps_to
 from deqcore.backward.broyden_reuse import BroydenReuse
 from deqcore.linear.certified import Certified, solve_certified
 from deqcore.linear.gmres import gmres
@@ -33,9 +33,9 @@ class Outcome:
     Attributes:
         failed: reported as such.
         settled: the forward solve converged; elsewhere z is no fixed point, and (I − J(z))^-1 any matrix's inverse.
-        pulls: spent.
-        baseline: pulls of GMRES from zero to the residual that certified reuse reached.
-        sufficient: fewest pulls after which the true error of the same Krylov space's solution is within the target,
+        vjps: spent.
+        baseline: vjps of GMRES from zero to the residual that certified reuse reached.
+        sufficient: fewest vjps after which the true error of the same Krylov space's solution is within the target,
             by a textbook GMRES on the dense matrices; NaN where no number of them is enough.
         residual: computed from the dense Jacobian.
         reported_residual: by deqcore.
@@ -47,7 +47,7 @@ class Outcome:
     target: float
     failed: Any
     settled: Any
-    pulls: Any
+    vjps: Any
     baseline: Any
     sufficient: Any
     residual: Any
@@ -58,8 +58,8 @@ class Outcome:
 
     @property
     def excess(self) -> Any:
-        """Pulls beyond GMRES from zero at the same residual."""
-        return self.pulls - self.baseline
+        """vjps beyond GMRES from zero at the same residual."""
+        return self.vjps - self.baseline
 
     @property
     def ratio(self) -> Any:
@@ -96,7 +96,7 @@ class Result:
         seen: share of the exact u that lies in the span of the secant pairs' steps, median.
         outcomes: by target.
         alone: the same without the estimate, by a Krylov space of I − Jᵀ itself.
-        curve: residual level -> pulls of (preconditioned GMRES, GMRES from zero), each summed over the samples.
+        curve: residual level -> vjps of (preconditioned GMRES, GMRES from zero), each summed over the samples.
     """
 
     case: str
@@ -122,7 +122,7 @@ def measure(case: Case) -> Result:
 
     with torch.no_grad():
         forward = drive(backend, SOLVER, f, case.z0.reshape(flat), FORWARD)
-    _, pull = backend.linearize(f, forward.z)
+    _, vjp = backend.linearize(f, forward.z)
     g = case.g.reshape(flat)
     dense = truth(case, forward.z)
     chosen = np.linalg.norm(dense.g, axis=1) > 0
@@ -137,17 +137,17 @@ def measure(case: Case) -> Result:
     outcomes, alone = [], []
     for target in TARGETS:
         strategy = BroydenReuse(target=target, refine_steps=REFINE_STEPS, fallback="none")
-        u, report = strategy.route(backend, pull, g, estimate)
+        u, report = strategy.solve_adjoint(backend, vjp, g, estimate)
         sound = report.status == int(Status.CONVERGED)
-        found = Certified(u, report.residual, report.error, report.pulls, sound)
+        found = Certified(u, report.residual, report.error, report.vjps, sound)
         outcomes.append(_outcome(target, found, dense, baseline, with_estimate, chosen, settled))
-        found = solve_certified(backend, pull, g, None, target=target, max_pulls=REFINE_STEPS)
+        found = solve_certified(backend, vjp, g, None, target=target, max_vjps=REFINE_STEPS)
         alone.append(_outcome(target, found, dense, baseline, without, chosen, settled))
     curve = {}
     for level in LEVELS:
         found = gmres(
             backend,
-            lambda v: v - pull(v),
+            lambda v: v - vjp(v),
             g,
             rtol=level,
             max_steps=MOST_PULLS,
@@ -155,7 +155,7 @@ def measure(case: Case) -> Result:
         )
         curve[level] = (
             int(found.products.numpy()[chosen].sum()),
-            sum(pulls_to(residuals, level) for residuals in baseline),
+            sum(vjps_to(residuals, level) for residuals in baseline),
         )
     return Result(
         case.name,
@@ -180,9 +180,9 @@ def _outcome(
         target=target,
         failed=~found.met.numpy()[chosen],
         settled=settled,
-        pulls=found.pulls.numpy()[chosen],
-        baseline=np.array([pulls_to(b, r) for b, r in zip(baseline, residual, strict=True)]),
-        sufficient=np.array([float(pulls_to(e, target)) if (e <= target).any() else np.nan for e in errors]),
+        vjps=found.vjps.numpy()[chosen],
+        baseline=np.array([vjps_to(b, r) for b, r in zip(baseline, residual, strict=True)]),
+        sufficient=np.array([float(vjps_to(e, target)) if (e <= target).any() else np.nan for e in errors]),
         residual=residual,
         reported_residual=found.residual.double().numpy()[chosen],
         error=dense.error(wide),

@@ -67,13 +67,13 @@ def verdicts(results: Sequence[Result]) -> list[Verdict]:
         ),
         *_apart(failed, cosine, settled),
         Verdict(
-            "pulls beyond GMRES from 0 at the same adjoint residual, worst sample",
+            "vjps beyond GMRES from 0 at the same adjoint residual, worst sample",
             "≤ 1",
             f"{int(excess.max())} ({int((excess > 1).sum())} of {len(excess)} samples above 1)",
             excess.max() <= 1,
             _where(results, lambda o: (o.excess > 1).any(), lambda o: f"{int(o.excess.max())} at target {o.target}"),
         ),
-        *_apart_pulls(excess, there),
+        *_apart_vjps(excess, there),
         Verdict(
             "committed problems: estimated over true error at least 0.5",
             "99 %",
@@ -90,7 +90,7 @@ def verdicts(results: Sequence[Result]) -> list[Verdict]:
             mine, theirs = result.curve[0.01]
             found.append(
                 Verdict(
-                    f"pulls to residual 0.01 over those of GMRES from 0: {result.case}",
+                    f"vjps to residual 0.01 over those of GMRES from 0: {result.case}",
                     "≤ 0.8",
                     f"{mine / theirs:.2f} ({mine / result.samples:.1f} against {theirs / result.samples:.1f})",
                     mine <= 0.8 * theirs,
@@ -134,7 +134,7 @@ def _promise(results: Sequence[Result], name: str) -> list[Verdict]:
             f"worst {kept.worst:.3f} (estimate {kept.stated:.3f}, target {kept.target})" if kept.wrong else "",
         ),
         Verdict(f"{name}: reported as failed", "≤ 1 %", f"{100 * kept.failed:.2f} %", kept.failed <= 0.01),
-        Verdict(f"{name}: pulls over the fewest that suffice", "≤ 1.1", f"{kept.cost:.3f}", kept.cost <= 1.1),
+        Verdict(f"{name}: vjps over the fewest that suffice", "≤ 1.1", f"{kept.cost:.3f}", kept.cost <= 1.1),
     ]
 
 
@@ -149,7 +149,7 @@ class Kept:
         stated: its estimate.
         target: its target.
         failed: share of all samples reported as failed.
-        cost: pulls over the fewest after which the same space's solution is within the target.
+        cost: vjps over the fewest after which the same space's solution is within the target.
     """
 
     certified: int
@@ -179,7 +179,7 @@ class Kept:
             float(joined("reported_error")[worst]),
             float(target[worst]),
             float((~sound & settled).sum() / max(1, settled.sum())),
-            float(joined("pulls")[counted].sum() / max(1.0, sufficient[counted].sum())),
+            float(joined("vjps")[counted].sum() / max(1.0, sufficient[counted].sum())),
         )
 
 
@@ -187,7 +187,7 @@ def _promises(results: Sequence[Result]) -> list[str]:
     """The promise by set, target and start, as rows of a table."""
     lines = [
         "| set | target | start | certified | above the target | worst error (its estimate) | failed | "
-        "pulls over the fewest |",
+        "vjps over the fewest |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, belongs in SETS.items():
@@ -231,12 +231,12 @@ def _apart(failed: Any, cosine: Any, settled: Any) -> list[Verdict]:
     ]
 
 
-def _apart_pulls(excess: Any, settled: Any) -> list[Verdict]:
+def _apart_vjps(excess: Any, settled: Any) -> list[Verdict]:
     """Likewise."""
     if settled.all() or not settled.any():
         return []
     most = int(excess[settled].max())
-    name = "… only samples whose forward solve converged: pulls beyond"
+    name = "… only samples whose forward solve converged: vjps beyond"
     return [Verdict(name, "≤ 1", str(most), most <= 1, f"of those whose solve did not: {int(excess[~settled].max())}")]
 
 
@@ -267,7 +267,7 @@ def page(
         lines.append(f"| {v.figure} | {v.target} | {v.found} | {'holds' if v.holds else '**misses**'} | {v.remark} |")
     lines += [f"\n**{name} was not measured in full**: {why}." for name, why in missing.items()]
     lines += ["", "![Estimated against true error](certificates-scatter.png)", ""]
-    lines += ["![Pulls to a residual](certificates-pulls.png)", "", "## Is what is certified within the target?", ""]
+    lines += ["![vjps to a residual](certificates-vjps.png)", "", "## Is what is certified within the target?", ""]
     lines += [
         "Only samples whose forward solve converged. *Start*: Krylov space of A M with the estimate M that the forward "
         "solve left, or of A alone. *The fewest*: the smallest dimension of the same space whose solution is within "
@@ -279,7 +279,7 @@ def page(
         "",
     ]
     lines += [
-        "| problem | samples | cond(I − J) | forward steps, converged | seen | target | failed | worst cosine | pulls, "
+        "| problem | samples | cond(I − J) | forward steps, converged | seen | target | failed | worst cosine | vjps, "
         "GMRES(0) | worst excess | estimate / error: 1, 50, 99 % |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -295,7 +295,7 @@ def page(
             "|---|---|---|---|",
         ]
         lines += [f"| {t.name} | {t.epochs} | {t.loss:.3f} | {100 * t.accuracy:.1f} % |" for t in trainings]
-    lines += ["", "## Pulls to an adjoint residual, over those of GMRES from 0", ""]
+    lines += ["", "## vjps to an adjoint residual, over those of GMRES from 0", ""]
     lines += ["| problem | " + " | ".join(map(str, LEVELS)) + " |", "|---|" + "---|" * len(LEVELS)]
     for r in results:
         cells = (f"{r.curve[level][0] / max(1, r.curve[level][1]):.2f}" for level in LEVELS)
@@ -315,7 +315,7 @@ def _row(r: Result, o: Outcome) -> str:
             str(o.target),
             str(int(o.failed.sum())),
             f"{o.cosine.min():.4f}",
-            f"{o.pulls.mean():.1f}, {o.baseline.mean():.1f}",
+            f"{o.vjps.mean():.1f}, {o.baseline.mean():.1f}",
             f"{int(o.excess.max()):+d}",
             quantiles,
         ]
@@ -323,7 +323,7 @@ def _row(r: Result, o: Outcome) -> str:
 
 
 def plots(results: Sequence[Result], out: Path) -> None:
-    """The scatter of estimated against true errors, and the pulls to each residual."""
+    """The scatter of estimated against true errors, and the vjps to each residual."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -348,8 +348,8 @@ def plots(results: Sequence[Result], out: Path) -> None:
         axes.plot(LEVELS, ratios, "-o" if r.kind == OWN else ":", ms=4, color=colour, label=r.case)
     axes.axhline(1.0, color="0.4", lw=0.9)
     axes.axhline(0.8, color="0.4", lw=0.9, ls="--")
-    axes.set(xscale="log", xlabel="relative adjoint residual", ylabel="pulls over those of GMRES from 0")
+    axes.set(xscale="log", xlabel="relative adjoint residual", ylabel="vjps over those of GMRES from 0")
     axes.invert_xaxis()
-    axes.set_title("Pulls to a residual (full lines: trained cells, their own cotangents)", fontsize=10)
+    axes.set_title("vjps to a residual (full lines: trained cells, their own cotangents)", fontsize=10)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    figure.savefig(out / "certificates-pulls.png", dpi=130)
+    figure.savefig(out / "certificates-vjps.png", dpi=130)

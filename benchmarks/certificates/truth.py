@@ -107,7 +107,7 @@ def _orthogonal(w: Any, basis: list[Any]) -> Any:
     return w
 
 
-def pulls_to(residuals: Any, goal: float) -> int:
+def vjps_to(residuals: Any, goal: float) -> int:
     """Dimensions after which the residual is at most the goal; one more than there are if never."""
     met = np.flatnonzero(residuals <= goal)
     return int(met[0]) if met.size else len(residuals)

@@ -647,15 +647,15 @@ class Backend(ABC):
         raise NotImplementedError(f"{type(self).__name__} offers neither `pullback` nor `linearize` and `vjp`.")
 
     def linearize(self, f: Map, z: Array) -> tuple[Array, Map]:
-        """Evaluate f once at `z`; return `(f(z), pull)` with `pull(u) = Jᵀu`, callable many times."""
-        value, pull = self.pullback(lambda leaves: f(leaves[0]), (z,))
-        return value, lambda u: pull(u)[0]
+        """Evaluate f once at `z`; return `(f(z), vjp)` with `vjp(u) = Jᵀu`, callable many times."""
+        value, vjp = self.pullback(lambda leaves: f(leaves[0]), (z,))
+        return value, lambda u: vjp(u)[0]
 
-    def push(self, f: Map, z: Array) -> Map | None:
+    def jvp(self, f: Map, z: Array) -> Map | None:
         """Forward products `v ↦ J v` at `z`, or None where the framework has none."""
         return None
 
-    def recorded_pull(self, f: Map, z: Array) -> Map:
+    def recorded_vjp(self, f: Map, z: Array) -> Map:
         """Products `u ↦ Jᵀu` at `z` that are themselves recorded: gradients flow to z and to what f depends on.
 
         The default is for backends whose `linearize` composes with differentiation, or that have no tape at all.
@@ -687,7 +687,7 @@ class Backend(ABC):
             z0: initial state `(batch, n)`. It gets no gradient: the fixed point does not depend on it.
             args: pytrees; their arrays get gradients.
             solve: the driver with solver and tolerances bound.
-            adjoint: `adjoint(pull, g, forward)` gives `u ≈ (I − J)^-T g` and its report.
+            adjoint: `adjoint(vjp, g, forward)` gives `u ≈ (I − J)^-T g` and its report.
 
         Returns:
             The value z* `(batch, n)`, which is `forward.z` to the last bit, with gradients attached whenever the
@@ -744,8 +744,8 @@ class Backend(ABC):
             kept.append(aux)
             return found
 
-        found, pull = self.pullback(of_leaves, tuple(leaves[i] for i in moving))
-        gradients = dict(zip(moving, pull(cotangent), strict=True))
+        found, vjp = self.pullback(of_leaves, tuple(leaves[i] for i in moving))
+        gradients = dict(zip(moving, vjp(cotangent), strict=True))
         return found, kept[0], self.unflatten(structure, [gradients.get(i) for i in range(len(leaves))])
 
     def grad(self, fn: Callable[[Array], Array]) -> Callable[[Array], Array]:

@@ -5,7 +5,7 @@ Forward, `z* = f(z*, θ)` is solved without recording a gradient. Backward, the 
     dL/dθ = (∂f/∂θ)ᵀ u,    u = (I − J)^-T g,    J = ∂f/∂z at z*,
 
 where g is the cotangent of z*. Every implicit strategy differs only in how it finds u: it is a `Strategy` and writes
-`route`. The last product with (∂f/∂θ)ᵀ is one ordinary recorded evaluation of f, done by the framework.
+`solve_adjoint`. The last product with (∂f/∂θ)ᵀ is one ordinary recorded evaluation of f, done by the framework.
 
 Strategies that differentiate through a fixed number of steps instead are a `StepStrategy`.
 
@@ -38,25 +38,25 @@ class AdjointReport(NamedTuple):
 
     Attributes:
         status: `Status` as int32. A strategy that promises no accuracy reports CONVERGED.
-        pulls: vector–Jacobian products spent, int32.
+        vjps: vector–Jacobian products spent, int32.
         residual: ‖g + Jᵀu − u‖ / ‖g‖ where it was measured, NaN where not.
         error: estimate of ‖u − u*‖ / ‖u*‖, NaN where there is none.
         fallback: True where the strategy gave up and something simpler was used instead.
         coupling: 0 where nothing was found, or how much of a vector–Jacobian product lands in this sample although its
             cotangent lies in others, relative to the largest sample: f couples the rows of the state, and
             ``forward.batch = false`` is needed. NaN or None where it was not measured.
-        verify_vjps: vector–Jacobian products that `backward.verify_every` spent, int32, which `pulls` leaves out.
+        verify_vjps: vector–Jacobian products that `backward.verify_every` spent, int32, which `vjps` leaves out.
 
     Example:
         >>> import numpy as np
         >>> unknown = np.full(2, np.nan)
         >>> AdjointReport(np.array([1, 2]), np.array([3, 9]), np.array([1e-6, 0.5]), unknown, np.array([False, True]))
-        1 of 2 samples CONVERGED after at most 3 pulls, adjoint residual at most 1e-06.
-        1 of 2 samples MAX_STEPS after at most 9 pulls, adjoint residual at most 0.5; 1 got the fallback.
+        1 of 2 samples CONVERGED after at most 3 vjps, adjoint residual at most 1e-06.
+        1 of 2 samples MAX_STEPS after at most 9 vjps, adjoint residual at most 0.5; 1 got the fallback.
     """
 
     status: Array
-    pulls: Array
+    vjps: Array
     residual: Array
     error: Array
     fallback: Array
@@ -77,10 +77,10 @@ class Strategy(ABC):
     """An implicit backward strategy: a frozen dataclass of its options, registered under a name.
 
     Attributes:
-        needs: what `route` uses with its default options; `uses_pull` and `wants_estimate` answer for any.
-        exact: whether `route` solves the adjoint equation to a tolerance, so that the result is a true derivative
+        needs: what `solve_adjoint` uses with its default options; `uses_vjp` and `wants_estimate` answer for any.
+        exact: whether `solve_adjoint` solves the adjoint equation to a tolerance, so that the result is a true derivative
             (which forward mode and second derivatives require).
-        claims: golden problems whose adjoint equation it solves, each with the pulls per sample that this may take
+        claims: golden problems whose adjoint equation it solves, each with the vjps per sample that this may take
             in float64, from the estimate H = −I if it wants one, as in ``{"slow-modes": 12}``; the conformance suite
             holds it to them. Made for the default options.
 
@@ -89,38 +89,38 @@ class Strategy(ABC):
         >>> from dataclasses import dataclass, field
         >>> @dataclass(frozen=True)
         ... class TwoTerms(Strategy):
-        ...     needs = "pull"
-        ...     def route(self, backend, pull, g, estimate):
-        ...         return g + pull(g), report(backend, g, pulls=1)
+        ...     needs = "vjp"
+        ...     def solve_adjoint(self, backend, vjp, g, estimate):
+        ...         return g + vjp(g), report(backend, g, vjps=1)
         >>> be = deqcore.get_backend(backend="numpy")
-        >>> u, told = TwoTerms().route(be, lambda v: 0.5 * v, np.ones((1, 2)), None)
-        >>> u.tolist(), told.pulls.tolist()
+        >>> u, told = TwoTerms().solve_adjoint(be, lambda v: 0.5 * v, np.ones((1, 2)), None)
+        >>> u.tolist(), told.vjps.tolist()
         ([[1.5, 1.5]], [1])
     """
 
-    needs: ClassVar[Literal["nothing", "pull", "estimate"]]
+    needs: ClassVar[Literal["nothing", "vjp", "estimate"]]
     exact: ClassVar[bool] = False
     claims: ClassVar[Mapping[str, int]] = {}
 
     @abstractmethod
-    def route(
-        self, backend: Backend, pull: Map, g: Array, estimate: InverseJacobian | None
+    def solve_adjoint(
+        self, backend: Backend, vjp: Map, g: Array, estimate: InverseJacobian | None
     ) -> tuple[Array, AdjointReport]:
         """Return `u ≈ (I − J)^-T g` and what it took.
 
         Args:
             backend: whose arrays these are.
-            pull: `u ↦ Jᵀu` at z*, `(batch, n)` to `(batch, n)`; each call costs one vector–Jacobian product.
+            vjp: `u ↦ Jᵀu` at z*, `(batch, n)` to `(batch, n)`; each call costs one vector–Jacobian product.
             g: cotangent of z*, `(batch, n)`.
             estimate: H ≈ (J − I)^-1 from the forward solve, or None if `needs` is not "estimate".
         """
 
-    def uses_pull(self) -> bool:
-        """Whether `route` may call `pull` with these options; if not, the graph of z need not be recorded."""
-        return self.needs == "pull"
+    def uses_vjp(self) -> bool:
+        """Whether `solve_adjoint` may call `vjp` with these options; if not, the graph of z need not be recorded."""
+        return self.needs == "vjp"
 
     def wants_estimate(self) -> bool:
-        """Whether `route` reads the solver's estimate with these options; if so the solver must have one."""
+        """Whether `solve_adjoint` reads the solver's estimate with these options; if so the solver must have one."""
         return self.needs == "estimate"
 
     def wants_secants(self) -> bool:
@@ -211,7 +211,7 @@ class Adjoint:
     asked: bool = False
     watch: Watch | None = field(default=None, compare=False, repr=False)
 
-    def __call__(self, pull: Map, g: Array, state: object) -> tuple[Array, AdjointReport]:
+    def __call__(self, vjp: Map, g: Array, state: object) -> tuple[Array, AdjointReport]:
         """Route the cotangent `g` `(batch, n)`; `state` is the forward solver's, with its estimate inside.
 
         Raises:
@@ -222,30 +222,30 @@ class Adjoint:
             secants = self.strategy.wants_secants()
             make = self.solver.secant_estimate if secants else self.solver.inverse_jacobian
             estimate = make(self.backend, state)
-        u, told = self._routed(*self._unscaled(pull, g, estimate))
+        u, told = self._routed(*self._unscaled(vjp, g, estimate))
         findings = None
         if self.watch is not None:
-            told, findings = self.watch.verify(self, pull, g, u, told)
+            told, findings = self.watch.verify(self, vjp, g, u, told)
         if self.on_failure in ("zero", "nan"):
             u = replaced(self.backend, u, failing(self.backend, told, g), self.on_failure)
         if self.watch is not None:
             self.watch.deliver(self, told, g, findings)
         return u, told
 
-    def _unscaled(self, pull: Map, g: Array, estimate: InverseJacobian | None) -> tuple[object, Array]:
-        """What `route` returned for `g` in units near its norm, which is linear in `g`, with u in units of 1."""
+    def _unscaled(self, vjp: Map, g: Array, estimate: InverseJacobian | None) -> tuple[object, Array]:
+        """What `solve_adjoint` returned for `g` in units near its norm, which is linear in `g`, with u in units of 1."""
         backend = self.backend
-        if not (self.uses_pull or self.uses_state):
-            return self.strategy.route(backend, pull, g, estimate), g
+        if not (self.uses_vjp or self.uses_state):
+            return self.strategy.solve_adjoint(backend, vjp, g, estimate), g
         unit = backend.row_scale(backend.norm(g), g)
-        found = self.strategy.route(backend, pull, backend.divide_rows(g, unit), estimate)
+        found = self.strategy.solve_adjoint(backend, vjp, backend.divide_rows(g, unit), estimate)
         if unit is not None and isinstance(found, tuple) and getattr(found[0], "shape", None) == g.shape:
             found = backend.multiply_rows(found[0], unit), *found[1:]
         return found, g
 
     def _routed(self, found: object, g: Array) -> tuple[Array, AdjointReport]:
-        """What `route` returned, if it is what the contract says."""
-        name, shape = f"{type(self.strategy).__name__}.route", tuple(g.shape)
+        """What `solve_adjoint` returned, if it is what the contract says."""
+        name, shape = f"{type(self.strategy).__name__}.solve_adjoint", tuple(g.shape)
         if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], AdjointReport):
             expected = (
                 "(u, report) with an AdjointReport, as `return u, deqcore.abc.backward.report(backend, g)` gives,"
@@ -260,9 +260,9 @@ class Adjoint:
         return u, told
 
     @property
-    def uses_pull(self) -> bool:
-        """Whether the backward pass may call `pull`."""
-        return self.strategy.uses_pull()
+    def uses_vjp(self) -> bool:
+        """Whether the backward pass may call `vjp`."""
+        return self.strategy.uses_vjp()
 
     @property
     def uses_state(self) -> bool:
@@ -300,7 +300,7 @@ def relative(backend: Backend, a: Array, b: Array) -> Array:
     return xp.where(b == 0, xp.zeros_like(a), a / xp.where(b == 0, xp.ones_like(b), b))
 
 
-def _told(status: list[int], pulls: list[int], residual: list[float], error: list[float], fallback: list[bool]) -> str:
+def _told(status: list[int], vjps: list[int], residual: list[float], error: list[float], fallback: list[bool]) -> str:
     """A report's values in words."""
     from deqcore.solution import Status
 
@@ -309,7 +309,7 @@ def _told(status: list[int], pulls: list[int], residual: list[float], error: lis
         rows = [row for row, each in enumerate(status) if each == kind]
         if not rows:
             continue
-        text = f"{len(rows)} of {len(status)} samples {kind.name} after at most {max(pulls[row] for row in rows)} pulls"
+        text = f"{len(rows)} of {len(status)} samples {kind.name} after at most {max(vjps[row] for row in rows)} vjps"
         for name, values in (("adjoint residual", residual), ("estimated error", error)):
             if known := [values[row] for row in rows if not math.isnan(values[row])]:
                 text += f", {name} at most {max(known):.3g}"
@@ -324,7 +324,7 @@ def report(
     g: Array,
     *,
     status: Array | None = None,
-    pulls: Array | int = 0,
+    vjps: Array | int = 0,
     residual: Array | None = None,
     error: Array | None = None,
     fallback: Array | None = None,
@@ -335,7 +335,7 @@ def report(
         backend: whose arrays these are.
         g: the cotangent `(batch, n)`.
         status: `Status` per sample `(batch,)` int32; default CONVERGED, and NONFINITE where the residual is not finite.
-        pulls: products Jᵀv that were spent, `(batch,)` int32 or one number for all.
+        vjps: products Jᵀv that were spent, `(batch,)` int32 or one number for all.
         residual: ‖g + Jᵀu − u‖ / ‖g‖ `(batch,)`.
         error: estimated relative error of u `(batch,)`.
         fallback: which samples got something simpler `(batch,)` of bool.
@@ -347,8 +347,8 @@ def report(
         >>> import numpy as np, deqcore
         >>> from deqcore import Status
         >>> be = deqcore.get_backend(backend="numpy")
-        >>> found = report(be, np.ones((2, 3)), pulls=4, residual=np.array([1e-6, np.inf]))
-        >>> found.pulls.tolist(), [Status(each).name for each in found.status.tolist()]
+        >>> found = report(be, np.ones((2, 3)), vjps=4, residual=np.array([1e-6, np.inf]))
+        >>> found.vjps.tolist(), [Status(each).name for each in found.status.tolist()]
         ([4, 4], ['CONVERGED', 'NONFINITE'])
     """
     from deqcore.solution import Status
@@ -363,7 +363,7 @@ def report(
             status = xp.where(xp.isfinite(residual), status, xp.full_like(status, int(Status.NONFINITE)))
     return AdjointReport(
         status=status,
-        pulls=ints + pulls if isinstance(pulls, int) else pulls,
+        vjps=ints + vjps if isinstance(vjps, int) else vjps,
         residual=unknown if residual is None else residual,
         error=unknown if error is None else error,
         fallback=ints > 0 if fallback is None else fallback,

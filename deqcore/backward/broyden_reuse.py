@@ -23,21 +23,21 @@ class BroydenReuse(Strategy):
     low-rank product; right where the secant pairs saw the directions that the cotangent needs, wrong without a word
     elsewhere, most of all with several slow modes and tight forward tolerances.
 
-    *Certified* (`certify=True, target=None`): the same u, and one pull that measures its adjoint residual. The error
+    *Certified* (`certify=True, target=None`): the same u, and one vjp that measures its adjoint residual. The error
     that it reports is the estimate's own: a mode that the forward solve has not met is not in it.
 
     *Refined* (`target` set, the default): GMRES on (I − Jᵀ) with the multi-secant estimate M = −Hᵀ of all pairs as
     right preconditioner, per sample, until residual *and estimated error* are at most `target`. The error is an
     estimate and no bound. Its first direction is M g, the reused gradient itself; a sample is certified after three
-    pulls at the earliest, unless its residual vanishes before.
+    vjps at the earliest, unless its residual vanishes before.
 
-    Cost: plain, two passes over the solver's history; certified, one pull more; refined, as many pulls as it takes,
+    Cost: plain, two passes over the solver's history; certified, one vjp more; refined, as many vjps as it takes,
     `refine_steps` at most, and as many history vectors.
 
     Args:
         certify: measure and report the adjoint residual.
         target: largest estimated relative error of u, in (0, 1), or None ("none" in a file) for no refinement.
-        refine_steps: pulls per sample at most, at least 1; fewer than 3 certify only what they solve.
+        refine_steps: vjps per sample at most, at least 1; fewer than 3 certify only what they solve.
         fallback: what a sample gets that misses the target: "jacobian-free" (u = g, where its adjoint residual is
             smaller), "exact-ift" (GMRES to the dtype's default tolerance) or "none" (the best u found).
 
@@ -59,7 +59,7 @@ class BroydenReuse(Strategy):
     target: float | Literal["none"] | None = 0.1
     refine_steps: int = 40
     fallback: Literal["jacobian-free", "exact-ift", "none"] = "jacobian-free"
-    needs: ClassVar[Literal["nothing", "pull", "estimate"]] = "estimate"
+    needs: ClassVar[Literal["nothing", "vjp", "estimate"]] = "estimate"
     claims: ClassVar[Mapping[str, int]] = {
         "affine": 4,
         "conv": 4,
@@ -82,7 +82,7 @@ class BroydenReuse(Strategy):
         if self.fallback != "none" and self.target is None and self.certify:
             raise ValueError(f"fallback = {self.fallback!r} needs a target that a sample can miss: set target")
 
-    def uses_pull(self) -> bool:
+    def uses_vjp(self) -> bool:
         """All but the plain method."""
         return self.certify or self.target is not None
 
@@ -90,74 +90,74 @@ class BroydenReuse(Strategy):
         """Refinement works with the estimate that keeps all pairs."""
         return self.target is not None
 
-    def route(
-        self, backend: Backend, pull: Map, g: Array, estimate: InverseJacobian | None
+    def solve_adjoint(
+        self, backend: Backend, vjp: Map, g: Array, estimate: InverseJacobian | None
     ) -> tuple[Array, AdjointReport]:
         """Return u for the cotangent `g` `(batch, n)`."""
         if estimate is None:
             raise StrategyError("broyden-reuse was called without an estimate; its solver promised one.")
         if self.target is None:
-            return self._plain(backend, pull, g, estimate)
-        return self._refined(backend, pull, g, estimate, float(self.target))
+            return self._plain(backend, vjp, g, estimate)
+        return self._refined(backend, vjp, g, estimate, float(self.target))
 
-    def _plain(self, backend: Backend, pull: Map, g: Array, estimate: InverseJacobian) -> tuple[Array, AdjointReport]:
+    def _plain(self, backend: Backend, vjp: Map, g: Array, estimate: InverseJacobian) -> tuple[Array, AdjointReport]:
         u = -estimate.apply_transpose(g)
         if not self.certify:
             return u, report(backend, g)
-        r = g + pull(u) - u
+        r = g + vjp(u) - u
         error = SAFETY * relative(backend, backend.norm(estimate.apply_transpose(r)), backend.norm(u))
         residual = relative(backend, backend.norm(r), backend.norm(g))
-        return u, report(backend, g, pulls=1, residual=residual, error=error)
+        return u, report(backend, g, vjps=1, residual=residual, error=error)
 
     def _refined(
-        self, backend: Backend, pull: Map, g: Array, estimate: InverseJacobian, target: float
+        self, backend: Backend, vjp: Map, g: Array, estimate: InverseJacobian, target: float
     ) -> tuple[Array, AdjointReport]:
         xp = backend.xp
         found = solve_certified(
             backend,
-            pull,
+            vjp,
             g,
             estimate.apply_transpose,  # −M: a preconditioner's sign changes nothing
             target=target,
-            max_pulls=self.refine_steps,
+            max_vjps=self.refine_steps,
             judge=estimate.sharp_transpose,
         )
-        u, pulls, residual, error = found.u, found.pulls, found.residual, found.error
-        code = xp.zeros_like(pulls)
+        u, vjps, residual, error = found.u, found.vjps, found.residual, found.error
+        code = xp.zeros_like(vjps)
         finite = xp.isfinite(residual)
         status = xp.where(finite, code + int(Status.MAX_STEPS), code + int(Status.NONFINITE))
         status = xp.where(found.met, code + int(Status.CONVERGED), status)
         replaced = code > 0
         if self.fallback != "none":
-            u, pulls, residual, replaced = self._fall_back(backend, pull, g, u, pulls, residual, found.met)
+            u, vjps, residual, replaced = self._fall_back(backend, vjp, g, u, vjps, residual, found.met)
             error = xp.where(replaced, xp.full_like(error, float("nan")), error)
-        return u, report(backend, g, status=status, pulls=pulls, residual=residual, error=error, fallback=replaced)
+        return u, report(backend, g, status=status, vjps=vjps, residual=residual, error=error, fallback=replaced)
 
     def _fall_back(
-        self, backend: Backend, pull: Map, g: Array, u: Array, pulls: Array, residual: Array, met: Array
+        self, backend: Backend, vjp: Map, g: Array, u: Array, vjps: Array, residual: Array, met: Array
     ) -> tuple[Array, Array, Array, Array]:
         """Replace what missed the target."""
         xp = backend.xp
 
         def replace(carry: tuple[Array, ...]) -> tuple[Array, ...]:
-            u, pulls, residual, replaced = carry
+            u, vjps, residual, replaced = carry
             if self.fallback == "exact-ift":
                 # Samples that are done ask for nothing: their right-hand side is zero.
                 wanted = backend.select(met, xp.zeros_like(g), g)
                 found = gmres(
-                    backend, lambda v: v - pull(v), wanted, rtol=backend.default_rtol(g), max_steps=self.refine_steps
+                    backend, lambda v: v - vjp(v), wanted, rtol=backend.default_rtol(g), max_steps=self.refine_steps
                 )
                 other, products = found.x, found.products
                 left = relative(backend, found.residual, backend.norm(g))
             else:
-                other, products = g, xp.ones_like(pulls)
-                left = relative(backend, backend.norm(pull(g)), backend.norm(g))
+                other, products = g, xp.ones_like(vjps)
+                left = relative(backend, backend.norm(vjp(g)), backend.norm(g))
             better = ~met & ~(residual <= backend.cast(left, residual))
             return (
                 backend.select(better, other, u),
-                xp.where(met, pulls, pulls + products),
+                xp.where(met, vjps, vjps + products),
                 xp.where(better, backend.cast(left, residual), residual),
                 replaced | better,
             )
 
-        return backend.once(~met, replace, (u, pulls, residual, xp.zeros_like(met)))
+        return backend.once(~met, replace, (u, vjps, residual, xp.zeros_like(met)))

@@ -30,19 +30,19 @@ MOST_STEPS: Final = 200
 class ExactIFT(Strategy):
     """Solve u = g + Jᵀu by GMRES or by any registered solver.
 
-    The adjoint equation is linear, so GMRES needs the fewest pulls of all methods that see only products. Where it
-    fails and the system is small, I − Jᵀ is built by one pull for each unknown and solved by elimination; only the
+    The adjoint equation is linear, so GMRES needs the fewest vjps of all methods that see only products. Where it
+    fails and the system is small, I − Jᵀ is built by one vjp for each unknown and solved by elimination; only the
     samples that failed take that result. A small `max_steps` is an honest, cheap choice: the residual that was reached
     is reported per sample.
 
-    Cost: one pull per step and `SPACE` + 1 history vectors at most. The direct solve adds n + 1 pulls and n² numbers
+    Cost: one vjp per step and `SPACE` + 1 history vectors at most. The direct solve adds n + 1 vjps and n² numbers
     per sample.
 
     Args:
         solver: "gmres", or a registered solver's name.
         rtol: relative adjoint residual, ‖g + Jᵀu − u‖ ≤ rtol·‖g‖; "auto" by dtype. Separate from the forward
             tolerance: an inexact forward solve must not loosen the gradient.
-        max_steps: pulls at most, those of the direct solve included; "auto" gives GMRES n + 8 and at most 200 of them,
+        max_steps: vjps at most, those of the direct solve included; "auto" gives GMRES n + 8 and at most 200 of them,
             and the direct solve its n + 1 more.
         start: "zero" (GMRES), "cotangent" (u = g) or "reuse" (u = −Hᵀg, needs a solver with an estimate);
             "auto" is zero for GMRES and cotangent otherwise.
@@ -70,7 +70,7 @@ class ExactIFT(Strategy):
     direct: int = 512
     options: Mapping[str, object] = field(default_factory=dict, hash=False)
     bound: Solver | None = field(default=None, repr=False, metadata={"internal": True})
-    needs: ClassVar[Literal["nothing", "pull", "estimate"]] = "pull"
+    needs: ClassVar[Literal["nothing", "vjp", "estimate"]] = "vjp"
     exact: ClassVar[bool] = True
     claims: ClassVar[Mapping[str, int]] = {
         "affine": 6,
@@ -102,24 +102,24 @@ class ExactIFT(Strategy):
         """Only a start from the reused estimate needs one."""
         return self.start == "reuse"
 
-    def route(
-        self, backend: Backend, pull: Map, g: Array, estimate: InverseJacobian | None
+    def solve_adjoint(
+        self, backend: Backend, vjp: Map, g: Array, estimate: InverseJacobian | None
     ) -> tuple[Array, AdjointReport]:
         """Solve the adjoint equation for the cotangent `g` `(batch, n)`."""
         rtol = backend.default_rtol(g) if self.rtol == "auto" else float(self.rtol)
         u0 = self._start(g, estimate)
         if self.bound is None:
-            return self._gmres(backend, pull, g, u0, rtol)
-        return self._driven(backend, pull, g, backend.xp.zeros_like(g) if u0 is None else u0, rtol, self.bound)
+            return self._gmres(backend, vjp, g, u0, rtol)
+        return self._driven(backend, vjp, g, backend.xp.zeros_like(g) if u0 is None else u0, rtol, self.bound)
 
     def _gmres(
-        self, backend: Backend, pull: Map, g: Array, u0: Array | None, rtol: float
+        self, backend: Backend, vjp: Map, g: Array, u0: Array | None, rtol: float
     ) -> tuple[Array, AdjointReport]:
         """By GMRES, and directly where it fails."""
         steps = self._steps(g.shape[1])
         found = gmres(
             backend,
-            lambda u: u - pull(u),
+            lambda u: u - vjp(u),
             g,
             u0,
             rtol=rtol,
@@ -129,12 +129,12 @@ class ExactIFT(Strategy):
         )
         budget = steps + (0 if u0 is None else 1)
         ended = backend.xp.where(found.products < budget, int(Status.STALLED), int(Status.MAX_STEPS))
-        u, residual, pulls = self._direct(backend, pull, g, found)
+        u, residual, vjps = self._direct(backend, vjp, g, found)
         converged = residual <= rtol * backend.wide(backend.norm(g))
         status = backend.xp.where(converged, int(Status.CONVERGED), ended)
-        return u, _reported(backend, g, residual, pulls, status)
+        return u, _reported(backend, g, residual, vjps, status)
 
-    def _direct(self, backend: Backend, pull: Map, g: Array, found: LinearSolution) -> Direct:
+    def _direct(self, backend: Backend, vjp: Map, g: Array, found: LinearSolution) -> Direct:
         """What GMRES found, or the direct solve where it found nothing and the budget allows that."""
         before = Direct(found.x, found.residual, found.products)
         cost = g.shape[1] + 1
@@ -143,15 +143,15 @@ class ExactIFT(Strategy):
         wanted = ~found.converged & backend.xp.isfinite(backend.norm(g))
         if self.max_steps != "auto":
             wanted = wanted & (found.products + cost <= self.max_steps)
-        return solve_direct(backend, pull, g, wanted, before)
+        return solve_direct(backend, vjp, g, wanted, before)
 
     def _driven(
-        self, backend: Backend, pull: Map, g: Array, u0: Array, rtol: float, solver: Solver
+        self, backend: Backend, vjp: Map, g: Array, u0: Array, rtol: float, solver: Solver
     ) -> tuple[Array, AdjointReport]:
         """By a registered solver."""
         xp = backend.xp
         control = Control(rtol=0.0, atol=rtol * backend.norm(g), max_steps=self._steps(g.shape[1]))
-        forward = drive(backend, solver, lambda u: g + pull(u), u0, control)
+        forward = drive(backend, solver, lambda u: g + vjp(u), u0, control)
         # Without a solution u grows until g is lost in the rounding of Jᵀu: a difference of zero is no solution.
         rounding = backend.cast(backend.eps(forward.z) * backend.norm(forward.z), forward.residual)
         residual = xp.maximum(forward.residual, rounding)
@@ -173,9 +173,9 @@ class ExactIFT(Strategy):
         return None if zero else g
 
 
-def _reported(backend: Backend, g: Array, residual: Array, pulls: Array, status: Array) -> AdjointReport:
+def _reported(backend: Backend, g: Array, residual: Array, vjps: Array, status: Array) -> AdjointReport:
     """The report; a residual that is not finite has its own status."""
     xp = backend.xp
     left = relative(backend, residual, backend.norm(g))
     status = xp.where(xp.isfinite(left), status, int(Status.NONFINITE))
-    return report(backend, g, status=xp.astype(status, xp.int32), pulls=pulls, residual=left)
+    return report(backend, g, status=xp.astype(status, xp.int32), vjps=vjps, residual=left)

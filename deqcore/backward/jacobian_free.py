@@ -29,10 +29,10 @@ class JacobianFree(Strategy):
         [[1.0, 1.0]]
     """
 
-    needs: ClassVar[Literal["nothing", "pull", "estimate"]] = "nothing"
+    needs: ClassVar[Literal["nothing", "vjp", "estimate"]] = "nothing"
 
-    def route(
-        self, backend: Backend, pull: Map, g: Array, estimate: InverseJacobian | None
+    def solve_adjoint(
+        self, backend: Backend, vjp: Map, g: Array, estimate: InverseJacobian | None
     ) -> tuple[Array, AdjointReport]:
         """Return g."""
         return g, report(backend, g)

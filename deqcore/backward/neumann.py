@@ -14,10 +14,10 @@ from deqcore.linear.lowrank import InverseJacobian
 class Neumann(Strategy):
     """u = Σ_{k≤K} (Jᵀ)^k g, the first terms of (I − J)^-T g.
 
-    Converges like plain iteration, at rate ρ(J); with the same number of pulls GMRES is never worse in the adjoint
+    Converges like plain iteration, at rate ρ(J); with the same number of vjps GMRES is never worse in the adjoint
     residual. Its use is a fixed, small, predictable cost.
 
-    Cost: K pulls.
+    Cost: K vjps.
 
     Args:
         terms: K, at least 0; 0 is jacobian-free.
@@ -37,19 +37,19 @@ class Neumann(Strategy):
     """
 
     terms: int = 5
-    needs: ClassVar[Literal["nothing", "pull", "estimate"]] = "pull"
+    needs: ClassVar[Literal["nothing", "vjp", "estimate"]] = "vjp"
 
     def __post_init__(self) -> None:
         if self.terms < 0:
             raise ValueError(f"terms = {self.terms}, but at least 0 is expected")
 
-    def uses_pull(self) -> bool:
+    def uses_vjp(self) -> bool:
         """Only with at least one term."""
         return self.terms > 0
 
-    def route(
-        self, backend: Backend, pull: Map, g: Array, estimate: InverseJacobian | None
+    def solve_adjoint(
+        self, backend: Backend, vjp: Map, g: Array, estimate: InverseJacobian | None
     ) -> tuple[Array, AdjointReport]:
         """Sum the series by Horner's rule, u ← g + Jᵀu."""
-        u = backend.repeat(lambda u: g + pull(u), g, self.terms)
-        return u, report(backend, g, pulls=self.terms)
+        u = backend.repeat(lambda u: g + vjp(u), g, self.terms)
+        return u, report(backend, g, vjps=self.terms)

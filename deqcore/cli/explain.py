@@ -28,7 +28,7 @@ from deqcore.testing.problems import golden, names
 
 COLUMNS: Final = (
     "strategy",
-    "pulls",
+    "vjps",
     "ms",
     "residual",
     "estimate",
@@ -193,7 +193,7 @@ def _verdict(best: Row | None, table: Table, asked: str) -> str:
         setting = f"backward.strategy = {best.strategy!r}" + (
             f", backward.options = {{ {options} }}" if options else ""
         )
-        cost = f"{best.pulls:g} pulls" if math.isnan(best.seconds) else f"{1e3 * best.seconds:.3g} ms a gradient"
+        cost = f"{best.vjps:g} vjps" if math.isnan(best.seconds) else f"{1e3 * best.seconds:.3g} ms a gradient"
         return (
             f"The cheapest with {asked}: {best.label}, {cost}, cosine {best.cosine:.4f}, relative error "
             f"{best.error:.2g}. Set {setting}."
@@ -204,7 +204,7 @@ def _verdict(best: Row | None, table: Table, asked: str) -> str:
         return f"No strategy gave a gradient, so none has {asked}."
     return (
         f"None has {asked}. The nearest is {nearest.label}: cosine {nearest.cosine:.4f}, relative error "
-        f"{nearest.error:.2g}. Raise its budget of pulls, or solve to a smaller forward.rtol."
+        f"{nearest.error:.2g}. Raise its budget of vjps, or solve to a smaller forward.rtol."
     )
 
 
@@ -215,7 +215,7 @@ def _toml(value: object) -> str:
 def _notes(table: Table, problem: Problem, backend: Backend, config: Config, *, timed: bool) -> list[str]:
     lines = [
         f"{problem.name}: {table.samples} samples, backend {backend.name}, solver {config.forward.solver}.",
-        "pulls: vector–Jacobian products, median (most) per sample; for phantom and unrolled the steps differentiated.",
+        "vjps: vector–Jacobian products, median (most) per sample; for phantom and unrolled the steps differentiated.",
         "residual: measured; estimate: reported; worst sample. missed: samples that it says missed their target.",
         "cosine, norm ratio: of all gradients (parameters, inputs) against the exact ones; worst: u of the worst one.",
     ]
@@ -239,13 +239,13 @@ def _cells(row: Row) -> dict[str, object]:
     def number(value: float, form: str) -> str:
         return "" if math.isnan(value) else format(value, form)
 
-    pulls = number(row.pulls, "g")
-    if row.most_pulls > row.pulls:
-        pulls += f" ({row.most_pulls:g})"
+    vjps = number(row.vjps, "g")
+    if row.most_vjps > row.vjps:
+        vjps += f" ({row.most_vjps:g})"
     ms = "" if math.isnan(row.seconds) else f"{1e3 * row.seconds:.3g} ({1e3 * row.low:.3g}–{1e3 * row.high:.3g})"
     return {
         "strategy": row.label,
-        "pulls": pulls,
+        "vjps": vjps,
         "ms": ms,
         "residual": number(row.residual, ".1e"),
         "estimate": number(row.estimate, ".1e"),

@@ -19,7 +19,7 @@ REFERENCE_EPS = 100.0  # the reference is solved to this many units of rounding,
 
 
 @dataclass(frozen=True)
-class Routed:
+class AdjointSolved:
     """What became of a cotangent.
 
     Attributes:
@@ -43,7 +43,7 @@ def solve(plan: Plan, f: Callable[..., Array], z0: Array, args: tuple[Any, ...])
 
 def by_strategy(
     plan: Plan, f: Callable[..., Array], z0: Array, args: tuple[Any, ...], g: Array, forward: Forward
-) -> Routed:
+) -> AdjointSolved:
     """The call's own strategy, at the solution that it shares with the reference."""
     backend, strategy = plan.backend, plan.strategy
     if isinstance(strategy, StepStrategy):
@@ -54,13 +54,13 @@ def by_strategy(
             return backend.record(lambda z, s, *rest: f(z, *rest) + s, z0, (shift, *moved), steps, begin)[0], None
 
         _, _, (u, *gradients) = backend.vjp(value, (0 * z0, *args), g)
-        return Routed(u, tuple(gradients), None, _residual(plan, f, args, g, u, begin))
+        return AdjointSolved(u, tuple(gradients), None, _residual(plan, f, args, g, u, begin))
     adjoint = Adjoint(backend, strategy, plan.solver)
-    pull = pull_at(plan, f, args, forward)
+    vjp = vjp_at(plan, f, args, forward)
     with backend.quiet():
-        u, report = adjoint(pull, g, forward.carry.state)
-        residual = adjoint_residual(backend, pull, g, u)
-    return Routed(u, _gradients(plan, f, args, u, forward.z), report, residual)
+        u, report = adjoint(vjp, g, forward.carry.state)
+        residual = adjoint_residual(backend, vjp, g, u)
+    return AdjointSolved(u, _gradients(plan, f, args, u, forward.z), report, residual)
 
 
 def _residual(
@@ -71,10 +71,10 @@ def _residual(
     if forward is None:
         return backend.xp.full_like(backend.norm(g), float("nan"))
     with backend.quiet():
-        return adjoint_residual(backend, pull_at(plan, f, args, forward), g, u)
+        return adjoint_residual(backend, vjp_at(plan, f, args, forward), g, u)
 
 
-def pull_at(plan: Plan, f: Callable[..., Array], args: tuple[Any, ...], forward: Forward) -> Map:
+def vjp_at(plan: Plan, f: Callable[..., Array], args: tuple[Any, ...], forward: Forward) -> Map:
     """`u ↦ Jᵀu` at the solution."""
     return plan.backend.linearize(lambda z: f(z, *args), forward.z)[1]
 
@@ -85,21 +85,21 @@ def by_reference(
     args: tuple[Any, ...],
     g: Array,
     forward: Forward,
-    pull: Map,
-    max_pulls: int,
-) -> tuple[Routed, Any, Any]:
-    """The same by GMRES to rounding; also its relative residuals and pulls per sample, on the host."""
+    vjp: Map,
+    max_vjps: int,
+) -> tuple[AdjointSolved, Any, Any]:
+    """The same by GMRES to rounding; also its relative residuals and vjps per sample, on the host."""
     backend = plan.backend
-    product: Map = lambda u: u - pull(u)  # noqa: E731
+    product: Map = lambda u: u - vjp(u)  # noqa: E731
     rtol = max(1e-10, REFERENCE_EPS * backend.eps(g))
     with backend.quiet():
-        found = gmres(backend, product, g, rtol=rtol, max_steps=min(max_pulls, g.shape[1]))
-        residual = adjoint_residual(backend, pull, g, found.x)
-    routed = Routed(found.x, _gradients(plan, f, args, found.x, forward.z), None, residual)
+        found = gmres(backend, product, g, rtol=rtol, max_steps=min(max_vjps, g.shape[1]))
+        residual = adjoint_residual(backend, vjp, g, found.x)
+    routed = AdjointSolved(found.x, _gradients(plan, f, args, found.x, forward.z), None, residual)
     return routed, backend.to_numpy(residual).astype(np.float64), backend.to_numpy(found.products)
 
 
-def coupling(plan: Plan, pull: Map, forward: Forward) -> float:
+def coupling(plan: Plan, vjp: Map, forward: Forward) -> float:
     """How much of Jᵀu lands in other samples than those that u is in: 0 where f treats each alone.
 
     In norms, for a u in the first sample. Where that finds nothing, the figure is that of
@@ -111,10 +111,10 @@ def coupling(plan: Plan, pull: Map, forward: Forward) -> float:
     first = np.zeros((batch, n))
     first[0] = np.random.default_rng(0).standard_normal(n)
     with backend.quiet():
-        found = backend.to_numpy(pull(backend.asarray(first, like=forward.z))).astype(np.float64)
+        found = backend.to_numpy(vjp(backend.asarray(first, like=forward.z))).astype(np.float64)
         whole = float(np.linalg.norm(found))
         share = float(np.linalg.norm(found[1:])) / whole if whole > 0 else 0.0
-        return share if share > 0 else leak_everywhere(backend, pull, forward.z)
+        return share if share > 0 else leak_everywhere(backend, vjp, forward.z)
 
 
 def _gradients(plan: Plan, f: Callable[..., Array], args: tuple[Any, ...], u: Array, z: Array) -> tuple[Any, ...]:

@@ -26,11 +26,11 @@ class Audit:
         error: ‖u − exact u‖ / ‖exact u‖, per sample.
         gradient_cosine: of the gradients of all arguments, as one vector; NaN if no argument has one.
         gradient_norm_ratio: likewise.
-        pulls: that the strategy spent, per sample; NaN for one that differentiates steps.
+        vjps: that the strategy spent, per sample; NaN for one that differentiates steps.
         residual: adjoint residual ‖g + Jᵀu − u‖ / ‖g‖ of the strategy's u, measured, per sample; NaN for a strategy
             that differentiates steps without a solve.
         reported: the relative error that the strategy estimated, per sample; NaN where it gives none.
-        exact_pulls: that the reference spent, per sample.
+        exact_vjps: that the reference spent, per sample.
         exact_residual: relative adjoint residual of the reference, per sample: what is above it in `error` is real.
         coupling: how much of Jᵀu lands in samples where u is zero; 0 where f treats each sample alone. Anything else
             makes all gradients above wrong, the reference too: set ``forward.batch = false``.
@@ -50,10 +50,10 @@ class Audit:
     error: Any
     gradient_cosine: float
     gradient_norm_ratio: float
-    pulls: Any
+    vjps: Any
     residual: Any
     reported: Any
-    exact_pulls: Any
+    exact_vjps: Any
     exact_residual: Any
     coupling: float
 
@@ -66,7 +66,7 @@ class Audit:
             f"gradient of {len(self.rows)} samples against the exact one: cosine {np.min(self.cosine):.4f} (worst), "
             f"norm ratio {np.min(self.norm_ratio):.3g} to {np.max(self.norm_ratio):.3g}, {np.nanmax(self.error):.2g} "
             f"relative error (worst), adjoint residual {np.max(self.residual):.2g} (worst); the audit itself cost one "
-            f"solve and {int(np.max(self.exact_pulls)) + 2 + 2 * (len(self.rows) - 1).bit_length()} pulls"
+            f"solve and {int(np.max(self.exact_vjps)) + 2 + 2 * (len(self.rows) - 1).bit_length()} vjps"
             f"{warning}"
         )
 
@@ -78,13 +78,13 @@ def gradient_audit(
     cotangent: Tree,
     samples: int | None = None,
     batched_args: Sequence[int] = (),
-    max_pulls: int = 100,
+    max_vjps: int = 100,
     config: Config | None = None,
     **overrides: object,
 ) -> Audit:
     """Compare the configured strategy's gradient with the exact one, on a sample of the batch.
 
-    Cost: one forward solve, the strategy's own backward pass, and one GMRES solve to rounding (`exact_pulls`
+    Cost: one forward solve, the strategy's own backward pass, and one GMRES solve to rounding (`exact_vjps`
     vector–Jacobian products, as many vectors of memory), all for the audited samples only, one product more to
     measure the strategy's residual, and 1 + 2 log₂(samples) to see whether f couples samples. In training, every few
     hundred steps on four samples is cheap and enough to see a gradient
@@ -99,7 +99,7 @@ def gradient_audit(
         samples: how many samples, spread evenly over the batch; default: all.
         batched_args: positions in `args` whose leaves have the batch as first axis, so that they can be cut to the
             samples. An f that closes over a batch of inputs cannot be cut.
-        max_pulls: of the reference.
+        max_vjps: of the reference.
         config: as in `fixed_point`.
         **overrides: as in `fixed_point`.
 
@@ -107,7 +107,7 @@ def gradient_audit(
         Figures per audited sample `(samples,)`, see `Audit`.
 
     Raises:
-        ConfigError: samples or max_pulls is out of range, or a position in batched_args does not exist.
+        ConfigError: samples or max_vjps is out of range, or a position in batched_args does not exist.
         StateError: the cotangent is not like z0. Otherwise as `fixed_point`.
 
     Example:
@@ -117,7 +117,7 @@ def gradient_audit(
         >>> found.cosine.tolist(), found.norm_ratio.tolist()  # u = g in place of 2 g
         ([1.0, 1.0], [0.5, 0.5])
     """
-    _check(samples, batched_args, max_pulls, args)
+    _check(samples, batched_args, max_vjps, args)
     plan = plan_call(config, overrides, z0, args)
     backend = plan.backend
     rows = np.arange(plan.space.batch)
@@ -130,8 +130,8 @@ def gradient_audit(
     raveled, start = plan.space.wrap(f), backend.detach(plan.space.ravel(z0))
     forward = adjoint.solve(plan, raveled, start, args)
     mine = adjoint.by_strategy(plan, raveled, start, args, g, forward)
-    pull = adjoint.pull_at(plan, raveled, args, forward)
-    exact, residual, pulls = adjoint.by_reference(plan, raveled, args, g, forward, pull, max_pulls)
+    vjp = adjoint.vjp_at(plan, raveled, args, forward)
+    exact, residual, vjps = adjoint.by_reference(plan, raveled, args, g, forward, vjp, max_vjps)
     u, truth = (backend.to_numpy(each.u).astype(np.float64) for each in (mine, exact))
     cosine, ratio, error = compare(u, truth)
     total = [flat(backend, each.gradients)[None] for each in (mine, exact)]
@@ -145,12 +145,12 @@ def gradient_audit(
         error=error,
         gradient_cosine=whole[0],
         gradient_norm_ratio=whole[1],
-        pulls=unknown if report is None else backend.to_numpy(report.pulls).astype(np.float64),
+        vjps=unknown if report is None else backend.to_numpy(report.vjps).astype(np.float64),
         residual=backend.to_numpy(mine.residual).astype(np.float64),
         reported=unknown if report is None else backend.to_numpy(report.error).astype(np.float64),
-        exact_pulls=pulls,
+        exact_vjps=vjps,
         exact_residual=residual,
-        coupling=adjoint.coupling(plan, pull, forward),
+        coupling=adjoint.coupling(plan, vjp, forward),
     )
 
 
@@ -188,11 +188,11 @@ def _cut(backend: Backend, tree: Tree, rows: Any) -> Tree:
     return backend.unflatten(structure, [cut(leaf) for leaf in leaves])
 
 
-def _check(samples: int | None, batched_args: Sequence[int], max_pulls: int, args: tuple[Any, ...]) -> None:
+def _check(samples: int | None, batched_args: Sequence[int], max_vjps: int, args: tuple[Any, ...]) -> None:
     if samples is not None and samples < 1:
         raise ConfigError.bad_value("gradient_audit", "samples", samples, "at least 1, or None for all")
-    if max_pulls < 1:
-        raise ConfigError.bad_value("gradient_audit", "max_pulls", max_pulls, "at least 1")
+    if max_vjps < 1:
+        raise ConfigError.bad_value("gradient_audit", "max_vjps", max_vjps, "at least 1")
     for position in batched_args:
         if not 0 <= position < len(args):
             raise ConfigError.bad_value(

@@ -57,9 +57,9 @@ def jacobian_penalty(
     probes = noise if isinstance(noise, list) and not isinstance(z, list) else [noise]
     if not probes:
         raise StateError("noise is an empty list, but at least one probe, a tree like z, is expected.")
-    pull = at.backend.recorded_pull(at.f, at.z)
+    vjp = at.backend.recorded_vjp(at.f, at.z)
     total: Array = 0.0
     for probe in probes:
-        product = pull(at.space.ravel_like("noise", probe))
+        product = vjp(at.space.ravel_like("noise", probe))
         total = total + at.backend.xp.sum(product * product, axis=1)
     return total / len(probes)

@@ -92,20 +92,20 @@ def spectral_radius(
     if not rows or not n:
         return Spectrum(np.zeros(rows), np.zeros(rows, complex), np.zeros(rows), 0)
     with at.backend.quiet():
-        _, pull = at.backend.linearize(at.f, at.z)
+        _, vjp = at.backend.linearize(at.f, at.z)
         start = np.random.default_rng(seed).standard_normal((rows, n))
         v = at.backend.cast(at.backend.asarray(start, like=at.z), at.z)
-        return _arnoldi(at.backend, pull, v, tolerance, min(max_products, n))
+        return _arnoldi(at.backend, vjp, v, tolerance, min(max_products, n))
 
 
-def _arnoldi(backend: Backend, pull: Map, v: Array, tolerance: float, most: int) -> Spectrum:
+def _arnoldi(backend: Backend, vjp: Map, v: Array, tolerance: float, most: int) -> Spectrum:
     """Grow the space, and look at its Ritz values now and then (after 2, 4, 6, 9, … products)."""
     v = v / backend.norm(v)[:, None]
     basis = backend.history(v, most + 1).append(v)
     hessenberg = np.zeros((v.shape[0], most + 1, most))
     following, found = 2, None
     for k in range(most):
-        basis, v, column = _extend(backend, basis, pull(v))
+        basis, v, column = _extend(backend, basis, vjp(v))
         hessenberg[:, : k + 2, k] = column[:, : k + 2]
         if k + 1 >= min(following, most):
             found = _dominant(hessenberg[:, : k + 2, : k + 1])

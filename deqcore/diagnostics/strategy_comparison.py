@@ -56,8 +56,8 @@ class Row:
 
     Attributes:
         label: strategy and options, for people.
-        pulls: vector–Jacobian products, median over the samples; the steps of a strategy that differentiates steps.
-        most_pulls: likewise, the largest.
+        vjps: vector–Jacobian products, median over the samples; the steps of a strategy that differentiates steps.
+        most_vjps: likewise, the largest.
         residual: adjoint residual ‖g + Jᵀu − u‖ / ‖g‖, measured and not as reported, the largest.
         estimate: error that the strategy itself reports, the largest.
         missed: samples that it reports as not having met its target.
@@ -75,8 +75,8 @@ class Row:
     label: str
     strategy: str
     options: Mapping[str, object]
-    pulls: float = np.nan
-    most_pulls: float = np.nan
+    vjps: float = np.nan
+    most_vjps: float = np.nan
     residual: float = np.nan
     estimate: float = np.nan
     missed: int = 0
@@ -154,10 +154,10 @@ def survey(
     args = (params, inputs)
     say("the exact gradient")
     forward = adjoint.solve(plan, raveled, start, args)
-    pull = adjoint.pull_at(plan, raveled, args, forward)
-    exact, residual, _ = adjoint.by_reference(plan, raveled, args, cotangent, forward, pull, REFERENCE_PULLS)
+    vjp = adjoint.vjp_at(plan, raveled, args, forward)
+    exact, residual, _ = adjoint.by_reference(plan, raveled, args, cotangent, forward, vjp, REFERENCE_PULLS)
     status = backend.to_numpy(forward.status)
-    coupling = adjoint.coupling(plan, pull, forward)
+    coupling = adjoint.coupling(plan, vjp, forward)
     with backend.quiet():
         pair = coupled_rows(backend, lambda z: backend.detach(raveled(z, *args)), forward.z)
     rows, tasks = [], {}
@@ -183,7 +183,7 @@ def _measure(
     f: Callable[..., Tree],
     raveled: tuple[Callable[..., Array], Array, tuple[Any, ...], Array],
     data: tuple[Tree, Tree, Tree, Tree],
-    exact: adjoint.Routed,
+    exact: adjoint.AdjointSolved,
     rounds: int,
 ) -> tuple[Row, Callable[[], None] | None]:
     """A choice's row, and what is to be timed for it.
@@ -253,7 +253,7 @@ def _judge(
     config: Config,
     choice: Choice,
     problem: tuple[Callable[..., Array], Array, tuple[Any, ...], Array],
-    exact: adjoint.Routed,
+    exact: adjoint.AdjointSolved,
 ) -> Row:
     """Everything but time and memory."""
     f, z0, args, g = problem
@@ -261,10 +261,10 @@ def _judge(
     row = Row(choice.label, choice.strategy, dict(choice.options))
     own = api.plan_call(config, _backward(choice), plan.space.unravel(z0), args)
 
-    def once(z0: Array, args: tuple[Any, ...], g: Array) -> adjoint.Routed:
+    def once(z0: Array, args: tuple[Any, ...], g: Array) -> adjoint.AdjointSolved:
         return adjoint.by_strategy(own, f, z0, args, g, adjoint.solve(own, f, z0, args))
 
-    found = adjoint.Routed(*harness.jit(lambda *data: tuple(vars(once(*data)).values()))(z0, args, g))
+    found = adjoint.AdjointSolved(*harness.jit(lambda *data: tuple(vars(once(*data)).values()))(z0, args, g))
     u, truth = (backend.to_numpy(each.u).astype(np.float64) for each in (found, exact))
     whole = [flat(backend, each.gradients)[None] for each in (found, exact)]
     cosine, ratio, error_ = (float(each[0]) for each in compare(*whole))
@@ -272,12 +272,12 @@ def _judge(
     row = replace(row, residual=_most(backend.to_numpy(found.residual)))
     if found.report is None:
         steps = float(getattr(own.strategy, "steps", np.nan))
-        return replace(row, pulls=steps, most_pulls=steps)
+        return replace(row, vjps=steps, most_vjps=steps)
     report = {name: backend.to_numpy(leaf) for name, leaf in found.report._asdict().items()}
     return replace(
         row,
-        pulls=float(np.median(report["pulls"])) if report["pulls"].size else 0.0,
-        most_pulls=float(np.max(report["pulls"], initial=0)),
+        vjps=float(np.median(report["vjps"])) if report["vjps"].size else 0.0,
+        most_vjps=float(np.max(report["vjps"], initial=0)),
         estimate=_most(report["error"]),
         missed=int(np.sum(report["status"] != int(Status.CONVERGED))),
     )
@@ -293,6 +293,6 @@ def _least(values: Any) -> float:
 
 
 def cheapest(rows: Sequence[Row], good: Callable[[Row], bool]) -> Row | None:
-    """The quickest row that is good enough; by pulls where nothing was timed."""
+    """The quickest row that is good enough; by vjps where nothing was timed."""
     fitting = [row for row in rows if not row.failure and good(row)]
-    return min(fitting, key=lambda row: (np.nan_to_num(row.seconds), row.pulls), default=None)
+    return min(fitting, key=lambda row: (np.nan_to_num(row.seconds), row.vjps), default=None)

@@ -39,7 +39,7 @@ class Certified(NamedTuple):
     u: Array
     residual: Array  # ‖g + Jᵀu − u‖ / ‖g‖
     error: Array  # estimate of ‖u − u*‖ / ‖u*‖
-    pulls: Array  # int32
+    vjps: Array  # int32
     met: Array  # bool: both residual and error are at most the target
 
 
@@ -53,12 +53,12 @@ class _Round(NamedTuple):
 
 def solve_certified(
     backend: Backend,
-    pull: Map,
+    vjp: Map,
     g: Array,
     precondition: Map | None,
     *,
     target: float,
-    max_pulls: int,
+    max_vjps: int,
     judge: Map | None = None,
 ) -> Certified:
     """Right-preconditioned GMRES that stops, per sample, when the estimated error meets the target.
@@ -82,17 +82,17 @@ def solve_certified(
 
     Args:
         backend: whose arrays these are.
-        pull: `u ↦ Jᵀu`.
+        vjp: `u ↦ Jᵀu`.
         g: cotangent `(batch, n)`.
         precondition: `v ↦ M v`, M ≈ (I − Jᵀ)^-1, or None.
         target: bound on the relative residual and on the estimated relative error.
-        max_pulls: products with Jᵀ at most, per sample.
+        max_vjps: products with Jᵀ at most, per sample.
         judge: `v ↦ M' v`, or None.
     """
     xp = backend.xp
-    space = KrylovSpace(backend, lambda u: u - pull(u), precondition)
+    space = KrylovSpace(backend, lambda u: u - vjp(u), precondition)
     norm = backend.wide(backend.norm(g))
-    start = space.begin(g, max_pulls)
+    start = space.begin(g, max_vjps)
     nothing = 0 * norm  # NaN where the cotangent is not finite, and so are residual and error then
     some = xp.where(norm == 0, nothing, nothing + 1.0)
     first = _Round(start, target * norm, some, xp.where(some > 0, nothing + float("inf"), nothing), norm == 0)
@@ -103,21 +103,21 @@ def solve_certified(
     def once(r: _Round) -> _Round:
         young = r.space.grown < LEAST
         bottom = NOTHING_HIDDEN * target * norm
-        steps = xp.where(young, min(LEAST, max_pulls) + 0 * r.space.grown, max_pulls) - r.space.grown
+        steps = xp.where(young, min(LEAST, max_vjps) + 0 * r.space.grown, max_vjps) - r.space.grown
         k = space.grow(r.space, xp.where(young, bottom, r.goal), steps, together=True)
         residual, error = _estimate(backend, space, k, norm, judge)
         # Only a sample that is there, or can go no further, is judged: when others pause must not matter to it.
         closed = ~k.alive
         known = (k.steps >= LEAST) | (k.residual <= bottom) | closed
         reached = known & (k.residual <= r.goal)
-        judged = ~r.met & (reached | closed | (k.steps >= max_pulls))
+        judged = ~r.met & (reached | closed | (k.steps >= max_vjps))
         residual, error = xp.where(judged, residual, r.residual), xp.where(judged, error, r.error)
         met = xp.where(judged, known & (residual <= target) & (error <= target), r.met)
         goal = xp.where(reached, k.residual * xp.clip(target / error, 0.25, 0.8), r.goal)
-        k = k._replace(alive=k.alive & ~met & (k.steps < max_pulls))
+        k = k._replace(alive=k.alive & ~met & (k.steps < max_vjps))
         return _Round(k, goal, residual, error, met)
 
-    end = backend.loop(unfinished, once, first, max_pulls, 1)
+    end = backend.loop(unfinished, once, first, max_vjps, 1)
     return Certified(space.solution(end.space), end.residual, end.error, end.space.steps, end.met)
 
 

@@ -19,15 +19,15 @@ class Direct(NamedTuple):
     Attributes:
         u: solution `(batch, n)`; what was given where it is no better.
         residual: ‖g + Jᵀu − u‖ by a product of its own, `(batch,)`.
-        pulls: products spent by the sample `(batch,)` int32.
+        vjps: products spent by the sample `(batch,)` int32.
     """
 
     u: Array
     residual: Array
-    pulls: Array
+    vjps: Array
 
 
-def solve_direct(backend: Backend, pull: Map, g: Array, wanted: Array, before: Direct) -> Direct:
+def solve_direct(backend: Backend, vjp: Map, g: Array, wanted: Array, before: Direct) -> Direct:
     """Replace `before` in the `wanted` rows by the solution of the dense system, where that has a smaller residual.
 
     One product for each unit vector serves all samples, and one more measures the residual: n + 1 products. Nothing is
@@ -35,7 +35,7 @@ def solve_direct(backend: Backend, pull: Map, g: Array, wanted: Array, before: D
 
     Args:
         backend: whose arrays these are.
-        pull: `u ↦ Jᵀu`, row by row.
+        vjp: `u ↦ Jᵀu`, row by row.
         g: cotangent `(batch, n)`.
         wanted: rows to solve `(batch,)` of bool.
         before: what is known of all rows.
@@ -46,13 +46,13 @@ def solve_direct(backend: Backend, pull: Map, g: Array, wanted: Array, before: D
     def solved(carry: tuple[Array, Direct]) -> tuple[Array, Direct]:
         waiting, found = carry
         if size == batch:
-            return waiting & ~waiting, _taken(backend, pull, g, waiting, _solve(backend, pull, g, None), found)
+            return waiting & ~waiting, _taken(backend, vjp, g, waiting, _solve(backend, vjp, g, None), found)
         first = backend.xp.argsort(backend.xp.astype(~waiting, backend.xp.int32), stable=True)
         place = backend.xp.argsort(first, stable=True)  # where a row stands among them
         now = waiting & (place < size)
-        part = _solve(backend, pull, g, first[:size])
+        part = _solve(backend, vjp, g, first[:size])
         whole = backend.take(part, backend.xp.where(now, place, 0 * place))
-        return waiting & ~now, _taken(backend, pull, g, now, whole, found)
+        return waiting & ~now, _taken(backend, vjp, g, now, whole, found)
 
     parts = -(-batch // size)
     if parts == 1:
@@ -60,7 +60,7 @@ def solve_direct(backend: Backend, pull: Map, g: Array, wanted: Array, before: D
     return backend.loop(lambda carry: backend.xp.any(carry[0]), solved, (wanted, before), parts, 1)[1]
 
 
-def _solve(backend: Backend, pull: Map, g: Array, rows: Array | None) -> tuple[Array, Array]:
+def _solve(backend: Backend, vjp: Map, g: Array, rows: Array | None) -> tuple[Array, Array]:
     """u of these rows (of all without) in the dtype of `g`, and the largest norm of a column of I − Jᵀ."""
     xp = backend.xp
     n = g.shape[1]
@@ -69,7 +69,7 @@ def _solve(backend: Backend, pull: Map, g: Array, rows: Array | None) -> tuple[A
 
     def column(carry: tuple[Array, Array]) -> tuple[Array, Array]:
         unit, history = carry
-        image = pull(unit)
+        image = vjp(unit)
         return xp.roll(unit, 1, axis=1), history.append(image if rows is None else backend.take(image, rows))
 
     _, history = backend.repeat(column, (unit, backend.history(side, n)), n)
@@ -84,16 +84,16 @@ def _solve(backend: Backend, pull: Map, g: Array, rows: Array | None) -> tuple[A
     return u, xp.sqrt(xp.max(xp.sum(matrix * matrix, axis=1), axis=1))
 
 
-def _taken(backend: Backend, pull: Map, g: Array, rows: Array, solution: tuple[Array, Array], found: Direct) -> Direct:
+def _taken(backend: Backend, vjp: Map, g: Array, rows: Array, solution: tuple[Array, Array], found: Direct) -> Direct:
     """What is known after the solve of these rows. The residual is measured, and never believed below rounding."""
     xp = backend.xp
     wide, size = solution
     u = backend.cast(wide, g)
     rounding = backend.eps(u) * size * backend.wide(backend.norm(u))
-    residual = xp.maximum(backend.wide(backend.norm(g + pull(u) - u)), rounding)
+    residual = xp.maximum(backend.wide(backend.norm(g + vjp(u) - u)), rounding)
     better = rows & xp.isfinite(residual) & ~(residual > found.residual)
     return Direct(
         backend.select(better, u, found.u),
         xp.where(better, backend.cast(residual, found.residual), found.residual),
-        found.pulls + xp.astype(rows, xp.int32) * (g.shape[1] + 1),
+        found.vjps + xp.astype(rows, xp.int32) * (g.shape[1] + 1),
     )

@@ -104,7 +104,7 @@ class TwoBases(InverseJacobian):
 
 RIDGE: Final = 0.3
 """Tikhonov parameter of the multi-secant system of unit pairs. With 1e-10 the estimate as a preconditioner lost to none
-at all by up to 43 pulls on conv cells, whose pairs are nearly dependent; from 0.1 to 1 it hardly matters
+at all by up to 43 vjps on conv cells, whose pairs are nearly dependent; from 0.1 to 1 it hardly matters
 (docs/design.md)."""
 
 SHARP: Final = 1e-4

@@ -23,7 +23,7 @@ Host: TypeAlias = NDArray[np.float64]
 
 FORWARD = ("residual", "status", "steps", "evaluations")
 BACKWARD = AdjointReport._fields
-JUDGED = ("status", "pulls", "residual", "error", "fallback")
+JUDGED = ("status", "vjps", "residual", "error", "fallback")
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Pending:
     """A solve whose arrays are still on the device.
 
     Attributes:
-        arrays: by part ("forward.residual", "backward.pulls", or a metric's name), `(batch,)` or scalars.
+        arrays: by part ("forward.residual", "backward.vjps", or a metric's name), `(batch,)` or scalars.
         seconds: host times, by metric.
         record: which is filled when the backward pass runs, or None.
         reused: whether the strategy reuses an estimate, so that its first product is the certificate.
@@ -134,17 +134,17 @@ def _forward(residual: Host, status: Host, steps: Host, evaluations: Host) -> di
 
 
 def _backward(
-    status: Host, pulls: Host, residual: Host, error: Host, fallback: Host, *, reused: bool
+    status: Host, vjps: Host, residual: Host, error: Host, fallback: Host, *, reused: bool
 ) -> dict[str, float]:
     size = status.size
     found = {
-        "deq_backward_steps": float(np.add.reduce(pulls)) / size,
-        "deq_backward_steps_max": float(np.maximum.reduce(pulls)),
+        "deq_backward_steps": float(np.add.reduce(vjps)) / size,
+        "deq_backward_steps_max": float(np.maximum.reduce(vjps)),
         "deq_uncertified_fraction": np.count_nonzero(status != int(Status.CONVERGED)) / size,
         "deq_fallback_fraction": np.count_nonzero(fallback) / size,
     }
     if reused:
-        found["deq_refined_fraction"] = np.count_nonzero(pulls > 1) / size
+        found["deq_refined_fraction"] = np.count_nonzero(vjps > 1) / size
     measured = np.sort(residual[~np.isnan(residual)])
     if measured.size:
         found["deq_backward_residual"] = _middle(measured)

@@ -77,7 +77,7 @@ def spectral_radius(every: int = 200, max_products: int = 20) -> Probe:
     return Probe("deq_spectral_radius", measure, every)
 
 
-def gradient_audit(every: int = 500, cotangent: Callable[[Solve], Tree] | None = None, max_pulls: int = 100) -> Probe:
+def gradient_audit(every: int = 500, cotangent: Callable[[Solve], Tree] | None = None, max_vjps: int = 100) -> Probe:
     """The strategy's gradient against the exact one: cosine and relative error of u, means over the batch.
 
     Cost: one solve, the strategy's backward pass, and one GMRES solve to rounding.
@@ -86,7 +86,7 @@ def gradient_audit(every: int = 500, cotangent: Callable[[Solve], Tree] | None =
         every: solves between audits.
         cotangent: dL/dz* of a solve. Default: random numbers, since the loss is not known when the solve returns;
             an estimate that is made for the loss's own cotangents may look worse with them than it is.
-        max_pulls: of the exact solve.
+        max_vjps: of the exact solve.
     """
 
     def measure(solve: Solve) -> tuple[float, float]:
@@ -94,7 +94,7 @@ def gradient_audit(every: int = 500, cotangent: Callable[[Solve], Tree] | None =
 
         g = _random(solve) if cotangent is None else cotangent(solve)
         found = diagnostics.gradient_audit(
-            solve.f, solve.z0, *solve.args, cotangent=g, max_pulls=max_pulls, config=solve.config
+            solve.f, solve.z0, *solve.args, cotangent=g, max_vjps=max_vjps, config=solve.config
         )
         return float(np.mean(found.cosine)), float(np.mean(found.error))
 

@@ -168,7 +168,7 @@ def failure(
     advice = "; ".join(ADVICE[kind].format(**_options(strategy)) for kind in kinds if kind in ADVICE)
     return (
         f"The adjoint solve did not converge for {int(rows.sum())} of {rows.size} samples ({counts} after at most "
-        f"{int(told.pulls[rows].max())} vector–Jacobian products{residual}): the gradient of these samples is "
+        f"{int(told.vjps[rows].max())} vector–Jacobian products{residual}): the gradient of these samples is "
         f"inaccurate.{contradicted} To fix it, {advice} (backward.strategy = {name!r}; "
         f"backward.on_failure = {on_failure!r} decides what happens now)."
     )
@@ -260,24 +260,24 @@ class Watch:
         return self._ledger
 
     def verify(
-        self, adjoint: Adjoint, pull: Map, g: Array, u: Array, told: AdjointReport
+        self, adjoint: Adjoint, vjp: Map, g: Array, u: Array, told: AdjointReport
     ) -> tuple[AdjointReport, Findings | None]:
         """The report, measured if it is the turn of this pass, and what contradicts it."""
         count, self.ledger.passes = self.ledger.passes, self.ledger.passes + 1
         turn = self.every and (count % self.every == 0 or self.ledger.suspect)
-        if not turn or not adjoint.uses_pull:
+        if not turn or not adjoint.uses_vjp:
             return told, None
         backend = adjoint.backend
         halves = random_halves(g.shape[0], g.shape[1], seed=count)
         with backend.quiet():
-            true = verified(backend, adjoint.strategy, pull, g, u, told, halves)
+            true = verified(backend, adjoint.strategy, vjp, g, u, told, halves)
         found = self._findings(backend, told, true)
         self.ledger.suspect = found is not None
         if found is not None and found.coupled and adjoint.on_failure != "ignore" and _due(self.ledger.coupled):
             row = int(np.argmax(backend.to_numpy(true.coupling)))
-            found = found._replace(pair=coupled_pair(backend, pull, halves, g, row))
+            found = found._replace(pair=coupled_pair(backend, vjp, halves, g, row))
             spent = 2 + max(int(halves.rows.sum()) - 1, 0).bit_length()
-            true = true._replace(verify_vjps=backend.xp.zeros_like(true.pulls) + spent)
+            true = true._replace(verify_vjps=backend.xp.zeros_like(true.vjps) + spent)
         return true, found
 
     def _findings(self, backend: Backend, told: AdjointReport, true: AdjointReport) -> Findings | None:

@@ -68,12 +68,12 @@ def cotangent(backend: Backend, halves: Halves, like: Array) -> Array:
     return xp.reshape(weights, (-1, 1)) * xp.reshape(backend.asarray(halves.direction, like=like), (1, -1))
 
 
-def adjoint_residual(backend: Backend, pull: Map, g: Array, u: Array) -> Array:
+def adjoint_residual(backend: Backend, vjp: Map, g: Array, u: Array) -> Array:
     """‖g + Jᵀu − u‖ / ‖g‖ per row, by one vector–Jacobian product.
 
     Args:
         backend: whose arrays these are.
-        pull: `u ↦ Jᵀu`.
+        vjp: `u ↦ Jᵀu`.
         g: cotangent `(batch, n)`.
         u: solution `(batch, n)`.
 
@@ -82,18 +82,18 @@ def adjoint_residual(backend: Backend, pull: Map, g: Array, u: Array) -> Array:
         only another row can have caused its residual.
     """
     xp = backend.xp
-    left, size = backend.wide(backend.norm(g + pull(u) - u)), backend.wide(backend.norm(g))
+    left, size = backend.wide(backend.norm(g + vjp(u) - u)), backend.wide(backend.norm(g))
     known = xp.where(xp.isfinite(size), size, xp.zeros_like(size))
     scale = xp.where(size == 0, xp.zeros_like(size) + xp.max(known), size) if size.shape[0] else size
     return xp.where(left == 0, left, left / xp.where(scale == 0, xp.ones_like(scale), scale))
 
 
-def leaks(backend: Backend, pull: Map, halves: Halves, like: Array) -> Array:
+def leaks(backend: Backend, vjp: Map, halves: Halves, like: Array) -> Array:
     """How much of a vector–Jacobian product lands in rows where its cotangent is zero.
 
     Args:
         backend: whose arrays these are.
-        pull: `u ↦ Jᵀu`.
+        vjp: `u ↦ Jᵀu`.
         halves: the cotangent, see `random_halves`.
         like: an array `(batch, n)` of the state's dtype and device.
 
@@ -104,7 +104,7 @@ def leaks(backend: Backend, pull: Map, halves: Halves, like: Array) -> Array:
     """
     xp = backend.xp
     v = cotangent(backend, halves, like)
-    given, found = backend.wide(backend.norm(v)), backend.wide(backend.norm(pull(v)))
+    given, found = backend.wide(backend.norm(v)), backend.wide(backend.norm(vjp(v)))
     found = xp.where(xp.isfinite(found), found, xp.zeros_like(found))
     if not found.shape[0]:
         return found
@@ -114,12 +114,12 @@ def leaks(backend: Backend, pull: Map, halves: Halves, like: Array) -> Array:
     return xp.where(leaked, found / xp.where(leaked, xp.max(found), xp.ones_like(found)), xp.zeros_like(found))
 
 
-def leak_everywhere(backend: Backend, pull: Map, like: Array) -> float:
+def leak_everywhere(backend: Backend, vjp: Map, like: Array) -> float:
     """The largest of `leaks` over halves that separate every pair of rows, for 2 log₂(batch) products.
 
     Args:
         backend: whose arrays these are; outside of traced code.
-        pull: `u ↦ Jᵀu`.
+        vjp: `u ↦ Jᵀu`.
         like: an array `(batch, n)` of the state's dtype and device.
 
     Returns:
@@ -127,19 +127,19 @@ def leak_everywhere(backend: Backend, pull: Map, like: Array) -> float:
     """
     batch, n = like.shape
     whole = random_halves(batch, n, seed=0)
-    found = [backend.to_numpy(leaks(backend, pull, whole._replace(rows=rows), like)) for rows in _groups(batch)]
+    found = [backend.to_numpy(leaks(backend, vjp, whole._replace(rows=rows), like)) for rows in _groups(batch)]
     return float(max((each.max() for each in found), default=0.0))
 
 
 def verified(
-    backend: Backend, strategy: Strategy, pull: Map, g: Array, u: Array, told: AdjointReport, halves: Halves
+    backend: Backend, strategy: Strategy, vjp: Map, g: Array, u: Array, told: AdjointReport, halves: Halves
 ) -> AdjointReport:
     """A report whose residual is measured, with the status that follows from it.
 
     Args:
         backend: whose arrays these are.
         strategy: that made the report.
-        pull: `u ↦ Jᵀu`.
+        vjp: `u ↦ Jᵀu`.
         g: cotangent `(batch, n)`.
         u: what the strategy returned `(batch, n)`.
         told: what it reported.
@@ -148,14 +148,14 @@ def verified(
     Returns:
         The report with the true `residual`. Where that contradicts the reported one, the status is STALLED (NONFINITE
         where it is not finite) and there is no `error`. `coupling` holds what `leaks` found, and `verify_vjps` the
-        products that this took; `pulls` is unchanged.
+        products that this took; `vjps` is unchanged.
     """
     from deqcore.solution import Status
 
     xp = backend.xp
-    true = backend.cast(adjoint_residual(backend, pull, g, u), told.residual)
+    true = backend.cast(adjoint_residual(backend, vjp, g, u), told.residual)
     several = g.shape[0] > 1
-    found = leaks(backend, pull, halves, g) if several else xp.zeros_like(backend.wide(true))
+    found = leaks(backend, vjp, halves, g) if several else xp.zeros_like(backend.wide(true))
     coupled = found > 0
     coupled = xp.zeros_like(coupled) | xp.any(coupled)
     wrong = _contradicts(backend, strategy, g, u, true, told.residual, coupled) & (told.status == int(Status.CONVERGED))
@@ -168,7 +168,7 @@ def verified(
         residual=true,
         error=xp.where(doubtful, xp.full_like(told.error, float("nan")), told.error),
         coupling=found,
-        verify_vjps=xp.zeros_like(told.pulls) + (2 if several else 1),
+        verify_vjps=xp.zeros_like(told.vjps) + (2 if several else 1),
     )
 
 
@@ -212,7 +212,7 @@ def replaced(backend: Backend, u: Array, rows: Array, how: str) -> Array:
     return backend.select(rows, backend.xp.full_like(u, 0.0 if how == "zero" else float("nan")), u)
 
 
-def coupled_pair(backend: Backend, pull: Map, halves: Halves, like: Array, row: int) -> tuple[int, int]:
+def coupled_pair(backend: Backend, vjp: Map, halves: Halves, like: Array, row: int) -> tuple[int, int]:
     """Of the rows in `halves`, one that changes when `row` does; costs log₂(batch) vector–Jacobian products.
 
     Returns:
@@ -222,7 +222,7 @@ def coupled_pair(backend: Backend, pull: Map, halves: Halves, like: Array, row: 
     while len(rows) > 1:
         some = np.zeros(len(halves.rows), bool)
         some[rows[: len(rows) // 2]] = True
-        here = backend.to_numpy(leaks(backend, pull, halves._replace(rows=some), like))[row] > 0
+        here = backend.to_numpy(leaks(backend, vjp, halves._replace(rows=some), like))[row] > 0
         rows = rows[: len(rows) // 2] if here else rows[len(rows) // 2 :]
     return int(rows[0]), row
 

@@ -98,11 +98,11 @@ class NewtonKrylov(Solver):
         """One Newton step with backtracking."""
         xp = backend.xp
         g = fz - z
-        push = backend.push(f, z)
-        if push is None:
+        jvp = backend.jvp(f, z)
+        if jvp is None:
             raise BackendError.no_products(f"the backend {backend.name!r} offers none.")
         inner = gmres(
-            backend, lambda v: v - push(v), g, rtol=state.forcing, max_steps=self.inner_steps, reorthogonalize=False
+            backend, lambda v: v - jvp(v), g, rtol=state.forcing, max_steps=self.inner_steps, reorthogonalize=False
         )
         before = backend.norm(g)
         first = z + inner.x

@@ -214,8 +214,8 @@ def _check(study: Study, own: Own, backends: tuple[str, ...]) -> None:
     _check_pairs(study, own)
     for solver, strategy in product(study.solvers, study.strategies):
         made = plugins.make_solver(solver.name, solver.options)
-        route = plugins.make_strategy(strategy.name, _options(strategy))
-        wants = getattr(route, "wants_estimate", None)
+        solve_adjoint = plugins.make_strategy(strategy.name, _options(strategy))
+        wants = getattr(solve_adjoint, "wants_estimate", None)
         if wants is not None and wants() and not made.has_estimate:
             raise StrategyError.needs_estimate(strategy.label, solver.name, ("broyden",))
 

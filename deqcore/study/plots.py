@@ -119,10 +119,10 @@ def _time(axes: Any, rows: Sequence[Row]) -> bool:
 def _evaluations(axes: Any, rows: Sequence[Row]) -> bool:
     shown = [row for row in rows if not row.explicit][:MANY]
     for row, colour in zip(shown, PALETTE, strict=False):
-        for metric, style in (("evaluations_most", "-"), ("pulls_most", "--")):
+        for metric, style in (("evaluations_most", "-"), ("vjps_most", "--")):
             curves = _curves(row, metric)
             if curves is not None:
-                kind = "f" if style == "-" else "pulls"
+                kind = "f" if style == "-" else "vjps"
                 axes.plot(_epochs(curves), curves, style, color=colour, label=f"{name(row, rows)}: {kind}")
     axes.set(xlabel="epoch", ylabel="per step", ylim=(0, None))
     if shown:

@@ -61,8 +61,8 @@ class Live:
         if progress["residual"] is not None:
             told.append(f"residual {progress['residual']:.1e}")
         told.append(f"f {progress['evaluations']}")
-        if progress["pulls"] is not None:
-            told.append(f"pulls {progress['pulls']}")
+        if progress["vjps"] is not None:
+            told.append(f"vjps {progress['vjps']}")
         self.bars.update(self.tasks[cell.key], completed=progress["step"], total=progress["steps"], told=" ".join(told))
 
     def ended(self, cell: Cell, result: dict[str, Any]) -> None:

@@ -65,7 +65,7 @@ METRICS: Final[dict[str, Callable[[Result], float | None]]] = {
     "peak_memory": lambda result: result["peak_memory"],
     "training_memory": lambda result: result["training_memory"],
     "evaluations": lambda result: result["figures"]["evaluations_most"],
-    "pulls": lambda result: result["figures"]["pulls_most"],
+    "vjps": lambda result: result["figures"]["vjps_most"],
     "unconverged": lambda result: result["figures"]["unconverged"],
     "adjoint_residual": lambda result: result["figures"]["adjoint_residual"],
     "fallback": lambda result: result["figures"]["fallback"],

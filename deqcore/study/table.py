@@ -69,12 +69,12 @@ COLUMNS: Final[tuple[tuple[str, str, Callable[[Interval | None], str]], ...]] = 
     ("training s", "training", seconds),
     ("peak MB", "peak_memory", megabytes),
     ("f forward", "evaluations", count),
-    ("pulls backward", "pulls", count),
+    ("vjps backward", "vjps", count),
     ("gradient cosine", "cosine", cosine),
 )
 IDENTITY: Final = ("data", "backend", "model", "solver", "rtol", "strategy")
 NOTE: Final = (
-    "Times are medians of a step; f and pulls are what a batch pays for (its slowest sample), averaged over steps; the "
+    "Times are medians of a step; f and vjps are what a batch pays for (its slowest sample), averaged over steps; the "
     "cosine compares the gradient with the exact one during training."
 )
 

@@ -238,7 +238,7 @@ class Training:
                 "loss": step.loss,
                 "residual": figures.residual,
                 "evaluations": figures.evaluations_most,
-                "pulls": figures.pulls_most,
+                "vjps": figures.vjps_most,
             }
         )
 

@@ -26,15 +26,15 @@ BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 class Figures(NamedTuple):
     """What the solves of one step did. Means are over samples, most is the worst sample: what a batch pays for.
 
-    `None` is what was not measured: an explicit network has no residual, a step strategy no pulls.
+    `None` is what was not measured: an explicit network has no residual, a step strategy no vjps.
     """
 
     evaluations: float
     evaluations_most: int
     residual: float | None
     unconverged: float
-    pulls: float | None
-    pulls_most: int | None
+    vjps: float | None
+    vjps_most: int | None
     adjoint_residual: float | None
     error: float | None
     fallback: float
@@ -58,11 +58,11 @@ class Figures(NamedTuple):
         )
         if report is None:
             return cls(*forward, None, None, None, None, 0.0)
-        pulls = np.asarray(report.pulls)
+        vjps = np.asarray(report.vjps)
         return cls(
             *forward,
-            float(pulls.mean()),
-            int(pulls.max()),
+            float(vjps.mean()),
+            int(vjps.max()),
             _mean(report.residual),
             _mean(report.error),
             float(np.mean(report.fallback)),

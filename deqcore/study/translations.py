@@ -48,12 +48,12 @@ EN: Final = {
     "builds_up": "{strategy} with {solver}: what it loses against exact gradients builds up from round to round.",
     "no_build_up": "{strategy} with {solver}: no build-up of its error is shown.",
     "results": "Results",
-    "table_note": "Times are medians of a step; f and pulls are what a batch pays for (its slowest sample), averaged "
+    "table_note": "Times are medians of a step; f and vjps are what a batch pays for (its slowest sample), averaged "
     "over steps; ± is half of the 95 % interval over seeds. Peak memory is that of the process (or the device) while "
     "it trains.",
     "plot_accuracy": "Validation accuracy against training time",
     "plot_time": "Time of a step, split",
-    "plot_evaluations": "Evaluations of f and pulls over training",
+    "plot_evaluations": "Evaluations of f and vjps over training",
     "plot_cosine": "Cosine of the gradient with the exact one",
     "plot_certificate": "Measured adjoint residual over training",
     "plot_radius": "Spectral radius of the Jacobian (median and largest sample)",
@@ -106,11 +106,11 @@ JA: Final = {
     "builds_up": "{strategy}（{solver}）：厳密な勾配との差が回を追って蓄積しています。",
     "no_build_up": "{strategy}（{solver}）：誤差の蓄積は認められません。",
     "results": "結果",
-    "table_note": "時間は 1 ステップの中央値。f と pulls はバッチ中で最も遅い標本の回数の平均。± は種に対する 95 % "
+    "table_note": "時間は 1 ステップの中央値。f と vjps はバッチ中で最も遅い標本の回数の平均。± は種に対する 95 % "
     "信頼区間の半幅。最大メモリは学習中のプロセス（またはデバイス）のものです。",
     "plot_accuracy": "検証精度と学習時間",
     "plot_time": "1 ステップの時間の内訳",
-    "plot_evaluations": "学習中の f の評価回数と pull の回数",
+    "plot_evaluations": "学習中の f の評価回数と vjp の回数",
     "plot_cosine": "厳密な勾配とのコサイン",
     "plot_certificate": "学習中に測った随伴残差",
     "plot_radius": "ヤコビ行列のスペクトル半径（中央値と最大）",
@@ -135,7 +135,7 @@ HEADS_JA: Final[dict[str, str]] = {
     "training s": "学習 秒",
     "peak MB": "最大メモリ MB",
     "f forward": "順伝播の f",
-    "pulls backward": "逆伝播の pull",
+    "vjps backward": "逆伝播の vjp",
     "gradient cosine": "勾配のコサイン",
 }
 """Heads of the table of results; in English they are the table's own (table.COLUMNS, table.IDENTITY)."""

@@ -34,16 +34,16 @@ class DerivativeTests(Conformance):
 
     def test_linearize_gives_the_value_and_the_transposed_product(self, kit: Kit) -> None:
         problem, z = affine(), np.random.default_rng(3).standard_normal((3, 6))
-        value, pull = kit.backend.linearize(kit.map(problem), kit.array(z))
+        value, vjp = kit.backend.linearize(kit.map(problem), kit.array(z))
         close(kit.numpy(value), np.einsum("bij,bj->bi", problem.a, z) + problem.b, 1e-6, "f(z)")
         for seed in (0, 1):  # callable many times
             u = np.random.default_rng(seed).standard_normal((3, 6))
-            close(kit.numpy(pull(kit.array(u))), np.einsum("bij,bi->bj", problem.a, u), 1e-6, "pull(u) = Jᵀu, not J u")
+            close(kit.numpy(vjp(kit.array(u))), np.einsum("bij,bi->bj", problem.a, u), 1e-6, "vjp(u) = Jᵀu, not J u")
 
-    def test_pull_of_a_function_that_reads_no_state(self, kit: Kit) -> None:
+    def test_vjp_of_a_function_that_reads_no_state(self, kit: Kit) -> None:
         one = kit.array(np.ones((2, 3)))
-        _, pull = kit.backend.linearize(lambda z: one, kit.array(np.zeros((2, 3))))
-        assert not kit.numpy(pull(one)).any()
+        _, vjp = kit.backend.linearize(lambda z: one, kit.array(np.zeros((2, 3))))
+        assert not kit.numpy(vjp(one)).any()
 
     def test_products_of_a_function_that_couples_rows(self, kit: Kit) -> None:
         """A backend may differentiate row by row only if no row depends on any other."""
@@ -53,8 +53,8 @@ class DerivativeTests(Conformance):
         expected = np.zeros((4, 3))
         expected[2] = u[3]
         for f, truth in ((shift, np.roll(u, 1, axis=0)), (pair, expected)):
-            _, pull = kit.backend.linearize(f, kit.array(np.ones((4, 3))))
-            close(kit.numpy(pull(kit.array(u))), truth, 1e-6, "pull(u) where f couples rows")
+            _, vjp = kit.backend.linearize(f, kit.array(np.ones((4, 3))))
+            close(kit.numpy(vjp(kit.array(u))), truth, 1e-6, "vjp(u) where f couples rows")
 
     def test_a_backward_pass_that_cannot_be_right_reaches_the_user(self, kit: Kit) -> None:
         """Coupled rows and a failed adjoint solve: a warning by default, an error if that is asked for."""
@@ -80,11 +80,11 @@ class DerivativeTests(Conformance):
 
     def test_forward_products(self, kit: Kit) -> None:
         problem, v = affine(), np.random.default_rng(4).standard_normal((3, 6))
-        product = kit.backend.push(kit.map(problem), kit.array(np.zeros((3, 6))))
+        product = kit.backend.jvp(kit.map(problem), kit.array(np.zeros((3, 6))))
         if product is None:
-            assert not kit.backend.capabilities.jvp, "the backend promises jvp, but push gives None"
+            assert not kit.backend.capabilities.jvp, "the backend promises jvp, but jvp gives None"
             return
-        close(kit.numpy(product(kit.array(v))), np.einsum("bij,bj->bi", problem.a, v), 1e-6, "push(v) = J v")
+        close(kit.numpy(product(kit.array(v))), np.einsum("bij,bj->bi", problem.a, v), 1e-6, "jvp(v) = J v")
 
     def test_derivatives_in_other_units(self, kit: Kit) -> None:
         """Each sample of f(z) = s·g(z/s) has a unit s of its own; J is that of g. |z| keeps complex steps out."""
@@ -99,11 +99,11 @@ class DerivativeTests(Conformance):
 
         z, x, u = kit.array(s * y), kit.array(0 * y), kit.array(np.ones((5, 3)))
         slope = 0.5 / np.cosh(y) ** 2 + 0.125 * np.sign(y)
-        _, pull = kit.backend.linearize(lambda z: f(z, x), z)
-        close(kit.numpy(pull(u)), slope, 1e-5, "Jᵀu of s·g(z/s), a unit s for each sample")
-        push = kit.backend.push(lambda z: f(z, x), z)
-        if push is not None:
-            close(kit.numpy(push(u)), slope, 1e-5, "J v of s·g(z/s), a unit s for each sample")
+        _, vjp = kit.backend.linearize(lambda z: f(z, x), z)
+        close(kit.numpy(vjp(u)), slope, 1e-5, "Jᵀu of s·g(z/s), a unit s for each sample")
+        jvp = kit.backend.jvp(lambda z: f(z, x), z)
+        if jvp is not None:
+            close(kit.numpy(jvp(u)), slope, 1e-5, "J v of s·g(z/s), a unit s for each sample")
         _, _, (dz, dx) = kit.backend.vjp(lambda z, x: (f(z, x), None), (z, x), u)
         close(kit.numpy(dz), slope, 1e-5, "gradient of z in s·g(z/s), a unit s for each sample")
         close(kit.numpy(dx), np.ones((5, 3)), 1e-5, "gradient of a term that is 0, a unit s for each sample")

@@ -50,9 +50,9 @@ class Dense:
 
     def jacobian(self, z: Any) -> Any:
         """J per sample, `(batch, n, n)`; if f couples the samples, `(1, batch n, batch n)` of the whole."""
-        _, pull = self.backend.linearize(lambda v: self.f(v, self.params, self.inputs), self._array(z))
+        _, vjp = self.backend.linearize(lambda v: self.f(v, self.params, self.inputs), self._array(z))
         n = z.shape[1]
-        coupled = leak_everywhere(self.backend, pull, self._array(z)) > 0
+        coupled = leak_everywhere(self.backend, vjp, self._array(z)) > 0
         rows = []
         for i in range(z.size if coupled else n):
             unit = np.zeros_like(z)
@@ -60,7 +60,7 @@ class Dense:
                 unit.flat[i] = 1.0
             else:
                 unit[:, i] = 1.0
-            rows.append(self._pull(pull, unit))
+            rows.append(self._vjp(vjp, unit))
         return np.stack([row.ravel() for row in rows])[None] if coupled else np.stack(rows, axis=1)
 
     def gradients(self, z: Any) -> tuple[dict[str, Any], Any]:
@@ -96,8 +96,8 @@ class Dense:
     def _array(self, z: Any) -> Array:
         return self.backend.asarray(np.asarray(z), like=self.start)
 
-    def _pull(self, pull: Callable[[Array], Array], u: Any) -> Any:
-        return self.backend.to_numpy(pull(self._array(u)))
+    def _vjp(self, vjp: Callable[[Array], Array], u: Any) -> Any:
+        return self.backend.to_numpy(vjp(self._array(u)))
 
 
 def dense(backend: Backend, problem: Problem, job: worker.Job, f: Callable[..., Tree]) -> dict[str, Any]:

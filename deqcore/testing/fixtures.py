@@ -89,7 +89,7 @@ class Kit:
         a, b = self.array(problem.a, dtype), self.array(problem.b, dtype)
         return lambda z: self.backend.xp.sum(a * z[:, None, :], axis=2) + b
 
-    def pull(self, a: Array) -> Map:
+    def vjp(self, a: Array) -> Map:
         """u ↦ Aᵀu for A `(batch, n, n)`."""
         return lambda u: self.backend.xp.sum(a * u[:, :, None], axis=1)
 
@@ -150,7 +150,7 @@ class DenseEstimate(InverseJacobian):
 
     def apply_transpose(self, v: Array) -> Array:
         """Hᵀ v."""
-        return self.kit.pull(self.h)(v)
+        return self.kit.vjp(self.h)(v)
 
 
 def close(found: Any, expected: Any, tolerance: float, what: str) -> None:

@@ -60,16 +60,16 @@ class _Counting:
 
         return run
 
-    def push(self, f: Map, z: Any) -> Map | None:
+    def jvp(self, f: Map, z: Any) -> Map | None:
         with self._within():
-            push = self._backend.push(f, z)
+            jvp = self._backend.jvp(f, z)
 
         def product(v: Any) -> Any:
             self.calls += 1
             with self._within():
-                return push(v) if push is not None else None
+                return jvp(v) if jvp is not None else None
 
-        return None if push is None else product
+        return None if jvp is None else product
 
     @contextlib.contextmanager
     def _within(self) -> Iterator[None]:

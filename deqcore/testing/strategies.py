@@ -1,6 +1,6 @@
 """`StrategyTests`: everything that a backward strategy must keep.
 
-`route` is held to known Jacobians: g + Jᵀu = u has a closed form. Strategies that promise the true gradient
+`solve_adjoint` is held to known Jacobians: g + Jᵀu = u has a closed form. Strategies that promise the true gradient
 (`exact`) must find it; approximate ones must be right where there is nothing to approximate, must be no worse than
 the bare cotangent where f contracts strongly, and must report truthfully what they did.
 """
@@ -24,12 +24,12 @@ from deqcore.testing.fixtures import Kit, affine, close
 from deqcore.testing.problems import golden
 from deqcore.testing.scales import scaled, scales
 from deqcore.testing.strategy_claims import ClaimTests
-from deqcore.testing.strategy_route import RouteTests
+from deqcore.testing.strategy_route import AdjointTests
 from deqcore.testing.strategy_steps import StepStrategyTests
 from deqcore.testing.tolerances import tolerance
 
 
-class StrategyTests(RouteTests, ClaimTests, StepStrategyTests):
+class StrategyTests(AdjointTests, ClaimTests, StepStrategyTests):
     """Subclass it, name your strategy, and run pytest.
 
     Attributes:

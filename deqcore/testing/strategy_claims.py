@@ -15,7 +15,7 @@ from deqcore.solution import Status
 from deqcore.testing.conformance import Conformance, claimed, several
 from deqcore.testing.fixtures import Affine, Kit, close
 from deqcore.testing.problems import golden, names, raveled
-from deqcore.testing.strategy_route import route, unlike
+from deqcore.testing.strategy_route import solve_adjoint, unlike
 
 
 def adjoint_of(name: str) -> tuple[Affine, Any, Any]:
@@ -70,16 +70,16 @@ class ClaimTests(Conformance):
     def test_a_claim_is_kept(
         self, request: Any, kit: Kit, strategy: Strategy, settings: Mapping[str, object], problem: str
     ) -> None:
-        """The adjoint equation of a golden problem is solved, within the pulls that are claimed."""
+        """The adjoint equation of a golden problem is solved, within the vjps that are claimed."""
         claims = claimed(request.config, self.claims, strategy, settings)
         if problem not in claims:
             pytest.skip("the strategy claims nothing here")
         if not kit.backend.capabilities.float64:
             pytest.skip("claims are made for double precision")
         known, g, expected = adjoint_of(problem)
-        u, report = route(kit, strategy, known, g)
+        u, report = solve_adjoint(kit, strategy, known, g)
         assert (report.status == int(Status.CONVERGED)).all(), f"statuses {report.status}"
-        assert report.pulls.max() <= claims[problem], f"{report.pulls} pulls; at most {claims[problem]} are claimed"
+        assert report.vjps.max() <= claims[problem], f"{report.vjps} vjps; at most {claims[problem]} are claimed"
         if strategy.exact:
             error = np.linalg.norm(u - expected, axis=1) / np.linalg.norm(expected, axis=1)
             size = np.linalg.norm(g, axis=1) / np.linalg.norm(expected, axis=1)
@@ -91,10 +91,10 @@ class ClaimTests(Conformance):
     def test_directions_stay_independent_where_that_is_hard(
         self, request: Any, kit: Kit, strategy: Strategy, settings: Mapping[str, object]
     ) -> None:
-        """Who claims to end within as many pulls as dimensions does so at a condition of 1e6, too."""
+        """Who claims to end within as many vjps as dimensions does so at a condition of 1e6, too."""
         claims, n = claimed(request.config, self.claims, strategy, settings), 24
         if claims.get("ill-conditioned", n) > golden("ill-conditioned").truth.jacobian.shape[1]:
-            pytest.skip("the strategy claims no end within as many pulls as dimensions")
+            pytest.skip("the strategy claims no end within as many vjps as dimensions")
         if not kit.backend.capabilities.float64:
             pytest.skip("claims are made for double precision")
         rng = np.random.default_rng(19)
@@ -102,23 +102,23 @@ class ClaimTests(Conformance):
         problem = Affine(np.eye(n) - left @ np.diag(np.logspace(0, -6, n)) @ right, np.zeros((3, n)))
         g = rng.standard_normal((3, n))
         sharp = dataclasses.replace(strategy, rtol=1e-8) if hasattr(strategy, "rtol") else strategy  # type: ignore[type-var]
-        u, report = route(kit, sharp, problem, g)
-        assert (report.status == int(Status.CONVERGED)).all(), f"statuses {report.status} after {report.pulls} pulls"
-        assert report.pulls.max() <= n + 1, f"{report.pulls} pulls for {n} dimensions"
+        u, report = solve_adjoint(kit, sharp, problem, g)
+        assert (report.status == int(Status.CONVERGED)).all(), f"statuses {report.status} after {report.vjps} vjps"
+        assert report.vjps.max() <= n + 1, f"{report.vjps} vjps for {n} dimensions"
         assert (problem.residual(u, g) <= 1.01e-8).all(), f"residuals of {problem.residual(u, g)}"
 
     def test_claims_are_golden_problems(self, kit: Kit, strategy: Strategy) -> None:
-        assert isinstance(strategy.claims, Mapping), f"claims = {strategy.claims}, but {{problem: pulls}} is expected"
+        assert isinstance(strategy.claims, Mapping), f"claims = {strategy.claims}, but {{problem: vjps}} is expected"
         assert set(strategy.claims) <= set(names())
 
     def test_unlike_samples_are_routed_as_alone(self, kit: Kit, strategy: Strategy) -> None:
-        """One is done after a pull or two, its batch mates go on for long: nobody's numbers depend on that."""
+        """One is done after a vjp or two, its batch mates go on for long: nobody's numbers depend on that."""
         problem, g = unlike()
-        together, told = route(kit, strategy, problem, g)
+        together, told = solve_adjoint(kit, strategy, problem, g)
         slack = 1e-6 if kit.eps < 1e-10 else 1e-2
         for i in range(3) if kit.eager else (0,):
             one = slice(i, i + 1)
-            alone, own = route(kit, strategy, Affine(problem.a[one], problem.b[one]), g[one])
+            alone, own = solve_adjoint(kit, strategy, Affine(problem.a[one], problem.b[one]), g[one])
             close(together[one], alone, slack, f"u of sample {i}")
             for name, a, b in zip(AdjointReport._fields, told, own, strict=True):
                 assert np.allclose(a[i], b[0], rtol=1e3 * slack, atol=slack, equal_nan=True), (
@@ -130,7 +130,7 @@ class ClaimTests(Conformance):
         if not strategy.wants_estimate() or not isinstance(getattr(strategy, "target", None), float):
             pytest.skip("the strategy reads no estimate, or promises no accuracy")
         problem, g, h = half_right()
-        u, report = route(kit, strategy, problem, g, h)
+        u, report = solve_adjoint(kit, strategy, problem, g, h)
         exact = problem.adjoint(g)
         error = np.linalg.norm(u - exact, axis=1) / np.linalg.norm(exact, axis=1)
         told = np.isfinite(report.error)
@@ -144,11 +144,11 @@ class ClaimTests(Conformance):
         problem, g, known = hardly_shown()
         exact = problem.adjoint(g)
         for estimate in (None, known) if strategy.wants_estimate() else (None,):
-            u, report = route(kit, strategy, problem, g, estimate)
+            u, report = solve_adjoint(kit, strategy, problem, g, estimate)
             done = (report.status == int(Status.CONVERGED)) & ~report.fallback
             error = np.linalg.norm(u - exact, axis=1) / np.linalg.norm(exact, axis=1)
             assert (error[done] <= 3 * target).all(), (
-                f"CONVERGED with a target of {target} after {report.pulls} pulls, but off by {error}"
+                f"CONVERGED with a target of {target} after {report.vjps} vjps, but off by {error}"
             )
 
     def test_a_hard_equation_is_solved_or_confessed(self, kit: Kit, strategy: Strategy) -> None:
@@ -156,7 +156,7 @@ class ClaimTests(Conformance):
         if not strategy.exact:
             pytest.skip("the strategy approximates")
         problem, g = hard_symmetric()
-        u, report = route(kit, strategy, problem, g)
+        u, report = solve_adjoint(kit, strategy, problem, g)
         left, done = problem.residual(u, g), report.status == int(Status.CONVERGED)
         allowed = 2 * kit.backend.default_rtol(kit.array(g)) + 1e4 * kit.eps
         assert (left[done] <= allowed).all(), f"CONVERGED, but ‖g + Jᵀu − u‖/‖g‖ = {left}"
@@ -169,12 +169,12 @@ class ClaimTests(Conformance):
             pytest.skip("the strategy approximates, or products are compiled")
         problem, g = hard_symmetric()
         matrix = kit.array(problem.a)
-        alone = kit.pull(matrix)
+        alone = kit.vjp(matrix)
 
         def coupled(u: Array) -> Array:
             return alone(u) + 0.5 * kit.backend.xp.roll(u, 1, axis=0)
 
-        u, report = strategy.route(kit.backend, coupled, kit.array(g), None)
+        u, report = strategy.solve_adjoint(kit.backend, coupled, kit.array(g), None)
         left = kit.numpy(kit.backend.norm(kit.array(g) + coupled(u) - u)) / np.linalg.norm(g, axis=1)
         done = kit.numpy(report.status) == int(Status.CONVERGED)
         assert (left[done] <= 1e-2).all(), f"CONVERGED, but ‖g + Jᵀu − u‖/‖g‖ = {left}"

@@ -106,8 +106,8 @@ def draw_reuse(axes: Any, figures: dict[str, Any]) -> None:
             zip(map(str, SLOW), np.round(ratio, 2).tolist(), strict=True)
         )
         if name == "certified":
-            pulls = [float(np.mean(each.pulls)) for each in found]
-            figures["mean pulls, certified"] = dict(zip(map(str, SLOW), np.round(pulls, 1).tolist(), strict=True))
+            vjps = [float(np.mean(each.vjps)) for each in found]
+            figures["mean vjps, certified"] = dict(zip(map(str, SLOW), np.round(vjps, 1).tolist(), strict=True))
     axes.axhline(0, color="#999", lw=1)
     axes.set_xticks(range(len(SLOW)), map(str, SLOW))
     axes.set(xlabel="slow modes of J (eigenvalues 0.9 to 0.99)", ylabel="worst cosine with the exact gradient",

@@ -64,9 +64,9 @@ def sample(rng: np.random.Generator, chains: int, snapshots: int, heat: float = 
     found = []
     for step in range(400 + 40 * snapshots):
         force = forces(x)
-        push = force / np.maximum(1, np.linalg.norm(force, axis=-1, keepdims=True) / 5)
+        jvp = force / np.maximum(1, np.linalg.norm(force, axis=-1, keepdims=True) / 5)
         rate = 0.004
-        x = x + rate * push + (2 * rate * heat) ** 0.5 * rng.standard_normal(x.shape)
+        x = x + rate * jvp + (2 * rate * heat) ** 0.5 * rng.standard_normal(x.shape)
         if step >= 400 and step % 40 == 0:
             found.append(x - x.mean(1, keepdims=True))
     return np.concatenate(found).astype(np.float32)

@@ -145,8 +145,8 @@ def test_moving_rows_finds_every_pair(name, backend):
     moved[j] += 0.1
     assert i != j
     assert not np.array_equal(name(np, moved, X)[i], name(np, X, X)[i])
-    _, pull = be.linearize(lambda z: f(z, x), z)
-    assert leak_everywhere(be, pull, z) > 0
+    _, vjp = be.linearize(lambda z: f(z, x), z)
+    assert leak_everywhere(be, vjp, z) > 0
 
 
 def test_a_solve_that_drifts_is_not_called_random():

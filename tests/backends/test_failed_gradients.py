@@ -170,7 +170,7 @@ def test_a_strategy_that_promises_nothing_is_silent(strategy, options):
 def test_what_a_fallback_replaced_has_not_failed():
     be = deqcore.get_backend(backend="numpy")
     told = report(
-        be, np.ones((3, 2)), status=np.array([1, 2, 2], np.int32), fallback=np.array([False, True, False]), pulls=4
+        be, np.ones((3, 2)), status=np.array([1, 2, 2], np.int32), fallback=np.array([False, True, False]), vjps=4
     )
     assert failing(be, told, np.ones((3, 2))).tolist() == [False, False, True]
 

@@ -79,9 +79,9 @@ def test_systems_of_a_known_kind_and_their_derivatives(kind, k):
     b = rng.standard_normal((3, k, 2))
     solve = getattr(batched_linalg, f"solve_{kind}")
     with jax.enable_x64(True):
-        x, pull = jax.vjp(lambda b: solve(jnp.asarray(a), b), jnp.asarray(b))
+        x, vjp = jax.vjp(lambda b: solve(jnp.asarray(a), b), jnp.asarray(b))
         np.testing.assert_allclose(x, np.linalg.solve(a, b), rtol=1e-9, atol=1e-12)
-        np.testing.assert_allclose(pull(x)[0], np.linalg.solve(np.swapaxes(a, 1, 2), x), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(vjp(x)[0], np.linalg.solve(np.swapaxes(a, 1, 2), x), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("k", [6, 40])

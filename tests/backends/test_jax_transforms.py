@@ -160,8 +160,8 @@ def probed(value, batch, g):
         with probes.reporting(probe):
             return value(x)
 
-    _, pull = jax.vjp(of, jnp.zeros((batch, 1)), probes.new(batch))
-    dx, figures = pull(g)
+    _, vjp = jax.vjp(of, jnp.zeros((batch, 1)), probes.new(batch))
+    dx, figures = vjp(g)
     return dx, probes.read(figures)
 
 
@@ -191,4 +191,4 @@ def test_a_truncated_adjoint_says_so(data):
     best = [np.linalg.norm(g[i] - jg[i] * (jg[i] @ g[i]) / (jg[i] @ jg[i])) / np.linalg.norm(g[i]) for i in range(2)]
     assert report.residual.tolist() == pytest.approx(best, rel=1e-6)
     assert report.status.tolist() == [Status.MAX_STEPS] * 2
-    assert report.pulls.tolist() == [1, 1]
+    assert report.vjps.tolist() == [1, 1]

@@ -79,7 +79,7 @@ def test_the_plain_estimate_of_no_pairs_is_the_identity(be, problem, options, so
     ids=str,
 )
 def test_certified_reuse_of_no_pairs_reaches_its_target(be, problem, strategy, options, target):
-    """With one pull for each part, the third case can only be better than nothing."""
+    """With one vjp for each part, the third case can only be better than nothing."""
     steps, db = found(be, problem, strategy, options)
     u = problem[4]
     assert steps.tolist() == [0] * 4

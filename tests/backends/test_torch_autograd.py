@@ -45,7 +45,7 @@ def relative(found, expected):
 
 
 @pytest.mark.parametrize("strategy", ["exact-ift", "broyden-reuse", "jacobian-free", "neumann"])
-def test_one_evaluation_beyond_the_solvers_serves_pulls_and_parameters(module, x, strategy):
+def test_one_evaluation_beyond_the_solvers_serves_vjps_and_parameters(module, x, strategy):
     calls = []
 
     def f(z):
@@ -57,8 +57,8 @@ def test_one_evaluation_beyond_the_solvers_serves_pulls_and_parameters(module, x
     assert calls == [False] * (len(calls) - 1) + [True]
     solution.value.sum().backward()
     assert len(calls) == int(solution.evaluations.max()) + 1
-    assert int(solution.backward.pulls.max()) == {"jacobian-free": 0, "neumann": 5}.get(
-        strategy, int(solution.backward.pulls.max())
+    assert int(solution.backward.vjps.max()) == {"jacobian-free": 0, "neumann": 5}.get(
+        strategy, int(solution.backward.vjps.max())
     )
 
 
@@ -304,7 +304,7 @@ def test_saved_tensors_that_hooks_keep_elsewhere_are_brought_back_once(module, x
         )
     before = len(back)
     solution.value.sum().backward()
-    assert int(solution.backward.pulls.max()) > 3
+    assert int(solution.backward.vjps.max()) > 3
     assert len(back) - before < 12
 
 
@@ -323,8 +323,8 @@ def test_two_forwards_before_one_backward_and_a_report_each(module, x):
     for sign, strategy in ((1, "exact-ift"), (-1, "neumann")):
         solve(sign, strategy).value.sum().backward()
     assert torch.allclose(module.weight.grad, together, rtol=1e-4, atol=1e-5)
-    assert second.backward.pulls.tolist() == [5] * 3
-    assert first.backward.pulls.tolist() != [5] * 3
+    assert second.backward.vjps.tolist() == [5] * 3
+    assert first.backward.vjps.tolist() != [5] * 3
 
 
 @pytest.mark.parametrize("strategy", ["exact-ift", "broyden-reuse", "jacobian-free"])

@@ -238,7 +238,7 @@ def test_certified_solves_are_those_of_the_core(without):
         x = torch.zeros_like(z, requires_grad=True)
         sol = run()
         way(lambda sol=sol: sol.value.square().sum().backward())
-        gradients.append((x.grad, sol.backward.pulls))
+        gradients.append((x.grad, sol.backward.vjps))
     assert torch.equal(gradients[0][1], gradients[1][1])
     assert torch.allclose(gradients[0][0], gradients[1][0], rtol=1e-6, atol=1e-9)
 

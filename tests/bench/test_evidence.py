@@ -39,7 +39,7 @@ def results(accuracy: dict[str, list[float]]) -> list[dict[str, Any]]:
                     "cell": cell,
                     "test_accuracy": value,
                     "times": {"training": seconds},
-                    "figures": {**figures, "pulls_most": 3.0},
+                    "figures": {**figures, "vjps_most": 3.0},
                     "cosine": 0.5,
                 }
             )

@@ -51,9 +51,9 @@ def test_options_with_the_fewest_evaluations_are_chosen(monkeypatch: pytest.Monk
 
     rows: dict[str, dict[str, Any]] = {
         "missed": {"rtol": 1e-4, "residual": 1.0},
-        "slow": {"evaluations": 20, "pulls": 12},
-        "fast": {"evaluations": 21, "pulls": 10},
-        "later": {"evaluations": 20, "pulls": 11},
+        "slow": {"evaluations": 20, "vjps": 12},
+        "fast": {"evaluations": 21, "vjps": 10},
+        "later": {"evaluations": 20, "vjps": 11},
     }
     monkeypatch.setattr(mdeq, "fitted", lambda problem, make, exact: rows[make])
     row, make = mdeq.best_of(None, {name: name for name in rows}, True)
@@ -117,7 +117,7 @@ def row(contender: str, cell: str, seconds: float, exact: bool = True) -> dict[s
         "tolerance": 1e-2 if exact else None,
         "error": 0.1 if exact else 0.7,
         "evaluations": 3,
-        "pulls": 2,
+        "vjps": 2,
         "seconds": [seconds] * 3,
     }
 

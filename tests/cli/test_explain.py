@@ -58,14 +58,14 @@ from deqcore.abc.backward import Strategy
 
 @dataclass(frozen=True)
 class Raises(Strategy):
-    needs = "pull"
+    needs = "vjp"
 
-    def route(self, backend, pull, g, estimate):
+    def solve_adjoint(self, backend, vjp, g, estimate):
         raise ValueError("no reverse mode here\\nand a second line")
 
 @dataclass(frozen=True)
 class Silent(Raises):
-    def route(self, backend, pull, g, estimate):
+    def solve_adjoint(self, backend, vjp, g, estimate):
         raise NotImplementedError
 
 @dataclass(frozen=True)
@@ -136,17 +136,17 @@ def test_figures_are_those_of_dense_linear_algebra(capsys, backend):
     assert row["norm_ratio"] == pytest.approx(np.linalg.norm(free) / np.linalg.norm(exact), rel=1e-3)
     assert row["error"] == pytest.approx(np.linalg.norm(free - exact) / np.linalg.norm(exact), rel=1e-3)
     assert row["worst_cosine"] == pytest.approx(min(cosine(a, b) for a, b in zip(g, u, strict=True)), abs=1e-4)
-    assert (row["pulls"], row["estimate"]) == (0, None)
+    assert (row["vjps"], row["estimate"]) == (0, None)
     space = {}
     exec(PROBLEM, space)
     left = np.linalg.norm(g @ space["A"], axis=1) / np.linalg.norm(g, axis=1)
     assert row["residual"] == pytest.approx(left.max(), rel=1e-6), "measured, though the strategy reports none"
     assert (found["coupling"], found["coupled_rows"]) == (0.0, None)
     assert rows["exact-ift"]["error"] < 1e-6
-    assert rows["exact-ift"]["most_pulls"] <= 6
+    assert rows["exact-ift"]["most_vjps"] <= 6
     assert rows["broyden-reuse (target=0.01)"]["estimate"] <= 0.01
     assert rows["broyden-reuse (target=0.01)"]["error"] <= 0.02
-    assert rows["phantom"]["pulls"] == 5
+    assert rows["phantom"]["vjps"] == 5
     assert set(plugins.strategies()) <= {row["strategy"] for row in rows.values()}
 
 
@@ -219,11 +219,11 @@ def test_an_f_that_only_some_strategies_can_use(capsys):
     assert rows["phantom"]["failure"] == rows["unrolled"]["failure"] == "RuntimeError: f is differentiated once only"
 
 
-def test_the_cheapest_by_pulls_where_nothing_is_timed(capsys):
+def test_the_cheapest_by_vjps_where_nothing_is_timed(capsys):
     code, found, rows = figures(capsys, "--problem", "p.py:mine", "--backend", "numpy", "--accuracy", "error=0.03")
     good = [row for row in rows.values() if row["error"] <= 0.03]
     assert code == 0
-    assert rows[found["cheapest"]]["pulls"] == min(row["pulls"] for row in good)
+    assert rows[found["cheapest"]]["vjps"] == min(row["vjps"] for row in good)
     assert "a relative error of at most 0.03" in found["verdict"]
     assert repr(rows[found["cheapest"]]["strategy"]) in found["verdict"]
 
@@ -237,7 +237,7 @@ def test_a_table_with_times(capsys, monkeypatch):
 
 
 def test_nothing_is_accurate_enough(capsys):
-    """A cyclic shift: GMRES needs as many pulls as there are numbers, 80, and no strategy has them."""
+    """A cyclic shift: GMRES needs as many vjps as there are numbers, 80, and no strategy has them."""
     Path("deq.toml").write_text("[forward]\nmax_steps = 1\n")
     code, found, _ = figures(capsys, "--problem", "p.py:hard", "--backend", "torch", "--accuracy", "error=0.05")
     assert code == 1
@@ -263,7 +263,7 @@ def test_a_solver_without_an_estimate(capsys):
 def test_the_configured_options_are_among_the_rows(capsys):
     Path("deq.toml").write_text('[backward]\nstrategy = "neumann"\noptions = { terms = 2 }\n')
     _, _, rows = figures(capsys, "--problem", "p.py:mine", "--backend", "numpy")
-    assert rows["neumann (terms=2)"]["pulls"] == 2
+    assert rows["neumann (terms=2)"]["vjps"] == 2
 
 
 def test_a_misspelt_option_of_the_configured_strategy(capsys):

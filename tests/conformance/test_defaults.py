@@ -41,11 +41,11 @@ class PlainBackend(Backend):
                 jacobian(lambda x, i=i: f((*leaves[:i], x, *leaves[i + 1 :])), leaf) for i, leaf in enumerate(leaves)
             ]
 
-        def pull(u: Any) -> Any:
+        def vjp(u: Any) -> Any:
             parts = zip(dense, leaves, strict=True)
             return tuple((np.ravel(u) @ d).reshape(x.shape).astype(x.dtype) for d, x in parts)
 
-        return value, pull
+        return value, vjp
 
     def implicit(self, f: Any, z0: Any, args: Any, solve: Any, adjoint: Any) -> Any:
         forward = self.forward_only(f, z0, args, solve)

@@ -39,16 +39,16 @@ def reuse(be, jacobian, g, *, b=None, rtol=1e-5, **options):
     forward = drive(
         be, solver, lambda z: be.xp.sum(stored * z[:, None, :], axis=2) + shift, 0 * shift, Control(rtol, max_steps=60)
     )
-    pulls = []
+    vjps = []
 
-    def pull(u):
-        pulls.append(1)
+    def vjp(u):
+        vjps.append(1)
         return be.xp.sum(stored * u[:, :, None], axis=1)
 
     strategy = BroydenReuse(**({"fallback": "none"} | options))
     estimate = solver.secant_estimate(be, forward.carry.state)
-    u, report = strategy.route(be, pull, be.asarray(g), estimate)
-    return be.to_numpy(u), type(report)(*(be.to_numpy(leaf) for leaf in report)), len(pulls)
+    u, report = strategy.solve_adjoint(be, vjp, be.asarray(g), estimate)
+    return be.to_numpy(u), type(report)(*(be.to_numpy(leaf) for leaf in report)), len(vjps)
 
 
 def residual(jacobian, g, u):
@@ -59,7 +59,7 @@ def exact(jacobian, g):
     return np.stack([np.linalg.solve((np.eye(N) - j).T, each) for j, each in zip(jacobian, g, strict=True)])
 
 
-def krylov_pulls(jacobian, g, goal):
+def krylov_vjps(jacobian, g, goal):
     """How many products plain GMRES needs, by dense least squares in each Krylov space."""
     a, basis = np.eye(N) - jacobian.T, (g / np.linalg.norm(g))[:, None]
     for k in range(1, N + 1):
@@ -84,29 +84,29 @@ def test_a_certificate_is_true(be, seed, slow, radius, skew, target):
     rng = np.random.default_rng(seed)
     jacobian = np.stack([spectrum(rng, slow, radius, skew) for _ in range(3)])
     g = rng.standard_normal((3, N))
-    u, report, pulls = reuse(be, jacobian, g, target=target)
+    u, report, vjps = reuse(be, jacobian, g, target=target)
     true, met = residual(jacobian, g, u), report.status == int(Status.CONVERGED)
     assert (true[met] <= target * (1 + 1e-9)).all()
     assert report.residual == pytest.approx(true, rel=1e-5, abs=1e-10)
     error = np.linalg.norm(u - exact(jacobian, g), axis=1) / np.linalg.norm(exact(jacobian, g), axis=1)
     assert (report.error >= error / 6).all()
-    assert report.pulls.max() == pulls <= 40
-    assert met.all()  # N = 30 pulls end every space
+    assert report.vjps.max() == vjps <= 40
+    assert met.all()  # N = 30 vjps end every space
 
 
 @settings(max_examples=12)
 @given(seed=st.integers(0, 10_000), slow=st.integers(0, 3), radius=st.floats(0.2, 0.8), skew=st.floats(0.0, 0.4))
-def test_reuse_costs_no_more_than_gmres_and_a_pull(seed, slow, radius, skew):
+def test_reuse_costs_no_more_than_gmres_and_a_vjp(seed, slow, radius, skew):
     rng = np.random.default_rng(seed)
     jacobian, g = spectrum(rng, slow, radius, skew)[None], rng.standard_normal((1, N))
     numpy = deqcore.get_backend(backend="numpy")
     for target in (0.1, 0.01):
         u, report, _ = reuse(numpy, jacobian, g, target=target)
-        assert report.pulls[0] <= krylov_pulls(jacobian[0], g[0], residual(jacobian, g, u)[0] * (1 + 1e-9)) + 1
+        assert report.vjps[0] <= krylov_vjps(jacobian[0], g[0], residual(jacobian, g, u)[0] * (1 + 1e-9)) + 1
 
 
 def test_a_hard_sample_takes_nothing_from_the_easy_ones(be):
-    """A cyclic shift needs N pulls and gets 20; its batch mates must not be cut short with it."""
+    """A cyclic shift needs N vjps and gets 20; its batch mates must not be cut short with it."""
     rng = np.random.default_rng(0)
     easy = [0.5 * rng.standard_normal((N, N)) / np.sqrt(N) for _ in range(3)]
     jacobian = np.stack([easy[0], 0.999 * np.roll(np.eye(N), 1, axis=0), *easy[1:]])
@@ -115,10 +115,10 @@ def test_a_hard_sample_takes_nothing_from_the_easy_ones(be):
     u, report, _ = reuse(be, jacobian, g, b=b, target=1e-3, refine_steps=20, rtol=0.5)
     assert report.status.tolist()[0::2] == [int(Status.CONVERGED)] * 2
     assert report.status[1] == int(Status.MAX_STEPS)
-    assert report.pulls[1] == 20
+    assert report.vjps[1] == 20
     rest = [0, 2, 3]
     alone, single, _ = reuse(be, jacobian[rest], g[rest], b=b[rest], target=1e-3, refine_steps=20, rtol=0.5)
-    assert single.pulls.tolist() == report.pulls[rest].tolist()
+    assert single.vjps.tolist() == report.vjps[rest].tolist()
     assert u[rest] == pytest.approx(alone, rel=1e-7)
     assert (residual(jacobian, g, u)[rest] <= 1e-3).all()
 
@@ -130,7 +130,7 @@ def test_zero_and_nan_cotangents_stay_in_their_rows(be):
     g[0], g[1, 4] = 0.0, np.nan
     u, report, _ = reuse(be, jacobian, g, target=0.05)
     assert not u[0].any()
-    assert (report.pulls[0], report.residual[0], report.error[0]) == (0, 0.0, 0.0)
+    assert (report.vjps[0], report.residual[0], report.error[0]) == (0, 0.0, 0.0)
     assert report.status.tolist() == [int(Status.CONVERGED), int(Status.NONFINITE), int(Status.CONVERGED)]
     assert np.isnan(report.residual[1])
     assert residual(jacobian, g, u)[2] <= 0.05
@@ -157,7 +157,7 @@ def test_no_pairs_yet_is_plain_gmres(be):
     u, report, _ = reuse(be, jacobian, g, b=np.zeros((1, N)), target=0.01)
     true = residual(jacobian, g, u)[0]
     assert true <= 0.01
-    assert report.pulls[0] == krylov_pulls(jacobian[0], g[0], true * (1 + 1e-9))
+    assert report.vjps[0] == krylov_vjps(jacobian[0], g[0], true * (1 + 1e-9))
 
 
 def test_without_preconditioner_or_judge(be):
@@ -165,7 +165,7 @@ def test_without_preconditioner_or_judge(be):
     jacobian, g = spectrum(rng, 0, 0.5, 0.1)[None], rng.standard_normal((1, N))
     stored = be.asarray(jacobian)
     found = solve_certified(
-        be, lambda u: be.xp.sum(stored * u[:, :, None], axis=1), be.asarray(g), None, target=0.01, max_pulls=N
+        be, lambda u: be.xp.sum(stored * u[:, :, None], axis=1), be.asarray(g), None, target=0.01, max_vjps=N
     )
     assert bool(be.to_numpy(found.met)[0])
     assert residual(jacobian, g, be.to_numpy(found.u))[0] <= 0.01
@@ -195,7 +195,7 @@ def test_a_mode_that_the_forward_solve_never_met_is_met_before_it_is_certified(b
     done = report.status == int(Status.CONVERGED)
     assert done.all()
     assert (error_of(jacobian, g, u) <= 0.1).all()
-    assert (report.pulls >= 3).all()
+    assert (report.vjps >= 3).all()
 
 
 @pytest.mark.parametrize("estimate", [True, False])
@@ -209,7 +209,7 @@ def test_one_or_two_products_certify_nothing(be, estimate):
         else:
             found = solve_certified(
                 be, lambda u: be.xp.sum(stored * u[:, :, None], axis=1), be.asarray(g), None, target=0.1,
-                max_pulls=budget,
+                max_vjps=budget,
             )  # fmt: skip
             met = be.to_numpy(found.met)
         assert not met.any()

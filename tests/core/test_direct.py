@@ -40,11 +40,11 @@ def routed(be, matrix, g, **options):
     """U, report and calls of the product, on the host."""
     stored, calls = be.asarray(matrix), []
 
-    def pull(u):
+    def vjp(u):
         calls.append(1)
         return be.xp.sum(stored * u[:, :, None], axis=1)
 
-    u, report = ExactIFT(**options).route(be, pull, be.asarray(g), None)
+    u, report = ExactIFT(**options).solve_adjoint(be, vjp, be.asarray(g), None)
     return be.to_numpy(u), type(report)(*(be.to_numpy(leaf) for leaf in report)), len(calls)
 
 
@@ -91,8 +91,8 @@ def test_only_samples_that_failed_are_solved_directly_and_pay_for_it(be):
     u, report, _ = routed(be, matrix, g, rtol=1e-9)
     assert report.status.tolist() == [Status.CONVERGED] * 4
     assert (relative(u, solution(matrix, g)) <= 1e-5).all()
-    assert (report.pulls[[0, 2]] <= 40).all()
-    assert (report.pulls[[1, 3]] > 61).all()
+    assert (report.vjps[[0, 2]] <= 40).all()
+    assert (report.vjps[[1, 3]] > 61).all()
     easy = routed(be, matrix[[0, 2]], g[[0, 2]], rtol=1e-9)[0]
     assert u[[0, 2]] == pytest.approx(easy, rel=1e-12, abs=1e-14)
 
@@ -101,7 +101,7 @@ def test_products_are_counted_and_the_residual_is_measured():
     be = deqcore.get_backend(backend="numpy")
     matrix, g = hard(60, 1)
     u, report, calls = routed(be, matrix, g, rtol=1e-10)
-    assert report.pulls[0] == calls > 61
+    assert report.vjps[0] == calls > 61
     left = np.linalg.norm(g + np.einsum("bij,bi->bj", matrix, u) - u) / np.linalg.norm(g)
     assert left * (1 - 1e-3) <= report.residual[0] <= 1e-10
 
@@ -114,7 +114,7 @@ def test_a_batch_solved_in_parts_is_solved_as_whole(be, monkeypatch, entries):
     monkeypatch.setattr(direct, "ENTRIES", entries)
     parts, again, _ = routed(be, matrix, g, rtol=1e-10)
     assert parts == pytest.approx(whole, rel=1e-6)
-    assert again.pulls.tolist() == report.pulls.tolist()
+    assert again.vjps.tolist() == report.vjps.tolist()
     assert again.status.tolist() == report.status.tolist() == [Status.CONVERGED] * 5
 
 
@@ -126,7 +126,7 @@ def test_a_bad_cotangent_stays_in_its_row(be, bad):
     u, report, _ = routed(be, matrix, g, rtol=1e-10)
     np.testing.assert_array_equal(u[[0, 2]], healthy[[0, 2]])
     assert report.status[1] == (Status.CONVERGED if bad == 0.0 else Status.NONFINITE)
-    assert report.pulls[1] == 0 or not np.isfinite(g[1]).all()
+    assert report.vjps[1] == 0 or not np.isfinite(g[1]).all()
 
 
 def test_a_nan_in_one_product_stays_in_its_row(be):
@@ -159,7 +159,7 @@ def test_budgets_are_kept(be):
     matrix, g = hard(60, 2)
     for options in ({"max_steps": 45}, {"max_steps": 100}, {"direct": 0}, {"direct": 59}):
         _, report, _ = routed(be, matrix, g, rtol=1e-11, **options)
-        assert (report.pulls <= options.get("max_steps", 68)).all(), options
+        assert (report.vjps <= options.get("max_steps", 68)).all(), options
         assert not (report.status == int(Status.CONVERGED)).any(), options
     u, report, _ = routed(be, matrix, g, rtol=1e-10, max_steps=140)
     assert report.status.tolist() == [Status.CONVERGED] * 2

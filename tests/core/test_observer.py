@@ -72,7 +72,7 @@ def test_vjp_is_seen_with_its_backward(be) -> None:
     (seen,) = watch.seen
     np.testing.assert_array_equal(be.to_numpy(seen.solution.value), be.to_numpy(z))
     assert seen.solution.backward is not None
-    assert be.to_numpy(seen.solution.backward.pulls).min() >= 1
+    assert be.to_numpy(seen.solution.backward.vjps).min() >= 1
 
 
 def test_the_record_calls_its_listener_when_the_backward_has_run() -> None:

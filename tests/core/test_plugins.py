@@ -325,8 +325,8 @@ class Short(Mute):
 
 @dataclass(frozen=True)
 class Odd(Strategy):
-    needs = "pull"
-    def route(self, pull, g):
+    needs = "vjp"
+    def solve_adjoint(self, vjp, g):
         return g
 
 class Half(Backend):
@@ -343,7 +343,11 @@ class Half(Backend):
             "Short",
             r"solver 'wrong' has step\(self, f, z\), but it is called as step\(self, backend, f, z, fz, state\)",
         ),
-        (plugins.make_strategy, "Odd", r"has route\(self, pull, g\), but it is called as route\(self, backend, pull, "),
+        (
+            plugins.make_strategy,
+            "Odd",
+            r"has solve_adjoint\(self, vjp, g\), but it is called as solve_adjoint\(self, backend, vjp, ",
+        ),
         (
             plugins.make_backend,
             "Half",

@@ -28,11 +28,11 @@ class Stepping(Solver):
 
 
 @dataclass(frozen=True)
-class Routing(Strategy):
+class AdjointSolving(Strategy):
     case: str = ""
     needs: ClassVar = "nothing"
 
-    def route(self, backend, pull, g, estimate):
+    def solve_adjoint(self, backend, vjp, g, estimate):
         return WRONG[self.case](g, report(backend, g))
 
 
@@ -46,7 +46,7 @@ class Valuing(StepStrategy):
 
 @pytest.fixture(autouse=True)
 def registered():
-    for spec, cls in ((plugins.SolverSpec, "Stepping"), (plugins.StrategySpec, "Routing")):
+    for spec, cls in ((plugins.SolverSpec, "Stepping"), (plugins.StrategySpec, "AdjointSolving")):
         plugins.register(spec(cls.lower(), f"{__name__}:{cls}"))
     plugins.register(plugins.StrategySpec("valuing", f"{__name__}:Valuing"))
     yield
@@ -75,11 +75,11 @@ def test_a_step_that_returns_something_else(wrong, words):
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        (lambda g, told: g, r"Routing.route returned a \w+ of shape \(2, 3\), but \(u, report\)"),
-        (lambda g, told: None, r"Routing.route returned None, but .*deqcore.abc.backward.report"),
+        (lambda g, told: g, r"AdjointSolving.solve_adjoint returned a \w+ of shape \(2, 3\), but \(u, report\)"),
+        (lambda g, told: None, r"AdjointSolving.solve_adjoint returned None, but .*deqcore.abc.backward.report"),
         (lambda g, told: (g, 3), r"a tuple of 2 \(a \w+ of shape \(2, 3\), a int\)"),
         (lambda g, told: (g[:1], told), r"returned a \w+ of shape \(1, 3\), but u of the cotangent's shape \(2, 3\)"),
-        (lambda g, told: (g, told._replace(pulls=5)), r"\(report.pulls\) returned a int, but one number per sample"),
+        (lambda g, told: (g, told._replace(vjps=5)), r"\(report.vjps\) returned a int, but one number per sample"),
     ],
 )
 def test_a_route_that_returns_no_pair(name, wrong, words):

@@ -73,8 +73,8 @@ def test_a_printed_adjoint_report_is_a_line_per_status(be):
     columns = [[1, 1, 2], [3, 4, 9], [1e-6, 2e-6, 0.5], [float("nan")] * 3, [False, False, True]]
     report = deqcore.AdjointReport(*(be.asarray(np.array(column)) for column in columns))
     assert str(report).split("\n") == [
-        "2 of 3 samples CONVERGED after at most 4 pulls, adjoint residual at most 2e-06.",
-        "1 of 3 samples MAX_STEPS after at most 9 pulls, adjoint residual at most 0.5; 1 got the fallback.",
+        "2 of 3 samples CONVERGED after at most 4 vjps, adjoint residual at most 2e-06.",
+        "1 of 3 samples MAX_STEPS after at most 9 vjps, adjoint residual at most 0.5; 1 got the fallback.",
     ]
     assert str(report._replace(error=report.residual)).count("estimated error at most 0.5;") == 1
     assert str(deqcore.AdjointReport(*(leaf[:0] for leaf in report[:5]))) == "The batch is empty."

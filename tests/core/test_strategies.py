@@ -70,18 +70,18 @@ def affine_u(be, problem, g, **settings):
     return be.to_numpy(u)
 
 
-def route(be, name, problem, g, estimate=None, **options):
-    """One call of a strategy's `route` with J = A, and how often it pulled."""
+def solve_adjoint(be, name, problem, g, estimate=None, **options):
+    """One call of a strategy's `solve_adjoint` with J = A, and how often it pulled."""
     strategy = plugins.make_strategy(name, options)
     strategy = strategy.bind(plugins.make_solver)
-    a, pulls = be.asarray(problem.a), []
+    a, vjps = be.asarray(problem.a), []
 
-    def pull(u):
-        pulls.append(1)
+    def vjp(u):
+        vjps.append(1)
         return be.xp.sum(a * u[:, :, None], axis=1)
 
-    u, report = strategy.route(be, pull, be.asarray(g), estimate)
-    return be.to_numpy(u), type(report)(*(be.to_numpy(leaf) for leaf in report)), len(pulls)
+    u, report = strategy.solve_adjoint(be, vjp, be.asarray(g), estimate)
+    return be.to_numpy(u), type(report)(*(be.to_numpy(leaf) for leaf in report)), len(vjps)
 
 
 def adjoint_residual(problem, g, u):
@@ -151,7 +151,7 @@ def test_starts_are_what_they_say(be, truth):
     reused = np.stack([-inverses[i].T @ g[i] for i in range(2)])
     for solver in ("gmres", "picard"):
         for start, expected in (("zero", 0 * g), ("cotangent", g), ("reuse", reused)):
-            u, report, _ = route(be, "exact-ift", problem, g, estimate, solver=solver, start=start, max_steps=0)
+            u, report, _ = solve_adjoint(be, "exact-ift", problem, g, estimate, solver=solver, start=start, max_steps=0)
             assert u == pytest.approx(expected, rel=1e-7, abs=1e-9), (solver, start)
             assert report.residual == pytest.approx(adjoint_residual(problem, g, u), rel=1e-9)
             assert report.status.tolist() == [Status.MAX_STEPS] * 2
@@ -161,13 +161,13 @@ def test_starts_are_what_they_say(be, truth):
 def test_truncation_is_reported_as_it_is(be, truth, steps):
     problem = truth.affine(6, 3, 10, 0.9)
     g = truth.rng(7).standard_normal((3, 10))
-    u, report, pulled = route(be, "exact-ift", problem, g, rtol=1e-9, max_steps=steps)
+    u, report, pulled = solve_adjoint(be, "exact-ift", problem, g, rtol=1e-9, max_steps=steps)
     assert report.residual == pytest.approx(adjoint_residual(problem, g, u), rel=1e-8)
-    for i in range(3):  # and it is the best that so many pulls can give
+    for i in range(3):  # and it is the best that so many vjps can give
         best = truth.krylov_residuals(np.eye(10) - problem.a[i].T, g[i], steps)[-1] / np.linalg.norm(g[i])
         assert report.residual[i] == pytest.approx(best, rel=1e-8)
     assert report.status.tolist() == [Status.MAX_STEPS] * 3
-    assert report.pulls.tolist() == [steps] * 3
+    assert report.vjps.tolist() == [steps] * 3
     assert pulled == steps
     assert not report.fallback.any()
     assert np.isnan(report.error).all()
@@ -177,19 +177,19 @@ def test_truncation_is_reported_as_it_is(be, truth, steps):
 def test_reports_of_converged_solves_are_true(be, truth, solver):
     problem = truth.affine(8, 3, 8, [0.2, 0.5, 0.7])
     g = truth.rng(9).standard_normal((3, 8))
-    u, report, pulled = route(be, "exact-ift", problem, g, solver=solver, rtol=1e-7, max_steps=200)
+    u, report, pulled = solve_adjoint(be, "exact-ift", problem, g, solver=solver, rtol=1e-7, max_steps=200)
     assert report.status.tolist() == [Status.CONVERGED] * 3
     assert (report.residual <= 1e-7).all()
     assert report.residual == pytest.approx(adjoint_residual(problem, g, u), rel=1e-4, abs=1e-12)
-    assert report.pulls.max() == pulled
-    assert len(set(report.pulls.tolist())) > 1  # per sample
+    assert report.vjps.max() == pulled
+    assert len(set(report.vjps.tolist())) > 1  # per sample
 
 
 @pytest.mark.parametrize(("solver", "expected"), [("picard", Status.DIVERGED), ("gmres", Status.CONVERGED)])
 def test_an_adjoint_that_plain_iteration_cannot_solve_says_so(be, truth, solver, expected):
     problem = truth.affine(8, 2, 6, [3.0, 0.3])
     g = truth.rng(9).standard_normal((2, 6))
-    u, report, _ = route(be, "exact-ift", problem, g, solver=solver, rtol=1e-8, max_steps=100)
+    u, report, _ = solve_adjoint(be, "exact-ift", problem, g, solver=solver, rtol=1e-8, max_steps=100)
     assert [Status(int(s)) for s in report.status] == [expected, Status.CONVERGED]
     assert report.residual == pytest.approx(adjoint_residual(problem, g, u), rel=1e-3, abs=1e-12)
 
@@ -198,7 +198,7 @@ def test_a_singular_adjoint_is_reported_and_stays_finite(be, truth):
     problem = truth.affine(1, 3, 4, 0.5)
     problem.a[1] = np.diag([1.0, 0.5, 0.2, 0.1])
     g = np.ones((3, 4))
-    u, report, _ = route(be, "exact-ift", problem, g, rtol=1e-8)
+    u, report, _ = solve_adjoint(be, "exact-ift", problem, g, rtol=1e-8)
     assert [Status(int(s)) for s in report.status] == [Status.CONVERGED, Status.STALLED, Status.CONVERGED]
     assert np.isfinite(u).all()
     assert report.residual[1] >= 0.5 * (1 - 1e-12)  # 1 of 4 equations cannot hold
@@ -210,15 +210,15 @@ def test_a_singular_adjoint_is_reported_and_stays_finite(be, truth):
 def test_bad_cotangents_stay_in_their_sample(be, truth, name, bad):
     problem = truth.affine(2, 3, 6, 0.6)
     g = truth.rng(3).standard_normal((3, 6))
-    healthy, _, _ = route(be, name, problem, g)
+    healthy, _, _ = solve_adjoint(be, name, problem, g)
     g[1] = bad
-    u, report, _ = route(be, name, problem, g)
+    u, report, _ = solve_adjoint(be, name, problem, g)
     assert np.array_equal(u[[0, 2]], healthy[[0, 2]])
     if bad == 0.0:
         assert not u[1].any()
         assert report.status[1] == Status.CONVERGED
         if name == "exact-ift":
-            assert report.pulls[1] == 0
+            assert report.vjps[1] == 0
             assert report.residual[1] == 0.0
     else:
         assert not np.isfinite(u[1]).all()
@@ -230,12 +230,12 @@ def test_bad_cotangents_stay_in_their_sample(be, truth, name, bad):
 def test_the_adjoint_of_a_sample_does_not_depend_on_its_batch(be, truth, seed):
     problem = truth.affine(seed, 3, 8, [0.2, 0.9, 0.6])
     g = truth.rng(seed).standard_normal((3, 8))
-    u, report, _ = route(be, "exact-ift", problem, g, rtol=1e-6)
+    u, report, _ = solve_adjoint(be, "exact-ift", problem, g, rtol=1e-6)
     for i in range(3):
         one = type(problem)(a=problem.a[i : i + 1], b=problem.b[i : i + 1], batch=1, n=8)
-        alone, single, _ = route(be, "exact-ift", one, g[i : i + 1], rtol=1e-6)
+        alone, single, _ = solve_adjoint(be, "exact-ift", one, g[i : i + 1], rtol=1e-6)
         assert np.abs(alone[0] - u[i]).max() <= 1e-12 * np.abs(u[i]).max()
-        assert single.pulls[0] == report.pulls[i]
+        assert single.vjps[0] == report.vjps[i]
 
 
 def test_its_tolerance_is_its_own(be, truth):
@@ -371,14 +371,14 @@ def test_jacobian_free_is_the_gradient_of_one_step(be, truth):
 def test_neumann_is_its_partial_sum(be, truth, terms):
     problem = truth.affine(3, 2, 6, 0.7)
     g = truth.rng(4).standard_normal((2, 6))
-    u, report, pulled = route(be, "neumann", problem, g, terms=terms)
+    u, report, pulled = solve_adjoint(be, "neumann", problem, g, terms=terms)
     expected, power = g.copy(), g
     for _ in range(terms):
         power = np.einsum("bij,bi->bj", problem.a, power)
         expected = expected + power
     assert u == pytest.approx(expected, rel=1e-10)
     assert pulled == terms
-    assert report.pulls.tolist() == [terms] * 2
+    assert report.vjps.tolist() == [terms] * 2
 
 
 def test_unrolled_is_the_gradient_of_the_steps(be, truth):
@@ -401,11 +401,11 @@ def test_unrolled_is_the_gradient_of_the_steps(be, truth):
 def test_strategies_ask_only_for_what_they_use():
     made = plugins.make_strategy
     free, exact_ift, reuse = made("jacobian-free"), made("exact-ift"), made("broyden-reuse", PLAIN)
-    assert (free.uses_pull(), free.wants_estimate()) == (False, False)
-    assert (exact_ift.uses_pull(), exact_ift.wants_estimate()) == (True, False)
-    assert (reuse.uses_pull(), reuse.wants_estimate()) == (False, True)
+    assert (free.uses_vjp(), free.wants_estimate()) == (False, False)
+    assert (exact_ift.uses_vjp(), exact_ift.wants_estimate()) == (True, False)
+    assert (reuse.uses_vjp(), reuse.wants_estimate()) == (False, True)
     assert made("exact-ift", {"start": "reuse"}).wants_estimate()
-    assert made("broyden-reuse").uses_pull()
+    assert made("broyden-reuse").uses_vjp()
     assert [made(name).exact for name in ("exact-ift", "broyden-reuse", "jacobian-free", "neumann")] == [True] + [
         False
     ] * 3
@@ -420,7 +420,7 @@ def test_a_file_without_null_can_ask_for_plain_reuse():
 def test_reuse_without_an_estimate_is_a_broken_promise(be, truth):
     problem = truth.affine(3, 2, 6, 0.7)
     with pytest.raises(StrategyError, match="without an estimate"):
-        route(be, "broyden-reuse", problem, problem.b)
+        solve_adjoint(be, "broyden-reuse", problem, problem.b)
 
 
 @pytest.mark.parametrize(

@@ -61,9 +61,9 @@ def test_jacobian_free_against_the_closed_form(every, problem):
     assert found.cosine == pytest.approx(cosine(g, u), rel=1e-7)
     assert found.norm_ratio == pytest.approx(np.linalg.norm(g, axis=1) / np.linalg.norm(u, axis=1), rel=1e-7)
     assert found.error == pytest.approx(np.linalg.norm(g - u, axis=1) / np.linalg.norm(u, axis=1), rel=1e-7)
-    assert found.pulls.tolist() == [0] * B
+    assert found.vjps.tolist() == [0] * B
     assert (found.exact_residual < 1e-9).all()
-    assert (found.exact_pulls <= N).all()
+    assert (found.exact_vjps <= N).all()
 
 
 def test_gradients_of_the_arguments(be, problem):
@@ -86,7 +86,7 @@ def test_a_truncated_series(be, problem, strategy, options):
     series = g + pulled + np.einsum("bij,bi->bj", a, pulled)
     found = audit(be, problem, strategy, options=options)
     assert found.cosine == pytest.approx(cosine(series, u), rel=1e-6)
-    assert np.isnan(found.pulls).all() == (strategy == "phantom")
+    assert np.isnan(found.vjps).all() == (strategy == "phantom")
 
 
 def test_exact_and_certified_agree_with_the_reference(be, problem):
@@ -145,8 +145,8 @@ def test_bad_input():
     f, z = (lambda z: 0.5 * z), np.zeros((2, 2))
     with pytest.raises(ConfigError, match="samples = 0"):
         gradient_audit(f, z, cotangent=z, samples=0)
-    with pytest.raises(ConfigError, match="max_pulls = 0"):
-        gradient_audit(f, z, cotangent=z, max_pulls=0)
+    with pytest.raises(ConfigError, match="max_vjps = 0"):
+        gradient_audit(f, z, cotangent=z, max_vjps=0)
     with pytest.raises(ConfigError, match="batched_args"):
         gradient_audit(f, z, cotangent=z, batched_args=(0,))
     with pytest.raises(StateError, match="cotangent"):

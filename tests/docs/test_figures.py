@@ -140,7 +140,7 @@ def test_concepts():
     page = " ".join((ROOT / "docs" / "concepts.md").read_text(encoding="utf-8").split())
     found = json.loads((ROOT / "docs" / "pictures" / "figures.json").read_text(encoding="utf-8"))
     plain, free = found["worst cosine, plain reuse"], found["worst cosine, jacobian-free"]
-    certified, pulls = found["worst cosine, certified reuse, target 0.1"], found["mean pulls, certified"]
+    certified, vjps = found["worst cosine, certified reuse, target 0.1"], found["mean vjps, certified"]
     assert found["steps to 1e-4, picard"] == -1
     for text in (
         f"`anderson` takes {found['steps to 1e-4, anderson']}, `broyden` {found['steps to 1e-4, broyden']}, and "
@@ -148,8 +148,8 @@ def test_concepts():
         f"plain reuse has a cosine of {plain['0']:.2f} with the exact gradient; with two, −{-plain['2']:.2f}, at "
         f"a norm up to {int(found['largest norm ratio, plain reuse']['2'])} times",
         f"lose cosine as well ({free['2']:.2f})",
-        f"stays at {min(certified.values()):.2f} or better, for {min(pulls.values()):.0f} to "
-        f"{max(pulls.values()):.0f} pulls",
+        f"stays at {min(certified.values()):.2f} or better, for {min(vjps.values()):.0f} to "
+        f"{max(vjps.values()):.0f} vjps",
         f"{found['certificate: samples']} samples",
         f"{found['certificate: share at least half the error']:.1%} of the estimates",
         f"{found['certificate: share at most three times the error']:.1%} at most three times",

@@ -112,8 +112,8 @@ STRATEGIES = [
     Fault(
         "a residual that leaves out u",
         REUSE,
-        "r = g + pull(u) - u\n",
-        "r = g + pull(u)\n",
+        "r = g + vjp(u) - u\n",
+        "r = g + vjp(u)\n",
         "strategy broyden-reuse",
         "test_the_report_is_true",
         "residuals .* are reported",
@@ -140,8 +140,8 @@ STRATEGIES = [
     Fault(
         "a direct solve taken at its word",
         "deqcore.linear.direct",
-        "backend.wide(backend.norm(g + pull(u) - u))",
-        "backend.wide(0 * backend.norm(g + pull(u) - u))",
+        "backend.wide(backend.norm(g + vjp(u) - u))",
+        "backend.wide(0 * backend.norm(g + vjp(u) - u))",
         "strategy exact-ift",
         "test_coupled_rows_are_no_solution",
         "CONVERGED, but",
@@ -203,17 +203,17 @@ STRATEGIES = [
     Fault(
         "a term too few in the series",
         "deqcore.backward.neumann",
-        "pull(u), g, self.terms)",
-        "pull(u), g, self.terms - 1)",
+        "vjp(u), g, self.terms)",
+        "vjp(u), g, self.terms - 1)",
         "strategy neumann",
-        "test_pulls_are_counted",
-        "5 pulls are reported, but pull was called 4 times",
+        "test_vjps_are_counted",
+        "5 vjps are reported, but vjp was called 4 times",
     ),
     Fault(
         "a series that forgets its first term",
         "deqcore.backward.neumann",
-        "lambda u: g + pull(u)",
-        "lambda u: pull(u)",
+        "lambda u: g + vjp(u)",
+        "lambda u: vjp(u)",
         "strategy neumann",
         "test_where_f_is_flat_the_cotangent_is_the_answer",
         "u for J = 0",
@@ -250,13 +250,13 @@ STRATEGIES += [
         "CONVERGED without a solution",
     ),
     Fault(
-        "a budget of pulls spent twice as fast",
+        "a budget of vjps spent twice as fast",
         GMRES,
         "grown=k.grown + 1,",
         "grown=k.grown + 2,",
         "strategy broyden-reuse",
-        "test_as_many_pulls_as_dimensions_are_enough",
-        "as many pulls as there are dimensions|statuses",
+        "test_as_many_vjps_as_dimensions_are_enough",
+        "as many vjps as there are dimensions|statuses",
     ),
     Fault(
         "a certificate of NaN",
@@ -520,7 +520,7 @@ BACKENDS = [
         "ConvergenceWarning is missing",
     ),
     Fault(
-        "a transposed pull",
+        "a transposed vjp",
         NUMPY,
         '"bij,bi->bj", blocks, u',
         '"bij,bj->bi", blocks, u',
@@ -680,8 +680,8 @@ BACKENDS = [
         "late f",
         AUTOGRAD,
         "    value: Tensor = _Attach.apply(y, z, forward.fz, job, *tensors_outside)\n",
-        "    late = torch.enable_grad()(lambda y, z, g: _Job.route(job, f(z, *args), z, g))\n"
-        "    job.route = late\n"
+        "    late = torch.enable_grad()(lambda y, z, g: _Job.solve_adjoint(job, f(z, *args), z, g))\n"
+        "    job.solve_adjoint = late\n"
         "    value: Tensor = _Attach.apply(y, z, forward.fz, job, *tensors_outside)\n",
         "backend torch",
         "test_what_f_reads_is_what_it_was_at_the_call",

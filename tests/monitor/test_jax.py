@@ -91,7 +91,7 @@ def test_a_probe_reports_the_backward_pass_inside_and_outside_of_jit() -> None:
     first, second = monitor.rows
     assert (first.name, second.name) == ("in", "out")
     assert first.values == second.values
-    assert first.values["deq_backward_steps"] == float(report.pulls.mean())
+    assert first.values["deq_backward_steps"] == float(report.vjps.mean())
 
 
 def test_triggers_of_collected_figures_act_in_the_thread_that_trains() -> None:

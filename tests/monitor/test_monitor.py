@@ -195,7 +195,7 @@ def test_observe_by_hand_with_a_name(be) -> None:
     monitor.observe_backward(
         AdjointReport(
             status=np.array([1, 2]),
-            pulls=np.array([1, 4]),
+            vjps=np.array([1, 4]),
             residual=np.array([0.1, np.nan]),
             error=np.array([np.nan, np.nan]),
             fallback=np.array([False, True]),

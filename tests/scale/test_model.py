@@ -82,8 +82,8 @@ def test_an_explicit_network_saves_a_cell_for_each_layer():
 
 def test_a_step_takes_the_evaluations_of_the_model():
     layer, solution = solve(6, forward__solver="picard", backward__strategy="neumann", backward__options={"terms": 4})
-    # f at z0, one a step, and the recorded one, which serves all pulls.
+    # f at z0, one a step, and the recorded one, which serves all vjps.
     assert layer.cell.evaluations == 1 + 6 + 1
     solution.value.sum().backward()
     assert layer.cell.evaluations == 8
-    assert solution.backward.pulls.max() == 4
+    assert solution.backward.vjps.max() == 4

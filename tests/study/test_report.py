@@ -33,8 +33,8 @@ def result(cell: Cell) -> dict[str, Any]:
     steps = {
         part: (SPEED[name] * 1e-3 * rng.uniform(0.9, 1.1, 6)).tolist() for part in ("forward", "backward", "update")
     }
-    pulls = None if cell.explicit else [3] * 6
-    steps |= {"loss": [1.0] * 6, "evaluations_most": [9] * 6, "pulls_most": pulls or [None] * 6}
+    vjps = None if cell.explicit else [3] * 6
+    steps |= {"loss": [1.0] * 6, "evaluations_most": [9] * 6, "vjps_most": vjps or [None] * 6}
     steps |= {"adjoint_residual": [0.05] * 6 if name == "broyden-reuse" else [None] * 6}
     audits = [
         {"epoch": e, "cosine": 0.98 - 0.2 * (name == "jacobian-free"), "radius": 0.5, "radius_most": 0.6}
@@ -53,7 +53,7 @@ def result(cell: Cell) -> dict[str, Any]:
         "training_memory": 10_000_000,
         "figures": {
             "evaluations_most": 9.0,
-            "pulls_most": None if cell.explicit else 3.0,
+            "vjps_most": None if cell.explicit else 3.0,
             "unconverged": 0.0,
             "adjoint_residual": None,
             "fallback": 0.0,

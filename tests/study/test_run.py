@@ -104,7 +104,7 @@ def test_the_command_trains_reports_and_continues(
     _run(["study", "study.toml", "--language", "ja"])
     told = capsys.readouterr().out
     assert "test accuracy" in told
-    assert "pulls backward" in told
+    assert "vjps backward" in told
     for name in ("results.json", "results.csv", "results.md", "report.html", "study.json"):
         assert (tmp_path / "study-tiny" / name).stat().st_size > 100
     assert (

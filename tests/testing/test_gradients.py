@@ -94,8 +94,8 @@ class Confused(Broyden):
 
 @dataclass(frozen=True)
 class Negative(ExactIFT):
-    def route(self, backend, pull, g, estimate):
-        u, report = super().route(backend, lambda v: -pull(v), g, estimate)
+    def solve_adjoint(self, backend, vjp, g, estimate):
+        u, report = super().solve_adjoint(backend, lambda v: -vjp(v), g, estimate)
         return u, report
 
 @hookimpl

@@ -97,11 +97,11 @@ class StrictBackend(Backend):
         return carry
 
     def linearize(self, f: Map, z: Array) -> tuple[Array, Map]:
-        value, pull = self.numpy.linearize(lambda x: unwrap(f(wrap(x))), unwrap(z))
-        return wrap(value), lambda u: wrap(pull(unwrap(u)))
+        value, vjp = self.numpy.linearize(lambda x: unwrap(f(wrap(x))), unwrap(z))
+        return wrap(value), lambda u: wrap(vjp(unwrap(u)))
 
-    def push(self, f: Map, z: Array) -> Map | None:
-        product = self.numpy.push(lambda x: unwrap(f(wrap(x))), unwrap(z))
+    def jvp(self, f: Map, z: Array) -> Map | None:
+        product = self.numpy.jvp(lambda x: unwrap(f(wrap(x))), unwrap(z))
         return None if product is None else lambda v: wrap(product(unwrap(v)))
 
     def forward_only(

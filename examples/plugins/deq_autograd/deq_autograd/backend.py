@@ -74,8 +74,8 @@ class AutogradBackend(Backend):
         return found if b.ndim == 3 else found[..., 0]
 
     def pullback(self, f: Callable[[Any], Any], leaves: tuple[Any, ...]) -> tuple[Any, Callable[[Any], Any]]:
-        pull, value = make_vjp(f, leaves)
-        return value, pull
+        vjp, value = make_vjp(f, leaves)
+        return value, vjp
 
     def implicit(self, f: Any, z0: Any, args: Any, solve: Any, adjoint: Any) -> tuple[Any, Any, Any]:
         """Value and gradient of z*: one more evaluation of f at z* is recorded, and its cotangent is routed."""
@@ -85,23 +85,23 @@ class AutogradBackend(Backend):
         if not isbox(value):
             return forward.z, forward, record  # nobody takes a gradient
         # Now, and not in the backward pass: autograd tells traces apart only while the outer one is open.
-        _, pull = self.linearize(lambda z: f(z, *optree.tree_map(self.detach, args)), forward.z)
+        _, vjp = self.linearize(lambda z: f(z, *optree.tree_map(self.detach, args)), forward.z)
 
-        def route(g: Any) -> Any:
-            u, report = adjoint(lambda v: self.detach(pull(v)), self.detach(g), forward.carry.state)
+        def solve_adjoint(g: Any) -> Any:
+            u, report = adjoint(lambda v: self.detach(vjp(v)), self.detach(g), forward.carry.state)
             record.add(report)
             return u
 
-        return routed(value, forward.z, route), forward, record
+        return routed(value, forward.z, solve_adjoint), forward, record
 
 
 @primitive
-def routed(value: Any, solved: Any, route: Callable[[Any], Any]) -> Any:
+def routed(value: Any, solved: Any, solve_adjoint: Callable[[Any], Any]) -> Any:
     """What the solver found for z*; its gradient is that of the evaluation `value`, with u for the cotangent."""
     return solved
 
 
-def _routed_vjp(ans: Any, value: Any, solved: Any, route: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def _routed_vjp(ans: Any, value: Any, solved: Any, solve_adjoint: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def back(g: Any) -> Any:
         if isbox(g) or isbox(value):
             raise StrategyError(
@@ -109,7 +109,7 @@ def _routed_vjp(ans: Any, value: Any, solved: Any, route: Callable[[Any], Any]) 
                 "Use the torch or jax backend with backward.strategy = 'exact-ift' for second derivatives."
             )
         with np.errstate(all="ignore"):
-            return route(g)
+            return solve_adjoint(g)
 
     return back
 

@@ -23,7 +23,7 @@ class Richardson(Strategy):
 
     steps: int = 5
     damping: float = 0.8
-    needs: ClassVar[Literal["nothing", "pull", "estimate"]] = "pull"
+    needs: ClassVar[Literal["nothing", "vjp", "estimate"]] = "vjp"
 
     def __post_init__(self) -> None:
         if self.steps < 0:
@@ -31,13 +31,13 @@ class Richardson(Strategy):
         if not 0.0 < self.damping <= 1.0:
             raise ValueError(f"damping = {self.damping}, but a number above 0 and at most 1 is expected")
 
-    def route(
-        self, backend: Backend, pull: Map, g: Array, estimate: InverseJacobian | None
+    def solve_adjoint(
+        self, backend: Backend, vjp: Map, g: Array, estimate: InverseJacobian | None
     ) -> tuple[Array, AdjointReport]:
-        u, left = g, pull(g)
+        u, left = g, vjp(g)
         for _ in range(self.steps):
             u = u + self.damping * left
-            left = g + pull(u) - u
+            left = g + vjp(u) - u
         xp, size = backend.xp, backend.norm(g)
         relative = backend.norm(left) / xp.where(size > 0, size, xp.ones_like(size))
-        return u, report(backend, g, pulls=self.steps + 1, residual=relative)
+        return u, report(backend, g, vjps=self.steps + 1, residual=relative)
