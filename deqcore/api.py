@@ -28,9 +28,9 @@ from deqcore.errors import (
 )
 from deqcore.solution import SOLVED, Solution, SolveState, Status, summarize
 from deqcore.solve import failures
-from deqcore.solve.compaction import Narrow
-from deqcore.solve.flatten import Raveled, Space
-from deqcore.solve.loop import Carry, Control, Drive, Forward
+from deqcore.solve.compaction import RestrictRows
+from deqcore.solve.flatten import FlatFunction, RavelSpec
+from deqcore.solve.loop import BoundSolve, LoopState, SolveResult, StoppingCriteria
 from deqcore.solve.observer import Observer, Solve, observer
 from deqcore.solve.opaque import opened
 from deqcore.solve.termination import Limits, greater, judged
@@ -197,36 +197,36 @@ class Plan:
     backend: Backend
     solver: Solver
     strategy: Strategy | StepStrategy
-    control: Control
-    space: Space
+    control: StoppingCriteria
+    space: RavelSpec
     observer: Observer | None
 
     def run(
-        self, f: Raveled, z0: Array, args: tuple[Any, ...], state: SolveState | None
-    ) -> tuple[Array, Forward, BackwardRecord | None]:
+        self, f: FlatFunction, z0: Array, args: tuple[Any, ...], state: SolveState | None
+    ) -> tuple[Array, SolveResult, BackwardRecord | None]:
         """Solve, attach the gradient."""
-        solve = Drive(self.backend, self.solver, self.control, self._resume(state, z0), self._narrow(f, args))
+        solve = BoundSolve(self.backend, self.solver, self.control, self._resume(state, z0), self._narrow(f, args))
         if isinstance(self.strategy, StepStrategy):
             value, forward, record = *self._step(self.strategy, f, z0, args, solve), None
         else:
             value, forward, record = self.backend.implicit(f, z0, args, solve, self.adjoint(f))
         return self.backend.unshared(value, z0), forward, record
 
-    def adjoint(self, f: Raveled) -> Adjoint:
+    def adjoint(self, f: FlatFunction) -> Adjoint:
         """The strategy bound to this call; in eager backends it verifies and reports failures by itself."""
         assert isinstance(self.strategy, Strategy)
         eager, action = self.backend.capabilities.eager, self.config.backward.on_failure
         asked = not eager and self._is_set("backward.on_failure")
         return Adjoint(self.backend, self.strategy, self.solver, action, asked, self._watch(f) if eager else None)
 
-    def _watch(self, f: Raveled) -> failures.Watch:
+    def _watch(self, f: FlatFunction) -> failures.Watch:
         backward, space = self.config.backward, f.space
         key = space.shapes, space.dtype, self.config.forward.batch
         return failures.Watch(f.f, self.strategy, key, backward.verify_every, backward.strategy)
 
     def _step(
-        self, strategy: StepStrategy, f: Raveled, z0: Array, args: tuple[Any, ...], solve: Drive
-    ) -> tuple[Array, Forward]:
+        self, strategy: StepStrategy, f: FlatFunction, z0: Array, args: tuple[Any, ...], solve: BoundSolve
+    ) -> tuple[Array, SolveResult]:
         """The value with the derivative of the strategy's steps, and what is known of it."""
         steps = Steps(self.backend, strategy, self.solver)
         if not strategy.solves():
@@ -238,7 +238,7 @@ class Plan:
         carrier, _ = self.backend.record(f, z0, args, steps, forward)
         return self.backend.straight_through(forward.z, carrier), forward
 
-    def solution(self, value: Array, forward: Forward, record: BackwardRecord | None) -> Solution:
+    def solution(self, value: Array, forward: SolveResult, record: BackwardRecord | None) -> Solution:
         """What the user sees."""
         state = SolveState(forward.carry, repr(self.solver)) if forward.carry is not None else None
         return Solution(
@@ -255,11 +255,11 @@ class Plan:
         )
 
     def differentiate(
-        self, f: Raveled, z0: Array, args: tuple[Any, ...], g: Array
-    ) -> tuple[Array, tuple[Any, ...], Forward, BackwardRecord | None]:
+        self, f: FlatFunction, z0: Array, args: tuple[Any, ...], g: Array
+    ) -> tuple[Array, tuple[Any, ...], SolveResult, BackwardRecord | None]:
         """Gradients for `args` by the framework's own differentiation of the attached value."""
 
-        def value(*moved: Any) -> tuple[Array, tuple[Forward, BackwardRecord | None]]:
+        def value(*moved: Any) -> tuple[Array, tuple[SolveResult, BackwardRecord | None]]:
             found, forward, record = self.run(f, z0, moved, None)
             return found, (forward, record)
 
@@ -267,10 +267,10 @@ class Plan:
         return found, gradients, forward, record
 
     def differentiate_by_hand(
-        self, f: Raveled, z0: Array, args: tuple[Any, ...], g: Array
-    ) -> tuple[Array, tuple[Any, ...], Forward, BackwardRecord | None]:
+        self, f: FlatFunction, z0: Array, args: tuple[Any, ...], g: Array
+    ) -> tuple[Array, tuple[Any, ...], SolveResult, BackwardRecord | None]:
         """The same without a tape: route the cotangent, then differentiate one evaluation (or the steps)."""
-        solve = Drive(self.backend, self.solver, self.control, narrow=self._narrow(f, args))
+        solve = BoundSolve(self.backend, self.solver, self.control, narrow=self._narrow(f, args))
         strategy = self.strategy
         if isinstance(strategy, StepStrategy):
             solved = self.backend.forward_only(f, z0, args, solve) if strategy.solves() else None
@@ -296,7 +296,9 @@ class Plan:
             record.drift = self.backend.norm(again - forward.fz)
         return self.backend.unshared(forward.z, z0), gradients, forward, record
 
-    def report_drift(self, f: Raveled, args: tuple[Any, ...], forward: Forward, record: BackwardRecord | None) -> None:
+    def report_drift(
+        self, f: FlatFunction, args: tuple[Any, ...], forward: SolveResult, record: BackwardRecord | None
+    ) -> None:
         """Warn if f is not deterministic.
 
         The gradient's own evaluation at z* tells at no cost; without one, a failed solve pays for one more.
@@ -326,7 +328,7 @@ class Plan:
                 stacklevel=_stacklevel(),
             )
 
-    def _report_coupling(self, f: Raveled, args: tuple[Any, ...], forward: Forward) -> bool:
+    def _report_coupling(self, f: FlatFunction, args: tuple[Any, ...], forward: SolveResult) -> bool:
         """Warn if values differ because the rows of other samples moved, and f itself is deterministic."""
         backend = self.backend
 
@@ -336,7 +338,7 @@ class Plan:
 
         return self._watch(f).coupled_forward(find)
 
-    def report_failure(self, forward: Forward) -> None:
+    def report_failure(self, forward: SolveResult) -> None:
         """Raise or warn about samples that did not converge; see `Backend.watch` for traced code."""
         action = self.config.forward.on_failure
         if forward.carry is None or action == "ignore":
@@ -367,7 +369,7 @@ class Plan:
         """Whether somebody chose this setting, so that it is not the default."""
         return self.config.origin(name) != "default"
 
-    def _narrow(self, f: Raveled, args: tuple[Any, ...]) -> Narrow | None:
+    def _narrow(self, f: FlatFunction, args: tuple[Any, ...]) -> RestrictRows | None:
         """F for some samples only, if the settings ask for it."""
         if not self.config.forward.compact:
             return None
@@ -379,7 +381,7 @@ class Plan:
         f.check_batched(args)
         return lambda rows: f.on_rows(rows, args)
 
-    def _resume(self, state: SolveState | None, z0: Array) -> Carry | None:
+    def _resume(self, state: SolveState | None, z0: Array) -> LoopState | None:
         if state is None:
             return None
         if state.solver != repr(self.solver):
@@ -400,7 +402,7 @@ class Plan:
             )
         return state.carry
 
-    def _unsolved(self, value: Array, reached: Reached | None) -> Forward:
+    def _unsolved(self, value: Array, reached: Reached | None) -> SolveResult:
         """What is known of a value that a fixed number of steps has led to, whatever the tolerance."""
         backend, xp = self.backend, self.backend.xp
         z = backend.detach(value)
@@ -408,7 +410,7 @@ class Plan:
         steps = xp.zeros_like(norms, dtype=xp.int32) + getattr(self.strategy, "steps", 0)
         status = xp.full_like(steps, int(Status.FIXED_STEPS))
         if reached is None:
-            return Forward(z, None, xp.full_like(norms, float("nan")), status, steps, steps, None)
+            return SolveResult(z, None, xp.full_like(norms, float("nan")), status, steps, steps, None)
         with backend.quiet():
             residual = backend.norm(reached.fz - z)
             limits = Limits.of(backend, z, self.control.rtol, self.control.atol, self.control.patience)
@@ -416,7 +418,7 @@ class Plan:
             met, _ = judged(xp, limits, residual, size, reached.scale, greater(xp, mark, residual), mark)
         status = xp.where(met, xp.full_like(status, int(Status.CONVERGED)), status)
         status = xp.where(xp.isfinite(residual), status, xp.full_like(status, int(Status.NONFINITE)))
-        return Forward(z, reached.fz, residual, status, steps, reached.evaluations, None)
+        return SolveResult(z, reached.fz, residual, status, steps, reached.evaluations, None)
 
 
 def _once(f: Map, z: Array) -> Any:
@@ -441,13 +443,13 @@ def plan_call(config: Config | None, overrides: Mapping[str, object], z0: Tree, 
         strategy = strategy.bind(plugins.make_solver)
         if strategy.wants_estimate() and not solver.has_estimate:
             raise StrategyError.needs_estimate(backward.strategy, forward.solver, _with_estimate())
-    space = Space.of(backend, z0, forward.batch)
+    space = RavelSpec.of(backend, z0, forward.batch)
     like = backend.flatten(z0)[0][0]
     control = _control(resolved, scalars, backend, like)
     return Plan(resolved, backend, solver, strategy, control, space, watcher)
 
 
-def _control(config: Config, scalars: Mapping[str, object], backend: Backend, like: Array) -> Control:
+def _control(config: Config, scalars: Mapping[str, object], backend: Backend, like: Array) -> StoppingCriteria:
     forward = config.forward
     rtol: Any = scalars.get("forward__rtol", forward.rtol)
     atol: Any = scalars.get("forward__atol", forward.atol)
@@ -469,7 +471,7 @@ def _control(config: Config, scalars: Mapping[str, object], backend: Backend, li
             DtypeToleranceWarning,
             stacklevel=_stacklevel(),
         )
-    return Control(
+    return StoppingCriteria(
         rtol=backend.number(rtol, like),
         atol=backend.number(atol, like),
         max_steps=backend.number(max_steps, like),

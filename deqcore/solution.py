@@ -13,7 +13,7 @@ from deqcore.abc.backend import Array, Backend, BackwardRecord, Tree
 
 if TYPE_CHECKING:
     from deqcore.abc.backward import AdjointReport
-    from deqcore.solve.loop import Carry
+    from deqcore.solve.loop import LoopState
 
 
 class Status(IntEnum):
@@ -89,11 +89,11 @@ class SolveState:
     Sealed: continuing copies what it changes, so an estimate that a backward pass still needs stays as it is.
 
     Attributes:
-        carry: the driver's loop state.
+        carry: the loop's loop state.
         solver: repr of the solver that made it; continuing with another one is an error.
     """
 
-    carry: Carry
+    carry: LoopState
     solver: str
 
 

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from deqcore.abc.backend import Backend, BackwardRecord, Capabilities, Carry, History, Map
+from deqcore.abc.backend import Backend, BackwardRecord, Capabilities, History, LoopVars, Map
 from deqcore.abc.backward import Adjoint
 from deqcore.errors import BackendError
-from deqcore.solve.loop import Forward
+from deqcore.solve.loop import SolveResult
 from deqcore.solve.traced_failures import Failures
 from deqcore_jax import adjoint_tap, batched_linalg, failures, implicit, pytrees
 from deqcore_jax.closure import is_array, is_differentiable, is_traced
@@ -141,18 +141,18 @@ class JaxBackend(Backend):
 
     def loop(
         self,
-        running: Callable[[Carry], Any],
-        body: Callable[[Carry], Carry],
-        carry: Carry,
+        running: Callable[[LoopVars], Any],
+        body: Callable[[LoopVars], LoopVars],
+        carry: LoopVars,
         steps: Any,
         check_every: int | str = "auto",
-    ) -> Carry:
+    ) -> LoopVars:
         return loop(running, body, carry, steps, check_every)
 
-    def repeat(self, body: Callable[[Carry], Carry], carry: Carry, times: int) -> Carry:
+    def repeat(self, body: Callable[[LoopVars], LoopVars], carry: LoopVars, times: int) -> LoopVars:
         if times == 0:
             return carry  # a scan traces its body even so, and the body may do what must not be done
-        end: Carry = lax.scan(lambda state, _: (body(state), None), carry, length=times)[0]
+        end: LoopVars = lax.scan(lambda state, _: (body(state), None), carry, length=times)[0]
         return end
 
     def watch(self, report: Failures, status: Any, steps: Any, residual: Any, *, compiled: bool) -> None:
@@ -170,8 +170,8 @@ class JaxBackend(Backend):
             return product(f, z)
 
     def forward_only(
-        self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], solve: Callable[[Map, Any], Forward]
-    ) -> Forward:
+        self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], solve: Callable[[Map, Any], SolveResult]
+    ) -> SolveResult:
         return implicit.solve(f, z0, args, solve)[1]
 
     def implicit(
@@ -179,9 +179,9 @@ class JaxBackend(Backend):
         f: Callable[..., Any],
         z0: Any,
         args: tuple[Any, ...],
-        solve: Callable[[Map, Any], Forward],
+        solve: Callable[[Map, Any], SolveResult],
         adjoint: Adjoint,
-    ) -> tuple[Any, Forward, BackwardRecord | None]:
+    ) -> tuple[Any, SolveResult, BackwardRecord | None]:
         value, forward = implicit.solve(f, z0, args, solve, adjoint, adjoint_tap.take(z0.shape[0]))
         return value, forward, None
 
@@ -190,8 +190,8 @@ class JaxBackend(Backend):
         f: Callable[..., Any],
         z0: Any,
         args: tuple[Any, ...],
-        steps: Callable[[Map, Any, Forward | None], Any],
-        forward: Forward | None,
+        steps: Callable[[Map, Any, SolveResult | None], Any],
+        forward: SolveResult | None,
     ) -> Any:
         return implicit.record(f, z0, args, steps, forward)
 

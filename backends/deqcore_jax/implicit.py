@@ -30,7 +30,7 @@ from jax.custom_derivatives import SymbolicZero
 from deqcore.abc.backward import Adjoint, AdjointReport
 from deqcore.errors import StrategyError
 from deqcore.linear.transposed import transposed
-from deqcore.solve.loop import Control, Drive, Forward
+from deqcore.solve.loop import BoundSolve, SolveResult, StoppingCriteria
 from deqcore.solve.traced_failures import Place
 from deqcore_jax.adjoint_tap import Probe, fill
 from deqcore_jax.closure import Program, is_differentiable, is_traced, trace
@@ -54,19 +54,19 @@ class Problem:
     """What is compiled for: f, the method, the strategy (None: no gradient is attached), the line that warns."""
 
     program: Program
-    drive: Any  # a Drive without its numbers, or any callable like one
+    iterate: Any  # a Drive without its numbers, or any callable like one
     adjoint: Adjoint | None
     place: Place | None
 
-    def solve(self, z0: Any, numbers: Numbers | None, leaves: list[Any]) -> Forward:
+    def solve(self, z0: Any, numbers: Numbers | None, leaves: list[Any]) -> SolveResult:
         """Run the solver; products of coefficients in full precision, f as it was traced."""
-        drive = self.drive
+        iterate = self.iterate
         if numbers is not None:
             rtol, atol, max_steps, resume = numbers
-            control = drive.control._replace(rtol=rtol, atol=atol, max_steps=max_steps)
-            drive = Drive(drive.backend, drive.solver, control, resume)
+            control = iterate.control._replace(rtol=rtol, atol=atol, max_steps=max_steps)
+            iterate = BoundSolve(iterate.backend, iterate.solver, control, resume)
         with precise():
-            found: Forward = drive(lambda z: self.program(z, leaves), z0)
+            found: SolveResult = iterate(lambda z: self.program(z, leaves), z0)
         return found
 
     @property
@@ -85,17 +85,17 @@ def solve(
     f: Callable[..., Any],
     z0: Any,
     args: tuple[Any, ...],
-    drive: Callable[..., Forward],
+    iterate: Callable[..., SolveResult],
     adjoint: Adjoint | None = None,
     probe: Probe | None = None,
-) -> tuple[Any, Forward]:
+) -> tuple[Any, SolveResult]:
     """Trace f, solve, attach the gradient.
 
     Args:
         f: `f(z, *args)` on `(batch, n)`.
         z0: initial state `(batch, n)`.
         args: any trees.
-        drive: the driver with everything but f and z0 bound.
+        drive: the loop with everything but f and z0 bound.
         adjoint: how gradients are found; None attaches none.
         probe: where the backward pass is reported.
 
@@ -108,11 +108,11 @@ def solve(
     adjoint = None if adjoint is None else bound(adjoint)
     place = None if adjoint is None else place_of(adjoint)
     numbers = None
-    if isinstance(drive, Drive):
-        control = drive.control
-        numbers = Numbers(control.rtol, control.atol, control.max_steps, drive.resume)
-        drive = Drive(drive.backend, drive.solver, Control(0.0, 0.0, 0, *control[3:]))
-    problem = Problem(program, drive, adjoint, place)
+    if isinstance(iterate, BoundSolve):
+        control = iterate.control
+        numbers = Numbers(control.rtol, control.atol, control.max_steps, iterate.resume)
+        iterate = BoundSolve(iterate.backend, iterate.solver, StoppingCriteria(0.0, 0.0, 0, *control[3:]))
+    problem = Problem(program, iterate, adjoint, place)
     try:
         return _run(problem, z0, numbers, leaves, probe)
     except TypeError as error:
@@ -140,7 +140,7 @@ def _no_forward_mode(problem: Problem, probe: Probe | None) -> StrategyError:
 @partial(jax.jit, static_argnums=0)
 def _run(
     problem: Problem, z0: Any, numbers: Numbers | None, leaves: list[Any], probe: Probe | None
-) -> tuple[Any, Forward]:
+) -> tuple[Any, SolveResult]:
     still = lax.stop_gradient((lax.convert_element_type(z0, z0.dtype), numbers, leaves))
     forward = problem.solve(*still)
     if problem.adjoint is None:
@@ -152,7 +152,7 @@ def _run(
 
 
 def record(
-    f: Callable[..., Any], z0: Any, args: tuple[Any, ...], steps: Callable[..., Any], forward: Forward | None
+    f: Callable[..., Any], z0: Any, args: tuple[Any, ...], steps: Callable[..., Any], forward: SolveResult | None
 ) -> Any:
     """Trace f, and differentiate through `steps` (see `deqcore.abc.backend.Backend.record`)."""
     program, leaves = trace(f, z0, args)
@@ -160,7 +160,7 @@ def record(
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _record(program: Program, steps: Any, z0: Any, leaves: list[Any], forward: Forward | None) -> Any:
+def _record(program: Program, steps: Any, z0: Any, leaves: list[Any], forward: SolveResult | None) -> Any:
     with recorded():
         return steps(lambda z: program(z, leaves), z0, forward)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from deqcore.abc.backend import Carry
+from deqcore.abc.backend import LoopVars
 from deqcore.config.sources import LARGEST
 
 # The predicate of a loop is read by the host in each test where the loop runs on an accelerator.
@@ -52,35 +52,35 @@ def _anywhere_batched(_axis_size: int, _in_batched: list[bool], flag: Any) -> tu
 
 
 def loop(
-    running: Callable[[Carry], Any],
-    body: Callable[[Carry], Carry],
-    carry: Carry,
+    running: Callable[[LoopVars], Any],
+    body: Callable[[LoopVars], LoopVars],
+    carry: LoopVars,
     steps: Any,
     check_every: int | str = "auto",
-) -> Carry:
+) -> LoopVars:
     """Apply `body` while `running(carry)`, `steps` times at most; see `deqcore.abc.backend.Backend.loop`."""
     if _recorded.get():
         return _scan(running, body, carry, int(steps))
     if isinstance(steps, int) and steps == 1:  # a condition: no loop, and no carry to copy
-        once_at_most: Carry = lax.cond(_anywhere(running(carry)), body, lambda same: same, carry)
+        once_at_most: LoopVars = lax.cond(_anywhere(running(carry)), body, lambda same: same, carry)
         return once_at_most
     chosen = EVERY.get(jax.default_backend(), EVERY_ELSEWHERE) if check_every == "auto" else check_every
     every = int(chosen)
     budget = jnp.asarray(min(steps, LARGEST) if isinstance(steps, int) else steps).astype(jnp.int32)
 
-    def goes_on(state: tuple[Any, Carry]) -> Any:
+    def goes_on(state: tuple[Any, LoopVars]) -> Any:
         done, inner = state
         return (done < budget) & _anywhere(running(inner))
 
-    def once(state: tuple[Any, Carry]) -> tuple[Any, Carry]:
+    def once(state: tuple[Any, LoopVars]) -> tuple[Any, LoopVars]:
         done, inner = state
         return done + 1, body(inner)
 
-    def several(state: tuple[Any, Carry]) -> tuple[Any, Carry]:
+    def several(state: tuple[Any, LoopVars]) -> tuple[Any, LoopVars]:
         # A scan has a fixed length, so that no device is asked for a predicate inside it.
         return lax.scan(lambda s, _: (once(s), None), state, length=every)[0]
 
-    def chunk(state: tuple[Any, Carry]) -> tuple[Any, Carry]:
+    def chunk(state: tuple[Any, LoopVars]) -> tuple[Any, LoopVars]:
         # Single steps at the end of the budget: cheaper than masking each step of every chunk.
         return lax.cond(state[0] + every <= budget, several, once, state)
 
@@ -89,8 +89,10 @@ def loop(
     return end
 
 
-def _scan(running: Callable[[Carry], Any], body: Callable[[Carry], Carry], carry: Carry, steps: int) -> Carry:
-    def step(inner: Carry, _: None) -> tuple[Carry, None]:
+def _scan(
+    running: Callable[[LoopVars], Any], body: Callable[[LoopVars], LoopVars], carry: LoopVars, steps: int
+) -> LoopVars:
+    def step(inner: LoopVars, _: None) -> tuple[LoopVars, None]:
         return lax.cond(running(inner), body, lambda same: same, inner), None
 
     return lax.scan(step, carry, None, length=steps)[0]

@@ -11,7 +11,7 @@ from deqcore.solution import Solution, SolveState
 
 @cache
 def register() -> None:
-    """Tell JAX about `Solution` and `SolveState`; NamedTuples (`Carry`, `AdjointReport`) it knows."""
+    """Tell JAX about `Solution` and `SolveState`; NamedTuples (`LoopState`, `AdjointReport`) it knows."""
     jax.tree_util.register_dataclass(
         Solution,
         data_fields=["value", "residual", "status", "steps", "evaluations", "state", "z", "fz"],

@@ -15,7 +15,7 @@ import numpy as np
 from deqcore.abc.backend import Backend, BackwardRecord, Capabilities, Map
 from deqcore.abc.backward import Adjoint
 from deqcore.errors import ConfigError, ProblemError
-from deqcore.solve.loop import Forward
+from deqcore.solve.loop import SolveResult
 from deqcore.solve.verification import coupled_rows
 from deqcore_numpy.derivative import (
     batched_jacobian,
@@ -131,8 +131,8 @@ class NumpyBackend(Backend):
         return lambda v: multiply(v).astype(v.dtype, copy=False)
 
     def forward_only(
-        self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], solve: Callable[[Map, Any], Forward]
-    ) -> Forward:
+        self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], solve: Callable[[Map, Any], SolveResult]
+    ) -> SolveResult:
         with self.quiet():
             return solve(lambda z: f(z, *args), z0)
 
@@ -141,9 +141,9 @@ class NumpyBackend(Backend):
         f: Callable[..., Any],
         z0: Any,
         args: tuple[Any, ...],
-        solve: Callable[[Map, Any], Forward],
+        solve: Callable[[Map, Any], SolveResult],
         adjoint: Adjoint,
-    ) -> tuple[Any, Forward, BackwardRecord | None]:
+    ) -> tuple[Any, SolveResult, BackwardRecord | None]:
         forward = self.forward_only(f, z0, args, solve)
         return forward.z, forward, None
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from deqcore.abc.backend import BackwardRecord
 from deqcore.abc.backward import Adjoint
 from deqcore.linear.transposed import transposed
-from deqcore.solve.loop import Forward
+from deqcore.solve.loop import SolveResult
 from deqcore_torch import functorch
 from deqcore_torch.functorch import Refuse, approximate
 from deqcore_torch.graph import Outside, outside, refuse_compiled, sequence
@@ -39,7 +39,7 @@ from deqcore_torch.second_order import Recorded, Twice, distinct
 
 def attach(
     f: Callable[..., Tensor],
-    forward: Forward,
+    forward: SolveResult,
     args: tuple[Any, ...],
     tensors: Sequence[Tensor],
     adjoint: Adjoint,

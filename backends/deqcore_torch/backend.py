@@ -13,11 +13,11 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
-from deqcore.abc.backend import Backend, BackwardRecord, Capabilities, Carry, History, Map, Stepped
+from deqcore.abc.backend import Backend, BackwardRecord, Capabilities, History, LoopVars, Map, StepResult
 from deqcore.abc.backward import Adjoint
 from deqcore.abc.solver import Solver
 from deqcore.errors import BackendError, ConfigError, ProblemError, StateError
-from deqcore.solve.loop import Forward
+from deqcore.solve.loop import SolveResult
 from deqcore.solve.opaque import arrays_in
 from deqcore_torch import functorch, jvp, native
 from deqcore_torch.autograd import attach
@@ -155,12 +155,14 @@ class TorchBackend(Backend):
     def from_host(self, x: Any) -> Tensor:
         return torch.from_numpy(x)
 
-    def native_step(self, solver: Solver, f: Map, z: Tensor, fz: Tensor, state: Any) -> Stepped | None:
+    def native_step(self, solver: Solver, f: Map, z: Tensor, fz: Tensor, state: Any) -> StepResult | None:
         steps = self._native(z)
-        found: Stepped | None = None if steps is None else steps.step(self, solver, f, z, fz, state)
+        found: StepResult | None = None if steps is None else steps.step(self, solver, f, z, fz, state)
         return found
 
-    def native_keep(self, carry: Any, found: Stepped, residual: Tensor, size: Tensor | None, limits: Any) -> Any | None:
+    def native_keep(
+        self, carry: Any, found: StepResult, residual: Tensor, size: Tensor | None, limits: Any
+    ) -> Any | None:
         steps = self._native(found.z)
         return None if steps is None else steps.keep(carry, found, residual, size, limits)
 
@@ -199,12 +201,12 @@ class TorchBackend(Backend):
 
     def loop(
         self,
-        running: Callable[[Carry], Tensor | bool],
-        body: Callable[[Carry], Carry],
-        carry: Carry,
+        running: Callable[[LoopVars], Tensor | bool],
+        body: Callable[[LoopVars], LoopVars],
+        carry: LoopVars,
         steps: Any,
         check_every: int | str = "auto",
-    ) -> Carry:
+    ) -> LoopVars:
         every = 0 if check_every == "auto" else int(check_every)
         for step in range(int(steps)):
             if every == 0 or step % every == 0:
@@ -257,8 +259,8 @@ class TorchBackend(Backend):
         f: Callable[..., Tensor],
         z0: Tensor,
         args: tuple[Any, ...],
-        solve: Callable[[Map, Tensor], Forward],
-    ) -> Forward:
+        solve: Callable[[Map, Tensor], SolveResult],
+    ) -> SolveResult:
         _refuse_split(z0)
         refuse_tracing(z0)
         run: Map = lambda z: _untracked(f(z, *args))  # noqa: E731
@@ -274,9 +276,9 @@ class TorchBackend(Backend):
         f: Callable[..., Tensor],
         z0: Tensor,
         args: tuple[Any, ...],
-        solve: Callable[[Map, Tensor], Forward],
+        solve: Callable[[Map, Tensor], SolveResult],
         adjoint: Adjoint,
-    ) -> tuple[Tensor, Forward, BackwardRecord | None]:
+    ) -> tuple[Tensor, SolveResult, BackwardRecord | None]:
         forward = self.forward_only(f, z0, args, solve)
         if not torch.is_grad_enabled() and not functorch.active():
             return forward.z, forward, None
@@ -291,8 +293,8 @@ class TorchBackend(Backend):
         f: Callable[..., Tensor],
         z0: Tensor,
         args: tuple[Any, ...],
-        steps: Callable[[Map, Tensor, Forward | None], Any],
-        forward: Forward | None,
+        steps: Callable[[Map, Tensor, SolveResult | None], Any],
+        forward: SolveResult | None,
     ) -> Any:
         return super().record(f, z0, args, steps, forward)
 
@@ -352,7 +354,7 @@ class TorchBackend(Backend):
 
 
 def _refuse_split(z0: Tensor) -> None:
-    """A DTensor's rows live on several ranks, where histories and the driver's decisions are each rank's own."""
+    """A DTensor's rows live on several ranks, where histories and the loop's decisions are each rank's own."""
     if type(z0) is not Tensor and hasattr(z0, "full_tensor"):
         raise StateError(
             "The state z0 is a DTensor, but each rank solves for tensors of its own: pass z0.full_tensor(), or "

@@ -38,7 +38,7 @@ from deqcore.abc.backend import Map
 from deqcore.abc.backward import Adjoint
 from deqcore.errors import ProblemError, StrategyError
 from deqcore.linear.transposed import transposed
-from deqcore.solve.loop import Forward
+from deqcore.solve.loop import SolveResult
 from deqcore_torch.eval_context import Ambient, nothing_recorded
 
 _vjp: Any = torch.func.vjp  # its annotation also counts the auxiliary output that it does not have here
@@ -93,7 +93,7 @@ def jvp_of(f: Map, z: Tensor) -> Map:
     return jvp
 
 
-def attach(f: Callable[..., Tensor], forward: Forward, args: tuple[Any, ...], adjoint: Adjoint) -> Tensor:
+def attach(f: Callable[..., Tensor], forward: SolveResult, args: tuple[Any, ...], adjoint: Adjoint) -> Tensor:
     """z* `(batch, n)` with its implicit gradient for all transformations that are active.
 
     Args:

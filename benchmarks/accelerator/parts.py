@@ -194,7 +194,7 @@ def _compared(measured: Harness, case: Case, contenders: list[Contender], settin
 
 
 @dataclass(frozen=True)
-class Stepped:
+class StepResult:
     """Vectors that Broyden steps are timed on."""
 
     batch: int
@@ -203,11 +203,11 @@ class Stepped:
     history: str | None = None
 
 
-STEPPED: Final[Mapping[str, Stepped]] = {
-    "64×262144 float32": Stepped(64, 2**18, "float32"),
-    "64×262144 float32, history in bfloat16": Stepped(64, 2**18, "float32", "bfloat16"),
-    "64×262144 bfloat16": Stepped(64, 2**18, "bfloat16"),
-    "32×12288 float32": Stepped(32, 12288, "float32"),
+STEPPED: Final[Mapping[str, StepResult]] = {
+    "64×262144 float32": StepResult(64, 2**18, "float32"),
+    "64×262144 float32, history in bfloat16": StepResult(64, 2**18, "float32", "bfloat16"),
+    "64×262144 bfloat16": StepResult(64, 2**18, "bfloat16"),
+    "32×12288 float32": StepResult(32, 12288, "float32"),
 }
 PAIRS, QUICK_PAIRS = 24, 5
 BYTES: Final = {"float32": 4, "bfloat16": 2}
@@ -227,7 +227,7 @@ def steps(name: str, setting: Setting) -> dict[str, Any]:
     return stepped(STEPPED[name], setting)
 
 
-def least_bytes(shape: Stepped, held: int) -> int:
+def least_bytes(shape: StepResult, held: int) -> int:
     """What a Broyden step must move when it begins with `held` vectors in the history.
 
     It reads them twice (next iterate; products with the new residual), then writes the new residual and reads it once
@@ -238,7 +238,7 @@ def least_bytes(shape: Stepped, held: int) -> int:
     return vector * ((2 * held + 2) * BYTES[shape.history or shape.dtype] + 4 * BYTES[shape.dtype])
 
 
-def stepped(shape: Stepped, setting: Setting) -> dict[str, Any]:
+def stepped(shape: StepResult, setting: Setting) -> dict[str, Any]:
     """Seconds of a step's own work by the number of vectors held before it; f is timed inside and taken off."""
     backend = deqcore.get_backend(backend="torch")
     solver = Broyden(history_dtype=shape.history)

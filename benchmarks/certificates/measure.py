@@ -15,14 +15,14 @@ from deqcore.backward.broyden_reuse import BroydenReuse
 from deqcore.linear.certified import Certified, solve_certified
 from deqcore.linear.gmres import gmres
 from deqcore.solution import Status
-from deqcore.solve.loop import Control, Forward, drive
+from deqcore.solve.loop import SolveResult, StoppingCriteria, iterate
 from deqcore.solvers.broyden import Broyden
 
 TARGETS = (0.1, 0.01)
 LEVELS = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 REFINE_STEPS = 40
 MOST_PULLS = 100
-FORWARD = Control(rtol=1e-4, max_steps=100)
+FORWARD = StoppingCriteria(rtol=1e-4, max_steps=100)
 SOLVER = Broyden(memory=100)  # every pair is kept: a restart would lose most of the estimate
 
 
@@ -121,7 +121,7 @@ def measure(case: Case) -> Result:
         return case.narrow(z.reshape(shape)).reshape(flat)
 
     with torch.no_grad():
-        forward = drive(backend, SOLVER, f, case.z0.reshape(flat), FORWARD)
+        forward = iterate(backend, SOLVER, f, case.z0.reshape(flat), FORWARD)
     _, vjp = backend.linearize(f, forward.z)
     g = case.g.reshape(flat)
     dense = truth(case, forward.z)
@@ -197,7 +197,7 @@ def _matrix(estimate: Any, g: Any) -> Any:
     return -torch.stack(columns, 2).double().numpy()
 
 
-def _seen(forward: Forward, dense: Truth, chosen: Any) -> list[float]:
+def _seen(forward: SolveResult, dense: Truth, chosen: Any) -> list[float]:
     """‖Q Qᵀ u‖ / ‖u‖ with Q the space of the residuals, in which all steps of Broyden's method lie."""
     vectors = forward.carry.state.basis.vectors().double().numpy()[chosen]
     found = []

@@ -36,7 +36,7 @@ from deqcore.errors import BackendError
 if TYPE_CHECKING:
     from deqcore.abc.backward import Adjoint, AdjointReport
     from deqcore.abc.solver import Solver
-    from deqcore.solve.loop import Forward
+    from deqcore.solve.loop import SolveResult
     from deqcore.solve.traced_failures import Failures
 
 Array: TypeAlias = Any
@@ -48,10 +48,10 @@ Tree: TypeAlias = Any
 Map: TypeAlias = Callable[[Array], Array]
 """A function from `(batch, n)` to `(batch, n)`."""
 
-Carry = TypeVar("Carry")
+LoopVars = TypeVar("LoopVars")
 
 
-class Stepped(NamedTuple):
+class StepResult(NamedTuple):
     """What a step led to.
 
     Attributes:
@@ -454,7 +454,7 @@ class Backend(ABC):
     def host(self, x: Array) -> Any | None:
         """`x` as a NumPy array sharing its memory, where looking costs neither a wait nor a copy; None elsewhere.
 
-        The driver's own decisions, a dozen operations on `(batch,)`, cost a fifth as much on such views.
+        The loop's own decisions, a dozen operations on `(batch,)`, cost a fifth as much on such views.
         """
         return None
 
@@ -501,7 +501,7 @@ class Backend(ABC):
 
         return FunctionalHistory.empty(self, like, memory, dtype)
 
-    def native_step(self, solver: Solver, f: Map, z: Array, fz: Array, state: Any) -> Stepped | None:
+    def native_step(self, solver: Solver, f: Map, z: Array, fz: Array, state: Any) -> StepResult | None:
         """`solver.step(self, f, z, fz, state)` by compiled code, where this backend has some for it; None elsewhere.
 
         To rounding it is the same step on the same state, so that histories, estimates and continued solves do not
@@ -509,11 +509,13 @@ class Backend(ABC):
         """
         return None
 
-    def native_keep(self, carry: Any, found: Stepped, residual: Array, size: Array | None, limits: Any) -> Any | None:
-        """What the driver keeps of a step, by compiled code where this backend has some for it; None elsewhere.
+    def native_keep(
+        self, carry: Any, found: StepResult, residual: Array, size: Array | None, limits: Any
+    ) -> Any | None:
+        """What the loop keeps of a step, by compiled code where this backend has some for it; None elsewhere.
 
         Args:
-            carry: the driver's, before the step.
+            carry: the loop's, before the step.
             found: what the step led to.
             residual: ‖f(z) − z‖ `(batch,)`.
             size: ‖f(z)‖ `(batch,)`, or None where it is not known and `limits.rtol` is 0.
@@ -593,12 +595,12 @@ class Backend(ABC):
 
     def loop(
         self,
-        running: Callable[[Carry], Array | bool],
-        body: Callable[[Carry], Carry],
-        carry: Carry,
+        running: Callable[[LoopVars], Array | bool],
+        body: Callable[[LoopVars], LoopVars],
+        carry: LoopVars,
         steps: int | Array,
         check_every: int | str = "auto",
-    ) -> Carry:
+    ) -> LoopVars:
         """Apply `body` while `running(carry)` (a scalar) holds, `steps` times at most.
 
         Args:
@@ -616,11 +618,11 @@ class Backend(ABC):
                 carry = body(carry)
         return carry
 
-    def once(self, wanted: Array, body: Callable[[Carry], Carry], carry: Carry) -> Carry:
+    def once(self, wanted: Array, body: Callable[[LoopVars], LoopVars], carry: LoopVars) -> LoopVars:
         """Apply `body` if any of `wanted` `(batch,)` of bool holds: a condition that can be traced."""
         return self.loop(lambda _: self.xp.any(wanted), body, carry, 1, 1)
 
-    def repeat(self, body: Callable[[Carry], Carry], carry: Carry, times: int) -> Carry:
+    def repeat(self, body: Callable[[LoopVars], LoopVars], carry: LoopVars, times: int) -> LoopVars:
         """Apply `body` a fixed number of times; gradients pass. A tracing backend traces it once."""
         for _ in range(times):
             carry = body(carry)
@@ -663,8 +665,8 @@ class Backend(ABC):
         return self.linearize(f, z)[1]
 
     def forward_only(
-        self, f: Callable[..., Array], z0: Array, args: tuple[Any, ...], solve: Callable[[Map, Array], Forward]
-    ) -> Forward:
+        self, f: Callable[..., Array], z0: Array, args: tuple[Any, ...], solve: Callable[[Map, Array], SolveResult]
+    ) -> SolveResult:
         """Run `solve(lambda z: f(z, *args), z0)` with no gradient recorded."""
         leaves, structure = self.flatten(args)
         still = self.unflatten(structure, [self.detach(leaf) if self.is_array(leaf) else leaf for leaf in leaves])
@@ -677,16 +679,16 @@ class Backend(ABC):
         f: Callable[..., Array],
         z0: Array,
         args: tuple[Any, ...],
-        solve: Callable[[Map, Array], Forward],
+        solve: Callable[[Map, Array], SolveResult],
         adjoint: Adjoint,
-    ) -> tuple[Array, Forward, BackwardRecord | None]:
+    ) -> tuple[Array, SolveResult, BackwardRecord | None]:
         """Solve, and attach the implicit gradient to the value.
 
         Args:
             f: `f(z, *args)` on raveled states; may close over differentiable values.
             z0: initial state `(batch, n)`. It gets no gradient: the fixed point does not depend on it.
             args: pytrees; their arrays get gradients.
-            solve: the driver with solver and tolerances bound.
+            solve: the loop with solver and tolerances bound.
             adjoint: `adjoint(vjp, g, forward)` gives `u ≈ (I − J)^-T g` and its report.
 
         Returns:
@@ -700,8 +702,8 @@ class Backend(ABC):
         f: Callable[..., Array],
         z0: Array,
         args: tuple[Any, ...],
-        steps: Callable[[Map, Array, Forward | None], Any],
-        forward: Forward | None,
+        steps: Callable[[Map, Array, SolveResult | None], Any],
+        forward: SolveResult | None,
     ) -> Any:
         """`steps(lambda z: f(z, *args), z0, forward)` with its gradient recorded; tracing, f is called once."""
         return steps(lambda z: f(z, *args), z0, forward)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from deqcore.abc.solver import Solver
     from deqcore.linear.lowrank import InverseJacobian
     from deqcore.solve.failures import Watch
-    from deqcore.solve.loop import Forward
+    from deqcore.solve.loop import SolveResult
 
 MakeSolver: TypeAlias = "Callable[[str, Mapping[str, object]], Solver]"
 
@@ -175,7 +175,9 @@ class StepStrategy(ABC):
     """
 
     @abstractmethod
-    def value(self, backend: Backend, f: Map, z0: Array, forward: Forward | None, solver: Solver) -> Array | Reached:
+    def value(
+        self, backend: Backend, f: Map, z0: Array, forward: SolveResult | None, solver: Solver
+    ) -> Array | Reached:
         """The differentiable value `(batch, n)`; a `Reached` where f at it is known, so that the residual is, too.
 
         Args:
@@ -278,7 +280,7 @@ class Steps:
     strategy: StepStrategy
     solver: Solver
 
-    def __call__(self, f: Map, z0: Array, forward: Forward | None) -> tuple[Array, Reached | None]:
+    def __call__(self, f: Map, z0: Array, forward: SolveResult | None) -> tuple[Array, Reached | None]:
         """The differentiable value `(batch, n)`, and what is known of it (without gradients)."""
         with self.backend.quiet():
             found = self.strategy.value(self.backend, f, z0, forward, self.solver)

@@ -3,7 +3,7 @@
 A solver iterates on matrices `(batch, n)` and is **written once** for all frameworks: pure functions, array
 operations through `backend.xp`, histories through `backend.history`, a state whose structure, shapes and dtypes never
 change. Everything that all methods share (tolerances, freezing of samples that are done, the best iterate, status,
-counters) belongs to the driver, see `driver.py`.
+counters) belongs to the loop, see `driver.py`.
 
 Example:
     A complete solver::
@@ -89,7 +89,7 @@ class Solver(ABC):
     def restarted(self, backend: Backend, rows: Array, z: Array, state: Any) -> Any:
         """The state of the samples `rows` as before a first step from `z`, with a residual of 0; others keep theirs.
 
-        f was not finite where the last step led, so that the driver puts these samples at another point, which it
+        f was not finite where the last step led, so that the loop puts these samples at another point, which it
         gives as z and as f(z). The next step must evaluate f at this very point, and go on from there as from a start:
         what it sees is no difference to learn from. The default takes `init` and erases all histories.
 

@@ -13,7 +13,7 @@ from deqcore.linear.direct import Direct, solve_direct
 from deqcore.linear.gmres import LinearSolution, gmres
 from deqcore.linear.lowrank import InverseJacobian
 from deqcore.solution import Status
-from deqcore.solve.loop import Control, drive
+from deqcore.solve.loop import StoppingCriteria, iterate
 
 SPACE: Final = 40
 """Dimensions of a Krylov space, after which GMRES restarts: more would cost traced code, which passes over all of them
@@ -150,8 +150,8 @@ class ExactIFT(Strategy):
     ) -> tuple[Array, AdjointReport]:
         """By a registered solver."""
         xp = backend.xp
-        control = Control(rtol=0.0, atol=rtol * backend.norm(g), max_steps=self._steps(g.shape[1]))
-        forward = drive(backend, solver, lambda u: g + vjp(u), u0, control)
+        control = StoppingCriteria(rtol=0.0, atol=rtol * backend.norm(g), max_steps=self._steps(g.shape[1]))
+        forward = iterate(backend, solver, lambda u: g + vjp(u), u0, control)
         # Without a solution u grows until g is lost in the rounding of Jᵀu: a difference of zero is no solution.
         rounding = backend.cast(backend.eps(forward.z) * backend.norm(forward.z), forward.residual)
         residual = xp.maximum(forward.residual, rounding)

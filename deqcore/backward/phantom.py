@@ -8,7 +8,7 @@ from deqcore.abc.backend import Array, Backend, Map
 from deqcore.abc.backward import StepStrategy
 from deqcore.abc.solver import Solver
 from deqcore.errors import StrategyError
-from deqcore.solve.loop import Forward
+from deqcore.solve.loop import SolveResult
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Phantom(StepStrategy):
         if not 0.0 < self.damping <= 1.0:
             raise ValueError(f"damping = {self.damping}, but a number above 0 and at most 1 is expected")
 
-    def value(self, backend: Backend, f: Map, z0: Array, forward: Forward | None, solver: Solver) -> Array:
+    def value(self, backend: Backend, f: Map, z0: Array, forward: SolveResult | None, solver: Solver) -> Array:
         """Take the steps from the solution."""
         if forward is None:
             raise StrategyError("phantom starts from the solution, but none was given.")

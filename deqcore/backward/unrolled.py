@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from deqcore.abc.backend import Array, Backend, Map
 from deqcore.abc.backward import Reached, StepStrategy
 from deqcore.abc.solver import Solver, detach_state
-from deqcore.solve.loop import Forward, freeze, with_active
+from deqcore.solve.loop import SolveResult, freeze, with_active
 from deqcore.solve.termination import greater
 
 
@@ -78,7 +78,7 @@ class Unrolled(StepStrategy):
         """Nothing is solved for beside the recorded steps."""
         return False
 
-    def value(self, backend: Backend, f: Map, z0: Array, forward: Forward | None, solver: Solver) -> Reached:
+    def value(self, backend: Backend, f: Map, z0: Array, forward: SolveResult | None, solver: Solver) -> Reached:
         """The iterate after the last step."""
         run = backend.checkpoint(f) if self.checkpoint else f
         z = backend.detach(z0)

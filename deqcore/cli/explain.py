@@ -69,7 +69,7 @@ def command(
     task = _problem(problem)
     table = _survey(found, task, config, dtype, rounds, _teller(as_json))
     best = cheapest(table.rows, good)
-    verdict = _verdict(best, table, asked)
+    verdict = _status_arrays(best, table, asked)
     if as_json:
         typer.echo(json.dumps(_as_json(table, task, found, config, asked, best, verdict), indent=2))
     else:
@@ -187,7 +187,7 @@ def _data(problem: Problem, dtype: str, backend: Backend) -> tuple[Tree, Tree, T
     return params, inputs, z0, g
 
 
-def _verdict(best: Row | None, table: Table, asked: str) -> str:
+def _status_arrays(best: Row | None, table: Table, asked: str) -> str:
     if best is not None:
         options = ", ".join(f"{name} = {_toml(value)}" for name, value in best.options.items())
         setting = f"backward.strategy = {best.strategy!r}" + (

@@ -12,7 +12,7 @@ from deqcore.abc.backend import Array, Map
 from deqcore.abc.backward import Adjoint, AdjointReport, Steps, StepStrategy
 from deqcore.api import Plan
 from deqcore.linear.gmres import gmres
-from deqcore.solve.loop import Drive, Forward
+from deqcore.solve.loop import BoundSolve, SolveResult
 from deqcore.solve.verification import adjoint_residual, leak_everywhere
 
 REFERENCE_EPS = 100.0  # the reference is solved to this many units of rounding, 1e-10 at least
@@ -36,13 +36,13 @@ class AdjointSolved:
     residual: Array
 
 
-def solve(plan: Plan, f: Callable[..., Array], z0: Array, args: tuple[Any, ...]) -> Forward:
+def solve(plan: Plan, f: Callable[..., Array], z0: Array, args: tuple[Any, ...]) -> SolveResult:
     """The forward solve of a call, with no gradient recorded."""
-    return plan.backend.forward_only(f, z0, args, Drive(plan.backend, plan.solver, plan.control))
+    return plan.backend.forward_only(f, z0, args, BoundSolve(plan.backend, plan.solver, plan.control))
 
 
 def by_strategy(
-    plan: Plan, f: Callable[..., Array], z0: Array, args: tuple[Any, ...], g: Array, forward: Forward
+    plan: Plan, f: Callable[..., Array], z0: Array, args: tuple[Any, ...], g: Array, forward: SolveResult
 ) -> AdjointSolved:
     """The call's own strategy, at the solution that it shares with the reference."""
     backend, strategy = plan.backend, plan.strategy
@@ -64,7 +64,7 @@ def by_strategy(
 
 
 def _residual(
-    plan: Plan, f: Callable[..., Array], args: tuple[Any, ...], g: Array, u: Array, forward: Forward | None
+    plan: Plan, f: Callable[..., Array], args: tuple[Any, ...], g: Array, u: Array, forward: SolveResult | None
 ) -> Array:
     """The residual of a strategy that differentiates steps; NaN where it solves nothing to measure it at."""
     backend = plan.backend
@@ -74,7 +74,7 @@ def _residual(
         return adjoint_residual(backend, vjp_at(plan, f, args, forward), g, u)
 
 
-def vjp_at(plan: Plan, f: Callable[..., Array], args: tuple[Any, ...], forward: Forward) -> Map:
+def vjp_at(plan: Plan, f: Callable[..., Array], args: tuple[Any, ...], forward: SolveResult) -> Map:
     """`u ↦ Jᵀu` at the solution."""
     return plan.backend.linearize(lambda z: f(z, *args), forward.z)[1]
 
@@ -84,7 +84,7 @@ def by_reference(
     f: Callable[..., Array],
     args: tuple[Any, ...],
     g: Array,
-    forward: Forward,
+    forward: SolveResult,
     vjp: Map,
     max_vjps: int,
 ) -> tuple[AdjointSolved, Any, Any]:
@@ -99,7 +99,7 @@ def by_reference(
     return routed, backend.to_numpy(residual).astype(np.float64), backend.to_numpy(found.products)
 
 
-def coupling(plan: Plan, vjp: Map, forward: Forward) -> float:
+def coupling(plan: Plan, vjp: Map, forward: SolveResult) -> float:
     """How much of Jᵀu lands in other samples than those that u is in: 0 where f treats each alone.
 
     In norms, for a u in the first sample. Where that finds nothing, the figure is that of

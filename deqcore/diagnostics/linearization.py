@@ -9,7 +9,7 @@ from typing import Any
 from deqcore import config as settings
 from deqcore.abc.backend import Array, Backend, Map, Tree
 from deqcore.api import pick_backend
-from deqcore.solve.flatten import Space
+from deqcore.solve.flatten import RavelSpec
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class View:
     """
 
     backend: Backend
-    space: Space
+    space: RavelSpec
     f: Map
     z: Array
 
@@ -37,6 +37,6 @@ def view(f: Callable[..., Tree], z: Tree, args: tuple[Any, ...], batch: bool) ->
         BackendMismatchError: the arrays belong to several frameworks.
     """
     backend = pick_backend(settings.resolve(None, {})[0], z, args)
-    space = Space.of(backend, z, batch)
+    space = RavelSpec.of(backend, z, batch)
     raveled = space.wrap(f)
     return View(backend, space, lambda v: raveled(v, *args), space.ravel(z))

@@ -192,7 +192,7 @@ def _measure(
     framework or an f that cannot be used in this way, is a property of the choice: its row says so.
     """
     try:
-        row = _judge(harness, plan, config, choice, raveled, exact)
+        row = _update_status(harness, plan, config, choice, raveled, exact)
         if not rounds:
             return row, None
         task = _gradient(harness, config, choice, f, data)
@@ -247,7 +247,7 @@ def _gradient(
     return run
 
 
-def _judge(
+def _update_status(
     harness: Harness,
     plan: api.Plan,
     config: Config,

@@ -18,10 +18,10 @@ from deqcore.errors import ProblemError
 from deqcore.solution import Status
 
 if TYPE_CHECKING:
-    from deqcore.solve.loop import Carry
+    from deqcore.solve.loop import LoopState
 
 
-class Narrow(Protocol):
+class RestrictRows(Protocol):
     """Gives f for some samples."""
 
     def __call__(self, rows: Array) -> Map:
@@ -31,20 +31,26 @@ class Narrow(Protocol):
 class Advance(Protocol):
     """Steps with f while `running` holds, `steps` at most."""
 
-    def __call__(self, f: Map, running: Callable[[Carry], Array | bool], carry: Carry, steps: int) -> Carry:
+    def __call__(self, f: Map, running: Callable[[LoopState], Array | bool], carry: LoopState, steps: int) -> LoopState:
         """The carry after these steps."""
 
 
-def shrinking(
-    backend: Backend, advance: Advance, f: Map, narrow: Narrow, carry: Carry, steps: int, rows: Array | None = None
-) -> Carry:
+def solve_compacted(
+    backend: Backend,
+    advance: Advance,
+    f: Map,
+    narrow: RestrictRows,
+    carry: LoopState,
+    steps: int,
+    rows: Array | None = None,
+) -> LoopState:
     """Advance `carry` until all its samples have stopped, with fewer and fewer rows.
 
     Args:
         backend: whose arrays these are.
-        advance: the driver's loop.
+        advance: the loop's loop.
         f: the map for the rows in `carry`.
-        narrow: see `Narrow`; its indices are those of the whole batch.
+        narrow: see `RestrictRows`; its indices are those of the whole batch.
         carry: where the solve stands.
         steps: step budget.
         rows: which samples `carry` holds, None for all.
@@ -55,7 +61,7 @@ def shrinking(
     xp = backend.xp
     size = carry.status.shape[0]
 
-    def running(carry: Carry) -> Array:
+    def running(carry: LoopState) -> Array:
         return 2 * xp.sum(xp.astype(carry.status == int(Status.RUNNING), xp.int32)) > size
 
     end = advance(f, running, carry, steps)
@@ -68,17 +74,17 @@ def shrinking(
     fewer = narrow(chosen)
     if rows is None:
         _check(backend, fewer, part)
-    done: Carry = _put(backend, end, going, shrinking(backend, advance, fewer, narrow, part, left, chosen))
+    done: LoopState = _put(backend, end, going, solve_compacted(backend, advance, fewer, narrow, part, left, chosen))
     return done
 
 
-def _spent(backend: Backend, start: Carry, end: Carry) -> int:
+def _spent(backend: Backend, start: LoopState, end: LoopState) -> int:
     """Steps between two carries: those of a sample that ran all along."""
     taken = end.steps - start.steps
     return int(backend.xp.max(taken)) if taken.shape[0] else 0
 
 
-def _check(backend: Backend, fewer: Map, part: Carry) -> None:
+def _check(backend: Backend, fewer: Map, part: LoopState) -> None:
     """One evaluation for the first samples that go on alone, against what the whole batch gave for them.
 
     An argument that was not declared, a batch statistic in f or a random number in it would make the solve converge

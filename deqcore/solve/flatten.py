@@ -13,7 +13,7 @@ from deqcore.solve.opaque import arrays_in
 
 
 @dataclass(frozen=True)
-class Space:
+class RavelSpec:
     """How a tree of arrays becomes a matrix and back.
 
     Attributes:
@@ -31,7 +31,7 @@ class Space:
     device: Any
 
     @classmethod
-    def of(cls, backend: Backend, z0: Tree, batch: bool) -> Space:
+    def of(cls, backend: Backend, z0: Tree, batch: bool) -> RavelSpec:
         """Describe the state z0, or say what is wrong with it.
 
         Raises:
@@ -100,9 +100,9 @@ class Space:
             start += size
         return self.backend.unflatten(self.structure, leaves)
 
-    def wrap(self, f: Callable[..., Tree], batched: tuple[int, ...] = ()) -> Raveled:
-        """F on trees as a function of the matrix, with its output checked. See `Raveled`."""
-        return Raveled(self, f, batched)
+    def wrap(self, f: Callable[..., Tree], batched: tuple[int, ...] = ()) -> FlatFunction:
+        """F on trees as a function of the matrix, with its output checked. See `FlatFunction`."""
+        return FlatFunction(self, f, batched)
 
     def call(self, f: Callable[..., Tree], z: Array, args: tuple[Any, ...]) -> Array:
         """`f` of the matrix `z`, as a matrix."""
@@ -118,7 +118,7 @@ class Space:
             leaves = self.backend.owned(leaves)
         return self._join([self._checked(leaf, i) for i, leaf in enumerate(leaves)])
 
-    def of_rows(self, rows: int) -> Space:
+    def of_rows(self, rows: int) -> RavelSpec:
         """The same space with another number of samples."""
         return replace(self, shapes=tuple((rows, *shape[1:]) for shape in self.shapes), batch=rows)
 
@@ -160,7 +160,7 @@ class Space:
 
 
 @dataclass(frozen=True)
-class Raveled:
+class FlatFunction:
     """The user's f on matrices `(batch, n)`.
 
     Attributes:
@@ -169,7 +169,7 @@ class Raveled:
         batched: positions in `args` of those that carry the batch axis; only `on_rows` asks.
     """
 
-    space: Space
+    space: RavelSpec
     f: Callable[..., Tree]
     batched: tuple[int, ...] = ()
 

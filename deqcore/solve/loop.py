@@ -1,4 +1,4 @@
-"""The driver: everything that all solvers share, so that a solver is only its step.
+"""The loop: everything that all solvers share, so that a solver is only its step.
 
 It owns tolerances, freezing, the best iterate, status and counters, and keeps these promises:
 
@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deqcore.abc.backend import Array, Backend, History, Map, Stepped
+from deqcore.abc.backend import Array, Backend, History, Map, StepResult
 from deqcore.abc.solver import Solver, map_state
 from deqcore.errors import PluginError
 from deqcore.solution import Status
-from deqcore.solve.compaction import Narrow, shrinking
+from deqcore.solve.compaction import RestrictRows, solve_compacted
 from deqcore.solve.termination import (
     PENDING,
     PROGRESS,
@@ -44,7 +44,7 @@ from deqcore.solve.termination import (
 ROUNDING = 8.0  # two evaluations of one f at one z differ by this many units of rounding at most
 
 
-class Control(NamedTuple):
+class StoppingCriteria(NamedTuple):
     """When to stop. Numbers may be framework scalars: changing them then recompiles nothing.
 
     Attributes:
@@ -62,7 +62,7 @@ class Control(NamedTuple):
     patience: int = 50
 
 
-class Carry(NamedTuple):
+class LoopState(NamedTuple):
     """The loop state. All arrays have the batch as their first axis."""
 
     z: Array
@@ -87,7 +87,7 @@ class Carry(NamedTuple):
         return Path(self.reference, self.peak, self.best_residual, self.mark, self.since)
 
 
-class Forward(NamedTuple):
+class SolveResult(NamedTuple):
     """What a solve found, raveled: `z`, `fz` are `(batch, n)`, the rest `(batch,)`.
 
     A strategy that takes a fixed number of steps leaves no carry, and f(z) only where it evaluated it.
@@ -102,15 +102,15 @@ class Forward(NamedTuple):
     carry: Any
 
 
-def drive(
+def iterate(
     backend: Backend,
     solver: Solver,
     f: Map,
     z0: Array,
-    control: Control,
-    resume: Carry | None = None,
-    narrow: Narrow | None = None,
-) -> Forward:
+    control: StoppingCriteria,
+    resume: LoopState | None = None,
+    narrow: RestrictRows | None = None,
+) -> SolveResult:
     """Run `solver` on `f` from `z0` `(batch, n)` until every sample has stopped.
 
     Args:
@@ -131,17 +131,19 @@ def drive(
     if resume is None:
         start = _begin(backend, solver, f, z0, limits)
     else:
-        start = _reopen(backend, solver, f, resume, limits)
+        start = _resume(backend, solver, f, resume, limits)
     refusals = _Refusals(backend, solver)
 
-    def going(carry: Carry) -> Array | bool:
+    def going(carry: LoopState) -> Array | bool:
         seen = backend.host(carry.status)
         if seen is None:
             return backend.xp.any(carry.status == int(Status.RUNNING))
         return bool((seen == int(Status.RUNNING)).any())
 
-    def advance(f: Map, running: Callable[[Carry], Array | bool], carry: Carry, steps: int | Array) -> Carry:
-        def body(carry: Carry) -> Carry:
+    def advance(
+        f: Map, running: Callable[[LoopState], Array | bool], carry: LoopState, steps: int | Array
+    ) -> LoopState:
+        def body(carry: LoopState) -> LoopState:
             return refusals.after(_step(backend, solver, f, refusals.before(carry), limits))
 
         return backend.loop(refusals.watched(running), body, carry, steps, control.check_every)
@@ -149,16 +151,16 @@ def drive(
     if narrow is None:
         end = advance(f, going, start, control.max_steps)
     else:
-        end = shrinking(backend, advance, f, narrow, start, int(control.max_steps))
+        end = solve_compacted(backend, advance, f, narrow, start, int(control.max_steps))
     status = _ended(backend, start, end)
     end = end._replace(status=status, state=settled(end.state))
     evaluations = solver.evaluations(backend, end.steps, end.state)
     if resume is not None:
         evaluations = evaluations + end.extra
-    return Forward(end.best_z, end.best_fz, end.best_residual, status, end.steps, evaluations, end)
+    return SolveResult(end.best_z, end.best_fz, end.best_residual, status, end.steps, evaluations, end)
 
 
-def _ended(backend: Backend, start: Carry, end: Carry) -> Array:
+def _ended(backend: Backend, start: LoopState, end: LoopState) -> Array:
     """The statuses of a loop that is over: a sample that still runs has spent its budget."""
     seen = backend.host(end.status)
     if seen is not None and not (seen == int(Status.RUNNING)).any():
@@ -169,29 +171,29 @@ def _ended(backend: Backend, start: Carry, end: Carry) -> Array:
 
 
 @dataclass(frozen=True)
-class Drive:
-    """`drive` with everything bound but f and z0: what a backend solves with.
+class BoundSolve:
+    """`iterate` with everything bound but f and z0: what a backend solves with.
 
     A tracing backend compiles for the solver, and takes the numbers in `control` and `resume` as data.
     """
 
     backend: Backend
     solver: Solver
-    control: Control
-    resume: Carry | None = None
-    narrow: Narrow | None = None
+    control: StoppingCriteria
+    resume: LoopState | None = None
+    narrow: RestrictRows | None = None
 
-    def __call__(self, f: Map, z0: Array) -> Forward:
+    def __call__(self, f: Map, z0: Array) -> SolveResult:
         """Solve for `f` from `z0` `(batch, n)`."""
-        return drive(self.backend, self.solver, f, z0, self.control, self.resume, self.narrow)
+        return iterate(self.backend, self.solver, f, z0, self.control, self.resume, self.narrow)
 
 
-def _begin(backend: Backend, solver: Solver, f: Map, z0: Array, limits: Limits) -> Carry:
+def _begin(backend: Backend, solver: Solver, f: Map, z0: Array, limits: Limits) -> LoopState:
     fz = f(z0)
     return _begin_at(backend, z0, fz, limits)._replace(state=solver.init(backend, z0, fz))
 
 
-def _begin_at(backend: Backend, z0: Array, fz: Array, limits: Limits) -> Carry:
+def _begin_at(backend: Backend, z0: Array, fz: Array, limits: Limits) -> LoopState:
     """The carry before the first step, but for the solver's state."""
     xp = backend.xp
     residual, size = backend.measure(z0, fz)
@@ -202,7 +204,7 @@ def _begin_at(backend: Backend, z0: Array, fz: Array, limits: Limits) -> Carry:
     status = xp.where(met, status + int(Status.CONVERGED), status)
     status = xp.where(finite, status, xp.full_like(status, int(Status.NONFINITE)))
     known = xp.where(finite, residual, xp.full_like(residual, float("inf")))
-    return Carry(
+    return LoopState(
         z=z0,
         fz=fz,
         state=None,
@@ -221,7 +223,7 @@ def _begin_at(backend: Backend, z0: Array, fz: Array, limits: Limits) -> Carry:
     )
 
 
-def _reopen(backend: Backend, solver: Solver, f: Map, old: Carry, limits: Limits) -> Carry:
+def _resume(backend: Backend, solver: Solver, f: Map, old: LoopState, limits: Limits) -> LoopState:
     """Go on from the best iterates: one evaluation of f says where they stand, and whether f is still the same.
 
     Samples whose f is the same run on, on copies of their histories, if they do not meet the (perhaps new) tolerance.
@@ -254,7 +256,7 @@ def _reopen(backend: Backend, solver: Solver, f: Map, old: Carry, limits: Limits
         extra=old.extra + 1,
     )
 
-    def renewed(carry: Carry) -> Carry:
+    def renewed(carry: LoopState) -> LoopState:
         state = merge(backend, ~same, solver.init(backend, z, first.fz), carry.state)
         before, after = (solver.evaluations(backend, old.steps, each) for each in (carry.state, state))
         return carry._replace(
@@ -267,12 +269,12 @@ def _reopen(backend: Backend, solver: Solver, f: Map, old: Carry, limits: Limits
     return backend.once(~same, renewed, carry)
 
 
-def _step(backend: Backend, solver: Solver, f: Map, carry: Carry, limits: Limits) -> Carry:
+def _step(backend: Backend, solver: Solver, f: Map, carry: LoopState, limits: Limits) -> LoopState:
     before = backend.host(carry.status)
     everyone = before is not None and bool((before == int(Status.RUNNING)).all())
     active = None if everyone else carry.status == int(Status.RUNNING)
     start = carry.z, carry.fz, with_active(carry.state, active)
-    found = backend.native_step(solver, f, *start) or _stepped(solver, solver.step(backend, f, *start), carry.z)
+    found = backend.native_step(solver, f, *start) or _check_step(solver, solver.step(backend, f, *start), carry.z)
     z, fz, state, size, frozen = found
     residual = solver.residual_norm(backend, state)
     if residual is None:
@@ -281,17 +283,17 @@ def _step(backend: Backend, solver: Solver, f: Map, carry: Carry, limits: Limits
         size = backend.norm(fz)
     if active is not None and not frozen:
         state = freeze(backend, active, state, carry.state)
-    kept: Carry | None = backend.native_keep(carry, found, residual, size, limits)
+    kept: LoopState | None = backend.native_keep(carry, found, residual, size, limits)
     if kept is not None:
         return kept._replace(state=state)
-    if active is None and _calm(backend, residual, size, carry, limits):
+    if active is None and _all_progressing(backend, residual, size, carry, limits):
         zeros = carry.status  # RUNNING is 0
         return carry._replace(
             z=z, fz=fz, state=state, steps=carry.steps + 1, best_z=z, best_fz=fz, best_residual=residual,
             mark=residual, since=zeros,
         )  # fmt: skip
 
-    better, status, since, mark, peak = _judge(backend, residual, size, fz, carry, limits)
+    better, status, since, mark, peak = _update_status(backend, residual, size, fz, carry, limits)
     if active is not None:
         better = better & active
         z = backend.select(active, z, carry.z)
@@ -306,20 +308,20 @@ def _step(backend: Backend, solver: Solver, f: Map, carry: Carry, limits: Limits
             backend.select(better, fz, carry.best_fz),
             backend.xp.where(better, residual, carry.best_residual),
         )
-    return Carry(
+    return LoopState(
         z, fz, state, status, steps, *best, carry.reference, peak, mark, since, carry.length, carry.tried, carry.extra
     )
 
 
-def _stepped(solver: Solver, found: Any, z: Array) -> Stepped:
+def _check_step(solver: Solver, found: Any, z: Array) -> StepResult:
     """What a step returned, if it is what the contract says."""
     if isinstance(found, tuple) and [getattr(each, "shape", None) for each in found[:-1]] == [z.shape] * 2:
-        return Stepped(*found)
+        return StepResult(*found)
     expected = f"(z, f(z), state) with two arrays of shape {tuple(z.shape)}"
     raise PluginError.returned(f"{type(solver).__name__}.step", found, expected)
 
 
-def _calm(backend: Backend, residual: Array, size: Array | None, carry: Carry, limits: Limits) -> bool:
+def _all_progressing(backend: Backend, residual: Array, size: Array | None, carry: LoopState, limits: Limits) -> bool:
     """Whether every sample is known to have progressed, and none to be done: most steps of most solves.
 
     Then nothing is to be judged or selected. The best residual is at most the mark and the peak.
@@ -332,7 +334,9 @@ def _calm(backend: Backend, residual: Array, size: Array | None, carry: Carry, l
     return bool(((now < PROGRESS * best) & (now > target)).all())
 
 
-def _judge(backend: Backend, residual: Array, size: Array | None, fz: Array, carry: Carry, limits: Limits) -> Verdict:
+def _update_status(
+    backend: Backend, residual: Array, size: Array | None, fz: Array, carry: LoopState, limits: Limits
+) -> Verdict:
     """What follows from the residual, on the host where looking is free."""
     size = backend.norm(fz) if size is None else size
     seen = [backend.host(each) for each in (residual, size, *carry.path)]
@@ -368,11 +372,11 @@ class _Refusals:
         self.pending = False
         self.waits = backend.capabilities.eager and backend.capabilities.accelerator
 
-    def watched(self, running: Callable[[Carry], Array | bool]) -> Callable[[Carry], Array | bool]:
+    def watched(self, running: Callable[[LoopState], Array | bool]) -> Callable[[LoopState], Array | bool]:
         """`running`, which on a device answers for refused steps as well: one wait for both."""
         backend, xp = self.backend, self.backend.xp
 
-        def asked(carry: Carry) -> Array | bool:
+        def asked(carry: LoopState) -> Array | bool:
             going = running(carry)
             if not self.waits or isinstance(going, bool) or backend.host(carry.since) is not None:
                 return going
@@ -383,27 +387,27 @@ class _Refusals:
 
         return asked
 
-    def before(self, carry: Carry) -> Carry:
+    def before(self, carry: LoopState) -> LoopState:
         """The carry before a step, after a check that has found refused ones."""
         if not self.pending:
             return carry
         self.pending = False
         return self.shortened(carry)
 
-    def after(self, carry: Carry) -> Carry:
+    def after(self, carry: LoopState) -> LoopState:
         """The carry after a step."""
         seen = self.backend.host(carry.since)
         if seen is None and not self.waits:
-            shortened: Carry = self.backend.once(self._rows(carry), self.shortened, carry)
+            shortened: LoopState = self.backend.once(self._rows(carry), self.shortened, carry)
             return shortened
         if seen is None or not (seen == REFUSED).any():
             return carry
         return self.shortened(carry)
 
-    def _rows(self, carry: Carry) -> Array:
+    def _rows(self, carry: LoopState) -> Array:
         return (carry.status == int(Status.RUNNING)) & (carry.since == REFUSED)
 
-    def shortened(self, carry: Carry) -> Carry:
+    def shortened(self, carry: LoopState) -> LoopState:
         """Samples with a refused step at the point to try next, with a residual of 0 and a solver that knows nothing.
 
         From there every solver evaluates f at this very point, see `Solver.restarted`.

@@ -158,7 +158,7 @@ class Broyden(Solver):
         value = f(z)
         g = value - z
         norm, g = backend.norm(g), backend.divide_rows(g, state.unit)
-        verdict = self._verdict(backend, state, norm)
+        verdict = self._status_arrays(backend, state, norm)
         if verdict is not None:
             g = backend.select(verdict.usable, g, xp.zeros_like(g))
         renewed = None
@@ -203,7 +203,7 @@ class Broyden(Solver):
         state = BroydenState(basis, gram, left, right, pairs, newest, step, norm, guard, state.unit)
         return z, value, state
 
-    def _verdict(self, backend: Backend, state: BroydenState, norm: Array) -> _Verdict | None:
+    def _status_arrays(self, backend: Backend, state: BroydenState, norm: Array) -> _Verdict | None:
         """Which samples take the step, and the guard of the next one."""
         if self.growth is None:
             return None

@@ -106,10 +106,10 @@ def check(gates: Sequence[Gate], labels: Sequence[str]) -> None:
 
 def judge(rows: Sequence[Row], gates: Sequence[Gate]) -> Verdict:
     """Compare each gate with the worst row of its strategy."""
-    return Verdict(tuple(_judge(gate, rows) for gate in gates))
+    return Verdict(tuple(_update_status(gate, rows) for gate in gates))
 
 
-def _judge(gate: Gate, rows: Sequence[Row]) -> Judged:
+def _update_status(gate: Gate, rows: Sequence[Row]) -> Judged:
     mine = [row for row in rows if row.strategy == gate.strategy]
     values = [METRICS[gate.metric](row, reference(row, rows)) for row in mine]
     known = [value for value in values if value is not None]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from deqcore.solution import Status
-from deqcore.solve.loop import Control, drive
+from deqcore.solve.loop import StoppingCriteria, iterate
 from deqcore.solvers.picard import Picard
 from deqcore.testing.conformance import DTYPES, Conformance, needs, several
 from deqcore.testing.fixtures import Kit, close
@@ -154,15 +154,15 @@ class HistoryTests(Conformance):
         assert list(kit.numpy(history.append(v).full())) == [True, True]
 
     def test_a_verdict_is_not_met_by_growth(self, kit: Kit) -> None:
-        """Of the driver's loop with this backend's own judgement, where it has one."""
+        """Of the loop's loop with this backend's own judgement, where it has one."""
         f = lambda z: z * 8.0 + 1.0  # noqa: E731
-        away = drive(kit.backend, Picard(), f, kit.array(np.zeros((2, 3))), Control(1e-4, max_steps=5))
+        away = iterate(kit.backend, Picard(), f, kit.array(np.zeros((2, 3))), StoppingCriteria(1e-4, max_steps=5))
         assert not (kit.numpy(away.status) == int(Status.CONVERGED)).any()
         one = kit.array(np.ones((2, 3)))
         jump = lambda z: z + kit.backend.xp.where(kit.backend.xp.abs(z) > 1e5, one, 1e6 * one)  # noqa: E731
-        found = drive(kit.backend, Picard(), jump, kit.array(np.zeros((2, 3))), Control(0.5, max_steps=5))
+        found = iterate(kit.backend, Picard(), jump, kit.array(np.zeros((2, 3))), StoppingCriteria(0.5, max_steps=5))
         assert (kit.numpy(found.status) == int(Status.CONVERGED)).all(), "the residual has fallen a millionfold"
-        still = drive(kit.backend, Picard(), lambda z: z + one, 0 * one, Control(0.05, max_steps=60))
+        still = iterate(kit.backend, Picard(), lambda z: z + one, 0 * one, StoppingCriteria(0.05, max_steps=60))
         assert not (kit.numpy(still.status) == int(Status.CONVERGED)).any(), "CONVERGED by growth of the iterate"
 
     def test_differences(self, kit: Kit) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from deqcore.abc.backend import Array, Backend, Tree
 from deqcore.errors import ProblemError
-from deqcore.solve.flatten import Space
+from deqcore.solve.flatten import RavelSpec
 from deqcore.solve.verification import leak_everywhere
 from deqcore.testing import worker
 from deqcore.testing.problem import Problem, rebuild, walk
@@ -31,7 +31,7 @@ class Dense:
     def __init__(self, backend: Backend, problem: Problem, job: worker.Job, f: Callable[..., Tree]) -> None:
         self.backend = backend
         self.params, self.inputs, self.z0, cotangent = worker.data_of(problem, job, backend)
-        self.space = Space.of(backend, self.z0, problem.batch)
+        self.space = RavelSpec.of(backend, self.z0, problem.batch)
         self.f = self.space.wrap(f)
         self.start = self.space.ravel(self.z0)
         self.g = backend.to_numpy(self.space.ravel(cotangent))

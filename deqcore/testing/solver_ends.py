@@ -53,7 +53,7 @@ class EndTests(Conformance):
         assert np.abs(kit.numpy(sol.value)).max() < 1e-12, "CONVERGED, but not at 0"
 
     def test_a_restarted_sample_begins_where_it_is_put(self, kit: Kit, solver: Solver) -> None:
-        """After a step to where f is not finite: f is evaluated at the driver's point, and all before is forgotten."""
+        """After a step to where f is not finite: f is evaluated at the loop's point, and all before is forgotten."""
         problem, backend = affine(norm=0.5), kit.backend
         f = kit.map(problem)
         rows, point = kit.array([True, False, False], "bool"), kit.array(np.full((3, 6), 0.25))

@@ -22,13 +22,13 @@ from deqcore.testing.problems import golden
 
 
 def walk_steps(kit: Kit, solver: Solver, f: Map, z: Any, steps: int, *, jit: bool = True) -> list[tuple[Any, Any, Any]]:
-    """`(z, f(z), state)` before the first step and after each, without the driver; compiled where the backend can."""
+    """`(z, f(z), state)` before the first step and after each, without the loop; compiled where the backend can."""
     compiled = kit.backend.jit if jit else lambda step: step
     fz = f(z)
     init = compiled(lambda z, fz: solver.init(kit.backend, z, fz))
     found: list[tuple[Any, Any, Any]] = [(z, fz, init(z, fz))]
     step = compiled(lambda z, fz, state: solver.step(kit.backend, f, z, fz, state))
-    with kit.backend.quiet():  # as the driver is
+    with kit.backend.quiet():  # as the loop is
         for _ in range(steps):
             found.append(step(*found[-1]))
     return found

@@ -12,7 +12,7 @@ import deqcore
 from deqcore import plugins
 from deqcore.abc.backend import Array
 from deqcore.abc.backward import Steps, StepStrategy, Strategy
-from deqcore.solve.loop import Control, Drive, Forward
+from deqcore.solve.loop import BoundSolve, SolveResult, StoppingCriteria
 from deqcore.testing.conformance import DTYPES, Conformance, needs, several
 from deqcore.testing.fixtures import Affine, Kit, affine, close
 
@@ -163,8 +163,8 @@ class StepStrategyTests(Conformance):
         close(kit.numpy(z), root, slack, "value after 120 steps")
         close(kit.numpy(db), bend * u, slack, "gradient after 120 steps")
 
-    def _forward(self, kit: Kit, problem: Affine, solver: str) -> Forward:
+    def _forward(self, kit: Kit, problem: Affine, solver: str) -> SolveResult:
         z0 = kit.array(np.zeros(problem.b.shape))
         numbers = [kit.backend.number(value, z0) for value in (1e-13, 0.0, 300)]
-        drive = Drive(kit.backend, plugins.make_solver(solver), Control(*numbers))
-        return kit.backend.forward_only(kit.map(problem), z0, (), drive)
+        iterate = BoundSolve(kit.backend, plugins.make_solver(solver), StoppingCriteria(*numbers))
+        return kit.backend.forward_only(kit.map(problem), z0, (), iterate)

@@ -97,7 +97,7 @@ def _width(problem: Problem) -> int:
 def own_report(runs: Sequence[Run], chosen: Sequence[str]) -> Report:
     """Compare the solves with the dense references and with each other."""
     solves = [run for run in runs if run.job.kind == "solve"]
-    return Report(runs, list(_judge(solves, references(runs), chosen)), {})
+    return Report(runs, list(_update_status(solves, references(runs), chosen)), {})
 
 
 def references(runs: Sequence[Run]) -> dict[tuple[str, str], Mapping[str, Any]]:
@@ -117,7 +117,7 @@ def sensitivity_of(arrays: Mapping[str, Any]) -> Sensitivity:
     return Sensitivity(inverse, jacobian, condition, state, cotangent, adjoint, slopes)
 
 
-def _judge(
+def _update_status(
     solves: Sequence[Run], dense: Mapping[tuple[str, str], Mapping[str, Any]], chosen: Sequence[str]
 ) -> Iterator[Comparison]:
     reference = reference_of(chosen)

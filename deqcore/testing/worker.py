@@ -25,7 +25,7 @@ from deqcore.api import get_backend, vjp
 from deqcore.config import Config
 from deqcore.errors import DeqcoreError, ProblemError
 from deqcore.solve.failures import coupling
-from deqcore.solve.flatten import Space
+from deqcore.solve.flatten import RavelSpec
 from deqcore.solve.verification import coupled_rows
 from deqcore.testing.problem import Problem, load_problem, place, rebuild, walk
 from deqcore.testing.problems import FUNCTIONS, golden
@@ -148,7 +148,7 @@ def _refuse_coupling(backend: Backend, problem: Problem, job: Job, f: Callable[.
         ProblemError: naming two of them.
     """
     params, inputs, z0, _ = data_of(problem, job, backend)
-    space = Space.of(backend, z0, problem.batch)
+    space = RavelSpec.of(backend, z0, problem.batch)
     raveled = space.wrap(f)
     with backend.quiet():
         pair = coupled_rows(backend, lambda z: backend.detach(raveled(z, params, inputs)), space.ravel(z0))

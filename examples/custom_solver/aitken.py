@@ -2,7 +2,7 @@
 
 It is written once and runs on PyTorch, JAX and NumPy: array operations go through `backend.xp`, inner
 products through the backend (which accumulates them in a wide dtype), and the state is a NamedTuple whose
-shapes never change. Tolerances, freezing of finished samples and the best iterate are the driver's business.
+shapes never change. Tolerances, freezing of finished samples and the best iterate are the loop's business.
 """
 
 from __future__ import annotations

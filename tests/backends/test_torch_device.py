@@ -12,7 +12,7 @@ import pytest
 
 import deqcore
 from deqcore.linear.gmres import gmres
-from deqcore.solve.loop import Control, drive
+from deqcore.solve.loop import StoppingCriteria, iterate
 from deqcore.solvers.anderson import Anderson
 from deqcore.solvers.broyden import Broyden
 from deqcore.solvers.picard import Picard
@@ -132,7 +132,9 @@ def problem(dtype, batch, n, gain=0.9):
 
 def solve(f, z, solver, rtol=0.0, max_steps=8, resume=None):
     with torch.no_grad():
-        return drive(TorchBackend(), solver, f, z, Control(rtol=rtol, max_steps=max_steps, check_every=4), resume)
+        return iterate(
+            TorchBackend(), solver, f, z, StoppingCriteria(rtol=rtol, max_steps=max_steps, check_every=4), resume
+        )
 
 
 @kernels
@@ -341,7 +343,7 @@ def test_powers_of_two_change_no_bit(solver, dtype, k):
     for s in (1.0, 2.0**-k, 2.0**k):
         f = lambda z, s=s: s * torch.tanh((z / s) @ weights) + s * x
         with torch.no_grad():
-            found.append(drive(TorchBackend(), solver, f, 0 * x, Control(rtol)))
+            found.append(iterate(TorchBackend(), solver, f, 0 * x, StoppingCriteria(rtol)))
             krylov = gmres(TorchBackend(), lambda v: v - v @ weights, s * x, rtol=rtol, max_steps=3)
         found[-1] = [found[-1].z.double() / s, found[-1].steps, found[-1].status, krylov.x.double() / s]
     for other in found[1:]:

@@ -9,7 +9,7 @@ import pytest
 
 import deqcore
 from deqcore.linear.gmres import KrylovSpace, gmres
-from deqcore.solve.loop import Control, drive
+from deqcore.solve.loop import StoppingCriteria, iterate
 from deqcore.solvers.anderson import Anderson
 from deqcore.solvers.broyden import Broyden
 from deqcore.solvers.picard import Picard
@@ -37,7 +37,7 @@ def problem(dtype, batch, n, gain=0.9):
 
 def solve(f, z, solver, rtol=0.0, max_steps=8):
     with torch.no_grad():
-        return drive(TorchBackend(), solver, f, z, Control(rtol=rtol, max_steps=max_steps))
+        return iterate(TorchBackend(), solver, f, z, StoppingCriteria(rtol=rtol, max_steps=max_steps))
 
 
 @pytest.fixture

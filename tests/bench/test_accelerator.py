@@ -81,11 +81,11 @@ def results() -> dict[str, Any]:
 
 
 def test_the_least_bytes_of_a_step_are_counted_by_hand() -> None:
-    from benchmarks.accelerator.parts import Stepped, least_bytes
+    from benchmarks.accelerator.parts import StepResult, least_bytes
 
     vector = 4 * 10  # numbers of a batch of 4
-    assert least_bytes(Stepped(4, 10, "float32"), 1) == (4 + 4) * vector * 4
-    assert least_bytes(Stepped(4, 10, "float32", "bfloat16"), 10) == 22 * vector * 2 + 4 * vector * 4
+    assert least_bytes(StepResult(4, 10, "float32"), 1) == (4 + 4) * vector * 4
+    assert least_bytes(StepResult(4, 10, "float32", "bfloat16"), 10) == 22 * vector * 2 + 4 * vector * 4
 
 
 def test_residuals_on_the_device_are_those_of_numpy() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 import deqcore
 from deqcore import plugins
-from deqcore.abc.backend import Carry
+from deqcore.abc.backend import LoopVars
 from deqcore.testing import strict
 from deqcore.testing.strict.array import StrictArray, StrictError
 
@@ -96,7 +96,7 @@ def test_the_namespace_has_the_standard_and_nothing_else():
 def test_a_loop_is_traced_even_if_it_never_runs():
     be = deqcore.get_backend(backend="strict")
 
-    def body(carry: Carry) -> Carry:
+    def body(carry: LoopVars) -> LoopVars:
         raise AssertionError("traced")
 
     with pytest.raises(AssertionError, match="traced"):

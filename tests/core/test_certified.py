@@ -11,7 +11,7 @@ import deqcore
 from deqcore.backward.broyden_reuse import BroydenReuse
 from deqcore.linear.certified import solve_certified
 from deqcore.solution import Status
-from deqcore.solve.loop import Control, drive
+from deqcore.solve.loop import StoppingCriteria, iterate
 from deqcore.solvers.broyden import Broyden
 
 N = 30
@@ -36,8 +36,12 @@ def reuse(be, jacobian, g, *, b=None, rtol=1e-5, **options):
     stored = be.asarray(jacobian)
     shift = be.asarray(np.random.default_rng(1).standard_normal(g.shape) if b is None else b)
     solver = Broyden(memory=60)
-    forward = drive(
-        be, solver, lambda z: be.xp.sum(stored * z[:, None, :], axis=2) + shift, 0 * shift, Control(rtol, max_steps=60)
+    forward = iterate(
+        be,
+        solver,
+        lambda z: be.xp.sum(stored * z[:, None, :], axis=2) + shift,
+        0 * shift,
+        StoppingCriteria(rtol, max_steps=60),
     )
     vjps = []
 

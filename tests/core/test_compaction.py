@@ -7,8 +7,8 @@ import pytest
 
 import deqcore
 from deqcore.errors import ConfigError, ProblemError
-from deqcore.solve.compaction import shrinking
-from deqcore.solve.loop import Control, drive
+from deqcore.solve.compaction import solve_compacted
+from deqcore.solve.loop import StoppingCriteria, iterate
 from deqcore.solvers.anderson import Anderson
 from deqcore.solvers.broyden import Broyden
 from deqcore.solvers.newton_krylov import NewtonKrylov
@@ -46,7 +46,7 @@ def solve(be, solver, compact, control, resume=None, dtype="float64", seen=None)
         return lambda z: f(z, *some)
 
     with be.quiet():
-        return drive(be, solver, lambda z: f(z, rates, x), 0 * x, control, resume, narrow if compact else None)
+        return iterate(be, solver, lambda z: f(z, rates, x), 0 * x, control, resume, narrow if compact else None)
 
 
 def assert_same(be, a, b):
@@ -54,7 +54,10 @@ def assert_same(be, a, b):
         np.testing.assert_array_equal(be.to_numpy(getattr(a, name)), be.to_numpy(getattr(b, name)), name)
 
 
-@pytest.mark.parametrize("control", [Control(1e-10, max_steps=60), Control(1e-10, max_steps=7), Control(0.0, 1e-3)])
+@pytest.mark.parametrize(
+    "control",
+    [StoppingCriteria(1e-10, max_steps=60), StoppingCriteria(1e-10, max_steps=7), StoppingCriteria(0.0, 1e-3)],
+)
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 def test_results_are_identical(be, solver, control):
     sizes = []
@@ -68,7 +71,7 @@ def test_results_are_identical(be, solver, control):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("solver", WITH_ESTIMATE, ids=repr)
 def test_estimates_are_identical(be, solver, dtype):
-    control = Control(1e-6, max_steps=60)
+    control = StoppingCriteria(1e-6, max_steps=60)
     kept, dropped = (solve(be, solver, compact, control, dtype=dtype) for compact in (False, True))
     v = be.asarray(np.random.default_rng(1).standard_normal(tuple(kept.z.shape)), dtype=dtype)
     for make in (solver.inverse_jacobian, solver.secant_estimate):
@@ -82,14 +85,14 @@ def test_estimates_are_identical(be, solver, dtype):
 @pytest.mark.parametrize("second", [False, True])
 @pytest.mark.parametrize("solver", SOLVERS[:4], ids=repr)
 def test_a_solve_goes_on_with_or_without(be, solver, second):
-    loose, tight = Control(1e-4, max_steps=60), Control(1e-11, max_steps=60)
+    loose, tight = StoppingCriteria(1e-4, max_steps=60), StoppingCriteria(1e-11, max_steps=60)
     kept = solve(be, solver, False, tight, solve(be, solver, False, loose).carry)
     dropped = solve(be, solver, second, tight, solve(be, solver, True, loose).carry)
     assert_same(be, kept, dropped)
 
 
 def test_a_late_check_changes_nothing(be):
-    control = Control(1e-10, max_steps=50)
+    control = StoppingCriteria(1e-10, max_steps=50)
     for every in (2, 5, 100):
         assert_same(
             be,
@@ -220,5 +223,5 @@ def test_no_step_is_taken_beyond_the_budget(be):
         status = be.asarray(np.zeros(4, np.int32))
         steps = be.asarray(np.zeros(4, np.int32))
 
-    assert shrinking(Fake(), advance, None, None, Still, 0) is Still
+    assert solve_compacted(Fake(), advance, None, None, Still, 0) is Still
     assert taken == [0]

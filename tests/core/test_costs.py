@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import deqcore
-from deqcore.solve.loop import Control, drive
+from deqcore.solve.loop import StoppingCriteria, iterate
 from deqcore.solvers.anderson import Anderson
 from deqcore.solvers.broyden import Broyden
 
@@ -37,7 +37,7 @@ def test_broyden_keeps_one_vector_per_step(backend, dtype, size, steps):
     x = torch.from_numpy(np.random.default_rng(1).standard_normal((2, n))).float()
     solver = Broyden(memory=100, history_dtype=dtype)
     with torch.no_grad():
-        end = drive(backend, solver, lambda z: rates * z + x, 0 * x, Control(0.0, max_steps=steps))
+        end = iterate(backend, solver, lambda z: rates * z + x, 0 * x, StoppingCriteria(0.0, max_steps=steps))
     vectors = steps + 1
     slots = stored(end.carry.state) / (2 * n * size)
     assert vectors <= slots < vectors + 4
@@ -53,7 +53,8 @@ def test_a_bfloat16_history_reaches_what_float32_reaches(backend, solver):
     narrow = type(solver)(history_dtype="bfloat16")
     with torch.no_grad():
         full, half = (
-            drive(backend, s, lambda z: z @ w + x, 0 * x, Control(1e-5, max_steps=200)) for s in (solver, narrow)
+            iterate(backend, s, lambda z: z @ w + x, 0 * x, StoppingCriteria(1e-5, max_steps=200))
+            for s in (solver, narrow)
         )
     truth = np.linalg.solve(np.eye(64) - w.double().numpy(), x.double().numpy().T).T
     for found in (full, half):
@@ -96,7 +97,9 @@ def test_a_solve_waits_no_more_often_than_it_checks(monkeypatch, backend, solver
     watch = Elsewhere(monkeypatch, backend)
     steps = 24
     with torch.no_grad():
-        end = drive(backend, solver, lambda z: z @ w + x, 0 * x, Control(0.0, max_steps=steps, check_every=every))
+        end = iterate(
+            backend, solver, lambda z: z @ w + x, 0 * x, StoppingCriteria(0.0, max_steps=steps, check_every=every)
+        )
     assert watch.waits <= -(-steps // every)
     monkeypatch.undo()
     assert end.steps.tolist() == [steps] * 4
@@ -107,8 +110,10 @@ def test_a_continued_solve_in_which_samples_fill_at_different_times(backend, mem
     w, solver = spectrum(32).double(), Broyden(memory=memory)
     x = torch.from_numpy(np.random.default_rng(3).standard_normal((3, 32)))
     x[0] *= 1e-3  # is done long before the others
-    first = drive(backend, solver, lambda z: z @ w + x, 0 * x, Control(0.0, atol=1e-2, max_steps=6 + memory))
-    end = drive(backend, solver, lambda z: z @ w + x, 0 * x, Control(0.0, atol=1e-9, max_steps=300), first.carry)
+    first = iterate(backend, solver, lambda z: z @ w + x, 0 * x, StoppingCriteria(0.0, atol=1e-2, max_steps=6 + memory))
+    end = iterate(
+        backend, solver, lambda z: z @ w + x, 0 * x, StoppingCriteria(0.0, atol=1e-9, max_steps=300), first.carry
+    )
     assert first.steps[0] < first.steps[1]
     assert end.status.tolist() == [1, 1, 1]
     np.testing.assert_allclose(end.fz.numpy(), np.linalg.solve(np.eye(32) - w.numpy(), x.numpy().T).T, atol=1e-7)

@@ -1,4 +1,4 @@
-"""The driver's promises, each as a test that fails without it. Solvers run on matrices `(batch, n)`."""
+"""The loop's promises, each as a test that fails without it. Solvers run on matrices `(batch, n)`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from deqcore.abc.solver import Solver
 from deqcore.solution import Status
-from deqcore.solve.loop import Control, drive
+from deqcore.solve.loop import StoppingCriteria, iterate
 from deqcore.solvers.anderson import Anderson
 from deqcore.solvers.broyden import Broyden
 from deqcore.solvers.picard import Picard
@@ -94,7 +94,7 @@ class Scripted(Solver):
 def test_a_sample_stops_at_the_first_iterate_that_meets_the_tolerance(be, truth):
     rates, b = np.array([0.0, 0.3, 0.9, -0.97])[:, None], truth.rng(0).standard_normal((4, 5))
     r, c = be.asarray(rates), be.asarray(b)
-    found = host(be, drive(be, Picard(), lambda z: r * z + c, 0 * c, Control(1e-3, max_steps=500)))
+    found = host(be, iterate(be, Picard(), lambda z: r * z + c, 0 * c, StoppingCriteria(1e-3, max_steps=500)))
     for i in range(4):
         trace = truth.picard(lambda z, i=i: rates[i] * z + b[i], np.zeros(5), 1e-3, max_steps=500)
         z, fz, residual = trace[-1]
@@ -109,7 +109,7 @@ def test_a_sample_stops_at_the_first_iterate_that_meets_the_tolerance(be, truth)
 def test_state_and_history_stop_with_their_sample(be, truth):
     rates, b = np.array([0.1, 0.5, 0.8])[:, None], truth.rng(1).standard_normal((3, 4))
     r, c = be.asarray(rates), be.asarray(b)
-    forward = drive(be, Counting(), lambda z: r * z + c, 0 * c, Control(1e-4, max_steps=49))
+    forward = iterate(be, Counting(), lambda z: r * z + c, 0 * c, StoppingCriteria(1e-4, max_steps=49))
     steps = be.to_numpy(forward.steps)
     state = forward.carry.state
     assert identical(be.to_numpy(state.count), steps.astype(float))
@@ -127,12 +127,12 @@ def test_a_batch_and_its_samples_alone_agree(be, truth, solver, seed, narrow):
     dtype, tolerance = ("float32", 1e-6) if narrow else ("float64", 1e-12)
     problem = truth.affine(seed, 4, 8, [0.1, 0.4, 0.7, 0.2])
     # A few steps: how fast rounding grows with the steps of an accelerated method is the method's business.
-    control = Control(1e-3, max_steps=6)
+    control = StoppingCriteria(1e-3, max_steps=6)
 
     def solve(rows):
         f = truth.affine_map(be, problem, rows, dtype)
         z0 = be.asarray(0 * problem.b[rows], dtype=dtype)
-        forward = drive(be, solver, f, z0, control)
+        forward = iterate(be, solver, f, z0, control)
         found = host(be, forward)
         if solver.has_estimate:
             found["estimate"] = estimate(be, solver, forward)
@@ -169,7 +169,7 @@ def test_a_bad_sample_changes_no_bit_of_its_neighbours(be, truth, solver, harm):
             poison = be.xp.full_like(fz, float(harm))
             return be.xp.where(row, poison, fz) if calls > 3 else fz
 
-        forward = drive(be, solver, f, be.asarray(0 * problem.b), Control(1e-10, max_steps=30))
+        forward = iterate(be, solver, f, be.asarray(0 * problem.b), StoppingCriteria(1e-10, max_steps=30))
         return forward, host(be, forward), estimate(be, solver, forward) if solver.has_estimate else None
 
     _, healthy, healthy_estimate = solve(False)
@@ -197,7 +197,7 @@ def test_the_best_iterate_is_kept_per_sample(be):
         (9.0, 1.0, 1.0, 1.0),
     )
     z0 = be.asarray(4.0 * np.ones((4, 3)))
-    forward = drive(be, Scripted(table), lambda z: 0 * z, z0, Control(1e-9, max_steps=4))
+    forward = iterate(be, Scripted(table), lambda z: 0 * z, z0, StoppingCriteria(1e-9, max_steps=4))
     found = host(be, forward)
     # f(z) = 0, so the residual is √3·|z|: best of each column, up to where it stopped being finite.
     # A step to where f is not finite is refused, and the next one decides.
@@ -212,7 +212,7 @@ def test_a_step_that_stays_refused_ends_with_the_best_finite_iterate(be):
     nan, inf = float("nan"), float("inf")
     table = ((4.0, 4.0, 4.0), (2.0, nan, 3.0), (1.0, nan, 2.0), *[(1.0, nan, inf)] * 9)
     z0 = be.asarray(4.0 * np.ones((3, 3)))
-    forward = drive(be, Scripted(table), lambda z: 0 * z, z0, Control(1e-9, max_steps=12))
+    forward = iterate(be, Scripted(table), lambda z: 0 * z, z0, StoppingCriteria(1e-9, max_steps=12))
     found = host(be, forward)
     assert found["z"][:, 0].tolist() == [1.0, 4.0, 2.0]
     assert found["residual"] == pytest.approx(np.sqrt(3.0) * np.array([1.0, 4.0, 2.0]))
@@ -230,7 +230,7 @@ def test_the_last_finite_iterate_of_a_failed_sample_is_the_best_not_the_last(be,
         calls += 1
         return plain(z) * float("nan") if calls >= 8 else plain(z)
 
-    found = host(be, drive(be, Picard(), f, be.asarray(0 * problem.b), Control(1e-9)))
+    found = host(be, iterate(be, Picard(), f, be.asarray(0 * problem.b), StoppingCriteria(1e-9)))
     for i in range(2):
         trace = truth.picard(lambda z, i=i: problem.a[i] @ z + problem.b[i], np.zeros(6), 0.0, max_steps=6)
         best = min(trace, key=lambda t: t[2])
@@ -258,7 +258,7 @@ def test_every_status_occurs_in_one_batch(be):
         return xp.concat(rows, axis=0)
 
     z0 = be.asarray(np.array([[0.0, 0.0], [0.0, 0.0], [1.0, 1.0], [0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]))
-    forward = drive(be, Picard(), f, z0, Control(1e-6, max_steps=60))
+    forward = iterate(be, Picard(), f, z0, StoppingCriteria(1e-6, max_steps=60))
     assert codes(forward, be) == [
         Status.CONVERGED,
         Status.MAX_STEPS,
@@ -268,7 +268,7 @@ def test_every_status_occurs_in_one_batch(be):
         Status.NONFINITE,
     ]
     found = host(be, forward)
-    assert found["steps"][2] == Control(1e-6).patience
+    assert found["steps"][2] == StoppingCriteria(1e-6).patience
     assert identical(found["z"][3], [0.0, 0.0])  # diverged from the start: nothing was better
     assert found["residual"][3] == pytest.approx(np.sqrt(2))
     assert identical(found["z"][4], [1.0, 1.0])
@@ -281,7 +281,7 @@ def test_patience_decides_when_a_sample_has_stalled(be):
     def f(z):
         return be.xp.concat([-z[:, 1:], z[:, :1]], axis=1)
 
-    forward = drive(be, Picard(), f, be.asarray(np.ones((1, 2))), Control(1e-6, patience=7))
+    forward = iterate(be, Picard(), f, be.asarray(np.ones((1, 2))), StoppingCriteria(1e-6, patience=7))
     assert codes(forward, be) == [Status.STALLED]
     assert int(forward.steps[0]) == 7
 
@@ -289,14 +289,16 @@ def test_patience_decides_when_a_sample_has_stalled(be):
 def test_blow_up_is_seen_where_the_limit_itself_would_overflow(be):
     # One number per sample, so that the norm does not overflow before the limit does.
     z0 = be.asarray(np.array([[1.0]]), dtype="float32")
-    forward = drive(be, Picard(), lambda z: be.xp.where(z > 1, z * z, 0 * z + 1e34), z0, Control(1e-3, max_steps=5))
+    forward = iterate(
+        be, Picard(), lambda z: be.xp.where(z > 1, z * z, 0 * z + 1e34), z0, StoppingCriteria(1e-3, max_steps=5)
+    )
     assert codes(forward, be)[0] in (Status.NONFINITE, Status.DIVERGED)
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 def test_f_infinite_at_the_first_step_returns_the_start(be, solver):
     z0 = be.asarray(np.array([[0.0, 0.0], [1.0, 1.0]]))
-    forward = drive(be, solver, lambda z: 0.5 / (z * z), z0, Control(1e-8, max_steps=30))
+    forward = iterate(be, solver, lambda z: 0.5 / (z * z), z0, StoppingCriteria(1e-8, max_steps=30))
     found = host(be, forward)
     assert codes(forward, be) == [Status.NONFINITE, Status.CONVERGED] or isinstance(solver, Picard)
     assert codes(forward, be)[0] is Status.NONFINITE
@@ -310,7 +312,7 @@ def test_f_infinite_at_the_first_step_returns_the_start(be, solver):
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 def test_what_does_not_contract_is_never_called_converged(be, truth, solver):
     # f(z) = 1.5 z: the only fixed point is 0, and from 1 plain iteration runs away.
-    forward = drive(be, solver, lambda z: 1.5 * z, be.asarray(np.ones((1, 3))), Control(1e-6, max_steps=60))
+    forward = iterate(be, solver, lambda z: 1.5 * z, be.asarray(np.ones((1, 3))), StoppingCriteria(1e-6, max_steps=60))
     (status,) = codes(forward, be)
     z, residual = host(be, forward)["z"][0], host(be, forward)["residual"][0]
     if status is Status.CONVERGED:  # at 0, where nothing is relative to ‖f(z)‖
@@ -325,12 +327,12 @@ def test_what_does_not_contract_is_never_called_converged(be, truth, solver):
 
 def test_the_residual_is_the_true_one_under_damping(be):
     # ‖f(z) − z‖ = 0.5·(1 − 0.05·0.5)^k·‖…‖: a damped step would look 20 times smaller.
-    forward = drive(
+    forward = iterate(
         be,
         Picard(damping=0.05),
         lambda z: 0.5 * z + 1,
         be.asarray(np.zeros((1, 4))),
-        Control(1e-3, max_steps=500),
+        StoppingCriteria(1e-3, max_steps=500),
     )
     found = host(be, forward)
     z, fz = found["z"][0], found["fz"][0]
@@ -345,8 +347,8 @@ def test_the_residual_is_the_true_one_under_damping(be):
 
 @pytest.mark.parametrize(("atol", "rtol"), [(1e-2, 0.0), (0.0, 1e-2), (5e-3, 5e-3)])
 def test_absolute_and_relative_tolerance_add_up(be, truth, atol, rtol):
-    control = Control(rtol, atol=atol, max_steps=100)
-    forward = drive(be, Picard(), lambda z: 0.7 * z + 9, be.asarray(np.zeros((1, 3))), control)
+    control = StoppingCriteria(rtol, atol=atol, max_steps=100)
+    forward = iterate(be, Picard(), lambda z: 0.7 * z + 9, be.asarray(np.zeros((1, 3))), control)
     trace = truth.picard(lambda z: 0.7 * z + 9, np.zeros(3), rtol, atol)
     assert int(forward.steps[0]) == len(trace) - 1
 
@@ -354,7 +356,7 @@ def test_absolute_and_relative_tolerance_add_up(be, truth, atol, rtol):
 def test_norms_of_float16_states_do_not_overflow(be):
     # 20,000 numbers of 900: their norm is 127,279 and float16 ends at 65,504.
     b = be.asarray(np.full((1, 20_000), 450.0), dtype="float16")
-    forward = drive(be, Picard(), lambda z: 0.5 * z + b, 0 * b, Control(1e-2))
+    forward = iterate(be, Picard(), lambda z: 0.5 * z + b, 0 * b, StoppingCriteria(1e-2))
     found = host(be, forward)
     assert codes(forward, be) == [Status.CONVERGED]
     assert found["z"].dtype == np.float16
@@ -369,7 +371,7 @@ def test_norms_of_float16_states_do_not_overflow(be):
 def test_accelerated_solvers_work_in_float16(be, truth, solver):
     problem = truth.affine(8, 3, 16, 0.6)
     f = truth.affine_map(be, problem, dtype="float16")
-    forward = drive(be, solver, f, be.asarray(0 * problem.b, dtype="float16"), Control(5e-3))
+    forward = iterate(be, solver, f, be.asarray(0 * problem.b, dtype="float16"), StoppingCriteria(5e-3))
     found = host(be, forward)
     assert found["z"].dtype == np.float16
     assert set(found["status"]) == {Status.CONVERGED}
@@ -389,7 +391,7 @@ def test_step_budgets_of_zero_one_and_two(be, truth, solver, budget):
         calls.append(be.to_numpy(z).copy())
         return plain(z)
 
-    forward = drive(be, solver, f, be.asarray(problem.b), Control(1e-9, max_steps=budget))
+    forward = iterate(be, solver, f, be.asarray(problem.b), StoppingCriteria(1e-9, max_steps=budget))
     found = host(be, forward)
     assert len(calls) == 1 + budget
     assert found["evaluations"].tolist() == [1 + budget] * 3
@@ -410,7 +412,7 @@ def test_a_start_that_is_a_fixed_point_takes_no_step(be, solver, rtol):
         calls.append(1)
         return 0.5 * z
 
-    forward = drive(be, solver, f, be.asarray(np.zeros((2, 3))), Control(rtol))
+    forward = iterate(be, solver, f, be.asarray(np.zeros((2, 3))), StoppingCriteria(rtol))
     assert codes(forward, be) == [Status.CONVERGED] * 2
     assert len(calls) == 1
     assert be.to_numpy(forward.steps).tolist() == [0, 0]
@@ -426,7 +428,7 @@ def test_batches_of_none_and_one(be, truth, solver):
     for batch in (0, 1):
         problem = truth.affine(4, batch, 6, 0.5)
         f = truth.affine_map(be, problem)
-        forward = drive(be, solver, f, be.asarray(np.zeros((batch, 6))), Control(1e-10, max_steps=80))
+        forward = iterate(be, solver, f, be.asarray(np.zeros((batch, 6))), StoppingCriteria(1e-10, max_steps=80))
         found = host(be, forward)
         assert found["z"].shape == (batch, 6)
         assert found["status"].tolist() == [Status.CONVERGED] * batch
@@ -436,7 +438,7 @@ def test_batches_of_none_and_one(be, truth, solver):
 
 
 def test_samples_of_no_numbers_have_converged(be):
-    forward = drive(be, Broyden(), lambda z: z, be.asarray(np.zeros((3, 0))), Control(1e-6))
+    forward = iterate(be, Broyden(), lambda z: z, be.asarray(np.zeros((3, 0))), StoppingCriteria(1e-6))
     assert codes(forward, be) == [Status.CONVERGED] * 3
 
 
@@ -454,7 +456,9 @@ def test_late_checks_change_nothing(be, truth, solver):
             calls.append(1)
             return plain(z)
 
-        forward = drive(be, solver, f, be.asarray(0 * problem.b), Control(1e-7, max_steps=200, check_every=every))
+        forward = iterate(
+            be, solver, f, be.asarray(0 * problem.b), StoppingCriteria(1e-7, max_steps=200, check_every=every)
+        )
         found = host(be, forward)
         if solver.has_estimate:
             found["estimate"] = estimate(be, solver, forward)
@@ -476,7 +480,7 @@ def test_a_late_check_does_not_exceed_the_step_budget(be, truth, solver):
         calls.append(1)
         return plain(z)
 
-    forward = drive(be, solver, f, be.asarray(0 * problem.b), Control(1e-12, max_steps=10, check_every=7))
+    forward = iterate(be, solver, f, be.asarray(0 * problem.b), StoppingCriteria(1e-12, max_steps=10, check_every=7))
     assert len(calls) == 11
     assert be.to_numpy(forward.steps).tolist() == [10, 10]
 
@@ -502,9 +506,9 @@ def test_the_loop_asks_no_more_often_than_it_is_told(be, every):
 def test_two_halves_of_a_solve_are_the_whole(be, truth, solver):
     problem = truth.affine(9, 3, 10, 0.9)
     f, z0 = truth.affine_map(be, problem), be.asarray(0 * problem.b)
-    whole = drive(be, solver, f, z0, Control(0.0, max_steps=14))
-    half = drive(be, solver, f, z0, Control(0.0, max_steps=7))
-    rest = drive(be, solver, f, z0, Control(0.0, max_steps=7), half.carry)
+    whole = iterate(be, solver, f, z0, StoppingCriteria(0.0, max_steps=14))
+    half = iterate(be, solver, f, z0, StoppingCriteria(0.0, max_steps=7))
+    rest = iterate(be, solver, f, z0, StoppingCriteria(0.0, max_steps=7), half.carry)
     a, b = host(be, whole), host(be, rest)
     for name in FIELDS:
         once_more = name == "evaluations"  # on resuming, f is asked whether it is the same
@@ -517,10 +521,10 @@ def test_two_halves_of_a_solve_are_the_whole(be, truth, solver):
 def test_going_on_leaves_the_first_estimate_alone(be, truth, solver):
     problem = truth.affine(10, 3, 10, [0.5, 0.8, 0.9])
     f, z0 = truth.affine_map(be, problem), be.asarray(0 * problem.b)
-    first = drive(be, solver, f, z0, Control(1e-3, max_steps=9))
+    first = iterate(be, solver, f, z0, StoppingCriteria(1e-3, max_steps=9))
     before, found = estimate(be, solver, first), host(be, first)
     for _ in range(2):
-        drive(be, solver, f, z0, Control(1e-12, max_steps=30), first.carry)
+        iterate(be, solver, f, z0, StoppingCriteria(1e-12, max_steps=30), first.carry)
     assert identical(estimate(be, solver, first), before)
     after = host(be, first)
     assert all(identical(after[name], found[name]) for name in FIELDS)
@@ -546,11 +550,11 @@ def test_a_frozen_sample_that_goes_on_keeps_its_secant_equation(be, truth):
     problem = truth.affine(0, 2, 12, [0.5, 0.97])
     f, z0 = truth.affine_map(be, problem), be.asarray(0 * problem.b)
     solver = Watched(memory=14)
-    first = drive(be, solver, f, z0, Control(1e-2, max_steps=13))
+    first = iterate(be, solver, f, z0, StoppingCriteria(1e-2, max_steps=13))
     steps = be.to_numpy(first.steps)
     assert steps[1] - steps[0] >= 4  # it was frozen for a while
     solver.errors.clear()
-    rest = drive(be, solver, f, z0, Control(1e-11, max_steps=60), first.carry)
+    rest = iterate(be, solver, f, z0, StoppingCriteria(1e-11, max_steps=60), first.carry)
     assert codes(rest, be) == [Status.CONVERGED] * 2
     assert host(be, rest)["z"] == pytest.approx(problem.root, rel=1e-8)
     taken = int(be.to_numpy(rest.steps)[0] - steps[0])
@@ -565,11 +569,11 @@ def test_going_on_stalls_no_sooner_in_company_than_alone(be):
         return be.xp.concat([turn, 0.9 * z[1:] + 1], axis=0) if z.shape[0] == 2 else turn
 
     z0 = be.asarray(np.array([[1.0, 1.0], [0.0, 0.0]]))
-    loose, tight = Control(2.0, max_steps=5), Control(1e-6, max_steps=100, patience=9)
+    loose, tight = StoppingCriteria(2.0, max_steps=5), StoppingCriteria(1e-6, max_steps=100, patience=9)
     steps = []
     for start in (z0[:1], z0):
-        first = drive(be, Picard(), f, start, loose)
-        rest = drive(be, Picard(), f, start, tight, first.carry)
+        first = iterate(be, Picard(), f, start, loose)
+        rest = iterate(be, Picard(), f, start, tight, first.carry)
         assert codes(rest, be)[0] is Status.STALLED
         steps.append(int(rest.steps[0]))
     assert steps[0] == steps[1] == 9
@@ -584,8 +588,8 @@ def test_samples_that_failed_stay_failed_when_the_others_go_on(be):
         return be.xp.concat([bad, 0.9 * z[1:] + 1], axis=0)
 
     z0 = be.asarray(np.zeros((2, 3)))
-    first = drive(be, Picard(), f, z0, Control(1e-6, max_steps=5))
-    rest = drive(be, Picard(), f, z0, Control(1e-6, max_steps=200), first.carry)
+    first = iterate(be, Picard(), f, z0, StoppingCriteria(1e-6, max_steps=5))
+    rest = iterate(be, Picard(), f, z0, StoppingCriteria(1e-6, max_steps=200), first.carry)
     assert codes(first, be) == [Status.NONFINITE, Status.MAX_STEPS]
     assert codes(rest, be) == [Status.NONFINITE, Status.CONVERGED]
     assert identical(host(be, rest)["z"][0], host(be, first)["z"][0])
@@ -615,8 +619,8 @@ class NestedState(Solver):
 
 def test_nested_states_are_frozen_leaf_by_leaf(be):
     rates = be.asarray(np.array([[0.1], [0.9]]))
-    forward = drive(
-        be, NestedState(), lambda z: rates * z + 1, be.asarray(np.zeros((2, 3))), Control(1e-4, max_steps=99)
+    forward = iterate(
+        be, NestedState(), lambda z: rates * z + 1, be.asarray(np.zeros((2, 3))), StoppingCriteria(1e-4, max_steps=99)
     )
     found, state = host(be, forward), forward.carry.state
     assert isinstance(state, Nested)

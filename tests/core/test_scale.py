@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import deqcore
-from deqcore.solve.loop import Control, drive
+from deqcore.solve.loop import StoppingCriteria, iterate
 from deqcore.solvers.anderson import Anderson
 from deqcore.solvers.broyden import Broyden
 
@@ -186,7 +186,7 @@ def test_powers_of_two_change_no_bit(name, k, solver):
     for s in (1.0, 2.0**-k, 2.0**k):
         f = lambda z, s=s: s * backend.xp.tanh((z / s) @ weights) + s * x
         with backend.quiet(), nothing(name):
-            found.append(drive(backend, solver, f, 0 * x, Control(1e-9 if k > 100 else 1e-5)))
+            found.append(iterate(backend, solver, f, 0 * x, StoppingCriteria(1e-9 if k > 100 else 1e-5)))
     plain = found[0]
     assert plain.carry.state.unit is None
     for other, s in zip(found[1:], (2.0**-k, 2.0**k), strict=True):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import deqcore
 from deqcore.errors import ConfigError
 from deqcore.solution import Status
-from deqcore.solve.loop import Control, drive
+from deqcore.solve.loop import StoppingCriteria, iterate
 from deqcore.solvers.anderson import Anderson
 from deqcore.solvers.broyden import Broyden
 from deqcore.solvers.picard import Picard
@@ -48,7 +48,7 @@ def solve(be, name, f, z0, rtol=1e-11, **settings):
 
 
 def step_through(be, solver, f, z0, steps):
-    """Iterates and states of a solver, without the driver."""
+    """Iterates and states of a solver, without the loop."""
     z = be.asarray(z0)
     fz = f(z)
     state = solver.init(be, z, fz)
@@ -396,7 +396,7 @@ def test_newton_krylov_needs_fewer_evaluations_than_broyden_on_slow_modes(be, se
     np.testing.assert_allclose(be.to_numpy(newton.value), np.linalg.solve(np.eye(96) - w, b.T).T, atol=1e-4)
 
 
-# -- the driver with a solver of one's own ----------------------------------------------------------------------
+# -- the loop with a solver of one's own ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -417,5 +417,5 @@ def test_evaluations_count_what_a_step_costs(be):
         calls.append(1)
         return 0.5 * z + 1
 
-    forward = drive(be, CountedPicard(), f, be.asarray(np.zeros((1, 2))), Control(1e-6))
+    forward = iterate(be, CountedPicard(), f, be.asarray(np.zeros((1, 2))), StoppingCriteria(1e-6))
     assert len(calls) == int(forward.evaluations[0]) == 1 + 2 * int(forward.steps[0])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deqcore.errors import ProblemError, StateError
-from deqcore.solve.flatten import Space
+from deqcore.solve.flatten import RavelSpec
 
 Pair = namedtuple("Pair", "first second")
 
@@ -22,7 +22,7 @@ def test_ravel_and_unravel_undo_each_other(be, shapes, batch, seed):
     random = np.random.default_rng(seed)
     arrays = [random.standard_normal((batch, *shape)) for shape in shapes]
     tree = {"list": [be.asarray(a) for a in arrays[1:]], "first": (be.asarray(arrays[0]),)}
-    space = Space.of(be, tree, batch=True)
+    space = RavelSpec.of(be, tree, batch=True)
     matrix = be.to_numpy(space.ravel(tree))
     assert matrix.shape == (batch, sum(int(np.prod(shape)) for shape in shapes))
     for i in range(batch):  # a row holds its own sample's numbers and no other's
@@ -35,7 +35,7 @@ def test_ravel_and_unravel_undo_each_other(be, shapes, batch, seed):
 
 def test_without_a_batch_the_whole_state_is_one_row(be):
     tree = [be.asarray(np.arange(3.0)), be.asarray(np.ones((2, 2))), be.asarray(np.array(7.0))]
-    space = Space.of(be, tree, batch=False)
+    space = RavelSpec.of(be, tree, batch=False)
     matrix = be.to_numpy(space.ravel(tree))
     assert matrix.tolist() == [[0.0, 1.0, 2.0, 1.0, 1.0, 1.0, 1.0, 7.0]]
     back = space.unravel(be.asarray(matrix))
@@ -44,7 +44,7 @@ def test_without_a_batch_the_whole_state_is_one_row(be):
 
 def test_named_tuples_keep_their_type(be):
     tree = Pair(be.asarray(np.ones((2, 1))), be.asarray(np.zeros((2, 2))))
-    space = Space.of(be, tree, batch=True)
+    space = RavelSpec.of(be, tree, batch=True)
     assert isinstance(space.unravel(space.ravel(tree)), Pair)
 
 
@@ -66,7 +66,7 @@ def test_an_unfit_state_is_refused(be, tree, batch, words):
     convert = lambda a: be.asarray(a) if isinstance(a, np.ndarray) else a
     tree = [convert(a) for a in tree] if isinstance(tree, list) else convert(tree)
     with pytest.raises(StateError) as caught:
-        Space.of(be, tree, batch)
+        RavelSpec.of(be, tree, batch)
     for word in words:
         assert word in str(caught.value)
 
@@ -77,8 +77,8 @@ def test_a_state_on_two_devices_is_refused():
 
     be = deqcore.get_backend(backend="torch")
     with pytest.raises(StateError, match="on the devices cpu, meta, but one is expected: move them together"):
-        Space.of(be, [torch.zeros(2, 2), torch.zeros(2, 2, device="meta")], batch=True)
-    space = Space.of(be, torch.zeros(2, 2), batch=True)
+        RavelSpec.of(be, [torch.zeros(2, 2), torch.zeros(2, 2, device="meta")], batch=True)
+    space = RavelSpec.of(be, torch.zeros(2, 2), batch=True)
     with pytest.raises(ProblemError, match="an array on meta for a state on cpu: move z0, or the parameters"):
         space.wrap(lambda z: torch.zeros(2, 2, device="meta"))(torch.zeros(2, 2))
 
@@ -99,21 +99,21 @@ def test_a_state_on_two_devices_is_refused():
 def test_what_f_returns_must_fit_the_state(be, f, words):
     z = be.asarray(np.ones((2, 3)))
     with pytest.raises(ProblemError) as caught:
-        Space.of(be, z, batch=True).wrap(lambda z: f(be, z))(z)
+        RavelSpec.of(be, z, batch=True).wrap(lambda z: f(be, z))(z)
     for word in words:
         assert word in str(caught.value)
 
 
 def test_the_leaf_at_fault_is_named(be):
     tree = [be.asarray(np.ones((2, 3))), be.asarray(np.ones((2, 1)))]
-    space = Space.of(be, tree, batch=True)
+    space = RavelSpec.of(be, tree, batch=True)
     with pytest.raises(ProblemError, match=r"shape \(2, 3\) for leaf 1, but the state has \(2, 1\)"):
         space.wrap(lambda z: [z[0], z[0]])(space.ravel(tree))
 
 
 def test_f_gets_its_tree_and_its_arguments(be):
     tree = {"a": be.asarray(np.ones((2, 3))), "b": be.asarray(np.full((2, 1), 2.0))}
-    space = Space.of(be, tree, batch=True)
+    space = RavelSpec.of(be, tree, batch=True)
     seen = []
 
     def f(z, scale, *, _unused=None):
@@ -135,7 +135,7 @@ def test_f_gets_its_tree_and_its_arguments(be):
     ],
 )
 def test_a_tree_that_must_be_like_the_state_is_checked(be, tree, kind):
-    space = Space.of(be, be.asarray(np.ones((2, 3))), batch=True)
+    space = RavelSpec.of(be, be.asarray(np.ones((2, 3))), batch=True)
     convert = lambda a: be.asarray(a) if isinstance(a, np.ndarray) else a
     tree = [convert(a) for a in tree] if isinstance(tree, list) else convert(tree)
     with pytest.raises(StateError) as caught:

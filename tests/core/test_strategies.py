@@ -14,7 +14,7 @@ from deqcore.abc.backward import Adjoint
 from deqcore.errors import ConfigError, StrategyError
 from deqcore.linear.lowrank import InverseJacobian
 from deqcore.solution import Status
-from deqcore.solve.loop import Control, drive
+from deqcore.solve.loop import StoppingCriteria, iterate
 from deqcore.solvers.broyden import Broyden
 
 PLAIN = {"certify": False, "target": None, "fallback": "none"}
@@ -143,7 +143,9 @@ def test_starts_are_what_they_say(be, truth):
     """With no steps, u is the start."""
     problem = truth.affine(3, 2, 6, 0.6)
     g = truth.rng(4).standard_normal((2, 6))
-    forward = drive(be, Broyden(), truth.affine_map(be, problem), be.asarray(0 * problem.b), Control(0.0, max_steps=6))
+    forward = iterate(
+        be, Broyden(), truth.affine_map(be, problem), be.asarray(0 * problem.b), StoppingCriteria(0.0, max_steps=6)
+    )
     estimate = Broyden().inverse_jacobian(be, forward.carry.state)
     inverses = [
         truth.broyden(lambda z, i=i: problem.a[i] @ z + problem.b[i], 0 * problem.b[i], 6)[1][-1] for i in range(2)
@@ -340,7 +342,7 @@ def test_the_certificate_is_the_residual_that_others_measure(be, truth, options)
     problem = truth.affine(12, 6, 16, [0.0, 0.3, 0.6, 0.8, 0.9, 0.97])
     g = truth.rng(13).standard_normal((6, 16))
     solver = Broyden()
-    forward = drive(be, solver, truth.affine_map(be, problem), be.asarray(0 * problem.b), Control(1e-3))
+    forward = iterate(be, solver, truth.affine_map(be, problem), be.asarray(0 * problem.b), StoppingCriteria(1e-3))
     strategy = plugins.make_strategy("broyden-reuse", options)
     a = be.asarray(problem.a)
     adjoint = Adjoint(be, strategy, solver)
@@ -446,7 +448,7 @@ def test_an_estimate_is_a_linear_operator(be, truth):
     v, w = (be.asarray(truth.rng(i).standard_normal((2, 8))) for i in range(2))
     for name in ("broyden", "anderson"):
         solver = plugins.make_solver(name)
-        forward = drive(be, solver, truth.affine_map(be, problem), be.asarray(0 * problem.b), Control(1e-6))
+        forward = iterate(be, solver, truth.affine_map(be, problem), be.asarray(0 * problem.b), StoppingCriteria(1e-6))
         for h in (solver.inverse_jacobian(be, forward.carry.state), solver.secant_estimate(be, forward.carry.state)):
             assert isinstance(h, InverseJacobian)
             mixed = be.to_numpy(h.apply(2 * v - 3 * w))

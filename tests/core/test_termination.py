@@ -7,7 +7,7 @@ import pytest
 
 import deqcore
 from deqcore.solution import Status
-from deqcore.solve.loop import Control, drive
+from deqcore.solve.loop import StoppingCriteria, iterate
 from deqcore.solvers.anderson import Anderson
 from deqcore.solvers.broyden import Broyden
 from deqcore.solvers.newton_krylov import NewtonKrylov
@@ -191,18 +191,18 @@ def test_a_refused_step_changes_no_bit_of_its_neighbours(be, solver):
             cell = 0.7 * be.xp.tanh(be.xp.roll(z, 1, axis=1)) + b
             return be.xp.where(wall, z - 3.0 * (be.xp.sqrt(z) - 0.5), cell) if walled else cell
 
-        return drive(be, solver, f, be.asarray(np.full((3, 5), 4.0)), Control(1e-10, max_steps=60))
+        return iterate(be, solver, f, be.asarray(np.full((3, 5), 4.0)), StoppingCriteria(1e-10, max_steps=60))
 
     refused, plain = run(True), run(False)
     for name in ("z", "fz", "residual", "status", "steps"):
         one, two = (be.to_numpy(getattr(found, name))[1:] for found in (refused, plain))
         assert np.array_equal(one, two), name
-    alone = drive(
+    alone = iterate(
         be,
         solver,
         lambda z: z - 3.0 * (be.xp.sqrt(z) - 0.5),
         be.asarray(np.full((1, 5), 4.0)),
-        Control(1e-10, max_steps=60),
+        StoppingCriteria(1e-10, max_steps=60),
     )
     assert abs(int(alone.steps[0]) - int(refused.steps[0])) <= 1
 
@@ -215,16 +215,16 @@ def test_finite_steps_cost_nothing(be, solver):
         calls.append(1)
         return 0.5 * z + 1.0
 
-    found = drive(be, solver, f, be.asarray(np.zeros((2, 3))), Control(1e-9))
+    found = iterate(be, solver, f, be.asarray(np.zeros((2, 3))), StoppingCriteria(1e-9))
     assert len(calls) == int(found.evaluations.max()) == 1 + int(found.steps.max())
 
 
 def test_a_refused_step_cut_off_by_the_budget_is_taken_up_again(be):
     f = lambda z: z - 3.0 * (be.xp.sqrt(z) - 0.5)
     z0 = be.asarray(np.full((1, 2), 4.0))
-    first = drive(be, Broyden(), f, z0, Control(1e-9, max_steps=1))
+    first = iterate(be, Broyden(), f, z0, StoppingCriteria(1e-9, max_steps=1))
     assert Status(int(first.status[0])) is Status.NONFINITE
-    rest = drive(be, Broyden(), f, z0, Control(1e-9, max_steps=40), first.carry)
+    rest = iterate(be, Broyden(), f, z0, StoppingCriteria(1e-9, max_steps=40), first.carry)
     assert Status(int(rest.status[0])) is Status.CONVERGED
     np.testing.assert_allclose(be.to_numpy(rest.fz), 0.25, atol=1e-8)
 
@@ -232,7 +232,7 @@ def test_a_refused_step_cut_off_by_the_budget_is_taken_up_again(be):
 def test_a_secant_estimate_ignores_the_point_after_a_refused_step(be):
     f = lambda z: z - 3.0 * (be.xp.sqrt(z) - 0.5)
     for solver in (Broyden(), Anderson()):
-        found = drive(be, solver, f, be.asarray(np.full((1, 1), 4.0)), Control(1e-10, max_steps=60))
+        found = iterate(be, solver, f, be.asarray(np.full((1, 1), 4.0)), StoppingCriteria(1e-10, max_steps=60))
         h = solver.secant_estimate(be, found.carry.state)
         v = be.asarray(np.ones((1, 1)))
         expected = 1.0 / (-3.0 * 0.5 / np.sqrt(0.25))  # (df/dz − 1)⁻¹

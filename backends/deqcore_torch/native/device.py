@@ -1,4 +1,4 @@
-"""What GPUs have a native version of: steps, products with histories, and what the driver does after a step."""
+"""What GPUs have a native version of: steps, products with histories, and what the loop does after a step."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deqcore.abc.backend import Backend, Map, Stepped
+from deqcore.abc.backend import Backend, Map, StepResult
 from deqcore.abc.solver import Solver
 from deqcore.linear.gmres import Krylov
 from deqcore.solution import Status
-from deqcore.solve.loop import Carry
+from deqcore.solve.loop import LoopState
 from deqcore.solve.termination import BLOW_UP, DROP, FALL, LOST, PROGRESS, REFUSED, Limits
 from deqcore.solvers.anderson import Anderson, AndersonState
 from deqcore.solvers.broyden import Broyden, BroydenState
@@ -58,7 +58,7 @@ def probe() -> None:
     measure(one, one)
 
 
-def step(backend: Backend, solver: Solver, f: Map, z: Tensor, fz: Tensor, state: Any) -> Stepped | None:
+def step(backend: Backend, solver: Solver, f: Map, z: Tensor, fz: Tensor, state: Any) -> StepResult | None:
     """One step of `solver`, or None where there is no native version for it or for these tensors.
 
     Args: as for `deqcore_torch.native.steps.step`.
@@ -165,7 +165,7 @@ def _unit(unit: Tensor | None, norm: Tensor) -> Tensor:
     return torch.ones_like(norm) if unit is None else unit.contiguous()
 
 
-def _broyden(backend: Backend, f: Map, z: Tensor, state: BroydenState) -> Stepped | None:
+def _broyden(backend: Backend, f: Map, z: Tensor, state: BroydenState) -> StepResult | None:
     basis, small = state.basis, (state.gram, state.left, state.right, state.pairs)
     if not _holds(basis) or basis.may_be_full():
         return None
@@ -207,12 +207,12 @@ def _broyden(backend: Backend, f: Map, z: Tensor, state: BroydenState) -> Steppe
         )
     after, gram, left, right, pairs = (h.appended(after_seen) for h in (basis, *small))
     state = BroydenState(after, gram, left, right, pairs, newest, following, norm, None, state.unit)
-    return Stepped(z, value, state, size, frozen=True)
+    return StepResult(z, value, state, size, frozen=True)
 
 
 def _anderson(
     backend: Backend, solver: Anderson, f: Map, z: Tensor, fz: Tensor, state: AndersonState
-) -> Stepped | None:
+) -> StepResult | None:
     values, residuals = state.values, state.residuals
     if not (_holds(values) and _holds(residuals)) or values.memory > MOST // 2:
         return None
@@ -261,7 +261,7 @@ def _anderson(
         )
     values, residuals = values.appended(after_seen), residuals.appended(after_seen)
     state = AndersonState(values, residuals, system, scale, target, following, g, norm, state.unit)
-    return Stepped(z, value, state, size, frozen=True)
+    return StepResult(z, value, state, size, frozen=True)
 
 
 def measure(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
@@ -296,8 +296,10 @@ def _norm_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def keep(carry: Carry, found: Stepped, residual: Tensor, size: Tensor | None, limits: Limits) -> Carry | None:
-    """What the driver keeps of a step, all but the solver's state, which stays that of `carry`."""
+def keep(
+    carry: LoopState, found: StepResult, residual: Tensor, size: Tensor | None, limits: Limits
+) -> LoopState | None:
+    """What the loop keeps of a step, all but the solver's state, which stays that of `carry`."""
     rtol, atol = limits.rtol, limits.atol
     if not isinstance(rtol, float) or (rtol != 0.0 and not isinstance(atol, float)):
         return None

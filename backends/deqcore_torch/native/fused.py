@@ -423,7 +423,7 @@ def keep(
     progress: tl.constexpr, refused: tl.constexpr, running: tl.constexpr, converged: tl.constexpr,
     stalled: tl.constexpr, diverged: tl.constexpr, absolute: tl.constexpr, frozen: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """The driver's judgement of a sample, and the iterates that stay: the new one if it takes part, and the best one.
+    """The loop's judgement of a sample, and the iterates that stay: the new one if it takes part, and the best one.
 
     Names and formulas are those of `deqcore.solve.termination`. `goal` is atol + rtol·‖f(z)‖, with `absolute` atol itself.
     With `frozen` z is already that of samples that take no part.

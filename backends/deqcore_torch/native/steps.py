@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deqcore.abc.backend import Backend, Map, Stepped
+from deqcore.abc.backend import Backend, Map, StepResult
 from deqcore.abc.solver import Solver
 from deqcore.linear.gmres import Krylov
 from deqcore.solvers.anderson import Anderson, AndersonState
@@ -26,7 +26,7 @@ def probe() -> None:
     measure(one, one)
 
 
-def step(backend: Backend, solver: Solver, f: Map, z: Tensor, fz: Tensor, state: Any) -> Stepped | None:
+def step(backend: Backend, solver: Solver, f: Map, z: Tensor, fz: Tensor, state: Any) -> StepResult | None:
     """One step of `solver`, or None where there is no native version for it or for these tensors.
 
     Args:
@@ -93,7 +93,7 @@ def _next(history: TorchHistory, base: Tensor, coefficients: Tensor) -> Tensor:
     return out
 
 
-def _broyden(backend: Backend, f: Map, z: Tensor, state: BroydenState) -> Stepped | None:
+def _broyden(backend: Backend, f: Map, z: Tensor, state: BroydenState) -> StepResult | None:
     small = state[1:5]
     if not _holds(state.basis, z) or state.basis.may_be_full():
         return None
@@ -123,10 +123,10 @@ def _broyden(backend: Backend, f: Map, z: Tensor, state: BroydenState) -> Steppe
     newest[:, slot] = 1.0
     gram, left, right, pairs = (h.appended(after.seen) for h in small)
     state = BroydenState(after, gram, left, right, pairs, newest, following, norm, None, state.unit)
-    return Stepped(z, value, state)
+    return StepResult(z, value, state)
 
 
-def _anderson(backend: Backend, solver: Anderson, f: Map, fz: Tensor, state: AndersonState) -> Stepped | None:
+def _anderson(backend: Backend, solver: Anderson, f: Map, fz: Tensor, state: AndersonState) -> StepResult | None:
     if not (_holds(state.values, fz) and _holds(state.residuals, fz)):
         return None
     z = _next(state.values, fz, backend.multiply_rows(state.step, state.unit))
@@ -161,11 +161,11 @@ def _anderson(backend: Backend, solver: Anderson, f: Map, fz: Tensor, state: And
     if not bool(learned.all()):
         found = solver.unlearned(backend, state.norm, found)
         after.plan(backend.select(learned, ahead, value))
-    return Stepped(z, value, found, size)
+    return StepResult(z, value, found, size)
 
 
-def keep(carry: Any, found: Stepped, residual: Tensor, size: Tensor | None, limits: Any) -> None:
-    """`Backend.native_keep`: the driver itself judges on the host, without waiting."""
+def keep(carry: Any, found: StepResult, residual: Tensor, size: Tensor | None, limits: Any) -> None:
+    """`Backend.native_keep`: the loop itself judges on the host, without waiting."""
     return
 
 

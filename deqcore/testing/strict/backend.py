@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from deqcore import plugins
-from deqcore.abc.backend import Array, Backend, BackwardRecord, Capabilities, Carry, History, Map
+from deqcore.abc.backend import Array, Backend, BackwardRecord, Capabilities, History, LoopVars, Map
 from deqcore.abc.backward import Adjoint
-from deqcore.solve.loop import Forward
+from deqcore.solve.loop import SolveResult
 from deqcore.testing.strict.array import StrictArray, StrictError, unwrap, wrap
 from deqcore.testing.strict.carry import check_same
 from deqcore.testing.strict.history import StrictHistory
@@ -79,12 +79,12 @@ class StrictBackend(Backend):
 
     def loop(
         self,
-        running: Callable[[Carry], Array],
-        body: Callable[[Carry], Carry],
-        carry: Carry,
+        running: Callable[[LoopVars], Array],
+        body: Callable[[LoopVars], LoopVars],
+        carry: LoopVars,
         steps: int | Array,
         check_every: int | str = "auto",
-    ) -> Carry:
+    ) -> LoopVars:
         """Trace the body once, whether it is needed or not, and hold every step to what came out."""
         with self.quiet():
             check_same(carry, body(carry))
@@ -105,8 +105,8 @@ class StrictBackend(Backend):
         return None if product is None else lambda v: wrap(product(unwrap(v)))
 
     def forward_only(
-        self, f: Callable[..., Array], z0: Array, args: tuple[Any, ...], solve: Callable[[Map, Array], Forward]
-    ) -> Forward:
+        self, f: Callable[..., Array], z0: Array, args: tuple[Any, ...], solve: Callable[[Map, Array], SolveResult]
+    ) -> SolveResult:
         with self.quiet():
             return solve(lambda z: f(z, *args), z0)
 
@@ -115,9 +115,9 @@ class StrictBackend(Backend):
         f: Callable[..., Array],
         z0: Array,
         args: tuple[Any, ...],
-        solve: Callable[[Map, Array], Forward],
+        solve: Callable[[Map, Array], SolveResult],
         adjoint: Adjoint,
-    ) -> tuple[Array, Forward, BackwardRecord | None]:
+    ) -> tuple[Array, SolveResult, BackwardRecord | None]:
         forward = self.forward_only(f, z0, args, solve)
         return forward.z, forward, None
 
