@@ -230,12 +230,12 @@ class Plan:
         """The value with the derivative of the strategy's steps, and what is known of it."""
         steps = Steps(self.backend, strategy, self.solver)
         if not strategy.solves():
-            value, reached = self.backend.record(f, z0, args, steps, None)
+            value, reached = self.backend.differentiate_through(f, z0, args, steps, None)
             return value, self._unsolved(value, reached)
         forward = self.backend.forward_only(f, z0, args, solve)
-        if not self.backend.recording():
+        if not self.backend.grad_enabled():
             return forward.z, forward
-        carrier, _ = self.backend.record(f, z0, args, steps, forward)
+        carrier, _ = self.backend.differentiate_through(f, z0, args, steps, forward)
         return self.backend.straight_through(forward.z, carrier), forward
 
     def solution(self, value: Array, forward: SolveResult, record: BackwardRecord | None) -> Solution:
@@ -286,13 +286,13 @@ class Plan:
             _, vjp = self.backend.linearize(lambda z: f(z, *args), forward.z)
         else:
             vjp = _no_vjp
-        with self.backend.quiet():
+        with self.backend.errstate():
             start = time.perf_counter()
             u, report = adjoint(vjp, g, forward.carry.state)
             record = BackwardRecord()
             record.add(report, time.perf_counter() - start)
         again, _, gradients = self.backend.vjp(lambda *moved: (f(forward.z, *moved), None), args, u)
-        with self.backend.quiet():
+        with self.backend.errstate():
             record.drift = self.backend.norm(again - forward.fz)
         return self.backend.unshared(forward.z, z0), gradients, forward, record
 
@@ -310,13 +310,13 @@ class Plan:
         if drift is None:
             if bool(xp.all(forward.status == int(Status.CONVERGED))):
                 return
-            with backend.quiet():
+            with backend.errstate():
                 drift = backend.norm(backend.forward_only(f, forward.z, args, _once) - forward.fz)
-        size = backend.wide(backend.norm(forward.fz))
-        share = backend.wide(drift) / xp.where(size > 0, size, xp.ones_like(size))
+        size = backend.to_accum_dtype(backend.norm(forward.fz))
+        share = backend.to_accum_dtype(drift) / xp.where(size > 0, size, xp.ones_like(size))
         known = xp.isfinite(share) & (forward.status != int(Status.NONFINITE))
         largest = float(xp.max(xp.where(known, share, xp.zeros_like(share)))) if share.shape[0] else 0.0
-        if largest > backend.precision(forward.z) ** (2 / 3):
+        if largest > backend.output_eps(forward.z) ** (2 / 3):
             if self._report_coupling(f, args, forward):
                 return
             warnings.warn(
@@ -333,7 +333,7 @@ class Plan:
         backend = self.backend
 
         def find() -> tuple[int, int] | None:
-            with backend.quiet():
+            with backend.errstate():
                 return coupled_rows(backend, lambda z: backend.forward_only(f, z, args, _once), forward.z)
 
         return self._watch(f).coupled_forward(find)
@@ -411,7 +411,7 @@ class Plan:
         status = xp.full_like(steps, int(Status.FIXED_STEPS))
         if reached is None:
             return SolveResult(z, None, xp.full_like(norms, float("nan")), status, steps, steps, None)
-        with backend.quiet():
+        with backend.errstate():
             residual = backend.norm(reached.fz - z)
             limits = Limits.of(backend, z, self.control.rtol, self.control.atol, self.control.patience)
             size, mark = backend.norm(reached.fz), reached.residual
@@ -472,9 +472,9 @@ def _control(config: Config, scalars: Mapping[str, object], backend: Backend, li
             stacklevel=_stacklevel(),
         )
     return StoppingCriteria(
-        rtol=backend.number(rtol, like),
-        atol=backend.number(atol, like),
-        max_steps=backend.number(max_steps, like),
+        rtol=backend.as_scalar(rtol, like),
+        atol=backend.as_scalar(atol, like),
+        max_steps=backend.as_scalar(max_steps, like),
         check_every=forward.check_every,
         patience=forward.patience,
     )

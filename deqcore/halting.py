@@ -93,7 +93,7 @@ def until(f: Callable[..., Tree], rule: Rule) -> Callable[..., Tree]:
         moved, found = backend.flatten(fz)
         if found != structure:
             return fz  # whoever evaluates f says what is wrong with it
-        with backend.quiet():
+        with backend.errstate():
             done = rule(*(backend.unflatten(structure, [*map(backend.detach, each)]) for each in (leaves, moved)))
         _check(backend, done, leaves[0])
         held = [_hold(backend, done, *pair) for pair in zip(leaves, moved, strict=True)]

@@ -71,7 +71,7 @@ class JaxBackend(Backend):
     def is_traced(self, *leaves: Any) -> bool:
         return is_traced(leaves)
 
-    def place(self, x: Any, device: str) -> Any:
+    def to_device(self, x: Any, device: str) -> Any:
         kind, _, index = device.partition(":")
         try:
             return jax.device_put(x, jax.devices(kind)[int(index or 0)])
@@ -83,7 +83,7 @@ class JaxBackend(Backend):
 
     # -- rows ---------------------------------------------------------------------------------------------------
 
-    def wide(self, x: Any) -> Any:
+    def to_accum_dtype(self, x: Any) -> Any:
         return jnp.asarray(x).astype(wide())
 
     def cast(self, x: Any, like: Any) -> Any:
@@ -98,18 +98,20 @@ class JaxBackend(Backend):
     def power_of_two(self, x: Any) -> Any:
         return x / (2.0 * jnp.frexp(x)[0])
 
-    def project(self, basis: History, w: Any, twice: bool) -> tuple[Any, Any, Any, Any]:
-        before = self.wide(_plain_norm(w))  # w is the product with a unit vector: its square is far from any limit
+    def orthogonalize(self, basis: History, w: Any, twice: bool) -> tuple[Any, Any, Any, Any]:
+        before = self.to_accum_dtype(
+            _plain_norm(w)
+        )  # w is the product with a unit vector: its square is far from any limit
         h = basis.dot(w)
         w = w - basis.combine(h)
         if twice:
             more = basis.dot(w)
             w = w - basis.combine(more)
             h = h + more
-        return w, h, before, self.wide(_plain_norm(w))
+        return w, h, before, self.to_accum_dtype(_plain_norm(w))
 
     def inner(self, a: Any, b: Any) -> Any:
-        return jnp.sum(self.wide(a) * self.wide(b), axis=1)
+        return jnp.sum(self.to_accum_dtype(a) * self.to_accum_dtype(b), axis=1)
 
     def select(self, mask: Any, new: Any, old: Any) -> Any:
         return jnp.where(mask.reshape(-1, *[1] * (new.ndim - 1)), new, old)
@@ -132,7 +134,7 @@ class JaxBackend(Backend):
     def eye(self, like: Any, rows: int, columns: int | None = None) -> Any:
         return jnp.eye(rows, columns, dtype=like.dtype)
 
-    def number(self, value: Any, like: Any) -> Any:
+    def as_scalar(self, value: Any, like: Any) -> Any:
         if isinstance(value, int) or jnp.issubdtype(jnp.result_type(value), jnp.integer):
             return jnp.asarray(value).astype(jnp.int32)
         return jnp.asarray(value).astype(single(like.dtype))
@@ -149,7 +151,7 @@ class JaxBackend(Backend):
     ) -> LoopVars:
         return loop(running, body, carry, steps, check_every)
 
-    def repeat(self, body: Callable[[LoopVars], LoopVars], carry: LoopVars, times: int) -> LoopVars:
+    def scan(self, body: Callable[[LoopVars], LoopVars], carry: LoopVars, times: int) -> LoopVars:
         if times == 0:
             return carry  # a scan traces its body even so, and the body may do what must not be done
         end: LoopVars = lax.scan(lambda state, _: (body(state), None), carry, length=times)[0]
@@ -185,7 +187,7 @@ class JaxBackend(Backend):
         value, forward = implicit.solve(f, z0, args, solve, adjoint, adjoint_tap.take(z0.shape[0]))
         return value, forward, None
 
-    def record(
+    def differentiate_through(
         self,
         f: Callable[..., Any],
         z0: Any,
@@ -231,7 +233,7 @@ class JaxBackend(Backend):
         return found
 
     @contextmanager
-    def checking(self) -> Iterator[None]:
+    def high_precision(self) -> Iterator[None]:
         with jax.enable_x64(True), jax.default_matmul_precision("highest"):
             yield
 

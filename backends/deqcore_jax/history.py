@@ -106,7 +106,7 @@ class JaxHistory(History):
         """Whether the sample still sees the slot that comes next."""
         return self.seen[:, lax.rem(self.written, jnp.int32(self.memory))]
 
-    def with_active(self, active: Any) -> JaxHistory:
+    def masked(self, active: Any) -> JaxHistory:
         """Shares the arrays."""
         return JaxHistory(self.storage, self.seen, self.written, self.dtype, self.wide, active)
 

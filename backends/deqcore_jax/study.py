@@ -60,7 +60,7 @@ class JaxTrainer(Trainer):
 
     def __init__(self, model: Model, weights: Weights, config: Config, device: str = "auto") -> None:
         like = jnp.zeros(1)
-        placed = like if device == "auto" else deqcore.get_backend(config).place(like, device)
+        placed = like if device == "auto" else deqcore.get_backend(config).to_device(like, device)
         (self._device,) = placed.devices()
         self._ops = JaxOps()
         self._model = model

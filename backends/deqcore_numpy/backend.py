@@ -44,7 +44,7 @@ class NumpyBackend(Backend):
     def to_numpy(self, x: Any) -> Any:
         return np.asarray(x)
 
-    def widened(self) -> bool:
+    def in_extended_precision(self) -> bool:
         return is_differencing()
 
     def owned(self, leaves: list[Any]) -> list[Any]:
@@ -54,7 +54,7 @@ class NumpyBackend(Backend):
         return np.copy(x) if np.may_share_memory(x, other) else x
 
     @contextmanager
-    def reading(self, z: Any) -> Iterator[Any]:
+    def guard_inplace(self, z: Any) -> Iterator[Any]:
         seen = z.view()
         seen.flags.writeable = False  # and so are the views of it that f makes; z itself keeps its flags
         try:
@@ -67,7 +67,7 @@ class NumpyBackend(Backend):
     def astype(self, x: Any, dtype: str) -> Any:
         return x.astype(dtype, copy=False)
 
-    def wide(self, x: Any) -> Any:
+    def to_accum_dtype(self, x: Any) -> Any:
         return np.asarray(x).astype(np.float64, copy=False)
 
     def cast(self, x: Any, like: Any) -> Any:
@@ -86,13 +86,13 @@ class NumpyBackend(Backend):
         x[rows] = part
         return x
 
-    def quiet(self) -> AbstractContextManager[object]:
+    def errstate(self) -> AbstractContextManager[object]:
         return np.errstate(all="ignore")
 
-    def host(self, x: Any) -> Any:
+    def numpy_view(self, x: Any) -> Any:
         return x
 
-    def from_host(self, x: Any) -> Any:
+    def from_numpy_view(self, x: Any) -> Any:
         return x
 
     def solve(self, a: Any, b: Any) -> Any:
@@ -133,7 +133,7 @@ class NumpyBackend(Backend):
     def forward_only(
         self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], solve: Callable[[Map, Any], SolveResult]
     ) -> SolveResult:
-        with self.quiet():
+        with self.errstate():
             return solve(lambda z: f(z, *args), z0)
 
     def implicit(
@@ -150,14 +150,14 @@ class NumpyBackend(Backend):
     def detach(self, x: Any) -> Any:
         return x
 
-    def recording(self) -> bool:
+    def grad_enabled(self) -> bool:
         return False
 
     def vjp(
         self, value: Callable[..., tuple[Any, Any]], args: tuple[Any, ...], cotangent: Any
     ) -> tuple[Any, Any, tuple[Any, ...]]:
         leaves, structure = self.flatten(args)
-        with self.quiet():
+        with self.errstate():
             found, aux = value(*args)
         gradients: list[Any] = []
         for i, leaf in enumerate(leaves):
@@ -169,7 +169,7 @@ class NumpyBackend(Backend):
                 changed = [*leaves[:i], x, *leaves[i + 1 :]]
                 return value(*self.unflatten(structure, changed))[0]
 
-            with self.quiet():
+            with self.errstate():
                 gradients.append(vjp_back(jacobian(moved, leaf), cotangent, found, leaf).astype(leaf.dtype))
         return found, aux, self.unflatten(structure, gradients)
 

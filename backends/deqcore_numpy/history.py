@@ -76,7 +76,7 @@ class NumpyHistory(History):
         full = self.full()
         return bool((full if self.active is None else full & self.active).any())
 
-    def with_active(self, active: Any) -> NumpyHistory:
+    def masked(self, active: Any) -> NumpyHistory:
         return NumpyHistory(self.storage, self.seen, self.dtype, self.written, active)
 
     def vectors(self) -> Any:

@@ -73,13 +73,13 @@ class TorchBackend(Backend):
     def astype(self, x: Tensor, dtype: str) -> Tensor:
         return x.to(getattr(torch, dtype))
 
-    def place(self, x: Tensor, device: str) -> Tensor:
+    def to_device(self, x: Tensor, device: str) -> Tensor:
         try:
             return x.to(device)
         except (RuntimeError, AssertionError) as error:
             raise BackendError(f"torch cannot use the device {device!r}: {error}") from error
 
-    def precision(self, x: Tensor) -> float:
+    def output_eps(self, x: Tensor) -> float:
         kind = x.device.type
         narrowed = x.dtype is torch.float32 and torch.is_autocast_enabled(kind)
         return float(torch.finfo(torch.get_autocast_dtype(kind) if narrowed else x.dtype).eps)
@@ -93,7 +93,7 @@ class TorchBackend(Backend):
         return x.clone()
 
     @contextmanager
-    def reading(self, z: Tensor) -> Iterator[Tensor]:
+    def guard_inplace(self, z: Tensor) -> Iterator[Tensor]:
         if z.is_inference():  # which keeps no version
             yield z
             return
@@ -102,7 +102,7 @@ class TorchBackend(Backend):
         if z._version != before:
             raise ProblemError.in_place()
 
-    def wide(self, x: Tensor) -> Tensor:
+    def to_accum_dtype(self, x: Tensor) -> Tensor:
         return x.to(_wide(x.device))
 
     def cast(self, x: Tensor, like: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class TorchBackend(Backend):
 
     def norm(self, v: Tensor) -> Tensor:
         narrow = v.dtype in (torch.float16, torch.bfloat16)
-        if self.host(v.new_empty(0, dtype=torch.float32) if narrow else v) is not None:
+        if self.numpy_view(v.new_empty(0, dtype=torch.float32) if narrow else v) is not None:
             found: Tensor = torch.linalg.vector_norm(v, dim=1, dtype=torch.float32 if narrow else None)
             return self.guarded(v, found)
         steps = self._native(v)  # elsewhere a look at the norms would wait for the device
@@ -128,7 +128,7 @@ class TorchBackend(Backend):
         return x / (2.0 * torch.frexp(x)[0])
 
     def inner(self, a: Tensor, b: Tensor) -> Tensor:
-        return (self.wide(a) * self.wide(b)).sum(1)
+        return (self.to_accum_dtype(a) * self.to_accum_dtype(b)).sum(1)
 
     def invert(self, x: Tensor, floor: Tensor) -> Tensor:
         if x.device.type != "cpu" or torch.is_grad_enabled() or functorch.active():
@@ -147,43 +147,43 @@ class TorchBackend(Backend):
     def put(self, x: Tensor, rows: Tensor, part: Tensor) -> Tensor:
         return x.index_copy(0, rows, part)
 
-    def host(self, x: Tensor) -> Any | None:
+    def numpy_view(self, x: Tensor) -> Any | None:
         if x.device.type != "cpu" or functorch.active():
             return None
         return (x.detach() if x.requires_grad else x).numpy()
 
-    def from_host(self, x: Any) -> Tensor:
+    def from_numpy_view(self, x: Any) -> Tensor:
         return torch.from_numpy(x)
 
-    def native_step(self, solver: Solver, f: Map, z: Tensor, fz: Tensor, state: Any) -> StepResult | None:
+    def fused_step(self, solver: Solver, f: Map, z: Tensor, fz: Tensor, state: Any) -> StepResult | None:
         steps = self._native(z)
         found: StepResult | None = None if steps is None else steps.step(self, solver, f, z, fz, state)
         return found
 
-    def native_keep(
+    def fused_update(
         self, carry: Any, found: StepResult, residual: Tensor, size: Tensor | None, limits: Any
     ) -> Any | None:
         steps = self._native(found.z)
         return None if steps is None else steps.keep(carry, found, residual, size, limits)
 
-    def native_arnoldi(self, space: Any, w: Tensor, goal: Tensor, twice: bool) -> Any | None:
+    def fused_arnoldi(self, space: Any, w: Tensor, goal: Tensor, twice: bool) -> Any | None:
         steps = self._native(w)
         return None if steps is None else steps.arnoldi(space, w, goal, twice)
 
-    def measure(self, z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
+    def residual_norms(self, z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
         steps = self._native(z)
         found = None if steps is None else steps.measure(z, fz)
-        return super().measure(z, fz) if found is None else found
+        return super().residual_norms(z, fz) if found is None else found
 
-    def project(self, basis: History, w: Tensor, twice: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def orthogonalize(self, basis: History, w: Tensor, twice: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         steps = self._native(w)
         found = None if steps is None else steps.project(basis, w, twice)
-        return super().project(basis, w, twice) if found is None else found
+        return super().orthogonalize(basis, w, twice) if found is None else found
 
     def _native(self, x: Tensor) -> Any | None:
         """The native steps that can read x; those for the host only where looking at x is no wait."""
         steps = native.reading(x)
-        return None if steps is None or (x.device.type == "cpu" and self.host(x) is None) else steps
+        return None if steps is None or (x.device.type == "cpu" and self.numpy_view(x) is None) else steps
 
     def solve(self, a: Tensor, b: Tensor) -> Tensor:
         found, info = torch.linalg.solve_ex(a, b if b.dim() == 3 else b[..., None])
@@ -234,7 +234,7 @@ class TorchBackend(Backend):
 
         return y.detach(), vjp
 
-    def recorded_vjp(self, f: Map, z: Tensor) -> Map:
+    def differentiable_vjp(self, f: Map, z: Tensor) -> Map:
         if not torch.is_grad_enabled():
             return self.linearize(f, z)[1]
         z = z if z.requires_grad else z.detach().requires_grad_()
@@ -288,7 +288,7 @@ class TorchBackend(Backend):
         return value, forward, record if value.requires_grad else None
 
     @untraced
-    def record(
+    def differentiate_through(
         self,
         f: Callable[..., Tensor],
         z0: Tensor,
@@ -296,7 +296,7 @@ class TorchBackend(Backend):
         steps: Callable[[Map, Tensor, SolveResult | None], Any],
         forward: SolveResult | None,
     ) -> Any:
-        return super().record(f, z0, args, steps, forward)
+        return super().differentiate_through(f, z0, args, steps, forward)
 
     def detach(self, x: Tensor) -> Tensor:
         return x.detach()
@@ -312,7 +312,7 @@ class TorchBackend(Backend):
 
         return checkpointed
 
-    def recording(self) -> bool:
+    def grad_enabled(self) -> bool:
         return torch.is_grad_enabled() or functorch.active()
 
     def vjp(
@@ -337,7 +337,7 @@ class TorchBackend(Backend):
         return gradient
 
     @contextmanager
-    def checking(self) -> Iterator[None]:
+    def high_precision(self) -> Iterator[None]:
         switches = [torch.backends.cuda.matmul, torch.backends.cudnn]
         before = [switch.allow_tf32 for switch in switches]
         try:

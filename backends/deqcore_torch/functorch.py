@@ -215,7 +215,7 @@ class _Equation:
         with nothing_recorded():
             again, at = product(z.detach())
             if again is not None:
-                _check_same(again.detach(), y.detach(), adjoint.backend.precision(y))
+                _check_same(again.detach(), y.detach(), adjoint.backend.output_eps(y))
             u, _ = adjoint(lambda v: at(v).detach(), b.detach(), self.state)
         found: Tensor = u.detach()
         return found

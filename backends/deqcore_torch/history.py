@@ -350,15 +350,15 @@ class TorchHistory(History):
     def all_full(self) -> bool:
         return self.since is not None and self.written - self.since >= self.memory
 
-    def with_active(self, active: Tensor | None) -> TorchHistory:
+    def masked(self, active: Tensor | None) -> TorchHistory:
         if active is self.active:
             return self
         # All rows again: those that were not active have missed appends and restarts.
         return self._with(self.seen, self.written, active, None if active is None else self.since)
 
-    def settled(self) -> TorchHistory:
+    def finalized(self) -> TorchHistory:
         self.store.planned = None
-        return self.with_active(None)
+        return self.masked(None)
 
     def vectors(self) -> Tensor:
         parts = self._filled()
@@ -458,7 +458,7 @@ class RecordedHistory(History):
     def count(self) -> Tensor:
         return self.seen.sum(1, dtype=torch.int32)
 
-    def with_active(self, active: Tensor | None) -> RecordedHistory:
+    def masked(self, active: Tensor | None) -> RecordedHistory:
         return RecordedHistory(self.storage, self.seen, self.written, active, self.wide)
 
     def vectors(self) -> Tensor:

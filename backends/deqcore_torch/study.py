@@ -54,7 +54,7 @@ class TorchTrainer(Trainer):
     def __init__(self, model: Model, weights: Weights, config: Config, device: str = "auto") -> None:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._device = deqcore.get_backend(config).place(torch.zeros(1), device).device
+        self._device = deqcore.get_backend(config).to_device(torch.zeros(1), device).device
         self._ops = TorchOps()
         self._model = model
         self._config = config

@@ -287,7 +287,7 @@ def _solve_of_steps(
     taken = 0
     for _ in range(pairs):
         laps.mark()
-        found = backend.native_step(solver, f, z, fz, state)
+        found = backend.fused_step(solver, f, z, fz, state)
         taken += found is not None
         z, fz, state = (found or solver.step(backend, f, z, fz, state))[:3]
         laps.mark()

@@ -13,7 +13,7 @@ Requirements that every backend keeps, and that `deqcore.testing` checks:
 2. Norms, inner products and coefficients are float32 or better, whatever the state's dtype.
 3. Rows are independent: what happens to one sample (NaN, a singular system) changes no bit of another's result.
 4. Nothing is copied to the host, and no device is waited for, except in `loop` (every `check_every` steps),
-   `all_known` (which answers False where it would have to wait) and `to_numpy`.
+   `known_all` (which answers False where it would have to wait) and `to_numpy`.
 5. Operations are functional: they return what changed. A backend may write in place where nobody else can see it.
 
 What is no abstract method has a default, right for an eager framework whose arrays behave like NumPy's and live on the
@@ -137,7 +137,7 @@ class History(ABC):
         """Inner products of all vectors with `v`: `(batch, memory)`, zero in slots not seen.
 
         `v` is `(batch, n)`; several vectors `(batch, r, n)` share one pass over the storage and give
-        `(batch, r, memory)`. The result is in the wide dtype (`Backend.wide`).
+        `(batch, r, memory)`. The result is in the wide dtype (`Backend.to_accum_dtype`).
         """
 
     @abstractmethod
@@ -151,7 +151,7 @@ class History(ABC):
     def all_full(self) -> bool:
         """True only if it is known, without waiting for a device, that every active sample is full.
 
-        A backend may take it that rows only leave `active`, as in a solve; `with_active(None)` ends that.
+        A backend may take it that rows only leave `active`, as in a solve; `masked(None)` ends that.
         """
         return False
 
@@ -195,12 +195,12 @@ class History(ABC):
         return self.count() >= self.memory
 
     @abstractmethod
-    def with_active(self, active: Array | None) -> History:
+    def masked(self, active: Array | None) -> History:
         """The same history with other active rows. Shares storage."""
 
-    def settled(self) -> History:
+    def finalized(self) -> History:
         """The same history for who keeps it after the solve: all rows active, and nothing held for a next step."""
-        return self.with_active(None)
+        return self.masked(None)
 
     @abstractmethod
     def vectors(self) -> Array:
@@ -292,7 +292,7 @@ class Backend(ABC):
         """Whether f runs under automatic mixed precision, so that its output may be narrower than the state."""
         return False
 
-    def widened(self) -> bool:
+    def in_extended_precision(self) -> bool:
         """Whether f is being evaluated in a wider dtype than the state's, to differentiate it by differences."""
         return False
 
@@ -308,7 +308,7 @@ class Backend(ABC):
         """`x`, copied if it shares memory with `other` and can be written to."""
         return x
 
-    def reading(self, z: Array) -> AbstractContextManager[Array]:
+    def guard_inplace(self, z: Array) -> AbstractContextManager[Array]:
         """Give f what it reads `z` from. Where arrays can be written to, a write is found out without a pass over them.
 
         `z` may be the user's own memory, in several threads at once: the block changes no property of it.
@@ -325,7 +325,7 @@ class Backend(ABC):
         """Cast to the dtype of this name; gradients pass."""
         return x.astype(dtype)
 
-    def place(self, x: Array, device: str) -> Array:
+    def to_device(self, x: Array, device: str) -> Array:
         """Move `x` to the device of this name: ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
 
         Raises:
@@ -337,7 +337,7 @@ class Backend(ABC):
 
     # -- rows ---------------------------------------------------------------------------------------------------
 
-    def wide(self, x: Array) -> Array:
+    def to_accum_dtype(self, x: Array) -> Array:
         """Cast to the dtype of coefficients: float64 where the framework has it at hand, else float32."""
         return self.astype(x, "float64" if self.capabilities.float64 else "float32")
 
@@ -362,15 +362,15 @@ class Backend(ABC):
         xp = self.xp
         low = float(xp.finfo(found.dtype).smallest_normal) ** (1 / 3)
         safe = (found > low) & (found < 1 / low)
-        if self.all_known(safe):
+        if self.known_all(safe):
             return found
 
         def again(found: Array) -> Array:
             largest = self._largest(v, found)
             lost = ~safe & (largest > 0) & xp.isfinite(largest)
-            return self.once(lost, lambda old: xp.where(lost, self._scaled_norm(v, largest), old), found)
+            return self.cond(lost, lambda old: xp.where(lost, self._scaled_norm(v, largest), old), found)
 
-        return self.once(~safe, again, found)
+        return self.cond(~safe, again, found)
 
     def _largest(self, v: Array, like: Array) -> Array:
         """The largest |v_i| of each row, in the dtype of `like`."""
@@ -406,7 +406,7 @@ class Backend(ABC):
         low = float(xp.finfo(norm.dtype).smallest_normal) ** 0.125
         usable = (norm > 0) & xp.isfinite(norm)
         plain = ((norm > low) & (norm < 1 / low)) | ~usable
-        if self.all_known(plain):
+        if self.known_all(plain):
             return None
         kind = xp.finfo(like.dtype)
         bound = 2.0 ** (math.floor(math.log2(min(1 / float(kind.smallest_normal), float(kind.max)))) - 1)
@@ -427,7 +427,7 @@ class Backend(ABC):
 
     def inner(self, a: Array, b: Array) -> Array:
         """Inner product of each row of `a` with that of `b`: `(batch,)` in the wide dtype."""
-        return self.xp.sum(self.wide(a) * self.wide(b), axis=1)
+        return self.xp.sum(self.to_accum_dtype(a) * self.to_accum_dtype(b), axis=1)
 
     def invert(self, x: Array, floor: Array) -> Array:
         """1/x where |x| > floor, 0 elsewhere (where either is NaN, too); `x` and `floor` have shape `(batch,)`."""
@@ -451,20 +451,20 @@ class Backend(ABC):
         """`x` with the rows of these indices replaced by those of `part`; `x` itself stays. With `compaction` only."""
         raise NotImplementedError(f"The backend {self.name!r} does not offer compaction.")
 
-    def host(self, x: Array) -> Any | None:
+    def numpy_view(self, x: Array) -> Any | None:
         """`x` as a NumPy array sharing its memory, where looking costs neither a wait nor a copy; None elsewhere.
 
         The loop's own decisions, a dozen operations on `(batch,)`, cost a fifth as much on such views.
         """
         return None
 
-    def from_host(self, x: Any) -> Array:
-        """Undo `host`: an array that shares the memory of the NumPy array `x`, which nobody else writes to."""
+    def from_numpy_view(self, x: Any) -> Array:
+        """Undo `numpy_view`: an array that shares the memory of the NumPy array `x`, which nobody else writes to."""
         raise NotImplementedError(f"The backend {self.name!r} looks at nothing on the host.")
 
-    def all_known(self, mask: Array) -> bool:
+    def known_all(self, mask: Array) -> bool:
         """True only if all of `mask` holds *and* finding out costs no wait; False says nothing."""
-        seen = self.host(mask)
+        seen = self.numpy_view(mask)
         return seen is not None and bool(seen.all())
 
     @abstractmethod
@@ -501,7 +501,7 @@ class Backend(ABC):
 
         return FunctionalHistory.empty(self, like, memory, dtype)
 
-    def native_step(self, solver: Solver, f: Map, z: Array, fz: Array, state: Any) -> StepResult | None:
+    def fused_step(self, solver: Solver, f: Map, z: Array, fz: Array, state: Any) -> StepResult | None:
         """`solver.step(self, f, z, fz, state)` by compiled code, where this backend has some for it; None elsewhere.
 
         To rounding it is the same step on the same state, so that histories, estimates and continued solves do not
@@ -509,7 +509,7 @@ class Backend(ABC):
         """
         return None
 
-    def native_keep(
+    def fused_update(
         self, carry: Any, found: StepResult, residual: Array, size: Array | None, limits: Any
     ) -> Any | None:
         """What the loop keeps of a step, by compiled code where this backend has some for it; None elsewhere.
@@ -526,7 +526,7 @@ class Backend(ABC):
         """
         return None
 
-    def native_arnoldi(self, space: Any, w: Array, goal: Array, twice: bool) -> Any | None:
+    def fused_arnoldi(self, space: Any, w: Array, goal: Array, twice: bool) -> Any | None:
         """What GMRES does with a product, by compiled code where this backend has some for it; None elsewhere.
 
         Args:
@@ -540,24 +540,24 @@ class Backend(ABC):
         """
         return None
 
-    def measure(self, z: Array, fz: Array) -> tuple[Array, Array]:
+    def residual_norms(self, z: Array, fz: Array) -> tuple[Array, Array]:
         """‖f(z) − z‖ and ‖f(z)‖ of each row `(batch,)`, as `norm` gives them."""
         return self.norm(fz - z), self.norm(fz)
 
-    def project(self, basis: History, w: Array, twice: bool) -> tuple[Array, Array, Array, Array]:
+    def orthogonalize(self, basis: History, w: Array, twice: bool) -> tuple[Array, Array, Array, Array]:
         """`w` `(batch, n)` without its components h in the orthonormal `basis`, and h, ‖w‖ before, ‖w‖ after.
 
         With `twice` it is projected once more, so that what is left is orthogonal to rounding. h `(batch, memory)`
         and the norms `(batch,)` are in the wide dtype.
         """
-        before = self.wide(self.norm(w))
+        before = self.to_accum_dtype(self.norm(w))
         h = basis.dot(w)
         w = w - basis.combine(h)
         if twice:
             more = basis.dot(w)
             w = w - basis.combine(more)
             h = h + more
-        return w, h, before, self.wide(self.norm(w))
+        return w, h, before, self.to_accum_dtype(self.norm(w))
 
     def eye(self, like: Array, rows: int, columns: int | None = None) -> Array:
         """Identity matrix `(rows, columns)` in the dtype and on the device of `like` (which traced arrays hide)."""
@@ -567,11 +567,11 @@ class Backend(ABC):
         """Machine epsilon of the dtype of `x`."""
         return float(self.xp.finfo(x.dtype).eps)
 
-    def quiet(self) -> AbstractContextManager[object]:
+    def errstate(self) -> AbstractContextManager[object]:
         """Inside it the framework does not warn of NaN and inf: here they are statuses."""
         return nullcontext()
 
-    def precision(self, x: Array) -> float:
+    def output_eps(self, x: Array) -> float:
         """Machine epsilon of what f returns for a state like `x`: coarser than `eps` under mixed precision."""
         return self.eps(x)
 
@@ -580,10 +580,10 @@ class Backend(ABC):
 
         float64 1.5e-8, float32 1e-4, float16 2e-3, bfloat16 1.6e-2.
         """
-        eps = float(self.precision(x))
+        eps = float(self.output_eps(x))
         return float(max(2 * eps, min(1e-4, eps**0.5)))
 
-    def number(self, value: Any, like: Array) -> Any:
+    def as_scalar(self, value: Any, like: Array) -> Any:
         """A tolerance or step budget in the form that the loops of this backend want.
 
         Eager backends keep the Python number. A tracing backend makes it an array (an integer stays one, a float
@@ -611,18 +611,18 @@ class Backend(ABC):
             check_every: ``"auto"`` is 1 where a check is free, and more on devices where it waits.
         """
         every = 1 if check_every == "auto" else int(check_every)
-        with self.quiet():
+        with self.errstate():
             for step in range(int(steps)):
                 if step % every == 0 and not bool(running(carry)):
                     break
                 carry = body(carry)
         return carry
 
-    def once(self, wanted: Array, body: Callable[[LoopVars], LoopVars], carry: LoopVars) -> LoopVars:
+    def cond(self, wanted: Array, body: Callable[[LoopVars], LoopVars], carry: LoopVars) -> LoopVars:
         """Apply `body` if any of `wanted` `(batch,)` of bool holds: a condition that can be traced."""
         return self.loop(lambda _: self.xp.any(wanted), body, carry, 1, 1)
 
-    def repeat(self, body: Callable[[LoopVars], LoopVars], carry: LoopVars, times: int) -> LoopVars:
+    def scan(self, body: Callable[[LoopVars], LoopVars], carry: LoopVars, times: int) -> LoopVars:
         """Apply `body` a fixed number of times; gradients pass. A tracing backend traces it once."""
         for _ in range(times):
             carry = body(carry)
@@ -657,7 +657,7 @@ class Backend(ABC):
         """Forward products `v ↦ J v` at `z`, or None where the framework has none."""
         return None
 
-    def recorded_vjp(self, f: Map, z: Array) -> Map:
+    def differentiable_vjp(self, f: Map, z: Array) -> Map:
         """Products `u ↦ Jᵀu` at `z` that are themselves recorded: gradients flow to z and to what f depends on.
 
         The default is for backends whose `linearize` composes with differentiation, or that have no tape at all.
@@ -670,7 +670,7 @@ class Backend(ABC):
         """Run `solve(lambda z: f(z, *args), z0)` with no gradient recorded."""
         leaves, structure = self.flatten(args)
         still = self.unflatten(structure, [self.detach(leaf) if self.is_array(leaf) else leaf for leaf in leaves])
-        with self.quiet():
+        with self.errstate():
             return solve(lambda z: self.detach(f(z, *still)), self.detach(z0))
 
     @abstractmethod
@@ -697,7 +697,7 @@ class Backend(ABC):
             there is no such path).
         """
 
-    def record(
+    def differentiate_through(
         self,
         f: Callable[..., Array],
         z0: Array,
@@ -717,13 +717,13 @@ class Backend(ABC):
 
         A backend may override this to spare the passes, and to keep NaN in `carrier` out of the value.
         """
-        return value + (carrier - self.detach(carrier)) if self.recording() else value
+        return value + (carrier - self.detach(carrier)) if self.grad_enabled() else value
 
     def checkpoint(self, f: Map) -> Map:
         """f, evaluated again in the backward pass in place of keeping what it computed."""
         return f
 
-    def recording(self) -> bool:
+    def grad_enabled(self) -> bool:
         """Whether a gradient may be asked for later. A backend without a tape answers False."""
         return True
 
@@ -765,7 +765,7 @@ class Backend(ABC):
         """`fn` compiled, on a backend that promises `jit`; elsewhere `fn` itself."""
         return fn
 
-    def checking(self) -> AbstractContextManager[object]:
+    def high_precision(self) -> AbstractContextManager[object]:
         """What the conformance suite runs in: double precision at hand, and no product shortened (TF32)."""
         return nullcontext()
 

@@ -274,7 +274,7 @@ class Adjoint:
 
 @dataclass(frozen=True)
 class Steps:
-    """A step strategy bound to its solver: what `Backend.record` differentiates through."""
+    """A step strategy bound to its solver: what `Backend.differentiate_through` differentiates through."""
 
     backend: Backend
     strategy: StepStrategy
@@ -282,7 +282,7 @@ class Steps:
 
     def __call__(self, f: Map, z0: Array, forward: SolveResult | None) -> tuple[Array, Reached | None]:
         """The differentiable value `(batch, n)`, and what is known of it (without gradients)."""
-        with self.backend.quiet():
+        with self.backend.errstate():
             found = self.strategy.value(self.backend, f, z0, forward, self.solver)
         reached = found if isinstance(found, Reached) else None
         value = found if reached is None else reached.z
@@ -298,7 +298,7 @@ class Steps:
 def relative(backend: Backend, a: Array, b: Array) -> Array:
     """a / b per sample in the wide dtype, zero where b is zero (not where it is NaN, which is no good residual)."""
     xp = backend.xp
-    a, b = backend.wide(a), backend.wide(b)
+    a, b = backend.to_accum_dtype(a), backend.to_accum_dtype(b)
     return xp.where(b == 0, xp.zeros_like(a), a / xp.where(b == 0, xp.ones_like(b), b))
 
 

@@ -58,18 +58,18 @@ class FunctionalHistory(History):
     def dot(self, v: Array) -> Array:
         """See `History.dot`."""
         backend, xp = self.shared.backend, self.shared.backend.xp
-        many = backend.wide(v if v.ndim == 3 else v[:, None, :])
-        with backend.quiet():
-            found = xp.stack([xp.sum(many * backend.wide(q)[:, None, :], axis=2) for q in self.slots], axis=2)
+        many = backend.to_accum_dtype(v if v.ndim == 3 else v[:, None, :])
+        with backend.errstate():
+            found = xp.stack([xp.sum(many * backend.to_accum_dtype(q)[:, None, :], axis=2) for q in self.slots], axis=2)
         found = xp.where(self.seen[:, None, :], found, xp.zeros_like(found))
         return found if v.ndim == 3 else found[:, 0, :]
 
     def combine(self, coefficients: Array) -> Array:
         """See `History.combine`."""
         backend, xp = self.shared.backend, self.shared.backend.xp
-        c = backend.wide(xp.where(self.seen, coefficients, xp.zeros_like(coefficients)))
-        with backend.quiet():
-            total = sum(c[:, j, None] * backend.wide(q) for j, q in enumerate(self.slots))
+        c = backend.to_accum_dtype(xp.where(self.seen, coefficients, xp.zeros_like(coefficients)))
+        with backend.errstate():
+            total = sum(c[:, j, None] * backend.to_accum_dtype(q) for j, q in enumerate(self.slots))
         return backend.astype(total, self.shared.dtype)
 
     def restart(self, rows: Array) -> FunctionalHistory:
@@ -96,8 +96,8 @@ class FunctionalHistory(History):
         """See `History.full`."""
         return self.seen[:, self.written % self.memory]
 
-    def with_active(self, active: Array | None) -> FunctionalHistory:
-        """See `History.with_active`."""
+    def masked(self, active: Array | None) -> FunctionalHistory:
+        """See `History.masked`."""
         return self._with(active=active)
 
     def vectors(self) -> Array:
@@ -110,7 +110,7 @@ class FunctionalHistory(History):
         """See `History.merge`."""
         assert isinstance(other, FunctionalHistory)
         backend = self.shared.backend
-        if backend.all_known(rows):
+        if backend.known_all(rows):
             return other
         slots = tuple(backend.select(rows, new, old) for new, old in zip(other.slots, self.slots, strict=True))
         seen = backend.select(rows, other.seen, self.seen)

@@ -160,4 +160,4 @@ class BroydenReuse(Strategy):
                 replaced | better,
             )
 
-        return backend.once(~met, replace, (u, vjps, residual, xp.zeros_like(met)))
+        return backend.cond(~met, replace, (u, vjps, residual, xp.zeros_like(met)))

@@ -130,7 +130,7 @@ class ExactIFT(Strategy):
         budget = steps + (0 if u0 is None else 1)
         ended = backend.xp.where(found.products < budget, int(Status.STALLED), int(Status.MAX_STEPS))
         u, residual, vjps = self._direct(backend, vjp, g, found)
-        converged = residual <= rtol * backend.wide(backend.norm(g))
+        converged = residual <= rtol * backend.to_accum_dtype(backend.norm(g))
         status = backend.xp.where(converged, int(Status.CONVERGED), ended)
         return u, _reported(backend, g, residual, vjps, status)
 

@@ -51,5 +51,5 @@ class Neumann(Strategy):
         self, backend: Backend, vjp: Map, g: Array, estimate: InverseJacobian | None
     ) -> tuple[Array, AdjointReport]:
         """Sum the series by Horner's rule, u ← g + Jᵀu."""
-        u = backend.repeat(lambda u: g + vjp(u), g, self.terms)
+        u = backend.scan(lambda u: g + vjp(u), g, self.terms)
         return u, report(backend, g, vjps=self.terms)

@@ -56,5 +56,5 @@ class Phantom(StepStrategy):
             fz = f(z)
             return fz if self.damping == 1.0 else z + self.damping * (fz - z)
 
-        value: Array = backend.repeat(step, backend.detach(forward.z), self.steps)
+        value: Array = backend.scan(step, backend.detach(forward.z), self.steps)
         return value

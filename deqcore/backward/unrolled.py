@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from deqcore.abc.backend import Array, Backend, Map
 from deqcore.abc.backward import Reached, StepStrategy
 from deqcore.abc.solver import Solver, detach_state
-from deqcore.solve.loop import SolveResult, freeze, with_active
+from deqcore.solve.loop import SolveResult, freeze, masked
 from deqcore.solve.termination import greater
 
 
@@ -86,9 +86,9 @@ class Unrolled(StepStrategy):
         none = backend.norm(z) < 0
         zero = backend.xp.zeros_like(none, dtype=backend.xp.int32)
         start = _At(z, fz, (z, fz), solver.init(backend, z, fz), none, zero)
-        end = backend.repeat(lambda at: _step(backend, solver, run, at), start, self.steps)
+        end = backend.scan(lambda at: _step(backend, solver, run, at), start, self.steps)
         spent = solver.evaluations(backend, zero + self.steps, end.state) + end.extra
-        residual, size = backend.measure(z, backend.detach(fz))
+        residual, size = backend.residual_norms(z, backend.detach(fz))
         return Reached(end.z, end.fz, spent, greater(backend.xp, backend.norm(z), size), residual)
 
 
@@ -96,7 +96,7 @@ def _step(backend: Backend, solver: Solver, f: Map, at: _At) -> _At:
     """A step of the solver, or for settled samples a chord step, in one evaluation of f."""
     settled = at.settled | _at_rounding(backend, at.z, at.fz)
     chord = None
-    if not backend.all_known(~settled):
+    if not backend.known_all(~settled):
         chord = solver.chord(backend, at.z, at.fz, detach_state(backend, at.state))
     if chord is None:
         z, fz, state = solver.step(backend, f, at.z, at.fz, at.state)
@@ -107,8 +107,8 @@ def _step(backend: Backend, solver: Solver, f: Map, at: _At) -> _At:
         values.append(f(backend.select(settled, chord, z)))
         return values[-1]
 
-    z, fz, state = solver.step(backend, mixed, *at.seen, with_active(at.state, ~settled))
-    state = with_active(freeze(backend, ~settled, state, at.state), None)
+    z, fz, state = solver.step(backend, mixed, *at.seen, masked(at.state, ~settled))
+    state = masked(freeze(backend, ~settled, state, at.state), None)
     seen = backend.select(settled, at.seen[0], z), backend.select(settled, at.seen[1], fz)
     # A step that evaluates f several times may do so inside a traced loop, whose values stay there.
     once = solver.evaluations_per_step == 1 and type(solver).evaluations is Solver.evaluations
@@ -123,4 +123,4 @@ def _step(backend: Backend, solver: Solver, f: Map, at: _At) -> _At:
 def _at_rounding(backend: Backend, z: Array, fz: Array) -> Array:
     """Samples whose residual is rounding `(batch,)` of bool."""
     residual, size = backend.norm(backend.detach(fz - z)), backend.norm(backend.detach(fz))
-    return residual <= backend.precision(z) ** 0.75 * size
+    return residual <= backend.output_eps(z) ** 0.75 * size

@@ -51,13 +51,15 @@ def by_strategy(
         begin = forward if strategy.solves() else None
 
         def value(shift: Array, *moved: Any) -> tuple[Array, None]:
-            return backend.record(lambda z, s, *rest: f(z, *rest) + s, z0, (shift, *moved), steps, begin)[0], None
+            return backend.differentiate_through(
+                lambda z, s, *rest: f(z, *rest) + s, z0, (shift, *moved), steps, begin
+            )[0], None
 
         _, _, (u, *gradients) = backend.vjp(value, (0 * z0, *args), g)
         return AdjointSolved(u, tuple(gradients), None, _residual(plan, f, args, g, u, begin))
     adjoint = Adjoint(backend, strategy, plan.solver)
     vjp = vjp_at(plan, f, args, forward)
-    with backend.quiet():
+    with backend.errstate():
         u, report = adjoint(vjp, g, forward.carry.state)
         residual = adjoint_residual(backend, vjp, g, u)
     return AdjointSolved(u, _gradients(plan, f, args, u, forward.z), report, residual)
@@ -70,7 +72,7 @@ def _residual(
     backend = plan.backend
     if forward is None:
         return backend.xp.full_like(backend.norm(g), float("nan"))
-    with backend.quiet():
+    with backend.errstate():
         return adjoint_residual(backend, vjp_at(plan, f, args, forward), g, u)
 
 
@@ -92,7 +94,7 @@ def by_reference(
     backend = plan.backend
     product: Map = lambda u: u - vjp(u)  # noqa: E731
     rtol = max(1e-10, REFERENCE_EPS * backend.eps(g))
-    with backend.quiet():
+    with backend.errstate():
         found = gmres(backend, product, g, rtol=rtol, max_steps=min(max_vjps, g.shape[1]))
         residual = adjoint_residual(backend, vjp, g, found.x)
     routed = AdjointSolved(found.x, _gradients(plan, f, args, found.x, forward.z), None, residual)
@@ -110,7 +112,7 @@ def coupling(plan: Plan, vjp: Map, forward: SolveResult) -> float:
         return 0.0
     first = np.zeros((batch, n))
     first[0] = np.random.default_rng(0).standard_normal(n)
-    with backend.quiet():
+    with backend.errstate():
         found = backend.to_numpy(vjp(backend.asarray(first, like=forward.z))).astype(np.float64)
         whole = float(np.linalg.norm(found))
         share = float(np.linalg.norm(found[1:])) / whole if whole > 0 else 0.0

@@ -91,7 +91,7 @@ def spectral_radius(
     rows, n = at.z.shape
     if not rows or not n:
         return Spectrum(np.zeros(rows), np.zeros(rows, complex), np.zeros(rows), 0)
-    with at.backend.quiet():
+    with at.backend.errstate():
         _, vjp = at.backend.linearize(at.f, at.z)
         start = np.random.default_rng(seed).standard_normal((rows, n))
         v = at.backend.cast(at.backend.asarray(start, like=at.z), at.z)

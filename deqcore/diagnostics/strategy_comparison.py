@@ -158,7 +158,7 @@ def survey(
     exact, residual, _ = adjoint.by_reference(plan, raveled, args, cotangent, forward, vjp, REFERENCE_PULLS)
     status = backend.to_numpy(forward.status)
     coupling = adjoint.coupling(plan, vjp, forward)
-    with backend.quiet():
+    with backend.errstate():
         pair = coupled_rows(backend, lambda z: backend.detach(raveled(z, *args)), forward.z)
     rows, tasks = [], {}
     for choice in choices:

@@ -91,7 +91,7 @@ def solve_certified(
     """
     xp = backend.xp
     space = KrylovSpace(backend, lambda u: u - vjp(u), precondition)
-    norm = backend.wide(backend.norm(g))
+    norm = backend.to_accum_dtype(backend.norm(g))
     start = space.begin(g, max_vjps)
     nothing = 0 * norm  # NaN where the cotangent is not finite, and so are residual and error then
     some = xp.where(norm == 0, nothing, nothing + 1.0)
@@ -125,11 +125,11 @@ def _estimate(backend: Backend, space: KrylovSpace, k: Krylov, norm: Array, judg
     """Relative residual and estimated relative error of the space's solution."""
     xp = backend.xp
     u = space.solution(k)
-    size = backend.wide(backend.norm(u))
+    size = backend.to_accum_dtype(backend.norm(u))
     left = space.residual_vector(k)
 
     def length(linear: Map) -> Array:
-        return backend.wide(backend.norm(linear(left)))
+        return backend.to_accum_dtype(backend.norm(linear(left)))
 
     rounding = space.trusted(k._replace(residual=0 * k.residual), u)
     residual = xp.maximum(k.residual, ROUNDING * rounding)

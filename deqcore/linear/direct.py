@@ -56,7 +56,7 @@ def solve_direct(backend: Backend, vjp: Map, g: Array, wanted: Array, before: Di
 
     parts = -(-batch // size)
     if parts == 1:
-        return backend.once(wanted, solved, (wanted, before))[1]
+        return backend.cond(wanted, solved, (wanted, before))[1]
     return backend.loop(lambda carry: backend.xp.any(carry[0]), solved, (wanted, before), parts, 1)[1]
 
 
@@ -72,15 +72,15 @@ def _solve(backend: Backend, vjp: Map, g: Array, rows: Array | None) -> tuple[Ar
         image = vjp(unit)
         return xp.roll(unit, 1, axis=1), history.append(image if rows is None else backend.take(image, rows))
 
-    _, history = backend.repeat(column, (unit, backend.history(side, n)), n)
-    images = backend.wide(xp.permute_dims(history.vectors(), (0, 2, 1)))
+    _, history = backend.scan(column, (unit, backend.history(side, n)), n)
+    images = backend.to_accum_dtype(xp.permute_dims(history.vectors(), (0, 2, 1)))
     matrix = backend.eye(images, n)[None] - images
-    side = backend.wide(side)
+    side = backend.to_accum_dtype(side)
 
     def refined(u: Array) -> Array:
         return u + backend.solve(matrix, side - xp.matmul(matrix, u[:, :, None])[:, :, 0])
 
-    u = backend.repeat(refined, xp.zeros_like(side), REFINED)
+    u = backend.scan(refined, xp.zeros_like(side), REFINED)
     return u, xp.sqrt(xp.max(xp.sum(matrix * matrix, axis=1), axis=1))
 
 
@@ -89,8 +89,8 @@ def _taken(backend: Backend, vjp: Map, g: Array, rows: Array, solution: tuple[Ar
     xp = backend.xp
     wide, size = solution
     u = backend.cast(wide, g)
-    rounding = backend.eps(u) * size * backend.wide(backend.norm(u))
-    residual = xp.maximum(backend.wide(backend.norm(g + vjp(u) - u)), rounding)
+    rounding = backend.eps(u) * size * backend.to_accum_dtype(backend.norm(u))
+    residual = xp.maximum(backend.to_accum_dtype(backend.norm(g + vjp(u) - u)), rounding)
     better = rows & xp.isfinite(residual) & ~(residual > found.residual)
     return Direct(
         backend.select(better, u, found.u),

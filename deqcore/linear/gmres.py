@@ -77,7 +77,7 @@ def gmres(
     (2005).
     """
     space = KrylovSpace(backend, product, precondition, reorthogonalize, check_every)
-    goal = rtol * backend.wide(backend.norm(b))
+    goal = rtol * backend.to_accum_dtype(backend.norm(b))
     r = b
     if x0 is not None:
         r = b - product(x0)
@@ -130,7 +130,7 @@ def _restarted(
         going = k.alive & (k.residual > goal) & (k.residual <= PROGRESS * c.residual)
         left = c.left - k.grown
         again = going & (left > 0)
-        following = space.backend.once(again, lambda old: space.begin(space.residual_vector(old), restart), k)
+        following = space.backend.cond(again, lambda old: space.begin(space.residual_vector(old), restart), k)
         following = following._replace(alive=following.alive & again)
         return _Cycle(x, following, xp.where(c.k.alive, residual, c.residual), c.products + k.steps, left)
 
@@ -167,7 +167,7 @@ class KrylovSpace:
     def begin(self, r: Array, max_steps: int) -> Krylov:
         """The space of the first residual `r` `(batch, n)`, with room for `max_steps`."""
         backend, xp = self.backend, self.backend.xp
-        norm = backend.wide(backend.norm(r))
+        norm = backend.to_accum_dtype(backend.norm(r))
         size = max(1, max_steps)
         v = r / backend.cast(xp.where(norm > 0, norm, xp.ones_like(norm)), r)[:, None]
         basis = backend.history(r, size + 1).append(v)
@@ -204,11 +204,11 @@ class KrylovSpace:
     def _step(self, k: Krylov, goal: Array) -> Krylov:
         backend, xp = self.backend, self.backend.xp
         w = self.product(k.v if self.precondition is None else self.precondition(k.v))
-        found: Krylov | None = backend.native_arnoldi(k, w, goal, self.reorthogonalize)
+        found: Krylov | None = backend.fused_arnoldi(k, w, goal, self.reorthogonalize)
         if found is not None:
             return found
         active = k.alive & (k.residual > goal)
-        w, h, scale, height = backend.project(k.basis, w, self.reorthogonalize)
+        w, h, scale, height = backend.orthogonalize(k.basis, w, self.reorthogonalize)
         floor = 4 * backend.eps(w) * scale
         broke = height <= floor  # the space is invariant: its solution is exact, or A is singular
         height = xp.where(broke, floor, height)
@@ -227,8 +227,8 @@ class KrylovSpace:
         going = taken & ~broke
         null = k.null + entry[:, None] * following
         return Krylov(
-            basis=k.basis.with_active(going).append(v),
-            columns=k.columns.with_active(taken).append(xp.concat([h + height[:, None] * following, k.source], axis=1)),
+            basis=k.basis.masked(going).append(v),
+            columns=k.columns.masked(taken).append(xp.concat([h + height[:, None] * following, k.source], axis=1)),
             v=backend.select(active, v, k.v),
             source=xp.where(active[:, None], following, k.source),
             null=xp.where(taken[:, None], null, k.null),
@@ -242,7 +242,7 @@ class KrylovSpace:
 
     def solution(self, k: Krylov) -> Array:
         """The x in the space with the least residual, `(batch, n)`."""
-        x = k.basis.with_active(None).combine(self._coefficients(k))
+        x = k.basis.masked(None).combine(self._coefficients(k))
         return x if self.precondition is None else self.precondition(x)
 
     def trusted(self, k: Krylov, x: Array) -> Array:
@@ -256,7 +256,7 @@ class KrylovSpace:
         if hessenberg.shape[2] == 0:
             return k.residual
         size = xp.sqrt(xp.max(xp.sum(hessenberg * hessenberg, axis=1), axis=1))
-        return xp.maximum(k.residual, backend.eps(x) * size * backend.wide(backend.norm(x)))
+        return xp.maximum(k.residual, backend.eps(x) * size * backend.to_accum_dtype(backend.norm(x)))
 
     def inverse_norm(self, k: Krylov) -> Array:
         """1/σ_min(H̄) per sample, the norm of (A M)^-1 as far as the space has seen it: a lower bound of it."""
@@ -294,7 +294,7 @@ class KrylovSpace:
     def _hessenberg(self, k: Krylov) -> tuple[Array, Array]:
         """H̄ `(batch, used + 1, used)` and which of its columns a sample did not reach `(batch, used)`."""
         xp = self.backend.xp
-        columns = k.columns.with_active(None).vectors()  # (batch, used, 2 (m + 1))
+        columns = k.columns.masked(None).vectors()  # (batch, used, 2 (m + 1))
         used = columns.shape[1]
         matrix = xp.permute_dims(columns[:, :, : used + 1], (0, 2, 1))
         return matrix, xp.sum(xp.abs(matrix), axis=1) == 0
@@ -316,10 +316,10 @@ class KrylovSpace:
         target = -k.null[:, 1 : used + 1] * (k.null[:, 0] / k.square)[:, None]
         y = backend.solve_upper(triangle, xp.where(missing, xp.zeros_like(target), target))
         y = k.start[:, None] * xp.where(xp.isfinite(y), y, xp.zeros_like(y))
-        source = k.columns.with_active(None).vectors()[:, :, k.null.shape[1] :]  # column j is A times this vector
+        source = k.columns.masked(None).vectors()[:, :, k.null.shape[1] :]  # column j is A times this vector
         return xp.matmul(y[:, None, :], source)[:, 0, :]
 
     def residual_vector(self, k: Krylov) -> Array:
         """B − A x of the solution, `(batch, n)`, from the basis and without a product."""
         coefficients = k.start[:, None] * (k.null * (k.null[:, 0] / k.square)[:, None])
-        return k.basis.with_active(None).combine(coefficients)
+        return k.basis.masked(None).combine(coefficients)

@@ -269,7 +269,7 @@ class Watch:
             return told, None
         backend = adjoint.backend
         halves = random_halves(g.shape[0], g.shape[1], seed=count)
-        with backend.quiet():
+        with backend.errstate():
             true = verified(backend, adjoint.strategy, vjp, g, u, told, halves)
         found = self._findings(backend, told, true)
         self.ledger.suspect = found is not None
@@ -335,7 +335,7 @@ class Watch:
     def _failed(self, adjoint: Adjoint, told: AdjointReport, g: Array) -> bool:
         """Whether a sample failed. Waits for a device only where the strategy promises something."""
         backend = adjoint.backend
-        status = backend.host(told.status)
+        status = backend.numpy_view(told.status)
         if status is not None and (status == int(Status.CONVERGED)).all():
             return False
         if status is None and not promises(adjoint.strategy):

@@ -106,7 +106,7 @@ class RavelSpec:
 
     def call(self, f: Callable[..., Tree], z: Array, args: tuple[Any, ...]) -> Array:
         """`f` of the matrix `z`, as a matrix."""
-        with self.backend.reading(z) as seen:
+        with self.backend.guard_inplace(z) as seen:
             found = f(self.unravel(seen), *args)
         leaves, structure = self.backend.flatten(found)
         if structure != self.structure:
@@ -142,7 +142,7 @@ class RavelSpec:
                 f"f returned shape {tuple(leaf.shape)} for leaf {i}, but the state has {self.shapes[i]}: f must keep "
                 f"the shape of z."
             )
-        if backend.dtype_name(leaf) != self.dtype and not backend.widened():
+        if backend.dtype_name(leaf) != self.dtype and not backend.in_extended_precision():
             if backend.autocasting(leaf):
                 return backend.astype(leaf, self.dtype)
             raise ProblemError(

@@ -135,7 +135,7 @@ def iterate(
     refusals = _Refusals(backend, solver)
 
     def going(carry: LoopState) -> Array | bool:
-        seen = backend.host(carry.status)
+        seen = backend.numpy_view(carry.status)
         if seen is None:
             return backend.xp.any(carry.status == int(Status.RUNNING))
         return bool((seen == int(Status.RUNNING)).any())
@@ -153,7 +153,7 @@ def iterate(
     else:
         end = solve_compacted(backend, advance, f, narrow, start, int(control.max_steps))
     status = _ended(backend, start, end)
-    end = end._replace(status=status, state=settled(end.state))
+    end = end._replace(status=status, state=finalized(end.state))
     evaluations = solver.evaluations(backend, end.steps, end.state)
     if resume is not None:
         evaluations = evaluations + end.extra
@@ -162,10 +162,10 @@ def iterate(
 
 def _ended(backend: Backend, start: LoopState, end: LoopState) -> Array:
     """The statuses of a loop that is over: a sample that still runs has spent its budget."""
-    seen = backend.host(end.status)
+    seen = backend.numpy_view(end.status)
     if seen is not None and not (seen == int(Status.RUNNING)).any():
         return end.status
-    residual, size = backend.measure(end.z, end.fz)
+    residual, size = backend.residual_norms(end.z, end.fz)
     left = spent(backend.xp, residual, size, end.path, end.steps - start.steps)
     return backend.xp.where(end.status == int(Status.RUNNING), left, end.status)
 
@@ -196,7 +196,7 @@ def _begin(backend: Backend, solver: Solver, f: Map, z0: Array, limits: Limits) 
 def _begin_at(backend: Backend, z0: Array, fz: Array, limits: Limits) -> LoopState:
     """The carry before the first step, but for the solver's state."""
     xp = backend.xp
-    residual, size = backend.measure(z0, fz)
+    residual, size = backend.residual_norms(z0, fz)
     reference = greater(xp, backend.norm(z0), size)
     finite = xp.isfinite(residual)
     status = xp.zeros_like(residual, dtype=xp.int32)
@@ -233,7 +233,7 @@ def _resume(backend: Backend, solver: Solver, f: Map, old: LoopState, limits: Li
     xp = backend.xp
     z = old.best_z
     first = _begin_at(backend, z, f(z), limits)
-    near = ROUNDING * backend.precision(z) * (backend.norm(z) + backend.norm(old.best_fz))
+    near = ROUNDING * backend.output_eps(z) * (backend.norm(z) + backend.norm(old.best_fz))
     same = backend.norm(first.fz - old.best_fz) <= near  # False for NaN, too
     failed = (old.status == int(Status.NONFINITE)) | (old.status == int(Status.DIVERGED))
     # What a failed sample has learned led away. One whose budget was spent amid shorter steps has not failed yet.
@@ -266,24 +266,24 @@ def _resume(backend: Backend, solver: Solver, f: Map, old: LoopState, limits: Li
             extra=carry.extra + before - after,  # a solver that counts in its state has begun to count again
         )
 
-    return backend.once(~same, renewed, carry)
+    return backend.cond(~same, renewed, carry)
 
 
 def _step(backend: Backend, solver: Solver, f: Map, carry: LoopState, limits: Limits) -> LoopState:
-    before = backend.host(carry.status)
+    before = backend.numpy_view(carry.status)
     everyone = before is not None and bool((before == int(Status.RUNNING)).all())
     active = None if everyone else carry.status == int(Status.RUNNING)
-    start = carry.z, carry.fz, with_active(carry.state, active)
-    found = backend.native_step(solver, f, *start) or _check_step(solver, solver.step(backend, f, *start), carry.z)
+    start = carry.z, carry.fz, masked(carry.state, active)
+    found = backend.fused_step(solver, f, *start) or _check_step(solver, solver.step(backend, f, *start), carry.z)
     z, fz, state, size, frozen = found
     residual = solver.residual_norm(backend, state)
     if residual is None:
-        residual, size = backend.measure(z, fz)
+        residual, size = backend.residual_norms(z, fz)
     if size is None and limits.relative:
         size = backend.norm(fz)
     if active is not None and not frozen:
         state = freeze(backend, active, state, carry.state)
-    kept: LoopState | None = backend.native_keep(carry, found, residual, size, limits)
+    kept: LoopState | None = backend.fused_update(carry, found, residual, size, limits)
     if kept is not None:
         return kept._replace(state=state)
     if active is None and _all_progressing(backend, residual, size, carry, limits):
@@ -300,7 +300,7 @@ def _step(backend: Backend, solver: Solver, f: Map, carry: LoopState, limits: Li
         fz = backend.select(active, fz, carry.fz)
         status = backend.xp.where(active, status, carry.status)
     steps = carry.steps + 1 if active is None else carry.steps + backend.xp.astype(active, backend.xp.int32)
-    if backend.all_known(better):
+    if backend.known_all(better):
         best = z, fz, residual
     else:
         best = (
@@ -326,8 +326,8 @@ def _all_progressing(backend: Backend, residual: Array, size: Array | None, carr
 
     Then nothing is to be judged or selected. The best residual is at most the mark and the peak.
     """
-    now, best, reference = (backend.host(each) for each in (residual, carry.best_residual, carry.reference))
-    length = None if size is None else backend.host(size)
+    now, best, reference = (backend.numpy_view(each) for each in (residual, carry.best_residual, carry.reference))
+    length = None if size is None else backend.numpy_view(size)
     if now is None or best is None or reference is None or (size is not None and length is None):
         return False
     target = goal(np, _on_host(backend, limits), length, reference)
@@ -339,12 +339,12 @@ def _update_status(
 ) -> Verdict:
     """What follows from the residual, on the host where looking is free."""
     size = backend.norm(fz) if size is None else size
-    seen = [backend.host(each) for each in (residual, size, *carry.path)]
+    seen = [backend.numpy_view(each) for each in (residual, size, *carry.path)]
     if any(view is None for view in seen):
         return verdict(backend.xp, limits, residual, size, carry.path)
     now, length, *path = seen
     found = verdict(np, _on_host(backend, limits), now, length, Path(*path))
-    return Verdict(*map(backend.from_host, found))
+    return Verdict(*map(backend.from_numpy_view, found))
 
 
 def _on_host(backend: Backend, limits: Limits) -> Limits:
@@ -352,7 +352,8 @@ def _on_host(backend: Backend, limits: Limits) -> Limits:
     if isinstance(limits.rtol, float) and isinstance(limits.atol, float):
         return limits
     seen = (
-        each if isinstance(each, float) else backend.host(each) for each in (limits.rtol, limits.atol, limits.slack)
+        each if isinstance(each, float) else backend.numpy_view(each)
+        for each in (limits.rtol, limits.atol, limits.slack)
     )
     rtol, atol, slack = seen
     return limits._replace(rtol=rtol, atol=atol, slack=slack)
@@ -378,7 +379,7 @@ class _Refusals:
 
         def asked(carry: LoopState) -> Array | bool:
             going = running(carry)
-            if not self.waits or isinstance(going, bool) or backend.host(carry.since) is not None:
+            if not self.waits or isinstance(going, bool) or backend.numpy_view(carry.since) is not None:
                 return going
             both = 2 * xp.astype(going, xp.int32) + xp.astype(xp.any(self._rows(carry)), xp.int32)
             answer = int(backend.to_numpy(both))
@@ -396,9 +397,9 @@ class _Refusals:
 
     def after(self, carry: LoopState) -> LoopState:
         """The carry after a step."""
-        seen = self.backend.host(carry.since)
+        seen = self.backend.numpy_view(carry.since)
         if seen is None and not self.waits:
-            shortened: LoopState = self.backend.once(self._rows(carry), self.shortened, carry)
+            shortened: LoopState = self.backend.cond(self._rows(carry), self.shortened, carry)
             return shortened
         if seen is None or not (seen == REFUSED).any():
             return carry
@@ -434,14 +435,14 @@ class _Refusals:
         )
 
 
-def with_active(state: Any, active: Array | None) -> Any:
+def masked(state: Any, active: Array | None) -> Any:
     """The same solver state with `active` set in each of its histories."""
-    return map_state(state, lambda leaf: leaf.with_active(active) if isinstance(leaf, History) else leaf)
+    return map_state(state, lambda leaf: leaf.masked(active) if isinstance(leaf, History) else leaf)
 
 
-def settled(state: Any) -> Any:
+def finalized(state: Any) -> Any:
     """The solver state as it is kept after the solve."""
-    return map_state(state, lambda leaf: leaf.settled() if isinstance(leaf, History) else leaf)
+    return map_state(state, lambda leaf: leaf.finalized() if isinstance(leaf, History) else leaf)
 
 
 def copy_state(state: Any) -> Any:

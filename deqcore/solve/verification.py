@@ -82,7 +82,7 @@ def adjoint_residual(backend: Backend, vjp: Map, g: Array, u: Array) -> Array:
         only another row can have caused its residual.
     """
     xp = backend.xp
-    left, size = backend.wide(backend.norm(g + vjp(u) - u)), backend.wide(backend.norm(g))
+    left, size = backend.to_accum_dtype(backend.norm(g + vjp(u) - u)), backend.to_accum_dtype(backend.norm(g))
     known = xp.where(xp.isfinite(size), size, xp.zeros_like(size))
     scale = xp.where(size == 0, xp.zeros_like(size) + xp.max(known), size) if size.shape[0] else size
     return xp.where(left == 0, left, left / xp.where(scale == 0, xp.ones_like(scale), scale))
@@ -104,7 +104,7 @@ def leaks(backend: Backend, vjp: Map, halves: Halves, like: Array) -> Array:
     """
     xp = backend.xp
     v = cotangent(backend, halves, like)
-    given, found = backend.wide(backend.norm(v)), backend.wide(backend.norm(vjp(v)))
+    given, found = backend.to_accum_dtype(backend.norm(v)), backend.to_accum_dtype(backend.norm(vjp(v)))
     found = xp.where(xp.isfinite(found), found, xp.zeros_like(found))
     if not found.shape[0]:
         return found
@@ -155,7 +155,7 @@ def verified(
     xp = backend.xp
     true = backend.cast(adjoint_residual(backend, vjp, g, u), told.residual)
     several = g.shape[0] > 1
-    found = leaks(backend, vjp, halves, g) if several else xp.zeros_like(backend.wide(true))
+    found = leaks(backend, vjp, halves, g) if several else xp.zeros_like(backend.to_accum_dtype(true))
     coupled = found > 0
     coupled = xp.zeros_like(coupled) | xp.any(coupled)
     wrong = _contradicts(backend, strategy, g, u, true, told.residual, coupled) & (told.status == int(Status.CONVERGED))
@@ -185,14 +185,14 @@ def _contradicts(
     if not strategy.exact and not isinstance(promised, float):
         told = xp.where(xp.isnan(told), xp.full_like(told, float("inf")), told)  # nothing that could be contradicted
     promised = promised if isinstance(promised, float) else backend.default_rtol(g)
-    g_norm, u_norm = backend.wide(backend.norm(g)), backend.wide(backend.norm(u))
+    g_norm, u_norm = backend.to_accum_dtype(backend.norm(g)), backend.to_accum_dtype(backend.norm(u))
     growth = 1.0 + u_norm / xp.where(g_norm > 0, g_norm, xp.ones_like(g_norm))
     sharp = xp.zeros_like(growth) + ROUNDING * backend.eps(g)
     noise = sharp if backend.dtype_name(g) == "float64" else xp.where(coupled, sharp, xp.full_like(sharp, NARROW))
     rounding = noise * xp.where(g_norm > 0, growth, xp.ones_like(growth))
     stated = xp.where(xp.isnan(told), xp.zeros_like(told), told)
-    allowed = 1.5 * backend.wide(stated) + xp.maximum(rounding, xp.zeros_like(rounding) + promised)
-    return xp.isfinite(stated) & ~(backend.wide(true) <= allowed)
+    allowed = 1.5 * backend.to_accum_dtype(stated) + xp.maximum(rounding, xp.zeros_like(rounding) + promised)
+    return xp.isfinite(stated) & ~(backend.to_accum_dtype(true) <= allowed)
 
 
 def failing(backend: Backend, told: AdjointReport, g: Array) -> Array:

@@ -127,7 +127,7 @@ class Anderson(Solver):
         residual = value - z
         norm = backend.norm(residual)
         sane = norm <= self.growth * state.norm
-        if not backend.all_known(sane):
+        if not backend.known_all(sane):
             state = self.forget(backend, ~sane, state)
         residual = backend.divide_rows(residual, unit)
         if unit is None:
@@ -139,7 +139,7 @@ class Anderson(Solver):
         newest = residuals.slot()
         # One pass: ΔGᵀΔg = ΔGᵀg₊ − ΔGᵀg, of which all but the entry of the new column itself was known.
         target = residuals.dot(residual)
-        length = backend.wide(backend.norm(difference))
+        length = backend.to_accum_dtype(backend.norm(difference))
         inverse = backend.invert(length, 0 * length)[:, None]
         scale = xp.where(newest[None, :], inverse, state.scale)
         row = (target - state.target) * scale * inverse
@@ -148,7 +148,7 @@ class Anderson(Solver):
         system = xp.where(newest[None, None, :], row[:, :, None], system)
         step = backend.solve_positive(system, target * scale) * -scale
         usable = xp.isfinite(step)
-        if not backend.all_known(usable):
+        if not backend.known_all(usable):
             step = xp.where(usable, step, xp.zeros_like(step))
         after = AndersonState(values, residuals, system, scale, target, step, residual, norm, unit)
         return z, value, self.unlearned(backend, state.norm, after)
@@ -156,7 +156,7 @@ class Anderson(Solver):
     def unlearned(self, backend: Backend, before: Array, state: AndersonState) -> AndersonState:
         """The state after a step; where it led from a residual of 0, it has shown no difference."""
         known = before != 0.0
-        if backend.all_known(known):
+        if backend.known_all(known):
             return state
         step = backend.xp.where(known[:, None], state.step, backend.xp.zeros_like(state.step))
         return self.forget(backend, ~known, state)._replace(step=step)

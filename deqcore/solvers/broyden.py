@@ -145,7 +145,7 @@ class Broyden(Solver):
             newest,
             newest,
             norm,
-            None if self.growth is None else (xp.ones_like(backend.wide(norm)), norm),
+            None if self.growth is None else (xp.ones_like(backend.to_accum_dtype(norm)), norm),
             unit,
         )
 
@@ -259,7 +259,7 @@ class Broyden(Solver):
 
         def renew(carry: tuple[Any, ...]) -> tuple[Any, ...]:
             basis, gram, left, right, pairs = (
-                h.restart_active() if together else h.with_active(rows).restart(rows) for h in carry[0]
+                h.restart_active() if together else h.masked(rows).restart(rows) for h in carry[0]
             )
             none, units = xp.zeros_like(carry[1]), []
             for vector in (s, y):
@@ -269,12 +269,12 @@ class Broyden(Solver):
                 left, right = left.append(none), right.append(none)
                 pairs = pairs.append(xp.concat([none, none], axis=1))
                 units.append(unit)
-            histories = tuple(h.with_active(active) for h in (basis, gram, left, right, pairs))
+            histories = tuple(h.masked(active) for h in (basis, gram, left, right, pairs))
             return histories, units[0], xp.where(rows[:, None], units[1], carry[2])
 
         start = tuple(state[:5]), 0 * state.step, state.newest
-        histories, e_s, e_y = renew(start) if together else backend.once(rows, renew, start)
-        return tuple(h.with_active(active) for h in histories), e_s, e_y
+        histories, e_s, e_y = renew(start) if together else backend.cond(rows, renew, start)
+        return tuple(h.masked(active) for h in histories), e_s, e_y
 
     def inverse_jacobian(self, backend: Backend, state: BroydenState) -> InverseJacobian:
         """H after the last secant pair."""

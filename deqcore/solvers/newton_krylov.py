@@ -89,7 +89,7 @@ class NewtonKrylov(Solver):
 
     def init(self, backend: Backend, z: Array, fz: Array) -> NewtonState:
         """The first inner tolerance, nothing spent."""
-        norm = backend.wide(backend.norm(z))
+        norm = backend.to_accum_dtype(backend.norm(z))
         return NewtonState(
             backend.xp.full_like(norm, self.forcing), backend.xp.zeros_like(norm, dtype=backend.xp.int32)
         )
@@ -129,7 +129,7 @@ class NewtonKrylov(Solver):
             )
 
         end = backend.loop(searching, halve, trial, self.halvings)
-        after, size = backend.wide(end.residual), backend.wide(before)
+        after, size = backend.to_accum_dtype(end.residual), backend.to_accum_dtype(before)
         ratio = after / size
         # What the linear model has missed tells how finely it is worth solving; a shortened step says nothing of it.
         forcing = xp.where(end.length == 1.0, xp.abs(after - inner.residual) / size, 0.9 * ratio * ratio)

@@ -45,7 +45,7 @@ def main(backend: str, device: str) -> None:
 
     load_plugins()
     made = deqcore.get_backend(backend=backend)
-    made.to_numpy(made.place(made.asarray([0.0]), device))
+    made.to_numpy(made.to_device(made.asarray([0.0]), device))
 
 
 if __name__ == "__main__":

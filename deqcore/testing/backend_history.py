@@ -57,7 +57,7 @@ class HistoryTests(Conformance):
         history = history.append(kit.array(first))
         for _ in range(8):
             active = rng.random(batch) < 0.7
-            history = history.with_active(kit.array(active, "bool"))
+            history = history.masked(kit.array(active, "bool"))
             if rng.random() < 0.25:
                 rows = rng.random(batch) < 0.5
                 history = history.restart(kit.array(rows, "bool"))
@@ -106,7 +106,7 @@ class HistoryTests(Conformance):
                 model.append(v, [True] * batch)
             first = rng.standard_normal((batch, n))
             found = old.copy().merge(kit.array(rows, "bool"), new.append(kit.array(first)))
-            found = found.with_active(kit.array([True] * batch, "bool"))
+            found = found.masked(kit.array([True] * batch, "bool"))
             for i in range(batch):
                 if rows[i]:
                     model.seen[i] = {0: first[i]}
@@ -127,14 +127,14 @@ class HistoryTests(Conformance):
 
     def test_active_rows_restart_together(self, kit: Kit) -> None:
         one, active = kit.array(np.ones((3, 2))), kit.array([True, False, True], "bool")
-        history = kit.backend.history(one, 2).append(one).with_active(active).restart_active()
+        history = kit.backend.history(one, 2).append(one).masked(active).restart_active()
         assert list(kit.numpy(history.count())) == [0, 1, 0], "restart_active: the active rows alone"
         history = history.append(one)
         assert not history.all_full(), "all_full: True only if known"
         history = history.append(one)
         assert list(kit.numpy(history.full())[::2]) == [True, True]
         assert history.may_be_full(), "may_be_full: False only if known"
-        again = history.with_active(None)
+        again = history.masked(None)
         assert list(kit.numpy(again.full())) == [True, False, True]
         assert not again.all_full(), "all_full: a row that comes back has missed what the others saw"
         assert list(kit.numpy(again.restart_active().count())) == [0, 0, 0]
@@ -183,7 +183,7 @@ class HistoryTests(Conformance):
         like = kit.array(np.ones((1, 3)), dtype)
         history = kit.backend.history(like, 2, "float32").append(like)
         found = history.dot(like)
-        wide = kit.backend.dtype_name(kit.backend.wide(like))
+        wide = kit.backend.dtype_name(kit.backend.to_accum_dtype(like))
         assert kit.backend.dtype_name(found) == wide, "coefficients are in the wide dtype"
         assert kit.backend.dtype_name(history.combine(found)) == dtype, "combine answers in the state's dtype"
         close(kit.numpy(found)[0, 0], 3.0, 1e-6, "dot")

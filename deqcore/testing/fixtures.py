@@ -68,7 +68,7 @@ class Kit:
         if dtype == "float64" and not self.backend.capabilities.float64:
             dtype = "float32"
         found = self.backend.asarray(np.asarray(a), dtype=dtype)
-        return found if self.device == "cpu" else self.backend.place(found, self.device)
+        return found if self.device == "cpu" else self.backend.to_device(found, self.device)
 
     def numpy(self, x: Array) -> Any:
         """Back on the host."""
@@ -124,7 +124,7 @@ class Kit:
     @property
     def eager(self) -> bool:
         """Whether a Python function inside a loop runs once per step (and not once per trace)."""
-        return self.backend.all_known(self.array([1.0]) > 0)
+        return self.backend.known_all(self.array([1.0]) > 0)
 
     @property
     def eps(self) -> float:

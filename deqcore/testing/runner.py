@@ -135,7 +135,7 @@ def _check_device(request: Request) -> None:
     """One clear error in place of one per test."""
     for name in backends_of(request):
         backend = get_backend(backend=name)
-        backend.place(backend.asarray([0.0]), str(request.device))
+        backend.to_device(backend.asarray([0.0]), str(request.device))
 
 
 def _run(request: Request, backend: str) -> list[Outcome]:

@@ -58,7 +58,7 @@ class SearchTests(Conformance):
         z = kit.array(np.zeros((3, 6)))
         fz = f(z)
         state, probe = solver.init(kit.backend, z, fz), np.random.default_rng(16).standard_normal((3, 6))
-        with kit.backend.quiet():
+        with kit.backend.errstate():
             for step in range(1, 5):
                 before, at, value = self._product(kit, solver, state, probe), kit.numpy(z), kit.numpy(fz)
                 z, fz, state = solver.step(kit.backend, watched, z, fz, state)

@@ -28,7 +28,7 @@ def walk_steps(kit: Kit, solver: Solver, f: Map, z: Any, steps: int, *, jit: boo
     init = compiled(lambda z, fz: solver.init(kit.backend, z, fz))
     found: list[tuple[Any, Any, Any]] = [(z, fz, init(z, fz))]
     step = compiled(lambda z, fz, state: solver.step(kit.backend, f, z, fz, state))
-    with kit.backend.quiet():  # as the loop is
+    with kit.backend.errstate():  # as the loop is
         for _ in range(steps):
             found.append(step(*found[-1]))
     return found

@@ -43,7 +43,7 @@ def _program(kit: Kit, strategy: Strategy) -> Callable[..., Any]:
 
     def routed(g: Array, a: Array, *h: Array) -> Any:
         vjp = kit.vjp(a) if strategy.uses_vjp() else _no_vjp
-        with kit.backend.quiet():
+        with kit.backend.errstate():
             return strategy.solve_adjoint(kit.backend, vjp, g, DenseEstimate(kit, *h) if h else None)
 
     return kit.backend.jit(routed)
@@ -215,7 +215,7 @@ class AdjointTests(Conformance):
             u, told = strategy.solve_adjoint(backend, vjp, g, DenseEstimate(kit, *h) if h else None)
             return u, told, verified(backend, strategy, vjp, g, u, told, random_halves(3, 6, seed=0))
 
-        with backend.quiet():
+        with backend.errstate():
             u, told, true = backend.jit(routed)(*given)
         u, status, residual = kit.numpy(u).astype(float), kit.numpy(true.status), kit.numpy(true.residual)
         left = np.linalg.norm(g + 0.6 * np.roll(u, -1, axis=0) - u, axis=1) / np.linalg.norm(g, axis=1)

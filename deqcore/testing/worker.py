@@ -150,7 +150,7 @@ def _refuse_coupling(backend: Backend, problem: Problem, job: Job, f: Callable[.
     params, inputs, z0, _ = data_of(problem, job, backend)
     space = RavelSpec.of(backend, z0, problem.batch)
     raveled = space.wrap(f)
-    with backend.quiet():
+    with backend.errstate():
         pair = coupled_rows(backend, lambda z: backend.detach(raveled(z, params, inputs)), space.ravel(z0))
     if pair is not None:
         raise ProblemError(coupling(pair))

@@ -50,7 +50,7 @@ class Aitken(Solver):
 
     def init(self, backend: Backend, z: Array, fz: Array) -> AitkenState:
         r = fz - z
-        return AitkenState(r, backend.xp.full_like(backend.wide(backend.norm(r)), self.first))
+        return AitkenState(r, backend.xp.full_like(backend.to_accum_dtype(backend.norm(r)), self.first))
 
     def step(self, backend: Backend, f: Map, z: Array, fz: Array, state: AitkenState) -> tuple[Array, Array, Any]:
         xp = backend.xp

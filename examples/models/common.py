@@ -42,7 +42,7 @@ def arguments(text: str, steps: int, given: list[str] | None = None) -> argparse
         parser.error(f"--weights {options.weights}: there is no such file")
     backend = deqcore.get_backend(backend=options.backend)
     try:
-        backend.place(backend.asarray([0.0]), options.device)
+        backend.to_device(backend.asarray([0.0]), options.device)
     except BackendError as error:
         parser.error(f"--device {options.device}: {error}")
     return options
@@ -200,7 +200,7 @@ class JaxSide:
 
         self.jax = jax
         backend = deqcore.get_backend(backend="jax")
-        self.params = {name: backend.place(value, device) for name, value in weights.items()}
+        self.params = {name: backend.to_device(value, device) for name, value in weights.items()}
         self.loss = lambda params, *batch: module.loss(params, settings, *batch, **options)
         self._predict = jax.jit(lambda params, *arrays: module.predict(params, settings, *arrays, **options))
 

@@ -213,7 +213,7 @@ def test_threads_that_read_one_array():
 
     def work():
         for _ in range(2000):
-            with backend.reading(z) as seen:
+            with backend.guard_inplace(z) as seen:
                 if seen.flags.writeable or not z.flags.writeable:
                     problems.append("flags")
 

@@ -268,8 +268,8 @@ def test_products_and_combinations(fused, without, memory, masked, stored, n):
     history = backend.history(vectors[0], memory, stored)
     for k, v in enumerate(vectors):
         active = torch.tensor([True, k % 2 == 0, k > 4], device=DEVICE) if masked else None
-        history = history.with_active(active).append(v)
-    history = history.with_active(None)
+        history = history.masked(active).append(v)
+    history = history.masked(None)
     c = torch.randn(3, memory, generator=generator, dtype=torch.float64).to(DEVICE)
     v = vectors[0] + vectors[3]
     run = lambda: (history.dot(v), history.combine(c), history.add_combination(v, c))

@@ -149,9 +149,9 @@ def test_a_projection_is_that_of_the_contract(without, twice, masked):
     basis = backend.history(q[:, :, 0], 9)
     for k in range(6):
         active = torch.tensor([True, k < 3, True, True]) if masked else None
-        basis = basis.with_active(active).append(q[:, :, k].contiguous())
+        basis = basis.masked(active).append(q[:, :, k].contiguous())
     w = torch.randn(4, 50, generator=generator, dtype=torch.float64)
-    found, expected = (run(lambda: backend.project(basis, w, twice)) for run in (lambda do: do(), without))
+    found, expected = (run(lambda: backend.orthogonalize(basis, w, twice)) for run in (lambda do: do(), without))
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-13)
 

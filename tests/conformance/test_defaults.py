@@ -24,9 +24,9 @@ class PlainBackend(Backend):
 
     is_array, asarray, to_numpy = NumpyBackend.is_array, NumpyBackend.asarray, NumpyBackend.to_numpy
     detach, solve = NumpyBackend.detach, NumpyBackend.solve
-    quiet, widened = NumpyBackend.quiet, NumpyBackend.widened
+    quiet, widened = NumpyBackend.errstate, NumpyBackend.in_extended_precision
 
-    def all_known(self, mask: Any) -> bool:
+    def known_all(self, mask: Any) -> bool:
         return bool(np.all(mask))
 
     def astype(self, x: Any, dtype: str) -> Any:
@@ -35,7 +35,7 @@ class PlainBackend(Backend):
         return super().astype(x, dtype)
 
     def pullback(self, f: Any, leaves: tuple[Any, ...]) -> Any:
-        with self.quiet():
+        with self.errstate():
             value = f(leaves)
             dense = [
                 jacobian(lambda x, i=i: f((*leaves[:i], x, *leaves[i + 1 :])), leaf) for i, leaf in enumerate(leaves)

@@ -45,7 +45,7 @@ def solve(be, solver, compact, control, resume=None, dtype="float64", seen=None)
         some = be.take(rates, rows), be.take(x, rows)
         return lambda z: f(z, *some)
 
-    with be.quiet():
+    with be.errstate():
         return iterate(be, solver, lambda z: f(z, rates, x), 0 * x, control, resume, narrow if compact else None)
 
 

@@ -71,7 +71,7 @@ class Elsewhere:
         for name in ("__bool__", "item", "tolist", "nonzero", "__int__", "__float__"):
             self._watch(monkeypatch, name)
         # The backend sees the host's own memory: pretend that it does not.
-        monkeypatch.setattr(type(backend), "host", lambda self, x: None)
+        monkeypatch.setattr(type(backend), "numpy_view", lambda self, x: None)
         monkeypatch.setattr(
             type(backend),
             "select",

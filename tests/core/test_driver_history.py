@@ -61,7 +61,7 @@ def test_a_history_does_what_a_dictionary_does(be, operations, memory, seed):
     assert not newest(be, history).any()
     for name, mask in operations:
         active = np.ones(BATCH, bool) if mask is None else np.array(mask)
-        history = history.with_active(rows_of(be, mask))
+        history = history.masked(rows_of(be, mask))
         if name == "append":
             v = random.standard_normal((BATCH, N))
             v[~active] = np.nan  # what inactive rows compute is never written
@@ -78,7 +78,7 @@ def test_a_history_does_what_a_dictionary_does(be, operations, memory, seed):
             for i in np.flatnonzero(chosen & active):
                 model[i] = {}
         else:
-            other = history.copy().with_active(None)
+            other = history.copy().masked(None)
             other.append(be.asarray(random.standard_normal((BATCH, N)))).restart(be.asarray(np.ones(BATCH, bool)))
         check(be, history, model, random)
 

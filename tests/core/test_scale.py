@@ -185,7 +185,7 @@ def test_powers_of_two_change_no_bit(name, k, solver):
     found = []
     for s in (1.0, 2.0**-k, 2.0**k):
         f = lambda z, s=s: s * backend.xp.tanh((z / s) @ weights) + s * x
-        with backend.quiet(), nothing(name):
+        with backend.errstate(), nothing(name):
             found.append(iterate(backend, solver, f, 0 * x, StoppingCriteria(1e-9 if k > 100 else 1e-5)))
     plain = found[0]
     assert plain.carry.state.unit is None
@@ -219,7 +219,7 @@ def test_norms(name, dtype):
     )
     with precise(name, dtype):
         backend = deqcore.get_backend(backend=name)
-        with backend.quiet():
+        with backend.errstate():
             found = np.asarray(backend.to_numpy(backend.norm(backend.asarray(rows))), np.float64)
     expected = [math.hypot(*map(float, row)) for row in rows]
     assert np.allclose(found, expected, rtol=1e-6, atol=0)

@@ -140,8 +140,8 @@ STRATEGIES = [
     Fault(
         "a direct solve taken at its word",
         "deqcore.linear.direct",
-        "backend.wide(backend.norm(g + vjp(u) - u))",
-        "backend.wide(0 * backend.norm(g + vjp(u) - u))",
+        "backend.to_accum_dtype(backend.norm(g + vjp(u) - u))",
+        "backend.to_accum_dtype(0 * backend.norm(g + vjp(u) - u))",
         "strategy exact-ift",
         "test_coupled_rows_are_no_solution",
         "CONVERGED, but",
@@ -366,7 +366,7 @@ SOLVERS = [
         "float64 leaks into a float32 state",
         PICARD,
         "z = fz if self.damping",
-        "z = backend.wide(fz) if self.damping",
+        "z = backend.to_accum_dtype(fz) if self.damping",
         "solver picard",
         "test_steps_keep_structure_shapes_and_dtypes",
         "after step 1",
@@ -483,7 +483,7 @@ SOLVERS = [
     Fault(
         "damping in the residual",
         "deqcore.solve.loop",
-        "        residual, size = backend.measure(z, fz)\n",
+        "        residual, size = backend.residual_norms(z, fz)\n",
         "        residual, size = 0.1 * backend.norm(fz - z), None\n",
         "solver picard",
         "test_golden",
@@ -567,7 +567,7 @@ BACKENDS = [
     Fault(
         "unscaled norms in the core",
         "deqcore.abc.backend",
-        "        return self.once(~safe, again, found)\n",
+        "        return self.cond(~safe, again, found)\n",
         "        return found\n",
         "backend numpy",
         "test_norms_of_any_scale",
@@ -586,7 +586,7 @@ BACKENDS = [
     Fault(
         "inner products in the state's dtype",
         "deqcore.abc.backend",
-        "self.xp.sum(self.wide(a) * self.wide(b), axis=1)",
+        "self.xp.sum(self.to_accum_dtype(a) * self.to_accum_dtype(b), axis=1)",
         "self.xp.sum(a * b, axis=1)",
         "backend numpy",
         "test_inner_products_are_wide",

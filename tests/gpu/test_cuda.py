@@ -154,7 +154,7 @@ def test_a_state_and_a_cell_on_two_devices():
 
 def test_a_device_that_is_not_there():
     with pytest.raises(DeqcoreError, match="cuda:99"):
-        deqcore.get_backend(backend="torch").place(torch.zeros(1), "cuda:99")
+        deqcore.get_backend(backend="torch").to_device(torch.zeros(1), "cuda:99")
 
 
 def test_memory_grows_with_the_steps_taken():
@@ -186,7 +186,7 @@ def test_jax_and_torch_agree_on_the_device():
     import jax.numpy as jnp
 
     w, x = weights(device="cuda")
-    with deqcore.get_backend(backend="torch").checking():
+    with deqcore.get_backend(backend="torch").high_precision():
         ours = deqcore.fixed_point(cell, torch.zeros_like(x), w, x, forward__rtol=1e-6).value.cpu().numpy()
     with jax.default_matmul_precision("highest"):
         theirs = deqcore.fixed_point(

@@ -265,7 +265,7 @@ def _anderson(
 
 
 def measure(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
-    """`Backend.measure` in one pass."""
+    """`Backend.residual_norms` in one pass."""
     (batch, n), (z, fz) = z.shape, _dense(z, fz)
     ranges = z.dtype is torch.float64  # of other dtypes all squares are in the range of float64
     parts = z.new_empty((6 if ranges else 2, _spans(n), batch), dtype=torch.float64)
@@ -343,7 +343,7 @@ def keep(
 
 
 def project(basis: Any, w: Tensor, twice: bool) -> None:
-    """`Backend.project`: part of `arnoldi` here."""
+    """`Backend.orthogonalize`: part of `arnoldi` here."""
     return
 
 
@@ -413,8 +413,8 @@ def arnoldi(space: Krylov, w: Tensor, goal: Tensor, twice: bool) -> Krylov | Non
             block=COLUMNS,
         )
     return Krylov(
-        basis=basis.with_active(None).appended(basis_seen),
-        columns=columns.with_active(None).appended(next_columns_seen),
+        basis=basis.masked(None).appended(basis_seen),
+        columns=columns.masked(None).appended(next_columns_seen),
         v=v,
         source=source,
         null=null,

@@ -165,12 +165,12 @@ def _anderson(backend: Backend, solver: Anderson, f: Map, fz: Tensor, state: And
 
 
 def keep(carry: Any, found: StepResult, residual: Tensor, size: Tensor | None, limits: Any) -> None:
-    """`Backend.native_keep`: the loop itself judges on the host, without waiting."""
+    """`Backend.fused_update`: the loop itself judges on the host, without waiting."""
     return
 
 
 def arnoldi(space: Krylov, w: Tensor, goal: Tensor, twice: bool) -> Krylov | None:
-    """`Backend.native_arnoldi`, or None where there is none for these histories."""
+    """`Backend.fused_arnoldi`, or None where there is none for these histories."""
     basis, columns = space.basis, space.columns
     if not (_holds(basis, w) and _holds(columns, space.null)) or columns.store.chunk != columns.memory:
         return None
@@ -194,8 +194,8 @@ def arnoldi(space: Krylov, w: Tensor, goal: Tensor, twice: bool) -> Krylov | Non
         *(view(each) for each in (v, *after, going, taken)),
     )
     return Krylov(
-        basis=basis.with_active(None if bool(going.all()) else going).appended(),
-        columns=columns.with_active(None if bool(taken.all()) else taken).appended(),
+        basis=basis.masked(None if bool(going.all()) else going).appended(),
+        columns=columns.masked(None if bool(taken.all()) else taken).appended(),
         v=v,
         source=source,
         null=null,
@@ -221,7 +221,7 @@ def norm(v: Tensor) -> Tensor:
 
 
 def project(basis: Any, w: Tensor, twice: bool) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """`Backend.project`, or None where there is none for this history."""
+    """`Backend.orthogonalize`, or None where there is none for this history."""
     if not _holds(basis, w):
         return None
     out, h = _room(w), torch.empty(w.shape[0], basis.memory, dtype=torch.float64)

@@ -41,14 +41,14 @@ class StrictBackend(Backend):
     def is_traced(self, *leaves: Any) -> bool:
         return any(isinstance(leaf, StrictArray) for leaf in self.flatten(leaves)[0])
 
-    def widened(self) -> bool:
-        return self.numpy.widened()
+    def in_extended_precision(self) -> bool:
+        return self.numpy.in_extended_precision()
 
     def astype(self, x: Array, dtype: str) -> Array:
         return wrap(unwrap(x).astype(dtype))
 
-    def wide(self, x: Array) -> Array:
-        return wrap(self.numpy.wide(unwrap(x)))
+    def to_accum_dtype(self, x: Array) -> Array:
+        return wrap(self.numpy.to_accum_dtype(unwrap(x)))
 
     def cast(self, x: Array, like: Array) -> Array:
         return wrap(self.numpy.cast(unwrap(x), unwrap(like)))
@@ -65,7 +65,7 @@ class StrictBackend(Backend):
     def select(self, mask: Array, new: Array, old: Array) -> Array:
         return wrap(self.numpy.select(unwrap(mask), unwrap(new), unwrap(old)))
 
-    def all_known(self, mask: Array) -> bool:
+    def known_all(self, mask: Array) -> bool:
         return False
 
     def solve(self, a: Array, b: Array) -> Array:
@@ -74,8 +74,8 @@ class StrictBackend(Backend):
     def history(self, like: Array, memory: int, dtype: str | None = None) -> History:
         return StrictHistory(self.numpy.history(unwrap(like), memory, dtype))
 
-    def quiet(self) -> AbstractContextManager[object]:
-        return self.numpy.quiet()
+    def errstate(self) -> AbstractContextManager[object]:
+        return self.numpy.errstate()
 
     def loop(
         self,
@@ -86,7 +86,7 @@ class StrictBackend(Backend):
         check_every: int | str = "auto",
     ) -> LoopVars:
         """Trace the body once, whether it is needed or not, and hold every step to what came out."""
-        with self.quiet():
+        with self.errstate():
             check_same(carry, body(carry))
             for _ in range(int(unwrap(steps))):
                 if not _condition(running(carry)):
@@ -107,7 +107,7 @@ class StrictBackend(Backend):
     def forward_only(
         self, f: Callable[..., Array], z0: Array, args: tuple[Any, ...], solve: Callable[[Map, Array], SolveResult]
     ) -> SolveResult:
-        with self.quiet():
+        with self.errstate():
             return solve(lambda z: f(z, *args), z0)
 
     def implicit(
@@ -124,7 +124,7 @@ class StrictBackend(Backend):
     def detach(self, x: Array) -> Array:
         return x
 
-    def recording(self) -> bool:
+    def grad_enabled(self) -> bool:
         return False
 
     def vjp(

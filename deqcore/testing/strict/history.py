@@ -63,9 +63,9 @@ class StrictHistory(History):
         """As the inner history."""
         return wrap(self.inner.full())
 
-    def with_active(self, active: Array | None) -> StrictHistory:
+    def masked(self, active: Array | None) -> StrictHistory:
         """As the inner history."""
-        return StrictHistory(self.inner.with_active(unwrap(active)))
+        return StrictHistory(self.inner.masked(unwrap(active)))
 
     def vectors(self) -> Array:
         """All slots, zero where nothing was written."""

@@ -57,13 +57,13 @@ class AutogradBackend(Backend):
             x = getval(x)
         return x
 
-    def all_known(self, mask: Any) -> bool:
+    def known_all(self, mask: Any) -> bool:
         return bool(np.all(getval(mask)))
 
     def eye(self, like: Any, rows: int, columns: int | None = None) -> Any:
         return np.eye(rows, columns, dtype=like.dtype)
 
-    def quiet(self) -> Any:
+    def errstate(self) -> Any:
         return np.errstate(all="ignore")
 
     def solve(self, a: Any, b: Any) -> Any:
@@ -80,7 +80,7 @@ class AutogradBackend(Backend):
     def implicit(self, f: Any, z0: Any, args: Any, solve: Any, adjoint: Any) -> tuple[Any, Any, Any]:
         """Value and gradient of z*: one more evaluation of f at z* is recorded, and its cotangent is routed."""
         forward, record = self.forward_only(f, z0, args, solve), BackwardRecord()
-        with self.quiet():
+        with self.errstate():
             value = f(forward.z, *args)
         if not isbox(value):
             return forward.z, forward, record  # nobody takes a gradient
