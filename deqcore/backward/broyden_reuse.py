@@ -120,7 +120,7 @@ class BroydenReuse(Strategy):
             estimate.apply_transpose,  # −M: a preconditioner's sign changes nothing
             target=target,
             max_vjps=self.refine_steps,
-            judge=estimate.sharp_transpose,
+            judge=estimate.apply_transpose_unregularised,
         )
         u, vjps, residual, error = found.u, found.vjps, found.residual, found.error
         code = xp.zeros_like(vjps)

@@ -98,23 +98,23 @@ def solve_certified(
     first = _Round(start, target * norm, some, xp.where(some > 0, nothing + float("inf"), nothing), norm == 0)
 
     def unfinished(r: _Round) -> Array:
-        return xp.any(r.space.alive)
+        return xp.any(r.space.can_grow)
 
     def once(r: _Round) -> _Round:
-        young = r.space.grown < LEAST
+        young = r.space.dimension < LEAST
         bottom = NOTHING_HIDDEN * target * norm
-        steps = xp.where(young, min(LEAST, max_vjps) + 0 * r.space.grown, max_vjps) - r.space.grown
+        steps = xp.where(young, min(LEAST, max_vjps) + 0 * r.space.dimension, max_vjps) - r.space.dimension
         k = space.grow(r.space, xp.where(young, bottom, r.goal), steps, together=True)
         residual, error = _estimate(backend, space, k, norm, judge)
         # Only a sample that is there, or can go no further, is judged: when others pause must not matter to it.
-        closed = ~k.alive
+        closed = ~k.can_grow
         known = (k.steps >= LEAST) | (k.residual <= bottom) | closed
         reached = known & (k.residual <= r.goal)
         judged = ~r.met & (reached | closed | (k.steps >= max_vjps))
         residual, error = xp.where(judged, residual, r.residual), xp.where(judged, error, r.error)
         met = xp.where(judged, known & (residual <= target) & (error <= target), r.met)
         goal = xp.where(reached, k.residual * xp.clip(target / error, 0.25, 0.8), r.goal)
-        k = k._replace(alive=k.alive & ~met & (k.steps < max_vjps))
+        k = k._replace(can_grow=k.can_grow & ~met & (k.steps < max_vjps))
         return _Round(k, goal, residual, error, met)
 
     end = backend.loop(unfinished, once, first, max_vjps, 1)

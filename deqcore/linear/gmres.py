@@ -12,16 +12,16 @@ class Krylov(NamedTuple):
     """A Krylov space of at most m steps per sample. Small arrays are in the wide dtype."""
 
     basis: History  # orthonormal v_0 … v_k, m + 1 slots
-    columns: History  # columns of the Hessenberg matrix H̄, m slots: m + 1 entries, then the one-hot `source`
+    columns: History  # columns of the Hessenberg matrix H̄, m slots: m + 1 entries, then the one-hot `source_slot`
     v: Array  # latest basis vector (batch, n)
-    source: Array  # one-hot of its slot (batch, m + 1): not the latest one for a sample that paused
-    null: Array  # ν with νᵀH̄ = 0 (batch, m + 1)
-    square: Array  # ‖ν‖² (batch,)
+    source_slot: Array  # one-hot of its slot (batch, m + 1): not the latest one for a sample that paused
+    null_vector: Array  # ν with νᵀH̄ = 0 (batch, m + 1)
+    null_norm_sq: Array  # ‖ν‖² (batch,)
     start: Array  # ‖r₀‖ (batch,)
     residual: Array  # ‖b − A x‖ (batch,)
-    alive: Array  # can this space still grow? (batch,) of bool
+    can_grow: Array  # can this space still grow? (batch,) of bool
     steps: Array  # products spent (batch,) int32
-    grown: Array  # dimensions added in all, a scalar int32
+    dimension: Array  # dimensions added in all, a scalar int32
 
 
 class LinearSolution(NamedTuple):
@@ -122,20 +122,20 @@ def _restarted(
     xp = space.backend.xp
 
     def unfinished(c: _Cycle) -> Array:
-        return xp.any(c.k.alive & (c.residual > goal))
+        return xp.any(c.k.can_grow & (c.residual > goal))
 
     def cycle(c: _Cycle) -> _Cycle:
         k = space.grow(c.k, goal, xp.where(c.left < restart, c.left, restart + 0 * c.left))
         x, residual = _ended(space, k, c.x)
-        going = k.alive & (k.residual > goal) & (k.residual <= PROGRESS * c.residual)
-        left = c.left - k.grown
+        going = k.can_grow & (k.residual > goal) & (k.residual <= PROGRESS * c.residual)
+        left = c.left - k.dimension
         again = going & (left > 0)
         following = space.backend.cond(again, lambda old: space.begin(space.residual_vector(old), restart), k)
-        following = following._replace(alive=following.alive & again)
-        return _Cycle(x, following, xp.where(c.k.alive, residual, c.residual), c.products + k.steps, left)
+        following = following._replace(can_grow=following.can_grow & again)
+        return _Cycle(x, following, xp.where(c.k.can_grow, residual, c.residual), c.products + k.steps, left)
 
     k = space.begin(r, restart)
-    budget = 0 * k.grown + max_steps
+    budget = 0 * k.dimension + max_steps
     start = _Cycle(xp.zeros_like(r) if x0 is None else x0, k, k.residual, k.steps, budget)
     end = space.backend.loop(unfinished, cycle, start, -(-max_steps // restart), 1)
     return end.x, end.residual, end.products
@@ -171,19 +171,19 @@ class KrylovSpace:
         size = max(1, max_steps)
         v = r / backend.cast(xp.where(norm > 0, norm, xp.ones_like(norm)), r)[:, None]
         basis = backend.history(r, size + 1).append(v)
-        null = backend.cast(basis.slot(), norm)[None, :] + 0 * norm[:, None]  # (batch, m + 1)
+        null_vector = backend.cast(basis.slot(), norm)[None, :] + 0 * norm[:, None]  # (batch, m + 1)
         return Krylov(
             basis=basis,
-            columns=backend.history(xp.concat([null, null], axis=1), size),
+            columns=backend.history(xp.concat([null_vector, null_vector], axis=1), size),
             v=v,
-            source=null,
-            null=null,
-            square=xp.ones_like(norm),
+            source_slot=null_vector,
+            null_vector=null_vector,
+            null_norm_sq=xp.ones_like(norm),
             start=norm,
             residual=norm,
-            alive=xp.isfinite(norm),
+            can_grow=xp.isfinite(norm),
             steps=xp.zeros_like(norm, dtype=xp.int32),
-            grown=xp.astype(xp.sum(0 * null[:0]), xp.int32),
+            dimension=xp.astype(xp.sum(0 * null_vector[:0]), xp.int32),
         )
 
     def grow(self, k: Krylov, goal: Array, steps: int | Array, *, together: bool = False) -> Krylov:
@@ -193,10 +193,10 @@ class KrylovSpace:
         alone while others grew on would find none left when it goes on.
         """
         xp = self.backend.xp
-        asked = k.alive & (k.residual > goal)
+        asked = k.can_grow & (k.residual > goal)
 
         def running(k: Krylov) -> Array:
-            waiting = k.alive & (k.residual > goal)
+            waiting = k.can_grow & (k.residual > goal)
             return xp.any(waiting) & ~xp.any(asked & ~waiting) if together else xp.any(waiting)
 
         return self.backend.loop(running, lambda k: self._step(k, goal), k, steps, self.check_every)
@@ -207,7 +207,7 @@ class KrylovSpace:
         found: Krylov | None = backend.fused_arnoldi(k, w, goal, self.reorthogonalize)
         if found is not None:
             return found
-        active = k.alive & (k.residual > goal)
+        active = k.can_grow & (k.residual > goal)
         w, h, scale, height = backend.orthogonalize(k.basis, w, self.reorthogonalize)
         floor = 4 * backend.eps(w) * scale
         broke = height <= floor  # the space is invariant: its solution is exact, or A is singular
@@ -216,28 +216,28 @@ class KrylovSpace:
         v = w / backend.cast(height, w)[:, None]
 
         following = backend.cast(xp.roll(k.basis.slot(), 1), height)[None, :]
-        overlap = xp.sum(k.null * h, axis=1)
+        overlap = xp.sum(k.null_vector * h, axis=1)
         # A column without a new direction either completes the solution or, if it adds nothing to the equations that
         # are left (A singular), must not be taken: its residual would be rounding over rounding.
-        empty = broke & (xp.abs(overlap) <= 16 * floor * xp.sqrt(k.square))
+        empty = broke & (xp.abs(overlap) <= 16 * floor * xp.sqrt(k.null_norm_sq))
         entry = -overlap / height
-        square = k.square + entry * entry
-        residual = k.residual * xp.sqrt(k.square / square)
+        null_norm_sq = k.null_norm_sq + entry * entry
+        residual = k.residual * xp.sqrt(k.null_norm_sq / null_norm_sq)
         taken = active & xp.isfinite(residual) & ~empty
         going = taken & ~broke
-        null = k.null + entry[:, None] * following
+        null_vector = k.null_vector + entry[:, None] * following
         return Krylov(
             basis=k.basis.masked(going).append(v),
-            columns=k.columns.masked(taken).append(xp.concat([h + height[:, None] * following, k.source], axis=1)),
+            columns=k.columns.masked(taken).append(xp.concat([h + height[:, None] * following, k.source_slot], axis=1)),
             v=backend.select(active, v, k.v),
-            source=xp.where(active[:, None], following, k.source),
-            null=xp.where(taken[:, None], null, k.null),
-            square=xp.where(taken, square, k.square),
+            source_slot=xp.where(active[:, None], following, k.source_slot),
+            null_vector=xp.where(taken[:, None], null_vector, k.null_vector),
+            null_norm_sq=xp.where(taken, null_norm_sq, k.null_norm_sq),
             start=k.start,
             residual=xp.where(taken, residual, k.residual),
-            alive=xp.where(active, going, k.alive),
+            can_grow=xp.where(active, going, k.can_grow),
             steps=k.steps + xp.astype(active, xp.int32),
-            grown=k.grown + 1,
+            dimension=k.dimension + 1,
         )
 
     def solution(self, k: Krylov) -> Array:
@@ -270,7 +270,7 @@ class KrylovSpace:
         eye = xp.roll(backend.eye(fill, hessenberg.shape[1], hessenberg.shape[2]), 1, axis=0)
         filled = hessenberg + eye[None] * fill
         sound = xp.isfinite(size)[:, None, None]
-        least = backend.least_singular_value(xp.where(sound, filled, eye[None]), k.grown)
+        least = backend.least_singular_value(xp.where(sound, filled, eye[None]), k.dimension)
         return xp.where(sound[:, 0, 0], 1.0 / least, xp.full_like(least, float("nan")))
 
     def ratios(self, k: Krylov) -> tuple[Array, Array, Array]:
@@ -283,9 +283,11 @@ class KrylovSpace:
         backend, xp = self.backend, self.backend.xp
         hessenberg, missing = self._hessenberg(k)
         used = hessenberg.shape[2]
-        upper = xp.triu(xp.ones_like(backend.eye(k.null, used + 1)))
-        squares = xp.matmul(k.null[:, : used + 1] * k.null[:, : used + 1], upper)  # ‖ν‖² after each column
-        taken = backend.cast(~missing, k.null)
+        upper = xp.triu(xp.ones_like(backend.eye(k.null_vector, used + 1)))
+        squares = xp.matmul(
+            k.null_vector[:, : used + 1] * k.null_vector[:, : used + 1], upper
+        )  # ‖ν‖² after each column
+        taken = backend.cast(~missing, k.null_vector)
         order = xp.matmul(taken, upper[:used, :used])
         count = xp.sum(taken, axis=1)
         ratio = xp.where(missing, xp.ones_like(taken), xp.sqrt(squares[:, :-1] / squares[:, 1:]))
@@ -309,17 +311,19 @@ class KrylovSpace:
         hessenberg, missing = self._hessenberg(k)
         used = hessenberg.shape[2]
         if used == 0:
-            return xp.zeros_like(k.null)
+            return xp.zeros_like(k.null_vector)
         eye = backend.eye(hessenberg, used)[None]
         triangle = hessenberg[:, 1:, :] + eye * backend.cast(missing, hessenberg)[:, None, :]
         # For β = 1: with a small one these products may vanish, although y does not.
-        target = -k.null[:, 1 : used + 1] * (k.null[:, 0] / k.square)[:, None]
+        target = -k.null_vector[:, 1 : used + 1] * (k.null_vector[:, 0] / k.null_norm_sq)[:, None]
         y = backend.solve_upper(triangle, xp.where(missing, xp.zeros_like(target), target))
         y = k.start[:, None] * xp.where(xp.isfinite(y), y, xp.zeros_like(y))
-        source = k.columns.masked(None).vectors()[:, :, k.null.shape[1] :]  # column j is A times this vector
-        return xp.matmul(y[:, None, :], source)[:, 0, :]
+        source_slot = k.columns.masked(None).vectors()[
+            :, :, k.null_vector.shape[1] :
+        ]  # column j is A times this vector
+        return xp.matmul(y[:, None, :], source_slot)[:, 0, :]
 
     def residual_vector(self, k: Krylov) -> Array:
         """B − A x of the solution, `(batch, n)`, from the basis and without a product."""
-        coefficients = k.start[:, None] * (k.null * (k.null[:, 0] / k.square)[:, None])
+        coefficients = k.start[:, None] * (k.null_vector * (k.null_vector[:, 0] / k.null_norm_sq)[:, None])
         return k.basis.masked(None).combine(coefficients)

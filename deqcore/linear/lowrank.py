@@ -23,7 +23,7 @@ class InverseJacobian(ABC):
         ...         return -2.0 * v
         ...     def apply_transpose(self, v):
         ...         return -2.0 * v
-        >>> Exact().sharp_transpose(np.ones((1, 2))).tolist()
+        >>> Exact().apply_transpose_unregularised(np.ones((1, 2))).tolist()
         [[-2.0, -2.0]]
     """
 
@@ -35,13 +35,13 @@ class InverseJacobian(ABC):
     def apply_transpose(self, v: Array) -> Array:
         """Hᵀ v for `v` `(batch, n)`."""
 
-    def sharp_transpose(self, v: Array) -> Array:
+    def apply_transpose_unregularised(self, v: Array) -> Array:
         """Hᵀ v with as little regularisation as rounding allows: to judge by, where `apply_transpose` is to use."""
         return self.apply_transpose(v)
 
 
 @dataclass(frozen=True)
-class OneBasis(InverseJacobian):
+class MultisecantInverse(InverseJacobian):
     """H = −I − Q K Qᵀ with one history Q and small matrices K `(batch, memory, memory)`."""
 
     backend: Backend
@@ -57,14 +57,14 @@ class OneBasis(InverseJacobian):
         """Hᵀ v = −v − Q Kᵀ Qᵀ v."""
         return -v - self.basis.combine(vecmat(self.backend, self.basis.dot(v), self.kernel))
 
-    def sharp_transpose(self, v: Array) -> Array:
+    def apply_transpose_unregularised(self, v: Array) -> Array:
         """The same with the other kernel."""
         kernel = self.kernel if self.sharp is None else self.sharp
         return -v - self.basis.combine(vecmat(self.backend, self.basis.dot(v), kernel))
 
 
 @dataclass(frozen=True)
-class Updates(InverseJacobian):
+class BroydenInverse(InverseJacobian):
     """H = −I − Q K Qᵀ with K = Σ_j l_j r_jᵀ kept as its updates. What Broyden leaves.
 
     K is never formed: its products take O(k) work a vector in place of O(k²), and are those of histories, which do
@@ -85,7 +85,7 @@ class Updates(InverseJacobian):
 
 
 @dataclass(frozen=True)
-class TwoBases(InverseJacobian):
+class AndersonInverse(InverseJacobian):
     """H = −I + P K Qᵀ with histories P, Q and small matrices K. What Anderson's differences make."""
 
     backend: Backend
@@ -111,7 +111,7 @@ SHARP: Final = 1e-4
 """The same where the estimate only judges an error."""
 
 
-def multisecant(backend: Backend, basis: History, gram: Array, steps: Array, differences: Array) -> OneBasis:
+def multisecant(backend: Backend, basis: History, gram: Array, steps: Array, differences: Array) -> MultisecantInverse:
     """The estimate H = −I + (S + Y)(SᵀY)^+ Sᵀ, which satisfies every secant equation H Y = S, in the mean.
 
     With S = Q Rᵀ and Y = Q Eᵀ in the span of one basis Q everything is small: SᵀY = R N Eᵀ, N = QᵀQ. The system is
@@ -157,7 +157,7 @@ def multisecant(backend: Backend, basis: History, gram: Array, steps: Array, dif
         sound = xp.all(xp.all(xp.isfinite(found), axis=2), axis=1)
         return xp.where(sound[:, None, None], found, xp.zeros_like(found))
 
-    return OneBasis(backend, basis, kernel(both[:, 0]), kernel(both[:, 1]))
+    return MultisecantInverse(backend, basis, kernel(both[:, 0]), kernel(both[:, 1]))
 
 
 def _scale(backend: Backend, squares: Array) -> Array:

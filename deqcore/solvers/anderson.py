@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from deqcore.abc.backend import Array, Backend, History, Map
 from deqcore.abc.solver import Solver
-from deqcore.linear.lowrank import InverseJacobian, TwoBases
+from deqcore.linear.lowrank import AndersonInverse, InverseJacobian
 
 
 class AndersonState(NamedTuple):
@@ -202,7 +202,7 @@ class Anderson(Solver):
         columns = [backend.solve_positive(system, xp.zeros_like(scale) + unit) for unit in self._units(backend, scale)]
         kernel = xp.stack(columns, axis=2) * scale[:, :, None] * scale[:, None, :]
         kernel = xp.where(xp.isfinite(kernel), kernel, xp.zeros_like(kernel))
-        return TwoBases(backend, state.values, state.residuals, kernel)
+        return AndersonInverse(backend, state.values, state.residuals, kernel)
 
     def _units(self, backend: Backend, like: Array) -> list[Array]:
         eye = backend.eye(like, self.memory)

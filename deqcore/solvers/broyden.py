@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Final, NamedTuple
 
 from deqcore.abc.backend import Array, Backend, History, Map
 from deqcore.abc.solver import Solver
-from deqcore.linear.lowrank import InverseJacobian, Updates, multisecant
+from deqcore.linear.lowrank import BroydenInverse, InverseJacobian, multisecant
 
 
 class BroydenState(NamedTuple):
@@ -278,7 +278,7 @@ class Broyden(Solver):
 
     def inverse_jacobian(self, backend: Backend, state: BroydenState) -> InverseJacobian:
         """H after the last secant pair."""
-        return Updates(state.basis, state.left, state.right)
+        return BroydenInverse(state.basis, state.left, state.right)
 
     def secant_estimate(self, backend: Backend, state: BroydenState) -> InverseJacobian:
         """The type-I multi-secant estimate of all pairs in memory."""

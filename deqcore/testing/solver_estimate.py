@@ -41,7 +41,7 @@ class EstimateTests(Conformance):
             assert error <= allowed, f"H y = s for the latest pair is off by {error:.1e}, allowed {allowed:.1e}"
 
     def test_the_sharp_estimate_keeps_the_latest_pair(self, kit: Kit, solver: Solver) -> None:
-        """`sharp_transpose` is regularised as little as rounding allows, so that H y = s holds up to a percent."""
+        """`apply_transpose_unregularised` is regularised as little as rounding allows, so that H y = s holds up to a percent."""
         for h, s, y in self._estimates(kit, solver, affine()):
             found = np.sum(self._sharp(kit, h) * y[:, None, :], axis=2)
             error = np.linalg.norm(found - s) / np.linalg.norm(s)
@@ -119,7 +119,7 @@ class EstimateTests(Conformance):
 
     def _sharp(self, kit: Kit, h: InverseJacobian) -> Any:
         """H as a matrix `(3, 6, 6)`, judged sharply."""
-        rows = [kit.numpy(h.sharp_transpose(kit.array(np.tile(unit, (3, 1))))) for unit in np.eye(6)]
+        rows = [kit.numpy(h.apply_transpose_unregularised(kit.array(np.tile(unit, (3, 1))))) for unit in np.eye(6)]
         return np.stack(rows, axis=1)
 
     def _state(self, sol: deqcore.Solution) -> Any:

@@ -186,13 +186,13 @@ def test_a_paused_space_grows_on(without):
     b = torch.randn(6, 30, generator=generator, dtype=torch.float64)
     space = KrylovSpace(TorchBackend(), lambda v: torch.einsum("bij,bj->bi", a, v))
 
-    def grown():
+    def dimension():
         k = space.begin(b, 24)
         for goal in (0.5, 0.1, 1e-6):
-            k = space.grow(k, goal * k.start, 24 - int(k.grown), together=True)
-        return space.grow(k, 1e-6 * k.start, 24 - int(k.grown))
+            k = space.grow(k, goal * k.start, 24 - int(k.dimension), together=True)
+        return space.grow(k, 1e-6 * k.start, 24 - int(k.dimension))
 
-    found, expected = grown(), without(grown)
+    found, expected = dimension(), without(dimension)
     assert torch.equal(found.steps, expected.steps)
     assert torch.allclose(space.solution(found), torch.linalg.solve(a, b), rtol=1e-4, atol=1e-5)
     assert torch.allclose(space.residual_vector(found), space.residual_vector(expected), rtol=1e-6, atol=1e-9)

@@ -291,8 +291,8 @@ def test_a_space_that_paused_goes_on_as_if_it_had_not(be):
     space = KrylovSpace(be, product_of(be, a))
     norm = np.linalg.norm(b, axis=1)
     first = space.grow(space.begin(be.asarray(b), 60), be.asarray(norm * np.array([0.5, 1e-6, 1e-3])), 30)
-    grown = be.to_numpy(first.steps)
-    assert grown[0] < grown[2] < grown[1]
+    dimension = be.to_numpy(first.steps)
+    assert dimension[0] < dimension[2] < dimension[1]
     k = space.grow(first, be.asarray(norm * np.array([1e-2, 1e-6, 1e-3])), 1)
     k = space.grow(k, be.asarray(norm * np.array([1e-2, 1e-6, 1e-3])), 30)
     for i in range(3):

@@ -359,7 +359,7 @@ def arnoldi(space: Krylov, w: Tensor, goal: Tensor, twice: bool) -> Krylov | Non
     spans, blocks = _spans(n), int(triton.cdiv(n, COLUMNS))
     seen, masked = _seen(basis, w)
     columns_seen, columns_masked = _seen(columns, w)
-    slot, column = basis.reserve(w), columns.reserve(space.null.new_empty((batch, 2 * memory)))
+    slot, column = basis.reserve(w), columns.reserve(space.null_vector.new_empty((batch, 2 * memory)))
     with _on(w):
 
         def project(v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -387,16 +387,32 @@ def arnoldi(space: Krylov, w: Tensor, goal: Tensor, twice: bool) -> Krylov | Non
         second = first
         if twice:
             w, second, _, after = project(w)
-        square, residual, height, source, null, alive, steps = _like(
-            *(space.square, space.residual, space.square, space.source, space.null, space.alive, space.steps)
+        null_norm_sq, residual, height, source_slot, null_vector, can_grow, steps = _like(
+            *(
+                space.null_norm_sq,
+                space.residual,
+                space.null_norm_sq,
+                space.source_slot,
+                space.null_vector,
+                space.can_grow,
+                space.steps,
+            )
         )
         basis_seen = torch.empty((batch, memory), dtype=torch.bool, device=w.device)
         next_columns_seen = torch.empty((batch, memory - 1), dtype=torch.bool, device=w.device)
         RUN.arnoldi_algebra(
             (batch,),
             *(first, second, spans, before, after, blocks, seen, columns_seen, columns.store.chunks[0]),
-            *_dense(space.source, space.null, space.square, space.residual, goal, space.alive, space.steps),
-            *(basis_seen, next_columns_seen, source, null, square, residual, alive, steps, height),
+            *_dense(
+                space.source_slot,
+                space.null_vector,
+                space.null_norm_sq,
+                space.residual,
+                goal,
+                space.can_grow,
+                space.steps,
+            ),
+            *(basis_seen, next_columns_seen, source_slot, null_vector, null_norm_sq, residual, can_grow, steps, height),
             *(batch, memory, used, slot, column, int(columns.written < columns.memory)),
             eps=float(torch.finfo(w.dtype).eps),
             twice=twice,
@@ -416,12 +432,12 @@ def arnoldi(space: Krylov, w: Tensor, goal: Tensor, twice: bool) -> Krylov | Non
         basis=basis.masked(None).appended(basis_seen),
         columns=columns.masked(None).appended(next_columns_seen),
         v=v,
-        source=source,
-        null=null,
-        square=square,
+        source_slot=source_slot,
+        null_vector=null_vector,
+        null_norm_sq=null_norm_sq,
         start=space.start,
         residual=residual,
-        alive=alive,
+        can_grow=can_grow,
         steps=steps,
-        grown=space.grown + 1,
+        dimension=space.dimension + 1,
     )

@@ -487,7 +487,7 @@ def projections(
     known = _known(seen, b, slots, used, memory, has_seen)
     rows = _rows(chunks, slots, known, per_chunk, batch, b, n, kind, aligned)
     total = tl.zeros([slots_at_once, block], wide)
-    square = tl.zeros([block], tl.float64)
+    null_norm_sq = tl.zeros([block], tl.float64)
     for start in range(part * span, tl.minimum(n, (part + 1) * span), block):
         column = start + tl.arange(0, block)
         inside = column < n
@@ -495,10 +495,10 @@ def projections(
         h = tl.load(rows[:, None] + column[None, :], mask=known[:, None] & inside[None, :], other=0).to(wide)
         total += h * x.to(wide)[None, :]
         if tile == 0:
-            square += _square(x)
+            null_norm_sq += _square(x)
     tl.store(partial + (part * batch + b) * memory + slots, tl.sum(total, 1), mask=slots < memory)
     if tile == 0:
-        tl.store(norms + part * batch + b, tl.sum(square, 0))
+        tl.store(norms + part * batch + b, tl.sum(null_norm_sq, 0))
 
 
 @triton.jit(do_not_specialize=["spans", "batch", "memory", "used", "per_chunk"])
@@ -526,8 +526,8 @@ def rejected(
 
 @triton.jit(do_not_specialize=["spans", "blocks", "batch", "memory", "used", "slot", "column", "fresh"])
 def arnoldi_algebra(
-    first, second, spans, before, after, blocks, basis_seen, columns_seen, columns, source, null, square, residual,
-    goal, alive, steps, next_basis_seen, next_columns_seen, next_source, next_null, next_square, next_residual,
+    first, second, spans, before, after, blocks, basis_seen, columns_seen, columns, source_slot, null_vector, null_norm_sq, residual,
+    goal, can_grow, steps, next_basis_seen, next_columns_seen, next_source, next_null, next_square, next_residual,
     next_alive, next_steps, height, batch, memory, used, slot, column, fresh, eps: tl.constexpr,
     twice: tl.constexpr, has_basis_seen: tl.constexpr, has_columns_seen: tl.constexpr,
     lanes: tl.constexpr, at_once: tl.constexpr,
@@ -542,9 +542,13 @@ def arnoldi_algebra(
     own = b * memory + j
     there = _known(basis_seen, b, j, used, memory, has_basis_seen)
     columns_there = _known(columns_seen, b, j, used - 1, memory - 1, has_columns_seen)
-    nu = tl.load(null + own, mask=real, other=0)
-    from_ = tl.load(source + own, mask=real, other=0)
-    old_square, old_residual, living = tl.load(square + b), tl.load(residual + b), tl.load(alive + b).to(tl.int32)
+    nu = tl.load(null_vector + own, mask=real, other=0)
+    from_ = tl.load(source_slot + own, mask=real, other=0)
+    old_square, old_residual, living = (
+        tl.load(null_norm_sq + b),
+        tl.load(residual + b),
+        tl.load(can_grow + b).to(tl.int32),
+    )
     active = (living != 0) & (old_residual > tl.load(goal + b))
     h = _added(first, spans, batch, b, memory, j, there, lanes, at_once)
     if twice:

@@ -429,7 +429,7 @@ def project(w, basis, per_chunk, used, seen, twice, out, h, before, after, start
 
 @compiled
 def arnoldi(
-    w, latest, basis, per_chunk, slot, used, seen, columns, column, source, null, square, residual, goal, alive,
+    w, latest, basis, per_chunk, slot, used, seen, columns, column, source_slot, null_vector, null_norm_sq, residual, goal, can_grow,
     steps, twice, eps, v, next_source, next_null, next_square, next_residual, next_alive, next_steps, going, taken,
     start, stop,
 ):  # fmt: skip
@@ -437,18 +437,18 @@ def arnoldi(
 
     Names and formulas are those of `deqcore.linear.gmres`; `columns` `(m, batch, 2 (m + 1))` is the only chunk.
     """
-    m = null.shape[1]
+    m = null_vector.shape[1]
     h, found = np.empty(m), np.empty(m)
     slots = np.empty(m, np.int64)
     for b in range(start, stop):
-        next_source[b] = source[b]
-        next_null[b] = null[b]
-        next_square[b] = square[b]
+        next_source[b] = source_slot[b]
+        next_null[b] = null_vector[b]
+        next_square[b] = null_norm_sq[b]
         next_residual[b] = residual[b]
-        next_alive[b] = alive[b]
+        next_alive[b] = can_grow[b]
         next_steps[b] = steps[b]
         going[b] = taken[b] = False
-        if alive[b] and residual[b] > goal[b]:
+        if can_grow[b] and residual[b] > goal[b]:
             rest = v[b]
             _copy(w[b], rest)
             count = _slots(seen[b], used, slots)
@@ -460,17 +460,17 @@ def arnoldi(
             length = w.dtype.type(height)
             for i in range(rest.shape[0]):
                 rest[i] /= length
-            overlap = _dot(null[b], h)
-            empty = broke and abs(overlap) <= 16.0 * floor * np.sqrt(square[b])
+            overlap = _dot(null_vector[b], h)
+            empty = broke and abs(overlap) <= 16.0 * floor * np.sqrt(null_norm_sq[b])
             entry = -overlap / height
-            whole = square[b] + entry * entry
-            left = residual[b] * np.sqrt(square[b] / whole)
+            whole = null_norm_sq[b] + entry * entry
+            left = residual[b] * np.sqrt(null_norm_sq[b] / whole)
             taken[b] = np.isfinite(left) and not empty
             going[b] = taken[b] and not broke
             if taken[b]:
                 columns[column, b, :m] = h
                 columns[column, b, slot] += height
-                columns[column, b, m:] = source[b]
+                columns[column, b, m:] = source_slot[b]
                 next_null[b, slot] += entry
                 next_square[b] = whole
                 next_residual[b] = left

@@ -172,15 +172,15 @@ def keep(carry: Any, found: StepResult, residual: Tensor, size: Tensor | None, l
 def arnoldi(space: Krylov, w: Tensor, goal: Tensor, twice: bool) -> Krylov | None:
     """`Backend.fused_arnoldi`, or None where there is none for these histories."""
     basis, columns = space.basis, space.columns
-    if not (_holds(basis, w) and _holds(columns, space.null)) or columns.store.chunk != columns.memory:
+    if not (_holds(basis, w) and _holds(columns, space.null_vector)) or columns.store.chunk != columns.memory:
         return None
     if basis.written >= basis.memory or columns.written >= columns.memory:
         return None
     batch = w.shape[0]
-    slot, column = basis.reserve(w), columns.reserve(space.null.new_empty(batch, columns.store.width))
+    slot, column = basis.reserve(w), columns.reserve(space.null_vector.new_empty(batch, columns.store.width))
     _, seen = _masks(basis, basis)
-    before = space.source, space.null, space.square, space.residual, space.alive, space.steps
-    after = source, null, square, residual, alive, steps = tuple(_room(each) for each in before)
+    before = space.source_slot, space.null_vector, space.null_norm_sq, space.residual, space.can_grow, space.steps
+    after = source_slot, null_vector, null_norm_sq, residual, can_grow, steps = tuple(_room(each) for each in before)
     v = _room(w)
     going, taken = torch.empty(2, batch, dtype=torch.bool)
     run(
@@ -197,14 +197,14 @@ def arnoldi(space: Krylov, w: Tensor, goal: Tensor, twice: bool) -> Krylov | Non
         basis=basis.masked(None if bool(going.all()) else going).appended(),
         columns=columns.masked(None if bool(taken.all()) else taken).appended(),
         v=v,
-        source=source,
-        null=null,
-        square=square,
+        source_slot=source_slot,
+        null_vector=null_vector,
+        null_norm_sq=null_norm_sq,
         start=space.start,
         residual=residual,
-        alive=alive,
+        can_grow=can_grow,
         steps=steps,
-        grown=space.grown + 1,
+        dimension=space.dimension + 1,
     )
 
 
