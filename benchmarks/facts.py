@@ -76,7 +76,7 @@ def limited_memory(quick: bool, memory: int = 10, steps: int = 200, rtol: float 
         torch.zeros_like(b),
         a,
         b,
-        forward__options={"memory": memory},
+        forward__options={"history_size": memory},
         forward__solver="broyden",
         forward__rtol=rtol,
         forward__max_steps=steps,
@@ -108,7 +108,7 @@ def anderson_linear(quick: bool, rtol: float = 1e-6, steps: int = 400) -> Facts:
     zero = torch.zeros_like(b)
     settings = {"forward__solver": "anderson", "forward__rtol": rtol, "forward__max_steps": steps, **QUIET}
     found = deqcore.fixed_point(apply, zero, a, b, **settings)
-    six = deqcore.fixed_point(apply, zero, a, b, forward__options={"memory": 6}, **settings)
+    six = deqcore.fixed_point(apply, zero, a, b, forward__options={"history_size": 6}, **settings)
     result: Facts = {
         "evaluations": float(found.evaluations.double().median()),
         "evaluations with memory 6": float(six.evaluations.double().median()),

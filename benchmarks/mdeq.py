@@ -134,7 +134,7 @@ def with_deqcore(solver: str, strategy: str, memory: int | None = None, **backwa
             forward__rtol=rtol,
             forward__max_steps=STEPS,
             forward__on_failure="ignore",
-            forward__options={} if memory is None else {"memory": memory},
+            forward__options={} if memory is None else {"history_size": memory},
             backward__strategy=strategy,
             backward__options=backward | ({} if tolerance is None or own is None else {own: tolerance}),
         )
@@ -190,7 +190,7 @@ EXACT: Final[Mapping[str, Mapping[str, Make]]] = {
 CHEAP: Final[Mapping[str, Make]] = {
     "deqcore anderson, jacobian-free": with_deqcore("anderson", "jacobian-free"),
     "deqcore broyden, plain reuse": with_deqcore(
-        "broyden", "broyden-reuse", certify=False, target=None, fallback="none"
+        "broyden", "broyden-reuse", certify=False, max_relative_error=None, fallback="none"
     ),
     "deqcore anderson, phantom": with_deqcore("anderson", "phantom"),
     "torchdeq anderson, one step": with_torchdeq("anderson", {"grad": 1}),

@@ -38,19 +38,21 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=100)
     given = parser.parse_args()
     for name, f, z0 in problems(given.seeds, 20):
-        for growth in (None, 10.0, 2.0, 1.0):
+        for max_residual_growth in (None, 10.0, 2.0, 1.0):
             sol = deqcore.fixed_point(
                 f,
                 z0,
                 forward__solver="broyden",
-                forward__options={"growth": growth},
+                forward__options={"max_residual_growth": max_residual_growth},
                 forward__rtol=1e-8,
                 forward__max_steps=150,
                 forward__on_failure="ignore",
             )
             spent = sol.evaluations[sol.converged]
             median = f"{np.median(spent):.0f}" if len(spent) else "-"
-            print(f"{name:22} growth {growth!s:5} solved {len(spent):3} of {given.seeds}, median evaluations {median}")
+            print(
+                f"{name:22} growth {max_residual_growth!s:5} solved {len(spent):3} of {given.seeds}, median evaluations {median}"
+            )
 
 
 if __name__ == "__main__":

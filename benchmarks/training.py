@@ -65,7 +65,7 @@ class TorchDEQ:
 
 def layers(ready: Ready) -> dict[str, tuple[Callable[[float], Layer], str]]:
     """Makers of layers from a forward tolerance, with notes."""
-    reuse = {"certify": False, "target": None, "fallback": "none"}
+    reuse = {"certify": False, "max_relative_error": None, "fallback": "none"}
     made: dict[str, tuple[Callable[[float], Layer], str]] = {
         "deqcore, defaults": (Defaults, "broyden, default strategy"),
         "deqcore broyden, certified reuse": (

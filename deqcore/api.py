@@ -22,8 +22,8 @@ from deqcore.errors import (
     ConvergenceError,
     ConvergenceWarning,
     DtypeToleranceWarning,
+    InitialIterateError,
     NonDeterministicWarning,
-    StateError,
     StrategyError,
 )
 from deqcore.solution import SOLVED, Solution, SolveState, Status, summarize
@@ -68,7 +68,7 @@ def fixed_point(
     Raises:
         ConfigError: a setting is unknown or out of range, or the backend cannot do it (compaction).
         BackendMismatchError: the config names another backend than the arrays belong to.
-        StateError: z0 is unfit (no arrays, integers, mixed dtypes or devices, no batch axis).
+        InitialIterateError: z0 is unfit (no arrays, integers, mixed dtypes or devices, no batch axis).
         ProblemError: f returned another structure, shape, dtype or device.
         StrategyError: the strategy needs an estimate that the solver does not keep.
         ConvergenceError: `on_failure = "raise"` and a sample did not converge.
@@ -89,7 +89,7 @@ def fixed_point(
     solution = plan.solution(value, forward, record)
     if plan.observer is not None:
         plan.observer.solved(Solve(solution, plan.config, time.perf_counter() - start, f, z0, args))
-    plan.report_drift(raveled, args, forward, record)
+    plan.report_nondeterminism(raveled, args, forward, record)
     plan.report_failure(forward)
     return solution
 
@@ -119,7 +119,7 @@ def vjp(
         arrays. A dataclass is a tree of its fields here, registered or not.
 
     Raises:
-        StateError: the cotangent does not fit z0.
+        InitialIterateError: the cotangent does not fit z0.
         ProblemError: an argument is an object with arrays inside that the backend's trees do not know, such as a
             module of torch. Otherwise as `fixed_point`.
 
@@ -140,7 +140,7 @@ def vjp(
     if plan.observer is not None:
         solution = plan.solution(plan.backend.detach(value), forward, record)
         plan.observer.solved(Solve(solution, plan.config, time.perf_counter() - began, f, z0, args))
-    plan.report_drift(raveled, trees, forward, record)
+    plan.report_nondeterminism(raveled, trees, forward, record)
     plan.report_failure(forward)
     return plan.space.unravel(value), closed(gradients)
 
@@ -293,10 +293,10 @@ class Plan:
             record.add(report, time.perf_counter() - start)
         again, _, gradients = self.backend.vjp(lambda *moved: (f(forward.z, *moved), None), args, u)
         with self.backend.errstate():
-            record.drift = self.backend.norm(again - forward.fz)
+            record.nondeterminism = self.backend.norm(again - forward.fz)
         return self.backend.unshared(forward.z, z0), gradients, forward, record
 
-    def report_drift(
+    def report_nondeterminism(
         self, f: FlatFunction, args: tuple[Any, ...], forward: SolveResult, record: BackwardRecord | None
     ) -> None:
         """Warn if f is not deterministic.
@@ -306,14 +306,14 @@ class Plan:
         backend, xp = self.backend, self.backend.xp
         if forward.carry is None or self.config.forward.on_failure == "ignore" or not backend.capabilities.eager:
             return
-        drift = None if record is None else record.drift
-        if drift is None:
+        nondeterminism = None if record is None else record.nondeterminism
+        if nondeterminism is None:
             if bool(xp.all(forward.status == int(Status.CONVERGED))):
                 return
             with backend.errstate():
-                drift = backend.norm(backend.forward_only(f, forward.z, args, _once) - forward.fz)
+                nondeterminism = backend.norm(backend.forward_only(f, forward.z, args, _once) - forward.fz)
         size = backend.to_accum_dtype(backend.norm(forward.fz))
-        share = backend.to_accum_dtype(drift) / xp.where(size > 0, size, xp.ones_like(size))
+        share = backend.to_accum_dtype(nondeterminism) / xp.where(size > 0, size, xp.ones_like(size))
         known = xp.isfinite(share) & (forward.status != int(Status.NONFINITE))
         largest = float(xp.max(xp.where(known, share, xp.zeros_like(share)))) if share.shape[0] else 0.0
         if largest > backend.output_eps(forward.z) ** (2 / 3):
@@ -385,18 +385,18 @@ class Plan:
         if state is None:
             return None
         if state.solver != repr(self.solver):
-            raise StateError(
+            raise InitialIterateError(
                 f"The state comes from {state.solver}, but this call uses {self.solver!r}: continue with the same "
                 f"solver and options, or start from z0 = sol.value."
             )
         z = state.carry.z
         if not self.backend.is_array(z) or self.backend.dtype_name(z) != self.space.dtype:
-            raise StateError(
+            raise InitialIterateError(
                 f"The state comes from a solve of {type(z).__module__}.{type(z).__name__} of {z.dtype}, but z0 is "
                 f"{self.space.dtype} of {self.backend.name}: continue with arrays of the same kind."
             )
         if tuple(state.carry.z.shape) != tuple(z0.shape):
-            raise StateError(
+            raise InitialIterateError(
                 f"The state has shape {tuple(state.carry.z.shape)} (raveled), but z0 has {tuple(z0.shape)}: continue "
                 f"with the batch that the state came from."
             )
@@ -430,7 +430,7 @@ def _no_vjp(u: Array) -> Array:
 
 
 def plan_call(config: Config | None, overrides: Mapping[str, object], z0: Tree, args: tuple[Any, ...]) -> Plan:
-    """Resolve the settings of one call for the state z0; for other parts of deqcore, no public name."""
+    """Resolve the settings of one call for the initial iterate z0; for other parts of deqcore, no public name."""
     resolved, scalars = settings.resolve(config, overrides)
     backend = pick_backend(resolved, z0, args)
     watcher = observer()
@@ -488,8 +488,8 @@ def pick_backend(config: Config, z0: Tree, args: tuple[Any, ...]) -> Backend:
         found = next((name for leaf in plain_leaves(args) if (name := plugins.backend_of(leaf)) is not None), None)
     if found is None:
         if config.backend == "auto":
-            raise StateError(
-                f"The state z0 ({type(z0).__name__}) holds no array of a known framework: give arrays of numpy, "
+            raise InitialIterateError(
+                f"The initial iterate z0 ({type(z0).__name__}) holds no array of a known framework: give arrays of numpy, "
                 f"torch or jax, or name the backend in the config."
             )
         found = config.backend
@@ -500,7 +500,7 @@ def pick_backend(config: Config, z0: Tree, args: tuple[Any, ...]) -> Backend:
         raise BackendMismatchError.of(config.backend, config.origin("backend"), found)
     others = {name for leaf in plain_leaves(args) if (name := plugins.backend_of(leaf)) not in (None, "numpy", found)}
     if others:
-        raise BackendMismatchError.of(found, "the state z0", ", ".join(sorted(str(name) for name in others)))
+        raise BackendMismatchError.of(found, "the initial iterate z0", ", ".join(sorted(str(name) for name in others)))
     return _backend(found)
 
 

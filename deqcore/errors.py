@@ -128,7 +128,7 @@ class BackendMismatchError(BackendError, TypeError):
         )
 
 
-class StateError(DeqcoreError, ValueError):
+class InitialIterateError(DeqcoreError, ValueError):
     """The initial state cannot be solved for: its structure, shape, dtype or device is unfit."""
 
 

@@ -14,7 +14,7 @@ HEAVY = "{'torch', 'jax', 'jaxlib', 'scipy', 'sklearn', 'matplotlib'}"
 BLOCK = """
 import sys
 class Blocked:
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name, path=None, max_relative_error=None):
         if name.partition('.')[0] in BLOCKED:
             raise ModuleNotFoundError(f'No module named {name!r}', name=name.partition('.')[0])
 sys.meta_path.insert(0, Blocked())

@@ -10,7 +10,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Final
 
-PUBLIC: Final = ("equinox", "nnx", "probe")
+PUBLIC: Final = ("equinox", "nnx", "adjoint_tap")
 
 
 def __getattr__(name: str) -> ModuleType:

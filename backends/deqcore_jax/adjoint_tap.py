@@ -1,16 +1,16 @@
-"""What a backward pass did: a probe carries the report of the adjoint out of `jax.grad` as data.
+"""What a backward pass did: a adjoint_tap carries the report of the adjoint out of `jax.grad` as data.
 
 A vector–Jacobian product has no return path beside its gradients. So the figures come back as one: inside
-`reporting(probe)` a solve takes the probe, an argument of zeros, along, and the gradient with respect to the probe *is*
+`reporting(adjoint_tap)` a solve takes the adjoint_tap, an argument of zeros, along, and the gradient with respect to the adjoint_tap *is*
 the report. It passes `jit`, `vmap`, `scan` and layers, and costs nothing where it is not asked for.
 
-Rules: one probe serves one solve; make it and differentiate with respect to it inside the same `jit`; under `vmap`
+Rules: one adjoint_tap serves one solve; make it and differentiate with respect to it inside the same `jit`; under `vmap`
 each lane brings its own. A probed solve has reverse mode only.
 
 Example:
     >>> import jax, jax.numpy as jnp, deqcore, deqcore_jax.adjoint_tap
-    >>> def loss(a, probe):
-    ...     with deqcore_jax.adjoint_tap.reporting(probe):
+    >>> def loss(a, adjoint_tap):
+    ...     with deqcore_jax.adjoint_tap.reporting(adjoint_tap):
     ...         z = deqcore.fixed_point(lambda z: a * z + 1.0, jnp.zeros((2, 1))).value
     ...     return jnp.sum(z)
     >>> gradient, figures = jax.grad(loss, argnums=(0, 1))(0.5, deqcore_jax.adjoint_tap.new(2))
@@ -34,7 +34,7 @@ from deqcore.errors import StrategyError
 from deqcore_jax.jit_context import key
 
 
-class Probe(NamedTuple):
+class AdjointTap(NamedTuple):
     """An AdjointReport in floating-point numbers, each `(batch,)` of float32, and how often it was filled in.
 
     Attributes:
@@ -59,18 +59,18 @@ class Probe(NamedTuple):
 
 
 class _Slot:
-    """The probe of a `reporting` block, and whether a solve has taken it."""
+    """The adjoint_tap of a `reporting` block, and whether a solve has taken it."""
 
-    def __init__(self, probe: Probe) -> None:
-        self.probe = probe
+    def __init__(self, adjoint_tap: AdjointTap) -> None:
+        self.adjoint_tap = adjoint_tap
         self.taken = False
 
 
 _open: ContextVar[_Slot | None] = ContextVar("deqcore_jax.adjoint_tap", default=None)
 
 
-def new(batch: int) -> Probe:
-    """A probe for a solve with `batch` samples (1 if `forward.batch = false`).
+def new(batch: int) -> AdjointTap:
+    """A adjoint_tap for a solve with `batch` samples (1 if `forward.batch = false`).
 
     Returns:
         Zeros `(batch,)` of float32 in each field.
@@ -79,18 +79,18 @@ def new(batch: int) -> Probe:
         >>> new(2).vjps.tolist()
         [0.0, 0.0]
     """
-    return Probe(*[jnp.zeros(batch, jnp.float32)] * len(Probe._fields))
+    return AdjointTap(*[jnp.zeros(batch, jnp.float32)] * len(AdjointTap._fields))
 
 
 @contextmanager
-def reporting(probe: Probe) -> Iterator[None]:
-    """Let the one solve inside the block report its backward pass as the gradient of `probe`.
+def reporting(adjoint_tap: AdjointTap) -> Iterator[None]:
+    """Let the one solve inside the block report its backward pass as the gradient of `adjoint_tap`.
 
     Args:
-        probe: what is differentiated with respect to, as in the example of this module.
+        adjoint_tap: what is differentiated with respect to, as in the example of this module.
 
     Raises:
-        StrategyError: a second solve runs inside the block, or the probe is for another batch.
+        StrategyError: a second solve runs inside the block, or the adjoint_tap is for another batch.
 
     Example:
         >>> import deqcore
@@ -100,20 +100,20 @@ def reporting(probe: Probe) -> Iterator[None]:
         >>> print(read(jax.grad(loss)(new(2), jnp.ones((2, 3)))).status)
         [1 1]
     """
-    slot = _Slot(probe)
+    slot = _Slot(adjoint_tap)
     token = _open.set(slot)
     try:
-        with key(slot):  # a function compiled inside the block holds this probe, and no other may use it
+        with key(slot):  # a function compiled inside the block holds this adjoint_tap, and no other may use it
             yield
     finally:
         _open.reset(token)
 
 
-def read(figures: Probe) -> AdjointReport:
-    """The report in a gradient with respect to a probe.
+def read(figures: AdjointTap) -> AdjointReport:
+    """The report in a gradient with respect to a adjoint_tap.
 
     Args:
-        figures: what `jax.grad` returned for the probe.
+        figures: what `jax.grad` returned for the adjoint_tap.
 
     Returns:
         The report, `(batch,)` in each field.
@@ -130,8 +130,8 @@ def read(figures: Probe) -> AdjointReport:
         fewest, most = float(runs.min()), float(runs.max())
         if fewest != 1.0 or most != 1.0:
             raise StrategyError(
-                f"The probe was reported to between {fewest:g} and {most:g} times per sample, but once is expected: "
-                f"differentiate a value that depends on a solve inside `reporting`, with one probe per solve and per "
+                f"The adjoint_tap was reported to between {fewest:g} and {most:g} times per sample, but once is expected: "
+                f"differentiate a value that depends on a solve inside `reporting`, with one adjoint_tap per solve and per "
                 f"lane of vmap."
             )
     return AdjointReport(
@@ -145,24 +145,26 @@ def read(figures: Probe) -> AdjointReport:
     )
 
 
-def take(batch: int) -> Probe | None:
-    """The probe for the solve that starts now, if one waits. Only `deqcore_jax.backend` calls it."""
+def take(batch: int) -> AdjointTap | None:
+    """The adjoint_tap for the solve that starts now, if one waits. Only `deqcore_jax.backend` calls it."""
     slot = _open.get()
     if slot is None:
         return None
     if slot.taken:
-        raise StrategyError("A second solve runs inside one `reporting` block: give each solve a probe of its own.")
-    if slot.probe.runs.shape != (batch,):
         raise StrategyError(
-            f"The probe has shape {slot.probe.runs.shape}, but the solve has {batch} samples: make it with "
+            "A second solve runs inside one `reporting` block: give each solve a adjoint_tap of its own."
+        )
+    if slot.adjoint_tap.runs.shape != (batch,):
+        raise StrategyError(
+            f"The adjoint_tap has shape {slot.adjoint_tap.runs.shape}, but the solve has {batch} samples: make it with "
             f"deqcore_jax.adjoint_tap.new({batch})."
         )
     slot.taken = True
-    return slot.probe
+    return slot.adjoint_tap
 
 
-def fill(report: AdjointReport) -> Probe:
-    """A report as the cotangent of a probe."""
+def fill(report: AdjointReport) -> AdjointTap:
+    """A report as the cotangent of a adjoint_tap."""
     numbers = [jnp.asarray(each).astype(jnp.float32) for each in report[:5]]
     status, vjps, residual, error, fallback = numbers
-    return Probe(status, vjps, residual, error, fallback, jnp.ones_like(status))
+    return AdjointTap(status, vjps, residual, error, fallback, jnp.ones_like(status))

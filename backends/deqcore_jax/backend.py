@@ -128,8 +128,8 @@ class JaxBackend(Backend):
     def least_singular_value(self, a: Any, columns: Any) -> Any:
         return batched_linalg.least_singular_value(a, columns)
 
-    def history(self, like: Any, memory: int, dtype: str | None = None) -> JaxHistory:
-        return JaxHistory.empty(like, memory, jnp.dtype(dtype) if dtype else None, wide())
+    def history(self, like: Any, history_size: int, dtype: str | None = None) -> JaxHistory:
+        return JaxHistory.empty(like, history_size, jnp.dtype(dtype) if dtype else None, wide())
 
     def eye(self, like: Any, rows: int, columns: int | None = None) -> Any:
         return jnp.eye(rows, columns, dtype=like.dtype)

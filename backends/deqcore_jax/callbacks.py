@@ -14,7 +14,7 @@
 Explicit, since compiled code is used again wherever its function is called: it reports to the monitor that it was
 traced with. The callback is asynchronous and unordered and takes numbers only; triggers and sinks run in
 `monitor.advance()` and at the end, in the thread that trains. Backward passes are reported by `deqcore_jax.adjoint_tap`:
-give the figures to `monitor.observe_backward(probe.read(figures))` outside, or to `observe_backward` here inside.
+give the figures to `monitor.observe_backward(adjoint_tap.read(figures))` outside, or to `observe_backward` here inside.
 """
 
 from __future__ import annotations
@@ -60,23 +60,23 @@ def observe(monitor: Monitor, solution: Solution, *, name: str = "") -> None:
     jax.debug.callback(partial(_solved, monitor, name), *arrays)
 
 
-def observe_backward(monitor: Monitor, figures: adjoint_tap.Probe, *, name: str = "") -> None:
+def observe_backward(monitor: Monitor, figures: adjoint_tap.AdjointTap, *, name: str = "") -> None:
     """Report a backward pass from inside `jit`.
 
     Args:
         monitor: which gets a row each time that the compiled code runs.
-        figures: the gradient with respect to a probe.
+        figures: the gradient with respect to a adjoint_tap.
         name: of the layer.
 
     Example:
         >>> import jax, jax.numpy as jnp, deqcore
         >>> def loss(figures, x):
-        ...     with probe.reporting(figures):
+        ...     with adjoint_tap.reporting(figures):
         ...         return deqcore.fixed_point(lambda z, x: 0.5 * z + x, 0 * x, x).value.sum()
         >>> with deqcore.monitor.Monitor(sinks=[]) as monitor, collecting(monitor):
         ...     @jax.jit
         ...     def step(x):
-        ...         observe_backward(monitor, jax.grad(loss)(probe.new(2), x))
+        ...         observe_backward(monitor, jax.grad(loss)(adjoint_tap.new(2), x))
         ...     step(jnp.ones((2, 3)))
         >>> monitor.rows[-1].values["deq_backward_steps"] > 0
         True

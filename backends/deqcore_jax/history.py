@@ -14,13 +14,13 @@ from deqcore_jax.dtypes import common, single
 
 @jax.tree_util.register_pytree_node_class
 class JaxHistory(History):
-    """Ring of `(batch, memory, n)`; a write touches one slot, which XLA updates in place inside a loop.
+    """Ring of `(batch, history_size, n)`; a write touches one slot, which XLA updates in place inside a loop.
 
     `active` belongs to one step: it is no part of the pytree, so it does not outlive a step of a compiled loop.
 
     Attributes:
-        storage: the vectors `(batch, memory, n)`.
-        seen: slots that each sample wrote since its last restart, `(batch, memory)` of bool.
+        storage: the vectors `(batch, history_size, n)`.
+        seen: slots that each sample wrote since its last restart, `(batch, history_size)` of bool.
         written: appends so far, int32.
         dtype: the state's dtype, in which `combine` answers; the storage may be narrower.
         wide: the dtype of dot products.
@@ -34,15 +34,15 @@ class JaxHistory(History):
         self.wide = wide
         self.active = active
         # The second last axis, also while a transformation carries an axis more.
-        self.memory = getattr(storage, "shape", (0, 0))[-2]
+        self.history_size = getattr(storage, "shape", (0, 0))[-2]
 
     @classmethod
-    def empty(cls, like: Any, memory: int, dtype: Any, wide: Any) -> JaxHistory:
-        """No vectors yet, room for `memory` vectors like `like` `(batch, n)` stored in `dtype`."""
+    def empty(cls, like: Any, history_size: int, dtype: Any, wide: Any) -> JaxHistory:
+        """No vectors yet, room for `history_size` vectors like `like` `(batch, n)` stored in `dtype`."""
         batch, n = like.shape
         # Made from `like`: inside shard_map a loop's carry must vary along the same axes of the mesh from the start.
-        storage = jnp.zeros_like(like, dtype or like.dtype, shape=(batch, memory, n))
-        seen = jnp.zeros_like(like, bool, shape=(batch, memory))
+        storage = jnp.zeros_like(like, dtype or like.dtype, shape=(batch, history_size, n))
+        seen = jnp.zeros_like(like, bool, shape=(batch, history_size))
         return cls(storage, seen, jnp.int32(0), like.dtype, wide)
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -56,9 +56,9 @@ class JaxHistory(History):
 
     def append(self, v: Any) -> JaxHistory:
         """Write one slot; rows that are not active write back what they had."""
-        slot = lax.rem(self.written, jnp.int32(self.memory))
+        slot = lax.rem(self.written, jnp.int32(self.history_size))
         new = v.astype(self.storage.dtype)[:, None, :]
-        here = jnp.arange(self.memory, dtype=jnp.int32)[None, :] == slot
+        here = jnp.arange(self.history_size, dtype=jnp.int32)[None, :] == slot
         if self.active is not None:
             old = lax.dynamic_slice_in_dim(self.storage, slot, 1, axis=1)
             new = jnp.where(self.active[:, None, None], new, old)
@@ -95,8 +95,8 @@ class JaxHistory(History):
 
     def slot(self) -> Any:
         """The slot before `written`."""
-        last = lax.rem(self.written + (self.memory - 1), jnp.int32(self.memory))
-        return (jnp.arange(self.memory, dtype=jnp.int32) == last) & (self.written > 0)
+        last = lax.rem(self.written + (self.history_size - 1), jnp.int32(self.history_size))
+        return (jnp.arange(self.history_size, dtype=jnp.int32) == last) & (self.written > 0)
 
     def count(self) -> Any:
         """Sum of `seen`."""
@@ -104,14 +104,14 @@ class JaxHistory(History):
 
     def full(self) -> Any:
         """Whether the sample still sees the slot that comes next."""
-        return self.seen[:, lax.rem(self.written, jnp.int32(self.memory))]
+        return self.seen[:, lax.rem(self.written, jnp.int32(self.history_size))]
 
     def masked(self, active: Any) -> JaxHistory:
         """Shares the arrays."""
         return JaxHistory(self.storage, self.seen, self.written, self.dtype, self.wide, active)
 
     def vectors(self) -> Any:
-        """All `memory` slots, zero where not seen."""
+        """All `history_size` slots, zero where not seen."""
         return jnp.where(self.seen[:, :, None], self.storage, jnp.zeros((), self.storage.dtype))
 
     def merge(self, rows: Any, other: History) -> JaxHistory:

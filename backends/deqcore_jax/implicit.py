@@ -32,7 +32,7 @@ from deqcore.errors import StrategyError
 from deqcore.linear.transposed import transposed
 from deqcore.solve.loop import BoundSolve, SolveResult, StoppingCriteria
 from deqcore.solve.traced_failures import Place
-from deqcore_jax.adjoint_tap import Probe, fill
+from deqcore_jax.adjoint_tap import AdjointTap, fill
 from deqcore_jax.closure import Program, is_differentiable, is_traced, trace
 from deqcore_jax.failures import bound, checked, place_of
 from deqcore_jax.jit_context import precise
@@ -87,7 +87,7 @@ def solve(
     args: tuple[Any, ...],
     iterate: Callable[..., SolveResult],
     adjoint: Adjoint | None = None,
-    probe: Probe | None = None,
+    adjoint_tap: AdjointTap | None = None,
 ) -> tuple[Any, SolveResult]:
     """Trace f, solve, attach the gradient.
 
@@ -97,13 +97,13 @@ def solve(
         args: any trees.
         drive: the loop with everything but f and z0 bound.
         adjoint: how gradients are found; None attaches none.
-        probe: where the backward pass is reported.
+        adjoint_tap: where the backward pass is reported.
 
     Returns:
         The value `(batch, n)`, and what the solver did (without gradient).
     """
     program, leaves = trace(f, z0, args)
-    if not is_traced((leaves, probe)):
+    if not is_traced((leaves, adjoint_tap)):
         adjoint = None  # nobody can ask for a gradient
     adjoint = None if adjoint is None else bound(adjoint)
     place = None if adjoint is None else place_of(adjoint)
@@ -114,22 +114,22 @@ def solve(
         iterate = BoundSolve(iterate.backend, iterate.solver, StoppingCriteria(0.0, 0.0, 0, *control[3:]))
     problem = Problem(program, iterate, adjoint, place)
     try:
-        return _run(problem, z0, numbers, leaves, probe)
+        return _run(problem, z0, numbers, leaves, adjoint_tap)
     except TypeError as error:
         if adjoint is None or "custom_vjp" not in str(error):
             raise
-        raise _no_forward_mode(problem, probe) from error
+        raise _no_forward_mode(problem, adjoint_tap) from error
 
 
-def _no_forward_mode(problem: Problem, probe: Probe | None) -> StrategyError:
+def _no_forward_mode(problem: Problem, adjoint_tap: AdjointTap | None) -> StrategyError:
     """The error for jvp, jacfwd or hessian of a value that is a `jax.custom_vjp` function."""
     asked = "has reverse mode only, but forward mode (jvp, jacfwd, hessian) was asked for"
     if not problem.bound.strategy.exact:
         name = type(problem.bound.strategy).__name__
-        return StrategyError(f"{name} {asked}: use backward.strategy = 'exact-ift' without a probe.")
-    if probe is not None:
+        return StrategyError(f"{name} {asked}: use backward.strategy = 'exact-ift' without a adjoint_tap.")
+    if adjoint_tap is not None:
         return StrategyError(
-            f"A solve that reports to a probe {asked}: use backward.strategy = 'exact-ift' without a probe."
+            f"A solve that reports to a adjoint_tap {asked}: use backward.strategy = 'exact-ift' without a adjoint_tap."
         )
     return StrategyError(
         f"f calls a jax.custom_vjp function, which {asked}. Use reverse mode (jax.grad, jax.jacrev; "
@@ -139,16 +139,16 @@ def _no_forward_mode(problem: Problem, probe: Probe | None) -> StrategyError:
 
 @partial(jax.jit, static_argnums=0)
 def _run(
-    problem: Problem, z0: Any, numbers: Numbers | None, leaves: list[Any], probe: Probe | None
+    problem: Problem, z0: Any, numbers: Numbers | None, leaves: list[Any], adjoint_tap: AdjointTap | None
 ) -> tuple[Any, SolveResult]:
     still = lax.stop_gradient((lax.convert_element_type(z0, z0.dtype), numbers, leaves))
     forward = problem.solve(*still)
     if problem.adjoint is None:
         return forward.z, forward
     state = forward.carry.state if problem.adjoint.uses_state else ()
-    if probe is None and problem.both_modes:
+    if adjoint_tap is None and problem.both_modes:
         return _exact(problem, forward.z, state, leaves), forward
-    return _reverse(problem, forward.z, state, leaves, probe), forward
+    return _reverse(problem, forward.z, state, leaves, adjoint_tap), forward
 
 
 def record(
@@ -212,21 +212,23 @@ def _solution_forward(problem: Problem, linear: Linear, b: Any, state: Any) -> A
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _reverse(problem: Problem, z: Any, state: Any, leaves: list[Any], probe: Probe | None) -> Any:
-    """`z` as a function of the leaves, and of the probe that it does not depend on."""
+def _reverse(problem: Problem, z: Any, state: Any, leaves: list[Any], adjoint_tap: AdjointTap | None) -> Any:
+    """`z` as a function of the leaves, and of the adjoint_tap that it does not depend on."""
     return z
 
 
-def _reverse_fwd(problem: Problem, z: Any, state: Any, leaves: list[Any], probe: Probe | None) -> tuple[Any, Any]:
+def _reverse_fwd(
+    problem: Problem, z: Any, state: Any, leaves: list[Any], adjoint_tap: AdjointTap | None
+) -> tuple[Any, Any]:
     if problem.both_modes:
         z = _exact(problem, z, state, leaves)
     elif problem.bound.strategy.exact:
         z = _reverse(problem, z, state, leaves, None)
-    return z, (z, state, leaves, probe)
+    return z, (z, state, leaves, adjoint_tap)
 
 
 def _reverse_bwd(problem: Problem, residuals: Any, g: Any) -> Any:
-    z, state, leaves, probe = residuals
+    z, state, leaves, adjoint_tap = residuals
     moved = [i for i, leaf in enumerate(leaves) if is_differentiable(leaf)]
     linear: Linear | Reverse
     if problem.both_modes:
@@ -249,7 +251,7 @@ def _reverse_bwd(problem: Problem, residuals: Any, g: Any) -> Any:
         u, report = _solve_adjoint(problem, linear, g, state)
     found = iter(linear.vjp_leaves(u))
     gradients = [next(found) if i in moved else None for i in range(len(leaves))]
-    return None, None, gradients, None if probe is None else fill(report)
+    return None, None, gradients, None if adjoint_tap is None else fill(report)
 
 
 _reverse.defvjp(_reverse_fwd, _reverse_bwd)

@@ -87,11 +87,11 @@ class JaxTrainer(Trainer):
         start = time.perf_counter()
         loss, vjp, figures = jax.block_until_ready(self._forward(self._weights, inputs, targets, config=self._config))
         middle = time.perf_counter()
-        gradient, probe = jax.block_until_ready(self._backward(vjp))
+        gradient, adjoint_tap = jax.block_until_ready(self._backward(vjp))
         end = time.perf_counter()
         self._weights, self._state = jax.block_until_ready(self._update(self._weights, self._state, gradient, rate))
         done = time.perf_counter()
-        return Step(float(loss), middle - start, end - middle, done - end, self._figures(figures, probe))
+        return Step(float(loss), middle - start, end - middle, done - end, self._figures(figures, adjoint_tap))
 
     def predict(self, x: Numbers) -> Numbers:
         return np.asarray(self._predict(self._weights, jnp.asarray(_narrow(x))))
@@ -134,14 +134,14 @@ class JaxTrainer(Trainer):
         return self._backward(vjp)[0], float(loss)
 
     def _pullback(self, weights: Any, x: Any, y: Any, config: Config) -> tuple[Any, Any, Any]:
-        def loss(weights: Any, probe: Any) -> tuple[Any, Any]:
-            z, figures = self._solve(weights, x, config, probe)
+        def loss(weights: Any, adjoint_tap: Any) -> tuple[Any, Any]:
+            z, figures = self._solve(weights, x, config, adjoint_tap)
             logits = self._model.read(self._ops, weights, z)
             return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), figures
 
         return cast(tuple[Any, Any, Any], jax.vjp(loss, weights, deqcore_jax.adjoint_tap.new(x.shape[0]), has_aux=True))
 
-    def _solve(self, weights: Any, x: Any, config: Config, probe: Any = None) -> tuple[Any, Any]:
+    def _solve(self, weights: Any, x: Any, config: Config, adjoint_tap: Any = None) -> tuple[Any, Any]:
         model, ops = self._model, self._ops
         injected = model.inject(ops, weights, x)
         z = model.start(ops, weights, injected)
@@ -153,9 +153,9 @@ class JaxTrainer(Trainer):
         def solve() -> Any:
             return deqcore.fixed_point(lambda z: model.cell(ops, weights, z, injected), z, config=config)
 
-        if probe is None:
+        if adjoint_tap is None:
             return solve().value, None
-        with deqcore_jax.adjoint_tap.reporting(probe):
+        with deqcore_jax.adjoint_tap.reporting(adjoint_tap):
             sol = solve()
         leaves = [leaf.reshape(x.shape[0], -1) for leaf in jax.tree.leaves(sol.value)]
         scale = jnp.linalg.norm(jnp.concatenate(leaves, axis=1), axis=1)
@@ -171,12 +171,12 @@ class JaxTrainer(Trainer):
     def _at(self, weights: Any, x: Any, config: Config) -> tuple[Any, Any]:
         return self._solve(weights, x, config)[0], self._model.inject(self._ops, weights, x)
 
-    def _figures(self, figures: Any, probe: Any) -> Figures:
+    def _figures(self, figures: Any, adjoint_tap: Any) -> Figures:
         if figures is None:
             return Figures.explicit(self._model.depth)
         *steps, scale = [np.asarray(each) for each in figures]
-        ran = bool(np.all(np.asarray(probe.runs) == 1))  # a step strategy fills no probe
-        return Figures.of(steps, scale, deqcore_jax.adjoint_tap.read(probe) if ran else None)
+        ran = bool(np.all(np.asarray(adjoint_tap.runs) == 1))  # a step strategy fills no adjoint_tap
+        return Figures.of(steps, scale, deqcore_jax.adjoint_tap.read(adjoint_tap) if ran else None)
 
 
 def _standard(x: Any) -> Any:

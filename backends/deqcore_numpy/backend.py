@@ -103,14 +103,14 @@ class NumpyBackend(Backend):
             found = np.stack([_solve_one(a[i], many[i]) for i in range(len(b))])
         return found if b.ndim == 3 else found[..., 0]
 
-    def history(self, like: Any, memory: int, dtype: str | None = None) -> NumpyHistory:
+    def history(self, like: Any, history_size: int, dtype: str | None = None) -> NumpyHistory:
         if dtype not in (None, "float16", "float32", "float64"):
             raise ConfigError.bad_value("The solver", "history_dtype", dtype, "float16, float32 or float64 on numpy")
         if np.iscomplexobj(like):  # norms and dot products are real: `derivative.pick` turns to differences
             raise TypeError("A history holds real vectors: no complex step goes through it.")
         batch, n = like.shape
-        storage = np.zeros((batch, memory, n), dtype or like.dtype)
-        return NumpyHistory(storage, np.zeros((batch, memory), bool), like.dtype)
+        storage = np.zeros((batch, history_size, n), dtype or like.dtype)
+        return NumpyHistory(storage, np.zeros((batch, history_size), bool), like.dtype)
 
     def linearize(self, f: Map, z: Any) -> tuple[Any, Map]:
         if coupled_rows(self, f, z) is None:

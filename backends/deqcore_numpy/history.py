@@ -10,7 +10,7 @@ from deqcore.abc.backend import History
 
 
 class NumpyHistory(History):
-    """Ring of `(batch, memory, n)`. The operating system commits its zero pages as steps fill them."""
+    """Ring of `(batch, history_size, n)`. The operating system commits its zero pages as steps fill them."""
 
     def __init__(self, storage: Any, seen: Any, dtype: Any, written: int = 0, active: Any = None) -> None:
         self.storage = storage
@@ -18,13 +18,13 @@ class NumpyHistory(History):
         self.dtype = dtype  # the state's, in which combine answers; the storage may be narrower
         self.written = written
         self.active = active
-        self.memory = storage.shape[1]
+        self.history_size = storage.shape[1]
 
     def _used(self) -> int:
-        return min(self.written, self.memory)
+        return min(self.written, self.history_size)
 
     def append(self, v: Any) -> NumpyHistory:
-        slot = self.written % self.memory
+        slot = self.written % self.history_size
         seen = self.seen.copy()
         if self.active is None:
             self.storage[:, slot] = v
@@ -37,7 +37,7 @@ class NumpyHistory(History):
     def dot(self, v: Any) -> Any:
         used = self._used()
         many = v if v.ndim == 3 else v[:, None, :]
-        found = np.zeros((v.shape[0], many.shape[1], self.memory))
+        found = np.zeros((v.shape[0], many.shape[1], self.history_size))
         compute = np.promote_types(self.storage.dtype, np.float32)
         rows = self.storage[:, :used].astype(compute, copy=False)
         found[:, :, :used] = np.matmul(many.astype(compute, copy=False), rows.swapaxes(1, 2))
@@ -61,16 +61,16 @@ class NumpyHistory(History):
         return self
 
     def slot(self) -> Any:
-        mask = np.zeros(self.memory, bool)
+        mask = np.zeros(self.history_size, bool)
         if self.written:
-            mask[(self.written - 1) % self.memory] = True
+            mask[(self.written - 1) % self.history_size] = True
         return mask
 
     def count(self) -> Any:
         return self.seen.sum(axis=1, dtype=np.int32)
 
     def full(self) -> Any:
-        return self.seen[:, self.written % self.memory]
+        return self.seen[:, self.written % self.history_size]
 
     def may_be_full(self) -> bool:
         full = self.full()

@@ -67,7 +67,7 @@ def attach(
     job.saved = Saved.around()
     with job.saved or nullcontext():
         y = f(z, *args)
-    record.drift = adjoint.backend.norm(y.detach() - forward.fz)
+    record.nondeterminism = adjoint.backend.norm(y.detach() - forward.fz)
     if not y.requires_grad:
         return forward.z
     tensors_outside: list[Tensor] = []

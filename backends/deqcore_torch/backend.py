@@ -16,7 +16,7 @@ from torch import Tensor
 from deqcore.abc.backend import Backend, BackwardRecord, Capabilities, History, LoopVars, Map, StepResult
 from deqcore.abc.backward import Adjoint
 from deqcore.abc.solver import Solver
-from deqcore.errors import BackendError, ConfigError, ProblemError, StateError
+from deqcore.errors import BackendError, ConfigError, InitialIterateError, ProblemError
 from deqcore.solve.loop import SolveResult
 from deqcore.solve.opaque import arrays_in
 from deqcore_torch import functorch, jvp, native
@@ -190,14 +190,14 @@ class TorchBackend(Backend):
         found = found.masked_fill(info[:, None, None] != 0, float("nan"))
         return found if b.dim() == 3 else found[..., 0]
 
-    def history(self, like: Tensor, memory: int, dtype: str | None = None) -> History:
+    def history(self, like: Tensor, history_size: int, dtype: str | None = None) -> History:
         stored = like.dtype if dtype is None else getattr(torch, dtype, None)
         if not isinstance(stored, torch.dtype) or not stored.is_floating_point:
             expected = "float16, bfloat16, float32 or float64"
             raise ConfigError.bad_value("The solver", "history_dtype", dtype, expected)
         if (torch.is_grad_enabled() and like.requires_grad) or functorch.active():
-            return RecordedHistory.empty(like, memory, stored, _wide(like.device))
-        return TorchHistory.empty(like, memory, stored, _wide(like.device))
+            return RecordedHistory.empty(like, history_size, stored, _wide(like.device))
+        return TorchHistory.empty(like, history_size, stored, _wide(like.device))
 
     def loop(
         self,
@@ -356,8 +356,8 @@ class TorchBackend(Backend):
 def _refuse_split(z0: Tensor) -> None:
     """A DTensor's rows live on several ranks, where histories and the loop's decisions are each rank's own."""
     if type(z0) is not Tensor and hasattr(z0, "full_tensor"):
-        raise StateError(
-            "The state z0 is a DTensor, but each rank solves for tensors of its own: pass z0.full_tensor(), or "
+        raise InitialIterateError(
+            "The initial iterate z0 is a DTensor, but each rank solves for tensors of its own: pass z0.full_tensor(), or "
             "z0.to_local() where the batch is what is split. Parameters may be DTensors (tensor-parallel modules): let "
             "the cell take and return plain tensors, the same ones on each rank of the tensor-parallel group."
         )

@@ -1,7 +1,7 @@
 """A history that grows in place, chunk by chunk.
 
 Storage is a list of tensors `(slots, batch, n)`: after k appends it holds k vectors, rounded up to a chunk, however
-large `memory` is. With the slot first a vector is written in one piece, and after f has filled the caches products
+large `history_size` is. With the slot first a vector is written in one piece, and after f has filled the caches products
 over `(256, 512)` take half the time that they take with the batch first. They are written as row vector times matrix:
 on CPUs `bmm(v, Hᵀ)` moves several times the bytes per second of `bmm(H, v)`, and its bits do not depend on the batch.
 """
@@ -50,16 +50,16 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
 
 
 @cache
-def _units(memory: int, device: torch.device) -> tuple[Tensor, ...]:
+def _units(history_size: int, device: torch.device) -> tuple[Tensor, ...]:
     """One-hot masks of all slots. Nobody writes to them."""
-    return torch.eye(memory, dtype=torch.bool, device=device).unbind(0)
+    return torch.eye(history_size, dtype=torch.bool, device=device).unbind(0)
 
 
 @cache
-def _unwritten(memory: int, device: torch.device) -> tuple[Tensor, ...]:
+def _unwritten(history_size: int, device: torch.device) -> tuple[Tensor, ...]:
     """By the number of vectors written: which slots are still without one. Nobody writes to them."""
-    slots = torch.arange(memory, device=device)
-    return (slots >= torch.arange(memory + 1, device=device)[:, None]).unbind(0)
+    slots = torch.arange(history_size, device=device)
+    return (slots >= torch.arange(history_size + 1, device=device)[:, None]).unbind(0)
 
 
 class _Store:
@@ -72,7 +72,7 @@ class _Store:
         "compute",
         "dtype",
         "like",
-        "memory",
+        "history_size",
         "planned",
         "table",
         "whole",
@@ -83,18 +83,18 @@ class _Store:
     def __init__(
         self,
         chunks: list[Tensor],
-        memory: int,
+        history_size: int,
         like: Tensor,
         shape: tuple[int, ...],
         dtype: torch.dtype,
         wide: torch.dtype,
     ) -> None:
         self.chunks = chunks
-        self.memory = memory
+        self.history_size = history_size
         self.like = like  # empty: device and dtype of what combine returns
         self.batch, self.width = shape
-        self.chunk = memory if self.width <= SMALL and memory * self.width <= 16 * SMALL else CHUNK
-        self.whole = self.chunk == memory and memory * self.width <= TINY and dtype is wide
+        self.chunk = history_size if self.width <= SMALL and history_size * self.width <= 16 * SMALL else CHUNK
+        self.whole = self.chunk == history_size and history_size * self.width <= TINY and dtype is wide
         self.compute = dtype if dtype in (torch.float32, torch.float64) else torch.float32
         self.dtype = dtype
         self.wide = wide
@@ -103,7 +103,7 @@ class _Store:
 
     def with_chunks(self, chunks: list[Tensor], batch: int) -> _Store:
         """Other storage for vectors of the same kind."""
-        return _Store(chunks, self.memory, self.like, (batch, self.width), self.dtype, self.wide)
+        return _Store(chunks, self.history_size, self.like, (batch, self.width), self.dtype, self.wide)
 
 
 class TorchHistory(History):
@@ -114,34 +114,34 @@ class TorchHistory(History):
     it knows without a look at the device when they are full.
     """
 
-    __slots__ = ("active", "memory", "seen", "since", "store", "written")
+    __slots__ = ("active", "history_size", "seen", "since", "store", "written")
 
     def __init__(
         self, store: _Store, seen: Tensor | None, written: int, active: Tensor | None, since: int | None = None
     ) -> None:
         self.store = store
-        self.memory = store.memory
+        self.history_size = store.history_size
         self.seen = seen  # (batch, memory) of bool
         self.written = written
         self.active = active
         self.since = since  # the active samples see all appends from this one on; None: not known on the host
 
     @classmethod
-    def empty(cls, like: Tensor, memory: int, dtype: torch.dtype, wide: torch.dtype) -> TorchHistory:
+    def empty(cls, like: Tensor, history_size: int, dtype: torch.dtype, wide: torch.dtype) -> TorchHistory:
         """No vectors yet, for vectors like `like` `(batch, n)`."""
-        return cls(_Store([], memory, like[:0], tuple(like.shape), dtype, wide), None, 0, None, 0)
+        return cls(_Store([], history_size, like[:0], tuple(like.shape), dtype, wide), None, 0, None, 0)
 
     def _with(self, seen: Tensor | None, written: int, active: Tensor | None, since: int | None) -> TorchHistory:
         return TorchHistory(self.store, seen, written, active, since)
 
     def used(self) -> int:
         """How many slots have been written."""
-        return min(self.written, self.memory)
+        return min(self.written, self.history_size)
 
     def _mask(self) -> Tensor:
         if self.seen is not None:
             return self.seen
-        mask = torch.zeros(self.store.batch, self.memory, dtype=torch.bool, device=self.store.like.device)
+        mask = torch.zeros(self.store.batch, self.history_size, dtype=torch.bool, device=self.store.like.device)
         mask[:, : self.used()] = True
         return mask
 
@@ -160,7 +160,7 @@ class TorchHistory(History):
     def appended(self, seen: Tensor | None = None) -> TorchHistory:
         """This history once the next slot is written; `seen` as a history that goes in step with it has found it."""
         if seen is None and (self.active is not None or self.seen is not None):
-            slot = self.written % self.memory
+            slot = self.written % self.history_size
             seen = self._mask().clone() if self.seen is not None else self._mask()
             seen[:, slot] = True if self.active is None else seen[:, slot] | self.active
         return self._with(seen, self.written + 1, self.active, self.since)
@@ -168,7 +168,7 @@ class TorchHistory(History):
     def reserve(self, like: Tensor) -> int:
         """Storage for the next vector; returns its slot."""
         self._place(like)
-        return self.written % self.memory
+        return self.written % self.history_size
 
     def addresses(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Where the chunks stand in memory."""
@@ -196,7 +196,7 @@ class TorchHistory(History):
         if self.active is None:
             target.copy_(v)
             return
-        if self.written < self.memory:
+        if self.written < self.history_size:
             target.zero_()  # nothing was written here yet, and rows that are not active must not hold garbage
         if v.device.type == "cpu":
             rows = torch.from_numpy(self.active.numpy().nonzero()[0])
@@ -205,9 +205,9 @@ class TorchHistory(History):
             target.copy_(torch.where(self.active[:, None], v.to(self.store.dtype), target))
 
     def _place(self, v: Tensor) -> Tensor:
-        chunk, row = divmod(self.written % self.memory, self.store.chunk)
+        chunk, row = divmod(self.written % self.history_size, self.store.chunk)
         while len(self.store.chunks) <= chunk:
-            slots = min(self.store.chunk, self.memory - self.store.chunk * len(self.store.chunks))
+            slots = min(self.store.chunk, self.history_size - self.store.chunk * len(self.store.chunks))
             make = v.new_zeros if self.store.whole else v.new_empty
             self.store.chunks.append(make((slots, *v.shape), dtype=self.store.dtype))
         return self.store.chunks[chunk][row]
@@ -228,7 +228,11 @@ class TorchHistory(History):
         """Slots without a vector, for each sample or for all; None if there are none."""
         if self.seen is not None:
             return ~self.seen
-        return None if self.written >= self.memory else _unwritten(self.memory, self.store.like.device)[self.written]
+        return (
+            None
+            if self.written >= self.history_size
+            else _unwritten(self.history_size, self.store.like.device)[self.written]
+        )
 
     def dot(self, v: Tensor) -> Tensor:
         with full_precision(v.device):
@@ -246,7 +250,7 @@ class TorchHistory(History):
         compute = self.store.compute
         if many.dtype is not compute:
             many = many.to(compute)
-        found = many.new_zeros((self.store.batch, many.shape[1], self.memory), dtype=self.store.wide)
+        found = many.new_zeros((self.store.batch, many.shape[1], self.history_size), dtype=self.store.wide)
         start = 0
         for part in self._filled():
             end = start + part.shape[0]
@@ -330,8 +334,8 @@ class TorchHistory(History):
 
     def slot(self) -> Tensor:
         if not self.written:
-            return torch.zeros(self.memory, dtype=torch.bool, device=self.store.like.device)
-        return _units(self.memory, self.store.like.device)[(self.written - 1) % self.memory]
+            return torch.zeros(self.history_size, dtype=torch.bool, device=self.store.like.device)
+        return _units(self.history_size, self.store.like.device)[(self.written - 1) % self.history_size]
 
     def count(self) -> Tensor:
         if self.seen is None:
@@ -340,15 +344,15 @@ class TorchHistory(History):
 
     def full(self) -> Tensor:
         if self.seen is None:
-            filled = self.written >= self.memory
+            filled = self.written >= self.history_size
             return torch.full((self.store.batch,), filled, dtype=torch.bool, device=self.store.like.device)
-        return self.seen[:, self.written % self.memory]
+        return self.seen[:, self.written % self.history_size]
 
     def may_be_full(self) -> bool:
-        return self.written - (self.since or 0) >= self.memory
+        return self.written - (self.since or 0) >= self.history_size
 
     def all_full(self) -> bool:
-        return self.since is not None and self.written - self.since >= self.memory
+        return self.since is not None and self.written - self.since >= self.history_size
 
     def masked(self, active: Tensor | None) -> TorchHistory:
         if active is self.active:
@@ -409,12 +413,12 @@ class RecordedHistory(History):
         self.written = written
         self.active = active
         self.wide = wide
-        self.memory = storage.shape[1]
+        self.history_size = storage.shape[1]
 
     @classmethod
-    def empty(cls, like: Tensor, memory: int, dtype: torch.dtype, wide: torch.dtype) -> RecordedHistory:
+    def empty(cls, like: Tensor, history_size: int, dtype: torch.dtype, wide: torch.dtype) -> RecordedHistory:
         """No vectors yet, for vectors like `like` `(batch, n)`."""
-        storage = torch.zeros((like.shape[0], memory, like.shape[1]), dtype=dtype, device=like.device)
+        storage = torch.zeros((like.shape[0], history_size, like.shape[1]), dtype=dtype, device=like.device)
         seen = torch.zeros(storage.shape[:2], dtype=torch.bool, device=like.device)
         return cls(storage, seen, 0, None, wide)
 
@@ -423,7 +427,7 @@ class RecordedHistory(History):
 
     def append(self, v: Tensor) -> RecordedHistory:
         mask = torch.zeros_like(self.seen)
-        mask[:, self.written % self.memory] = True
+        mask[:, self.written % self.history_size] = True
         if self.active is not None:
             mask = mask & self.active[:, None]
         storage = torch.where(mask[:, :, None], v.to(self.storage.dtype)[:, None], self.storage)
@@ -450,9 +454,9 @@ class RecordedHistory(History):
         return RecordedHistory(storage, self.seen, self.written, self.active, self.wide)
 
     def slot(self) -> Tensor:
-        mask = torch.zeros(self.memory, dtype=torch.bool, device=self.storage.device)
+        mask = torch.zeros(self.history_size, dtype=torch.bool, device=self.storage.device)
         if self.written:
-            mask[(self.written - 1) % self.memory] = True
+            mask[(self.written - 1) % self.history_size] = True
         return mask
 
     def count(self) -> Tensor:
@@ -462,7 +466,7 @@ class RecordedHistory(History):
         return RecordedHistory(self.storage, self.seen, self.written, active, self.wide)
 
     def vectors(self) -> Tensor:
-        return self._rows()[:, : min(self.written, self.memory)]
+        return self._rows()[:, : min(self.written, self.history_size)]
 
     def merge(self, rows: Tensor, other: History) -> RecordedHistory:
         assert isinstance(other, RecordedHistory)

@@ -20,10 +20,10 @@ from deqcore.solvers.broyden import Broyden
 
 TARGETS = (0.1, 0.01)
 LEVELS = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
-REFINE_STEPS = 40
+MAX_REFINE_VJPS = 40
 MOST_PULLS = 100
 FORWARD = StoppingCriteria(rtol=1e-4, max_steps=100)
-SOLVER = Broyden(memory=100)  # every pair is kept: a restart would lose most of the estimate
+SOLVER = Broyden(history_size=100)  # every pair is kept: a restart would lose most of the estimate
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def measure(case: Case) -> Result:
     chosen = np.linalg.norm(dense.g, axis=1) > 0
     settled = (forward.status == int(Status.CONVERGED)).numpy()[chosen]
     dense = Truth(*(part[chosen] for part in (dense.a, dense.g, dense.u, dense.condition)))
-    steps = max(MOST_PULLS, 2 * REFINE_STEPS)
+    steps = max(MOST_PULLS, 2 * MAX_REFINE_VJPS)
     baseline = [gmres_residuals(a, b, steps) for a, b in zip(dense.a, dense.g, strict=True)]
     estimate = SOLVER.secant_estimate(backend, forward.carry.state)
     matrix = _matrix(estimate, g)[chosen]
@@ -136,12 +136,12 @@ def measure(case: Case) -> Result:
     without = [gmres_errors(a, None, b, u) for a, b, u in zip(dense.a, dense.g, dense.u, strict=True)]
     outcomes, alone = [], []
     for target in TARGETS:
-        strategy = BroydenReuse(target=target, refine_steps=REFINE_STEPS, fallback="none")
+        strategy = BroydenReuse(max_relative_error=target, max_refine_vjps=MAX_REFINE_VJPS, fallback="none")
         u, report = strategy.solve_adjoint(backend, vjp, g, estimate)
         sound = report.status == int(Status.CONVERGED)
         found = Certified(u, report.residual, report.error, report.vjps, sound)
         outcomes.append(_outcome(target, found, dense, baseline, with_estimate, chosen, settled))
-        found = solve_certified(backend, vjp, g, None, target=target, max_vjps=REFINE_STEPS)
+        found = solve_certified(backend, vjp, g, None, target=target, max_vjps=MAX_REFINE_VJPS)
         alone.append(_outcome(target, found, dense, baseline, without, chosen, settled))
     curve = {}
     for level in LEVELS:

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from benchmarks.certificates.measure import LEVELS, REFINE_STEPS, TARGETS, Outcome, Result
+from benchmarks.certificates.measure import LEVELS, MAX_REFINE_VJPS, TARGETS, Outcome, Result
 from benchmarks.certificates.problems import OWN
 from benchmarks.certificates.trained import Training
 
@@ -52,7 +52,7 @@ def verdicts(results: Sequence[Result]) -> list[Verdict]:
             undetected == 0,
         ),
         Verdict(
-            f"reported as failed at refine_steps = {REFINE_STEPS}, target {first}",
+            f"reported as failed at max_refine_vjps = {MAX_REFINE_VJPS}, target {first}",
             "≤ 1 %",
             _share(failed),
             failed.mean() <= 0.01,
@@ -257,7 +257,7 @@ def page(
         "# Certified reuse: what it costs, what it reports, what is true",
         "",
         f"`python -m benchmarks.certificates`, {machine}, {seconds:.0f} s. Forward: Broyden with all pairs kept, "
-        f"float32, rtol 1e-4, 100 steps at most; refine_steps = {REFINE_STEPS}. Truth: a dense float64 Jacobian by "
+        f"float32, rtol 1e-4, 100 steps at most; max_refine_vjps = {MAX_REFINE_VJPS}. Truth: a dense float64 Jacobian by "
         "automatic differentiation of the float64 function, LAPACK, and a textbook GMRES, none of which is deqcore's.",
         "",
         "| figure | target | found | | remark |",

@@ -53,7 +53,7 @@ class Classifier(nn.Module):
 TRAINING = deqcore.Config(
     backend="torch",
     forward={"solver": "broyden", "rtol": RTOL, "max_steps": 40, "on_failure": "ignore"},
-    backward={"strategy": "broyden-reuse", "options": {"target": 0.1}},
+    backward={"strategy": "broyden-reuse", "options": {"max_relative_error": 0.1}},
 )
 
 

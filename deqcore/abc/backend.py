@@ -108,25 +108,25 @@ class Capabilities:
 class History(ABC):
     """A growing list of vectors per sample, with the four operations that Broyden, Anderson and GMRES need.
 
-    Storage is a ring of `memory` slots that all samples share: the k-th append writes slot `k % memory`. Every
+    Storage is a ring of `history_size` slots that all samples share: the k-th append writes slot `k % history_size`. Every
     sample sees only the slots that it wrote since its last restart; in the others its dot products are exactly zero
     and its coefficients are ignored. Overwriting a slot that a sample still sees is the caller's responsibility
     (sound for Anderson, unsound for Broyden, which restarts first).
 
     Attributes:
         active: rows that `append` and `restart` may change, `(batch,)` of bool, or None for all.
-        memory: number of slots.
+        history_size: number of slots.
 
     Example:
         >>> import numpy as np, deqcore
         >>> be = deqcore.get_backend(backend="numpy")
-        >>> history = be.history(np.zeros((1, 2)), memory=3).append(np.array([[3.0, 4.0]]))
+        >>> history = be.history(np.zeros((1, 2)), history_size=3).append(np.array([[3.0, 4.0]]))
         >>> history.dot(np.array([[1.0, 1.0]])).tolist()
         [[7.0, 0.0, 0.0]]
     """
 
     active: Array | None
-    memory: int
+    history_size: int
 
     @abstractmethod
     def append(self, v: Array) -> History:
@@ -134,15 +134,15 @@ class History(ABC):
 
     @abstractmethod
     def dot(self, v: Array) -> Array:
-        """Inner products of all vectors with `v`: `(batch, memory)`, zero in slots not seen.
+        """Inner products of all vectors with `v`: `(batch, history_size)`, zero in slots not seen.
 
         `v` is `(batch, n)`; several vectors `(batch, r, n)` share one pass over the storage and give
-        `(batch, r, memory)`. The result is in the wide dtype (`Backend.to_accum_dtype`).
+        `(batch, r, history_size)`. The result is in the wide dtype (`Backend.to_accum_dtype`).
         """
 
     @abstractmethod
     def combine(self, coefficients: Array) -> Array:
-        """Σ_j c_j q_j for coefficients `(batch, memory)`: `(batch, n)` in the state's dtype."""
+        """Σ_j c_j q_j for coefficients `(batch, history_size)`: `(batch, n)` in the state's dtype."""
 
     def may_be_full(self) -> bool:
         """False only if it is known, without waiting for a device, that no active sample is full."""
@@ -180,7 +180,7 @@ class History(ABC):
 
     @abstractmethod
     def slot(self) -> Array:
-        """One-hot mask `(memory,)` of bool of the slot that was written last; all False before the first append."""
+        """One-hot mask `(history_size,)` of bool of the slot that was written last; all False before the first append."""
 
     @abstractmethod
     def count(self) -> Array:
@@ -189,10 +189,10 @@ class History(ABC):
     def full(self) -> Array:
         """Whether the next append would overwrite a vector that the sample still sees: `(batch,)` of bool.
 
-        Not the same as `count() == memory` for a sample that was frozen while the ring moved on and goes on now
+        Not the same as `count() == history_size` for a sample that was frozen while the ring moved on and goes on now
         (a continued solve): its oldest vectors may stand in the next slot. Such a backend overrides this.
         """
-        return self.count() >= self.memory
+        return self.count() >= self.history_size
 
     @abstractmethod
     def masked(self, active: Array | None) -> History:
@@ -204,7 +204,7 @@ class History(ABC):
 
     @abstractmethod
     def vectors(self) -> Array:
-        """The stored vectors, `(batch, used, n)`: the slots written so far (all `memory` slots in traced code)."""
+        """The stored vectors, `(batch, used, n)`: the slots written so far (all `history_size` slots in traced code)."""
 
     def detach(self) -> History:
         """The same numbers, without gradients. Only a history that a tape can follow needs it."""
@@ -491,7 +491,7 @@ class Backend(ABC):
         """
         return self.xp.min(self.xp.linalg.svdvals(a), axis=1)
 
-    def history(self, like: Array, memory: int, dtype: str | None = None) -> History:
+    def history(self, like: Array, history_size: int, dtype: str | None = None) -> History:
         """An empty history for vectors like `like` `(batch, n)`, stored in `dtype` (default: the vectors' own).
 
         Where the framework is recording a gradient through `like`, the history is functional: nothing is written in
@@ -499,7 +499,7 @@ class Backend(ABC):
         """
         from deqcore.abc.functional_history import FunctionalHistory
 
-        return FunctionalHistory.empty(self, like, memory, dtype)
+        return FunctionalHistory.empty(self, like, history_size, dtype)
 
     def fused_step(self, solver: Solver, f: Map, z: Array, fz: Array, state: Any) -> StepResult | None:
         """`solver.step(self, f, z, fz, state)` by compiled code, where this backend has some for it; None elsewhere.
@@ -547,7 +547,7 @@ class Backend(ABC):
     def orthogonalize(self, basis: History, w: Array, twice: bool) -> tuple[Array, Array, Array, Array]:
         """`w` `(batch, n)` without its components h in the orthonormal `basis`, and h, ‖w‖ before, ‖w‖ after.
 
-        With `twice` it is projected once more, so that what is left is orthogonal to rounding. h `(batch, memory)`
+        With `twice` it is projected once more, so that what is left is orthogonal to rounding. h `(batch, history_size)`
         and the norms `(batch,)` are in the wide dtype.
         """
         before = self.to_accum_dtype(self.norm(w))
@@ -786,13 +786,13 @@ class BackwardRecord:
         listener: called after each, in whatever thread the framework differentiates in; it must not wait for a device.
     """
 
-    __slots__ = ("drift", "listener", "report", "runs", "seconds")
+    __slots__ = ("nondeterminism", "listener", "report", "runs", "seconds")
 
     def __init__(self) -> None:
         self.report: AdjointReport | None = None
         self.seconds: float = float("nan")
         self.runs: int = 0
-        self.drift: Array | None = None
+        self.nondeterminism: Array | None = None
         self.listener: Callable[[BackwardRecord], None] | None = None
 
     def add(self, report: AdjointReport, seconds: float = float("nan")) -> None:

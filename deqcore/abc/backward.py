@@ -80,7 +80,7 @@ class Strategy(ABC):
         needs: what `solve_adjoint` uses with its default options; `uses_vjp` and `wants_estimate` answer for any.
         exact: whether `solve_adjoint` solves the adjoint equation to a tolerance, so that the result is a true derivative
             (which forward mode and second derivatives require).
-        claims: golden problems whose adjoint equation it solves, each with the vjps per sample that this may take
+        cost_bounds: golden problems whose adjoint equation it solves, each with the vjps per sample that this may take
             in float64, from the estimate H = −I if it wants one, as in ``{"slow-modes": 12}``; the conformance suite
             holds it to them. Made for the default options.
 
@@ -100,7 +100,7 @@ class Strategy(ABC):
 
     needs: ClassVar[Literal["nothing", "vjp", "estimate"]]
     exact: ClassVar[bool] = False
-    claims: ClassVar[Mapping[str, int]] = {}
+    cost_bounds: ClassVar[Mapping[str, int]] = {}
 
     @abstractmethod
     def solve_adjoint(

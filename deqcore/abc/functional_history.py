@@ -13,7 +13,7 @@ class _Shared(NamedTuple):
     """What all states of one history have in common."""
 
     backend: Backend
-    memory: int
+    history_size: int
     dtype: str  # the state's, in which `combine` answers; the slots may be narrower
 
 
@@ -26,27 +26,27 @@ class FunctionalHistory(History):
 
     def __init__(self, shared: _Shared, slots: tuple[Array, ...], seen: Array, written: int, active: Array | None):
         self.shared, self.slots, self.seen, self.written, self.active = shared, slots, seen, written, active
-        self.memory = shared.memory
+        self.history_size = shared.history_size
 
     @classmethod
-    def empty(cls, backend: Backend, like: Array, memory: int, dtype: str | None = None) -> FunctionalHistory:
+    def empty(cls, backend: Backend, like: Array, history_size: int, dtype: str | None = None) -> FunctionalHistory:
         """No vector yet, for vectors like `like` `(batch, n)`."""
         still = backend.detach(like)
         zero = backend.xp.zeros_like(backend.astype(still, dtype or backend.dtype_name(like)))
-        nobody = backend.xp.broadcast_to(backend.xp.sum(zero, axis=1)[:, None] > 0, (like.shape[0], memory))
-        return cls(_Shared(backend, memory, backend.dtype_name(like)), (zero,) * memory, nobody, 0, None)
+        nobody = backend.xp.broadcast_to(backend.xp.sum(zero, axis=1)[:, None] > 0, (like.shape[0], history_size))
+        return cls(_Shared(backend, history_size, backend.dtype_name(like)), (zero,) * history_size, nobody, 0, None)
 
     def _with(self, **changes: object) -> FunctionalHistory:
         kept = {"slots": self.slots, "seen": self.seen, "written": self.written, "active": self.active}
         return FunctionalHistory(self.shared, **{**kept, **changes})
 
     def _at(self, slot: int, there: bool = True) -> Array:
-        """One-hot mask `(memory,)`."""
-        return self.shared.backend.asarray(there & (np.arange(self.memory) == slot), like=self.seen)
+        """One-hot mask `(history_size,)`."""
+        return self.shared.backend.asarray(there & (np.arange(self.history_size) == slot), like=self.seen)
 
     def append(self, v: Array) -> FunctionalHistory:
         """See `History.append`."""
-        backend, at = self.shared.backend, self.written % self.memory
+        backend, at = self.shared.backend, self.written % self.history_size
         new = backend.cast(v, self.slots[at])
         if self.active is None:
             seen = self.seen | self._at(at)
@@ -85,7 +85,7 @@ class FunctionalHistory(History):
 
     def slot(self) -> Array:
         """See `History.slot`."""
-        return self._at((self.written - 1) % self.memory, self.written > 0)
+        return self._at((self.written - 1) % self.history_size, self.written > 0)
 
     def count(self) -> Array:
         """See `History.count`."""
@@ -94,7 +94,7 @@ class FunctionalHistory(History):
 
     def full(self) -> Array:
         """See `History.full`."""
-        return self.seen[:, self.written % self.memory]
+        return self.seen[:, self.written % self.history_size]
 
     def masked(self, active: Array | None) -> FunctionalHistory:
         """See `History.masked`."""
@@ -102,7 +102,7 @@ class FunctionalHistory(History):
 
     def vectors(self) -> Array:
         """See `History.vectors`."""
-        xp, used = self.shared.backend.xp, min(self.written, self.memory)
+        xp, used = self.shared.backend.xp, min(self.written, self.history_size)
         kept = xp.stack(self.slots[: used or 1], axis=1)
         return xp.where(self.seen[:, : used or 1, None], kept, xp.zeros_like(kept))[:, :used]
 

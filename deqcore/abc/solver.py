@@ -39,7 +39,7 @@ class Solver(ABC):
         has_estimate: whether `inverse_jacobian` gives one; checked before any solve.
         evaluations_per_step: how often `step` evaluates f. A method with a varying number overrides `evaluations`.
         needs: capabilities of the backend that it cannot do without, such as "jvp".
-        claims: golden problems that it solves, also where plain iteration does not, each with the evaluations (and
+        cost_bounds: golden problems that it solves, also where plain iteration does not, each with the evaluations (and
             products) that this may take in float64, as in ``{"expansive": 20}``; the conformance suite holds it to
             them. Made for the default options.
 
@@ -61,7 +61,7 @@ class Solver(ABC):
 
     has_estimate: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ()
-    claims: ClassVar[Mapping[str, int]] = {}
+    cost_bounds: ClassVar[Mapping[str, int]] = {}
     evaluations_per_step: ClassVar[int] = 1
 
     @abstractmethod

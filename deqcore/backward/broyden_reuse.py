@@ -19,25 +19,25 @@ from deqcore.solution import Status
 class BroydenReuse(Strategy):
     """u ≈ (I − J)^-T g from the secant pairs that the forward solve left behind.
 
-    *Plain* (`certify=False, target=None, fallback="none"`): u = −Hᵀg with the solver's own H, as published. One
+    *Plain* (`certify=False, max_relative_error=None, fallback="none"`): u = −Hᵀg with the solver's own H, as published. One
     low-rank product; right where the secant pairs saw the directions that the cotangent needs, wrong without a word
     elsewhere, most of all with several slow modes and tight forward tolerances.
 
-    *Certified* (`certify=True, target=None`): the same u, and one vjp that measures its adjoint residual. The error
+    *Certified* (`certify=True, max_relative_error=None`): the same u, and one vjp that measures its adjoint residual. The error
     that it reports is the estimate's own: a mode that the forward solve has not met is not in it.
 
-    *Refined* (`target` set, the default): GMRES on (I − Jᵀ) with the multi-secant estimate M = −Hᵀ of all pairs as
-    right preconditioner, per sample, until residual *and estimated error* are at most `target`. The error is an
+    *Refined* (`max_relative_error` set, the default): GMRES on (I − Jᵀ) with the multi-secant estimate M = −Hᵀ of all pairs as
+    right preconditioner, per sample, until residual *and estimated error* are at most `max_relative_error`. The error is an
     estimate and no bound. Its first direction is M g, the reused gradient itself; a sample is certified after three
     vjps at the earliest, unless its residual vanishes before.
 
     Cost: plain, two passes over the solver's history; certified, one vjp more; refined, as many vjps as it takes,
-    `refine_steps` at most, and as many history vectors.
+    `max_refine_vjps` at most, and as many history vectors.
 
     Args:
         certify: measure and report the adjoint residual.
         target: largest estimated relative error of u, in (0, 1), or None ("none" in a file) for no refinement.
-        refine_steps: vjps per sample at most, at least 1; fewer than 3 certify only what they solve.
+        max_refine_vjps: vjps per sample at most, at least 1; fewer than 3 certify only what they solve.
         fallback: what a sample gets that misses the target: "jacobian-free" (u = g, where its adjoint residual is
             smaller), "exact-ift" (GMRES to the dtype's default tolerance) or "none" (the best u found).
 
@@ -56,11 +56,11 @@ class BroydenReuse(Strategy):
     """
 
     certify: bool = True
-    target: float | Literal["none"] | None = 0.1
-    refine_steps: int = 40
+    max_relative_error: float | Literal["none"] | None = 0.1
+    max_refine_vjps: int = 40
     fallback: Literal["jacobian-free", "exact-ift", "none"] = "jacobian-free"
     needs: ClassVar[Literal["nothing", "vjp", "estimate"]] = "estimate"
-    claims: ClassVar[Mapping[str, int]] = {
+    cost_bounds: ClassVar[Mapping[str, int]] = {
         "affine": 4,
         "conv": 4,
         "expansive": 3,
@@ -71,24 +71,28 @@ class BroydenReuse(Strategy):
     }
 
     def __post_init__(self) -> None:
-        if self.target == "none":  # how a TOML file, which has no null, says it
-            object.__setattr__(self, "target", None)
-        if self.target is not None and not 0.0 < float(self.target) < 1.0:
-            raise ValueError(f"target = {self.target}, but a number between 0 and 1, or none, is expected")
-        if self.refine_steps < 1:
-            raise ValueError(f"refine_steps = {self.refine_steps}, but at least 1 is expected")
+        if self.max_relative_error == "none":  # how a TOML file, which has no null, says it
+            object.__setattr__(self, "max_relative_error", None)
+        if self.max_relative_error is not None and not 0.0 < float(self.max_relative_error) < 1.0:
+            raise ValueError(
+                f"max_relative_error = {self.max_relative_error}, but a number between 0 and 1, or none, is expected"
+            )
+        if self.max_refine_vjps < 1:
+            raise ValueError(f"max_refine_vjps = {self.max_refine_vjps}, but at least 1 is expected")
         if self.fallback not in ("jacobian-free", "exact-ift", "none"):
             raise ValueError(f"fallback = {self.fallback!r}, but 'jacobian-free', 'exact-ift' or 'none' is expected")
-        if self.fallback != "none" and self.target is None and self.certify:
-            raise ValueError(f"fallback = {self.fallback!r} needs a target that a sample can miss: set target")
+        if self.fallback != "none" and self.max_relative_error is None and self.certify:
+            raise ValueError(
+                f"fallback = {self.fallback!r} needs a target that a sample can miss: set max_relative_error"
+            )
 
     def uses_vjp(self) -> bool:
         """All but the plain method."""
-        return self.certify or self.target is not None
+        return self.certify or self.max_relative_error is not None
 
     def wants_secants(self) -> bool:
         """Refinement works with the estimate that keeps all pairs."""
-        return self.target is not None
+        return self.max_relative_error is not None
 
     def solve_adjoint(
         self, backend: Backend, vjp: Map, g: Array, estimate: InverseJacobian | None
@@ -96,9 +100,9 @@ class BroydenReuse(Strategy):
         """Return u for the cotangent `g` `(batch, n)`."""
         if estimate is None:
             raise StrategyError("broyden-reuse was called without an estimate; its solver promised one.")
-        if self.target is None:
+        if self.max_relative_error is None:
             return self._plain(backend, vjp, g, estimate)
-        return self._refined(backend, vjp, g, estimate, float(self.target))
+        return self._refined(backend, vjp, g, estimate, float(self.max_relative_error))
 
     def _plain(self, backend: Backend, vjp: Map, g: Array, estimate: InverseJacobian) -> tuple[Array, AdjointReport]:
         u = -estimate.apply_transpose(g)
@@ -110,7 +114,7 @@ class BroydenReuse(Strategy):
         return u, report(backend, g, vjps=1, residual=residual, error=error)
 
     def _refined(
-        self, backend: Backend, vjp: Map, g: Array, estimate: InverseJacobian, target: float
+        self, backend: Backend, vjp: Map, g: Array, estimate: InverseJacobian, max_relative_error: float
     ) -> tuple[Array, AdjointReport]:
         xp = backend.xp
         found = solve_certified(
@@ -118,8 +122,8 @@ class BroydenReuse(Strategy):
             vjp,
             g,
             estimate.apply_transpose,  # −M: a preconditioner's sign changes nothing
-            target=target,
-            max_vjps=self.refine_steps,
+            max_relative_error=max_relative_error,
+            max_vjps=self.max_refine_vjps,
             judge=estimate.apply_transpose_unregularised,
         )
         u, vjps, residual, error = found.u, found.vjps, found.residual, found.error
@@ -145,7 +149,7 @@ class BroydenReuse(Strategy):
                 # Samples that are done ask for nothing: their right-hand side is zero.
                 wanted = backend.select(met, xp.zeros_like(g), g)
                 found = gmres(
-                    backend, lambda v: v - vjp(v), wanted, rtol=backend.default_rtol(g), max_steps=self.refine_steps
+                    backend, lambda v: v - vjp(v), wanted, rtol=backend.default_rtol(g), max_steps=self.max_refine_vjps
                 )
                 other, products = found.x, found.products
                 left = relative(backend, found.residual, backend.norm(g))

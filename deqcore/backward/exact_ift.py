@@ -72,7 +72,7 @@ class ExactIFT(Strategy):
     bound: Solver | None = field(default=None, repr=False, metadata={"internal": True})
     needs: ClassVar[Literal["nothing", "vjp", "estimate"]] = "vjp"
     exact: ClassVar[bool] = True
-    claims: ClassVar[Mapping[str, int]] = {
+    cost_bounds: ClassVar[Mapping[str, int]] = {
         "affine": 6,
         "conv": 13,
         "expansive": 6,

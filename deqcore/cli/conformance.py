@@ -27,7 +27,7 @@ Device: TypeAlias = Annotated[str | None, typer.Option(help="Where the arrays ar
 OptionsText: TypeAlias = Annotated[str | None, typer.Option("--options", help="Its options, as a JSON object.")]
 ClaimsText: TypeAlias = Annotated[
     str | None,
-    typer.Option("--claims", help="Golden problems that it solves with these options, and at what cost, as JSON."),
+    typer.Option("--cost_bounds", help="Golden problems that it solves with these options, and at what cost, as JSON."),
 ]
 Expect: TypeAlias = Annotated[
     Path | None, typer.Option(help="TOML file of expected failures, test = 'reason'; one that passes is a failure.")
@@ -55,16 +55,16 @@ def solver(
     on: Backends = None,
     device: Device = None,
     options: OptionsText = None,
-    claims: ClaimsText = None,
+    cost_bounds: ClaimsText = None,
     expect: Expect = None,
     junit: Junit = None,
     select: Select = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a solver: honest statuses everywhere, and convergence where plain iteration converges or it claims it."""
+    """Check a solver: honest statuses everywhere, and convergence where plain iteration converges or it cost_bounds it."""
     from deqcore.testing.runner import Request
 
-    given = checked(options), checked(claims, "--claims", '{"slow-modes": 60}')
+    given = checked(options), checked(cost_bounds, "--cost_bounds", '{"slow-modes": 60}')
     report(Request("solver", name, tuple(on or ()), device, *given, expect, select), junit, as_json)
 
 
@@ -73,7 +73,7 @@ def strategy(
     on: Backends = None,
     device: Device = None,
     options: OptionsText = None,
-    claims: ClaimsText = None,
+    cost_bounds: ClaimsText = None,
     expect: Expect = None,
     junit: Junit = None,
     select: Select = None,
@@ -82,11 +82,11 @@ def strategy(
     """Check a backward strategy: against closed forms, stored truths and its own report."""
     from deqcore.testing.runner import Request
 
-    given = checked(options), checked(claims, "--claims", '{"slow-modes": 60}')
+    given = checked(options), checked(cost_bounds, "--cost_bounds", '{"slow-modes": 60}')
     report(Request("strategy", name, tuple(on or ()), device, *given, expect, select), junit, as_json)
 
 
-def checked(text: str | None, option: str = "--options", example: str = '{"memory": 5}') -> str | None:
+def checked(text: str | None, option: str = "--options", example: str = '{"history_size": 5}') -> str | None:
     """Text that is a JSON object."""
     try:
         if text is None or isinstance(json.loads(text), dict):

@@ -63,8 +63,8 @@ class Config:
         ConfigError: a setting is unknown or its value does not fit.
 
     Example:
-        >>> config = Config(backend="numpy", forward={"solver": "anderson", "options": {"memory": 5}})
-        >>> config.forward.solver, config.forward.options["memory"], config.forward.max_steps
+        >>> config = Config(backend="numpy", forward={"solver": "anderson", "options": {"history_size": 5}})
+        >>> config.forward.solver, config.forward.options["history_size"], config.forward.max_steps
         ('anderson', 5, 40)
         >>> config.origin("forward.solver"), config.origin("forward.max_steps")
         ('Config(...)', 'default')
@@ -174,7 +174,7 @@ class Config:
         """Where a value came from, such as "environment variable DEQCORE_FORWARD__RTOL".
 
         Args:
-            name: dotted, such as "forward.rtol" or "forward.options.memory".
+            name: dotted, such as "forward.rtol" or "forward.options.history_size".
 
         Raises:
             ConfigError: there is no such setting.

@@ -27,9 +27,9 @@ class Options(Mapping[str, object]):
     Two of them are equal if keys, values and the values' types are: 1, 1.0 and True are different settings.
 
     Example:
-        >>> Options({"memory": 20})
-        Options(memory=20)
-        >>> Options({"memory": 20})["memory"], Options({"memory": 20}) == {"memory": 20}
+        >>> Options({"history_size": 20})
+        Options(history_size=20)
+        >>> Options({"history_size": 20})["history_size"], Options({"history_size": 20}) == {"history_size": 20}
         (20, True)
     """
 

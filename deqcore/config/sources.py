@@ -94,7 +94,7 @@ class Backward:
 
     Example:
         >>> from deqcore import Config
-        >>> backward = Config(backward={"strategy": "broyden-reuse", "options": {"target": 0.1}}).backward
+        >>> backward = Config(backward={"strategy": "broyden-reuse", "options": {"max_relative_error": 0.1}}).backward
         >>> backward.strategy, backward.options["target"]
         ('broyden-reuse', 0.1)
     """

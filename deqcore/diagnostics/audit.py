@@ -108,7 +108,7 @@ def gradient_audit(
 
     Raises:
         ConfigError: samples or max_vjps is out of range, or a position in batched_args does not exist.
-        StateError: the cotangent is not like z0. Otherwise as `fixed_point`.
+        InitialIterateError: the cotangent is not like z0. Otherwise as `fixed_point`.
 
     Example:
         >>> import numpy as np

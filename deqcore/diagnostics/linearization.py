@@ -33,7 +33,7 @@ def view(f: Callable[..., Tree], z: Tree, args: tuple[Any, ...], batch: bool) ->
     """Look at `f(·, *args)` at `z`.
 
     Raises:
-        StateError: z is unfit as a state (no arrays, integers, no batch axis).
+        InitialIterateError: z is unfit as a state (no arrays, integers, no batch axis).
         BackendMismatchError: the arrays belong to several frameworks.
     """
     backend = pick_backend(settings.resolve(None, {})[0], z, args)

@@ -7,7 +7,7 @@ from typing import Any
 
 from deqcore.abc.backend import Array, Tree
 from deqcore.diagnostics.linearization import view
-from deqcore.errors import StateError
+from deqcore.errors import InitialIterateError
 
 
 def jacobian_penalty(
@@ -41,7 +41,7 @@ def jacobian_penalty(
         ‖Jᵀε‖², averaged over the probes, `(batch,)`.
 
     Raises:
-        StateError: z is unfit as a state, or the noise is not like z.
+        InitialIterateError: z is unfit as a state, or the noise is not like z.
         ProblemError: f returned something that is not like z.
 
     Source: Bai, Koltun & Kolter (2021), "Stabilizing equilibrium models by Jacobian regularization", section 4.1.
@@ -56,7 +56,7 @@ def jacobian_penalty(
     at = view(f, z, args, batch)
     probes = noise if isinstance(noise, list) and not isinstance(z, list) else [noise]
     if not probes:
-        raise StateError("noise is an empty list, but at least one probe, a tree like z, is expected.")
+        raise InitialIterateError("noise is an empty list, but at least one probe, a tree like z, is expected.")
     vjp = at.backend.differentiable_vjp(at.f, at.z)
     total: Array = 0.0
     for probe in probes:

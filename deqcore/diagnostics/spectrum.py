@@ -71,7 +71,7 @@ def spectral_radius(
 
     Raises:
         ConfigError: tolerance or max_products is out of range.
-        StateError: z is unfit as a state.
+        InitialIterateError: z is unfit as a state.
         ProblemError: f returned something that is not like z.
 
     Source: Saad (2011), "Numerical methods for large eigenvalue problems", sections 6.2 and 6.3.

@@ -24,7 +24,11 @@ from deqcore.solve.verification import coupled_rows
 VARIANTS: Final[Mapping[str, Sequence[Mapping[str, object]]]] = MappingProxyType(
     {
         "exact-ift": ({}, {"max_steps": 5}),
-        "broyden-reuse": ({}, {"target": 0.01}, {"certify": False, "target": None, "fallback": "none"}),
+        "broyden-reuse": (
+            {},
+            {"max_relative_error": 0.01},
+            {"certify": False, "max_relative_error": None, "fallback": "none"},
+        ),
     }
 )
 """Options under which a built-in strategy is tried; any other is tried with its defaults."""

@@ -57,7 +57,7 @@ def solve_certified(
     g: Array,
     precondition: Map | None,
     *,
-    target: float,
+    max_relative_error: float,
     max_vjps: int,
     judge: Map | None = None,
 ) -> Certified:
@@ -95,14 +95,16 @@ def solve_certified(
     start = space.begin(g, max_vjps)
     nothing = 0 * norm  # NaN where the cotangent is not finite, and so are residual and error then
     some = xp.where(norm == 0, nothing, nothing + 1.0)
-    first = _Round(start, target * norm, some, xp.where(some > 0, nothing + float("inf"), nothing), norm == 0)
+    first = _Round(
+        start, max_relative_error * norm, some, xp.where(some > 0, nothing + float("inf"), nothing), norm == 0
+    )
 
     def unfinished(r: _Round) -> Array:
         return xp.any(r.space.can_grow)
 
     def once(r: _Round) -> _Round:
         young = r.space.dimension < LEAST
-        bottom = NOTHING_HIDDEN * target * norm
+        bottom = NOTHING_HIDDEN * max_relative_error * norm
         steps = xp.where(young, min(LEAST, max_vjps) + 0 * r.space.dimension, max_vjps) - r.space.dimension
         k = space.grow(r.space, xp.where(young, bottom, r.goal), steps, together=True)
         residual, error = _estimate(backend, space, k, norm, judge)
@@ -112,8 +114,8 @@ def solve_certified(
         reached = known & (k.residual <= r.goal)
         judged = ~r.met & (reached | closed | (k.steps >= max_vjps))
         residual, error = xp.where(judged, residual, r.residual), xp.where(judged, error, r.error)
-        met = xp.where(judged, known & (residual <= target) & (error <= target), r.met)
-        goal = xp.where(reached, k.residual * xp.clip(target / error, 0.25, 0.8), r.goal)
+        met = xp.where(judged, known & (residual <= max_relative_error) & (error <= max_relative_error), r.met)
+        goal = xp.where(reached, k.residual * xp.clip(max_relative_error / error, 0.25, 0.8), r.goal)
         k = k._replace(can_grow=k.can_grow & ~met & (k.steps < max_vjps))
         return _Round(k, goal, residual, error, met)
 

@@ -42,7 +42,7 @@ class InverseJacobian(ABC):
 
 @dataclass(frozen=True)
 class MultisecantInverse(InverseJacobian):
-    """H = −I − Q K Qᵀ with one history Q and small matrices K `(batch, memory, memory)`."""
+    """H = −I − Q K Qᵀ with one history Q and small matrices K `(batch, history_size, history_size)`."""
 
     backend: Backend
     basis: History

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from deqcore.monitor.drift import Profile
-    from deqcore.monitor.measurements import Probe
+    from deqcore.monitor.measurements import Measurement
     from deqcore.monitor.metrics import Metric, Metrics
     from deqcore.monitor.monitor import Monitor
     from deqcore.monitor.sink import Event, Record, Row, Run, Sink
@@ -21,7 +21,7 @@ _HOME: Final = {
     "Metric": "deqcore.monitor.metrics",
     "Metrics": "deqcore.monitor.metrics",
     "Monitor": "deqcore.monitor.monitor",
-    "Probe": "deqcore.monitor.measurements",
+    "Measurement": "deqcore.monitor.measurements",
     "Profile": "deqcore.monitor.drift",
     "Record": "deqcore.monitor.sink",
     "Row": "deqcore.monitor.sink",
@@ -30,7 +30,7 @@ _HOME: Final = {
     "Trigger": "deqcore.monitor.triggers",
 }
 
-__all__ = ["Event", "Metric", "Metrics", "Monitor", "Probe", "Profile", "Record", "Row", "Run", "Sink", "Trigger"]
+__all__ = ["Event", "Measurement", "Metric", "Metrics", "Monitor", "Profile", "Record", "Row", "Run", "Sink", "Trigger"]
 
 
 def __getattr__(name: str) -> object:

@@ -17,7 +17,7 @@ from deqcore.monitor.triggers import Trigger
 TIGHTEN: Final = 0.1
 REFINE: Final = 2.0
 # Options of strategies by what more of them means: these names are shared by all that ship with deqcore.
-BUDGETS: Final = ("refine_steps", "terms", "steps", "max_steps")
+BUDGETS: Final = ("max_refine_vjps", "terms", "steps", "max_steps")
 TARGET: Final = 0.1  # where the strategy has a target and none is set
 
 ORIGIN: Final = "the monitor"
@@ -70,7 +70,7 @@ def _refined(config: Config, factor: float) -> dict[str, object]:
         for name in BUDGETS
         if isinstance(value := current.get(name), int) and not isinstance(value, bool)
     }
-    if "target" in current:
-        target = current["target"]
-        more["target"] = target / factor if isinstance(target, float) else TARGET
+    if "max_relative_error" in current:
+        max_relative_error = current["max_relative_error"]
+        more["max_relative_error"] = max_relative_error / factor if isinstance(max_relative_error, float) else TARGET
     return more

@@ -1,6 +1,6 @@
 """Probes: measurements that cost something, taken now and then on the solves that a monitor sees.
 
-[monitor.probes]
+[monitor.measurements]
 spectral_radius = 200       # solves between measurements
 gradient_audit = 500
 """
@@ -21,7 +21,7 @@ Measured: TypeAlias = "float | Array | Sequence[float | Array]"
 
 
 @dataclass(frozen=True)
-class Probe:
+class Measurement:
     """A measurement of one's own.
 
     Attributes:
@@ -33,8 +33,8 @@ class Probe:
     Example:
         >>> import numpy as np, deqcore
         >>> from deqcore.monitor import Metric, Monitor
-        >>> size = Probe("my_size", lambda solve: float(np.abs(solve.solution.value).max()), every=1)
-        >>> with Monitor(sinks=[], metrics=[Metric("my_size", "1", "Largest entry.")], probes=[size]) as monitor:
+        >>> size = Measurement("my_size", lambda solve: float(np.abs(solve.solution.value).max()), every=1)
+        >>> with Monitor(sinks=[], metrics=[Metric("my_size", "1", "Largest entry.")], measurements=[size]) as monitor:
         ...     _ = deqcore.fixed_point(lambda z: 0.5 * z + 1.0, np.zeros((4, 2)))
         >>> round(monitor.rows[-1].values["my_size"], 2)
         2.0
@@ -60,7 +60,7 @@ class Probe:
         return dict(zip(self.names, values, strict=True))
 
 
-def spectral_radius(every: int = 200, max_products: int = 20) -> Probe:
+def spectral_radius(every: int = 200, max_products: int = 20) -> Measurement:
     """The largest spectral radius of ∂f/∂z in the batch, at the solution.
 
     Cost: one evaluation of f and `max_products` vector–Jacobian products at most, each for the whole batch.
@@ -74,10 +74,12 @@ def spectral_radius(every: int = 200, max_products: int = 20) -> Probe:
         )
         return float(np.max(found.radius))
 
-    return Probe("deq_spectral_radius", measure, every)
+    return Measurement("deq_spectral_radius", measure, every)
 
 
-def gradient_audit(every: int = 500, cotangent: Callable[[Solve], Tree] | None = None, max_vjps: int = 100) -> Probe:
+def gradient_audit(
+    every: int = 500, cotangent: Callable[[Solve], Tree] | None = None, max_vjps: int = 100
+) -> Measurement:
     """The strategy's gradient against the exact one: cosine and relative error of u, means over the batch.
 
     Cost: one solve, the strategy's backward pass, and one GMRES solve to rounding.
@@ -98,7 +100,7 @@ def gradient_audit(every: int = 500, cotangent: Callable[[Solve], Tree] | None =
         )
         return float(np.mean(found.cosine)), float(np.mean(found.error))
 
-    return Probe(("deq_gradient_cosine", "deq_gradient_error"), measure, every)
+    return Measurement(("deq_gradient_cosine", "deq_gradient_error"), measure, every)
 
 
 def _random(solve: Solve) -> Tree:
@@ -110,13 +112,13 @@ def _random(solve: Solve) -> Tree:
     return backend.unflatten(structure, made)
 
 
-BUILT_IN: Final[Mapping[str, Callable[[int], Probe]]] = {
+BUILT_IN: Final[Mapping[str, Callable[[int], Measurement]]] = {
     "spectral_radius": spectral_radius,
     "gradient_audit": gradient_audit,
 }
 
 
-def make_probes(table: Mapping[str, object]) -> tuple[Probe, ...]:
+def make_measurements(table: Mapping[str, object]) -> tuple[Measurement, ...]:
     """The probes of a table, as in `{"spectral_radius": 200}`.
 
     Raises:
@@ -124,7 +126,7 @@ def make_probes(table: Mapping[str, object]) -> tuple[Probe, ...]:
     """
     for name, every in table.items():
         if name not in BUILT_IN:
-            raise ConfigError.unknown_option("[monitor.probes]", name, BUILT_IN)
+            raise ConfigError.unknown_option("[monitor.measurements]", name, BUILT_IN)
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ConfigError.bad_value("[monitor.probes]", name, every, "a number of solves >= 1")
+            raise ConfigError.bad_value("[monitor.measurements]", name, every, "a number of solves >= 1")
     return tuple(BUILT_IN[name](every) for name, every in table.items() if isinstance(every, int))

@@ -19,7 +19,7 @@ from deqcore.monitor.analysis import Analysis
 from deqcore.monitor.drift import METRICS as DRIFT_METRICS
 from deqcore.monitor.drift import TRIGGERS, Profile
 from deqcore.monitor.inbox import Inbox
-from deqcore.monitor.measurements import Probe, make_probes
+from deqcore.monitor.measurements import Measurement, make_measurements
 from deqcore.monitor.metrics import Metric, Metrics
 from deqcore.monitor.outlet import Outlet
 from deqcore.monitor.settings import MonitorSettings, SinkLike, make_triggers
@@ -78,7 +78,7 @@ class Monitor(Observer):
         hooks: Mapping[str, Hook] | None = None,
         metrics: Iterable[Metric] = (),
         reference: Profile | str | Path | None = None,
-        probes: Sequence[Probe] | None = None,
+        measurements: Sequence[Measurement] | None = None,
     ) -> None:
         self._base = current() if config is None else config
         given = MonitorSettings.of(self._base.section("monitor") if config is not None else {})
@@ -93,8 +93,8 @@ class Monitor(Observer):
             made += TRIGGERS
         for trigger in made:
             trigger.check(self.metrics, hooks or {})
-        self._probes = list(make_probes(given.probes) if probes is None else probes)
-        for metric in (metric for probe in self._probes for metric in probe.names):
+        self._measurements = list(make_measurements(given.measurements) if measurements is None else measurements)
+        for metric in (metric for measurement in self._measurements for metric in measurement.names):
             self.metrics.check("A probe", metric)
         self._alarms = Alarms(made, hooks or {})
         self._analysis = Analysis(self._alarms, profile)
@@ -179,8 +179,8 @@ class Monitor(Observer):
             return
         number = self._inbox.solves
         self.observe(solution, seconds=solve.seconds, config=solve.config)
-        for probe in [each for each in self._probes if number % each.every == 0]:
-            self._probe(probe, solve)
+        for measurement in [each for each in self._measurements if number % each.every == 0]:
+            self._measure(measurement, solve)
 
     def observe(
         self,
@@ -238,15 +238,15 @@ class Monitor(Observer):
         inbox.step = (0 if inbox.step is None else inbox.step) + 1 if step is None else step
         self._flush_if_due()
 
-    def _probe(self, probe: Probe, solve: Solve) -> None:
+    def _measure(self, measurement: Measurement, solve: Solve) -> None:
         """Measure; a probe that fails is told of once and left out from then on."""
         try:
             with observing(None):
-                found = probe.take(solve)
+                found = measurement.take(solve)
         except Exception as error:
-            self._probes.remove(probe)
+            self._measurements.remove(measurement)
             self._note(
-                f"The probe of {', '.join(probe.names)} fails and is left out from here on: {type(error).__name__}: "
+                f"The probe of {', '.join(measurement.names)} fails and is left out from here on: {type(error).__name__}: "
                 f"{error}"
             )
         else:

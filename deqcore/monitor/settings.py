@@ -22,7 +22,7 @@ from deqcore import plugins
 from deqcore.config.options import Options, as_options, check, instantiate
 from deqcore.config.sources import names_of
 from deqcore.errors import ConfigError, PluginError
-from deqcore.monitor.measurements import make_probes
+from deqcore.monitor.measurements import make_measurements
 from deqcore.monitor.metrics import PREFIX, Metrics
 from deqcore.monitor.sink import Sink
 from deqcore.monitor.triggers import Trigger
@@ -44,7 +44,9 @@ class MonitorSettings:
 
     every: int = field(default=10, metadata={"least": 1, "expected": "an integer >= 1"})
     reference: str | None = None
-    probes: Options = field(default=Options(), metadata={"expected": "a table, such as { spectral_radius = 200 },"})
+    measurements: Options = field(
+        default=Options(), metadata={"expected": "a table, such as { spectral_radius = 200 },"}
+    )
     sinks: tuple[Options, ...] = (Options({"sink": "jsonl"}),)
     triggers: tuple[Options, ...] = ()
 
@@ -59,9 +61,11 @@ class MonitorSettings:
         for name in section:
             if name not in known:
                 raise ConfigError.unknown_option("[monitor]", name, known)
-        plain = {name: section[name] for name in ("every", "reference", "probes") if name in section}
-        if isinstance(plain.get("probes"), Mapping):
-            plain["probes"] = as_options("[monitor.probes]", cast("Mapping[str, object]", plain["probes"]))
+        plain = {name: section[name] for name in ("every", "reference", "measurements") if name in section}
+        if isinstance(plain.get("measurements"), Mapping):
+            plain["measurements"] = as_options(
+                "[monitor.measurements]", cast("Mapping[str, object]", plain["measurements"])
+            )
         values: dict[str, Any] = {name: check("[monitor]", cls, name, value) for name, value in plain.items()}
         values |= {name: _tables(name, section[name]) for name in ("sinks", "triggers") if name in section}
         return cls(**values)
@@ -84,7 +88,7 @@ def check_section(section: Mapping[str, object]) -> None:
             Metrics().check("A trigger", trigger.metric)
     for table in given.sinks:
         plugins.spec("sink", _sink_name(table))
-    make_probes(given.probes)
+    make_measurements(given.measurements)
 
 
 def _tables(name: str, given: object) -> tuple[Options, ...]:

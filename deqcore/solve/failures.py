@@ -133,7 +133,7 @@ def subject_of(f: Any) -> Any:
 
 
 def promises(strategy: Strategy) -> bool:
-    """Whether a strategy promises an accuracy, so that it can fail: it is exact, or it has an `rtol` or a `target`."""
+    """Whether a strategy promises an accuracy, so that it can fail: it is exact, or it has an `rtol` or a `max_relative_error`."""
     return strategy.exact or any(getattr(strategy, name, None) is not None for name in ("rtol", "target"))
 
 
@@ -183,7 +183,7 @@ def _options(strategy: Strategy) -> dict[str, str]:
             return f"the {'budget' if 'max_steps' in names else 'tolerance'} of the strategy"
         return f"{found} = {getattr(strategy, found)!r} in backward.options"
 
-    return {"budget": named(("max_steps", "refine_steps", "terms", "steps")), "tolerance": named(("rtol", "target"))}
+    return {"budget": named(("max_steps", "max_refine_vjps", "terms", "steps")), "tolerance": named(("rtol", "target"))}
 
 
 def coupling(pair: tuple[int, int] | None, wrong: int = 0, batch: int = 0, residual: float = float("nan")) -> str:

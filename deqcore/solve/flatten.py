@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from deqcore.abc.backend import Array, Backend, Map, Tree
-from deqcore.errors import ConfigError, ProblemError, StateError, described
+from deqcore.errors import ConfigError, InitialIterateError, ProblemError, described
 from deqcore.solve.opaque import arrays_in
 
 
@@ -32,32 +32,34 @@ class RavelSpec:
 
     @classmethod
     def of(cls, backend: Backend, z0: Tree, batch: bool) -> RavelSpec:
-        """Describe the state z0, or say what is wrong with it.
+        """Describe the initial iterate z0, or say what is wrong with it.
 
         Raises:
-            StateError: no arrays, integer or mixed dtypes, several devices, too few axes, unequal batch sizes.
+            InitialIterateError: no arrays, integer or mixed dtypes, several devices, too few axes, unequal batch sizes.
         """
         leaves, structure = backend.flatten(z0)
         if not leaves:
-            raise StateError("The state z0 holds no array: give at least one array of floating-point numbers.")
+            raise InitialIterateError(
+                "The initial iterate z0 holds no array: give at least one array of floating-point numbers."
+            )
         for leaf in leaves:
             _check_leaf(backend, leaf, batch)
         dtypes = {backend.dtype_name(leaf) for leaf in leaves}
         if len(dtypes) > 1:
-            raise StateError(
+            raise InitialIterateError(
                 f"The leaves of the state have the dtypes {', '.join(sorted(dtypes))}, but the whole state is one "
                 f"vector of one dtype: cast its leaves to the widest of them."
             )
         devices = {str(at) for leaf in leaves if (at := backend.device_of(leaf)) is not None}
         if len(devices) > 1:
-            raise StateError(
+            raise InitialIterateError(
                 f"The leaves of the state are on the devices {', '.join(sorted(devices))}, but one is expected: "
                 f"move them together before the solve."
             )
         shapes = tuple(tuple(leaf.shape) for leaf in leaves)
         rows = {shape[0] for shape in shapes} if batch else {1}
         if len(rows) > 1:
-            raise StateError(
+            raise InitialIterateError(
                 f"With batch = true the first axis of every leaf is the batch, but the leaves have {sorted(rows)} "
                 f"rows (shapes {list(shapes)}). Give them one batch size, or set forward.batch = false to solve the "
                 f"whole state as one system."
@@ -73,13 +75,13 @@ class RavelSpec:
         """The matrix `(batch, n)` of a tree that must be like the state.
 
         Raises:
-            StateError: it has another structure, or leaves of another kind, shape or dtype.
+            InitialIterateError: it has another structure, or leaves of another kind, shape or dtype.
         """
         leaves, structure = self.backend.flatten(tree)
         kinds = [self._kind(leaf) for leaf in leaves]
         expected = [f"{self.dtype} {shape}" for shape in self.shapes]
         if structure != self.structure or kinds != expected:
-            raise StateError(
+            raise InitialIterateError(
                 f"The {name} has the leaves {', '.join(kinds) or 'none'}, but a tree like z0 is expected: "
                 f"{', '.join(expected)}."
             )
@@ -229,17 +231,19 @@ class FlatFunction:
 
 def _check_leaf(backend: Backend, leaf: Any, batch: bool) -> None:
     if not backend.is_array(leaf):
-        raise StateError(
-            f"The state z0 holds a {type(leaf).__name__}, but only arrays of {backend.name} are expected at its "
+        raise InitialIterateError(
+            f"The initial iterate z0 holds a {type(leaf).__name__}, but only arrays of {backend.name} are expected at its "
             f"leaves: convert it with deqcore.get_backend(...).asarray."
         )
     name = backend.dtype_name(leaf)
     if "float" not in name:
         wanted = "float32 or float64"
         hint = " Split it into its real and imaginary part." if "complex" in name else " Cast z0 first."
-        raise StateError(f"The state z0 is {name}, but a floating-point dtype such as {wanted} is expected.{hint}")
+        raise InitialIterateError(
+            f"The initial iterate z0 is {name}, but a floating-point dtype such as {wanted} is expected.{hint}"
+        )
     if batch and leaf.ndim < 2:
-        raise StateError(
+        raise InitialIterateError(
             f"A leaf of the state has shape {tuple(leaf.shape)}, but with batch = true every leaf needs a batch axis "
             f"and at least one more: reshape it to (batch, n), or set forward.batch = false to solve the whole state "
             f"as one system."

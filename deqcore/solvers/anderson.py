@@ -49,7 +49,7 @@ class Anderson(Solver):
 
     The Gram matrix is kept and only one row of it is new in each step. It is scaled to unit diagonal before a ridge
     is added, so the regularisation is relative to each column: an absolute ridge turns the method into averaging as
-    soon as the residual is small. A sample whose residual grows more than `growth`-fold forgets all differences but
+    soon as the residual is small. A sample whose residual grows more than `max_residual_growth`-fold forgets all differences but
     the one that has just shown this, and goes on from there.
 
     Use it when f contracts; it needs less algebra than Broyden and a small memory. Its differences make an
@@ -58,10 +58,10 @@ class Anderson(Solver):
     Cost: one evaluation of f per step, 2·memory history vectors.
 
     Args:
-        memory: differences kept, at least 1.
+        history_size: differences kept, at least 1.
         mixing: β in (0, 1].
         ridge: relative ridge, at least 0.
-        growth: safeguard, above 1.
+        max_residual_growth: safeguard, above 1.
         history_dtype: dtype of the stored differences, default the state's own.
 
     Raises:
@@ -77,13 +77,13 @@ class Anderson(Solver):
         (0.73908513, True)
     """
 
-    memory: int = 6
+    history_size: int = 6
     mixing: float = 1.0
     ridge: float = 1e-10
-    growth: float = 10.0
+    max_residual_growth: float = 10.0
     history_dtype: str | None = None
     has_estimate: ClassVar[bool] = True
-    claims: ClassVar[Mapping[str, int]] = {
+    cost_bounds: ClassVar[Mapping[str, int]] = {
         "affine": 10,
         "conv": 23,
         "expansive": 13,
@@ -96,19 +96,19 @@ class Anderson(Solver):
     }
 
     def __post_init__(self) -> None:
-        if self.memory < 1:
-            raise ValueError(f"memory = {self.memory}, but at least 1 difference is expected")
+        if self.history_size < 1:
+            raise ValueError(f"history_size = {self.history_size}, but at least 1 difference is expected")
         if not 0.0 < self.mixing <= 1.0:
             raise ValueError(f"mixing = {self.mixing}, but a number above 0 and at most 1 is expected")
         if self.ridge < 0.0:
             raise ValueError(f"ridge = {self.ridge}, but a number of at least 0 is expected")
-        if self.growth <= 1.0:
-            raise ValueError(f"growth = {self.growth}, but a number above 1 is expected")
+        if self.max_residual_growth <= 1.0:
+            raise ValueError(f"max_residual_growth = {self.max_residual_growth}, but a number above 1 is expected")
 
     def init(self, backend: Backend, z: Array, fz: Array) -> AndersonState:
         """No differences yet: the first step is a plain one."""
-        values = backend.history(fz, self.memory, self.history_dtype)
-        residuals = backend.history(fz, self.memory, self.history_dtype)
+        values = backend.history(fz, self.history_size, self.history_dtype)
+        residuals = backend.history(fz, self.history_size, self.history_dtype)
         none = residuals.dot(fz)  # (batch, memory), all zero
         system = self._empty(backend, none) + none[:, :, None]
         g = fz - z
@@ -126,7 +126,7 @@ class Anderson(Solver):
         value = f(z)
         residual = value - z
         norm = backend.norm(residual)
-        sane = norm <= self.growth * state.norm
+        sane = norm <= self.max_residual_growth * state.norm
         if not backend.known_all(sane):
             state = self.forget(backend, ~sane, state)
         residual = backend.divide_rows(residual, unit)
@@ -189,7 +189,7 @@ class Anderson(Solver):
 
     def _empty(self, backend: Backend, like: Array) -> Array:
         """The system of a sample without differences: its γ is 0."""
-        return (1.0 + self.relative_ridge(backend.eps(like))) * backend.eye(like, self.memory)[None]
+        return (1.0 + self.relative_ridge(backend.eps(like))) * backend.eye(like, self.history_size)[None]
 
     def residual_norm(self, backend: Backend, state: AndersonState) -> Array:
         """Measured for the safeguard."""
@@ -205,5 +205,5 @@ class Anderson(Solver):
         return AndersonInverse(backend, state.values, state.residuals, kernel)
 
     def _units(self, backend: Backend, like: Array) -> list[Array]:
-        eye = backend.eye(like, self.memory)
-        return [eye[i][None, :] for i in range(self.memory)]
+        eye = backend.eye(like, self.history_size)
+        return [eye[i][None, :] for i in range(self.history_size)]

@@ -23,7 +23,7 @@ class BroydenState(NamedTuple):
         newest: the current residual: one-hot `(batch, m)`, or g₊ − y if a step was refused as the memory was full.
         step: coefficients of the next full step −H g `(batch, m)`.
         norm: ‖g‖ of the current residual `(batch,)`.
-        guard: with `growth`, the part τ of the full step that is taken next, and the least ‖g‖ so far, `(batch,)`.
+        guard: with `max_residual_growth`, the part τ of the full step that is taken next, and the least ‖g‖ so far, `(batch,)`.
         unit: power of two near the first ‖g‖ where that is far from 1 `(batch,)`, None where no sample needs it.
     """
 
@@ -67,21 +67,21 @@ class Broyden(Solver):
     so that the small algebra costs O(k) and not O(m) vectors. When the memory is full the sample restarts from its
     latest pair: overwriting old pairs is unsound, as later ones were built on them.
 
-    With `growth` a step is refused that makes the residual larger than `growth` times the least one so far, or not
+    With `max_residual_growth` a step is refused that makes the residual larger than `max_residual_growth` times the least one so far, or not
     finite: the sample stays where it is and tries half the step, τ = ½, and after each step that it takes twice as
     much, up to the full one. What the refused step has shown of the Jacobian is kept. With s = −τ H g the pair is
 
         s − H y = s − H g₊ + H g = Q (u + (τ − 1) c),    sᵀH y = wᵀc − wᵀu,    c the coefficients of the full step
 
-    Use it when f is expensive or not a contraction; it leaves an inverse-Jacobian estimate for reuse. Set `growth`
+    Use it when f is expensive or not a contraction; it leaves an inverse-Jacobian estimate for reuse. Set `max_residual_growth`
     (2, say) where solves end as DIVERGED or NONFINITE: far from a solution, with f growing faster than linearly.
 
-    Cost: one evaluation of f per step, also for a refused one; `memory + 1` history vectors at most.
+    Cost: one evaluation of f per step, also for a refused one; `history_size + 1` history vectors at most.
 
     Args:
-        memory: secant pairs kept, at least 1; with `growth` at least 3. By default as many as 40 steps make, since a
+        history_size: secant pairs kept, at least 1; with `max_residual_growth` at least 3. By default as many as 40 steps make, since a
             restart forgets pairs that reuse would need.
-        growth: safeguard, at least 1; None takes every step.
+        max_residual_growth: safeguard, at least 1; None takes every step.
         history_dtype: dtype of the stored residuals (``"bfloat16"`` halves the memory), default the state's own.
 
     Raises:
@@ -97,11 +97,11 @@ class Broyden(Solver):
         (1.170121, True)
     """
 
-    memory: int = 39  # 40 slots: rows of whole cache lines, whose products have the same bits in any batch
-    growth: float | None = None
+    history_size: int = 39  # 40 slots: rows of whole cache lines, whose products have the same bits in any batch
+    max_residual_growth: float | None = None
     history_dtype: str | None = None
     has_estimate: ClassVar[bool] = True
-    claims: ClassVar[Mapping[str, int]] = {
+    cost_bounds: ClassVar[Mapping[str, int]] = {
         "affine": 14,
         "conv": 22,
         "expansive": 18,
@@ -114,20 +114,22 @@ class Broyden(Solver):
     }
 
     def __post_init__(self) -> None:
-        if self.memory < 1:
-            raise ValueError(f"memory = {self.memory}, but at least 1 secant pair is expected")
-        if self.growth is not None and not 1.0 <= self.growth < float("inf"):
-            raise ValueError(f"growth = {self.growth}, but a finite number of at least 1, or None, is expected")
-        if self.growth is not None and self.memory < 3:
+        if self.history_size < 1:
+            raise ValueError(f"history_size = {self.history_size}, but at least 1 secant pair is expected")
+        if self.max_residual_growth is not None and not 1.0 <= self.max_residual_growth < float("inf"):
             raise ValueError(
-                f"memory = {self.memory} with growth = {self.growth}, but at least 3 is expected: a refused step needs "
+                f"max_residual_growth = {self.max_residual_growth}, but a finite number of at least 1, or None, is expected"
+            )
+        if self.max_residual_growth is not None and self.history_size < 3:
+            raise ValueError(
+                f"history_size = {self.history_size} with growth = {self.max_residual_growth}, but at least 3 is expected: a refused step needs "
                 f"the residual before it, too"
             )
 
     def init(self, backend: Backend, z: Array, fz: Array) -> BroydenState:
         """H = −I: the first step is the residual itself."""
         xp = backend.xp
-        slots = self.memory + 1
+        slots = self.history_size + 1
         g = fz - z
         norm = backend.norm(g)
         unit = backend.row_scale(norm, g)
@@ -145,7 +147,7 @@ class Broyden(Solver):
             newest,
             newest,
             norm,
-            None if self.growth is None else (xp.ones_like(backend.to_accum_dtype(norm)), norm),
+            None if self.max_residual_growth is None else (xp.ones_like(backend.to_accum_dtype(norm)), norm),
             unit,
         )
 
@@ -205,12 +207,12 @@ class Broyden(Solver):
 
     def _status_arrays(self, backend: Backend, state: BroydenState, norm: Array) -> _Verdict | None:
         """Which samples take the step, and the guard of the next one."""
-        if self.growth is None:
+        if self.max_residual_growth is None:
             return None
         assert state.guard is not None
         xp = backend.xp
         length, best = state.guard
-        taken = norm <= self.growth * best  # False for NaN, too
+        taken = norm <= self.max_residual_growth * best  # False for NaN, too
         length = xp.where(taken, xp.clip(2.0 * length, max=1.0), 0.5 * length)
         return _Verdict(
             taken=taken,
@@ -249,7 +251,7 @@ class Broyden(Solver):
         that stay, so they enter the basis themselves.
         """
         xp = backend.xp
-        if self.memory < 3:  # no room for s, y and the new residual
+        if self.history_size < 3:  # no room for s, y and the new residual
             restarted = tuple(h.restart(full[:, 0]) for h in state[:5])
             return restarted, 0 * state.step, 0 * state.step
         active = state.basis.active

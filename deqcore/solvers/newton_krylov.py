@@ -65,7 +65,7 @@ class NewtonKrylov(Solver):
     forcing: float = 0.1
     halvings: int = 5
     needs: ClassVar[tuple[str, ...]] = ("jvp",)
-    claims: ClassVar[Mapping[str, int]] = {
+    cost_bounds: ClassVar[Mapping[str, int]] = {
         "affine": 12,
         "conv": 45,
         "expansive": 22,

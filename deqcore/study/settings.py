@@ -5,7 +5,7 @@ Every list is an axis of the grid. An entry is a name, or a table with the name 
     [study]
     name = "pilot"
     models = ["dense", { name = "conv", width = 16 }]
-    strategies = ["exact-ift", { name = "broyden-reuse", label = "plain", options = { target = "none" } }]
+    strategies = ["exact-ift", { name = "broyden-reuse", label = "plain", options = { max_relative_error = "none" } }]
     seeds = [0, 1, 2]
 """
 

@@ -16,15 +16,15 @@ from deqcore.testing.fixtures import Kit, close
 class Model:
     """A history as plain as can be: for each sample the vectors it sees, by slot."""
 
-    def __init__(self, batch: int, memory: int) -> None:
-        self.memory = memory
+    def __init__(self, batch: int, history_size: int) -> None:
+        self.history_size = history_size
         self.written = 0
         self.seen: list[dict[int, Any]] = [{} for _ in range(batch)]
 
     def append(self, v: Any, active: Any) -> None:
         for i, rows in enumerate(self.seen):
             if active[i]:
-                rows[self.written % self.memory] = v[i]
+                rows[self.written % self.history_size] = v[i]
         self.written += 1
 
     def restart(self, rows: Any, active: Any) -> None:
@@ -33,7 +33,7 @@ class Model:
                 mine.clear()
 
     def dot(self, v: Any) -> Any:
-        found = np.zeros((len(v), self.memory))
+        found = np.zeros((len(v), self.history_size))
         for i, rows in enumerate(self.seen):
             for slot, q in rows.items():
                 found[i, slot] = q @ v[i]
@@ -50,9 +50,9 @@ class HistoryTests(Conformance):
     @several("seed", range(4))
     def test_a_history_does_what_a_dictionary_does(self, kit: Kit, seed: int) -> None:
         rng = np.random.default_rng(seed)
-        batch, n, memory = 3, 5, 3
-        history = kit.backend.history(kit.array(np.zeros((batch, n))), memory)
-        model = Model(batch, memory)
+        batch, n, history_size = 3, 5, 3
+        history = kit.backend.history(kit.array(np.zeros((batch, n))), history_size)
+        model = Model(batch, history_size)
         model.append(first := rng.standard_normal((batch, n)), [True] * batch)
         history = history.append(kit.array(first))
         for _ in range(8):
@@ -63,27 +63,29 @@ class HistoryTests(Conformance):
                 history = history.restart(kit.array(rows, "bool"))
                 model.restart(rows, active)
             v = rng.standard_normal((batch, n))
-            assert [i in rows for i, rows in zip([model.written % memory] * batch, model.seen, strict=True)] == list(
-                kit.numpy(history.full())
-            ), "full: whether the next append overwrites a vector that the sample still sees"
+            assert [
+                i in rows for i, rows in zip([model.written % history_size] * batch, model.seen, strict=True)
+            ] == list(kit.numpy(history.full())), (
+                "full: whether the next append overwrites a vector that the sample still sees"
+            )
             history = history.append(kit.array(v))
             model.append(v, active)
             self._agree(kit, history, model, rng)
 
     def _agree(self, kit: Kit, history: Any, model: Model, rng: Any) -> None:
-        batch, memory = len(model.seen), model.memory
+        batch, history_size = len(model.seen), model.history_size
         w, many = rng.standard_normal((batch, 5)), rng.standard_normal((batch, 2, 5))
-        c = rng.standard_normal((batch, memory))
+        c = rng.standard_normal((batch, history_size))
         close(kit.numpy(history.dot(kit.array(w))), model.dot(w), 100 * kit.eps, "dot")
         found = kit.numpy(history.dot(kit.array(many)))
         close(found, np.stack([model.dot(many[:, r]) for r in range(2)], axis=1), 100 * kit.eps, "dot of several")
-        unseen = np.array([[slot not in rows for slot in range(memory)] for rows in model.seen])
+        unseen = np.array([[slot not in rows for slot in range(history_size)] for rows in model.seen])
         assert not kit.numpy(history.dot(kit.array(w)))[unseen].any(), "dot: a slot that is not seen gives zero"
         close(kit.numpy(history.combine(kit.array(c))), model.combine(c), 100 * kit.eps, "combine")
         total = kit.numpy(history.add_combination(kit.array(w), kit.array(c)))
         close(total, w + model.combine(c), 100 * kit.eps, "add_combination")
         assert [len(rows) for rows in model.seen] == list(kit.numpy(history.count())), "count"
-        slot = [s == (model.written - 1) % memory for s in range(memory)]
+        slot = [s == (model.written - 1) % history_size for s in range(history_size)]
         assert slot == list(kit.numpy(history.slot())), "slot: the one that was written last"
         full = kit.numpy(history.full())[kit.numpy(history.active)]
         assert history.may_be_full() or not full.any(), "may_be_full: False only if known"
@@ -96,10 +98,10 @@ class HistoryTests(Conformance):
     def test_some_samples_go_on_with_a_later_history(self, kit: Kit, filled: int) -> None:
         """`merge`: vectors keep their slots, and each sample sees its own ones only."""
         rng = np.random.default_rng(filled)
-        batch, n, memory = 3, 5, 3
+        batch, n, history_size = 3, 5, 3
         for rows in ([True, False, True], [True] * 3, [False] * 3):
-            old, new = (kit.backend.history(kit.array(np.zeros((batch, n))), memory) for _ in range(2))
-            model = Model(batch, memory)
+            old, new = (kit.backend.history(kit.array(np.zeros((batch, n))), history_size) for _ in range(2))
+            model = Model(batch, history_size)
             for _ in range(filled):
                 v = rng.standard_normal((batch, n))
                 old = old.append(kit.array(v))
@@ -119,7 +121,7 @@ class HistoryTests(Conformance):
 
     def test_an_empty_history(self, kit: Kit) -> None:
         history = kit.backend.history(kit.array(np.zeros((2, 3))), 4)
-        assert history.memory == 4
+        assert history.history_size == 4
         assert not kit.numpy(history.dot(kit.array(np.ones((2, 3))))).any()
         assert not kit.numpy(history.combine(kit.array(np.ones((2, 4))))).any()
         assert not kit.numpy(history.slot()).any()

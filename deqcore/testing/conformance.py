@@ -111,18 +111,18 @@ class Conformance:
 
 
 def claimed(config: Any, own: Mapping[str, int] | None, subject: Any, settings: Mapping[str, object]) -> Any:
-    """Claims of a solver or strategy: of the class under test, the option `--deqcore-claims`, or the subject's own.
+    """Claims of a solver or strategy: of the class under test, the option `--deqcore-cost_bounds`, or the subject's own.
 
     The subject speaks of its default options only.
     """
-    given = chosen(config, "claims")
+    given = chosen(config, "cost_bounds")
     if own is not None or given:
-        claims = {**(own or {}), **(json.loads(given) if given else {})}
+        cost_bounds = {**(own or {}), **(json.loads(given) if given else {})}
     else:
-        claims = {} if settings else subject.claims
-    for name in claims:
+        cost_bounds = {} if settings else subject.cost_bounds
+    for name in cost_bounds:
         golden(name)  # an unknown one would be checked nowhere
-    return claims
+    return cost_bounds
 
 
 def chosen(config: Any, what: str) -> Any:

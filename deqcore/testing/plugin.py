@@ -52,7 +52,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--deqcore-strategy", action="append", help="check this strategy only; may be repeated")
     add("--deqcore-device", help="device of the arrays, such as cuda; default cpu")
     add("--deqcore-options", help="options of the solver or strategy under test, as JSON")
-    add("--deqcore-claims", help="golden problems that it claims with these options, and at what cost, as JSON")
+    add(
+        "--deqcore-cost_bounds",
+        help="golden problems that it cost_bounds with these options, and at what cost, as JSON",
+    )
     add("--deqcore-results", metavar="FILE", help="write what came of each test to this JSON file")
     add("--deqcore-project", action="store_true", help="see the plugins of the project in the working directory")
     add("--deqcore-expect", metavar="FILE", help="TOML file of expected failures: test = 'reason'")

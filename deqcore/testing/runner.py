@@ -59,7 +59,7 @@ class Request:
         backends: to run on; empty for all that are installed and the strict one.
         device: of the arrays.
         options: of the solver or strategy, as JSON.
-        claims: golden problems that it claims with these options, and at what cost, as JSON.
+        cost_bounds: golden problems that it cost_bounds with these options, and at what cost, as JSON.
         expect: a TOML file of expected failures.
         select: only tests that match, as pytest's `-k`.
         first: stop at the first failure.
@@ -70,7 +70,7 @@ class Request:
     backends: tuple[str, ...] = ()
     device: str | None = None
     options: str | None = None
-    claims: str | None = None
+    cost_bounds: str | None = None
     expect: Path | None = None
     select: str | None = None
     first: bool = False
@@ -120,7 +120,7 @@ def arguments(request: Request, backend: str, results: Path) -> list[str]:
         request.kind: request.name,
         "device": request.device,
         "options": request.options,
-        "claims": request.claims,
+        "cost_bounds": request.cost_bounds,
         "expect": request.expect and request.expect.resolve(),
         "results": results,
     }

@@ -20,7 +20,7 @@ def rootless(xp: Any, name: str) -> Map:
     maps: dict[str, Map] = {
         "step": lambda z: z + 1.0 + 0.5 * xp.tanh(z),
         "translation": lambda z: z + 1.0,
-        "growth": lambda z: 1.01 * z + 0.01 * xp.abs(z) + 1.0,
+        "max_residual_growth": lambda z: 1.01 * z + 0.01 * xp.abs(z) + 1.0,
     }
     return maps[name]
 

@@ -49,7 +49,7 @@ class EstimateTests(Conformance):
 
     def test_the_secant_estimate_keeps_both_pairs(self, kit: Kit, solver: Solver) -> None:
         """All pairs at once, unlike a recursive update, up to a percent."""
-        if type(solver).secant_estimate is Solver.secant_estimate or getattr(solver, "memory", 2) < 2:
+        if type(solver).secant_estimate is Solver.secant_estimate or getattr(solver, "history_size", 2) < 2:
             pytest.skip("the solver has one estimate only, or keeps one pair")
         *_, (h, *_) = self._estimates(kit, solver, affine(norm=0.95), steps=2)
         walked = walk_steps(kit, solver, kit.map(affine(norm=0.95)), kit.array(np.zeros((3, 6))), 2)

@@ -109,7 +109,7 @@ class StepTests(Conformance):
         def note(leaf: Any) -> Any:
             if isinstance(leaf, History):
                 dot = leaf.dot(found[0]) if leaf.vectors().shape[-1] == 6 else leaf.count()
-                kinds.append(f"history {leaf.memory} {kit.backend.dtype_name(dot)}")
+                kinds.append(f"history {leaf.history_size} {kit.backend.dtype_name(dot)}")
             else:
                 kinds.append(f"{kit.backend.dtype_name(leaf)} {tuple(leaf.shape)}")
             return leaf

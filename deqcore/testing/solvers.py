@@ -1,7 +1,7 @@
 """`SolverTests`: everything that a solver must keep.
 
 Convergence is demanded only where plain iteration converges within the budget, and on the golden problems that the
-solver claims (`deqcore.Solver.claims`), there within the evaluations that it claims. An honest status is demanded
+solver cost_bounds (`deqcore.Solver.cost_bounds`), there within the evaluations that it cost_bounds. An honest status is demanded
 everywhere.
 """
 
@@ -37,19 +37,19 @@ class SolverTests(StepTests, SearchTests, EstimateTests, EndTests):
     Attributes:
         solvers: registered names; default: the option `--deqcore-solver`, else all.
         options: options of the solver.
-        claims: in place of the solver's own, which are made for its default options and count for nothing with others.
+        cost_bounds: in place of the solver's own, which are made for its default options and count for nothing with others.
 
     Example:
         ::
 
             class TestMine(SolverTests):
                 solvers = ("mine",)
-                options = {"memory": 5}
+                options = {"history_size": 5}
     """
 
     solvers: ClassVar[tuple[str, ...]] = ()
     options: ClassVar[Mapping[str, object]] = {}
-    claims: ClassVar[Mapping[str, int] | None] = None
+    cost_bounds: ClassVar[Mapping[str, int] | None] = None
 
     def subjects(self) -> dict[str, Callable[[Any], Sequence[str]]]:
         """Each solver that was asked for."""
@@ -109,21 +109,25 @@ class SolverTests(StepTests, SearchTests, EstimateTests, EndTests):
         status, residual = kit.numpy(sol.status), kit.numpy(sol.residual) / one
         check_honest(kit, sol, rtol, dtype, one)
         assert not (status[~truth.healthy] == int(Status.CONVERGED)).any(), "a sample without solution converged"
-        claims = claimed(request.config, self.claims, solver, settings)
-        if (truth.contracts and truth.radius**MAX_STEPS < rtol) or problem in claims:
+        cost_bounds = claimed(request.config, self.cost_bounds, solver, settings)
+        if (truth.contracts and truth.radius**MAX_STEPS < rtol) or problem in cost_bounds:
             left = [Status(int(code)).name for code in status[truth.healthy] if code != int(Status.CONVERGED)]
             assert not left, f"healthy samples ended as {left} with residuals {residual[truth.healthy]}"
-        if problem in claims and dtype == "float64":
+        if problem in cost_bounds and dtype == "float64":
             spent = kit.numpy(sol.evaluations)[truth.healthy]
-            assert spent.max() <= claims[problem], f"{spent} evaluations; at most {claims[problem]} are claimed"
+            assert spent.max() <= cost_bounds[problem], (
+                f"{spent} evaluations; at most {cost_bounds[problem]} are claimed"
+            )
         done = status == int(Status.CONVERGED)
         error = np.linalg.norm((raveled_of(kit, sol.value) / one[:, None] - raveled(truth.z, len(done)))[done])
         bound = truth.sensitivity.bounds(float(np.finfo(dtype).eps), n, rtol, rtol)["value"]
         assert error <= bound, f"converged samples are off z* by {error:.2e}; {bound:.2e} is explained"
 
     def test_claims_are_golden_problems(self, kit: Kit, solver: Solver) -> None:
-        assert isinstance(solver.claims, Mapping), f"claims = {solver.claims}, but {{problem: evaluations}} is expected"
-        assert set(solver.claims) <= set(names())
+        assert isinstance(solver.cost_bounds, Mapping), (
+            f"cost_bounds = {solver.cost_bounds}, but {{problem: evaluations}} is expected"
+        )
+        assert set(solver.cost_bounds) <= set(names())
 
     @several("share", [1, 3])
     def test_two_halves_of_a_solve_are_the_whole(self, kit: Kit, solver_name: str, settings: Any, share: int) -> None:

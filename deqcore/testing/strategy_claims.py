@@ -1,4 +1,4 @@
-"""What a strategy claims, and estimates of its error where they are hard to make."""
+"""What a strategy cost_bounds, and estimates of its error where they are hard to make."""
 
 from __future__ import annotations
 
@@ -64,22 +64,24 @@ def hard_symmetric(n: int = 96) -> tuple[Affine, Any]:
 class ClaimTests(Conformance):
     """Only for a `Strategy`."""
 
-    claims: ClassVar[Mapping[str, int] | None] = None
+    cost_bounds: ClassVar[Mapping[str, int] | None] = None
 
     @several("problem", names())
     def test_a_claim_is_kept(
         self, request: Any, kit: Kit, strategy: Strategy, settings: Mapping[str, object], problem: str
     ) -> None:
         """The adjoint equation of a golden problem is solved, within the vjps that are claimed."""
-        claims = claimed(request.config, self.claims, strategy, settings)
-        if problem not in claims:
-            pytest.skip("the strategy claims nothing here")
+        cost_bounds = claimed(request.config, self.cost_bounds, strategy, settings)
+        if problem not in cost_bounds:
+            pytest.skip("the strategy cost_bounds nothing here")
         if not kit.backend.capabilities.float64:
-            pytest.skip("claims are made for double precision")
+            pytest.skip("cost_bounds are made for double precision")
         known, g, expected = adjoint_of(problem)
         u, report = solve_adjoint(kit, strategy, known, g)
         assert (report.status == int(Status.CONVERGED)).all(), f"statuses {report.status}"
-        assert report.vjps.max() <= claims[problem], f"{report.vjps} vjps; at most {claims[problem]} are claimed"
+        assert report.vjps.max() <= cost_bounds[problem], (
+            f"{report.vjps} vjps; at most {cost_bounds[problem]} are claimed"
+        )
         if strategy.exact:
             error = np.linalg.norm(u - expected, axis=1) / np.linalg.norm(expected, axis=1)
             size = np.linalg.norm(g, axis=1) / np.linalg.norm(expected, axis=1)
@@ -91,12 +93,12 @@ class ClaimTests(Conformance):
     def test_directions_stay_independent_where_that_is_hard(
         self, request: Any, kit: Kit, strategy: Strategy, settings: Mapping[str, object]
     ) -> None:
-        """Who claims to end within as many vjps as dimensions does so at a condition of 1e6, too."""
-        claims, n = claimed(request.config, self.claims, strategy, settings), 24
-        if claims.get("ill-conditioned", n) > golden("ill-conditioned").truth.jacobian.shape[1]:
-            pytest.skip("the strategy claims no end within as many vjps as dimensions")
+        """Who cost_bounds to end within as many vjps as dimensions does so at a condition of 1e6, too."""
+        cost_bounds, n = claimed(request.config, self.cost_bounds, strategy, settings), 24
+        if cost_bounds.get("ill-conditioned", n) > golden("ill-conditioned").truth.jacobian.shape[1]:
+            pytest.skip("the strategy cost_bounds no end within as many vjps as dimensions")
         if not kit.backend.capabilities.float64:
-            pytest.skip("claims are made for double precision")
+            pytest.skip("cost_bounds are made for double precision")
         rng = np.random.default_rng(19)
         left, right = np.linalg.qr(rng.standard_normal((2, 3, n, n)))[0]
         problem = Affine(np.eye(n) - left @ np.diag(np.logspace(0, -6, n)) @ right, np.zeros((3, n)))
@@ -108,8 +110,10 @@ class ClaimTests(Conformance):
         assert (problem.residual(u, g) <= 1.01e-8).all(), f"residuals of {problem.residual(u, g)}"
 
     def test_claims_are_golden_problems(self, kit: Kit, strategy: Strategy) -> None:
-        assert isinstance(strategy.claims, Mapping), f"claims = {strategy.claims}, but {{problem: vjps}} is expected"
-        assert set(strategy.claims) <= set(names())
+        assert isinstance(strategy.cost_bounds, Mapping), (
+            f"cost_bounds = {strategy.cost_bounds}, but {{problem: vjps}} is expected"
+        )
+        assert set(strategy.cost_bounds) <= set(names())
 
     def test_unlike_samples_are_routed_as_alone(self, kit: Kit, strategy: Strategy) -> None:
         """One is done after a vjp or two, its batch mates go on for long: nobody's numbers depend on that."""
@@ -127,7 +131,7 @@ class ClaimTests(Conformance):
 
     def test_the_error_of_a_half_right_estimate_is_not_hidden(self, kit: Kit, strategy: Strategy) -> None:
         """Good in the mean and bad in the one direction that u is mostly of."""
-        if not strategy.wants_estimate() or not isinstance(getattr(strategy, "target", None), float):
+        if not strategy.wants_estimate() or not isinstance(getattr(strategy, "max_relative_error", None), float):
             pytest.skip("the strategy reads no estimate, or promises no accuracy")
         problem, g, h = half_right()
         u, report = solve_adjoint(kit, strategy, problem, g, h)
@@ -138,7 +142,7 @@ class ClaimTests(Conformance):
 
     def test_a_mode_that_the_cotangent_hardly_shows_is_met(self, kit: Kit, strategy: Strategy) -> None:
         """One product shows a small residual and nothing of the mode that is most of u."""
-        target = getattr(strategy, "target", None)
+        target = getattr(strategy, "max_relative_error", None)
         if not isinstance(target, float):
             pytest.skip("the options promise no accuracy")
         problem, g, known = hardly_shown()

@@ -231,7 +231,7 @@ class AdjointTests(Conformance):
         assert np.isnan(kit.numpy(true.error)).all(), "an estimate of the error assumes that rows are independent"
 
     def test_converged_means_what_the_options_promise(self, kit: Kit, strategy: Strategy) -> None:
-        """Options named `rtol` and `target` are promises: of the adjoint residual, and of the estimated error."""
+        """Options named `rtol` and `max_relative_error` are promises: of the adjoint residual, and of the estimated error."""
         target, rtol = (getattr(strategy, name, None) for name in ("target", "rtol"))
         if not isinstance(target, float) and not isinstance(rtol, float):
             pytest.skip("the options promise no accuracy")
@@ -252,8 +252,8 @@ class AdjointTests(Conformance):
                 assert (left[done] <= 1.01 * rtol + 1e3 * kit.eps).all(), f"CONVERGED at rtol = {rtol} with {left}"
 
     def test_a_promise_is_kept_where_that_is_easy(self, kit: Kit, strategy: Strategy) -> None:
-        """An option `target` that is missed even where f contracts strongly would be no promise."""
-        if not isinstance(getattr(strategy, "target", None), float) or self._budget(strategy)[1] < 6:
+        """An option `max_relative_error` that is missed even where f contracts strongly would be no promise."""
+        if not isinstance(getattr(strategy, "max_relative_error", None), float) or self._budget(strategy)[1] < 6:
             pytest.skip("the options promise no accuracy, or leave no budget for it")
         _, report = solve_adjoint(kit, strategy, affine(norm=0.3), cotangent())
         assert (report.status == int(Status.CONVERGED)).all(), f"statuses {report.status}"
@@ -262,9 +262,9 @@ class AdjointTests(Conformance):
     def test_as_many_vjps_as_dimensions_are_enough(self, kit: Kit, strategy: Strategy) -> None:
         """A budget of n vjps solves n equations where a method spans a new direction with each of them."""
         name, _ = self._budget(strategy)
-        if name != "refine_steps" or not isinstance(getattr(strategy, "target", None), float):
+        if name != "max_refine_vjps" or not isinstance(getattr(strategy, "max_relative_error", None), float):
             pytest.skip("the strategy refines nothing")
-        whole = dataclasses.replace(strategy, refine_steps=16, target=1e-3)  # type: ignore[type-var]
+        whole = dataclasses.replace(strategy, max_refine_vjps=16, max_relative_error=1e-3)  # type: ignore[type-var]
         for problem, g in (hidden(), unlike()):
             u, report = solve_adjoint(kit, whole, problem, g)
             close(u, problem.adjoint(g), 1e-2, "u after as many vjps as there are dimensions")
@@ -281,7 +281,7 @@ class AdjointTests(Conformance):
             assert report.vjps.max() <= most + 1, f"{report.vjps} vjps for {name} = {budget}"
 
     def _budget(self, strategy: Strategy) -> tuple[str, int]:
-        names = ("max_steps", "refine_steps", "terms", "steps")
+        names = ("max_steps", "max_refine_vjps", "terms", "steps")
         found = next(((name, getattr(strategy, name)) for name in names if hasattr(strategy, name)), ("", 0))
         return found[0], found[1] if isinstance(found[1], int) else sys.maxsize  # "auto" is no small budget
 

@@ -26,11 +26,11 @@ FOLDER = Path(__file__).resolve().parents[1] / "pictures"
 N, BATCH = 120, 16
 SLOW = (0, 1, 2, 5, 10, 20)
 COLORS = {"plain": "#d95f02", "jacobian-free": "#7570b3", "certified": "#1b9e77"}
-PLAIN = {"certify": False, "target": "none", "fallback": "none"}
+PLAIN = {"certify": False, "max_relative_error": "none", "fallback": "none"}
 STRATEGIES: dict[str, dict[str, Any]] = {
     "plain": {"backward__strategy": "broyden-reuse", "backward__options": PLAIN},
     "jacobian-free": {"backward__strategy": "jacobian-free"},
-    "certified": {"backward__strategy": "broyden-reuse", "backward__options": {"target": 0.1}},
+    "certified": {"backward__strategy": "broyden-reuse", "backward__options": {"max_relative_error": 0.1}},
 }
 NAMES = {"plain": "plain reuse", "jacobian-free": "jacobian-free", "certified": "certified reuse, target 0.1"}
 
@@ -59,7 +59,7 @@ def audit(weight: np.ndarray, seed: int, settings: dict[str, Any]) -> Any:
     """A strategy's gradient of one batch against the exact one."""
     x, g = inputs(seed)
     forward = {"forward__solver": "broyden", "forward__rtol": 1e-4, "forward__max_steps": 100}
-    options = {"forward__options": {"memory": 100}, "backend": "numpy"}
+    options = {"forward__options": {"history_size": 100}, "backend": "numpy"}
     return gradient_audit(layer(weight), np.zeros((BATCH, N)), x, cotangent=g, **forward, **options, **settings)
 
 
@@ -121,7 +121,7 @@ def draw_certificate(axes: Any, figures: dict[str, Any]) -> None:
     for count in SLOW:
         for seed in (2, 3):
             for target in (0.1, 0.01):
-                options = {"target": target, "fallback": "none"}
+                options = {"max_relative_error": target, "fallback": "none"}
                 settings = {"backward__strategy": "broyden-reuse", "backward__options": options}
                 found = audit(slow_modes(count, seed), seed, settings)
                 true.append(found.error)

@@ -38,7 +38,7 @@ class Classifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.inject = nn.Linear(64, WIDTH)
-        self.deq = DEQ(Cell(), backward__strategy="broyden-reuse", backward__options={"target": 0.1})
+        self.deq = DEQ(Cell(), backward__strategy="broyden-reuse", backward__options={"max_relative_error": 0.1})
         self.read = nn.Linear(WIDTH, 10)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -158,7 +158,7 @@ def test_a_singular_equation_is_not_silent():
     [
         ("jacobian-free", {}),
         ("neumann", {"terms": 1}),
-        ("broyden-reuse", {"certify": False, "target": "none", "fallback": "none"}),
+        ("broyden-reuse", {"certify": False, "max_relative_error": "none", "fallback": "none"}),
         ("phantom", {}),
         ("unrolled", {}),
     ],

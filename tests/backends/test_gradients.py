@@ -86,10 +86,10 @@ def test_exact_gradients_by_other_solvers_and_starts(be, affine, options, tolera
     [
         ("neumann", {"terms": 80}, 1e-8),
         ("phantom", {"steps": 120, "damping": 0.9}, 1e-8),
-        ("broyden-reuse", {"target": 0.1}, 0.1),
-        ("broyden-reuse", {"target": 0.001}, 0.001),
-        ("broyden-reuse", {"target": 0.01, "fallback": "exact-ift", "refine_steps": 1}, 0.9),
-        ("broyden-reuse", {"target": 0.01, "fallback": "none"}, 0.01),
+        ("broyden-reuse", {"max_relative_error": 0.1}, 0.1),
+        ("broyden-reuse", {"max_relative_error": 0.001}, 0.001),
+        ("broyden-reuse", {"max_relative_error": 0.01, "fallback": "exact-ift", "max_refine_vjps": 1}, 0.9),
+        ("broyden-reuse", {"max_relative_error": 0.01, "fallback": "none"}, 0.01),
     ],
     ids=str,
 )
@@ -126,11 +126,11 @@ def test_plain_reuse_is_minus_h_transposed_of_a_dense_broyden(be, affine):
             h = h + np.outer(s - h @ y, s @ h) / (s @ h @ y)
             r = new
         expected.append(-h.T @ g)
-    plain = {"certify": False, "target": None, "fallback": "none"}
+    plain = {"certify": False, "max_relative_error": None, "fallback": "none"}
     quiet = {"forward__rtol": 0.0, "forward__max_steps": 10, "forward__on_failure": "ignore"}
     _, _, db = gradients(be, affine, "broyden-reuse", plain, **quiet)
     assert relative(db, np.stack(expected)) < 1e-7
-    certified = {"certify": True, "target": None, "fallback": "none"}
+    certified = {"certify": True, "max_relative_error": None, "fallback": "none"}
     _, _, same = gradients(be, affine, "broyden-reuse", certified, **quiet)
     assert relative(same, np.stack(expected)) < 1e-7
 

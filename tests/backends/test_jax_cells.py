@@ -72,13 +72,13 @@ def test_a_spectral_norm_is_at_most_its_bound(size):
 def test_the_derivative_of_a_spectral_norm_is_u_v():
     w = np.random.default_rng(1).standard_normal((5, 5))
     _, u = spectrally_normalized(jnp.asarray(w), jnp.ones(5), steps=500)
-    probe = np.random.default_rng(2).standard_normal((5, 5))
+    adjoint_tap = np.random.default_rng(2).standard_normal((5, 5))
 
     def scaled(w):
-        return jnp.sum(probe * spectrally_normalized(w, u)[0])
+        return jnp.sum(adjoint_tap * spectrally_normalized(w, u)[0])
 
     left, s, right = np.linalg.svd(w)
-    expected = probe / s[0] - np.sum(probe * w) / s[0] ** 2 * np.outer(left[:, 0], right[0])
+    expected = adjoint_tap / s[0] - np.sum(adjoint_tap * w) / s[0] ** 2 * np.outer(left[:, 0], right[0])
     np.testing.assert_allclose(jax.grad(scaled)(jnp.asarray(w)), expected, rtol=1e-6, atol=1e-9)
 
 

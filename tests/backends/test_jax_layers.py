@@ -330,7 +330,7 @@ def test_a_checkpoint_with_other_settings_says_which(kind, made):
     saved = json.dumps(make(kind, made, forward__rtol=1e-3).settings.as_dict())
     with pytest.warns(LayerWarning, match=r"overrides\.forward__rtol: 0\.001 there, 1e-08 here"):
         make(kind, made, forward__rtol=1e-8).check_settings(json.loads(saved))
-    options = {"forward__options": {"memory": 4}, "evaluation": {"forward__max_steps": 9}}
+    options = {"forward__options": {"history_size": 4}, "evaluation": {"forward__max_steps": 9}}
     make(kind, made, **options).check_settings(
         json.loads(json.dumps(make(kind, made, **options).settings.as_dict()))
     )  # the same: no word

@@ -14,7 +14,7 @@ jnp = jax.numpy
 
 N = 3
 EXACT = {"forward__rtol": 1e-12, "backward__strategy": "exact-ift", "backward__options": {"rtol": 1e-12}}
-SILENT = {"backward__on_failure": "ignore"}  # where the probe is what is tested
+SILENT = {"backward__on_failure": "ignore"}  # where the adjoint_tap is what is tested
 APPROXIMATE = ["broyden-reuse", "jacobian-free", "neumann"]
 
 
@@ -72,7 +72,7 @@ def test_approximate_strategies_refuse_forward_mode_and_second_derivatives(strat
     [
         ("exact-ift", {}, 2),
         ("exact-ift", {"solver": "picard"}, 2),
-        ("broyden-reuse", {"certify": False, "target": None, "fallback": "none"}, 1),
+        ("broyden-reuse", {"certify": False, "max_relative_error": None, "fallback": "none"}, 1),
         ("jacobian-free", {}, 1),
         ("neumann", {}, 2),
     ],
@@ -156,8 +156,8 @@ def probed(value, batch, g):
     """Gradient with respect to x, and the report of the backward pass."""
     import deqcore_jax.adjoint_tap as probes
 
-    def of(x, probe):
-        with probes.reporting(probe):
+    def of(x, adjoint_tap):
+        with probes.reporting(adjoint_tap):
             return value(x)
 
     _, vjp = jax.vjp(of, jnp.zeros((batch, 1)), probes.new(batch))

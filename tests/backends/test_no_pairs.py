@@ -11,8 +11,8 @@ torch = pytest.importorskip("torch")
 jax = pytest.importorskip("jax")
 
 N = 3
-PLAIN = {"certify": False, "target": None, "fallback": "none"}
-CERTIFIED = {"certify": True, "target": None, "fallback": "none"}
+PLAIN = {"certify": False, "max_relative_error": None, "fallback": "none"}
+CERTIFIED = {"certify": True, "max_relative_error": None, "fallback": "none"}
 
 
 def on(backends, *cases):
@@ -69,11 +69,11 @@ def test_the_plain_estimate_of_no_pairs_is_the_identity(be, problem, options, so
 
 @pytest.mark.parametrize(
     ("backend", "strategy", "options", "target"),
-    on(["numpy", "torch", "jax"], ("broyden-reuse", {"target": 0.01}, 0.01))
+    on(["numpy", "torch", "jax"], ("broyden-reuse", {"max_relative_error": 0.01}, 0.01))
     + on(
         ["numpy", "torch"],
-        ("broyden-reuse", {"target": 1e-3, "fallback": "none"}, 1e-3),
-        ("broyden-reuse", {"target": 1e-6, "refine_steps": 1, "fallback": "exact-ift"}, 1.0),
+        ("broyden-reuse", {"max_relative_error": 1e-3, "fallback": "none"}, 1e-3),
+        ("broyden-reuse", {"max_relative_error": 1e-6, "max_refine_vjps": 1, "fallback": "exact-ift"}, 1.0),
         ("exact-ift", {"start": "reuse", "rtol": 1e-10}, 1e-8),
     ),
     ids=str,

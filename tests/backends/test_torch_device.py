@@ -28,7 +28,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 kernels = pytest.mark.skipif(not RUNS, reason="needs a GPU, or TRITON_INTERPRET=1 from the start")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, that interprets
-SOLVERS = [Broyden(), Broyden(memory=3), Broyden(memory=5), Anderson(), Anderson(memory=2), Anderson(growth=1.001)]
+SOLVERS = [
+    Broyden(),
+    Broyden(history_size=3),
+    Broyden(history_size=5),
+    Anderson(),
+    Anderson(history_size=2),
+    Anderson(max_residual_growth=1.001),
+]
 TOLERANCE = {torch.float32: 3e-5, torch.float64: 1e-12}
 
 
@@ -258,19 +265,19 @@ def test_norms(fused, dtype, n):
 
 
 @kernels
-@pytest.mark.parametrize("memory", [3, 20])
+@pytest.mark.parametrize("history_size", [3, 20])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("stored", ["bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("n", [5, 4100])
-def test_products_and_combinations(fused, without, memory, masked, stored, n):
+def test_products_and_combinations(fused, without, history_size, masked, stored, n):
     backend, generator = TorchBackend(), torch.Generator().manual_seed(0)
     vectors = torch.randn(7, 3, n, generator=generator).to(DEVICE)
-    history = backend.history(vectors[0], memory, stored)
+    history = backend.history(vectors[0], history_size, stored)
     for k, v in enumerate(vectors):
         active = torch.tensor([True, k % 2 == 0, k > 4], device=DEVICE) if masked else None
         history = history.masked(active).append(v)
     history = history.masked(None)
-    c = torch.randn(3, memory, generator=generator, dtype=torch.float64).to(DEVICE)
+    c = torch.randn(3, history_size, generator=generator, dtype=torch.float64).to(DEVICE)
     v = vectors[0] + vectors[3]
     run = lambda: (history.dot(v), history.combine(c), history.add_combination(v, c))
     taken = []
@@ -326,14 +333,14 @@ def test_a_native_step_is_taken(fused, monkeypatch, solver):
 def test_what_has_no_native_version(fused):
     f, z = problem(torch.float32, 3, 10)
     backend = TorchBackend()
-    for solver in (Broyden(memory=80), Broyden(growth=2.0), Anderson(mixing=0.5), Picard()):
+    for solver in (Broyden(history_size=80), Broyden(max_residual_growth=2.0), Anderson(mixing=0.5), Picard()):
         fz = f(z)
         assert fused.step(backend, solver, f, z, fz, solver.init(backend, z, fz)) is None
 
 
 @kernels
 @pytest.mark.parametrize(("dtype", "k"), [(torch.float32, 83), (torch.float64, 664)])
-@pytest.mark.parametrize("solver", [Picard(), Broyden(memory=3), Anderson()], ids=repr)
+@pytest.mark.parametrize("solver", [Picard(), Broyden(history_size=3), Anderson()], ids=repr)
 def test_powers_of_two_change_no_bit(solver, dtype, k):
     """s f(z/s) with s near the ends of the range, where all squares vanish or overflow: steps are those of f."""
     weights, x = (torch.randn(*shape, generator=torch.Generator().manual_seed(1)) for shape in ((7, 7), (3, 7)))

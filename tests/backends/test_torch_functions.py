@@ -246,7 +246,7 @@ SETTINGS = {
     "exact-ift": EXACT,
     "broyden-reuse": {
         "backward__strategy": "broyden-reuse",
-        "backward__options": {"target": 1e-7, "refine_steps": 60, "fallback": "none"},
+        "backward__options": {"max_relative_error": 1e-7, "max_refine_vjps": 60, "fallback": "none"},
     },
     "jacobian-free": {"backward__strategy": "jacobian-free"},
     "phantom": {"backward__strategy": "phantom", "backward__options": {"steps": STEPS, "damping": DAMPING}},

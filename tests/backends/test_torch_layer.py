@@ -77,7 +77,7 @@ def test_states_are_trees():
 def test_settings_are_checked_when_the_layer_is_made():
     with pytest.raises(UnknownNameError, match="broyden"):
         DEQ(Plain(), forward__solver="broyde")
-    with pytest.raises(ConfigError, match="memory"):
+    with pytest.raises(ConfigError, match="history_size"):
         DEQ(Plain(), forward__options={"memry": 3})
     with pytest.raises(ConfigError, match="max_steps"):
         DEQ(Plain(), evaluation={"forward__max_stepz": 3})

@@ -21,7 +21,13 @@ from deqcore_torch import native  # noqa: E402
 from deqcore_torch.backend import TorchBackend  # noqa: E402
 from deqcore_torch.native import kernels, pool, steps  # noqa: E402
 
-SOLVERS = [Broyden(), Broyden(memory=3), Anderson(), Anderson(memory=2), Anderson(growth=1.001)]
+SOLVERS = [
+    Broyden(),
+    Broyden(history_size=3),
+    Anderson(),
+    Anderson(history_size=2),
+    Anderson(max_residual_growth=1.001),
+]
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
 
 
@@ -95,7 +101,7 @@ def test_a_native_step_is_taken(monkeypatch):
     assert kernels.arnoldi in taken
 
 
-@pytest.mark.parametrize("solver", [Broyden(), Broyden(memory=4), Anderson()], ids=repr)
+@pytest.mark.parametrize("solver", [Broyden(), Broyden(history_size=4), Anderson()], ids=repr)
 def test_bits_depend_neither_on_the_batch_nor_on_threads(monkeypatch, solver):
     monkeypatch.setattr(pool, "WORTH", 1)  # split whatever can be
     rates = torch.linspace(0.1, 0.9, 40)[:, None]

@@ -5,7 +5,7 @@ import copy
 import pytest
 
 import deqcore
-from deqcore.errors import StateError
+from deqcore.errors import InitialIterateError
 
 torch = pytest.importorskip("torch")
 from deqcore_torch.nn import DEQ  # noqa: E402
@@ -25,7 +25,10 @@ class Cell(torch.nn.Module):
 
 
 EXACT = {"backward__strategy": "exact-ift", "backward__options": {"rtol": 1e-6}}
-REUSE = {"backward__strategy": "broyden-reuse", "backward__options": {"target": 1e-5, "refine_steps": 60}}
+REUSE = {
+    "backward__strategy": "broyden-reuse",
+    "backward__options": {"max_relative_error": 1e-5, "max_refine_vjps": 60},
+}
 
 
 @pytest.fixture(params=[EXACT, REUSE], ids=["exact-ift", "broyden-reuse"])
@@ -94,7 +97,7 @@ def test_a_state_split_by_torch_is_refused_in_words():
     try:
         mesh = distributed.init_device_mesh("cpu", (1,))
         state = distribute_tensor(torch.zeros(2, N), mesh, [Replicate()])
-        with pytest.raises(StateError, match=r"DTensor.*full_tensor\(\)"):
+        with pytest.raises(InitialIterateError, match=r"DTensor.*full_tensor\(\)"):
             deqcore.fixed_point(lambda z: 0.5 * z + 1, state)
     finally:
         distributed.destroy_process_group()

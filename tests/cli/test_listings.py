@@ -138,7 +138,7 @@ def test_plugins(capsys: Capture) -> None:
 
 
 def test_config_show(capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "deq.toml").write_text('[forward]\nsolver = "anderson"\noptions = {memory = 3}\n')
+    (tmp_path / "deq.toml").write_text('[forward]\nsolver = "anderson"\noptions = { history_size = 3}\n')
     monkeypatch.setenv("DEQCORE_FORWARD__RTOL", "1e-6")
     rows = listing(capsys, "config", "show")
     assert rows["forward.rtol"] == {
@@ -146,7 +146,7 @@ def test_config_show(capsys: Capture, tmp_path: Path, monkeypatch: pytest.Monkey
         "value": 1e-6,
         "origin": "environment variable DEQCORE_FORWARD__RTOL",
     }
-    assert rows["forward.options.memory"]["origin"] == "file deq.toml"
+    assert rows["forward.options.history_size"]["origin"] == "file deq.toml"
     assert rows["backward.strategy"]["origin"] == "default"
     assert '"anderson"' in run(capsys, "config", "show")[1]
     (tmp_path / "other.toml").write_text('backend = "numpy"\n')
@@ -159,7 +159,7 @@ def test_config_show(capsys: Capture, tmp_path: Path, monkeypatch: pytest.Monkey
         ('forward.solver = "andersen"', "No solver is registered as 'andersen'. Did you mean 'anderson'?"),
         ('backward.strategy = "exact"', "No strategy is registered as 'exact'. Did you mean 'exact-ift'?"),
         ('backend = "jacks"', "No backend is registered as 'jacks'."),
-        ("forward.options = {memry = 3}", "has no option 'memry'. Did you mean 'memory'?"),
+        ("forward.options = {history_sise = 3}", "has no option 'history_sise'. Did you mean 'history_size'?"),
     ],
 )
 def test_config_show_finds_names_that_nobody_has(capsys: Capture, tmp_path: Path, text: str, said: str) -> None:

@@ -26,8 +26,8 @@ class TestGuarded(SolverTests):
 
     backends = ("numpy",)
     solvers = ("broyden",)
-    options: ClassVar = {"growth": 2.0}
-    claims: ClassVar = {"overshoot": 15, "walled": 33}
+    options: ClassVar = {"max_residual_growth": 2.0}
+    cost_bounds: ClassVar = {"overshoot": 15, "walled": 33}
 
 
 class TestSmallMemory(SolverTests):
@@ -35,4 +35,4 @@ class TestSmallMemory(SolverTests):
 
     backends = ("numpy",)
     solvers = ("anderson", "broyden")
-    options: ClassVar = {"memory": 3}
+    options: ClassVar = {"history_size": 3}

@@ -35,7 +35,7 @@ def reuse(be, jacobian, g, *, b=None, rtol=1e-5, **options):
     """Forward solve of z = J z + b by Broyden, then the strategy: u and its report on the host."""
     stored = be.asarray(jacobian)
     shift = be.asarray(np.random.default_rng(1).standard_normal(g.shape) if b is None else b)
-    solver = Broyden(memory=60)
+    solver = Broyden(history_size=60)
     forward = iterate(
         be,
         solver,
@@ -88,7 +88,7 @@ def test_a_certificate_is_true(be, seed, slow, radius, skew, target):
     rng = np.random.default_rng(seed)
     jacobian = np.stack([spectrum(rng, slow, radius, skew) for _ in range(3)])
     g = rng.standard_normal((3, N))
-    u, report, vjps = reuse(be, jacobian, g, target=target)
+    u, report, vjps = reuse(be, jacobian, g, max_relative_error=target)
     true, met = residual(jacobian, g, u), report.status == int(Status.CONVERGED)
     assert (true[met] <= target * (1 + 1e-9)).all()
     assert report.residual == pytest.approx(true, rel=1e-5, abs=1e-10)
@@ -105,7 +105,7 @@ def test_reuse_costs_no_more_than_gmres_and_a_vjp(seed, slow, radius, skew):
     jacobian, g = spectrum(rng, slow, radius, skew)[None], rng.standard_normal((1, N))
     numpy = deqcore.get_backend(backend="numpy")
     for target in (0.1, 0.01):
-        u, report, _ = reuse(numpy, jacobian, g, target=target)
+        u, report, _ = reuse(numpy, jacobian, g, max_relative_error=target)
         assert report.vjps[0] <= krylov_vjps(jacobian[0], g[0], residual(jacobian, g, u)[0] * (1 + 1e-9)) + 1
 
 
@@ -116,12 +116,14 @@ def test_a_hard_sample_takes_nothing_from_the_easy_ones(be):
     jacobian = np.stack([easy[0], 0.999 * np.roll(np.eye(N), 1, axis=0), *easy[1:]])
     g = rng.standard_normal((4, N))
     b = rng.standard_normal((4, N))
-    u, report, _ = reuse(be, jacobian, g, b=b, target=1e-3, refine_steps=20, rtol=0.5)
+    u, report, _ = reuse(be, jacobian, g, b=b, max_relative_error=1e-3, max_refine_vjps=20, rtol=0.5)
     assert report.status.tolist()[0::2] == [int(Status.CONVERGED)] * 2
     assert report.status[1] == int(Status.MAX_STEPS)
     assert report.vjps[1] == 20
     rest = [0, 2, 3]
-    alone, single, _ = reuse(be, jacobian[rest], g[rest], b=b[rest], target=1e-3, refine_steps=20, rtol=0.5)
+    alone, single, _ = reuse(
+        be, jacobian[rest], g[rest], b=b[rest], max_relative_error=1e-3, max_refine_vjps=20, rtol=0.5
+    )
     assert single.vjps.tolist() == report.vjps[rest].tolist()
     assert u[rest] == pytest.approx(alone, rel=1e-7)
     assert (residual(jacobian, g, u)[rest] <= 1e-3).all()
@@ -132,7 +134,7 @@ def test_zero_and_nan_cotangents_stay_in_their_rows(be):
     jacobian = np.stack([spectrum(rng, 1, 0.5, 0.2) for _ in range(3)])
     g = rng.standard_normal((3, N))
     g[0], g[1, 4] = 0.0, np.nan
-    u, report, _ = reuse(be, jacobian, g, target=0.05)
+    u, report, _ = reuse(be, jacobian, g, max_relative_error=0.05)
     assert not u[0].any()
     assert (report.vjps[0], report.residual[0], report.error[0]) == (0, 0.0, 0.0)
     assert report.status.tolist() == [int(Status.CONVERGED), int(Status.NONFINITE), int(Status.CONVERGED)]
@@ -148,7 +150,7 @@ def test_a_singular_system_is_reported(be, fallback):
     jacobian = (v @ np.diag([1.0, *rng.uniform(-0.5, 0.5, N - 1)]) @ v.T)[None]
     g = rng.standard_normal((1, N))
     b = (np.eye(N) - jacobian[0])[None] @ rng.standard_normal((1, N, 1))
-    u, report, _ = reuse(be, jacobian, g, b=b[:, :, 0], target=0.01, fallback=fallback)
+    u, report, _ = reuse(be, jacobian, g, b=b[:, :, 0], max_relative_error=0.01, fallback=fallback)
     assert report.status[0] != int(Status.CONVERGED)
     assert report.residual[0] > 0.01
     assert report.residual[0] > residual(jacobian, g, u)[0] / 4
@@ -158,7 +160,7 @@ def test_no_pairs_yet_is_plain_gmres(be):
     """With b = 0 the start is the solution: Broyden takes no step and knows nothing."""
     rng = np.random.default_rng(3)
     jacobian, g = spectrum(rng, 2, 0.6, 0.1)[None], rng.standard_normal((1, N))
-    u, report, _ = reuse(be, jacobian, g, b=np.zeros((1, N)), target=0.01)
+    u, report, _ = reuse(be, jacobian, g, b=np.zeros((1, N)), max_relative_error=0.01)
     true = residual(jacobian, g, u)[0]
     assert true <= 0.01
     assert report.vjps[0] == krylov_vjps(jacobian[0], g[0], true * (1 + 1e-9))
@@ -169,7 +171,12 @@ def test_without_preconditioner_or_judge(be):
     jacobian, g = spectrum(rng, 0, 0.5, 0.1)[None], rng.standard_normal((1, N))
     stored = be.asarray(jacobian)
     found = solve_certified(
-        be, lambda u: be.xp.sum(stored * u[:, :, None], axis=1), be.asarray(g), None, target=0.01, max_vjps=N
+        be,
+        lambda u: be.xp.sum(stored * u[:, :, None], axis=1),
+        be.asarray(g),
+        None,
+        max_relative_error=0.01,
+        max_vjps=N,
     )
     assert bool(be.to_numpy(found.met)[0])
     assert residual(jacobian, g, be.to_numpy(found.u))[0] <= 0.01
@@ -195,7 +202,7 @@ def error_of(jacobian, g, u):
 def test_a_mode_that_the_forward_solve_never_met_is_met_before_it_is_certified(be, share, spread):
     """After one product the error was stated as 0.072 and was 0.998."""
     jacobian, b, g = diagonal(share, spread)
-    u, report, _ = reuse(be, jacobian, g, b=b, target=0.1)
+    u, report, _ = reuse(be, jacobian, g, b=b, max_relative_error=0.1)
     done = report.status == int(Status.CONVERGED)
     assert done.all()
     assert (error_of(jacobian, g, u) <= 0.1).all()
@@ -208,11 +215,11 @@ def test_one_or_two_products_certify_nothing(be, estimate):
     stored = be.asarray(jacobian)
     for budget in (1, 2):
         if estimate:
-            _, report, _ = reuse(be, jacobian, g, b=b, target=0.1, refine_steps=budget)
+            _, report, _ = reuse(be, jacobian, g, b=b, max_relative_error=0.1, max_refine_vjps=budget)
             met = report.status == int(Status.CONVERGED)
         else:
             found = solve_certified(
-                be, lambda u: be.xp.sum(stored * u[:, :, None], axis=1), be.asarray(g), None, target=0.1,
+                be, lambda u: be.xp.sum(stored * u[:, :, None], axis=1), be.asarray(g), None, max_relative_error=0.1,
                 max_vjps=budget,
             )  # fmt: skip
             met = be.to_numpy(found.met)
@@ -232,7 +239,7 @@ def test_what_is_certified_is_within_the_target():
         )
         for jacobian in (slow, dense):
             g = rng.standard_normal((1, N))
-            u, report, _ = reuse(be, jacobian[None], g, target=0.1)
+            u, report, _ = reuse(be, jacobian[None], g, max_relative_error=0.1)
             assert report.status[0] == int(Status.CONVERGED)
             wrong += int(error_of(jacobian[None], g, u)[0] > 0.1)
             count += 1

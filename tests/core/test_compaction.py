@@ -14,8 +14,14 @@ from deqcore.solvers.broyden import Broyden
 from deqcore.solvers.newton_krylov import NewtonKrylov
 from deqcore.solvers.picard import Picard
 
-SOLVERS = [Picard(), Anderson(memory=3), Broyden(memory=5), Broyden(memory=12), NewtonKrylov(inner_steps=4)]
-WITH_ESTIMATE = [Anderson(memory=3), Broyden(memory=5), Broyden(memory=12)]
+SOLVERS = [
+    Picard(),
+    Anderson(history_size=3),
+    Broyden(history_size=5),
+    Broyden(history_size=12),
+    NewtonKrylov(inner_steps=4),
+]
+WITH_ESTIMATE = [Anderson(history_size=3), Broyden(history_size=5), Broyden(history_size=12)]
 NAMES = ("z", "fz", "residual", "status", "steps", "evaluations")
 RATES = np.array([0.1, 0.95, 0.1, 0.5, 0.05, 0.85, 0.1, 0.2, 0.3, 0.1])
 

@@ -85,18 +85,18 @@ def test_a_config_is_a_frozen_value() -> None:
 
 
 def test_a_config_survives_copying_and_travelling() -> None:
-    config = Config(forward={"solver": "anderson", "options": {"memory": 3}}, study={"seed": [1]})
+    config = Config(forward={"solver": "anderson", "options": {"history_size": 3}}, study={"seed": [1]})
     for twin in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
         assert twin == config
-        assert twin.origin("forward.options.memory") == "Config(...)"
+        assert twin.origin("forward.options.history_size") == "Config(...)"
         assert twin.section("study") == {"seed": [1]}
 
 
 def test_a_config_hashes_alike_after_travelling_to_another_process() -> None:
-    config = Config(forward={"options": {"memory": 3}})
+    config = Config(forward={"options": {"history_size": 3}})
     code = (
         "import pickle, sys; from deqcore import Config; c = pickle.load(sys.stdin.buffer);"
-        "print(hash(c) == hash(Config(forward={'options': {'memory': 3}})))"
+        "print(hash(c) == hash(Config(forward={'options': {'history_size': 3}})))"
     )
     out = subprocess.run(
         [sys.executable, "-c", code],
@@ -109,14 +109,14 @@ def test_a_config_hashes_alike_after_travelling_to_another_process() -> None:
 
 
 def test_options_read_like_a_mapping() -> None:
-    options = Config(forward={"options": {"memory": 20, "nested": {"a": [1, {"b": 2}]}}}).forward.options
+    options = Config(forward={"options": {"history_size": 20, "nested": {"a": [1, {"b": 2}]}}}).forward.options
     assert isinstance(options, Mapping)
-    assert options["memory"] == 20
-    assert dict(options) == options == {"memory": 20, "nested": {"a": (1, {"b": 2})}}
-    assert sorted(options) == ["memory", "nested"]
+    assert options["history_size"] == 20
+    assert dict(options) == options == {"history_size": 20, "nested": {"a": (1, {"b": 2})}}
+    assert sorted(options) == ["history_size", "nested"]
     assert len({options, Options(options)}) == 1
     assert Options({"a": 1}) != Options({"a": True}) != Options({"a": 1.0})
-    assert repr(options) == "Options(memory=20, nested=Options(a=(1, Options(b=2))))"
+    assert repr(options) == "Options(history_size=20, nested=Options(a=(1, Options(b=2))))"
 
 
 def test_sections_of_other_modules_are_kept_as_they_are() -> None:
@@ -275,11 +275,11 @@ def test_an_explicit_config_is_complete(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_naming_a_solver_discards_lower_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DEQCORE_FORWARD__OPTIONS__MEMORY", "20")
+    monkeypatch.setenv("DEQCORE_FORWARD__OPTIONS__HISTORY_SIZE", "20")
     monkeypatch.setenv("DEQCORE_BACKWARD__OPTIONS__TERMS", "7")
-    assert resolved().forward.options == {"memory": 20}
-    assert resolved(forward__options={"ridge": 0.1}).forward.options == {"memory": 20, "ridge": 0.1}
-    assert resolved(forward__options__memory=5).forward.options == {"memory": 5}
+    assert resolved().forward.options == {"history_size": 20}
+    assert resolved(forward__options={"ridge": 0.1}).forward.options == {"history_size": 20, "ridge": 0.1}
+    assert resolved(forward__options__history_size=5).forward.options == {"history_size": 5}
     named = resolved(forward__solver="picard")
     assert named.forward.options == {}
     assert named.backward.options == {"terms": 7}
@@ -287,13 +287,13 @@ def test_naming_a_solver_discards_lower_options(monkeypatch: pytest.MonkeyPatch)
     both = resolved(forward__solver="picard", forward__options={"damping": 0.5})
     assert both.forward.options == {"damping": 0.5}
     assert resolved(backward__strategy="neumann").backward.options == {}
-    config = Config(forward={"solver": "anderson", "options": {"memory": 3}})
+    config = Config(forward={"solver": "anderson", "options": {"history_size": 3}})
     assert resolve(config, {"forward__solver": "broyden"})[0].forward.options == {}
-    assert resolve(config, {"forward__options__memory": 4})[0].forward.options == {"memory": 4}
+    assert resolve(config, {"forward__options__history_size": 4})[0].forward.options == {"history_size": 4}
 
 
 def test_sections_can_be_handed_on() -> None:
-    config = Config(forward={"rtol": 0.1, "options": {"memory": 3}})
+    config = Config(forward={"rtol": 0.1, "options": {"history_size": 3}})
     assert Config(forward=config.forward) == config
 
 
@@ -345,11 +345,11 @@ def test_values_from_the_environment_are_parsed(monkeypatch: pytest.MonkeyPatch)
         "FORWARD__CHECK_EVERY": "auto",
         "FORWARD__MAX_STEPS": "7",
         "FORWARD__COMPACT": "true",
-        "FORWARD__OPTIONS": '{"memory": 5, "mode": "fast", "sizes": [1, 2]}',
-        "FORWARD__OPTIONS__MEMORY": "6",
+        "FORWARD__OPTIONS": '{"history_size": 5, "mode": "fast", "sizes": [1, 2]}',
+        "FORWARD__OPTIONS__HISTORY_SIZE": "6",
         "BACKWARD__STRATEGY": "neumann",
         "BACKWARD__OPTIONS__NAME": "text",
-        "BACKWARD__OPTIONS__OPTIONS__MEMORY": "3",
+        "BACKWARD__OPTIONS__OPTIONS__HISTORY_SIZE": "3",
         "PLUGINS__DEQFILE": "false",
         "FORWARD__ATOL": "",
         "DISABLE_PLUGINS": "a,b",
@@ -362,9 +362,11 @@ def test_values_from_the_environment_are_parsed(monkeypatch: pytest.MonkeyPatch)
     assert config.forward.max_steps == 7
     assert config.forward.compact is True
     assert config.forward.atol == 0.0
-    assert config.forward.options == {"memory": 6, "mode": "fast", "sizes": (1, 2)}
-    assert config.backward.options == {"name": "text", "options": {"memory": 3}}
-    assert config.origin("forward.options.memory") == "environment variable DEQCORE_FORWARD__OPTIONS__MEMORY"
+    assert config.forward.options == {"history_size": 6, "mode": "fast", "sizes": (1, 2)}
+    assert config.backward.options == {"name": "text", "options": {"history_size": 3}}
+    assert (
+        config.origin("forward.options.history_size") == "environment variable DEQCORE_FORWARD__OPTIONS__HISTORY_SIZE"
+    )
     assert config.origin("forward.options.mode") == "environment variable DEQCORE_FORWARD__OPTIONS"
     assert config.origin("forward.atol") == "default"
 
@@ -451,14 +453,16 @@ def test_bad_variables_are_named(name: str, value: str, message: str, monkeypatc
 
 
 def test_a_file_and_a_pyproject_say_the_same(tmp_path: Path) -> None:
-    plain = write(tmp_path / "a.toml", '[forward]\nsolver = "anderson"\noptions = {memory = 5}\n[study]\nseed = 1\n')
+    plain = write(
+        tmp_path / "a.toml", '[forward]\nsolver = "anderson"\noptions = { history_size = 5}\n[study]\nseed = 1\n'
+    )
     project = write(
         tmp_path / "pyproject.toml",
         '[project]\nname = "x"\n[tool.deqcore.forward]\nsolver = "anderson"\n'
-        "options.memory = 5\n[tool.deqcore.study]\nseed = 1\n",
+        "options.history_size = 5\n[tool.deqcore.study]\nseed = 1\n",
     )
     one, two = Config.load(plain), Config.load(str(project))
-    assert one == two == Config(forward={"solver": "anderson", "options": {"memory": 5}})
+    assert one == two == Config(forward={"solver": "anderson", "options": {"history_size": 5}})
     assert one.section("study") == two.section("study") == {"seed": 1}
     assert resolve(one, {"forward__atol": 1.0})[0].section("study") == {"seed": 1}
 
@@ -582,7 +586,7 @@ def test_tracers_are_handed_back() -> None:
 
 @pytest.mark.parametrize(
     "overrides",
-    [{}, {"forward__rtol": 1e-6, "forward__solver": "picard"}, {"forward__options": {"memory": 3}}],
+    [{}, {"forward__rtol": 1e-6, "forward__solver": "picard"}, {"forward__options": {"history_size": 3}}],
 )
 def test_resolving_again_finds_the_same_settings(overrides: dict[str, object]) -> None:
     for config in (None, Config()):

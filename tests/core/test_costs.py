@@ -35,7 +35,7 @@ def test_broyden_keeps_one_vector_per_step(backend, dtype, size, steps):
     n = 8192  # wide enough that chunks hold four slots
     rates = torch.linspace(-0.9, 0.9, n)
     x = torch.from_numpy(np.random.default_rng(1).standard_normal((2, n))).float()
-    solver = Broyden(memory=100, history_dtype=dtype)
+    solver = Broyden(history_size=100, history_dtype=dtype)
     with torch.no_grad():
         end = iterate(backend, solver, lambda z: rates * z + x, 0 * x, StoppingCriteria(0.0, max_steps=steps))
     vectors = steps + 1
@@ -90,7 +90,9 @@ class Elsewhere:
 
 
 @pytest.mark.parametrize("every", [1, 4, 8])
-@pytest.mark.parametrize("solver", [Anderson(), Broyden(memory=40), Broyden(memory=4), Broyden(memory=2)], ids=repr)
+@pytest.mark.parametrize(
+    "solver", [Anderson(), Broyden(history_size=40), Broyden(history_size=4), Broyden(history_size=2)], ids=repr
+)
 def test_a_solve_waits_no_more_often_than_it_checks(monkeypatch, backend, solver, every):
     w = spectrum(32)
     x = torch.from_numpy(np.random.default_rng(3).standard_normal((4, 32))).float()
@@ -105,12 +107,14 @@ def test_a_solve_waits_no_more_often_than_it_checks(monkeypatch, backend, solver
     assert end.steps.tolist() == [steps] * 4
 
 
-@pytest.mark.parametrize("memory", [4, 8])
-def test_a_continued_solve_in_which_samples_fill_at_different_times(backend, memory):
-    w, solver = spectrum(32).double(), Broyden(memory=memory)
+@pytest.mark.parametrize("history_size", [4, 8])
+def test_a_continued_solve_in_which_samples_fill_at_different_times(backend, history_size):
+    w, solver = spectrum(32).double(), Broyden(history_size=history_size)
     x = torch.from_numpy(np.random.default_rng(3).standard_normal((3, 32)))
     x[0] *= 1e-3  # is done long before the others
-    first = iterate(backend, solver, lambda z: z @ w + x, 0 * x, StoppingCriteria(0.0, atol=1e-2, max_steps=6 + memory))
+    first = iterate(
+        backend, solver, lambda z: z @ w + x, 0 * x, StoppingCriteria(0.0, atol=1e-2, max_steps=6 + history_size)
+    )
     end = iterate(
         backend, solver, lambda z: z @ w + x, 0 * x, StoppingCriteria(0.0, atol=1e-9, max_steps=300), first.carry
     )

@@ -17,8 +17,8 @@ from deqcore.solvers.anderson import Anderson
 from deqcore.solvers.broyden import Broyden
 from deqcore.solvers.picard import Picard
 
-SOLVERS = [Picard(), Anderson(memory=4), Broyden(memory=12)]
-WITH_ESTIMATE = [Anderson(memory=4), Broyden(memory=12)]
+SOLVERS = [Picard(), Anderson(history_size=4), Broyden(history_size=12)]
+WITH_ESTIMATE = [Anderson(history_size=4), Broyden(history_size=12)]
 FIELDS = ("z", "fz", "residual", "status", "steps", "evaluations")
 
 
@@ -549,7 +549,7 @@ def test_a_frozen_sample_that_goes_on_keeps_its_secant_equation(be, truth):
     """While sample 0 was frozen the ring moved on, so its own old vectors may stand in the next slot."""
     problem = truth.affine(0, 2, 12, [0.5, 0.97])
     f, z0 = truth.affine_map(be, problem), be.asarray(0 * problem.b)
-    solver = Watched(memory=14)
+    solver = Watched(history_size=14)
     first = iterate(be, solver, f, z0, StoppingCriteria(1e-2, max_steps=13))
     steps = be.to_numpy(first.steps)
     assert steps[1] - steps[0] >= 4  # it was frozen for a while

@@ -23,19 +23,19 @@ def rows_of(be, mask):
 
 def newest(be, history):
     slot = np.asarray(be.to_numpy(history.slot()))
-    return np.broadcast_to(slot, (BATCH, history.memory))
+    return np.broadcast_to(slot, (BATCH, history.history_size))
 
 
 def check(be, history, model, random):
     v, w = random.standard_normal((2, BATCH, N))
     dots = be.to_numpy(history.dot(be.asarray(v)))
     pair = be.to_numpy(history.dot(be.asarray(np.stack([v, w], axis=1))))
-    assert dots.shape == (BATCH, history.memory)
-    assert pair.shape == (BATCH, 2, history.memory)
-    coefficients = random.standard_normal((BATCH, history.memory))
+    assert dots.shape == (BATCH, history.history_size)
+    assert pair.shape == (BATCH, 2, history.history_size)
+    coefficients = random.standard_normal((BATCH, history.history_size))
     combined = np.zeros((BATCH, N))
     for i, slots in enumerate(model):
-        for j in range(history.memory):
+        for j in range(history.history_size):
             if j in slots:
                 assert dots[i, j] == pytest.approx(slots[j] @ v[i], rel=1e-12, abs=1e-12)
                 assert pair[i, 1, j] == pytest.approx(slots[j] @ w[i], rel=1e-12, abs=1e-12)
@@ -52,10 +52,10 @@ def check(be, history, model, random):
             assert stored[i, j] == pytest.approx(slots.get(j, np.zeros(N)), rel=1e-12)
 
 
-@given(operations=OPERATIONS, memory=st.integers(1, 6), seed=st.integers(0, 99))
-def test_a_history_does_what_a_dictionary_does(be, operations, memory, seed):
+@given(operations=OPERATIONS, history_size=st.integers(1, 6), seed=st.integers(0, 99))
+def test_a_history_does_what_a_dictionary_does(be, operations, history_size, seed):
     random = np.random.default_rng(seed)
-    history = be.history(be.asarray(np.zeros((BATCH, N))), memory)
+    history = be.history(be.asarray(np.zeros((BATCH, N))), history_size)
     model: list[dict[int, np.ndarray]] = [{} for _ in range(BATCH)]
     check(be, history, model, random)
     assert not newest(be, history).any()

@@ -14,8 +14,8 @@ from deqcore.errors import (
     ConvergenceError,
     ConvergenceWarning,
     DtypeToleranceWarning,
+    InitialIterateError,
     ProblemError,
-    StateError,
     StrategyError,
     UnknownNameError,
 )
@@ -204,14 +204,14 @@ def test_a_tighter_tolerance_goes_on_from_where_it_stood(be):
 def test_a_state_must_fit(be):
     z0 = zeros(be, 2, 3)
     sol = deqcore.fixed_point(half, z0, forward__solver="anderson")
-    with pytest.raises(StateError, match=r"comes from Anderson\(.*this call uses Picard.*z0 = sol.value"):
+    with pytest.raises(InitialIterateError, match=r"comes from Anderson\(.*this call uses Picard.*z0 = sol.value"):
         deqcore.fixed_point(half, z0, state=sol.state, forward__solver="picard")
-    options = {"memory": 3}
-    with pytest.raises(StateError, match=r"comes from Anderson\(memory=6.*Anderson\(memory=3"):
+    options = {"history_size": 3}
+    with pytest.raises(InitialIterateError, match=r"comes from Anderson\(history_size=6.*Anderson\(history_size=3"):
         deqcore.fixed_point(half, z0, state=sol.state, forward__solver="anderson", forward__options=options)
-    with pytest.raises(StateError, match=r"shape \(2, 3\) \(raveled\), but z0 has \(4, 3\)"):
+    with pytest.raises(InitialIterateError, match=r"shape \(2, 3\) \(raveled\), but z0 has \(4, 3\)"):
         deqcore.fixed_point(half, zeros(be, 4, 3), state=sol.state, forward__solver="anderson")
-    with pytest.raises(StateError, match="float64, but z0 is float32 of"):
+    with pytest.raises(InitialIterateError, match="float64, but z0 is float32 of"):
         deqcore.fixed_point(half, zeros(be, 2, 3, dtype="float32"), state=sol.state, forward__solver="anderson")
 
 
@@ -219,7 +219,7 @@ def test_a_state_of_another_framework_is_refused():
     pytest.importorskip("torch")
     numpy, torch = (deqcore.get_backend(backend=name) for name in ("numpy", "torch"))
     sol = deqcore.fixed_point(half, zeros(numpy, 2, 3))
-    with pytest.raises(StateError, match=r"a solve of numpy.ndarray of float64, but z0 is float64 of torch"):
+    with pytest.raises(InitialIterateError, match=r"a solve of numpy.ndarray of float64, but z0 is float64 of torch"):
         deqcore.fixed_point(half, zeros(torch, 2, 3), state=sol.state)
 
 
@@ -236,7 +236,11 @@ def test_a_state_of_another_framework_is_refused():
         ),
         ({"backward__strategy": "exact_ift"}, UnknownNameError, ["No strategy", "Did you mean 'exact-ift'?"]),
         ({"backend": "pytorch"}, UnknownNameError, ["No backend", "Did you mean 'torch'?"]),
-        ({"forward__options": {"memmory": 3}}, ConfigError, ["no option 'memmory'", "Did you mean 'memory'?"]),
+        (
+            {"forward__options": {"history_sise": 3}},
+            ConfigError,
+            ["no option 'history_sise'", "Did you mean 'history_size'?"],
+        ),
         ({"backward__options": {"rtoll": 3.0}}, ConfigError, ["no option 'rtoll'", "Did you mean 'rtol'?"]),
         ({"forward__rtoll": 1e-3}, ConfigError, ["rtoll", "Did you mean 'forward__rtol'?"]),
         ({"forward__rtol": -1e-3}, ConfigError, ["rtol = -0.001", "finite number >= 0"]),
@@ -248,7 +252,7 @@ def test_a_state_of_another_framework_is_refused():
         ({"backward__options": {"rtol": 1.0}}, ConfigError, ["rtol = 1.0", "below 1"]),
         ({"backward__options": {"max_steps": -1}}, ConfigError, ["max_steps = -1"]),
         ({"backward__options": {"start": "warm"}}, ConfigError, ["'warm'", "cotangent"]),
-        ({"backward__options": {"options": {"memory": 3}}}, ConfigError, ["memory", "reorthogonalize"]),
+        ({"backward__options": {"options": {"history_size": 3}}}, ConfigError, ["history_size", "reorthogonalize"]),
         (
             {"backward__options": {"solver": "gmress"}},
             UnknownNameError,
@@ -295,22 +299,22 @@ def test_arrays_of_two_frameworks_are_refused():
     f = lambda z, x: z
     with pytest.raises(BackendMismatchError, match=r"'numpy' .*the arrays given belong to 'torch'"):
         deqcore.fixed_point(f, np.zeros((1, 2)), torch.zeros(1, 2))
-    with pytest.raises(StateError, match="holds a ndarray, but only arrays of torch"):
+    with pytest.raises(InitialIterateError, match="holds a ndarray, but only arrays of torch"):
         deqcore.fixed_point(f, [torch.zeros(1, 2), np.zeros((1, 2))], 0)
 
 
 def test_a_state_without_arrays_is_refused():
     for z0 in ([0.0, 1.0], 3.0, {}, None, "zeros"):
-        with pytest.raises(StateError, match=r"no array|holds a"):
+        with pytest.raises(InitialIterateError, match=r"no array|holds a"):
             deqcore.fixed_point(half, z0)
-    with pytest.raises(StateError, match="holds a float"):
+    with pytest.raises(InitialIterateError, match="holds a float"):
         deqcore.fixed_point(half, [1.0, 2.0], backend="numpy")
 
 
 def test_an_unfit_state_or_f_is_refused(be):
-    with pytest.raises(StateError, match=r"one system|int64"):
+    with pytest.raises(InitialIterateError, match=r"one system|int64"):
         deqcore.fixed_point(half, be.asarray(np.zeros((2, 2), int)))
-    with pytest.raises(StateError, match=r"reshape it to \(batch, n\), or set forward.batch = false"):
+    with pytest.raises(InitialIterateError, match=r"reshape it to \(batch, n\), or set forward.batch = false"):
         deqcore.fixed_point(half, zeros(be, 4))
     with pytest.raises(ProblemError, match="keep the shape of z"):
         deqcore.fixed_point(lambda z: z[:, :1], zeros(be, 2, 2))
@@ -427,7 +431,7 @@ def test_vjp_of_an_unused_argument_is_zero(be):
 def test_vjp_refuses_a_cotangent_that_does_not_fit(be):
     z0, f = zeros(be, 2, 3), lambda z, x: 0.5 * z + x
     for wrong in (zeros(be, 2, 2), zeros(be, 2, 3, dtype="float32"), [z0], 1.0):
-        with pytest.raises(StateError, match=r"The cotangent has the leaves .*a tree like z0 is expected"):
+        with pytest.raises(InitialIterateError, match=r"The cotangent has the leaves .*a tree like z0 is expected"):
             deqcore.vjp(f, z0, z0 + 1.0, cotangent=wrong)
 
 

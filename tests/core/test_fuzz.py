@@ -53,7 +53,7 @@ NUMBER = (
 )
 PLAIN = st.none() | st.booleans() | NUMBER | TEXT | st.binary(max_size=4)
 ANY = st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3))
-KEY = st.sampled_from(["__".join(key) for key in KEYS] + ["forward__options__memory", "forward__rtoll"]) | TEXT
+KEY = st.sampled_from(["__".join(key) for key in KEYS] + ["forward__options__history_size", "forward__rtoll"]) | TEXT
 NAMES = ["solver", "rtol", "atol", "max_steps", "batch", "options", "strategy", "patience", "deqfile", "rtoll"]
 SECTION = st.dictionaries(st.sampled_from(NAMES) | TEXT, ANY, max_size=4) | ANY
 JSON = st.recursive(

@@ -318,7 +318,7 @@ def test_a_certified_solve_does_not_depend_on_its_batch(be, seed):
             lambda u: be.xp.sum(matrix * u[:, :, None], axis=1),
             be.asarray(g[rows]),
             None,
-            target=0.02,
+            max_relative_error=0.02,
             max_vjps=60,
         )
         return {name: be.to_numpy(getattr(found, name)) for name in found._fields}

@@ -666,7 +666,7 @@ def test_an_annotation_that_cannot_be_evaluated_is_left_to_the_class() -> None:
 def test_options_travel() -> None:
     import pickle
 
-    options = plugins.Options({"memory": 3, "nested": {"a": [1]}})
+    options = plugins.Options({"history_size": 3, "nested": {"a": [1]}})
     assert pickle.loads(pickle.dumps(options)) == options
 
 

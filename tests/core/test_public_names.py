@@ -12,7 +12,7 @@ PUBLIC = {
         Strategy __version__ errors fixed_point get_backend using vjp""",
     "deqcore.errors": """BackendError BackendMismatchError ConfigError ConvergenceError ConvergenceWarning
         CoupledRowsWarning DeqcoreError DtypeToleranceWarning LayerWarning MissingExtraError MissingFrameworkError
-        MonitorError MonitorWarning NonDeterministicWarning PluginError ProblemError StateError StrategyError
+        MonitorError MonitorWarning NonDeterministicWarning PluginError ProblemError InitialIterateError StrategyError
         UnknownNameError""",
     "deqcore.config.sources": "Backward Forward Plugins",
     "deqcore.config.schedule": "Ramp Schedule",
@@ -30,7 +30,7 @@ PUBLIC = {
     "deqcore.plugins": """BackendSpec CommandSpec DataSpec ModelSpec SinkSpec SolverSpec StrategySpec TrainerSpec
         hookimpl register""",
     "deqcore.diagnostics": "Audit Curve Spectrum gradient_audit jacobian_penalty residual_curve spectral_radius",
-    "deqcore.monitor": "Event Metric Metrics Monitor Probe Profile Record Row Run Sink Trigger",
+    "deqcore.monitor": "Event Metric Metrics Measurement Monitor Profile Record Row Run Sink Trigger",
     "deqcore.monitor.adapters": "lightning_callback transformers_callback",
     "deqcore.testing": "BackendTests Problem SinkTests SolverTests StrategyTests golden weights",
     "deqcore.testing.strict": "StrictError register",
@@ -45,7 +45,7 @@ PUBLIC = {
     "deqcore_jax.cells": "Monotone dropout_mask spectrally_normalized weight_normalized",
     "deqcore_jax.nnx": "DEQ",
     "deqcore_jax.equinox": "DEQ",
-    "deqcore_jax.adjoint_tap": "Probe new read reporting",
+    "deqcore_jax.adjoint_tap": "AdjointTap new read reporting",
     "deqcore_jax.callbacks": "collecting observe observe_backward",
 }
 NAMES = [(home, name) for home, names in PUBLIC.items() for name in names.split()]
@@ -86,7 +86,7 @@ def test_modules_with_a_list_of_names_offer_these_and_no_others(home):
 
 
 def callables(home, name):
-    """A function, or a class with its own public methods (conformance tests are named by their claims)."""
+    """A function, or a class with its own public methods (conformance tests are named by their cost_bounds)."""
     found = load(home, name)
     if inspect.isclass(found):
         yield name, found

@@ -24,8 +24,12 @@ def cubic(be, seeds, size=20):
     return lambda z: x - 4.0 * z * z * z - 0.5 * be.xp.sum(w * z[:, None, :], axis=2), 0.0 * x
 
 
-def solve(f, z0, growth, memory=30, **settings):
-    options = {"memory": memory} if growth is None else {"growth": growth, "memory": memory}
+def solve(f, z0, max_residual_growth, history_size=30, **settings):
+    options = (
+        {"history_size": history_size}
+        if max_residual_growth is None
+        else {"max_residual_growth": max_residual_growth, "history_size": history_size}
+    )
     return deqcore.fixed_point(
         f,
         z0,
@@ -38,18 +42,18 @@ def solve(f, z0, growth, memory=30, **settings):
     )
 
 
-@pytest.mark.parametrize("memory", [12, 30])
-def test_more_problems_are_solved_with_it(be, memory):
+@pytest.mark.parametrize("history_size", [12, 30])
+def test_more_problems_are_solved_with_it(be, history_size):
     f, z0 = cubic(be, range(12))
-    plain, guarded = solve(f, z0, None, memory), solve(f, z0, 2.0, memory)
+    plain, guarded = solve(f, z0, None, history_size), solve(f, z0, 2.0, history_size)
     assert be.to_numpy(plain.converged).sum() < 12
     assert be.to_numpy(guarded.converged).all()
     z = guarded.value
     assert be.to_numpy(be.norm(f(z) - z)).max() < 1e-7
 
 
-@pytest.mark.parametrize("memory", [3, 6, 30])
-def test_the_secant_equation_holds_for_refused_and_for_damped_steps(be, memory):
+@pytest.mark.parametrize("history_size", [3, 6, 30])
+def test_the_secant_equation_holds_for_refused_and_for_damped_steps(be, history_size):
     f, z = cubic(be, range(12))
     tried = []
 
@@ -57,7 +61,7 @@ def test_the_secant_equation_holds_for_refused_and_for_damped_steps(be, memory):
         tried.append(z)
         return f(z)
 
-    solver = Broyden(growth=2.0, memory=memory)
+    solver = Broyden(max_residual_growth=2.0, history_size=history_size)
     fz = f(z)
     state = solver.init(be, z, fz)
     refused, damped = 0, 0
@@ -84,8 +88,8 @@ def test_a_step_to_where_f_is_not_finite_is_refused(be):
     """sqrt(z) = 1/2 by z ← z − 3 (sqrt(z) − 1/2): the first step leads below zero, where f is NaN."""
     z0 = be.asarray(np.array([[4.0], [0.3]]))
     f = lambda z: z - 3.0 * (be.xp.sqrt(z) - 0.5)
-    for growth in (None, 2.0):
-        found = solve(f, z0, growth)
+    for max_residual_growth in (None, 2.0):
+        found = solve(f, z0, max_residual_growth)
         assert be.to_numpy(found.converged).all()
         np.testing.assert_allclose(be.to_numpy(found.value), 0.25, atol=1e-7)
 
@@ -102,9 +106,9 @@ def test_a_residual_whose_square_overflows_spoils_nothing(be):
 
 def test_a_sample_that_is_refused_changes_nothing_for_its_mates():
     be = deqcore.get_backend(backend="numpy")
-    together = solve(*cubic(be, range(8)), 2.0, memory=5)
+    together = solve(*cubic(be, range(8)), 2.0, history_size=5)
     for seed in (0, 3, 7):
-        alone = solve(*cubic(be, [seed]), 2.0, memory=5)
+        alone = solve(*cubic(be, [seed]), 2.0, history_size=5)
         assert alone.steps[0] == together.steps[seed]
         np.testing.assert_allclose(alone.value[0], together.value[seed], rtol=1e-12, atol=1e-14)
 
@@ -121,11 +125,17 @@ def test_where_nothing_grows_it_changes_nothing(be):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"growth": 0.5}, "growth = 0.5, but a finite number of at least 1, or None, is expected"),
-        ({"growth": float("inf")}, "growth = inf, but a finite number"),
-        ({"growth": float("nan")}, "growth = nan, but a finite number"),
-        ({"growth": 2.0, "memory": 2}, "memory = 2 with growth = 2.0, but at least 3 is expected"),
-        ({"growth": "much"}, "growth = 'much'"),
+        (
+            {"max_residual_growth": 0.5},
+            "max_residual_growth = 0.5, but a finite number of at least 1, or None, is expected",
+        ),
+        ({"max_residual_growth": float("inf")}, "max_residual_growth = inf, but a finite number"),
+        ({"max_residual_growth": float("nan")}, "max_residual_growth = nan, but a finite number"),
+        (
+            {"max_residual_growth": 2.0, "history_size": 2},
+            "history_size = 2 with growth = 2.0, but at least 3 is expected",
+        ),
+        ({"max_residual_growth": "much"}, "max_residual_growth = 'much'"),
     ],
 )
 def test_options_out_of_range_are_refused(be, options, message):
@@ -139,8 +149,8 @@ def test_compiled_it_is_the_same_method():
     jax = pytest.importorskip("jax")
     with jax.enable_x64(True):
         f, z0 = cubic(deqcore.get_backend(backend="jax"), range(4))
-        compiled = solve(f, z0, 2.0, memory=12)
-        eager = solve(*cubic(deqcore.get_backend(backend="numpy"), range(4)), 2.0, memory=12)
+        compiled = solve(f, z0, 2.0, history_size=12)
+        eager = solve(*cubic(deqcore.get_backend(backend="numpy"), range(4)), 2.0, history_size=12)
         assert np.asarray(compiled.converged).all()
         np.testing.assert_allclose(compiled.value, eager.value, atol=1e-7)
         assert np.abs(np.asarray(compiled.steps) - eager.steps).max() <= 5

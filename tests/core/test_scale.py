@@ -31,8 +31,8 @@ CASES = [
     ("float64", 1e200),
 ]
 CLOSE = {"float32": 1e-3, "bfloat16": 6e-2, "float64": 1e-6}
-SOLVERS = [("picard", {}), ("anderson", {}), ("anderson", {"mixing": 0.9}), ("broyden", {}), ("broyden", {"memory": 3}),
-           ("broyden", {"growth": 2.0}), ("newton-krylov", {})]  # fmt: skip
+SOLVERS = [("picard", {}), ("anderson", {}), ("anderson", {"mixing": 0.9}), ("broyden", {}), ("broyden", {"history_size": 3}),
+           ("broyden", {"max_residual_growth": 2.0}), ("newton-krylov", {})]  # fmt: skip
 EXACT = ["exact-ift", "broyden-reuse"]
 
 
@@ -173,7 +173,7 @@ def test_batch_mates_of_other_sizes_change_no_bit(name, solver):
 
 
 @pytest.mark.parametrize(
-    "solver", [Broyden(), Broyden(memory=3), Broyden(growth=2.0), Anderson(), Anderson(mixing=0.8)]
+    "solver", [Broyden(), Broyden(history_size=3), Broyden(max_residual_growth=2.0), Anderson(), Anderson(mixing=0.8)]
 )
 @pytest.mark.parametrize(("name", "k"), [("numpy", 664), ("torch", 664), ("torch", 83)])
 def test_powers_of_two_change_no_bit(name, k, solver):

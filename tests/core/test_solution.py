@@ -44,8 +44,10 @@ def test_the_solver_in_use_is_not_recommended(status, solver):
         advice = status.advice(given)
         assert solver not in advice
         assert all(other in advice for other in others)
-    assert ("growth" in Status.DIVERGED.advice(repr(used))) == (solver == "broyden")
-    assert "growth" not in Status.DIVERGED.advice("Broyden(memory=39, growth=2.0, history_dtype=None)")
+    assert ("max_residual_growth" in Status.DIVERGED.advice(repr(used))) == (solver == "broyden")
+    assert "max_residual_growth" not in Status.DIVERGED.advice(
+        "Broyden(history_size=39, max_residual_growth=2.0, history_dtype=None)"
+    )
 
 
 def test_the_warning_of_a_solve_does_not_recommend_its_solver():

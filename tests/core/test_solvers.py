@@ -214,20 +214,20 @@ def test_the_left_estimate_satisfies_the_secant_equation(be, truth, seed):
     assert misses.max() < 1e-9
 
 
-@pytest.mark.parametrize("memory", [2, 3, 5])
-def test_a_restart_when_the_memory_is_full_is_sound(be, truth, memory):
+@pytest.mark.parametrize("history_size", [2, 3, 5])
+def test_a_restart_when_the_memory_is_full_is_sound(be, truth, history_size):
     """The secant equation still holds after the ring has gone round; overwriting old pairs breaks it at once."""
     problem = truth.affine(7, 2, 16, [0.6, 0.8])
-    misses, counts = secant_errors(be, Broyden(memory=memory), truth.affine_map(be, problem), problem.b, 12)
-    assert counts.max() <= memory + 1
+    misses, counts = secant_errors(be, Broyden(history_size=history_size), truth.affine_map(be, problem), problem.b, 12)
+    assert counts.max() <= history_size + 1
     assert (counts[1:] <= counts[:-1]).any()  # it did restart
     going = counts > counts.min()
-    assert going[memory + 2 :].any()
+    assert going[history_size + 2 :].any()
     assert misses[going].max() < 1e-9
 
 
-@pytest.mark.parametrize("memory", [1, 3])
-def test_a_small_memory_converges(be, truth, memory):
+@pytest.mark.parametrize("history_size", [1, 3])
+def test_a_small_memory_converges(be, truth, history_size):
     failed = 0
     for seed in range(10):
         problem = truth.affine(seed, 2, 24, 0.7)
@@ -238,7 +238,7 @@ def test_a_small_memory_converges(be, truth, memory):
             be.asarray(0 * problem.b),
             rtol=1e-8,
             max_steps=250,
-            options={"memory": memory},
+            options={"history_size": history_size},
         )
         failed += int((~be.to_numpy(sol.converged)).sum())
     assert failed == 0
@@ -265,13 +265,13 @@ def test_one_singular_update_spoils_no_batch_mate(be, truth):
 
 
 @pytest.mark.parametrize("mixing", [1.0, 0.6])
-@pytest.mark.parametrize("memory", [1, 3, 6])
-def test_anderson_is_the_textbook_one(be, truth, memory, mixing):
+@pytest.mark.parametrize("history_size", [1, 3, 6])
+def test_anderson_is_the_textbook_one(be, truth, history_size, mixing):
     close = []
     for seed in range(6):
         problem = truth.affine(seed, 1, 14, 0.8)
-        expected = truth.anderson(lambda z, p=problem: p.a[0] @ z + p.b[0], np.zeros(14), 9, memory, mixing)
-        solver = Anderson(memory=memory, mixing=mixing, ridge=0.0, growth=1e12)
+        expected = truth.anderson(lambda z, p=problem: p.a[0] @ z + p.b[0], np.zeros(14), 9, history_size, mixing)
+        solver = Anderson(history_size=history_size, mixing=mixing, ridge=0.0, max_residual_growth=1e12)
         found, _ = step_through(be, solver, truth.affine_map(be, problem), np.zeros((1, 14)), 9)
         close.append(
             max(np.abs(a[0] - b).max() / np.abs(b).max() for a, b in zip(found[1:], expected[1:], strict=True))
@@ -287,7 +287,11 @@ def test_anderson_with_full_memory_is_gmres(be, truth):
     a, b = np.eye(10) - problem.a[0], problem.b[0]
     expected = truth.krylov_residuals(a, b, 6)
     iterates, _ = step_through(
-        be, Anderson(memory=10, ridge=0.0, growth=1e12), truth.affine_map(be, problem), np.zeros((1, 10)), 7
+        be,
+        Anderson(history_size=10, ridge=0.0, max_residual_growth=1e12),
+        truth.affine_map(be, problem),
+        np.zeros((1, 10)),
+        7,
     )
     for k in range(1, 7):  # z_{k+1} = f(z̄_k), so b − A z̄_k = A₀^-1 (z_{k+1} − z*)-free form: g(z̄) = z_{k+1} − z̄
         bar = np.linalg.solve(problem.a[0], iterates[k + 1][0] - problem.b[0])
@@ -305,7 +309,7 @@ def test_a_step_that_makes_it_much_worse_leaves_its_own_difference_only(be):
         hit = cliff & (len(visited) == 4)
         return be.xp.where(hit, base + 1e4, base)
 
-    iterates, _ = step_through(be, Anderson(memory=3, growth=10.0), f, np.zeros((2, 2)), 5)
+    iterates, _ = step_through(be, Anderson(history_size=3, max_residual_growth=10.0), f, np.zeros((2, 2)), 5)
     value = np.array([0.5 * iterates[3][0, 1] + 1, -0.4 * iterates[3][0, 0] + 2]) + 1e4
     before = np.array([0.5 * iterates[2][0, 1] + 1, -0.4 * iterates[2][0, 0] + 2])
     g = value - iterates[3][0]
@@ -319,7 +323,7 @@ def test_a_step_that_makes_it_much_worse_leaves_its_own_difference_only(be):
 @given(seed=st.integers(0, 1000))
 def test_andersons_estimate_satisfies_its_latest_secant_equation(be, truth, seed):
     problem = truth.affine(seed, 2, 16, [0.5, 0.8])
-    misses, _ = secant_errors(be, Anderson(memory=4), truth.affine_map(be, problem), problem.b, 8)
+    misses, _ = secant_errors(be, Anderson(history_size=4), truth.affine_map(be, problem), problem.b, 8)
     assert misses.max() < 1e-4
 
 
@@ -353,15 +357,15 @@ def test_an_unfit_history_dtype_is_an_option_error(be):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("broyden", {"memory": 0}, "memory = 0, but at least 1 secant pair"),
-        ("anderson", {"memory": 0}, "memory = 0, but at least 1 difference"),
+        ("broyden", {"history_size": 0}, "history_size = 0, but at least 1 secant pair"),
+        ("anderson", {"history_size": 0}, "history_size = 0, but at least 1 difference"),
         ("anderson", {"mixing": 0.0}, "mixing = 0.0, but a number above 0"),
         ("anderson", {"ridge": -1.0}, "ridge = -1.0, but a number of at least 0"),
-        ("anderson", {"growth": 1.0}, "growth = 1.0, but a number above 1"),
+        ("anderson", {"max_residual_growth": 1.0}, "max_residual_growth = 1.0, but a number above 1"),
         ("picard", {"damping": 0.0}, "damping = 0.0, but a number between 0 and 2"),
         ("picard", {"damping": 2.0}, "damping = 2.0, but a number between 0 and 2"),
         ("picard", {"dampning": 0.5}, "no option 'dampning'. Did you mean 'damping'"),
-        ("broyden", {"memory": "many"}, "memory = 'many', but int is expected"),
+        ("broyden", {"history_size": "many"}, "history_size = 'many', but int is expected"),
     ],
 )
 def test_options_out_of_range_are_refused(be, name, options, message):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deqcore.errors import ProblemError, StateError
+from deqcore.errors import InitialIterateError, ProblemError
 from deqcore.solve.flatten import RavelSpec
 
 Pair = namedtuple("Pair", "first second")
@@ -65,7 +65,7 @@ def test_named_tuples_keep_their_type(be):
 def test_an_unfit_state_is_refused(be, tree, batch, words):
     convert = lambda a: be.asarray(a) if isinstance(a, np.ndarray) else a
     tree = [convert(a) for a in tree] if isinstance(tree, list) else convert(tree)
-    with pytest.raises(StateError) as caught:
+    with pytest.raises(InitialIterateError) as caught:
         RavelSpec.of(be, tree, batch)
     for word in words:
         assert word in str(caught.value)
@@ -76,7 +76,7 @@ def test_a_state_on_two_devices_is_refused():
     import deqcore
 
     be = deqcore.get_backend(backend="torch")
-    with pytest.raises(StateError, match="on the devices cpu, meta, but one is expected: move them together"):
+    with pytest.raises(InitialIterateError, match="on the devices cpu, meta, but one is expected: move them together"):
         RavelSpec.of(be, [torch.zeros(2, 2), torch.zeros(2, 2, device="meta")], batch=True)
     space = RavelSpec.of(be, torch.zeros(2, 2), batch=True)
     with pytest.raises(ProblemError, match="an array on meta for a state on cpu: move z0, or the parameters"):
@@ -138,7 +138,7 @@ def test_a_tree_that_must_be_like_the_state_is_checked(be, tree, kind):
     space = RavelSpec.of(be, be.asarray(np.ones((2, 3))), batch=True)
     convert = lambda a: be.asarray(a) if isinstance(a, np.ndarray) else a
     tree = [convert(a) for a in tree] if isinstance(tree, list) else convert(tree)
-    with pytest.raises(StateError) as caught:
+    with pytest.raises(InitialIterateError) as caught:
         space.ravel_like("cotangent", tree)
     assert f"The cotangent has the leaves {kind}, but a tree like z0 is expected: float64 (2, 3)." in str(caught.value)
     assert space.ravel_like("cotangent", be.asarray(np.ones((2, 3)))).shape == (2, 3)

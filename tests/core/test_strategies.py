@@ -17,7 +17,7 @@ from deqcore.solution import Status
 from deqcore.solve.loop import StoppingCriteria, iterate
 from deqcore.solvers.broyden import Broyden
 
-PLAIN = {"certify": False, "target": None, "fallback": "none"}
+PLAIN = {"certify": False, "max_relative_error": None, "fallback": "none"}
 TIGHT = {"forward__rtol": 1e-13, "forward__max_steps": 300, "forward__on_failure": "ignore"}
 
 
@@ -286,7 +286,7 @@ def test_plain_reuse_of_anderson_is_its_multisecant_estimate(be, truth):
         forward__solver="anderson",
         forward__rtol=0.0,
         forward__max_steps=5,
-        forward__options={"memory": 5, "ridge": 0.0, "growth": 1e12},
+        forward__options={"history_size": 5, "ridge": 0.0, "max_residual_growth": 1e12},
         backward__strategy="broyden-reuse",
         backward__options=PLAIN,
     )
@@ -330,11 +330,11 @@ def test_reuse_in_a_batch_is_reuse_alone(be, truth):
     "options",
     [
         {},
-        {"target": 0.01},
-        {"target": 0.01, "fallback": "none", "refine_steps": 2},
-        {"target": 0.01, "fallback": "exact-ift", "refine_steps": 2},
-        {"target": 1e-6, "fallback": "jacobian-free", "refine_steps": 1},
-        {"target": None, "fallback": "none"},
+        {"max_relative_error": 0.01},
+        {"max_relative_error": 0.01, "fallback": "none", "max_refine_vjps": 2},
+        {"max_relative_error": 0.01, "fallback": "exact-ift", "max_refine_vjps": 2},
+        {"max_relative_error": 1e-6, "fallback": "jacobian-free", "max_refine_vjps": 1},
+        {"max_relative_error": None, "fallback": "none"},
     ],
     ids=repr,
 )
@@ -350,7 +350,7 @@ def test_the_certificate_is_the_residual_that_others_measure(be, truth, options)
     u, report = be.to_numpy(u), type(report)(*(be.to_numpy(leaf) for leaf in report))
     true = adjoint_residual(problem, g, u)
     assert report.residual == pytest.approx(true, rel=1e-6, abs=1e-9)
-    target = options.get("target", 0.1)
+    target = options.get("max_relative_error", 0.1)
     if target is not None:
         met = report.status == Status.CONVERGED
         assert (true[met & ~report.fallback] <= target * (1 + 1e-6)).all()
@@ -414,7 +414,7 @@ def test_strategies_ask_only_for_what_they_use():
 
 
 def test_a_file_without_null_can_ask_for_plain_reuse():
-    assert plugins.make_strategy("broyden-reuse", PLAIN | {"target": "none"}) == plugins.make_strategy(
+    assert plugins.make_strategy("broyden-reuse", PLAIN | {"max_relative_error": "none"}) == plugins.make_strategy(
         "broyden-reuse", PLAIN
     )
 
@@ -428,9 +428,9 @@ def test_reuse_without_an_estimate_is_a_broken_promise(be, truth):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("broyden-reuse", {"target": 1.5}, "target = 1.5"),
-        ("broyden-reuse", {"target": "some"}, "target = 'some'"),
-        ("broyden-reuse", {"refine_steps": 0}, "refine_steps = 0"),
+        ("broyden-reuse", {"max_relative_error": 1.5}, "max_relative_error = 1.5"),
+        ("broyden-reuse", {"max_relative_error": "some"}, "max_relative_error = 'some'"),
+        ("broyden-reuse", {"max_refine_vjps": 0}, "max_refine_vjps = 0"),
         ("broyden-reuse", {"fallback": "hope"}, "'hope'"),
         ("exact-ift", {"rtol": "tight"}, "rtol = 'tight'"),
         ("jacobian-free", {"steps": 1}, "no option 'steps'"),

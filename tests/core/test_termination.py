@@ -179,7 +179,7 @@ def test_a_step_out_of_the_domain_is_tried_shorter(be, name, solver, dtype):
     np.testing.assert_allclose(be.to_numpy(sol.value), root, rtol=1e-3, atol=1e-10)
 
 
-@pytest.mark.parametrize("solver", [Broyden(), Broyden(memory=4), Anderson(), Picard(), NewtonKrylov()], ids=repr)
+@pytest.mark.parametrize("solver", [Broyden(), Broyden(history_size=4), Anderson(), Picard(), NewtonKrylov()], ids=repr)
 def test_a_refused_step_changes_no_bit_of_its_neighbours(be, solver):
     if isinstance(solver, NewtonKrylov) and not be.capabilities.jvp:
         pytest.skip("no products J v")

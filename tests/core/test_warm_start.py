@@ -8,10 +8,10 @@ from deqcore.solution import Status
 
 SOLVERS = [
     ("picard", {}),
-    ("anderson", {"memory": 3}),
+    ("anderson", {"history_size": 3}),
     ("broyden", {}),
-    ("broyden", {"memory": 5}),
-    ("broyden", {"memory": 5, "growth": 2.0}),
+    ("broyden", {"history_size": 5}),
+    ("broyden", {"history_size": 5, "max_residual_growth": 2.0}),
     ("newton-krylov", {}),
 ]
 QUIET = {"forward__on_failure": "ignore"}
@@ -65,7 +65,7 @@ def test_the_answer_is_that_of_the_new_problem(be, problem, solver, options, fir
 
 @pytest.mark.parametrize(("solver", "options"), SOLVERS)
 def test_a_sample_whose_problem_is_the_same_does_not_see_the_others(be, problem, solver, options):
-    if be.name == "torch" and options.get("memory") == 5:
+    if be.name == "torch" and options.get("history_size") == 5:
         pytest.skip("rows that restart apart leave the native step for the portable one, which rounds otherwise")
     a, x, shift = problem
     other = x.copy()

@@ -7,7 +7,7 @@ import pytest
 
 import deqcore
 from deqcore.diagnostics import gradient_audit, residual_curve
-from deqcore.errors import ConfigError, StateError
+from deqcore.errors import ConfigError, InitialIterateError
 
 torch = pytest.importorskip("torch")
 jax = pytest.importorskip("jax")
@@ -92,7 +92,7 @@ def test_a_truncated_series(be, problem, strategy, options):
 def test_exact_and_certified_agree_with_the_reference(be, problem):
     exact = audit(be, problem, "exact-ift", options={"rtol": 1e-9})
     assert (exact.error < 1e-7).all()
-    reuse = audit(be, problem, "broyden-reuse", options={"target": 0.05})
+    reuse = audit(be, problem, "broyden-reuse", options={"max_relative_error": 0.05})
     assert (reuse.error <= 0.05).all()
     assert (reuse.reported <= 0.05).all()
 
@@ -149,7 +149,7 @@ def test_bad_input():
         gradient_audit(f, z, cotangent=z, max_vjps=0)
     with pytest.raises(ConfigError, match="batched_args"):
         gradient_audit(f, z, cotangent=z, batched_args=(0,))
-    with pytest.raises(StateError, match="cotangent"):
+    with pytest.raises(InitialIterateError, match="cotangent"):
         gradient_audit(f, z, cotangent=np.zeros((2, 3)))
 
 

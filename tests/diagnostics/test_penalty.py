@@ -9,7 +9,7 @@ import pytest
 
 import deqcore
 from deqcore.diagnostics import jacobian_penalty
-from deqcore.errors import StateError
+from deqcore.errors import InitialIterateError
 
 torch = pytest.importorskip("torch")
 jax = pytest.importorskip("jax")
@@ -139,9 +139,9 @@ def test_trees_empty_batches_and_nan(be):
 
 
 def test_noise_must_be_like_the_state():
-    with pytest.raises(StateError, match="noise"):
+    with pytest.raises(InitialIterateError, match="noise"):
         jacobian_penalty(lambda z: z, np.zeros((1, 2)), noise=np.zeros((1, 3)))
-    with pytest.raises(StateError, match="noise"):
+    with pytest.raises(InitialIterateError, match="noise"):
         jacobian_penalty(lambda z: z, np.zeros((1, 2), np.float32), noise=np.zeros((1, 2)))
-    with pytest.raises(StateError, match="at least one probe"):
+    with pytest.raises(InitialIterateError, match="at least one probe"):
         jacobian_penalty(lambda z: z, np.zeros((1, 2)), noise=[])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import deqcore
 from deqcore.diagnostics import spectral_radius
-from deqcore.errors import ConfigError, ProblemError, StateError
+from deqcore.errors import ConfigError, InitialIterateError, ProblemError
 
 torch = pytest.importorskip("torch")
 jax = pytest.importorskip("jax")
@@ -119,9 +119,9 @@ def test_bad_input():
         spectral_radius(f, z, max_products=0)
     with pytest.raises(ConfigError, match="tolerance = -1"):
         spectral_radius(f, z, tolerance=-1.0)
-    with pytest.raises(StateError, match="int64"):
+    with pytest.raises(InitialIterateError, match="int64"):
         spectral_radius(f, np.zeros((1, 2), int))
-    with pytest.raises(StateError, match="batch axis"):
+    with pytest.raises(InitialIterateError, match="batch axis"):
         spectral_radius(f, np.zeros(2))
     with pytest.raises(ProblemError, match="shape"):
         spectral_radius(lambda z: z[:, :1], z)

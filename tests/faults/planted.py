@@ -8,8 +8,8 @@ from typing import Any
 
 from deqcore.testing.runner import Kind, Request
 
-PLAIN = {"certify": False, "target": None, "fallback": "none"}
-MEASURED = {"certify": True, "target": None, "fallback": "none"}
+PLAIN = {"certify": False, "max_relative_error": None, "fallback": "none"}
+MEASURED = {"certify": True, "max_relative_error": None, "fallback": "none"}
 
 
 @dataclass(frozen=True)
@@ -324,7 +324,7 @@ SOLVERS = [
         "solver broyden",
         "test_golden",
         "healthy samples ended as",
-        options={"memory": 5},
+        options={"history_size": 5},
     ),
     Fault(
         "a state that is one step behind",
@@ -460,7 +460,7 @@ SOLVERS = [
         "solver broyden",
         "test_a_refused_step_is_tried_shorter",
         "and then tried at",
-        options={"growth": 2.0},
+        options={"max_residual_growth": 2.0},
     ),
     Fault(
         "products that nobody counts",

@@ -38,10 +38,10 @@ Options = dict[str, object]
 
 
 def checks(kind: str, name: str, *variants: tuple[Options, Options], backend: str = "numpy"):
-    """A check for each set of options, with what is claimed under it; without any, the defaults and their claims."""
+    """A check for each set of options, with what is claimed under it; without any, the defaults and their cost_bounds."""
     return [
-        (Request(kind, name, options=text(options), claims=text(claims), first=True), backend)
-        for options, claims in variants or [({}, {})]
+        (Request(kind, name, options=text(options), cost_bounds=text(cost_bounds), first=True), backend)
+        for options, cost_bounds in variants or [({}, {})]
     ]
 
 
@@ -50,28 +50,31 @@ def text(given: Options) -> str | None:
 
 
 PLAIN, MEASURED, DEFAULT = (planted.PLAIN, {}), (planted.MEASURED, {}), ({}, {})
-SPENT = {"target": 0.001, "refine_steps": 2}  # a target that this budget misses
+SPENT = {"max_relative_error": 0.001, "max_refine_vjps": 2}  # a target that this budget misses
 
 ANDERSON = checks(
     "solver",
     "anderson",
     DEFAULT,
-    ({"memory": 3}, {"affine": 28, "expansive": 42, "monotone": 67, "tree": 41}),
+    ({"history_size": 3}, {"affine": 28, "expansive": 42, "monotone": 67, "tree": 41}),
     ({"mixing": 0.5}, {"affine": 10, "expansive": 12, "monotone": 15, "tree": 33}),
-    ({"growth": 1.5, "memory": 3}, {"affine": 28, "expansive": 28, "overshoot": 19, "tree": 41}),
+    ({"max_residual_growth": 1.5, "history_size": 3}, {"affine": 28, "expansive": 28, "overshoot": 19, "tree": 41}),
 )
 ANDERSON += checks("solver", "anderson", backend="strict")  # where samples that are done stay in the batch
 BROYDEN = checks(
     "solver",
     "broyden",
     DEFAULT,
-    ({"memory": 5}, {"affine": 29, "expansive": 37, "slow-modes": 175, "tree": 34}),
-    ({"memory": 2}, {"affine": 34, "mlp": 25, "overshoot": 21, "tree": 43}),
+    ({"history_size": 5}, {"affine": 29, "expansive": 37, "slow-modes": 175, "tree": 34}),
+    ({"history_size": 2}, {"affine": 34, "mlp": 25, "overshoot": 21, "tree": 43}),
     (
-        {"growth": 2.0},
+        {"max_residual_growth": 2.0},
         {"affine": 14, "expansive": 21, "monotone": 19, "overshoot": 15, "slow-modes": 43, "walled": 31},
     ),
-    ({"growth": 2.0, "memory": 5}, {"affine": 29, "expansive": 41, "overshoot": 18, "slow-modes": 160}),
+    (
+        {"max_residual_growth": 2.0, "history_size": 5},
+        {"affine": 29, "expansive": 41, "overshoot": 18, "slow-modes": 160},
+    ),
 )
 BROYDEN += checks("solver", "broyden", backend="strict")
 EXACT = checks(
@@ -88,8 +91,8 @@ REUSE = checks(
     "strategy",
     "broyden-reuse",
     DEFAULT,
-    ({"target": 1e-3}, {"affine": 6, "conv": 7, "slow-modes": 18, "tree": 8}),
-    ({"target": 1e-6}, {"conv": 12, "ring": 13, "slow-modes": 21, "tree": 10}),
+    ({"max_relative_error": 1e-3}, {"affine": 6, "conv": 7, "slow-modes": 18, "tree": 8}),
+    ({"max_relative_error": 1e-6}, {"conv": 12, "ring": 13, "slow-modes": 21, "tree": 10}),
     (SPENT, {}),
     ({**SPENT, "fallback": "exact-ift"}, {}),
     ({**SPENT, "fallback": "none"}, {}),

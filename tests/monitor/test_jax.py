@@ -1,4 +1,4 @@
-"""The monitor and JAX: eager solves; compiled ones by the collector, backward passes by the probe, actions by using."""
+"""The monitor and JAX: eager solves; compiled ones by the collector, backward passes by the adjoint_tap, actions by using."""
 
 from __future__ import annotations
 

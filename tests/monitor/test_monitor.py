@@ -13,7 +13,7 @@ from deqcore import Status
 from deqcore.abc.backend import BackwardRecord
 from deqcore.abc.backward import AdjointReport
 from deqcore.errors import ConfigError, ConvergenceError, MonitorWarning
-from deqcore.monitor import Metric, Metrics, Monitor, Probe
+from deqcore.monitor import Measurement, Metric, Metrics, Monitor
 
 
 def affine(rates):
@@ -243,7 +243,7 @@ def test_a_probe_measures_now_and_then_with_f_at_hand(be) -> None:
         one = 1.0 + 0 * solve.solution.value
         return (solve.f(one) - solve.f(0 * one))[0, 0]
 
-    with Monitor(sinks=[], probes=[Probe("deq_spectral_radius", rate, every=3)]) as monitor:
+    with Monitor(sinks=[], measurements=[Measurement("deq_spectral_radius", rate, every=3)]) as monitor:
         for _ in range(7):
             deqcore.fixed_point(affine(0.75), start(be))
     found = [row.values["deq_spectral_radius"] for row in monitor.rows if "deq_spectral_radius" in row.values]
@@ -253,7 +253,7 @@ def test_a_probe_measures_now_and_then_with_f_at_hand(be) -> None:
 def test_the_probes_of_a_config_measure_what_is_known(be) -> None:
     turn = 0.8 * np.array([[0.0, -1.0], [1.0, 0.0]])  # eigenvalues ±0.8 i
     config = deqcore.Config(
-        monitor={"sinks": [], "probes": {"spectral_radius": 2, "gradient_audit": 3}},
+        monitor={"sinks": [], "measurements": {"spectral_radius": 2, "gradient_audit": 3}},
         forward={"solver": "anderson"},
         backward={"strategy": "jacobian-free"},
     )
@@ -278,7 +278,7 @@ def test_the_solves_of_a_probe_are_not_observed() -> None:
     def again(solve):
         return deqcore.fixed_point(solve.f, solve.z0).steps.mean()
 
-    with Monitor(sinks=[], probes=[Probe("deq_spectral_radius", again, 1)]) as monitor:
+    with Monitor(sinks=[], measurements=[Measurement("deq_spectral_radius", again, 1)]) as monitor:
         deqcore.fixed_point(affine(0.5), np.zeros((2, 2)))
     assert [row.solve for row in monitor.rows] == [0, 1]
     assert "deq_forward_steps" not in monitor.rows[1].values
@@ -296,7 +296,7 @@ def test_a_probe_that_fails_is_told_once_and_left_out() -> None:
     def broken(solve):
         raise RuntimeError("no such luck")
 
-    with Monitor(sinks=[], probes=[Probe("deq_spectral_radius", broken, 1)]) as monitor:
+    with Monitor(sinks=[], measurements=[Measurement("deq_spectral_radius", broken, 1)]) as monitor:
         with pytest.warns(MonitorWarning, match=r"deq_spectral_radius fails .*RuntimeError: no such luck"):
             deqcore.fixed_point(affine(0.5), np.zeros((2, 2)))
         deqcore.fixed_point(affine(0.5), np.zeros((2, 2)))
@@ -308,7 +308,7 @@ def test_unknown_metrics_are_told_with_a_suggestion() -> None:
     with pytest.raises(ConfigError, match=r"no metric 'deq_spectral_radios'\. Did you mean 'deq_spectral_radius'\?"):
         monitor.log(deq_spectral_radios=1.0)
     with pytest.raises(ConfigError, match="Did you mean 'deq_forward_steps'"):
-        Monitor(sinks=[], probes=[Probe("deq_forward_step", lambda solve: 0.0)])
+        Monitor(sinks=[], measurements=[Measurement("deq_forward_step", lambda solve: 0.0)])
     with pytest.raises(ConfigError, match="exists already"):
         Monitor(sinks=[], metrics=[Metric("deq_retrain", "1", "")])
     with pytest.raises(ConfigError, match="name = 'my loss'"):
@@ -325,9 +325,9 @@ def test_unknown_metrics_are_told_with_a_suggestion() -> None:
         ({"triggers": "deq_forward_steps > 3"}, "a table, written"),
         ({"sinks": [{"sink": "jsonl", "pth": "a"}]}, "Did you mean 'path'"),
         ({"sinks": [{"sink": "jsonll"}]}, "Did you mean 'jsonl'"),
-        ({"probes": {"spectral": 3}}, "Did you mean 'spectral_radius'"),
-        ({"probes": {"spectral_radius": 0}}, "spectral_radius = 0"),
-        ({"probes": 3}, "probes = 3"),
+        ({"measurements": {"spectral": 3}}, "Did you mean 'spectral_radius'"),
+        ({"measurements": {"spectral_radius": 0}}, "spectral_radius = 0"),
+        ({"measurements": 3}, "probes = 3"),
         ({"reference": "nowhere.json"}, "no reference profile 'nowhere.json'"),
     ],
 )

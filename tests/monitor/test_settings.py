@@ -25,7 +25,7 @@ TRIGGER = {"metric": "deq_unconverged_fraction", "condition": "> 0.1"}
         ({"triggers": [{**TRIGGER, "window": 0}]}, r"window = 0, but an integer >= 1"),
         ({"triggers": [{**TRIGGER, "acton": "warn"}]}, r"Did you mean 'action'"),
         ({"triggers": "warn"}, r"a table, written \[\[monitor.triggers\]\]"),
-        ({"probes": {"spectral": 5}}, r"no option 'spectral'"),
+        ({"measurements": {"spectral": 5}}, r"no option 'spectral'"),
         ({"sinks": [{"path": "a.csv"}]}, r"sink = None, but the name of a registered sink"),
     ],
 )

@@ -99,7 +99,9 @@ def test_a_long_quiet_spell_makes_the_next_action_short_again() -> None:
 
 
 def test_effects_on_settings() -> None:
-    config = Config(forward={"rtol": 1e-3}, backward={"strategy": "broyden-reuse", "options": {"target": 0.2}})
+    config = Config(
+        forward={"rtol": 1e-3}, backward={"strategy": "broyden-reuse", "options": {"max_relative_error": 0.2}}
+    )
     tighten = Trigger(METRIC, "> 1", "tighten")
     assert apply(config, (tighten,)).forward.rtol == pytest.approx(1e-4)
     assert apply(config, (tighten,), least=5e-4).forward.rtol == 5e-4
@@ -109,12 +111,15 @@ def test_effects_on_settings() -> None:
     assert apply(auto, (tighten,)) == auto
 
     refined = apply(config, (Trigger(METRIC, "> 1", "refine"),)).backward.options
-    assert refined["target"] == pytest.approx(0.1)
-    assert refined["refine_steps"] == 80
+    assert refined["max_relative_error"] == pytest.approx(0.1)
+    assert refined["max_refine_vjps"] == 80
     plain = Config(
-        backward={"strategy": "broyden-reuse", "options": {"target": None, "certify": False, "fallback": "none"}}
+        backward={
+            "strategy": "broyden-reuse",
+            "options": {"max_relative_error": None, "certify": False, "fallback": "none"},
+        }
     )
-    assert apply(plain, (Trigger(METRIC, "> 1", "refine"),)).backward.options["target"] == 0.1
+    assert apply(plain, (Trigger(METRIC, "> 1", "refine"),)).backward.options["max_relative_error"] == 0.1
     neumann = Config(backward={"strategy": "neumann", "options": {"terms": 3}})
     assert apply(neumann, (Trigger(METRIC, "> 1", "refine", factor=3.0),)).backward.options["terms"] == 9
     free = Config(backward={"strategy": "jacobian-free"})

@@ -22,7 +22,10 @@ from torch.profiler import ProfilerActivity, profile
 WIDTH = 24
 STRATEGIES = {
     "exact-ift": {"backward__strategy": "exact-ift", "backward__options": {"rtol": 1e-7}},
-    "certified": {"backward__strategy": "broyden-reuse", "backward__options": {"target": 1e-6, "refine_steps": 100}},
+    "certified": {
+        "backward__strategy": "broyden-reuse",
+        "backward__options": {"max_relative_error": 1e-6, "max_refine_vjps": 100},
+    },
 }
 
 

@@ -26,9 +26,9 @@ CASES = {
     },
     "broyden": {
         "forward__solver": "broyden",
-        "forward__options": {"memory": 20},
+        "forward__options": {"history_size": 20},
         "backward__strategy": "broyden-reuse",
-        "backward__options": {"target": 1e-5, "refine_steps": 16},
+        "backward__options": {"max_relative_error": 1e-5, "max_refine_vjps": 16},
     },
     "newton-krylov": {
         "forward__solver": "newton-krylov",

@@ -35,7 +35,7 @@ def test_models_meet_only_the_data_that_they_take():
 
 
 def test_a_cell_comes_back_from_its_json_form():
-    entry = {"name": "broyden-reuse", "label": "plain", "options": {"target": "none", "certify": False}}
+    entry = {"name": "broyden-reuse", "label": "plain", "options": {"max_relative_error": "none", "certify": False}}
     (cell,) = grid({"strategies": [{**entry, "options": {**entry["options"], "fallback": "none"}}]})
     assert Cell.of(cell.as_dict()) == cell
     assert Cell.of(cell.as_dict()).key == cell.key

@@ -118,7 +118,7 @@ def faults(tmp_path, monkeypatch):
     plugins.register(deqfile_faults)
 
 
-PLAIN = {"certify": False, "target": None, "fallback": "none"}
+PLAIN = {"certify": False, "max_relative_error": None, "fallback": "none"}
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def step(backend: Backend, solver: Solver, f: Map, z: Tensor, fz: Tensor, state:
 
     Args: as for `deqcore_torch.native.steps.step`.
     """
-    if type(solver) is Broyden and solver.growth is None:
+    if type(solver) is Broyden and solver.max_residual_growth is None:
         return _broyden(backend, f, z, state)
     if type(solver) is Anderson and solver.mixing == 1.0:
         return _anderson(backend, solver, f, z, fz, state)
@@ -76,8 +76,8 @@ def _on(x: Tensor) -> AbstractContextManager[object]:
 
 
 @cache
-def _lanes(memory: int) -> int:
-    return max(4, int(triton.next_power_of_2(memory)))
+def _lanes(history_size: int) -> int:
+    return max(4, int(triton.next_power_of_2(history_size)))
 
 
 def _spans(n: int) -> int:
@@ -85,7 +85,7 @@ def _spans(n: int) -> int:
 
 
 def _holds(history: Any) -> bool:
-    return type(history) is TorchHistory and history.store.dtype in KINDS and history.memory <= MOST
+    return type(history) is TorchHistory and history.store.dtype in KINDS and history.history_size <= MOST
 
 
 def _seen(history: TorchHistory, like: Tensor) -> tuple[Tensor, bool]:
@@ -109,13 +109,13 @@ def _products(history: TorchHistory) -> dict[str, Any]:
 
 def dots(history: TorchHistory, v: Tensor) -> Tensor:
     """`History.dot` of `v` `(batch, n)`, in one pass over the vectors."""
-    (batch, n), memory = v.shape, history.memory
-    parts = v.new_empty((_spans(n), batch, memory), dtype=history.store.compute)
+    (batch, n), history_size = v.shape, history.history_size
+    parts = v.new_empty((_spans(n), batch, history_size), dtype=history.store.compute)
     seen, masked = _seen(history, v)
     with _on(v):
         RUN.dots(
-            (batch, parts.shape[0], triton.cdiv(memory, AT_ONCE)),
-            *(v, history.table(), seen, parts, n, batch, memory, history.used(), history.store.chunk),
+            (batch, parts.shape[0], triton.cdiv(history_size, AT_ONCE)),
+            *(v, history.table(), seen, parts, n, batch, history_size, history.used(), history.store.chunk),
             **_products(history),
             has_seen=masked,
         )
@@ -135,7 +135,7 @@ def combined(
             (store.batch, triton.cdiv(store.width, COLUMNS)),
             *(out if base is None else base, coefficients, history.table(), seen),
             *(out if active is None else active, out if stay is None else stay, out),
-            *(store.width, store.batch, history.memory, history.used(), store.chunk),
+            *(store.width, store.batch, history.history_size, history.used(), store.chunk),
             **_stored(history),
             has_base=base is not None,
             has_seen=masked,
@@ -169,36 +169,36 @@ def _broyden(backend: Backend, f: Map, z: Tensor, state: BroydenState) -> StepRe
     basis, small = state.basis, (state.gram, state.left, state.right, state.pairs)
     if not _holds(basis) or basis.may_be_full():
         return None
-    if not all(_holds(h) and h.store.chunk == h.memory for h in small):
+    if not all(_holds(h) and h.store.chunk == h.history_size for h in small):
         return None
     z = combined(basis, backend.multiply_rows(state.step, state.unit), z, basis.active, z)
     value = f(z).contiguous()
-    used, slot, fresh = basis.used(), basis.reserve(z), int(basis.written < basis.memory)
+    used, slot, fresh = basis.used(), basis.reserve(z), int(basis.written < basis.history_size)
     for history in small:
         history.reserve(state.step)
-    (batch, n), memory = z.shape, basis.memory
+    (batch, n), history_size = z.shape, basis.history_size
     active, unit = _everyone(basis), _unit(state.unit, state.norm)
     spans = _spans(n)
-    parts = z.new_empty((spans, batch, memory), dtype=basis.store.compute)
+    parts = z.new_empty((spans, batch, history_size), dtype=basis.store.compute)
     squares = z.new_empty((spans, batch, 3), dtype=torch.float64)
     newest, following, norm, size = _like(state.newest, state.step, state.norm, state.norm)
-    after_seen = torch.empty((batch, memory), dtype=torch.bool, device=z.device)
+    after_seen = torch.empty((batch, history_size), dtype=torch.bool, device=z.device)
     seen, masked = _seen(basis, z)
     with _on(z):
         RUN.broyden_products(
-            (batch, spans, triton.cdiv(memory, AT_ONCE)),
+            (batch, spans, triton.cdiv(history_size, AT_ONCE)),
             *(z, value, unit, basis.table(), seen, active, parts, squares),
-            *(n, batch, memory, used, slot, basis.store.chunk, fresh),
+            *(n, batch, history_size, used, slot, basis.store.chunk, fresh),
             **_products(basis),
             has_seen=masked,
         )
-        lanes = _lanes(memory)
+        lanes = _lanes(history_size)
         RUN.broyden_algebra(
             (batch,),
             *(parts, squares, spans, seen, active, unit, *(h.store.chunks[0] for h in small)),
             *_dense(state.newest, state.step, state.norm),
             *(after_seen, newest, following, norm, size),
-            *(batch, memory, used, slot, fresh),
+            *(batch, history_size, used, slot, fresh),
             eps=EPS,
             has_seen=masked,
             lanes=lanes,
@@ -214,23 +214,23 @@ def _anderson(
     backend: Backend, solver: Anderson, f: Map, z: Tensor, fz: Tensor, state: AndersonState
 ) -> StepResult | None:
     values, residuals = state.values, state.residuals
-    if not (_holds(values) and _holds(residuals)) or values.memory > MOST // 2:
+    if not (_holds(values) and _holds(residuals)) or values.history_size > MOST // 2:
         return None
     z = combined(values, backend.multiply_rows(state.step, state.unit), fz, values.active, z)
     value = f(z).contiguous()
-    used, slot, fresh = values.used(), values.reserve(z), int(values.written < values.memory)
+    used, slot, fresh = values.used(), values.reserve(z), int(values.written < values.history_size)
     residuals.reserve(z)
-    (batch, n), memory = z.shape, values.memory
+    (batch, n), history_size = z.shape, values.history_size
     active, unit = _everyone(values), _unit(state.unit, state.norm)
     spans = _spans(n)
-    parts = z.new_empty((spans, batch, memory), dtype=values.store.compute)
+    parts = z.new_empty((spans, batch, history_size), dtype=values.store.compute)
     squares = z.new_empty((spans, batch, 4), dtype=torch.float64)
     g, system, scale, target, following, norm, size = _like(z, *state[2:6], state.norm, state.norm)
-    after_seen = torch.empty((batch, memory), dtype=torch.bool, device=z.device)
+    after_seen = torch.empty((batch, history_size), dtype=torch.bool, device=z.device)
     seen, masked = _seen(values, z)
     with _on(z):
         RUN.anderson_products(
-            (batch, spans, triton.cdiv(memory, AT_ONCE)),
+            (batch, spans, triton.cdiv(history_size, AT_ONCE)),
             *(
                 z,
                 value,
@@ -244,7 +244,7 @@ def _anderson(
                 parts,
                 squares,
             ),
-            *(n, batch, memory, used, slot, values.store.chunk, fresh),
+            *(n, batch, history_size, used, slot, values.store.chunk, fresh),
             **_products(values),
             has_seen=masked,
         )
@@ -253,10 +253,10 @@ def _anderson(
             *(parts, squares, spans, seen, active, unit),
             *_dense(state.system, state.scale, state.target, state.step, state.norm),
             *(after_seen, system, scale, target, following, norm, size),
-            *(batch, memory, used, slot, fresh, solver.growth),
+            *(batch, history_size, used, slot, fresh, solver.max_residual_growth),
             ridge=solver.relative_ridge(EPS),
             has_seen=masked,
-            lanes=_lanes(memory),
+            lanes=_lanes(history_size),
             at_once=fused.PARTS,
         )
     values, residuals = values.appended(after_seen), residuals.appended(after_seen)
@@ -350,31 +350,35 @@ def project(basis: Any, w: Tensor, twice: bool) -> None:
 def arnoldi(space: Krylov, w: Tensor, goal: Tensor, twice: bool) -> Krylov | None:
     """A step of GMRES once the product `w` is there; None where there is no native version for this space."""
     basis, columns = space.basis, space.columns
-    if type(basis) is not TorchHistory or type(columns) is not TorchHistory or columns.store.chunk != columns.memory:
+    if (
+        type(basis) is not TorchHistory
+        or type(columns) is not TorchHistory
+        or columns.store.chunk != columns.history_size
+    ):
         return None
-    if basis.memory > WIDEST or basis.written >= basis.memory:
+    if basis.history_size > WIDEST or basis.written >= basis.history_size:
         return None
-    (batch, n), memory, used = w.shape, basis.memory, basis.used()
+    (batch, n), history_size, used = w.shape, basis.history_size, basis.used()
     wide, store = torch.float64, basis.store
     spans, blocks = _spans(n), int(triton.cdiv(n, COLUMNS))
     seen, masked = _seen(basis, w)
     columns_seen, columns_masked = _seen(columns, w)
-    slot, column = basis.reserve(w), columns.reserve(space.null_vector.new_empty((batch, 2 * memory)))
+    slot, column = basis.reserve(w), columns.reserve(space.null_vector.new_empty((batch, 2 * history_size)))
     with _on(w):
 
         def project(v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            parts = v.new_empty((spans, batch, memory), dtype=store.compute)
+            parts = v.new_empty((spans, batch, history_size), dtype=store.compute)
             before, after = v.new_empty((spans, batch), dtype=wide), v.new_empty((blocks, batch), dtype=wide)
             RUN.projections(
-                (batch, spans, triton.cdiv(memory, AT_ONCE)),
-                *(v, basis.table(), seen, parts, before, n, batch, memory, used, store.chunk),
+                (batch, spans, triton.cdiv(history_size, AT_ONCE)),
+                *(v, basis.table(), seen, parts, before, n, batch, history_size, used, store.chunk),
                 **_products(basis),
                 has_seen=masked,
             )
             rest = torch.empty_like(v)
             RUN.rejected(
                 (batch, blocks),
-                *(v, parts, spans, basis.table(), seen, rest, after, n, batch, memory, used, store.chunk),
+                *(v, parts, spans, basis.table(), seen, rest, after, n, batch, history_size, used, store.chunk),
                 **_stored(basis),
                 has_seen=masked,
                 slots_at_once=FEW,
@@ -398,8 +402,8 @@ def arnoldi(space: Krylov, w: Tensor, goal: Tensor, twice: bool) -> Krylov | Non
                 space.steps,
             )
         )
-        basis_seen = torch.empty((batch, memory), dtype=torch.bool, device=w.device)
-        next_columns_seen = torch.empty((batch, memory - 1), dtype=torch.bool, device=w.device)
+        basis_seen = torch.empty((batch, history_size), dtype=torch.bool, device=w.device)
+        next_columns_seen = torch.empty((batch, history_size - 1), dtype=torch.bool, device=w.device)
         RUN.arnoldi_algebra(
             (batch,),
             *(first, second, spans, before, after, blocks, seen, columns_seen, columns.store.chunks[0]),
@@ -413,12 +417,12 @@ def arnoldi(space: Krylov, w: Tensor, goal: Tensor, twice: bool) -> Krylov | Non
                 space.steps,
             ),
             *(basis_seen, next_columns_seen, source_slot, null_vector, null_norm_sq, residual, can_grow, steps, height),
-            *(batch, memory, used, slot, column, int(columns.written < columns.memory)),
+            *(batch, history_size, used, slot, column, int(columns.written < columns.history_size)),
             eps=float(torch.finfo(w.dtype).eps),
             twice=twice,
             has_basis_seen=masked,
             has_columns_seen=columns_masked,
-            lanes=_lanes(memory),
+            lanes=_lanes(history_size),
             at_once=fused.PARTS,
         )
         v = torch.empty_like(w)

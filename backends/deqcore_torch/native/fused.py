@@ -48,24 +48,24 @@ def _each(flag, lanes):
 
 
 @triton.jit
-def _known(seen, b, slots, used, memory, has_seen: tl.constexpr):
+def _known(seen, b, slots, used, history_size, has_seen: tl.constexpr):
     """Which of `slots` this sample has seen."""
     known = slots < used
     if has_seen:
-        known = known & (tl.load(seen + b * memory + slots, mask=slots < memory, other=0) != 0)
+        known = known & (tl.load(seen + b * history_size + slots, mask=slots < history_size, other=0) != 0)
     return known
 
 
 @triton.jit(do_not_specialize=["batch", "memory", "used", "per_chunk"])
 def dots(
-    v, chunks, seen, partial, n, batch, memory, used, per_chunk,
+    v, chunks, seen, partial, n, batch, history_size, used, per_chunk,
     kind: tl.constexpr, aligned: tl.constexpr, wide: tl.constexpr, has_seen: tl.constexpr,
     slots_at_once: tl.constexpr, block: tl.constexpr, span: tl.constexpr,
 ):  # fmt: skip
     """`partial` (spans, batch, memory): h_kᵀv over a span, 0 for what is not seen."""
     b, part, tile = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     slots = tile * slots_at_once + tl.arange(0, slots_at_once)
-    known = _known(seen, b, slots, used, memory, has_seen)
+    known = _known(seen, b, slots, used, history_size, has_seen)
     rows = _rows(chunks, slots, known, per_chunk, batch, b, n, kind, aligned)
     total = tl.zeros([slots_at_once, block], wide)
     for start in range(part * span, tl.minimum(n, (part + 1) * span), block):
@@ -74,12 +74,12 @@ def dots(
         x = tl.load(v + b * n + column, mask=inside, other=0).to(wide)
         h = tl.load(rows[:, None] + column[None, :], mask=known[:, None] & inside[None, :], other=0).to(wide)
         total += h * x[None, :]
-    tl.store(partial + (part * batch + b) * memory + slots, tl.sum(total, 1), mask=slots < memory)
+    tl.store(partial + (part * batch + b) * history_size + slots, tl.sum(total, 1), mask=slots < history_size)
 
 
 @triton.jit(do_not_specialize=["batch", "memory", "used", "per_chunk"])
 def combined(
-    base, coefficients, chunks, seen, active, stay, out, n, batch, memory, used, per_chunk,
+    base, coefficients, chunks, seen, active, stay, out, n, batch, history_size, used, per_chunk,
     kind: tl.constexpr, aligned: tl.constexpr, wide: tl.constexpr,
     has_base: tl.constexpr, has_seen: tl.constexpr, has_active: tl.constexpr,
     slots_at_once: tl.constexpr, block: tl.constexpr,
@@ -95,9 +95,9 @@ def combined(
         total = tl.zeros([block], wide)
         for first in range(0, used, slots_at_once):
             slots = first + tl.arange(0, slots_at_once)
-            known = _known(seen, b, slots, used, memory, has_seen)
+            known = _known(seen, b, slots, used, history_size, has_seen)
             rows = _rows(chunks, slots, known, per_chunk, batch, b, n, kind, aligned)
-            c = tl.load(coefficients + b * memory + slots, mask=known, other=0).to(wide)
+            c = tl.load(coefficients + b * history_size + slots, mask=known, other=0).to(wide)
             h = tl.load(rows[:, None] + column[None, :], mask=known[:, None] & inside[None, :], other=0).to(wide)
             total += tl.sum(c[:, None] * h, 0)
         if has_base:
@@ -115,7 +115,7 @@ def _square(x):
 
 @triton.jit(do_not_specialize=["batch", "memory", "used", "slot", "per_chunk", "fresh"])
 def broyden_products(
-    z, fz, unit, chunks, seen, active, partial, squares, n, batch, memory, used, slot, per_chunk, fresh,
+    z, fz, unit, chunks, seen, active, partial, squares, n, batch, history_size, used, slot, per_chunk, fresh,
     kind: tl.constexpr, aligned: tl.constexpr, wide: tl.constexpr, has_seen: tl.constexpr,
     slots_at_once: tl.constexpr, block: tl.constexpr, span: tl.constexpr,
 ):  # fmt: skip
@@ -126,7 +126,7 @@ def broyden_products(
     b, part, tile = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     takes_part = tl.load(active + b).to(tl.int32)
     slots = tile * slots_at_once + tl.arange(0, slots_at_once)
-    known = _known(seen, b, slots, used, memory, has_seen) & (slots != slot) & _each(takes_part, slots)
+    known = _known(seen, b, slots, used, history_size, has_seen) & (slots != slot) & _each(takes_part, slots)
     rows = _rows(chunks, slots, known, per_chunk, batch, b, n, kind, aligned)
     first = tile == 0
     here = _rows(chunks, slot, True, per_chunk, batch, b, n, kind, aligned)
@@ -148,7 +148,7 @@ def broyden_products(
             gg += _square(g)
             kept += stored.to(tl.float64) * g.to(tl.float64)
             ff += _square(value.to(tl.float64) * inverse)
-    tl.store(partial + (part * batch + b) * memory + slots, tl.sum(total, 1), mask=slots < memory)
+    tl.store(partial + (part * batch + b) * history_size + slots, tl.sum(total, 1), mask=slots < history_size)
     if first:
         at = squares + (part * batch + b) * 3
         tl.store(at, tl.sum(gg, 0))
@@ -177,16 +177,16 @@ def _added(partial, spans, batch, b, width, j, inside, lanes: tl.constexpr, at_o
 @triton.jit(do_not_specialize=["spans", "batch", "memory", "used", "slot", "fresh"])
 def broyden_algebra(
     partial, squares, spans, seen, active, unit, gram, left, right, pairs, newest, step, norm,
-    next_seen, next_newest, next_step, next_norm, size, batch, memory, used, slot, fresh, eps: tl.constexpr,
+    next_seen, next_newest, next_step, next_norm, size, batch, history_size, used, slot, fresh, eps: tl.constexpr,
     has_seen: tl.constexpr, lanes: tl.constexpr, at_once: tl.constexpr,
 ):  # fmt: skip
     """What stands in `deqcore.solvers.broyden` after the products, with its names."""
     b = tl.program_id(0).to(tl.int64)
     i, j, four = tl.arange(0, lanes), tl.arange(0, lanes), tl.arange(0, 4)
-    real, new = j < memory, j == slot
-    own = b * memory + j
+    real, new = j < history_size, j == slot
+    own = b * history_size + j
     takes_part = tl.load(active + b).to(tl.int32)
-    there = _known(seen, b, j, used, memory, has_seen)
+    there = _known(seen, b, j, used, history_size, has_seen)
     known = there & (j != slot)
     tl.store(next_seen + own, tl.where(_each(takes_part, j), known | new, there), mask=real)
     c = tl.load(step + own, mask=real, other=0)
@@ -194,10 +194,10 @@ def broyden_algebra(
     if takes_part != 0:
         found = _added(squares, spans, batch, b, 3, four, four < 3, 4, at_once)
         kept = _entry(found, four, 1)
-        d = _added(partial, spans, batch, b, memory, j, known, lanes, at_once)
+        d = _added(partial, spans, batch, b, history_size, j, known, lanes, at_once)
         d = tl.where(new, kept, d)
-        known_row = _known(seen, b, i, used, memory, has_seen) & (i != slot)
-        tile = ((i.to(tl.int64) * batch + b) * memory)[:, None] + j[None, :]
+        known_row = _known(seen, b, i, used, history_size, has_seen) & (i != slot)
+        tile = ((i.to(tl.int64) * batch + b) * history_size)[:, None] + j[None, :]
         held = known_row[:, None] & real[None, :]
         row = tl.where(new, 0.5 * d, d)
         lower = tl.load(gram + tile, mask=held, other=0)
@@ -211,13 +211,13 @@ def broyden_algebra(
         safe = tl.abs(ss - sh) > eps * ss
         inverse = tl.where(safe, 1.0 / tl.where(safe, ss - sh, 1.0), 0.0)
         scaled = inverse * u
-        at = (slot.to(tl.int64) * batch + b) * memory + j
+        at = (slot.to(tl.int64) * batch + b) * history_size + j
         tl.store(gram + at, row, mask=real)
         tl.store(left + at, scaled, mask=real)
         tl.store(right + at, v, mask=real)
-        pair = (slot.to(tl.int64) * batch + b) * 2 * memory + j
+        pair = (slot.to(tl.int64) * batch + b) * 2 * history_size + j
         tl.store(pairs + pair, c, mask=real)
-        tl.store(pairs + pair + memory, tl.where(new, 1.0, 0.0) - before, mask=real)
+        tl.store(pairs + pair + history_size, tl.where(new, 1.0, 0.0) - before, mask=real)
         tl.store(next_step + own, u + sh * scaled, mask=real)
         tl.store(next_newest + own, tl.where(new, 1.0, 0.0), mask=real)
         scale = tl.load(unit + b).to(tl.float64)
@@ -226,13 +226,13 @@ def broyden_algebra(
     else:
         if fresh != 0:
             zero = tl.zeros([lanes], tl.float64)
-            at = (slot.to(tl.int64) * batch + b) * memory + j
+            at = (slot.to(tl.int64) * batch + b) * history_size + j
             tl.store(gram + at, zero, mask=real)
             tl.store(left + at, zero, mask=real)
             tl.store(right + at, zero, mask=real)
-            pair = (slot.to(tl.int64) * batch + b) * 2 * memory + j
+            pair = (slot.to(tl.int64) * batch + b) * 2 * history_size + j
             tl.store(pairs + pair, zero, mask=real)
-            tl.store(pairs + pair + memory, zero, mask=real)
+            tl.store(pairs + pair + history_size, zero, mask=real)
         tl.store(next_step + own, c, mask=real)
         tl.store(next_newest + own, before, mask=real)
         tl.store(next_norm + b, tl.load(norm + b))
@@ -242,7 +242,7 @@ def broyden_algebra(
 @triton.jit(do_not_specialize=["batch", "memory", "used", "slot", "per_chunk", "fresh"])
 def anderson_products(
     z, fz, unit, before_f, before_g, next_g, values, residuals, seen, active, partial, squares,
-    n, batch, memory, used, slot, per_chunk, fresh,
+    n, batch, history_size, used, slot, per_chunk, fresh,
     kind: tl.constexpr, aligned: tl.constexpr, wide: tl.constexpr, has_seen: tl.constexpr,
     slots_at_once: tl.constexpr, block: tl.constexpr, span: tl.constexpr,
 ):  # fmt: skip
@@ -253,7 +253,7 @@ def anderson_products(
     b, part, tile = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     takes_part = tl.load(active + b).to(tl.int32)
     slots = tile * slots_at_once + tl.arange(0, slots_at_once)
-    known = _known(seen, b, slots, used, memory, has_seen) & (slots != slot) & _each(takes_part, slots)
+    known = _known(seen, b, slots, used, history_size, has_seen) & (slots != slot) & _each(takes_part, slots)
     rows = _rows(residuals, slots, known, per_chunk, batch, b, n, kind, aligned)
     first = tile == 0
     new_value = _rows(values, slot, True, per_chunk, batch, b, n, kind, aligned)
@@ -287,7 +287,7 @@ def anderson_products(
             dd += _square(change)
             kept += stored.to(tl.float64) * g.to(tl.float64)
             ff += _square(value.to(tl.float64) * inverse)
-    tl.store(partial + (part * batch + b) * memory + slots, tl.sum(total, 1), mask=slots < memory)
+    tl.store(partial + (part * batch + b) * history_size + slots, tl.sum(total, 1), mask=slots < history_size)
     if first:
         at = squares + (part * batch + b) * 4
         tl.store(at, tl.sum(gg, 0))
@@ -300,21 +300,21 @@ def anderson_products(
 def anderson_algebra(
     partial, squares, spans, seen, active, units, system, scale, target, step, norm,
     next_seen, next_system, next_scale, next_target, next_step, next_norm, size,
-    batch, memory, used, slot, fresh, growth, ridge: tl.constexpr,
+    batch, history_size, used, slot, fresh, max_residual_growth, ridge: tl.constexpr,
     has_seen: tl.constexpr, lanes: tl.constexpr, at_once: tl.constexpr,
 ):  # fmt: skip
     """What stands in `deqcore.solvers.anderson` after the products, with its names."""
     b = tl.program_id(0).to(tl.int64)
     i, j = tl.arange(0, lanes), tl.arange(0, lanes)
     four = tl.arange(0, 4)
-    real = j < memory
-    own = b * memory + j
-    tile = (b * memory + i)[:, None] * memory + j[None, :]
-    inside = (i < memory)[:, None] & real[None, :]
+    real = j < history_size
+    own = b * history_size + j
+    tile = (b * history_size + i)[:, None] * history_size + j[None, :]
+    inside = (i < history_size)[:, None] & real[None, :]
     takes_part = tl.load(active + b).to(tl.int32)
     new, diagonal = j == slot, i[:, None] == j[None, :]
     unit = tl.where(diagonal, tl.full([lanes, lanes], 1.0 + ridge, tl.float64), 0.0)
-    there = _known(seen, b, j, used, memory, has_seen)
+    there = _known(seen, b, j, used, history_size, has_seen)
     known = there & (j != slot)
     old_system = tl.load(system + tile, mask=inside, other=0)
     old_scale = tl.load(scale + own, mask=real, other=0)
@@ -326,13 +326,13 @@ def anderson_algebra(
         length, kept = tl.sqrt(_entry(found, four, 1)), _entry(found, four, 2)
         own_unit = tl.load(units + b).to(tl.float64)
         now = (own_unit * tl.sqrt(_entry(found, four, 0))).to(old_norm.dtype)
-        sane = now <= growth * old_norm
+        sane = now <= max_residual_growth * old_norm
         learns = old_norm != 0.0  # a step from a residual of 0 has shown no difference
         known = known & _each(sane, j)
         old_system = tl.where(sane, old_system, unit)
         old_scale = tl.where(sane, old_scale, 0.0)
         old_target = tl.where(sane, old_target, 0.0)
-        result = _added(partial, spans, batch, b, memory, j, known, lanes, at_once)
+        result = _added(partial, spans, batch, b, history_size, j, known, lanes, at_once)
         result = tl.where(new, tl.where(learns, kept, 0.0), result)
         inverse = tl.where((length > 0.0) & learns, 1.0 / tl.where(length > 0.0, length, 1.0), 0.0)
         scales = tl.where(new, inverse, old_scale)
@@ -347,7 +347,7 @@ def anderson_algebra(
         # Gauss-Jordan elimination: the system is positive definite with a diagonal of ones.
         matrix = tl.where(inside, matrix, tl.where(diagonal, 1.0, 0.0))
         x = tl.sum(tl.where(diagonal, (result * scales)[None, :], 0.0), 1)  # along rows
-        for k in range(0, memory):
+        for k in range(0, history_size):
             pivot_row = tl.sum(tl.where((i == k)[:, None], matrix, 0.0), 0)
             pivot_column = tl.sum(tl.where((j == k)[None, :], matrix, 0.0), 1)
             pivot = tl.sum(tl.where(j == k, pivot_row, 0.0), 0)
@@ -437,9 +437,9 @@ def keep(
     near = (now <= target) | (now <= fixed + rtol * (tiny * scale))
     largest = tl.where(top > scale, top, scale)
     height = tl.where(top > 0.0, top, 1.0)
-    growth = length / tl.where(largest > 0.0, largest, 1.0)
+    max_residual_growth = length / tl.where(largest > 0.0, largest, 1.0)
     rounding, unseen = hidden * length, lost * length
-    proven = tl.where(now > rounding, now, rounding) / height * growth <= slack
+    proven = tl.where(now > rounding, now, rounding) / height * max_residual_growth <= slack
     seen = unseen <= most * top
     at_start = (length <= 2.0 * scale) & (now <= fixed + rtol * scale)
     met = tl.where(now > unseen, now, unseen) <= fixed
@@ -477,14 +477,14 @@ def keep(
 
 @triton.jit(do_not_specialize=["batch", "memory", "used", "per_chunk"])
 def projections(
-    w, chunks, seen, partial, norms, n, batch, memory, used, per_chunk,
+    w, chunks, seen, partial, norms, n, batch, history_size, used, per_chunk,
     kind: tl.constexpr, aligned: tl.constexpr, wide: tl.constexpr, has_seen: tl.constexpr,
     slots_at_once: tl.constexpr, block: tl.constexpr, span: tl.constexpr,
 ):  # fmt: skip
     """`partial` as in `dots`, and `norms` (spans, batch): ‖w‖² over a span, in float64."""
     b, part, tile = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     slots = tile * slots_at_once + tl.arange(0, slots_at_once)
-    known = _known(seen, b, slots, used, memory, has_seen)
+    known = _known(seen, b, slots, used, history_size, has_seen)
     rows = _rows(chunks, slots, known, per_chunk, batch, b, n, kind, aligned)
     total = tl.zeros([slots_at_once, block], wide)
     null_norm_sq = tl.zeros([block], tl.float64)
@@ -496,14 +496,14 @@ def projections(
         total += h * x.to(wide)[None, :]
         if tile == 0:
             null_norm_sq += _square(x)
-    tl.store(partial + (part * batch + b) * memory + slots, tl.sum(total, 1), mask=slots < memory)
+    tl.store(partial + (part * batch + b) * history_size + slots, tl.sum(total, 1), mask=slots < history_size)
     if tile == 0:
         tl.store(norms + part * batch + b, tl.sum(null_norm_sq, 0))
 
 
 @triton.jit(do_not_specialize=["spans", "batch", "memory", "used", "per_chunk"])
 def rejected(
-    w, partial, spans, chunks, seen, out, norms, n, batch, memory, used, per_chunk,
+    w, partial, spans, chunks, seen, out, norms, n, batch, history_size, used, per_chunk,
     kind: tl.constexpr, aligned: tl.constexpr, wide: tl.constexpr, has_seen: tl.constexpr,
     slots_at_once: tl.constexpr, block: tl.constexpr, at_once: tl.constexpr,
 ):  # fmt: skip
@@ -514,9 +514,9 @@ def rejected(
     rest = tl.load(w + b * n + column, mask=inside, other=0).to(wide)
     for first in range(0, used, slots_at_once):
         slots = first + tl.arange(0, slots_at_once)
-        known = _known(seen, b, slots, used, memory, has_seen)
+        known = _known(seen, b, slots, used, history_size, has_seen)
         rows = _rows(chunks, slots, known, per_chunk, batch, b, n, kind, aligned)
-        c = _added(partial, spans, batch, b, memory, slots, known, slots_at_once, at_once).to(wide)
+        c = _added(partial, spans, batch, b, history_size, slots, known, slots_at_once, at_once).to(wide)
         h = tl.load(rows[:, None] + column[None, :], mask=known[:, None] & inside[None, :], other=0).to(wide)
         rest -= tl.sum(c[:, None] * h, 0)
     result = rest.to(out.dtype.element_ty)
@@ -528,20 +528,20 @@ def rejected(
 def arnoldi_algebra(
     first, second, spans, before, after, blocks, basis_seen, columns_seen, columns, source_slot, null_vector, null_norm_sq, residual,
     goal, can_grow, steps, next_basis_seen, next_columns_seen, next_source, next_null, next_square, next_residual,
-    next_alive, next_steps, height, batch, memory, used, slot, column, fresh, eps: tl.constexpr,
+    next_alive, next_steps, height, batch, history_size, used, slot, column, fresh, eps: tl.constexpr,
     twice: tl.constexpr, has_basis_seen: tl.constexpr, has_columns_seen: tl.constexpr,
     lanes: tl.constexpr, at_once: tl.constexpr,
 ):  # fmt: skip
-    """What stands in `deqcore.linear.gmres` after the projection, with its names; `memory` is that of the basis.
+    """What stands in `deqcore.linear.gmres` after the projection, with its names; `history_size` is that of the basis.
 
     `height` is what the new vector is divided by, negative where it does not enter the basis, 0 where nothing changes.
     """
     b = tl.program_id(0).to(tl.int64)
     j, one = tl.arange(0, lanes), tl.arange(0, 1)
-    real, following = j < memory, tl.where(j == slot, 1.0, 0.0).to(tl.float64)
-    own = b * memory + j
-    there = _known(basis_seen, b, j, used, memory, has_basis_seen)
-    columns_there = _known(columns_seen, b, j, used - 1, memory - 1, has_columns_seen)
+    real, following = j < history_size, tl.where(j == slot, 1.0, 0.0).to(tl.float64)
+    own = b * history_size + j
+    there = _known(basis_seen, b, j, used, history_size, has_basis_seen)
+    columns_there = _known(columns_seen, b, j, used - 1, history_size - 1, has_columns_seen)
     nu = tl.load(null_vector + own, mask=real, other=0)
     from_ = tl.load(source_slot + own, mask=real, other=0)
     old_square, old_residual, living = (
@@ -550,9 +550,9 @@ def arnoldi_algebra(
         tl.load(can_grow + b).to(tl.int32),
     )
     active = (living != 0) & (old_residual > tl.load(goal + b))
-    h = _added(first, spans, batch, b, memory, j, there, lanes, at_once)
+    h = _added(first, spans, batch, b, history_size, j, there, lanes, at_once)
     if twice:
-        h += _added(second, spans, batch, b, memory, j, there, lanes, at_once)
+        h += _added(second, spans, batch, b, history_size, j, there, lanes, at_once)
     scale = tl.sqrt(tl.sum(_added(before, spans, batch, b, 1, one, one < 1, 1, at_once), 0))
     length = tl.sqrt(tl.sum(_added(after, blocks, batch, b, 1, one, one < 1, 1, at_once), 0))
     floor = 4.0 * eps * scale
@@ -568,14 +568,14 @@ def arnoldi_algebra(
     going = taken & (broke == 0)
     is_taken, is_going = taken.to(tl.int32), going.to(tl.int32)
     each_taken, each_active = _each(is_taken, j), _each(active.to(tl.int32), j)
-    at = (column.to(tl.int64) * batch + b) * 2 * memory + j
+    at = (column.to(tl.int64) * batch + b) * 2 * history_size + j
     zero = tl.zeros([lanes], tl.float64)
     stored = real & _each(is_taken | fresh, j)
     tl.store(columns + at, tl.where(each_taken, h + length * following, zero), mask=stored)
-    tl.store(columns + at + memory, tl.where(each_taken, from_, zero), mask=stored)
+    tl.store(columns + at + history_size, tl.where(each_taken, from_, zero), mask=stored)
     tl.store(next_basis_seen + own, there | ((j == slot) & _each(is_going, j)), mask=real)
-    short = j < memory - 1
-    tl.store(next_columns_seen + b * (memory - 1) + j, columns_there | ((j == column) & each_taken), mask=short)
+    short = j < history_size - 1
+    tl.store(next_columns_seen + b * (history_size - 1) + j, columns_there | ((j == column) & each_taken), mask=short)
     tl.store(next_source + own, tl.where(each_active, following, from_), mask=real)
     tl.store(next_null + own, tl.where(each_taken, nu + entry * following, nu), mask=real)
     tl.store(next_square + b, tl.where(taken, new_square, old_square))

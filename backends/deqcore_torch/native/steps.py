@@ -37,7 +37,7 @@ def step(backend: Backend, solver: Solver, f: Map, z: Tensor, fz: Tensor, state:
         fz: f(z).
         state: the solver's state.
     """
-    if type(solver) is Broyden and solver.growth is None:
+    if type(solver) is Broyden and solver.max_residual_growth is None:
         return _broyden(backend, f, z, state)
     if type(solver) is Anderson and solver.mixing == 1.0:
         return _anderson(backend, solver, f, fz, state)
@@ -68,7 +68,7 @@ def _masks(before: TorchHistory, after: TorchHistory) -> tuple[Any, Any]:
     """Which rows take part, and which slots each has seen once the new one is written."""
     batch = after.store.batch
     active = np.ones(batch, np.bool_) if before.active is None else view(before.active)
-    seen = np.ones((batch, after.memory), np.bool_) if after.seen is None else view(after.seen)
+    seen = np.ones((batch, after.history_size), np.bool_) if after.seen is None else view(after.seen)
     return active, seen
 
 
@@ -97,7 +97,7 @@ def _broyden(backend: Backend, f: Map, z: Tensor, state: BroydenState) -> StepRe
     small = state[1:5]
     if not _holds(state.basis, z) or state.basis.may_be_full():
         return None
-    if not all(_holds(h, state.step) and h.store.chunk == h.memory for h in small):
+    if not all(_holds(h, state.step) and h.store.chunk == h.history_size for h in small):
         return None
     basis = state.basis
     z = _next(basis, z, backend.multiply_rows(state.step, state.unit))
@@ -113,7 +113,7 @@ def _broyden(backend: Backend, f: Map, z: Tensor, state: BroydenState) -> StepRe
         z.shape[0],
         z.numel() * (after.used() + 2),
         *(view(z), view(value), view(ahead), basis.addresses(), basis.store.chunk),
-        *(slot, after.used(), basis.written < basis.memory, active, seen),
+        *(slot, after.used(), basis.written < basis.history_size, active, seen),
         *(view(h.store.chunks[0]) for h in small),
         *(view(each) for each in (state.newest, state.step, state.norm)),
         *(_unit(state.unit, z.shape[0]), view(following), view(norm)),
@@ -132,7 +132,7 @@ def _anderson(backend: Backend, solver: Anderson, f: Map, fz: Tensor, state: And
     z = _next(state.values, fz, backend.multiply_rows(state.step, state.unit))
     value = f(z)
     norm, size = measure(z, value)
-    sane = norm <= solver.growth * state.norm
+    sane = norm <= solver.max_residual_growth * state.norm
     state = solver.forget(backend, ~sane, state) if not bool(sane.all()) else state
     values, residuals = state.values, state.residuals
     slot = values.reserve(z)
@@ -147,7 +147,7 @@ def _anderson(backend: Backend, solver: Anderson, f: Map, fz: Tensor, state: And
         z.numel() * (2 * after.used() + 6),
         *(view(each) for each in (z, value, fz, state.residual, ahead)),
         *(values.addresses(), residuals.addresses(), values.store.chunk),
-        *(slot, after.used(), values.written < values.memory, active, seen),
+        *(slot, after.used(), values.written < values.history_size, active, seen),
         *(view(each) for each in (state.system, state.scale, state.target, state.step)),
         _unit(state.unit, z.shape[0]),
         solver.relative_ridge(np.finfo(np.float64).eps),
@@ -172,9 +172,9 @@ def keep(carry: Any, found: StepResult, residual: Tensor, size: Tensor | None, l
 def arnoldi(space: Krylov, w: Tensor, goal: Tensor, twice: bool) -> Krylov | None:
     """`Backend.fused_arnoldi`, or None where there is none for these histories."""
     basis, columns = space.basis, space.columns
-    if not (_holds(basis, w) and _holds(columns, space.null_vector)) or columns.store.chunk != columns.memory:
+    if not (_holds(basis, w) and _holds(columns, space.null_vector)) or columns.store.chunk != columns.history_size:
         return None
-    if basis.written >= basis.memory or columns.written >= columns.memory:
+    if basis.written >= basis.history_size or columns.written >= columns.history_size:
         return None
     batch = w.shape[0]
     slot, column = basis.reserve(w), columns.reserve(space.null_vector.new_empty(batch, columns.store.width))
@@ -224,7 +224,7 @@ def project(basis: Any, w: Tensor, twice: bool) -> tuple[Tensor, Tensor, Tensor,
     """`Backend.orthogonalize`, or None where there is none for this history."""
     if not _holds(basis, w):
         return None
-    out, h = _room(w), torch.empty(w.shape[0], basis.memory, dtype=torch.float64)
+    out, h = _room(w), torch.empty(w.shape[0], basis.history_size, dtype=torch.float64)
     before, after = h.new_empty(w.shape[0]), h.new_empty(w.shape[0])
     _, seen = _masks(basis, basis)
     run(

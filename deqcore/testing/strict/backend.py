@@ -71,8 +71,8 @@ class StrictBackend(Backend):
     def solve(self, a: Array, b: Array) -> Array:
         return wrap(self.numpy.solve(unwrap(a), unwrap(b)))
 
-    def history(self, like: Array, memory: int, dtype: str | None = None) -> History:
-        return StrictHistory(self.numpy.history(unwrap(like), memory, dtype))
+    def history(self, like: Array, history_size: int, dtype: str | None = None) -> History:
+        return StrictHistory(self.numpy.history(unwrap(like), history_size, dtype))
 
     def errstate(self) -> AbstractContextManager[object]:
         return self.numpy.errstate()

@@ -13,12 +13,12 @@ from deqcore.testing.strict.array import StrictArray, unwrap, wrap
 class StrictHistory(History):
     """The NumPy backend's history behind the wall, copied before it is changed; whether it is full is never known.
 
-    `vectors` has all `memory` slots, as in traced code, where nobody knows how many steps were taken.
+    `vectors` has all `history_size` slots, as in traced code, where nobody knows how many steps were taken.
     """
 
     def __init__(self, inner: History) -> None:
         self.inner = inner
-        self.memory = inner.memory
+        self.history_size = inner.history_size
 
     @property
     def active(self) -> Array | None:  # type: ignore[override]
