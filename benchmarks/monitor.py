@@ -17,12 +17,13 @@ import torch
 import deqcore
 from benchmarks.cells import EVERY
 from benchmarks.overhead import Row, compared, main
-from deqcore.abc.backend import Backend, BackwardRecord
+from deqcore.abc.backend import Backend
 from deqcore.bench.harness import Harness
 from deqcore.bench.timing import Clock, Spread, interleave
 from deqcore.config import Config
 from deqcore.monitor import Monitor, Trigger
 from deqcore.solve.observer import Observer, Solve, observing
+from deqcore.types import BackwardRecord
 
 TARGET = 0.02  # of a training step
 

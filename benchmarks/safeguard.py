@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 import deqcore
-from deqcore.abc.backend import Map
+from deqcore.types import Map
 
 
 def problems(seeds: int, size: int) -> Iterator[tuple[str, Map, Any]]:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from deqcore import errors
-    from deqcore.abc.backend import Backend, Capabilities, History
-    from deqcore.abc.backward import AdjointReport, StepStrategy, Strategy
+    from deqcore.abc.backend import Backend, History
+    from deqcore.abc.backward import StepStrategy, Strategy
     from deqcore.abc.solver import Solver
     from deqcore.api import fixed_point, get_backend, vjp
     from deqcore.config import Config, using
     from deqcore.linear.lowrank import InverseJacobian
-    from deqcore.solution import Solution, Status
+    from deqcore.solution import Solution
+    from deqcore.types import AdjointReport, Capabilities, Status
 
     __version__: str
 

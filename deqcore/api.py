@@ -10,8 +10,8 @@ from typing import Any
 
 from deqcore import config as settings
 from deqcore import plugins
-from deqcore.abc.backend import Array, Backend, BackwardRecord, Map, Tree
-from deqcore.abc.backward import Adjoint, Reached, Steps, StepStrategy, Strategy
+from deqcore.abc.backend import Backend
+from deqcore.abc.backward import Adjoint, Steps, StepStrategy, Strategy
 from deqcore.abc.solver import Solver
 from deqcore.config import Config
 from deqcore.config.sources import LARGEST
@@ -26,16 +26,17 @@ from deqcore.errors import (
     NonDeterministicWarning,
     StrategyError,
 )
-from deqcore.solution import SOLVED, Solution, SolveState, Status, summarize
+from deqcore.solution import SOLVED, Solution, SolveState, summarize
 from deqcore.solve import failures
 from deqcore.solve.compaction import RestrictRows
 from deqcore.solve.flatten import FlatFunction, RavelSpec
-from deqcore.solve.loop import BoundSolve, LoopState, SolveResult, StoppingCriteria
+from deqcore.solve.loop import BoundSolve
 from deqcore.solve.observer import Observer, Solve, observer
 from deqcore.solve.opaque import opened
 from deqcore.solve.termination import Limits, greater, judged
 from deqcore.solve.traced_failures import Failures
 from deqcore.solve.verification import coupled_rows
+from deqcore.types import Array, BackwardRecord, LoopState, Map, Reached, SolveResult, Status, StoppingCriteria, Tree
 
 
 def fixed_point(

@@ -13,9 +13,10 @@ from functools import cache
 from typing import Any, TypeAlias
 
 from deqcore import plugins
-from deqcore.abc.backend import Array, Backend, Tree
+from deqcore.abc.backend import Backend
 from deqcore.api import get_backend, plain_leaves
 from deqcore.errors import BackendError, ConfigError, ProblemError
+from deqcore.types import Array, Tree
 
 Rule: TypeAlias = Callable[[Tree, Tree], Array]
 """`rule(z, fz)` says of each sample whether it is done: `(batch,)` of bool, or `()` with `forward.batch = false`."""

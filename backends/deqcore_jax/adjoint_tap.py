@@ -29,8 +29,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deqcore.abc.backward import AdjointReport
 from deqcore.errors import StrategyError
+from deqcore.types import AdjointReport
 from deqcore_jax.jit_context import key
 
 

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from deqcore.abc.backend import Backend, BackwardRecord, Capabilities, History, LoopVars, Map
+from deqcore.abc.backend import Backend, History
 from deqcore.abc.backward import Adjoint
 from deqcore.errors import BackendError
-from deqcore.solve.loop import SolveResult
 from deqcore.solve.traced_failures import Failures
+from deqcore.types import BackwardRecord, Capabilities, LoopVars, Map, SolveResult
 from deqcore_jax import adjoint_tap, batched_linalg, failures, implicit, pytrees
 from deqcore_jax.closure import is_array, is_differentiable, is_traced
 from deqcore_jax.dtypes import single, wide

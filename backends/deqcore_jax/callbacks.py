@@ -27,10 +27,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from deqcore.abc.backward import AdjointReport
 from deqcore.api import get_backend
 from deqcore.monitor.monitor import Monitor
 from deqcore.solution import Solution
+from deqcore.types import AdjointReport
 from deqcore_jax import adjoint_tap
 
 

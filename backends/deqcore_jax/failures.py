@@ -18,9 +18,10 @@ import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from deqcore.abc.backward import Adjoint, AdjointReport
-from deqcore.solution import Status, Tally
+from deqcore.abc.backward import Adjoint
+from deqcore.solution import Tally
 from deqcore.solve.traced_failures import Failures, Place
+from deqcore.types import AdjointReport, Status
 
 ADJOINT: Final = "after at most {steps} vjps, adjoint residual at most {residual:.3g}."
 BEFORE: Final = "The adjoint solve of a backward pass failed, so the gradients of these samples are wrong.\n"

@@ -27,11 +27,12 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from deqcore.abc.backward import Adjoint, AdjointReport
+from deqcore.abc.backward import Adjoint
 from deqcore.errors import StrategyError
 from deqcore.linear.transposed import transposed
-from deqcore.solve.loop import BoundSolve, SolveResult, StoppingCriteria
+from deqcore.solve.loop import BoundSolve
 from deqcore.solve.traced_failures import Place
+from deqcore.types import AdjointReport, SolveResult, StoppingCriteria
 from deqcore_jax.adjoint_tap import AdjointTap, fill
 from deqcore_jax.closure import Program, is_differentiable, is_traced, trace
 from deqcore_jax.failures import bound, checked, place_of

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
-from deqcore.abc.backend import Map
 from deqcore.errors import BackendError, StrategyError
+from deqcore.types import Map
 from deqcore_jax.closure import Program, calls
 
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from deqcore.abc.backend import LoopVars
 from deqcore.config.sources import LARGEST
+from deqcore.types import LoopVars
 
 # The predicate of a loop is read by the host in each test where the loop runs on an accelerator.
 EVERY: Final = {"cpu": 1}

@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from deqcore.abc.backend import Backend, BackwardRecord, Capabilities, Map
+from deqcore.abc.backend import Backend
 from deqcore.abc.backward import Adjoint
 from deqcore.errors import ConfigError, ProblemError
-from deqcore.solve.loop import SolveResult
 from deqcore.solve.verification import coupled_rows
+from deqcore.types import BackwardRecord, Capabilities, Map, SolveResult
 from deqcore_numpy.derivative import (
     batched_jacobian,
     is_differencing,

@@ -26,10 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deqcore.abc.backend import BackwardRecord
 from deqcore.abc.backward import Adjoint
 from deqcore.linear.transposed import transposed
-from deqcore.solve.loop import SolveResult
+from deqcore.types import BackwardRecord, SolveResult
 from deqcore_torch import functorch
 from deqcore_torch.functorch import Refuse, approximate
 from deqcore_torch.graph import Outside, outside, refuse_compiled, sequence

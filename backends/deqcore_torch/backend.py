@@ -13,12 +13,12 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
-from deqcore.abc.backend import Backend, BackwardRecord, Capabilities, History, LoopVars, Map, StepResult
+from deqcore.abc.backend import Backend, History
 from deqcore.abc.backward import Adjoint
 from deqcore.abc.solver import Solver
 from deqcore.errors import BackendError, ConfigError, InitialIterateError, ProblemError
-from deqcore.solve.loop import SolveResult
 from deqcore.solve.opaque import arrays_in
+from deqcore.types import BackwardRecord, Capabilities, LoopVars, Map, SolveResult, StepResult
 from deqcore_torch import functorch, jvp, native
 from deqcore_torch.autograd import attach
 from deqcore_torch.disable_dynamo import refuse_tracing, untraced

@@ -34,11 +34,10 @@ from torch._C._functorch import (
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from deqcore.abc.backend import Map
 from deqcore.abc.backward import Adjoint
 from deqcore.errors import ProblemError, StrategyError
 from deqcore.linear.transposed import transposed
-from deqcore.solve.loop import SolveResult
+from deqcore.types import Map, SolveResult
 from deqcore_torch.eval_context import Ambient, nothing_recorded
 
 _vjp: Any = torch.func.vjp  # its annotation also counts the auxiliary output that it does not have here

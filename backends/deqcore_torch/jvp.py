@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deqcore.abc.backend import Map
 from deqcore.errors import BackendError
+from deqcore.types import Map
 from deqcore_torch.graph import once_only, sequence
 
 

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import deqcore
-from deqcore.abc.backward import AdjointReport
 from deqcore.config import Config
 from deqcore.diagnostics import spectral_radius
 from deqcore.solution import Solution
 from deqcore.study.models.base import Model, Weights
 from deqcore.study.trainer import BETA1, BETA2, EPSILON, Figures, Numbers, Step, Trainer
+from deqcore.types import AdjointReport
 
 
 class TorchOps:

@@ -14,9 +14,9 @@ from benchmarks.certificates.truth import Truth, gmres_errors, gmres_residuals, 
 from deqcore.backward.broyden_reuse import BroydenReuse
 from deqcore.linear.certified import Certified, solve_certified
 from deqcore.linear.gmres import gmres
-from deqcore.solution import Status
-from deqcore.solve.loop import SolveResult, StoppingCriteria, iterate
+from deqcore.solve.loop import iterate
 from deqcore.solvers.broyden import Broyden
+from deqcore.types import SolveResult, Status, StoppingCriteria
 
 TARGETS = (0.1, 0.01)
 LEVELS = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)

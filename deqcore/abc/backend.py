@@ -26,83 +26,18 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import optree
 
 from deqcore.errors import BackendError
+from deqcore.types import Array, BackwardRecord, Capabilities, LoopVars, Map, StepResult, Tree
 
 if TYPE_CHECKING:
-    from deqcore.abc.backward import Adjoint, AdjointReport
+    from deqcore.abc.backward import Adjoint
     from deqcore.abc.solver import Solver
-    from deqcore.solve.loop import SolveResult
     from deqcore.solve.traced_failures import Failures
-
-Array: TypeAlias = Any
-"""An array of the backend's framework. Frameworks share no base class, so the type checker sees Any."""
-
-Tree: TypeAlias = Any
-"""Nested tuples, lists and dicts (and whatever else the framework registers) with arrays at the leaves."""
-
-Map: TypeAlias = Callable[[Array], Array]
-"""A function from `(batch, n)` to `(batch, n)`."""
-
-LoopVars = TypeVar("LoopVars")
-
-
-class StepResult(NamedTuple):
-    """What a step led to.
-
-    Attributes:
-        z: the iterate `(batch, n)`.
-        fz: f(z).
-        state: the solver's.
-        size: ‖f(z)‖ `(batch,)`, where it has been measured.
-        frozen: z and state of samples that take no part are already what they were.
-    """
-
-    z: Array
-    fz: Array
-    state: Any
-    size: Array | None = None
-    frozen: bool = False
-
-
-@dataclass(frozen=True)
-class Capabilities:
-    """What a backend can do. Tests and the core ask for these, never for a backend's name.
-
-    Attributes:
-        autodiff: does it differentiate f itself (or by a dense Jacobian of finite differences)?
-        jvp: has it forward-mode products J v?
-        jit: can fixed_point stand inside compiled, traced code?
-        vmap: can fixed_point be vectorised over a further axis?
-        float64: are double-precision states exact, without a global switch?
-        bfloat16: can a state or a history be bfloat16?
-        complex: can a state be complex?
-        accelerator: can arrays live on another device than the host?
-        second_derivatives: are gradients of gradients of exact-ift right?
-        compaction: may a solve go on with fewer rows than it began with (shapes known step by step)?
-        eager: does every call of fixed_point run its Python anew, never code compiled at an earlier one?
-
-    Example:
-        >>> import deqcore
-        >>> deqcore.get_backend(backend="numpy").capabilities.compaction
-        True
-    """
-
-    autodiff: bool = True
-    jvp: bool = False
-    jit: bool = False
-    vmap: bool = False
-    float64: bool = True
-    bfloat16: bool = False
-    complex: bool = False
-    accelerator: bool = False
-    second_derivatives: bool = False
-    compaction: bool = False
-    eager: bool = True
+    from deqcore.types import SolveResult
 
 
 class History(ABC):
@@ -772,33 +707,3 @@ class Backend(ABC):
     def synchronize(self) -> None:
         """Wait until all devices have finished. Only measurements call it."""
         return None
-
-
-class BackwardRecord:
-    """What the backward pass did, filled in when it runs. Eager frameworks only.
-
-    Attributes:
-        report: the AdjointReport of the latest backward pass, or None before the first.
-        seconds: host time of its route, NaN where it was not taken; a device may still be at work.
-        runs: how many backward passes have run.
-        drift: how far the evaluation that was recorded lies from the solver's own at the same point,
-            ‖y − f(z*)‖ `(batch,)`, or None: more than rounding says that f is not deterministic.
-        listener: called after each, in whatever thread the framework differentiates in; it must not wait for a device.
-    """
-
-    __slots__ = ("nondeterminism", "listener", "report", "runs", "seconds")
-
-    def __init__(self) -> None:
-        self.report: AdjointReport | None = None
-        self.seconds: float = float("nan")
-        self.runs: int = 0
-        self.nondeterminism: Array | None = None
-        self.listener: Callable[[BackwardRecord], None] | None = None
-
-    def add(self, report: AdjointReport, seconds: float = float("nan")) -> None:
-        """Keep the report of a backward pass that has just run."""
-        self.report = report
-        self.seconds = seconds
-        self.runs += 1
-        if self.listener is not None:
-            self.listener(self)

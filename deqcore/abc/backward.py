@@ -14,63 +14,23 @@ Source: Bai, Kolter & Koltun (2019), "Deep Equilibrium Models", Theorem 1.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
-from deqcore.abc.backend import Array, Backend, Map
+from deqcore.abc.backend import Backend
 from deqcore.errors import PluginError
 from deqcore.solve.verification import failing, replaced
+from deqcore.types import AdjointReport, Array, Map, Reached
 
 if TYPE_CHECKING:
     from deqcore.abc.solver import Solver
     from deqcore.linear.lowrank import InverseJacobian
     from deqcore.solve.failures import Watch
-    from deqcore.solve.loop import SolveResult
+    from deqcore.types import SolveResult
 
 MakeSolver: TypeAlias = "Callable[[str, Mapping[str, object]], Solver]"
-
-
-class AdjointReport(NamedTuple):
-    """What the backward pass did, per sample. All leaves have shape `(batch,)`.
-
-    Attributes:
-        status: `Status` as int32. A strategy that promises no accuracy reports CONVERGED.
-        vjps: vector–Jacobian products spent, int32.
-        residual: ‖g + Jᵀu − u‖ / ‖g‖ where it was measured, NaN where not.
-        error: estimate of ‖u − u*‖ / ‖u*‖, NaN where there is none.
-        fallback: True where the strategy gave up and something simpler was used instead.
-        coupling: 0 where nothing was found, or how much of a vector–Jacobian product lands in this sample although its
-            cotangent lies in others, relative to the largest sample: f couples the rows of the state, and
-            ``forward.batch = false`` is needed. NaN or None where it was not measured.
-        verify_vjps: vector–Jacobian products that `backward.verify_every` spent, int32, which `vjps` leaves out.
-
-    Example:
-        >>> import numpy as np
-        >>> unknown = np.full(2, np.nan)
-        >>> AdjointReport(np.array([1, 2]), np.array([3, 9]), np.array([1e-6, 0.5]), unknown, np.array([False, True]))
-        1 of 2 samples CONVERGED after at most 3 vjps, adjoint residual at most 1e-06.
-        1 of 2 samples MAX_STEPS after at most 9 vjps, adjoint residual at most 0.5; 1 got the fallback.
-    """
-
-    status: Array
-    vjps: Array
-    residual: Array
-    error: Array
-    fallback: Array
-    coupling: Array = None
-    verify_vjps: Array = None
-
-    def __repr__(self) -> str:
-        """A line per status that occurs; the fields themselves where they have no values (traced code)."""
-        try:
-            lists = [list(leaf.tolist()) for leaf in self[:5]]
-            coupled = self.coupling is not None and any(each > 0 for each in self.coupling.tolist())
-        except Exception:  # each framework has an error of its own for arrays without values
-            return f"AdjointReport({', '.join(map('{}={!r}'.format, self._fields, self))})"
-        return _told(*lists) + ("\nf couples the rows of the state: set forward.batch = false." if coupled else "")
 
 
 class Strategy(ABC):
@@ -130,30 +90,6 @@ class Strategy(ABC):
     def bind(self, make_solver: MakeSolver) -> Strategy:
         """Resolve the names of solvers among the options. Called once, before any solve."""
         return self
-
-
-class Reached(NamedTuple):
-    """Where a fixed number of recorded steps led.
-
-    Attributes:
-        z: the iterate, with its derivative `(batch, n)`.
-        fz: f(z) `(batch, n)`.
-        evaluations: evaluations of f `(batch,)` int32.
-        scale: scale of the start, max(‖z0‖, ‖f(z0)‖), `(batch,)`.
-        residual: ‖f(z0) − z0‖ at the start `(batch,)`.
-
-    Example:
-        >>> import numpy as np
-        >>> one = np.ones(1)
-        >>> Reached(np.ones((1, 2)), np.ones((1, 2)), np.ones(1, np.int32), scale=one, residual=one).z.tolist()
-        [[1.0, 1.0]]
-    """
-
-    z: Array
-    fz: Array
-    evaluations: Array
-    scale: Array
-    residual: Array
 
 
 class StepStrategy(ABC):
@@ -302,25 +238,6 @@ def relative(backend: Backend, a: Array, b: Array) -> Array:
     return xp.where(b == 0, xp.zeros_like(a), a / xp.where(b == 0, xp.ones_like(b), b))
 
 
-def _told(status: list[int], vjps: list[int], residual: list[float], error: list[float], fallback: list[bool]) -> str:
-    """A report's values in words."""
-    from deqcore.solution import Status
-
-    lines = []
-    for kind in Status:
-        rows = [row for row, each in enumerate(status) if each == kind]
-        if not rows:
-            continue
-        text = f"{len(rows)} of {len(status)} samples {kind.name} after at most {max(vjps[row] for row in rows)} vjps"
-        for name, values in (("adjoint residual", residual), ("estimated error", error)):
-            if known := [values[row] for row in rows if not math.isnan(values[row])]:
-                text += f", {name} at most {max(known):.3g}"
-        if fell := sum(bool(fallback[row]) for row in rows):
-            text += f"; {fell} got the fallback"
-        lines.append(f"{text}.")
-    return "\n".join(lines) or "The batch is empty."
-
-
 def report(
     backend: Backend,
     g: Array,
@@ -353,7 +270,7 @@ def report(
         >>> found.vjps.tolist(), [Status(each).name for each in found.status.tolist()]
         ([4, 4], ['CONVERGED', 'NONFINITE'])
     """
-    from deqcore.solution import Status
+    from deqcore.types import Status
 
     xp = backend.xp
     zeros = backend.norm(g)

@@ -26,7 +26,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from deqcore.abc.backend import Array, Backend, History, Map
+from deqcore.abc.backend import Backend, History
+from deqcore.types import Array, Map
 
 if TYPE_CHECKING:
     from deqcore.linear.lowrank import InverseJacobian

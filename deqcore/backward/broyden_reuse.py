@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from deqcore.abc.backend import Array, Backend, Map
-from deqcore.abc.backward import AdjointReport, Strategy, relative, report
+from deqcore.abc.backend import Backend
+from deqcore.abc.backward import Strategy, relative, report
 from deqcore.errors import StrategyError
 from deqcore.linear.certified import SAFETY, solve_certified
 from deqcore.linear.gmres import gmres
 from deqcore.linear.lowrank import InverseJacobian
-from deqcore.solution import Status
+from deqcore.types import AdjointReport, Array, Map, Status
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Final, Literal
 
-from deqcore.abc.backend import Array, Backend, Map
-from deqcore.abc.backward import AdjointReport, MakeSolver, Strategy, relative, report
+from deqcore.abc.backend import Backend
+from deqcore.abc.backward import MakeSolver, Strategy, relative, report
 from deqcore.abc.solver import Solver
 from deqcore.linear.direct import Direct, solve_direct
 from deqcore.linear.gmres import LinearSolution, gmres
 from deqcore.linear.lowrank import InverseJacobian
-from deqcore.solution import Status
-from deqcore.solve.loop import StoppingCriteria, iterate
+from deqcore.solve.loop import iterate
+from deqcore.types import AdjointReport, Array, Map, Status, StoppingCriteria
 
 SPACE: Final = 40
 """Dimensions of a Krylov space, after which GMRES restarts: more would cost traced code, which passes over all of them

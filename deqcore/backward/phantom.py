@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deqcore.abc.backend import Array, Backend, Map
+from deqcore.abc.backend import Backend
 from deqcore.abc.backward import StepStrategy
 from deqcore.abc.solver import Solver
 from deqcore.errors import StrategyError
-from deqcore.solve.loop import SolveResult
+from deqcore.types import Array, Map, SolveResult
 
 
 @dataclass(frozen=True)

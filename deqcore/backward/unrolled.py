@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from deqcore.abc.backend import Array, Backend, Map
-from deqcore.abc.backward import Reached, StepStrategy
+from deqcore.abc.backend import Backend
+from deqcore.abc.backward import StepStrategy
 from deqcore.abc.solver import Solver, detach_state
-from deqcore.solve.loop import SolveResult, freeze, masked
+from deqcore.solve.loop import freeze, masked
 from deqcore.solve.termination import greater
+from deqcore.types import Array, Map, Reached, SolveResult
 
 
 class _At(NamedTuple):

@@ -9,8 +9,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from deqcore.abc.backend import Array, Tree
 from deqcore.testing.problem import Problem
+from deqcore.types import Array, Tree
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from typing import Final
 
 import numpy as np
 
-from deqcore.abc.backend import Array
 from deqcore.bench.cases import Case
 from deqcore.bench.harness import Contender, Harness, Outcome, Ready, Solve, residuals
 from deqcore.bench.rows import Row
 from deqcore.bench.timing import Clock, Rounds, interleave
 from deqcore.errors import DtypeToleranceWarning
+from deqcore.types import Array
 
 FINEST: Final = -4  # tolerances that are tried, in decades around the residual asked for
 COARSEST: Final = 4

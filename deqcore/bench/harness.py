@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import deqcore
-from deqcore.abc.backend import Array, Backend, Tree
+from deqcore.abc.backend import Backend
 from deqcore.bench.cases import Case
 from deqcore.bench.machine import peak_memory
 from deqcore.config import Config
 from deqcore.errors import ProblemError, listing
 from deqcore.testing.problem import rebuild
+from deqcore.types import Array, Tree
 
 Call = Callable[..., Any]
 

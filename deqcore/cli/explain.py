@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from deqcore import plugins
-from deqcore.abc.backend import Backend, Tree
+from deqcore.abc.backend import Backend
 from deqcore.api import get_backend
 from deqcore.bench.harness import Harness
 from deqcore.bench.machine import describe
@@ -25,6 +25,7 @@ from deqcore.errors import BackendError, ConfigError, ProblemError, did_you_mean
 from deqcore.solve.failures import coupling
 from deqcore.testing.problem import Problem, load_problem, place, rebuild
 from deqcore.testing.problems import golden, names
+from deqcore.types import Tree
 
 COLUMNS: Final = (
     "strategy",

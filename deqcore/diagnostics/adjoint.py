@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from deqcore.abc.backend import Array, Map
-from deqcore.abc.backward import Adjoint, AdjointReport, Steps, StepStrategy
+from deqcore.abc.backward import Adjoint, Steps, StepStrategy
 from deqcore.api import Plan
 from deqcore.linear.gmres import gmres
-from deqcore.solve.loop import BoundSolve, SolveResult
+from deqcore.solve.loop import BoundSolve
 from deqcore.solve.verification import adjoint_residual, leak_everywhere
+from deqcore.types import AdjointReport, Array, Map, SolveResult
 
 REFERENCE_EPS = 100.0  # the reference is solved to this many units of rounding, 1e-10 at least
 

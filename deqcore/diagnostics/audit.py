@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from deqcore.abc.backend import Array, Backend, Tree
+from deqcore.abc.backend import Backend
 from deqcore.api import plan_call
 from deqcore.config import Config
 from deqcore.diagnostics import adjoint
 from deqcore.errors import ConfigError
+from deqcore.types import Array, Tree
 
 
 @dataclass(frozen=True)

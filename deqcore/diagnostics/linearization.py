@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from deqcore import config as settings
-from deqcore.abc.backend import Array, Backend, Map, Tree
+from deqcore.abc.backend import Backend
 from deqcore.api import pick_backend
 from deqcore.solve.flatten import RavelSpec
+from deqcore.types import Array, Map, Tree
 
 
 @dataclass(frozen=True)

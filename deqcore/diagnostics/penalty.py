@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from deqcore.abc.backend import Array, Tree
 from deqcore.diagnostics.linearization import view
 from deqcore.errors import InitialIterateError
+from deqcore.types import Array, Tree
 
 
 def jacobian_penalty(

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from deqcore.abc.backend import Tree
 from deqcore.api import fixed_point
 from deqcore.config import Config
 from deqcore.errors import ConfigError
-from deqcore.solution import Status
+from deqcore.types import Status, Tree
 
 
 @dataclass(frozen=True)

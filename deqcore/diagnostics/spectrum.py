@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from deqcore.abc.backend import Array, Backend, History, Map, Tree
+from deqcore.abc.backend import Backend, History
 from deqcore.diagnostics.linearization import view
 from deqcore.errors import ConfigError
+from deqcore.types import Array, Map, Tree
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 from deqcore import api, plugins
-from deqcore.abc.backend import Array, Backend, Tree
+from deqcore.abc.backend import Backend
 from deqcore.bench.harness import Harness
 from deqcore.bench.machine import peak_memory
 from deqcore.bench.timing import Spread, interleave
@@ -18,8 +18,8 @@ from deqcore.config import Config
 from deqcore.diagnostics import adjoint
 from deqcore.diagnostics.audit import compare, flat
 from deqcore.errors import DeqcoreError
-from deqcore.solution import Status
 from deqcore.solve.verification import coupled_rows
+from deqcore.types import Array, Status, Tree
 
 VARIANTS: Final[Mapping[str, Sequence[Mapping[str, object]]]] = MappingProxyType(
     {

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from deqcore.abc.backend import Array, Backend, Map
+from deqcore.abc.backend import Backend
 from deqcore.linear.gmres import Krylov, KrylovSpace
+from deqcore.types import Array, Map
 
 SAFETY = 1.2
 """Factor on an error that is estimated by one application of an estimate, as plain reuse does."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from deqcore.abc.backend import Array, Backend, Map
+from deqcore.abc.backend import Backend
+from deqcore.types import Array, Map
 
 ENTRIES: Final = 2**24
 """Numbers in the matrices that are solved at a time; a batch with more of them is solved in parts."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from deqcore.abc.backend import Array, Backend, History, Map
+from deqcore.abc.backend import Backend, History
+from deqcore.types import Array, Map
 
 
 class Krylov(NamedTuple):

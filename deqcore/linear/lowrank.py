@@ -10,7 +10,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Final
 
-from deqcore.abc.backend import Array, Backend, History
+from deqcore.abc.backend import Backend, History
+from deqcore.types import Array
 
 
 class InverseJacobian(ABC):

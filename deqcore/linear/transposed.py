@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from deqcore.abc.backend import Array, Backend
+from deqcore.abc.backend import Backend
 from deqcore.abc.backward import Adjoint
 from deqcore.abc.solver import Solver
 from deqcore.linear.lowrank import InverseJacobian
+from deqcore.types import Array
 
 
 def transposed(adjoint: Adjoint) -> Adjoint:

@@ -15,9 +15,9 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from deqcore.abc.backend import Array, Backend, BackwardRecord
-from deqcore.abc.backward import AdjointReport
-from deqcore.solution import Solution, Status
+from deqcore.abc.backend import Backend
+from deqcore.solution import Solution
+from deqcore.types import AdjointReport, Array, BackwardRecord, Status
 
 Host: TypeAlias = NDArray[np.float64]
 

@@ -9,11 +9,11 @@ from threading import RLock
 from typing import Any
 
 from deqcore import plugins
-from deqcore.abc.backend import Array, Backend, BackwardRecord
-from deqcore.abc.backward import AdjointReport
+from deqcore.abc.backend import Backend
 from deqcore.api import get_backend
 from deqcore.monitor.figures import Pending
 from deqcore.solution import Solution
+from deqcore.types import AdjointReport, Array, BackwardRecord
 
 
 class Inbox:

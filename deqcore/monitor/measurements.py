@@ -13,9 +13,9 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 
-from deqcore.abc.backend import Array, Tree
 from deqcore.errors import ConfigError
 from deqcore.solve.observer import Solve
+from deqcore.types import Array, Tree
 
 Measured: TypeAlias = "float | Array | Sequence[float | Array]"
 

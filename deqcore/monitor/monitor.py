@@ -9,8 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import final
 
-from deqcore.abc.backend import Array, Backend
-from deqcore.abc.backward import AdjointReport
+from deqcore.abc.backend import Backend
 from deqcore.config import Config, current
 from deqcore.errors import ConfigError
 from deqcore.monitor import effects
@@ -28,6 +27,7 @@ from deqcore.monitor.tell import tell
 from deqcore.monitor.triggers import Trigger
 from deqcore.solution import Solution
 from deqcore.solve.observer import Observer, Solve, observing
+from deqcore.types import AdjointReport, Array
 
 
 @final

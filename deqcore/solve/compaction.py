@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from deqcore.abc.backend import Array, Backend, History, Map
+from deqcore.abc.backend import Backend, History
 from deqcore.abc.solver import map_state
 from deqcore.errors import ProblemError
-from deqcore.solution import Status
+from deqcore.types import Array, Map, Status
 
 if TYPE_CHECKING:
-    from deqcore.solve.loop import LoopState
+    from deqcore.types import LoopState
 
 
 class RestrictRows(Protocol):

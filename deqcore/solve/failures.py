@@ -19,12 +19,13 @@ from weakref import WeakKeyDictionary, ref
 import numpy as np
 
 from deqcore.errors import ConvergenceError, ConvergenceWarning, CoupledRowsWarning
-from deqcore.solution import Status
 from deqcore.solve.verification import coupled_pair, failing, random_halves, verified
+from deqcore.types import Status
 
 if TYPE_CHECKING:
-    from deqcore.abc.backend import Array, Backend, Map
-    from deqcore.abc.backward import Adjoint, AdjointReport, Strategy
+    from deqcore.abc.backend import Backend
+    from deqcore.abc.backward import Adjoint, Strategy
+    from deqcore.types import AdjointReport, Array, Map
 
 INSIDE: Final = frozenset(
     (

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deqcore.abc.backend import Array, Backend, Map, Tree
+from deqcore.abc.backend import Backend
 from deqcore.errors import ConfigError, InitialIterateError, ProblemError, described
 from deqcore.solve.opaque import arrays_in
+from deqcore.types import Array, Map, Tree
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from deqcore.abc.backend import Array, Backend, History, Map, StepResult
+from deqcore.abc.backend import Backend, History
 from deqcore.abc.solver import Solver, map_state
 from deqcore.errors import PluginError
-from deqcore.solution import Status
 from deqcore.solve.compaction import RestrictRows, solve_compacted
 from deqcore.solve.termination import (
     PENDING,
@@ -40,66 +39,9 @@ from deqcore.solve.termination import (
     spent,
     verdict,
 )
+from deqcore.types import Array, LoopState, Map, SolveResult, Status, StepResult, StoppingCriteria
 
 ROUNDING = 8.0  # two evaluations of one f at one z differ by this many units of rounding at most
-
-
-class StoppingCriteria(NamedTuple):
-    """When to stop. Numbers may be framework scalars: changing them then recompiles nothing.
-
-    Attributes:
-        rtol: a sample is done when ‖f(z) − z‖ ≤ atol + rtol·‖f(z)‖, and not because ‖f(z)‖ has grown.
-        atol: see rtol.
-        max_steps: step budget; 0 evaluates f once and reports.
-        check_every: steps between host checks, or "auto".
-        patience: steps without progress after which a sample counts as stalled.
-    """
-
-    rtol: float | Array
-    atol: float | Array = 0.0
-    max_steps: int | Array = 40
-    check_every: int | str = "auto"
-    patience: int = 50
-
-
-class LoopState(NamedTuple):
-    """The loop state. All arrays have the batch as their first axis."""
-
-    z: Array
-    fz: Array
-    state: Any
-    status: Array
-    steps: Array
-    best_z: Array
-    best_fz: Array
-    best_residual: Array
-    reference: Array  # scale of the start, max(‖z0‖, ‖f(z0)‖)
-    peak: Array  # largest residual so far
-    mark: Array  # residual at the last progress
-    since: Array  # steps since then; REFUSED: f was not finite where the last step led; PENDING: not evaluated yet
-    length: Array  # part of the residual that is tried after a refused step
-    tried: Array  # least residual at the last refused step
-    extra: Array  # evaluations of f beyond those that the solver counts: one for each time that the solve went on
-
-    @property
-    def path(self) -> Path:
-        """What the verdict needs of it."""
-        return Path(self.reference, self.peak, self.best_residual, self.mark, self.since)
-
-
-class SolveResult(NamedTuple):
-    """What a solve found, raveled: `z`, `fz` are `(batch, n)`, the rest `(batch,)`.
-
-    A strategy that takes a fixed number of steps leaves no carry, and f(z) only where it evaluated it.
-    """
-
-    z: Array
-    fz: Any
-    residual: Array
-    status: Array
-    steps: Array
-    evaluations: Array
-    carry: Any
 
 
 def iterate(

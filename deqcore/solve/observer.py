@@ -12,7 +12,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from deqcore.abc.backend import Backend, Tree
+from deqcore.abc.backend import Backend
+from deqcore.types import Tree
 
 if TYPE_CHECKING:
     from deqcore.config import Config

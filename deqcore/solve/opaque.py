@@ -8,8 +8,9 @@ from dataclasses import fields, is_dataclass
 from types import FunctionType, ModuleType
 from typing import Any, Final
 
-from deqcore.abc.backend import Array, Backend, Tree
+from deqcore.abc.backend import Backend
 from deqcore.errors import ProblemError
+from deqcore.types import Array, Tree
 
 PLAIN: Final = (bool, int, float, complex, str, bytes, type(None), type, FunctionType, ModuleType)
 Build = Callable[[Any], Any]

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from typing import Any, Final, NamedTuple
 
-from deqcore.abc.backend import Array, Backend
-from deqcore.solution import Status
+from deqcore.abc.backend import Backend
+from deqcore.types import Array, Status
 
 BLOW_UP: Final = 1e-6  # a residual this part of which exceeds the scale of the start counts as divergence
 PROGRESS: Final = 0.999  # a residual must fall below this part of the last mark within `patience` steps

@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
-from deqcore.abc.backend import Array, Backend, Map
+from deqcore.abc.backend import Backend
+from deqcore.types import Array, Map
 
 if TYPE_CHECKING:
-    from deqcore.abc.backward import AdjointReport, Strategy
+    from deqcore.abc.backward import Strategy
+    from deqcore.types import AdjointReport
 
 ROUNDING: Final = 100.0  # units of rounding below which a difference says nothing
 NARROW: Final = 10 * 2.0**-8  # of a product whose factors were rounded to bfloat16
@@ -150,7 +152,7 @@ def verified(
         where it is not finite) and there is no `error`. `coupling` holds what `leaks` found, and `verify_vjps` the
         products that this took; `vjps` is unchanged.
     """
-    from deqcore.solution import Status
+    from deqcore.types import Status
 
     xp = backend.xp
     true = backend.cast(adjoint_residual(backend, vjp, g, u), told.residual)
@@ -201,7 +203,7 @@ def failing(backend: Backend, told: AdjointReport, g: Array) -> Array:
     A sample that got the strategy's fallback has not failed. Nor has one whose cotangent `g` `(batch, n)` is not
     finite: its gradient is not finite either, which a gradient scaler must see.
     """
-    from deqcore.solution import Status
+    from deqcore.types import Status
 
     xp = backend.xp
     return (told.status != int(Status.CONVERGED)) & ~told.fallback & xp.all(xp.isfinite(g), axis=1)

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, NamedTuple
 
-from deqcore.abc.backend import Array, Backend, History, Map
+from deqcore.abc.backend import Backend, History
 from deqcore.abc.solver import Solver
 from deqcore.linear.lowrank import BroydenInverse, InverseJacobian, multisecant
+from deqcore.types import Array, Map
 
 
 class BroydenState(NamedTuple):

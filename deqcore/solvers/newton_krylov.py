@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from deqcore.abc.backend import Array, Backend, Map
+from deqcore.abc.backend import Backend
 from deqcore.abc.solver import Solver
 from deqcore.errors import BackendError
 from deqcore.linear.gmres import gmres
+from deqcore.types import Array, Map
 
 
 class NewtonState(NamedTuple):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from deqcore.abc.backend import Array, Backend, Map
+from deqcore.abc.backend import Backend
 from deqcore.abc.solver import Solver
+from deqcore.types import Array, Map
 
 
 @dataclass(frozen=True)

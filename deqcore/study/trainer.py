@@ -12,10 +12,9 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from deqcore.abc.backward import AdjointReport
 from deqcore.config import Config
-from deqcore.solution import Status
 from deqcore.study.models.base import Model, Weights
+from deqcore.types import AdjointReport, Status
 
 Numbers: TypeAlias = NDArray[Any]
 

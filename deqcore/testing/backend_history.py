@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from deqcore.solution import Status
-from deqcore.solve.loop import StoppingCriteria, iterate
+from deqcore.solve.loop import iterate
 from deqcore.solvers.picard import Picard
 from deqcore.testing.conformance import DTYPES, Conformance, needs, several
 from deqcore.testing.fixtures import Kit, close
+from deqcore.types import Status, StoppingCriteria
 
 
 class Model:

@@ -6,13 +6,13 @@ import math
 
 import numpy as np
 
-from deqcore.solution import Status
 from deqcore.testing.backend_arrays import ArrayTests
 from deqcore.testing.backend_derivatives import DerivativeTests
 from deqcore.testing.backend_history import HistoryTests
 from deqcore.testing.conformance import several
 from deqcore.testing.fixtures import Affine, Kit, affine
 from deqcore.testing.import_cost import check_light
+from deqcore.types import Status
 
 
 class BackendTests(ArrayTests, HistoryTests, DerivativeTests):

@@ -8,7 +8,7 @@ A class of tests names its subject by attributes, and pytest collects it like an
         solvers = ("mine",)
         expected_failures = {"test_golden[numpy-mine-slow-modes-float32]": "stalls in single precision"}
 
-Tests ask for what a backend can do (`deqcore.abc.backend.Capabilities`), never for its name.
+Tests ask for what a backend can do (`deqcore.types.Capabilities`), never for its name.
 """
 
 from __future__ import annotations

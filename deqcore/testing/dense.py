@@ -12,13 +12,14 @@ from typing import Any, Final
 
 import numpy as np
 
-from deqcore.abc.backend import Array, Backend, Tree
+from deqcore.abc.backend import Backend
 from deqcore.errors import ProblemError
 from deqcore.solve.flatten import RavelSpec
 from deqcore.solve.verification import leak_everywhere
 from deqcore.testing import worker
 from deqcore.testing.problem import Problem, rebuild, walk
 from deqcore.testing.problems import unraveled
+from deqcore.types import Array, Tree
 
 LIMIT: Final = 3_000_000  # numbers in the dense Jacobians of a batch
 POLISH: Final = 20

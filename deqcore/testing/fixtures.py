@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 import deqcore
-from deqcore.abc.backend import Array, Backend, Map, Tree
+from deqcore.abc.backend import Backend
 from deqcore.linear.lowrank import InverseJacobian
 from deqcore.solution import Solution
 from deqcore.testing.problem import rebuild
 from deqcore.testing.problems import Golden
+from deqcore.types import Array, Map, Tree
 
 
 @dataclass(frozen=True)

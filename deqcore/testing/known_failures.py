@@ -15,10 +15,10 @@ import numpy as np
 import deqcore
 from deqcore import plugins
 from deqcore.plugins.builtin import SOLVERS
-from deqcore.solution import Status
 from deqcore.testing.fixtures import Kit
 from deqcore.testing.problems import golden, names
 from deqcore.testing.tolerances import tolerance
+from deqcore.types import Status
 
 MAX_STEPS: Final = 300
 TOO_SLOW: Final = "STALLED or MAX_STEPS"  # which of the two is a matter of rounding, and so of the machine

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from deqcore.abc.backend import Array, Backend, Tree
+from deqcore.abc.backend import Backend
 from deqcore.errors import ProblemError, did_you_mean, listing
+from deqcore.types import Array, Tree
 
 
 @dataclass(frozen=True)

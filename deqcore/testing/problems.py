@@ -17,10 +17,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from deqcore.abc.backend import Array, Tree
 from deqcore.errors import ProblemError, did_you_mean, listing
 from deqcore.testing.problem import Problem, rebuild, walk
 from deqcore.testing.tolerances import Sensitivity, Slope
+from deqcore.types import Array, Tree
 
 FOLDER: Final = Path(__file__).parent / "golden_values"
 

@@ -10,8 +10,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from deqcore.abc.backend import Array, Tree
 from deqcore.testing.fixtures import Kit
+from deqcore.types import Array, Tree
 
 EXPONENTS: Final = {"float64": 664, "float32": 83, "bfloat16": 83}  # 1e±200, 1e±25, 1e±25
 

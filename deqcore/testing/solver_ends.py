@@ -6,11 +6,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from deqcore.abc.backend import Map
 from deqcore.abc.solver import Solver
-from deqcore.solution import Status
 from deqcore.testing.conformance import Conformance, several
 from deqcore.testing.fixtures import Kit, affine, close
+from deqcore.types import Map, Status
 
 BUDGET: Final = 80
 

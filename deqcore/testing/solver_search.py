@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deqcore.abc.backend import Map
 from deqcore.abc.solver import Solver
 from deqcore.testing.conformance import Conformance
 from deqcore.testing.fixtures import Affine, Kit, affine, close
 from deqcore.testing.problems import golden
 from deqcore.testing.solver_steps import overshooting, walk_steps
+from deqcore.types import Map
 
 
 class SearchTests(Conformance):

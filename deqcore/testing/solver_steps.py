@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 import deqcore
-from deqcore.abc.backend import Backend, History, Map
+from deqcore.abc.backend import Backend, History
 from deqcore.abc.solver import Solver, map_state
 from deqcore.solve.loop import copy_state
 from deqcore.testing.conformance import DTYPES, Conformance, needs, several
 from deqcore.testing.fixtures import Kit, affine, close
 from deqcore.testing.import_cost import check_light
 from deqcore.testing.problems import golden
+from deqcore.types import Map
 
 
 def walk_steps(kit: Kit, solver: Solver, f: Map, z: Any, steps: int, *, jit: bool = True) -> list[tuple[Any, Any, Any]]:

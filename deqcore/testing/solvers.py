@@ -17,7 +17,6 @@ import pytest
 import deqcore
 from deqcore import plugins
 from deqcore.abc.solver import Solver
-from deqcore.solution import Status
 from deqcore.testing.conformance import DTYPES, chosen, claimed, several
 from deqcore.testing.fixtures import Affine, Kit, affine, close
 from deqcore.testing.problems import golden, names, raveled
@@ -27,6 +26,7 @@ from deqcore.testing.solver_estimate import EstimateTests
 from deqcore.testing.solver_search import SearchTests
 from deqcore.testing.solver_steps import StepTests
 from deqcore.testing.tolerances import tolerance
+from deqcore.types import Status
 
 MAX_STEPS: Final = 300
 

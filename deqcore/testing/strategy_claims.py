@@ -9,13 +9,12 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from deqcore.abc.backend import Array
-from deqcore.abc.backward import AdjointReport, Strategy
-from deqcore.solution import Status
+from deqcore.abc.backward import Strategy
 from deqcore.testing.conformance import Conformance, claimed, several
 from deqcore.testing.fixtures import Affine, Kit, close
 from deqcore.testing.problems import golden, names, raveled
 from deqcore.testing.strategy_route import solve_adjoint, unlike
+from deqcore.types import AdjointReport, Array, Status
 
 
 def adjoint_of(name: str) -> tuple[Affine, Any, Any]:

@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 
 from deqcore import plugins
-from deqcore.abc.backend import Array
-from deqcore.abc.backward import AdjointReport, StepStrategy, Strategy
-from deqcore.solution import Status
+from deqcore.abc.backward import StepStrategy, Strategy
 from deqcore.solve.verification import random_halves, verified
 from deqcore.testing.conformance import DTYPES, Conformance, several
 from deqcore.testing.fixtures import Affine, DenseEstimate, Kit, affine, close
 from deqcore.testing.import_cost import check_light
 from deqcore.testing.scales import scales
+from deqcore.types import AdjointReport, Array, Status
 
 FLAT = -np.stack([np.eye(6)] * 3)
 

@@ -10,11 +10,11 @@ import pytest
 
 import deqcore
 from deqcore import plugins
-from deqcore.abc.backend import Array
 from deqcore.abc.backward import Steps, StepStrategy, Strategy
-from deqcore.solve.loop import BoundSolve, SolveResult, StoppingCriteria
+from deqcore.solve.loop import BoundSolve
 from deqcore.testing.conformance import DTYPES, Conformance, needs, several
 from deqcore.testing.fixtures import Affine, Kit, affine, close
+from deqcore.types import Array, SolveResult, StoppingCriteria
 
 
 class StepStrategyTests(Conformance):

@@ -18,7 +18,7 @@ from typing import Any, Final
 import numpy as np
 
 from deqcore import plugins
-from deqcore.abc.backend import Array, Backend, Tree
+from deqcore.abc.backend import Backend
 from deqcore.abc.backward import StepStrategy
 from deqcore.abc.solver import Solver
 from deqcore.api import get_backend, vjp
@@ -29,6 +29,7 @@ from deqcore.solve.flatten import RavelSpec
 from deqcore.solve.verification import coupled_rows
 from deqcore.testing.problem import Problem, load_problem, place, rebuild, walk
 from deqcore.testing.problems import FUNCTIONS, golden
+from deqcore.types import Array, Tree
 
 SKIPPED: Final = "skipped: "
 

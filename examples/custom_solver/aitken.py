@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from deqcore.abc.backend import Array, Backend, Map
+from deqcore.abc.backend import Backend
 from deqcore.abc.solver import Solver
+from deqcore.types import Array, Map
 
 
 class AitkenState(NamedTuple):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import deqcore
-from deqcore.solution import Status
 from deqcore.solvers.broyden import Broyden
+from deqcore.types import Status
 
 BACKENDS = ["numpy", "torch", "jax"]
 

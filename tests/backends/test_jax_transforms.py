@@ -7,7 +7,7 @@ import pytest
 
 import deqcore
 from deqcore.errors import StrategyError
-from deqcore.solution import Status
+from deqcore.types import Status
 
 jax = pytest.importorskip("jax")
 jnp = jax.numpy

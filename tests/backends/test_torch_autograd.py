@@ -12,7 +12,7 @@ import pytest
 
 import deqcore
 from deqcore.errors import BackendError, ConvergenceWarning, NonDeterministicWarning, ProblemError
-from deqcore.solution import Status
+from deqcore.types import Status
 
 torch = pytest.importorskip("torch")
 

@@ -9,10 +9,11 @@ import pytest
 
 import deqcore
 from deqcore.linear.gmres import KrylovSpace, gmres
-from deqcore.solve.loop import StoppingCriteria, iterate
+from deqcore.solve.loop import iterate
 from deqcore.solvers.anderson import Anderson
 from deqcore.solvers.broyden import Broyden
 from deqcore.solvers.picard import Picard
+from deqcore.types import StoppingCriteria
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("numba")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import deqcore
-from deqcore.solution import Status
+from deqcore.types import Status
 
 SOLVERS = ["picard", "anderson", "broyden", "newton-krylov"]
 

@@ -10,7 +10,7 @@ import pytest
 
 import deqcore
 from deqcore.errors import StrategyError
-from deqcore.solution import Status
+from deqcore.types import Status
 
 SOLVERS = ["picard", "anderson", "broyden", "newton-krylov"]
 STRATEGIES = ["exact-ift", "broyden-reuse", "jacobian-free", "neumann", "phantom", "unrolled"]

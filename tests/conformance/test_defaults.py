@@ -10,9 +10,10 @@ from deqcore_numpy.backend import NumpyBackend
 from deqcore_numpy.derivative import jacobian
 
 from deqcore import plugins
-from deqcore.abc.backend import Backend, Capabilities
+from deqcore.abc.backend import Backend
 from deqcore.abc.functional_history import FunctionalHistory
 from deqcore.testing import BackendTests, SolverTests
+from deqcore.types import Capabilities
 
 pytest_plugins = ["deqcore.testing.plugin"]
 

@@ -11,9 +11,9 @@ import pytest
 
 import deqcore
 from deqcore import plugins
-from deqcore.abc.backend import LoopVars
 from deqcore.testing import strict
 from deqcore.testing.strict.array import StrictArray, StrictError
+from deqcore.types import LoopVars
 
 FILE = Path(__file__).with_name("bad_solvers.py")
 spec = importlib.util.spec_from_file_location("conformance_bad_solvers", FILE)

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 import deqcore
 from deqcore.backward.broyden_reuse import BroydenReuse
 from deqcore.linear.certified import solve_certified
-from deqcore.solution import Status
-from deqcore.solve.loop import StoppingCriteria, iterate
+from deqcore.solve.loop import iterate
 from deqcore.solvers.broyden import Broyden
+from deqcore.types import Status, StoppingCriteria
 
 N = 30
 

@@ -8,11 +8,12 @@ import pytest
 import deqcore
 from deqcore.errors import ConfigError, ProblemError
 from deqcore.solve.compaction import solve_compacted
-from deqcore.solve.loop import StoppingCriteria, iterate
+from deqcore.solve.loop import iterate
 from deqcore.solvers.anderson import Anderson
 from deqcore.solvers.broyden import Broyden
 from deqcore.solvers.newton_krylov import NewtonKrylov
 from deqcore.solvers.picard import Picard
+from deqcore.types import StoppingCriteria
 
 SOLVERS = [
     Picard(),

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import deqcore
-from deqcore.solve.loop import StoppingCriteria, iterate
+from deqcore.solve.loop import iterate
 from deqcore.solvers.anderson import Anderson
 from deqcore.solvers.broyden import Broyden
+from deqcore.types import StoppingCriteria
 
 torch = pytest.importorskip("torch")
 

@@ -13,7 +13,7 @@ from deqcore.backward.exact_ift import ExactIFT
 from deqcore.errors import ConfigError
 from deqcore.linear import direct
 from deqcore.linear.gmres import gmres
-from deqcore.solution import Status
+from deqcore.types import Status
 
 
 @pytest.fixture(autouse=True)

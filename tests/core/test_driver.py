@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deqcore.abc.solver import Solver
-from deqcore.solution import Status
-from deqcore.solve.loop import StoppingCriteria, iterate
+from deqcore.solve.loop import iterate
 from deqcore.solvers.anderson import Anderson
 from deqcore.solvers.broyden import Broyden
 from deqcore.solvers.picard import Picard
+from deqcore.types import Status, StoppingCriteria
 
 SOLVERS = [Picard(), Anderson(history_size=4), Broyden(history_size=12)]
 WITH_ESTIMATE = [Anderson(history_size=4), Broyden(history_size=12)]

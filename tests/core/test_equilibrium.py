@@ -19,7 +19,7 @@ from deqcore.errors import (
     StrategyError,
     UnknownNameError,
 )
-from deqcore.solution import Status
+from deqcore.types import Status
 
 SLOW = {"forward__solver": "picard", "forward__max_steps": 3, "forward__rtol": 1e-6}
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import deqcore
-from deqcore.solve.loop import StoppingCriteria, iterate
+from deqcore.solve.loop import iterate
 from deqcore.solvers.anderson import Anderson
 from deqcore.solvers.broyden import Broyden
+from deqcore.types import StoppingCriteria
 
 A = np.array([0.5, 0.3, -0.4, 0.1, 0.45])
 X = np.array([[1.0, -2.0, 0.5, 3.0, 1.5], [-1.0, 0.25, 2.0, -0.5, 4.0]])

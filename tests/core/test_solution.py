@@ -9,7 +9,8 @@ import pytest
 
 import deqcore
 from deqcore import plugins
-from deqcore.solution import Status, summarize
+from deqcore.solution import summarize
+from deqcore.types import Status
 
 
 def test_a_status_is_an_integer_and_a_sentence():

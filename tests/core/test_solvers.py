@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 import deqcore
 from deqcore.errors import ConfigError
-from deqcore.solution import Status
-from deqcore.solve.loop import StoppingCriteria, iterate
+from deqcore.solve.loop import iterate
 from deqcore.solvers.anderson import Anderson
 from deqcore.solvers.broyden import Broyden
 from deqcore.solvers.picard import Picard
+from deqcore.types import Status, StoppingCriteria
 
 NAMES = ["picard", "anderson", "broyden", "newton-krylov"]
 

@@ -13,9 +13,9 @@ from deqcore import plugins
 from deqcore.abc.backward import Adjoint
 from deqcore.errors import ConfigError, StrategyError
 from deqcore.linear.lowrank import InverseJacobian
-from deqcore.solution import Status
-from deqcore.solve.loop import StoppingCriteria, iterate
+from deqcore.solve.loop import iterate
 from deqcore.solvers.broyden import Broyden
+from deqcore.types import Status, StoppingCriteria
 
 PLAIN = {"certify": False, "max_relative_error": None, "fallback": "none"}
 TIGHT = {"forward__rtol": 1e-13, "forward__max_steps": 300, "forward__on_failure": "ignore"}

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 import deqcore
-from deqcore.solution import Status
-from deqcore.solve.loop import StoppingCriteria, iterate
+from deqcore.solve.loop import iterate
 from deqcore.solvers.anderson import Anderson
 from deqcore.solvers.broyden import Broyden
 from deqcore.solvers.newton_krylov import NewtonKrylov
 from deqcore.solvers.picard import Picard
+from deqcore.types import Status, StoppingCriteria
 
 ACCELERATED = ["broyden", "anderson", "newton-krylov"]
 SOLVERS = [*ACCELERATED, "picard"]

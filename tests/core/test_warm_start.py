@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import deqcore
-from deqcore.solution import Status
+from deqcore.types import Status
 
 SOLVERS = [
     ("picard", {}),

@@ -10,10 +10,9 @@ import pytest
 
 import deqcore
 from deqcore import Status
-from deqcore.abc.backend import BackwardRecord
-from deqcore.abc.backward import AdjointReport
 from deqcore.errors import ConfigError, ConvergenceError, MonitorWarning
 from deqcore.monitor import Measurement, Metric, Metrics, Monitor
+from deqcore.types import AdjointReport, BackwardRecord
 
 
 def affine(rates):

@@ -14,11 +14,11 @@ from deqcore_torch.nn import DEQ
 
 import deqcore
 from deqcore import AdjointReport, Backend, Config, Solution, Solver, Status
-from deqcore.abc.backend import Array, Map
 from deqcore.config.schedule import Ramp, Schedule
 from deqcore.diagnostics import Audit, Spectrum, gradient_audit, spectral_radius
 from deqcore.monitor import Monitor, Trigger
 from deqcore.plugins import SolverSpec, register
+from deqcore.types import Array, Map
 
 
 def f(z: Any, x: Any) -> Any:

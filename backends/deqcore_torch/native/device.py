@@ -13,14 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deqcore.abc.backend import Backend, Map, StepResult
+from deqcore.abc.backend import Backend
 from deqcore.abc.solver import Solver
 from deqcore.linear.gmres import Krylov
-from deqcore.solution import Status
-from deqcore.solve.loop import LoopState
 from deqcore.solve.termination import BLOW_UP, DROP, FALL, LOST, PROGRESS, REFUSED, Limits
 from deqcore.solvers.anderson import Anderson, AndersonState
 from deqcore.solvers.broyden import Broyden, BroydenState
+from deqcore.types import LoopState, Map, Status, StepResult
 from deqcore_torch.history import TorchHistory
 from deqcore_torch.native import fused
 from deqcore_torch.native.launch import Kernel

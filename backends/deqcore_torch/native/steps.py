@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deqcore.abc.backend import Backend, Map, StepResult
+from deqcore.abc.backend import Backend
 from deqcore.abc.solver import Solver
 from deqcore.linear.gmres import Krylov
 from deqcore.solvers.anderson import Anderson, AndersonState
 from deqcore.solvers.broyden import Broyden, BroydenState
+from deqcore.types import Map, StepResult
 from deqcore_torch.history import TorchHistory
 from deqcore_torch.native import kernels
 from deqcore_torch.native.pool import run

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from deqcore.abc.backend import Array
+from deqcore.types import Array
 
 Kind: TypeAlias = Literal["vector", "image", "tokens"]
 Weights: TypeAlias = dict[str, NDArray[np.float32]]

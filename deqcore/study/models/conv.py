@@ -6,8 +6,8 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 
-from deqcore.abc.backend import Array
 from deqcore.study.models.base import Kind, Model, Ops, Parameters, Weights, normal
+from deqcore.types import Array
 
 GROUPS: Final = 4
 DAMPING: Final = 0.5

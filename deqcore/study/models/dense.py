@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 
-from deqcore.abc.backend import Array
 from deqcore.study.models.base import Kind, Model, Ops, Parameters, Weights, contraction, normal
+from deqcore.types import Array
 
 RATE: Final = 0.8
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Final
 
-from deqcore.abc.backend import Array
 from deqcore.errors import ConfigError
 from deqcore.study.models.base import Ops, Parameters, Shape
 from deqcore.study.models.dense import Dense
+from deqcore.types import Array
 
 SMALLEST: Final = 4  # units that share a slow mode
 FIRST, LAST = 0.1, 0.01  # what a step leaves of the way to the equilibrium, from the finest to the coarsest means

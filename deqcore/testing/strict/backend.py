@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from deqcore import plugins
-from deqcore.abc.backend import Array, Backend, BackwardRecord, Capabilities, History, LoopVars, Map
+from deqcore.abc.backend import Backend, History
 from deqcore.abc.backward import Adjoint
-from deqcore.solve.loop import SolveResult
 from deqcore.testing.strict.array import StrictArray, StrictError, unwrap, wrap
 from deqcore.testing.strict.carry import check_same
 from deqcore.testing.strict.history import StrictHistory
 from deqcore.testing.strict.namespace import XP
+from deqcore.types import Array, BackwardRecord, Capabilities, LoopVars, Map, SolveResult
 
 
 class StrictBackend(Backend):

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from deqcore.abc.backend import Array, History
+from deqcore.abc.backend import History
 from deqcore.testing.strict.array import StrictArray, unwrap, wrap
+from deqcore.types import Array
 
 
 class StrictHistory(History):

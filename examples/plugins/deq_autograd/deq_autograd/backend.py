@@ -13,8 +13,9 @@ from autograd.core import make_vjp
 from autograd.extend import defvjp, primitive
 from autograd.tracer import getval, isbox
 
-from deqcore.abc.backend import Backend, BackwardRecord, Capabilities
+from deqcore.abc.backend import Backend
 from deqcore.errors import StrategyError
+from deqcore.types import BackwardRecord, Capabilities
 
 
 class Namespace(SimpleNamespace):

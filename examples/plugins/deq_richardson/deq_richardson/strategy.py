@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from deqcore.abc.backend import Array, Backend, Map
-from deqcore.abc.backward import AdjointReport, Strategy, report
+from deqcore.abc.backend import Backend
+from deqcore.abc.backward import Strategy, report
 from deqcore.linear.lowrank import InverseJacobian
+from deqcore.types import AdjointReport, Array, Map
 
 
 @dataclass(frozen=True)

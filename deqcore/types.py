@@ -1,0 +1,320 @@
+"""What the parts of a solve hand to each other: passive records, without imports from above.
+
+Arrays are those of the backend's framework. `(batch,)` and `(batch, n)` are shapes; a record that is a NamedTuple may
+stand inside compiled, traced code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
+
+from deqcore.solve.termination import Path
+
+Array: TypeAlias = Any
+"""An array of the backend's framework. Frameworks share no base class, so the type checker sees Any."""
+
+
+Tree: TypeAlias = Any
+"""Nested tuples, lists and dicts (and whatever else the framework registers) with arrays at the leaves."""
+
+
+Map: TypeAlias = Callable[[Array], Array]
+"""A function from `(batch, n)` to `(batch, n)`."""
+
+
+LoopVars = TypeVar("LoopVars")
+
+
+class StepResult(NamedTuple):
+    """What a step led to.
+
+    Attributes:
+        z: the iterate `(batch, n)`.
+        fz: f(z).
+        state: the solver's.
+        size: ‖f(z)‖ `(batch,)`, where it has been measured.
+        frozen: z and state of samples that take no part are already what they were.
+    """
+
+    z: Array
+    fz: Array
+    state: Any
+    size: Array | None = None
+    frozen: bool = False
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend can do. Tests and the core ask for these, never for a backend's name.
+
+    Attributes:
+        autodiff: does it differentiate f itself (or by a dense Jacobian of finite differences)?
+        jvp: has it forward-mode products J v?
+        jit: can fixed_point stand inside compiled, traced code?
+        vmap: can fixed_point be vectorised over a further axis?
+        float64: are double-precision states exact, without a global switch?
+        bfloat16: can a state or a history be bfloat16?
+        complex: can a state be complex?
+        accelerator: can arrays live on another device than the host?
+        second_derivatives: are gradients of gradients of exact-ift right?
+        compaction: may a solve go on with fewer rows than it began with (shapes known step by step)?
+        eager: does every call of fixed_point run its Python anew, never code compiled at an earlier one?
+
+    Example:
+        >>> import deqcore
+        >>> deqcore.get_backend(backend="numpy").capabilities.compaction
+        True
+    """
+
+    autodiff: bool = True
+    jvp: bool = False
+    jit: bool = False
+    vmap: bool = False
+    float64: bool = True
+    bfloat16: bool = False
+    complex: bool = False
+    accelerator: bool = False
+    second_derivatives: bool = False
+    compaction: bool = False
+    eager: bool = True
+
+
+class BackwardRecord:
+    """What the backward pass did, filled in when it runs. Eager frameworks only.
+
+    Attributes:
+        report: the AdjointReport of the latest backward pass, or None before the first.
+        seconds: host time of its route, NaN where it was not taken; a device may still be at work.
+        runs: how many backward passes have run.
+        drift: how far the evaluation that was recorded lies from the solver's own at the same point,
+            ‖y − f(z*)‖ `(batch,)`, or None: more than rounding says that f is not deterministic.
+        listener: called after each, in whatever thread the framework differentiates in; it must not wait for a device.
+    """
+
+    __slots__ = ("nondeterminism", "listener", "report", "runs", "seconds")
+
+    def __init__(self) -> None:
+        self.report: AdjointReport | None = None
+        self.seconds: float = float("nan")
+        self.runs: int = 0
+        self.nondeterminism: Array | None = None
+        self.listener: Callable[[BackwardRecord], None] | None = None
+
+    def add(self, report: AdjointReport, seconds: float = float("nan")) -> None:
+        """Keep the report of a backward pass that has just run."""
+        self.report = report
+        self.seconds = seconds
+        self.runs += 1
+        if self.listener is not None:
+            self.listener(self)
+
+
+class Status(IntEnum):
+    """How a sample's solve ended. An int32 in traced code; `sentence` says cause and remedy.
+
+    Example:
+        >>> import numpy as np, deqcore
+        >>> sol = deqcore.fixed_point(np.cos, np.ones((1, 1)), forward__max_steps=2, forward__on_failure="ignore")
+        >>> Status(int(sol.status[0])).name, Status.MAX_STEPS.sentence[:25]
+        ('MAX_STEPS', 'The step budget was spent')
+    """
+
+    RUNNING = 0
+    CONVERGED = 1
+    MAX_STEPS = 2
+    STALLED = 3
+    DIVERGED = 4
+    NONFINITE = 5
+    FIXED_STEPS = 6
+
+    @property
+    def sentence(self) -> str:
+        """Cause and remedy in one sentence."""
+        return _SENTENCES[self].format(others=_listed(SEARCHING), damp="damp the step")
+
+    def advice(self, solver: str = "") -> str:
+        """The sentence for who uses `solver` (a name, or the repr of a solver), which it does not recommend."""
+        used, _, options = solver.partition("(")
+        others = [name for name in SEARCHING if name.replace("-", "") != used.replace("-", "").lower()]
+        damp = "damp the step (forward.options.growth = 2)" if "growth=None" in options else "damp the step"
+        return _SENTENCES[self].format(others=_listed(others), damp=damp)
+
+
+SEARCHING: Final = ("broyden", "anderson", "newton-krylov")  # solvers that work where plain iteration does not
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " or ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
+
+
+_SENTENCES = {
+    Status.RUNNING: "The solve has not ended.",
+    Status.CONVERGED: "The residual met the tolerance.",
+    Status.MAX_STEPS: (
+        "The step budget was spent before the residual met the tolerance: raise forward.max_steps, loosen "
+        "forward.rtol, or choose a solver that may need fewer steps ({others})."
+    ),
+    Status.STALLED: (
+        "The residual stopped falling above the tolerance: it may be below what the dtype can reach (loosen "
+        "forward.rtol or use a wider dtype), or the method is stuck (start elsewhere, or try another solver: {others})."
+    ),
+    Status.DIVERGED: (
+        "The residual grew far above the scale of the start, or the iterate grew while its residual did not fall: f is "
+        "not a contraction near here, or has no fixed point. Use {others}, {damp}, start closer, or regularise the "
+        "Jacobian of f in training."
+    ),
+    Status.NONFINITE: (
+        "f returned NaN or inf at the start, or wherever a step led, shorter steps included: the best finite iterate "
+        "is returned. Start where f is finite, and look for overflow, a division by zero or a narrow dtype in f, or "
+        "for NaN in its inputs and parameters."
+    ),
+    Status.FIXED_STEPS: (
+        "The strategy takes a fixed number of steps, after which the residual was above the tolerance or was not "
+        "measured (NaN): raise its own step count in backward.options, or choose a strategy that solves."
+    ),
+}
+
+
+class AdjointReport(NamedTuple):
+    """What the backward pass did, per sample. All leaves have shape `(batch,)`.
+
+    Attributes:
+        status: `Status` as int32. A strategy that promises no accuracy reports CONVERGED.
+        vjps: vector–Jacobian products spent, int32.
+        residual: ‖g + Jᵀu − u‖ / ‖g‖ where it was measured, NaN where not.
+        error: estimate of ‖u − u*‖ / ‖u*‖, NaN where there is none.
+        fallback: True where the strategy gave up and something simpler was used instead.
+        coupling: 0 where nothing was found, or how much of a vector–Jacobian product lands in this sample although its
+            cotangent lies in others, relative to the largest sample: f couples the rows of the state, and
+            ``forward.batch = false`` is needed. NaN or None where it was not measured.
+        verify_vjps: vector–Jacobian products that `backward.verify_every` spent, int32, which `vjps` leaves out.
+
+    Example:
+        >>> import numpy as np
+        >>> unknown = np.full(2, np.nan)
+        >>> AdjointReport(np.array([1, 2]), np.array([3, 9]), np.array([1e-6, 0.5]), unknown, np.array([False, True]))
+        1 of 2 samples CONVERGED after at most 3 vjps, adjoint residual at most 1e-06.
+        1 of 2 samples MAX_STEPS after at most 9 vjps, adjoint residual at most 0.5; 1 got the fallback.
+    """
+
+    status: Array
+    vjps: Array
+    residual: Array
+    error: Array
+    fallback: Array
+    coupling: Array = None
+    verify_vjps: Array = None
+
+    def __repr__(self) -> str:
+        """A line per status that occurs; the fields themselves where they have no values (traced code)."""
+        try:
+            lists = [list(leaf.tolist()) for leaf in self[:5]]
+            coupled = self.coupling is not None and any(each > 0 for each in self.coupling.tolist())
+        except Exception:  # each framework has an error of its own for arrays without values
+            return f"AdjointReport({', '.join(map('{}={!r}'.format, self._fields, self))})"
+        return _told(*lists) + ("\nf couples the rows of the state: set forward.batch = false." if coupled else "")
+
+
+class Reached(NamedTuple):
+    """Where a fixed number of recorded steps led.
+
+    Attributes:
+        z: the iterate, with its derivative `(batch, n)`.
+        fz: f(z) `(batch, n)`.
+        evaluations: evaluations of f `(batch,)` int32.
+        scale: scale of the start, max(‖z0‖, ‖f(z0)‖), `(batch,)`.
+        residual: ‖f(z0) − z0‖ at the start `(batch,)`.
+
+    Example:
+        >>> import numpy as np
+        >>> one = np.ones(1)
+        >>> Reached(np.ones((1, 2)), np.ones((1, 2)), np.ones(1, np.int32), scale=one, residual=one).z.tolist()
+        [[1.0, 1.0]]
+    """
+
+    z: Array
+    fz: Array
+    evaluations: Array
+    scale: Array
+    residual: Array
+
+
+def _told(status: list[int], vjps: list[int], residual: list[float], error: list[float], fallback: list[bool]) -> str:
+    """A report's values in words."""
+    from deqcore.types import Status
+
+    lines = []
+    for kind in Status:
+        rows = [row for row, each in enumerate(status) if each == kind]
+        if not rows:
+            continue
+        text = f"{len(rows)} of {len(status)} samples {kind.name} after at most {max(vjps[row] for row in rows)} vjps"
+        for name, values in (("adjoint residual", residual), ("estimated error", error)):
+            if known := [values[row] for row in rows if not math.isnan(values[row])]:
+                text += f", {name} at most {max(known):.3g}"
+        if fell := sum(bool(fallback[row]) for row in rows):
+            text += f"; {fell} got the fallback"
+        lines.append(f"{text}.")
+    return "\n".join(lines) or "The batch is empty."
+
+
+class StoppingCriteria(NamedTuple):
+    """When to stop. Numbers may be framework scalars: changing them then recompiles nothing.
+
+    Attributes:
+        rtol: a sample is done when ‖f(z) − z‖ ≤ atol + rtol·‖f(z)‖, and not because ‖f(z)‖ has grown.
+        atol: see rtol.
+        max_steps: step budget; 0 evaluates f once and reports.
+        check_every: steps between host checks, or "auto".
+        patience: steps without progress after which a sample counts as stalled.
+    """
+
+    rtol: float | Array
+    atol: float | Array = 0.0
+    max_steps: int | Array = 40
+    check_every: int | str = "auto"
+    patience: int = 50
+
+
+class LoopState(NamedTuple):
+    """The loop state. All arrays have the batch as their first axis."""
+
+    z: Array
+    fz: Array
+    state: Any
+    status: Array
+    steps: Array
+    best_z: Array
+    best_fz: Array
+    best_residual: Array
+    reference: Array  # scale of the start, max(‖z0‖, ‖f(z0)‖)
+    peak: Array  # largest residual so far
+    mark: Array  # residual at the last progress
+    since: Array  # steps since then; REFUSED: f was not finite where the last step led; PENDING: not evaluated yet
+    length: Array  # part of the residual that is tried after a refused step
+    tried: Array  # least residual at the last refused step
+    extra: Array  # evaluations of f beyond those that the solver counts: one for each time that the solve went on
+
+    @property
+    def path(self) -> Path:
+        """What the verdict needs of it."""
+        return Path(self.reference, self.peak, self.best_residual, self.mark, self.since)
+
+
+class SolveResult(NamedTuple):
+    """What a solve found, raveled: `z`, `fz` are `(batch, n)`, the rest `(batch,)`.
+
+    A strategy that takes a fixed number of steps leaves no carry, and f(z) only where it evaluated it.
+    """
+
+    z: Array
+    fz: Any
+    residual: Array
+    status: Array
+    steps: Array
+    evaluations: Array
+    carry: Any
