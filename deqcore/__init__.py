@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from deqcore import errors
-    from deqcore.abc.backend import Backend, History
+    from deqcore.abc.backend import Backend
     from deqcore.abc.backward import StepStrategy, Strategy
+    from deqcore.abc.history import History
+    from deqcore.abc.inverse_jacobian import InverseJacobian
     from deqcore.abc.solver import Solver
     from deqcore.api import fixed_point, get_backend, vjp
     from deqcore.config import Config, using
-    from deqcore.linear.lowrank import InverseJacobian
     from deqcore.solution import Solution
     from deqcore.types import AdjointReport, Capabilities, Status
 

@@ -11,7 +11,7 @@ from typing import Any
 from deqcore import config as settings
 from deqcore import plugins
 from deqcore.abc.backend import Backend
-from deqcore.abc.backward import Adjoint, Steps, StepStrategy, Strategy
+from deqcore.abc.backward import StepStrategy, Strategy
 from deqcore.abc.solver import Solver
 from deqcore.config import Config
 from deqcore.config.sources import LARGEST
@@ -28,6 +28,7 @@ from deqcore.errors import (
 )
 from deqcore.solution import SOLVED, Solution, SolveState, summarize
 from deqcore.solve import failures
+from deqcore.solve.adjoint import Adjoint, Steps
 from deqcore.solve.compaction import RestrictRows
 from deqcore.solve.flatten import FlatFunction, RavelSpec
 from deqcore.solve.loop import BoundSolve

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from deqcore.abc.backend import Backend, History
-from deqcore.abc.backward import Adjoint
+from deqcore.abc.backend import Backend
+from deqcore.abc.history import History
 from deqcore.errors import BackendError
+from deqcore.solve.adjoint import Adjoint
 from deqcore.solve.traced_failures import Failures
 from deqcore.types import BackwardRecord, Capabilities, LoopVars, Map, SolveResult
 from deqcore_jax import adjoint_tap, batched_linalg, failures, implicit, pytrees

@@ -18,8 +18,8 @@ import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from deqcore.abc.backward import Adjoint
 from deqcore.solution import Tally
+from deqcore.solve.adjoint import Adjoint
 from deqcore.solve.traced_failures import Failures, Place
 from deqcore.types import AdjointReport, Status
 

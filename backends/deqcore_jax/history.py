@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deqcore.abc.backend import History
+from deqcore.abc.history import History
 from deqcore_jax.dtypes import common, single
 
 

@@ -27,9 +27,9 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from deqcore.abc.backward import Adjoint
 from deqcore.errors import StrategyError
 from deqcore.linear.transposed import transposed
+from deqcore.solve.adjoint import Adjoint
 from deqcore.solve.loop import BoundSolve
 from deqcore.solve.traced_failures import Place
 from deqcore.types import AdjointReport, SolveResult, StoppingCriteria

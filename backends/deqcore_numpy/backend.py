@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from deqcore.abc.backend import Backend
-from deqcore.abc.backward import Adjoint
 from deqcore.errors import ConfigError, ProblemError
+from deqcore.solve.adjoint import Adjoint
 from deqcore.solve.verification import coupled_rows
 from deqcore.types import BackwardRecord, Capabilities, Map, SolveResult
 from deqcore_numpy.derivative import (

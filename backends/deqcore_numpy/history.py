@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from deqcore.abc.backend import History
+from deqcore.abc.history import History
 
 
 class NumpyHistory(History):

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deqcore.abc.backward import Adjoint
 from deqcore.linear.transposed import transposed
+from deqcore.solve.adjoint import Adjoint
 from deqcore.types import BackwardRecord, SolveResult
 from deqcore_torch import functorch
 from deqcore_torch.functorch import Refuse, approximate

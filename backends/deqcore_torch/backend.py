@@ -13,10 +13,11 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
-from deqcore.abc.backend import Backend, History
-from deqcore.abc.backward import Adjoint
+from deqcore.abc.backend import Backend
+from deqcore.abc.history import History
 from deqcore.abc.solver import Solver
 from deqcore.errors import BackendError, ConfigError, InitialIterateError, ProblemError
+from deqcore.solve.adjoint import Adjoint
 from deqcore.solve.opaque import arrays_in
 from deqcore.types import BackwardRecord, Capabilities, LoopVars, Map, SolveResult, StepResult
 from deqcore_torch import functorch, jvp, native

@@ -34,9 +34,9 @@ from torch._C._functorch import (
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from deqcore.abc.backward import Adjoint
 from deqcore.errors import ProblemError, StrategyError
 from deqcore.linear.transposed import transposed
+from deqcore.solve.adjoint import Adjoint
 from deqcore.types import Map, SolveResult
 from deqcore_torch.eval_context import Ambient, nothing_recorded
 

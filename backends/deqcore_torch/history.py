@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deqcore.abc.backend import History
+from deqcore.abc.history import History
 from deqcore_torch import native
 
 CHUNK = 4  # slots per chunk for large vectors
@@ -107,7 +107,7 @@ class _Store:
 
 
 class TorchHistory(History):
-    """Ring of vectors in chunks; see `deqcore.abc.backend.History`.
+    """Ring of vectors in chunks; see `deqcore.abc.history.History`.
 
     While every sample has seen every vector (no restart, no frozen row yet) `seen` is None and no mask is applied.
     The host counts along: where it knows since which append the active samples hold every vector and none before,

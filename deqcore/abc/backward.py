@@ -16,18 +16,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 from deqcore.abc.backend import Backend
-from deqcore.errors import PluginError
-from deqcore.solve.verification import failing, replaced
 from deqcore.types import AdjointReport, Array, Map, Reached
 
 if TYPE_CHECKING:
+    from deqcore.abc.inverse_jacobian import InverseJacobian
     from deqcore.abc.solver import Solver
-    from deqcore.linear.lowrank import InverseJacobian
-    from deqcore.solve.failures import Watch
     from deqcore.types import SolveResult
 
 MakeSolver: TypeAlias = "Callable[[str, Mapping[str, object]], Solver]"
@@ -127,108 +123,6 @@ class StepStrategy(ABC):
     def solves(self) -> bool:
         """Whether the fixed point is solved for first."""
         return True
-
-
-@dataclass(frozen=True)
-class Adjoint:
-    """A strategy bound to the solver whose estimate it may use. What `Backend.implicit` calls in the backward pass.
-
-    Attributes:
-        backend: whose arrays these are.
-        strategy: the strategy.
-        solver: whose estimate it may use.
-        on_failure: the setting `backward.on_failure`. "zero" and "nan" are applied here, in traced code as well.
-        asked: whether that setting was chosen, so that it is not the default.
-        watch: verifies, warns and raises in eager backends; None: nothing of this.
-    """
-
-    backend: Backend
-    strategy: Strategy
-    solver: Solver
-    on_failure: str = "ignore"
-    asked: bool = False
-    watch: Watch | None = field(default=None, compare=False, repr=False)
-
-    def __call__(self, vjp: Map, g: Array, state: object) -> tuple[Array, AdjointReport]:
-        """Route the cotangent `g` `(batch, n)`; `state` is the forward solver's, with its estimate inside.
-
-        Raises:
-            ConvergenceError: `on_failure` is "raise" and a sample failed (eager backends).
-        """
-        estimate: InverseJacobian | None = None
-        if self.uses_state:
-            secants = self.strategy.wants_secants()
-            make = self.solver.secant_estimate if secants else self.solver.inverse_jacobian
-            estimate = make(self.backend, state)
-        u, told = self._routed(*self._unscaled(vjp, g, estimate))
-        findings = None
-        if self.watch is not None:
-            told, findings = self.watch.verify(self, vjp, g, u, told)
-        if self.on_failure in ("zero", "nan"):
-            u = replaced(self.backend, u, failing(self.backend, told, g), self.on_failure)
-        if self.watch is not None:
-            self.watch.deliver(self, told, g, findings)
-        return u, told
-
-    def _unscaled(self, vjp: Map, g: Array, estimate: InverseJacobian | None) -> tuple[object, Array]:
-        """What `solve_adjoint` returned for `g` in units near its norm, which is linear in `g`, with u in units of 1."""
-        backend = self.backend
-        if not (self.uses_vjp or self.uses_state):
-            return self.strategy.solve_adjoint(backend, vjp, g, estimate), g
-        unit = backend.row_scale(backend.norm(g), g)
-        found = self.strategy.solve_adjoint(backend, vjp, backend.divide_rows(g, unit), estimate)
-        if unit is not None and isinstance(found, tuple) and getattr(found[0], "shape", None) == g.shape:
-            found = backend.multiply_rows(found[0], unit), *found[1:]
-        return found, g
-
-    def _routed(self, found: object, g: Array) -> tuple[Array, AdjointReport]:
-        """What `solve_adjoint` returned, if it is what the contract says."""
-        name, shape = f"{type(self.strategy).__name__}.solve_adjoint", tuple(g.shape)
-        if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], AdjointReport):
-            expected = (
-                "(u, report) with an AdjointReport, as `return u, deqcore.abc.backward.report(backend, g)` gives,"
-            )
-            raise PluginError.returned(name, found, expected)
-        u, told = found
-        if getattr(u, "shape", None) != g.shape:
-            raise PluginError.returned(name, u, f"u of the cotangent's shape {shape}")
-        for part, leaf in zip(AdjointReport._fields, told, strict=True):
-            if leaf is not None and getattr(leaf, "shape", None) != g.shape[:1]:
-                raise PluginError.returned(f"{name} (report.{part})", leaf, f"one number per sample, {shape[:1]},")
-        return u, told
-
-    @property
-    def uses_vjp(self) -> bool:
-        """Whether the backward pass may call `vjp`."""
-        return self.strategy.uses_vjp()
-
-    @property
-    def uses_state(self) -> bool:
-        """Whether the solver's state must be kept for the backward pass."""
-        return self.strategy.wants_estimate()
-
-
-@dataclass(frozen=True)
-class Steps:
-    """A step strategy bound to its solver: what `Backend.differentiate_through` differentiates through."""
-
-    backend: Backend
-    strategy: StepStrategy
-    solver: Solver
-
-    def __call__(self, f: Map, z0: Array, forward: SolveResult | None) -> tuple[Array, Reached | None]:
-        """The differentiable value `(batch, n)`, and what is known of it (without gradients)."""
-        with self.backend.errstate():
-            found = self.strategy.value(self.backend, f, z0, forward, self.solver)
-        reached = found if isinstance(found, Reached) else None
-        value = found if reached is None else reached.z
-        if getattr(value, "shape", None) != z0.shape:
-            expected = f"an array of the state's shape {tuple(z0.shape)}"
-            raise PluginError.returned(f"{type(self.strategy).__name__}.value", value, expected)
-        if reached is None:
-            return value, None
-        detach = self.backend.detach
-        return value, reached._replace(z=detach(value), fz=detach(reached.fz))
 
 
 def relative(backend: Backend, a: Array, b: Array) -> Array:

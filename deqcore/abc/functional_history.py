@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deqcore.abc.backend import Backend, History
+from deqcore.abc.backend import Backend
+from deqcore.abc.history import History
 from deqcore.types import Array
 
 

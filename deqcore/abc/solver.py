@@ -26,11 +26,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from deqcore.abc.backend import Backend, History
+from deqcore.abc.backend import Backend
+from deqcore.abc.history import History
 from deqcore.types import Array, Map
 
 if TYPE_CHECKING:
-    from deqcore.linear.lowrank import InverseJacobian
+    from deqcore.abc.inverse_jacobian import InverseJacobian
 
 
 class Solver(ABC):

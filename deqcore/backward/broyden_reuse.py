@@ -8,10 +8,10 @@ from typing import ClassVar, Literal
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.backward import Strategy, relative, report
+from deqcore.abc.inverse_jacobian import InverseJacobian
 from deqcore.errors import StrategyError
 from deqcore.linear.certified import SAFETY, solve_certified
 from deqcore.linear.gmres import gmres
-from deqcore.linear.lowrank import InverseJacobian
 from deqcore.types import AdjointReport, Array, Map, Status
 
 

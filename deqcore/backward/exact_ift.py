@@ -8,10 +8,10 @@ from typing import ClassVar, Final, Literal
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.backward import MakeSolver, Strategy, relative, report
+from deqcore.abc.inverse_jacobian import InverseJacobian
 from deqcore.abc.solver import Solver
 from deqcore.linear.direct import Direct, solve_direct
 from deqcore.linear.gmres import LinearSolution, gmres
-from deqcore.linear.lowrank import InverseJacobian
 from deqcore.solve.loop import iterate
 from deqcore.types import AdjointReport, Array, Map, Status, StoppingCriteria
 

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.backward import Strategy, report
-from deqcore.linear.lowrank import InverseJacobian
+from deqcore.abc.inverse_jacobian import InverseJacobian
 from deqcore.types import AdjointReport, Array, Map
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from deqcore.abc.backend import Backend, History
+from deqcore.abc.backend import Backend
+from deqcore.abc.history import History
 from deqcore.diagnostics.linearization import view
 from deqcore.errors import ConfigError
 from deqcore.types import Array, Map, Tree

@@ -6,39 +6,13 @@ passes over its history, whatever f costs.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Final
 
-from deqcore.abc.backend import Backend, History
+from deqcore.abc.backend import Backend
+from deqcore.abc.history import History
+from deqcore.abc.inverse_jacobian import InverseJacobian
 from deqcore.types import Array
-
-
-class InverseJacobian(ABC):
-    """H ≈ (∂(f − z)/∂z)^-1 per sample, as a linear operator on `(batch, n)`.
-
-    Example:
-        >>> import numpy as np
-        >>> class Exact(InverseJacobian):  # of f(z) = z / 2 + 1, whose ∂(f − z)/∂z is −1/2
-        ...     def apply(self, v):
-        ...         return -2.0 * v
-        ...     def apply_transpose(self, v):
-        ...         return -2.0 * v
-        >>> Exact().apply_transpose_unregularised(np.ones((1, 2))).tolist()
-        [[-2.0, -2.0]]
-    """
-
-    @abstractmethod
-    def apply(self, v: Array) -> Array:
-        """H v for `v` `(batch, n)`."""
-
-    @abstractmethod
-    def apply_transpose(self, v: Array) -> Array:
-        """Hᵀ v for `v` `(batch, n)`."""
-
-    def apply_transpose_unregularised(self, v: Array) -> Array:
-        """Hᵀ v with as little regularisation as rounding allows: to judge by, where `apply_transpose` is to use."""
-        return self.apply_transpose(v)
 
 
 @dataclass(frozen=True)

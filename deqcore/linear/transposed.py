@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from deqcore.abc.backend import Backend
-from deqcore.abc.backward import Adjoint
+from deqcore.abc.inverse_jacobian import InverseJacobian
 from deqcore.abc.solver import Solver
-from deqcore.linear.lowrank import InverseJacobian
+from deqcore.solve.adjoint import Adjoint
 from deqcore.types import Array
 
 

@@ -24,7 +24,8 @@ from deqcore.types import Status
 
 if TYPE_CHECKING:
     from deqcore.abc.backend import Backend
-    from deqcore.abc.backward import Adjoint, Strategy
+    from deqcore.abc.backward import Strategy
+    from deqcore.solve.adjoint import Adjoint
     from deqcore.types import AdjointReport, Array, Map
 
 INSIDE: Final = frozenset(

@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from deqcore.abc.backend import Backend, History
+from deqcore.abc.backend import Backend
+from deqcore.abc.history import History
 from deqcore.abc.solver import Solver, map_state
 from deqcore.errors import PluginError
 from deqcore.solve.compaction import RestrictRows, solve_compacted

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from deqcore.abc.backend import Backend, History
+from deqcore.abc.backend import Backend
+from deqcore.abc.history import History
+from deqcore.abc.inverse_jacobian import InverseJacobian
 from deqcore.abc.solver import Solver
-from deqcore.linear.lowrank import AndersonInverse, InverseJacobian
+from deqcore.linear.lowrank import AndersonInverse
 from deqcore.types import Array, Map
 
 

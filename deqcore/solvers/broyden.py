@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, NamedTuple
 
-from deqcore.abc.backend import Backend, History
+from deqcore.abc.backend import Backend
+from deqcore.abc.history import History
+from deqcore.abc.inverse_jacobian import InverseJacobian
 from deqcore.abc.solver import Solver
-from deqcore.linear.lowrank import BroydenInverse, InverseJacobian, multisecant
+from deqcore.linear.lowrank import BroydenInverse, multisecant
 from deqcore.types import Array, Map
 
 

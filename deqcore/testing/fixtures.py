@@ -10,7 +10,7 @@ import numpy as np
 
 import deqcore
 from deqcore.abc.backend import Backend
-from deqcore.linear.lowrank import InverseJacobian
+from deqcore.abc.inverse_jacobian import InverseJacobian
 from deqcore.solution import Solution
 from deqcore.testing.problem import rebuild
 from deqcore.testing.problems import Golden

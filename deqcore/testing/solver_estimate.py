@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import deqcore
+from deqcore.abc.inverse_jacobian import InverseJacobian
 from deqcore.abc.solver import Solver
-from deqcore.linear.lowrank import InverseJacobian
 from deqcore.testing.conformance import Conformance
 from deqcore.testing.fixtures import Affine, Kit, affine, close
 from deqcore.testing.solver_steps import walk_steps

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import deqcore
-from deqcore.abc.backend import Backend, History
+from deqcore.abc.backend import Backend
+from deqcore.abc.history import History
 from deqcore.abc.solver import Solver, map_state
 from deqcore.solve.loop import copy_state
 from deqcore.testing.conformance import DTYPES, Conformance, needs, several

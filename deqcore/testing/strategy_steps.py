@@ -10,7 +10,8 @@ import pytest
 
 import deqcore
 from deqcore import plugins
-from deqcore.abc.backward import Steps, StepStrategy, Strategy
+from deqcore.abc.backward import StepStrategy, Strategy
+from deqcore.solve.adjoint import Steps
 from deqcore.solve.loop import BoundSolve
 from deqcore.testing.conformance import DTYPES, Conformance, needs, several
 from deqcore.testing.fixtures import Affine, Kit, affine, close

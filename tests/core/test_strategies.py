@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 import deqcore
 from deqcore import plugins
-from deqcore.abc.backward import Adjoint
+from deqcore.abc.inverse_jacobian import InverseJacobian
 from deqcore.errors import ConfigError, StrategyError
-from deqcore.linear.lowrank import InverseJacobian
+from deqcore.solve.adjoint import Adjoint
 from deqcore.solve.loop import iterate
 from deqcore.solvers.broyden import Broyden
 from deqcore.types import Status, StoppingCriteria

@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from deqcore import plugins
-from deqcore.abc.backend import Backend, History
-from deqcore.abc.backward import Adjoint
+from deqcore.abc.backend import Backend
+from deqcore.abc.history import History
+from deqcore.solve.adjoint import Adjoint
 from deqcore.testing.strict.array import StrictArray, StrictError, unwrap, wrap
 from deqcore.testing.strict.carry import check_same
 from deqcore.testing.strict.history import StrictHistory

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from deqcore.abc.backend import History
+from deqcore.abc.history import History
 from deqcore.testing.strict.array import StrictArray, unwrap, wrap
 from deqcore.types import Array
 
