@@ -14,8 +14,9 @@ from typing import Any, TypeAlias
 
 from deqcore import plugins
 from deqcore.abc.backend import Backend
-from deqcore.api import get_backend, plain_leaves
+from deqcore.api import get_backend
 from deqcore.errors import BackendError, ConfigError, ProblemError
+from deqcore.solve.dispatch import plain_leaves
 from deqcore.types import Array, Tree
 
 Rule: TypeAlias = Callable[[Tree, Tree], Array]

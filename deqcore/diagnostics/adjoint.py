@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from deqcore.abc.backward import StepStrategy
-from deqcore.api import Plan
 from deqcore.linear.gmres import gmres
 from deqcore.solve.adjoint import Adjoint, Steps
 from deqcore.solve.loop import BoundSolve
+from deqcore.solve.plan import Plan
 from deqcore.solve.verification import adjoint_residual, leak_everywhere
 from deqcore.types import AdjointReport, Array, Map, SolveResult
 

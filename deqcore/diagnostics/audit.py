@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from deqcore.abc.backend import Backend
-from deqcore.api import plan_call
 from deqcore.config import Config
 from deqcore.diagnostics import adjoint
 from deqcore.errors import ConfigError
+from deqcore.solve.dispatch import plan_call
 from deqcore.types import Array, Tree
 
 

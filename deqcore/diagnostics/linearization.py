@@ -8,7 +8,7 @@ from typing import Any
 
 from deqcore import config as settings
 from deqcore.abc.backend import Backend
-from deqcore.api import pick_backend
+from deqcore.solve.dispatch import pick_backend
 from deqcore.solve.flatten import RavelSpec
 from deqcore.types import Array, Map, Tree
 

@@ -18,6 +18,8 @@ from deqcore.config import Config
 from deqcore.diagnostics import adjoint
 from deqcore.diagnostics.audit import compare, flat
 from deqcore.errors import DeqcoreError
+from deqcore.solve.dispatch import plan_call
+from deqcore.solve.plan import Plan
 from deqcore.solve.verification import coupled_rows
 from deqcore.types import Array, Status, Tree
 
@@ -152,7 +154,7 @@ def survey(
         say: told what is being done.
     """
     params, inputs, z0, g = data
-    plan = api.plan_call(config, _backward(Choice("exact-ift")), z0, (params, inputs))
+    plan = plan_call(config, _backward(Choice("exact-ift")), z0, (params, inputs))
     space = plan.space
     raveled, start, cotangent = space.wrap(f), space.ravel(z0), space.ravel_like("cotangent", g)
     args = (params, inputs)
@@ -181,7 +183,7 @@ def survey(
 
 def _measure(
     harness: Harness,
-    plan: api.Plan,
+    plan: Plan,
     config: Config,
     choice: Choice,
     f: Callable[..., Tree],
@@ -253,7 +255,7 @@ def _gradient(
 
 def _update_status(
     harness: Harness,
-    plan: api.Plan,
+    plan: Plan,
     config: Config,
     choice: Choice,
     problem: tuple[Callable[..., Array], Array, tuple[Any, ...], Array],
@@ -263,7 +265,7 @@ def _update_status(
     f, z0, args, g = problem
     backend = plan.backend
     row = Row(choice.label, choice.strategy, dict(choice.options))
-    own = api.plan_call(config, _backward(choice), plan.space.unravel(z0), args)
+    own = plan_call(config, _backward(choice), plan.space.unravel(z0), args)
 
     def once(z0: Array, args: tuple[Any, ...], g: Array) -> adjoint.AdjointSolved:
         return adjoint.by_strategy(own, f, z0, args, g, adjoint.solve(own, f, z0, args))

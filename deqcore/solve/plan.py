@@ -1,0 +1,282 @@
+"""One call, resolved: solve, attach the gradient, report."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from deqcore.abc.backend import Backend
+from deqcore.abc.backward import StepStrategy, Strategy
+from deqcore.abc.solver import Solver
+from deqcore.config import Config
+from deqcore.errors import (
+    ConfigError,
+    ConvergenceError,
+    ConvergenceWarning,
+    InitialIterateError,
+    NonDeterministicWarning,
+    StrategyError,
+)
+from deqcore.solution import SOLVED, Solution, SolveState, summarize
+from deqcore.solve import failures
+from deqcore.solve.adjoint import Adjoint, Steps
+from deqcore.solve.compaction import RestrictRows
+from deqcore.solve.flatten import FlatFunction, RavelSpec
+from deqcore.solve.loop import BoundSolve
+from deqcore.solve.observer import Observer
+from deqcore.solve.termination import Limits, greater, judged
+from deqcore.solve.traced_failures import Failures
+from deqcore.solve.verification import coupled_rows
+from deqcore.types import Array, BackwardRecord, LoopState, Map, Reached, SolveResult, Status, StoppingCriteria
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One call, resolved: nothing below this line looks at settings or registries again."""
+
+    config: Config
+    backend: Backend
+    solver: Solver
+    strategy: Strategy | StepStrategy
+    control: StoppingCriteria
+    space: RavelSpec
+    observer: Observer | None
+
+    def run(
+        self, f: FlatFunction, z0: Array, args: tuple[Any, ...], state: SolveState | None
+    ) -> tuple[Array, SolveResult, BackwardRecord | None]:
+        """Solve, attach the gradient."""
+        solve = BoundSolve(self.backend, self.solver, self.control, self._resume(state, z0), self._narrow(f, args))
+        if isinstance(self.strategy, StepStrategy):
+            value, forward, record = *self._step(self.strategy, f, z0, args, solve), None
+        else:
+            value, forward, record = self.backend.implicit(f, z0, args, solve, self.adjoint(f))
+        return self.backend.unshared(value, z0), forward, record
+
+    def adjoint(self, f: FlatFunction) -> Adjoint:
+        """The strategy bound to this call; in eager backends it verifies and reports failures by itself."""
+        assert isinstance(self.strategy, Strategy)
+        eager, action = self.backend.capabilities.eager, self.config.backward.on_failure
+        asked = not eager and self._is_set("backward.on_failure")
+        return Adjoint(self.backend, self.strategy, self.solver, action, asked, self._watch(f) if eager else None)
+
+    def _watch(self, f: FlatFunction) -> failures.Watch:
+        backward, space = self.config.backward, f.space
+        key = space.shapes, space.dtype, self.config.forward.batch
+        return failures.Watch(f.f, self.strategy, key, backward.verify_every, backward.strategy)
+
+    def _step(
+        self, strategy: StepStrategy, f: FlatFunction, z0: Array, args: tuple[Any, ...], solve: BoundSolve
+    ) -> tuple[Array, SolveResult]:
+        """The value with the derivative of the strategy's steps, and what is known of it."""
+        steps = Steps(self.backend, strategy, self.solver)
+        if not strategy.solves():
+            value, reached = self.backend.differentiate_through(f, z0, args, steps, None)
+            return value, self._unsolved(value, reached)
+        forward = self.backend.forward_only(f, z0, args, solve)
+        if not self.backend.grad_enabled():
+            return forward.z, forward
+        carrier, _ = self.backend.differentiate_through(f, z0, args, steps, forward)
+        return self.backend.straight_through(forward.z, carrier), forward
+
+    def solution(self, value: Array, forward: SolveResult, record: BackwardRecord | None) -> Solution:
+        """What the user sees."""
+        state = SolveState(forward.carry, repr(self.solver)) if forward.carry is not None else None
+        return Solution(
+            value=self.space.unravel(value),
+            residual=forward.residual,
+            status=forward.status,
+            steps=forward.steps,
+            evaluations=forward.evaluations,
+            state=state,
+            backend=self.backend,
+            record=record,
+            z=self.space.unravel(forward.z),
+            fz=None if forward.fz is None else self.space.unravel(forward.fz),
+        )
+
+    def differentiate(
+        self, f: FlatFunction, z0: Array, args: tuple[Any, ...], g: Array
+    ) -> tuple[Array, tuple[Any, ...], SolveResult, BackwardRecord | None]:
+        """Gradients for `args` by the framework's own differentiation of the attached value."""
+
+        def value(*moved: Any) -> tuple[Array, tuple[SolveResult, BackwardRecord | None]]:
+            found, forward, record = self.run(f, z0, moved, None)
+            return found, (forward, record)
+
+        found, (forward, record), gradients = self.backend.vjp(value, args, g)
+        return found, gradients, forward, record
+
+    def differentiate_by_hand(
+        self, f: FlatFunction, z0: Array, args: tuple[Any, ...], g: Array
+    ) -> tuple[Array, tuple[Any, ...], SolveResult, BackwardRecord | None]:
+        """The same without a tape: route the cotangent, then differentiate one evaluation (or the steps)."""
+        solve = BoundSolve(self.backend, self.solver, self.control, narrow=self._narrow(f, args))
+        strategy = self.strategy
+        if isinstance(strategy, StepStrategy):
+            solved = self.backend.forward_only(f, z0, args, solve) if strategy.solves() else None
+            steps = Steps(self.backend, strategy, self.solver)
+            found, reached, gradients = self.backend.vjp(
+                lambda *moved: steps(lambda z: f(z, *moved), z0, solved), args, g
+            )
+            forward = self._unsolved(found, reached) if solved is None else solved
+            return self.backend.unshared(forward.z, z0), gradients, forward, None
+        forward = self.backend.forward_only(f, z0, args, solve)
+        adjoint = self.adjoint(f)
+        if adjoint.uses_vjp:
+            _, vjp = self.backend.linearize(lambda z: f(z, *args), forward.z)
+        else:
+            vjp = _no_vjp
+        with self.backend.errstate():
+            start = time.perf_counter()
+            u, report = adjoint(vjp, g, forward.carry.state)
+            record = BackwardRecord()
+            record.add(report, time.perf_counter() - start)
+        again, _, gradients = self.backend.vjp(lambda *moved: (f(forward.z, *moved), None), args, u)
+        with self.backend.errstate():
+            record.nondeterminism = self.backend.norm(again - forward.fz)
+        return self.backend.unshared(forward.z, z0), gradients, forward, record
+
+    def report_nondeterminism(
+        self, f: FlatFunction, args: tuple[Any, ...], forward: SolveResult, record: BackwardRecord | None
+    ) -> None:
+        """Warn if f is not deterministic.
+
+        The gradient's own evaluation at z* tells at no cost; without one, a failed solve pays for one more.
+        """
+        backend, xp = self.backend, self.backend.xp
+        if forward.carry is None or self.config.forward.on_failure == "ignore" or not backend.capabilities.eager:
+            return
+        nondeterminism = None if record is None else record.nondeterminism
+        if nondeterminism is None:
+            if bool(xp.all(forward.status == int(Status.CONVERGED))):
+                return
+            with backend.errstate():
+                nondeterminism = backend.norm(backend.forward_only(f, forward.z, args, _once) - forward.fz)
+        size = backend.to_accum_dtype(backend.norm(forward.fz))
+        share = backend.to_accum_dtype(nondeterminism) / xp.where(size > 0, size, xp.ones_like(size))
+        known = xp.isfinite(share) & (forward.status != int(Status.NONFINITE))
+        largest = float(xp.max(xp.where(known, share, xp.zeros_like(share)))) if share.shape[0] else 0.0
+        if largest > backend.output_eps(forward.z) ** (2 / 3):
+            if self._report_coupling(f, args, forward):
+                return
+            warnings.warn(
+                f"f is not deterministic: at the same z and arguments it gave values that differ by up to "
+                f"{largest:.2g} of their norm, so that it has no fixed point, and its gradient is that of another "
+                f"function. Switch dropout and noise off (eval()), draw them once before the solve and pass them as "
+                f"an argument, and let f change no state of its own.",
+                NonDeterministicWarning,
+                stacklevel=user_stacklevel(),
+            )
+
+    def _report_coupling(self, f: FlatFunction, args: tuple[Any, ...], forward: SolveResult) -> bool:
+        """Warn if values differ because the rows of other samples moved, and f itself is deterministic."""
+        backend = self.backend
+
+        def find() -> tuple[int, int] | None:
+            with backend.errstate():
+                return coupled_rows(backend, lambda z: backend.forward_only(f, z, args, _once), forward.z)
+
+        return self._watch(f).coupled_forward(find)
+
+    def report_failure(self, forward: SolveResult) -> None:
+        """Raise or warn about samples that did not converge; see `Backend.watch` for traced code."""
+        action = self.config.forward.on_failure
+        if forward.carry is None or action == "ignore":
+            return
+        xp, figures = self.backend.xp, (forward.status, forward.steps, forward.residual)
+        if self.backend.is_traced(*figures):
+            failures = Failures(action, SOLVED, after=f" {self._circumstances()}", solver=repr(self.solver))
+            self.backend.watch(failures, *figures, compiled=action == "raise" or self._is_set("forward.on_failure"))
+            return
+        if not bool(xp.any(forward.status != int(Status.CONVERGED))):
+            return
+        status, residual, steps = map(self.backend.to_numpy, (forward.status, forward.residual, forward.steps))
+        text = f"{summarize(status, residual, steps, repr(self.solver))} {self._circumstances()}"
+        if action == "raise":
+            raise ConvergenceError(text)
+        warnings.warn(text, ConvergenceWarning, stacklevel=user_stacklevel())
+
+    def _circumstances(self) -> str:
+        """The settings that a failed solve ran with, for its message."""
+        numbers = {"rtol": self.control.rtol, "max_steps": self.control.max_steps}
+        known = [f", forward.{name} = {each}" for name, each in numbers.items() if not self.backend.is_traced(each)]
+        return (
+            f"(solver {self.config.forward.solver!r}{''.join(known)}; forward.on_failure = "
+            f"{self.config.forward.on_failure!r} decides what happens now)"
+        )
+
+    def _is_set(self, name: str) -> bool:
+        """Whether somebody chose this setting, so that it is not the default."""
+        return self.config.origin(name) != "default"
+
+    def _narrow(self, f: FlatFunction, args: tuple[Any, ...]) -> RestrictRows | None:
+        """F for some samples only, if the settings ask for it."""
+        if not self.config.forward.compact:
+            return None
+        if not self.backend.capabilities.compaction:
+            raise ConfigError(
+                f"forward.compact = true, but the backend {self.backend.name!r} traces its loops, in which a batch "
+                f"keeps its size: set forward.compact = false for it."
+            )
+        f.check_batched(args)
+        return lambda rows: f.on_rows(rows, args)
+
+    def _resume(self, state: SolveState | None, z0: Array) -> LoopState | None:
+        if state is None:
+            return None
+        if state.solver != repr(self.solver):
+            raise InitialIterateError(
+                f"The state comes from {state.solver}, but this call uses {self.solver!r}: continue with the same "
+                f"solver and options, or start from z0 = sol.value."
+            )
+        z = state.carry.z
+        if not self.backend.is_array(z) or self.backend.dtype_name(z) != self.space.dtype:
+            raise InitialIterateError(
+                f"The state comes from a solve of {type(z).__module__}.{type(z).__name__} of {z.dtype}, but z0 is "
+                f"{self.space.dtype} of {self.backend.name}: continue with arrays of the same kind."
+            )
+        if tuple(state.carry.z.shape) != tuple(z0.shape):
+            raise InitialIterateError(
+                f"The state has shape {tuple(state.carry.z.shape)} (raveled), but z0 has {tuple(z0.shape)}: continue "
+                f"with the batch that the state came from."
+            )
+        return state.carry
+
+    def _unsolved(self, value: Array, reached: Reached | None) -> SolveResult:
+        """What is known of a value that a fixed number of steps has led to, whatever the tolerance."""
+        backend, xp = self.backend, self.backend.xp
+        z = backend.detach(value)
+        norms = backend.norm(z)
+        steps = xp.zeros_like(norms, dtype=xp.int32) + getattr(self.strategy, "steps", 0)
+        status = xp.full_like(steps, int(Status.FIXED_STEPS))
+        if reached is None:
+            return SolveResult(z, None, xp.full_like(norms, float("nan")), status, steps, steps, None)
+        with backend.errstate():
+            residual = backend.norm(reached.fz - z)
+            limits = Limits.of(backend, z, self.control.rtol, self.control.atol, self.control.patience)
+            size, mark = backend.norm(reached.fz), reached.residual
+            met, _ = judged(xp, limits, residual, size, reached.scale, greater(xp, mark, residual), mark)
+        status = xp.where(met, xp.full_like(status, int(Status.CONVERGED)), status)
+        status = xp.where(xp.isfinite(residual), status, xp.full_like(status, int(Status.NONFINITE)))
+        return SolveResult(z, reached.fz, residual, status, steps, reached.evaluations, None)
+
+
+def _once(f: Map, z: Array) -> Any:
+    return f(z)
+
+
+def _no_vjp(u: Array) -> Array:
+    raise StrategyError("The strategy called vjp, although its uses_vjp() says that it does not.")
+
+
+def user_stacklevel() -> int:
+    """The first frame outside this package, so that a warning points at the user's line."""
+    import sys
+
+    depth, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("deqcore"):
+        frame, depth = frame.f_back, depth + 1
+    return depth
