@@ -3,7 +3,7 @@
 LAPACK is no choice here: jaxlib 0.10 splits a batch over the threads of XLA's own pool and waits for them, on a thread
 of that pool. Where as many calls wait as the pool has threads (several in one program, or several devices of one host),
 none ever ends: tests/backends/test_jax_ends.py, tests/scale/test_jax_sharding.py. What the methods here cost is in
-docs/design.md.
+docs/notes.
 """
 
 from __future__ import annotations

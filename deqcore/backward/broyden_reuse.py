@@ -45,7 +45,7 @@ class BroydenReuse(Strategy):
         ValueError: an option is out of its range. From settings it is the ConfigError that names the setting.
 
     Source: plain: Ramzi et al. (2022), "SHINE: SHaring the INverse Estimate from the forward pass for bi-level
-    optimization and implicit models", eq. (5). Certificate and multi-secant refinement: docs/design.md.
+    optimization and implicit models", eq. (5). Certificate and multi-secant refinement: docs/notes.
 
     Example:
         >>> import numpy as np, deqcore

@@ -53,7 +53,7 @@ class ExactIFT(Strategy):
     Raises:
         ValueError: an option is out of its range. From settings it is the ConfigError that names the setting.
 
-    Source: Bai, Kolter & Koltun (2019), "Deep Equilibrium Models", Theorem 1; separate tolerances: docs/design.md.
+    Source: Bai, Kolter & Koltun (2019), "Deep Equilibrium Models", Theorem 1; separate tolerances: docs/notes.
 
     Example:
         >>> import numpy as np, deqcore

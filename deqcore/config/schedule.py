@@ -67,7 +67,7 @@ class Schedule:
         ConfigError: the steps do not increase from 0, a setting is unknown or out of range, or a ramp stands where a
             name or a switch is expected.
 
-    Source: unrolled pre-training: Bai, Kolter & Koltun (2019), §4; tolerance schedules: docs/design.md.
+    Source: unrolled pre-training: Bai, Kolter & Koltun (2019), §4; tolerance schedules: docs/notes.
 
     Example:
         >>> from deqcore.config.schedule import Ramp, Schedule

@@ -80,7 +80,7 @@ class AndersonInverse(InverseJacobian):
 RIDGE: Final = 0.3
 """Tikhonov parameter of the multi-secant system of unit pairs. With 1e-10 the estimate as a preconditioner lost to none
 at all by up to 43 vjps on conv cells, whose pairs are nearly dependent; from 0.1 to 1 it hardly matters
-(docs/design.md)."""
+(docs/notes)."""
 
 SHARP: Final = 1e-4
 """The same where the estimate only judges an error."""
@@ -94,7 +94,7 @@ def multisecant(backend: Backend, basis: History, gram: Array, steps: Array, dif
 
     Used as a right preconditioner M = −Hᵀ of A = (I − J)ᵀ it deflates: Sᵀ(A M) = Sᵀ, so that, but for the
     regularisation, A M has the eigenvalue 1 on all directions that the forward solve has seen. Measured against
-    Broyden's own estimate in docs/design.md.
+    Broyden's own estimate in docs/notes.
 
     Args:
         backend: whose arrays these are.

@@ -91,7 +91,7 @@ class Broyden(Solver):
         ValueError: an option is out of its range. From settings it is the ConfigError that names the setting.
 
     Source: Broyden (1965), "A class of methods for solving nonlinear simultaneous equations"; compact form after
-    Byrd, Nocedal & Schnabel (1994); derivation in docs/design.md.
+    Byrd, Nocedal & Schnabel (1994); derivation in docs/notes.
 
     Example:
         >>> import numpy as np, deqcore
@@ -250,7 +250,7 @@ class Broyden(Solver):
         """Restart the samples that are full, with the pair that they have just made as first one.
 
         Restarting with nothing forgets what the last step has shown, and fails on one in ten hard linear problems
-        with ten pairs; with the pair, on none of 200 (docs/design.md). Its s and y are no combination of residuals
+        with ten pairs; with the pair, on none of 200 (docs/notes). Its s and y are no combination of residuals
         that stay, so they enter the basis themselves.
         """
         xp = backend.xp
