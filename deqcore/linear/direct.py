@@ -42,7 +42,7 @@ def solve_direct(backend: Backend, vjp: Map, g: Array, wanted: Array, before: Di
         before: what is known of all rows.
     """
     batch, n = g.shape
-    size = min(batch, max(1, ENTRIES // (n * n)))
+    size = min(batch, max(1, ENTRIES // max(1, n * n)))
 
     def solved(carry: tuple[Array, Direct]) -> tuple[Array, Direct]:
         waiting, found = carry
@@ -55,7 +55,7 @@ def solve_direct(backend: Backend, vjp: Map, g: Array, wanted: Array, before: Di
         whole = backend.take(part, backend.xp.where(now, place, 0 * place))
         return waiting & ~now, _taken(backend, vjp, g, now, whole, found)
 
-    parts = -(-batch // size)
+    parts = -(-batch // max(1, size))
     if parts == 1:
         return backend.cond(wanted, solved, (wanted, before))[1]
     return backend.loop(lambda carry: backend.xp.any(carry[0]), solved, (wanted, before), parts, 1)[1]

@@ -80,7 +80,7 @@ class SolverTests(StepTests, SearchTests, EstimateTests, EndTests):
         self._golden(request, kit, solver, solver_name, settings, problem, dtype, None)
 
     @several(("problem", "dtype"), [*((name, "float32") for name in names()), ("mlp", "float64"), ("tree", "float64")])
-    def test_golden_in_other_units(
+    def test_units_of_golden_problems(
         self, request: Any, kit: Kit, solver: Solver, solver_name: str, settings: Any, problem: str, dtype: str
     ) -> None:
         """The same of s f(z/s), s near 1e±25 in float32 and 1e±200 in float64: no norm or product leaves the range."""

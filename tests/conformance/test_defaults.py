@@ -25,7 +25,7 @@ class PlainBackend(Backend):
 
     is_array, asarray, to_numpy = NumpyBackend.is_array, NumpyBackend.asarray, NumpyBackend.to_numpy
     detach, solve = NumpyBackend.detach, NumpyBackend.solve
-    quiet, widened = NumpyBackend.errstate, NumpyBackend.in_extended_precision
+    errstate, in_extended_precision = NumpyBackend.errstate, NumpyBackend.in_extended_precision
 
     def known_all(self, mask: Any) -> bool:
         return bool(np.all(mask))
@@ -50,7 +50,7 @@ class PlainBackend(Backend):
 
     def implicit(self, f: Any, z0: Any, args: Any, solve: Any, adjoint: Any) -> Any:
         forward = self.forward_only(f, z0, args, solve)
-        return forward.fz, forward, None
+        return forward.z, forward, None
 
 
 SPEC = plugins.BackendSpec("plain", f"{__name__}:PlainBackend", array_modules=("numpy",))

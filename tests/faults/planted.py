@@ -341,7 +341,7 @@ SOLVERS = [
         "        unit = backend.row_scale(norm, g)\n",
         "        unit = None\n",
         "solver broyden",
-        "test_golden_in_other_units",
+        "test_units_of_golden_problems",
         "healthy samples ended as",
     ),
     Fault(
@@ -679,10 +679,10 @@ BACKENDS = [
     Fault(
         "late f",
         AUTOGRAD,
-        "    value: Tensor = _Attach.apply(y, z, forward.fz, job, *tensors_outside)\n",
+        "    value: Tensor = _Attach.apply(y, z, forward.z, job, *tensors_outside)\n",
         "    late = torch.enable_grad()(lambda y, z, g: _Job.solve_adjoint(job, f(z, *args), z, g))\n"
         "    job.solve_adjoint = late\n"
-        "    value: Tensor = _Attach.apply(y, z, forward.fz, job, *tensors_outside)\n",
+        "    value: Tensor = _Attach.apply(y, z, forward.z, job, *tensors_outside)\n",
         "backend torch",
         "test_what_f_reads_is_what_it_was_at_the_call",
         "has changed since the call",
@@ -726,7 +726,7 @@ POINTS = [
         "value for iterate, where gradients are recorded",
         "deqcore_torch.autograd",
         "_Attach.apply(y, z, forward.z, job, *tensors_outside)",
-        "_Attach.apply(y, z, forward.fz, job, *tensors_outside)",
+        "_Attach.apply(y, z, forward.z, job, *tensors_outside)",
         "backend torch",
         "test_the_value_is_the_iterate_that_is_reported",
         "the residual of the value",
@@ -735,8 +735,8 @@ POINTS = [
     Fault(
         "stale state",
         "deqcore.solve.loop",
-        "    first = _begin_at(backend, z, f(z), tolerance)\n",
-        "    first = _begin_at(backend, z, old.best_fz, tolerance)\n",
+        "    first = _begin_at(backend, z, f(z), limits)\n",
+        "    first = _begin_at(backend, z, old.best_fz, limits)\n",
         "solver picard",
         "test_a_state_of_another_problem_is_a_warm_start",
         "stale state",
