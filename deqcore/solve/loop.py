@@ -285,7 +285,8 @@ def _update_status(
     if any(view is None for view in seen):
         return verdict(backend.xp, limits, residual, size, carry.path)
     now, length, *path = seen
-    found = verdict(np, _on_host(backend, limits), now, length, Path(*path))
+    with np.errstate(all="ignore"):  # a residual may be NaN or inf
+        found = verdict(np, _on_host(backend, limits), now, length, Path(*path))
     return Verdict(*map(backend.from_numpy_view, found))
 
 

@@ -2,7 +2,7 @@
 
 Everything is per sample, and scale-invariant: s·f(z/s) from s·z0 ends after the same steps with the same status.
 
-**Criterion.** ‖f(z) − z‖ ≤ atol + rtol·‖f(z)‖, where ‖f(z)‖ counts for no less than ε² times the scale of the start,
+**Criterion.** ‖f(z) − z‖ ≤ atol + rtol·‖f(z)‖, where ‖f(z)‖ counts for no less than ε⁴ times the scale of the start,
 max(‖z0‖, ‖f(z0)‖), so that an equilibrium at 0 can be met. A large iterate does not satisfy it: once ‖f(z)‖ exceeds
 the scale of the start, the residual must have fallen from its largest value by more than the iterate has grown. The
 residual counts for no less than the rounding of f(z), as f(z) = z + 1 returns z itself where z is large enough.
@@ -62,7 +62,7 @@ class Limits(NamedTuple):
             slack: Any = min(1.0, max(least, 8.0 * rtol**0.5))
         else:
             slack = backend.xp.clip(8.0 * backend.xp.sqrt(rtol), min=least, max=1.0)
-        return cls(rtol, atol, patience, slack, 0.5 * eps, 0.5 * eps if eps < FINE else 0.0, eps * eps)
+        return cls(rtol, atol, patience, slack, 0.5 * eps, 0.5 * eps if eps < FINE else 0.0, eps**4)
 
     @property
     def relative(self) -> bool:

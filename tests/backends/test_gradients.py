@@ -1,12 +1,13 @@
 """Gradients on every installed backend against closed forms and finite differences."""
 
 import warnings
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 
 import deqcore
-from deqcore.errors import StrategyError
+from deqcore.errors import ConvergenceWarning, StrategyError
 
 torch = pytest.importorskip("torch")
 jax = pytest.importorskip("jax")
@@ -94,7 +95,9 @@ def test_exact_gradients_by_other_solvers_and_starts(be, affine, options, tolera
     ids=str,
 )
 def test_other_strategies_come_as_near_as_they_promise(be, affine, strategy, options, tolerance):
-    _, _, db = gradients(be, affine, strategy, options)
+    short = options.get("fallback") == "exact-ift"  # one product is no budget for an exact adjoint, which says so
+    with pytest.warns(ConvergenceWarning) if short else nullcontext():
+        _, _, db = gradients(be, affine, strategy, options)
     assert relative(db, affine["u"]) <= tolerance
 
 
