@@ -1,7 +1,6 @@
 """Gradients on every installed backend against closed forms and finite differences."""
 
 import warnings
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -95,8 +94,8 @@ def test_exact_gradients_by_other_solvers_and_starts(be, affine, options, tolera
     ids=str,
 )
 def test_other_strategies_come_as_near_as_they_promise(be, affine, strategy, options, tolerance):
-    short = options.get("fallback") == "exact-ift"  # one product is no budget for an exact adjoint, which says so
-    with pytest.warns(ConvergenceWarning) if short else nullcontext():
+    with warnings.catch_warnings():  # one product is no budget for an exact adjoint, which says so
+        warnings.simplefilter("ignore" if options.get("max_refine_vjps") == 1 else "error", ConvergenceWarning)
         _, _, db = gradients(be, affine, strategy, options)
     assert relative(db, affine["u"]) <= tolerance
 

@@ -129,7 +129,7 @@ def test_fixed_points_are_found_from_near_and_far(be, name, solver, scale, start
 @pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
 def test_an_equilibrium_at_zero_converges(be, solver, scale):
     f = lambda z: 0.5 * scale * be.xp.tanh(z / scale)
-    sol = solve(be, f, np.full((1, 3), scale), solver, forward__max_steps=200)
+    sol = solve(be, f, np.full((1, 3), scale), solver, forward__max_steps=300)
     assert statuses(be, sol) == [Status.CONVERGED]
     assert np.abs(be.to_numpy(sol.value)).max() <= 1e-30 * scale
 
