@@ -43,6 +43,8 @@ class AdjointTap(NamedTuple):
         residual: likewise.
         error: likewise.
         fallback: likewise, 0 or 1.
+        coupling: likewise.
+        verify_vjps: likewise.
         runs: how often a backward pass reported.
 
     Example:
@@ -55,6 +57,8 @@ class AdjointTap(NamedTuple):
     residual: Any
     error: Any
     fallback: Any
+    coupling: Any
+    verify_vjps: Any
     runs: Any
 
 
@@ -140,8 +144,8 @@ def read(figures: AdjointTap) -> AdjointReport:
         residual=figures.residual,
         error=figures.error,
         fallback=figures.fallback > 0,
-        coupling=jnp.full_like(figures.residual, jnp.nan),
-        verify_vjps=jnp.zeros_like(figures.status, jnp.int32),
+        coupling=figures.coupling,
+        verify_vjps=figures.verify_vjps.astype(jnp.int32),
     )
 
 
@@ -165,6 +169,8 @@ def take(batch: int) -> AdjointTap | None:
 
 def fill(report: AdjointReport) -> AdjointTap:
     """A report as the cotangent of a adjoint_tap."""
-    numbers = [jnp.asarray(each).astype(jnp.float32) for each in report[:5]]
-    status, vjps, residual, error, fallback = numbers
-    return AdjointTap(status, vjps, residual, error, fallback, jnp.ones_like(status))
+    unmeasured = jnp.full_like(report.residual, jnp.nan)
+    coupling = unmeasured if report.coupling is None else report.coupling
+    verify_vjps = jnp.zeros_like(report.vjps) if report.verify_vjps is None else report.verify_vjps
+    numbers = (*report[:5], coupling, verify_vjps, jnp.ones_like(report.vjps))
+    return AdjointTap(*[jnp.asarray(each).astype(jnp.float32) for each in numbers])

@@ -11,7 +11,7 @@ import pytest
 
 import deqcore
 from deqcore import errors
-from deqcore.solve import failures
+from deqcore.solve import ledger
 from deqcore.testing.conformance import DTYPES, Conformance, needs, several
 from deqcore.testing.fixtures import Kit, affine, close
 from deqcore.testing.problem import walk
@@ -70,7 +70,7 @@ class DerivativeTests(Conformance):
         ):
             config = kit.config(strategy_options={"max_steps": 2})
             cotangent = kit.array(np.arange(12.0).reshape(4, 3))
-            failures.forget()
+            ledger.forget()
             with warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always")
                 deqcore.vjp(f, z0, one, cotangent=cotangent, config=config, backward__on_failure="warn")
