@@ -218,7 +218,15 @@ class AdjointReport(NamedTuple):
 
 
 class Figures(Protocol):
-    """A few numbers about a batch, a NamedTuple of arrays, that may leave traced code. See `Backend.watch`."""
+    """A few numbers about a batch, a NamedTuple of arrays, that may leave traced code. See `Backend.watch`.
+
+    Example:
+        >>> import numpy as np
+        >>> from deqcore.solution import Tally
+        >>> found: Figures = Tally.of(np, np.array([1, 2]), np.array([3, 9]), np.array([1e-6, 0.5]))
+        >>> bool(found.notable())
+        True
+    """
 
     def notable(self) -> Any:
         """Whether the host must see them: one bool."""

@@ -93,7 +93,7 @@ def solve(
         f: `f(z, *args)` on `(batch, n)`.
         z0: initial state `(batch, n)`.
         args: any trees.
-        drive: the loop with everything but f and z0 bound.
+        iterate: the loop with everything but f and z0 bound.
         adjoint: how gradients are found; None attaches none.
         adjoint_tap: where the backward pass is reported.
 
@@ -127,10 +127,10 @@ def _no_forward_mode(problem: Problem, adjoint_tap: AdjointTap | None) -> Strate
     asked = "has reverse mode only, but forward mode (jvp, jacfwd, hessian) was asked for"
     if not problem.bound.exact:
         name = problem.bound.name
-        return StrategyError(f"{name} {asked}: use backward.strategy = 'exact-ift' without a adjoint_tap.")
+        return StrategyError(f"{name} {asked}: use backward.strategy = 'exact-ift' without an adjoint_tap.")
     if adjoint_tap is not None:
         return StrategyError(
-            f"A solve that reports to a adjoint_tap {asked}: use backward.strategy = 'exact-ift' without a adjoint_tap."
+            f"A solve that reports to an adjoint_tap {asked}: use backward.strategy = 'exact-ift' without an adjoint_tap."
         )
     return StrategyError(
         f"f calls a jax.custom_vjp function, which {asked}. Use reverse mode (jax.grad, jax.jacrev; "

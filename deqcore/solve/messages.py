@@ -9,6 +9,9 @@ from deqcore.abc.backward import Strategy
 from deqcore.solution import Tally
 from deqcore.types import Status
 
+TOLERANCES: Final = ("rtol", "max_relative_error")
+BUDGETS: Final = ("max_steps", "max_refine_vjps", "terms", "steps")
+
 ADVICE: Final = {
     Status.MAX_STEPS: "raise {budget}, loosen {tolerance}, or choose another backward.strategy",
     Status.STALLED: (
@@ -21,8 +24,8 @@ ADVICE: Final = {
 
 
 def promises(strategy: Strategy) -> bool:
-    """Whether a strategy promises an accuracy, so that it can fail: it is exact, or it has an `rtol` or a `max_relative_error`."""
-    return strategy.exact or any(getattr(strategy, name, None) is not None for name in ("rtol", "max_relative_error"))
+    """Whether a strategy promises an accuracy, so that it can fail: it is exact, or one of its options is a tolerance."""
+    return strategy.exact or any(getattr(strategy, name, None) is not None for name in TOLERANCES)
 
 
 def failure(tally: Tally, strategy: Strategy, name: str, on_failure: str, wrong: int = 0) -> str:
@@ -52,8 +55,8 @@ def failure(tally: Tally, strategy: Strategy, name: str, on_failure: str, wrong:
     )
     advice = "; ".join(ADVICE[kind].format(**_options(strategy)) for kind in kinds if kind in ADVICE)
     return (
-        f"The adjoint solve did not converge for {failed} of {int(tally.samples.sum())} samples ({counts} after at most "
-        f"{vjps} vector–Jacobian products{residual}): the gradient of these samples is inaccurate.{contradicted} "
+        f"The adjoint solve did not converge for {failed} of {int(tally.samples.sum())} samples ({counts} after at "
+        f"most {vjps} vector–Jacobian products{residual}): the gradient of these samples is inaccurate.{contradicted} "
         f"To fix it, {advice} (backward.strategy = {name!r}; backward.on_failure = {on_failure!r} decides what "
         f"happens now)."
     )
@@ -65,13 +68,10 @@ def _options(strategy: Strategy) -> dict[str, str]:
     def named(names: tuple[str, ...]) -> str:
         found = next((name for name in names if hasattr(strategy, name)), None)
         if found is None:
-            return f"the {'budget' if 'max_steps' in names else 'tolerance'} of the strategy"
+            return f"the {'budget' if names is BUDGETS else 'tolerance'} of the strategy"
         return f"{found} = {getattr(strategy, found)!r} in backward.options"
 
-    return {
-        "budget": named(("max_steps", "max_refine_vjps", "terms", "steps")),
-        "tolerance": named(("rtol", "max_relative_error")),
-    }
+    return {"budget": named(BUDGETS), "tolerance": named(TOLERANCES)}
 
 
 def coupling(pair: tuple[int, int] | None, wrong: int = 0, batch: int = 0, residual: float = float("nan")) -> str:
