@@ -69,8 +69,13 @@ class Plan:
 
     def _traced_watch(self, f: FlatFunction) -> TracedWatch:
         backward = self.config.backward
-        asked = [self._is_set(f"backward.{name}") for name in ("on_failure", "verify_every")]
-        return TracedWatch(self._account(f), backward.verify_every, backward.strategy, *asked)
+        return TracedWatch(
+            self._account(f),
+            backward.verify_every,
+            backward.strategy,
+            asked_to_report=self._is_set("backward.on_failure"),
+            asked_to_verify=self._is_set("backward.verify_every"),
+        )
 
     def _step(
         self, strategy: StepStrategy, f: FlatFunction, z0: Array, args: tuple[Any, ...], solve: BoundSolve

@@ -115,12 +115,12 @@ def test_the_tap_has_the_measured_residual(f, wrap):
 
 def test_the_schedule_in_eager_transformations_and_its_cost():
     f = lambda z, x: 0.5 * jnp.tanh(z) + x
-    fn = tapped(f, jnp.zeros_like(X), backward__verify_every=3)
-    figures = [fn(X, deqcore_jax.adjoint_tap.new(ROWS))[1] for _ in range(7)]
+    fn = tapped(f, jnp.zeros_like(X), backward__verify_every=2)
+    figures = [fn(X, deqcore_jax.adjoint_tap.new(ROWS))[1] for _ in range(3)]
     reports = [deqcore_jax.adjoint_tap.read(each) for each in figures]
-    assert [int(each.verify_vjps[0]) for each in reports] == [2, 0, 0, 2, 0, 0, 2]
+    assert [int(each.verify_vjps[0]) for each in reports] == [2, 0, 2]
     assert len({tuple(each.vjps.tolist()) for each in reports}) == 1, "verification is counted apart"
-    assert [bool(jnp.isnan(each.coupling).all()) for each in reports] == [False, True, True] * 2 + [False]
+    assert [bool(jnp.isnan(each.coupling).all()) for each in reports] == [False, True, False]
     never = tapped(f, jnp.zeros_like(X), backward__verify_every=0)(X, deqcore_jax.adjoint_tap.new(ROWS))[1]
     assert not never.verify_vjps.any()
 
