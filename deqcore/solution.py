@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from deqcore.abc.backend import Backend
-from deqcore.types import Array, BackwardRecord, Status, Tree
-
-if TYPE_CHECKING:
-    from deqcore.types import AdjointReport, LoopState
+from deqcore.types import AdjointReport, Array, BackwardRecord, LoopState, Status, Tree
 
 
 @dataclass(frozen=True)
@@ -115,6 +112,14 @@ class Tally(NamedTuple):
     def failed(self) -> Any:
         """Whether any sample did not converge."""
         return self.samples.sum() > self.samples[int(Status.CONVERGED)]
+
+    def notable(self) -> Any:
+        """Whether any sample did not converge; see `deqcore.types.Figures`."""
+        return self.failed()
+
+    def merged(self, xp: Any) -> Tally:
+        """That of all lanes, from a stack of them; see `deqcore.types.Figures`."""
+        return Tally(xp.sum(self.samples, axis=0), xp.max(self.steps, axis=0), xp.max(self.residual, axis=0))
 
     def lines(self, template: str, solver: str = "") -> str:
         """One line per status that occurs.

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias, TypeVar
 
 Array: TypeAlias = Any
 """An array of the backend's framework. Frameworks share no base class, so the type checker sees Any."""
@@ -93,7 +93,7 @@ class BackwardRecord:
         listener: called after each, in whatever thread the framework differentiates in; it must not wait for a device.
     """
 
-    __slots__ = ("nondeterminism", "listener", "report", "runs", "seconds")
+    __slots__ = ("listener", "nondeterminism", "report", "runs", "seconds")
 
     def __init__(self) -> None:
         self.report: AdjointReport | None = None
@@ -217,6 +217,24 @@ class AdjointReport(NamedTuple):
         return _told(*lists) + ("\nf couples the rows of the state: set forward.batch = false." if coupled else "")
 
 
+class Figures(Protocol):
+    """A few numbers about a batch, a NamedTuple of arrays, that may leave traced code. See `Backend.watch`.
+
+    Example:
+        >>> import numpy as np
+        >>> from deqcore.solution import Tally
+        >>> found: Figures = Tally.of(np, np.array([1, 2]), np.array([3, 9]), np.array([1e-6, 0.5]))
+        >>> bool(found.notable())
+        True
+    """
+
+    def notable(self) -> Any:
+        """Whether the host must see them: one bool."""
+
+    def merged(self, xp: Any) -> Any:
+        """One record of the same kind from a stack of them along the first axis of each array."""
+
+
 class Reached(NamedTuple):
     """Where a fixed number of recorded steps led.
 
@@ -243,8 +261,6 @@ class Reached(NamedTuple):
 
 def _told(status: list[int], vjps: list[int], residual: list[float], error: list[float], fallback: list[bool]) -> str:
     """A report's values in words."""
-    from deqcore.types import Status
-
     lines = []
     for kind in Status:
         rows = [row for row, each in enumerate(status) if each == kind]

@@ -1,11 +1,15 @@
-"""What a backward pass did: a adjoint_tap carries the report of the adjoint out of `jax.grad` as data.
+"""What a backward pass did: a tap carries the report of the adjoint solve out of `jax.grad` as data.
 
-A vector–Jacobian product has no return path beside its gradients. So the figures come back as one: inside
-`reporting(adjoint_tap)` a solve takes the adjoint_tap, an argument of zeros, along, and the gradient with respect to the adjoint_tap *is*
-the report. It passes `jit`, `vmap`, `scan` and layers, and costs nothing where it is not asked for.
+A vector–Jacobian product has no return path beside its gradients, so the figures come back as one of them. Inside
+`reporting(tap)` a solve takes the tap along, an argument of zeros. The gradient with respect to the tap *is* the
+report. It passes `jit`, `vmap`, `scan` and layers, and costs nothing where you do not ask for it.
 
-Rules: one adjoint_tap serves one solve; make it and differentiate with respect to it inside the same `jit`; under `vmap`
-each lane brings its own. A probed solve has reverse mode only.
+The tap also carries what `backward.verify_every` measures: eager transformations measure the first pass of a function
+and every n-th after it. Compiled code counts nothing; there a hash of the gradient chooses one pass in n on average, and
+`backward.verify_every = 1` measures each pass.
+
+Rules: one tap serves one solve; make it and differentiate with respect to it inside the same `jit`; under `vmap` each
+lane brings its own. A solve with a tap has reverse mode only.
 
 Example:
     >>> import jax, jax.numpy as jnp, deqcore, deqcore_jax.adjoint_tap
@@ -43,6 +47,8 @@ class AdjointTap(NamedTuple):
         residual: likewise.
         error: likewise.
         fallback: likewise, 0 or 1.
+        coupling: likewise.
+        verify_vjps: likewise.
         runs: how often a backward pass reported.
 
     Example:
@@ -55,6 +61,8 @@ class AdjointTap(NamedTuple):
     residual: Any
     error: Any
     fallback: Any
+    coupling: Any
+    verify_vjps: Any
     runs: Any
 
 
@@ -70,7 +78,7 @@ _open: ContextVar[_Slot | None] = ContextVar("deqcore_jax.adjoint_tap", default=
 
 
 def new(batch: int) -> AdjointTap:
-    """A adjoint_tap for a solve with `batch` samples (1 if `forward.batch = false`).
+    """An adjoint_tap for a solve with `batch` samples (1 if `forward.batch = false`).
 
     Returns:
         Zeros `(batch,)` of float32 in each field.
@@ -110,7 +118,7 @@ def reporting(adjoint_tap: AdjointTap) -> Iterator[None]:
 
 
 def read(figures: AdjointTap) -> AdjointReport:
-    """The report in a gradient with respect to a adjoint_tap.
+    """The report in a gradient with respect to an adjoint_tap.
 
     Args:
         figures: what `jax.grad` returned for the adjoint_tap.
@@ -130,9 +138,8 @@ def read(figures: AdjointTap) -> AdjointReport:
         fewest, most = float(runs.min()), float(runs.max())
         if fewest != 1.0 or most != 1.0:
             raise StrategyError(
-                f"The adjoint_tap was reported to between {fewest:g} and {most:g} times per sample, but once is expected: "
-                f"differentiate a value that depends on a solve inside `reporting`, with one adjoint_tap per solve and per "
-                f"lane of vmap."
+                f"The adjoint_tap got between {fewest:g} and {most:g} reports per sample, but must get one. Differentiate "
+                f"a value that depends on a solve inside `reporting`, with one adjoint_tap per solve and lane of vmap."
             )
     return AdjointReport(
         status=figures.status.astype(jnp.int32),
@@ -140,8 +147,8 @@ def read(figures: AdjointTap) -> AdjointReport:
         residual=figures.residual,
         error=figures.error,
         fallback=figures.fallback > 0,
-        coupling=jnp.full_like(figures.residual, jnp.nan),
-        verify_vjps=jnp.zeros_like(figures.status, jnp.int32),
+        coupling=figures.coupling,
+        verify_vjps=figures.verify_vjps.astype(jnp.int32),
     )
 
 
@@ -152,7 +159,7 @@ def take(batch: int) -> AdjointTap | None:
         return None
     if slot.taken:
         raise StrategyError(
-            "A second solve runs inside one `reporting` block: give each solve a adjoint_tap of its own."
+            "A second solve runs inside one `reporting` block: give each solve an adjoint_tap of its own."
         )
     if slot.adjoint_tap.runs.shape != (batch,):
         raise StrategyError(
@@ -164,7 +171,9 @@ def take(batch: int) -> AdjointTap | None:
 
 
 def fill(report: AdjointReport) -> AdjointTap:
-    """A report as the cotangent of a adjoint_tap."""
-    numbers = [jnp.asarray(each).astype(jnp.float32) for each in report[:5]]
-    status, vjps, residual, error, fallback = numbers
-    return AdjointTap(status, vjps, residual, error, fallback, jnp.ones_like(status))
+    """A report as the cotangent of an adjoint_tap."""
+    unmeasured = jnp.full_like(report.residual, jnp.nan)
+    coupling = unmeasured if report.coupling is None else report.coupling
+    verify_vjps = jnp.zeros_like(report.vjps) if report.verify_vjps is None else report.verify_vjps
+    numbers = (*report[:5], coupling, verify_vjps, jnp.ones_like(report.vjps))
+    return AdjointTap(*[jnp.asarray(each).astype(jnp.float32) for each in numbers])

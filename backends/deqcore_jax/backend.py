@@ -15,12 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from deqcore.abc.adjoint import AdjointSolver
 from deqcore.abc.backend import Backend
 from deqcore.abc.history import History
 from deqcore.errors import BackendError
-from deqcore.solve.adjoint import Adjoint
-from deqcore.solve.traced_failures import Failures
-from deqcore.types import BackwardRecord, Capabilities, LoopVars, Map, SolveResult
+from deqcore.types import BackwardRecord, Capabilities, Figures, LoopVars, Map, SolveResult
 from deqcore_jax import adjoint_tap, batched_linalg, failures, implicit, pytrees
 from deqcore_jax.closure import is_array, is_differentiable, is_traced
 from deqcore_jax.dtypes import single, wide
@@ -158,8 +157,8 @@ class JaxBackend(Backend):
         end: LoopVars = lax.scan(lambda state, _: (body(state), None), carry, length=times)[0]
         return end
 
-    def watch(self, report: Failures, status: Any, steps: Any, residual: Any, *, compiled: bool) -> None:
-        failures.watch(report, status, steps, residual, compiled=compiled)
+    def watch(self, report: Callable[[Any], None], figures: Figures, *, compiled: bool) -> None:
+        failures.watch(report, figures, compiled=compiled)
 
     # -- differentiation ----------------------------------------------------------------------------------------
 
@@ -183,7 +182,7 @@ class JaxBackend(Backend):
         z0: Any,
         args: tuple[Any, ...],
         solve: Callable[[Map, Any], SolveResult],
-        adjoint: Adjoint,
+        adjoint: AdjointSolver,
     ) -> tuple[Any, SolveResult, BackwardRecord | None]:
         value, forward = implicit.solve(f, z0, args, solve, adjoint, adjoint_tap.take(z0.shape[0]))
         return value, forward, None

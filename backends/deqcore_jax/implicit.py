@@ -27,15 +27,13 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from deqcore.abc.adjoint import AdjointSolver
 from deqcore.errors import StrategyError
-from deqcore.linear.transposed import transposed
-from deqcore.solve.adjoint import Adjoint
 from deqcore.solve.loop import BoundSolve
-from deqcore.solve.traced_failures import Place
 from deqcore.types import AdjointReport, SolveResult, StoppingCriteria
 from deqcore_jax.adjoint_tap import AdjointTap, fill
 from deqcore_jax.closure import Program, is_differentiable, is_traced, trace
-from deqcore_jax.failures import bound, checked, place_of
+from deqcore_jax.failures import is_staged
 from deqcore_jax.jit_context import precise
 from deqcore_jax.linearize import Linear, Reverse, forward_only, no_reverse_mode
 from deqcore_jax.loop import recorded
@@ -52,12 +50,11 @@ class Numbers(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """What is compiled for: f, the method, the strategy (None: no gradient is attached), the line that warns."""
+    """What is compiled for: f, the method, the strategy (None: no gradient is attached)."""
 
     program: Program
     iterate: Any  # a Drive without its numbers, or any callable like one
-    adjoint: Adjoint | None
-    place: Place | None
+    adjoint: AdjointSolver | None
 
     def solve(self, z0: Any, numbers: Numbers | None, leaves: list[Any]) -> SolveResult:
         """Run the solver; products of coefficients in full precision, f as it was traced."""
@@ -71,7 +68,7 @@ class Problem:
         return found
 
     @property
-    def bound(self) -> Adjoint:
+    def bound(self) -> AdjointSolver:
         """The strategy, where there is one."""
         assert self.adjoint is not None
         return self.adjoint
@@ -79,7 +76,7 @@ class Problem:
     @property
     def both_modes(self) -> bool:
         """Whether the gradient is a true derivative, and f has forward mode, too."""
-        return self.bound.strategy.exact and not self.program.reverse_only
+        return self.bound.exact and not self.program.reverse_only
 
 
 def solve(
@@ -87,7 +84,7 @@ def solve(
     z0: Any,
     args: tuple[Any, ...],
     iterate: Callable[..., SolveResult],
-    adjoint: Adjoint | None = None,
+    adjoint: AdjointSolver | None = None,
     adjoint_tap: AdjointTap | None = None,
 ) -> tuple[Any, SolveResult]:
     """Trace f, solve, attach the gradient.
@@ -96,7 +93,7 @@ def solve(
         f: `f(z, *args)` on `(batch, n)`.
         z0: initial state `(batch, n)`.
         args: any trees.
-        drive: the loop with everything but f and z0 bound.
+        iterate: the loop with everything but f and z0 bound.
         adjoint: how gradients are found; None attaches none.
         adjoint_tap: where the backward pass is reported.
 
@@ -106,16 +103,19 @@ def solve(
     program, leaves = trace(f, z0, args)
     if not is_traced((leaves, adjoint_tap)):
         adjoint = None  # nobody can ask for a gradient
-    adjoint = None if adjoint is None else bound(adjoint)
-    place = None if adjoint is None else place_of(adjoint)
+    turn = None
+    if adjoint is not None:
+        staged = is_staged()
+        adjoint = adjoint.compiled(staged=staged, observed=adjoint_tap is not None)
+        turn = None if staged else np.int32(adjoint.turn())
     numbers = None
     if isinstance(iterate, BoundSolve):
         control = iterate.control
         numbers = Numbers(control.rtol, control.atol, control.max_steps, iterate.resume)
         iterate = BoundSolve(iterate.backend, iterate.solver, StoppingCriteria(0.0, 0.0, 0, *control[3:]))
-    problem = Problem(program, iterate, adjoint, place)
+    problem = Problem(program, iterate, adjoint)
     try:
-        return _run(problem, z0, numbers, leaves, adjoint_tap)
+        return _run(problem, z0, numbers, leaves, adjoint_tap, turn)
     except TypeError as error:
         if adjoint is None or "custom_vjp" not in str(error):
             raise
@@ -125,12 +125,12 @@ def solve(
 def _no_forward_mode(problem: Problem, adjoint_tap: AdjointTap | None) -> StrategyError:
     """The error for jvp, jacfwd or hessian of a value that is a `jax.custom_vjp` function."""
     asked = "has reverse mode only, but forward mode (jvp, jacfwd, hessian) was asked for"
-    if not problem.bound.strategy.exact:
-        name = type(problem.bound.strategy).__name__
-        return StrategyError(f"{name} {asked}: use backward.strategy = 'exact-ift' without a adjoint_tap.")
+    if not problem.bound.exact:
+        name = problem.bound.name
+        return StrategyError(f"{name} {asked}: use backward.strategy = 'exact-ift' without an adjoint_tap.")
     if adjoint_tap is not None:
         return StrategyError(
-            f"A solve that reports to a adjoint_tap {asked}: use backward.strategy = 'exact-ift' without a adjoint_tap."
+            f"A solve that reports to an adjoint_tap {asked}: use backward.strategy = 'exact-ift' without an adjoint_tap."
         )
     return StrategyError(
         f"f calls a jax.custom_vjp function, which {asked}. Use reverse mode (jax.grad, jax.jacrev; "
@@ -140,13 +140,18 @@ def _no_forward_mode(problem: Problem, adjoint_tap: AdjointTap | None) -> Strate
 
 @partial(jax.jit, static_argnums=0)
 def _run(
-    problem: Problem, z0: Any, numbers: Numbers | None, leaves: list[Any], adjoint_tap: AdjointTap | None
+    problem: Problem,
+    z0: Any,
+    numbers: Numbers | None,
+    leaves: list[Any],
+    adjoint_tap: AdjointTap | None,
+    turn: Any,
 ) -> tuple[Any, SolveResult]:
     still = lax.stop_gradient((lax.convert_element_type(z0, z0.dtype), numbers, leaves))
     forward = problem.solve(*still)
     if problem.adjoint is None:
         return forward.z, forward
-    state = forward.carry.state if problem.adjoint.uses_state else ()
+    state = (forward.carry.state if problem.adjoint.uses_state else ()), turn
     if adjoint_tap is None and problem.both_modes:
         return _exact(problem, forward.z, state, leaves), forward
     return _reverse(problem, forward.z, state, leaves, adjoint_tap), forward
@@ -223,7 +228,7 @@ def _reverse_fwd(
 ) -> tuple[Any, Any]:
     if problem.both_modes:
         z = _exact(problem, z, state, leaves)
-    elif problem.bound.strategy.exact:
+    elif problem.bound.exact:
         z = _reverse(problem, z, state, leaves, None)
     return z, (z, state, leaves, adjoint_tap)
 
@@ -243,11 +248,11 @@ def _reverse_bwd(problem: Problem, residuals: Any, g: Any) -> Any:
             lambda _, b: _route_forward(problem, linear, b, state),
             has_aux=True,
         )
-    elif problem.bound.strategy.exact:
+    elif problem.bound.exact:
         linear = Reverse(problem.program, z, leaves, moved)
         u, report = _adjoint(problem, z, state, leaves, g)
     else:
-        z, state, leaves, g = _first_order_only(type(problem.bound.strategy).__name__, (z, state, leaves, g))
+        z, state, leaves, g = _first_order_only(problem.bound.name, (z, state, leaves, g))
         linear = Reverse(problem.program, z, leaves, moved, products=problem.bound.uses_vjp)
         u, report = _solve_adjoint(problem, linear, g, state)
     found = iter(linear.vjp_leaves(u))
@@ -296,15 +301,13 @@ def _no_tangent(x: Any) -> Any:
 def _solve_adjoint(problem: Problem, linear: Linear | Reverse, g: Any, state: Any) -> tuple[Any, AdjointReport]:
     """u ≈ (I − J)^-T g."""
     with precise():
-        u, report = problem.bound(linear.vjp, g, state)
-        return checked(problem.bound, problem.place, u, report), report
+        return problem.bound(linear.vjp, g, *state)
 
 
 def _route_forward(problem: Problem, linear: Linear | Reverse, b: Any, state: Any) -> tuple[Any, AdjointReport]:
     """x ≈ (I − J)^-1 b: the same kind of equation, with J v in place of Jᵀu and H in place of Hᵀ."""
     with precise():
-        x, report = transposed(problem.bound)(linear.jvp, b, state)
-        return checked(problem.bound, problem.place, x, report), report
+        return problem.bound.transposed()(linear.jvp, b, *state)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

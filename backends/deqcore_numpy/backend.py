@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from deqcore.abc.adjoint import AdjointSolver
 from deqcore.abc.backend import Backend
 from deqcore.errors import ConfigError, ProblemError
-from deqcore.solve.adjoint import Adjoint
 from deqcore.solve.verification import coupled_rows
 from deqcore.types import BackwardRecord, Capabilities, Map, SolveResult
 from deqcore_numpy.derivative import (
@@ -142,7 +142,7 @@ class NumpyBackend(Backend):
         z0: Any,
         args: tuple[Any, ...],
         solve: Callable[[Map, Any], SolveResult],
-        adjoint: Adjoint,
+        adjoint: AdjointSolver,
     ) -> tuple[Any, SolveResult, BackwardRecord | None]:
         forward = self.forward_only(f, z0, args, solve)
         return forward.z, forward, None

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deqcore.linear.transposed import transposed
-from deqcore.solve.adjoint import Adjoint
+from deqcore.abc.adjoint import AdjointSolver
+from deqcore.abc.backend import Backend
 from deqcore.types import BackwardRecord, SolveResult
 from deqcore_torch import functorch
 from deqcore_torch.functorch import Refuse, approximate
@@ -37,16 +37,18 @@ from deqcore_torch.second_order import Recorded, Twice, distinct
 
 
 def attach(
+    backend: Backend,
     f: Callable[..., Tensor],
     forward: SolveResult,
     args: tuple[Any, ...],
     tensors: Sequence[Tensor],
-    adjoint: Adjoint,
+    adjoint: AdjointSolver,
     record: BackwardRecord,
 ) -> Tensor:
     """The value z* `(batch, n)` with its implicit gradient.
 
     Args:
+        backend: the backend of these tensors.
         f: `f(z, *args)` on `(batch, n)`.
         forward: the solution, without gradients.
         args: arguments of f.
@@ -56,9 +58,9 @@ def attach(
     """
     if functorch.active():
         functorch.refuse_vmap()
-        return functorch.attach(f, forward, args, adjoint)
+        return functorch.attach(backend, f, forward, args, adjoint)
     job = _Job(adjoint, record, forward.carry.state if adjoint.uses_state else None)
-    exact = adjoint.strategy.exact
+    exact = adjoint.exact
     start = sequence() if exact else 0
     z = forward.z.detach()
     if adjoint.uses_vjp:
@@ -66,7 +68,7 @@ def attach(
     job.saved = Saved.around()
     with job.saved or nullcontext():
         y = f(z, *args)
-    record.nondeterminism = adjoint.backend.norm(y.detach() - forward.fz)
+    record.nondeterminism = backend.norm(y.detach() - forward.fz)
     if not y.requires_grad:
         return forward.z
     tensors_outside: list[Tensor] = []
@@ -93,7 +95,7 @@ class _Job:
     It refers neither to f nor to arguments nor to an output: a graph that an object keeps would keep the object alive.
     """
 
-    def __init__(self, adjoint: Adjoint, record: BackwardRecord, state: Any) -> None:
+    def __init__(self, adjoint: AdjointSolver, record: BackwardRecord, state: Any) -> None:
         self.adjoint = adjoint
         self.record = record
         self.state = state
@@ -113,7 +115,7 @@ class _Job:
 
     def refusal(self) -> str | None:
         """Why the gradient may not be differentiated again, if it may not."""
-        if not self.adjoint.strategy.exact:
+        if not self.adjoint.exact:
             return approximate(self.adjoint, "differentiated again")
         if self.outside.hidden is not None:
             return (
@@ -174,7 +176,7 @@ def _second_order(job: _Job, y: Tensor, z: Tensor, g: Tensor, out: Tensor, outsi
         """U as the solution of its own linear equation, whose Jacobian is Jᵀ."""
         with torch.no_grad():
             u = job.solve_adjoint(y, z, g)
-        inner = _Job(transposed(job.adjoint), BackwardRecord(), job.state)
+        inner = _Job(job.adjoint.transposed(), BackwardRecord(), job.state)
         start = _Gate.apply(u.detach().requires_grad_())
         attached: Tensor = _Attach.apply(g + vjp(start), start, u, inner)
         return attached

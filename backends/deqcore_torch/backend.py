@@ -13,11 +13,10 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
+from deqcore.abc.adjoint import AdjointSolver
 from deqcore.abc.backend import Backend
 from deqcore.abc.history import History
-from deqcore.abc.solver import Solver
 from deqcore.errors import BackendError, ConfigError, InitialIterateError, ProblemError
-from deqcore.solve.adjoint import Adjoint
 from deqcore.solve.opaque import arrays_in
 from deqcore.types import BackwardRecord, Capabilities, LoopVars, Map, SolveResult, StepResult
 from deqcore_torch import functorch, jvp, native
@@ -156,7 +155,7 @@ class TorchBackend(Backend):
     def from_numpy_view(self, x: Any) -> Tensor:
         return torch.from_numpy(x)
 
-    def fused_step(self, solver: Solver, f: Map, z: Tensor, fz: Tensor, state: Any) -> StepResult | None:
+    def fused_step(self, solver: object, f: Map, z: Tensor, fz: Tensor, state: Any) -> StepResult | None:
         steps = self._native(z)
         found: StepResult | None = None if steps is None else steps.step(self, solver, f, z, fz, state)
         return found
@@ -278,14 +277,14 @@ class TorchBackend(Backend):
         z0: Tensor,
         args: tuple[Any, ...],
         solve: Callable[[Map, Tensor], SolveResult],
-        adjoint: Adjoint,
+        adjoint: AdjointSolver,
     ) -> tuple[Tensor, SolveResult, BackwardRecord | None]:
         forward = self.forward_only(f, z0, args, solve)
         if not torch.is_grad_enabled() and not functorch.active():
             return forward.z, forward, None
         record = BackwardRecord()
-        tensors = list(arrays_in(self, args)) if adjoint.strategy.exact else []
-        value = attach(f, forward, args, tensors, adjoint, record)
+        tensors = list(arrays_in(self, args)) if adjoint.exact else []
+        value = attach(self, f, forward, args, tensors, adjoint, record)
         return value, forward, record if value.requires_grad else None
 
     @untraced

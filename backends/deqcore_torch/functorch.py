@@ -34,9 +34,9 @@ from torch._C._functorch import (
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
+from deqcore.abc.adjoint import AdjointSolver
+from deqcore.abc.backend import Backend
 from deqcore.errors import ProblemError, StrategyError
-from deqcore.linear.transposed import transposed
-from deqcore.solve.adjoint import Adjoint
 from deqcore.types import Map, SolveResult
 from deqcore_torch.eval_context import Ambient, nothing_recorded
 
@@ -92,10 +92,13 @@ def jvp_of(f: Map, z: Tensor) -> Map:
     return jvp
 
 
-def attach(f: Callable[..., Tensor], forward: SolveResult, args: tuple[Any, ...], adjoint: Adjoint) -> Tensor:
+def attach(
+    backend: Backend, f: Callable[..., Tensor], forward: SolveResult, args: tuple[Any, ...], adjoint: AdjointSolver
+) -> Tensor:
     """z* `(batch, n)` with its implicit gradient for all transformations that are active.
 
     Args:
+        backend: the backend of these tensors.
         f: `f(z, *args)` on `(batch, n)`.
         forward: the solution, without gradients.
         args: arguments of f.
@@ -108,7 +111,7 @@ def attach(f: Callable[..., Tensor], forward: SolveResult, args: tuple[Any, ...]
     z = forward.z.detach()
     again = Ambient.now(z).around(_outlasting(lambda z: f(z, *args)))
     state = forward.carry.state if adjoint.uses_state else None
-    return _attach(_Equation(again, adjoint, state), z, f(z, *args), z)
+    return _attach(_Equation(backend, again, adjoint, state), z, f(z, *args), z)
 
 
 def _outlasting(f: Map) -> Map:
@@ -141,7 +144,7 @@ def _alive(leaf: Any) -> Any:
 
 def _attach(equation: _Equation, z: Tensor, y: Tensor, value: Tensor) -> Tensor:
     out: Tensor = _Root.apply(y, z, value, equation)
-    if not equation.adjoint.strategy.exact:
+    if not equation.adjoint.exact:
         return out
     out = _Root.apply(equation.f(out), out, value, equation)
     return out
@@ -170,8 +173,9 @@ class _Equation:
     `vjp` recorded ends with the level in which it did. So f is linearised anew at each use.
     """
 
+    backend: Backend
     f: Map
-    adjoint: Adjoint
+    adjoint: AdjointSolver
     state: Any
     order: int = 1  # of the derivative that its own is
 
@@ -186,19 +190,19 @@ class _Equation:
     def solve(self, z: Tensor, y: Tensor, g: Tensor) -> Tensor:
         """u = g + Jᵀu at z, where f(z) was y at the call."""
         u = self._plain(self.adjoint, self._linearized, z, y, g)
-        if not self.adjoint.strategy.exact or not (torch.is_grad_enabled() or active()):
+        if not self.adjoint.exact or not (torch.is_grad_enabled() or active()):
             return u
-        return self._attached(lambda v: _alive(g) + self.vjp(_alive(z))(v), u, transposed(self.adjoint))
+        return self._attached(lambda v: _alive(g) + self.vjp(_alive(z))(v), u, self.adjoint.transposed())
 
     def solve_forward(self, z: Tensor, y: Tensor, dy: Tensor, dz: Tensor | None) -> Tensor:
         """v = b + J v with b = dy − J dz, where f(z) was y at the call."""
         b = dy if dz is None else dy - self.jvp(z)(dz)
-        turned = transposed(self.adjoint)
+        turned = self.adjoint.transposed()
         v = self._plain(turned, self._pushed, z, y, b)
         return self._attached(lambda w: _alive(b) + self.jvp(_alive(z))(w), v, turned)
 
-    def _attached(self, f: Map, solution: Tensor, adjoint: Adjoint) -> Tensor:
-        return _attach(_Equation(f, adjoint, self.state, self.order + 1), solution, f(solution), solution)
+    def _attached(self, f: Map, solution: Tensor, adjoint: AdjointSolver) -> Tensor:
+        return _attach(_Equation(self.backend, f, adjoint, self.state, self.order + 1), solution, f(solution), solution)
 
     def _linearized(self, z: Tensor) -> tuple[Tensor | None, Map]:
         return vjp_of(self.f, z) if self.adjoint.uses_vjp else (None, _no_vjp)
@@ -209,12 +213,12 @@ class _Equation:
         return y, jvp
 
     def _plain(
-        self, adjoint: Adjoint, product: Callable[[Tensor], tuple[Any, Map]], z: Tensor, y: Tensor, b: Tensor
+        self, adjoint: AdjointSolver, product: Callable[[Tensor], tuple[Any, Map]], z: Tensor, y: Tensor, b: Tensor
     ) -> Tensor:
         with nothing_recorded():
             again, at = product(z.detach())
             if again is not None:
-                _check_same(again.detach(), y.detach(), adjoint.backend.output_eps(y))
+                _check_same(again.detach(), y.detach(), self.backend.output_eps(y))
             u, _ = adjoint(lambda v: at(v).detach(), b.detach(), self.state)
         found: Tensor = u.detach()
         return found
@@ -268,7 +272,7 @@ class _Root(torch.autograd.Function):
             if "escaped?" in str(error):  # PyTorch's own assertion: a tape around two levels of torch.func
                 raise StrategyError(ORDER) from error
             raise
-        if not equation.adjoint.strategy.exact:
+        if not equation.adjoint.exact:
             u = Refuse.apply(u, y, approximate(equation.adjoint, "differentiated again"))
         return u, g - u if ctx.needs_input_grad[1] else None, None, None
 
@@ -278,7 +282,7 @@ class _Root(torch.autograd.Function):
         equation: _Equation = ctx.equation
         if equation.order > MOST:
             raise StrategyError(ORDER)
-        if not equation.adjoint.strategy.exact:
+        if not equation.adjoint.exact:
             raise StrategyError(approximate(equation.adjoint, "asked for in forward mode"))
         y, z = ctx.saved_tensors
         return equation.solve_forward(z, y, torch.zeros_like(y) if dy is None else dy, dz)
@@ -304,9 +308,9 @@ class Refuse(torch.autograd.Function):
         raise StrategyError(ctx.reason)
 
 
-def approximate(adjoint: Adjoint, what: str) -> str:
+def approximate(adjoint: AdjointSolver, what: str) -> str:
     """Why an approximate strategy cannot do this."""
     return (
-        f"The gradient of {type(adjoint.strategy).__name__} was {what}, but it approximates the gradient in reverse "
+        f"The gradient of {adjoint.name} was {what}, but it approximates the gradient in reverse "
         f"mode, and the derivative of an approximation is no second derivative: use backward.strategy = 'exact-ift'."
     )

@@ -26,19 +26,25 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import optree
 
+from deqcore.abc.adjoint import AdjointSolver
+from deqcore.abc.functional_history import FunctionalHistory
 from deqcore.abc.history import History
 from deqcore.errors import BackendError
-from deqcore.types import Array, BackwardRecord, Capabilities, LoopVars, Map, StepResult, Tree
-
-if TYPE_CHECKING:
-    from deqcore.abc.solver import Solver
-    from deqcore.solve.adjoint import Adjoint
-    from deqcore.solve.traced_failures import Failures
-    from deqcore.types import SolveResult
+from deqcore.types import (
+    Array,
+    BackwardRecord,
+    Capabilities,
+    Figures,
+    LoopVars,
+    Map,
+    SolveResult,
+    StepResult,
+    Tree,
+)
 
 
 class Backend(ABC):
@@ -304,11 +310,9 @@ class Backend(ABC):
         Where the framework is recording a gradient through `like`, the history is functional: nothing is written in
         place, so that steps can be differentiated through. The default is functional always.
         """
-        from deqcore.abc.functional_history import FunctionalHistory
-
         return FunctionalHistory.empty(self, like, history_size, dtype)
 
-    def fused_step(self, solver: Solver, f: Map, z: Array, fz: Array, state: Any) -> StepResult | None:
+    def fused_step(self, solver: object, f: Map, z: Array, fz: Array, state: Any) -> StepResult | None:
         """`solver.step(self, f, z, fz, state)` by compiled code, where this backend has some for it; None elsewhere.
 
         To rounding it is the same step on the same state, so that histories, estimates and continued solves do not
@@ -435,13 +439,12 @@ class Backend(ABC):
             carry = body(carry)
         return carry
 
-    def watch(  # noqa: B027 - an eager backend has no traced arrays
-        self, report: Failures, status: Array, steps: Array, residual: Array, *, compiled: bool
-    ) -> None:
-        """Call `report` with what traced arrays `(batch,)` turn out to be, whenever a sample did not converge.
+    def watch(self, report: Callable[[Any], None], figures: Figures, *, compiled: bool) -> None:  # noqa: B027
+        """Call `report` with what traced `figures` turn out to be, whenever they are notable.
 
-        Only a tracing backend is asked to. It calls at once where values are known (eager transformations), and by a
-        callback from compiled code only if `compiled`, since a callback has a price there.
+        Only a tracing backend is asked to; an eager one has no traced arrays. It calls at once where values are known
+        (eager transformations), and by a callback from compiled code only if `compiled`, since a callback has a price
+        there. Under a vectorising transformation it calls once, with the figures of all lanes, see `Figures.merged`.
         """
 
     # -- differentiation ----------------------------------------------------------------------------------------
@@ -487,7 +490,7 @@ class Backend(ABC):
         z0: Array,
         args: tuple[Any, ...],
         solve: Callable[[Map, Array], SolveResult],
-        adjoint: Adjoint,
+        adjoint: AdjointSolver,
     ) -> tuple[Array, SolveResult, BackwardRecord | None]:
         """Solve, and attach the implicit gradient to the value.
 
@@ -496,7 +499,7 @@ class Backend(ABC):
             z0: initial state `(batch, n)`. It gets no gradient: the fixed point does not depend on it.
             args: pytrees; their arrays get gradients.
             solve: the loop with solver and tolerances bound.
-            adjoint: `adjoint(vjp, g, forward)` gives `u ≈ (I − J)^-T g` and its report.
+            adjoint: finds `u ≈ (I − J)^-T g`.
 
         Returns:
             The value z* `(batch, n)`, which is `forward.z` to the last bit, with gradients attached whenever the

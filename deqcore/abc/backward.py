@@ -16,17 +16,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 from deqcore.abc.backend import Backend
-from deqcore.types import AdjointReport, Array, Map, Reached
+from deqcore.abc.inverse_jacobian import InverseJacobian
+from deqcore.abc.solver import Solver
+from deqcore.types import AdjointReport, Array, Map, Reached, SolveResult, Status
 
-if TYPE_CHECKING:
-    from deqcore.abc.inverse_jacobian import InverseJacobian
-    from deqcore.abc.solver import Solver
-    from deqcore.types import SolveResult
-
-MakeSolver: TypeAlias = "Callable[[str, Mapping[str, object]], Solver]"
+MakeSolver: TypeAlias = Callable[[str, Mapping[str, object]], Solver]
 
 
 class Strategy(ABC):
@@ -164,8 +161,6 @@ def report(
         >>> found.vjps.tolist(), [Status(each).name for each in found.status.tolist()]
         ([4, 4], ['CONVERGED', 'NONFINITE'])
     """
-    from deqcore.types import Status
-
     xp = backend.xp
     zeros = backend.norm(g)
     ints = xp.zeros_like(zeros, dtype=xp.int32)

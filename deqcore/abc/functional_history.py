@@ -2,19 +2,52 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from deqcore.abc.backend import Backend
 from deqcore.abc.history import History
 from deqcore.types import Array
+
+
+class _Arrays(Protocol):
+    """What a functional history needs of a backend, see `deqcore.abc.backend.Backend`."""
+
+    xp: Any
+
+    def detach(self, x: Array) -> Array:
+        """The same numbers, without a gradient."""
+
+    def astype(self, x: Array, dtype: str) -> Array:
+        """Cast to the dtype of this name."""
+
+    def cast(self, x: Array, like: Array) -> Array:
+        """Cast to the dtype of `like`."""
+
+    def to_accum_dtype(self, x: Array) -> Array:
+        """Cast to the dtype of coefficients."""
+
+    def dtype_name(self, x: Array) -> str:
+        """The name of the dtype."""
+
+    def asarray(self, a: object, *, dtype: str | None = None, like: Array | None = None) -> Array:
+        """Convert host data."""
+
+    def select(self, mask: Array, new: Array, old: Array) -> Array:
+        """Rows of `new` where `mask` holds, of `old` elsewhere."""
+
+    def known_all(self, mask: Array) -> bool:
+        """Whether all of `mask` is known to hold."""
+
+    def errstate(self) -> AbstractContextManager[object]:
+        """Silence warnings of NaN and inf."""
 
 
 class _Shared(NamedTuple):
     """What all states of one history have in common."""
 
-    backend: Backend
+    backend: _Arrays
     history_size: int
     dtype: str  # the state's, in which `combine` answers; the slots may be narrower
 
@@ -31,7 +64,7 @@ class FunctionalHistory(History):
         self.history_size = shared.history_size
 
     @classmethod
-    def empty(cls, backend: Backend, like: Array, history_size: int, dtype: str | None = None) -> FunctionalHistory:
+    def empty(cls, backend: _Arrays, like: Array, history_size: int, dtype: str | None = None) -> FunctionalHistory:
         """No vector yet, for vectors like `like` `(batch, n)`."""
         still = backend.detach(like)
         zero = backend.xp.zeros_like(backend.astype(still, dtype or backend.dtype_name(like)))

@@ -24,14 +24,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.history import History
+from deqcore.abc.inverse_jacobian import InverseJacobian
 from deqcore.types import Array, Map
-
-if TYPE_CHECKING:
-    from deqcore.abc.inverse_jacobian import InverseJacobian
 
 
 class Solver(ABC):

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from deqcore import plugins
-from deqcore.cli.output import AsJson, show
-from deqcore.cli.project_config import load_plugins
+from deqcore.cli.output import AsJson, complain, show
+from deqcore.config.project import load_plugins
 from deqcore.errors import DeqcoreError, installing
 from deqcore.plugins import BackendSpec
 
@@ -24,7 +24,7 @@ def command(
     as_json: AsJson = False,
 ) -> None:
     """List the backends, whether their frameworks are installed, and in which version."""
-    load_plugins()
+    load_plugins(complain)
     rows = [_row(spec, devices) for spec in plugins.backends().values()]
     show(rows, COLUMNS, as_json=as_json)
 

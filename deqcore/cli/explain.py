@@ -17,12 +17,12 @@ from deqcore.abc.backend import Backend
 from deqcore.api import get_backend
 from deqcore.bench.harness import Harness
 from deqcore.bench.machine import describe
+from deqcore.bench.strategy_comparison import Choice, Row, Table, candidates, cheapest, survey
 from deqcore.cli.output import AsJson, show
 from deqcore.config import Config
 from deqcore.config import resolve as resolve_settings
-from deqcore.diagnostics.strategy_comparison import Choice, Row, Table, candidates, cheapest, survey
 from deqcore.errors import BackendError, ConfigError, ProblemError, did_you_mean, listing
-from deqcore.solve.failures import coupling
+from deqcore.solve.messages import coupling
 from deqcore.testing.problem import Problem, load_problem, place, rebuild
 from deqcore.testing.problems import golden, names
 from deqcore.types import Tree

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
-from deqcore.cli.output import AsJson, show
+from deqcore.cli.output import AsJson, complain, show
 from deqcore.errors import MonitorError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -83,9 +83,10 @@ def metrics(as_json: AsJson = False) -> None:
 def sinks(as_json: AsJson = False) -> None:
     """List the sinks and their options."""
     from deqcore import plugins
-    from deqcore.cli import listing, project_config
+    from deqcore.cli import listing
+    from deqcore.config import project
 
-    project_config.load_plugins()
+    project.load_plugins(complain)
     show(
         listing.rows("sink", plugins.sinks().values(), {"keeps": "keeps"}),
         ("name", "options", "summary", "status", "reason"),

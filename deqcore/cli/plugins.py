@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from deqcore import plugins
-from deqcore.cli.output import AsJson, show
-from deqcore.cli.project_config import load_plugins
+from deqcore.cli.output import AsJson, complain, show
+from deqcore.config.project import load_plugins
 
 COLUMNS = ("name", "version", "source", "hooks", "status", "reason")
 
@@ -16,6 +16,6 @@ def command(as_json: AsJson = False) -> None:
 
     What ships with deqcore is not among them: see `deqcore backends`, `solvers` and `strategies`.
     """
-    load_plugins()
+    load_plugins(complain)
     rows = [asdict(status) for status in plugins.plugins_status()]
     show(rows, COLUMNS, as_json=as_json, empty="No plugins are installed.")

@@ -36,7 +36,7 @@ from deqcore.config.sources import (
     variables,
 )
 from deqcore.errors import ConfigError
-from deqcore.plugins.lookup import backend_of, contexts, load_deqfile
+from deqcore.plugins.lookup import backend_of, check_section, contexts, load_deqfile
 
 Table: TypeAlias = Mapping[str, object]
 
@@ -94,7 +94,7 @@ class Config:
         pairs = flatten({name: value for name, value in given.items() if value is not None})
         sections = {name: value for name, value in (("study", study), ("monitor", monitor)) if value is not None}
         self._fill(_without_file(layer(pairs, "Config(...)")), sections)
-        self._check_monitor()
+        self._check_sections()
 
     def _fill(self, merged: Layer, sections: Mapping[str, object]) -> None:
         self._layer = merged
@@ -120,15 +120,13 @@ class Config:
         config = _assemble(merge(lowest, environment(variables())), sections)
         if config.plugins.deqfile:
             load_deqfile(path.parent / "deqfile.py")
-        config._check_monitor()
+        config._check_sections()
         return config
 
-    def _check_monitor(self) -> None:
-        """A mistake in `[monitor]` is told where settings are read, not hours later where a monitor is made."""
-        if "monitor" in self._sections:
-            from deqcore.monitor.settings import check_section
-
-            check_section(self.section("monitor"))
+    def _check_sections(self) -> None:
+        """Report mistakes in `[monitor]` where settings are read, not hours later where a monitor is made."""
+        for name in self._sections:
+            check_section(name, self.section(name))
 
     @classmethod
     def discover(cls, path: str | Path | None = None) -> Config:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import exp, log
 from typing import Final
 
-from deqcore import config as settings
+from deqcore.config.config import resolve
 from deqcore.config.options import freeze
 from deqcore.errors import ConfigError
 
@@ -92,7 +92,7 @@ class Schedule:
                     )
                 if not isinstance(value, Ramp):
                     freeze("Schedule", name, value)
-            settings.resolve(None, self.at(start))
+            resolve(None, self.at(start))
 
     def at(self, step: int) -> dict[str, object]:
         """Overrides at a training step, for `fixed_point`, `deqcore.using` or a layer's `solve`.

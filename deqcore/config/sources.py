@@ -86,7 +86,8 @@ class Backward:
         on_failure: what happens if the adjoint solve of a sample does not converge: a warning, an error, nothing, or
             its adjoint solution replaced by zero or NaN.
         verify_every: measure the true adjoint residual and look for coupled samples in the first backward pass of a
-            layer or function and in every n-th after it; 0: never.
+            layer or function and in every n-th after it; 0: never. Code compiled by JAX measures only if this was
+            set, in one pass of n on average.
         options: fields of the strategy's own dataclass.
 
     Raises:
@@ -95,7 +96,7 @@ class Backward:
     Example:
         >>> from deqcore import Config
         >>> backward = Config(backward={"strategy": "broyden-reuse", "options": {"max_relative_error": 0.1}}).backward
-        >>> backward.strategy, backward.options["target"]
+        >>> backward.strategy, backward.options["max_relative_error"]
         ('broyden-reuse', 0.1)
     """
 

@@ -124,6 +124,10 @@ COMMANDS: Final = (
 )
 
 
+# Sections of a config that the core does not read, each with the function that finds mistakes in it.
+SECTIONS: Final[Mapping[str, str]] = MappingProxyType({"monitor": "deqcore.monitor.settings:check_section"})
+
+
 def _by_name(records: Iterable[Spec]) -> Mapping[str, Spec]:
     return MappingProxyType({record.name: record for record in records})
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from deqcore.config.options import Options, as_options, instantiate
 from deqcore.errors import MissingFrameworkError, PluginError, UnknownNameError
-from deqcore.plugins.builtin import BUILTIN
+from deqcore.plugins.builtin import BUILTIN, SECTIONS
 from deqcore.plugins.specs import (
     BackendSpec,
     CommandSpec,
@@ -176,6 +176,17 @@ def contexts() -> list[Callable[[object], AbstractContextManager[object]]]:
         specs = backends().values()
     mine = [each for each in specs if isinstance(each, BackendSpec) and each.package in sys.modules]
     return [cast("Any", _import(each.context)) for each in mine if each.context]
+
+
+def check_section(name: str, section: Mapping[str, object]) -> None:
+    """Find the mistakes in a section of a config that the core does not read, such as `[monitor]`.
+
+    Raises:
+        ConfigError: a setting is unknown, or a value does not fit.
+    """
+    if name in SECTIONS:
+        check: Any = _import(SECTIONS[name])
+        check(section)
 
 
 def is_installed(package: str) -> bool:

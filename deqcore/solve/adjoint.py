@@ -2,58 +2,61 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from deqcore.abc.adjoint import AdjointSolver
 from deqcore.abc.backend import Backend
 from deqcore.abc.backward import StepStrategy, Strategy
 from deqcore.abc.inverse_jacobian import InverseJacobian
 from deqcore.abc.solver import Solver
 from deqcore.errors import PluginError
-from deqcore.solve.failures import Watch
+from deqcore.linear.transposed import transposed
+from deqcore.solve.failures import Pass, TracedWatch, Watch
 from deqcore.solve.verification import failing, replaced
 from deqcore.types import AdjointReport, Array, Map, Reached, SolveResult
 
 
 @dataclass(frozen=True)
-class Adjoint:
-    """A strategy bound to the solver whose estimate it may use. What `Backend.implicit` calls in the backward pass.
+class Adjoint(AdjointSolver):
+    """A strategy bound to the solver whose estimate it may use.
 
     Attributes:
         backend: whose arrays these are.
         strategy: the strategy.
         solver: whose estimate it may use.
         on_failure: the setting `backward.on_failure`. "zero" and "nan" are applied here, in traced code as well.
-        asked: whether that setting was chosen, so that it is not the default.
-        watch: verifies, warns and raises in eager backends; None: nothing of this.
+        watch: verifies, warns and raises; None: nothing of this.
+        turned: whether the equation is x = b + J x, so that the estimate is transposed.
     """
 
     backend: Backend
     strategy: Strategy
     solver: Solver
     on_failure: str = "ignore"
-    asked: bool = False
-    watch: Watch | None = field(default=None, compare=False, repr=False)
+    watch: Watch | TracedWatch | None = field(default=None, repr=False)
+    turned: bool = False
 
-    def __call__(self, vjp: Map, g: Array, state: object) -> tuple[Array, AdjointReport]:
-        """Route the cotangent `g` `(batch, n)`; `state` is the forward solver's, with its estimate inside.
-
-        Raises:
-            ConvergenceError: `on_failure` is "raise" and a sample failed (eager backends).
-        """
-        estimate: InverseJacobian | None = None
-        if self.uses_state:
-            secants = self.strategy.wants_secants()
-            make = self.solver.secant_estimate if secants else self.solver.inverse_jacobian
-            estimate = make(self.backend, state)
-        u, told = self._routed(*self._unscaled(vjp, g, estimate))
+    def __call__(self, vjp: Map, g: Array, state: object, turn: Array | None = None) -> tuple[Array, AdjointReport]:
+        """See `AdjointSolver`; `state` is the forward solver's, with its estimate inside."""
+        u, told = self._routed(*self._unscaled(vjp, g, self._estimate(state)))
+        job = Pass(self.backend, self.strategy, self.on_failure, vjp if self.uses_vjp else None, g)
         findings = None
         if self.watch is not None:
-            told, findings = self.watch.verify(self, vjp, g, u, told)
+            told, findings = self.watch.verify(job, u, told, turn)
         if self.on_failure in ("zero", "nan"):
             u = replaced(self.backend, u, failing(self.backend, told, g), self.on_failure)
         if self.watch is not None:
-            self.watch.deliver(self, told, g, findings)
+            self.watch.deliver(job, told, findings)
         return u, told
+
+    def _estimate(self, state: object) -> InverseJacobian | None:
+        """H from the solver's state, or Hᵀ where J stands for Jᵀ; None if the strategy wants none."""
+        if not self.uses_state:
+            return None
+        secants = self.strategy.wants_secants()
+        make = self.solver.secant_estimate if secants else self.solver.inverse_jacobian
+        estimate = make(self.backend, state)
+        return transposed(estimate) if self.turned and estimate is not None else estimate
 
     def _unscaled(self, vjp: Map, g: Array, estimate: InverseJacobian | None) -> tuple[object, Array]:
         """What `solve_adjoint` returned for `g` in units near its norm, which is linear in `g`, with u in units of 1."""
@@ -83,6 +86,16 @@ class Adjoint:
         return u, told
 
     @property
+    def exact(self) -> bool:
+        """Whether the result is a true derivative."""
+        return self.strategy.exact
+
+    @property
+    def name(self) -> str:
+        """The name of the strategy's class."""
+        return type(self.strategy).__name__
+
+    @property
     def uses_vjp(self) -> bool:
         """Whether the backward pass may call `vjp`."""
         return self.strategy.uses_vjp()
@@ -91,6 +104,24 @@ class Adjoint:
     def uses_state(self) -> bool:
         """Whether the solver's state must be kept for the backward pass."""
         return self.strategy.wants_estimate()
+
+    def transposed(self) -> Adjoint:
+        """See `AdjointSolver`."""
+        return replace(self, turned=not self.turned)
+
+    def compiled(self, *, staged: bool, observed: bool = False) -> Adjoint:
+        """See `AdjointSolver`."""
+        if not isinstance(self.watch, TracedWatch):
+            return self
+        watch = self.watch.compiled(self.on_failure, staged=staged, observed=observed)
+        silent = self.on_failure in ("warn", "raise") and not watch.reports
+        used = watch if watch.reports or watch.verifies else None
+        return replace(self, on_failure="ignore" if silent else self.on_failure, watch=used)
+
+    def turn(self) -> int:
+        """See `AdjointSolver`."""
+        watch = self.watch
+        return watch.turn() if isinstance(watch, TracedWatch) and watch.verifies else -1
 
 
 @dataclass(frozen=True)

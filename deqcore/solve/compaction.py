@@ -10,16 +10,13 @@ as without; to the last bit where f, too, computes a row from that row alone and
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.history import History
 from deqcore.abc.solver import map_state
 from deqcore.errors import ProblemError
-from deqcore.types import Array, Map, Status
-
-if TYPE_CHECKING:
-    from deqcore.types import LoopState
+from deqcore.types import Array, LoopState, Map, Status
 
 
 class RestrictRows(Protocol):

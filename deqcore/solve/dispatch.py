@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,7 +14,8 @@ from deqcore.config.sources import LARGEST
 from deqcore.errors import BackendMismatchError, ConfigError, DtypeToleranceWarning, InitialIterateError, StrategyError
 from deqcore.solve.flatten import RavelSpec
 from deqcore.solve.observer import observer
-from deqcore.solve.plan import Plan, user_stacklevel
+from deqcore.solve.plan import Plan
+from deqcore.solve.user_line import warn
 from deqcore.types import Array, StoppingCriteria, Tree
 
 _instances: dict[str, Backend] = {}
@@ -62,12 +62,11 @@ def _criteria(config: Config, scalars: Mapping[str, object], backend: Backend, l
             if name == "max_steps" and number > LARGEST:
                 raise ConfigError.bad_value("forward", name, value, f"a number of at most {LARGEST}")
     if isinstance(rtol, float) and 0.0 < rtol < 0.5 * backend.eps(like) and isinstance(atol, float) and atol == 0:
-        warnings.warn(
+        warn(
             f"forward.rtol = {rtol:g} is below what {backend.dtype_name(like)} can reach (about "
             f"{backend.eps(like):.1g}): the solve will end as STALLED or MAX_STEPS. Use a wider dtype or a larger "
             f"rtol.",
             DtypeToleranceWarning,
-            stacklevel=user_stacklevel(),
         )
     return StoppingCriteria(
         rtol=backend.as_scalar(rtol, like),

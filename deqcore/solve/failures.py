@@ -1,212 +1,45 @@
-"""Backward passes that fail: the sentence for people, the schedule of verification, and the warning or error.
+"""Solves that fail: the schedule of verification, and the warning or error.
 
-`failure` and `coupling` make sentences from the NumPy values of a report; every backend uses them. `Watch` delivers in
-eager backends, in whatever thread the framework differentiates in. Its `Ledger` counts the backward passes of one layer
-or function, so that verification and warnings are rare however often `fixed_point` is called.
+`Watch` verifies and reports backward passes in eager backends, in whatever thread the framework differentiates in.
+`TracedWatch` does the same in traced code, where the numbers are known later: they leave it by `Backend.watch`.
+`Failures` reports forward solves in traced code. All of them use the sentences of `deqcore.solve.messages`.
 """
 
 from __future__ import annotations
 
-import functools
-import sys
-import warnings
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
-from types import CodeType
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
-from weakref import WeakKeyDictionary, ref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from deqcore.abc.backend import Backend
+from deqcore.abc.backward import Strategy
 from deqcore.errors import ConvergenceError, ConvergenceWarning, CoupledRowsWarning
-from deqcore.solve.verification import coupled_pair, failing, random_halves, verified
-from deqcore.types import Status
-
-if TYPE_CHECKING:
-    from deqcore.abc.backend import Backend
-    from deqcore.abc.backward import Strategy
-    from deqcore.solve.adjoint import Adjoint
-    from deqcore.types import AdjointReport, Array, Map
-
-INSIDE: Final = frozenset(
-    (
-        *("deqcore", "deqcore_torch", "deqcore_jax", "deqcore_numpy"),
-        *("torch", "jax", "flax", "equinox", "lightning", "functools", "contextlib"),
-    )
-)
-MOST: Final = 256  # shapes of one function that are counted apart
-
-ADVICE: Final = {
-    Status.MAX_STEPS: "raise {budget}, loosen {tolerance}, or choose another backward.strategy",
-    Status.STALLED: (
-        "loosen {tolerance}, use a wider dtype, or regularize the Jacobian of f, since I − J is singular or nearly so "
-        "at this solution"
-    ),
-    Status.DIVERGED: "use solver = 'gmres' in backward.options, which needs no contraction",
-    Status.NONFINITE: "look for NaN or inf in f and in its derivative at the solution",
-}
+from deqcore.solution import SOLVED, Tally
+from deqcore.solve.ledger import Account, Ledger
+from deqcore.solve.messages import coupling, failure, promises
+from deqcore.solve.user_line import Line, due, user_line, warn
+from deqcore.solve.verification import coupled_pair, failing, random_halves, traced_halves, verified
+from deqcore.types import AdjointReport, Array, Map, Status
 
 
-class Line(NamedTuple):
-    """A line of the user's code, as `warnings.warn_explicit` wants it."""
-
-    filename: str
-    lineno: int
-    module: str
-    registry: dict[Any, Any]
-
-
-def user_line() -> Line:
-    """The innermost line outside of this package and of the frameworks that call it."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in INSIDE:
-        frame = frame.f_back
-    found = frame.f_globals
-    registry: dict[Any, Any] = found.setdefault("__warningregistry__", {})
-    return Line(frame.f_code.co_filename, frame.f_lineno, found.get("__name__", "<unknown>"), registry)
-
-
-def warn(text: str, category: type[Warning], line: Line) -> None:
-    """Warn at a line of the user's, in whatever thread this is."""
-    warnings.warn_explicit(text, category, line.filename, line.lineno, line.module, line.registry)
-
-
-@dataclass
-class Ledger:
-    """What is known of one layer or function.
+class Pass(NamedTuple):
+    """One backward pass, as the verification sees it.
 
     Attributes:
-        passes: backward passes that ran.
-        failed: of these, passes whose failure was reported.
-        coupled: of these, passes that were reported to couple rows.
-        forward: solves that were reported to couple rows.
-        suspect: whether the latest verification contradicted the strategy, so that the next pass is verified as well.
-    """
-
-    passes: int = 0
-    failed: int = 0
-    coupled: int = 0
-    forward: int = 0
-    suspect: bool = False
-
-
-_ledgers: WeakKeyDictionary[Any, dict[Hashable, Ledger]] = WeakKeyDictionary()
-
-
-def ledger(subject: Any, key: Hashable) -> Ledger:
-    """The ledger of what `subject_of` returned.
-
-    Args:
-        subject: the code object of a function, or any other object, such as a layer's cell.
-        key: what tells the problems of one subject apart.
-    """
-    try:
-        mine = _ledgers.setdefault(subject, {})
-    except TypeError:  # not hashable, or without weak references
-        mine = _ledgers.setdefault(type(subject), {})
-    if key not in mine and len(mine) >= MOST:
-        mine.clear()
-    return mine.setdefault(key, Ledger())
-
-
-def forget() -> None:
-    """Forget all counts: the next backward pass of each layer or function is its first again."""
-    _ledgers.clear()
-
-
-def subject_of(f: Any) -> Any:
-    """What a map is made of: the code object of a function, or the object behind bound methods.
-
-    What `functools.partial` or a `__wrapped__` attribute wraps counts as the map itself.
-    """
-    for _ in range(16):
-        code = getattr(f, "__code__", None)
-        if code is not None and not f.__dict__:
-            return code
-        if isinstance(f, functools.partial):
-            f = f.func
-        elif getattr(f, "__self__", None) is not None and hasattr(f, "__func__"):
-            f = f.__self__
-        elif "__wrapped__" in getattr(f, "__dict__", {}):
-            f = f.__wrapped__
-        else:
-            return f if code is None else code
-    return f
-
-
-def promises(strategy: Strategy) -> bool:
-    """Whether a strategy promises an accuracy, so that it can fail: it is exact, or it has an `rtol` or a `max_relative_error`."""
-    return strategy.exact or any(getattr(strategy, name, None) is not None for name in ("rtol", "target"))
-
-
-def failure(
-    told: AdjointReport, rows: Any, strategy: Strategy, name: str, on_failure: str, wrong: int = 0
-) -> str | None:
-    """Describe the samples whose adjoint solve failed.
-
-    Args:
-        told: a report of NumPy arrays `(batch,)`.
-        rows: the samples that failed, as `deqcore.solve.verification.failing` gives them, a NumPy array `(batch,)` of bool.
-        strategy: that made it.
-        name: under which the strategy is registered.
+        backend: whose arrays these are.
+        strategy: that found the gradient.
         on_failure: the setting.
-        wrong: samples whose measured residual contradicts what the strategy reported.
-
-    Returns:
-        What failed, with numbers, and what helps; None if no sample failed.
+        vjp: `u ↦ Jᵀu`, or None if the strategy does without.
+        g: the cotangent `(batch, n)`.
     """
-    if not rows.any():
-        return None
-    kinds = [kind for kind in Status if (told.status[rows] == int(kind)).any()]
-    counts = ", ".join(f"{int((told.status[rows] == int(kind)).sum())} {kind.name}" for kind in kinds)
-    left = told.residual[rows]
-    known = left[~np.isnan(left)]
-    residual = f", relative adjoint residual at most {float(known.max()):.2g}" if known.size else ""
-    contradicted = (
-        f" The strategy reported convergence for {wrong} of them, which the measured residual contradicts."
-        if wrong
-        else ""
-    )
-    advice = "; ".join(ADVICE[kind].format(**_options(strategy)) for kind in kinds if kind in ADVICE)
-    return (
-        f"The adjoint solve did not converge for {int(rows.sum())} of {rows.size} samples ({counts} after at most "
-        f"{int(told.vjps[rows].max())} vector–Jacobian products{residual}): the gradient of these samples is "
-        f"inaccurate.{contradicted} To fix it, {advice} (backward.strategy = {name!r}; "
-        f"backward.on_failure = {on_failure!r} decides what happens now)."
-    )
 
-
-def _options(strategy: Strategy) -> dict[str, str]:
-    """The names and values of the options that a failed solve may need."""
-
-    def named(names: tuple[str, ...]) -> str:
-        found = next((name for name in names if hasattr(strategy, name)), None)
-        if found is None:
-            return f"the {'budget' if 'max_steps' in names else 'tolerance'} of the strategy"
-        return f"{found} = {getattr(strategy, found)!r} in backward.options"
-
-    return {"budget": named(("max_steps", "max_refine_vjps", "terms", "steps")), "tolerance": named(("rtol", "target"))}
-
-
-def coupling(pair: tuple[int, int] | None, wrong: int = 0, batch: int = 0, residual: float = float("nan")) -> str:
-    """Say that f couples the rows of the state.
-
-    Args:
-        pair: (i, j) if it is known that row i of f(z) changes when row j of z does.
-        wrong: samples whose adjoint residual contradicts what the strategy reported.
-        batch: number of samples.
-        residual: the largest of those residuals.
-    """
-    which = "another row" if pair is None else f"row {pair[1]}"
-    mine = "a row" if pair is None else f"row {pair[0]}"
-    measured = f" The true adjoint residual of {wrong} of {batch} samples is up to {residual:.2g}." if wrong else ""
-    return (
-        f"The rows of the state are coupled by f: {mine} of f(z) changes when {which} of z does.{measured} With "
-        f"forward.batch = true each row counts as a sample of its own, so that residuals, statuses and gradients are "
-        f"not those of the whole state. Set forward.batch = false to solve the whole state as one system. If the rows "
-        f"are meant to be samples, look in f for batch normalization in training mode, attention or a mean over the "
-        f"first axis."
-    )
+    backend: Backend
+    strategy: Strategy
+    on_failure: str
+    vjp: Map | None
+    g: Array
 
 
 class Findings(NamedTuple):
@@ -214,40 +47,114 @@ class Findings(NamedTuple):
 
     Attributes:
         coupled: whether f couples rows.
-        pair: two such rows, if they were looked for.
         wrong: samples whose residual contradicts the report.
         residual: the largest of these residuals.
+        measured: whether the pass was verified.
+        pair: two coupled rows, if they were looked for.
     """
 
-    coupled: bool
-    pair: tuple[int, int] | None
-    wrong: int
-    residual: float
+    coupled: Any = False
+    wrong: Any = 0
+    residual: Any = 0.0
+    measured: Any = False
+    pair: tuple[int, int] | None = None
+
+
+class AdjointTally(NamedTuple):
+    """A backward pass in a few numbers, which may leave traced code.
+
+    Attributes:
+        solved: samples by status; those that did not fail count as CONVERGED.
+        coupled: see `Findings`, and so are the rest.
+        wrong: samples.
+        residual: a residual.
+        measured: a bool.
+    """
+
+    solved: Tally
+    coupled: Any
+    wrong: Any
+    residual: Any
+    measured: Any
+
+    @classmethod
+    def of(cls, xp: Any, told: AdjointReport, rows: Array, found: Findings) -> AdjointTally:
+        """Count a report of the array namespace `xp` whose failing samples are `rows` `(batch,)`."""
+        status = xp.where(rows, told.status, xp.full_like(told.status, int(Status.CONVERGED)))
+        known = xp.where(xp.isnan(told.residual), xp.full_like(told.residual, -float("inf")), told.residual)
+        return cls(Tally.of(xp, status, told.vjps, known), *found[:4])
+
+    def notable(self) -> Any:
+        """Whether a sample failed, f couples rows, or a measurement must be noted."""
+        return self.solved.failed() | self.coupled | self.measured
+
+    def merged(self, xp: Any) -> AdjointTally:
+        """That of all lanes, from a stack of them."""
+        return AdjointTally(
+            self.solved.merged(xp),
+            xp.any(self.coupled, axis=0),
+            xp.sum(self.wrong, axis=0),
+            xp.max(self.residual, axis=0),
+            xp.any(self.measured, axis=0),
+        )
+
+
+def announce(
+    tally: AdjointTally,
+    counts: Ledger,
+    strategy: Strategy,
+    name: str,
+    how: str,
+    line: Line | None,
+    pair: tuple[int, int] | None = None,
+) -> None:
+    """Raise, or warn at the 1st, 10th, 100th, … failing pass of a function.
+
+    Args:
+        tally: of the pass, on the host.
+        counts: of the function.
+        strategy: that found the gradient.
+        name: under which it is registered.
+        how: "warn" or "raise"; with anything else only coupled rows are reported.
+        line: what the warning points at.
+        pair: two coupled rows, if they are known.
+
+    Raises:
+        ConvergenceError: `how` is "raise" and a sample failed.
+    """
+    coupled, failed = bool(tally.coupled), how in ("warn", "raise") and bool(tally.solved.failed())
+    if not coupled and not failed:
+        return
+    wrong = int(tally.wrong)
+    if coupled:
+        text = coupling(pair, wrong, int(tally.solved.samples.sum()), float(tally.residual))
+    else:
+        text = failure(tally.solved, strategy, name, how, wrong)
+    if how == "raise" and failed:
+        raise ConvergenceError(text)
+    if coupled:
+        if due(counts.coupled):
+            warn(text, CoupledRowsWarning, line)
+        counts.coupled += 1
+    elif failed:
+        if due(counts.failed):
+            warn(text, ConvergenceWarning, line)
+        counts.failed += 1
 
 
 class Watch:
-    """Verifies the backward passes of one solve on schedule, and delivers what failed.
-
-    It does not keep the map alive, and looks for its ledger when the first backward pass runs.
+    """Verifies the backward passes of one solve on schedule, and reports what failed. For eager backends.
 
     Args:
-        f: the map. A function has a ledger for its code object, strategy and `key`; any other object (a layer's cell)
-            has one for each strategy.
-        strategy: what finds the gradient.
-        key: what tells the problems of one function apart: shapes and dtype.
+        account: where the counts of the function are.
         every: `backward.verify_every`.
         name: the strategy's registered name.
     """
 
-    __slots__ = ("_key", "_ledger", "_subject", "every", "line", "name")
+    __slots__ = ("_account", "_ledger", "every", "line", "name")
 
-    def __init__(self, f: Callable[..., Any], strategy: Hashable, key: Hashable, every: int, name: str) -> None:
-        subject = subject_of(f)
-        self._key = (strategy, key) if isinstance(subject, CodeType) else strategy
-        try:
-            self._subject: Callable[[], Any] = ref(subject)
-        except TypeError:  # without weak references
-            self._subject = ref(type(subject))
+    def __init__(self, account: Account, every: int, name: str) -> None:
+        self._account = account
         self._ledger: Ledger | None = None
         self.every = every
         self.name = name
@@ -255,29 +162,28 @@ class Watch:
 
     @property
     def ledger(self) -> Ledger:
-        """Counts of the layer or function."""
+        """Counts of the layer or function, looked for when the first backward pass runs."""
         if self._ledger is None:
-            subject = self._subject()
-            self._ledger = Ledger() if subject is None else ledger(subject, self._key)
+            self._ledger = self._account.ledger
         return self._ledger
 
     def verify(
-        self, adjoint: Adjoint, vjp: Map, g: Array, u: Array, told: AdjointReport
+        self, job: Pass, u: Array, told: AdjointReport, turn: Array | None
     ) -> tuple[AdjointReport, Findings | None]:
         """The report, measured if it is the turn of this pass, and what contradicts it."""
-        count, self.ledger.passes = self.ledger.passes, self.ledger.passes + 1
-        turn = self.every and (count % self.every == 0 or self.ledger.suspect)
-        if not turn or not adjoint.uses_vjp:
+        count, counts = self.ledger.count(), self.ledger
+        due_now = self.every and (count % self.every == 0 or counts.suspect)
+        if not due_now or job.vjp is None:
             return told, None
-        backend = adjoint.backend
+        backend, g = job.backend, job.g
         halves = random_halves(g.shape[0], g.shape[1], seed=count)
         with backend.errstate():
-            true = verified(backend, adjoint.strategy, vjp, g, u, told, halves)
+            true = verified(backend, job.strategy, job.vjp, g, u, told, halves)
         found = self._findings(backend, told, true)
-        self.ledger.suspect = found is not None
-        if found is not None and found.coupled and adjoint.on_failure != "ignore" and _due(self.ledger.coupled):
+        counts.suspect = found is not None
+        if found is not None and found.coupled and job.on_failure != "ignore" and due(counts.coupled):
             row = int(np.argmax(backend.to_numpy(true.coupling)))
-            found = found._replace(pair=coupled_pair(backend, vjp, halves, g, row))
+            found = found._replace(pair=coupled_pair(backend, job.vjp, halves, g, row))
             spent = 2 + max(int(halves.rows.sum()) - 1, 0).bit_length()
             true = true._replace(verify_vjps=backend.xp.zeros_like(true.vjps) + spent)
         return true, found
@@ -288,29 +194,25 @@ class Watch:
         if not coupled and not wrong.any():
             return None
         residual = backend.to_numpy(true.residual)
-        return Findings(coupled, None, int(wrong.sum()), float(residual[wrong].max(initial=0.0)))
+        return Findings(coupled, int(wrong.sum()), float(residual[wrong].max(initial=0.0)), True)
 
-    def deliver(self, adjoint: Adjoint, told: AdjointReport, g: Array, found: Findings | None) -> None:
+    def deliver(self, job: Pass, told: AdjointReport, found: Findings | None) -> None:
         """Warn or raise.
 
         Raises:
             ConvergenceError: `on_failure` is "raise" and a sample failed.
         """
-        how, counts = adjoint.on_failure, self.ledger
+        how, found = job.on_failure, found or Findings()
         if how == "ignore":
             return
-        coupled = found is not None and found.coupled
-        failed = how in ("warn", "raise") and self._failed(adjoint, told, g)
-        if how == "raise" and failed:
-            raise ConvergenceError(self._text(adjoint, told, g, found))
-        if coupled:
-            if _due(counts.coupled):
-                warn(self._text(adjoint, told, g, found), CoupledRowsWarning, self.line)
-            counts.coupled += 1
-        elif failed:
-            if _due(counts.failed):
-                warn(self._text(adjoint, told, g, found), ConvergenceWarning, self.line)
-            counts.failed += 1
+        failed = how in ("warn", "raise") and self._failed(job, told)
+        if not failed and not found.coupled:
+            return
+        backend = job.backend
+        host = told._replace(**{name: backend.to_numpy(getattr(told, name)) for name in told._fields[:5]})
+        rows = backend.to_numpy(failing(backend, told, job.g))
+        tally = AdjointTally.of(np, host, rows, found)
+        announce(tally, self.ledger, job.strategy, self.name, how, self.line, found.pair)
 
     def coupled_forward(self, find: Callable[[], tuple[int, int] | None]) -> bool:
         """Warn of a forward solve whose values differ because the rows of other samples moved.
@@ -322,38 +224,157 @@ class Watch:
             Whether f couples rows.
         """
         counts = self.ledger
-        if counts.suspect and not _due(counts.forward):
+        if counts.suspect and not due(counts.forward):
             counts.forward += 1
             return True
         pair = find()
         if pair is None:
             return False
         counts.suspect = True
-        if _due(counts.forward):
+        if due(counts.forward):
             warn(coupling(pair), CoupledRowsWarning, self.line)
         counts.forward += 1
         return True
 
-    def _failed(self, adjoint: Adjoint, told: AdjointReport, g: Array) -> bool:
+    def _failed(self, job: Pass, told: AdjointReport) -> bool:
         """Whether a sample failed. Waits for a device only where the strategy promises something."""
-        backend = adjoint.backend
+        backend = job.backend
         status = backend.numpy_view(told.status)
         if status is not None and (status == int(Status.CONVERGED)).all():
             return False
-        if status is None and not promises(adjoint.strategy):
+        if status is None and not promises(job.strategy):
             return False
-        return bool(backend.to_numpy(failing(backend, told, g)).any())
-
-    def _text(self, adjoint: Adjoint, told: AdjointReport, g: Array, found: Findings | None) -> str:
-        if found is not None and found.coupled:
-            return coupling(found.pair, found.wrong, told.status.shape[0], found.residual)
-        backend = adjoint.backend
-        host = told._replace(**{name: backend.to_numpy(getattr(told, name)) for name in told._fields[:5]})
-        rows = backend.to_numpy(failing(backend, told, g))
-        wrong = 0 if found is None else found.wrong
-        return failure(host, rows, adjoint.strategy, self.name, adjoint.on_failure, wrong) or ""
+        return bool(backend.to_numpy(failing(backend, told, job.g)).any())
 
 
-def _due(count: int) -> bool:
-    """Whether the next warning after `count` of them is shown: the 1st, 10th, 100th and so on."""
-    return str(count + 1).strip("0") == "1"
+@dataclass(frozen=True)
+class TracedWatch:
+    """Verifies backward passes in traced code, and reports what failed. It is a part of the key of compiled code.
+
+    Attributes:
+        account: where the counts of the function are.
+        every: `backward.verify_every`.
+        name: the strategy's registered name.
+        asked_to_report: whether a setting asks for warnings or errors, so that compiled code may hold a callback.
+        asked_to_verify: whether a setting asks for measurements.
+        reports: whether the program reports, see `compiled`.
+        verifies: whether the program measures.
+        line: what a warning points at.
+    """
+
+    account: Account = field(compare=False, repr=False)
+    every: int
+    name: str
+    asked_to_report: bool = False
+    asked_to_verify: bool = False
+    reports: bool = False
+    verifies: bool = False
+    line: Line | None = None
+
+    def compiled(self, on_failure: str, *, staged: bool, observed: bool) -> TracedWatch:
+        """What is compiled in, see `AdjointSolver.compiled`."""
+        asked = not staged or self.asked_to_report or self.asked_to_verify
+        reports = on_failure in ("warn", "raise") and asked
+        wanted = observed or (self.asked_to_verify if staged else on_failure != "ignore")
+        line = user_line() if reports else None
+        # What decides this is no part of the key: the same program comes of other settings.
+        return TracedWatch(
+            self.account, self.every, self.name, reports=reports, verifies=wanted and self.every > 0, line=line
+        )
+
+    def turn(self) -> int:
+        """See `AdjointSolver.turn`. Until a pass was measured every call is due: no call knows that a pass will run."""
+        counts = self.account.ledger
+        count = counts.count()
+        wanted = counts.suspect or count % self.every == 0 or (self.reports and not counts.verified)
+        counts.suspect = False  # until the measurement says so again
+        return count % 2**31 if wanted else -1
+
+    def verify(
+        self, job: Pass, u: Array, told: AdjointReport, turn: Array | None
+    ) -> tuple[AdjointReport, Findings | None]:
+        """The report, measured if it is the turn of this pass, and what contradicts it."""
+        if not self.verifies or job.vjp is None or 0 in job.g.shape:
+            return told, None
+        backend, g, vjp, xp = job.backend, job.g, job.vjp, job.backend.xp
+        told = told._replace(coupling=xp.full_like(told.residual, float("nan")), verify_vjps=xp.zeros_like(told.vjps))
+        if turn is None:
+            seed = _digits(backend, g, u)
+            wanted = seed % self.every == 0
+        else:
+            seed, wanted = turn, turn >= 0
+        halves = traced_halves(backend, g, seed)
+        measure = lambda report: verified(backend, job.strategy, vjp, g, u, report, halves)  # noqa: E731
+        true = backend.cond(xp.reshape(wanted, (1,)), measure, told)
+        wrong = true.status != told.status
+        residual = xp.where(wrong, true.residual, xp.zeros_like(true.residual))
+        found = Findings(
+            coupled=xp.any(true.coupling > 0),
+            wrong=xp.sum(xp.astype(wrong, xp.int32)),
+            residual=xp.max(residual),
+            measured=wanted & (turn is not None),
+        )
+        return true, found
+
+    def deliver(self, job: Pass, told: AdjointReport, found: Findings | None) -> None:
+        """Let `Backend.watch` report the pass."""
+        if not self.reports or not job.g.shape[0]:
+            return
+        backend, xp = job.backend, job.backend.xp
+        if found is None:
+            no = xp.zeros_like(told.status[0]) > 0
+            found = Findings(no, xp.zeros_like(told.status[0]), xp.zeros_like(told.residual[0]), no)
+        tally = AdjointTally.of(xp, told, failing(backend, told, job.g), found)
+        strategy, how = job.strategy, job.on_failure
+        backend.watch(lambda figures: self._announce(figures, strategy, how), tally, compiled=True)
+
+    def _announce(self, tally: AdjointTally, strategy: Strategy, how: str) -> None:
+        counts = self.account.ledger
+        if bool(tally.measured):
+            counts.verified, counts.suspect = True, bool(tally.coupled) or int(tally.wrong) > 0
+        announce(tally, counts, strategy, self.name, how, self.line)
+
+
+def _digits(backend: Backend, g: Array, u: Array) -> Array:
+    """A whole number from the last digits of the norms of g and u: compiled code counts nothing, but must vary."""
+    xp = backend.xp
+    size = xp.sum(backend.to_accum_dtype(backend.norm(g))) + xp.sum(backend.to_accum_dtype(backend.norm(u)))
+    size = xp.where((size > 0) & xp.isfinite(size), size, xp.ones_like(size))
+    return xp.astype(xp.floor((size / backend.power_of_two(size) - 1.0) * 2.0**22), xp.int32)
+
+
+class Failures:
+    """What to do when samples of a forward solve fail in traced code: raise each time, or warn at the 1st, 10th, … run.
+
+    Args:
+        action: "raise" or "warn".
+        circumstances: the end of the message.
+        solver: the solver in use, which the message does not recommend.
+
+    Raises:
+        ConvergenceError: (when called) the action is "raise".
+
+    Example:
+        >>> import numpy as np
+        >>> from deqcore.solution import Tally
+        >>> failures = Failures("raise")
+        >>> failures(Tally.of(np, np.array([1, 2]), np.array([3, 9]), np.array([0.0, 0.5])))
+        Traceback (most recent call last):
+        ...
+        deqcore.errors.ConvergenceError: 1 of 2 samples CONVERGED after at most 3 steps...
+    """
+
+    def __init__(self, action: str, circumstances: str = "", solver: str = "") -> None:
+        self.action, self.circumstances, self.solver = action, circumstances, solver
+        self.line = user_line()
+        self.runs = 0
+
+    def __call__(self, tally: Tally) -> None:
+        """Report one run in which samples failed."""
+        self.runs += 1
+        text = f"{tally.lines(SOLVED, self.solver)}{self.circumstances}"
+        if self.action == "raise":
+            raise ConvergenceError(text)
+        if due(self.runs - 1):
+            more = f" This is the {self.runs}th run of the compiled program that failed." if self.runs > 1 else ""
+            warn(text + more, ConvergenceWarning, self.line)

@@ -10,14 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deqcore.abc.backend import Backend
+from deqcore.config import Config
+from deqcore.solution import Solution
 from deqcore.types import Tree
-
-if TYPE_CHECKING:
-    from deqcore.config import Config
-    from deqcore.solution import Solution
 
 
 @dataclass(frozen=True)

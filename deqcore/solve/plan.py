@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +18,16 @@ from deqcore.errors import (
     NonDeterministicWarning,
     StrategyError,
 )
-from deqcore.solution import SOLVED, Solution, SolveState, summarize
-from deqcore.solve import failures
+from deqcore.solution import Solution, SolveState, Tally, summarize
 from deqcore.solve.adjoint import Adjoint, Steps
 from deqcore.solve.compaction import RestrictRows
+from deqcore.solve.failures import Failures, TracedWatch, Watch
 from deqcore.solve.flatten import FlatFunction, RavelSpec
+from deqcore.solve.ledger import Account
 from deqcore.solve.loop import BoundSolve
 from deqcore.solve.observer import Observer
 from deqcore.solve.termination import Limits, greater, judged
-from deqcore.solve.traced_failures import Failures
+from deqcore.solve.user_line import warn
 from deqcore.solve.verification import coupled_rows
 from deqcore.types import Array, BackwardRecord, LoopState, Map, Reached, SolveResult, Status, StoppingCriteria
 
@@ -56,16 +56,26 @@ class Plan:
         return self.backend.unshared(value, z0), forward, record
 
     def adjoint(self, f: FlatFunction) -> Adjoint:
-        """The strategy bound to this call; in eager backends it verifies and reports failures by itself."""
+        """The strategy bound to this call, which verifies its reports and says what failed."""
         assert isinstance(self.strategy, Strategy)
-        eager, action = self.backend.capabilities.eager, self.config.backward.on_failure
-        asked = not eager and self._is_set("backward.on_failure")
-        return Adjoint(self.backend, self.strategy, self.solver, action, asked, self._watch(f) if eager else None)
+        watch = self._watch(f) if self.backend.capabilities.eager else self._traced_watch(f)
+        return Adjoint(self.backend, self.strategy, self.solver, self.config.backward.on_failure, watch)
 
-    def _watch(self, f: FlatFunction) -> failures.Watch:
-        backward, space = self.config.backward, f.space
-        key = space.shapes, space.dtype, self.config.forward.batch
-        return failures.Watch(f.f, self.strategy, key, backward.verify_every, backward.strategy)
+    def _account(self, f: FlatFunction) -> Account:
+        return Account(f.f, self.strategy, (f.space.shapes, f.space.dtype, self.config.forward.batch))
+
+    def _watch(self, f: FlatFunction) -> Watch:
+        return Watch(self._account(f), self.config.backward.verify_every, self.config.backward.strategy)
+
+    def _traced_watch(self, f: FlatFunction) -> TracedWatch:
+        backward = self.config.backward
+        return TracedWatch(
+            self._account(f),
+            backward.verify_every,
+            backward.strategy,
+            asked_to_report=self._is_set("backward.on_failure"),
+            asked_to_verify=self._is_set("backward.verify_every"),
+        )
 
     def _step(
         self, strategy: StepStrategy, f: FlatFunction, z0: Array, args: tuple[Any, ...], solve: BoundSolve
@@ -162,13 +172,12 @@ class Plan:
         if largest > backend.output_eps(forward.z) ** (2 / 3):
             if self._report_coupling(f, args, forward):
                 return
-            warnings.warn(
+            warn(
                 f"f is not deterministic: at the same z and arguments it gave values that differ by up to "
                 f"{largest:.2g} of their norm, so that it has no fixed point, and its gradient is that of another "
                 f"function. Switch dropout and noise off (eval()), draw them once before the solve and pass them as "
                 f"an argument, and let f change no state of its own.",
                 NonDeterministicWarning,
-                stacklevel=user_stacklevel(),
             )
 
     def _report_coupling(self, f: FlatFunction, args: tuple[Any, ...], forward: SolveResult) -> bool:
@@ -188,8 +197,10 @@ class Plan:
             return
         xp, figures = self.backend.xp, (forward.status, forward.steps, forward.residual)
         if self.backend.is_traced(*figures):
-            failures = Failures(action, SOLVED, after=f" {self._circumstances()}", solver=repr(self.solver))
-            self.backend.watch(failures, *figures, compiled=action == "raise" or self._is_set("forward.on_failure"))
+            if forward.status.shape[0]:
+                failures = Failures(action, f" {self._circumstances()}", repr(self.solver))
+                compiled = action == "raise" or self._is_set("forward.on_failure")
+                self.backend.watch(failures, Tally.of(xp, *figures), compiled=compiled)
             return
         if not bool(xp.any(forward.status != int(Status.CONVERGED))):
             return
@@ -197,7 +208,7 @@ class Plan:
         text = f"{summarize(status, residual, steps, repr(self.solver))} {self._circumstances()}"
         if action == "raise":
             raise ConvergenceError(text)
-        warnings.warn(text, ConvergenceWarning, stacklevel=user_stacklevel())
+        warn(text, ConvergenceWarning)
 
     def _circumstances(self) -> str:
         """The settings that a failed solve ran with, for its message."""
@@ -270,13 +281,3 @@ def _once(f: Map, z: Array) -> Any:
 
 def _no_vjp(u: Array) -> Array:
     raise StrategyError("The strategy called vjp, although its uses_vjp() says that it does not.")
-
-
-def user_stacklevel() -> int:
-    """The first frame outside this package, so that a warning points at the user's line."""
-    import sys
-
-    depth, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("deqcore"):
-        frame, depth = frame.f_back, depth + 1
-    return depth

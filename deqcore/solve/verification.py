@@ -9,25 +9,23 @@ reports convergence to an equation that is not the user's. Two vector–Jacobian
 
 `coupled_rows` finds the same without derivatives: it moves rows of the state and looks at all other rows of f.
 
-All functions but `coupled_rows` and `coupled_pair` work in traced code.
+All functions but `random_halves`, `leak_everywhere`, `coupled_rows` and `coupled_pair` work in traced code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from deqcore.abc.backend import Backend
-from deqcore.types import Array, Map
-
-if TYPE_CHECKING:
-    from deqcore.abc.backward import Strategy
-    from deqcore.types import AdjointReport
+from deqcore.abc.backward import Strategy
+from deqcore.types import AdjointReport, Array, Map, Status
 
 ROUNDING: Final = 100.0  # units of rounding below which a difference says nothing
 NARROW: Final = 10 * 2.0**-8  # of a product whose factors were rounded to bfloat16
+GOLDEN: Final = 0.6180339887498949  # whose multiples are spread evenly over the fractions
 MOVE: Final = 0.05  # by which `coupled_rows` moves a state, relative
 LAST_BITS: Final = 8.0  # units of rounding that memory alignment may change in a value of f
 
@@ -63,10 +61,31 @@ def random_halves(batch: int, n: int, seed: int) -> Halves:
     return Halves(rows, rng.uniform(0.5, 1.5, batch), rng.standard_normal(n))
 
 
+def traced_halves(backend: Backend, like: Array, seed: Array) -> Halves:
+    """The same in traced code: the order of quasi-random numbers decides which rows are chosen.
+
+    Args:
+        backend: whose arrays these are.
+        like: an array `(batch, n)` of the state's dtype.
+        seed: int32, 0 or above; only its last 12 bits count.
+
+    Returns:
+        Arrays of the backend.
+    """
+    xp, (batch, n) = backend.xp, like.shape
+    step = backend.to_accum_dtype(seed % 4096 + 1)
+    places = np.random.default_rng(batch).uniform(0.25, 0.75, batch)
+    spread = backend.asarray(places, like=step) * step
+    spread = spread - xp.floor(spread)
+    rows = spread < xp.sort(spread)[batch // 2]
+    turns = GOLDEN * (1.0 + backend.to_accum_dtype(xp.arange(n)))
+    return Halves(rows, 0.5 + spread, 1.5 * (turns - xp.floor(turns)) - 0.5)
+
+
 def cotangent(backend: Backend, halves: Halves, like: Array) -> Array:
     """The cotangent `(batch, n)` of `halves`, in the dtype and on the device of `like`."""
     xp = backend.xp
-    weights = backend.asarray(np.where(halves.rows, halves.weights, 0.0), like=like)
+    weights = backend.asarray(halves.rows, like=like) * backend.asarray(halves.weights, like=like)
     return xp.reshape(weights, (-1, 1)) * xp.reshape(backend.asarray(halves.direction, like=like), (1, -1))
 
 
@@ -110,7 +129,7 @@ def leaks(backend: Backend, vjp: Map, halves: Halves, like: Array) -> Array:
     found = xp.where(xp.isfinite(found), found, xp.zeros_like(found))
     if not found.shape[0]:
         return found
-    outside = backend.asarray(~np.asarray(halves.rows), like=given) > 0
+    outside = backend.asarray(halves.rows, like=given) == 0
     noise = min(ROUNDING * backend.eps(like), 1e-2) * xp.maximum(xp.max(found), xp.max(given))
     leaked = outside & (found > noise)
     return xp.where(leaked, found / xp.where(leaked, xp.max(found), xp.ones_like(found)), xp.zeros_like(found))
@@ -152,8 +171,6 @@ def verified(
         where it is not finite) and there is no `error`. `coupling` holds what `leaks` found, and `verify_vjps` the
         products that this took; `vjps` is unchanged.
     """
-    from deqcore.types import Status
-
     xp = backend.xp
     true = backend.cast(adjoint_residual(backend, vjp, g, u), told.residual)
     several = g.shape[0] > 1
@@ -203,8 +220,6 @@ def failing(backend: Backend, told: AdjointReport, g: Array) -> Array:
     A sample that got the strategy's fallback has not failed. Nor has one whose cotangent `g` `(batch, n)` is not
     finite: its gradient is not finite either, which a gradient scaler must see.
     """
-    from deqcore.types import Status
-
     xp = backend.xp
     return (told.status != int(Status.CONVERGED)) & ~told.fallback & xp.all(xp.isfinite(g), axis=1)
 

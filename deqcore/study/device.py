@@ -41,9 +41,9 @@ def main(backend: str, device: str) -> None:
         BackendError: that cannot be done.
     """
     import deqcore
-    from deqcore.cli.project_config import load_plugins
+    from deqcore.config.project import load_plugins
 
-    load_plugins()
+    load_plugins(lambda error: print(f"Error: {error}", file=sys.stderr))
     made = deqcore.get_backend(backend=backend)
     made.to_numpy(made.to_device(made.asarray([0.0]), device))
 

@@ -92,9 +92,9 @@ def _end_with_parent() -> None:
 def main(folder: Path, measured: int = 0) -> None:
     """Train the cell in `folder`, or only time so many of its steps."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    from deqcore.cli.project_config import load_plugins
+    from deqcore.config.project import load_plugins
 
-    load_plugins()
+    load_plugins(lambda error: print(f"Error: {error}", file=sys.stderr))
     cell = Cell.of(store.read_json(folder / "cell.json"))
     with store.locked(folder / store.LOCK, f"Another process trains {folder.name!r}", wait=HANDOVER):
         if measured:

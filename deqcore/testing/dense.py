@@ -16,7 +16,7 @@ from deqcore.abc.backend import Backend
 from deqcore.errors import ProblemError
 from deqcore.solve.flatten import RavelSpec
 from deqcore.solve.verification import leak_everywhere
-from deqcore.testing import worker
+from deqcore.testing.jobs import Job, data_of, solve
 from deqcore.testing.problem import Problem, rebuild, walk
 from deqcore.testing.problems import unraveled
 from deqcore.types import Array, Tree
@@ -29,9 +29,9 @@ PROBES: Final = 4
 class Dense:
     """f of one problem in one framework, with dense derivatives as NumPy arrays."""
 
-    def __init__(self, backend: Backend, problem: Problem, job: worker.Job, f: Callable[..., Tree]) -> None:
+    def __init__(self, backend: Backend, problem: Problem, job: Job, f: Callable[..., Tree]) -> None:
         self.backend = backend
-        self.params, self.inputs, self.z0, cotangent = worker.data_of(problem, job, backend)
+        self.params, self.inputs, self.z0, cotangent = data_of(problem, job, backend)
         self.space = RavelSpec.of(backend, self.z0, problem.batch)
         self.f = self.space.wrap(f)
         self.start = self.space.ravel(self.z0)
@@ -101,14 +101,14 @@ class Dense:
         return self.backend.to_numpy(vjp(self._array(u)))
 
 
-def dense(backend: Backend, problem: Problem, job: worker.Job, f: Callable[..., Tree]) -> dict[str, Any]:
+def dense(backend: Backend, problem: Problem, job: Job, f: Callable[..., Tree]) -> dict[str, Any]:
     """z*, gradients and sensitivities of a problem, by name.
 
     Newton starts where deqcore's solver ended, so that of several solutions the same one is meant.
     """
     reference = Dense(backend, problem, job, f)
     quiet = replace(job, rtol=0.0, max_steps=max(job.max_steps, 50), strategy="jacobian-free", strategy_options={})
-    near = worker.solve(backend, problem, quiet, f)
+    near = solve(backend, problem, quiet, f)
     start = np.concatenate([near[name].reshape(len(reference.g), -1) for name, _ in walk(problem.z0, "z")], axis=1)
     z = reference.solution(start)
     found, a = reference.gradients(z)

@@ -19,11 +19,11 @@ from deqcore.abc.backward import StepStrategy
 from deqcore.errors import BackendError
 from deqcore.testing import worker
 from deqcore.testing.compare import Comparison, differ, quantities, size
+from deqcore.testing.jobs import Job
 from deqcore.testing.problem import walk
 from deqcore.testing.problems import Golden, golden, unraveled
 from deqcore.testing.processes import Task, installed, run_all
 from deqcore.testing.tolerances import tolerance
-from deqcore.testing.worker import Job
 
 EVERY_SOLVER: Final = ("mlp", "tree")
 ONE_SOLVER: Final = ("affine", "conv", "ring")  # of each exact strategy: their point is f, not the solver

@@ -15,10 +15,10 @@ from deqcore import plugins
 from deqcore.errors import ProblemError, listing
 from deqcore.testing.compare import Comparison, size
 from deqcore.testing.gradients import Report, Run, combinations, compare, execute, is_exact, reference_of, tight
+from deqcore.testing.jobs import Job
 from deqcore.testing.problem import Problem, load_problem, walk
 from deqcore.testing.processes import installed
 from deqcore.testing.tolerances import Sensitivity, Slope, rounding, tolerance
-from deqcore.testing.worker import Job
 
 MANY: Final = 4000  # numbers in parameters and inputs above which a backend without autodiff is left out
 

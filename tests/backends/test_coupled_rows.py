@@ -13,7 +13,7 @@ import pytest
 import deqcore
 from deqcore import Status
 from deqcore.errors import ConvergenceError, CoupledRowsWarning
-from deqcore.solve import failures
+from deqcore.solve import ledger
 from deqcore.solve.verification import coupled_rows, leak_everywhere
 
 torch = pytest.importorskip("torch")
@@ -72,7 +72,7 @@ def arrays(backend, *values):
 
 @pytest.fixture(autouse=True)
 def first_pass():
-    failures.forget()
+    ledger.forget()
 
 
 def truth(name):
@@ -172,7 +172,7 @@ def test_the_schedule_and_what_it_costs():
         sol.value.sum().backward()
         spent.append(int(sol.backward.verify_vjps[0]))
     assert spent == [2, 0, 0, 2, 0, 0, 2]
-    failures.forget()
+    ledger.forget()
     sol = deqcore.fixed_point(f, torch.zeros_like(x), x, backward__verify_every=0)
     sol.value.sum().backward()
     assert not sol.backward.verify_vjps.any()

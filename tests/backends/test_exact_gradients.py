@@ -10,9 +10,9 @@ import pytest
 from deqcore import get_backend
 from deqcore.testing import golden, worker
 from deqcore.testing.golden_values.make import Flat
+from deqcore.testing.jobs import Job
 from deqcore.testing.problem import rebuild
 from deqcore.testing.problems import raveled
-from deqcore.testing.worker import Job
 
 JOB = Job("solve", "", "float64", "broyden", "exact-ift", {}, {"rtol": 1e-12, "max_steps": 40}, 1e-12, 200)
 

@@ -11,7 +11,7 @@ import pytest
 import deqcore
 from deqcore.abc.backward import report
 from deqcore.errors import ConvergenceError, ConvergenceWarning
-from deqcore.solve import failures
+from deqcore.solve import ledger
 from deqcore.solve.verification import failing
 
 torch = pytest.importorskip("torch")
@@ -22,7 +22,7 @@ SHORT = {"backward__options": {"max_steps": 5}, "forward__max_steps": 2000, "for
 
 @pytest.fixture(autouse=True)
 def first_pass():
-    failures.forget()
+    ledger.forget()
 
 
 def symmetric(batch=1):
@@ -203,7 +203,7 @@ def test_every_way_to_ask_in_torch(ask):
         ASKED[ask](solved("warn"), x.clone())
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConvergenceWarning)
-        failures.forget()
+        ledger.forget()
         for _ in range(2):  # an error is no warning that was shown
             with pytest.raises(ConvergenceWarning):
                 ASKED[ask](solved("warn"), x.clone())

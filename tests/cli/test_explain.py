@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from deqcore import plugins
+from deqcore.bench import strategy_comparison
 from deqcore.cli import explain as explaining
 from deqcore.cli.app import main
-from deqcore.diagnostics import strategy_comparison
 from deqcore.plugins import StrategySpec
 
 pytest.importorskip("torch")

@@ -504,8 +504,8 @@ BACKENDS = [
     Fault(
         "a coupled row that nobody is told of",
         "deqcore.solve.failures",
-        "        if coupled:\n",
-        "        if coupled and how == 'raise':\n",
+        "    if coupled:\n        if due(",
+        "    if coupled and how == 'raise':\n        if due(",
         "backend numpy",
         "test_a_backward_pass_that_cannot_be_right_reaches_the_user",
         "CoupledRowsWarning is missing",
@@ -513,8 +513,8 @@ BACKENDS = [
     Fault(
         "a failed adjoint solve that nobody is told of",
         "deqcore.solve.failures",
-        "        elif failed:\n",
-        "        elif failed and how == 'raise':\n",
+        "    elif failed:\n",
+        "    elif failed and how == 'raise':\n",
         "backend numpy",
         "test_a_backward_pass_that_cannot_be_right_reaches_the_user",
         "ConvergenceWarning is missing",

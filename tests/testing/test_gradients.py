@@ -13,8 +13,8 @@ from deqcore.errors import BackendError, MissingFrameworkError, UnknownNameError
 from deqcore.testing import golden, gradients, processes, render, worker
 from deqcore.testing.compare import Comparison, differ, quantities
 from deqcore.testing.gradients import Report, Run, check
+from deqcore.testing.jobs import Job
 from deqcore.testing.tolerances import Sensitivity, Slope, rounding, tolerance
-from deqcore.testing.worker import Job
 
 
 @pytest.fixture(autouse=True)

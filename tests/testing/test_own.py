@@ -12,9 +12,9 @@ from deqcore import get_backend
 from deqcore.errors import ProblemError, UnknownNameError
 from deqcore.testing import Problem, user_problems, weights, worker
 from deqcore.testing.dense import dense
+from deqcore.testing.jobs import Job
 from deqcore.testing.problem import load_problem, rebuild, walk
 from deqcore.testing.user_problems import check_own
-from deqcore.testing.worker import Job
 
 pytest_plugins = ["deqcore.testing.pytest_gradients"]
 

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from deqcore import plugins
+from deqcore.abc.adjoint import AdjointSolver
 from deqcore.abc.backend import Backend
 from deqcore.abc.history import History
-from deqcore.solve.adjoint import Adjoint
 from deqcore.testing.strict.array import StrictArray, StrictError, unwrap, wrap
 from deqcore.testing.strict.carry import check_same
 from deqcore.testing.strict.history import StrictHistory
@@ -117,7 +117,7 @@ class StrictBackend(Backend):
         z0: Array,
         args: tuple[Any, ...],
         solve: Callable[[Map, Array], SolveResult],
-        adjoint: Adjoint,
+        adjoint: AdjointSolver,
     ) -> tuple[Array, SolveResult, BackwardRecord | None]:
         forward = self.forward_only(f, z0, args, solve)
         return forward.z, forward, None

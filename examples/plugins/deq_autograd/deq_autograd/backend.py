@@ -13,6 +13,7 @@ from autograd.core import make_vjp
 from autograd.extend import defvjp, primitive
 from autograd.tracer import getval, isbox
 
+from deqcore.abc.adjoint import AdjointSolver
 from deqcore.abc.backend import Backend
 from deqcore.errors import StrategyError
 from deqcore.types import BackwardRecord, Capabilities
@@ -78,7 +79,7 @@ class AutogradBackend(Backend):
         vjp, value = make_vjp(f, leaves)
         return value, vjp
 
-    def implicit(self, f: Any, z0: Any, args: Any, solve: Any, adjoint: Any) -> tuple[Any, Any, Any]:
+    def implicit(self, f: Any, z0: Any, args: Any, solve: Any, adjoint: AdjointSolver) -> tuple[Any, Any, Any]:
         """Value and gradient of z*: one more evaluation of f at z* is recorded, and its cotangent is routed."""
         forward, record = self.forward_only(f, z0, args, solve), BackwardRecord()
         with self.errstate():

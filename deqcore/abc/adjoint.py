@@ -1,0 +1,92 @@
+"""What a backend gets to find gradients with: a strategy, bound to the solver and the settings of one call."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from deqcore.types import AdjointReport, Array, Map
+
+
+class AdjointSolver(ABC):
+    """Finds `u ≈ (I − J)^-T g`: what `Backend.implicit` calls in the backward pass.
+
+    It also does what `backward.on_failure` and `backward.verify_every` say. Two of them compare equal, and have one
+    hash, if compiled code that was traced with one serves for the other.
+
+    Attributes:
+        exact: whether the result is a true derivative, which forward mode and second derivatives require.
+        name: of the strategy's class, for messages.
+        uses_vjp: whether a call may use `vjp`; if not, the graph of z need not be recorded.
+        uses_state: whether the solver's state must be kept for the backward pass.
+
+    Example:
+        >>> import numpy as np, deqcore
+        >>> from deqcore.backward.jacobian_free import JacobianFree
+        >>> from deqcore.solve.adjoint import Adjoint
+        >>> from deqcore.solvers.picard import Picard
+        >>> adjoint: AdjointSolver = Adjoint(deqcore.get_backend(backend="numpy"), JacobianFree(), Picard())
+        >>> adjoint.name, adjoint.exact, adjoint.uses_vjp
+        ('JacobianFree', False, False)
+        >>> adjoint(None, np.ones((1, 2)), ())[0].tolist()
+        [[1.0, 1.0]]
+    """
+
+    @property
+    @abstractmethod
+    def exact(self) -> bool:
+        """Whether the result is a true derivative."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The name of the strategy's class."""
+
+    @property
+    @abstractmethod
+    def uses_vjp(self) -> bool:
+        """Whether a call may use `vjp`."""
+
+    @property
+    @abstractmethod
+    def uses_state(self) -> bool:
+        """Whether a call reads the solver's state."""
+
+    @abstractmethod
+    def __call__(self, vjp: Map, g: Array, state: object, turn: Array | None = None) -> tuple[Array, AdjointReport]:
+        """Find u for the cotangent g.
+
+        Args:
+            vjp: `u ↦ Jᵀu` at z*, `(batch, n)` to `(batch, n)`.
+            g: cotangent of z*, `(batch, n)`.
+            state: the solver's state at the end of the forward solve.
+            turn: what `turn` returned for this call, traced or not; None where calls run code of an earlier one.
+
+        Returns:
+            u `(batch, n)`, and what it took.
+
+        Raises:
+            ConvergenceError: `backward.on_failure` is "raise" and a sample failed (outside of compiled code).
+        """
+
+    @abstractmethod
+    def transposed(self) -> AdjointSolver:
+        """The same strategy for x = b + J x, called with the product `v ↦ J v`: forward mode, second derivatives."""
+
+    @abstractmethod
+    def compiled(self, *, staged: bool, observed: bool = False) -> AdjointSolver:
+        """What a tracing backend compiles.
+
+        The user's code (`staged`) gets callbacks, and measurements that end in one, only if a setting asks for them.
+
+        Args:
+            staged: the user compiles (`jit`), so that the program runs without Python.
+            observed: the report leaves the program as data, so that measurements are worth their products.
+        """
+
+    @abstractmethod
+    def turn(self) -> int:
+        """Count a call, and decide whether its report is verified.
+
+        Returns:
+            A number for the choice of what is measured, or −1 to measure nothing.
+        """

@@ -1,0 +1,20 @@
+"""The settings and plugins of the project that the working directory belongs to, for whoever goes on without them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from deqcore.config.config import Config
+from deqcore.errors import DeqcoreError
+
+
+def load_plugins(report: Callable[[DeqcoreError], object]) -> None:
+    """Execute the `deqfile.py` of the working directory if its `deq.toml` asks for it.
+
+    Args:
+        report: gets a mistake in either, which is no reason to stop.
+    """
+    try:
+        Config.discover()
+    except DeqcoreError as error:
+        report(error)

@@ -1,0 +1,113 @@
+"""Counts of backward passes for each layer or function, so that checks and warnings are rare in long programs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any, Final
+from weakref import WeakKeyDictionary, ref
+
+MOST: Final = 256  # shapes of one function that are counted apart
+
+
+@dataclass
+class Ledger:
+    """What is known of one layer or function.
+
+    Attributes:
+        passes: backward passes that ran.
+        failed: of these, passes whose failure was reported.
+        coupled: of these, passes that were reported to couple rows.
+        forward: solves that were reported to couple rows.
+        suspect: whether the latest verification contradicted the strategy, so that the next pass is verified as well.
+        verified: whether a pass has been verified; only traced code, which cannot know that a pass will run, needs it.
+    """
+
+    passes: int = 0
+    failed: int = 0
+    coupled: int = 0
+    forward: int = 0
+    suspect: bool = False
+    verified: bool = False
+
+    def count(self) -> int:
+        """Count a pass; the number of those before it."""
+        self.passes += 1
+        return self.passes - 1
+
+
+_ledgers: WeakKeyDictionary[Any, dict[Hashable, Ledger]] = WeakKeyDictionary()
+
+
+def ledger(subject: Any, key: Hashable) -> Ledger:
+    """The ledger of what `subject_of` returned.
+
+    Args:
+        subject: the code object of a function, or any other object, such as a layer's cell.
+        key: what tells the problems of one subject apart.
+    """
+    try:
+        mine = _ledgers.setdefault(subject, {})
+    except TypeError:  # not hashable, or without weak references
+        mine = _ledgers.setdefault(type(subject), {})
+    if key not in mine and len(mine) >= MOST:
+        mine.clear()
+    return mine.setdefault(key, Ledger())
+
+
+def forget() -> None:
+    """Forget all counts: the next backward pass of each layer or function is its first again."""
+    _ledgers.clear()
+
+
+def subject_of(f: Any) -> Any:
+    """What a map is made of: the code object of a function, or the object behind bound methods.
+
+    What `functools.partial` or a `__wrapped__` attribute wraps counts as the map itself.
+    """
+    for _ in range(16):
+        code = getattr(f, "__code__", None)
+        if code is not None and not f.__dict__:
+            return code
+        if isinstance(f, functools.partial):
+            f = f.func
+        elif getattr(f, "__self__", None) is not None and hasattr(f, "__func__"):
+            f = f.__self__
+        elif "__wrapped__" in getattr(f, "__dict__", {}):
+            f = f.__wrapped__
+        else:
+            return f if code is None else code
+    return f
+
+
+class Account:
+    """Where the counts of one map are: it does not keep the map alive.
+
+    Args:
+        f: the map. A function has a ledger for its code object, strategy and `key`; any other object (a layer's cell)
+            has one for each strategy.
+        strategy: what finds the gradient.
+        key: what tells the problems of one function apart: shapes and dtype.
+    """
+
+    __slots__ = ("_key", "_own", "_subject")
+
+    def __init__(self, f: Callable[..., Any], strategy: Hashable, key: Hashable) -> None:
+        subject = subject_of(f)
+        self._key = (strategy, key) if isinstance(subject, CodeType) else strategy
+        try:
+            self._subject: Callable[[], Any] = ref(subject)
+        except TypeError:  # without weak references
+            self._subject = ref(type(subject))
+        self._own: Ledger | None = None
+
+    @property
+    def ledger(self) -> Ledger:
+        """Counts of the layer or function."""
+        subject = self._subject()
+        if subject is None:
+            self._own = self._own or Ledger()
+            return self._own
+        return ledger(subject, self._key)
