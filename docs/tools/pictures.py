@@ -1,16 +1,19 @@
-"""Draw the pictures of docs/concepts.md from real computations, on the NumPy backend, with fixed seeds.
+"""Draw the pictures of docs/concepts.md from computations on the NumPy backend, with fixed seeds, and README.md's.
 
-    python docs/tools/pictures.py
+    python docs/tools/pictures.py          # all of them, about a minute
+    python docs/tools/pictures.py times    # the README's bars alone, from docs/benchmarks/results.json
 
-Takes about a minute. The figures that the page quotes are written to docs/pictures/figures.json.
+The figures that docs/concepts.md quotes are written to docs/pictures/figures.json.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import matplotlib as mpl
@@ -143,9 +146,9 @@ def draw_certificate(axes: Any, figures: dict[str, Any]) -> None:
     )
 
 
-def figure(name: str, *draw: Callable[[Any], None]) -> None:
+def figure(name: str, *draw: Callable[[Any], None], width: float = 4.6) -> None:
     """Write one picture of one panel or two."""
-    fig, axes = plt.subplots(1, len(draw), figsize=(4.6 * len(draw), 3.6), dpi=120, layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(1, len(draw), figsize=(width * len(draw), 3.6), dpi=120, layout="constrained", squeeze=False)
     for each, panel in zip(draw, axes[0], strict=True):
         each(panel)
         panel.spines[["top", "right"]].set_visible(False)
@@ -153,8 +156,45 @@ def figure(name: str, *draw: Callable[[Any], None]) -> None:
     plt.close(fig)
 
 
+TIMES = {  # contenders of the convolution, by the method that they share
+    "plain iteration": {"deqcore": "deqcore picard", "torchdeq": "torchdeq fixed_point_iter"},
+    "Anderson": {
+        "deqcore": "deqcore anderson",
+        "torchdeq": "torchdeq anderson",
+        "xitorch": "xitorch anderson_acc",
+    },
+    "Broyden": {"deqcore": "deqcore broyden", "torchdeq": "torchdeq broyden"},
+}
+LIBRARIES = {"deqcore": "#3949ab", "torchdeq": "#b0b7c6", "xitorch": "#d5d9e2"}
+
+
+def draw_times(axes: Any) -> None:
+    """Time of one solve of the convolution to one residual: the medians of docs/benchmarks/results.json."""
+    path = FOLDER.parent / "benchmarks" / "results.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["sections"]["cases-torch"]["rows"]
+    seconds = {row["contender"]: median(row["seconds"]) for row in rows if row["case"] == "conv" and row["reached"]}
+    place, ticks = 0.0, []
+    for method, contenders in TIMES.items():
+        for library, contender in contenders.items():
+            value = 1e3 * seconds[contender]
+            axes.barh(place, value, 0.8, color=LIBRARIES[library])
+            axes.text(value + 5, place, f"{library}  {value:.0f} ms", va="center", fontsize=10)
+            place += 1
+        ticks.append((place - (len(contenders) + 1) / 2, method))
+        place += 0.6
+    axes.set_yticks([at for at, _ in ticks], [method for _, method in ticks], fontsize=11)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 500), xlabel="milliseconds, lower is better")
+    axes.set_title("Convolutional layer, PyTorch: time to the same residual", loc="left", fontsize=11)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+
+
 def main() -> None:
     """Draw everything."""
+    figure("times", draw_times, width=6.8)
+    if sys.argv[1:] == ["times"]:
+        return
     warnings.simplefilter("ignore", deqcore.errors.ConvergenceWarning)
     figures: dict[str, Any] = {}
     figure("forward", draw_iteration, lambda axes: draw_residuals(axes, figures))
