@@ -21,7 +21,7 @@ class SolveState:
     Sealed: continuing copies what it changes, so an estimate that a backward pass still needs stays as it is.
 
     Attributes:
-        carry: the loop's loop state.
+        carry: the state of the loop (`deqcore.types.LoopState`).
         solver: repr of the solver that made it; continuing with another one is an error.
     """
 
