@@ -70,7 +70,7 @@ class Solution:
 
     @property
     def backward(self) -> AdjointReport | None:
-        """What the latest backward pass did, per sample; None before it ran (and always in JAX, see the probe)."""
+        """What the latest backward pass did, per sample; None before it ran (and always in JAX, see `deqcore_jax.adjoint_tap`)."""
         return self.record.report if self.record is not None else None
 
     def summary(self) -> str:
