@@ -130,18 +130,18 @@ ROOMS = (  # from the top: modules, what they hold
 def rooms() -> Drawing:
     """The layers of deqcore, from the ground floor up, and the backends beside them."""
     step, top = 50, 52
-    d = Drawing(640, top + step * len(ROOMS) + 92, "The layers of deqcore; each imports only from those below it.")
-    d.text(20, 34, "deqcore: a layer imports from those below it", 17, "strong")
+    d = Drawing(480, top + step * len(ROOMS) + 92, "The layers of deqcore; each imports only from those below it.")
+    d.text(18, 34, "deqcore: a layer imports from those below it", 17, "strong")
     for row, (names, what, style) in enumerate(ROOMS):
         y = top + step * row
-        d.box(20, y, 600, 44, style)
-        d.code(34, y + 19, names, 15)
-        d.text(34, y + 37, what, 14, "quiet")
+        d.box(16, y, 448, 44, style)
+        d.code(28, y + 19, names, 15)
+        d.text(28, y + 37, what, 14, "quiet")
     y = top + step * len(ROOMS) + 10
-    d.box(20, y, 600, 66, "warm")
-    d.code(34, y + 24, "deqcore_numpy · deqcore_torch · deqcore_jax", 15)
-    d.text(34, y + 44, "one package per framework: each implements abc.backend and", 14, "quiet")
-    d.text(34, y + 60, "is loaded by name; deqcore imports none of them", 14, "quiet")
+    d.box(16, y, 448, 66, "warm")
+    d.code(28, y + 24, "deqcore_numpy · deqcore_torch · deqcore_jax", 15)
+    d.text(28, y + 44, "one package per framework: each implements abc.backend", 14, "quiet")
+    d.text(28, y + 60, "and is loaded by name; deqcore imports none of them", 14, "quiet")
     return d
 
 
