@@ -27,7 +27,7 @@ Device: TypeAlias = Annotated[str | None, typer.Option(help="Where the arrays ar
 OptionsText: TypeAlias = Annotated[str | None, typer.Option("--options", help="Its options, as a JSON object.")]
 ClaimsText: TypeAlias = Annotated[
     str | None,
-    typer.Option("--cost-bounds", help="Golden problems that it solves with these options, and at what cost, as JSON."),
+    typer.Option("--cost_bounds", help="Golden problems that it solves with these options, and at what cost, as JSON."),
 ]
 Expect: TypeAlias = Annotated[
     Path | None, typer.Option(help="TOML file of expected failures, test = 'reason'; one that passes is a failure.")
@@ -61,10 +61,10 @@ def solver(
     select: Select = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a solver: honest statuses everywhere, and convergence where plain iteration does or `cost_bounds` has the problem."""
+    """Check a solver: honest statuses everywhere, and convergence where plain iteration converges or it cost_bounds it."""
     from deqcore.testing.runner import Request
 
-    given = checked(options), checked(cost_bounds, "--cost-bounds", '{"slow-modes": 60}')
+    given = checked(options), checked(cost_bounds, "--cost_bounds", '{"slow-modes": 60}')
     report(Request("solver", name, tuple(on or ()), device, *given, expect, select), junit, as_json)
 
 
@@ -82,7 +82,7 @@ def strategy(
     """Check a backward strategy: against closed forms, stored truths and its own report."""
     from deqcore.testing.runner import Request
 
-    given = checked(options), checked(cost_bounds, "--cost-bounds", '{"slow-modes": 60}')
+    given = checked(options), checked(cost_bounds, "--cost_bounds", '{"slow-modes": 60}')
     report(Request("strategy", name, tuple(on or ()), device, *given, expect, select), junit, as_json)
 
 

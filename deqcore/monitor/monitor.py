@@ -50,7 +50,7 @@ class Monitor(Observer):
         hooks: functions by name, for the action "hook"; each gets the `Event`. What they raise is passed on.
         metrics: further metrics, for `log`.
         reference: a profile, or its file: drift against it is measured, and sets the retrain mark.
-        measurements: what to measure at intervals, as `Measurement`s.
+        probes: measurements to take now and then.
 
     Attributes:
         collects: whether traced code reports by itself, so that nothing need be said of solves inside it.

@@ -37,7 +37,7 @@ class MonitorSettings:
     Attributes:
         every: solves between transfers from the device and writes to the sinks.
         reference: a file with the profile that drift is measured against, or None.
-        measurements: solves between measurements, by the measurement's name.
+        probes: solves between measurements, by the probe's name.
         sinks: tables with the key "sink" and that sink's options.
         triggers: tables of `Trigger`.
     """

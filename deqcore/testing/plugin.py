@@ -53,8 +53,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--deqcore-device", help="device of the arrays, such as cuda; default cpu")
     add("--deqcore-options", help="options of the solver or strategy under test, as JSON")
     add(
-        "--deqcore-cost-bounds",
-        help="JSON: golden problems that it solves with these options, and the cost of each",
+        "--deqcore-cost_bounds",
+        help="golden problems that it cost_bounds with these options, and at what cost, as JSON",
     )
     add("--deqcore-results", metavar="FILE", help="write what came of each test to this JSON file")
     add("--deqcore-project", action="store_true", help="see the plugins of the project in the working directory")

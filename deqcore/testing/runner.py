@@ -59,7 +59,7 @@ class Request:
         backends: to run on; empty for all that are installed and the strict one.
         device: of the arrays.
         options: of the solver or strategy, as JSON.
-        cost_bounds: JSON: golden problems that it solves with these options, and the cost of each.
+        cost_bounds: golden problems that it cost_bounds with these options, and at what cost, as JSON.
         expect: a TOML file of expected failures.
         select: only tests that match, as pytest's `-k`.
         first: stop at the first failure.
@@ -125,7 +125,7 @@ def arguments(request: Request, backend: str, results: Path) -> list[str]:
         "results": results,
     }
     args = ["-q", "-c", str(config), "--noconftest", "-p", "no:cacheprovider", "-p", "deqcore.testing.plugin"]
-    args += [f"--deqcore-{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
+    args += [f"--deqcore-{name}={value}" for name, value in given.items() if value is not None]
     args += ["-k", request.select] if request.select else []
     args += ["-x"] if request.first else []
     return [*args, "--deqcore-project", "--pyargs", f"deqcore.testing.suite.test_{request.kind}"]

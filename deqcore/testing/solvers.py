@@ -37,7 +37,7 @@ class SolverTests(StepTests, SearchTests, EstimateTests, EndTests):
     Attributes:
         solvers: registered names; default: the option `--deqcore-solver`, else all.
         options: options of the solver.
-        cost_bounds: replace the solver's own, which are made for its default options and are ignored with others.
+        cost_bounds: in place of the solver's own, which are made for its default options and count for nothing with others.
 
     Example:
         ::

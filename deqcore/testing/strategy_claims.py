@@ -1,4 +1,4 @@
-"""The cost bounds of a strategy, and estimates of its error where they are hard to make."""
+"""What a strategy cost_bounds, and estimates of its error where they are hard to make."""
 
 from __future__ import annotations
 
@@ -72,9 +72,9 @@ class ClaimTests(Conformance):
         """The adjoint equation of a golden problem is solved, within the vjps that are claimed."""
         cost_bounds = claimed(request.config, self.cost_bounds, strategy, settings)
         if problem not in cost_bounds:
-            pytest.skip("the strategy has no cost bound here")
+            pytest.skip("the strategy cost_bounds nothing here")
         if not kit.backend.capabilities.float64:
-            pytest.skip("cost bounds are made for double precision")
+            pytest.skip("cost_bounds are made for double precision")
         known, g, expected = adjoint_of(problem)
         u, report = solve_adjoint(kit, strategy, known, g)
         assert (report.status == int(Status.CONVERGED)).all(), f"statuses {report.status}"
@@ -92,12 +92,12 @@ class ClaimTests(Conformance):
     def test_directions_stay_independent_where_that_is_hard(
         self, request: Any, kit: Kit, strategy: Strategy, settings: Mapping[str, object]
     ) -> None:
-        """A strategy that promises to end within as many vjps as dimensions does so at a condition of 1e6, too."""
+        """Who cost_bounds to end within as many vjps as dimensions does so at a condition of 1e6, too."""
         cost_bounds, n = claimed(request.config, self.cost_bounds, strategy, settings), 24
         if cost_bounds.get("ill-conditioned", n) > golden("ill-conditioned").truth.jacobian.shape[1]:
-            pytest.skip("the strategy promises no end within as many vjps as dimensions")
+            pytest.skip("the strategy cost_bounds no end within as many vjps as dimensions")
         if not kit.backend.capabilities.float64:
-            pytest.skip("cost bounds are made for double precision")
+            pytest.skip("cost_bounds are made for double precision")
         rng = np.random.default_rng(19)
         left, right = np.linalg.qr(rng.standard_normal((2, 3, n, n)))[0]
         problem = Affine(np.eye(n) - left @ np.diag(np.logspace(0, -6, n)) @ right, np.zeros((3, n)))

@@ -61,8 +61,8 @@ class Aitken(Solver):
         unit = backend.row_scale(backend.norm(delta), delta)
         delta, last = backend.divide_rows(delta, unit), backend.divide_rows(state.residual, unit)
         square = backend.inner(delta, delta)
-        # Before the first step, and after a restart, there is no difference yet: keep the damping, divide by one.
-        moved = (square > 0) & (backend.inner(last, last) > 0)
+        # Before the first step there is no difference yet: keep the damping, divide by one instead of zero.
+        moved = (square > 0) & (backend.inner(last, last) > 0)  # a restart leaves a residual of 0
         ratio = backend.inner(last, delta) / xp.where(moved, square, xp.ones_like(square))
         damping = xp.where(moved, -state.damping * ratio, state.damping)
         damping = xp.clip(damping, -self.largest, self.largest)

@@ -205,7 +205,7 @@ def test_a_config_path_that_is_a_directory(capsys, tmp_path, monkeypatch):
         (("solver", "picard", "--backend", "torhc"), "Did you mean 'torch'?"),
         (("solver", "picard", "--options", "[1]"), "JSON object"),
         (("solver", "picard", "--options", "{"), "JSON object"),
-        (("strategy", "neumann", "--cost-bounds", "[6]"), "--cost-bounds '[6]', but a JSON object is expected"),
+        (("strategy", "neumann", "--cost_bounds", "[6]"), "--cost_bounds '[6]', but a JSON object is expected"),
         (("solver", "picard", "--junit", "/nowhere/x.xml"), "no folder"),
         (("solver", "picard", "--junit", "/tmp"), "is a directory, but the name of a file to write is expected"),
         (("solver", "picard", "--expect", "/nowhere/x.toml"), "no such file"),
@@ -280,7 +280,7 @@ def test_a_run_in_which_nothing_ran_is_not_ok():
     ],
 )
 def test_claims_on_the_command_line_are_held(kind, name, cost_bounds, words):
-    """With options the class's own cost bounds are ignored; these count."""
+    """With options the class's own cost_bounds count for nothing; these do."""
     options = {"solver": '{"history_size": 20}', "strategy": '{"max_steps": 30}'}[kind]
     select = "golden and tree and float64" if kind == "solver" else "claim_is_kept and tree"
     request = Request(kind, name, ("numpy",), options=options, cost_bounds=json.dumps(cost_bounds), select=select)
