@@ -62,9 +62,10 @@ class Aitken(Solver):
         delta, last = backend.divide_rows(delta, unit), backend.divide_rows(state.residual, unit)
         square = backend.inner(delta, delta)
         # Before the first step there is no difference yet: keep the damping, divide by one instead of zero.
-        moved = (square > 0) & (backend.inner(last, last) > 0)  # a restart leaves a residual of 0
+        moved = square > 0
         ratio = backend.inner(last, delta) / xp.where(moved, square, xp.ones_like(square))
-        damping = xp.where(moved, -state.damping * ratio, state.damping)
+        known = moved & (backend.inner(last, last) > 0)  # a restart leaves a last residual of zero
+        damping = xp.where(known, -state.damping * ratio, state.damping)
         damping = xp.clip(damping, -self.largest, self.largest)
         z = z + backend.cast(damping, z)[:, None] * r
         return z, f(z), AitkenState(r, damping)
