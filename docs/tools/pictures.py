@@ -148,7 +148,9 @@ def draw_certificate(axes: Any, figures: dict[str, Any]) -> None:
 
 def figure(name: str, *draw: Callable[[Any], None], width: float = 4.6) -> None:
     """Write one picture of one panel or two."""
-    fig, axes = plt.subplots(1, len(draw), figsize=(width * len(draw), 3.6), dpi=120, layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(
+        1, len(draw), figsize=(width * len(draw), 3.6), dpi=120, layout="constrained", squeeze=False
+    )
     for each, panel in zip(draw, axes[0], strict=True):
         each(panel)
         panel.spines[["top", "right"]].set_visible(False)
