@@ -2,8 +2,8 @@
 
     python docs/tools/diagrams.py
 
-Each file has its own background and follows the reader's colour scheme. `tests/docs/test_written.py` holds the committed
-files to this script, and the names of code in them to the tree (`NAMES`).
+Each file has its own background and follows the reader's colour scheme. `tests/docs/test_diagrams.py` compares the
+committed files with this script, and the names of code in them (`NAMES`) with the tree.
 """
 
 from __future__ import annotations

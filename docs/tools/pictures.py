@@ -48,7 +48,7 @@ def slow_modes(count: int, seed: int) -> np.ndarray:
 
 
 def layer(weight: np.ndarray) -> Callable[[Any, Any], Any]:
-    """A nearly linear layer: tanh keeps it honest, a small input keeps its slope near the matrix."""
+    """A nearly linear layer: tanh makes it nonlinear, and a small input keeps its slope near the matrix."""
     return lambda z, x: np.tanh(z @ weight + x)
 
 
@@ -114,13 +114,13 @@ def draw_reuse(axes: Any, figures: dict[str, Any]) -> None:
     axes.axhline(0, color="#999", lw=1)
     axes.set_xticks(range(len(SLOW)), map(str, SLOW))
     axes.set(xlabel="slow modes of J (eigenvalues 0.9 to 0.99)", ylabel="worst cosine with the exact gradient",
-             title="Reuse without looking")  # fmt: skip
+             title="Plain reuse loses the direction")  # fmt: skip
     axes.legend(frameon=False, fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.92))
 
 
 def draw_certificate(axes: Any, figures: dict[str, Any]) -> None:
     """The error that the certificate estimates against the true one, per sample."""
-    true, told = [], []
+    true, stated = [], []
     for count in SLOW:
         for seed in (2, 3):
             for target in (0.1, 0.01):
@@ -128,8 +128,8 @@ def draw_certificate(axes: Any, figures: dict[str, Any]) -> None:
                 settings = {"backward__strategy": "broyden-reuse", "backward__options": options}
                 found = audit(slow_modes(count, seed), seed, settings)
                 true.append(found.error)
-                told.append(found.reported)
-    real, said = np.concatenate(true), np.concatenate(told)
+                stated.append(found.reported)
+    real, said = np.concatenate(true), np.concatenate(stated)
     ratio = said / real
     figures["certificate: samples"] = len(ratio)
     figures["certificate: share at least half the error"] = round(float(np.mean(ratio >= 0.5)), 4)
@@ -142,7 +142,7 @@ def draw_certificate(axes: Any, figures: dict[str, Any]) -> None:
     for target in (0.1, 0.01):
         axes.axhline(target, color="#999", lw=1, ls=":")
     axes.set(
-        xlabel="true relative error of u", ylabel="error that the certificate states", title="Does it tell the truth?"
+        xlabel="true relative error of u", ylabel="error that the certificate states", title="Stated against true error"
     )
 
 
