@@ -138,7 +138,7 @@ class Status(IntEnum):
         """The sentence for who uses `solver` (a name, or the repr of a solver), which it does not recommend."""
         used, _, options = solver.partition("(")
         others = [name for name in SEARCHING if name.replace("-", "") != used.replace("-", "").lower()]
-        damp = "damp the step (forward.options.max_residual_growth = 2)" if "max_residual_growth=None" in options else "damp the step"
+        damp = "damp the step (forward.options.growth = 2)" if "growth=None" in options else "damp the step"
         return _SENTENCES[self].format(others=_listed(others), damp=damp)
 
 

@@ -125,7 +125,7 @@ class Broyden(Solver):
             )
         if self.max_residual_growth is not None and self.history_size < 3:
             raise ValueError(
-                f"history_size = {self.history_size} with max_residual_growth = {self.max_residual_growth}, but at least 3 is expected: a refused step needs "
+                f"history_size = {self.history_size} with growth = {self.max_residual_growth}, but at least 3 is expected: a refused step needs "
                 f"the residual before it, too"
             )
 
