@@ -30,7 +30,7 @@ def fixed_point(
     batched_args: tuple[int, ...] = (),
     **overrides: object,
 ) -> Solution:
-    """Solve `z* = f(z*, *args)`, with the implicit gradient attached.
+    """Solve z* = f(z*, *args), with the implicit gradient attached.
 
     Args:
         f: `f(z, *args)` returns a tree like z. It may close over parameters.
@@ -86,7 +86,7 @@ def vjp(
     batched_args: tuple[int, ...] = (),
     **overrides: object,
 ) -> tuple[Tree, tuple[Any, ...]]:
-    """Solve `z* = f(z*, *args)` and map a cotangent of `z*` back to the arguments, the same way on every backend.
+    """Solve z* = f(z*, *args) and map a cotangent of z* back to the arguments, the same way on every backend.
 
     Args:
         f: as in `fixed_point`.

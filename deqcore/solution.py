@@ -21,7 +21,7 @@ class SolveState:
     Sealed: continuing copies what it changes, so an estimate that a backward pass still needs stays as it is.
 
     Attributes:
-        carry: the state of the loop (`deqcore.types.LoopState`).
+        carry: the loop's loop state.
         solver: repr of the solver that made it; continuing with another one is an error.
     """
 
@@ -70,7 +70,7 @@ class Solution:
 
     @property
     def backward(self) -> AdjointReport | None:
-        """What the latest backward pass did, per sample; None before it ran (and always in JAX, see `deqcore_jax.adjoint_tap`)."""
+        """What the latest backward pass did, per sample; None before it ran (and always in JAX, see the probe)."""
         return self.record.report if self.record is not None else None
 
     def summary(self) -> str:

@@ -1,4 +1,4 @@
-"""What a backward pass did: an adjoint_tap carries the report of the adjoint out of `jax.grad` as data.
+"""What a backward pass did: a adjoint_tap carries the report of the adjoint out of `jax.grad` as data.
 
 A vector–Jacobian product has no return path beside its gradients. So the figures come back as one: inside
 `reporting(adjoint_tap)` a solve takes the adjoint_tap, an argument of zeros, along, and the gradient with respect to the adjoint_tap *is*
@@ -70,7 +70,7 @@ _open: ContextVar[_Slot | None] = ContextVar("deqcore_jax.adjoint_tap", default=
 
 
 def new(batch: int) -> AdjointTap:
-    """An adjoint_tap for a solve with `batch` samples (1 if `forward.batch = false`).
+    """A adjoint_tap for a solve with `batch` samples (1 if `forward.batch = false`).
 
     Returns:
         Zeros `(batch,)` of float32 in each field.
@@ -110,7 +110,7 @@ def reporting(adjoint_tap: AdjointTap) -> Iterator[None]:
 
 
 def read(figures: AdjointTap) -> AdjointReport:
-    """The report in a gradient with respect to an adjoint_tap.
+    """The report in a gradient with respect to a adjoint_tap.
 
     Args:
         figures: what `jax.grad` returned for the adjoint_tap.
@@ -152,7 +152,7 @@ def take(batch: int) -> AdjointTap | None:
         return None
     if slot.taken:
         raise StrategyError(
-            "A second solve runs inside one `reporting` block: give each solve an adjoint_tap of its own."
+            "A second solve runs inside one `reporting` block: give each solve a adjoint_tap of its own."
         )
     if slot.adjoint_tap.runs.shape != (batch,):
         raise StrategyError(
@@ -164,7 +164,7 @@ def take(batch: int) -> AdjointTap | None:
 
 
 def fill(report: AdjointReport) -> AdjointTap:
-    """A report as the cotangent of an adjoint_tap."""
+    """A report as the cotangent of a adjoint_tap."""
     numbers = [jnp.asarray(each).astype(jnp.float32) for each in report[:5]]
     status, vjps, residual, error, fallback = numbers
     return AdjointTap(status, vjps, residual, error, fallback, jnp.ones_like(status))

@@ -1,6 +1,6 @@
 """The JAX backend: everything is traced, so that `fixed_point` stands inside jit, grad, vmap, scan and checkpoint.
 
-Eager calls work the same way: f is traced, and the compiled solve for its structure is found again (`jit_cache.py`).
+Eager calls work the same way: f is traced, and the compiled solve for its structure is found again (`interning.py`).
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def observe_backward(monitor: Monitor, figures: adjoint_tap.AdjointTap, *, name:
 
     Args:
         monitor: which gets a row each time that the compiled code runs.
-        figures: the gradient with respect to an adjoint_tap.
+        figures: the gradient with respect to a adjoint_tap.
         name: of the layer.
 
     Example:

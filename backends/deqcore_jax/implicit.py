@@ -11,7 +11,7 @@ f at z*, recorded once for products with J and for the gradients of the leaves:
     a jax.custom_vjp    of any order; J v is the transpose of f's own backward rule.
     function
 
-All of it is one `jax.jit` whose key is the structure of f, the solver and the strategy: see `jit_cache.py`.
+All of it is one `jax.jit` whose key is the structure of f, the solver and the strategy: see `interning.py`.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def solve(
         f: `f(z, *args)` on `(batch, n)`.
         z0: initial state `(batch, n)`.
         args: any trees.
-        iterate: the loop with everything but f and z0 bound.
+        drive: the loop with everything but f and z0 bound.
         adjoint: how gradients are found; None attaches none.
         adjoint_tap: where the backward pass is reported.
 
@@ -127,10 +127,10 @@ def _no_forward_mode(problem: Problem, adjoint_tap: AdjointTap | None) -> Strate
     asked = "has reverse mode only, but forward mode (jvp, jacfwd, hessian) was asked for"
     if not problem.bound.strategy.exact:
         name = type(problem.bound.strategy).__name__
-        return StrategyError(f"{name} {asked}: use backward.strategy = 'exact-ift' without an adjoint_tap.")
+        return StrategyError(f"{name} {asked}: use backward.strategy = 'exact-ift' without a adjoint_tap.")
     if adjoint_tap is not None:
         return StrategyError(
-            f"A solve that reports to an adjoint_tap {asked}: use backward.strategy = 'exact-ift' without an adjoint_tap."
+            f"A solve that reports to a adjoint_tap {asked}: use backward.strategy = 'exact-ift' without a adjoint_tap."
         )
     return StrategyError(
         f"f calls a jax.custom_vjp function, which {asked}. Use reverse mode (jax.grad, jax.jacrev; "

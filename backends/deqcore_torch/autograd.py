@@ -7,13 +7,13 @@ turns the cotangent g of the value into u; autograd then continues through y wit
 z* enters f through a `_Gate`, which swallows the part of the cotangent that would flow on into z*: it is accounted
 for in u already.
 
-Second derivatives (`exact` strategies) come from the same evaluation: see `second_order.py`. They need the tensors that f
+Second derivatives (`exact` strategies) come from the same evaluation: see `second.py`. They need the tensors that f
 depends on: those in args, and leaves, found by walking the graph of y (`graph.py`). A tensor that f closes over and
 that has a history of its own is refused, and so are Functions that are differentiable once only, and compiled code,
 whose backward PyTorch does not differentiate: the gradients that leave it are replaced by such as refuse, since
 PyTorch's own error does not say what to do.
 
-Inside `torch.func` and in forward mode there is no such tape: see `functorch.py`.
+Inside `torch.func` and in forward mode there is no such tape: see `transforms.py`.
 """
 
 from __future__ import annotations

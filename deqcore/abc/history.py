@@ -53,7 +53,7 @@ class History(ABC):
     def all_full(self) -> bool:
         """True only if it is known, without waiting for a device, that every active sample is full.
 
-        A backend may assume that rows only leave `active`, as in a solve; `masked(None)` ends that.
+        A backend may take it that rows only leave `active`, as in a solve; `masked(None)` ends that.
         """
         return False
 

@@ -3,7 +3,7 @@
 A solver iterates on matrices `(batch, n)` and is **written once** for all frameworks: pure functions, array
 operations through `backend.xp`, histories through `backend.history`, a state whose structure, shapes and dtypes never
 change. Everything that all methods share (tolerances, freezing of samples that are done, the best iterate, status,
-counters) belongs to the loop, see `deqcore/solve/loop.py`.
+counters) belongs to the loop, see `driver.py`.
 
 Example:
     A complete solver::

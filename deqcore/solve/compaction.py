@@ -49,7 +49,7 @@ def solve_compacted(
 
     Args:
         backend: whose arrays these are.
-        advance: runs the loop of `deqcore.solve.loop` for some steps.
+        advance: the loop's loop.
         f: the map for the rows in `carry`.
         narrow: see `RestrictRows`; its indices are those of the whole batch.
         carry: where the solve stands.
