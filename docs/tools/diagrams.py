@@ -57,7 +57,7 @@ class Drawing:
         self.parts.append(f'<polyline points="{path}" class="line" marker-end="url(#head)"/>')
 
     def svg(self) -> str:
-        """The whole file."""
+        """Return the whole file."""
         head = (
             '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="6" markerHeight="6" '
             'orient="auto"><path d="M0,0 L8,4 L0,8 z" class="head"/></marker></defs>'
@@ -72,7 +72,7 @@ class Drawing:
 
 
 def equilibrium() -> Drawing:
-    """An explicit network beside an equilibrium layer."""
+    """Draw an explicit network beside an equilibrium layer."""
     label = "An explicit network keeps the activations of each layer; an equilibrium layer repeats one f and keeps z*."
     d = Drawing(600, 380, label)
     d.text(24, 36, "Explicit network", 18, "strong")
@@ -128,7 +128,7 @@ ROOMS = (  # from the top: modules, what they hold
 
 
 def rooms() -> Drawing:
-    """The layers of deqcore, from the ground floor up, and the backends beside them."""
+    """Draw the layers of deqcore, from the ground floor up, and the backends beside them."""
     step, top = 50, 52
     d = Drawing(480, top + step * len(ROOMS) + 92, "The layers of deqcore; each imports only from those below it.")
     d.text(18, 34, "deqcore: a layer imports from those below it", 17, "strong")
@@ -211,7 +211,7 @@ BACKWARD = (
 
 
 def way(title: str, stops: tuple[Stop, ...]) -> Drawing:
-    """A column of stations."""
+    """Draw a column of stations."""
     heights = [50 + 19 * len(stop.what) for stop in stops]
     gap = 22
     d = Drawing(400, 60 + sum(heights) + gap * (len(stops) - 1) + 16, title)
@@ -230,7 +230,7 @@ def way(title: str, stops: tuple[Stop, ...]) -> Drawing:
 
 
 def badge(left: str, right: str) -> str:
-    """A flat badge that needs no network."""
+    """Write a flat badge that needs no network."""
     a, b = 12 + 6.6 * len(left), 12 + 6.6 * len(right)
     text = 'font-family="Verdana, DejaVu Sans, sans-serif" font-size="11" fill="#fff" text-anchor="middle"'
     return (
@@ -244,7 +244,7 @@ def badge(left: str, right: str) -> str:
 
 
 def drawings() -> dict[str, str]:
-    """The text of each file, by its name without `.svg`."""
+    """Return the text of each file, by its name without `.svg`."""
     return {
         "equilibrium": equilibrium().svg(),
         "rooms": rooms().svg(),

@@ -39,7 +39,7 @@ NAMES = {"plain": "plain reuse", "jacobian-free": "jacobian-free", "certified": 
 
 
 def slow_modes(count: int, seed: int) -> np.ndarray:
-    """A symmetric matrix with `count` eigenvalues from 0.9 to 0.99 and the others within ±0.3."""
+    """Make a symmetric matrix with `count` eigenvalues from 0.9 to 0.99 and the others within ±0.3."""
     rng = np.random.default_rng(seed)
     basis = np.linalg.qr(rng.standard_normal((N, N)))[0]
     values = rng.uniform(-0.3, 0.3, N)
@@ -48,18 +48,18 @@ def slow_modes(count: int, seed: int) -> np.ndarray:
 
 
 def layer(weight: np.ndarray) -> Callable[[Any, Any], Any]:
-    """A nearly linear layer: tanh makes it nonlinear, and a small input keeps its slope near the matrix."""
+    """Make a nearly linear layer: tanh makes it nonlinear, and a small input keeps its slope near the matrix."""
     return lambda z, x: np.tanh(z @ weight + x)
 
 
 def inputs(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and cotangents of a batch."""
+    """Draw random inputs and cotangents of a batch."""
     rng = np.random.default_rng(1000 + seed)
     return 0.01 * rng.standard_normal((BATCH, N)), rng.standard_normal((BATCH, N))
 
 
 def audit(weight: np.ndarray, seed: int, settings: dict[str, Any]) -> Any:
-    """A strategy's gradient of one batch against the exact one."""
+    """Compare a strategy's gradient of one batch with the exact one."""
     x, g = inputs(seed)
     forward = {"forward__solver": "broyden", "forward__rtol": 1e-4, "forward__max_steps": 100}
     options = {"forward__options": {"history_size": 100}, "backend": "numpy"}
@@ -67,7 +67,7 @@ def audit(weight: np.ndarray, seed: int, settings: dict[str, Any]) -> Any:
 
 
 def draw_iteration(axes: Any) -> None:
-    """The staircase of plain iteration on one number, and Broyden's (here: secant) steps."""
+    """Draw the staircase of plain iteration on one number, and Broyden's (here: secant) steps."""
     f = lambda z: 0.2 + 0.9 * np.sin(1.6 * z)  # noqa: E731
     grid = np.linspace(0, 1.3, 300)
     axes.plot(grid, f(grid), color="#333", label="f(z)")
@@ -84,7 +84,7 @@ def draw_iteration(axes: Any) -> None:
 
 
 def draw_residuals(axes: Any, figures: dict[str, Any]) -> None:
-    """Residuals of the four solvers on one layer with slow modes."""
+    """Draw residuals of the four solvers on one layer with slow modes."""
     weight, (x, _) = slow_modes(5, 0), inputs(0)
     for solver in ("picard", "anderson", "broyden", "newton-krylov"):
         curve = residual_curve(layer(weight), np.zeros((BATCH, N)), x, steps=60, forward__solver=solver,
@@ -98,7 +98,7 @@ def draw_residuals(axes: Any, figures: dict[str, Any]) -> None:
 
 
 def draw_reuse(axes: Any, figures: dict[str, Any]) -> None:
-    """The worst cosine with the exact gradient against the number of slow modes."""
+    """Draw the worst cosine with the exact gradient against the number of slow modes."""
     for name, settings in STRATEGIES.items():
         found = [audit(slow_modes(count, 1), 1, settings) for count in SLOW]
         worst = [float(np.min(each.cosine)) for each in found]
@@ -119,7 +119,7 @@ def draw_reuse(axes: Any, figures: dict[str, Any]) -> None:
 
 
 def draw_certificate(axes: Any, figures: dict[str, Any]) -> None:
-    """The error that the certificate estimates against the true one, per sample."""
+    """Draw the error that the certificate estimates against the true one, per sample."""
     true, stated = [], []
     for count in SLOW:
         for seed in (2, 3):

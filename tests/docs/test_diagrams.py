@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+import tomllib
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -72,3 +73,27 @@ def test_no_room_imports_from_one_above_when_it_is_loaded(lower):
         for file in files:
             found = pattern.search(file.read_text(encoding="utf-8"))
             assert found is None, f"{file.relative_to(ROOT)}: {found and found[0]}"
+
+
+def test_badges_say_what_the_package_says():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    versions = [each.rpartition(" ")[2] for each in project["classifiers"] if re.search(r"Python :: 3\.\d+$", each)]
+    assert f"python: {versions[0]} – {versions[-1]}" in DRAWN["badge-python"]
+    assert project["requires-python"] == f">={versions[0]}"
+    assert f"licence: {project['license']}" in DRAWN["badge-licence"]
+    status = next(each for each in project["classifiers"] if each.startswith("Development Status"))
+    assert f"status: {status.rpartition(' ')[2].lower()}" in DRAWN["badge-status"]
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.ja.md"])
+def test_links_of_a_readme_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    targets = {target for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target}
+    assert len(targets) > 20
+    for target in targets:
+        path, _, anchor = target.partition("#")
+        file = ROOT / (path or page)
+        assert file.exists(), target
+        if anchor:
+            heads = [head.lower() for head in re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.M)]
+            assert anchor in [re.sub(r"[^\w -]", "", head).replace(" ", "-") for head in heads], target
