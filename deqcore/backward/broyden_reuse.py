@@ -36,7 +36,8 @@ class BroydenReuse(Strategy):
 
     Args:
         certify: measure and report the adjoint residual.
-        target: largest estimated relative error of u, in (0, 1), or None ("none" in a file) for no refinement.
+        max_relative_error: target for the estimated relative error of u, in (0, 1), or None ("none" in a file) for no
+            refinement.
         max_refine_vjps: vjps per sample at most, at least 1; fewer than 3 certify only what they solve.
         fallback: what a sample gets that misses the target: "jacobian-free" (u = g, where its adjoint residual is
             smaller), "exact-ift" (GMRES to the dtype's default tolerance) or "none" (the best u found).

@@ -69,7 +69,7 @@ JA: Final = {
     "answer": "結論",
     "use": "{data}（{backend}）の {model} には {strategy}（ソルバー {solver}）を推奨します。",
     "use_unsure": "{data}（{backend}）の {model} では、精度を 1 ポイントより多くは落とさない設定のうち "
-    "{strategy}（{solver}）が最速でしたが、種が少なく推奨できません。",
+    "{strategy}（{solver}）が最速でしたが、シードが少なく推奨できません。",
     "nothing": "{data}（{backend}）の {model} では最後まで学習できた設定がありません。",
     "accuracy": "テスト精度は {accuracy} % です。",
     "is_exact": "厳密な勾配より速く、かつ精度の差が 1 ポイント以内と示された設定はありません。",
@@ -81,12 +81,12 @@ JA: Final = {
     "saved": "厳密な勾配に比べ、月 {saved} の削減です。",
     "lost": "厳密な勾配に比べ、月 {saved} の増加です。",
     "payback": "切り替え費用 {switch} は {months} か月で回収できます。",
-    "interval": "括弧内は 95 % 信頼区間（乱数の種ごとに対応づけた差）です。",
-    "few_seeds": "乱数の種が {count} 個だけなので、差は偶然かもしれません。判断の前に 3 個以上で実行してください。",
+    "interval": "括弧内は 95 % 信頼区間（乱数シードごとに対応づけた差）です。",
+    "few_seeds": "乱数シードが {count} 個だけなので、差は偶然かもしれません。判断の前に 3 個以上で実行してください。",
     "low_cosine": "{strategy}（{solver}）：厳密な勾配とのコサインが平均 {cosine} です。",
     "harmful": "{strategy}（{solver}）は有害です：厳密な勾配に対し精度が {points} ポイント変わります。",
     "unconverged": "{strategy}（{solver}）：求解の {percent} % が許容誤差に達していません。",
-    "failed": "{strategy}（{solver}）、種 {seed} は正常に終わりませんでした：{reason}",
+    "failed": "{strategy}（{solver}）、シード {seed} は正常に終わりませんでした：{reason}",
     "gates": "段階ごとの判定",
     "stage": "段階",
     "criterion": "基準",
@@ -102,11 +102,11 @@ JA: Final = {
     "round": "第 {number} 回",
     "growth": "初回から最終回",
     "rounds_note": "データが少しずつ変化する中で再学習した後のテスト精度（%）。括弧内は厳密な勾配との差（ポイント、"
-    "種ごとに対応づけ）。最後の列はその差の初回から最終回への変化です。",
+    "シードごとに対応づけ）。最後の列はその差の初回から最終回への変化です。",
     "builds_up": "{strategy}（{solver}）：厳密な勾配との差が回を追って蓄積しています。",
     "no_build_up": "{strategy}（{solver}）：誤差の蓄積は認められません。",
     "results": "結果",
-    "table_note": "時間は 1 ステップの中央値。f と vjps はバッチ中で最も遅い標本の回数の平均。± は種に対する 95 % "
+    "table_note": "時間は 1 ステップの中央値。f と vjps はバッチ中で最も遅いサンプルの回数の平均。± はシードに対する 95 % "
     "信頼区間の半幅。最大メモリは学習中のプロセス（またはデバイス）のものです。",
     "plot_accuracy": "検証精度と学習時間",
     "plot_time": "1 ステップの時間の内訳",

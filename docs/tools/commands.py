@@ -24,7 +24,7 @@ Written by `python docs/tools/commands.py`; a test keeps it true.
 
 
 def described(name: str, found: Any, parent: Any, depth: int = 2) -> Iterator[str]:
-    """A command, then the commands below it."""
+    """Write a command, then the commands below it."""
     context = typer.Context(found, info_name=name, parent=parent)
     yield f"{'#' * depth} {context.command_path}"
     yield f"    {context.command_path} {' '.join(found.collect_usage_pieces(context))}"
@@ -38,7 +38,7 @@ def described(name: str, found: Any, parent: Any, depth: int = 2) -> Iterator[st
 
 
 def described_option(option: Any) -> str:
-    """One row of the table; nothing for `--help`."""
+    """Write one row of the table; nothing for `--help`."""
     if option.name in ("help", "install_completion", "show_completion"):
         return ""
     spelled = option.opts if option.opts[0].startswith("-") else [option.name.upper()]
@@ -50,7 +50,7 @@ def described_option(option: Any) -> str:
 
 
 def render() -> str:
-    """The page."""
+    """Write the page."""
     root = typer.Context(typer.main.get_command(app), info_name="deqcore")
     parts = [part for record in COMMANDS for part in described(record.name, command(record.name), root) if part]
     return INTRO + "\n" + "\n\n".join(parts) + "\n"

@@ -48,7 +48,7 @@ def sources() -> Iterator[tuple[str, ast.Module]]:
 
 
 def template(node: ast.expr | None) -> str | None:
-    """The text of a string or an f-string with its insertions in braces; None for anything else."""
+    """Return the text of a string or an f-string with its insertions in braces; None for anything else."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
@@ -67,7 +67,7 @@ def template(node: ast.expr | None) -> str | None:
 
 
 def assigned(tree: ast.Module) -> dict[str, ast.expr]:
-    """Texts that are put together under a name before they are raised."""
+    """Collect texts that are put together under a name before they are raised."""
     return {
         node.targets[0].id: node.value
         for node in ast.walk(tree)
@@ -76,12 +76,12 @@ def assigned(tree: ast.Module) -> dict[str, ast.expr]:
 
 
 def is_kind(node: ast.ClassDef) -> bool:
-    """Whether a class is an error or a warning of ours."""
+    """Say whether a class is an error or a warning of ours."""
     return any(ast.unparse(base).endswith(("Error", "Warning", "Exception")) for base in node.bases)
 
 
 def collect() -> dict[str, Kind]:
-    """All classes by name, in the order of `errors.py`, then of the modules."""
+    """Return all classes by name, in the order of `errors.py`, then of the modules."""
     modules = sorted(sources(), key=lambda each: each[0] != "deqcore.errors")
     kinds: dict[str, Kind] = {}
     for _, tree in modules:
@@ -96,7 +96,7 @@ def collect() -> dict[str, Kind]:
 
 
 def messages(tree: ast.Module, kinds: dict[str, Kind]) -> Iterator[tuple[str, str]]:
-    """Class and template of each message in a module."""
+    """Yield class and template of each message in a module."""
     for owner in ast.walk(tree):
         if isinstance(owner, ast.ClassDef) and owner.name in kinds:
             yield from (
@@ -126,7 +126,7 @@ def messages(tree: ast.Module, kinds: dict[str, Kind]) -> Iterator[tuple[str, st
 
 
 def option_checks(function: ast.FunctionDef) -> Iterator[tuple[str, str]]:
-    """What the options of a solver, a strategy or a sink refuse."""
+    """Collect what the options of a solver, a strategy or a sink refuse."""
     for node in ast.walk(function):
         raised = node.exc if isinstance(node, ast.Raise) else None
         if not isinstance(raised, ast.Call) or ast.unparse(raised.func) != OPTION:
@@ -136,14 +136,14 @@ def option_checks(function: ast.FunctionDef) -> Iterator[tuple[str, str]]:
 
 
 def code(text: str) -> str:
-    """A code span, whatever backticks the text has."""
+    """Make a code span, whatever backticks the text has."""
     fence = "``" if "`" in text else "`"
     pad = " " if "`" in text else ""
     return f"{fence}{pad}{text}{pad}{fence}"
 
 
 def render(kinds: dict[str, Kind]) -> str:
-    """The page."""
+    """Write the page."""
     lines = [INTRO]
     for kind in kinds.values():
         lines += [f"## {kind.name}", "", f"{kind.meaning}", "", f"A kind of {', '.join(map(code, kind.bases))}.", ""]

@@ -1,16 +1,19 @@
-"""Draw the pictures of docs/concepts.md from real computations, on the NumPy backend, with fixed seeds.
+"""Draw the pictures of docs/concepts.md from computations on the NumPy backend, with fixed seeds, and README.md's.
 
-    python docs/tools/pictures.py
+    python docs/tools/pictures.py          # all of them, about a minute
+    python docs/tools/pictures.py times    # the README's bars alone, from docs/benchmarks/results.json
 
-Takes about a minute. The figures that the page quotes are written to docs/pictures/figures.json.
+The figures that docs/concepts.md quotes are written to docs/pictures/figures.json.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import matplotlib as mpl
@@ -36,7 +39,7 @@ NAMES = {"plain": "plain reuse", "jacobian-free": "jacobian-free", "certified": 
 
 
 def slow_modes(count: int, seed: int) -> np.ndarray:
-    """A symmetric matrix with `count` eigenvalues from 0.9 to 0.99 and the others within ±0.3."""
+    """Make a symmetric matrix with `count` eigenvalues from 0.9 to 0.99 and the others within ±0.3."""
     rng = np.random.default_rng(seed)
     basis = np.linalg.qr(rng.standard_normal((N, N)))[0]
     values = rng.uniform(-0.3, 0.3, N)
@@ -45,18 +48,18 @@ def slow_modes(count: int, seed: int) -> np.ndarray:
 
 
 def layer(weight: np.ndarray) -> Callable[[Any, Any], Any]:
-    """A nearly linear layer: tanh keeps it honest, a small input keeps its slope near the matrix."""
+    """Make a nearly linear layer: tanh makes it nonlinear, and a small input keeps its slope near the matrix."""
     return lambda z, x: np.tanh(z @ weight + x)
 
 
 def inputs(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and cotangents of a batch."""
+    """Draw random inputs and cotangents of a batch."""
     rng = np.random.default_rng(1000 + seed)
     return 0.01 * rng.standard_normal((BATCH, N)), rng.standard_normal((BATCH, N))
 
 
 def audit(weight: np.ndarray, seed: int, settings: dict[str, Any]) -> Any:
-    """A strategy's gradient of one batch against the exact one."""
+    """Compare a strategy's gradient of one batch with the exact one."""
     x, g = inputs(seed)
     forward = {"forward__solver": "broyden", "forward__rtol": 1e-4, "forward__max_steps": 100}
     options = {"forward__options": {"history_size": 100}, "backend": "numpy"}
@@ -64,7 +67,7 @@ def audit(weight: np.ndarray, seed: int, settings: dict[str, Any]) -> Any:
 
 
 def draw_iteration(axes: Any) -> None:
-    """The staircase of plain iteration on one number, and Broyden's (here: secant) steps."""
+    """Draw the staircase of plain iteration on one number, and Broyden's (here: secant) steps."""
     f = lambda z: 0.2 + 0.9 * np.sin(1.6 * z)  # noqa: E731
     grid = np.linspace(0, 1.3, 300)
     axes.plot(grid, f(grid), color="#333", label="f(z)")
@@ -81,7 +84,7 @@ def draw_iteration(axes: Any) -> None:
 
 
 def draw_residuals(axes: Any, figures: dict[str, Any]) -> None:
-    """Residuals of the four solvers on one layer with slow modes."""
+    """Draw residuals of the four solvers on one layer with slow modes."""
     weight, (x, _) = slow_modes(5, 0), inputs(0)
     for solver in ("picard", "anderson", "broyden", "newton-krylov"):
         curve = residual_curve(layer(weight), np.zeros((BATCH, N)), x, steps=60, forward__solver=solver,
@@ -95,7 +98,7 @@ def draw_residuals(axes: Any, figures: dict[str, Any]) -> None:
 
 
 def draw_reuse(axes: Any, figures: dict[str, Any]) -> None:
-    """The worst cosine with the exact gradient against the number of slow modes."""
+    """Draw the worst cosine with the exact gradient against the number of slow modes."""
     for name, settings in STRATEGIES.items():
         found = [audit(slow_modes(count, 1), 1, settings) for count in SLOW]
         worst = [float(np.min(each.cosine)) for each in found]
@@ -111,13 +114,13 @@ def draw_reuse(axes: Any, figures: dict[str, Any]) -> None:
     axes.axhline(0, color="#999", lw=1)
     axes.set_xticks(range(len(SLOW)), map(str, SLOW))
     axes.set(xlabel="slow modes of J (eigenvalues 0.9 to 0.99)", ylabel="worst cosine with the exact gradient",
-             title="Reuse without looking")  # fmt: skip
+             title="Plain reuse loses the direction")  # fmt: skip
     axes.legend(frameon=False, fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.92))
 
 
 def draw_certificate(axes: Any, figures: dict[str, Any]) -> None:
-    """The error that the certificate estimates against the true one, per sample."""
-    true, told = [], []
+    """Draw the error that the certificate estimates against the true one, per sample."""
+    true, stated = [], []
     for count in SLOW:
         for seed in (2, 3):
             for target in (0.1, 0.01):
@@ -125,8 +128,8 @@ def draw_certificate(axes: Any, figures: dict[str, Any]) -> None:
                 settings = {"backward__strategy": "broyden-reuse", "backward__options": options}
                 found = audit(slow_modes(count, seed), seed, settings)
                 true.append(found.error)
-                told.append(found.reported)
-    real, said = np.concatenate(true), np.concatenate(told)
+                stated.append(found.reported)
+    real, said = np.concatenate(true), np.concatenate(stated)
     ratio = said / real
     figures["certificate: samples"] = len(ratio)
     figures["certificate: share at least half the error"] = round(float(np.mean(ratio >= 0.5)), 4)
@@ -139,13 +142,15 @@ def draw_certificate(axes: Any, figures: dict[str, Any]) -> None:
     for target in (0.1, 0.01):
         axes.axhline(target, color="#999", lw=1, ls=":")
     axes.set(
-        xlabel="true relative error of u", ylabel="error that the certificate states", title="Does it tell the truth?"
+        xlabel="true relative error of u", ylabel="error that the certificate states", title="Stated against true error"
     )
 
 
-def figure(name: str, *draw: Callable[[Any], None]) -> None:
+def figure(name: str, *draw: Callable[[Any], None], width: float = 4.6) -> None:
     """Write one picture of one panel or two."""
-    fig, axes = plt.subplots(1, len(draw), figsize=(4.6 * len(draw), 3.6), dpi=120, layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(
+        1, len(draw), figsize=(width * len(draw), 3.6), dpi=120, layout="constrained", squeeze=False
+    )
     for each, panel in zip(draw, axes[0], strict=True):
         each(panel)
         panel.spines[["top", "right"]].set_visible(False)
@@ -153,8 +158,45 @@ def figure(name: str, *draw: Callable[[Any], None]) -> None:
     plt.close(fig)
 
 
+TIMES = {  # contenders of the convolution, by the method that they share
+    "plain iteration": {"deqcore": "deqcore picard", "torchdeq": "torchdeq fixed_point_iter"},
+    "Anderson": {
+        "deqcore": "deqcore anderson",
+        "torchdeq": "torchdeq anderson",
+        "xitorch": "xitorch anderson_acc",
+    },
+    "Broyden": {"deqcore": "deqcore broyden", "torchdeq": "torchdeq broyden"},
+}
+LIBRARIES = {"deqcore": "#3949ab", "torchdeq": "#b0b7c6", "xitorch": "#d5d9e2"}
+
+
+def draw_times(axes: Any) -> None:
+    """Time of one solve of the convolution to one residual: the medians of docs/benchmarks/results.json."""
+    path = FOLDER.parent / "benchmarks" / "results.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["sections"]["cases-torch"]["rows"]
+    seconds = {row["contender"]: median(row["seconds"]) for row in rows if row["case"] == "conv" and row["reached"]}
+    place, ticks = 0.0, []
+    for method, contenders in TIMES.items():
+        for library, contender in contenders.items():
+            value = 1e3 * seconds[contender]
+            axes.barh(place, value, 0.8, color=LIBRARIES[library])
+            axes.text(value + 5, place, f"{library}  {value:.0f} ms", va="center", fontsize=10)
+            place += 1
+        ticks.append((place - (len(contenders) + 1) / 2, method))
+        place += 0.6
+    axes.set_yticks([at for at, _ in ticks], [method for _, method in ticks], fontsize=11)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 500), xlabel="milliseconds, lower is better")
+    axes.set_title("Convolutional layer, PyTorch: time to the same residual", loc="left", fontsize=11)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+
+
 def main() -> None:
     """Draw everything."""
+    figure("times", draw_times, width=6.8)
+    if sys.argv[1:] == ["times"]:
+        return
     warnings.simplefilter("ignore", deqcore.errors.ConvergenceWarning)
     figures: dict[str, Any] = {}
     figure("forward", draw_iteration, lambda axes: draw_residuals(axes, figures))

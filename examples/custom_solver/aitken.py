@@ -64,7 +64,8 @@ class Aitken(Solver):
         # Before the first step there is no difference yet: keep the damping, divide by one instead of zero.
         moved = square > 0
         ratio = backend.inner(last, delta) / xp.where(moved, square, xp.ones_like(square))
-        damping = xp.where(moved, -state.damping * ratio, state.damping)
+        known = moved & (backend.inner(last, last) > 0)  # a restart leaves a last residual of zero
+        damping = xp.where(known, -state.damping * ratio, state.damping)
         damping = xp.clip(damping, -self.largest, self.largest)
         z = z + backend.cast(damping, z)[:, None] * r
         return z, f(z), AitkenState(r, damping)

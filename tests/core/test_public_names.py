@@ -86,7 +86,7 @@ def test_modules_with_a_list_of_names_offer_these_and_no_others(home):
 
 
 def callables(home, name):
-    """A function, or a class with its own public methods (conformance tests are named by their cost_bounds)."""
+    """A function, or a class with its own public methods (conformance tests are named by what they check)."""
     found = load(home, name)
     if inspect.isclass(found):
         yield name, found
