@@ -32,8 +32,8 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="Print one frame and end.")] = False,
 ) -> None:
     """Follow a log in the terminal. Ctrl-C ends it; where the output is no terminal, one frame is printed."""
-    from deqcore.monitor.log import Tail
-    from deqcore.monitor.watch import view
+    from deqcore.monitor.live import view
+    from deqcore.monitor.log.reader import Tail
 
     tail = Tail(log)
     console = Console()
@@ -57,7 +57,7 @@ def report(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The page. Default: the log's name, .html.")] = None,
 ) -> None:
     """Write an HTML page about a log: one file, no network."""
-    from deqcore.monitor.log import read
+    from deqcore.monitor.log.reader import read
     from deqcore.monitor.report import render
 
     target = log.with_suffix(".html") if out is None else out
@@ -96,6 +96,6 @@ def sinks(as_json: AsJson = False) -> None:
 @app.command()
 def dashboard() -> None:
     """Print the Grafana dashboard that goes with the sinks prometheus and prometheus-textfile."""
-    from deqcore.monitor.dashboard import load
+    from deqcore.monitor.report import load
 
     typer.echo(json.dumps(load(), indent=2, ensure_ascii=False))

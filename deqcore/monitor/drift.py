@@ -17,18 +17,18 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deqcore.errors import ConfigError, MissingExtraError
-from deqcore.monitor.figures import Host
 from deqcore.monitor.triggers import Trigger
 from deqcore.plugins.lookup import is_installed
 
-KEPT: Final = 4096  # samples of a profile
+MAX_SAMPLES: Final = 4096  # samples of a profile
 WINDOW: Final = 1024  # latest samples that are compared
-LEAST: Final = 256  # new samples before the measures are taken (again)
+MIN_SAMPLES: Final = 256  # new samples before the measures are taken (again)
 BINS: Final = 10
 VERSION: Final = 1
 
@@ -59,15 +59,15 @@ class Profile:
         (256,)
     """
 
-    samples: Mapping[str, Host]
+    samples: Mapping[str, HostArray]
 
     def __post_init__(self) -> None:
         if set(self.samples) != set(PARTS) or any(
-            array.ndim != 1 or array.size < LEAST or np.isnan(array).any() for array in self.samples.values()
+            array.ndim != 1 or array.size < MIN_SAMPLES or np.isnan(array).any() for array in self.samples.values()
         ):
             sizes = {name: array.shape for name, array in self.samples.items()}
             raise ConfigError(
-                f"A profile has {sizes}, but {' and '.join(PARTS)} of at least {LEAST} samples each are expected: "
+                f"A profile has {sizes}, but {' and '.join(PARTS)} of at least {MIN_SAMPLES} samples each are expected: "
                 f"monitor more solves before taking monitor.profile()."
             )
 
@@ -121,10 +121,10 @@ class Samples:
     """The latest samples that a monitor has seen."""
 
     def __init__(self) -> None:
-        self._arrays: dict[str, deque[Host]] = {name: deque() for name in PARTS}
+        self._arrays: dict[str, deque[HostArray]] = {name: deque() for name in PARTS}
         self.seen = 0
 
-    def add(self, host: Mapping[str, Host]) -> None:
+    def add(self, host: Mapping[str, HostArray]) -> None:
         """Take what one solve left."""
         residual = host.get(PARTS["residual"])
         if residual is None or np.isnan(residual).all():
@@ -133,20 +133,20 @@ class Samples:
             array = np.where(np.isnan(host[part]), np.inf, host[part])
             kept = self._arrays[name]
             kept.append(array)
-            while sum(map(len, kept)) - len(kept[0]) >= KEPT:
+            while sum(map(len, kept)) - len(kept[0]) >= MAX_SAMPLES:
                 kept.popleft()
         self.seen += residual.size
 
-    def latest(self, count: int) -> dict[str, Host]:
+    def latest(self, count: int) -> dict[str, HostArray]:
         """The latest samples, `count` at most."""
         return {name: np.concatenate([*kept, np.empty(0)])[-count:] for name, kept in self._arrays.items()}
 
     def profile(self) -> Profile:
         """All that are kept, as a reference."""
-        return Profile(self.latest(KEPT))
+        return Profile(self.latest(MAX_SAMPLES))
 
 
-class Drift:
+class DriftDetector:
     """Compares the latest samples with a reference, whenever enough new ones have come."""
 
     def __init__(self, reference: Profile) -> None:
@@ -155,7 +155,7 @@ class Drift:
 
     def measure(self, samples: Samples) -> dict[str, float]:
         """The drift metrics, or nothing if it is too early."""
-        if samples.seen - self._last < LEAST:
+        if samples.seen - self._last < MIN_SAMPLES:
             return {}
         self._last = samples.seen
         found: dict[str, float] = {}
@@ -168,7 +168,7 @@ class Drift:
         return found
 
 
-def stability_index(reference: Host, now: Host) -> float:
+def stability_index(reference: HostArray, now: HostArray) -> float:
     """Population stability index of `now` against `reference`; both `(n,)`.
 
     Bins are quantiles of the reference, merged where it has ties. Half a sample is added to every bin, so that an
@@ -179,7 +179,7 @@ def stability_index(reference: Host, now: Host) -> float:
     return float(((p - q) * np.log(p / q)).sum())
 
 
-def kolmogorov_smirnov(reference: Host, now: Host) -> tuple[float, float]:
+def kolmogorov_smirnov(reference: HostArray, now: HostArray) -> tuple[float, float]:
     """The two-sample distance and its p-value."""
     from scipy.stats import ks_2samp
 
@@ -187,16 +187,16 @@ def kolmogorov_smirnov(reference: Host, now: Host) -> tuple[float, float]:
     return float(found.statistic), float(found.pvalue)
 
 
-def _shares(array: Host, inner: Host) -> Host:
+def _shares(array: HostArray, inner: HostArray) -> HostArray:
     counts = np.bincount(np.searchsorted(inner, array, side="left"), minlength=inner.size + 1) + 0.5
-    shares: Host = counts / counts.sum()
+    shares: HostArray = counts / counts.sum()
     return shares
 
 
-def _scale(name: str, array: Host) -> Host:
+def _scale(name: str, array: HostArray) -> HostArray:
     if name != "residual":
         return array
-    scaled: Host = np.log10(np.maximum(array, np.finfo(np.float64).tiny))
+    scaled: HostArray = np.log10(np.maximum(array, np.finfo(np.float64).tiny))
     return scaled
 
 
@@ -210,3 +210,6 @@ def _is_safetensors(path: Path) -> bool:
 
 def _text(value: float) -> float | str:
     return value if np.isfinite(value) else "inf"
+
+
+HostArray: TypeAlias = NDArray[np.float64]

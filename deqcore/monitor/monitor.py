@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,19 +12,16 @@ from typing import final
 
 from deqcore.abc.backend import Backend
 from deqcore.config import Config, current
-from deqcore.errors import ConfigError
-from deqcore.monitor import effects
-from deqcore.monitor.alarms import Alarms, Hook
-from deqcore.monitor.analysis import Analysis
+from deqcore.errors import ConfigError, MonitorWarning, user_stacklevel
+from deqcore.monitor.actions import Hook, TriggerSet, has_actions
+from deqcore.monitor.collector import Collector, RowBuilder
+from deqcore.monitor.delivery import SinkGroup
 from deqcore.monitor.drift import METRICS as DRIFT_METRICS
 from deqcore.monitor.drift import TRIGGERS, Profile
-from deqcore.monitor.inbox import Inbox
 from deqcore.monitor.measurements import Measurement, make_measurements
 from deqcore.monitor.metrics import Metric, Metrics
-from deqcore.monitor.outlet import Outlet
 from deqcore.monitor.settings import MonitorSettings, SinkLike, make_triggers
-from deqcore.monitor.sink import Event, Row, Run
-from deqcore.monitor.tell import tell
+from deqcore.monitor.sink import Event, Row, RunInfo
 from deqcore.monitor.triggers import Trigger
 from deqcore.solution import Solution
 from deqcore.solve.observer import Observer, Solve, observing
@@ -96,11 +94,11 @@ class Monitor(Observer):
         self._measurements = list(make_measurements(given.measurements) if measurements is None else measurements)
         for metric in (metric for measurement in self._measurements for metric in measurement.names):
             self.metrics.check("A probe", metric)
-        self._alarms = Alarms(made, hooks or {})
-        self._analysis = Analysis(self._alarms, profile)
-        self._inbox = Inbox()
-        run = Run(self.metrics, time.time(), self._base.as_dict())
-        self._outlet = Outlet(given.sinks if sinks is None else sinks, run)
+        self._triggers = TriggerSet(made, hooks or {})
+        self._row_builder = RowBuilder(self._triggers, profile)
+        self._collector = Collector()
+        run = RunInfo(self.metrics, time.time(), self._base.as_dict())
+        self._sinks = SinkGroup(given.sinks if sinks is None else sinks, run)
         self.collects = False
         self._notes: list[Event] = []
         self._noted: set[str] = set()
@@ -114,17 +112,17 @@ class Monitor(Observer):
     @property
     def rows(self) -> Sequence[Row]:
         """The latest 1000 rows."""
-        return self._analysis.rows
+        return self._row_builder.rows
 
     @property
     def events(self) -> Sequence[Event]:
         """The latest 1000 events of triggers."""
-        return self._analysis.events
+        return self._row_builder.events
 
     @property
     def config(self) -> Config:
         """The monitor's own settings with the actions in force: for `using`, or for a call's `config=`."""
-        return self._alarms.apply(self._base, self._rtol, self._least)
+        return self._triggers.apply(self._base, self._rtol, self._least)
 
     @property
     def entered(self) -> bool:
@@ -134,27 +132,27 @@ class Monitor(Observer):
     @property
     def retrain(self) -> str | None:
         """Why the model should be trained again, or None."""
-        return self._alarms.retrain
+        return self._triggers.retrain
 
     @property
     def step(self) -> int:
         """The training step as `advance` counts it, or else the number of solves so far."""
-        return self._inbox.now
+        return self._collector.now
 
     def profile(self) -> Profile:
         """The distribution of residuals and steps over the latest samples, to save beside the model."""
         self.flush()
-        return self._analysis.samples.profile()
+        return self._row_builder.samples.profile()
 
     # -- what is observed ---------------------------------------------------------------------------------------
 
     def adjust(self, config: Config, backend: Backend) -> Config:
         """The settings of a solve inside the block, with the actions in force."""
-        if not self._alarms.active or effects.changed(config):
+        if not self._triggers.active or has_actions(config):
             return config
-        adjusted = self._alarms.apply(config, self._rtol, self._least)
+        adjusted = self._triggers.apply(config, self._rtol, self._least)
         if adjusted == config:
-            actions = " and ".join(sorted({trigger.action for trigger in self._alarms.active}))
+            actions = " and ".join(sorted({trigger.action for trigger in self._triggers.active}))
             self._note(
                 f"The action {actions} changes nothing of a solve with forward.rtol = {config.forward.rtol} and "
                 f"backward.strategy = {config.backward.strategy!r}: there is nothing more to spend."
@@ -177,7 +175,7 @@ class Monitor(Observer):
                     "(deqcore_jax.callbacks.observe), or outside of it (monitor.observe)."
                 )
             return
-        number = self._inbox.solves
+        number = self._collector.solves
         self.observe(solution, seconds=solve.seconds, config=solve.config)
         for measurement in [each for each in self._measurements if number % each.every == 0]:
             self._measure(measurement, solve)
@@ -203,7 +201,7 @@ class Monitor(Observer):
         """
         self.learn(solution)
         strategy = (self._base if config is None else config).backward.strategy
-        self._inbox.solution(solution, name, seconds, strategy)
+        self._collector.solution(solution, name, seconds, strategy)
         if not defer:
             self._flush_if_due()
 
@@ -216,7 +214,7 @@ class Monitor(Observer):
 
     def observe_backward(self, report: AdjointReport, *, name: str = "", seconds: float = float("nan")) -> None:
         """Take what a backward pass did, where no solution leads to it (a probe's figures in JAX)."""
-        self._inbox.backward(report, name, seconds, self._base.backward.strategy)
+        self._collector.backward(report, name, seconds, self._base.backward.strategy)
 
     def log(self, *, layer: str = "", **figures: float | Array) -> None:
         """Record further metrics: numbers, or scalars of a framework, which stay on their device until the flush.
@@ -226,7 +224,7 @@ class Monitor(Observer):
         """
         for metric in figures:
             self.metrics.check("Monitor.log", metric)
-        self._inbox.figures(figures, layer)
+        self._collector.figures(figures, layer)
 
     def advance(self, step: int | None = None) -> None:
         """Say that a training step has ended; figures that follow belong to the next one.
@@ -234,8 +232,8 @@ class Monitor(Observer):
         Args:
             step: its number; default: one more than the last.
         """
-        inbox = self._inbox
-        inbox.step = (0 if inbox.step is None else inbox.step) + 1 if step is None else step
+        collector = self._collector
+        collector.step = (0 if collector.step is None else collector.step) + 1 if step is None else step
         self._flush_if_due()
 
     def _measure(self, measurement: Measurement, solve: Solve) -> None:
@@ -250,13 +248,13 @@ class Monitor(Observer):
                 f"{error}"
             )
         else:
-            self._inbox.figures(found, "")
+            self._collector.figures(found, "")
 
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _flush_if_due(self) -> None:
         # Figures without solves must not pile up either.
-        if self._inbox.since >= self.every or len(self._inbox) >= 8 * self.every:
+        if self._collector.since >= self.every or len(self._collector) >= 8 * self.every:
             self.flush()
 
     def flush(self, *, final: bool = False) -> None:
@@ -268,11 +266,11 @@ class Monitor(Observer):
         Raises:
             MonitorError: a trigger with the action "raise" fired. What a hook raises is passed on, too.
         """
-        with self._inbox.lock:
-            records = self._analysis.records(self._inbox.take(final=final))
+        with self._collector.lock:
+            records = self._row_builder.records(self._collector.take(final=final))
             notes, self._notes = self._notes, []
-            self._outlet.write(self.step, [*notes, *records])
-            error, self._alarms.error = self._alarms.error, None
+            self._sinks.write(self.step, [*notes, *records])
+            error, self._triggers.error = self._triggers.error, None
         if error is not None:
             raise error
 
@@ -280,7 +278,7 @@ class Monitor(Observer):
         if text not in self._noted:
             self._noted.add(text)
             self._notes.append(Event(self.step, time.time(), "note", text))
-            tell(text)
+            warnings.warn(text, MonitorWarning, stacklevel=user_stacklevel())
 
     def __enter__(self) -> Monitor:
         if self._closed or self._stack is not None:
@@ -313,4 +311,4 @@ class Monitor(Observer):
         try:
             self.flush(final=True)
         finally:
-            self._outlet.close()
+            self._sinks.close()

@@ -79,7 +79,7 @@ Record: TypeAlias = Row | Event
 
 
 @dataclass(frozen=True)
-class Run:
+class RunInfo:
     """What a sink learns when it is opened.
 
     Attributes:
@@ -89,7 +89,7 @@ class Run:
 
     Example:
         >>> from deqcore.monitor import Metrics
-        >>> Run(Metrics(), 0.0).metrics["deq_forward_steps"].unit
+        >>> RunInfo(Metrics(), 0.0).metrics["deq_forward_steps"].unit
         'steps'
     """
 
@@ -122,7 +122,7 @@ class Sink(ABC):
     keeps: ClassVar[bool] = True
     needs: ClassVar[Mapping[str, str]] = {}
 
-    def open(self, run: Run) -> None:
+    def open(self, run: RunInfo) -> None:
         """Get ready. Called once before the first `write`; again, if it raised, at the next flush."""
         return None
 

@@ -172,7 +172,7 @@ class Trigger:
 
 
 @dataclass(frozen=True)
-class Change:
+class Transition:
     """What became of a trigger.
 
     Attributes:
@@ -185,7 +185,7 @@ class Change:
     value: float | None
 
 
-class Watcher:
+class TriggerState:
     """One trigger at work.
 
     Attributes:
@@ -199,9 +199,9 @@ class Watcher:
         self._ends = Condition.parse(trigger.until) if trigger.until is not None else self._fires.opposite()
         self._window: deque[float] = deque(maxlen=trigger.window)
         self._since = 0  # rows since it changed
-        self._patience = 0  # how often the action lasts `hold`; 0: it never fired
+        self._hold_factor = 0  # how often the action lasts `hold`; 0: it never fired
 
-    def see(self, values: Mapping[str, float]) -> Change | None:
+    def see(self, values: Mapping[str, float]) -> Transition | None:
         """Take one row's values; returns what changed."""
         self._since += 1
         if self.trigger.metric in values:
@@ -210,15 +210,15 @@ class Watcher:
         found = _STATISTIC[self.trigger.statistic](list(self._window)) if full else None
         return self._clear(found) if self.active else self._fire(found)
 
-    def _fire(self, found: float | None) -> Change | None:
+    def _fire(self, found: float | None) -> Transition | None:
         if found is None or not self._fires(found):
             return None
-        relapsed = self._patience > 0 and self._since <= self.trigger.window + self.trigger.hold
-        self._patience = min(LONGEST, 2 * self._patience) if relapsed else 1
+        relapsed = self._hold_factor > 0 and self._since <= self.trigger.window + self.trigger.hold
+        self._hold_factor = min(LONGEST, 2 * self._hold_factor) if relapsed else 1
         return self._turn(True, found)
 
-    def _clear(self, found: float | None) -> Change | None:
-        if self._since < self.trigger.hold * self._patience:
+    def _clear(self, found: float | None) -> Transition | None:
+        if self._since < self.trigger.hold * self._hold_factor:
             return None
         if found is None and self._window:
             return None  # measured, but not often enough yet
@@ -226,8 +226,8 @@ class Watcher:
             return None
         return self._turn(False, found)
 
-    def _turn(self, fired: bool, found: float | None) -> Change:
+    def _turn(self, fired: bool, found: float | None) -> Transition:
         self.active = fired
         self._since = 0
         self._window.clear()
-        return Change(self.trigger, fired, found)
+        return Transition(self.trigger, fired, found)

@@ -12,10 +12,17 @@ from deqcore.abc.backend import Backend
 from deqcore.abc.backward import Strategy
 from deqcore.config import Config
 from deqcore.config.sources import LARGEST
-from deqcore.errors import BackendMismatchError, ConfigError, DtypeToleranceWarning, InitialIterateError, StrategyError
+from deqcore.errors import (
+    BackendMismatchError,
+    ConfigError,
+    DtypeToleranceWarning,
+    InitialIterateError,
+    StrategyError,
+    user_stacklevel,
+)
 from deqcore.solve.flatten import RavelSpec
 from deqcore.solve.observer import observer
-from deqcore.solve.plan import Plan, user_stacklevel
+from deqcore.solve.plan import Plan
 from deqcore.types import Array, StoppingCriteria, Tree
 
 _instances: dict[str, Backend] = {}

@@ -32,7 +32,6 @@ from deqcore.solve.termination import (
     SHORTER,
     SHORTEST,
     Limits,
-    Path,
     Verdict,
     goal,
     greater,
@@ -40,7 +39,7 @@ from deqcore.solve.termination import (
     spent,
     verdict,
 )
-from deqcore.types import Array, LoopState, Map, SolveResult, Status, StepResult, StoppingCriteria
+from deqcore.types import Array, LoopState, Map, Path, SolveResult, Status, StepResult, StoppingCriteria
 
 ROUNDING = 8.0  # two evaluations of one f at one z differ by this many units of rounding at most
 

@@ -18,6 +18,7 @@ from deqcore.errors import (
     InitialIterateError,
     NonDeterministicWarning,
     StrategyError,
+    user_stacklevel,
 )
 from deqcore.solution import SOLVED, Solution, SolveState, summarize
 from deqcore.solve import failures
@@ -270,13 +271,3 @@ def _once(f: Map, z: Array) -> Any:
 
 def _no_vjp(u: Array) -> Array:
     raise StrategyError("The strategy called vjp, although its uses_vjp() says that it does not.")
-
-
-def user_stacklevel() -> int:
-    """The first frame outside this package, so that a warning points at the user's line."""
-    import sys
-
-    depth, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("deqcore"):
-        frame, depth = frame.f_back, depth + 1
-    return depth

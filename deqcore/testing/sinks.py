@@ -15,7 +15,7 @@ from deqcore import plugins
 from deqcore.monitor.metrics import Metrics
 from deqcore.monitor.monitor import Monitor
 from deqcore.monitor.settings import make_sink
-from deqcore.monitor.sink import Event, Row, Run, Sink
+from deqcore.monitor.sink import Event, Row, RunInfo, Sink
 from deqcore.testing.import_cost import check_light
 
 METRIC = "deq_forward_steps"
@@ -112,9 +112,9 @@ class SinkTests:
             make_sink({"sink": self.sink, **self.options(tmp_path), "definitely_not_one": Any})
 
 
-def run() -> Run:
+def run() -> RunInfo:
     """What a sink is opened with."""
-    return Run(Metrics(), 1e9, {"backend": "numpy"})
+    return RunInfo(Metrics(), 1e9, {"backend": "numpy"})
 
 
 def row(step: int, value: float | None = None) -> Row:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from deqcore.errors import MonitorError
 from deqcore.monitor.metrics import COUNTERS, Metric
-from deqcore.monitor.sink import Event, Record, Run, Sink
+from deqcore.monitor.sink import Event, Record, RunInfo, Sink
 
 NEEDS: Mapping[str, str] = {"prometheus_client": "monitor"}
 
@@ -86,7 +86,7 @@ class PrometheusSink(Sink):
         """The port that is listened on, once it is open."""
         return int(self._server.server_port)
 
-    def open(self, run: Run) -> None:
+    def open(self, run: RunInfo) -> None:
         """Begin to listen.
 
         Raises:
@@ -140,7 +140,7 @@ class PrometheusTextfileSink(Sink):
         if not self.path.endswith(".prom"):
             raise ValueError(f"path = {self.path!r}, but a file that ends in .prom is expected")
 
-    def open(self, run: Run) -> None:
+    def open(self, run: RunInfo) -> None:
         """Make the folder."""
         os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
         self._state = Latest(run.metrics)

@@ -14,7 +14,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from deqcore.monitor.log import Log, series
+from deqcore.monitor.log.reader import Log, series
 from deqcore.monitor.metrics import STANDARD
 
 BARS: Final = "▁▂▃▄▅▆▇█"

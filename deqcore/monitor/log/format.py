@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
-from deqcore.monitor.sink import Event, Record, Row, Run
+from deqcore.monitor.sink import Event, Record, Row, RunInfo
 from deqcore.monitor.text import plain, printable
 
 VERSION: Final = 1
@@ -19,7 +19,7 @@ _HEAD: Final = frozenset({"kind", "step", "solve", "time", "name", "run"})
 MOST: Final = 2**53  # steps beyond are no steps, and no float has them
 
 
-def header(run: Run, key: str = "") -> str:
+def header(run: RunInfo, key: str = "") -> str:
     """The line that begins a run; its key stands on the run's other lines, too."""
     units = {name: metric.unit for name, metric in run.metrics.items()}
     return _dump(

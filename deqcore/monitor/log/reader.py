@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deqcore.errors import MonitorError
-from deqcore.monitor.lines import VERSION, parse
+from deqcore.monitor.log.format import VERSION, parse
 from deqcore.monitor.sink import Event, Row
 from deqcore.monitor.text import plain, printable
 
