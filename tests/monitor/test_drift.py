@@ -12,7 +12,7 @@ from scipy import stats
 import deqcore
 from deqcore.errors import ConfigError, MissingExtraError, MonitorWarning
 from deqcore.monitor import Monitor, Profile, Trigger
-from deqcore.monitor.drift import LEAST, kolmogorov_smirnov, stability_index
+from deqcore.monitor.drift import MIN_SAMPLES, kolmogorov_smirnov, stability_index
 
 
 def profile(seed: int = 0, size: int = 1000) -> Profile:
@@ -120,7 +120,7 @@ def test_drift_raises_the_retrain_mark_and_its_absence_does_not(tmp_path) -> Non
         serve(40, rate=0.5, seed=1)
     assert monitor.retrain is None
     measured = [row.values["deq_steps_psi"] for row in monitor.rows if "deq_steps_psi" in row.values]
-    assert len(measured) == 40 * 64 // LEAST
+    assert len(measured) == 40 * 64 // MIN_SAMPLES
     assert max(measured) < 0.1
     assert all(row.values["deq_retrain"] == 0 for row in monitor.rows)
 

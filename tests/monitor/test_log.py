@@ -12,16 +12,14 @@ import pytest
 from rich.console import Console
 
 from deqcore.errors import MissingExtraError, MonitorError
-from deqcore.monitor import Event, Metric, Metrics, Row, Run
-from deqcore.monitor.charts import draw
-from deqcore.monitor.dashboard import load
-from deqcore.monitor.lines import header, line
-from deqcore.monitor.log import Tail, read
+from deqcore.monitor import Event, Metric, Metrics, Row, RunInfo
+from deqcore.monitor.live import sparkline, view
+from deqcore.monitor.log.format import header, line
+from deqcore.monitor.log.reader import Tail, read
 from deqcore.monitor.metrics import COUNTERS, STANDARD
-from deqcore.monitor.report import render, table, tiles, verdict
-from deqcore.monitor.watch import sparkline, view
+from deqcore.monitor.report import draw, load, render, table, tiles, verdict
 
-RUN = Run(Metrics([Metric("my_loss", "nats", "Loss.")]), 1000.0, {"backend": "auto", "note": "<b>bold</b>"})
+RUN = RunInfo(Metrics([Metric("my_loss", "nats", "Loss.")]), 1000.0, {"backend": "auto", "note": "<b>bold</b>"})
 EVIL = "<script>alert('x')</script>"
 
 

@@ -355,7 +355,7 @@ def test_the_section_of_a_config_file_is_used(tmp_path, monkeypatch) -> None:
 
 def test_sinks_may_be_named_alone() -> None:
     monitor = Monitor(deqcore.Config(monitor={"sinks": ["csv", {"sink": "jsonl", "path": "x"}]}))
-    assert [guard.name for guard in monitor._outlet.guards] == ["csv", "jsonl"]
+    assert [sink.name for sink in monitor._sinks.sinks] == ["csv", "jsonl"]
 
 
 def test_a_monitor_is_entered_once() -> None:

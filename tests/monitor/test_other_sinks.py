@@ -15,14 +15,14 @@ import pytest
 
 import deqcore
 from deqcore.errors import ConfigError, MonitorWarning
-from deqcore.monitor import Event, Metric, Metrics, Monitor, Row, Run, Trigger
+from deqcore.monitor import Event, Metric, Metrics, Monitor, Row, RunInfo, Trigger
 from deqcore.monitor.sinks.csv import CsvSink
 from deqcore.monitor.sinks.mlflow import MlflowSink
 from deqcore.monitor.sinks.prometheus import PrometheusSink, PrometheusTextfileSink
 from deqcore.monitor.sinks.tensorboard import TensorBoardSink
 from deqcore.monitor.sinks.wandb import WandbSink
 
-RUN = Run(Metrics(), 1000.0)
+RUN = RunInfo(Metrics(), 1000.0)
 RECORDS = [
     Row(3, 7, 1001.0, {"deq_forward_steps": 4.5, "deq_forward_residual_max": float("inf")}, "encoder"),
     Event(3, 1002.0, "fired", 'steps, "many"\nof them', "deq_forward_steps", 4.5, "warn"),
