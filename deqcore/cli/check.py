@@ -47,8 +47,8 @@ def gradients(
     bound from tolerance, dtype and condition; approximate ones must agree between frameworks after the same steps.
     Each framework runs in a process of its own.
     """
-    from deqcore.testing import gradients as golden
-    from deqcore.testing import render, user_problems
+    from deqcore.testing.gradients import check as golden
+    from deqcore.testing.gradients import render, user_problems
 
     Config.discover()
     start = time.perf_counter()

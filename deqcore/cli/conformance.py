@@ -16,7 +16,7 @@ from deqcore.config import Config
 from deqcore.errors import ConfigError
 
 if TYPE_CHECKING:
-    from deqcore.testing.runner import Request
+    from deqcore.testing.runner.conformance import Request
 
 Name: TypeAlias = Annotated[str, typer.Argument(help="Its registered name.")]
 Backends: TypeAlias = Annotated[
@@ -27,7 +27,7 @@ Device: TypeAlias = Annotated[str | None, typer.Option(help="Where the arrays ar
 OptionsText: TypeAlias = Annotated[str | None, typer.Option("--options", help="Its options, as a JSON object.")]
 ClaimsText: TypeAlias = Annotated[
     str | None,
-    typer.Option("--cost_bounds", help="Golden problems that it solves with these options, and at what cost, as JSON."),
+    typer.Option("--cost-bounds", help="Golden problems that it solves with these options, and at what cost, as JSON."),
 ]
 Expect: TypeAlias = Annotated[
     Path | None, typer.Option(help="TOML file of expected failures, test = 'reason'; one that passes is a failure.")
@@ -45,7 +45,7 @@ def backend(
     as_json: AsJson = False,
 ) -> None:
     """Check a backend: arrays, histories, loops, derivatives, gradients against stored truths."""
-    from deqcore.testing.runner import Request
+    from deqcore.testing.runner.conformance import Request
 
     report(Request("backend", name, (), device, expect=expect, select=select), junit, as_json)
 
@@ -62,9 +62,9 @@ def solver(
     as_json: AsJson = False,
 ) -> None:
     """Check a solver: honest statuses everywhere, and convergence where plain iteration converges or it cost_bounds it."""
-    from deqcore.testing.runner import Request
+    from deqcore.testing.runner.conformance import Request
 
-    given = checked(options), checked(cost_bounds, "--cost_bounds", '{"slow-modes": 60}')
+    given = checked(options), checked(cost_bounds, "--cost-bounds", '{"slow-modes": 60}')
     report(Request("solver", name, tuple(on or ()), device, *given, expect, select), junit, as_json)
 
 
@@ -80,9 +80,9 @@ def strategy(
     as_json: AsJson = False,
 ) -> None:
     """Check a backward strategy: against closed forms, stored truths and its own report."""
-    from deqcore.testing.runner import Request
+    from deqcore.testing.runner.conformance import Request
 
-    given = checked(options), checked(cost_bounds, "--cost_bounds", '{"slow-modes": 60}')
+    given = checked(options), checked(cost_bounds, "--cost-bounds", '{"slow-modes": 60}')
     report(Request("strategy", name, tuple(on or ()), device, *given, expect, select), junit, as_json)
 
 
@@ -98,8 +98,8 @@ def checked(text: str | None, option: str = "--options", example: str = '{"histo
 
 def report(request: Request, junit: Path | None, as_json: bool) -> None:
     """Run, print, and exit with 1 if a test failed."""
-    from deqcore.testing import runner, runner_render
-    from deqcore.testing.render import console
+    from deqcore.testing.gradients.render import console
+    from deqcore.testing.runner import conformance, render
 
     Config.discover()
     if junit is not None and not junit.parent.is_dir():
@@ -110,15 +110,15 @@ def report(request: Request, junit: Path | None, as_json: bool) -> None:
         found = "is a directory, but a TOML file is expected" if request.expect.is_dir() else "there is no such file"
         raise ConfigError(f"--expect {str(request.expect)!r}: {found}.")
     start = time.perf_counter()
-    outcomes = runner.check(request, teller(as_json))
+    outcomes = conformance.check(request, teller(as_json))
     seconds = time.perf_counter() - start
     if junit is not None:
-        junit.write_text(runner_render.junit(request, outcomes), encoding="utf-8")
+        junit.write_text(render.junit(request, outcomes), encoding="utf-8")
     if as_json:
-        typer.echo(json.dumps(runner_render.as_json(request, outcomes, seconds), indent=2))
+        typer.echo(json.dumps(render.as_json(request, outcomes, seconds), indent=2))
     else:
-        console().print(runner_render.table(request, outcomes, seconds))
-    if not runner.ok(outcomes):
+        console().print(render.table(request, outcomes, seconds))
+    if not conformance.ok(outcomes):
         raise typer.Exit(1)
 
 

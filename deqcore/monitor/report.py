@@ -183,6 +183,7 @@ CHARTS: Final = (
         ("deq_uncertified_fraction", "deq_refined_fraction", "deq_fallback_fraction"),
         "fraction of samples",
     ),
+    Chart("Coupling of rows", ("deq_coupling",), "fraction"),
     Chart("Gradient audit", ("deq_gradient_cosine", "deq_gradient_error"), ""),
     Chart("Spectral radius", ("deq_spectral_radius",), "ρ(J)"),
     Chart("Drift: stability index", ("deq_residual_psi", "deq_steps_psi"), "PSI"),

@@ -15,8 +15,8 @@ import numpy as np
 import deqcore
 from deqcore import plugins
 from deqcore.plugins.builtin import SOLVERS
-from deqcore.testing.fixtures import Kit
 from deqcore.testing.problems import golden, names
+from deqcore.testing.suite.fixtures import Kit
 from deqcore.testing.tolerances import tolerance
 from deqcore.types import Status
 

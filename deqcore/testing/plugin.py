@@ -15,32 +15,11 @@ from typing import Any
 import pytest
 
 # Before the modules with the tests are imported, so that a bare assert shows what was compared.
-pytest.register_assert_rewrite(
-    *(
-        f"deqcore.testing.{name}"
-        for name in [
-            "backends",
-            "backend_arrays",
-            "backend_derivatives",
-            "backend_history",
-            "kit",
-            "lightness",
-            "sinks",
-            "solvers",
-            "solver_estimate",
-            "solver_search",
-            "solver_steps",
-            "strategies",
-            "strategy_claims",
-            "strategy_route",
-            "strategy_steps",
-        ]
-    )
-)
+pytest.register_assert_rewrite("deqcore.testing.suite")
 
 from deqcore.config import Config  # noqa: E402
 from deqcore.errors import did_you_mean, listing  # noqa: E402
-from deqcore.testing.conformance import NEEDS, Conformance  # noqa: E402
+from deqcore.testing.suite.base import NEEDS, Conformance  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -53,8 +32,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--deqcore-device", help="device of the arrays, such as cuda; default cpu")
     add("--deqcore-options", help="options of the solver or strategy under test, as JSON")
     add(
-        "--deqcore-cost_bounds",
-        help="golden problems that it cost_bounds with these options, and at what cost, as JSON",
+        "--deqcore-cost-bounds",
+        help="golden problems that it solves with these options, each with its largest cost, as JSON",
     )
     add("--deqcore-results", metavar="FILE", help="write what came of each test to this JSON file")
     add("--deqcore-project", action="store_true", help="see the plugins of the project in the working directory")

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from deqcore.errors import ProblemError
-from deqcore.testing.gradients import Report
+from deqcore.testing.gradients.check import Report
+from deqcore.testing.gradients.user_problems import check_own
 from deqcore.testing.problem import Problem
-from deqcore.testing.user_problems import check_own
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def check_gradients(request: pytest.FixtureRequest) -> Callable[..., Report]:
         strategies: Sequence[str] = (),
         dtypes: Sequence[str] = ("float64", "float32"),
     ) -> Report:
-        from deqcore.testing import render
+        from deqcore.testing.gradients import render
 
         report = check_own(where_of(problem, folder), backends, solvers, strategies, dtypes)
         if not report.ok:

@@ -14,8 +14,8 @@ import pytest
 
 from deqcore import errors, plugins
 from deqcore.cli import app
-from deqcore.testing import runner, runner_render
-from deqcore.testing.runner import Outcome, Request
+from deqcore.testing.runner import conformance, render
+from deqcore.testing.runner.conformance import Outcome, Request
 
 QUICK = ("--backend", "numpy", "-k", "returns_f_of_z")
 CONFTEST = 'pytest_plugins = ["deqcore.testing.plugin"]\n'
@@ -52,32 +52,32 @@ def write(folder: Path, step: str, expected: str, conftest: str = CONFTEST) -> N
 
 def test_a_users_own_class_runs_and_fails_where_it_should(tmp_path):
     write(tmp_path, "fz, fz, state", "{}")  # f(z) is not that of the new z
-    done = run(tmp_path, "-k", "returns_f_of_z or converges or budget")
+    done = conformance(tmp_path, "-k", "returns_f_of_z or converges or budget")
     assert done.returncode == 1
     assert "the f(z) that a step returns: off by" in done.stdout
 
 
 def test_expected_failures_are_strict(tmp_path):
     write(tmp_path, "fz, fz, state", '{"test_a_step_returns_f_of_z": "it is lazy"}')
-    done = run(tmp_path, "-k", "returns_f_of_z")
+    done = conformance(tmp_path, "-k", "returns_f_of_z")
     assert done.returncode == 0, done.stdout
     assert "1 xfailed" in done.stdout
     write(tmp_path, "fz, f(fz), state", '{"test_a_step_returns_f_of_z": "it is lazy"}')
-    done = run(tmp_path, "-k", "returns_f_of_z")
+    done = conformance(tmp_path, "-k", "returns_f_of_z")
     assert done.returncode == 1
     assert "XPASS(strict)" in done.stdout
 
 
 def test_an_expected_failure_that_names_no_test_gets_a_suggestion(tmp_path):
     write(tmp_path, "fz, f(fz), state", '{"test_a_step_returns_f_of_x": "typo"}')
-    done = run(tmp_path)
+    done = conformance(tmp_path)
     assert done.returncode == 4
     assert "Did you mean 'test_a_step_returns_f_of_z'" in done.stdout + done.stderr
 
 
 def test_without_the_plugin_the_message_says_what_to_write(tmp_path):
     write(tmp_path, "fz, f(fz), state", "{}", conftest="")
-    done = run(tmp_path, "-k", "returns_f_of_z")
+    done = conformance(tmp_path, "-k", "returns_f_of_z")
     assert done.returncode == 1
     assert "pytest_plugins = ['deqcore.testing.plugin']" in done.stdout
 
@@ -85,7 +85,7 @@ def test_without_the_plugin_the_message_says_what_to_write(tmp_path):
 def test_by_pyargs_without_any_file(tmp_path):
     args = ("-p", "deqcore.testing.plugin", "--pyargs", "deqcore.testing.suite")
     chosen = ("--deqcore-backend", "numpy", "--deqcore-solver", "picard", "--deqcore-strategy", "neumann")
-    done = run(tmp_path, *args, *chosen, "-k", "budget or neighbours or loop")
+    done = conformance(tmp_path, *args, *chosen, "-k", "budget or neighbours or loop")
     assert done.returncode == 0, done.stdout
     assert "passed" in done.stdout
 
@@ -93,8 +93,8 @@ def test_by_pyargs_without_any_file(tmp_path):
 def test_by_pyargs_the_device_is_that_of_the_arrays(tmp_path):
     args = ("-p", "deqcore.testing.plugin", "--pyargs", "deqcore.testing.suite.test_solver", "-k", "budget")
     chosen = ("--deqcore-backend", "numpy", "--deqcore-solver", "picard", "--deqcore-device")
-    assert run(tmp_path, *args, *chosen, "cpu").returncode == 0
-    refused = run(tmp_path, *args, *chosen, "cuda")
+    assert conformance(tmp_path, *args, *chosen, "cpu").returncode == 0
+    refused = conformance(tmp_path, *args, *chosen, "cuda")
     assert refused.returncode == 1
     assert "host only" in refused.stdout
 
@@ -205,7 +205,7 @@ def test_a_config_path_that_is_a_directory(capsys, tmp_path, monkeypatch):
         (("solver", "picard", "--backend", "torhc"), "Did you mean 'torch'?"),
         (("solver", "picard", "--options", "[1]"), "JSON object"),
         (("solver", "picard", "--options", "{"), "JSON object"),
-        (("strategy", "neumann", "--cost_bounds", "[6]"), "--cost_bounds '[6]', but a JSON object is expected"),
+        (("strategy", "neumann", "--cost-bounds", "[6]"), "--cost-bounds '[6]', but a JSON object is expected"),
         (("solver", "picard", "--junit", "/nowhere/x.xml"), "no folder"),
         (("solver", "picard", "--junit", "/tmp"), "is a directory, but the name of a file to write is expected"),
         (("solver", "picard", "--expect", "/nowhere/x.toml"), "no such file"),
@@ -230,14 +230,14 @@ def test_a_wrong_list_of_expected_failures(tmp_path, content, message):
     path = tmp_path / "expect.toml"
     path.write_text(content)
     with pytest.raises(errors.BackendError, match=message):
-        runner.check(Request("solver", "picard", ("numpy",), expect=path, select="budget"))
+        conformance.check(Request("solver", "picard", ("numpy",), expect=path, select="budget"))
     plugins.reset()
 
 
 def test_expected_failures_by_file_are_strict_too(tmp_path):
     path = tmp_path / "expect.toml"
     path.write_text("'test_a_budget_is_kept' = 'wrongly listed'")
-    outcomes = runner.check(Request("solver", "picard", ("numpy",), expect=path, select="budget"))
+    outcomes = conformance.check(Request("solver", "picard", ("numpy",), expect=path, select="budget"))
     plugins.reset()
     assert [each.outcome for each in outcomes] == ["failed", "failed"]
     assert "XPASS(strict)" in outcomes[0].message
@@ -255,7 +255,7 @@ def test_the_table_says_what_failed():
     from rich.console import Console
 
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(runner_render.table(Request("solver", "mine"), OUTCOMES, 1.0))
+    console.print(render.table(Request("solver", "mine"), OUTCOMES, 1.0))
     text = console.export_text()
     assert "✗ 1 of 1" in text
     assert "✗ test_one[torch]: off by 3" in text
@@ -264,9 +264,9 @@ def test_the_table_says_what_failed():
 
 
 def test_a_run_in_which_nothing_ran_is_not_ok():
-    assert not runner.ok([OUTCOMES[3]])
-    assert runner.ok(OUTCOMES[2:])
-    assert not runner.ok(OUTCOMES)
+    assert not conformance.ok([OUTCOMES[3]])
+    assert conformance.ok(OUTCOMES[2:])
+    assert not conformance.ok(OUTCOMES)
 
 
 @pytest.mark.parametrize(
@@ -284,6 +284,6 @@ def test_claims_on_the_command_line_are_held(kind, name, cost_bounds, words):
     options = {"solver": '{"history_size": 20}', "strategy": '{"max_steps": 30}'}[kind]
     select = "golden and tree and float64" if kind == "solver" else "claim_is_kept and tree"
     request = Request(kind, name, ("numpy",), options=options, cost_bounds=json.dumps(cost_bounds), select=select)
-    (outcome,) = [each for each in runner.check(request) if "golden_gradients" not in each.test]
+    (outcome,) = [each for each in conformance.check(request) if "golden_gradients" not in each.test]
     assert outcome.outcome == ("failed" if words else "passed")
     assert words in outcome.message

@@ -11,8 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from deqcore.testing.processes import environment
-from deqcore.testing.runner import Outcome, Request, arguments
+from deqcore.testing.runner.conformance import Outcome, Request, arguments
+from deqcore.testing.runner.processes import environment
 
 PLANTING = Path(__file__).with_name("planting.py")
 SECONDS = 300  # of processor time, for a check that takes seconds: a machine with much else to do fails no check

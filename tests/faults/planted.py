@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from deqcore.testing.runner import Kind, Request
+from deqcore.testing.runner.conformance import Kind, Request
 
 PLAIN = {"certify": False, "max_relative_error": None, "fallback": "none"}
 MEASURED = {"certify": True, "max_relative_error": None, "fallback": "none"}

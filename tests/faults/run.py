@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import deqcore
-from deqcore.testing.runner import Request
+from deqcore.testing.runner.conformance import Request
 
 HERE = Path(__file__).parent
 

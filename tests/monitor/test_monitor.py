@@ -326,7 +326,7 @@ def test_unknown_metrics_are_told_with_a_suggestion() -> None:
         ({"sinks": [{"sink": "jsonll"}]}, "Did you mean 'jsonl'"),
         ({"measurements": {"spectral": 3}}, "Did you mean 'spectral_radius'"),
         ({"measurements": {"spectral_radius": 0}}, "spectral_radius = 0"),
-        ({"measurements": 3}, "probes = 3"),
+        ({"measurements": 3}, "measurements = 3"),
         ({"reference": "nowhere.json"}, "no reference profile 'nowhere.json'"),
     ],
 )

@@ -231,11 +231,11 @@ def test_a_plugged_in_sink_is_used_by_its_name(tmp_path, monkeypatch) -> None:
 
 WRITER = """
 import sys, time
-from deqcore.monitor import Event, Metrics, Row, Run
+from deqcore.monitor import Event, Metrics, Row, RunInfo
 from deqcore.monitor.sinks.jsonl import JsonlSink
 
 sink = JsonlSink(sys.argv[1])
-sink.open(Run(Metrics(), 0.0))
+sink.open(RunInfo(Metrics(), 0.0))
 for step in range(300):
     sink.write([Row(step, step, float(step), {"deq_forward_steps": 1.0}, sys.argv[2])])
 sink.write([Event(300, 0.0, "note", sys.argv[2])])

@@ -10,9 +10,11 @@ import pytest
 
 from deqcore import get_backend, plugins
 from deqcore.errors import BackendError, MissingFrameworkError, UnknownNameError
-from deqcore.testing import golden, gradients, processes, render, worker
-from deqcore.testing.compare import Comparison, differ, quantities
-from deqcore.testing.gradients import Report, Run, check
+from deqcore.testing import golden, worker
+from deqcore.testing.gradients import check, render
+from deqcore.testing.gradients.check import Report, Run, check
+from deqcore.testing.gradients.compare import Comparison, differ, quantities
+from deqcore.testing.runner import processes
 from deqcore.testing.tolerances import Sensitivity, Slope, rounding, tolerance
 from deqcore.testing.worker import Job
 
@@ -38,7 +40,7 @@ def here(jobs, **_):
 
 @pytest.fixture
 def inline(monkeypatch):
-    monkeypatch.setattr(gradients, "execute", lambda jobs, tell: here(jobs))
+    monkeypatch.setattr(check, "execute", lambda jobs, tell: here(jobs))
 
 
 def test_numpy_and_torch_agree_with_the_truth_and_each_other(inline):
@@ -131,9 +133,9 @@ PLAIN = {"certify": False, "max_relative_error": None, "fallback": "none"}
 )
 def test_a_planted_fault_is_caught(inline, faults, monkeypatch, backend, solver, strategy, quantity):
     pytest.importorskip(backend)
-    original = gradients.fixed_job
+    original = check.fixed_job
     if strategy == "broyden-reuse":  # the plain product with the estimate: refinement would mend what is wrong
-        monkeypatch.setattr(gradients, "fixed_job", lambda *a: replace(original(*a), strategy_options=PLAIN))
+        monkeypatch.setattr(check, "fixed_job", lambda *a: replace(original(*a), strategy_options=PLAIN))
     right = {"hasty": "broyden", "confused": "broyden", "broyden": "broyden"}[solver]
     good = check([backend], [right], ["exact-ift" if strategy == "negative" else strategy], ["float64"])
     assert good.ok
@@ -150,7 +152,7 @@ def test_processes_report_jobs_and_failures(tmp_path, capsys):
         Job("solve", "affine", "float64", rtol=1e-12, max_steps=1),
     ]
     lines = []
-    runs = gradients.execute({("numpy", "float64"): jobs}, lines.append)
+    runs = check.execute({("numpy", "float64"): jobs}, lines.append)
     assert np.linalg.norm(runs[0].arrays["z"] - golden("affine").truth.z) < 1e-10
     assert runs[0].error == ""
     assert "no-such-problem" in runs[1].error
@@ -192,7 +194,7 @@ def test_the_main_of_a_worker(tmp_path):
 
 
 def test_steps_that_solve_are_left_out_where_each_number_costs_a_run():
-    job = gradients.fixed_job("newton-krylov", "unrolled", "float64")
+    job = check.fixed_job("newton-krylov", "unrolled", "float64")
     assert job.strategy_options == {"steps": 3}
     with pytest.raises(RuntimeError, match="skipped"):
         worker.run(get_backend(backend="numpy"), job)

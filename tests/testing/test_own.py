@@ -10,10 +10,11 @@ import pytest
 
 from deqcore import get_backend
 from deqcore.errors import ProblemError, UnknownNameError
-from deqcore.testing import Problem, user_problems, weights, worker
+from deqcore.testing import Problem, weights, worker
 from deqcore.testing.dense import dense
+from deqcore.testing.gradients import user_problems
+from deqcore.testing.gradients.user_problems import check_own
 from deqcore.testing.problem import load_problem, rebuild, walk
-from deqcore.testing.user_problems import check_own
 from deqcore.testing.worker import Job
 
 pytest_plugins = ["deqcore.testing.pytest_gradients"]
@@ -118,7 +119,7 @@ def test_a_right_function_agrees(file, inline, name):
 
 
 def firsts(report):
-    from deqcore.testing.render import first_disagreements
+    from deqcore.testing.gradients.render import first_disagreements
 
     return {each.against: each.quantity for each in first_disagreements(report).values()}
 

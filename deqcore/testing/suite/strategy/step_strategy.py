@@ -13,8 +13,8 @@ from deqcore import plugins
 from deqcore.abc.backward import StepStrategy, Strategy
 from deqcore.solve.adjoint import Steps
 from deqcore.solve.loop import BoundSolve
-from deqcore.testing.conformance import DTYPES, Conformance, needs, several
-from deqcore.testing.fixtures import Affine, Kit, affine, close
+from deqcore.testing.suite.base import DTYPES, Conformance, needs, several
+from deqcore.testing.suite.fixtures import Affine, Kit, affine, close
 from deqcore.types import Array, SolveResult, StoppingCriteria
 
 

@@ -13,10 +13,10 @@ import numpy as np
 
 from deqcore import plugins
 from deqcore.errors import ProblemError, listing
-from deqcore.testing.compare import Comparison, size
-from deqcore.testing.gradients import Report, Run, combinations, compare, execute, is_exact, reference_of, tight
+from deqcore.testing.gradients.check import Report, Run, combinations, compare, execute, is_exact, reference_of, tight
+from deqcore.testing.gradients.compare import Comparison, size
 from deqcore.testing.problem import Problem, load_problem, walk
-from deqcore.testing.processes import installed
+from deqcore.testing.runner.processes import installed
 from deqcore.testing.tolerances import Sensitivity, Slope, rounding, tolerance
 from deqcore.testing.worker import Job
 

@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from deqcore.testing.runner import Outcome, Request, ok
+from deqcore.testing.runner.conformance import Outcome, Request, ok
 
 LISTED: Final = 15
 

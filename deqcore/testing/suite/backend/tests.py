@@ -6,12 +6,12 @@ import math
 
 import numpy as np
 
-from deqcore.testing.backend_arrays import ArrayTests
-from deqcore.testing.backend_derivatives import DerivativeTests
-from deqcore.testing.backend_history import HistoryTests
-from deqcore.testing.conformance import several
-from deqcore.testing.fixtures import Affine, Kit, affine
-from deqcore.testing.import_cost import check_light
+from deqcore.testing.suite.backend.arrays import ArrayTests
+from deqcore.testing.suite.backend.derivatives import DerivativeTests
+from deqcore.testing.suite.backend.history import HistoryTests
+from deqcore.testing.suite.base import several
+from deqcore.testing.suite.fixtures import Affine, Kit, affine
+from deqcore.testing.suite.import_cost import check_light
 from deqcore.types import Status
 
 

@@ -18,14 +18,14 @@ import pytest
 import deqcore
 from deqcore import plugins
 from deqcore.abc.backward import StepStrategy, Strategy
-from deqcore.testing.backend_derivatives import check_golden
-from deqcore.testing.conformance import DTYPES, chosen, needs, several
-from deqcore.testing.fixtures import Kit, affine, close
 from deqcore.testing.problems import golden
-from deqcore.testing.scales import scaled, scales
-from deqcore.testing.strategy_claims import ClaimTests
-from deqcore.testing.strategy_route import AdjointTests
-from deqcore.testing.strategy_steps import StepStrategyTests
+from deqcore.testing.suite.backend.derivatives import check_golden
+from deqcore.testing.suite.base import DTYPES, chosen, needs, several
+from deqcore.testing.suite.fixtures import Kit, affine, close
+from deqcore.testing.suite.scales import scaled, scales
+from deqcore.testing.suite.strategy.adjoint import AdjointTests
+from deqcore.testing.suite.strategy.cost_bounds import ClaimTests
+from deqcore.testing.suite.strategy.step_strategy import StepStrategyTests
 from deqcore.testing.tolerances import tolerance
 
 

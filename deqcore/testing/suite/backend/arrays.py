@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from deqcore.testing.conformance import DTYPES, Conformance, needs, several
-from deqcore.testing.fixtures import Kit, close
-from deqcore.testing.scales import EXPONENTS, scales
+from deqcore.testing.suite.base import DTYPES, Conformance, needs, several
+from deqcore.testing.suite.fixtures import Kit, close
+from deqcore.testing.suite.scales import EXPONENTS, scales
 
 
 class Counter(NamedTuple):

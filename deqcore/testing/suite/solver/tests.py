@@ -17,14 +17,14 @@ import pytest
 import deqcore
 from deqcore import plugins
 from deqcore.abc.solver import Solver
-from deqcore.testing.conformance import DTYPES, chosen, claimed, several
-from deqcore.testing.fixtures import Affine, Kit, affine, close
 from deqcore.testing.problems import golden, names, raveled
-from deqcore.testing.scales import scaled, scales, times
-from deqcore.testing.solver_ends import EndTests
-from deqcore.testing.solver_estimate import EstimateTests
-from deqcore.testing.solver_search import SearchTests
-from deqcore.testing.solver_steps import StepTests
+from deqcore.testing.suite.base import DTYPES, chosen, claimed, several
+from deqcore.testing.suite.fixtures import Affine, Kit, affine, close
+from deqcore.testing.suite.scales import scaled, scales, times
+from deqcore.testing.suite.solver.estimate import EstimateTests
+from deqcore.testing.suite.solver.search import SearchTests
+from deqcore.testing.suite.solver.steps import StepTests
+from deqcore.testing.suite.solver.termination import EndTests
 from deqcore.testing.tolerances import tolerance
 from deqcore.types import Status
 

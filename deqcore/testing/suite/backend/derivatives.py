@@ -12,10 +12,10 @@ import pytest
 import deqcore
 from deqcore import errors
 from deqcore.solve import failures
-from deqcore.testing.conformance import DTYPES, Conformance, needs, several
-from deqcore.testing.fixtures import Kit, affine, close
 from deqcore.testing.problem import walk
 from deqcore.testing.problems import Golden, golden
+from deqcore.testing.suite.base import DTYPES, Conformance, needs, several
+from deqcore.testing.suite.fixtures import Kit, affine, close
 from deqcore.testing.tolerances import tolerance
 
 

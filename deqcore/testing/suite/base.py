@@ -27,9 +27,9 @@ except ImportError as error:
 import deqcore
 from deqcore.abc.backend import Backend
 from deqcore.testing import strict
-from deqcore.testing.fixtures import Kit
 from deqcore.testing.problems import golden
-from deqcore.testing.processes import installed
+from deqcore.testing.runner.processes import installed
+from deqcore.testing.suite.fixtures import Kit
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -111,7 +111,7 @@ class Conformance:
 
 
 def claimed(config: Any, own: Mapping[str, int] | None, subject: Any, settings: Mapping[str, object]) -> Any:
-    """Claims of a solver or strategy: of the class under test, the option `--deqcore-cost_bounds`, or the subject's own.
+    """Claims of a solver or strategy: of the class under test, the option `--deqcore-cost-bounds`, or the subject's own.
 
     The subject speaks of its default options only.
     """

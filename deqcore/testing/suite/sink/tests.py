@@ -16,7 +16,7 @@ from deqcore.monitor.metrics import Metrics
 from deqcore.monitor.monitor import Monitor
 from deqcore.monitor.settings import make_sink
 from deqcore.monitor.sink import Event, Row, RunInfo, Sink
-from deqcore.testing.import_cost import check_light
+from deqcore.testing.suite.import_cost import check_light
 
 METRIC = "deq_forward_steps"
 

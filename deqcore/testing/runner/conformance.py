@@ -15,7 +15,7 @@ from typing import Final, Literal
 from deqcore import get_backend, plugins
 from deqcore.errors import BackendError, ConfigError, MissingExtraError
 from deqcore.testing import strict
-from deqcore.testing.processes import environment, installed
+from deqcore.testing.runner.processes import environment, installed
 
 Kind = Literal["backend", "solver", "strategy"]
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from deqcore.abc.backward import Strategy
-from deqcore.testing.conformance import Conformance, claimed, several
-from deqcore.testing.fixtures import Affine, Kit, close
 from deqcore.testing.problems import golden, names, raveled
-from deqcore.testing.strategy_route import solve_adjoint, unlike
+from deqcore.testing.suite.base import Conformance, claimed, several
+from deqcore.testing.suite.fixtures import Affine, Kit, close
+from deqcore.testing.suite.strategy.adjoint import solve_adjoint, unlike
 from deqcore.types import AdjointReport, Array, Status
 
 

@@ -16,10 +16,10 @@ from deqcore.abc.backend import Backend
 from deqcore.abc.history import History
 from deqcore.abc.solver import Solver, map_state
 from deqcore.solve.loop import copy_state
-from deqcore.testing.conformance import DTYPES, Conformance, needs, several
-from deqcore.testing.fixtures import Kit, affine, close
-from deqcore.testing.import_cost import check_light
 from deqcore.testing.problems import golden
+from deqcore.testing.suite.base import DTYPES, Conformance, needs, several
+from deqcore.testing.suite.fixtures import Kit, affine, close
+from deqcore.testing.suite.import_cost import check_light
 from deqcore.types import Map
 
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from deqcore.solve.loop import iterate
 from deqcore.solvers.picard import Picard
-from deqcore.testing.conformance import DTYPES, Conformance, needs, several
-from deqcore.testing.fixtures import Kit, close
+from deqcore.testing.suite.base import DTYPES, Conformance, needs, several
+from deqcore.testing.suite.fixtures import Kit, close
 from deqcore.types import Status, StoppingCriteria
 
 

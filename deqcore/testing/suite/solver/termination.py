@@ -7,8 +7,8 @@ from typing import Any, Final
 import numpy as np
 
 from deqcore.abc.solver import Solver
-from deqcore.testing.conformance import Conformance, several
-from deqcore.testing.fixtures import Kit, affine, close
+from deqcore.testing.suite.base import Conformance, several
+from deqcore.testing.suite.fixtures import Kit, affine, close
 from deqcore.types import Map, Status
 
 BUDGET: Final = 80

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from deqcore.abc.solver import Solver
-from deqcore.testing.conformance import Conformance
-from deqcore.testing.fixtures import Affine, Kit, affine, close
 from deqcore.testing.problems import golden
-from deqcore.testing.solver_steps import overshooting, walk_steps
+from deqcore.testing.suite.base import Conformance
+from deqcore.testing.suite.fixtures import Affine, Kit, affine, close
+from deqcore.testing.suite.solver.steps import overshooting, walk_steps
 from deqcore.types import Map
 
 

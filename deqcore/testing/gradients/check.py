@@ -18,10 +18,10 @@ from deqcore import plugins
 from deqcore.abc.backward import StepStrategy
 from deqcore.errors import BackendError
 from deqcore.testing import worker
-from deqcore.testing.compare import Comparison, differ, quantities, size
+from deqcore.testing.gradients.compare import Comparison, differ, quantities, size
 from deqcore.testing.problem import walk
 from deqcore.testing.problems import Golden, golden, unraveled
-from deqcore.testing.processes import Task, installed, run_all
+from deqcore.testing.runner.processes import Task, installed, run_all
 from deqcore.testing.tolerances import tolerance
 from deqcore.testing.worker import Job
 

@@ -15,10 +15,10 @@ import pytest
 from deqcore import plugins
 from deqcore.abc.backward import StepStrategy, Strategy
 from deqcore.solve.verification import random_halves, verified
-from deqcore.testing.conformance import DTYPES, Conformance, several
-from deqcore.testing.fixtures import Affine, DenseEstimate, Kit, affine, close
-from deqcore.testing.import_cost import check_light
-from deqcore.testing.scales import scales
+from deqcore.testing.suite.base import DTYPES, Conformance, several
+from deqcore.testing.suite.fixtures import Affine, DenseEstimate, Kit, affine, close
+from deqcore.testing.suite.import_cost import check_light
+from deqcore.testing.suite.scales import scales
 from deqcore.types import AdjointReport, Array, Status
 
 FLAT = -np.stack([np.eye(6)] * 3)

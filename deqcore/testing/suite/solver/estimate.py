@@ -12,9 +12,9 @@ import pytest
 import deqcore
 from deqcore.abc.inverse_jacobian import InverseJacobian
 from deqcore.abc.solver import Solver
-from deqcore.testing.conformance import Conformance
-from deqcore.testing.fixtures import Affine, Kit, affine, close
-from deqcore.testing.solver_steps import walk_steps
+from deqcore.testing.suite.base import Conformance
+from deqcore.testing.suite.fixtures import Affine, Kit, affine, close
+from deqcore.testing.suite.solver.steps import walk_steps
 
 
 class EstimateTests(Conformance):

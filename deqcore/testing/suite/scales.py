@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from deqcore.testing.fixtures import Kit
+from deqcore.testing.suite.fixtures import Kit
 from deqcore.types import Array, Tree
 
 EXPONENTS: Final = {"float64": 664, "float32": 83, "bfloat16": 83}  # 1e±200, 1e±25, 1e±25
