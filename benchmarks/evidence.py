@@ -20,14 +20,14 @@ from typing import Any, Final
 
 from deqcore.bench.machine import describe
 from deqcore.errors import DeqcoreError, did_you_mean, listing
-from deqcore.study import table
 from deqcore.study.grid import Own
 from deqcore.study.main import plan
-from deqcore.study.retraining import accumulations
+from deqcore.study.report import table
+from deqcore.study.report.retraining import accumulations
+from deqcore.study.report.summary import Interval, Row, rows
+from deqcore.study.report.table import significant
 from deqcore.study.settings import read
 from deqcore.study.store import Store
-from deqcore.study.summary import Interval, Row, rows
-from deqcore.study.table import significant
 
 HOME: Final = Path(__file__).resolve().parents[1] / "docs" / "evidence"
 STUDIES: Final = ("slow-torch", "text-torch", "images-torch", "digits-torch", "rounds-torch", "digits-jax")

@@ -13,11 +13,12 @@ from rich.console import Console
 from deqcore import plugins
 from deqcore.bench.machine import describe
 from deqcore.errors import BackendError
-from deqcore.study import device, gates, ray_executor, report, table
+from deqcore.study.executors import device, ray
+from deqcore.study.executors.local import run
+from deqcore.study.executors.schedule import schedule, timed
 from deqcore.study.grid import Cell, Own, cells
-from deqcore.study.local_executor import run
 from deqcore.study.progress import Live
-from deqcore.study.schedule import schedule, timed
+from deqcore.study.report import gates, page, table
 from deqcore.study.settings import Study, read
 from deqcore.study.store import Store, StudyError
 
@@ -88,10 +89,10 @@ def study(request: Request, console: Console) -> None:
             console.print(f"{done} of {len(grid)} cells were finished before.", style="dim")
         with Live(console, grid, done) as live:
             spread = request.executor == "ray"
-            results = ray_executor.run(place, grid, live) if spread else run(place, grid, live, request.jobs)
+            results = ray.run(place, grid, live) if spread else run(place, grid, live, request.jobs)
         if request.jobs > 1 or spread:
             results = timed(place, grid, results, console)
-        found = report.write(place.root, settings, results, about)
+        found = page.write(place.root, settings, results, about)
     console.print(table.terminal(found))
     if settings.gates:
         console.print(gates.judge(found, settings.gates).sentence(settings.language))

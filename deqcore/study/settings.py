@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from deqcore.errors import ConfigError
-from deqcore.study.translations import LANGUAGES
+from deqcore.study.report.translations import LANGUAGES
 
 Option: TypeAlias = bool | int | float | str
 
@@ -150,7 +150,7 @@ class Gate(Table):
     Attributes:
         stage: "pilot", "shadow", "rollout" or a name of your own; stages are passed in the order of the file.
         strategy: label of the strategy on trial.
-        metric: see `deqcore.study.gates.METRICS`.
+        metric: see `deqcore.study.report.gates.METRICS`.
         at_least: the lowest value that passes.
         at_most: the highest value that passes.
     """

@@ -13,7 +13,7 @@ from scipy import stats
 
 from benchmarks import evidence
 from deqcore.errors import DeqcoreError
-from deqcore.study.summary import rows
+from deqcore.study.report.summary import rows
 
 LABELS = ("exact-ift", "broyden-reuse", "plain reuse", "jacobian-free")
 

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from deqcore.cli.app import main
-from deqcore.study import data, ray_executor, store
+from deqcore.study import data, store
+from deqcore.study.executors import ray
+from deqcore.study.executors.worker import train
 from deqcore.study.grid import Cell, Own, cells
 from deqcore.study.settings import DataChoice, read
 from deqcore.study.store import Store, StudyError
-from deqcore.study.worker import train
 
 pytest.importorskip("torch")
 
@@ -48,7 +49,7 @@ def tiny(epochs: int = 2) -> Cell:
 def test_a_machine_sends_progress_and_files_and_goes_on_from_what_it_gets(tmp_path: Path):
     from deqcore_torch.study import TorchTrainer
 
-    from deqcore.study.train import Training
+    from deqcore.study.train.loop import Training
 
     cell = tiny()
     whole = train(cell, tmp_path / "whole", lambda _: None)
@@ -64,7 +65,7 @@ def test_a_machine_sends_progress_and_files_and_goes_on_from_what_it_gets(tmp_pa
     with pytest.raises(Stop):
         Training(cell, digits, TorchTrainer, tmp_path / "cut", stop).run()
     half = (tmp_path / "cut" / "progress.safetensors").read_bytes()
-    told = list(ray_executor.train(cell.as_dict(), {"progress.safetensors": half}))
+    told = list(ray.train(cell.as_dict(), {"progress.safetensors": half}))
     files = {name: content for each in told for name, content in each["files"].items()}
     assert set(files) == {"progress.safetensors", "result.json"}
     assert {each["progress"]["epoch"] for each in told if each["progress"]} == {2}  # the first epoch is not done again
@@ -99,7 +100,7 @@ class Lossy:
 def test_a_lost_machine_is_told_with_what_to_do(tmp_path: Path):
     watcher: Any = None
     with pytest.raises(StudyError, match="the cluster lost it: the node died. What was finished is kept"):
-        ray_executor._run(Lossy(), Store(tmp_path), [tiny()], watcher)
+        ray._run(Lossy(), Store(tmp_path), [tiny()], watcher)
 
 
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any):

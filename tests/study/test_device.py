@@ -12,8 +12,8 @@ import pytest
 from deqcore.cli.app import main
 from deqcore.config import Config
 from deqcore.errors import BackendError
+from deqcore.study.executors.local import GPU, environment
 from deqcore.study.grid import Cell, Own, cells
-from deqcore.study.local_executor import GPU, environment
 from deqcore.study.models import find
 from deqcore.study.models.base import Shape
 from deqcore.study.settings import read

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from deqcore.study import data, store
+from deqcore.study.executors.worker import train
 from deqcore.study.grid import Cell, Own, cells
 from deqcore.study.settings import DataChoice, read
-from deqcore.study.train import CellFailure, Training, audited, batches, initial_weights
-from deqcore.study.worker import train
+from deqcore.study.train.loop import CellFailure, Training, audited, batches, initial_weights
 
 DIGITS = data.load(DataChoice(name="digits"))
 

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from deqcore.study import plots, report, table
-from deqcore.study.gates import judge
 from deqcore.study.grid import Cell, Own, cells
-from deqcore.study.recommendation import answers, bill, devices
-from deqcore.study.retraining import accumulations
+from deqcore.study.report import page, plots, table
+from deqcore.study.report.gates import judge
+from deqcore.study.report.recommendation import answers, bill, devices
+from deqcore.study.report.retraining import accumulations
+from deqcore.study.report.summary import Interval, reference, rows
+from deqcore.study.report.translations import EN, HEADS_JA, JA, head
 from deqcore.study.settings import Cost, Study, read
-from deqcore.study.summary import Interval, reference, rows
-from deqcore.study.translations import EN, HEADS_JA, JA, head
 
 SPEED = {"exact-ift": 4.0, "broyden-reuse": 3.0, "jacobian-free": 2.0, "explicit": 1.0}
 LOSS = {"exact-ift": 0.0, "broyden-reuse": 0.002, "jacobian-free": 0.05, "explicit": 0.0}
@@ -146,7 +146,7 @@ def test_memory_saved_is_fewer_devices(tmp_path: Path, share: float, count: int,
     (answer,) = answers(rows(results), study.cost)
     assert answer.against_exact is not None
     assert devices(answer.against_exact.memory, study.cost) == wanted
-    report.write(tmp_path, study, results, ABOUT)
+    page.write(tmp_path, study, results, ABOUT)
     sentence = f"{wanted} devices do for the {count} that exact gradients need"
     assert (sentence in (tmp_path / "report.html").read_text()) == (wanted is not None)
 
@@ -177,7 +177,7 @@ def test_a_failed_cell_is_told_and_nothing_else_suffers(tmp_path: Path):
         "detail": "<loss> nan",
         "cell": bad["cell"],
     }
-    found = report.write(tmp_path, study, results, ABOUT)
+    found = page.write(tmp_path, study, results, ABOUT)
     (row,) = (row for row in found if row.name == "jacobian-free")
     assert set(row.results) == {0, 2}
     assert row.failures == {1: "diverged: <loss> nan"}
@@ -191,7 +191,7 @@ def test_a_failed_cell_is_told_and_nothing_else_suffers(tmp_path: Path):
 )
 def test_too_few_seeds_recommend_nothing(tmp_path: Path, seeds: list[int], head: str):
     study, results = made(models=["dense"], seeds=seeds)
-    report.write(tmp_path, study, results, ABOUT)
+    page.write(tmp_path, study, results, ABOUT)
     (said,) = re.findall(r"For dense on digits[^<]*", (tmp_path / "report.html").read_text())
     assert head in said
 
@@ -199,14 +199,14 @@ def test_too_few_seeds_recommend_nothing(tmp_path: Path, seeds: list[int], head:
 def test_nothing_trained(tmp_path: Path):
     study, results = made(models=["dense"])
     failed = [{"status": "failed", "reason": "error", "detail": "x", "cell": each["cell"]} for each in results]
-    found = report.write(tmp_path, study, failed, ABOUT)
+    found = page.write(tmp_path, study, failed, ABOUT)
     assert "nothing trained to the end" in (tmp_path / "report.html").read_text()
     assert "–" in table.markdown(found)
 
 
 def test_the_files_hold_what_the_results_say(tmp_path: Path):
     study, results = made()
-    report.write(tmp_path, study, results, ABOUT)
+    page.write(tmp_path, study, results, ABOUT)
     told = json.loads((tmp_path / "results.json").read_text())
     for row in told["summary"]:
         name = row["strategy"] if row["strategy"] != "–" else "explicit"
@@ -263,7 +263,7 @@ def test_the_growth_of_the_gap_is_paired_by_seed():
 @pytest.mark.parametrize(("language", "words"), [("en", "builds up from round to round"), ("ja", "蓄積しています")])
 def test_the_report_shows_the_rounds(tmp_path: Path, language: str, words: str):
     study, results = grown(0.02, language=language)
-    report.write(tmp_path, study, results, ABOUT)
+    page.write(tmp_path, study, results, ABOUT)
     page = (tmp_path / "report.html").read_text()
     assert words in page
     mine = [each for each in results if each["cell"]["strategy"]["name"] == "broyden-reuse"]
@@ -276,7 +276,7 @@ def test_the_report_shows_the_rounds(tmp_path: Path, language: str, words: str):
 
 def test_a_single_training_has_no_rounds_to_show(tmp_path: Path):
     study, results = made(models=["dense"])
-    report.write(tmp_path, study, results, ABOUT)
+    page.write(tmp_path, study, results, ABOUT)
     assert "Retraining under drift" not in (tmp_path / "report.html").read_text()
 
 
@@ -299,7 +299,7 @@ def test_the_page_needs_nothing_from_outside_and_escapes_names(tmp_path: Path, l
     study, results = made(
         name=evil, language=language, strategies=["exact-ift", {"name": "broyden-reuse", "label": f"plain {evil}"}]
     )
-    report.write(tmp_path, study, results, ABOUT)
+    page.write(tmp_path, study, results, ABOUT)
     page = (tmp_path / "report.html").read_text()
     assert ("テスト精度 %" in page) == (language == "ja")
     links = Links()

@@ -15,7 +15,7 @@ from deqcore.study.data.base import Dataset, Split
 from deqcore.study.data.drift import drifted
 from deqcore.study.grid import Cell, Own, cells
 from deqcore.study.settings import DataChoice, read
-from deqcore.study.train import Training, audited, rate
+from deqcore.study.train.loop import Training, audited, rate
 
 DIGITS = data.load(DataChoice(name="digits"))
 

@@ -18,11 +18,11 @@ import pytest
 
 from deqcore.cli.app import main
 from deqcore.study import data, store
+from deqcore.study.executors.local import run
+from deqcore.study.executors.worker import train
 from deqcore.study.grid import Cell, Own, cells
-from deqcore.study.local_executor import run
 from deqcore.study.settings import DataChoice, ModelChoice, read
 from deqcore.study.store import Store
-from deqcore.study.worker import train
 
 pytest.importorskip("torch")
 
@@ -163,7 +163,7 @@ def test_a_process_that_the_system_kills_is_a_result(tmp_path: Path):
 
     def kill() -> None:
         for child in psutil.Process().children():
-            if "deqcore.study.worker" in child.cmdline():
+            if "deqcore.study.executors.worker" in child.cmdline():
                 os.kill(child.pid, signal.SIGKILL)
 
     place, cell = Store(tmp_path), tiny()

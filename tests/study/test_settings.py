@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from deqcore.errors import ConfigError, StrategyError, UnknownNameError
-from deqcore.study import gates
 from deqcore.study.grid import Cell, Own, cells
+from deqcore.study.report import gates
 from deqcore.study.settings import read
 
 

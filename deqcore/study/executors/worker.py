@@ -19,7 +19,7 @@ from deqcore import plugins
 from deqcore.errors import DeqcoreError
 from deqcore.study import data, store
 from deqcore.study.grid import Cell
-from deqcore.study.train import CellFailure, Tell, Training
+from deqcore.study.train.loop import CellFailure, Tell, Training
 
 OFTEN: Final = 0.1  # seconds between two lines of progress
 HANDOVER: Final = 30.0  # seconds that an orphan of a killed study gets to notice

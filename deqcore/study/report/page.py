@@ -9,14 +9,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from deqcore.study import store, table
-from deqcore.study.gates import Verdict, judge
-from deqcore.study.plots import name, plots
-from deqcore.study.recommendation import Answer, answers, devices
-from deqcore.study.retraining import Accumulation, accumulations
+from deqcore.study import store
+from deqcore.study.report import table
+from deqcore.study.report.gates import Verdict, judge
+from deqcore.study.report.plots import name, plots
+from deqcore.study.report.recommendation import Answer, answers, devices
+from deqcore.study.report.retraining import Accumulation, accumulations
+from deqcore.study.report.summary import METRICS, Interval, Row, rows
+from deqcore.study.report.translations import LANGUAGES, head, say
 from deqcore.study.settings import Cost, Study
-from deqcore.study.summary import METRICS, Interval, Row, rows
-from deqcore.study.translations import LANGUAGES, head, say
 
 
 def write(root: Path, study: Study, results: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> list[Row]:
@@ -49,7 +50,7 @@ def page(study: Study, found: Sequence[Row], verdict: Verdict, about: Mapping[st
     """The HTML. Every name in it is escaped: a class or a data set may be called anything."""
     from jinja2 import Environment, StrictUndefined
 
-    source = resources.files("deqcore.study").joinpath("report.html.j2").read_text(encoding="utf-8")
+    source = resources.files("deqcore.study.report").joinpath("report.html.j2").read_text(encoding="utf-8")
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=False).from_string(source)
     header, lines = table.cells(found)
     words = LANGUAGES[study.language]

@@ -9,8 +9,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from deqcore.study.retraining import accumulations
-from deqcore.study.summary import Row
+from deqcore.study.report.retraining import accumulations
+from deqcore.study.report.summary import Row
 
 PALETTE: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 PARTS: Final = (("forward", "#0072b2"), ("backward", "#d55e00"), ("update", "#999999"))

@@ -22,9 +22,9 @@ from deqcore.study import store
 from deqcore.study.data.base import Dataset, Split
 from deqcore.study.data.drift import drifted
 from deqcore.study.grid import Cell
-from deqcore.study.memory import PeakMemory
 from deqcore.study.models import find
-from deqcore.study.trainer import Figures, Step, Trainer
+from deqcore.study.train.memory import PeakMemory
+from deqcore.study.train.trainer import Figures, Step, Trainer
 
 Tell: TypeAlias = Callable[[Mapping[str, object]], None]
 

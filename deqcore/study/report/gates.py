@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from deqcore.errors import ConfigError
+from deqcore.study.report.summary import Row, reference
+from deqcore.study.report.translations import say
 from deqcore.study.settings import Gate
-from deqcore.study.summary import Row, reference
-from deqcore.study.translations import say
 
 
 def _points(row: Row, exact: Row | None) -> float | None:

@@ -12,8 +12,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from deqcore.study.executors.local import measure
 from deqcore.study.grid import Cell
-from deqcore.study.local_executor import measure
 from deqcore.study.store import Store, StudyError, write_json
 
 PROBES: Final = 3  # steps that an estimate rests on

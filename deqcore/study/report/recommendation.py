@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from deqcore.study.report.summary import Interval, Row, explicit, reference
 from deqcore.study.settings import Cost
-from deqcore.study.summary import Interval, Row, explicit, reference
 
 TOLERATED: Final = -0.01  # one point of accuracy below exact gradients, at the lower end of the interval
 HARMFUL: Final = 0.9  # cosine below which a reused gradient is warned about

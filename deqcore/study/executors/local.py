@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeAlias
 
-from deqcore.study import store, worker
+from deqcore.study import store
+from deqcore.study.executors import worker
 from deqcore.study.grid import Cell
 from deqcore.study.store import Store, StudyError
 
@@ -56,7 +57,7 @@ class Process:
         store.write_json(folder / "cell.json", cell.as_dict())
         with (folder / LOG).open("wb") as log:
             self.popen = subprocess.Popen(
-                [sys.executable, "-m", "deqcore.study.worker", str(folder), str(measured)],
+                [sys.executable, "-m", "deqcore.study.executors.worker", str(folder), str(measured)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -25,7 +25,7 @@ def check(device: str, backends: Iterable[str]) -> None:
     if device in ANYWHERE:
         return
     for backend in backends:
-        words = [sys.executable, "-m", "deqcore.study.device", backend, device]
+        words = [sys.executable, "-m", "deqcore.study.executors.device", backend, device]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]

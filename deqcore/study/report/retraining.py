@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from deqcore.study.summary import Interval, Result, Row, reference
+from deqcore.study.report.summary import Interval, Result, Row, reference
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from deqcore.study.summary import METRICS, Interval, Row
+from deqcore.study.report.summary import METRICS, Interval, Row
 
 
 def percent(value: Interval | None) -> str:

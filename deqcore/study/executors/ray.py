@@ -15,8 +15,8 @@ from typing import Any, Final
 
 from deqcore.errors import MissingExtraError
 from deqcore.study import store
+from deqcore.study.executors.local import Events, Process, Watcher
 from deqcore.study.grid import Cell
-from deqcore.study.local_executor import Events, Process, Watcher
 from deqcore.study.store import Store, StudyError
 
 FILES: Final = ("progress.safetensors", "result.json")  # that travel; the rest is made anew
