@@ -20,11 +20,11 @@ from typing import Any, Final
 
 from deqcore.bench.machine import describe
 from deqcore.errors import DeqcoreError, did_you_mean, listing
-from deqcore.study.grid import Own
+from deqcore.study.grid import UserCode
 from deqcore.study.main import plan
 from deqcore.study.report import table
 from deqcore.study.report.retraining import accumulations
-from deqcore.study.report.summary import Interval, Row, rows
+from deqcore.study.report.summary import Interval, SummaryRow, rows
 from deqcore.study.report.table import significant
 from deqcore.study.settings import read
 from deqcore.study.store import Store
@@ -139,7 +139,7 @@ def _finished(name: str, folder: Path) -> list[dict[str, Any]]:
     """Results of the cells that have one, in the order of the grid; what other settings left there is no part of it."""
     asked = settings(name) | {"backends": [name.partition("-")[2]]}
     place = Store(folder)
-    found = [place.result(cell) for cell in plan(read(asked, f"{name}.toml"), Own())]
+    found = [place.result(cell) for cell in plan(read(asked, f"{name}.toml"), UserCode())]
     return _alone([result for result in found if result is not None])
 
 
@@ -186,7 +186,7 @@ def _section(name: str) -> str:
     return "\n".join([*lines, table.markdown(found), *verdicts(name, found), ""])
 
 
-def verdicts(name: str, found: Sequence[Row]) -> list[str]:
+def verdicts(name: str, found: Sequence[SummaryRow]) -> list[str]:
     """What the rows say about the questions that the evidence is for."""
     by = {row.strategy: row for row in found if not row.explicit}
     exact, free, certified, plain = (
@@ -207,7 +207,7 @@ def verdicts(name: str, found: Sequence[Row]) -> list[str]:
     return [*lines, *_times(certified, exact, free), *_rounds(found)]
 
 
-def _times(certified: Row, exact: Row, free: Row) -> list[str]:
+def _times(certified: SummaryRow, exact: SummaryRow, free: SummaryRow) -> list[str]:
     to_free, to_exact = (certified.ratio(other, "training") for other in (free, exact))
     if to_free is None and to_exact is None:
         return []
@@ -222,7 +222,7 @@ def _quick(value: Interval | None, name: str, wanted: str, limit: float) -> str:
     return f"{_ratio(value)} of {name} ({wanted}: {told})"
 
 
-def _rounds(found: Sequence[Row]) -> list[str]:
+def _rounds(found: Sequence[SummaryRow]) -> list[str]:
     """What became of the gap to exact gradients over rounds of retraining."""
     return [
         f"- {each.row.label}, gap to exact gradients in round 1: {_points(each.gap[0])}, in round {len(each.gap)}: "
@@ -259,7 +259,7 @@ def _separated(gap: Interval | None) -> str:
     return f", {gap.mean / error:.1f} standard errors: the task {told} as evidence on strategies" if error else ""
 
 
-def _cosine(row: Row) -> str:
+def _cosine(row: SummaryRow) -> str:
     value = row.metric("cosine")
     return "" if value is None else f", cosine of its gradient {value.mean:.3f}"
 

@@ -10,7 +10,7 @@ from benchmarks.steps import Step
 from benchmarks.targets import COLUMNS, Results, targets
 from deqcore.bench import plots
 from deqcore.bench.report import cells, disturbed, machine_text, markdown, spread
-from deqcore.bench.rows import Row
+from deqcore.bench.rows import BenchRow
 from deqcore.bench.sweeps import STEPS, Point
 from deqcore.bench.timing import SHARE, Spread
 
@@ -117,7 +117,7 @@ def _plots(found: Results, out: Path) -> dict[str, str]:
     """Draw all; returns captions by file name."""
     made: dict[str, str] = {}
     for framework in ("torch", "jax"):
-        rows: list[Row] = [row for row in found.rows if row.framework == framework]
+        rows: list[BenchRow] = [row for row in found.rows if row.framework == framework]
         if rows:
             file = f"{framework}-overhead.png"
             made[file] = f"Overhead of each solver, {framework}"

@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 
 from benchmarks.steps import Step
 from deqcore.bench.report import spread
-from deqcore.bench.rows import Row
+from deqcore.bench.rows import BenchRow
 from deqcore.bench.timing import Spread
 
 COLUMNS: Final = ("what", "target", "measured", "peer", "verdict")
@@ -63,21 +63,23 @@ class Results:
 
     def __init__(self, results: Mapping[str, Any]) -> None:
         self.sections: Mapping[str, Any] = results["sections"]
-        self.rows = [Row.of(row) for name in ("cases-torch", "cases-jax") for row in self.section(name).get("rows", ())]
+        self.rows = [
+            BenchRow.of(row) for name in ("cases-torch", "cases-jax") for row in self.section(name).get("rows", ())
+        ]
         self.steps = {step["layer"]: Step.of(step) for step in self.section("training-torch").get("steps", ())}
 
     def section(self, name: str) -> Mapping[str, Any]:
         """One section, empty if it is missing."""
         return self.sections.get(name, {})
 
-    def row(self, framework: str, case: str, contender: str) -> Row | None:
+    def row(self, framework: str, case: str, contender: str) -> BenchRow | None:
         """A contender that was timed."""
         for row in self.rows:
             if (row.framework, row.case, row.contender) == (framework, case, contender):
                 return row if row.seconds else None
         return None
 
-    def listed(self, framework: str, case: str, contender: str) -> Row | None:
+    def listed(self, framework: str, case: str, contender: str) -> BenchRow | None:
         """A contender, timed or not."""
         found = [r for r in self.rows if (r.framework, r.case, r.contender) == (framework, case, contender)]
         return found[0] if found else None

@@ -19,7 +19,7 @@ from benchmarks.cells import attention, conv, mixed_conv
 from benchmarks.peers import LIBRARIES
 from deqcore.bench.cases import Case, dense
 from deqcore.bench.compare import compare
-from deqcore.bench.harness import Contender, Harness, Ready, Solve, ours
+from deqcore.bench.harness import Contender, Harness, Ready, SolveFunction, ours
 from deqcore.solvers.broyden import Broyden
 
 SOLVERS: Final = ("picard", "anderson", "broyden", "newton-krylov")
@@ -101,7 +101,7 @@ class Bounded(Contender):
         self.library, self.solver = contender.library, contender.solver
         self.exact, self.recompiles = contender.exact, contender.recompiles
 
-    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> Solve:
+    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> SolveFunction:
         if time.perf_counter() > self.until:
             raise TimeoutError("this case's share of the budget was spent before its turn: give a larger --budget")
         return self.contender.prepare(harness, ready, max_steps)
@@ -115,7 +115,7 @@ class Unusable(Contender):
     def __init__(self, library: str, error: Exception) -> None:
         self.library, self.error = library, error
 
-    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> Solve:
+    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> SolveFunction:
         raise self.error
 
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 from benchmarks.page import STEP_COLUMNS, step_cells
 from benchmarks.steps import Step
 from deqcore.bench import plots, report
-from deqcore.bench.rows import Row
+from deqcore.bench.rows import BenchRow
 from deqcore.bench.timing import Spread
 
 COMMAND: Final = "python -m benchmarks.accelerator --out docs/benchmarks"
@@ -133,7 +133,7 @@ def _notes(items: Items) -> str:
 
 def _cells(plain: Mapping[str, Any]) -> dict[str, str]:
     waits = plain.get("waits")
-    return report.cells(Row.of(plain)) | {"host waits": "" if waits is None else str(waits)}
+    return report.cells(BenchRow.of(plain)) | {"host waits": "" if waits is None else str(waits)}
 
 
 def _effects(parts: Mapping[str, Items]) -> Iterator[dict[str, str]]:
@@ -206,7 +206,7 @@ def _costs(parts: Mapping[str, Items]) -> Iterator[dict[str, str]]:
 def _plots(parts: Mapping[str, Items], out: Path) -> dict[str, str]:
     """Draw all; returns captions by file name."""
     made: dict[str, str] = {}
-    rows = [Row.of(row) for row in rows_of(parts, "cases")]
+    rows = [BenchRow.of(row) for row in rows_of(parts, "cases")]
     if any(row.seconds for row in rows):
         file = "accelerator-overhead.png"
         made[file] = "Overhead of each solver on the device"

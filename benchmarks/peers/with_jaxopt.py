@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jaxopt
 
-from deqcore.bench.harness import Contender, Harness, Outcome, Ready, Solve
+from deqcore.bench.harness import Contender, Harness, Ready, SolveFunction, SolveOutcome
 from deqcore.testing.problem import rebuild
 
 
@@ -22,7 +22,7 @@ class Jaxopt(Contender):
         self.make = make
         self.per_sample = per_sample
 
-    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> Solve:
+    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> SolveFunction:
         size = (ready.z0[0] if self.per_sample else ready.z0).size ** 0.5
 
         def solve(z0: Any, params: Any, inputs: Any, rtol: Any) -> Any:
@@ -36,10 +36,10 @@ class Jaxopt(Contender):
 
         compiled = jax.jit(jax.vmap(single, in_axes=(0, None, 0, None)) if self.per_sample else solve)
 
-        def run(rtol: float) -> Outcome:
+        def run(rtol: float) -> SolveOutcome:
             value, steps = compiled(ready.z0, ready.params, ready.inputs, rtol)
             harness.block(value)
-            return Outcome(value, int(steps.max()))
+            return SolveOutcome(value, int(steps.max()))
 
         return run
 

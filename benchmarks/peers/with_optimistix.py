@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optimistix
 
-from deqcore.bench.harness import Contender, Harness, Outcome, Ready, Solve
+from deqcore.bench.harness import Contender, Harness, Ready, SolveFunction, SolveOutcome
 
 
 class FixedPoint(Contender):
@@ -16,7 +16,7 @@ class FixedPoint(Contender):
     library = "optimistix"
     solver = "fixed-point"
 
-    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> Solve:
+    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> SolveFunction:
         def solve(z0: Any, params: Any, inputs: Any, rtol: Any) -> Any:
             found = optimistix.fixed_point(
                 lambda z, args: ready.f(z, *args),
@@ -30,10 +30,10 @@ class FixedPoint(Contender):
 
         compiled = jax.jit(solve)
 
-        def run(rtol: float) -> Outcome:
+        def run(rtol: float) -> SolveOutcome:
             value, steps = compiled(ready.z0, ready.params, ready.inputs, rtol)
             harness.block(value)
-            return Outcome(value, int(steps))
+            return SolveOutcome(value, int(steps))
 
         return run
 

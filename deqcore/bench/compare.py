@@ -11,8 +11,8 @@ from typing import Final
 import numpy as np
 
 from deqcore.bench.cases import Case
-from deqcore.bench.harness import Contender, Harness, Outcome, Ready, Solve, residuals
-from deqcore.bench.rows import Row
+from deqcore.bench.harness import Contender, Harness, Ready, SolveFunction, SolveOutcome, residuals
+from deqcore.bench.rows import BenchRow
 from deqcore.bench.timing import Clock, Rounds, interleave
 from deqcore.errors import DtypeToleranceWarning
 from deqcore.types import Array
@@ -41,7 +41,7 @@ def compare(
     clock: Clock = time.perf_counter,
     memory: bool = True,
     say: Say = silent,
-) -> list[Row]:
+) -> list[BenchRow]:
     """Measure all contenders on one case, interleaved.
 
     Contenders with a norm of their own get the loosest tolerance with which every sample of the state they return
@@ -71,10 +71,10 @@ def _compare(
     clock: Clock,
     memory: bool,
     say: Say,
-) -> list[Row]:
+) -> list[BenchRow]:
     ready = harness.ready(case)
-    rows: list[Row] = []
-    tasks: dict[str, Callable[[], Outcome]] = {}
+    rows: list[BenchRow] = []
+    tasks: dict[str, Callable[[], SolveOutcome]] = {}
     for contender in contenders:
         say(f"{harness.name}: {case.name}: {contender.name}")
         try:
@@ -92,7 +92,7 @@ def _compare(
     return [_timed(row, found, harness.queued) if row.contender in tasks else row for row in rows]
 
 
-def _timed(row: Row, found: Rounds, queued: int) -> Row:
+def _timed(row: BenchRow, found: Rounds, queued: int) -> BenchRow:
     return replace(
         row,
         seconds=found.seconds[row.contender],
@@ -102,10 +102,10 @@ def _timed(row: Row, found: Rounds, queued: int) -> Row:
     )
 
 
-def _failed(harness: Harness, ready: Ready, contender: Contender, error: Exception) -> Row:
+def _failed(harness: Harness, ready: Ready, contender: Contender, error: Exception) -> BenchRow:
     unknown = float("nan")
     text = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    return Row(
+    return BenchRow(
         framework=harness.name,
         case=ready.case.name,
         contender=contender.name,
@@ -136,7 +136,9 @@ def evaluation(harness: Harness, ready: Ready) -> Callable[[], object]:
     return run
 
 
-def _settle(harness: Harness, ready: Ready, contender: Contender, memory: bool) -> tuple[Row, Callable[[], Outcome]]:
+def _settle(
+    harness: Harness, ready: Ready, contender: Contender, memory: bool
+) -> tuple[BenchRow, Callable[[], SolveOutcome]]:
     """Warm up, find the tolerance, count."""
     case = ready.case
     solve = contender.prepare(harness, ready, case.max_steps)
@@ -145,13 +147,13 @@ def _settle(harness: Harness, ready: Ready, contender: Contender, memory: bool) 
         raise TimeoutError(f"one solve took {again:.0f} s, more than {PATIENCE:.0f} s: not searched, not timed")
     tolerance = _tolerance(harness, ready, contender, solve)
 
-    def run() -> Outcome:
+    def run() -> SolveOutcome:
         return solve(tolerance)
 
     count, value = counted(harness, ready, contender, solve, tolerance, case.max_steps)
     residual = residuals(harness, ready, value)
     reached = bool(residual.max() <= case.rtol * (1 + ROUNDING))
-    row = Row(
+    row = BenchRow(
         framework=harness.name,
         case=case.name,
         contender=contender.name,
@@ -172,14 +174,14 @@ def _bytes(harness: Harness, z: Array) -> int:
     return int(getattr(z, "nbytes", None) or harness.to_numpy(z).nbytes)
 
 
-def _seconds(solve: Solve, tolerance: float) -> float:
+def _seconds(solve: SolveFunction, tolerance: float) -> float:
     start = time.perf_counter()
     solve(tolerance)
     return time.perf_counter() - start
 
 
 def counted(
-    harness: Harness, ready: Ready, contender: Contender, solve: Solve, tolerance: float, max_steps: int
+    harness: Harness, ready: Ready, contender: Contender, solve: SolveFunction, tolerance: float, max_steps: int
 ) -> tuple[int, Array]:
     """Evaluations of f in one solve, and its value: counted from outside where f is called eagerly.
 
@@ -193,7 +195,7 @@ def counted(
     return max(watched.calls[0], found.evaluations or 0), found.value
 
 
-def _tolerance(harness: Harness, ready: Ready, contender: Contender, solve: Solve) -> float:
+def _tolerance(harness: Harness, ready: Ready, contender: Contender, solve: SolveFunction) -> float:
     """The case's own for a contender of the common norm.
 
     It bounds ‖f(z) − z‖ where f(z) is returned: where f(z) is
@@ -205,7 +207,7 @@ def _tolerance(harness: Harness, ready: Ready, contender: Contender, solve: Solv
     return tune(harness, ready, solve, few=contender.recompiles)
 
 
-def tune(harness: Harness, ready: Ready, solve: Solve, few: bool = False) -> float:
+def tune(harness: Harness, ready: Ready, solve: SolveFunction, few: bool = False) -> float:
     """The loosest tolerance with which every sample reaches the case's residual; the finest tried if none does.
 
     Args:

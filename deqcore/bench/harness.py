@@ -131,7 +131,7 @@ class Ready:
         return replace(self, f=f, calls=calls)
 
 
-class Outcome(NamedTuple):
+class SolveOutcome(NamedTuple):
     """What one solve gave.
 
     Attributes:
@@ -143,7 +143,7 @@ class Outcome(NamedTuple):
     evaluations: int | None = None
 
 
-Solve = Callable[[float], Outcome]
+SolveFunction = Callable[[float], SolveOutcome]
 
 
 class Contender(ABC):
@@ -167,7 +167,7 @@ class Contender(ABC):
         return f"{self.library} {self.solver}"
 
     @abstractmethod
-    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> Solve:
+    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> SolveFunction:
         """A solve with everything bound that does not belong to its time.
 
         Args:
@@ -192,7 +192,7 @@ class Deqcore(Contender):
         self.compact = compact
         self.settings = {"solver": solver, "on_failure": "ignore", **forward} | ({"compact": True} if compact else {})
 
-    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> Solve:
+    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> SolveFunction:
         """`fixed_point` without a gradient, compiled where the framework compiles."""
         config = Config(
             backend=harness.name,
@@ -207,11 +207,11 @@ class Deqcore(Contender):
 
         compiled = harness.jit(solve)
 
-        def run(rtol: float) -> Outcome:
+        def run(rtol: float) -> SolveOutcome:
             with harness.quiet():
                 value, evaluations = compiled(ready.z0, ready.params, ready.inputs, rtol)
             harness.block(value)
-            return Outcome(value, int(np.max(harness.to_numpy(evaluations), initial=0)))
+            return SolveOutcome(value, int(np.max(harness.to_numpy(evaluations), initial=0)))
 
         return run
 

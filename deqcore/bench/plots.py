@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from deqcore.bench.rows import Row
+from deqcore.bench.rows import BenchRow
 from deqcore.bench.sweeps import Point
 from deqcore.errors import MissingExtraError
 from deqcore.plugins import is_installed
@@ -31,7 +31,7 @@ def _pyplot() -> Any:
     return plt
 
 
-def overheads(rows: Sequence[Row], path: Path, title: str) -> None:
+def overheads(rows: Sequence[BenchRow], path: Path, title: str) -> None:
     """Overhead of each contender on each case: medians with quartiles, on a logarithmic axis.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from deqcore.bench.rows import Row
+from deqcore.bench.rows import BenchRow
 from deqcore.bench.timing import SHARE, Spread
 
 COLUMNS: Final = (
@@ -22,7 +22,7 @@ COLUMNS: Final = (
 SMALL: Final = 2**17  # bytes of a state below which the process's growth says nothing about it
 
 
-def cells(row: Row) -> dict[str, str]:
+def cells(row: BenchRow) -> dict[str, str]:
     """The cells of a table, by column."""
     if row.error:
         return dict.fromkeys(COLUMNS, "") | {
@@ -71,7 +71,7 @@ def machine_text(machine: Mapping[str, Any]) -> str:
     )
 
 
-def disturbed(rows: Iterable[Row]) -> int:
+def disturbed(rows: Iterable[BenchRow]) -> int:
     """How many kept rounds were disturbed by others, over the comparisons of these rows."""
     rounds = {(row.framework, row.case): row.disturbance for row in rows if row.seconds}
     return sum(each > SHARE for kept in rounds.values() for each in kept)

@@ -13,7 +13,7 @@ FLOATS: Final = ("residual_max", "residual_median", "tolerance", "first_seconds"
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchRow:
     """One contender on one case.
 
     Attributes:
@@ -57,7 +57,7 @@ class Row:
         """Seconds / (evaluations × seconds per f), paired by round; 1.0 is the limit of eager code."""
         return Spread.of_ratios(self.seconds, [max(1, self.evaluations) * each for each in self.reference])
 
-    def against(self, other: Row) -> Spread:
+    def against(self, other: BenchRow) -> Spread:
         """Seconds of this over seconds of another row of the same comparison, paired by round."""
         return Spread.of_ratios(self.seconds, other.seconds)
 
@@ -66,7 +66,7 @@ class Row:
         return {key: _known(value) for key, value in asdict(self).items()}
 
     @classmethod
-    def of(cls, plain: Mapping[str, Any]) -> Row:
+    def of(cls, plain: Mapping[str, Any]) -> BenchRow:
         """Undo `as_dict`."""
         found = {each.name: plain[each.name] for each in fields(cls)}
         blank = {key: math.nan for key in FLOATS if found[key] is None}

@@ -14,7 +14,7 @@ from typing import Final, Protocol, TypeAlias
 
 from deqcore.bench.machine import Bystanders
 
-Task: TypeAlias = Callable[[], object]
+TimedTask: TypeAlias = Callable[[], object]
 Clock: TypeAlias = Callable[[], float]
 
 LEAST_SECONDS: Final = 0.004  # a shorter task is repeated until it takes this long
@@ -23,7 +23,7 @@ LEAST_ROUNDS: Final = 3
 SHARE: Final = 0.05  # of the machine that others may use in a round that counts as undisturbed
 
 
-class Watch(Protocol):
+class LoadMeter(Protocol):
     """Which share of the machine others used, known once its block is left; see `machine.Bystanders`."""
 
     share: float
@@ -87,14 +87,14 @@ class _Round:
 
 
 def interleave(
-    tasks: Mapping[str, Task],
-    reference: Task | None = None,
+    tasks: Mapping[str, TimedTask],
+    reference: TimedTask | None = None,
     *,
     rounds: int = 9,
     share: float = SHARE,
     budget: float = 60.0,
     clock: Clock = time.perf_counter,
-    watch: Callable[[], AbstractContextManager[Watch]] = Bystanders,
+    watch: Callable[[], AbstractContextManager[LoadMeter]] = Bystanders,
 ) -> Rounds:
     """Time each task once per round, in rotating order, until enough rounds were undisturbed.
 
@@ -137,14 +137,14 @@ def _quietest(found: Sequence[_Round], rounds: int, share: float) -> list[_Round
     return [found[i] for i in sorted(ranked[:rounds])]
 
 
-def _lap(task: Task, repeats: int, reference: Task | None, beside: int, clock: Clock) -> _Lap:
+def _lap(task: TimedTask, repeats: int, reference: TimedTask | None, beside: int, clock: Clock) -> _Lap:
     before = _time(reference, beside, clock)[0] if reference else math.nan
     seconds, returned = _time(task, repeats, clock)
     after = _time(reference, beside, clock)[0] if reference else math.nan
     return _Lap(seconds, (before + after) / 2, returned)
 
 
-def _time(task: Task, repeats: int, clock: Clock) -> tuple[float, object]:
+def _time(task: TimedTask, repeats: int, clock: Clock) -> tuple[float, object]:
     returned: object = None
     start = clock()
     for _ in range(repeats):
@@ -152,7 +152,7 @@ def _time(task: Task, repeats: int, clock: Clock) -> tuple[float, object]:
     return (clock() - start) / repeats, returned
 
 
-def _repeats(task: Task, clock: Clock) -> int:
+def _repeats(task: TimedTask, clock: Clock) -> int:
     once = min(_time(task, 1, clock)[0] for _ in range(2))
     return min(MOST_REPEATS, max(1, math.ceil(LEAST_SECONDS / max(once, 1e-9))))
 

@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from deqcore import plugins
-from deqcore.cli.output import complain
+from deqcore.cli.output import print_error
 from deqcore.errors import DeqcoreError, PluginError
 from deqcore.plugins.builtin import BUILTIN
 
@@ -29,7 +29,7 @@ class LazyGroup(TyperGroup):
         try:
             return list(plugins.commands())
         except PluginError as error:
-            complain(error)
+            print_error(error)
             return list(BUILTIN["command"])
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
@@ -89,7 +89,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         typer.main.get_command(app)(args=args, prog_name="deqcore")
     except DeqcoreError as error:
-        complain(error)
+        print_error(error)
         sys.exit(2)
 
 

@@ -18,7 +18,7 @@ from deqcore.errors import ProblemError, did_you_mean, listing
 if TYPE_CHECKING:
     from deqcore.bench.cases import Case
     from deqcore.bench.harness import Harness
-    from deqcore.bench.rows import Row
+    from deqcore.bench.rows import BenchRow
 
 
 def command(
@@ -63,14 +63,14 @@ def command(
 
     if quick:
         rounds, budget = min(3, rounds), min(2.0, budget)
-    rows: list[Row] = []
+    rows: list[BenchRow] = []
     for each in cases:
         contenders = ours(solvers, each, harness.traced)
         rows += compare(harness, each, contenders, rounds=rounds, budget=budget, say=say)
     _answer(rows, out, as_json, harness.package)
 
 
-def _answer(rows: list[Row], out: Path | None, as_json: bool, package: str | None) -> None:
+def _answer(rows: list[BenchRow], out: Path | None, as_json: bool, package: str | None) -> None:
     from deqcore.bench import plots
     from deqcore.bench.report import COLUMNS, cells, machine_text, markdown
 

@@ -55,7 +55,7 @@ def gradients(
     dtypes = _dtypes(dtype or [])
     chosen = (backend or (), solver or (), strategy or (), dtypes)
     tell = _teller(as_json)
-    report = golden.check(*chosen, tell) if problem is None else user_problems.check_own(problem, *chosen, tell)
+    report = golden.check(*chosen, tell) if problem is None else user_problems.check_user_problem(problem, *chosen, tell)
     seconds = time.perf_counter() - start
     if as_json:
         typer.echo(json.dumps(render.as_json(report, seconds), indent=2))

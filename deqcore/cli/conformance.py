@@ -16,7 +16,7 @@ from deqcore.config import Config
 from deqcore.errors import ConfigError
 
 if TYPE_CHECKING:
-    from deqcore.testing.runner.conformance import Request
+    from deqcore.testing.runner.conformance import SuiteRequest
 
 Name: TypeAlias = Annotated[str, typer.Argument(help="Its registered name.")]
 Backends: TypeAlias = Annotated[
@@ -45,9 +45,9 @@ def backend(
     as_json: AsJson = False,
 ) -> None:
     """Check a backend: arrays, histories, loops, derivatives, gradients against stored truths."""
-    from deqcore.testing.runner.conformance import Request
+    from deqcore.testing.runner.conformance import SuiteRequest
 
-    report(Request("backend", name, (), device, expect=expect, select=select), junit, as_json)
+    report(SuiteRequest("backend", name, (), device, expect=expect, select=select), junit, as_json)
 
 
 def solver(
@@ -62,10 +62,10 @@ def solver(
     as_json: AsJson = False,
 ) -> None:
     """Check a solver: honest statuses everywhere, and convergence where plain iteration converges or it cost_bounds it."""
-    from deqcore.testing.runner.conformance import Request
+    from deqcore.testing.runner.conformance import SuiteRequest
 
     given = checked(options), checked(cost_bounds, "--cost-bounds", '{"slow-modes": 60}')
-    report(Request("solver", name, tuple(on or ()), device, *given, expect, select), junit, as_json)
+    report(SuiteRequest("solver", name, tuple(on or ()), device, *given, expect, select), junit, as_json)
 
 
 def strategy(
@@ -80,10 +80,10 @@ def strategy(
     as_json: AsJson = False,
 ) -> None:
     """Check a backward strategy: against closed forms, stored truths and its own report."""
-    from deqcore.testing.runner.conformance import Request
+    from deqcore.testing.runner.conformance import SuiteRequest
 
     given = checked(options), checked(cost_bounds, "--cost-bounds", '{"slow-modes": 60}')
-    report(Request("strategy", name, tuple(on or ()), device, *given, expect, select), junit, as_json)
+    report(SuiteRequest("strategy", name, tuple(on or ()), device, *given, expect, select), junit, as_json)
 
 
 def checked(text: str | None, option: str = "--options", example: str = '{"history_size": 5}') -> str | None:
@@ -96,7 +96,7 @@ def checked(text: str | None, option: str = "--options", example: str = '{"histo
     raise ConfigError(f"{option} {text!r}, but a JSON object is expected, such as '{example}'.")
 
 
-def report(request: Request, junit: Path | None, as_json: bool) -> None:
+def report(request: SuiteRequest, junit: Path | None, as_json: bool) -> None:
     """Run, print, and exit with 1 if a test failed."""
     from deqcore.testing.gradients.render import console
     from deqcore.testing.runner import conformance, render

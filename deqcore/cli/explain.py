@@ -20,7 +20,14 @@ from deqcore.bench.machine import describe
 from deqcore.cli.output import AsJson, show
 from deqcore.config import Config
 from deqcore.config import resolve as resolve_settings
-from deqcore.diagnostics.strategy_comparison import Choice, Row, Table, candidates, cheapest, survey
+from deqcore.diagnostics.strategy_comparison import (
+    ComparisonRow,
+    StrategyCandidate,
+    StrategyComparison,
+    candidates,
+    cheapest,
+    compare_strategies,
+)
 from deqcore.errors import BackendError, ConfigError, ProblemError, did_you_mean, listing
 from deqcore.solve.failures import coupling
 from deqcore.testing.problem import Problem, load_problem, place, rebuild
@@ -70,7 +77,7 @@ def command(
     task = _problem(problem)
     table = _survey(found, task, config, dtype, rounds, _teller(as_json))
     best = cheapest(table.rows, good)
-    verdict = _status_arrays(best, table, asked)
+    verdict = _verdict(best, table, asked)
     if as_json:
         typer.echo(json.dumps(_as_json(table, task, found, config, asked, best, verdict), indent=2))
     else:
@@ -82,7 +89,7 @@ def command(
         raise typer.Exit(1)
 
 
-def _accuracy(text: str) -> tuple[Callable[[Row], bool], str]:
+def _accuracy(text: str) -> tuple[Callable[[ComparisonRow], bool], str]:
     """What is asked for, as a test and in words.
 
     Raises:
@@ -126,7 +133,7 @@ def _problem(name: str) -> Problem:
 
 def _survey(
     backend: Backend, problem: Problem, config: Config, dtype: str, rounds: int, say: Callable[[str], object]
-) -> Table:
+) -> StrategyComparison:
     """Convert the data and measure; an error in the user's f says where it was raised."""
     if problem.backends is not None and backend.name not in problem.backends:
         raise ProblemError(
@@ -146,7 +153,7 @@ def _survey(
             raise
 
     try:
-        return survey(
+        return compare_strategies(
             harness, backend, watched, _data(problem, dtype, backend), config, _choices(config), rounds=rounds, say=say
         )
     except Exception as error:
@@ -155,10 +162,10 @@ def _survey(
         raise
 
 
-def _choices(config: Config) -> list[Choice]:
+def _choices(config: Config) -> list[StrategyCandidate]:
     """All candidates, and the configured one where it is none of them."""
     found = list(candidates())
-    own = Choice(config.backward.strategy, dict(config.backward.options))
+    own = StrategyCandidate(config.backward.strategy, dict(config.backward.options))
     plugins.make_strategy(own.strategy, own.options)  # a typo of the user's is no property of the problem
     known = [(each.strategy, dict(each.options)) for each in found]
     return found if (own.strategy, dict(own.options)) in known else [*found, own]
@@ -188,7 +195,7 @@ def _data(problem: Problem, dtype: str, backend: Backend) -> tuple[Tree, Tree, T
     return params, inputs, z0, g
 
 
-def _status_arrays(best: Row | None, table: Table, asked: str) -> str:
+def _verdict(best: ComparisonRow | None, table: StrategyComparison, asked: str) -> str:
     if best is not None:
         options = ", ".join(f"{name} = {_toml(value)}" for name, value in best.options.items())
         setting = f"backward.strategy = {best.strategy!r}" + (
@@ -213,7 +220,7 @@ def _toml(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else repr("none" if value is None else value)
 
 
-def _notes(table: Table, problem: Problem, backend: Backend, config: Config, *, timed: bool) -> list[str]:
+def _notes(table: StrategyComparison, problem: Problem, backend: Backend, config: Config, *, timed: bool) -> list[str]:
     lines = [
         f"{problem.name}: {table.samples} samples, backend {backend.name}, solver {config.forward.solver}.",
         "vjps: vector–Jacobian products, median (most) per sample; for phantom and unrolled the steps differentiated.",
@@ -234,7 +241,7 @@ def _notes(table: Table, problem: Problem, backend: Backend, config: Config, *, 
     return lines
 
 
-def _cells(row: Row) -> dict[str, object]:
+def _cells(row: ComparisonRow) -> dict[str, object]:
     """Text of one line of the table."""
 
     def number(value: float, form: str) -> str:
@@ -260,7 +267,13 @@ def _cells(row: Row) -> dict[str, object]:
 
 
 def _as_json(
-    table: Table, problem: Problem, backend: Backend, config: Config, asked: str, best: Row | None, verdict: str
+    table: StrategyComparison,
+    problem: Problem,
+    backend: Backend,
+    config: Config,
+    asked: str,
+    best: ComparisonRow | None,
+    verdict: str,
 ) -> dict[str, object]:
     return {
         "problem": problem.name,

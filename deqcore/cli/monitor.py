@@ -32,23 +32,23 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="Print one frame and end.")] = False,
 ) -> None:
     """Follow a log in the terminal. Ctrl-C ends it; where the output is no terminal, one frame is printed."""
-    from deqcore.monitor.live import view
+    from deqcore.monitor.live import live_view
     from deqcore.monitor.log.reader import Tail
 
     tail = Tail(log)
     console = Console()
     if once or not console.is_terminal:
         console = console if console.is_terminal else Console(width=120)
-        console.print(view(tail.finish(), window, console.width))
+        console.print(live_view(tail.finish(), window, console.width))
         return
     try:
-        with Live(view(tail.log, window, console.width), console=console, screen=True, auto_refresh=False) as live:
+        with Live(live_view(tail.log, window, console.width), console=console, screen=True, auto_refresh=False) as live:
             while True:
                 time.sleep(interval)
                 tail.poll()
-                live.update(view(tail.log, window, console.width), refresh=True)
+                live.update(live_view(tail.log, window, console.width), refresh=True)
     except KeyboardInterrupt:
-        console.print(view(tail.log, window, console.width))
+        console.print(live_view(tail.log, window, console.width))
 
 
 @app.command()

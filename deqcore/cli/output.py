@@ -14,13 +14,13 @@ from rich.text import Text
 
 from deqcore.errors import DeqcoreError
 
-Row: TypeAlias = Mapping[str, object]
+TableRow: TypeAlias = Mapping[str, object]
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 STYLES: Final = {"ok": "green", "heavy": "yellow", "broken": "red", "conflict": "red", "disabled": "dim"}
 
 
-def show(rows: Sequence[Row], columns: Iterable[str], *, as_json: bool, empty: str = "Nothing to show.") -> None:
+def show(rows: Sequence[TableRow], columns: Iterable[str], *, as_json: bool, empty: str = "Nothing to show.") -> None:
     """Print rows.
 
     Args:
@@ -47,7 +47,7 @@ def show(rows: Sequence[Row], columns: Iterable[str], *, as_json: bool, empty: s
     console.print(table)
 
 
-def complain(error: DeqcoreError) -> None:
+def print_error(error: DeqcoreError) -> None:
     """Print an error's message, red, to stderr."""
     text = Text(str(error), style="red")
     Console(stderr=True).print(Text("Error: ", style="bold red") + text, soft_wrap=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deqcore.cli.output import complain
+from deqcore.cli.output import print_error
 from deqcore.config import Config
 from deqcore.errors import DeqcoreError
 
@@ -15,4 +15,4 @@ def load_plugins() -> None:
     try:
         Config.discover()
     except DeqcoreError as error:
-        complain(error)
+        print_error(error)

@@ -43,12 +43,12 @@ def command(
     for package in NEEDED:
         if find_spec(package) is None:
             raise MissingExtraError.of("`deqcore study`", package, "study")
-    from deqcore.study.main import Request, study
+    from deqcore.study.main import StudyRequest, study
 
     if executor not in ("local", "ray"):
         raise ConfigError.bad_value("The command line", "--executor", executor, "'local' or 'ray'")
     table, origin = _table(file)
-    asked = Request(
+    asked = StudyRequest(
         table=table,
         origin=origin,
         changes={"backends": backend, "device": device, "language": language},

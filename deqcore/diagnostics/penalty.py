@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from deqcore.diagnostics.linearization import view
+from deqcore.diagnostics.linearization import linearize
 from deqcore.errors import InitialIterateError
 from deqcore.types import Array, Tree
 
@@ -53,7 +53,7 @@ def jacobian_penalty(
         >>> jacobian_penalty(lambda z: z @ a.T, z, noise=probes).tolist()  # ‖a‖_F² = 5
         [5.0]
     """
-    at = view(f, z, args, batch)
+    at = linearize(f, z, args, batch)
     probes = noise if isinstance(noise, list) and not isinstance(z, list) else [noise]
     if not probes:
         raise InitialIterateError("noise is an empty list, but at least one probe, a tree like z, is expected.")

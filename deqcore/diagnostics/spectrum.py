@@ -10,7 +10,7 @@ import numpy as np
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.history import History
-from deqcore.diagnostics.linearization import view
+from deqcore.diagnostics.linearization import linearize
 from deqcore.errors import ConfigError
 from deqcore.types import Array, Map, Tree
 
@@ -89,7 +89,7 @@ def spectral_radius(
         raise ConfigError.bad_value("spectral_radius", "tolerance", tolerance, "a number of at least 0")
     if max_products < 1:
         raise ConfigError.bad_value("spectral_radius", "max_products", max_products, "at least 1")
-    at = view(f, z, args, batch)
+    at = linearize(f, z, args, batch)
     rows, n = at.z.shape
     if not rows or not n:
         return Spectrum(np.zeros(rows), np.zeros(rows, complex), np.zeros(rows), 0)

@@ -35,12 +35,12 @@ VARIANTS: Final[Mapping[str, Sequence[Mapping[str, object]]]] = MappingProxyType
 )
 """Options under which a built-in strategy is tried; any other is tried with its defaults."""
 
-REFERENCE_PULLS: Final = 200
+REFERENCE_VJPS: Final = 200
 SECONDS = 30.0  # of waiting for undisturbed rounds
 
 
 @dataclass(frozen=True)
-class Choice:
+class StrategyCandidate:
     """A strategy with options."""
 
     strategy: str
@@ -57,7 +57,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparisonRow:
     """What one choice costs and how good it is. NaN: not known, or not measured.
 
     Attributes:
@@ -103,7 +103,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Table:
+class StrategyComparison:
     """All choices on one problem.
 
     Attributes:
@@ -115,7 +115,7 @@ class Table:
         pair: (i, j) if sample i of f(z) was seen to change when sample j of z does.
     """
 
-    rows: Sequence[Row]
+    rows: Sequence[ComparisonRow]
     failed: int
     samples: int
     trust: float
@@ -123,24 +123,24 @@ class Table:
     pair: tuple[int, int] | None = None
 
 
-def candidates() -> Iterator[Choice]:
+def candidates() -> Iterator[StrategyCandidate]:
     """Every registered strategy, in the options worth trying."""
     for name in plugins.strategies():
         for options in VARIANTS.get(name, ({},)):
-            yield Choice(name, options)
+            yield StrategyCandidate(name, options)
 
 
-def survey(
+def compare_strategies(
     harness: Harness,
     backend: Backend,
     f: Callable[..., Tree],
     data: tuple[Tree, Tree, Tree, Tree],
     config: Config,
-    choices: Sequence[Choice],
+    choices: Sequence[StrategyCandidate],
     *,
     rounds: int,
     say: Callable[[str], object] = lambda _: None,
-) -> Table:
+) -> StrategyComparison:
     """Measure the choices on z* = f(z*, params, inputs).
 
     Args:
@@ -154,14 +154,14 @@ def survey(
         say: told what is being done.
     """
     params, inputs, z0, g = data
-    plan = plan_call(config, _backward(Choice("exact-ift")), z0, (params, inputs))
+    plan = plan_call(config, _backward(StrategyCandidate("exact-ift")), z0, (params, inputs))
     space = plan.space
     raveled, start, cotangent = space.wrap(f), space.ravel(z0), space.ravel_like("cotangent", g)
     args = (params, inputs)
     say("the exact gradient")
     forward = adjoint.solve(plan, raveled, start, args)
     vjp = adjoint.vjp_at(plan, raveled, args, forward)
-    exact, residual, _ = adjoint.by_reference(plan, raveled, args, cotangent, forward, vjp, REFERENCE_PULLS)
+    exact, residual, _ = adjoint.by_reference(plan, raveled, args, cotangent, forward, vjp, REFERENCE_VJPS)
     status = backend.to_numpy(forward.status)
     coupling = adjoint.coupling(plan, vjp, forward)
     with backend.errstate():
@@ -178,34 +178,34 @@ def survey(
         seconds = interleave(tasks, rounds=rounds, budget=SECONDS).seconds
         rows = [_timed(row, seconds[row.label]) if row.label in tasks else row for row in rows]
     failed = int(np.sum(status != int(Status.CONVERGED)))
-    return Table(rows, failed, len(status), float(np.max(residual, initial=0.0)), coupling, pair)
+    return StrategyComparison(rows, failed, len(status), float(np.max(residual, initial=0.0)), coupling, pair)
 
 
 def _measure(
     harness: Harness,
     plan: Plan,
     config: Config,
-    choice: Choice,
+    choice: StrategyCandidate,
     f: Callable[..., Tree],
     raveled: tuple[Callable[..., Array], Array, tuple[Any, ...], Array],
     data: tuple[Tree, Tree, Tree, Tree],
     exact: adjoint.AdjointSolved,
     rounds: int,
-) -> tuple[Row, Callable[[], None] | None]:
+) -> tuple[ComparisonRow, Callable[[], None] | None]:
     """A choice's row, and what is to be timed for it.
 
     The forward solve and the exact gradient went through before, so whatever is raised here, by the strategy, the
     framework or an f that cannot be used in this way, is a property of the choice: its row says so.
     """
     try:
-        row = _update_status(harness, plan, config, choice, raveled, exact)
+        row = _measure_quality(harness, plan, config, choice, raveled, exact)
         if not rounds:
             return row, None
         task = _gradient(harness, config, choice, f, data)
         task()
         return replace(row, memory=peak_memory(task)), task
     except Exception as error:
-        return Row(choice.label, choice.strategy, dict(choice.options), failure=reason(error)), None
+        return ComparisonRow(choice.label, choice.strategy, dict(choice.options), failure=reason(error)), None
 
 
 def reason(error: Exception) -> str:
@@ -216,7 +216,7 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
-def _backward(choice: Choice) -> dict[str, Any]:
+def _backward(choice: StrategyCandidate) -> dict[str, Any]:
     return {
         "backward__strategy": choice.strategy,
         "backward__options": dict(choice.options),
@@ -226,13 +226,17 @@ def _backward(choice: Choice) -> dict[str, Any]:
     }
 
 
-def _timed(row: Row, seconds: list[float]) -> Row:
+def _timed(row: ComparisonRow, seconds: list[float]) -> ComparisonRow:
     spread = Spread.of(seconds)
     return replace(row, seconds=spread.median, low=spread.low, high=spread.high)
 
 
 def _gradient(
-    harness: Harness, config: Config, choice: Choice, f: Callable[..., Tree], data: tuple[Tree, Tree, Tree, Tree]
+    harness: Harness,
+    config: Config,
+    choice: StrategyCandidate,
+    f: Callable[..., Tree],
+    data: tuple[Tree, Tree, Tree, Tree],
 ) -> Callable[[], None]:
     """One gradient as a user computes it, compiled where the framework compiles."""
     params, inputs, z0, g = data
@@ -253,18 +257,18 @@ def _gradient(
     return run
 
 
-def _update_status(
+def _measure_quality(
     harness: Harness,
     plan: Plan,
     config: Config,
-    choice: Choice,
+    choice: StrategyCandidate,
     problem: tuple[Callable[..., Array], Array, tuple[Any, ...], Array],
     exact: adjoint.AdjointSolved,
-) -> Row:
+) -> ComparisonRow:
     """Everything but time and memory."""
     f, z0, args, g = problem
     backend = plan.backend
-    row = Row(choice.label, choice.strategy, dict(choice.options))
+    row = ComparisonRow(choice.label, choice.strategy, dict(choice.options))
     own = plan_call(config, _backward(choice), plan.space.unravel(z0), args)
 
     def once(z0: Array, args: tuple[Any, ...], g: Array) -> adjoint.AdjointSolved:
@@ -298,7 +302,7 @@ def _least(values: Any) -> float:
     return float(np.min(values)) if values.size else np.nan
 
 
-def cheapest(rows: Sequence[Row], good: Callable[[Row], bool]) -> Row | None:
+def cheapest(rows: Sequence[ComparisonRow], good: Callable[[ComparisonRow], bool]) -> ComparisonRow | None:
     """The quickest row that is good enough; by vjps where nothing was timed."""
     fitting = [row for row in rows if not row.failure and good(row)]
     return min(fitting, key=lambda row: (np.nan_to_num(row.seconds), row.vjps), default=None)

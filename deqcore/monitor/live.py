@@ -25,7 +25,7 @@ STYLES: Final = {"fired": "yellow", "cleared": "green", "retrain": "bold red", "
 ORDER: Final = {metric.name: index for index, metric in enumerate(STANDARD)}
 
 
-def view(log: Log, window: int, width: int = 120, now: float | None = None) -> RenderableType:
+def live_view(log: Log, window: int, width: int = 120, now: float | None = None) -> RenderableType:
     """A frame.
 
     Args:

@@ -14,14 +14,23 @@ from deqcore import plugins
 from deqcore.config import Config
 from deqcore.errors import ConfigError, StrategyError, UnknownNameError
 from deqcore.study.models import find
-from deqcore.study.settings import DataChoice, Drift, ModelChoice, SolverChoice, StrategyChoice, Study, Table, Training
+from deqcore.study.settings import (
+    DataChoice,
+    DriftSettings,
+    ModelChoice,
+    SettingsTable,
+    SolverChoice,
+    StrategyChoice,
+    Study,
+    TrainingSettings,
+)
 
 FORMAT: Final = 1  # of a cell's files; raised when old results cannot be read, or would come out differently
 EXPLICIT: Final = "explicit"
 
 
 @dataclass(frozen=True)
-class Own:
+class UserCode:
     """Import strings of the user's own code, from the command line."""
 
     data: str | None = None
@@ -40,10 +49,10 @@ class Cell:
     rtol: float
     seed: int
     max_steps: int
-    training: Training
-    own: Own = field(default=Own())
+    training: TrainingSettings
+    own: UserCode = field(default=UserCode())
     device: str = "auto"
-    drift: Drift = field(default=Drift())
+    drift: DriftSettings = field(default=DriftSettings())
 
     @property
     def explicit(self) -> bool:
@@ -100,20 +109,20 @@ class Cell:
     @classmethod
     def of(cls, plain: dict[str, Any]) -> Cell:
         """Undo `as_dict`."""
-        tables: dict[str, type[Table]] = {
+        tables: dict[str, type[SettingsTable]] = {
             "data": DataChoice,
             "model": ModelChoice,
             "solver": SolverChoice,
             "strategy": StrategyChoice,
-            "training": Training,
+            "training": TrainingSettings,
         }
         read: dict[str, Any] = {name: table.model_validate(plain[name]) for name, table in tables.items()}
         numbers = {name: plain[name] for name in ("backend", "rtol", "seed", "max_steps")}
-        drift = Drift.model_validate(plain.get("drift", {}))
-        return cls(**read, **numbers, own=Own(**plain["own"]), device=plain.get("device", "auto"), drift=drift)
+        drift = DriftSettings.model_validate(plain.get("drift", {}))
+        return cls(**read, **numbers, own=UserCode(**plain["own"]), device=plain.get("device", "auto"), drift=drift)
 
 
-def cells(study: Study, own: Own, backends: tuple[str, ...]) -> list[Cell]:
+def cells(study: Study, own: UserCode, backends: tuple[str, ...]) -> list[Cell]:
     """The grid, seeds outermost, so that a study that is stopped early has compared everything on some seeds.
 
     Args:
@@ -134,7 +143,7 @@ def cells(study: Study, own: Own, backends: tuple[str, ...]) -> list[Cell]:
     return found
 
 
-def _of_seed(study: Study, own: Own, backends: tuple[str, ...], seed: int) -> Iterator[Cell]:
+def _of_seed(study: Study, own: UserCode, backends: tuple[str, ...], seed: int) -> Iterator[Cell]:
     for data, backend, model in product(study.data, backends, study.models):
         if not _fits(data, model, own):
             continue
@@ -157,13 +166,13 @@ def _of_seed(study: Study, own: Own, backends: tuple[str, ...], seed: int) -> It
             yield Cell(solver=solver, strategy=strategy, rtol=rtol, **shared)
 
 
-def _fits(data: DataChoice, model: ModelChoice, own: Own) -> bool:
+def _fits(data: DataChoice, model: ModelChoice, own: UserCode) -> bool:
     """Whether a model takes the data, as far as that is known before the data is read."""
     given = _gives(data, own)
     return given is None or given in find(model.name, own.model).accepts
 
 
-def _gives(data: DataChoice, own: Own) -> str | None:
+def _gives(data: DataChoice, own: UserCode) -> str | None:
     """The kind of its inputs, if that is known before it is read."""
     if data.name == "own" and own.data is not None:
         return None
@@ -171,7 +180,7 @@ def _gives(data: DataChoice, own: Own) -> str | None:
     return spec.gives if isinstance(spec, plugins.DataSpec) else None
 
 
-def _check_pairs(study: Study, own: Own) -> None:
+def _check_pairs(study: Study, own: UserCode) -> None:
     for model in study.models:
         if not any(_fits(data, model, own) for data in study.data):
             takes = " or ".join(find(model.name, own.model).accepts)
@@ -183,7 +192,7 @@ def _check_pairs(study: Study, own: Own) -> None:
             )
 
 
-def _check_own(study: Study, own: Own) -> None:
+def _check_own(study: Study, own: UserCode) -> None:
     """The user's own code goes by the name "own"; what nothing in the file asks for would be left out in silence."""
     for option, given, axis, choices in (
         ("--data", own.data, "data", study.data),
@@ -196,7 +205,7 @@ def _check_own(study: Study, own: Own) -> None:
             )
 
 
-def _check(study: Study, own: Own, backends: tuple[str, ...]) -> None:
+def _check(study: Study, own: UserCode, backends: tuple[str, ...]) -> None:
     """Find every mistake in the names and options before the first training."""
     _check_own(study, own)
     axes = {"strategies": [each.label for each in study.strategies], "data": [each.label for each in study.data]}

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from deqcore.study.grid import Cell
 
 
-class Live:
+class ProgressView:
     """Bars on a terminal; elsewhere one line for each cell that ends.
 
     Args:
@@ -41,7 +41,7 @@ class Live:
         self.tasks: dict[str, TaskID] = {}
         self.starts: dict[str, float] = {}
 
-    def __enter__(self) -> Live:
+    def __enter__(self) -> ProgressView:
         self.bars.start()
         self.whole = self.bars.add_task("study".ljust(self.width), total=self.total, completed=self.done, told="cells")
         return self

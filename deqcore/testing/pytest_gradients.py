@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from deqcore.errors import ProblemError
-from deqcore.testing.gradients.check import Report
-from deqcore.testing.gradients.user_problems import check_own
+from deqcore.testing.gradients.check import GradientReport
+from deqcore.testing.gradients.user_problems import check_user_problem
 from deqcore.testing.problem import Problem
 
 
 @pytest.fixture
-def check_gradients(request: pytest.FixtureRequest) -> Callable[..., Report]:
+def check_gradients(request: pytest.FixtureRequest) -> Callable[..., GradientReport]:
     """`check_gradients(problem)` fails the test if a gradient is not what dtype, tolerance and condition explain.
 
     `problem` is `path/to/file.py:name`, relative to the test's folder, or a function at the top level of a module
@@ -38,10 +38,10 @@ def check_gradients(request: pytest.FixtureRequest) -> Callable[..., Report]:
         solvers: Sequence[str] = (),
         strategies: Sequence[str] = (),
         dtypes: Sequence[str] = ("float64", "float32"),
-    ) -> Report:
+    ) -> GradientReport:
         from deqcore.testing.gradients import render
 
-        report = check_own(where_of(problem, folder), backends, solvers, strategies, dtypes)
+        report = check_user_problem(where_of(problem, folder), backends, solvers, strategies, dtypes)
         if not report.ok:
             pytest.fail("\n".join(render.complaints(report)), pytrace=False)
         return report

@@ -14,8 +14,8 @@ import deqcore
 from deqcore.bench import compare as comparing
 from deqcore.bench.cases import CASES, SMALL, Case
 from deqcore.bench.compare import compare, tune
-from deqcore.bench.harness import Contender, Deqcore, Harness, Outcome, Ready, Solve, ours, residuals
-from deqcore.bench.rows import Row
+from deqcore.bench.harness import Contender, Deqcore, Harness, Ready, SolveFunction, SolveOutcome, ours, residuals
+from deqcore.bench.rows import BenchRow
 from deqcore.bench.sweeps import points
 from deqcore.errors import ProblemError
 from deqcore.testing.problem import Problem
@@ -46,15 +46,15 @@ class Plain(Contender):
     library = "peer"
     solver = "plain"
 
-    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> Solve:
-        def run(tolerance: float) -> Outcome:
+    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> SolveFunction:
+        def run(tolerance: float) -> SolveOutcome:
             z = ready.z0
             for _ in range(max_steps):
                 fz = ready.f(z, ready.params, ready.inputs)
                 if np.linalg.norm(fz - z) <= 1e-3 * tolerance * np.linalg.norm(fz):
                     break
                 z = fz
-            return Outcome(z)
+            return SolveOutcome(z)
 
         return run
 
@@ -63,7 +63,7 @@ class Broken(Contender):
     library = "peer"
     solver = "broken"
 
-    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> Solve:
+    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> SolveFunction:
         raise NotImplementedError("no such method\nat all")
 
 
@@ -121,10 +121,10 @@ def test_tolerances_are_the_loosest_that_do(harness: Harness) -> None:
     ready = harness.ready(case)
     tried: list[float] = []
 
-    def solve(tolerance: float) -> Outcome:
+    def solve(tolerance: float) -> SolveOutcome:
         tried.append(tolerance)
         steps = 20 if tolerance < 2e-3 else 2
-        return Outcome(np.full((3, 4), 2 * (1 - 2.0**-steps), np.float32))
+        return SolveOutcome(np.full((3, 4), 2 * (1 - 2.0**-steps), np.float32))
 
     assert tune(harness, ready, solve) == pytest.approx(1e-4 * 10**1.25)
     assert len(tried) <= 7
@@ -132,8 +132,8 @@ def test_tolerances_are_the_loosest_that_do(harness: Harness) -> None:
     assert tune(harness, ready, solve, few=True) == 1e-4
     assert tried == [1e-4]
 
-    def never(tolerance: float) -> Outcome:
-        return Outcome(ready.z0 + 1)
+    def never(tolerance: float) -> SolveOutcome:
+        return SolveOutcome(ready.z0 + 1)
 
     assert tune(harness, ready, never) == pytest.approx(1e-4 * 10.0**comparing.FINEST)
     assert tune(harness, ready, never, few=True) == pytest.approx(1e-6)
@@ -191,9 +191,9 @@ def test_a_problem_of_another_framework_is_told(harness: Harness) -> None:
 
 
 def test_rows_survive_json() -> None:
-    row = Row("numpy", "c", "x y", 3, math.nan, 1.0, False, 0.1, 0.2, None, 64, [1.0], [2.0], [math.nan], 1, "oh")
+    row = BenchRow("numpy", "c", "x y", 3, math.nan, 1.0, False, 0.1, 0.2, None, 64, [1.0], [2.0], [math.nan], 1, "oh")
     text = json.dumps(row.as_dict(), allow_nan=False)
-    back = Row.of(json.loads(text))
+    back = BenchRow.of(json.loads(text))
     assert math.isnan(back.residual_max)
     assert math.isnan(back.disturbance[0])
     assert replace(back, residual_max=0.0, disturbance=[]) == replace(row, residual_max=0.0, disturbance=[])

@@ -15,7 +15,7 @@ import pytest
 from deqcore import errors, plugins
 from deqcore.cli import app
 from deqcore.testing.runner import conformance, render
-from deqcore.testing.runner.conformance import Outcome, Request
+from deqcore.testing.runner.conformance import CaseOutcome, SuiteRequest
 
 QUICK = ("--backend", "numpy", "-k", "returns_f_of_z")
 CONFTEST = 'pytest_plugins = ["deqcore.testing.plugin"]\n'
@@ -230,24 +230,24 @@ def test_a_wrong_list_of_expected_failures(tmp_path, content, message):
     path = tmp_path / "expect.toml"
     path.write_text(content)
     with pytest.raises(errors.BackendError, match=message):
-        conformance.check(Request("solver", "picard", ("numpy",), expect=path, select="budget"))
+        conformance.check(SuiteRequest("solver", "picard", ("numpy",), expect=path, select="budget"))
     plugins.reset()
 
 
 def test_expected_failures_by_file_are_strict_too(tmp_path):
     path = tmp_path / "expect.toml"
     path.write_text("'test_a_budget_is_kept' = 'wrongly listed'")
-    outcomes = conformance.check(Request("solver", "picard", ("numpy",), expect=path, select="budget"))
+    outcomes = conformance.check(SuiteRequest("solver", "picard", ("numpy",), expect=path, select="budget"))
     plugins.reset()
     assert [each.outcome for each in outcomes] == ["failed", "failed"]
     assert "XPASS(strict)" in outcomes[0].message
 
 
 OUTCOMES = [
-    Outcome("test_one[numpy]", "numpy", "passed", "", "", 0.5),
-    Outcome("test_one[torch]", "torch", "failed", "AssertionError: off by 3", "trace", 0.25),
-    Outcome("test_two[numpy]", "numpy", "expected", "known", "", 0.125),
-    Outcome("test_two[torch]", "torch", "skipped", "cannot", "", 0.0),
+    CaseOutcome("test_one[numpy]", "numpy", "passed", "", "", 0.5),
+    CaseOutcome("test_one[torch]", "torch", "failed", "AssertionError: off by 3", "trace", 0.25),
+    CaseOutcome("test_two[numpy]", "numpy", "expected", "known", "", 0.125),
+    CaseOutcome("test_two[torch]", "torch", "skipped", "cannot", "", 0.0),
 ]
 
 
@@ -255,7 +255,7 @@ def test_the_table_says_what_failed():
     from rich.console import Console
 
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(render.table(Request("solver", "mine"), OUTCOMES, 1.0))
+    console.print(render.table(SuiteRequest("solver", "mine"), OUTCOMES, 1.0))
     text = console.export_text()
     assert "✗ 1 of 1" in text
     assert "✗ test_one[torch]: off by 3" in text
@@ -283,7 +283,7 @@ def test_claims_on_the_command_line_are_held(kind, name, cost_bounds, words):
     """With options the class's own cost_bounds count for nothing; these do."""
     options = {"solver": '{"history_size": 20}', "strategy": '{"max_steps": 30}'}[kind]
     select = "golden and tree and float64" if kind == "solver" else "claim_is_kept and tree"
-    request = Request(kind, name, ("numpy",), options=options, cost_bounds=json.dumps(cost_bounds), select=select)
+    request = SuiteRequest(kind, name, ("numpy",), options=options, cost_bounds=json.dumps(cost_bounds), select=select)
     (outcome,) = [each for each in conformance.check(request) if "golden_gradients" not in each.test]
     assert outcome.outcome == ("failed" if words else "passed")
     assert words in outcome.message

@@ -22,7 +22,7 @@ from deqcore import errors, plugins
 from deqcore.config import Config, resolve
 from deqcore.config.sources import KEYS, environment
 from deqcore.monitor import Event, Metrics, Monitor, Row, RunInfo
-from deqcore.monitor.live import view
+from deqcore.monitor.live import live_view
 from deqcore.monitor.log.format import header, line
 from deqcore.monitor.log.reader import read
 from deqcore.monitor.report import table, tiles, verdict
@@ -159,7 +159,7 @@ def shown(path: Path) -> None:
         warnings.simplefilter("ignore")
         text = [json.dumps(log.config), str(verdict(log)), str(tiles(log)), str(table(log))]
         console = Console(width=80, record=True, file=io.TextIOWrapper(io.BytesIO(), "utf-8"))
-        console.print(view(log, 10, 80, now=0.0))
+        console.print(live_view(log, 10, 80, now=0.0))
     "\n".join(text).encode()
 
 

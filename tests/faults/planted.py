@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from deqcore.testing.runner.conformance import Kind, Request
+from deqcore.testing.runner.conformance import SubjectKind, SuiteRequest
 
 PLAIN = {"certify": False, "max_relative_error": None, "fallback": "none"}
 MEASURED = {"certify": True, "max_relative_error": None, "fallback": "none"}
@@ -39,12 +39,12 @@ class Fault:
     options: Any = None
 
     @property
-    def request(self) -> Request:
+    def request(self) -> SuiteRequest:
         """The one check that names the fault."""
         kind, _, name = self.what.partition(" ")
         options = None if self.options is None else json.dumps(self.options)
-        found: Kind = kind
-        return Request(found, name, (self.backend,), options=options, select=self.test)
+        found: SubjectKind = kind
+        return SuiteRequest(found, name, (self.backend,), options=options, select=self.test)
 
     def planted(self, text: str) -> str:
         """The faulty source."""

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from deqcore.errors import MissingExtraError, MonitorError
 from deqcore.monitor import Event, Metric, Metrics, Row, RunInfo
-from deqcore.monitor.live import sparkline, view
+from deqcore.monitor.live import live_view, sparkline
 from deqcore.monitor.log.format import header, line
 from deqcore.monitor.log.reader import Tail, read
 from deqcore.monitor.metrics import COUNTERS, STANDARD
@@ -73,7 +73,7 @@ def test_a_second_run_in_the_same_file_is_shown_alone_unless_it_goes_on(tmp_path
     log = read(path)
     assert [row.step for row in log.rows] == [0, 1, 2, 3, 4]
     assert (log.runs, log.left_out, log.retrain) == (2, 0, old)
-    assert "left out" not in render(log) + shown(view(log, 10))
+    assert "left out" not in render(log) + shown(live_view(log, 10))
     with path.open("a", encoding="utf-8") as file:
         file.write("\n".join([header(RUN), *map(line, rows(2))]) + "\n")
     log = read(path)
@@ -81,7 +81,7 @@ def test_a_second_run_in_the_same_file_is_shown_alone_unless_it_goes_on(tmp_path
     assert (log.runs, log.left_out, log.retrain, log.events) == (3, 2, None, [])
     assert "2 earlier run(s) in this file left out" in render(log)
     assert "2 earlier run(s) in this file left out" in " ".join(
-        shown(view(log, 10)).split()
+        shown(live_view(log, 10)).split()
     )  # wrapped where it is long
 
 
@@ -91,7 +91,7 @@ def test_a_truncated_last_line_is_told_and_costs_only_itself(tmp_path) -> None:
     log = read(path)
     assert log.rows == rows(2)
     assert log.problems == ["Line 4, the last one, is torn: the process was stopped in mid-write."]
-    assert "Line 4" in shown(view(log, 10))
+    assert "Line 4" in shown(live_view(log, 10))
     assert "Line 4" in render(log)
 
 
@@ -144,7 +144,7 @@ def test_a_growing_log_is_followed_line_by_line(tmp_path) -> None:
 
 def test_an_empty_log_has_views(tmp_path) -> None:
     log = read(write(tmp_path / "a.jsonl"))
-    assert "No rows yet" in shown(view(log, 10))
+    assert "No rows yet" in shown(live_view(log, 10))
     assert verdict(log)[1] == "warn"
     assert "no rows" in render(log)
 
@@ -161,7 +161,7 @@ def test_sparklines() -> None:
 def test_the_view_shows_numbers_events_and_the_mark(tmp_path, width) -> None:
     mark = Event(2, 1002.0, "retrain", "drifted [b]far[/b]", "deq_steps_psi", 0.5, "retrain")
     log = read(write(tmp_path / "a.jsonl", *rows(9, name="enc[red]"), mark))
-    text = shown(view(log, 9, width, now=1068.0), width)
+    text = shown(live_view(log, 9, width, now=1068.0), width)
     assert max(map(len, text.splitlines())) <= width
     assert "step 8 · 9 solves · last 60 s ago" in text
     assert "RETRAIN: drifted [b]far[/b]" in text  # markup in names is shown, not obeyed

@@ -20,7 +20,7 @@ from deqcore import plugins
 from deqcore.errors import ConfigError, MissingExtraError, MonitorWarning, PluginError, UnknownNameError
 from deqcore.monitor import Event, Metrics, Monitor, Row, RunInfo, Sink
 from deqcore.monitor.delivery import LIMIT
-from deqcore.monitor.live import view
+from deqcore.monitor.live import live_view
 from deqcore.monitor.log import append
 from deqcore.monitor.log.append import AppendFile
 from deqcore.monitor.log.format import header, line, parse
@@ -393,7 +393,7 @@ def test_any_time_can_be_shown(time: float, tmp_path: Path) -> None:
     path.write_text("\n".join([header(RUN), *map(line, records)]))
     page = render(read(path))
     assert "text" in page
-    assert view(read(path), 10) is not None
+    assert live_view(read(path), 10) is not None
 
 
 @pytest.mark.parametrize("step", [10**400, 2**63, math.nan, math.inf, "x", None], ids=range(6))

@@ -15,7 +15,7 @@ from deqcore.cli.app import main
 from deqcore.study import data, store
 from deqcore.study.executors import ray
 from deqcore.study.executors.worker import train
-from deqcore.study.grid import Cell, Own, cells
+from deqcore.study.grid import Cell, UserCode, cells
 from deqcore.study.settings import DataChoice, read
 from deqcore.study.store import Store, StudyError
 
@@ -43,13 +43,13 @@ def tiny(epochs: int = 2) -> Cell:
         "max_steps": 10,
         "training": {"epochs": epochs, "audits": 0},
     }
-    return cells(read(table, "x"), Own(), ("torch",))[0]
+    return cells(read(table, "x"), UserCode(), ("torch",))[0]
 
 
 def test_a_machine_sends_progress_and_files_and_goes_on_from_what_it_gets(tmp_path: Path):
     from deqcore_torch.study import TorchTrainer
 
-    from deqcore.study.train.loop import Training
+    from deqcore.study.train.loop import CellTraining
 
     cell = tiny()
     whole = train(cell, tmp_path / "whole", lambda _: None)
@@ -63,7 +63,7 @@ def test_a_machine_sends_progress_and_files_and_goes_on_from_what_it_gets(tmp_pa
 
     digits = data.load(DataChoice(name="digits"))
     with pytest.raises(Stop):
-        Training(cell, digits, TorchTrainer, tmp_path / "cut", stop).run()
+        CellTraining(cell, digits, TorchTrainer, tmp_path / "cut", stop).run()
     half = (tmp_path / "cut" / "progress.safetensors").read_bytes()
     told = list(ray.train(cell.as_dict(), {"progress.safetensors": half}))
     files = {name: content for each in told for name, content in each["files"].items()}

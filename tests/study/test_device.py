@@ -13,7 +13,7 @@ from deqcore.cli.app import main
 from deqcore.config import Config
 from deqcore.errors import BackendError
 from deqcore.study.executors.local import GPU, environment
-from deqcore.study.grid import Cell, Own, cells
+from deqcore.study.grid import Cell, UserCode, cells
 from deqcore.study.models import find
 from deqcore.study.models.base import Shape
 from deqcore.study.settings import read
@@ -35,7 +35,7 @@ audits = 0
 
 
 def only(**table: Any) -> Cell:
-    return cells(read({"strategies": ["exact-ift"], **table}, "x"), Own(), ("torch",))[0]
+    return cells(read({"strategies": ["exact-ift"], **table}, "x"), UserCode(), ("torch",))[0]
 
 
 def trainer(backend: str, device: str) -> Any:

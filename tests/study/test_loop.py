@@ -10,9 +10,9 @@ import pytest
 
 from deqcore.study import data, store
 from deqcore.study.executors.worker import train
-from deqcore.study.grid import Cell, Own, cells
+from deqcore.study.grid import Cell, UserCode, cells
 from deqcore.study.settings import DataChoice, read
-from deqcore.study.train.loop import CellFailure, Training, audited, batches, initial_weights
+from deqcore.study.train.loop import CellFailure, CellTraining, audited, batches, initial_weights
 
 DIGITS = data.load(DataChoice(name="digits"))
 
@@ -22,7 +22,7 @@ def cell(backend: str, strategy: str = "exact-ift", **training: Any) -> Cell:
         "models": [{"name": "dense", "width": 32}],
         "training": {"epochs": 2, "batch": 128, "audits": 0, **training},
     }
-    return next(each for each in cells(read(table, "x"), Own(), (backend,)) if each.strategy.name == strategy)
+    return next(each for each in cells(read(table, "x"), UserCode(), (backend,)) if each.strategy.name == strategy)
 
 
 def trainer(backend: str) -> Any:
@@ -90,7 +90,7 @@ def test_audits_are_spread_over_the_training():
 def test_the_first_steps_agree_between_torch_and_jax(tmp_path: Path):
     losses = []
     for backend in ("torch", "jax"):
-        run = Training(cell(backend, epochs=3), DIGITS, reused(backend), tmp_path / backend, quiet)
+        run = CellTraining(cell(backend, epochs=3), DIGITS, reused(backend), tmp_path / backend, quiet)
         losses.append(run.run()["history"]["steps"]["loss"][:20])
     assert len(losses[0]) == 20
     np.testing.assert_allclose(losses[0], losses[1], atol=1e-3)
@@ -99,7 +99,7 @@ def test_the_first_steps_agree_between_torch_and_jax(tmp_path: Path):
 
 @pytest.mark.parametrize("strategy", ["exact-ift", "broyden-reuse", "jacobian-free"])
 def test_torch_measures_what_each_strategy_did(tmp_path: Path, strategy: str):
-    found = Training(cell("torch", strategy, audits=1), DIGITS, trainer("torch"), tmp_path, quiet).run()
+    found = CellTraining(cell("torch", strategy, audits=1), DIGITS, trainer("torch"), tmp_path, quiet).run()
     figures = found["figures"]
     steps = found["history"]["steps"]
     assert len(steps["loss"]) == 2 * (len(DIGITS.train) // 128)
@@ -125,7 +125,7 @@ def test_torch_measures_what_each_strategy_did(tmp_path: Path, strategy: str):
 def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path: Path, backend: str):
     make = reused(backend)
     asked = cell(backend, epochs=3)
-    whole = Training(asked, DIGITS, make, tmp_path / "whole", quiet).run()
+    whole = CellTraining(asked, DIGITS, make, tmp_path / "whole", quiet).run()
 
     class Stop(Exception):
         pass
@@ -135,11 +135,11 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path: Path, backend: st
             raise Stop
 
     with pytest.raises(Stop):
-        Training(asked, DIGITS, make, tmp_path / "cut", stop).run()
+        CellTraining(asked, DIGITS, make, tmp_path / "cut", stop).run()
     saved = store.read_progress(tmp_path / "cut")
     assert saved is not None
     assert saved[1]["epochs"] == 2
-    resumed = Training(asked, DIGITS, make, tmp_path / "cut", quiet).run()
+    resumed = CellTraining(asked, DIGITS, make, tmp_path / "cut", quiet).run()
     assert resumed["history"]["steps"]["loss"] == whole["history"]["steps"]["loss"]
     assert resumed["test_loss"] == whole["test_loss"]
     assert resumed["test_accuracy"] == whole["test_accuracy"]
@@ -153,7 +153,7 @@ def test_a_loss_that_is_no_number_ends_the_cell_with_its_reason(tmp_path: Path):
     trainer("torch")
     asked = cell("torch", rate=3e37)
     with pytest.raises(CellFailure, match=r"the loss became (nan|inf) at step \d+"):
-        Training(asked, DIGITS, trainer("torch"), tmp_path, quiet).run()
+        CellTraining(asked, DIGITS, trainer("torch"), tmp_path, quiet).run()
     found = train(asked, tmp_path, quiet)
     assert found["status"] == "failed"
     assert found["reason"] == "diverged"
@@ -161,7 +161,7 @@ def test_a_loss_that_is_no_number_ends_the_cell_with_its_reason(tmp_path: Path):
 
 
 def test_the_gradient_is_that_of_finite_differences(tmp_path: Path, backend: str):
-    run = Training(cell(backend), DIGITS, reused(backend), tmp_path, quiet)
+    run = CellTraining(cell(backend), DIGITS, reused(backend), tmp_path, quiet)
     x, y = DIGITS.train.x[:128], DIGITS.train.y[:128]
     config = cell(backend).config()
     _, found = run.trainer.gradient(x, y, config)

@@ -14,7 +14,7 @@ from deqcore import plugins
 from deqcore.errors import ConfigError, PluginError, UnknownNameError
 from deqcore.plugins import DataSpec, ModelSpec
 from deqcore.study import data
-from deqcore.study.grid import Own, cells
+from deqcore.study.grid import UserCode, cells
 from deqcore.study.models import find
 from deqcore.study.settings import DataChoice, read
 
@@ -92,17 +92,17 @@ def test_a_config_names_data_and_a_model_of_a_plugin(tmp_path: Path):
 def test_what_data_gives_decides_which_models_meet_it():
     plugins.register(DataSpec("words", "no_such_module:load", gives="tokens"))
     table = {"data": ["digits", "words"], "models": ["dense", "attention"], "strategies": ["exact-ift"]}
-    found = cells(read(table, "x"), Own(), ("torch",))
+    found = cells(read(table, "x"), UserCode(), ("torch",))
     assert [(cell.data.name, cell.model.name) for cell in found] == [("digits", "dense"), ("words", "attention")]
     with pytest.raises(ConfigError, match="the data 'words' is tokens, which no entry of models takes"):
-        cells(read({"data": ["digits", "words"]}, "x"), Own(), ("torch",))
+        cells(read({"data": ["digits", "words"]}, "x"), UserCode(), ("torch",))
 
 
 def test_names_that_nobody_registered():
     with pytest.raises(UnknownNameError, match=r"No data is registered as 'digit'. Did you mean 'digits'\?"):
-        cells(read({"data": ["digit"]}, "x"), Own(), ("torch",))
+        cells(read({"data": ["digit"]}, "x"), UserCode(), ("torch",))
     with pytest.raises(UnknownNameError, match=r"No model is registered as 'dens'. Did you mean 'dense'\?"):
-        cells(read({"models": ["dens"]}, "x"), Own(), ("torch",))
+        cells(read({"models": ["dens"]}, "x"), UserCode(), ("torch",))
 
 
 def test_plugins_that_are_none():

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from deqcore.study.grid import Cell, Own, cells
+from deqcore.study.grid import Cell, UserCode, cells
 from deqcore.study.report import page, plots, table
 from deqcore.study.report.gates import judge
-from deqcore.study.report.recommendation import answers, bill, devices
+from deqcore.study.report.recommendation import bill, devices, recommendations
 from deqcore.study.report.retraining import accumulations
 from deqcore.study.report.summary import Interval, reference, rows
 from deqcore.study.report.translations import EN, HEADS_JA, JA, head
-from deqcore.study.settings import Cost, Study, read
+from deqcore.study.settings import CostSettings, Study, read
 
 SPEED = {"exact-ift": 4.0, "broyden-reuse": 3.0, "jacobian-free": 2.0, "explicit": 1.0}
 LOSS = {"exact-ift": 0.0, "broyden-reuse": 0.002, "jacobian-free": 0.05, "explicit": 0.0}
@@ -72,7 +72,7 @@ def result(cell: Cell) -> dict[str, Any]:
 
 def made(**table: Any) -> tuple[Study, list[dict[str, Any]]]:
     study = read({"seeds": [0, 1, 2], "models": ["dense", "dense-explicit"], **table}, "x")
-    return study, [result(cell) for cell in cells(study, Own(), ("torch",))]
+    return study, [result(cell) for cell in cells(study, UserCode(), ("torch",))]
 
 
 ABOUT = {"machine": {"cpu": "a <fast> one"}, "command": "deqcore study a.toml"}
@@ -114,7 +114,7 @@ def test_quotients_are_paired_in_logarithms():
 
 def test_the_answer_is_the_fastest_that_is_accurate_enough():
     _, results = made()
-    (answer,) = answers(rows(results), Cost())
+    (answer,) = recommendations(rows(results), CostSettings())
     assert answer.best is not None
     assert answer.best.name == "broyden-reuse"  # jacobian-free is faster, but costs five points
     assert answer.explicit is not None
@@ -126,7 +126,7 @@ def test_the_answer_is_the_fastest_that_is_accurate_enough():
 def test_the_bill():
     _, results = made()
     found = {row.name: row for row in rows(results)}
-    cost = Cost(price_per_hour=3.6, trainings_per_month=10, scale=1000, switch_cost=5)
+    cost = CostSettings(price_per_hour=3.6, trainings_per_month=10, scale=1000, switch_cost=5)
     told = bill(found["jacobian-free"], found["exact-ift"], cost)
     seconds = {
         name: np.mean([each["times"]["training"] for each in results if each["cell"]["strategy"]["name"] == name])
@@ -143,7 +143,7 @@ def test_memory_saved_is_fewer_devices(tmp_path: Path, share: float, count: int,
     for each in results:
         if each["cell"]["strategy"]["name"] != "exact-ift":
             each["training_memory"] *= share
-    (answer,) = answers(rows(results), study.cost)
+    (answer,) = recommendations(rows(results), study.cost)
     assert answer.against_exact is not None
     assert devices(answer.against_exact.memory, study.cost) == wanted
     page.write(tmp_path, study, results, ABOUT)

@@ -13,9 +13,9 @@ from deqcore.errors import ConfigError
 from deqcore.study import data, store
 from deqcore.study.data.base import Dataset, Split
 from deqcore.study.data.drift import drifted
-from deqcore.study.grid import Cell, Own, cells
+from deqcore.study.grid import Cell, UserCode, cells
 from deqcore.study.settings import DataChoice, read
-from deqcore.study.train.loop import Training, audited, rate
+from deqcore.study.train.loop import CellTraining, audited, rate
 
 DIGITS = data.load(DataChoice(name="digits"))
 
@@ -28,7 +28,7 @@ def cell(rounds: int, **training: Any) -> Cell:
         "training": {"epochs": 2, "batch": 128, "audits": 1, **training},
         "drift": {"rounds": rounds, "amount": 0.5},
     }
-    return cells(read(table, "x"), Own(), ("torch",))[0]
+    return cells(read(table, "x"), UserCode(), ("torch",))[0]
 
 
 def test_features_drift_along_a_line():
@@ -86,18 +86,18 @@ def test_rounds_go_on_where_a_killed_training_stopped(tmp_path: Path):
             raise Stop
 
     asked = cell(3)
-    whole = Training(asked, DIGITS, TorchTrainer, tmp_path / "whole", quiet).run()
+    whole = CellTraining(asked, DIGITS, TorchTrainer, tmp_path / "whole", quiet).run()
     with pytest.raises(Stop):
-        Training(asked, DIGITS, TorchTrainer, tmp_path / "cut", stop).run()
+        CellTraining(asked, DIGITS, TorchTrainer, tmp_path / "cut", stop).run()
     saved = store.read_progress(tmp_path / "cut")
     assert saved is not None
     assert (saved[1]["epochs"], len(saved[1]["rounds"])) == (3, 1)
-    resumed = Training(asked, DIGITS, TorchTrainer, tmp_path / "cut", quiet).run()
+    resumed = CellTraining(asked, DIGITS, TorchTrainer, tmp_path / "cut", quiet).run()
     assert resumed["rounds"] == whole["rounds"]
     assert resumed["history"]["steps"]["loss"] == whole["history"]["steps"]["loss"]
     assert len(whole["rounds"]) == 3
     assert whole["test_accuracy"] == whole["rounds"][-1]["test_accuracy"]
-    alone = Training(cell(1), DIGITS, TorchTrainer, tmp_path / "alone", quiet).run()
+    alone = CellTraining(cell(1), DIGITS, TorchTrainer, tmp_path / "alone", quiet).run()
     assert alone["rounds"] == whole["rounds"][:1]
 
 

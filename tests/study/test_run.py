@@ -20,7 +20,7 @@ from deqcore.cli.app import main
 from deqcore.study import data, store
 from deqcore.study.executors.local import run
 from deqcore.study.executors.worker import train
-from deqcore.study.grid import Cell, Own, cells
+from deqcore.study.grid import Cell, UserCode, cells
 from deqcore.study.settings import DataChoice, ModelChoice, read
 from deqcore.study.store import Store
 
@@ -41,7 +41,7 @@ audits = 1
 """
 
 
-def tiny(own: Own = Own(), **table: Any) -> Cell:  # noqa: B008 - frozen
+def tiny(own: UserCode = UserCode(), **table: Any) -> Cell:  # noqa: B008 - frozen
     asked = {"solvers": ["picard"], "strategies": ["jacobian-free"], "training": {"epochs": 1, "audits": 0}, **table}
     return cells(read(asked, "x"), own, ("torch",))[0]
 
@@ -201,7 +201,7 @@ def test_a_model_of_ones_own_that_fails_is_a_result(
 ):
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "my_study_models.py").write_text(MODELS)
-    cell = tiny(Own(model=f"my_study_models:{name}"), models=["own"])
+    cell = tiny(UserCode(model=f"my_study_models:{name}"), models=["own"])
     found = train(cell, tmp_path / "cell", lambda _: None)
     assert (found["status"], found["reason"]) == ("failed", reason)
     assert detail in found["detail"]
@@ -210,7 +210,7 @@ def test_a_model_of_ones_own_that_fails_is_a_result(
 def test_a_model_of_ones_own_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "my_study_models.py").write_text(MODELS)
-    found = train(tiny(Own(model="my_study_models:Mine"), models=["own"]), tmp_path / "cell", lambda _: None)
+    found = train(tiny(UserCode(model="my_study_models:Mine"), models=["own"]), tmp_path / "cell", lambda _: None)
     assert found["status"] == "ok"
     assert found["test_accuracy"] > 0.3
 

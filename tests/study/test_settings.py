@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from deqcore.errors import ConfigError, StrategyError, UnknownNameError
-from deqcore.study.grid import Cell, Own, cells
+from deqcore.study.grid import Cell, UserCode, cells
 from deqcore.study.report import gates
 from deqcore.study.settings import read
 
 
 def grid(table: dict[str, object]) -> list[Cell]:
-    return cells(read(table, "study.toml"), Own(), ("torch",))
+    return cells(read(table, "study.toml"), UserCode(), ("torch",))
 
 
 def test_the_default_compares_three_strategies_from_one_start():
@@ -89,7 +89,7 @@ def test_mistakes_in_names_are_found_before_training(table: dict[str, object], e
 
 def test_a_backend_without_trainer_is_refused():
     with pytest.raises(UnknownNameError, match="trainer"):
-        cells(read({}, "x"), Own(), ("numpy",))
+        cells(read({}, "x"), UserCode(), ("numpy",))
 
 
 def test_gates_name_what_exists():
@@ -102,8 +102,9 @@ def test_gates_name_what_exists():
 
 
 @pytest.mark.parametrize(
-    ("own", "said"), [(Own(data="mine:load"), "leave data out"), (Own(model="mine:Model"), "leave models out")]
+    ("own", "said"),
+    [(UserCode(data="mine:load"), "leave data out"), (UserCode(model="mine:Model"), "leave models out")],
 )
-def test_own_code_that_no_entry_asks_for_is_an_error(own: Own, said: str):
+def test_own_code_that_no_entry_asks_for_is_an_error(own: UserCode, said: str):
     with pytest.raises(ConfigError, match=said):
         cells(read({"data": ["digits"], "models": ["dense"]}, "x"), own, ("torch",))

@@ -12,7 +12,7 @@ from deqcore import get_backend, plugins
 from deqcore.errors import BackendError, MissingFrameworkError, UnknownNameError
 from deqcore.testing import golden, worker
 from deqcore.testing.gradients import check, render
-from deqcore.testing.gradients.check import Report, Run, check
+from deqcore.testing.gradients.check import GradientReport, GradientRun, check
 from deqcore.testing.gradients.compare import Comparison, differ, quantities
 from deqcore.testing.runner import processes
 from deqcore.testing.tolerances import Sensitivity, Slope, rounding, tolerance
@@ -32,9 +32,9 @@ def here(jobs, **_):
     for (name, _dtype), mine in jobs.items():
         for job in mine:
             try:
-                runs.append(Run(name, job, "", 0.0, worker.run(get_backend(backend=name), job)))
+                runs.append(GradientRun(name, job, "", 0.0, worker.run(get_backend(backend=name), job)))
             except RuntimeError as error:
-                runs.append(Run(name, job, str(error), 0.0, {}))
+                runs.append(GradientRun(name, job, str(error), 0.0, {}))
     return runs
 
 
@@ -287,10 +287,13 @@ def text(renderable):
 
 def test_reports_read_well():
     job = Job("solve", "p", "float64")
-    runs = [Run("torch", job, "", 0.1, {}), Run("jax", job, "ValueError: broken (f.py, line 3)", 0.1, {})]
-    runs.append(Run("numpy", replace(job, solver="newton-krylov"), "skipped: too slow", 0.0, {}))
+    runs = [
+        GradientRun("torch", job, "", 0.1, {}),
+        GradientRun("jax", job, "ValueError: broken (f.py, line 3)", 0.1, {}),
+    ]
+    runs.append(GradientRun("numpy", replace(job, solver="newton-krylov"), "skipped: too slow", 0.0, {}))
     bad = comparison(error=3.0, quantity="cotangent")
-    report = Report(runs, [comparison(), bad], {"broyden broyden-reuse float64": 0.5})
+    report = GradientReport(runs, [comparison(), bad], {"broyden broyden-reuse float64": 0.5})
     assert not report.ok
     shown = text(render.matrix(report, 2.0))
     assert "✗ 1e-01" in shown
@@ -308,10 +311,10 @@ def test_reports_read_well():
     assert [each["ok"] for each in data["comparisons"]] == [True, False]
     assert data["errors"][0]["message"].startswith("ValueError")
     assert data["skipped"][0]["solver"] == "newton-krylov"
-    good = text(render.matrix(Report(runs[:1], [comparison()], {}), 2.0))
+    good = text(render.matrix(GradientReport(runs[:1], [comparison()], {}), 2.0))
     assert "1 comparisons agree, the worst at 50% of its bound" in good
-    alone = Report(runs[:1], [], {})
+    alone = GradientReport(runs[:1], [], {})
     assert not alone.ok
     assert "Nothing was compared: a problem without a known solution needs two" in text(render.matrix(alone, 2.0))
-    many = Report([], [bad] * 15, {})
+    many = GradientReport([], [bad] * 15, {})
     assert "… and 3 more" in text(render.matrix(many, 1.0))

@@ -13,7 +13,7 @@ from deqcore.errors import ProblemError, UnknownNameError
 from deqcore.testing import Problem, weights, worker
 from deqcore.testing.dense import dense
 from deqcore.testing.gradients import user_problems
-from deqcore.testing.gradients.user_problems import check_own
+from deqcore.testing.gradients.user_problems import check_user_problem
 from deqcore.testing.problem import load_problem, rebuild, walk
 from deqcore.testing.worker import Job
 
@@ -101,7 +101,7 @@ def inline(monkeypatch):
 @pytest.mark.parametrize("name", ["once", "pair", "made"])
 def test_a_right_function_agrees(file, inline, name):
     pytest.importorskip("torch")
-    report = check_own(f"{file}:{name}", ["numpy", "torch"])
+    report = check_user_problem(f"{file}:{name}", ["numpy", "torch"])
     assert report.ok, report
     assert {each.against for each in report.comparisons} == {"dense reference", "numpy"}
     assert {each.quantity for each in report.comparisons} == {
@@ -127,7 +127,7 @@ def firsts(report):
 def test_functions_that_differ_are_told_apart_where_they_first_do(file, inline):
     """z0 = 0 hides a missing transpose: the solution is the first place where it shows."""
     pytest.importorskip("torch")
-    report = check_own(f"{file}:transposed", ["numpy", "torch"], dtypes=["float64"])
+    report = check_user_problem(f"{file}:transposed", ["numpy", "torch"], dtypes=["float64"])
     assert not report.ok
     assert firsts(report) == {"numpy": "z"}
     worst = next(each for each in report.comparisons if each.quantity == "params['W']" and each.against == "numpy")
@@ -138,14 +138,14 @@ def test_functions_that_differ_are_told_apart_where_they_first_do(file, inline):
 def test_a_gradient_that_is_cut_is_found_by_its_parameter(file, inline):
     """One framework forgets b: values and all other gradients agree."""
     pytest.importorskip("torch")
-    report = check_own(f"{file}:detached", ["numpy", "torch"], dtypes=["float64"])
+    report = check_user_problem(f"{file}:detached", ["numpy", "torch"], dtypes=["float64"])
     assert {each.quantity for each in report.comparisons if not each.ok} == {"params['b']"}
     assert firsts(report) == {"numpy": "params['b']"}
 
 
 def test_an_error_of_the_users_function_names_its_line(file, inline):
     pytest.importorskip("torch")
-    report = check_own(f"{file}:broken", ["numpy", "torch"], dtypes=["float64"])
+    report = check_user_problem(f"{file}:broken", ["numpy", "torch"], dtypes=["float64"])
     assert not report.ok
     assert all("f raised KeyError: 'no such weight' (mine.py, line " in run.error for run in report.errors)
     assert {run.backend for run in report.errors} == {"torch"}
@@ -264,11 +264,11 @@ def test_a_problem_refuses_what_is_no_data_or_no_function():
 
 def test_check_own_refuses_what_it_cannot_judge(file):
     with pytest.raises(ProblemError, match="'jacobian-free' approximates"):
-        check_own(f"{file}:once", ["numpy"], strategies=["jacobian-free"])
+        check_user_problem(f"{file}:once", ["numpy"], strategies=["jacobian-free"])
     with pytest.raises(ProblemError, match="has functions for numpy, torch, but none for jax"):
-        check_own(f"{file}:pair", ["jax"])
+        check_user_problem(f"{file}:pair", ["jax"])
     with pytest.raises(UnknownNameError, match="No backend is registered as 'no-such-framework'"):
-        check_own(f"{file}:elsewhere")
+        check_user_problem(f"{file}:elsewhere")
 
 
 def test_a_large_problem_leaves_out_what_has_no_autodiff(file):
@@ -382,7 +382,7 @@ def test_a_torch_module_and_a_function_share_weights_from_a_file(tmp_path, inlin
     path = str(tmp_path / "cell.safetensors")
     save(torch.nn.Linear(3, 3).state_dict(), path)
     (tmp_path / "module.py").write_text(textwrap.dedent(MODULE).format(path=path))
-    report = check_own(f"{tmp_path / 'module.py'}:problem")
+    report = check_user_problem(f"{tmp_path / 'module.py'}:problem")
     assert report.ok
     assert {each.quantity for each in report.comparisons} >= {"params['weight']", "params['bias']"}
     assert {each.against for each in report.comparisons} == {"dense reference", "numpy"}

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from deqcore.errors import listing
 from deqcore.study.data.base import DataError, Dataset, Split, split_by_class
-from deqcore.study.models.base import Kind
+from deqcore.study.models.base import DataKind
 from deqcore.study.settings import DataChoice
 
 SHARE: Final = 0.2
@@ -57,7 +57,7 @@ def _dataset(choice: DataChoice, found: dict[str, NDArray[Any]]) -> Dataset:
     given = {part: _given(found, part, choice.path) for part in ("validation", "test")}
     shares = tuple(0.0 if given[part] else SHARE for part in ("validation", "test"))
     train, validation, test = split_by_class(x, y, (shares[0], shares[1]))
-    kind: Kind = "vector" if x.ndim == 2 else "image"
+    kind: DataKind = "vector" if x.ndim == 2 else "image"
     names = tuple(str(number) for number in range(int(y.max()) + 1))
     parts = (given["validation"] or validation, given["test"] or test)
     return Dataset(choice.label, kind, names, train, *parts, f"arrays of {Path(choice.path).name}")

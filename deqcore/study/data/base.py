@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deqcore.errors import DeqcoreError, listing
-from deqcore.study.models.base import Kind, Shape
+from deqcore.study.models.base import DataKind, Shape
 
 Part: TypeAlias = Literal["train", "validation", "test"]
 PARTS: Final[tuple[Part, ...]] = ("train", "validation", "test")
@@ -60,7 +60,7 @@ class Dataset:
     """
 
     name: str
-    kind: Kind
+    kind: DataKind
     classes: tuple[str, ...]
     train: Split
     validation: Split

@@ -26,7 +26,7 @@ GPU: Final = {  # memory as it is needed, since others train there, too; float32
 }
 
 
-class Watcher(Protocol):
+class CellObserver(Protocol):
     """Who is told how the study goes: the terminal, or nobody."""
 
     def started(self, cell: Cell) -> None:
@@ -39,7 +39,7 @@ class Watcher(Protocol):
         """A cell has a result."""
 
 
-Events: TypeAlias = "queue.Queue[tuple[Process, dict[str, Any] | None]]"
+EventQueue: TypeAlias = "queue.Queue[tuple[Process, dict[str, Any] | None]]"
 
 
 class Process:
@@ -52,7 +52,7 @@ class Process:
         measured: only time so many steps, in place of training.
     """
 
-    def __init__(self, cell: Cell, folder: Path, events: Events, measured: int = 0) -> None:
+    def __init__(self, cell: Cell, folder: Path, events: EventQueue, measured: int = 0) -> None:
         self.cell, self.folder = cell, folder
         store.write_json(folder / "cell.json", cell.as_dict())
         with (folder / LOG).open("wb") as log:
@@ -65,7 +65,7 @@ class Process:
             )
         threading.Thread(target=self._read, args=(events,), daemon=True).start()
 
-    def _read(self, events: Events) -> None:
+    def _read(self, events: EventQueue) -> None:
         with self.popen:  # closes the pipes
             assert self.popen.stdout is not None
             for line in self.popen.stdout:
@@ -110,7 +110,7 @@ class Process:
         self.popen.wait()
 
 
-def run(place: Store, cells: Sequence[Cell], watcher: Watcher, jobs: int = 1) -> list[dict[str, Any]]:
+def run(place: Store, cells: Sequence[Cell], watcher: CellObserver, jobs: int = 1) -> list[dict[str, Any]]:
     """Train every cell that has no result yet.
 
     Args:
@@ -125,7 +125,7 @@ def run(place: Store, cells: Sequence[Cell], watcher: Watcher, jobs: int = 1) ->
     Raises:
         StudyError: results cannot be written.
     """
-    events: Events = queue.Queue()
+    events: EventQueue = queue.Queue()
     waiting = [cell for cell in cells if place.result(cell) is None]
     running: list[Process] = []
     try:
@@ -152,7 +152,7 @@ def measure(place: Store, cell: Cell, steps: int) -> dict[str, Any]:
     Raises:
         StudyError: the process came to nothing.
     """
-    events: Events = queue.Queue()
+    events: EventQueue = queue.Queue()
     process = Process(cell, place.folder(cell), events, measured=steps)
     told: dict[str, Any] = {}
     while (line := events.get()[1]) is not None:

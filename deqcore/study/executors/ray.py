@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from deqcore.errors import MissingExtraError
 from deqcore.study import store
-from deqcore.study.executors.local import Events, Process, Watcher
+from deqcore.study.executors.local import CellObserver, EventQueue, Process
 from deqcore.study.grid import Cell
 from deqcore.study.store import Store, StudyError
 
@@ -38,7 +38,7 @@ def train(plain: dict[str, Any], files: dict[str, bytes]) -> Iterator[dict[str, 
         for file, content in files.items():
             store.write(folder / file, content)
         sent = dict(files)
-        events: Events = queue.Queue()
+        events: EventQueue = queue.Queue()
         process = Process(cell, folder, events)
         try:
             while (line := events.get()[1]) is not None:
@@ -55,7 +55,7 @@ def _news(folder: Path, sent: dict[str, bytes]) -> dict[str, bytes]:
     return new
 
 
-def run(place: Store, cells: Sequence[Cell], watcher: Watcher) -> list[dict[str, Any]]:
+def run(place: Store, cells: Sequence[Cell], watcher: CellObserver) -> list[dict[str, Any]]:
     """Train every cell that has no result yet, as many at a time as the cluster has room for.
 
     The cluster is the one of `RAY_ADDRESS`, or one that is started on this machine. Its machines need the same deqcore,
@@ -85,7 +85,7 @@ def run(place: Store, cells: Sequence[Cell], watcher: Watcher) -> list[dict[str,
     return [dict(place.result(cell) or {}) for cell in cells]
 
 
-def _run(ray: Any, place: Store, waiting: Sequence[Cell], watcher: Watcher) -> None:
+def _run(ray: Any, place: Store, waiting: Sequence[Cell], watcher: CellObserver) -> None:
     gpu = bool(ray.cluster_resources().get("GPU"))
     tasks: dict[Any, Cell] = {}
     for cell in waiting:
@@ -113,7 +113,7 @@ def _run(ray: Any, place: Store, waiting: Sequence[Cell], watcher: Watcher) -> N
         _take(place.folder(cell), cell, told, watcher)
 
 
-def _take(folder: Path, cell: Cell, told: dict[str, Any], watcher: Watcher) -> None:
+def _take(folder: Path, cell: Cell, told: dict[str, Any], watcher: CellObserver) -> None:
     store.write_json(folder / "cell.json", cell.as_dict())
     for name, content in told["files"].items():
         store.write(folder / name, content)

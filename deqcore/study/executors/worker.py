@@ -19,13 +19,13 @@ from deqcore import plugins
 from deqcore.errors import DeqcoreError
 from deqcore.study import data, store
 from deqcore.study.grid import Cell
-from deqcore.study.train.loop import CellFailure, Tell, Training
+from deqcore.study.train.loop import CellFailure, CellTraining, OnProgress
 
 OFTEN: Final = 0.1  # seconds between two lines of progress
 HANDOVER: Final = 30.0  # seconds that an orphan of a killed study gets to notice
 
 
-def train(cell: Cell, folder: Path, tell: Tell) -> dict[str, Any]:
+def train(cell: Cell, folder: Path, tell: OnProgress) -> dict[str, Any]:
     """Train a cell and write its result; what goes wrong is a result too.
 
     Args:
@@ -57,9 +57,9 @@ def failed(cell: Cell, reason: str, detail: str, folder: Path) -> None:
     store.write_json(folder / "result.json", {**_failed(cell, reason, detail), "seconds": 0.0})
 
 
-def _training(cell: Cell, folder: Path, tell: Tell) -> Training:
+def _training(cell: Cell, folder: Path, tell: OnProgress) -> CellTraining:
     trainer: Any = plugins.load("trainer", _trainer(cell.backend))
-    return Training(cell, data.load(cell.data, cell.own.data), trainer, folder, tell)
+    return CellTraining(cell, data.load(cell.data, cell.own.data), trainer, folder, tell)
 
 
 def _failed(cell: Cell, reason: str, detail: str) -> dict[str, Any]:

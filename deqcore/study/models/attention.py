@@ -6,7 +6,7 @@ from typing import ClassVar, Final
 
 import numpy as np
 
-from deqcore.study.models.base import Kind, Model, Ops, Parameters, Weights, normal
+from deqcore.study.models.base import DataKind, Model, Ops, Parameters, Weights, normal
 from deqcore.types import Array
 
 HEADS: Final = 4
@@ -19,7 +19,7 @@ class Attention(Model):
     Source: Bai, Kolter & Koltun (2019), "Deep Equilibrium Models", section 4 (DEQ-Transformer), reduced to one block.
     """
 
-    accepts: ClassVar[tuple[Kind, ...]] = ("tokens",)
+    accepts: ClassVar[tuple[DataKind, ...]] = ("tokens",)
 
     def initial(self, rng: np.random.Generator) -> Weights:
         """Embeddings, one block, and the readout."""

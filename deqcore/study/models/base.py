@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from deqcore.types import Array
 
-Kind: TypeAlias = Literal["vector", "image", "tokens"]
+DataKind: TypeAlias = Literal["vector", "image", "tokens"]
 Weights: TypeAlias = dict[str, NDArray[np.float32]]
 Parameters: TypeAlias = Mapping[str, Array]
 
@@ -35,7 +35,7 @@ class Shape:
         10
     """
 
-    kind: Kind
+    kind: DataKind
     sample: tuple[int, ...]
     classes: int
 
@@ -103,7 +103,7 @@ class Model(ABC):
         ['u', 'v', 'w']
     """
 
-    accepts: ClassVar[tuple[Kind, ...]]
+    accepts: ClassVar[tuple[DataKind, ...]]
     equilibrium: ClassVar[bool] = True
     depth: ClassVar[int] = 2
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 
-from deqcore.study.models.base import Kind, Model, Ops, Parameters, Weights, normal
+from deqcore.study.models.base import DataKind, Model, Ops, Parameters, Weights, normal
 from deqcore.types import Array
 
 GROUPS: Final = 4
@@ -23,7 +23,7 @@ class Conv(Model):
     Source: Bai, Koltun & Kolter (2020), "Multiscale Deep Equilibrium Models", reduced to two scales.
     """
 
-    accepts: ClassVar[tuple[Kind, ...]] = ("image",)
+    accepts: ClassVar[tuple[DataKind, ...]] = ("image",)
 
     def initial(self, rng: np.random.Generator) -> Weights:
         """Kernels, biases and the readout."""

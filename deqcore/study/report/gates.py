@@ -7,33 +7,33 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from deqcore.errors import ConfigError
-from deqcore.study.report.summary import Row, reference
+from deqcore.study.report.summary import SummaryRow, reference
 from deqcore.study.report.translations import say
 from deqcore.study.settings import Gate
 
 
-def _points(row: Row, exact: Row | None) -> float | None:
+def _points(row: SummaryRow, exact: SummaryRow | None) -> float | None:
     found = None if exact is None else row.against(exact, "test_accuracy")
     return None if found is None else 100 * found.worst
 
 
-def _quotient(metric: str) -> Callable[[Row, Row | None], float | None]:
-    def read(row: Row, exact: Row | None) -> float | None:
+def _quotient(metric: str) -> Callable[[SummaryRow, SummaryRow | None], float | None]:
+    def read(row: SummaryRow, exact: SummaryRow | None) -> float | None:
         found = None if exact is None else row.ratio(exact, metric)
         return None if found is None else found.mean if found.high is None else found.high
 
     return read
 
 
-def _own(metric: str, scale: float = 1.0) -> Callable[[Row, Row | None], float | None]:
-    def read(row: Row, _: Row | None) -> float | None:
+def _own(metric: str, scale: float = 1.0) -> Callable[[SummaryRow, SummaryRow | None], float | None]:
+    def read(row: SummaryRow, _: SummaryRow | None) -> float | None:
         found = row.metric(metric)
         return None if found is None else scale * found.mean
 
     return read
 
 
-METRICS: Final[dict[str, Callable[[Row, Row | None], float | None]]] = {
+METRICS: Final[dict[str, Callable[[SummaryRow, SummaryRow | None], float | None]]] = {
     "accuracy": _own("test_accuracy", 100.0),  # percent
     "accuracy_difference": _points,  # points against exact-ift, lower end of the 95 % interval
     "time_ratio": _quotient("training"),  # whole training against exact-ift, upper end of the 95 % interval
@@ -68,7 +68,7 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GateVerdict:
     """All gates of a study, in their order."""
 
     gates: tuple[Judged, ...]
@@ -104,12 +104,12 @@ def check(gates: Sequence[Gate], labels: Sequence[str]) -> None:
             raise ConfigError.no_entry("[[study.gates]]", "strategy of the study", gate.strategy, labels)
 
 
-def judge(rows: Sequence[Row], gates: Sequence[Gate]) -> Verdict:
+def judge(rows: Sequence[SummaryRow], gates: Sequence[Gate]) -> GateVerdict:
     """Compare each gate with the worst row of its strategy."""
-    return Verdict(tuple(_update_status(gate, rows) for gate in gates))
+    return GateVerdict(tuple(_judge_gate(gate, rows) for gate in gates))
 
 
-def _update_status(gate: Gate, rows: Sequence[Row]) -> Judged:
+def _judge_gate(gate: Gate, rows: Sequence[SummaryRow]) -> Judged:
     mine = [row for row in rows if row.strategy == gate.strategy]
     values = [METRICS[gate.metric](row, reference(row, rows)) for row in mine]
     known = [value for value in values if value is not None]

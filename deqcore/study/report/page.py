@@ -11,16 +11,16 @@ from typing import Any
 
 from deqcore.study import store
 from deqcore.study.report import table
-from deqcore.study.report.gates import Verdict, judge
+from deqcore.study.report.gates import GateVerdict, judge
 from deqcore.study.report.plots import name, plots
-from deqcore.study.report.recommendation import Answer, answers, devices
+from deqcore.study.report.recommendation import Recommendation, devices, recommendations
 from deqcore.study.report.retraining import Accumulation, accumulations
-from deqcore.study.report.summary import METRICS, Interval, Row, rows
+from deqcore.study.report.summary import METRICS, Interval, SummaryRow, rows
 from deqcore.study.report.translations import LANGUAGES, head, say
-from deqcore.study.settings import Cost, Study
+from deqcore.study.settings import CostSettings, Study
 
 
-def write(root: Path, study: Study, results: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> list[Row]:
+def write(root: Path, study: Study, results: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> list[SummaryRow]:
     """Write all files of the report.
 
     Args:
@@ -46,7 +46,7 @@ def write(root: Path, study: Study, results: Sequence[Mapping[str, Any]], about:
     return found
 
 
-def page(study: Study, found: Sequence[Row], verdict: Verdict, about: Mapping[str, Any]) -> str:
+def page(study: Study, found: Sequence[SummaryRow], verdict: GateVerdict, about: Mapping[str, Any]) -> str:
     """The HTML. Every name in it is escaped: a class or a data set may be called anything."""
     from jinja2 import Environment, StrictUndefined
 
@@ -58,7 +58,7 @@ def page(study: Study, found: Sequence[Row], verdict: Verdict, about: Mapping[st
         language=study.language,
         words=words,
         title=say(study.language, "title", name=study.name),
-        answers=[_told(answer, study) for answer in answers(found, study.cost)],
+        recommendations=[_told(answer, study) for answer in recommendations(found, study.cost)],
         gates=[gate.as_dict() for gate in verdict.gates],
         verdict={"go": verdict.go, "text": verdict.sentence(study.language)},
         shared=table.shared(found, lambda title: head(study.language, title)),
@@ -73,7 +73,7 @@ def page(study: Study, found: Sequence[Row], verdict: Verdict, about: Mapping[st
     )
 
 
-def _told(answer: Answer, study: Study) -> dict[str, object]:
+def _told(answer: Recommendation, study: Study) -> dict[str, object]:
     """The first screen: one sentence that answers, then what it rests on."""
     language = study.language
     data, backend, model = answer.place
@@ -104,7 +104,7 @@ def _told(answer: Answer, study: Study) -> dict[str, object]:
     return {"head": head, "sentences": sentences + _money(answer, study.cost, language), "warnings": warnings}
 
 
-def _round(found: Accumulation, rows: Sequence[Row], language: str) -> dict[str, Any]:
+def _round(found: Accumulation, rows: Sequence[SummaryRow], language: str) -> dict[str, Any]:
     """A line of the table of rounds, and what it says."""
     row = found.row
     gaps = found.gap or (None,) * len(found.accuracy)
@@ -120,7 +120,7 @@ def _gap(value: Interval | None) -> str:
     return "" if value is None else f" ({100 * value.mean:+.2f})".replace("-", "−")
 
 
-def _money(answer: Answer, cost: Cost, language: str) -> list[str]:
+def _money(answer: Recommendation, cost: CostSettings, language: str) -> list[str]:
     bill = answer.bill
     if bill is None:
         return []
@@ -148,7 +148,7 @@ def _bracketed(value: Interval | None, scale: float, digits: int, *, signed: boo
     return f"{text} {ends.replace('-', '−')}"
 
 
-def _summary(row: Row, found: Sequence[Row]) -> dict[str, Any]:
+def _summary(row: SummaryRow, found: Sequence[SummaryRow]) -> dict[str, Any]:
     metrics = {name: row.metric(name) for name in METRICS} if row.results else {}
     numbers = {name: None if value is None else asdict(value) for name, value in metrics.items()}
     rounds = [each.as_dict() for each in accumulations(found) if each.row is row]

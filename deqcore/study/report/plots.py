@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 from deqcore.study.report.retraining import accumulations
-from deqcore.study.report.summary import Row
+from deqcore.study.report.summary import SummaryRow
 
 PALETTE: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 PARTS: Final = (("forward", "#0072b2"), ("backward", "#d55e00"), ("update", "#999999"))
@@ -18,10 +18,10 @@ MANY: Final = 8  # lines in one plot that people can tell apart
 SIZE: Final = (6.0, 3.4)  # inches
 
 
-def plots(rows: Sequence[Row]) -> dict[str, str]:
+def plots(rows: Sequence[SummaryRow]) -> dict[str, str]:
     """Every plot that has something to show, by the word of its title in `words.py`."""
     trained = [row for row in rows if row.results]
-    made: dict[str, Callable[[Any, Sequence[Row]], bool]] = {
+    made: dict[str, Callable[[Any, Sequence[SummaryRow]], bool]] = {
         "plot_accuracy": _accuracy,
         "plot_time": _time,
         "plot_evaluations": _evaluations,
@@ -35,7 +35,7 @@ def plots(rows: Sequence[Row]) -> dict[str, str]:
     return {word: svg for word, svg in drawn.items() if svg}
 
 
-def _draw(word: str, draw: Callable[[Any, Sequence[Row]], bool], rows: Sequence[Row]) -> str:
+def _draw(word: str, draw: Callable[[Any, Sequence[SummaryRow]], bool], rows: Sequence[SummaryRow]) -> str:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -61,10 +61,10 @@ def _draw(word: str, draw: Callable[[Any, Sequence[Row]], bool], rows: Sequence[
     return drawn[drawn.index("<svg") :]
 
 
-def name(row: Row, rows: Sequence[Row]) -> str:
+def name(row: SummaryRow, rows: Sequence[SummaryRow]) -> str:
     """The shortest name that tells a row from the others."""
     parts = [row.label]
-    columns: list[Callable[[Row], str]] = [
+    columns: list[Callable[[SummaryRow], str]] = [
         lambda r: r.solver,
         lambda r: f"{r.rtol:g}",
         lambda r: r.place[2],
@@ -77,7 +77,7 @@ def name(row: Row, rows: Sequence[Row]) -> str:
     return " · ".join(dict.fromkeys(parts))
 
 
-def _accuracy(axes: Any, rows: Sequence[Row]) -> bool:
+def _accuracy(axes: Any, rows: Sequence[SummaryRow]) -> bool:
     for row, colour in zip(rows[:MANY], PALETTE, strict=False):
         timed = [result for result in row.results.values() if result["times"]["training"] is not None]
         if not timed:
@@ -103,7 +103,7 @@ def clock(result: Any) -> Any:
     return seconds * result["times"]["training"] / seconds[-1]
 
 
-def _time(axes: Any, rows: Sequence[Row]) -> bool:
+def _time(axes: Any, rows: Sequence[SummaryRow]) -> bool:
     places, left = np.arange(len(rows)), np.zeros(len(rows))
     for part, colour in PARTS:
         values = np.array([1e3 * _mean(row, part) for row in rows])
@@ -116,7 +116,7 @@ def _time(axes: Any, rows: Sequence[Row]) -> bool:
     return True
 
 
-def _evaluations(axes: Any, rows: Sequence[Row]) -> bool:
+def _evaluations(axes: Any, rows: Sequence[SummaryRow]) -> bool:
     shown = [row for row in rows if not row.explicit][:MANY]
     for row, colour in zip(shown, PALETTE, strict=False):
         for metric, style in (("evaluations_most", "-"), ("vjps_most", "--")):
@@ -130,20 +130,20 @@ def _evaluations(axes: Any, rows: Sequence[Row]) -> bool:
     return bool(shown)
 
 
-def _cosine(axes: Any, rows: Sequence[Row]) -> bool:
+def _cosine(axes: Any, rows: Sequence[SummaryRow]) -> bool:
     found = _audits(axes, rows, ("cosine",))
     axes.set(xlabel="epoch", ylabel="cosine")
     return found
 
 
-def _radius(axes: Any, rows: Sequence[Row]) -> bool:
+def _radius(axes: Any, rows: Sequence[SummaryRow]) -> bool:
     found = _audits(axes, rows, ("radius", "radius_most"))
     axes.axhline(1.0, color="#666666", lw=0.8, ls=":")
     axes.set(xlabel="epoch", ylabel="|λ|max", ylim=(0, None))
     return found
 
 
-def _certificate(axes: Any, rows: Sequence[Row]) -> bool:
+def _certificate(axes: Any, rows: Sequence[SummaryRow]) -> bool:
     found = False
     for row, colour in zip([row for row in rows if not row.explicit], PALETTE, strict=False):
         curves = _curves(row, "adjoint_residual")
@@ -159,7 +159,7 @@ def _certificate(axes: Any, rows: Sequence[Row]) -> bool:
     return found
 
 
-def _memory(axes: Any, rows: Sequence[Row]) -> bool:
+def _memory(axes: Any, rows: Sequence[SummaryRow]) -> bool:
     places = np.arange(len(rows))
     axes.barh(places, [_mean(row, "peak_memory") / 1e6 for row in rows], color=PALETTE[0], height=0.6)
     axes.set_yticks(places, [name(row, rows) for row in rows])
@@ -168,7 +168,7 @@ def _memory(axes: Any, rows: Sequence[Row]) -> bool:
     return True
 
 
-def _rounds(axes: Any, rows: Sequence[Row]) -> bool:
+def _rounds(axes: Any, rows: Sequence[SummaryRow]) -> bool:
     found = [each for each in accumulations(rows) if each.gap]
     for each, colour in zip(found[:MANY], PALETTE[1:] + PALETTE[:1], strict=False):
         gap = each.gap or ()
@@ -186,7 +186,7 @@ def _rounds(axes: Any, rows: Sequence[Row]) -> bool:
     return bool(found)
 
 
-def _audits(axes: Any, rows: Sequence[Row], metrics: Sequence[str]) -> bool:
+def _audits(axes: Any, rows: Sequence[SummaryRow], metrics: Sequence[str]) -> bool:
     found = False
     for row, colour in zip([row for row in rows if not row.explicit], PALETTE, strict=False):
         audits = [result["history"]["audits"] for result in row.results.values()]
@@ -203,7 +203,7 @@ def _audits(axes: Any, rows: Sequence[Row], metrics: Sequence[str]) -> bool:
     return found
 
 
-def _curves(row: Row, metric: str) -> Any:
+def _curves(row: SummaryRow, metric: str) -> Any:
     """Means per epoch and over seeds; None where nothing was measured."""
     found = []
     for result in row.results.values():
@@ -226,6 +226,6 @@ def _epochs(curve: Any) -> Any:
     return np.arange(1, len(curve) + 1)
 
 
-def _mean(row: Row, metric: str) -> float:
+def _mean(row: SummaryRow, metric: str) -> float:
     value = row.metric(metric)
     return 0.0 if value is None else value.mean

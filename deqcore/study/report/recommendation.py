@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from deqcore.study.report.summary import Interval, Row, explicit, reference
-from deqcore.study.settings import Cost
+from deqcore.study.report.summary import Interval, SummaryRow, explicit, reference
+from deqcore.study.settings import CostSettings
 
 TOLERATED: Final = -0.01  # one point of accuracy below exact gradients, at the lower end of the interval
 HARMFUL: Final = 0.9  # cosine below which a reused gradient is warned about
@@ -29,7 +29,7 @@ class Comparison:
     memory: Interval | None
 
     @classmethod
-    def of(cls, row: Row, other: Row) -> Comparison:
+    def of(cls, row: SummaryRow, other: SummaryRow) -> Comparison:
         """Compare."""
         return cls(
             row.against(other, "test_accuracy"), row.ratio(other, "training"), row.ratio(other, "training_memory")
@@ -52,7 +52,7 @@ class Bill:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Recommendation:
     """What to use for one kind of problem (data, backend, model).
 
     Attributes:
@@ -65,36 +65,36 @@ class Answer:
     """
 
     place: tuple[str, str, str]
-    best: Row | None
-    exact: Row | None
-    explicit: Row | None
+    best: SummaryRow | None
+    exact: SummaryRow | None
+    explicit: SummaryRow | None
     against_exact: Comparison | None
     against_explicit: Comparison | None
     bill: Bill | None
     warnings: tuple[tuple[str, dict[str, object]], ...]
 
 
-def answers(rows: Sequence[Row], cost: Cost) -> list[Answer]:
+def recommendations(rows: Sequence[SummaryRow], cost: CostSettings) -> list[Recommendation]:
     """One answer for each data set, backend and model with an equilibrium."""
     places = dict.fromkeys(row.place for row in rows if not row.explicit)
     return [_answer([row for row in rows if row.place == place], rows, cost) for place in places]
 
 
-def acceptable(row: Row, exact: Row | None) -> bool:
+def acceptable(row: SummaryRow, exact: SummaryRow | None) -> bool:
     """Whether a row's accuracy is at most a point below that of exact gradients, at the lower end of its interval."""
     difference = row.against(exact, "test_accuracy") if exact is not None else None
     return difference is None or difference.worst >= TOLERATED
 
 
-def _answer(mine: Sequence[Row], rows: Sequence[Row], cost: Cost) -> Answer:
+def _answer(mine: Sequence[SummaryRow], rows: Sequence[SummaryRow], cost: CostSettings) -> Recommendation:
     trained = [row for row in mine if row.results]
     place = mine[0].place[:3]
     fit = [row for row in trained if acceptable(row, reference(row, rows))] or trained
     if not fit:
-        return Answer(place, None, None, None, None, None, None, _warnings(mine, None))
+        return Recommendation(place, None, None, None, None, None, None, _warnings(mine, None))
     best = min(fit, key=lambda row: (_mean(row, "training"), row.label))
     exact, plain = reference(best, rows), explicit(best, rows)
-    return Answer(
+    return Recommendation(
         place,
         best,
         exact,
@@ -106,7 +106,7 @@ def _answer(mine: Sequence[Row], rows: Sequence[Row], cost: Cost) -> Answer:
     )
 
 
-def devices(memory: Interval | None, cost: Cost) -> int | None:
+def devices(memory: Interval | None, cost: CostSettings) -> int | None:
     """How many devices hold what a row's training adds to memory, where exact gradients need `cost.devices`.
 
     Memory decides, time does not: fewer devices work longer, and the bill in machine hours stays as it is. Rounded
@@ -118,10 +118,10 @@ def devices(memory: Interval | None, cost: Cost) -> int | None:
     return needed if needed < cost.devices else None
 
 
-def bill(row: Row, exact: Row | None, cost: Cost) -> Bill:
+def bill(row: SummaryRow, exact: SummaryRow | None, cost: CostSettings) -> Bill:
     """What a row's trainings cost at the price of the machine."""
 
-    def training(row: Row) -> float:
+    def training(row: SummaryRow) -> float:
         return _mean(row, "training") * cost.scale / 3600 * cost.price_per_hour
 
     month = training(row) * cost.trainings_per_month
@@ -130,7 +130,7 @@ def bill(row: Row, exact: Row | None, cost: Cost) -> Bill:
     return Bill(training(row), month, saved, payback)
 
 
-def _warnings(mine: Sequence[Row], best: Row | None) -> tuple[tuple[str, dict[str, object]], ...]:
+def _warnings(mine: Sequence[SummaryRow], best: SummaryRow | None) -> tuple[tuple[str, dict[str, object]], ...]:
     found: list[tuple[str, dict[str, object]]] = []
     if best is not None and len(best.results) < 3:
         found.append(("few_seeds", {"count": len(best.results)}))
@@ -151,11 +151,11 @@ def _warnings(mine: Sequence[Row], best: Row | None) -> tuple[tuple[str, dict[st
     return tuple(found)
 
 
-def _gap(row: Row, among: Sequence[Row]) -> Interval | None:
+def _gap(row: SummaryRow, among: Sequence[SummaryRow]) -> Interval | None:
     exact = reference(row, among)
     return None if exact is None or exact is row else row.against(exact, "test_accuracy")
 
 
-def _mean(row: Row, metric: str) -> float:
+def _mean(row: SummaryRow, metric: str) -> float:
     value = row.metric(metric)
     return float("inf") if value is None else value.mean

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from deqcore.study.report.summary import Interval, Result, Row, reference
+from deqcore.study.report.summary import CellResult, Interval, SummaryRow, reference
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Accumulation:
         growth: of the gap from the first round to the last, paired by seed.
     """
 
-    row: Row
+    row: SummaryRow
     accuracy: tuple[Interval, ...]
     gap: tuple[Interval, ...] | None
     growth: Interval | None
@@ -38,20 +38,20 @@ class Accumulation:
         return {"accuracy": accuracy, "gap": gap, "growth": growth, "builds_up": self.builds_up}
 
 
-def accumulations(rows: Sequence[Row]) -> list[Accumulation]:
+def accumulations(rows: Sequence[SummaryRow]) -> list[Accumulation]:
     """Of all rows that were trained more than once."""
     return [_of(row, reference(row, rows)) for row in rows if _count(row) > 1]
 
 
-def _count(row: Row) -> int:
+def _count(row: SummaryRow) -> int:
     return min((len(_accuracies(result)) for result in row.results.values()), default=0)
 
 
-def _accuracies(result: Result) -> list[float]:
+def _accuracies(result: CellResult) -> list[float]:
     return [each["test_accuracy"] for each in result.get("rounds", ())]
 
 
-def _of(row: Row, exact: Row | None) -> Accumulation:
+def _of(row: SummaryRow, exact: SummaryRow | None) -> Accumulation:
     mine = {seed: _accuracies(result) for seed, result in row.results.items()}
     accuracy = tuple(Interval.of(column) for column in zip(*mine.values(), strict=True))
     if exact is None or exact is row:

@@ -9,7 +9,7 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 
-Result: TypeAlias = Mapping[str, Any]
+CellResult: TypeAlias = Mapping[str, Any]
 LEVEL: Final = 0.95
 
 
@@ -53,7 +53,7 @@ class Interval:
         return self.mean if self.low is None else self.low
 
 
-METRICS: Final[dict[str, Callable[[Result], float | None]]] = {
+METRICS: Final[dict[str, Callable[[CellResult], float | None]]] = {
     "test_accuracy": lambda result: result["test_accuracy"],
     "test_loss": lambda result: result["test_loss"],
     "forward": lambda result: result["times"]["forward"],
@@ -76,7 +76,7 @@ METRICS: Final[dict[str, Callable[[Result], float | None]]] = {
 
 
 @dataclass(frozen=True)
-class Row:
+class SummaryRow:
     """Cells that differ in their seed only.
 
     Attributes:
@@ -91,7 +91,7 @@ class Row:
     strategy: str
     name: str
     rtol: float
-    results: Mapping[int, Result]
+    results: Mapping[int, CellResult]
     failures: Mapping[int, str]
 
     @property
@@ -110,26 +110,26 @@ class Row:
         known = [value for value in values if value is not None]
         return Interval.of(known) if known else None
 
-    def against(self, other: Row, name: str) -> Interval | None:
+    def against(self, other: SummaryRow, name: str) -> Interval | None:
         """The difference of a metric, paired by seed."""
         found = [mine - theirs for mine, theirs in self._pairs(other, name)]
         return Interval.of(found) if found else None
 
-    def ratio(self, other: Row, name: str) -> Interval | None:
+    def ratio(self, other: SummaryRow, name: str) -> Interval | None:
         """The quotient of a metric, paired by seed; of positive numbers only."""
         found = [mine / theirs for mine, theirs in self._pairs(other, name) if mine > 0 and theirs > 0]
         return Interval.of_ratios(found) if found else None
 
-    def _pairs(self, other: Row, name: str) -> list[tuple[float, float]]:
+    def _pairs(self, other: SummaryRow, name: str) -> list[tuple[float, float]]:
         read = METRICS[name]
         both = [seed for seed in self.results if seed in other.results]
         pairs = [(read(self.results[seed]), read(other.results[seed])) for seed in both]
         return [(mine, theirs) for mine, theirs in pairs if mine is not None and theirs is not None]
 
 
-def rows(results: Iterable[Result]) -> list[Row]:
+def rows(results: Iterable[CellResult]) -> list[SummaryRow]:
     """Group results by everything but the seed, in their order."""
-    grouped: dict[tuple[Any, ...], list[Result]] = {}
+    grouped: dict[tuple[Any, ...], list[CellResult]] = {}
     for result in results:
         cell = result["cell"]
         place = (cell["data"]["label"], cell["backend"], cell["model"]["name"], cell["model"]["width"])
@@ -138,21 +138,21 @@ def rows(results: Iterable[Result]) -> list[Row]:
     return [_row(key, found) for key, found in grouped.items()]
 
 
-def _row(key: tuple[Any, ...], found: Sequence[Result]) -> Row:
+def _row(key: tuple[Any, ...], found: Sequence[CellResult]) -> SummaryRow:
     place, solver, strategy, name, rtol = key
     good = {each["cell"]["seed"]: each for each in found if each["status"] == "ok"}
     bad = {each["cell"]["seed"]: f"{each['reason']}: {each['detail']}" for each in found if each["status"] != "ok"}
-    return Row(place, solver, strategy, name, rtol, good, bad)
+    return SummaryRow(place, solver, strategy, name, rtol, good, bad)
 
 
-def reference(row: Row, among: Iterable[Row]) -> Row | None:
+def reference(row: SummaryRow, among: Iterable[SummaryRow]) -> SummaryRow | None:
     """The row that was trained with exact gradients and is otherwise the same."""
     same = (other for other in among if other.place == row.place and other.rtol == row.rtol and other.results)
     exact = [other for other in same if other.name == "exact-ift"]
     return next((other for other in exact if other.solver == row.solver), exact[0] if exact else None)
 
 
-def explicit(row: Row, among: Iterable[Row]) -> Row | None:
+def explicit(row: SummaryRow, among: Iterable[SummaryRow]) -> SummaryRow | None:
     """The explicit network of equal size."""
     data, backend, model, width = row.place
     place = (data, backend, f"{model}-explicit", width)
@@ -164,7 +164,7 @@ def _named(solver: Mapping[str, Any]) -> str:
     return f"{solver['name']} ({options})" if options else str(solver["name"])
 
 
-def _last(result: Result, name: str) -> float | None:
+def _last(result: CellResult, name: str) -> float | None:
     audits = result["history"]["audits"]
     value: float | None = audits[-1][name] if audits else None
     return value

@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from deqcore.study.report.summary import METRICS, Interval, Row
+from deqcore.study.report.summary import METRICS, Interval, SummaryRow
 
 
 def percent(value: Interval | None) -> str:
@@ -79,7 +79,7 @@ NOTE: Final = (
 )
 
 
-def identity(row: Row) -> dict[str, str]:
+def identity(row: SummaryRow) -> dict[str, str]:
     """What a row is."""
     data, backend, model, _ = row.place
     solver, rtol = ("–", "–") if row.explicit else (row.solver, f"{row.rtol:g}")
@@ -87,7 +87,7 @@ def identity(row: Row) -> dict[str, str]:
     return dict(zip(IDENTITY, values, strict=True))
 
 
-def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+def cells(rows: Sequence[SummaryRow]) -> tuple[list[str], list[list[str]]]:
     """Header and lines; what is the same in all lines is left out, but for the strategy."""
     told = [identity(row) for row in rows]
     varying = [name for name in IDENTITY if name == "strategy" or len({each[name] for each in told}) > 1]
@@ -98,13 +98,13 @@ def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return [*varying, *(title for title, _, _ in COLUMNS)], lines
 
 
-def shared(rows: Sequence[Row], head: Callable[[str], str] = str) -> str:
+def shared(rows: Sequence[SummaryRow], head: Callable[[str], str] = str) -> str:
     """What all rows have in common, in words; `head` gives the names of columns in another language."""
     told = [identity(row) for row in rows]
     return ", ".join(f"{head(name)} {told[0][name]}" for name in IDENTITY if len({each[name] for each in told}) == 1)
 
 
-def terminal(rows: Sequence[Row]) -> Table:
+def terminal(rows: Sequence[SummaryRow]) -> Table:
     """For people at a terminal."""
     header, lines = cells(rows)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=shared(rows), title_justify="left", caption=NOTE)
@@ -117,7 +117,7 @@ def terminal(rows: Sequence[Row]) -> Table:
     return table
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[SummaryRow]) -> str:
     """For a README."""
     header, lines = cells(rows)
     escaped = [[each.replace("|", "\\|") for each in line] for line in lines]
@@ -126,7 +126,7 @@ def markdown(rows: Sequence[Row]) -> str:
     return f"{shared(rows)}\n\n{body}\n\n{NOTE}\n"
 
 
-def comma_separated(rows: Sequence[Row]) -> str:
+def comma_separated(rows: Sequence[SummaryRow]) -> str:
     """One line per cell, unrounded."""
     out = io.StringIO()
     writer = csv.writer(out)

@@ -26,7 +26,7 @@ from deqcore.study.models import find
 from deqcore.study.train.memory import PeakMemory
 from deqcore.study.train.trainer import Figures, Step, Trainer
 
-Tell: TypeAlias = Callable[[Mapping[str, object]], None]
+OnProgress: TypeAlias = Callable[[Mapping[str, object]], None]
 
 WEIGHTS, ORDER, AUDIT = range(3)  # streams of random numbers that one seed gives
 PARTS: Final = ("forward", "backward", "update")
@@ -50,7 +50,7 @@ class CellFailure(Exception):
 
 
 @dataclass(frozen=True)
-class Audit:
+class AuditPoint:
     """A look at the gradient during training, on a batch of the training data.
 
     Attributes:
@@ -107,7 +107,7 @@ def exact(cell: Cell) -> Config:
     )
 
 
-class Training:
+class CellTraining:
     """One cell in training.
 
     Args:
@@ -118,7 +118,9 @@ class Training:
         tell: gets progress for people, as plain values.
     """
 
-    def __init__(self, cell: Cell, data: Dataset, trainer: Callable[..., Trainer], folder: Path, tell: Tell) -> None:
+    def __init__(
+        self, cell: Cell, data: Dataset, trainer: Callable[..., Trainer], folder: Path, tell: OnProgress
+    ) -> None:
         self.cell, self.data, self.folder, self.tell = cell, data, folder, tell
         self.start = data  # before any drift
         model, weights = initial_weights(cell, data)
@@ -253,7 +255,7 @@ class Training:
         _, wanted = self.trainer.gradient(x, y, truth)
         radius = self.trainer.radius(x[:AUDIT_SAMPLES], truth, AUDIT_PRODUCTS)
         size = float(np.linalg.norm(found) * np.linalg.norm(wanted))
-        audit = Audit(
+        audit = AuditPoint(
             epoch=epoch,
             cosine=float(found @ wanted) / size if size > 0 else 0.0,
             ratio=float(np.linalg.norm(found)) / max(float(np.linalg.norm(wanted)), 1e-30),

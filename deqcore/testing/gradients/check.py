@@ -21,7 +21,7 @@ from deqcore.testing import worker
 from deqcore.testing.gradients.compare import Comparison, differ, quantities, size
 from deqcore.testing.problem import walk
 from deqcore.testing.problems import Golden, golden, unraveled
-from deqcore.testing.runner.processes import Task, installed, run_all
+from deqcore.testing.runner.processes import WorkerTask, installed, run_all
 from deqcore.testing.tolerances import tolerance
 from deqcore.testing.worker import Job
 
@@ -38,7 +38,7 @@ SPREAD: Final = 10.0  # float32: times what changing the data by one unit in the
 
 
 @dataclass(frozen=True)
-class Run:
+class GradientRun:
     """One job on one backend, and what came of it."""
 
     backend: str
@@ -54,15 +54,15 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Report:
+class GradientReport:
     """Everything that was run and compared."""
 
-    runs: Sequence[Run]
+    runs: Sequence[GradientRun]
     comparisons: Sequence[Comparison]
     spread: Mapping[str, float]
 
     @property
-    def errors(self) -> list[Run]:
+    def errors(self) -> list[GradientRun]:
         """Runs that ended with an error."""
         return [run for run in self.runs if run.error and not run.skipped]
 
@@ -78,7 +78,7 @@ def check(
     strategies: Sequence[str] = (),
     dtypes: Sequence[str] = ("float64", "float32"),
     tell: Callable[[str], None] = lambda _: None,
-) -> Report:
+) -> GradientReport:
     """Run the check on the golden problems.
 
     Args:
@@ -105,7 +105,7 @@ def check(
         if reference not in chosen:
             jobs[reference, dtype].extend(job for job in plan(pairs, dtype) if not is_exact(job.strategy))
     runs = execute(jobs, tell)
-    return Report(runs, list(judge(runs, chosen)), spreads(runs))
+    return GradientReport(runs, list(judge(runs, chosen)), spreads(runs))
 
 
 def combinations(solvers: Iterable[str], strategies: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -191,19 +191,19 @@ def reference_of(backends: Sequence[str]) -> str:
     return next((name for name in backends if name in light), light[0] if light else backends[0])
 
 
-def execute(jobs: Mapping[tuple[str, str], list[Job]], tell: Callable[[str], None]) -> list[Run]:
+def execute(jobs: Mapping[tuple[str, str], list[Job]], tell: Callable[[str], None]) -> list[GradientRun]:
     """Run all jobs, each backend and dtype in a process of its own."""
-    runs: list[Run] = []
+    runs: list[GradientRun] = []
     with tempfile.TemporaryDirectory(prefix="deqcore-check-") as folder:
         tasks = {}
         for (backend, dtype), mine in jobs.items():
-            task = Task(Path(folder) / f"{backend}-{dtype}", backend, dtype)
+            task = WorkerTask(Path(folder) / f"{backend}-{dtype}", backend, dtype)
             worker.write(task.folder, backend, mine)
             tasks[task] = mine
         for task, failure in run_all(list(tasks), tell).items():
             mine = tasks[task]
             found = [(failure, 0.0, {})] * len(mine) if failure else worker.read(task.folder)
-            runs += [Run(task.backend, job, *each) for job, each in zip(mine, found, strict=True)]
+            runs += [GradientRun(task.backend, job, *each) for job, each in zip(mine, found, strict=True)]
     return runs
 
 
@@ -215,7 +215,7 @@ def truth_arrays(problem: Golden) -> dict[str, Any]:
     return found | {name: value for name, value in truth.gradients.items() if name != "cotangent"}
 
 
-def judge(runs: Sequence[Run], chosen: Sequence[str]) -> Iterator[Comparison]:
+def judge(runs: Sequence[GradientRun], chosen: Sequence[str]) -> Iterator[Comparison]:
     """Compare every run that ended with the truth and with the reference."""
     reference = {
         run.job.key: run
@@ -245,7 +245,7 @@ def bounds_of(job: Job, problem: Golden) -> dict[str, float]:
     return {"z": found.pop("value"), **found}
 
 
-def allowed(job: Job, reference: Run, runs: Sequence[Run]) -> dict[str, float]:
+def allowed(job: Job, reference: GradientRun, runs: Sequence[GradientRun]) -> dict[str, float]:
     """What frameworks may differ by after the same steps: a promise in float64, measured in narrower dtypes."""
     names = quantities(reference.arrays)
     if job.dtype == "float64":
@@ -264,7 +264,9 @@ def same_algorithm(a: Job, b: Job) -> bool:
     return (a.problem, a.solver, a.strategy, a.dtype) == (b.problem, b.solver, b.strategy, b.dtype)
 
 
-def compare(run: Run, against: str, expected: Mapping[str, Any], bounds: Mapping[str, float]) -> Iterator[Comparison]:
+def compare(
+    run: GradientRun, against: str, expected: Mapping[str, Any], bounds: Mapping[str, float]
+) -> Iterator[Comparison]:
     """Compare all quantities that have a bound."""
     job = run.job
     for name in quantities(run.arrays, expected):
@@ -286,7 +288,7 @@ def compare(run: Run, against: str, expected: Mapping[str, Any], bounds: Mapping
             )
 
 
-def spreads(runs: Sequence[Run]) -> dict[str, float]:
+def spreads(runs: Sequence[GradientRun]) -> dict[str, float]:
     """How far one unit in the last place of the data moves each approximate gradient, relative, the largest."""
     plain = [run for run in runs if not run.job.jitter and not run.error]
     found: dict[str, float] = {}

@@ -11,14 +11,14 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from deqcore.testing.gradients.check import Report, Run
+from deqcore.testing.gradients.check import GradientReport, GradientRun
 from deqcore.testing.gradients.compare import Comparison
 
 SHORT: Final = {"float64": "f64", "float32": "f32"}
 LISTED: Final = 12  # failures that are described; JSON has all
 
 
-def as_json(report: Report, seconds: float) -> dict[str, object]:
+def as_json(report: GradientReport, seconds: float) -> dict[str, object]:
     """Everything in the report as plain values."""
     return {
         "ok": report.ok,
@@ -30,7 +30,7 @@ def as_json(report: Report, seconds: float) -> dict[str, object]:
     }
 
 
-def _run(run: Run) -> dict[str, object]:
+def _run(run: GradientRun) -> dict[str, object]:
     job = run.job
     return {
         "backend": run.backend,
@@ -43,7 +43,7 @@ def _run(run: Run) -> dict[str, object]:
     }
 
 
-def matrix(report: Report, seconds: float) -> RenderableType:
+def matrix(report: GradientReport, seconds: float) -> RenderableType:
     """One line per solver and strategy, one column per backend and dtype."""
     columns = list(dict.fromkeys((each.backend, each.job.dtype) for each in report.runs if not each.job.jitter))
     columns.sort(key=lambda column: (column[0], SHORT.get(column[1], column[1]) != "f64"))
@@ -60,7 +60,9 @@ def matrix(report: Report, seconds: float) -> RenderableType:
     return Group(table, *_failures(report), _summary(report, seconds))
 
 
-def _cell(report: Report, mine: Sequence[Comparison], solver: str, strategy: str, backend: str, dtype: str) -> Text:
+def _cell(
+    report: GradientReport, mine: Sequence[Comparison], solver: str, strategy: str, backend: str, dtype: str
+) -> Text:
     runs = [
         run
         for run in report.runs
@@ -76,7 +78,7 @@ def _cell(report: Report, mine: Sequence[Comparison], solver: str, strategy: str
     return Text("left out" if any(run.skipped for run in runs) else "reference" if runs else "–", style="dim")
 
 
-def _failures(report: Report) -> Iterable[Text]:
+def _failures(report: GradientReport) -> Iterable[Text]:
     bad = [each for each in report.comparisons if not each.ok]
     for run in report.errors[:LISTED]:
         job = run.job
@@ -99,7 +101,7 @@ def describe(each: Comparison) -> str:
     )
 
 
-def _summary(report: Report, seconds: float) -> Text:
+def _summary(report: GradientReport, seconds: float) -> Text:
     bad = sum(not each.ok for each in report.comparisons) + len(report.errors)
     share = max((each.share for each in report.comparisons), default=0.0)
     text = Text()
@@ -120,7 +122,7 @@ def _summary(report: Report, seconds: float) -> Text:
     return text
 
 
-def leaves(report: Report, seconds: float) -> RenderableType:
+def leaves(report: GradientReport, seconds: float) -> RenderableType:
     """One line per quantity of a user's own problem, and the first place of disagreement."""
     table = Table(
         *("backend", "dtype", "solver", "quantity", "against", "relative error", "allowed", "cosine", "verdict"),
@@ -139,7 +141,7 @@ def leaves(report: Report, seconds: float) -> RenderableType:
     return Group(table, *lines, _summary(report, seconds))
 
 
-def complaints(report: Report) -> list[str]:
+def complaints(report: GradientReport) -> list[str]:
     """What is wrong with a user's own problem, a line each: errors, then first disagreements."""
     lines = [f"{run.backend}, {run.job.dtype}: {run.error}" for run in _distinct(report.errors)]
     found = first_disagreements(report).items()
@@ -153,7 +155,7 @@ def _why(each: Comparison) -> str:
     )
 
 
-def first_disagreements(report: Report) -> dict[str, Comparison]:
+def first_disagreements(report: GradientReport) -> dict[str, Comparison]:
     """For each pair of results the first quantity, in the order in which errors travel, that differs."""
     found: dict[str, Comparison] = {}
     for each in report.comparisons:
@@ -162,8 +164,8 @@ def first_disagreements(report: Report) -> dict[str, Comparison]:
     return found
 
 
-def _distinct(runs: Sequence[Run]) -> list[Run]:
-    unique: Mapping[tuple[str, str, str], Run] = {(run.backend, run.job.dtype, run.error): run for run in runs}
+def _distinct(runs: Sequence[GradientRun]) -> list[GradientRun]:
+    unique: Mapping[tuple[str, str, str], GradientRun] = {(run.backend, run.job.dtype, run.error): run for run in runs}
     return list(unique.values())
 
 

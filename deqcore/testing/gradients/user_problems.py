@@ -13,7 +13,16 @@ import numpy as np
 
 from deqcore import plugins
 from deqcore.errors import ProblemError, listing
-from deqcore.testing.gradients.check import Report, Run, combinations, compare, execute, is_exact, reference_of, tight
+from deqcore.testing.gradients.check import (
+    GradientReport,
+    GradientRun,
+    combinations,
+    compare,
+    execute,
+    is_exact,
+    reference_of,
+    tight,
+)
 from deqcore.testing.gradients.compare import Comparison, size
 from deqcore.testing.problem import Problem, load_problem, walk
 from deqcore.testing.runner.processes import installed
@@ -23,14 +32,14 @@ from deqcore.testing.worker import Job
 MANY: Final = 4000  # numbers in parameters and inputs above which a backend without autodiff is left out
 
 
-def check_own(
+def check_user_problem(
     where: str,
     backends: Sequence[str] = (),
     solvers: Sequence[str] = (),
     strategies: Sequence[str] = (),
     dtypes: Sequence[str] = ("float64", "float32"),
     tell: Callable[[str], None] = lambda _: None,
-) -> Report:
+) -> GradientReport:
     """Check the gradients of one problem.
 
     Args:
@@ -94,13 +103,13 @@ def _width(problem: Problem) -> int:
     return sum(leaf[0].size if problem.batch and len(leaf) else leaf.size for leaf in leaves)
 
 
-def own_report(runs: Sequence[Run], chosen: Sequence[str]) -> Report:
+def own_report(runs: Sequence[GradientRun], chosen: Sequence[str]) -> GradientReport:
     """Compare the solves with the dense references and with each other."""
     solves = [run for run in runs if run.job.kind == "solve"]
-    return Report(runs, list(_update_status(solves, references(runs), chosen)), {})
+    return GradientReport(runs, list(_comparisons(solves, references(runs), chosen)), {})
 
 
-def references(runs: Sequence[Run]) -> dict[tuple[str, str], Mapping[str, Any]]:
+def references(runs: Sequence[GradientRun]) -> dict[tuple[str, str], Mapping[str, Any]]:
     """Arrays of the dense references that were found, by backend and dtype of the data."""
     return {(run.backend, run.job.data): run.arrays for run in runs if run.job.kind == "dense" and not run.error}
 
@@ -117,8 +126,8 @@ def sensitivity_of(arrays: Mapping[str, Any]) -> Sensitivity:
     return Sensitivity(inverse, jacobian, condition, state, cotangent, adjoint, slopes)
 
 
-def _update_status(
-    solves: Sequence[Run], dense: Mapping[tuple[str, str], Mapping[str, Any]], chosen: Sequence[str]
+def _comparisons(
+    solves: Sequence[GradientRun], dense: Mapping[tuple[str, str], Mapping[str, Any]], chosen: Sequence[str]
 ) -> Iterator[Comparison]:
     reference = reference_of(chosen)
     first = reference if reference in chosen else chosen[0]
@@ -136,7 +145,7 @@ def _update_status(
             yield from compare(run, other.backend, other.arrays, twice)
 
 
-def _bounds(run: Run, truth: Mapping[str, Any]) -> dict[str, float]:
+def _bounds(run: GradientRun, truth: Mapping[str, Any]) -> dict[str, float]:
     eps, n = float(np.finfo(run.job.dtype).eps), int(truth["n"])
     found = sensitivity_of(truth).bounds(eps, n, run.job.rtol, run.job.rtol)
     start = rounding(eps, n) * (size(run.arrays, "f(z0)") + size(truth, "z"))

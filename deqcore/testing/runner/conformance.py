@@ -17,14 +17,14 @@ from deqcore.errors import BackendError, ConfigError, MissingExtraError
 from deqcore.testing import strict
 from deqcore.testing.runner.processes import environment, installed
 
-Kind = Literal["backend", "solver", "strategy"]
+SubjectKind = Literal["backend", "solver", "strategy"]
 
 NO_TESTS: Final = 5  # pytest's exit code
 USAGE: Final = 4
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CaseOutcome:
     """One test.
 
     Attributes:
@@ -50,7 +50,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Request:
+class SuiteRequest:
     """What is to be checked.
 
     Attributes:
@@ -65,7 +65,7 @@ class Request:
         first: stop at the first failure.
     """
 
-    kind: Kind
+    kind: SubjectKind
     name: str
     backends: tuple[str, ...] = ()
     device: str | None = None
@@ -76,7 +76,7 @@ class Request:
     first: bool = False
 
 
-def check(request: Request, tell: Callable[[str], None] = lambda _: None) -> list[Outcome]:
+def check(request: SuiteRequest, tell: Callable[[str], None] = lambda _: None) -> list[CaseOutcome]:
     """Run the suite.
 
     Args:
@@ -93,14 +93,14 @@ def check(request: Request, tell: Callable[[str], None] = lambda _: None) -> lis
     plugins.load(request.kind, request.name)
     if request.device is not None:
         _check_device(request)
-    found: list[Outcome] = []
+    found: list[CaseOutcome] = []
     for backend in backends_of(request):
         tell(f"{request.kind} {request.name} on {backend} …")
         found += _run(request, backend)
     return found
 
 
-def backends_of(request: Request) -> tuple[str, ...]:
+def backends_of(request: SuiteRequest) -> tuple[str, ...]:
     """A backend is checked on itself, everything else on all that are installed, the strict one first."""
     if request.kind == "backend":
         strict.register()
@@ -111,7 +111,7 @@ def backends_of(request: Request) -> tuple[str, ...]:
     return (strict.NAME, *(name for name in installed(()) if name != strict.NAME))
 
 
-def arguments(request: Request, backend: str, results: Path) -> list[str]:
+def arguments(request: SuiteRequest, backend: str, results: Path) -> list[str]:
     """Pytest's command line, free of anybody's configuration: a conftest.py of the working directory is code, too."""
     config = results.parent / "pytest.ini"
     config.write_text("[pytest]\n")
@@ -131,14 +131,14 @@ def arguments(request: Request, backend: str, results: Path) -> list[str]:
     return [*args, "--deqcore-project", "--pyargs", f"deqcore.testing.suite.test_{request.kind}"]
 
 
-def _check_device(request: Request) -> None:
+def _check_device(request: SuiteRequest) -> None:
     """One clear error in place of one per test."""
     for name in backends_of(request):
         backend = get_backend(backend=name)
         backend.to_device(backend.asarray([0.0]), str(request.device))
 
 
-def _run(request: Request, backend: str) -> list[Outcome]:
+def _run(request: SuiteRequest, backend: str) -> list[CaseOutcome]:
     with tempfile.TemporaryDirectory(prefix="deqcore-check-") as folder:
         results = Path(folder) / "results.json"
         env = {**environment("float64"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
@@ -154,7 +154,7 @@ def _run(request: Request, backend: str) -> list[Outcome]:
             if done.returncode == NO_TESTS:
                 raise ConfigError(f"No test matches {request.select!r}: see the names in `deqcore check … --json`.")
             raise BackendError(f"The suite could not run on {backend}: {lines[-1] if lines else 'no message'}")
-        return [Outcome(**each, backend=backend) for each in json.loads(results.read_text())]
+        return [CaseOutcome(**each, backend=backend) for each in json.loads(results.read_text())]
 
 
 def _kept(env: Mapping[str, str]) -> dict[str, str]:
@@ -164,7 +164,7 @@ def _kept(env: Mapping[str, str]) -> dict[str, str]:
     return kept | {"PYTHONPATH": os.pathsep.join(part for part in sys.path if part)}
 
 
-def ok(outcomes: Sequence[Outcome]) -> bool:
+def ok(outcomes: Sequence[CaseOutcome]) -> bool:
     """Whether nothing failed and something ran."""
     ran = [each for each in outcomes if each.outcome != "skipped"]
     return bool(ran) and all(each.outcome != "failed" for each in ran)

@@ -19,7 +19,7 @@ TIMEOUT: Final = 3600.0  # compiling takes minutes on a busy machine; this ends 
 
 
 @dataclass(frozen=True)
-class Task:
+class WorkerTask:
     """A folder of jobs for one backend in one dtype."""
 
     folder: Path
@@ -34,7 +34,7 @@ def environment(dtype: str) -> dict[str, str]:
     return {**os.environ, **threads, **switches}
 
 
-def run_all(tasks: Sequence[Task], tell: Callable[[str], None] = lambda _: None) -> dict[Task, str]:
+def run_all(tasks: Sequence[WorkerTask], tell: Callable[[str], None] = lambda _: None) -> dict[WorkerTask, str]:
     """Run the worker for each task.
 
     Args:
@@ -45,8 +45,8 @@ def run_all(tasks: Sequence[Task], tell: Callable[[str], None] = lambda _: None)
         For each task what went wrong with its process, or "".
     """
     waiting = sorted(tasks, key=lambda task: (_framework(task) or "", task.dtype))
-    running: dict[Task, tuple[subprocess.Popen[bytes], float]] = {}
-    ended: dict[Task, str] = {}
+    running: dict[WorkerTask, tuple[subprocess.Popen[bytes], float]] = {}
+    ended: dict[WorkerTask, str] = {}
     try:
         while waiting or running:
             for task in [task for task in waiting if len(running) < SLOTS and _fits(task, running)]:
@@ -75,16 +75,16 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _framework(task: Task) -> str | None:
+def _framework(task: WorkerTask) -> str | None:
     return plugins.backends()[task.backend].package
 
 
-def _fits(task: Task, running: dict[Task, tuple[subprocess.Popen[bytes], float]]) -> bool:
+def _fits(task: WorkerTask, running: dict[WorkerTask, tuple[subprocess.Popen[bytes], float]]) -> bool:
     heavy = {name for other in running if (name := _framework(other))}
     return not heavy or _framework(task) in (None, *heavy)
 
 
-def _start(task: Task) -> subprocess.Popen[bytes]:
+def _start(task: WorkerTask) -> subprocess.Popen[bytes]:
     with (task.folder / "stderr.txt").open("wb") as errors:
         return subprocess.Popen(
             [sys.executable, "-m", "deqcore.testing.worker", str(task.folder)],
@@ -94,7 +94,7 @@ def _start(task: Task) -> subprocess.Popen[bytes]:
         )
 
 
-def _outcome(task: Task, process: subprocess.Popen[bytes]) -> str:
+def _outcome(task: WorkerTask, process: subprocess.Popen[bytes]) -> str:
     if process.returncode == 0 and (task.folder / "results.json").is_file():
         return ""
     lines = (task.folder / "stderr.txt").read_text(errors="replace").strip().splitlines()

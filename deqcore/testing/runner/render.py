@@ -12,12 +12,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from deqcore.testing.runner.conformance import Outcome, Request, ok
+from deqcore.testing.runner.conformance import CaseOutcome, SuiteRequest, ok
 
 LISTED: Final = 15
 
 
-def as_json(request: Request, outcomes: Sequence[Outcome], seconds: float) -> dict[str, object]:
+def as_json(request: SuiteRequest, outcomes: Sequence[CaseOutcome], seconds: float) -> dict[str, object]:
     """Everything as plain values."""
     return {
         "ok": ok(outcomes),
@@ -28,7 +28,7 @@ def as_json(request: Request, outcomes: Sequence[Outcome], seconds: float) -> di
     }
 
 
-def table(request: Request, outcomes: Sequence[Outcome], seconds: float) -> RenderableType:
+def table(request: SuiteRequest, outcomes: Sequence[CaseOutcome], seconds: float) -> RenderableType:
     """One line per test, one column per backend, then the failures in words."""
     backends = list(dict.fromkeys(each.backend for each in outcomes))
     made = Table(f"{request.kind} {request.name}", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -48,7 +48,7 @@ def sentence(check: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _cell(mine: Sequence[Outcome]) -> Text:
+def _cell(mine: Sequence[CaseOutcome]) -> Text:
     ran = [each for each in mine if each.outcome != "skipped"]
     failed = sum(each.outcome == "failed" for each in ran)
     expected = sum(each.outcome == "expected" for each in ran)
@@ -60,7 +60,7 @@ def _cell(mine: Sequence[Outcome]) -> Text:
     return Text(f"✓ {len(ran)}{known}", style="yellow" if expected else "green")
 
 
-def _failures(outcomes: Sequence[Outcome]) -> Iterable[Text]:
+def _failures(outcomes: Sequence[CaseOutcome]) -> Iterable[Text]:
     bad = [each for each in outcomes if each.outcome == "failed"]
     for each in bad[:LISTED]:
         yield Text(f"✗ {each.test}: {each.message.removeprefix('AssertionError: ')}", style="red")
@@ -68,7 +68,7 @@ def _failures(outcomes: Sequence[Outcome]) -> Iterable[Text]:
         yield Text(f"… and {len(bad) - LISTED} more (--json lists them all)", style="red")
 
 
-def _summary(outcomes: Sequence[Outcome], seconds: float) -> Text:
+def _summary(outcomes: Sequence[CaseOutcome], seconds: float) -> Text:
     count = {
         kind: sum(each.outcome == kind for each in outcomes) for kind in ("passed", "failed", "expected", "skipped")
     }
@@ -88,7 +88,7 @@ def _summary(outcomes: Sequence[Outcome], seconds: float) -> Text:
     return text
 
 
-def junit(request: Request, outcomes: Sequence[Outcome]) -> str:
+def junit(request: SuiteRequest, outcomes: Sequence[CaseOutcome]) -> str:
     """JUnit's XML, one suite per backend."""
     root = ET.Element("testsuites", name=f"deqcore check {request.kind} {request.name}")
     for backend in dict.fromkeys(each.backend for each in outcomes):
