@@ -102,7 +102,7 @@ def _earlier(out: Path, quick: bool) -> dict[str, Any]:
 
 
 def _measure(name: str, threads: int, quick: bool) -> dict[str, Any]:
-    """One section in a fresh process; no other framework runs meanwhile."""
+    """One section in a fresh process; no other framework runs at the same time."""
     section, framework = name.split("-")
     if find_spec(framework) is None:
         return {"error": f"{framework} is not installed"}
@@ -131,7 +131,7 @@ def _run(section: str, framework: str, threads: int, quick: bool) -> dict[str, A
 def commit() -> str:
     """The commit measured, with a + where the tree had changes of its own."""
     try:
-        told = subprocess.run(
+        done = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
             cwd=ROOT,
             capture_output=True,
@@ -140,7 +140,7 @@ def commit() -> str:
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return told.stdout.strip()
+    return done.stdout.strip()
 
 
 def _say(text: str) -> None:

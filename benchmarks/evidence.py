@@ -92,7 +92,7 @@ def prepare(studies: Iterable[str], source: Path | None, place: Path) -> None:
                 archive.extractall(place / f".{name}", filter="data")
             (place / f".{name}").rename(place / name)
         else:
-            raise DeqcoreError(f"--data {source}: a folder with {name!r} is expected ({ARCHIVE!r} will do for images).")
+            raise DeqcoreError(f"--data must be a folder with {name!r}, or for images with {ARCHIVE!r} (got {source}).")
 
 
 def command(name: str) -> list[str]:
@@ -223,7 +223,7 @@ def _quick(value: Interval | None, name: str, wanted: str, limit: float) -> str:
 
 
 def _rounds(found: Sequence[SummaryRow]) -> list[str]:
-    """What became of the gap to exact gradients over rounds of retraining."""
+    """Describe the gap to exact gradients over rounds of retraining."""
     return [
         f"- {each.row.label}, gap to exact gradients in round 1: {_points(each.gap[0])}, in round {len(each.gap)}: "
         f"{_points(each.gap[-1])}; growth {_points(each.growth)} points: {_growing(each.builds_up)}."

@@ -26,10 +26,10 @@ class Probe:
     """What is timed in a fresh interpreter.
 
     Attributes:
-        what: in words.
+        what: description.
         before: run first, not timed.
         timed: run under the clock.
-        limit: seconds; None where there is no target.
+        limit: seconds; None without a target.
     """
 
     what: str

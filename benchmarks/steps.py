@@ -19,7 +19,7 @@ class Step:
         solver_evaluations: of f, as the solver counts them; None where it does not.
         residual: of the value, largest of the batch.
         cosine: of the gradient of all parameters with the exact one.
-        forward: seconds per kept round. `backward` and `step` likewise.
+        forward: seconds per kept round. `backward`, `step`: the same for these.
         reference: seconds per evaluation of f without gradient, beside `step`.
     """
 

@@ -20,7 +20,7 @@ QUICK_ROUNDS, QUICK_BUDGET = 3, 0.7
 BUDGETS: Final = (1, 2, 4, 7, 10, 14, 20, 28)  # steps of the residual curves
 SWEEP_BATCH: Final = (1, 8, 64, 256, 1024)
 SWEEP_SIZE: Final = (32, 128, 512, 1024)
-# Where each number of steps, tolerance and shape is compiled for, most of the time is no measurement.
+# Where each number of steps, tolerance and shape is compiled, most of the time is compilation.
 COMPILED_BUDGETS: Final = (2, 5, 10, 20)
 COMPILED_BATCH: Final = (8, 64, 512)
 COMPILED_SIZE: Final = (32, 128, 512)
@@ -34,7 +34,7 @@ class Setting:
         framework: torch or jax.
         threads: that may be used.
         quick: small and short.
-        say: told what is being done.
+        say: takes messages on progress.
     """
 
     framework: str

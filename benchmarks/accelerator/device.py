@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.harnesses import torch_harness
 from deqcore.bench.harness import Contender, Harness, Ready
 
-QUEUED: Final = 10  # evaluations of f in a row: what f costs in a queue that nobody waits for
+QUEUED: Final = 10  # evaluations of f in a row: the cost of f in a queue without a host wait
 ASKED: Final = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
 SAID: Final = "synchronizing CUDA operation"  # torch's own words for a wait, see `set_sync_debug_mode`
 
@@ -136,11 +136,11 @@ def describe_device(device: str) -> dict[str, Any]:
 
 
 def smi() -> dict[str, str]:
-    """Driver, clocks, power and temperature as nvidia-smi tells them now; nothing where it is not there."""
+    """Driver, clocks, power and temperature as nvidia-smi reports them; empty without nvidia-smi."""
     if not shutil.which("nvidia-smi"):
         return {}
     command = ["nvidia-smi", f"--query-gpu={ASKED}", "--format=csv,noheader"]
-    told = subprocess.run(command, capture_output=True, text=True, check=False)
-    if told.returncode or not told.stdout.strip():
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode or not done.stdout.strip():
         return {}
-    return dict(zip(ASKED.split(","), told.stdout.splitlines()[0].split(", "), strict=False))
+    return dict(zip(ASKED.split(","), done.stdout.splitlines()[0].split(", "), strict=False))

@@ -29,7 +29,7 @@ SETTLING: Final = 0.75  # of an item's seconds: after them no further contender 
 
 @dataclass(frozen=True)
 class Setting:
-    """Device, quick or not, seconds that the item may take, and who is told."""
+    """Device, quick or not, seconds that the item may take, and a function for messages."""
 
     device: str
     quick: bool

@@ -71,9 +71,9 @@ def _parse() -> argparse.Namespace:
         options.samples = min(options.samples, 4)
     for name in ("samples", "jobs", "minutes"):
         if getattr(options, name) <= 0:
-            parser.error(f"--{name} {getattr(options, name)}: more than 0 is expected")
+            parser.error(f"--{name} must be above 0 (got {getattr(options, name)})")
     if options.images is not None and not options.images.is_dir():
-        parser.error(f"--images {options.images}: there is no such folder")
+        parser.error(f"--images {options.images}: the folder does not exist")
     if IMAGES in (options.section or ()) and options.images is None:
         parser.error(f"--section {IMAGES}: which images? Give their folder as --images")
     return options

@@ -32,7 +32,7 @@ class Outcome:
 
     Attributes:
         failed: reported as such.
-        settled: the forward solve converged; elsewhere z is no fixed point, and (I − J(z))^-1 any matrix's inverse.
+        settled: the forward solve converged; elsewhere z is not a fixed point.
         vjps: spent.
         baseline: vjps of GMRES from zero to the residual that certified reuse reached.
         sufficient: fewest vjps after which the true error of the same Krylov space's solution is within the target,

@@ -1,4 +1,4 @@
-"""One small adapter per library. A library that is not installed offers nobody."""
+"""One small adapter per library. A library that is not installed has no contenders."""
 
 from __future__ import annotations
 

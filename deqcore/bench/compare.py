@@ -28,7 +28,7 @@ Say = Callable[[str], object]
 
 
 def silent(_: str) -> None:
-    """Tell nobody."""
+    """Discard a message."""
 
 
 def compare(
@@ -55,7 +55,7 @@ def compare(
         budget: see `timing.interleave`.
         clock: see `timing.interleave`.
         memory: whether to measure peak memory.
-        say: told what is being done.
+        say: takes messages on progress.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DtypeToleranceWarning)  # the search tries tolerances that are too fine
@@ -214,7 +214,7 @@ def tune(harness: Harness, ready: Ready, solve: SolveFunction, few: bool = False
         harness: the framework.
         ready: the case.
         solve: of the contender.
-        few: try the case's own tolerance and a few finer ones, in place of a search over all decades.
+        few: try the case's own tolerance and a few finer ones, instead of a search over all decades.
     """
     rtol = ready.case.rtol
     grid: list[float] = [rtol * 10.0 ** (k / PER_DECADE) for k in range(FINEST * PER_DECADE, COARSEST * PER_DECADE + 1)]

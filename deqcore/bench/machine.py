@@ -1,4 +1,4 @@
-"""What a measurement was taken on, and how much of the machine others used meanwhile."""
+"""The machine of a measurement, and the share of it that other processes used."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Bystanders:
     """Context manager: which share of the machine's processor time other processes used inside it.
 
     Attributes:
-        share: of all cores, 0 to 1, once the block is left; NaN where the system does not tell.
+        share: of all cores, 0 to 1, once the block is left; NaN if the system does not report it.
     """
 
     def __init__(self) -> None:
@@ -130,7 +130,7 @@ def _busy_seconds() -> float | None:
 
 
 def peak_memory(task: Callable[[], object]) -> int | None:
-    """Bytes by which the process's resident memory grew while `task` ran; None where the system does not tell.
+    """Bytes by which the process's resident memory grew while `task` ran; None if the system does not report it.
 
     What the allocator had kept from earlier work is given back first, so that it is not taken for free.
     """

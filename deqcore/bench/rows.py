@@ -30,7 +30,7 @@ class BenchRow:
         state: bytes of one state.
         seconds: per kept round.
         reference: seconds per stand-alone evaluation of f beside it, per kept round.
-        disturbance: share of the machine that others used, per kept round.
+        disturbance: share of the machine that other processes used, per kept round.
         dropped: rounds left out for disturbance.
         error: why it could not be measured, if it raised.
     """

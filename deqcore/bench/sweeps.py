@@ -69,7 +69,7 @@ def points(
         rounds: of timing.
         seconds: budget of time per step budget.
         clock: see `timing.interleave`.
-        say: told what is being done.
+        say: takes messages on progress.
     """
     ready = harness.ready(case)
     shape = ready.z0.shape

@@ -2,7 +2,7 @@
 
 Commands are records like all plugins: the built-in ones are the table `COMMANDS` in
 `deqcore/plugins/builtin.py` (one line each), others come through the hook `deqcore_commands`. The module of a
-command is imported when it is called, so that `deqcore --help` stays quick.
+command is imported when it is called, so that `deqcore --help` stays fast.
 
 Exit codes: 0 fine, 1 a check failed (the command raises `typer.Exit(1)`), 2 wrong usage or a DeqcoreError.
 """
@@ -54,7 +54,7 @@ def command(name: str) -> Any:
     if isinstance(target, typer.Typer):
         return typer.main.get_command(target)
     if not callable(target):
-        raise PluginError(f"The command {name!r} is {target!r}, but a typer app or a function is expected.")
+        raise PluginError(f"The command {name!r} must be a typer app or a function (got {target!r}).")
     single = typer.Typer(add_completion=False)
     single.command(name)(target)
     return typer.main.get_command(single)

@@ -1,4 +1,4 @@
-"""`deqcore backends`: which frameworks are there."""
+"""`deqcore backends`: the frameworks and whether they are installed."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ COLUMNS = ("name", "summary", "installed", "version", "device", "remedy")
 def command(
     devices: Annotated[
         bool,
-        typer.Option("--devices", help="Show where arrays live by default; this imports the frameworks."),
+        typer.Option("--devices", help="Show the default device; this imports the frameworks."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List the backends, whether their frameworks are installed, and in which version."""
+    """List the backends, with the installed versions of their frameworks."""
     load_plugins()
     rows = [_row(spec, devices) for spec in plugins.backends().values()]
     show(rows, COLUMNS, as_json=as_json)

@@ -1,4 +1,4 @@
-"""`deqcore check`: prove gradients, backends, solvers and strategies right. Exit 0 if all agree, 1 if not."""
+"""`deqcore check`: check gradients, backends, solvers and strategies. Exits with status 1 if a check fails."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DTYPES: Final = ("float64", "float32")
 
 @app.callback()
 def check() -> None:
-    """Prove gradients, backends, solvers and strategies right."""
+    """Check gradients, backends, solvers and strategies."""
 
 
 @app.command()
@@ -41,11 +41,11 @@ def gradients(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare solutions and gradients with stored truths and across frameworks.
+    """Compare solutions and gradients with stored reference values and across frameworks.
 
-    Every backend × solver × strategy runs on golden problems. Exact strategies must agree with the truth within a
-    bound from tolerance, dtype and condition; approximate ones must agree between frameworks after the same steps.
-    Each framework runs in a process of its own.
+    Every backend × solver × strategy runs on golden problems. Exact strategies must agree with the reference
+    within a bound from tolerance, dtype and condition. Approximate strategies must agree between frameworks after the
+    same number of steps. Each framework runs in its own process.
     """
     from deqcore.testing.gradients import check as golden
     from deqcore.testing.gradients import render, user_problems
@@ -69,7 +69,7 @@ def gradients(
 def _dtypes(named: list[str]) -> tuple[str, ...]:
     for name in named:
         if name not in DTYPES:
-            raise ConfigError(f"--dtype {name!r}.{did_you_mean(name, DTYPES)} Checked are: {listing(DTYPES)}.")
+            raise ConfigError(f"--dtype {name!r}.{did_you_mean(name, DTYPES)} Available: {listing(DTYPES)}.")
     return tuple(dict.fromkeys(named)) or DTYPES
 
 

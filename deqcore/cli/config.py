@@ -1,4 +1,4 @@
-"""`deqcore config show`: each setting, its value, and where it came from."""
+"""`deqcore config show`: each setting, its value and its origin."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def show_config(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show each setting with where it came from. Exit code 2: a name or an option that nobody has."""
+    """Show each setting with its origin. Exits with status 2 if a name or an option is not registered."""
     found = Config.discover(path)
     rows = [
         {"setting": name, "value": value if as_json else json.dumps(value, default=str), "origin": origin}

@@ -53,26 +53,26 @@ DTYPES: Final = ("float32", "float64")
 def command(
     problem: Annotated[
         str,
-        typer.Option("--problem", "-p", help="Your problem, path/to/file.py:name, or the name of a golden one."),
+        typer.Option("--problem", "-p", help="Your problem, path/to/file.py:name, or the name of a golden problem."),
     ] = "mlp",
     backend: Annotated[str, typer.Option(help="The backend to run on.")] = "auto",
     solver: Annotated[str, typer.Option(help="The forward solver. Default: as configured.")] = "",
     accuracy: Annotated[
-        str, typer.Option(help="What the gradient must be: a cosine, such as 0.99, or error=0.05 (relative).")
+        str, typer.Option(help="Required accuracy of the gradient: a cosine, such as 0.99, or a relative error, error=0.05.")
     ] = "0.99",
     dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
-    rounds: Annotated[int, typer.Option(min=0, help="Rounds of timing; 0: neither time nor memory.")] = 9,
+    rounds: Annotated[int, typer.Option(min=0, help="Rounds of timing; 0 measures neither time nor memory.")] = 9,
     as_json: AsJson = False,
 ) -> None:
-    """Compare all backward strategies on a problem, and name the cheapest that is accurate enough.
+    """Compare all backward strategies on a problem and name the cheapest that is accurate enough.
 
-    Forward settings come from deq.toml and the environment. The exact gradient that all are compared with is solved
-    for to rounding. Exit code 1: no strategy is accurate enough.
+    Forward settings come from deq.toml and the environment. The reference is the exact gradient,
+    solved to rounding error. Exits with status 1 if no strategy is accurate enough.
     """
     good, asked = _accuracy(accuracy)
     config = _config(backend, solver)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "backend = 'auto'")  # what it took stands below the table
+        warnings.filterwarnings("ignore", "backend = 'auto'")  # the backend is named below the table
         found = get_backend(config)
     task = _problem(problem)
     table = _survey(found, task, config, dtype, rounds, _teller(as_json))
@@ -90,7 +90,7 @@ def command(
 
 
 def _accuracy(text: str) -> tuple[Callable[[ComparisonRow], bool], str]:
-    """What is asked for, as a test and in words.
+    """Return the required accuracy as a predicate and as text.
 
     Raises:
         ConfigError: it is neither a cosine nor an error.
@@ -166,7 +166,7 @@ def _choices(config: Config) -> list[StrategyCandidate]:
     """All candidates, and the configured one where it is none of them."""
     found = list(candidates())
     own = StrategyCandidate(config.backward.strategy, dict(config.backward.options))
-    plugins.make_strategy(own.strategy, own.options)  # a typo of the user's is no property of the problem
+    plugins.make_strategy(own.strategy, own.options)  # a typo is an error of the user, not of the problem
     known = [(each.strategy, dict(each.options)) for each in found]
     return found if (own.strategy, dict(own.options)) in known else [*found, own]
 
@@ -228,7 +228,7 @@ def _notes(table: StrategyComparison, problem: Problem, backend: Backend, config
         "cosine, norm ratio: of all gradients (parameters, inputs) against the exact ones; worst: u of the worst one.",
     ]
     if timed:
-        lines.append("ms: one gradient with its solve, median (quartiles). memory: growth of the process meanwhile.")
+        lines.append("ms: one gradient with its solve, median (quartiles). memory: growth of the process during it.")
     if table.failed:
         lines.append(
             f"{table.failed} of {table.samples} samples did not converge in the forward solve: no gradient is right "

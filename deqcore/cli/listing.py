@@ -1,4 +1,4 @@
-"""What the listings of solvers and strategies have in common: registered dataclasses and their options."""
+"""Rows for the listings of registered dataclasses and their options."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deqcore.plugins import Kind, Spec
 
 
 def rows(kind: Kind, specs: Iterable[Spec], facts: Mapping[str, str]) -> list[dict[str, object]]:
-    """One row per record; a target that cannot be imported becomes its row's status.
+    """Return one row per spec; a target that cannot be imported gives the status "broken".
 
     Args:
         kind: of the records.

@@ -1,4 +1,4 @@
-"""`deqcore monitor`: look at what a Monitor has logged."""
+"""`deqcore monitor`: show the log of a Monitor."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from deqcore.errors import MonitorError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
-LogPath = Annotated[Path, typer.Argument(help="The log, as the sink jsonl writes it.")]
+LogPath = Annotated[Path, typer.Argument(help="The log that the sink jsonl writes.")]
 
 
 @app.callback()
 def monitor() -> None:
-    """Look at what a Monitor has logged."""
+    """Show the log of a Monitor."""
 
 
 @app.command()
 def watch(
     log: LogPath,
-    window: Annotated[int, typer.Option(min=1, help="Solves that the statistics are taken over.")] = 100,
-    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between looks at the file.")] = 1.0,
-    once: Annotated[bool, typer.Option("--once", help="Print one frame and end.")] = False,
+    window: Annotated[int, typer.Option(min=1, help="Number of solves in the statistics.")] = 100,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between reads of the file.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Print one frame and exit.")] = False,
 ) -> None:
-    """Follow a log in the terminal. Ctrl-C ends it; where the output is no terminal, one frame is printed."""
+    """Follow a log in the terminal. Ctrl-C ends it. If the output is not a terminal, print one frame."""
     from deqcore.monitor.live import live_view
     from deqcore.monitor.log.reader import Tail
 
@@ -54,9 +54,9 @@ def watch(
 @app.command()
 def report(
     log: LogPath,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page. Default: the log's name, .html.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The HTML file. Default: the name of the log, with .html.")] = None,
 ) -> None:
-    """Write an HTML page about a log: one file, no network."""
+    """Write a self-contained HTML report of a log."""
     from deqcore.monitor.log.reader import read
     from deqcore.monitor.report import render
 

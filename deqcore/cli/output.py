@@ -32,7 +32,7 @@ def show(rows: Sequence[TableRow], columns: Iterable[str], *, as_json: bool, emp
     if as_json:
         typer.echo(json.dumps(rows, indent=2, default=str))
         return
-    # Where the output is no terminal, rich would assume 80 columns and cut what a script wants to read.
+    # If the output is not a terminal, rich assumes 80 columns and cuts text that a script may read.
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)

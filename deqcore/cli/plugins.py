@@ -1,4 +1,4 @@
-"""`deqcore plugins`: every plugin, working or not, and why not."""
+"""`deqcore plugins`: every plugin and its status."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ COLUMNS = ("name", "version", "source", "hooks", "status", "reason")
 
 
 def command(as_json: AsJson = False) -> None:
-    """List the plugins: name, version, hooks, and whether they work.
+    """List the plugins with their versions, hooks and status.
 
-    What ships with deqcore is not among them: see `deqcore backends`, `solvers` and `strategies`.
+    Built-in solvers, strategies and backends are not included: see `deqcore backends`, `solvers` and `strategies`.
     """
     load_plugins()
     rows = [asdict(status) for status in plugins.plugins_status()]

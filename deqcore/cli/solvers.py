@@ -1,4 +1,4 @@
-"""`deqcore solvers`: what can be named as `forward.solver`, and its options."""
+"""`deqcore solvers`: the values of `forward.solver`, and their options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`deqcore strategies`: what can be named as `backward.strategy`, and its options."""
+"""`deqcore strategies`: the values of `backward.strategy`, and their options."""
 
 from __future__ import annotations
 

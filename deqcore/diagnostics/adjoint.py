@@ -21,7 +21,7 @@ REFERENCE_EPS = 100.0  # the reference is solved to this many units of rounding,
 
 @dataclass(frozen=True)
 class AdjointSolved:
-    """What became of a cotangent.
+    """The result of one backward pass.
 
     Attributes:
         u: what stands for (I − J)^-T g, `(batch, n)`. For a strategy that differentiates steps, the gradient of a

@@ -26,7 +26,7 @@ class Audit:
         norm_ratio: ‖u‖ / ‖exact u‖, per sample.
         error: ‖u − exact u‖ / ‖exact u‖, per sample.
         gradient_cosine: of the gradients of all arguments, as one vector; NaN if no argument has one.
-        gradient_norm_ratio: likewise.
+        gradient_norm_ratio: quotient of the norms of the gradients of all arguments.
         vjps: that the strategy spent, per sample; NaN for one that differentiates steps.
         residual: adjoint residual ‖g + Jᵀu − u‖ / ‖g‖ of the strategy's u, measured, per sample; NaN for a strategy
             that differentiates steps without a solve.
@@ -115,7 +115,7 @@ def gradient_audit(
         >>> import numpy as np
         >>> found = gradient_audit(lambda z, x: 0.5 * z + x, np.zeros((2, 1)), np.ones((2, 1)),
         ...                        cotangent=np.ones((2, 1)), backward__strategy="jacobian-free")
-        >>> found.cosine.tolist(), found.norm_ratio.tolist()  # u = g in place of 2 g
+        >>> found.cosine.tolist(), found.norm_ratio.tolist()  # u = g, but 2 g is exact
         ([1.0, 1.0], [0.5, 0.5])
     """
     _check(samples, batched_args, max_vjps, args)

@@ -63,19 +63,19 @@ class ComparisonRow:
     Attributes:
         label: strategy and options, for people.
         vjps: vector–Jacobian products, median over the samples; the steps of a strategy that differentiates steps.
-        most_vjps: likewise, the largest.
+        most_vjps: the largest number of products.
         residual: adjoint residual ‖g + Jᵀu − u‖ / ‖g‖, measured and not as reported, the largest.
         estimate: error that the strategy itself reports, the largest.
         missed: samples that it reports as not having met its target.
         cosine: of the gradient of all parameters and inputs with the exact one.
-        norm_ratio: likewise.
-        error: relative difference from the exact one, likewise.
+        norm_ratio: quotient of the norms of the two.
+        error: relative difference between the two.
         worst_cosine: of u, over the samples.
         seconds: median for one gradient, solve included.
         low: lower quartile of the seconds.
         high: upper quartile.
-        memory: bytes by which the process grew meanwhile; None where the system does not tell.
-        failure: why there are no figures, or "".
+        memory: bytes by which the process grew; None if the system does not report it.
+        failure: the reason for missing figures, or "".
     """
 
     label: str
@@ -151,7 +151,7 @@ def compare_strategies(
         config: settings of the forward solve.
         choices: what is measured.
         rounds: of timing, all choices in turn in each; 0: neither time nor memory is measured.
-        say: told what is being done.
+        say: takes messages on progress.
     """
     params, inputs, z0, g = data
     plan = plan_call(config, _backward(StrategyCandidate("exact-ift")), z0, (params, inputs))

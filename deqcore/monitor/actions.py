@@ -47,12 +47,12 @@ def apply_actions(
 
 
 def has_actions(config: Config) -> bool:
-    """Whether actions are in this config already, as in `monitor.config`: they must not be applied twice."""
+    """Whether the config has the actions already, as `monitor.config` does: they must not apply twice."""
     return any(ORIGIN in config.origin(name) for name in ("forward.rtol", "backward.strategy", "backward.options"))
 
 
 def overrides(config: Config, trigger: Trigger, rtol: float | None, least: float) -> dict[str, object]:
-    """The settings that one action changes."""
+    """Return the settings that one action changes."""
     if trigger.action == "tighten":
         current = rtol if config.forward.rtol == "auto" else config.forward.rtol
         if current is None or float(current) <= least:
@@ -88,15 +88,15 @@ Hook: TypeAlias = Callable[[Event], object]
 
 
 class TriggerSet:
-    """Watches rows and acts.
+    """Shows rows to triggers and performs their actions.
 
     Args:
-        triggers: what to watch; they were checked.
+        triggers: the triggers, already checked.
         hooks: functions by name, for the action "hook".
 
     Attributes:
         retrain: the sentence of the event that set the retrain mark, or None.
-        error: what is to be raised once the records are safe: by the action "raise", by a hook, or by a warning that
+        error: the error to raise once the records are safe: by the action "raise", by a hook, or by a warning that
             the user's filters turn into an error.
     """
 
@@ -113,7 +113,7 @@ class TriggerSet:
         return any(state.trigger.action == "retrain" for state in self._states)
 
     def see(self, row: Row) -> list[Event]:
-        """Show a row to all triggers, and act on what changes."""
+        """Show a row to all triggers and act on the transitions."""
         changes = [change for state in self._states if (change := state.see(row.values)) is not None]
         if changes:
             on = (state.trigger for state in self._states if state.active)
@@ -153,8 +153,8 @@ _ACTIONS: Mapping[str, str] = {
     "warn": "",
     "raise": " The run is stopped.",
     "tighten": " The forward tolerance is tightened.",
-    "refine": " The backward strategy may spend more.",
-    "exact": " The backward strategy is exact-ift from here on.",
+    "refine": " The budget of the backward strategy is raised.",
+    "exact": " The backward strategy is exact-ift from now on.",
     "hook": " The hook {hook!r} is called.",
     "retrain": " The model is marked for retraining.",
 }
@@ -167,6 +167,6 @@ def _sentence(change: Transition, row: Row) -> str:
         what = f"{trigger.statistic} of {trigger.metric} over {trigger.window} = {change.value:.4g} {trigger.condition}"
         return f"{where}: {what}.{_ACTIONS[trigger.action].format(hook=trigger.hook)}"
     if change.value is None:
-        return f"{where}: {trigger.metric} was not measured meanwhile: the earlier settings are tried again."
-    after = " What the trigger changed is undone." if trigger.action in CONFIG_ACTIONS else ""
+        return f"{where}: {trigger.metric} was not measured since then: the earlier settings apply again."
+    after = " The changes of the trigger are undone." if trigger.action in CONFIG_ACTIONS else ""
     return f"{where}: {trigger.statistic} of {trigger.metric} = {change.value:.4g} again.{after}"

@@ -23,7 +23,7 @@ class SinkGroup:
 
     Args:
         sinks: what `make_sink` takes.
-        run: what the sinks are told.
+        run: passed to the sinks when they open.
 
     Raises:
         ConfigError: a sink's options do not fit.
@@ -40,14 +40,14 @@ class SinkGroup:
     def write(self, step: int, records: Iterable[Record]) -> None:
         """Offer records to all sinks, with the events of failures up to here."""
         self._step = step
-        told, self._events = self._events, []
-        everything = [_encodable(record) for record in (*told, *records)]
+        failures, self._events = self._events, []
+        everything = [_encodable(record) for record in (*failures, *records)]
         for sink in self.sinks:
             sink.write(self.run, everything)
         self._warn_all()
 
     def close(self) -> None:
-        """Write what is left, close the sinks, and rescue what none of them took."""
+        """Write the remaining records, close the sinks, and save what none of them took."""
         self.write(self._step, ())
         for sink in self.sinks:
             sink.close()
@@ -59,14 +59,14 @@ class SinkGroup:
         self._warnings.append(text)
 
     def _warn_all(self) -> None:
-        """Warn, once every sink has its records: the user's filters may turn a warning into an error."""
-        unsaid, self._warnings = self._warnings, []
-        for text in unsaid:
+        """Warn after every sink has its records, since the user's filters may turn a warning into an error."""
+        texts, self._warnings = self._warnings, []
+        for text in texts:
             warnings.warn(text, MonitorWarning, stacklevel=user_stacklevel())
 
 
 def _encodable(record: Record) -> Record:
-    """The record with text that every sink can write: labels are the user's, and messages quote what failed."""
+    """Return the record with text that every sink can write: labels come from the user, and messages quote errors."""
     if isinstance(record, Row):
         return record if encodable(record.name) == record.name else replace(record, name=encodable(record.name))
     return record if encodable(record.message) == record.message else replace(record, message=encodable(record.message))
@@ -81,7 +81,7 @@ class ResilientSink:
     Args:
         name: that the sink is registered under.
         sink: the sink.
-        tell: takes the event of a failure, so that the other sinks record it.
+        tell: takes the text of a failure, so that the other sinks record it.
 
     Attributes:
         waiting: records that the sink has not taken yet; the oldest go when there are more than `LIMIT`.
@@ -104,7 +104,7 @@ class ResilientSink:
         self._failing = False
 
     def write(self, run: RunInfo, records: Iterable[Record]) -> None:
-        """Offer records, and those that the sink has refused before."""
+        """Offer new records and those that the sink has refused before."""
         self.waiting.extend(records)
         try:
             if not self._opened:
@@ -128,7 +128,7 @@ class ResilientSink:
             self._report(error)
 
     def _report(self, error: Exception) -> None:
-        """Say it when the sink begins to fail, not at every flush."""
+        """Report the first failure of a series, not one at every flush."""
         if self._failing:
             return
         self._failing = True
@@ -140,10 +140,10 @@ class ResilientSink:
 
 
 def save_undelivered(run: RunInfo, sinks: Sequence[ResilientSink]) -> Path | None:
-    """Write what no sink has kept to a log in the temporary folder, at the end of a run.
+    """Write undelivered records to a log in the temporary folder, at the end of a run.
 
     Returns:
-        The file, or None if nothing was left (or nothing could be written there either, which is warned of).
+        The file, or None if all records were delivered or if writing failed, which gives a warning.
     """
     keepers = [sink for sink in sinks if sink.sink.keeps]
     if not keepers or any(not sink.waiting for sink in keepers):

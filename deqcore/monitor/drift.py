@@ -1,12 +1,12 @@
 """Drift of a served model: residuals and steps against a reference profile that was saved with it.
 
-A DEQ shows by its own solver that inputs have moved away from the training data: residuals and steps change before
-anyone has labels. Two measures, per sample:
+The solver of a DEQ shows that inputs have moved away from the training data: residuals and steps change before labels
+are available. Two measures, per sample:
 
     population stability index   Σ_b (p_b − q_b) ln(p_b / q_b) over bins that each hold a tenth of the reference
     Kolmogorov–Smirnov           sup |F(x) − G(x)|, with its p-value, from SciPy
 
-Rules of thumb of credit scoring, where the index is at home: below 0.1 no drift, above 0.25 a real one. Residuals are
+Rules of thumb from credit scoring: below 0.1 there is no drift, above 0.25 there is. Residuals are
 compared by their logarithm, so that a factor counts the same anywhere.
 """
 
@@ -45,7 +45,7 @@ TRIGGERS: Final = tuple(
 
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """Residuals and steps of a model that works as it should, one number per sample.
+    """Residuals and steps of a healthy model, one number per sample.
 
     Attributes:
         samples: by name ("residual", "steps"), `(n,)` of float; residuals that are not finite are inf.
@@ -67,12 +67,12 @@ class Profile:
         ):
             sizes = {name: array.shape for name, array in self.samples.items()}
             raise ConfigError(
-                f"A profile has {sizes}, but {' and '.join(PARTS)} of at least {MIN_SAMPLES} samples each are expected: "
-                f"monitor more solves before taking monitor.profile()."
+                f"A profile must have {' and '.join(PARTS)} of at least {MIN_SAMPLES} samples each (got {sizes}). Monitor "
+                f"more solves before you call monitor.profile()."
             )
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON, or as safetensors if the file is called so.
+        """Write the profile as JSON, or as safetensors if the file name ends in .safetensors.
 
         Raises:
             ConfigError: the file has another ending.
@@ -93,7 +93,7 @@ class Profile:
         """Read what `save` wrote.
 
         Raises:
-            ConfigError: there is no such file, or it is no profile.
+            ConfigError: the file does not exist, or it is not a profile.
             MissingExtraError: safetensors is not installed.
         """
         path = Path(path)
@@ -105,13 +105,13 @@ class Profile:
             else:
                 found = json.loads(path.read_text(encoding="utf-8"))
                 if not isinstance(found, dict) or found.pop("deqcore.profile", None) != VERSION:
-                    raise ValueError(f"it is no profile of version {VERSION}")
+                    raise ValueError(f"it is not a profile of version {VERSION}")
             return cls({name: np.asarray(array, np.float64) for name, array in found.items()})
         except (MissingExtraError, ConfigError):
             raise
         except FileNotFoundError:
             raise ConfigError(
-                f"There is no reference profile {str(path)!r}: write one with monitor.profile().save(path)."
+                f"There is no reference profile {str(path)!r}. Write one with monitor.profile().save(path)."
             ) from None
         except Exception as error:
             raise ConfigError(f"The reference profile {str(path)!r} cannot be read: {error}.") from error
@@ -125,7 +125,7 @@ class Samples:
         self.seen = 0
 
     def add(self, host: Mapping[str, HostArray]) -> None:
-        """Take what one solve left."""
+        """Take the arrays of one solve."""
         residual = host.get(PARTS["residual"])
         if residual is None or np.isnan(residual).all():
             return
@@ -142,19 +142,19 @@ class Samples:
         return {name: np.concatenate([*kept, np.empty(0)])[-count:] for name, kept in self._arrays.items()}
 
     def profile(self) -> Profile:
-        """All that are kept, as a reference."""
+        """Return all kept samples as a reference."""
         return Profile(self.latest(MAX_SAMPLES))
 
 
 class DriftDetector:
-    """Compares the latest samples with a reference, whenever enough new ones have come."""
+    """Compares the latest samples with a reference whenever there are enough new ones."""
 
     def __init__(self, reference: Profile) -> None:
         self._reference = {name: _scale(name, array) for name, array in reference.samples.items()}
         self._last = 0
 
     def measure(self, samples: Samples) -> dict[str, float]:
-        """The drift metrics, or nothing if it is too early."""
+        """Return the drift metrics, or an empty dict if there are too few new samples."""
         if samples.seen - self._last < MIN_SAMPLES:
             return {}
         self._last = samples.seen

@@ -1,4 +1,4 @@
-"""Probes: measurements that cost something, taken now and then on the solves that a monitor sees.
+"""Costly measurements that a monitor takes on every n-th solve.
 
 [monitor.measurements]
 spectral_radius = 200       # solves between measurements
@@ -22,7 +22,7 @@ Measured: TypeAlias = "float | Array | Sequence[float | Array]"
 
 @dataclass(frozen=True)
 class Measurement:
-    """A measurement of one's own.
+    """A measurement that the user defines.
 
     Attributes:
         metrics: what it measures: a metric's name, or several.
@@ -46,7 +46,7 @@ class Measurement:
 
     def __post_init__(self) -> None:
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
-            raise ConfigError.bad_value("A probe", "every", self.every, "an integer >= 1")
+            raise ConfigError.bad_value("Measurement", "every", self.every, "an integer >= 1")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -119,10 +119,10 @@ BUILT_IN: Final[Mapping[str, Callable[[int], Measurement]]] = {
 
 
 def make_measurements(table: Mapping[str, object]) -> tuple[Measurement, ...]:
-    """The probes of a table, as in `{"spectral_radius": 200}`.
+    """Return the measurements of a table, as in `{"spectral_radius": 200}`.
 
     Raises:
-        ConfigError: there is no such probe, or the number does not fit.
+        ConfigError: there is no such measurement, or the number does not fit.
     """
     for name, every in table.items():
         if name not in BUILT_IN:

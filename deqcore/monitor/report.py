@@ -1,4 +1,4 @@
-"""The report of a log: one HTML page that needs nothing else, not even a network."""
+"""The report of a log: one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def verdict(log: Log) -> tuple[str, str]:
     if log.retrain is not None:
         return f"Retrain: {log.retrain.message}", "bad"
     if not log.rows:
-        return "The log has no rows: nothing was solved while the monitor ran.", "warn"
+        return "The log has no rows: no solve ran while the monitor was active.", "warn"
     open_triggers: dict[tuple[str, str], str] = {}
     for event in log.events:
         if event.kind == "fired":
@@ -83,11 +83,11 @@ def verdict(log: Log) -> tuple[str, str]:
         elif event.kind == "cleared":
             open_triggers.pop((event.metric, event.action), None)
     if open_triggers:
-        return f"{len(open_triggers)} trigger(s) still on. {next(iter(open_triggers.values()))}", "warn"
+        return f"{len(open_triggers)} trigger(s) still active. {next(iter(open_triggers.values()))}", "warn"
     concerns = [tile.title for tile in tiles(log) if tile.concern]
     if concerns:
-        return f"No trigger is on, but look at: {', '.join(concerns)}.", "warn"
-    return "All quiet: no trigger is on, and the solves do what they should.", "good"
+        return f"No trigger is active, but check: {', '.join(concerns)}.", "warn"
+    return "No trigger is active, and the solves are healthy.", "good"
 
 
 def tiles(log: Log) -> list[Tile]:
@@ -179,7 +179,7 @@ CHARTS: Final = (
         log=True,
     ),
     Chart(
-        "What became of gradients",
+        "Outcome of gradients",
         ("deq_uncertified_fraction", "deq_refined_fraction", "deq_fallback_fraction"),
         "fraction of samples",
     ),
@@ -193,7 +193,7 @@ CHARTS: Final = (
 
 
 def draw(log: Log) -> list[tuple[str, str]]:
-    """Title and SVG of every chart that the log has data for; metrics of one's own get one each."""
+    """Title and SVG of every chart that the log has data for; each user metric gets one."""
     found = {(metric, layer): (steps, values) for metric, layer, steps, values in series(log.rows)}
     shown = {metric for chart in CHARTS for metric in chart.metrics} | {
         "deq_retrain",

@@ -66,7 +66,7 @@ class Condition:
         """Read text such as "> 0.1".
 
         Raises:
-            ConfigError: it is no condition.
+            ConfigError: it is not a condition.
         """
         found = _CONDITION.fullmatch(text) if isinstance(text, str) else None
         if found is None:
@@ -102,10 +102,10 @@ class Trigger:
             forward tolerance times `factor`), "refine" (more of what the backward strategy spends, by `factor`),
             "exact" (backward strategy exact-ift), "hook" (calls a function given to the monitor), "retrain" (sets
             the retrain mark, which stays).
-        window: measured values that the statistic is taken of.
+        window: number of measured values in the statistic.
         statistic: of the window.
-        until: when it counts as over; None: the opposite of the condition, 20 % beyond its threshold.
-        hold: solves that an action lasts at least.
+        until: when it is cleared; None: the opposite of the condition, 20 % beyond its threshold.
+        hold: the least number of solves that an action lasts.
         factor: of "tighten" (below 1; default 0.1) and "refine" (above 1; default 2).
         hook: name of the function, for "hook".
 
@@ -130,26 +130,25 @@ class Trigger:
     hook: str = ""
 
     def check(self, metrics: Metrics, hooks: Mapping[str, object]) -> None:
-        """Compare with what there is.
+        """Check the trigger against the metrics and hooks of a monitor.
 
         Raises:
-            ConfigError: the metric or the hook does not exist, a condition is none, or options contradict.
+            ConfigError: the metric or the hook does not exist, a condition is not valid, or options contradict.
         """
         owner = f"The trigger on {self.metric!r}"
         metrics.check("A trigger", self.metric)
         self.check_form()
         if self.action == "hook" and self.hook not in hooks:
             raise ConfigError(
-                f"{owner}: hook = {self.hook!r}, but the monitor has no such function."
-                f"{did_you_mean(self.hook, hooks)} It has: {listing(hooks)}. Give it as Monitor(hooks={{name: "
-                f"function}})."
+                f"{owner}: the monitor has no hook {self.hook!r}.{did_you_mean(self.hook, hooks)} Available: "
+                f"{listing(hooks)}. Pass functions as Monitor(hooks={{name: function}})."
             )
 
     def check_form(self) -> None:
-        """Check what needs no monitor to be checked.
+        """Check what does not need a monitor.
 
         Raises:
-            ConfigError: a condition is none, or options contradict.
+            ConfigError: a condition is not valid, or options contradict.
         """
         owner = f"The trigger on {self.metric!r}"
         fires = Condition.parse(self.condition, owner)
@@ -159,7 +158,7 @@ class Trigger:
         if self.factor is not None:
             self._check_factor(owner)
         if self.action != "hook" and self.hook:
-            raise ConfigError(f"{owner}: hook = {self.hook!r} is given, but action = {self.action!r}: set 'hook'.")
+            raise ConfigError(f"{owner}: hook = {self.hook!r} requires action = 'hook' (got {self.action!r}).")
 
     def _check_factor(self, owner: str) -> None:
         assert self.factor is not None
@@ -173,7 +172,7 @@ class Trigger:
 
 @dataclass(frozen=True)
 class Transition:
-    """What became of a trigger.
+    """A change of a trigger.
 
     Attributes:
         fired: True if it fired, False if it was cleared.
@@ -186,7 +185,7 @@ class Transition:
 
 
 class TriggerState:
-    """One trigger at work.
+    """The state of one trigger.
 
     Attributes:
         active: whether it has fired and was not cleared since.
@@ -202,7 +201,7 @@ class TriggerState:
         self._hold_factor = 0  # how often the action lasts `hold`; 0: it never fired
 
     def see(self, values: Mapping[str, float]) -> Transition | None:
-        """Take one row's values; returns what changed."""
+        """Take one row's values and return the transition, if any."""
         self._since += 1
         if self.trigger.metric in values:
             self._window.append(values[self.trigger.metric])

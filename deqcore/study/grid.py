@@ -67,10 +67,10 @@ class Cell:
     @property
     def key(self) -> str:
         """Name of the cell's folder: readable, and different for cells that differ in anything."""
-        told = json.dumps([FORMAT, self.as_dict()], sort_keys=True).encode()
+        content = json.dumps([FORMAT, self.as_dict()], sort_keys=True).encode()
         parts = (self.data.label, self.backend, self.model.name, self.solver.name, self.strategy.label, f"s{self.seed}")
         slug = re.sub(r"[^A-Za-z0-9]+", "-", "-".join(parts)).strip("-").lower()[:80]
-        return f"{slug}-{hashlib.sha256(told).hexdigest()[:8]}"
+        return f"{slug}-{hashlib.sha256(content).hexdigest()[:8]}"
 
     @property
     def label(self) -> str:
@@ -131,8 +131,8 @@ def cells(study: Study, own: UserCode, backends: tuple[str, ...]) -> list[Cell]:
         backends: the names that `study.backends` stand for.
 
     Raises:
-        UnknownNameError: nobody registered a name.
-        ConfigError: an option does not exist or does not fit; two entries of an axis cannot be told apart.
+        UnknownNameError: a name is not registered.
+        ConfigError: an option does not exist or does not fit; two entries of an axis are equal.
         StrategyError: a strategy needs an estimate that a solver does not keep.
     """
     _check(study, own, backends)

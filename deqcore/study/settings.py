@@ -1,4 +1,4 @@
-"""What a study may ask for: the table `[study]` of a config file, checked strictly.
+"""The settings of a study: the table `[study]` of a config file, checked strictly.
 
 Every list is an axis of the grid. An entry is a name, or a table with the name and its options:
 
@@ -23,7 +23,7 @@ Option: TypeAlias = bool | int | float | str
 
 
 class SettingsTable(BaseModel):
-    """A table of settings: frozen, and what it does not know is an error."""
+    """A table of settings: frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -125,7 +125,7 @@ class DriftSettings(SettingsTable):
 
 
 class CostSettings(SettingsTable):
-    """What the machine costs.
+    """The price of the machine.
 
     Attributes:
         price_per_hour: of one machine.
@@ -148,7 +148,7 @@ class Gate(SettingsTable):
     """A criterion that a stage must meet.
 
     Attributes:
-        stage: "pilot", "shadow", "rollout" or a name of your own; stages are passed in the order of the file.
+        stage: "pilot", "shadow", "rollout" or another name; stages are passed in the order of the file.
         strategy: label of the strategy on trial.
         metric: see `deqcore.study.report.gates.METRICS`.
         at_least: the lowest value that passes.
@@ -225,7 +225,7 @@ def read(table: Mapping[str, object], origin: str) -> Study:
 
 
 def _as_config_error(error: ValidationError, origin: str) -> ConfigError:
-    """The first mistake, in the words of the house."""
+    """Convert the first mistake to a ConfigError."""
     first = error.errors(include_url=False)[0]
     path = [part for part in first["loc"] if not (isinstance(part, str) and part.endswith("]"))]
     owner = f"[study{''.join(f'.{part}' for part in path[:-1])}] (set by {origin})"

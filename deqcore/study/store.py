@@ -3,7 +3,7 @@
 - study.json: format, versions, settings, machine
 - cells/KEY/cell.json: what to train
 - cells/KEY/progress.safetensors: weights, optimiser and history after the latest epoch
-- cells/KEY/result.json: what came of it, or why nothing did
+- cells/KEY/result.json: its result, or the reason of its failure
 - results.json, results.csv, results.md, report.html
 """
 
@@ -93,7 +93,7 @@ class Store:
         return self.root / "cells" / cell.key
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
-        """What came of a cell; None while it is unfinished."""
+        """Return the result of a cell; None while it is unfinished."""
         found: dict[str, Any] | None = read_json(self.folder(cell) / "result.json")
         return found
 

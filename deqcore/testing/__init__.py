@@ -1,6 +1,6 @@
-"""What proves an implementation right: golden problems, gradient checks, conformance tests, the strict backend.
+"""Tools that check an implementation: golden problems, gradient checks, conformance tests, the strict backend.
 
-For users: `Problem`, a function of one's own for `deqcore check gradients --problem`, with `weights` from a file, and
+For users: `Problem`, your function for `deqcore check gradients --problem`, with `weights` from a file, and
 the pytest fixture `check_gradients` of `deqcore.testing.pytest_gradients`. For authors of plugins:
 `BackendTests`, `SolverTests`, `StrategyTests` and `SinkTests`, base classes of test cases.
 """
@@ -36,7 +36,7 @@ def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'deqcore.testing' has no attribute {name!r}")
     if name.endswith("Tests"):
-        import_module("deqcore.testing.suite.base")  # says what to install where pytest is missing
+        import_module("deqcore.testing.suite.base")  # raises an error that says what to install where pytest is missing
     value: object = getattr(import_module(_HOME[name]), name)
     globals()[name] = value
     return value

@@ -52,14 +52,14 @@ class Problem:
             for name, leaf in walk(getattr(self, field), field):
                 if not isinstance(leaf, np.ndarray | np.generic | int | float | None):
                     raise ProblemError(
-                        f"Problem {self.name!r}: {name} is a {type(leaf).__name__}, but a NumPy array is expected: "
+                        f"Problem {self.name!r}: {name} must be a NumPy array (got a {type(leaf).__name__}): "
                         f"the data are shared by all frameworks."
                     )
         functions = self.f.values() if isinstance(self.f, Mapping) else [self.f]
         if not functions or not all(callable(f) for f in functions):
             raise ProblemError(
-                f"Problem {self.name!r}: f = {self.f!r}, but a function f(xp, params, z, inputs), or a dict such "
-                f"as {{'torch': f, 'jax': g}} of functions f(params, z, inputs), is expected."
+                f"Problem {self.name!r}: f must be a function f(xp, params, z, inputs), or a dict such as "
+                f"{{'torch': f, 'jax': g}} of functions f(params, z, inputs) (got {self.f!r})."
             )
 
     @property
@@ -116,7 +116,7 @@ def load_problem(where: str) -> Problem:
     """
     path_text, separator, name = where.rpartition(":")
     if not separator or not name.isidentifier():
-        raise ProblemError(f"--problem {where!r}: path/to/file.py:name is expected.")
+        raise ProblemError(f"--problem must be path/to/file.py:name (got {where!r}).")
     path = Path(path_text)
     if not path.is_file():
         raise ProblemError(f"--problem {where!r}: there is no file {path_text!r} in {Path.cwd()}.")
@@ -133,13 +133,13 @@ def load_problem(where: str) -> Problem:
             found = found()
         except Exception as error:
             raise ProblemError(
-                f"{path}:{name}() raised {type(error).__name__}: {error}. A Problem, or a function without "
-                f"arguments that returns one, is expected."
+                f"{path}:{name}() raised {type(error).__name__}: {error}. It must be a Problem, or a function "
+                f"without arguments that returns one."
             ) from error
     if not isinstance(found, Problem):
         raise ProblemError(
-            f"{path}:{name} is a {type(found).__name__}, but a deqcore.testing.Problem, or a function without "
-            f"arguments that returns one, is expected."
+            f"{path}:{name} must be a deqcore.testing.Problem, or a function without arguments that returns one "
+            f"(got a {type(found).__name__})."
         )
     return found
 
@@ -147,7 +147,7 @@ def load_problem(where: str) -> Problem:
 def _execute(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(f"deqcore_problem_{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise ProblemError(f"{path} is no Python file: path/to/file.py:name is expected.")
+        raise ProblemError(f"{path} is not a Python file. --problem must be path/to/file.py:name.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     sys.path.append(str(path.parent.resolve()))

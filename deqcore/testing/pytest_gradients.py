@@ -62,7 +62,7 @@ def where_of(problem: str | Callable[[], Problem], folder: Path) -> str:
     file = inspect.getsourcefile(problem) if inspect.isfunction(problem) else None
     if file is None or not name.isidentifier():
         raise ProblemError(
-            f"check_gradients({problem!r}): each framework imports the problem in a process of its own, so "
-            f"'path/to/file.py:name' or a function at the top level of a module is expected."
+            f"check_gradients({problem!r}): the problem must be 'path/to/file.py:name' or a function at the top level of "
+            f"a module, since each framework imports it in a process of its own."
         )
     return f"{file}:{name}"

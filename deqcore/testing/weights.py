@@ -53,7 +53,7 @@ def weights(path: str | Path) -> dict[str, Any]:
         ) from error
     except Exception as error:
         raise ProblemError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
-    raise ProblemError(f"{path}: a file that ends in .safetensors or .npz is expected.")
+    raise ProblemError(f"The file must be one that ends in .safetensors or .npz (got {path}).")
 
 
 def _safetensors(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from deqcore.monitor.text import plain, printable
 
 VERSION: Final = 1
 _HEAD: Final = frozenset({"kind", "step", "solve", "time", "name", "run"})
-MOST: Final = 2**53  # steps beyond are no steps, and no float has them
+MOST: Final = 2**53  # larger integers are not exact in float64
 
 
 def header(run: RunInfo, key: str = "") -> str:
@@ -49,7 +49,7 @@ def parse(table: Mapping[str, Any]) -> Record | None:
     """The record in a parsed line, or None for a header.
 
     Raises:
-        ValueError: it is no record.
+        ValueError: it is not a record.
     """
     kind = table.get("kind")
     try:
@@ -71,8 +71,8 @@ def parse(table: Mapping[str, Any]) -> Record | None:
                 action=printable(table.get("action", "")),
             )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"it lacks or misstates {error}") from error
-    raise ValueError(f"its kind is {kind!r}, not 'run', 'row' or 'event'")
+        raise ValueError(f"a field is missing or wrong: {error}") from error
+    raise ValueError(f"its kind must be 'run', 'row' or 'event' (got {kind!r})")
 
 
 def _count(table: Mapping[str, Any], name: str) -> int:

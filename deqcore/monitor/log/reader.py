@@ -15,7 +15,7 @@ from deqcore.monitor.text import plain, printable
 
 @dataclass
 class Log:
-    """What a log says of its latest run.
+    """The records of the latest run in a log.
 
     The sink appends, so a file may hold several runs. One that goes on where the last one stopped (its steps are
     higher: a training that was resumed) counts as the same; otherwise what came before is left out. Runs whose lines
@@ -50,7 +50,7 @@ class Log:
 
     @property
     def solves(self) -> int:
-        """How many rows tell of a forward solve."""
+        """The number of rows with a forward solve."""
         return sum("deq_forward_steps" in row.values for row in self.rows)
 
     def begin(self, key: str = "") -> None:
@@ -116,7 +116,7 @@ class Tail:
         path: the file.
 
     Raises:
-        MonitorError: there is no such file, or it is no log of the monitor.
+        MonitorError: the file does not exist, or it is not a log of the monitor.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -127,10 +127,10 @@ class Tail:
         self.poll()
 
     def poll(self) -> bool:
-        """Read what is new; returns whether anything was."""
+        """Read new lines; return whether there were any."""
         path = self.log.path
         try:
-            if path.stat().st_size < self._offset:  # written anew
+            if path.stat().st_size < self._offset:  # rewritten
                 self.log, self._offset, self._line, self._rest = Log(path), 0, 0, b""
             with path.open("rb") as file:
                 file.seek(self._offset)
@@ -149,7 +149,7 @@ class Tail:
         return bool(lines)
 
     def finish(self) -> Log:
-        """The log, with what is left of a torn last line told."""
+        """Return the log; a torn last line becomes one of its problems."""
         if self._rest.strip():
             self._line += 1
             if not self.log.runs and not self.log.rows:
@@ -164,7 +164,7 @@ class Tail:
         try:
             table = json.loads(line)
             if not isinstance(table, dict):
-                raise ValueError("it is no JSON object")
+                raise ValueError("it is not a JSON object")
             record = parse(table)
         except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors are ValueErrors, too
             if self._line == 1:
@@ -190,10 +190,10 @@ class Tail:
 
 
 def read(path: str | Path) -> Log:
-    """The whole log.
+    """Read the whole log.
 
     Raises:
-        MonitorError: there is no such file, it is no log of the monitor, or of another version.
+        MonitorError: the file does not exist, is not a log of the monitor, or has another version.
     """
     return Tail(path).finish()
 
@@ -216,5 +216,5 @@ def _table(given: object) -> dict[str, object]:
 
 def _no_log(path: Path, line: int, reason: str) -> MonitorError:
     return MonitorError(
-        f"{str(path)!r} is no log of the monitor (line {line}: {reason}). A log is what the sink 'jsonl' writes."
+        f"{str(path)!r} is not a log of the monitor (line {line}: {reason}). A log is what the sink 'jsonl' writes."
     )

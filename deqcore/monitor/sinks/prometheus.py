@@ -18,7 +18,7 @@ NEEDS: Mapping[str, str] = {"prometheus_client": "monitor"}
 
 
 class Latest:
-    """The state that is exposed: the latest value of each metric and layer, and counts.
+    """The exposed state: the latest value of each metric and layer, and counts.
 
     A collector in the sense of prometheus_client.
     """
@@ -30,7 +30,7 @@ class Latest:
         self.events: dict[str, int] = {}
 
     def after(self, records: Sequence[Record]) -> Latest:
-        """The state once `records` are taken, as a new object: one that fails to be written is forgotten."""
+        """Return a new state that includes `records`; the caller drops it if writing fails."""
         new = Latest(self._metrics)
         new.values = {metric: dict(layers) for metric, layers in self.values.items()}
         new.solves, new.events = dict(self.solves), dict(self.events)
@@ -69,7 +69,7 @@ class PrometheusSink(Sink):
         address: to listen on; "0.0.0.0" lets other machines read.
     """
 
-    port: int = field(default=9464, metadata={"least": 0, "expected": "a port, 0 to 65535"})
+    port: int = field(default=9464, metadata={"least": 0, "expected": "a port from 0 to 65535"})
     address: str = "127.0.0.1"
     _state: Latest | None = field(default=None, init=False, repr=False)
     _server: Any = field(default=None, init=False, repr=False)
@@ -79,11 +79,11 @@ class PrometheusSink(Sink):
 
     def __post_init__(self) -> None:
         if self.port > 65535:
-            raise ValueError(f"port = {self.port}, but a port, 0 to 65535, is expected")
+            raise ValueError(f"port must be from 0 to 65535 (got {self.port})")
 
     @property
     def bound(self) -> int:
-        """The port that is listened on, once it is open."""
+        """The port that the server listens on, once it is open."""
         return int(self._server.server_port)
 
     def open(self, run: RunInfo) -> None:
@@ -101,8 +101,8 @@ class PrometheusSink(Sink):
             self._server, self._thread = start_http_server(self.port, self.address, registry)
         except (OSError, OverflowError) as error:
             raise MonitorError(
-                f"port {self.port} of {self.address} cannot be listened on ({error}): free it, or choose another with "
-                f"the sink's option port"
+                f"The sink cannot listen on port {self.port} of {self.address} ({error}). Free it, or choose another port with "
+                f"the option port."
             ) from error
 
     def write(self, records: Sequence[Record]) -> None:
@@ -138,7 +138,7 @@ class PrometheusTextfileSink(Sink):
 
     def __post_init__(self) -> None:
         if not self.path.endswith(".prom"):
-            raise ValueError(f"path = {self.path!r}, but a file that ends in .prom is expected")
+            raise ValueError(f"path must end in .prom (got {self.path!r})")
 
     def open(self, run: RunInfo) -> None:
         """Make the folder."""

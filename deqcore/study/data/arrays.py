@@ -26,7 +26,7 @@ def load(choice: DataChoice) -> Dataset:
 
     An NPZ holds `x_train` and `y_train`, and may hold `x_validation`, `y_validation`, `x_test`, `y_test`; what is
     missing is held out of the training data. A folder holds `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`,
-    `t10k-…` likewise, with `.gz` or without. Inputs are `(samples, n)`, `(samples, height, width)` or
+    `t10k-…`, with `.gz` or without. Inputs are `(samples, n)`, `(samples, height, width)` or
     `(samples, channels, height, width)`; bytes are scaled to 0 … 1.
 
     Raises:
@@ -42,17 +42,17 @@ def load(choice: DataChoice) -> Dataset:
     elif choice.path and path.is_file():
         found = _npz(path)
     else:
-        raise DataError(f"data 'arrays': path = {choice.path!r}, but an NPZ file or a folder of IDX files is expected.")
+        raise DataError(f"data 'arrays': path must be an NPZ file or a folder of IDX files (got {choice.path!r}).")
     return _dataset(choice, found)
 
 
 def _dataset(choice: DataChoice, found: dict[str, NDArray[Any]]) -> Dataset:
     if "x_train" not in found or "y_train" not in found:
-        raise DataError(f"{choice.path!r} holds {listing(found)}, but x_train and y_train are expected.")
+        raise DataError(f"{choice.path!r} must hold x_train and y_train (got {listing(found)}).")
     x, y = _inputs(found["x_train"]), _targets(found["y_train"], choice.path)
     if len(x) != len(y):
         raise DataError(
-            f"{choice.path!r}: x_train has {len(x)} samples, y_train {len(y)}, but equal numbers are expected."
+            f"{choice.path!r}: x_train and y_train must have equal lengths (got {len(x)} and {len(y)})."
         )
     given = {part: _given(found, part, choice.path) for part in ("validation", "test")}
     shares = tuple(0.0 if given[part] else SHARE for part in ("validation", "test"))
@@ -80,7 +80,7 @@ def _inputs(x: NDArray[Any]) -> NDArray[np.float32]:
 
 def _targets(y: NDArray[Any], path: str) -> NDArray[np.int64]:
     if not np.issubdtype(y.dtype, np.integer) or y.ndim != 1 or not y.size:
-        raise DataError(f"{path!r}: targets are {y.dtype} of shape {y.shape}, but integers (samples,) are expected.")
+        raise DataError(f"{path!r}: targets must be integers of shape (samples,) (got {y.dtype} of shape {y.shape}).")
     return y.astype(np.int64)
 
 
@@ -102,7 +102,7 @@ def _idx(folder: Path, name: str) -> NDArray[Any]:
     except (OSError, EOFError) as error:
         raise DataError(f"{name!r} in {str(folder)!r} cannot be read: {error}.") from error
     if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in IDX:
-        raise DataError(f"{name!r} in {str(folder)!r} is no IDX file.")
+        raise DataError(f"{name!r} in {str(folder)!r} is not an IDX file.")
     start = 4 + 4 * raw[3]
     shape = tuple(int(each) for each in np.frombuffer(raw[4:start], ">u4"))
     dtype = np.dtype(IDX[raw[2]])

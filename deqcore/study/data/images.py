@@ -13,7 +13,7 @@ from deqcore.study.data.base import DataError, Dataset, Split, split_by_class
 from deqcore.study.settings import DataChoice
 
 SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm"})
-SHARE: Final = 0.2  # of what is held out for validation, and for test where there is no folder for it
+SHARE: Final = 0.2  # of the samples, held out for validation, and for test where it has no folder
 
 
 def load(choice: DataChoice) -> Dataset:
@@ -24,7 +24,7 @@ def load(choice: DataChoice) -> Dataset:
     """
     root = Path(choice.path)
     if not choice.path or not root.is_dir():
-        raise DataError(f"data 'images': path = {choice.path!r}, but an existing folder is expected.")
+        raise DataError(f"data 'images': path must be an existing folder (got {choice.path!r}).")
     if not (root / "train").is_dir():
         raise DataError(f"{str(root)!r} has no folder 'train': the layout is train/CLASS/*.jpg, test/CLASS/*.jpg.")
     names = sorted(each.name for each in (root / "train").iterdir() if each.is_dir())

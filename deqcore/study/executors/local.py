@@ -1,4 +1,4 @@
-"""Run the cells of a study, each in a process of its own, and survive what happens to them."""
+"""Run the cells of a study, each in a process of its own, and go on if one of them fails."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from deqcore.study.grid import Cell
 from deqcore.study.store import Store, StudyError
 
 LOG: Final = "worker.log"
-GPU: Final = {  # memory as it is needed, since others train there, too; float32 is not rounded to 10 bits
+GPU: Final = {  # allocate memory on demand, since other processes train there too; do not round float32 to 10 bits
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "NVIDIA_TF32_OVERRIDE": "0",
     "JAX_DEFAULT_MATMUL_PRECISION": "highest",
@@ -27,7 +27,7 @@ GPU: Final = {  # memory as it is needed, since others train there, too; float32
 
 
 class CellObserver(Protocol):
-    """Who is told how the study goes: the terminal, or nobody."""
+    """Observes the progress of a study, such as the terminal does."""
 
     def started(self, cell: Cell) -> None:
         """A cell's process was started."""
@@ -43,13 +43,13 @@ EventQueue: TypeAlias = "queue.Queue[tuple[Process, dict[str, Any] | None]]"
 
 
 class Process:
-    """One cell's process, and a thread that reads what it tells.
+    """One cell's process, and a thread that reads its progress.
 
     Args:
         cell: what it works on.
         folder: where.
         events: gets its lines of progress, and None when it has ended.
-        measured: only time so many steps, in place of training.
+        measured: only time this number of steps instead of training.
     """
 
     def __init__(self, cell: Cell, folder: Path, events: EventQueue, measured: int = 0) -> None:
@@ -79,11 +79,11 @@ class Process:
 
     def said(self) -> str:
         """The last line that it wrote to its standard error."""
-        told = (self.folder / LOG).read_text(errors="replace").strip()
-        return told.splitlines()[-1] if told else "it said nothing"
+        text = (self.folder / LOG).read_text(errors="replace").strip()
+        return text.splitlines()[-1] if text else "it wrote no message"
 
     def result(self) -> dict[str, Any]:
-        """What came of the ended process.
+        """Return the result of the ended process.
 
         Raises:
             StudyError: it could not write.
@@ -116,7 +116,7 @@ def run(place: Store, cells: Sequence[Cell], watcher: CellObserver, jobs: int = 
     Args:
         place: where results are.
         cells: the whole grid.
-        watcher: is told what happens.
+        watcher: observes the cells.
         jobs: processes at a time.
 
     Returns:
@@ -154,12 +154,12 @@ def measure(place: Store, cell: Cell, steps: int) -> dict[str, Any]:
     """
     events: EventQueue = queue.Queue()
     process = Process(cell, place.folder(cell), events, measured=steps)
-    told: dict[str, Any] = {}
+    times: dict[str, Any] = {}
     while (line := events.get()[1]) is not None:
-        told = line
-    if process.popen.returncode or "times" not in told:
+        times = line
+    if process.popen.returncode or "times" not in times:
         raise StudyError(f"{cell.label} could not be timed: {process.said().removeprefix('Error: ')}")
-    return told
+    return times
 
 
 def environment(threads: int) -> dict[str, str]:

@@ -19,7 +19,7 @@ from deqcore.study.executors.local import CellObserver, EventQueue, Process
 from deqcore.study.grid import Cell
 from deqcore.study.store import Store, StudyError
 
-FILES: Final = ("progress.safetensors", "result.json")  # that travel; the rest is made anew
+FILES: Final = ("progress.safetensors", "result.json")  # copied between machines; the rest is made there
 
 
 def train(plain: dict[str, Any], files: dict[str, bytes]) -> Iterator[dict[str, Any]]:
@@ -64,7 +64,7 @@ def run(place: Store, cells: Sequence[Cell], watcher: CellObserver) -> list[dict
     Args:
         place: where results are.
         cells: the whole grid.
-        watcher: is told what happens.
+        watcher: observes the cells.
 
     Returns:
         The results, in the order of the cells.
@@ -97,7 +97,7 @@ def _run(ray: Any, place: Store, waiting: Sequence[Cell], watcher: CellObserver)
         (ready,), _ = ray.wait(list(tasks), num_returns=1)
         cell = tasks[ready]
         try:
-            told = ray.get(next(ready))
+            message = ray.get(next(ready))
         except StopIteration:
             del tasks[ready]
             watcher.ended(cell, dict(place.result(cell) or {}))
@@ -110,15 +110,15 @@ def _run(ray: Any, place: Store, waiting: Sequence[Cell], watcher: CellObserver)
         if cell.key not in begun:
             begun.add(cell.key)
             watcher.started(cell)
-        _take(place.folder(cell), cell, told, watcher)
+        _take(place.folder(cell), cell, message, watcher)
 
 
-def _take(folder: Path, cell: Cell, told: dict[str, Any], watcher: CellObserver) -> None:
+def _take(folder: Path, cell: Cell, message: dict[str, Any], watcher: CellObserver) -> None:
     store.write_json(folder / "cell.json", cell.as_dict())
-    for name, content in told["files"].items():
+    for name, content in message["files"].items():
         store.write(folder / name, content)
-    if told["progress"] is not None:
-        watcher.progressed(cell, told["progress"])
+    if message["progress"] is not None:
+        watcher.progressed(cell, message["progress"])
 
 
 def _files(folder: Path) -> dict[str, bytes]:

@@ -38,12 +38,12 @@ def schedule(place: Store, cells: Sequence[Cell], jobs: int) -> tuple[Table, lis
         waiting = [cell for cell in kind if place.result(cell) is None]
         try:
             seconds = _estimate(kind[0], len(waiting))
-            total, told = total + seconds, duration(seconds)
+            total, estimate = total + seconds, duration(seconds)
         except StudyError as error:
             failed.append(str(error))
-            told = "none"
+            estimate = "none"
         done = f"{len(kind) - len(waiting)}/{len(kind)}"
-        table.add_row(kind[0].label.rpartition(" seed ")[0], str(len(kind)), done, told)
+        table.add_row(kind[0].label.rpartition(" seed ")[0], str(len(kind)), done, estimate)
     table.add_section()
     table.add_row(f"together, {jobs} at a time", str(len(cells)), "", duration(total / jobs))
     return table, failed
@@ -69,7 +69,7 @@ def timed(
         place: where the cells are.
         cells: the whole grid.
         results: of the cells.
-        console: where progress is told.
+        console: shows progress.
     """
     return [_timed(place, cell, result, console) for cell, result in zip(cells, results, strict=True)]
 
@@ -78,9 +78,9 @@ def _timed(place: Store, cell: Cell, result: dict[str, Any], console: Console) -
     if result["status"] != "ok" or result.get("serial"):
         return result
     console.print(f"timing {cell.label}", style="dim")
-    told = {**result, **measure(place, cell, STEPS), "serial": True}
-    write_json(place.folder(cell) / "result.json", told)
-    return told
+    timed_result = {**result, **measure(place, cell, STEPS), "serial": True}
+    write_json(place.folder(cell) / "result.json", timed_result)
+    return timed_result
 
 
 def duration(seconds: float) -> str:

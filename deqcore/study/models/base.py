@@ -74,7 +74,7 @@ class Ops(Protocol):
 
 
 class Model(ABC):
-    """A classifier: `read(z*)` with `z* = cell(z*, inject(x))`. One of your own is a subclass, `module:Class`.
+    """A classifier: `read(z*)` with `z* = cell(z*, inject(x))`. A user model is a subclass, named `module:Class`.
 
     Attributes:
         accepts: the kinds of input it can be built for.

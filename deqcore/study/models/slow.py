@@ -28,7 +28,7 @@ class Slow(Dense):
 
     def __init__(self, shape: Shape, width: int) -> None:
         if width < SMALLEST or width & (width - 1):
-            raise ConfigError(f"The model 'slow' has width = {width}, but a power of two is expected, such as 32.")
+            raise ConfigError(f"The model 'slow': width must be a power of two, such as 32 (got {width}).")
         super().__init__(shape, width)
         self._groups = levels(width)
 

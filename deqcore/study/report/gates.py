@@ -1,4 +1,4 @@
-"""Staged gates: what must hold before a strategy goes from pilot to shadow to rollout."""
+"""Staged gates: criteria for a strategy to go from pilot to shadow to rollout."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _quotient(metric: str) -> Callable[[SummaryRow, SummaryRow | None], float | 
     return read
 
 
-def _own(metric: str, scale: float = 1.0) -> Callable[[SummaryRow, SummaryRow | None], float | None]:
+def _metric(metric: str, scale: float = 1.0) -> Callable[[SummaryRow, SummaryRow | None], float | None]:
     def read(row: SummaryRow, _: SummaryRow | None) -> float | None:
         found = row.metric(metric)
         return None if found is None else scale * found.mean
@@ -34,13 +34,13 @@ def _own(metric: str, scale: float = 1.0) -> Callable[[SummaryRow, SummaryRow | 
 
 
 METRICS: Final[dict[str, Callable[[SummaryRow, SummaryRow | None], float | None]]] = {
-    "accuracy": _own("test_accuracy", 100.0),  # percent
+    "accuracy": _metric("test_accuracy", 100.0),  # percent
     "accuracy_difference": _points,  # points against exact-ift, lower end of the 95 % interval
     "time_ratio": _quotient("training"),  # whole training against exact-ift, upper end of the 95 % interval
     "memory_ratio": _quotient("peak_memory"),
-    "cosine": _own("cosine"),
-    "unconverged": _own("unconverged"),
-    "fallback": _own("fallback"),
+    "cosine": _metric("cosine"),
+    "unconverged": _metric("unconverged"),
+    "fallback": _metric("fallback"),
     "failures": lambda row, _: float(len(row.failures)),
     "seeds": lambda row, _: float(len(row.results)),
 }
@@ -52,7 +52,7 @@ class Judged:
 
     Attributes:
         stage: of the gate.
-        criterion: in words.
+        criterion: as text.
         measured: the worst value over all data, backends, models and solvers.
         passed: whether it holds; what was not measured does not.
     """
@@ -92,7 +92,7 @@ class GateVerdict:
 
 
 def check(gates: Sequence[Gate], labels: Sequence[str]) -> None:
-    """Find mistakes before anything is trained.
+    """Check the gates before training.
 
     Raises:
         ConfigError: a gate names a metric or a strategy that is not in the study.
@@ -110,15 +110,15 @@ def judge(rows: Sequence[SummaryRow], gates: Sequence[Gate]) -> GateVerdict:
 
 
 def _judge_gate(gate: Gate, rows: Sequence[SummaryRow]) -> Judged:
-    mine = [row for row in rows if row.strategy == gate.strategy]
-    values = [METRICS[gate.metric](row, reference(row, rows)) for row in mine]
-    known = [value for value in values if value is not None]
+    candidates = [row for row in rows if row.strategy == gate.strategy]
+    values = [METRICS[gate.metric](row, reference(row, rows)) for row in candidates]
+    measured = [value for value in values if value is not None]
     least, most = gate.at_least, gate.at_most
     criterion = f"{gate.strategy}: {gate.metric}"
     criterion += "" if least is None else f" ≥ {least:g}"
     criterion += "" if most is None else f" ≤ {most:g}"
-    if not known or len(known) < len(values):
+    if not measured or len(measured) < len(values):
         return Judged(gate.stage, criterion, "–", passed=False)
-    worst = max(known) if least is None else min(known)
-    passed = (least is None or min(known) >= least) and (most is None or max(known) <= most)
+    worst = max(measured) if least is None else min(measured)
+    passed = (least is None or min(measured) >= least) and (most is None or max(measured) <= most)
     return Judged(gate.stage, criterion, f"{worst:.4g}", passed)

@@ -111,9 +111,9 @@ def _round(found: Accumulation, rows: Sequence[SummaryRow], language: str) -> di
     values = [table.percent(value) + _gap(gap) for value, gap in zip(found.accuracy, gaps, strict=True)]
     heads = [say(language, "round", number=number) for number in range(1, len(values) + 1)]
     word = "builds_up" if found.builds_up else "no_build_up"
-    told = "" if found.builds_up is None else say(language, word, strategy=row.label, solver=row.solver)
+    verdict = "" if found.builds_up is None else say(language, word, strategy=row.label, solver=row.solver)
     growth = _bracketed(found.growth, 100.0, 2, signed=True)
-    return {"label": name(row, rows), "heads": heads, "values": [*values, growth], "told": told}
+    return {"label": name(row, rows), "heads": heads, "values": [*values, growth], "verdict": verdict}
 
 
 def _gap(value: Interval | None) -> str:
@@ -129,12 +129,12 @@ def _money(answer: Recommendation, cost: CostSettings, language: str) -> list[st
         return f"{table.significant(value)} {cost.currency}"
 
     training, month = amount(bill.training), amount(bill.month)
-    told = [say(language, "money", training=training, month=month, count=f"{cost.trainings_per_month:g}")]
+    sentences = [say(language, "money", training=training, month=month, count=f"{cost.trainings_per_month:g}")]
     if bill.saved is not None and answer.best is not answer.exact:
-        told.append(say(language, "saved" if bill.saved >= 0 else "lost", saved=amount(abs(bill.saved))))
+        sentences.append(say(language, "saved" if bill.saved >= 0 else "lost", saved=amount(abs(bill.saved))))
     if bill.payback is not None and cost.switch_cost > 0:
-        told.append(say(language, "payback", switch=amount(cost.switch_cost), months=f"{bill.payback:.1f}"))
-    return told
+        sentences.append(say(language, "payback", switch=amount(cost.switch_cost), months=f"{bill.payback:.1f}"))
+    return sentences
 
 
 def _bracketed(value: Interval | None, scale: float, digits: int, *, signed: bool = False) -> str:
@@ -152,13 +152,13 @@ def _summary(row: SummaryRow, found: Sequence[SummaryRow]) -> dict[str, Any]:
     metrics = {name: row.metric(name) for name in METRICS} if row.results else {}
     numbers = {name: None if value is None else asdict(value) for name, value in metrics.items()}
     rounds = [each.as_dict() for each in accumulations(found) if each.row is row]
-    told: dict[str, Any] = {
+    results: dict[str, Any] = {
         **table.identity(row),
         "seeds": list(row.results),
         "failures": dict(row.failures),
         "metrics": numbers,
     }
-    return told | ({"rounds": rounds[0]} if rounds else {})
+    return results | ({"rounds": rounds[0]} if rounds else {})
 
 
 def _flat(machine: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -14,7 +14,7 @@ from deqcore.study.report.summary import SummaryRow
 
 PALETTE: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 PARTS: Final = (("forward", "#0072b2"), ("backward", "#d55e00"), ("update", "#999999"))
-MANY: Final = 8  # lines in one plot that people can tell apart
+MANY: Final = 8  # lines that people can distinguish in one plot
 SIZE: Final = (6.0, 3.4)  # inches
 
 
@@ -62,7 +62,7 @@ def _draw(word: str, draw: Callable[[Any, Sequence[SummaryRow]], bool], rows: Se
 
 
 def name(row: SummaryRow, rows: Sequence[SummaryRow]) -> str:
-    """The shortest name that tells a row from the others."""
+    """Return the shortest name that distinguishes a row from the others."""
     parts = [row.label]
     columns: list[Callable[[SummaryRow], str]] = [
         lambda r: r.solver,
@@ -96,7 +96,7 @@ def _accuracy(axes: Any, rows: Sequence[SummaryRow]) -> bool:
 def clock(result: Any) -> Any:
     """Seconds of training at the end of each epoch, `(epochs,)`.
 
-    A training beside others shares the machine with them: its seconds tell how its epochs compare, and the time that
+    A training beside others shares the machine with them: its seconds show how its epochs compare, and the time that
     was taken alone afterwards how long they are.
     """
     seconds = _per_epoch(result, "seconds", len(result["history"]["epochs"]), np.sum).cumsum()

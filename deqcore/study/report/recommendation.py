@@ -1,4 +1,4 @@
-"""The answer of a study: which strategy to use, what it saves and what it costs, from measured numbers only."""
+"""The recommendation of a study: which strategy to use, what it saves and what it costs, from measured numbers only."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from deqcore.study.report.summary import Interval, SummaryRow, explicit, referen
 from deqcore.study.settings import CostSettings
 
 TOLERATED: Final = -0.01  # one point of accuracy below exact gradients, at the lower end of the interval
-HARMFUL: Final = 0.9  # cosine below which a reused gradient is warned about
+HARMFUL: Final = 0.9  # cosine below which a reused gradient gives a warning
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A row beside another one, paired by seed.
+class PairedComparison:
+    """A row compared with another one, paired by seed.
 
     Attributes:
         accuracy: difference of test accuracies.
@@ -29,8 +29,8 @@ class Comparison:
     memory: Interval | None
 
     @classmethod
-    def of(cls, row: SummaryRow, other: SummaryRow) -> Comparison:
-        """Compare."""
+    def of(cls, row: SummaryRow, other: SummaryRow) -> PairedComparison:
+        """Compare two rows."""
         return cls(
             row.against(other, "test_accuracy"), row.ratio(other, "training"), row.ratio(other, "training_memory")
         )
@@ -38,7 +38,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Bill:
-    """What trainings cost.
+    """The cost of trainings.
 
     Attributes:
         training: one training, in the currency of the settings. `month`: the retraining schedule.
@@ -53,29 +53,29 @@ class Bill:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What to use for one kind of problem (data, backend, model).
+    """The recommended setting for one kind of problem (data, backend, model).
 
     Attributes:
         place: data, backend, model.
         best: the row that is recommended; None if nothing trained.
         exact: the row with exact gradients. `explicit`: the network without an equilibrium.
         against_exact, against_explicit: what the recommended row saves and costs.
-        bill: in money.
-        warnings: what speaks against trusting it: pairs of a word of `words.py` and its values.
+        bill: cost in money.
+        warnings: reasons for doubt, as pairs of a key of `translations.py` and its values.
     """
 
     place: tuple[str, str, str]
     best: SummaryRow | None
     exact: SummaryRow | None
     explicit: SummaryRow | None
-    against_exact: Comparison | None
-    against_explicit: Comparison | None
+    against_exact: PairedComparison | None
+    against_explicit: PairedComparison | None
     bill: Bill | None
     warnings: tuple[tuple[str, dict[str, object]], ...]
 
 
 def recommendations(rows: Sequence[SummaryRow], cost: CostSettings) -> list[Recommendation]:
-    """One answer for each data set, backend and model with an equilibrium."""
+    """Return one recommendation for each data set, backend and model with an equilibrium."""
     places = dict.fromkeys(row.place for row in rows if not row.explicit)
     return [_answer([row for row in rows if row.place == place], rows, cost) for place in places]
 
@@ -86,12 +86,12 @@ def acceptable(row: SummaryRow, exact: SummaryRow | None) -> bool:
     return difference is None or difference.worst >= TOLERATED
 
 
-def _answer(mine: Sequence[SummaryRow], rows: Sequence[SummaryRow], cost: CostSettings) -> Recommendation:
-    trained = [row for row in mine if row.results]
-    place = mine[0].place[:3]
+def _answer(group: Sequence[SummaryRow], rows: Sequence[SummaryRow], cost: CostSettings) -> Recommendation:
+    trained = [row for row in group if row.results]
+    place = group[0].place[:3]
     fit = [row for row in trained if acceptable(row, reference(row, rows))] or trained
     if not fit:
-        return Recommendation(place, None, None, None, None, None, None, _warnings(mine, None))
+        return Recommendation(place, None, None, None, None, None, None, _warnings(group, None))
     best = min(fit, key=lambda row: (_mean(row, "training"), row.label))
     exact, plain = reference(best, rows), explicit(best, rows)
     return Recommendation(
@@ -99,10 +99,10 @@ def _answer(mine: Sequence[SummaryRow], rows: Sequence[SummaryRow], cost: CostSe
         best,
         exact,
         plain,
-        Comparison.of(best, exact) if exact is not None else None,
-        Comparison.of(best, plain) if plain is not None else None,
+        PairedComparison.of(best, exact) if exact is not None else None,
+        PairedComparison.of(best, plain) if plain is not None else None,
         bill(best, exact, cost),
-        _warnings(mine, best),
+        _warnings(group, best),
     )
 
 
@@ -130,7 +130,7 @@ def bill(row: SummaryRow, exact: SummaryRow | None, cost: CostSettings) -> Bill:
     return Bill(training(row), month, saved, payback)
 
 
-def _warnings(mine: Sequence[SummaryRow], best: SummaryRow | None) -> tuple[tuple[str, dict[str, object]], ...]:
+def _warnings(group: Sequence[SummaryRow], best: SummaryRow | None) -> tuple[tuple[str, dict[str, object]], ...]:
     found: list[tuple[str, dict[str, object]]] = []
     if best is not None and len(best.results) < 3:
         found.append(("few_seeds", {"count": len(best.results)}))

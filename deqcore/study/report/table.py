@@ -89,19 +89,19 @@ def identity(row: SummaryRow) -> dict[str, str]:
 
 def cells(rows: Sequence[SummaryRow]) -> tuple[list[str], list[list[str]]]:
     """Header and lines; what is the same in all lines is left out, but for the strategy."""
-    told = [identity(row) for row in rows]
-    varying = [name for name in IDENTITY if name == "strategy" or len({each[name] for each in told}) > 1]
+    identities = [identity(row) for row in rows]
+    varying = [name for name in IDENTITY if name == "strategy" or len({each[name] for each in identities}) > 1]
     lines = []
-    for row, each in zip(rows, told, strict=True):
+    for row, each in zip(rows, identities, strict=True):
         figures = [form(row.metric(metric)) if row.results else "–" for _, metric, form in COLUMNS]
         lines.append([each[name] for name in varying] + figures)
     return [*varying, *(title for title, _, _ in COLUMNS)], lines
 
 
 def shared(rows: Sequence[SummaryRow], head: Callable[[str], str] = str) -> str:
-    """What all rows have in common, in words; `head` gives the names of columns in another language."""
-    told = [identity(row) for row in rows]
-    return ", ".join(f"{head(name)} {told[0][name]}" for name in IDENTITY if len({each[name] for each in told}) == 1)
+    """Describe what all rows have in common; `head` gives the names of columns in another language."""
+    identities = [identity(row) for row in rows]
+    return ", ".join(f"{head(name)} {identities[0][name]}" for name in IDENTITY if len({each[name] for each in identities}) == 1)
 
 
 def terminal(rows: Sequence[SummaryRow]) -> Table:
@@ -132,9 +132,9 @@ def comma_separated(rows: Sequence[SummaryRow]) -> str:
     writer = csv.writer(out)
     writer.writerow([*IDENTITY, "seed", *METRICS, "failure"])
     for row in rows:
-        told: list[Any] = list(identity(row).values())
+        values: list[Any] = list(identity(row).values())
         for seed, result in row.results.items():
-            writer.writerow([*told, seed, *(read(result) for read in METRICS.values()), ""])
+            writer.writerow([*values, seed, *(read(result) for read in METRICS.values()), ""])
         for seed, reason in row.failures.items():
-            writer.writerow([*told, seed, *[None] * len(METRICS), reason])
+            writer.writerow([*values, seed, *[None] * len(METRICS), reason])
     return out.getvalue()

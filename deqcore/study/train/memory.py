@@ -14,7 +14,7 @@ STATUS: Final = Path("/proc/self/status")
 class PeakMemory:
     """The largest resident set of the process between `start` and `stop`.
 
-    Linux can start the measurement anew. Elsewhere the peak is that of the whole life of the process.
+    Linux can restart the measurement. Elsewhere the peak covers the whole life of the process.
 
     Attributes:
         resets: whether it can.

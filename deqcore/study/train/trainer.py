@@ -1,4 +1,4 @@
-"""What a backend must offer to be studied: one training step, taken apart, and the weights to save.
+"""The contract of a backend for studies: one training step in parts, and the weights to save.
 
 The loop around it (order of samples, rates, clock, audits, checkpoints) is `loop.py`, the same for all backends.
 """
@@ -100,7 +100,7 @@ class Trainer(ABC):
         device: where the weights go; "auto" is the framework's GPU if it has one.
 
     Raises:
-        BackendError: there is no such device.
+        BackendError: the device does not exist.
     """
 
     @abstractmethod
@@ -146,10 +146,10 @@ class Trainer(ABC):
         """Go back to where `save` was called. `save` and `restore` change no bit of what follows."""
 
     def reset_peak(self) -> None:  # noqa: B027 - a backend without a device has nothing to do
-        """Start measuring the device's peak memory anew."""
+        """Restart the measurement of the device's peak memory."""
 
     def peak(self) -> int | None:
-        """Peak memory of the device in bytes since `reset_peak`; None where there is no device beside the host."""
+        """Peak memory of the device in bytes since `reset_peak`; None if the host is the only device."""
         return None
 
 

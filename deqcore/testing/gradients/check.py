@@ -39,7 +39,7 @@ SPREAD: Final = 10.0  # float32: times what changing the data by one unit in the
 
 @dataclass(frozen=True)
 class GradientRun:
-    """One job on one backend, and what came of it."""
+    """One job on one backend, and its result."""
 
     backend: str
     job: Job

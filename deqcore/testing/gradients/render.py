@@ -93,7 +93,7 @@ def _failures(report: GradientReport) -> Iterable[Text]:
 
 
 def describe(each: Comparison) -> str:
-    """A disagreement in words."""
+    """Describe a disagreement."""
     return (
         f"{each.backend} {each.dtype}, {each.solver} × {each.strategy} on {each.problem}: {each.quantity} differs from "
         f"{each.against} by {each.relative:.1e} relative ({each.error:.1e}, bound {each.bound:.1e}); cosine "
@@ -170,6 +170,6 @@ def _distinct(runs: Sequence[GradientRun]) -> list[GradientRun]:
 
 
 def console() -> Any:
-    """Where tables go; wide where the output is no terminal, so that nothing is cut."""
+    """Return the console for tables, wide where the output is not a terminal, so that nothing is cut."""
     made = Console()
     return made if made.is_terminal else Console(width=200)

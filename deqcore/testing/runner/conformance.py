@@ -1,4 +1,4 @@
-"""`deqcore check backend|solver|strategy`: the suite in a process of its own per backend, and what came out of it."""
+"""`deqcore check backend|solver|strategy`: the suite in one process per backend, and its outcomes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class CaseOutcome:
 
 @dataclass(frozen=True)
 class SuiteRequest:
-    """What is to be checked.
+    """What to check.
 
     Attributes:
         kind: of the thing under test.
@@ -59,7 +59,7 @@ class SuiteRequest:
         backends: to run on; empty for all that are installed and the strict one.
         device: of the arrays.
         options: of the solver or strategy, as JSON.
-        cost_bounds: golden problems that it cost_bounds with these options, and at what cost, as JSON.
+        cost_bounds: golden problems that it solves with these options, each with its largest cost, as JSON.
         expect: a TOML file of expected failures.
         select: only tests that match, as pytest's `-k`.
         first: stop at the first failure.
@@ -84,7 +84,7 @@ def check(request: SuiteRequest, tell: Callable[[str], None] = lambda _: None) -
         tell: called with lines about progress.
 
     Raises:
-        UnknownNameError: nobody registered a name; it is found out before any test runs.
+        UnknownNameError: a name is not registered; this is checked before any test runs.
         MissingExtraError: pytest is not installed.
         BackendError: pytest could not run; the message is its own.
     """
@@ -132,7 +132,7 @@ def arguments(request: SuiteRequest, backend: str, results: Path) -> list[str]:
 
 
 def _check_device(request: SuiteRequest) -> None:
-    """One clear error in place of one per test."""
+    """Raise one clear error instead of one per test."""
     for name in backends_of(request):
         backend = get_backend(backend=name)
         backend.to_device(backend.asarray([0.0]), str(request.device))

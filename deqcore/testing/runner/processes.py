@@ -102,10 +102,10 @@ def _outcome(task: WorkerTask, process: subprocess.Popen[bytes]) -> str:
 
 
 def installed(names: Sequence[str]) -> tuple[str, ...]:
-    """Those of the named backends whose frameworks are there; all registered ones without names.
+    """Return the named backends whose frameworks are installed; without names, all such backends.
 
     Raises:
-        UnknownNameError: nobody registered a name.
+        UnknownNameError: a name is not registered.
         MissingFrameworkError: a named one is not installed.
         BackendError: none is left.
     """

@@ -29,7 +29,7 @@ def as_json(request: SuiteRequest, outcomes: Sequence[CaseOutcome], seconds: flo
 
 
 def table(request: SuiteRequest, outcomes: Sequence[CaseOutcome], seconds: float) -> RenderableType:
-    """One line per test, one column per backend, then the failures in words."""
+    """One line per test, one column per backend, then a description of each failure."""
     backends = list(dict.fromkeys(each.backend for each in outcomes))
     made = Table(f"{request.kind} {request.name}", box=box.SIMPLE_HEAD, pad_edge=False)
     for backend in backends:

@@ -1,4 +1,4 @@
-"""An array whose values nobody may look at, as in a traced function: NumPy numbers behind a wall."""
+"""An array whose values must not be read, as in a traced function: NumPy numbers behind a guard."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REFUSED: Final = {
     "__setitem__": "was written to. Use xp.where or backend.select, which return a new array",
     "__array__": "was given to a NumPy function. Use backend.xp, which is the framework's own namespace",
     "__iter__": "was iterated over. Work on whole arrays, one operation for all samples",
-    "__hash__": "was hashed. Arrays are no keys",
+    "__hash__": "was hashed. Arrays cannot be keys",
 }
 
 UNARY: Final = ("__neg__", "__pos__", "__abs__", "__invert__")

@@ -111,7 +111,7 @@ class Conformance:
 
 
 def claimed(config: Any, own: Mapping[str, int] | None, subject: Any, settings: Mapping[str, object]) -> Any:
-    """Claims of a solver or strategy: of the class under test, the option `--deqcore-cost-bounds`, or the subject's own.
+    """Return the cost bounds of a solver or strategy: of the class under test, the option `--deqcore-cost-bounds`, or the subject's own.
 
     The subject speaks of its default options only.
     """

@@ -43,4 +43,4 @@ def check_light(kind: plugins.Kind, name: str) -> None:
     if done.returncode:
         return  # a module that only this process knows, such as a test's own
     found = done.stdout.strip()
-    assert not found, f"{target} imports {found}, but solvers and strategies are written once for all frameworks"
+    assert not found, f"{target} imports {found}, but solvers and strategies must not import a framework"

@@ -1,7 +1,7 @@
 """`SolverTests`: everything that a solver must keep.
 
 Convergence is demanded only where plain iteration converges within the budget, and on the golden problems that the
-solver cost_bounds (`deqcore.Solver.cost_bounds`), there within the evaluations that it cost_bounds. An honest status is demanded
+solver has a cost bound for (`deqcore.Solver.cost_bounds`), there within that bound. An honest status is demanded
 everywhere.
 """
 
@@ -37,7 +37,7 @@ class SolverTests(StepTests, SearchTests, EstimateTests, EndTests):
     Attributes:
         solvers: registered names; default: the option `--deqcore-solver`, else all.
         options: options of the solver.
-        cost_bounds: in place of the solver's own, which are made for its default options and count for nothing with others.
+        cost_bounds: instead of the solver's own, which hold for its default options only.
 
     Example:
         ::
@@ -125,7 +125,7 @@ class SolverTests(StepTests, SearchTests, EstimateTests, EndTests):
 
     def test_claims_are_golden_problems(self, kit: Kit, solver: Solver) -> None:
         assert isinstance(solver.cost_bounds, Mapping), (
-            f"cost_bounds = {solver.cost_bounds}, but {{problem: evaluations}} is expected"
+            f"cost_bounds must be {{problem: evaluations}} (got {solver.cost_bounds})"
         )
         assert set(solver.cost_bounds) <= set(names())
 

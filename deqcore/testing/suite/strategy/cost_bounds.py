@@ -1,4 +1,4 @@
-"""What a strategy cost_bounds, and estimates of its error where they are hard to make."""
+"""Cost bounds of a strategy, and estimates of its error where they are hard to make."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class ClaimTests(Conformance):
 
     def test_claims_are_golden_problems(self, kit: Kit, strategy: Strategy) -> None:
         assert isinstance(strategy.cost_bounds, Mapping), (
-            f"cost_bounds = {strategy.cost_bounds}, but {{problem: vjps}} is expected"
+            f"cost_bounds must be {{problem: vjps}} (got {strategy.cost_bounds})"
         )
         assert set(strategy.cost_bounds) <= set(names())
 

@@ -35,7 +35,7 @@ class StrategyTests(AdjointTests, ClaimTests, StepStrategyTests):
     Attributes:
         strategies: registered names; default: the option `--deqcore-strategy`, else all.
         options: options of the strategy.
-        cost_bounds: in place of the strategy's own, which are made for its default options.
+        cost_bounds: instead of the strategy's own, which hold for its default options only.
 
     Example:
         ::
