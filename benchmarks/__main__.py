@@ -81,7 +81,7 @@ def _sections(named: Sequence[str] | None) -> list[str]:
 
 
 def absent() -> list[str]:
-    """What is not measured because it is not installed, with the remedy."""
+    """Return what is not measured because it is not installed, with the remedy."""
     lines = []
     for framework, libraries in LIBRARIES.items():
         if find_spec(framework) is None:
@@ -102,7 +102,7 @@ def _earlier(out: Path, quick: bool) -> dict[str, Any]:
 
 
 def _measure(name: str, threads: int, quick: bool) -> dict[str, Any]:
-    """One section in a fresh process; no other framework runs at the same time."""
+    """Run one section in a fresh process; no other framework runs at the same time."""
     section, framework = name.split("-")
     if find_spec(framework) is None:
         return {"error": f"{framework} is not installed"}
@@ -129,7 +129,7 @@ def _run(section: str, framework: str, threads: int, quick: bool) -> dict[str, A
 
 
 def commit() -> str:
-    """The commit measured, with a + where the tree had changes of its own."""
+    """Return the commit measured, with a + where the tree had changes of its own."""
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--exclude=*"],

@@ -156,13 +156,13 @@ def _alone(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def settings(name: str) -> dict[str, Any]:
-    """The table `[study]` of a study."""
+    """Return the table `[study]` of a study."""
     found: dict[str, Any] = tomllib.loads((HOME / f"{name.partition('-')[0]}.toml").read_text())["study"]
     return found
 
 
 def page() -> str:
-    """Tables and verdicts of every study that has results, as Markdown."""
+    """Return the tables and verdicts of every study that has results, as Markdown."""
     parts = [
         "<!-- Made by python -m benchmarks.evidence; do not edit. -->\n# Evidence: tables and verdicts\n",
         "What they mean: [index.md](index.md). Differences and quotients are paired by seed; [95 % interval].\n",
@@ -187,7 +187,7 @@ def _section(name: str) -> str:
 
 
 def verdicts(name: str, found: Sequence[SummaryRow]) -> list[str]:
-    """What the rows say about the questions that the evidence is for."""
+    """Return what the rows say about the questions that the evidence is for."""
     by = {row.strategy: row for row in found if not row.explicit}
     exact, free, certified, plain = (
         by.get(each) for each in ("exact-ift", "jacobian-free", "broyden-reuse", "plain reuse")
@@ -249,7 +249,7 @@ def _ratio(value: Interval) -> str:
 
 
 def _separated(gap: Interval | None) -> str:
-    """Whether a mean is two standard errors above zero."""
+    """Return whether a mean is two standard errors above zero."""
     if gap is None or gap.high is None:
         return ""
     from scipy.stats import t

@@ -97,7 +97,7 @@ def folders(root: Path) -> list[Path]:
 
 
 def outcome(root: Path) -> list[Any]:
-    """Everything that two equal studies agree on: results without clocks, and all tensors as bytes."""
+    """Return everything that two equal studies agree on: results without clocks, and all tensors as bytes."""
     found: list[Any] = []
     for folder in folders(root):
         result = json.loads((folder / "result.json").read_text())

@@ -38,7 +38,7 @@ class Cell(torch.nn.Module):
 
 
 def pair(batch: int, width: int) -> tuple[nn.DEQ, torch.Tensor, Step, Step]:
-    """A layer and its input, a step through it and one through `fixed_point`."""
+    """Return a layer and its input, a step through it and one through `fixed_point`."""
     torch.manual_seed(0)
     config = deqcore.Config(forward={"rtol": 1e-4})
     layer = nn.DEQ(Cell(width), config)
@@ -54,7 +54,7 @@ def pair(batch: int, width: int) -> tuple[nn.DEQ, torch.Tensor, Step, Step]:
 
 
 def inside(layer: nn.DEQ, x: torch.Tensor, calls: int) -> float:
-    """Seconds per call in the layer and not in `fixed_point`, on the thread's clock."""
+    """Return the seconds per call in the layer and not in `fixed_point`, on the thread's clock."""
     spent = 0.0
 
     def timed(*args: object, **kwargs: object) -> object:
@@ -74,7 +74,7 @@ def inside(layer: nn.DEQ, x: torch.Tensor, calls: int) -> float:
 
 
 def measure(batch: int, width: int, rounds: int, budget: float, clock: Clock) -> Row:
-    """One row."""
+    """Return one row."""
     layer, x, through, bare = pair(batch, width)
     tasks = {"bare": bare, "layer": through, "bare again": bare}
     for task in tasks.values():

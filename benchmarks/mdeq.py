@@ -124,7 +124,7 @@ class Rewritten(Cell):
 
 
 def with_deqcore(solver: str, strategy: str, memory: int | None = None, **backward: object) -> Make:
-    """A layer of ours. The tolerance is the strategy's own: an adjoint residual, or an estimated error."""
+    """Return a layer of ours. The tolerance is the strategy's own: an adjoint residual, or an estimated error."""
     own = {"exact-ift": "rtol", "broyden-reuse": "target"}.get(strategy)
 
     def make(cell: Cell, rtol: float, tolerance: float | None) -> Solve:
@@ -237,7 +237,7 @@ class Problem:
         torch.autograd.backward(y, u, inputs=list(cell.parameters()))
 
     def gradient(self, cell: Cell, solve: Solve, dtype: torch.dtype = torch.float32) -> Tensor:
-        """All parameters' gradients, end to end."""
+        """Return all parameters' gradients, end to end."""
         self.step(cell, solve, dtype)
         return torch.cat([p.grad.flatten() for p in cell.parameters()]).double()
 
@@ -267,7 +267,7 @@ class Problem:
 
 
 def loosest(grid: Sequence[float], good: Callable[[float], bool]) -> float | None:
-    """The first number of a grid, from loose to tight, that is good, by bisection; None if the last is not."""
+    """Return the first number of a grid, from loose to tight, that is good, by bisection; None if the last is not."""
     low, high = 0, len(grid) - 1
     if not good(grid[high]):
         return None
@@ -278,7 +278,7 @@ def loosest(grid: Sequence[float], good: Callable[[float], bool]) -> float | Non
 
 
 def fitted(problem: Problem, make: Make, exact: bool) -> dict[str, Any]:
-    """The loosest tolerances that do, and what they give; no evaluations where none does."""
+    """Return the loosest tolerances that do, and what they give; no evaluations where none does."""
 
     def left(rtol: float) -> float:
         return problem.residual(make(problem.cell, rtol, None)(*problem.x))
@@ -354,7 +354,7 @@ def main() -> int:
 
 
 def fastest(rows: Mapping[str, dict[str, Any]], library: str, cell: str, exact: bool) -> str:
-    """The contender of a library with the least median time, with that cell."""
+    """Return the contender of a library with the least median time, with that cell."""
     named = [
         name
         for name, row in rows.items()
@@ -364,7 +364,7 @@ def fastest(rows: Mapping[str, dict[str, Any]], library: str, cell: str, exact: 
 
 
 def page(found: dict[str, Any]) -> tuple[str, bool]:
-    """The page, and whether the target is met."""
+    """Return the page, and whether the target is met."""
     rows = found["rows"]
     peers = {cell: fastest(rows, "torchdeq", cell, True) for cell in ("given", "rewritten")}
 

@@ -31,7 +31,7 @@ Step = Callable[[], object]
 
 
 def step_of(cell: str, batch: int, size: int) -> Step:
-    """A whole training step: forward, backward, SGD update."""
+    """Return a whole training step: forward, backward, SGD update."""
     ready = Harness.of(deqcore.get_backend(backend="torch"), "torch").ready(EVERY[cell](batch=batch, size=size))
     parameters = [parameter.requires_grad_() for parameter in ready.params.values()]
     optimizer = torch.optim.SGD(parameters, lr=1e-6)
@@ -75,7 +75,7 @@ class Clocked(Observer):
 
 
 def inside(step: Step, monitor: Monitor, steps: int) -> tuple[float, float]:
-    """Seconds in the monitor per step, and their part of the step's thread time."""
+    """Return the seconds in the monitor per step, and their part of the step's thread time."""
     clocked = Clocked(monitor)
     start = time.thread_time()
     with observing(clocked):
@@ -89,7 +89,7 @@ def inside(step: Step, monitor: Monitor, steps: int) -> tuple[float, float]:
 
 
 def watched(step: Step, monitor: Monitor) -> Step:
-    """The same step, observed."""
+    """Run the same step, observed."""
 
     def observed() -> None:
         with observing(monitor):
@@ -100,7 +100,7 @@ def watched(step: Step, monitor: Monitor) -> Step:
 
 
 def measure(cell: str, batch: int, size: int, rounds: int, budget: float, clock: Clock) -> Row:
-    """Overhead of the monitor with its default sink and three triggers, in parts of a step."""
+    """Return the overhead of the monitor with its default sink and three triggers, in parts of a step."""
     step = step_of(cell, batch, size)
     with tempfile.TemporaryDirectory() as folder:
         monitor = Monitor(

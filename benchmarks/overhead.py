@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 
 def compared(seconds: Mapping[str, Sequence[float]], off: str, on: str) -> tuple[list[float], Row]:
-    """Seconds without (the mean of `off` and `off again`, per round), and by how much more is needed with.
+    """Return the seconds without (the mean of `off` and `off again`, per round), and by how much more is needed with.
 
     Args:
         seconds: of the tasks `off`, `on` and `off again` in each round.
@@ -89,7 +89,7 @@ def main(
 
 
 def page(name: str, description: str, found: Row, head: Callable[[Row], str], target: float) -> str:
-    """What was measured, how, and on which machine."""
+    """Return what was measured, how, and on which machine."""
     title, _, rest = description.partition("\n\n")
     shown = [
         {

@@ -90,7 +90,7 @@ def _framework(found: Results, framework: str, title: str, pictures: Mapping[str
 
 
 def step_cells(steps: Iterable[Step]) -> list[dict[str, str]]:
-    """The table's rows, by `STEP_COLUMNS`."""
+    """Return the table's rows, by `STEP_COLUMNS`."""
 
     def ms(seconds: Sequence[float]) -> Spread | None:
         return Spread.of([1e3 * each for each in seconds]) if seconds else None

@@ -39,7 +39,7 @@ class Probe:
 
 
 def probes() -> list[Probe]:
-    """All that the installed frameworks allow."""
+    """Return all that the installed frameworks allow."""
     solve = "deqcore.fixed_point(lambda z: 0.5 * z + x, 0 * x, {options})"
     found = [
         Probe("import deqcore", "", "import deqcore", 0.05),
@@ -64,7 +64,7 @@ def probes() -> list[Probe]:
 
 
 def seconds(probe: Probe, runs: int) -> list[float]:
-    """Processor seconds: a busy machine makes no import slow."""
+    """Return the processor seconds: a busy machine makes no import slow."""
     script = (
         f"import os, time\n{probe.before}\nstart = time.process_time()\nout = os.dup(1)\n"
         f"os.dup2(os.open(os.devnull, os.O_WRONLY), 1)\n{probe.timed}\n"

@@ -37,7 +37,7 @@ class Step:
     disturbance: list[float] = field(default_factory=list)
 
     def against(self, other: Step, part: str = "step") -> Spread:
-        """Seconds of a part over those of another layer, paired by round."""
+        """Return the seconds of a part over those of another layer, paired by round."""
         return Spread.of_ratios(getattr(self, part), getattr(other, part))
 
     @classmethod
@@ -46,5 +46,5 @@ class Step:
         return cls(**{each.name: plain[each.name] for each in fields(cls)})
 
     def as_dict(self) -> dict[str, object]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)

@@ -47,7 +47,7 @@ class Target:
         return f"missed by {self.figure - self.limit:.3g}"
 
     def cells(self) -> dict[str, str]:
-        """A row of the table."""
+        """Return a row of the table."""
         sign = "<" if self.strict else "≤"
         return {
             "what": self.what,
@@ -69,23 +69,23 @@ class Results:
         self.steps = {step["layer"]: Step.of(step) for step in self.section("training-torch").get("steps", ())}
 
     def section(self, name: str) -> Mapping[str, Any]:
-        """One section, empty if it is missing."""
+        """Return one section, empty if it is missing."""
         return self.sections.get(name, {})
 
     def row(self, framework: str, case: str, contender: str) -> BenchRow | None:
-        """A contender that was timed."""
+        """Return a contender that was timed."""
         for row in self.rows:
             if (row.framework, row.case, row.contender) == (framework, case, contender):
                 return row if row.seconds else None
         return None
 
     def listed(self, framework: str, case: str, contender: str) -> BenchRow | None:
-        """A contender, timed or not."""
+        """Return a contender, timed or not."""
         found = [r for r in self.rows if (r.framework, r.case, r.contender) == (framework, case, contender)]
         return found[0] if found else None
 
     def fact(self, name: str, *keys: str) -> Any:
-        """A single figure."""
+        """Return a single figure."""
         found: Any = self.section("facts-torch").get(name)
         for key in keys:
             found = None if found is None else found.get(key)
@@ -93,7 +93,7 @@ class Results:
 
 
 def targets(results: Mapping[str, Any]) -> list[Target]:
-    """All of them, in the order of the table."""
+    """Return all of them, in the order of the table."""
     found = Results(results)
     makers: tuple[Callable[[Results], list[Target]], ...] = (
         _overheads,

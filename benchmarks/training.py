@@ -64,7 +64,7 @@ class TorchDEQ:
 
 
 def layers(ready: Ready) -> dict[str, tuple[Callable[[float], Layer], str]]:
-    """Makers of layers from a forward tolerance, with notes."""
+    """Return makers of layers from a forward tolerance, with notes."""
     reuse = {"certify": False, "max_relative_error": None, "fallback": "none"}
     made: dict[str, tuple[Callable[[float], Layer], str]] = {
         "deqcore, defaults": (Defaults, "broyden, default strategy"),
@@ -167,7 +167,7 @@ class Loss:
         return torch.cat([part.flatten() for part in found])
 
     def timed(self, layer: Layer, ready: Ready) -> Callable[[], tuple[float, float]]:
-        """One step; returns the seconds of its forward and of its backward pass."""
+        """Return one step; returns the seconds of its forward and of its backward pass."""
         parameters = list(ready.params.values())
 
         def run() -> tuple[float, float]:
@@ -219,7 +219,7 @@ def _residual(ready: Ready, value: Tensor) -> float:
 
 
 def _equal_tolerance(ready: Ready, make: Callable[[float], Layer]) -> float:
-    """The loosest tolerance with which the layer's value reaches the residual."""
+    """Return the loosest tolerance with which the layer's value reaches the residual."""
     best = RTOL * 1e-3
     for tolerance in RTOL * 10.0 ** (np.arange(8, -9, -1) / 4):
         with torch.no_grad():
@@ -231,7 +231,7 @@ def _equal_tolerance(ready: Ready, make: Callable[[float], Layer]) -> float:
 
 
 def adjoint_tolerance(ready: Ready) -> float:
-    """The loosest b_tol with which torchdeq's adjoint solve reaches the adjoint residual for every sample."""
+    """Return the loosest b_tol with which torchdeq's adjoint solve reaches the adjoint residual for every sample."""
     from torchdeq.solver import broyden_solver
 
     with torch.no_grad():

@@ -53,12 +53,12 @@ class Setting:
         return QUICK_ROUNDS if self.quick else ROUNDS
 
     def seconds(self, case: str) -> float:
-        """Budget of a case."""
+        """Return budget of a case."""
         return QUICK_BUDGET if self.quick else LONG.get(case, BUDGET) / (3 if self.compiled else 1)
 
 
 def cases(setting: Setting) -> dict[str, Any]:
-    """Solvers of deqcore and of its peers on all cases."""
+    """Return the solvers of deqcore and of its peers on all cases."""
     from benchmarks.cells import COMPILED, EVERY, case
     from benchmarks.harnesses import harness
     from benchmarks.peers import peers
@@ -83,7 +83,7 @@ def cases(setting: Setting) -> dict[str, Any]:
 
 
 def curves(setting: Setting) -> dict[str, Any]:
-    """Residual against work on the dense and the convolutional cell; seconds of a fixed number of steps."""
+    """Return the residual against work on the dense and the convolutional cell; seconds of a fixed number of steps."""
     from benchmarks.cells import case
     from benchmarks.harnesses import harness
     from benchmarks.peers import peers
@@ -119,7 +119,7 @@ CURVES: Final = ("residual", "batch", "size")
 
 
 def facts(setting: Setting) -> dict[str, Any]:
-    """Single figures, torch only."""
+    """Return single figures, torch only."""
     from benchmarks.facts import facts
     from benchmarks.harnesses import harness
 
@@ -128,7 +128,7 @@ def facts(setting: Setting) -> dict[str, Any]:
 
 
 def training(setting: Setting) -> dict[str, Any]:
-    """Whole training steps, torch only."""
+    """Return whole training steps, torch only."""
     from benchmarks.harnesses import harness
     from benchmarks.training import training
 

@@ -67,7 +67,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def measure(given: argparse.Namespace, keep: Callable[[Mapping[str, Any]], object], run: Run | None = None) -> Any:
-    """All parts, in order; `keep` is given everything known so far after each item.
+    """Return all parts, in order; `keep` is given everything known so far after each item.
 
     Raises:
         DeqcoreError: no such part, or no such device.

@@ -40,7 +40,7 @@ def relative(z: Tensor, fz: Tensor) -> Any:
 
 
 def peak_allocated(task: Callable[[], object]) -> int:
-    """Bytes that tensors took beyond those from before, at most, while `task` ran."""
+    """Return the bytes that tensors took beyond those from before, at most, while `task` ran."""
     gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -50,7 +50,7 @@ def peak_allocated(task: Callable[[], object]) -> int:
 
 
 def waits(measured: Harness, ready: Ready, contender: Contender, tolerance: float) -> int | None:
-    """How often one solve makes the host wait for the device; None where there is none to wait for."""
+    """Return how often one solve makes the host wait for the device; None where there is none to wait for."""
     if not ready.z0.is_cuda:
         return None
     unasked = replace(measured, block=lambda _: None, to_numpy=lambda _: np.zeros(1))  # the benchmark's own waits
@@ -64,7 +64,7 @@ def waits(measured: Harness, ready: Ready, contender: Contender, tolerance: floa
 
 
 def counted_warnings(task: Callable[[], object], words: str) -> int:
-    """How many warnings with these words `task` gives."""
+    """Return how many warnings with these words `task` gives."""
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
         task()
@@ -115,7 +115,7 @@ def settle(device: str) -> None:
 
 
 def describe_device(device: str) -> dict[str, Any]:
-    """Name, driver, clocks as found; the precision that torch takes for float32."""
+    """Return the name, driver, clocks as found; the precision that torch takes for float32."""
     found: dict[str, Any] = {
         "device": device,
         "tf32": {
@@ -136,7 +136,7 @@ def describe_device(device: str) -> dict[str, Any]:
 
 
 def smi() -> dict[str, str]:
-    """Driver, clocks, power and temperature as nvidia-smi reports them; empty without nvidia-smi."""
+    """Return the driver, clocks, power and temperature as nvidia-smi reports them; empty without nvidia-smi."""
     if not shutil.which("nvidia-smi"):
         return {}
     command = ["nvidia-smi", f"--query-gpu={ASKED}", "--format=csv,noheader"]

@@ -132,13 +132,13 @@ def _peers(framework: str) -> list[Contender]:
 
 
 def _by_need(contenders: Sequence[Contender]) -> list[Contender]:
-    """What the page speaks of first, should the time not do for all: like solvers beside each other."""
+    """Order the items by importance for the page, in case time runs out."""
     first = ("picard", "anderson", "broyden", "fixed_point_iter", "fixed-point")
     return sorted(contenders, key=lambda each: each.solver == "newton-krylov" or 2 * (each.solver not in first))
 
 
 def cases(name: str, setting: Setting, peers: bool = True) -> dict[str, Any]:
-    """Every solver on one case, and the peers that are installed."""
+    """Return every solver on one case, and the peers that are installed."""
     sized = CASES[name]
     measured = on.harness(setting.device, sized.dtype)
     made = sized.case(name, setting.quick)
@@ -156,7 +156,7 @@ def cases(name: str, setting: Setting, peers: bool = True) -> dict[str, Any]:
 
 
 def portable(name: str, setting: Setting) -> dict[str, Any]:
-    """The same without peers, in a process that native steps are turned off in."""
+    """Return the same without peers, in a process that native steps are turned off in."""
     return cases(name, setting, peers=False)
 
 
@@ -217,7 +217,7 @@ FIXED, COPY = "fixed cost", "copy"
 
 
 def steps(name: str, setting: Setting) -> dict[str, Any]:
-    """A step's own work, the fixed cost of a call and a step, or a copy on the device."""
+    """Return a step's own work, the fixed cost of a call and a step, or a copy on the device."""
     if name == COPY:
         return copied(setting)
     if name == FIXED:
@@ -228,7 +228,7 @@ def steps(name: str, setting: Setting) -> dict[str, Any]:
 
 
 def least_bytes(shape: StepResult, held: int) -> int:
-    """What a Broyden step must move when it begins with `held` vectors in the history.
+    """Return what a Broyden step must move when it begins with `held` vectors in the history.
 
     It reads them twice (next iterate; products with the new residual), then writes the new residual and reads it once
     more; of the state's own vectors it reads z, writes z₊, and reads z₊ and f(z₊) for the residual. Coefficients are
@@ -239,7 +239,7 @@ def least_bytes(shape: StepResult, held: int) -> int:
 
 
 def stepped(shape: StepResult, setting: Setting) -> dict[str, Any]:
-    """Seconds of a step's own work by the number of vectors held before it; f is timed inside and taken off."""
+    """Return seconds of a step's own work by the number of vectors held before it; f is timed inside and taken off."""
     backend = deqcore.get_backend(backend="torch")
     solver = Broyden(history_dtype=shape.history)
     if setting.quick:
@@ -272,7 +272,7 @@ def stepped(shape: StepResult, setting: Setting) -> dict[str, Any]:
 def _solve_of_steps(
     backend: Any, solver: Broyden, x: Tensor, rate: Tensor, pairs: int, device: str
 ) -> tuple[on.Laps, int]:
-    """Steps in a row with four marks each: before it, before f, after f, after it; and how many were native."""
+    """Return steps in a row with four marks each: before it, before f, after f, after it; and how many were native."""
     laps = on.Laps(device)
 
     def f(z: Tensor) -> Tensor:
@@ -295,7 +295,7 @@ def _solve_of_steps(
 
 
 def copied(setting: Setting) -> dict[str, Any]:
-    """Bytes read and written per second by a copy on the device."""
+    """Return the bytes read and written per second by a copy on the device."""
     size = QUICK_COPIED if setting.quick else COPIED
     source = torch.zeros(size // 4, device=setting.device)
     target = torch.empty_like(source)
@@ -315,7 +315,7 @@ def copied(setting: Setting) -> dict[str, Any]:
 
 
 def training(name: str, setting: Setting) -> dict[str, Any]:
-    """A training step of every layer on the convolutional block, float32 without TF32."""
+    """Return a training step of every layer on the convolutional block, float32 without TF32."""
     from benchmarks.training import training
 
     failed: dict[str, str] = {}
@@ -332,7 +332,7 @@ def training(name: str, setting: Setting) -> dict[str, Any]:
 
 
 def about(name: str, setting: Setting) -> dict[str, Any]:
-    """The device as it is found."""
+    """Return the device as it is found."""
     return on.describe_device(setting.device)
 
 

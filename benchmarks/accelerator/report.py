@@ -78,7 +78,7 @@ def write(results: Mapping[str, Any], out: Path) -> None:
 
 
 def failures(results: Mapping[str, Any]) -> list[str]:
-    """What could not be measured, and why: parts, contenders, layers."""
+    """Return what could not be measured, and why: parts, contenders, layers."""
     found: dict[tuple[str, str], list[str]] = {}
     for part, items in results["parts"].items():
         for name, item in items.items():
@@ -92,7 +92,7 @@ def failures(results: Mapping[str, Any]) -> list[str]:
 
 
 def rows_of(parts: Mapping[str, Items], part: str) -> list[Mapping[str, Any]]:
-    """All rows of a part."""
+    """Return all rows of a part."""
     return [row for item in parts.get(part, {}).values() for row in item.get("rows", ())]
 
 
@@ -137,7 +137,7 @@ def _cells(plain: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _effects(parts: Mapping[str, Items]) -> Iterator[dict[str, str]]:
-    """Rows timed both ways."""
+    """Yield the rows timed both ways."""
     without = {(row["case"], row["contender"]): row for row in rows_of(parts, "cases-portable") if row["seconds"]}
     for row in rows_of(parts, "cases"):
         other = without.get((row["case"], row["contender"]))
@@ -156,7 +156,7 @@ def _effects(parts: Mapping[str, Items]) -> Iterator[dict[str, str]]:
 
 
 def _rate(parts: Mapping[str, Items], part: str) -> float | None:
-    """Bytes per second of the copy in the process of this part."""
+    """Return the bytes per second of the copy in the process of this part."""
     found = parts.get(part, {}).get("copy", {}).get("median")
     return None if found is None else float(found)
 

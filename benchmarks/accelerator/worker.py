@@ -52,7 +52,7 @@ def answer(part: str, items: Sequence[str], device: str, seconds: float, quick: 
 
 
 def alive(device: str) -> bool:
-    """Whether the device still works: after a fault in a kernel it is unusable for this process."""
+    """Return whether the device still works: after a fault in a kernel it is unusable for this process."""
     import torch
 
     from benchmarks.accelerator.device import settle

@@ -80,7 +80,7 @@ def _parse() -> argparse.Namespace:
 
 
 def _measure(name: str, options: argparse.Namespace, left: float) -> dict[str, Any]:
-    """One section in a process of its own; what it had measured when its time ran out is kept."""
+    """Return one section in a process of its own; what it had measured when its time ran out is kept."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
         module = "benchmarks.certificates.sections"
@@ -100,7 +100,7 @@ def _measure(name: str, options: argparse.Namespace, left: float) -> dict[str, A
 
 
 def _render(found: dict[str, Any], out: Path, drawn: bool) -> int:
-    """The page of all that is there; the plots and the verdicts at the end only."""
+    """Return the page of all that is there; the plots and the verdicts at the end only."""
     results: list[Result] = []
     trainings: list[Training] = []
     missing = {name: each["error"] for name, each in found["sections"].items() if each["error"]}

@@ -141,7 +141,7 @@ def measure(case: Case) -> Result:
         sound = report.status == int(Status.CONVERGED)
         found = Certified(u, report.residual, report.error, report.vjps, sound)
         outcomes.append(_outcome(target, found, dense, baseline, with_estimate, chosen, settled))
-        found = solve_certified(backend, vjp, g, None, target=target, max_vjps=MAX_REFINE_VJPS)
+        found = solve_certified(backend, vjp, g, None, max_relative_error=target, max_vjps=MAX_REFINE_VJPS)
         alone.append(_outcome(target, found, dense, baseline, without, chosen, settled))
     curve = {}
     for level in LEVELS:

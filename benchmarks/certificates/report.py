@@ -26,14 +26,14 @@ class Verdict:
 
 
 def pooled(results: Sequence[Result], name: str, targets: Sequence[float] = TARGETS) -> Any:
-    """An attribute of all outcomes with these targets, as one array."""
+    """Return an attribute of all outcomes with these targets, as one array."""
     return np.concatenate(
         [np.asarray(getattr(o, name), float) for r in results for o in r.outcomes if o.target in targets]
     )
 
 
 def verdicts(results: Sequence[Result]) -> list[Verdict]:
-    """Every target, held or missed."""
+    """Return every target, held or missed."""
     first, second = TARGETS
     undetected = int(pooled(results, "undetected").sum())
     failed = pooled(results, "failed", [first])
@@ -121,7 +121,7 @@ def _members(results: Sequence[Result], belongs: Callable[[str], bool]) -> list[
 
 
 def _promise(results: Sequence[Result], name: str) -> list[Verdict]:
-    """Whether what is reported as within the target is, and at what cost."""
+    """Return whether what is reported as within the target is, and at what cost."""
     if not results:
         return []
     kept = Kept.of([o for r in results for o in r.outcomes])
@@ -162,7 +162,7 @@ class Kept:
 
     @classmethod
     def of(cls, outcomes: Sequence[Outcome]) -> Kept:
-        """All outcomes together."""
+        """Return all outcomes together."""
 
         def joined(name: str) -> Any:
             return np.concatenate([np.asarray(getattr(o, name), float) for o in outcomes])
@@ -184,7 +184,7 @@ class Kept:
 
 
 def _promises(results: Sequence[Result]) -> list[str]:
-    """The promise by set, target and start, as rows of a table."""
+    """Return the promise by set, target and start, as rows of a table."""
     lines = [
         "| set | target | start | certified | above the target | worst error (its estimate) | failed | "
         "vjps over the fewest |",
@@ -252,7 +252,7 @@ def page(
     machine: str,
     missing: Mapping[str, str],
 ) -> str:
-    """The page in Markdown; `missing`: sections that were not measured in full, and why."""
+    """Return the page in Markdown; `missing`: sections that were not measured in full, and why."""
     lines = [
         "# Certified reuse: what it costs, what it reports, what is true",
         "",

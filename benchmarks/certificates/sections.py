@@ -33,14 +33,14 @@ IMAGES: Final = "images-conv"
 
 
 def names(quick: bool, images: bool) -> list[str]:
-    """What there is to measure, the longest first."""
+    """Return what there is to measure, the longest first."""
     if quick:
         return [*RANDOM, *MORE]
     return [*([IMAGES] if images else []), *LEARNT[:1], *RANDOM, *LEARNT[1:], *MORE]
 
 
 def cases(name: str, samples: int, images: Path | None) -> Iterator[tuple[Case, Training | None]]:
-    """The problems of a section."""
+    """Yield the problems of a section."""
     if name == "linear":
         yield from ((case, None) for case in linear_problems(samples))
     elif name == "random-cells":

@@ -75,7 +75,7 @@ class Training:
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """The 1,797 handwritten digits that scikit-learn carries, 8×8, standardised."""
+    """Return the 1,797 handwritten digits that scikit-learn carries, 8×8, standardised."""
     from sklearn.datasets import load_digits
 
     found = load_digits()
@@ -169,7 +169,7 @@ def _fit(name: str, model: Classifier, inputs: Tensor, labels: Tensor) -> Traini
 
 
 def _case(name: str, model: Classifier, inputs: Tensor, labels: Tensor) -> Case:
-    """The cell at these inputs; g = dL/dz* of each sample's own loss."""
+    """Return the cell at these inputs; g = dL/dz* of each sample's own loss."""
     with torch.no_grad():
         x = model.inject(inputs)
         z = deqcore.fixed_point(model.cell, torch.zeros_like(x), x, config=TRAINING).value

@@ -42,7 +42,7 @@ class Truth:
 
 
 def truth(case: Case, z: Tensor) -> Truth:
-    """Rows of J one by one, by automatic differentiation of the float64 function, then LAPACK."""
+    """Return the rows of J one by one, by automatic differentiation of the float64 function, then LAPACK."""
     shape = case.z0.shape
     at = z.double().reshape(shape).requires_grad_()
     value = case.wide(at)
@@ -108,6 +108,6 @@ def _orthogonal(w: Any, basis: list[Any]) -> Any:
 
 
 def vjps_to(residuals: Any, goal: float) -> int:
-    """Dimensions after which the residual is at most the goal; one more than there are if never."""
+    """Return the dimensions after which the residual is at most the goal; one more than there are if never."""
     met = np.flatnonzero(residuals <= goal)
     return int(met[0]) if met.size else len(residuals)

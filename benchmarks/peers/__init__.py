@@ -14,7 +14,7 @@ SKIPPED: Final = {"banax": "it needs Python 3.12 or later"} if sys.version_info 
 
 
 def peers(framework: str) -> list[Contender]:
-    """Contenders of all libraries that are installed for this framework."""
+    """Return the contenders of all libraries that are installed for this framework."""
     found: list[Contender] = []
     for name in LIBRARIES[framework]:
         if find_spec(name) is not None:

@@ -19,7 +19,7 @@ class PerSample(Contender):
 
     @abstractmethod
     def one(self, f: Any, z0: Any, rtol: float, max_steps: int) -> tuple[Any, Any]:
-        """The solution of `f(z) = z` from `z0` without a batch axis, and the steps taken."""
+        """Return the solution of `f(z) = z` from `z0` without a batch axis, and the steps taken."""
 
     def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> SolveFunction:
         def single(rtol: float, z0: Any, params: Any, inputs: Any) -> Any:

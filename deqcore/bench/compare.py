@@ -183,7 +183,7 @@ def _seconds(solve: SolveFunction, tolerance: float) -> float:
 def counted(
     harness: Harness, ready: Ready, contender: Contender, solve: SolveFunction, tolerance: float, max_steps: int
 ) -> tuple[int, Array]:
-    """Evaluations of f in one solve, and its value: counted from outside where f is called eagerly.
+    """Return the evaluations of f in one solve, and its value: counted from outside where f is called eagerly.
 
     Calls miss the products J v of a Newton method, which the library counts; compiled code shows no calls at all.
     """
@@ -196,7 +196,7 @@ def counted(
 
 
 def _tolerance(harness: Harness, ready: Ready, contender: Contender, solve: SolveFunction) -> float:
-    """The case's own for a contender of the common norm.
+    """Return the case's own for a contender of the common norm.
 
     It bounds ‖f(z) − z‖ where f(z) is returned: where f(z) is
     worse than z, the returned state needs a finer one, as others' do.
@@ -208,7 +208,7 @@ def _tolerance(harness: Harness, ready: Ready, contender: Contender, solve: Solv
 
 
 def tune(harness: Harness, ready: Ready, solve: SolveFunction, few: bool = False) -> float:
-    """The loosest tolerance with which every sample reaches the case's residual; the finest tried if none does.
+    """Return the loosest tolerance with which every sample reaches the case's residual; the finest tried if none does.
 
     Args:
         harness: the framework.

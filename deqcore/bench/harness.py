@@ -24,7 +24,7 @@ Call = Callable[..., Any]
 
 
 def same(fn: Call) -> Call:
-    """The function as it is."""
+    """Return the function as it is."""
     return fn
 
 
@@ -83,7 +83,7 @@ class Harness:
         )
 
     def ready(self, case: Case) -> Ready:
-        """The case in arrays of this framework."""
+        """Return the case in arrays of this framework."""
         problem = case.problem
         if isinstance(problem.f, Mapping):
             if self.name not in problem.f:
@@ -121,7 +121,7 @@ class Ready:
     calls: list[int] = field(default_factory=lambda: [0])
 
     def counted(self) -> Ready:
-        """The same with an f that counts its calls."""
+        """Return the same with an f that counts its calls."""
         calls = [0]
 
         def f(z: Tree, params: Tree, inputs: Tree) -> Tree:
@@ -168,7 +168,7 @@ class Contender(ABC):
 
     @abstractmethod
     def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> SolveFunction:
-        """A solve with everything bound that does not belong to its time.
+        """Return a solve with everything bound that does not belong to its time.
 
         Args:
             harness: the framework.
@@ -217,7 +217,7 @@ class Deqcore(Contender):
 
 
 def ours(solvers: Iterable[str], case: Case, traced: bool) -> list[Contender]:
-    """Contenders of deqcore for a case; on an uneven one, with compaction too where code is eager."""
+    """Return the contenders of deqcore for a case; on an uneven one, with compaction too where code is eager."""
     compact = [True] if case.uneven and not traced else []
     return [
         Deqcore(name, f"{name} (compact)" if each else "", compact=each)

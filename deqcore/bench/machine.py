@@ -20,7 +20,7 @@ POOLS: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def describe(packages: Iterable[str] = ()) -> dict[str, object]:
-    """The machine and the software on it, as plain values.
+    """Return the machine and the software on it, as plain values.
 
     Args:
         packages: distributions whose versions belong to the result; those that are not installed are left out.
@@ -45,7 +45,7 @@ def describe(packages: Iterable[str] = ()) -> dict[str, object]:
 
 
 def usable_cores() -> int:
-    """Processors that this process may use."""
+    """Return the processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -121,7 +121,7 @@ class Bystanders:
 
 
 def _busy_seconds() -> float | None:
-    """Processor seconds of the whole machine that were not idle, time stolen by its host included."""
+    """Return the processor seconds of the whole machine that were not idle, time stolen by its host included."""
     lines = _lines(PROC / "stat")
     if not lines:
         return None
@@ -130,7 +130,7 @@ def _busy_seconds() -> float | None:
 
 
 def peak_memory(task: Callable[[], object]) -> int | None:
-    """Bytes by which the process's resident memory grew while `task` ran; None if the system does not report it.
+    """Return bytes by which the process's resident memory grew while `task` ran; None if the system does not report it.
 
     What the allocator had kept from earlier work is given back first, so that it is not taken for free.
     """

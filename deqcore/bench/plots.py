@@ -16,7 +16,7 @@ DPI: Final = 110
 
 
 def available() -> bool:
-    """Whether matplotlib is installed."""
+    """Return whether matplotlib is installed."""
     return is_installed("matplotlib")
 
 

@@ -23,7 +23,7 @@ SMALL: Final = 2**17  # bytes of a state below which the process's growth says n
 
 
 def cells(row: BenchRow) -> dict[str, str]:
-    """The cells of a table, by column."""
+    """Return the cells of a table, by column."""
     if row.error:
         return dict.fromkeys(COLUMNS, "") | {
             "problem": row.case,
@@ -50,19 +50,19 @@ def cells(row: BenchRow) -> dict[str, str]:
 
 
 def spread(found: Spread) -> str:
-    """Median and quartiles."""
+    """Return the median and quartiles."""
     return f"{found.median:.3g} ({found.low:.3g}–{found.high:.3g})"
 
 
 def markdown(rows: Iterable[Mapping[str, str]], columns: Sequence[str] = COLUMNS) -> str:
-    """A Markdown table, one line per row, in their order."""
+    """Return a Markdown table, one line per row, in their order."""
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(row[column].replace("|", "\\|") for column in columns) + " |" for row in rows]
     return "\n".join(lines)
 
 
 def machine_text(machine: Mapping[str, Any]) -> str:
-    """What `machine.describe` found, in one paragraph."""
+    """Return what `machine.describe` found, in one paragraph."""
     packages = ", ".join(f"{name} {number}" for name, number in machine["packages"].items())
     memory = "" if machine["memory_gib"] is None else f", {machine['memory_gib']} GiB"
     return (
@@ -72,6 +72,6 @@ def machine_text(machine: Mapping[str, Any]) -> str:
 
 
 def disturbed(rows: Iterable[BenchRow]) -> int:
-    """How many kept rounds were disturbed by others, over the comparisons of these rows."""
+    """Return how many kept rounds were disturbed by others, over the comparisons of these rows."""
     rounds = {(row.framework, row.case): row.disturbance for row in rows if row.seconds}
     return sum(each > SHARE for kept in rounds.values() for each in kept)

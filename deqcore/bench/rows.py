@@ -58,11 +58,11 @@ class BenchRow:
         return Spread.of_ratios(self.seconds, [max(1, self.evaluations) * each for each in self.reference])
 
     def against(self, other: BenchRow) -> Spread:
-        """Seconds of this over seconds of another row of the same comparison, paired by round."""
+        """Return the seconds of this over seconds of another row of the same comparison, paired by round."""
         return Spread.of_ratios(self.seconds, other.seconds)
 
     def as_dict(self) -> dict[str, object]:
-        """Plain values for JSON, which knows no NaN: None."""
+        """Return plain values for JSON, which knows no NaN: None."""
         return {key: _known(value) for key, value in asdict(self).items()}
 
     @classmethod

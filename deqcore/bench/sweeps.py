@@ -44,7 +44,7 @@ class Point:
     per_f: float
 
     def as_dict(self) -> dict[str, object]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 

@@ -132,7 +132,7 @@ def interleave(
 
 
 def _quietest(found: Sequence[_Round], rounds: int, share: float) -> list[_Round]:
-    """All undisturbed rounds first, then the least disturbed; in the order of time."""
+    """Return all undisturbed rounds first, then the least disturbed; in the order of time."""
     ranked = sorted(range(len(found)), key=lambda i: 0.0 if found[i].quiet(share) else found[i].share)
     return [found[i] for i in sorted(ranked[:rounds])]
 

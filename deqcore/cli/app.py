@@ -25,7 +25,7 @@ class LazyGroup(TyperGroup):
     """Commands by name, from the registry. The help page knows their summaries and imports nothing."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Names of all commands; a conflict between plugins must not cost the user the help page."""
+        """Return the names of all commands; a conflict between plugins must not cost the user the help page."""
         try:
             return list(plugins.commands())
         except PluginError as error:
@@ -33,7 +33,7 @@ class LazyGroup(TyperGroup):
             return list(BUILTIN["command"])
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """A placeholder that knows the name and the summary."""
+        """Return a placeholder that knows the name and the summary."""
         try:
             record = plugins.spec("command", cmd_name)
         except DeqcoreError:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from typing import Annotated, Final
 
 import typer
-from rich.console import Console
 
 from deqcore.cli import conformance
-from deqcore.cli.output import AsJson
+from deqcore.cli.output import AsJson, progress_printer
 from deqcore.config import Config
 from deqcore.errors import ConfigError, did_you_mean, listing
 
@@ -54,8 +52,10 @@ def gradients(
     start = time.perf_counter()
     dtypes = _dtypes(dtype or [])
     chosen = (backend or (), solver or (), strategy or (), dtypes)
-    tell = _teller(as_json)
-    report = golden.check(*chosen, tell) if problem is None else user_problems.check_user_problem(problem, *chosen, tell)
+    tell = progress_printer(as_json)
+    report = (
+        golden.check(*chosen, tell) if problem is None else user_problems.check_user_problem(problem, *chosen, tell)
+    )
     seconds = time.perf_counter() - start
     if as_json:
         typer.echo(json.dumps(render.as_json(report, seconds), indent=2))
@@ -71,11 +71,3 @@ def _dtypes(named: list[str]) -> tuple[str, ...]:
         if name not in DTYPES:
             raise ConfigError(f"--dtype {name!r}.{did_you_mean(name, DTYPES)} Available: {listing(DTYPES)}.")
     return tuple(dict.fromkeys(named)) or DTYPES
-
-
-def _teller(quiet: bool) -> Callable[[str], None]:
-    """Progress for people, on stderr and only on a terminal."""
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        return lambda _: None
-    return lambda line: console.print(line, style="dim")

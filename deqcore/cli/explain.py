@@ -17,7 +17,7 @@ from deqcore.abc.backend import Backend
 from deqcore.api import get_backend
 from deqcore.bench.harness import Harness
 from deqcore.bench.machine import describe
-from deqcore.cli.output import AsJson, show
+from deqcore.cli.output import AsJson, progress_printer, show
 from deqcore.config import Config
 from deqcore.config import resolve as resolve_settings
 from deqcore.diagnostics.strategy_comparison import (
@@ -58,7 +58,10 @@ def command(
     backend: Annotated[str, typer.Option(help="The backend to run on.")] = "auto",
     solver: Annotated[str, typer.Option(help="The forward solver. Default: as configured.")] = "",
     accuracy: Annotated[
-        str, typer.Option(help="Required accuracy of the gradient: a cosine, such as 0.99, or a relative error, error=0.05.")
+        str,
+        typer.Option(
+            help="Required accuracy of the gradient: a cosine, such as 0.99, or a relative error, error=0.05."
+        ),
     ] = "0.99",
     dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
     rounds: Annotated[int, typer.Option(min=0, help="Rounds of timing; 0 measures neither time nor memory.")] = 9,
@@ -75,7 +78,7 @@ def command(
         warnings.filterwarnings("ignore", "backend = 'auto'")  # the backend is named below the table
         found = get_backend(config)
     task = _problem(problem)
-    table = _survey(found, task, config, dtype, rounds, _teller(as_json))
+    table = _survey(found, task, config, dtype, rounds, progress_printer(as_json))
     best = cheapest(table.rows, good)
     verdict = _verdict(best, table, asked)
     if as_json:
@@ -163,7 +166,7 @@ def _survey(
 
 
 def _choices(config: Config) -> list[StrategyCandidate]:
-    """All candidates, and the configured one where it is none of them."""
+    """Return all candidates, and the configured one where it is none of them."""
     found = list(candidates())
     own = StrategyCandidate(config.backward.strategy, dict(config.backward.options))
     plugins.make_strategy(own.strategy, own.options)  # a typo is an error of the user, not of the problem
@@ -172,7 +175,7 @@ def _choices(config: Config) -> list[StrategyCandidate]:
 
 
 def _data(problem: Problem, dtype: str, backend: Backend) -> tuple[Tree, Tree, Tree, Tree]:
-    """Parameters, inputs, z0 and cotangent as arrays of the backend."""
+    """Return the parameters, inputs, z0 and cotangent as arrays of the backend."""
     import numpy as np
 
     if dtype not in DTYPES:
@@ -242,7 +245,7 @@ def _notes(table: StrategyComparison, problem: Problem, backend: Backend, config
 
 
 def _cells(row: ComparisonRow) -> dict[str, object]:
-    """Text of one line of the table."""
+    """Return the text of one line of the table."""
 
     def number(value: float, form: str) -> str:
         return "" if math.isnan(value) else format(value, form)
@@ -290,11 +293,3 @@ def _as_json(
         "verdict": verdict,
         "machine": describe(),
     }
-
-
-def _teller(quiet: bool) -> Callable[[str], None]:
-    """Progress for people, on stderr and only on a terminal."""
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        return lambda _: None
-    return lambda line: console.print(line, style="dim")

@@ -39,7 +39,7 @@ def _row(kind: Kind, spec: Spec, facts: Mapping[str, str]) -> dict[str, object]:
 
 
 def options(cls: type) -> dict[str, object]:
-    """The options of a solver or strategy with their defaults; one without a default is "required"."""
+    """Return the options of a solver or strategy with their defaults; one without a default is "required"."""
     return {name: _default(field) for name, field in options_of(cls).items()} if is_dataclass(cls) else {}
 
 

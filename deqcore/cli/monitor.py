@@ -54,7 +54,9 @@ def watch(
 @app.command()
 def report(
     log: LogPath,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The HTML file. Default: the name of the log, with .html.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The HTML file. Default: the name of the log, with .html.")
+    ] = None,
 ) -> None:
     """Write a self-contained HTML report of a log."""
     from deqcore.monitor.log.reader import read

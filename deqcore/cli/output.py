@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Final, TypeAlias
 
 import typer
@@ -51,6 +51,14 @@ def print_error(error: DeqcoreError) -> None:
     """Print an error's message, red, to stderr."""
     text = Text(str(error), style="red")
     Console(stderr=True).print(Text("Error: ", style="bold red") + text, soft_wrap=True)
+
+
+def progress_printer(quiet: bool) -> Callable[[str], None]:
+    """Return a function that prints progress dimly to stderr if that is a terminal."""
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        return lambda _: None
+    return lambda line: console.print(line, style="dim")
 
 
 def _cell(value: object) -> Text:

@@ -68,7 +68,7 @@ def command(
 
 
 def _table(file: Path | None) -> tuple[dict[str, Any], str]:
-    """The table `[study]`, and where it was written."""
+    """Return the table `[study]`, and where it was written."""
     config = Config.discover(file)
     table = config.section("study")
     if file is not None and not table:

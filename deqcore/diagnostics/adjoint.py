@@ -38,14 +38,14 @@ class AdjointSolved:
 
 
 def solve(plan: Plan, f: Callable[..., Array], z0: Array, args: tuple[Any, ...]) -> SolveResult:
-    """The forward solve of a call, with no gradient recorded."""
+    """Return the forward solve of a call, with no gradient recorded."""
     return plan.backend.forward_only(f, z0, args, BoundSolve(plan.backend, plan.solver, plan.control))
 
 
 def by_strategy(
     plan: Plan, f: Callable[..., Array], z0: Array, args: tuple[Any, ...], g: Array, forward: SolveResult
 ) -> AdjointSolved:
-    """The call's own strategy, at the solution that it shares with the reference."""
+    """Return the call's own strategy, at the solution that it shares with the reference."""
     backend, strategy = plan.backend, plan.strategy
     if isinstance(strategy, StepStrategy):
         steps = Steps(backend, strategy, plan.solver)
@@ -69,7 +69,7 @@ def by_strategy(
 def _residual(
     plan: Plan, f: Callable[..., Array], args: tuple[Any, ...], g: Array, u: Array, forward: SolveResult | None
 ) -> Array:
-    """The residual of a strategy that differentiates steps; NaN where it solves nothing to measure it at."""
+    """Return the residual of a strategy that differentiates steps; NaN where it solves nothing to measure it at."""
     backend = plan.backend
     if forward is None:
         return backend.xp.full_like(backend.norm(g), float("nan"))
@@ -91,7 +91,7 @@ def by_reference(
     vjp: Map,
     max_vjps: int,
 ) -> tuple[AdjointSolved, Any, Any]:
-    """The same by GMRES to rounding; also its relative residuals and vjps per sample, on the host."""
+    """Return the same by GMRES to rounding; also its relative residuals and vjps per sample, on the host."""
     backend = plan.backend
     product: Map = lambda u: u - vjp(u)  # noqa: E731
     rtol = max(1e-10, REFERENCE_EPS * backend.eps(g))
@@ -103,7 +103,7 @@ def by_reference(
 
 
 def coupling(plan: Plan, vjp: Map, forward: SolveResult) -> float:
-    """How much of Jᵀu lands in other samples than those that u is in: 0 where f treats each alone.
+    """Return how much of Jᵀu lands in other samples than those that u is in: 0 where f treats each alone.
 
     In norms, for a u in the first sample. Where that finds nothing, the figure is that of
     `deqcore.solve.verification.leak_everywhere`, which separates every pair of samples.

@@ -59,7 +59,7 @@ class Audit:
     coupling: float
 
     def summary(self) -> str:
-        """One line for people."""
+        """Return one line for people."""
         if not len(self.rows):
             return "The batch is empty."
         warning = f"; f COUPLES THE SAMPLES ({self.coupling:.2g}): set forward.batch = false" if self.coupling else ""
@@ -156,7 +156,7 @@ def gradient_audit(
 
 
 def compare(a: Any, b: Any) -> tuple[Any, Any, Any]:
-    """Cosine, ratio of norms and relative difference of the rows of `a` to those of `b`.
+    """Return the cosine, ratio of norms and relative difference of the rows of `a` to those of `b`.
 
     Two zero rows agree: 1, 1, 0. A zero row against another one has cosine 0.
     """
@@ -173,14 +173,14 @@ def compare(a: Any, b: Any) -> tuple[Any, Any, Any]:
 
 
 def flat(backend: Backend, gradients: tuple[Any, ...]) -> Any:
-    """All gradients as one vector, in float64 on the host."""
+    """Return all gradients as one vector, in float64 on the host."""
     leaves = [leaf for leaf in backend.flatten(gradients)[0] if leaf is not None]
     parts = [backend.to_numpy(leaf).astype(np.float64).ravel() for leaf in leaves]
     return np.concatenate(parts) if parts else np.zeros(0)
 
 
 def _cut(backend: Backend, tree: Tree, rows: Any) -> Tree:
-    """These rows of every array in a tree."""
+    """Return these rows of every array in a tree."""
     leaves, structure = backend.flatten(tree)
 
     def cut(leaf: Array) -> Array:

@@ -35,7 +35,7 @@ class Curve:
     steps: Any
 
     def rate(self) -> Any:
-        """Mean factor per step over the second half of each sample's steps, `(batch,)`; NaN below two steps.
+        """Return the mean factor per step over the second half of each sample's steps, `(batch,)`; NaN below two steps.
 
         Below 1 the solve converges, and a plain iteration's rate tends to the spectral radius.
         """
@@ -104,6 +104,6 @@ def residual_curve(
 
 
 def _ratio(a: Any, b: Any) -> Any:
-    """A / b, and 0 where both vanish."""
+    """Return a / b, and 0 where both vanish."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where((a == 0) & (b == 0), 0.0, a / b)

@@ -138,7 +138,7 @@ def _extend(backend: Backend, basis: History, w: Array) -> tuple[History, Array,
 
 
 def _dominant(hessenberg: Any) -> tuple[Any, Any]:
-    """Ritz value of the largest modulus of each H̄ `(batch, k + 1, k)`, and its residual."""
+    """Return Ritz value of the largest modulus of each H̄ `(batch, k + 1, k)`, and its residual."""
     k = hessenberg.shape[2]
     finite = np.isfinite(hessenberg).all(axis=(1, 2))
     square = np.where(finite[:, None, None], hessenberg[:, :k], 0.0)

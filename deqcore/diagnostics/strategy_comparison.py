@@ -97,7 +97,7 @@ class ComparisonRow:
     failure: str = ""
 
     def as_dict(self) -> dict[str, object]:
-        """Plain values; what is not known is None."""
+        """Return plain values; what is not known is None."""
         found = asdict(self)
         return {name: None if isinstance(value, float) and np.isnan(value) else value for name, value in found.items()}
 
@@ -124,7 +124,7 @@ class StrategyComparison:
 
 
 def candidates() -> Iterator[StrategyCandidate]:
-    """Every registered strategy, in the options worth trying."""
+    """Yield every registered strategy, in the options worth trying."""
     for name in plugins.strategies():
         for options in VARIANTS.get(name, ({},)):
             yield StrategyCandidate(name, options)
@@ -192,7 +192,7 @@ def _measure(
     exact: adjoint.AdjointSolved,
     rounds: int,
 ) -> tuple[ComparisonRow, Callable[[], None] | None]:
-    """A choice's row, and what is to be timed for it.
+    """Return a choice's row, and what is to be timed for it.
 
     The forward solve and the exact gradient went through before, so whatever is raised here, by the strategy, the
     framework or an f that cannot be used in this way, is a property of the choice: its row says so.
@@ -238,7 +238,7 @@ def _gradient(
     f: Callable[..., Tree],
     data: tuple[Tree, Tree, Tree, Tree],
 ) -> Callable[[], None]:
-    """One gradient as a user computes it, compiled where the framework compiles."""
+    """Return one gradient as a user computes it, compiled where the framework compiles."""
     params, inputs, z0, g = data
     settings = _backward(choice)
 
@@ -265,7 +265,7 @@ def _measure_quality(
     problem: tuple[Callable[..., Array], Array, tuple[Any, ...], Array],
     exact: adjoint.AdjointSolved,
 ) -> ComparisonRow:
-    """Everything but time and memory."""
+    """Return everything but time and memory."""
     f, z0, args, g = problem
     backend = plan.backend
     row = ComparisonRow(choice.label, choice.strategy, dict(choice.options))
@@ -303,6 +303,6 @@ def _least(values: Any) -> float:
 
 
 def cheapest(rows: Sequence[ComparisonRow], good: Callable[[ComparisonRow], bool]) -> ComparisonRow | None:
-    """The quickest row that is good enough; by vjps where nothing was timed."""
+    """Return the quickest row that is good enough; by vjps where nothing was timed."""
     fitting = [row for row in rows if not row.failure and good(row)]
     return min(fitting, key=lambda row: (np.nan_to_num(row.seconds), row.vjps), default=None)

@@ -32,7 +32,7 @@ CONFIG_ACTIONS: Final = frozenset({"tighten", "refine", "exact"})
 def apply_actions(
     config: Config, triggers: tuple[Trigger, ...], rtol: float | None = None, least: float = 0.0
 ) -> Config:
-    """The config with the actions of `triggers` in force.
+    """Return the config with the actions of `triggers` in force.
 
     Args:
         config: resolved settings.
@@ -47,7 +47,7 @@ def apply_actions(
 
 
 def has_actions(config: Config) -> bool:
-    """Whether the config has the actions already, as `monitor.config` does: they must not apply twice."""
+    """Return whether the config has the actions already, as `monitor.config` does: they must not apply twice."""
     return any(ORIGIN in config.origin(name) for name in ("forward.rtol", "backward.strategy", "backward.options"))
 
 
@@ -67,7 +67,7 @@ def overrides(config: Config, trigger: Trigger, rtol: float | None, least: float
 
 
 def _refined(config: Config, factor: float) -> dict[str, object]:
-    """More steps and a smaller target, where the strategy has such options."""
+    """Return more steps and a smaller target, where the strategy has such options."""
     cls: Any = plugins.load("strategy", config.backward.strategy)
     given: Mapping[str, object] = config.backward.options
     current = {name: given.get(name, option.default) for name, option in options_of(cls).items()}
@@ -145,7 +145,7 @@ class TriggerSet:
             warnings.warn(event.message, MonitorWarning, stacklevel=user_stacklevel())
 
     def apply(self, config: Config, rtol: float | None, least: float) -> Config:
-        """The config with the actions in force."""
+        """Return the config with the actions in force."""
         return apply_actions(config, self.active, rtol, least) if self.active else config
 
 

@@ -1,8 +1,8 @@
-"""What one solve did, from device arrays to the numbers of a row.
+"""From the device arrays of solves to rows: what waits for a flush, one transfer, statistics, drift, triggers.
 
-A solve leaves small arrays `(batch,)` on its device. They are kept as they are until a flush, put end to end there and
-moved to the host in **one** transfer; the statistics are taken on the host. So a solve costs the training no device
-operation and no wait of its own.
+A solve leaves small arrays `(batch,)` on its device. They are kept until a flush, concatenated there and moved to the
+host in **one** transfer; the statistics are computed on the host. So a solve adds no device operation and no wait to the
+training.
 """
 
 from __future__ import annotations
@@ -62,19 +62,19 @@ class PendingRow:
         self.arrays |= {f"forward.{name}": getattr(solution, name) for name in FORWARD}
 
     def backward(self, report: AdjointReport, seconds: float = float("nan")) -> None:
-        """Take what a backward pass did."""
+        """Take the report of a backward pass."""
         known = {name: array for name, array in zip(BACKWARD, report, strict=True) if array is not None}
         self.arrays |= {f"backward.{name}": array for name, array in known.items()}
         if not math.isnan(seconds):
             self.seconds["deq_backward_seconds"] = seconds
 
     def awaits(self) -> bool:
-        """Whether a backward pass may still come, and one more flush should be waited for."""
+        """Return whether a backward pass may still come, and one more flush should be waited for."""
         return self.record is not None and self.record.runs == 0 and not self.held
 
 
 def fetch(items: Sequence[PendingRow]) -> list[dict[str, HostArray]]:
-    """The arrays of all items on the host, with one transfer for each device that they are on."""
+    """Return the arrays of all items on the host, with one transfer for each device that they are on."""
     found: list[dict[str, HostArray]] = [{} for _ in items]
     groups: dict[tuple[int, str], list[tuple[int, str, Array]]] = {}
     for index, item in enumerate(items):
@@ -102,7 +102,7 @@ def _move(backend: Backend, arrays: Sequence[Array]) -> HostArray:
 
 
 def values(item: PendingRow, host: dict[str, HostArray]) -> dict[str, float]:
-    """The metrics of a solve, from its arrays on the host. What was not measured is left out."""
+    """Return the metrics of a solve, from its arrays on the host. What was not measured is left out."""
     found = dict(item.seconds)
     if "forward.status" in host and host["forward.status"].size:
         found |= _forward(*(host[f"forward.{name}"] for name in FORWARD))
@@ -115,7 +115,7 @@ def values(item: PendingRow, host: dict[str, HostArray]) -> dict[str, float]:
     return {name: value for name, value in found.items() if not math.isnan(value)}
 
 
-# NumPy's mean and median cost ten times what adding up a batch does, and there are many of them.
+# NumPy's mean and median cost ten times as much as a sum over a batch, and there are many of them.
 
 
 def _forward(residual: HostArray, status: HostArray, steps: HostArray, evaluations: HostArray) -> dict[str, float]:
@@ -162,7 +162,7 @@ def _backward(
 
 
 def _median(ordered: HostArray) -> float:
-    """The median of numbers in order."""
+    """Return the median of numbers in order."""
     half = ordered.size // 2
     return float(ordered[half] if ordered.size % 2 else (ordered[half - 1] + ordered[half]) / 2)
 
@@ -171,7 +171,7 @@ class Collector:
     """Solves, backward passes and further figures that wait for the next flush.
 
     Attributes:
-        lock: held while the inbox changes, and by whoever empties it.
+        lock: held while the collector changes or is emptied.
         solves: how many solves have been seen.
         since: how many of them since the last flush.
         step: the training step as the user counts it, or None.
@@ -230,7 +230,7 @@ class Collector:
             self._pending.append(item)
 
     def take(self, *, final: bool) -> list[PendingRow]:
-        """What is ready; a solve is held back once if its backward pass may still come, unless this is the end."""
+        """Return the ready items; hold a solve back once if its backward pass may still run, unless this is the end."""
         self.since = 0
         ready = [item for item in self._pending if final or not item.awaits()]
         self._pending = [item for item in self._pending if not final and item.awaits()]
@@ -267,7 +267,7 @@ RECENT: Final = 1000
 
 
 class RowBuilder:
-    """Turns what an inbox held into rows and events.
+    """Turns pending rows into rows and events.
 
     Args:
         alarms: the triggers at work.
@@ -287,7 +287,7 @@ class RowBuilder:
         self._drift = DriftDetector(reference) if reference is not None else None
 
     def records(self, ready: Sequence[PendingRow]) -> list[Record]:
-        """Rows and the events that they cause, in order."""
+        """Return the rows and the events that they cause, in order."""
         found: list[Record] = []
         for item, host in zip(ready, fetch(ready), strict=True):
             figures = values(item, host)

@@ -138,7 +138,7 @@ class Samples:
         self.seen += residual.size
 
     def latest(self, count: int) -> dict[str, HostArray]:
-        """The latest samples, `count` at most."""
+        """Return the latest samples, `count` at most."""
         return {name: np.concatenate([*kept, np.empty(0)])[-count:] for name, kept in self._arrays.items()}
 
     def profile(self) -> Profile:
@@ -169,7 +169,7 @@ class DriftDetector:
 
 
 def stability_index(reference: HostArray, now: HostArray) -> float:
-    """Population stability index of `now` against `reference`; both `(n,)`.
+    """Return the population stability index of `now` against `reference`; both `(n,)`.
 
     Bins are quantiles of the reference, merged where it has ties. Half a sample is added to every bin, so that an
     empty one does not make the index infinite.
@@ -180,7 +180,7 @@ def stability_index(reference: HostArray, now: HostArray) -> float:
 
 
 def kolmogorov_smirnov(reference: HostArray, now: HostArray) -> tuple[float, float]:
-    """The two-sample distance and its p-value."""
+    """Return the two-sample distance and its p-value."""
     from scipy.stats import ks_2samp
 
     found: Any = ks_2samp(reference, now, method="asymp")

@@ -26,7 +26,7 @@ ORDER: Final = {metric.name: index for index, metric in enumerate(STANDARD)}
 
 
 def live_view(log: Log, window: int, width: int = 120, now: float | None = None) -> RenderableType:
-    """A frame.
+    """Return a frame.
 
     Args:
         log: what is shown.
@@ -83,7 +83,7 @@ def _events(log: Log) -> Panel:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """The latest values as bars, as many as fit; × stands for what is not finite.
+    """Return the latest values as bars, as many as fit; × stands for what is not finite.
 
     Example:
         >>> sparkline([0, 1, 2, 3, float("inf")], 10)

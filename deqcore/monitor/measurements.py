@@ -61,7 +61,7 @@ class Measurement:
 
 
 def spectral_radius(every: int = 200, max_products: int = 20) -> Measurement:
-    """The largest spectral radius of ∂f/∂z in the batch, at the solution.
+    """Return the largest spectral radius of ∂f/∂z in the batch, at the solution.
 
     Cost: one evaluation of f and `max_products` vector–Jacobian products at most, each for the whole batch.
     """
@@ -80,7 +80,7 @@ def spectral_radius(every: int = 200, max_products: int = 20) -> Measurement:
 def gradient_audit(
     every: int = 500, cotangent: Callable[[Solve], Tree] | None = None, max_vjps: int = 100
 ) -> Measurement:
-    """The strategy's gradient against the exact one: cosine and relative error of u, means over the batch.
+    """Return the strategy's gradient against the exact one: cosine and relative error of u, means over the batch.
 
     Cost: one solve, the strategy's backward pass, and one GMRES solve to rounding.
 
@@ -104,7 +104,7 @@ def gradient_audit(
 
 
 def _random(solve: Solve) -> Tree:
-    """A cotangent like z0, always the same."""
+    """Return a cotangent like z0, always the same."""
     backend = solve.solution.backend
     leaves, structure = backend.flatten(solve.z0)
     rng = np.random.default_rng(0)

@@ -117,7 +117,7 @@ class Metrics(Mapping[str, Metric]):
         return len(self._known)
 
     def check(self, owner: str, name: str) -> Metric:
-        """The metric of this name.
+        """Return the metric of this name.
 
         Raises:
             ConfigError: there is none; `owner` says who asked for it.

@@ -44,7 +44,7 @@ class Tile:
 
 
 def render(log: Log) -> str:
-    """The page.
+    """Return the page.
 
     Raises:
         MissingExtraError: matplotlib or jinja2 is not installed.
@@ -71,7 +71,7 @@ def render(log: Log) -> str:
 
 
 def verdict(log: Log) -> tuple[str, str]:
-    """The answer in one sentence, and its class: "bad", "warn" or "good"."""
+    """Return the answer in one sentence, and its class: "bad", "warn" or "good"."""
     if log.retrain is not None:
         return f"Retrain: {log.retrain.message}", "bad"
     if not log.rows:
@@ -91,7 +91,7 @@ def verdict(log: Log) -> tuple[str, str]:
 
 
 def tiles(log: Log) -> list[Tile]:
-    """The numbers of the first screen."""
+    """Return the numbers of the first screen."""
     latest: dict[str, list[float]] = {}
     for metric, _, _, values in series(log.rows[-max(20, len(log.rows) // 10) :]):
         latest.setdefault(metric, []).extend(values)
@@ -104,7 +104,7 @@ def tiles(log: Log) -> list[Tile]:
 
 
 def table(log: Log) -> list[dict[str, str]]:
-    """All metrics with their statistics, as text."""
+    """Return all metrics with their statistics, as text."""
     found = sorted(series(log.rows), key=lambda each: (each[1], ORDER.get(each[0], len(ORDER))))
     return [
         {
@@ -193,7 +193,7 @@ CHARTS: Final = (
 
 
 def draw(log: Log) -> list[tuple[str, str]]:
-    """Title and SVG of every chart that the log has data for; each user metric gets one."""
+    """Return the title and SVG of every chart that the log has data for; each user metric gets one."""
     found = {(metric, layer): (steps, values) for metric, layer, steps, values in series(log.rows)}
     shown = {metric for chart in CHARTS for metric in chart.metrics} | {
         "deq_retrain",
@@ -283,7 +283,7 @@ def _cycle(count: int) -> list[str]:
 
 
 def load() -> dict[str, object]:
-    """The dashboard, ready to be imported in Grafana (Dashboards, New, Import)."""
+    """Return the dashboard, ready to be imported in Grafana (Dashboards, New, Import)."""
     text = (files("deqcore.monitor") / "grafana.json").read_text(encoding="utf-8")
     found: dict[str, object] = json.loads(text)
     return found

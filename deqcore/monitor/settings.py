@@ -104,7 +104,7 @@ def _table(name: str, given: object) -> Options:
 
 
 def make_sink(given: SinkLike) -> tuple[str, Sink]:
-    """A sink, and the name to call it by.
+    """Return a sink, and the name to call it by.
 
     Args:
         given: a sink, a registered name, or a table with the key "sink" and options.
@@ -134,7 +134,7 @@ def _sink_name(table: Mapping[str, object]) -> str:
 
 
 def make_triggers(given: Iterable[Trigger | Mapping[str, object]]) -> tuple[Trigger, ...]:
-    """Triggers from tables.
+    """Return triggers from tables.
 
     Raises:
         ConfigError: an option is unknown or does not fit.

@@ -75,7 +75,7 @@ class Condition:
         return cls(found[1], float(found[2]))
 
     def __call__(self, value: float) -> bool:
-        """Whether the value meets it."""
+        """Return whether the value meets it."""
         return _COMPARE[self.sign](value, self.threshold)
 
     def opposite(self) -> Condition:

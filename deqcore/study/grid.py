@@ -80,7 +80,7 @@ class Cell:
         return " ".join((*parts, f"seed {self.seed}"))
 
     def config(self) -> Config:
-        """Settings of its solves. What does not converge is counted, so nothing warns."""
+        """Return the settings of its solves. What does not converge is counted, so nothing warns."""
         return Config(
             backend=self.backend,
             forward={
@@ -98,7 +98,7 @@ class Cell:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         tables = ("data", "model", "solver", "strategy", "training")
         plain: dict[str, Any] = {name: getattr(self, name).model_dump() for name in tables}
         numbers = {name: getattr(self, name) for name in ("backend", "rtol", "seed", "max_steps")}
@@ -123,7 +123,7 @@ class Cell:
 
 
 def cells(study: Study, own: UserCode, backends: tuple[str, ...]) -> list[Cell]:
-    """The grid, seeds outermost, so that a study that is stopped early has compared everything on some seeds.
+    """Return the grid, seeds outermost, so that a study that is stopped early has compared everything on some seeds.
 
     Args:
         study: what was asked for.
@@ -167,13 +167,13 @@ def _of_seed(study: Study, own: UserCode, backends: tuple[str, ...], seed: int) 
 
 
 def _fits(data: DataChoice, model: ModelChoice, own: UserCode) -> bool:
-    """Whether a model takes the data, as far as that is known before the data is read."""
+    """Return whether a model takes the data, as far as that is known before the data is read."""
     given = _gives(data, own)
     return given is None or given in find(model.name, own.model).accepts
 
 
 def _gives(data: DataChoice, own: UserCode) -> str | None:
-    """The kind of its inputs, if that is known before it is read."""
+    """Return the kind of its inputs, if that is known before it is read."""
     if data.name == "own" and own.data is not None:
         return None
     spec = plugins.spec("data", data.name)
@@ -231,4 +231,7 @@ def _check(study: Study, own: UserCode, backends: tuple[str, ...]) -> None:
 
 def _options(strategy: StrategyChoice) -> dict[str, object]:
     """TOML has no null: the text "none" stands for it in an option `max_relative_error`."""
-    return {name: None if name == "target" and value == "none" else value for name, value in strategy.options.items()}
+    return {
+        name: None if name == "max_relative_error" and value == "none" else value
+        for name, value in strategy.options.items()
+    }

@@ -53,7 +53,7 @@ class StudyRequest:
     executor: Literal["local", "ray"] = "local"
 
     def settings(self) -> Study:
-        """Everything put together and checked."""
+        """Return everything put together and checked."""
         asked = dict(self.table) | {name: value for name, value in self.changes.items() if value}
         if self.data is not None:
             asked.setdefault("data", ["own"])
@@ -100,13 +100,13 @@ def study(request: StudyRequest, console: Console) -> None:
 
 
 def plan(settings: Study, own: UserCode) -> list[Cell]:
-    """The grid; every mistake in names and options is found here, before anything is trained."""
+    """Return the grid; every mistake in names and options is found here, before anything is trained."""
     gates.check(settings.gates, [strategy.label for strategy in settings.strategies])
     return cells(settings, own, tuple(dict.fromkeys(map(backend, settings.backends))))
 
 
 def backend(name: str) -> str:
-    """The backend that a name stands for: "auto" is the first installed that has a trainer.
+    """Return the backend that a name stands for: "auto" is the first installed that has a trainer.
 
     Raises:
         BackendError: there is none.

@@ -43,7 +43,9 @@ class ProgressView:
 
     def __enter__(self) -> ProgressView:
         self.bars.start()
-        self.whole = self.bars.add_task("study".ljust(self.width), total=self.total, completed=self.done, detail="cells")
+        self.whole = self.bars.add_task(
+            "study".ljust(self.width), total=self.total, completed=self.done, detail="cells"
+        )
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -63,7 +65,9 @@ class ProgressView:
         detail.append(f"f {progress['evaluations']}")
         if progress["vjps"] is not None:
             detail.append(f"vjps {progress['vjps']}")
-        self.bars.update(self.tasks[cell.key], completed=progress["step"], total=progress["steps"], detail=" ".join(detail))
+        self.bars.update(
+            self.tasks[cell.key], completed=progress["step"], total=progress["steps"], detail=" ".join(detail)
+        )
 
     def ended(self, cell: Cell, result: dict[str, Any]) -> None:
         """Replace its bar by a line that stays."""

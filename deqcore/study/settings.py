@@ -239,7 +239,7 @@ def _as_config_error(error: ValidationError, origin: str) -> ConfigError:
 
 
 def _keys_at(path: list[int | str]) -> list[str]:
-    """The keys of the table at a path."""
+    """Return the keys of the table at a path."""
     tables: dict[str, type[SettingsTable]] = {
         "models": ModelChoice,
         "solvers": SolverChoice,

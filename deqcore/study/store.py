@@ -71,7 +71,7 @@ def write_progress(folder: Path, tensors: Weights, history: Mapping[str, object]
 
 
 def read_progress(folder: Path) -> tuple[Weights, dict[str, Any]] | None:
-    """What `write_progress` saved last; None if it never did."""
+    """Return what `write_progress` saved last; None if it never did."""
     from safetensors import safe_open
 
     path = folder / "progress.safetensors"
@@ -89,7 +89,7 @@ class Store:
         self.root = root
 
     def folder(self, cell: Cell) -> Path:
-        """Where a cell's files are."""
+        """Return where a cell's files are."""
         return self.root / "cells" / cell.key
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
@@ -98,7 +98,7 @@ class Store:
         return found
 
     def epochs(self, cell: Cell) -> int:
-        """Epochs of a cell that need not be done again."""
+        """Return the epochs of a cell that need not be done again."""
         if self.result(cell) is not None:
             return cell.epochs
         found = read_progress(self.folder(cell))

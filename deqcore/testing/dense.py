@@ -65,7 +65,7 @@ class Dense:
         return np.stack([row.ravel() for row in rows])[None] if coupled else np.stack(rows, axis=1)
 
     def gradients(self, z: Any) -> tuple[dict[str, Any], Any]:
-        """Gradients of ⟨g, z*⟩ linearised at z, and I − J."""
+        """Return the gradients of ⟨g, z*⟩ linearised at z, and I − J."""
         jacobian = self.jacobian(z)
         a = np.eye(jacobian.shape[1]) - jacobian
         g = self.g.reshape(len(a), -1, 1)
@@ -128,13 +128,13 @@ def dense(backend: Backend, problem: Problem, job: worker.Job, f: Callable[..., 
 
 
 def unraveled_like(problem: Problem, matrix: Any) -> Tree:
-    """A raveled state as a tree like z0."""
+    """Return a raveled state as a tree like z0."""
     host = rebuild(problem.z0, np.asarray)
     return unraveled(matrix, host) if problem.batch else unraveled_whole(matrix, host)
 
 
 def unraveled_whole(matrix: Any, host: Tree) -> Tree:
-    """The same where the whole state is one row."""
+    """Return the same where the whole state is one row."""
     sizes = [leaf.size for _, leaf in walk(host, "")]
     pieces = iter(np.split(matrix[0], np.cumsum(sizes)[:-1]))
     return rebuild(host, lambda leaf: next(pieces).reshape(leaf.shape))

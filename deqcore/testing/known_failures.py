@@ -83,7 +83,7 @@ def _one(kit: Kit, solver: str, problem: str, dtype: str) -> Iterator[Failure]:
 
 
 def table(backends: Sequence[str]) -> str:
-    """The page."""
+    """Return the page."""
     rows = sorted(failures(backends))
     return HEADER.format(steps=MAX_STEPS) + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 

@@ -76,11 +76,11 @@ class Problem:
         return lambda z, params, inputs: f(xp, params, z, inputs)
 
     def leaves(self) -> list[tuple[str, Any]]:
-        """Names and values of everything that gets a gradient."""
+        """Return the names and values of everything that gets a gradient."""
         return [*walk(self.params, "params"), *walk(self.inputs, "inputs")]
 
     def direction(self) -> Tree:
-        """The cotangent, or the default one."""
+        """Return the cotangent, or the default one."""
         if self.cotangent is not None:
             return self.cotangent
         rng = np.random.default_rng(20)
@@ -88,7 +88,7 @@ class Problem:
 
 
 def walk(tree: Tree, name: str) -> Iterator[tuple[str, Any]]:
-    """Leaves of nested dicts (keys sorted), lists and tuples, with names such as `params['layers'][0]`."""
+    """Yield the leaves of nested dicts (keys sorted), lists and tuples, with names such as `params['layers'][0]`."""
     if isinstance(tree, Mapping):
         for key in sorted(tree):
             yield from walk(tree[key], f"{name}[{key!r}]")
@@ -100,7 +100,7 @@ def walk(tree: Tree, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def rebuild(tree: Tree, change: Callable[[Any], Array]) -> Tree:
-    """The same tree with `change` applied to each leaf, in the order of `walk`."""
+    """Return the same tree with `change` applied to each leaf, in the order of `walk`."""
     if isinstance(tree, Mapping):
         return {key: rebuild(tree[key], change) for key in sorted(tree)}
     if isinstance(tree, list | tuple):
@@ -159,7 +159,7 @@ def _execute(path: Path) -> Any:
 
 
 def place(error: BaseException, path: Path | None = None) -> str:
-    """An error with the line that it came from: the last one in `path`, or the last outside of deqcore."""
+    """Return an error with the line that it came from: the last one in `path`, or the last outside of deqcore."""
     if isinstance(error, SyntaxError):
         return f"SyntaxError: {error.msg} (line {error.lineno})"
     line, trace = "", error.__traceback__

@@ -50,7 +50,7 @@ def check_gradients(request: pytest.FixtureRequest) -> Callable[..., GradientRep
 
 
 def where_of(problem: str | Callable[[], Problem], folder: Path) -> str:
-    """`path/to/file.py:name` of a problem.
+    """Return `path/to/file.py:name` of a problem.
 
     Raises:
         ProblemError: it is a function that another process could not find.

@@ -56,7 +56,7 @@ class Sensitivity:
     slopes: Mapping[str, Slope]
 
     def bounds(self, eps: float, n: int, forward: float, backward: float) -> dict[str, float]:
-        """Largest 2-norm of the error of z* (`value`) and of each gradient that tolerances and dtype explain.
+        """Return largest 2-norm of the error of z* (`value`) and of each gradient that tolerances and dtype explain.
 
         Args:
             eps: machine epsilon of the dtype.
@@ -75,10 +75,10 @@ class Sensitivity:
 
 
 def rounding(eps: float, n: int) -> float:
-    """Relative rounding error of an inner product of n terms."""
+    """Return the relative rounding error of an inner product of n terms."""
     return LAMBDA * math.sqrt(max(n, 1)) * eps
 
 
 def tolerance(eps: float, n: int) -> float:
-    """What to ask of a solver in a check: 1e-12, or twice what rounding in this dtype leaves."""
+    """Return what to ask of a solver in a check: 1e-12, or twice what rounding in this dtype leaves."""
     return max(TIGHT, 2 * rounding(eps, n))

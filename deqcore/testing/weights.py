@@ -68,7 +68,7 @@ def _safetensors(path: Path) -> dict[str, Any]:
 
 
 def _bfloat16(path: Path, name: str) -> Any:
-    """A bfloat16 tensor is the upper half of a float32 one."""
+    """Return a bfloat16 tensor is the upper half of a float32 one."""
     import json
 
     raw = path.read_bytes()

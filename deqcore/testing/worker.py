@@ -95,7 +95,7 @@ class _Watched:
 
 
 def data_of(problem: Problem, job: Job, backend: Backend) -> tuple[Tree, Tree, Tree, Tree]:
-    """Parameters, inputs, z0 and cotangent as arrays of the backend."""
+    """Return the parameters, inputs, z0 and cotangent as arrays of the backend."""
     rng = np.random.default_rng(job.jitter)
 
     def convert(leaf: Any) -> Array:
@@ -158,7 +158,7 @@ def _refuse_coupling(backend: Backend, problem: Problem, job: Job, f: Callable[.
 
 
 def too_slow(backend: Backend, job: Job) -> bool:
-    """Whether each number of the data would cost a run of a solver that solves in each of its steps."""
+    """Return whether each number of the data would cost a run of a solver that solves in each of its steps."""
     strategy = plugins.make_strategy(job.strategy, job.strategy_options)
     recorded = isinstance(strategy, StepStrategy) and not strategy.solves()
     nested = solves_inside(plugins.make_solver(job.solver, job.solver_options))
@@ -166,12 +166,12 @@ def too_slow(backend: Backend, job: Job) -> bool:
 
 
 def solves_inside(solver: Solver) -> bool:
-    """Whether a step takes a varying number of evaluations, because it solves something itself."""
+    """Return whether a step takes a varying number of evaluations, because it solves something itself."""
     return type(solver).evaluations is not Solver.evaluations
 
 
 def run(backend: Backend, job: Job) -> dict[str, Any]:
-    """The arrays of one job.
+    """Return the arrays of one job.
 
     Raises:
         RuntimeError: the user's f raised; the message says where.
@@ -221,7 +221,7 @@ def write(folder: Path, backend: str, jobs: list[Job]) -> None:
 
 
 def read(folder: Path) -> list[tuple[str, float, dict[str, Any]]]:
-    """Error, seconds and arrays of each job in a folder."""
+    """Return the error, seconds and arrays of each job in a folder."""
     reports = json.loads((folder / "results.json").read_text())
     found: list[tuple[str, float, dict[str, Any]]] = [(each["error"], each["seconds"], {}) for each in reports]
     with np.load(folder / "results.npz") as stored:

@@ -136,7 +136,7 @@ def test_images_are_unpacked_and_texts_are_linked(tmp_path: Path):
     evidence.prepare(["images-torch", "text-torch", "digits-torch"], source, place)
     assert (place / "cifar10" / "train" / "cat" / "1.jpg").read_bytes() == b"x"
     assert (place / "wikitext-2").is_dir()
-    with pytest.raises(DeqcoreError, match="a folder with 'cifar10' is expected"):
+    with pytest.raises(DeqcoreError, match="--data must be a folder with 'cifar10'"):
         evidence.prepare(["images-torch"], None, tmp_path / "other")
 
 

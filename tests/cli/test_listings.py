@@ -214,7 +214,7 @@ def test_a_plugins_command_runs(capsys: Capture, tmp_path: Path, monkeypatch: py
     assert run(capsys, "one", "--n", "4")[:2] == (0, "single 4\n")
     assert "summary of one" in run(capsys, "--help")[1]
     for name, reason in (
-        ("wrong", "a typer app or a function is expected"),
+        ("wrong", "must be a typer app or a function"),
         ("absent", "cannot be imported"),
     ):
         code, _, err = run(capsys, name)

@@ -109,7 +109,7 @@ def test_bad_lines_inside_are_left_out_and_told(tmp_path) -> None:
 def test_what_is_no_log_is_told(tmp_path, text) -> None:
     path = tmp_path / "a.csv"
     path.write_text(text)
-    with pytest.raises(MonitorError, match=r"a\.csv' is no log of the monitor \(line 1: "):
+    with pytest.raises(MonitorError, match=r"a\.csv' is not a log of the monitor \(line 1: "):
         read(path)
 
 

@@ -362,7 +362,7 @@ def test_a_monitor_is_entered_once() -> None:
     monitor = Monitor(sinks=[])
     with monitor:
         pass
-    with pytest.raises(ConfigError, match="entered once"), monitor:
+    with pytest.raises(ConfigError, match="entered only once"), monitor:
         pass
     with pytest.raises(ConfigError, match="every"):
         Monitor(sinks=[], every=0)

@@ -142,7 +142,7 @@ def test_a_port_in_use_is_told_and_the_training_goes_on() -> None:
 
 
 def test_options_that_cannot_be() -> None:
-    with pytest.raises(ConfigError, match="port = 70000, but a port, 0 to 65535, is expected"):
+    with pytest.raises(ConfigError, match=r"port must be from 0 to 65535 \(got 70000\)"):
         Monitor(sinks=[{"sink": "prometheus", "port": 70000}])
     with pytest.raises(ConfigError, match="port = -1"):
         Monitor(sinks=[{"sink": "prometheus", "port": -1}])

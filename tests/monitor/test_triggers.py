@@ -240,7 +240,7 @@ def test_an_action_that_changes_nothing_says_so() -> None:
     with Monitor(sinks=[], every=1, triggers=[Trigger(METRIC, "> 3", "refine", window=1)]):
         with pytest.warns(MonitorWarning, match="may spend more"):
             solve(0.5, config=config)
-        with pytest.warns(MonitorWarning, match="refine changes nothing .* 'jacobian-free': there is nothing more"):
+        with pytest.warns(MonitorWarning, match="refine has no effect .* 'jacobian-free': its budget cannot be raised"):
             solve(0.5, config=config)
         solve(0.5, config=config)  # said once
 

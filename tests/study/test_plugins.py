@@ -110,7 +110,7 @@ def test_plugins_that_are_none():
     with pytest.raises(PluginError, match="The data 'three' gave str, but a deqcore.study.data.Dataset"):
         data.load(DataChoice(name="three", label="x"), None)
     plugins.register(ModelSpec("path", "pathlib:Path"))
-    with pytest.raises(PluginError, match="a subclass of deqcore.study.models.Model is expected"):
+    with pytest.raises(PluginError, match="must be a subclass of deqcore.study.models.Model"):
         find("path")
     plugins.register(ModelSpec("gone", "no_such_module:Model"))
     with pytest.raises(PluginError, match="'no_such_module:Model', which cannot be imported"):

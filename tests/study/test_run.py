@@ -129,7 +129,7 @@ def test_a_plan_that_cannot_be_timed_is_an_error(
     assert ended.value.code == 2
     out, err = capsys.readouterr()
     assert "together, 1 at a time" in out
-    assert "path = 'photos', but an existing folder is expected" in err
+    assert "path must be an existing folder (got 'photos')" in err
 
 
 def _raise(code: object) -> None:
@@ -223,7 +223,7 @@ def test_a_model_that_does_not_take_the_data_is_told(tmp_path: Path):
 
 def test_data_that_is_missing_is_told(tmp_path: Path):
     found = train(tiny(data=[{"name": "images", "path": "/no/such"}]), tmp_path, lambda _: None)
-    assert "an existing folder is expected" in found["detail"]
+    assert "path must be an existing folder" in found["detail"]
 
 
 def test_a_text_trains(tmp_path: Path):

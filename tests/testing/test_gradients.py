@@ -189,7 +189,7 @@ def test_the_main_of_a_worker(tmp_path):
     assert error == ""
     assert seconds > 0
     assert arrays["params['c']"].dtype == np.float32
-    assert "'nothing': path/to/file.py:name is expected" in message
+    assert "must be path/to/file.py:name (got 'nothing')" in message
     assert nothing == {}
 
 

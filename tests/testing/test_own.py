@@ -224,8 +224,8 @@ def test_an_empty_batch_has_no_gradient_to_check():
 @pytest.mark.parametrize(
     ("where", "words"),
     [
-        ("{file}", "path/to/file.py:name is expected"),
-        ("{file}:no name", "path/to/file.py:name is expected"),
+        ("{file}", "must be path/to/file.py:name"),
+        ("{file}:no name", "must be path/to/file.py:name"),
         ("nothing.py:f", "there is no file 'nothing.py'"),
         ("{file}:onse", "Did you mean 'once'.*Problems in it: "),
         ("{file}:number", "is a int, but a deqcore.testing.Problem"),
@@ -250,12 +250,12 @@ def test_a_file_that_cannot_be_executed_names_the_line(tmp_path, source, words):
     with pytest.raises(ProblemError, match=words):
         load_problem(f"{tmp_path / 'bad.py'}:x")
     (tmp_path / "bad.txt").write_text("")
-    with pytest.raises(ProblemError, match="is no Python file"):
+    with pytest.raises(ProblemError, match="is not a Python file"):
         load_problem(f"{tmp_path / 'bad.txt'}:x")
 
 
 def test_a_problem_refuses_what_is_no_data_or_no_function():
-    with pytest.raises(ProblemError, match=r"params\['a'\] is a str, but a NumPy array"):
+    with pytest.raises(ProblemError, match=r"params\['a'\] must be a NumPy array \(got a str\)"):
         Problem("p", {"a": "b"}, None, np.zeros((1, 1)), lambda: 0)
     for f in (3, {}, {"torch": 3}):
         with pytest.raises(ProblemError, match="a function f"):

@@ -55,7 +55,7 @@ class AppendFile:
             self._write(b"\n" + data if torn else data, start)
 
     def first_line(self) -> str:
-        """The first line, without its end."""
+        """Return the first line, without its end."""
         return os.pread(self._file, 1 << 16, 0).split(b"\n", 1)[0].decode(errors="replace").rstrip("\r")
 
     def close(self) -> None:

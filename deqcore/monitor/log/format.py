@@ -20,7 +20,7 @@ MOST: Final = 2**53  # larger integers are not exact in float64
 
 
 def header(run: RunInfo, key: str = "") -> str:
-    """The line that begins a run; its key stands on the run's other lines, too."""
+    """Return the line that begins a run; its key stands on the run's other lines, too."""
     units = {name: metric.unit for name, metric in run.metrics.items()}
     return _dump(
         {"kind": "run", "version": VERSION, "time": run.started, "units": units, "config": run.config} | _of(key)
@@ -28,7 +28,7 @@ def header(run: RunInfo, key: str = "") -> str:
 
 
 def line(record: Record, key: str = "") -> str:
-    """One record as a line, without its end.
+    """Return one record as a line, without its end.
 
     Args:
         record: a row or an event.
@@ -46,7 +46,7 @@ def line(record: Record, key: str = "") -> str:
 
 
 def parse(table: Mapping[str, Any]) -> Record | None:
-    """The record in a parsed line, or None for a header.
+    """Return the record in a parsed line, or None for a header.
 
     Raises:
         ValueError: it is not a record.

@@ -199,7 +199,7 @@ def read(path: str | Path) -> Log:
 
 
 def series(rows: list[Row]) -> Iterator[tuple[str, str, list[int], list[float]]]:
-    """Metric, layer, steps and values of everything in `rows`, in the order of first appearance."""
+    """Yield the metric, layer, steps and values of everything in `rows`, in the order of first appearance."""
     found: dict[tuple[str, str], tuple[list[int], list[float]]] = {}
     for row in rows:
         for metric, value in row.values.items():

@@ -45,7 +45,7 @@ class Latest:
         return new
 
     def collect(self) -> Iterator[Any]:
-        """The families of metrics, as prometheus_client wants them."""
+        """Yield the families of metrics, as prometheus_client wants them."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         for metric, layers in self.values.items():
@@ -111,7 +111,7 @@ class PrometheusSink(Sink):
         self._state = self._state.after(records)
 
     def collect(self) -> Iterator[Any]:
-        """What a scrape sees."""
+        """Yield what a scrape sees."""
         return iter(()) if self._state is None else self._state.collect()
 
     def close(self) -> None:

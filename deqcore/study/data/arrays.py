@@ -51,9 +51,7 @@ def _dataset(choice: DataChoice, found: dict[str, NDArray[Any]]) -> Dataset:
         raise DataError(f"{choice.path!r} must hold x_train and y_train (got {listing(found)}).")
     x, y = _inputs(found["x_train"]), _targets(found["y_train"], choice.path)
     if len(x) != len(y):
-        raise DataError(
-            f"{choice.path!r}: x_train and y_train must have equal lengths (got {len(x)} and {len(y)})."
-        )
+        raise DataError(f"{choice.path!r}: x_train and y_train must have equal lengths (got {len(x)} and {len(y)}).")
     given = {part: _given(found, part, choice.path) for part in ("validation", "test")}
     shares = tuple(0.0 if given[part] else SHARE for part in ("validation", "test"))
     train, validation, test = split_by_class(x, y, (shares[0], shares[1]))
@@ -93,7 +91,7 @@ def _npz(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def _idx(folder: Path, name: str) -> NDArray[Any]:
-    """An IDX file: two zero bytes, type, number of dimensions, the dimensions, the data, all big-endian."""
+    """Return an IDX file: two zero bytes, type, number of dimensions, the dimensions, the data, all big-endian."""
     packed, plain = folder / f"{name}.gz", folder / name
     if not packed.exists() and not plain.exists():
         raise DataError(f"{str(folder)!r} has neither {name!r} nor {name + '.gz'!r}.")

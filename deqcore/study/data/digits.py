@@ -9,7 +9,7 @@ from deqcore.study.settings import DataChoice
 
 
 def load(_: DataChoice | None = None) -> Dataset:
-    """8×8 images of ten digits: 60 % training, 20 % validation, 20 % test, every digit in proportion.
+    """Return 8×8 images of ten digits: 60 % training, 20 % validation, 20 % test, every digit in proportion.
 
     Source: Alpaydin & Kaynak (1998), Optical Recognition of Handwritten Digits, UCI; test part, as in scikit-learn.
     """

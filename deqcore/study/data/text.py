@@ -58,7 +58,7 @@ def _tokens(path: Path, level: str) -> list[str]:
 
 
 def _windows(tokens: list[str], numbers: dict[str, int], choice: DataChoice) -> Split:
-    """Windows side by side, `(samples, length)`; the targets are one token on."""
+    """Return windows side by side, `(samples, length)`; the targets are one token on."""
     coded: NDArray[Any] = np.asarray([numbers.get(token, 0) for token in tokens], dtype=np.int64)
     count = (len(coded) - 1) // choice.length
     if count < 1:

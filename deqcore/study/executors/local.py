@@ -78,7 +78,7 @@ class Process:
         events.put((self, None))
 
     def said(self) -> str:
-        """The last line that it wrote to its standard error."""
+        """Return the last line that it wrote to its standard error."""
         text = (self.folder / LOG).read_text(errors="replace").strip()
         return text.splitlines()[-1] if text else "it wrote no message"
 

@@ -50,7 +50,7 @@ def schedule(place: Store, cells: Sequence[Cell], jobs: int) -> tuple[Table, lis
 
 
 def _estimate(cell: Cell, count: int) -> float:
-    """Seconds for `count` cells like this one."""
+    """Return the seconds for `count` cells like this one."""
     if not count:
         return 0.0
     with TemporaryDirectory() as folder:
@@ -84,7 +84,7 @@ def _timed(place: Store, cell: Cell, result: dict[str, Any], console: Console) -
 
 
 def duration(seconds: float) -> str:
-    """Seconds in a form for people."""
+    """Return the seconds in a form for people."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

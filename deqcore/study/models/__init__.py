@@ -27,7 +27,7 @@ __all__ = [
 
 
 def find(name: str, own: str | None = None) -> type[Model]:
-    """The class of a model.
+    """Return the class of a model.
 
     Args:
         name: a registered one, or "own".

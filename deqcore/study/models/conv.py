@@ -26,7 +26,7 @@ class Conv(Model):
     accepts: ClassVar[tuple[DataKind, ...]] = ("image",)
 
     def initial(self, rng: np.random.Generator) -> Weights:
-        """Kernels, biases and the readout."""
+        """Return kernels, biases and the readout."""
         channels, (low, high) = self.shape.sample[0], (self.width, 2 * self.width)
 
         def kernel(out: int, into: int, gain: float) -> Any:
@@ -46,7 +46,7 @@ class Conv(Model):
         }
 
     def inject(self, ops: Ops, p: Parameters, x: Array) -> tuple[Array, Array]:
-        """Features of the input at both resolutions."""
+        """Return features of the input at both resolutions."""
         first = ops.norm(ops.conv(x, p["X1"]) + p["b1"], GROUPS)
         return first, ops.norm(ops.conv(ops.relu(first), p["X2"], 2) + p["b2"], GROUPS)
 
@@ -55,7 +55,7 @@ class Conv(Model):
         return ops.xp.zeros_like(injected[0]), ops.xp.zeros_like(injected[1])
 
     def cell(self, ops: Ops, p: Parameters, z: tuple[Array, Array], injected: tuple[Array, Array]) -> Any:
-        """One exchange between the resolutions."""
+        """Return one exchange between the resolutions."""
         low, high = ops.relu(z[0]), ops.relu(z[1])
         first = ops.conv(low, p["K11"]) + ops.upsample(ops.conv(high, p["K21"]))
         second = ops.conv(low, p["K12"], 2) + ops.conv(high, p["K22"])
@@ -65,7 +65,7 @@ class Conv(Model):
         )
 
     def read(self, ops: Ops, p: Parameters, z: tuple[Array, Array]) -> Array:
-        """Means over space of both resolutions, and a linear map."""
+        """Return means over space of both resolutions, and a linear map."""
         pooled = [ops.xp.mean(ops.relu(part), axis=(2, 3)) for part in z]
         return ops.xp.concat(pooled, axis=1) @ p["R"] + p["c"]
 

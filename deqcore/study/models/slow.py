@@ -33,7 +33,7 @@ class Slow(Dense):
         self._groups = levels(width)
 
     def cell(self, ops: Ops, p: Parameters, z: Array, injected: Array) -> Array:
-        """One step towards tanh(z W + injected)."""
+        """Return one step towards tanh(z W + injected)."""
         wanted = super().cell(ops, p, z, injected)
         left = z - wanted
         for size, rate in self._groups:
@@ -42,7 +42,7 @@ class Slow(Dense):
 
 
 def levels(width: int) -> list[tuple[int, float]]:
-    """Sizes of the groups, and what each adds to the eigenvalues of the finer ones.
+    """Return the sizes of the groups, and what each adds to the eigenvalues of the finer ones.
 
     Example:
         >>> [(size, round(rate, 3)) for size, rate in levels(16)]
@@ -55,7 +55,7 @@ def levels(width: int) -> list[tuple[int, float]]:
 
 
 def _means(ops: Ops, z: Array, size: int) -> Array:
-    """Means over groups of neighbours, each repeated for all of its group, `(b, width)`."""
+    """Return means over groups of neighbours, each repeated for all of its group, `(b, width)`."""
     grouped = ops.xp.reshape(z, (z.shape[0], -1, size))
     mean = ops.xp.mean(grouped, axis=2, keepdims=True)
     return ops.xp.reshape(ops.xp.broadcast_to(mean, grouped.shape), z.shape)

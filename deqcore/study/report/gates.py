@@ -63,7 +63,7 @@ class Judged:
     passed: bool
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values."""
         return asdict(self)
 
 

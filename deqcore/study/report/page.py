@@ -47,7 +47,7 @@ def write(root: Path, study: Study, results: Sequence[Mapping[str, Any]], about:
 
 
 def page(study: Study, found: Sequence[SummaryRow], verdict: GateVerdict, about: Mapping[str, Any]) -> str:
-    """The HTML. Every name in it is escaped: a class or a data set may be called anything."""
+    """Return the HTML. Every name in it is escaped: a class or a data set may be called anything."""
     from jinja2 import Environment, StrictUndefined
 
     source = resources.files("deqcore.study.report").joinpath("report.html.j2").read_text(encoding="utf-8")
@@ -74,7 +74,7 @@ def page(study: Study, found: Sequence[SummaryRow], verdict: GateVerdict, about:
 
 
 def _told(answer: Recommendation, study: Study) -> dict[str, object]:
-    """The first screen: one sentence that answers, then what it rests on."""
+    """Return the first screen: one sentence that answers, then what it rests on."""
     language = study.language
     data, backend, model = answer.place
     place = {"data": data, "backend": backend, "model": model}
@@ -105,7 +105,7 @@ def _told(answer: Recommendation, study: Study) -> dict[str, object]:
 
 
 def _round(found: Accumulation, rows: Sequence[SummaryRow], language: str) -> dict[str, Any]:
-    """A line of the table of rounds, and what it says."""
+    """Return a line of the table of rounds, and what it says."""
     row = found.row
     gaps = found.gap or (None,) * len(found.accuracy)
     values = [table.percent(value) + _gap(gap) for value, gap in zip(found.accuracy, gaps, strict=True)]

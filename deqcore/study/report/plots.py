@@ -19,7 +19,7 @@ SIZE: Final = (6.0, 3.4)  # inches
 
 
 def plots(rows: Sequence[SummaryRow]) -> dict[str, str]:
-    """Every plot that has something to show, by the word of its title in `words.py`."""
+    """Return every plot that has something to show, by the word of its title in `words.py`."""
     trained = [row for row in rows if row.results]
     made: dict[str, Callable[[Any, Sequence[SummaryRow]], bool]] = {
         "plot_accuracy": _accuracy,
@@ -94,7 +94,7 @@ def _accuracy(axes: Any, rows: Sequence[SummaryRow]) -> bool:
 
 
 def clock(result: Any) -> Any:
-    """Seconds of training at the end of each epoch, `(epochs,)`.
+    """Return the seconds of training at the end of each epoch, `(epochs,)`.
 
     A training beside others shares the machine with them: its seconds show how its epochs compare, and the time that
     was taken alone afterwards how long they are.
@@ -204,7 +204,7 @@ def _audits(axes: Any, rows: Sequence[SummaryRow], metrics: Sequence[str]) -> bo
 
 
 def _curves(row: SummaryRow, metric: str) -> Any:
-    """Means per epoch and over seeds; None where nothing was measured."""
+    """Return means per epoch and over seeds; None where nothing was measured."""
     found = []
     for result in row.results.values():
         if result["history"]["steps"][metric][0] is None:

@@ -107,7 +107,7 @@ def _answer(group: Sequence[SummaryRow], rows: Sequence[SummaryRow], cost: CostS
 
 
 def devices(memory: Interval | None, cost: CostSettings) -> int | None:
-    """How many devices hold what a row's training adds to memory, where exact gradients need `cost.devices`.
+    """Return how many devices hold what a row's training adds to memory, where exact gradients need `cost.devices`.
 
     Memory decides, time does not: fewer devices work longer, and the bill in machine hours stays as it is. Rounded
     up, from the upper end of the interval; None where nothing is saved or only one device is in use.
@@ -119,7 +119,7 @@ def devices(memory: Interval | None, cost: CostSettings) -> int | None:
 
 
 def bill(row: SummaryRow, exact: SummaryRow | None, cost: CostSettings) -> Bill:
-    """What a row's trainings cost at the price of the machine."""
+    """Return what a row's trainings cost at the price of the machine."""
 
     def training(row: SummaryRow) -> float:
         return _mean(row, "training") * cost.scale / 3600 * cost.price_per_hour
@@ -134,8 +134,8 @@ def _warnings(group: Sequence[SummaryRow], best: SummaryRow | None) -> tuple[tup
     found: list[tuple[str, dict[str, object]]] = []
     if best is not None and len(best.results) < 3:
         found.append(("few_seeds", {"count": len(best.results)}))
-    for row in mine:
-        cosine, gap = row.metric("cosine"), _gap(row, mine)
+    for row in group:
+        cosine, gap = row.metric("cosine"), _gap(row, group)
         if cosine is not None and cosine.mean < HARMFUL:
             found.append(("low_cosine", {"strategy": row.label, "solver": row.solver, "cosine": f"{cosine.mean:.2f}"}))
         if gap is not None and gap.high is not None and gap.high < 0 and gap.mean < TOLERATED:

@@ -31,7 +31,7 @@ class Accumulation:
         return None if self.growth is None or self.growth.high is None else self.growth.high < 0
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values."""
         accuracy = [asdict(value) for value in self.accuracy]
         gap = None if self.gap is None else [asdict(value) for value in self.gap]
         growth = None if self.growth is None else asdict(self.growth)

@@ -105,18 +105,18 @@ class SummaryRow:
         return self.place[2] if self.explicit else self.strategy
 
     def metric(self, name: str) -> Interval | None:
-        """A metric over seeds; None where it was not measured."""
+        """Return a metric over seeds; None where it was not measured."""
         values = [METRICS[name](result) for result in self.results.values()]
         known = [value for value in values if value is not None]
         return Interval.of(known) if known else None
 
     def against(self, other: SummaryRow, name: str) -> Interval | None:
-        """The difference of a metric, paired by seed."""
+        """Return the difference of a metric, paired by seed."""
         found = [mine - theirs for mine, theirs in self._pairs(other, name)]
         return Interval.of(found) if found else None
 
     def ratio(self, other: SummaryRow, name: str) -> Interval | None:
-        """The quotient of a metric, paired by seed; of positive numbers only."""
+        """Return the quotient of a metric, paired by seed; of positive numbers only."""
         found = [mine / theirs for mine, theirs in self._pairs(other, name) if mine > 0 and theirs > 0]
         return Interval.of_ratios(found) if found else None
 
@@ -146,14 +146,14 @@ def _row(key: tuple[Any, ...], found: Sequence[CellResult]) -> SummaryRow:
 
 
 def reference(row: SummaryRow, among: Iterable[SummaryRow]) -> SummaryRow | None:
-    """The row that was trained with exact gradients and is otherwise the same."""
+    """Return the row that was trained with exact gradients and is otherwise the same."""
     same = (other for other in among if other.place == row.place and other.rtol == row.rtol and other.results)
     exact = [other for other in same if other.name == "exact-ift"]
     return next((other for other in exact if other.solver == row.solver), exact[0] if exact else None)
 
 
 def explicit(row: SummaryRow, among: Iterable[SummaryRow]) -> SummaryRow | None:
-    """The explicit network of equal size."""
+    """Return the explicit network of equal size."""
     data, backend, model, width = row.place
     place = (data, backend, f"{model}-explicit", width)
     return next((other for other in among if other.place == place and other.results), None)

@@ -15,12 +15,12 @@ from deqcore.study.report.summary import METRICS, Interval, SummaryRow
 
 
 def percent(value: Interval | None) -> str:
-    """An accuracy, with half the width of its interval."""
+    """Return an accuracy, with half the width of its interval."""
     return _with_half(value, 100.0, 2, "") if value else "–"
 
 
 def milliseconds(value: Interval | None) -> str:
-    """Seconds as milliseconds, three digits."""
+    """Return the seconds as milliseconds, three digits."""
     return "–" if value is None else significant(1e3 * value.mean)
 
 
@@ -30,22 +30,22 @@ def seconds(value: Interval | None) -> str:
 
 
 def megabytes(value: Interval | None) -> str:
-    """Bytes as MB."""
+    """Return the bytes as MB."""
     return "–" if value is None else f"{value.mean / 1e6:.0f}"
 
 
 def count(value: Interval | None) -> str:
-    """A mean number of evaluations."""
+    """Return a mean number of evaluations."""
     return "–" if value is None else f"{value.mean:.1f}"
 
 
 def cosine(value: Interval | None) -> str:
-    """A cosine, four decimals: 0.9996 and 1 are different answers."""
+    """Return a cosine, four decimals: 0.9996 and 1 are different answers."""
     return "–" if value is None else f"{value.mean:.4f}"
 
 
 def significant(value: float) -> str:
-    """Three significant digits; an exponent only where there would be nothing else to see."""
+    """Return three significant digits; an exponent only where there would be nothing else to see."""
     if value == 0:
         return "0"
     if abs(value) < 1e-4:
@@ -80,7 +80,7 @@ NOTE: Final = (
 
 
 def identity(row: SummaryRow) -> dict[str, str]:
-    """What a row is."""
+    """Return what a row is."""
     data, backend, model, _ = row.place
     solver, rtol = ("–", "–") if row.explicit else (row.solver, f"{row.rtol:g}")
     values = (data, backend, model, solver, rtol, "–" if row.explicit else row.strategy)
@@ -88,7 +88,7 @@ def identity(row: SummaryRow) -> dict[str, str]:
 
 
 def cells(rows: Sequence[SummaryRow]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines; what is the same in all lines is left out, but for the strategy."""
+    """Return the header and lines; what is the same in all lines is left out, but for the strategy."""
     identities = [identity(row) for row in rows]
     varying = [name for name in IDENTITY if name == "strategy" or len({each[name] for each in identities}) > 1]
     lines = []
@@ -101,7 +101,9 @@ def cells(rows: Sequence[SummaryRow]) -> tuple[list[str], list[list[str]]]:
 def shared(rows: Sequence[SummaryRow], head: Callable[[str], str] = str) -> str:
     """Describe what all rows have in common; `head` gives the names of columns in another language."""
     identities = [identity(row) for row in rows]
-    return ", ".join(f"{head(name)} {identities[0][name]}" for name in IDENTITY if len({each[name] for each in identities}) == 1)
+    return ", ".join(
+        f"{head(name)} {identities[0][name]}" for name in IDENTITY if len({each[name] for each in identities}) == 1
+    )
 
 
 def terminal(rows: Sequence[SummaryRow]) -> Table:
@@ -127,7 +129,7 @@ def markdown(rows: Sequence[SummaryRow]) -> str:
 
 
 def comma_separated(rows: Sequence[SummaryRow]) -> str:
-    """One line per cell, unrounded."""
+    """Return one line per cell, unrounded."""
     out = io.StringIO()
     writer = csv.writer(out)
     writer.writerow([*IDENTITY, "seed", *METRICS, "failure"])

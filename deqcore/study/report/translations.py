@@ -1,4 +1,4 @@
-"""What the report says, in each language. Sentences hold figures in braces; nothing else is translated."""
+"""The texts of the report in each language. Figures stand in braces; nothing else is translated."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ from typing import Final
 
 EN: Final = {
     "title": "Study {name}",
-    "answer": "The answer",
+    "answer": "Recommendation",
     "use": "For {model} on {data} ({backend}) use {strategy} with {solver}.",
-    "use_unsure": "For {model} on {data} ({backend}) {strategy} with {solver} was the fastest that lost no more than a "
-    "point, on too few seeds to recommend it.",
-    "nothing": "For {model} on {data} ({backend}) nothing trained to the end.",
+    "use_unsure": "For {model} on {data} ({backend}) {strategy} with {solver} was the fastest setting that lost at "
+    "most one point of accuracy, but there are too few seeds to recommend it.",
+    "nothing": "For {model} on {data} ({backend}) no training finished.",
     "accuracy": "Its test accuracy is {accuracy} %.",
     "is_exact": "Nothing faster is shown to stay within one point of accuracy of exact gradients.",
-    "time_exact": "A training takes {ratio} of the time with exact gradients; accuracy changes by {points} points.",
-    "time_explicit": "Against the explicit network of equal size: {ratio} of the time, {points} points of accuracy.",
+    "time_exact": "Training takes {ratio} of the time with exact gradients; accuracy changes by {points} points.",
+    "time_explicit": "Compared with the explicit network of equal size: {ratio} of the time, {points} points of accuracy.",
     "memory": "Training adds {ratio} of the memory that exact gradients add: a batch {batch} times as large fits in "
-    "the same space.",
-    "devices": "Where memory decides, {fewer} devices do for the {devices} that exact gradients need.",
-    "money": "One training costs {training}, a month of {count} trainings {month}.",
-    "saved": "Against exact gradients that is {saved} less a month.",
-    "lost": "Against exact gradients that is {saved} more a month.",
-    "payback": "A switch that costs {switch} has paid after {months} months.",
+    "the same memory.",
+    "devices": "Where memory decides, {fewer} devices suffice instead of the {devices} that exact gradients need.",
+    "money": "One training costs {training}; a month of {count} trainings costs {month}.",
+    "saved": "That is {saved} less per month than with exact gradients.",
+    "lost": "That is {saved} more per month than with exact gradients.",
+    "payback": "A switch that costs {switch} pays off after {months} months.",
     "interval": "In brackets: 95 % confidence intervals, paired over seeds.",
-    "few_seeds": "Only {count} seed(s): differences may be chance. Use three seeds or more before you decide.",
+    "few_seeds": "Only {count} seed(s): differences may be due to chance. Use at least three seeds before you decide.",
     "low_cosine": "{strategy} with {solver}: the gradient's cosine with the exact one is {cosine} on average.",
-    "harmful": "{strategy} with {solver} harms: accuracy changes by {points} points against exact gradients.",
+    "harmful": "{strategy} with {solver} is harmful: accuracy changes by {points} points against exact gradients.",
     "unconverged": "{strategy} with {solver}: {percent} % of the solves missed their tolerance.",
-    "failed": "{strategy} with {solver}, seed {seed}, did not end well: {reason}",
+    "failed": "{strategy} with {solver}, seed {seed}, did not finish: {reason}",
     "gates": "Gates",
     "stage": "stage",
     "criterion": "criterion",
@@ -45,12 +45,12 @@ EN: Final = {
     "rounds_note": "Test accuracy in % after each retraining on data that drifted further; in brackets the difference "
     "from exact gradients in points, paired over seeds; last column: how that difference changes from the first round "
     "to the last.",
-    "builds_up": "{strategy} with {solver}: what it loses against exact gradients builds up from round to round.",
-    "no_build_up": "{strategy} with {solver}: no build-up of its error is shown.",
+    "builds_up": "{strategy} with {solver}: its gap to exact gradients builds up from round to round.",
+    "no_build_up": "{strategy} with {solver}: its gap to exact gradients does not build up.",
     "results": "Results",
-    "table_note": "Times are medians of a step; f and vjps are what a batch pays for (its slowest sample), averaged "
-    "over steps; ± is half of the 95 % interval over seeds. Peak memory is that of the process (or the device) while "
-    "it trains.",
+    "table_note": "Times are medians of a step; f and vjps are the counts of the slowest sample of a batch, "
+    "averaged over steps; ± is half of the 95 % interval over seeds. Peak memory is that of the process (or the device) "
+    "during training.",
     "plot_accuracy": "Validation accuracy against training time",
     "plot_time": "Time of a step, split",
     "plot_evaluations": "Evaluations of f and vjps over training",
@@ -62,7 +62,7 @@ EN: Final = {
     "configuration": "Settings",
     "machine": "Machine and versions",
     "again": "To reproduce",
-    "made": "Everything here was measured on this machine; the numbers behind it are in results.json.",
+    "made": "All figures were measured on this machine; the underlying numbers are in results.json.",
 }
 JA: Final = {
     "title": "評価報告：{name}",
@@ -144,10 +144,10 @@ LANGUAGES: Final[dict[str, dict[str, str]]] = {"en": EN, "ja": JA}
 
 
 def say(language: str, word: str, **values: object) -> str:
-    """A sentence in a language, with its figures."""
+    """Return a sentence in a language, with its figures."""
     return LANGUAGES[language][word].format(**values)
 
 
 def head(language: str, title: str) -> str:
-    """The head of a column of the table of results."""
+    """Return the head of a column of the table of results."""
     return HEADS_JA[title] if language == "ja" else title

@@ -68,13 +68,13 @@ class AuditPoint:
 
 
 def initial_weights(cell: Cell, data: Dataset) -> tuple[Any, dict[str, Any]]:
-    """The model and where it starts: the same numbers on every backend, for every strategy."""
+    """Return the model and where it starts: the same numbers on every backend, for every strategy."""
     model = find(cell.model.name, cell.own.model)(data.shape, cell.model.width)
     return model, model.initial(np.random.default_rng([cell.seed, WEIGHTS]))
 
 
 def batches(cell: Cell, size: int, epoch: int) -> NDArray[np.int64]:
-    """Rows of the training data, `(steps, batch)`: a function of seed and epoch only."""
+    """Return the rows of the training data, `(steps, batch)`: a function of seed and epoch only."""
     batch = min(cell.training.batch, size)
     order = np.random.default_rng([cell.seed, ORDER, epoch]).permutation(size)
     steps = size // batch
@@ -82,7 +82,7 @@ def batches(cell: Cell, size: int, epoch: int) -> NDArray[np.int64]:
 
 
 def rate(cell: Cell, step: int, steps: int) -> float:
-    """Learning rate of a step: in each round from the full rate to zero along a cosine."""
+    """Return the learning rate of a step: in each round from the full rate to zero along a cosine."""
     each = steps // cell.drift.rounds
     return cell.training.rate * 0.5 * (1 + math.cos(math.pi * (step % each) / each))
 
@@ -310,7 +310,7 @@ class CellTraining:
 
 
 def times(columns: Mapping[str, Any]) -> dict[str, float]:
-    """Median seconds of each part of a step, and of the whole training (the sum of its steps)."""
+    """Return the median seconds of each part of a step, and of the whole training (the sum of its steps)."""
     parts = {name: float(median(columns[name])) for name in PARTS}
     whole = [sum(each) for each in zip(*(columns[name] for name in PARTS), strict=True)]
     return parts | {"step": float(median(whole)), "training": float(sum(whole))}

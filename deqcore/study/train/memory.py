@@ -35,7 +35,7 @@ class PeakMemory:
 
     @staticmethod
     def now() -> int:
-        """The resident set as it is, bytes."""
+        """Return the resident set as it is, bytes."""
         import psutil
 
         return int(psutil.Process().memory_info().rss)

@@ -109,7 +109,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def device(self) -> str:
-        """What the device is called, for the report: "cpu", or a GPU's model."""
+        """Return what the device is called, for the report: "cpu", or a GPU's model."""
 
     @abstractmethod
     def warm_up(self, x: Numbers, y: Numbers, count: int) -> None:
@@ -127,11 +127,11 @@ class Trainer(ABC):
 
     @abstractmethod
     def predict(self, x: Numbers) -> Numbers:
-        """Logits, float32, on the host."""
+        """Return the logits, float32, on the host."""
 
     @abstractmethod
     def gradient(self, x: Numbers, y: Numbers, config: Config) -> tuple[float, Numbers]:
-        """Loss, and its gradient for all weights as one vector, in the order of their names."""
+        """Return the loss, and its gradient for all weights as one vector, in the order of their names."""
 
     @abstractmethod
     def radius(self, x: Numbers, config: Config, products: int) -> Numbers:
@@ -139,7 +139,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def save(self) -> Weights:
-        """Everything that `restore` needs: weights as `weight.NAME`, and Adam's state."""
+        """Return everything that `restore` needs: weights as `weight.NAME`, and Adam's state."""
 
     @abstractmethod
     def restore(self, saved: Weights) -> None:
@@ -149,7 +149,7 @@ class Trainer(ABC):
         """Restart the measurement of the device's peak memory."""
 
     def peak(self) -> int | None:
-        """Peak memory of the device in bytes since `reset_peak`; None if the host is the only device."""
+        """Return the peak memory of the device in bytes since `reset_peak`; None if the host is the only device."""
         return None
 
 

@@ -31,7 +31,7 @@ def rounded(a: Any) -> Any:
 
 
 def draw(name: str) -> tuple[dict[str, Any], Any, Any]:
-    """Parameters, inputs and z0 of a problem."""
+    """Return the parameters, inputs and z0 of a problem."""
     rng = np.random.default_rng(sum(map(ord, name)))
 
     def normal(*shape: int, scale: float = 1.0) -> Any:
@@ -102,14 +102,14 @@ class Flat:
         return np.ravel(raveled(self.f(np, params, self.unravel(z), inputs), self.batch))
 
     def unravel(self, z: Any) -> Any:
-        """The tree of a vector."""
+        """Return the tree of a vector."""
         rows = z.reshape(self.batch, -1)
         offsets = iter(np.cumsum([0, *(leaf[0].size for _, leaf in walk(self.z0, ""))]))
         ends = iter(np.cumsum([leaf[0].size for _, leaf in walk(self.z0, "")]))
         return rebuild(self.z0, lambda leaf: rows[:, next(offsets) : next(ends)].reshape(leaf.shape))
 
     def moved(self, size: float, direction: dict[str, Any]) -> Flat:
-        """The problem with all its data moved by `size` along a direction."""
+        """Return the problem with all its data moved by `size` along a direction."""
         leaves = iter([leaf + size * direction[name] for name, leaf in self.data])
         params = rebuild(self.params, lambda _: next(leaves))
         inputs = rebuild(self.inputs, lambda _: next(leaves))
@@ -157,7 +157,7 @@ class Flat:
 
 
 def derivative(f: Callable[[Any], Any], x: Any) -> Any:
-    """Dense Jacobian by the complex step: `(f(x).size, x.size)`."""
+    """Return dense Jacobian by the complex step: `(f(x).size, x.size)`."""
     columns = []
     for i in range(x.size):
         moved = x.astype(np.complex128)
@@ -207,7 +207,7 @@ def inverse_facts(a: Any, v: Any) -> tuple[Any, Any]:
 
 
 def compute(name: str) -> dict[str, Any]:
-    """Everything that is stored for one problem."""
+    """Return everything that is stored for one problem."""
     params, inputs, z0 = draw(name)
     params, inputs = rebuild(params, rounded), rebuild(inputs, rounded)
     rng = np.random.default_rng(7)

@@ -109,7 +109,7 @@ def check(
 
 
 def combinations(solvers: Iterable[str], strategies: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Solvers and strategies that fit together.
+    """Yield the solvers and strategies that fit together.
 
     Raises:
         UnknownNameError: a name is not registered.
@@ -121,12 +121,12 @@ def combinations(solvers: Iterable[str], strategies: Sequence[str]) -> Iterator[
 
 
 def is_exact(strategy: str) -> bool:
-    """Whether a strategy promises the true gradient."""
+    """Return whether a strategy promises the true gradient."""
     return bool(getattr(plugins.load("strategy", strategy), "exact", False))
 
 
 def plan(pairs: Iterable[tuple[str, str]], dtype: str) -> Iterator[Job]:
-    """The jobs of one backend in one dtype."""
+    """Yield the jobs of one backend in one dtype."""
     begun = set()
     for solver, strategy in pairs:
         if is_exact(strategy):
@@ -138,43 +138,43 @@ def plan(pairs: Iterable[tuple[str, str]], dtype: str) -> Iterator[Job]:
 
 
 def exact_job(problem: str, solver: str, strategy: str, dtype: str) -> Job:
-    """A solve to what the dtype can reach."""
+    """Return a solve to what the dtype can reach."""
     rtol = tolerance_of(golden(problem), dtype)
     return Job("solve", problem, dtype, solver, strategy, {}, tight(strategy, rtol), rtol, MAX_STEPS)
 
 
 def fixed_job(solver: str, strategy: str, dtype: str, jitter: int = 0) -> Job:
-    """A few steps without a tolerance: the same algorithm everywhere, so the same answer."""
+    """Return a few steps without a tolerance: the same algorithm everywhere, so the same answer."""
     steps = FEW_STEPS if worker.solves_inside(plugins.make_solver(solver, {})) else FIXED_STEPS
     options = {"steps": steps} if solver_steps(strategy) else {}
     return Job("solve", FIXED_PROBLEM, dtype, solver, strategy, {}, options, max_steps=steps, jitter=jitter)
 
 
 def solver_steps(strategy: str) -> bool:
-    """Whether a strategy records a number of the solver's own steps."""
+    """Return whether a strategy records a number of the solver's own steps."""
     made = plugins.make_strategy(strategy, {})
     return isinstance(made, StepStrategy) and not made.solves() and "steps" in option_names(strategy)
 
 
 def option_names(strategy: str) -> set[str]:
-    """Names of a strategy's options."""
+    """Return the names of a strategy's options."""
     cls: Any = plugins.load("strategy", strategy)
     return {field.name for field in fields(cls)}
 
 
 def tight(strategy: str, rtol: float) -> dict[str, object]:
-    """Options that make an exact strategy as exact as `rtol`."""
+    """Return the options that make an exact strategy as exact as `rtol`."""
     known = option_names(strategy)
     return {name: value for name, value in {"rtol": rtol, "max_steps": ADJOINT_STEPS}.items() if name in known}
 
 
 def tolerance_of(problem: Golden, dtype: str) -> float:
-    """The relative tolerance of both solves."""
+    """Return the relative tolerance of both solves."""
     return tolerance(float(np.finfo(dtype).eps), problem.truth.jacobian.shape[1])
 
 
 def jittered(pairs: Iterable[tuple[str, str]], dtype: str) -> Iterator[Job]:
-    """The reference's runs on data changed by one unit in the last place: what rounding does to each algorithm.
+    """Yield the reference's runs on data changed by one unit in the last place: what rounding does to each algorithm.
 
     In float64, where a promise takes their place, only for estimates: that figure is worth knowing.
     """
@@ -186,7 +186,7 @@ def jittered(pairs: Iterable[tuple[str, str]], dtype: str) -> Iterator[Job]:
 
 
 def reference_of(backends: Sequence[str]) -> str:
-    """The backend that the others are compared with: the first that needs no framework."""
+    """Return the backend that the others are compared with: the first that needs no framework."""
     light = [name for name, spec in plugins.backends().items() if spec.package is None]
     return next((name for name in backends if name in light), light[0] if light else backends[0])
 
@@ -208,7 +208,7 @@ def execute(jobs: Mapping[tuple[str, str], list[Job]], tell: Callable[[str], Non
 
 
 def truth_arrays(problem: Golden) -> dict[str, Any]:
-    """The stored truth under the names that a worker uses."""
+    """Return the stored truth under the names that a worker uses."""
     truth = problem.truth
     found = dict(walk(truth.z, "z"))
     found |= dict(walk(unraveled(truth.gradients["cotangent"], problem.problem.z0), "cotangent"))
@@ -239,14 +239,14 @@ def judge(runs: Sequence[GradientRun], chosen: Sequence[str]) -> Iterator[Compar
 
 
 def bounds_of(job: Job, problem: Golden) -> dict[str, float]:
-    """Bounds of an exact job, by quantity."""
+    """Return the bounds of an exact job, by quantity."""
     eps, n = float(np.finfo(job.dtype).eps), problem.truth.jacobian.shape[1]
     found = problem.truth.sensitivity.bounds(eps, n, job.rtol, job.rtol)
     return {"z": found.pop("value"), **found}
 
 
 def allowed(job: Job, reference: GradientRun, runs: Sequence[GradientRun]) -> dict[str, float]:
-    """What frameworks may differ by after the same steps: a promise in float64, measured in narrower dtypes."""
+    """Return what frameworks may differ by after the same steps: a promise in float64, measured in narrower dtypes."""
     names = quantities(reference.arrays)
     if job.dtype == "float64":
         return {name: SAME * size(reference.arrays, name) for name in names}
@@ -260,7 +260,7 @@ def allowed(job: Job, reference: GradientRun, runs: Sequence[GradientRun]) -> di
 
 
 def same_algorithm(a: Job, b: Job) -> bool:
-    """Whether two jobs differ in their data only."""
+    """Return whether two jobs differ in their data only."""
     return (a.problem, a.solver, a.strategy, a.dtype) == (b.problem, b.solver, b.strategy, b.dtype)
 
 
@@ -289,7 +289,7 @@ def compare(
 
 
 def spreads(runs: Sequence[GradientRun]) -> dict[str, float]:
-    """How far one unit in the last place of the data moves each approximate gradient, relative, the largest."""
+    """Return how far one unit in the last place of the data moves each approximate gradient, relative, the largest."""
     plain = [run for run in runs if not run.job.jitter and not run.error]
     found: dict[str, float] = {}
     for run in runs:

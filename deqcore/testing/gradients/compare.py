@@ -56,12 +56,12 @@ class Comparison:
 
 
 def quantity_of(name: str) -> str:
-    """The quantity that an array belongs to."""
+    """Return the quantity that an array belongs to."""
     return next((whole for whole in WHOLE if name.startswith(whole)), name)
 
 
 def quantities(*results: Mapping[str, Any]) -> list[str]:
-    """The quantities that all results have, in the order in which an error would travel."""
+    """Return the quantities that all results have, in the order in which an error would travel."""
     common = set.intersection(*({quantity_of(name) for name in result} for result in results))
 
     def rank(name: str) -> tuple[int, str]:
@@ -71,24 +71,24 @@ def quantities(*results: Mapping[str, Any]) -> list[str]:
 
 
 def parts(result: Mapping[str, Any], quantity: str) -> dict[str, Any]:
-    """The arrays of one quantity, by leaf name, in float64."""
+    """Return the arrays of one quantity, by leaf name, in float64."""
     names = sorted(name for name in result if quantity_of(name) == quantity)
     return {name: np.asarray(result[name], np.float64) for name in names}
 
 
 def vector(result: Mapping[str, Any], quantity: str) -> Any:
-    """One quantity as one vector."""
+    """Return one quantity as one vector."""
     found = [np.ravel(part) for part in parts(result, quantity).values()]
     return np.concatenate(found) if found else np.zeros(0)
 
 
 def size(result: Mapping[str, Any], quantity: str) -> float:
-    """2-norm of a quantity."""
+    """Return the 2-norm of a quantity."""
     return float(np.linalg.norm(vector(result, quantity)))
 
 
 def differ(found: Mapping[str, Any], expected: Mapping[str, Any], quantity: str) -> tuple[float, float, float, str]:
-    """Error, relative error, cosine and the place of the largest difference of one quantity."""
+    """Return the error, relative error, cosine and the place of the largest difference of one quantity."""
     a, b = vector(found, quantity), vector(expected, quantity)
     if a.shape != b.shape:
         shapes = [{name: part.shape for name, part in parts(each, quantity).items()} for each in (found, expected)]

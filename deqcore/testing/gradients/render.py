@@ -19,7 +19,7 @@ LISTED: Final = 12  # failures that are described; JSON has all
 
 
 def as_json(report: GradientReport, seconds: float) -> dict[str, object]:
-    """Everything in the report as plain values."""
+    """Return everything in the report as plain values."""
     return {
         "ok": report.ok,
         "seconds": round(seconds, 2),
@@ -44,7 +44,7 @@ def _run(run: GradientRun) -> dict[str, object]:
 
 
 def matrix(report: GradientReport, seconds: float) -> RenderableType:
-    """One line per solver and strategy, one column per backend and dtype."""
+    """Return one line per solver and strategy, one column per backend and dtype."""
     columns = list(dict.fromkeys((each.backend, each.job.dtype) for each in report.runs if not each.job.jitter))
     columns.sort(key=lambda column: (column[0], SHORT.get(column[1], column[1]) != "f64"))
     table = Table("solver", "strategy", "against", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -123,7 +123,7 @@ def _summary(report: GradientReport, seconds: float) -> Text:
 
 
 def leaves(report: GradientReport, seconds: float) -> RenderableType:
-    """One line per quantity of a user's own problem, and the first place of disagreement."""
+    """Return one line per quantity of a user's own problem, and the first place of disagreement."""
     table = Table(
         *("backend", "dtype", "solver", "quantity", "against", "relative error", "allowed", "cosine", "verdict"),
         box=box.SIMPLE_HEAD,
@@ -142,7 +142,7 @@ def leaves(report: GradientReport, seconds: float) -> RenderableType:
 
 
 def complaints(report: GradientReport) -> list[str]:
-    """What is wrong with a user's own problem, a line each: errors, then first disagreements."""
+    """Return what is wrong with a user's own problem, a line each: errors, then first disagreements."""
     lines = [f"{run.backend}, {run.job.dtype}: {run.error}" for run in _distinct(report.errors)]
     found = first_disagreements(report).items()
     return lines + [f"First disagreement of {key}: {each.quantity}. {_why(each)}" for key, each in found]

@@ -98,7 +98,7 @@ def _solve_job(where: str, problem: Problem, solver: str, strategy: str, dtype: 
 
 
 def _width(problem: Problem) -> int:
-    """Elements of one sample's state."""
+    """Return the elements of one sample's state."""
     leaves = [np.asarray(leaf) for _, leaf in walk(problem.z0, "z0")]
     return sum(leaf[0].size if problem.batch and len(leaf) else leaf.size for leaf in leaves)
 
@@ -110,12 +110,12 @@ def own_report(runs: Sequence[GradientRun], chosen: Sequence[str]) -> GradientRe
 
 
 def references(runs: Sequence[GradientRun]) -> dict[tuple[str, str], Mapping[str, Any]]:
-    """Arrays of the dense references that were found, by backend and dtype of the data."""
+    """Return the arrays of the dense references that were found, by backend and dtype of the data."""
     return {(run.backend, run.job.data): run.arrays for run in runs if run.job.kind == "dense" and not run.error}
 
 
 def sensitivity_of(arrays: Mapping[str, Any]) -> Sensitivity:
-    """What a worker found about the condition of its problem."""
+    """Return what a worker found about the condition of its problem."""
     prefix = "slope:"
     slopes = {
         name.removeprefix(prefix): Slope(*map(float, value))

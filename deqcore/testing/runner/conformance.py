@@ -101,7 +101,7 @@ def check(request: SuiteRequest, tell: Callable[[str], None] = lambda _: None) -
 
 
 def backends_of(request: SuiteRequest) -> tuple[str, ...]:
-    """A backend is checked on itself, everything else on all that are installed, the strict one first."""
+    """Return a backend is checked on itself, everything else on all that are installed, the strict one first."""
     if request.kind == "backend":
         strict.register()
         return installed((request.name,))
@@ -158,13 +158,13 @@ def _run(request: SuiteRequest, backend: str) -> list[CaseOutcome]:
 
 
 def _kept(env: Mapping[str, str]) -> dict[str, str]:
-    """The environment without settings: the suite has its own."""
+    """Return the environment without settings: the suite has its own."""
     names = ("DEQCORE_FORWARD", "DEQCORE_BACKWARD", "DEQCORE_BACKEND")
     kept = {name: value for name, value in env.items() if not name.startswith(names)}
     return kept | {"PYTHONPATH": os.pathsep.join(part for part in sys.path if part)}
 
 
 def ok(outcomes: Sequence[CaseOutcome]) -> bool:
-    """Whether nothing failed and something ran."""
+    """Return whether nothing failed and something ran."""
     ran = [each for each in outcomes if each.outcome != "skipped"]
     return bool(ran) and all(each.outcome != "failed" for each in ran)

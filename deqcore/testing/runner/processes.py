@@ -28,7 +28,7 @@ class WorkerTask:
 
 
 def environment(dtype: str) -> dict[str, str]:
-    """One thread each, and double precision where a framework has it behind a switch."""
+    """Return one thread each, and double precision where a framework has it behind a switch."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     switches = {"JAX_ENABLE_X64": "1" if dtype == "float64" else "0"}
     return {**os.environ, **threads, **switches}

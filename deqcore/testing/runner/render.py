@@ -18,7 +18,7 @@ LISTED: Final = 15
 
 
 def as_json(request: SuiteRequest, outcomes: Sequence[CaseOutcome], seconds: float) -> dict[str, object]:
-    """Everything as plain values."""
+    """Return everything as plain values."""
     return {
         "ok": ok(outcomes),
         "kind": request.kind,
@@ -29,7 +29,7 @@ def as_json(request: SuiteRequest, outcomes: Sequence[CaseOutcome], seconds: flo
 
 
 def table(request: SuiteRequest, outcomes: Sequence[CaseOutcome], seconds: float) -> RenderableType:
-    """One line per test, one column per backend, then a description of each failure."""
+    """Return one line per test, one column per backend, then a description of each failure."""
     backends = list(dict.fromkeys(each.backend for each in outcomes))
     made = Table(f"{request.kind} {request.name}", box=box.SIMPLE_HEAD, pad_edge=False)
     for backend in backends:
@@ -43,7 +43,7 @@ def table(request: SuiteRequest, outcomes: Sequence[CaseOutcome], seconds: float
 
 
 def sentence(check: str) -> str:
-    """A test's name as the promise that it is."""
+    """Return a test's name as the promise that it is."""
     text = check.removeprefix("test_").replace("_", " ")
     return text[:1].upper() + text[1:]
 
@@ -89,7 +89,7 @@ def _summary(outcomes: Sequence[CaseOutcome], seconds: float) -> Text:
 
 
 def junit(request: SuiteRequest, outcomes: Sequence[CaseOutcome]) -> str:
-    """JUnit's XML, one suite per backend."""
+    """Return JUnit's XML, one suite per backend."""
     root = ET.Element("testsuites", name=f"deqcore check {request.kind} {request.name}")
     for backend in dict.fromkeys(each.backend for each in outcomes):
         mine = [each for each in outcomes if each.backend == backend]

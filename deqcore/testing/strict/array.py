@@ -98,7 +98,7 @@ class StrictArray:
 
 
 def wrap(value: Any) -> Any:
-    """NumPy arrays as strict ones, also within tuples and lists."""
+    """Return NumPy arrays as strict ones, also within tuples and lists."""
     if isinstance(value, np.ndarray | np.generic):
         return StrictArray(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -107,7 +107,7 @@ def wrap(value: Any) -> Any:
 
 
 def unwrap(value: Any) -> Any:
-    """The NumPy arrays inside, also within tuples, lists and dicts."""
+    """Return the NumPy arrays inside, also within tuples, lists and dicts."""
     if isinstance(value, StrictArray):
         return value.hidden
     if isinstance(value, dict):

@@ -146,5 +146,7 @@ def _mapped(backend: Backend, trees: Any, change: Callable[[Any], Any]) -> Any:
 
 def _condition(going: Any) -> bool:
     if not isinstance(going, StrictArray) or going.shape != () or going.dtype != bool:
-        raise StrictError(f"A loop's condition must be one bool array without axes (got {going!r}). Use xp.any or xp.all.")
+        raise StrictError(
+            f"A loop's condition must be one bool array without axes (got {going!r}). Use xp.any or xp.all."
+        )
     return bool(going.hidden)

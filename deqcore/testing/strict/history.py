@@ -69,7 +69,7 @@ class StrictHistory(History):
         return StrictHistory(self.inner.masked(unwrap(active)))
 
     def vectors(self) -> Array:
-        """All slots, zero where nothing was written."""
+        """Return all slots, zero where nothing was written."""
         used: Any = self.inner.vectors()
         shape, dtype, _ = self.kind
         found = np.zeros(shape, dtype)  # type: ignore[call-overload]

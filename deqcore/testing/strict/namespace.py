@@ -213,9 +213,7 @@ class Linalg(SimpleNamespace):
 
     def __getattr__(self, name: str) -> Any:
         if name not in LINALG:
-            raise StrictError(
-                f"xp.linalg.{name} is not in the array API standard: other frameworks may lack it."
-            )
+            raise StrictError(f"xp.linalg.{name} is not in the array API standard: other frameworks may lack it.")
         return _strict(getattr(np.linalg, name))
 
 
