@@ -95,9 +95,9 @@ def absent() -> list[str]:
 def _earlier(out: Path, quick: bool) -> dict[str, Any]:
     path = out / "results.json"
     if path.is_file():
-        found: dict[str, Any] = json.loads(path.read_text())
-        if found.get("quick") == quick:
-            return found
+        results: dict[str, Any] = json.loads(path.read_text())
+        if results.get("quick") == quick:
+            return results
     return {"quick": quick, "sections": {}}
 
 
@@ -108,10 +108,10 @@ def _measure(name: str, threads: int, quick: bool) -> dict[str, Any]:
         return {"error": f"{framework} is not installed"}
     start = time.perf_counter()
     machine = describe(["torch", "jax", "jaxlib", *(n for group in LIBRARIES.values() for n in group)])
-    found = _run(section, framework, threads, quick)
+    result = _run(section, framework, threads, quick)
     elapsed = round(time.perf_counter() - start, 1)
     _say(f"{name}: {elapsed} s")
-    return {"machine": machine, "threads": threads, "commit": commit(), "seconds": elapsed, **found}
+    return {"machine": machine, "threads": threads, "commit": commit(), "seconds": elapsed, **result}
 
 
 def _run(section: str, framework: str, threads: int, quick: bool) -> dict[str, Any]:
@@ -124,8 +124,8 @@ def _run(section: str, framework: str, threads: int, quick: bool) -> dict[str, A
         process = subprocess.run(command, cwd=ROOT, env=environment, check=False)
         if process.returncode or not answer.is_file():
             return {"error": f"its process ended with code {process.returncode}; its message stands above"}
-        found: dict[str, Any] = json.loads(answer.read_text())
-        return found
+        results: dict[str, Any] = json.loads(answer.read_text())
+        return results
 
 
 def commit() -> str:

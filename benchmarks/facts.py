@@ -37,11 +37,11 @@ def facts(*, quick: bool, say: Say) -> dict[str, Facts]:
         "fixed cost": fixed_cost,
         "stored vectors": stored_vectors,  # last: it makes allocation slow
     }
-    found = {}
+    result = {}
     for name, make in makers.items():
         say(f"torch: {name}")
-        found[name] = make(quick)
-    return found
+        result[name] = make(quick)
+    return result
 
 
 def linear(seeds: int) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ def limited_memory(quick: bool, memory: int = 10, steps: int = 200, rtol: float 
     Ours returns f(z), whose residual may be a little above that of the z that met the tolerance.
     """
     a, b = linear(20 if quick else 200)
-    found = deqcore.fixed_point(
+    value = deqcore.fixed_point(
         apply,
         torch.zeros_like(b),
         a,
@@ -84,8 +84,8 @@ def limited_memory(quick: bool, memory: int = 10, steps: int = 200, rtol: float 
     )
     result: Facts = {
         "seeds": len(b),
-        "failures": int((~found.converged).sum()),
-        "median steps": float(found.steps.double().median()),
+        "failures": int((~value.converged).sum()),
+        "median steps": float(value.steps.double().median()),
     }
     if find_spec("torchdeq") is not None:
         from torchdeq.solver import broyden_solver
@@ -107,12 +107,12 @@ def anderson_linear(quick: bool, rtol: float = 1e-6, steps: int = 400) -> Facts:
     a, b = linear(5 if quick else 20)
     zero = torch.zeros_like(b)
     settings = {"forward__solver": "anderson", "forward__rtol": rtol, "forward__max_steps": steps, **QUIET}
-    found = deqcore.fixed_point(apply, zero, a, b, **settings)
+    value = deqcore.fixed_point(apply, zero, a, b, **settings)
     six = deqcore.fixed_point(apply, zero, a, b, forward__options={"history_size": 6}, **settings)
     result: Facts = {
-        "evaluations": float(found.evaluations.double().median()),
+        "evaluations": float(value.evaluations.double().median()),
         "evaluations with memory 6": float(six.evaluations.double().median()),
-        "residual": float(_relative(found.value, a, b).max()),
+        "residual": float(_relative(value.value, a, b).max()),
     }
     if find_spec("torchdeq") is not None:
         result["torchdeq evaluations"] = statistics.median(
@@ -162,12 +162,12 @@ def newton_on_expansive(quick: bool) -> Facts:
     f = problem.problem.bound(backend)
     result: Facts = {}
     for solver in ("newton-krylov", "picard"):
-        found = deqcore.fixed_point(f, z0, params, inputs, forward__solver=solver, forward__rtol=1e-12, **QUIET)
-        distance = np.abs(backend.to_numpy(found.value) - problem.truth.z).max()
+        output = deqcore.fixed_point(f, z0, params, inputs, forward__solver=solver, forward__rtol=1e-12, **QUIET)
+        distance = np.abs(backend.to_numpy(output.value) - problem.truth.z).max()
         result[solver] = {
-            "converged": bool(found.converged.all()),
+            "converged": bool(output.converged.all()),
             "distance": float(distance) if np.isfinite(distance) else None,
-            "evaluations": int(found.evaluations.max()),
+            "evaluations": int(output.evaluations.max()),
         }
     return result
 

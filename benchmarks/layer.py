@@ -80,8 +80,8 @@ def measure(batch: int, width: int, rounds: int, budget: float, clock: Clock) ->
     for task in tasks.values():
         task()
     own = inside(layer, x, 50)
-    found = interleave(tasks, rounds=rounds, budget=budget, clock=clock).seconds
-    base, difference = compared(found, "bare", "layer")
+    result = interleave(tasks, rounds=rounds, budget=budget, clock=clock).seconds
+    base, difference = compared(result, "bare", "layer")
     seconds = Spread.of(base).median
     return {
         "case": f"batch {batch}, width {width}",

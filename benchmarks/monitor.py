@@ -55,9 +55,9 @@ class Clocked(Observer):
 
     def adjust(self, config: Config, backend: Backend) -> Config:
         start = time.thread_time()
-        found = self.monitor.adjust(config, backend)
+        result = self.monitor.adjust(config, backend)
         self.seconds += time.thread_time() - start
-        return found
+        return result
 
     def solved(self, solve: Solve) -> None:
         start = time.thread_time()
@@ -120,9 +120,9 @@ def measure(cell: str, batch: int, size: int, rounds: int, budget: float, clock:
         for task in tasks.values():
             task()
         seconds, share = inside(step, monitor, 10 * monitor.every)
-        found = interleave(tasks, rounds=rounds, budget=budget, clock=clock)
+        result = interleave(tasks, rounds=rounds, budget=budget, clock=clock)
         monitor.close()
-    base, difference = compared(found.seconds, "off", "on")
+    base, difference = compared(result.seconds, "off", "on")
     return {
         "cell": f"{cell}, batch {batch}, size {size}",
         "step_ms": 1e3 * Spread.of(base).median / monitor.every,
@@ -130,7 +130,7 @@ def measure(cell: str, batch: int, size: int, rounds: int, budget: float, clock:
         "inside": share,
         **difference,
         "rounds": len(base),
-        "disturbance": Spread.of(found.disturbance).median,
+        "disturbance": Spread.of(result.disturbance).median,
         "target_met": share <= TARGET,
     }
 

@@ -80,12 +80,12 @@ def main(
             f"inside <= {target:.0%}: {'met' if row['target_met'] else 'MISSED'}",
             flush=True,
         )
-    found = {"machine": describe(["torch"]), "clock": clock.__name__, "rows": rows}
+    result = {"machine": describe(["torch"]), "clock": clock.__name__, "rows": rows}
     if asked.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(result, indent=2))
     if asked.out is not None:
-        (asked.out / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
-        (asked.out / f"{name}.md").write_text(page(name, description or "", found, head, target))
+        (asked.out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+        (asked.out / f"{name}.md").write_text(page(name, description or "", result, head, target))
 
 
 def page(name: str, description: str, found: Row, head: Callable[[Row], str], target: float) -> str:

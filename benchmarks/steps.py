@@ -43,7 +43,7 @@ class Step:
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Step:
         """Undo `as_dict`."""
-        return cls(**{each.name: plain[each.name] for each in fields(cls)})
+        return cls(**{item.name: plain[item.name] for item in fields(cls)})
 
     def as_dict(self) -> dict[str, object]:
         """Return plain values for JSON."""

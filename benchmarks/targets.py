@@ -81,20 +81,20 @@ class Results:
 
     def listed(self, framework: str, case: str, contender: str) -> BenchRow | None:
         """Return a contender, timed or not."""
-        found = [r for r in self.rows if (r.framework, r.case, r.contender) == (framework, case, contender)]
-        return found[0] if found else None
+        result = [r for r in self.rows if (r.framework, r.case, r.contender) == (framework, case, contender)]
+        return result[0] if result else None
 
     def fact(self, name: str, *keys: str) -> Any:
         """Return a single figure."""
-        found: Any = self.section("facts-torch").get(name)
+        result: Any = self.section("facts-torch").get(name)
         for key in keys:
-            found = None if found is None else found.get(key)
-        return found
+            result = None if result is None else result.get(key)
+        return result
 
 
 def targets(results: Mapping[str, Any]) -> list[Target]:
     """Return all of them, in the order of the table."""
-    found = Results(results)
+    result = Results(results)
     makers: tuple[Callable[[Results], list[Target]], ...] = (
         _overheads,
         _against_torchdeq,
@@ -105,7 +105,7 @@ def targets(results: Mapping[str, Any]) -> list[Target]:
         _fixed_cost,
         _training,
     )
-    return [target for make in makers for target in make(found)]
+    return [target for make in makers for target in make(result)]
 
 
 def _ratio(what: str, limit: float, ours: Spread | None, peer: str = "") -> Target:

@@ -75,10 +75,10 @@ def cases(setting: Setting) -> dict[str, Any]:
             continue
         notes[name] = f"{made.note}; relative residual {made.rtol:g}, at most {made.max_steps} steps"
         contenders = [*ours(SOLVERS, made, measured.traced), *others]
-        found = compare(
+        result = compare(
             measured, made, contenders, rounds=setting.rounds, budget=setting.seconds(name), say=setting.say
         )
-        rows += [row.as_dict() for row in found]
+        rows += [row.as_dict() for row in result]
     return {"rows": rows, "notes": notes}
 
 
@@ -92,8 +92,8 @@ def curves(setting: Setting) -> dict[str, Any]:
     from deqcore.bench.sweeps import STEPS, points
 
     measured = harness(setting.framework, setting.threads)
-    mine = [Deqcore(name) for name in SOLVERS[:3]]
-    rivals = [each for each in peers(setting.framework) if each.library in ("torchdeq", "jaxopt")]
+    own = [Deqcore(name) for name in SOLVERS[:3]]
+    rivals = [peer for peer in peers(setting.framework) if peer.library in ("torchdeq", "jaxopt")]
     limits: dict[str, Any] = {
         "rounds": 1 if setting.quick else 3,
         "seconds": 0.3 if setting.quick else 2.0,
@@ -106,13 +106,13 @@ def curves(setting: Setting) -> dict[str, Any]:
         budgets, batches, sizes = budgets[:2], batches[:2], sizes[:2]
     residual = []
     for name in ("dense",) if setting.compiled else ("dense", "conv"):
-        residual += points(measured, case(name, setting.quick), [*mine, *rivals], budgets, **limits)
+        residual += points(measured, case(name, setting.quick), [*own, *rivals], budgets, **limits)
     batch, size = [], []
-    for each in batches:
-        batch += points(measured, dense(each, 64 if setting.quick else 256), [*mine, *rivals], [STEPS], **limits)
-    for each in sizes:
-        size += points(measured, dense(16 if setting.quick else 64, each), [*mine, *rivals], [STEPS], **limits)
-    return {key: [p.as_dict() for p in found] for key, found in zip(CURVES, (residual, batch, size), strict=True)}
+    for item in batches:
+        batch += points(measured, dense(item, 64 if setting.quick else 256), [*own, *rivals], [STEPS], **limits)
+    for item in sizes:
+        size += points(measured, dense(16 if setting.quick else 64, item), [*own, *rivals], [STEPS], **limits)
+    return {key: [p.as_dict() for p in result] for key, result in zip(CURVES, (residual, batch, size), strict=True)}
 
 
 CURVES: Final = ("residual", "batch", "size")

@@ -90,10 +90,10 @@ def measure(given: argparse.Namespace, keep: Callable[[Mapping[str, Any]], objec
     chosen = [name for name in PARTS if name in (given.part or PARTS) or name == "device"]
     for i, name in enumerate(chosen):
         left = given.budget - (time.perf_counter() - start)
-        share = left * PARTS[name].seconds / sum(PARTS[each].seconds for each in chosen[i:])
+        share = left * PARTS[name].seconds / sum(PARTS[item].seconds for item in chosen[i:])
         items = results["parts"][name] = {}
         if find_spec(PARTS[name].needs) is None:
-            items.update({each: {"error": f"{PARTS[name].needs} is not installed"} for each in PARTS[name].weights})
+            items.update({weight: {"error": f"{PARTS[name].needs} is not installed"} for weight in PARTS[name].weights})
         else:
             for answer in (run or _Processes(given.device, given.quick))(name, list(PARTS[name].weights), share):
                 items[answer.pop("item")] = answer

@@ -32,11 +32,11 @@ def harness(device: str, dtype: str) -> Harness:
 
 def relative(z: Tensor, fz: Tensor) -> Any:
     """‖f(z) − z‖ / ‖f(z)‖ per sample in float64, one sample at a time: a large batch has no room for its copy."""
-    found = []
+    result = []
     for one, image in zip(z, fz, strict=True):
         wide = image.double()
-        found.append((wide - one.double()).norm() / wide.norm().clamp(min=1e-300))
-    return torch.stack(found).cpu().numpy()
+        result.append((wide - one.double()).norm() / wide.norm().clamp(min=1e-300))
+    return torch.stack(result).cpu().numpy()
 
 
 def peak_allocated(task: Callable[[], object]) -> int:
@@ -68,7 +68,7 @@ def counted_warnings(task: Callable[[], object], words: str) -> int:
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
         task()
-    return sum(words in str(each.message) for each in given)
+    return sum(words in str(item.message) for item in given)
 
 
 @contextmanager
@@ -116,7 +116,7 @@ def settle(device: str) -> None:
 
 def describe_device(device: str) -> dict[str, Any]:
     """Return the name, driver, clocks as found; the precision that torch takes for float32."""
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "device": device,
         "tf32": {
             "convolutions": torch.backends.cudnn.allow_tf32,
@@ -124,15 +124,15 @@ def describe_device(device: str) -> dict[str, Any]:
         },
     }
     if device != "cuda":
-        return found
+        return results
     properties = torch.cuda.get_device_properties(0)
-    found |= {
+    results |= {
         "name": properties.name,
         "memory_gib": round(properties.total_memory / 2**30, 1),
         "multiprocessors": properties.multi_processor_count,
         "cuda": torch.version.cuda,
     }
-    return found | smi()
+    return results | smi()
 
 
 def smi() -> dict[str, str]:

@@ -120,15 +120,15 @@ class Unusable(Contender):
 
 
 def _peers(framework: str) -> list[Contender]:
-    found: list[Contender] = []
+    results: list[Contender] = []
     for name in LIBRARIES[framework]:
         if find_spec(name) is None:
             continue
         try:
-            found += import_module(f"benchmarks.peers.with_{name}").CONTENDERS
+            results += import_module(f"benchmarks.peers.with_{name}").CONTENDERS
         except Exception as error:  # whatever a library raises is a result, and costs the others nothing
-            found.append(Unusable(name, error))
-    return found
+            results.append(Unusable(name, error))
+    return results
 
 
 def _by_need(contenders: Sequence[Contender]) -> list[Contender]:
@@ -142,11 +142,11 @@ def cases(name: str, setting: Setting, peers: bool = True) -> dict[str, Any]:
     sized = CASES[name]
     measured = on.harness(setting.device, sized.dtype)
     made = sized.case(name, setting.quick)
-    mine = ours(SOLVERS if peers else QUICK_SOLVERS, made, traced=False)
-    contenders = _by_need([*mine, *(_peers("torch") if peers else ())])
+    own = ours(SOLVERS if peers else QUICK_SOLVERS, made, traced=False)
+    contenders = _by_need([*own, *(_peers("torch") if peers else ())])
     with on.tf32(sized.tf32):
         rows = _compared(measured, made, contenders, setting)
-        by_name = {each.name: each for each in contenders}
+        by_name = {contender.name: contender for contender in contenders}
         ready = measured.ready(made)
         for row in rows:
             if row["reached"]:
@@ -166,9 +166,9 @@ def jax_cases(name: str, setting: Setting) -> dict[str, Any]:
 
     from benchmarks.harnesses import jax_harness
 
-    found = jax.default_backend()
-    if found != {"cuda": "gpu"}.get(setting.device, setting.device):
-        raise RuntimeError(f"JAX runs on {found!r} here, not on {setting.device!r}")
+    result = jax.default_backend()
+    if result != {"cuda": "gpu"}.get(setting.device, setting.device):
+        raise RuntimeError(f"JAX runs on {result!r} here, not on {setting.device!r}")
     made = CASES[name].case(name, setting.quick)
     measured = replace(jax_harness(), queued=on.QUEUED, peak=lambda _: None)
     contenders = _by_need([*ours(SOLVERS, made, traced=True), *_peers("jax")])
@@ -185,7 +185,7 @@ def _compared(measured: Harness, case: Case, contenders: list[Contender], settin
     rows = compare(
         measured,
         case,
-        [Bounded(each, until) for each in contenders],
+        [Bounded(contender, until) for contender in contenders],
         rounds=setting.rounds,
         budget=(1 - SETTLING) * setting.seconds,
         say=setting.say,
@@ -264,7 +264,7 @@ def stepped(shape: StepResult, setting: Setting) -> dict[str, Any]:
                 own[k].append(seconds[4 * k] + seconds[4 * k + 2])
         native, rounds = taken, rounds + 1
     points = [
-        {"held": k + 1, "bytes": least_bytes(shape, k + 1), "seconds": found} for k, found in enumerate(own) if found
+        {"held": k + 1, "bytes": least_bytes(shape, k + 1), "seconds": result} for k, result in enumerate(own) if result
     ]
     return {"points": points, "wall": wall, "native": native, "of": pairs}
 
@@ -277,9 +277,9 @@ def _solve_of_steps(
 
     def f(z: Tensor) -> Tensor:
         laps.mark()
-        found = torch.addcmul(x, rate, z)
+        result = torch.addcmul(x, rate, z)
         laps.mark()
-        return found
+        return result
 
     z = torch.zeros_like(x)
     fz = torch.addcmul(x, rate, z)
@@ -287,9 +287,9 @@ def _solve_of_steps(
     taken = 0
     for _ in range(pairs):
         laps.mark()
-        found = backend.fused_step(solver, f, z, fz, state)
-        taken += found is not None
-        z, fz, state = (found or solver.step(backend, f, z, fz, state))[:3]
+        result = backend.fused_step(solver, f, z, fz, state)
+        taken += result is not None
+        z, fz, state = (result or solver.step(backend, f, z, fz, state))[:3]
         laps.mark()
     return laps, taken
 
@@ -306,12 +306,12 @@ def copied(setting: Setting) -> dict[str, Any]:
         target.copy_(source)
         laps.mark()
         rates.append(2 * size / laps.seconds()[0])
-    found = {"bytes": 2 * size, "bytes per second": rates[3:], "median": statistics.median(rates[3:])}
+    result = {"bytes": 2 * size, "bytes per second": rates[3:], "median": statistics.median(rates[3:])}
     if setting.device != "cuda":
-        return found
+        return result
     for _ in range(LOAD):  # about two seconds of work in the queue, to read the clocks beside
         target.copy_(source)
-    return found | {"clocks under load": on.smi()}
+    return result | {"clocks under load": on.smi()}
 
 
 def training(name: str, setting: Setting) -> dict[str, Any]:
@@ -320,7 +320,7 @@ def training(name: str, setting: Setting) -> dict[str, Any]:
 
     failed: dict[str, str] = {}
     with on.tf32(False):
-        found = training(
+        result = training(
             on.harness(setting.device, "float32"),
             rounds=setting.rounds,
             budget=setting.seconds / 2,
@@ -328,7 +328,7 @@ def training(name: str, setting: Setting) -> dict[str, Any]:
             say=setting.say,
             failed=failed,
         )
-    return {"steps": [step.as_dict() for step in found], "failed": failed, "case": name}
+    return {"steps": [step.as_dict() for step in result], "failed": failed, "case": name}
 
 
 def about(name: str, setting: Setting) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def verdicts(results: Sequence[Result]) -> list[Verdict]:
     committed = _members(results, SETS["committed problems"]) or results  # elsewhere spaces close, and nothing is left
     ratio = pooled(committed, "ratio")
     there = pooled(results, "settled") > 0
-    found = [
+    value = [
         Verdict(
             f"adjoint residual above the target and not reported as failed, samples (targets {first} and {second})",
             "0",
@@ -84,20 +84,20 @@ def verdicts(results: Sequence[Result]) -> list[Verdict]:
         Verdict("… at most 3", "80 %", f"{100 * np.mean(ratio <= 3):.1f} %", np.mean(ratio <= 3) >= 0.80),
         Verdict("… at most 30", "99 %", f"{100 * np.mean(ratio <= 30):.2f} %", np.mean(ratio <= 30) >= 0.99),
     ]
-    found += [each for name, members in SETS.items() for each in _promise(_members(results, members), name)]
+    value += [item for name, members in SETS.items() for item in _promise(_members(results, members), name)]
     for result in results:
         if result.kind == OWN:
-            mine, theirs = result.curve[0.01]
-            found.append(
+            own, theirs = result.curve[0.01]
+            value.append(
                 Verdict(
                     f"vjps to residual 0.01 over those of GMRES from 0: {result.case}",
                     "≤ 0.8",
-                    f"{mine / theirs:.2f} ({mine / result.samples:.1f} against {theirs / result.samples:.1f})",
-                    mine <= 0.8 * theirs,
+                    f"{own / theirs:.2f} ({own / result.samples:.1f} against {theirs / result.samples:.1f})",
+                    own <= 0.8 * theirs,
                     f"{100 * result.seen:.0f} % of the exact u lies in the span of the forward's pairs",
                 )
             )
-    return found
+    return value
 
 
 HIDDEN: Final = "hidden "
@@ -241,8 +241,8 @@ def _apart_vjps(excess: Any, settled: Any) -> list[Verdict]:
 
 
 def _where(results: Sequence[Result], is_bad: Any, describe: Any) -> str:
-    found = [f"{r.case}: {describe(o)}" for r in results for o in r.outcomes if is_bad(o)]
-    return "; ".join(found)
+    result = [f"{r.case}: {describe(o)}" for r in results for o in r.outcomes if is_bad(o)]
+    return "; ".join(result)
 
 
 def page(

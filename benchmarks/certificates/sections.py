@@ -68,10 +68,10 @@ def pack(results: list[Result], trainings: list[Training], seconds: float) -> di
 def unpack(section: dict[str, Any]) -> tuple[list[Result], list[Training]]:
     """Undo `pack`, after a way through JSON, where keys are text."""
     results = []
-    for found in section["results"]:
-        outcomes = {name: [_unpacked(o) for o in found[name]] for name in OUTCOMES}
-        curve = {float(level): (int(mine), int(theirs)) for level, (mine, theirs) in found["curve"].items()}
-        results.append(Result(**found | outcomes | {"curve": curve}))
+    for result in section["results"]:
+        outcomes = {name: [_unpacked(o) for o in result[name]] for name in OUTCOMES}
+        curve = {float(level): (int(own), int(theirs)) for level, (own, theirs) in result["curve"].items()}
+        results.append(Result(**result | outcomes | {"curve": curve}))
     return results, [Training(**t) for t in section["trainings"]]
 
 

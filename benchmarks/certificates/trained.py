@@ -46,8 +46,8 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.inject(images)
-        found = deqcore.fixed_point(self.cell, torch.zeros_like(x), x, config=TRAINING)
-        return self.readout(found.value.flatten(1))
+        result = deqcore.fixed_point(self.cell, torch.zeros_like(x), x, config=TRAINING)
+        return self.readout(result.value.flatten(1))
 
 
 TRAINING = deqcore.Config(
@@ -78,9 +78,9 @@ def digits() -> tuple[Tensor, Tensor]:
     """Return the 1,797 handwritten digits that scikit-learn carries, 8×8, standardised."""
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    images = torch.tensor(found.images, dtype=torch.float32)[:, None] / 8.0 - 1.0
-    return images, torch.tensor(found.target)
+    result = load_digits()
+    images = torch.tensor(result.images, dtype=torch.float32)[:, None] / 8.0 - 1.0
+    return images, torch.tensor(result.target)
 
 
 def image_folder(path: Path, limit: int, side: int = 16) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,8 @@ SKIPPED: Final = {"banax": "it needs Python 3.12 or later"} if sys.version_info 
 
 def peers(framework: str) -> list[Contender]:
     """Return the contenders of all libraries that are installed for this framework."""
-    found: list[Contender] = []
+    results: list[Contender] = []
     for name in LIBRARIES[framework]:
         if find_spec(name) is not None:
-            found += import_module(f"benchmarks.peers.with_{name}").CONTENDERS
-    return found
+            results += import_module(f"benchmarks.peers.with_{name}").CONTENDERS
+    return results

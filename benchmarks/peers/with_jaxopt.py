@@ -27,8 +27,8 @@ class Jaxopt(Contender):
 
         def solve(z0: Any, params: Any, inputs: Any, rtol: Any) -> Any:
             solver = self.make(ready.f, maxiter=max(1, max_steps), tol=rtol * size)
-            found = solver.run(z0, params, inputs)
-            return found.params, found.state.iter_num
+            result = solver.run(z0, params, inputs)
+            return result.params, result.state.iter_num
 
         def single(z0: Any, params: Any, inputs: Any, rtol: Any) -> Any:
             value, steps = solve(z0[None], params, rebuild(inputs, lambda a: a[None]), rtol)

@@ -18,7 +18,7 @@ class FixedPoint(Contender):
 
     def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> SolveFunction:
         def solve(z0: Any, params: Any, inputs: Any, rtol: Any) -> Any:
-            found = optimistix.fixed_point(
+            result = optimistix.fixed_point(
                 lambda z, args: ready.f(z, *args),
                 optimistix.FixedPointIteration(rtol=0.0, atol=rtol, norm=optimistix.rms_norm),
                 z0,
@@ -26,7 +26,7 @@ class FixedPoint(Contender):
                 max_steps=max(1, max_steps),
                 throw=False,
             )
-            return found.value, found.stats["num_steps"]
+            return result.value, result.stats["num_steps"]
 
         compiled = jax.jit(solve)
 

@@ -88,15 +88,15 @@ def _compare(
     if not tasks:
         return rows
     say(f"{harness.name}: {case.name}: timing")
-    found = interleave(tasks, evaluation(harness, ready), rounds=rounds, budget=budget, clock=clock)
-    return [_timed(row, found, harness.queued) if row.contender in tasks else row for row in rows]
+    result = interleave(tasks, evaluation(harness, ready), rounds=rounds, budget=budget, clock=clock)
+    return [_timed(row, result, harness.queued) if row.contender in tasks else row for row in rows]
 
 
 def _timed(row: BenchRow, found: Rounds, queued: int) -> BenchRow:
     return replace(
         row,
         seconds=found.seconds[row.contender],
-        reference=[each / queued for each in found.reference[row.contender]],
+        reference=[item / queued for item in found.reference[row.contender]],
         disturbance=found.disturbance,
         dropped=found.dropped,
     )
@@ -188,11 +188,11 @@ def counted(
     Calls miss the products J v of a Newton method, which the library counts; compiled code shows no calls at all.
     """
     if harness.traced:
-        found = solve(tolerance)
-        return found.evaluations or 0, found.value
+        result = solve(tolerance)
+        return result.evaluations or 0, result.value
     watched = ready.counted()
-    found = contender.prepare(harness, watched, max_steps)(tolerance)
-    return max(watched.calls[0], found.evaluations or 0), found.value
+    result = contender.prepare(harness, watched, max_steps)(tolerance)
+    return max(watched.calls[0], result.evaluations or 0), result.value
 
 
 def _tolerance(harness: Harness, ready: Ready, contender: Contender, solve: SolveFunction) -> float:

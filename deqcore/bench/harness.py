@@ -202,8 +202,8 @@ class Deqcore(Contender):
         batched: dict[str, Any] = {"batched_args": (1,)} if self.compact else {}
 
         def solve(z0: Array, params: Tree, inputs: Tree, rtol: float | Array) -> tuple[Array, Array]:
-            found = deqcore.fixed_point(ready.f, z0, params, inputs, config=config, forward__rtol=rtol, **batched)
-            return found.value, found.evaluations
+            result = deqcore.fixed_point(ready.f, z0, params, inputs, config=config, forward__rtol=rtol, **batched)
+            return result.value, result.evaluations
 
         compiled = harness.jit(solve)
 
@@ -220,9 +220,9 @@ def ours(solvers: Iterable[str], case: Case, traced: bool) -> list[Contender]:
     """Return the contenders of deqcore for a case; on an uneven one, with compaction too where code is eager."""
     compact = [True] if case.uneven and not traced else []
     return [
-        Deqcore(name, f"{name} (compact)" if each else "", compact=each)
+        Deqcore(name, f"{name} (compact)" if item else "", compact=item)
         for name in solvers
-        for each in (False, *compact)
+        for item in (False, *compact)
     ]
 
 

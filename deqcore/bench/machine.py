@@ -25,10 +25,10 @@ def describe(packages: Iterable[str] = ()) -> dict[str, object]:
     Args:
         packages: distributions whose versions belong to the result; those that are not installed are left out.
     """
-    found: dict[str, str] = {}
+    result: dict[str, str] = {}
     for name in ("deqcore", "numpy", *packages):
         try:
-            found[name] = version(name)
+            result[name] = version(name)
         except PackageNotFoundError:
             continue
     return {
@@ -38,7 +38,7 @@ def describe(packages: Iterable[str] = ()) -> dict[str, object]:
         "memory_gib": _memory(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "packages": found,
+        "packages": result,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "load_before": [round(number, 2) for number in os.getloadavg()] if hasattr(os, "getloadavg") else None,
     }

@@ -30,7 +30,7 @@ def cells(row: BenchRow) -> dict[str, str]:
             "solver": row.contender,
             "ms (quartiles)": f"raised {row.error.partition(':')[0]}",
         }
-    found = {
+    result = {
         "problem": row.case,
         "solver": row.contender,
         "evaluations": str(row.evaluations),
@@ -40,9 +40,9 @@ def cells(row: BenchRow) -> dict[str, str]:
     }
     if not row.seconds:
         why = "not timed" if row.reached else "residual not reached"
-        return found | {"ms (quartiles)": why, "ms per f": "", "overhead (quartiles)": ""}
-    ms = Spread.of([1e3 * each for each in row.seconds])
-    return found | {
+        return result | {"ms (quartiles)": why, "ms per f": "", "overhead (quartiles)": ""}
+    ms = Spread.of([1e3 * second for second in row.seconds])
+    return result | {
         "ms (quartiles)": spread(ms),
         "ms per f": f"{1e3 * Spread.of(row.reference).median:.3g}",
         "overhead (quartiles)": spread(row.overhead),
@@ -74,4 +74,4 @@ def machine_text(machine: Mapping[str, Any]) -> str:
 def disturbed(rows: Iterable[BenchRow]) -> int:
     """Return how many kept rounds were disturbed by others, over the comparisons of these rows."""
     rounds = {(row.framework, row.case): row.disturbance for row in rows if row.seconds}
-    return sum(each > SHARE for kept in rounds.values() for each in kept)
+    return sum(item > SHARE for kept in rounds.values() for item in kept)

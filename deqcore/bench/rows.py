@@ -55,7 +55,7 @@ class BenchRow:
     @property
     def overhead(self) -> Spread:
         """Seconds / (evaluations × seconds per f), paired by round; 1.0 is the limit of eager code."""
-        return Spread.of_ratios(self.seconds, [max(1, self.evaluations) * each for each in self.reference])
+        return Spread.of_ratios(self.seconds, [max(1, self.evaluations) * item for item in self.reference])
 
     def against(self, other: BenchRow) -> Spread:
         """Return the seconds of this over seconds of another row of the same comparison, paired by round."""
@@ -68,10 +68,10 @@ class BenchRow:
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> BenchRow:
         """Undo `as_dict`."""
-        found = {each.name: plain[each.name] for each in fields(cls)}
-        blank = {key: math.nan for key in FLOATS if found[key] is None}
-        shares = [math.nan if share is None else share for share in found["disturbance"]]
-        return cls(**found | blank | {"disturbance": shares})
+        result = {item.name: plain[item.name] for item in fields(cls)}
+        blank = {key: math.nan for key in FLOATS if result[key] is None}
+        shares = [math.nan if share is None else share for share in result["disturbance"]]
+        return cls(**result | blank | {"disturbance": shares})
 
 
 def _known(value: Any) -> Any:

@@ -111,23 +111,23 @@ def interleave(
     began = clock()
     repeats = {name: _repeats(task, clock) for name, task in tasks.items()}
     beside = _repeats(reference, clock) if reference else 0
-    names, found = list(tasks), []
+    names, result = list(tasks), []
     for attempt in count():
         turn = attempt % len(names)
         order = names[turn:] + names[:turn]
         with _no_collector(), watch() as others:
             laps = {name: _lap(tasks[name], repeats[name], reference, beside, clock) for name in order}
-        found.append(_Round(others.share, laps))
-        late = clock() - began > budget and len(found) >= min(rounds, LEAST_ROUNDS)
-        if late or sum(each.quiet(share) for each in found) >= rounds:
+        result.append(_Round(others.share, laps))
+        late = clock() - began > budget and len(result) >= min(rounds, LEAST_ROUNDS)
+        if late or sum(item.quiet(share) for item in result) >= rounds:
             break
-    kept = _quietest(found, rounds, share)
+    kept = _quietest(result, rounds, share)
     return Rounds(
-        seconds={name: [each.laps[name].seconds for each in kept] for name in names},
-        reference={name: [each.laps[name].reference for each in kept] for name in names},
-        returned={name: [each.laps[name].returned for each in kept] for name in names},
-        disturbance=[each.share for each in kept],
-        dropped=len(found) - len(kept),
+        seconds={name: [item.laps[name].seconds for item in kept] for name in names},
+        reference={name: [item.laps[name].reference for item in kept] for name in names},
+        returned={name: [item.laps[name].returned for item in kept] for name in names},
+        disturbance=[item.share for item in kept],
+        dropped=len(result) - len(kept),
     )
 
 

@@ -44,8 +44,8 @@ class LazyGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Import the command that is to be run."""
-        name, found, rest = super().resolve_command(ctx, args)
-        return name, found and command(str(name)), rest
+        name, result, rest = super().resolve_command(ctx, args)
+        return name, result and command(str(name)), rest
 
 
 def command(name: str) -> Any:

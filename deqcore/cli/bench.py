@@ -64,9 +64,9 @@ def command(
     if quick:
         rounds, budget = min(3, rounds), min(2.0, budget)
     rows: list[BenchRow] = []
-    for each in cases:
-        contenders = ours(solvers, each, harness.traced)
-        rows += compare(harness, each, contenders, rounds=rounds, budget=budget, say=say)
+    for item in cases:
+        contenders = ours(solvers, item, harness.traced)
+        rows += compare(harness, item, contenders, rounds=rounds, budget=budget, say=say)
     _answer(rows, out, as_json, harness.package)
 
 
@@ -93,8 +93,8 @@ def _harness(name: str) -> Harness:
     from deqcore.api import get_backend
     from deqcore.bench.harness import Harness
 
-    found = get_backend(backend=name)
-    return Harness.of(found, plugins.backends()[found.name].package)
+    result = get_backend(backend=name)
+    return Harness.of(result, plugins.backends()[result.name].package)
 
 
 def _solvers(named: list[str] | None) -> list[str]:

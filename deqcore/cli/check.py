@@ -14,8 +14,8 @@ from deqcore.config import Config
 from deqcore.errors import ConfigError, did_you_mean, listing
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
-for each in (conformance.backend, conformance.solver, conformance.strategy):
-    app.command()(each)
+for item in (conformance.backend, conformance.solver, conformance.strategy):
+    app.command()(item)
 
 DTYPES: Final = ("float64", "float32")
 

@@ -31,13 +31,13 @@ def show_config(
     as_json: AsJson = False,
 ) -> None:
     """Show each setting with its origin. Exits with status 2 if a name or an option is not registered."""
-    found = Config.discover(path)
+    result = Config.discover(path)
     rows = [
         {"setting": name, "value": value if as_json else json.dumps(value, default=str), "origin": origin}
-        for name, value, origin in found.items()
+        for name, value, origin in result.items()
     ]
     show(rows, COLUMNS, as_json=as_json)
-    if found.backend != "auto":
-        plugins.spec("backend", found.backend)
-    plugins.make_solver(found.forward.solver, found.forward.options)
-    plugins.make_strategy(found.backward.strategy, found.backward.options)
+    if result.backend != "auto":
+        plugins.spec("backend", result.backend)
+    plugins.make_solver(result.forward.solver, result.forward.options)
+    plugins.make_strategy(result.backward.strategy, result.backward.options)

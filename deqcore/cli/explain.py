@@ -76,16 +76,16 @@ def command(
     config = _config(backend, solver)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "backend = 'auto'")  # the backend is named below the table
-        found = get_backend(config)
+        result = get_backend(config)
     task = _problem(problem)
-    table = _survey(found, task, config, dtype, rounds, progress_printer(as_json))
+    table = _survey(result, task, config, dtype, rounds, progress_printer(as_json))
     best = cheapest(table.rows, good)
     verdict = _verdict(best, table, asked)
     if as_json:
-        typer.echo(json.dumps(_as_json(table, task, found, config, asked, best, verdict), indent=2))
+        typer.echo(json.dumps(_as_json(table, task, result, config, asked, best, verdict), indent=2))
     else:
         show([_cells(row) for row in table.rows], COLUMNS, as_json=False)
-        for line in _notes(table, task, found, config, timed=rounds > 0):
+        for line in _notes(table, task, result, config, timed=rounds > 0):
             Console().print(Text(line, style="dim"), soft_wrap=True)
         Console().print(Text(verdict, style="bold" if best else "bold red"), soft_wrap=True)
     if best is None:
@@ -167,11 +167,11 @@ def _survey(
 
 def _choices(config: Config) -> list[StrategyCandidate]:
     """Return all candidates, and the configured one where it is none of them."""
-    found = list(candidates())
+    result = list(candidates())
     own = StrategyCandidate(config.backward.strategy, dict(config.backward.options))
     plugins.make_strategy(own.strategy, own.options)  # a typo is an error of the user, not of the problem
-    known = [(each.strategy, dict(each.options)) for each in found]
-    return found if (own.strategy, dict(own.options)) in known else [*found, own]
+    available = [(item.strategy, dict(item.options)) for item in result]
+    return result if (own.strategy, dict(own.options)) in available else [*result, own]
 
 
 def _data(problem: Problem, dtype: str, backend: Backend) -> tuple[Tree, Tree, Tree, Tree]:

@@ -34,8 +34,8 @@ def _row(kind: Kind, spec: Spec, facts: Mapping[str, str]) -> dict[str, object]:
         cls: Any = plugins.load(kind, spec.name)
     except PluginError as error:
         return row | {"status": "broken", "reason": str(error), "options": {}}
-    known = {column: getattr(cls, attribute, None) for column, attribute in facts.items()}
-    return row | known | {"options": options(cls)}
+    available = {column: getattr(cls, attribute, None) for column, attribute in facts.items()}
+    return row | available | {"options": options(cls)}
 
 
 def options(cls: type) -> dict[str, object]:

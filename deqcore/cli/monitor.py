@@ -77,7 +77,7 @@ def metrics(as_json: AsJson = False) -> None:
     from deqcore.monitor.metrics import COUNTERS, STANDARD
 
     listed = [*STANDARD, *(metric for metric, _ in COUNTERS)]
-    rows = [{"metric": each.name, "unit": each.unit, "meaning": each.help} for each in listed]
+    rows = [{"metric": item.name, "unit": item.unit, "meaning": item.help} for item in listed]
     show(rows, ("metric", "unit", "meaning"), as_json=as_json)
 
 

@@ -81,8 +81,8 @@ def _table(file: Path | None) -> tuple[dict[str, Any], str]:
 def _words(file: Path | None, out: Path | None, backend: list[str] | None, *rest: str | None) -> list[str]:
     words = ["deqcore", "study", *([str(file)] if file else [])]
     words += ["--out", str(out)] if out else []
-    for each in backend or []:
-        words += ["--backend", each]
+    for item in backend or []:
+        words += ["--backend", item]
     for name, value in zip(("--device", "--language", "--data", "--model"), rest, strict=True):
         words += [name, value] if value else []
     return words

@@ -96,10 +96,10 @@ def by_reference(
     product: Map = lambda u: u - vjp(u)  # noqa: E731
     rtol = max(1e-10, REFERENCE_EPS * backend.eps(g))
     with backend.errstate():
-        found = gmres(backend, product, g, rtol=rtol, max_steps=min(max_vjps, g.shape[1]))
-        residual = adjoint_residual(backend, vjp, g, found.x)
-    routed = AdjointSolved(found.x, _gradients(plan, f, args, found.x, forward.z), None, residual)
-    return routed, backend.to_numpy(residual).astype(np.float64), backend.to_numpy(found.products)
+        result = gmres(backend, product, g, rtol=rtol, max_steps=min(max_vjps, g.shape[1]))
+        residual = adjoint_residual(backend, vjp, g, result.x)
+    routed = AdjointSolved(result.x, _gradients(plan, f, args, result.x, forward.z), None, residual)
+    return routed, backend.to_numpy(residual).astype(np.float64), backend.to_numpy(result.products)
 
 
 def coupling(plan: Plan, vjp: Map, forward: SolveResult) -> float:
@@ -114,9 +114,9 @@ def coupling(plan: Plan, vjp: Map, forward: SolveResult) -> float:
     first = np.zeros((batch, n))
     first[0] = np.random.default_rng(0).standard_normal(n)
     with backend.errstate():
-        found = backend.to_numpy(vjp(backend.asarray(first, like=forward.z))).astype(np.float64)
-        whole = float(np.linalg.norm(found))
-        share = float(np.linalg.norm(found[1:])) / whole if whole > 0 else 0.0
+        result = backend.to_numpy(vjp(backend.asarray(first, like=forward.z))).astype(np.float64)
+        whole = float(np.linalg.norm(result))
+        share = float(np.linalg.norm(result[1:])) / whole if whole > 0 else 0.0
         return share if share > 0 else leak_everywhere(backend, vjp, forward.z)
 
 

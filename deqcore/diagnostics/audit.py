@@ -130,15 +130,15 @@ def gradient_audit(
     g = plan.space.ravel_like("cotangent", cotangent)
     raveled, start = plan.space.wrap(f), backend.detach(plan.space.ravel(z0))
     forward = adjoint.solve(plan, raveled, start, args)
-    mine = adjoint.by_strategy(plan, raveled, start, args, g, forward)
+    own = adjoint.by_strategy(plan, raveled, start, args, g, forward)
     vjp = adjoint.vjp_at(plan, raveled, args, forward)
     exact, residual, vjps = adjoint.by_reference(plan, raveled, args, g, forward, vjp, max_vjps)
-    u, truth = (backend.to_numpy(each.u).astype(np.float64) for each in (mine, exact))
+    u, truth = (backend.to_numpy(item.u).astype(np.float64) for item in (own, exact))
     cosine, ratio, error = compare(u, truth)
-    total = [flat(backend, each.gradients)[None] for each in (mine, exact)]
-    whole = [float(each[0]) for each in compare(*total)] if total[0].size else [np.nan, np.nan]
+    total = [flat(backend, item.gradients)[None] for item in (own, exact)]
+    whole = [float(item[0]) for item in compare(*total)] if total[0].size else [np.nan, np.nan]
     unknown = np.full(len(rows), np.nan)
-    report = mine.report
+    report = own.report
     return Audit(
         rows=rows,
         cosine=cosine,
@@ -147,7 +147,7 @@ def gradient_audit(
         gradient_cosine=whole[0],
         gradient_norm_ratio=whole[1],
         vjps=unknown if report is None else backend.to_numpy(report.vjps).astype(np.float64),
-        residual=backend.to_numpy(mine.residual).astype(np.float64),
+        residual=backend.to_numpy(own.residual).astype(np.float64),
         reported=unknown if report is None else backend.to_numpy(report.error).astype(np.float64),
         exact_vjps=vjps,
         exact_residual=residual,

@@ -105,17 +105,17 @@ def _arnoldi(backend: Backend, vjp: Map, v: Array, tolerance: float, most: int) 
     v = v / backend.norm(v)[:, None]
     basis = backend.history(v, most + 1).append(v)
     hessenberg = np.zeros((v.shape[0], most + 1, most))
-    following, found = 2, None
+    following, result = 2, None
     for k in range(most):
         basis, v, column = _extend(backend, basis, vjp(v))
         hessenberg[:, : k + 2, k] = column[:, : k + 2]
         if k + 1 >= min(following, most):
-            found = _dominant(hessenberg[:, : k + 2, : k + 1])
+            result = _dominant(hessenberg[:, : k + 2, : k + 1])
             following = max(following + 2, following * 3 // 2)
-            if np.all(~(found[1] > tolerance * np.abs(found[0]))):  # NaN is as done as it will be
+            if np.all(~(result[1] > tolerance * np.abs(result[0]))):  # NaN is as done as it will be
                 break
-    assert found is not None
-    value, error = found
+    assert result is not None
+    value, error = result
     return Spectrum(np.abs(value), value, error, k + 1)
 
 

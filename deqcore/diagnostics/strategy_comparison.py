@@ -98,8 +98,8 @@ class ComparisonRow:
 
     def as_dict(self) -> dict[str, object]:
         """Return plain values; what is not known is None."""
-        found = asdict(self)
-        return {name: None if isinstance(value, float) and np.isnan(value) else value for name, value in found.items()}
+        result = asdict(self)
+        return {name: None if isinstance(value, float) and np.isnan(value) else value for name, value in result.items()}
 
 
 @dataclass(frozen=True)
@@ -274,16 +274,16 @@ def _measure_quality(
     def once(z0: Array, args: tuple[Any, ...], g: Array) -> adjoint.AdjointSolved:
         return adjoint.by_strategy(own, f, z0, args, g, adjoint.solve(own, f, z0, args))
 
-    found = adjoint.AdjointSolved(*harness.jit(lambda *data: tuple(vars(once(*data)).values()))(z0, args, g))
-    u, truth = (backend.to_numpy(each.u).astype(np.float64) for each in (found, exact))
-    whole = [flat(backend, each.gradients)[None] for each in (found, exact)]
-    cosine, ratio, error_ = (float(each[0]) for each in compare(*whole))
+    result = adjoint.AdjointSolved(*harness.jit(lambda *data: tuple(vars(once(*data)).values()))(z0, args, g))
+    u, truth = (backend.to_numpy(item.u).astype(np.float64) for item in (result, exact))
+    whole = [flat(backend, item.gradients)[None] for item in (result, exact)]
+    cosine, ratio, error_ = (float(item[0]) for item in compare(*whole))
     row = replace(row, cosine=cosine, norm_ratio=ratio, error=error_, worst_cosine=_least(compare(u, truth)[0]))
-    row = replace(row, residual=_most(backend.to_numpy(found.residual)))
-    if found.report is None:
+    row = replace(row, residual=_most(backend.to_numpy(result.residual)))
+    if result.report is None:
         steps = float(getattr(own.strategy, "steps", np.nan))
         return replace(row, vjps=steps, most_vjps=steps)
-    report = {name: backend.to_numpy(leaf) for name, leaf in found.report._asdict().items()}
+    report = {name: backend.to_numpy(leaf) for name, leaf in result.report._asdict().items()}
     return replace(
         row,
         vjps=float(np.median(report["vjps"])) if report["vjps"].size else 0.0,
@@ -294,8 +294,8 @@ def _measure_quality(
 
 
 def _most(values: Any) -> float:
-    known = values[~np.isnan(values)]
-    return float(np.max(known)) if known.size else np.nan
+    available = values[~np.isnan(values)]
+    return float(np.max(available)) if available.size else np.nan
 
 
 def _least(values: Any) -> float:

@@ -61,8 +61,8 @@ def overrides(config: Config, trigger: Trigger, rtol: float | None, least: float
     if trigger.action == "exact":
         return {} if config.backward.strategy == "exact-ift" else {"backward__strategy": "exact-ift"}
     if trigger.action == "refine":
-        found = _refined(config, trigger.factor or REFINE_FACTOR)
-        return {f"backward__options__{name}": value for name, value in found.items()}
+        result = _refined(config, trigger.factor or REFINE_FACTOR)
+        return {f"backward__options__{name}": value for name, value in result.items()}
     return {}
 
 

@@ -63,8 +63,8 @@ class PendingRow:
 
     def backward(self, report: AdjointReport, seconds: float = float("nan")) -> None:
         """Take the report of a backward pass."""
-        known = {name: array for name, array in zip(BACKWARD, report, strict=True) if array is not None}
-        self.arrays |= {f"backward.{name}": array for name, array in known.items()}
+        available = {name: array for name, array in zip(BACKWARD, report, strict=True) if array is not None}
+        self.arrays |= {f"backward.{name}": array for name, array in available.items()}
         if not math.isnan(seconds):
             self.seconds["deq_backward_seconds"] = seconds
 
@@ -75,7 +75,7 @@ class PendingRow:
 
 def fetch(items: Sequence[PendingRow]) -> list[dict[str, HostArray]]:
     """Return the arrays of all items on the host, with one transfer for each device that they are on."""
-    found: list[dict[str, HostArray]] = [{} for _ in items]
+    results: list[dict[str, HostArray]] = [{} for _ in items]
     groups: dict[tuple[int, str], list[tuple[int, str, Array]]] = {}
     for index, item in enumerate(items):
         for part, array in item.arrays.items():
@@ -87,9 +87,9 @@ def fetch(items: Sequence[PendingRow]) -> list[dict[str, HostArray]]:
         moved = _move(backend, [array for _, _, array in members])
         for index, part, array in members:
             size = math.prod(array.shape)
-            found[index][part] = moved[start : start + size]
+            results[index][part] = moved[start : start + size]
             start += size
-    return found
+    return results
 
 
 def _move(backend: Backend, arrays: Sequence[Array]) -> HostArray:
@@ -103,16 +103,16 @@ def _move(backend: Backend, arrays: Sequence[Array]) -> HostArray:
 
 def values(item: PendingRow, host: dict[str, HostArray]) -> dict[str, float]:
     """Return the metrics of a solve, from its arrays on the host. What was not measured is left out."""
-    found = dict(item.seconds)
+    result = dict(item.seconds)
     if "forward.status" in host and host["forward.status"].size:
-        found |= _forward(*(host[f"forward.{name}"] for name in FORWARD))
+        result |= _forward(*(host[f"forward.{name}"] for name in FORWARD))
     if "backward.status" in host and host["backward.status"].size:
-        found |= _backward(*(host[f"backward.{name}"] for name in REPORTED), reused=item.reused)
+        result |= _backward(*(host[f"backward.{name}"] for name in REPORTED), reused=item.reused)
         coupling = host.get("backward.coupling", np.zeros(0))
         if coupling.size and not np.isnan(coupling).all():
-            found["deq_coupling"] = float(np.nanmax(coupling))
-    found |= {part: float(array.mean()) for part, array in host.items() if "." not in part}
-    return {name: value for name, value in found.items() if not math.isnan(value)}
+            result["deq_coupling"] = float(np.nanmax(coupling))
+    result |= {part: float(array.mean()) for part, array in host.items() if "." not in part}
+    return {name: value for name, value in result.items() if not math.isnan(value)}
 
 
 # NumPy's mean and median cost ten times as much as a sum over a batch, and there are many of them.
@@ -122,19 +122,19 @@ def _forward(residual: HostArray, status: HostArray, steps: HostArray, evaluatio
     size = status.size
     unknown = np.isnan(residual)
     lost = np.count_nonzero((status == int(Status.NONFINITE)) | (status == int(Status.DIVERGED)))
-    found = {
+    result = {
         "deq_forward_steps": float(np.add.reduce(steps)) / size,
         "deq_forward_steps_max": float(np.maximum.reduce(steps)),
         "deq_forward_evaluations": float(np.add.reduce(evaluations)) / size,
         "deq_nonfinite_fraction": lost / size,
     }
     if unknown.all() and not lost:  # a strategy with fixed steps that has not measured a residual
-        return found
-    known = np.sort(np.where(unknown, np.inf, residual))
+        return result
+    available = np.sort(np.where(unknown, np.inf, residual))
     missed = (status != int(Status.CONVERGED)) & (status != int(Status.FIXED_STEPS))  # fixed steps have no tolerance
-    return found | {
-        "deq_forward_residual": _median(known),
-        "deq_forward_residual_max": float(known[-1]),
+    return result | {
+        "deq_forward_residual": _median(available),
+        "deq_forward_residual_max": float(available[-1]),
         "deq_unconverged_fraction": np.count_nonzero(missed) / size,
     }
 
@@ -143,22 +143,22 @@ def _backward(
     status: HostArray, vjps: HostArray, residual: HostArray, error: HostArray, fallback: HostArray, *, reused: bool
 ) -> dict[str, float]:
     size = status.size
-    found = {
+    result = {
         "deq_backward_steps": float(np.add.reduce(vjps)) / size,
         "deq_backward_steps_max": float(np.maximum.reduce(vjps)),
         "deq_uncertified_fraction": np.count_nonzero(status != int(Status.CONVERGED)) / size,
         "deq_fallback_fraction": np.count_nonzero(fallback) / size,
     }
     if reused:
-        found["deq_refined_fraction"] = np.count_nonzero(vjps > 1) / size
+        result["deq_refined_fraction"] = np.count_nonzero(vjps > 1) / size
     measured = np.sort(residual[~np.isnan(residual)])
     if measured.size:
-        found["deq_backward_residual"] = _median(measured)
-        found["deq_backward_residual_max"] = float(measured[-1])
+        result["deq_backward_residual"] = _median(measured)
+        result["deq_backward_residual_max"] = float(measured[-1])
     certified = error[~np.isnan(error)]
     if certified.size:
-        found["deq_backward_error"] = float(np.maximum.reduce(certified))
-    return found
+        result["deq_backward_error"] = float(np.maximum.reduce(certified))
+    return result
 
 
 def _median(ordered: HostArray) -> float:
@@ -219,7 +219,7 @@ class Collector:
     def figures(self, figures: Mapping[str, float | Array], name: str) -> None:
         """Take numbers, and scalars of one framework, which stay on their device."""
         owners = {metric: plugins.backend_of(value) for metric, value in figures.items()}
-        owner = next((found for found in owners.values() if found not in (None, "numpy")), "numpy")
+        owner = next((result for result in owners.values() if result not in (None, "numpy")), "numpy")
         with self.lock:
             item = self._item(name, get_backend(backend=owner), "")
             for metric, value in figures.items():
@@ -288,7 +288,7 @@ class RowBuilder:
 
     def records(self, ready: Sequence[PendingRow]) -> list[Record]:
         """Return the rows and the events that they cause, in order."""
-        found: list[Record] = []
+        results: list[Record] = []
         for item, host in zip(ready, fetch(ready), strict=True):
             figures = values(item, host)
             self.samples.add(host)
@@ -300,5 +300,5 @@ class RowBuilder:
             events = self.triggers.see(row)
             self.rows.append(row)
             self.events.extend(events)
-            found += [row, *events]
-        return found
+            results += [row, *events]
+        return results

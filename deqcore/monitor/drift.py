@@ -101,12 +101,12 @@ class Profile:
             if _is_safetensors(path):
                 from safetensors.numpy import load_file
 
-                found: Mapping[str, Any] = load_file(path)
+                result: Mapping[str, Any] = load_file(path)
             else:
-                found = json.loads(path.read_text(encoding="utf-8"))
-                if not isinstance(found, dict) or found.pop("deqcore.profile", None) != VERSION:
+                result = json.loads(path.read_text(encoding="utf-8"))
+                if not isinstance(result, dict) or result.pop("deqcore.profile", None) != VERSION:
                     raise ValueError(f"it is not a profile of version {VERSION}")
-            return cls({name: np.asarray(array, np.float64) for name, array in found.items()})
+            return cls({name: np.asarray(array, np.float64) for name, array in result.items()})
         except (MissingExtraError, ConfigError):
             raise
         except FileNotFoundError:
@@ -158,14 +158,14 @@ class DriftDetector:
         if samples.seen - self._last < MIN_SAMPLES:
             return {}
         self._last = samples.seen
-        found: dict[str, float] = {}
+        results: dict[str, float] = {}
         for name, array in samples.latest(WINDOW).items():
             now, reference = _scale(name, array), self._reference[name]
             distance, pvalue = kolmogorov_smirnov(reference, now)
-            found[f"deq_{name}_psi"] = stability_index(reference, now)
-            found[f"deq_{name}_ks"] = distance
-            found[f"deq_{name}_ks_pvalue"] = pvalue
-        return found
+            results[f"deq_{name}_psi"] = stability_index(reference, now)
+            results[f"deq_{name}_ks"] = distance
+            results[f"deq_{name}_ks_pvalue"] = pvalue
+        return results
 
 
 def stability_index(reference: HostArray, now: HostArray) -> float:
@@ -183,8 +183,8 @@ def kolmogorov_smirnov(reference: HostArray, now: HostArray) -> tuple[float, flo
     """Return the two-sample distance and its p-value."""
     from scipy.stats import ks_2samp
 
-    found: Any = ks_2samp(reference, now, method="asymp")
-    return float(found.statistic), float(found.pvalue)
+    result: Any = ks_2samp(reference, now, method="asymp")
+    return float(result.statistic), float(result.pvalue)
 
 
 def _shares(array: HostArray, inner: HostArray) -> HostArray:

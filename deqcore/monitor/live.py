@@ -62,11 +62,11 @@ def _table(log: Log, window: int, wide: bool) -> Table:
     for heading in ("latest", "mean", "least", "most") if wide else ("latest", "mean"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column(f"last {window}", no_wrap=True)
-    found = sorted(series(log.rows[-window:]), key=lambda each: (each[1], ORDER.get(each[0], len(ORDER))))
+    result = sorted(series(log.rows[-window:]), key=lambda each: (each[1], ORDER.get(each[0], len(ORDER))))
     digits = 4 if wide else 3
-    for metric, layer, _, values in found:
-        known = [value for value in values if math.isfinite(value)]
-        mean = sum(known) / len(known) if known else math.inf
+    for metric, layer, _, values in result:
+        available = [value for value in values if math.isfinite(value)]
+        mean = sum(available) / len(available) if available else math.inf
         name = Text(f"{layer}/" if layer else "", style="cyan") + Text(metric.removeprefix("deq_"))
         cells = (values[-1], mean, min(values), max(values)) if wide else (values[-1], mean)
         bars = Text(sparkline(values, WIDTH if wide else WIDTH // 3), style="blue")
@@ -93,8 +93,8 @@ def sparkline(values: Sequence[float], width: int) -> str:
     if len(shown) > width:  # means of equal parts, so that the whole window is seen
         edges = [round(i * len(shown) / width) for i in range(width + 1)]
         shown = [sum(shown[a:b]) / (b - a) for a, b in pairwise(edges)]
-    known = [value for value in shown if math.isfinite(value)]
-    low, high = (min(known), max(known)) if known else (0.0, 0.0)
+    available = [value for value in shown if math.isfinite(value)]
+    low, high = (min(available), max(available)) if available else (0.0, 0.0)
     span = (high / 2 - low / 2) or 1.0  # halves: the whole may be beyond the largest number
     return "".join(
         BARS[round((value / 2 - low / 2) / span * (len(BARS) - 1))] if math.isfinite(value) else "×" for value in shown

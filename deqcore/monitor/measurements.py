@@ -55,8 +55,8 @@ class Measurement:
 
     def take(self, solve: Solve) -> dict[str, float | Array]:
         """Measure; by metric."""
-        found = self.measure(solve)
-        values: Any = (found,) if isinstance(self.metrics, str) else found
+        result = self.measure(solve)
+        values: Any = (result,) if isinstance(self.metrics, str) else result
         return dict(zip(self.names, values, strict=True))
 
 
@@ -69,10 +69,10 @@ def spectral_radius(every: int = 200, max_products: int = 20) -> Measurement:
     def measure(solve: Solve) -> float:
         from deqcore import diagnostics
 
-        found = diagnostics.spectral_radius(
+        result = diagnostics.spectral_radius(
             solve.f, solve.solution.value, *solve.args, batch=solve.config.forward.batch, max_products=max_products
         )
-        return float(np.max(found.radius))
+        return float(np.max(result.radius))
 
     return Measurement("deq_spectral_radius", measure, every)
 
@@ -95,10 +95,10 @@ def gradient_audit(
         from deqcore import diagnostics
 
         g = _random(solve) if cotangent is None else cotangent(solve)
-        found = diagnostics.gradient_audit(
+        result = diagnostics.gradient_audit(
             solve.f, solve.z0, *solve.args, cotangent=g, max_vjps=max_vjps, config=solve.config
         )
-        return float(np.mean(found.cosine)), float(np.mean(found.error))
+        return float(np.mean(result.cosine)), float(np.mean(result.error))
 
     return Measurement(("deq_gradient_cosine", "deq_gradient_error"), measure, every)
 

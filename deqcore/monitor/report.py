@@ -95,17 +95,17 @@ def tiles(log: Log) -> list[Tile]:
     latest: dict[str, list[float]] = {}
     for metric, _, _, values in series(log.rows[-max(20, len(log.rows) // 10) :]):
         latest.setdefault(metric, []).extend(values)
-    found = []
+    result = []
     for metric, title, limit in TILES:
         if metric in latest:
             value = statistics.median(latest[metric])
-            found.append(Tile(title, f"{value:.3g}", limit is not None and value > limit))
-    return found
+            result.append(Tile(title, f"{value:.3g}", limit is not None and value > limit))
+    return result
 
 
 def table(log: Log) -> list[dict[str, str]]:
     """Return all metrics with their statistics, as text."""
-    found = sorted(series(log.rows), key=lambda each: (each[1], ORDER.get(each[0], len(ORDER))))
+    result = sorted(series(log.rows), key=lambda each: (each[1], ORDER.get(each[0], len(ORDER))))
     return [
         {
             "metric": metric,
@@ -115,7 +115,7 @@ def table(log: Log) -> list[dict[str, str]]:
             "count": str(len(values)),
             **{name: f"{value:.4g}" for name, value in _statistics(values).items()},
         }
-        for metric, layer, _, values in found
+        for metric, layer, _, values in result
     ]
 
 
@@ -194,14 +194,14 @@ CHARTS: Final = (
 
 def draw(log: Log) -> list[tuple[str, str]]:
     """Return the title and SVG of every chart that the log has data for; each user metric gets one."""
-    found = {(metric, layer): (steps, values) for metric, layer, steps, values in series(log.rows)}
+    result = {(metric, layer): (steps, values) for metric, layer, steps, values in series(log.rows)}
     shown = {metric for chart in CHARTS for metric in chart.metrics} | {
         "deq_retrain",
         "deq_forward_evaluations",
         "deq_residual_ks_pvalue",
         "deq_steps_ks_pvalue",
     }
-    own = dict.fromkeys(metric for metric, _ in found if metric not in shown)
+    own = dict.fromkeys(metric for metric, _ in result if metric not in shown)
     charts = [
         *CHARTS,
         *(Chart(_short(metric, 2 * LABEL), (metric,), _short(log.units.get(metric, ""))) for metric in own),
@@ -210,9 +210,9 @@ def draw(log: Log) -> list[tuple[str, str]]:
     drawn = []
     for chart in charts:
         lines = [
-            (_label(metric, layer), *found[metric, layer])
-            for metric, layer in found
-            if metric in chart.metrics and _drawable(found[metric, layer][1]).any()
+            (_label(metric, layer), *result[metric, layer])
+            for metric, layer in result
+            if metric in chart.metrics and _drawable(result[metric, layer][1]).any()
         ]
         if lines:
             drawn.append((chart.title, _svg(chart, lines, marks)))
@@ -260,11 +260,11 @@ def _drawable(values: Any) -> Any:
 
 def _line(axes: Any, color: str, label: str, steps: Any, values: Any) -> None:
     """Means of at most `POINTS` parts, with the range of each behind; what is not finite is left out."""
-    known = _drawable(values)
-    parts = min(POINTS, int(known.sum()))
-    groups = [np.array_split(array[known], parts) for array in (steps, values)]
+    available = _drawable(values)
+    parts = min(POINTS, int(available.sum()))
+    groups = [np.array_split(array[available], parts) for array in (steps, values)]
     middle = [group.mean() for group in groups[0]]
-    if parts < known.sum():
+    if parts < available.sum():
         low, high = ([limit(group) for group in groups[1]] for limit in (np.min, np.max))
         axes.fill_between(middle, low, high, color=color, alpha=0.15, linewidth=0)
     # Labels that begin with an underscore would be left out of the legend, and $ would be read as mathematics.
@@ -285,5 +285,5 @@ def _cycle(count: int) -> list[str]:
 def load() -> dict[str, object]:
     """Return the dashboard, ready to be imported in Grafana (Dashboards, New, Import)."""
     text = (files("deqcore.monitor") / "grafana.json").read_text(encoding="utf-8")
-    found: dict[str, object] = json.loads(text)
-    return found
+    results: dict[str, object] = json.loads(text)
+    return results

@@ -57,10 +57,10 @@ class MonitorSettings:
         Raises:
             ConfigError: a setting is unknown or its value does not fit.
         """
-        known = names_of(cls)
+        available = names_of(cls)
         for name in section:
-            if name not in known:
-                raise ConfigError.unknown_option("[monitor]", name, known)
+            if name not in available:
+                raise ConfigError.unknown_option("[monitor]", name, available)
         plain = {name: section[name] for name in ("every", "reference", "measurements") if name in section}
         if isinstance(plain.get("measurements"), Mapping):
             plain["measurements"] = as_options(
@@ -93,8 +93,8 @@ def check_section(section: Mapping[str, object]) -> None:
 def _tables(name: str, given: object) -> tuple[Options, ...]:
     tables: list[object] = list(given) if isinstance(given, (list, tuple)) else [given]
     if name == "sinks":  # a name alone will do
-        tables = [{"sink": each} if isinstance(each, str) else each for each in tables]
-    return tuple(_table(name, each) for each in tables)
+        tables = [{"sink": table} if isinstance(table, str) else table for table in tables]
+    return tuple(_table(name, table) for table in tables)
 
 
 def _table(name: str, given: object) -> Options:
@@ -140,7 +140,7 @@ def make_triggers(given: Iterable[Trigger | Mapping[str, object]]) -> tuple[Trig
         ConfigError: an option is unknown or does not fit.
     """
     made = (
-        each if isinstance(each, Trigger) else instantiate("trigger in [[monitor.triggers]]", Trigger, each)
-        for each in given
+        item if isinstance(item, Trigger) else instantiate("trigger in [[monitor.triggers]]", Trigger, item)
+        for item in given
     )
     return tuple(made)

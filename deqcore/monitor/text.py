@@ -23,7 +23,7 @@ def printable(text: object) -> str:
         >>> printable("a\x00b\n")
         'a\ufffdb '
     """
-    shown = (" " if each.isspace() else each if each.isprintable() else "\ufffd" for each in encodable(text))
+    shown = (" " if item.isspace() else item if item.isprintable() else "\ufffd" for item in encodable(text))
     return "".join(shown)
 
 

@@ -68,11 +68,11 @@ class Condition:
         Raises:
             ConfigError: it is not a condition.
         """
-        found = _CONDITION.fullmatch(text) if isinstance(text, str) else None
-        if found is None:
+        result = _CONDITION.fullmatch(text) if isinstance(text, str) else None
+        if result is None:
             expected = "'<', '<=', '>' or '>=' and a number, such as '> 0.1',"
             raise ConfigError.bad_value(owner, option, text, expected)
-        return cls(found[1], float(found[2]))
+        return cls(result[1], float(result[2]))
 
     def __call__(self, value: float) -> bool:
         """Return whether the value meets it."""
@@ -206,8 +206,8 @@ class TriggerState:
         if self.trigger.metric in values:
             self._window.append(values[self.trigger.metric])
         full = len(self._window) == self.trigger.window
-        found = _STATISTIC[self.trigger.statistic](list(self._window)) if full else None
-        return self._clear(found) if self.active else self._fire(found)
+        result = _STATISTIC[self.trigger.statistic](list(self._window)) if full else None
+        return self._clear(result) if self.active else self._fire(result)
 
     def _fire(self, found: float | None) -> Transition | None:
         if found is None or not self._fires(found):

@@ -136,11 +136,11 @@ def cells(study: Study, own: UserCode, backends: tuple[str, ...]) -> list[Cell]:
         StrategyError: a strategy needs an estimate that a solver does not keep.
     """
     _check(study, own, backends)
-    found = [cell for seed in study.seeds for cell in _of_seed(study, own, backends, seed)]
-    keys = [cell.key for cell in found]
+    result = [cell for seed in study.seeds for cell in _of_seed(study, own, backends, seed)]
+    keys = [cell.key for cell in result]
     if len(set(keys)) < len(keys):
         raise ConfigError("The study asks for the same cell twice: remove the repeated entry of an axis.")
-    return found
+    return result
 
 
 def _of_seed(study: Study, own: UserCode, backends: tuple[str, ...], seed: int) -> Iterator[Cell]:
@@ -208,7 +208,7 @@ def _check_own(study: Study, own: UserCode) -> None:
 def _check(study: Study, own: UserCode, backends: tuple[str, ...]) -> None:
     """Find every mistake in the names and options before the first training."""
     _check_own(study, own)
-    axes = {"strategies": [each.label for each in study.strategies], "data": [each.label for each in study.data]}
+    axes = {"strategies": [item.label for item in study.strategies], "data": [item.label for item in study.data]}
     for axis, labels in axes.items():
         for label in labels:
             if labels.count(label) > 1:

@@ -92,10 +92,10 @@ def study(request: StudyRequest, console: Console) -> None:
             results = ray.run(place, grid, live) if spread else run(place, grid, live, request.jobs)
         if request.jobs > 1 or spread:
             results = timed(place, grid, results, console)
-        found = page.write(place.root, settings, results, about)
-    console.print(table.terminal(found))
+        result = page.write(place.root, settings, results, about)
+    console.print(table.terminal(result))
     if settings.gates:
-        console.print(gates.judge(found, settings.gates).sentence(settings.language))
+        console.print(gates.judge(result, settings.gates).sentence(settings.language))
     console.print(f"Report: {place.root / 'report.html'}", soft_wrap=True)
 
 

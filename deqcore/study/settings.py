@@ -250,5 +250,5 @@ def _keys_at(path: list[int | str]) -> list[str]:
         "cost": CostSettings,
         "gates": Gate,
     }
-    found = tables[str(path[0])] if path else Study
-    return list(found.model_fields)
+    result = tables[str(path[0])] if path else Study
+    return list(result.model_fields)

@@ -69,12 +69,12 @@ def failures(backends: Sequence[str]) -> Iterator[Failure]:
 
 
 def _one(kit: Kit, solver: str, problem: str, dtype: str) -> Iterator[Failure]:
-    known = golden(problem)
-    rtol = tolerance(float(np.finfo(dtype).eps), known.truth.jacobian.shape[1])
-    f, z0, args = kit.data(known, dtype)
+    available = golden(problem)
+    rtol = tolerance(float(np.finfo(dtype).eps), available.truth.jacobian.shape[1])
+    f, z0, args = kit.data(available, dtype)
     with np.errstate(all="ignore"):
         sol = kit.solve(f, z0, *args, solver=solver, rtol=rtol, max_steps=MAX_STEPS)
-    status = kit.numpy(sol.status)[known.truth.healthy]
+    status = kit.numpy(sol.status)[available.truth.healthy]
     ended = sorted({ENDED.get(int(code), Status(int(code)).name) for code in status if code != int(Status.CONVERGED)})
     if ended:
         reasons = {**WHY[""], **WHY.get(solver, {})}
@@ -89,6 +89,6 @@ def table(backends: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    for each in sys.argv[1:]:
-        plugins.spec("backend", each)
+    for item in sys.argv[1:]:
+        plugins.spec("backend", item)
     sys.stdout.write(table(sys.argv[1:]))

@@ -135,12 +135,12 @@ def _listed(path: str | None) -> Mapping[str, str]:
     if path is None:
         return {}
     try:
-        found: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        results: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise pytest.UsageError(f"--deqcore-expect {path!r} cannot be read: {error}") from error
-    for name, reason in found.items():
+    for name, reason in results.items():
         if not isinstance(reason, str):
             raise pytest.UsageError(
                 f"--deqcore-expect {path!r}: {name} must be a text that gives the reason (got {reason!r})."
             )
-    return found
+    return results

@@ -127,21 +127,21 @@ def load_problem(where: str) -> Problem:
         raise ProblemError(
             f"{path} defines no {name!r}.{did_you_mean(name, public)} Problems in it: {listing(fitting)}."
         )
-    found = getattr(module, name)
-    if callable(found) and not isinstance(found, Problem | type):
+    result = getattr(module, name)
+    if callable(result) and not isinstance(result, Problem | type):
         try:
-            found = found()
+            result = result()
         except Exception as error:
             raise ProblemError(
                 f"{path}:{name}() raised {type(error).__name__}: {error}. It must be a Problem, or a function "
                 f"without arguments that returns one."
             ) from error
-    if not isinstance(found, Problem):
+    if not isinstance(result, Problem):
         raise ProblemError(
             f"{path}:{name} must be a deqcore.testing.Problem, or a function without arguments that returns one "
-            f"(got a {type(found).__name__})."
+            f"(got a {type(result).__name__})."
         )
-    return found
+    return result
 
 
 def _execute(path: Path) -> Any:

@@ -177,8 +177,10 @@ def golden(name: str) -> Golden:
         'mlp'
     """
     if name not in FUNCTIONS:
-        known = list(FUNCTIONS)
-        raise ProblemError(f"No golden problem {name!r}.{did_you_mean(name, known)} There are: {listing(known)}.")
+        available = list(FUNCTIONS)
+        raise ProblemError(
+            f"No golden problem {name!r}.{did_you_mean(name, available)} There are: {listing(available)}."
+        )
     with np.load(FOLDER / f"{name}.npz") as stored:
         data = {key: stored[key] for key in stored.files}
     problem = Problem(
@@ -225,8 +227,8 @@ def _tree(data: Mapping[str, Array], name: str) -> Tree:
     if f"{name}[0]" in data or any(key.startswith(f"{name}[0]") for key in data):
         length = 1 + max(int(key[len(name) + 1 :].partition("]")[0]) for key in data if key.startswith(f"{name}["))
         return [_tree(data, f"{name}[{i}]") for i in range(length)]
-    found = sorted({key[len(name) + 2 :].partition("'")[0] for key in data if key.startswith(f"{name}['")})
-    return {key: _tree(data, f"{name}[{key!r}]") for key in found}
+    result = sorted({key[len(name) + 2 :].partition("'")[0] for key in data if key.startswith(f"{name}['")})
+    return {key: _tree(data, f"{name}[{key!r}]") for key in result}
 
 
 def raveled(tree: Tree, batch: int) -> Array:

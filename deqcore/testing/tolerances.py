@@ -68,10 +68,10 @@ class Sensitivity:
         residual = (forward + unit) * self.state
         z = self.inverse * residual
         u = self.inverse * (backward * self.cotangent + unit * (1.0 + self.jacobian) * self.adjoint)
-        found = {"value": z + residual}
+        result = {"value": z + residual}
         for name, slope in self.slopes.items():
-            found[name] = slope.product * (u + unit * self.adjoint) + slope.curvature * z
-        return found
+            result[name] = slope.product * (u + unit * self.adjoint) + slope.curvature * z
+        return result
 
 
 def rounding(eps: float, n: int) -> float:

@@ -59,12 +59,12 @@ def weights(path: str | Path) -> dict[str, Any]:
 def _safetensors(path: Path) -> dict[str, Any]:
     from safetensors import safe_open
 
-    found = {}
+    result = {}
     with safe_open(path, framework="numpy") as stored:
         for name in stored.keys():  # noqa: SIM118 - not a mapping
             kind = stored.get_slice(name).get_dtype()
-            found[name] = _bfloat16(path, name) if kind == "BF16" else stored.get_tensor(name)
-    return found
+            result[name] = _bfloat16(path, name) if kind == "BF16" else stored.get_tensor(name)
+    return result
 
 
 def _bfloat16(path: Path, name: str) -> Any:

@@ -205,8 +205,8 @@ def main(folder: Path) -> None:
         start = time.perf_counter()
         report: dict[str, object] = {"error": ""}
         try:
-            found = run(backend, Job(**fields))
-            arrays |= {f"{number}|{name}": value for name, value in found.items()}
+            result = run(backend, Job(**fields))
+            arrays |= {f"{number}|{name}": value for name, value in result.items()}
         except Exception as error:
             report["error"] = str(error) if isinstance(error, RuntimeError) else place(error)
         reports.append(report | {"seconds": time.perf_counter() - start})
@@ -223,12 +223,12 @@ def write(folder: Path, backend: str, jobs: list[Job]) -> None:
 def read(folder: Path) -> list[tuple[str, float, dict[str, Any]]]:
     """Return the error, seconds and arrays of each job in a folder."""
     reports = json.loads((folder / "results.json").read_text())
-    found: list[tuple[str, float, dict[str, Any]]] = [(each["error"], each["seconds"], {}) for each in reports]
+    results: list[tuple[str, float, dict[str, Any]]] = [(report["error"], report["seconds"], {}) for report in reports]
     with np.load(folder / "results.npz") as stored:
         for key in stored.files:
             number, _, name = key.partition("|")
-            found[int(number)][2][name] = stored[key]
-    return found
+            results[int(number)][2][name] = stored[key]
+    return results
 
 
 if __name__ == "__main__":

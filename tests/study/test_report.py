@@ -187,7 +187,11 @@ def test_a_failed_cell_is_told_and_nothing_else_suffers(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("seeds", "head"), [([0], "was the fastest setting that lost at most one point of accuracy, but there are too few"), ([0, 1, 2], " use ")]
+    ("seeds", "head"),
+    [
+        ([0], "was the fastest setting that lost at most one point of accuracy, but there are too few"),
+        ([0, 1, 2], " use "),
+    ],
 )
 def test_too_few_seeds_recommend_nothing(tmp_path: Path, seeds: list[int], head: str):
     study, results = made(models=["dense"], seeds=seeds)

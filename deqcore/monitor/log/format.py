@@ -76,10 +76,10 @@ def parse(table: Mapping[str, Any]) -> Record | None:
 
 
 def _count(table: Mapping[str, Any], name: str) -> int:
-    found = int(table[name])
-    if abs(found) > MOST:
+    result = int(table[name])
+    if abs(result) > MOST:
         raise ValueError(f"{name!r}, which is beyond 2^53")
-    return found
+    return result
 
 
 def _of(key: str) -> dict[str, object]:

@@ -77,22 +77,22 @@ class Log:
 
     def _replace(self, new: _Part, step: int) -> None:
         """Leave out the runs that have written nothing since the header of this one, if it begins again."""
-        over = [each for each in self._parts.values() if each is not new and not each.hidden and each.end <= new.start]
-        rows = [pair for each in over for pair in each.records if isinstance(pair[1], Row)]
+        over = [part for part in self._parts.values() if part is not new and not part.hidden and part.end <= new.start]
+        rows = [pair for item in over for pair in item.records if isinstance(pair[1], Row)]
         last = max(rows, key=lambda pair: pair[0], default=None)
         if last is not None and isinstance(last[1], Row) and step <= last[1].step:
-            for each in over:
-                each.hidden = True
+            for item in over:
+                item.hidden = True
             self._show()
 
     def _show(self) -> None:
         shown = sorted(
-            (pair for each in self._parts.values() if not each.hidden for pair in each.records),
+            (pair for part in self._parts.values() if not part.hidden for pair in part.records),
             key=lambda pair: pair[0],
         )
         self.rows[:] = [record for _, record in shown if isinstance(record, Row)]
         self.events[:] = [record for _, record in shown if isinstance(record, Event)]
-        self.left_out = sum(each.hidden for each in self._parts.values())
+        self.left_out = sum(part.hidden for part in self._parts.values())
 
 
 @dataclass
@@ -185,8 +185,8 @@ class Tail:
         units, config = header.get("units"), header.get("config")
         self.log.begin(printable(header.get("run", "")))
         self.log.units |= {printable(name): printable(unit) for name, unit in _table(units).items()}
-        found = plain(_table(config))
-        self.log.config = found if isinstance(found, dict) else {}
+        result = plain(_table(config))
+        self.log.config = result if isinstance(result, dict) else {}
 
 
 def read(path: str | Path) -> Log:
@@ -200,13 +200,13 @@ def read(path: str | Path) -> Log:
 
 def series(rows: list[Row]) -> Iterator[tuple[str, str, list[int], list[float]]]:
     """Yield the metric, layer, steps and values of everything in `rows`, in the order of first appearance."""
-    found: dict[tuple[str, str], tuple[list[int], list[float]]] = {}
+    result: dict[tuple[str, str], tuple[list[int], list[float]]] = {}
     for row in rows:
         for metric, value in row.values.items():
-            steps, values = found.setdefault((metric, row.name), ([], []))
+            steps, values = result.setdefault((metric, row.name), ([], []))
             steps.append(row.step)
             values.append(value)
-    for (metric, layer), (steps, values) in found.items():
+    for (metric, layer), (steps, values) in result.items():
         yield metric, layer, steps, values
 
 

@@ -28,15 +28,15 @@ def load(choice: DataChoice, own: str | None = None) -> Dataset:
     """
     if choice.name == "own" and own is not None:
         function = load_object("--data", own)
-        found = function() if callable(function) else function
-        if not isinstance(found, Dataset):
-            raise ConfigError(f"--data {own!r} must {_unlike(found)}")
-        return found
+        result = function() if callable(function) else function
+        if not isinstance(result, Dataset):
+            raise ConfigError(f"--data {own!r} must {_unlike(result)}")
+        return result
     target: Any = plugins.load("data", choice.name)
-    found = target(choice)
-    if not isinstance(found, Dataset):
-        raise PluginError(f"The data {choice.name!r} must {_unlike(found)}")
-    return found
+    result = target(choice)
+    if not isinstance(result, Dataset):
+        raise PluginError(f"The data {choice.name!r} must {_unlike(result)}")
+    return result
 
 
 def _unlike(found: object) -> str:

@@ -34,16 +34,16 @@ def load(choice: DataChoice) -> Dataset:
     """
     path = Path(choice.path)
     if choice.path and path.is_dir():
-        found = {
+        result = {
             f"{axis}_{part}": _idx(path, f"{prefix}-{kind}")
             for part, prefix in (("train", "train"), ("test", "t10k"))
             for axis, kind in (("x", "images-idx3-ubyte"), ("y", "labels-idx1-ubyte"))
         }
     elif choice.path and path.is_file():
-        found = _npz(path)
+        result = _npz(path)
     else:
         raise DataError(f"data 'arrays': path must be an NPZ file or a folder of IDX files (got {choice.path!r}).")
-    return _dataset(choice, found)
+    return _dataset(choice, result)
 
 
 def _dataset(choice: DataChoice, found: dict[str, NDArray[Any]]) -> Dataset:
@@ -102,7 +102,7 @@ def _idx(folder: Path, name: str) -> NDArray[Any]:
     if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in IDX:
         raise DataError(f"{name!r} in {str(folder)!r} is not an IDX file.")
     start = 4 + 4 * raw[3]
-    shape = tuple(int(each) for each in np.frombuffer(raw[4:start], ">u4"))
+    shape = tuple(int(item) for item in np.frombuffer(raw[4:start], ">u4"))
     dtype = np.dtype(IDX[raw[2]])
     if len(raw) - start != math.prod(shape) * dtype.itemsize:
         raise DataError(f"{name!r} in {str(folder)!r} is cut off: {shape} of {dtype} does not fit its size.")

@@ -51,10 +51,10 @@ def _tokens(path: Path, level: str) -> list[str]:
         raise DataError(f"The text file {str(path)!r} does not exist.") from None
     except (UnicodeDecodeError, OSError) as error:
         raise DataError(f"{str(path)!r} cannot be read as UTF-8 text: {error}.") from error
-    found = list(text) if level == "char" else text.split()
-    if not found:
+    result = list(text) if level == "char" else text.split()
+    if not result:
         raise DataError(f"The text {str(path)!r} is empty: name a file with text in it.")
-    return found
+    return result
 
 
 def _windows(tokens: list[str], numbers: dict[str, int], choice: DataChoice) -> Split:

@@ -88,9 +88,9 @@ class Process:
         Raises:
             StudyError: it could not write.
         """
-        found: dict[str, Any] | None = store.read_json(self.folder / "result.json")
-        if found is not None:
-            return found
+        results: dict[str, Any] | None = store.read_json(self.folder / "result.json")
+        if results is not None:
+            return results
         last = self.said()
         code = self.popen.returncode
         if last.startswith("Error: "):

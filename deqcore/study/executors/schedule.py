@@ -54,10 +54,10 @@ def _estimate(cell: Cell, count: int) -> float:
     if not count:
         return 0.0
     with TemporaryDirectory() as folder:
-        found = measure(Store(Path(folder)), cell, PROBES)
+        result = measure(Store(Path(folder)), cell, PROBES)
     # An audit solves two gradients, one of them far below the tolerance, and compiles for it where that is needed.
-    audits = cell.training.audits * 5 * found["times"]["step"] + 2 * found["warm_up"]
-    return float(count * (STARTUP + found["warm_up"] + found["times"]["training"] + audits))
+    audits = cell.training.audits * 5 * result["times"]["step"] + 2 * result["warm_up"]
+    return float(count * (STARTUP + result["warm_up"] + result["times"]["training"] + audits))
 
 
 def timed(

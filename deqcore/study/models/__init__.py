@@ -40,7 +40,7 @@ def find(name: str, own: str | None = None) -> type[Model]:
     """
     if name == "own" and own is not None:
         return cast("type[Model]", load_own("--model", own, Model))
-    found = plugins.load("model", name)
-    if not (isinstance(found, type) and issubclass(found, Model)):
-        raise PluginError(f"The model {name!r} must be a subclass of deqcore.study.models.Model (got {found!r}).")
-    return found
+    result = plugins.load("model", name)
+    if not (isinstance(result, type) and issubclass(result, Model)):
+        raise PluginError(f"The model {name!r} must be a subclass of deqcore.study.models.Model (got {result!r}).")
+    return result

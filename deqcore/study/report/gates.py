@@ -13,22 +13,22 @@ from deqcore.study.settings import Gate
 
 
 def _points(row: SummaryRow, exact: SummaryRow | None) -> float | None:
-    found = None if exact is None else row.against(exact, "test_accuracy")
-    return None if found is None else 100 * found.worst
+    result = None if exact is None else row.against(exact, "test_accuracy")
+    return None if result is None else 100 * result.worst
 
 
 def _quotient(metric: str) -> Callable[[SummaryRow, SummaryRow | None], float | None]:
     def read(row: SummaryRow, exact: SummaryRow | None) -> float | None:
-        found = None if exact is None else row.ratio(exact, metric)
-        return None if found is None else found.mean if found.high is None else found.high
+        result = None if exact is None else row.ratio(exact, metric)
+        return None if result is None else result.mean if result.high is None else result.high
 
     return read
 
 
 def _metric(metric: str, scale: float = 1.0) -> Callable[[SummaryRow, SummaryRow | None], float | None]:
     def read(row: SummaryRow, _: SummaryRow | None) -> float | None:
-        found = row.metric(metric)
-        return None if found is None else scale * found.mean
+        result = row.metric(metric)
+        return None if result is None else scale * result.mean
 
     return read
 

@@ -32,18 +32,18 @@ def write(root: Path, study: Study, results: Sequence[Mapping[str, Any]], about:
     Returns:
         The rows of the table.
     """
-    found = rows(results)
+    value = rows(results)
     devices = sorted({result["device"] for result in results if "device" in result})
     about = {**about, "machine": {**about["machine"], **({"device": ", ".join(devices)} if devices else {})}}
-    verdict = judge(found, study.gates)
-    summary = [_summary(row, found) for row in found]
+    verdict = judge(value, study.gates)
+    summary = [_summary(row, value) for row in value]
     judged = [gate.as_dict() for gate in verdict.gates]
     content = {**about, "settings": study.model_dump(), "summary": summary, "gates": judged, "cells": list(results)}
     store.write_json(root / "results.json", content)
-    store.write(root / "results.csv", table.comma_separated(found).encode())
-    store.write(root / "results.md", table.markdown(found).encode())
-    store.write(root / "report.html", page(study, found, verdict, about).encode())
-    return found
+    store.write(root / "results.csv", table.comma_separated(value).encode())
+    store.write(root / "results.md", table.markdown(value).encode())
+    store.write(root / "report.html", page(study, value, verdict, about).encode())
+    return value
 
 
 def page(study: Study, found: Sequence[SummaryRow], verdict: GateVerdict, about: Mapping[str, Any]) -> str:
@@ -65,7 +65,7 @@ def page(study: Study, found: Sequence[SummaryRow], verdict: GateVerdict, about:
         header=[head(study.language, title) for title in header],
         lines=lines,
         labels=len(header) - len(table.COLUMNS),
-        rounds=[_round(each, found, study.language) for each in accumulations(found)],
+        rounds=[_round(accumulation, found, study.language) for accumulation in accumulations(found)],
         plots=[{"title": words[word], "svg": svg} for word, svg in plots(found).items()],
         command=about["command"],
         machine=_flat(about["machine"]),
@@ -151,7 +151,7 @@ def _bracketed(value: Interval | None, scale: float, digits: int, *, signed: boo
 def _summary(row: SummaryRow, found: Sequence[SummaryRow]) -> dict[str, Any]:
     metrics = {name: row.metric(name) for name in METRICS} if row.results else {}
     numbers = {name: None if value is None else asdict(value) for name, value in metrics.items()}
-    rounds = [each.as_dict() for each in accumulations(found) if each.row is row]
+    rounds = [accumulation.as_dict() for accumulation in accumulations(found) if accumulation.row is row]
     results: dict[str, Any] = {
         **table.identity(row),
         "seeds": list(row.results),

@@ -88,9 +88,9 @@ def _accuracy(axes: Any, rows: Sequence[SummaryRow]) -> bool:
         if len(curves) > 1:
             axes.fill_between(np.mean(clocks, 0), np.min(curves, 0), np.max(curves, 0), color=colour, alpha=0.15, lw=0)
     axes.set(xlabel="seconds of training", ylabel="%")
-    if found := bool(axes.lines):
+    if value := bool(axes.lines):
         axes.legend(frameon=False)
-    return found
+    return value
 
 
 def clock(result: Any) -> Any:
@@ -131,32 +131,32 @@ def _evaluations(axes: Any, rows: Sequence[SummaryRow]) -> bool:
 
 
 def _cosine(axes: Any, rows: Sequence[SummaryRow]) -> bool:
-    found = _audits(axes, rows, ("cosine",))
+    result = _audits(axes, rows, ("cosine",))
     axes.set(xlabel="epoch", ylabel="cosine")
-    return found
+    return result
 
 
 def _radius(axes: Any, rows: Sequence[SummaryRow]) -> bool:
-    found = _audits(axes, rows, ("radius", "radius_most"))
+    result = _audits(axes, rows, ("radius", "radius_most"))
     axes.axhline(1.0, color="#666666", lw=0.8, ls=":")
     axes.set(xlabel="epoch", ylabel="|λ|max", ylim=(0, None))
-    return found
+    return result
 
 
 def _certificate(axes: Any, rows: Sequence[SummaryRow]) -> bool:
-    found = False
+    result = False
     for row, colour in zip([row for row in rows if not row.explicit], PALETTE, strict=False):
         curves = _curves(row, "adjoint_residual")
         if curves is not None:
-            found = True
+            result = True
             axes.semilogy(_epochs(curves), curves, color=colour, label=name(row, rows))
     axes.set(xlabel="epoch", ylabel="‖g + Jᵀu − u‖ / ‖g‖")
     # The usual labels of a logarithmic axis are mathtext, which stays unparsed here: a data set may be called $x$.
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_formatter(lambda value, _: "")
-    if found:
+    if result:
         axes.legend(frameon=False)
-    return found
+    return result
 
 
 def _memory(axes: Any, rows: Sequence[SummaryRow]) -> bool:
@@ -169,8 +169,8 @@ def _memory(axes: Any, rows: Sequence[SummaryRow]) -> bool:
 
 
 def _rounds(axes: Any, rows: Sequence[SummaryRow]) -> bool:
-    found = [each for each in accumulations(rows) if each.gap]
-    for each, colour in zip(found[:MANY], PALETTE[1:] + PALETTE[:1], strict=False):
+    result = [accumulation for accumulation in accumulations(rows) if accumulation.gap]
+    for each, colour in zip(result[:MANY], PALETTE[1:] + PALETTE[:1], strict=False):
         gap = each.gap or ()
         numbers = np.arange(1, len(gap) + 1)
         axes.plot(numbers, [100 * value.mean for value in gap], "o-", ms=3, color=colour, label=name(each.row, rows))
@@ -181,36 +181,36 @@ def _rounds(axes: Any, rows: Sequence[SummaryRow]) -> bool:
         axes.set_xticks(numbers)
     axes.axhline(0.0, color="#666666", lw=0.8, ls=":")
     axes.set(xlabel="round", ylabel="points")
-    if found:
+    if result:
         axes.legend(frameon=False)
-    return bool(found)
+    return bool(result)
 
 
 def _audits(axes: Any, rows: Sequence[SummaryRow], metrics: Sequence[str]) -> bool:
-    found = False
+    value = False
     for row, colour in zip([row for row in rows if not row.explicit], PALETTE, strict=False):
         audits = [result["history"]["audits"] for result in row.results.values()]
         if not audits[0]:
             continue
-        found = True
+        value = True
         epochs = [audit["epoch"] for audit in audits[0]]
         for metric, style in zip(metrics, ("o-", "^:"), strict=False):
-            values = np.array([[np.nan if a[metric] is None else a[metric] for a in each] for each in audits])
+            values = np.array([[np.nan if a[metric] is None else a[metric] for a in item] for item in audits])
             label = name(row, rows) if style == "o-" else None
             axes.plot(epochs, values.mean(0), style, ms=3, color=colour, label=label)
-    if found:
+    if value:
         axes.legend(frameon=False)
-    return found
+    return value
 
 
 def _curves(row: SummaryRow, metric: str) -> Any:
     """Return means per epoch and over seeds; None where nothing was measured."""
-    found = []
+    value = []
     for result in row.results.values():
         if result["history"]["steps"][metric][0] is None:
             return None
-        found.append(_per_epoch(result, metric, len(result["history"]["epochs"]), np.mean))
-    return np.mean(found, 0)
+        value.append(_per_epoch(result, metric, len(result["history"]["epochs"]), np.mean))
+    return np.mean(value, 0)
 
 
 def _per_epoch(result: Any, metric: str, epochs: int, combine: Callable[..., Any]) -> Any:

@@ -131,24 +131,24 @@ def bill(row: SummaryRow, exact: SummaryRow | None, cost: CostSettings) -> Bill:
 
 
 def _warnings(group: Sequence[SummaryRow], best: SummaryRow | None) -> tuple[tuple[str, dict[str, object]], ...]:
-    found: list[tuple[str, dict[str, object]]] = []
+    result: list[tuple[str, dict[str, object]]] = []
     if best is not None and len(best.results) < 3:
-        found.append(("few_seeds", {"count": len(best.results)}))
+        result.append(("few_seeds", {"count": len(best.results)}))
     for row in group:
         cosine, gap = row.metric("cosine"), _gap(row, group)
         if cosine is not None and cosine.mean < HARMFUL:
-            found.append(("low_cosine", {"strategy": row.label, "solver": row.solver, "cosine": f"{cosine.mean:.2f}"}))
+            result.append(("low_cosine", {"strategy": row.label, "solver": row.solver, "cosine": f"{cosine.mean:.2f}"}))
         if gap is not None and gap.high is not None and gap.high < 0 and gap.mean < TOLERATED:
-            found.append(("harmful", {"strategy": row.label, "solver": row.solver, "points": f"{100 * gap.mean:.1f}"}))
+            result.append(("harmful", {"strategy": row.label, "solver": row.solver, "points": f"{100 * gap.mean:.1f}"}))
         unconverged = row.metric("unconverged")
         if unconverged is not None and unconverged.mean > 0.01:
             share = f"{100 * unconverged.mean:.0f}"
-            found.append(("unconverged", {"strategy": row.label, "solver": row.solver, "percent": share}))
-        found += [
+            result.append(("unconverged", {"strategy": row.label, "solver": row.solver, "percent": share}))
+        result += [
             ("failed", {"strategy": row.label, "solver": row.solver, "seed": seed, "reason": reason})
             for seed, reason in row.failures.items()
         ]
-    return tuple(found)
+    return tuple(result)
 
 
 def _gap(row: SummaryRow, among: Sequence[SummaryRow]) -> Interval | None:

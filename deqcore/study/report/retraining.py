@@ -48,20 +48,20 @@ def _count(row: SummaryRow) -> int:
 
 
 def _accuracies(result: CellResult) -> list[float]:
-    return [each["test_accuracy"] for each in result.get("rounds", ())]
+    return [item["test_accuracy"] for item in result.get("rounds", ())]
 
 
 def _of(row: SummaryRow, exact: SummaryRow | None) -> Accumulation:
-    mine = {seed: _accuracies(result) for seed, result in row.results.items()}
-    accuracy = tuple(Interval.of(column) for column in zip(*mine.values(), strict=True))
+    own = {seed: _accuracies(result) for seed, result in row.results.items()}
+    accuracy = tuple(Interval.of(column) for column in zip(*own.values(), strict=True))
     if exact is None or exact is row:
         return Accumulation(row, accuracy, None, None)
     theirs = {seed: _accuracies(result) for seed, result in exact.results.items()}
-    gaps = [_difference(mine[seed], theirs[seed]) for seed in mine if seed in theirs]
+    gaps = [_difference(own[seed], theirs[seed]) for seed in own if seed in theirs]
     if not gaps:
         return Accumulation(row, accuracy, None, None)
     gap = tuple(Interval.of(column) for column in zip(*gaps, strict=True))
-    return Accumulation(row, accuracy, gap, Interval.of([each[-1] - each[0] for each in gaps]))
+    return Accumulation(row, accuracy, gap, Interval.of([item[-1] - item[0] for item in gaps]))
 
 
 def _difference(mine: Sequence[float], theirs: Sequence[float]) -> list[float]:

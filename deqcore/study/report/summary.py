@@ -42,10 +42,10 @@ class Interval:
     @classmethod
     def of_ratios(cls, values: Sequence[float]) -> Interval:
         """From one quotient per seed: geometric mean, and an interval of logarithms, which never falls below zero."""
-        found = cls.of([math.log(value) for value in values])
-        low = None if found.low is None else math.exp(found.low)
-        high = None if found.high is None else math.exp(found.high)
-        return cls(math.exp(found.mean), low, high, found.count)
+        result = cls.of([math.log(value) for value in values])
+        low = None if result.low is None else math.exp(result.low)
+        high = None if result.high is None else math.exp(result.high)
+        return cls(math.exp(result.mean), low, high, result.count)
 
     @property
     def worst(self) -> float:
@@ -107,24 +107,24 @@ class SummaryRow:
     def metric(self, name: str) -> Interval | None:
         """Return a metric over seeds; None where it was not measured."""
         values = [METRICS[name](result) for result in self.results.values()]
-        known = [value for value in values if value is not None]
-        return Interval.of(known) if known else None
+        available = [value for value in values if value is not None]
+        return Interval.of(available) if available else None
 
     def against(self, other: SummaryRow, name: str) -> Interval | None:
         """Return the difference of a metric, paired by seed."""
-        found = [mine - theirs for mine, theirs in self._pairs(other, name)]
-        return Interval.of(found) if found else None
+        result = [own - theirs for own, theirs in self._pairs(other, name)]
+        return Interval.of(result) if result else None
 
     def ratio(self, other: SummaryRow, name: str) -> Interval | None:
         """Return the quotient of a metric, paired by seed; of positive numbers only."""
-        found = [mine / theirs for mine, theirs in self._pairs(other, name) if mine > 0 and theirs > 0]
-        return Interval.of_ratios(found) if found else None
+        result = [own / theirs for own, theirs in self._pairs(other, name) if own > 0 and theirs > 0]
+        return Interval.of_ratios(result) if result else None
 
     def _pairs(self, other: SummaryRow, name: str) -> list[tuple[float, float]]:
         read = METRICS[name]
         both = [seed for seed in self.results if seed in other.results]
         pairs = [(read(self.results[seed]), read(other.results[seed])) for seed in both]
-        return [(mine, theirs) for mine, theirs in pairs if mine is not None and theirs is not None]
+        return [(own, theirs) for own, theirs in pairs if own is not None and theirs is not None]
 
 
 def rows(results: Iterable[CellResult]) -> list[SummaryRow]:
@@ -135,13 +135,13 @@ def rows(results: Iterable[CellResult]) -> list[SummaryRow]:
         place = (cell["data"]["label"], cell["backend"], cell["model"]["name"], cell["model"]["width"])
         key = (place, _named(cell["solver"]), cell["strategy"]["label"], cell["strategy"]["name"], cell["rtol"])
         grouped.setdefault(key, []).append(result)
-    return [_row(key, found) for key, found in grouped.items()]
+    return [_row(key, value) for key, value in grouped.items()]
 
 
 def _row(key: tuple[Any, ...], found: Sequence[CellResult]) -> SummaryRow:
     place, solver, strategy, name, rtol = key
-    good = {each["cell"]["seed"]: each for each in found if each["status"] == "ok"}
-    bad = {each["cell"]["seed"]: f"{each['reason']}: {each['detail']}" for each in found if each["status"] != "ok"}
+    good = {item["cell"]["seed"]: item for item in found if item["status"] == "ok"}
+    bad = {item["cell"]["seed"]: f"{item['reason']}: {item['detail']}" for item in found if item["status"] != "ok"}
     return SummaryRow(place, solver, strategy, name, rtol, good, bad)
 
 

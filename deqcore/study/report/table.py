@@ -90,7 +90,7 @@ def identity(row: SummaryRow) -> dict[str, str]:
 def cells(rows: Sequence[SummaryRow]) -> tuple[list[str], list[list[str]]]:
     """Return the header and lines; what is the same in all lines is left out, but for the strategy."""
     identities = [identity(row) for row in rows]
-    varying = [name for name in IDENTITY if name == "strategy" or len({each[name] for each in identities}) > 1]
+    varying = [name for name in IDENTITY if name == "strategy" or len({item[name] for item in identities}) > 1]
     lines = []
     for row, each in zip(rows, identities, strict=True):
         figures = [form(row.metric(metric)) if row.results else "–" for _, metric, form in COLUMNS]
@@ -102,7 +102,7 @@ def shared(rows: Sequence[SummaryRow], head: Callable[[str], str] = str) -> str:
     """Describe what all rows have in common; `head` gives the names of columns in another language."""
     identities = [identity(row) for row in rows]
     return ", ".join(
-        f"{head(name)} {identities[0][name]}" for name in IDENTITY if len({each[name] for each in identities}) == 1
+        f"{head(name)} {identities[0][name]}" for name in IDENTITY if len({item[name] for item in identities}) == 1
     )
 
 
@@ -122,7 +122,7 @@ def terminal(rows: Sequence[SummaryRow]) -> Table:
 def markdown(rows: Sequence[SummaryRow]) -> str:
     """For a README."""
     header, lines = cells(rows)
-    escaped = [[each.replace("|", "\\|") for each in line] for line in lines]
+    escaped = [[item.replace("|", "\\|") for item in line] for line in lines]
     rule = ["---"] * len(header)
     body = "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *escaped])
     return f"{shared(rows)}\n\n{body}\n\n{NOTE}\n"

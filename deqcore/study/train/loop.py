@@ -191,15 +191,15 @@ class CellTraining:
                 taken.append(self.trainer.step(self.data.train.x[chosen], self.data.train.y[chosen], 0.0))
             self._resume()
         columns = {part: [getattr(step, part) for step in taken] for part in PARTS}
-        found = times(columns)
-        found["training"] *= len(rows) * self.cell.epochs / len(taken)
-        return {"warm_up": self.warm_up, "times": found}
+        result = times(columns)
+        result["training"] *= len(rows) * self.cell.epochs / len(taken)
+        return {"warm_up": self.warm_up, "times": result}
 
     def _resume(self) -> None:
-        found = store.read_progress(self.folder)
-        if found is None:
+        result = store.read_progress(self.folder)
+        if result is None:
             return
-        tensors, history = found
+        tensors, history = result
         self.history |= history
         self.trainer.restore({name: value for name, value in tensors.items() if not name.startswith("best.")})
         self.best = {name.removeprefix("best."): v for name, v in tensors.items() if name.startswith("best.")}
@@ -251,14 +251,14 @@ class CellTraining:
         train = self.data.train
         rows = rng.choice(len(train), min(self.cell.training.batch, len(train)), replace=False)
         x, y, truth = train.x[rows], train.y[rows], exact(self.cell)
-        _, found = self.trainer.gradient(x, y, self.cell.config())
+        _, result = self.trainer.gradient(x, y, self.cell.config())
         _, wanted = self.trainer.gradient(x, y, truth)
         radius = self.trainer.radius(x[:AUDIT_SAMPLES], truth, AUDIT_PRODUCTS)
-        size = float(np.linalg.norm(found) * np.linalg.norm(wanted))
+        size = float(np.linalg.norm(result) * np.linalg.norm(wanted))
         audit = AuditPoint(
             epoch=epoch,
-            cosine=float(found @ wanted) / size if size > 0 else 0.0,
-            ratio=float(np.linalg.norm(found)) / max(float(np.linalg.norm(wanted)), 1e-30),
+            cosine=float(result @ wanted) / size if size > 0 else 0.0,
+            ratio=float(np.linalg.norm(result)) / max(float(np.linalg.norm(wanted)), 1e-30),
             radius=_number(np.median(radius)),
             radius_most=_number(radius.max()),
         )
@@ -279,8 +279,8 @@ class CellTraining:
         logits = []
         for start in range(0, len(split), EVALUATION_BATCH):
             rows = np.arange(start, start + EVALUATION_BATCH)
-            found = self.trainer.predict(split.x[np.minimum(rows, len(split) - 1)])
-            logits.append(found[: len(split) - start])
+            result = self.trainer.predict(split.x[np.minimum(rows, len(split) - 1)])
+            logits.append(result[: len(split) - start])
         scores = np.concatenate(logits).astype(np.float64)
         scores = scores - scores.max(-1, keepdims=True)
         scores = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
@@ -312,7 +312,7 @@ class CellTraining:
 def times(columns: Mapping[str, Any]) -> dict[str, float]:
     """Return the median seconds of each part of a step, and of the whole training (the sum of its steps)."""
     parts = {name: float(median(columns[name])) for name in PARTS}
-    whole = [sum(each) for each in zip(*(columns[name] for name in PARTS), strict=True)]
+    whole = [sum(item) for item in zip(*(columns[name] for name in PARTS), strict=True)]
     return parts | {"step": float(median(whole)), "training": float(sum(whole))}
 
 
@@ -322,8 +322,8 @@ def _row(step: Step) -> dict[str, Any]:
 
 
 def _average(values: list[Any]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    available = [value for value in values if value is not None]
+    return sum(available) / len(available) if available else None
 
 
 def _number(value: Any) -> float | None:

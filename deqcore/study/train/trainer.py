@@ -159,5 +159,5 @@ def _finite(value: Any) -> float | None:
 
 def _mean(values: Any) -> float | None:
     values = np.asarray(values, dtype=np.float64)
-    known = values[np.isfinite(values)]
-    return float(known.mean()) if known.size else None
+    available = values[np.isfinite(values)]
+    return float(available.mean()) if available.size else None

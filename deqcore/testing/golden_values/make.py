@@ -117,13 +117,13 @@ class Flat:
 
     def hessian_product(self, g: Any, direction: dict[str, Any], inverse: float) -> dict[str, Any]:
         """How the gradients of ⟨g, z*⟩ change along a direction of all data; error about 1e-12 times the condition."""
-        found: dict[str, Any] = {}
+        results: dict[str, Any] = {}
         h = HESSIAN_STEP / max(1.0, inverse)
         for weight, size in ((8.0, 1.0), (-8.0, -1.0), (-1.0, 2.0), (1.0, -2.0)):
             near = self.moved(size * h, direction)
             for name, value in near.gradients(near.solution(), g)[1].items():
-                found[name] = found.get(name, 0.0) + weight * value / (12 * h)
-        return found
+                results[name] = results.get(name, 0.0) + weight * value / (12 * h)
+        return results
 
     def solution(self) -> Any:
         """z*, to rounding."""
@@ -137,13 +137,13 @@ class Flat:
                 start = self(start)
         if self.name == "walled":  # beyond the wall there are no numbers, so from the closed form
             start = np.ravel(solve(self.params["W"], np.exp(self.inputs).T).T)
-        found = root(residual, start, tol=1e-13)
-        z = found.x.astype(np.longdouble)
+        result = root(residual, start, tol=1e-13)
+        z = result.x.astype(np.longdouble)
         for _ in range(5):
             jacobian = derivative(self, np.asarray(z, np.float64))
             z = z + solve(np.eye(z.size) - jacobian, np.asarray(self(z) - z, np.float64))
         if not norm(np.asarray(self(z) - z, np.float64)) < 1e-14 * (1 + norm(np.asarray(z, np.float64))):
-            raise RuntimeError(f"no solution: {found.message}")
+            raise RuntimeError(f"no solution: {result.message}")
         return np.asarray(z, np.float64)
 
     def gradients(self, z: Any, g: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
@@ -196,14 +196,14 @@ def exact_affine(params: Any, x: Any, g: Any) -> tuple[Any, dict[str, Any]]:
 
 def inverse_facts(a: Any, v: Any) -> tuple[Any, Any]:
     """H v and Hᵀ v for H = (J − I)⁻¹ = −A⁻¹, refined with residuals in extended precision."""
-    found = []
+    result = []
     for matrix in (a, a.T):
         x = solve(matrix, -v)
         for _ in range(2):
             residual = -v - matrix.astype(np.longdouble) @ x.astype(np.longdouble)
             x = x + solve(matrix, np.asarray(residual, np.float64))
-        found.append(x)
-    return found[0], found[1]
+        result.append(x)
+    return result[0], result[1]
 
 
 def compute(name: str) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class GradientReport:
     @property
     def ok(self) -> bool:
         """Whether anything was compared, every run ended and every comparison is within its bound."""
-        return bool(self.comparisons) and not self.errors and all(each.ok for each in self.comparisons)
+        return bool(self.comparisons) and not self.errors and all(comparison.ok for comparison in self.comparisons)
 
 
 def check(
@@ -164,8 +164,8 @@ def option_names(strategy: str) -> set[str]:
 
 def tight(strategy: str, rtol: float) -> dict[str, object]:
     """Return the options that make an exact strategy as exact as `rtol`."""
-    known = option_names(strategy)
-    return {name: value for name, value in {"rtol": rtol, "max_steps": ADJOINT_STEPS}.items() if name in known}
+    available = option_names(strategy)
+    return {name: value for name, value in {"rtol": rtol, "max_steps": ADJOINT_STEPS}.items() if name in available}
 
 
 def tolerance_of(problem: Golden, dtype: str) -> float:
@@ -196,23 +196,23 @@ def execute(jobs: Mapping[tuple[str, str], list[Job]], tell: Callable[[str], Non
     runs: list[GradientRun] = []
     with tempfile.TemporaryDirectory(prefix="deqcore-check-") as folder:
         tasks = {}
-        for (backend, dtype), mine in jobs.items():
+        for (backend, dtype), own in jobs.items():
             task = WorkerTask(Path(folder) / f"{backend}-{dtype}", backend, dtype)
-            worker.write(task.folder, backend, mine)
-            tasks[task] = mine
+            worker.write(task.folder, backend, own)
+            tasks[task] = own
         for task, failure in run_all(list(tasks), tell).items():
-            mine = tasks[task]
-            found = [(failure, 0.0, {})] * len(mine) if failure else worker.read(task.folder)
-            runs += [GradientRun(task.backend, job, *each) for job, each in zip(mine, found, strict=True)]
+            own = tasks[task]
+            result = [(failure, 0.0, {})] * len(own) if failure else worker.read(task.folder)
+            runs += [GradientRun(task.backend, job, *each) for job, each in zip(own, result, strict=True)]
     return runs
 
 
 def truth_arrays(problem: Golden) -> dict[str, Any]:
     """Return the stored truth under the names that a worker uses."""
     truth = problem.truth
-    found = dict(walk(truth.z, "z"))
-    found |= dict(walk(unraveled(truth.gradients["cotangent"], problem.problem.z0), "cotangent"))
-    return found | {name: value for name, value in truth.gradients.items() if name != "cotangent"}
+    result = dict(walk(truth.z, "z"))
+    result |= dict(walk(unraveled(truth.gradients["cotangent"], problem.problem.z0), "cotangent"))
+    return result | {name: value for name, value in truth.gradients.items() if name != "cotangent"}
 
 
 def judge(runs: Sequence[GradientRun], chosen: Sequence[str]) -> Iterator[Comparison]:
@@ -241,8 +241,8 @@ def judge(runs: Sequence[GradientRun], chosen: Sequence[str]) -> Iterator[Compar
 def bounds_of(job: Job, problem: Golden) -> dict[str, float]:
     """Return the bounds of an exact job, by quantity."""
     eps, n = float(np.finfo(job.dtype).eps), problem.truth.jacobian.shape[1]
-    found = problem.truth.sensitivity.bounds(eps, n, job.rtol, job.rtol)
-    return {"z": found.pop("value"), **found}
+    result = problem.truth.sensitivity.bounds(eps, n, job.rtol, job.rtol)
+    return {"z": result.pop("value"), **result}
 
 
 def allowed(job: Job, reference: GradientRun, runs: Sequence[GradientRun]) -> dict[str, float]:
@@ -291,11 +291,11 @@ def compare(
 def spreads(runs: Sequence[GradientRun]) -> dict[str, float]:
     """Return how far one unit in the last place of the data moves each approximate gradient, relative, the largest."""
     plain = [run for run in runs if not run.job.jitter and not run.error]
-    found: dict[str, float] = {}
+    results: dict[str, float] = {}
     for run in runs:
         base = next((p for p in plain if same_algorithm(p.job, run.job) and p.backend == run.backend), None)
         if run.job.jitter and not run.error and base is not None:
             key = f"{run.job.solver} {run.job.strategy} {run.job.dtype}"
             gaps = [differ(run.arrays, base.arrays, name)[1] for name in quantities(run.arrays) if name != "z"]
-            found[key] = max(found.get(key, 0.0), *gaps)
-    return found
+            results[key] = max(results.get(key, 0.0), *gaps)
+    return results

@@ -78,8 +78,8 @@ def parts(result: Mapping[str, Any], quantity: str) -> dict[str, Any]:
 
 def vector(result: Mapping[str, Any], quantity: str) -> Any:
     """Return one quantity as one vector."""
-    found = [np.ravel(part) for part in parts(result, quantity).values()]
-    return np.concatenate(found) if found else np.zeros(0)
+    value = [np.ravel(part) for part in parts(result, quantity).values()]
+    return np.concatenate(value) if value else np.zeros(0)
 
 
 def size(result: Mapping[str, Any], quantity: str) -> float:
@@ -91,7 +91,7 @@ def differ(found: Mapping[str, Any], expected: Mapping[str, Any], quantity: str)
     """Return the error, relative error, cosine and the place of the largest difference of one quantity."""
     a, b = vector(found, quantity), vector(expected, quantity)
     if a.shape != b.shape:
-        shapes = [{name: part.shape for name, part in parts(each, quantity).items()} for each in (found, expected)]
+        shapes = [{name: part.shape for name, part in parts(item, quantity).items()} for item in (found, expected)]
         return float("inf"), float("inf"), 0.0, f"shapes {shapes[0]} against {shapes[1]}"
     error, norm = float(np.linalg.norm(a - b)), float(np.linalg.norm(b))
     product = float(np.linalg.norm(a)) * norm

@@ -23,7 +23,7 @@ def as_json(report: GradientReport, seconds: float) -> dict[str, object]:
     return {
         "ok": report.ok,
         "seconds": round(seconds, 2),
-        "comparisons": [asdict(each) | {"ok": each.ok} for each in report.comparisons],
+        "comparisons": [asdict(comparison) | {"ok": comparison.ok} for comparison in report.comparisons],
         "errors": [_run(run) for run in report.errors],
         "skipped": [_run(run) for run in report.runs if run.skipped],
         "spread": dict(report.spread),
@@ -45,17 +45,21 @@ def _run(run: GradientRun) -> dict[str, object]:
 
 def matrix(report: GradientReport, seconds: float) -> RenderableType:
     """Return one line per solver and strategy, one column per backend and dtype."""
-    columns = list(dict.fromkeys((each.backend, each.job.dtype) for each in report.runs if not each.job.jitter))
+    columns = list(dict.fromkeys((item.backend, item.job.dtype) for item in report.runs if not item.job.jitter))
     columns.sort(key=lambda column: (column[0], SHORT.get(column[1], column[1]) != "f64"))
     table = Table("solver", "strategy", "against", box=box.SIMPLE_HEAD, pad_edge=False)
     for backend, dtype in columns:
         table.add_column(f"{backend} {SHORT.get(dtype, dtype)}", justify="right")
     pairs = dict.fromkeys((run.job.solver, run.job.strategy) for run in report.runs)
     for solver, strategy in pairs:
-        mine = [each for each in report.comparisons if (each.solver, each.strategy) == (solver, strategy)]
-        exact = any(each.against == "truth" for each in mine)
-        against = "truth" if exact else next((each.against for each in mine), "–")
-        cells = [_cell(report, mine, solver, strategy, backend, dtype) for backend, dtype in columns]
+        own = [
+            comparison
+            for comparison in report.comparisons
+            if (comparison.solver, comparison.strategy) == (solver, strategy)
+        ]
+        exact = any(item.against == "truth" for item in own)
+        against = "truth" if exact else next((item.against for item in own), "–")
+        cells = [_cell(report, own, solver, strategy, backend, dtype) for backend, dtype in columns]
         table.add_row(solver, strategy, against, *cells)
     return Group(table, *_failures(report), _summary(report, seconds))
 
@@ -70,23 +74,23 @@ def _cell(
     ]
     if any(run.error and not run.skipped for run in runs):
         return Text("error", style="bold red")
-    found = [each for each in mine if (each.backend, each.dtype) == (backend, dtype)]
-    if found:
-        worst = max(each.relative for each in found)
-        good = all(each.ok for each in found)
+    result = [item for item in mine if (item.backend, item.dtype) == (backend, dtype)]
+    if result:
+        worst = max(item.relative for item in result)
+        good = all(item.ok for item in result)
         return Text(f"{'✓' if good else '✗'} {worst:.0e}", style="green" if good else "bold red")
     return Text("left out" if any(run.skipped for run in runs) else "reference" if runs else "–", style="dim")
 
 
 def _failures(report: GradientReport) -> Iterable[Text]:
-    bad = [each for each in report.comparisons if not each.ok]
+    bad = [comparison for comparison in report.comparisons if not comparison.ok]
     for run in report.errors[:LISTED]:
         job = run.job
         yield Text(
             f"✗ {run.backend} {job.dtype}, {job.solver} × {job.strategy} on {job.problem}: {run.error}", style="red"
         )
-    for each in bad[:LISTED]:
-        yield Text(f"✗ {describe(each)}", style="red")
+    for item in bad[:LISTED]:
+        yield Text(f"✗ {describe(item)}", style="red")
     more = len(bad) + len(report.errors) - min(len(bad), LISTED) - min(len(report.errors), LISTED)
     if more:
         yield Text(f"… and {more} more (--json lists them all)", style="red")
@@ -102,8 +106,8 @@ def describe(each: Comparison) -> str:
 
 
 def _summary(report: GradientReport, seconds: float) -> Text:
-    bad = sum(not each.ok for each in report.comparisons) + len(report.errors)
-    share = max((each.share for each in report.comparisons), default=0.0)
+    bad = sum(not comparison.ok for comparison in report.comparisons) + len(report.errors)
+    share = max((comparison.share for comparison in report.comparisons), default=0.0)
     text = Text()
     if bad:
         text.append(f"{bad} of {len(report.comparisons) + len(report.errors)} checks failed", style="bold red")
@@ -129,12 +133,12 @@ def leaves(report: GradientReport, seconds: float) -> RenderableType:
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    for each in report.comparisons:
-        allowed = f"{each.relative * each.bound / each.error:.1e}" if each.error else ""
-        verdict = Text("ok", style="green") if each.ok else Text("differs", style="bold red")
+    for comparison in report.comparisons:
+        allowed = f"{comparison.relative * comparison.bound / comparison.error:.1e}" if comparison.error else ""
+        verdict = Text("ok", style="green") if comparison.ok else Text("differs", style="bold red")
         table.add_row(
-            *(each.backend, each.dtype, each.solver, each.quantity, each.against),
-            *(f"{each.relative:.1e}", allowed, f"{each.cosine:.8f}"),
+            *(comparison.backend, comparison.dtype, comparison.solver, comparison.quantity, comparison.against),
+            *(f"{comparison.relative:.1e}", allowed, f"{comparison.cosine:.8f}"),
             verdict,
         )
     lines = [Text(f"✗ {line}", style="red") for line in complaints(report)]
@@ -144,8 +148,8 @@ def leaves(report: GradientReport, seconds: float) -> RenderableType:
 def complaints(report: GradientReport) -> list[str]:
     """Return what is wrong with a user's own problem, a line each: errors, then first disagreements."""
     lines = [f"{run.backend}, {run.job.dtype}: {run.error}" for run in _distinct(report.errors)]
-    found = first_disagreements(report).items()
-    return lines + [f"First disagreement of {key}: {each.quantity}. {_why(each)}" for key, each in found]
+    result = first_disagreements(report).items()
+    return lines + [f"First disagreement of {key}: {each.quantity}. {_why(each)}" for key, each in result]
 
 
 def _why(each: Comparison) -> str:
@@ -157,11 +161,13 @@ def _why(each: Comparison) -> str:
 
 def first_disagreements(report: GradientReport) -> dict[str, Comparison]:
     """For each pair of results the first quantity, in the order in which errors travel, that differs."""
-    found: dict[str, Comparison] = {}
-    for each in report.comparisons:
-        if not each.ok:
-            found.setdefault(f"{each.backend} {each.dtype} ({each.solver}) with {each.against}", each)
-    return found
+    results: dict[str, Comparison] = {}
+    for comparison in report.comparisons:
+        if not comparison.ok:
+            results.setdefault(
+                f"{comparison.backend} {comparison.dtype} ({comparison.solver}) with {comparison.against}", comparison
+            )
+    return results
 
 
 def _distinct(runs: Sequence[GradientRun]) -> list[GradientRun]:

@@ -83,13 +83,13 @@ def _backends(problem: Problem, named: Sequence[str]) -> tuple[str, ...]:
             raise ProblemError(
                 f"Problem {problem.name!r} has functions for {listing(written)}, but none for {listing(missing)}."
             )
-    found = tuple(name for name in installed(named) if written is None or name in written)
-    if not found:
+    result = tuple(name for name in installed(named) if written is None or name in written)
+    if not result:
         raise ProblemError(f"None of the frameworks that {problem.name!r} is written for is installed.")
     count = sum(np.size(leaf) for _, leaf in problem.leaves())
     if not named and count > MANY:
-        found = tuple(name for name in found if plugins.backends()[name].package) or found
-    return found
+        result = tuple(name for name in result if plugins.backends()[name].package) or result
+    return result
 
 
 def _solve_job(where: str, problem: Problem, solver: str, strategy: str, dtype: str) -> Job:
@@ -147,9 +147,9 @@ def _comparisons(
 
 def _bounds(run: GradientRun, truth: Mapping[str, Any]) -> dict[str, float]:
     eps, n = float(np.finfo(run.job.dtype).eps), int(truth["n"])
-    found = sensitivity_of(truth).bounds(eps, n, run.job.rtol, run.job.rtol)
+    result = sensitivity_of(truth).bounds(eps, n, run.job.rtol, run.job.rtol)
     start = rounding(eps, n) * (size(run.arrays, "f(z0)") + size(truth, "z"))
     # What rounding left of the reference itself: its residual, and its products in float64.
     floor = sensitivity_of(truth).bounds(float(np.finfo("float64").eps), n, 0.0, 0.0)
-    found = {name: bound + floor[name] for name, bound in found.items()}
-    return {"f(z0)": start, "z": found.pop("value"), **found}
+    result = {name: bound + floor[name] for name, bound in result.items()}
+    return {"f(z0)": start, "z": result.pop("value"), **result}

@@ -93,11 +93,11 @@ def check(request: SuiteRequest, tell: Callable[[str], None] = lambda _: None) -
     plugins.load(request.kind, request.name)
     if request.device is not None:
         _check_device(request)
-    found: list[CaseOutcome] = []
+    results: list[CaseOutcome] = []
     for backend in backends_of(request):
         tell(f"{request.kind} {request.name} on {backend} …")
-        found += _run(request, backend)
-    return found
+        results += _run(request, backend)
+    return results
 
 
 def backends_of(request: SuiteRequest) -> tuple[str, ...]:
@@ -154,7 +154,7 @@ def _run(request: SuiteRequest, backend: str) -> list[CaseOutcome]:
             if done.returncode == NO_TESTS:
                 raise ConfigError(f"No test matches {request.select!r}: see the names in `deqcore check … --json`.")
             raise BackendError(f"The suite could not run on {backend}: {lines[-1] if lines else 'no message'}")
-        return [CaseOutcome(**each, backend=backend) for each in json.loads(results.read_text())]
+        return [CaseOutcome(**load, backend=backend) for load in json.loads(results.read_text())]
 
 
 def _kept(env: Mapping[str, str]) -> dict[str, str]:
@@ -166,5 +166,5 @@ def _kept(env: Mapping[str, str]) -> dict[str, str]:
 
 def ok(outcomes: Sequence[CaseOutcome]) -> bool:
     """Return whether nothing failed and something ran."""
-    ran = [each for each in outcomes if each.outcome != "skipped"]
-    return bool(ran) and all(each.outcome != "failed" for each in ran)
+    ran = [outcome for outcome in outcomes if outcome.outcome != "skipped"]
+    return bool(ran) and all(item.outcome != "failed" for item in ran)

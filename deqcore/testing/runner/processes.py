@@ -113,10 +113,10 @@ def installed(names: Sequence[str]) -> tuple[str, ...]:
         spec = plugins.spec("backend", name)
         if isinstance(spec, plugins.BackendSpec) and not _is_there(spec):
             raise MissingFrameworkError.of(name, str(spec.package), spec.extra)
-    found = tuple(names) or tuple(name for name, spec in plugins.backends().items() if _is_there(spec))
-    if not found:
+    result = tuple(names) or tuple(name for name, spec in plugins.backends().items() if _is_there(spec))
+    if not result:
         raise BackendError('No backend is installed: pip install "deqcore[torch]" or "deqcore[jax]".')
-    return found
+    return result
 
 
 def _is_there(spec: plugins.BackendSpec) -> bool:

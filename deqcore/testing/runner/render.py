@@ -24,19 +24,20 @@ def as_json(request: SuiteRequest, outcomes: Sequence[CaseOutcome], seconds: flo
         "kind": request.kind,
         "name": request.name,
         "seconds": round(seconds, 2),
-        "tests": [asdict(each) for each in outcomes],
+        "tests": [asdict(outcome) for outcome in outcomes],
     }
 
 
 def table(request: SuiteRequest, outcomes: Sequence[CaseOutcome], seconds: float) -> RenderableType:
     """Return one line per test, one column per backend, then a description of each failure."""
-    backends = list(dict.fromkeys(each.backend for each in outcomes))
+    backends = list(dict.fromkeys(outcome.backend for outcome in outcomes))
     made = Table(f"{request.kind} {request.name}", box=box.SIMPLE_HEAD, pad_edge=False)
     for backend in backends:
         made.add_column(backend, justify="right")
-    for check in dict.fromkeys(each.check for each in outcomes):
+    for check in dict.fromkeys(outcome.check for outcome in outcomes):
         cells = [
-            _cell([each for each in outcomes if (each.check, each.backend) == (check, backend)]) for backend in backends
+            _cell([outcome for outcome in outcomes if (outcome.check, outcome.backend) == (check, backend)])
+            for backend in backends
         ]
         made.add_row(sentence(check), *cells)
     return Group(made, *_failures(outcomes), _summary(outcomes, seconds))
@@ -49,28 +50,29 @@ def sentence(check: str) -> str:
 
 
 def _cell(mine: Sequence[CaseOutcome]) -> Text:
-    ran = [each for each in mine if each.outcome != "skipped"]
-    failed = sum(each.outcome == "failed" for each in ran)
-    expected = sum(each.outcome == "expected" for each in ran)
+    ran = [item for item in mine if item.outcome != "skipped"]
+    failed = sum(item.outcome == "failed" for item in ran)
+    expected = sum(item.outcome == "expected" for item in ran)
     if failed:
         return Text(f"✗ {failed} of {len(ran)}", style="bold red")
     if not ran:
         return Text("–", style="dim")
-    known = f" ({expected} known to fail)" if expected else ""
-    return Text(f"✓ {len(ran)}{known}", style="yellow" if expected else "green")
+    available = f" ({expected} known to fail)" if expected else ""
+    return Text(f"✓ {len(ran)}{available}", style="yellow" if expected else "green")
 
 
 def _failures(outcomes: Sequence[CaseOutcome]) -> Iterable[Text]:
-    bad = [each for each in outcomes if each.outcome == "failed"]
-    for each in bad[:LISTED]:
-        yield Text(f"✗ {each.test}: {each.message.removeprefix('AssertionError: ')}", style="red")
+    bad = [outcome for outcome in outcomes if outcome.outcome == "failed"]
+    for item in bad[:LISTED]:
+        yield Text(f"✗ {item.test}: {item.message.removeprefix('AssertionError: ')}", style="red")
     if len(bad) > LISTED:
         yield Text(f"… and {len(bad) - LISTED} more (--json lists them all)", style="red")
 
 
 def _summary(outcomes: Sequence[CaseOutcome], seconds: float) -> Text:
     count = {
-        kind: sum(each.outcome == kind for each in outcomes) for kind in ("passed", "failed", "expected", "skipped")
+        kind: sum(outcome.outcome == kind for outcome in outcomes)
+        for kind in ("passed", "failed", "expected", "skipped")
     }
     text = Text()
     if count["failed"]:
@@ -91,26 +93,26 @@ def _summary(outcomes: Sequence[CaseOutcome], seconds: float) -> Text:
 def junit(request: SuiteRequest, outcomes: Sequence[CaseOutcome]) -> str:
     """Return JUnit's XML, one suite per backend."""
     root = ET.Element("testsuites", name=f"deqcore check {request.kind} {request.name}")
-    for backend in dict.fromkeys(each.backend for each in outcomes):
-        mine = [each for each in outcomes if each.backend == backend]
-        count = {kind: str(sum(each.outcome == kind for each in mine)) for kind in ("failed", "skipped", "expected")}
+    for backend in dict.fromkeys(outcome.backend for outcome in outcomes):
+        own = [outcome for outcome in outcomes if outcome.backend == backend]
+        count = {kind: str(sum(item.outcome == kind for item in own)) for kind in ("failed", "skipped", "expected")}
         suite = ET.SubElement(
             root,
             "testsuite",
             name=f"{request.kind} {request.name} on {backend}",
-            tests=str(len(mine)),
+            tests=str(len(own)),
             failures=count["failed"],
             errors="0",
             skipped=str(int(count["skipped"]) + int(count["expected"])),
-            time=f"{sum(each.seconds for each in mine):.3f}",
+            time=f"{sum(item.seconds for item in own):.3f}",
         )
-        for each in mine:
+        for item in own:
             case = ET.SubElement(
-                suite, "testcase", classname=f"deqcore.{request.kind}", name=each.test, time=f"{each.seconds:.3f}"
+                suite, "testcase", classname=f"deqcore.{request.kind}", name=item.test, time=f"{item.seconds:.3f}"
             )
-            if each.outcome == "failed":
-                ET.SubElement(case, "failure", message=each.message).text = each.detail
-            elif each.outcome != "passed":
-                ET.SubElement(case, "skipped", message=each.message)
+            if item.outcome == "failed":
+                ET.SubElement(case, "failure", message=item.message).text = item.detail
+            elif item.outcome != "passed":
+                ET.SubElement(case, "skipped", message=item.message)
     ET.indent(root)
     return ET.tostring(root, encoding="unicode", xml_declaration=True)

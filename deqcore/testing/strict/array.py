@@ -124,8 +124,8 @@ def _operator(name: str) -> Callable[..., Any]:
                 raise StrictError(
                     f"{self!r} met a NumPy array in {name}: convert it with backend.asarray, or it ends on the host."
                 )
-        found = getattr(self.hidden, name)(*map(unwrap, others))
-        return NotImplemented if found is NotImplemented else StrictArray(found)
+        result = getattr(self.hidden, name)(*map(unwrap, others))
+        return NotImplemented if result is NotImplemented else StrictArray(result)
 
     return operator
 

@@ -132,11 +132,11 @@ class StrictBackend(Backend):
         self, value: Callable[..., tuple[Array, Any]], args: tuple[Any, ...], cotangent: Array
     ) -> tuple[Array, Any, tuple[Any, ...]]:
         def hidden(*moved: Any) -> tuple[Any, Any]:
-            found, aux = value(*_mapped(self, moved, wrap))
-            return unwrap(found), aux
+            result, aux = value(*_mapped(self, moved, wrap))
+            return unwrap(result), aux
 
-        found, aux, gradients = self.numpy.vjp(hidden, _mapped(self, args, unwrap), unwrap(cotangent))
-        return wrap(found), aux, _mapped(self, gradients, wrap)
+        result, aux, gradients = self.numpy.vjp(hidden, _mapped(self, args, unwrap), unwrap(cotangent))
+        return wrap(result), aux, _mapped(self, gradients, wrap)
 
 
 def _mapped(backend: Backend, trees: Any, change: Callable[[Any], Any]) -> Any:

@@ -72,9 +72,9 @@ class StrictHistory(History):
         """Return all slots, zero where nothing was written."""
         used: Any = self.inner.vectors()
         shape, dtype, _ = self.kind
-        found = np.zeros(shape, dtype)  # type: ignore[call-overload]
-        found[:, : used.shape[1]] = used
-        return wrap(found)
+        result = np.zeros(shape, dtype)  # type: ignore[call-overload]
+        result[:, : used.shape[1]] = used
+        return wrap(result)
 
     def merge(self, rows: Array, other: History) -> StrictHistory:
         """Into a copy."""
