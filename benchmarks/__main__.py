@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: deqcore beside its peers; writes results.json, a page of tables, and plots."""
+"""`python -m benchmarks`: compare deqcore with other libraries; writes results.json, a page of tables, and plots."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ INSTALL: Final = "pip install -r benchmarks/requirements.txt"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure the sections, each in a process of its own, then render. Returns the exit code."""
+    """Measure the sections, each in its own process, then render. Returns the exit code."""
     given = _parse(arguments)
     try:
         out = result_folder(given.out)
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Measure deqcore beside what people use today: 10 minutes for torch on 2 quiet cores.",
+        description="Compare deqcore with other libraries: 10 minutes for torch on 2 quiet cores.",
     )
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="folder for tables and plots")
     parser.add_argument("--threads", type=int, default=min(2, usable_cores()), help="default: 2")
@@ -129,7 +129,7 @@ def _run(section: str, framework: str, threads: int, quick: bool) -> dict[str, A
 
 
 def commit() -> str:
-    """Return the commit measured, with a + where the tree had changes of its own."""
+    """Return the commit measured, with a + if the tree had uncommitted changes."""
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--exclude=*"],

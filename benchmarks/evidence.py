@@ -1,6 +1,6 @@
 """The evidence of docs/evidence: `python -m benchmarks.evidence --data FOLDER` (start it again to go on).
 
-Each study is one command of its own, `deqcore study docs/evidence/NAME.toml`, and they run one after the other. This
+Each study is one command, `deqcore study docs/evidence/NAME.toml`, and they run one after the other. This
 module runs them, leaves out what is large (the course of every step), and writes tables and verdicts beside the
 settings. FOLDER holds `cifar10-jpeg.tar.gz` (or `cifar10/`, unpacked) and `wikitext-2/`; digits and slow need neither.
 Studies of a GPU are run only when they are named: `python -m benchmarks.evidence cifar-torch --data FOLDER --jobs 10`.
@@ -225,10 +225,10 @@ def _quick(value: Interval | None, name: str, wanted: str, limit: float) -> str:
 def _rounds(found: Sequence[SummaryRow]) -> list[str]:
     """Describe the gap to exact gradients over rounds of retraining."""
     return [
-        f"- {accumulation.row.label}, gap to exact gradients in round 1: {_points(accumulation.gap[0])}, in round {len(accumulation.gap)}: "
-        f"{_points(accumulation.gap[-1])}; growth {_points(accumulation.growth)} points: {_growing(accumulation.builds_up)}."
-        for accumulation in accumulations(found)
-        if accumulation.gap
+        f"- {gap.row.label}, gap to exact gradients in round 1: {_points(gap.gap[0])}, in round {len(gap.gap)}: "
+        f"{_points(gap.gap[-1])}; growth {_points(gap.growth)} points: {_growing(gap.builds_up)}."
+        for gap in accumulations(found)
+        if gap.gap
     ]
 
 

@@ -1,4 +1,4 @@
-"""What a layer costs beside a bare `fixed_point`: `python -m benchmarks.layer` (torch, one thread; `--json`).
+"""Overhead of a layer over a bare `fixed_point`: `python -m benchmarks.layer` (torch, one thread; `--json`).
 
 Both run the same cell from the same z0 under the same complete config, forward and backward. They take turns in every
 round and the ratio is taken within a round; "off" is measured twice, and how far off/off is from 1 is what this machine

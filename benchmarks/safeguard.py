@@ -51,7 +51,8 @@ def main() -> None:
             spent = sol.evaluations[sol.converged]
             median = f"{np.median(spent):.0f}" if len(spent) else "-"
             print(
-                f"{name:22} growth {max_residual_growth!s:5} solved {len(spent):3} of {given.seeds}, median evaluations {median}"
+                f"{name:22} growth {max_residual_growth!s:5} solved {len(spent):3} of {given.seeds}, "
+                f"median evaluations {median}"
             )
 
 

@@ -112,7 +112,7 @@ def training(
 ) -> list[Step]:
     """Measure a training step of every layer, interleaved, at equal forward residual.
 
-    `failed`: takes the name and the error of a layer that raises, and the others go on; without it the first error ends the run.
+    `failed`: takes the name and the error of a layer that raises; without it the first error ends the run.
     """
     ready = harness.ready(case("conv", quick))
     for parameter in ready.params.values():

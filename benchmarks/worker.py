@@ -1,4 +1,4 @@
-"""One section of the measurements in a process of its own: `python -m benchmarks.worker SECTION FRAMEWORK OUT`."""
+"""One section of the measurements in its own process: `python -m benchmarks.worker SECTION FRAMEWORK OUT`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """`python -m benchmarks.accelerator`: deqcore and its peers on a CUDA device; accelerator.json, .md and plots.
 
-Each part runs in processes of its own (native steps are chosen when a process begins, and a fault in a kernel ends what
+Each part runs in separate processes (native steps are chosen when a process begins, and a fault in a kernel ends what
 a process can do on a device); the results are on disk after every item.
 """
 
@@ -146,7 +146,7 @@ class _Processes:
 
 
 def say(text: str) -> None:
-    """To whoever watches."""
+    """Print a message."""
     print(text, file=sys.stderr, flush=True)
 
 

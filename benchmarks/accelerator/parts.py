@@ -108,7 +108,7 @@ class Bounded(Contender):
 
 
 class Unusable(Contender):
-    """A library that is installed, but cannot be imported beside these versions."""
+    """A library that is installed, but cannot be imported with these versions."""
 
     solver = "(import)"
 
@@ -161,7 +161,7 @@ def portable(name: str, setting: Setting) -> dict[str, Any]:
 
 
 def jax_cases(name: str, setting: Setting) -> dict[str, Any]:
-    """Compiled JAX beside its peers."""
+    """Measure compiled JAX and its peers."""
     import jax
 
     from benchmarks.harnesses import jax_harness

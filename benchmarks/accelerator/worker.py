@@ -67,7 +67,7 @@ def alive(device: str) -> bool:
 
 
 def say(text: str) -> None:
-    """To whoever watches."""
+    """Print a message."""
     print(text, file=sys.stderr, flush=True)
 
 

@@ -80,7 +80,7 @@ def _parse() -> argparse.Namespace:
 
 
 def _measure(name: str, options: argparse.Namespace, left: float) -> dict[str, Any]:
-    """Return one section in a process of its own; what it had measured when its time ran out is kept."""
+    """Return one section in its own process; what it had measured when its time ran out is kept."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
         module = "benchmarks.certificates.sections"

@@ -1,4 +1,4 @@
-"""What certified reuse does on a case, beside the truth about it."""
+"""Results of certified reuse on a case, compared with dense reference values."""
 
 from __future__ import annotations
 

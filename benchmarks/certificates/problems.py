@@ -108,7 +108,7 @@ def hidden_mode(share: float, spread: float, samples: int, seed: int = 0) -> Cas
 
 
 def _linear(name: str, samples: int, make: Callable[[np.random.Generator], np.ndarray], seed: int, n: int = N) -> Case:
-    """f(z) = J z + b with a Jacobian of its own for each sample."""
+    """f(z) = J z + b with one Jacobian per sample."""
     rngs = [np.random.default_rng(seed + i) for i in range(samples)]
     jacobian = torch.tensor(np.stack([make(rng) for rng in rngs]))
     b = torch.tensor(np.stack([rng.standard_normal(n) for rng in rngs]))
@@ -145,7 +145,7 @@ def symmetric(rng: np.random.Generator) -> np.ndarray:
 
 
 def tanh_cell(gain: float, samples: int, seed: int = 0, n: int = N, cotangents: int | None = None) -> Case:
-    """tanh(W z + b) with random weights; gain 2 is no contraction at 0. Only the first `cotangents` of g are not 0."""
+    """tanh(W z + b) with random weights, no contraction at 0 for gain 2. Only the first `cotangents` of g are not 0."""
     rngs = [np.random.default_rng(seed + i) for i in range(samples)]
     w = torch.tensor(np.stack([rng.standard_normal((n, n)) * gain / np.sqrt(n) for rng in rngs]))
     b = torch.tensor(np.stack([rng.standard_normal(n) for rng in rngs]))

@@ -1,4 +1,4 @@
-"""The parts of the measurement, each in a process of its own: `python -m benchmarks.certificates.sections NAME OUT`."""
+"""The parts of the measurement, each in its own process: `python -m benchmarks.certificates.sections NAME OUT`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ IMAGES: Final = "images-conv"
 
 
 def names(quick: bool, images: bool) -> list[str]:
-    """Return what there is to measure, the longest first."""
+    """Return the sections, the longest first."""
     if quick:
         return [*RANDOM, *MORE]
     return [*([IMAGES] if images else []), *LEARNT[:1], *RANDOM, *LEARNT[1:], *MORE]

@@ -111,7 +111,7 @@ def conv_on_digits(samples: int) -> tuple[Case, Training]:
 
 
 def attention_on_digits(samples: int) -> tuple[Case, Training]:
-    """Likewise; a token is a line of the image."""
+    """Train on all digits; a token is a line of the image."""
     tokens = nn.Sequential(nn.Flatten(2), nn.Unflatten(2, (8, 8)), nn.Flatten(1, 2), nn.Linear(8, 24))
     return _trained("attention cell, digits", tokens, AttentionCell(8, 24), (8, 24), _few(digits()), samples)
 

@@ -44,7 +44,7 @@ def compare(
 ) -> list[BenchRow]:
     """Measure all contenders on one case, interleaved.
 
-    Contenders with a norm of their own get the loosest tolerance with which every sample of the state they return
+    Contenders with their own norm get the loosest tolerance with which every sample of the state they return
     reaches the case's residual. Those that never reach it, or raise, are listed with the reason, but not timed.
 
     Args:

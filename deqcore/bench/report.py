@@ -1,4 +1,4 @@
-"""Measured rows for people."""
+"""Tables of measured rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLUMNS: Final = (
     "memory",
     "first call s",
 )
-SMALL: Final = 2**17  # bytes of a state below which the process's growth says nothing about it
+SMALL: Final = 2**17  # bytes of a state below which the growth of the process is not informative
 
 
 def cells(row: BenchRow) -> dict[str, str]:

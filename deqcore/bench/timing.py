@@ -1,4 +1,4 @@
-"""Timing that survives a busy machine: tasks in turn, a reference beside each, disturbed rounds left out."""
+"""Timing on a busy machine: tasks in turn, each next to a reference, without disturbed rounds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHARE: Final = 0.05  # of the machine that others may use in a round that counts
 
 
 class LoadMeter(Protocol):
-    """Which share of the machine others used, known once its block is left; see `machine.Bystanders`."""
+    """The share of the machine that other processes used, known at the end of its block; see `machine.Bystanders`."""
 
     share: float
 
@@ -106,7 +106,7 @@ def interleave(
         share: of the machine that others may use in a round that counts as undisturbed.
         budget: seconds after which the quietest rounds are kept even if they were disturbed.
         clock: seconds.
-        watch: makes a context manager that says how disturbed its block was.
+        watch: makes a context manager that measures how disturbed its block was.
     """
     began = clock()
     repeats = {name: _repeats(task, clock) for name, task in tasks.items()}

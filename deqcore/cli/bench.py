@@ -1,4 +1,4 @@
-"""`deqcore bench`: what each solver costs beside the evaluations of f."""
+"""`deqcore bench`: solve time compared with the time of the evaluations of f."""
 
 from __future__ import annotations
 
@@ -32,12 +32,14 @@ def command(
     backend: Annotated[str, typer.Option(help="The backend to measure on.")] = "auto",
     batch: Annotated[int | None, typer.Option(min=1, help="Samples in the batch. Default: the case's own.")] = None,
     size: Annotated[int | None, typer.Option(min=4, help="Numbers per sample. Default: the case's own.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads that may be used. Default: all cores.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Number of threads. Default: all cores.")] = None,
     rtol: Annotated[float, typer.Option(min=0.0, help="Relative residual to reach, per sample.")] = 1e-5,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of timing.")] = 7,
-    budget: Annotated[float, typer.Option(min=0.0, help="Seconds for the timing of a case on a busy machine.")] = 20.0,
-    quick: Annotated[bool, typer.Option("--quick", help="Small and short: a first look, no measurement.")] = False,
-    out: Annotated[Path | None, typer.Option(help="A folder for results.json, a table and a plot.")] = None,
+    budget: Annotated[
+        float, typer.Option(min=0.0, help="Time limit in seconds for timing one case on a busy machine.")
+    ] = 20.0,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes and few rounds, for a first look.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for results.json, a table and a plot.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Time the solvers: seconds, evaluations of f, residual, overhead, memory.

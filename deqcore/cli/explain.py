@@ -137,7 +137,7 @@ def _problem(name: str) -> Problem:
 def _survey(
     backend: Backend, problem: Problem, config: Config, dtype: str, rounds: int, say: Callable[[str], object]
 ) -> StrategyComparison:
-    """Convert the data and measure; an error in the user's f says where it was raised."""
+    """Convert the data and measure; an error in the user's f names the line that raised it."""
     if problem.backends is not None and backend.name not in problem.backends:
         raise ProblemError(
             f"Problem {problem.name!r} is written for {listing(problem.backends)}, but the backend is "
@@ -227,7 +227,7 @@ def _notes(table: StrategyComparison, problem: Problem, backend: Backend, config
     lines = [
         f"{problem.name}: {table.samples} samples, backend {backend.name}, solver {config.forward.solver}.",
         "vjps: vector–Jacobian products, median (most) per sample; for phantom and unrolled the steps differentiated.",
-        "residual: measured; estimate: reported; worst sample. missed: samples that it says missed their target.",
+        "residual: measured; estimate: reported; worst sample. missed: samples reported to have missed their target.",
         "cosine, norm ratio: of all gradients (parameters, inputs) against the exact ones; worst: u of the worst one.",
     ]
     if timed:

@@ -1,4 +1,4 @@
-"""How listings and errors are printed: a table for people, JSON for programs."""
+"""Print listings as tables or JSON, and errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def show(rows: Sequence[TableRow], columns: Iterable[str], *, as_json: bool, emp
         rows: one mapping per row; JSON gets all of it.
         columns: which of its keys the table shows, in order; one that is empty in all rows is left out.
         as_json: print a JSON list.
-        empty: what to say instead of a table without rows.
+        empty: the text if there are no rows.
     """
     if as_json:
         typer.echo(json.dumps(rows, indent=2, default=str))

@@ -20,20 +20,25 @@ def command(
     file: Annotated[
         Path | None, typer.Argument(help="A TOML file with a table [study]. Default: digits, three strategies.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Where results go. Default: study-NAME.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for results. Default: study-NAME.")] = None,
     backend: Annotated[
-        list[str] | None, typer.Option(help="torch, jax, or any with a trainer; may be repeated. Default: the file's.")
+        list[str] | None,
+        typer.Option(help="torch, jax, or any with a trainer; may be repeated. Default: from the file."),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="Where models live: auto, cpu, cuda, … Default: the file's.")
+        str | None, typer.Option(help="Device of the models: auto, cpu, cuda, … Default: from the file.")
     ] = None,
-    language: Annotated[str | None, typer.Option(help="Of the report: en or ja.")] = None,
-    data: Annotated[str | None, typer.Option(help="Your own data, module:function; gives a Dataset.")] = None,
-    model: Annotated[str | None, typer.Option(help="Your own model, module:Class, a deqcore.study Model.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and how long it will take.")] = False,
-    retry: Annotated[bool, typer.Option("--retry", help="Train again what failed before.")] = False,
-    jobs: Annotated[int, typer.Option(min=1, help="Trainings at a time.")] = 1,
-    executor: Annotated[str, typer.Option(help="local, or ray: the machines of a Ray cluster.")] = "local",
+    language: Annotated[str | None, typer.Option(help="Language of the report: en or ja.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Your data, module:function; the function returns a Dataset.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Your model, module:Class, a subclass of deqcore.study.models.Model.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan with an estimate of the time.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Repeat trainings that failed.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Number of trainings at a time.")] = 1,
+    executor: Annotated[str, typer.Option(help="local, or ray for a Ray cluster.")] = "local",
 ) -> None:
     """Train, measure, compare, report.
 

@@ -59,7 +59,7 @@ class Audit:
     coupling: float
 
     def summary(self) -> str:
-        """Return one line for people."""
+        """Return a summary in one line."""
         if not len(self.rows):
             return "The batch is empty."
         warning = f"; f COUPLES THE SAMPLES ({self.coupling:.2g}): set forward.batch = false" if self.coupling else ""

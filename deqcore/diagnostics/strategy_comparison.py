@@ -1,4 +1,4 @@
-"""Every backward strategy on one problem: what it costs and how good its gradient is."""
+"""Compare backward strategies on one problem by cost and accuracy."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ class StrategyCandidate:
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """What one choice costs and how good it is. NaN: not known, or not measured.
+    """Cost and accuracy of one candidate. NaN: unknown or not measured.
 
     Attributes:
-        label: strategy and options, for people.
+        label: strategy and options.
         vjps: vector–Jacobian products, median over the samples; the steps of a strategy that differentiates steps.
         most_vjps: the largest number of products.
         residual: adjoint residual ‖g + Jᵀu − u‖ / ‖g‖, measured and not as reported, the largest.
@@ -104,7 +104,7 @@ class ComparisonRow:
 
 @dataclass(frozen=True)
 class StrategyComparison:
-    """All choices on one problem.
+    """All candidates on one problem.
 
     Attributes:
         rows: one per choice.
@@ -195,7 +195,7 @@ def _measure(
     """Return a choice's row, and what is to be timed for it.
 
     The forward solve and the exact gradient went through before, so whatever is raised here, by the strategy, the
-    framework or an f that cannot be used in this way, is a property of the choice: its row says so.
+    framework or an f that cannot be used in this way, is a property of the candidate, recorded in its row.
     """
     try:
         row = _measure_quality(harness, plan, config, choice, raveled, exact)

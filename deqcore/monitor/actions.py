@@ -1,6 +1,6 @@
-"""What the actions of triggers do to settings: each is a function from a config to a config.
+"""Triggers at work: their events, and the settings that their actions change.
 
-They work on the config that a call resolved to, so that they reach layers with a config of their own, too.
+They work on the config that a call resolved to, so that they also apply to layers with their own config.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """From the device arrays of solves to rows: what waits for a flush, one transfer, statistics, drift, triggers.
 
 A solve leaves small arrays `(batch,)` on its device. They are kept until a flush, concatenated there and moved to the
-host in **one** transfer; the statistics are computed on the host. So a solve adds no device operation and no wait to the
-training.
+host in **one** transfer; the statistics are computed on the host. So a solve adds no device operation and no wait to
+the training.
 """
 
 from __future__ import annotations

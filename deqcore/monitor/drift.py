@@ -67,8 +67,8 @@ class Profile:
         ):
             sizes = {name: array.shape for name, array in self.samples.items()}
             raise ConfigError(
-                f"A profile must have {' and '.join(PARTS)} of at least {MIN_SAMPLES} samples each (got {sizes}). Monitor "
-                f"more solves before you call monitor.profile()."
+                f"A profile must have {' and '.join(PARTS)} of at least {MIN_SAMPLES} samples each (got {sizes}). "
+                f"Monitor more solves before you call monitor.profile()."
             )
 
     def save(self, path: str | Path) -> None:

@@ -140,7 +140,7 @@ class Monitor(Observer):
         return self._collector.now
 
     def profile(self) -> Profile:
-        """Return the distribution of residuals and steps over the latest samples, to save beside the model."""
+        """Return the distribution of residuals and steps over the latest samples, to save with the model."""
         self.flush()
         return self._row_builder.samples.profile()
 

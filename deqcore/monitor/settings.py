@@ -74,7 +74,8 @@ class MonitorSettings:
 def check_section(section: Mapping[str, object]) -> None:
     """Check a section `[monitor]` as far as possible without a monitor.
 
-    Hooks and user metrics, whose names do not begin with `deq_`, are checked when a `Monitor` is made. A sink must be registered; its options are checked when it is made, as that imports what it writes with.
+    Hooks and user metrics, whose names do not begin with `deq_`, are checked when a `Monitor` is made. A
+    sink must be registered; its options are checked when it is made, since that imports its package.
 
     Raises:
         ConfigError: a setting is unknown, or a value, a condition or a metric does not fit.

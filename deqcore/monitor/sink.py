@@ -56,7 +56,7 @@ class Event:
         step: as in `Row`.
         time: seconds since the epoch.
         kind: "fired", "cleared", "retrain", "sink" or "note".
-        message: one sentence for people.
+        message: one readable sentence.
         metric: what it is about, or "".
         value: of the metric that decided, or None.
         action: of the trigger, or "".

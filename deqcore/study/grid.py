@@ -212,7 +212,9 @@ def _check(study: Study, own: UserCode, backends: tuple[str, ...]) -> None:
     for axis, labels in axes.items():
         for label in labels:
             if labels.count(label) > 1:
-                raise ConfigError(f"[study]: two entries of {axis} are called {label!r}: give one a label of its own.")
+                raise ConfigError(
+                    f"[study]: two entries of {axis} have the label {label!r}. Give one of them another label."
+                )
     trained = {spec.backend for spec in plugins.trainers().values()}
     for backend in backends:
         plugins.spec("backend", backend)

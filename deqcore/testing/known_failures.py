@@ -1,7 +1,7 @@
-"""What is known to fail: solver × golden problem × backend × dtype, where a healthy sample is not solved.
+"""Known failures: solver × golden problem × backend × dtype, where a healthy sample is not solved.
 
-`python -m deqcore.testing.known_failures numpy torch > docs/conformance/known-failures.md` writes the published table; a test
-holds it to what happens. A solver with a cost bound for a problem (`Solver.cost_bounds`) is not excused from it.
+`python -m deqcore.testing.known_failures numpy torch > docs/conformance/known-failures.md` writes the published table; a
+test compares it with the results. A solver with a cost bound for a problem (`Solver.cost_bounds`) must solve it.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ def check_gradients(request: pytest.FixtureRequest) -> Callable[..., GradientRep
 
     `problem` is `path/to/file.py:name`, relative to the test's folder, or a function at the top level of a module
     that returns a `deqcore.testing.Problem`. The keywords `backends`, `solvers`, `strategies` and `dtypes` choose as
-    the options of `deqcore check gradients` do. Each framework runs in a process of its own, which imports the file.
+    the options of `deqcore check gradients` do. Each framework runs in its own process, which imports the file.
 
     Example:
         In a test suite::
@@ -62,7 +62,7 @@ def where_of(problem: str | Callable[[], Problem], folder: Path) -> str:
     file = inspect.getsourcefile(problem) if inspect.isfunction(problem) else None
     if file is None or not name.isidentifier():
         raise ProblemError(
-            f"check_gradients({problem!r}): the problem must be 'path/to/file.py:name' or a function at the top level of "
-            f"a module, since each framework imports it in a process of its own."
+            f"check_gradients({problem!r}): the problem must be 'path/to/file.py:name' or a function at the top level "
+            f"of a module, since each framework imports it in its own process."
         )
     return f"{file}:{name}"

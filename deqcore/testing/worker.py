@@ -1,4 +1,4 @@
-"""One framework in a process of its own: `python -m deqcore.testing.worker FOLDER`.
+"""One framework in its own process: `python -m deqcore.testing.worker FOLDER`.
 
 Reads `jobs.json` from the folder and writes `results.json` (how each job ended) and `results.npz` (its arrays, under
 `number|quantity`). Frameworks never meet in one process: each has its own threads, allocator and global switches.
@@ -121,7 +121,7 @@ def shifted(backend: Backend, f: Callable[..., Tree]) -> Callable[..., Tree]:
         leaves, structure = backend.flatten(out)
         shifts, expected = backend.flatten(shift)
         if structure != expected or any(not backend.is_array(leaf) for leaf in leaves):
-            return out  # the solve itself says what is wrong with it
+            return out  # the solve itself raises a better message
         if any(tuple(a.shape) != tuple(b.shape) for a, b in zip(leaves, shifts, strict=True)):
             return out
         return backend.unflatten(structure, [a + b for a, b in zip(leaves, shifts, strict=True)])
@@ -143,7 +143,7 @@ def solve(backend: Backend, problem: Problem, job: Job, f: Callable[..., Tree]) 
 
 
 def _refuse_coupling(backend: Backend, problem: Problem, job: Job, f: Callable[..., Tree]) -> None:
-    """Rows that f couples are no samples: no strategy can be right.
+    """Raise if f couples rows: such rows are not samples, and no strategy can be right.
 
     Raises:
         ProblemError: naming two of them.
@@ -195,7 +195,7 @@ def run(backend: Backend, job: Job) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     """Run all jobs in the folder; one that fails does not stop the others."""
-    with suppress(DeqcoreError):  # whoever started this process has told what is wrong with the project
+    with suppress(DeqcoreError):  # the parent process has reported what is wrong with the project
         Config.discover()
     task = json.loads((folder / "jobs.json").read_text())
     reports: list[dict[str, object]] = []

@@ -184,7 +184,7 @@ class TorchSide:
             progress.tell(loss)
 
     def predict(self, *arrays: Any) -> Any:
-        """What the model says, as NumPy arrays."""
+        """The outputs of the model, as NumPy arrays."""
         self.model.eval()
         found = self.model.predict(*self.tensors(arrays))
         return tuple(a.numpy(force=True) for a in found) if isinstance(found, tuple) else found.numpy(force=True)
@@ -243,7 +243,7 @@ class JaxSide:
             progress.tell(loss)
 
     def predict(self, *arrays: Any) -> Any:
-        """What the model says, as NumPy arrays."""
+        """The outputs of the model, as NumPy arrays."""
         return self.jax.tree.map(np.asarray, self._predict(self.params, *arrays))
 
 

@@ -11,7 +11,7 @@ import pytest
 from deqcore import get_backend, plugins
 from deqcore.errors import BackendError, MissingFrameworkError, UnknownNameError
 from deqcore.testing import golden, worker
-from deqcore.testing.gradients import check, render
+from deqcore.testing.gradients import render
 from deqcore.testing.gradients.check import GradientReport, GradientRun, check
 from deqcore.testing.gradients.compare import Comparison, differ, quantities
 from deqcore.testing.runner import processes

@@ -62,7 +62,7 @@ class Log:
     def add(self, record: Row | Event, key: str = "") -> None:
         """Take a row or an event; the first row of a run decides whether it goes on or begins again."""
         part = self._parts.setdefault(key or self._latest, _Part(self._count))
-        if part.hidden:  # it is not over: it runs beside the one that seemed to replace it
+        if part.hidden:  # it has not ended: it runs at the same time as the run that seemed to replace it
             part.hidden = False
             self._show()
         if isinstance(record, Row) and not part.began:
@@ -137,8 +137,8 @@ class Tail:
                 data = file.read()
         except FileNotFoundError:
             raise MonitorError(
-                f"There is no log {str(path)!r}. The sink 'jsonl' writes it while a Monitor runs; its option path, by "
-                f"default 'monitor.jsonl', says where."
+                f"There is no log {str(path)!r}. The sink 'jsonl' writes it while a Monitor runs, to the file of its "
+                f"option path ('monitor.jsonl' by default)."
             ) from None
         except OSError as error:
             raise MonitorError(f"The log {str(path)!r} cannot be read: {error.strerror}.") from None
@@ -216,5 +216,5 @@ def _table(given: object) -> dict[str, object]:
 
 def _no_log(path: Path, line: int, reason: str) -> MonitorError:
     return MonitorError(
-        f"{str(path)!r} is not a log of the monitor (line {line}: {reason}). A log is what the sink 'jsonl' writes."
+        f"{str(path)!r} is not a log of the monitor (line {line}: {reason}). Logs are written by the sink 'jsonl'."
     )

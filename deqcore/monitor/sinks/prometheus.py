@@ -101,8 +101,8 @@ class PrometheusSink(Sink):
             self._server, self._thread = start_http_server(self.port, self.address, registry)
         except (OSError, OverflowError) as error:
             raise MonitorError(
-                f"The sink cannot listen on port {self.port} of {self.address} ({error}). Free it, or choose another port with "
-                f"the option port."
+                f"The sink cannot listen on port {self.port} of {self.address} ({error}). Free it, or choose "
+                f"another one with the option port."
             ) from error
 
     def write(self, records: Sequence[Record]) -> None:

@@ -1,4 +1,4 @@
-"""Whether a study's device is there, asked in processes of their own: a framework keeps what it takes of a GPU."""
+"""Whether a study's device is there, asked in separate processes: a framework keeps what it takes of a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run the cells of a study, each in a process of its own, and go on if one of them fails."""
+"""Run the cells of a study, each in its own process, and go on if one of them fails."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def run(place: Store, cells: Sequence[Cell], watcher: CellObserver, jobs: int = 
 
 
 def measure(place: Store, cell: Cell, steps: int) -> dict[str, Any]:
-    """Time a cell's steps in a process of its own, with nothing beside it.
+    """Time a cell's steps in its own process, with nothing beside it.
 
     Raises:
         StudyError: the process came to nothing.

@@ -84,7 +84,7 @@ def _timed(place: Store, cell: Cell, result: dict[str, Any], console: Console) -
 
 
 def duration(seconds: float) -> str:
-    """Return the seconds in a form for people."""
+    """Format seconds."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -105,7 +105,7 @@ def _told(answer: Recommendation, study: Study) -> dict[str, object]:
 
 
 def _round(found: Accumulation, rows: Sequence[SummaryRow], language: str) -> dict[str, Any]:
-    """Return a line of the table of rounds, and what it says."""
+    """Return a line of the table of rounds and its verdict."""
     row = found.row
     gaps = found.gap or (None,) * len(found.accuracy)
     values = [table.percent(value) + _gap(gap) for value, gap in zip(found.accuracy, gaps, strict=True)]

@@ -14,7 +14,7 @@ EN: Final = {
     "accuracy": "Its test accuracy is {accuracy} %.",
     "is_exact": "Nothing faster is shown to stay within one point of accuracy of exact gradients.",
     "time_exact": "Training takes {ratio} of the time with exact gradients; accuracy changes by {points} points.",
-    "time_explicit": "Compared with the explicit network of equal size: {ratio} of the time, {points} points of accuracy.",
+    "time_explicit": "Against the explicit network of equal size: {ratio} of the time, {points} points of accuracy.",
     "memory": "Training adds {ratio} of the memory that exact gradients add: a batch {batch} times as large fits in "
     "the same memory.",
     "devices": "Where memory decides, {fewer} devices suffice instead of the {devices} that exact gradients need.",
@@ -48,9 +48,9 @@ EN: Final = {
     "builds_up": "{strategy} with {solver}: its gap to exact gradients builds up from round to round.",
     "no_build_up": "{strategy} with {solver}: its gap to exact gradients does not build up.",
     "results": "Results",
-    "table_note": "Times are medians of a step; f and vjps are the counts of the slowest sample of a batch, "
-    "averaged over steps; ± is half of the 95 % interval over seeds. Peak memory is that of the process (or the device) "
-    "during training.",
+    "table_note": "Times are medians of a step; f and vjps are the counts of the slowest sample of a batch, averaged "
+    "over steps; ± is half of the 95 % interval over seeds. Peak memory is that of the process (or the device) during "
+    "training.",
     "plot_accuracy": "Validation accuracy against training time",
     "plot_time": "Time of a step, split",
     "plot_evaluations": "Evaluations of f and vjps over training",

@@ -38,10 +38,10 @@ EVALUATION_BATCH: Final = 256
 
 
 class CellFailure(Exception):
-    """A training that came to nothing, with the reason for people.
+    """A training that failed, with a readable reason.
 
     Attributes:
-        reason: in a word or two.
+        reason: one or two words.
     """
 
     def __init__(self, detail: str, reason: str = "diverged") -> None:
@@ -51,7 +51,7 @@ class CellFailure(Exception):
 
 @dataclass(frozen=True)
 class AuditPoint:
-    """A look at the gradient during training, on a batch of the training data.
+    """An audit of the gradient during training, on a batch of the training data.
 
     Attributes:
         epoch: epochs done before it.
@@ -115,7 +115,7 @@ class CellTraining:
         data: on what.
         trainer: the class for its backend.
         folder: where progress is saved.
-        tell: gets progress for people, as plain values.
+        tell: takes progress as plain values.
     """
 
     def __init__(

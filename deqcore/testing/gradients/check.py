@@ -192,7 +192,7 @@ def reference_of(backends: Sequence[str]) -> str:
 
 
 def execute(jobs: Mapping[tuple[str, str], list[Job]], tell: Callable[[str], None]) -> list[GradientRun]:
-    """Run all jobs, each backend and dtype in a process of its own."""
+    """Run all jobs, each backend and dtype in its own process."""
     runs: list[GradientRun] = []
     with tempfile.TemporaryDirectory(prefix="deqcore-check-") as folder:
         tasks = {}

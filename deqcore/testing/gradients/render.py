@@ -1,4 +1,4 @@
-"""Reports of the gradient check as tables for people and as JSON for programs."""
+"""Reports of the gradient check as tables and as JSON."""
 
 from __future__ import annotations
 

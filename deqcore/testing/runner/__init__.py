@@ -1,1 +1,1 @@
-"""Run the conformance suite and the workers in processes of their own."""
+"""Run the conformance suite and the workers in separate processes."""

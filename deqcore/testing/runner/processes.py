@@ -39,7 +39,7 @@ def run_all(tasks: Sequence[WorkerTask], tell: Callable[[str], None] = lambda _:
 
     Args:
         tasks: what to run.
-        tell: called with a line for people whenever a process starts or ends.
+        tell: takes a line of text whenever a process starts or ends.
 
     Returns:
         For each task what went wrong with its process, or "".

@@ -111,9 +111,9 @@ class Conformance:
 
 
 def claimed(config: Any, own: Mapping[str, int] | None, subject: Any, settings: Mapping[str, object]) -> Any:
-    """Return the cost bounds of a solver or strategy: of the class under test, the option `--deqcore-cost-bounds`, or the subject's own.
+    """Return the cost bounds of a solver or strategy: from the test class, `--deqcore-cost-bounds`, or the subject.
 
-    The subject speaks of its default options only.
+    The bounds of the subject hold for its default options only.
     """
     given = chosen(config, "cost_bounds")
     if own is not None or given:

@@ -41,7 +41,7 @@ class EstimateTests(Conformance):
             assert error <= allowed, f"H y = s for the latest pair is off by {error:.1e}, allowed {allowed:.1e}"
 
     def test_the_sharp_estimate_keeps_the_latest_pair(self, kit: Kit, solver: Solver) -> None:
-        """`apply_transpose_unregularised` is regularised as little as rounding allows, so that H y = s holds up to a percent."""
+        """`apply_transpose_unregularised` has only the regularisation that rounding needs: H y = s within a percent."""
         for h, s, y in self._estimates(kit, solver, affine()):
             found = np.sum(self._sharp(kit, h) * y[:, None, :], axis=2)
             error = np.linalg.norm(found - s) / np.linalg.norm(s)
