@@ -45,8 +45,8 @@ def gradients(
     within a bound from tolerance, dtype and condition. Approximate strategies must agree between frameworks after the
     same number of steps. Each framework runs in its own process.
     """
-    from deqcore.testing.gradients import check as golden
     from deqcore.testing.gradients import render, user_problems
+    from deqcore.testing.gradients import sweep as golden
 
     Config.discover()
     start = time.perf_counter()

@@ -133,7 +133,7 @@ class CostSettings(SettingsTable):
         trainings_per_month: the retraining schedule.
         scale: a real training in units of the one that was measured (more data, more epochs).
         switch_cost: of changing the strategy, once.
-        devices: number of devices that a training with exact gradients needs for its memory; 1: the report omits devices.
+        devices: devices that a training with exact gradients needs for its memory; 1: the report omits devices.
     """
 
     price_per_hour: float = Field(default=1.0, ge=0)

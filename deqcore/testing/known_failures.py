@@ -1,7 +1,7 @@
 """Known failures: solver × golden problem × backend × dtype, where a healthy sample is not solved.
 
-`python -m deqcore.testing.known_failures numpy torch > docs/conformance/known-failures.md` writes the published table; a
-test compares it with the results. A solver with a cost bound for a problem (`Solver.cost_bounds`) must solve it.
+`python -m deqcore.testing.known_failures numpy torch > docs/conformance/known-failures.md` writes the published table;
+a test compares it with the results. A solver with a cost bound for a problem (`Solver.cost_bounds`) must solve it.
 """
 
 from __future__ import annotations

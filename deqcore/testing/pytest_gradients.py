@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deqcore.errors import ProblemError
-from deqcore.testing.gradients.check import GradientReport
+from deqcore.testing.gradients.sweep import GradientReport
 from deqcore.testing.gradients.user_problems import check_user_problem
 from deqcore.testing.problem import Problem
 

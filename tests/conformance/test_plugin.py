@@ -52,32 +52,32 @@ def write(folder: Path, step: str, expected: str, conftest: str = CONFTEST) -> N
 
 def test_a_users_own_class_runs_and_fails_where_it_should(tmp_path):
     write(tmp_path, "fz, fz, state", "{}")  # f(z) is not that of the new z
-    done = conformance(tmp_path, "-k", "returns_f_of_z or converges or budget")
+    done = run(tmp_path, "-k", "returns_f_of_z or converges or budget")
     assert done.returncode == 1
     assert "the f(z) that a step returns: off by" in done.stdout
 
 
 def test_expected_failures_are_strict(tmp_path):
     write(tmp_path, "fz, fz, state", '{"test_a_step_returns_f_of_z": "it is lazy"}')
-    done = conformance(tmp_path, "-k", "returns_f_of_z")
+    done = run(tmp_path, "-k", "returns_f_of_z")
     assert done.returncode == 0, done.stdout
     assert "1 xfailed" in done.stdout
     write(tmp_path, "fz, f(fz), state", '{"test_a_step_returns_f_of_z": "it is lazy"}')
-    done = conformance(tmp_path, "-k", "returns_f_of_z")
+    done = run(tmp_path, "-k", "returns_f_of_z")
     assert done.returncode == 1
     assert "XPASS(strict)" in done.stdout
 
 
 def test_an_expected_failure_that_names_no_test_gets_a_suggestion(tmp_path):
     write(tmp_path, "fz, f(fz), state", '{"test_a_step_returns_f_of_x": "typo"}')
-    done = conformance(tmp_path)
+    done = run(tmp_path)
     assert done.returncode == 4
     assert "Did you mean 'test_a_step_returns_f_of_z'" in done.stdout + done.stderr
 
 
 def test_without_the_plugin_the_message_says_what_to_write(tmp_path):
     write(tmp_path, "fz, f(fz), state", "{}", conftest="")
-    done = conformance(tmp_path, "-k", "returns_f_of_z")
+    done = run(tmp_path, "-k", "returns_f_of_z")
     assert done.returncode == 1
     assert "pytest_plugins = ['deqcore.testing.plugin']" in done.stdout
 
@@ -85,7 +85,7 @@ def test_without_the_plugin_the_message_says_what_to_write(tmp_path):
 def test_by_pyargs_without_any_file(tmp_path):
     args = ("-p", "deqcore.testing.plugin", "--pyargs", "deqcore.testing.suite")
     chosen = ("--deqcore-backend", "numpy", "--deqcore-solver", "picard", "--deqcore-strategy", "neumann")
-    done = conformance(tmp_path, *args, *chosen, "-k", "budget or neighbours or loop")
+    done = run(tmp_path, *args, *chosen, "-k", "budget or neighbours or loop")
     assert done.returncode == 0, done.stdout
     assert "passed" in done.stdout
 
@@ -93,8 +93,8 @@ def test_by_pyargs_without_any_file(tmp_path):
 def test_by_pyargs_the_device_is_that_of_the_arrays(tmp_path):
     args = ("-p", "deqcore.testing.plugin", "--pyargs", "deqcore.testing.suite.test_solver", "-k", "budget")
     chosen = ("--deqcore-backend", "numpy", "--deqcore-solver", "picard", "--deqcore-device")
-    assert conformance(tmp_path, *args, *chosen, "cpu").returncode == 0
-    refused = conformance(tmp_path, *args, *chosen, "cuda")
+    assert run(tmp_path, *args, *chosen, "cpu").returncode == 0
+    refused = run(tmp_path, *args, *chosen, "cuda")
     assert refused.returncode == 1
     assert "host only" in refused.stdout
 
@@ -209,7 +209,7 @@ def test_a_config_path_that_is_a_directory(capsys, tmp_path, monkeypatch):
             ("strategy", "neumann", "--cost-bounds", "[6]"),
             "--cost-bounds must be a JSON object, such as '{\"slow-modes\": 60}' (got '[6]')",
         ),
-        (("solver", "picard", "--junit", "/nowhere/x.xml"), "no folder"),
+        (("solver", "picard", "--junit", "/nowhere/x.xml"), "does not exist"),
         (
             ("solver", "picard", "--junit", "/tmp"),
             "--junit must be the name of a file to write (got the directory '/tmp')",
@@ -230,7 +230,11 @@ def test_wrong_usage_is_told_before_any_test_runs(capsys, args, message):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("test_x = ", "cannot be read"), ("test_x = 3", "a reason in words"), ("test_x = 'why'", "no such test")],
+    [
+        ("test_x = ", "cannot be read"),
+        ("test_x = 3", "must be a text that gives the reason"),
+        ("test_x = 'why'", "no such test"),
+    ],
 )
 def test_a_wrong_list_of_expected_failures(tmp_path, content, message):
     path = tmp_path / "expect.toml"

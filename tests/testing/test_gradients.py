@@ -11,9 +11,9 @@ import pytest
 from deqcore import get_backend, plugins
 from deqcore.errors import BackendError, MissingFrameworkError, UnknownNameError
 from deqcore.testing import golden, worker
-from deqcore.testing.gradients import render
-from deqcore.testing.gradients.check import GradientReport, GradientRun, check
+from deqcore.testing.gradients import render, sweep
 from deqcore.testing.gradients.compare import Comparison, differ, quantities
+from deqcore.testing.gradients.sweep import GradientReport, GradientRun, check
 from deqcore.testing.runner import processes
 from deqcore.testing.tolerances import Sensitivity, Slope, rounding, tolerance
 from deqcore.testing.worker import Job
@@ -40,7 +40,7 @@ def here(jobs, **_):
 
 @pytest.fixture
 def inline(monkeypatch):
-    monkeypatch.setattr(check, "execute", lambda jobs, tell: here(jobs))
+    monkeypatch.setattr(sweep, "execute", lambda jobs, tell: here(jobs))
 
 
 def test_numpy_and_torch_agree_with_the_truth_and_each_other(inline):
@@ -133,9 +133,9 @@ PLAIN = {"certify": False, "max_relative_error": None, "fallback": "none"}
 )
 def test_a_planted_fault_is_caught(inline, faults, monkeypatch, backend, solver, strategy, quantity):
     pytest.importorskip(backend)
-    original = check.fixed_job
+    original = sweep.fixed_job
     if strategy == "broyden-reuse":  # the plain product with the estimate: refinement would mend what is wrong
-        monkeypatch.setattr(check, "fixed_job", lambda *a: replace(original(*a), strategy_options=PLAIN))
+        monkeypatch.setattr(sweep, "fixed_job", lambda *a: replace(original(*a), strategy_options=PLAIN))
     right = {"hasty": "broyden", "confused": "broyden", "broyden": "broyden"}[solver]
     good = check([backend], [right], ["exact-ift" if strategy == "negative" else strategy], ["float64"])
     assert good.ok
@@ -152,13 +152,13 @@ def test_processes_report_jobs_and_failures(tmp_path, capsys):
         Job("solve", "affine", "float64", rtol=1e-12, max_steps=1),
     ]
     lines = []
-    runs = check.execute({("numpy", "float64"): jobs}, lines.append)
+    runs = sweep.execute({("numpy", "float64"): jobs}, lines.append)
     assert np.linalg.norm(runs[0].arrays["z"] - golden("affine").truth.z) < 1e-10
     assert runs[0].error == ""
     assert "no-such-problem" in runs[1].error
     assert "ConvergenceError" in runs[2].error
     assert lines[0] == "numpy float64 …"
-    crashed = processes.Task(tmp_path / "crash", "numpy", "float64")
+    crashed = processes.WorkerTask(tmp_path / "crash", "numpy", "float64")
     crashed.folder.mkdir()
     (failure,) = processes.run_all([crashed]).values()
     assert "the worker ended with code 1" in failure
@@ -167,14 +167,14 @@ def test_processes_report_jobs_and_failures(tmp_path, capsys):
 
 def test_a_process_that_hangs_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "TIMEOUT", 0.0)
-    task = processes.Task(tmp_path, "numpy", "float64")
+    task = processes.WorkerTask(tmp_path, "numpy", "float64")
     worker.write(tmp_path, "numpy", [])
     (failure,) = processes.run_all([task]).values()
     assert failure.startswith("no answer within")
 
 
 def test_two_heavy_frameworks_never_run_at_once(monkeypatch):
-    tasks = {name: processes.Task(None, name, "float64") for name in ("numpy", "torch", "jax")}  # type: ignore[arg-type]
+    tasks = {name: processes.WorkerTask(None, name, "float64") for name in ("numpy", "torch", "jax")}  # type: ignore[arg-type]
     running = {tasks["torch"]: None}
     assert processes._fits(tasks["numpy"], running)  # type: ignore[arg-type]
     assert processes._fits(tasks["torch"], running)  # type: ignore[arg-type]
@@ -194,7 +194,7 @@ def test_the_main_of_a_worker(tmp_path):
 
 
 def test_steps_that_solve_are_left_out_where_each_number_costs_a_run():
-    job = check.fixed_job("newton-krylov", "unrolled", "float64")
+    job = sweep.fixed_job("newton-krylov", "unrolled", "float64")
     assert job.strategy_options == {"steps": 3}
     with pytest.raises(RuntimeError, match="skipped"):
         worker.run(get_backend(backend="numpy"), job)

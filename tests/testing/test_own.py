@@ -90,9 +90,11 @@ def inline(monkeypatch):
         for (name, _dtype), mine in jobs.items():
             for job in mine:
                 try:
-                    runs.append(user_problems.Run(name, job, "", 0.0, worker.run(get_backend(backend=name), job)))
+                    runs.append(
+                        user_problems.GradientRun(name, job, "", 0.0, worker.run(get_backend(backend=name), job))
+                    )
                 except Exception as error:
-                    runs.append(user_problems.Run(name, job, f"{type(error).__name__}: {error}", 0.0, {}))
+                    runs.append(user_problems.GradientRun(name, job, f"{type(error).__name__}: {error}", 0.0, {}))
         return runs
 
     monkeypatch.setattr(user_problems, "execute", here)
@@ -228,9 +230,9 @@ def test_an_empty_batch_has_no_gradient_to_check():
         ("{file}:no name", "must be path/to/file.py:name"),
         ("nothing.py:f", "there is no file 'nothing.py'"),
         ("{file}:onse", "Did you mean 'once'.*Problems in it: "),
-        ("{file}:number", "is a int, but a deqcore.testing.Problem"),
-        ("{file}:Problem", "is a type"),
-        ("{file}:fails", "raised OSError: no data. A Problem, or a function without arguments"),
+        ("{file}:number", r"must be a deqcore.testing.Problem, .*\(got a int\)"),
+        ("{file}:Problem", r"must be a deqcore.testing.Problem, .*\(got a type\)"),
+        ("{file}:fails", "raised OSError: no data. It must be a Problem, or a function without arguments"),
     ],
 )
 def test_a_problem_that_cannot_be_read_says_why(file, where, words):

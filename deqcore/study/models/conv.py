@@ -17,8 +17,8 @@ class Conv(Model):
     """States at full and at half resolution, `(b, w, h, w)` and `(b, 2w, h/2, w/2)`.
 
     z₁ ← GN(x₁ + ½(K₁₁∗relu(z₁) + up(K₂₁∗relu(z₂))), and z₂ with a strided convolution from z₁ in the same way. The
-    group norm keeps the state bounded; the kernels start small, so that the cell contracts at the start (measured, 2 random
-    inputs: spectral radius about 0.5).
+    group norm keeps the state bounded; the kernels start small, so that the cell contracts at the start (measured, 2
+    random inputs: spectral radius about 0.5).
 
     Source: Bai, Koltun & Kolter (2020), "Multiscale Deep Equilibrium Models", reduced to two scales.
     """

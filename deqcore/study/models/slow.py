@@ -19,8 +19,8 @@ class Slow(Dense):
 
     S keeps the means over neighbouring units, over groups of 4, 8, … and all units, with eigenvalues from 0.9 to 0.99
     (the coarser the slower; a quarter of the width is slow) and nothing else. As 1 is not an eigenvalue of S, the
-    equilibria, the loss and the exact gradients are those of `dense` with the same weights. What differs is the Jacobian, S + (I − S) W T,
-    so that a comparison shows what slow modes alone do to a backward strategy.
+    equilibria, the loss and the exact gradients are those of `dense` with the same weights. What differs is the
+    Jacobian, S + (I − S) W T, so that a comparison shows what slow modes alone do to a backward strategy.
 
     Source: a time constant for each unit is usual for continuous-time recurrent networks: Funahashi & Nakamura (1993),
     "Approximation of dynamical systems by continuous time recurrent neural networks"; here the modes have them.

@@ -11,8 +11,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from deqcore.testing.gradients.check import GradientReport, GradientRun
 from deqcore.testing.gradients.compare import Comparison
+from deqcore.testing.gradients.sweep import GradientReport, GradientRun
 
 SHORT: Final = {"float64": "f64", "float32": "f32"}
 LISTED: Final = 12  # failures that are described; JSON has all

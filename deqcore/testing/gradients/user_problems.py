@@ -13,7 +13,8 @@ import numpy as np
 
 from deqcore import plugins
 from deqcore.errors import ProblemError, listing
-from deqcore.testing.gradients.check import (
+from deqcore.testing.gradients.compare import Comparison, size
+from deqcore.testing.gradients.sweep import (
     GradientReport,
     GradientRun,
     combinations,
@@ -23,7 +24,6 @@ from deqcore.testing.gradients.check import (
     reference_of,
     tight,
 )
-from deqcore.testing.gradients.compare import Comparison, size
 from deqcore.testing.problem import Problem, load_problem, walk
 from deqcore.testing.runner.processes import installed
 from deqcore.testing.tolerances import Sensitivity, Slope, rounding, tolerance

@@ -125,7 +125,7 @@ def arguments(request: SuiteRequest, backend: str, results: Path) -> list[str]:
         "results": results,
     }
     args = ["-q", "-c", str(config), "--noconftest", "-p", "no:cacheprovider", "-p", "deqcore.testing.plugin"]
-    args += [f"--deqcore-{name}={value}" for name, value in given.items() if value is not None]
+    args += [f"--deqcore-{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
     args += ["-k", request.select] if request.select else []
     args += ["-x"] if request.first else []
     return [*args, "--deqcore-project", "--pyargs", f"deqcore.testing.suite.test_{request.kind}"]
