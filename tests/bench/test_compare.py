@@ -184,7 +184,7 @@ def test_compaction_takes_part_where_samples_are_uneven_and_code_is_eager() -> N
     assert [each.solver for each in ours(["picard"], even, traced=False)] == ["picard"]
 
 
-def test_a_problem_of_another_framework_is_told(harness: Harness) -> None:
+def test_a_problem_of_another_framework_is_reported(harness: Harness) -> None:
     problem = replace(halving().problem, f={"jax": lambda p, z, x: z})
     with pytest.raises(ProblemError, match="written for jax, not for 'numpy'"):
         harness.ready(Case(problem, ""))

@@ -1,4 +1,4 @@
-"""The verdicts of the evidence, from results that are made up here, and the data that its studies are run in."""
+"""The verdicts of the evidence, from synthetic results, and the data that its studies are run in."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_section_says_how_many_seeds_were_timed(tmp_path: Path, monkeypatch: p
     assert "seeds finished: 4 to 4 of 5, timed alone: 1 to 4.\n" in section()
 
 
-def test_a_gap_that_grows_is_told():
+def test_a_gap_that_grows_is_reported():
     found = results(ACCURACY)
     for each in found:
         label, noise = each["cell"]["strategy"]["label"], 1e-3 * each["cell"]["seed"]

@@ -1,4 +1,4 @@
-"""Tables and plots of rows whose numbers are made up."""
+"""Tables and plots of rows with synthetic numbers."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ def test_config_show(capsys: Capture, tmp_path: Path, monkeypatch: pytest.Monkey
         ("forward.options = {history_sise = 3}", "has no option 'history_sise'. Did you mean 'history_size'?"),
     ],
 )
-def test_config_show_finds_names_that_nobody_has(capsys: Capture, tmp_path: Path, text: str, said: str) -> None:
+def test_config_show_finds_names_that_are_not_registered(capsys: Capture, tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "deq.toml").write_text(text)
     code, out, err = run(capsys, "config", "show")
     assert code == 2
@@ -246,7 +246,7 @@ def test_listings_see_the_deqfile_of_the_working_directory(capsys: Capture, tmp_
     assert listing(capsys, "plugins")[str(tmp_path / "deqfile.py")]["source"] == "deqfile"
 
 
-def test_a_broken_deqfile_costs_nobody_the_listing(capsys: Capture, tmp_path: Path) -> None:
+def test_a_broken_deqfile_does_not_stop_the_listing(capsys: Capture, tmp_path: Path) -> None:
     (tmp_path / "deqfile.py").write_text("x = 1\n1 / 0\n")
     (tmp_path / "deq.toml").write_text("plugins.deqfile = true\n")
     for command in ("solvers", "strategies", "backends", "plugins"):

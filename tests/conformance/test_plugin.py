@@ -221,7 +221,7 @@ def test_a_config_path_that_is_a_directory(capsys, tmp_path, monkeypatch):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_wrong_usage_is_told_before_any_test_runs(capsys, args, message):
+def test_wrong_usage_is_reported_before_any_test_runs(capsys, args, message):
     code, _, err = command(capsys, "check", *args)
     plugins.reset()
     assert code == 2

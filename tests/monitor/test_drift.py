@@ -66,7 +66,7 @@ def test_a_profile_comes_back_from_disk(tmp_path, suffix) -> None:
         json.loads(path.read_text(), parse_constant=pytest.fail)
 
 
-def test_what_is_no_profile_is_told(tmp_path, monkeypatch) -> None:
+def test_what_is_not_a_profile_is_reported(tmp_path, monkeypatch) -> None:
     with pytest.raises(ConfigError, match="There is no reference profile"):
         Profile.load(tmp_path / "none.json")
     for text in ("{", "[]", "{}", '{"deqcore.profile": 9}', '{"deqcore.profile": 1, "residual": ["x"], "steps": [1]}'):

@@ -1,4 +1,4 @@
-"""Reading logs: whole, growing, torn, and what is none; the terminal view and the page made of one."""
+"""Reading logs: whole, growing, torn, and other files; the terminal view and the page made of one."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_second_run_in_the_same_file_is_shown_alone_unless_it_goes_on(tmp_path
     )  # wrapped where it is long
 
 
-def test_a_truncated_last_line_is_told_and_costs_only_itself(tmp_path) -> None:
+def test_a_truncated_last_line_is_reported_and_costs_only_itself(tmp_path) -> None:
     path = write(tmp_path / "a.jsonl", *rows(3))
     path.write_bytes(path.read_bytes()[:-20])
     log = read(path)
@@ -95,7 +95,7 @@ def test_a_truncated_last_line_is_told_and_costs_only_itself(tmp_path) -> None:
     assert "Line 4" in render(log)
 
 
-def test_bad_lines_inside_are_left_out_and_told(tmp_path) -> None:
+def test_bad_lines_inside_are_left_out_and_reported(tmp_path) -> None:
     path = write(tmp_path / "a.jsonl", *rows(2))
     with path.open("ab") as file:
         file.write(b'{"kind": "row", "step": 1}\n\xff\xfe\n[1]\n\n')
@@ -106,7 +106,7 @@ def test_bad_lines_inside_are_left_out_and_told(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("text", ["step,time\n1,2\n", "[]\n", '{"a": 1}\n', "{", "\x00\x01\n"])
-def test_what_is_no_log_is_told(tmp_path, text) -> None:
+def test_what_is_not_a_log_is_reported(tmp_path, text) -> None:
     path = tmp_path / "a.csv"
     path.write_text(text)
     with pytest.raises(MonitorError, match=r"a\.csv' is not a log of the monitor \(line 1: "):

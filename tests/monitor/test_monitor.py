@@ -291,7 +291,7 @@ def test_figures_without_solves_do_not_pile_up() -> None:
         assert len(monitor.rows) >= 32
 
 
-def test_a_probe_that_fails_is_told_once_and_left_out() -> None:
+def test_a_measurement_that_fails_is_reported_once_and_left_out() -> None:
     def broken(solve):
         raise RuntimeError("no such luck")
 
@@ -302,7 +302,7 @@ def test_a_probe_that_fails_is_told_once_and_left_out() -> None:
     assert len(monitor.rows) == 2
 
 
-def test_unknown_metrics_are_told_with_a_suggestion() -> None:
+def test_unknown_metrics_are_reported_with_a_suggestion() -> None:
     monitor = Monitor(sinks=[])
     with pytest.raises(ConfigError, match=r"no metric 'deq_spectral_radios'\. Did you mean 'deq_spectral_radius'\?"):
         monitor.log(deq_spectral_radios=1.0)
@@ -330,7 +330,7 @@ def test_unknown_metrics_are_told_with_a_suggestion() -> None:
         ({"reference": "nowhere.json"}, "no reference profile 'nowhere.json'"),
     ],
 )
-def test_a_bad_section_is_told(section, message) -> None:
+def test_a_bad_section_is_reported(section, message) -> None:
     with pytest.raises(ConfigError, match=message):
         Monitor(deqcore.Config(monitor=section))
 

@@ -128,7 +128,7 @@ def test_the_textfile_holds_the_latest_values_and_counts_each_record_once(tmp_pa
     assert [each.name for each in path.parent.iterdir()] == ["deqcore.prom"]
 
 
-def test_a_port_in_use_is_told_and_the_training_goes_on() -> None:
+def test_a_port_in_use_is_reported_and_the_training_goes_on() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -46,7 +46,7 @@ def _fresh():
 
 @dataclass
 class Flaky(Sink):
-    """Fails while told to."""
+    """Fails on demand."""
 
     taken: list = field(default_factory=list)
     failing: bool = False
@@ -152,7 +152,7 @@ def test_a_full_disk_stops_nothing_and_the_data_are_rescued(tmp_path, monkeypatc
     assert [table.get("solve") for table in tables if table["kind"] == "row"] == [0, 1, 2, 3]
 
 
-def test_a_sink_that_raises_is_told_once_and_gets_everything_later() -> None:
+def test_a_sink_that_raises_is_reported_once_and_gets_everything_later() -> None:
     bad, good = Flaky(failing=True), Flaky()
     with Monitor(sinks=[bad, good], every=1) as monitor:
         with pytest.warns(MonitorWarning, match="'Flaky' fails: RuntimeError: no more room") as seen:
@@ -201,7 +201,7 @@ def test_options_of_a_sink_are_checked(tmp_path) -> None:
         Monitor(sinks=[{"sink": "wrong", "name": "a", "unit": "1", "help": ""}])
 
 
-def test_a_missing_package_is_told_before_the_training(monkeypatch) -> None:
+def test_a_missing_package_is_reported_before_the_training(monkeypatch) -> None:
     @dataclass
     class Needy(Flaky):
         needs: ClassVar = {"no_such_package": "monitor"}

@@ -1,4 +1,4 @@
-"""Triggers: when they fire, when they are over, what they do to solves, and what is refused."""
+"""Triggers: when they fire, when they are cleared, what they do to solves, and what is refused."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_effects_on_settings() -> None:
         ({"metric": METRIC}, "needs the option condition"),
     ],
 )
-def test_bad_triggers_are_told_before_the_training(trigger, message) -> None:
+def test_bad_triggers_are_reported_before_the_training(trigger, message) -> None:
     with pytest.raises(ConfigError, match=message):
         Monitor(Config(monitor={"triggers": [trigger], "sinks": []}), hooks={"page": print})
 

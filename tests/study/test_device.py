@@ -1,4 +1,4 @@
-"""Where a study's models live: what is asked for is used, told in the report, and refused where it is not there."""
+"""Where a study's models live: what is asked for is used, named in the report, and refused where it does not exist."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_device_is_part_of_a_cell_and_none_leaves_old_results_valid():
 
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])
-def test_a_trainer_computes_where_it_is_told_and_refuses_what_is_not_there(backend: str):
+def test_a_trainer_computes_on_its_device_and_refuses_what_is_not_there(backend: str):
     made = trainer(backend, "cpu")
     x, y = np.ones((4, 12), np.float32), np.zeros(4, np.int64)
     made.step(x, y, 1e-3)

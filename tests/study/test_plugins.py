@@ -98,7 +98,7 @@ def test_what_data_gives_decides_which_models_meet_it():
         cells(read({"data": ["digits", "words"]}, "x"), UserCode(), ("torch",))
 
 
-def test_names_that_nobody_registered():
+def test_names_that_are_not_registered():
     with pytest.raises(UnknownNameError, match=r"No data is registered as 'digit'. Did you mean 'digits'\?"):
         cells(read({"data": ["digit"]}, "x"), UserCode(), ("torch",))
     with pytest.raises(UnknownNameError, match=r"No model is registered as 'dens'. Did you mean 'dense'\?"):

@@ -1,4 +1,4 @@
-"""Summaries, answers, gates and the report, from results that are made up here."""
+"""Summaries, answers, gates and the report, from synthetic results."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_gates_stop_at_the_first_that_is_not_met():
     assert judge(rows(results), study.gates).go
 
 
-def test_a_failed_cell_is_told_and_nothing_else_suffers(tmp_path: Path):
+def test_a_failed_cell_is_reported_and_nothing_else_suffers(tmp_path: Path):
     study, results = made()
     bad = next(
         each for each in results if each["cell"]["strategy"]["name"] == "jacobian-free" and each["cell"]["seed"] == 1

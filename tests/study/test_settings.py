@@ -61,7 +61,7 @@ def test_what_changes_a_number_changes_the_key():
         ({"gates": [{"stage": "pilot", "strategy": "exact-ift", "metric": "cosine"}]}, "at_least or at_most"),
     ],
 )
-def test_mistakes_in_the_file_are_told_with_their_place(table: dict[str, object], words: str):
+def test_mistakes_in_the_file_are_reported_with_their_place(table: dict[str, object], words: str):
     with pytest.raises(ConfigError) as caught:
         read(table, "study.toml")
     assert words in str(caught.value)

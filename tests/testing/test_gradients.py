@@ -1,4 +1,4 @@
-"""The gradient check catches what is wrong, and says nothing of what is right."""
+"""The gradient check catches what is wrong, and accepts what is right."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_a_planted_fault_is_caught(inline, faults, monkeypatch, backend, solver,
 
 
 def test_processes_report_jobs_and_failures(tmp_path, capsys):
-    """One real process: results come back under their jobs, an error stays with its job, a crash is told."""
+    """One real process: results come back under their jobs, an error stays with its job, a crash is reported."""
     jobs = [
         Job("solve", "affine", "float64", rtol=1e-12, max_steps=100),
         Job("solve", "no-such-problem", "float64"),

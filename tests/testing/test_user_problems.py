@@ -126,7 +126,7 @@ def firsts(report):
     return {each.against: each.quantity for each in first_disagreements(report).values()}
 
 
-def test_functions_that_differ_are_told_apart_where_they_first_do(file, inline):
+def test_functions_that_differ_are_distinguished_where_they_first_do(file, inline):
     """z0 = 0 hides a missing transpose: the solution is the first place where it shows."""
     pytest.importorskip("torch")
     report = check_user_problem(f"{file}:transposed", ["numpy", "torch"], dtypes=["float64"])

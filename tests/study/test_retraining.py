@@ -56,7 +56,7 @@ def test_words_drift_by_changing_places():
     assert (moved.train.x[:, 1:] == moved.train.y[:, :-1]).all()
 
 
-def test_rates_and_audits_begin_anew_in_each_round():
+def test_rates_and_audits_restart_in_each_round():
     asked = cell(3, rate=1.0, epochs=4)
     assert [rate(asked, step, 30) for step in range(10)] == [rate(asked, step, 30) for step in range(10, 20)]
     assert rate(asked, 10, 30) == 1.0

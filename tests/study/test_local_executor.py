@@ -1,4 +1,4 @@
-"""Studies in processes of their own: run, killed, continued, failed."""
+"""Studies in separate processes: run, killed, continued, failed."""
 
 from __future__ import annotations
 
@@ -215,13 +215,13 @@ def test_a_model_of_ones_own_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert found["test_accuracy"] > 0.3
 
 
-def test_a_model_that_does_not_take_the_data_is_told(tmp_path: Path):
+def test_a_model_that_does_not_take_the_data_is_reported(tmp_path: Path):
     found = train(replace(tiny(), model=ModelChoice(name="attention")), tmp_path, lambda _: None)
     assert (found["status"], found["reason"]) == ("failed", "unfit")
     assert "takes tokens, not image" in found["detail"]
 
 
-def test_data_that_is_missing_is_told(tmp_path: Path):
+def test_data_that_is_missing_is_reported(tmp_path: Path):
     found = train(tiny(data=[{"name": "images", "path": "/no/such"}]), tmp_path, lambda _: None)
     assert "path must be an existing folder" in found["detail"]
 

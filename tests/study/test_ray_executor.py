@@ -1,4 +1,4 @@
-"""Cells on a cluster: what travels, and that the numbers are those of one machine."""
+"""Cells on a cluster: what is copied, and that the numbers are those of one machine."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Lossy:
         raise Refused("the node died")
 
 
-def test_a_lost_machine_is_told_with_what_to_do(tmp_path: Path):
+def test_a_lost_machine_is_reported_with_what_to_do(tmp_path: Path):
     watcher: Any = None
     with pytest.raises(StudyError, match="the cluster lost it: the node died. What was finished is kept"):
         ray._run(Lossy(), Store(tmp_path), [tiny()], watcher)
