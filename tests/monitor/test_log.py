@@ -237,7 +237,7 @@ def test_the_verdict(tmp_path, events, expected) -> None:
 def test_the_verdict_names_what_is_a_concern(tmp_path) -> None:
     bad = [Row(i, i, 1000.0 + i, {"deq_forward_steps": 3.0, "deq_nonfinite_fraction": 0.5}) for i in range(3)]
     assert verdict(read(write(tmp_path / "a.jsonl", *bad))) == (
-        "No trigger is on, but look at: NaN or diverged.",
+        "No trigger is active, but check: NaN or diverged.",
         "warn",
     )
 

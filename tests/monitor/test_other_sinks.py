@@ -134,7 +134,7 @@ def test_a_port_in_use_is_reported_and_the_training_goes_on() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with Monitor(sinks=[{"sink": "prometheus", "port": port}], every=1) as monitor:
-            with pytest.warns(MonitorWarning, match=f"port {port} of 127.0.0.1 cannot be listened on"):
+            with pytest.warns(MonitorWarning, match=f"cannot listen on port {port} of 127.0.0.1"):
                 deqcore.fixed_point(lambda z: 0.5 * z + 1.0, np.zeros((2, 2)))
             for _ in range(2):
                 deqcore.fixed_point(lambda z: 0.5 * z + 1.0, np.zeros((2, 2)))
@@ -146,7 +146,7 @@ def test_options_that_cannot_be() -> None:
         Monitor(sinks=[{"sink": "prometheus", "port": 70000}])
     with pytest.raises(ConfigError, match="port = -1"):
         Monitor(sinks=[{"sink": "prometheus", "port": -1}])
-    with pytest.raises(ConfigError, match=r"ends in \.prom"):
+    with pytest.raises(ConfigError, match=r"path must end in \.prom"):
         Monitor(sinks=[{"sink": "prometheus-textfile", "path": "deq.txt"}])
     with pytest.raises(ConfigError, match="mode = 'onlin'"):
         Monitor(sinks=[{"sink": "wandb", "mode": "onlin"}])

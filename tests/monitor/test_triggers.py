@@ -145,7 +145,7 @@ def test_effects_on_settings() -> None:
         ({"metric": METRIC, "condition": "> 1", "action": "refine", "factor": 0.5}, "factor = 0.5"),
         ({"metric": METRIC, "condition": "> 1", "factor": 0.5}, "take a factor"),
         ({"metric": METRIC, "condition": "> 1", "action": "hook", "hook": "pag"}, "Did you mean 'page'"),
-        ({"metric": METRIC, "condition": "> 1", "hook": "page"}, "set 'hook'"),
+        ({"metric": METRIC, "condition": "> 1", "hook": "page"}, "requires action = 'hook'"),
         ({"condition": "> 1"}, "needs the option metric"),
         ({"metric": METRIC}, "needs the option condition"),
     ],
@@ -238,7 +238,7 @@ def test_tightening_reaches_solves_whatever_config_they_have(be) -> None:
 def test_an_action_that_changes_nothing_says_so() -> None:
     config = Config(backward={"strategy": "jacobian-free"})
     with Monitor(sinks=[], every=1, triggers=[Trigger(METRIC, "> 3", "refine", window=1)]):
-        with pytest.warns(MonitorWarning, match="may spend more"):
+        with pytest.warns(MonitorWarning, match="budget of the backward strategy is raised"):
             solve(0.5, config=config)
         with pytest.warns(MonitorWarning, match="refine has no effect .* 'jacobian-free': its budget cannot be raised"):
             solve(0.5, config=config)
@@ -262,7 +262,7 @@ def test_monitor_config_follows_the_actions_and_serves_using() -> None:
     trigger = Trigger(METRIC, "> 3", "exact", window=1, until="< 0.5")
     with Monitor(Config(backward={"strategy": "jacobian-free"}), sinks=[], every=1, triggers=[trigger]) as monitor:
         assert monitor.config.backward.strategy == "jacobian-free"
-        with pytest.warns(MonitorWarning, match="exact-ift from here on"):
+        with pytest.warns(MonitorWarning, match="exact-ift from now on"):
             solve(0.5)
         assert monitor.config.backward.strategy == "exact-ift"
     with deqcore.using(monitor.config) as inside:
@@ -297,7 +297,7 @@ def test_a_model_trained_to_go_stiff_is_switched_to_exact_gradients_and_back() -
     pytest.importorskip("torch")
     trigger = Trigger("deq_forward_steps", "> 60", "exact", window=3, until="< 20", hold=10)
     monitor = Monitor(sinks=[], every=1, triggers=[trigger])
-    with pytest.warns(MonitorWarning, match="exact-ift from here on"):
+    with pytest.warns(MonitorWarning, match="exact-ift from now on"):
         strategies, ratios = train_stiff(monitor)
     assert [event.kind for event in monitor.events] == ["fired", "cleared"]
     on, off = strategies.index("exact-ift"), len(strategies) - strategies[::-1].index("exact-ift")

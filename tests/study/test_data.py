@@ -46,10 +46,10 @@ def split(x: object, y: object) -> Split:
 @pytest.mark.parametrize(
     ("train", "words"),
     [
-        (split([[1.0]], [0]), "No sample for training in these classes of 'mine': <b>"),
+        (split([[1.0]], [0]), "The train part of 'mine' has no sample of these classes: <b>"),
         (split([[1.0], [2.0]], [0, 2]), "integers from 0 to 1"),
         (split([[1.0], [np.nan]], [0, 1]), "NaN or infinite"),
-        (split(np.zeros((0, 1)), []), "has 0 inputs and 0 targets"),
+        (split(np.zeros((0, 1)), []), "got 0 inputs and 0 targets"),
     ],
 )
 def test_unfit_data(train: Split, words: str):
@@ -214,7 +214,7 @@ def test_data_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         "def wrong():\n    return 3\n"
     )
     assert data.load(DataChoice(name="own"), "my_study_data:load").name == "mine"
-    with pytest.raises(ConfigError, match="gave int"):
+    with pytest.raises(ConfigError, match=r"must return a deqcore.study.data.Dataset \(got a int\)"):
         data.load(DataChoice(name="own"), "my_study_data:wrong")
     with pytest.raises(ConfigError, match="Did you mean 'load'"):
         data.load(DataChoice(name="own"), "my_study_data:laod")

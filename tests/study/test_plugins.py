@@ -107,7 +107,7 @@ def test_names_that_are_not_registered():
 
 def test_plugins_that_are_none():
     plugins.register(DataSpec("three", "builtins:repr"))
-    with pytest.raises(PluginError, match="The data 'three' gave str, but a deqcore.study.data.Dataset"):
+    with pytest.raises(PluginError, match="The data 'three' must return a deqcore.study.data.Dataset"):
         data.load(DataChoice(name="three", label="x"), None)
     plugins.register(ModelSpec("path", "pathlib:Path"))
     with pytest.raises(PluginError, match="must be a subclass of deqcore.study.models.Model"):

@@ -312,9 +312,9 @@ def test_the_page_needs_nothing_from_outside_and_escapes_names(tmp_path: Path, l
     assert "script" not in links.tags
     assert "svg" in links.tags
     assert "url(http" not in html
-    assert "default-src 'none'" in page
+    assert "default-src 'none'" in html
     assert "mathdefault" not in html  # a label that nobody parses
-    assert not re.search(r"@import|<link(?! rel=\"icon\")", page)
+    assert not re.search(r"@import|<link(?! rel=\"icon\")", html)
 
 
 def test_languages_say_the_same_things():
