@@ -134,7 +134,7 @@ def _peers(framework: str) -> list[Contender]:
 def _by_need(contenders: Sequence[Contender]) -> list[Contender]:
     """Order the items by importance for the page, in case time runs out."""
     first = ("picard", "anderson", "broyden", "fixed_point_iter", "fixed-point")
-    return sorted(contenders, key=lambda each: each.solver == "newton-krylov" or 2 * (each.solver not in first))
+    return sorted(contenders, key=lambda item: item.solver == "newton-krylov" or 2 * (item.solver not in first))
 
 
 def cases(name: str, setting: Setting, peers: bool = True) -> dict[str, Any]:

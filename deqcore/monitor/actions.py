@@ -1,6 +1,6 @@
 """Triggers at work: their events, and the settings that their actions change.
 
-They work on the config that a call resolved to, so that they also apply to layers with their own config.
+Actions change the resolved config of a call, so that they also apply to layers with their own config.
 """
 
 from __future__ import annotations
@@ -18,9 +18,20 @@ from deqcore.errors import MonitorError, MonitorWarning, user_stacklevel
 from deqcore.monitor.sink import Event, Row
 from deqcore.monitor.triggers import Transition, Trigger, TriggerState
 
+Hook: TypeAlias = Callable[[Event], object]
+_ACTIONS: Mapping[str, str] = {
+    "warn": "",
+    "raise": " The run is stopped.",
+    "tighten": " The forward tolerance is tightened.",
+    "refine": " The budget of the backward strategy is raised.",
+    "exact": " The backward strategy is exact-ift from now on.",
+    "hook": " The hook {hook!r} is called.",
+    "retrain": " The model is marked for retraining.",
+}
+
 TIGHTEN_FACTOR: Final = 0.1
 REFINE_FACTOR: Final = 2.0
-# Options of strategies by what more of them means: these names are shared by all that ship with deqcore.
+# Options of built-in strategies that are budgets.
 BUDGETS: Final = ("max_refine_vjps", "terms", "steps", "max_steps")
 DEFAULT_TARGET: Final = 0.1  # where the strategy has a target and none is set
 
@@ -36,11 +47,11 @@ def apply_actions(
 
     Args:
         config: resolved settings.
-        triggers: those that are active; others than "tighten", "refine" and "exact" change nothing.
-        rtol: what `forward.rtol = "auto"` means here, or None if that is not known.
+        triggers: the active ones; only "tighten", "refine" and "exact" change settings.
+        rtol: the value of `forward.rtol = "auto"`, or None if it is unknown.
         least: tolerance that the dtype can reach; "tighten" stops there.
     """
-    for trigger in sorted(triggers, key=lambda each: each.action != "exact"):
+    for trigger in sorted(triggers, key=lambda trigger: trigger.action != "exact"):
         changes = overrides(config, trigger, rtol, least)
         config = override(config, changes, ORIGIN) if changes else config
     return config
@@ -82,9 +93,6 @@ def _refined(config: Config, factor: float) -> dict[str, object]:
             max_relative_error / factor if isinstance(max_relative_error, float) else DEFAULT_TARGET
         )
     return more
-
-
-Hook: TypeAlias = Callable[[Event], object]
 
 
 class TriggerSet:
@@ -147,17 +155,6 @@ class TriggerSet:
     def apply(self, config: Config, rtol: float | None, least: float) -> Config:
         """Return the config with the actions in force."""
         return apply_actions(config, self.active, rtol, least) if self.active else config
-
-
-_ACTIONS: Mapping[str, str] = {
-    "warn": "",
-    "raise": " The run is stopped.",
-    "tighten": " The forward tolerance is tightened.",
-    "refine": " The budget of the backward strategy is raised.",
-    "exact": " The backward strategy is exact-ift from now on.",
-    "hook": " The hook {hook!r} is called.",
-    "retrain": " The model is marked for retraining.",
-}
 
 
 def _sentence(change: Transition, row: Row) -> str:

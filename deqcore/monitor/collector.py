@@ -27,6 +27,8 @@ from deqcore.monitor.sink import Event, Record, Row
 from deqcore.solution import Solution
 from deqcore.types import AdjointReport, Array, BackwardRecord, Status
 
+RECENT: Final = 1000
+
 FORWARD = ("residual", "status", "steps", "evaluations")
 BACKWARD = AdjointReport._fields
 REPORTED = ("status", "vjps", "residual", "error", "fallback")
@@ -261,9 +263,6 @@ def _reuses(strategy: str) -> bool:
     """Whether a strategy works with the forward solver's estimate, so that its first product is a certificate."""
     cls: Any = plugins.load("strategy", strategy)
     return bool(getattr(cls, "needs", None) == "estimate")
-
-
-RECENT: Final = 1000
 
 
 class RowBuilder:

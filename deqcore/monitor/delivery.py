@@ -1,4 +1,4 @@
-"""All sinks of a monitor together, with what goes to them."""
+"""Delivery of records to sinks: one that fails never stops the training, and its records are offered again."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from deqcore.monitor.sink import Event, Record, Row, RunInfo, Sink
 from deqcore.monitor.text import encodable
 from deqcore.plugins.lookup import is_installed
 
+LIMIT: Final = 20_000  # records that are kept for a sink that fails
+
 
 class SinkGroup:
     """Writes records to every sink; a failure in one becomes an event in the others.
 
     Args:
-        sinks: what `make_sink` takes.
+        sinks: `Sink`s, registered names or tables, as for `Monitor`.
         run: passed to the sinks when they open.
 
     Raises:
@@ -72,11 +74,8 @@ def _encodable(record: Record) -> Record:
     return record if encodable(record.message) == record.message else replace(record, message=encodable(record.message))
 
 
-LIMIT: Final = 20_000  # records that are kept for a sink that fails
-
-
 class ResilientSink:
-    """Calls a sink and catches what it raises.
+    """Calls a sink and catches its exceptions.
 
     Args:
         name: that the sink is registered under.
@@ -84,8 +83,8 @@ class ResilientSink:
         tell: takes the text of a failure, so that the other sinks record it.
 
     Attributes:
-        waiting: records that the sink has not taken yet; the oldest go when there are more than `LIMIT`.
-        lost: how many went.
+        waiting: records that the sink has not taken yet; above `LIMIT` the oldest are dropped.
+        lost: number of dropped records.
 
     Raises:
         MissingExtraError: a package that the sink needs is not installed.

@@ -26,6 +26,8 @@ from deqcore.errors import ConfigError, MissingExtraError
 from deqcore.monitor.triggers import Trigger
 from deqcore.plugins.lookup import is_installed
 
+HostArray: TypeAlias = NDArray[np.float64]
+
 MAX_SAMPLES: Final = 4096  # samples of a profile
 WINDOW: Final = 1024  # latest samples that are compared
 MIN_SAMPLES: Final = 256  # new samples before the measures are taken (again)
@@ -210,6 +212,3 @@ def _is_safetensors(path: Path) -> bool:
 
 def _text(value: float) -> float | str:
     return value if np.isfinite(value) else "inf"
-
-
-HostArray: TypeAlias = NDArray[np.float64]

@@ -62,7 +62,7 @@ def _table(log: Log, window: int, wide: bool) -> Table:
     for heading in ("latest", "mean", "least", "most") if wide else ("latest", "mean"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column(f"last {window}", no_wrap=True)
-    result = sorted(series(log.rows[-window:]), key=lambda each: (each[1], ORDER.get(each[0], len(ORDER))))
+    result = sorted(series(log.rows[-window:]), key=lambda item: (item[1], ORDER.get(item[0], len(ORDER))))
     digits = 4 if wide else 3
     for metric, layer, _, values in result:
         available = [value for value in values if math.isfinite(value)]

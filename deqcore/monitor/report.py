@@ -19,6 +19,11 @@ from deqcore.monitor.log.reader import Log, series
 from deqcore.monitor.metrics import STANDARD
 from deqcore.plugins.lookup import is_installed
 
+POINTS: Final = 400
+LABEL: Final = 40  # characters of a layer's name: laying out a long text takes minutes
+MOST: Final = 1e150  # beyond it a chart's own arithmetic overflows; such values are left out as infinite ones are
+COLORS: Final = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#475569")
+
 HELP: Final = {metric.name: metric.help for metric in STANDARD}
 ORDER: Final = {metric.name: index for index, metric in enumerate(STANDARD)}
 # The first screen: metric, title, and above which value it is a concern.
@@ -105,7 +110,7 @@ def tiles(log: Log) -> list[Tile]:
 
 def table(log: Log) -> list[dict[str, str]]:
     """Return all metrics with their statistics, as text."""
-    result = sorted(series(log.rows), key=lambda each: (each[1], ORDER.get(each[0], len(ORDER))))
+    result = sorted(series(log.rows), key=lambda item: (item[1], ORDER.get(item[0], len(ORDER))))
     return [
         {
             "metric": metric,
@@ -137,18 +142,6 @@ def _span(log: Log) -> str:
         return "no rows"
     first, last = log.rows[0], log.rows[-1]
     return f"{log.solves} solves, steps {first.step} to {last.step}, {_clock(first.time)} to {_clock(last.time)} UTC"
-
-
-POINTS: Final = 400
-
-
-LABEL: Final = 40  # characters of a layer's name: laying out a long text takes minutes
-
-
-MOST: Final = 1e150  # beyond it a chart's own arithmetic overflows; such values are left out as infinite ones are
-
-
-COLORS: Final = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#475569")
 
 
 @dataclass(frozen=True)

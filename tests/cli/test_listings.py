@@ -58,7 +58,9 @@ def test_help_lists_all_commands_and_imports_none(capsys: Capture) -> None:
         "import sys; from deqcore.cli.app import main\ntry: main(['--help'])\nexcept SystemExit: print(*sys.modules)"
     )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True).stdout.split()
-    assert not {"torch", "jax", "numpy", "scipy", "pydantic", "deqcore.cli.solvers", "deqcore.config.config"} & set(found)
+    assert not {"torch", "jax", "numpy", "scipy", "pydantic", "deqcore.cli.solvers", "deqcore.config.config"} & set(
+        found
+    )
 
 
 def test_every_command_can_be_imported() -> None:
