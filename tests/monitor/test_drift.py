@@ -89,7 +89,7 @@ def test_what_is_not_a_profile_is_reported(tmp_path, monkeypatch) -> None:
 def test_too_few_samples_make_no_profile() -> None:
     with Monitor(sinks=[]) as monitor:
         serve(1, rate=0.5)
-        with pytest.raises(ConfigError, match="monitor more solves"):
+        with pytest.raises(ConfigError, match="Monitor more solves"):
             monitor.profile()
 
 
