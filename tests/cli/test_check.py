@@ -94,7 +94,7 @@ def test_a_solver_of_the_projects_deqfile_is_checked_in_the_workers_too(capsys: 
     )
     (tmp_path / "deq.toml").write_text("plugins.deqfile = true\n")
     code, out, _ = run(capsys, *QUICK, "--solver", "mine", "--strategy", "exact-ift", "--json")
-    assert code == 1, "a solver that cost_bounds convergence after one step"
+    assert code == 1, "a solver that claims convergence after one step"
     report = json.loads(out)
     assert report["errors"] == []
     assert {"z", "cotangent"} <= {each["quantity"] for each in report["comparisons"] if not each["ok"]}

@@ -72,7 +72,7 @@ class ClaimTests(Conformance):
         """The adjoint equation of a golden problem is solved, within the vjps that are claimed."""
         cost_bounds = claimed(request.config, self.cost_bounds, strategy, settings)
         if problem not in cost_bounds:
-            pytest.skip("the strategy cost_bounds nothing here")
+            pytest.skip("the strategy has no cost bound here")
         if not kit.backend.capabilities.float64:
             pytest.skip("cost_bounds are made for double precision")
         known, g, expected = adjoint_of(problem)
@@ -92,10 +92,10 @@ class ClaimTests(Conformance):
     def test_directions_stay_independent_where_that_is_hard(
         self, request: Any, kit: Kit, strategy: Strategy, settings: Mapping[str, object]
     ) -> None:
-        """Who cost_bounds to end within as many vjps as dimensions does so at a condition of 1e6, too."""
+        """A cost bound of as many vjps as dimensions also holds at a condition of 1e6."""
         cost_bounds, n = claimed(request.config, self.cost_bounds, strategy, settings), 24
         if cost_bounds.get("ill-conditioned", n) > golden("ill-conditioned").truth.jacobian.shape[1]:
-            pytest.skip("the strategy cost_bounds no end within as many vjps as dimensions")
+            pytest.skip("the strategy has no cost bound of as many vjps as dimensions")
         if not kit.backend.capabilities.float64:
             pytest.skip("cost_bounds are made for double precision")
         rng = np.random.default_rng(19)

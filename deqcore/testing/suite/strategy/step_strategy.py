@@ -127,7 +127,7 @@ class StepStrategyTests(Conformance):
     def test_its_residual_is_that_of_its_value(
         self, kit: Kit, steps: StepStrategy, strategy_name: str, settings: Any, solver: str
     ) -> None:
-        """Or NaN, and then the status cost_bounds nothing."""
+        """The residual is true, or NaN with a status that claims nothing."""
         problem = affine(norm=0.5)
         f, z0 = kit.map(problem), kit.array(np.zeros((3, 6)))
         sol = kit.solve(f, z0, solver=solver, rtol=1e-3, max_steps=5, strategy=strategy_name, strategy_options=settings)
