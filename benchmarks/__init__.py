@@ -1,1 +1,1 @@
-"""deqcore measured beside the libraries that people use today: `python -m benchmarks --help`."""
+"""Comparison of deqcore with other libraries: `python -m benchmarks --help`."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: deqcore beside its peers; writes results.json, a page of tables, and plots."""
+"""`python -m benchmarks`: compare deqcore with other libraries; writes results.json, a page of tables, and plots."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ INSTALL: Final = "pip install -r benchmarks/requirements.txt"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure the sections, each in a process of its own, then render. Returns the exit code."""
+    """Measure the sections, each in its own process, then render. Returns the exit code."""
     given = _parse(arguments)
     try:
         out = result_folder(given.out)
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Measure deqcore beside what people use today: 10 minutes for torch on 2 quiet cores.",
+        description="Compare deqcore with other libraries: 10 minutes for torch on 2 quiet cores.",
     )
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="folder for tables and plots")
     parser.add_argument("--threads", type=int, default=min(2, usable_cores()), help="default: 2")
@@ -81,7 +81,7 @@ def _sections(named: Sequence[str] | None) -> list[str]:
 
 
 def absent() -> list[str]:
-    """What is not measured because it is not installed, with the remedy."""
+    """Return what is not measured because it is not installed, with the remedy."""
     lines = []
     for framework, libraries in LIBRARIES.items():
         if find_spec(framework) is None:
@@ -95,23 +95,23 @@ def absent() -> list[str]:
 def _earlier(out: Path, quick: bool) -> dict[str, Any]:
     path = out / "results.json"
     if path.is_file():
-        found: dict[str, Any] = json.loads(path.read_text())
-        if found.get("quick") == quick:
-            return found
+        results: dict[str, Any] = json.loads(path.read_text())
+        if results.get("quick") == quick:
+            return results
     return {"quick": quick, "sections": {}}
 
 
 def _measure(name: str, threads: int, quick: bool) -> dict[str, Any]:
-    """One section in a fresh process; no other framework runs meanwhile."""
+    """Run one section in a fresh process; no other framework runs at the same time."""
     section, framework = name.split("-")
     if find_spec(framework) is None:
         return {"error": f"{framework} is not installed"}
     start = time.perf_counter()
     machine = describe(["torch", "jax", "jaxlib", *(n for group in LIBRARIES.values() for n in group)])
-    found = _run(section, framework, threads, quick)
+    result = _run(section, framework, threads, quick)
     elapsed = round(time.perf_counter() - start, 1)
     _say(f"{name}: {elapsed} s")
-    return {"machine": machine, "threads": threads, "commit": commit(), "seconds": elapsed, **found}
+    return {"machine": machine, "threads": threads, "commit": commit(), "seconds": elapsed, **result}
 
 
 def _run(section: str, framework: str, threads: int, quick: bool) -> dict[str, Any]:
@@ -124,14 +124,14 @@ def _run(section: str, framework: str, threads: int, quick: bool) -> dict[str, A
         process = subprocess.run(command, cwd=ROOT, env=environment, check=False)
         if process.returncode or not answer.is_file():
             return {"error": f"its process ended with code {process.returncode}; its message stands above"}
-        found: dict[str, Any] = json.loads(answer.read_text())
-        return found
+        results: dict[str, Any] = json.loads(answer.read_text())
+        return results
 
 
 def commit() -> str:
-    """The commit measured, with a + where the tree had changes of its own."""
+    """Return the commit measured, with a + if the tree had uncommitted changes."""
     try:
-        told = subprocess.run(
+        done = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
             cwd=ROOT,
             capture_output=True,
@@ -140,7 +140,7 @@ def commit() -> str:
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return told.stdout.strip()
+    return done.stdout.strip()
 
 
 def _say(text: str) -> None:

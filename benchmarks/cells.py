@@ -24,7 +24,7 @@ def conv_torch(p: Any, z: Any, x: Any) -> Any:
 
 
 def conv_jax(p: Any, z: Any, x: Any) -> Any:
-    """The same."""
+    """Return the same."""
     import jax
     import jax.numpy as jnp
 
@@ -43,7 +43,7 @@ def conv_jax(p: Any, z: Any, x: Any) -> Any:
 
 
 def attention_torch(p: Any, z: Any, x: Any) -> Any:
-    """A transformer block with injection: a = LN(z/2 + x + attention(z)/2), LN(a + mlp(a)/4)."""
+    """Return a transformer block with injection: a = LN(z/2 + x + attention(z)/2), LN(a + mlp(a)/4)."""
     import torch.nn.functional as F
 
     batch, tokens, width = z.shape
@@ -54,7 +54,7 @@ def attention_torch(p: Any, z: Any, x: Any) -> Any:
 
 
 def attention_jax(p: Any, z: Any, x: Any) -> Any:
-    """The same."""
+    """Return the same."""
     import jax
     import jax.numpy as jnp
 
@@ -78,7 +78,7 @@ def rated_torch(p: Any, z: Any, x: Any) -> Any:
 
 
 def conv(batch: int = 32, size: int = 48, side: int = 16) -> Case:
-    """A residual block of two 3×3 convolutions with group norm."""
+    """Return a residual block of two 3×3 convolutions with group norm."""
     rng = np.random.default_rng(10)
     kernels = {name: (2 / (9 * size)) ** 0.5 * rng.standard_normal((size, size, 3, 3)) for name in ("K1", "K2")}
     x = narrow(1.5 * rng.standard_normal((batch, size, side, side)))
@@ -90,7 +90,7 @@ def conv(batch: int = 32, size: int = 48, side: int = 16) -> Case:
 
 
 def attention(batch: int = 32, size: int = 128, tokens: int = 32) -> Case:
-    """A transformer block."""
+    """Return a transformer block."""
     rng = np.random.default_rng(11)
     shapes = {"Wqkv": (size, 3 * size), "Wo": (size, size), "W1": (size, 4 * size), "W2": (4 * size, size)}
     params = {name: narrow(rng.standard_normal(shape) / shape[0] ** 0.5) for name, shape in shapes.items()}
@@ -144,7 +144,7 @@ COMPILED: Final[Mapping[str, Mapping[str, int]]] = {
 
 
 def case(name: str, quick: bool, compiled: bool = False) -> Case:
-    """One of the cases, small for a first look."""
+    """Return one of the cases, small for a first look."""
     if quick:
         return EVERY[name](**QUICK.get(name, SMALL))
     return EVERY[name](**COMPILED[name] if compiled else {})

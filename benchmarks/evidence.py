@@ -1,6 +1,6 @@
 """The evidence of docs/evidence: `python -m benchmarks.evidence --data FOLDER` (start it again to go on).
 
-Each study is one command of its own, `deqcore study docs/evidence/NAME.toml`, and they run one after the other. This
+Each study is one command, `deqcore study docs/evidence/NAME.toml`, and they run one after the other. This
 module runs them, leaves out what is large (the course of every step), and writes tables and verdicts beside the
 settings. FOLDER holds `cifar10-jpeg.tar.gz` (or `cifar10/`, unpacked) and `wikitext-2/`; digits and slow need neither.
 Studies of a GPU are run only when they are named: `python -m benchmarks.evidence cifar-torch --data FOLDER --jobs 10`.
@@ -20,14 +20,14 @@ from typing import Any, Final
 
 from deqcore.bench.machine import describe
 from deqcore.errors import DeqcoreError, did_you_mean, listing
-from deqcore.study import table
-from deqcore.study.grid import Own
+from deqcore.study.grid import UserCode
 from deqcore.study.main import plan
-from deqcore.study.retraining import accumulations
+from deqcore.study.report import table
+from deqcore.study.report.retraining import accumulations
+from deqcore.study.report.summary import Interval, SummaryRow, rows
+from deqcore.study.report.table import significant
 from deqcore.study.settings import read
 from deqcore.study.store import Store
-from deqcore.study.summary import Interval, Row, rows
-from deqcore.study.table import significant
 
 HOME: Final = Path(__file__).resolve().parents[1] / "docs" / "evidence"
 STUDIES: Final = ("slow-torch", "text-torch", "images-torch", "digits-torch", "rounds-torch", "digits-jax")
@@ -70,8 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _chosen(given: Sequence[str]) -> Sequence[str]:
     for name in given:
-        if name not in (known := STUDIES + ON_GPU):
-            raise DeqcoreError(f"No study {name!r}.{did_you_mean(name, known)} There are: {listing(known)}.")
+        if name not in (available := STUDIES + ON_GPU):
+            raise DeqcoreError(f"No study {name!r}.{did_you_mean(name, available)} There are: {listing(available)}.")
     return given or STUDIES
 
 
@@ -92,7 +92,7 @@ def prepare(studies: Iterable[str], source: Path | None, place: Path) -> None:
                 archive.extractall(place / f".{name}", filter="data")
             (place / f".{name}").rename(place / name)
         else:
-            raise DeqcoreError(f"--data {source}: a folder with {name!r} is expected ({ARCHIVE!r} will do for images).")
+            raise DeqcoreError(f"--data must be a folder with {name!r}, or for images with {ARCHIVE!r} (got {source}).")
 
 
 def command(name: str) -> list[str]:
@@ -125,10 +125,10 @@ def _keep(name: str, folder: Path) -> None:
     about = json.loads((folder / "study.json").read_text())
     slim = [{key: value for key, value in result.items() if key != "history"} | _audits(result) for result in results]
     content = {"machine": about.get("machine", describe(["torch"])), "cells": slim}
-    found = rows(results)
+    output = rows(results)
     (HOME / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
-    (HOME / f"{name}.csv").write_text(table.comma_separated(found))
-    (HOME / f"{name}.md").write_text(table.markdown(found))
+    (HOME / f"{name}.csv").write_text(table.comma_separated(output))
+    (HOME / f"{name}.md").write_text(table.markdown(output))
 
 
 def _audits(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,8 +139,8 @@ def _finished(name: str, folder: Path) -> list[dict[str, Any]]:
     """Results of the cells that have one, in the order of the grid; what other settings left there is no part of it."""
     asked = settings(name) | {"backends": [name.partition("-")[2]]}
     place = Store(folder)
-    found = [place.result(cell) for cell in plan(read(asked, f"{name}.toml"), Own())]
-    return _alone([result for result in found if result is not None])
+    value = [place.result(cell) for cell in plan(read(asked, f"{name}.toml"), UserCode())]
+    return _alone([result for result in value if result is not None])
 
 
 def _alone(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -156,13 +156,13 @@ def _alone(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def settings(name: str) -> dict[str, Any]:
-    """The table `[study]` of a study."""
-    found: dict[str, Any] = tomllib.loads((HOME / f"{name.partition('-')[0]}.toml").read_text())["study"]
-    return found
+    """Return the table `[study]` of a study."""
+    results: dict[str, Any] = tomllib.loads((HOME / f"{name.partition('-')[0]}.toml").read_text())["study"]
+    return results
 
 
 def page() -> str:
-    """Tables and verdicts of every study that has results, as Markdown."""
+    """Return the tables and verdicts of every study that has results, as Markdown."""
     parts = [
         "<!-- Made by python -m benchmarks.evidence; do not edit. -->\n# Evidence: tables and verdicts\n",
         "What they mean: [index.md](index.md). Differences and quotients are paired by seed; [95 % interval].\n",
@@ -172,25 +172,25 @@ def page() -> str:
 
 def _section(name: str) -> str:
     kept = json.loads((HOME / f"{name}.json").read_text())
-    found = rows(kept["cells"])
+    result = rows(kept["cells"])
     machine, asked = kept["machine"], len(settings(name)["seeds"])
-    seeds = [len(row.results) for row in found]
-    devices = sorted({each["device"] for each in kept["cells"] if each.get("device", "cpu") != "cpu"})
-    told = ", ".join([*devices, machine["cpu"], f"{machine['usable_cores']} cores"])
-    told += f", load {machine['load_before']}, {machine['date']}"
+    seeds = [len(row.results) for row in result]
+    devices = sorted({item["device"] for item in kept["cells"] if item.get("device", "cpu") != "cpu"})
+    text = ", ".join([*devices, machine["cpu"], f"{machine['usable_cores']} cores"])
+    text += f", load {machine['load_before']}, {machine['date']}"
     study, _, backend = name.partition("-")
-    lines = [f"## {name}\n", f"`deqcore study {study}.toml --backend {backend}`; {told};"]
-    timed = [sum(each["times"].get("training") is not None for each in row.results.values()) for row in found]
+    lines = [f"## {name}\n", f"`deqcore study {study}.toml --backend {backend}`; {text};"]
+    timed = [sum(result["times"].get("training") is not None for result in row.results.values()) for row in result]
     alone = "" if timed == seeds else f", timed alone: {min(timed)} to {max(timed)}"
     lines += [f"seeds finished: {min(seeds)} to {max(seeds)} of {asked}{alone}.\n"]
-    return "\n".join([*lines, table.markdown(found), *verdicts(name, found), ""])
+    return "\n".join([*lines, table.markdown(result), *verdicts(name, result), ""])
 
 
-def verdicts(name: str, found: Sequence[Row]) -> list[str]:
-    """What the rows say about the questions that the evidence is for."""
+def verdicts(name: str, found: Sequence[SummaryRow]) -> list[str]:
+    """Return what the rows say about the questions that the evidence is for."""
     by = {row.strategy: row for row in found if not row.explicit}
     exact, free, certified, plain = (
-        by.get(each) for each in ("exact-ift", "jacobian-free", "broyden-reuse", "plain reuse")
+        by.get(item) for item in ("exact-ift", "jacobian-free", "broyden-reuse", "plain reuse")
     )
     if exact is None or free is None or certified is None or plain is None:
         return []
@@ -199,15 +199,15 @@ def verdicts(name: str, found: Sequence[Row]) -> list[str]:
     lines.append(
         f"- Plain reuse against exact: {_points(plain.against(exact, 'test_accuracy'))} points{_cosine(plain)}."
     )
-    mine = certified.against(exact, "test_accuracy")
-    lines.append(f"- Certified reuse against exact: {_points(mine)} points{_cosine(certified)}{_target(name, mine)}.")
-    vjps = [each.metric("vjps") for each in (certified, exact)]
+    own = certified.against(exact, "test_accuracy")
+    lines.append(f"- Certified reuse against exact: {_points(own)} points{_cosine(certified)}{_target(name, own)}.")
+    vjps = [item.metric("vjps") for item in (certified, exact)]
     if vjps[0] is not None and vjps[1] is not None:
         lines.append(f"- vjps of the slowest sample: certified {vjps[0].mean:.1f}, exact {vjps[1].mean:.1f}.")
     return [*lines, *_times(certified, exact, free), *_rounds(found)]
 
 
-def _times(certified: Row, exact: Row, free: Row) -> list[str]:
+def _times(certified: SummaryRow, exact: SummaryRow, free: SummaryRow) -> list[str]:
     to_free, to_exact = (certified.ratio(other, "training") for other in (free, exact))
     if to_free is None and to_exact is None:
         return []
@@ -218,17 +218,17 @@ def _times(certified: Row, exact: Row, free: Row) -> list[str]:
 def _quick(value: Interval | None, name: str, wanted: str, limit: float) -> str:
     if value is None:
         return f"against {name} not timed ({wanted})"
-    told = "one seed says nothing" if value.count < 2 else _met(value.mean < limit)
-    return f"{_ratio(value)} of {name} ({wanted}: {told})"
+    text = "one seed says nothing" if value.count < 2 else _met(value.mean < limit)
+    return f"{_ratio(value)} of {name} ({wanted}: {text})"
 
 
-def _rounds(found: Sequence[Row]) -> list[str]:
-    """What became of the gap to exact gradients over rounds of retraining."""
+def _rounds(found: Sequence[SummaryRow]) -> list[str]:
+    """Describe the gap to exact gradients over rounds of retraining."""
     return [
-        f"- {each.row.label}, gap to exact gradients in round 1: {_points(each.gap[0])}, in round {len(each.gap)}: "
-        f"{_points(each.gap[-1])}; growth {_points(each.growth)} points: {_growing(each.builds_up)}."
-        for each in accumulations(found)
-        if each.gap
+        f"- {gap.row.label}, gap to exact gradients in round 1: {_points(gap.gap[0])}, in round {len(gap.gap)}: "
+        f"{_points(gap.gap[-1])}; growth {_points(gap.growth)} points: {_growing(gap.builds_up)}."
+        for gap in accumulations(found)
+        if gap.gap
     ]
 
 
@@ -249,17 +249,17 @@ def _ratio(value: Interval) -> str:
 
 
 def _separated(gap: Interval | None) -> str:
-    """Whether a mean is two standard errors above zero."""
+    """Return whether a mean is two standard errors above zero."""
     if gap is None or gap.high is None:
         return ""
     from scipy.stats import t
 
     error = (gap.high - gap.mean) / float(t.ppf(0.975, gap.count - 1))
-    told = "counts" if gap.mean > 2 * error else "does not count"
-    return f", {gap.mean / error:.1f} standard errors: the task {told} as evidence on strategies" if error else ""
+    text = "counts" if gap.mean > 2 * error else "does not count"
+    return f", {gap.mean / error:.1f} standard errors: the task {text} as evidence on strategies" if error else ""
 
 
-def _cosine(row: Row) -> str:
+def _cosine(row: SummaryRow) -> str:
     value = row.metric("cosine")
     return "" if value is None else f", cosine of its gradient {value.mean:.3f}"
 
@@ -268,8 +268,8 @@ def _target(name: str, value: Interval | None) -> str:
     target = TARGETS.get(name.partition("-")[0])
     if target is None or value is None:
         return ""
-    told = "one seed says nothing" if value.low is None else _met(100 * value.low >= target)
-    return f"; lower end at least {target}: {told}"
+    text = "one seed says nothing" if value.low is None else _met(100 * value.low >= target)
+    return f"; lower end at least {target}: {text}"
 
 
 def _met(whether: bool) -> str:

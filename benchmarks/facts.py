@@ -28,7 +28,7 @@ FEW, MANY = 2, 22  # steps between which the cost of one is measured
 
 
 def facts(*, quick: bool, say: Say) -> dict[str, Facts]:
-    """All of them."""
+    """Return all of them."""
     makers: dict[str, Callable[[bool], Facts]] = {
         "limited memory": limited_memory,
         "anderson linear": anderson_linear,
@@ -37,11 +37,11 @@ def facts(*, quick: bool, say: Say) -> dict[str, Facts]:
         "fixed cost": fixed_cost,
         "stored vectors": stored_vectors,  # last: it makes allocation slow
     }
-    found = {}
+    result = {}
     for name, make in makers.items():
         say(f"torch: {name}")
-        found[name] = make(quick)
-    return found
+        result[name] = make(quick)
+    return result
 
 
 def linear(seeds: int) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ def limited_memory(quick: bool, memory: int = 10, steps: int = 200, rtol: float 
     Ours returns f(z), whose residual may be a little above that of the z that met the tolerance.
     """
     a, b = linear(20 if quick else 200)
-    found = deqcore.fixed_point(
+    value = deqcore.fixed_point(
         apply,
         torch.zeros_like(b),
         a,
@@ -84,8 +84,8 @@ def limited_memory(quick: bool, memory: int = 10, steps: int = 200, rtol: float 
     )
     result: Facts = {
         "seeds": len(b),
-        "failures": int((~found.converged).sum()),
-        "median steps": float(found.steps.double().median()),
+        "failures": int((~value.converged).sum()),
+        "median steps": float(value.steps.double().median()),
     }
     if find_spec("torchdeq") is not None:
         from torchdeq.solver import broyden_solver
@@ -103,16 +103,16 @@ def limited_memory(quick: bool, memory: int = 10, steps: int = 200, rtol: float 
 
 
 def anderson_linear(quick: bool, rtol: float = 1e-6, steps: int = 400) -> Facts:
-    """Evaluations of Anderson, median over 20 seeds."""
+    """Return the evaluations of Anderson, median over 20 seeds."""
     a, b = linear(5 if quick else 20)
     zero = torch.zeros_like(b)
     settings = {"forward__solver": "anderson", "forward__rtol": rtol, "forward__max_steps": steps, **QUIET}
-    found = deqcore.fixed_point(apply, zero, a, b, **settings)
+    value = deqcore.fixed_point(apply, zero, a, b, **settings)
     six = deqcore.fixed_point(apply, zero, a, b, forward__options={"history_size": 6}, **settings)
     result: Facts = {
-        "evaluations": float(found.evaluations.double().median()),
+        "evaluations": float(value.evaluations.double().median()),
         "evaluations with memory 6": float(six.evaluations.double().median()),
-        "residual": float(_relative(found.value, a, b).max()),
+        "residual": float(_relative(value.value, a, b).max()),
     }
     if find_spec("torchdeq") is not None:
         result["torchdeq evaluations"] = statistics.median(
@@ -136,7 +136,7 @@ def _torchdeq_anderson(a: Tensor, b: Tensor, rtol: float, steps: int) -> int:
 
 
 def newton_on_slow_modes(quick: bool) -> Facts:
-    """Evaluations (products J v among them) to 1e-8 on 20 slow modes, float64."""
+    """Return the evaluations (products J v among them) to 1e-8 on 20 slow modes, float64."""
     harness = torch_harness(dtype="float64")
     case = slow_modes(4, 64) if quick else slow_modes()
     ready = harness.ready(case)
@@ -150,7 +150,7 @@ def newton_on_slow_modes(quick: bool) -> Facts:
 
 
 def newton_on_expansive(quick: bool) -> Facts:
-    """The golden problem with ‖J‖ > 1: distance to the stored solution, and what plain iteration makes of it."""
+    """Return the golden problem with ‖J‖ > 1: distance to the stored solution, and what plain iteration makes of it."""
     problem = golden("expansive")
     backend = deqcore.get_backend(backend="torch")
     params, inputs, z0 = (
@@ -162,18 +162,18 @@ def newton_on_expansive(quick: bool) -> Facts:
     f = problem.problem.bound(backend)
     result: Facts = {}
     for solver in ("newton-krylov", "picard"):
-        found = deqcore.fixed_point(f, z0, params, inputs, forward__solver=solver, forward__rtol=1e-12, **QUIET)
-        distance = np.abs(backend.to_numpy(found.value) - problem.truth.z).max()
+        output = deqcore.fixed_point(f, z0, params, inputs, forward__solver=solver, forward__rtol=1e-12, **QUIET)
+        distance = np.abs(backend.to_numpy(output.value) - problem.truth.z).max()
         result[solver] = {
-            "converged": bool(found.converged.all()),
+            "converged": bool(output.converged.all()),
             "distance": float(distance) if np.isfinite(distance) else None,
-            "evaluations": int(found.evaluations.max()),
+            "evaluations": int(output.evaluations.max()),
         }
     return result
 
 
 def fixed_cost(quick: bool, device: str = "cpu", budget: float = 15.0) -> Facts:
-    """Milliseconds of a call and of a step where f costs next to nothing: a tanh cell, 4×16."""
+    """Return the milliseconds of a call and of a step where f costs next to nothing: a tanh cell, 4×16."""
     block = torch_harness(device).block
     generator = torch.Generator().manual_seed(0)
     w = 0.2 * torch.randn(16, 16, generator=generator).to(device)
@@ -211,7 +211,7 @@ def fixed_cost(quick: bool, device: str = "cpu", budget: float = 15.0) -> Facts:
 
 
 def stored_vectors(quick: bool, steps: int = 24) -> Facts:
-    """How many states the process grows by during a Broyden solve of 24 steps: history and everything else."""
+    """Return how many states the process grows by during a Broyden solve of 24 steps: history and everything else."""
     size = 2**14 if quick else 2**17
     rate = torch.linspace(-0.9, 0.95, size)
     x = torch.ones(8, size)

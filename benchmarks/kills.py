@@ -55,14 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"an unbroken study: {duration:.1f} s", flush=True)
         number = tries = 0
         while number < given.times:
-            after, found, tries = rng.uniform(0, duration), f"cut-{tries}", tries + 1
-            killed, epochs = cut(root, found, after)
-            same = outcome(root / found) == whole
+            after, result, tries = rng.uniform(0, duration), f"cut-{tries}", tries + 1
+            killed, epochs = cut(root, result, after)
+            same = outcome(root / result) == whole
             if killed or not same:  # one that ended before it was to be killed proves nothing, unless it differs
                 number += 1
                 equal += same
-                told = f"killed after {after:.1f} s, {epochs} epochs were on disk"
-                print(f"{number:>3}/{given.times} {told}: {'equal' if same else 'DIFFERENT'}", flush=True)
+                text = f"killed after {after:.1f} s, {epochs} epochs were on disk"
+                print(f"{number:>3}/{given.times} {text}: {'equal' if same else 'DIFFERENT'}", flush=True)
         print(f"{equal} of {given.times} equal the unbroken study")
     return 0 if equal == given.times else 1
 
@@ -97,8 +97,8 @@ def folders(root: Path) -> list[Path]:
 
 
 def outcome(root: Path) -> list[Any]:
-    """Everything that two equal studies agree on: results without clocks, and all tensors as bytes."""
-    found: list[Any] = []
+    """Return everything that two equal studies agree on: results without clocks, and all tensors as bytes."""
+    results: list[Any] = []
     for folder in folders(root):
         result = json.loads((folder / "result.json").read_text())
         kept = {name: value for name, value in result.items() if name not in CLOCKS}
@@ -106,8 +106,8 @@ def outcome(root: Path) -> list[Any]:
         kept["history"]["steps"] = {name: value for name, value in steps.items() if name not in PARTS}
         progress = read_progress(folder)
         assert progress is not None
-        found.append((folder.name, kept, {name: value.tobytes() for name, value in progress[0].items()}))
-    return found
+        results.append((folder.name, kept, {name: value.tobytes() for name, value in progress[0].items()}))
+    return results
 
 
 if __name__ == "__main__":

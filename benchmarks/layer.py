@@ -1,4 +1,4 @@
-"""What a layer costs beside a bare `fixed_point`: `python -m benchmarks.layer` (torch, one thread; `--json`).
+"""Overhead of a layer over a bare `fixed_point`: `python -m benchmarks.layer` (torch, one thread; `--json`).
 
 Both run the same cell from the same z0 under the same complete config, forward and backward. They take turns in every
 round and the ratio is taken within a round; "off" is measured twice, and how far off/off is from 1 is what this machine
@@ -38,7 +38,7 @@ class Cell(torch.nn.Module):
 
 
 def pair(batch: int, width: int) -> tuple[nn.DEQ, torch.Tensor, Step, Step]:
-    """A layer and its input, a step through it and one through `fixed_point`."""
+    """Return a layer and its input, a step through it and one through `fixed_point`."""
     torch.manual_seed(0)
     config = deqcore.Config(forward={"rtol": 1e-4})
     layer = nn.DEQ(Cell(width), config)
@@ -54,7 +54,7 @@ def pair(batch: int, width: int) -> tuple[nn.DEQ, torch.Tensor, Step, Step]:
 
 
 def inside(layer: nn.DEQ, x: torch.Tensor, calls: int) -> float:
-    """Seconds per call in the layer and not in `fixed_point`, on the thread's clock."""
+    """Return the seconds per call in the layer and not in `fixed_point`, on the thread's clock."""
     spent = 0.0
 
     def timed(*args: object, **kwargs: object) -> object:
@@ -74,14 +74,14 @@ def inside(layer: nn.DEQ, x: torch.Tensor, calls: int) -> float:
 
 
 def measure(batch: int, width: int, rounds: int, budget: float, clock: Clock) -> Row:
-    """One row."""
+    """Return one row."""
     layer, x, through, bare = pair(batch, width)
     tasks = {"bare": bare, "layer": through, "bare again": bare}
     for task in tasks.values():
         task()
     own = inside(layer, x, 50)
-    found = interleave(tasks, rounds=rounds, budget=budget, clock=clock).seconds
-    base, difference = compared(found, "bare", "layer")
+    result = interleave(tasks, rounds=rounds, budget=budget, clock=clock).seconds
+    base, difference = compared(result, "bare", "layer")
     seconds = Spread.of(base).median
     return {
         "case": f"batch {batch}, width {width}",

@@ -17,7 +17,7 @@ import deqcore
 
 
 def problems(seeds: int, size: int, rho: float) -> tuple[Any, Any]:
-    """Matrices `(seeds, size, size)` of spectral radius `rho`, and right-hand sides `(seeds, size)`."""
+    """Return matrices `(seeds, size, size)` of spectral radius `rho`, and right-hand sides `(seeds, size)`."""
     rng = [np.random.default_rng(seed) for seed in range(seeds)]
     w = np.stack([r.standard_normal((size, size)) for r in rng])
     radius = np.abs(np.linalg.eigvals(w)).max(axis=1)

@@ -92,11 +92,11 @@ class Cell(nn.Module):
 
     def forward(self, z: States, x: States) -> States:
         own = [block(*pair) for block, pair in zip(self.blocks, zip(z, x, strict=True), strict=True)]
-        found = []
+        result = []
         for i, (links, norm) in enumerate(zip(self.links, self.norms, strict=True)):
             heard = [link(state) for link, state in zip(links, own, strict=True)]
-            found.append(norm(relu(sum(interpolate(a, scale_factor=own[i].shape[-1] / a.shape[-1]) for a in heard))))
-        return tuple(found)
+            result.append(norm(relu(sum(interpolate(a, scale_factor=own[i].shape[-1] / a.shape[-1]) for a in heard))))
+        return tuple(result)
 
 
 class Rewritten(Cell):
@@ -108,23 +108,23 @@ class Rewritten(Cell):
 
     def forward(self, z: States, x: States) -> States:
         own = [block(*pair) for block, pair in zip(self.blocks, zip(z, x, strict=True), strict=True)]
-        found, last = list(own), len(own) - 1
+        result, last = list(own), len(own) - 1
         for source in range(last):
             chains = [self.links[to][source] for to in range(source + 1, last + 1)]
             weights = torch.cat([chain[0].weight for chain in chains])
             parts = conv2d(own[source], weights, stride=2, padding=1).chunk(len(chains), 1)
             for to, (chain, part) in enumerate(zip(chains, parts, strict=True), source + 1):
-                found[to] = found[to] + chain[1:](part)
+                result[to] = result[to] + chain[1:](part)
         for to in range(last):
             heard = self.links[to][last](own[last])
             for source in range(last - 1, to, -1):
                 heard = self.links[to][source](own[source]) + interpolate(heard, scale_factor=2.0)
-            found[to] = found[to] + interpolate(heard, scale_factor=2.0)
-        return tuple(norm(relu(state)) for norm, state in zip(self.norms, found, strict=True))
+            result[to] = result[to] + interpolate(heard, scale_factor=2.0)
+        return tuple(norm(relu(state)) for norm, state in zip(self.norms, result, strict=True))
 
 
 def with_deqcore(solver: str, strategy: str, memory: int | None = None, **backward: object) -> Make:
-    """A layer of ours. The tolerance is the strategy's own: an adjoint residual, or an estimated error."""
+    """Return a layer of ours. The tolerance is the strategy's own: an adjoint residual, or an estimated error."""
     own = {"exact-ift": "rtol", "broyden-reuse": "target"}.get(strategy)
 
     def make(cell: Cell, rtol: float, tolerance: float | None) -> Solve:
@@ -237,7 +237,7 @@ class Problem:
         torch.autograd.backward(y, u, inputs=list(cell.parameters()))
 
     def gradient(self, cell: Cell, solve: Solve, dtype: torch.dtype = torch.float32) -> Tensor:
-        """All parameters' gradients, end to end."""
+        """Return all parameters' gradients, end to end."""
         self.step(cell, solve, dtype)
         return torch.cat([p.grad.flatten() for p in cell.parameters()]).double()
 
@@ -267,7 +267,7 @@ class Problem:
 
 
 def loosest(grid: Sequence[float], good: Callable[[float], bool]) -> float | None:
-    """The first number of a grid, from loose to tight, that is good, by bisection; None if the last is not."""
+    """Return the first number of a grid, from loose to tight, that is good, by bisection; None if the last is not."""
     low, high = 0, len(grid) - 1
     if not good(grid[high]):
         return None
@@ -278,7 +278,7 @@ def loosest(grid: Sequence[float], good: Callable[[float], bool]) -> float | Non
 
 
 def fitted(problem: Problem, make: Make, exact: bool) -> dict[str, Any]:
-    """The loosest tolerances that do, and what they give; no evaluations where none does."""
+    """Return the loosest tolerances that do, and what they give; no evaluations where none does."""
 
     def left(rtol: float) -> float:
         return problem.residual(make(problem.cell, rtol, None)(*problem.x))
@@ -292,12 +292,12 @@ def fitted(problem: Problem, make: Make, exact: bool) -> dict[str, Any]:
 
     tolerance = loosest(BACKWARD, lambda tolerance: error(tolerance) <= ERROR) if exact else None
     missed = exact and tolerance is None
-    found = {"rtol": rtol, "residual": left(rtol), "tolerance": tolerance}
-    found["error"] = error(BACKWARD[-1] if missed else tolerance)
+    result = {"rtol": rtol, "residual": left(rtol), "tolerance": tolerance}
+    result["error"] = error(BACKWARD[-1] if missed else tolerance)
     if missed:
-        return found
+        return result
     evaluations, vjps = problem.evaluations(make(problem.cell, rtol, tolerance))
-    return found | {"evaluations": evaluations, "vjps": vjps}
+    return result | {"evaluations": evaluations, "vjps": vjps}
 
 
 def best_of(problem: Problem, variants: Mapping[str, Make], exact: bool) -> tuple[dict[str, Any], Make]:
@@ -338,7 +338,7 @@ def main() -> int:
     timed = interleave(tasks, rounds=asked.rounds, budget=asked.budget, clock=clock)
     for name in rows.keys() & timed.seconds.keys():
         rows[name]["seconds"] = timed.seconds[name]
-    found = {
+    result = {
         "machine": describe(["torch"]),
         "clock": clock.__name__,
         "parameters": sum(p.numel() for p in problem.cell.parameters()),
@@ -346,15 +346,15 @@ def main() -> int:
         "bare": {"counts": counts, **{cell: timed.seconds[f"bare {cell}"] for cell in ("given", "rewritten")}},
         "disturbance": timed.disturbance,
     }
-    (asked.out / "mdeq.json").write_text(json.dumps(found, indent=1) + "\n")
-    text, met = page(found)
+    (asked.out / "mdeq.json").write_text(json.dumps(result, indent=1) + "\n")
+    text, met = page(result)
     (asked.out / "mdeq.md").write_text(text)
     print(text)
     return 0 if met else 1
 
 
 def fastest(rows: Mapping[str, dict[str, Any]], library: str, cell: str, exact: bool) -> str:
-    """The contender of a library with the least median time, with that cell."""
+    """Return the contender of a library with the least median time, with that cell."""
     named = [
         name
         for name, row in rows.items()
@@ -364,7 +364,7 @@ def fastest(rows: Mapping[str, dict[str, Any]], library: str, cell: str, exact: 
 
 
 def page(found: dict[str, Any]) -> tuple[str, bool]:
-    """The page, and whether the target is met."""
+    """Return the page, and whether the target is met."""
     rows = found["rows"]
     peers = {cell: fastest(rows, "torchdeq", cell, True) for cell in ("given", "rewritten")}
 
@@ -385,7 +385,7 @@ def page(found: dict[str, Any]) -> tuple[str, bool]:
                 "backward tolerance": f"{row['tolerance']:.1e}" if row["exact"] else "",
                 "gradient's error": f"{row['error']:.3f}",
                 "f, vjps": f"{row['evaluations']}, {row['vjps']}",
-                "step, ms": spread(Spread.of([1e3 * each for each in row["seconds"]])),
+                "step, ms": spread(Spread.of([1e3 * item for item in row["seconds"]])),
                 "best peer / own": spread(ratio(name, peers["given"])),
                 "with one cell": spread(ratio(name, peers[row["cell"]])),
             }

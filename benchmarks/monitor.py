@@ -31,7 +31,7 @@ Step = Callable[[], object]
 
 
 def step_of(cell: str, batch: int, size: int) -> Step:
-    """A whole training step: forward, backward, SGD update."""
+    """Return a whole training step: forward, backward, SGD update."""
     ready = Harness.of(deqcore.get_backend(backend="torch"), "torch").ready(EVERY[cell](batch=batch, size=size))
     parameters = [parameter.requires_grad_() for parameter in ready.params.values()]
     optimizer = torch.optim.SGD(parameters, lr=1e-6)
@@ -55,9 +55,9 @@ class Clocked(Observer):
 
     def adjust(self, config: Config, backend: Backend) -> Config:
         start = time.thread_time()
-        found = self.monitor.adjust(config, backend)
+        result = self.monitor.adjust(config, backend)
         self.seconds += time.thread_time() - start
-        return found
+        return result
 
     def solved(self, solve: Solve) -> None:
         start = time.thread_time()
@@ -75,7 +75,7 @@ class Clocked(Observer):
 
 
 def inside(step: Step, monitor: Monitor, steps: int) -> tuple[float, float]:
-    """Seconds in the monitor per step, and their part of the step's thread time."""
+    """Return the seconds in the monitor per step, and their part of the step's thread time."""
     clocked = Clocked(monitor)
     start = time.thread_time()
     with observing(clocked):
@@ -89,7 +89,7 @@ def inside(step: Step, monitor: Monitor, steps: int) -> tuple[float, float]:
 
 
 def watched(step: Step, monitor: Monitor) -> Step:
-    """The same step, observed."""
+    """Run the same step, observed."""
 
     def observed() -> None:
         with observing(monitor):
@@ -100,7 +100,7 @@ def watched(step: Step, monitor: Monitor) -> Step:
 
 
 def measure(cell: str, batch: int, size: int, rounds: int, budget: float, clock: Clock) -> Row:
-    """Overhead of the monitor with its default sink and three triggers, in parts of a step."""
+    """Return the overhead of the monitor with its default sink and three triggers, in parts of a step."""
     step = step_of(cell, batch, size)
     with tempfile.TemporaryDirectory() as folder:
         monitor = Monitor(
@@ -120,9 +120,9 @@ def measure(cell: str, batch: int, size: int, rounds: int, budget: float, clock:
         for task in tasks.values():
             task()
         seconds, share = inside(step, monitor, 10 * monitor.every)
-        found = interleave(tasks, rounds=rounds, budget=budget, clock=clock)
+        result = interleave(tasks, rounds=rounds, budget=budget, clock=clock)
         monitor.close()
-    base, difference = compared(found.seconds, "off", "on")
+    base, difference = compared(result.seconds, "off", "on")
     return {
         "cell": f"{cell}, batch {batch}, size {size}",
         "step_ms": 1e3 * Spread.of(base).median / monitor.every,
@@ -130,7 +130,7 @@ def measure(cell: str, batch: int, size: int, rounds: int, budget: float, clock:
         "inside": share,
         **difference,
         "rounds": len(base),
-        "disturbance": Spread.of(found.disturbance).median,
+        "disturbance": Spread.of(result.disturbance).median,
         "target_met": share <= TARGET,
     }
 

@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 
 def compared(seconds: Mapping[str, Sequence[float]], off: str, on: str) -> tuple[list[float], Row]:
-    """Seconds without (the mean of `off` and `off again`, per round), and by how much more is needed with.
+    """Return the seconds without (the mean of `off` and `off again`, per round), and by how much more is needed with.
 
     Args:
         seconds: of the tasks `off`, `on` and `off again` in each round.
@@ -80,16 +80,16 @@ def main(
             f"inside <= {target:.0%}: {'met' if row['target_met'] else 'MISSED'}",
             flush=True,
         )
-    found = {"machine": describe(["torch"]), "clock": clock.__name__, "rows": rows}
+    result = {"machine": describe(["torch"]), "clock": clock.__name__, "rows": rows}
     if asked.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(result, indent=2))
     if asked.out is not None:
-        (asked.out / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
-        (asked.out / f"{name}.md").write_text(page(name, description or "", found, head, target))
+        (asked.out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+        (asked.out / f"{name}.md").write_text(page(name, description or "", result, head, target))
 
 
 def page(name: str, description: str, found: Row, head: Callable[[Row], str], target: float) -> str:
-    """What was measured, how, and on which machine."""
+    """Return what was measured, how, and on which machine."""
     title, _, rest = description.partition("\n\n")
     shown = [
         {

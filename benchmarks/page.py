@@ -10,7 +10,7 @@ from benchmarks.steps import Step
 from benchmarks.targets import COLUMNS, Results, targets
 from deqcore.bench import plots
 from deqcore.bench.report import cells, disturbed, machine_text, markdown, spread
-from deqcore.bench.rows import Row
+from deqcore.bench.rows import BenchRow
 from deqcore.bench.sweeps import STEPS, Point
 from deqcore.bench.timing import SHARE, Spread
 
@@ -41,16 +41,16 @@ STEP_COLUMNS: Final = (
 
 def write(results: Mapping[str, Any], out: Path) -> None:
     """Write index.md, and the plots where matplotlib is installed."""
-    found = Results(results)
+    result = Results(results)
     parts = ["# Benchmarks", _opening(results), "## Targets"]
     parts += [markdown([target.cells() for target in targets(results)], COLUMNS)]
-    pictures = _plots(found, out) if plots.available() else {}
+    pictures = _plots(result, out) if plots.available() else {}
     for framework, title in (("torch", "PyTorch (eager)"), ("jax", "JAX (compiled)")):
-        parts += _framework(found, framework, title, pictures)
-    if found.steps:
+        parts += _framework(result, framework, title, pictures)
+    if result.steps:
         parts += [
             "## A training step (PyTorch, convolutional block)",
-            markdown(step_cells(found.steps.values()), STEP_COLUMNS),
+            markdown(step_cells(result.steps.values()), STEP_COLUMNS),
         ]
     parts += ["## How it was measured", NOTES]
     (out / "index.md").write_text("\n\n".join(parts) + "\n")
@@ -90,10 +90,10 @@ def _framework(found: Results, framework: str, title: str, pictures: Mapping[str
 
 
 def step_cells(steps: Iterable[Step]) -> list[dict[str, str]]:
-    """The table's rows, by `STEP_COLUMNS`."""
+    """Return the table's rows, by `STEP_COLUMNS`."""
 
     def ms(seconds: Sequence[float]) -> Spread | None:
-        return Spread.of([1e3 * each for each in seconds]) if seconds else None
+        return Spread.of([1e3 * second for second in seconds]) if seconds else None
 
     rows = []
     for step in steps:
@@ -117,7 +117,7 @@ def _plots(found: Results, out: Path) -> dict[str, str]:
     """Draw all; returns captions by file name."""
     made: dict[str, str] = {}
     for framework in ("torch", "jax"):
-        rows: list[Row] = [row for row in found.rows if row.framework == framework]
+        rows: list[BenchRow] = [row for row in found.rows if row.framework == framework]
         if rows:
             file = f"{framework}-overhead.png"
             made[file] = f"Overhead of each solver, {framework}"
@@ -125,11 +125,11 @@ def _plots(found: Results, out: Path) -> dict[str, str]:
         curves = found.section(f"curves-{framework}")
         residual = [Point(**point) for point in curves.get("residual", ())]
         for case in dict.fromkeys(point.case for point in residual):
-            mine = [point for point in residual if point.case == case]
+            own = [point for point in residual if point.case == case]
             for x, y in (("evaluations", "residual"), ("seconds", "residual"), ("evaluations", "seconds")):
                 file = f"{framework}-{case}-{y}-{x}.png"
                 made[file] = f"{case}, {framework}: {y} against {x}"
-                plots.curves(mine, out / file, made[file], x, y)
+                plots.curves(own, out / file, made[file], x, y)
         for x in ("batch", "size"):
             swept = [Point(**point) for point in curves.get(x, ())]
             if swept:

@@ -19,7 +19,7 @@ from deqcore.types import Map
 
 
 def problems(seeds: int, size: int) -> Iterator[tuple[str, Map, Any]]:
-    """Name, map and initial state `(seeds, size)`."""
+    """Yield the name, map and initial state `(seeds, size)`."""
     rng = [np.random.default_rng(seed) for seed in range(seeds)]
     w = np.stack([r.standard_normal((size, size)) for r in rng]) / np.sqrt(size)
     x = np.stack([r.standard_normal(size) for r in rng])
@@ -51,7 +51,8 @@ def main() -> None:
             spent = sol.evaluations[sol.converged]
             median = f"{np.median(spent):.0f}" if len(spent) else "-"
             print(
-                f"{name:22} growth {max_residual_growth!s:5} solved {len(spent):3} of {given.seeds}, median evaluations {median}"
+                f"{name:22} growth {max_residual_growth!s:5} solved {len(spent):3} of {given.seeds}, "
+                f"median evaluations {median}"
             )
 
 

@@ -26,10 +26,10 @@ class Probe:
     """What is timed in a fresh interpreter.
 
     Attributes:
-        what: in words.
+        what: description.
         before: run first, not timed.
         timed: run under the clock.
-        limit: seconds; None where there is no target.
+        limit: seconds; None without a target.
     """
 
     what: str
@@ -39,9 +39,9 @@ class Probe:
 
 
 def probes() -> list[Probe]:
-    """All that the installed frameworks allow."""
+    """Return all that the installed frameworks allow."""
     solve = "deqcore.fixed_point(lambda z: 0.5 * z + x, 0 * x, {options})"
-    found = [
+    result = [
         Probe("import deqcore", "", "import deqcore", 0.05),
         Probe(
             "to the first NumPy fixed_point, imports included",
@@ -53,31 +53,31 @@ def probes() -> list[Probe]:
     ]
     for name in ("torch", "jax"):
         if find_spec(name) is not None:
-            found.append(
+            result.append(
                 Probe(
                     f"to the first {name} fixed_point, after the import of {name}",
                     f"{IMPORTS[name]}\nx = {ARRAYS[name]}",
                     f"import deqcore\n{solve.format(options='')}",
                 )
             )
-    return found
+    return result
 
 
 def seconds(probe: Probe, runs: int) -> list[float]:
-    """Processor seconds: a busy machine makes no import slow."""
+    """Return the processor seconds: a busy machine makes no import slow."""
     script = (
         f"import os, time\n{probe.before}\nstart = time.process_time()\nout = os.dup(1)\n"
         f"os.dup2(os.open(os.devnull, os.O_WRONLY), 1)\n{probe.timed}\n"
         f"spent = time.process_time() - start\nos.write(out, repr(spent).encode())\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    found = []
+    result = []
     for _ in range(runs):
         done = subprocess.run(
             [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True
         )
-        found.append(float(done.stdout))
-    return found
+        result.append(float(done.stdout))
+    return result
 
 
 def main() -> int:
@@ -86,14 +86,14 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=RUNS, help=f"fresh processes per figure (default {RUNS})")
     parser.add_argument("--json", action="store_true", help="print JSON")
     given = parser.parse_args()
-    found = {probe: seconds(probe, given.runs) for probe in probes()}
+    result = {probe: seconds(probe, given.runs) for probe in probes()}
     if given.json:
-        rows = [{"what": probe.what, "limit": probe.limit, "seconds": times} for probe, times in found.items()]
+        rows = [{"what": probe.what, "limit": probe.limit, "seconds": times} for probe, times in result.items()]
         print(json.dumps({"machine": describe(["torch", "jax"]), "rows": rows}, indent=2))
     else:
-        rows_shown = [_cells(probe, times) for probe, times in found.items()]
+        rows_shown = [_cells(probe, times) for probe, times in result.items()]
         print(f"{machine_text(describe(['torch', 'jax']))}\n\n{markdown(rows_shown, COLUMNS)}")
-    missed = [p for p, times in found.items() if p.limit is not None and statistics.median(times) > p.limit]
+    missed = [p for p, times in result.items() if p.limit is not None and statistics.median(times) > p.limit]
     return 1 if missed else 0
 
 

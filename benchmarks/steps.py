@@ -19,7 +19,7 @@ class Step:
         solver_evaluations: of f, as the solver counts them; None where it does not.
         residual: of the value, largest of the batch.
         cosine: of the gradient of all parameters with the exact one.
-        forward: seconds per kept round. `backward` and `step` likewise.
+        forward: seconds per kept round. `backward`, `step`: the same for these.
         reference: seconds per evaluation of f without gradient, beside `step`.
     """
 
@@ -37,14 +37,14 @@ class Step:
     disturbance: list[float] = field(default_factory=list)
 
     def against(self, other: Step, part: str = "step") -> Spread:
-        """Seconds of a part over those of another layer, paired by round."""
+        """Return the seconds of a part over those of another layer, paired by round."""
         return Spread.of_ratios(getattr(self, part), getattr(other, part))
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Step:
         """Undo `as_dict`."""
-        return cls(**{each.name: plain[each.name] for each in fields(cls)})
+        return cls(**{item.name: plain[item.name] for item in fields(cls)})
 
     def as_dict(self) -> dict[str, object]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)

@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 
 from benchmarks.steps import Step
 from deqcore.bench.report import spread
-from deqcore.bench.rows import Row
+from deqcore.bench.rows import BenchRow
 from deqcore.bench.timing import Spread
 
 COLUMNS: Final = ("what", "target", "measured", "peer", "verdict")
@@ -47,7 +47,7 @@ class Target:
         return f"missed by {self.figure - self.limit:.3g}"
 
     def cells(self) -> dict[str, str]:
-        """A row of the table."""
+        """Return a row of the table."""
         sign = "<" if self.strict else "≤"
         return {
             "what": self.what,
@@ -63,36 +63,38 @@ class Results:
 
     def __init__(self, results: Mapping[str, Any]) -> None:
         self.sections: Mapping[str, Any] = results["sections"]
-        self.rows = [Row.of(row) for name in ("cases-torch", "cases-jax") for row in self.section(name).get("rows", ())]
+        self.rows = [
+            BenchRow.of(row) for name in ("cases-torch", "cases-jax") for row in self.section(name).get("rows", ())
+        ]
         self.steps = {step["layer"]: Step.of(step) for step in self.section("training-torch").get("steps", ())}
 
     def section(self, name: str) -> Mapping[str, Any]:
-        """One section, empty if it is missing."""
+        """Return one section, empty if it is missing."""
         return self.sections.get(name, {})
 
-    def row(self, framework: str, case: str, contender: str) -> Row | None:
-        """A contender that was timed."""
+    def row(self, framework: str, case: str, contender: str) -> BenchRow | None:
+        """Return a contender that was timed."""
         for row in self.rows:
             if (row.framework, row.case, row.contender) == (framework, case, contender):
                 return row if row.seconds else None
         return None
 
-    def listed(self, framework: str, case: str, contender: str) -> Row | None:
-        """A contender, timed or not."""
-        found = [r for r in self.rows if (r.framework, r.case, r.contender) == (framework, case, contender)]
-        return found[0] if found else None
+    def listed(self, framework: str, case: str, contender: str) -> BenchRow | None:
+        """Return a contender, timed or not."""
+        result = [r for r in self.rows if (r.framework, r.case, r.contender) == (framework, case, contender)]
+        return result[0] if result else None
 
     def fact(self, name: str, *keys: str) -> Any:
-        """A single figure."""
-        found: Any = self.section("facts-torch").get(name)
+        """Return a single figure."""
+        result: Any = self.section("facts-torch").get(name)
         for key in keys:
-            found = None if found is None else found.get(key)
-        return found
+            result = None if result is None else result.get(key)
+        return result
 
 
 def targets(results: Mapping[str, Any]) -> list[Target]:
-    """All of them, in the order of the table."""
-    found = Results(results)
+    """Return all of them, in the order of the table."""
+    result = Results(results)
     makers: tuple[Callable[[Results], list[Target]], ...] = (
         _overheads,
         _against_torchdeq,
@@ -103,7 +105,7 @@ def targets(results: Mapping[str, Any]) -> list[Target]:
         _fixed_cost,
         _training,
     )
-    return [target for make in makers for target in make(found)]
+    return [target for make in makers for target in make(result)]
 
 
 def _ratio(what: str, limit: float, ours: Spread | None, peer: str = "") -> Target:

@@ -45,8 +45,8 @@ class Ours:
         )
 
     def __call__(self, ready: Ready) -> Found:
-        found = deqcore.fixed_point(ready.f, ready.z0, ready.params, ready.inputs, config=self.config)
-        return Found(found.value, int(found.evaluations.max()))
+        result = deqcore.fixed_point(ready.f, ready.z0, ready.params, ready.inputs, config=self.config)
+        return Found(result.value, int(result.evaluations.max()))
 
 
 class TorchDEQ:
@@ -58,13 +58,13 @@ class TorchDEQ:
         self.layer = get_deq(f_max_iter=STEPS, f_tol=rtol, f_stop_mode="rel", **settings)
 
     def __call__(self, ready: Ready) -> Found:
-        found, _ = self.layer(lambda z: ready.f(z, ready.params, ready.inputs), ready.z0)
-        value = found[-1]
+        result, _ = self.layer(lambda z: ready.f(z, ready.params, ready.inputs), ready.z0)
+        value = result[-1]
         return Found(value if isinstance(value, Tensor) else value[0], None)
 
 
 def layers(ready: Ready) -> dict[str, tuple[Callable[[float], Layer], str]]:
-    """Makers of layers from a forward tolerance, with notes."""
+    """Return makers of layers from a forward tolerance, with notes."""
     reuse = {"certify": False, "max_relative_error": None, "fallback": "none"}
     made: dict[str, tuple[Callable[[float], Layer], str]] = {
         "deqcore, defaults": (Defaults, "broyden, default strategy"),
@@ -112,7 +112,7 @@ def training(
 ) -> list[Step]:
     """Measure a training step of every layer, interleaved, at equal forward residual.
 
-    `failed`: is told what a layer raised, by its name, and the others go on; without it the first error ends it.
+    `failed`: takes the name and the error of a layer that raises; without it the first error ends the run.
     """
     ready = harness.ready(case("conv", quick))
     for parameter in ready.params.values():
@@ -146,7 +146,7 @@ def training(
             harness.block(image)
 
     times = interleave(tasks, reference, rounds=rounds, budget=budget)
-    reference_of = {name: [each / harness.queued for each in beside] for name, beside in times.reference.items()}
+    reference_of = {name: [item / harness.queued for item in beside] for name, beside in times.reference.items()}
     return [_split(step, times.returned[step.layer], reference_of[step.layer], times.disturbance) for step in steps]
 
 
@@ -163,11 +163,11 @@ class Loss:
 
     def gradient(self, layer: Layer, ready: Ready) -> Tensor:
         """Of all parameters, flat."""
-        found = torch.autograd.grad(self(layer(ready).value), list(ready.params.values()))
-        return torch.cat([part.flatten() for part in found])
+        result = torch.autograd.grad(self(layer(ready).value), list(ready.params.values()))
+        return torch.cat([part.flatten() for part in result])
 
     def timed(self, layer: Layer, ready: Ready) -> Callable[[], tuple[float, float]]:
-        """One step; returns the seconds of its forward and of its backward pass."""
+        """Return one step; returns the seconds of its forward and of its backward pass."""
         parameters = list(ready.params.values())
 
         def run() -> tuple[float, float]:
@@ -175,8 +175,8 @@ class Loss:
             value = self(layer(ready).value)
             self.wait(value)
             middle = time.perf_counter()
-            found = torch.autograd.grad(value, parameters)
-            self.wait(found[0])
+            result = torch.autograd.grad(value, parameters)
+            self.wait(result[0])
             return middle - start, time.perf_counter() - middle
 
         run()
@@ -185,16 +185,16 @@ class Loss:
 
 def _counted(name: str, note: str, layer: Layer, ready: Ready, loss: Loss, exact: Tensor) -> Step:
     counted = ready.counted()
-    found = layer(counted)
+    result = layer(counted)
     forward = counted.calls[0]
-    parts = torch.autograd.grad(loss(found.value), list(counted.params.values()))
+    parts = torch.autograd.grad(loss(result.value), list(counted.params.values()))
     flat = torch.cat([part.flatten() for part in parts])
     return Step(
         name,
         forward,
         counted.calls[0] - forward,
-        found.evaluations,
-        _residual(ready, found.value.detach()),
+        result.evaluations,
+        _residual(ready, result.value.detach()),
         float(torch.nn.functional.cosine_similarity(flat, exact, dim=0)),
         note,
     )
@@ -219,7 +219,7 @@ def _residual(ready: Ready, value: Tensor) -> float:
 
 
 def _equal_tolerance(ready: Ready, make: Callable[[float], Layer]) -> float:
-    """The loosest tolerance with which the layer's value reaches the residual."""
+    """Return the loosest tolerance with which the layer's value reaches the residual."""
     best = RTOL * 1e-3
     for tolerance in RTOL * 10.0 ** (np.arange(8, -9, -1) / 4):
         with torch.no_grad():
@@ -231,7 +231,7 @@ def _equal_tolerance(ready: Ready, make: Callable[[float], Layer]) -> float:
 
 
 def adjoint_tolerance(ready: Ready) -> float:
-    """The loosest b_tol with which torchdeq's adjoint solve reaches the adjoint residual for every sample."""
+    """Return the loosest b_tol with which torchdeq's adjoint solve reaches the adjoint residual for every sample."""
     from torchdeq.solver import broyden_solver
 
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""One section of the measurements in a process of its own: `python -m benchmarks.worker SECTION FRAMEWORK OUT`."""
+"""One section of the measurements in its own process: `python -m benchmarks.worker SECTION FRAMEWORK OUT`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ QUICK_ROUNDS, QUICK_BUDGET = 3, 0.7
 BUDGETS: Final = (1, 2, 4, 7, 10, 14, 20, 28)  # steps of the residual curves
 SWEEP_BATCH: Final = (1, 8, 64, 256, 1024)
 SWEEP_SIZE: Final = (32, 128, 512, 1024)
-# Where each number of steps, tolerance and shape is compiled for, most of the time is no measurement.
+# Where each number of steps, tolerance and shape is compiled, most of the time is compilation.
 COMPILED_BUDGETS: Final = (2, 5, 10, 20)
 COMPILED_BATCH: Final = (8, 64, 512)
 COMPILED_SIZE: Final = (32, 128, 512)
@@ -34,7 +34,7 @@ class Setting:
         framework: torch or jax.
         threads: that may be used.
         quick: small and short.
-        say: told what is being done.
+        say: takes messages on progress.
     """
 
     framework: str
@@ -53,12 +53,12 @@ class Setting:
         return QUICK_ROUNDS if self.quick else ROUNDS
 
     def seconds(self, case: str) -> float:
-        """Budget of a case."""
+        """Return budget of a case."""
         return QUICK_BUDGET if self.quick else LONG.get(case, BUDGET) / (3 if self.compiled else 1)
 
 
 def cases(setting: Setting) -> dict[str, Any]:
-    """Solvers of deqcore and of its peers on all cases."""
+    """Return the solvers of deqcore and of its peers on all cases."""
     from benchmarks.cells import COMPILED, EVERY, case
     from benchmarks.harnesses import harness
     from benchmarks.peers import peers
@@ -75,15 +75,15 @@ def cases(setting: Setting) -> dict[str, Any]:
             continue
         notes[name] = f"{made.note}; relative residual {made.rtol:g}, at most {made.max_steps} steps"
         contenders = [*ours(SOLVERS, made, measured.traced), *others]
-        found = compare(
+        result = compare(
             measured, made, contenders, rounds=setting.rounds, budget=setting.seconds(name), say=setting.say
         )
-        rows += [row.as_dict() for row in found]
+        rows += [row.as_dict() for row in result]
     return {"rows": rows, "notes": notes}
 
 
 def curves(setting: Setting) -> dict[str, Any]:
-    """Residual against work on the dense and the convolutional cell; seconds of a fixed number of steps."""
+    """Return the residual against work on the dense and the convolutional cell; seconds of a fixed number of steps."""
     from benchmarks.cells import case
     from benchmarks.harnesses import harness
     from benchmarks.peers import peers
@@ -92,8 +92,8 @@ def curves(setting: Setting) -> dict[str, Any]:
     from deqcore.bench.sweeps import STEPS, points
 
     measured = harness(setting.framework, setting.threads)
-    mine = [Deqcore(name) for name in SOLVERS[:3]]
-    rivals = [each for each in peers(setting.framework) if each.library in ("torchdeq", "jaxopt")]
+    own = [Deqcore(name) for name in SOLVERS[:3]]
+    rivals = [peer for peer in peers(setting.framework) if peer.library in ("torchdeq", "jaxopt")]
     limits: dict[str, Any] = {
         "rounds": 1 if setting.quick else 3,
         "seconds": 0.3 if setting.quick else 2.0,
@@ -106,20 +106,20 @@ def curves(setting: Setting) -> dict[str, Any]:
         budgets, batches, sizes = budgets[:2], batches[:2], sizes[:2]
     residual = []
     for name in ("dense",) if setting.compiled else ("dense", "conv"):
-        residual += points(measured, case(name, setting.quick), [*mine, *rivals], budgets, **limits)
+        residual += points(measured, case(name, setting.quick), [*own, *rivals], budgets, **limits)
     batch, size = [], []
-    for each in batches:
-        batch += points(measured, dense(each, 64 if setting.quick else 256), [*mine, *rivals], [STEPS], **limits)
-    for each in sizes:
-        size += points(measured, dense(16 if setting.quick else 64, each), [*mine, *rivals], [STEPS], **limits)
-    return {key: [p.as_dict() for p in found] for key, found in zip(CURVES, (residual, batch, size), strict=True)}
+    for item in batches:
+        batch += points(measured, dense(item, 64 if setting.quick else 256), [*own, *rivals], [STEPS], **limits)
+    for item in sizes:
+        size += points(measured, dense(16 if setting.quick else 64, item), [*own, *rivals], [STEPS], **limits)
+    return {key: [p.as_dict() for p in result] for key, result in zip(CURVES, (residual, batch, size), strict=True)}
 
 
 CURVES: Final = ("residual", "batch", "size")
 
 
 def facts(setting: Setting) -> dict[str, Any]:
-    """Single figures, torch only."""
+    """Return single figures, torch only."""
     from benchmarks.facts import facts
     from benchmarks.harnesses import harness
 
@@ -128,7 +128,7 @@ def facts(setting: Setting) -> dict[str, Any]:
 
 
 def training(setting: Setting) -> dict[str, Any]:
-    """Whole training steps, torch only."""
+    """Return whole training steps, torch only."""
     from benchmarks.harnesses import harness
     from benchmarks.training import training
 

@@ -16,7 +16,7 @@ import deqcore_jax.adjoint_tap
 from deqcore.config import Config
 from deqcore.diagnostics import spectral_radius
 from deqcore.study.models.base import Model, Weights
-from deqcore.study.trainer import BETA1, BETA2, EPSILON, Figures, Numbers, Step, Trainer
+from deqcore.study.train.trainer import BETA1, BETA2, EPSILON, Figures, Numbers, Step, Trainer
 
 LAYOUT = ("NCHW", "OIHW", "NCHW")
 

@@ -17,7 +17,7 @@ from deqcore.config import Config
 from deqcore.diagnostics import spectral_radius
 from deqcore.solution import Solution
 from deqcore.study.models.base import Model, Weights
-from deqcore.study.trainer import BETA1, BETA2, EPSILON, Figures, Numbers, Step, Trainer
+from deqcore.study.train.trainer import BETA1, BETA2, EPSILON, Figures, Numbers, Step, Trainer
 from deqcore.types import AdjointReport
 
 

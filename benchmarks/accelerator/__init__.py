@@ -1,1 +1,1 @@
-"""deqcore beside its peers on a CUDA device: `python -m benchmarks.accelerator`."""
+"""Comparison of deqcore with other libraries on a CUDA device: `python -m benchmarks.accelerator`."""

@@ -1,6 +1,6 @@
 """`python -m benchmarks.accelerator`: deqcore and its peers on a CUDA device; accelerator.json, .md and plots.
 
-Each part runs in processes of its own (native steps are chosen when a process begins, and a fault in a kernel ends what
+Each part runs in separate processes (native steps are chosen when a process begins, and a fault in a kernel ends what
 a process can do on a device); the results are on disk after every item.
 """
 
@@ -67,7 +67,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def measure(given: argparse.Namespace, keep: Callable[[Mapping[str, Any]], object], run: Run | None = None) -> Any:
-    """All parts, in order; `keep` is given everything known so far after each item.
+    """Return all parts, in order; `keep` is given everything known so far after each item.
 
     Raises:
         DeqcoreError: no such part, or no such device.
@@ -90,10 +90,10 @@ def measure(given: argparse.Namespace, keep: Callable[[Mapping[str, Any]], objec
     chosen = [name for name in PARTS if name in (given.part or PARTS) or name == "device"]
     for i, name in enumerate(chosen):
         left = given.budget - (time.perf_counter() - start)
-        share = left * PARTS[name].seconds / sum(PARTS[each].seconds for each in chosen[i:])
+        share = left * PARTS[name].seconds / sum(PARTS[item].seconds for item in chosen[i:])
         items = results["parts"][name] = {}
         if find_spec(PARTS[name].needs) is None:
-            items.update({each: {"error": f"{PARTS[name].needs} is not installed"} for each in PARTS[name].weights})
+            items.update({weight: {"error": f"{PARTS[name].needs} is not installed"} for weight in PARTS[name].weights})
         else:
             for answer in (run or _Processes(given.device, given.quick))(name, list(PARTS[name].weights), share):
                 items[answer.pop("item")] = answer
@@ -146,7 +146,7 @@ class _Processes:
 
 
 def say(text: str) -> None:
-    """To whoever watches."""
+    """Print a message."""
     print(text, file=sys.stderr, flush=True)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.harnesses import torch_harness
 from deqcore.bench.harness import Contender, Harness, Ready
 
-QUEUED: Final = 10  # evaluations of f in a row: what f costs in a queue that nobody waits for
+QUEUED: Final = 10  # evaluations of f in a row: the cost of f in a queue without a host wait
 ASKED: Final = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
 SAID: Final = "synchronizing CUDA operation"  # torch's own words for a wait, see `set_sync_debug_mode`
 
@@ -32,15 +32,15 @@ def harness(device: str, dtype: str) -> Harness:
 
 def relative(z: Tensor, fz: Tensor) -> Any:
     """‖f(z) − z‖ / ‖f(z)‖ per sample in float64, one sample at a time: a large batch has no room for its copy."""
-    found = []
+    result = []
     for one, image in zip(z, fz, strict=True):
         wide = image.double()
-        found.append((wide - one.double()).norm() / wide.norm().clamp(min=1e-300))
-    return torch.stack(found).cpu().numpy()
+        result.append((wide - one.double()).norm() / wide.norm().clamp(min=1e-300))
+    return torch.stack(result).cpu().numpy()
 
 
 def peak_allocated(task: Callable[[], object]) -> int:
-    """Bytes that tensors took beyond those from before, at most, while `task` ran."""
+    """Return the bytes that tensors took beyond those from before, at most, while `task` ran."""
     gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -50,7 +50,7 @@ def peak_allocated(task: Callable[[], object]) -> int:
 
 
 def waits(measured: Harness, ready: Ready, contender: Contender, tolerance: float) -> int | None:
-    """How often one solve makes the host wait for the device; None where there is none to wait for."""
+    """Return how often one solve makes the host wait for the device; None where there is none to wait for."""
     if not ready.z0.is_cuda:
         return None
     unasked = replace(measured, block=lambda _: None, to_numpy=lambda _: np.zeros(1))  # the benchmark's own waits
@@ -64,11 +64,11 @@ def waits(measured: Harness, ready: Ready, contender: Contender, tolerance: floa
 
 
 def counted_warnings(task: Callable[[], object], words: str) -> int:
-    """How many warnings with these words `task` gives."""
+    """Return how many warnings with these words `task` gives."""
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
         task()
-    return sum(words in str(each.message) for each in given)
+    return sum(words in str(item.message) for item in given)
 
 
 @contextmanager
@@ -115,8 +115,8 @@ def settle(device: str) -> None:
 
 
 def describe_device(device: str) -> dict[str, Any]:
-    """Name, driver, clocks as found; the precision that torch takes for float32."""
-    found: dict[str, Any] = {
+    """Return the name, driver, clocks as found; the precision that torch takes for float32."""
+    results: dict[str, Any] = {
         "device": device,
         "tf32": {
             "convolutions": torch.backends.cudnn.allow_tf32,
@@ -124,23 +124,23 @@ def describe_device(device: str) -> dict[str, Any]:
         },
     }
     if device != "cuda":
-        return found
+        return results
     properties = torch.cuda.get_device_properties(0)
-    found |= {
+    results |= {
         "name": properties.name,
         "memory_gib": round(properties.total_memory / 2**30, 1),
         "multiprocessors": properties.multi_processor_count,
         "cuda": torch.version.cuda,
     }
-    return found | smi()
+    return results | smi()
 
 
 def smi() -> dict[str, str]:
-    """Driver, clocks, power and temperature as nvidia-smi tells them now; nothing where it is not there."""
+    """Return the driver, clocks, power and temperature as nvidia-smi reports them; empty without nvidia-smi."""
     if not shutil.which("nvidia-smi"):
         return {}
     command = ["nvidia-smi", f"--query-gpu={ASKED}", "--format=csv,noheader"]
-    told = subprocess.run(command, capture_output=True, text=True, check=False)
-    if told.returncode or not told.stdout.strip():
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode or not done.stdout.strip():
         return {}
-    return dict(zip(ASKED.split(","), told.stdout.splitlines()[0].split(", "), strict=False))
+    return dict(zip(ASKED.split(","), done.stdout.splitlines()[0].split(", "), strict=False))

@@ -19,7 +19,7 @@ from benchmarks.cells import attention, conv, mixed_conv
 from benchmarks.peers import LIBRARIES
 from deqcore.bench.cases import Case, dense
 from deqcore.bench.compare import compare
-from deqcore.bench.harness import Contender, Harness, Ready, Solve, ours
+from deqcore.bench.harness import Contender, Harness, Ready, SolveFunction, ours
 from deqcore.solvers.broyden import Broyden
 
 SOLVERS: Final = ("picard", "anderson", "broyden", "newton-krylov")
@@ -29,7 +29,7 @@ SETTLING: Final = 0.75  # of an item's seconds: after them no further contender 
 
 @dataclass(frozen=True)
 class Setting:
-    """Device, quick or not, seconds that the item may take, and who is told."""
+    """Device, quick or not, seconds that the item may take, and a function for messages."""
 
     device: str
     quick: bool
@@ -101,52 +101,52 @@ class Bounded(Contender):
         self.library, self.solver = contender.library, contender.solver
         self.exact, self.recompiles = contender.exact, contender.recompiles
 
-    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> Solve:
+    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> SolveFunction:
         if time.perf_counter() > self.until:
             raise TimeoutError("this case's share of the budget was spent before its turn: give a larger --budget")
         return self.contender.prepare(harness, ready, max_steps)
 
 
 class Unusable(Contender):
-    """A library that is installed, but cannot be imported beside these versions."""
+    """A library that is installed, but cannot be imported with these versions."""
 
     solver = "(import)"
 
     def __init__(self, library: str, error: Exception) -> None:
         self.library, self.error = library, error
 
-    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> Solve:
+    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> SolveFunction:
         raise self.error
 
 
 def _peers(framework: str) -> list[Contender]:
-    found: list[Contender] = []
+    results: list[Contender] = []
     for name in LIBRARIES[framework]:
         if find_spec(name) is None:
             continue
         try:
-            found += import_module(f"benchmarks.peers.with_{name}").CONTENDERS
+            results += import_module(f"benchmarks.peers.with_{name}").CONTENDERS
         except Exception as error:  # whatever a library raises is a result, and costs the others nothing
-            found.append(Unusable(name, error))
-    return found
+            results.append(Unusable(name, error))
+    return results
 
 
 def _by_need(contenders: Sequence[Contender]) -> list[Contender]:
-    """What the page speaks of first, should the time not do for all: like solvers beside each other."""
+    """Order the items by importance for the page, in case time runs out."""
     first = ("picard", "anderson", "broyden", "fixed_point_iter", "fixed-point")
-    return sorted(contenders, key=lambda each: each.solver == "newton-krylov" or 2 * (each.solver not in first))
+    return sorted(contenders, key=lambda item: item.solver == "newton-krylov" or 2 * (item.solver not in first))
 
 
 def cases(name: str, setting: Setting, peers: bool = True) -> dict[str, Any]:
-    """Every solver on one case, and the peers that are installed."""
+    """Return every solver on one case, and the peers that are installed."""
     sized = CASES[name]
     measured = on.harness(setting.device, sized.dtype)
     made = sized.case(name, setting.quick)
-    mine = ours(SOLVERS if peers else QUICK_SOLVERS, made, traced=False)
-    contenders = _by_need([*mine, *(_peers("torch") if peers else ())])
+    own = ours(SOLVERS if peers else QUICK_SOLVERS, made, traced=False)
+    contenders = _by_need([*own, *(_peers("torch") if peers else ())])
     with on.tf32(sized.tf32):
         rows = _compared(measured, made, contenders, setting)
-        by_name = {each.name: each for each in contenders}
+        by_name = {contender.name: contender for contender in contenders}
         ready = measured.ready(made)
         for row in rows:
             if row["reached"]:
@@ -156,19 +156,19 @@ def cases(name: str, setting: Setting, peers: bool = True) -> dict[str, Any]:
 
 
 def portable(name: str, setting: Setting) -> dict[str, Any]:
-    """The same without peers, in a process that native steps are turned off in."""
+    """Return the same without peers, in a process that native steps are turned off in."""
     return cases(name, setting, peers=False)
 
 
 def jax_cases(name: str, setting: Setting) -> dict[str, Any]:
-    """Compiled JAX beside its peers."""
+    """Measure compiled JAX and its peers."""
     import jax
 
     from benchmarks.harnesses import jax_harness
 
-    found = jax.default_backend()
-    if found != {"cuda": "gpu"}.get(setting.device, setting.device):
-        raise RuntimeError(f"JAX runs on {found!r} here, not on {setting.device!r}")
+    result = jax.default_backend()
+    if result != {"cuda": "gpu"}.get(setting.device, setting.device):
+        raise RuntimeError(f"JAX runs on {result!r} here, not on {setting.device!r}")
     made = CASES[name].case(name, setting.quick)
     measured = replace(jax_harness(), queued=on.QUEUED, peak=lambda _: None)
     contenders = _by_need([*ours(SOLVERS, made, traced=True), *_peers("jax")])
@@ -185,7 +185,7 @@ def _compared(measured: Harness, case: Case, contenders: list[Contender], settin
     rows = compare(
         measured,
         case,
-        [Bounded(each, until) for each in contenders],
+        [Bounded(contender, until) for contender in contenders],
         rounds=setting.rounds,
         budget=(1 - SETTLING) * setting.seconds,
         say=setting.say,
@@ -217,7 +217,7 @@ FIXED, COPY = "fixed cost", "copy"
 
 
 def steps(name: str, setting: Setting) -> dict[str, Any]:
-    """A step's own work, the fixed cost of a call and a step, or a copy on the device."""
+    """Return a step's own work, the fixed cost of a call and a step, or a copy on the device."""
     if name == COPY:
         return copied(setting)
     if name == FIXED:
@@ -228,7 +228,7 @@ def steps(name: str, setting: Setting) -> dict[str, Any]:
 
 
 def least_bytes(shape: StepResult, held: int) -> int:
-    """What a Broyden step must move when it begins with `held` vectors in the history.
+    """Return what a Broyden step must move when it begins with `held` vectors in the history.
 
     It reads them twice (next iterate; products with the new residual), then writes the new residual and reads it once
     more; of the state's own vectors it reads z, writes z₊, and reads z₊ and f(z₊) for the residual. Coefficients are
@@ -239,7 +239,7 @@ def least_bytes(shape: StepResult, held: int) -> int:
 
 
 def stepped(shape: StepResult, setting: Setting) -> dict[str, Any]:
-    """Seconds of a step's own work by the number of vectors held before it; f is timed inside and taken off."""
+    """Return seconds of a step's own work by the number of vectors held before it; f is timed inside and taken off."""
     backend = deqcore.get_backend(backend="torch")
     solver = Broyden(history_dtype=shape.history)
     if setting.quick:
@@ -264,7 +264,7 @@ def stepped(shape: StepResult, setting: Setting) -> dict[str, Any]:
                 own[k].append(seconds[4 * k] + seconds[4 * k + 2])
         native, rounds = taken, rounds + 1
     points = [
-        {"held": k + 1, "bytes": least_bytes(shape, k + 1), "seconds": found} for k, found in enumerate(own) if found
+        {"held": k + 1, "bytes": least_bytes(shape, k + 1), "seconds": result} for k, result in enumerate(own) if result
     ]
     return {"points": points, "wall": wall, "native": native, "of": pairs}
 
@@ -272,14 +272,14 @@ def stepped(shape: StepResult, setting: Setting) -> dict[str, Any]:
 def _solve_of_steps(
     backend: Any, solver: Broyden, x: Tensor, rate: Tensor, pairs: int, device: str
 ) -> tuple[on.Laps, int]:
-    """Steps in a row with four marks each: before it, before f, after f, after it; and how many were native."""
+    """Return steps in a row with four marks each: before it, before f, after f, after it; and how many were native."""
     laps = on.Laps(device)
 
     def f(z: Tensor) -> Tensor:
         laps.mark()
-        found = torch.addcmul(x, rate, z)
+        result = torch.addcmul(x, rate, z)
         laps.mark()
-        return found
+        return result
 
     z = torch.zeros_like(x)
     fz = torch.addcmul(x, rate, z)
@@ -287,15 +287,15 @@ def _solve_of_steps(
     taken = 0
     for _ in range(pairs):
         laps.mark()
-        found = backend.fused_step(solver, f, z, fz, state)
-        taken += found is not None
-        z, fz, state = (found or solver.step(backend, f, z, fz, state))[:3]
+        result = backend.fused_step(solver, f, z, fz, state)
+        taken += result is not None
+        z, fz, state = (result or solver.step(backend, f, z, fz, state))[:3]
         laps.mark()
     return laps, taken
 
 
 def copied(setting: Setting) -> dict[str, Any]:
-    """Bytes read and written per second by a copy on the device."""
+    """Return the bytes read and written per second by a copy on the device."""
     size = QUICK_COPIED if setting.quick else COPIED
     source = torch.zeros(size // 4, device=setting.device)
     target = torch.empty_like(source)
@@ -306,21 +306,21 @@ def copied(setting: Setting) -> dict[str, Any]:
         target.copy_(source)
         laps.mark()
         rates.append(2 * size / laps.seconds()[0])
-    found = {"bytes": 2 * size, "bytes per second": rates[3:], "median": statistics.median(rates[3:])}
+    result = {"bytes": 2 * size, "bytes per second": rates[3:], "median": statistics.median(rates[3:])}
     if setting.device != "cuda":
-        return found
+        return result
     for _ in range(LOAD):  # about two seconds of work in the queue, to read the clocks beside
         target.copy_(source)
-    return found | {"clocks under load": on.smi()}
+    return result | {"clocks under load": on.smi()}
 
 
 def training(name: str, setting: Setting) -> dict[str, Any]:
-    """A training step of every layer on the convolutional block, float32 without TF32."""
+    """Return a training step of every layer on the convolutional block, float32 without TF32."""
     from benchmarks.training import training
 
     failed: dict[str, str] = {}
     with on.tf32(False):
-        found = training(
+        result = training(
             on.harness(setting.device, "float32"),
             rounds=setting.rounds,
             budget=setting.seconds / 2,
@@ -328,11 +328,11 @@ def training(name: str, setting: Setting) -> dict[str, Any]:
             say=setting.say,
             failed=failed,
         )
-    return {"steps": [step.as_dict() for step in found], "failed": failed, "case": name}
+    return {"steps": [step.as_dict() for step in result], "failed": failed, "case": name}
 
 
 def about(name: str, setting: Setting) -> dict[str, Any]:
-    """The device as it is found."""
+    """Return the device as it is found."""
     return on.describe_device(setting.device)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 from benchmarks.page import STEP_COLUMNS, step_cells
 from benchmarks.steps import Step
 from deqcore.bench import plots, report
-from deqcore.bench.rows import Row
+from deqcore.bench.rows import BenchRow
 from deqcore.bench.timing import Spread
 
 COMMAND: Final = "python -m benchmarks.accelerator --out docs/benchmarks"
@@ -64,9 +64,9 @@ def write(results: Mapping[str, Any], out: Path) -> None:
         text += [shown[name] for name in shown if name.endswith("bandwidth.png")]
     if costs := list(_costs(parts)):
         text += ["## The fixed cost, f next to nothing (tanh cell, 4×16)", report.markdown(costs, COST_COLUMNS)]
-    for name, found in parts.get("training", {}).items():
-        if found.get("steps"):
-            steps = step_cells([Step.of(step) for step in found["steps"]])
+    for name, result in parts.get("training", {}).items():
+        if result.get("steps"):
+            steps = step_cells([Step.of(step) for step in result["steps"]])
             text += [f"## A training step ({name}, float32 without TF32)", report.markdown(steps, STEP_COLUMNS)]
     if rows := rows_of(parts, "jax"):
         text += ["## JAX (compiled, products in full float32)", _notes(parts["jax"])]
@@ -78,21 +78,21 @@ def write(results: Mapping[str, Any], out: Path) -> None:
 
 
 def failures(results: Mapping[str, Any]) -> list[str]:
-    """What could not be measured, and why: parts, contenders, layers."""
-    found: dict[tuple[str, str], list[str]] = {}
+    """Return what could not be measured, and why: parts, contenders, layers."""
+    result: dict[tuple[str, str], list[str]] = {}
     for part, items in results["parts"].items():
         for name, item in items.items():
             where = f"{part}, {name}"
             if "error" in item:
-                found[where, item["error"]] = []
+                result[where, item["error"]] = []
             raised = {row["contender"]: row["error"] for row in item.get("rows", ()) if row["error"]}
             for who, why in (raised | item.get("failed", {})).items():
-                found.setdefault((where, why), []).append(who)
-    return [": ".join(filter(None, (where, ", ".join(who), why))) for (where, why), who in found.items()]
+                result.setdefault((where, why), []).append(who)
+    return [": ".join(filter(None, (where, ", ".join(who), why))) for (where, why), who in result.items()]
 
 
 def rows_of(parts: Mapping[str, Items], part: str) -> list[Mapping[str, Any]]:
-    """All rows of a part."""
+    """Return all rows of a part."""
     return [row for item in parts.get(part, {}).values() for row in item.get("rows", ())]
 
 
@@ -133,17 +133,17 @@ def _notes(items: Items) -> str:
 
 def _cells(plain: Mapping[str, Any]) -> dict[str, str]:
     waits = plain.get("waits")
-    return report.cells(Row.of(plain)) | {"host waits": "" if waits is None else str(waits)}
+    return report.cells(BenchRow.of(plain)) | {"host waits": "" if waits is None else str(waits)}
 
 
 def _effects(parts: Mapping[str, Items]) -> Iterator[dict[str, str]]:
-    """Rows timed both ways."""
+    """Yield the rows timed both ways."""
     without = {(row["case"], row["contender"]): row for row in rows_of(parts, "cases-portable") if row["seconds"]}
     for row in rows_of(parts, "cases"):
         other = without.get((row["case"], row["contender"]))
         if other is None or not row["seconds"]:
             continue
-        ms, beside = (Spread.of([1e3 * each for each in which["seconds"]]) for which in (row, other))
+        ms, beside = (Spread.of([1e3 * item for item in which["seconds"]]) for which in (row, other))
         yield {
             "problem": row["case"],
             "solver": row["contender"],
@@ -151,20 +151,20 @@ def _effects(parts: Mapping[str, Items]) -> Iterator[dict[str, str]]:
             "ms, portable": report.spread(beside),
             "portable / native": f"{beside.median / ms.median:.2f}",
             "waits": f"{row.get('waits')} / {other.get('waits')}" if row.get("waits") is not None else "",
-            "memory": " / ".join(f"{each['memory'] / each['state']:.1f}" for each in (row, other) if each["memory"]),
+            "memory": " / ".join(f"{item['memory'] / item['state']:.1f}" for item in (row, other) if item["memory"]),
         }
 
 
 def _rate(parts: Mapping[str, Items], part: str) -> float | None:
-    """Bytes per second of the copy in the process of this part."""
-    found = parts.get(part, {}).get("copy", {}).get("median")
-    return None if found is None else float(found)
+    """Return the bytes per second of the copy in the process of this part."""
+    result = parts.get(part, {}).get("copy", {}).get("median")
+    return None if result is None else float(result)
 
 
 def _copied(parts: Mapping[str, Items]) -> str:
     rates = {how: _rate(parts, part) for part, how in STEPS.items()}
-    found = [f"{rate / 1e9:.0f} GB/s beside the {how} steps" for how, rate in rates.items() if rate]
-    return f"A copy on the device, bytes read and written: {', '.join(found) or 'not measured'}."
+    result = [f"{rate / 1e9:.0f} GB/s beside the {how} steps" for how, rate in rates.items() if rate]
+    return f"A copy on the device, bytes read and written: {', '.join(result) or 'not measured'}."
 
 
 def _work(parts: Mapping[str, Items]) -> Iterator[dict[str, str]]:
@@ -174,7 +174,7 @@ def _work(parts: Mapping[str, Items]) -> Iterator[dict[str, str]]:
             for point in item.get("points", ()):
                 if point["held"] not in SHOWN:
                     continue
-                ms = Spread.of([1e3 * each for each in point["seconds"]])
+                ms = Spread.of([1e3 * entry for entry in point["seconds"]])
                 rate, copy = point["bytes"] / (1e-3 * ms.median), _rate(parts, part)
                 yield {
                     "vectors": vectors,
@@ -192,21 +192,21 @@ def _work(parts: Mapping[str, Items]) -> Iterator[dict[str, str]]:
 def _costs(parts: Mapping[str, Items]) -> Iterator[dict[str, str]]:
     for part, how in STEPS.items():
         facts = parts.get(part, {}).get("fixed cost", {}).get("facts", {})
-        for solver, found in facts.items():
+        for solver, result in facts.items():
             if solver != "f":
                 yield {
                     "steps": how,
                     "f, ms": f"{facts['f']['ms']:.3f}",
                     "solver": solver,
-                    "ms per call": f"{found['ms per call']:.3f}",
-                    "ms per step": f"{found['ms per step']:.3f}",
+                    "ms per call": f"{result['ms per call']:.3f}",
+                    "ms per step": f"{result['ms per step']:.3f}",
                 }
 
 
 def _plots(parts: Mapping[str, Items], out: Path) -> dict[str, str]:
     """Draw all; returns captions by file name."""
     made: dict[str, str] = {}
-    rows = [Row.of(row) for row in rows_of(parts, "cases")]
+    rows = [BenchRow.of(row) for row in rows_of(parts, "cases")]
     if any(row.seconds for row in rows):
         file = "accelerator-overhead.png"
         made[file] = "Overhead of each solver on the device"

@@ -36,15 +36,15 @@ def answer(part: str, items: Sequence[str], device: str, seconds: float, quick: 
     until = time.perf_counter() + seconds
     for i, name in enumerate(items):
         start = time.perf_counter()
-        rest = sum(chosen.weights[each] for each in items[i:])
+        rest = sum(chosen.weights[item] for item in items[i:])
         share = max(0.1, (until - start) * chosen.weights[name] / rest)
         try:
-            found: Mapping[str, Any] = chosen.measure(name, Setting(device, quick, share, say))
+            result: Mapping[str, Any] = chosen.measure(name, Setting(device, quick, share, say))
         except Exception as error:  # what an item raises is its result
             traceback.print_exc()
-            found = {"error": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
+            result = {"error": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
         took = round(time.perf_counter() - start, 2)
-        lines.write(json.dumps({"item": name, **found, "took": took}) + "\n")
+        lines.write(json.dumps({"item": name, **result, "took": took}) + "\n")
         lines.flush()
         if not alive(device):
             return DEAD
@@ -52,7 +52,7 @@ def answer(part: str, items: Sequence[str], device: str, seconds: float, quick: 
 
 
 def alive(device: str) -> bool:
-    """Whether the device still does what it is told: after a fault in a kernel it does nothing for this process."""
+    """Return whether the device still works: after a fault in a kernel it is unusable for this process."""
     import torch
 
     from benchmarks.accelerator.device import settle
@@ -67,7 +67,7 @@ def alive(device: str) -> bool:
 
 
 def say(text: str) -> None:
-    """To whoever watches."""
+    """Print a message."""
     print(text, file=sys.stderr, flush=True)
 
 

@@ -35,24 +35,24 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     store = options.out / "certificates.json"
     setting = {"samples": options.samples, "quick": options.quick}
-    found: dict[str, Any] = {"machine": describe(("torch",)), **setting, "sections": {}}
+    result: dict[str, Any] = {"machine": describe(("torch",)), **setting, "sections": {}}
     if store.is_file():
         earlier = json.loads(store.read_text())
         if "sections" in earlier and all(earlier.get(name) == value for name, value in setting.items()):
-            found["sections"] = earlier["sections"]
+            result["sections"] = earlier["sections"]
     lock = threading.Lock()
 
     def section(name: str) -> None:
         measured = _measure(name, options, deadline - time.monotonic())
         with lock:
-            found["sections"][name] = measured
-            store.write_text(json.dumps(found, default=float) + "\n")
-            _render(found, options.out, drawn=False)
+            result["sections"][name] = measured
+            store.write_text(json.dumps(result, default=float) + "\n")
+            _render(result, options.out, drawn=False)
 
     if not options.render:
         with ThreadPoolExecutor(options.jobs) as pool:
             list(pool.map(section, options.section or names(options.quick, options.images is not None)))
-    return _render(found, options.out, drawn=True)
+    return _render(result, options.out, drawn=True)
 
 
 def _parse() -> argparse.Namespace:
@@ -71,16 +71,16 @@ def _parse() -> argparse.Namespace:
         options.samples = min(options.samples, 4)
     for name in ("samples", "jobs", "minutes"):
         if getattr(options, name) <= 0:
-            parser.error(f"--{name} {getattr(options, name)}: more than 0 is expected")
+            parser.error(f"--{name} must be above 0 (got {getattr(options, name)})")
     if options.images is not None and not options.images.is_dir():
-        parser.error(f"--images {options.images}: there is no such folder")
+        parser.error(f"--images {options.images}: the folder does not exist")
     if IMAGES in (options.section or ()) and options.images is None:
         parser.error(f"--section {IMAGES}: which images? Give their folder as --images")
     return options
 
 
 def _measure(name: str, options: argparse.Namespace, left: float) -> dict[str, Any]:
-    """One section in a process of its own; what it had measured when its time ran out is kept."""
+    """Return one section in its own process; what it had measured when its time ran out is kept."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
         module = "benchmarks.certificates.sections"
@@ -100,7 +100,7 @@ def _measure(name: str, options: argparse.Namespace, left: float) -> dict[str, A
 
 
 def _render(found: dict[str, Any], out: Path, drawn: bool) -> int:
-    """The page of all that is there; the plots and the verdicts at the end only."""
+    """Return the page of all that is there; the plots and the verdicts at the end only."""
     results: list[Result] = []
     trainings: list[Training] = []
     missing = {name: each["error"] for name, each in found["sections"].items() if each["error"]}
@@ -111,7 +111,7 @@ def _render(found: dict[str, Any], out: Path, drawn: bool) -> int:
     if not results:
         print("Nothing was measured.", *(f"{name}: {why}" for name, why in missing.items()), sep="\n", file=sys.stderr)
         return 1
-    seconds = sum(each["seconds"] for each in found["sections"].values())
+    seconds = sum(item["seconds"] for item in found["sections"].values())
     text = page(results, trainings, seconds, f"{found['machine']['cpu']}, one thread a section", missing)
     (out / "certificates.md").write_text(text)
     if not drawn:

@@ -1,4 +1,4 @@
-"""What certified reuse does on a case, beside the truth about it."""
+"""Results of certified reuse on a case, compared with dense reference values."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Outcome:
 
     Attributes:
         failed: reported as such.
-        settled: the forward solve converged; elsewhere z is no fixed point, and (I − J(z))^-1 any matrix's inverse.
+        settled: the forward solve converged; elsewhere z is not a fixed point.
         vjps: spent.
         baseline: vjps of GMRES from zero to the residual that certified reuse reached.
         sufficient: fewest vjps after which the true error of the same Krylov space's solution is within the target,
@@ -139,13 +139,13 @@ def measure(case: Case) -> Result:
         strategy = BroydenReuse(max_relative_error=target, max_refine_vjps=MAX_REFINE_VJPS, fallback="none")
         u, report = strategy.solve_adjoint(backend, vjp, g, estimate)
         sound = report.status == int(Status.CONVERGED)
-        found = Certified(u, report.residual, report.error, report.vjps, sound)
-        outcomes.append(_outcome(target, found, dense, baseline, with_estimate, chosen, settled))
-        found = solve_certified(backend, vjp, g, None, target=target, max_vjps=MAX_REFINE_VJPS)
-        alone.append(_outcome(target, found, dense, baseline, without, chosen, settled))
+        result = Certified(u, report.residual, report.error, report.vjps, sound)
+        outcomes.append(_outcome(target, result, dense, baseline, with_estimate, chosen, settled))
+        result = solve_certified(backend, vjp, g, None, max_relative_error=target, max_vjps=MAX_REFINE_VJPS)
+        alone.append(_outcome(target, result, dense, baseline, without, chosen, settled))
     curve = {}
     for level in LEVELS:
-        found = gmres(
+        result = gmres(
             backend,
             lambda v: v - vjp(v),
             g,
@@ -154,7 +154,7 @@ def measure(case: Case) -> Result:
             precondition=lambda v: -estimate.apply_transpose(v),
         )
         curve[level] = (
-            int(found.products.numpy()[chosen].sum()),
+            int(result.products.numpy()[chosen].sum()),
             sum(vjps_to(residuals, level) for residuals in baseline),
         )
     return Result(
@@ -200,8 +200,8 @@ def _matrix(estimate: Any, g: Any) -> Any:
 def _seen(forward: SolveResult, dense: Truth, chosen: Any) -> list[float]:
     """‖Q Qᵀ u‖ / ‖u‖ with Q the space of the residuals, in which all steps of Broyden's method lie."""
     vectors = forward.carry.state.basis.vectors().double().numpy()[chosen]
-    found = []
+    result = []
     for basis, u in zip(vectors, dense.u, strict=True):
         q = np.linalg.svd(basis[np.linalg.norm(basis, axis=1) > 0], full_matrices=False)[2]
-        found.append(float(np.linalg.norm(q @ u) / np.linalg.norm(u)))
-    return found
+        result.append(float(np.linalg.norm(q @ u) / np.linalg.norm(u)))
+    return result

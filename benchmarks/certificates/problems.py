@@ -40,7 +40,7 @@ class Case:
 
 
 def linear_problems(samples: int, seed: int = 0) -> Iterator[Case]:
-    """Random spectra; sample i of each has the seed `seed + i`."""
+    """Yield random spectra; sample i of each has the seed `seed + i`."""
     linear = partial(_linear, seed=seed)
     for rho in (0.5, 0.9, 0.99):
         yield linear(f"dense, ρ {rho}", samples, lambda r, rho=rho: rho * r.standard_normal((N, N)) / np.sqrt(N))
@@ -52,7 +52,7 @@ def linear_problems(samples: int, seed: int = 0) -> Iterator[Case]:
 
 
 def random_cells(samples: int, seed: int = 0) -> Iterator[Case]:
-    """Cells with random weights."""
+    """Yield cells with random weights."""
     for gain in (1.0, 2.0):
         yield tanh_cell(gain, samples, seed)
     yield module("conv cell, random weights", ConvCell(8), (samples, 8, 6, 6), seed)
@@ -64,7 +64,7 @@ NARROW = 64
 
 
 def small_tanh_cells(samples: int, seed: int = 0) -> Iterator[Case]:
-    """Random tanh cells of two widths and four gains; those of width 64 have cotangents of three numbers only."""
+    """Yield random tanh cells of two widths and four gains; those of width 64 have cotangents of three numbers only."""
     for width in (32, 100):
         for gain in (0.7, 1.0, 1.3, 1.6):
             yield tanh_cell(gain, samples, 500 + seed, width)
@@ -73,7 +73,7 @@ def small_tanh_cells(samples: int, seed: int = 0) -> Iterator[Case]:
 
 
 def dense_slow_modes(samples: int, seed: int = 0) -> Iterator[Case]:
-    """One to five slow modes up to .999, of which random cotangents show more or less."""
+    """Yield one to five slow modes up to .999, of which random cotangents show more or less."""
     for modes in ([0.99], [0.999], [0.97, 0.99], [0.95, 0.97, 0.98, 0.99, 0.995]):
         for width, radius in ((32, 0.3), (100, 0.3), (100, 0.6)):
             name = f"slow {', '.join(f'{m:g}'[1:] for m in modes)}; others ±{radius}, n {width}"
@@ -85,7 +85,7 @@ def dense_slow_modes(samples: int, seed: int = 0) -> Iterator[Case]:
 
 
 def hidden_modes(samples: int, seed: int = 0) -> Iterator[Case]:
-    """A diagonal J with one mode of .999 that x does not excite; the cotangent has little of it, or a fifth."""
+    """Yield a diagonal J with one mode of .999 that x does not excite; the cotangent has little of it, or a fifth."""
     for spread in (0.0, 0.3):
         for share in SHARES:
             yield hidden_mode(share, spread, samples, seed)
@@ -108,7 +108,7 @@ def hidden_mode(share: float, spread: float, samples: int, seed: int = 0) -> Cas
 
 
 def _linear(name: str, samples: int, make: Callable[[np.random.Generator], np.ndarray], seed: int, n: int = N) -> Case:
-    """f(z) = J z + b with a Jacobian of its own for each sample."""
+    """f(z) = J z + b with one Jacobian per sample."""
     rngs = [np.random.default_rng(seed + i) for i in range(samples)]
     jacobian = torch.tensor(np.stack([make(rng) for rng in rngs]))
     b = torch.tensor(np.stack([rng.standard_normal(n) for rng in rngs]))
@@ -139,13 +139,13 @@ def slow(rng: np.random.Generator, modes: object, n: int = N, radius: float = 0.
 
 
 def symmetric(rng: np.random.Generator) -> np.ndarray:
-    """Eigenvalues spread evenly over ±0.95."""
+    """Return eigenvalues spread evenly over ±0.95."""
     vectors = np.linalg.qr(rng.standard_normal((N, N)))[0]
     return vectors @ np.diag(rng.uniform(-0.95, 0.95, N)) @ vectors.T
 
 
 def tanh_cell(gain: float, samples: int, seed: int = 0, n: int = N, cotangents: int | None = None) -> Case:
-    """tanh(W z + b) with random weights; gain 2 is no contraction at 0. Only the first `cotangents` of g are not 0."""
+    """tanh(W z + b) with random weights, no contraction at 0 for gain 2. Only the first `cotangents` of g are not 0."""
     rngs = [np.random.default_rng(seed + i) for i in range(samples)]
     w = torch.tensor(np.stack([rng.standard_normal((n, n)) * gain / np.sqrt(n) for rng in rngs]))
     b = torch.tensor(np.stack([rng.standard_normal(n) for rng in rngs]))
@@ -195,7 +195,7 @@ class AttentionCell(nn.Module):
 
 
 def module(name: str, cell: nn.Module, shape: tuple[int, ...], seed: int = 0) -> Case:
-    """A cell with its default random weights, random inputs and cotangents."""
+    """Return a cell with its default random weights, random inputs and cotangents."""
     generator = torch.Generator().manual_seed(7 + seed)
     for parameter in cell.parameters():
         if parameter.dim() > 1:
@@ -207,7 +207,7 @@ def module(name: str, cell: nn.Module, shape: tuple[int, ...], seed: int = 0) ->
 
 
 def of_module(name: str, kind: str, cell: nn.Module, x: Tensor, g: Tensor) -> Case:
-    """A cell `(z, x)` on given inputs."""
+    """Return a cell `(z, x)` on given inputs."""
     cell.requires_grad_(False)
     double, wide = copy.deepcopy(cell).double(), x.double()
     return Case(name, kind, lambda z: cell(z, x), lambda z: double(z, wide), torch.zeros_like(g), g)

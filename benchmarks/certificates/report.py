@@ -26,14 +26,14 @@ class Verdict:
 
 
 def pooled(results: Sequence[Result], name: str, targets: Sequence[float] = TARGETS) -> Any:
-    """An attribute of all outcomes with these targets, as one array."""
+    """Return an attribute of all outcomes with these targets, as one array."""
     return np.concatenate(
         [np.asarray(getattr(o, name), float) for r in results for o in r.outcomes if o.target in targets]
     )
 
 
 def verdicts(results: Sequence[Result]) -> list[Verdict]:
-    """Every target, held or missed."""
+    """Return every target, held or missed."""
     first, second = TARGETS
     undetected = int(pooled(results, "undetected").sum())
     failed = pooled(results, "failed", [first])
@@ -44,7 +44,7 @@ def verdicts(results: Sequence[Result]) -> list[Verdict]:
     committed = _members(results, SETS["committed problems"]) or results  # elsewhere spaces close, and nothing is left
     ratio = pooled(committed, "ratio")
     there = pooled(results, "settled") > 0
-    found = [
+    value = [
         Verdict(
             f"adjoint residual above the target and not reported as failed, samples (targets {first} and {second})",
             "0",
@@ -84,20 +84,20 @@ def verdicts(results: Sequence[Result]) -> list[Verdict]:
         Verdict("… at most 3", "80 %", f"{100 * np.mean(ratio <= 3):.1f} %", np.mean(ratio <= 3) >= 0.80),
         Verdict("… at most 30", "99 %", f"{100 * np.mean(ratio <= 30):.2f} %", np.mean(ratio <= 30) >= 0.99),
     ]
-    found += [each for name, members in SETS.items() for each in _promise(_members(results, members), name)]
+    value += [item for name, members in SETS.items() for item in _promise(_members(results, members), name)]
     for result in results:
         if result.kind == OWN:
-            mine, theirs = result.curve[0.01]
-            found.append(
+            own, theirs = result.curve[0.01]
+            value.append(
                 Verdict(
                     f"vjps to residual 0.01 over those of GMRES from 0: {result.case}",
                     "≤ 0.8",
-                    f"{mine / theirs:.2f} ({mine / result.samples:.1f} against {theirs / result.samples:.1f})",
-                    mine <= 0.8 * theirs,
+                    f"{own / theirs:.2f} ({own / result.samples:.1f} against {theirs / result.samples:.1f})",
+                    own <= 0.8 * theirs,
                     f"{100 * result.seen:.0f} % of the exact u lies in the span of the forward's pairs",
                 )
             )
-    return found
+    return value
 
 
 HIDDEN: Final = "hidden "
@@ -121,7 +121,7 @@ def _members(results: Sequence[Result], belongs: Callable[[str], bool]) -> list[
 
 
 def _promise(results: Sequence[Result], name: str) -> list[Verdict]:
-    """Whether what is reported as within the target is, and at what cost."""
+    """Return whether what is reported as within the target is, and at what cost."""
     if not results:
         return []
     kept = Kept.of([o for r in results for o in r.outcomes])
@@ -162,7 +162,7 @@ class Kept:
 
     @classmethod
     def of(cls, outcomes: Sequence[Outcome]) -> Kept:
-        """All outcomes together."""
+        """Return all outcomes together."""
 
         def joined(name: str) -> Any:
             return np.concatenate([np.asarray(getattr(o, name), float) for o in outcomes])
@@ -184,7 +184,7 @@ class Kept:
 
 
 def _promises(results: Sequence[Result]) -> list[str]:
-    """The promise by set, target and start, as rows of a table."""
+    """Return the promise by set, target and start, as rows of a table."""
     lines = [
         "| set | target | start | certified | above the target | worst error (its estimate) | failed | "
         "vjps over the fewest |",
@@ -241,8 +241,8 @@ def _apart_vjps(excess: Any, settled: Any) -> list[Verdict]:
 
 
 def _where(results: Sequence[Result], is_bad: Any, describe: Any) -> str:
-    found = [f"{r.case}: {describe(o)}" for r in results for o in r.outcomes if is_bad(o)]
-    return "; ".join(found)
+    result = [f"{r.case}: {describe(o)}" for r in results for o in r.outcomes if is_bad(o)]
+    return "; ".join(result)
 
 
 def page(
@@ -252,13 +252,13 @@ def page(
     machine: str,
     missing: Mapping[str, str],
 ) -> str:
-    """The page in Markdown; `missing`: sections that were not measured in full, and why."""
+    """Return the page in Markdown; `missing`: sections that were not measured in full, and why."""
     lines = [
         "# Certified reuse: what it costs, what it reports, what is true",
         "",
         f"`python -m benchmarks.certificates`, {machine}, {seconds:.0f} s. Forward: Broyden with all pairs kept, "
-        f"float32, rtol 1e-4, 100 steps at most; max_refine_vjps = {MAX_REFINE_VJPS}. Truth: a dense float64 Jacobian by "
-        "automatic differentiation of the float64 function, LAPACK, and a textbook GMRES, none of which is deqcore's.",
+        f"float32, rtol 1e-4, 100 steps at most; max_refine_vjps = {MAX_REFINE_VJPS}. Truth: a dense float64 Jacobian "
+        "by automatic differentiation of the float64 function, LAPACK, and a textbook GMRES, none of which is deqcore's.",
         "",
         "| figure | target | found | | remark |",
         "|---|---|---|---|---|",

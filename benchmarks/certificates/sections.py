@@ -1,4 +1,4 @@
-"""The parts of the measurement, each in a process of its own: `python -m benchmarks.certificates.sections NAME OUT`."""
+"""The parts of the measurement, each in its own process: `python -m benchmarks.certificates.sections NAME OUT`."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ IMAGES: Final = "images-conv"
 
 
 def names(quick: bool, images: bool) -> list[str]:
-    """What there is to measure, the longest first."""
+    """Return the sections, the longest first."""
     if quick:
         return [*RANDOM, *MORE]
     return [*([IMAGES] if images else []), *LEARNT[:1], *RANDOM, *LEARNT[1:], *MORE]
 
 
 def cases(name: str, samples: int, images: Path | None) -> Iterator[tuple[Case, Training | None]]:
-    """The problems of a section."""
+    """Yield the problems of a section."""
     if name == "linear":
         yield from ((case, None) for case in linear_problems(samples))
     elif name == "random-cells":
@@ -68,10 +68,10 @@ def pack(results: list[Result], trainings: list[Training], seconds: float) -> di
 def unpack(section: dict[str, Any]) -> tuple[list[Result], list[Training]]:
     """Undo `pack`, after a way through JSON, where keys are text."""
     results = []
-    for found in section["results"]:
-        outcomes = {name: [_unpacked(o) for o in found[name]] for name in OUTCOMES}
-        curve = {float(level): (int(mine), int(theirs)) for level, (mine, theirs) in found["curve"].items()}
-        results.append(Result(**found | outcomes | {"curve": curve}))
+    for result in section["results"]:
+        outcomes = {name: [_unpacked(o) for o in result[name]] for name in OUTCOMES}
+        curve = {float(level): (int(own), int(theirs)) for level, (own, theirs) in result["curve"].items()}
+        results.append(Result(**result | outcomes | {"curve": curve}))
     return results, [Training(**t) for t in section["trainings"]]
 
 

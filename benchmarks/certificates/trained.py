@@ -46,8 +46,8 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.inject(images)
-        found = deqcore.fixed_point(self.cell, torch.zeros_like(x), x, config=TRAINING)
-        return self.readout(found.value.flatten(1))
+        result = deqcore.fixed_point(self.cell, torch.zeros_like(x), x, config=TRAINING)
+        return self.readout(result.value.flatten(1))
 
 
 TRAINING = deqcore.Config(
@@ -75,12 +75,12 @@ class Training:
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """The 1,797 handwritten digits that scikit-learn carries, 8×8, standardised."""
+    """Return the 1,797 handwritten digits that scikit-learn carries, 8×8, standardised."""
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    images = torch.tensor(found.images, dtype=torch.float32)[:, None] / 8.0 - 1.0
-    return images, torch.tensor(found.target)
+    result = load_digits()
+    images = torch.tensor(result.images, dtype=torch.float32)[:, None] / 8.0 - 1.0
+    return images, torch.tensor(result.target)
 
 
 def image_folder(path: Path, limit: int, side: int = 16) -> tuple[Tensor, Tensor]:
@@ -111,7 +111,7 @@ def conv_on_digits(samples: int) -> tuple[Case, Training]:
 
 
 def attention_on_digits(samples: int) -> tuple[Case, Training]:
-    """Likewise; a token is a line of the image."""
+    """Train on all digits; a token is a line of the image."""
     tokens = nn.Sequential(nn.Flatten(2), nn.Unflatten(2, (8, 8)), nn.Flatten(1, 2), nn.Linear(8, 24))
     return _trained("attention cell, digits", tokens, AttentionCell(8, 24), (8, 24), _few(digits()), samples)
 
@@ -169,7 +169,7 @@ def _fit(name: str, model: Classifier, inputs: Tensor, labels: Tensor) -> Traini
 
 
 def _case(name: str, model: Classifier, inputs: Tensor, labels: Tensor) -> Case:
-    """The cell at these inputs; g = dL/dz* of each sample's own loss."""
+    """Return the cell at these inputs; g = dL/dz* of each sample's own loss."""
     with torch.no_grad():
         x = model.inject(inputs)
         z = deqcore.fixed_point(model.cell, torch.zeros_like(x), x, config=TRAINING).value

@@ -42,7 +42,7 @@ class Truth:
 
 
 def truth(case: Case, z: Tensor) -> Truth:
-    """Rows of J one by one, by automatic differentiation of the float64 function, then LAPACK."""
+    """Return the rows of J one by one, by automatic differentiation of the float64 function, then LAPACK."""
     shape = case.z0.shape
     at = z.double().reshape(shape).requires_grad_()
     value = case.wide(at)
@@ -65,7 +65,7 @@ def gmres_residuals(a: Any, g: Any, steps: int) -> Any:
     Textbook: orthonormal bases of the space and of its image by Gram and Schmidt, twice.
     """
     left = g / np.linalg.norm(g)
-    found, basis, images = [1.0], [left], []
+    result, basis, images = [1.0], [left], []
     for _ in range(min(steps, len(g))):
         w = a @ basis[-1]
         image = _orthogonal(w, images)
@@ -74,30 +74,30 @@ def gmres_residuals(a: Any, g: Any, steps: int) -> Any:
             break
         images.append(image / size)
         left = left - (images[-1] @ left) * images[-1]
-        found.append(float(np.linalg.norm(left)))
+        result.append(float(np.linalg.norm(left)))
         v = _orthogonal(w, basis)
         size = np.linalg.norm(v)
         if size <= 1e-14 * np.linalg.norm(w):
             break
         basis.append(v / size)
-    return np.array(found)
+    return np.array(result)
 
 
 def gmres_errors(a: Any, m: Any | None, g: Any, u: Any, steps: int = 60) -> Any:
     """‖u_k − u‖ / ‖u‖ of the least residual's u_k in the Krylov spaces of `a m` with 0 … steps dimensions."""
     product = a if m is None else a @ m
-    vectors, images, found = [g / np.linalg.norm(g)], [], [1.0]
+    vectors, images, result = [g / np.linalg.norm(g)], [], [1.0]
     for _ in range(min(steps, len(g))):
         images.append(product @ vectors[-1])
         y = np.linalg.lstsq(np.stack(images, 1), g, rcond=1e-13)[0]
         x = np.stack(vectors, 1) @ y
-        found.append(float(np.linalg.norm((x if m is None else m @ x) - u) / np.linalg.norm(u)))
+        result.append(float(np.linalg.norm((x if m is None else m @ x) - u) / np.linalg.norm(u)))
         v = _orthogonal(images[-1], vectors)
         size = np.linalg.norm(v)
         if size <= 1e-12 * np.linalg.norm(images[-1]):
             break
         vectors.append(v / size)
-    return np.array(found)
+    return np.array(result)
 
 
 def _orthogonal(w: Any, basis: list[Any]) -> Any:
@@ -108,6 +108,6 @@ def _orthogonal(w: Any, basis: list[Any]) -> Any:
 
 
 def vjps_to(residuals: Any, goal: float) -> int:
-    """Dimensions after which the residual is at most the goal; one more than there are if never."""
+    """Return the dimensions after which the residual is at most the goal; one more than there are if never."""
     met = np.flatnonzero(residuals <= goal)
     return int(met[0]) if met.size else len(residuals)

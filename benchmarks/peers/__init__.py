@@ -1,4 +1,4 @@
-"""One small adapter per library. A library that is not installed offers nobody."""
+"""One small adapter per library. A library that is not installed has no contenders."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ SKIPPED: Final = {"banax": "it needs Python 3.12 or later"} if sys.version_info 
 
 
 def peers(framework: str) -> list[Contender]:
-    """Contenders of all libraries that are installed for this framework."""
-    found: list[Contender] = []
+    """Return the contenders of all libraries that are installed for this framework."""
+    results: list[Contender] = []
     for name in LIBRARIES[framework]:
         if find_spec(name) is not None:
-            found += import_module(f"benchmarks.peers.with_{name}").CONTENDERS
-    return found
+            results += import_module(f"benchmarks.peers.with_{name}").CONTENDERS
+    return results

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from deqcore.bench.harness import Contender, Harness, Outcome, Ready, Solve
+from deqcore.bench.harness import Contender, Harness, Ready, SolveFunction, SolveOutcome
 from deqcore.testing.problem import rebuild
 
 
@@ -19,9 +19,9 @@ class PerSample(Contender):
 
     @abstractmethod
     def one(self, f: Any, z0: Any, rtol: float, max_steps: int) -> tuple[Any, Any]:
-        """The solution of `f(z) = z` from `z0` without a batch axis, and the steps taken."""
+        """Return the solution of `f(z) = z` from `z0` without a batch axis, and the steps taken."""
 
-    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> Solve:
+    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> SolveFunction:
         def single(rtol: float, z0: Any, params: Any, inputs: Any) -> Any:
             alone = rebuild(inputs, lambda a: a[None])
             return self.one(lambda z: ready.f(z[None], params, alone)[0], z0, rtol, max(1, max_steps))
@@ -30,9 +30,9 @@ class PerSample(Contender):
         def compiled(rtol: float) -> Any:
             return jax.jit(jax.vmap(partial(single, rtol), in_axes=(0, None, 0)))
 
-        def run(rtol: float) -> Outcome:
+        def run(rtol: float) -> SolveOutcome:
             value, steps = compiled(rtol)(ready.z0, ready.params, ready.inputs)
             harness.block(value)
-            return Outcome(value, int(steps.max()))
+            return SolveOutcome(value, int(steps.max()))
 
         return run

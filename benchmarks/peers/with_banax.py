@@ -21,8 +21,8 @@ class Banax(PerSample):
         self.settings = settings
 
     def one(self, f: Any, z0: Any, rtol: float, max_steps: int) -> tuple[Any, Any]:
-        found = JFB(solver=self.make(rtol=rtol, max_steps=max_steps, **self.settings))(f, z0)
-        return found.value, found.stats.steps
+        result = JFB(solver=self.make(rtol=rtol, max_steps=max_steps, **self.settings))(f, z0)
+        return result.value, result.stats.steps
 
 
 CONTENDERS = [Banax("Anderson"), Banax("Broyden", history_size=50)]

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jaxopt
 
-from deqcore.bench.harness import Contender, Harness, Outcome, Ready, Solve
+from deqcore.bench.harness import Contender, Harness, Ready, SolveFunction, SolveOutcome
 from deqcore.testing.problem import rebuild
 
 
@@ -22,13 +22,13 @@ class Jaxopt(Contender):
         self.make = make
         self.per_sample = per_sample
 
-    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> Solve:
+    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> SolveFunction:
         size = (ready.z0[0] if self.per_sample else ready.z0).size ** 0.5
 
         def solve(z0: Any, params: Any, inputs: Any, rtol: Any) -> Any:
             solver = self.make(ready.f, maxiter=max(1, max_steps), tol=rtol * size)
-            found = solver.run(z0, params, inputs)
-            return found.params, found.state.iter_num
+            result = solver.run(z0, params, inputs)
+            return result.params, result.state.iter_num
 
         def single(z0: Any, params: Any, inputs: Any, rtol: Any) -> Any:
             value, steps = solve(z0[None], params, rebuild(inputs, lambda a: a[None]), rtol)
@@ -36,10 +36,10 @@ class Jaxopt(Contender):
 
         compiled = jax.jit(jax.vmap(single, in_axes=(0, None, 0, None)) if self.per_sample else solve)
 
-        def run(rtol: float) -> Outcome:
+        def run(rtol: float) -> SolveOutcome:
             value, steps = compiled(ready.z0, ready.params, ready.inputs, rtol)
             harness.block(value)
-            return Outcome(value, int(steps.max()))
+            return SolveOutcome(value, int(steps.max()))
 
         return run
 

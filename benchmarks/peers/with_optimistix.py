@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optimistix
 
-from deqcore.bench.harness import Contender, Harness, Outcome, Ready, Solve
+from deqcore.bench.harness import Contender, Harness, Ready, SolveFunction, SolveOutcome
 
 
 class FixedPoint(Contender):
@@ -16,9 +16,9 @@ class FixedPoint(Contender):
     library = "optimistix"
     solver = "fixed-point"
 
-    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> Solve:
+    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> SolveFunction:
         def solve(z0: Any, params: Any, inputs: Any, rtol: Any) -> Any:
-            found = optimistix.fixed_point(
+            result = optimistix.fixed_point(
                 lambda z, args: ready.f(z, *args),
                 optimistix.FixedPointIteration(rtol=0.0, atol=rtol, norm=optimistix.rms_norm),
                 z0,
@@ -26,14 +26,14 @@ class FixedPoint(Contender):
                 max_steps=max(1, max_steps),
                 throw=False,
             )
-            return found.value, found.stats["num_steps"]
+            return result.value, result.stats["num_steps"]
 
         compiled = jax.jit(solve)
 
-        def run(rtol: float) -> Outcome:
+        def run(rtol: float) -> SolveOutcome:
             value, steps = compiled(ready.z0, ready.params, ready.inputs, rtol)
             harness.block(value)
-            return Outcome(value, int(steps))
+            return SolveOutcome(value, int(steps))
 
         return run
 

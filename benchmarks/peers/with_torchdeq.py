@@ -8,7 +8,7 @@ from typing import Any
 from torchdeq.solver import anderson_solver, broyden_solver
 from torchdeq.solver.fp_iter import fixed_point_iter
 
-from deqcore.bench.harness import Contender, Harness, Outcome, Ready, Solve
+from deqcore.bench.harness import Contender, Harness, Ready, SolveFunction, SolveOutcome
 
 
 class TorchDEQ(Contender):
@@ -20,8 +20,8 @@ class TorchDEQ(Contender):
         self.solver = solver
         self.function = function
 
-    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> Solve:
-        def run(rtol: float) -> Outcome:
+    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> SolveFunction:
+        def run(rtol: float) -> SolveOutcome:
             with harness.quiet():
                 value, _, _ = self.function(
                     lambda z: ready.f(z, ready.params, ready.inputs),
@@ -31,7 +31,7 @@ class TorchDEQ(Contender):
                     stop_mode="rel",
                 )
             harness.block(value)
-            return Outcome(value)
+            return SolveOutcome(value)
 
         return run
 

@@ -6,7 +6,7 @@ import warnings
 
 from xitorch.optimize import equilibrium
 
-from deqcore.bench.harness import Contender, Harness, Outcome, Ready, Solve
+from deqcore.bench.harness import Contender, Harness, Ready, SolveFunction, SolveOutcome
 
 
 class Xitorch(Contender):
@@ -18,11 +18,11 @@ class Xitorch(Contender):
         self.solver = solver
         self.batched = batched
 
-    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> Solve:
+    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> SolveFunction:
         size = ready.z0.numel() ** 0.5
         settings = {"feat_ndims": ready.z0.dim() - 1} if self.batched else {}
 
-        def run(rtol: float) -> Outcome:
+        def run(rtol: float) -> SolveOutcome:
             with harness.quiet(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 value = equilibrium(
@@ -36,7 +36,7 @@ class Xitorch(Contender):
                     **settings,
                 )
             harness.block(value)
-            return Outcome(value)
+            return SolveOutcome(value)
 
         return run
 

@@ -59,7 +59,7 @@ def rated(xp: Any, p: Tree, z: Tree, x: Tree) -> Tree:
 
 
 def dense(batch: int = 256, size: int = 512, gain: float = 0.9) -> Case:
-    """A tanh cell with a Gaussian matrix."""
+    """Return a tanh cell with a Gaussian matrix."""
     rng = np.random.default_rng(0)
     w = gain / size**0.5 * rng.standard_normal((size, size))
     return Case(
@@ -69,7 +69,7 @@ def dense(batch: int = 256, size: int = 512, gain: float = 0.9) -> Case:
 
 
 def affine(batch: int = 64, size: int = 256) -> Case:
-    """A symmetric matrix with eigenvalues spread evenly."""
+    """Return a symmetric matrix with eigenvalues spread evenly."""
     rng = np.random.default_rng(1)
     q = _orthogonal(rng, size)
     w = (q * np.linspace(-0.5, 0.9, size)) @ q.T
@@ -81,7 +81,7 @@ def affine(batch: int = 64, size: int = 256) -> Case:
 
 
 def slow_modes(batch: int = 16, size: int = 256, slow: int = 20) -> Case:
-    """A few eigenvalues near 1, the others small."""
+    """Return a few eigenvalues near 1, the others small."""
     rng = np.random.default_rng(2)
     slow = min(slow, size // 4)
     q = _orthogonal(rng, size)
@@ -95,7 +95,7 @@ def slow_modes(batch: int = 16, size: int = 256, slow: int = 20) -> Case:
 
 
 def badly_scaled(batch: int = 64, size: int = 256) -> Case:
-    """A tanh cell in coordinates whose units differ a million-fold."""
+    """Return a tanh cell in coordinates whose units differ a million-fold."""
     rng = np.random.default_rng(3)
     w = 0.7 / size**0.5 * rng.standard_normal((size, size))
     params = {"W": w, "scale": np.logspace(-3, 3, size)}
@@ -106,7 +106,7 @@ def badly_scaled(batch: int = 64, size: int = 256) -> Case:
 
 
 def non_normal(batch: int = 64, size: int = 256) -> Case:
-    """A triangular matrix: all eigenvalues 0.5, norm above 1, so the residual grows before it falls."""
+    """Return a triangular matrix: all eigenvalues 0.5, norm above 1, so the residual grows before it falls."""
     rng = np.random.default_rng(4)
     w = 0.5 * np.eye(size) + np.triu(1.2 / size**0.5 * rng.standard_normal((size, size)), 1)
     return Case(

@@ -11,8 +11,8 @@ from typing import Final
 import numpy as np
 
 from deqcore.bench.cases import Case
-from deqcore.bench.harness import Contender, Harness, Outcome, Ready, Solve, residuals
-from deqcore.bench.rows import Row
+from deqcore.bench.harness import Contender, Harness, Ready, SolveFunction, SolveOutcome, residuals
+from deqcore.bench.rows import BenchRow
 from deqcore.bench.timing import Clock, Rounds, interleave
 from deqcore.errors import DtypeToleranceWarning
 from deqcore.types import Array
@@ -28,7 +28,7 @@ Say = Callable[[str], object]
 
 
 def silent(_: str) -> None:
-    """Tell nobody."""
+    """Discard a message."""
 
 
 def compare(
@@ -41,10 +41,10 @@ def compare(
     clock: Clock = time.perf_counter,
     memory: bool = True,
     say: Say = silent,
-) -> list[Row]:
+) -> list[BenchRow]:
     """Measure all contenders on one case, interleaved.
 
-    Contenders with a norm of their own get the loosest tolerance with which every sample of the state they return
+    Contenders with their own norm get the loosest tolerance with which every sample of the state they return
     reaches the case's residual. Those that never reach it, or raise, are listed with the reason, but not timed.
 
     Args:
@@ -55,7 +55,7 @@ def compare(
         budget: see `timing.interleave`.
         clock: see `timing.interleave`.
         memory: whether to measure peak memory.
-        say: told what is being done.
+        say: takes messages on progress.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DtypeToleranceWarning)  # the search tries tolerances that are too fine
@@ -71,10 +71,10 @@ def _compare(
     clock: Clock,
     memory: bool,
     say: Say,
-) -> list[Row]:
+) -> list[BenchRow]:
     ready = harness.ready(case)
-    rows: list[Row] = []
-    tasks: dict[str, Callable[[], Outcome]] = {}
+    rows: list[BenchRow] = []
+    tasks: dict[str, Callable[[], SolveOutcome]] = {}
     for contender in contenders:
         say(f"{harness.name}: {case.name}: {contender.name}")
         try:
@@ -88,24 +88,24 @@ def _compare(
     if not tasks:
         return rows
     say(f"{harness.name}: {case.name}: timing")
-    found = interleave(tasks, evaluation(harness, ready), rounds=rounds, budget=budget, clock=clock)
-    return [_timed(row, found, harness.queued) if row.contender in tasks else row for row in rows]
+    result = interleave(tasks, evaluation(harness, ready), rounds=rounds, budget=budget, clock=clock)
+    return [_timed(row, result, harness.queued) if row.contender in tasks else row for row in rows]
 
 
-def _timed(row: Row, found: Rounds, queued: int) -> Row:
+def _timed(row: BenchRow, found: Rounds, queued: int) -> BenchRow:
     return replace(
         row,
         seconds=found.seconds[row.contender],
-        reference=[each / queued for each in found.reference[row.contender]],
+        reference=[item / queued for item in found.reference[row.contender]],
         disturbance=found.disturbance,
         dropped=found.dropped,
     )
 
 
-def _failed(harness: Harness, ready: Ready, contender: Contender, error: Exception) -> Row:
+def _failed(harness: Harness, ready: Ready, contender: Contender, error: Exception) -> BenchRow:
     unknown = float("nan")
     text = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    return Row(
+    return BenchRow(
         framework=harness.name,
         case=ready.case.name,
         contender=contender.name,
@@ -136,7 +136,9 @@ def evaluation(harness: Harness, ready: Ready) -> Callable[[], object]:
     return run
 
 
-def _settle(harness: Harness, ready: Ready, contender: Contender, memory: bool) -> tuple[Row, Callable[[], Outcome]]:
+def _settle(
+    harness: Harness, ready: Ready, contender: Contender, memory: bool
+) -> tuple[BenchRow, Callable[[], SolveOutcome]]:
     """Warm up, find the tolerance, count."""
     case = ready.case
     solve = contender.prepare(harness, ready, case.max_steps)
@@ -145,13 +147,13 @@ def _settle(harness: Harness, ready: Ready, contender: Contender, memory: bool) 
         raise TimeoutError(f"one solve took {again:.0f} s, more than {PATIENCE:.0f} s: not searched, not timed")
     tolerance = _tolerance(harness, ready, contender, solve)
 
-    def run() -> Outcome:
+    def run() -> SolveOutcome:
         return solve(tolerance)
 
     count, value = counted(harness, ready, contender, solve, tolerance, case.max_steps)
     residual = residuals(harness, ready, value)
     reached = bool(residual.max() <= case.rtol * (1 + ROUNDING))
-    row = Row(
+    row = BenchRow(
         framework=harness.name,
         case=case.name,
         contender=contender.name,
@@ -172,29 +174,29 @@ def _bytes(harness: Harness, z: Array) -> int:
     return int(getattr(z, "nbytes", None) or harness.to_numpy(z).nbytes)
 
 
-def _seconds(solve: Solve, tolerance: float) -> float:
+def _seconds(solve: SolveFunction, tolerance: float) -> float:
     start = time.perf_counter()
     solve(tolerance)
     return time.perf_counter() - start
 
 
 def counted(
-    harness: Harness, ready: Ready, contender: Contender, solve: Solve, tolerance: float, max_steps: int
+    harness: Harness, ready: Ready, contender: Contender, solve: SolveFunction, tolerance: float, max_steps: int
 ) -> tuple[int, Array]:
-    """Evaluations of f in one solve, and its value: counted from outside where f is called eagerly.
+    """Return the evaluations of f in one solve, and its value: counted from outside where f is called eagerly.
 
     Calls miss the products J v of a Newton method, which the library counts; compiled code shows no calls at all.
     """
     if harness.traced:
-        found = solve(tolerance)
-        return found.evaluations or 0, found.value
+        result = solve(tolerance)
+        return result.evaluations or 0, result.value
     watched = ready.counted()
-    found = contender.prepare(harness, watched, max_steps)(tolerance)
-    return max(watched.calls[0], found.evaluations or 0), found.value
+    result = contender.prepare(harness, watched, max_steps)(tolerance)
+    return max(watched.calls[0], result.evaluations or 0), result.value
 
 
-def _tolerance(harness: Harness, ready: Ready, contender: Contender, solve: Solve) -> float:
-    """The case's own for a contender of the common norm.
+def _tolerance(harness: Harness, ready: Ready, contender: Contender, solve: SolveFunction) -> float:
+    """Return the case's own for a contender of the common norm.
 
     It bounds ‖f(z) − z‖ where f(z) is returned: where f(z) is
     worse than z, the returned state needs a finer one, as others' do.
@@ -205,14 +207,14 @@ def _tolerance(harness: Harness, ready: Ready, contender: Contender, solve: Solv
     return tune(harness, ready, solve, few=contender.recompiles)
 
 
-def tune(harness: Harness, ready: Ready, solve: Solve, few: bool = False) -> float:
-    """The loosest tolerance with which every sample reaches the case's residual; the finest tried if none does.
+def tune(harness: Harness, ready: Ready, solve: SolveFunction, few: bool = False) -> float:
+    """Return the loosest tolerance with which every sample reaches the case's residual; the finest tried if none does.
 
     Args:
         harness: the framework.
         ready: the case.
         solve: of the contender.
-        few: try the case's own tolerance and a few finer ones, in place of a search over all decades.
+        few: try the case's own tolerance and a few finer ones, instead of a search over all decades.
     """
     rtol = ready.case.rtol
     grid: list[float] = [rtol * 10.0 ** (k / PER_DECADE) for k in range(FINEST * PER_DECADE, COARSEST * PER_DECADE + 1)]

@@ -15,11 +15,11 @@ def result_folder(path: Path) -> Path:
         ConfigError: it is a file, or nothing can be written there.
     """
     if path.exists() and not path.is_dir():
-        raise ConfigError(f"--out {str(path)!r} is a file, but a folder is expected: name another path.")
+        raise ConfigError(f"--out must be a folder ({str(path)!r} is a file). Name another path.")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {str(path)!r}: the folder cannot be made ({error.strerror}).") from error
     if not os.access(path, os.W_OK):
-        raise ConfigError(f"--out {str(path)!r}: nothing can be written to this folder. Name one of your own.")
+        raise ConfigError(f"--out {str(path)!r}: this folder is not writable. Name another one.")
     return path

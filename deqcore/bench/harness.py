@@ -24,7 +24,7 @@ Call = Callable[..., Any]
 
 
 def same(fn: Call) -> Call:
-    """The function as it is."""
+    """Return the function as it is."""
     return fn
 
 
@@ -83,7 +83,7 @@ class Harness:
         )
 
     def ready(self, case: Case) -> Ready:
-        """The case in arrays of this framework."""
+        """Return the case in arrays of this framework."""
         problem = case.problem
         if isinstance(problem.f, Mapping):
             if self.name not in problem.f:
@@ -121,7 +121,7 @@ class Ready:
     calls: list[int] = field(default_factory=lambda: [0])
 
     def counted(self) -> Ready:
-        """The same with an f that counts its calls."""
+        """Return the same with an f that counts its calls."""
         calls = [0]
 
         def f(z: Tree, params: Tree, inputs: Tree) -> Tree:
@@ -131,7 +131,7 @@ class Ready:
         return replace(self, f=f, calls=calls)
 
 
-class Outcome(NamedTuple):
+class SolveOutcome(NamedTuple):
     """What one solve gave.
 
     Attributes:
@@ -143,7 +143,7 @@ class Outcome(NamedTuple):
     evaluations: int | None = None
 
 
-Solve = Callable[[float], Outcome]
+SolveFunction = Callable[[float], SolveOutcome]
 
 
 class Contender(ABC):
@@ -167,8 +167,8 @@ class Contender(ABC):
         return f"{self.library} {self.solver}"
 
     @abstractmethod
-    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> Solve:
-        """A solve with everything bound that does not belong to its time.
+    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> SolveFunction:
+        """Return a solve with everything bound that does not belong to its time.
 
         Args:
             harness: the framework.
@@ -192,7 +192,7 @@ class Deqcore(Contender):
         self.compact = compact
         self.settings = {"solver": solver, "on_failure": "ignore", **forward} | ({"compact": True} if compact else {})
 
-    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> Solve:
+    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> SolveFunction:
         """`fixed_point` without a gradient, compiled where the framework compiles."""
         config = Config(
             backend=harness.name,
@@ -202,27 +202,27 @@ class Deqcore(Contender):
         batched: dict[str, Any] = {"batched_args": (1,)} if self.compact else {}
 
         def solve(z0: Array, params: Tree, inputs: Tree, rtol: float | Array) -> tuple[Array, Array]:
-            found = deqcore.fixed_point(ready.f, z0, params, inputs, config=config, forward__rtol=rtol, **batched)
-            return found.value, found.evaluations
+            result = deqcore.fixed_point(ready.f, z0, params, inputs, config=config, forward__rtol=rtol, **batched)
+            return result.value, result.evaluations
 
         compiled = harness.jit(solve)
 
-        def run(rtol: float) -> Outcome:
+        def run(rtol: float) -> SolveOutcome:
             with harness.quiet():
                 value, evaluations = compiled(ready.z0, ready.params, ready.inputs, rtol)
             harness.block(value)
-            return Outcome(value, int(np.max(harness.to_numpy(evaluations), initial=0)))
+            return SolveOutcome(value, int(np.max(harness.to_numpy(evaluations), initial=0)))
 
         return run
 
 
 def ours(solvers: Iterable[str], case: Case, traced: bool) -> list[Contender]:
-    """Contenders of deqcore for a case; on an uneven one, with compaction too where code is eager."""
+    """Return the contenders of deqcore for a case; on an uneven one, with compaction too where code is eager."""
     compact = [True] if case.uneven and not traced else []
     return [
-        Deqcore(name, f"{name} (compact)" if each else "", compact=each)
+        Deqcore(name, f"{name} (compact)" if item else "", compact=item)
         for name in solvers
-        for each in (False, *compact)
+        for item in (False, *compact)
     ]
 
 

@@ -1,4 +1,4 @@
-"""What a measurement was taken on, and how much of the machine others used meanwhile."""
+"""The machine of a measurement, and the share of it that other processes used."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ POOLS: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def describe(packages: Iterable[str] = ()) -> dict[str, object]:
-    """The machine and the software on it, as plain values.
+    """Return the machine and the software on it, as plain values.
 
     Args:
         packages: distributions whose versions belong to the result; those that are not installed are left out.
     """
-    found: dict[str, str] = {}
+    result: dict[str, str] = {}
     for name in ("deqcore", "numpy", *packages):
         try:
-            found[name] = version(name)
+            result[name] = version(name)
         except PackageNotFoundError:
             continue
     return {
@@ -38,14 +38,14 @@ def describe(packages: Iterable[str] = ()) -> dict[str, object]:
         "memory_gib": _memory(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "packages": found,
+        "packages": result,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "load_before": [round(number, 2) for number in os.getloadavg()] if hasattr(os, "getloadavg") else None,
     }
 
 
 def usable_cores() -> int:
-    """Processors that this process may use."""
+    """Return the processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -97,7 +97,7 @@ class Bystanders:
     """Context manager: which share of the machine's processor time other processes used inside it.
 
     Attributes:
-        share: of all cores, 0 to 1, once the block is left; NaN where the system does not tell.
+        share: of all cores, 0 to 1, once the block is left; NaN if the system does not report it.
     """
 
     def __init__(self) -> None:
@@ -121,7 +121,7 @@ class Bystanders:
 
 
 def _busy_seconds() -> float | None:
-    """Processor seconds of the whole machine that were not idle, time stolen by its host included."""
+    """Return the processor seconds of the whole machine that were not idle, time stolen by its host included."""
     lines = _lines(PROC / "stat")
     if not lines:
         return None
@@ -130,7 +130,7 @@ def _busy_seconds() -> float | None:
 
 
 def peak_memory(task: Callable[[], object]) -> int | None:
-    """Bytes by which the process's resident memory grew while `task` ran; None where the system does not tell.
+    """Return bytes by which the process's resident memory grew while `task` ran; None if the system does not report it.
 
     What the allocator had kept from earlier work is given back first, so that it is not taken for free.
     """

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from deqcore.bench.rows import Row
+from deqcore.bench.rows import BenchRow
 from deqcore.bench.sweeps import Point
 from deqcore.errors import MissingExtraError
 from deqcore.plugins import is_installed
@@ -16,7 +16,7 @@ DPI: Final = 110
 
 
 def available() -> bool:
-    """Whether matplotlib is installed."""
+    """Return whether matplotlib is installed."""
     return is_installed("matplotlib")
 
 
@@ -31,7 +31,7 @@ def _pyplot() -> Any:
     return plt
 
 
-def overheads(rows: Sequence[Row], path: Path, title: str) -> None:
+def overheads(rows: Sequence[BenchRow], path: Path, title: str) -> None:
     """Overhead of each contender on each case: medians with quartiles, on a logarithmic axis.
 
     Args:
@@ -46,14 +46,14 @@ def overheads(rows: Sequence[Row], path: Path, title: str) -> None:
     figure, axes = plt.subplots(figsize=(10, 1.2 + 0.055 * len(names) * max(1, len(cases)) + 0.25 * len(cases)))
     height = 0.8 / max(1, len(names))
     for i, name in enumerate(names):
-        mine = [row for row in timed if row.contender == name]
-        spreads = [row.overhead for row in mine]
+        own = [row for row in timed if row.contender == name]
+        spreads = [row.overhead for row in own]
         axes.errorbar(
-            [each.median for each in spreads],
-            [cases.index(row.case) + (i - (len(names) - 1) / 2) * height for row in mine],
+            [spread.median for spread in spreads],
+            [cases.index(row.case) + (i - (len(names) - 1) / 2) * height for row in own],
             xerr=[
-                [max(0.0, each.median - each.low) for each in spreads],
-                [each.high - each.median for each in spreads],
+                [max(0.0, spread.median - spread.low) for spread in spreads],
+                [spread.high - spread.median for spread in spreads],
             ],
             **_style(i, name),
             linestyle="none",
@@ -84,10 +84,10 @@ def curves(points: Sequence[Point], path: Path, title: str, x: str, y: str) -> N
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(9, 4.6))
     for i, name in enumerate(_distinct(point.contender for point in points)):
-        mine = sorted((point for point in points if point.contender == name), key=lambda point: getattr(point, x))
+        own = sorted((point for point in points if point.contender == name), key=lambda point: getattr(point, x))
         axes.plot(
-            [getattr(point, x) for point in mine],
-            [getattr(point, y) for point in mine],
+            [getattr(point, x) for point in own],
+            [getattr(point, y) for point in own],
             **_style(i, name),
             linewidth=1.5,
             label=name,

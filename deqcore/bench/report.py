@@ -1,11 +1,11 @@
-"""Measured rows for people."""
+"""Tables of measured rows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from deqcore.bench.rows import Row
+from deqcore.bench.rows import BenchRow
 from deqcore.bench.timing import SHARE, Spread
 
 COLUMNS: Final = (
@@ -19,18 +19,18 @@ COLUMNS: Final = (
     "memory",
     "first call s",
 )
-SMALL: Final = 2**17  # bytes of a state below which the process's growth says nothing about it
+SMALL: Final = 2**17  # bytes of a state below which the growth of the process is not informative
 
 
-def cells(row: Row) -> dict[str, str]:
-    """The cells of a table, by column."""
+def cells(row: BenchRow) -> dict[str, str]:
+    """Return the cells of a table, by column."""
     if row.error:
         return dict.fromkeys(COLUMNS, "") | {
             "problem": row.case,
             "solver": row.contender,
             "ms (quartiles)": f"raised {row.error.partition(':')[0]}",
         }
-    found = {
+    result = {
         "problem": row.case,
         "solver": row.contender,
         "evaluations": str(row.evaluations),
@@ -40,9 +40,9 @@ def cells(row: Row) -> dict[str, str]:
     }
     if not row.seconds:
         why = "not timed" if row.reached else "residual not reached"
-        return found | {"ms (quartiles)": why, "ms per f": "", "overhead (quartiles)": ""}
-    ms = Spread.of([1e3 * each for each in row.seconds])
-    return found | {
+        return result | {"ms (quartiles)": why, "ms per f": "", "overhead (quartiles)": ""}
+    ms = Spread.of([1e3 * second for second in row.seconds])
+    return result | {
         "ms (quartiles)": spread(ms),
         "ms per f": f"{1e3 * Spread.of(row.reference).median:.3g}",
         "overhead (quartiles)": spread(row.overhead),
@@ -50,19 +50,19 @@ def cells(row: Row) -> dict[str, str]:
 
 
 def spread(found: Spread) -> str:
-    """Median and quartiles."""
+    """Return the median and quartiles."""
     return f"{found.median:.3g} ({found.low:.3g}–{found.high:.3g})"
 
 
 def markdown(rows: Iterable[Mapping[str, str]], columns: Sequence[str] = COLUMNS) -> str:
-    """A Markdown table, one line per row, in their order."""
+    """Return a Markdown table, one line per row, in their order."""
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(row[column].replace("|", "\\|") for column in columns) + " |" for row in rows]
     return "\n".join(lines)
 
 
 def machine_text(machine: Mapping[str, Any]) -> str:
-    """What `machine.describe` found, in one paragraph."""
+    """Return what `machine.describe` found, in one paragraph."""
     packages = ", ".join(f"{name} {number}" for name, number in machine["packages"].items())
     memory = "" if machine["memory_gib"] is None else f", {machine['memory_gib']} GiB"
     return (
@@ -71,7 +71,7 @@ def machine_text(machine: Mapping[str, Any]) -> str:
     )
 
 
-def disturbed(rows: Iterable[Row]) -> int:
-    """How many kept rounds were disturbed by others, over the comparisons of these rows."""
+def disturbed(rows: Iterable[BenchRow]) -> int:
+    """Return how many kept rounds were disturbed by others, over the comparisons of these rows."""
     rounds = {(row.framework, row.case): row.disturbance for row in rows if row.seconds}
-    return sum(each > SHARE for kept in rounds.values() for each in kept)
+    return sum(item > SHARE for kept in rounds.values() for item in kept)

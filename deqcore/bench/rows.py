@@ -13,7 +13,7 @@ FLOATS: Final = ("residual_max", "residual_median", "tolerance", "first_seconds"
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchRow:
     """One contender on one case.
 
     Attributes:
@@ -30,7 +30,7 @@ class Row:
         state: bytes of one state.
         seconds: per kept round.
         reference: seconds per stand-alone evaluation of f beside it, per kept round.
-        disturbance: share of the machine that others used, per kept round.
+        disturbance: share of the machine that other processes used, per kept round.
         dropped: rounds left out for disturbance.
         error: why it could not be measured, if it raised.
     """
@@ -55,23 +55,23 @@ class Row:
     @property
     def overhead(self) -> Spread:
         """Seconds / (evaluations × seconds per f), paired by round; 1.0 is the limit of eager code."""
-        return Spread.of_ratios(self.seconds, [max(1, self.evaluations) * each for each in self.reference])
+        return Spread.of_ratios(self.seconds, [max(1, self.evaluations) * item for item in self.reference])
 
-    def against(self, other: Row) -> Spread:
-        """Seconds of this over seconds of another row of the same comparison, paired by round."""
+    def against(self, other: BenchRow) -> Spread:
+        """Return the seconds of this over seconds of another row of the same comparison, paired by round."""
         return Spread.of_ratios(self.seconds, other.seconds)
 
     def as_dict(self) -> dict[str, object]:
-        """Plain values for JSON, which knows no NaN: None."""
+        """Return plain values for JSON, which knows no NaN: None."""
         return {key: _known(value) for key, value in asdict(self).items()}
 
     @classmethod
-    def of(cls, plain: Mapping[str, Any]) -> Row:
+    def of(cls, plain: Mapping[str, Any]) -> BenchRow:
         """Undo `as_dict`."""
-        found = {each.name: plain[each.name] for each in fields(cls)}
-        blank = {key: math.nan for key in FLOATS if found[key] is None}
-        shares = [math.nan if share is None else share for share in found["disturbance"]]
-        return cls(**found | blank | {"disturbance": shares})
+        result = {item.name: plain[item.name] for item in fields(cls)}
+        blank = {key: math.nan for key in FLOATS if result[key] is None}
+        shares = [math.nan if share is None else share for share in result["disturbance"]]
+        return cls(**result | blank | {"disturbance": shares})
 
 
 def _known(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Every backward strategy on one problem: what it costs and how good its gradient is."""
+"""Compare backward strategies on one problem by cost and accuracy."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ VARIANTS: Final[Mapping[str, Sequence[Mapping[str, object]]]] = MappingProxyType
 )
 """Options under which a built-in strategy is tried; any other is tried with its defaults."""
 
-REFERENCE_PULLS: Final = 200
+REFERENCE_VJPS: Final = 200
 SECONDS = 30.0  # of waiting for undisturbed rounds
 
 
 @dataclass(frozen=True)
-class Choice:
+class StrategyCandidate:
     """A strategy with options."""
 
     strategy: str
@@ -57,25 +57,25 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Row:
-    """What one choice costs and how good it is. NaN: not known, or not measured.
+class ComparisonRow:
+    """Cost and accuracy of one candidate. NaN: unknown or not measured.
 
     Attributes:
-        label: strategy and options, for people.
+        label: strategy and options.
         vjps: vector–Jacobian products, median over the samples; the steps of a strategy that differentiates steps.
-        most_vjps: likewise, the largest.
+        most_vjps: the largest number of products.
         residual: adjoint residual ‖g + Jᵀu − u‖ / ‖g‖, measured and not as reported, the largest.
         estimate: error that the strategy itself reports, the largest.
         missed: samples that it reports as not having met its target.
         cosine: of the gradient of all parameters and inputs with the exact one.
-        norm_ratio: likewise.
-        error: relative difference from the exact one, likewise.
+        norm_ratio: quotient of the norms of the two.
+        error: relative difference between the two.
         worst_cosine: of u, over the samples.
         seconds: median for one gradient, solve included.
         low: lower quartile of the seconds.
         high: upper quartile.
-        memory: bytes by which the process grew meanwhile; None where the system does not tell.
-        failure: why there are no figures, or "".
+        memory: bytes by which the process grew; None if the system does not report it.
+        failure: the reason for missing figures, or "".
     """
 
     label: str
@@ -97,14 +97,14 @@ class Row:
     failure: str = ""
 
     def as_dict(self) -> dict[str, object]:
-        """Plain values; what is not known is None."""
-        found = asdict(self)
-        return {name: None if isinstance(value, float) and np.isnan(value) else value for name, value in found.items()}
+        """Return plain values; what is not known is None."""
+        result = asdict(self)
+        return {name: None if isinstance(value, float) and np.isnan(value) else value for name, value in result.items()}
 
 
 @dataclass(frozen=True)
-class Table:
-    """All choices on one problem.
+class StrategyComparison:
+    """All candidates on one problem.
 
     Attributes:
         rows: one per choice.
@@ -115,7 +115,7 @@ class Table:
         pair: (i, j) if sample i of f(z) was seen to change when sample j of z does.
     """
 
-    rows: Sequence[Row]
+    rows: Sequence[ComparisonRow]
     failed: int
     samples: int
     trust: float
@@ -123,24 +123,24 @@ class Table:
     pair: tuple[int, int] | None = None
 
 
-def candidates() -> Iterator[Choice]:
-    """Every registered strategy, in the options worth trying."""
+def candidates() -> Iterator[StrategyCandidate]:
+    """Yield every registered strategy, in the options worth trying."""
     for name in plugins.strategies():
         for options in VARIANTS.get(name, ({},)):
-            yield Choice(name, options)
+            yield StrategyCandidate(name, options)
 
 
-def survey(
+def compare_strategies(
     harness: Harness,
     backend: Backend,
     f: Callable[..., Tree],
     data: tuple[Tree, Tree, Tree, Tree],
     config: Config,
-    choices: Sequence[Choice],
+    choices: Sequence[StrategyCandidate],
     *,
     rounds: int,
     say: Callable[[str], object] = lambda _: None,
-) -> Table:
+) -> StrategyComparison:
     """Measure the choices on z* = f(z*, params, inputs).
 
     Args:
@@ -151,17 +151,17 @@ def survey(
         config: settings of the forward solve.
         choices: what is measured.
         rounds: of timing, all choices in turn in each; 0: neither time nor memory is measured.
-        say: told what is being done.
+        say: takes messages on progress.
     """
     params, inputs, z0, g = data
-    plan = plan_call(config, _backward(Choice("exact-ift")), z0, (params, inputs))
+    plan = plan_call(config, _backward(StrategyCandidate("exact-ift")), z0, (params, inputs))
     space = plan.space
     raveled, start, cotangent = space.wrap(f), space.ravel(z0), space.ravel_like("cotangent", g)
     args = (params, inputs)
     say("the exact gradient")
     forward = adjoint.solve(plan, raveled, start, args)
     vjp = adjoint.vjp_at(plan, raveled, args, forward)
-    exact, residual, _ = adjoint.by_reference(plan, raveled, args, cotangent, forward, vjp, REFERENCE_PULLS)
+    exact, residual, _ = adjoint.by_reference(plan, raveled, args, cotangent, forward, vjp, REFERENCE_VJPS)
     status = backend.to_numpy(forward.status)
     coupling = adjoint.coupling(plan, vjp, forward)
     with backend.errstate():
@@ -178,34 +178,34 @@ def survey(
         seconds = interleave(tasks, rounds=rounds, budget=SECONDS).seconds
         rows = [_timed(row, seconds[row.label]) if row.label in tasks else row for row in rows]
     failed = int(np.sum(status != int(Status.CONVERGED)))
-    return Table(rows, failed, len(status), float(np.max(residual, initial=0.0)), coupling, pair)
+    return StrategyComparison(rows, failed, len(status), float(np.max(residual, initial=0.0)), coupling, pair)
 
 
 def _measure(
     harness: Harness,
     plan: Plan,
     config: Config,
-    choice: Choice,
+    choice: StrategyCandidate,
     f: Callable[..., Tree],
     raveled: tuple[Callable[..., Array], Array, tuple[Any, ...], Array],
     data: tuple[Tree, Tree, Tree, Tree],
     exact: adjoint.AdjointSolved,
     rounds: int,
-) -> tuple[Row, Callable[[], None] | None]:
-    """A choice's row, and what is to be timed for it.
+) -> tuple[ComparisonRow, Callable[[], None] | None]:
+    """Return a choice's row, and what is to be timed for it.
 
     The forward solve and the exact gradient went through before, so whatever is raised here, by the strategy, the
-    framework or an f that cannot be used in this way, is a property of the choice: its row says so.
+    framework or an f that cannot be used in this way, is a property of the candidate, recorded in its row.
     """
     try:
-        row = _update_status(harness, plan, config, choice, raveled, exact)
+        row = _measure_quality(harness, plan, config, choice, raveled, exact)
         if not rounds:
             return row, None
         task = _gradient(harness, config, choice, f, data)
         task()
         return replace(row, memory=peak_memory(task)), task
     except Exception as error:
-        return Row(choice.label, choice.strategy, dict(choice.options), failure=reason(error)), None
+        return ComparisonRow(choice.label, choice.strategy, dict(choice.options), failure=reason(error)), None
 
 
 def reason(error: Exception) -> str:
@@ -216,7 +216,7 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
-def _backward(choice: Choice) -> dict[str, Any]:
+def _backward(choice: StrategyCandidate) -> dict[str, Any]:
     return {
         "backward__strategy": choice.strategy,
         "backward__options": dict(choice.options),
@@ -226,15 +226,19 @@ def _backward(choice: Choice) -> dict[str, Any]:
     }
 
 
-def _timed(row: Row, seconds: list[float]) -> Row:
+def _timed(row: ComparisonRow, seconds: list[float]) -> ComparisonRow:
     spread = Spread.of(seconds)
     return replace(row, seconds=spread.median, low=spread.low, high=spread.high)
 
 
 def _gradient(
-    harness: Harness, config: Config, choice: Choice, f: Callable[..., Tree], data: tuple[Tree, Tree, Tree, Tree]
+    harness: Harness,
+    config: Config,
+    choice: StrategyCandidate,
+    f: Callable[..., Tree],
+    data: tuple[Tree, Tree, Tree, Tree],
 ) -> Callable[[], None]:
-    """One gradient as a user computes it, compiled where the framework compiles."""
+    """Return one gradient as a user computes it, compiled where the framework compiles."""
     params, inputs, z0, g = data
     settings = _backward(choice)
 
@@ -253,33 +257,33 @@ def _gradient(
     return run
 
 
-def _update_status(
+def _measure_quality(
     harness: Harness,
     plan: Plan,
     config: Config,
-    choice: Choice,
+    choice: StrategyCandidate,
     problem: tuple[Callable[..., Array], Array, tuple[Any, ...], Array],
     exact: adjoint.AdjointSolved,
-) -> Row:
-    """Everything but time and memory."""
+) -> ComparisonRow:
+    """Return everything but time and memory."""
     f, z0, args, g = problem
     backend = plan.backend
-    row = Row(choice.label, choice.strategy, dict(choice.options))
+    row = ComparisonRow(choice.label, choice.strategy, dict(choice.options))
     own = plan_call(config, _backward(choice), plan.space.unravel(z0), args)
 
     def once(z0: Array, args: tuple[Any, ...], g: Array) -> adjoint.AdjointSolved:
         return adjoint.by_strategy(own, f, z0, args, g, adjoint.solve(own, f, z0, args))
 
-    found = adjoint.AdjointSolved(*harness.jit(lambda *data: tuple(vars(once(*data)).values()))(z0, args, g))
-    u, truth = (backend.to_numpy(each.u).astype(np.float64) for each in (found, exact))
-    whole = [flat(backend, each.gradients)[None] for each in (found, exact)]
-    cosine, ratio, error_ = (float(each[0]) for each in compare(*whole))
+    result = adjoint.AdjointSolved(*harness.jit(lambda *data: tuple(vars(once(*data)).values()))(z0, args, g))
+    u, truth = (backend.to_numpy(item.u).astype(np.float64) for item in (result, exact))
+    whole = [flat(backend, item.gradients)[None] for item in (result, exact)]
+    cosine, ratio, error_ = (float(item[0]) for item in compare(*whole))
     row = replace(row, cosine=cosine, norm_ratio=ratio, error=error_, worst_cosine=_least(compare(u, truth)[0]))
-    row = replace(row, residual=_most(backend.to_numpy(found.residual)))
-    if found.report is None:
+    row = replace(row, residual=_most(backend.to_numpy(result.residual)))
+    if result.report is None:
         steps = float(getattr(own.strategy, "steps", np.nan))
         return replace(row, vjps=steps, most_vjps=steps)
-    report = {name: backend.to_numpy(leaf) for name, leaf in found.report._asdict().items()}
+    report = {name: backend.to_numpy(leaf) for name, leaf in result.report._asdict().items()}
     return replace(
         row,
         vjps=float(np.median(report["vjps"])) if report["vjps"].size else 0.0,
@@ -290,15 +294,15 @@ def _update_status(
 
 
 def _most(values: Any) -> float:
-    known = values[~np.isnan(values)]
-    return float(np.max(known)) if known.size else np.nan
+    available = values[~np.isnan(values)]
+    return float(np.max(available)) if available.size else np.nan
 
 
 def _least(values: Any) -> float:
     return float(np.min(values)) if values.size else np.nan
 
 
-def cheapest(rows: Sequence[Row], good: Callable[[Row], bool]) -> Row | None:
-    """The quickest row that is good enough; by vjps where nothing was timed."""
+def cheapest(rows: Sequence[ComparisonRow], good: Callable[[ComparisonRow], bool]) -> ComparisonRow | None:
+    """Return the quickest row that is good enough; by vjps where nothing was timed."""
     fitting = [row for row in rows if not row.failure and good(row)]
     return min(fitting, key=lambda row: (np.nan_to_num(row.seconds), row.vjps), default=None)

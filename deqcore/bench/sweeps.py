@@ -44,7 +44,7 @@ class Point:
     per_f: float
 
     def as_dict(self) -> dict[str, object]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
@@ -69,20 +69,20 @@ def points(
         rounds: of timing.
         seconds: budget of time per step budget.
         clock: see `timing.interleave`.
-        say: told what is being done.
+        say: takes messages on progress.
     """
     ready = harness.ready(case)
     shape = ready.z0.shape
-    found: list[Point] = []
+    results: list[Point] = []
     for budget in budgets:
         say(f"{harness.name}: {case.name} {tuple(shape)}: {budget} steps")
-        solves = {each.name: each.prepare(harness, ready, budget) for each in contenders}
-        counts = {each.name: counted(harness, ready, each, solves[each.name], 0.0, budget) for each in contenders}
+        solves = {item.name: item.prepare(harness, ready, budget) for item in contenders}
+        counts = {item.name: counted(harness, ready, item, solves[item.name], 0.0, budget) for item in contenders}
         tasks = {name: _fixed(solve) for name, solve in solves.items()}
         times = interleave(tasks, evaluation(harness, ready), rounds=rounds, budget=seconds, clock=clock)
         for contender in contenders:
             name = contender.name
-            found.append(
+            results.append(
                 Point(
                     harness.name,
                     case.name,
@@ -96,7 +96,7 @@ def points(
                     _median(times.reference[name]) / harness.queued,
                 )
             )
-    return found
+    return results
 
 
 def _fixed(solve: Callable[[float], object]) -> Callable[[], object]:

@@ -1,4 +1,4 @@
-"""Timing that survives a busy machine: tasks in turn, a reference beside each, disturbed rounds left out."""
+"""Timing on a busy machine: tasks in turn, each next to a reference, without disturbed rounds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Final, Protocol, TypeAlias
 
 from deqcore.bench.machine import Bystanders
 
-Task: TypeAlias = Callable[[], object]
+TimedTask: TypeAlias = Callable[[], object]
 Clock: TypeAlias = Callable[[], float]
 
 LEAST_SECONDS: Final = 0.004  # a shorter task is repeated until it takes this long
@@ -23,8 +23,8 @@ LEAST_ROUNDS: Final = 3
 SHARE: Final = 0.05  # of the machine that others may use in a round that counts as undisturbed
 
 
-class Watch(Protocol):
-    """Which share of the machine others used, known once its block is left; see `machine.Bystanders`."""
+class LoadMeter(Protocol):
+    """The share of the machine that other processes used, known at the end of its block; see `machine.Bystanders`."""
 
     share: float
 
@@ -87,14 +87,14 @@ class _Round:
 
 
 def interleave(
-    tasks: Mapping[str, Task],
-    reference: Task | None = None,
+    tasks: Mapping[str, TimedTask],
+    reference: TimedTask | None = None,
     *,
     rounds: int = 9,
     share: float = SHARE,
     budget: float = 60.0,
     clock: Clock = time.perf_counter,
-    watch: Callable[[], AbstractContextManager[Watch]] = Bystanders,
+    watch: Callable[[], AbstractContextManager[LoadMeter]] = Bystanders,
 ) -> Rounds:
     """Time each task once per round, in rotating order, until enough rounds were undisturbed.
 
@@ -106,45 +106,45 @@ def interleave(
         share: of the machine that others may use in a round that counts as undisturbed.
         budget: seconds after which the quietest rounds are kept even if they were disturbed.
         clock: seconds.
-        watch: makes a context manager that says how disturbed its block was.
+        watch: makes a context manager that measures how disturbed its block was.
     """
     began = clock()
     repeats = {name: _repeats(task, clock) for name, task in tasks.items()}
     beside = _repeats(reference, clock) if reference else 0
-    names, found = list(tasks), []
+    names, result = list(tasks), []
     for attempt in count():
         turn = attempt % len(names)
         order = names[turn:] + names[:turn]
         with _no_collector(), watch() as others:
             laps = {name: _lap(tasks[name], repeats[name], reference, beside, clock) for name in order}
-        found.append(_Round(others.share, laps))
-        late = clock() - began > budget and len(found) >= min(rounds, LEAST_ROUNDS)
-        if late or sum(each.quiet(share) for each in found) >= rounds:
+        result.append(_Round(others.share, laps))
+        late = clock() - began > budget and len(result) >= min(rounds, LEAST_ROUNDS)
+        if late or sum(item.quiet(share) for item in result) >= rounds:
             break
-    kept = _quietest(found, rounds, share)
+    kept = _quietest(result, rounds, share)
     return Rounds(
-        seconds={name: [each.laps[name].seconds for each in kept] for name in names},
-        reference={name: [each.laps[name].reference for each in kept] for name in names},
-        returned={name: [each.laps[name].returned for each in kept] for name in names},
-        disturbance=[each.share for each in kept],
-        dropped=len(found) - len(kept),
+        seconds={name: [item.laps[name].seconds for item in kept] for name in names},
+        reference={name: [item.laps[name].reference for item in kept] for name in names},
+        returned={name: [item.laps[name].returned for item in kept] for name in names},
+        disturbance=[item.share for item in kept],
+        dropped=len(result) - len(kept),
     )
 
 
 def _quietest(found: Sequence[_Round], rounds: int, share: float) -> list[_Round]:
-    """All undisturbed rounds first, then the least disturbed; in the order of time."""
+    """Return all undisturbed rounds first, then the least disturbed; in the order of time."""
     ranked = sorted(range(len(found)), key=lambda i: 0.0 if found[i].quiet(share) else found[i].share)
     return [found[i] for i in sorted(ranked[:rounds])]
 
 
-def _lap(task: Task, repeats: int, reference: Task | None, beside: int, clock: Clock) -> _Lap:
+def _lap(task: TimedTask, repeats: int, reference: TimedTask | None, beside: int, clock: Clock) -> _Lap:
     before = _time(reference, beside, clock)[0] if reference else math.nan
     seconds, returned = _time(task, repeats, clock)
     after = _time(reference, beside, clock)[0] if reference else math.nan
     return _Lap(seconds, (before + after) / 2, returned)
 
 
-def _time(task: Task, repeats: int, clock: Clock) -> tuple[float, object]:
+def _time(task: TimedTask, repeats: int, clock: Clock) -> tuple[float, object]:
     returned: object = None
     start = clock()
     for _ in range(repeats):
@@ -152,7 +152,7 @@ def _time(task: Task, repeats: int, clock: Clock) -> tuple[float, object]:
     return (clock() - start) / repeats, returned
 
 
-def _repeats(task: Task, clock: Clock) -> int:
+def _repeats(task: TimedTask, clock: Clock) -> int:
     once = min(_time(task, 1, clock)[0] for _ in range(2))
     return min(MOST_REPEATS, max(1, math.ceil(LEAST_SECONDS / max(once, 1e-9))))
 

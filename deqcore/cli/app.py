@@ -2,7 +2,7 @@
 
 Commands are records like all plugins: the built-in ones are the table `COMMANDS` in
 `deqcore/plugins/builtin.py` (one line each), others come through the hook `deqcore_commands`. The module of a
-command is imported when it is called, so that `deqcore --help` stays quick.
+command is imported when it is called, so that `deqcore --help` stays fast.
 
 Exit codes: 0 fine, 1 a check failed (the command raises `typer.Exit(1)`), 2 wrong usage or a DeqcoreError.
 """
@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from deqcore import plugins
-from deqcore.cli.output import complain
+from deqcore.cli.output import print_error
 from deqcore.errors import DeqcoreError, PluginError
 from deqcore.plugins.builtin import BUILTIN
 
@@ -25,15 +25,15 @@ class LazyGroup(TyperGroup):
     """Commands by name, from the registry. The help page knows their summaries and imports nothing."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Names of all commands; a conflict between plugins must not cost the user the help page."""
+        """Return the names of all commands; a conflict between plugins must not cost the user the help page."""
         try:
             return list(plugins.commands())
         except PluginError as error:
-            complain(error)
+            print_error(error)
             return list(BUILTIN["command"])
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """A placeholder that knows the name and the summary."""
+        """Return a placeholder that knows the name and the summary."""
         try:
             record = plugins.spec("command", cmd_name)
         except DeqcoreError:
@@ -44,8 +44,8 @@ class LazyGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Import the command that is to be run."""
-        name, found, rest = super().resolve_command(ctx, args)
-        return name, found and command(str(name)), rest
+        name, result, rest = super().resolve_command(ctx, args)
+        return name, result and command(str(name)), rest
 
 
 def command(name: str) -> Any:
@@ -54,7 +54,7 @@ def command(name: str) -> Any:
     if isinstance(target, typer.Typer):
         return typer.main.get_command(target)
     if not callable(target):
-        raise PluginError(f"The command {name!r} is {target!r}, but a typer app or a function is expected.")
+        raise PluginError(f"The command {name!r} must be a typer app or a function (got {target!r}).")
     single = typer.Typer(add_completion=False)
     single.command(name)(target)
     return typer.main.get_command(single)
@@ -89,7 +89,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         typer.main.get_command(app)(args=args, prog_name="deqcore")
     except DeqcoreError as error:
-        complain(error)
+        print_error(error)
         sys.exit(2)
 
 

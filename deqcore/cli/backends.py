@@ -1,4 +1,4 @@
-"""`deqcore backends`: which frameworks are there."""
+"""`deqcore backends`: the frameworks and whether they are installed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from deqcore import plugins
-from deqcore.cli.output import AsJson, complain, show
+from deqcore.cli.output import AsJson, print_error, show
 from deqcore.config.project import load_plugins
 from deqcore.errors import DeqcoreError, installing
 from deqcore.plugins import BackendSpec
@@ -19,12 +19,12 @@ COLUMNS = ("name", "summary", "installed", "version", "device", "remedy")
 def command(
     devices: Annotated[
         bool,
-        typer.Option("--devices", help="Show where arrays live by default; this imports the frameworks."),
+        typer.Option("--devices", help="Show the default device; this imports the frameworks."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List the backends, whether their frameworks are installed, and in which version."""
-    load_plugins(complain)
+    """List the backends, with the installed versions of their frameworks."""
+    load_plugins(print_error)
     rows = [_row(spec, devices) for spec in plugins.backends().values()]
     show(rows, COLUMNS, as_json=as_json)
 

@@ -1,4 +1,4 @@
-"""`deqcore bench`: what each solver costs beside the evaluations of f."""
+"""`deqcore bench`: solve time compared with the time of the evaluations of f."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from deqcore.errors import ProblemError, did_you_mean, listing
 if TYPE_CHECKING:
     from deqcore.bench.cases import Case
     from deqcore.bench.harness import Harness
-    from deqcore.bench.rows import Row
+    from deqcore.bench.rows import BenchRow
 
 
 def command(
@@ -32,12 +32,14 @@ def command(
     backend: Annotated[str, typer.Option(help="The backend to measure on.")] = "auto",
     batch: Annotated[int | None, typer.Option(min=1, help="Samples in the batch. Default: the case's own.")] = None,
     size: Annotated[int | None, typer.Option(min=4, help="Numbers per sample. Default: the case's own.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads that may be used. Default: all cores.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Number of threads. Default: all cores.")] = None,
     rtol: Annotated[float, typer.Option(min=0.0, help="Relative residual to reach, per sample.")] = 1e-5,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of timing.")] = 7,
-    budget: Annotated[float, typer.Option(min=0.0, help="Seconds for the timing of a case on a busy machine.")] = 20.0,
-    quick: Annotated[bool, typer.Option("--quick", help="Small and short: a first look, no measurement.")] = False,
-    out: Annotated[Path | None, typer.Option(help="A folder for results.json, a table and a plot.")] = None,
+    budget: Annotated[
+        float, typer.Option(min=0.0, help="Time limit in seconds for timing one case on a busy machine.")
+    ] = 20.0,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes and few rounds, for a first look.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for results.json, a table and a plot.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Time the solvers: seconds, evaluations of f, residual, overhead, memory.
@@ -63,14 +65,14 @@ def command(
 
     if quick:
         rounds, budget = min(3, rounds), min(2.0, budget)
-    rows: list[Row] = []
-    for each in cases:
-        contenders = ours(solvers, each, harness.traced)
-        rows += compare(harness, each, contenders, rounds=rounds, budget=budget, say=say)
+    rows: list[BenchRow] = []
+    for item in cases:
+        contenders = ours(solvers, item, harness.traced)
+        rows += compare(harness, item, contenders, rounds=rounds, budget=budget, say=say)
     _answer(rows, out, as_json, harness.package)
 
 
-def _answer(rows: list[Row], out: Path | None, as_json: bool, package: str | None) -> None:
+def _answer(rows: list[BenchRow], out: Path | None, as_json: bool, package: str | None) -> None:
     from deqcore.bench import plots
     from deqcore.bench.report import COLUMNS, cells, machine_text, markdown
 
@@ -93,8 +95,8 @@ def _harness(name: str) -> Harness:
     from deqcore.api import get_backend
     from deqcore.bench.harness import Harness
 
-    found = get_backend(backend=name)
-    return Harness.of(found, plugins.backends()[found.name].package)
+    result = get_backend(backend=name)
+    return Harness.of(result, plugins.backends()[result.name].package)
 
 
 def _solvers(named: list[str] | None) -> list[str]:

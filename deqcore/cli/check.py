@@ -1,30 +1,28 @@
-"""`deqcore check`: prove gradients, backends, solvers and strategies right. Exit 0 if all agree, 1 if not."""
+"""`deqcore check`: check gradients, backends, solvers and strategies. Exits with status 1 if a check fails."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from typing import Annotated, Final
 
 import typer
-from rich.console import Console
 
 from deqcore.cli import conformance
-from deqcore.cli.output import AsJson
+from deqcore.cli.output import AsJson, progress_printer
 from deqcore.config import Config
 from deqcore.errors import ConfigError, did_you_mean, listing
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
-for each in (conformance.backend, conformance.solver, conformance.strategy):
-    app.command()(each)
+for item in (conformance.backend, conformance.solver, conformance.strategy):
+    app.command()(item)
 
 DTYPES: Final = ("float64", "float32")
 
 
 @app.callback()
 def check() -> None:
-    """Prove gradients, backends, solvers and strategies right."""
+    """Check gradients, backends, solvers and strategies."""
 
 
 @app.command()
@@ -41,21 +39,23 @@ def gradients(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare solutions and gradients with stored truths and across frameworks.
+    """Compare solutions and gradients with stored reference values and across frameworks.
 
-    Every backend × solver × strategy runs on golden problems. Exact strategies must agree with the truth within a
-    bound from tolerance, dtype and condition; approximate ones must agree between frameworks after the same steps.
-    Each framework runs in a process of its own.
+    Every backend × solver × strategy runs on golden problems. Exact strategies must agree with the reference
+    within a bound from tolerance, dtype and condition. Approximate strategies must agree between frameworks after the
+    same number of steps. Each framework runs in its own process.
     """
-    from deqcore.testing import gradients as golden
-    from deqcore.testing import render, user_problems
+    from deqcore.testing.gradients import render, user_problems
+    from deqcore.testing.gradients import sweep as golden
 
     Config.discover()
     start = time.perf_counter()
     dtypes = _dtypes(dtype or [])
     chosen = (backend or (), solver or (), strategy or (), dtypes)
-    tell = _teller(as_json)
-    report = golden.check(*chosen, tell) if problem is None else user_problems.check_own(problem, *chosen, tell)
+    tell = progress_printer(as_json)
+    report = (
+        golden.check(*chosen, tell) if problem is None else user_problems.check_user_problem(problem, *chosen, tell)
+    )
     seconds = time.perf_counter() - start
     if as_json:
         typer.echo(json.dumps(render.as_json(report, seconds), indent=2))
@@ -69,13 +69,5 @@ def gradients(
 def _dtypes(named: list[str]) -> tuple[str, ...]:
     for name in named:
         if name not in DTYPES:
-            raise ConfigError(f"--dtype {name!r}.{did_you_mean(name, DTYPES)} Checked are: {listing(DTYPES)}.")
+            raise ConfigError(f"--dtype {name!r}.{did_you_mean(name, DTYPES)} Available: {listing(DTYPES)}.")
     return tuple(dict.fromkeys(named)) or DTYPES
-
-
-def _teller(quiet: bool) -> Callable[[str], None]:
-    """Progress for people, on stderr and only on a terminal."""
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        return lambda _: None
-    return lambda line: console.print(line, style="dim")

@@ -1,4 +1,4 @@
-"""`deqcore config show`: each setting, its value, and where it came from."""
+"""`deqcore config show`: each setting, its value and its origin."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def show_config(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show each setting with where it came from. Exit code 2: a name or an option that nobody has."""
-    found = Config.discover(path)
+    """Show each setting with its origin. Exits with status 2 if a name or an option is not registered."""
+    result = Config.discover(path)
     rows = [
         {"setting": name, "value": value if as_json else json.dumps(value, default=str), "origin": origin}
-        for name, value, origin in found.items()
+        for name, value, origin in result.items()
     ]
     show(rows, COLUMNS, as_json=as_json)
-    if found.backend != "auto":
-        plugins.spec("backend", found.backend)
-    plugins.make_solver(found.forward.solver, found.forward.options)
-    plugins.make_strategy(found.backward.strategy, found.backward.options)
+    if result.backend != "auto":
+        plugins.spec("backend", result.backend)
+    plugins.make_solver(result.forward.solver, result.forward.options)
+    plugins.make_strategy(result.backward.strategy, result.backward.options)

@@ -4,35 +4,36 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
-from rich.console import Console
 
-from deqcore.cli.output import AsJson
+from deqcore.cli.output import AsJson, progress_printer
 from deqcore.config import Config
 from deqcore.errors import ConfigError
 
 if TYPE_CHECKING:
-    from deqcore.testing.runner import Request
+    from deqcore.testing.runner.conformance import SubjectKind
 
-Name: TypeAlias = Annotated[str, typer.Argument(help="Its registered name.")]
+Name: TypeAlias = Annotated[str, typer.Argument(help="The registered name.")]
 Backends: TypeAlias = Annotated[
     list[str] | None,
     typer.Option("--backend", help="Run on this backend only; may be repeated. Default: strict and all installed."),
 ]
-Device: TypeAlias = Annotated[str | None, typer.Option(help="Where the arrays are, such as cuda. Default: the host.")]
+Device: TypeAlias = Annotated[str | None, typer.Option(help="Device of the arrays, such as cuda. Default: the host.")]
 OptionsText: TypeAlias = Annotated[str | None, typer.Option("--options", help="Its options, as a JSON object.")]
-ClaimsText: TypeAlias = Annotated[
+CostBounds: TypeAlias = Annotated[
     str | None,
-    typer.Option("--cost_bounds", help="Golden problems that it solves with these options, and at what cost, as JSON."),
+    typer.Option(
+        "--cost-bounds", help="Golden problems that it solves with these options, each with its largest cost, as JSON."
+    ),
 ]
 Expect: TypeAlias = Annotated[
-    Path | None, typer.Option(help="TOML file of expected failures, test = 'reason'; one that passes is a failure.")
+    Path | None, typer.Option(help="TOML file of expected failures, test = 'reason'. One that passes is a failure.")
 ]
-Junit: TypeAlias = Annotated[Path | None, typer.Option(help="Write JUnit's XML to this file.")]
+Junit: TypeAlias = Annotated[Path | None, typer.Option(help="Write JUnit XML to this file.")]
 Select: TypeAlias = Annotated[str | None, typer.Option("--select", "-k", help="Only tests whose names match.")]
 
 
@@ -44,10 +45,8 @@ def backend(
     select: Select = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a backend: arrays, histories, loops, derivatives, gradients against stored truths."""
-    from deqcore.testing.runner import Request
-
-    report(Request("backend", name, (), device, expect=expect, select=select), junit, as_json)
+    """Check a backend: arrays, histories, loops, derivatives, and gradients against stored reference values."""
+    run("backend", name, (), device, None, None, expect, junit, select, as_json)
 
 
 def solver(
@@ -55,17 +54,14 @@ def solver(
     on: Backends = None,
     device: Device = None,
     options: OptionsText = None,
-    cost_bounds: ClaimsText = None,
+    cost_bounds: CostBounds = None,
     expect: Expect = None,
     junit: Junit = None,
     select: Select = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a solver: honest statuses everywhere, and convergence where plain iteration converges or it cost_bounds it."""
-    from deqcore.testing.runner import Request
-
-    given = checked(options), checked(cost_bounds, "--cost_bounds", '{"slow-modes": 60}')
-    report(Request("solver", name, tuple(on or ()), device, *given, expect, select), junit, as_json)
+    """Check a solver: correct statuses, convergence where Picard iteration converges, and its cost bounds."""
+    run("solver", name, on, device, options, cost_bounds, expect, junit, select, as_json)
 
 
 def strategy(
@@ -73,58 +69,68 @@ def strategy(
     on: Backends = None,
     device: Device = None,
     options: OptionsText = None,
-    cost_bounds: ClaimsText = None,
+    cost_bounds: CostBounds = None,
     expect: Expect = None,
     junit: Junit = None,
     select: Select = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a backward strategy: against closed forms, stored truths and its own report."""
-    from deqcore.testing.runner import Request
-
-    given = checked(options), checked(cost_bounds, "--cost_bounds", '{"slow-modes": 60}')
-    report(Request("strategy", name, tuple(on or ()), device, *given, expect, select), junit, as_json)
+    """Check a backward strategy against closed forms, stored reference values and its own report."""
+    run("strategy", name, on, device, options, cost_bounds, expect, junit, select, as_json)
 
 
-def checked(text: str | None, option: str = "--options", example: str = '{"history_size": 5}') -> str | None:
-    """Text that is a JSON object."""
-    try:
-        if text is None or isinstance(json.loads(text), dict):
-            return text
-    except ValueError:
-        pass
-    raise ConfigError(f"{option} {text!r}, but a JSON object is expected, such as '{example}'.")
+def run(
+    kind: SubjectKind,
+    name: str,
+    on: Sequence[str] | None,
+    device: str | None,
+    options: str | None,
+    cost_bounds: str | None,
+    expect: Path | None,
+    junit: Path | None,
+    select: str | None,
+    as_json: bool,
+) -> None:
+    """Run the suite, print its outcomes, and exit with status 1 if a test failed."""
+    from deqcore.testing.gradients.render import console
+    from deqcore.testing.runner import conformance, render
+    from deqcore.testing.runner.conformance import SuiteRequest
 
-
-def report(request: Request, junit: Path | None, as_json: bool) -> None:
-    """Run, print, and exit with 1 if a test failed."""
-    from deqcore.testing import runner, runner_render
-    from deqcore.testing.render import console
-
+    check_json("--options", options, '{"history_size": 5}')
+    check_json("--cost-bounds", cost_bounds, '{"slow-modes": 60}')
     Config.discover()
-    if junit is not None and not junit.parent.is_dir():
-        raise ConfigError(f"--junit {str(junit)!r}: there is no folder {str(junit.parent)!r}.")
-    if junit is not None and junit.is_dir():
-        raise ConfigError(f"--junit {str(junit)!r} is a directory, but the name of a file to write is expected.")
-    if request.expect is not None and not request.expect.is_file():
-        found = "is a directory, but a TOML file is expected" if request.expect.is_dir() else "there is no such file"
-        raise ConfigError(f"--expect {str(request.expect)!r}: {found}.")
+    check_paths(junit, expect)
+    request = SuiteRequest(kind, name, tuple(on or ()), device, options, cost_bounds, expect, select)
     start = time.perf_counter()
-    outcomes = runner.check(request, teller(as_json))
+    outcomes = conformance.check(request, progress_printer(as_json))
     seconds = time.perf_counter() - start
     if junit is not None:
-        junit.write_text(runner_render.junit(request, outcomes), encoding="utf-8")
+        junit.write_text(render.junit(request, outcomes), encoding="utf-8")
     if as_json:
-        typer.echo(json.dumps(runner_render.as_json(request, outcomes, seconds), indent=2))
+        typer.echo(json.dumps(render.as_json(request, outcomes, seconds), indent=2))
     else:
-        console().print(runner_render.table(request, outcomes, seconds))
-    if not runner.ok(outcomes):
+        console().print(render.table(request, outcomes, seconds))
+    if not conformance.ok(outcomes):
         raise typer.Exit(1)
 
 
-def teller(quiet: bool) -> Callable[[str], None]:
-    """Progress for people, on stderr and only on a terminal."""
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        return lambda _: None
-    return lambda line: console.print(line, style="dim")
+def check_json(option: str, text: str | None, example: str) -> None:
+    """Raise a ConfigError unless the text is a JSON object."""
+    try:
+        if text is None or isinstance(json.loads(text), dict):
+            return
+    except ValueError:
+        pass
+    raise ConfigError(f"{option} must be a JSON object, such as '{example}' (got {text!r}).")
+
+
+def check_paths(junit: Path | None, expect: Path | None) -> None:
+    """Raise a ConfigError unless `junit` can be written and `expect` is a file."""
+    if junit is not None and not junit.parent.is_dir():
+        raise ConfigError(f"--junit {str(junit)!r}: the folder {str(junit.parent)!r} does not exist.")
+    if junit is not None and junit.is_dir():
+        raise ConfigError(f"--junit must be the name of a file to write (got the directory {str(junit)!r}).")
+    if expect is not None and expect.is_dir():
+        raise ConfigError(f"--expect must be a TOML file (got the directory {str(expect)!r}).")
+    if expect is not None and not expect.is_file():
+        raise ConfigError(f"--expect {str(expect)!r}: there is no such file.")

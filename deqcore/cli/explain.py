@@ -17,8 +17,15 @@ from deqcore.abc.backend import Backend
 from deqcore.api import get_backend
 from deqcore.bench.harness import Harness
 from deqcore.bench.machine import describe
-from deqcore.bench.strategy_comparison import Choice, Row, Table, candidates, cheapest, survey
-from deqcore.cli.output import AsJson, show
+from deqcore.bench.strategy_comparison import (
+    ComparisonRow,
+    StrategyCandidate,
+    StrategyComparison,
+    candidates,
+    cheapest,
+    compare_strategies,
+)
+from deqcore.cli.output import AsJson, progress_printer, show
 from deqcore.config import Config
 from deqcore.config import resolve as resolve_settings
 from deqcore.errors import BackendError, ConfigError, ProblemError, did_you_mean, listing
@@ -46,44 +53,47 @@ DTYPES: Final = ("float32", "float64")
 def command(
     problem: Annotated[
         str,
-        typer.Option("--problem", "-p", help="Your problem, path/to/file.py:name, or the name of a golden one."),
+        typer.Option("--problem", "-p", help="Your problem, path/to/file.py:name, or the name of a golden problem."),
     ] = "mlp",
     backend: Annotated[str, typer.Option(help="The backend to run on.")] = "auto",
     solver: Annotated[str, typer.Option(help="The forward solver. Default: as configured.")] = "",
     accuracy: Annotated[
-        str, typer.Option(help="What the gradient must be: a cosine, such as 0.99, or error=0.05 (relative).")
+        str,
+        typer.Option(
+            help="Required accuracy of the gradient: a cosine, such as 0.99, or a relative error, error=0.05."
+        ),
     ] = "0.99",
     dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
-    rounds: Annotated[int, typer.Option(min=0, help="Rounds of timing; 0: neither time nor memory.")] = 9,
+    rounds: Annotated[int, typer.Option(min=0, help="Rounds of timing; 0 measures neither time nor memory.")] = 9,
     as_json: AsJson = False,
 ) -> None:
-    """Compare all backward strategies on a problem, and name the cheapest that is accurate enough.
+    """Compare all backward strategies on a problem and name the cheapest that is accurate enough.
 
-    Forward settings come from deq.toml and the environment. The exact gradient that all are compared with is solved
-    for to rounding. Exit code 1: no strategy is accurate enough.
+    Forward settings come from deq.toml and the environment. The reference is the exact gradient,
+    solved to rounding error. Exits with status 1 if no strategy is accurate enough.
     """
     good, asked = _accuracy(accuracy)
     config = _config(backend, solver)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "backend = 'auto'")  # what it took stands below the table
-        found = get_backend(config)
+        warnings.filterwarnings("ignore", "backend = 'auto'")  # the backend is named below the table
+        result = get_backend(config)
     task = _problem(problem)
-    table = _survey(found, task, config, dtype, rounds, _teller(as_json))
+    table = _survey(result, task, config, dtype, rounds, progress_printer(as_json))
     best = cheapest(table.rows, good)
-    verdict = _status_arrays(best, table, asked)
+    verdict = _verdict(best, table, asked)
     if as_json:
-        typer.echo(json.dumps(_as_json(table, task, found, config, asked, best, verdict), indent=2))
+        typer.echo(json.dumps(_as_json(table, task, result, config, asked, best, verdict), indent=2))
     else:
         show([_cells(row) for row in table.rows], COLUMNS, as_json=False)
-        for line in _notes(table, task, found, config, timed=rounds > 0):
+        for line in _notes(table, task, result, config, timed=rounds > 0):
             Console().print(Text(line, style="dim"), soft_wrap=True)
         Console().print(Text(verdict, style="bold" if best else "bold red"), soft_wrap=True)
     if best is None:
         raise typer.Exit(1)
 
 
-def _accuracy(text: str) -> tuple[Callable[[Row], bool], str]:
-    """What is asked for, as a test and in words.
+def _accuracy(text: str) -> tuple[Callable[[ComparisonRow], bool], str]:
+    """Return the required accuracy as a predicate and as text.
 
     Raises:
         ConfigError: it is neither a cosine nor an error.
@@ -126,8 +136,8 @@ def _problem(name: str) -> Problem:
 
 def _survey(
     backend: Backend, problem: Problem, config: Config, dtype: str, rounds: int, say: Callable[[str], object]
-) -> Table:
-    """Convert the data and measure; an error in the user's f says where it was raised."""
+) -> StrategyComparison:
+    """Convert the data and measure; an error in the user's f names the line that raised it."""
     if problem.backends is not None and backend.name not in problem.backends:
         raise ProblemError(
             f"Problem {problem.name!r} is written for {listing(problem.backends)}, but the backend is "
@@ -146,7 +156,7 @@ def _survey(
             raise
 
     try:
-        return survey(
+        return compare_strategies(
             harness, backend, watched, _data(problem, dtype, backend), config, _choices(config), rounds=rounds, say=say
         )
     except Exception as error:
@@ -155,17 +165,17 @@ def _survey(
         raise
 
 
-def _choices(config: Config) -> list[Choice]:
-    """All candidates, and the configured one where it is none of them."""
-    found = list(candidates())
-    own = Choice(config.backward.strategy, dict(config.backward.options))
-    plugins.make_strategy(own.strategy, own.options)  # a typo of the user's is no property of the problem
-    known = [(each.strategy, dict(each.options)) for each in found]
-    return found if (own.strategy, dict(own.options)) in known else [*found, own]
+def _choices(config: Config) -> list[StrategyCandidate]:
+    """Return all candidates, and the configured one where it is none of them."""
+    result = list(candidates())
+    own = StrategyCandidate(config.backward.strategy, dict(config.backward.options))
+    plugins.make_strategy(own.strategy, own.options)  # a typo is an error of the user, not of the problem
+    available = [(item.strategy, dict(item.options)) for item in result]
+    return result if (own.strategy, dict(own.options)) in available else [*result, own]
 
 
 def _data(problem: Problem, dtype: str, backend: Backend) -> tuple[Tree, Tree, Tree, Tree]:
-    """Parameters, inputs, z0 and cotangent as arrays of the backend."""
+    """Return the parameters, inputs, z0 and cotangent as arrays of the backend."""
     import numpy as np
 
     if dtype not in DTYPES:
@@ -188,7 +198,7 @@ def _data(problem: Problem, dtype: str, backend: Backend) -> tuple[Tree, Tree, T
     return params, inputs, z0, g
 
 
-def _status_arrays(best: Row | None, table: Table, asked: str) -> str:
+def _verdict(best: ComparisonRow | None, table: StrategyComparison, asked: str) -> str:
     if best is not None:
         options = ", ".join(f"{name} = {_toml(value)}" for name, value in best.options.items())
         setting = f"backward.strategy = {best.strategy!r}" + (
@@ -213,15 +223,15 @@ def _toml(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else repr("none" if value is None else value)
 
 
-def _notes(table: Table, problem: Problem, backend: Backend, config: Config, *, timed: bool) -> list[str]:
+def _notes(table: StrategyComparison, problem: Problem, backend: Backend, config: Config, *, timed: bool) -> list[str]:
     lines = [
         f"{problem.name}: {table.samples} samples, backend {backend.name}, solver {config.forward.solver}.",
         "vjps: vector–Jacobian products, median (most) per sample; for phantom and unrolled the steps differentiated.",
-        "residual: measured; estimate: reported; worst sample. missed: samples that it says missed their target.",
+        "residual: measured; estimate: reported; worst sample. missed: samples reported to have missed their target.",
         "cosine, norm ratio: of all gradients (parameters, inputs) against the exact ones; worst: u of the worst one.",
     ]
     if timed:
-        lines.append("ms: one gradient with its solve, median (quartiles). memory: growth of the process meanwhile.")
+        lines.append("ms: one gradient with its solve, median (quartiles). memory: growth of the process during it.")
     if table.failed:
         lines.append(
             f"{table.failed} of {table.samples} samples did not converge in the forward solve: no gradient is right "
@@ -234,8 +244,8 @@ def _notes(table: Table, problem: Problem, backend: Backend, config: Config, *, 
     return lines
 
 
-def _cells(row: Row) -> dict[str, object]:
-    """Text of one line of the table."""
+def _cells(row: ComparisonRow) -> dict[str, object]:
+    """Return the text of one line of the table."""
 
     def number(value: float, form: str) -> str:
         return "" if math.isnan(value) else format(value, form)
@@ -260,7 +270,13 @@ def _cells(row: Row) -> dict[str, object]:
 
 
 def _as_json(
-    table: Table, problem: Problem, backend: Backend, config: Config, asked: str, best: Row | None, verdict: str
+    table: StrategyComparison,
+    problem: Problem,
+    backend: Backend,
+    config: Config,
+    asked: str,
+    best: ComparisonRow | None,
+    verdict: str,
 ) -> dict[str, object]:
     return {
         "problem": problem.name,
@@ -277,11 +293,3 @@ def _as_json(
         "verdict": verdict,
         "machine": describe(),
     }
-
-
-def _teller(quiet: bool) -> Callable[[str], None]:
-    """Progress for people, on stderr and only on a terminal."""
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        return lambda _: None
-    return lambda line: console.print(line, style="dim")

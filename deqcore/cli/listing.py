@@ -1,4 +1,4 @@
-"""What the listings of solvers and strategies have in common: registered dataclasses and their options."""
+"""Rows for the listings of registered dataclasses and their options."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deqcore.plugins import Kind, Spec
 
 
 def rows(kind: Kind, specs: Iterable[Spec], facts: Mapping[str, str]) -> list[dict[str, object]]:
-    """One row per record; a target that cannot be imported becomes its row's status.
+    """Return one row per spec; a target that cannot be imported gives the status "broken".
 
     Args:
         kind: of the records.
@@ -34,12 +34,12 @@ def _row(kind: Kind, spec: Spec, facts: Mapping[str, str]) -> dict[str, object]:
         cls: Any = plugins.load(kind, spec.name)
     except PluginError as error:
         return row | {"status": "broken", "reason": str(error), "options": {}}
-    known = {column: getattr(cls, attribute, None) for column, attribute in facts.items()}
-    return row | known | {"options": options(cls)}
+    available = {column: getattr(cls, attribute, None) for column, attribute in facts.items()}
+    return row | available | {"options": options(cls)}
 
 
 def options(cls: type) -> dict[str, object]:
-    """The options of a solver or strategy with their defaults; one without a default is "required"."""
+    """Return the options of a solver or strategy with their defaults; one without a default is "required"."""
     return {name: _default(field) for name, field in options_of(cls).items()} if is_dataclass(cls) else {}
 
 

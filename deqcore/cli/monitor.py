@@ -1,4 +1,4 @@
-"""`deqcore monitor`: look at what a Monitor has logged."""
+"""`deqcore monitor`: show the log of a Monitor."""
 
 from __future__ import annotations
 
@@ -11,53 +11,55 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
-from deqcore.cli.output import AsJson, complain, show
+from deqcore.cli.output import AsJson, print_error, show
 from deqcore.errors import MonitorError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
-LogPath = Annotated[Path, typer.Argument(help="The log, as the sink jsonl writes it.")]
+LogPath = Annotated[Path, typer.Argument(help="The log that the sink jsonl writes.")]
 
 
 @app.callback()
 def monitor() -> None:
-    """Look at what a Monitor has logged."""
+    """Show the log of a Monitor."""
 
 
 @app.command()
 def watch(
     log: LogPath,
-    window: Annotated[int, typer.Option(min=1, help="Solves that the statistics are taken over.")] = 100,
-    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between looks at the file.")] = 1.0,
-    once: Annotated[bool, typer.Option("--once", help="Print one frame and end.")] = False,
+    window: Annotated[int, typer.Option(min=1, help="Number of solves in the statistics.")] = 100,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between reads of the file.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Print one frame and exit.")] = False,
 ) -> None:
-    """Follow a log in the terminal. Ctrl-C ends it; where the output is no terminal, one frame is printed."""
-    from deqcore.monitor.log import Tail
-    from deqcore.monitor.watch import view
+    """Follow a log in the terminal. Ctrl-C ends it. If the output is not a terminal, print one frame."""
+    from deqcore.monitor.live import live_view
+    from deqcore.monitor.log.reader import Tail
 
     tail = Tail(log)
     console = Console()
     if once or not console.is_terminal:
         console = console if console.is_terminal else Console(width=120)
-        console.print(view(tail.finish(), window, console.width))
+        console.print(live_view(tail.finish(), window, console.width))
         return
     try:
-        with Live(view(tail.log, window, console.width), console=console, screen=True, auto_refresh=False) as live:
+        with Live(live_view(tail.log, window, console.width), console=console, screen=True, auto_refresh=False) as live:
             while True:
                 time.sleep(interval)
                 tail.poll()
-                live.update(view(tail.log, window, console.width), refresh=True)
+                live.update(live_view(tail.log, window, console.width), refresh=True)
     except KeyboardInterrupt:
-        console.print(view(tail.log, window, console.width))
+        console.print(live_view(tail.log, window, console.width))
 
 
 @app.command()
 def report(
     log: LogPath,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page. Default: the log's name, .html.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The HTML file. Default: the name of the log, with .html.")
+    ] = None,
 ) -> None:
-    """Write an HTML page about a log: one file, no network."""
-    from deqcore.monitor.log import read
+    """Write a self-contained HTML report of a log."""
+    from deqcore.monitor.log.reader import read
     from deqcore.monitor.report import render
 
     target = log.with_suffix(".html") if out is None else out
@@ -75,7 +77,7 @@ def metrics(as_json: AsJson = False) -> None:
     from deqcore.monitor.metrics import COUNTERS, STANDARD
 
     listed = [*STANDARD, *(metric for metric, _ in COUNTERS)]
-    rows = [{"metric": each.name, "unit": each.unit, "meaning": each.help} for each in listed]
+    rows = [{"metric": item.name, "unit": item.unit, "meaning": item.help} for item in listed]
     show(rows, ("metric", "unit", "meaning"), as_json=as_json)
 
 
@@ -86,7 +88,7 @@ def sinks(as_json: AsJson = False) -> None:
     from deqcore.cli import listing
     from deqcore.config import project
 
-    project.load_plugins(complain)
+    project.load_plugins(print_error)
     show(
         listing.rows("sink", plugins.sinks().values(), {"keeps": "keeps"}),
         ("name", "options", "summary", "status", "reason"),
@@ -97,6 +99,6 @@ def sinks(as_json: AsJson = False) -> None:
 @app.command()
 def dashboard() -> None:
     """Print the Grafana dashboard that goes with the sinks prometheus and prometheus-textfile."""
-    from deqcore.monitor.dashboard import load
+    from deqcore.monitor.report import load
 
     typer.echo(json.dumps(load(), indent=2, ensure_ascii=False))

@@ -1,9 +1,9 @@
-"""How listings and errors are printed: a table for people, JSON for programs."""
+"""Print listings as tables or JSON, and errors."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Final, TypeAlias
 
 import typer
@@ -14,25 +14,25 @@ from rich.text import Text
 
 from deqcore.errors import DeqcoreError
 
-Row: TypeAlias = Mapping[str, object]
+TableRow: TypeAlias = Mapping[str, object]
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 STYLES: Final = {"ok": "green", "heavy": "yellow", "broken": "red", "conflict": "red", "disabled": "dim"}
 
 
-def show(rows: Sequence[Row], columns: Iterable[str], *, as_json: bool, empty: str = "Nothing to show.") -> None:
+def show(rows: Sequence[TableRow], columns: Iterable[str], *, as_json: bool, empty: str = "Nothing to show.") -> None:
     """Print rows.
 
     Args:
         rows: one mapping per row; JSON gets all of it.
         columns: which of its keys the table shows, in order; one that is empty in all rows is left out.
         as_json: print a JSON list.
-        empty: what to say instead of a table without rows.
+        empty: the text if there are no rows.
     """
     if as_json:
         typer.echo(json.dumps(rows, indent=2, default=str))
         return
-    # Where the output is no terminal, rich would assume 80 columns and cut what a script wants to read.
+    # If the output is not a terminal, rich assumes 80 columns and cuts text that a script may read.
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)
@@ -47,10 +47,18 @@ def show(rows: Sequence[Row], columns: Iterable[str], *, as_json: bool, empty: s
     console.print(table)
 
 
-def complain(error: DeqcoreError) -> None:
+def print_error(error: DeqcoreError) -> None:
     """Print an error's message, red, to stderr."""
     text = Text(str(error), style="red")
     Console(stderr=True).print(Text("Error: ", style="bold red") + text, soft_wrap=True)
+
+
+def progress_printer(quiet: bool) -> Callable[[str], None]:
+    """Return a function that prints progress dimly to stderr if that is a terminal."""
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        return lambda _: None
+    return lambda line: console.print(line, style="dim")
 
 
 def _cell(value: object) -> Text:

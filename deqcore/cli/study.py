@@ -20,20 +20,25 @@ def command(
     file: Annotated[
         Path | None, typer.Argument(help="A TOML file with a table [study]. Default: digits, three strategies.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Where results go. Default: study-NAME.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for results. Default: study-NAME.")] = None,
     backend: Annotated[
-        list[str] | None, typer.Option(help="torch, jax, or any with a trainer; may be repeated. Default: the file's.")
+        list[str] | None,
+        typer.Option(help="torch, jax, or any with a trainer; may be repeated. Default: from the file."),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="Where models live: auto, cpu, cuda, … Default: the file's.")
+        str | None, typer.Option(help="Device of the models: auto, cpu, cuda, … Default: from the file.")
     ] = None,
-    language: Annotated[str | None, typer.Option(help="Of the report: en or ja.")] = None,
-    data: Annotated[str | None, typer.Option(help="Your own data, module:function; gives a Dataset.")] = None,
-    model: Annotated[str | None, typer.Option(help="Your own model, module:Class, a deqcore.study Model.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and how long it will take.")] = False,
-    retry: Annotated[bool, typer.Option("--retry", help="Train again what failed before.")] = False,
-    jobs: Annotated[int, typer.Option(min=1, help="Trainings at a time.")] = 1,
-    executor: Annotated[str, typer.Option(help="local, or ray: the machines of a Ray cluster.")] = "local",
+    language: Annotated[str | None, typer.Option(help="Language of the report: en or ja.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Your data, module:function; the function returns a Dataset.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Your model, module:Class, a subclass of deqcore.study.models.Model.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan with an estimate of the time.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Repeat trainings that failed.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Number of trainings at a time.")] = 1,
+    executor: Annotated[str, typer.Option(help="local, or ray for a Ray cluster.")] = "local",
 ) -> None:
     """Train, measure, compare, report.
 
@@ -43,12 +48,12 @@ def command(
     for package in NEEDED:
         if find_spec(package) is None:
             raise MissingExtraError.of("`deqcore study`", package, "study")
-    from deqcore.study.main import Request, study
+    from deqcore.study.main import StudyRequest, study
 
     if executor not in ("local", "ray"):
         raise ConfigError.bad_value("The command line", "--executor", executor, "'local' or 'ray'")
     table, origin = _table(file)
-    asked = Request(
+    asked = StudyRequest(
         table=table,
         origin=origin,
         changes={"backends": backend, "device": device, "language": language},
@@ -68,7 +73,7 @@ def command(
 
 
 def _table(file: Path | None) -> tuple[dict[str, Any], str]:
-    """The table `[study]`, and where it was written."""
+    """Return the table `[study]`, and where it was written."""
     config = Config.discover(file)
     table = config.section("study")
     if file is not None and not table:
@@ -81,8 +86,8 @@ def _table(file: Path | None) -> tuple[dict[str, Any], str]:
 def _words(file: Path | None, out: Path | None, backend: list[str] | None, *rest: str | None) -> list[str]:
     words = ["deqcore", "study", *([str(file)] if file else [])]
     words += ["--out", str(out)] if out else []
-    for each in backend or []:
-        words += ["--backend", each]
+    for item in backend or []:
+        words += ["--backend", item]
     for name, value in zip(("--device", "--language", "--data", "--model"), rest, strict=True):
         words += [name, value] if value else []
     return words

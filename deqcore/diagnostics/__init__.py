@@ -1,4 +1,4 @@
-"""What a fixed-point layer is like at its solution: spectral radius, norm of the Jacobian, quality of its gradient.
+"""Properties of a fixed-point layer at its solution: spectral radius, norm of the Jacobian, quality of its gradient.
 
 All of it is written on the contract, so it works with every backend. `spectral_radius`, `gradient_audit` and
 `residual_curve` measure, and return NumPy arrays on the host; `jacobian_penalty` is a differentiable loss.

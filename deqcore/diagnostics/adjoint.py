@@ -21,7 +21,7 @@ REFERENCE_EPS = 100.0  # the reference is solved to this many units of rounding,
 
 @dataclass(frozen=True)
 class AdjointSolved:
-    """What became of a cotangent.
+    """The result of one backward pass.
 
     Attributes:
         u: what stands for (I − J)^-T g, `(batch, n)`. For a strategy that differentiates steps, the gradient of a
@@ -38,14 +38,14 @@ class AdjointSolved:
 
 
 def solve(plan: Plan, f: Callable[..., Array], z0: Array, args: tuple[Any, ...]) -> SolveResult:
-    """The forward solve of a call, with no gradient recorded."""
+    """Return the forward solve of a call, with no gradient recorded."""
     return plan.backend.forward_only(f, z0, args, BoundSolve(plan.backend, plan.solver, plan.control))
 
 
 def by_strategy(
     plan: Plan, f: Callable[..., Array], z0: Array, args: tuple[Any, ...], g: Array, forward: SolveResult
 ) -> AdjointSolved:
-    """The call's own strategy, at the solution that it shares with the reference."""
+    """Return the call's own strategy, at the solution that it shares with the reference."""
     backend, strategy = plan.backend, plan.strategy
     if isinstance(strategy, StepStrategy):
         steps = Steps(backend, strategy, plan.solver)
@@ -69,7 +69,7 @@ def by_strategy(
 def _residual(
     plan: Plan, f: Callable[..., Array], args: tuple[Any, ...], g: Array, u: Array, forward: SolveResult | None
 ) -> Array:
-    """The residual of a strategy that differentiates steps; NaN where it solves nothing to measure it at."""
+    """Return the residual of a strategy that differentiates steps; NaN where it solves nothing to measure it at."""
     backend = plan.backend
     if forward is None:
         return backend.xp.full_like(backend.norm(g), float("nan"))
@@ -91,19 +91,19 @@ def by_reference(
     vjp: Map,
     max_vjps: int,
 ) -> tuple[AdjointSolved, Any, Any]:
-    """The same by GMRES to rounding; also its relative residuals and vjps per sample, on the host."""
+    """Return the same by GMRES to rounding; also its relative residuals and vjps per sample, on the host."""
     backend = plan.backend
     product: Map = lambda u: u - vjp(u)  # noqa: E731
     rtol = max(1e-10, REFERENCE_EPS * backend.eps(g))
     with backend.errstate():
-        found = gmres(backend, product, g, rtol=rtol, max_steps=min(max_vjps, g.shape[1]))
-        residual = adjoint_residual(backend, vjp, g, found.x)
-    routed = AdjointSolved(found.x, _gradients(plan, f, args, found.x, forward.z), None, residual)
-    return routed, backend.to_numpy(residual).astype(np.float64), backend.to_numpy(found.products)
+        result = gmres(backend, product, g, rtol=rtol, max_steps=min(max_vjps, g.shape[1]))
+        residual = adjoint_residual(backend, vjp, g, result.x)
+    routed = AdjointSolved(result.x, _gradients(plan, f, args, result.x, forward.z), None, residual)
+    return routed, backend.to_numpy(residual).astype(np.float64), backend.to_numpy(result.products)
 
 
 def coupling(plan: Plan, vjp: Map, forward: SolveResult) -> float:
-    """How much of Jᵀu lands in other samples than those that u is in: 0 where f treats each alone.
+    """Return how much of Jᵀu lands in other samples than those that u is in: 0 where f treats each alone.
 
     In norms, for a u in the first sample. Where that finds nothing, the figure is that of
     `deqcore.solve.verification.leak_everywhere`, which separates every pair of samples.
@@ -114,9 +114,9 @@ def coupling(plan: Plan, vjp: Map, forward: SolveResult) -> float:
     first = np.zeros((batch, n))
     first[0] = np.random.default_rng(0).standard_normal(n)
     with backend.errstate():
-        found = backend.to_numpy(vjp(backend.asarray(first, like=forward.z))).astype(np.float64)
-        whole = float(np.linalg.norm(found))
-        share = float(np.linalg.norm(found[1:])) / whole if whole > 0 else 0.0
+        result = backend.to_numpy(vjp(backend.asarray(first, like=forward.z))).astype(np.float64)
+        whole = float(np.linalg.norm(result))
+        share = float(np.linalg.norm(result[1:])) / whole if whole > 0 else 0.0
         return share if share > 0 else leak_everywhere(backend, vjp, forward.z)
 
 

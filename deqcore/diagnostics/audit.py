@@ -26,7 +26,7 @@ class Audit:
         norm_ratio: ‖u‖ / ‖exact u‖, per sample.
         error: ‖u − exact u‖ / ‖exact u‖, per sample.
         gradient_cosine: of the gradients of all arguments, as one vector; NaN if no argument has one.
-        gradient_norm_ratio: likewise.
+        gradient_norm_ratio: quotient of the norms of the gradients of all arguments.
         vjps: that the strategy spent, per sample; NaN for one that differentiates steps.
         residual: adjoint residual ‖g + Jᵀu − u‖ / ‖g‖ of the strategy's u, measured, per sample; NaN for a strategy
             that differentiates steps without a solve.
@@ -59,7 +59,7 @@ class Audit:
     coupling: float
 
     def summary(self) -> str:
-        """One line for people."""
+        """Return a summary in one line."""
         if not len(self.rows):
             return "The batch is empty."
         warning = f"; f COUPLES THE SAMPLES ({self.coupling:.2g}): set forward.batch = false" if self.coupling else ""
@@ -115,7 +115,7 @@ def gradient_audit(
         >>> import numpy as np
         >>> found = gradient_audit(lambda z, x: 0.5 * z + x, np.zeros((2, 1)), np.ones((2, 1)),
         ...                        cotangent=np.ones((2, 1)), backward__strategy="jacobian-free")
-        >>> found.cosine.tolist(), found.norm_ratio.tolist()  # u = g in place of 2 g
+        >>> found.cosine.tolist(), found.norm_ratio.tolist()  # u = g, but 2 g is exact
         ([1.0, 1.0], [0.5, 0.5])
     """
     _check(samples, batched_args, max_vjps, args)
@@ -130,15 +130,15 @@ def gradient_audit(
     g = plan.space.ravel_like("cotangent", cotangent)
     raveled, start = plan.space.wrap(f), backend.detach(plan.space.ravel(z0))
     forward = adjoint.solve(plan, raveled, start, args)
-    mine = adjoint.by_strategy(plan, raveled, start, args, g, forward)
+    own = adjoint.by_strategy(plan, raveled, start, args, g, forward)
     vjp = adjoint.vjp_at(plan, raveled, args, forward)
     exact, residual, vjps = adjoint.by_reference(plan, raveled, args, g, forward, vjp, max_vjps)
-    u, truth = (backend.to_numpy(each.u).astype(np.float64) for each in (mine, exact))
+    u, truth = (backend.to_numpy(item.u).astype(np.float64) for item in (own, exact))
     cosine, ratio, error = compare(u, truth)
-    total = [flat(backend, each.gradients)[None] for each in (mine, exact)]
-    whole = [float(each[0]) for each in compare(*total)] if total[0].size else [np.nan, np.nan]
+    total = [flat(backend, item.gradients)[None] for item in (own, exact)]
+    whole = [float(item[0]) for item in compare(*total)] if total[0].size else [np.nan, np.nan]
     unknown = np.full(len(rows), np.nan)
-    report = mine.report
+    report = own.report
     return Audit(
         rows=rows,
         cosine=cosine,
@@ -147,7 +147,7 @@ def gradient_audit(
         gradient_cosine=whole[0],
         gradient_norm_ratio=whole[1],
         vjps=unknown if report is None else backend.to_numpy(report.vjps).astype(np.float64),
-        residual=backend.to_numpy(mine.residual).astype(np.float64),
+        residual=backend.to_numpy(own.residual).astype(np.float64),
         reported=unknown if report is None else backend.to_numpy(report.error).astype(np.float64),
         exact_vjps=vjps,
         exact_residual=residual,
@@ -156,7 +156,7 @@ def gradient_audit(
 
 
 def compare(a: Any, b: Any) -> tuple[Any, Any, Any]:
-    """Cosine, ratio of norms and relative difference of the rows of `a` to those of `b`.
+    """Return the cosine, ratio of norms and relative difference of the rows of `a` to those of `b`.
 
     Two zero rows agree: 1, 1, 0. A zero row against another one has cosine 0.
     """
@@ -173,14 +173,14 @@ def compare(a: Any, b: Any) -> tuple[Any, Any, Any]:
 
 
 def flat(backend: Backend, gradients: tuple[Any, ...]) -> Any:
-    """All gradients as one vector, in float64 on the host."""
+    """Return all gradients as one vector, in float64 on the host."""
     leaves = [leaf for leaf in backend.flatten(gradients)[0] if leaf is not None]
     parts = [backend.to_numpy(leaf).astype(np.float64).ravel() for leaf in leaves]
     return np.concatenate(parts) if parts else np.zeros(0)
 
 
 def _cut(backend: Backend, tree: Tree, rows: Any) -> Tree:
-    """These rows of every array in a tree."""
+    """Return these rows of every array in a tree."""
     leaves, structure = backend.flatten(tree)
 
     def cut(leaf: Array) -> Array:

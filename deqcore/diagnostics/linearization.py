@@ -14,7 +14,7 @@ from deqcore.types import Array, Map, Tree
 
 
 @dataclass(frozen=True)
-class View:
+class Linearization:
     """The map `z ↦ f(z, *args)` on `(batch, n)` and the point at which it is looked at.
 
     Attributes:
@@ -30,7 +30,7 @@ class View:
     z: Array
 
 
-def view(f: Callable[..., Tree], z: Tree, args: tuple[Any, ...], batch: bool) -> View:
+def linearize(f: Callable[..., Tree], z: Tree, args: tuple[Any, ...], batch: bool) -> Linearization:
     """Look at `f(·, *args)` at `z`.
 
     Raises:
@@ -40,4 +40,4 @@ def view(f: Callable[..., Tree], z: Tree, args: tuple[Any, ...], batch: bool) ->
     backend = pick_backend(settings.resolve(None, {})[0], z, args)
     space = RavelSpec.of(backend, z, batch)
     raveled = space.wrap(f)
-    return View(backend, space, lambda v: raveled(v, *args), space.ravel(z))
+    return Linearization(backend, space, lambda v: raveled(v, *args), space.ravel(z))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from deqcore.diagnostics.linearization import view
+from deqcore.diagnostics.linearization import linearize
 from deqcore.errors import InitialIterateError
 from deqcore.types import Array, Tree
 
@@ -34,7 +34,7 @@ def jacobian_penalty(
         *args: further arguments of f.
         noise: ε, a tree like z, as in `torch.randn_like(z)` or `jax.random.normal(key, z.shape)` (normal numbers, or
             ±1 with equal odds, which has the smaller variance); or a list of such trees, one per probe, if z itself
-            is no list.
+            is not a list.
         batch: whether the first axis of z is the batch, as `forward.batch`.
 
     Returns:
@@ -53,10 +53,10 @@ def jacobian_penalty(
         >>> jacobian_penalty(lambda z: z @ a.T, z, noise=probes).tolist()  # ‖a‖_F² = 5
         [5.0]
     """
-    at = view(f, z, args, batch)
+    at = linearize(f, z, args, batch)
     probes = noise if isinstance(noise, list) and not isinstance(z, list) else [noise]
     if not probes:
-        raise InitialIterateError("noise is an empty list, but at least one probe, a tree like z, is expected.")
+        raise InitialIterateError("noise must have at least one probe, a tree like z (got an empty list).")
     vjp = at.backend.differentiable_vjp(at.f, at.z)
     total: Array = 0.0
     for probe in probes:

@@ -35,16 +35,16 @@ class Curve:
     steps: Any
 
     def rate(self) -> Any:
-        """Mean factor per step over the second half of each sample's steps, `(batch,)`; NaN below two steps.
+        """Return the mean factor per step over the second half of each sample's steps, `(batch,)`; NaN below two steps.
 
         Below 1 the solve converges, and a plain iteration's rate tends to the spectral radius.
         """
-        found = np.full(self.residual.shape[1:], np.nan)
+        result = np.full(self.residual.shape[1:], np.nan)
         for i, steps in enumerate(self.steps):
             middle = int(steps) // 2
             if steps >= 2 and self.residual[middle, i] > 0:
-                found[i] = (self.residual[int(steps), i] / self.residual[middle, i]) ** (1 / (int(steps) - middle))
-        return found
+                result[i] = (self.residual[int(steps), i] / self.residual[middle, i]) ** (1 / (int(steps) - middle))
+        return result
 
     def steps_to(self, rtol: float) -> Any:
         """Steps after which each sample first had a relative residual of at most `rtol`, `(batch,)`; −1 if never."""
@@ -88,7 +88,7 @@ def residual_curve(
     if steps < 0:
         raise ConfigError.bad_value("residual_curve", "steps", steps, "at least 0")
     fixed: dict[str, Any] = {"forward__on_failure": "ignore", "backward__strategy": "jacobian-free"}
-    state, found, taken = None, [], None
+    state, result, taken = None, [], None
     for step in range(steps + 1):
         budget = {"forward__max_steps": min(step, 1)}
         sol = fixed_point(f, z0, *args, config=config, state=state, **(overrides | fixed | budget))
@@ -96,14 +96,14 @@ def residual_curve(
         assert state is not None  # jacobian-free solves
         backend, carry = sol.backend, state.carry
         ends = (backend.to_numpy(backend.norm(a)).astype(np.float64) for a in (carry.fz - carry.z, carry.fz))
-        found.append(_ratio(*ends))
+        result.append(_ratio(*ends))
         taken = backend.to_numpy(sol.steps)
         if not np.any(backend.to_numpy(sol.status) == int(Status.MAX_STEPS)):
             break  # all have met the tolerance, or failed
-    return Curve(np.stack(found), taken)
+    return Curve(np.stack(result), taken)
 
 
 def _ratio(a: Any, b: Any) -> Any:
-    """A / b, and 0 where both vanish."""
+    """Return a / b, and 0 where both vanish."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where((a == 0) & (b == 0), 0.0, a / b)

@@ -10,7 +10,7 @@ import numpy as np
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.history import History
-from deqcore.diagnostics.linearization import view
+from deqcore.diagnostics.linearization import linearize
 from deqcore.errors import ConfigError
 from deqcore.types import Array, Map, Tree
 
@@ -89,7 +89,7 @@ def spectral_radius(
         raise ConfigError.bad_value("spectral_radius", "tolerance", tolerance, "a number of at least 0")
     if max_products < 1:
         raise ConfigError.bad_value("spectral_radius", "max_products", max_products, "at least 1")
-    at = view(f, z, args, batch)
+    at = linearize(f, z, args, batch)
     rows, n = at.z.shape
     if not rows or not n:
         return Spectrum(np.zeros(rows), np.zeros(rows, complex), np.zeros(rows), 0)
@@ -105,17 +105,17 @@ def _arnoldi(backend: Backend, vjp: Map, v: Array, tolerance: float, most: int) 
     v = v / backend.norm(v)[:, None]
     basis = backend.history(v, most + 1).append(v)
     hessenberg = np.zeros((v.shape[0], most + 1, most))
-    following, found = 2, None
+    following, result = 2, None
     for k in range(most):
         basis, v, column = _extend(backend, basis, vjp(v))
         hessenberg[:, : k + 2, k] = column[:, : k + 2]
         if k + 1 >= min(following, most):
-            found = _dominant(hessenberg[:, : k + 2, : k + 1])
+            result = _dominant(hessenberg[:, : k + 2, : k + 1])
             following = max(following + 2, following * 3 // 2)
-            if np.all(~(found[1] > tolerance * np.abs(found[0]))):  # NaN is as done as it will be
+            if np.all(~(result[1] > tolerance * np.abs(result[0]))):  # NaN is as done as it will be
                 break
-    assert found is not None
-    value, error = found
+    assert result is not None
+    value, error = result
     return Spectrum(np.abs(value), value, error, k + 1)
 
 
@@ -138,7 +138,7 @@ def _extend(backend: Backend, basis: History, w: Array) -> tuple[History, Array,
 
 
 def _dominant(hessenberg: Any) -> tuple[Any, Any]:
-    """Ritz value of the largest modulus of each H̄ `(batch, k + 1, k)`, and its residual."""
+    """Return Ritz value of the largest modulus of each H̄ `(batch, k + 1, k)`, and its residual."""
     k = hessenberg.shape[2]
     finite = np.isfinite(hessenberg).all(axis=(1, 2))
     square = np.where(finite[:, None, None], hessenberg[:, :k], 0.0)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from deqcore.monitor.measurements import Measurement
     from deqcore.monitor.metrics import Metric, Metrics
     from deqcore.monitor.monitor import Monitor
-    from deqcore.monitor.sink import Event, Record, Row, Run, Sink
+    from deqcore.monitor.sink import Event, Record, Row, RunInfo, Sink
     from deqcore.monitor.triggers import Trigger
 
 _HOME: Final = {
@@ -25,12 +25,24 @@ _HOME: Final = {
     "Profile": "deqcore.monitor.drift",
     "Record": "deqcore.monitor.sink",
     "Row": "deqcore.monitor.sink",
-    "Run": "deqcore.monitor.sink",
+    "RunInfo": "deqcore.monitor.sink",
     "Sink": "deqcore.monitor.sink",
     "Trigger": "deqcore.monitor.triggers",
 }
 
-__all__ = ["Event", "Measurement", "Metric", "Metrics", "Monitor", "Profile", "Record", "Row", "Run", "Sink", "Trigger"]
+__all__ = [
+    "Event",
+    "Measurement",
+    "Metric",
+    "Metrics",
+    "Monitor",
+    "Profile",
+    "Record",
+    "Row",
+    "RunInfo",
+    "Sink",
+    "Trigger",
+]
 
 
 def __getattr__(name: str) -> object:

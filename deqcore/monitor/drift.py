@@ -1,12 +1,12 @@
 """Drift of a served model: residuals and steps against a reference profile that was saved with it.
 
-A DEQ shows by its own solver that inputs have moved away from the training data: residuals and steps change before
-anyone has labels. Two measures, per sample:
+The solver of a DEQ shows that inputs have moved away from the training data: residuals and steps change before labels
+are available. Two measures, per sample:
 
     population stability index   Σ_b (p_b − q_b) ln(p_b / q_b) over bins that each hold a tenth of the reference
     Kolmogorov–Smirnov           sup |F(x) − G(x)|, with its p-value, from SciPy
 
-Rules of thumb of credit scoring, where the index is at home: below 0.1 no drift, above 0.25 a real one. Residuals are
+Rules of thumb from credit scoring: below 0.1 there is no drift, above 0.25 there is. Residuals are
 compared by their logarithm, so that a factor counts the same anywhere.
 """
 
@@ -17,18 +17,20 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deqcore.errors import ConfigError, MissingExtraError
-from deqcore.monitor.figures import Host
 from deqcore.monitor.triggers import Trigger
 from deqcore.plugins.lookup import is_installed
 
-KEPT: Final = 4096  # samples of a profile
+HostArray: TypeAlias = NDArray[np.float64]
+
+MAX_SAMPLES: Final = 4096  # samples of a profile
 WINDOW: Final = 1024  # latest samples that are compared
-LEAST: Final = 256  # new samples before the measures are taken (again)
+MIN_SAMPLES: Final = 256  # new samples before the measures are taken (again)
 BINS: Final = 10
 VERSION: Final = 1
 
@@ -45,7 +47,7 @@ TRIGGERS: Final = tuple(
 
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """Residuals and steps of a model that works as it should, one number per sample.
+    """Residuals and steps of a healthy model, one number per sample.
 
     Attributes:
         samples: by name ("residual", "steps"), `(n,)` of float; residuals that are not finite are inf.
@@ -59,20 +61,20 @@ class Profile:
         (256,)
     """
 
-    samples: Mapping[str, Host]
+    samples: Mapping[str, HostArray]
 
     def __post_init__(self) -> None:
         if set(self.samples) != set(PARTS) or any(
-            array.ndim != 1 or array.size < LEAST or np.isnan(array).any() for array in self.samples.values()
+            array.ndim != 1 or array.size < MIN_SAMPLES or np.isnan(array).any() for array in self.samples.values()
         ):
             sizes = {name: array.shape for name, array in self.samples.items()}
             raise ConfigError(
-                f"A profile has {sizes}, but {' and '.join(PARTS)} of at least {LEAST} samples each are expected: "
-                f"monitor more solves before taking monitor.profile()."
+                f"A profile must have {' and '.join(PARTS)} of at least {MIN_SAMPLES} samples each (got {sizes}). "
+                f"Monitor more solves before you call monitor.profile()."
             )
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON, or as safetensors if the file is called so.
+        """Write the profile as JSON, or as safetensors if the file name ends in .safetensors.
 
         Raises:
             ConfigError: the file has another ending.
@@ -93,7 +95,7 @@ class Profile:
         """Read what `save` wrote.
 
         Raises:
-            ConfigError: there is no such file, or it is no profile.
+            ConfigError: the file does not exist, or it is not a profile.
             MissingExtraError: safetensors is not installed.
         """
         path = Path(path)
@@ -101,17 +103,17 @@ class Profile:
             if _is_safetensors(path):
                 from safetensors.numpy import load_file
 
-                found: Mapping[str, Any] = load_file(path)
+                result: Mapping[str, Any] = load_file(path)
             else:
-                found = json.loads(path.read_text(encoding="utf-8"))
-                if not isinstance(found, dict) or found.pop("deqcore.profile", None) != VERSION:
-                    raise ValueError(f"it is no profile of version {VERSION}")
-            return cls({name: np.asarray(array, np.float64) for name, array in found.items()})
+                result = json.loads(path.read_text(encoding="utf-8"))
+                if not isinstance(result, dict) or result.pop("deqcore.profile", None) != VERSION:
+                    raise ValueError(f"it is not a profile of version {VERSION}")
+            return cls({name: np.asarray(array, np.float64) for name, array in result.items()})
         except (MissingExtraError, ConfigError):
             raise
         except FileNotFoundError:
             raise ConfigError(
-                f"There is no reference profile {str(path)!r}: write one with monitor.profile().save(path)."
+                f"There is no reference profile {str(path)!r}. Write one with monitor.profile().save(path)."
             ) from None
         except Exception as error:
             raise ConfigError(f"The reference profile {str(path)!r} cannot be read: {error}.") from error
@@ -121,11 +123,11 @@ class Samples:
     """The latest samples that a monitor has seen."""
 
     def __init__(self) -> None:
-        self._arrays: dict[str, deque[Host]] = {name: deque() for name in PARTS}
+        self._arrays: dict[str, deque[HostArray]] = {name: deque() for name in PARTS}
         self.seen = 0
 
-    def add(self, host: Mapping[str, Host]) -> None:
-        """Take what one solve left."""
+    def add(self, host: Mapping[str, HostArray]) -> None:
+        """Take the arrays of one solve."""
         residual = host.get(PARTS["residual"])
         if residual is None or np.isnan(residual).all():
             return
@@ -133,43 +135,43 @@ class Samples:
             array = np.where(np.isnan(host[part]), np.inf, host[part])
             kept = self._arrays[name]
             kept.append(array)
-            while sum(map(len, kept)) - len(kept[0]) >= KEPT:
+            while sum(map(len, kept)) - len(kept[0]) >= MAX_SAMPLES:
                 kept.popleft()
         self.seen += residual.size
 
-    def latest(self, count: int) -> dict[str, Host]:
-        """The latest samples, `count` at most."""
+    def latest(self, count: int) -> dict[str, HostArray]:
+        """Return the latest samples, `count` at most."""
         return {name: np.concatenate([*kept, np.empty(0)])[-count:] for name, kept in self._arrays.items()}
 
     def profile(self) -> Profile:
-        """All that are kept, as a reference."""
-        return Profile(self.latest(KEPT))
+        """Return all kept samples as a reference."""
+        return Profile(self.latest(MAX_SAMPLES))
 
 
-class Drift:
-    """Compares the latest samples with a reference, whenever enough new ones have come."""
+class DriftDetector:
+    """Compares the latest samples with a reference whenever there are enough new ones."""
 
     def __init__(self, reference: Profile) -> None:
         self._reference = {name: _scale(name, array) for name, array in reference.samples.items()}
         self._last = 0
 
     def measure(self, samples: Samples) -> dict[str, float]:
-        """The drift metrics, or nothing if it is too early."""
-        if samples.seen - self._last < LEAST:
+        """Return the drift metrics, or an empty dict if there are too few new samples."""
+        if samples.seen - self._last < MIN_SAMPLES:
             return {}
         self._last = samples.seen
-        found: dict[str, float] = {}
+        results: dict[str, float] = {}
         for name, array in samples.latest(WINDOW).items():
             now, reference = _scale(name, array), self._reference[name]
             distance, pvalue = kolmogorov_smirnov(reference, now)
-            found[f"deq_{name}_psi"] = stability_index(reference, now)
-            found[f"deq_{name}_ks"] = distance
-            found[f"deq_{name}_ks_pvalue"] = pvalue
-        return found
+            results[f"deq_{name}_psi"] = stability_index(reference, now)
+            results[f"deq_{name}_ks"] = distance
+            results[f"deq_{name}_ks_pvalue"] = pvalue
+        return results
 
 
-def stability_index(reference: Host, now: Host) -> float:
-    """Population stability index of `now` against `reference`; both `(n,)`.
+def stability_index(reference: HostArray, now: HostArray) -> float:
+    """Return the population stability index of `now` against `reference`; both `(n,)`.
 
     Bins are quantiles of the reference, merged where it has ties. Half a sample is added to every bin, so that an
     empty one does not make the index infinite.
@@ -179,24 +181,24 @@ def stability_index(reference: Host, now: Host) -> float:
     return float(((p - q) * np.log(p / q)).sum())
 
 
-def kolmogorov_smirnov(reference: Host, now: Host) -> tuple[float, float]:
-    """The two-sample distance and its p-value."""
+def kolmogorov_smirnov(reference: HostArray, now: HostArray) -> tuple[float, float]:
+    """Return the two-sample distance and its p-value."""
     from scipy.stats import ks_2samp
 
-    found: Any = ks_2samp(reference, now, method="asymp")
-    return float(found.statistic), float(found.pvalue)
+    result: Any = ks_2samp(reference, now, method="asymp")
+    return float(result.statistic), float(result.pvalue)
 
 
-def _shares(array: Host, inner: Host) -> Host:
+def _shares(array: HostArray, inner: HostArray) -> HostArray:
     counts = np.bincount(np.searchsorted(inner, array, side="left"), minlength=inner.size + 1) + 0.5
-    shares: Host = counts / counts.sum()
+    shares: HostArray = counts / counts.sum()
     return shares
 
 
-def _scale(name: str, array: Host) -> Host:
+def _scale(name: str, array: HostArray) -> HostArray:
     if name != "residual":
         return array
-    scaled: Host = np.log10(np.maximum(array, np.finfo(np.float64).tiny))
+    scaled: HostArray = np.log10(np.maximum(array, np.finfo(np.float64).tiny))
     return scaled
 
 

@@ -1,4 +1,4 @@
-"""Probes: measurements that cost something, taken now and then on the solves that a monitor sees.
+"""Costly measurements that a monitor takes on every n-th solve.
 
 [monitor.measurements]
 spectral_radius = 200       # solves between measurements
@@ -22,7 +22,7 @@ Measured: TypeAlias = "float | Array | Sequence[float | Array]"
 
 @dataclass(frozen=True)
 class Measurement:
-    """A measurement of one's own.
+    """A measurement that the user defines.
 
     Attributes:
         metrics: what it measures: a metric's name, or several.
@@ -46,7 +46,7 @@ class Measurement:
 
     def __post_init__(self) -> None:
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
-            raise ConfigError.bad_value("A probe", "every", self.every, "an integer >= 1")
+            raise ConfigError.bad_value("Measurement", "every", self.every, "an integer >= 1")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -55,13 +55,13 @@ class Measurement:
 
     def take(self, solve: Solve) -> dict[str, float | Array]:
         """Measure; by metric."""
-        found = self.measure(solve)
-        values: Any = (found,) if isinstance(self.metrics, str) else found
+        result = self.measure(solve)
+        values: Any = (result,) if isinstance(self.metrics, str) else result
         return dict(zip(self.names, values, strict=True))
 
 
 def spectral_radius(every: int = 200, max_products: int = 20) -> Measurement:
-    """The largest spectral radius of ∂f/∂z in the batch, at the solution.
+    """Return the largest spectral radius of ∂f/∂z in the batch, at the solution.
 
     Cost: one evaluation of f and `max_products` vector–Jacobian products at most, each for the whole batch.
     """
@@ -69,10 +69,10 @@ def spectral_radius(every: int = 200, max_products: int = 20) -> Measurement:
     def measure(solve: Solve) -> float:
         from deqcore import diagnostics
 
-        found = diagnostics.spectral_radius(
+        result = diagnostics.spectral_radius(
             solve.f, solve.solution.value, *solve.args, batch=solve.config.forward.batch, max_products=max_products
         )
-        return float(np.max(found.radius))
+        return float(np.max(result.radius))
 
     return Measurement("deq_spectral_radius", measure, every)
 
@@ -80,7 +80,7 @@ def spectral_radius(every: int = 200, max_products: int = 20) -> Measurement:
 def gradient_audit(
     every: int = 500, cotangent: Callable[[Solve], Tree] | None = None, max_vjps: int = 100
 ) -> Measurement:
-    """The strategy's gradient against the exact one: cosine and relative error of u, means over the batch.
+    """Return the strategy's gradient against the exact one: cosine and relative error of u, means over the batch.
 
     Cost: one solve, the strategy's backward pass, and one GMRES solve to rounding.
 
@@ -95,16 +95,16 @@ def gradient_audit(
         from deqcore import diagnostics
 
         g = _random(solve) if cotangent is None else cotangent(solve)
-        found = diagnostics.gradient_audit(
+        result = diagnostics.gradient_audit(
             solve.f, solve.z0, *solve.args, cotangent=g, max_vjps=max_vjps, config=solve.config
         )
-        return float(np.mean(found.cosine)), float(np.mean(found.error))
+        return float(np.mean(result.cosine)), float(np.mean(result.error))
 
     return Measurement(("deq_gradient_cosine", "deq_gradient_error"), measure, every)
 
 
 def _random(solve: Solve) -> Tree:
-    """A cotangent like z0, always the same."""
+    """Return a cotangent like z0, always the same."""
     backend = solve.solution.backend
     leaves, structure = backend.flatten(solve.z0)
     rng = np.random.default_rng(0)
@@ -119,10 +119,10 @@ BUILT_IN: Final[Mapping[str, Callable[[int], Measurement]]] = {
 
 
 def make_measurements(table: Mapping[str, object]) -> tuple[Measurement, ...]:
-    """The probes of a table, as in `{"spectral_radius": 200}`.
+    """Return the measurements of a table, as in `{"spectral_radius": 200}`.
 
     Raises:
-        ConfigError: there is no such probe, or the number does not fit.
+        ConfigError: there is no such measurement, or the number does not fit.
     """
     for name, every in table.items():
         if name not in BUILT_IN:

@@ -19,7 +19,7 @@ PREFIX: Final = "deq_"  # of the standard names; a config that uses another name
 
 @dataclass(frozen=True)
 class Metric:
-    """What a number is called and what it means.
+    """The name, unit and meaning of a number.
 
     Attributes:
         name: letters, digits and underscores, as Prometheus wants it.
@@ -63,9 +63,9 @@ STANDARD: Final[tuple[Metric, ...]] = (
         "How much of a vector–Jacobian product lands in rows where its cotangent is zero: above 0, f couples the rows.",
     ),
     Metric("deq_backward_seconds", "seconds", "Host time of the adjoint solve."),
-    Metric("deq_uncertified_fraction", "1", "Samples whose backward pass missed what its strategy promises."),
+    Metric("deq_uncertified_fraction", "1", "Samples whose backward pass missed the target of its strategy."),
     Metric("deq_refined_fraction", "1", "Samples whose reused gradient needed more than the certificate's product."),
-    Metric("deq_fallback_fraction", "1", "Samples whose backward pass gave up and took something simpler."),
+    Metric("deq_fallback_fraction", "1", "Samples whose backward pass used its fallback."),
     Metric("deq_gradient_cosine", "1", "Gradient audit: cosine between the gradient used and the exact one."),
     Metric("deq_gradient_error", "1", "Gradient audit: relative error of the gradient used, 2-norm."),
     Metric("deq_spectral_radius", "1", "Estimated spectral radius of the Jacobian of f at the fixed point."),
@@ -78,7 +78,7 @@ STANDARD: Final[tuple[Metric, ...]] = (
     Metric("deq_retrain", "1", "1 once a trigger has marked the model for retraining."),
 )
 
-# Counts that Prometheus wants beside the values, each with the label that it is counted by.
+# Counters that Prometheus needs in addition to the values, each with its label.
 COUNTERS: Final[tuple[tuple[Metric, str], ...]] = (
     (Metric("deq_solves_total", "1", "Solves observed."), "layer"),
     (Metric("deq_events_total", "1", "Events: triggers fired and cleared, retrain marks, failing sinks."), "kind"),
@@ -104,7 +104,7 @@ class Metrics(Mapping[str, Metric]):
         self._known = {metric.name: metric for metric in STANDARD}
         for metric in more:
             if metric.name in self._known:
-                raise ConfigError(f"The metric {metric.name!r} exists already: choose another name.")
+                raise ConfigError(f"The metric {metric.name!r} exists already. Choose another name.")
             self._known[metric.name] = metric
 
     def __getitem__(self, name: str) -> Metric:
@@ -117,14 +117,14 @@ class Metrics(Mapping[str, Metric]):
         return len(self._known)
 
     def check(self, owner: str, name: str) -> Metric:
-        """The metric of this name.
+        """Return the metric of this name.
 
         Raises:
-            ConfigError: there is none; `owner` says who asked for it.
+            ConfigError: the metric does not exist; `owner` is named in the message.
         """
         if name not in self._known:
             raise ConfigError(
-                f"{owner}: there is no metric {name!r}.{did_you_mean(name, self._known)} Metrics are: "
-                f"{listing(self._known)}. Your own are declared with Monitor(metrics=[Metric(...)])."
+                f"{owner}: there is no metric {name!r}.{did_you_mean(name, self._known)} Available: "
+                f"{listing(self._known)}. Declare your own with Monitor(metrics=[Metric(...)])."
             )
         return self._known[name]

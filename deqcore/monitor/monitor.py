@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,19 +12,16 @@ from typing import final
 
 from deqcore.abc.backend import Backend
 from deqcore.config import Config, current
-from deqcore.errors import ConfigError
-from deqcore.monitor import effects
-from deqcore.monitor.alarms import Alarms, Hook
-from deqcore.monitor.analysis import Analysis
+from deqcore.errors import ConfigError, MonitorWarning, user_stacklevel
+from deqcore.monitor.actions import Hook, TriggerSet, has_actions
+from deqcore.monitor.collector import Collector, RowBuilder
+from deqcore.monitor.delivery import SinkGroup
 from deqcore.monitor.drift import METRICS as DRIFT_METRICS
 from deqcore.monitor.drift import TRIGGERS, Profile
-from deqcore.monitor.inbox import Inbox
 from deqcore.monitor.measurements import Measurement, make_measurements
 from deqcore.monitor.metrics import Metric, Metrics
-from deqcore.monitor.outlet import Outlet
 from deqcore.monitor.settings import MonitorSettings, SinkLike, make_triggers
-from deqcore.monitor.sink import Event, Row, Run
-from deqcore.monitor.tell import tell
+from deqcore.monitor.sink import Event, Row, RunInfo
 from deqcore.monitor.triggers import Trigger
 from deqcore.solution import Solution
 from deqcore.solve.observer import Observer, Solve, observing
@@ -32,28 +30,28 @@ from deqcore.types import AdjointReport, Array
 
 @final
 class Monitor(Observer):
-    """Observe solves, write their figures to sinks, act on triggers.
+    """Observe solves, write their figures to sinks, and act on triggers.
 
     Inside its `with` block every `fixed_point` and `vjp` of this thread or task is observed. The statistics stay on
-    the device and are moved in one transfer every `every` solves. A sink that fails is told of once and never stops
-    the training.
+    the device and move to the host in one transfer every `every` solves. A sink that fails gives one warning and never
+    stops the training.
 
-    The actions "tighten", "refine" and "exact" change the settings of the solves inside the block, whatever config
-    these were given. Code that JAX has compiled cannot be changed so: there, call it inside
-    `with deqcore.using(monitor.config):`, which compiles anew when an action changes something.
+    The actions "tighten", "refine" and "exact" change the settings of the solves inside the block, whatever
+    their config is. They cannot change code that JAX has compiled: call it inside
+    `with deqcore.using(monitor.config):`, which recompiles when an action changes a setting.
 
     Args:
-        config: whose section `[monitor]` gives what the other arguments do not; also the base of `monitor.config`.
+        config: its section `[monitor]` has the defaults of the other arguments; also the base of `monitor.config`.
         sinks: sinks, registered names, or tables such as `{"sink": "csv", "path": "run.csv"}`.
-        triggers: what to watch, `Trigger` or tables of its fields.
+        triggers: `Trigger`s, or tables of their fields.
         every: solves between transfers.
-        hooks: functions by name, for the action "hook"; each gets the `Event`. What they raise is passed on.
+        hooks: functions by name, for the action "hook"; each takes the `Event`. Their exceptions propagate.
         metrics: further metrics, for `log`.
-        reference: a profile, or its file: drift against it is measured, and sets the retrain mark.
-        probes: measurements to take now and then.
+        reference: a profile or its file. The monitor measures drift against it, which sets the retrain mark.
+        measurements: costly measurements, each taken on every n-th solve.
 
     Attributes:
-        collects: whether traced code reports by itself, so that nothing need be said of solves inside it.
+        collects: whether traced code reports by itself, so that solves inside it need no note.
 
     Raises:
         ConfigError: a setting, a metric, a condition or an option of a sink does not fit.
@@ -86,8 +84,8 @@ class Monitor(Observer):
         if self.every < 1:
             raise ConfigError.bad_value("Monitor", "every", every, "an integer >= 1")
         self.metrics = Metrics(metrics)
-        found = given.reference if reference is None else reference
-        profile = Profile.load(found) if isinstance(found, (str, Path)) else found
+        profile_source = given.reference if reference is None else reference
+        profile = Profile.load(profile_source) if isinstance(profile_source, (str, Path)) else profile_source
         made = make_triggers(given.triggers if triggers is None else triggers)
         if profile is not None and not any(trigger.metric in DRIFT_METRICS for trigger in made):
             made += TRIGGERS
@@ -95,12 +93,12 @@ class Monitor(Observer):
             trigger.check(self.metrics, hooks or {})
         self._measurements = list(make_measurements(given.measurements) if measurements is None else measurements)
         for metric in (metric for measurement in self._measurements for metric in measurement.names):
-            self.metrics.check("A probe", metric)
-        self._alarms = Alarms(made, hooks or {})
-        self._analysis = Analysis(self._alarms, profile)
-        self._inbox = Inbox()
-        run = Run(self.metrics, time.time(), self._base.as_dict())
-        self._outlet = Outlet(given.sinks if sinks is None else sinks, run)
+            self.metrics.check("A measurement", metric)
+        self._triggers = TriggerSet(made, hooks or {})
+        self._row_builder = RowBuilder(self._triggers, profile)
+        self._collector = Collector()
+        run = RunInfo(self.metrics, time.time(), self._base.as_dict())
+        self._sinks = SinkGroup(given.sinks if sinks is None else sinks, run)
         self.collects = False
         self._notes: list[Event] = []
         self._noted: set[str] = set()
@@ -114,17 +112,17 @@ class Monitor(Observer):
     @property
     def rows(self) -> Sequence[Row]:
         """The latest 1000 rows."""
-        return self._analysis.rows
+        return self._row_builder.rows
 
     @property
     def events(self) -> Sequence[Event]:
         """The latest 1000 events of triggers."""
-        return self._analysis.events
+        return self._row_builder.events
 
     @property
     def config(self) -> Config:
         """The monitor's own settings with the actions in force: for `using`, or for a call's `config=`."""
-        return self._alarms.apply(self._base, self._rtol, self._least)
+        return self._triggers.apply(self._base, self._rtol, self._least)
 
     @property
     def entered(self) -> bool:
@@ -134,34 +132,34 @@ class Monitor(Observer):
     @property
     def retrain(self) -> str | None:
         """Why the model should be trained again, or None."""
-        return self._alarms.retrain
+        return self._triggers.retrain
 
     @property
     def step(self) -> int:
         """The training step as `advance` counts it, or else the number of solves so far."""
-        return self._inbox.now
+        return self._collector.now
 
     def profile(self) -> Profile:
-        """The distribution of residuals and steps over the latest samples, to save beside the model."""
+        """Return the distribution of residuals and steps over the latest samples, to save with the model."""
         self.flush()
-        return self._analysis.samples.profile()
+        return self._row_builder.samples.profile()
 
     # -- what is observed ---------------------------------------------------------------------------------------
 
     def adjust(self, config: Config, backend: Backend) -> Config:
-        """The settings of a solve inside the block, with the actions in force."""
-        if not self._alarms.active or effects.changed(config):
+        """Return the settings of a solve inside the block, with the actions in force."""
+        if not self._triggers.active or has_actions(config):
             return config
-        adjusted = self._alarms.apply(config, self._rtol, self._least)
+        adjusted = self._triggers.apply(config, self._rtol, self._least)
         if adjusted == config:
-            actions = " and ".join(sorted({trigger.action for trigger in self._alarms.active}))
+            actions = " and ".join(sorted({trigger.action for trigger in self._triggers.active}))
             self._note(
-                f"The action {actions} changes nothing of a solve with forward.rtol = {config.forward.rtol} and "
-                f"backward.strategy = {config.backward.strategy!r}: there is nothing more to spend."
+                f"The action {actions} has no effect on a solve with forward.rtol = {config.forward.rtol} and "
+                f"backward.strategy = {config.backward.strategy!r}: its budget cannot be raised further."
             )
         elif not backend.capabilities.eager:
             self._note(
-                f"{backend.name} compiles its solves, so a trigger's action reaches them only inside "
+                f"{backend.name} compiles its solves, so the action of a trigger reaches them only inside "
                 f"`with deqcore.using(monitor.config):`."
             )
             return config
@@ -173,13 +171,13 @@ class Monitor(Observer):
         if solution.backend.is_traced(solution.status):
             if not self.collects:
                 self._note(
-                    "A solve inside traced code is seen by nobody but the code itself: observe its solution there "
-                    "(deqcore_jax.callbacks.observe), or outside of it (monitor.observe)."
+                    "The monitor cannot see a solve inside traced code. Observe its solution there "
+                    "(deqcore_jax.callbacks.observe) or outside (monitor.observe)."
                 )
             return
-        number = self._inbox.solves
+        number = self._collector.solves
         self.observe(solution, seconds=solve.seconds, config=solve.config)
-        for measurement in [each for each in self._measurements if number % each.every == 0]:
+        for measurement in [item for item in self._measurements if number % item.every == 0]:
             self._measure(measurement, solve)
 
     def observe(
@@ -203,20 +201,20 @@ class Monitor(Observer):
         """
         self.learn(solution)
         strategy = (self._base if config is None else config).backward.strategy
-        self._inbox.solution(solution, name, seconds, strategy)
+        self._collector.solution(solution, name, seconds, strategy)
         if not defer:
             self._flush_if_due()
 
     def learn(self, solution: Solution) -> None:
-        """Note what tolerance the dtype of a solution can reach, for the action "tighten"."""
+        """Record the tolerance that the dtype of a solution can reach, for the action "tighten"."""
         if self._rtol is None and solution.value is not None:
             backend = solution.backend
             leaf = backend.flatten(solution.value)[0][0]
             self._rtol, self._least = backend.default_rtol(leaf), 2 * backend.eps(leaf)
 
     def observe_backward(self, report: AdjointReport, *, name: str = "", seconds: float = float("nan")) -> None:
-        """Take what a backward pass did, where no solution leads to it (a probe's figures in JAX)."""
-        self._inbox.backward(report, name, seconds, self._base.backward.strategy)
+        """Take the report of a backward pass that no solution leads to (an adjoint tap in JAX)."""
+        self._collector.backward(report, name, seconds, self._base.backward.strategy)
 
     def log(self, *, layer: str = "", **figures: float | Array) -> None:
         """Record further metrics: numbers, or scalars of a framework, which stay on their device until the flush.
@@ -226,53 +224,53 @@ class Monitor(Observer):
         """
         for metric in figures:
             self.metrics.check("Monitor.log", metric)
-        self._inbox.figures(figures, layer)
+        self._collector.figures(figures, layer)
 
     def advance(self, step: int | None = None) -> None:
-        """Say that a training step has ended; figures that follow belong to the next one.
+        """End a training step; later figures belong to the next one.
 
         Args:
             step: its number; default: one more than the last.
         """
-        inbox = self._inbox
-        inbox.step = (0 if inbox.step is None else inbox.step) + 1 if step is None else step
+        collector = self._collector
+        collector.step = (0 if collector.step is None else collector.step) + 1 if step is None else step
         self._flush_if_due()
 
     def _measure(self, measurement: Measurement, solve: Solve) -> None:
-        """Measure; a probe that fails is told of once and left out from then on."""
+        """Take a measurement; one that fails gives a warning and is removed."""
         try:
             with observing(None):
-                found = measurement.take(solve)
+                values = measurement.take(solve)
         except Exception as error:
             self._measurements.remove(measurement)
             self._note(
-                f"The probe of {', '.join(measurement.names)} fails and is left out from here on: {type(error).__name__}: "
+                f"The measurement of {', '.join(measurement.names)} fails and is removed: {type(error).__name__}: "
                 f"{error}"
             )
         else:
-            self._inbox.figures(found, "")
+            self._collector.figures(values, "")
 
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _flush_if_due(self) -> None:
         # Figures without solves must not pile up either.
-        if self._inbox.since >= self.every or len(self._inbox) >= 8 * self.every:
+        if self._collector.since >= self.every or len(self._collector) >= 8 * self.every:
             self.flush()
 
     def flush(self, *, final: bool = False) -> None:
-        """Move what has gathered to the host, show it to the triggers, and write it to the sinks.
+        """Move collected figures to the host, show them to the triggers, and write them to the sinks.
 
         Args:
-            final: take solves, too, whose backward pass may still come.
+            final: include solves whose backward pass has not run yet.
 
         Raises:
-            MonitorError: a trigger with the action "raise" fired. What a hook raises is passed on, too.
+            MonitorError: a trigger with the action "raise" fired. A hook's exception propagates, too.
         """
-        with self._inbox.lock:
-            records = self._analysis.records(self._inbox.take(final=final))
+        with self._collector.lock:
+            records = self._row_builder.records(self._collector.take(final=final))
             notes, self._notes = self._notes, []
-            self._outlet.write(self.step, [*notes, *records])
-            error, self._alarms.error = self._alarms.error, None
+            self._sinks.write(self.step, [*notes, *records])
+            error, self._triggers.error = self._triggers.error, None
         if error is not None:
             raise error
 
@@ -280,11 +278,11 @@ class Monitor(Observer):
         if text not in self._noted:
             self._noted.add(text)
             self._notes.append(Event(self.step, time.time(), "note", text))
-            tell(text)
+            warnings.warn(text, MonitorWarning, stacklevel=user_stacklevel())
 
     def __enter__(self) -> Monitor:
         if self._closed or self._stack is not None:
-            raise ConfigError("A Monitor is entered once: make another one.")
+            raise ConfigError("A Monitor can be entered only once. Make another one.")
         self._stack = ExitStack()
         self._stack.enter_context(observing(self))
         return self
@@ -298,11 +296,11 @@ class Monitor(Observer):
         try:
             self.close()
         except Exception:
-            if error is None:  # what broke the block matters more than what a trigger has to say at its end
+            if error is None:  # the block's own error takes precedence
                 raise
 
     def close(self) -> None:
-        """Write what is left and close the sinks. A `with` block does it by itself.
+        """Write the remaining records and close the sinks. A `with` block calls this at its end.
 
         Raises:
             MonitorError: a trigger with the action "raise" fired at the last flush.
@@ -313,4 +311,4 @@ class Monitor(Observer):
         try:
             self.flush(final=True)
         finally:
-            self._outlet.close()
+            self._sinks.close()

@@ -32,12 +32,12 @@ SinkLike: TypeAlias = Sink | str | Mapping[str, object]
 
 @dataclass(frozen=True)
 class MonitorSettings:
-    """What a config says of the monitor.
+    """The settings of the monitor.
 
     Attributes:
         every: solves between transfers from the device and writes to the sinks.
         reference: a file with the profile that drift is measured against, or None.
-        probes: solves between measurements, by the probe's name.
+        measurements: solves between measurements, by their name.
         sinks: tables with the key "sink" and that sink's options.
         triggers: tables of `Trigger`.
     """
@@ -45,7 +45,7 @@ class MonitorSettings:
     every: int = field(default=10, metadata={"least": 1, "expected": "an integer >= 1"})
     reference: str | None = None
     measurements: Options = field(
-        default=Options(), metadata={"expected": "a table, such as { spectral_radius = 200 },"}
+        default=Options(), metadata={"expected": "a table, such as { spectral_radius = 200 }"}
     )
     sinks: tuple[Options, ...] = (Options({"sink": "jsonl"}),)
     triggers: tuple[Options, ...] = ()
@@ -57,10 +57,10 @@ class MonitorSettings:
         Raises:
             ConfigError: a setting is unknown or its value does not fit.
         """
-        known = names_of(cls)
+        available = names_of(cls)
         for name in section:
-            if name not in known:
-                raise ConfigError.unknown_option("[monitor]", name, known)
+            if name not in available:
+                raise ConfigError.unknown_option("[monitor]", name, available)
         plain = {name: section[name] for name in ("every", "reference", "measurements") if name in section}
         if isinstance(plain.get("measurements"), Mapping):
             plain["measurements"] = as_options(
@@ -72,14 +72,14 @@ class MonitorSettings:
 
 
 def check_section(section: Mapping[str, object]) -> None:
-    """Find the mistakes in a section `[monitor]` that can be found without making a monitor.
+    """Check a section `[monitor]` as far as possible without a monitor.
 
-    What only a `Monitor` knows is left to it: hooks, and metrics of the user's own, whose names do not begin with
-    `deq_`. A sink must be registered; its options are checked when it is made, as that imports what it writes with.
+    Hooks and user metrics, whose names do not begin with `deq_`, are checked when a `Monitor` is made. A
+    sink must be registered; its options are checked when it is made, since that imports its package.
 
     Raises:
         ConfigError: a setting is unknown, or a value, a condition or a metric does not fit.
-        UnknownNameError: nobody registered a sink.
+        UnknownNameError: a sink is not registered.
     """
     given = MonitorSettings.of(section)
     for trigger in make_triggers(given.triggers):
@@ -94,8 +94,8 @@ def check_section(section: Mapping[str, object]) -> None:
 def _tables(name: str, given: object) -> tuple[Options, ...]:
     tables: list[object] = list(given) if isinstance(given, (list, tuple)) else [given]
     if name == "sinks":  # a name alone will do
-        tables = [{"sink": each} if isinstance(each, str) else each for each in tables]
-    return tuple(_table(name, each) for each in tables)
+        tables = [{"sink": table} if isinstance(table, str) else table for table in tables]
+    return tuple(_table(name, table) for table in tables)
 
 
 def _table(name: str, given: object) -> Options:
@@ -105,15 +105,15 @@ def _table(name: str, given: object) -> Options:
 
 
 def make_sink(given: SinkLike) -> tuple[str, Sink]:
-    """A sink, and the name to call it by.
+    """Return a sink, and the name to call it by.
 
     Args:
         given: a sink, a registered name, or a table with the key "sink" and options.
 
     Raises:
-        UnknownNameError: nobody registered it.
+        UnknownNameError: it is not registered.
         ConfigError: an option is unknown or does not fit.
-        PluginError: what is registered is no sink.
+        PluginError: the registered target is not a sink.
     """
     if isinstance(given, Sink):
         return type(given).__name__, given
@@ -123,7 +123,7 @@ def make_sink(given: SinkLike) -> tuple[str, Sink]:
     target: Any = plugins.load("sink", name)
     made: object = instantiate(f"sink {name!r}", target, table)
     if not isinstance(made, Sink):
-        raise PluginError(f"The sink {name!r} is {target!r}, but a subclass of deqcore.monitor.Sink is expected.")
+        raise PluginError(f"The sink {name!r} must be a subclass of deqcore.monitor.Sink (got {target!r}).")
     return name, made
 
 
@@ -135,13 +135,13 @@ def _sink_name(table: Mapping[str, object]) -> str:
 
 
 def make_triggers(given: Iterable[Trigger | Mapping[str, object]]) -> tuple[Trigger, ...]:
-    """Triggers from tables.
+    """Return triggers from tables.
 
     Raises:
         ConfigError: an option is unknown or does not fit.
     """
     made = (
-        each if isinstance(each, Trigger) else instantiate("trigger in [[monitor.triggers]]", Trigger, each)
-        for each in given
+        item if isinstance(item, Trigger) else instantiate("trigger in [[monitor.triggers]]", Trigger, item)
+        for item in given
     )
     return tuple(made)

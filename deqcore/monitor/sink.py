@@ -1,4 +1,4 @@
-"""What a sink must offer: the contract between the monitor and the places where its records go.
+"""The contract of a sink, which takes the records of a monitor.
 
 A sink is a dataclass whose fields are its options, registered under a name by the hook `deqcore_sinks`:
 
@@ -11,7 +11,7 @@ Requirements:
 1. `write` gets all records since the last call, in order, and returns when they are handed over. It raises if they
    are not: the monitor then reports it once, keeps the records, and offers them again at the next flush. So `write`
    keeps all of its records or none.
-2. It is called every few steps, from the thread that trains: what takes long belongs into a thread of the sink's own.
+2. It is called every few steps, from the thread that trains: slow work belongs in a thread of the sink.
 3. Nothing is opened and nothing heavy is imported before `open`; `needs` names the packages that it will import.
 """
 
@@ -27,13 +27,13 @@ from deqcore.monitor.metrics import Metric
 
 @dataclass(frozen=True)
 class Row:
-    """The figures of one solve, or of one that only its backward pass is known of.
+    """The figures of one solve, or of one backward pass that no solution leads to.
 
     Attributes:
         step: training step: as `Monitor.advance` counts it, or else the number of the solve.
         solve: number of the solve since the monitor was made, from 0.
         time: seconds since the epoch.
-        name: which layer, for models with several; "" if there is but one.
+        name: the layer, for models with several; "" if there is only one.
         values: by metric. What was not measured is absent; infinite values occur, NaN does not.
 
     Example:
@@ -56,7 +56,7 @@ class Event:
         step: as in `Row`.
         time: seconds since the epoch.
         kind: "fired", "cleared", "retrain", "sink" or "note".
-        message: one sentence for people.
+        message: one readable sentence.
         metric: what it is about, or "".
         value: of the metric that decided, or None.
         action: of the trigger, or "".
@@ -79,17 +79,17 @@ Record: TypeAlias = Row | Event
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a sink learns when it is opened.
+class RunInfo:
+    """What a sink receives when it is opened.
 
     Attributes:
         metrics: all that may occur in rows, by name, with units and meanings.
         started: seconds since the epoch.
-        config: the settings that were in force, as plain values.
+        config: the settings in force, as plain values.
 
     Example:
         >>> from deqcore.monitor import Metrics
-        >>> Run(Metrics(), 0.0).metrics["deq_forward_steps"].unit
+        >>> RunInfo(Metrics(), 0.0).metrics["deq_forward_steps"].unit
         'steps'
     """
 
@@ -99,12 +99,12 @@ class Run:
 
 
 class Sink(ABC):
-    """Where records go. A subclass is a dataclass of its options and is final.
+    """Takes records. A subclass is a dataclass of its options and is final.
 
     Attributes:
-        keeps: whether what was written can be read back; a sink that shows only the latest values does not.
+        keeps: whether written records can be read back; False for a sink that shows only the latest values.
         needs: import names of optional packages, each with the extra of deqcore that installs it. They are looked for
-            when the monitor is made, so that a missing one is told before the training begins.
+            when the monitor is made, so that a missing one is reported before the training begins.
 
     Example:
         >>> import numpy as np, deqcore
@@ -122,7 +122,7 @@ class Sink(ABC):
     keeps: ClassVar[bool] = True
     needs: ClassVar[Mapping[str, str]] = {}
 
-    def open(self, run: Run) -> None:
+    def open(self, run: RunInfo) -> None:
         """Get ready. Called once before the first `write`; again, if it raised, at the next flush."""
         return None
 

@@ -6,7 +6,7 @@ import math
 
 
 def encodable(text: object) -> str:
-    r"""Text with a question mark for each lone surrogate, which no encoding of Unicode has.
+    r"""Return the text with a question mark for each lone surrogate, which no encoding of Unicode has.
 
     Example:
         >>> encodable("a\ud800b"), encodable(3)
@@ -17,18 +17,18 @@ def encodable(text: object) -> str:
 
 
 def printable(text: object) -> str:
-    r"""Text for people: without control characters, too.
+    r"""Return the text for people: without control characters, too.
 
     Example:
         >>> printable("a\x00b\n")
         'a\ufffdb '
     """
-    shown = (" " if each.isspace() else each if each.isprintable() else "\ufffd" for each in encodable(text))
+    shown = (" " if item.isspace() else item if item.isprintable() else "\ufffd" for item in encodable(text))
     return "".join(shown)
 
 
 def plain(value: object) -> object:
-    """A value as strict JSON has it: string keys, no NaN or infinity, no lone surrogates.
+    """Return a value as strict JSON has it: string keys, no NaN or infinity, no lone surrogates.
 
     Example:
         >>> plain({1: float("inf"), "a": (True, None)})

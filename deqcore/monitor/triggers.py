@@ -66,16 +66,16 @@ class Condition:
         """Read text such as "> 0.1".
 
         Raises:
-            ConfigError: it is no condition.
+            ConfigError: it is not a condition.
         """
-        found = _CONDITION.fullmatch(text) if isinstance(text, str) else None
-        if found is None:
+        result = _CONDITION.fullmatch(text) if isinstance(text, str) else None
+        if result is None:
             expected = "'<', '<=', '>' or '>=' and a number, such as '> 0.1',"
             raise ConfigError.bad_value(owner, option, text, expected)
-        return cls(found[1], float(found[2]))
+        return cls(result[1], float(result[2]))
 
     def __call__(self, value: float) -> bool:
-        """Whether the value meets it."""
+        """Return whether the value meets it."""
         return _COMPARE[self.sign](value, self.threshold)
 
     def opposite(self) -> Condition:
@@ -102,10 +102,10 @@ class Trigger:
             forward tolerance times `factor`), "refine" (more of what the backward strategy spends, by `factor`),
             "exact" (backward strategy exact-ift), "hook" (calls a function given to the monitor), "retrain" (sets
             the retrain mark, which stays).
-        window: measured values that the statistic is taken of.
+        window: number of measured values in the statistic.
         statistic: of the window.
-        until: when it counts as over; None: the opposite of the condition, 20 % beyond its threshold.
-        hold: solves that an action lasts at least.
+        until: when it is cleared; None: the opposite of the condition, 20 % beyond its threshold.
+        hold: the least number of solves that an action lasts.
         factor: of "tighten" (below 1; default 0.1) and "refine" (above 1; default 2).
         hook: name of the function, for "hook".
 
@@ -130,26 +130,25 @@ class Trigger:
     hook: str = ""
 
     def check(self, metrics: Metrics, hooks: Mapping[str, object]) -> None:
-        """Compare with what there is.
+        """Check the trigger against the metrics and hooks of a monitor.
 
         Raises:
-            ConfigError: the metric or the hook does not exist, a condition is none, or options contradict.
+            ConfigError: the metric or the hook does not exist, a condition is not valid, or options contradict.
         """
         owner = f"The trigger on {self.metric!r}"
         metrics.check("A trigger", self.metric)
         self.check_form()
         if self.action == "hook" and self.hook not in hooks:
             raise ConfigError(
-                f"{owner}: hook = {self.hook!r}, but the monitor has no such function."
-                f"{did_you_mean(self.hook, hooks)} It has: {listing(hooks)}. Give it as Monitor(hooks={{name: "
-                f"function}})."
+                f"{owner}: the monitor has no hook {self.hook!r}.{did_you_mean(self.hook, hooks)} Available: "
+                f"{listing(hooks)}. Pass functions as Monitor(hooks={{name: function}})."
             )
 
     def check_form(self) -> None:
-        """Check what needs no monitor to be checked.
+        """Check what does not need a monitor.
 
         Raises:
-            ConfigError: a condition is none, or options contradict.
+            ConfigError: a condition is not valid, or options contradict.
         """
         owner = f"The trigger on {self.metric!r}"
         fires = Condition.parse(self.condition, owner)
@@ -159,7 +158,7 @@ class Trigger:
         if self.factor is not None:
             self._check_factor(owner)
         if self.action != "hook" and self.hook:
-            raise ConfigError(f"{owner}: hook = {self.hook!r} is given, but action = {self.action!r}: set 'hook'.")
+            raise ConfigError(f"{owner}: hook = {self.hook!r} requires action = 'hook' (got {self.action!r}).")
 
     def _check_factor(self, owner: str) -> None:
         assert self.factor is not None
@@ -172,8 +171,8 @@ class Trigger:
 
 
 @dataclass(frozen=True)
-class Change:
-    """What became of a trigger.
+class Transition:
+    """A change of a trigger.
 
     Attributes:
         fired: True if it fired, False if it was cleared.
@@ -185,8 +184,8 @@ class Change:
     value: float | None
 
 
-class Watcher:
-    """One trigger at work.
+class TriggerState:
+    """The state of one trigger.
 
     Attributes:
         active: whether it has fired and was not cleared since.
@@ -199,26 +198,26 @@ class Watcher:
         self._ends = Condition.parse(trigger.until) if trigger.until is not None else self._fires.opposite()
         self._window: deque[float] = deque(maxlen=trigger.window)
         self._since = 0  # rows since it changed
-        self._patience = 0  # how often the action lasts `hold`; 0: it never fired
+        self._hold_factor = 0  # how often the action lasts `hold`; 0: it never fired
 
-    def see(self, values: Mapping[str, float]) -> Change | None:
-        """Take one row's values; returns what changed."""
+    def see(self, values: Mapping[str, float]) -> Transition | None:
+        """Take one row's values and return the transition, if any."""
         self._since += 1
         if self.trigger.metric in values:
             self._window.append(values[self.trigger.metric])
         full = len(self._window) == self.trigger.window
-        found = _STATISTIC[self.trigger.statistic](list(self._window)) if full else None
-        return self._clear(found) if self.active else self._fire(found)
+        result = _STATISTIC[self.trigger.statistic](list(self._window)) if full else None
+        return self._clear(result) if self.active else self._fire(result)
 
-    def _fire(self, found: float | None) -> Change | None:
+    def _fire(self, found: float | None) -> Transition | None:
         if found is None or not self._fires(found):
             return None
-        relapsed = self._patience > 0 and self._since <= self.trigger.window + self.trigger.hold
-        self._patience = min(LONGEST, 2 * self._patience) if relapsed else 1
+        relapsed = self._hold_factor > 0 and self._since <= self.trigger.window + self.trigger.hold
+        self._hold_factor = min(LONGEST, 2 * self._hold_factor) if relapsed else 1
         return self._turn(True, found)
 
-    def _clear(self, found: float | None) -> Change | None:
-        if self._since < self.trigger.hold * self._patience:
+    def _clear(self, found: float | None) -> Transition | None:
+        if self._since < self.trigger.hold * self._hold_factor:
             return None
         if found is None and self._window:
             return None  # measured, but not often enough yet
@@ -226,8 +225,8 @@ class Watcher:
             return None
         return self._turn(False, found)
 
-    def _turn(self, fired: bool, found: float | None) -> Change:
+    def _turn(self, fired: bool, found: float | None) -> Transition:
         self.active = fired
         self._since = 0
         self._window.clear()
-        return Change(self.trigger, fired, found)
+        return Transition(self.trigger, fired, found)

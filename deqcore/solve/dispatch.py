@@ -11,7 +11,13 @@ from deqcore.abc.backend import Backend
 from deqcore.abc.backward import Strategy
 from deqcore.config import Config
 from deqcore.config.sources import LARGEST
-from deqcore.errors import BackendMismatchError, ConfigError, DtypeToleranceWarning, InitialIterateError, StrategyError
+from deqcore.errors import (
+    BackendMismatchError,
+    ConfigError,
+    DtypeToleranceWarning,
+    InitialIterateError,
+    StrategyError,
+)
 from deqcore.solve.flatten import RavelSpec
 from deqcore.solve.observer import observer
 from deqcore.solve.plan import Plan

@@ -14,14 +14,23 @@ from deqcore import plugins
 from deqcore.config import Config
 from deqcore.errors import ConfigError, StrategyError, UnknownNameError
 from deqcore.study.models import find
-from deqcore.study.settings import DataChoice, Drift, ModelChoice, SolverChoice, StrategyChoice, Study, Table, Training
+from deqcore.study.settings import (
+    DataChoice,
+    DriftSettings,
+    ModelChoice,
+    SettingsTable,
+    SolverChoice,
+    StrategyChoice,
+    Study,
+    TrainingSettings,
+)
 
 FORMAT: Final = 1  # of a cell's files; raised when old results cannot be read, or would come out differently
 EXPLICIT: Final = "explicit"
 
 
 @dataclass(frozen=True)
-class Own:
+class UserCode:
     """Import strings of the user's own code, from the command line."""
 
     data: str | None = None
@@ -40,10 +49,10 @@ class Cell:
     rtol: float
     seed: int
     max_steps: int
-    training: Training
-    own: Own = field(default=Own())
+    training: TrainingSettings
+    own: UserCode = field(default=UserCode())
     device: str = "auto"
-    drift: Drift = field(default=Drift())
+    drift: DriftSettings = field(default=DriftSettings())
 
     @property
     def explicit(self) -> bool:
@@ -58,10 +67,10 @@ class Cell:
     @property
     def key(self) -> str:
         """Name of the cell's folder: readable, and different for cells that differ in anything."""
-        told = json.dumps([FORMAT, self.as_dict()], sort_keys=True).encode()
+        content = json.dumps([FORMAT, self.as_dict()], sort_keys=True).encode()
         parts = (self.data.label, self.backend, self.model.name, self.solver.name, self.strategy.label, f"s{self.seed}")
         slug = re.sub(r"[^A-Za-z0-9]+", "-", "-".join(parts)).strip("-").lower()[:80]
-        return f"{slug}-{hashlib.sha256(told).hexdigest()[:8]}"
+        return f"{slug}-{hashlib.sha256(content).hexdigest()[:8]}"
 
     @property
     def label(self) -> str:
@@ -71,7 +80,7 @@ class Cell:
         return " ".join((*parts, f"seed {self.seed}"))
 
     def config(self) -> Config:
-        """Settings of its solves. What does not converge is counted, so nothing warns."""
+        """Return the settings of its solves. What does not converge is counted, so nothing warns."""
         return Config(
             backend=self.backend,
             forward={
@@ -89,7 +98,7 @@ class Cell:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         tables = ("data", "model", "solver", "strategy", "training")
         plain: dict[str, Any] = {name: getattr(self, name).model_dump() for name in tables}
         numbers = {name: getattr(self, name) for name in ("backend", "rtol", "seed", "max_steps")}
@@ -100,21 +109,21 @@ class Cell:
     @classmethod
     def of(cls, plain: dict[str, Any]) -> Cell:
         """Undo `as_dict`."""
-        tables: dict[str, type[Table]] = {
+        tables: dict[str, type[SettingsTable]] = {
             "data": DataChoice,
             "model": ModelChoice,
             "solver": SolverChoice,
             "strategy": StrategyChoice,
-            "training": Training,
+            "training": TrainingSettings,
         }
         read: dict[str, Any] = {name: table.model_validate(plain[name]) for name, table in tables.items()}
         numbers = {name: plain[name] for name in ("backend", "rtol", "seed", "max_steps")}
-        drift = Drift.model_validate(plain.get("drift", {}))
-        return cls(**read, **numbers, own=Own(**plain["own"]), device=plain.get("device", "auto"), drift=drift)
+        drift = DriftSettings.model_validate(plain.get("drift", {}))
+        return cls(**read, **numbers, own=UserCode(**plain["own"]), device=plain.get("device", "auto"), drift=drift)
 
 
-def cells(study: Study, own: Own, backends: tuple[str, ...]) -> list[Cell]:
-    """The grid, seeds outermost, so that a study that is stopped early has compared everything on some seeds.
+def cells(study: Study, own: UserCode, backends: tuple[str, ...]) -> list[Cell]:
+    """Return the grid, seeds outermost, so that a study that is stopped early has compared everything on some seeds.
 
     Args:
         study: what was asked for.
@@ -122,19 +131,19 @@ def cells(study: Study, own: Own, backends: tuple[str, ...]) -> list[Cell]:
         backends: the names that `study.backends` stand for.
 
     Raises:
-        UnknownNameError: nobody registered a name.
-        ConfigError: an option does not exist or does not fit; two entries of an axis cannot be told apart.
+        UnknownNameError: a name is not registered.
+        ConfigError: an option does not exist or does not fit; two entries of an axis are equal.
         StrategyError: a strategy needs an estimate that a solver does not keep.
     """
     _check(study, own, backends)
-    found = [cell for seed in study.seeds for cell in _of_seed(study, own, backends, seed)]
-    keys = [cell.key for cell in found]
+    result = [cell for seed in study.seeds for cell in _of_seed(study, own, backends, seed)]
+    keys = [cell.key for cell in result]
     if len(set(keys)) < len(keys):
         raise ConfigError("The study asks for the same cell twice: remove the repeated entry of an axis.")
-    return found
+    return result
 
 
-def _of_seed(study: Study, own: Own, backends: tuple[str, ...], seed: int) -> Iterator[Cell]:
+def _of_seed(study: Study, own: UserCode, backends: tuple[str, ...], seed: int) -> Iterator[Cell]:
     for data, backend, model in product(study.data, backends, study.models):
         if not _fits(data, model, own):
             continue
@@ -157,21 +166,21 @@ def _of_seed(study: Study, own: Own, backends: tuple[str, ...], seed: int) -> It
             yield Cell(solver=solver, strategy=strategy, rtol=rtol, **shared)
 
 
-def _fits(data: DataChoice, model: ModelChoice, own: Own) -> bool:
-    """Whether a model takes the data, as far as that is known before the data is read."""
+def _fits(data: DataChoice, model: ModelChoice, own: UserCode) -> bool:
+    """Return whether a model takes the data, as far as that is known before the data is read."""
     given = _gives(data, own)
     return given is None or given in find(model.name, own.model).accepts
 
 
-def _gives(data: DataChoice, own: Own) -> str | None:
-    """The kind of its inputs, if that is known before it is read."""
+def _gives(data: DataChoice, own: UserCode) -> str | None:
+    """Return the kind of its inputs, if that is known before it is read."""
     if data.name == "own" and own.data is not None:
         return None
     spec = plugins.spec("data", data.name)
     return spec.gives if isinstance(spec, plugins.DataSpec) else None
 
 
-def _check_pairs(study: Study, own: Own) -> None:
+def _check_pairs(study: Study, own: UserCode) -> None:
     for model in study.models:
         if not any(_fits(data, model, own) for data in study.data):
             takes = " or ".join(find(model.name, own.model).accepts)
@@ -183,7 +192,7 @@ def _check_pairs(study: Study, own: Own) -> None:
             )
 
 
-def _check_own(study: Study, own: Own) -> None:
+def _check_own(study: Study, own: UserCode) -> None:
     """The user's own code goes by the name "own"; what nothing in the file asks for would be left out in silence."""
     for option, given, axis, choices in (
         ("--data", own.data, "data", study.data),
@@ -196,14 +205,16 @@ def _check_own(study: Study, own: Own) -> None:
             )
 
 
-def _check(study: Study, own: Own, backends: tuple[str, ...]) -> None:
+def _check(study: Study, own: UserCode, backends: tuple[str, ...]) -> None:
     """Find every mistake in the names and options before the first training."""
     _check_own(study, own)
-    axes = {"strategies": [each.label for each in study.strategies], "data": [each.label for each in study.data]}
+    axes = {"strategies": [item.label for item in study.strategies], "data": [item.label for item in study.data]}
     for axis, labels in axes.items():
         for label in labels:
             if labels.count(label) > 1:
-                raise ConfigError(f"[study]: two entries of {axis} are called {label!r}: give one a label of its own.")
+                raise ConfigError(
+                    f"[study]: two entries of {axis} have the label {label!r}. Give one of them another label."
+                )
     trained = {spec.backend for spec in plugins.trainers().values()}
     for backend in backends:
         plugins.spec("backend", backend)
@@ -222,5 +233,7 @@ def _check(study: Study, own: Own, backends: tuple[str, ...]) -> None:
 
 def _options(strategy: StrategyChoice) -> dict[str, object]:
     """TOML has no null: the text "none" stands for it in an option `max_relative_error`."""
-    given = strategy.options.items()
-    return {name: None if name == "max_relative_error" and value == "none" else value for name, value in given}
+    return {
+        name: None if name == "max_relative_error" and value == "none" else value
+        for name, value in strategy.options.items()
+    }

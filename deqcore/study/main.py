@@ -13,11 +13,12 @@ from rich.console import Console
 from deqcore import plugins
 from deqcore.bench.machine import describe
 from deqcore.errors import BackendError
-from deqcore.study import device, gates, ray_executor, report, table
-from deqcore.study.grid import Cell, Own, cells
-from deqcore.study.local_executor import run
-from deqcore.study.progress import Live
-from deqcore.study.schedule import schedule, timed
+from deqcore.study.executors import device, ray
+from deqcore.study.executors.local import run
+from deqcore.study.executors.schedule import schedule, timed
+from deqcore.study.grid import Cell, UserCode, cells
+from deqcore.study.progress import ProgressView
+from deqcore.study.report import gates, page, table
 from deqcore.study.settings import Study, read
 from deqcore.study.store import Store, StudyError
 
@@ -25,7 +26,7 @@ PACKAGES = ("torch", "jax", "jaxlib", "optax", "scipy", "scikit-learn")
 
 
 @dataclass(frozen=True)
-class Request:
+class StudyRequest:
     """What the command line asks for.
 
     Attributes:
@@ -52,7 +53,7 @@ class Request:
     executor: Literal["local", "ray"] = "local"
 
     def settings(self) -> Study:
-        """Everything put together and checked."""
+        """Return everything put together and checked."""
         asked = dict(self.table) | {name: value for name, value in self.changes.items() if value}
         if self.data is not None:
             asked.setdefault("data", ["own"])
@@ -61,7 +62,7 @@ class Request:
         return read(asked, self.origin)
 
 
-def study(request: Request, console: Console) -> None:
+def study(request: StudyRequest, console: Console) -> None:
     """Train what is unfinished, print the table, write the report.
 
     Args:
@@ -69,7 +70,7 @@ def study(request: Request, console: Console) -> None:
         console: where to write.
     """
     settings = request.settings()
-    grid = plan(settings, Own(request.data, request.model))
+    grid = plan(settings, UserCode(request.data, request.model))
     if request.executor == "local":
         device.check(settings.device, dict.fromkeys(cell.backend for cell in grid))
     slug = re.sub(r"[^\w.-]+", "-", settings.name) or "results"
@@ -86,26 +87,26 @@ def study(request: Request, console: Console) -> None:
         done = place.resume(grid, retry=request.retry)
         if done:
             console.print(f"{done} of {len(grid)} cells were finished before.", style="dim")
-        with Live(console, grid, done) as live:
+        with ProgressView(console, grid, done) as live:
             spread = request.executor == "ray"
-            results = ray_executor.run(place, grid, live) if spread else run(place, grid, live, request.jobs)
+            results = ray.run(place, grid, live) if spread else run(place, grid, live, request.jobs)
         if request.jobs > 1 or spread:
             results = timed(place, grid, results, console)
-        found = report.write(place.root, settings, results, about)
-    console.print(table.terminal(found))
+        result = page.write(place.root, settings, results, about)
+    console.print(table.terminal(result))
     if settings.gates:
-        console.print(gates.judge(found, settings.gates).sentence(settings.language))
+        console.print(gates.judge(result, settings.gates).sentence(settings.language))
     console.print(f"Report: {place.root / 'report.html'}", soft_wrap=True)
 
 
-def plan(settings: Study, own: Own) -> list[Cell]:
-    """The grid; every mistake in names and options is found here, before anything is trained."""
+def plan(settings: Study, own: UserCode) -> list[Cell]:
+    """Return the grid; every mistake in names and options is found here, before anything is trained."""
     gates.check(settings.gates, [strategy.label for strategy in settings.strategies])
     return cells(settings, own, tuple(dict.fromkeys(map(backend, settings.backends))))
 
 
 def backend(name: str) -> str:
-    """The backend that a name stands for: "auto" is the first installed that has a trainer.
+    """Return the backend that a name stands for: "auto" is the first installed that has a trainer.
 
     Raises:
         BackendError: there is none.

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from deqcore.study.grid import Cell
 
 
-class Live:
+class ProgressView:
     """Bars on a terminal; elsewhere one line for each cell that ends.
 
     Args:
@@ -32,7 +32,7 @@ class Live:
             TextColumn("{task.description}"),
             BarColumn(bar_width=18),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[told]}", style="dim"),
+            TextColumn("{task.fields[detail]}", style="dim"),
             TimeRemainingColumn(),
             console=console,
             transient=True,
@@ -41,9 +41,11 @@ class Live:
         self.tasks: dict[str, TaskID] = {}
         self.starts: dict[str, float] = {}
 
-    def __enter__(self) -> Live:
+    def __enter__(self) -> ProgressView:
         self.bars.start()
-        self.whole = self.bars.add_task("study".ljust(self.width), total=self.total, completed=self.done, told="cells")
+        self.whole = self.bars.add_task(
+            "study".ljust(self.width), total=self.total, completed=self.done, detail="cells"
+        )
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -53,17 +55,19 @@ class Live:
         """Show a bar for the cell."""
         self.starts[cell.key] = time.monotonic()
         label = escape(cell.label.ljust(self.width))
-        self.tasks[cell.key] = self.bars.add_task(label, total=None, told="starting")
+        self.tasks[cell.key] = self.bars.add_task(label, total=None, detail="starting")
 
     def progressed(self, cell: Cell, progress: dict[str, Any]) -> None:
         """Move its bar."""
-        told = [f"epoch {progress['epoch']}", f"loss {progress['loss']:.4f}"]
+        detail = [f"epoch {progress['epoch']}", f"loss {progress['loss']:.4f}"]
         if progress["residual"] is not None:
-            told.append(f"residual {progress['residual']:.1e}")
-        told.append(f"f {progress['evaluations']}")
+            detail.append(f"residual {progress['residual']:.1e}")
+        detail.append(f"f {progress['evaluations']}")
         if progress["vjps"] is not None:
-            told.append(f"vjps {progress['vjps']}")
-        self.bars.update(self.tasks[cell.key], completed=progress["step"], total=progress["steps"], told=" ".join(told))
+            detail.append(f"vjps {progress['vjps']}")
+        self.bars.update(
+            self.tasks[cell.key], completed=progress["step"], total=progress["steps"], detail=" ".join(detail)
+        )
 
     def ended(self, cell: Cell, result: dict[str, Any]) -> None:
         """Replace its bar by a line that stays."""
@@ -72,8 +76,8 @@ class Live:
         self.done += 1
         seconds = time.monotonic() - self.starts[cell.key]
         if result["status"] == "ok":
-            told = f"[green]test accuracy {100 * result['test_accuracy']:.2f} %[/]"
+            detail = f"[green]test accuracy {100 * result['test_accuracy']:.2f} %[/]"
         else:
-            told = f"[red]{escape(result['reason'])}: {escape(result['detail'])}[/]"
+            detail = f"[red]{escape(result['reason'])}: {escape(result['detail'])}[/]"
         label = escape(cell.label.ljust(self.width))
-        self.console.print(f"{self.done:>3}/{self.total}  {label}  {told}  [dim]{seconds:.0f} s[/]", soft_wrap=True)
+        self.console.print(f"{self.done:>3}/{self.total}  {label}  {detail}  [dim]{seconds:.0f} s[/]", soft_wrap=True)

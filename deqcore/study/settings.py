@@ -1,4 +1,4 @@
-"""What a study may ask for: the table `[study]` of a config file, checked strictly.
+"""The settings of a study: the table `[study]` of a config file, checked strictly.
 
 Every list is an axis of the grid. An entry is a name, or a table with the name and its options:
 
@@ -17,13 +17,13 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from deqcore.errors import ConfigError
-from deqcore.study.translations import LANGUAGES
+from deqcore.study.report.translations import LANGUAGES
 
 Option: TypeAlias = bool | int | float | str
 
 
-class Table(BaseModel):
-    """A table of settings: frozen, and what it does not know is an error."""
+class SettingsTable(BaseModel):
+    """A table of settings: frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -36,21 +36,21 @@ def _listed(given: object) -> object:
     return tuple(given) if isinstance(given, list) else given
 
 
-class ModelChoice(Table):
+class ModelChoice(SettingsTable):
     """A model and its width."""
 
     name: str
     width: int = Field(default=128, ge=4)
 
 
-class SolverChoice(Table):
+class SolverChoice(SettingsTable):
     """A registered solver and its options."""
 
     name: str
     options: dict[str, Option] = {}
 
 
-class StrategyChoice(Table):
+class StrategyChoice(SettingsTable):
     """A registered strategy, its options, and what tables call it."""
 
     name: str
@@ -63,7 +63,7 @@ class StrategyChoice(Table):
         return {**given, "label": given.get("label") or given.get("name", "")} if isinstance(given, Mapping) else given
 
 
-class DataChoice(Table):
+class DataChoice(SettingsTable):
     """A data set.
 
     Attributes:
@@ -94,7 +94,7 @@ class DataChoice(Table):
         return {**given, "label": given.get("label") or given.get("name", "")} if isinstance(given, Mapping) else given
 
 
-class Training(Table):
+class TrainingSettings(SettingsTable):
     """The budget that every cell gets.
 
     Attributes:
@@ -112,7 +112,7 @@ class Training(Table):
     threads: int = Field(default=1, ge=1)
 
 
-class Drift(Table):
+class DriftSettings(SettingsTable):
     """Retraining: the weights are kept, and trained again on data that has drifted a little further.
 
     Attributes:
@@ -124,8 +124,8 @@ class Drift(Table):
     amount: float = Field(default=0.1, ge=0, le=10)
 
 
-class Cost(Table):
-    """What the machine costs.
+class CostSettings(SettingsTable):
+    """The price of the machine.
 
     Attributes:
         price_per_hour: of one machine.
@@ -133,7 +133,7 @@ class Cost(Table):
         trainings_per_month: the retraining schedule.
         scale: a real training in units of the one that was measured (more data, more epochs).
         switch_cost: of changing the strategy, once.
-        devices: that a training with exact gradients is spread over for want of memory; 1 says nothing about devices.
+        devices: devices that a training with exact gradients needs for its memory; 1: the report omits devices.
     """
 
     price_per_hour: float = Field(default=1.0, ge=0)
@@ -144,13 +144,13 @@ class Cost(Table):
     devices: int = Field(default=1, ge=1)
 
 
-class Gate(Table):
+class Gate(SettingsTable):
     """A criterion that a stage must meet.
 
     Attributes:
-        stage: "pilot", "shadow", "rollout" or a name of your own; stages are passed in the order of the file.
+        stage: "pilot", "shadow", "rollout" or another name; stages are passed in the order of the file.
         strategy: label of the strategy on trial.
-        metric: see `deqcore.study.gates.METRICS`.
+        metric: see `deqcore.study.report.gates.METRICS`.
         at_least: the lowest value that passes.
         at_most: the highest value that passes.
     """
@@ -174,7 +174,7 @@ Strategies: TypeAlias = tuple[Annotated[StrategyChoice, BeforeValidator(_named)]
 Data: TypeAlias = tuple[Annotated[DataChoice, BeforeValidator(_named)], ...]
 
 
-class Study(Table):
+class Study(SettingsTable):
     """The whole of `[study]`.
 
     Attributes:
@@ -199,9 +199,9 @@ class Study(Table):
     max_steps: int = Field(default=40, ge=1)
     device: str = Field(default="auto", pattern=r"^(auto|[a-z]+(:\d+)?)$")
     language: Literal["en", "ja"] = "en"
-    training: Training = Training()
-    drift: Drift = Drift()
-    cost: Cost = Cost()
+    training: TrainingSettings = TrainingSettings()
+    drift: DriftSettings = DriftSettings()
+    cost: CostSettings = CostSettings()
     gates: Annotated[tuple[Gate, ...], BeforeValidator(_listed)] = ()
 
 
@@ -221,34 +221,34 @@ def read(table: Mapping[str, object], origin: str) -> Study:
     try:
         return Study.model_validate(dict(table))
     except ValidationError as error:
-        raise _told(error, origin) from None
+        raise _as_config_error(error, origin) from None
 
 
-def _told(error: ValidationError, origin: str) -> ConfigError:
-    """The first mistake, in the words of the house."""
+def _as_config_error(error: ValidationError, origin: str) -> ConfigError:
+    """Convert the first mistake to a ConfigError."""
     first = error.errors(include_url=False)[0]
     path = [part for part in first["loc"] if not (isinstance(part, str) and part.endswith("]"))]
     owner = f"[study{''.join(f'.{part}' for part in path[:-1])}] (set by {origin})"
     name = str(path[-1]) if path else "study"
     if first["type"] == "extra_forbidden":
-        return ConfigError.unknown_option(owner, name, _known(path[:-1]))
+        return ConfigError.unknown_option(owner, name, _keys_at(path[:-1]))
     expected = first["msg"].removeprefix("Value error, ")
     if path and isinstance(path[-1], int):
         owner, name = f"[study] (set by {origin})", f"{path[-2]}[{path[-1]}]"
     return ConfigError(f"{owner}: {name} = {first.get('input')!r} does not fit: {expected[:1].lower()}{expected[1:]}.")
 
 
-def _known(path: list[int | str]) -> list[str]:
-    """The keys of the table at a path."""
-    tables: dict[str, type[Table]] = {
+def _keys_at(path: list[int | str]) -> list[str]:
+    """Return the keys of the table at a path."""
+    tables: dict[str, type[SettingsTable]] = {
         "models": ModelChoice,
         "solvers": SolverChoice,
         "strategies": StrategyChoice,
         "data": DataChoice,
-        "training": Training,
-        "drift": Drift,
-        "cost": Cost,
+        "training": TrainingSettings,
+        "drift": DriftSettings,
+        "cost": CostSettings,
         "gates": Gate,
     }
-    found = tables[str(path[0])] if path else Study
-    return list(found.model_fields)
+    result = tables[str(path[0])] if path else Study
+    return list(result.model_fields)

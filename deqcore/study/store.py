@@ -3,7 +3,7 @@
 - study.json: format, versions, settings, machine
 - cells/KEY/cell.json: what to train
 - cells/KEY/progress.safetensors: weights, optimiser and history after the latest epoch
-- cells/KEY/result.json: what came of it, or why nothing did
+- cells/KEY/result.json: its result, or the reason of its failure
 - results.json, results.csv, results.md, report.html
 """
 
@@ -71,7 +71,7 @@ def write_progress(folder: Path, tensors: Weights, history: Mapping[str, object]
 
 
 def read_progress(folder: Path) -> tuple[Weights, dict[str, Any]] | None:
-    """What `write_progress` saved last; None if it never did."""
+    """Return what `write_progress` saved last; None if it never did."""
     from safetensors import safe_open
 
     path = folder / "progress.safetensors"
@@ -89,20 +89,20 @@ class Store:
         self.root = root
 
     def folder(self, cell: Cell) -> Path:
-        """Where a cell's files are."""
+        """Return where a cell's files are."""
         return self.root / "cells" / cell.key
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
-        """What came of a cell; None while it is unfinished."""
-        found: dict[str, Any] | None = read_json(self.folder(cell) / "result.json")
-        return found
+        """Return the result of a cell; None while it is unfinished."""
+        results: dict[str, Any] | None = read_json(self.folder(cell) / "result.json")
+        return results
 
     def epochs(self, cell: Cell) -> int:
-        """Epochs of a cell that need not be done again."""
+        """Return the epochs of a cell that need not be done again."""
         if self.result(cell) is not None:
             return cell.epochs
-        found = read_progress(self.folder(cell))
-        return 0 if found is None else int(found[1]["epochs"])
+        result = read_progress(self.folder(cell))
+        return 0 if result is None else int(result[1]["epochs"])
 
     def open(self, about: dict[str, object]) -> None:
         """Start a study here, or find that it may go on.
@@ -115,22 +115,22 @@ class Store:
         """
         from deqcore import __version__
 
-        mine = {"format": FORMAT, "deqcore": __version__}
-        found = read_json(self.root / "study.json")
-        if found is not None:
-            theirs = {name: found.get(name) for name in mine}
-            if theirs != mine:
+        own = {"format": FORMAT, "deqcore": __version__}
+        result = read_json(self.root / "study.json")
+        if result is not None:
+            theirs = {name: result.get(name) for name in own}
+            if theirs != own:
                 raise StudyError(
                     f"{str(self.root)!r} holds results of deqcore {theirs['deqcore']} (format {theirs['format']}), "
                     f"but this is {__version__} (format {FORMAT}), and numbers of two versions do not compare. "
                     f"Choose another directory with --out, or remove this one."
                 )
-        elif self.root.exists() and any(each.name != LOCK for each in self.root.iterdir()):
+        elif self.root.exists() and any(item.name != LOCK for item in self.root.iterdir()):
             raise StudyError(
                 f"{str(self.root)!r} is not empty and holds no study (study.json is missing). Choose another "
                 f"directory with --out."
             )
-        write_json(self.root / "study.json", mine | about)
+        write_json(self.root / "study.json", own | about)
 
     def resume(self, cells: Iterable[Cell], *, retry: bool) -> int:
         """Count the finished cells.
@@ -141,11 +141,11 @@ class Store:
         """
         done = 0
         for cell in cells:
-            found = self.result(cell)
-            if found is not None and found["status"] != "ok" and retry:
+            result = self.result(cell)
+            if result is not None and result["status"] != "ok" and retry:
                 (self.folder(cell) / "result.json").unlink()
-                found = None
-            done += found is not None
+                result = None
+            done += result is not None
         return done
 
     @contextmanager

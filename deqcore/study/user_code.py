@@ -15,17 +15,17 @@ def load_own(option: str, target: str, base: type) -> type:
     Args:
         option: of the command line, for the error.
         target: `module:Class`; the working directory is searched as well.
-        base: what it must be a subclass of.
+        base: the class that it must inherit from.
 
     Raises:
-        ConfigError: it cannot be imported, or is no subclass.
+        ConfigError: it cannot be imported, or is not a subclass.
     """
-    found = load_object(option, target)
-    if not (isinstance(found, type) and issubclass(found, base)):
+    result = load_object(option, target)
+    if not (isinstance(result, type) and issubclass(result, base)):
         raise ConfigError(
-            f"{option} {target!r} is {found!r}, but a subclass of {base.__module__}.{base.__name__} is expected."
+            f"{option} {target!r} must be a subclass of {base.__module__}.{base.__name__} (got {result!r})."
         )
-    return found
+    return result
 
 
 def load_object(option: str, target: str) -> object:
@@ -36,10 +36,10 @@ def load_object(option: str, target: str) -> object:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        found = import_module(module)
-    except Exception as error:  # whatever the user's module does on import, it is told with its name
+        result = import_module(module)
+    except Exception as error:  # the user's module may raise anything on import
         raise ConfigError(f"{option} {target!r} cannot be imported: {type(error).__name__}: {error}") from error
-    if not hasattr(found, name):
-        raise ConfigError(f"{option}: the module {module!r} has no {name!r}.{did_you_mean(name, vars(found))}")
-    value: object = getattr(found, name)
+    if not hasattr(result, name):
+        raise ConfigError(f"{option}: the module {module!r} has no {name!r}.{did_you_mean(name, vars(result))}")
+    value: object = getattr(result, name)
     return value

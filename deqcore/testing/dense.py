@@ -65,7 +65,7 @@ class Dense:
         return np.stack([row.ravel() for row in rows])[None] if coupled else np.stack(rows, axis=1)
 
     def gradients(self, z: Any) -> tuple[dict[str, Any], Any]:
-        """Gradients of ⟨g, z*⟩ linearised at z, and I − J."""
+        """Return the gradients of ⟨g, z*⟩ linearised at z, and I − J."""
         jacobian = self.jacobian(z)
         a = np.eye(jacobian.shape[1]) - jacobian
         g = self.g.reshape(len(a), -1, 1)
@@ -75,8 +75,8 @@ class Dense:
     def products(self, z: Any, u: Any) -> dict[str, Any]:
         """(∂f/∂leaf)ᵀ u at z for each leaf, by one recorded evaluation of f."""
         at = self._array(z)
-        found = self.backend.vjp(lambda p, x: (self.f(at, p, x), None), (self.params, self.inputs), self._array(u))
-        named = [*walk(found[2][0], "params"), *walk(found[2][1], "inputs")]
+        result = self.backend.vjp(lambda p, x: (self.f(at, p, x), None), (self.params, self.inputs), self._array(u))
+        named = [*walk(result[2][0], "params"), *walk(result[2][1], "inputs")]
         return {name: self.backend.to_numpy(leaf) for name, leaf in named if leaf is not None}
 
     def solution(self, z: Any) -> Any:
@@ -88,10 +88,10 @@ class Dense:
             a = np.eye(n) - jacobian
             step = np.linalg.solve(a, residual.reshape(-1, n, 1)).reshape(z.shape)
             moved = z + step
-            found = self.value(moved) - moved
-            if not np.linalg.norm(found) < np.linalg.norm(residual):
+            result = self.value(moved) - moved
+            if not np.linalg.norm(result) < np.linalg.norm(residual):
                 break
-            z, residual = moved, found
+            z, residual = moved, result
         return z
 
     def _array(self, z: Any) -> Array:
@@ -111,30 +111,30 @@ def dense(backend: Backend, problem: Problem, job: Job, f: Callable[..., Tree]) 
     near = solve(backend, problem, quiet, f)
     start = np.concatenate([near[name].reshape(len(reference.g), -1) for name, _ in walk(problem.z0, "z")], axis=1)
     z = reference.solution(start)
-    found, a = reference.gradients(z)
-    found = {name: np.asarray(value) for name, value in found.items()}
+    result, a = reference.gradients(z)
+    result = {name: np.asarray(value) for name, value in result.items()}
     inverse = float(np.linalg.norm(np.linalg.inv(a), 2, axis=(1, 2)).max(initial=0.0))
     jacobian = float(np.linalg.norm(np.eye(a.shape[1]) - a, 2, axis=(1, 2)).max(initial=0.0))
     condition = float(np.linalg.norm(a, 2, axis=(1, 2)).max(initial=0.0)) * inverse
-    u = found["cotangent"]
+    u = result["cotangent"]
     norms = [float(np.linalg.norm(value)) for value in (z, reference.g, u)]
     arrays = {"sensitivity": np.array([inverse, jacobian, condition, *norms]), "n": np.array(a.shape[1])}
     arrays["residual"] = np.array(np.linalg.norm(reference.value(z) - z))
-    for name, slope in slopes(reference, z, found).items():
+    for name, slope in slopes(reference, z, result).items():
         arrays[f"slope:{name}"] = np.array(slope)
     z_tree, u_tree = unraveled_like(problem, z), unraveled_like(problem, u)
     arrays |= dict([*walk(z_tree, "z"), *walk(u_tree, "cotangent")])
-    return arrays | {name: value for name, value in found.items() if name != "cotangent"}
+    return arrays | {name: value for name, value in result.items() if name != "cotangent"}
 
 
 def unraveled_like(problem: Problem, matrix: Any) -> Tree:
-    """A raveled state as a tree like z0."""
+    """Return a raveled state as a tree like z0."""
     host = rebuild(problem.z0, np.asarray)
     return unraveled(matrix, host) if problem.batch else unraveled_whole(matrix, host)
 
 
 def unraveled_whole(matrix: Any, host: Tree) -> Tree:
-    """The same where the whole state is one row."""
+    """Return the same where the whole state is one row."""
     sizes = [leaf.size for _, leaf in walk(host, "")]
     pieces = iter(np.split(matrix[0], np.cumsum(sizes)[:-1]))
     return rebuild(host, lambda leaf: next(pieces).reshape(leaf.shape))

@@ -1,7 +1,7 @@
-"""What is known to fail: solver × golden problem × backend × dtype, where a healthy sample is not solved.
+"""Known failures: solver × golden problem × backend × dtype, where a healthy sample is not solved.
 
-`python -m deqcore.testing.known_failures numpy torch > docs/conformance/known-failures.md` writes the published table; a test
-holds it to what happens. A solver that cost_bounds a problem (`Solver.cost_bounds`) is no longer excused from it.
+`python -m deqcore.testing.known_failures numpy torch > docs/conformance/known-failures.md` writes the published table;
+a test compares it with the results. A solver with a cost bound for a problem (`Solver.cost_bounds`) must solve it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 import deqcore
 from deqcore import plugins
 from deqcore.plugins.builtin import SOLVERS
-from deqcore.testing.fixtures import Kit
 from deqcore.testing.problems import golden, names
+from deqcore.testing.suite.fixtures import Kit
 from deqcore.testing.tolerances import tolerance
 from deqcore.types import Status
 
@@ -69,12 +69,12 @@ def failures(backends: Sequence[str]) -> Iterator[Failure]:
 
 
 def _one(kit: Kit, solver: str, problem: str, dtype: str) -> Iterator[Failure]:
-    known = golden(problem)
-    rtol = tolerance(float(np.finfo(dtype).eps), known.truth.jacobian.shape[1])
-    f, z0, args = kit.data(known, dtype)
+    available = golden(problem)
+    rtol = tolerance(float(np.finfo(dtype).eps), available.truth.jacobian.shape[1])
+    f, z0, args = kit.data(available, dtype)
     with np.errstate(all="ignore"):
         sol = kit.solve(f, z0, *args, solver=solver, rtol=rtol, max_steps=MAX_STEPS)
-    status = kit.numpy(sol.status)[known.truth.healthy]
+    status = kit.numpy(sol.status)[available.truth.healthy]
     ended = sorted({ENDED.get(int(code), Status(int(code)).name) for code in status if code != int(Status.CONVERGED)})
     if ended:
         reasons = {**WHY[""], **WHY.get(solver, {})}
@@ -83,12 +83,12 @@ def _one(kit: Kit, solver: str, problem: str, dtype: str) -> Iterator[Failure]:
 
 
 def table(backends: Sequence[str]) -> str:
-    """The page."""
+    """Return the page."""
     rows = sorted(failures(backends))
     return HEADER.format(steps=MAX_STEPS) + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 if __name__ == "__main__":
-    for each in sys.argv[1:]:
-        plugins.spec("backend", each)
+    for item in sys.argv[1:]:
+        plugins.spec("backend", item)
     sys.stdout.write(table(sys.argv[1:]))

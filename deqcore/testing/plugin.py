@@ -1,7 +1,7 @@
 """The pytest plugin of the conformance suite: options, markers, expected failures.
 
-Load it with `pytest_plugins = ["deqcore.testing.plugin"]` or `pytest -p deqcore.testing.plugin`. It is no entry
-point: it has no business in the sessions of people who only use deqcore.
+Load it with `pytest_plugins = ["deqcore.testing.plugin"]` or `pytest -p deqcore.testing.plugin`. It is not an
+entry point, so that it stays out of the test sessions of people who only use deqcore.
 """
 
 from __future__ import annotations
@@ -15,36 +15,15 @@ from typing import Any
 import pytest
 
 # Before the modules with the tests are imported, so that a bare assert shows what was compared.
-pytest.register_assert_rewrite(
-    *(
-        f"deqcore.testing.{name}"
-        for name in [
-            "backends",
-            "backend_arrays",
-            "backend_derivatives",
-            "backend_history",
-            "kit",
-            "lightness",
-            "sinks",
-            "solvers",
-            "solver_estimate",
-            "solver_search",
-            "solver_steps",
-            "strategies",
-            "strategy_claims",
-            "strategy_route",
-            "strategy_steps",
-        ]
-    )
-)
+pytest.register_assert_rewrite("deqcore.testing.suite")
 
 from deqcore.config import Config  # noqa: E402
 from deqcore.errors import did_you_mean, listing  # noqa: E402
-from deqcore.testing.conformance import NEEDS, Conformance  # noqa: E402
+from deqcore.testing.suite.base import NEEDS, Conformance  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """What `deqcore check` and a command line choose with."""
+    """Add the options of `deqcore check` and of the command line."""
     group = parser.getgroup("deqcore", "deqcore conformance suite")
     add = group.addoption
     add("--deqcore-backend", action="append", help="run on this backend only; may be repeated")
@@ -53,17 +32,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--deqcore-device", help="device of the arrays, such as cuda; default cpu")
     add("--deqcore-options", help="options of the solver or strategy under test, as JSON")
     add(
-        "--deqcore-cost_bounds",
-        help="golden problems that it cost_bounds with these options, and at what cost, as JSON",
+        "--deqcore-cost-bounds",
+        help="golden problems that it solves with these options, each with its largest cost, as JSON",
     )
-    add("--deqcore-results", metavar="FILE", help="write what came of each test to this JSON file")
-    add("--deqcore-project", action="store_true", help="see the plugins of the project in the working directory")
+    add("--deqcore-results", metavar="FILE", help="write each test's outcome to this JSON file")
+    add("--deqcore-project", action="store_true", help="load the plugins of the project in the working directory")
     add("--deqcore-expect", metavar="FILE", help="TOML file of expected failures: test = 'reason'")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The marker that tests ask for capabilities with."""
-    config.addinivalue_line("markers", f"{NEEDS}(capability): skipped where the backend does not promise it")
+    """Register the marker by which tests ask for capabilities."""
+    config.addinivalue_line("markers", f"{NEEDS}(capability): skip where the backend does not have it")
     if config.getoption("deqcore_project"):
         Config.discover()
     if path := config.getoption("deqcore_results"):
@@ -71,28 +50,28 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Results:
-    """Collects what came of each test, and writes it at the end."""
+    """Collects the outcome of each test and writes all of them at the end."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.found: dict[str, dict[str, object]] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """One phase of one test: setup, call or teardown."""
+        """Take one phase of one test: setup, call or teardown."""
         name = report.nodeid.rpartition("::")[2]
-        mine = self.found.setdefault(
+        entry = self.found.setdefault(
             name, {"test": name, "outcome": "passed", "message": "", "detail": "", "seconds": 0.0}
         )
-        mine["seconds"] = float(str(mine["seconds"])) + report.duration
-        if report.passed or mine["outcome"] == "failed":
+        entry["seconds"] = float(str(entry["seconds"])) + report.duration
+        if report.passed or entry["outcome"] == "failed":
             return
         expected = hasattr(report, "wasxfail")
-        mine["outcome"] = "expected" if expected else report.outcome
-        mine["message"] = report.wasxfail if expected else _reason(report)
-        mine["detail"] = report.longreprtext if report.failed else ""
+        entry["outcome"] = "expected" if expected else report.outcome
+        entry["message"] = report.wasxfail if expected else _reason(report)
+        entry["detail"] = report.longreprtext if report.failed else ""
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """A module that cannot be collected is a failure, too."""
+        """Record a module that cannot be collected as a failure."""
         if report.failed:
             name = report.nodeid or "collection"
             self.found[name] = {
@@ -109,7 +88,7 @@ class Results:
 
 
 def _reason(report: pytest.TestReport) -> str:
-    """The line that says why."""
+    """Return the line with the reason."""
     if isinstance(report.longrepr, tuple):
         return str(report.longrepr[2]).removeprefix("Skipped: ")
     crash = getattr(report.longrepr, "reprcrash", None)
@@ -118,7 +97,7 @@ def _reason(report: pytest.TestReport) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what is expected to fail; strictly, so that the list stays true."""
+    """Mark expected failures strictly, so that the list stays true."""
     listed = _listed(config.getoption("deqcore_expect"))
     used: set[str] = set()
     for item in items:
@@ -156,12 +135,12 @@ def _listed(path: str | None) -> Mapping[str, str]:
     if path is None:
         return {}
     try:
-        found: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        results: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise pytest.UsageError(f"--deqcore-expect {path!r} cannot be read: {error}") from error
-    for name, reason in found.items():
+    for name, reason in results.items():
         if not isinstance(reason, str):
             raise pytest.UsageError(
-                f"--deqcore-expect {path!r}: {name} = {reason!r}, but a reason in words is expected."
+                f"--deqcore-expect {path!r}: {name} must be a text that gives the reason (got {reason!r})."
             )
-    return found
+    return results

@@ -52,14 +52,14 @@ class Problem:
             for name, leaf in walk(getattr(self, field), field):
                 if not isinstance(leaf, np.ndarray | np.generic | int | float | None):
                     raise ProblemError(
-                        f"Problem {self.name!r}: {name} is a {type(leaf).__name__}, but a NumPy array is expected: "
+                        f"Problem {self.name!r}: {name} must be a NumPy array (got a {type(leaf).__name__}): "
                         f"the data are shared by all frameworks."
                     )
         functions = self.f.values() if isinstance(self.f, Mapping) else [self.f]
         if not functions or not all(callable(f) for f in functions):
             raise ProblemError(
-                f"Problem {self.name!r}: f = {self.f!r}, but a function f(xp, params, z, inputs), or a dict such "
-                f"as {{'torch': f, 'jax': g}} of functions f(params, z, inputs), is expected."
+                f"Problem {self.name!r}: f must be a function f(xp, params, z, inputs), or a dict such as "
+                f"{{'torch': f, 'jax': g}} of functions f(params, z, inputs) (got {self.f!r})."
             )
 
     @property
@@ -76,11 +76,11 @@ class Problem:
         return lambda z, params, inputs: f(xp, params, z, inputs)
 
     def leaves(self) -> list[tuple[str, Any]]:
-        """Names and values of everything that gets a gradient."""
+        """Return the names and values of everything that gets a gradient."""
         return [*walk(self.params, "params"), *walk(self.inputs, "inputs")]
 
     def direction(self) -> Tree:
-        """The cotangent, or the default one."""
+        """Return the cotangent, or the default one."""
         if self.cotangent is not None:
             return self.cotangent
         rng = np.random.default_rng(20)
@@ -88,7 +88,7 @@ class Problem:
 
 
 def walk(tree: Tree, name: str) -> Iterator[tuple[str, Any]]:
-    """Leaves of nested dicts (keys sorted), lists and tuples, with names such as `params['layers'][0]`."""
+    """Yield the leaves of nested dicts (keys sorted), lists and tuples, with names such as `params['layers'][0]`."""
     if isinstance(tree, Mapping):
         for key in sorted(tree):
             yield from walk(tree[key], f"{name}[{key!r}]")
@@ -100,7 +100,7 @@ def walk(tree: Tree, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def rebuild(tree: Tree, change: Callable[[Any], Array]) -> Tree:
-    """The same tree with `change` applied to each leaf, in the order of `walk`."""
+    """Return the same tree with `change` applied to each leaf, in the order of `walk`."""
     if isinstance(tree, Mapping):
         return {key: rebuild(tree[key], change) for key in sorted(tree)}
     if isinstance(tree, list | tuple):
@@ -116,7 +116,7 @@ def load_problem(where: str) -> Problem:
     """
     path_text, separator, name = where.rpartition(":")
     if not separator or not name.isidentifier():
-        raise ProblemError(f"--problem {where!r}: path/to/file.py:name is expected.")
+        raise ProblemError(f"--problem must be path/to/file.py:name (got {where!r}).")
     path = Path(path_text)
     if not path.is_file():
         raise ProblemError(f"--problem {where!r}: there is no file {path_text!r} in {Path.cwd()}.")
@@ -127,27 +127,27 @@ def load_problem(where: str) -> Problem:
         raise ProblemError(
             f"{path} defines no {name!r}.{did_you_mean(name, public)} Problems in it: {listing(fitting)}."
         )
-    found = getattr(module, name)
-    if callable(found) and not isinstance(found, Problem | type):
+    result = getattr(module, name)
+    if callable(result) and not isinstance(result, Problem | type):
         try:
-            found = found()
+            result = result()
         except Exception as error:
             raise ProblemError(
-                f"{path}:{name}() raised {type(error).__name__}: {error}. A Problem, or a function without "
-                f"arguments that returns one, is expected."
+                f"{path}:{name}() raised {type(error).__name__}: {error}. It must be a Problem, or a function "
+                f"without arguments that returns one."
             ) from error
-    if not isinstance(found, Problem):
+    if not isinstance(result, Problem):
         raise ProblemError(
-            f"{path}:{name} is a {type(found).__name__}, but a deqcore.testing.Problem, or a function without "
-            f"arguments that returns one, is expected."
+            f"{path}:{name} must be a deqcore.testing.Problem, or a function without arguments that returns one "
+            f"(got a {type(result).__name__})."
         )
-    return found
+    return result
 
 
 def _execute(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(f"deqcore_problem_{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise ProblemError(f"{path} is no Python file: path/to/file.py:name is expected.")
+        raise ProblemError(f"{path} is not a Python file. --problem must be path/to/file.py:name.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     sys.path.append(str(path.parent.resolve()))
@@ -159,7 +159,7 @@ def _execute(path: Path) -> Any:
 
 
 def place(error: BaseException, path: Path | None = None) -> str:
-    """An error with the line that it came from: the last one in `path`, or the last outside of deqcore."""
+    """Return an error with the line that it came from: the last one in `path`, or the last outside of deqcore."""
     if isinstance(error, SyntaxError):
         return f"SyntaxError: {error.msg} (line {error.lineno})"
     line, trace = "", error.__traceback__

@@ -31,7 +31,7 @@ def affine(xp: Any, p: Tree, z: Tree, x: Tree) -> Tree:
 
 
 def mlp(xp: Any, p: Tree, z: Tree, x: Tree) -> Tree:
-    """A two-layer cell, V tanh(W z + U x + b) + c."""
+    """Return a two-layer cell, V tanh(W z + U x + b) + c."""
     hidden = xp.tanh(xp.matmul(z, p["W"].T) + xp.matmul(x, p["U"].T) + p["b"][None, :])
     return xp.matmul(hidden, p["V"].T) + p["c"][None, :]
 
@@ -58,7 +58,7 @@ def ring(xp: Any, p: Tree, z: Tree, x: Tree) -> Tree:
 
 
 def tree(xp: Any, p: Tree, z: Tree, x: Tree) -> Tree:
-    """Two coupled feature maps of different shapes, as a dict with a list in it."""
+    """Return two coupled feature maps of different shapes, as a dict with a list in it."""
     fine, coarse = z["maps"]
     pooled = xp.mean(fine, axis=2)  # (batch, 3)
     slow = xp.tanh(xp.matmul(coarse, p["A"].T) + xp.matmul(pooled, p["B"].T) + x["drive"])
@@ -89,14 +89,14 @@ def walled(xp: Any, p: Tree, z: Tree, x: Tree) -> Tree:
 
 
 def valve(xp: Any, p: Tree, z: Tree, x: Tree) -> Tree:
-    """A tanh cell, but a sample with x₀ > 0 obeys z ← z + x₀ (1 + z²), which has no solution."""
+    """Return a tanh cell, but a sample with x₀ > 0 obeys z ← z + x₀ (1 + z²), which has no solution."""
     cell = xp.tanh(xp.matmul(z, p["W"].T) + xp.matmul(x, p["U"].T))
     gate = x[:, :1]
     return cell + gate * (1.0 + z - cell + z * z)
 
 
 def root(xp: Any, p: Tree, z: Tree, x: Tree) -> Tree:
-    """A tanh cell plus √x₀, NaN in a sample with x₀ < 0."""
+    """Return a tanh cell plus √x₀, NaN in a sample with x₀ < 0."""
     return xp.tanh(xp.matmul(z, p["W"].T) + xp.matmul(x, p["U"].T)) + 0.1 * xp.sqrt(x[:, :1])
 
 
@@ -167,7 +167,7 @@ class Golden:
 
 @cache
 def golden(name: str) -> Golden:
-    """One of the golden problems.
+    """Return one of the golden problems.
 
     Raises:
         ProblemError: there is none of this name.
@@ -177,8 +177,10 @@ def golden(name: str) -> Golden:
         'mlp'
     """
     if name not in FUNCTIONS:
-        known = list(FUNCTIONS)
-        raise ProblemError(f"No golden problem {name!r}.{did_you_mean(name, known)} There are: {listing(known)}.")
+        available = list(FUNCTIONS)
+        raise ProblemError(
+            f"No golden problem {name!r}.{did_you_mean(name, available)} There are: {listing(available)}."
+        )
     with np.load(FOLDER / f"{name}.npz") as stored:
         data = {key: stored[key] for key in stored.files}
     problem = Problem(
@@ -210,7 +212,7 @@ def golden(name: str) -> Golden:
 
 
 def names() -> tuple[str, ...]:
-    """Names of all golden problems."""
+    """Return the names of all golden problems."""
     return tuple(FUNCTIONS)
 
 
@@ -219,23 +221,23 @@ def _keys(data: Mapping[str, Array], prefix: str) -> list[str]:
 
 
 def _tree(data: Mapping[str, Array], name: str) -> Tree:
-    """The tree whose leaves were stored under their names."""
+    """Return the tree whose leaves were stored under their names."""
     if name in data:
         return data[name]
     if f"{name}[0]" in data or any(key.startswith(f"{name}[0]") for key in data):
         length = 1 + max(int(key[len(name) + 1 :].partition("]")[0]) for key in data if key.startswith(f"{name}["))
         return [_tree(data, f"{name}[{i}]") for i in range(length)]
-    found = sorted({key[len(name) + 2 :].partition("'")[0] for key in data if key.startswith(f"{name}['")})
-    return {key: _tree(data, f"{name}[{key!r}]") for key in found}
+    result = sorted({key[len(name) + 2 :].partition("'")[0] for key in data if key.startswith(f"{name}['")})
+    return {key: _tree(data, f"{name}[{key!r}]") for key in result}
 
 
 def raveled(tree: Tree, batch: int) -> Array:
-    """A NumPy tree as the matrix `(batch, n)` that the core sees."""
+    """Return a NumPy tree as the matrix `(batch, n)` that the core sees."""
     return np.concatenate([np.reshape(leaf, (batch, -1)) for _, leaf in walk(tree, "")], axis=1)
 
 
 def unraveled(matrix: Array, like: Tree) -> Tree:
-    """The tree like `like` whose raveled form is `matrix` `(batch, n)`."""
+    """Return the tree like `like` whose raveled form is `matrix` `(batch, n)`."""
     sizes = [leaf[0].size for _, leaf in walk(like, "")]
     parts = iter(np.split(matrix, np.cumsum(sizes)[:-1], axis=1))
     return rebuild(like, lambda leaf: np.reshape(next(parts), leaf.shape))

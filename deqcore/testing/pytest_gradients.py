@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 
 from deqcore.errors import ProblemError
-from deqcore.testing.gradients import Report
+from deqcore.testing.gradients.sweep import GradientReport
+from deqcore.testing.gradients.user_problems import check_user_problem
 from deqcore.testing.problem import Problem
-from deqcore.testing.user_problems import check_own
 
 
 @pytest.fixture
-def check_gradients(request: pytest.FixtureRequest) -> Callable[..., Report]:
+def check_gradients(request: pytest.FixtureRequest) -> Callable[..., GradientReport]:
     """`check_gradients(problem)` fails the test if a gradient is not what dtype, tolerance and condition explain.
 
     `problem` is `path/to/file.py:name`, relative to the test's folder, or a function at the top level of a module
     that returns a `deqcore.testing.Problem`. The keywords `backends`, `solvers`, `strategies` and `dtypes` choose as
-    the options of `deqcore check gradients` do. Each framework runs in a process of its own, which imports the file.
+    the options of `deqcore check gradients` do. Each framework runs in its own process, which imports the file.
 
     Example:
         In a test suite::
@@ -38,10 +38,10 @@ def check_gradients(request: pytest.FixtureRequest) -> Callable[..., Report]:
         solvers: Sequence[str] = (),
         strategies: Sequence[str] = (),
         dtypes: Sequence[str] = ("float64", "float32"),
-    ) -> Report:
-        from deqcore.testing import render
+    ) -> GradientReport:
+        from deqcore.testing.gradients import render
 
-        report = check_own(where_of(problem, folder), backends, solvers, strategies, dtypes)
+        report = check_user_problem(where_of(problem, folder), backends, solvers, strategies, dtypes)
         if not report.ok:
             pytest.fail("\n".join(render.complaints(report)), pytrace=False)
         return report
@@ -50,7 +50,7 @@ def check_gradients(request: pytest.FixtureRequest) -> Callable[..., Report]:
 
 
 def where_of(problem: str | Callable[[], Problem], folder: Path) -> str:
-    """`path/to/file.py:name` of a problem.
+    """Return `path/to/file.py:name` of a problem.
 
     Raises:
         ProblemError: it is a function that another process could not find.
@@ -62,7 +62,7 @@ def where_of(problem: str | Callable[[], Problem], folder: Path) -> str:
     file = inspect.getsourcefile(problem) if inspect.isfunction(problem) else None
     if file is None or not name.isidentifier():
         raise ProblemError(
-            f"check_gradients({problem!r}): each framework imports the problem in a process of its own, so "
-            f"'path/to/file.py:name' or a function at the top level of a module is expected."
+            f"check_gradients({problem!r}): the problem must be 'path/to/file.py:name' or a function at the top level "
+            f"of a module, since each framework imports it in its own process."
         )
     return f"{file}:{name}"

@@ -56,7 +56,7 @@ class Sensitivity:
     slopes: Mapping[str, Slope]
 
     def bounds(self, eps: float, n: int, forward: float, backward: float) -> dict[str, float]:
-        """Largest 2-norm of the error of z* (`value`) and of each gradient that tolerances and dtype explain.
+        """Return largest 2-norm of the error of z* (`value`) and of each gradient that tolerances and dtype explain.
 
         Args:
             eps: machine epsilon of the dtype.
@@ -68,17 +68,17 @@ class Sensitivity:
         residual = (forward + unit) * self.state
         z = self.inverse * residual
         u = self.inverse * (backward * self.cotangent + unit * (1.0 + self.jacobian) * self.adjoint)
-        found = {"value": z + residual}
+        result = {"value": z + residual}
         for name, slope in self.slopes.items():
-            found[name] = slope.product * (u + unit * self.adjoint) + slope.curvature * z
-        return found
+            result[name] = slope.product * (u + unit * self.adjoint) + slope.curvature * z
+        return result
 
 
 def rounding(eps: float, n: int) -> float:
-    """Relative rounding error of an inner product of n terms."""
+    """Return the relative rounding error of an inner product of n terms."""
     return LAMBDA * math.sqrt(max(n, 1)) * eps
 
 
 def tolerance(eps: float, n: int) -> float:
-    """What to ask of a solver in a check: 1e-12, or twice what rounding in this dtype leaves."""
+    """Return what to ask of a solver in a check: 1e-12, or twice what rounding in this dtype leaves."""
     return max(TIGHT, 2 * rounding(eps, n))

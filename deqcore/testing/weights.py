@@ -53,22 +53,22 @@ def weights(path: str | Path) -> dict[str, Any]:
         ) from error
     except Exception as error:
         raise ProblemError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
-    raise ProblemError(f"{path}: a file that ends in .safetensors or .npz is expected.")
+    raise ProblemError(f"The file must be one that ends in .safetensors or .npz (got {path}).")
 
 
 def _safetensors(path: Path) -> dict[str, Any]:
     from safetensors import safe_open
 
-    found = {}
+    result = {}
     with safe_open(path, framework="numpy") as stored:
         for name in stored.keys():  # noqa: SIM118 - not a mapping
             kind = stored.get_slice(name).get_dtype()
-            found[name] = _bfloat16(path, name) if kind == "BF16" else stored.get_tensor(name)
-    return found
+            result[name] = _bfloat16(path, name) if kind == "BF16" else stored.get_tensor(name)
+    return result
 
 
 def _bfloat16(path: Path, name: str) -> Any:
-    """A bfloat16 tensor is the upper half of a float32 one."""
+    """Return a bfloat16 tensor is the upper half of a float32 one."""
     import json
 
     raw = path.read_bytes()

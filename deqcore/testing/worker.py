@@ -1,4 +1,4 @@
-"""One framework in a process of its own: `python -m deqcore.testing.worker FOLDER`.
+"""One framework in its own process: `python -m deqcore.testing.worker FOLDER`.
 
 Reads `jobs.json` from the folder and writes `results.json` (how each job ended) and `results.npz` (its arrays, under
 `number|quantity`). Frameworks never meet in one process: each has its own threads, allocator and global switches.
@@ -52,7 +52,7 @@ class _Watched:
 
 
 def _refuse_coupling(backend: Backend, problem: Problem, job: Job, f: Callable[..., Tree]) -> None:
-    """Rows that f couples are no samples: no strategy can be right.
+    """Raise if f couples rows: such rows are not samples, and no strategy can be right.
 
     Raises:
         ProblemError: naming two of them.
@@ -67,7 +67,7 @@ def _refuse_coupling(backend: Backend, problem: Problem, job: Job, f: Callable[.
 
 
 def too_slow(backend: Backend, job: Job) -> bool:
-    """Whether each number of the data would cost a run of a solver that solves in each of its steps."""
+    """Return whether each number of the data would cost a run of a solver that solves in each of its steps."""
     strategy = plugins.make_strategy(job.strategy, job.strategy_options)
     recorded = isinstance(strategy, StepStrategy) and not strategy.solves()
     nested = solves_inside(plugins.make_solver(job.solver, job.solver_options))
@@ -75,12 +75,12 @@ def too_slow(backend: Backend, job: Job) -> bool:
 
 
 def solves_inside(solver: Solver) -> bool:
-    """Whether a step takes a varying number of evaluations, because it solves something itself."""
+    """Return whether a step takes a varying number of evaluations, because it solves something itself."""
     return type(solver).evaluations is not Solver.evaluations
 
 
 def run(backend: Backend, job: Job) -> dict[str, Any]:
-    """The arrays of one job.
+    """Return the arrays of one job.
 
     Raises:
         RuntimeError: the user's f raised; the message says where.
@@ -102,7 +102,7 @@ def run(backend: Backend, job: Job) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     """Run all jobs in the folder; one that fails does not stop the others."""
-    with suppress(DeqcoreError):  # whoever started this process has told what is wrong with the project
+    with suppress(DeqcoreError):  # the parent process has reported what is wrong with the project
         Config.discover()
     task = json.loads((folder / "jobs.json").read_text())
     reports: list[dict[str, object]] = []
@@ -112,8 +112,8 @@ def main(folder: Path) -> None:
         start = time.perf_counter()
         report: dict[str, object] = {"error": ""}
         try:
-            found = run(backend, Job(**fields))
-            arrays |= {f"{number}|{name}": value for name, value in found.items()}
+            result = run(backend, Job(**fields))
+            arrays |= {f"{number}|{name}": value for name, value in result.items()}
         except Exception as error:
             report["error"] = str(error) if isinstance(error, RuntimeError) else place(error)
         reports.append(report | {"seconds": time.perf_counter() - start})
@@ -128,14 +128,14 @@ def write(folder: Path, backend: str, jobs: list[Job]) -> None:
 
 
 def read(folder: Path) -> list[tuple[str, float, dict[str, Any]]]:
-    """Error, seconds and arrays of each job in a folder."""
+    """Return the error, seconds and arrays of each job in a folder."""
     reports = json.loads((folder / "results.json").read_text())
-    found: list[tuple[str, float, dict[str, Any]]] = [(each["error"], each["seconds"], {}) for each in reports]
+    results: list[tuple[str, float, dict[str, Any]]] = [(report["error"], report["seconds"], {}) for report in reports]
     with np.load(folder / "results.npz") as stored:
         for key in stored.files:
             number, _, name = key.partition("|")
-            found[int(number)][2][name] = stored[key]
-    return found
+            results[int(number)][2][name] = stored[key]
+    return results
 
 
 if __name__ == "__main__":

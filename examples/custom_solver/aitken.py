@@ -47,7 +47,7 @@ class Aitken(Solver):
 
     def __post_init__(self) -> None:
         if not 0 < self.first <= self.largest:
-            raise ValueError(f"first = {self.first}, but a number above 0 and up to {self.largest} is expected")
+            raise ValueError(f"first must be a number above 0 and up to {self.largest} (got {self.first})")
 
     def init(self, backend: Backend, z: Array, fz: Array) -> AitkenState:
         r = fz - z
@@ -61,7 +61,7 @@ class Aitken(Solver):
         unit = backend.row_scale(backend.norm(delta), delta)
         delta, last = backend.divide_rows(delta, unit), backend.divide_rows(state.residual, unit)
         square = backend.inner(delta, delta)
-        # Before the first step there is no difference yet: keep the damping, divide by one instead of zero.
+        # Before the first step there is no difference: keep the damping and divide by one.
         moved = square > 0
         ratio = backend.inner(last, delta) / xp.where(moved, square, xp.ones_like(square))
         known = moved & (backend.inner(last, last) > 0)  # a restart leaves a last residual of zero

@@ -1,4 +1,4 @@
-"""Way 1: a plugin beside the config file, without a package. It runs because deq.toml asks for it."""
+"""Way 1: a plugin next to the config file, without a package. It runs because deq.toml asks for it."""
 
 from collections.abc import Iterator
 

@@ -37,9 +37,9 @@ def arguments(text: str, steps: int, given: list[str] | None = None) -> argparse
     parser.add_argument("--weights", type=Path, help="start from this safetensors file, of either framework")
     options = parser.parse_args(given)
     if options.steps < 1:
-        parser.error(f"--steps {options.steps}, but at least 1 is expected")
+        parser.error(f"--steps must be at least 1 (got {options.steps})")
     if options.weights is not None and not options.weights.is_file():
-        parser.error(f"--weights {options.weights}: there is no such file")
+        parser.error(f"--weights {options.weights}: the file does not exist")
     backend = deqcore.get_backend(backend=options.backend)
     try:
         backend.to_device(backend.asarray([0.0]), options.device)
@@ -184,7 +184,7 @@ class TorchSide:
             progress.tell(loss)
 
     def predict(self, *arrays: Any) -> Any:
-        """What the model says, as NumPy arrays."""
+        """The outputs of the model, as NumPy arrays."""
         self.model.eval()
         found = self.model.predict(*self.tensors(arrays))
         return tuple(a.numpy(force=True) for a in found) if isinstance(found, tuple) else found.numpy(force=True)
@@ -243,7 +243,7 @@ class JaxSide:
             progress.tell(loss)
 
     def predict(self, *arrays: Any) -> Any:
-        """What the model says, as NumPy arrays."""
+        """The outputs of the model, as NumPy arrays."""
         return self.jax.tree.map(np.asarray, self._predict(self.params, *arrays))
 
 

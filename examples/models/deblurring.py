@@ -6,7 +6,7 @@ y = A x + noise, with A a Gaussian blur. The image is the equilibrium of
 
 so that D is trained, by exact implicit gradients, for the blur it will meet, at the cost in memory of one application.
 Source: Gilton, Ongie & Willett (2021), "Deep equilibrium architectures for inverse problems in imaging" (half-quadratic
-splitting in place of their proximal step).
+splitting instead of their proximal step).
 
     python examples/models/deblurring.py --out pictures            # PyTorch
     python examples/models/deblurring.py --backend jax

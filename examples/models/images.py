@@ -2,7 +2,7 @@
 
 Two states, at full and at half resolution, exchange features until neither changes: z* = f(z*, image), a tree of two
 arrays. Compared with an explicit network of as many weights, in which the same cell, narrower, is stacked twice with
-weights of its own each time; both are tuned over the same grid on validation images.
+separate weights each time; both are tuned over the same grid on validation images.
 
 The images are scikit-learn's 1797 handwritten digits.
 Source: Bai, Koltun & Kolter (2020), "Multiscale deep equilibrium models", reduced to two scales.

@@ -1,7 +1,7 @@
 """A causal equilibrium transformer that predicts the next character of a text.
 
 The states of all positions are the equilibrium of one block of attention and a perceptron, z* = block(z*, text).
-Compared with an explicit transformer of four layers, each with weights of its own, and as many weights in all; both are
+Compared with an explicit transformer of four layers, each with separate weights, and as many weights in all; both are
 tuned over the same grid of learning rates, decays and memories (β₂) of AdamW on validation text. The gradient is that
 of eight recorded steps from the solution, of which only the states are kept.
 
@@ -42,7 +42,7 @@ Setting = tuple[float, float, float]  # rate, decay, β₂
 def data() -> tuple[list[str], dict[str, Any]]:
     """The characters, and their numbers in the first 90 % (train), the next 5 % (tune) and the last (test).
 
-    The 79 most frequent characters have numbers of their own, all others share 0.
+    The 79 most frequent characters have their own numbers; all others share 0.
     """
     from pydoc_data.topics import topics
 

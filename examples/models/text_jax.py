@@ -30,7 +30,7 @@ def think(p: Any, z: Array) -> Array:
 
 
 def cell(z: Array, p: Any, x: Array) -> Array:
-    """The text is added anew at each step, and what was there is normalised, so that states stay bounded."""
+    """Add the text at each step and normalise the state, so that states stay bounded."""
     heard = norm(x + z / 2 + attend(p, z))
     return norm(heard + think(p, heard))
 

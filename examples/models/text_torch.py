@@ -31,7 +31,7 @@ class Block(nn.Module):
 
 
 class Cell(Block):
-    """The text is added anew at each step, and what was there is normalised, so that states stay bounded."""
+    """Add the text at each step and normalise the state, so that states stay bounded."""
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         heard = norm(x + z / 2 + self.attend(z))

@@ -54,7 +54,7 @@ def data() -> tuple[TensorDataset, TensorDataset]:
 
 
 def accuracy(model: nn.Module, test: TensorDataset) -> float:
-    """Part of the test images that are told right."""
+    """Share of the test images that are classified correctly."""
     images, labels = test.tensors
     model.eval()
     with torch.no_grad():
@@ -72,7 +72,7 @@ def arguments(text: str | None, given: list[str] | None) -> argparse.Namespace:
     )
     options = parser.parse_args(given)
     if options.epochs < 1:
-        parser.error(f"--epochs {options.epochs}, but at least 1 is expected")
+        parser.error(f"--epochs must be at least 1 (got {options.epochs})")
     return options
 
 

@@ -10,7 +10,6 @@ import warnings
 import numpy as np
 import pytest
 from deqcore_numpy.backend import NumpyBackend
-from deqcore_numpy.backend import NumpyBackend
 from deqcore_numpy.derivative import batched_jacobian, jacobian
 from deqcore_numpy.differences import BLIND, DOWN, UP, Differences
 

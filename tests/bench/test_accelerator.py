@@ -122,7 +122,7 @@ def test_our_solvers_reach_the_residual_of_each_case(name: str, monkeypatch: pyt
     assert ("deqcore picard (compact)" in {each["contender"] for each in reached}) == (name == "mixed-conv")
 
 
-def test_nobody_begins_once_the_time_is_over() -> None:
+def test_no_task_begins_once_the_time_is_over() -> None:
     from benchmarks.accelerator import parts
 
     found = parts.cases("dense", setting(seconds=0.0))
@@ -155,7 +155,7 @@ def test_steps_are_measured_by_vectors_held() -> None:
     assert set(parts.steps("fixed cost", setting())["facts"]) == {"f", "picard", "anderson", "broyden"}
 
 
-def test_a_layer_that_raises_is_told_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_that_raises_is_reported_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import training
     from benchmarks.accelerator import parts
 
@@ -209,7 +209,7 @@ def test_after_a_process_that_ends_early_another_goes_on(monkeypatch: pytest.Mon
     assert [each["item"] for each in answers if "error" in each] == lost
 
 
-def test_results_are_kept_after_each_item_and_a_spent_budget_is_told() -> None:
+def test_results_are_kept_after_each_item_and_a_spent_budget_is_reported() -> None:
     from benchmarks.accelerator import __main__ as command
     from benchmarks.accelerator.parts import PARTS
 

@@ -1,4 +1,4 @@
-"""The evidence on certified reuse: results survive their way to a file, sections are kept, wrong usage is told."""
+"""The evidence on certified reuse: results survive their way to a file, sections are kept, wrong usage is reported."""
 
 from __future__ import annotations
 

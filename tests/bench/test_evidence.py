@@ -1,4 +1,4 @@
-"""The verdicts of the evidence, from results that are made up here, and the data that its studies are run in."""
+"""The verdicts of the evidence, from synthetic results, and the data that its studies are run in."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scipy import stats
 
 from benchmarks import evidence
 from deqcore.errors import DeqcoreError
-from deqcore.study.summary import rows
+from deqcore.study.report.summary import rows
 
 LABELS = ("exact-ift", "broyden-reuse", "plain reuse", "jacobian-free")
 
@@ -112,7 +112,7 @@ def test_a_section_says_how_many_seeds_were_timed(tmp_path: Path, monkeypatch: p
     assert "seeds finished: 4 to 4 of 5, timed alone: 1 to 4.\n" in section()
 
 
-def test_a_gap_that_grows_is_told():
+def test_a_gap_that_grows_is_reported():
     found = results(ACCURACY)
     for each in found:
         label, noise = each["cell"]["strategy"]["label"], 1e-3 * each["cell"]["seed"]
@@ -136,7 +136,7 @@ def test_images_are_unpacked_and_texts_are_linked(tmp_path: Path):
     evidence.prepare(["images-torch", "text-torch", "digits-torch"], source, place)
     assert (place / "cifar10" / "train" / "cat" / "1.jpg").read_bytes() == b"x"
     assert (place / "wikitext-2").is_dir()
-    with pytest.raises(DeqcoreError, match="a folder with 'cifar10' is expected"):
+    with pytest.raises(DeqcoreError, match="--data must be a folder with 'cifar10'"):
         evidence.prepare(["images-torch"], None, tmp_path / "other")
 
 

@@ -86,7 +86,7 @@ def test_a_folder_is_made_with_its_parents(tmp_path: Path) -> None:
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
-    with pytest.raises(ConfigError, match="is a file, but a folder is expected"):
+    with pytest.raises(ConfigError, match=r"--out must be a folder \(.* is a file\)"):
         result_folder(tmp_path / "taken")
     with pytest.raises(ConfigError, match="cannot be made"):
         result_folder(tmp_path / "taken" / "below")
@@ -94,5 +94,5 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
 
 def test_a_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(ConfigError, match="nothing can be written"):
+    with pytest.raises(ConfigError, match="is not writable"):
         result_folder(tmp_path)

@@ -1,4 +1,4 @@
-"""Tables and plots of rows whose numbers are made up."""
+"""Tables and plots of rows with synthetic numbers."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 
 from deqcore.bench import plots, report
-from deqcore.bench.rows import Row
+from deqcore.bench.rows import BenchRow
 from deqcore.bench.sweeps import Point
 from deqcore.errors import MissingExtraError
 
 
 def row(
     contender: str = "deqcore broyden", seconds: tuple[float, ...] = (0.004, 0.002, 0.003), **changes: object
-) -> Row:
+) -> BenchRow:
     reference = [0.0001] * len(seconds)
     made = {"evaluations": 10, "reached": True, "state": 2**20, "memory": 3 * 2**20, **changes}
-    return Row(
+    return BenchRow(
         framework="numpy", case="dense", contender=contender, residual_max=9e-6, residual_median=1e-6, tolerance=1e-5,
         first_seconds=0.5, seconds=list(seconds), reference=reference, disturbance=[0.0, 0.9, 0.01], **made,
     )  # type: ignore[arg-type]  # fmt: skip

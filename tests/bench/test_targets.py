@@ -1,4 +1,4 @@
-"""The comparison with peers: verdicts, the page, and what is told when something is missing. Measures nothing."""
+"""The comparison with peers: verdicts, the page, and messages on missing parts. Measures nothing."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_rendering_needs_no_measurement(tmp_path: Path, capsys: pytest.CaptureFi
     assert "banax is left out: it needs Python 3.12" in capsys.readouterr().err
 
 
-def test_missing_libraries_are_told_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_libraries_are_reported_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     import benchmarks.__main__ as command
 
     monkeypatch.setattr(command, "find_spec", lambda name: None)

@@ -13,7 +13,7 @@ from deqcore.bench.timing import LEAST_SECONDS, MOST_REPEATS, Spread, interleave
 
 
 class Machine:
-    """A clock in seconds, tasks that take what they say, and others that disturb the rounds one is told of."""
+    """A clock in seconds, tasks that take what they say, and others that disturb given rounds."""
 
     def __init__(self, shares: Callable[[int], float] = lambda _: 0.0) -> None:
         self.now = 0.0

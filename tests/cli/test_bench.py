@@ -90,7 +90,7 @@ def test_a_problem_of_ones_own(capsys: Capture, tmp_path: Path) -> None:
         (("-s", "broyde"), "Did you mean 'broyden'?"),
         (("--backend", "nunpy"), "Did you mean 'numpy'?"),
         (("--backend", "absent"), 'pip install "deqcore[absent]"'),
-        (("--out", "taken"), "is a file, but a folder is expected"),
+        (("--out", "taken"), "--out must be a folder ('taken' is a file)"),
         (("--backend", "numpy", "-c", "mine.py:torch_only"), "written for torch, not for 'numpy'"),
         (("--backend", "numpy", "-c", "mine.py:none"), "defines no 'none'"),
         (("--batch", "0"), "--batch"),

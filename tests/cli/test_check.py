@@ -101,7 +101,7 @@ def test_a_solver_of_the_projects_deqfile_is_checked_in_the_workers_too(capsys: 
 
 
 @pytest.mark.parametrize("args", [("gradients", *QUICK), ("solver", "picard")])
-def test_a_deqfile_that_is_not_there_is_told_once(capsys: Capture, tmp_path: Path, args: tuple[str, ...]) -> None:
+def test_a_deqfile_that_is_not_there_is_reported_once(capsys: Capture, tmp_path: Path, args: tuple[str, ...]) -> None:
     (tmp_path / "deq.toml").write_text("plugins.deqfile = true\n")
     with pytest.raises(SystemExit) as exit:
         main(["check", *args])

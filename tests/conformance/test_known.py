@@ -9,7 +9,7 @@ import pytest
 
 from deqcore import plugins
 from deqcore.testing import known_failures
-from deqcore.testing.import_cost import check_light
+from deqcore.testing.suite.import_cost import check_light
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "conformance" / "known-failures.md"
 

@@ -14,8 +14,8 @@ import pytest
 
 from deqcore import errors, plugins
 from deqcore.cli import app
-from deqcore.testing import runner, runner_render
-from deqcore.testing.runner import Outcome, Request
+from deqcore.testing.runner import conformance, render
+from deqcore.testing.runner.conformance import CaseOutcome, SuiteRequest
 
 QUICK = ("--backend", "numpy", "-k", "returns_f_of_z")
 CONFTEST = 'pytest_plugins = ["deqcore.testing.plugin"]\n'
@@ -205,17 +205,23 @@ def test_a_config_path_that_is_a_directory(capsys, tmp_path, monkeypatch):
         (("solver", "picard", "--backend", "torhc"), "Did you mean 'torch'?"),
         (("solver", "picard", "--options", "[1]"), "JSON object"),
         (("solver", "picard", "--options", "{"), "JSON object"),
-        (("strategy", "neumann", "--cost_bounds", "[6]"), "--cost_bounds '[6]', but a JSON object is expected"),
-        (("solver", "picard", "--junit", "/nowhere/x.xml"), "no folder"),
-        (("solver", "picard", "--junit", "/tmp"), "is a directory, but the name of a file to write is expected"),
+        (
+            ("strategy", "neumann", "--cost-bounds", "[6]"),
+            "--cost-bounds must be a JSON object, such as '{\"slow-modes\": 60}' (got '[6]')",
+        ),
+        (("solver", "picard", "--junit", "/nowhere/x.xml"), "does not exist"),
+        (
+            ("solver", "picard", "--junit", "/tmp"),
+            "--junit must be the name of a file to write (got the directory '/tmp')",
+        ),
         (("solver", "picard", "--expect", "/nowhere/x.toml"), "no such file"),
-        (("solver", "picard", "--expect", "/tmp"), "is a directory, but a TOML file is expected"),
+        (("solver", "picard", "--expect", "/tmp"), "--expect must be a TOML file (got the directory '/tmp')"),
         (("backend", "numpy", "--device", "cuda"), "host only"),
         (("solver", "picard", "--backend", "numpy", "-k", "zzz"), "No test matches 'zzz'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_wrong_usage_is_told_before_any_test_runs(capsys, args, message):
+def test_wrong_usage_is_reported_before_any_test_runs(capsys, args, message):
     code, _, err = command(capsys, "check", *args)
     plugins.reset()
     assert code == 2
@@ -224,30 +230,34 @@ def test_wrong_usage_is_told_before_any_test_runs(capsys, args, message):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("test_x = ", "cannot be read"), ("test_x = 3", "a reason in words"), ("test_x = 'why'", "no such test")],
+    [
+        ("test_x = ", "cannot be read"),
+        ("test_x = 3", "must be a text that gives the reason"),
+        ("test_x = 'why'", "no such test"),
+    ],
 )
 def test_a_wrong_list_of_expected_failures(tmp_path, content, message):
     path = tmp_path / "expect.toml"
     path.write_text(content)
     with pytest.raises(errors.BackendError, match=message):
-        runner.check(Request("solver", "picard", ("numpy",), expect=path, select="budget"))
+        conformance.check(SuiteRequest("solver", "picard", ("numpy",), expect=path, select="budget"))
     plugins.reset()
 
 
 def test_expected_failures_by_file_are_strict_too(tmp_path):
     path = tmp_path / "expect.toml"
     path.write_text("'test_a_budget_is_kept' = 'wrongly listed'")
-    outcomes = runner.check(Request("solver", "picard", ("numpy",), expect=path, select="budget"))
+    outcomes = conformance.check(SuiteRequest("solver", "picard", ("numpy",), expect=path, select="budget"))
     plugins.reset()
     assert [each.outcome for each in outcomes] == ["failed", "failed"]
     assert "XPASS(strict)" in outcomes[0].message
 
 
 OUTCOMES = [
-    Outcome("test_one[numpy]", "numpy", "passed", "", "", 0.5),
-    Outcome("test_one[torch]", "torch", "failed", "AssertionError: off by 3", "trace", 0.25),
-    Outcome("test_two[numpy]", "numpy", "expected", "known", "", 0.125),
-    Outcome("test_two[torch]", "torch", "skipped", "cannot", "", 0.0),
+    CaseOutcome("test_one[numpy]", "numpy", "passed", "", "", 0.5),
+    CaseOutcome("test_one[torch]", "torch", "failed", "AssertionError: off by 3", "trace", 0.25),
+    CaseOutcome("test_two[numpy]", "numpy", "expected", "known", "", 0.125),
+    CaseOutcome("test_two[torch]", "torch", "skipped", "cannot", "", 0.0),
 ]
 
 
@@ -255,7 +265,7 @@ def test_the_table_says_what_failed():
     from rich.console import Console
 
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(runner_render.table(Request("solver", "mine"), OUTCOMES, 1.0))
+    console.print(render.table(SuiteRequest("solver", "mine"), OUTCOMES, 1.0))
     text = console.export_text()
     assert "✗ 1 of 1" in text
     assert "✗ test_one[torch]: off by 3" in text
@@ -264,9 +274,9 @@ def test_the_table_says_what_failed():
 
 
 def test_a_run_in_which_nothing_ran_is_not_ok():
-    assert not runner.ok([OUTCOMES[3]])
-    assert runner.ok(OUTCOMES[2:])
-    assert not runner.ok(OUTCOMES)
+    assert not conformance.ok([OUTCOMES[3]])
+    assert conformance.ok(OUTCOMES[2:])
+    assert not conformance.ok(OUTCOMES)
 
 
 @pytest.mark.parametrize(
@@ -282,8 +292,8 @@ def test_a_run_in_which_nothing_ran_is_not_ok():
 def test_claims_on_the_command_line_are_held(kind, name, cost_bounds, words):
     """With options the class's own cost_bounds count for nothing; these do."""
     options = {"solver": '{"history_size": 20}', "strategy": '{"max_steps": 30}'}[kind]
-    select = "golden and tree and float64" if kind == "solver" else "claim_is_kept and tree"
-    request = Request(kind, name, ("numpy",), options=options, cost_bounds=json.dumps(cost_bounds), select=select)
-    (outcome,) = [each for each in runner.check(request) if "golden_gradients" not in each.test]
+    select = "golden and tree and float64 and not units" if kind == "solver" else "claim_is_kept and tree"
+    request = SuiteRequest(kind, name, ("numpy",), options=options, cost_bounds=json.dumps(cost_bounds), select=select)
+    (outcome,) = [each for each in conformance.check(request) if "golden_gradients" not in each.test]
     assert outcome.outcome == ("failed" if words else "passed")
     assert words in outcome.message

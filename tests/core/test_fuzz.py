@@ -21,12 +21,12 @@ import deqcore
 from deqcore import errors, plugins
 from deqcore.config import Config, resolve
 from deqcore.config.sources import KEYS, environment
-from deqcore.monitor import Event, Metrics, Monitor, Row, Run
-from deqcore.monitor.lines import header, line
-from deqcore.monitor.log import read
+from deqcore.monitor import Event, Metrics, Monitor, Row, RunInfo
+from deqcore.monitor.live import live_view
+from deqcore.monitor.log.format import header, line
+from deqcore.monitor.log.reader import read
 from deqcore.monitor.report import table, tiles, verdict
 from deqcore.monitor.sinks.jsonl import JsonlSink
-from deqcore.monitor.watch import view
 
 CASES = int(os.environ.get("FUZZ_CASES", "60"))
 
@@ -159,7 +159,7 @@ def shown(path: Path) -> None:
         warnings.simplefilter("ignore")
         text = [json.dumps(log.config), str(verdict(log)), str(tiles(log)), str(table(log))]
         console = Console(width=80, record=True, file=io.TextIOWrapper(io.BytesIO(), "utf-8"))
-        console.print(view(log, 10, 80, now=0.0))
+        console.print(live_view(log, 10, 80, now=0.0))
     "\n".join(text).encode()
 
 
@@ -169,7 +169,7 @@ def test_records_of_a_log(tmp_path_factory, records, config):
     path = tmp_path_factory.getbasetemp() / "fuzz.jsonl"
     path.unlink(missing_ok=True)
     sink = JsonlSink(str(path))
-    sink.open(Run(Metrics(), 0.0, {"any": config}))
+    sink.open(RunInfo(Metrics(), 0.0, {"any": config}))
     sink.write(records)
     sink.close()
     shown(path)
@@ -180,7 +180,7 @@ def test_records_of_a_log(tmp_path_factory, records, config):
 @given(st.lists(JSON.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=30), max_size=5))
 def test_lines_that_are_none(tmp_path_factory, lines):
     path = tmp_path_factory.getbasetemp() / "fuzz.jsonl"
-    good = [header(Run(Metrics(), 0.0)).encode(), line(Row(1, 1, 1.0, {"deq_forward_steps": 1.0})).encode()]
+    good = [header(RunInfo(Metrics(), 0.0)).encode(), line(Row(1, 1, 1.0, {"deq_forward_steps": 1.0})).encode()]
     path.write_bytes(b"\n".join([*good, *lines]))
     shown(path)
 
@@ -197,7 +197,7 @@ KEYED = st.fixed_dictionaries(
 @given(st.lists(KEYED, max_size=5))
 def test_lines_of_the_right_kind(tmp_path_factory, tables):
     path = tmp_path_factory.getbasetemp() / "fuzz.jsonl"
-    good = [header(Run(Metrics(), 0.0)), line(Row(1, 1, 1.0, {"deq_forward_steps": 1.0}))]
+    good = [header(RunInfo(Metrics(), 0.0)), line(Row(1, 1, 1.0, {"deq_forward_steps": 1.0}))]
     path.write_text("\n".join([*good, *map(json.dumps, tables)]))
     shown(path)
 

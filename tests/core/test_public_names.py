@@ -30,7 +30,7 @@ PUBLIC = {
     "deqcore.plugins": """BackendSpec CommandSpec DataSpec ModelSpec SinkSpec SolverSpec StrategySpec TrainerSpec
         hookimpl register""",
     "deqcore.diagnostics": "Audit Curve Spectrum gradient_audit jacobian_penalty residual_curve spectral_radius",
-    "deqcore.monitor": "Event Metric Metrics Measurement Monitor Profile Record Row Run Sink Trigger",
+    "deqcore.monitor": "Event Metric Metrics Measurement Monitor Profile Record Row RunInfo Sink Trigger",
     "deqcore.monitor.adapters": "lightning_callback transformers_callback",
     "deqcore.testing": "BackendTests Problem SinkTests SolverTests StrategyTests golden weights",
     "deqcore.testing.strict": "StrictError register",

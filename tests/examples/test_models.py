@@ -229,7 +229,7 @@ def test_the_generated_puzzles_have_one_solution() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--steps", "0"], "--steps 0, but at least 1 is expected"),
+        (["--steps", "0"], "--steps must be at least 1 (got 0)"),
         (["--weights", "none.safetensors"], "none.safetensors: there is no such file"),
         (["--device", "nowhere"], "--device nowhere: torch cannot use the device"),
         (["--backend", "jax", "--device", "nowhere"], "--device nowhere: jax cannot use the device"),

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from deqcore.monitor.log import read
+from deqcore.monitor.log.reader import read
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("sklearn")

@@ -11,8 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from deqcore.testing.processes import environment
-from deqcore.testing.runner import Outcome, Request, arguments
+from deqcore.testing.runner.conformance import CaseOutcome, SuiteRequest, arguments
+from deqcore.testing.runner.processes import environment
 
 PLANTING = Path(__file__).with_name("planting.py")
 SECONDS = 300  # of processor time, for a check that takes seconds: a machine with much else to do fails no check
@@ -23,7 +23,7 @@ def source_of(module: str) -> str:
     return Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
 
 
-def check(module: str, text: str, request: Request, backend: str) -> list[Outcome]:
+def check(module: str, text: str, request: SuiteRequest, backend: str) -> list[CaseOutcome]:
     """What the suite says of everything that uses `module` with this text."""
     with tempfile.TemporaryDirectory(prefix="deqcore-fault-") as name:
         folder = Path(name)
@@ -38,8 +38,8 @@ def check(module: str, text: str, request: Request, backend: str) -> list[Outcom
         command = [sys.executable, str(PLANTING), str(SECONDS), module, str(folder / "planted.py"), *args]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         if done.returncode == -signal.SIGXCPU:
-            return [Outcome("endless", backend, "failed", f"no answer within {SECONDS} s", "", SECONDS)]
+            return [CaseOutcome("endless", backend, "failed", f"no answer within {SECONDS} s", "", SECONDS)]
         if not results.exists():
             lines = (done.stdout + done.stderr).strip().splitlines()
-            return [Outcome("import", backend, "failed", lines[-1] if lines else "no message", "", 0.0)]
-        return [Outcome(**each, backend=backend) for each in json.loads(results.read_text())]
+            return [CaseOutcome("import", backend, "failed", lines[-1] if lines else "no message", "", 0.0)]
+        return [CaseOutcome(**each, backend=backend) for each in json.loads(results.read_text())]

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from deqcore.testing.runner import Kind, Request
+from deqcore.testing.runner.conformance import SubjectKind, SuiteRequest
 
 PLAIN = {"certify": False, "max_relative_error": None, "fallback": "none"}
 MEASURED = {"certify": True, "max_relative_error": None, "fallback": "none"}
@@ -39,12 +39,12 @@ class Fault:
     options: Any = None
 
     @property
-    def request(self) -> Request:
+    def request(self) -> SuiteRequest:
         """The one check that names the fault."""
         kind, _, name = self.what.partition(" ")
         options = None if self.options is None else json.dumps(self.options)
-        found: Kind = kind
-        return Request(found, name, (self.backend,), options=options, select=self.test)
+        found: SubjectKind = kind
+        return SuiteRequest(found, name, (self.backend,), options=options, select=self.test)
 
     def planted(self, text: str) -> str:
         """The faulty source."""
@@ -149,8 +149,8 @@ STRATEGIES = [
     Fault(
         "a worthless estimate trusted blindly",
         REUSE,
-        "        if self.target is None:\n",
-        "        if self.target is not None:\n",
+        "        if self.max_relative_error is None:\n",
+        "        if self.max_relative_error is not None:\n",
         "strategy broyden-reuse",
         "test_converged_means_what_the_options_promise",
         "CONVERGED with a target of 0.1",
@@ -185,8 +185,8 @@ STRATEGIES = [
     Fault(
         "a least-squares solution with the wrong sign",
         GMRES,
-        "target = -k.null[:, 1 : used + 1]",
-        "target = k.null[:, 1 : used + 1]",
+        "target = -k.null_vector[:, 1 : used + 1]",
+        "target = k.null_vector[:, 1 : used + 1]",
         "strategy exact-ift",
         "test_an_exact_strategy_solves_the_adjoint_equation",
         "u = ",
@@ -252,8 +252,8 @@ STRATEGIES += [
     Fault(
         "a budget of vjps spent twice as fast",
         GMRES,
-        "grown=k.grown + 1,",
-        "grown=k.grown + 2,",
+        "dimension=k.dimension + 1,",
+        "dimension=k.dimension + 2,",
         "strategy broyden-reuse",
         "test_as_many_vjps_as_dimensions_are_enough",
         "as many vjps as there are dimensions|statuses",
@@ -613,8 +613,8 @@ BACKENDS = [
     Fault(
         "a ring that sticks at its end",
         HISTORY,
-        "        slot = self.written % self.memory\n",
-        "        slot = min(self.written, self.memory - 1)\n",
+        "        slot = self.written % self.history_size\n",
+        "        slot = min(self.written, self.history_size - 1)\n",
         "backend numpy",
         "test_a_history_does_what_a_dictionary_does",
         "dot|count",

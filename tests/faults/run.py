@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import deqcore
-from deqcore.testing.runner import Request
+from deqcore.testing.runner.conformance import SuiteRequest
 
 HERE = Path(__file__).parent
 
@@ -40,7 +40,7 @@ Options = dict[str, object]
 def checks(kind: str, name: str, *variants: tuple[Options, Options], backend: str = "numpy"):
     """A check for each set of options, with what is claimed under it; without any, the defaults and their cost bounds."""
     return [
-        (Request(kind, name, options=text(options), cost_bounds=text(cost_bounds), first=True), backend)
+        (SuiteRequest(kind, name, options=text(options), cost_bounds=text(cost_bounds), first=True), backend)
         for options, cost_bounds in variants or [({}, {})]
     ]
 
@@ -118,7 +118,7 @@ CHECKS = {
     "deqcore.linear.certified": REUSE,
     "deqcore.linear.transposed": [
         *checks("strategy", "exact-ift", ({"start": "reuse"}, {}), backend="torch"),
-        (Request("backend", "torch", first=True), "torch"),
+        (SuiteRequest("backend", "torch", first=True), "torch"),
     ],
 }
 
@@ -193,7 +193,7 @@ def run_mutants(count: int, seed: int, again: Path | None, workers: int, results
 def failing(fault) -> list[str]:
     """The checks that a planted fault fails, of the whole suite of its subject."""
     source = fault.planted(checking.source_of(fault.where))
-    request = Request(fault.request.kind, fault.request.name, options=fault.request.options)
+    request = SuiteRequest(fault.request.kind, fault.request.name, options=fault.request.options)
     outcomes = checking.check(fault.where, source, request, fault.backend)
     return list(dict.fromkeys(each.check for each in outcomes if each.outcome == "failed"))
 

@@ -26,7 +26,7 @@ def _fresh():
 
 
 def stand_in(monkeypatch, name: str, **members: object) -> None:
-    """A package with one class, in place of the real one."""
+    """A package with one class instead of the real one."""
     for part in (name.partition(".")[0], name):
         module = types.ModuleType(part)
         module.__spec__ = ModuleSpec(part, None)
@@ -134,7 +134,7 @@ def test_lightning_closes_the_monitor_when_training_fails(monkeypatch) -> None:
     assert observer() is None
 
 
-def test_missing_libraries_are_told(monkeypatch) -> None:
+def test_missing_libraries_are_reported(monkeypatch) -> None:
     for module in (lightning, transformers):
         monkeypatch.setattr(module, "is_installed", lambda package: False)
     with pytest.raises(MissingExtraError, match=r"'lightning'.*deqcore\[lightning\]"):

@@ -12,7 +12,7 @@ from scipy import stats
 import deqcore
 from deqcore.errors import ConfigError, MissingExtraError, MonitorWarning
 from deqcore.monitor import Monitor, Profile, Trigger
-from deqcore.monitor.drift import LEAST, kolmogorov_smirnov, stability_index
+from deqcore.monitor.drift import MIN_SAMPLES, kolmogorov_smirnov, stability_index
 
 
 def profile(seed: int = 0, size: int = 1000) -> Profile:
@@ -66,7 +66,7 @@ def test_a_profile_comes_back_from_disk(tmp_path, suffix) -> None:
         json.loads(path.read_text(), parse_constant=pytest.fail)
 
 
-def test_what_is_no_profile_is_told(tmp_path, monkeypatch) -> None:
+def test_what_is_not_a_profile_is_reported(tmp_path, monkeypatch) -> None:
     with pytest.raises(ConfigError, match="There is no reference profile"):
         Profile.load(tmp_path / "none.json")
     for text in ("{", "[]", "{}", '{"deqcore.profile": 9}', '{"deqcore.profile": 1, "residual": ["x"], "steps": [1]}'):
@@ -89,7 +89,7 @@ def test_what_is_no_profile_is_told(tmp_path, monkeypatch) -> None:
 def test_too_few_samples_make_no_profile() -> None:
     with Monitor(sinks=[]) as monitor:
         serve(1, rate=0.5)
-        with pytest.raises(ConfigError, match="monitor more solves"):
+        with pytest.raises(ConfigError, match="Monitor more solves"):
             monitor.profile()
 
 
@@ -120,7 +120,7 @@ def test_drift_raises_the_retrain_mark_and_its_absence_does_not(tmp_path) -> Non
         serve(40, rate=0.5, seed=1)
     assert monitor.retrain is None
     measured = [row.values["deq_steps_psi"] for row in monitor.rows if "deq_steps_psi" in row.values]
-    assert len(measured) == 40 * 64 // LEAST
+    assert len(measured) == 40 * 64 // MIN_SAMPLES
     assert max(measured) < 0.1
     assert all(row.values["deq_retrain"] == 0 for row in monitor.rows)
 

@@ -122,7 +122,7 @@ def test_actions_reach_jax_inside_using_and_not_silently_elsewhere() -> None:
 
     assert value() == pytest.approx((1 + 0.5) / (1 - 0.5), rel=1e-4)  # Neumann's first two terms of 1/(1 − rate)
     with monitor:
-        with pytest.warns(MonitorWarning, match="exact-ift from here on"):
+        with pytest.warns(MonitorWarning, match="exact-ift from now on"):
             solve(0.5, config=config)
         with pytest.warns(MonitorWarning, match=r"only inside `with deqcore\.using\(monitor\.config\)"):
             solve(0.5, config=config)

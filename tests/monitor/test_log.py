@@ -1,4 +1,4 @@
-"""Reading logs: whole, growing, torn, and what is none; the terminal view and the page made of one."""
+"""Reading logs: whole, growing, torn, and other files; the terminal view and the page made of one."""
 
 from __future__ import annotations
 
@@ -12,16 +12,14 @@ import pytest
 from rich.console import Console
 
 from deqcore.errors import MissingExtraError, MonitorError
-from deqcore.monitor import Event, Metric, Metrics, Row, Run
-from deqcore.monitor.charts import draw
-from deqcore.monitor.dashboard import load
-from deqcore.monitor.lines import header, line
-from deqcore.monitor.log import Tail, read
+from deqcore.monitor import Event, Metric, Metrics, Row, RunInfo
+from deqcore.monitor.live import live_view, sparkline
+from deqcore.monitor.log.format import header, line
+from deqcore.monitor.log.reader import Tail, read
 from deqcore.monitor.metrics import COUNTERS, STANDARD
-from deqcore.monitor.report import render, table, tiles, verdict
-from deqcore.monitor.watch import sparkline, view
+from deqcore.monitor.report import draw, load, render, table, tiles, verdict
 
-RUN = Run(Metrics([Metric("my_loss", "nats", "Loss.")]), 1000.0, {"backend": "auto", "note": "<b>bold</b>"})
+RUN = RunInfo(Metrics([Metric("my_loss", "nats", "Loss.")]), 1000.0, {"backend": "auto", "note": "<b>bold</b>"})
 EVIL = "<script>alert('x')</script>"
 
 
@@ -75,27 +73,29 @@ def test_a_second_run_in_the_same_file_is_shown_alone_unless_it_goes_on(tmp_path
     log = read(path)
     assert [row.step for row in log.rows] == [0, 1, 2, 3, 4]
     assert (log.runs, log.left_out, log.retrain) == (2, 0, old)
-    assert "left out" not in render(log) + shown(view(log, 10))
+    assert "left out" not in render(log) + shown(live_view(log, 10))
     with path.open("a", encoding="utf-8") as file:
         file.write("\n".join([header(RUN), *map(line, rows(2))]) + "\n")
     log = read(path)
     assert [row.step for row in log.rows] == [0, 1]
     assert (log.runs, log.left_out, log.retrain, log.events) == (3, 2, None, [])
     assert "2 earlier run(s) in this file left out" in render(log)
-    assert "2 earlier run(s) in this file left out" in shown(view(log, 10))
+    assert "2 earlier run(s) in this file left out" in " ".join(
+        shown(live_view(log, 10)).split()
+    )  # wrapped where it is long
 
 
-def test_a_truncated_last_line_is_told_and_costs_only_itself(tmp_path) -> None:
+def test_a_truncated_last_line_is_reported_and_costs_only_itself(tmp_path) -> None:
     path = write(tmp_path / "a.jsonl", *rows(3))
     path.write_bytes(path.read_bytes()[:-20])
     log = read(path)
     assert log.rows == rows(2)
     assert log.problems == ["Line 4, the last one, is torn: the process was stopped in mid-write."]
-    assert "Line 4" in shown(view(log, 10))
+    assert "Line 4" in shown(live_view(log, 10))
     assert "Line 4" in render(log)
 
 
-def test_bad_lines_inside_are_left_out_and_told(tmp_path) -> None:
+def test_bad_lines_inside_are_left_out_and_reported(tmp_path) -> None:
     path = write(tmp_path / "a.jsonl", *rows(2))
     with path.open("ab") as file:
         file.write(b'{"kind": "row", "step": 1}\n\xff\xfe\n[1]\n\n')
@@ -106,10 +106,10 @@ def test_bad_lines_inside_are_left_out_and_told(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("text", ["step,time\n1,2\n", "[]\n", '{"a": 1}\n', "{", "\x00\x01\n"])
-def test_what_is_no_log_is_told(tmp_path, text) -> None:
+def test_what_is_not_a_log_is_reported(tmp_path, text) -> None:
     path = tmp_path / "a.csv"
     path.write_text(text)
-    with pytest.raises(MonitorError, match=r"a\.csv' is no log of the monitor \(line 1: "):
+    with pytest.raises(MonitorError, match=r"a\.csv' is not a log of the monitor \(line 1: "):
         read(path)
 
 
@@ -144,7 +144,7 @@ def test_a_growing_log_is_followed_line_by_line(tmp_path) -> None:
 
 def test_an_empty_log_has_views(tmp_path) -> None:
     log = read(write(tmp_path / "a.jsonl"))
-    assert "No rows yet" in shown(view(log, 10))
+    assert "No rows yet" in shown(live_view(log, 10))
     assert verdict(log)[1] == "warn"
     assert "no rows" in render(log)
 
@@ -161,7 +161,7 @@ def test_sparklines() -> None:
 def test_the_view_shows_numbers_events_and_the_mark(tmp_path, width) -> None:
     mark = Event(2, 1002.0, "retrain", "drifted [b]far[/b]", "deq_steps_psi", 0.5, "retrain")
     log = read(write(tmp_path / "a.jsonl", *rows(9, name="enc[red]"), mark))
-    text = shown(view(log, 9, width, now=1068.0), width)
+    text = shown(live_view(log, 9, width, now=1068.0), width)
     assert max(map(len, text.splitlines())) <= width
     assert "step 8 · 9 solves · last 60 s ago" in text
     assert "RETRAIN: drifted [b]far[/b]" in text  # markup in names is shown, not obeyed
@@ -237,7 +237,7 @@ def test_the_verdict(tmp_path, events, expected) -> None:
 def test_the_verdict_names_what_is_a_concern(tmp_path) -> None:
     bad = [Row(i, i, 1000.0 + i, {"deq_forward_steps": 3.0, "deq_nonfinite_fraction": 0.5}) for i in range(3)]
     assert verdict(read(write(tmp_path / "a.jsonl", *bad))) == (
-        "No trigger is on, but look at: NaN or diverged.",
+        "No trigger is active, but check: NaN or diverged.",
         "warn",
     )
 

@@ -291,7 +291,7 @@ def test_figures_without_solves_do_not_pile_up() -> None:
         assert len(monitor.rows) >= 32
 
 
-def test_a_probe_that_fails_is_told_once_and_left_out() -> None:
+def test_a_measurement_that_fails_is_reported_once_and_left_out() -> None:
     def broken(solve):
         raise RuntimeError("no such luck")
 
@@ -302,7 +302,7 @@ def test_a_probe_that_fails_is_told_once_and_left_out() -> None:
     assert len(monitor.rows) == 2
 
 
-def test_unknown_metrics_are_told_with_a_suggestion() -> None:
+def test_unknown_metrics_are_reported_with_a_suggestion() -> None:
     monitor = Monitor(sinks=[])
     with pytest.raises(ConfigError, match=r"no metric 'deq_spectral_radios'\. Did you mean 'deq_spectral_radius'\?"):
         monitor.log(deq_spectral_radios=1.0)
@@ -326,11 +326,11 @@ def test_unknown_metrics_are_told_with_a_suggestion() -> None:
         ({"sinks": [{"sink": "jsonll"}]}, "Did you mean 'jsonl'"),
         ({"measurements": {"spectral": 3}}, "Did you mean 'spectral_radius'"),
         ({"measurements": {"spectral_radius": 0}}, "spectral_radius = 0"),
-        ({"measurements": 3}, "probes = 3"),
+        ({"measurements": 3}, "measurements = 3"),
         ({"reference": "nowhere.json"}, "no reference profile 'nowhere.json'"),
     ],
 )
-def test_a_bad_section_is_told(section, message) -> None:
+def test_a_bad_section_is_reported(section, message) -> None:
     with pytest.raises(ConfigError, match=message):
         Monitor(deqcore.Config(monitor=section))
 
@@ -355,14 +355,14 @@ def test_the_section_of_a_config_file_is_used(tmp_path, monkeypatch) -> None:
 
 def test_sinks_may_be_named_alone() -> None:
     monitor = Monitor(deqcore.Config(monitor={"sinks": ["csv", {"sink": "jsonl", "path": "x"}]}))
-    assert [guard.name for guard in monitor._outlet.guards] == ["csv", "jsonl"]
+    assert [sink.name for sink in monitor._sinks.sinks] == ["csv", "jsonl"]
 
 
 def test_a_monitor_is_entered_once() -> None:
     monitor = Monitor(sinks=[])
     with monitor:
         pass
-    with pytest.raises(ConfigError, match="entered once"), monitor:
+    with pytest.raises(ConfigError, match="entered only once"), monitor:
         pass
     with pytest.raises(ConfigError, match="every"):
         Monitor(sinks=[], every=0)

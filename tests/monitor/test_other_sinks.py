@@ -15,14 +15,14 @@ import pytest
 
 import deqcore
 from deqcore.errors import ConfigError, MonitorWarning
-from deqcore.monitor import Event, Metric, Metrics, Monitor, Row, Run, Trigger
+from deqcore.monitor import Event, Metric, Metrics, Monitor, Row, RunInfo, Trigger
 from deqcore.monitor.sinks.csv import CsvSink
 from deqcore.monitor.sinks.mlflow import MlflowSink
 from deqcore.monitor.sinks.prometheus import PrometheusSink, PrometheusTextfileSink
 from deqcore.monitor.sinks.tensorboard import TensorBoardSink
 from deqcore.monitor.sinks.wandb import WandbSink
 
-RUN = Run(Metrics(), 1000.0)
+RUN = RunInfo(Metrics(), 1000.0)
 RECORDS = [
     Row(3, 7, 1001.0, {"deq_forward_steps": 4.5, "deq_forward_residual_max": float("inf")}, "encoder"),
     Event(3, 1002.0, "fired", 'steps, "many"\nof them', "deq_forward_steps", 4.5, "warn"),
@@ -128,13 +128,13 @@ def test_the_textfile_holds_the_latest_values_and_counts_each_record_once(tmp_pa
     assert [each.name for each in path.parent.iterdir()] == ["deqcore.prom"]
 
 
-def test_a_port_in_use_is_told_and_the_training_goes_on() -> None:
+def test_a_port_in_use_is_reported_and_the_training_goes_on() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with Monitor(sinks=[{"sink": "prometheus", "port": port}], every=1) as monitor:
-            with pytest.warns(MonitorWarning, match=f"port {port} of 127.0.0.1 cannot be listened on"):
+            with pytest.warns(MonitorWarning, match=f"cannot listen on port {port} of 127.0.0.1"):
                 deqcore.fixed_point(lambda z: 0.5 * z + 1.0, np.zeros((2, 2)))
             for _ in range(2):
                 deqcore.fixed_point(lambda z: 0.5 * z + 1.0, np.zeros((2, 2)))
@@ -142,11 +142,11 @@ def test_a_port_in_use_is_told_and_the_training_goes_on() -> None:
 
 
 def test_options_that_cannot_be() -> None:
-    with pytest.raises(ConfigError, match="port = 70000, but a port, 0 to 65535, is expected"):
+    with pytest.raises(ConfigError, match=r"port must be from 0 to 65535 \(got 70000\)"):
         Monitor(sinks=[{"sink": "prometheus", "port": 70000}])
     with pytest.raises(ConfigError, match="port = -1"):
         Monitor(sinks=[{"sink": "prometheus", "port": -1}])
-    with pytest.raises(ConfigError, match=r"ends in \.prom"):
+    with pytest.raises(ConfigError, match=r"path must end in \.prom"):
         Monitor(sinks=[{"sink": "prometheus-textfile", "path": "deq.txt"}])
     with pytest.raises(ConfigError, match="mode = 'onlin'"):
         Monitor(sinks=[{"sink": "wandb", "mode": "onlin"}])

@@ -29,17 +29,17 @@ TRIGGER = {"metric": "deq_unconverged_fraction", "condition": "> 0.1"}
         ({"sinks": [{"path": "a.csv"}]}, r"sink = None, but the name of a registered sink"),
     ],
 )
-def test_a_mistake_is_told_when_the_config_is_made(section: dict[str, object], message: str):
+def test_a_mistake_is_reported_when_the_config_is_made(section: dict[str, object], message: str):
     with pytest.raises(ConfigError, match=message):
         deqcore.Config(monitor=section)
 
 
-def test_a_sink_that_nobody_registered_is_told_when_the_config_is_made():
+def test_a_sink_that_is_not_registered_is_reported_when_the_config_is_made():
     with pytest.raises(UnknownNameError, match="Did you mean 'jsonl'"):
         deqcore.Config(monitor={"sinks": ["jsonlines"]})
 
 
-def test_a_mistake_in_a_file_is_told_when_the_file_is_loaded(tmp_path: Path):
+def test_a_mistake_in_a_file_is_reported_when_the_file_is_loaded(tmp_path: Path):
     (tmp_path / "deq.toml").write_text('[[monitor.triggers]]\nmetric = "deq_forward_step"\ncondition = "> 9"\n')
     with pytest.raises(ConfigError, match="Did you mean 'deq_forward_steps'"):
         deqcore.Config.load(tmp_path / "deq.toml")

@@ -1,4 +1,4 @@
-"""Triggers: when they fire, when they are over, what they do to solves, and what is refused."""
+"""Triggers: when they fire, when they are cleared, what they do to solves, and what is refused."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import deqcore
 from deqcore import Config
 from deqcore.errors import ConfigError, MonitorError, MonitorWarning
 from deqcore.monitor import Monitor, Trigger
-from deqcore.monitor.effects import apply
-from deqcore.monitor.triggers import Condition, Watcher
+from deqcore.monitor.actions import apply_actions
+from deqcore.monitor.triggers import Condition, TriggerState
 
 METRIC = "deq_forward_steps"
 
 
-def feed(watcher: Watcher, *values: float | None) -> list[bool | None]:
+def feed(state: TriggerState, *values: float | None) -> list[bool | None]:
     """What changed at each value; None stands for a row without the metric."""
     found = []
     for value in values:
-        change = watcher.see({} if value is None else {METRIC: value})
+        change = state.see({} if value is None else {METRIC: value})
         found.append(None if change is None else change.fired)
     return found
 
@@ -49,53 +49,53 @@ def test_the_opposite_lies_beyond_the_threshold(text, opposite) -> None:
 
 
 def test_it_fires_once_with_a_full_window_and_again_after_it_was_over() -> None:
-    watcher = Watcher(Trigger(METRIC, "> 10", window=3, hold=0))
-    assert feed(watcher, 20, 20, None, 20) == [None, None, None, True]
-    assert feed(watcher, 20, 20, 20, 9, 9) == [None] * 5  # 9 is below 10, but not clearly
-    assert feed(watcher, 7, 7, 7) == [None, False, None]  # mean of (9, 7, 7) < 8
-    assert feed(watcher, 30, 30) == [None, True]  # (7, 30, 30): a window of values since the change
+    state = TriggerState(Trigger(METRIC, "> 10", window=3, hold=0))
+    assert feed(state, 20, 20, None, 20) == [None, None, None, True]
+    assert feed(state, 20, 20, 20, 9, 9) == [None] * 5  # 9 is below 10, but not clearly
+    assert feed(state, 7, 7, 7) == [None, False, None]  # mean of (9, 7, 7) < 8
+    assert feed(state, 30, 30) == [None, True]  # (7, 30, 30): a window of values since the change
 
 
 @pytest.mark.parametrize(
     ("statistic", "value"), [("mean", 4.0), ("median", 2.0), ("min", 1.0), ("max", 9.0), ("last", 2.0)]
 )
 def test_statistics(statistic, value) -> None:
-    watcher = Watcher(Trigger(METRIC, "> 0", window=3, statistic=statistic))
+    state = TriggerState(Trigger(METRIC, "> 0", window=3, statistic=statistic))
     change = None
     for each in (1.0, 9.0, 2.0):
-        change = watcher.see({METRIC: each})
+        change = state.see({METRIC: each})
     assert change is not None
     assert change.value == value
 
 
 def test_an_action_lasts_as_long_as_it_must() -> None:
-    watcher = Watcher(Trigger(METRIC, "> 10", window=2, hold=5))
-    assert feed(watcher, 20, 20) == [None, True]
-    assert feed(watcher, 0, 0, 0, 0, 0) == [None] * 4 + [False]
+    state = TriggerState(Trigger(METRIC, "> 10", window=2, hold=5))
+    assert feed(state, 20, 20) == [None, True]
+    assert feed(state, 0, 0, 0, 0, 0) == [None] * 4 + [False]
 
 
 def test_what_is_not_measured_meanwhile_is_tried_again_ever_less_often() -> None:
-    watcher = Watcher(Trigger(METRIC, "> 10", window=1, hold=4))
+    state = TriggerState(Trigger(METRIC, "> 10", window=1, hold=4))
     waits = []
     for _ in range(9):
-        assert feed(watcher, 20) == [True]
-        waits.append(feed(watcher, *[None] * 500).index(False) + 1)
-        watcher = _resume(watcher)
+        assert feed(state, 20) == [True]
+        waits.append(feed(state, *[None] * 500).index(False) + 1)
+        state = _resume(state)
     assert waits == [4, 8, 16, 32, 64, 128, 256, 256, 256]
 
 
-def _resume(watcher: Watcher) -> Watcher:
+def _resume(state: TriggerState) -> TriggerState:
     """As if the trial had just begun: the rows fed after it do not count."""
-    watcher._since = 0
-    return watcher
+    state._since = 0
+    return state
 
 
 def test_a_long_quiet_spell_makes_the_next_action_short_again() -> None:
-    watcher = Watcher(Trigger(METRIC, "> 10", window=1, hold=2))
-    assert feed(watcher, 20, None, None, 20) == [True, None, False, True]  # relapsed at once: twice as long
-    assert feed(watcher, None, None, None, None) == [None, None, None, False]
-    assert feed(watcher, 0, 0, 0, 0, 20) == [None, None, None, None, True]
-    assert feed(watcher, None, None) == [None, False]
+    state = TriggerState(Trigger(METRIC, "> 10", window=1, hold=2))
+    assert feed(state, 20, None, None, 20) == [True, None, False, True]  # relapsed at once: twice as long
+    assert feed(state, None, None, None, None) == [None, None, None, False]
+    assert feed(state, 0, 0, 0, 0, 20) == [None, None, None, None, True]
+    assert feed(state, None, None) == [None, False]
 
 
 def test_effects_on_settings() -> None:
@@ -103,14 +103,14 @@ def test_effects_on_settings() -> None:
         forward={"rtol": 1e-3}, backward={"strategy": "broyden-reuse", "options": {"max_relative_error": 0.2}}
     )
     tighten = Trigger(METRIC, "> 1", "tighten")
-    assert apply(config, (tighten,)).forward.rtol == pytest.approx(1e-4)
-    assert apply(config, (tighten,), least=5e-4).forward.rtol == 5e-4
-    assert apply(config, (Trigger(METRIC, "> 1", "tighten", factor=0.5),)).forward.rtol == pytest.approx(5e-4)
+    assert apply_actions(config, (tighten,)).forward.rtol == pytest.approx(1e-4)
+    assert apply_actions(config, (tighten,), least=5e-4).forward.rtol == 5e-4
+    assert apply_actions(config, (Trigger(METRIC, "> 1", "tighten", factor=0.5),)).forward.rtol == pytest.approx(5e-4)
     auto = Config()
-    assert apply(auto, (tighten,), rtol=1e-4).forward.rtol == pytest.approx(1e-5)
-    assert apply(auto, (tighten,)) == auto
+    assert apply_actions(auto, (tighten,), rtol=1e-4).forward.rtol == pytest.approx(1e-5)
+    assert apply_actions(auto, (tighten,)) == auto
 
-    refined = apply(config, (Trigger(METRIC, "> 1", "refine"),)).backward.options
+    refined = apply_actions(config, (Trigger(METRIC, "> 1", "refine"),)).backward.options
     assert refined["max_relative_error"] == pytest.approx(0.1)
     assert refined["max_refine_vjps"] == 80
     plain = Config(
@@ -119,13 +119,13 @@ def test_effects_on_settings() -> None:
             "options": {"max_relative_error": None, "certify": False, "fallback": "none"},
         }
     )
-    assert apply(plain, (Trigger(METRIC, "> 1", "refine"),)).backward.options["max_relative_error"] == 0.1
+    assert apply_actions(plain, (Trigger(METRIC, "> 1", "refine"),)).backward.options["max_relative_error"] == 0.1
     neumann = Config(backward={"strategy": "neumann", "options": {"terms": 3}})
-    assert apply(neumann, (Trigger(METRIC, "> 1", "refine", factor=3.0),)).backward.options["terms"] == 9
+    assert apply_actions(neumann, (Trigger(METRIC, "> 1", "refine", factor=3.0),)).backward.options["terms"] == 9
     free = Config(backward={"strategy": "jacobian-free"})
-    assert apply(free, (Trigger(METRIC, "> 1", "refine"),)) == free
+    assert apply_actions(free, (Trigger(METRIC, "> 1", "refine"),)) == free
 
-    exact = apply(config, (tighten, Trigger(METRIC, "> 1", "exact")))
+    exact = apply_actions(config, (tighten, Trigger(METRIC, "> 1", "exact")))
     assert exact.backward.strategy == "exact-ift"
     assert exact.backward.options == {}
     assert exact.forward.rtol == pytest.approx(1e-4)
@@ -145,12 +145,12 @@ def test_effects_on_settings() -> None:
         ({"metric": METRIC, "condition": "> 1", "action": "refine", "factor": 0.5}, "factor = 0.5"),
         ({"metric": METRIC, "condition": "> 1", "factor": 0.5}, "take a factor"),
         ({"metric": METRIC, "condition": "> 1", "action": "hook", "hook": "pag"}, "Did you mean 'page'"),
-        ({"metric": METRIC, "condition": "> 1", "hook": "page"}, "set 'hook'"),
+        ({"metric": METRIC, "condition": "> 1", "hook": "page"}, "requires action = 'hook'"),
         ({"condition": "> 1"}, "needs the option metric"),
         ({"metric": METRIC}, "needs the option condition"),
     ],
 )
-def test_bad_triggers_are_told_before_the_training(trigger, message) -> None:
+def test_bad_triggers_are_reported_before_the_training(trigger, message) -> None:
     with pytest.raises(ConfigError, match=message):
         Monitor(Config(monitor={"triggers": [trigger], "sinks": []}), hooks={"page": print})
 
@@ -238,9 +238,9 @@ def test_tightening_reaches_solves_whatever_config_they_have(be) -> None:
 def test_an_action_that_changes_nothing_says_so() -> None:
     config = Config(backward={"strategy": "jacobian-free"})
     with Monitor(sinks=[], every=1, triggers=[Trigger(METRIC, "> 3", "refine", window=1)]):
-        with pytest.warns(MonitorWarning, match="may spend more"):
+        with pytest.warns(MonitorWarning, match="budget of the backward strategy is raised"):
             solve(0.5, config=config)
-        with pytest.warns(MonitorWarning, match="refine changes nothing .* 'jacobian-free': there is nothing more"):
+        with pytest.warns(MonitorWarning, match="refine has no effect .* 'jacobian-free': its budget cannot be raised"):
             solve(0.5, config=config)
         solve(0.5, config=config)  # said once
 
@@ -262,7 +262,7 @@ def test_monitor_config_follows_the_actions_and_serves_using() -> None:
     trigger = Trigger(METRIC, "> 3", "exact", window=1, until="< 0.5")
     with Monitor(Config(backward={"strategy": "jacobian-free"}), sinks=[], every=1, triggers=[trigger]) as monitor:
         assert monitor.config.backward.strategy == "jacobian-free"
-        with pytest.warns(MonitorWarning, match="exact-ift from here on"):
+        with pytest.warns(MonitorWarning, match="exact-ift from now on"):
             solve(0.5)
         assert monitor.config.backward.strategy == "exact-ift"
     with deqcore.using(monitor.config) as inside:
@@ -297,7 +297,7 @@ def test_a_model_trained_to_go_stiff_is_switched_to_exact_gradients_and_back() -
     pytest.importorskip("torch")
     trigger = Trigger("deq_forward_steps", "> 60", "exact", window=3, until="< 20", hold=10)
     monitor = Monitor(sinks=[], every=1, triggers=[trigger])
-    with pytest.warns(MonitorWarning, match="exact-ift from here on"):
+    with pytest.warns(MonitorWarning, match="exact-ift from now on"):
         strategies, ratios = train_stiff(monitor)
     assert [event.kind for event in monitor.events] == ["fired", "cleared"]
     on, off = strategies.index("exact-ift"), len(strategies) - strategies[::-1].index("exact-ift")

@@ -46,10 +46,10 @@ def split(x: object, y: object) -> Split:
 @pytest.mark.parametrize(
     ("train", "words"),
     [
-        (split([[1.0]], [0]), "No sample for training in these classes of 'mine': <b>"),
+        (split([[1.0]], [0]), "The train part of 'mine' has no sample of these classes: <b>"),
         (split([[1.0], [2.0]], [0, 2]), "integers from 0 to 1"),
         (split([[1.0], [np.nan]], [0, 1]), "NaN or infinite"),
-        (split(np.zeros((0, 1)), []), "has 0 inputs and 0 targets"),
+        (split(np.zeros((0, 1)), []), "got 0 inputs and 0 targets"),
     ],
 )
 def test_unfit_data(train: Split, words: str):
@@ -89,7 +89,7 @@ def test_unfit_image_folders(tmp_path: Path):
     choice = DataChoice(name="images", path=str(tmp_path))
     with pytest.raises(DataError, match="no folder 'train'"):
         data.load(choice)
-    with pytest.raises(DataError, match="an existing folder is expected"):
+    with pytest.raises(DataError, match="path must be an existing folder"):
         data.load(DataChoice(name="images"))
     images(tmp_path, "train", {"cat": 5, "dog": 5})
     (tmp_path / "train" / "none").mkdir()
@@ -151,7 +151,7 @@ def test_idx_files_as_mnist_has_them(tmp_path: Path):
     with pytest.raises(DataError, match="is cut off"):
         data.load(choice)
     (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(b"no")
-    with pytest.raises(DataError, match="is no IDX file"):
+    with pytest.raises(DataError, match="is not an IDX file"):
         data.load(choice)
 
 
@@ -164,7 +164,7 @@ def test_unfit_arrays(tmp_path: Path):
     with pytest.raises(DataError, match="cannot be read as NPZ"):
         data.load(choice)
     np.savez(path, x_train=np.zeros((4, 2)))
-    with pytest.raises(DataError, match="x_train and y_train are expected"):
+    with pytest.raises(DataError, match="must hold x_train and y_train"):
         data.load(choice)
     np.savez(path, x_train=np.zeros((4, 2)), y_train=np.zeros(4))
     with pytest.raises(DataError, match="integers"):
@@ -214,7 +214,7 @@ def test_data_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         "def wrong():\n    return 3\n"
     )
     assert data.load(DataChoice(name="own"), "my_study_data:load").name == "mine"
-    with pytest.raises(ConfigError, match="gave int"):
+    with pytest.raises(ConfigError, match=r"must return a deqcore.study.data.Dataset \(got a int\)"):
         data.load(DataChoice(name="own"), "my_study_data:wrong")
     with pytest.raises(ConfigError, match="Did you mean 'load'"):
         data.load(DataChoice(name="own"), "my_study_data:laod")

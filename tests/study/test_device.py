@@ -1,4 +1,4 @@
-"""Where a study's models live: what is asked for is used, told in the report, and refused where it is not there."""
+"""Where a study's models live: what is asked for is used, named in the report, and refused where it does not exist."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 from deqcore.cli.app import main
 from deqcore.config import Config
 from deqcore.errors import BackendError
-from deqcore.study.grid import Cell, Own, cells
-from deqcore.study.local_executor import GPU, environment
+from deqcore.study.executors.local import GPU, environment
+from deqcore.study.grid import Cell, UserCode, cells
 from deqcore.study.models import find
 from deqcore.study.models.base import Shape
 from deqcore.study.settings import read
@@ -35,7 +35,7 @@ audits = 0
 
 
 def only(**table: Any) -> Cell:
-    return cells(read({"strategies": ["exact-ift"], **table}, "x"), Own(), ("torch",))[0]
+    return cells(read({"strategies": ["exact-ift"], **table}, "x"), UserCode(), ("torch",))[0]
 
 
 def trainer(backend: str, device: str) -> Any:
@@ -57,7 +57,7 @@ def test_a_device_is_part_of_a_cell_and_none_leaves_old_results_valid():
 
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])
-def test_a_trainer_computes_where_it_is_told_and_refuses_what_is_not_there(backend: str):
+def test_a_trainer_computes_on_its_device_and_refuses_what_is_not_there(backend: str):
     made = trainer(backend, "cpu")
     x, y = np.ones((4, 12), np.float32), np.zeros(4, np.int64)
     made.step(x, y, 1e-3)

@@ -114,7 +114,7 @@ def test_a_quarter_of_slows_modes_is_slow():
 
 
 def test_slow_wants_a_power_of_two():
-    with pytest.raises(ConfigError, match=r"width = 24, but a power of two is expected, such as 32"):
+    with pytest.raises(ConfigError, match=r"width must be a power of two, such as 32 \(got 24\)"):
         built("slow", width=24)
 
 

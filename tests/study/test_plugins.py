@@ -14,7 +14,7 @@ from deqcore import plugins
 from deqcore.errors import ConfigError, PluginError, UnknownNameError
 from deqcore.plugins import DataSpec, ModelSpec
 from deqcore.study import data
-from deqcore.study.grid import Own, cells
+from deqcore.study.grid import UserCode, cells
 from deqcore.study.models import find
 from deqcore.study.settings import DataChoice, read
 
@@ -92,25 +92,25 @@ def test_a_config_names_data_and_a_model_of_a_plugin(tmp_path: Path):
 def test_what_data_gives_decides_which_models_meet_it():
     plugins.register(DataSpec("words", "no_such_module:load", gives="tokens"))
     table = {"data": ["digits", "words"], "models": ["dense", "attention"], "strategies": ["exact-ift"]}
-    found = cells(read(table, "x"), Own(), ("torch",))
+    found = cells(read(table, "x"), UserCode(), ("torch",))
     assert [(cell.data.name, cell.model.name) for cell in found] == [("digits", "dense"), ("words", "attention")]
     with pytest.raises(ConfigError, match="the data 'words' is tokens, which no entry of models takes"):
-        cells(read({"data": ["digits", "words"]}, "x"), Own(), ("torch",))
+        cells(read({"data": ["digits", "words"]}, "x"), UserCode(), ("torch",))
 
 
-def test_names_that_nobody_registered():
+def test_names_that_are_not_registered():
     with pytest.raises(UnknownNameError, match=r"No data is registered as 'digit'. Did you mean 'digits'\?"):
-        cells(read({"data": ["digit"]}, "x"), Own(), ("torch",))
+        cells(read({"data": ["digit"]}, "x"), UserCode(), ("torch",))
     with pytest.raises(UnknownNameError, match=r"No model is registered as 'dens'. Did you mean 'dense'\?"):
-        cells(read({"models": ["dens"]}, "x"), Own(), ("torch",))
+        cells(read({"models": ["dens"]}, "x"), UserCode(), ("torch",))
 
 
 def test_plugins_that_are_none():
     plugins.register(DataSpec("three", "builtins:repr"))
-    with pytest.raises(PluginError, match="The data 'three' gave str, but a deqcore.study.data.Dataset"):
+    with pytest.raises(PluginError, match="The data 'three' must return a deqcore.study.data.Dataset"):
         data.load(DataChoice(name="three", label="x"), None)
     plugins.register(ModelSpec("path", "pathlib:Path"))
-    with pytest.raises(PluginError, match="a subclass of deqcore.study.models.Model is expected"):
+    with pytest.raises(PluginError, match="must be a subclass of deqcore.study.models.Model"):
         find("path")
     plugins.register(ModelSpec("gone", "no_such_module:Model"))
     with pytest.raises(PluginError, match="'no_such_module:Model', which cannot be imported"):

@@ -1,4 +1,4 @@
-"""Summaries, answers, gates and the report, from results that are made up here."""
+"""Summaries, answers, gates and the report, from synthetic results."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from deqcore.study import plots, report, table
-from deqcore.study.gates import judge
-from deqcore.study.grid import Cell, Own, cells
-from deqcore.study.recommendation import answers, bill, devices
-from deqcore.study.retraining import accumulations
-from deqcore.study.settings import Cost, Study, read
-from deqcore.study.summary import Interval, reference, rows
-from deqcore.study.translations import EN, HEADS_JA, JA, head
+from deqcore.study.grid import Cell, UserCode, cells
+from deqcore.study.report import page, plots, table
+from deqcore.study.report.gates import judge
+from deqcore.study.report.recommendation import bill, devices, recommendations
+from deqcore.study.report.retraining import accumulations
+from deqcore.study.report.summary import Interval, reference, rows
+from deqcore.study.report.translations import EN, HEADS_JA, JA, head
+from deqcore.study.settings import CostSettings, Study, read
 
 SPEED = {"exact-ift": 4.0, "broyden-reuse": 3.0, "jacobian-free": 2.0, "explicit": 1.0}
 LOSS = {"exact-ift": 0.0, "broyden-reuse": 0.002, "jacobian-free": 0.05, "explicit": 0.0}
@@ -72,7 +72,7 @@ def result(cell: Cell) -> dict[str, Any]:
 
 def made(**table: Any) -> tuple[Study, list[dict[str, Any]]]:
     study = read({"seeds": [0, 1, 2], "models": ["dense", "dense-explicit"], **table}, "x")
-    return study, [result(cell) for cell in cells(study, Own(), ("torch",))]
+    return study, [result(cell) for cell in cells(study, UserCode(), ("torch",))]
 
 
 ABOUT = {"machine": {"cpu": "a <fast> one"}, "command": "deqcore study a.toml"}
@@ -114,7 +114,7 @@ def test_quotients_are_paired_in_logarithms():
 
 def test_the_answer_is_the_fastest_that_is_accurate_enough():
     _, results = made()
-    (answer,) = answers(rows(results), Cost())
+    (answer,) = recommendations(rows(results), CostSettings())
     assert answer.best is not None
     assert answer.best.name == "broyden-reuse"  # jacobian-free is faster, but costs five points
     assert answer.explicit is not None
@@ -126,7 +126,7 @@ def test_the_answer_is_the_fastest_that_is_accurate_enough():
 def test_the_bill():
     _, results = made()
     found = {row.name: row for row in rows(results)}
-    cost = Cost(price_per_hour=3.6, trainings_per_month=10, scale=1000, switch_cost=5)
+    cost = CostSettings(price_per_hour=3.6, trainings_per_month=10, scale=1000, switch_cost=5)
     told = bill(found["jacobian-free"], found["exact-ift"], cost)
     seconds = {
         name: np.mean([each["times"]["training"] for each in results if each["cell"]["strategy"]["name"] == name])
@@ -143,11 +143,11 @@ def test_memory_saved_is_fewer_devices(tmp_path: Path, share: float, count: int,
     for each in results:
         if each["cell"]["strategy"]["name"] != "exact-ift":
             each["training_memory"] *= share
-    (answer,) = answers(rows(results), study.cost)
+    (answer,) = recommendations(rows(results), study.cost)
     assert answer.against_exact is not None
     assert devices(answer.against_exact.memory, study.cost) == wanted
-    report.write(tmp_path, study, results, ABOUT)
-    sentence = f"{wanted} devices do for the {count} that exact gradients need"
+    page.write(tmp_path, study, results, ABOUT)
+    sentence = f"{wanted} devices suffice instead of the {count} that exact gradients need"
     assert (sentence in (tmp_path / "report.html").read_text()) == (wanted is not None)
 
 
@@ -166,7 +166,7 @@ def test_gates_stop_at_the_first_that_is_not_met():
     assert judge(rows(results), study.gates).go
 
 
-def test_a_failed_cell_is_told_and_nothing_else_suffers(tmp_path: Path):
+def test_a_failed_cell_is_reported_and_nothing_else_suffers(tmp_path: Path):
     study, results = made()
     bad = next(
         each for each in results if each["cell"]["strategy"]["name"] == "jacobian-free" and each["cell"]["seed"] == 1
@@ -177,21 +177,25 @@ def test_a_failed_cell_is_told_and_nothing_else_suffers(tmp_path: Path):
         "detail": "<loss> nan",
         "cell": bad["cell"],
     }
-    found = report.write(tmp_path, study, results, ABOUT)
+    found = page.write(tmp_path, study, results, ABOUT)
     (row,) = (row for row in found if row.name == "jacobian-free")
     assert set(row.results) == {0, 2}
     assert row.failures == {1: "diverged: <loss> nan"}
-    page = (tmp_path / "report.html").read_text()
-    assert "diverged: &lt;loss&gt; nan" in page
-    assert "<loss>" not in page
+    html = (tmp_path / "report.html").read_text()
+    assert "diverged: &lt;loss&gt; nan" in html
+    assert "<loss>" not in html
 
 
 @pytest.mark.parametrize(
-    ("seeds", "head"), [([0], "was the fastest that lost no more than a point, on too few"), ([0, 1, 2], " use ")]
+    ("seeds", "head"),
+    [
+        ([0], "was the fastest setting that lost at most one point of accuracy, but there are too few"),
+        ([0, 1, 2], " use "),
+    ],
 )
 def test_too_few_seeds_recommend_nothing(tmp_path: Path, seeds: list[int], head: str):
     study, results = made(models=["dense"], seeds=seeds)
-    report.write(tmp_path, study, results, ABOUT)
+    page.write(tmp_path, study, results, ABOUT)
     (said,) = re.findall(r"For dense on digits[^<]*", (tmp_path / "report.html").read_text())
     assert head in said
 
@@ -199,14 +203,14 @@ def test_too_few_seeds_recommend_nothing(tmp_path: Path, seeds: list[int], head:
 def test_nothing_trained(tmp_path: Path):
     study, results = made(models=["dense"])
     failed = [{"status": "failed", "reason": "error", "detail": "x", "cell": each["cell"]} for each in results]
-    found = report.write(tmp_path, study, failed, ABOUT)
-    assert "nothing trained to the end" in (tmp_path / "report.html").read_text()
+    found = page.write(tmp_path, study, failed, ABOUT)
+    assert "no training finished" in (tmp_path / "report.html").read_text()
     assert "–" in table.markdown(found)
 
 
 def test_the_files_hold_what_the_results_say(tmp_path: Path):
     study, results = made()
-    report.write(tmp_path, study, results, ABOUT)
+    page.write(tmp_path, study, results, ABOUT)
     told = json.loads((tmp_path / "results.json").read_text())
     for row in told["summary"]:
         name = row["strategy"] if row["strategy"] != "–" else "explicit"
@@ -263,12 +267,12 @@ def test_the_growth_of_the_gap_is_paired_by_seed():
 @pytest.mark.parametrize(("language", "words"), [("en", "builds up from round to round"), ("ja", "蓄積しています")])
 def test_the_report_shows_the_rounds(tmp_path: Path, language: str, words: str):
     study, results = grown(0.02, language=language)
-    report.write(tmp_path, study, results, ABOUT)
-    page = (tmp_path / "report.html").read_text()
-    assert words in page
+    page.write(tmp_path, study, results, ABOUT)
+    html = (tmp_path / "report.html").read_text()
+    assert words in html
     mine = [each for each in results if each["cell"]["strategy"]["name"] == "broyden-reuse"]
     gap = np.mean([result["rounds"][3]["test_accuracy"] for result in mine]) - 0.9
-    assert f"({100 * gap:+.2f})".replace("-", "−") in page
+    assert f"({100 * gap:+.2f})".replace("-", "−") in html
     told = json.loads((tmp_path / "results.json").read_text())["summary"]
     (row,) = (each for each in told if each["strategy"] == "broyden-reuse")
     assert row["rounds"]["gap"][3]["mean"] == pytest.approx(gap)
@@ -276,7 +280,7 @@ def test_the_report_shows_the_rounds(tmp_path: Path, language: str, words: str):
 
 def test_a_single_training_has_no_rounds_to_show(tmp_path: Path):
     study, results = made(models=["dense"])
-    report.write(tmp_path, study, results, ABOUT)
+    page.write(tmp_path, study, results, ABOUT)
     assert "Retraining under drift" not in (tmp_path / "report.html").read_text()
 
 
@@ -299,18 +303,18 @@ def test_the_page_needs_nothing_from_outside_and_escapes_names(tmp_path: Path, l
     study, results = made(
         name=evil, language=language, strategies=["exact-ift", {"name": "broyden-reuse", "label": f"plain {evil}"}]
     )
-    report.write(tmp_path, study, results, ABOUT)
-    page = (tmp_path / "report.html").read_text()
-    assert ("テスト精度 %" in page) == (language == "ja")
+    page.write(tmp_path, study, results, ABOUT)
+    html = (tmp_path / "report.html").read_text()
+    assert ("テスト精度 %" in html) == (language == "ja")
     links = Links()
-    links.feed(page)
+    links.feed(html)
     assert all(link.startswith(("#", "data:")) for link in links.found)
     assert "script" not in links.tags
     assert "svg" in links.tags
-    assert "url(http" not in page
-    assert "default-src 'none'" in page
-    assert "mathdefault" not in page  # a label that nobody parses
-    assert not re.search(r"@import|<link(?! rel=\"icon\")", page)
+    assert "url(http" not in html
+    assert "default-src 'none'" in html
+    assert "mathdefault" not in html  # a label that nobody parses
+    assert not re.search(r"@import|<link(?! rel=\"icon\")", html)
 
 
 def test_languages_say_the_same_things():

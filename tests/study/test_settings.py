@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from deqcore.errors import ConfigError, StrategyError, UnknownNameError
-from deqcore.study import gates
-from deqcore.study.grid import Cell, Own, cells
+from deqcore.study.grid import Cell, UserCode, cells
+from deqcore.study.report import gates
 from deqcore.study.settings import read
 
 
 def grid(table: dict[str, object]) -> list[Cell]:
-    return cells(read(table, "study.toml"), Own(), ("torch",))
+    return cells(read(table, "study.toml"), UserCode(), ("torch",))
 
 
 def test_the_default_compares_three_strategies_from_one_start():
@@ -39,7 +39,7 @@ def test_a_cell_comes_back_from_its_json_form():
     (cell,) = grid({"strategies": [{**entry, "options": {**entry["options"], "fallback": "none"}}]})
     assert Cell.of(cell.as_dict()) == cell
     assert Cell.of(cell.as_dict()).key == cell.key
-    assert cell.config().backward.options["target"] is None
+    assert cell.config().backward.options["max_relative_error"] is None
 
 
 def test_what_changes_a_number_changes_the_key():
@@ -61,7 +61,7 @@ def test_what_changes_a_number_changes_the_key():
         ({"gates": [{"stage": "pilot", "strategy": "exact-ift", "metric": "cosine"}]}, "at_least or at_most"),
     ],
 )
-def test_mistakes_in_the_file_are_told_with_their_place(table: dict[str, object], words: str):
+def test_mistakes_in_the_file_are_reported_with_their_place(table: dict[str, object], words: str):
     with pytest.raises(ConfigError) as caught:
         read(table, "study.toml")
     assert words in str(caught.value)
@@ -73,7 +73,11 @@ def test_mistakes_in_the_file_are_told_with_their_place(table: dict[str, object]
     [
         ({"models": ["dens"]}, UnknownNameError, "Did you mean 'dense'?"),
         ({"solvers": ["broyde"]}, UnknownNameError, "Did you mean 'broyden'?"),
-        ({"strategies": [{"name": "broyden-reuse", "options": {"targte": 0.1}}]}, ConfigError, "target"),
+        (
+            {"strategies": [{"name": "broyden-reuse", "options": {"max_relative_eror": 0.1}}]},
+            ConfigError,
+            "Did you mean 'max_relative_error'",
+        ),
         ({"solvers": ["picard"]}, StrategyError, "keeps none"),
         ({"strategies": ["exact-ift", "exact-ift"]}, ConfigError, "two entries of strategies"),
         ({"models": ["attention"]}, ConfigError, "'attention' takes tokens, which no entry of data gives"),
@@ -89,7 +93,7 @@ def test_mistakes_in_names_are_found_before_training(table: dict[str, object], e
 
 def test_a_backend_without_trainer_is_refused():
     with pytest.raises(UnknownNameError, match="trainer"):
-        cells(read({}, "x"), Own(), ("numpy",))
+        cells(read({}, "x"), UserCode(), ("numpy",))
 
 
 def test_gates_name_what_exists():
@@ -102,8 +106,9 @@ def test_gates_name_what_exists():
 
 
 @pytest.mark.parametrize(
-    ("own", "said"), [(Own(data="mine:load"), "leave data out"), (Own(model="mine:Model"), "leave models out")]
+    ("own", "said"),
+    [(UserCode(data="mine:load"), "leave data out"), (UserCode(model="mine:Model"), "leave models out")],
 )
-def test_own_code_that_no_entry_asks_for_is_an_error(own: Own, said: str):
+def test_own_code_that_no_entry_asks_for_is_an_error(own: UserCode, said: str):
     with pytest.raises(ConfigError, match=said):
         cells(read({"data": ["digits"], "models": ["dense"]}, "x"), own, ("torch",))

@@ -1,4 +1,4 @@
-"""The gradient check catches what is wrong, and says nothing of what is right."""
+"""The gradient check catches what is wrong, and accepts what is right."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import pytest
 
 from deqcore import get_backend, plugins
 from deqcore.errors import BackendError, MissingFrameworkError, UnknownNameError
-from deqcore.testing import golden, gradients, processes, render, worker
-from deqcore.testing.compare import Comparison, differ, quantities
-from deqcore.testing.gradients import Report, Run, check
+from deqcore.testing import golden, worker
+from deqcore.testing.gradients import render, sweep
+from deqcore.testing.gradients.compare import Comparison, differ, quantities
+from deqcore.testing.gradients.sweep import GradientReport, GradientRun, check
 from deqcore.testing.jobs import Job
+from deqcore.testing.runner import processes
 from deqcore.testing.tolerances import Sensitivity, Slope, rounding, tolerance
 
 
@@ -30,15 +32,15 @@ def here(jobs, **_):
     for (name, _dtype), mine in jobs.items():
         for job in mine:
             try:
-                runs.append(Run(name, job, "", 0.0, worker.run(get_backend(backend=name), job)))
+                runs.append(GradientRun(name, job, "", 0.0, worker.run(get_backend(backend=name), job)))
             except RuntimeError as error:
-                runs.append(Run(name, job, str(error), 0.0, {}))
+                runs.append(GradientRun(name, job, str(error), 0.0, {}))
     return runs
 
 
 @pytest.fixture
 def inline(monkeypatch):
-    monkeypatch.setattr(gradients, "execute", lambda jobs, tell: here(jobs))
+    monkeypatch.setattr(sweep, "execute", lambda jobs, tell: here(jobs))
 
 
 def test_numpy_and_torch_agree_with_the_truth_and_each_other(inline):
@@ -131,9 +133,9 @@ PLAIN = {"certify": False, "max_relative_error": None, "fallback": "none"}
 )
 def test_a_planted_fault_is_caught(inline, faults, monkeypatch, backend, solver, strategy, quantity):
     pytest.importorskip(backend)
-    original = gradients.fixed_job
+    original = sweep.fixed_job
     if strategy == "broyden-reuse":  # the plain product with the estimate: refinement would mend what is wrong
-        monkeypatch.setattr(gradients, "fixed_job", lambda *a: replace(original(*a), strategy_options=PLAIN))
+        monkeypatch.setattr(sweep, "fixed_job", lambda *a: replace(original(*a), strategy_options=PLAIN))
     right = {"hasty": "broyden", "confused": "broyden", "broyden": "broyden"}[solver]
     good = check([backend], [right], ["exact-ift" if strategy == "negative" else strategy], ["float64"])
     assert good.ok
@@ -143,20 +145,20 @@ def test_a_planted_fault_is_caught(inline, faults, monkeypatch, backend, solver,
 
 
 def test_processes_report_jobs_and_failures(tmp_path, capsys):
-    """One real process: results come back under their jobs, an error stays with its job, a crash is told."""
+    """One real process: results come back under their jobs, an error stays with its job, a crash is reported."""
     jobs = [
         Job("solve", "affine", "float64", rtol=1e-12, max_steps=100),
         Job("solve", "no-such-problem", "float64"),
         Job("solve", "affine", "float64", rtol=1e-12, max_steps=1),
     ]
     lines = []
-    runs = gradients.execute({("numpy", "float64"): jobs}, lines.append)
+    runs = sweep.execute({("numpy", "float64"): jobs}, lines.append)
     assert np.linalg.norm(runs[0].arrays["z"] - golden("affine").truth.z) < 1e-10
     assert runs[0].error == ""
     assert "no-such-problem" in runs[1].error
     assert "ConvergenceError" in runs[2].error
     assert lines[0] == "numpy float64 …"
-    crashed = processes.Task(tmp_path / "crash", "numpy", "float64")
+    crashed = processes.WorkerTask(tmp_path / "crash", "numpy", "float64")
     crashed.folder.mkdir()
     (failure,) = processes.run_all([crashed]).values()
     assert "the worker ended with code 1" in failure
@@ -165,14 +167,14 @@ def test_processes_report_jobs_and_failures(tmp_path, capsys):
 
 def test_a_process_that_hangs_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "TIMEOUT", 0.0)
-    task = processes.Task(tmp_path, "numpy", "float64")
+    task = processes.WorkerTask(tmp_path, "numpy", "float64")
     worker.write(tmp_path, "numpy", [])
     (failure,) = processes.run_all([task]).values()
     assert failure.startswith("no answer within")
 
 
 def test_two_heavy_frameworks_never_run_at_once(monkeypatch):
-    tasks = {name: processes.Task(None, name, "float64") for name in ("numpy", "torch", "jax")}  # type: ignore[arg-type]
+    tasks = {name: processes.WorkerTask(None, name, "float64") for name in ("numpy", "torch", "jax")}  # type: ignore[arg-type]
     running = {tasks["torch"]: None}
     assert processes._fits(tasks["numpy"], running)  # type: ignore[arg-type]
     assert processes._fits(tasks["torch"], running)  # type: ignore[arg-type]
@@ -187,12 +189,12 @@ def test_the_main_of_a_worker(tmp_path):
     assert error == ""
     assert seconds > 0
     assert arrays["params['c']"].dtype == np.float32
-    assert "'nothing': path/to/file.py:name is expected" in message
+    assert "must be path/to/file.py:name (got 'nothing')" in message
     assert nothing == {}
 
 
 def test_steps_that_solve_are_left_out_where_each_number_costs_a_run():
-    job = gradients.fixed_job("newton-krylov", "unrolled", "float64")
+    job = sweep.fixed_job("newton-krylov", "unrolled", "float64")
     assert job.strategy_options == {"steps": 3}
     with pytest.raises(RuntimeError, match="skipped"):
         worker.run(get_backend(backend="numpy"), job)
@@ -285,10 +287,13 @@ def text(renderable):
 
 def test_reports_read_well():
     job = Job("solve", "p", "float64")
-    runs = [Run("torch", job, "", 0.1, {}), Run("jax", job, "ValueError: broken (f.py, line 3)", 0.1, {})]
-    runs.append(Run("numpy", replace(job, solver="newton-krylov"), "skipped: too slow", 0.0, {}))
+    runs = [
+        GradientRun("torch", job, "", 0.1, {}),
+        GradientRun("jax", job, "ValueError: broken (f.py, line 3)", 0.1, {}),
+    ]
+    runs.append(GradientRun("numpy", replace(job, solver="newton-krylov"), "skipped: too slow", 0.0, {}))
     bad = comparison(error=3.0, quantity="cotangent")
-    report = Report(runs, [comparison(), bad], {"broyden broyden-reuse float64": 0.5})
+    report = GradientReport(runs, [comparison(), bad], {"broyden broyden-reuse float64": 0.5})
     assert not report.ok
     shown = text(render.matrix(report, 2.0))
     assert "✗ 1e-01" in shown
@@ -306,10 +311,10 @@ def test_reports_read_well():
     assert [each["ok"] for each in data["comparisons"]] == [True, False]
     assert data["errors"][0]["message"].startswith("ValueError")
     assert data["skipped"][0]["solver"] == "newton-krylov"
-    good = text(render.matrix(Report(runs[:1], [comparison()], {}), 2.0))
+    good = text(render.matrix(GradientReport(runs[:1], [comparison()], {}), 2.0))
     assert "1 comparisons agree, the worst at 50% of its bound" in good
-    alone = Report(runs[:1], [], {})
+    alone = GradientReport(runs[:1], [], {})
     assert not alone.ok
     assert "Nothing was compared: a problem without a known solution needs two" in text(render.matrix(alone, 2.0))
-    many = Report([], [bad] * 15, {})
+    many = GradientReport([], [bad] * 15, {})
     assert "… and 3 more" in text(render.matrix(many, 1.0))

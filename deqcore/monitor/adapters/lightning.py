@@ -11,7 +11,7 @@ from deqcore.plugins.lookup import is_installed
 
 
 def lightning_callback(monitor: Monitor) -> Any:
-    """A `lightning.pytorch.Callback` for `Trainer(callbacks=[...])`.
+    """Return a `lightning.pytorch.Callback` for `Trainer(callbacks=[...])`.
 
     The monitor is entered when fitting starts, counts the trainer's global steps, and is closed when fitting ends or
     fails. It runs in the process of global rank zero only. A monitor that is inside its own `with` block is left to

@@ -12,10 +12,10 @@ from deqcore.plugins.lookup import is_installed
 
 
 def transformers_callback(monitor: Monitor) -> Any:
-    """A `transformers.TrainerCallback` for `Trainer(callbacks=[...])`.
+    """Return a `transformers.TrainerCallback` for `Trainer(callbacks=[...])`.
 
     The monitor is entered when training begins, counts the trainer's global steps, and is closed when training ends,
-    in the process of world rank zero only. The trainer tells its callbacks nothing of an exception: to have the log
+    in the process of world rank zero only. The trainer does not inform its callbacks of an exception: to have the log
     complete even then, put `with monitor:` around `trainer.train()`; the callback then only counts the steps.
 
     Args:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from deqcore.errors import MonitorError
-from deqcore.monitor.appending import AppendFile
-from deqcore.monitor.sink import Event, Record, Run, Sink
+from deqcore.monitor.log.append import AppendFile
+from deqcore.monitor.sink import Event, Record, RunInfo, Sink
 
 HEAD = ("step", "solve", "time", "name")
 TAIL = ("event", "message")
@@ -29,7 +29,7 @@ class CsvSink(Sink):
     _file: AppendFile | None = field(default=None, init=False, repr=False)
     _columns: tuple[str, ...] = field(default=(), init=False, repr=False)
 
-    def open(self, run: Run) -> None:
+    def open(self, run: RunInfo) -> None:
         """Open the file; write the columns if it is new.
 
         Raises:

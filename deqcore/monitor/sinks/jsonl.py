@@ -6,9 +6,9 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from deqcore.monitor.appending import AppendFile
-from deqcore.monitor.lines import header, line
-from deqcore.monitor.sink import Record, Run, Sink
+from deqcore.monitor.log.append import AppendFile
+from deqcore.monitor.log.format import header, line
+from deqcore.monitor.sink import Record, RunInfo, Sink
 
 
 @dataclass
@@ -23,7 +23,7 @@ class JsonlSink(Sink):
     _file: AppendFile | None = field(default=None, init=False, repr=False)
     _key: str = field(default="", init=False, repr=False)
 
-    def open(self, run: Run) -> None:
+    def open(self, run: RunInfo) -> None:
         """Open the file and write the run's header."""
         self._file = self._file or AppendFile(self.path)
         self._key = self._key or secrets.token_hex(4)

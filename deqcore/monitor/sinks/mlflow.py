@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from deqcore.monitor.sink import Event, Record, Run, Sink
+from deqcore.monitor.sink import Event, Record, RunInfo, Sink
 
 
 @dataclass
@@ -26,7 +26,7 @@ class MlflowSink(Sink):
     _own: bool = field(default=False, init=False, repr=False)
     needs: ClassVar[Mapping[str, str]] = {"mlflow": "mlflow"}
 
-    def open(self, run: Run) -> None:
+    def open(self, run: RunInfo) -> None:
         """Take the active run, or start one."""
         import mlflow
 

@@ -12,13 +12,13 @@ from typing import Any, ClassVar
 
 from deqcore.errors import MonitorError
 from deqcore.monitor.metrics import COUNTERS, Metric
-from deqcore.monitor.sink import Event, Record, Run, Sink
+from deqcore.monitor.sink import Event, Record, RunInfo, Sink
 
 NEEDS: Mapping[str, str] = {"prometheus_client": "monitor"}
 
 
 class Latest:
-    """The state that is exposed: the latest value of each metric and layer, and counts.
+    """The exposed state: the latest value of each metric and layer, and counts.
 
     A collector in the sense of prometheus_client.
     """
@@ -30,7 +30,7 @@ class Latest:
         self.events: dict[str, int] = {}
 
     def after(self, records: Sequence[Record]) -> Latest:
-        """The state once `records` are taken, as a new object: one that fails to be written is forgotten."""
+        """Return a new state that includes `records`; the caller drops it if writing fails."""
         new = Latest(self._metrics)
         new.values = {metric: dict(layers) for metric, layers in self.values.items()}
         new.solves, new.events = dict(self.solves), dict(self.events)
@@ -45,7 +45,7 @@ class Latest:
         return new
 
     def collect(self) -> Iterator[Any]:
-        """The families of metrics, as prometheus_client wants them."""
+        """Yield the families of metrics, as prometheus_client wants them."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         for metric, layers in self.values.items():
@@ -69,7 +69,7 @@ class PrometheusSink(Sink):
         address: to listen on; "0.0.0.0" lets other machines read.
     """
 
-    port: int = field(default=9464, metadata={"least": 0, "expected": "a port, 0 to 65535"})
+    port: int = field(default=9464, metadata={"least": 0, "expected": "a port from 0 to 65535"})
     address: str = "127.0.0.1"
     _state: Latest | None = field(default=None, init=False, repr=False)
     _server: Any = field(default=None, init=False, repr=False)
@@ -79,14 +79,14 @@ class PrometheusSink(Sink):
 
     def __post_init__(self) -> None:
         if self.port > 65535:
-            raise ValueError(f"port = {self.port}, but a port, 0 to 65535, is expected")
+            raise ValueError(f"port must be from 0 to 65535 (got {self.port})")
 
     @property
     def bound(self) -> int:
-        """The port that is listened on, once it is open."""
+        """The port that the server listens on, once it is open."""
         return int(self._server.server_port)
 
-    def open(self, run: Run) -> None:
+    def open(self, run: RunInfo) -> None:
         """Begin to listen.
 
         Raises:
@@ -101,8 +101,8 @@ class PrometheusSink(Sink):
             self._server, self._thread = start_http_server(self.port, self.address, registry)
         except (OSError, OverflowError) as error:
             raise MonitorError(
-                f"port {self.port} of {self.address} cannot be listened on ({error}): free it, or choose another with "
-                f"the sink's option port"
+                f"The sink cannot listen on port {self.port} of {self.address} ({error}). Free it, or choose "
+                f"another one with the option port."
             ) from error
 
     def write(self, records: Sequence[Record]) -> None:
@@ -111,7 +111,7 @@ class PrometheusSink(Sink):
         self._state = self._state.after(records)
 
     def collect(self) -> Iterator[Any]:
-        """What a scrape sees."""
+        """Yield what a scrape sees."""
         return iter(()) if self._state is None else self._state.collect()
 
     def close(self) -> None:
@@ -138,9 +138,9 @@ class PrometheusTextfileSink(Sink):
 
     def __post_init__(self) -> None:
         if not self.path.endswith(".prom"):
-            raise ValueError(f"path = {self.path!r}, but a file that ends in .prom is expected")
+            raise ValueError(f"path must end in .prom (got {self.path!r})")
 
-    def open(self, run: Run) -> None:
+    def open(self, run: RunInfo) -> None:
         """Make the folder."""
         os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
         self._state = Latest(run.metrics)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from deqcore.monitor.sink import Record, Row, Run, Sink
+from deqcore.monitor.sink import Record, Row, RunInfo, Sink
 
 
 @dataclass
@@ -21,7 +21,7 @@ class TensorBoardSink(Sink):
     _writer: Any = field(default=None, init=False, repr=False)
     needs: ClassVar[Mapping[str, str]] = {"tensorboard": "monitor"}
 
-    def open(self, run: Run) -> None:
+    def open(self, run: RunInfo) -> None:
         """Make the event file."""
         from tensorboard.summary import Writer
 

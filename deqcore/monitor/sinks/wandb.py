@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from deqcore.monitor.sink import Event, Record, Run, Sink
+from deqcore.monitor.sink import Event, Record, RunInfo, Sink
 
 STEP = "deq_step"
 
@@ -30,7 +30,7 @@ class WandbSink(Sink):
     _own: bool = field(default=False, init=False, repr=False)
     needs: ClassVar[Mapping[str, str]] = {"wandb": "wandb"}
 
-    def open(self, run: Run) -> None:
+    def open(self, run: RunInfo) -> None:
         """Take the active run, or start one."""
         import wandb
 

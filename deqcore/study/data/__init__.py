@@ -21,23 +21,23 @@ def load(choice: DataChoice, own: str | None = None) -> Dataset:
         own: import string of the user's own function, `module:function`; comes from the command line only.
 
     Raises:
-        UnknownNameError: there is no such data set.
+        UnknownNameError: the data set is not registered.
         DataError: it cannot be used.
         PluginError: a plugin's function cannot be imported, or returns something else than a `Dataset`.
-        ConfigError: the same of the user's own function.
+        ConfigError: the user's own function does so.
     """
     if choice.name == "own" and own is not None:
         function = load_object("--data", own)
-        found = function() if callable(function) else function
-        if not isinstance(found, Dataset):
-            raise ConfigError(f"--data {own!r} gave {_unlike(found)}")
-        return found
+        result = function() if callable(function) else function
+        if not isinstance(result, Dataset):
+            raise ConfigError(f"--data {own!r} must {_unlike(result)}")
+        return result
     target: Any = plugins.load("data", choice.name)
-    found = target(choice)
-    if not isinstance(found, Dataset):
-        raise PluginError(f"The data {choice.name!r} gave {_unlike(found)}")
-    return found
+    result = target(choice)
+    if not isinstance(result, Dataset):
+        raise PluginError(f"The data {choice.name!r} must {_unlike(result)}")
+    return result
 
 
 def _unlike(found: object) -> str:
-    return f"{type(found).__name__}, but a deqcore.study.data.Dataset is expected."
+    return f"return a deqcore.study.data.Dataset (got a {type(found).__name__})."

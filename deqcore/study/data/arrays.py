@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from deqcore.errors import listing
 from deqcore.study.data.base import DataError, Dataset, Split, split_by_class
-from deqcore.study.models.base import Kind
+from deqcore.study.models.base import DataKind
 from deqcore.study.settings import DataChoice
 
 SHARE: Final = 0.2
@@ -26,7 +26,7 @@ def load(choice: DataChoice) -> Dataset:
 
     An NPZ holds `x_train` and `y_train`, and may hold `x_validation`, `y_validation`, `x_test`, `y_test`; what is
     missing is held out of the training data. A folder holds `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`,
-    `t10k-…` likewise, with `.gz` or without. Inputs are `(samples, n)`, `(samples, height, width)` or
+    `t10k-…`, with `.gz` or without. Inputs are `(samples, n)`, `(samples, height, width)` or
     `(samples, channels, height, width)`; bytes are scaled to 0 … 1.
 
     Raises:
@@ -34,30 +34,28 @@ def load(choice: DataChoice) -> Dataset:
     """
     path = Path(choice.path)
     if choice.path and path.is_dir():
-        found = {
+        result = {
             f"{axis}_{part}": _idx(path, f"{prefix}-{kind}")
             for part, prefix in (("train", "train"), ("test", "t10k"))
             for axis, kind in (("x", "images-idx3-ubyte"), ("y", "labels-idx1-ubyte"))
         }
     elif choice.path and path.is_file():
-        found = _npz(path)
+        result = _npz(path)
     else:
-        raise DataError(f"data 'arrays': path = {choice.path!r}, but an NPZ file or a folder of IDX files is expected.")
-    return _dataset(choice, found)
+        raise DataError(f"data 'arrays': path must be an NPZ file or a folder of IDX files (got {choice.path!r}).")
+    return _dataset(choice, result)
 
 
 def _dataset(choice: DataChoice, found: dict[str, NDArray[Any]]) -> Dataset:
     if "x_train" not in found or "y_train" not in found:
-        raise DataError(f"{choice.path!r} holds {listing(found)}, but x_train and y_train are expected.")
+        raise DataError(f"{choice.path!r} must hold x_train and y_train (got {listing(found)}).")
     x, y = _inputs(found["x_train"]), _targets(found["y_train"], choice.path)
     if len(x) != len(y):
-        raise DataError(
-            f"{choice.path!r}: x_train has {len(x)} samples, y_train {len(y)}, but equal numbers are expected."
-        )
+        raise DataError(f"{choice.path!r}: x_train and y_train must have equal lengths (got {len(x)} and {len(y)}).")
     given = {part: _given(found, part, choice.path) for part in ("validation", "test")}
     shares = tuple(0.0 if given[part] else SHARE for part in ("validation", "test"))
     train, validation, test = split_by_class(x, y, (shares[0], shares[1]))
-    kind: Kind = "vector" if x.ndim == 2 else "image"
+    kind: DataKind = "vector" if x.ndim == 2 else "image"
     names = tuple(str(number) for number in range(int(y.max()) + 1))
     parts = (given["validation"] or validation, given["test"] or test)
     return Dataset(choice.label, kind, names, train, *parts, f"arrays of {Path(choice.path).name}")
@@ -80,7 +78,7 @@ def _inputs(x: NDArray[Any]) -> NDArray[np.float32]:
 
 def _targets(y: NDArray[Any], path: str) -> NDArray[np.int64]:
     if not np.issubdtype(y.dtype, np.integer) or y.ndim != 1 or not y.size:
-        raise DataError(f"{path!r}: targets are {y.dtype} of shape {y.shape}, but integers (samples,) are expected.")
+        raise DataError(f"{path!r}: targets must be integers of shape (samples,) (got {y.dtype} of shape {y.shape}).")
     return y.astype(np.int64)
 
 
@@ -93,7 +91,7 @@ def _npz(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def _idx(folder: Path, name: str) -> NDArray[Any]:
-    """An IDX file: two zero bytes, type, number of dimensions, the dimensions, the data, all big-endian."""
+    """Return an IDX file: two zero bytes, type, number of dimensions, the dimensions, the data, all big-endian."""
     packed, plain = folder / f"{name}.gz", folder / name
     if not packed.exists() and not plain.exists():
         raise DataError(f"{str(folder)!r} has neither {name!r} nor {name + '.gz'!r}.")
@@ -102,9 +100,9 @@ def _idx(folder: Path, name: str) -> NDArray[Any]:
     except (OSError, EOFError) as error:
         raise DataError(f"{name!r} in {str(folder)!r} cannot be read: {error}.") from error
     if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in IDX:
-        raise DataError(f"{name!r} in {str(folder)!r} is no IDX file.")
+        raise DataError(f"{name!r} in {str(folder)!r} is not an IDX file.")
     start = 4 + 4 * raw[3]
-    shape = tuple(int(each) for each in np.frombuffer(raw[4:start], ">u4"))
+    shape = tuple(int(item) for item in np.frombuffer(raw[4:start], ">u4"))
     dtype = np.dtype(IDX[raw[2]])
     if len(raw) - start != math.prod(shape) * dtype.itemsize:
         raise DataError(f"{name!r} in {str(folder)!r} is cut off: {shape} of {dtype} does not fit its size.")

@@ -1,4 +1,4 @@
-"""A data set: three splits of arrays, made once and shared by every cell."""
+"""A data set: three splits of arrays, made once and shared by all cells."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deqcore.errors import DeqcoreError, listing
-from deqcore.study.models.base import Kind, Shape
+from deqcore.study.models.base import DataKind, Shape
 
 Part: TypeAlias = Literal["train", "validation", "test"]
 PARTS: Final[tuple[Part, ...]] = ("train", "validation", "test")
@@ -48,9 +48,9 @@ class Dataset:
         name: for tables and reports.
         kind: of its inputs, see `Shape`.
         classes: names of the classes (or words), in the order of their numbers.
-        train: what the weights are fitted to.
-        validation: what the epoch is chosen by.
-        test: looked at once, at the end.
+        train: to fit the weights.
+        validation: to choose the epoch.
+        test: evaluated once, at the end.
         note: where it came from.
 
     Example:
@@ -60,7 +60,7 @@ class Dataset:
     """
 
     name: str
-    kind: Kind
+    kind: DataKind
     classes: tuple[str, ...]
     train: Split
     validation: Split
@@ -72,29 +72,29 @@ class Dataset:
             split: Split = getattr(self, part)
             if len(split) == 0 or len(split.x) != len(split.y):
                 raise DataError(
-                    f"The {part} part of {self.name!r} has {len(split.x)} inputs and {len(split.y)} targets, but "
-                    f"equal numbers, at least 1, are expected."
+                    f"The {part} part of {self.name!r} must have as many inputs as targets, at least 1 (got "
+                    f"{len(split.x)} inputs and {len(split.y)} targets)."
                 )
             if not np.issubdtype(split.y.dtype, np.integer) or split.y.min() < 0 or split.y.max() >= len(self.classes):
                 raise DataError(
                     f"The targets of the {part} part of {self.name!r} must be integers from 0 to "
-                    f"{len(self.classes) - 1}, the number of a class."
+                    f"{len(self.classes) - 1}, one for each class."
                 )
             if np.issubdtype(split.x.dtype, np.floating) and not np.isfinite(split.x).all():
-                raise DataError(f"The {part} part of {self.name!r} has NaN or infinite inputs: remove or replace them.")
+                raise DataError(f"The {part} part of {self.name!r} has NaN or infinite inputs. Remove or replace them.")
         absent = sorted(set(range(len(self.classes))) - set(np.unique(self.train.y).tolist()))
         if absent and self.kind != "tokens":
             names = listing(self.classes[number] for number in absent)
-            raise DataError(f"No sample for training in these classes of {self.name!r}: {names}.")
+            raise DataError(f"The train part of {self.name!r} has no sample of these classes: {names}.")
 
     @property
     def shape(self) -> Shape:
-        """What a model has to be built for."""
+        """The shape that a model is built for."""
         return Shape(self.kind, tuple(self.train.x.shape[1:]), len(self.classes))
 
 
 def split_by_class(x: NDArray[Any], y: NDArray[np.int64], fractions: tuple[float, float]) -> tuple[Split, Split, Split]:
-    """Training, validation and test parts with every class in the same proportion; always the same ones.
+    """Split data into training, validation and test parts with equal class proportions and a fixed seed.
 
     Args:
         x: inputs.

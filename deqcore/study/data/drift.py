@@ -16,7 +16,7 @@ Change: TypeAlias = Callable[[Split], Split]
 
 
 def drifted(data: Dataset, amount: float) -> Dataset:
-    """The same samples after a drift; all strategies and seeds meet the same one.
+    """Return the same samples after a drift; all strategies and seeds meet the same one.
 
     Numbers: every feature gets a gain 1 + a·n and an offset a·m·s, with n and m normal, fixed for the feature, and s
     the standard deviation of the training inputs: sensors that lose their calibration. Tokens: a share a of the words
@@ -46,7 +46,7 @@ def _words(rng: np.random.Generator, data: Dataset, amount: float) -> Change:
 
 
 def _exchange(rng: np.random.Generator, words: int, amount: float) -> NDArray[np.int64]:
-    """A permutation that moves a share of all words; what moves at a small share moves at a larger one."""
+    """Return a permutation that moves a share of all words; what moves at a small share moves at a larger one."""
     order = rng.permutation(words)
     chosen = order[: round(min(1.0, amount) * words)]
     moved = np.arange(words)

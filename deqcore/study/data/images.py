@@ -13,7 +13,7 @@ from deqcore.study.data.base import DataError, Dataset, Split, split_by_class
 from deqcore.study.settings import DataChoice
 
 SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm"})
-SHARE: Final = 0.2  # of what is held out for validation, and for test where there is no folder for it
+SHARE: Final = 0.2  # of the samples, held out for validation, and for test where it has no folder
 
 
 def load(choice: DataChoice) -> Dataset:
@@ -24,10 +24,10 @@ def load(choice: DataChoice) -> Dataset:
     """
     root = Path(choice.path)
     if not choice.path or not root.is_dir():
-        raise DataError(f"data 'images': path = {choice.path!r}, but an existing folder is expected.")
+        raise DataError(f"data 'images': path must be an existing folder (got {choice.path!r}).")
     if not (root / "train").is_dir():
         raise DataError(f"{str(root)!r} has no folder 'train': the layout is train/CLASS/*.jpg, test/CLASS/*.jpg.")
-    names = sorted(each.name for each in (root / "train").iterdir() if each.is_dir())
+    names = sorted(item.name for item in (root / "train").iterdir() if item.is_dir())
     if not names:
         raise DataError(f"{str(root / 'train')!r} has no folders of classes: the layout is train/CLASS/*.jpg.")
     x, y = _part(root / "train", names, choice)
@@ -40,18 +40,18 @@ def load(choice: DataChoice) -> Dataset:
 
 
 def _part(folder: Path, names: list[str], choice: DataChoice) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    strange = sorted({each.name for each in folder.iterdir() if each.is_dir()} - set(names))
+    strange = sorted({item.name for item in folder.iterdir() if item.is_dir()} - set(names))
     if strange:
         raise DataError(f"{str(folder)!r} has classes that are not in 'train': {listing(strange)}.")
     pixels, targets = [], []
     for number, name in enumerate(names):
-        files = sorted(each for each in (folder / name).glob("*") if each.suffix.lower() in SUFFIXES)
+        files = sorted(item for item in (folder / name).glob("*") if item.suffix.lower() in SUFFIXES)
         if not files:
             raise DataError(f"The class {name!r} has no image in {str(folder)!r}.")
         for file in files[: choice.per_class or None]:
             pixels.append(_image(file, choice.size))
             targets.append(number)
-    sizes = sorted({each.shape[1:] for each in pixels})
+    sizes = sorted({pixel.shape[1:] for pixel in pixels})
     if len(sizes) > 1:
         raise DataError(f"Images in {str(folder)!r} have sizes from {sizes[0]} to {sizes[-1]}: set size = 32 or so.")
     return np.stack(pixels), np.asarray(targets, dtype=np.int64)

@@ -38,7 +38,7 @@ def _read(choice: DataChoice) -> list[list[str]]:
         names = ("train.txt", "validation.txt" if (path / "validation.txt").exists() else "valid.txt", "test.txt")
         return [_tokens(path / name, choice.level) for name in names]
     if not choice.path or not path.is_file():
-        raise DataError(f"data 'text': path = {choice.path!r}, but a text file or a folder of three is expected.")
+        raise DataError(f"data 'text': path must be a text file or a folder of three (got {choice.path!r}).")
     whole = _tokens(path, choice.level)
     first, second = (round(share * len(whole)) for share in STOPS)
     return [whole[:first], whole[first:second], whole[second:]]
@@ -48,17 +48,17 @@ def _tokens(path: Path, level: str) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise DataError(f"There is no text file {str(path)!r}.") from None
+        raise DataError(f"The text file {str(path)!r} does not exist.") from None
     except (UnicodeDecodeError, OSError) as error:
         raise DataError(f"{str(path)!r} cannot be read as UTF-8 text: {error}.") from error
-    found = list(text) if level == "char" else text.split()
-    if not found:
+    result = list(text) if level == "char" else text.split()
+    if not result:
         raise DataError(f"The text {str(path)!r} is empty: name a file with text in it.")
-    return found
+    return result
 
 
 def _windows(tokens: list[str], numbers: dict[str, int], choice: DataChoice) -> Split:
-    """Windows side by side, `(samples, length)`; the targets are one token on."""
+    """Return windows side by side, `(samples, length)`; the targets are one token on."""
     coded: NDArray[Any] = np.asarray([numbers.get(token, 0) for token in tokens], dtype=np.int64)
     count = (len(coded) - 1) // choice.length
     if count < 1:

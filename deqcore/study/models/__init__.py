@@ -27,20 +27,20 @@ __all__ = [
 
 
 def find(name: str, own: str | None = None) -> type[Model]:
-    """The class of a model.
+    """Return the class of a model.
 
     Args:
         name: a registered one, or "own".
         own: import string of the user's own, `module:Class`; comes from the command line only.
 
     Raises:
-        UnknownNameError: there is no such model.
+        UnknownNameError: the model is not registered.
         PluginError: a plugin's model cannot be imported, or is none.
-        ConfigError: the user's own cannot be imported or is no Model.
+        ConfigError: the user's own model cannot be imported or is not a Model.
     """
     if name == "own" and own is not None:
         return cast("type[Model]", load_own("--model", own, Model))
-    found = plugins.load("model", name)
-    if not (isinstance(found, type) and issubclass(found, Model)):
-        raise PluginError(f"The model {name!r} is {found!r}, but a subclass of deqcore.study.models.Model is expected.")
-    return found
+    result = plugins.load("model", name)
+    if not (isinstance(result, type) and issubclass(result, Model)):
+        raise PluginError(f"The model {name!r} must be a subclass of deqcore.study.models.Model (got {result!r}).")
+    return result

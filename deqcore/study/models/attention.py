@@ -6,7 +6,7 @@ from typing import ClassVar, Final
 
 import numpy as np
 
-from deqcore.study.models.base import Kind, Model, Ops, Parameters, Weights, normal
+from deqcore.study.models.base import DataKind, Model, Ops, Parameters, Weights, normal
 from deqcore.types import Array
 
 HEADS: Final = 4
@@ -19,7 +19,7 @@ class Attention(Model):
     Source: Bai, Kolter & Koltun (2019), "Deep Equilibrium Models", section 4 (DEQ-Transformer), reduced to one block.
     """
 
-    accepts: ClassVar[tuple[Kind, ...]] = ("tokens",)
+    accepts: ClassVar[tuple[DataKind, ...]] = ("tokens",)
 
     def initial(self, rng: np.random.Generator) -> Weights:
         """Embeddings, one block, and the readout."""
@@ -38,7 +38,7 @@ class Attention(Model):
         }
 
     def inject(self, ops: Ops, p: Parameters, x: Array) -> Array:
-        """Embedded words and their positions, `(b, length, width)`."""
+        """Return embedded words and their positions, `(b, length, width)`."""
         return ops.embed(p["E"], x) + p["P"]
 
     def start(self, ops: Ops, p: Parameters, injected: Array) -> Array:
@@ -46,7 +46,7 @@ class Attention(Model):
         return ops.xp.zeros_like(injected)
 
     def cell(self, ops: Ops, p: Parameters, z: Array, injected: Array) -> Array:
-        """One block."""
+        """Return one block."""
         xp = ops.xp
         batch, length, width = z.shape
 
@@ -59,7 +59,7 @@ class Attention(Model):
         return ops.layer_norm(a + DAMPING * (ops.relu(a @ p["W1"]) @ p["W2"]))
 
     def read(self, ops: Ops, p: Parameters, z: Array) -> Array:
-        """Logits of the next word, `(b, length, words)`."""
+        """Return the logits of the next word, `(b, length, words)`."""
         return z @ p["R"] + p["c"]
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from deqcore.types import Array
 
-Kind: TypeAlias = Literal["vector", "image", "tokens"]
+DataKind: TypeAlias = Literal["vector", "image", "tokens"]
 Weights: TypeAlias = dict[str, NDArray[np.float32]]
 Parameters: TypeAlias = Mapping[str, Array]
 
@@ -35,7 +35,7 @@ class Shape:
         10
     """
 
-    kind: Kind
+    kind: DataKind
     sample: tuple[int, ...]
     classes: int
 
@@ -55,26 +55,26 @@ class Ops(Protocol):
         """Max(x, 0), with derivative 0 at 0."""
 
     def conv(self, x: Array, kernel: Array, stride: int = 1) -> Array:
-        """3×3 convolution, zero padding 1: `(b, c, h, w)` with `(o, c, 3, 3)`."""
+        """Return 3×3 convolution, zero padding 1: `(b, c, h, w)` with `(o, c, 3, 3)`."""
 
     def upsample(self, x: Array) -> Array:
-        """Twice the height and width, each value repeated."""
+        """Return twice the height and width, each value repeated."""
 
     def norm(self, x: Array, groups: int) -> Array:
-        """Zero mean and unit variance over each of `groups` groups of channels: `(b, c, …)`."""
+        """Return zero mean and unit variance over each of `groups` groups of channels: `(b, c, …)`."""
 
     def layer_norm(self, x: Array) -> Array:
-        """Zero mean and unit variance over the last axis."""
+        """Return zero mean and unit variance over the last axis."""
 
     def attention(self, q: Array, k: Array, v: Array) -> Array:
-        """Causal softmax attention, `(b, heads, length, width)`."""
+        """Return causal softmax attention, `(b, heads, length, width)`."""
 
     def embed(self, table: Array, tokens: Array) -> Array:
-        """Rows of `table` `(words, width)` for integers `(b, length)`."""
+        """Return the rows of `table` `(words, width)` for integers `(b, length)`."""
 
 
 class Model(ABC):
-    """A classifier: `read(z*)` with `z* = cell(z*, inject(x))`. One of your own is a subclass, `module:Class`.
+    """A classifier: `read(z*)` with `z* = cell(z*, inject(x))`. A user model is a subclass, named `module:Class`.
 
     Attributes:
         accepts: the kinds of input it can be built for.
@@ -103,7 +103,7 @@ class Model(ABC):
         ['u', 'v', 'w']
     """
 
-    accepts: ClassVar[tuple[Kind, ...]]
+    accepts: ClassVar[tuple[DataKind, ...]]
     equilibrium: ClassVar[bool] = True
     depth: ClassVar[int] = 2
 
@@ -113,15 +113,15 @@ class Model(ABC):
 
     @abstractmethod
     def initial(self, rng: np.random.Generator) -> Weights:
-        """Initial weights, float32."""
+        """Return initial weights, float32."""
 
     @abstractmethod
     def inject(self, ops: Ops, p: Parameters, x: Array) -> Any:
-        """What the input adds to each step, computed once per solve: an array or a tuple of arrays."""
+        """Return what the input adds to each step, computed once per solve: an array or a tuple of arrays."""
 
     @abstractmethod
     def start(self, ops: Ops, p: Parameters, injected: Any) -> Any:
-        """The initial state z0, a tree of arrays with the batch first."""
+        """Return the initial state z0, a tree of arrays with the batch first."""
 
     @abstractmethod
     def cell(self, ops: Ops, p: Parameters, z: Any, injected: Any) -> Any:
@@ -129,7 +129,7 @@ class Model(ABC):
 
     @abstractmethod
     def read(self, ops: Ops, p: Parameters, z: Any) -> Array:
-        """Logits `(batch, classes)`, or `(batch, length, classes)` for tokens."""
+        """Return the logits `(batch, classes)`, or `(batch, length, classes)` for tokens."""
 
 
 def normal(rng: np.random.Generator, shape: tuple[int, ...], scale: float) -> NDArray[np.float32]:
@@ -138,6 +138,6 @@ def normal(rng: np.random.Generator, shape: tuple[int, ...], scale: float) -> ND
 
 
 def contraction(rng: np.random.Generator, size: int, rate: float) -> NDArray[np.float32]:
-    """A random matrix `(size, size)` of spectral norm `rate`."""
+    """Return a random matrix `(size, size)` of spectral norm `rate`."""
     made = rng.standard_normal((size, size))
     return np.asarray(made * (rate / np.linalg.norm(made, 2)), dtype=np.float32)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 
-from deqcore.study.models.base import Kind, Model, Ops, Parameters, Weights, contraction, normal
+from deqcore.study.models.base import DataKind, Model, Ops, Parameters, Weights, contraction, normal
 from deqcore.types import Array
 
 RATE: Final = 0.8
@@ -20,7 +20,7 @@ class Dense(Model):
     that region: what becomes of the spectral radius is measured, not assumed.
     """
 
-    accepts: ClassVar[tuple[Kind, ...]] = ("vector", "image")
+    accepts: ClassVar[tuple[DataKind, ...]] = ("vector", "image")
 
     def initial(self, rng: np.random.Generator) -> Weights:
         """W, U, b and the readout R, c."""

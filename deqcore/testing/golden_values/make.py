@@ -31,7 +31,7 @@ def rounded(a: Any) -> Any:
 
 
 def draw(name: str) -> tuple[dict[str, Any], Any, Any]:
-    """Parameters, inputs and z0 of a problem."""
+    """Return the parameters, inputs and z0 of a problem."""
     rng = np.random.default_rng(sum(map(ord, name)))
 
     def normal(*shape: int, scale: float = 1.0) -> Any:
@@ -102,14 +102,14 @@ class Flat:
         return np.ravel(raveled(self.f(np, params, self.unravel(z), inputs), self.batch))
 
     def unravel(self, z: Any) -> Any:
-        """The tree of a vector."""
+        """Return the tree of a vector."""
         rows = z.reshape(self.batch, -1)
         offsets = iter(np.cumsum([0, *(leaf[0].size for _, leaf in walk(self.z0, ""))]))
         ends = iter(np.cumsum([leaf[0].size for _, leaf in walk(self.z0, "")]))
         return rebuild(self.z0, lambda leaf: rows[:, next(offsets) : next(ends)].reshape(leaf.shape))
 
     def moved(self, size: float, direction: dict[str, Any]) -> Flat:
-        """The problem with all its data moved by `size` along a direction."""
+        """Return the problem with all its data moved by `size` along a direction."""
         leaves = iter([leaf + size * direction[name] for name, leaf in self.data])
         params = rebuild(self.params, lambda _: next(leaves))
         inputs = rebuild(self.inputs, lambda _: next(leaves))
@@ -117,13 +117,13 @@ class Flat:
 
     def hessian_product(self, g: Any, direction: dict[str, Any], inverse: float) -> dict[str, Any]:
         """How the gradients of ⟨g, z*⟩ change along a direction of all data; error about 1e-12 times the condition."""
-        found: dict[str, Any] = {}
+        results: dict[str, Any] = {}
         h = HESSIAN_STEP / max(1.0, inverse)
         for weight, size in ((8.0, 1.0), (-8.0, -1.0), (-1.0, 2.0), (1.0, -2.0)):
             near = self.moved(size * h, direction)
             for name, value in near.gradients(near.solution(), g)[1].items():
-                found[name] = found.get(name, 0.0) + weight * value / (12 * h)
-        return found
+                results[name] = results.get(name, 0.0) + weight * value / (12 * h)
+        return results
 
     def solution(self) -> Any:
         """z*, to rounding."""
@@ -137,13 +137,13 @@ class Flat:
                 start = self(start)
         if self.name == "walled":  # beyond the wall there are no numbers, so from the closed form
             start = np.ravel(solve(self.params["W"], np.exp(self.inputs).T).T)
-        found = root(residual, start, tol=1e-13)
-        z = found.x.astype(np.longdouble)
+        result = root(residual, start, tol=1e-13)
+        z = result.x.astype(np.longdouble)
         for _ in range(5):
             jacobian = derivative(self, np.asarray(z, np.float64))
             z = z + solve(np.eye(z.size) - jacobian, np.asarray(self(z) - z, np.float64))
         if not norm(np.asarray(self(z) - z, np.float64)) < 1e-14 * (1 + norm(np.asarray(z, np.float64))):
-            raise RuntimeError(f"no solution: {found.message}")
+            raise RuntimeError(f"no solution: {result.message}")
         return np.asarray(z, np.float64)
 
     def gradients(self, z: Any, g: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
@@ -157,7 +157,7 @@ class Flat:
 
 
 def derivative(f: Callable[[Any], Any], x: Any) -> Any:
-    """Dense Jacobian by the complex step: `(f(x).size, x.size)`."""
+    """Return dense Jacobian by the complex step: `(f(x).size, x.size)`."""
     columns = []
     for i in range(x.size):
         moved = x.astype(np.complex128)
@@ -196,18 +196,18 @@ def exact_affine(params: Any, x: Any, g: Any) -> tuple[Any, dict[str, Any]]:
 
 def inverse_facts(a: Any, v: Any) -> tuple[Any, Any]:
     """H v and Hᵀ v for H = (J − I)⁻¹ = −A⁻¹, refined with residuals in extended precision."""
-    found = []
+    result = []
     for matrix in (a, a.T):
         x = solve(matrix, -v)
         for _ in range(2):
             residual = -v - matrix.astype(np.longdouble) @ x.astype(np.longdouble)
             x = x + solve(matrix, np.asarray(residual, np.float64))
-        found.append(x)
-    return found[0], found[1]
+        result.append(x)
+    return result[0], result[1]
 
 
 def compute(name: str) -> dict[str, Any]:
-    """Everything that is stored for one problem."""
+    """Return everything that is stored for one problem."""
     params, inputs, z0 = draw(name)
     params, inputs = rebuild(params, rounded), rebuild(inputs, rounded)
     rng = np.random.default_rng(7)

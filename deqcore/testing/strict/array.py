@@ -1,4 +1,4 @@
-"""An array whose values nobody may look at, as in a traced function: NumPy numbers behind a wall."""
+"""An array whose values must not be read, as in a traced function: NumPy numbers behind a guard."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REFUSED: Final = {
     "__setitem__": "was written to. Use xp.where or backend.select, which return a new array",
     "__array__": "was given to a NumPy function. Use backend.xp, which is the framework's own namespace",
     "__iter__": "was iterated over. Work on whole arrays, one operation for all samples",
-    "__hash__": "was hashed. Arrays are no keys",
+    "__hash__": "was hashed. Arrays cannot be keys",
 }
 
 UNARY: Final = ("__neg__", "__pos__", "__abs__", "__invert__")
@@ -98,7 +98,7 @@ class StrictArray:
 
 
 def wrap(value: Any) -> Any:
-    """NumPy arrays as strict ones, also within tuples and lists."""
+    """Return NumPy arrays as strict ones, also within tuples and lists."""
     if isinstance(value, np.ndarray | np.generic):
         return StrictArray(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -107,7 +107,7 @@ def wrap(value: Any) -> Any:
 
 
 def unwrap(value: Any) -> Any:
-    """The NumPy arrays inside, also within tuples, lists and dicts."""
+    """Return the NumPy arrays inside, also within tuples, lists and dicts."""
     if isinstance(value, StrictArray):
         return value.hidden
     if isinstance(value, dict):
@@ -124,8 +124,8 @@ def _operator(name: str) -> Callable[..., Any]:
                 raise StrictError(
                     f"{self!r} met a NumPy array in {name}: convert it with backend.asarray, or it ends on the host."
                 )
-        found = getattr(self.hidden, name)(*map(unwrap, others))
-        return NotImplemented if found is NotImplemented else StrictArray(found)
+        result = getattr(self.hidden, name)(*map(unwrap, others))
+        return NotImplemented if result is NotImplemented else StrictArray(result)
 
     return operator
 

@@ -132,11 +132,11 @@ class StrictBackend(Backend):
         self, value: Callable[..., tuple[Array, Any]], args: tuple[Any, ...], cotangent: Array
     ) -> tuple[Array, Any, tuple[Any, ...]]:
         def hidden(*moved: Any) -> tuple[Any, Any]:
-            found, aux = value(*_mapped(self, moved, wrap))
-            return unwrap(found), aux
+            result, aux = value(*_mapped(self, moved, wrap))
+            return unwrap(result), aux
 
-        found, aux, gradients = self.numpy.vjp(hidden, _mapped(self, args, unwrap), unwrap(cotangent))
-        return wrap(found), aux, _mapped(self, gradients, wrap)
+        result, aux, gradients = self.numpy.vjp(hidden, _mapped(self, args, unwrap), unwrap(cotangent))
+        return wrap(result), aux, _mapped(self, gradients, wrap)
 
 
 def _mapped(backend: Backend, trees: Any, change: Callable[[Any], Any]) -> Any:
@@ -146,5 +146,7 @@ def _mapped(backend: Backend, trees: Any, change: Callable[[Any], Any]) -> Any:
 
 def _condition(going: Any) -> bool:
     if not isinstance(going, StrictArray) or going.shape != () or going.dtype != bool:
-        raise StrictError(f"A loop's condition is {going!r}, but one bool array without axes is expected (xp.any).")
+        raise StrictError(
+            f"A loop's condition must be one bool array without axes (got {going!r}). Use xp.any or xp.all."
+        )
     return bool(going.hidden)

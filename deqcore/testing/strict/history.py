@@ -14,7 +14,7 @@ from deqcore.types import Array
 class StrictHistory(History):
     """The NumPy backend's history behind the wall, copied before it is changed; whether it is full is never known.
 
-    `vectors` has all `history_size` slots, as in traced code, where nobody knows how many steps were taken.
+    `vectors` has all `history_size` slots, as in traced code, where the number of steps is not known.
     """
 
     def __init__(self, inner: History) -> None:
@@ -69,12 +69,12 @@ class StrictHistory(History):
         return StrictHistory(self.inner.masked(unwrap(active)))
 
     def vectors(self) -> Array:
-        """All slots, zero where nothing was written."""
+        """Return all slots, zero where nothing was written."""
         used: Any = self.inner.vectors()
         shape, dtype, _ = self.kind
-        found = np.zeros(shape, dtype)  # type: ignore[call-overload]
-        found[:, : used.shape[1]] = used
-        return wrap(found)
+        result = np.zeros(shape, dtype)  # type: ignore[call-overload]
+        result[:, : used.shape[1]] = used
+        return wrap(result)
 
     def merge(self, rows: Array, other: History) -> StrictHistory:
         """Into a copy."""
@@ -88,5 +88,5 @@ class StrictHistory(History):
 
 def _strict(v: Any) -> StrictArray:
     if not isinstance(v, StrictArray):
-        raise TypeError(f"A history was given a {type(v).__name__}, but an array of the backend is expected.")
+        raise TypeError(f"A vector of a history must be an array of the backend (got a {type(v).__name__}).")
     return v

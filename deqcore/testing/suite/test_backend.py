@@ -1,6 +1,6 @@
 """Every backend that was asked for, or is installed."""
 
-from deqcore.testing.backends import BackendTests
+from deqcore.testing.suite.backend.tests import BackendTests
 
 
 class TestBackend(BackendTests):

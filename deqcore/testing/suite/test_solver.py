@@ -1,6 +1,6 @@
 """Every solver that was asked for, or is registered."""
 
-from deqcore.testing.solvers import SolverTests
+from deqcore.testing.suite.solver.tests import SolverTests
 
 
 class TestSolver(SolverTests):

@@ -1,6 +1,6 @@
 """Every strategy that was asked for, or is registered."""
 
-from deqcore.testing.strategies import StrategyTests
+from deqcore.testing.suite.strategy.tests import StrategyTests
 
 
 class TestStrategy(StrategyTests):

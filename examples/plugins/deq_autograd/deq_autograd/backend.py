@@ -85,8 +85,8 @@ class AutogradBackend(Backend):
         with self.errstate():
             value = f(forward.z, *args)
         if not isbox(value):
-            return forward.z, forward, record  # nobody takes a gradient
-        # Now, and not in the backward pass: autograd tells traces apart only while the outer one is open.
+            return forward.z, forward, record  # no gradient is taken
+        # Now, and not in the backward pass: autograd distinguishes traces only while the outer one is open.
         _, vjp = self.linearize(lambda z: f(z, *optree.tree_map(self.detach, args)), forward.z)
 
         def solve_adjoint(g: Any) -> Any:

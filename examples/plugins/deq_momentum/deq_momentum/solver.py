@@ -30,7 +30,7 @@ class Momentum(Solver):
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.beta < 1.0:
-            raise ValueError(f"beta = {self.beta}, but a number from 0 to below 1 is expected")
+            raise ValueError(f"beta must be a number from 0 to below 1 (got {self.beta})")
 
     def init(self, backend: Backend, z: Array, fz: Array) -> MomentumState:
         return MomentumState(backend.xp.zeros_like(z))

@@ -28,9 +28,9 @@ class Richardson(Strategy):
 
     def __post_init__(self) -> None:
         if self.steps < 0:
-            raise ValueError(f"steps = {self.steps}, but at least 0 is expected")
+            raise ValueError(f"steps must be at least 0 (got {self.steps})")
         if not 0.0 < self.damping <= 1.0:
-            raise ValueError(f"damping = {self.damping}, but a number above 0 and at most 1 is expected")
+            raise ValueError(f"damping must be a number above 0 and at most 1 (got {self.damping})")
 
     def solve_adjoint(
         self, backend: Backend, vjp: Map, g: Array, estimate: InverseJacobian | None

@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from deqcore.monitor.sink import Record, Row, Run, Sink
+from deqcore.monitor.sink import Record, Row, RunInfo, Sink
 
 TABLE = (
     "CREATE TABLE IF NOT EXISTS figures (step INTEGER, solve INTEGER, time REAL, layer TEXT, metric TEXT, value REAL)"
@@ -24,7 +24,7 @@ class SqliteSink(Sink):
     path: str = "monitor.db"
     _database: sqlite3.Connection | None = field(default=None, init=False, repr=False)
 
-    def open(self, run: Run) -> None:
+    def open(self, run: RunInfo) -> None:
         self._database = sqlite3.connect(self.path)
         with self._database:
             self._database.execute(TABLE)

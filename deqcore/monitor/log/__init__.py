@@ -1,0 +1,1 @@
+"""The log that the sink `jsonl` writes: its format, safe appending, and reading."""

@@ -1,0 +1,1 @@
+"""Where cells are trained: processes of this machine, or a Ray cluster."""

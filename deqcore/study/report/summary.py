@@ -1,0 +1,170 @@
+"""Results over seeds: means with confidence intervals, and differences paired by seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+
+CellResult: TypeAlias = Mapping[str, Any]
+LEVEL: Final = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds and its 95 % confidence interval (Student's t).
+
+    Attributes:
+        mean: over seeds.
+        low, high: ends of the interval; None with fewer than two seeds, which say nothing about the spread.
+        count: seeds.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Interval:
+        """From one value per seed."""
+        mean, count = float(np.mean(values)), len(values)
+        if count < 2:
+            return cls(mean, None, None, count)
+        from scipy.stats import t
+
+        half = float(t.ppf(0.5 + LEVEL / 2, count - 1) * np.std(values, ddof=1) / count**0.5)
+        return cls(mean, mean - half, mean + half, count)
+
+    @classmethod
+    def of_ratios(cls, values: Sequence[float]) -> Interval:
+        """From one quotient per seed: geometric mean, and an interval of logarithms, which never falls below zero."""
+        result = cls.of([math.log(value) for value in values])
+        low = None if result.low is None else math.exp(result.low)
+        high = None if result.high is None else math.exp(result.high)
+        return cls(math.exp(result.mean), low, high, result.count)
+
+    @property
+    def worst(self) -> float:
+        """The lower end, or the mean where there is no interval."""
+        return self.mean if self.low is None else self.low
+
+
+METRICS: Final[dict[str, Callable[[CellResult], float | None]]] = {
+    "test_accuracy": lambda result: result["test_accuracy"],
+    "test_loss": lambda result: result["test_loss"],
+    "forward": lambda result: result["times"]["forward"],
+    "backward": lambda result: result["times"]["backward"],
+    "update": lambda result: result["times"]["update"],
+    "step": lambda result: result["times"]["step"],
+    "training": lambda result: result["times"]["training"],
+    "warm_up": lambda result: result["warm_up"],
+    "peak_memory": lambda result: result["peak_memory"],
+    "training_memory": lambda result: result["training_memory"],
+    "evaluations": lambda result: result["figures"]["evaluations_most"],
+    "vjps": lambda result: result["figures"]["vjps_most"],
+    "unconverged": lambda result: result["figures"]["unconverged"],
+    "adjoint_residual": lambda result: result["figures"]["adjoint_residual"],
+    "fallback": lambda result: result["figures"]["fallback"],
+    "cosine": lambda result: result["cosine"],
+    "radius": lambda result: _last(result, "radius"),
+    "radius_most": lambda result: _last(result, "radius_most"),
+}
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """Cells that differ in their seed only.
+
+    Attributes:
+        place: data, backend, model and width: what has one exact gradient and one explicit network to compare with.
+        solver, strategy, rtol: how it was trained. `name`: the strategy's registered name.
+        results: of the cells that ended well, by seed.
+        failures: reasons of those that did not, by seed.
+    """
+
+    place: tuple[str, str, str, int]
+    solver: str
+    strategy: str
+    name: str
+    rtol: float
+    results: Mapping[int, CellResult]
+    failures: Mapping[int, str]
+
+    @property
+    def explicit(self) -> bool:
+        """Whether it has no equilibrium."""
+        return self.name == "explicit"
+
+    @property
+    def label(self) -> str:
+        """The strategy, or the model where there is none."""
+        return self.place[2] if self.explicit else self.strategy
+
+    def metric(self, name: str) -> Interval | None:
+        """Return a metric over seeds; None where it was not measured."""
+        values = [METRICS[name](result) for result in self.results.values()]
+        available = [value for value in values if value is not None]
+        return Interval.of(available) if available else None
+
+    def against(self, other: SummaryRow, name: str) -> Interval | None:
+        """Return the difference of a metric, paired by seed."""
+        result = [own - theirs for own, theirs in self._pairs(other, name)]
+        return Interval.of(result) if result else None
+
+    def ratio(self, other: SummaryRow, name: str) -> Interval | None:
+        """Return the quotient of a metric, paired by seed; of positive numbers only."""
+        result = [own / theirs for own, theirs in self._pairs(other, name) if own > 0 and theirs > 0]
+        return Interval.of_ratios(result) if result else None
+
+    def _pairs(self, other: SummaryRow, name: str) -> list[tuple[float, float]]:
+        read = METRICS[name]
+        both = [seed for seed in self.results if seed in other.results]
+        pairs = [(read(self.results[seed]), read(other.results[seed])) for seed in both]
+        return [(own, theirs) for own, theirs in pairs if own is not None and theirs is not None]
+
+
+def rows(results: Iterable[CellResult]) -> list[SummaryRow]:
+    """Group results by everything but the seed, in their order."""
+    grouped: dict[tuple[Any, ...], list[CellResult]] = {}
+    for result in results:
+        cell = result["cell"]
+        place = (cell["data"]["label"], cell["backend"], cell["model"]["name"], cell["model"]["width"])
+        key = (place, _named(cell["solver"]), cell["strategy"]["label"], cell["strategy"]["name"], cell["rtol"])
+        grouped.setdefault(key, []).append(result)
+    return [_row(key, value) for key, value in grouped.items()]
+
+
+def _row(key: tuple[Any, ...], found: Sequence[CellResult]) -> SummaryRow:
+    place, solver, strategy, name, rtol = key
+    good = {item["cell"]["seed"]: item for item in found if item["status"] == "ok"}
+    bad = {item["cell"]["seed"]: f"{item['reason']}: {item['detail']}" for item in found if item["status"] != "ok"}
+    return SummaryRow(place, solver, strategy, name, rtol, good, bad)
+
+
+def reference(row: SummaryRow, among: Iterable[SummaryRow]) -> SummaryRow | None:
+    """Return the row that was trained with exact gradients and is otherwise the same."""
+    same = (other for other in among if other.place == row.place and other.rtol == row.rtol and other.results)
+    exact = [other for other in same if other.name == "exact-ift"]
+    return next((other for other in exact if other.solver == row.solver), exact[0] if exact else None)
+
+
+def explicit(row: SummaryRow, among: Iterable[SummaryRow]) -> SummaryRow | None:
+    """Return the explicit network of equal size."""
+    data, backend, model, width = row.place
+    place = (data, backend, f"{model}-explicit", width)
+    return next((other for other in among if other.place == place and other.results), None)
+
+
+def _named(solver: Mapping[str, Any]) -> str:
+    options = ", ".join(f"{name}={value}" for name, value in solver["options"].items())
+    return f"{solver['name']} ({options})" if options else str(solver["name"])
+
+
+def _last(result: CellResult, name: str) -> float | None:
+    audits = result["history"]["audits"]
+    value: float | None = audits[-1][name] if audits else None
+    return value

@@ -1,0 +1,142 @@
+"""The table at the end of a study, for the terminal, for Markdown and for CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from deqcore.study.report.summary import METRICS, Interval, SummaryRow
+
+
+def percent(value: Interval | None) -> str:
+    """Return an accuracy, with half the width of its interval."""
+    return _with_half(value, 100.0, 2, "") if value else "–"
+
+
+def milliseconds(value: Interval | None) -> str:
+    """Return the seconds as milliseconds, three digits."""
+    return "–" if value is None else significant(1e3 * value.mean)
+
+
+def seconds(value: Interval | None) -> str:
+    """Seconds."""
+    return "–" if value is None else significant(value.mean)
+
+
+def megabytes(value: Interval | None) -> str:
+    """Return the bytes as MB."""
+    return "–" if value is None else f"{value.mean / 1e6:.0f}"
+
+
+def count(value: Interval | None) -> str:
+    """Return a mean number of evaluations."""
+    return "–" if value is None else f"{value.mean:.1f}"
+
+
+def cosine(value: Interval | None) -> str:
+    """Return a cosine, four decimals: 0.9996 and 1 are different answers."""
+    return "–" if value is None else f"{value.mean:.4f}"
+
+
+def significant(value: float) -> str:
+    """Return three significant digits; an exponent only where there would be nothing else to see."""
+    if value == 0:
+        return "0"
+    if abs(value) < 1e-4:
+        return f"{value:.2e}"
+    digits = max(0, 2 - int(f"{abs(value):e}".partition("e")[2]))
+    return f"{value:.{min(digits, 6)}f}"
+
+
+def _with_half(value: Interval, scale: float, digits: int, unit: str) -> str:
+    text = f"{scale * value.mean:.{digits}f}"
+    if value.high is not None:
+        text += f" ± {scale * (value.high - value.mean):.{digits}f}"
+    return text + unit
+
+
+COLUMNS: Final[tuple[tuple[str, str, Callable[[Interval | None], str]], ...]] = (
+    ("test accuracy %", "test_accuracy", percent),
+    ("forward ms", "forward", milliseconds),
+    ("backward ms", "backward", milliseconds),
+    ("step ms", "step", milliseconds),
+    ("training s", "training", seconds),
+    ("peak MB", "peak_memory", megabytes),
+    ("f forward", "evaluations", count),
+    ("vjps backward", "vjps", count),
+    ("gradient cosine", "cosine", cosine),
+)
+IDENTITY: Final = ("data", "backend", "model", "solver", "rtol", "strategy")
+NOTE: Final = (
+    "Times are medians of a step; f and vjps are what a batch pays for (its slowest sample), averaged over steps; the "
+    "cosine compares the gradient with the exact one during training."
+)
+
+
+def identity(row: SummaryRow) -> dict[str, str]:
+    """Return what a row is."""
+    data, backend, model, _ = row.place
+    solver, rtol = ("–", "–") if row.explicit else (row.solver, f"{row.rtol:g}")
+    values = (data, backend, model, solver, rtol, "–" if row.explicit else row.strategy)
+    return dict(zip(IDENTITY, values, strict=True))
+
+
+def cells(rows: Sequence[SummaryRow]) -> tuple[list[str], list[list[str]]]:
+    """Return the header and lines; what is the same in all lines is left out, but for the strategy."""
+    identities = [identity(row) for row in rows]
+    varying = [name for name in IDENTITY if name == "strategy" or len({item[name] for item in identities}) > 1]
+    lines = []
+    for row, each in zip(rows, identities, strict=True):
+        figures = [form(row.metric(metric)) if row.results else "–" for _, metric, form in COLUMNS]
+        lines.append([each[name] for name in varying] + figures)
+    return [*varying, *(title for title, _, _ in COLUMNS)], lines
+
+
+def shared(rows: Sequence[SummaryRow], head: Callable[[str], str] = str) -> str:
+    """Describe what all rows have in common; `head` gives the names of columns in another language."""
+    identities = [identity(row) for row in rows]
+    return ", ".join(
+        f"{head(name)} {identities[0][name]}" for name in IDENTITY if len({item[name] for item in identities}) == 1
+    )
+
+
+def terminal(rows: Sequence[SummaryRow]) -> Table:
+    """For people at a terminal."""
+    header, lines = cells(rows)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=shared(rows), title_justify="left", caption=NOTE)
+    table.caption_justify = "left"
+    labels = len(header) - len(COLUMNS)
+    for number, title in enumerate(header):
+        table.add_column(Text(title), justify="left" if number < labels else "right")
+    for row, line in zip(rows, lines, strict=True):
+        table.add_row(*map(Text, line), style=None if row.results else "red")
+    return table
+
+
+def markdown(rows: Sequence[SummaryRow]) -> str:
+    """For a README."""
+    header, lines = cells(rows)
+    escaped = [[item.replace("|", "\\|") for item in line] for line in lines]
+    rule = ["---"] * len(header)
+    body = "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *escaped])
+    return f"{shared(rows)}\n\n{body}\n\n{NOTE}\n"
+
+
+def comma_separated(rows: Sequence[SummaryRow]) -> str:
+    """Return one line per cell, unrounded."""
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow([*IDENTITY, "seed", *METRICS, "failure"])
+    for row in rows:
+        values: list[Any] = list(identity(row).values())
+        for seed, result in row.results.items():
+            writer.writerow([*values, seed, *(read(result) for read in METRICS.values()), ""])
+        for seed, reason in row.failures.items():
+            writer.writerow([*values, seed, *[None] * len(METRICS), reason])
+    return out.getvalue()

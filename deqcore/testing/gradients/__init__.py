@@ -1,0 +1,1 @@
+"""`deqcore check gradients`: run it, compare the results, print them."""

@@ -1,0 +1,1 @@
+"""Run the conformance suite and the workers in separate processes."""

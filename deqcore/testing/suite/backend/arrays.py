@@ -1,0 +1,233 @@
+"""What a backend must do with arrays, trees, rows and loops."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from deqcore.testing.suite.base import DTYPES, Conformance, needs, several
+from deqcore.testing.suite.fixtures import Kit, close
+from deqcore.testing.suite.scales import EXPONENTS, scales
+
+
+class Counter(NamedTuple):
+    """What the loop tests carry."""
+
+    count: Any
+    total: Any
+
+
+class ArrayTests(Conformance):
+    """Arrays, trees, rows, small systems and loops."""
+
+    # -- arrays and trees ---------------------------------------------------------------------------------------
+
+    @several("dtype", [*DTYPES, "int32", "bool"])
+    def test_arrays_come_back_as_they_went(self, kit: Kit, dtype: str) -> None:
+        a = (np.arange(6).reshape(2, 3) - 2).astype(dtype)
+        x = kit.array(a, dtype)
+        assert kit.backend.dtype_name(x) == dtype
+        assert tuple(x.shape) == (2, 3)
+        assert kit.numpy(x).dtype == dtype
+        assert np.array_equal(kit.numpy(x), a)
+
+    def test_asarray_takes_numbers_lists_and_follows_like(self, kit: Kit) -> None:
+        like = kit.array([[1.0, 2.0]], "float32")
+        for given in (3.0, [1.0, 2.0], np.array([1.0, 2.0])):
+            x = kit.backend.asarray(given, like=like)
+            assert kit.backend.dtype_name(x) == "float32"
+            assert kit.backend.device_of(x) == kit.backend.device_of(like)
+            assert np.array_equal(kit.numpy(x), np.asarray(given, np.float32))
+
+    def test_writing_to_what_came_back_changes_nothing(self, kit: Kit) -> None:
+        x = kit.array([[1.0, 2.0]])
+        found = np.array(kit.numpy(x))
+        found[...] = 7.0
+        assert np.array_equal(kit.numpy(x), [[1.0, 2.0]])
+
+    def test_knows_its_own_arrays(self, kit: Kit) -> None:
+        assert kit.backend.is_array(kit.array([1.0]))
+        for other in (1.0, [1.0], "text", None):
+            assert not kit.backend.is_array(other)
+
+    def test_trees_are_taken_apart_and_put_together(self, kit: Kit) -> None:
+        x, y = kit.array([1.0]), kit.array([2.0, 3.0])
+        trees: list[Any] = [x, {"b": [x, (y,)], "a": y}, (x, {"c": y}), []]
+        for tree in trees:
+            leaves, structure = kit.backend.flatten(tree)
+            assert all(kit.backend.is_array(leaf) for leaf in leaves)
+            rebuilt = kit.backend.unflatten(structure, leaves)
+            assert type(rebuilt) is type(tree)
+            assert kit.backend.flatten(rebuilt)[1] == structure
+        assert kit.backend.flatten((x, y))[1] == kit.backend.flatten((y, x))[1]
+        assert kit.backend.flatten((x, y))[1] != kit.backend.flatten([x, y])[1]
+
+    def test_casts(self, kit: Kit) -> None:
+        x = kit.array([1.5, -2.0])
+        assert kit.backend.dtype_name(kit.backend.astype(x, "float32")) == "float32"
+        narrow = kit.array([0.0], "float32")
+        assert kit.backend.dtype_name(kit.backend.cast(x, narrow)) == "float32"
+        assert np.array_equal(kit.numpy(kit.backend.cast(x, narrow)), [1.5, -2.0])
+
+    @several("dtype", DTYPES)
+    def test_epsilon_and_default_tolerance(self, kit: Kit, dtype: str) -> None:
+        x = kit.array([1.0], dtype)
+        assert kit.backend.eps(x) == np.finfo(dtype).eps
+        assert kit.backend.default_rtol(x) == pytest.approx({"float64": 1.49e-8, "float32": 1e-4}[dtype], rel=1e-2)
+
+    def test_identity_matrices(self, kit: Kit) -> None:
+        like = kit.array([[1.0]], "float32")
+        found = kit.backend.eye(like, 2, 3)
+        assert kit.backend.dtype_name(found) == "float32"
+        assert np.array_equal(kit.numpy(found), np.eye(2, 3))
+
+    @needs("accelerator")
+    def test_arrays_stay_on_their_device(self, kit: Kit) -> None:
+        x = kit.array([[1.0, 2.0]])
+        at = kit.backend.device_of(x)
+        made = (
+            kit.backend.eye(x, 2),
+            kit.backend.to_accum_dtype(x),
+            kit.backend.norm(x),
+            kit.backend.history(x, 2).dot(x),
+        )
+        assert [kit.backend.device_of(a) for a in made] == [at] * len(made)
+
+    # -- rows ---------------------------------------------------------------------------------------------------
+
+    @several("dtype", DTYPES)
+    def test_norms(self, kit: Kit, dtype: str) -> None:
+        a = np.random.default_rng(0).standard_normal((3, 50)).astype(dtype)
+        a[1] = 0.0
+        found = kit.backend.norm(kit.array(a, dtype))
+        close(kit.numpy(found), np.linalg.norm(a.astype(float), axis=1), 20 * float(np.finfo(dtype).eps), "norm")
+        assert kit.backend.dtype_name(found) in DTYPES
+
+    @several("dtype", [*DTYPES, "bfloat16"])
+    def test_norms_of_any_scale(self, kit: Kit, dtype: str) -> None:
+        """Rows near the ends of the range, with their squares far beyond, beside a row of zeros and an ordinary one."""
+        plain = np.random.default_rng(0).integers(-9, 10, (4, 50)).astype(float)
+        plain[3] *= 2.0**-20
+        plain[3, 7] = 2.0 ** (EXPONENTS[dtype] // 2)  # beside which all others vanish
+        tiny, huge = scales(2, dtype)
+        factors = np.array([tiny, huge, 1.0, tiny])
+        rows = np.concatenate([plain * factors[:, None], np.zeros((1, 50))])
+        x = kit.backend.astype(kit.array(rows, "float64" if dtype == "float64" else "float32"), dtype)
+        with kit.backend.errstate():
+            found = kit.numpy(kit.backend.norm(x)).astype(float)
+        assert found[4] == 0.0
+        share = found[:4] / factors / np.linalg.norm(plain, axis=1)
+        close(share, np.ones(4), 1e-5, "norms over true ones")
+
+    @several("dtype", DTYPES)
+    def test_scales_of_rows(self, kit: Kit, dtype: str) -> None:
+        """Powers of two that change no digit; 1 for what is zero, not finite, or needs none."""
+        rows = np.array([[3.0, 4.0]]) * np.array([*scales(2, dtype), 1.0, 0.0, np.nan])[:, None]
+        v = kit.array(rows, dtype)
+        with kit.backend.errstate():
+            unit = kit.backend.row_scale(kit.backend.norm(v), v)
+        if unit is None:  # squares of such rows are in the range of a wider dtype
+            with kit.backend.errstate():
+                squares = kit.numpy(kit.backend.inner(v, v))[:2].astype(float)
+            assert (squares > 0).all() and np.isfinite(squares).all(), "None says that no row needs a scale"
+            return
+        found = kit.numpy(unit).astype(float)
+        assert list(found[2:]) == [1.0, 1.0, 1.0]
+        size = 5.0 * scales(2, dtype) / found[:2]
+        assert ((size >= 0.5) & (size <= 2.0)).all(), f"rows of norm {size}, but about 1 is expected"
+        moved = kit.backend.divide_rows(v, unit)
+        assert np.array_equal(kit.numpy(kit.backend.multiply_rows(moved, unit)), kit.numpy(v), equal_nan=True)
+
+    @needs("bfloat16")
+    def test_norms_of_narrow_states_are_wide(self, kit: Kit) -> None:
+        x = kit.backend.astype(kit.array(np.full((1, 4096), 300.0), "float32"), "bfloat16")
+        found = kit.backend.norm(x)
+        assert kit.backend.dtype_name(found) in DTYPES
+        close(kit.numpy(found), [300.0 * 64], 1e-2, "norm of 4096 numbers")
+
+    def test_inner_products_are_wide(self, kit: Kit) -> None:
+        a = np.array([[1.0, 1e-8], [3.0, 4.0]], np.float32)
+        found = kit.backend.inner(kit.array(a, "float32"), kit.array(a, "float32"))
+        wide = kit.backend.dtype_name(kit.backend.to_accum_dtype(kit.array([1.0], "float32")))
+        assert kit.backend.dtype_name(found) == wide
+        close(kit.numpy(found), np.sum(a.astype(float) ** 2, axis=1), 2 * float(np.finfo(wide).eps), "inner product")
+
+    @several("axes", [1, 2, 3])
+    def test_rows_are_selected_without_arithmetic(self, kit: Kit, axes: int) -> None:
+        shape = (2, 3, 4)[:axes]
+        mask = kit.array([True, False], "bool")
+        new, old = np.ones(shape), np.full(shape, 2.0)
+        new[1], old[0] = np.nan, np.inf
+        found = kit.numpy(kit.backend.select(mask, kit.array(new), kit.array(old)))
+        expected = np.full(shape, 2.0)
+        expected[0] = 1.0
+        assert np.array_equal(found, expected), "0·NaN is NaN: masks must choose, not multiply"
+
+    def test_all_known_never_guesses(self, kit: Kit) -> None:
+        assert not kit.backend.known_all(kit.array([True, False], "bool"))
+
+    @several("dtype", DTYPES)
+    @several("columns", [0, 2])
+    def test_small_systems(self, kit: Kit, dtype: str, columns: int) -> None:
+        rng = np.random.default_rng(1)
+        a = (rng.standard_normal((3, 4, 4)) + 3 * np.eye(4)[:, ::-1]).astype(dtype)
+        b = rng.standard_normal((3, 4, columns) if columns else (3, 4)).astype(dtype)
+        expected = np.linalg.solve(a.astype(float), b.astype(float) if columns else b[..., None].astype(float))
+        found = kit.backend.solve(kit.array(a, dtype), kit.array(b, dtype))
+        close(kit.numpy(found), expected.reshape(b.shape), 1e3 * float(np.finfo(dtype).eps), "solution")
+
+    @several("dtype", DTYPES)
+    @several("size", [4, 23])
+    def test_small_systems_of_a_known_kind(self, kit: Kit, dtype: str, size: int) -> None:
+        rng = np.random.default_rng(2)
+        a = rng.standard_normal((3, size, size)) + size * np.eye(size)
+        for solve, system in (
+            (kit.backend.solve_upper, np.triu(a)),
+            (kit.backend.solve_positive, a @ np.swapaxes(a, 1, 2)),
+        ):
+            for b in (rng.standard_normal((3, size)), rng.standard_normal((3, size, 2))):
+                expected = np.linalg.solve(system, b if b.ndim == 3 else b[..., None]).reshape(b.shape)
+                found = kit.numpy(solve(kit.array(system.astype(dtype), dtype), kit.array(b.astype(dtype), dtype)))
+                close(found, expected, 1e4 * float(np.finfo(dtype).eps), solve.__name__)
+
+    def test_least_singular_values(self, kit: Kit) -> None:
+        a = np.random.default_rng(3).standard_normal((4, 6, 5))
+        found = kit.numpy(kit.backend.least_singular_value(kit.array(a), a.shape[2]))
+        close(found, np.linalg.svd(a, compute_uv=False)[:, -1], 5e-3, "least singular value")
+
+    def test_a_singular_system_spoils_its_own_row_only(self, kit: Kit) -> None:
+        a = np.stack([2 * np.eye(2), np.zeros((2, 2)), 4 * np.eye(2)])
+        found = kit.numpy(kit.backend.solve(kit.array(a), kit.array(np.ones((3, 2)))))
+        assert not np.isfinite(found[1]).any(), "a singular system must not give finite numbers"
+        assert np.array_equal(found[[0, 2]], [[0.5, 0.5], [0.25, 0.25]])
+
+    # -- loops --------------------------------------------------------------------------------------------------
+
+    @several("every", [1, 3, "auto"])
+    def test_a_loop_ends_when_its_condition_does(self, kit: Kit, every: int | str) -> None:
+        end = self._count(kit, limit=6, steps=20, every=every)
+        assert 6 <= end.count <= 6 + (every if isinstance(every, int) else 8)
+        assert end.total == pytest.approx(0.5 * end.count)
+
+    @several("every", [1, 3, 7])
+    @several("steps", [0, 1, 5])
+    def test_a_loop_never_exceeds_its_steps(self, kit: Kit, every: int, steps: int) -> None:
+        assert self._count(kit, limit=100, steps=steps, every=every).count == steps
+
+    def test_a_loop_whose_condition_is_false_at_once(self, kit: Kit) -> None:
+        assert self._count(kit, limit=0, steps=5, every=1).count == 0
+
+    def _count(self, kit: Kit, limit: int, steps: int, every: int | str) -> Counter:
+        start = Counter(kit.array(0, "int32"), kit.array(0.0, "float32"))
+
+        def running(c: Counter) -> Any:
+            return c.count < limit
+
+        def body(c: Counter) -> Counter:
+            return Counter(c.count + 1, c.total + 0.5)
+
+        end = kit.backend.loop(running, body, start, kit.backend.as_scalar(steps, start.total), every)
+        assert isinstance(end, Counter)
+        return Counter(int(kit.numpy(end.count)), float(kit.numpy(end.total)))

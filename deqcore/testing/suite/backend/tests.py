@@ -1,0 +1,44 @@
+"""`BackendTests`: everything that a backend must keep."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from deqcore.testing.suite.backend.arrays import ArrayTests
+from deqcore.testing.suite.backend.derivatives import DerivativeTests
+from deqcore.testing.suite.backend.history import HistoryTests
+from deqcore.testing.suite.base import several
+from deqcore.testing.suite.fixtures import Affine, Kit, affine
+from deqcore.testing.suite.import_cost import check_light
+from deqcore.types import Status
+
+
+class BackendTests(ArrayTests, HistoryTests, DerivativeTests):
+    """Subclass it, name your backend, and run pytest.
+
+    Example:
+        ::
+
+            class TestMine(BackendTests):
+                backends = ("mine",)
+    """
+
+    def test_its_plugin_is_light(self, kit: Kit) -> None:
+        check_light("backend", kit.backend.name)
+
+    @several("harm", [math.nan, math.inf])
+    @several("solver", ["anderson", "broyden"])
+    def test_a_bad_sample_changes_no_bit_of_its_neighbours(self, kit: Kit, solver: str, harm: float) -> None:
+        problem = affine()
+        b = problem.b.copy()
+        b[1] = harm
+        good, bad = (
+            kit.solve(kit.map(Affine(problem.a, each)), kit.array(np.zeros((3, 6))), solver=solver, rtol=1e-9)
+            for each in (problem.b, b)
+        )
+        for quantity in ("value", "residual", "steps"):
+            one, two = (kit.numpy(getattr(sol, quantity))[[0, 2]] for sol in (good, bad))
+            assert np.array_equal(one, two), f"{quantity} of a healthy sample depends on its neighbour"
+        assert Status(int(kit.numpy(bad.status)[1])) is Status.NONFINITE

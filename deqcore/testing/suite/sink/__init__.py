@@ -1,0 +1,1 @@
+"""What every sink of the monitor must satisfy."""

@@ -1,0 +1,136 @@
+"""What the inverse-Jacobian estimate that a solver leaves behind must keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+
+import deqcore
+from deqcore.abc.inverse_jacobian import InverseJacobian
+from deqcore.abc.solver import Solver
+from deqcore.testing.suite.base import Conformance
+from deqcore.testing.suite.fixtures import Affine, Kit, affine, close
+from deqcore.testing.suite.solver.steps import walk_steps
+
+
+class EstimateTests(Conformance):
+    """Only for a solver with `has_estimate`."""
+
+    def test_without_an_estimate_there_is_none(self, kit: Kit, solver: Solver) -> None:
+        if solver.has_estimate:
+            pytest.skip("the solver keeps an estimate")
+        *_, state = walk_steps(kit, solver, kit.map(affine()), kit.array(np.zeros((3, 6))), 1)[-1]
+        assert solver.inverse_jacobian(kit.backend, state) is None
+
+    def test_the_transpose_is_the_transpose(self, kit: Kit, solver: Solver) -> None:
+        a, b = np.random.default_rng(7).standard_normal((2, 3, 6))
+        for h, *_ in self._estimates(kit, solver, affine()):
+            left = np.sum(a * self._apply(kit, h, b), axis=1)
+            right = np.sum(self._apply(kit, h, a, transpose=True) * b, axis=1)
+            close(left, right, 1e-7 if kit.eps < 1e-10 else 1e-3, "aᵀ(H b) and (Hᵀa)ᵀb")
+
+    def test_the_latest_secant_equation_holds(self, kit: Kit, solver: Solver) -> None:
+        """Of `inverse_jacobian`; a `secant_estimate` may be regularised, and must then be nearer than H = −I is."""
+        for number, (h, s, y) in enumerate(self._estimates(kit, solver, affine())):
+            allowed = 0.5 * np.linalg.norm(s + y) / np.linalg.norm(s) if number else 1e-5 if kit.eps < 1e-10 else 1e-2
+            error = np.linalg.norm(self._apply(kit, h, y) - s) / np.linalg.norm(s)
+            assert error <= allowed, f"H y = s for the latest pair is off by {error:.1e}, allowed {allowed:.1e}"
+
+    def test_the_sharp_estimate_keeps_the_latest_pair(self, kit: Kit, solver: Solver) -> None:
+        """`apply_transpose_unregularised` has only the regularisation that rounding needs: H y = s within a percent."""
+        for h, s, y in self._estimates(kit, solver, affine()):
+            found = np.sum(self._sharp(kit, h) * y[:, None, :], axis=2)
+            error = np.linalg.norm(found - s) / np.linalg.norm(s)
+            assert error <= 1e-2, f"H y = s for the latest pair is off by {error:.1e}, judged sharply"
+
+    def test_the_secant_estimate_keeps_both_pairs(self, kit: Kit, solver: Solver) -> None:
+        """All pairs at once, unlike a recursive update, up to a percent."""
+        if type(solver).secant_estimate is Solver.secant_estimate or getattr(solver, "history_size", 2) < 2:
+            pytest.skip("the solver has one estimate only, or keeps one pair")
+        *_, (h, *_) = self._estimates(kit, solver, affine(norm=0.95), steps=2)
+        walked = walk_steps(kit, solver, kit.map(affine(norm=0.95)), kit.array(np.zeros((3, 6))), 2)
+        at = [(kit.numpy(z), kit.numpy(fz)) for z, fz, _ in walked]
+        columns = self._sharp(kit, h)
+        for number, ((z0, f0), (z1, f1)) in enumerate(pairwise(at), 1):
+            s, y = z1 - z0, (f1 - z1) - (f0 - z0)
+            error = np.linalg.norm(np.sum(columns * y[:, None, :], axis=2) - s) / np.linalg.norm(s)
+            assert error <= 1e-2, f"H y = s for pair {number} of 2 is off by {error:.1e}, judged sharply"
+
+    def test_where_f_is_flat_it_is_minus_the_identity(self, kit: Kit, solver: Solver) -> None:
+        flat = Affine(np.zeros((3, 6, 6)), affine().b)
+        v = np.random.default_rng(8).standard_normal((3, 6))
+        for h, *_ in self._estimates(kit, solver, flat, steps=1):
+            close(self._apply(kit, h, v), -v, 1e-5, "H v for f without slope")
+
+    def test_a_frozen_sample_keeps_its_estimate(
+        self, kit: Kit, solver: Solver, solver_name: str, settings: Any
+    ) -> None:
+        """A sample that ended early has the estimate that it would have alone, whatever its batch mates did since."""
+        if not solver.has_estimate:
+            pytest.skip("the solver keeps no estimate")
+        problem = affine(norm=0.9)
+        problem.a[0] *= 0.3
+        v = np.random.default_rng(9).standard_normal((3, 6))
+        found = []
+        for rows in (slice(0, 3), slice(0, 1)):
+            mine = Affine(problem.a[rows], problem.b[rows])
+            z0 = kit.array(np.zeros(mine.b.shape))
+            sol = kit.solve(kit.map(mine), z0, solver=solver_name, rtol=1e-4, options=settings)
+            h = self._estimate(kit, solver, self._state(sol))
+            found.append(self._apply(kit, h, v[rows], transpose=True)[0])
+        close(found[0], found[1], 1e-5 if kit.eps < 1e-10 else 5e-2, "Hᵀv in company and alone")
+
+    def test_going_on_leaves_the_first_estimate_alone(
+        self, kit: Kit, solver: Solver, solver_name: str, settings: Any
+    ) -> None:
+        if not solver.has_estimate:
+            pytest.skip("the solver keeps no estimate")
+        f, z0 = kit.map(affine(norm=0.9)), kit.array(np.zeros((3, 6)))
+        v = np.random.default_rng(10).standard_normal((3, 6))
+        config = kit.config(solver=solver_name, rtol=1e-12, max_steps=3, options=settings)
+        first = deqcore.fixed_point(f, z0, config=config)
+        before = self._apply(kit, self._estimate(kit, solver, self._state(first)), v)
+        second = deqcore.fixed_point(f, z0, state=first.state, config=config)
+        after = self._apply(kit, self._estimate(kit, solver, self._state(first)), v)
+        assert np.array_equal(before, after), "continuing a solve destroyed an estimate that a backward may still need"
+        before = self._apply(kit, self._estimate(kit, solver, self._state(second)), v)
+        other = kit.map(affine(norm=0.9, seed=1))
+        deqcore.fixed_point(other, z0, state=first.state, config=config)
+        after = self._apply(kit, self._estimate(kit, solver, self._state(second)), v)
+        assert np.array_equal(before, after), (
+            "continuing a solve twice destroyed the estimate of the first continuation"
+        )
+
+    def _estimates(self, kit: Kit, solver: Solver, problem: Affine, steps: int = 4) -> Iterator[tuple[Any, Any, Any]]:
+        """Both estimates after some steps, with the latest pair s = Δz, y = Δ(f(z) − z)."""
+        if not solver.has_estimate:
+            pytest.skip("the solver keeps no estimate")
+        walked = walk_steps(kit, solver, kit.map(problem), kit.array(np.zeros((3, 6))), steps)
+        (z0, f0), (z1, f1) = ([kit.numpy(a) for a in found[:2]] for found in walked[-2:])
+        s, y = z1 - z0, (f1 - z1) - (f0 - z0)
+        for make in (solver.inverse_jacobian, solver.secant_estimate):
+            h = make(kit.backend, walked[-1][2])
+            assert h is not None, "has_estimate is True, but there is none"
+            yield h, s, y
+
+    def _sharp(self, kit: Kit, h: InverseJacobian) -> Any:
+        """H as a matrix `(3, 6, 6)`, judged sharply."""
+        rows = [kit.numpy(h.apply_transpose_unregularised(kit.array(np.tile(unit, (3, 1))))) for unit in np.eye(6)]
+        return np.stack(rows, axis=1)
+
+    def _state(self, sol: deqcore.Solution) -> Any:
+        assert sol.state is not None
+        return sol.state.carry.state
+
+    def _estimate(self, kit: Kit, solver: Solver, state: Any) -> InverseJacobian:
+        h = solver.inverse_jacobian(kit.backend, state)
+        assert h is not None
+        return h
+
+    def _apply(self, kit: Kit, h: InverseJacobian, v: Any, transpose: bool = False) -> Any:
+        product = h.apply_transpose if transpose else h.apply
+        return kit.numpy(product(kit.array(v)))

@@ -1,0 +1,227 @@
+"""What a single step of a solver must keep."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+import deqcore
+from deqcore.abc.backend import Backend
+from deqcore.abc.history import History
+from deqcore.abc.solver import Solver, map_state
+from deqcore.solve.loop import copy_state
+from deqcore.testing.problems import golden
+from deqcore.testing.suite.base import DTYPES, Conformance, needs, several
+from deqcore.testing.suite.fixtures import Kit, affine, close
+from deqcore.testing.suite.import_cost import check_light
+from deqcore.types import Map
+
+
+def walk_steps(kit: Kit, solver: Solver, f: Map, z: Any, steps: int, *, jit: bool = True) -> list[tuple[Any, Any, Any]]:
+    """`(z, f(z), state)` before the first step and after each, without the loop; compiled where the backend can."""
+    compiled = kit.backend.jit if jit else lambda step: step
+    fz = f(z)
+    init = compiled(lambda z, fz: solver.init(kit.backend, z, fz))
+    found: list[tuple[Any, Any, Any]] = [(z, fz, init(z, fz))]
+    step = compiled(lambda z, fz, state: solver.step(kit.backend, f, z, fz, state))
+    with kit.backend.errstate():  # as the loop is
+        for _ in range(steps):
+            found.append(step(*found[-1]))
+    return found
+
+
+def overshooting(kit: Kit, rows: slice = slice(0, 3)) -> tuple[Map, Any]:
+    """F and z0 of the golden problem `overshoot`, where a solver has to search, for some of its samples."""
+    problem = golden("overshoot").problem
+    w, x = kit.array(problem.params["W"]), kit.array(problem.inputs[rows])
+    xp = kit.backend.xp
+    return lambda z: z - xp.tanh(xp.sum(w[None] * z[:, None, :], axis=2) - x), kit.array(problem.z0[rows])
+
+
+class _Counting:
+    """A backend that counts products J v, and calls of a function outside of them."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._inside = False
+        self.calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def counted(self, f: Map) -> Map:
+        def run(z: Any) -> Any:
+            self.calls += not self._inside
+            return f(z)
+
+        return run
+
+    def jvp(self, f: Map, z: Any) -> Map | None:
+        with self._within():
+            jvp = self._backend.jvp(f, z)
+
+        def product(v: Any) -> Any:
+            self.calls += 1
+            with self._within():
+                return jvp(v) if jvp is not None else None
+
+        return None if jvp is None else product
+
+    @contextlib.contextmanager
+    def _within(self) -> Iterator[None]:
+        self._inside = True
+        yield
+        self._inside = False
+
+
+class StepTests(Conformance):
+    """`init` and `step` themselves."""
+
+    def test_is_a_frozen_dataclass_of_options(self, kit: Kit, solver: Solver, solver_name: str) -> None:
+        assert isinstance(solver, Solver)
+        assert dataclasses.is_dataclass(type(solver)), "options are fields of a dataclass"
+        assert hash(solver) == hash(copy.copy(solver)), "compiled solves are cached by the solver"
+        known = dataclasses.fields(solver)  # type: ignore[arg-type]
+        name = known[0].name if known else "anything"
+        with pytest.raises((dataclasses.FrozenInstanceError, AttributeError, TypeError)):
+            setattr(solver, name, None)
+
+    def test_it_imports_no_framework(self, kit: Kit, solver_name: str) -> None:
+        check_light("solver", solver_name)
+
+    @several("dtype", [*DTYPES, "bfloat16"])
+    def test_steps_keep_structure_shapes_and_dtypes(self, kit: Kit, solver: Solver, dtype: str) -> None:
+        problem = affine(norm=0.5)
+        z0 = kit.backend.astype(kit.array(np.zeros((3, 6)), "float32"), dtype)
+        f = lambda z: kit.backend.cast(kit.map(problem, "float32")(kit.backend.astype(z, "float32")), z)  # noqa: E731
+        kinds = [self._kinds(kit, found) for found in walk_steps(kit, solver, f, z0, 3)]
+        for step, kind in enumerate(kinds[1:], 1):
+            assert kind == kinds[0], f"after step {step}"
+        assert kinds[0][0] == kinds[0][1] == f"{dtype} (3, 6)"
+
+    def _kinds(self, kit: Kit, found: Any) -> list[str]:
+        kinds: list[str] = []
+
+        def note(leaf: Any) -> Any:
+            if isinstance(leaf, History):
+                dot = leaf.dot(found[0]) if leaf.vectors().shape[-1] == 6 else leaf.count()
+                kinds.append(f"history {leaf.history_size} {kit.backend.dtype_name(dot)}")
+            else:
+                kinds.append(f"{kit.backend.dtype_name(leaf)} {tuple(leaf.shape)}")
+            return leaf
+
+        map_state(found, note)
+        return kinds
+
+    def test_a_step_returns_f_of_z(self, kit: Kit, solver: Solver) -> None:
+        problem = affine()
+        f = kit.map(problem)
+        for z, fz, _ in walk_steps(kit, solver, f, kit.array(np.zeros((3, 6))), 4):
+            close(kit.numpy(fz), kit.numpy(f(z)), 100 * kit.eps, "the f(z) that a step returns")
+
+    def test_the_residual_norm_is_that_of_the_iterate(self, kit: Kit, solver: Solver) -> None:
+        for z, fz, state in walk_steps(kit, solver, kit.map(affine()), kit.array(np.ones((3, 6))), 4):
+            known = solver.residual_norm(kit.backend, state)
+            if known is not None:
+                true = np.linalg.norm(kit.numpy(fz) - kit.numpy(z), axis=1)
+                close(kit.numpy(known), true, 100 * kit.eps, "residual_norm")
+
+    def test_a_step_is_a_pure_function(self, kit: Kit, solver: Solver) -> None:
+        f, z0 = kit.map(affine()), kit.array(np.zeros((3, 6)))
+        z, fz, state = walk_steps(kit, solver, f, z0, 2)[-1]
+        before = np.array(kit.numpy(z)), np.array(kit.numpy(fz))
+        # Of copies: a history whose ring is full may overwrite its oldest vector in place.
+        first, again = (solver.step(kit.backend, f, z, fz, copy_state(state)) for _ in range(2))
+        assert np.array_equal(kit.numpy(first[0]), kit.numpy(again[0])), "two steps from one state differ"
+        assert np.array_equal(kit.numpy(z), before[0]), "a step wrote into z"
+        assert np.array_equal(kit.numpy(fz), before[1]), "a step wrote into f(z)"
+
+    def test_steps_do_not_depend_on_scale(self, kit: Kit, solver: Solver) -> None:
+        """z ← 4 z and f ← 4 f(z/4) is the same problem in other units, so the iterates are the same."""
+        f = kit.map(affine())
+        plain = walk_steps(kit, solver, f, kit.array(np.ones((3, 6))), 4)[-1][0]
+        scaled = walk_steps(kit, solver, lambda z: 4.0 * f(0.25 * z), kit.array(np.full((3, 6), 4.0)), 4)[-1][0]
+        close(0.25 * kit.numpy(scaled), kit.numpy(plain), 1e-6 if kit.eps < 1e-10 else 1e-3, "iterates in other units")
+
+    def test_f_is_evaluated_as_often_as_declared(self, kit: Kit, solver: Solver) -> None:
+        calls = []
+        f = kit.map(affine())
+
+        def counted(z: Any) -> Any:
+            calls.append(z)
+            return f(z)
+
+        z = kit.array(np.zeros((3, 6)))
+        fz = f(z)
+        state = solver.init(kit.backend, z, fz)
+        assert not calls, "init must not evaluate f: it was given f(z)"
+        if type(solver).evaluations is not Solver.evaluations:
+            pytest.skip("the solver counts its evaluations itself")
+        solver.step(kit.backend, counted, z, fz, state)
+        assert len(calls) == solver.evaluations_per_step
+
+    def test_evaluations_and_products_are_counted(self, kit: Kit, solver: Solver) -> None:
+        """Of a solver that counts for itself: calls of f, and products J v, on a problem that makes it search."""
+        if type(solver).evaluations is Solver.evaluations or not kit.eager:
+            pytest.skip("the solver's steps all cost the same, or a traced loop calls f once, whatever it runs")
+        f, z0 = overshooting(kit, slice(0, 1))
+        backend = _Counting(kit.backend)
+        found = walk_steps(Kit(cast(Backend, backend), kit.device), solver, backend.counted(f), z0, 4, jit=False)
+        steps = kit.backend.xp.zeros_like(kit.array(np.zeros(1)), dtype=kit.backend.xp.int32) + 4
+        told = int(kit.numpy(solver.evaluations(kit.backend, steps, found[-1][2]))[0])
+        assert told == backend.calls, f"{told} evaluations and products are reported, but there were {backend.calls}"
+
+    def test_every_number_among_its_options_matters(self, kit: Kit, solver: Solver) -> None:
+        """An option that changes no iterate is not read."""
+        if not kit.eager:
+            pytest.skip("options are read in Python, and compiling for each value takes long")
+        problems = (overshooting(kit), (kit.map(affine(norm=3.0)), kit.array(np.zeros((3, 6)))))
+        plain = self._iterates(kit, solver, problems)
+        for field in dataclasses.fields(solver):  # type: ignore[arg-type]
+            value = getattr(solver, field.name)
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                continue
+            others = self._others(solver, field.name, value)
+            changed = (not np.array_equal(plain, self._iterates(kit, other, problems)) for other in others)
+            assert any(changed), f"{field.name} = {value} or any other value gives the same iterates"
+
+    def _iterates(self, kit: Kit, solver: Solver, problems: Any) -> Any:
+        return np.stack([kit.numpy(z) for f, z0 in problems for z, *_ in walk_steps(kit, solver, f, z0, 9)])
+
+    def _others(self, solver: Solver, name: str, value: float) -> list[Solver]:
+        """The solver with other values of one option: those that it accepts."""
+        whole = isinstance(value, int)
+        others: list[Solver] = []
+        for other in (1, 3, value - 1, value + 1) if whole else (1.01, 0.5 * value, 2.0 * value, 0.1, 0.01):
+            with contextlib.suppress(ValueError):
+                others.append(dataclasses.replace(solver, **{name: other}))  # type: ignore[type-var]
+        return [other for other in others if other != solver]
+
+    @needs("autodiff")
+    def test_steps_can_be_differentiated_through(self, kit: Kit, solver_name: str, settings: Any) -> None:
+        """The gradient of `unrolled` against central differences of its value."""
+        if not kit.backend.capabilities.float64:
+            pytest.skip("central differences need double precision")
+        problem, h = affine(batch=1, n=3), 1e-6
+        g = np.random.default_rng(5).standard_normal((1, 3))
+        config = kit.config(solver=solver_name, options=settings, strategy="unrolled", strategy_options={"steps": 2})
+        a = kit.array(problem.a)
+
+        def unrolled(b: Any) -> tuple[Any, Any]:
+            f = lambda z, b: kit.backend.xp.tanh(kit.backend.xp.sum(a * z[:, None, :], axis=2) + b)  # noqa: E731
+            z0, x = kit.array(np.zeros((1, 3))), kit.array(b)
+            z, (db,) = deqcore.vjp(f, z0, x, cotangent=kit.array(g), config=config)
+            return kit.numpy(z), kit.numpy(db)
+
+        expected = np.zeros((1, 3))
+        for i in range(3):
+            shift = np.zeros((1, 3))
+            shift[0, i] = h
+            expected[0, i] = np.sum(g * (unrolled(problem.b + shift)[0] - unrolled(problem.b - shift)[0])) / (2 * h)
+        close(unrolled(problem.b)[1], expected, 1e-6, "gradient through two steps")

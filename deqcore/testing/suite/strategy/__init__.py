@@ -1,0 +1,1 @@
+"""What every backward strategy must satisfy."""

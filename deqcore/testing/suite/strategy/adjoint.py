@@ -1,0 +1,397 @@
+"""What `Strategy.solve_adjoint` must keep, with Jacobians that are known."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deqcore import plugins
+from deqcore.abc.backward import StepStrategy, Strategy
+from deqcore.solve.verification import random_halves, verified
+from deqcore.testing.suite.base import DTYPES, Conformance, several
+from deqcore.testing.suite.fixtures import Affine, DenseEstimate, Kit, affine, close
+from deqcore.testing.suite.import_cost import check_light
+from deqcore.testing.suite.scales import scales
+from deqcore.types import AdjointReport, Array, Status
+
+FLAT = -np.stack([np.eye(6)] * 3)
+
+
+def cotangent(seed: int = 11) -> Any:
+    """G `(3, 6)`, with a number that is exactly zero, as a loss that does not see all of z* makes many."""
+    g = np.random.default_rng(seed).standard_normal((3, 6))
+    g[:, 2] = 0.0
+    return g
+
+
+def perfect(problem: Affine) -> Any:
+    """H = (A − I)^-1, `(batch, n, n)`."""
+    return np.linalg.inv(problem.a - np.eye(problem.a.shape[1]))
+
+
+@functools.lru_cache(maxsize=64)
+def _program(kit: Kit, strategy: Strategy) -> Callable[..., Any]:
+    """`solve_adjoint` as a function of g, A and H: compiled once for all problems of a shape."""
+
+    def routed(g: Array, a: Array, *h: Array) -> Any:
+        vjp = kit.vjp(a) if strategy.uses_vjp() else _no_vjp
+        with kit.backend.errstate():
+            return strategy.solve_adjoint(kit.backend, vjp, g, DenseEstimate(kit, *h) if h else None)
+
+    return kit.backend.jit(routed)
+
+
+def solve_adjoint(
+    kit: Kit,
+    strategy: Strategy,
+    problem: Affine,
+    g: Any,
+    estimate: Any = None,
+    dtype: str = "float64",
+) -> tuple[Any, AdjointReport]:
+    """`strategy.solve_adjoint` on the Jacobians of an affine problem, compiled where the backend can; NumPy in and out.
+
+    `estimate` is H `(batch, n, n)` for a strategy that wants one, by default −I.
+    """
+    matrices = [g, problem.a]
+    if strategy.wants_estimate():
+        matrices.append(-np.stack([np.eye(g.shape[1])] * len(g)) if estimate is None else estimate)
+    u, report = _program(kit, strategy)(*(kit.array(each, dtype) for each in matrices))
+    assert kit.backend.dtype_name(u) == dtype, f"u is {kit.backend.dtype_name(u)} for a cotangent of {dtype}"
+    assert isinstance(report, AdjointReport)
+    return kit.numpy(u), AdjointReport(*map(kit.numpy, report))
+
+
+def slow() -> Affine:
+    """One eigenvalue of 0.98 among small ones: a small residual is not yet a small error."""
+    rng = np.random.default_rng(12)
+    q, _ = np.linalg.qr(rng.standard_normal((3, 6, 6)))
+    return Affine(q @ np.diag([0.98, 0.3, 0.2, -0.2, 0.1, 0.0]) @ q.swapaxes(1, 2), rng.standard_normal((3, 6)))
+
+
+def hidden(n: int = 16) -> tuple[Affine, Any]:
+    """A slow mode that a cotangent shows little of, though it is most of u; and that cotangent, `(3, n)`.
+
+    With less than half of this weight the first Krylov spaces see nothing of it, and no estimate of the error could.
+    """
+    rng = np.random.default_rng(13)
+    q, _ = np.linalg.qr(rng.standard_normal((3, n, n)))
+    modes = np.array([0.99, *rng.uniform(-0.4, 0.4, n - 1)])
+    weights = np.array([0.5, *rng.standard_normal(n - 1)])
+    return Affine(q @ np.diag(modes) @ q.swapaxes(1, 2), rng.standard_normal((3, n))), q @ weights
+
+
+def unlike() -> tuple[Affine, Any]:
+    """Samples of very different difficulty: nearly flat, a slow mode that g shows little of, and all modes alike."""
+    problem, g = hidden()
+    problem.a[0] *= 0.02
+    problem.a[2] = 0.9 * np.linalg.qr(np.random.default_rng(17).standard_normal((16, 16)))[0]
+    return problem, g
+
+
+def singular(n: int = 20) -> tuple[Affine, Any]:
+    """I − J loses rank up to rounding in the middle sample; and a cotangent that is not in its range."""
+    rng = np.random.default_rng(14)
+    v = rng.standard_normal((3, n, n))
+    modes = np.tile([0.5, *rng.uniform(-0.5, 0.5, n - 1)], (3, 1))
+    modes[1, 0] = 1.0
+    return Affine(v @ (modes[:, :, None] * np.linalg.inv(v)), np.zeros((3, n))), rng.standard_normal((3, n))
+
+
+def _no_vjp(u: Array) -> Array:
+    raise AssertionError("route called vjp, although uses_vjp() says that it does not")
+
+
+class AdjointTests(Conformance):
+    """Only for a `Strategy`; a `StepStrategy` has tests of its own."""
+
+    def test_is_a_frozen_dataclass_of_options(self, kit: Kit, any_strategy: Strategy | StepStrategy) -> None:
+        assert dataclasses.is_dataclass(type(any_strategy)), "options are fields of a dataclass"
+        assert hash(any_strategy) == hash(copy.copy(any_strategy)), "compiled code is cached by the strategy"
+        if isinstance(any_strategy, Strategy):
+            assert any_strategy.needs in ("nothing", "vjp", "estimate")
+
+    def test_it_imports_no_framework(self, kit: Kit, strategy_name: str) -> None:
+        check_light("strategy", strategy_name)
+
+    def test_where_f_is_flat_the_cotangent_is_the_answer(self, kit: Kit, strategy: Strategy) -> None:
+        u, _ = solve_adjoint(kit, strategy, Affine(np.zeros((3, 6, 6)), np.zeros((3, 6))), cotangent())
+        close(u, cotangent(), 1e-5, "u for J = 0")
+
+    @several("dtype", DTYPES)
+    def test_the_units_of_the_cotangent_change_nothing(self, kit: Kit, strategy: Strategy, dtype: str) -> None:
+        """u is linear in g, also where the square of g vanishes or overflows."""
+        problem, g, s = affine(norm=0.7), cotangent(), scales(3, dtype)[:, None]
+        u, told = solve_adjoint(kit, strategy, problem, g, dtype=dtype)
+        moved, told_there = solve_adjoint(kit, strategy, problem, g * s, dtype=dtype)
+        close(moved / s, u, 1e-5 if dtype == "float32" else 1e-12, "u in units of g")
+        for name in ("status", "vjps", "fallback"):
+            one, other = getattr(told, name), getattr(told_there, name)
+            assert np.array_equal(one, other), f"{name} is {other} in other units, but {one} is due"
+        for name in ("residual", "error"):
+            one, other = np.nan_to_num(getattr(told, name)), np.nan_to_num(getattr(told_there, name))
+            close(other, one, 1e-5, f"{name} in other units")
+
+    @several("seed", range(3))
+    def test_an_exact_strategy_solves_the_adjoint_equation(
+        self, kit: Kit, strategy_name: str, strategy: Strategy, tight: Any, seed: int
+    ) -> None:
+        if not strategy.exact:
+            pytest.skip("the strategy approximates")
+        sharp = plugins.make_strategy(strategy_name, tight)
+        assert isinstance(sharp, Strategy)
+        problem, g = affine(norm=(0.7, 0.95, 3.0)[seed], seed=seed), cotangent(seed)
+        u, report = solve_adjoint(kit, sharp.bind(plugins.make_solver), problem, g)
+        expected = problem.adjoint(g)
+        inverse = np.linalg.norm(np.linalg.inv(np.eye(6) - problem.a), 2, axis=(1, 2)).max()
+        promised = getattr(sharp, "rtol", None)
+        allowed = max(1e-9 if kit.eps < 1e-10 else 1e-3, 4 * promised if isinstance(promised, float) else 0.0)
+        close(u, expected, allowed * inverse, "u = (I − J)^-T g")
+        assert (report.status == int(Status.CONVERGED)).all()
+
+    def test_a_perfect_estimate_gives_the_perfect_gradient(self, kit: Kit, strategy: Strategy) -> None:
+        if not strategy.wants_estimate():
+            pytest.skip("the strategy reads no estimate")
+        problem, g = affine(norm=0.9), cotangent()
+        u, report = solve_adjoint(kit, strategy, problem, g, perfect(problem))
+        slack = 1e-6 if kit.eps < 1e-10 else 1e-3
+        close(u, problem.adjoint(g), slack, "u = −Hᵀg with H = (J − I)^-1")
+        assert report.vjps.max() <= 1, "a perfect estimate needs one vjp to be certified, and none to be used"
+        estimated = report.error[np.isfinite(report.error)]
+        assert (estimated <= 1e3 * slack).all(), f"u is perfect, but errors {report.error} are estimated"
+
+    def test_it_is_no_worse_than_the_bare_cotangent(self, kit: Kit, strategy: Strategy) -> None:
+        problem, g = affine(norm=0.3), cotangent()
+        u, _ = solve_adjoint(kit, strategy, problem, g, perfect(affine(norm=0.3, seed=5)))  # an estimate of another J
+        u2, _ = solve_adjoint(kit, strategy, problem, g)  # H = −I
+        for found in (u, u2) if strategy.uses_vjp() else (u2,):
+            limit = 1.8 if not strategy.uses_vjp() else 0.6
+            assert (problem.residual(found, g) <= limit).all(), "a worthless estimate must not be trusted blindly"
+        assert (problem.residual(u2, g) <= 0.3 + 1e-6).all(), "‖g + Jᵀu − u‖ is above that of u = g"
+
+    def test_the_report_is_true(self, kit: Kit, strategy: Strategy) -> None:
+        problem, g = affine(norm=0.95), cotangent()
+        for estimate in (None, perfect(problem), perfect(affine(norm=0.7, seed=3))):
+            self._true(kit, problem, g, *solve_adjoint(kit, strategy, problem, g, estimate))
+
+    def _true(self, kit: Kit, problem: Affine, g: Any, u: Any, report: AdjointReport) -> None:
+        assert [each.shape for each in report] == [(3,)] * len(report)
+        assert report.status.dtype == report.vjps.dtype == np.int32
+        assert report.fallback.dtype == bool
+        assert set(report.status) <= {int(code) for code in Status if code is not Status.RUNNING}
+        assert not (report.status == int(Status.NONFINITE)).any(), "NONFINITE, but everything is finite"
+        true = problem.residual(u.astype(float), g)
+        known = np.isfinite(report.residual)
+        slack = 1e-6 if kit.eps < 1e-10 else 1e-3
+        assert (np.abs(report.residual - true)[known] <= slack + 1e-3 * true[known]).all(), (
+            f"residuals {report.residual} are reported, but ‖g + Jᵀu − u‖/‖g‖ is {true}"
+        )
+        exact = problem.adjoint(g)
+        error = np.linalg.norm(u - exact, axis=1) / np.linalg.norm(exact, axis=1)
+        estimated = np.isfinite(report.error)
+        assert (error[estimated] <= 3 * report.error[estimated] + slack).all(), (
+            f"errors {report.error} are estimated, but they are {error}"
+        )
+
+    def test_rows_that_f_couples_are_reported(self, kit: Kit, strategy: Strategy) -> None:
+        """What `backward.verify_every` makes of a report: a residual that was measured, and no false CONVERGED."""
+        if not strategy.uses_vjp():
+            pytest.skip("the strategy uses no products, so nothing can be measured")
+        backend, g = kit.backend, cotangent()
+        given = [kit.array(g)] + [kit.array(FLAT)] * strategy.wants_estimate()
+
+        def vjp(u: Array) -> Array:  # f(z)[i] = 0.6 z[i − 1] + …
+            return 0.6 * backend.xp.concat([u[1:], u[:1]], axis=0)
+
+        def routed(g: Array, *h: Array) -> Any:
+            u, told = strategy.solve_adjoint(backend, vjp, g, DenseEstimate(kit, *h) if h else None)
+            return u, told, verified(backend, strategy, vjp, g, u, told, random_halves(3, 6, seed=0))
+
+        with backend.errstate():
+            u, told, true = backend.jit(routed)(*given)
+        u, status, residual = kit.numpy(u).astype(float), kit.numpy(true.status), kit.numpy(true.residual)
+        left = np.linalg.norm(g + 0.6 * np.roll(u, -1, axis=0) - u, axis=1) / np.linalg.norm(g, axis=1)
+        assert kit.numpy(true.coupling).max() > 0, "f couples rows, but the report does not say so"
+        assert np.array_equal(kit.numpy(true.vjps), kit.numpy(told.vjps)), "verification is counted apart"
+        assert (kit.numpy(true.verify_vjps) > 0).all(), "verification is counted apart"
+        close(residual, left, 1e-6, "‖g + Jᵀu − u‖/‖g‖")
+        if strategy.exact:
+            wrong = left > 0.01
+            assert not (status[wrong] == int(Status.CONVERGED)).any(), (
+                f"rows are coupled, and the status is CONVERGED with residuals of {left}"
+            )
+        assert np.isnan(kit.numpy(true.error)).all(), "an estimate of the error assumes that rows are independent"
+
+    def test_converged_means_what_the_options_promise(self, kit: Kit, strategy: Strategy) -> None:
+        """Options named `rtol` and `max_relative_error` bound the adjoint residual and the estimated error."""
+        target, rtol = (getattr(strategy, name, None) for name in ("max_relative_error", "rtol"))
+        if not isinstance(target, float) and not isinstance(rtol, float):
+            pytest.skip("the options promise no accuracy")
+        for problem, g in ((affine(norm=0.8), cotangent()), (slow(), cotangent()), hidden()):
+            self._promised(kit, strategy, problem, g, target, rtol)
+
+    def _promised(self, kit: Kit, strategy: Strategy, problem: Affine, g: Any, target: Any, rtol: Any) -> None:
+        exact = problem.adjoint(g)
+        n = g.shape[1]
+        for estimate in (None, *(perfect(affine(n=n, norm=norm, seed=3)) for norm in (0.7, 3.0))):
+            u, report = solve_adjoint(kit, strategy, problem, g, estimate)
+            done = (report.status == int(Status.CONVERGED)) & ~report.fallback
+            error = np.linalg.norm(u - exact, axis=1) / np.linalg.norm(exact, axis=1)
+            if isinstance(target, float):
+                assert (error[done] <= 3 * target).all(), f"CONVERGED with a target of {target}, but off by {error}"
+            if isinstance(rtol, float):
+                left = problem.residual(u, g)
+                assert (left[done] <= 1.01 * rtol + 1e3 * kit.eps).all(), f"CONVERGED at rtol = {rtol} with {left}"
+
+    def test_a_promise_is_kept_where_that_is_easy(self, kit: Kit, strategy: Strategy) -> None:
+        """An option `max_relative_error` that is missed even where f contracts strongly would be no promise."""
+        if not isinstance(getattr(strategy, "max_relative_error", None), float) or self._budget(strategy)[1] < 6:
+            pytest.skip("the options promise no accuracy, or leave no budget for it")
+        _, report = solve_adjoint(kit, strategy, affine(norm=0.3), cotangent())
+        assert (report.status == int(Status.CONVERGED)).all(), f"statuses {report.status}"
+        assert not report.fallback.any()
+
+    def test_as_many_vjps_as_dimensions_are_enough(self, kit: Kit, strategy: Strategy) -> None:
+        """A budget of n vjps solves n equations where a method spans a new direction with each of them."""
+        name, _ = self._budget(strategy)
+        if name != "max_refine_vjps" or not isinstance(getattr(strategy, "max_relative_error", None), float):
+            pytest.skip("the strategy refines nothing")
+        whole = dataclasses.replace(strategy, max_refine_vjps=16, max_relative_error=1e-3)  # type: ignore[type-var]
+        for problem, g in (hidden(), unlike()):
+            u, report = solve_adjoint(kit, whole, problem, g)
+            close(u, problem.adjoint(g), 1e-2, "u after as many vjps as there are dimensions")
+            assert (report.status == int(Status.CONVERGED)).all(), f"statuses {report.status}, {report.vjps} vjps"
+
+    def test_a_budget_is_kept(self, kit: Kit, strategy: Strategy) -> None:
+        name, _ = self._budget(strategy)
+        if not name:
+            pytest.skip("the strategy has no budget")
+        for budget, (problem, g) in ((2, (affine(norm=0.95), cotangent())), (4, unlike())):
+            short = dataclasses.replace(strategy, **{name: budget})  # type: ignore[type-var]
+            _, report = solve_adjoint(kit, short, problem, g)
+            most = 2 * budget if getattr(strategy, "fallback", "none") == "exact-ift" else budget
+            assert report.vjps.max() <= most + 1, f"{report.vjps} vjps for {name} = {budget}"
+
+    def _budget(self, strategy: Strategy) -> tuple[str, int]:
+        names = ("max_steps", "max_refine_vjps", "terms", "steps")
+        found = next(((name, getattr(strategy, name)) for name in names if hasattr(strategy, name)), ("", 0))
+        return found[0], found[1] if isinstance(found[1], int) else sys.maxsize  # "auto" is no small budget
+
+    def test_a_fallback_is_confessed(self, kit: Kit, strategy: Strategy) -> None:
+        g = cotangent()
+        if getattr(strategy, "fallback", None) != "jacobian-free":
+            _, report = solve_adjoint(kit, strategy, affine(norm=3.0), g)
+            assert getattr(strategy, "fallback", "none") != "none" or not report.fallback.any()
+            return
+        for norm in (0.3, 0.95, 3.0):
+            problem = affine(norm=norm)
+            u, report = solve_adjoint(kit, strategy, problem, g, perfect(affine(norm=3.0, seed=4)))
+            assert (problem.residual(u, g) <= 1.001 * problem.residual(g, g) + 1e-6).all(), "worse than u = g"
+            assert np.isnan(report.error[report.fallback]).all(), "nobody estimated the error of what u was replaced by"
+            assert np.isfinite(report.error[~report.fallback]).all() or strategy.wants_estimate() is False
+            same = (np.abs(u - g) <= 1e-6 * np.abs(g)).all(axis=1)
+            assert list(report.fallback) == list(same), f"fallback {report.fallback}, but u is g in {same}"
+            done = report.status == int(Status.CONVERGED)
+            assert not (report.fallback & done).any(), "what was replaced has not converged"
+
+    def test_vjps_are_counted(self, kit: Kit, strategy: Strategy) -> None:
+        if not kit.eager:
+            pytest.skip("a traced loop calls vjp once, whatever it runs")
+        problem, calls = affine(batch=1, norm=0.8), []  # of several samples each may spend its own number
+        vjp = kit.vjp(kit.array(problem.a))
+        h = kit.array(perfect(affine(batch=1, norm=0.7, seed=3)))
+        estimate = DenseEstimate(kit, h) if strategy.wants_estimate() else None
+
+        def counted(u: Array) -> Array:
+            calls.append(u)
+            return vjp(u)
+
+        _, report = strategy.solve_adjoint(kit.backend, counted, kit.array(cotangent()[:1]), estimate)
+        spent = int(kit.numpy(report.vjps)[0])
+        assert spent == len(calls), f"{spent} vjps are reported, but vjp was called {len(calls)} times"
+
+    def test_a_budget_that_is_too_small_is_confessed(self, kit: Kit, strategy_name: str, strategy: Strategy) -> None:
+        if not strategy.exact or "max_steps" not in {field.name for field in dataclasses.fields(strategy)}:  # type: ignore[arg-type]
+            pytest.skip("the strategy has no budget of steps")
+        short = dataclasses.replace(strategy, max_steps=2)  # type: ignore[type-var]
+        problem, g = affine(norm=0.95), cotangent()
+        u, report = solve_adjoint(kit, short, problem, g)
+        wrong = problem.residual(u, g) > 1e-3
+        assert wrong.any(), "two steps cannot solve this"
+        assert not (report.status[wrong] == int(Status.CONVERGED)).any(), "CONVERGED, but the equation is not solved"
+        assert (report.status[wrong] == int(Status.MAX_STEPS)).all(), "a budget that ran out is MAX_STEPS"
+
+    def test_an_equation_without_solution_is_confessed(self, kit: Kit, strategy: Strategy) -> None:
+        if not strategy.exact:
+            pytest.skip("the strategy approximates")
+        problem = affine()
+        problem.a[1] = np.eye(6)  # I − Jᵀ = 0
+        _, report = solve_adjoint(kit, strategy, problem, cotangent())
+        assert report.status[1] != int(Status.CONVERGED)
+        assert (report.status[[0, 2]] == int(Status.CONVERGED)).all()
+        problem, g = singular()
+        u, report = solve_adjoint(kit, strategy, problem, g)
+        left = problem.residual(u, g)[1]
+        assert report.status[1] != int(Status.CONVERGED), f"CONVERGED without a solution: ‖g + Jᵀu − u‖/‖g‖ = {left}"
+
+    @several("harm", [np.nan, np.inf])
+    def test_a_bad_sample_changes_no_bit_of_its_neighbours(self, kit: Kit, strategy: Strategy, harm: float) -> None:
+        problem, g = affine(), cotangent()
+        bad = g.copy()
+        bad[1] = harm
+        one, two = (solve_adjoint(kit, strategy, problem, each) for each in (g, bad))
+        assert np.array_equal(one[0][[0, 2]], two[0][[0, 2]]), "u of a healthy sample depends on its neighbour"
+        for name, a, b in zip(AdjointReport._fields, one[1], two[1], strict=True):
+            assert np.array_equal(a[[0, 2]], b[[0, 2]], equal_nan=a.dtype.kind == "f"), f"report.{name}"
+        if strategy.exact:
+            assert two[1].status[1] != int(Status.CONVERGED), "a cotangent that is not finite has no answer"
+        if np.isfinite(one[1].residual).all():
+            assert two[1].status[1] == int(Status.NONFINITE), "what is measured and not finite is NONFINITE"
+
+    def test_a_sample_is_routed_in_company_as_alone(self, kit: Kit, strategy: Strategy) -> None:
+        problem, g = affine(norm=0.8), cotangent()
+        problem.a[0] *= 0.1
+        together, told = solve_adjoint(kit, strategy, problem, g)
+        slack = 1e-6 if kit.eps < 1e-10 else 1e-3
+        for i in range(3):
+            alone, own = solve_adjoint(kit, strategy, Affine(problem.a[i : i + 1], problem.b[i : i + 1]), g[i : i + 1])
+            close(together[i], alone[0], slack, f"u of sample {i}")
+            for name, a, b in zip(AdjointReport._fields, told, own, strict=True):
+                assert np.allclose(a[i], b[0], rtol=slack, atol=slack, equal_nan=True), f"{name} of sample {i}"
+
+    def test_a_cotangent_of_zero_gives_zero(self, kit: Kit, strategy: Strategy) -> None:
+        g = cotangent()
+        g[1] = 0.0
+        u, report = solve_adjoint(kit, strategy, affine(), g)
+        assert not u[1].any()
+        assert np.isfinite(u).all()
+        if np.isfinite(report.residual[[0, 2]]).all():
+            assert report.residual[1] == 0.0, "zero solves g + Jᵀu = u for g = 0, and that is measured elsewhere"
+        if strategy.exact:
+            assert report.status[1] == int(Status.CONVERGED), "zero solves g + Jᵀu = u for g = 0"
+        u, report = solve_adjoint(kit, strategy, affine(), 0 * g)
+        assert not u.any()
+        assert not (report.residual < 0.0).any(), "a residual is a norm"
+
+    @several("factor", [1e-6, 1e6])
+    def test_the_scale_of_the_loss_does_not_matter(self, kit: Kit, strategy: Strategy, factor: float) -> None:
+        problem, g = affine(norm=0.8), cotangent()
+        plain, one = solve_adjoint(kit, strategy, problem, g)
+        scaled, two = solve_adjoint(kit, strategy, problem, factor * g)
+        close(scaled / factor, plain, 1e-5 if kit.eps < 1e-10 else 1e-2, "u for a scaled loss")
+        assert np.array_equal(one.vjps, two.vjps)
+        assert np.array_equal(one.status, two.status), "the status depends on the scale of the loss"
+        for name, a, b in (("residual", one.residual, two.residual), ("error", one.error, two.error)):
+            assert np.allclose(a, b, rtol=1e-2, atol=1e-3, equal_nan=True), f"{name}: {a}, and {b} for a scaled loss"
+
+    @several("dtype", DTYPES)
+    def test_dtypes_are_kept(self, kit: Kit, strategy: Strategy, dtype: str) -> None:
+        u, _ = solve_adjoint(kit, strategy, affine(norm=0.3), cotangent(), dtype=dtype)
+        assert np.isfinite(u).all()

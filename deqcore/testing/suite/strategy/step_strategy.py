@@ -1,0 +1,171 @@
+"""What a `StepStrategy` must keep: its gradient is that of its own value."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+import deqcore
+from deqcore import plugins
+from deqcore.abc.backward import StepStrategy, Strategy
+from deqcore.solve.adjoint import Steps
+from deqcore.solve.loop import BoundSolve
+from deqcore.testing.suite.base import DTYPES, Conformance, needs, several
+from deqcore.testing.suite.fixtures import Affine, Kit, affine, close
+from deqcore.types import Array, SolveResult, StoppingCriteria
+
+
+class StepStrategyTests(Conformance):
+    """Only for a `StepStrategy`."""
+
+    @pytest.fixture
+    def steps(self, any_strategy: Strategy | StepStrategy) -> StepStrategy:
+        """The strategy under test, if it is one of steps."""
+        if not isinstance(any_strategy, StepStrategy):
+            pytest.skip("the strategy routes a cotangent")
+        return any_strategy
+
+    @several("solver", ["picard", "broyden"])
+    @needs("autodiff")
+    def test_its_gradient_is_that_of_its_steps(
+        self, kit: Kit, steps: StepStrategy, strategy_name: str, settings: Any, solver: str
+    ) -> None:
+        """Central differences of `value`, with the solution that it starts from held still."""
+        if not kit.backend.capabilities.float64:
+            pytest.skip("central differences need double precision")
+        problem, g, h = affine(batch=2, n=3, norm=0.5), np.ones((2, 3)), 1e-6
+        config = kit.config(solver=solver, rtol=1e-13, strategy=strategy_name, strategy_options=settings)
+        slope = kit.map(Affine(problem.a, 0 * problem.b))
+
+        def f(z: Array, b: Array) -> Array:
+            return slope(z) + b
+
+        b, z0 = kit.array(problem.b), kit.array(np.zeros((2, 3)))
+        z, (db,) = deqcore.vjp(f, z0, b, cotangent=kit.array(g), config=config)
+        forward = self._forward(kit, problem, solver) if steps.solves() else None
+
+        def total(shift: Any) -> float:
+            moved, method = kit.array(problem.b + shift), plugins.make_solver(solver)
+
+            def shifted(z: Array) -> Array:
+                return f(z, moved)
+
+            value, _ = Steps(kit.backend, steps, method)(shifted, z0, forward)
+            return float(np.sum(g * kit.numpy(value)))
+
+        expected = np.zeros((2, 3))
+        for index in np.ndindex(2, 3):
+            shift = np.zeros((2, 3))
+            shift[index] = h
+            expected[index] = (total(shift) - total(-shift)) / (2 * h)
+        close(kit.numpy(db), expected, 1e-5, "gradient of the steps")
+        if steps.solves():
+            close(kit.numpy(z), problem.root, 1e-5, "steps from the solution stay there")
+
+    @needs("autodiff")
+    def test_every_number_among_its_options_matters(
+        self, kit: Kit, steps: StepStrategy, strategy_name: str, settings: Any
+    ) -> None:
+        """An option that changes no gradient is not read."""
+        b = kit.array(affine(batch=2, n=3, norm=0.5).b)
+
+        def gradient(options: Any) -> Any:
+            config = kit.config(solver="picard", strategy=strategy_name, strategy_options=options)
+            return kit.numpy(deqcore.vjp(lambda z, b: 0.5 * z + b, 0 * b, b, cotangent=b, config=config)[1][0])
+
+        for field in dataclasses.fields(steps):  # type: ignore[arg-type]
+            value = getattr(steps, field.name)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                changed = value + 1 if isinstance(value, int) else 0.5 * value
+                same = np.allclose(gradient({**settings, field.name: changed}), gradient(settings), rtol=1e-6)
+                assert not same, f"{field.name} = {changed} gives the same gradient as {value}"
+
+    @several("solver", ["picard", "broyden"])
+    @needs("autodiff")
+    def test_many_steps_come_near_the_gradient_of_the_solution(
+        self, kit: Kit, steps: StepStrategy, strategy_name: str, settings: Any, solver: str
+    ) -> None:
+        """Steps beyond the last digit must neither divide rounding by rounding nor spoil what was right."""
+        if not isinstance(getattr(steps, "steps", None), int):
+            pytest.skip("the number of its steps is no option")
+        problem, g = affine(batch=2, n=3, norm=0.5), np.ones((2, 3))
+        slope = kit.map(Affine(problem.a, 0 * problem.b))
+        config = kit.config(solver=solver, strategy=strategy_name, strategy_options={**settings, "steps": 60})
+        b = kit.array(problem.b)
+        z, (db,) = deqcore.vjp(lambda z, b: slope(z) + b, 0 * b, b, cotangent=kit.array(g), config=config)
+        close(kit.numpy(z), problem.root, 1e-5, "value after 60 steps")
+        close(kit.numpy(db), problem.adjoint(g), 1e-4 if kit.eps < 1e-10 else 1e-2, "gradient after 60 steps")
+
+    @several("solver", ["picard", "anderson", "broyden", "newton-krylov"])
+    @needs("autodiff")
+    def test_a_derivative_is_not_frozen_with_its_value(
+        self, kit: Kit, steps: StepStrategy, strategy_name: str, settings: Any, solver: str
+    ) -> None:
+        """z₂ = ½ z₂ + ¼ x₂ at x₂ = 0: the value 0 is there at once, its derivative ½ comes step by step."""
+        if not isinstance(getattr(steps, "steps", None), int):
+            pytest.skip("the number of its steps is no option")
+        wanted: Any = plugins.load("solver", solver)
+        if not all(getattr(kit.backend.capabilities, name) for name in wanted.needs):
+            pytest.skip("the backend lacks what the solver needs")
+        xp = kit.backend.xp
+        x, g = kit.array([[1.0, 0.0], [0.0, 0.0]]), kit.array([[0.0, 1.0]] * 2)
+
+        def f(z: Array, x: Array) -> Array:
+            return xp.concat([xp.tanh(0.5 * z[:, :1]) + x[:, :1], 0.5 * z[:, 1:] + 0.25 * x[:, 1:]], axis=1)
+
+        config = kit.config(
+            solver=solver, rtol=1e-6, strategy=strategy_name, strategy_options={**settings, "steps": 50}
+        )
+        _, (dx,) = deqcore.vjp(f, 0 * x, x, cotangent=g, config=config)
+        close(kit.numpy(dx)[:, 1], [0.5, 0.5], 1e-4, "frozen derivative: after 50 steps of slope ½")
+
+    @several("solver", ["picard", "broyden"])
+    @needs("autodiff")
+    def test_its_residual_is_that_of_its_value(
+        self, kit: Kit, steps: StepStrategy, strategy_name: str, settings: Any, solver: str
+    ) -> None:
+        """The residual is true, or NaN with a status that claims nothing."""
+        problem = affine(norm=0.5)
+        f, z0 = kit.map(problem), kit.array(np.zeros((3, 6)))
+        sol = kit.solve(f, z0, solver=solver, rtol=1e-3, max_steps=5, strategy=strategy_name, strategy_options=settings)
+        z = kit.numpy(kit.backend.detach(sol.value))
+        true = np.linalg.norm(np.einsum("bij,bj->bi", problem.a, z) + problem.b - z, axis=1)
+        told, done = kit.numpy(sol.residual), kit.numpy(sol.converged)
+        known = np.isfinite(told)
+        close(told[known], true[known], 1e3 * kit.eps, "the residual that is reported")
+        assert not done[~known].any(), "CONVERGED without a residual"
+        assert (true[done] <= 1.01e-3 * np.linalg.norm(z, axis=1)[done] * 1.01).all(), "CONVERGED, but not the value"
+
+    @several("dtype", DTYPES)
+    @several("solver", ["picard", "broyden"])
+    @needs("autodiff")
+    def test_steps_beyond_the_last_digit_spoil_nothing(
+        self, kit: Kit, steps: StepStrategy, strategy_name: str, settings: Any, solver: str, dtype: str
+    ) -> None:
+        """Where residuals hover at rounding, and are not zero by luck: a curved f, of which plain iteration is true."""
+        if not isinstance(getattr(steps, "steps", None), int):
+            pytest.skip("the number of its steps is no option")
+        problem = affine(batch=32, n=3, norm=0.7)
+        root = np.zeros((32, 3))
+        for _ in range(300):
+            root = np.tanh(np.einsum("bij,bj->bi", problem.a, root) + problem.b)
+        bend = 1.0 - root**2
+        u = Affine(bend[:, :, None] * problem.a, problem.b).adjoint(np.ones((32, 3)))
+        a, b, xp = kit.array(problem.a, dtype), kit.array(problem.b, dtype), kit.backend.xp
+        f = lambda z, b: xp.tanh(xp.sum(a * z[:, None, :], axis=2) + b)  # noqa: E731
+        config = kit.config(
+            solver=solver, rtol=1e-6, strategy=strategy_name, strategy_options={**settings, "steps": 60}
+        )
+        z, (db,) = deqcore.vjp(f, 0 * b, b, cotangent=0 * b + 1, config=config)
+        slack = 1e-5 if kit.backend.dtype_name(z) == "float64" else 1e-3
+        close(kit.numpy(z), root, slack, "value after 120 steps")
+        close(kit.numpy(db), bend * u, slack, "gradient after 120 steps")
+
+    def _forward(self, kit: Kit, problem: Affine, solver: str) -> SolveResult:
+        z0 = kit.array(np.zeros(problem.b.shape))
+        numbers = [kit.backend.as_scalar(value, z0) for value in (1e-13, 0.0, 300)]
+        iterate = BoundSolve(kit.backend, plugins.make_solver(solver), StoppingCriteria(*numbers))
+        return kit.backend.forward_only(kit.map(problem), z0, (), iterate)
