@@ -129,7 +129,7 @@ def vjp(
 
 
 def get_backend(config: Config | None = None, **overrides: object) -> Backend:
-    """The backend that the config picks: `auto` takes the first installed of torch, jax, numpy, and says so.
+    """Return the backend that the config picks: `auto` takes the first installed of torch, jax, numpy, and says so.
 
     Args:
         config: complete settings; default: environment and `deqcore.using`.

@@ -30,18 +30,18 @@ class ConfigError(DeqcoreError, ValueError):
 
     @classmethod
     def unknown_option(cls, owner: str, given: str, known: Iterable[str]) -> ConfigError:
-        """An option that its owner (a solver, a strategy, a section of the config) does not have."""
+        """Return an option that its owner (a solver, a strategy, a section of the config) does not have."""
         known = list(known)
         return cls(f"{owner} has no option {given!r}.{did_you_mean(given, known)} Its options are: {listing(known)}.")
 
     @classmethod
     def bad_value(cls, owner: str, option: str, given: object, expected: str) -> ConfigError:
-        """An option whose value is out of range or of another type."""
+        """Return an option whose value is out of range or of another type."""
         return cls(f"{owner}: {option} = {given!r}, but {expected} is expected.")
 
     @classmethod
     def no_entry(cls, owner: str, what: str, given: str, known: Iterable[str]) -> ConfigError:
-        """A name that is none of a fixed list, which no plugin can make longer."""
+        """Return a name that is none of a fixed list, which no plugin can make longer."""
         known = list(known)
         return cls(f"{owner}: there is no {what} {given!r}.{did_you_mean(given, known)} There are: {listing(known)}.")
 
@@ -64,12 +64,12 @@ class PluginError(DeqcoreError):
 
     @classmethod
     def returned(cls, method: str, given: object, expected: str) -> PluginError:
-        """A method of a solver or strategy that returned something else than its contract says."""
+        """Return a method of a solver or strategy that returned something else than its contract says."""
         return cls(f"{method} returned {described(given)}, but {expected} is expected.")
 
 
 def described(given: object) -> str:
-    """A value in a few words: its shape or what it is a tuple of, not its numbers."""
+    """Return a value in a few words: its shape or what it is a tuple of, not its numbers."""
     if isinstance(given, tuple) and not hasattr(given, "_fields"):
         return f"a tuple of {len(given)} ({', '.join(described(each) for each in given)})"
     shape = getattr(given, "shape", None)
@@ -82,7 +82,7 @@ class BackendError(DeqcoreError):
 
     @classmethod
     def no_products(cls, reason: str) -> BackendError:
-        """A product J v that a solver needs and the backend, or this f, does not have."""
+        """Return a product J v that a solver needs and the backend, or this f, does not have."""
         return cls(
             f"The solver needs forward products J v, which cannot be had here: {reason} Use a solver that needs none: "
             f"anderson, broyden or picard."
@@ -90,7 +90,7 @@ class BackendError(DeqcoreError):
 
 
 def installing(package: str, extra: str | None) -> str:
-    """The command that installs a package, by way of the extra of deqcore that has it, if one does."""
+    """Return the command that installs a package, by way of the extra of deqcore that has it, if one does."""
     return f"pip install {package}" if extra is None else f'pip install "deqcore[{extra}]"'
 
 
@@ -137,7 +137,7 @@ class ProblemError(DeqcoreError, ValueError):
 
     @classmethod
     def in_place(cls) -> ProblemError:
-        """F wrote to its state, which the solver still needs."""
+        """Return f wrote to its state, which the solver still needs."""
         return cls(
             "f writes to its state z in place, which the solver and the gradient still need: compute a new array, as "
             "in `torch.tanh(z)` for `z.tanh_()`, `z = z + x` for `z += x`, or begin f with a copy of z."
@@ -149,7 +149,7 @@ class StrategyError(DeqcoreError, ValueError):
 
     @classmethod
     def needs_estimate(cls, strategy: str, solver: str, fitting: Iterable[str]) -> StrategyError:
-        """A strategy that reuses an estimate, with a solver that leaves none."""
+        """Return a strategy that reuses an estimate, with a solver that leaves none."""
         return cls(
             f"The strategy {strategy!r} reuses the solver's inverse-Jacobian estimate, but the solver {solver!r} "
             f"keeps none. Solvers that do: {listing(fitting)}. Choose one of them, or another strategy."

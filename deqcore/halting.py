@@ -50,7 +50,7 @@ class Settled:
             raise ConfigError.bad_value("Settled", "tolerance", self.tolerance, "a number above 0")
 
     def __call__(self, z: Tree, fz: Tree) -> Array:
-        """Whether each sample is done."""
+        """Return whether each sample is done."""
         before, after = self.read(z), self.read(fz)
         xp = _backend_of(after).xp
         axes = tuple(range(1 if self.batch else 0, after.ndim))
@@ -59,7 +59,7 @@ class Settled:
 
 
 def until(f: Callable[..., Tree], rule: Rule) -> Callable[..., Tree]:
-    """f for `fixed_point`, each sample of which halts where `rule` says so.
+    """Return f for `fixed_point`, each sample of which halts where `rule` says so.
 
     A halted sample's value is its state z at that step, its residual is 0 and its status CONVERGED: `sol.residual == 0`
     tells it from one that met the tolerance. Its gradient is f's own at z, as of any solve that ends early. A sample
@@ -106,7 +106,7 @@ def until(f: Callable[..., Tree], rule: Rule) -> Callable[..., Tree]:
 
 
 def _hold(backend: Backend, done: Array, z: Array, fz: Array) -> Array:
-    """Rows of z where done, to the last bit, with the derivative of fz; rows of fz elsewhere."""
+    """Return rows of z where done, to the last bit, with the derivative of fz; rows of fz elsewhere."""
     xp = backend.xp
     held = backend.detach(z) + (fz - backend.detach(fz))
     return xp.where(xp.reshape(done, (*done.shape, *(1,) * (fz.ndim - done.ndim))), held, fz)

@@ -64,7 +64,7 @@ class LayerSettings:
         return self.config, dict(self.overrides) if training else dict(self.overrides) | dict(self.evaluation)
 
     def as_dict(self) -> dict[str, Any]:
-        """What was set, as plain values, to store beside the weights."""
+        """Return what was set, as plain values, to store beside the weights."""
         return {
             "config": None if self.config is None else self.config.as_dict(),
             "overrides": {name: plain(value) for name, value in self.overrides},
@@ -87,7 +87,7 @@ def check_reuse(reuse: object) -> None:
 
 
 def shape_unknown() -> ConfigError:
-    """What a call without inputs and without z0 is told."""
+    """Return what a call without inputs and without z0 is told."""
     return ConfigError(
         "The layer was called without inputs and without z0, and its cell has no method initial_state: the shape of "
         "the state is not known. Pass z0, or give the cell a method initial_state(*inputs)."
@@ -150,7 +150,7 @@ def compare_settings(found: Mapping[str, Any], own: Mapping[str, Any]) -> None:
 
 
 def batch_norm_text(names: Iterable[str]) -> str:
-    """What batch normalisation in training mode does to a fixed point, and what to use."""
+    """Return what batch normalisation in training mode does to a fixed point, and what to use."""
     return (
         f"The cell has batch normalisation in training mode ({', '.join(names)}): it makes each sample's "
         f"equilibrium depend on its batch mates, and its running statistics change with every evaluation of "
@@ -159,7 +159,7 @@ def batch_norm_text(names: Iterable[str]) -> str:
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any], at: str = "") -> list[str]:
-    """Where two nested dictionaries of settings differ, one line each."""
+    """Return where two nested dictionaries of settings differ, one line each."""
     lines: list[str] = []
     for name in sorted({*found, *expected}):
         a, b, path = found.get(name), expected.get(name), f"{at}{name}"

@@ -74,7 +74,7 @@ class Solution:
         return self.record.report if self.record is not None else None
 
     def summary(self) -> str:
-        """A few lines for people: how many samples ended how, with numbers, cause and remedy."""
+        """Return a few lines for people: how many samples ended how, with numbers, cause and remedy."""
         status: Any = self.backend.to_numpy(self.status)
         residual: Any = self.backend.to_numpy(self.residual)
         steps: Any = self.backend.to_numpy(self.steps)
@@ -113,7 +113,7 @@ class Tally(NamedTuple):
         )
 
     def failed(self) -> Any:
-        """Whether any sample did not converge."""
+        """Return whether any sample did not converge."""
         return self.samples.sum() > self.samples[int(Status.CONVERGED)]
 
     def lines(self, template: str, solver: str = "") -> str:

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
-from deqcore.solve.termination import Path
-
 Array: TypeAlias = Any
 """An array of the backend's framework. Frameworks share no base class, so the type checker sees Any."""
 
@@ -137,7 +135,7 @@ class Status(IntEnum):
         return _SENTENCES[self].format(others=_listed(SEARCHING), damp="damp the step")
 
     def advice(self, solver: str = "") -> str:
-        """The sentence for who uses `solver` (a name, or the repr of a solver), which it does not recommend."""
+        """Return the sentence for who uses `solver` (a name, or the repr of a solver), which it does not recommend."""
         used, _, options = solver.partition("(")
         others = [name for name in SEARCHING if name.replace("-", "") != used.replace("-", "").lower()]
         damp = "damp the step (forward.options.growth = 2)" if "growth=None" in options else "damp the step"
@@ -210,7 +208,7 @@ class AdjointReport(NamedTuple):
     verify_vjps: Array = None
 
     def __repr__(self) -> str:
-        """A line per status that occurs; the fields themselves where they have no values (traced code)."""
+        """Return a line per status that occurs; the fields themselves where they have no values (traced code)."""
         try:
             lists = [list(leaf.tolist()) for leaf in self[:5]]
             coupled = self.coupling is not None and any(each > 0 for each in self.coupling.tolist())
@@ -244,7 +242,7 @@ class Reached(NamedTuple):
 
 
 def _told(status: list[int], vjps: list[int], residual: list[float], error: list[float], fallback: list[bool]) -> str:
-    """A report's values in words."""
+    """Return a report's values in words."""
     from deqcore.types import Status
 
     lines = []
@@ -318,3 +316,21 @@ class SolveResult(NamedTuple):
     steps: Array
     evaluations: Array
     carry: Any
+
+
+class Path(NamedTuple):
+    """What is known of a sample's way so far, `(batch,)` each.
+
+    Attributes:
+        reference: scale of the start, max(‖z0‖, ‖f(z0)‖).
+        peak: largest residual so far.
+        best: least residual so far.
+        mark: residual at the last progress.
+        since: steps since then, or REFUSED or PENDING.
+    """
+
+    reference: Any
+    peak: Any
+    best: Any
+    mark: Any
+    since: Any

@@ -59,7 +59,7 @@ class Backend(ABC):
 
     @abstractmethod
     def is_array(self, leaf: object) -> bool:
-        """Whether `leaf` is an array of this framework."""
+        """Return whether `leaf` is an array of this framework."""
 
     @abstractmethod
     def asarray(self, a: object, *, dtype: str | None = None, like: Array | None = None) -> Array:
@@ -84,7 +84,7 @@ class Backend(ABC):
         return optree.tree_unflatten(structure, leaves)
 
     def dtype_name(self, x: Array) -> str:
-        """The dtype's name, as in ``"float32"``, ``"bfloat16"``, ``"int64"``."""
+        """Return the dtype's name, as in ``"float32"``, ``"bfloat16"``, ``"int64"``."""
         return str(x.dtype)
 
     def device_of(self, x: Array) -> Any:
@@ -92,19 +92,19 @@ class Backend(ABC):
         return "cpu"
 
     def is_traced(self, *leaves: Any) -> bool:
-        """Whether any leaf is abstract (inside jit, grad or vmap of a tracing framework)."""
+        """Return whether any leaf is abstract (inside jit, grad or vmap of a tracing framework)."""
         return False
 
     def autocasting(self, x: Array) -> bool:
-        """Whether f runs under automatic mixed precision, so that its output may be narrower than the state."""
+        """Return whether f runs under automatic mixed precision, so that its output may be narrower than the state."""
         return False
 
     def in_extended_precision(self) -> bool:
-        """Whether f is being evaluated in a wider dtype than the state's, to differentiate it by differences."""
+        """Return whether f is being evaluated in a wider dtype than the state's, to differentiate it by differences."""
         return False
 
     def owned(self, leaves: list[Any]) -> list[Any]:
-        """What f returned, with a copy of each array that f or the user keeps: a reused buffer, an argument, z itself.
+        """Return what f returned, with a copy of each array that f or the user keeps: a reused buffer, an argument, z itself.
 
         Only a framework whose arrays can be written to needs it. `leaves` and one container, or one name, may hold
         the arrays beside their owner.
@@ -112,7 +112,7 @@ class Backend(ABC):
         return leaves
 
     def unshared(self, x: Array, other: Array) -> Array:
-        """`x`, copied if it shares memory with `other` and can be written to."""
+        """Return `x`, copied if it shares memory with `other` and can be written to."""
         return x
 
     def guard_inplace(self, z: Array) -> AbstractContextManager[Array]:
@@ -153,7 +153,7 @@ class Backend(ABC):
         return self.astype(x, self.dtype_name(like))
 
     def norm(self, v: Array) -> Array:
-        """2-norm of each row of `v` `(batch, n)`: `(batch,)`, accumulated in float32 or better.
+        """Return 2-norm of each row of `v` `(batch, n)`: `(batch,)`, accumulated in float32 or better.
 
         Correct for rows of any scale: squares that overflow or vanish do not spoil it. A backend that sums squares
         passes the sum's root to `guarded`.
@@ -180,12 +180,12 @@ class Backend(ABC):
         return self.cond(~safe, again, found)
 
     def _largest(self, v: Array, like: Array) -> Array:
-        """The largest |v_i| of each row, in the dtype of `like`."""
+        """Return the largest |v_i| of each row, in the dtype of `like`."""
         xp = self.xp
         return self.cast(xp.max(xp.abs(self.detach(v)), axis=1), like) if v.shape[1] else xp.zeros_like(like)
 
     def _scaled_norm(self, v: Array, largest: Array) -> Array:
-        """2-norm of each row of `v` in the dtype of `largest` `(batch,)`, from entries over the largest one."""
+        """Return 2-norm of each row of `v` in the dtype of `largest` `(batch,)`, from entries over the largest one."""
         xp = self.xp
         sound = (largest > 0) & xp.isfinite(largest)
         one = xp.ones_like(largest)
@@ -197,7 +197,7 @@ class Backend(ABC):
         return scale * xp.where(zero, square, xp.sqrt(xp.where(zero, xp.ones_like(square), square)))
 
     def row_scale(self, norm: Array, like: Array) -> Array | None:
-        """Powers of two `(batch,)` that bring rows with these norms to about 1; None if known that no row needs it.
+        """Return powers of two `(batch,)` that bring rows with these norms to about 1; None if known that no row needs it.
 
         Products of vectors overflow or vanish long before the vectors do: at 1e-25 in float32 all of them are 0. A
         method that stores vectors and forms their products divides them by this scale (`divide_rows`), which changes
@@ -221,15 +221,15 @@ class Backend(ABC):
         return xp.clip(self.power_of_two(xp.where(plain, one, norm)) * one, 1 / bound, bound)
 
     def power_of_two(self, x: Array) -> Array:
-        """The largest power of two that is at most x > 0, 1 for 1; exact to the bit where the backend overrides it."""
+        """Return the largest power of two that is at most x > 0, 1 for 1; exact to the bit where the backend overrides it."""
         return 2.0 ** self.xp.floor(self.xp.log2(x))
 
     def divide_rows(self, v: Array, scale: Array | None) -> Array:
-        """`v` `(batch, k)` with each row divided by its `scale` `(batch,)`, a power of two; None divides by 1."""
+        """Return `v` `(batch, k)` with each row divided by its `scale` `(batch,)`, a power of two; None divides by 1."""
         return v if scale is None else v * self.cast(1.0 / scale, v)[:, None]
 
     def multiply_rows(self, v: Array, scale: Array | None) -> Array:
-        """`v` `(batch, k)` with each row multiplied by its `scale` `(batch,)`, a power of two; None multiplies by 1."""
+        """Return `v` `(batch, k)` with each row multiplied by its `scale` `(batch,)`, a power of two; None multiplies by 1."""
         return v if scale is None else v * self.cast(scale, v)[:, None]
 
     def inner(self, a: Array, b: Array) -> Array:
@@ -237,29 +237,29 @@ class Backend(ABC):
         return self.xp.sum(self.to_accum_dtype(a) * self.to_accum_dtype(b), axis=1)
 
     def invert(self, x: Array, floor: Array) -> Array:
-        """1/x where |x| > floor, 0 elsewhere (where either is NaN, too); `x` and `floor` have shape `(batch,)`."""
+        """Return 1/x where |x| > floor, 0 elsewhere (where either is NaN, too); `x` and `floor` have shape `(batch,)`."""
         xp = self.xp
         sound = xp.abs(x) > floor
         return xp.where(sound, 1.0 / xp.where(sound, x, xp.ones_like(x)), xp.zeros_like(x))
 
     def select(self, mask: Array, new: Array, old: Array) -> Array:
-        """Rows of `new` where `mask` `(batch,)` holds, of `old` elsewhere; never arithmetic with the mask (0·NaN)."""
+        """Return rows of `new` where `mask` `(batch,)` holds, of `old` elsewhere; never arithmetic with the mask (0·NaN)."""
         return self.xp.where(self.xp.reshape(mask, (-1, *[1] * (new.ndim - 1))), new, old)
 
     def rows(self, mask: Array) -> Array:
-        """Indices `(k,)` of the rows where `mask` holds. Waits for the device; with `compaction` only."""
+        """Return indices `(k,)` of the rows where `mask` holds. Waits for the device; with `compaction` only."""
         return self.xp.nonzero(mask)[0]
 
     def take(self, x: Array, rows: Array) -> Array:
-        """The rows of `x` with these indices, in storage of their own."""
+        """Return the rows of `x` with these indices, in storage of their own."""
         return self.xp.take(x, rows, axis=0)
 
     def put(self, x: Array, rows: Array, part: Array) -> Array:
-        """`x` with the rows of these indices replaced by those of `part`; `x` itself stays. With `compaction` only."""
+        """Return `x` with the rows of these indices replaced by those of `part`; `x` itself stays. With `compaction` only."""
         raise NotImplementedError(f"The backend {self.name!r} does not offer compaction.")
 
     def numpy_view(self, x: Array) -> Any | None:
-        """`x` as a NumPy array sharing its memory, where looking costs neither a wait nor a copy; None elsewhere.
+        """Return `x` as a NumPy array sharing its memory, where looking costs neither a wait nor a copy; None elsewhere.
 
         The loop's own decisions, a dozen operations on `(batch,)`, cost a fifth as much on such views.
         """
@@ -282,11 +282,11 @@ class Backend(ABC):
         """
 
     def solve_upper(self, a: Array, b: Array) -> Array:
-        """`solve` where `a` is upper triangular; worth an implementation where elimination costs more than f."""
+        """Return `solve` where `a` is upper triangular; worth an implementation where elimination costs more than f."""
         return self.solve(a, b)
 
     def solve_positive(self, a: Array, b: Array) -> Array:
-        """`solve` where `a` is symmetric and positive definite to rounding."""
+        """Return `solve` where `a` is symmetric and positive definite to rounding."""
         return self.solve(a, b)
 
     def least_singular_value(self, a: Array, columns: Array) -> Array:
@@ -299,7 +299,7 @@ class Backend(ABC):
         return self.xp.min(self.xp.linalg.svdvals(a), axis=1)
 
     def history(self, like: Array, history_size: int, dtype: str | None = None) -> History:
-        """An empty history for vectors like `like` `(batch, n)`, stored in `dtype` (default: the vectors' own).
+        """Return an empty history for vectors like `like` `(batch, n)`, stored in `dtype` (default: the vectors' own).
 
         Where the framework is recording a gradient through `like`, the history is functional: nothing is written in
         place, so that steps can be differentiated through. The default is functional always.
@@ -309,7 +309,7 @@ class Backend(ABC):
         return FunctionalHistory.empty(self, like, history_size, dtype)
 
     def fused_step(self, solver: Solver, f: Map, z: Array, fz: Array, state: Any) -> StepResult | None:
-        """`solver.step(self, f, z, fz, state)` by compiled code, where this backend has some for it; None elsewhere.
+        """Return `solver.step(self, f, z, fz, state)` by compiled code, where this backend has some for it; None elsewhere.
 
         To rounding it is the same step on the same state, so that histories, estimates and continued solves do not
         know which one ran. The choice must not depend on the values of any sample.
@@ -319,7 +319,7 @@ class Backend(ABC):
     def fused_update(
         self, carry: Any, found: StepResult, residual: Array, size: Array | None, limits: Any
     ) -> Any | None:
-        """What the loop keeps of a step, by compiled code where this backend has some for it; None elsewhere.
+        """Return what the loop keeps of a step, by compiled code where this backend has some for it; None elsewhere.
 
         Args:
             carry: the loop's, before the step.
@@ -334,7 +334,7 @@ class Backend(ABC):
         return None
 
     def fused_arnoldi(self, space: Any, w: Array, goal: Array, twice: bool) -> Any | None:
-        """What GMRES does with a product, by compiled code where this backend has some for it; None elsewhere.
+        """Return what GMRES does with a product, by compiled code where this backend has some for it; None elsewhere.
 
         Args:
             space: `deqcore.linear.gmres.Krylov`.
@@ -348,11 +348,11 @@ class Backend(ABC):
         return None
 
     def residual_norms(self, z: Array, fz: Array) -> tuple[Array, Array]:
-        """‖f(z) − z‖ and ‖f(z)‖ of each row `(batch,)`, as `norm` gives them."""
+        """Return ‖f(z) − z‖ and ‖f(z)‖ of each row `(batch,)`, as `norm` gives them."""
         return self.norm(fz - z), self.norm(fz)
 
     def orthogonalize(self, basis: History, w: Array, twice: bool) -> tuple[Array, Array, Array, Array]:
-        """`w` `(batch, n)` without its components h in the orthonormal `basis`, and h, ‖w‖ before, ‖w‖ after.
+        """Return `w` `(batch, n)` without its components h in the orthonormal `basis`, and h, ‖w‖ before, ‖w‖ after.
 
         With `twice` it is projected once more, so that what is left is orthogonal to rounding. h `(batch, history_size)`
         and the norms `(batch,)` are in the wide dtype.
@@ -391,7 +391,7 @@ class Backend(ABC):
         return float(max(2 * eps, min(1e-4, eps**0.5)))
 
     def as_scalar(self, value: Any, like: Array) -> Any:
-        """A tolerance or step budget in the form that the loops of this backend want.
+        """Return a tolerance or step budget in the form that the loops of this backend want.
 
         Eager backends keep the Python number. A tracing backend makes it an array (an integer stays one, a float
         takes the dtype in which norms of `like` are measured), so that another value recompiles nothing.
@@ -465,7 +465,7 @@ class Backend(ABC):
         return None
 
     def differentiable_vjp(self, f: Map, z: Array) -> Map:
-        """Products `u ↦ Jᵀu` at `z` that are themselves recorded: gradients flow to z and to what f depends on.
+        """Return products `u ↦ Jᵀu` at `z` that are themselves recorded: gradients flow to z and to what f depends on.
 
         The default is for backends whose `linearize` composes with differentiation, or that have no tape at all.
         """
@@ -512,15 +512,15 @@ class Backend(ABC):
         steps: Callable[[Map, Array, SolveResult | None], Any],
         forward: SolveResult | None,
     ) -> Any:
-        """`steps(lambda z: f(z, *args), z0, forward)` with its gradient recorded; tracing, f is called once."""
+        """Return `steps(lambda z: f(z, *args), z0, forward)` with its gradient recorded; tracing, f is called once."""
         return steps(lambda z: f(z, *args), z0, forward)
 
     @abstractmethod
     def detach(self, x: Array) -> Array:
-        """The same numbers, without a gradient."""
+        """Return the same numbers, without a gradient."""
 
     def straight_through(self, value: Array, carrier: Array) -> Array:
-        """`value` `(batch, n)` with the derivative of `carrier` `(batch, n)`.
+        """Return `value` `(batch, n)` with the derivative of `carrier` `(batch, n)`.
 
         A backend may override this to spare the passes, and to keep NaN in `carrier` out of the value.
         """
@@ -531,13 +531,13 @@ class Backend(ABC):
         return f
 
     def grad_enabled(self) -> bool:
-        """Whether a gradient may be asked for later. A backend without a tape answers False."""
+        """Return whether a gradient may be asked for later. A backend without a tape answers False."""
         return True
 
     def vjp(
         self, value: Callable[..., tuple[Array, Any]], args: tuple[Any, ...], cotangent: Array
     ) -> tuple[Array, Any, tuple[Any, ...]]:
-        """Cotangents of `args` for `value(*args) -> (array, aux)`, by the framework's own differentiation.
+        """Return cotangents of `args` for `value(*args) -> (array, aux)`, by the framework's own differentiation.
 
         Returns:
             The value, aux, and for each argument a tree like it; None in place of leaves without a derivative
@@ -558,7 +558,7 @@ class Backend(ABC):
         return found, kept[0], self.unflatten(structure, [gradients.get(i) for i in range(len(leaves))])
 
     def grad(self, fn: Callable[[Array], Array]) -> Callable[[Array], Array]:
-        """The gradient of a scalar function of one array; may be nested where `second_derivatives` is promised."""
+        """Return the gradient of a scalar function of one array; may be nested where `second_derivatives` is promised."""
 
         def gradient(x: Array) -> Array:
             one = self.asarray(1.0, like=x)
@@ -569,11 +569,11 @@ class Backend(ABC):
     # -- measuring and checking ---------------------------------------------------------------------------------
 
     def jit(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """`fn` compiled, on a backend that promises `jit`; elsewhere `fn` itself."""
+        """Return `fn` compiled, on a backend that promises `jit`; elsewhere `fn` itself."""
         return fn
 
     def high_precision(self) -> AbstractContextManager[object]:
-        """What the conformance suite runs in: double precision at hand, and no product shortened (TF32)."""
+        """Return what the conformance suite runs in: double precision at hand, and no product shortened (TF32)."""
         return nullcontext()
 
     def synchronize(self) -> None:

@@ -72,15 +72,15 @@ class Strategy(ABC):
         """
 
     def uses_vjp(self) -> bool:
-        """Whether `solve_adjoint` may call `vjp` with these options; if not, the graph of z need not be recorded."""
+        """Return whether `solve_adjoint` may call `vjp` with these options; if not, the graph of z need not be recorded."""
         return self.needs == "vjp"
 
     def wants_estimate(self) -> bool:
-        """Whether `solve_adjoint` reads the solver's estimate with these options; if so the solver must have one."""
+        """Return whether `solve_adjoint` reads the solver's estimate with these options; if so the solver must have one."""
         return self.needs == "estimate"
 
     def wants_secants(self) -> bool:
-        """Whether the estimate should be `Solver.secant_estimate` in place of `Solver.inverse_jacobian`."""
+        """Return whether the estimate should be `Solver.secant_estimate` in place of `Solver.inverse_jacobian`."""
         return False
 
     def bind(self, make_solver: MakeSolver) -> Strategy:
@@ -110,7 +110,7 @@ class StepStrategy(ABC):
     def value(
         self, backend: Backend, f: Map, z0: Array, forward: SolveResult | None, solver: Solver
     ) -> Array | Reached:
-        """The differentiable value `(batch, n)`; a `Reached` where f at it is known, so that the residual is, too.
+        """Return the differentiable value `(batch, n)`; a `Reached` where f at it is known, so that the residual is, too.
 
         Args:
             backend: whose arrays these are.
@@ -121,12 +121,12 @@ class StepStrategy(ABC):
         """
 
     def solves(self) -> bool:
-        """Whether the fixed point is solved for first."""
+        """Return whether the fixed point is solved for first."""
         return True
 
 
 def relative(backend: Backend, a: Array, b: Array) -> Array:
-    """a / b per sample in the wide dtype, zero where b is zero (not where it is NaN, which is no good residual)."""
+    """Return a / b per sample in the wide dtype, zero where b is zero (not where it is NaN, which is no good residual)."""
     xp = backend.xp
     a, b = backend.to_accum_dtype(a), backend.to_accum_dtype(b)
     return xp.where(b == 0, xp.zeros_like(a), a / xp.where(b == 0, xp.ones_like(b), b))

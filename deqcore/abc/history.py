@@ -58,11 +58,11 @@ class History(ABC):
         return False
 
     def append_difference(self, a: Array, b: Array) -> History:
-        """`append(a - b)`; a backend may spare the temporary."""
+        """Return `append(a - b)`; a backend may spare the temporary."""
         return self.append(a - b)
 
     def add_combination(self, base: Array, coefficients: Array) -> Array:
-        """`base + combine(coefficients)`, `(batch, n)`; a backend may spare the temporary."""
+        """Return `base + combine(coefficients)`, `(batch, n)`; a backend may spare the temporary."""
         return base + self.combine(coefficients)
 
     @abstractmethod
@@ -86,10 +86,10 @@ class History(ABC):
 
     @abstractmethod
     def count(self) -> Array:
-        """How many vectors each sample sees: `(batch,)` int32."""
+        """Return how many vectors each sample sees: `(batch,)` int32."""
 
     def full(self) -> Array:
-        """Whether the next append would overwrite a vector that the sample still sees: `(batch,)` of bool.
+        """Return whether the next append would overwrite a vector that the sample still sees: `(batch,)` of bool.
 
         Not the same as `count() == history_size` for a sample that was frozen while the ring moved on and goes on now
         (a continued solve): its oldest vectors may stand in the next slot. Such a backend overrides this.
@@ -98,26 +98,26 @@ class History(ABC):
 
     @abstractmethod
     def masked(self, active: Array | None) -> History:
-        """The same history with other active rows. Shares storage."""
+        """Return the same history with other active rows. Shares storage."""
 
     def finalized(self) -> History:
-        """The same history for who keeps it after the solve: all rows active, and nothing held for a next step."""
+        """Return the same history for who keeps it after the solve: all rows active, and nothing held for a next step."""
         return self.masked(None)
 
     @abstractmethod
     def vectors(self) -> Array:
-        """The stored vectors, `(batch, used, n)`: the slots written so far (all `history_size` slots in traced code)."""
+        """Return the stored vectors, `(batch, used, n)`: the slots written so far (all `history_size` slots in traced code)."""
 
     def detach(self) -> History:
-        """The same numbers, without gradients. Only a history that a tape can follow needs it."""
+        """Return the same numbers, without gradients. Only a history that a tape can follow needs it."""
         return self
 
     @abstractmethod
     def copy(self) -> History:
-        """A history with storage of its own, so that continuing a solve leaves the first solve's estimate alone."""
+        """Return a history with storage of its own, so that continuing a solve leaves the first solve's estimate alone."""
 
     def merge(self, rows: Array, other: History) -> History:
-        """`other`, which has been begun later, in the samples `rows` `(batch,)` of bool, and this history elsewhere.
+        """Return `other`, which has been begun later, in the samples `rows` `(batch,)` of bool, and this history elsewhere.
 
         Both have one memory. Each vector keeps its slot, so that one-hot masks of it stay right. The next append is
         this history's, or that of `other` where all samples are among `rows`.
@@ -125,12 +125,12 @@ class History(ABC):
         raise NotImplementedError(f"{type(self).__name__} cannot go on for some samples only: write `merge`.")
 
     def take(self, rows: Array) -> History:
-        """The same vectors of these samples only (indices `(k,)`), all active, with storage of its own.
+        """Return the same vectors of these samples only (indices `(k,)`), all active, with storage of its own.
 
         With `put` what a backend with the capability `compaction` offers.
         """
         raise NotImplementedError(f"{type(self).__name__} does not offer compaction.")
 
     def put(self, rows: Array, part: History) -> History:
-        """This history, gone on with as `part`, which `take(rows)` began: other rows saw nothing of it."""
+        """Return this history, gone on with as `part`, which `take(rows)` began: other rows saw nothing of it."""
         raise NotImplementedError(f"{type(self).__name__} does not offer compaction.")

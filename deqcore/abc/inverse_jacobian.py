@@ -23,7 +23,7 @@ class InverseJacobian(ABC):
 
     @abstractmethod
     def apply(self, v: Array) -> Array:
-        """H v for `v` `(batch, n)`."""
+        """Return H v for `v` `(batch, n)`."""
 
     @abstractmethod
     def apply_transpose(self, v: Array) -> Array:

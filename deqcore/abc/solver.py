@@ -68,7 +68,7 @@ class Solver(ABC):
 
     @abstractmethod
     def init(self, backend: Backend, z: Array, fz: Array) -> Any:
-        """The state before the first step: a NamedTuple of arrays (leading axis: batch) and histories.
+        """Return the state before the first step: a NamedTuple of arrays (leading axis: batch) and histories.
 
         Args:
             backend: whose arrays these are.
@@ -89,7 +89,7 @@ class Solver(ABC):
         """
 
     def restarted(self, backend: Backend, rows: Array, z: Array, state: Any) -> Any:
-        """The state of the samples `rows` as before a first step from `z`, with a residual of 0; others keep theirs.
+        """Return the state of the samples `rows` as before a first step from `z`, with a residual of 0; others keep theirs.
 
         f was not finite where the last step led, so that the loop puts these samples at another point, which it
         gives as z and as f(z). The next step must evaluate f at this very point, and go on from there as from a start:
@@ -105,22 +105,22 @@ class Solver(ABC):
         return _merged(backend, rows, fresh, state)
 
     def residual_norm(self, backend: Backend, state: Any) -> Array | None:
-        """‖f(z) − z‖ of the current iterate `(batch,)` if the method has measured it, so that nobody does it twice."""
+        """Return ‖f(z) − z‖ of the current iterate `(batch,)` if the method has measured it, so that nobody does it twice."""
         return None
 
     def inverse_jacobian(self, backend: Backend, state: Any) -> InverseJacobian | None:
-        """The estimate H ≈ (∂(f − z)/∂z)^-1 that the solve leaves behind, or None."""
+        """Return the estimate H ≈ (∂(f − z)/∂z)^-1 that the solve leaves behind, or None."""
         return None
 
     def secant_estimate(self, backend: Backend, state: Any) -> InverseJacobian | None:
-        """An estimate that keeps all secant pairs at once, H Y = S, to certify and refine with.
+        """Return an estimate that keeps all secant pairs at once, H Y = S, to certify and refine with.
 
         A method that updates recursively keeps only its latest pair exactly; the default is its `inverse_jacobian`.
         """
         return self.inverse_jacobian(backend, state)
 
     def chord(self, backend: Backend, z: Array, fz: Array, state: Any) -> Array | None:
-        """The next iterate with all that was learned held fixed, z − H (f(z) − z) `(batch, n)`.
+        """Return the next iterate with all that was learned held fixed, z − H (f(z) − z) `(batch, n)`.
 
         Where the residual is rounding, `step` may divide rounding by rounding, and its derivative with it. Whoever
         differentiates through steps goes on from there with this one, whose derivative converges at the rate of H.
@@ -133,17 +133,17 @@ class Solver(ABC):
         return fz if estimate is None else z - estimate.apply(fz - z)
 
     def evaluations(self, backend: Backend, steps: Array, state: Any) -> Array:
-        """Evaluations of f per sample after `steps` `(batch,)` int32, the first one included."""
+        """Return evaluations of f per sample after `steps` `(batch,)` int32, the first one included."""
         return 1 + self.evaluations_per_step * steps
 
 
 def detach_state(backend: Backend, state: Any) -> Any:
-    """The same numbers in a solver state, without gradients."""
+    """Return the same numbers in a solver state, without gradients."""
     return map_state(state, lambda leaf: leaf.detach() if isinstance(leaf, History) else backend.detach(leaf))
 
 
 def _merged(backend: Backend, rows: Array, new: Any, old: Any) -> Any:
-    """Leaves of `new` in `rows`, of `old` elsewhere; histories are those of `old`, erased."""
+    """Return leaves of `new` in `rows`, of `old` elsewhere; histories are those of `old`, erased."""
     if isinstance(old, tuple):
         parts = (_merged(backend, rows, a, b) for a, b in zip(new, old, strict=True))
         return type(old)(*parts) if hasattr(old, "_fields") else tuple(parts)

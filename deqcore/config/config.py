@@ -132,7 +132,7 @@ class Config:
 
     @classmethod
     def discover(cls, path: str | Path | None = None) -> Config:
-        """What a command line works with: the named file, else a `deq.toml` in the working directory."""
+        """Return what a command line works with: the named file, else a `deq.toml` in the working directory."""
         if path is None and not Path(FILE).exists():
             return current()
         return cls.load(FILE if path is None else path)
@@ -158,7 +158,7 @@ class Config:
         return self._settings.plugins
 
     def section(self, name: str) -> dict[str, object]:
-        """A section that the core does not read ("study", "monitor"), as it was written; empty if it was not.
+        """Return a section that the core does not read ("study", "monitor"), as it was written; empty if it was not.
 
         Raises:
             ConfigError: there is no such section.
@@ -171,7 +171,7 @@ class Config:
         return dict(found)
 
     def origin(self, name: str) -> str:
-        """Where a value came from, such as "environment variable DEQCORE_FORWARD__RTOL".
+        """Return where a value came from, such as "environment variable DEQCORE_FORWARD__RTOL".
 
         Args:
             name: dotted, such as "forward.rtol" or "forward.options.history_size".
@@ -186,7 +186,7 @@ class Config:
         return " and ".join(dict.fromkeys(found)) or "default"
 
     def items(self) -> Iterator[tuple[str, object, str]]:
-        """Every setting: its dotted name, its value, and where it came from."""
+        """Yield every setting: its dotted name, its value, and where it came from."""
         for key in KEYS:
             value: object = self._settings
             for part in key:
@@ -197,7 +197,7 @@ class Config:
                 yield name, plain(item), self.origin(name)
 
     def as_dict(self) -> dict[str, object]:
-        """All settings as nested dictionaries of plain values, to print or to store."""
+        """Return all settings as nested dictionaries of plain values, to print or to store."""
         nested: dict[str, object] = {"backend": self.backend}
         for name in ("forward", "backward", "plugins"):
             section = getattr(self, name)
@@ -270,12 +270,12 @@ def using(config: Config | None = None, **overrides: object) -> Iterator[Config]
 
 
 def current() -> Config:
-    """The settings that apply here: defaults, environment and `using`. No file is read."""
+    """Return the settings that apply here: defaults, environment and `using`. No file is read."""
     return _resolved((), _using.get(), variables(), (), ())
 
 
 def resolve(config: Config | None, overrides: Mapping[str, object]) -> tuple[Config, dict[str, object]]:
-    """The settings of one call.
+    """Return the settings of one call.
 
     Args:
         config: complete settings, or None for those that `current()` gives.
@@ -320,7 +320,7 @@ def _must_be_config(given: object) -> None:
 
 
 def override(config: Config, overrides: Mapping[str, object], origin: str) -> Config:
-    """The config with settings on top of it that tell where they came from.
+    """Return the config with settings on top of it that tell where they came from.
 
     Args:
         config: complete settings.

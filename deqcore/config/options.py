@@ -87,7 +87,7 @@ def freeze(owner: str, name: str, value: object) -> object:
 
 
 def plain(value: object) -> object:
-    """The inverse of `freeze` for printing and for JSON: dicts instead of Options."""
+    """Return the inverse of `freeze` for printing and for JSON: dicts instead of Options."""
     if isinstance(value, Mapping):
         return {name: plain(item) for name, item in value.items()}
     return tuple(plain(item) for item in value) if isinstance(value, tuple) else value
@@ -129,13 +129,13 @@ def instantiate(owner: str, cls: type[T], options: Mapping[str, object]) -> T:
 
 
 def options_of(cls: type) -> dict[str, dataclasses.Field[Any]]:
-    """The options among a dataclass's fields: those that `__init__` takes, unless marked `internal`."""
+    """Return the options among a dataclass's fields: those that `__init__` takes, unless marked `internal`."""
     fields = dataclasses.fields(cls)
     return {each.name: each for each in fields if each.init and not each.metadata.get("internal")}
 
 
 def is_required(field: dataclasses.Field[Any]) -> bool:
-    """Whether a field has no default."""
+    """Return whether a field has no default."""
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
@@ -169,7 +169,7 @@ def check(owner: str, cls: type, name: str, value: object, *, strict: bool = Tru
 
 @lru_cache(maxsize=512)
 def _field(cls: type, name: str) -> tuple[Mapping[str, Any], Any]:
-    """The metadata of a field and its annotation, evaluated if that is possible."""
+    """Return the metadata of a field and its annotation, evaluated if that is possible."""
     field = {field.name: field for field in dataclasses.fields(cls)}[name]
     try:
         return field.metadata, get_type_hints(cls, include_extras=True)[name]
@@ -179,7 +179,7 @@ def _field(cls: type, name: str) -> tuple[Mapping[str, Any], Any]:
 
 
 def _fits_plainly(hint: Any, value: object) -> bool:
-    """Whether the value is exactly what is expected; saves the 0.1 s that importing pydantic takes."""
+    """Return whether the value is exactly what is expected; saves the 0.1 s that importing pydantic takes."""
     if get_origin(hint) is Literal:
         return any(type(each) is type(value) and each == value for each in get_args(hint))
     if get_origin(hint) in (Union, UnionType):
@@ -188,7 +188,7 @@ def _fits_plainly(hint: Any, value: object) -> bool:
 
 
 def _fits(cls: type, name: str, value: object, strict: bool) -> tuple[bool, object]:
-    """Whether pydantic accepts the value, and what it makes of it."""
+    """Return whether pydantic accepts the value, and what it makes of it."""
     from pydantic_core import to_json
 
     adapter = _adapter(cls, name)
@@ -209,7 +209,7 @@ def _fits(cls: type, name: str, value: object, strict: bool) -> tuple[bool, obje
 
 @lru_cache(maxsize=512)
 def _adapter(cls: type, name: str) -> TypeAdapter[Any] | None:
-    """What checks the field, or None if pydantic does not know its type."""
+    """Return what checks the field, or None if pydantic does not know its type."""
     from pydantic import TypeAdapter
     from pydantic.errors import PydanticSchemaGenerationError
 
@@ -220,5 +220,5 @@ def _adapter(cls: type, name: str) -> TypeAdapter[Any] | None:
 
 
 def _readable(hint: Any) -> str:
-    """An annotation as its author would write it."""
+    """Return an annotation as its author would write it."""
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

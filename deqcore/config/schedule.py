@@ -46,7 +46,7 @@ class Ramp:
             raise ConfigError.bad_value("Ramp", "until", self.until, f"a step after begin = {self.begin}")
 
     def at(self, step: int) -> float:
-        """The value at a training step."""
+        """Return the value at a training step."""
         part = min(1.0, max(0.0, (step - self.begin) / (self.until - self.begin)))
         if part in (0.0, 1.0):
             return self.end if part else self.start
@@ -95,7 +95,7 @@ class Schedule:
             settings.resolve(None, self.at(start))
 
     def at(self, step: int) -> dict[str, object]:
-        """Overrides at a training step, for `fixed_point`, `deqcore.using` or a layer's `solve`.
+        """Return overrides at a training step, for `fixed_point`, `deqcore.using` or a layer's `solve`.
 
         Args:
             step: training step, at least 0.

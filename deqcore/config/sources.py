@@ -32,7 +32,7 @@ LARGEST: Final = 2**31 - 1  # steps are counted in int32, on every backend
 
 
 def setting(default: T, expected: str, least: float | None = None, most: int | None = None) -> T:
-    """A field of a section: its default, what an error says is expected, the least and the largest number allowed."""
+    """Return a field of a section: its default, what an error says is expected, the least and the largest number allowed."""
     made: T = field(default=default, metadata={"expected": expected, "least": least, "most": most})
     return made
 
@@ -140,7 +140,7 @@ Section: TypeAlias = Forward | Backward | Plugins
 
 
 def names_of(cls: type) -> tuple[str, ...]:
-    """The names of a dataclass's fields."""
+    """Return the names of a dataclass's fields."""
     return tuple(each.name for each in fields(cls))
 
 
@@ -166,7 +166,7 @@ class Layer:
 
 
 def layer(values: Iterable[tuple[Key, object]], origin: str) -> Layer:
-    """A layer of values that all came from one place; tables of options are spread, option by option."""
+    """Return a layer of values that all came from one place; tables of options are spread, option by option."""
     flat: dict[Key, object] = {}
     for key, value in values:
         if key in CHOICES.values() and isinstance(value, Mapping):
@@ -232,7 +232,7 @@ def validate(given: Layer, *, strict: bool = True) -> Settings:
 
 
 def unknown(owner: str, given: str, known: Iterable[str], separator: str) -> ConfigError:
-    """The error for a setting that does not exist; one that only lacks its section is told in full."""
+    """Return the error for a setting that does not exist; one that only lacks its section is told in full."""
     known = list(known)
     full = [separator.join(key) for key in KEYS if key[-1] == given and len(key) > 1]
     if not full or given in known:
@@ -241,7 +241,7 @@ def unknown(owner: str, given: str, known: Iterable[str], separator: str) -> Con
 
 
 def overrides_layer(overrides: Iterable[tuple[str, object]], origin: str) -> Layer:
-    """The layer of `forward__rtol=1e-6` and the like."""
+    """Return the layer of `forward__rtol=1e-6` and the like."""
     pairs = [(tuple(name.split("__", 2)), value) for name, value in overrides]
     for key, _ in pairs:
         if key not in KEYS and not (len(key) == 3 and key[:2] in CHOICES.values()):
@@ -250,7 +250,7 @@ def overrides_layer(overrides: Iterable[tuple[str, object]], origin: str) -> Lay
 
 
 def read_file(path: Path) -> dict[str, object]:
-    """The settings of a TOML file: its top level, or `[tool.deqcore]` of a pyproject.toml.
+    """Return the settings of a TOML file: its top level, or `[tool.deqcore]` of a pyproject.toml.
 
     Raises:
         ConfigError: it is missing, no file, no TOML (with the line), or without that table.
@@ -285,7 +285,7 @@ _seen: tuple[object, tuple[tuple[str, str], ...]] = (None, ())
 
 
 def variables() -> tuple[tuple[str, str], ...]:
-    """The environment variables that may hold settings, in any case; half a microsecond while none changes."""
+    """Return the environment variables that may hold settings, in any case; half a microsecond while none changes."""
     global _seen  # noqa: PLW0603 - a cache of one entry
     # os.environ decodes each name when it is iterated; comparing what it wraps is 20 times cheaper.
     raw = vars(os.environ).get("_data")
@@ -298,7 +298,7 @@ def variables() -> tuple[tuple[str, str], ...]:
 
 @lru_cache(maxsize=64)
 def environment(given: tuple[tuple[str, str], ...]) -> Layer:
-    """The layer of `DEQCORE_FORWARD__RTOL=1e-6` and the like; the case of a name does not matter.
+    """Return the layer of `DEQCORE_FORWARD__RTOL=1e-6` and the like; the case of a name does not matter.
 
     Args:
         given: as `variables()` found them.
@@ -364,7 +364,7 @@ def _refuse_twins(names: Iterable[str]) -> None:
 
 
 def _is_setting(name: str) -> bool:
-    """Whether a DEQCORE_ variable is one of ours; a misspelt one is an error, a stranger's is not."""
+    """Return whether a DEQCORE_ variable is one of ours; a misspelt one is an error, a stranger's is not."""
     if name.upper() in OTHER_VARIABLES:  # read where no setting is, under one name only
         raise ConfigError(f"The environment variable {name} must be written {name.upper()}. Rename it.")
     head = _key(name)[0]
@@ -377,14 +377,14 @@ def _is_setting(name: str) -> bool:
 
 
 def _variable(key: Key, names: Iterable[str]) -> str:
-    """The variable that a value came from: its own, or one that holds a whole table as JSON."""
+    """Return the variable that a value came from: its own, or one that holds a whole table as JSON."""
     candidates = [PREFIX + "__".join(key[:size]).upper() for size in range(len(key), 0, -1)]
     written = {name.upper(): name for name in names}
     return next((written[name] for name in candidates if name in written), candidates[0])
 
 
 def _parse(value: object) -> object:
-    """An option's value as JSON reads it; text that is no JSON stays text."""
+    """Return an option's value as JSON reads it; text that is no JSON stays text."""
     if isinstance(value, Mapping):
         return Options({name: _parse(item) for name, item in value.items()})
     try:
@@ -401,7 +401,7 @@ def _get(settings: Settings, key: Key) -> object:
 
 
 def scalar(value: object) -> object:
-    """A NumPy scalar, or array of no dimension, as the Python number it holds; anything else as it is."""
+    """Return a NumPy scalar, or array of no dimension, as the Python number it holds; anything else as it is."""
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, (numpy.generic, numpy.ndarray)) and value.ndim == 0:
         return value.item()

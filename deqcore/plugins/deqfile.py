@@ -14,7 +14,7 @@ _loaded: Final[dict[Path, bytes]] = {}
 
 
 def changed(path: Path) -> bool:
-    """Whether the file is new or other than it was when it was last executed.
+    """Return whether the file is new or other than it was when it was last executed.
 
     Raises:
         PluginError: the file cannot be read.

@@ -46,54 +46,54 @@ _owners: Final[dict[type, str | None]] = {}
 
 @cache
 def manager() -> Manager:
-    """The one manager of this process, made when it is first needed: pluggy costs 0.03 s to import."""
+    """Return the one manager of this process, made when it is first needed: pluggy costs 0.03 s to import."""
     from deqcore.plugins.manager import Manager
 
     return Manager()
 
 
 def backends() -> dict[str, BackendSpec]:
-    """All backends by name, built-in and plugged in."""
+    """Return all backends by name, built-in and plugged in."""
     return _all("backend", BackendSpec)
 
 
 def solvers() -> dict[str, SolverSpec]:
-    """All solvers by name, built-in and plugged in."""
+    """Return all solvers by name, built-in and plugged in."""
     return _all("solver", SolverSpec)
 
 
 def strategies() -> dict[str, StrategySpec]:
-    """All backward strategies by name, built-in and plugged in."""
+    """Return all backward strategies by name, built-in and plugged in."""
     return _all("strategy", StrategySpec)
 
 
 def sinks() -> dict[str, SinkSpec]:
-    """All sinks of the monitor by name, built-in and plugged in."""
+    """Return all sinks of the monitor by name, built-in and plugged in."""
     return _all("sink", SinkSpec)
 
 
 def trainers() -> dict[str, TrainerSpec]:
-    """All training loops by name, built-in and plugged in."""
+    """Return all training loops by name, built-in and plugged in."""
     return _all("trainer", TrainerSpec)
 
 
 def data() -> dict[str, DataSpec]:
-    """All data sets of studies by name, built-in and plugged in."""
+    """Return all data sets of studies by name, built-in and plugged in."""
     return _all("data", DataSpec)
 
 
 def models() -> dict[str, ModelSpec]:
-    """All models of studies by name, built-in and plugged in."""
+    """Return all models of studies by name, built-in and plugged in."""
     return _all("model", ModelSpec)
 
 
 def commands() -> dict[str, CommandSpec]:
-    """All subcommands by name, built-in and plugged in."""
+    """Return all subcommands by name, built-in and plugged in."""
     return _all("command", CommandSpec)
 
 
 def plugins_status() -> list[PluginStatus]:
-    """Every plugin, with what is wrong with it. Loads them all; never raises."""
+    """Return every plugin, with what is wrong with it. Loads them all; never raises."""
     with _lock:
         return manager().statuses()
 
@@ -117,7 +117,7 @@ def _only(kind: Kind, name: str, found: list[tuple[Spec, str]]) -> Spec:
 
 @lru_cache(maxsize=256)
 def spec(kind: Kind, name: str) -> Spec:
-    """The record registered under a name.
+    """Return the record registered under a name.
 
     Args:
         kind: what is looked for, such as "solver".
@@ -170,7 +170,7 @@ def _import(target: str) -> object:
 
 
 def contexts() -> list[Callable[[object], AbstractContextManager[object]]]:
-    """What `deqcore.using` enters: the contexts of the backends whose framework is imported."""
+    """Return what `deqcore.using` enters: the contexts of the backends whose framework is imported."""
     specs: Iterable[Spec] = BUILTIN["backend"].values()
     if manager.cache_info().currsize:  # a program that uses built-ins only never pays for discovery
         specs = backends().values()
@@ -179,7 +179,7 @@ def contexts() -> list[Callable[[object], AbstractContextManager[object]]]:
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package could be imported, without importing it."""
+    """Return whether a package could be imported, without importing it."""
     try:
         return find_spec(package) is not None
     except (ImportError, ValueError):
@@ -187,7 +187,7 @@ def is_installed(package: str) -> bool:
 
 
 def make_solver(name: str, options: Mapping[str, object] | None = None) -> Solver:
-    """An instance of a registered solver; the same one for the same options.
+    """Return an instance of a registered solver; the same one for the same options.
 
     Args:
         name: its registered name.
@@ -202,7 +202,7 @@ def make_solver(name: str, options: Mapping[str, object] | None = None) -> Solve
 
 
 def make_backend(name: str) -> Backend:
-    """A new instance of a registered backend.
+    """Return a new instance of a registered backend.
 
     Raises:
         UnknownNameError: nobody registered it.
@@ -216,7 +216,7 @@ def make_backend(name: str) -> Backend:
 
 
 def make_strategy(name: str, options: Mapping[str, object] | None = None) -> Strategy | StepStrategy:
-    """An instance of a registered backward strategy; the same one for the same options.
+    """Return an instance of a registered backward strategy; the same one for the same options.
 
     Args:
         name: its registered name.
@@ -254,7 +254,7 @@ def _class(kind: Kind, name: str, *bases: type) -> type:
 
 
 def backend_of(leaf: object) -> str | None:
-    """The name of the backend whose arrays `leaf` belongs to, or None for anything that is no array.
+    """Return the name of the backend whose arrays `leaf` belongs to, or None for anything that is no array.
 
     Decided by the modules that define the type and its bases; imports nothing.
     """
@@ -265,7 +265,7 @@ def backend_of(leaf: object) -> str | None:
 
 
 def shares_arrays(name: str, leaves: Iterable[object]) -> bool:
-    """Whether the backend of this name works on these arrays, too, although another one owns their type.
+    """Return whether the backend of this name works on these arrays, too, although another one owns their type.
 
     A framework over plain NumPy arrays lists `numpy` among its `array_modules`: there the config decides.
     """

@@ -115,7 +115,7 @@ class Manager:
             self._pluggy.unregister(name=name)
 
     def offers(self, kind: Kind) -> dict[str, list[tuple[Spec, str]]]:
-        """All records of a kind with the plugins that offer them, by name; built-ins are not among them."""
+        """Return all records of a kind with the plugins that offer them, by name; built-ins are not among them."""
         self._discover()
         found: dict[str, list[tuple[Spec, str]]] = {}
         for plugin in self._plugins.values():
@@ -125,13 +125,13 @@ class Manager:
         return found
 
     def statuses(self) -> list[PluginStatus]:
-        """Every plugin, working or not; a name that two of them offer is a conflict in both."""
+        """Return every plugin, working or not; a name that two of them offer is a conflict in both."""
         self._discover()
         taken = {kind: self.offers(kind) for kind in hookspecs.HOOKS}
         return [self._with_conflicts(plugin, taken) for plugin in self._plugins.values()]
 
     def broken(self) -> list[PluginStatus]:
-        """The plugins that could not be loaded, or not wholly."""
+        """Return the plugins that could not be loaded, or not wholly."""
         self._discover()
         return [plugin.status for plugin in self._plugins.values() if plugin.status.status == "broken"]
 

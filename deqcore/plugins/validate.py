@@ -49,7 +49,7 @@ def _takes(owner: str, cls: type, base: type, method: str) -> None:
 
 
 def _bare(signature: inspect.Signature) -> str:
-    """A signature without annotations."""
+    """Return a signature without annotations."""
     empty = inspect.Signature.empty
     bare = [each.replace(annotation=empty) for each in signature.parameters.values()]
     return str(signature.replace(parameters=bare, return_annotation=empty))

@@ -26,14 +26,14 @@ class RestrictRows(Protocol):
     """Gives f for some samples."""
 
     def __call__(self, rows: Array) -> Map:
-        """The map on `(k, n)` for the samples with the indices `rows` `(k,)`."""
+        """Return the map on `(k, n)` for the samples with the indices `rows` `(k,)`."""
 
 
 class Advance(Protocol):
     """Steps with f while `running` holds, `steps` at most."""
 
     def __call__(self, f: Map, running: Callable[[LoopState], Array | bool], carry: LoopState, steps: int) -> LoopState:
-        """The carry after these steps."""
+        """Return the carry after these steps."""
 
 
 def solve_compacted(
@@ -80,7 +80,7 @@ def solve_compacted(
 
 
 def _spent(backend: Backend, start: LoopState, end: LoopState) -> int:
-    """Steps between two carries: those of a sample that ran all along."""
+    """Return steps between two carries: those of a sample that ran all along."""
     taken = end.steps - start.steps
     return int(backend.xp.max(taken)) if taken.shape[0] else 0
 
@@ -125,7 +125,7 @@ def _take(backend: Backend, carry: Any, rows: Array) -> Any:
 
 
 def _put(backend: Backend, carry: Any, rows: Array, part: Any) -> Any:
-    """`carry` with its samples `rows` as they stand in `part`; leaves without a batch axis are those of `part`."""
+    """Return `carry` with its samples `rows` as they stand in `part`; leaves without a batch axis are those of `part`."""
     if isinstance(carry, tuple):
         parts = (_put(backend, a, rows, b) for a, b in zip(carry, part, strict=True))
         return type(carry)(*parts) if hasattr(carry, "_fields") else tuple(parts)

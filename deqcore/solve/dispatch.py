@@ -79,7 +79,7 @@ def _criteria(config: Config, scalars: Mapping[str, object], backend: Backend, l
 
 
 def pick_backend(config: Config, z0: Tree, args: tuple[Any, ...]) -> Backend:
-    """The backend whose arrays the state holds; the config may only confirm it."""
+    """Return the backend whose arrays the state holds; the config may only confirm it."""
     arrays = [leaf for leaf in plain_leaves(z0) if plugins.backend_of(leaf) is not None]
     found = plugins.backend_of(arrays[0]) if arrays else None
     if found is None:
@@ -103,7 +103,7 @@ def pick_backend(config: Config, z0: Tree, args: tuple[Any, ...]) -> Backend:
 
 
 def plain_leaves(tree: Tree) -> Iterator[Any]:
-    """Leaves of plain containers, before any framework is known."""
+    """Yield leaves of plain containers, before any framework is known."""
     if isinstance(tree, Mapping):
         for value in tree.values():
             yield from plain_leaves(value)

@@ -69,11 +69,11 @@ class RavelSpec:
         return cls(backend, structure, shapes, sizes, rows.pop(), dtypes.pop(), backend.device_of(leaves[0]))
 
     def ravel(self, tree: Tree) -> Array:
-        """The matrix `(batch, n)` of a tree that is known to fit."""
+        """Return the matrix `(batch, n)` of a tree that is known to fit."""
         return self._join(self.backend.flatten(tree)[0])
 
     def ravel_like(self, name: str, tree: Tree) -> Array:
-        """The matrix `(batch, n)` of a tree that must be like the state.
+        """Return the matrix `(batch, n)` of a tree that must be like the state.
 
         Raises:
             InitialIterateError: it has another structure, or leaves of another kind, shape or dtype.
@@ -94,7 +94,7 @@ class RavelSpec:
         return f"{self.backend.dtype_name(leaf)} {tuple(leaf.shape)}"
 
     def unravel(self, matrix: Array) -> Tree:
-        """The tree of a matrix `(batch, n)`."""
+        """Return the tree of a matrix `(batch, n)`."""
         xp = self.backend.xp
         leaves, start = [], 0
         for shape, size in zip(self.shapes, self.sizes, strict=True):
@@ -104,11 +104,11 @@ class RavelSpec:
         return self.backend.unflatten(self.structure, leaves)
 
     def wrap(self, f: Callable[..., Tree], batched: tuple[int, ...] = ()) -> FlatFunction:
-        """F on trees as a function of the matrix, with its output checked. See `FlatFunction`."""
+        """Return f on trees as a function of the matrix, with its output checked. See `FlatFunction`."""
         return FlatFunction(self, f, batched)
 
     def call(self, f: Callable[..., Tree], z: Array, args: tuple[Any, ...]) -> Array:
-        """`f` of the matrix `z`, as a matrix."""
+        """Return `f` of the matrix `z`, as a matrix."""
         with self.backend.guard_inplace(z) as seen:
             found = f(self.unravel(seen), *args)
         leaves, structure = self.backend.flatten(found)
@@ -122,7 +122,7 @@ class RavelSpec:
         return self._join([self._checked(leaf, i) for i, leaf in enumerate(leaves)])
 
     def of_rows(self, rows: int) -> RavelSpec:
-        """The same space with another number of samples."""
+        """Return the same space with another number of samples."""
         return replace(self, shapes=tuple((rows, *shape[1:]) for shape in self.shapes), batch=rows)
 
     def _join(self, leaves: list[Array]) -> Array:
@@ -177,7 +177,7 @@ class FlatFunction:
     batched: tuple[int, ...] = ()
 
     def __call__(self, z: Array, *args: Any) -> Array:
-        """F of `z` `(batch, n)`.
+        """Return f of `z` `(batch, n)`.
 
         Raises:
             ProblemError: f returned another structure, shape, dtype or device.
@@ -185,7 +185,7 @@ class FlatFunction:
         return self.space.call(self.f, z, args)
 
     def on_rows(self, rows: Array, args: tuple[Any, ...]) -> Map:
-        """F for the samples `rows` (indices `(k,)`) only: `(k, n)` to `(k, n)`."""
+        """Return f for the samples `rows` (indices `(k,)`) only: `(k, n)` to `(k, n)`."""
         backend = self.space.backend
         space = self.space.of_rows(rows.shape[0])
 

@@ -32,7 +32,6 @@ from deqcore.solve.termination import (
     SHORTER,
     SHORTEST,
     Limits,
-    Path,
     Verdict,
     goal,
     greater,
@@ -40,7 +39,7 @@ from deqcore.solve.termination import (
     spent,
     verdict,
 )
-from deqcore.types import Array, LoopState, Map, SolveResult, Status, StepResult, StoppingCriteria
+from deqcore.types import Array, LoopState, Map, Path, SolveResult, Status, StepResult, StoppingCriteria
 
 ROUNDING = 8.0  # two evaluations of one f at one z differ by this many units of rounding at most
 
@@ -104,7 +103,7 @@ def iterate(
 
 
 def _ended(backend: Backend, start: LoopState, end: LoopState) -> Array:
-    """The statuses of a loop that is over: a sample that still runs has spent its budget."""
+    """Return the statuses of a loop that is over: a sample that still runs has spent its budget."""
     seen = backend.numpy_view(end.status)
     if seen is not None and not (seen == int(Status.RUNNING)).any():
         return end.status
@@ -137,7 +136,7 @@ def _begin(backend: Backend, solver: Solver, f: Map, z0: Array, limits: Limits) 
 
 
 def _begin_at(backend: Backend, z0: Array, fz: Array, limits: Limits) -> LoopState:
-    """The carry before the first step, but for the solver's state."""
+    """Return the carry before the first step, but for the solver's state."""
     xp = backend.xp
     residual, size = backend.residual_norms(z0, fz)
     reference = greater(xp, backend.norm(z0), size)
@@ -257,7 +256,7 @@ def _step(backend: Backend, solver: Solver, f: Map, carry: LoopState, limits: Li
 
 
 def _check_step(solver: Solver, found: Any, z: Array) -> StepResult:
-    """What a step returned, if it is what the contract says."""
+    """Return what a step returned, if it is what the contract says."""
     if isinstance(found, tuple) and [getattr(each, "shape", None) for each in found[:-1]] == [z.shape] * 2:
         return StepResult(*found)
     expected = f"(z, f(z), state) with two arrays of shape {tuple(z.shape)}"
@@ -265,7 +264,7 @@ def _check_step(solver: Solver, found: Any, z: Array) -> StepResult:
 
 
 def _all_progressing(backend: Backend, residual: Array, size: Array | None, carry: LoopState, limits: Limits) -> bool:
-    """Whether every sample is known to have progressed, and none to be done: most steps of most solves.
+    """Return whether every sample is known to have progressed, and none to be done: most steps of most solves.
 
     Then nothing is to be judged or selected. The best residual is at most the mark and the peak.
     """
@@ -280,7 +279,7 @@ def _all_progressing(backend: Backend, residual: Array, size: Array | None, carr
 def _update_status(
     backend: Backend, residual: Array, size: Array | None, fz: Array, carry: LoopState, limits: Limits
 ) -> Verdict:
-    """What follows from the residual, on the host where looking is free."""
+    """Return what follows from the residual, on the host where looking is free."""
     size = backend.norm(fz) if size is None else size
     seen = [backend.numpy_view(each) for each in (residual, size, *carry.path)]
     if any(view is None for view in seen):
@@ -291,7 +290,7 @@ def _update_status(
 
 
 def _on_host(backend: Backend, limits: Limits) -> Limits:
-    """The limits with their arrays as NumPy's, where the arrays of a solve are seen on the host."""
+    """Return the limits with their arrays as NumPy's, where the arrays of a solve are seen on the host."""
     if isinstance(limits.rtol, float) and isinstance(limits.atol, float):
         return limits
     seen = (
@@ -317,7 +316,7 @@ class _Refusals:
         self.waits = backend.capabilities.eager and backend.capabilities.accelerator
 
     def watched(self, running: Callable[[LoopState], Array | bool]) -> Callable[[LoopState], Array | bool]:
-        """`running`, which on a device answers for refused steps as well: one wait for both."""
+        """Return `running`, which on a device answers for refused steps as well: one wait for both."""
         backend, xp = self.backend, self.backend.xp
 
         def asked(carry: LoopState) -> Array | bool:
@@ -332,14 +331,14 @@ class _Refusals:
         return asked
 
     def before(self, carry: LoopState) -> LoopState:
-        """The carry before a step, after a check that has found refused ones."""
+        """Return the carry before a step, after a check that has found refused ones."""
         if not self.pending:
             return carry
         self.pending = False
         return self.shortened(carry)
 
     def after(self, carry: LoopState) -> LoopState:
-        """The carry after a step."""
+        """Return the carry after a step."""
         seen = self.backend.numpy_view(carry.since)
         if seen is None and not self.waits:
             shortened: LoopState = self.backend.cond(self._rows(carry), self.shortened, carry)
@@ -352,7 +351,7 @@ class _Refusals:
         return (carry.status == int(Status.RUNNING)) & (carry.since == REFUSED)
 
     def shortened(self, carry: LoopState) -> LoopState:
-        """Samples with a refused step at the point to try next, with a residual of 0 and a solver that knows nothing.
+        """Return samples with a refused step at the point to try next, with a residual of 0 and a solver that knows nothing.
 
         From there every solver evaluates f at this very point, see `Solver.restarted`.
         """
@@ -379,22 +378,22 @@ class _Refusals:
 
 
 def masked(state: Any, active: Array | None) -> Any:
-    """The same solver state with `active` set in each of its histories."""
+    """Return the same solver state with `active` set in each of its histories."""
     return map_state(state, lambda leaf: leaf.masked(active) if isinstance(leaf, History) else leaf)
 
 
 def finalized(state: Any) -> Any:
-    """The solver state as it is kept after the solve."""
+    """Return the solver state as it is kept after the solve."""
     return map_state(state, lambda leaf: leaf.finalized() if isinstance(leaf, History) else leaf)
 
 
 def copy_state(state: Any) -> Any:
-    """The same solver state with histories of its own."""
+    """Return the same solver state with histories of its own."""
     return map_state(state, lambda leaf: leaf.copy() if isinstance(leaf, History) else leaf)
 
 
 def merge(backend: Backend, rows: Array, new: Any, old: Any) -> Any:
-    """The solver state `new` in the samples `rows` `(batch,)` of bool, `old` elsewhere. None stands for a scale of 1."""
+    """Return the solver state `new` in the samples `rows` `(batch,)` of bool, `old` elsewhere. None stands for a scale of 1."""
     if isinstance(new, tuple):
         parts = (merge(backend, rows, a, b) for a, b in zip(new, old, strict=True))
         return type(new)(*parts) if hasattr(new, "_fields") else tuple(parts)

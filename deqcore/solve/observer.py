@@ -46,7 +46,7 @@ class Observer(ABC):
 
     @abstractmethod
     def adjust(self, config: Config, backend: Backend) -> Config:
-        """The settings to use in place of `config`, which is what the call resolved to."""
+        """Return the settings to use in place of `config`, which is what the call resolved to."""
 
     @abstractmethod
     def solved(self, solve: Solve) -> None:
@@ -57,7 +57,7 @@ _observer: ContextVar[Observer | None] = ContextVar("deqcore.solve.observer", de
 
 
 def observer() -> Observer | None:
-    """The observer of this thread or task, if there is one."""
+    """Return the observer of this thread or task, if there is one."""
     return _observer.get()
 
 

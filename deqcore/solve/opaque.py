@@ -17,7 +17,7 @@ Build = Callable[[Any], Any]
 
 
 def arrays_in(backend: Backend, tree: Tree) -> Iterator[Array]:
-    """All arrays of a tree, those in the attributes of its leaves included."""
+    """Yield all arrays of a tree, those in the attributes of its leaves included."""
     yield from _arrays(backend, tree, {})
 
 
@@ -39,7 +39,7 @@ def _attributes(leaf: Any) -> Mapping[str, Any]:
 
 
 def opened(backend: Backend, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Callable[[tuple[Any, ...]], Any]]:
-    """Arguments whose dataclasses are trees, and how to make them what they were.
+    """Return arguments whose dataclasses are trees, and how to make them what they were.
 
     A dataclass that the backend's trees do not know becomes the dict of its fields. What is made of it again is a copy
     with other fields, also for gradients.

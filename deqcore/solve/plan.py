@@ -56,7 +56,7 @@ class Plan:
         return self.backend.unshared(value, z0), forward, record
 
     def adjoint(self, f: FlatFunction) -> Adjoint:
-        """The strategy bound to this call; in eager backends it verifies and reports failures by itself."""
+        """Return the strategy bound to this call; in eager backends it verifies and reports failures by itself."""
         assert isinstance(self.strategy, Strategy)
         eager, action = self.backend.capabilities.eager, self.config.backward.on_failure
         asked = not eager and self._is_set("backward.on_failure")
@@ -70,7 +70,7 @@ class Plan:
     def _step(
         self, strategy: StepStrategy, f: FlatFunction, z0: Array, args: tuple[Any, ...], solve: BoundSolve
     ) -> tuple[Array, SolveResult]:
-        """The value with the derivative of the strategy's steps, and what is known of it."""
+        """Return the value with the derivative of the strategy's steps, and what is known of it."""
         steps = Steps(self.backend, strategy, self.solver)
         if not strategy.solves():
             value, reached = self.backend.differentiate_through(f, z0, args, steps, None)
@@ -82,7 +82,7 @@ class Plan:
         return self.backend.straight_through(forward.z, carrier), forward
 
     def solution(self, value: Array, forward: SolveResult, record: BackwardRecord | None) -> Solution:
-        """What the user sees."""
+        """Return what the user sees."""
         state = SolveState(forward.carry, repr(self.solver)) if forward.carry is not None else None
         return Solution(
             value=self.space.unravel(value),
@@ -100,7 +100,7 @@ class Plan:
     def differentiate(
         self, f: FlatFunction, z0: Array, args: tuple[Any, ...], g: Array
     ) -> tuple[Array, tuple[Any, ...], SolveResult, BackwardRecord | None]:
-        """Gradients for `args` by the framework's own differentiation of the attached value."""
+        """Return gradients for `args` by the framework's own differentiation of the attached value."""
 
         def value(*moved: Any) -> tuple[Array, tuple[SolveResult, BackwardRecord | None]]:
             found, forward, record = self.run(f, z0, moved, None)
@@ -112,7 +112,7 @@ class Plan:
     def differentiate_by_hand(
         self, f: FlatFunction, z0: Array, args: tuple[Any, ...], g: Array
     ) -> tuple[Array, tuple[Any, ...], SolveResult, BackwardRecord | None]:
-        """The same without a tape: route the cotangent, then differentiate one evaluation (or the steps)."""
+        """Return the same without a tape: route the cotangent, then differentiate one evaluation (or the steps)."""
         solve = BoundSolve(self.backend, self.solver, self.control, narrow=self._narrow(f, args))
         strategy = self.strategy
         if isinstance(strategy, StepStrategy):
@@ -200,7 +200,7 @@ class Plan:
         warnings.warn(text, ConvergenceWarning, stacklevel=user_stacklevel())
 
     def _circumstances(self) -> str:
-        """The settings that a failed solve ran with, for its message."""
+        """Return the settings that a failed solve ran with, for its message."""
         numbers = {"rtol": self.control.rtol, "max_steps": self.control.max_steps}
         known = [f", forward.{name} = {each}" for name, each in numbers.items() if not self.backend.is_traced(each)]
         return (
@@ -209,11 +209,11 @@ class Plan:
         )
 
     def _is_set(self, name: str) -> bool:
-        """Whether somebody chose this setting, so that it is not the default."""
+        """Return whether somebody chose this setting, so that it is not the default."""
         return self.config.origin(name) != "default"
 
     def _narrow(self, f: FlatFunction, args: tuple[Any, ...]) -> RestrictRows | None:
-        """F for some samples only, if the settings ask for it."""
+        """Return f for some samples only, if the settings ask for it."""
         if not self.config.forward.compact:
             return None
         if not self.backend.capabilities.compaction:
@@ -246,7 +246,7 @@ class Plan:
         return state.carry
 
     def _unsolved(self, value: Array, reached: Reached | None) -> SolveResult:
-        """What is known of a value that a fixed number of steps has led to, whatever the tolerance."""
+        """Return what is known of a value that a fixed number of steps has led to, whatever the tolerance."""
         backend, xp = self.backend, self.backend.xp
         z = backend.detach(value)
         norms = backend.norm(z)
@@ -273,7 +273,7 @@ def _no_vjp(u: Array) -> Array:
 
 
 def user_stacklevel() -> int:
-    """The first frame outside this package, so that a warning points at the user's line."""
+    """Return the first frame outside this package, so that a warning points at the user's line."""
     import sys
 
     depth, frame = 1, sys._getframe(1)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import Any, Final, NamedTuple
 
 from deqcore.abc.backend import Backend
-from deqcore.types import Array, Status
+from deqcore.types import Array, Path, Status
 
 BLOW_UP: Final = 1e-6  # a residual this part of which exceeds the scale of the start counts as divergence
 PROGRESS: Final = 0.999  # a residual must fall below this part of the last mark within `patience` steps
@@ -55,7 +55,7 @@ class Limits(NamedTuple):
 
     @classmethod
     def of(cls, backend: Backend, like: Array, rtol: Any, atol: Any, patience: int) -> Limits:
-        """The limits for states like `like` `(batch, n)`."""
+        """Return the limits for states like `like` `(batch, n)`."""
         eps = backend.eps(like)
         least = min(1.0, max(0.1, 5.0 * eps**0.25))
         if isinstance(rtol, float):
@@ -70,24 +70,6 @@ class Limits(NamedTuple):
         return not (isinstance(self.rtol, float) and self.rtol == 0.0)
 
 
-class Path(NamedTuple):
-    """What is known of a sample's way so far, `(batch,)` each.
-
-    Attributes:
-        reference: scale of the start, max(‖z0‖, ‖f(z0)‖).
-        peak: largest residual so far.
-        best: least residual so far.
-        mark: residual at the last progress.
-        since: steps since then, or REFUSED or PENDING.
-    """
-
-    reference: Any
-    peak: Any
-    best: Any
-    mark: Any
-    since: Any
-
-
 class Verdict(NamedTuple):
     """`better`: the iterate is the best so far. The others as in `Path` and `Status`."""
 
@@ -99,12 +81,12 @@ class Verdict(NamedTuple):
 
 
 def greater(xp: Any, a: Any, b: Any) -> Any:
-    """The greater of two numbers; `b` where `a` is NaN."""
+    """Return the greater of two numbers; `b` where `a` is NaN."""
     return xp.where(a > b, a, b)
 
 
 def goal(xp: Any, limits: Limits, size: Any, reference: Any) -> Any:
-    """The residual at most, before growth is looked at. `size` is ‖f(z)‖, or None where rtol is 0."""
+    """Return the residual at most, before growth is looked at. `size` is ‖f(z)‖, or None where rtol is 0."""
     if size is None or not limits.relative:
         return limits.atol
     relative = limits.rtol * greater(xp, size, limits.tiny * reference)
@@ -119,7 +101,7 @@ def grown(xp: Any, residual: Any, size: Any, reference: Any, peak: Any) -> Any:
 
 
 def judged(xp: Any, limits: Limits, residual: Any, size: Any, reference: Any, peak: Any, mark: Any) -> tuple[Any, Any]:
-    """Whether the tolerance is met, and whether nothing but the growth of the iterate meets it, `(batch,)` of bool."""
+    """Return whether the tolerance is met, and whether nothing but the growth of the iterate meets it, `(batch,)` of bool."""
     near = residual <= goal(xp, limits, size, reference)
     lost, hidden = limits.lost * size, limits.hidden * size
     proven = grown(xp, greater(xp, residual, hidden), size, reference, peak) <= limits.slack
@@ -134,7 +116,7 @@ def judged(xp: Any, limits: Limits, residual: Any, size: Any, reference: Any, pe
 
 
 def verdict(xp: Any, limits: Limits, residual: Any, size: Any, path: Path) -> Verdict:
-    """What follows from a residual and ‖f(z)‖ of an iterate, `(batch,)` each."""
+    """Return what follows from a residual and ‖f(z)‖ of an iterate, `(batch,)` each."""
     met, escaped = judged(xp, limits, residual, size, path.reference, path.peak, path.mark)
     finite = xp.isfinite(residual)
     sane = BLOW_UP * residual <= path.reference  # False for NaN, too
@@ -155,7 +137,7 @@ def verdict(xp: Any, limits: Limits, residual: Any, size: Any, path: Path) -> Ve
 
 
 def spent(xp: Any, residual: Any, size: Any, path: Path, steps: Any) -> Any:
-    """The status of samples whose step budget is spent, `(batch,)` int32: of its last iterate and `steps` in all.
+    """Return the status of samples whose step budget is spent, `(batch,)` int32: of its last iterate and `steps` in all.
 
     More steps are no cure for a sample that has made no progress in the second half of its steps. It ran away if it has
     grown while its residual has not fallen, and stalled otherwise.

@@ -157,7 +157,7 @@ class Anderson(Solver):
         return z, value, self.unlearned(backend, state.norm, after)
 
     def unlearned(self, backend: Backend, before: Array, state: AndersonState) -> AndersonState:
-        """The state after a step; where it led from a residual of 0, it has shown no difference."""
+        """Return the state after a step; where it led from a residual of 0, it has shown no difference."""
         known = before != 0.0
         if backend.known_all(known):
             return state
@@ -175,7 +175,7 @@ class Anderson(Solver):
         )
 
     def forget(self, backend: Backend, rows: Array, state: AndersonState) -> AndersonState:
-        """The state of the samples `rows` `(batch,)` without their differences, as their residual grew."""
+        """Return the state of the samples `rows` `(batch,)` without their differences, as their residual grew."""
         xp = backend.xp
         none = xp.zeros_like(state.scale)
         return state._replace(
@@ -187,11 +187,11 @@ class Anderson(Solver):
         )
 
     def relative_ridge(self, eps: float) -> float:
-        """What is added to the unit diagonal: `ridge`, but more than the rounding of the system's dtype."""
+        """Return what is added to the unit diagonal: `ridge`, but more than the rounding of the system's dtype."""
         return max(self.ridge, 10 * eps)
 
     def _empty(self, backend: Backend, like: Array) -> Array:
-        """The system of a sample without differences: its γ is 0."""
+        """Return the system of a sample without differences: its γ is 0."""
         return (1.0 + self.relative_ridge(backend.eps(like))) * backend.eye(like, self.history_size)[None]
 
     def residual_norm(self, backend: Backend, state: AndersonState) -> Array:
@@ -199,7 +199,7 @@ class Anderson(Solver):
         return state.norm
 
     def inverse_jacobian(self, backend: Backend, state: AndersonState) -> InverseJacobian:
-        """The multi-secant estimate from the differences now held."""
+        """Return the multi-secant estimate from the differences now held."""
         xp = backend.xp
         system, scale = state.system, state.scale
         columns = [backend.solve_positive(system, xp.zeros_like(scale) + unit) for unit in self._units(backend, scale)]

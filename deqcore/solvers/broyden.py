@@ -130,7 +130,7 @@ class Broyden(Solver):
             )
 
     def init(self, backend: Backend, z: Array, fz: Array) -> BroydenState:
-        """H = −I: the first step is the residual itself."""
+        """Return H = −I: the first step is the residual itself."""
         xp = backend.xp
         slots = self.history_size + 1
         g = fz - z
@@ -209,7 +209,7 @@ class Broyden(Solver):
         return z, value, state
 
     def _status_arrays(self, backend: Backend, state: BroydenState, norm: Array) -> _Verdict | None:
-        """Which samples take the step, and the guard of the next one."""
+        """Return which samples take the step, and the guard of the next one."""
         if self.max_residual_growth is None:
             return None
         assert state.guard is not None
@@ -282,11 +282,11 @@ class Broyden(Solver):
         return tuple(h.masked(active) for h in histories), e_s, e_y
 
     def inverse_jacobian(self, backend: Backend, state: BroydenState) -> InverseJacobian:
-        """H after the last secant pair."""
+        """Return H after the last secant pair."""
         return BroydenInverse(state.basis, state.left, state.right)
 
     def secant_estimate(self, backend: Backend, state: BroydenState) -> InverseJacobian:
-        """The type-I multi-secant estimate of all pairs in memory."""
+        """Return the type-I multi-secant estimate of all pairs in memory."""
         xp = backend.xp
         both = state.pairs.vectors()  # (batch, used, 2 m)
         used, slots = both.shape[1], state.step.shape[1]

@@ -89,7 +89,7 @@ class NewtonKrylov(Solver):
             raise ValueError(f"halvings = {self.halvings}, but at least 0 is expected")
 
     def init(self, backend: Backend, z: Array, fz: Array) -> NewtonState:
-        """The first inner tolerance, nothing spent."""
+        """Return the first inner tolerance, nothing spent."""
         norm = backend.to_accum_dtype(backend.norm(z))
         return NewtonState(
             backend.xp.full_like(norm, self.forcing), backend.xp.zeros_like(norm, dtype=backend.xp.int32)
@@ -139,10 +139,10 @@ class NewtonKrylov(Solver):
         return end.z, end.fz, NewtonState(forcing, state.spent + inner.products + end.trials)
 
     def restarted(self, backend: Backend, rows: Array, z: Array, state: NewtonState) -> NewtonState:
-        """The first inner tolerance; what was spent stays so."""
+        """Return the first inner tolerance; what was spent stays so."""
         forcing = backend.xp.where(rows, backend.xp.full_like(state.forcing, self.forcing), state.forcing)
         return state._replace(forcing=forcing)
 
     def evaluations(self, backend: Backend, steps: Array, state: NewtonState) -> Array:
-        """Evaluations and products."""
+        """Return evaluations and products."""
         return 1 + steps + state.spent

@@ -51,5 +51,5 @@ class Picard(Solver):
         return z, f(z), state
 
     def chord(self, backend: Backend, z: Array, fz: Array, state: Any) -> Array | None:
-        """A step divides by nothing."""
+        """Return a step divides by nothing."""
         return None
