@@ -45,7 +45,7 @@ class MonitorSettings:
     every: int = field(default=10, metadata={"least": 1, "expected": "an integer >= 1"})
     reference: str | None = None
     measurements: Options = field(
-        default=Options(), metadata={"expected": "a table, such as { spectral_radius = 200 },"}
+        default=Options(), metadata={"expected": "a table, such as { spectral_radius = 200 }"}
     )
     sinks: tuple[Options, ...] = (Options({"sink": "jsonl"}),)
     triggers: tuple[Options, ...] = ()
@@ -100,7 +100,7 @@ def _tables(name: str, given: object) -> tuple[Options, ...]:
 
 def _table(name: str, given: object) -> Options:
     if not isinstance(given, Mapping):
-        raise ConfigError.bad_value("[monitor]", name, given, f"a table, written [[monitor.{name}]],")
+        raise ConfigError.bad_value("[monitor]", name, given, f"a table, written [[monitor.{name}]]")
     return Options(given, f"[[monitor.{name}]]")
 
 

@@ -70,7 +70,7 @@ class Condition:
         """
         found = _CONDITION.fullmatch(text) if isinstance(text, str) else None
         if found is None:
-            expected = "'<', '<=', '>' or '>=' and a number, such as '> 0.1',"
+            expected = "'<', '<=', '>' or '>=' and a number, such as '> 0.1'"
             raise ConfigError.bad_value(owner, option, text, expected)
         return cls(found[1], float(found[2]))
 

@@ -310,7 +310,7 @@ def test_unknown_metrics_are_told_with_a_suggestion() -> None:
         Monitor(sinks=[], measurements=[Measurement("deq_forward_step", lambda solve: 0.0)])
     with pytest.raises(ConfigError, match="exists already"):
         Monitor(sinks=[], metrics=[Metric("deq_retrain", "1", "")])
-    with pytest.raises(ConfigError, match="name = 'my loss'"):
+    with pytest.raises(ConfigError, match="name must be .*got 'my loss'"):
         Metric("my loss", "1", "")
 
 
@@ -318,15 +318,15 @@ def test_unknown_metrics_are_told_with_a_suggestion() -> None:
     ("section", "message"),
     [
         ({"evry": 3}, "Did you mean 'every'"),
-        ({"every": 0}, "every = 0, but an integer >= 1"),
-        ({"every": "3"}, "every = '3'"),
+        ({"every": 0}, "every must be an integer >= 1 .got 0"),
+        ({"every": "3"}, "every must be .*got '3'"),
         ({"sinks": 3}, "a table, written"),
         ({"triggers": "deq_forward_steps > 3"}, "a table, written"),
         ({"sinks": [{"sink": "jsonl", "pth": "a"}]}, "Did you mean 'path'"),
         ({"sinks": [{"sink": "jsonll"}]}, "Did you mean 'jsonl'"),
         ({"measurements": {"spectral": 3}}, "Did you mean 'spectral_radius'"),
-        ({"measurements": {"spectral_radius": 0}}, "spectral_radius = 0"),
-        ({"measurements": 3}, "probes = 3"),
+        ({"measurements": {"spectral_radius": 0}}, "spectral_radius must be .*got 0"),
+        ({"measurements": 3}, "measurements must be .*got 3"),
         ({"reference": "nowhere.json"}, "no reference profile 'nowhere.json'"),
     ],
 )
