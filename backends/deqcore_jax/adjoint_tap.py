@@ -1,11 +1,11 @@
-"""What a backward pass did: a adjoint_tap carries the report of the adjoint out of `jax.grad` as data.
+"""Reports of backward passes: an adjoint tap carries the report of the adjoint solve out of `jax.grad` as data.
 
-A vector–Jacobian product has no return path beside its gradients. So the figures come back as one: inside
-`reporting(adjoint_tap)` a solve takes the adjoint_tap, an argument of zeros, along, and the gradient with respect to the adjoint_tap *is*
-the report. It passes `jit`, `vmap`, `scan` and layers, and costs nothing where it is not asked for.
+A vector–Jacobian product returns nothing but gradients. So the report comes back as one: inside
+`reporting(adjoint_tap)` a solve takes the adjoint tap, an argument of zeros, and the gradient with respect to it *is*
+the report. It passes `jit`, `vmap`, `scan` and layers, and costs nothing unless it is used.
 
-Rules: one adjoint_tap serves one solve; make it and differentiate with respect to it inside the same `jit`; under `vmap`
-each lane brings its own. A probed solve has reverse mode only.
+Rules: one adjoint tap serves one solve; make it and differentiate with respect to it inside the same `jit`; under
+`vmap` each lane has its own. A solve with an adjoint tap has reverse mode only.
 
 Example:
     >>> import jax, jax.numpy as jnp, deqcore, deqcore_jax.adjoint_tap
@@ -35,14 +35,14 @@ from deqcore_jax.jit_context import key
 
 
 class AdjointTap(NamedTuple):
-    """An AdjointReport in floating-point numbers, each `(batch,)` of float32, and how often it was filled in.
+    """An AdjointReport as floating-point numbers, each `(batch,)` of float32, with the number of reports.
 
     Attributes:
         status: as in AdjointReport.
-        vjps: likewise.
-        residual: likewise.
-        error: likewise.
-        fallback: likewise, 0 or 1.
+        vjps: as in AdjointReport.
+        residual: as in AdjointReport.
+        error: as in AdjointReport.
+        fallback: as in AdjointReport, 0 or 1.
         runs: how often a backward pass reported.
 
     Example:
@@ -59,7 +59,7 @@ class AdjointTap(NamedTuple):
 
 
 class _Slot:
-    """The adjoint_tap of a `reporting` block, and whether a solve has taken it."""
+    """The adjoint tap of a `reporting` block, and whether a solve has taken it."""
 
     def __init__(self, adjoint_tap: AdjointTap) -> None:
         self.adjoint_tap = adjoint_tap
@@ -70,7 +70,7 @@ _open: ContextVar[_Slot | None] = ContextVar("deqcore_jax.adjoint_tap", default=
 
 
 def new(batch: int) -> AdjointTap:
-    """A adjoint_tap for a solve with `batch` samples (1 if `forward.batch = false`).
+    """Return an adjoint tap for a solve with `batch` samples (1 if `forward.batch = false`).
 
     Returns:
         Zeros `(batch,)` of float32 in each field.
@@ -87,10 +87,10 @@ def reporting(adjoint_tap: AdjointTap) -> Iterator[None]:
     """Let the one solve inside the block report its backward pass as the gradient of `adjoint_tap`.
 
     Args:
-        adjoint_tap: what is differentiated with respect to, as in the example of this module.
+        adjoint_tap: the argument to differentiate with respect to, as in the example of this module.
 
     Raises:
-        StrategyError: a second solve runs inside the block, or the adjoint_tap is for another batch.
+        StrategyError: a second solve runs inside the block, or the adjoint tap is for another batch.
 
     Example:
         >>> import deqcore
@@ -103,17 +103,17 @@ def reporting(adjoint_tap: AdjointTap) -> Iterator[None]:
     slot = _Slot(adjoint_tap)
     token = _open.set(slot)
     try:
-        with key(slot):  # a function compiled inside the block holds this adjoint_tap, and no other may use it
+        with key(slot):  # a function compiled inside the block holds this tap, so no other block may reuse it
             yield
     finally:
         _open.reset(token)
 
 
 def read(figures: AdjointTap) -> AdjointReport:
-    """The report in a gradient with respect to a adjoint_tap.
+    """Return the report in a gradient with respect to an adjoint tap.
 
     Args:
-        figures: what `jax.grad` returned for the adjoint_tap.
+        figures: the gradient from `jax.grad` with respect to the adjoint tap.
 
     Returns:
         The report, `(batch,)` in each field.
@@ -130,9 +130,8 @@ def read(figures: AdjointTap) -> AdjointReport:
         fewest, most = float(runs.min()), float(runs.max())
         if fewest != 1.0 or most != 1.0:
             raise StrategyError(
-                f"The adjoint_tap was reported to between {fewest:g} and {most:g} times per sample, but once is expected: "
-                f"differentiate a value that depends on a solve inside `reporting`, with one adjoint_tap per solve and per "
-                f"lane of vmap."
+                f"An adjoint tap must receive one report per sample (got {fewest:g} to {most:g}). Differentiate a "
+                f"value that depends on a solve inside `reporting`, with one adjoint tap per solve and per lane of vmap."
             )
     return AdjointReport(
         status=figures.status.astype(jnp.int32),
@@ -146,25 +145,25 @@ def read(figures: AdjointTap) -> AdjointReport:
 
 
 def take(batch: int) -> AdjointTap | None:
-    """The adjoint_tap for the solve that starts now, if one waits. Only `deqcore_jax.backend` calls it."""
+    """Return the adjoint tap of the block for the solve that starts now. Only `deqcore_jax.backend` calls it."""
     slot = _open.get()
     if slot is None:
         return None
     if slot.taken:
         raise StrategyError(
-            "A second solve runs inside one `reporting` block: give each solve a adjoint_tap of its own."
+            "A second solve runs inside one `reporting` block. Give each solve its own block and adjoint tap."
         )
     if slot.adjoint_tap.runs.shape != (batch,):
         raise StrategyError(
-            f"The adjoint_tap has shape {slot.adjoint_tap.runs.shape}, but the solve has {batch} samples: make it with "
-            f"deqcore_jax.adjoint_tap.new({batch})."
+            f"The adjoint tap must have the shape ({batch},) of the solve's samples (got "
+            f"{slot.adjoint_tap.runs.shape}). Make it with deqcore_jax.adjoint_tap.new({batch})."
         )
     slot.taken = True
     return slot.adjoint_tap
 
 
 def fill(report: AdjointReport) -> AdjointTap:
-    """A report as the cotangent of a adjoint_tap."""
-    numbers = [jnp.asarray(each).astype(jnp.float32) for each in report[:5]]
+    """Return a report as the cotangent of an adjoint tap."""
+    numbers = [jnp.asarray(leaf).astype(jnp.float32) for leaf in report[:5]]
     status, vjps, residual, error, fallback = numbers
     return AdjointTap(status, vjps, residual, error, fallback, jnp.ones_like(status))

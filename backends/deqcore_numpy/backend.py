@@ -1,7 +1,7 @@
-"""The NumPy backend: the reference that the others are compared with, and an oracle for small problems.
+"""The NumPy backend: the reference for the other backends, and an oracle for small problems.
 
 It has no autodiff tape. Jacobians are dense (complex step or central differences, see `derivative.py`), so
-`deqcore.vjp` works for any NumPy function, at a cost of one evaluation of f per element of the state and arguments.
+`deqcore.vjp` works for any NumPy function and costs one evaluation of f per element of the state and arguments.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class NumpyBackend(Backend):
     @contextmanager
     def guard_inplace(self, z: Any) -> Iterator[Any]:
         seen = z.view()
-        seen.flags.writeable = False  # and so are the views of it that f makes; z itself keeps its flags
+        seen.flags.writeable = False  # f's views of it are read-only, too; z itself keeps its flags
         try:
             yield seen
         except ValueError as error:
@@ -75,7 +75,7 @@ class NumpyBackend(Backend):
 
     def norm(self, v: Any) -> Any:
         dtype = np.promote_types(v.dtype, np.float32)
-        with np.errstate(all="ignore"):  # squares that leave the range are what the guard is for
+        with np.errstate(all="ignore"):  # the guard handles squares that leave the range
             return self.guarded(v, np.linalg.norm(v.astype(dtype, copy=False), axis=1))
 
     def power_of_two(self, x: Any) -> Any:
@@ -98,16 +98,16 @@ class NumpyBackend(Backend):
     def solve(self, a: Any, b: Any) -> Any:
         many = b if b.ndim == 3 else b[..., None]
         try:
-            found = np.linalg.solve(a, many)
+            x = np.linalg.solve(a, many)
         except np.linalg.LinAlgError:
-            found = np.stack([_solve_one(a[i], many[i]) for i in range(len(b))])
-        return found if b.ndim == 3 else found[..., 0]
+            x = np.stack([_solve_one(a[i], many[i]) for i in range(len(b))])
+        return x if b.ndim == 3 else x[..., 0]
 
     def history(self, like: Any, history_size: int, dtype: str | None = None) -> NumpyHistory:
         if dtype not in (None, "float16", "float32", "float64"):
             raise ConfigError.bad_value("The solver", "history_dtype", dtype, "float16, float32 or float64 on numpy")
-        if np.iscomplexobj(like):  # norms and dot products are real: `derivative.pick` turns to differences
-            raise TypeError("A history holds real vectors: no complex step goes through it.")
+        if np.iscomplexobj(like):  # norms and dot products are real, so `derivative.pick` falls back to differences
+            raise TypeError("A history holds real vectors, so a complex step cannot go through it.")
         batch, n = like.shape
         storage = np.zeros((batch, history_size, n), dtype or like.dtype)
         return NumpyHistory(storage, np.zeros((batch, history_size), bool), like.dtype)
@@ -158,7 +158,7 @@ class NumpyBackend(Backend):
     ) -> tuple[Any, Any, tuple[Any, ...]]:
         leaves, structure = self.flatten(args)
         with self.errstate():
-            found, aux = value(*args)
+            primal, aux = value(*args)
         gradients: list[Any] = []
         for i, leaf in enumerate(leaves):
             if not self.is_array(leaf) or not np.issubdtype(leaf.dtype, np.floating):
@@ -170,8 +170,8 @@ class NumpyBackend(Backend):
                 return value(*self.unflatten(structure, changed))[0]
 
             with self.errstate():
-                gradients.append(vjp_back(jacobian(moved, leaf), cotangent, found, leaf).astype(leaf.dtype))
-        return found, aux, self.unflatten(structure, gradients)
+                gradients.append(vjp_back(jacobian(moved, leaf), cotangent, primal, leaf).astype(leaf.dtype))
+        return primal, aux, self.unflatten(structure, gradients)
 
 
 def _solve_one(a: Any, b: Any) -> Any:

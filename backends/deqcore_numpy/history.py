@@ -10,12 +10,12 @@ from deqcore.abc.history import History
 
 
 class NumpyHistory(History):
-    """Ring of `(batch, history_size, n)`. The operating system commits its zero pages as steps fill them."""
+    """A ring of `(batch, history_size, n)`. The operating system commits its zero pages as steps fill them."""
 
     def __init__(self, storage: Any, seen: Any, dtype: Any, written: int = 0, active: Any = None) -> None:
         self.storage = storage
         self.seen = seen  # (batch, memory)
-        self.dtype = dtype  # the state's, in which combine answers; the storage may be narrower
+        self.dtype = dtype  # of the state and of the results of combine; the storage may be narrower
         self.written = written
         self.active = active
         self.history_size = storage.shape[1]
@@ -37,12 +37,12 @@ class NumpyHistory(History):
     def dot(self, v: Any) -> Any:
         used = self._used()
         many = v if v.ndim == 3 else v[:, None, :]
-        found = np.zeros((v.shape[0], many.shape[1], self.history_size))
+        products = np.zeros((v.shape[0], many.shape[1], self.history_size))
         compute = np.promote_types(self.storage.dtype, np.float32)
         rows = self.storage[:, :used].astype(compute, copy=False)
-        found[:, :, :used] = np.matmul(many.astype(compute, copy=False), rows.swapaxes(1, 2))
-        found = np.where(self.seen[:, None, :], found, 0.0)
-        return found if v.ndim == 3 else found[:, 0]
+        products[:, :, :used] = np.matmul(many.astype(compute, copy=False), rows.swapaxes(1, 2))
+        products = np.where(self.seen[:, None, :], products, 0.0)
+        return products if v.ndim == 3 else products[:, 0]
 
     def combine(self, coefficients: Any) -> Any:
         used = self._used()

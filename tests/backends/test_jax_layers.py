@@ -328,7 +328,7 @@ def test_an_empty_batch_stays_empty(kind, made):
 
 def test_a_checkpoint_with_other_settings_says_which(kind, made):
     saved = json.dumps(make(kind, made, forward__rtol=1e-3).settings.as_dict())
-    with pytest.warns(LayerWarning, match=r"overrides\.forward__rtol: 0\.001 there, 1e-08 here"):
+    with pytest.warns(LayerWarning, match=r"overrides\.forward__rtol: 0\.001 in the checkpoint, 1e-08 in the layer"):
         make(kind, made, forward__rtol=1e-8).check_settings(json.loads(saved))
     options = {"forward__options": {"history_size": 4}, "evaluation": {"forward__max_steps": 9}}
     make(kind, made, **options).check_settings(
