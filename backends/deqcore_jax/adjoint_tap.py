@@ -131,7 +131,7 @@ def read(figures: AdjointTap) -> AdjointReport:
         if fewest != 1.0 or most != 1.0:
             raise StrategyError(
                 f"An adjoint tap must receive one report per sample (got {fewest:g} to {most:g}). Differentiate a "
-                f"value that depends on a solve inside `reporting`, with one adjoint tap per solve and per lane of vmap."
+                f"value that depends on a solve inside `reporting`, with one adjoint tap per solve and lane of vmap."
             )
     return AdjointReport(
         status=figures.status.astype(jnp.int32),

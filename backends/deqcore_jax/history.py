@@ -26,7 +26,15 @@ class JaxHistory(History):
         wide: the dtype of dot products.
     """
 
-    def __init__(self, storage: Any, seen: Any, written: Any, dtype: Any, wide: Any, active: Any = None) -> None:
+    def __init__(
+        self,
+        storage: jax.Array,
+        seen: jax.Array,
+        written: jax.Array,
+        dtype: Any,
+        wide: Any,
+        active: jax.Array | None = None,
+    ) -> None:
         self.storage = storage
         self.seen = seen
         self.written = written
@@ -37,7 +45,7 @@ class JaxHistory(History):
         self.history_size = getattr(storage, "shape", (0, 0))[-2]
 
     @classmethod
-    def empty(cls, like: Any, history_size: int, dtype: Any, wide: Any) -> JaxHistory:
+    def empty(cls, like: jax.Array, history_size: int, dtype: Any, wide: Any) -> JaxHistory:
         """Make an empty history with room for `history_size` vectors like `like` `(batch, n)`, stored in `dtype`."""
         batch, n = like.shape
         # Made from `like`: inside shard_map a loop's carry must vary along the same axes of the mesh from the start.
@@ -54,7 +62,7 @@ class JaxHistory(History):
         """Undo `tree_flatten`; all rows are active again."""
         return cls(*arrays, *dtypes)
 
-    def append(self, v: Any) -> JaxHistory:
+    def append(self, v: jax.Array) -> JaxHistory:
         """Write one slot; rows that are not active write back what they had."""
         slot = lax.rem(self.written, jnp.int32(self.history_size))
         new = v.astype(self.storage.dtype)[:, None, :]
@@ -66,7 +74,7 @@ class JaxHistory(History):
         storage = lax.dynamic_update_slice_in_dim(self.storage, new, slot, axis=1)
         return self._with(storage, self.seen | here, self.written + 1)
 
-    def dot(self, v: Any) -> Any:
+    def dot(self, v: jax.Array) -> jax.Array:
         """Return the products by one pass over the storage, accumulated in float32 or better."""
         many = v if v.ndim == 3 else v[:, None, :]
         rows, many, dtype = self._compute(many)
@@ -74,7 +82,7 @@ class JaxHistory(History):
         products = jnp.where(self.seen[:, None, :], products.astype(self.wide), jnp.zeros((), self.wide))
         return products if v.ndim == 3 else products[:, 0]
 
-    def combine(self, coefficients: Any) -> Any:
+    def combine(self, coefficients: jax.Array) -> jax.Array:
         """Return the combination by one pass over the storage; coefficients of slots not seen are ignored."""
         dtype = single(self.storage.dtype)
         c = jnp.where(self.seen, coefficients, jnp.zeros((), coefficients.dtype)).astype(dtype)
@@ -82,39 +90,39 @@ class JaxHistory(History):
         combination = jnp.einsum("bm,bmn->bn", c, rows, preferred_element_type=dtype, precision=lax.Precision.HIGHEST)
         return combination.astype(self.dtype)
 
-    def restart(self, rows: Any) -> JaxHistory:
+    def restart(self, rows: jax.Array) -> JaxHistory:
         """Mask the slots that are not seen; nothing is erased."""
         chosen = rows if self.active is None else rows & self.active
         return self._with(self.storage, self.seen & ~chosen[:, None], self.written)
 
-    def erase(self, rows: Any) -> JaxHistory:
+    def erase(self, rows: jax.Array) -> JaxHistory:
         """Write zeros, because products with masked slots are still computed."""
         chosen = rows if self.active is None else rows & self.active
         storage = jnp.where(chosen[:, None, None], jnp.zeros((), self.storage.dtype), self.storage)
         return self._with(storage, self.seen, self.written)
 
-    def slot(self) -> Any:
+    def slot(self) -> jax.Array:
         """Return the slot before `written`."""
         last = lax.rem(self.written + (self.history_size - 1), jnp.int32(self.history_size))
         return (jnp.arange(self.history_size, dtype=jnp.int32) == last) & (self.written > 0)
 
-    def count(self) -> Any:
+    def count(self) -> jax.Array:
         """Return the sum of `seen`."""
         return jnp.sum(self.seen, axis=1, dtype=jnp.int32)
 
-    def full(self) -> Any:
+    def full(self) -> jax.Array:
         """Return whether the sample still sees the slot that comes next."""
         return self.seen[:, lax.rem(self.written, jnp.int32(self.history_size))]
 
-    def masked(self, active: Any) -> JaxHistory:
+    def masked(self, active: jax.Array | None) -> JaxHistory:
         """Return a history that shares the arrays."""
         return JaxHistory(self.storage, self.seen, self.written, self.dtype, self.wide, active)
 
-    def vectors(self) -> Any:
+    def vectors(self) -> jax.Array:
         """Return all `history_size` slots, zero where not seen."""
         return jnp.where(self.seen[:, :, None], self.storage, jnp.zeros((), self.storage.dtype))
 
-    def merge(self, rows: Any, other: History) -> JaxHistory:
+    def merge(self, rows: jax.Array, other: History) -> JaxHistory:
         """Select per sample; the next slot is that of `other` only if no sample of this history is left."""
         assert isinstance(other, JaxHistory)
         storage = jnp.where(rows[:, None, None], other.storage, self.storage)
@@ -130,10 +138,10 @@ class JaxHistory(History):
         """Return this history itself, because nothing is written in place."""
         return self
 
-    def _with(self, storage: Any, seen: Any, written: Any) -> JaxHistory:
+    def _with(self, storage: jax.Array, seen: jax.Array, written: Any) -> JaxHistory:
         return JaxHistory(storage, seen, written, self.dtype, self.wide, self.active)
 
-    def _compute(self, v: Any) -> tuple[Any, Any, Any]:
+    def _compute(self, v: jax.Array) -> tuple[Any, Any, Any]:
         """Return storage and vectors in one dtype, and the dtype to accumulate in.
 
         Equal narrow dtypes are multiplied as they are: their products are exact in the accumulator.

@@ -97,7 +97,7 @@ def solve(
         f: `f(z, *args)` on `(batch, n)`.
         z0: initial state `(batch, n)`.
         args: any trees.
-        drive: the loop with everything but f and z0 bound.
+        iterate: the loop with everything but f and z0 bound.
         adjoint: the adjoint solve; None attaches no gradient.
         adjoint_tap: the tap that receives the report of the backward pass.
 

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deqcore_numpy.differences import Differences
 
@@ -35,7 +36,7 @@ def is_differencing() -> bool:
     return _differencing.get()
 
 
-def jacobian(f: Callable[[Any], Any], x: Any, *, state: bool = False) -> Any:
+def jacobian(f: Callable[[Any], Any], x: NDArray[Any], *, state: bool = False) -> NDArray[Any]:
     """Return the dense Jacobian of f at x: `(f(x).size, x.size)`, float64, from x.size directional derivatives.
 
     Args:
@@ -54,7 +55,7 @@ def jacobian(f: Callable[[Any], Any], x: Any, *, state: bool = False) -> Any:
     return np.stack(columns, axis=1) if columns else np.zeros((rule.at.base.size, 0))
 
 
-def batched_jacobian(f: Callable[[Any], Any], z: Any) -> Any:
+def batched_jacobian(f: Callable[[Any], Any], z: NDArray[Any]) -> NDArray[Any]:
     """Return the Jacobian of each row of f with respect to its own row of z `(batch, n)`: `(batch, n, n)`, float64.
 
     Costs n directional derivatives, all rows at once, each row with its own steps.
@@ -74,7 +75,7 @@ def batched_jacobian(f: Callable[[Any], Any], z: Any) -> Any:
     return np.stack(columns, axis=2) if columns else np.zeros((*z.shape, 0))
 
 
-def product(f: Callable[[Any], Any], z: Any, rows: Callable[[], bool]) -> Callable[[Any], Any]:
+def product(f: Callable[[Any], Any], z: NDArray[Any], rows: Callable[[], bool]) -> Callable[[Any], Any]:
     """Return `v ↦ J v` for J = f'(z), both `(batch, n)`, float64.
 
     Without the complex step, coupled samples cost one directional derivative each, because one step cannot fit all.
@@ -87,7 +88,7 @@ def product(f: Callable[[Any], Any], z: Any, rows: Callable[[], bool]) -> Callab
         independent = rows()
         rule = Differences(f, z, rows=independent, state=True).check()
 
-    def multiply(v: Any) -> Any:
+    def multiply(v: NDArray[Any]) -> NDArray[Any]:
         v = np.asarray(v, np.float64)
         with differencing():
             parts = [v] if rule.analytic or independent else list(_samples(v))
@@ -98,21 +99,21 @@ def product(f: Callable[[Any], Any], z: Any, rows: Callable[[], bool]) -> Callab
     return multiply
 
 
-def _units(x: Any) -> Iterator[Any]:
+def _units(x: NDArray[Any]) -> Iterator[Any]:
     for i in range(x.size):
         unit = np.zeros(x.size)
         unit[i] = 1.0
         yield unit.reshape(x.shape)
 
 
-def _samples(v: Any) -> Iterator[Any]:
+def _samples(v: NDArray[Any]) -> Iterator[Any]:
     for i in np.flatnonzero(v.any(axis=1)):
         part = np.zeros_like(v)
         part[i] = v[i]
         yield part
 
 
-def vjp_back(dense: Any, cotangent: Any, value: Any, leaf: Any) -> Any:
+def vjp_back(dense: NDArray[Any], cotangent: NDArray[Any], value: Any, leaf: NDArray[Any]) -> NDArray[Any]:
     """Return Σ_o cotangent_o ∂value_o/∂leaf; samples that are not finite do not enter the gradients of the others.
 
     A difference of NaN is NaN, even if the number does not depend on the leaf. If the leaf has the batch as its first
@@ -138,4 +139,6 @@ def vjp_back(dense: Any, cotangent: Any, value: Any, leaf: Any) -> Any:
             blocks.transpose(0, 2, 1, 3)[ill[:, None] & apart] = 0.0
         dense = blocks.reshape(dense.shape)
     # An entry that does not depend on a number gets nothing from it, not even 0 · NaN.
-    return np.sum(np.where(dense == 0.0, 0.0, np.ravel(cotangent)[:, None] * dense), axis=0).reshape(leaf.shape)
+    parts = np.where(dense == 0.0, 0.0, np.ravel(cotangent)[:, None] * dense)
+    gradient: NDArray[Any] = np.sum(parts, axis=0).reshape(leaf.shape)
+    return gradient

@@ -247,7 +247,7 @@ class EqxNormed(eqx.Module):
     [
         (Normed, r"batch normalisation in training mode \(norm\).*GroupNorm or LayerNorm.*layer\.eval\(\)"),
         (Dropped, r"dropout: drop.*dropout_mask"),
-        (Counting, r"Cannot mutate Variable.*pass it as an input"),
+        (Counting, r"Cannot mutate Variable.*pass them as an input"),
     ],
 )
 def test_an_nnx_cell_that_changes_itself_is_told_what_to_do(cell, told, transform):
@@ -263,7 +263,7 @@ def test_in_evaluation_mode_these_cells_are_functions(cell):
 
 
 def test_an_equinox_cell_that_changes_itself_is_told_what_to_do():
-    with pytest.raises(ProblemError, match=r"cannot assign to field 'calls'.*pass it as an input"):
+    with pytest.raises(ProblemError, match=r"cannot assign to field 'calls'.*pass them as an input"):
         deqcore_jax.equinox.DEQ(Frozen())(jnp.ones((4, 3)))
 
 
