@@ -31,6 +31,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python docs/tools/prose.py
 
 # Types of deqcore as its users' programs see them, by both checkers.
 USERS := tests/types/user.py examples/one_program/fit.py examples/custom_solver/run.py examples/custom_solver/aitken.py

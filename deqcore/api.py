@@ -11,9 +11,7 @@ from deqcore import config as settings
 from deqcore import plugins
 from deqcore.abc.backend import Backend
 from deqcore.config import Config
-from deqcore.errors import (
-    BackendError,
-)
+from deqcore.errors import BackendError
 from deqcore.solution import Solution, SolveState
 from deqcore.solve.dispatch import backend_named, plan_call
 from deqcore.solve.observer import Solve
@@ -34,14 +32,14 @@ def fixed_point(
 
     Args:
         f: `f(z, *args)` returns a tree like z. It may close over parameters.
-        z0: initial state, a tree of floating-point arrays; with `batch = true` the first axis of each is the batch.
+        z0: initial iterate, a tree of floating-point arrays; with `batch = true` the first axis of each is the batch.
         *args: further arguments of f, any trees. Their arrays get gradients.
         config: complete settings; default: environment and `deqcore.using`.
-        state: `sol.state` of an earlier solve, to go on from. One evaluation of f says where it stands: a sample whose
-            f is the same continues with a new step budget, any other begins at the best iterate. z0 is ignored.
-        batched_args: positions in `args` of those whose arrays carry the batch axis first. Only
+        state: `sol.state` of an earlier solve, to continue from. One evaluation of f decides: a sample whose f is the
+            same continues with a new step budget; any other begins at its best iterate. z0 is ignored.
+        batched_args: positions in `args` of the arguments whose arrays carry the batch axis first. Only
             `forward.compact = true` needs it: f is then evaluated for fewer and fewer samples, and must compute
-            each from its own rows of the state and these arguments alone.
+            each sample from its own rows of z and these arguments alone.
         **overrides: settings of this call, as in `forward__rtol=1e-6`.
 
     Returns:
@@ -49,7 +47,7 @@ def fixed_point(
         reported, with the implicit gradient.
 
     Raises:
-        ConfigError: a setting is unknown or out of range, or the backend cannot do it (compaction).
+        ConfigError: a setting is unknown or out of range, or the backend does not support it (compaction).
         BackendMismatchError: the config names another backend than the arrays belong to.
         InitialIterateError: z0 is unfit (no arrays, integers, mixed dtypes or devices, no batch axis).
         ProblemError: f returned another structure, shape, dtype or device.
@@ -86,12 +84,12 @@ def vjp(
     batched_args: tuple[int, ...] = (),
     **overrides: object,
 ) -> tuple[Tree, tuple[Any, ...]]:
-    """Solve z* = f(z*, *args) and map a cotangent of z* back to the arguments, the same way on every backend.
+    """Solve z* = f(z*, *args) and map a cotangent of z* to gradients of the arguments, on every backend alike.
 
     Args:
         f: as in `fixed_point`.
         z0: as in `fixed_point`.
-        *args: as in `fixed_point`; on a backend without autodiff each number costs an evaluation of f.
+        *args: as in `fixed_point`; on a backend without autodiff each number in them costs an evaluation of f.
         cotangent: dL/dz*, a tree like z0.
         config: as in `fixed_point`.
         batched_args: as in `fixed_point`.
@@ -103,8 +101,8 @@ def vjp(
 
     Raises:
         InitialIterateError: the cotangent does not fit z0.
-        ProblemError: an argument is an object with arrays inside that the backend's trees do not know, such as a
-            module of torch. Otherwise as `fixed_point`.
+        ProblemError: an argument is an object with arrays that the backend does not treat as a tree, such as a
+            module of torch. Other errors as in `fixed_point`.
 
     Example:
         >>> import numpy as np, deqcore
@@ -129,7 +127,7 @@ def vjp(
 
 
 def get_backend(config: Config | None = None, **overrides: object) -> Backend:
-    """The backend that the config picks: `auto` takes the first installed of torch, jax, numpy, and says so.
+    """Return the backend that the config picks: `auto` takes the first installed of torch, jax, numpy, and warns.
 
     Args:
         config: complete settings; default: environment and `deqcore.using`.
@@ -139,7 +137,7 @@ def get_backend(config: Config | None = None, **overrides: object) -> Backend:
         The backend: one object per name.
 
     Raises:
-        UnknownNameError: nobody registered this name.
+        UnknownNameError: no backend is registered under this name.
         MissingFrameworkError: the backend's framework is not installed; names the extra to install.
 
     Example:
@@ -155,9 +153,9 @@ def get_backend(config: Config | None = None, **overrides: object) -> Backend:
         record = plugins.backends()[name]
         if record.package is None or plugins.is_installed(record.package):
             warnings.warn(
-                f"backend = 'auto' with no array at hand: {name!r} was taken, the first installed of torch, jax and "
-                f"numpy. Name one to silence this.",
+                f"backend = 'auto' without an array to decide: deqcore takes {name!r}, the first installed of torch, "
+                f"jax and numpy. Name a backend to silence this warning.",
                 stacklevel=2,
             )
             return backend_named(name)
-    raise BackendError('No backend is installed: pip install "deqcore[torch]" or "deqcore[jax]".')
+    raise BackendError('No backend is installed. Install one: pip install "deqcore[torch]" or "deqcore[jax]".')

@@ -1,7 +1,7 @@
 """Every error that deqcore raises, with the text that a user reads.
 
-A message says what was given, what was expected and what to do next. Texts that more than one place raises
-live here beside their type, as class methods; a caller never composes such a sentence itself.
+A message says what must hold, what was given and how to fix it. Texts that more than one place raises are class methods
+of their type; a caller never composes such a sentence itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
 
 
 def listing(known: Iterable[str]) -> str:
-    """Return the known names as a readable list."""
+    """Return the names as a readable list."""
     return ", ".join(sorted(known)) or "none"
 
 
@@ -31,28 +31,28 @@ class ConfigError(DeqcoreError, ValueError):
 
     @classmethod
     def unknown_option(cls, owner: str, given: str, known: Iterable[str]) -> ConfigError:
-        """An option that its owner (a solver, a strategy, a section of the config) does not have."""
+        """Name an option that its owner (a solver, a strategy, a section of the config) does not have."""
         known = list(known)
         return cls(f"{owner} has no option {given!r}.{did_you_mean(given, known)} Its options are: {listing(known)}.")
 
     @classmethod
     def bad_value(cls, owner: str, option: str, given: object, expected: str) -> ConfigError:
-        """An option whose value is out of range or of another type."""
-        return cls(f"{owner}: {option} = {given!r}, but {expected} is expected.")
+        """Name an option whose value is out of range or of another type; `expected` continues "must be"."""
+        return cls(f"{owner}: {option} must be {expected} (got {given!r}).")
 
     @classmethod
     def no_entry(cls, owner: str, what: str, given: str, known: Iterable[str]) -> ConfigError:
-        """A name that is none of a fixed list, which no plugin can make longer."""
+        """Name an entry that is not on a fixed list, which plugins cannot extend."""
         known = list(known)
-        return cls(f"{owner}: there is no {what} {given!r}.{did_you_mean(given, known)} There are: {listing(known)}.")
+        return cls(f"{owner} has no {what} {given!r}.{did_you_mean(given, known)} Available: {listing(known)}.")
 
 
 class UnknownNameError(ConfigError, LookupError):
-    """A solver, strategy, backend, sink, trainer or command that nobody registered."""
+    """A solver, strategy, backend, sink, trainer or command that is not registered."""
 
     @classmethod
     def of(cls, kind: str, given: str, known: Iterable[str], hint: str = "") -> UnknownNameError:
-        """Name what was asked for, what exists, and the nearest match."""
+        """Name the request, the registered names and the closest match."""
         known = list(known)
         return cls(
             f"No {kind} is registered as {given!r}.{did_you_mean(given, known)} "
@@ -65,14 +65,14 @@ class PluginError(DeqcoreError):
 
     @classmethod
     def returned(cls, method: str, given: object, expected: str) -> PluginError:
-        """A method of a solver or strategy that returned something else than its contract says."""
-        return cls(f"{method} returned {described(given)}, but {expected} is expected.")
+        """Name a method of a plugin whose result breaks the contract; `expected` continues "must return"."""
+        return cls(f"{method} must return {expected} (got {described(given)}).")
 
 
 def described(given: object) -> str:
-    """A value in a few words: its shape or what it is a tuple of, not its numbers."""
+    """Describe a value by its type and shape, not by its numbers."""
     if isinstance(given, tuple) and not hasattr(given, "_fields"):
-        return f"a tuple of {len(given)} ({', '.join(described(each) for each in given)})"
+        return f"a tuple of {len(given)} ({', '.join(described(item) for item in given)})"
     shape = getattr(given, "shape", None)
     kind = "None" if given is None else f"a {type(given).__name__}"
     return kind if shape is None else f"{kind} of shape {tuple(shape)}"
@@ -83,15 +83,15 @@ class BackendError(DeqcoreError):
 
     @classmethod
     def no_products(cls, reason: str) -> BackendError:
-        """A product J v that a solver needs and the backend, or this f, does not have."""
+        """Explain that a solver needs products J v, which the backend, or this f, does not have."""
         return cls(
-            f"The solver needs forward products J v, which cannot be had here: {reason} Use a solver that needs none: "
-            f"anderson, broyden or picard."
+            f"The solver needs forward products J v, which are not available here: {reason} Use a solver that needs "
+            f"none: anderson, broyden or picard."
         )
 
 
 def installing(package: str, extra: str | None) -> str:
-    """The command that installs a package, by way of the extra of deqcore that has it, if one does."""
+    """Return the command that installs a package, through the extra of deqcore that contains it, if one does."""
     return f"pip install {package}" if extra is None else f'pip install "deqcore[{extra}]"'
 
 
@@ -100,7 +100,7 @@ class MissingFrameworkError(BackendError, ImportError):
 
     @classmethod
     def of(cls, backend: str, package: str, extra: str | None) -> MissingFrameworkError:
-        """Name the extra to install, or the package itself where deqcore has no extra for it."""
+        """Name the extra to install, or the package itself if deqcore has no extra for it."""
         return cls(
             f"The {backend!r} backend needs the package {package!r}, which is not installed. "
             f"Install it with: {installing(package, extra)}"
@@ -120,28 +120,28 @@ class BackendMismatchError(BackendError, TypeError):
     """The arrays belong to another framework than the config names, or to several frameworks."""
 
     @classmethod
-    def of(cls, configured: str, origin: str, found: str) -> BackendMismatchError:
-        """Say which setting asked for which backend, and whose arrays came."""
+    def of(cls, configured: str, origin: str, given: str) -> BackendMismatchError:
+        """Say which setting asked for which backend, and which framework the arrays belong to."""
         return cls(
-            f"backend = {configured!r} (set by {origin}), but the arrays given belong to {found!r}. Nothing is "
-            f"converted silently: convert the arrays with deqcore.get_backend(...).asarray, or set "
-            f"backend = {found!r} or 'auto'."
+            f"backend = {configured!r} (set by {origin}), but the arrays belong to {given!r}, and deqcore converts "
+            f"nothing silently. Convert the arrays with deqcore.get_backend(...).asarray, or set "
+            f"backend = {given!r} or 'auto'."
         )
 
 
 class InitialIterateError(DeqcoreError, ValueError):
-    """The initial state cannot be solved for: its structure, shape, dtype or device is unfit."""
+    """The initial iterate z0 does not fit: its structure, shape, dtype or device."""
 
 
 class ProblemError(DeqcoreError, ValueError):
-    """What f returned does not fit the state that it was given, or f changed that state."""
+    """The result of f does not fit the iterate that it was called with, or f changed that iterate."""
 
     @classmethod
     def in_place(cls) -> ProblemError:
-        """F wrote to its state, which the solver still needs."""
+        """Explain that f wrote to z, which the solver still needs."""
         return cls(
-            "f writes to its state z in place, which the solver and the gradient still need: compute a new array, as "
-            "in `torch.tanh(z)` for `z.tanh_()`, `z = z + x` for `z += x`, or begin f with a copy of z."
+            "f writes to its argument z in place, but the solver and the gradient still need z. Compute a new array "
+            "(`torch.tanh(z)` instead of `z.tanh_()`, `z = z + x` instead of `z += x`), or begin f with a copy of z."
         )
 
 
@@ -150,10 +150,10 @@ class StrategyError(DeqcoreError, ValueError):
 
     @classmethod
     def needs_estimate(cls, strategy: str, solver: str, fitting: Iterable[str]) -> StrategyError:
-        """A strategy that reuses an estimate, with a solver that leaves none."""
+        """Name a strategy that reuses an estimate, and the solver that keeps none."""
         return cls(
             f"The strategy {strategy!r} reuses the solver's inverse-Jacobian estimate, but the solver {solver!r} "
-            f"keeps none. Solvers that do: {listing(fitting)}. Choose one of them, or another strategy."
+            f"keeps none. Choose a solver that does ({listing(fitting)}), or another strategy."
         )
 
 
@@ -166,27 +166,27 @@ class ConvergenceWarning(UserWarning):
 
 
 class CoupledRowsWarning(UserWarning):
-    """f couples the rows of the state, which forward.batch = true takes for independent samples."""
+    """f couples the rows of the state, but forward.batch = true treats them as independent samples."""
 
 
 class DtypeToleranceWarning(UserWarning):
-    """A tolerance below what the state's dtype can reach."""
+    """A tolerance is below what the state's dtype can reach."""
 
 
 class LayerWarning(UserWarning):
-    """A layer's cell does something that a fixed point does not survive, or a checkpoint has other settings."""
+    """A layer's cell has no fixed point because of what it does in each call, or a checkpoint has other settings."""
 
 
 class MonitorError(DeqcoreError, RuntimeError):
-    """A trigger of the monitor says that the run must stop, or a log cannot be read."""
+    """A trigger of the monitor stops the run, or a log cannot be read."""
 
 
 class MonitorWarning(UserWarning):
-    """What the monitor has to tell: a trigger fired, or a sink failed."""
+    """A trigger of the monitor fired, or a sink failed."""
 
 
 class NonDeterministicWarning(UserWarning):
-    """f gave different values for the same state: dropout or other random numbers, or a state of its own."""
+    """f returned different values for the same z: it draws random numbers (dropout), or it keeps a state."""
 
 
 class DerivativeWarning(UserWarning):

@@ -1,8 +1,8 @@
 """Halting per sample: a looped reasoner stops when its answer has settled, not only when its state has.
 
-A state goes on moving long after what is read from it has been decided. `until` makes of f a function that returns a
-sample's state unchanged once a rule says that it is done. That sample is then a fixed point, so every solver stops it
-as it stops any converged one, freezes it while its batch mates go on, and counts its steps. Nothing is trained for it.
+The state keeps moving long after the answer that is read from it has settled. `until` wraps f in a function that
+returns a sample's state unchanged once a rule says that the sample is done. That sample is then at a fixed point, so
+every solver stops it, freezes it while the rest of the batch continues, and counts its steps. No training is needed.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ Rule: TypeAlias = Callable[[Tree, Tree], Array]
 
 @dataclass(frozen=True)
 class Settled:
-    """A sample is done when one more evaluation of f changes no number of its answer by more than `tolerance`.
+    """A rule: a sample is done when one more evaluation of f changes no number of its answer by more than `tolerance`.
 
     Args:
-        read: the answer of a state, `(batch, ...)`, each row from its own row of the state. Probabilities suit well:
-            the tolerance is then the largest change of any of them. It is given numbers without a gradient.
+        read: maps a state to its answer `(batch, ...)`, each row from its own row of the state. Probabilities suit
+            well: the tolerance is then the largest change of any of them. `read` is called without gradients.
         tolerance: above 0.
-        batch: as `forward.batch`; false: the whole answer is one sample's.
+        batch: as `forward.batch`; false: the whole answer belongs to one sample.
 
     Raises:
         ConfigError: the tolerance is not above 0.
 
     Source: Geiping et al. (2025), "Scaling up test-time compute with latent reasoning", which stops a token when
-    the divergence between successive predictions is small; Graves (2016), "Adaptive computation time", trains the
-    decision in place of that.
+    the divergence between successive predictions is small. Graves (2016), "Adaptive computation time", trains the
+    decision instead.
     """
 
     read: Callable[[Tree], Array]
@@ -50,7 +50,7 @@ class Settled:
             raise ConfigError.bad_value("Settled", "tolerance", self.tolerance, "a number above 0")
 
     def __call__(self, z: Tree, fz: Tree) -> Array:
-        """Whether each sample is done."""
+        """Return whether each sample is done."""
         before, after = self.read(z), self.read(fz)
         xp = _backend_of(after).xp
         axes = tuple(range(1 if self.batch else 0, after.ndim))
@@ -59,19 +59,19 @@ class Settled:
 
 
 def until(f: Callable[..., Tree], rule: Rule) -> Callable[..., Tree]:
-    """f for `fixed_point`, each sample of which halts where `rule` says so.
+    """Wrap f for `fixed_point` so that each sample halts when `rule` says that it is done.
 
-    A halted sample's value is its state z at that step, its residual is 0 and its status CONVERGED: `sol.residual == 0`
-    tells it from one that met the tolerance. Its gradient is f's own at z, as of any solve that ends early. A sample
-    that neither halts nor converges is reported as ever.
+    The value of a halted sample is its state z at that step, its residual is 0 and its status CONVERGED:
+    `sol.residual == 0` distinguishes it from a sample that met the tolerance. Its gradient is that of f at z, as for
+    any solve that ends early. A sample that neither halts nor converges is reported as usual.
 
     Args:
         f: `f(z, *args)` returns a tree like z.
-        rule: see `Rule`; `Settled`, or a function of your own. It sees z and f(z) without gradients.
+        rule: see `Rule`; `Settled`, or your own function. It receives z and f(z) without gradients.
 
     Raises:
-        ProblemError: (when called) the rule returned something else than one bool per sample.
-        BackendError: (when called) the backend differentiates by differences, where a halted sample is a constant.
+        ProblemError: (when called) the rule did not return one bool per sample.
+        BackendError: (when called) the backend differentiates by differences, to which a halted sample is a constant.
 
     Example:
         >>> import torch, deqcore
@@ -83,7 +83,7 @@ def until(f: Callable[..., Tree], rule: Rule) -> Callable[..., Tree]:
         [19, 16]
         >>> deqcore.fixed_point(until(f, Settled(lambda z: z, 0.01)), z0, **picard).steps.tolist()
         [6, 3]
-        >>> sure = lambda z, fz: fz.amin(1) > 0.99  # a rule of one's own
+        >>> sure = lambda z, fz: fz.amin(1) > 0.99  # a custom rule
         >>> deqcore.fixed_point(until(f, sure), z0, **picard).steps.tolist()
         [6, 3]
     """
@@ -92,11 +92,11 @@ def until(f: Callable[..., Tree], rule: Rule) -> Callable[..., Tree]:
         fz = f(z, *args)
         backend = _backend_of(z)
         leaves, structure = backend.flatten(z)
-        moved, found = backend.flatten(fz)
-        if found != structure:
-            return fz  # whoever evaluates f says what is wrong with it
+        moved, returned = backend.flatten(fz)
+        if returned != structure:
+            return fz  # the caller of f raises the error
         with backend.errstate():
-            done = rule(*(backend.unflatten(structure, [*map(backend.detach, each)]) for each in (leaves, moved)))
+            done = rule(*(backend.unflatten(structure, [*map(backend.detach, tree)]) for tree in (leaves, moved)))
         _check(backend, done, leaves[0])
         held = [_hold(backend, done, *pair) for pair in zip(leaves, moved, strict=True)]
         return backend.unflatten(structure, held)
@@ -106,19 +106,19 @@ def until(f: Callable[..., Tree], rule: Rule) -> Callable[..., Tree]:
 
 
 def _hold(backend: Backend, done: Array, z: Array, fz: Array) -> Array:
-    """Rows of z where done, to the last bit, with the derivative of fz; rows of fz elsewhere."""
+    """Return rows of z where done, to the last bit, with the derivative of fz; rows of fz elsewhere."""
     xp = backend.xp
     held = backend.detach(z) + (fz - backend.detach(fz))
     return xp.where(xp.reshape(done, (*done.shape, *(1,) * (fz.ndim - done.ndim))), held, fz)
 
 
 def _check(backend: Backend, done: Any, leaf: Array) -> None:
-    known = backend.is_array(done) and backend.dtype_name(done) == "bool"
-    if not known or tuple(done.shape) not in ((), tuple(leaf.shape[:1])):
+    is_mask = backend.is_array(done) and backend.dtype_name(done) == "bool"
+    if not is_mask or tuple(done.shape) not in ((), tuple(leaf.shape[:1])):
         given = f"{backend.dtype_name(done)} {tuple(done.shape)}" if backend.is_array(done) else type(done).__name__
         raise ProblemError(
-            f"The halting rule returned {given}, but one bool per sample is expected: an array of shape "
-            f"{tuple(leaf.shape[:1])}, or () with forward.batch = false. Reduce over every axis but the first."
+            f"The halting rule must return one bool per sample, an array of shape {tuple(leaf.shape[:1])}, or () with "
+            f"forward.batch = false (got {given}). Reduce over every axis but the first."
         )
 
 
@@ -131,7 +131,8 @@ def _named(name: str) -> Backend:
     backend = get_backend(backend=name)
     if not backend.capabilities.autodiff:
         raise BackendError(
-            f"Halting rules work on backends that differentiate f itself, not on {name!r}: by differences a halted "
-            f"sample would be a constant. Use torch or jax, or let forward.rtol decide when a sample is done."
+            f"Halting rules work only on backends that differentiate f themselves (got {name!r}): to finite "
+            f"differences a halted sample is a constant. Use torch or jax, or let forward.rtol decide when a sample "
+            f"is done."
         )
     return backend

@@ -1,7 +1,7 @@
-"""What layers of all frameworks have in common: settings that are checked when the layer is made.
+"""The common part of the layers of all frameworks: settings that are checked when the layer is made.
 
-A layer resolves its settings at each call, so that `deqcore.using` and the environment reach it, but a typo in its
-own is an error at construction and not in the first training step.
+A layer resolves its settings at each call, so that `deqcore.using` and the environment apply to it. A typo in its own
+settings is an error at construction, not in the first training step.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ Items = tuple[tuple[str, object], ...]
 
 @dataclass(frozen=True)
 class LayerSettings:
-    """Settings of one layer. Frozen and hashable, so that JAX may keep it outside its arrays.
+    """Settings of one layer. Frozen and hashable, so that JAX can treat them as static.
 
     Attributes:
         config: complete settings, or None for environment and `deqcore.using`.
         overrides: single settings, such as `("forward__rtol", 1e-5)`.
-        evaluation: further ones that apply outside training.
+        evaluation: further settings that apply outside training.
     """
 
     config: Config | None = None
@@ -48,7 +48,7 @@ class LayerSettings:
 
         Raises:
             ConfigError: a setting is unknown or out of range.
-            UnknownNameError: no such solver or strategy.
+            UnknownNameError: the solver or strategy is not registered.
         """
         if config is not None and not isinstance(config, Config):
             raise ConfigError.bad_value("The layer", "config", config, "a deqcore.Config")
@@ -60,11 +60,11 @@ class LayerSettings:
         return made
 
     def call(self, training: bool) -> tuple[Config | None, dict[str, object]]:
-        """Config and overrides of one solve, as `fixed_point` takes them."""
+        """Return config and overrides of one solve, as `fixed_point` takes them."""
         return self.config, dict(self.overrides) if training else dict(self.overrides) | dict(self.evaluation)
 
     def as_dict(self) -> dict[str, Any]:
-        """What was set, as plain values, to store beside the weights."""
+        """Return the settings as plain values, to store beside the weights."""
         return {
             "config": None if self.config is None else self.config.as_dict(),
             "overrides": {name: plain(value) for name, value in self.overrides},
@@ -77,7 +77,7 @@ def _frozen(items: Mapping[str, object]) -> Items:
 
 
 def check_reuse(reuse: object) -> None:
-    """Refuse what is no way of starting warm.
+    """Refuse a `reuse` that is not one of `REUSE`.
 
     Raises:
         ConfigError: it is not None, "batch" or "sequence".
@@ -87,21 +87,21 @@ def check_reuse(reuse: object) -> None:
 
 
 def shape_unknown() -> ConfigError:
-    """What a call without inputs and without z0 is told."""
+    """Return the error of a call without inputs and without z0."""
     return ConfigError(
-        "The layer was called without inputs and without z0, and its cell has no method initial_state: the shape of "
-        "the state is not known. Pass z0, or give the cell a method initial_state(*inputs)."
+        "The layer was called without inputs and without z0, and its cell has no method initial_state, so the shape "
+        "of the state is unknown. Pass z0, or give the cell a method initial_state(*inputs)."
     )
 
 
 @contextmanager
 def explain_arguments(cell: Callable[..., Any], inputs: tuple[Any, ...], name: str) -> Iterator[None]:
-    """Around a solve: a `TypeError` because the cell takes another number of arguments is told as such.
+    """Translate a `TypeError` inside the block if the cell takes another number of arguments than the layer passes.
 
     Args:
-        cell: whose signature says how many it takes.
-        inputs: those of the layer's call.
-        name: the cell's, for the message.
+        cell: the cell, whose signature is compared.
+        inputs: the inputs of the layer's call.
+        name: the cell's name, for the message.
 
     Raises:
         ProblemError: the cell cannot be called as `cell(z, *inputs)`.
@@ -111,46 +111,46 @@ def explain_arguments(cell: Callable[..., Any], inputs: tuple[Any, ...], name: s
     except TypeError as error:
         try:
             signature = inspect.signature(cell)
-        except (TypeError, ValueError):  # some callables in C have none
+        except (TypeError, ValueError):  # some callables in C have no signature
             raise error from None
         try:
             taken = list(signature.bind(None, *inputs).arguments)
         except TypeError as reason:
             raise ProblemError(
-                f"The layer was called with {len(inputs)} input(s), so its cell is called as cell(z, *inputs) with "
+                f"The layer was called with {len(inputs)} input(s) and calls its cell as cell(z, *inputs) with "
                 f"{len(inputs) + 1} argument(s), but {name} takes {signature} ({reason}). Call the layer with the "
-                f"inputs that the cell takes after z, or put what you have into a cell that takes them, as in "
+                f"inputs that the cell takes after z, or wrap the module in a cell that takes them, as in "
                 f"f(z, x) = tanh(linear(z) + x)."
             ) from error
-        optional = [each for each in taken if signature.parameters[each].default is not inspect.Parameter.empty]
+        optional = [argument for argument in taken if signature.parameters[argument].default is not signature.empty]
         if optional:  # as in flax's Linear, whose second argument is a sharding
             error.add_note(
-                f"The layer called {name}, which takes {signature}, as cell(z, *inputs): an input was taken for "
+                f"The layer called {name}, which takes {signature}, as cell(z, *inputs), so an input was passed as "
                 f"{', '.join(optional)}."
             )
         raise
 
 
-def compare_settings(found: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Warn if the settings of a checkpoint are not the layer's own, which stay as they are.
+def compare_settings(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Warn if the settings of a checkpoint differ from the layer's own, which stay unchanged.
 
     Args:
-        found: plain values, as JSON gives them back.
-        own: likewise.
+        saved: the settings of the checkpoint, plain values from JSON.
+        own: the settings of the layer, plain values.
     """
-    lines = differences(found, json.loads(json.dumps(own)))
+    lines = differences(saved, json.loads(json.dumps(own)))
     if lines:
         warnings.warn(
-            f"The checkpoint was saved by a layer with other settings ({'; '.join(lines)}). Its weights are "
-            f"loaded and the layer keeps its own settings: make the layer with those of the checkpoint if its "
-            f"equilibrium is to be the same.",
+            f"The checkpoint was saved by a layer with other settings ({'; '.join(lines)}). The weights are loaded, "
+            f"and the layer keeps its own settings. Make the layer with the settings of the checkpoint to get the "
+            f"same equilibrium.",
             LayerWarning,
             stacklevel=5,
         )
 
 
 def batch_norm_text(names: Iterable[str]) -> str:
-    """What batch normalisation in training mode does to a fixed point, and what to use."""
+    """Return the warning about batch normalisation in training mode; the caller appends where to put the layer."""
     return (
         f"The cell has batch normalisation in training mode ({', '.join(names)}): it makes each sample's "
         f"equilibrium depend on its batch mates, and its running statistics change with every evaluation of "
@@ -158,13 +158,13 @@ def batch_norm_text(names: Iterable[str]) -> str:
     )
 
 
-def differences(found: Mapping[str, Any], expected: Mapping[str, Any], at: str = "") -> list[str]:
-    """Where two nested dictionaries of settings differ, one line each."""
+def differences(saved: Mapping[str, Any], own: Mapping[str, Any], at: str = "") -> list[str]:
+    """Return one line for each difference between two nested dictionaries of settings."""
     lines: list[str] = []
-    for name in sorted({*found, *expected}):
-        a, b, path = found.get(name), expected.get(name), f"{at}{name}"
+    for name in sorted({*saved, *own}):
+        a, b, path = saved.get(name), own.get(name), f"{at}{name}"
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             lines += differences(a, b, f"{path}.")
         elif a != b:
-            lines.append(f"{path}: {a!r} there, {b!r} here")
+            lines.append(f"{path}: {a!r} in the checkpoint, {b!r} in the layer")
     return lines

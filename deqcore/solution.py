@@ -1,4 +1,4 @@
-"""What a solve returns: `Solution`, and `Status` as an integer for code and a sentence for people."""
+"""The result of a solve: `Solution`, and its summary, one line per status."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from deqcore.types import AdjointReport, Array, BackwardRecord, LoopState, Statu
 
 @dataclass(frozen=True)
 class SolveState:
-    """Where a solve stands, to go on from with `fixed_point(..., state=sol.state)`, also after f has changed.
+    """The state of a solve, to continue from with `fixed_point(..., state=sol.state)`, also after f has changed.
 
-    Sealed: continuing copies what it changes, so an estimate that a backward pass still needs stays as it is.
+    A continued solve copies what it changes, so an estimate that a backward pass still needs stays unchanged.
 
     Attributes:
-        carry: the loop's loop state.
-        solver: repr of the solver that made it; continuing with another one is an error.
+        carry: the state of the loop.
+        solver: repr of the solver that made it; continuing with another solver is an error.
     """
 
     carry: LoopState
@@ -32,12 +32,12 @@ class Solution:
 
     Attributes:
         value: the iterate z*, a tree like z0; carries gradients whenever the framework records them.
-        residual: ‖f(z) − z‖ at `value` per sample, `(batch,)`; NaN where a strategy of fixed steps does not measure it.
+        residual: ‖f(z) − z‖ at `value` per sample, `(batch,)`; NaN if a strategy of fixed steps does not measure it.
         status: `Status` per sample, `(batch,)` int32.
-        steps: solver steps per sample until it stopped changing, `(batch,)` int32.
+        steps: solver steps per sample until it stopped, `(batch,)` int32.
         evaluations: evaluations of f per sample, `(batch,)` int32, without the one that records the gradient.
         state: to continue the solve, or None for strategies that do not solve (unrolled).
-        backend: whose arrays these are.
+        backend: the backend of these arrays.
         record: filled in by the backward pass, see `backward`; None if there is none.
         z: the numbers of `value` without a gradient. It may share memory with `state` and z0: do not write to it.
         fz: f(z) without a gradient, or None where it was not evaluated.
@@ -67,11 +67,11 @@ class Solution:
 
     @property
     def backward(self) -> AdjointReport | None:
-        """What the latest backward pass did, per sample; None before it ran (and always in JAX, see the probe)."""
+        """The report of the latest backward pass, per sample; None before it, and always in JAX (see adjoint_tap)."""
         return self.record.report if self.record is not None else None
 
     def summary(self) -> str:
-        """A few lines for people: how many samples ended how, with numbers, cause and remedy."""
+        """Return one readable line per status that occurs: how many samples, with figures, cause and remedy."""
         status: Any = self.backend.to_numpy(self.status)
         residual: Any = self.backend.to_numpy(self.residual)
         steps: Any = self.backend.to_numpy(self.steps)
@@ -82,17 +82,17 @@ SOLVED: Final = "after at most {steps} steps, residual ‖f(z) − z‖ at most 
 
 
 class Tally(NamedTuple):
-    """A batch in a few numbers: for each `Status`, how many samples ended so and the largest figures among them.
+    """The counts of a batch: for each `Status`, the number of samples and their largest figures.
 
     Attributes:
-        samples: how many, `(len(Status),)` int32.
+        samples: number of samples, `(len(Status),)` int32.
         steps: the most steps (or vjps), `(len(Status),)` int32.
-        residual: the largest residual, `(len(Status),)`; −inf where there are no samples.
+        residual: the largest residual, `(len(Status),)`; −inf for a status without samples.
 
     Example:
         >>> import numpy as np
         >>> Tally.of(np, np.array([1, 2, 2]), np.array([3, 9, 9]), np.array([1e-6, 0.5, 0.25])).samples.tolist()
-        [0, 1, 2, 0, 0, 0]
+        [0, 1, 2, 0, 0, 0, 0]
     """
 
     samples: Any
@@ -110,7 +110,7 @@ class Tally(NamedTuple):
         )
 
     def failed(self) -> Any:
-        """Whether any sample did not converge."""
+        """Return whether any sample did not converge."""
         return self.samples.sum() > self.samples[int(Status.CONVERGED)]
 
     def notable(self) -> Any:
@@ -122,19 +122,19 @@ class Tally(NamedTuple):
         return Tally(xp.sum(self.samples, axis=0), xp.max(self.steps, axis=0), xp.max(self.residual, axis=0))
 
     def lines(self, template: str, solver: str = "") -> str:
-        """One line per status that occurs.
+        """Return one line per status that occurs.
 
         Args:
-            template: how a line goes on after "2 of 3 samples MAX_STEPS", with {steps}, {residual} and {sentence}.
+            template: the rest of a line after "2 of 3 samples MAX_STEPS", with {steps}, {residual} and {sentence}.
             solver: the solver in use, which the sentences do not recommend.
         """
-        total, found = int(self.samples.sum()), []
+        total, lines = int(self.samples.sum()), []
         for kind in Status:
             if count := int(self.samples[int(kind)]):
                 steps, residual = int(self.steps[int(kind)]), float(self.residual[int(kind)])
                 text = template.format(steps=steps, residual=residual, sentence=kind.advice(solver))
-                found.append(f"{count} of {total} samples {kind.name} {text}")
-        return "\n".join(found)
+                lines.append(f"{count} of {total} samples {kind.name} {text}")
+        return "\n".join(lines)
 
 
 def summarize(status: Any, residual: Any, steps: Any, solver: str = "") -> str:

@@ -1,4 +1,4 @@
-"""What the parts of a solve hand to each other: passive records, without imports from above.
+"""Passive records that the parts of a solve exchange. This module imports nothing from above.
 
 Arrays are those of the backend's framework. `(batch,)` and `(batch, n)` are shapes; a record that is a NamedTuple may
 stand inside compiled, traced code.
@@ -28,14 +28,14 @@ LoopVars = TypeVar("LoopVars")
 
 
 class StepResult(NamedTuple):
-    """What a step led to.
+    """The result of a step.
 
     Attributes:
         z: the iterate `(batch, n)`.
         fz: f(z).
-        state: the solver's.
-        size: ‖f(z)‖ `(batch,)`, where it has been measured.
-        frozen: z and state of samples that take no part are already what they were.
+        state: the solver's state.
+        size: ‖f(z)‖ `(batch,)`, or None if it has not been measured.
+        frozen: z and state of the samples that are not active are already unchanged.
     """
 
     z: Array
@@ -47,20 +47,20 @@ class StepResult(NamedTuple):
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a backend can do. Tests and the core ask for these, never for a backend's name.
+    """What a backend can do. Tests and the core ask for capabilities, never for a backend's name.
 
     Attributes:
-        autodiff: does it differentiate f itself (or by a dense Jacobian of finite differences)?
-        jvp: has it forward-mode products J v?
-        jit: can fixed_point stand inside compiled, traced code?
-        vmap: can fixed_point be vectorised over a further axis?
-        float64: are double-precision states exact, without a global switch?
-        bfloat16: can a state or a history be bfloat16?
-        complex: can a state be complex?
-        accelerator: can arrays live on another device than the host?
-        second_derivatives: are gradients of gradients of exact-ift right?
-        compaction: may a solve go on with fewer rows than it began with (shapes known step by step)?
-        eager: does every call of fixed_point run its Python anew, never code compiled at an earlier one?
+        autodiff: it differentiates f itself (otherwise by a dense Jacobian of finite differences).
+        jvp: it has forward-mode products J v.
+        jit: fixed_point works inside compiled, traced code.
+        vmap: fixed_point can be vectorised over a further axis.
+        float64: double-precision states are exact without a global switch.
+        bfloat16: a state or a history can be bfloat16.
+        complex: a state can be complex.
+        accelerator: arrays can live on another device than the host.
+        second_derivatives: gradients of gradients of exact-ift are right.
+        compaction: a solve may continue with fewer rows than it began with (shapes are known step by step).
+        eager: every call of fixed_point runs its Python code, never code compiled in an earlier call.
 
     Example:
         >>> import deqcore
@@ -82,15 +82,16 @@ class Capabilities:
 
 
 class BackwardRecord:
-    """What the backward pass did, filled in when it runs. Eager frameworks only.
+    """A record of the backward pass, filled in when it runs. Eager frameworks only.
 
     Attributes:
         report: the AdjointReport of the latest backward pass, or None before the first.
-        seconds: host time of its route, NaN where it was not taken; a device may still be at work.
+        seconds: host time of its adjoint solve, NaN if it was not measured; a device may still be at work.
         runs: how many backward passes have run.
-        drift: how far the evaluation that was recorded lies from the solver's own at the same point,
-            ‖y − f(z*)‖ `(batch,)`, or None: more than rounding says that f is not deterministic.
-        listener: called after each, in whatever thread the framework differentiates in; it must not wait for a device.
+        nondeterminism: ‖y − f(z*)‖ `(batch,)` between the evaluation that records the gradient and the solver's own at
+            the same point, or None. More than rounding means that f is not deterministic.
+        listener: called after each pass, in the thread in which the framework differentiates; it must not wait for a
+            device.
     """
 
     __slots__ = ("listener", "nondeterminism", "report", "runs", "seconds")
@@ -112,7 +113,7 @@ class BackwardRecord:
 
 
 class Status(IntEnum):
-    """How a sample's solve ended. An int32 in traced code; `sentence` says cause and remedy.
+    """How a sample's solve ended. An int32 in traced code; `sentence` gives cause and remedy.
 
     Example:
         >>> import numpy as np, deqcore
@@ -135,10 +136,12 @@ class Status(IntEnum):
         return _SENTENCES[self].format(others=_listed(SEARCHING), damp="damp the step")
 
     def advice(self, solver: str = "") -> str:
-        """The sentence for who uses `solver` (a name, or the repr of a solver), which it does not recommend."""
+        """Return the sentence without a recommendation of `solver`, the one in use (its name or its repr)."""
         used, _, options = solver.partition("(")
         others = [name for name in SEARCHING if name.replace("-", "") != used.replace("-", "").lower()]
-        damp = "damp the step (forward.options.growth = 2)" if "growth=None" in options else "damp the step"
+        damp = "damp the step"
+        if "max_residual_growth=None" in options:
+            damp += " (forward.options.max_residual_growth = 2)"
         return _SENTENCES[self].format(others=_listed(others), damp=damp)
 
 
@@ -178,18 +181,18 @@ _SENTENCES = {
 
 
 class AdjointReport(NamedTuple):
-    """What the backward pass did, per sample. All leaves have shape `(batch,)`.
+    """The report of the backward pass, per sample. All leaves have shape `(batch,)`.
 
     Attributes:
         status: `Status` as int32. A strategy that promises no accuracy reports CONVERGED.
         vjps: vector–Jacobian products spent, int32.
-        residual: ‖g + Jᵀu − u‖ / ‖g‖ where it was measured, NaN where not.
+        residual: ‖g + Jᵀu − u‖ / ‖g‖, NaN where it was not measured.
         error: estimate of ‖u − u*‖ / ‖u*‖, NaN where there is none.
-        fallback: True where the strategy gave up and something simpler was used instead.
-        coupling: 0 where nothing was found, or how much of a vector–Jacobian product lands in this sample although its
-            cotangent lies in others, relative to the largest sample: f couples the rows of the state, and
+        fallback: True where the strategy gave up and used its fallback.
+        coupling: how much of a vector–Jacobian product lands in this sample although its cotangent lies in others,
+            relative to the largest sample; 0 if f does not couple the rows of the state. Above 0,
             ``forward.batch = false`` is needed. NaN or None where it was not measured.
-        verify_vjps: vector–Jacobian products that `backward.verify_every` spent, int32, which `vjps` leaves out.
+        verify_vjps: vector–Jacobian products that `backward.verify_every` spent, int32; `vjps` does not count them.
 
     Example:
         >>> import numpy as np
@@ -208,13 +211,13 @@ class AdjointReport(NamedTuple):
     verify_vjps: Array = None
 
     def __repr__(self) -> str:
-        """A line per status that occurs; the fields themselves where they have no values (traced code)."""
+        """Return a line per status that occurs; the fields themselves where they have no values (traced code)."""
         try:
             lists = [list(leaf.tolist()) for leaf in self[:5]]
-            coupled = self.coupling is not None and any(each > 0 for each in self.coupling.tolist())
-        except Exception:  # each framework has an error of its own for arrays without values
+            coupled = self.coupling is not None and any(share > 0 for share in self.coupling.tolist())
+        except Exception:  # each framework raises another error for arrays without values
             return f"AdjointReport({', '.join(map('{}={!r}'.format, self._fields, self))})"
-        return _told(*lists) + ("\nf couples the rows of the state: set forward.batch = false." if coupled else "")
+        return _as_text(*lists) + ("\nf couples the rows of the state: set forward.batch = false." if coupled else "")
 
 
 class Figures(Protocol):
@@ -259,28 +262,30 @@ class Reached(NamedTuple):
     residual: Array
 
 
-def _told(status: list[int], vjps: list[int], residual: list[float], error: list[float], fallback: list[bool]) -> str:
-    """A report's values in words."""
+def _as_text(
+    status: list[int], vjps: list[int], residual: list[float], error: list[float], fallback: list[bool]
+) -> str:
+    """Return one line per status that occurs in a report."""
     lines = []
     for kind in Status:
-        rows = [row for row, each in enumerate(status) if each == kind]
+        rows = [row for row, code in enumerate(status) if code == kind]
         if not rows:
             continue
         text = f"{len(rows)} of {len(status)} samples {kind.name} after at most {max(vjps[row] for row in rows)} vjps"
         for name, values in (("adjoint residual", residual), ("estimated error", error)):
-            if known := [values[row] for row in rows if not math.isnan(values[row])]:
-                text += f", {name} at most {max(known):.3g}"
-        if fell := sum(bool(fallback[row]) for row in rows):
-            text += f"; {fell} got the fallback"
+            if measured := [values[row] for row in rows if not math.isnan(values[row])]:
+                text += f", {name} at most {max(measured):.3g}"
+        if fallbacks := sum(bool(fallback[row]) for row in rows):
+            text += f"; {fallbacks} got the fallback"
         lines.append(f"{text}.")
     return "\n".join(lines) or "The batch is empty."
 
 
 class StoppingCriteria(NamedTuple):
-    """When to stop. Numbers may be framework scalars: changing them then recompiles nothing.
+    """When to stop. Numbers may be scalars of the framework: changing them then recompiles nothing.
 
     Attributes:
-        rtol: a sample is done when ‖f(z) − z‖ ≤ atol + rtol·‖f(z)‖, and not because ‖f(z)‖ has grown.
+        rtol: a sample has converged when ‖f(z) − z‖ ≤ atol + rtol·‖f(z)‖, unless only because ‖f(z)‖ has grown.
         atol: see rtol.
         max_steps: step budget; 0 evaluates f once and reports.
         check_every: steps between host checks, or "auto".
@@ -295,7 +300,7 @@ class StoppingCriteria(NamedTuple):
 
 
 class LoopState(NamedTuple):
-    """The loop state. All arrays have the batch as their first axis."""
+    """The state of the loop. All arrays have the batch as their first axis."""
 
     z: Array
     fz: Array
@@ -315,14 +320,14 @@ class LoopState(NamedTuple):
 
     @property
     def path(self) -> Path:
-        """What the verdict needs of it."""
+        """The part that the verdict reads."""
         return Path(self.reference, self.peak, self.best_residual, self.mark, self.since)
 
 
 class SolveResult(NamedTuple):
-    """What a solve found, raveled: `z`, `fz` are `(batch, n)`, the rest `(batch,)`.
+    """The result of a solve, raveled: `z` and `fz` are `(batch, n)`, the rest `(batch,)`.
 
-    A strategy that takes a fixed number of steps leaves no carry, and f(z) only where it evaluated it.
+    A strategy that takes a fixed number of steps leaves no `carry`, and `fz` only if it evaluated f there.
     """
 
     z: Array

@@ -1,7 +1,7 @@
 """The JAX backend of deqcore.
 
-Nothing is imported until it is asked for: `deqcore_jax.adjoint_tap` (what a backward pass did), `deqcore_jax.nnx` and
-`deqcore_jax.equinox` (layers).
+Modules are imported when they are first used: `deqcore_jax.adjoint_tap` (reports of backward passes), `deqcore_jax.nnx`
+and `deqcore_jax.equinox` (layers).
 """
 
 from __future__ import annotations

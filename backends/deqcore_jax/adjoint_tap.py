@@ -39,7 +39,7 @@ from deqcore_jax.jit_context import key
 
 
 class AdjointTap(NamedTuple):
-    """An AdjointReport in floating-point numbers, each `(batch,)` of float32, and how often it was filled in.
+    """An AdjointReport as floating-point numbers, each `(batch,)` of float32, with the number of reports.
 
     Attributes:
         status: as in AdjointReport.
@@ -67,7 +67,7 @@ class AdjointTap(NamedTuple):
 
 
 class _Slot:
-    """The adjoint_tap of a `reporting` block, and whether a solve has taken it."""
+    """The adjoint tap of a `reporting` block, and whether a solve has taken it."""
 
     def __init__(self, adjoint_tap: AdjointTap) -> None:
         self.adjoint_tap = adjoint_tap
@@ -95,10 +95,10 @@ def reporting(adjoint_tap: AdjointTap) -> Iterator[None]:
     """Let the one solve inside the block report its backward pass as the gradient of `adjoint_tap`.
 
     Args:
-        adjoint_tap: what is differentiated with respect to, as in the example of this module.
+        adjoint_tap: the argument to differentiate with respect to, as in the example of this module.
 
     Raises:
-        StrategyError: a second solve runs inside the block, or the adjoint_tap is for another batch.
+        StrategyError: a second solve runs inside the block, or the adjoint tap is for another batch.
 
     Example:
         >>> import deqcore
@@ -111,7 +111,7 @@ def reporting(adjoint_tap: AdjointTap) -> Iterator[None]:
     slot = _Slot(adjoint_tap)
     token = _open.set(slot)
     try:
-        with key(slot):  # a function compiled inside the block holds this adjoint_tap, and no other may use it
+        with key(slot):  # a function compiled inside the block holds this tap, so no other block may reuse it
             yield
     finally:
         _open.reset(token)
@@ -121,7 +121,7 @@ def read(figures: AdjointTap) -> AdjointReport:
     """The report in a gradient with respect to an adjoint_tap.
 
     Args:
-        figures: what `jax.grad` returned for the adjoint_tap.
+        figures: the gradient from `jax.grad` with respect to the adjoint tap.
 
     Returns:
         The report, `(batch,)` in each field.
@@ -153,7 +153,7 @@ def read(figures: AdjointTap) -> AdjointReport:
 
 
 def take(batch: int) -> AdjointTap | None:
-    """The adjoint_tap for the solve that starts now, if one waits. Only `deqcore_jax.backend` calls it."""
+    """Return the adjoint tap of the block for the solve that starts now. Only `deqcore_jax.backend` calls it."""
     slot = _open.get()
     if slot is None:
         return None
@@ -163,8 +163,8 @@ def take(batch: int) -> AdjointTap | None:
         )
     if slot.adjoint_tap.runs.shape != (batch,):
         raise StrategyError(
-            f"The adjoint_tap has shape {slot.adjoint_tap.runs.shape}, but the solve has {batch} samples: make it with "
-            f"deqcore_jax.adjoint_tap.new({batch})."
+            f"The adjoint tap must have the shape ({batch},) of the solve's samples (got "
+            f"{slot.adjoint_tap.runs.shape}). Make it with deqcore_jax.adjoint_tap.new({batch})."
         )
     slot.taken = True
     return slot.adjoint_tap

@@ -1,6 +1,6 @@
-"""The JAX backend: everything is traced, so that `fixed_point` stands inside jit, grad, vmap, scan and checkpoint.
+"""The JAX backend: everything is traced, so that `fixed_point` works inside jit, grad, vmap, scan and checkpoint.
 
-Eager calls work the same way: f is traced, and the compiled solve for its structure is found again (`interning.py`).
+Eager calls work the same way: f is traced, and the compiled solve for its structure is reused (`jit_cache.py`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class JaxBackend(Backend):
 
     @property
     def capabilities(self) -> Capabilities:  # type: ignore[override]
-        """Double precision is a switch of the process (or of a `with` block), so this is no constant."""
+        """The capabilities now: double precision is a switch of the process (or of a `with` block)."""
         return replace(_CAPABILITIES, float64=bool(jax.config.jax_enable_x64))
 
     def is_array(self, leaf: object) -> bool:
@@ -47,12 +47,12 @@ class JaxBackend(Backend):
 
     def asarray(self, a: object, *, dtype: str | None = None, like: Any = None) -> Any:
         kind = dtype or (like.dtype if like is not None else None)
-        known = like is not None and not isinstance(like, jax.core.Tracer)
-        return jnp.asarray(a, kind, device=like.sharding if known and _one_device(like) else None)
+        concrete = like is not None and not isinstance(like, jax.core.Tracer)
+        return jnp.asarray(a, kind, device=like.sharding if concrete and _one_device(like) else None)
 
     def to_numpy(self, x: Any) -> Any:
-        found = np.asarray(x)
-        return found.astype(np.float32) if found.dtype.kind == "V" else found
+        array = np.asarray(x)
+        return array.astype(np.float32) if array.dtype.kind == "V" else array
 
     def flatten(self, tree: Any) -> tuple[list[Any], Any]:
         return jax.tree.flatten(tree)
@@ -218,19 +218,19 @@ class JaxBackend(Backend):
                 merged[i] = leaf
             return value(*self.unflatten(structure, merged))
 
-        found, vjp, aux = jax.vjp(of_leaves, *[jnp.asarray(leaves[i]) for i in moving], has_aux=True)
+        primal, vjp, aux = jax.vjp(of_leaves, *[jnp.asarray(leaves[i]) for i in moving], has_aux=True)
         gradients: list[Any] = [None] * len(leaves)
         for i, gradient in zip(moving, vjp(cotangent), strict=True):
             gradients[i] = gradient
-        return found, aux, self.unflatten(structure, gradients)
+        return primal, aux, self.unflatten(structure, gradients)
 
     def grad(self, fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        found: Callable[[Any], Any] = jax.grad(fn)
-        return found
+        gradient: Callable[[Any], Any] = jax.grad(fn)
+        return gradient
 
     def jit(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        found: Callable[..., Any] = jax.jit(fn)
-        return found
+        compiled: Callable[..., Any] = jax.jit(fn)
+        return compiled
 
     @contextmanager
     def high_precision(self) -> Iterator[None]:
@@ -248,7 +248,7 @@ _CAPABILITIES = Capabilities(
 
 
 def _plain_norm(v: Any) -> Any:
-    """2-norm of each row by one sum of squares."""
+    """Return the 2-norm of each row by one sum of squares."""
     wider = v.astype(single(v.dtype))
     return _root(jnp.sum(wider * wider, axis=1))
 
@@ -259,14 +259,14 @@ def _root(square: Any) -> Any:
 
 
 def _norm_by_ranges(v: Any) -> Any:
-    """2-norm of each row from three sums of squares, of v, v·2^k and v·2^-k, that XLA fuses into one pass.
+    """Return the 2-norm of each row by sums of squares of v, v·2^k and v·2^-k, which XLA fuses into one pass.
 
     On an accelerator the host would wait for the predicate of a second pass. Source: Blue (1978), "A portable Fortran
     program to find the Euclidean norm of a vector".
     """
     factor = 2.0 ** (jnp.finfo(v.dtype).maxexp // 2)
     low = float(jnp.finfo(v.dtype).smallest_normal) ** (1 / 3)
-    plain, up, down = (_root(jnp.sum(jnp.square(v * each), axis=1)) for each in (1.0, factor, 1 / factor))
+    plain, up, down = (_root(jnp.sum(jnp.square(v * scale), axis=1)) for scale in (1.0, factor, 1 / factor))
     return jnp.where(plain > 1 / low, down * factor, jnp.where(plain < low, up / factor, plain))
 
 

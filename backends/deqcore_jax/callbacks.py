@@ -1,4 +1,4 @@
-"""A monitor inside compiled code: the figures of a solve leave it by a host callback.
+"""A monitor inside compiled code: a host callback passes the figures of a solve to it.
 
     @jax.jit
     def step(params, x):
@@ -11,10 +11,10 @@
             params = step(params, x)
             monitor.advance()
 
-Explicit, since compiled code is used again wherever its function is called: it reports to the monitor that it was
-traced with. The callback is asynchronous and unordered and takes numbers only; triggers and sinks run in
-`monitor.advance()` and at the end, in the thread that trains. Backward passes are reported by `deqcore_jax.adjoint_tap`:
-give the figures to `monitor.observe_backward(adjoint_tap.read(figures))` outside, or to `observe_backward` here inside.
+The call is explicit, because compiled code is reused wherever its function is called: it reports to the monitor that
+it was traced with. The callback is asynchronous and unordered and takes numbers only; triggers and sinks run in
+`monitor.advance()` and at the end, in the thread that trains. `deqcore_jax.adjoint_tap` reports backward passes: pass
+its figures to `monitor.observe_backward(adjoint_tap.read(figures))` outside `jit`, or to `observe_backward` inside.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from deqcore_jax import adjoint_tap
 
 
 def observe(monitor: Monitor, solution: Solution, *, name: str = "") -> None:
-    """Report a solution from inside `jit`; outside it works, too.
+    """Report a solution from inside `jit`; it also works outside.
 
-    Under `vmap` every lane is a solve of its own.
+    Under `vmap` every lane is a separate solve.
 
     Args:
-        monitor: which gets a row each time that the compiled code runs.
-        solution: what `fixed_point` returned.
-        name: of the layer.
+        monitor: the monitor, which gets a row each time that the compiled code runs.
+        solution: the result of `fixed_point`.
+        name: name of the layer.
 
     Example:
         >>> import jax, jax.numpy as jnp, deqcore
@@ -64,9 +64,9 @@ def observe_backward(monitor: Monitor, figures: adjoint_tap.AdjointTap, *, name:
     """Report a backward pass from inside `jit`.
 
     Args:
-        monitor: which gets a row each time that the compiled code runs.
-        figures: the gradient with respect to a adjoint_tap.
-        name: of the layer.
+        monitor: the monitor, which gets a row each time that the compiled code runs.
+        figures: the gradient with respect to an adjoint tap.
+        name: name of the layer.
 
     Example:
         >>> import jax, jax.numpy as jnp, deqcore
@@ -86,9 +86,9 @@ def observe_backward(monitor: Monitor, figures: adjoint_tap.AdjointTap, *, name:
 
 @contextmanager
 def collecting(monitor: Monitor) -> Iterator[None]:
-    """Wait at the end of the block until all callbacks have run. Goes inside the monitor's own block.
+    """Wait at the end of the block until all callbacks have run. Use it inside the monitor's own block.
 
-    The monitor then takes it that compiled code reports by `observe`, and says nothing of solves that it cannot see.
+    The monitor then assumes that compiled code reports by `observe`, and does not warn about solves that it cannot see.
 
     Example:
         >>> import jax.numpy as jnp, deqcore

@@ -1,9 +1,9 @@
-"""Parts of cells that make equilibrium models train, as pure functions and pytrees that any JAX library takes.
+"""Parts of cells that help equilibrium models train, as pure functions and pytrees for any JAX library.
 
-A mask or a spectral norm must be the same in every evaluation of one solve. In JAX that needs no bookkeeping: what is
-made *before* the solve and closed over by the cell is one constant of it. So dropout is a mask that a training step
-draws, and weight and spectral normalisation are applied to a weight before the solve. `equinox.nn.SpectralNorm`,
-`equinox.nn.WeightNorm` and `flax.nnx.SpectralNorm` update a state at each call: call them before the solve as well.
+A mask or a spectral norm must be the same in every evaluation of one solve. In JAX that needs no bookkeeping: an array
+made *before* the solve and closed over by the cell is a constant of the solve. So dropout is a mask that a training
+step draws, and weight and spectral normalisation are applied to a weight before the solve. `equinox.nn.SpectralNorm`,
+`equinox.nn.WeightNorm` and `flax.nnx.SpectralNorm` update a state at each call: call them before the solve, too.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from deqcore.errors import ConfigError
 
 
 def dropout_mask(key: Any, like: Any, p: float = 0.5, shared: tuple[int, ...] = ()) -> Any:
-    """A mask of 0 and 1 / (1 − p) for one solve: draw it before the solve, pass it to the cell, multiply by it.
+    """Draw a mask of 0 and 1 / (1 − p) before a solve; the cell multiplies by it.
 
     Args:
         key: a `jax.random` key, a new one for each solve.
-        like: an array with the shape, dtype and batch of what is dropped.
+        like: an array with the shape, dtype and batch of the array to drop from.
         p: probability that a number becomes zero, from 0 to below 1.
         shared: axes (the batch, 0, is not among them) along which one mask serves all, such as `(1,)` for the tokens
             of `(batch, tokens, width)`.
@@ -49,7 +49,7 @@ def dropout_mask(key: Any, like: Any, p: float = 0.5, shared: tuple[int, ...] = 
 
 
 def weight_normalized(v: Any, g: Any) -> Any:
-    """`g v / ‖v‖`, with the norm over all axes but the first.
+    """Return `g v / ‖v‖`, with the norm over all axes but the first.
 
     Args:
         v: directions `(out, ...)`.
@@ -70,13 +70,13 @@ def weight_normalized(v: Any, g: Any) -> Any:
 
 
 def spectrally_normalized(w: Any, u: Any, bound: float = 1.0, steps: int = 1) -> tuple[Any, Any]:
-    """`w` scaled down so that its spectral norm, found by power iteration from `u`, is at most `bound`.
+    """Return `w` scaled down so that its spectral norm, found by power iteration from `u`, is at most `bound`.
 
     Call it once before a solve; within the solve the weight is then one constant.
 
     Args:
         w: a weight `(out, ...)`, seen as a matrix `(out, rest)`.
-        u: the last left singular vector `(out,)`, at first anything but zero.
+        u: the last left singular vector `(out,)`; any non-zero vector at the start.
         bound: largest spectral norm, above 0.
         steps: power iterations; one is enough while `u` is carried from step to step of a training.
 
@@ -84,7 +84,7 @@ def spectrally_normalized(w: Any, u: Any, bound: float = 1.0, steps: int = 1) ->
         The weight, and the vector for the next call. The vectors carry no gradient, as usual.
 
     Raises:
-        ConfigError: the bound is not above 0, or there is no step.
+        ConfigError: the bound is not above 0, or steps is below 1.
 
     Source: Miyato, Kataoka, Koyama & Yoshida (2018), "Spectral normalization for GANs", algorithm 1.
 
@@ -97,7 +97,7 @@ def spectrally_normalized(w: Any, u: Any, bound: float = 1.0, steps: int = 1) ->
     if not bound > 0.0:
         raise ConfigError.bad_value("spectrally_normalized", "bound", bound, "a number above 0")
     if steps < 1:
-        raise ConfigError.bad_value("spectrally_normalized", "steps", steps, "at least one power iteration")
+        raise ConfigError.bad_value("spectrally_normalized", "steps", steps, "at least 1")
     matrix = w.reshape(w.shape[0], -1)
     still = lax.stop_gradient(matrix)
     v = still[0]
@@ -113,7 +113,7 @@ def _unit(x: Any) -> Any:
 
 
 class Monotone(NamedTuple):
-    """z ← relu(z − α (z − (W z + x U + b))) with W = (1 − m) I − AᵀA + B − Bᵀ: converges whatever its weights.
+    """z ← relu(z − α (z − (W z + x U + b))) with W = (1 − m) I − AᵀA + B − Bᵀ, which converges for any weights.
 
     I − W is strongly monotone with constant m, so z = relu(W z + x U + b) has exactly one solution, and this
     forward–backward step contracts towards it for α = m/‖I − W‖². The solution does not depend on α, so neither do
@@ -144,7 +144,7 @@ class Monotone(NamedTuple):
 
     @classmethod
     def new(cls, key: Any, inputs: int, width: int) -> Monotone:
-        """Random weights of about unit norm."""
+        """Draw random weights of about unit norm."""
         a, b, u = (
             jax.random.normal(each, (rows, width)) / rows**0.5
             for each, rows in zip(jax.random.split(key, 3), (width, width, inputs), strict=True)
@@ -152,11 +152,11 @@ class Monotone(NamedTuple):
         return cls(a, b, u, jnp.zeros(width))
 
     def apply_w(self, z: Any, margin: float) -> Any:
-        """W z for z `(batch, width)`."""
+        """Return W z for z `(batch, width)`."""
         return (1.0 - margin) * z - (z @ self.a.T) @ self.a + z @ self.b.T - z @ self.b
 
     def cell(self, margin: float = 0.1) -> Any:
-        """The step as `cell(z, x)` for z `(batch, width)` and x `(batch, inputs)`; make it anew when weights change.
+        """Return the step as `cell(z, x)` for z `(batch, width)` and x `(batch, inputs)`, with the current weights.
 
         Args:
             margin: m, above 0.
@@ -174,7 +174,7 @@ class Monotone(NamedTuple):
         return cell
 
     def step_size(self, margin: float) -> Any:
-        """m / (m + ‖A‖² + ‖B − Bᵀ‖)², a lower bound of m/‖I − W‖² by norms that need no decomposition.
+        """Return m / (m + ‖A‖² + ‖B − Bᵀ‖)², a lower bound of m/‖I − W‖² by norms that need no decomposition.
 
         The spectral norm is at most the root of the largest sum of a row times the largest of a column.
         """
@@ -184,6 +184,6 @@ class Monotone(NamedTuple):
 
 
 def _norm_bound(a: Any) -> Any:
-    """√(‖A‖₁ ‖A‖_∞) ≥ ‖A‖₂."""
+    """Return √(‖A‖₁ ‖A‖_∞) ≥ ‖A‖₂."""
     size = jnp.abs(a)
     return jnp.sqrt(jnp.max(jnp.sum(size, axis=0)) * jnp.max(jnp.sum(size, axis=1)))

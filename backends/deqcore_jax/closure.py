@@ -17,7 +17,7 @@ from deqcore_jax.jit_cache import intern
 
 @dataclass(frozen=True)
 class Program:
-    """f as a jaxpr `(*leaves, z) -> f(z)`. Equal to another one if it is the same jaxpr.
+    """f as a jaxpr `(*leaves, z) -> f(z)`. Two are equal if they have the same jaxpr.
 
     Leaves are the arrays that f closes over, and those of its arguments.
     """
@@ -30,7 +30,7 @@ class Program:
         return lax.convert_element_type(fz, z.dtype)  # a weak type would change the loop's carry
 
     def calls(self, primitive: str) -> bool:
-        """Whether f, or a function inside it, calls a primitive whose name begins like this.
+        """Return whether f, or a function inside it, calls a primitive whose name begins like this.
 
         The derivative of a `jax.custom_jvp` function is its rule, so that what the function calls does not count.
         """
@@ -56,7 +56,7 @@ def trace(f: Callable[..., Any], z0: Any, args: tuple[Any, ...]) -> tuple[Progra
     leaves, structure = jax.tree.flatten(args)
     dynamic = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
 
-    # A new function each time: JAX would otherwise answer from a cache, with what f closed over before.
+    # A new function each time: otherwise JAX would return a cached result, with the old closure of f.
     def flat(arrays: list[Any], z: Any) -> Any:
         merged = list(leaves)
         for i, array in zip(dynamic, arrays, strict=True):
@@ -66,18 +66,18 @@ def trace(f: Callable[..., Any], z0: Any, args: tuple[Any, ...]) -> tuple[Progra
     arrays = [leaves[i] for i in dynamic]
     closed = jax.make_jaxpr(flat)(arrays, z0)
     jaxpr = closed.jaxpr
-    found = [*closed.consts, *arrays]
+    program_inputs = [*closed.consts, *arrays]
     pure = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
-    first = intern(pure, rules=is_traced(found))
-    return Program(first), [leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf) for leaf in found]
+    first = intern(pure, rules=is_traced(program_inputs))
+    return Program(first), [leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf) for leaf in program_inputs]
 
 
 def calls(value: Any, primitive: str) -> bool:
-    """`Program.calls` for a jaxpr, or for anything that holds some."""
+    """Return `Program.calls` for a jaxpr, or for anything that contains jaxprs."""
     if isinstance(value, core.ClosedJaxpr):
         return calls(value.jaxpr, primitive)
     if isinstance(value, tuple | list):
-        return any(calls(each, primitive) for each in value)
+        return any(calls(item, primitive) for item in value)
     if not isinstance(value, core.Jaxpr):
         return False
     names = [eqn.primitive.name for eqn in value.eqns]
@@ -86,15 +86,15 @@ def calls(value: Any, primitive: str) -> bool:
 
 
 def is_array(leaf: object) -> bool:
-    """Arrays of JAX and of NumPy; numbers and everything else belong to the program."""
+    """Return whether a leaf is an array of JAX or NumPy; numbers and everything else belong to the program."""
     return isinstance(leaf, jax.Array | np.ndarray | np.generic)
 
 
 def is_traced(leaves: Any) -> bool:
-    """Whether a transformation is looking at any of these leaves."""
+    """Return whether a transformation traces any of these leaves."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(leaves))
 
 
 def is_differentiable(leaf: Any) -> bool:
-    """Whether gradients for this array exist."""
+    """Return whether gradients for this array exist."""
     return bool(jnp.issubdtype(leaf.dtype, jnp.inexact))

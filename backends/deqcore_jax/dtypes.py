@@ -9,17 +9,17 @@ import jax.numpy as jnp
 
 
 def wide() -> Any:
-    """The dtype of coefficients: double precision where it is switched on."""
+    """Return the dtype of coefficients: double precision if it is switched on."""
     return jnp.dtype(jnp.float64 if jax.config.jax_enable_x64 else jnp.float32)
 
 
 def single(dtype: Any) -> Any:
-    """This dtype, or float32 if it is narrower."""
+    """Return this dtype, or float32 if it is narrower."""
     return jnp.dtype(dtype) if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
 def common(a: Any, b: Any) -> Any:
-    """A dtype that holds numbers of both exactly."""
+    """Return a dtype that holds numbers of both exactly."""
     a, b = jnp.dtype(a), jnp.dtype(b)
     if a == b:
         return a

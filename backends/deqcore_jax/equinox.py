@@ -69,7 +69,7 @@ class DEQ(eqx.Module):
         self.inference = inference
 
     def __call__(self, *inputs: Any, z0: Any = None, until: Rule | None = None) -> Any:
-        """The equilibrium z*, a tree like the state.
+        """Return the equilibrium z*, a tree like the state.
 
         Args:
             *inputs: what the cell takes beside z.
@@ -79,7 +79,7 @@ class DEQ(eqx.Module):
         return self.solve(*inputs, z0=z0, until=until).value
 
     def solve(self, *inputs: Any, z0: Any = None, until: Rule | None = None, **overrides: object) -> Solution:
-        """The same with everything that is known of the solve.
+        """Return the solution: the equilibrium and the report of its solve.
 
         Args:
             *inputs: what the cell takes beside z.
@@ -97,16 +97,16 @@ class DEQ(eqx.Module):
             return solve(self.cell, self.settings, not self.inference, z0, inputs, overrides, until)
         except FrozenInstanceError as error:
             raise ProblemError(
-                f"The cell changes its own state while the solver evaluates it ({error}): equinox modules stay as "
-                f"they are, and a fixed point needs one function. Compute what changes before the solve, and pass it "
-                f"as an input."
+                f"The cell changes its own state while the solver evaluates it ({error}), but equinox modules are "
+                f"immutable, and a fixed point needs one function. Compute the values that change before the solve, "
+                f"and pass them as an input."
             ) from error
 
     def trajectory(self, *inputs: Any, steps: Sequence[int], z0: Any = None) -> list[Any]:
-        """States on the way, for losses that correct the path (fixed-point correction).
+        """Return states on the way, for losses that correct the path (fixed-point correction).
 
-        Each is the best iterate so far and carries an implicit gradient of its own; the last one is the solution,
-        solved on to the layer's own budget.
+        Each is the best iterate so far and carries its own implicit gradient. The last one is the solution with the
+        step budget of the layer.
 
         Args:
             *inputs: what the cell takes beside z.
@@ -120,24 +120,24 @@ class DEQ(eqx.Module):
         """
         return trajectory(self.cell, self.settings, not self.inference, z0, inputs, steps)
 
-    def check_settings(self, found: Mapping[str, Any]) -> None:
-        """Compare the settings stored with a checkpoint with the layer's own, which stay as they are.
+    def check_settings(self, saved: Mapping[str, Any]) -> None:
+        """Warn if the settings stored with a checkpoint differ from the layer's own, which stay unchanged.
 
         Args:
-            found: `layer.settings.as_dict()` of the layer that was saved, as JSON gives it back.
+            saved: `layer.settings.as_dict()` of the layer that was saved, as JSON gives it back.
 
         Warns:
             LayerWarning: they differ, with each difference.
         """
-        compare_settings(found, self.settings.as_dict())
+        compare_settings(saved, self.settings.as_dict())
 
     def initial_state(self, *inputs: Any) -> Any:
-        """Where a solve without z0 starts."""
+        """Return the initial iterate of a solve without z0."""
         return initial_state(self.cell, inputs)
 
 
 def _training_norms(cell: Any) -> list[str]:
-    """Where a cell has batch normalisation in training mode."""
+    """Return the paths in a cell of batch normalisation in training mode."""
     parts = jax.tree_util.tree_leaves_with_path(cell, is_leaf=lambda part: isinstance(part, eqx.nn.BatchNorm))
     return [
         jax.tree_util.keystr(path).lstrip(".") or "the cell"

@@ -1,4 +1,4 @@
-"""A history in one preallocated array, as `lax.while_loop` asks for."""
+"""A history in one preallocated array, as `lax.while_loop` requires."""
 
 from __future__ import annotations
 
@@ -14,19 +14,27 @@ from deqcore_jax.dtypes import common, single
 
 @jax.tree_util.register_pytree_node_class
 class JaxHistory(History):
-    """Ring of `(batch, history_size, n)`; a write touches one slot, which XLA updates in place inside a loop.
+    """A ring of `(batch, history_size, n)`; a write touches one slot, which XLA updates in place inside a loop.
 
-    `active` belongs to one step: it is no part of the pytree, so it does not outlive a step of a compiled loop.
+    `active` belongs to one step. It is not part of the pytree, so it does not outlive a step of a compiled loop.
 
     Attributes:
         storage: the vectors `(batch, history_size, n)`.
         seen: slots that each sample wrote since its last restart, `(batch, history_size)` of bool.
         written: appends so far, int32.
-        dtype: the state's dtype, in which `combine` answers; the storage may be narrower.
+        dtype: the dtype of the state and of the results of `combine`; the storage may be narrower.
         wide: the dtype of dot products.
     """
 
-    def __init__(self, storage: Any, seen: Any, written: Any, dtype: Any, wide: Any, active: Any = None) -> None:
+    def __init__(
+        self,
+        storage: jax.Array,
+        seen: jax.Array,
+        written: jax.Array,
+        dtype: Any,
+        wide: Any,
+        active: jax.Array | None = None,
+    ) -> None:
         self.storage = storage
         self.seen = seen
         self.written = written
@@ -37,8 +45,8 @@ class JaxHistory(History):
         self.history_size = getattr(storage, "shape", (0, 0))[-2]
 
     @classmethod
-    def empty(cls, like: Any, history_size: int, dtype: Any, wide: Any) -> JaxHistory:
-        """No vectors yet, room for `history_size` vectors like `like` `(batch, n)` stored in `dtype`."""
+    def empty(cls, like: jax.Array, history_size: int, dtype: Any, wide: Any) -> JaxHistory:
+        """Make an empty history with room for `history_size` vectors like `like` `(batch, n)`, stored in `dtype`."""
         batch, n = like.shape
         # Made from `like`: inside shard_map a loop's carry must vary along the same axes of the mesh from the start.
         storage = jnp.zeros_like(like, dtype or like.dtype, shape=(batch, history_size, n))
@@ -46,7 +54,7 @@ class JaxHistory(History):
         return cls(storage, seen, jnp.int32(0), like.dtype, wide)
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """The arrays, and the dtypes beside them."""
+        """Return the arrays, and the dtypes beside them."""
         return (self.storage, self.seen, self.written), (self.dtype, self.wide)
 
     @classmethod
@@ -54,7 +62,7 @@ class JaxHistory(History):
         """Undo `tree_flatten`; all rows are active again."""
         return cls(*arrays, *dtypes)
 
-    def append(self, v: Any) -> JaxHistory:
+    def append(self, v: jax.Array) -> JaxHistory:
         """Write one slot; rows that are not active write back what they had."""
         slot = lax.rem(self.written, jnp.int32(self.history_size))
         new = v.astype(self.storage.dtype)[:, None, :]
@@ -66,56 +74,56 @@ class JaxHistory(History):
         storage = lax.dynamic_update_slice_in_dim(self.storage, new, slot, axis=1)
         return self._with(storage, self.seen | here, self.written + 1)
 
-    def dot(self, v: Any) -> Any:
-        """One pass over the storage, accumulated in float32 or better."""
+    def dot(self, v: jax.Array) -> jax.Array:
+        """Return the products by one pass over the storage, accumulated in float32 or better."""
         many = v if v.ndim == 3 else v[:, None, :]
         rows, many, dtype = self._compute(many)
-        found = jnp.einsum("brn,bmn->brm", many, rows, preferred_element_type=dtype, precision=lax.Precision.HIGHEST)
-        found = jnp.where(self.seen[:, None, :], found.astype(self.wide), jnp.zeros((), self.wide))
-        return found if v.ndim == 3 else found[:, 0]
+        products = jnp.einsum("brn,bmn->brm", many, rows, preferred_element_type=dtype, precision=lax.Precision.HIGHEST)
+        products = jnp.where(self.seen[:, None, :], products.astype(self.wide), jnp.zeros((), self.wide))
+        return products if v.ndim == 3 else products[:, 0]
 
-    def combine(self, coefficients: Any) -> Any:
-        """One pass over the storage; coefficients of slots not seen are ignored."""
+    def combine(self, coefficients: jax.Array) -> jax.Array:
+        """Return the combination by one pass over the storage; coefficients of slots not seen are ignored."""
         dtype = single(self.storage.dtype)
         c = jnp.where(self.seen, coefficients, jnp.zeros((), coefficients.dtype)).astype(dtype)
         rows = self.storage.astype(dtype)
-        found = jnp.einsum("bm,bmn->bn", c, rows, preferred_element_type=dtype, precision=lax.Precision.HIGHEST)
-        return found.astype(self.dtype)
+        combination = jnp.einsum("bm,bmn->bn", c, rows, preferred_element_type=dtype, precision=lax.Precision.HIGHEST)
+        return combination.astype(self.dtype)
 
-    def restart(self, rows: Any) -> JaxHistory:
-        """Nothing is erased: what is not seen is masked."""
+    def restart(self, rows: jax.Array) -> JaxHistory:
+        """Mask the slots that are not seen; nothing is erased."""
         chosen = rows if self.active is None else rows & self.active
         return self._with(self.storage, self.seen & ~chosen[:, None], self.written)
 
-    def erase(self, rows: Any) -> JaxHistory:
-        """Zeros, as products with what is masked are still computed."""
+    def erase(self, rows: jax.Array) -> JaxHistory:
+        """Write zeros, because products with masked slots are still computed."""
         chosen = rows if self.active is None else rows & self.active
         storage = jnp.where(chosen[:, None, None], jnp.zeros((), self.storage.dtype), self.storage)
         return self._with(storage, self.seen, self.written)
 
-    def slot(self) -> Any:
-        """The slot before `written`."""
+    def slot(self) -> jax.Array:
+        """Return the slot before `written`."""
         last = lax.rem(self.written + (self.history_size - 1), jnp.int32(self.history_size))
         return (jnp.arange(self.history_size, dtype=jnp.int32) == last) & (self.written > 0)
 
-    def count(self) -> Any:
-        """Sum of `seen`."""
+    def count(self) -> jax.Array:
+        """Return the sum of `seen`."""
         return jnp.sum(self.seen, axis=1, dtype=jnp.int32)
 
-    def full(self) -> Any:
-        """Whether the sample still sees the slot that comes next."""
+    def full(self) -> jax.Array:
+        """Return whether the sample still sees the slot that comes next."""
         return self.seen[:, lax.rem(self.written, jnp.int32(self.history_size))]
 
-    def masked(self, active: Any) -> JaxHistory:
-        """Shares the arrays."""
+    def masked(self, active: jax.Array | None) -> JaxHistory:
+        """Return a history that shares the arrays."""
         return JaxHistory(self.storage, self.seen, self.written, self.dtype, self.wide, active)
 
-    def vectors(self) -> Any:
-        """All `history_size` slots, zero where not seen."""
+    def vectors(self) -> jax.Array:
+        """Return all `history_size` slots, zero where not seen."""
         return jnp.where(self.seen[:, :, None], self.storage, jnp.zeros((), self.storage.dtype))
 
-    def merge(self, rows: Any, other: History) -> JaxHistory:
-        """The slot that comes next is that of `other` only where no sample of this history is left."""
+    def merge(self, rows: jax.Array, other: History) -> JaxHistory:
+        """Select per sample; the next slot is that of `other` only if no sample of this history is left."""
         assert isinstance(other, JaxHistory)
         storage = jnp.where(rows[:, None, None], other.storage, self.storage)
         seen = jnp.where(rows[:, None], other.seen, self.seen)
@@ -123,18 +131,18 @@ class JaxHistory(History):
         return self._with(storage, seen, jnp.where(jnp.all(rows), other.written, later))
 
     def detach(self) -> JaxHistory:
-        """Of the vectors; masks have no gradient."""
+        """Detach the vectors; masks have no gradient."""
         return self._with(lax.stop_gradient(self.storage), self.seen, self.written)
 
     def copy(self) -> JaxHistory:
-        """Itself: nothing is ever written in place."""
+        """Return this history itself, because nothing is written in place."""
         return self
 
-    def _with(self, storage: Any, seen: Any, written: Any) -> JaxHistory:
+    def _with(self, storage: jax.Array, seen: jax.Array, written: Any) -> JaxHistory:
         return JaxHistory(storage, seen, written, self.dtype, self.wide, self.active)
 
-    def _compute(self, v: Any) -> tuple[Any, Any, Any]:
-        """Storage and vectors in one dtype, and the dtype to accumulate in.
+    def _compute(self, v: jax.Array) -> tuple[Any, Any, Any]:
+        """Return storage and vectors in one dtype, and the dtype to accumulate in.
 
         Equal narrow dtypes are multiplied as they are: their products are exact in the accumulator.
         """

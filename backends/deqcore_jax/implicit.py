@@ -1,17 +1,18 @@
 """Solve, and attach the implicit gradient.
 
-The solve runs on inputs without tangents; then the gradient is attached to what it found. With lin the derivative of
-f at z*, recorded once for products with J and for the gradients of the leaves:
+The solve runs on inputs without tangents; then the gradient is attached to the result. With lin the derivative of f at
+z*, recorded once for products with J and for the gradients of the leaves:
 
-    exact strategies    custom_jvp:  dz* = (I − J)^-1 lin(0, dθ), by lax.custom_linear_solve, whose transpose is the
-                        strategy's route. All of JAX's transformations follow, to any order in principle: the rule
-                        linearises at an *attached* z*, so that second derivatives know that z* moves with θ.
-    approximate ones    custom_vjp:  dθ = (∂f/∂θ)ᵀ solve_adjoint(vjp, g). Reverse mode, first order; more is refused.
-    exact, but f calls  custom_vjp:  dθ = (∂f/∂θ)ᵀ u, and u = (I − J)^-T g has a derivative of its own. Reverse mode
-    a jax.custom_vjp    of any order; J v is the transpose of f's own backward rule.
+    exact strategies    custom_jvp:  dz* = (I − J)^-1 lin(0, dθ), by lax.custom_linear_solve, whose transpose is
+                        `solve_adjoint`. All of JAX's transformations follow, to any order in principle: the rule
+                        linearises at an *attached* z*, so that second derivatives take into account that z* depends
+                        on θ.
+    approximate ones    custom_vjp:  dθ = (∂f/∂θ)ᵀ solve_adjoint(vjp, g). Reverse mode of first order only.
+    exact, but f calls  custom_vjp:  dθ = (∂f/∂θ)ᵀ u, and u = (I − J)^-T g has its own derivative. Reverse mode of any
+    a jax.custom_vjp    order; J v is the transpose of f's own backward rule.
     function
 
-All of it is one `jax.jit` whose key is the structure of f, the solver and the strategy: see `interning.py`.
+All of it is one `jax.jit` whose key is the structure of f, the solver and the strategy: see `jit_cache.py`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from deqcore_jax.loop import recorded
 
 
 class Numbers(NamedTuple):
-    """What may change without compiling again."""
+    """The values that may change without compiling again."""
 
     rtol: Any
     atol: Any
@@ -57,15 +58,15 @@ class Problem:
     adjoint: AdjointSolver | None
 
     def solve(self, z0: Any, numbers: Numbers | None, leaves: list[Any]) -> SolveResult:
-        """Run the solver; products of coefficients in full precision, f as it was traced."""
+        """Run the solver, with products of coefficients in full precision and f as it was traced."""
         iterate = self.iterate
         if numbers is not None:
             rtol, atol, max_steps, resume = numbers
             control = iterate.control._replace(rtol=rtol, atol=atol, max_steps=max_steps)
             iterate = BoundSolve(iterate.backend, iterate.solver, control, resume)
         with precise():
-            found: SolveResult = iterate(lambda z: self.program(z, leaves), z0)
-        return found
+            result: SolveResult = iterate(lambda z: self.program(z, leaves), z0)
+        return result
 
     @property
     def bound(self) -> AdjointSolver:
@@ -98,7 +99,7 @@ def solve(
         adjoint_tap: where the backward pass is reported.
 
     Returns:
-        The value `(batch, n)`, and what the solver did (without gradient).
+        The value `(batch, n)`, and the result of the solver (without gradient).
     """
     program, leaves = trace(f, z0, args)
     if not is_traced((leaves, adjoint_tap)):
@@ -124,16 +125,16 @@ def solve(
 
 def _no_forward_mode(problem: Problem, adjoint_tap: AdjointTap | None) -> StrategyError:
     """The error for jvp, jacfwd or hessian of a value that is a `jax.custom_vjp` function."""
-    asked = "has reverse mode only, but forward mode (jvp, jacfwd, hessian) was asked for"
+    limit = "has reverse mode only, not forward mode (jvp, jacfwd, hessian)"
     if not problem.bound.exact:
         name = problem.bound.name
-        return StrategyError(f"{name} {asked}: use backward.strategy = 'exact-ift' without an adjoint_tap.")
+        return StrategyError(f"{name} {limit}. Use backward.strategy = 'exact-ift' without an adjoint tap.")
     if adjoint_tap is not None:
         return StrategyError(
-            f"A solve that reports to an adjoint_tap {asked}: use backward.strategy = 'exact-ift' without an adjoint_tap."
+            f"A solve that reports to an adjoint tap {limit}. Use backward.strategy = 'exact-ift' without an adjoint tap."
         )
     return StrategyError(
-        f"f calls a jax.custom_vjp function, which {asked}. Use reverse mode (jax.grad, jax.jacrev; "
+        f"f calls a jax.custom_vjp function, which {limit}. Use reverse mode (jax.grad, jax.jacrev; "
         f"jax.jacrev(jax.grad(...)) for second derivatives), or give the function a jax.custom_jvp rule."
     )
 
@@ -173,7 +174,7 @@ def _record(program: Program, steps: Any, z0: Any, leaves: list[Any], forward: S
 
 @jax.custom_jvp
 def straight_through(value: Any, carrier: Any) -> Any:
-    """`value` with the derivative of `carrier`."""
+    """Return `value` with the derivative of `carrier`."""
     return value
 
 
@@ -184,7 +185,7 @@ def _straight_through_jvp(primals: Any, tangents: Any) -> Any:
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _exact(problem: Problem, z: Any, state: Any, leaves: list[Any]) -> Any:
-    """`z` as a function of the leaves."""
+    """Return `z` as a function of the leaves."""
     return z
 
 
@@ -199,7 +200,7 @@ def _exact_jvp(problem: Problem, primals: Any, tangents: Any) -> Any:
 
 
 def _solution(problem: Problem, linear: Linear, b: Any, state: Any) -> Any:
-    """(I − J)^-1 b, with a transpose."""
+    """Return (I − J)^-1 b, with a transpose."""
     return lax.custom_linear_solve(
         lambda v: v - linear.jvp(v),
         b,
@@ -209,7 +210,7 @@ def _solution(problem: Problem, linear: Linear, b: Any, state: Any) -> Any:
 
 
 def _solution_forward(problem: Problem, linear: Linear, b: Any, state: Any) -> Any:
-    """(I − J)^-1 b for an f without reverse mode."""
+    """Return (I − J)^-1 b for an f without reverse mode."""
 
     def solve(_: Any, b: Any) -> Any:
         return _route_forward(problem, linear, b, state)[0]
@@ -219,7 +220,7 @@ def _solution_forward(problem: Problem, linear: Linear, b: Any, state: Any) -> A
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _reverse(problem: Problem, z: Any, state: Any, leaves: list[Any], adjoint_tap: AdjointTap | None) -> Any:
-    """`z` as a function of the leaves, and of the adjoint_tap that it does not depend on."""
+    """Return `z` as a function of the leaves, and of the adjoint tap, which it does not depend on."""
     return z
 
 
@@ -255,8 +256,8 @@ def _reverse_bwd(problem: Problem, residuals: Any, g: Any) -> Any:
         z, state, leaves, g = _first_order_only(problem.bound.name, (z, state, leaves, g))
         linear = Reverse(problem.program, z, leaves, moved, products=problem.bound.uses_vjp)
         u, report = _solve_adjoint(problem, linear, g, state)
-    found = iter(linear.vjp_leaves(u))
-    gradients = [next(found) if i in moved else None for i in range(len(leaves))]
+    cotangents = iter(linear.vjp_leaves(u))
+    gradients = [next(cotangents) if i in moved else None for i in range(len(leaves))]
     return None, None, gradients, None if adjoint_tap is None else fill(report)
 
 
@@ -265,13 +266,13 @@ _reverse.defvjp(_reverse_fwd, _reverse_bwd)
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _adjoint(problem: Problem, z: Any, state: Any, leaves: list[Any], g: Any) -> tuple[Any, AdjointReport]:
-    """u ≈ (I − J)^-T g where f has reverse mode only, so that only its second derivatives need J v."""
+    """Return u ≈ (I − J)^-T g where f has reverse mode only, so that only its second derivatives need J v."""
     return _solve_adjoint(problem, Reverse(problem.program, z, leaves, []), g, state)
 
 
 @_adjoint.defjvp
 def _adjoint_jvp(problem: Problem, primals: Any, tangents: Any) -> Any:
-    """The tangent of u = g + Jᵀu: du = (I − J)^-T (dg + d(Jᵀ) u)."""
+    """Return the tangent of u = g + Jᵀu: du = (I − J)^-T (dg + d(Jᵀ) u)."""
     z, state, leaves, g = primals
     dz, _, dleaves, dg = tangents
     u, report = _adjoint(problem, z, state, leaves, g)
@@ -299,13 +300,13 @@ def _no_tangent(x: Any) -> Any:
 
 
 def _solve_adjoint(problem: Problem, linear: Linear | Reverse, g: Any, state: Any) -> tuple[Any, AdjointReport]:
-    """u ≈ (I − J)^-T g."""
+    """Return u ≈ (I − J)^-T g."""
     with precise():
         return problem.bound(linear.vjp, g, *state)
 
 
 def _route_forward(problem: Problem, linear: Linear | Reverse, b: Any, state: Any) -> tuple[Any, AdjointReport]:
-    """x ≈ (I − J)^-1 b: the same kind of equation, with J v in place of Jᵀu and H in place of Hᵀ."""
+    """Return x ≈ (I − J)^-1 b: the same kind of equation, with J v instead of Jᵀu and H instead of Hᵀ."""
     with precise():
         return problem.bound.transposed()(linear.jvp, b, *state)
 
@@ -318,6 +319,6 @@ def _first_order_only(strategy: str, values: Any) -> Any:
 @_first_order_only.defjvp
 def _refuse(strategy: str, primals: Any, tangents: Any) -> Any:
     raise StrategyError(
-        f"The gradient of {strategy} was differentiated again, but it is an approximation whose derivative is not "
-        f"that of the fixed point: use backward.strategy = 'exact-ift' for second derivatives."
+        f"The gradient of {strategy} was differentiated again, but it is an approximation, whose derivative is not "
+        f"that of the fixed point. Use backward.strategy = 'exact-ift' for second derivatives."
     )

@@ -1,10 +1,10 @@
 """One representative for equal programs, so that eager calls do not compile again.
 
-`jax.jit` and `lax.while_loop` recognise what they compiled by the identity of Python functions. An eager
-`fixed_point` gets a new lambda in each call, and must trace it in each call, because what it closes over may have
-changed. Tracing takes milliseconds; compiling the loop takes a good part of a second. So the traced program (a jaxpr,
-its arrays taken out as arguments) is compared by structure with those seen before, and the one seen first stands
-for all: what was compiled for it is found again.
+`jax.jit` and `lax.while_loop` recognise compiled code by the identity of Python functions. An eager `fixed_point` gets
+a new lambda in each call, and must trace it in each call, because the values that it closes over may have changed.
+Tracing takes milliseconds; compiling the loop takes most of a second. So the traced program (a jaxpr with its arrays
+as arguments) is compared by structure with earlier ones, and the first of equal programs represents them all, so that
+its compiled code is reused.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ _seen: OrderedDict[Hashable, core.Jaxpr] = OrderedDict()
 
 
 def intern(jaxpr: core.Jaxpr, *, rules: bool) -> core.Jaxpr:
-    """The first jaxpr seen that computes the same as this one.
+    """Return the first jaxpr that computes the same as this one.
 
     Args:
         jaxpr: without constants; arrays that f closes over are inputs.
         rules: whether derivatives must agree as well (custom derivative rules are compared by tracing them).
     """
     key = (rules, _jaxpr_key(jaxpr, DEPTH if rules else 0))
-    found = _seen.setdefault(key, jaxpr)
+    representative = _seen.setdefault(key, jaxpr)
     _seen.move_to_end(key)
     if len(_seen) > KEEP:
         _seen.popitem(last=False)
-    return found
+    return representative
 
 
 def _jaxpr_key(jaxpr: core.Jaxpr, depth: int) -> Hashable:
-    """Everything that the jaxpr says, with its variables numbered. `depth` 0 leaves derivative rules out."""
+    """Return the content of a jaxpr with its variables numbered. `depth` 0 leaves derivative rules out."""
     numbers: dict[Any, int] = {}
 
     def atom(a: Any) -> Hashable:
@@ -65,8 +65,8 @@ def _jaxpr_key(jaxpr: core.Jaxpr, depth: int) -> Hashable:
 
 def _params_key(jaxpr: core.Jaxpr, eqn: core.JaxprEqn, depth: int) -> Hashable:
     custom = not RULES.isdisjoint(eqn.params)
-    found = tuple((name, _param_key(eqn.params[name], depth)) for name in sorted(eqn.params.keys() - RULES))
-    return (found, _rule_key(jaxpr, eqn, depth)) if custom and depth else found
+    parameters = tuple((name, _param_key(eqn.params[name], depth)) for name in sorted(eqn.params.keys() - RULES))
+    return (parameters, _rule_key(jaxpr, eqn, depth)) if custom and depth else parameters
 
 
 def _param_key(value: Any, depth: int) -> Hashable:
@@ -75,9 +75,9 @@ def _param_key(value: Any, depth: int) -> Hashable:
     if isinstance(value, core.ClosedJaxpr):
         return _jaxpr_key(value.jaxpr, depth), _param_key(tuple(value.consts), depth)
     if isinstance(value, tuple | list):
-        return type(value), tuple(_param_key(each, depth) for each in value)
+        return type(value), tuple(_param_key(item, depth) for item in value)
     if isinstance(value, dict):
-        return tuple((name, _param_key(each, depth)) for name, each in value.items())
+        return tuple((name, _param_key(item, depth)) for name, item in value.items())
     if isinstance(value, np.ndarray | np.generic):
         return str(value.dtype), value.shape, value.tobytes()
     try:
@@ -88,12 +88,12 @@ def _param_key(value: Any, depth: int) -> Hashable:
 
 
 def _is_dropped(v: core.Var) -> bool:
-    """Is this output used nowhere? JAX's class for it is public from 0.10 on only."""
+    """Return whether this output is unused. JAX's class for it is public only since 0.10."""
     return type(v).__name__ == "DropVar"
 
 
 def _rule_key(jaxpr: core.Jaxpr, eqn: core.JaxprEqn, depth: int) -> Hashable:
-    """What a custom derivative rule does: its jaxpr, traced on the inputs that can be differentiated."""
+    """Return the jaxpr of a custom derivative rule, traced on the inputs that can be differentiated."""
     inputs = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, core.Literal)))
     outputs = [v for v in eqn.outvars if not _is_dropped(v)]
     alone = core.jaxpr_as_fun(
@@ -125,7 +125,7 @@ def _example(aval: Any) -> jax.ShapeDtypeStruct:
 
 
 class _Same:
-    """Equal to itself only. Holds the object, so that its address cannot pass to another."""
+    """A key that is equal only to itself. It holds the object, so that its address cannot pass to another."""
 
     def __init__(self, value: object) -> None:
         self.value = value

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import jax
 
-# JAX before 0.7 has no such key: there, functions compiled under one setting keep it.
+# JAX before 0.7 has no such key, so functions compiled under one setting keep it.
 _make = getattr(jax, "make_user_context", None)
 _settings: Final = _make() if _make else None
 _probes: Final = _make() if _make else None
@@ -18,7 +18,7 @@ _outer: ContextVar[Any] = ContextVar("deqcore_jax.precision", default=None)
 
 
 def settings(config: object) -> AbstractContextManager[Any]:
-    """Enter settings: functions compiled under other ones are compiled again. `deqcore.using` calls it."""
+    """Enter settings, so that functions compiled under other settings are compiled again. `deqcore.using` calls it."""
     return nullcontext() if _settings is None else _settings(config)
 
 
@@ -29,9 +29,9 @@ def key(value: object) -> AbstractContextManager[Any]:
 
 @contextmanager
 def precise() -> Iterator[None]:
-    """Products of coefficients in full precision: GPUs and TPUs shorten float32 by default.
+    """Compute products of coefficients in full precision: GPUs and TPUs shorten float32 by default.
 
-    f is not concerned: it was traced outside.
+    f is not affected, because it was traced outside.
     """
     token = _outer.set(jax.config.jax_default_matmul_precision)
     try:
@@ -43,6 +43,6 @@ def precise() -> Iterator[None]:
 
 @contextmanager
 def as_outside() -> Iterator[None]:
-    """Inside `precise`: the precision that the user chose, for derivatives of f."""
+    """Restore the precision that the user chose, for derivatives of f inside `precise`."""
     with jax.default_matmul_precision(_outer.get()):
         yield

@@ -1,4 +1,4 @@
-"""What the layers for flax and equinox share."""
+"""The common part of the layers for flax and equinox."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from deqcore.solution import Solution
 
 
 def check_cell(cell: Any) -> Any:
-    """The cell, or an error that says what one is."""
+    """Return the cell, or raise an error that says what a cell is."""
     if not callable(cell):
         raise ConfigError.bad_value("The layer", "cell", cell, "a module or a function cell(z, *inputs)")
     return cell
 
 
 def initial_state(cell: Any, inputs: tuple[Any, ...]) -> Any:
-    """The cell's own initial state, or zeros like the first input."""
+    """Return the cell's own initial state, or zeros like the first input."""
     if hasattr(cell, "initial_state"):
         return cell.initial_state(*inputs)
     if not inputs:
@@ -41,7 +41,7 @@ def solve(
     overrides: Mapping[str, object],
     rule: Rule | None = None,
 ) -> Solution:
-    """One solve of a layer; `overrides` win over its settings, `rule` says when a sample halts."""
+    """Solve for a layer; `overrides` win over its settings, `rule` says when a sample halts."""
     config, own = settings.call(training)
     start = initial_state(cell, inputs) if z0 is None else z0
     f = cell if rule is None else until(cell, rule)
@@ -52,7 +52,7 @@ def solve(
 def trajectory(
     cell: Any, settings: LayerSettings, training: bool, z0: Any, inputs: tuple[Any, ...], steps: Sequence[int]
 ) -> list[Any]:
-    """States after so many steps, each solved on from the last, and the solution."""
+    """Return the states after these step counts, each continued from the one before, and the solution."""
     counts = [0, *steps]
     if not steps or any(b <= a for a, b in pairwise(counts)):
         raise ConfigError.bad_value("trajectory", "steps", list(steps), "increasing positive step counts")
@@ -62,7 +62,7 @@ def trajectory(
     states, state = [], None
     for stop in [*stops, {}]:
         with explain_arguments(cell, inputs, type(cell).__name__):
-            found = fixed_point(cell, start, *inputs, config=config, state=state, **(own | stop))
-        state = found.state
-        states.append(found.value)
+            solution = fixed_point(cell, start, *inputs, config=config, state=state, **(own | stop))
+        state = solution.state
+        states.append(solution.value)
     return states

@@ -17,7 +17,7 @@ from deqcore_jax.closure import Program, calls
 class Linear:
     """df = J dz + Σ_i (∂f/∂leaf_i) dleaf_i, in both modes where f has both.
 
-    Products with J are traced here, once, however often a strategy calls them: transposing is not free.
+    Products with J are traced here, once, however often a strategy calls them, because transposing takes time.
 
     Attributes:
         jvp: J v for `v` `(batch, n)`.
@@ -26,7 +26,7 @@ class Linear:
 
     Args:
         program: f.
-        z: where, `(batch, n)`.
+        z: the point `(batch, n)`.
         leaves: the other inputs of f.
         moved: positions of the leaves that may move.
     """
@@ -57,7 +57,7 @@ class Linear:
         self.reversible = self._transpose(program)
 
     def _transpose(self, program: Program) -> bool:
-        """Make `vjp`, if f has a reverse mode."""
+        """Make `vjp`, if f supports reverse mode."""
         try:
             transposed = jax.linear_transpose(self.jvp, self.z)
             self.vjp = _traced(lambda u: transposed(u)[0], self.z)
@@ -68,29 +68,29 @@ class Linear:
         return True
 
     def jvp_leaves(self, d: list[Any]) -> Any:
-        """Σ_i (∂f/∂leaf_i) d_i, `(batch, n)`."""
+        """Return Σ_i (∂f/∂leaf_i) d_i, `(batch, n)`."""
         if self._linear is None:
             return jax.jvp(self._in_leaves, self.moved, d)[1]
         zeros = [jnp.zeros_like(leaf) for leaf in self.moved]
         return jax.jvp(lambda *d: self._linear(jnp.zeros_like(self.z), *d), zeros, d)[1]
 
     def vjp_leaves(self, u: Any) -> list[Any]:
-        """(∂f/∂leaf_i)ᵀ u for each leaf that moves."""
+        """Return (∂f/∂leaf_i)ᵀ u for each leaf that moves."""
         return list(jax.linear_transpose(lambda *d: self.jvp_leaves(list(d)), *self.moved)(u))
 
 
 class Reverse:
-    """Jᵀu and (∂f/∂leaf_i)ᵀ u by reverse mode alone: `jax.custom_vjp` functions inside f have nothing else.
+    """Jᵀu and (∂f/∂leaf_i)ᵀ u by reverse mode alone, the only mode of `jax.custom_vjp` functions inside f.
 
     Attributes:
         vjp: Jᵀu for `u` `(batch, n)`.
 
     Args:
         program: f.
-        z: where, `(batch, n)`.
+        z: the point `(batch, n)`.
         leaves: the other inputs of f.
         moved: positions of the leaves that may move.
-        products: whether products with Jᵀ are wanted; without them z is held fixed.
+        products: whether to make products with Jᵀ; without them z is held fixed.
 
     Raises:
         StrategyError: f has no reverse mode (`lax.while_loop`).
@@ -112,14 +112,14 @@ class Reverse:
             raise no_reverse_mode(error) from error
 
     def vjp_leaves(self, u: Any) -> list[Any]:
-        """(∂f/∂leaf_i)ᵀ u for each leaf that moves."""
+        """Return (∂f/∂leaf_i)ᵀ u for each leaf that moves."""
         try:
             return list(self._vjp(u)[self._first :])
         except (ValueError, NotImplementedError) as error:
             raise no_reverse_mode(error) from error
 
     def jvp(self, v: Any) -> Any:
-        """J v, the transpose of `vjp`."""
+        """Return J v, the transpose of `vjp`."""
         try:
             return jax.linear_transpose(self.vjp, v)(v)[0]
         except (ValueError, NotImplementedError, TypeError) as error:
@@ -130,18 +130,18 @@ class Reverse:
 
 
 def product(f: Map, z: Any) -> Map:
-    """`v ↦ J v` at z `(batch, n)`.
+    """Return `v ↦ J v` at z `(batch, n)`.
 
     Raises:
         BackendError: f calls a `jax.custom_vjp` function whose backward rule is not linear.
     """
     try:
-        found: Map = jax.linearize(f, z)[1]
+        products: Map = jax.linearize(f, z)[1]
     except ValueError:  # as in Linear
         return lambda v: jax.jvp(f, (z,), (v,))[1]
-    if not calls(jax.make_jaxpr(found)(z), "custom_lin"):
-        return found
-    vjp = jax.vjp(f, z)[1]  # such a function has a transpose only, whose transpose is the product
+    if not calls(jax.make_jaxpr(products)(z), "custom_lin"):
+        return products
+    vjp = jax.vjp(f, z)[1]  # such a function has only a transpose; the transpose of that is the product
     try:
         transposed = jax.linear_transpose(lambda u: vjp(u)[0], z)
         return _traced(lambda v: transposed(v)[0], z)
@@ -151,7 +151,7 @@ def product(f: Map, z: Any) -> Map:
 
 
 def no_reverse_mode(error: Exception | None = None) -> StrategyError:
-    """The error for an f that JAX cannot differentiate in reverse mode."""
+    """Return the error for an f that JAX cannot differentiate in reverse mode."""
     reason = f" ({_first_line(error)})" if error is not None else ""
     return StrategyError(
         f"f cannot be differentiated in reverse mode{reason}. Replace lax.while_loop and lax.fori_loop with traced "
@@ -165,7 +165,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _of_moved(program: Program, leaves: list[Any], moved: list[int]) -> Any:
-    """f as a function of z and of the leaves that may move."""
+    """Return f as a function of z and of the leaves that may move."""
 
     def f(z: Any, *at: Any) -> Any:
         merged = list(leaves)
@@ -182,7 +182,7 @@ def _traced(f: Map, example: Any) -> Map:
 
 
 def _missing(_: Any) -> Any:
-    raise StrategyError("The strategy called vjp, although its uses_vjp() says that it does not.")
+    raise StrategyError("The strategy called vjp although its uses_vjp() returns False. Make uses_vjp() return True.")
 
 
 def _refuse_reverse(*_: Any) -> Any:
@@ -190,7 +190,7 @@ def _refuse_reverse(*_: Any) -> Any:
 
 
 def forward_only(dz: Any) -> Any:
-    """The same tangent; taking its transpose, as reverse mode does, raises StrategyError."""
+    """Return the same tangent; taking its transpose, as reverse mode does, raises StrategyError."""
     return _forward_only.bind(dz)
 
 

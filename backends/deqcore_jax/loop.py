@@ -15,7 +15,7 @@ from jax.custom_batching import custom_vmap
 from deqcore.config.sources import LARGEST
 from deqcore.types import LoopVars
 
-# The predicate of a loop is read by the host in each test where the loop runs on an accelerator.
+# On an accelerator the host reads the predicate of a loop at each test.
 EVERY: Final = {"cpu": 1}
 EVERY_ELSEWHERE: Final = 4
 
@@ -24,10 +24,10 @@ _recorded: ContextVar[bool] = ContextVar("_recorded", default=False)
 
 @contextmanager
 def recorded() -> Iterator[None]:
-    """Loops inside it can be differentiated in reverse mode, which `lax.while_loop` cannot.
+    """Make loops inside the block differentiable in reverse mode, which `lax.while_loop` is not.
 
-    They need a step budget that is a Python number. All of it is allocated, and a step that is not needed is skipped
-    by `lax.cond`, so that its derivative is skipped, too.
+    They need a step budget that is a Python number. All of it is allocated; `lax.cond` skips a step that is not
+    needed, together with its derivative.
     """
     token = _recorded.set(True)
     try:
@@ -38,10 +38,10 @@ def recorded() -> Iterator[None]:
 
 @custom_vmap
 def _anywhere(flag: Any) -> Any:
-    """The flag; under vmap, whether it holds in any lane.
+    """Return the flag; under vmap, whether it holds in any lane.
 
-    A predicate per lane would make JAX select between the old and the new carry in every step, histories included.
-    The bodies of the core are harmless once they have ended, so that lanes may end together.
+    With a predicate per lane, JAX would select between the old and the new carry in every step, including histories.
+    The bodies of the core are harmless after the end, so that lanes may end together.
     """
     return flag
 
@@ -77,7 +77,7 @@ def loop(
         return done + 1, body(inner)
 
     def several(state: tuple[Any, LoopVars]) -> tuple[Any, LoopVars]:
-        # A scan has a fixed length, so that no device is asked for a predicate inside it.
+        # A scan has a fixed length, so that no device is read for a predicate inside it.
         return lax.scan(lambda s, _: (once(s), None), state, length=every)[0]
 
     def chunk(state: tuple[Any, LoopVars]) -> tuple[Any, LoopVars]:

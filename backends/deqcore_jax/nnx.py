@@ -69,7 +69,7 @@ class DEQ(nnx.Module):
         self.deterministic = deterministic
 
     def __call__(self, *inputs: Any, z0: Any = None, until: Rule | None = None) -> Any:
-        """The equilibrium z*, a tree like the state.
+        """Return the equilibrium z*, a tree like the state.
 
         Args:
             *inputs: what the cell takes beside z.
@@ -79,7 +79,7 @@ class DEQ(nnx.Module):
         return self.solve(*inputs, z0=z0, until=until).value
 
     def solve(self, *inputs: Any, z0: Any = None, until: Rule | None = None, **overrides: object) -> Solution:
-        """The same with everything that is known of the solve.
+        """Return the solution: the equilibrium and the report of its solve.
 
         Args:
             *inputs: what the cell takes beside z.
@@ -96,10 +96,10 @@ class DEQ(nnx.Module):
             raise ProblemError(_changes_itself(self.cell, error)) from error
 
     def trajectory(self, *inputs: Any, steps: Sequence[int], z0: Any = None) -> list[Any]:
-        """States on the way, for losses that correct the path (fixed-point correction).
+        """Return states on the way, for losses that correct the path (fixed-point correction).
 
-        Each is the best iterate so far and carries an implicit gradient of its own; the last one is the solution,
-        solved on to the layer's own budget.
+        Each is the best iterate so far and carries its own implicit gradient. The last one is the solution with the
+        step budget of the layer.
 
         Args:
             *inputs: what the cell takes beside z.
@@ -113,25 +113,25 @@ class DEQ(nnx.Module):
         """
         return trajectory(self.cell, self.settings, not self.deterministic, z0, inputs, steps)
 
-    def check_settings(self, found: Mapping[str, Any]) -> None:
-        """Compare the settings stored with a checkpoint with the layer's own, which stay as they are.
+    def check_settings(self, saved: Mapping[str, Any]) -> None:
+        """Warn if the settings stored with a checkpoint differ from the layer's own, which stay unchanged.
 
         Args:
-            found: `layer.settings.as_dict()` of the layer that was saved, as JSON gives it back; orbax stores it
+            saved: `layer.settings.as_dict()` of the layer that was saved, as JSON gives it back; orbax stores it
                 beside the weights by `JsonSave`.
 
         Warns:
             LayerWarning: they differ, with each difference.
         """
-        compare_settings(found, self.settings.as_dict())
+        compare_settings(saved, self.settings.as_dict())
 
     def initial_state(self, *inputs: Any) -> Any:
-        """Where a solve without z0 starts."""
+        """Return the initial iterate of a solve without z0."""
         return initial_state(self.cell, inputs)
 
 
 def _changes_itself(cell: Any, error: Exception) -> str:
-    """Why a cell that writes to itself has no fixed point, and what to do."""
+    """Return why a cell that writes to itself has no fixed point, and how to fix it."""
     parts = [(".".join(map(str, path)) or "the cell", part) for path, part in nnx.iter_modules(cell)]
     norms = [name for name, part in parts if isinstance(part, nnx.BatchNorm) and not part.use_running_average]
     if norms:
@@ -139,12 +139,12 @@ def _changes_itself(cell: Any, error: Exception) -> str:
     drops = [name for name, part in parts if isinstance(part, nnx.Dropout) and not part.deterministic]
     if drops:
         return (
-            f"The cell draws random numbers while the solver evaluates it (dropout: {', '.join(drops)}): it is then "
+            f"The cell draws random numbers while the solver evaluates it (dropout: {', '.join(drops)}), so it is "
             f"another function at each step. Draw one mask before the solve by deqcore_jax.cells.dropout_mask, and "
             f"pass it as an input."
         )
     return (
-        f"The cell changes its own state while the solver evaluates it ({str(error).partition(' (')[0]}): it is then "
-        f"another function at each step, and has no fixed point. Compute what changes before the solve, and pass it "
-        f"as an input."
+        f"The cell changes its own state while the solver evaluates it ({str(error).partition(' (')[0]}), so it is "
+        f"another function at each step and has no fixed point. Compute the values that change before the solve, and "
+        f"pass them as an input."
     )

@@ -1,4 +1,4 @@
-"""The core's results as pytrees, so that they pass in and out of transformed functions."""
+"""The core's results as pytrees, so that transformed functions can take and return them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from deqcore.solution import Solution, SolveState
 
 @cache
 def register() -> None:
-    """Tell JAX about `Solution` and `SolveState`; NamedTuples (`LoopState`, `AdjointReport`) it knows."""
+    """Register `Solution` and `SolveState` with JAX, which already knows NamedTuples (`LoopState`, `AdjointReport`)."""
     jax.tree_util.register_dataclass(
         Solution,
         data_fields=["value", "residual", "status", "steps", "evaluations", "state", "z", "fz"],

@@ -53,9 +53,9 @@ class JaxOps:
 
 
 class JaxTrainer(Trainer):
-    """Adam on a model, on JAX's default device if no other is asked for.
+    """Adam on a model, on JAX's default device unless another is requested.
 
-    Forward and backward are compiled apart, so that each can be timed: the first returns the pullback as data.
+    Forward and backward are compiled separately, so that each can be timed: the first returns the pullback as data.
     """
 
     def __init__(self, model: Model, weights: Weights, config: Config, device: str = "auto") -> None:
@@ -103,8 +103,8 @@ class JaxTrainer(Trainer):
     def radius(self, x: Numbers, config: Config, products: int) -> Numbers:
         z, injected = self._solved(self._weights, jnp.asarray(_narrow(x)), config=config)
         step = jax.jit(partial(self._model.cell, self._ops))
-        found = spectral_radius(lambda z: step(self._weights, z, injected), z, max_products=products)
-        return cast(Numbers, found.radius)
+        spectrum = spectral_radius(lambda z: step(self._weights, z, injected), z, max_products=products)
+        return cast(Numbers, spectrum.radius)
 
     def save(self) -> Weights:
         count, mu, nu = self._state
@@ -121,12 +121,12 @@ class JaxTrainer(Trainer):
         self._state = type(self._state)(self._move(saved["adam.count"]), tree("adam.mu"), tree("adam.nu"))
 
     def peak(self) -> int | None:
-        # JAX cannot start the measurement anew: the peak is that of the whole process.
-        found = (self._device.memory_stats() or {}).get("peak_bytes_in_use")
-        return None if found is None or self._device.platform == "cpu" else int(found)
+        # JAX cannot restart the measurement: the peak is that of the whole process.
+        peak_bytes = (self._device.memory_stats() or {}).get("peak_bytes_in_use")
+        return None if peak_bytes is None or self._device.platform == "cpu" else int(peak_bytes)
 
     def _move(self, a: Numbers) -> Any:
-        """A copy on the device; what is computed with it stays there."""
+        """Return a copy on the device; results computed from it stay there."""
         return jax.device_put(np.array(a), self._device)
 
     def _gradient(self, x: Numbers, y: Numbers, config: Config) -> tuple[Any, float]:
@@ -174,8 +174,8 @@ class JaxTrainer(Trainer):
     def _figures(self, figures: Any, adjoint_tap: Any) -> Figures:
         if figures is None:
             return Figures.explicit(self._model.depth)
-        *steps, scale = [np.asarray(each) for each in figures]
-        ran = bool(np.all(np.asarray(adjoint_tap.runs) == 1))  # a step strategy fills no adjoint_tap
+        *steps, scale = [np.asarray(figure) for figure in figures]
+        ran = bool(np.all(np.asarray(adjoint_tap.runs) == 1))  # a step strategy fills no adjoint tap
         return Figures.of(steps, scale, deqcore_jax.adjoint_tap.read(adjoint_tap) if ran else None)
 
 
@@ -185,5 +185,5 @@ def _standard(x: Any) -> Any:
 
 
 def _narrow(a: Numbers) -> Numbers:
-    """Integers as JAX keeps them without its switch for 64 bits."""
+    """Return integers in the dtype that JAX keeps without its switch for 64 bits."""
     return a.astype(np.int32) if np.issubdtype(a.dtype, np.integer) else a

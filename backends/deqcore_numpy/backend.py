@@ -1,7 +1,7 @@
-"""The NumPy backend: the reference that the others are compared with, and an oracle for small problems.
+"""The NumPy backend: the reference for the other backends, and an oracle for small problems.
 
 It has no autodiff tape. Jacobians are dense (complex step or central differences, see `derivative.py`), so
-`deqcore.vjp` works for any NumPy function, at a cost of one evaluation of f per element of the state and arguments.
+`deqcore.vjp` works for any NumPy function and costs one evaluation of f per element of the state and arguments.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deqcore.abc.adjoint import AdjointSolver
 from deqcore.abc.backend import Backend
@@ -38,10 +39,10 @@ class NumpyBackend(Backend):
     def is_array(self, leaf: object) -> bool:
         return isinstance(leaf, np.ndarray | np.generic)
 
-    def asarray(self, a: object, *, dtype: str | None = None, like: Any = None) -> Any:
+    def asarray(self, a: object, *, dtype: str | None = None, like: NDArray[Any] | None = None) -> NDArray[Any]:
         return np.asarray(a, dtype or (like.dtype if like is not None else None))
 
-    def to_numpy(self, x: Any) -> Any:
+    def to_numpy(self, x: NDArray[Any]) -> NDArray[Any]:
         return np.asarray(x)
 
     def in_extended_precision(self) -> bool:
@@ -50,13 +51,13 @@ class NumpyBackend(Backend):
     def owned(self, leaves: list[Any]) -> list[Any]:
         return [np.copy(leaves[0])] if isinstance(leaves[0], np.ndarray) and held(leaves) else leaves
 
-    def unshared(self, x: Any, other: Any) -> Any:
+    def unshared(self, x: NDArray[Any], other: NDArray[Any]) -> NDArray[Any]:
         return np.copy(x) if np.may_share_memory(x, other) else x
 
     @contextmanager
-    def guard_inplace(self, z: Any) -> Iterator[Any]:
+    def guard_inplace(self, z: NDArray[Any]) -> Iterator[Any]:
         seen = z.view()
-        seen.flags.writeable = False  # and so are the views of it that f makes; z itself keeps its flags
+        seen.flags.writeable = False  # f's views of it are read-only, too; z itself keeps its flags
         try:
             yield seen
         except ValueError as error:
@@ -64,24 +65,26 @@ class NumpyBackend(Backend):
                 raise ProblemError.in_place() from error
             raise
 
-    def astype(self, x: Any, dtype: str) -> Any:
+    def astype(self, x: NDArray[Any], dtype: str) -> NDArray[Any]:
         return x.astype(dtype, copy=False)
 
-    def to_accum_dtype(self, x: Any) -> Any:
+    def to_accum_dtype(self, x: NDArray[Any]) -> NDArray[Any]:
         return np.asarray(x).astype(np.float64, copy=False)
 
-    def cast(self, x: Any, like: Any) -> Any:
+    def cast(self, x: NDArray[Any], like: NDArray[Any]) -> NDArray[Any]:
         return x.astype(like.dtype, copy=False)
 
-    def norm(self, v: Any) -> Any:
+    def norm(self, v: NDArray[Any]) -> NDArray[Any]:
         dtype = np.promote_types(v.dtype, np.float32)
-        with np.errstate(all="ignore"):  # squares that leave the range are what the guard is for
-            return self.guarded(v, np.linalg.norm(v.astype(dtype, copy=False), axis=1))
+        with np.errstate(all="ignore"):  # the guard handles squares that leave the range
+            norms: NDArray[Any] = self.guarded(v, np.linalg.norm(v.astype(dtype, copy=False), axis=1))
+            return norms
 
-    def power_of_two(self, x: Any) -> Any:
-        return x / (2.0 * np.frexp(x)[0])
+    def power_of_two(self, x: NDArray[Any]) -> NDArray[Any]:
+        power: NDArray[Any] = x / (2.0 * np.frexp(x)[0])
+        return power
 
-    def put(self, x: Any, rows: Any, part: Any) -> Any:
+    def put(self, x: NDArray[Any], rows: NDArray[Any], part: NDArray[Any]) -> NDArray[Any]:
         x = x.copy()
         x[rows] = part
         return x
@@ -89,49 +92,51 @@ class NumpyBackend(Backend):
     def errstate(self) -> AbstractContextManager[object]:
         return np.errstate(all="ignore")
 
-    def numpy_view(self, x: Any) -> Any:
+    def numpy_view(self, x: NDArray[Any]) -> NDArray[Any]:
         return x
 
-    def from_numpy_view(self, x: Any) -> Any:
+    def from_numpy_view(self, x: NDArray[Any]) -> NDArray[Any]:
         return x
 
-    def solve(self, a: Any, b: Any) -> Any:
+    def solve(self, a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
         many = b if b.ndim == 3 else b[..., None]
         try:
-            found = np.linalg.solve(a, many)
+            x = np.linalg.solve(a, many)
         except np.linalg.LinAlgError:
-            found = np.stack([_solve_one(a[i], many[i]) for i in range(len(b))])
-        return found if b.ndim == 3 else found[..., 0]
+            x = np.stack([_solve_one(a[i], many[i]) for i in range(len(b))])
+        return x if b.ndim == 3 else x[..., 0]
 
-    def history(self, like: Any, history_size: int, dtype: str | None = None) -> NumpyHistory:
+    def history(self, like: NDArray[Any], history_size: int, dtype: str | None = None) -> NumpyHistory:
         if dtype not in (None, "float16", "float32", "float64"):
             raise ConfigError.bad_value("The solver", "history_dtype", dtype, "float16, float32 or float64 on numpy")
-        if np.iscomplexobj(like):  # norms and dot products are real: `derivative.pick` turns to differences
-            raise TypeError("A history holds real vectors: no complex step goes through it.")
+        if np.iscomplexobj(like):  # norms and dot products are real, so `derivative.pick` falls back to differences
+            raise TypeError("A history holds real vectors, so a complex step cannot go through it.")
         batch, n = like.shape
         storage = np.zeros((batch, history_size, n), dtype or like.dtype)
         return NumpyHistory(storage, np.zeros((batch, history_size), bool), like.dtype)
 
-    def linearize(self, f: Map, z: Any) -> tuple[Any, Map]:
+    def linearize(self, f: Map, z: NDArray[Any]) -> tuple[Any, Map]:
         if coupled_rows(self, f, z) is None:
             blocks = batched_jacobian(f, z)
 
-            def vjp(u: Any) -> Any:
-                return np.einsum("bij,bi->bj", blocks, u).astype(u.dtype, copy=False)
+            def vjp(u: NDArray[Any]) -> NDArray[Any]:
+                product: NDArray[Any] = np.einsum("bij,bi->bj", blocks, u).astype(u.dtype, copy=False)
+                return product
         else:
             dense = jacobian(f, z, state=True)
 
-            def vjp(u: Any) -> Any:
-                return (np.ravel(u) @ dense).reshape(u.shape).astype(u.dtype, copy=False)
+            def vjp(u: NDArray[Any]) -> NDArray[Any]:
+                product: NDArray[Any] = (np.ravel(u) @ dense).reshape(u.shape)
+                return product.astype(u.dtype, copy=False)
 
         return f(z), vjp
 
-    def jvp(self, f: Map, z: Any) -> Map:
+    def jvp(self, f: Map, z: NDArray[Any]) -> Map:
         multiply = product(f, z, lambda: coupled_rows(self, f, z) is None)
         return lambda v: multiply(v).astype(v.dtype, copy=False)
 
     def forward_only(
-        self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], solve: Callable[[Map, Any], SolveResult]
+        self, f: Callable[..., Any], z0: NDArray[Any], args: tuple[Any, ...], solve: Callable[[Map, Any], SolveResult]
     ) -> SolveResult:
         with self.errstate():
             return solve(lambda z: f(z, *args), z0)
@@ -147,7 +152,7 @@ class NumpyBackend(Backend):
         forward = self.forward_only(f, z0, args, solve)
         return forward.z, forward, None
 
-    def detach(self, x: Any) -> Any:
+    def detach(self, x: NDArray[Any]) -> NDArray[Any]:
         return x
 
     def grad_enabled(self) -> bool:
@@ -158,23 +163,24 @@ class NumpyBackend(Backend):
     ) -> tuple[Any, Any, tuple[Any, ...]]:
         leaves, structure = self.flatten(args)
         with self.errstate():
-            found, aux = value(*args)
+            primal, aux = value(*args)
         gradients: list[Any] = []
         for i, leaf in enumerate(leaves):
             if not self.is_array(leaf) or not np.issubdtype(leaf.dtype, np.floating):
                 gradients.append(None)
                 continue
 
-            def moved(x: Any, i: int = i) -> Any:
+            def moved(x: NDArray[Any], i: int = i) -> NDArray[Any]:
                 changed = [*leaves[:i], x, *leaves[i + 1 :]]
-                return value(*self.unflatten(structure, changed))[0]
+                primal: NDArray[Any] = value(*self.unflatten(structure, changed))[0]
+                return primal
 
             with self.errstate():
-                gradients.append(vjp_back(jacobian(moved, leaf), cotangent, found, leaf).astype(leaf.dtype))
-        return found, aux, self.unflatten(structure, gradients)
+                gradients.append(vjp_back(jacobian(moved, leaf), cotangent, primal, leaf).astype(leaf.dtype))
+        return primal, aux, self.unflatten(structure, gradients)
 
 
-def _solve_one(a: Any, b: Any) -> Any:
+def _solve_one(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
     try:
         return np.linalg.solve(a, b)
     except np.linalg.LinAlgError:

@@ -1,8 +1,8 @@
 """Derivatives of plain NumPy functions: the complex step where it is valid, central differences elsewhere.
 
-The complex step has no subtraction and so no rounding error, but its result is wrong where f is not analytic code
-(`abs`, comparisons, casts to real). `differences.Differences.check` therefore compares both along a random direction
-first; a difference that is not reliable itself does not decide.
+The complex step has no subtraction and so no rounding error, but its result is wrong if f is not analytic code (`abs`,
+comparisons, casts to real). `differences.Differences.check` therefore compares both along a random direction first; an
+unreliable difference does not decide.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deqcore_numpy.differences import Differences
 
@@ -31,12 +32,12 @@ def differencing() -> Iterator[None]:
 
 
 def is_differencing() -> bool:
-    """Whether f is being evaluated inside `differencing`."""
+    """Return whether f is being evaluated inside `differencing`."""
     return _differencing.get()
 
 
-def jacobian(f: Callable[[Any], Any], x: Any, *, state: bool = False) -> Any:
-    """Dense Jacobian of f at x: `(f(x).size, x.size)`, float64, from x.size directional derivatives.
+def jacobian(f: Callable[[Any], Any], x: NDArray[Any], *, state: bool = False) -> NDArray[Any]:
+    """Return the dense Jacobian of f at x: `(f(x).size, x.size)`, float64, from x.size directional derivatives.
 
     Args:
         f: any function of one array.
@@ -54,10 +55,10 @@ def jacobian(f: Callable[[Any], Any], x: Any, *, state: bool = False) -> Any:
     return np.stack(columns, axis=1) if columns else np.zeros((rule.at.base.size, 0))
 
 
-def batched_jacobian(f: Callable[[Any], Any], z: Any) -> Any:
-    """Jacobians of each row of f with respect to its own row of z `(batch, n)`: `(batch, n, n)`, float64.
+def batched_jacobian(f: Callable[[Any], Any], z: NDArray[Any]) -> NDArray[Any]:
+    """Return the Jacobian of each row of f with respect to its own row of z `(batch, n)`: `(batch, n, n)`, float64.
 
-    Costs n directional derivatives, all rows at once, each row with steps of its own.
+    Costs n directional derivatives, all rows at once, each row with its own steps.
 
     Warns:
         DerivativeWarning: f has a kink at z, or its derivative cannot be found with certainty.
@@ -74,11 +75,10 @@ def batched_jacobian(f: Callable[[Any], Any], z: Any) -> Any:
     return np.stack(columns, axis=2) if columns else np.zeros((*z.shape, 0))
 
 
-def product(f: Callable[[Any], Any], z: Any, rows: Callable[[], bool]) -> Callable[[Any], Any]:
-    """`v` to J v for J = f'(z), both `(batch, n)`, float64.
+def product(f: Callable[[Any], Any], z: NDArray[Any], rows: Callable[[], bool]) -> Callable[[Any], Any]:
+    """Return `v ↦ J v` for J = f'(z), both `(batch, n)`, float64.
 
-    Without the complex step, samples that see each other cost a directional derivative each, since one step cannot
-    fit all of them.
+    Without the complex step, coupled samples cost one directional derivative each, because one step cannot fit all.
 
     Warns:
         DerivativeWarning: f has a kink at z, or its derivative cannot be found with certainty.
@@ -88,43 +88,43 @@ def product(f: Callable[[Any], Any], z: Any, rows: Callable[[], bool]) -> Callab
         independent = rows()
         rule = Differences(f, z, rows=independent, state=True).check()
 
-    def multiply(v: Any) -> Any:
+    def multiply(v: NDArray[Any]) -> NDArray[Any]:
         v = np.asarray(v, np.float64)
         with differencing():
             parts = [v] if rule.analytic or independent else list(_samples(v))
-            found = sum((rule(part) for part in parts), start=np.zeros(z.shape))
+            total = sum((rule(part) for part in parts), start=np.zeros(z.shape))
             rule.close()
-        return found
+        return total
 
     return multiply
 
 
-def _units(x: Any) -> Iterator[Any]:
+def _units(x: NDArray[Any]) -> Iterator[Any]:
     for i in range(x.size):
         unit = np.zeros(x.size)
         unit[i] = 1.0
         yield unit.reshape(x.shape)
 
 
-def _samples(v: Any) -> Iterator[Any]:
+def _samples(v: NDArray[Any]) -> Iterator[Any]:
     for i in np.flatnonzero(v.any(axis=1)):
         part = np.zeros_like(v)
         part[i] = v[i]
         yield part
 
 
-def vjp_back(dense: Any, cotangent: Any, value: Any, leaf: Any) -> Any:
-    """Σ_o cotangent_o ∂value_o/∂leaf, with samples that are not finite kept out of the gradients of the others.
+def vjp_back(dense: NDArray[Any], cotangent: NDArray[Any], value: Any, leaf: NDArray[Any]) -> NDArray[Any]:
+    """Return Σ_o cotangent_o ∂value_o/∂leaf; samples that are not finite do not enter the gradients of the others.
 
-    A difference of NaN is NaN whether or not the number depends on what was moved. Where the leaf has the batch as
-    its first axis, and no finite sample depends on another one's part of it, an ill sample is taken to depend on its
-    own part only, too.
+    A difference of NaN is NaN, even if the number does not depend on the leaf. If the leaf has the batch as its first
+    axis, and no finite sample depends on another sample's part of it, then a sample that is not finite is assumed to
+    depend only on its own part, too.
 
     Args:
         dense: `(value.size, leaf.size)`.
         cotangent: like `value`.
         value: f's output, `(batch, n)`; of any shape with the batch first.
-        leaf: what was moved.
+        leaf: the array that was moved.
     """
     if not np.size(value):
         return np.zeros(leaf.shape)
@@ -138,5 +138,7 @@ def vjp_back(dense: Any, cotangent: Any, value: Any, leaf: Any) -> Any:
         if not blocks.transpose(0, 2, 1, 3)[well].any():
             blocks.transpose(0, 2, 1, 3)[ill[:, None] & apart] = 0.0
         dense = blocks.reshape(dense.shape)
-    # What does not depend on a number gets nothing of it, not even 0 · NaN.
-    return np.sum(np.where(dense == 0.0, 0.0, np.ravel(cotangent)[:, None] * dense), axis=0).reshape(leaf.shape)
+    # An entry that does not depend on a number gets nothing from it, not even 0 · NaN.
+    parts = np.where(dense == 0.0, 0.0, np.ravel(cotangent)[:, None] * dense)
+    gradient: NDArray[Any] = np.sum(parts, axis=0).reshape(leaf.shape)
+    return gradient

@@ -1,9 +1,10 @@
-"""Finite differences whose steps are found, with an estimate of their error, and the complex step beside them.
+"""Finite differences with adaptive steps and an error estimate, and the complex step.
 
-A step has the unit of what it moves. It begins at 2^-9 of a *scale*: of a number's own size, of the size of its sample,
-or, where all of these are 0, of f's value. From there a ladder of steps leads down (and, where rounding dominates, up)
-by factors of 8, until two neighbours agree. Each number of f's output takes the first step that two neighbours agree
-on, or else the one of the least error. So a kink, a saturation or a sample of another size near by changes nothing.
+A step has the unit of the number that it moves. It begins at 2^-9 of a *scale*: the size of the number, or of its
+sample, or, where all of these are 0, of f's value. From there a ladder of steps leads down (and, where rounding
+dominates, up) by factors of 8, until two neighbours agree. Each number of f's output takes the first step at which two
+neighbours agree, or else the step of the least error. So a kink, a saturation or a sample of another size nearby does
+not matter.
 
 Costs in evaluations of f: 8 a direction where f is smooth at its scale, at most `4 * (DOWN + UP + 2 * len(BLIND))`;
 1 a direction by the complex step. `Differences.check`, once per linearisation, takes 12 more, at most
@@ -46,7 +47,7 @@ class Slope:
     Attributes:
         value: like f's output.
         error: estimated, absolute.
-        step: the smallest that a row was moved by, in units of the direction; `(batch, 1)` or a scalar.
+        step: the smallest step of a row, in units of the direction; `(batch, 1)` or a scalar.
         bend: relative difference of the slopes on the two sides where it does not fall with the step, else 0.
         floor: an error that f's own rounding explains.
     """
@@ -64,7 +65,7 @@ class Differences:
     Args:
         f: from arrays like `x` to arrays; in float64.
         x: float64, any shape.
-        rows: whether sample i of f's output depends on sample i of x only; then each takes steps of its own.
+        rows: whether sample i of f's output depends only on sample i of x; each then takes its own steps.
         state: whether f's output has the unit of `x`, sample by sample.
     """
 
@@ -72,15 +73,15 @@ class Differences:
         self.f, self.x, self.rows = f, x, rows
         self.base = np.asarray(f(x))
         self.empty = not (x.size and self.base.size)
-        found = (np.ones(()), np.zeros((), bool)) if self.empty else scales(x, self.base, state)
-        self.scale: Any = found[0]
-        self.blind: Any = found[1]
+        scaled = (np.ones(()), np.zeros((), bool)) if self.empty else scales(x, self.base, state)
+        self.scale: Any = scaled[0]
+        self.blind: Any = scaled[1]
         self.eps = max(EPS, float(np.finfo(self.base.dtype).eps) if self.base.dtype.kind == "f" else EPS)
 
     # -- differences --------------------------------------------------------------------------------------------
 
     def slope(self, dx: Any) -> Slope:
-        """f'(x)·dx by central differences of fourth order."""
+        """Return f'(x)·dx by central differences of fourth order."""
         if self.empty:
             none = np.zeros(self.base.shape)
             return Slope(none, none, np.zeros(()), none, none)
@@ -98,7 +99,7 @@ class Differences:
             yield first / FACTOR**k
             if not search.open.any():
                 return
-        # Only where noise is all that is wrong: longer steps pass over what is smaller than they are.
+        # Only against noise: longer steps miss features of f that are smaller than they are.
         rounded |= search.used >= np.abs(self.over(first / FACTOR, self.base))
         search.restart(rounded)
         for k in range(1, UP if (search.open & rounded).any() else 0):
@@ -114,30 +115,30 @@ class Differences:
                 yield first * 2.0**power / FACTOR
 
     def unit(self, dx: Any) -> Any:
-        """What a step along `dx` is measured by: it moves no number by more than its scale."""
+        """Return the unit of a step along `dx`: a unit step moves no number by more than its scale."""
         with np.errstate(all="ignore"):
             sizes = np.abs(dx) / self.scale
         most = np.max(sizes.reshape(len(sizes), -1), axis=1, keepdims=True) if self.rows else np.max(sizes)
         return 1.0 / np.where(most > 0, most, 1.0)
 
     def moved(self, step: Any, dx: Any) -> Any:
-        """F at x + step·dx."""
+        """Return f at x + step·dx."""
         return np.asarray(self.f(self.x + self.over(step, self.x) * dx))
 
     def over(self, step: Any, like: Any) -> Any:
-        """The step in a shape that goes with an array."""
+        """Return the step in a shape that broadcasts with an array."""
         return step.reshape(-1, *[1] * (np.ndim(like) - 1)) if self.rows else step
 
     # -- complex step -------------------------------------------------------------------------------------------
 
     def complex_slope(self, dx: Any, step: float = COMPLEX) -> Any:
-        """f'(x)·dx for code that is analytic, exact to rounding."""
+        """Return f'(x)·dx for analytic code, exact to rounding."""
         h = np.maximum(step * self.unit(dx), LEAST)
-        found = np.asarray(self.moved(1j * h, dx))
-        return np.imag(found) / self.over(h, found)
+        value = np.asarray(self.moved(1j * h, dx))
+        return np.imag(value) / self.over(h, value)
 
     def check(self) -> Rule:
-        """Which rule is right for f at x, by two or four directional derivatives.
+        """Return which rule is right for f at x, by two or four directional derivatives.
 
         Warns:
             DerivativeWarning: f has a kink at x, or its derivative cannot be found with certainty.
@@ -167,40 +168,40 @@ class Differences:
         return [self.scale, wide] if mixed else [self.scale]
 
     def _find_precision(self, dx: Any) -> None:
-        """Whether f computes in float32 inside: random points then give nothing but float32 numbers."""
-        found = np.abs(self.moved(START * self.unit(dx), dx))
+        """Find out whether f computes in float32 inside: random points then give only float32 numbers."""
+        steps = np.abs(self.moved(START * self.unit(dx), dx))
         with np.errstate(all="ignore"):
-            narrow = np.array_equal(found, found.astype(np.float32))
-        if narrow and np.unique(found).size > max(2, found.size // 2):
+            narrow = np.array_equal(steps, steps.astype(np.float32))
+        if narrow and np.unique(steps).size > max(2, steps.size // 2):
             self.eps = max(self.eps, float(np.finfo(np.float32).eps))
 
     def _learn(self, slope: Slope, dx: Any) -> None:
-        """What had no scale gets that of the step which was right for it."""
+        """Give numbers without a scale the scale of the step that was right for them."""
         if self.blind.any():
-            found = np.broadcast_to(self.over(slope.step, self.x) * np.abs(dx) / START, self.x.shape)
-            self.scale = np.where(self.blind & (found > 0) & np.isfinite(found), found, self.scale)
+            natural = np.broadcast_to(self.over(slope.step, self.x) * np.abs(dx) / START, self.x.shape)
+            self.scale = np.where(self.blind & (natural > 0) & np.isfinite(natural), natural, self.scale)
 
     def _agrees(self, slope: Slope, dx: Any) -> bool:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                warnings.simplefilter("error", np.exceptions.ComplexWarning)  # the imaginary part is thrown away
-                found, again = self.complex_slope(dx), self.complex_slope(dx, COMPLEX * 2.0**60)
-        except Exception:  # whatever f says to complex numbers
+                warnings.simplefilter("error", np.exceptions.ComplexWarning)  # f discards the imaginary part
+                analytic, again = self.complex_slope(dx), self.complex_slope(dx, COMPLEX * 2.0**60)
+        except Exception:  # any error of f on complex numbers
             return False
         floor = 10 * slope.floor
-        size = np.maximum(np.abs(found), np.abs(slope.value))
-        known: Any = np.isfinite(slope.value) & np.isfinite(self.base)
-        if not np.isfinite(found[known]).all() or (np.abs(found - again) > GOOD * size + floor)[known].any():
+        size = np.maximum(np.abs(analytic), np.abs(slope.value))
+        finite: Any = np.isfinite(slope.value) & np.isfinite(self.base)
+        if not np.isfinite(analytic[finite]).all() or (np.abs(analytic - again) > GOOD * size + floor)[finite].any():
             return False
-        apart = known & (np.abs(found - slope.value) > 10 * slope.error + 1e-6 * size + floor)
-        doubtful = known & (slope.error > 0.05 * size + floor)  # such a difference agrees with anything
+        apart = finite & (np.abs(analytic - slope.value) > 10 * slope.error + 1e-6 * size + floor)
+        doubtful = finite & (slope.error > 0.05 * size + floor)  # such a difference agrees with every value
         apart |= doubtful
-        return not apart.any() or self._nearer(found, slope.value, dx, apart)
+        return not apart.any() or self._nearer(analytic, slope.value, dx, apart)
 
-    def _nearer(self, found: Any, value: Any, dx: Any, where: Any) -> bool:
-        """Whether differences tend to `found` as their steps shrink, as far as rounding lets them."""
-        gap, seen = np.abs(found - value), np.zeros(where.shape, bool)
+    def _nearer(self, slope: Any, value: Any, dx: Any, where: Any) -> bool:
+        """Return whether differences tend to `slope` as their steps shrink, as far as rounding allows."""
+        gap, seen = np.abs(slope - value), np.zeros(where.shape, bool)
         nearer = np.zeros(where.shape, bool)
         for k in range(DOWN):
             h = START * self.unit(dx) / FACTOR**k
@@ -208,7 +209,7 @@ class Differences:
             rounding = 4 * self.eps * np.maximum(np.abs(high), np.abs(low)) / over
             shown = (high - low) / (2 * over)
             sharp = rounding < 0.05 * gap
-            nearer = np.where(sharp, np.abs(shown - found) < 0.25 * np.abs(shown - value), nearer)
+            nearer = np.where(sharp, np.abs(shown - slope) < 0.25 * np.abs(shown - value), nearer)
             seen |= sharp
         return bool((seen & nearer)[where].all())
 
@@ -250,12 +251,12 @@ class _Search:
         before, bent = self.last
         error = np.abs(value - before) + rounding
         error = np.where(np.isfinite(error), error, np.inf)
-        # Where f is coarse (float32 inside), small steps move nothing: that is no slope of 0.
+        # If f is coarse (float32 inside), small steps change nothing, which does not mean a slope of 0.
         trusted = (self.value != 0) & (self.bend == 0) & (self.error <= 1e-2 * np.abs(self.value))
-        steady = (bend > 0.5 * bent) & (bent > 0.5 * bend)  # a curve's falls with the step, by 8
+        steady = (bend > 0.5 * bent) & (bent > 0.5 * bend)  # that of a smooth curve falls with the step, by 8
         bend = np.where(steady & (bend > 1e-3 * np.abs(value)), bend, 0.0)
         lower = self._score(value, error) < self._score(self.value, self.error)
-        # A kink that shorter steps do not reach was near by. What rounding leaves of them must show it.
+        # A kink that shorter steps do not reach was nearby; the shorter steps must show that beyond rounding.
         past = (bend == 0) & (error < 0.02 * self.bend)
         better = np.where((self.bend > 0) & (bend == 0), past, lower) & ~((value == 0) & trusted)
         better &= self.open & self.only
@@ -267,27 +268,27 @@ class _Search:
         self.done |= better & (bend == 0) & ((error <= GOOD * np.abs(value)) | (error <= self.floor))
 
     def _score(self, value: Any, error: Any) -> Any:
-        """Relative error. An absolute one would prefer steps so long that f is flat along them."""
+        """Return the relative error. An absolute one would prefer steps so long that f is flat along them."""
         with np.errstate(all="ignore"):
             score = error / (np.abs(value) + self.floor + error)
         return np.where(error == 0, 0.0, np.where(np.isnan(score), 1.0 + np.isnan(value), score))
 
     def restart(self, only: Any = None) -> None:
-        """Go in another direction: from the first step on, for these numbers; or from nowhere, for all."""
+        """Change direction: from the first step on for these numbers, or from the start for all."""
         self.last = None if only is None else self.first
         self.only = np.ones(self.done.shape, bool) if only is None else only
 
     @property
     def open(self) -> Any:
-        """Which numbers have no good slope yet."""
+        """Return which numbers have no good slope yet."""
         return ~self.done
 
     def rounded(self) -> Any:
-        """Where the error is one of rounding, which smaller steps make larger."""
+        """Return where rounding dominates the error, which smaller steps make larger."""
         return self.error < 2 * self.rounding
 
     def result(self) -> Slope:
-        """The best of all."""
+        """Return the best derivative."""
         used = np.where(np.isfinite(self.used), self.used, np.inf)
         least = (
             np.min(used.reshape(len(used), -1), axis=1, keepdims=True, initial=np.inf)
@@ -301,7 +302,7 @@ class _Search:
 
 @dataclass
 class Rule:
-    """A rule that has been chosen, as a function of the direction.
+    """A chosen rule, as a function of the direction.
 
     Attributes:
         at: f and x.
@@ -321,7 +322,7 @@ class Rule:
         return slope.value
 
     def close(self) -> None:
-        """Report what the directions since the last report have shown.
+        """Report the largest error of the directions since the last report.
 
         Warns:
             DerivativeWarning: a difference is not reliable.
@@ -331,15 +332,15 @@ class Rule:
 
 
 def scales(x: Any, value: Any, state: bool) -> tuple[Any, Any]:
-    """What the size of each number of `x` is measured by, and where nothing says it.
+    """Return the scale of each number of `x`, and where it is unknown.
 
-    A number of less than 1/64 of its sample's largest may be 0 up to rounding, so it takes that.
+    A number below 1/64 of its sample's largest may be 0 up to rounding, so it takes the largest as its scale.
     """
     size = np.where(np.isfinite(x), np.abs(x), 0.0)
     samples = size.reshape(len(size), -1) if size.ndim > 1 else size.reshape(1, -1)
     most = np.max(samples, axis=1, initial=0.0)
     shown = np.where(np.isfinite(value), np.abs(value), 0.0)
-    # An argument may have one part for each sample, too; its unit is then unknown, but f's is the best guess.
+    # An argument may also have one part for each sample; its unit is then unknown, and that of f the best guess.
     alike = value.ndim > 0 and len(value) == len(most)
     own = np.max(shown.reshape(len(shown), -1), axis=1) if alike else np.max(shown)
     if state:
@@ -353,7 +354,7 @@ def scales(x: Any, value: Any, state: bool) -> tuple[Any, Any]:
 
 
 def uncertainty(slope: Slope, base: Any) -> float:
-    """The largest error relative to its sample's largest slope; a change of f by 1e-7 along a natural step is none."""
+    """Return the largest error relative to its sample's largest slope; a change of f below `NOISE` does not count."""
     error = np.where(np.isfinite(base) & (slope.error > 1e4 * slope.floor), slope.error, 0.0)
     with np.errstate(all="ignore"):
         size = np.where(np.isfinite(slope.value), np.abs(slope.value), 0.0)
@@ -363,7 +364,7 @@ def uncertainty(slope: Slope, base: Any) -> float:
 
 
 def warn_if_poor(worst: float) -> None:
-    """Warn of a difference whose estimated error is above `POOR`."""
+    """Warn about a difference whose estimated error is above `POOR`."""
     if worst > POOR:
         warnings.warn(
             f"The derivative of f by finite differences is not reliable (estimated relative error {worst:.1e}, limit "
@@ -375,7 +376,7 @@ def warn_if_poor(worst: float) -> None:
 
 
 def warn_of_bend(bend: float) -> None:
-    """Warn of a point where f has two slopes."""
+    """Warn about a point where f has two slopes."""
     warnings.warn(
         f"f has a kink at this point: its slopes on the two sides differ by {bend:.0%}, and the derivative is their "
         f"mean. Move the point, or use a smooth function.",

@@ -5,17 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deqcore.abc.history import History
 
 
 class NumpyHistory(History):
-    """Ring of `(batch, history_size, n)`. The operating system commits its zero pages as steps fill them."""
+    """A ring of `(batch, history_size, n)`. The operating system commits its zero pages as steps fill them."""
 
-    def __init__(self, storage: Any, seen: Any, dtype: Any, written: int = 0, active: Any = None) -> None:
+    def __init__(
+        self,
+        storage: NDArray[Any],
+        seen: NDArray[Any],
+        dtype: Any,
+        written: int = 0,
+        active: NDArray[Any] | None = None,
+    ) -> None:
         self.storage = storage
         self.seen = seen  # (batch, memory)
-        self.dtype = dtype  # the state's, in which combine answers; the storage may be narrower
+        self.dtype = dtype  # of the state and of the results of combine; the storage may be narrower
         self.written = written
         self.active = active
         self.history_size = storage.shape[1]
@@ -23,7 +31,7 @@ class NumpyHistory(History):
     def _used(self) -> int:
         return min(self.written, self.history_size)
 
-    def append(self, v: Any) -> NumpyHistory:
+    def append(self, v: NDArray[Any]) -> NumpyHistory:
         slot = self.written % self.history_size
         seen = self.seen.copy()
         if self.active is None:
@@ -34,58 +42,61 @@ class NumpyHistory(History):
             seen[self.active, slot] = True
         return NumpyHistory(self.storage, seen, self.dtype, self.written + 1, self.active)
 
-    def dot(self, v: Any) -> Any:
+    def dot(self, v: NDArray[Any]) -> NDArray[Any]:
         used = self._used()
         many = v if v.ndim == 3 else v[:, None, :]
-        found = np.zeros((v.shape[0], many.shape[1], self.history_size))
+        products = np.zeros((v.shape[0], many.shape[1], self.history_size))
         compute = np.promote_types(self.storage.dtype, np.float32)
         rows = self.storage[:, :used].astype(compute, copy=False)
-        found[:, :, :used] = np.matmul(many.astype(compute, copy=False), rows.swapaxes(1, 2))
-        found = np.where(self.seen[:, None, :], found, 0.0)
-        return found if v.ndim == 3 else found[:, 0]
+        products[:, :, :used] = np.matmul(many.astype(compute, copy=False), rows.swapaxes(1, 2))
+        products = np.where(self.seen[:, None, :], products, 0.0)
+        return products if v.ndim == 3 else products[:, 0]
 
-    def combine(self, coefficients: Any) -> Any:
+    def combine(self, coefficients: NDArray[Any]) -> NDArray[Any]:
         used = self._used()
         compute = np.promote_types(self.storage.dtype, np.float32)
         c = np.where(self.seen, coefficients, 0.0)[:, None, :used].astype(compute)
         rows = self.storage[:, :used].astype(compute, copy=False)
-        return np.matmul(c, rows)[:, 0].astype(self.dtype, copy=False)
+        combination: NDArray[Any] = np.matmul(c, rows)[:, 0].astype(self.dtype, copy=False)
+        return combination
 
-    def restart(self, rows: Any) -> NumpyHistory:
+    def restart(self, rows: NDArray[Any]) -> NumpyHistory:
         chosen = rows if self.active is None else rows & self.active
         seen = np.where(chosen[:, None], False, self.seen)
         return NumpyHistory(self.storage, seen, self.dtype, self.written, self.active)
 
-    def erase(self, rows: Any) -> NumpyHistory:
+    def erase(self, rows: NDArray[Any]) -> NumpyHistory:
         self.storage[rows if self.active is None else rows & self.active] = 0
         return self
 
-    def slot(self) -> Any:
+    def slot(self) -> NDArray[Any]:
         mask = np.zeros(self.history_size, bool)
         if self.written:
             mask[(self.written - 1) % self.history_size] = True
         return mask
 
-    def count(self) -> Any:
-        return self.seen.sum(axis=1, dtype=np.int32)
+    def count(self) -> NDArray[Any]:
+        count: NDArray[Any] = self.seen.sum(axis=1, dtype=np.int32)
+        return count
 
-    def full(self) -> Any:
-        return self.seen[:, self.written % self.history_size]
+    def full(self) -> NDArray[Any]:
+        next_seen: NDArray[Any] = self.seen[:, self.written % self.history_size]
+        return next_seen
 
     def may_be_full(self) -> bool:
         full = self.full()
         return bool((full if self.active is None else full & self.active).any())
 
-    def masked(self, active: Any) -> NumpyHistory:
+    def masked(self, active: NDArray[Any] | None) -> NumpyHistory:
         return NumpyHistory(self.storage, self.seen, self.dtype, self.written, active)
 
-    def vectors(self) -> Any:
+    def vectors(self) -> NDArray[Any]:
         return np.where(self.seen[:, : self._used(), None], self.storage[:, : self._used()], 0)
 
     def copy(self) -> NumpyHistory:
         return NumpyHistory(self.storage.copy(), self.seen, self.dtype, self.written, self.active)
 
-    def merge(self, rows: Any, other: History) -> NumpyHistory:
+    def merge(self, rows: NDArray[Any], other: History) -> NumpyHistory:
         assert isinstance(other, NumpyHistory)
         if rows.all():
             return other
@@ -93,10 +104,10 @@ class NumpyHistory(History):
         seen = np.where(rows[:, None], other.seen, self.seen)
         return NumpyHistory(self.storage, seen, self.dtype, max(self.written, other.written), self.active)
 
-    def take(self, rows: Any) -> NumpyHistory:
+    def take(self, rows: NDArray[Any]) -> NumpyHistory:
         return NumpyHistory(self.storage[rows], self.seen[rows], self.dtype, self.written)
 
-    def put(self, rows: Any, part: History) -> NumpyHistory:
+    def put(self, rows: NDArray[Any], part: History) -> NumpyHistory:
         assert isinstance(part, NumpyHistory)
         self.storage[rows] = part.storage
         seen = self.seen.copy()

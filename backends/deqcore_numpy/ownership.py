@@ -1,4 +1,4 @@
-"""Who holds an array that f returned: f, which may write to it again at its next call, or the solver alone."""
+"""Ownership of an array that f returned: of f, which may write to it at its next call, or of the solver alone."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def _references(leaves: list[Any]) -> int:
 
 
 def _of_an_array_of_nobody_else() -> int:
-    found = np.empty(1)
-    leaves = [found]
+    array = np.empty(1)
+    leaves = [array]
     return _references(leaves)
 
 
@@ -22,10 +22,10 @@ ALONE = _of_an_array_of_nobody_else()
 
 
 def held(leaves: list[Any]) -> bool:
-    """Whether anything but its caller's own names refers to the array in `leaves`, or to the one that it views.
+    """Return whether anything but its caller's own names refers to the array in `leaves`, or to the one that it views.
 
-    CPython counts references, which tells a buffer that f keeps from a result that f has let go of, at no pass over
-    either. Memory addresses do not: they show a reused buffer only once it has been overwritten.
+    CPython counts references, which distinguishes a buffer that f keeps from a result that f has released, without a
+    pass over either. Memory addresses do not: they show a reused buffer only after it has been overwritten.
     """
     if _references(leaves) > ALONE:
         return True
@@ -34,5 +34,5 @@ def held(leaves: list[Any]) -> bool:
         base = base.base
     if base is None:
         return False
-    # A view's base is held by the view and by the name `base`; what is no array (a DLPack capsule) has other owners.
+    # The view and the name `base` hold the base of a view; an object other than an array (a DLPack capsule) has owners.
     return not isinstance(base, np.ndarray) or sys.getrefcount(base) > ALONE

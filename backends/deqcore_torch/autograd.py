@@ -1,19 +1,18 @@
-"""How the implicit gradient is attached to a solution in PyTorch.
+"""Attach the implicit gradient to a solution in PyTorch.
 
-One recorded evaluation y = f(z*, …) serves everything: it carries the parameters' gradients by ordinary autograd, so
-closures, modules and hooks need no registration, and its graph gives the vjps Jᵀu. `_Attach` stands behind y and
-turns the cotangent g of the value into u; autograd then continues through y with u.
+One recorded evaluation y = f(z*, …) is enough: it carries the parameters' gradients by ordinary autograd, so closures,
+modules and hooks need no registration, and its graph gives the vjps Jᵀu. `_Attach` follows y and turns the cotangent g
+of the value into u; autograd then continues through y with u.
 
-z* enters f through a `_Gate`, which swallows the part of the cotangent that would flow on into z*: it is accounted
-for in u already.
+z* enters f through a `_Gate`, which drops the part of the cotangent that would flow into z*: u already contains it.
 
-Second derivatives (`exact` strategies) come from the same evaluation: see `second.py`. They need the tensors that f
-depends on: those in args, and leaves, found by walking the graph of y (`graph.py`). A tensor that f closes over and
-that has a history of its own is refused, and so are Functions that are differentiable once only, and compiled code,
-whose backward PyTorch does not differentiate: the gradients that leave it are replaced by such as refuse, since
-PyTorch's own error does not say what to do.
+Second derivatives (`exact` strategies) come from the same evaluation: see `second_order.py`. They need the tensors
+that f depends on: those in args, and leaves, found by walking the graph of y (`graph.py`). Three cases are refused: a
+tensor that f closes over and that has its own history, a Function that is differentiable only once, and compiled code,
+whose backward PyTorch does not differentiate. Gradients that leave compiled code are replaced by gradients that raise,
+because PyTorch's own error does not say how to fix it.
 
-Inside `torch.func` and in forward mode there is no such tape: see `transforms.py`.
+`torch.func` and forward mode have no such tape: see `functorch.py`.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def attach(
     adjoint: AdjointSolver,
     record: BackwardRecord,
 ) -> Tensor:
-    """The value z* `(batch, n)` with its implicit gradient.
+    """Return the value z* `(batch, n)` with its implicit gradient.
 
     Args:
         backend: the backend of these tensors.
@@ -77,22 +76,22 @@ def attach(
         sources = distinct(tensors)
         job.outside = outside(y, z, sources, range(start, sequence()))
         if not job.outside.leaves and not sources and job.outside.hidden is None:
-            return forward.z  # y depends on z* only: nothing to differentiate
+            return forward.z  # y depends only on z*: nothing to differentiate
         tensors_outside = [*sources, *job.outside.leaves]
     value: Tensor = _Attach.apply(y, z, forward.z, job, *tensors_outside)
-    # What follows may write in place (relu_): neither into the solve's state, nor into what second derivatives need.
+    # Later code may write in place (relu_), but not into the solve's state or tensors that second derivatives need.
     return value.clone()
 
 
 def _own(y: Tensor, start: int) -> Tensor:
-    """y as the output of a node that f made, also where f returned a tensor from outside."""
+    """Return y as the output of a node that f made, also if f returned a tensor from outside."""
     return y.view_as(y) if y.grad_fn is None or y.grad_fn._sequence_nr() < start else y
 
 
 class _Job:
-    """What a backward pass needs beside tensors.
+    """The data that a backward pass needs beside tensors.
 
-    It refers neither to f nor to arguments nor to an output: a graph that an object keeps would keep the object alive.
+    It refers neither to f nor to arguments nor to an output, because the graph would keep them alive.
     """
 
     def __init__(self, adjoint: AdjointSolver, record: BackwardRecord, state: Any) -> None:
@@ -104,14 +103,14 @@ class _Job:
 
     def solve_adjoint(self, y: Tensor, z: Tensor, g: Tensor) -> Tensor:
         def vjp(u: Tensor) -> Tensor:
-            (found,) = torch.autograd.grad(y, z, u, retain_graph=True, allow_unused=True)
-            return torch.zeros_like(u) if found is None else found
+            (product,) = torch.autograd.grad(y, z, u, retain_graph=True, allow_unused=True)
+            return torch.zeros_like(u) if product is None else product
 
         start = time.perf_counter()
         u, report = self.adjoint(vjp, g, self.state)
         self.record.add(report, time.perf_counter() - start)
-        found: Tensor = u
-        return found
+        solution: Tensor = u
+        return solution
 
     def refusal(self) -> str | None:
         """Why the gradient may not be differentiated again, if it may not."""
@@ -160,20 +159,20 @@ class _Attach(torch.autograd.Function):
             return (None, None, None, None, *_second_order(job, y, z, g, out, outside))
         with torch.no_grad():
             u = job.solve_adjoint(y, z, g)
-        # PyTorch's own error, which comes from inside compiled code, would come before ours.
+        # Otherwise PyTorch's own error, from inside compiled code, would precede ours.
         refuse_compiled(y, lambda part: Refuse.apply(part, part, refusal))
         return (Refuse.apply(u, y, refusal), None, None, None, *nothing)
 
 
 def _second_order(job: _Job, y: Tensor, z: Tensor, g: Tensor, out: Tensor, outside: list[Tensor]) -> Any:
-    """Gradients of the tensors outside, as differentiable functions of g, of the solution and of those tensors."""
+    """Return gradients of the tensors outside f, as differentiable functions of g, the solution and those tensors."""
 
     def vjp(u: Tensor) -> Tensor:
-        (found,) = torch.autograd.grad(y, z, u, create_graph=True, allow_unused=True)
-        return torch.zeros_like(u) if found is None else found
+        (product,) = torch.autograd.grad(y, z, u, create_graph=True, allow_unused=True)
+        return torch.zeros_like(u) if product is None else product
 
     def solve(g: Tensor) -> Tensor:
-        """U as the solution of its own linear equation, whose Jacobian is Jᵀ."""
+        """Return u as the solution of its own linear equation, whose Jacobian is Jᵀ."""
         with torch.no_grad():
             u = job.solve_adjoint(y, z, g)
         inner = _Job(job.adjoint.transposed(), BackwardRecord(), job.state)
@@ -185,7 +184,7 @@ def _second_order(job: _Job, y: Tensor, z: Tensor, g: Tensor, out: Tensor, outsi
 
 
 class _Gate(torch.autograd.Function):
-    """Identity whose backward passes nothing."""
+    """Identity whose backward returns no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -111,18 +111,18 @@ class TorchBackend(Backend):
     def norm(self, v: Tensor) -> Tensor:
         narrow = v.dtype in (torch.float16, torch.bfloat16)
         if self.numpy_view(v.new_empty(0, dtype=torch.float32) if narrow else v) is not None:
-            found: Tensor = torch.linalg.vector_norm(v, dim=1, dtype=torch.float32 if narrow else None)
-            return self.guarded(v, found)
-        steps = self._native(v)  # elsewhere a look at the norms would wait for the device
+            norms: Tensor = torch.linalg.vector_norm(v, dim=1, dtype=torch.float32 if narrow else None)
+            return self.guarded(v, norms)
+        steps = self._native(v)  # on other devices reading the norms would wait
         if steps is not None:
-            found = steps.norm(v)
-            return found
+            norms = steps.norm(v)
+            return norms
         like = v.new_zeros(v.shape[0], dtype=torch.float32 if narrow else None)
         return self._scaled_norm(v, self._largest(v, like))
 
     def _largest(self, v: Tensor, like: Tensor) -> Tensor:
-        found: Tensor = torch.linalg.vector_norm(v.detach(), float("inf"), dim=1) if v.shape[1] else like
-        return found.to(like.dtype)
+        largest: Tensor = torch.linalg.vector_norm(v.detach(), float("inf"), dim=1) if v.shape[1] else like
+        return largest.to(like.dtype)
 
     def power_of_two(self, x: Tensor) -> Tensor:
         return x / (2.0 * torch.frexp(x)[0])
@@ -157,14 +157,14 @@ class TorchBackend(Backend):
 
     def fused_step(self, solver: object, f: Map, z: Tensor, fz: Tensor, state: Any) -> StepResult | None:
         steps = self._native(z)
-        found: StepResult | None = None if steps is None else steps.step(self, solver, f, z, fz, state)
-        return found
+        result: StepResult | None = None if steps is None else steps.step(self, solver, f, z, fz, state)
+        return result
 
     def fused_update(
-        self, carry: Any, found: StepResult, residual: Tensor, size: Tensor | None, limits: Any
+        self, carry: Any, result: StepResult, residual: Tensor, size: Tensor | None, limits: Any
     ) -> Any | None:
-        steps = self._native(found.z)
-        return None if steps is None else steps.keep(carry, found, residual, size, limits)
+        steps = self._native(result.z)
+        return None if steps is None else steps.keep(carry, result, residual, size, limits)
 
     def fused_arnoldi(self, space: Any, w: Tensor, goal: Tensor, twice: bool) -> Any | None:
         steps = self._native(w)
@@ -172,23 +172,23 @@ class TorchBackend(Backend):
 
     def residual_norms(self, z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
         steps = self._native(z)
-        found = None if steps is None else steps.measure(z, fz)
-        return super().residual_norms(z, fz) if found is None else found
+        norms = None if steps is None else steps.measure(z, fz)
+        return super().residual_norms(z, fz) if norms is None else norms
 
     def orthogonalize(self, basis: History, w: Tensor, twice: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         steps = self._native(w)
-        found = None if steps is None else steps.project(basis, w, twice)
-        return super().orthogonalize(basis, w, twice) if found is None else found
+        parts = None if steps is None else steps.project(basis, w, twice)
+        return super().orthogonalize(basis, w, twice) if parts is None else parts
 
     def _native(self, x: Tensor) -> Any | None:
-        """The native steps that can read x; those for the host only where looking at x is no wait."""
+        """Return the native steps that can read x; those for the host only if reading x costs no wait."""
         steps = native.reading(x)
         return None if steps is None or (x.device.type == "cpu" and self.numpy_view(x) is None) else steps
 
     def solve(self, a: Tensor, b: Tensor) -> Tensor:
-        found, info = torch.linalg.solve_ex(a, b if b.dim() == 3 else b[..., None])
-        found = found.masked_fill(info[:, None, None] != 0, float("nan"))
-        return found if b.dim() == 3 else found[..., 0]
+        x, info = torch.linalg.solve_ex(a, b if b.dim() == 3 else b[..., None])
+        x = x.masked_fill(info[:, None, None] != 0, float("nan"))
+        return x if b.dim() == 3 else x[..., 0]
 
     def history(self, like: Tensor, history_size: int, dtype: str | None = None) -> History:
         stored = like.dtype if dtype is None else getattr(torch, dtype, None)
@@ -229,8 +229,8 @@ class TorchBackend(Backend):
         def vjp(u: Tensor) -> Tensor:
             if not y.requires_grad:
                 return torch.zeros_like(u)
-            (found,) = torch.autograd.grad(y, z, u, retain_graph=True, allow_unused=True)
-            return torch.zeros_like(u) if found is None else found
+            (product,) = torch.autograd.grad(y, z, u, retain_graph=True, allow_unused=True)
+            return torch.zeros_like(u) if product is None else product
 
         return y.detach(), vjp
 
@@ -243,8 +243,8 @@ class TorchBackend(Backend):
         def vjp(u: Tensor) -> Tensor:
             if not y.requires_grad:
                 return torch.zeros_like(u)
-            (found,) = torch.autograd.grad(y, z, u, create_graph=True, allow_unused=True)
-            return torch.zeros_like(u) if found is None else found
+            (product,) = torch.autograd.grad(y, z, u, create_graph=True, allow_unused=True)
+            return torch.zeros_like(u) if product is None else product
 
         return vjp
 
@@ -307,7 +307,7 @@ class TorchBackend(Backend):
     def checkpoint(self, f: Map) -> Map:
         def checkpointed(z: Tensor) -> Any:
             if functorch.active():
-                return f(z)  # evaluated again outside of forward mode it would save fewer tensors: an error of torch
+                return f(z)  # evaluated again outside of forward mode it saves fewer tensors: an error in torch
             return torch.utils.checkpoint.checkpoint(f, z, use_reentrant=False)
 
         return checkpointed
@@ -331,8 +331,8 @@ class TorchBackend(Backend):
         def gradient(x: Tensor) -> Tensor:
             with torch.enable_grad():
                 x = x if x.requires_grad else x.detach().requires_grad_()
-                (found,) = torch.autograd.grad(fn(x), x, create_graph=True)
-            return found
+                (derivative,) = torch.autograd.grad(fn(x), x, create_graph=True)
+            return derivative
 
         return gradient
 
@@ -354,17 +354,18 @@ class TorchBackend(Backend):
 
 
 def _refuse_split(z0: Tensor) -> None:
-    """A DTensor's rows live on several ranks, where histories and the loop's decisions are each rank's own."""
+    """Refuse a DTensor: its rows are on several ranks, each with its own histories and loop."""
     if type(z0) is not Tensor and hasattr(z0, "full_tensor"):
         raise InitialIterateError(
-            "The initial iterate z0 is a DTensor, but each rank solves for tensors of its own: pass z0.full_tensor(), or "
-            "z0.to_local() where the batch is what is split. Parameters may be DTensors (tensor-parallel modules): let "
-            "the cell take and return plain tensors, the same ones on each rank of the tensor-parallel group."
+            "The initial iterate z0 must be a plain tensor, because each rank solves for its own tensors (got a "
+            "DTensor). Pass z0.full_tensor(), or z0.to_local() if the batch is split. Parameters may be DTensors "
+            "(tensor-parallel modules): the cell must then take and return plain tensors, the same on each rank of the "
+            "tensor-parallel group."
         )
 
 
 def _untracked(y: Tensor) -> Tensor:
-    """y without a history where none is recorded: f may return one of its arguments."""
+    """Return y without a history if no gradient is recorded: f may return one of its arguments."""
     return y.detach() if y.requires_grad and not torch.is_grad_enabled() else y
 
 
@@ -380,5 +381,5 @@ def _leaf(leaf: Any) -> Any:
 def _gradients(value: Tensor, leaves: list[Tensor], cotangent: Tensor) -> list[Tensor]:
     if not value.requires_grad or not leaves:
         return [torch.zeros_like(leaf) for leaf in leaves]
-    found = torch.autograd.grad(value, leaves, cotangent, allow_unused=True)
-    return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
+    gradients = torch.autograd.grad(value, leaves, cotangent, allow_unused=True)
+    return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, gradients, strict=True)]

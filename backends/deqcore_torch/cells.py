@@ -1,7 +1,7 @@
-"""Parts of cells that make equilibrium models train: one dropout mask per solve, and a cell that always converges.
+"""Parts of cells that help equilibrium models train: one dropout mask per solve, and a cell that always converges.
 
-Weight and spectral normalisation come from `torch.nn.utils.parametrizations`, and `begin_solve` makes them one function
-per solve; Jacobian regularisation comes from `deqcore.diagnostics`.
+Weight and spectral normalisation come from `torch.nn.utils.parametrizations`; `begin_solve` keeps them constant during
+a solve. Jacobian regularisation comes from `deqcore.diagnostics`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from deqcore.errors import ConfigError, ProblemError
 
 
 def begin_solve(module: object) -> None:
-    """Tell all parts of a module that a new solve begins. `DEQ` calls it; call it before a bare `fixed_point`.
+    """Notify all parts of a module that a new solve begins. `DEQ` calls it; call it before a bare `fixed_point`.
 
-    Dropout masks are forgotten. Parametrised weights are computed once: within `torch.nn.utils.parametrize.cached()`
-    they are then kept with their gradient, and spectral normalisation takes its power iteration here (in training) and
-    none in the solve, which would make another function of every evaluation.
+    Dropout masks are forgotten. Parametrised weights are computed once: `torch.nn.utils.parametrize.cached()` then
+    keeps them with their gradient. Spectral normalisation takes its power iteration here (in training) and not in the
+    solve, where it would make f another function in every evaluation.
 
     Args:
-        module: whose parts are told; anything but a module has none.
+        module: the module with these parts; anything else is ignored.
 
     Example:
         >>> dropout = VariationalDropout(0.5)
@@ -43,22 +43,22 @@ def begin_solve(module: object) -> None:
 
 
 def _normalise(part: nn.Module) -> None:
-    """Compute the weights once, and let spectral normalisation estimate no more until the next solve."""
+    """Compute the weights once, and stop the power iteration of spectral normalisation until the next solve."""
     lists = cast("nn.ModuleDict", part.parametrizations)
-    spectral = [each for each in lists.modules() if isinstance(each, _SpectralNorm)]
-    for each in spectral:
-        each.train(part.training)
+    spectral = [norm for norm in lists.modules() if isinstance(norm, _SpectralNorm)]
+    for norm in spectral:
+        norm.train(part.training)
     for name in lists:
         getattr(part, name)
-    for each in spectral:
-        each.eval()
+    for norm in spectral:
+        norm.eval()
 
 
 class VariationalDropout(nn.Module):
     """Dropout whose mask stays the same through one solve, so that f is one function and has a fixed point.
 
     The mask is drawn at the first evaluation after `begin_solve`, on the device and in the dtype of its input, and is
-    applied again in the backward pass. Ordinary `nn.Dropout` inside a cell makes another function of every evaluation.
+    applied again in the backward pass. Ordinary `nn.Dropout` in a cell makes f another function in every evaluation.
 
     Args:
         p: probability that a number becomes zero, from 0 to below 1.
@@ -93,7 +93,7 @@ class VariationalDropout(nn.Module):
         self.mask: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """The input with the solve's mask applied, scaled by 1 / (1 − p); the input itself outside training."""
+        """Return the input with the solve's mask applied, scaled by 1 / (1 − p); the input itself outside training."""
         if not self.training or self.p == 0.0:
             return x
         if self.mask is None:
@@ -115,16 +115,16 @@ class VariationalDropout(nn.Module):
         return torch.bernoulli(keep) / (1.0 - self.p)
 
     def extra_repr(self) -> str:
-        """Options in the printed form."""
+        """Return the options for the printed form."""
         return f"p={self.p}, shared={self.shared}"
 
 
 class MonotoneCell(nn.Module):
-    """z ← relu(z − α (z − (W z + U x + b))) with W = (1 − m) I − AᵀA + B − Bᵀ: converges whatever its weights.
+    """z ← relu(z − α (z − (W z + U x + b))) with W = (1 − m) I − AᵀA + B − Bᵀ, which converges for any weights.
 
     I − W is strongly monotone with constant m, so z = relu(W z + U x + b) has exactly one solution, and this
-    forward–backward step contracts towards it for α < 2m/‖I − W‖². The step is α = m/‖I − W‖², with the norm taken
-    anew whenever the weights have changed. The solution does not depend on α, so neither do its gradients.
+    forward–backward step contracts towards it for α < 2m/‖I − W‖². The step is α = m/‖I − W‖², with the norm computed
+    again whenever the weights have changed. The solution does not depend on α, so neither do its gradients.
 
     Args:
         inputs: width of x `(batch, inputs)`.
@@ -155,16 +155,16 @@ class MonotoneCell(nn.Module):
         self._step: tuple[Any, float] = (None, 0.0)
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        """One forward–backward step for z `(batch, width)` and x `(batch, inputs)`."""
+        """Take one forward–backward step for z `(batch, width)` and x `(batch, inputs)`."""
         step = self.step_size()
         return torch.relu(z + step * (self.apply_w(z) + self.inject(x) - z))
 
     def apply_w(self, z: Tensor) -> Tensor:
-        """W z for z `(batch, width)`."""
+        """Return W z for z `(batch, width)`."""
         return (1.0 - self.margin) * z - (z @ self.a.T) @ self.a + z @ self.b.T - z @ self.b
 
     def step_size(self) -> float:
-        """m/‖I − W‖², computed again if the weights have changed."""
+        """Return m/‖I − W‖², computed again if the weights have changed."""
         key = tuple((p.data_ptr(), p._version, p.dtype) for p in (self.a, self.b))
         if self._step[0] != key:
             with torch.no_grad():
@@ -174,5 +174,5 @@ class MonotoneCell(nn.Module):
         return self._step[1]
 
     def initial_state(self, x: Tensor) -> Tensor:
-        """Zeros `(batch, width)`."""
+        """Return zeros `(batch, width)`."""
         return x.new_zeros((x.shape[0], len(self.a)))

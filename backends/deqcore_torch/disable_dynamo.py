@@ -1,4 +1,4 @@
-"""What torch.compile does not look into, and what no tracer can look into."""
+"""Code that torch.compile must not trace, and code that no tracer can trace."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ REASON: Final = (
 
 
 def untraced(fn: Callable[P, R]) -> Callable[P, R]:
-    """`fn` as Python runs it, even where torch.compile runs what calls it.
+    """Return `fn` run by Python, even if torch.compile runs its caller.
 
-    Traced, each count of secant pairs is a graph of its own: 79 graphs for a cell of 4 numbers, against the 2 around
-    it. `torch.compiler.disable` alone would load the compiler (seconds) for everybody.
+    If it were traced, each count of secant pairs would give a new graph: 79 graphs for a cell of 4 numbers, against 2
+    around it. `torch.compiler.disable` alone would load the compiler (seconds) in every program.
     """
     disabled: Callable[P, R] | None = None
 
@@ -38,14 +38,14 @@ def untraced(fn: Callable[P, R]) -> Callable[P, R]:
             disabled = torch.compiler.disable(fn)
         return disabled(*args, **kwargs)
 
-    # As `torch.compiler.disable` marks its own: the graph break, or the error of fullgraph = True, names the reason.
+    # The mark of `torch.compiler.disable`: the graph break, or the error of fullgraph = True, names the reason.
     call._torchdynamo_disable = True
     call._torchdynamo_disable_msg = REASON
     return call
 
 
 def refuse_tracing(z0: torch.Tensor) -> None:
-    """Raise where tensors have no values, so that no loop can end on them.
+    """Raise if tensors have no values, because a loop cannot end without them.
 
     Raises:
         BackendError: torch.export, make_fx or torch.jit.trace runs here, or the state is a fake tensor.
@@ -53,7 +53,7 @@ def refuse_tracing(z0: torch.Tensor) -> None:
     proxy = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
     if proxy or hasattr(z0, "fake_mode") or torch.jit.is_tracing():
         raise BackendError(
-            "fixed_point was traced (by torch.export, make_fx or torch.jit.trace, or with fake tensors), but "
+            "fixed_point cannot be traced (by torch.export, make_fx or torch.jit.trace, or with fake tensors), because "
             "its loop ends when the samples have converged, which needs values. Export the cell alone and solve "
-            "around it, or use torch.compile, which leaves the solve as it is."
+            "around it, or use torch.compile, which runs the solve in Python."
         )

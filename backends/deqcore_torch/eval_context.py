@@ -1,4 +1,4 @@
-"""What surrounds an evaluation of f beside its inputs: recording, autocast, the state of random numbers."""
+"""The context of an evaluation of f beside its inputs: recording, autocast, the state of random numbers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch.autograd import forward_ad
 
 @contextmanager
 def nothing_recorded() -> Iterator[None]:
-    """No gradient in reverse or forward mode, and tensors that know whether they were written to.
+    """Switch recording off, in reverse and forward mode, and inference mode, whose tensors do not count writes.
 
-    Tensors made in inference mode do not; a solve is made of others. Autocast forgets the narrow copies of parameters
-    that it made inside: they have no gradients, and PyTorch before 2.8 would use them outside all the same.
+    Autocast forgets the narrow copies of parameters that it made inside: they have no gradients, and PyTorch before
+    2.8 would still use them outside.
     """
     with torch.inference_mode(False), torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
         try:
@@ -27,7 +27,7 @@ def nothing_recorded() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Ambient:
-    """Autocast and the random state with which f was recorded, to evaluate it again in a backward pass."""
+    """The autocast and random state with which f was recorded, to evaluate it again in a backward pass."""
 
     device: torch.device
     dtype: torch.dtype
@@ -38,7 +38,7 @@ class Ambient:
 
     @classmethod
     def now(cls, x: Tensor) -> Ambient:
-        """As it is at this point, for the device of `x`."""
+        """Return the context at this point, for the device of `x`."""
         kind = x.device.type
         return cls(
             device=x.device,
@@ -50,7 +50,7 @@ class Ambient:
         )
 
     def around(self, f: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """f as it runs here, wherever it is called; the random state there is left alone."""
+        """Wrap f so that it runs in this context wherever it is called; the random state there does not change."""
 
         def again(*args: object) -> Tensor:
             with self._restored():

@@ -1,16 +1,15 @@
 """The implicit gradient under `torch.func` (grad, vjp, jvp) and in forward mode.
 
-There the tape of `autograd.py` is out of reach: a tensor may be tracked by several transformations at once, and
-none of them may be asked for leaves. So the value is attached by its derivative alone. With y = f(z, θ) and
-A = I − J,
+The tape of `autograd.py` is not available here: several transformations may track a tensor at once, and none of them
+exposes its leaves. So the value is attached by its derivative alone. With y = f(z, θ) and A = I − J,
 
     out = root(y, z):    d out = A^-1 (dy − J dz),    in reverse  (g_y, g_z) = (u, g − u),  u = A^-T g,
 
-which is one Newton step z + A^-1 (y − z) at its fixed point: right in θ to first order whatever z knows of θ, to
-third order where z is such an `out` itself. Every derivative that may be differentiated again takes the step twice.
+which is one Newton step z + A^-1 (y − z) at its fixed point: right in θ to first order for any dependence of z on θ,
+and to third order if z is such an `out` itself. Every derivative that may be differentiated again takes the step twice.
 u and the tangent are attached as solutions of their own linear equations, by the same rule.
 
-J is found by `torch.func.vjp`, and J v by transposing it once more: that needs no formula of forward mode inside f.
+`torch.func.vjp` gives Jᵀu, and transposing it once more gives J v, which needs no forward-mode formula inside f.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from deqcore.errors import ProblemError, StrategyError
 from deqcore.types import Map, SolveResult
 from deqcore_torch.eval_context import Ambient, nothing_recorded
 
-_vjp: Any = torch.func.vjp  # its annotation also counts the auxiliary output that it does not have here
+_vjp: Any = torch.func.vjp  # its annotation also has the auxiliary output, which does not exist here
 MOST = 2  # the order of derivatives, and the nested levels: PyTorch fails inside a third one
 ORDER = (
     "Derivatives of order 3 and more through a fixed point are not supported in PyTorch: use JAX, where exact-ift "
@@ -49,12 +48,12 @@ ORDER = (
 
 
 def active() -> bool:
-    """Whether `torch.func` or forward mode looks at what is computed here."""
+    """Return whether `torch.func` or forward mode tracks computations here."""
     return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 
 def refuse_vmap(*tensors: Tensor) -> None:
-    """Raise inside `torch.func.vmap`, and for tensors that its older form has batched.
+    """Raise inside `torch.func.vmap`, and for tensors batched by its older form.
 
     Raises:
         StrategyError: a batched tensor cannot decide when a loop ends.
@@ -70,7 +69,7 @@ def refuse_vmap(*tensors: Tensor) -> None:
 
 
 def to_numpy(x: Tensor) -> Any:
-    """The values `x` (on the host) behind what grad, vjp and jvp wrap it in, as a NumPy array."""
+    """Return the values of `x` (on the host) without the wrappers of grad, vjp and jvp, as a NumPy array."""
     if not active():
         return x.numpy()
     while is_functorch_wrapped_tensor(x):
@@ -80,13 +79,13 @@ def to_numpy(x: Tensor) -> Any:
 
 
 def vjp_of(f: Map, z: Tensor) -> tuple[Tensor, Map]:
-    """f(z), and u ↦ Jᵀu."""
+    """Return f(z), and u ↦ Jᵀu."""
     y, vjp = _vjp(f, z)
     return y, lambda u: vjp(u)[0]
 
 
 def jvp_of(f: Map, z: Tensor) -> Map:
-    """V ↦ J v."""
+    """Return V ↦ J v."""
     y, vjp = vjp_of(f, z)
     _, jvp = vjp_of(vjp, torch.zeros_like(y))
     return jvp
@@ -102,10 +101,10 @@ def attach(
         f: `f(z, *args)` on `(batch, n)`.
         forward: the solution, without gradients.
         args: arguments of f.
-        adjoint: turns a cotangent into u.
+        adjoint: maps a cotangent to u.
 
     Raises:
-        StrategyError: the transformations nest deeper than derivatives are right.
+        StrategyError: the transformations nest too deeply for right derivatives.
     """
     _refuse_depth()
     z = forward.z.detach()
@@ -115,10 +114,10 @@ def attach(
 
 
 def _outlasting(f: Map) -> Map:
-    """F as it runs after levels of transformations have ended that were active here.
+    """Wrap f to run after levels of transformations that are active here have ended.
 
-    `torch.func.vjp` runs its backward pass after it has left its level. What f closes over is then wrapped for levels
-    that are gone, and PyTorch takes their numbers for those of new ones.
+    `torch.func.vjp` runs its backward pass after it has left its level. The closure of f is then wrapped for levels
+    that have ended, and PyTorch would mistake their numbers for those of new levels.
     """
 
     def again(z: Tensor) -> Tensor:
@@ -129,7 +128,7 @@ def _outlasting(f: Map) -> Map:
 
 
 class _Alive(TorchFunctionMode):
-    """Take tensors out of the wrappers of levels that have ended."""
+    """Unwrap tensors from levels that have ended."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = optree.tree_map(_alive, (args, kwargs or {}))
@@ -158,8 +157,8 @@ def _refuse_depth() -> None:
     levels = _levels()
     if levels.count(TransformType.Jvp) > 1:
         raise StrategyError(
-            "Forward mode inside forward mode through a fixed point is not supported in PyTorch: take jvp of grad "
-            "(forward over reverse), grad of jvp, or use JAX."
+            "Forward mode inside forward mode through a fixed point is not supported in PyTorch. Use jvp of grad "
+            "(forward over reverse), grad of jvp, or JAX."
         )
     if len(levels) > MOST:
         raise StrategyError(ORDER)
@@ -169,8 +168,8 @@ def _refuse_depth() -> None:
 class _Equation:
     """z = f(z), the strategy for its adjoint, and the forward solver's state.
 
-    No tensor may be kept across levels of transformations: `_Root.forward` runs below its caller's level, and what
-    `vjp` recorded ends with the level in which it did. So f is linearised anew at each use.
+    No tensor may be kept across levels of transformations: `_Root.forward` runs below its caller's level, and the
+    record of `vjp` ends with its level. So f is linearised again at each use.
     """
 
     backend: Backend
@@ -180,22 +179,22 @@ class _Equation:
     order: int = 1  # of the derivative that its own is
 
     def vjp(self, z: Tensor) -> Map:
-        """u ↦ Jᵀu at z."""
+        """Return u ↦ Jᵀu at z."""
         return vjp_of(self.f, z)[1] if self.adjoint.uses_vjp else _no_vjp
 
     def jvp(self, z: Tensor) -> Map:
-        """v ↦ J v at z: the transpose of `vjp`."""
+        """Return v ↦ J v at z: the transpose of `vjp`."""
         return jvp_of(self.f, z)
 
     def solve(self, z: Tensor, y: Tensor, g: Tensor) -> Tensor:
-        """u = g + Jᵀu at z, where f(z) was y at the call."""
+        """Return u = g + Jᵀu at z, where f(z) was y at the call."""
         u = self._plain(self.adjoint, self._linearized, z, y, g)
         if not self.adjoint.exact or not (torch.is_grad_enabled() or active()):
             return u
         return self._attached(lambda v: _alive(g) + self.vjp(_alive(z))(v), u, self.adjoint.transposed())
 
     def solve_forward(self, z: Tensor, y: Tensor, dy: Tensor, dz: Tensor | None) -> Tensor:
-        """v = b + J v with b = dy − J dz, where f(z) was y at the call."""
+        """Return v = b + J v with b = dy − J dz, where f(z) was y at the call."""
         b = dy if dz is None else dy - self.jvp(z)(dz)
         turned = self.adjoint.transposed()
         v = self._plain(turned, self._pushed, z, y, b)
@@ -220,29 +219,29 @@ class _Equation:
             if again is not None:
                 _check_same(again.detach(), y.detach(), self.backend.output_eps(y))
             u, _ = adjoint(lambda v: at(v).detach(), b.detach(), self.state)
-        found: Tensor = u.detach()
-        return found
+        solution: Tensor = u.detach()
+        return solution
 
 
 def _check_same(again: Tensor, before: Tensor, precision: float) -> None:
-    """Raise if f does not give what it gave at the call: what it reads has changed since.
+    """Raise if the value of f has changed since the call, because something that f reads has changed.
 
     Raises:
-        ProblemError: it gives something else.
+        ProblemError: the value is another one.
     """
     size = torch.linalg.vector_norm(before, dim=1)
     off = torch.linalg.vector_norm(again - before, dim=1)
     if bool((off > precision ** (2 / 3) * size).any()):
         raise ProblemError(
-            f"f gave another value in the backward pass than at the call (at the same z, off by up to "
+            f"f returned another value in the backward pass than at the call (at the same z, a difference of up to "
             f"{float(off.max()):.2g} for values of norm {float(size.max()):.2g}). torch.func evaluates f again in "
-            f"the backward pass, so what f reads must stay as it is until then: pass loop variables and tensors that "
-            f"change through args, and do not switch modules between train() and eval() in between."
+            f"the backward pass, so the values that f reads must not change before. Pass loop variables and tensors "
+            f"that change through args, and do not switch modules between train() and eval() in between."
         )
 
 
 def _no_vjp(u: Tensor) -> Tensor:
-    raise StrategyError("The strategy called vjp, although its uses_vjp() says that it does not.")
+    raise StrategyError("The strategy called vjp although its uses_vjp() returns False. Make uses_vjp() return True.")
 
 
 class _Root(torch.autograd.Function):
@@ -250,7 +249,7 @@ class _Root(torch.autograd.Function):
 
     @staticmethod
     def forward(y: Tensor, z: Tensor, value: Tensor, equation: _Equation) -> Tensor:
-        return value.clone()  # a view would have to have a view for its tangent
+        return value.clone()  # the tangent of a view would have to be a view
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

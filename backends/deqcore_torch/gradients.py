@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 def straight_through(value: Tensor, carrier: Tensor) -> Tensor:
-    """`value` with the derivative of `carrier`, of any order and in both modes; no NaN of `carrier` enters it.
+    """Return `value` with the derivative of `carrier`, of any order and in both modes; no NaN of `carrier` enters it.
 
     Source: Bengio, Léonard & Courville (2013), "Estimating or propagating gradients through stochastic neurons".
     """
-    found: Tensor = _StraightThrough.apply(value, carrier)
-    return found
+    attached: Tensor = _StraightThrough.apply(value, carrier)
+    return attached
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -22,7 +22,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(value: Tensor, carrier: Tensor) -> Tensor:
-        return value.clone()  # what follows may write in place: not into the solve's state
+        return value.clone()  # later code may write in place, but not into the solve's state
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What the recorded graph of f tells about the tensors that f depends on."""
+"""The tensors that f depends on, from the recorded graph of f."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Outside:
 
     Attributes:
         leaves: leaf tensors that f closes over.
-        hidden: name of a node that was made before f ran: f closes over a tensor with a history of its own.
-        compiled: whether f, or a part of it, is compiled code with a backward of its own.
+        hidden: name of a node that was made before f ran: f closes over a tensor with its own history.
+        compiled: whether f, or a part of it, is compiled code with its own backward.
     """
 
     leaves: list[Tensor] = field(default_factory=list)
@@ -32,26 +32,26 @@ class Outside:
 
 
 def sequence() -> int:
-    """A number below those of all graph nodes made from now on in this thread."""
+    """Return a number below those of all graph nodes made from now on in this thread."""
     with torch.enable_grad():
         probe = torch.zeros((), requires_grad=True).view(())
     return int(probe.grad_fn._sequence_nr())  # type: ignore[union-attr]
 
 
 def outside(y: Tensor, z: Tensor, sources: list[Tensor], made: range) -> Outside:
-    """Walk the graph of y back to z, to the sources and to what f did not make.
+    """Walk the graph of y back to z, to the sources and to nodes that f did not make.
 
     Args:
         y: the value of f.
-        z: its state.
-        sources: tensors that f was passed.
-        made: numbers of the nodes that this thread made during f; each thread counts its own.
+        z: its argument z.
+        sources: tensors among the arguments of f.
+        made: numbers of the nodes that this thread made during f; each thread counts its own nodes.
     """
     nodes = [t.grad_fn for t in (z, *sources) if t.grad_fn is not None]  # kept alive: ids stay unique
     # Edges, not nodes: a sibling of a source (two outputs of one `unbind`) is not the source.
     seen = {(id(t.grad_fn), t.output_nr) for t in (z, *sources)}
-    known = {id(t) for t in sources}
-    found = Outside()
+    source_ids = {id(t) for t in sources}
+    result = Outside()
     stack: list[Any] = [(y.grad_fn, y.output_nr)]
     while stack:
         node, output = stack.pop()
@@ -61,22 +61,22 @@ def outside(y: Tensor, z: Tensor, sources: list[Tensor], made: range) -> Outside
         nodes.append(node)
         variable = getattr(node, "variable", None)
         if variable is not None:
-            if id(variable) not in known:
-                found.leaves.append(variable)
+            if id(variable) not in source_ids:
+                result.leaves.append(variable)
             continue
         if node._sequence_nr() not in made:
-            found.hidden = node.name()
+            result.hidden = node.name()
             continue
-        found.compiled = found.compiled or node.name() == COMPILED
+        result.compiled = result.compiled or node.name() == COMPILED
         stack.extend(node.next_functions)
-    return found
+    return result
 
 
 def once_only(gradients: Iterable[Tensor | None], start: int) -> bool:
-    """Whether gradients, made since `start`, come through a Function that is `once_differentiable`.
+    """Return whether gradients, made since `start`, come through a Function that is `once_differentiable`.
 
-    Its node refuses only where the engine visits it, and `torch.autograd.grad` goes round it to what it wants: the
-    derivative is then wrong without a word.
+    Its node raises only if the engine visits it. `torch.autograd.grad` bypasses it on the way to other tensors, and
+    would silently return a wrong derivative.
     """
     seen: set[Any] = set()
     stack: list[Any] = [part.grad_fn for part in gradients if part is not None]
@@ -92,7 +92,7 @@ def once_only(gradients: Iterable[Tensor | None], start: int) -> bool:
 
 
 def refuse_compiled(y: Tensor, refuse: Callable[[Tensor], Tensor]) -> None:
-    """Have the gradients that leave compiled code in the pass now running replaced by `refuse(gradient)`."""
+    """Replace the gradients that leave compiled code in the current pass by `refuse(gradient)`."""
     seen: set[Any] = set()
     stack: list[Any] = [y.grad_fn]
     while stack:

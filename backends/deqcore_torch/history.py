@@ -1,9 +1,10 @@
 """A history that grows in place, chunk by chunk.
 
 Storage is a list of tensors `(slots, batch, n)`: after k appends it holds k vectors, rounded up to a chunk, however
-large `history_size` is. With the slot first a vector is written in one piece, and after f has filled the caches products
-over `(256, 512)` take half the time that they take with the batch first. They are written as row vector times matrix:
-on CPUs `bmm(v, Hᵀ)` moves several times the bytes per second of `bmm(H, v)`, and its bits do not depend on the batch.
+large `history_size` is. With the slot first a vector is written in one piece, and after f has filled the caches,
+products over `(256, 512)` take half the time that they take with the batch first. They are written as row vector times
+matrix: on CPUs `bmm(v, Hᵀ)` moves several times the bytes per second of `bmm(H, v)`, and its bits do not depend on the
+batch.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from deqcore.abc.history import History
 from deqcore_torch import native
 
 CHUNK = 4  # slots per chunk for large vectors
-# Numbers per sample up to which products run over the whole memory: fewer operations, more bytes. Not numbers in all:
-# a sample's bits must not depend on how many others there are.
+# Numbers per sample up to which products run over the whole history: fewer operations, more bytes. The limit is per
+# sample, because the bits of a sample must not depend on the number of other samples.
 TINY = 2**11
 SMALL = 4096  # numbers per vector up to which one chunk holds the whole memory
 
 
 def select_rows(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """Rows of `new` where `mask` holds, of `old` elsewhere, on the host: copies of rows.
+    """Return rows of `new` where `mask` holds, of `old` elsewhere, on the host: copies of rows.
 
     `torch.where` with a broadcast mask takes 25 times as long there (256 × 512 float32: 520 µs against 20 µs).
     """
@@ -44,26 +45,26 @@ def select_rows(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Inside it products keep their dtype: the user's autocast belongs to f, not to the solver's coefficients."""
+    """Keep the dtype of products inside the block: the user's autocast applies to f, not to coefficients."""
     kind = device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 @cache
 def _units(history_size: int, device: torch.device) -> tuple[Tensor, ...]:
-    """One-hot masks of all slots. Nobody writes to them."""
+    """Return the one-hot masks of all slots, shared and read-only."""
     return torch.eye(history_size, dtype=torch.bool, device=device).unbind(0)
 
 
 @cache
 def _unwritten(history_size: int, device: torch.device) -> tuple[Tensor, ...]:
-    """By the number of vectors written: which slots are still without one. Nobody writes to them."""
+    """Return masks of the empty slots by the number of vectors written, shared and read-only."""
     slots = torch.arange(history_size, device=device)
     return (slots >= torch.arange(history_size + 1, device=device)[:, None]).unbind(0)
 
 
 class _Store:
-    """What all versions of a history share; only `chunks` changes, it grows, and what is planned."""
+    """The data that all versions of a history share; only `chunks`, which grows, and the plan change."""
 
     __slots__ = (
         "batch",
@@ -91,7 +92,7 @@ class _Store:
     ) -> None:
         self.chunks = chunks
         self.history_size = history_size
-        self.like = like  # empty: device and dtype of what combine returns
+        self.like = like  # empty, with the device and dtype of the results of combine
         self.batch, self.width = shape
         self.chunk = history_size if self.width <= SMALL and history_size * self.width <= 16 * SMALL else CHUNK
         self.whole = self.chunk == history_size and history_size * self.width <= TINY and dtype is wide
@@ -102,16 +103,16 @@ class _Store:
         self.table: Tensor | None = None  # see `TorchHistory.table`
 
     def with_chunks(self, chunks: list[Tensor], batch: int) -> _Store:
-        """Other storage for vectors of the same kind."""
+        """Make a store with other chunks for vectors of the same kind."""
         return _Store(chunks, self.history_size, self.like, (batch, self.width), self.dtype, self.wide)
 
 
 class TorchHistory(History):
-    """Ring of vectors in chunks; see `deqcore.abc.history.History`.
+    """A ring of vectors in chunks; see `deqcore.abc.history.History`.
 
-    While every sample has seen every vector (no restart, no frozen row yet) `seen` is None and no mask is applied.
-    The host counts along: where it knows since which append the active samples hold every vector and none before,
-    it knows without a look at the device when they are full.
+    While every sample has seen every vector (no restart, no frozen row yet) `seen` is None and no mask is applied. The
+    host counts appends: if it knows since which append the active samples hold every vector, and none before, it knows
+    without reading the device when they are full.
     """
 
     __slots__ = ("active", "history_size", "seen", "since", "store", "written")
@@ -128,14 +129,14 @@ class TorchHistory(History):
 
     @classmethod
     def empty(cls, like: Tensor, history_size: int, dtype: torch.dtype, wide: torch.dtype) -> TorchHistory:
-        """No vectors yet, for vectors like `like` `(batch, n)`."""
+        """Make an empty history for vectors like `like` `(batch, n)`."""
         return cls(_Store([], history_size, like[:0], tuple(like.shape), dtype, wide), None, 0, None, 0)
 
     def _with(self, seen: Tensor | None, written: int, active: Tensor | None, since: int | None) -> TorchHistory:
         return TorchHistory(self.store, seen, written, active, since)
 
     def used(self) -> int:
-        """How many slots have been written."""
+        """Return how many slots have been written."""
         return min(self.written, self.history_size)
 
     def _mask(self) -> Tensor:
@@ -158,7 +159,7 @@ class TorchHistory(History):
         return self.appended()
 
     def appended(self, seen: Tensor | None = None) -> TorchHistory:
-        """This history once the next slot is written; `seen` as a history that goes in step with it has found it."""
+        """Return this history with the next slot written; `seen` is that of a history in step with it."""
         if seen is None and (self.active is not None or self.seen is not None):
             slot = self.written % self.history_size
             seen = self._mask().clone() if self.seen is not None else self._mask()
@@ -166,16 +167,16 @@ class TorchHistory(History):
         return self._with(seen, self.written + 1, self.active, self.since)
 
     def reserve(self, like: Tensor) -> int:
-        """Storage for the next vector; returns its slot."""
+        """Allocate storage for the next vector and return its slot."""
         self._place(like)
         return self.written % self.history_size
 
     def addresses(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Where the chunks stand in memory."""
+        """Return the memory addresses of the chunks."""
         return np.array([chunk.data_ptr() for chunk in self.store.chunks], np.int64)
 
     def table(self) -> Tensor:
-        """The addresses on the device itself. Nobody waits for it."""
+        """Return the addresses as a tensor on the device, without waiting for it."""
         store = self.store
         if store.table is None or store.table.shape[0] != len(store.chunks):
             host = torch.from_numpy(self.addresses())
@@ -184,11 +185,11 @@ class TorchHistory(History):
         return store.table
 
     def plan(self, following: Tensor) -> None:
-        """Remember the iterate that the next step goes to, found while the vectors were in the cache."""
+        """Remember the iterate of the next step, computed while the vectors were in the cache."""
         self.store.planned = self.written, following
 
     def take_planned(self) -> Tensor | None:
-        """What was planned after the latest append, once."""
+        """Return the iterate planned after the latest append, once."""
         planned, self.store.planned = self.store.planned, None
         return planned[1] if planned is not None and planned[0] == self.written else None
 
@@ -197,7 +198,7 @@ class TorchHistory(History):
             target.copy_(v)
             return
         if self.written < self.history_size:
-            target.zero_()  # nothing was written here yet, and rows that are not active must not hold garbage
+            target.zero_()  # this slot is new, and rows that are not active must not hold uninitialised memory
         if v.device.type == "cpu":
             rows = torch.from_numpy(self.active.numpy().nonzero()[0])
             target.index_copy_(0, rows, v.index_select(0, rows).to(self.store.dtype))
@@ -213,7 +214,7 @@ class TorchHistory(History):
         return self.store.chunks[chunk][row]
 
     def _filled(self) -> list[Tensor]:
-        """The chunks in use, cut to the slots written; slot by slot where large vectors must be widened first."""
+        """Yield the chunks in use, cut to the slots written; slot by slot if large vectors must be widened first."""
         left, parts = self.used(), []
         whole = self.store.dtype is self.store.compute or self.store.chunk > CHUNK
         for chunk in self.store.chunks:
@@ -225,7 +226,7 @@ class TorchHistory(History):
         return parts
 
     def _hidden(self) -> Tensor | None:
-        """Slots without a vector, for each sample or for all; None if there are none."""
+        """Return a mask of the slots without a vector, per sample or for all; None if every slot has one."""
         if self.seen is not None:
             return ~self.seen
         return (
@@ -261,24 +262,24 @@ class TorchHistory(History):
         return found if v.dim() == 3 else found[:, 0]
 
     def combine(self, coefficients: Tensor) -> Tensor:
-        found = self._fused(coefficients, None)
-        return self._sum(coefficients, None) if found is None else found
+        combination = self._fused(coefficients, None)
+        return self._sum(coefficients, None) if combination is None else combination
 
     def _fused(self, coefficients: Tensor, base: Tensor | None) -> Tensor | None:
-        """The combination by one kernel, where there is one for it."""
+        """Return the combination by one kernel, or None if this device or dtype has none."""
         if not self.written or not native.products(coefficients):
             return None
         coefficients, base = coefficients.contiguous(), None if base is None else base.contiguous()
         kernels = native.reading(coefficients)
         if kernels is None or (base is not None and native.reading(base) is None):
             return None
-        found: Tensor = kernels.combined(self, coefficients, base)
-        return found
+        combination: Tensor = kernels.combined(self, coefficients, base)
+        return combination
 
     def add_combination(self, base: Tensor, coefficients: Tensor) -> Tensor:
-        found = self._fused(coefficients, base)
-        if found is not None:
-            return found
+        combination = self._fused(coefficients, base)
+        if combination is not None:
+            return combination
         if self.written and base.dtype is self.store.dtype and base.dtype is self.store.compute:
             return self._sum(coefficients, base[:, None])
         return base + self._sum(coefficients, None)
@@ -303,7 +304,7 @@ class TorchHistory(History):
             end = start + part.shape[0]
             rows, piece = part.to(compute).transpose(0, 1), c[:, :, start:end]
             if total is not None:
-                total.baddbmm_(piece, rows)  # ours alone: nothing is copied
+                total.baddbmm_(piece, rows)  # not shared, so nothing is copied
             else:
                 total = torch.bmm(piece, rows) if base is None else torch.baddbmm(base, piece, rows)
             start = end
@@ -382,8 +383,8 @@ class TorchHistory(History):
         chosen = rows.nonzero()[:, 0]
         if chosen.shape[0] == rows.shape[0]:
             return other
-        found = self.put(chosen, other.take(chosen))
-        return found._with(found.seen, max(self.written, other.written), self.active, None)
+        merged = self.put(chosen, other.take(chosen))
+        return merged._with(merged.seen, max(self.written, other.written), self.active, None)
 
     def take(self, rows: Tensor) -> TorchHistory:
         chunks = [chunk.index_select(1, rows) for chunk in self.store.chunks]
@@ -397,7 +398,7 @@ class TorchHistory(History):
             if i == len(self.store.chunks):
                 self.store.chunks.append(chunk.new_empty((chunk.shape[0], self.store.batch, self.store.width)))
             if self.written < start + chunk.shape[0] and part.written > self.written:
-                self.store.chunks[i][max(0, self.written - start) :].zero_()  # rows that saw nothing hold no garbage
+                self.store.chunks[i][max(0, self.written - start) :].zero_()  # new rows are uninitialised memory
             self.store.chunks[i].index_copy_(1, rows, chunk)
             start += chunk.shape[0]
         seen = self._mask().index_copy(0, rows, part._mask())
@@ -405,7 +406,7 @@ class TorchHistory(History):
 
 
 class RecordedHistory(History):
-    """The same ring without writes in place, for solver steps that autograd differentiates through."""
+    """The same ring without in-place writes, for solver steps that autograd differentiates through."""
 
     def __init__(self, storage: Tensor, seen: Tensor, written: int, active: Tensor | None, wide: torch.dtype) -> None:
         self.storage = storage  # (batch, memory, n)
@@ -417,7 +418,7 @@ class RecordedHistory(History):
 
     @classmethod
     def empty(cls, like: Tensor, history_size: int, dtype: torch.dtype, wide: torch.dtype) -> RecordedHistory:
-        """No vectors yet, for vectors like `like` `(batch, n)`."""
+        """Make an empty history for vectors like `like` `(batch, n)`."""
         storage = torch.zeros((like.shape[0], history_size, like.shape[1]), dtype=dtype, device=like.device)
         seen = torch.zeros(storage.shape[:2], dtype=torch.bool, device=like.device)
         return cls(storage, seen, 0, None, wide)
@@ -436,8 +437,8 @@ class RecordedHistory(History):
     def dot(self, v: Tensor) -> Tensor:
         many = v if v.dim() == 3 else v[:, None]
         with full_precision(v.device):
-            found = torch.bmm(many.to(self.wide), self._rows().to(self.wide).transpose(1, 2))
-        return found if v.dim() == 3 else found[:, 0]
+            products = torch.bmm(many.to(self.wide), self._rows().to(self.wide).transpose(1, 2))
+        return products if v.dim() == 3 else products[:, 0]
 
     def combine(self, coefficients: Tensor) -> Tensor:
         c = torch.where(self.seen, coefficients, torch.zeros_like(coefficients))

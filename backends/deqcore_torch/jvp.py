@@ -1,4 +1,4 @@
-"""Products J v in PyTorch: forward mode, and where an operation in f has none, the transpose of the transpose."""
+"""Products J v in PyTorch: forward mode, or the transpose of the transpose if an operation in f does not support it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from deqcore_torch.graph import once_only, sequence
 
 
 def jvp(f: Map, z: Tensor, fused: bool = True) -> Map:
-    """V ↦ J v at `z` `(batch, n)`; a gradient that is being recorded goes through the products.
+    """Return V ↦ J v at `z` `(batch, n)`; a gradient that is being recorded goes through the products.
 
     Fused attention, which has no forward mode, is evaluated by PyTorch's plain kernel here: the same to rounding.
 
     Args:
         f: the map on `(batch, n)`.
-        z: where.
+        z: the point `(batch, n)`.
         fused: whether attention in f may be fused.
 
     Raises:
         BackendError: f has a part with neither a forward-mode derivative nor a second one in reverse mode.
     """
-    turned: list[Map] = []  # what serves in place of forward mode, once that has failed
+    turned: list[Map] = []  # the product to use once forward mode has failed
 
     def product(v: Tensor) -> Tensor:
         if not turned:
@@ -54,14 +54,14 @@ def _unfused(f: Map) -> Map:
 
 def _forward(f: Map, z: Tensor, v: Tensor) -> Tensor:
     forward_ad = _forward_ad()
-    # A solve switches forward mode off for what surrounds it; this product is its own.
+    # A solve switches off the surrounding forward mode; this product belongs to the solve itself.
     with forward_ad._set_fwd_grad_enabled(True), forward_ad.dual_level():
         tangent = forward_ad.unpack_dual(f(forward_ad.make_dual(z, v))).tangent
     return torch.zeros_like(v) if tangent is None else tangent
 
 
 def _transposed_twice(f: Map, z: Tensor, reason: str) -> Map:
-    """V ↦ J v as the derivative of u ↦ Jᵀu: one recorded evaluation, then two reverse passes' cost a product."""
+    """Return v ↦ J v as the derivative of u ↦ Jᵀu: one recorded evaluation, then two reverse passes per product."""
     recording, begun = torch.is_grad_enabled(), sequence()
     with torch.enable_grad():
         start = z if recording and z.requires_grad else z.detach().requires_grad_()
@@ -77,17 +77,17 @@ def _transposed_twice(f: Map, z: Tensor, reason: str) -> Map:
 
     def product(v: Tensor) -> Tensor:
         try:
-            (found,) = torch.autograd.grad(pulled, u, v, create_graph=recording, retain_graph=True, allow_unused=True)
+            (pushed,) = torch.autograd.grad(pulled, u, v, create_graph=recording, retain_graph=True, allow_unused=True)
         except RuntimeError as error:
             raise BackendError.no_products(f"{reason} And twice in reverse mode: {error}.") from error
-        return torch.zeros_like(v) if found is None else found
+        return torch.zeros_like(v) if pushed is None else pushed
 
     return product
 
 
 @cache
 def _forward_ad() -> Any:
-    """Forward mode, with what torch loads (and warns of, on its own account) at its first use."""
+    """Enter forward mode, without the warnings of what torch loads at its first use."""
     from torch.autograd import forward_ad
 
     with warnings.catch_warnings(), forward_ad.dual_level():

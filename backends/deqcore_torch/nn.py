@@ -23,7 +23,7 @@ from deqcore_torch.cell_checks import Watch
 from deqcore_torch.cells import begin_solve
 from deqcore_torch.disable_dynamo import untraced
 
-FORMAT = 1  # of the settings in a checkpoint
+FORMAT = 1  # version of the settings in a checkpoint
 
 
 class DEQ(nn.Module):
@@ -40,9 +40,9 @@ class DEQ(nn.Module):
             `{"forward__max_steps": 100, "forward__rtol": 1e-6}`.
         reuse: start warm, from the previous call. "sequence": each sample from its own equilibrium, for video,
             molecular dynamics, streaming, where row i of one call follows row i of the last (another batch size
-            starts cold). "batch": every sample from the mean equilibrium of the last batch. None: cold. What is kept
-            carries no gradient and is not part of `state_dict`; `reset()` forgets it.
-        checkpoint: recompute the cell's activations in the backward pass in place of keeping them, once for each vjp
+            starts cold). "batch": every sample from the mean equilibrium of the last batch. None: cold. The stored
+            equilibrium carries no gradient and is not part of `state_dict`; `reset()` forgets it.
+        checkpoint: recompute the cell's activations in the backward pass instead of keeping them, once for each vjp
             of the adjoint solve. `torch.utils.checkpoint` around the whole layer solves once more.
         batched_inputs: positions of the inputs that carry the batch axis, for `forward.compact = true`; None: all.
         **overrides: single settings, such as `forward__rtol=1e-5, backward__strategy="broyden-reuse"`.
@@ -99,7 +99,7 @@ class DEQ(nn.Module):
 
     @untraced
     def forward(self, *inputs: Any, z0: Any = None, until: Rule | None = None) -> Any:
-        """The equilibrium z*, a tree like the state.
+        """Return the equilibrium z*, a tree like the state.
 
         Args:
             *inputs: what the cell takes beside z; gradients reach them.
@@ -110,7 +110,7 @@ class DEQ(nn.Module):
 
     @untraced
     def solve(self, *inputs: Any, z0: Any = None, until: Rule | None = None, **overrides: object) -> Solution:
-        """The same with everything that is known of the solve.
+        """Return the solution: the equilibrium and the report of its solve.
 
         Args:
             *inputs: as in `forward`.
@@ -129,10 +129,10 @@ class DEQ(nn.Module):
 
     @untraced
     def trajectory(self, *inputs: Any, steps: Sequence[int], z0: Any = None) -> list[Any]:
-        """States on the way, for losses that correct the path (fixed-point correction).
+        """Return states on the way, for losses that correct the path (fixed-point correction).
 
-        Each is the best iterate so far and carries an implicit gradient of its own; the last one is the solution,
-        solved on to the layer's own budget.
+        Each is the best iterate so far and carries its own implicit gradient. The last one is the solution with the
+        step budget of the layer.
 
         Args:
             *inputs: as in `forward`.
@@ -154,9 +154,9 @@ class DEQ(nn.Module):
         states: list[Any] = []
         state = None
         for before, count in pairwise(counts):
-            found = self._solve(start, inputs, config, quiet | {"forward__max_steps": count - before}, state)
-            state = found.state
-            states.append(found.value)
+            solution = self._solve(start, inputs, config, quiet | {"forward__max_steps": count - before}, state)
+            state = solution.state
+            states.append(solution.value)
         states.append(self._solve(start, inputs, config, own, state).value)
         return states
 
@@ -176,7 +176,7 @@ class DEQ(nn.Module):
             return fixed_point(f, start, *inputs, config=config, state=state, batched_args=batched, **overrides)
 
     def initial_state(self, *inputs: Any) -> Any:
-        """Where a solve without z0 starts: warm if the layer does so and the shapes allow it."""
+        """Return the initial iterate of a solve without z0: a warm one if `reuse` is set and the shapes allow it."""
         if hasattr(self.cell, "initial_state"):
             cold = self.cell.initial_state(*inputs)
         elif not inputs:
@@ -186,7 +186,7 @@ class DEQ(nn.Module):
         return cold if self._last is None else self._warm(cold)
 
     def reset(self) -> None:
-        """Forget the equilibrium that the next solve would start from."""
+        """Forget the equilibrium from which the next solve would start."""
         self._last = None
 
     def _warm(self, cold: Any) -> Any:
@@ -216,19 +216,19 @@ class DEQ(nn.Module):
         return checkpointed
 
     def get_extra_state(self) -> Tensor:
-        """The settings, as bytes of JSON in a tensor, so that safetensors stores them as well."""
+        """Return the settings as bytes of JSON in a tensor, so that safetensors stores them, too."""
         text = json.dumps(self._stored(), sort_keys=True)
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Compare the settings of a checkpoint with the layer's own, which stay as they are."""
+        """Warn if the settings of a checkpoint differ from the layer's own, which stay unchanged."""
         compare_settings(json.loads(bytes(state.cpu().numpy()).decode()), self._stored())
 
     def _stored(self) -> dict[str, Any]:
         return {"format": FORMAT, "reuse": self.reuse, **self.settings.as_dict()}
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        # Weights from elsewhere carry no settings, and that is no mistake.
+        # Weights from other programs carry no settings; strict loading must accept them.
         missing = args[2] if len(args) > 2 else []
         super()._load_from_state_dict(state_dict, prefix, *args)
         key = prefix + torch.nn.modules.module._EXTRA_STATE_KEY_SUFFIX
@@ -236,6 +236,6 @@ class DEQ(nn.Module):
             missing.remove(key)
 
     def extra_repr(self) -> str:
-        """Settings in the layer's printed form."""
+        """Return the settings for the printed form."""
         shown = [f"{name}={value!r}" for name, value in self.settings.overrides]
         return ", ".join(shown + ([f"reuse={self.reuse!r}"] if self.reuse else []))

@@ -1,4 +1,4 @@
-"""Who holds a tensor that f returned: f, which may write to it again at its next call, or the solver alone."""
+"""Ownership of a tensor that f returned: of f, which may write to it at its next call, or of the solver alone."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def _references(leaves: list[Any]) -> int:
 
 
 def _of_a_tensor_of_nobody_else() -> int:
-    found = torch.empty(1)
-    leaves = [found]
+    tensor = torch.empty(1)
+    leaves = [tensor]
     return _references(leaves)
 
 
@@ -23,13 +23,13 @@ ALONE = _of_a_tensor_of_nobody_else()
 
 
 def held(leaves: list[Any]) -> bool:
-    """Whether anything but its caller's own names refers to the tensor in `leaves`, or to the one that it views.
+    """Return whether anything but its caller's own names refers to the tensor in `leaves`, or to the one that it views.
 
-    CPython counts references, which tells a buffer that f keeps from a result that f has let go of, at no pass over
-    either. Memory addresses do not: they show a reused buffer only once it has been overwritten.
+    CPython counts references, which distinguishes a buffer that f keeps from a result that f has released, without a
+    pass over either. Memory addresses do not: they show a reused buffer only after it has been overwritten.
     """
     if _references(leaves) > ALONE:
         return True
     leaf: Tensor = leaves[0]
-    # A view's base is held by the view and by this expression.
+    # The view and this expression hold the base of a view.
     return leaf._is_view() and sys.getrefcount(leaf._base) > ALONE - 1

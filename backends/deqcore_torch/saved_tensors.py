@@ -1,8 +1,8 @@
-"""What hooks on saved tensors give back is asked for once in a backward pass.
+"""Unpack saved tensors only once in a backward pass.
 
-Hooks such as those of `torch.utils.checkpoint` and `save_on_cpu` take the tensors that a graph keeps, and give them
-back in the backward pass: computed again, once for each pass of the engine, or copied. Every vjp of a route is a pass
-of its own, so a checkpoint around a layer would solve again for each of them.
+Hooks such as those of `torch.utils.checkpoint` and `save_on_cpu` take the tensors that a graph keeps, and return them
+in the backward pass: computed again, once for each pass of the engine, or copied. Every vjp of an adjoint solve is a
+separate pass, so a checkpoint around a layer would solve again for each vjp.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.autograd import Variable
 
 
 class Saved(torch.autograd.graph.saved_tensors_hooks):
-    """Hooks that hand to those around them, and keep what these give back until the surrounding pass has ended."""
+    """Hooks that delegate to the surrounding hooks, and keep their results until the surrounding pass has ended."""
 
     def __init__(self, pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> None:
         super().__init__(self._pack, self._unpack)
@@ -26,12 +26,12 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
 
     @classmethod
     def around(cls) -> Saved | None:
-        """Hooks for a graph that is recorded here, if there are others around it."""
-        found = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        return None if found is None else cls(*found)
+        """Return hooks for a graph that is recorded here, if other hooks surround it."""
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        return None if hooks is None else cls(*hooks)
 
     def fetch(self) -> None:
-        """Ask for all tensors now, within the pass that runs here and for it."""
+        """Unpack all tensors now, within the pass that runs here and for it."""
         slots = [slot for ref in self._slots if (slot := ref()) is not None]
         for slot in slots:
             slot.value = self._around[1](slot.packed)
@@ -53,7 +53,7 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
 
 
 class _Slot:
-    """One saved tensor: what the hooks around made of it, and the tensor while a pass needs it."""
+    """One saved tensor: its form packed by the surrounding hooks, and the tensor while a pass needs it."""
 
     def __init__(self, packed: Any) -> None:
         self.packed = packed

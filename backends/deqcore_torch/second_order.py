@@ -1,7 +1,7 @@
 """Second derivatives on PyTorch's tape, from the one evaluation y = f(z*, …) that the call recorded.
 
-f is not evaluated in a backward pass. What f read at the call (a loop variable, a list, the mode of a module) is what
-its derivatives see, and nothing here refers to f or to its arguments.
+f is not evaluated in a backward pass. Its derivatives use the values that f read at the call (a loop variable, a list,
+the mode of a module), and nothing here refers to f or to its arguments.
 
 The recorded graph gives the gradients of the sources, the tensors outside f that y depends on, as a differentiable
 function
@@ -12,7 +12,7 @@ function
 backward turns it into gradients of the sources.
 
 A source may be computed from another one: h = tanh(x), where f reads both h and x. `partial` holds all other sources
-fixed, so that the path through h counts once, as PyTorch itself counts it beyond h.
+fixed, so that the path through h counts once; PyTorch itself follows it beyond h.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Edge: TypeAlias = tuple[int, int]  # id of a node, number of its output
 
 @dataclass(frozen=True, eq=False)
 class Recorded:
-    """y = f(z, …) with its graph, and how to find u, differentiably, from g."""
+    """y = f(z, …) with its graph, and the differentiable solve for u from g."""
 
     y: Tensor
     z: Tensor
@@ -48,27 +48,27 @@ class Recorded:
 
 
 def distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Those that need gradients, each once."""
-    found = {id(t) if t.is_leaf else (id(t.grad_fn), t.output_nr): t for t in reversed(tensors) if t.requires_grad}
-    return list(found.values())[::-1]
+    """Return the tensors that need gradients, each once."""
+    unique = {id(t) if t.is_leaf else (id(t.grad_fn), t.output_nr): t for t in reversed(tensors) if t.requires_grad}
+    return list(unique.values())[::-1]
 
 
 def partial(
     outputs: Sequence[Tensor], sources: Sequence[Tensor], cotangents: Sequence[Tensor], create_graph: bool
 ) -> list[Tensor | None]:
-    """Gradients of the outputs for each source while the others stay fixed; the graph is kept.
+    """Return gradients of the outputs for each source while the others stay fixed; the graph is kept.
 
-    The engine itself continues beyond a source towards a source that it is computed from. So the gradients are taken
-    where they enter the sources, by hooks on the nodes before them; zeros go on. Hooks that the user has on a source
-    do not change what is taken: they run when the engine delivers it.
+    The engine itself continues beyond a source towards a source that it is computed from. So hooks on the nodes before
+    the sources take the gradients, and zeros continue. A user's hooks on a source do not change these gradients: they
+    run when the engine delivers them.
     """
     edges = [get_gradient_edge(source) for source in sources]
     wanted = [(id(edge.node), edge.output_nr) for edge in edges]
-    found: dict[Edge, Tensor] = {}
-    passes: list[int] = []  # the first is this one: passes that begin within it meet the same nodes
+    gradients: dict[Edge, Tensor] = {}
+    passes: list[int] = []  # the first is this one: nested passes visit the same nodes
     nodes = [output.grad_fn for output in outputs if output.grad_fn is not None]
     handles = [node.register_prehook(lambda _: passes.append(_current_graph_task_id())) for node in nodes]
-    handles += [_collect(node, into, found, passes) for node, into in _frontier(nodes, set(wanted))]
+    handles += [_collect(node, into, gradients, passes) for node, into in _frontier(nodes, set(wanted))]
     try:
         torch.autograd.grad(
             outputs, sources, cotangents, create_graph=create_graph, retain_graph=True, allow_unused=True
@@ -76,15 +76,15 @@ def partial(
     finally:
         for handle in handles:
             handle.remove()
-    return [found.get(edge) for edge in wanted]
+    return [gradients.get(edge) for edge in wanted]
 
 
 class Twice(torch.autograd.Function):
-    """The gradients of the sources, which may be differentiated once more."""
+    """The gradients of the sources, which can be differentiated once more."""
 
     @staticmethod
     def forward(ctx: Any, recorded: Recorded, out: Tensor, g: Tensor, *sources: Tensor) -> Any:
-        """P at u = `solve(g)`; `out` is the solution as the engine knows it."""
+        """Return P at u = `solve(g)`; `out` is the solution as the engine knows it."""
         begun = sequence()
         with torch.enable_grad():
             cotangent = g.detach().requires_grad_()
@@ -99,31 +99,32 @@ class Twice(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        """The gradients for the solution, for g and for the sources."""
+        """Return the gradients for the solution, for g and for the sources."""
         if ctx.once:
             raise StrategyError(ONCE_ONLY)
         out, z, g, *rest = ctx.saved_tensors
         sources, graph = rest[: ctx.count], rest[ctx.count :]
-        given = [each for each, kept in zip(cotangents, ctx.kept, strict=True) if kept]
-        pairs = [(part, each) for part, each in zip(graph, given, strict=True) if each is not None]
+        given = [cotangent for cotangent, kept in zip(cotangents, ctx.kept, strict=True) if kept]
+        pairs = [(part, cotangent) for part, cotangent in zip(graph, given, strict=True) if cotangent is not None]
         if not pairs:
             return (None,) * (3 + ctx.count)
-        found = partial([part for part, _ in pairs], [z, g, *sources], [each for _, each in pairs], create_graph=False)
+        outputs, given = [part for part, _ in pairs], [cotangent for _, cotangent in pairs]
+        gradients = partial(outputs, [z, g, *sources], given, create_graph=False)
         if torch.is_grad_enabled():
-            found = [None if part is None else Refuse.apply(part, out, ORDER) for part in found]
-        return (None, *found)
+            gradients = [None if part is None else Refuse.apply(part, out, ORDER) for part in gradients]
+        return (None, *gradients)
 
 
 def _frontier(nodes: Sequence[Any], wanted: set[Edge]) -> list[tuple[Any, dict[int, Edge]]]:
-    """The nodes with edges into the sources, and which of their edges these are."""
+    """Return the nodes with edges into the sources, and which of their edges these are."""
     stack: list[Any] = list(nodes)
-    seen: dict[int, Any] = {}  # keeps the nodes alive, so that their ids stay unique
-    found = []
+    visited: dict[int, Any] = {}  # keeps the nodes alive, so that their ids stay unique
+    frontier = []
     while stack:
         node = stack.pop()
-        if node is None or id(node) in seen:
+        if node is None or id(node) in visited:
             continue
-        seen[id(node)] = node
+        visited[id(node)] = node
         into: dict[int, Edge] = {}
         for i, (following, output) in enumerate(node.next_functions):
             if (id(following), output) in wanted:
@@ -131,8 +132,8 @@ def _frontier(nodes: Sequence[Any], wanted: set[Edge]) -> list[tuple[Any, dict[i
             else:
                 stack.append(following)
         if into:
-            found.append((node, into))
-    return found
+            frontier.append((node, into))
+    return frontier
 
 
 def _collect(node: Any, into: dict[int, Edge], found: dict[Edge, Tensor], passes: list[int]) -> Any:
@@ -144,12 +145,12 @@ def _collect(node: Any, into: dict[int, Edge], found: dict[Edge, Tensor], passes
             part = left[i]
             if part is not None:
                 found[edge] = found[edge] + part if edge in found else part
-                left[i] = _zeros(part)  # a hook of the user's cannot take None
+                left[i] = _zeros(part)  # a user's hook cannot take None
         return tuple(left)
 
     return node.register_hook(collect)
 
 
 def _zeros(part: Tensor) -> Tensor:
-    """Zeros like a gradient, without memory where it is dense."""
+    """Return zeros like a gradient, without memory if it is dense."""
     return part.new_zeros(()).expand(part.shape) if part.layout is torch.strided else torch.zeros_like(part)

@@ -49,7 +49,7 @@ class TorchOps:
 
 
 class TorchTrainer(Trainer):
-    """Adam on a model, on the GPU if there is one and no other device is asked for."""
+    """Adam on a model, on the GPU if one is available and no other device is requested."""
 
     def __init__(self, model: Model, weights: Weights, config: Config, device: str = "auto") -> None:
         if device == "auto":
@@ -89,8 +89,8 @@ class TorchTrainer(Trainer):
 
     def gradient(self, x: Numbers, y: Numbers, config: Config) -> tuple[float, Numbers]:
         loss, _ = self._loss(self._move(x), self._move(y), config)
-        found = torch.autograd.grad(loss, list(self._weights.values()))
-        return loss.item(), torch.cat([part.flatten() for part in found]).double().cpu().numpy()
+        gradients = torch.autograd.grad(loss, list(self._weights.values()))
+        return loss.item(), torch.cat([part.flatten() for part in gradients]).double().cpu().numpy()
 
     def radius(self, x: Numbers, config: Config, products: int) -> Numbers:
         inputs = self._move(x)
@@ -103,7 +103,7 @@ class TorchTrainer(Trainer):
     def save(self) -> Weights:
         saved = {f"weight.{name}": value for name, value in self._weights.items()}
         for name, value in self._weights.items():
-            saved |= {f"adam.{name}.{key}": each for key, each in self._adam.state[value].items()}
+            saved |= {f"adam.{name}.{key}": entry for key, entry in self._adam.state[value].items()}
         return {name: value.detach().cpu().numpy().copy() for name, value in saved.items()}
 
     def restore(self, saved: Weights) -> None:
@@ -112,8 +112,8 @@ class TorchTrainer(Trainer):
                 value.copy_(self._move(saved[f"weight.{name}"]))
                 keys = [key for key in saved if key.startswith(f"adam.{name}.")]
                 self._adam.state[value] = {key.rpartition(".")[2]: torch.from_numpy(saved[key].copy()) for key in keys}
-                for key, each in self._adam.state[value].items():
-                    self._adam.state[value][key] = each if key == "step" else each.to(self._device)
+                for key, entry in self._adam.state[value].items():
+                    self._adam.state[value][key] = entry if key == "step" else entry.to(self._device)
 
     def reset_peak(self) -> None:
         if self._device.type == "cuda":

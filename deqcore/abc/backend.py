@@ -1,23 +1,24 @@
-"""What a framework must offer: the contract that PyTorch, JAX, NumPy and any fourth backend fulfil.
+"""The contract of a backend: PyTorch, JAX, NumPy and any fourth framework fulfil it.
 
-Read this file first, `solver.py` second, `strategy.py` third.
+Read this file first, `solver.py` second, `backward.py` third.
 
-Two layers, nothing more. Ordinary array mathematics goes through the **array namespace** `Backend.xp` (the array
-API standard). What that standard refuses to have is a method of **Backend**: loops, differentiation, rows that must
-stay as they are, transfers to the host, and histories. The **History** is the only large object in a solver, and its
-products are the only hot loops outside f, so a backend owns its storage.
+The contract has two layers. Ordinary array mathematics goes through the **array namespace** `Backend.xp` (the array
+API standard). Operations outside that standard are methods of **Backend**: loops, differentiation, frozen rows,
+transfers to the host, and histories. The **History** is the only large object in a solver, and its products are the
+only hot loops outside f, so a backend owns its storage.
 
 Requirements that every backend keeps, and that `deqcore.testing` checks:
 
-1. States inside the core are matrices `(batch, n)`; whatever the user's state looks like is raveled at the boundary.
+1. States inside the core are matrices `(batch, n)`; the user's state, any tree, is raveled at the boundary.
 2. Norms, inner products and coefficients are float32 or better, whatever the state's dtype.
-3. Rows are independent: what happens to one sample (NaN, a singular system) changes no bit of another's result.
+3. Rows are independent: an event in one sample (NaN, a singular system) changes no bit of another sample's result.
 4. Nothing is copied to the host, and no device is waited for, except in `loop` (every `check_every` steps),
-   `known_all` (which answers False where it would have to wait) and `to_numpy`.
-5. Operations are functional: they return what changed. A backend may write in place where nobody else can see it.
+   `known_all` (which returns False if it would have to wait) and `to_numpy`.
+5. Operations are functional: they return new values. A backend may write in place if no other code can observe it.
 
-What is no abstract method has a default, right for an eager framework whose arrays behave like NumPy's and live on the
-host. A backend starts with the rest, and overrides what its framework does otherwise, or faster.
+A method that is not abstract has a default, right for an eager framework whose arrays behave like NumPy's and live on
+the host. A backend implements the abstract methods first, and overrides the defaults that its framework does
+differently or faster.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Backend(ABC):
 
     @abstractmethod
     def is_array(self, leaf: object) -> bool:
-        """Whether `leaf` is an array of this framework."""
+        """Return whether `leaf` is an array of this framework."""
 
     @abstractmethod
     def asarray(self, a: object, *, dtype: str | None = None, like: Array | None = None) -> Array:
@@ -90,41 +91,41 @@ class Backend(ABC):
         return optree.tree_unflatten(structure, leaves)
 
     def dtype_name(self, x: Array) -> str:
-        """The dtype's name, as in ``"float32"``, ``"bfloat16"``, ``"int64"``."""
+        """Return the dtype's name, as in ``"float32"``, ``"bfloat16"``, ``"int64"``."""
         return str(x.dtype)
 
     def device_of(self, x: Array) -> Any:
-        """Something that compares equal for arrays on the same device; None where that is not known (tracing)."""
+        """Return an object that compares equal for arrays on the same device; None if that is unknown (tracing)."""
         return "cpu"
 
     def is_traced(self, *leaves: Any) -> bool:
-        """Whether any leaf is abstract (inside jit, grad or vmap of a tracing framework)."""
+        """Return whether any leaf is abstract (inside jit, grad or vmap of a tracing framework)."""
         return False
 
     def autocasting(self, x: Array) -> bool:
-        """Whether f runs under automatic mixed precision, so that its output may be narrower than the state."""
+        """Return whether f runs under automatic mixed precision, so that its output may be narrower than the state."""
         return False
 
     def in_extended_precision(self) -> bool:
-        """Whether f is being evaluated in a wider dtype than the state's, to differentiate it by differences."""
+        """Return whether f is being evaluated in a wider dtype than the state's, to differentiate it by differences."""
         return False
 
     def owned(self, leaves: list[Any]) -> list[Any]:
-        """What f returned, with a copy of each array that f or the user keeps: a reused buffer, an argument, z itself.
+        """Copy each array in f's result that f or the user keeps: a reused buffer, an argument, z itself.
 
-        Only a framework whose arrays can be written to needs it. `leaves` and one container, or one name, may hold
-        the arrays beside their owner.
+        Only a framework with writable arrays needs it. `leaves` and one container, or one name, may hold the arrays
+        beside their owner.
         """
         return leaves
 
     def unshared(self, x: Array, other: Array) -> Array:
-        """`x`, copied if it shares memory with `other` and can be written to."""
+        """Return `x`, or a copy if it is writable and shares memory with `other`."""
         return x
 
     def guard_inplace(self, z: Array) -> AbstractContextManager[Array]:
-        """Give f what it reads `z` from. Where arrays can be written to, a write is found out without a pass over them.
+        """Pass `z` to f so that a write to it is detected, without a pass over the array.
 
-        `z` may be the user's own memory, in several threads at once: the block changes no property of it.
+        `z` may be the user's own memory, in several threads at once, so the block changes no property of it.
 
         Returns:
             A context whose value is an array like `z`, on the same memory.
@@ -142,16 +143,16 @@ class Backend(ABC):
         """Move `x` to the device of this name: ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
 
         Raises:
-            BackendError: there is no such device.
+            BackendError: the device does not exist.
         """
         if device != "cpu":
-            raise BackendError(f"The backend {self.name!r} has arrays on the host only, but device = {device!r}.")
+            raise BackendError(f"device must be 'cpu' for the backend {self.name!r} (got {device!r}).")
         return x
 
     # -- rows ---------------------------------------------------------------------------------------------------
 
     def to_accum_dtype(self, x: Array) -> Array:
-        """Cast to the dtype of coefficients: float64 where the framework has it at hand, else float32."""
+        """Cast to the dtype of coefficients: float64 if the framework has it enabled, else float32."""
         return self.astype(x, "float64" if self.capabilities.float64 else "float32")
 
     def cast(self, x: Array, like: Array) -> Array:
@@ -159,39 +160,39 @@ class Backend(ABC):
         return self.astype(x, self.dtype_name(like))
 
     def norm(self, v: Array) -> Array:
-        """2-norm of each row of `v` `(batch, n)`: `(batch,)`, accumulated in float32 or better.
+        """Return the 2-norm of each row of `v` `(batch, n)`: `(batch,)`, accumulated in float32 or better.
 
-        Correct for rows of any scale: squares that overflow or vanish do not spoil it. A backend that sums squares
-        passes the sum's root to `guarded`.
+        It is correct for rows of any scale, also if squares overflow or vanish. A backend that sums squares passes the
+        root of the sum to `guarded`.
         """
         return self.guarded(v, self.xp.sqrt(self.inner(v, v)))
 
-    def guarded(self, v: Array, found: Array) -> Array:
-        """Correct `found` `(batch,)`, norms of the rows of `v` by plain sums of squares, where these left the range.
+    def guarded(self, v: Array, plain_norm: Array) -> Array:
+        """Correct `plain_norm` `(batch,)`, norms of the rows of `v` by plain sums, where squares left the range.
 
-        Rows whose norm is too extreme to be squared are scaled and summed a second time. Where there is none (almost
-        always) this costs a comparison of `(batch,)` numbers; where rows are zero, a search for their largest entry.
+        Rows whose norm is too extreme to be squared are scaled and summed a second time. Without such a row (almost
+        always) this costs a comparison of `(batch,)` numbers; with zero rows, a search for their largest entry.
         """
         xp = self.xp
-        low = float(xp.finfo(found.dtype).smallest_normal) ** (1 / 3)
-        safe = (found > low) & (found < 1 / low)
+        low = float(xp.finfo(plain_norm.dtype).smallest_normal) ** (1 / 3)
+        safe = (plain_norm > low) & (plain_norm < 1 / low)
         if self.known_all(safe):
-            return found
+            return plain_norm
 
-        def again(found: Array) -> Array:
-            largest = self._largest(v, found)
+        def again(plain_norm: Array) -> Array:
+            largest = self._largest(v, plain_norm)
             lost = ~safe & (largest > 0) & xp.isfinite(largest)
-            return self.cond(lost, lambda old: xp.where(lost, self._scaled_norm(v, largest), old), found)
+            return self.cond(lost, lambda old: xp.where(lost, self._scaled_norm(v, largest), old), plain_norm)
 
-        return self.cond(~safe, again, found)
+        return self.cond(~safe, again, plain_norm)
 
     def _largest(self, v: Array, like: Array) -> Array:
-        """The largest |v_i| of each row, in the dtype of `like`."""
+        """Return the largest |v_i| of each row, in the dtype of `like`."""
         xp = self.xp
         return self.cast(xp.max(xp.abs(self.detach(v)), axis=1), like) if v.shape[1] else xp.zeros_like(like)
 
     def _scaled_norm(self, v: Array, largest: Array) -> Array:
-        """2-norm of each row of `v` in the dtype of `largest` `(batch,)`, from entries over the largest one."""
+        """Return the 2-norm of each row of `v` in the dtype of `largest` `(batch,)`, from entries divided by it."""
         xp = self.xp
         sound = (largest > 0) & xp.isfinite(largest)
         one = xp.ones_like(largest)
@@ -203,12 +204,12 @@ class Backend(ABC):
         return scale * xp.where(zero, square, xp.sqrt(xp.where(zero, xp.ones_like(square), square)))
 
     def row_scale(self, norm: Array, like: Array) -> Array | None:
-        """Powers of two `(batch,)` that bring rows with these norms to about 1; None if known that no row needs it.
+        """Return powers of two `(batch,)` that scale rows with these norms to about 1; None if surely none needs it.
 
         Products of vectors overflow or vanish long before the vectors do: at 1e-25 in float32 all of them are 0. A
         method that stores vectors and forms their products divides them by this scale (`divide_rows`), which changes
-        no digit, and multiplies what it found (`multiply_rows`). The scale is 1 where squares are far from the ends
-        of the range, and where the norm is 0 or not finite.
+        no digit, and multiplies its result by it (`multiply_rows`). The scale is 1 if squares are far from the ends of
+        the range, and if the norm is 0 or not finite.
 
         Args:
             norm: `(batch,)`, as `norm` gives it.
@@ -227,58 +228,58 @@ class Backend(ABC):
         return xp.clip(self.power_of_two(xp.where(plain, one, norm)) * one, 1 / bound, bound)
 
     def power_of_two(self, x: Array) -> Array:
-        """The largest power of two that is at most x > 0, 1 for 1; exact to the bit where the backend overrides it."""
+        """Return the largest power of two that is at most x > 0; exact to the bit if the backend overrides it."""
         return 2.0 ** self.xp.floor(self.xp.log2(x))
 
     def divide_rows(self, v: Array, scale: Array | None) -> Array:
-        """`v` `(batch, k)` with each row divided by its `scale` `(batch,)`, a power of two; None divides by 1."""
+        """Divide each row of `v` `(batch, k)` by its `scale` `(batch,)`, a power of two; None divides by 1."""
         return v if scale is None else v * self.cast(1.0 / scale, v)[:, None]
 
     def multiply_rows(self, v: Array, scale: Array | None) -> Array:
-        """`v` `(batch, k)` with each row multiplied by its `scale` `(batch,)`, a power of two; None multiplies by 1."""
+        """Multiply each row of `v` `(batch, k)` by its `scale` `(batch,)`, a power of two; None multiplies by 1."""
         return v if scale is None else v * self.cast(scale, v)[:, None]
 
     def inner(self, a: Array, b: Array) -> Array:
-        """Inner product of each row of `a` with that of `b`: `(batch,)` in the wide dtype."""
+        """Return the inner product of each row of `a` with that of `b`: `(batch,)` in the wide dtype."""
         return self.xp.sum(self.to_accum_dtype(a) * self.to_accum_dtype(b), axis=1)
 
     def invert(self, x: Array, floor: Array) -> Array:
-        """1/x where |x| > floor, 0 elsewhere (where either is NaN, too); `x` and `floor` have shape `(batch,)`."""
+        """Return 1/x where |x| > floor, 0 elsewhere (also for NaN); `x` and `floor` have shape `(batch,)`."""
         xp = self.xp
         sound = xp.abs(x) > floor
         return xp.where(sound, 1.0 / xp.where(sound, x, xp.ones_like(x)), xp.zeros_like(x))
 
     def select(self, mask: Array, new: Array, old: Array) -> Array:
-        """Rows of `new` where `mask` `(batch,)` holds, of `old` elsewhere; never arithmetic with the mask (0·NaN)."""
+        """Return rows of `new` where `mask` `(batch,)` holds, of `old` elsewhere, without arithmetic (0·NaN)."""
         return self.xp.where(self.xp.reshape(mask, (-1, *[1] * (new.ndim - 1))), new, old)
 
     def rows(self, mask: Array) -> Array:
-        """Indices `(k,)` of the rows where `mask` holds. Waits for the device; with `compaction` only."""
+        """Return the indices `(k,)` of the rows where `mask` holds. Waits for the device; with `compaction` only."""
         return self.xp.nonzero(mask)[0]
 
     def take(self, x: Array, rows: Array) -> Array:
-        """The rows of `x` with these indices, in storage of their own."""
+        """Return the rows of `x` with these indices, in separate storage."""
         return self.xp.take(x, rows, axis=0)
 
     def put(self, x: Array, rows: Array, part: Array) -> Array:
-        """`x` with the rows of these indices replaced by those of `part`; `x` itself stays. With `compaction` only."""
+        """Return a copy of `x` with the rows of these indices replaced by those of `part`. With `compaction` only."""
         raise NotImplementedError(f"The backend {self.name!r} does not offer compaction.")
 
     def numpy_view(self, x: Array) -> Any | None:
-        """`x` as a NumPy array sharing its memory, where looking costs neither a wait nor a copy; None elsewhere.
+        """Return `x` as a NumPy array that shares its memory, or None if that would cost a wait or a copy.
 
         The loop's own decisions, a dozen operations on `(batch,)`, cost a fifth as much on such views.
         """
         return None
 
     def from_numpy_view(self, x: Any) -> Array:
-        """Undo `numpy_view`: an array that shares the memory of the NumPy array `x`, which nobody else writes to."""
-        raise NotImplementedError(f"The backend {self.name!r} looks at nothing on the host.")
+        """Undo `numpy_view`: return an array that shares the memory of the NumPy array `x`."""
+        raise NotImplementedError(f"The backend {self.name!r} has no NumPy views.")
 
     def known_all(self, mask: Array) -> bool:
-        """True only if all of `mask` holds *and* finding out costs no wait; False says nothing."""
-        seen = self.numpy_view(mask)
-        return seen is not None and bool(seen.all())
+        """Return True only if all of `mask` holds *and* reading it costs no wait; False may also mean unknown."""
+        view = self.numpy_view(mask)
+        return view is not None and bool(view.all())
 
     @abstractmethod
     def solve(self, a: Array, b: Array) -> Array:
@@ -288,27 +289,26 @@ class Backend(ABC):
         """
 
     def solve_upper(self, a: Array, b: Array) -> Array:
-        """`solve` where `a` is upper triangular; worth an implementation where elimination costs more than f."""
+        """Solve as `solve` does for upper triangular `a`; worth overriding if elimination costs more than f."""
         return self.solve(a, b)
 
     def solve_positive(self, a: Array, b: Array) -> Array:
-        """`solve` where `a` is symmetric and positive definite to rounding."""
+        """Solve as `solve` does for `a` that is symmetric and positive definite to rounding."""
         return self.solve(a, b)
 
     def least_singular_value(self, a: Array, columns: Array) -> Array:
-        """Least singular value of each of the matrices `a` `(batch, m, k)`, m ≥ k: `(batch,)`.
+        """Return the least singular value of each of the matrices `a` `(batch, m, k)`, m ≥ k: `(batch,)`.
 
-        Of the columns from `columns` (a scalar int32) on it is known that column j is c·e_{j+1}, with c no less than
-        the norm of any other column and all others zero in that row: traced code, whose shapes cannot shrink, may
-        spare them.
+        From index `columns` (a scalar int32) on, column j is c·e_{j+1}, with c at least the norm of any other column
+        and all other columns zero in that row. Traced code, whose shapes cannot shrink, may skip these columns.
         """
         return self.xp.min(self.xp.linalg.svdvals(a), axis=1)
 
     def history(self, like: Array, history_size: int, dtype: str | None = None) -> History:
-        """An empty history for vectors like `like` `(batch, n)`, stored in `dtype` (default: the vectors' own).
+        """Return an empty history for vectors like `like` `(batch, n)`, stored in `dtype` (default: the vectors' own).
 
-        Where the framework is recording a gradient through `like`, the history is functional: nothing is written in
-        place, so that steps can be differentiated through. The default is functional always.
+        If the framework records a gradient through `like`, the history is functional: nothing is written in place, so
+        that steps can be differentiated through. The default is always functional.
         """
         return FunctionalHistory.empty(self, like, history_size, dtype)
 
@@ -316,34 +316,34 @@ class Backend(ABC):
         """`solver.step(self, f, z, fz, state)` by compiled code, where this backend has some for it; None elsewhere.
 
         To rounding it is the same step on the same state, so that histories, estimates and continued solves do not
-        know which one ran. The choice must not depend on the values of any sample.
+        depend on which one ran. The choice must not depend on the values of any sample.
         """
         return None
 
     def fused_update(
-        self, carry: Any, found: StepResult, residual: Array, size: Array | None, limits: Any
+        self, carry: Any, result: StepResult, residual: Array, size: Array | None, limits: Any
     ) -> Any | None:
-        """What the loop keeps of a step, by compiled code where this backend has some for it; None elsewhere.
+        """Update the loop state after a step by compiled code; return None if this backend has none for it.
 
         Args:
-            carry: the loop's, before the step.
-            found: what the step led to.
+            carry: the loop state before the step.
+            result: the result of the step.
             residual: ‖f(z) − z‖ `(batch,)`.
-            size: ‖f(z)‖ `(batch,)`, or None where it is not known and `limits.rtol` is 0.
+            size: ‖f(z)‖ `(batch,)`, or None if it is unknown and `limits.rtol` is 0.
             limits: `deqcore.solve.termination.Limits`; the verdict is `deqcore.solve.termination.verdict`.
 
         Returns:
-            The carry after the step, but with the solver's state of before.
+            The loop state after the step, but with the solver's state from before it.
         """
         return None
 
     def fused_arnoldi(self, space: Any, w: Array, goal: Array, twice: bool) -> Any | None:
-        """What GMRES does with a product, by compiled code where this backend has some for it; None elsewhere.
+        """Do the part of a GMRES step after the product by compiled code; return None if this backend has none for it.
 
         Args:
             space: `deqcore.linear.gmres.Krylov`.
             w: the product with its latest vector, `(batch, n)`.
-            goal: residual at which a sample is done, `(batch,)`.
+            goal: residual at which a sample is done `(batch,)`.
             twice: project twice.
 
         Returns:
@@ -352,14 +352,14 @@ class Backend(ABC):
         return None
 
     def residual_norms(self, z: Array, fz: Array) -> tuple[Array, Array]:
-        """‖f(z) − z‖ and ‖f(z)‖ of each row `(batch,)`, as `norm` gives them."""
+        """Return ‖f(z) − z‖ and ‖f(z)‖ of each row `(batch,)`, as `norm` gives them."""
         return self.norm(fz - z), self.norm(fz)
 
     def orthogonalize(self, basis: History, w: Array, twice: bool) -> tuple[Array, Array, Array, Array]:
-        """`w` `(batch, n)` without its components h in the orthonormal `basis`, and h, ‖w‖ before, ‖w‖ after.
+        """Return `w` `(batch, n)` without its components h in the orthonormal `basis`, and h, ‖w‖ before, ‖w‖ after.
 
-        With `twice` it is projected once more, so that what is left is orthogonal to rounding. h `(batch, history_size)`
-        and the norms `(batch,)` are in the wide dtype.
+        With `twice` it is projected once more, so that the result is orthogonal to rounding. h
+        `(batch, history_size)` and the norms `(batch,)` are in the wide dtype.
         """
         before = self.to_accum_dtype(self.norm(w))
         h = basis.dot(w)
@@ -371,23 +371,23 @@ class Backend(ABC):
         return w, h, before, self.to_accum_dtype(self.norm(w))
 
     def eye(self, like: Array, rows: int, columns: int | None = None) -> Array:
-        """Identity matrix `(rows, columns)` in the dtype and on the device of `like` (which traced arrays hide)."""
+        """Return the identity `(rows, columns)` in the dtype and on the device of `like` (which traced arrays hide)."""
         return self.xp.eye(rows, columns, dtype=like.dtype, device=like.device)
 
     def eps(self, x: Array) -> float:
-        """Machine epsilon of the dtype of `x`."""
+        """Return the machine epsilon of the dtype of `x`."""
         return float(self.xp.finfo(x.dtype).eps)
 
     def errstate(self) -> AbstractContextManager[object]:
-        """Inside it the framework does not warn of NaN and inf: here they are statuses."""
+        """Silence the framework's warnings of NaN and inf inside the block, where they are statuses."""
         return nullcontext()
 
     def output_eps(self, x: Array) -> float:
-        """Machine epsilon of what f returns for a state like `x`: coarser than `eps` under mixed precision."""
+        """Return the machine epsilon of f's output for a state like `x`: coarser than `eps` under mixed precision."""
         return self.eps(x)
 
     def default_rtol(self, x: Array) -> float:
-        """Rtol = "auto": what the dtype can reach, at most 1e-4 where it can: √eps, but at least 2·eps.
+        """Return the value of rtol = "auto": √eps, at most 1e-4, but at least 2·eps.
 
         float64 1.5e-8, float32 1e-4, float16 2e-3, bfloat16 1.6e-2.
         """
@@ -395,10 +395,10 @@ class Backend(ABC):
         return float(max(2 * eps, min(1e-4, eps**0.5)))
 
     def as_scalar(self, value: Any, like: Array) -> Any:
-        """A tolerance or step budget in the form that the loops of this backend want.
+        """Convert a tolerance or step budget to the form that the loops of this backend take.
 
-        Eager backends keep the Python number. A tracing backend makes it an array (an integer stays one, a float
-        takes the dtype in which norms of `like` are measured), so that another value recompiles nothing.
+        Eager backends keep the Python number. A tracing backend makes it an array (an integer stays an integer, a float
+        takes the dtype of norms of `like`), so that another value recompiles nothing.
         """
         return value
 
@@ -415,11 +415,11 @@ class Backend(ABC):
         """Apply `body` while `running(carry)` (a scalar) holds, `steps` times at most.
 
         Args:
-            running: asked before the first step and then every `check_every` steps.
+            running: called before the first step and then every `check_every` steps.
             body: must be harmless when applied after `running` became False.
             carry: structure, shapes and dtypes stay the same from step to step.
-            steps: never exceeded, whatever `check_every` is; may be a traced scalar.
-            check_every: ``"auto"`` is 1 where a check is free, and more on devices where it waits.
+            steps: never exceeded, for any `check_every`; may be a traced scalar.
+            check_every: ``"auto"`` is 1 if a check costs no wait, and more on devices where it waits.
         """
         every = 1 if check_every == "auto" else int(check_every)
         with self.errstate():
@@ -454,9 +454,9 @@ class Backend(ABC):
     ) -> tuple[Array, Callable[[Array], tuple[Array, ...]]]:
         """Evaluate f once at a tuple of arrays; return its value and the map from its cotangent to theirs.
 
-        What `linearize` and `vjp` are made of where a backend does not write them itself.
+        The default `linearize` and `vjp` use it.
         """
-        raise NotImplementedError(f"{type(self).__name__} offers neither `pullback` nor `linearize` and `vjp`.")
+        raise NotImplementedError(f"{type(self).__name__} must implement `pullback`, or `linearize` and `vjp`.")
 
     def linearize(self, f: Map, z: Array) -> tuple[Array, Map]:
         """Evaluate f once at `z`; return `(f(z), vjp)` with `vjp(u) = Jᵀu`, callable many times."""
@@ -464,20 +464,20 @@ class Backend(ABC):
         return value, lambda u: vjp(u)[0]
 
     def jvp(self, f: Map, z: Array) -> Map | None:
-        """Forward products `v ↦ J v` at `z`, or None where the framework has none."""
+        """Return forward products `v ↦ J v` at `z`, or None if the framework has none."""
         return None
 
     def differentiable_vjp(self, f: Map, z: Array) -> Map:
-        """Products `u ↦ Jᵀu` at `z` that are themselves recorded: gradients flow to z and to what f depends on.
+        """Return products `u ↦ Jᵀu` at `z` that are themselves recorded: gradients flow to z and to all inputs of f.
 
-        The default is for backends whose `linearize` composes with differentiation, or that have no tape at all.
+        The default is for backends whose `linearize` composes with differentiation, or that have no tape.
         """
         return self.linearize(f, z)[1]
 
     def forward_only(
         self, f: Callable[..., Array], z0: Array, args: tuple[Any, ...], solve: Callable[[Map, Array], SolveResult]
     ) -> SolveResult:
-        """Run `solve(lambda z: f(z, *args), z0)` with no gradient recorded."""
+        """Run `solve(lambda z: f(z, *args), z0)` without recording a gradient."""
         leaves, structure = self.flatten(args)
         still = self.unflatten(structure, [self.detach(leaf) if self.is_array(leaf) else leaf for leaf in leaves])
         with self.errstate():
@@ -496,15 +496,15 @@ class Backend(ABC):
 
         Args:
             f: `f(z, *args)` on raveled states; may close over differentiable values.
-            z0: initial state `(batch, n)`. It gets no gradient: the fixed point does not depend on it.
+            z0: initial iterate `(batch, n)`. It gets no gradient, because the fixed point does not depend on it.
             args: pytrees; their arrays get gradients.
             solve: the loop with solver and tolerances bound.
             adjoint: finds `u ≈ (I − J)^-T g`.
 
         Returns:
-            The value z* `(batch, n)`, which is `forward.z` to the last bit, with gradients attached whenever the
-            framework records them, what the solver did, and a record that the backward pass will fill (None where
-            there is no such path).
+            The value z* `(batch, n)`, which equals `forward.z` to the last bit, with gradients attached whenever the
+            framework records them; the result of the solver; and a record that the backward pass will fill (None if
+            the framework cannot fill one).
         """
 
     def differentiate_through(
@@ -515,36 +515,36 @@ class Backend(ABC):
         steps: Callable[[Map, Array, SolveResult | None], Any],
         forward: SolveResult | None,
     ) -> Any:
-        """`steps(lambda z: f(z, *args), z0, forward)` with its gradient recorded; tracing, f is called once."""
+        """Run `steps(lambda z: f(z, *args), z0, forward)` and record its gradient; a tracing backend calls f once."""
         return steps(lambda z: f(z, *args), z0, forward)
 
     @abstractmethod
     def detach(self, x: Array) -> Array:
-        """The same numbers, without a gradient."""
+        """Return the same numbers without a gradient."""
 
     def straight_through(self, value: Array, carrier: Array) -> Array:
-        """`value` `(batch, n)` with the derivative of `carrier` `(batch, n)`.
+        """Return `value` `(batch, n)` with the derivative of `carrier` `(batch, n)`.
 
-        A backend may override this to spare the passes, and to keep NaN in `carrier` out of the value.
+        A backend may override this to save the passes, and to keep NaN in `carrier` out of the value.
         """
         return value + (carrier - self.detach(carrier)) if self.grad_enabled() else value
 
     def checkpoint(self, f: Map) -> Map:
-        """f, evaluated again in the backward pass in place of keeping what it computed."""
+        """Wrap f so that the backward pass evaluates it again instead of keeping its intermediate results."""
         return f
 
     def grad_enabled(self) -> bool:
-        """Whether a gradient may be asked for later. A backend without a tape answers False."""
+        """Return whether a gradient may be requested later. A backend without a tape may return False."""
         return True
 
     def vjp(
         self, value: Callable[..., tuple[Array, Any]], args: tuple[Any, ...], cotangent: Array
     ) -> tuple[Array, Any, tuple[Any, ...]]:
-        """Cotangents of `args` for `value(*args) -> (array, aux)`, by the framework's own differentiation.
+        """Return the cotangents of `args` for `value(*args) -> (array, aux)`, by the framework's own differentiation.
 
         Returns:
-            The value, aux, and for each argument a tree like it; None in place of leaves without a derivative
-            (integers, strings).
+            The value, aux, and for each argument a tree like it, with None for leaves without a derivative (integers,
+            strings).
         """
         leaves, structure = self.flatten(args)
         moving = [i for i, leaf in enumerate(leaves) if self.is_array(leaf) and "float" in self.dtype_name(leaf)]
@@ -552,16 +552,16 @@ class Backend(ABC):
 
         def of_leaves(moved: tuple[Array, ...]) -> Array:
             changed = dict(zip(moving, moved, strict=True))
-            found, aux = value(*self.unflatten(structure, [changed.get(i, leaf) for i, leaf in enumerate(leaves)]))
+            primal, aux = value(*self.unflatten(structure, [changed.get(i, leaf) for i, leaf in enumerate(leaves)]))
             kept.append(aux)
-            return found
+            return primal
 
-        found, vjp = self.pullback(of_leaves, tuple(leaves[i] for i in moving))
+        primal, vjp = self.pullback(of_leaves, tuple(leaves[i] for i in moving))
         gradients = dict(zip(moving, vjp(cotangent), strict=True))
-        return found, kept[0], self.unflatten(structure, [gradients.get(i) for i in range(len(leaves))])
+        return primal, kept[0], self.unflatten(structure, [gradients.get(i) for i in range(len(leaves))])
 
     def grad(self, fn: Callable[[Array], Array]) -> Callable[[Array], Array]:
-        """The gradient of a scalar function of one array; may be nested where `second_derivatives` is promised."""
+        """Return the gradient of a scalar function of one array; it may be nested if `second_derivatives` is set."""
 
         def gradient(x: Array) -> Array:
             one = self.asarray(1.0, like=x)
@@ -572,11 +572,11 @@ class Backend(ABC):
     # -- measuring and checking ---------------------------------------------------------------------------------
 
     def jit(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """`fn` compiled, on a backend that promises `jit`; elsewhere `fn` itself."""
+        """Return `fn` compiled if the backend has the capability `jit`, otherwise `fn` itself."""
         return fn
 
     def high_precision(self) -> AbstractContextManager[object]:
-        """What the conformance suite runs in: double precision at hand, and no product shortened (TF32)."""
+        """Enter the precision of the conformance suite: double precision enabled, and no product shortened (TF32)."""
         return nullcontext()
 
     def synchronize(self) -> None:

@@ -1,13 +1,14 @@
-"""What a backward strategy must offer.
+"""The contract of a backward strategy.
 
-Forward, `z* = f(z*, θ)` is solved without recording a gradient. Backward, the implicit function theorem asks for
+The forward pass solves `z* = f(z*, θ)` without recording a gradient. By the implicit function theorem the backward
+pass needs
 
     dL/dθ = (∂f/∂θ)ᵀ u,    u = (I − J)^-T g,    J = ∂f/∂z at z*,
 
-where g is the cotangent of z*. Every implicit strategy differs only in how it finds u: it is a `Strategy` and writes
-`solve_adjoint`. The last product with (∂f/∂θ)ᵀ is one ordinary recorded evaluation of f, done by the framework.
+where g is the cotangent of z*. Implicit strategies differ only in how they find u: each is a `Strategy` and implements
+`solve_adjoint`. The framework forms the last product with (∂f/∂θ)ᵀ by one ordinary recorded evaluation of f.
 
-Strategies that differentiate through a fixed number of steps instead are a `StepStrategy`.
+A strategy that differentiates through a fixed number of steps is a `StepStrategy`.
 
 Source: Bai, Kolter & Koltun (2019), "Deep Equilibrium Models", Theorem 1.
 """
@@ -30,12 +31,12 @@ class Strategy(ABC):
     """An implicit backward strategy: a frozen dataclass of its options, registered under a name.
 
     Attributes:
-        needs: what `solve_adjoint` uses with its default options; `uses_vjp` and `wants_estimate` answer for any.
-        exact: whether `solve_adjoint` solves the adjoint equation to a tolerance, so that the result is a true derivative
-            (which forward mode and second derivatives require).
-        cost_bounds: golden problems whose adjoint equation it solves, each with the vjps per sample that this may take
-            in float64, from the estimate H = −I if it wants one, as in ``{"slow-modes": 12}``; the conformance suite
-            holds it to them. Made for the default options.
+        needs: what `solve_adjoint` uses with its default options; for other options, `uses_vjp` and `wants_estimate`.
+        exact: whether `solve_adjoint` solves the adjoint equation to a tolerance, so that the result is a true
+            derivative (which forward mode and second derivatives require).
+        cost_bounds: golden problems whose adjoint equation it solves, each with an upper bound on the vjps per sample
+            in float64, from the estimate H = −I if it wants one, as in ``{"slow-modes": 12}``. The conformance suite
+            checks these bounds, with the default options.
 
     Example:
         >>> import numpy as np, deqcore
@@ -46,8 +47,8 @@ class Strategy(ABC):
         ...     def solve_adjoint(self, backend, vjp, g, estimate):
         ...         return g + vjp(g), report(backend, g, vjps=1)
         >>> be = deqcore.get_backend(backend="numpy")
-        >>> u, told = TwoTerms().solve_adjoint(be, lambda v: 0.5 * v, np.ones((1, 2)), None)
-        >>> u.tolist(), told.vjps.tolist()
+        >>> u, adjoint_report = TwoTerms().solve_adjoint(be, lambda v: 0.5 * v, np.ones((1, 2)), None)
+        >>> u.tolist(), adjoint_report.vjps.tolist()
         ([[1.5, 1.5]], [1])
     """
 
@@ -59,25 +60,25 @@ class Strategy(ABC):
     def solve_adjoint(
         self, backend: Backend, vjp: Map, g: Array, estimate: InverseJacobian | None
     ) -> tuple[Array, AdjointReport]:
-        """Return `u ≈ (I − J)^-T g` and what it took.
+        """Return `u ≈ (I − J)^-T g` and a report.
 
         Args:
-            backend: whose arrays these are.
+            backend: the backend of these arrays.
             vjp: `u ↦ Jᵀu` at z*, `(batch, n)` to `(batch, n)`; each call costs one vector–Jacobian product.
             g: cotangent of z*, `(batch, n)`.
             estimate: H ≈ (J − I)^-1 from the forward solve, or None if `needs` is not "estimate".
         """
 
     def uses_vjp(self) -> bool:
-        """Whether `solve_adjoint` may call `vjp` with these options; if not, the graph of z need not be recorded."""
+        """Return whether `solve_adjoint` may call `vjp` with these options; if not, no graph of f is recorded."""
         return self.needs == "vjp"
 
     def wants_estimate(self) -> bool:
-        """Whether `solve_adjoint` reads the solver's estimate with these options; if so the solver must have one."""
+        """Return whether `solve_adjoint` reads the estimate with these options; the solver must then have one."""
         return self.needs == "estimate"
 
     def wants_secants(self) -> bool:
-        """Whether the estimate should be `Solver.secant_estimate` in place of `Solver.inverse_jacobian`."""
+        """Return whether the estimate should be `Solver.secant_estimate` instead of `Solver.inverse_jacobian`."""
         return False
 
     def bind(self, make_solver: MakeSolver) -> Strategy:
@@ -86,10 +87,13 @@ class Strategy(ABC):
 
 
 class StepStrategy(ABC):
-    """A strategy that differentiates through steps of its own, recorded by the framework (phantom, unrolled).
+    """A strategy that differentiates through its own steps, recorded by the framework (phantom, unrolled).
 
-    Where it solves first, `sol.value` is the solution, whose residual and status are reported, with the derivative
-    of the steps. Where it does not, `sol.value` is what the steps led to.
+    If it solves first, `sol.value` is the solution, whose residual and status are reported, with the derivative of the
+    steps. Otherwise `sol.value` is the result of the steps.
+
+    Attributes:
+        steps: steps that it takes if it does not solve first, for `sol.steps`.
 
     Example:
         >>> import numpy as np, deqcore
@@ -103,27 +107,29 @@ class StepStrategy(ABC):
         [[1.0, 1.0]]
     """
 
+    steps: int = 0
+
     @abstractmethod
     def value(
         self, backend: Backend, f: Map, z0: Array, forward: SolveResult | None, solver: Solver
     ) -> Array | Reached:
-        """The differentiable value `(batch, n)`; a `Reached` where f at it is known, so that the residual is, too.
+        """Return the differentiable value `(batch, n)`, or a `Reached` if f(value), and so the residual, is known.
 
         Args:
-            backend: whose arrays these are.
+            backend: the backend of these arrays.
             f: the map, recorded by the framework.
-            z0: the initial state `(batch, n)`.
-            forward: the solution found without a gradient, or None if `solves` is False.
+            z0: the initial iterate `(batch, n)`.
+            forward: the solution, without a gradient, or None if `solves` is False.
             solver: the configured method, for a strategy that records its steps.
         """
 
     def solves(self) -> bool:
-        """Whether the fixed point is solved for first."""
+        """Return whether the fixed point is solved for first."""
         return True
 
 
 def relative(backend: Backend, a: Array, b: Array) -> Array:
-    """a / b per sample in the wide dtype, zero where b is zero (not where it is NaN, which is no good residual)."""
+    """Return a / b per sample in the wide dtype, zero where b is zero, but NaN where b is NaN."""
     xp = backend.xp
     a, b = backend.to_accum_dtype(a), backend.to_accum_dtype(b)
     return xp.where(b == 0, xp.zeros_like(a), a / xp.where(b == 0, xp.ones_like(b), b))
@@ -139,16 +145,16 @@ def report(
     error: Array | None = None,
     fallback: Array | None = None,
 ) -> AdjointReport:
-    """Fill an AdjointReport; what is not given says "not measured".
+    """Fill an AdjointReport; fields that are not given become "not measured".
 
     Args:
-        backend: whose arrays these are.
+        backend: the backend of these arrays.
         g: the cotangent `(batch, n)`.
         status: `Status` per sample `(batch,)` int32; default CONVERGED, and NONFINITE where the residual is not finite.
-        vjps: products Jᵀv that were spent, `(batch,)` int32 or one number for all.
+        vjps: products Jᵀv spent, `(batch,)` int32 or one number for all.
         residual: ‖g + Jᵀu − u‖ / ‖g‖ `(batch,)`.
         error: estimated relative error of u `(batch,)`.
-        fallback: which samples got something simpler `(batch,)` of bool.
+        fallback: which samples got the fallback, `(batch,)` of bool.
 
     Returns:
         A report whose leaves are all `(batch,)`.
@@ -157,8 +163,8 @@ def report(
         >>> import numpy as np, deqcore
         >>> from deqcore import Status
         >>> be = deqcore.get_backend(backend="numpy")
-        >>> found = report(be, np.ones((2, 3)), vjps=4, residual=np.array([1e-6, np.inf]))
-        >>> found.vjps.tolist(), [Status(each).name for each in found.status.tolist()]
+        >>> filled = report(be, np.ones((2, 3)), vjps=4, residual=np.array([1e-6, np.inf]))
+        >>> filled.vjps.tolist(), [Status(code).name for code in filled.status.tolist()]
         ([4, 4], ['CONVERGED', 'NONFINITE'])
     """
     xp = backend.xp

@@ -45,18 +45,18 @@ class _Arrays(Protocol):
 
 
 class _Shared(NamedTuple):
-    """What all states of one history have in common."""
+    """The constants of all states of one history."""
 
     backend: _Arrays
     history_size: int
-    dtype: str  # the state's, in which `combine` answers; the slots may be narrower
+    dtype: str  # of the state and of the results of `combine`; the slots may be narrower
 
 
 class FunctionalHistory(History):
-    """One array per slot, `(batch, n)`, and for each the samples that see it.
+    """A history with one array `(batch, n)` per slot, and a mask of the samples that see it.
 
-    Costs an operation per slot where a ring in one array costs one in all: a backend with such a ring overrides
-    `Backend.history`.
+    Each operation costs one array operation per slot. A ring in one array costs one in all: a backend with such a ring
+    overrides `Backend.history`.
     """
 
     def __init__(self, shared: _Shared, slots: tuple[Array, ...], seen: Array, written: int, active: Array | None):
@@ -68,15 +68,15 @@ class FunctionalHistory(History):
         """No vector yet, for vectors like `like` `(batch, n)`."""
         still = backend.detach(like)
         zero = backend.xp.zeros_like(backend.astype(still, dtype or backend.dtype_name(like)))
-        nobody = backend.xp.broadcast_to(backend.xp.sum(zero, axis=1)[:, None] > 0, (like.shape[0], history_size))
-        return cls(_Shared(backend, history_size, backend.dtype_name(like)), (zero,) * history_size, nobody, 0, None)
+        unseen = backend.xp.broadcast_to(backend.xp.sum(zero, axis=1)[:, None] > 0, (like.shape[0], history_size))
+        return cls(_Shared(backend, history_size, backend.dtype_name(like)), (zero,) * history_size, unseen, 0, None)
 
     def _with(self, **changes: object) -> FunctionalHistory:
         kept = {"slots": self.slots, "seen": self.seen, "written": self.written, "active": self.active}
         return FunctionalHistory(self.shared, **{**kept, **changes})
 
     def _at(self, slot: int, there: bool = True) -> Array:
-        """One-hot mask `(history_size,)`."""
+        """Return a one-hot mask `(history_size,)`."""
         return self.shared.backend.asarray(there & (np.arange(self.history_size) == slot), like=self.seen)
 
     def append(self, v: Array) -> FunctionalHistory:
@@ -95,9 +95,10 @@ class FunctionalHistory(History):
         backend, xp = self.shared.backend, self.shared.backend.xp
         many = backend.to_accum_dtype(v if v.ndim == 3 else v[:, None, :])
         with backend.errstate():
-            found = xp.stack([xp.sum(many * backend.to_accum_dtype(q)[:, None, :], axis=2) for q in self.slots], axis=2)
-        found = xp.where(self.seen[:, None, :], found, xp.zeros_like(found))
-        return found if v.ndim == 3 else found[:, 0, :]
+            per_slot = [xp.sum(many * backend.to_accum_dtype(q)[:, None, :], axis=2) for q in self.slots]
+            products = xp.stack(per_slot, axis=2)
+        products = xp.where(self.seen[:, None, :], products, xp.zeros_like(products))
+        return products if v.ndim == 3 else products[:, 0, :]
 
     def combine(self, coefficients: Array) -> Array:
         """See `History.combine`."""
@@ -156,5 +157,5 @@ class FunctionalHistory(History):
         return self._with(slots=tuple(self.shared.backend.detach(slot) for slot in self.slots))
 
     def copy(self) -> FunctionalHistory:
-        """Itself: nobody writes to it."""
+        """Return this history itself, because nothing is written in place."""
         return self

@@ -23,12 +23,12 @@ class InverseJacobian(ABC):
 
     @abstractmethod
     def apply(self, v: Array) -> Array:
-        """H v for `v` `(batch, n)`."""
+        """Return H v for `v` `(batch, n)`."""
 
     @abstractmethod
     def apply_transpose(self, v: Array) -> Array:
-        """Hᵀ v for `v` `(batch, n)`."""
+        """Return Hᵀ v for `v` `(batch, n)`."""
 
     def apply_transpose_unregularised(self, v: Array) -> Array:
-        """Hᵀ v with as little regularisation as rounding allows: to judge by, where `apply_transpose` is to use."""
+        """Return Hᵀ v with as little regularisation as rounding allows, to judge errors with."""
         return self.apply_transpose(v)

@@ -1,9 +1,9 @@
-"""What a solver must offer. One method, one file: subclass `Solver` as a frozen dataclass of its options.
+"""The contract of a solver. One method, one file: subclass `Solver` as a frozen dataclass of its options.
 
 A solver iterates on matrices `(batch, n)` and is **written once** for all frameworks: pure functions, array
-operations through `backend.xp`, histories through `backend.history`, a state whose structure, shapes and dtypes never
-change. Everything that all methods share (tolerances, freezing of samples that are done, the best iterate, status,
-counters) belongs to the loop, see `driver.py`.
+operations through `backend.xp`, histories through `backend.history`, and a state whose structure, shapes and dtypes
+never change. Everything that all methods share (tolerances, freezing of samples that are done, the best iterate,
+status, counters) belongs to the loop, see `deqcore.solve.loop`.
 
 Example:
     A complete solver::
@@ -36,12 +36,12 @@ class Solver(ABC):
     """A fixed-point method for `z = f(z)`.
 
     Attributes:
-        has_estimate: whether `inverse_jacobian` gives one; checked before any solve.
+        has_estimate: whether `inverse_jacobian` returns an estimate; checked before any solve.
         evaluations_per_step: how often `step` evaluates f. A method with a varying number overrides `evaluations`.
-        needs: capabilities of the backend that it cannot do without, such as "jvp".
-        cost_bounds: golden problems that it solves, also where plain iteration does not, each with the evaluations (and
-            products) that this may take in float64, as in ``{"expansive": 20}``; the conformance suite holds it to
-            them. Made for the default options.
+        needs: capabilities of the backend that it requires, such as "jvp".
+        cost_bounds: golden problems that it solves, also where plain iteration fails, each with an upper bound on the
+            evaluations (and products) in float64, as in ``{"expansive": 20}``. The conformance suite checks these
+            bounds, with the default options.
 
     Example:
         >>> import numpy as np, deqcore
@@ -66,20 +66,20 @@ class Solver(ABC):
 
     @abstractmethod
     def init(self, backend: Backend, z: Array, fz: Array) -> Any:
-        """The state before the first step: a NamedTuple of arrays (leading axis: batch) and histories.
+        """Return the state before the first step: a NamedTuple of arrays (leading axis: batch) and histories.
 
         Args:
-            backend: whose arrays these are.
+            backend: the backend of these arrays.
             z: initial iterate `(batch, n)`.
             fz: `f(z)`, `(batch, n)`.
         """
 
     @abstractmethod
     def step(self, backend: Backend, f: Map, z: Array, fz: Array, state: Any) -> tuple[Array, Array, Any]:
-        """One step: `(z, f(z), state) -> (z₊, f(z₊), state₊)`.
+        """Take one step: `(z, f(z), state) -> (z₊, f(z₊), state₊)`.
 
         Args:
-            backend: whose arrays these are.
+            backend: the backend of these arrays.
             f: the map; a step calls it `evaluations_per_step` times.
             z: current iterate `(batch, n)`.
             fz: `f(z)`; a step never evaluates f at `z` again.
@@ -87,14 +87,14 @@ class Solver(ABC):
         """
 
     def restarted(self, backend: Backend, rows: Array, z: Array, state: Any) -> Any:
-        """The state of the samples `rows` as before a first step from `z`, with a residual of 0; others keep theirs.
+        """Reset the samples `rows` to the state before a first step from `z`, with a residual of 0; others keep theirs.
 
-        f was not finite where the last step led, so that the loop puts these samples at another point, which it
-        gives as z and as f(z). The next step must evaluate f at this very point, and go on from there as from a start:
-        what it sees is no difference to learn from. The default takes `init` and erases all histories.
+        f was not finite at the result of the last step, so the loop moves these samples to another point, which it
+        passes as z and as f(z). The next step must evaluate f at exactly this point and continue as from a start,
+        without learning from the difference. The default takes `init` and erases all histories.
 
         Args:
-            backend: whose arrays these are.
+            backend: the backend of these arrays.
             rows: `(batch,)` of bool.
             z: iterates `(batch, n)`.
             state: as the last step returned it; the samples are active in its histories.
@@ -103,45 +103,45 @@ class Solver(ABC):
         return _merged(backend, rows, fresh, state)
 
     def residual_norm(self, backend: Backend, state: Any) -> Array | None:
-        """‖f(z) − z‖ of the current iterate `(batch,)` if the method has measured it, so that nobody does it twice."""
+        """Return ‖f(z) − z‖ of the current iterate `(batch,)` if `step` has measured it, otherwise None."""
         return None
 
     def inverse_jacobian(self, backend: Backend, state: Any) -> InverseJacobian | None:
-        """The estimate H ≈ (∂(f − z)/∂z)^-1 that the solve leaves behind, or None."""
+        """Return the estimate H ≈ (∂(f − z)/∂z)^-1 from the solve, or None."""
         return None
 
     def secant_estimate(self, backend: Backend, state: Any) -> InverseJacobian | None:
-        """An estimate that keeps all secant pairs at once, H Y = S, to certify and refine with.
+        """Return an estimate that satisfies all secant pairs at once, H Y = S, to certify and refine gradients with.
 
-        A method that updates recursively keeps only its latest pair exactly; the default is its `inverse_jacobian`.
+        A method that updates recursively satisfies only its latest pair exactly. The default is `inverse_jacobian`.
         """
         return self.inverse_jacobian(backend, state)
 
     def chord(self, backend: Backend, z: Array, fz: Array, state: Any) -> Array | None:
-        """The next iterate with all that was learned held fixed, z − H (f(z) − z) `(batch, n)`.
+        """Return the next iterate with H held fixed, z − H (f(z) − z) `(batch, n)`.
 
-        Where the residual is rounding, `step` may divide rounding by rounding, and its derivative with it. Whoever
-        differentiates through steps goes on from there with this one, whose derivative converges at the rate of H.
+        Once the residual is rounding, `step` may divide rounding by rounding, and so does its derivative. Code that
+        differentiates through steps then continues with this step, whose derivative converges at the rate of H.
 
         Returns:
-            The iterate; by default f(z) for a method without an estimate. None says that `step` divides by no
+            The iterate; by default f(z) for a method without an estimate. None means that `step` does not divide by a
             difference of iterates, so that it may be differentiated at any residual.
         """
         estimate = self.inverse_jacobian(backend, state)
         return fz if estimate is None else z - estimate.apply(fz - z)
 
     def evaluations(self, backend: Backend, steps: Array, state: Any) -> Array:
-        """Evaluations of f per sample after `steps` `(batch,)` int32, the first one included."""
+        """Return the evaluations of f per sample after `steps` `(batch,)` int32, including the first one."""
         return 1 + self.evaluations_per_step * steps
 
 
 def detach_state(backend: Backend, state: Any) -> Any:
-    """The same numbers in a solver state, without gradients."""
+    """Return a solver state with the same numbers, without gradients."""
     return map_state(state, lambda leaf: leaf.detach() if isinstance(leaf, History) else backend.detach(leaf))
 
 
 def _merged(backend: Backend, rows: Array, new: Any, old: Any) -> Any:
-    """Leaves of `new` in `rows`, of `old` elsewhere; histories are those of `old`, erased."""
+    """Return leaves of `new` in `rows`, of `old` elsewhere; histories are those of `old`, erased."""
     if isinstance(old, tuple):
         parts = (_merged(backend, rows, a, b) for a, b in zip(new, old, strict=True))
         return type(old)(*parts) if hasattr(old, "_fields") else tuple(parts)

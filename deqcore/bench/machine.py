@@ -53,7 +53,7 @@ def check_threads(threads: int) -> int:
     """Refuse more threads than there are cores to use; returns how many there are."""
     cores = usable_cores()
     if not 1 <= threads <= cores:
-        raise ConfigError.bad_value("bench", "--threads", threads, f"a number from 1 to {cores}, the usable cores,")
+        raise ConfigError.bad_value("bench", "--threads", threads, f"a number from 1 to {cores}, the usable cores")
     return cores
 
 

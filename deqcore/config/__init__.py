@@ -1,6 +1,6 @@
-"""Settings: where they come from, and which of them apply.
+"""Settings: their sources, and which of them apply.
 
-`Config` and the functions that find the settings of a call are in `deqcore.config.config`, the sections and their
+`Config` and the functions that resolve the settings of a call are in `deqcore.config.config`, the sections and their
 sources in `deqcore.config.sources`. Names are imported when they are first used.
 """
 

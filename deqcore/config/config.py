@@ -1,8 +1,8 @@
-"""Which settings apply: call > `using` > environment > file > defaults, key by key.
+"""The settings that apply: call > `using` > environment > file > defaults, key by key.
 
-A level that names a solver or a strategy discards lower levels' `options` for it: they were for another.
-An explicit `config=` object is complete; only the overrides of the call itself are put on top of it. A config
-names registered things, never an import path; reading one executes nothing unless `plugins.deqfile = true`.
+A level that names a solver or a strategy discards the `options` of lower levels, which belong to another one.
+An explicit `config=` object is complete: only the overrides of the call itself go on top of it. A config contains
+registered names, never an import path, and reading it executes nothing unless `plugins.deqfile = true`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Table: TypeAlias = Mapping[str, object]
 
 FILE: Final = "deq.toml"
 RAW_SECTIONS: Final = ("study", "monitor")
-# What a traced program may give as one of its own scalars, so that changing it does not recompile.
+# A traced program may pass these as scalars of the framework, so that changing them does not recompile.
 SCALARS: Final = frozenset({"forward__rtol", "forward__atol", "forward__max_steps"})
 NUMBERS: Final = (float, int, str, bool)
 
@@ -55,9 +55,9 @@ class Config:
         backend: "auto" or the name of a backend.
         forward: settings of the solve, see `deqcore.config.sources.Forward`.
         backward: settings of the gradient, see `deqcore.config.sources.Backward`.
-        plugins: what code a config file may bring along.
-        study: settings that `deqcore study` reads; kept as they are.
-        monitor: settings that the monitor reads; checked here as far as that needs no monitor.
+        plugins: whether a config file may bring code along.
+        study: settings that `deqcore study` reads; kept unchanged.
+        monitor: settings that the monitor reads; checked here as far as possible without a monitor.
 
     Raises:
         ConfigError: a setting is unknown or its value does not fit.
@@ -130,7 +130,7 @@ class Config:
 
     @classmethod
     def discover(cls, path: str | Path | None = None) -> Config:
-        """What a command line works with: the named file, else a `deq.toml` in the working directory."""
+        """Return the config of a command line: the named file, else a `deq.toml` in the working directory."""
         if path is None and not Path(FILE).exists():
             return current()
         return cls.load(FILE if path is None else path)
@@ -142,49 +142,49 @@ class Config:
 
     @property
     def forward(self) -> Forward:
-        """How the fixed point is solved for."""
+        """The settings of the solve."""
         return self._settings.forward
 
     @property
     def backward(self) -> Backward:
-        """How the gradient is found."""
+        """The settings of the gradient."""
         return self._settings.backward
 
     @property
     def plugins(self) -> Plugins:
-        """What code a config file may bring along."""
+        """Whether a config file may bring code along."""
         return self._settings.plugins
 
     def section(self, name: str) -> dict[str, object]:
-        """A section that the core does not read ("study", "monitor"), as it was written; empty if it was not.
+        """Return a section that the core does not read ("study", "monitor") as it was written, or an empty dict.
 
         Raises:
-            ConfigError: there is no such section.
+            ConfigError: the section does not exist.
         """
         if name not in RAW_SECTIONS:
             raise ConfigError.unknown_option("The config", name, RAW_SECTIONS)
-        found = copy.deepcopy(self._sections.get(name, {}))
-        if not isinstance(found, Mapping):
-            raise ConfigError.bad_value("The config", name, found, "a table of settings")
-        return dict(found)
+        section = copy.deepcopy(self._sections.get(name, {}))
+        if not isinstance(section, Mapping):
+            raise ConfigError.bad_value("The config", name, section, "a table of settings")
+        return dict(section)
 
     def origin(self, name: str) -> str:
-        """Where a value came from, such as "environment variable DEQCORE_FORWARD__RTOL".
+        """Return the source of a value, such as "environment variable DEQCORE_FORWARD__RTOL".
 
         Args:
             name: dotted, such as "forward.rtol" or "forward.options.history_size".
 
         Raises:
-            ConfigError: there is no such setting.
+            ConfigError: the setting does not exist.
         """
         key = tuple(name.split(".", 2))
         if key[:2] not in KEYS:
             raise ConfigError.unknown_option("The config", name, map(".".join, KEYS))
-        found = [origin for each, origin in self._layer.origins.items() if each[: len(key)] == key]
-        return " and ".join(dict.fromkeys(found)) or "default"
+        origins = [origin for other, origin in self._layer.origins.items() if other[: len(key)] == key]
+        return " and ".join(dict.fromkeys(origins)) or "default"
 
     def items(self) -> Iterator[tuple[str, object, str]]:
-        """Every setting: its dotted name, its value, and where it came from."""
+        """Yield every setting: its dotted name, its value and its source."""
         for key in KEYS:
             value: object = self._settings
             for part in key:
@@ -195,7 +195,7 @@ class Config:
                 yield name, plain(item), self.origin(name)
 
     def as_dict(self) -> dict[str, object]:
-        """All settings as nested dictionaries of plain values, to print or to store."""
+        """Return all settings as nested dictionaries of plain values, to print or to store."""
         nested: dict[str, object] = {"backend": self.backend}
         for name in ("forward", "backward", "plugins"):
             section = getattr(self, name)
@@ -235,7 +235,7 @@ def using(config: Config | None = None, **overrides: object) -> Iterator[Config]
     """Apply settings to every solve inside a `with` block, in this thread or task only.
 
     Args:
-        config: what it sets (its defaults stay open to the environment).
+        config: the settings that it sets explicitly apply; its defaults stay open to the environment.
         overrides: single settings on top of it, such as `forward__rtol=1e-6`.
 
     Yields:
@@ -268,20 +268,20 @@ def using(config: Config | None = None, **overrides: object) -> Iterator[Config]
 
 
 def current() -> Config:
-    """The settings that apply here: defaults, environment and `using`. No file is read."""
+    """Return the settings that apply here: defaults, environment and `using`. No file is read."""
     return _resolved((), _using.get(), variables(), (), ())
 
 
 def resolve(config: Config | None, overrides: Mapping[str, object]) -> tuple[Config, dict[str, object]]:
-    """The settings of one call.
+    """Return the settings of one call.
 
     Args:
         config: complete settings, or None for those that `current()` gives.
         overrides: single settings by name, such as `{"forward__rtol": 1e-6}`.
 
     Returns:
-        The config, and the framework's scalars given for `rtol`, `atol` or `max_steps`, by override's name.
-        Those are neither checked nor part of the config: they may be traced.
+        The config, and the scalars of a framework given for `rtol`, `atol` or `max_steps`, by the override's name.
+        The scalars may be traced, so they are neither checked nor part of the config.
 
     Raises:
         ConfigError: a setting is unknown or its value does not fit.
@@ -300,30 +300,30 @@ def resolve(config: Config | None, overrides: Mapping[str, object]) -> tuple[Con
             continue
         frozen = freeze("The call", name, plain_value)
         names.append((name, frozen))
-        types.append(type(frozen))  # 1 == True, but they are different settings
+        types.append(type(frozen))  # 1 == True, but these are different settings
     if config is None:
         return _resolved((), _using.get(), variables(), tuple(names), tuple(types)), scalars
     if not names:
         return config, scalars
-    # Equal configs may have different origins, so it is the layer that tells them apart here.
+    # Equal configs may have different origins; the layer distinguishes them here.
     return _resolved((config,), (config._layer,), (), tuple(names), tuple(types)), scalars
 
 
 def _must_be_config(given: object) -> None:
     if not isinstance(given, Config):
         raise ConfigError(
-            f"config = {given!r}, but a deqcore.Config is expected: deqcore.Config.load(path) reads a file, and "
-            f"deqcore.Config(**settings) takes a table."
+            f"config must be a deqcore.Config (got {given!r}). Use deqcore.Config.load(path) to read a file, or "
+            f"deqcore.Config(**settings) for a table."
         )
 
 
 def override(config: Config, overrides: Mapping[str, object], origin: str) -> Config:
-    """The config with settings on top of it that tell where they came from.
+    """Return the config with settings on top of it, and with `origin` as their source.
 
     Args:
         config: complete settings.
         overrides: single settings by name, such as `{"forward__rtol": 1e-6}`.
-        origin: what `Config.origin` is to say of them.
+        origin: their source, as `Config.origin` returns it.
 
     Raises:
         ConfigError: a setting is unknown or its value does not fit.
@@ -344,10 +344,10 @@ def _resolved(
 
 
 def _without_file(given: Layer) -> Layer:
-    """Refuse `plugins.deqfile` where there is no file that it could stand beside."""
+    """Refuse `plugins.deqfile` in settings that do not come from a file."""
     if given.values.get(("plugins", "deqfile")) is True:
         raise ConfigError(
-            "plugins.deqfile = true asks for the deqfile.py beside a config file, but there is no file here. "
+            "plugins.deqfile = true loads the deqfile.py beside a config file, so it must be set in a file. "
             "Write it into the file and use deqcore.Config.load, or call deqcore.plugins.register."
         )
     return given

@@ -1,7 +1,7 @@
 """Options of a solver or strategy: a hashable mapping, and the checks that turn it into an instance.
 
-The options of a solver are the fields of its dataclass. Nothing swallows an unknown one; a value that does
-not fit its annotation is refused, not converted (but an int passes for a float).
+The options of a solver are the fields of its dataclass. An unknown option is an error. A value that does not fit its
+annotation is refused, not converted, except that an int passes for a float.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ T = TypeVar("T")
 
 @final
 class Options(Mapping[str, object]):
-    """A frozen, hashable mapping; lists inside become tuples, tables become `Options`.
+    """A frozen, hashable mapping. Lists inside become tuples, tables become `Options`.
 
-    Two of them are equal if keys, values and the values' types are: 1, 1.0 and True are different settings.
+    Two are equal if their keys, values and the types of the values are equal: 1, 1.0 and True are different settings.
 
     Example:
         >>> Options({"history_size": 20})
@@ -70,7 +70,7 @@ def freeze(owner: str, name: str, value: object) -> object:
     """Return a hashable equivalent of one option's value.
 
     Raises:
-        ConfigError: the value is neither hashable nor a list or table of such.
+        ConfigError: the value is neither hashable nor a list or table of hashable values.
     """
     if isinstance(value, Options):
         return value
@@ -87,7 +87,7 @@ def freeze(owner: str, name: str, value: object) -> object:
 
 
 def plain(value: object) -> object:
-    """The inverse of `freeze` for printing and for JSON: dicts instead of Options."""
+    """Undo `freeze` for printing and for JSON: return dicts instead of Options."""
     if isinstance(value, Mapping):
         return {name: plain(item) for name, item in value.items()}
     return tuple(plain(item) for item in value) if isinstance(value, tuple) else value
@@ -102,7 +102,7 @@ def instantiate(owner: str, cls: type[T], options: Mapping[str, object]) -> T:
     """Make an instance of the dataclass `cls` from options.
 
     Args:
-        owner: whose options they are, for messages, such as "solver 'anderson'".
+        owner: the owner of the options, for messages, such as "solver 'anderson'".
         cls: a dataclass.
         options: its fields.
 
@@ -111,45 +111,45 @@ def instantiate(owner: str, cls: type[T], options: Mapping[str, object]) -> T:
         PluginError: `cls` is not a dataclass.
     """
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
-        raise PluginError(f"The {owner} is {cls!r}, but a dataclass of its options is expected.")
+        raise PluginError(f"The {owner} must be a dataclass of its options (got {cls!r}). Mark it with @dataclass.")
     fields = options_of(cls)
     for name in options:
         if name not in fields:
             raise ConfigError.unknown_option(f"The {owner}", name, fields)
     missing = [name for name, field in fields.items() if name not in options and is_required(field)]
     if missing:
-        raise ConfigError(f"The {owner} needs the option {listing(missing)}, which has no default.")
+        raise ConfigError(f"The {owner} needs the option {listing(missing)}, which has no default. Set it.")
     checked = {name: check(f"The {owner}", cls, name, value) for name, value in options.items()}
     try:
         return cls(**checked)
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(f"The {owner} refuses its options: {error}") from error
+        raise ConfigError(f"The {owner} refuses its options: {str(error).removesuffix('.')}.") from error
 
 
 def options_of(cls: type) -> dict[str, dataclasses.Field[Any]]:
-    """The options among a dataclass's fields: those that `__init__` takes, unless marked `internal`."""
+    """Return the options among a dataclass's fields: those that `__init__` takes, unless marked `internal`."""
     fields = dataclasses.fields(cls)
-    return {each.name: each for each in fields if each.init and not each.metadata.get("internal")}
+    return {field.name: field for field in fields if field.init and not field.metadata.get("internal")}
 
 
 def is_required(field: dataclasses.Field[Any]) -> bool:
-    """Whether a field has no default."""
+    """Return whether a field has no default."""
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def check(owner: str, cls: type, name: str, value: object, *, strict: bool = True) -> object:
-    """Check one value against the annotation of a dataclass's field; an int becomes a float if need be.
+    """Check one value against the annotation of a dataclass's field; an int becomes a float where a float is declared.
 
-    A field's metadata may say more: `least`, the smallest number allowed (finite, then), `most`, the largest one, and
-    `expected`, the words for the message.
+    The metadata of a field may contain more: `least`, the smallest number allowed (which must then be finite), `most`,
+    the largest one, and `expected`, a noun phrase that continues "must be" in the message.
 
     Args:
-        owner: whose option it is, for the message.
+        owner: the owner of the option, for the message.
         cls: the dataclass.
-        name: of the field.
-        value: as it was given.
+        name: name of the field.
+        value: the value given.
         strict: refuse "3" for 3; only text from the environment is converted.
 
     Raises:
@@ -163,32 +163,32 @@ def check(owner: str, cls: type, name: str, value: object, *, strict: bool = Tru
     if fits and least is not None and isinstance(checked, (int, float)):
         fits = least <= checked < float("inf")
     if not fits:
-        raise ConfigError.bad_value(owner, name, value, metadata.get("expected") or _readable(hint))
+        raise ConfigError.bad_value(owner, name, value, metadata.get("expected") or f"of type {_readable(hint)}")
     return checked
 
 
 @lru_cache(maxsize=512)
 def _field(cls: type, name: str) -> tuple[Mapping[str, Any], Any]:
-    """The metadata of a field and its annotation, evaluated if that is possible."""
+    """Return the metadata of a field and its annotation, evaluated if possible."""
     field = {field.name: field for field in dataclasses.fields(cls)}[name]
     try:
         return field.metadata, get_type_hints(cls, include_extras=True)[name]
     except NameError:
-        # A type that the author imported under TYPE_CHECKING only: the class itself must check its value.
+        # The author imported the type under TYPE_CHECKING only, so the class itself must check the value.
         return field.metadata, Any
 
 
 def _fits_plainly(hint: Any, value: object) -> bool:
-    """Whether the value is exactly what is expected; saves the 0.1 s that importing pydantic takes."""
+    """Return whether the value is exactly of the declared type; saves the 0.1 s that importing pydantic takes."""
     if get_origin(hint) is Literal:
-        return any(type(each) is type(value) and each == value for each in get_args(hint))
+        return any(type(choice) is type(value) and choice == value for choice in get_args(hint))
     if get_origin(hint) in (Union, UnionType):
-        return any(_fits_plainly(each, value) for each in get_args(hint))
+        return any(_fits_plainly(member, value) for member in get_args(hint))
     return hint is Any or type(value) is hint
 
 
 def _fits(cls: type, name: str, value: object, strict: bool) -> tuple[bool, object]:
-    """Whether pydantic accepts the value, and what it makes of it."""
+    """Return whether pydantic accepts the value, and the value that it returns."""
     from pydantic_core import to_json
 
     adapter = _adapter(cls, name)
@@ -199,7 +199,7 @@ def _fits(cls: type, name: str, value: object, strict: bool) -> tuple[bool, obje
     try:
         checked: object = adapter.validate_python(given, strict=strict)
     except ValueError:
-        # JSON's strict rules: a list fits a tuple and a string an Enum, but "3" is no number.
+        # The strict rules of JSON: a list fits a tuple and a string an Enum, but "3" does not fit a number.
         try:
             checked = adapter.validate_json(to_json(given, inf_nan_mode="constants"), strict=True)
         except ValueError:
@@ -209,7 +209,7 @@ def _fits(cls: type, name: str, value: object, strict: bool) -> tuple[bool, obje
 
 @lru_cache(maxsize=512)
 def _adapter(cls: type, name: str) -> TypeAdapter[Any] | None:
-    """What checks the field, or None if pydantic does not know its type."""
+    """Return the adapter that checks the field, or None if pydantic does not know its type."""
     from pydantic import TypeAdapter
     from pydantic.errors import PydanticSchemaGenerationError
 
@@ -220,5 +220,5 @@ def _adapter(cls: type, name: str) -> TypeAdapter[Any] | None:
 
 
 def _readable(hint: Any) -> str:
-    """An annotation as its author would write it."""
+    """Return an annotation as its author would write it."""
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

@@ -1,4 +1,4 @@
-"""Settings that change in the course of training: unrolled pre-training, tolerances that tighten, budgets that grow."""
+"""Settings that change during training: unrolled pre-training, tolerances that tighten, step budgets that grow."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SMOOTH: Final = ("forward__rtol", "forward__atol", "forward__max_steps")
 
 @dataclass(frozen=True)
 class Ramp:
-    """A number that moves from `start` to `end`, evenly in its logarithm, between the steps `begin` and `until`.
+    """A number that moves from `start` to `end`, linearly in its logarithm, between the steps `begin` and `until`.
 
     Args:
         start: value up to step `begin`, above 0.
@@ -41,12 +41,12 @@ class Ramp:
 
     def __post_init__(self) -> None:
         if not (self.start > 0 and self.end > 0):
-            raise ConfigError.bad_value("Ramp", "start, end", (self.start, self.end), "two numbers above 0")
+            raise ConfigError.bad_value("Ramp", "start and end", (self.start, self.end), "numbers above 0")
         if not self.begin < self.until:
             raise ConfigError.bad_value("Ramp", "until", self.until, f"a step after begin = {self.begin}")
 
     def at(self, step: int) -> float:
-        """The value at a training step."""
+        """Return the value at a training step."""
         part = min(1.0, max(0.0, (step - self.begin) / (self.until - self.begin)))
         if part in (0.0, 1.0):
             return self.end if part else self.start
@@ -56,16 +56,16 @@ class Ramp:
 class Schedule:
     """Overrides of settings by training step.
 
-    A stage holds from its step until the next one begins; a later stage stands on its own and keeps nothing of the
-    earlier ones. Values of `forward__rtol`, `forward__atol` and `forward__max_steps` may be a `Ramp`. In JAX these
-    three recompile nothing when they are passed as arrays; another solver or strategy compiles once per stage.
+    A stage applies from its step until the next one begins; a later stage replaces the earlier ones completely. Values
+    of `forward__rtol`, `forward__atol` and `forward__max_steps` may be a `Ramp`. In JAX these three recompile nothing
+    when they are passed as arrays; another solver or strategy compiles once per stage.
 
     Args:
         stages: pairs (first training step, overrides), in increasing order, the first at step 0.
 
     Raises:
-        ConfigError: the steps do not increase from 0, a setting is unknown or out of range, or a ramp stands where a
-            name or a switch is expected.
+        ConfigError: the steps do not increase from 0, a setting is unknown or out of range, or a ramp is given for a
+            setting that does not take one.
 
     Source: unrolled pre-training: Bai, Kolter & Koltun (2019), §4; tolerance schedules: docs/notes.
 
@@ -88,14 +88,14 @@ class Schedule:
             for name, value in overrides.items():
                 if isinstance(value, Ramp) and name not in SMOOTH:
                     raise ConfigError.bad_value(
-                        "Schedule", name, value, f"a plain value (a Ramp fits {', '.join(SMOOTH)})"
+                        "Schedule", name, value, f"a plain value, as only {', '.join(SMOOTH)} take a Ramp"
                     )
                 if not isinstance(value, Ramp):
                     freeze("Schedule", name, value)
             resolve(None, self.at(start))
 
     def at(self, step: int) -> dict[str, object]:
-        """Overrides at a training step, for `fixed_point`, `deqcore.using` or a layer's `solve`.
+        """Return the overrides at a training step, for `fixed_point`, `deqcore.using` or a layer's `solve`.
 
         Args:
             step: training step, at least 0.
@@ -112,5 +112,5 @@ class Schedule:
 def _at(name: str, value: object, step: int) -> object:
     if not isinstance(value, Ramp):
         return value
-    found = value.at(step)
-    return round(found) if name == "forward__max_steps" else found
+    number = value.at(step)
+    return round(number) if name == "forward__max_steps" else number

@@ -1,7 +1,7 @@
-"""The settings themselves, and where values are read: mappings, overrides, files, environment variables.
+"""The settings themselves, and their sources: mappings, overrides, files, environment variables.
 
-Every source becomes a `Layer`: values by key, each with the words that say where it came from. `merge` puts
-layers on top of each other and `validate` checks the result: an error names the file or variable to change.
+Every source becomes a `Layer`: values by key, each with its origin as text. `merge` puts layers on top of each other,
+and `validate` checks the result; an error names the file or variable to change.
 """
 
 from __future__ import annotations
@@ -32,27 +32,34 @@ LARGEST: Final = 2**31 - 1  # steps are counted in int32, on every backend
 
 
 def setting(default: T, expected: str, least: float | None = None, most: int | None = None) -> T:
-    """A field of a section: its default, what an error says is expected, the least and the largest number allowed."""
+    """Return a field of a section.
+
+    Args:
+        default: the default.
+        expected: a noun phrase that continues "must be" in an error.
+        least: the smallest number allowed.
+        most: the largest number allowed.
+    """
     made: T = field(default=default, metadata={"expected": expected, "least": least, "most": most})
     return made
 
 
 @dataclass(frozen=True)
 class Forward:
-    """How the fixed point is solved for.
+    """The settings of the solve.
 
     Attributes:
         solver: name of a registered solver (`deqcore solvers`).
         rtol: a sample has converged when ‖f(z) − z‖ ≤ atol + rtol·‖f(z)‖, 2-norm over its own state; "auto": what
-            the dtype can reach, at most 1e-4. Growth of the iterate alone meets no tolerance.
+            the dtype can reach, at most 1e-4. Growth of the iterate alone does not meet the tolerance.
         atol: see rtol; in units of the state.
         max_steps: solver steps at most. The first evaluation of f comes on top.
-        check_every: steps between questions whether all samples have stopped; "auto": 1 where asking is free.
+        check_every: steps between checks whether all samples have stopped; "auto": 1 where a check costs no wait.
         batch: the first axis of every leaf is the batch; false: the whole state is one system.
         patience: steps without progress of the residual after which a sample ends as STALLED.
-        on_failure: what happens if a sample does not converge. Code compiled by JAX raises if told "raise", and warns
-            only if "warn" was set: the default compiles no callback in.
-        compact: evaluate f for the samples still in work only (eager backends; needs `batched_args`).
+        on_failure: what happens if a sample does not converge. Code compiled by JAX raises with "raise", and warns
+            only if "warn" is set explicitly: the default compiles no callback in.
+        compact: evaluate f only for the samples that still run (eager backends; needs `batched_args`).
         options: fields of the solver's own dataclass.
 
     Raises:
@@ -79,12 +86,12 @@ class Forward:
 
 @dataclass(frozen=True)
 class Backward:
-    """How the gradient is found.
+    """The settings of the gradient.
 
     Attributes:
         strategy: name of a registered strategy (`deqcore strategies`).
         on_failure: what happens if the adjoint solve of a sample does not converge: a warning, an error, nothing, or
-            its adjoint solution replaced by zero or NaN.
+            zero or NaN instead of its adjoint solution.
         verify_every: measure the true adjoint residual and look for coupled samples in the first backward pass of a
             layer or function and in every n-th after it; 0: never. Code compiled by JAX measures only if this was
             set, in one pass of n on average.
@@ -110,17 +117,17 @@ class Backward:
 
 @dataclass(frozen=True)
 class Plugins:
-    """What code a config file may bring along.
+    """Whether a config file may bring code along.
 
     Attributes:
-        deqfile: execute the `deqfile.py` beside the config file, which registers solvers and the like.
+        deqfile: execute the `deqfile.py` beside the config file, which registers solvers and other plugins.
 
     Raises:
         ConfigError: (when a Config is made) a setting is unknown, or is not true or false.
 
     Example:
         >>> from deqcore import Config
-        >>> Config().plugins.deqfile  # a file executes nothing unless it says so
+        >>> Config().plugins.deqfile  # a config file executes nothing by default
         False
     """
 
@@ -141,8 +148,8 @@ Section: TypeAlias = Forward | Backward | Plugins
 
 
 def names_of(cls: type) -> tuple[str, ...]:
-    """The names of a dataclass's fields."""
-    return tuple(each.name for each in fields(cls))
+    """Return the names of a dataclass's fields."""
+    return tuple(field.name for field in fields(cls))
 
 
 SECTIONS: Final[dict[str, type[Section]]] = {"forward": Forward, "backward": Backward, "plugins": Plugins}
@@ -151,7 +158,7 @@ KEYS: Final[tuple[Key, ...]] = (
     *((section, field) for section, cls in SECTIONS.items() for field in names_of(cls)),
 )
 TABLES: Final[tuple[Key, ...]] = tuple((section,) for section in SECTIONS)
-# A level that sets the first of a pair discards what lower levels say of the second.
+# A level that sets the first of a pair discards the second of lower levels.
 CHOICES: Final[dict[Key, Key]] = {
     ("forward", "solver"): ("forward", "options"),
     ("backward", "strategy"): ("backward", "options"),
@@ -160,14 +167,14 @@ CHOICES: Final[dict[Key, Key]] = {
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """The values that one level sets, by key, and where each came from. Hashed by identity; never changes."""
+    """The values that one level sets, by key, and the origin of each. Hashed by identity; never changes."""
 
     values: Mapping[Key, object]
     origins: Mapping[Key, str]
 
 
 def layer(values: Iterable[tuple[Key, object]], origin: str) -> Layer:
-    """A layer of values that all came from one place; tables of options are spread, option by option."""
+    """Return a layer of values with one origin; tables of options are split into their options."""
     flat: dict[Key, object] = {}
     for key, value in values:
         if key in CHOICES.values() and isinstance(value, Mapping):
@@ -181,9 +188,11 @@ def layer(values: Iterable[tuple[Key, object]], origin: str) -> Layer:
 def flatten(table: Mapping[str, object]) -> Iterable[tuple[Key, object]]:
     """Key and value of each setting in a mapping of sections, such as a parsed file."""
     for name, value in table.items():
-        items = {each: getattr(value, each) for each in names_of(type(value))} if isinstance(value, Section) else value
+        items = value
+        if isinstance(value, Section):
+            items = {field: getattr(value, field) for field in names_of(type(value))}
         if name in SECTIONS and isinstance(items, Mapping):
-            yield from (((name, str(each)), item) for each, item in items.items())
+            yield from (((name, str(field)), item) for field, item in items.items())
         else:
             yield (str(name),), value
 
@@ -207,7 +216,7 @@ def validate(given: Layer, *, strict: bool = True) -> Settings:
         strict: refuse "3" for 3; only text from the environment is converted.
 
     Raises:
-        ConfigError: naming the setting, what is wrong with it, and where it was set.
+        ConfigError: a setting is wrong; the message names it, the fault and where it was set.
     """
     tables: dict[str, dict[str, Any]] = {name: {} for name in ("", *SECTIONS)}
     options: dict[str, dict[str, object]] = {}
@@ -222,8 +231,8 @@ def validate(given: Layer, *, strict: bool = True) -> Settings:
         if name not in names_of(cls):
             raise unknown(owner, name, names_of(cls), ".")
         tables[table][name] = check(owner, cls, name, value, strict=strict)
-    for table, found in options.items():
-        tables[table]["options"] = Options(found)
+    for table, values in options.items():
+        tables[table]["options"] = Options(values)
     return Settings(
         **tables[""],
         forward=Forward(**tables["forward"]),
@@ -233,7 +242,7 @@ def validate(given: Layer, *, strict: bool = True) -> Settings:
 
 
 def unknown(owner: str, given: str, known: Iterable[str], separator: str) -> ConfigError:
-    """The error for a setting that does not exist; one that only lacks its section is told in full."""
+    """Return the error for a setting that does not exist; it suggests the full name if only the section is missing."""
     known = list(known)
     full = [separator.join(key) for key in KEYS if key[-1] == given and len(key) > 1]
     if not full or given in known:
@@ -242,7 +251,7 @@ def unknown(owner: str, given: str, known: Iterable[str], separator: str) -> Con
 
 
 def overrides_layer(overrides: Iterable[tuple[str, object]], origin: str) -> Layer:
-    """The layer of `forward__rtol=1e-6` and the like."""
+    """Return the layer of overrides such as `forward__rtol=1e-6`."""
     pairs = [(tuple(name.split("__", 2)), value) for name, value in overrides]
     for key, _ in pairs:
         if key not in KEYS and not (len(key) == 3 and key[:2] in CHOICES.values()):
@@ -251,66 +260,69 @@ def overrides_layer(overrides: Iterable[tuple[str, object]], origin: str) -> Lay
 
 
 def read_file(path: Path) -> dict[str, object]:
-    """The settings of a TOML file: its top level, or `[tool.deqcore]` of a pyproject.toml.
+    """Return the settings of a TOML file: its top level, or `[tool.deqcore]` of a pyproject.toml.
 
     Raises:
-        ConfigError: it is missing, no file, no TOML (with the line), or without that table.
+        ConfigError: the file is missing, is a directory, is not valid TOML (with the line), or has no such table.
     """
     import tomllib
 
     try:
-        table: object = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # with or without a mark
+        table: object = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # with or without a byte-order mark
     except FileNotFoundError:
         raise ConfigError(
-            f"There is no config file {str(path)!r} in {Path.cwd()}: name an existing TOML file."
+            f"The config file {str(path)!r} does not exist in {Path.cwd()}. Name an existing TOML file."
         ) from None
     except IsADirectoryError:
-        raise ConfigError(f"{str(path)!r} is a directory, but a TOML file is expected.") from None
+        raise ConfigError(f"{str(path)!r} must be a TOML file (got a directory). Name a file in it.") from None
     except OSError as error:
         raise ConfigError(f"The config file {str(path)!r} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"The config file {str(path)!r} is no UTF-8 text: {error}.") from None
+        raise ConfigError(f"The config file {str(path)!r} must be UTF-8 text: {error}.") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"The config file {str(path)!r} is not valid TOML: {error}.") from None
-    except (ValueError, RecursionError) as error:  # a path that no system has; tables in tables in tables
+    except (ValueError, RecursionError) as error:  # an impossible path; tables nested too deeply
         raise ConfigError(f"The config file {str(path)!r} cannot be read: {error}.") from None
     if path.name == "pyproject.toml":
         for name in ("tool", "deqcore"):
             table = table.get(name) if isinstance(table, dict) else None
         if not isinstance(table, dict):
-            raise ConfigError(f"{str(path)!r} has no table [tool.deqcore]: write one, or name a deq.toml.")
+            raise ConfigError(f"{str(path)!r} has no table [tool.deqcore]. Add one, or name a deq.toml.")
     return dict(table) if isinstance(table, dict) else {}
 
 
-_seen: tuple[object, tuple[tuple[str, str], ...]] = (None, ())
+_latest: tuple[object, tuple[tuple[str, str], ...]] = (None, ())  # the environment, and the settings found in it
 
 
 def variables() -> tuple[tuple[str, str], ...]:
-    """The environment variables that may hold settings, in any case; half a microsecond while none changes."""
-    global _seen  # noqa: PLW0603 - a cache of one entry
-    # os.environ decodes each name when it is iterated; comparing what it wraps is 20 times cheaper.
+    """Return the environment variables that may hold settings, in upper or lower case.
+
+    A call takes half a microsecond while no variable changes.
+    """
+    global _latest  # noqa: PLW0603 - a cache of one entry
+    # os.environ decodes each name when it is iterated; comparing the dict that it wraps is 20 times cheaper.
     raw = vars(os.environ).get("_data")
-    if raw is None or raw != _seen[0]:
-        found = [(name, value) for name, value in os.environ.items() if _is_ours(name) and value.strip()]
-        settings = sorted(pair for pair in found if pair[0] not in OTHER_VARIABLES)
-        _seen = (raw and dict(raw), tuple(settings))
-    return _seen[1]
+    if raw is None or raw != _latest[0]:
+        ours = [(name, value) for name, value in os.environ.items() if _is_ours(name) and value.strip()]
+        settings = sorted(pair for pair in ours if pair[0] not in OTHER_VARIABLES)
+        _latest = (raw and dict(raw), tuple(settings))
+    return _latest[1]
 
 
 @lru_cache(maxsize=64)
 def environment(given: tuple[tuple[str, str], ...]) -> Layer:
-    """The layer of `DEQCORE_FORWARD__RTOL=1e-6` and the like; the case of a name does not matter.
+    """Return the layer of variables such as `DEQCORE_FORWARD__RTOL=1e-6`; the case of a name does not matter.
 
     Args:
-        given: as `variables()` found them.
+        given: the result of `variables()`.
 
     Raises:
         ConfigError: a variable nearly names a setting, two differ in case only, or a value does not fit; the variable
             is named.
     """
-    mine = {name: value for name, value in given if _is_setting(name)}
-    _refuse_twins(mine)
-    if not mine:
+    texts = {name: value for name, value in given if _is_setting(name)}
+    _refuse_twins(texts)
+    if not texts:
         return Layer({}, {})
     from pydantic import BaseModel
     from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
@@ -327,20 +339,20 @@ def environment(given: tuple[tuple[str, str], ...]) -> Layer:
         plugins: Table
 
     source = EnvSettingsSource(Environment)
-    source.env_vars = {name.lower(): value for name, value in mine.items()}
+    source.env_vars = {name.lower(): value for name, value in texts.items()}
     try:
-        found = source()
+        tables = source()
     except (SettingsError, RecursionError) as error:
-        tables = [name for name in mine if _key(name) in (*TABLES, *CHOICES.values())]
+        names = [name for name in texts if _key(name) in (*TABLES, *CHOICES.values())]
         raise ConfigError(
-            f"The environment variable {listing(tables)} holds a whole table and must be JSON, such as "
-            f"'{{\"memory\": 20}}', but it is not."
+            f"The environment variable {listing(names)} holds a whole table, so it must be valid JSON, such as "
+            f"'{{\"history_size\": 20}}'."
         ) from error
-    raw = layer(flatten(found), "the environment")
-    texts = {key: _parse(value) if len(key) > 2 else value for key, value in raw.values.items()}
-    named = Layer(texts, {key: f"environment variable {_variable(key, mine)}" for key in texts})
+    raw = layer(flatten(tables), "the environment")
+    parsed = {key: _parse(value) if len(key) > 2 else value for key, value in raw.values.items()}
+    named = Layer(parsed, {key: f"environment variable {_variable(key, texts)}" for key in parsed})
     checked = validate(named, strict=False)
-    values = {key: value if len(key) > 2 else _get(checked, key) for key, value in texts.items()}
+    values = {key: value if len(key) > 2 else _get(checked, key) for key, value in parsed.items()}
     return Layer(values, named.origins)
 
 
@@ -353,39 +365,40 @@ def _is_ours(name: str) -> bool:
 
 
 def _refuse_twins(names: Iterable[str]) -> None:
-    """Windows knows no case in these names; elsewhere two of them could say different things."""
-    seen: dict[str, str] = {}
+    """Refuse two names that differ in case only: Windows ignores case, elsewhere they could contradict each other."""
+    first: dict[str, str] = {}
     for name in names:
-        twin = seen.setdefault(name.upper(), name)
+        twin = first.setdefault(name.upper(), name)
         if twin != name:
             raise ConfigError(
-                f"The environment variables {twin} and {name} are one setting, since case does not matter in their "
+                f"The environment variables {twin} and {name} are one setting, because case does not matter in their "
                 f"names. Unset one of them."
             )
 
 
 def _is_setting(name: str) -> bool:
-    """Whether a DEQCORE_ variable is one of ours; a misspelt one is an error, a stranger's is not."""
-    if name.upper() in OTHER_VARIABLES:  # read where no setting is, under one name only
+    """Return whether a DEQCORE_ variable holds a setting; a misspelt name is an error, an unrelated one is not."""
+    if name.upper() in OTHER_VARIABLES:  # these are not settings, and they are read under one name only
         raise ConfigError(f"The environment variable {name} must be written {name.upper()}. Rename it.")
     head = _key(name)[0]
     if head == "backend" or head in SECTIONS:
         return True
     known = [PREFIX + "__".join(key).upper() for key in KEYS]
     if head.split("_")[0] in SECTIONS or difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.85):
-        raise ConfigError(f"The environment variable {name} names no setting.{did_you_mean(name.upper(), known)}")
+        hint = did_you_mean(name.upper(), known)
+        raise ConfigError(f"The environment variable {name} does not name a setting.{hint} Rename it or unset it.")
     return False
 
 
 def _variable(key: Key, names: Iterable[str]) -> str:
-    """The variable that a value came from: its own, or one that holds a whole table as JSON."""
+    """Return the variable that contains a value: its own, or one that holds a whole table as JSON."""
     candidates = [PREFIX + "__".join(key[:size]).upper() for size in range(len(key), 0, -1)]
     written = {name.upper(): name for name in names}
     return next((written[name] for name in candidates if name in written), candidates[0])
 
 
 def _parse(value: object) -> object:
-    """An option's value as JSON reads it; text that is no JSON stays text."""
+    """Return an option's value as JSON reads it; text that is not valid JSON stays text."""
     if isinstance(value, Mapping):
         return Options({name: _parse(item) for name, item in value.items()})
     try:
@@ -402,7 +415,7 @@ def _get(settings: Settings, key: Key) -> object:
 
 
 def scalar(value: object) -> object:
-    """A NumPy scalar, or array of no dimension, as the Python number it holds; anything else as it is."""
+    """Return the Python number in a NumPy scalar or zero-dimensional array, and anything else unchanged."""
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, (numpy.generic, numpy.ndarray)) and value.ndim == 0:
         return value.item()

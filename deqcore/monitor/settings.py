@@ -100,7 +100,7 @@ def _tables(name: str, given: object) -> tuple[Options, ...]:
 
 def _table(name: str, given: object) -> Options:
     if not isinstance(given, Mapping):
-        raise ConfigError.bad_value("[monitor]", name, given, f"a table, written [[monitor.{name}]],")
+        raise ConfigError.bad_value("[monitor]", name, given, f"a table, written [[monitor.{name}]]")
     return Options(given, f"[[monitor.{name}]]")
 
 

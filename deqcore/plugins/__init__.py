@@ -1,4 +1,4 @@
-"""Plugins: solvers, strategies, backends, sinks, trainers, data, models and commands from anywhere, under a name.
+"""Plugins: registered solvers, strategies, backends, sinks, trainers, data, models and commands of any package.
 
 A plugin author imports `hookimpl` and the records from here; the rest of deqcore calls the lookups.
 """
@@ -85,7 +85,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    # pluggy costs 0.03 s to import, and a program that uses built-ins only does without it.
+    # pluggy costs 0.03 s to import, and a program that uses built-ins only does not need it.
     if name == "hookimpl":
         from deqcore.plugins.hookspecs import hookimpl
 

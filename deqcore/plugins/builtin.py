@@ -1,7 +1,7 @@
-"""Everything that ships with deqcore, as the records a plugin would offer. These names are reserved.
+"""The records of everything that ships with deqcore. Their names are reserved.
 
-Looked up before any plugin is loaded: a program that uses built-ins only never pays for discovery. To add a
-solver, a strategy or a command, add its line.
+This table is read before any plugin is loaded, so a program that uses built-ins only never pays for discovery. To add
+a solver, a strategy or a command, add its line.
 """
 
 from __future__ import annotations

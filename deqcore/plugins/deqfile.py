@@ -1,4 +1,4 @@
-"""`deqfile.py` beside a config file: a plugin without a package. It is code: the config must ask for it."""
+"""`deqfile.py` beside a config file: a plugin without a package. It is code, so the config must enable it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _loaded: Final[dict[Path, bytes]] = {}
 
 
 def changed(path: Path) -> bool:
-    """Whether the file is new or other than it was when it was last executed.
+    """Return whether the file is new or has changed since it was last executed.
 
     Raises:
         PluginError: the file cannot be read.
@@ -23,16 +23,16 @@ def changed(path: Path) -> bool:
 
 
 def execute(path: Path) -> ModuleType:
-    """Execute the file as a module of its own name and return it.
+    """Execute the file as a module named after its path and return the module.
 
     Raises:
-        PluginError: it cannot be read or raises; the message names the line within it.
+        PluginError: the file cannot be read or raises; the message names the line in it.
     """
     source = _read(path)
     module = ModuleType("deqfile_" + hashlib.sha256(str(path).encode()).hexdigest()[:12])
     module.__file__ = str(path)
     folder = str(path.parent)
-    # Last, so that no file beside a config can take the place of an installed package.
+    # Last, so that a file beside a config cannot shadow an installed package.
     if folder not in sys.path:
         sys.path.append(folder)
     sys.modules[module.__name__] = module
@@ -48,7 +48,7 @@ def execute(path: Path) -> ModuleType:
 
 
 def forget(path: Path | None = None) -> None:
-    """Let the file, or all of them, be executed again."""
+    """Allow the file, or all files, to be executed again."""
     if path is None:
         _loaded.clear()
     else:
@@ -70,7 +70,7 @@ def _digest(source: bytes) -> bytes:
 
 
 def _place(path: Path, error: BaseException) -> str:
-    """File and line; the innermost one within the file itself."""
+    """Return file and line of the innermost frame in the file itself."""
     line = error.lineno if isinstance(error, SyntaxError) and error.filename == str(path) else None
     trace = error.__traceback__
     while trace is not None:

@@ -1,4 +1,4 @@
-"""The hooks that a plugin may implement. Each yields records, see `records.py`; none imports a framework.
+"""The hooks that a plugin may implement. Each yields records, see `specs.py`; none imports a framework.
 
 A plugin is a module (or an object) with functions marked `hookimpl`, found by an entry point in the group
 `deqcore`:

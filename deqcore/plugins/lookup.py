@@ -1,8 +1,7 @@
-"""Names to records, records to objects: what the rest of deqcore calls.
+"""Lookups for the rest of deqcore: from names to records, and from records to objects.
 
-Built-ins are found in a table; only a name that is not there, or a listing, makes the manager load plugins.
-Every result is cached, for these functions run at each call of `fixed_point`: a repeated lookup costs one
-dictionary access.
+Built-ins are in a table; only a name that is missing there, or a listing, makes the manager load plugins. Every result
+is cached, because these functions run at each call of `fixed_point`: a repeated lookup costs one dictionary access.
 """
 
 from __future__ import annotations
@@ -46,54 +45,54 @@ _owners: Final[dict[type, str | None]] = {}
 
 @cache
 def manager() -> Manager:
-    """The one manager of this process, made when it is first needed: pluggy costs 0.03 s to import."""
+    """Return the one manager of this process, made when it is first needed: pluggy costs 0.03 s to import."""
     from deqcore.plugins.manager import Manager
 
     return Manager()
 
 
 def backends() -> dict[str, BackendSpec]:
-    """All backends by name, built-in and plugged in."""
+    """Return all backends by name, built-in and plugged in."""
     return _all("backend", BackendSpec)
 
 
 def solvers() -> dict[str, SolverSpec]:
-    """All solvers by name, built-in and plugged in."""
+    """Return all solvers by name, built-in and plugged in."""
     return _all("solver", SolverSpec)
 
 
 def strategies() -> dict[str, StrategySpec]:
-    """All backward strategies by name, built-in and plugged in."""
+    """Return all backward strategies by name, built-in and plugged in."""
     return _all("strategy", StrategySpec)
 
 
 def sinks() -> dict[str, SinkSpec]:
-    """All sinks of the monitor by name, built-in and plugged in."""
+    """Return all sinks of the monitor by name, built-in and plugged in."""
     return _all("sink", SinkSpec)
 
 
 def trainers() -> dict[str, TrainerSpec]:
-    """All training loops by name, built-in and plugged in."""
+    """Return all training loops by name, built-in and plugged in."""
     return _all("trainer", TrainerSpec)
 
 
 def data() -> dict[str, DataSpec]:
-    """All data sets of studies by name, built-in and plugged in."""
+    """Return all data sets of studies by name, built-in and plugged in."""
     return _all("data", DataSpec)
 
 
 def models() -> dict[str, ModelSpec]:
-    """All models of studies by name, built-in and plugged in."""
+    """Return all models of studies by name, built-in and plugged in."""
     return _all("model", ModelSpec)
 
 
 def commands() -> dict[str, CommandSpec]:
-    """All subcommands by name, built-in and plugged in."""
+    """Return all subcommands by name, built-in and plugged in."""
     return _all("command", CommandSpec)
 
 
 def plugins_status() -> list[PluginStatus]:
-    """Every plugin, with what is wrong with it. Loads them all; never raises."""
+    """Return the status of every plugin. Loads them all; never raises."""
     with _lock:
         return manager().statuses()
 
@@ -101,30 +100,30 @@ def plugins_status() -> list[PluginStatus]:
 def _all(kind: Kind, _record: type[S]) -> dict[str, S]:
     with _lock:
         offers = manager().offers(kind)
-    specs = {**BUILTIN[kind], **{name: _only(kind, name, found) for name, found in offers.items()}}
+    specs = {**BUILTIN[kind], **{name: _only(kind, name, offered) for name, offered in offers.items()}}
     return cast("dict[str, S]", specs)
 
 
-def _only(kind: Kind, name: str, found: list[tuple[Spec, str]]) -> Spec:
-    if len(found) > 1:
-        titles = " and ".join(title for _, title in found)
+def _only(kind: Kind, name: str, offered: list[tuple[Spec, str]]) -> Spec:
+    if len(offered) > 1:
+        titles = " and ".join(title for _, title in offered)
         raise PluginError(
-            f"The {kind} {name!r} is offered by two plugins: {titles}. Uninstall one of them, or name one in "
+            f"Two plugins offer the {kind} {name!r}: {titles}. Uninstall one of them, or name one in "
             f"DEQCORE_DISABLE_PLUGINS."
         )
-    return found[0][0]
+    return offered[0][0]
 
 
 @lru_cache(maxsize=256)
 def spec(kind: Kind, name: str) -> Spec:
-    """The record registered under a name.
+    """Return the record registered under a name.
 
     Args:
-        kind: what is looked for, such as "solver".
+        kind: the kind of record, such as "solver".
         name: its registered name.
 
     Raises:
-        UnknownNameError: nobody registered it; the message tells which plugins could not be loaded, and why.
+        UnknownNameError: the name is not registered; the message lists the plugins that could not be loaded, and why.
         PluginError: two plugins registered it.
     """
     built_in = BUILTIN[kind].get(name)
@@ -135,16 +134,16 @@ def spec(kind: Kind, name: str) -> Spec:
         broken = manager().broken()
     if name in offers:
         return _only(kind, name, offers[name])
-    hint = "".join(f" The plugin {each.name!r} is broken: {each.reason}" for each in broken)
+    hint = "".join(f" The plugin {status.name!r} is broken: {status.reason}" for status in broken)
     raise UnknownNameError.of(kind, name, [*BUILTIN[kind], *offers], hint)
 
 
 @lru_cache(maxsize=256)
 def load(kind: Kind, name: str) -> object:
-    """Import what is registered under a name.
+    """Import the target that is registered under a name.
 
     Raises:
-        UnknownNameError: nobody registered it.
+        UnknownNameError: the name is not registered.
         MissingFrameworkError: the framework of this backend or trainer is not installed; names the extra.
         PluginError: two plugins registered it, or its target cannot be imported.
     """
@@ -156,26 +155,26 @@ def load(kind: Kind, name: str) -> object:
         return _import(record.target)
     except Exception as error:
         raise PluginError(
-            f"The {kind} {name!r} points at {record.target!r}, which cannot be imported: "
+            f"The {kind} {name!r} has the target {record.target!r}, which cannot be imported: "
             f"{type(error).__name__}: {error}"
         ) from error
 
 
 def _import(target: str) -> object:
     module, _, attribute = target.partition(":")
-    found: Any = importlib.import_module(module)
+    target_object: Any = importlib.import_module(module)
     for part in attribute.split("."):
-        found = getattr(found, part)
-    return found
+        target_object = getattr(target_object, part)
+    return target_object
 
 
 def contexts() -> list[Callable[[object], AbstractContextManager[object]]]:
-    """What `deqcore.using` enters: the contexts of the backends whose framework is imported."""
+    """Return the contexts that `deqcore.using` enters: those of the backends whose framework is imported."""
     specs: Iterable[Spec] = BUILTIN["backend"].values()
     if manager.cache_info().currsize:  # a program that uses built-ins only never pays for discovery
         specs = backends().values()
-    mine = [each for each in specs if isinstance(each, BackendSpec) and each.package in sys.modules]
-    return [cast("Any", _import(each.context)) for each in mine if each.context]
+    imported = [record for record in specs if isinstance(record, BackendSpec) and record.package in sys.modules]
+    return [cast("Any", _import(record.context)) for record in imported if record.context]
 
 
 def check_section(name: str, section: Mapping[str, object]) -> None:
@@ -190,7 +189,7 @@ def check_section(name: str, section: Mapping[str, object]) -> None:
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package could be imported, without importing it."""
+    """Return whether a package could be imported, without importing it."""
     try:
         return find_spec(package) is not None
     except (ImportError, ValueError):
@@ -198,14 +197,14 @@ def is_installed(package: str) -> bool:
 
 
 def make_solver(name: str, options: Mapping[str, object] | None = None) -> Solver:
-    """An instance of a registered solver; the same one for the same options.
+    """Return an instance of a registered solver; the same one for the same options.
 
     Args:
         name: its registered name.
         options: fields of its dataclass.
 
     Raises:
-        UnknownNameError: nobody registered it.
+        UnknownNameError: the name is not registered.
         ConfigError: an option is unknown, of another type or out of range.
         PluginError: the plugin that offers it is broken.
     """
@@ -213,12 +212,12 @@ def make_solver(name: str, options: Mapping[str, object] | None = None) -> Solve
 
 
 def make_backend(name: str) -> Backend:
-    """A new instance of a registered backend.
+    """Return a new instance of a registered backend.
 
     Raises:
-        UnknownNameError: nobody registered it.
+        UnknownNameError: the name is not registered.
         MissingFrameworkError: its framework is not installed.
-        PluginError: the plugin that offers it is broken, or its class is no whole backend.
+        PluginError: the plugin that offers it is broken, or its class is not a complete backend.
     """
     from deqcore.abc.backend import Backend
 
@@ -227,14 +226,14 @@ def make_backend(name: str) -> Backend:
 
 
 def make_strategy(name: str, options: Mapping[str, object] | None = None) -> Strategy | StepStrategy:
-    """An instance of a registered backward strategy; the same one for the same options.
+    """Return an instance of a registered backward strategy; the same one for the same options.
 
     Args:
         name: its registered name.
         options: fields of its dataclass.
 
     Raises:
-        UnknownNameError: nobody registered it.
+        UnknownNameError: the name is not registered.
         ConfigError: an option is unknown, of another type or out of range.
         PluginError: the plugin that offers it is broken.
     """
@@ -265,9 +264,9 @@ def _class(kind: Kind, name: str, *bases: type) -> type:
 
 
 def backend_of(leaf: object) -> str | None:
-    """The name of the backend whose arrays `leaf` belongs to, or None for anything that is no array.
+    """Return the name of the backend that `leaf` is an array of, or None if it is not an array.
 
-    Decided by the modules that define the type and its bases; imports nothing.
+    The modules that define the type and its bases decide; nothing is imported.
     """
     cls = type(leaf)
     if cls not in _owners:
@@ -276,9 +275,9 @@ def backend_of(leaf: object) -> str | None:
 
 
 def shares_arrays(name: str, leaves: Iterable[object]) -> bool:
-    """Whether the backend of this name works on these arrays, too, although another one owns their type.
+    """Return whether the backend of this name also works on these arrays, although another one owns their type.
 
-    A framework over plain NumPy arrays lists `numpy` among its `array_modules`: there the config decides.
+    A framework over plain NumPy arrays lists `numpy` among its `array_modules`; the config then decides.
     """
     record = spec("backend", name)
     roots = set(record.array_modules) if isinstance(record, BackendSpec) else set()
@@ -294,24 +293,24 @@ def _owner_of(cls: type) -> str | None:
         return built_in
     with _lock:
         offers = manager().offers("backend")
-    return _owner(roots, [found[0][0] for found in offers.values()])
+    return _owner(roots, [offered[0][0] for offered in offers.values()])
 
 
 def _owner(roots: list[str], specs: Iterable[Spec]) -> str | None:
-    owners = {root: each.name for each in specs if isinstance(each, BackendSpec) for root in each.array_modules}
+    owners = {root: record.name for record in specs if isinstance(record, BackendSpec) for root in record.array_modules}
     return next((owners[root] for root in roots if root in owners), None)
 
 
 def register(plugin: object) -> None:
-    """Register a plugin of one's own, for notebooks and scripts.
+    """Register a plugin from a notebook or a script.
 
-    Registering another one under the same name replaces the first, so that a cell may run again.
+    Registering another plugin under the same name replaces the first, so that a notebook cell may run again.
 
     Args:
         plugin: a module or an object with functions marked `hookimpl`, or a record.
 
     Raises:
-        PluginError: it is no plugin, one of its hooks fails, or a name it offers is built in.
+        PluginError: it is not a plugin, one of its hooks fails, or a name that it offers is built in.
 
     Example:
         >>> import deqcore.plugins as plugins
@@ -332,10 +331,10 @@ def register(plugin: object) -> None:
 
 
 def load_deqfile(path: Path) -> None:
-    """Execute a `deqfile.py` and register its hooks. Only for a config that says `plugins.deqfile = true`.
+    """Execute a `deqfile.py` and register its hooks. Only for a config with `plugins.deqfile = true`.
 
-    The file is a module of its own: a record in it may point at `f"{__name__}:MySolver"`. Its folder is
-    appended to `sys.path`, so that it may also name modules beside it. An unchanged file is not run twice.
+    The file becomes a module: a record in it may have the target `f"{__name__}:MySolver"`. Its folder is appended to
+    `sys.path`, so that a record may also name modules beside it. An unchanged file is not run twice.
 
     Raises:
         PluginError: the file is missing or wrong; the message names file and line.
@@ -360,14 +359,14 @@ def load_deqfile(path: Path) -> None:
 
 
 def forget() -> None:
-    """Empty the caches: what a name stands for may have changed."""
+    """Empty the caches: the meaning of a name may have changed."""
     for cached in (spec, load, _make_solver, _make_strategy):
         cached.cache_clear()
     _owners.clear()
 
 
 def reset() -> None:
-    """Forget every plugin; the next lookup discovers them anew (tests, changed environments)."""
+    """Forget every plugin; the next lookup discovers them again (tests, changed environments)."""
     from deqcore.plugins import deqfile
 
     manager.cache_clear()

@@ -1,7 +1,7 @@
-"""Finds plugins, loads them, and keeps what is wrong with one from hurting the others.
+"""Discovery and loading of plugins; a fault in one plugin does not affect the others.
 
-Nothing is loaded before a name is missing among the built-ins or a listing is asked for. A plugin that fails
-becomes a `PluginStatus` with the reason; who asks for a name it might have offered reads it in the error.
+Nothing is loaded until a name is missing among the built-ins or a listing is requested. A plugin that fails becomes a
+`PluginStatus` with the reason, and the error about an unknown name repeats it.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ Condition: TypeAlias = Literal["ok", "heavy", "conflict", "broken", "disabled"]
 
 @dataclass(frozen=True)
 class PluginStatus:
-    """What `deqcore plugins` shows of one plugin.
+    """The line of one plugin in `deqcore plugins`.
 
     Attributes:
-        name: of the entry point, the module or the file.
-        version: of its distribution, "" if it has none.
-        source: where it came from.
-        hooks: the hooks it implements.
+        name: name of the entry point, the module or the file.
+        version: version of its distribution, "" if it has none.
+        source: where the plugin was found.
+        hooks: the hooks that it implements.
         status: "heavy" means that it works, but imports a framework when it is merely listed.
-        reason: what is wrong, "" if nothing is.
+        reason: what is wrong, or "".
     """
 
     name: str
@@ -57,7 +57,7 @@ class _Plugin:
 
     def add(self, spec: Spec) -> None:
         if any((spec.kind, spec.name) == (other.kind, other.name) for other in self.specs):
-            raise PluginError(f"it offers the {spec.kind} {spec.name!r} twice.")
+            raise PluginError(f"it offers the {spec.kind} {spec.name!r} twice. Remove one of the two records.")
         self.specs.append(spec)
 
     def add_reason(self, status: Condition, reason: str) -> None:
@@ -66,19 +66,19 @@ class _Plugin:
 
 
 class Manager:
-    """All plugins of this process: registered ones and, once they are needed, those of entry points."""
+    """All plugins of this process: registered plugins and, once they are needed, those of entry points."""
 
     def __init__(self) -> None:
         self._pluggy = pluggy.PluginManager(hookspecs.PROJECT)
         self._pluggy.add_hookspecs(hookspecs)
         self._plugins: dict[str, _Plugin] = {}
-        self._points: list[EntryPoint] | None = None  # that are still to be loaded; None: not looked for yet
+        self._points: list[EntryPoint] | None = None  # still to be loaded; None: not discovered yet
         self._loading = False
 
     def register(self, plugin: object, name: str, source: str, version: str = "") -> PluginStatus:
-        """Take in a plugin; it replaces an earlier one of that name. Its failure becomes its status.
+        """Register a plugin and return its status; it replaces an earlier one of that name. Its failure is its status.
 
-        An interrupt leaves nothing of it behind, so that it can be registered again.
+        An interrupt leaves nothing behind, so that the plugin can be registered again.
         """
         self.unregister(name)
         try:
@@ -100,38 +100,40 @@ class Manager:
                             for spec in _records(kind, impl.function):
                                 entry.add(spec)
             if not entry.status.hooks:
-                raise PluginError(f"it implements no hook: mark one of {_hook_names()} with deqcore.plugins.hookimpl.")
+                raise PluginError(
+                    f"it implements no hook. Use deqcore.plugins.hookimpl to mark one of {_hook_names()}."
+                )
         return entry.status
 
     def offer(self, spec: Spec, name: str, source: str) -> None:
-        """Take in one record without a plugin around it (notebooks)."""
+        """Register one record without a plugin (notebooks)."""
         _accept(spec.kind, spec)
         self._plugins[name] = _Plugin(PluginStatus(name, "", source, (hookspecs.HOOKS[spec.kind],)), [spec])
 
     def unregister(self, name: str) -> None:
-        """Forget a plugin, if there is one of that name."""
+        """Forget the plugin of that name, if it is registered."""
         self._plugins.pop(name, None)
         if self._pluggy.has_plugin(name):
             self._pluggy.unregister(name=name)
 
     def offers(self, kind: Kind) -> dict[str, list[tuple[Spec, str]]]:
-        """All records of a kind with the plugins that offer them, by name; built-ins are not among them."""
+        """Return all records of a kind with the plugins that offer them, by name, without the built-ins."""
         self._discover()
-        found: dict[str, list[tuple[Spec, str]]] = {}
+        offers: dict[str, list[tuple[Spec, str]]] = {}
         for plugin in self._plugins.values():
             for spec in plugin.specs:
                 if spec.kind == kind:
-                    found.setdefault(spec.name, []).append((spec, _title(plugin.status)))
-        return found
+                    offers.setdefault(spec.name, []).append((spec, _title(plugin.status)))
+        return offers
 
     def statuses(self) -> list[PluginStatus]:
-        """Every plugin, working or not; a name that two of them offer is a conflict in both."""
+        """Return the status of every plugin; a name that two of them offer is a conflict in both."""
         self._discover()
         taken = {kind: self.offers(kind) for kind in hookspecs.HOOKS}
         return [self._with_conflicts(plugin, taken) for plugin in self._plugins.values()]
 
     def broken(self) -> list[PluginStatus]:
-        """The plugins that could not be loaded, or not wholly."""
+        """Return the plugins that could not be loaded completely."""
         self._discover()
         return [plugin.status for plugin in self._plugins.values() if plugin.status.status == "broken"]
 
@@ -140,7 +142,7 @@ class Manager:
         for spec in plugin.specs:
             others = [title for _, title in taken[spec.kind][spec.name] if title != _title(plugin.status)]
             if others:
-                shown.add_reason("conflict", f"The {spec.kind} {spec.name!r} is offered by {others[0]} as well.")
+                shown.add_reason("conflict", f"{others[0]} also offers the {spec.kind} {spec.name!r}.")
         return shown.status
 
     def _refuse_unknown_hooks(self, plugin: object) -> None:
@@ -148,10 +150,10 @@ class Manager:
             options = self._pluggy.parse_hookimpl_opts(plugin, attribute)
             if options is not None and attribute not in hookspecs.HOOKS.values():
                 near = did_you_mean(attribute, hookspecs.HOOKS.values())
-                raise PluginError(f"it marks {attribute!r}, which is no hook.{near} Hooks: {_hook_names()}.")
+                raise PluginError(f"it marks {attribute!r}, which is not a hook.{near} Available: {_hook_names()}.")
 
     def _discover(self) -> None:
-        """Load the entry points, once. After an interrupt the next lookup goes on with the one that it met."""
+        """Load the entry points, once. After an interrupt the next lookup continues with the interrupted one."""
         if self._loading or self._points == []:  # a plugin may look something up while it is loaded
             return
         self._loading = True
@@ -195,28 +197,30 @@ class Manager:
         heavy = _frameworks() - before
         if heavy and self._plugins[name].status.status == "ok":
             names = ", ".join(sorted(heavy))
-            self._plugins[name].add_reason("heavy", f"It imports {names} when it is loaded; a plugin should not.")
+            self._plugins[name].add_reason(
+                "heavy", f"It imports {names} when it is loaded. Import frameworks inside the target instead."
+            )
 
 
 def _accept(kind: Kind, record: object) -> Spec:
     """Check a record: its type, its layout, and that its name is free."""
-    known = {cls.kind: cls for cls in Spec.__subclasses__()}[kind]
-    if not isinstance(record, known):
-        raise PluginError(f"it yields {record!r}, but a {known.__name__} is expected.")
-    if record.version > known.version:
+    layout = {cls.kind: cls for cls in Spec.__subclasses__()}[kind]
+    if not isinstance(record, layout):
+        raise PluginError(f"it must yield a {layout.__name__} (got {record!r}).")
+    if record.version > layout.version:
         raise PluginError(
-            f"{known.__name__}({record.name!r}) has layout version {record.version}, but this deqcore knows "
-            f"only {known.version}. Upgrade deqcore, or install an older version of the plugin."
+            f"{layout.__name__}({record.name!r}) has layout version {record.version}, but this deqcore supports "
+            f"only {layout.version}. Upgrade deqcore, or install an older version of the plugin."
         )
     if record.name in BUILTIN[kind]:
-        raise PluginError(f"the {kind} name {record.name!r} is reserved for the built-in one; choose another name.")
+        raise PluginError(f"the {kind} name {record.name!r} is reserved for the built-in one. Choose another name.")
     return record
 
 
 def _records(kind: Kind, function: Callable[[], object]) -> Iterator[Spec]:
     offered = function()
     if not isinstance(offered, Iterable) or isinstance(offered, (str, bytes)):
-        raise PluginError(f"it returns {offered!r}, but records are expected: use yield, or return a list.")
+        raise PluginError(f"it must return records (got {offered!r}). Use yield, or return a list.")
     for record in offered:
         yield _accept(kind, record)
 
@@ -227,15 +231,15 @@ def _load_entry_point(point: EntryPoint) -> object:
     except ModuleNotFoundError as error:
         root = point.module.partition(".")[0]
         if error.name and error.name != root and not error.name.startswith(f"{root}."):
-            raise PluginError(f"it needs the package {error.name!r}, which is not installed.") from error
-        raise PluginError(f"its entry point {point.value!r} leads nowhere: {error}.") from error
+            raise PluginError(f"it needs the package {error.name!r}, which is not installed. Install it.") from error
+        raise PluginError(f"its entry point {point.value!r} does not exist: {error}.") from error
     except AttributeError as error:
-        raise PluginError(f"its entry point {point.value!r} leads nowhere: {error}.") from error
+        raise PluginError(f"its entry point {point.value!r} does not exist: {error}.") from error
 
 
 @contextmanager
 def _contained(entry: _Plugin, hook: str = "") -> Iterator[None]:
-    """Turn whatever a plugin does wrong into its status."""
+    """Turn any error of a plugin into its status."""
     where = f"{hook}: " if hook else ""
     try:
         yield
@@ -246,7 +250,7 @@ def _contained(entry: _Plugin, hook: str = "") -> Iterator[None]:
 
 
 def place(error: BaseException) -> str:
-    """File and line of the innermost frame of an exception, or of the syntax error itself."""
+    """Return file and line of the innermost frame of an exception, or of the syntax error itself."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}"
     trace = error.__traceback__

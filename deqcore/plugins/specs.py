@@ -1,9 +1,9 @@
-"""The records that plugins offer: a name, an import string, and what a listing shows.
+"""The records that plugins offer: a name, an import string, and a summary for listings.
 
-A record names its target as `"module:attribute"` and imports nothing, so that every plugin can be listed
-without importing a framework. The target is imported when its name is first used.
+A record names its target as `"module:attribute"` and imports nothing, so that every plugin can be listed without
+importing a framework. The target is imported when its name is first used.
 
-Requirements of a plugin module: it imports nothing heavy, and its hooks yield the records below.
+Requirements of a plugin module: it imports no framework, and its hooks yield the records below.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ TARGET: Final = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*
 
 
 class Spec:
-    """What all records share; the records themselves are frozen dataclasses.
+    """The common part of all records; the records themselves are frozen dataclasses.
 
     Attributes:
-        name: what a config or a command line calls it: letters, digits, `.`, `_` and `-`.
+        name: its name in a config or on a command line: letters, digits, `.`, `_` and `-`.
         target: import string, `"package.module:attribute"`.
         summary: one line for listings.
-        kind: what is registered.
-        version: layout of the record; a record of a later layout than deqcore knows is refused.
+        kind: the kind of thing that is registered.
+        version: layout of the record; deqcore refuses a record of a later layout than its own.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Spec:
         _check(self, "name", self.name, NAME, "letters, digits, '.', '_' and '-', such as 'my-solver'")
         _check(self, "target", self.target, TARGET, "an import string, such as 'my_package.solver:MySolver'")
         if not isinstance(self.summary, str):
-            raise PluginError(f"{type(self).__name__}: summary = {self.summary!r}, but a string is expected.")
+            raise PluginError(f"{type(self).__name__}: summary must be a string (got {self.summary!r}).")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class SolverSpec(Spec):
     """A solver: the target is a frozen dataclass, subclass of `deqcore.Solver`.
 
     Attributes:
-        name: what a config or a command line calls it: letters, digits, `.`, `_` and `-`.
+        name: its name in a config or on a command line: letters, digits, `.`, `_` and `-`.
         target: import string, `"package.module:attribute"`, imported when its name is first used.
         summary: one line for listings.
 
@@ -72,7 +72,7 @@ class StrategySpec(Spec):
     """A backward strategy: a frozen dataclass, subclass of `deqcore.Strategy` or `deqcore.StepStrategy`.
 
     Attributes:
-        name: what a config or a command line calls it: letters, digits, `.`, `_` and `-`.
+        name: its name in a config or on a command line: letters, digits, `.`, `_` and `-`.
         target: import string, `"package.module:attribute"`, imported when its name is first used.
         summary: one line for listings.
 
@@ -93,15 +93,15 @@ class BackendSpec(Spec):
     """A backend: the target is a subclass of `deqcore.Backend`.
 
     Attributes:
-        name: what a config calls it.
+        name: its name in a config.
         target: import string, `"package.module:Class"`.
         summary: one line for listings.
-        package: the framework's import name, looked for before the target is imported; None if it needs none.
+        package: the framework's import name, looked up before the target is imported; None if it needs none.
         extra: the extra of deqcore that installs the framework.
         array_modules: roots of the modules that define the framework's array types: `("jax", "jaxlib")`. A type that
-            a built-in backend owns may be listed as well (`"numpy"`): then the config picks between the two.
-        context: import string of a function `config -> context manager` that `deqcore.using` enters while the
-            framework is imported, so that what it compiles under some settings is not used under others.
+            a built-in backend owns may also be listed (`"numpy"`): the config then picks between the two.
+        context: import string of a function `config -> context manager`, which `deqcore.using` enters if the framework
+            is imported, so that code compiled under some settings is not used under others.
 
     Example:
         >>> spec = BackendSpec("cupy", "deq_cupy:CupyBackend", package="cupy", array_modules=("cupy",))
@@ -125,8 +125,8 @@ class BackendSpec(Spec):
             isinstance(root, str) and root.isidentifier() for root in self.array_modules
         ):
             raise PluginError(
-                f"BackendSpec({self.name!r}): array_modules = {self.array_modules!r}, but a tuple of "
-                f"top-level module names is expected, such as ('torch',)."
+                f"BackendSpec({self.name!r}): array_modules must be a tuple of top-level module names, such as "
+                f"('torch',) (got {self.array_modules!r})."
             )
         if self.context is not None:
             _check(self, "context", self.context, TARGET, "an import string, such as 'my_package.jit:context'")
@@ -137,7 +137,7 @@ class SinkSpec(Spec):
     """A sink of the monitor: the target is a dataclass of its options, subclass of `deqcore.monitor.Sink`.
 
     Attributes:
-        name: what a config or a command line calls it: letters, digits, `.`, `_` and `-`.
+        name: its name in a config or on a command line: letters, digits, `.`, `_` and `-`.
         target: import string, `"package.module:attribute"`, imported when its name is first used.
         summary: one line for listings.
 
@@ -158,10 +158,10 @@ class TrainerSpec(Spec):
     """The training loop that a study uses on one backend.
 
     Attributes:
-        name: what it is called in listings.
+        name: its name in listings.
         target: import string, `"package.module:Class"`.
         summary: one line for listings.
-        backend: name of the backend it trains on.
+        backend: name of the backend that it trains on.
 
     Example:
         >>> TrainerSpec("mine", "my_package.trainer:Trainer", backend="torch").backend
@@ -185,11 +185,11 @@ class DataSpec(Spec):
     """Data for studies: the target is a function `DataChoice -> Dataset`, see `deqcore.study.data`.
 
     Attributes:
-        name: what a study calls it.
+        name: its name in a study.
         target: import string, `"package.module:attribute"`.
         summary: one line for listings.
-        gives: the kind of its inputs, "vector", "image" or "tokens", if it is always the same one: then models that
-            do not take it are left out of the grid, and a study without a model that does is an error at its start.
+        gives: the kind of its inputs, "vector", "image" or "tokens", if it is always the same. Models that do not
+            take it are then left out of the grid, and a study without a fitting model is an error at its start.
 
     Example:
         >>> DataSpec("ours", "our_package.data:load", gives="image").gives
@@ -206,7 +206,7 @@ class DataSpec(Spec):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.gives is not None and self.gives not in INPUTS:
-            raise PluginError(f"DataSpec({self.name!r}): gives = {self.gives!r}, but one of {INPUTS} is expected.")
+            raise PluginError(f"DataSpec({self.name!r}): gives must be one of {INPUTS} (got {self.gives!r}).")
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ class ModelSpec(Spec):
     """A model for studies: the target is a subclass of `deqcore.study.models.Model`.
 
     Attributes:
-        name: what a study calls it.
+        name: its name in a study.
         target: import string, `"package.module:Class"`.
         summary: one line for listings.
 
@@ -235,7 +235,7 @@ class CommandSpec(Spec):
     """A subcommand of `deqcore`: the target is a typer app or a function with typer annotations.
 
     Attributes:
-        name: what a config or a command line calls it: letters, digits, `.`, `_` and `-`.
+        name: its name in a config or on a command line: letters, digits, `.`, `_` and `-`.
         target: import string, `"package.module:attribute"`, imported when its name is first used.
         summary: one line for listings.
 
@@ -253,4 +253,4 @@ class CommandSpec(Spec):
 
 def _check(record: Spec, field: str, given: object, pattern: re.Pattern[str], expected: str) -> None:
     if not (isinstance(given, str) and pattern.fullmatch(given)):
-        raise PluginError(f"{type(record).__name__}: {field} = {given!r}, but {expected} is expected.")
+        raise PluginError(f"{type(record).__name__}: {field} must be {expected} (got {given!r}).")

@@ -1,4 +1,4 @@
-"""Whether a class keeps the contract that it was registered for, told before it is used and not from inside a solve."""
+"""Check that a registered class keeps its contract, before it is used and not from inside a solve."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from deqcore.errors import PluginError, listing
 
 
 def fulfils(owner: str, cls: object, *bases: type) -> type:
-    """Return `cls` if it is a whole subclass of one of `bases` whose methods take what the contract gives them.
+    """Return `cls` if it is a complete subclass of one of `bases` whose methods take the arguments of the contract.
 
     Args:
-        owner: what it was registered as, for messages, such as "solver 'mine'".
-        cls: what the registered target is.
+        owner: kind and registered name, for messages, such as "solver 'mine'".
+        cls: the registered target.
         bases: abstract classes of deqcore.
 
     Raises:
-        PluginError: it is no such class, a method is missing, or one takes other arguments.
+        PluginError: it is not such a class, a method is missing, or one takes other arguments.
     """
     if not (isinstance(cls, type) and issubclass(cls, bases)):
         wanted = " or ".join(f"{base.__module__}.{base.__qualname__}" for base in bases)
-        raise PluginError(f"The {owner} is {cls!r}, but a subclass of {wanted} is expected.")
+        raise PluginError(f"The {owner} must be a subclass of {wanted} (got {cls!r}).")
     missing: frozenset[str] = getattr(cls, "__abstractmethods__", frozenset())
     if missing:
         base = next(base for base in bases if issubclass(cls, base))
         raise PluginError(
-            f"The {owner} is {cls.__qualname__}, which lacks {listing(missing)}: see {base.__module__}.{base.__name__}."
+            f"The {owner} is {cls.__qualname__}, which must implement {listing(missing)}. See "
+            f"{base.__module__}.{base.__name__}."
         )
     for base in bases:
         if issubclass(cls, base):
@@ -36,20 +37,21 @@ def fulfils(owner: str, cls: object, *bases: type) -> type:
 
 def _takes(owner: str, cls: type, base: type, method: str) -> None:
     """Fail unless the method can be called as the contract declares it."""
-    declared, own = (inspect.signature(getattr(each, method)) for each in (base, cls))
-    kinds = inspect.Parameter
-    positional = [name for name, each in declared.parameters.items() if each.kind is not kinds.KEYWORD_ONLY]
-    named = {name: None for name, each in declared.parameters.items() if each.kind is kinds.KEYWORD_ONLY}
+    declared, own = (inspect.signature(getattr(owner_class, method)) for owner_class in (base, cls))
+    keyword_only = inspect.Parameter.KEYWORD_ONLY
+    positional = [name for name, parameter in declared.parameters.items() if parameter.kind is not keyword_only]
+    named = {name: None for name, parameter in declared.parameters.items() if parameter.kind is keyword_only}
     try:
         own.bind(*positional, **named)
     except TypeError as error:
         raise PluginError(
-            f"The {owner} has {method}{_bare(own)}, but it is called as {method}{_bare(declared)}: {error}."
+            f"The {owner} has {method}{_bare(own)}, but deqcore calls {method}{_bare(declared)}: {error}. Change the "
+            f"arguments of {method}."
         ) from error
 
 
 def _bare(signature: inspect.Signature) -> str:
-    """A signature without annotations."""
+    """Return a signature without annotations."""
     empty = inspect.Signature.empty
-    bare = [each.replace(annotation=empty) for each in signature.parameters.values()]
+    bare = [parameter.replace(annotation=empty) for parameter in signature.parameters.values()]
     return str(signature.replace(parameters=bare, return_annotation=empty))

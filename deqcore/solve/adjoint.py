@@ -82,7 +82,7 @@ class Adjoint(AdjointSolver):
             raise PluginError.returned(name, u, f"u of the cotangent's shape {shape}")
         for part, leaf in zip(AdjointReport._fields, told, strict=True):
             if leaf is not None and getattr(leaf, "shape", None) != g.shape[:1]:
-                raise PluginError.returned(f"{name} (report.{part})", leaf, f"one number per sample, {shape[:1]},")
+                raise PluginError.returned(f"{name} (report.{part})", leaf, f"one number per sample, {shape[:1]}")
         return u, told
 
     @property

@@ -1,10 +1,10 @@
-"""Compaction: a solve that goes on with the samples that still need it, and evaluates f for them only.
+"""Compaction: a solve that continues with the samples that still run, and evaluates f only for them.
 
-Opt-in (`forward.compact`), as only the caller knows which arguments carry the batch axis. Each time that half of
-the rows in work have stopped the others move to arrays of their own, so that all moves together copy a state and its
-histories once at most. At the end everything is put back where it was: iterates, statuses, and histories, so that
-estimates and a continued solve know nothing of it. Samples do not see each other in a solve, so results are the same
-as without; to the last bit where f, too, computes a row from that row alone and in the same way for any batch.
+Opt-in (`forward.compact`), because only the caller knows which arguments carry the batch axis. Each time that half of
+the current rows have stopped, the others move to smaller arrays, so that all moves together copy a state and its
+histories at most once. At the end iterates, statuses and histories return to their places, so that estimates and a
+continued solve are not affected. Samples are independent in a solve, so the results are the same as without
+compaction; they are equal bit by bit if f also computes each row from that row alone, in the same way for any batch.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from deqcore.types import Array, LoopState, Map, Status
 
 
 class RestrictRows(Protocol):
-    """Gives f for some samples."""
+    """A function that restricts f to some samples."""
 
     def __call__(self, rows: Array) -> Map:
-        """The map on `(k, n)` for the samples with the indices `rows` `(k,)`."""
+        """Return the map on `(k, n)` for the samples with the indices `rows` `(k,)`."""
 
 
 class Advance(Protocol):
-    """Steps with f while `running` holds, `steps` at most."""
+    """A function that steps with f while `running` holds, at most `steps` times."""
 
     def __call__(self, f: Map, running: Callable[[LoopState], Array | bool], carry: LoopState, steps: int) -> LoopState:
-        """The carry after these steps."""
+        """Return the loop state after these steps."""
 
 
 def solve_compacted(
@@ -45,16 +45,16 @@ def solve_compacted(
     """Advance `carry` until all its samples have stopped, with fewer and fewer rows.
 
     Args:
-        backend: whose arrays these are.
-        advance: the loop's loop.
+        backend: the backend of these arrays.
+        advance: the loop.
         f: the map for the rows in `carry`.
-        narrow: see `RestrictRows`; its indices are those of the whole batch.
-        carry: where the solve stands.
+        narrow: see `RestrictRows`; its indices refer to the whole batch.
+        carry: the current loop state.
         steps: step budget.
-        rows: which samples `carry` holds, None for all.
+        rows: indices of the samples in `carry`, None for all.
 
     Raises:
-        ProblemError: f gives other values for some samples than for the whole batch.
+        ProblemError: f returns other values for some samples than for the whole batch.
     """
     xp = backend.xp
     size = carry.status.shape[0]
@@ -77,37 +77,37 @@ def solve_compacted(
 
 
 def _spent(backend: Backend, start: LoopState, end: LoopState) -> int:
-    """Steps between two carries: those of a sample that ran all along."""
+    """Return the number of steps between two loop states: that of a sample that ran all the time."""
     taken = end.steps - start.steps
     return int(backend.xp.max(taken)) if taken.shape[0] else 0
 
 
 def _check(backend: Backend, fewer: Map, part: LoopState) -> None:
-    """One evaluation for the first samples that go on alone, against what the whole batch gave for them.
+    """Compare one evaluation of f on the first subset of samples with the values from the whole batch.
 
-    An argument that was not declared, a batch statistic in f or a random number in it would make the solve converge
-    to something else without a word.
+    With an undeclared argument, a batch statistic or a random number in f, the solve would silently converge to wrong
+    results.
     """
     xp = backend.xp
     try:
         difference = backend.norm(fewer(part.z) - part.fz)
     except Exception as error:
         error.add_note(
-            f"This was raised when f was evaluated on {part.z.shape[0]} samples that go on without the others "
+            f"f raised this when it was evaluated on {part.z.shape[0]} samples without the others "
             f"(forward.compact = true). {_REMEDY}"
         )
         raise
     slack = 0.05 if backend.autocasting(part.z) else backend.eps(part.z) ** 0.5
     if bool(xp.any(difference > slack * (backend.norm(part.fz) + backend.norm(part.z)))):
         raise ProblemError(
-            f"forward.compact = true, but f gives other values for {part.z.shape[0]} samples alone than for the same "
-            f"samples in the whole batch. {_REMEDY}"
+            f"forward.compact = true, but f returns other values for {part.z.shape[0]} samples alone than for the "
+            f"same samples in the whole batch. {_REMEDY}"
         )
 
 
 _REMEDY = (
-    "Every argument that carries the batch axis must be passed in args and named in batched_args, none closed over, "
-    "and f must neither couple samples (batch statistics) nor draw random numbers; otherwise set "
+    "Every argument that carries the batch axis must be passed in args and named in batched_args, not closed over, "
+    "and f must neither couple samples (batch statistics) nor draw random numbers. Otherwise set "
     "forward.compact = false."
 )
 
@@ -122,7 +122,7 @@ def _take(backend: Backend, carry: Any, rows: Array) -> Any:
 
 
 def _put(backend: Backend, carry: Any, rows: Array, part: Any) -> Any:
-    """`carry` with its samples `rows` as they stand in `part`; leaves without a batch axis are those of `part`."""
+    """Return `carry` with its samples `rows` taken from `part`; leaves without a batch axis are those of `part`."""
     if isinstance(carry, tuple):
         parts = (_put(backend, a, rows, b) for a, b in zip(carry, part, strict=True))
         return type(carry)(*parts) if hasattr(carry, "_fields") else tuple(parts)

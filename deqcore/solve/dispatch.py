@@ -1,4 +1,4 @@
-"""From settings and arguments to a plan: which backend, solver, strategy and tolerances."""
+"""From settings and arguments to a plan: backend, solver, strategy and tolerances."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ _instances: dict[str, Backend] = {}
 
 
 def backend_named(name: str) -> Backend:
+    """Return the backend of this name, one object per name."""
     if name not in _instances:
         _instances[name] = plugins.make_backend(name)
     return _instances[name]
 
 
 def plan_call(config: Config | None, overrides: Mapping[str, object], z0: Tree, args: tuple[Any, ...]) -> Plan:
-    """Resolve the settings of one call for the initial iterate z0; for other parts of deqcore, no public name."""
+    """Resolve the settings of one call for the initial iterate z0. Not public: for other parts of deqcore."""
     resolved, scalars = settings.resolve(config, overrides)
     backend = pick_backend(resolved, z0, args)
     watcher = observer()
@@ -70,7 +71,7 @@ def _criteria(config: Config, scalars: Mapping[str, object], backend: Backend, l
     if isinstance(rtol, float) and 0.0 < rtol < 0.5 * backend.eps(like) and isinstance(atol, float) and atol == 0:
         warn(
             f"forward.rtol = {rtol:g} is below what {backend.dtype_name(like)} can reach (about "
-            f"{backend.eps(like):.1g}): the solve will end as STALLED or MAX_STEPS. Use a wider dtype or a larger "
+            f"{backend.eps(like):.1g}), so the solve will end as STALLED or MAX_STEPS. Use a wider dtype or a larger "
             f"rtol.",
             DtypeToleranceWarning,
         )
@@ -84,31 +85,31 @@ def _criteria(config: Config, scalars: Mapping[str, object], backend: Backend, l
 
 
 def pick_backend(config: Config, z0: Tree, args: tuple[Any, ...]) -> Backend:
-    """The backend whose arrays the state holds; the config may only confirm it."""
+    """Return the backend of the arrays in z0; the config may only confirm it."""
     arrays = [leaf for leaf in plain_leaves(z0) if plugins.backend_of(leaf) is not None]
-    found = plugins.backend_of(arrays[0]) if arrays else None
-    if found is None:
-        found = next((name for leaf in plain_leaves(args) if (name := plugins.backend_of(leaf)) is not None), None)
-    if found is None:
+    owner = plugins.backend_of(arrays[0]) if arrays else None
+    if owner is None:
+        owner = next((name for leaf in plain_leaves(args) if (name := plugins.backend_of(leaf)) is not None), None)
+    if owner is None:
         if config.backend == "auto":
             raise InitialIterateError(
-                f"The initial iterate z0 ({type(z0).__name__}) holds no array of a known framework: give arrays of numpy, "
-                f"torch or jax, or name the backend in the config."
+                f"The initial iterate z0 must hold arrays of numpy, torch or jax (got a {type(z0).__name__} without "
+                f"one). Pass such arrays, or name the backend in the config."
             )
-        found = config.backend
-    if config.backend not in ("auto", found) and arrays and plugins.shares_arrays(config.backend, arrays):
-        found = config.backend
-    if config.backend not in ("auto", found):
-        plugins.spec("backend", config.backend)  # a name that nobody registered is told as such
-        raise BackendMismatchError.of(config.backend, config.origin("backend"), found)
-    others = {name for leaf in plain_leaves(args) if (name := plugins.backend_of(leaf)) not in (None, "numpy", found)}
+        owner = config.backend
+    if config.backend not in ("auto", owner) and arrays and plugins.shares_arrays(config.backend, arrays):
+        owner = config.backend
+    if config.backend not in ("auto", owner):
+        plugins.spec("backend", config.backend)  # an unknown name is the first error to report
+        raise BackendMismatchError.of(config.backend, config.origin("backend"), owner)
+    others = {name for leaf in plain_leaves(args) if (name := plugins.backend_of(leaf)) not in (None, "numpy", owner)}
     if others:
-        raise BackendMismatchError.of(found, "the initial iterate z0", ", ".join(sorted(str(name) for name in others)))
-    return backend_named(found)
+        raise BackendMismatchError.of(owner, "the initial iterate z0", ", ".join(sorted(str(name) for name in others)))
+    return backend_named(owner)
 
 
 def plain_leaves(tree: Tree) -> Iterator[Any]:
-    """Leaves of plain containers, before any framework is known."""
+    """Yield the leaves of plain containers; no framework is needed."""
     if isinstance(tree, Mapping):
         for value in tree.values():
             yield from plain_leaves(value)

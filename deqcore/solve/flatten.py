@@ -15,11 +15,11 @@ from deqcore.types import Array, Map, Tree
 
 @dataclass(frozen=True)
 class RavelSpec:
-    """How a tree of arrays becomes a matrix and back.
+    """The layout by which a tree of arrays becomes a matrix and back.
 
     Attributes:
         shapes: shape of each leaf.
-        sizes: numbers per sample in each leaf.
+        sizes: count of numbers per sample in each leaf.
         batch: rows of the matrix; 1 if the whole state is one system.
     """
 
@@ -33,7 +33,7 @@ class RavelSpec:
 
     @classmethod
     def of(cls, backend: Backend, z0: Tree, batch: bool) -> RavelSpec:
-        """Describe the initial iterate z0, or say what is wrong with it.
+        """Describe the initial iterate z0, or raise an error that says what is wrong with it.
 
         Raises:
             InitialIterateError: no arrays, integer or mixed dtypes, several devices, too few axes, unequal batch sizes.
@@ -41,39 +41,39 @@ class RavelSpec:
         leaves, structure = backend.flatten(z0)
         if not leaves:
             raise InitialIterateError(
-                "The initial iterate z0 holds no array: give at least one array of floating-point numbers."
+                "The initial iterate z0 must hold at least one array of floating-point numbers (got none)."
             )
         for leaf in leaves:
             _check_leaf(backend, leaf, batch)
         dtypes = {backend.dtype_name(leaf) for leaf in leaves}
         if len(dtypes) > 1:
             raise InitialIterateError(
-                f"The leaves of the state have the dtypes {', '.join(sorted(dtypes))}, but the whole state is one "
-                f"vector of one dtype: cast its leaves to the widest of them."
+                f"The leaves of the state must have one dtype (got {', '.join(sorted(dtypes))}). Cast the leaves to "
+                f"the widest of these."
             )
         devices = {str(at) for leaf in leaves if (at := backend.device_of(leaf)) is not None}
         if len(devices) > 1:
             raise InitialIterateError(
-                f"The leaves of the state are on the devices {', '.join(sorted(devices))}, but one is expected: "
-                f"move them together before the solve."
+                f"The leaves of the state must be on one device (got {', '.join(sorted(devices))}). Move them to one "
+                f"device before the solve."
             )
         shapes = tuple(tuple(leaf.shape) for leaf in leaves)
         rows = {shape[0] for shape in shapes} if batch else {1}
         if len(rows) > 1:
             raise InitialIterateError(
-                f"With batch = true the first axis of every leaf is the batch, but the leaves have {sorted(rows)} "
-                f"rows (shapes {list(shapes)}). Give them one batch size, or set forward.batch = false to solve the "
-                f"whole state as one system."
+                f"With forward.batch = true the first axis of every leaf is the batch, so the leaves must have the "
+                f"same number of rows (got {sorted(rows)}, shapes {list(shapes)}). Give them one batch size, or set "
+                f"forward.batch = false to solve the whole state as one system."
             )
         sizes = tuple(math.prod(shape[1:] if batch else shape) for shape in shapes)
         return cls(backend, structure, shapes, sizes, rows.pop(), dtypes.pop(), backend.device_of(leaves[0]))
 
     def ravel(self, tree: Tree) -> Array:
-        """The matrix `(batch, n)` of a tree that is known to fit."""
+        """Return the matrix `(batch, n)` of a tree that is known to fit."""
         return self._join(self.backend.flatten(tree)[0])
 
     def ravel_like(self, name: str, tree: Tree) -> Array:
-        """The matrix `(batch, n)` of a tree that must be like the state.
+        """Return the matrix `(batch, n)` of a tree that must be like the state.
 
         Raises:
             InitialIterateError: it has another structure, or leaves of another kind, shape or dtype.
@@ -83,8 +83,8 @@ class RavelSpec:
         expected = [f"{self.dtype} {shape}" for shape in self.shapes]
         if structure != self.structure or kinds != expected:
             raise InitialIterateError(
-                f"The {name} has the leaves {', '.join(kinds) or 'none'}, but a tree like z0 is expected: "
-                f"{', '.join(expected)}."
+                f"The {name} must be a tree like z0, with the leaves {', '.join(expected)} "
+                f"(got {', '.join(kinds) or 'none'})."
             )
         return self._join(leaves)
 
@@ -94,7 +94,7 @@ class RavelSpec:
         return f"{self.backend.dtype_name(leaf)} {tuple(leaf.shape)}"
 
     def unravel(self, matrix: Array) -> Tree:
-        """The tree of a matrix `(batch, n)`."""
+        """Return the tree of a matrix `(batch, n)`."""
         xp = self.backend.xp
         leaves, start = [], 0
         for shape, size in zip(self.shapes, self.sizes, strict=True):
@@ -104,25 +104,25 @@ class RavelSpec:
         return self.backend.unflatten(self.structure, leaves)
 
     def wrap(self, f: Callable[..., Tree], batched: tuple[int, ...] = ()) -> FlatFunction:
-        """F on trees as a function of the matrix, with its output checked. See `FlatFunction`."""
+        """Wrap f on trees as a function of the matrix that checks its output. See `FlatFunction`."""
         return FlatFunction(self, f, batched)
 
     def call(self, f: Callable[..., Tree], z: Array, args: tuple[Any, ...]) -> Array:
-        """`f` of the matrix `z`, as a matrix."""
-        with self.backend.guard_inplace(z) as seen:
-            found = f(self.unravel(seen), *args)
-        leaves, structure = self.backend.flatten(found)
+        """Return `f` of the matrix `z`, as a matrix."""
+        with self.backend.guard_inplace(z) as guarded:
+            value = f(self.unravel(guarded), *args)
+        leaves, structure = self.backend.flatten(value)
         if structure != self.structure:
             raise ProblemError(
-                f"f returned {described(found)}, whose structure is {structure}, but its state has "
-                f"{self.structure}: f(z, ...) must return a tree like z."
+                f"f(z, ...) must return a tree like z, of the structure {self.structure} (got {described(value)} of "
+                f"the structure {structure})."
             )
-        if len(leaves) == 1:  # several are joined in an array of their own
+        if len(leaves) == 1:  # several leaves are joined in a new array
             leaves = self.backend.owned(leaves)
         return self._join([self._checked(leaf, i) for i, leaf in enumerate(leaves)])
 
     def of_rows(self, rows: int) -> RavelSpec:
-        """The same space with another number of samples."""
+        """Return the same space with another number of samples."""
         return replace(self, shapes=tuple((rows, *shape[1:]) for shape in self.shapes), batch=rows)
 
     def _join(self, leaves: list[Array]) -> Array:
@@ -138,26 +138,25 @@ class RavelSpec:
         backend = self.backend
         if not backend.is_array(leaf):
             raise ProblemError(
-                f"f returned a {type(leaf).__name__} as leaf {i}, but an array of {backend.name} is expected."
+                f"f must return arrays of {backend.name} (got a {type(leaf).__name__} as leaf {i}). Convert it in f."
             )
         if tuple(leaf.shape) != self.shapes[i]:
             raise ProblemError(
-                f"f returned shape {tuple(leaf.shape)} for leaf {i}, but the state has {self.shapes[i]}: f must keep "
-                f"the shape of z."
+                f"f must keep the shape of z, which is {self.shapes[i]} in leaf {i} (got {tuple(leaf.shape)})."
             )
         if backend.dtype_name(leaf) != self.dtype and not backend.in_extended_precision():
             if backend.autocasting(leaf):
                 return backend.astype(leaf, self.dtype)
             raise ProblemError(
-                f"f returned {backend.dtype_name(leaf)} for a state of {self.dtype}: cast z0 or the parameters and "
-                f"inputs of f so that both agree."
+                f"f must keep the dtype of z, {self.dtype} (got {backend.dtype_name(leaf)}). Cast z0, or the "
+                f"parameters and inputs of f."
             )
         device = backend.device_of(leaf)
-        known = device is not None and self.device is not None and device != self.device
-        if known and str(device) != str(self.device):
+        differs = device is not None and self.device is not None and device != self.device
+        if differs and str(device) != str(self.device):
             raise ProblemError(
-                f"f returned an array on {device} for a state on {self.device}: move z0, or the "
-                f"parameters and inputs of f, so that all are on one device."
+                f"f must return arrays on the device of z, {self.device} (got {device}). Move z0, or the parameters "
+                f"and inputs of f, so that all are on one device."
             )
         return leaf
 
@@ -169,7 +168,7 @@ class FlatFunction:
     Attributes:
         space: how the state becomes a matrix.
         f: `f(z, *args)` on trees.
-        batched: positions in `args` of those that carry the batch axis; only `on_rows` asks.
+        batched: positions in `args` of those that carry the batch axis; only `on_rows` reads them.
     """
 
     space: RavelSpec
@@ -177,7 +176,7 @@ class FlatFunction:
     batched: tuple[int, ...] = ()
 
     def __call__(self, z: Array, *args: Any) -> Array:
-        """F of `z` `(batch, n)`.
+        """Return f of `z` `(batch, n)`.
 
         Raises:
             ProblemError: f returned another structure, shape, dtype or device.
@@ -185,7 +184,7 @@ class FlatFunction:
         return self.space.call(self.f, z, args)
 
     def on_rows(self, rows: Array, args: tuple[Any, ...]) -> Map:
-        """F for the samples `rows` (indices `(k,)`) only: `(k, n)` to `(k, n)`."""
+        """Return f for the samples `rows` (indices `(k,)`) only: `(k, n)` to `(k, n)`."""
         backend = self.space.backend
         space = self.space.of_rows(rows.shape[0])
 
@@ -199,10 +198,10 @@ class FlatFunction:
         return lambda z: space.call(self.f, z, tuple(some))
 
     def check_batched(self, args: tuple[Any, ...]) -> None:
-        """Whether the arguments that are said to carry the batch axis do.
+        """Check that the arguments named in `batched` carry the batch axis.
 
         Raises:
-            ConfigError: a position is no argument, or an array there has another first axis.
+            ConfigError: a position does not name an argument, or an array there has another first axis.
         """
         for i in self.batched:
             if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < len(args):
@@ -214,38 +213,37 @@ class FlatFunction:
                 shape = getattr(leaf, "shape", None)
                 if shape is not None and tuple(shape[:1]) != (self.space.batch,):
                     raise ConfigError(
-                        f"fixed_point: batched_args = {self.batched!r} says that argument {i} carries the batch axis, "
-                        f"but it holds an array of shape {tuple(shape)} for a batch of {self.space.batch}: leave it "
-                        f"out, or give every array in it that first axis."
+                        f"fixed_point: batched_args = {self.batched!r} names argument {i}, so the first axis of each "
+                        f"array in it must be the batch of {self.space.batch} (got the shape {tuple(shape)}). Leave "
+                        f"the argument out, or give every array in it that first axis."
                     )
 
     def _refuse_opaque(self, i: int, leaf: Any) -> None:
-        """A leaf that holds arrays has rows that cannot be taken."""
+        """Refuse a leaf that holds arrays, because their rows cannot be taken."""
         backend = self.space.backend
         if not backend.is_array(leaf) and any(True for _ in arrays_in(backend, leaf)):
             raise ConfigError(
-                f"fixed_point: batched_args = {self.batched!r} says that argument {i} carries the batch axis, but it "
-                f"has a {type(leaf).__name__}, whose arrays are no leaves of a tree: pass them as a dict or a tuple, "
-                f"or register the class as a pytree."
+                f"fixed_point: batched_args = {self.batched!r} names argument {i}, but its arrays are inside a "
+                f"{type(leaf).__name__} and not leaves of a tree. Pass them as a dict or a tuple, or register the "
+                f"class as a pytree."
             )
 
 
 def _check_leaf(backend: Backend, leaf: Any, batch: bool) -> None:
     if not backend.is_array(leaf):
         raise InitialIterateError(
-            f"The initial iterate z0 holds a {type(leaf).__name__}, but only arrays of {backend.name} are expected at its "
-            f"leaves: convert it with deqcore.get_backend(...).asarray."
+            f"The leaves of the initial iterate z0 must be arrays of {backend.name} (got a {type(leaf).__name__}). "
+            f"Convert it with deqcore.get_backend(...).asarray."
         )
     name = backend.dtype_name(leaf)
     if "float" not in name:
-        wanted = "float32 or float64"
-        hint = " Split it into its real and imaginary part." if "complex" in name else " Cast z0 first."
+        hint = "Split it into its real and imaginary part." if "complex" in name else "Cast z0 first."
         raise InitialIterateError(
-            f"The initial iterate z0 is {name}, but a floating-point dtype such as {wanted} is expected.{hint}"
+            f"The initial iterate z0 must have a floating-point dtype, such as float32 or float64 (got {name}). {hint}"
         )
     if batch and leaf.ndim < 2:
         raise InitialIterateError(
-            f"A leaf of the state has shape {tuple(leaf.shape)}, but with batch = true every leaf needs a batch axis "
-            f"and at least one more: reshape it to (batch, n), or set forward.batch = false to solve the whole state "
-            f"as one system."
+            f"With forward.batch = true every leaf of the state must have a batch axis and at least one more (got the "
+            f"shape {tuple(leaf.shape)}). Reshape it to (batch, n), or set forward.batch = false to solve the whole "
+            f"state as one system."
         )

@@ -1,12 +1,12 @@
-"""The loop: everything that all solvers share, so that a solver is only its step.
+"""The loop: the common part of all solvers, so that a solver is only its step.
 
 It owns tolerances, freezing, the best iterate, status and counters, and keeps these promises:
 
 - A sample stops changing (iterate, state and estimate) at the first iterate that meets the tolerance, so its result
-  does not depend on its batch mates, and a late check on a slow device does no harm.
-- NaN or inf in one sample touches no other; a step to where f is not finite is refused and tried shorter, and the best
-  finite iterate is returned.
-- The residual is the true one, ‖f(z) − z‖, whatever step the solver took.
+  does not depend on the rest of the batch, and a late check on a slow device does no harm.
+- NaN or inf in one sample does not affect another. A step to a point where f is not finite is refused and shortened,
+  and the best finite iterate is returned.
+- The residual is the true one, ‖f(z) − z‖, for any step of the solver.
 
 Termination follows the practice of NonlinearSolve.jl (relative and absolute residual, best iterate, blow-up and
 stall detection with separate statuses), per sample.
@@ -41,7 +41,7 @@ from deqcore.solve.termination import (
 )
 from deqcore.types import Array, LoopState, Map, Path, SolveResult, Status, StepResult, StoppingCriteria
 
-ROUNDING = 8.0  # two evaluations of one f at one z differ by this many units of rounding at most
+ROUNDING = 8.0  # two evaluations of f at the same z differ by at most this many units of rounding
 
 
 def iterate(
@@ -56,17 +56,17 @@ def iterate(
     """Run `solver` on `f` from `z0` `(batch, n)` until every sample has stopped.
 
     Args:
-        backend: whose arrays these are.
+        backend: the backend of these arrays.
         solver: the method.
         f: the map on `(batch, n)`.
         z0: initial iterate; ignored with `resume`.
-        control: when to stop.
-        resume: the carry of an earlier solve, to go on from: of the same f with all that it has learned, of another
-            one from its best iterate.
-        narrow: gives f for some rows of the batch; with it, samples that have stopped are no longer evaluated.
+        control: the stopping criteria.
+        resume: the loop state of an earlier solve to continue: with its solver state if f is the same, otherwise from
+            its best iterate.
+        narrow: restricts f to some rows of the batch; samples that have stopped are then no longer evaluated.
 
     Returns:
-        The best iterate of each sample, and how it ended.
+        The best iterate of each sample, with its status and figures.
     """
     like = z0 if resume is None else resume.z
     limits = Limits.of(backend, like, control.rtol, control.atol, control.patience)
@@ -77,10 +77,10 @@ def iterate(
     refusals = _Refusals(backend, solver)
 
     def going(carry: LoopState) -> Array | bool:
-        seen = backend.numpy_view(carry.status)
-        if seen is None:
+        status = backend.numpy_view(carry.status)
+        if status is None:
             return backend.xp.any(carry.status == int(Status.RUNNING))
-        return bool((seen == int(Status.RUNNING)).any())
+        return bool((status == int(Status.RUNNING)).any())
 
     def advance(
         f: Map, running: Callable[[LoopState], Array | bool], carry: LoopState, steps: int | Array
@@ -103,9 +103,9 @@ def iterate(
 
 
 def _ended(backend: Backend, start: LoopState, end: LoopState) -> Array:
-    """The statuses of a loop that is over: a sample that still runs has spent its budget."""
-    seen = backend.numpy_view(end.status)
-    if seen is not None and not (seen == int(Status.RUNNING)).any():
+    """Return the statuses of a loop that is over: a sample that still runs has spent its budget."""
+    host_status = backend.numpy_view(end.status)
+    if host_status is not None and not (host_status == int(Status.RUNNING)).any():
         return end.status
     residual, size = backend.residual_norms(end.z, end.fz)
     left = spent(backend.xp, residual, size, end.path, end.steps - start.steps)
@@ -114,7 +114,7 @@ def _ended(backend: Backend, start: LoopState, end: LoopState) -> Array:
 
 @dataclass(frozen=True)
 class BoundSolve:
-    """`iterate` with everything bound but f and z0: what a backend solves with.
+    """`iterate` with everything bound but f and z0, for a backend.
 
     A tracing backend compiles for the solver, and takes the numbers in `control` and `resume` as data.
     """
@@ -136,7 +136,7 @@ def _begin(backend: Backend, solver: Solver, f: Map, z0: Array, limits: Limits) 
 
 
 def _begin_at(backend: Backend, z0: Array, fz: Array, limits: Limits) -> LoopState:
-    """The carry before the first step, but for the solver's state."""
+    """Return the loop state before the first step, without the solver's state."""
     xp = backend.xp
     residual, size = backend.residual_norms(z0, fz)
     reference = greater(xp, backend.norm(z0), size)
@@ -145,7 +145,7 @@ def _begin_at(backend: Backend, z0: Array, fz: Array, limits: Limits) -> LoopSta
     met = residual <= goal(xp, limits, size, reference)
     status = xp.where(met, status + int(Status.CONVERGED), status)
     status = xp.where(finite, status, xp.full_like(status, int(Status.NONFINITE)))
-    known = xp.where(finite, residual, xp.full_like(residual, float("inf")))
+    finite_residual = xp.where(finite, residual, xp.full_like(residual, float("inf")))
     return LoopState(
         z=z0,
         fz=fz,
@@ -154,10 +154,10 @@ def _begin_at(backend: Backend, z0: Array, fz: Array, limits: Limits) -> LoopSta
         steps=xp.zeros_like(status),
         best_z=z0,
         best_fz=fz,
-        best_residual=known,
+        best_residual=finite_residual,
         reference=reference,
         peak=residual,
-        mark=known,
+        mark=finite_residual,
         since=xp.zeros_like(status),
         length=xp.full_like(residual, 0.5),
         tried=xp.full_like(residual, float("inf")),
@@ -166,10 +166,10 @@ def _begin_at(backend: Backend, z0: Array, fz: Array, limits: Limits) -> LoopSta
 
 
 def _resume(backend: Backend, solver: Solver, f: Map, old: LoopState, limits: Limits) -> LoopState:
-    """Go on from the best iterates: one evaluation of f says where they stand, and whether f is still the same.
+    """Continue from the best iterates: one evaluation of f gives their residuals and shows whether f has changed.
 
-    Samples whose f is the same run on, on copies of their histories, if they do not meet the (perhaps new) tolerance.
-    The others begin again at their best iterate: what was learned, and every residual, is that of another function.
+    Samples whose f is the same continue, on copies of their histories, if they do not meet the (perhaps new) tolerance.
+    The others begin again at their best iterate, because their histories and residuals belong to another function.
     So do samples that have failed.
     """
     xp = backend.xp
@@ -178,7 +178,7 @@ def _resume(backend: Backend, solver: Solver, f: Map, old: LoopState, limits: Li
     near = ROUNDING * backend.output_eps(z) * (backend.norm(z) + backend.norm(old.best_fz))
     same = backend.norm(first.fz - old.best_fz) <= near  # False for NaN, too
     failed = (old.status == int(Status.NONFINITE)) | (old.status == int(Status.DIVERGED))
-    # What a failed sample has learned led away. One whose budget was spent amid shorter steps has not failed yet.
+    # The history of a failed sample led away. A sample whose budget ended during shorter steps has not failed yet.
     same = same & ~(failed & (old.since >= 0))
     reference, peak = xp.where(same, old.reference, first.reference), xp.where(same, old.peak, first.peak)
     size = backend.norm(first.fz)
@@ -200,7 +200,7 @@ def _resume(backend: Backend, solver: Solver, f: Map, old: LoopState, limits: Li
 
     def renewed(carry: LoopState) -> LoopState:
         state = merge(backend, ~same, solver.init(backend, z, first.fz), carry.state)
-        before, after = (solver.evaluations(backend, old.steps, each) for each in (carry.state, state))
+        before, after = (solver.evaluations(backend, old.steps, solver_state) for solver_state in (carry.state, state))
         return carry._replace(
             z=backend.select(same, carry.z, z),
             fz=backend.select(same, carry.fz, first.fz),
@@ -216,8 +216,8 @@ def _step(backend: Backend, solver: Solver, f: Map, carry: LoopState, limits: Li
     everyone = before is not None and bool((before == int(Status.RUNNING)).all())
     active = None if everyone else carry.status == int(Status.RUNNING)
     start = carry.z, carry.fz, masked(carry.state, active)
-    found = backend.fused_step(solver, f, *start) or _check_step(solver, solver.step(backend, f, *start), carry.z)
-    z, fz, state, size, frozen = found
+    result = backend.fused_step(solver, f, *start) or _check_step(solver, solver.step(backend, f, *start), carry.z)
+    z, fz, state, size, frozen = result
     residual = solver.residual_norm(backend, state)
     if residual is None:
         residual, size = backend.residual_norms(z, fz)
@@ -225,7 +225,7 @@ def _step(backend: Backend, solver: Solver, f: Map, carry: LoopState, limits: Li
         size = backend.norm(fz)
     if active is not None and not frozen:
         state = freeze(backend, active, state, carry.state)
-    kept: LoopState | None = backend.fused_update(carry, found, residual, size, limits)
+    kept: LoopState | None = backend.fused_update(carry, result, residual, size, limits)
     if kept is not None:
         return kept._replace(state=state)
     if active is None and _all_progressing(backend, residual, size, carry, limits):
@@ -255,20 +255,20 @@ def _step(backend: Backend, solver: Solver, f: Map, carry: LoopState, limits: Li
     )
 
 
-def _check_step(solver: Solver, found: Any, z: Array) -> StepResult:
-    """What a step returned, if it is what the contract says."""
-    if isinstance(found, tuple) and [getattr(each, "shape", None) for each in found[:-1]] == [z.shape] * 2:
-        return StepResult(*found)
+def _check_step(solver: Solver, result: Any, z: Array) -> StepResult:
+    """Return the result of a step, after a check that it keeps the contract."""
+    if isinstance(result, tuple) and [getattr(part, "shape", None) for part in result[:-1]] == [z.shape] * 2:
+        return StepResult(*result)
     expected = f"(z, f(z), state) with two arrays of shape {tuple(z.shape)}"
-    raise PluginError.returned(f"{type(solver).__name__}.step", found, expected)
+    raise PluginError.returned(f"{type(solver).__name__}.step", result, expected)
 
 
 def _all_progressing(backend: Backend, residual: Array, size: Array | None, carry: LoopState, limits: Limits) -> bool:
-    """Whether every sample is known to have progressed, and none to be done: most steps of most solves.
+    """Return whether every sample is known to progress and none to be done, as in most steps of most solves.
 
-    Then nothing is to be judged or selected. The best residual is at most the mark and the peak.
+    Then no verdict and no selection is needed. The best residual is at most the mark and the peak.
     """
-    now, best, reference = (backend.numpy_view(each) for each in (residual, carry.best_residual, carry.reference))
+    now, best, reference = (backend.numpy_view(figure) for figure in (residual, carry.best_residual, carry.reference))
     length = None if size is None else backend.numpy_view(size)
     if now is None or best is None or reference is None or (size is not None and length is None):
         return False
@@ -279,35 +279,35 @@ def _all_progressing(backend: Backend, residual: Array, size: Array | None, carr
 def _update_status(
     backend: Backend, residual: Array, size: Array | None, fz: Array, carry: LoopState, limits: Limits
 ) -> Verdict:
-    """What follows from the residual, on the host where looking is free."""
+    """Return the verdict on the residual, computed on the host if reading it costs no wait."""
     size = backend.norm(fz) if size is None else size
-    seen = [backend.numpy_view(each) for each in (residual, size, *carry.path)]
-    if any(view is None for view in seen):
+    views = [backend.numpy_view(figure) for figure in (residual, size, *carry.path)]
+    if any(view is None for view in views):
         return verdict(backend.xp, limits, residual, size, carry.path)
-    now, length, *path = seen
+    now, length, *path = views
     with np.errstate(all="ignore"):  # a residual may be NaN or inf
         found = verdict(np, _on_host(backend, limits), now, length, Path(*path))
     return Verdict(*map(backend.from_numpy_view, found))
 
 
 def _on_host(backend: Backend, limits: Limits) -> Limits:
-    """The limits with their arrays as NumPy's, where the arrays of a solve are seen on the host."""
+    """Return the limits with NumPy views of their arrays, for a solve on the host."""
     if isinstance(limits.rtol, float) and isinstance(limits.atol, float):
         return limits
-    seen = (
-        each if isinstance(each, float) else backend.numpy_view(each)
-        for each in (limits.rtol, limits.atol, limits.slack)
+    views = (
+        limit if isinstance(limit, float) else backend.numpy_view(limit)
+        for limit in (limits.rtol, limits.atol, limits.slack)
     )
-    rtol, atol, slack = seen
+    rtol, atol, slack = views
     return limits._replace(rtol=rtol, atol=atol, slack=slack)
 
 
 class _Refusals:
-    """Steps that led to where f is not finite: the sample tries a shorter one from its best iterate.
+    """Handling of steps to points where f is not finite: the sample tries a shorter step from its best iterate.
 
-    Nothing is done, and no device asked, in steps whose residuals are finite. Where looking is free that is known
-    after each step. Elsewhere it is asked together with the question whether all samples have stopped; until then the
-    sample takes no step that counts. Traced code asks in the loop itself.
+    Steps with finite residuals need no work and no wait for a device. If reading costs no wait, refused steps are known
+    after each step. On other devices they are read together with the check whether all samples have stopped; until
+    then the sample takes no step that counts. Traced code checks in the loop itself.
     """
 
     def __init__(self, backend: Backend, solver: Solver) -> None:
@@ -317,7 +317,7 @@ class _Refusals:
         self.waits = backend.capabilities.eager and backend.capabilities.accelerator
 
     def watched(self, running: Callable[[LoopState], Array | bool]) -> Callable[[LoopState], Array | bool]:
-        """`running`, which on a device answers for refused steps as well: one wait for both."""
+        """Wrap `running` so that on a device the same wait also reads whether steps were refused."""
         backend, xp = self.backend, self.backend.xp
 
         def asked(carry: LoopState) -> Array | bool:
@@ -332,19 +332,19 @@ class _Refusals:
         return asked
 
     def before(self, carry: LoopState) -> LoopState:
-        """The carry before a step, after a check that has found refused ones."""
+        """Return the loop state before a step, with refused steps shortened if a check has found any."""
         if not self.pending:
             return carry
         self.pending = False
         return self.shortened(carry)
 
     def after(self, carry: LoopState) -> LoopState:
-        """The carry after a step."""
-        seen = self.backend.numpy_view(carry.since)
-        if seen is None and not self.waits:
+        """Return the loop state after a step, with refused steps shortened."""
+        since = self.backend.numpy_view(carry.since)
+        if since is None and not self.waits:
             shortened: LoopState = self.backend.cond(self._rows(carry), self.shortened, carry)
             return shortened
-        if seen is None or not (seen == REFUSED).any():
+        if since is None or not (since == REFUSED).any():
             return carry
         return self.shortened(carry)
 
@@ -352,9 +352,9 @@ class _Refusals:
         return (carry.status == int(Status.RUNNING)) & (carry.since == REFUSED)
 
     def shortened(self, carry: LoopState) -> LoopState:
-        """Samples with a refused step at the point to try next, with a residual of 0 and a solver that knows nothing.
+        """Move samples with a refused step to the point to try next, with a residual of 0 and a reset solver state.
 
-        From there every solver evaluates f at this very point, see `Solver.restarted`.
+        Every solver then evaluates f at exactly this point, see `Solver.restarted`.
         """
         backend, xp = self.backend, self.backend.xp
         rows = self._rows(carry)
@@ -379,22 +379,22 @@ class _Refusals:
 
 
 def masked(state: Any, active: Array | None) -> Any:
-    """The same solver state with `active` set in each of its histories."""
+    """Return the same solver state with `active` set in each of its histories."""
     return map_state(state, lambda leaf: leaf.masked(active) if isinstance(leaf, History) else leaf)
 
 
 def finalized(state: Any) -> Any:
-    """The solver state as it is kept after the solve."""
+    """Return the solver state to keep after the solve."""
     return map_state(state, lambda leaf: leaf.finalized() if isinstance(leaf, History) else leaf)
 
 
 def copy_state(state: Any) -> Any:
-    """The same solver state with histories of its own."""
+    """Return the same solver state with copies of its histories."""
     return map_state(state, lambda leaf: leaf.copy() if isinstance(leaf, History) else leaf)
 
 
 def merge(backend: Backend, rows: Array, new: Any, old: Any) -> Any:
-    """The solver state `new` in the samples `rows` `(batch,)` of bool, `old` elsewhere. None stands for a scale of 1."""
+    """Return the solver state `new` in the samples `rows` `(batch,)`, `old` elsewhere; None means a scale of 1."""
     if isinstance(new, tuple):
         parts = (merge(backend, rows, a, b) for a, b in zip(new, old, strict=True))
         return type(new)(*parts) if hasattr(new, "_fields") else tuple(parts)
@@ -411,7 +411,7 @@ def merge(backend: Backend, rows: Array, new: Any, old: Any) -> Any:
 
 
 def freeze(backend: Backend, active: Array, new: Any, old: Any) -> Any:
-    """Keep the rows of `old` where not active. Histories already did so; leaves without a batch axis pass."""
+    """Keep the rows of `old` where not active. Histories do so themselves; leaves without a batch axis pass."""
     if isinstance(new, tuple):
         parts = (freeze(backend, active, a, b) for a, b in zip(new, old, strict=True))
         return type(new)(*parts) if hasattr(new, "_fields") else tuple(parts)

@@ -1,6 +1,6 @@
-"""Who watches the solves: one ContextVar, asked once per call of `fixed_point` or `vjp` and never inside a loop.
+"""Observers of solves: one ContextVar, read once per call of `fixed_point` or `vjp` and never inside a loop.
 
-The monitor is an observer. Without one a solve pays one look-up.
+The monitor is an observer. Without an observer a solve pays one look-up.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from deqcore.types import Tree
 
 @dataclass(frozen=True)
 class Solve:
-    """One solve, as an observer sees it.
+    """One solve, as an observer receives it.
 
     Attributes:
-        solution: what the user gets; its record, where there is one, is filled when the backward pass runs.
-        config: the settings that it ran with.
-        seconds: on the host, from the start of the solve to its return; a device may still be at work.
-        f: the map, as it was given: `f(z, *args)`.
-        z0: the initial state.
-        args: its further arguments.
+        solution: the solution that the user gets; its record, if any, is filled when the backward pass runs.
+        config: the settings of the solve.
+        seconds: host time from the start of the solve to its return; a device may still be at work.
+        f: the user's function `f(z, *args)`.
+        z0: the initial iterate.
+        args: the further arguments of f.
     """
 
     solution: Solution
@@ -40,28 +40,28 @@ class Solve:
 
 
 class Observer(ABC):
-    """Sees every solve inside its block, and may change the settings of the next ones."""
+    """An observer receives every solve inside its block, and may change the settings of the next ones."""
 
     @abstractmethod
     def adjust(self, config: Config, backend: Backend) -> Config:
-        """The settings to use in place of `config`, which is what the call resolved to."""
+        """Return the settings to use instead of `config`, the resolved settings of the call."""
 
     @abstractmethod
     def solved(self, solve: Solve) -> None:
-        """A solve has returned; called before a failure to converge is reported. It must not wait for a device."""
+        """Receive a solve that has returned, before a failure to converge is reported. Must not wait for a device."""
 
 
 _observer: ContextVar[Observer | None] = ContextVar("deqcore.solve.observer", default=None)
 
 
 def observer() -> Observer | None:
-    """The observer of this thread or task, if there is one."""
+    """Return the observer of this thread or task, if there is one."""
     return _observer.get()
 
 
 @contextmanager
 def observing(watcher: Observer | None) -> Iterator[None]:
-    """Let `watcher` see every solve inside the block, in this thread or task only; None: let nobody see them."""
+    """Pass every solve inside the block to `watcher`, in this thread or task only; None switches observers off."""
     token = _observer.set(watcher)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Arguments that hold arrays where the backend's trees end: dataclasses and modules that are not registered."""
+"""Arguments whose arrays are inside opaque leaves: dataclasses and modules that are not registered as trees."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ Build = Callable[[Any], Any]
 
 
 def arrays_in(backend: Backend, tree: Tree) -> Iterator[Array]:
-    """All arrays of a tree, those in the attributes of its leaves included."""
+    """Yield all arrays of a tree, including those in the attributes of its leaves."""
     yield from _arrays(backend, tree, {})
 
 
-def _arrays(backend: Backend, tree: Tree, seen: dict[int, Any]) -> Iterator[Array]:
+def _arrays(backend: Backend, tree: Tree, visited: dict[int, Any]) -> Iterator[Array]:
     for leaf in backend.flatten(tree)[0]:
         if backend.is_array(leaf):
             yield leaf
-        elif not isinstance(leaf, PLAIN) and id(leaf) not in seen:
-            seen[id(leaf)] = leaf  # kept alive: ids stay unique
+        elif not isinstance(leaf, PLAIN) and id(leaf) not in visited:
+            visited[id(leaf)] = leaf  # kept alive, so that ids stay unique
             for value in _attributes(leaf).values():
-                yield from _arrays(backend, value, seen)
+                yield from _arrays(backend, value, visited)
 
 
 def _attributes(leaf: Any) -> Mapping[str, Any]:
     if is_dataclass(leaf) and not isinstance(leaf, type):
         return {field.name: getattr(leaf, field.name) for field in fields(leaf) if hasattr(leaf, field.name)}
-    found: Mapping[str, Any] = getattr(leaf, "__dict__", {})
-    return dict(found)
+    attributes: Mapping[str, Any] = getattr(leaf, "__dict__", {})
+    return dict(attributes)
 
 
 def opened(backend: Backend, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Callable[[tuple[Any, ...]], Any]]:
-    """Arguments whose dataclasses are trees, and how to make them what they were.
+    """Return the arguments with dataclasses turned into trees, and the function that undoes it.
 
-    A dataclass that the backend's trees do not know becomes the dict of its fields. What is made of it again is a copy
-    with other fields, also for gradients.
+    A dataclass that is not a tree of the backend becomes the dict of its fields. Undoing it makes a copy of the
+    dataclass with new fields, also for gradients.
 
     Raises:
-        ProblemError: a leaf that is neither an array nor a dataclass holds floating-point arrays, for which there would
-            be no gradient.
+        ProblemError: a leaf that is neither an array nor a dataclass holds floating-point arrays, which would get no
+            gradient.
     """
     pairs = [_open(backend, arg, f"argument {i}") for i, arg in enumerate(args)]
     return tuple(tree for tree, _ in pairs), lambda trees: tuple(
@@ -72,8 +72,8 @@ def _open_leaf(backend: Backend, leaf: Any, name: str) -> tuple[Any, Build]:
         return leaf, _same
     if not is_dataclass(leaf):
         raise ProblemError(
-            f"deqcore.vjp: {name} has a {type(leaf).__name__} that holds arrays, but is no tree of {backend.name}, so "
-            f"that these would get no gradient. Pass the arrays as a tree (a dict of a module's parameters by name, "
+            f"deqcore.vjp: {name} has a {type(leaf).__name__} with arrays, which is not a tree of {backend.name}, so "
+            f"they would get no gradient. Pass the arrays as a tree (a dict of a module's parameters by name, "
             f"which torch.func.functional_call takes), or register the class as a pytree."
         )
     pairs = {key: _open(backend, value, name) for key, value in _attributes(leaf).items()}

@@ -34,7 +34,7 @@ from deqcore.types import Array, BackwardRecord, LoopState, Map, Reached, SolveR
 
 @dataclass(frozen=True)
 class Plan:
-    """One call, resolved: nothing below this line looks at settings or registries again."""
+    """One call, resolved: the layers below read neither settings nor registries."""
 
     config: Config
     backend: Backend
@@ -80,7 +80,7 @@ class Plan:
     def _step(
         self, strategy: StepStrategy, f: FlatFunction, z0: Array, args: tuple[Any, ...], solve: BoundSolve
     ) -> tuple[Array, SolveResult]:
-        """The value with the derivative of the strategy's steps, and what is known of it."""
+        """Return the value with the derivative of the strategy's steps, and its result."""
         steps = Steps(self.backend, strategy, self.solver)
         if not strategy.solves():
             value, reached = self.backend.differentiate_through(f, z0, args, steps, None)
@@ -92,7 +92,7 @@ class Plan:
         return self.backend.straight_through(forward.z, carrier), forward
 
     def solution(self, value: Array, forward: SolveResult, record: BackwardRecord | None) -> Solution:
-        """What the user sees."""
+        """Return the solution for the user."""
         state = SolveState(forward.carry, repr(self.solver)) if forward.carry is not None else None
         return Solution(
             value=self.space.unravel(value),
@@ -110,28 +110,28 @@ class Plan:
     def differentiate(
         self, f: FlatFunction, z0: Array, args: tuple[Any, ...], g: Array
     ) -> tuple[Array, tuple[Any, ...], SolveResult, BackwardRecord | None]:
-        """Gradients for `args` by the framework's own differentiation of the attached value."""
+        """Return gradients for `args` by the framework's own differentiation of the attached value."""
 
         def value(*moved: Any) -> tuple[Array, tuple[SolveResult, BackwardRecord | None]]:
-            found, forward, record = self.run(f, z0, moved, None)
-            return found, (forward, record)
+            primal, forward, record = self.run(f, z0, moved, None)
+            return primal, (forward, record)
 
-        found, (forward, record), gradients = self.backend.vjp(value, args, g)
-        return found, gradients, forward, record
+        primal, (forward, record), gradients = self.backend.vjp(value, args, g)
+        return primal, gradients, forward, record
 
     def differentiate_by_hand(
         self, f: FlatFunction, z0: Array, args: tuple[Any, ...], g: Array
     ) -> tuple[Array, tuple[Any, ...], SolveResult, BackwardRecord | None]:
-        """The same without a tape: route the cotangent, then differentiate one evaluation (or the steps)."""
+        """Return the same without a tape: solve the adjoint, then differentiate one evaluation (or the steps)."""
         solve = BoundSolve(self.backend, self.solver, self.control, narrow=self._narrow(f, args))
         strategy = self.strategy
         if isinstance(strategy, StepStrategy):
             solved = self.backend.forward_only(f, z0, args, solve) if strategy.solves() else None
             steps = Steps(self.backend, strategy, self.solver)
-            found, reached, gradients = self.backend.vjp(
+            primal, reached, gradients = self.backend.vjp(
                 lambda *moved: steps(lambda z: f(z, *moved), z0, solved), args, g
             )
-            forward = self._unsolved(found, reached) if solved is None else solved
+            forward = self._unsolved(primal, reached) if solved is None else solved
             return self.backend.unshared(forward.z, z0), gradients, forward, None
         forward = self.backend.forward_only(f, z0, args, solve)
         adjoint = self.adjoint(f)
@@ -154,7 +154,7 @@ class Plan:
     ) -> None:
         """Warn if f is not deterministic.
 
-        The gradient's own evaluation at z* tells at no cost; without one, a failed solve pays for one more.
+        The gradient's own evaluation at z* shows it at no cost; without one, a failed solve pays for one more.
         """
         backend, xp = self.backend, self.backend.xp
         if forward.carry is None or self.config.forward.on_failure == "ignore" or not backend.capabilities.eager:
@@ -167,8 +167,8 @@ class Plan:
                 nondeterminism = backend.norm(backend.forward_only(f, forward.z, args, _once) - forward.fz)
         size = backend.to_accum_dtype(backend.norm(forward.fz))
         share = backend.to_accum_dtype(nondeterminism) / xp.where(size > 0, size, xp.ones_like(size))
-        known = xp.isfinite(share) & (forward.status != int(Status.NONFINITE))
-        largest = float(xp.max(xp.where(known, share, xp.zeros_like(share)))) if share.shape[0] else 0.0
+        measured = xp.isfinite(share) & (forward.status != int(Status.NONFINITE))
+        largest = float(xp.max(xp.where(measured, share, xp.zeros_like(share)))) if share.shape[0] else 0.0
         if largest > backend.output_eps(forward.z) ** (2 / 3):
             if self._report_coupling(f, args, forward):
                 return
@@ -181,7 +181,7 @@ class Plan:
             )
 
     def _report_coupling(self, f: FlatFunction, args: tuple[Any, ...], forward: SolveResult) -> bool:
-        """Warn if values differ because the rows of other samples moved, and f itself is deterministic."""
+        """Warn if the values differ because f couples samples, and f itself is deterministic."""
         backend = self.backend
 
         def find() -> tuple[int, int] | None:
@@ -211,26 +211,26 @@ class Plan:
         warn(text, ConvergenceWarning)
 
     def _circumstances(self) -> str:
-        """The settings that a failed solve ran with, for its message."""
+        """Return the settings that a failed solve ran with, for its message."""
         numbers = {"rtol": self.control.rtol, "max_steps": self.control.max_steps}
-        known = [f", forward.{name} = {each}" for name, each in numbers.items() if not self.backend.is_traced(each)]
+        shown = [f", forward.{name} = {value}" for name, value in numbers.items() if not self.backend.is_traced(value)]
         return (
-            f"(solver {self.config.forward.solver!r}{''.join(known)}; forward.on_failure = "
+            f"(solver {self.config.forward.solver!r}{''.join(shown)}; forward.on_failure = "
             f"{self.config.forward.on_failure!r} decides what happens now)"
         )
 
     def _is_set(self, name: str) -> bool:
-        """Whether somebody chose this setting, so that it is not the default."""
+        """Return whether this setting was chosen, so that it is not the default."""
         return self.config.origin(name) != "default"
 
     def _narrow(self, f: FlatFunction, args: tuple[Any, ...]) -> RestrictRows | None:
-        """F for some samples only, if the settings ask for it."""
+        """Return f for some samples only, if `forward.compact` is set."""
         if not self.config.forward.compact:
             return None
         if not self.backend.capabilities.compaction:
             raise ConfigError(
-                f"forward.compact = true, but the backend {self.backend.name!r} traces its loops, in which a batch "
-                f"keeps its size: set forward.compact = false for it."
+                f"forward.compact must be false for the backend {self.backend.name!r}, which traces its loops, so that "
+                f"a batch keeps its size (got true). Set forward.compact = false."
             )
         f.check_batched(args)
         return lambda rows: f.on_rows(rows, args)
@@ -240,28 +240,29 @@ class Plan:
             return None
         if state.solver != repr(self.solver):
             raise InitialIterateError(
-                f"The state comes from {state.solver}, but this call uses {self.solver!r}: continue with the same "
-                f"solver and options, or start from z0 = sol.value."
+                f"The state must come from the solver of this call, {self.solver!r} (got {state.solver}). Continue "
+                f"with the same solver and options, or start from z0 = sol.value."
             )
         z = state.carry.z
         if not self.backend.is_array(z) or self.backend.dtype_name(z) != self.space.dtype:
             raise InitialIterateError(
-                f"The state comes from a solve of {type(z).__module__}.{type(z).__name__} of {z.dtype}, but z0 is "
-                f"{self.space.dtype} of {self.backend.name}: continue with arrays of the same kind."
+                f"The state must come from a solve of {self.space.dtype} arrays of {self.backend.name}, like z0 (got "
+                f"{type(z).__module__}.{type(z).__name__} of {z.dtype}). Continue with arrays of the same kind."
             )
         if tuple(state.carry.z.shape) != tuple(z0.shape):
             raise InitialIterateError(
-                f"The state has shape {tuple(state.carry.z.shape)} (raveled), but z0 has {tuple(z0.shape)}: continue "
-                f"with the batch that the state came from."
+                f"The state must have the raveled shape {tuple(z0.shape)} of z0 (got {tuple(state.carry.z.shape)}). "
+                f"Continue with the batch of the earlier solve."
             )
         return state.carry
 
     def _unsolved(self, value: Array, reached: Reached | None) -> SolveResult:
-        """What is known of a value that a fixed number of steps has led to, whatever the tolerance."""
+        """Return the result of a strategy of fixed steps: its residual and status where f is known."""
         backend, xp = self.backend, self.backend.xp
         z = backend.detach(value)
         norms = backend.norm(z)
-        steps = xp.zeros_like(norms, dtype=xp.int32) + getattr(self.strategy, "steps", 0)
+        assert isinstance(self.strategy, StepStrategy)
+        steps = xp.zeros_like(norms, dtype=xp.int32) + self.strategy.steps
         status = xp.full_like(steps, int(Status.FIXED_STEPS))
         if reached is None:
             return SolveResult(z, None, xp.full_like(norms, float("nan")), status, steps, steps, None)

@@ -1,4 +1,4 @@
-"""When a sample has ended: the criterion, the verdict after each step, and what follows a refused step.
+"""Termination of a sample: the criterion, the verdict after each step, and the handling of refused steps.
 
 Everything is per sample, and scale-invariant: s·f(z/s) from s·z0 ends after the same steps with the same status.
 
@@ -7,8 +7,8 @@ max(‖z0‖, ‖f(z0)‖), so that an equilibrium at 0 can be met. A large iter
 the scale of the start, the residual must have fallen from its largest value by more than the iterate has grown. The
 residual counts for no less than the rounding of f(z), as f(z) = z + 1 returns z itself where z is large enough.
 
-**Refused steps.** Where f is not finite at the point that a solver tries, the sample goes back to its best iterate and
-tries a shorter step along the residual there, with a solver that has forgotten what it knew of the sample.
+**Refused steps.** If f is not finite at the point of a step, the sample returns to its best iterate and tries a
+shorter step along the residual there, with a solver that is reset for this sample.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any, Final, NamedTuple
 from deqcore.abc.backend import Backend
 from deqcore.types import Array, Path, Status
 
-BLOW_UP: Final = 1e-6  # a residual this part of which exceeds the scale of the start counts as divergence
+BLOW_UP: Final = 1e-6  # a residual counts as divergence if this part of it exceeds the scale of the start
 PROGRESS: Final = 0.999  # a residual must fall below this part of the last mark within `patience` steps
-REFUSED: Final = -1  # in `since`: f was not finite at the point that the step led to
+REFUSED: Final = -1  # in `since`: f was not finite at the result of the step
 PENDING: Final = -2  # in `since`: f has not been evaluated yet at the point to try after it
 SHORTER: Final = 0.25  # of the part of the residual that was tried before, where the iterate has not become better
 SHORTEST: Final = 2.0**-10  # part of the residual that is tried after a refused step, at least
@@ -33,16 +33,16 @@ FINE: Final = 1e-5  # a dtype with an ε below it resolves residuals far below w
 
 
 class Limits(NamedTuple):
-    """The numbers that samples are judged by. `rtol` and `atol` may be arrays, `atol` one `(batch,)`, too.
+    """The numbers that decide the status of samples. `rtol` and `atol` may be arrays; `atol` may be `(batch,)`.
 
     Attributes:
         rtol: relative tolerance.
         atol: absolute tolerance.
         patience: steps without progress after which a sample has stalled.
         slack: growth of the iterate, relative to the fall of the residual, up to which the tolerance is met.
-        lost: unit roundoff of the state: the part of ‖f(z)‖ below which nothing is seen of a residual.
-        hidden: the same where it counts as residual, 0 in dtypes that are too coarse for that.
-        tiny: the part of the start's scale that ‖f(z)‖ counts for at least.
+        lost: unit roundoff of the state: a residual below this part of ‖f(z)‖ is rounding.
+        hidden: the same, but 0 in dtypes that are too coarse to count it as residual.
+        tiny: ‖f(z)‖ counts for at least this part of the start's scale.
     """
 
     rtol: Any
@@ -55,7 +55,7 @@ class Limits(NamedTuple):
 
     @classmethod
     def of(cls, backend: Backend, like: Array, rtol: Any, atol: Any, patience: int) -> Limits:
-        """The limits for states like `like` `(batch, n)`."""
+        """Return the limits for states like `like` `(batch, n)`."""
         eps = backend.eps(like)
         least = min(1.0, max(0.1, 5.0 * eps**0.25))
         if isinstance(rtol, float):
@@ -81,12 +81,12 @@ class Verdict(NamedTuple):
 
 
 def greater(xp: Any, a: Any, b: Any) -> Any:
-    """The greater of two numbers; `b` where `a` is NaN."""
+    """Return the greater of two numbers; `b` where `a` is NaN."""
     return xp.where(a > b, a, b)
 
 
 def goal(xp: Any, limits: Limits, size: Any, reference: Any) -> Any:
-    """The residual at most, before growth is looked at. `size` is ‖f(z)‖, or None where rtol is 0."""
+    """Return the largest residual that converges, growth aside. `size` is ‖f(z)‖, or None if rtol is 0."""
     if size is None or not limits.relative:
         return limits.atol
     relative = limits.rtol * greater(xp, size, limits.tiny * reference)
@@ -94,29 +94,29 @@ def goal(xp: Any, limits: Limits, size: Any, reference: Any) -> Any:
 
 
 def grown(xp: Any, residual: Any, size: Any, reference: Any, peak: Any) -> Any:
-    """Growth of the iterate over fall of the residual. In quotients, as products overflow."""
+    """Return the growth of the iterate over the fall of the residual, by quotients, because products overflow."""
     scale = greater(xp, peak, reference)
     one = xp.ones_like(scale)
     return (residual / xp.where(peak > 0.0, peak, one)) * (size / xp.where(scale > 0.0, scale, one))
 
 
 def judged(xp: Any, limits: Limits, residual: Any, size: Any, reference: Any, peak: Any, mark: Any) -> tuple[Any, Any]:
-    """Whether the tolerance is met, and whether nothing but the growth of the iterate meets it, `(batch,)` of bool."""
+    """Return whether the tolerance is met, and whether only the growth of the iterate meets it, `(batch,)` of bool."""
     near = residual <= goal(xp, limits, size, reference)
     lost, hidden = limits.lost * size, limits.hidden * size
     proven = grown(xp, greater(xp, residual, hidden), size, reference, peak) <= limits.slack
-    seen = lost <= LOST * peak
+    resolved = lost <= LOST * peak
     at_start = (size <= 2.0 * reference) & (residual <= limits.atol + limits.rtol * reference)
     absolute = greater(xp, residual, lost) <= limits.atol
     # A residual far below its largest value, by one large fall, which no way to infinity shows.
     least = greater(xp, residual, lost)
     bottom = (FALL * least <= peak) & (DROP * least <= mark)
-    met = near & ((size <= reference) | at_start | absolute | (seen & (proven | bottom)))
-    return met, near & ~met & ~seen
+    met = near & ((size <= reference) | at_start | absolute | (resolved & (proven | bottom)))
+    return met, near & ~met & ~resolved
 
 
 def verdict(xp: Any, limits: Limits, residual: Any, size: Any, path: Path) -> Verdict:
-    """What follows from a residual and ‖f(z)‖ of an iterate, `(batch,)` each."""
+    """Return the verdict on an iterate with this residual and ‖f(z)‖, `(batch,)` each."""
     met, escaped = judged(xp, limits, residual, size, path.reference, path.peak, path.mark)
     finite = xp.isfinite(residual)
     sane = BLOW_UP * residual <= path.reference  # False for NaN, too
@@ -137,10 +137,10 @@ def verdict(xp: Any, limits: Limits, residual: Any, size: Any, path: Path) -> Ve
 
 
 def spent(xp: Any, residual: Any, size: Any, path: Path, steps: Any) -> Any:
-    """The status of samples whose step budget is spent, `(batch,)` int32: of its last iterate and `steps` in all.
+    """Return the status `(batch,)` int32 of samples whose step budget is spent, after `steps` in all.
 
-    More steps are no cure for a sample that has made no progress in the second half of its steps. It ran away if it has
-    grown while its residual has not fallen, and stalled otherwise.
+    More steps do not help a sample that has made no progress in the second half of its steps. It has diverged if it
+    has grown while its residual has not fallen, and stalled otherwise.
     """
     idle = (2 * path.since > steps) & (path.since >= IDLE)
     away = grown(xp, residual, size, path.reference, path.peak) > FAR

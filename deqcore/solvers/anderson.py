@@ -15,9 +15,9 @@ from deqcore.types import Array, Map
 
 
 class AndersonState(NamedTuple):
-    """What Anderson carries. Small arrays are in the wide dtype.
+    """The state of Anderson. Small arrays are in the wide dtype.
 
-    Vectors and what is made of them are in units of `unit`, so that their products stay in the range of the dtype.
+    Vectors and their products are in units of `unit`, so that they stay in the range of the dtype.
 
     Attributes:
         values: differences ΔF.
@@ -28,7 +28,7 @@ class AndersonState(NamedTuple):
         step: next coefficients −γ `(batch, m)`.
         residual: g `(batch, n)`.
         norm: ‖g‖ `(batch,)`, in units of 1.
-        unit: power of two near the first ‖g‖ where that is far from 1 `(batch,)`, None where no sample needs it.
+        unit: power of two near the first ‖g‖ `(batch,)` if that is far from 1, None if no sample needs it.
     """
 
     values: History
@@ -44,21 +44,21 @@ class AndersonState(NamedTuple):
 
 @dataclass(frozen=True)
 class Anderson(Solver):
-    """Anderson acceleration: the combination of recent iterates whose linearised residual is least.
+    """Anderson acceleration: the combination of recent iterates with the least linearised residual.
 
     With g = f(z) − z, Δg_j = g_{j+1} − g_j and Δf_j = f(z_{j+1}) − f(z_j) over the last m steps:
 
         γ = argmin ‖g − ΔG γ‖,   z₊ = f(z) − ΔF γ − (1 − β)(g − ΔG γ)
 
-    The Gram matrix is kept and only one row of it is new in each step. It is scaled to unit diagonal before a ridge
-    is added, so the regularisation is relative to each column: an absolute ridge turns the method into averaging as
-    soon as the residual is small. A sample whose residual grows more than `max_residual_growth`-fold forgets all differences but
-    the one that has just shown this, and goes on from there.
+    The Gram matrix is kept, and only one row of it is new in each step. It is scaled to unit diagonal before a ridge
+    is added, so the regularisation is relative to each column: an absolute ridge would turn the method into averaging
+    as soon as the residual is small. A sample whose residual grows more than `max_residual_growth`-fold forgets all
+    differences but the latest, and continues from there.
 
-    Use it when f contracts; it needs less algebra than Broyden and a small memory. Its differences make an
+    Use it when f contracts; it needs less algebra than Broyden and a short history. Its differences give an
     inverse-Jacobian estimate (multi-secant), H = −I + ΔF (ΔGᵀΔG)^-1 ΔGᵀ.
 
-    Cost: one evaluation of f per step, 2·memory history vectors.
+    Cost: one evaluation of f per step, 2·history_size history vectors.
 
     Args:
         history_size: differences kept, at least 1.
@@ -68,7 +68,7 @@ class Anderson(Solver):
         history_dtype: dtype of the stored differences, default the state's own.
 
     Raises:
-        ValueError: an option is out of its range. From settings it is the ConfigError that names the setting.
+        ValueError: an option is out of its range. In settings it becomes a ConfigError that names the setting.
 
     Source: Anderson (1965); Walker & Ni (2011), "Anderson acceleration for fixed-point iterations", eq. (2.2);
     multi-secant form: Fang & Saad (2009).
@@ -100,19 +100,19 @@ class Anderson(Solver):
 
     def __post_init__(self) -> None:
         if self.history_size < 1:
-            raise ValueError(f"history_size = {self.history_size}, but at least 1 difference is expected")
+            raise ValueError(f"history_size must be at least 1 (got {self.history_size})")
         if not 0.0 < self.mixing <= 1.0:
-            raise ValueError(f"mixing = {self.mixing}, but a number above 0 and at most 1 is expected")
+            raise ValueError(f"mixing must be above 0 and at most 1 (got {self.mixing})")
         if self.ridge < 0.0:
-            raise ValueError(f"ridge = {self.ridge}, but a number of at least 0 is expected")
+            raise ValueError(f"ridge must be at least 0 (got {self.ridge})")
         if self.max_residual_growth <= 1.0:
-            raise ValueError(f"max_residual_growth = {self.max_residual_growth}, but a number above 1 is expected")
+            raise ValueError(f"max_residual_growth must be above 1 (got {self.max_residual_growth})")
 
     def init(self, backend: Backend, z: Array, fz: Array) -> AndersonState:
-        """No differences yet: the first step is a plain one."""
+        """Return a state without differences: the first step is a plain one."""
         values = backend.history(fz, self.history_size, self.history_dtype)
         residuals = backend.history(fz, self.history_size, self.history_dtype)
-        none = residuals.dot(fz)  # (batch, memory), all zero
+        none = residuals.dot(fz)  # (batch, history_size), all zero
         system = self._empty(backend, none) + none[:, :, None]
         g = fz - z
         norm = backend.norm(g)
@@ -120,7 +120,7 @@ class Anderson(Solver):
         return AndersonState(values, residuals, system, none, none, none, backend.divide_rows(g, unit), norm, unit)
 
     def step(self, backend: Backend, f: Map, z: Array, fz: Array, state: AndersonState) -> tuple[Array, Array, Any]:
-        """One accelerated step, then the new difference."""
+        """Take one accelerated step, then add the new difference."""
         xp, unit = backend.xp, state.unit
         z = state.values.add_combination(fz, backend.multiply_rows(state.step, unit))
         if self.mixing != 1.0:
@@ -140,7 +140,7 @@ class Anderson(Solver):
         difference = residual - state.residual
         residuals = state.residuals.append(difference)
         newest = residuals.slot()
-        # One pass: ΔGᵀΔg = ΔGᵀg₊ − ΔGᵀg, of which all but the entry of the new column itself was known.
+        # One pass: ΔGᵀΔg = ΔGᵀg₊ − ΔGᵀg, in which ΔGᵀg is known but for the entry of the new column.
         target = residuals.dot(residual)
         length = backend.to_accum_dtype(backend.norm(difference))
         inverse = backend.invert(length, 0 * length)[:, None]
@@ -157,15 +157,15 @@ class Anderson(Solver):
         return z, value, self.unlearned(backend, state.norm, after)
 
     def unlearned(self, backend: Backend, before: Array, state: AndersonState) -> AndersonState:
-        """The state after a step; where it led from a residual of 0, it has shown no difference."""
-        known = before != 0.0
-        if backend.known_all(known):
+        """Return the state after a step; a step from a residual of 0 gives no difference."""
+        informative = before != 0.0
+        if backend.known_all(informative):
             return state
-        step = backend.xp.where(known[:, None], state.step, backend.xp.zeros_like(state.step))
-        return self.forget(backend, ~known, state)._replace(step=step)
+        step = backend.xp.where(informative[:, None], state.step, backend.xp.zeros_like(state.step))
+        return self.forget(backend, ~informative, state)._replace(step=step)
 
     def restarted(self, backend: Backend, rows: Array, z: Array, state: AndersonState) -> AndersonState:
-        """No differences, and a residual of 0."""
+        """Return the state with no differences and a residual of 0 in `rows`."""
         xp = backend.xp
         blank = state._replace(values=state.values.erase(rows), residuals=state.residuals.erase(rows))
         return self.forget(backend, rows, blank)._replace(
@@ -175,7 +175,7 @@ class Anderson(Solver):
         )
 
     def forget(self, backend: Backend, rows: Array, state: AndersonState) -> AndersonState:
-        """The state of the samples `rows` `(batch,)` without their differences, as their residual grew."""
+        """Return the state without the differences of the samples `rows` `(batch,)`, whose residual grew."""
         xp = backend.xp
         none = xp.zeros_like(state.scale)
         return state._replace(
@@ -187,19 +187,19 @@ class Anderson(Solver):
         )
 
     def relative_ridge(self, eps: float) -> float:
-        """What is added to the unit diagonal: `ridge`, but more than the rounding of the system's dtype."""
+        """Return the number to add to the unit diagonal: `ridge`, but more than the rounding of the system's dtype."""
         return max(self.ridge, 10 * eps)
 
     def _empty(self, backend: Backend, like: Array) -> Array:
-        """The system of a sample without differences: its γ is 0."""
+        """Return the system of a sample without differences: its γ is 0."""
         return (1.0 + self.relative_ridge(backend.eps(like))) * backend.eye(like, self.history_size)[None]
 
     def residual_norm(self, backend: Backend, state: AndersonState) -> Array:
-        """Measured for the safeguard."""
+        """Return the norm that the safeguard has measured."""
         return state.norm
 
     def inverse_jacobian(self, backend: Backend, state: AndersonState) -> InverseJacobian:
-        """The multi-secant estimate from the differences now held."""
+        """Return the multi-secant estimate from the current differences."""
         xp = backend.xp
         system, scale = state.system, state.scale
         columns = [backend.solve_positive(system, xp.zeros_like(scale) + unit) for unit in self._units(backend, scale)]

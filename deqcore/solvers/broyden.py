@@ -23,11 +23,12 @@ class BroydenState(NamedTuple):
         left: columns β u of the updates, K = Σ_j (βu)_j v_jᵀ.
         right: columns v of the updates.
         pairs: in the slot of the residual that it ended in, each secant pair: coefficients of s, then those of y.
-        newest: the current residual: one-hot `(batch, m)`, or g₊ − y if a step was refused as the memory was full.
+        newest: the current residual: one-hot `(batch, m)`, or g₊ − y if a step was refused when the history was full.
         step: coefficients of the next full step −H g `(batch, m)`.
         norm: ‖g‖ of the current residual `(batch,)`.
-        guard: with `max_residual_growth`, the part τ of the full step that is taken next, and the least ‖g‖ so far, `(batch,)`.
-        unit: power of two near the first ‖g‖ where that is far from 1 `(batch,)`, None where no sample needs it.
+        guard: with `max_residual_growth`, the part τ of the full step to take next, and the least ‖g‖ so far,
+            `(batch,)` each.
+        unit: power of two near the first ‖g‖ `(batch,)` if that is far from 1, None if no sample needs it.
     """
 
     basis: History
@@ -43,7 +44,7 @@ class BroydenState(NamedTuple):
 
 
 class _Verdict(NamedTuple):
-    """Whether a step is taken and whether its pair is of use, `(batch,)` of bool, and what follows from it."""
+    """Whether a step is taken and whether its pair is usable, `(batch,)` of bool, with the new norm and guard."""
 
     taken: Array
     usable: Array
@@ -52,7 +53,7 @@ class _Verdict(NamedTuple):
 
 
 _HISTORIES: Final = ("basis", "gram", "left", "right", "pairs")
-HUGE: Final = 1e6  # a refused residual this much larger says nothing of the slope, and its square may overflow
+HUGE: Final = 1e6  # a refused residual this much larger has no information on the slope, and its square may overflow
 
 
 @dataclass(frozen=True)
@@ -65,30 +66,31 @@ class Broyden(Solver):
         d = Qᵀg₊,  u = e + K d  (so −H g₊ = Q u),  w = N c = Qᵀs,  v = c + Kᵀ w  (so −Hᵀs = Q v)
         K₊ = K + u vᵀ / (wᵀc − wᵀu),    c₊ = u · wᵀc / (wᵀc − wᵀu)
 
-    which is H₊ = H + (s − H y) sᵀH / (sᵀH y), since for a full step H y = H g₊ + s. Two passes over the buffer a
-    step (`dot`, `combine`), no linear solve, k + 1 vectors after k steps. K and N are kept as lists of vectors, too,
-    so that the small algebra costs O(k) and not O(m) vectors. When the memory is full the sample restarts from its
-    latest pair: overwriting old pairs is unsound, as later ones were built on them.
+    which is H₊ = H + (s − H y) sᵀH / (sᵀH y), because H y = H g₊ + s for a full step. A step takes two passes over the
+    buffer (`dot`, `combine`) and no linear solve; after k steps there are k + 1 vectors. K and N are also kept as lists
+    of vectors, so that the small algebra costs O(k) and not O(m) vectors. When the history is full, the sample restarts
+    from its latest pair: overwriting old pairs is unsound, because later pairs were built on them.
 
-    With `max_residual_growth` a step is refused that makes the residual larger than `max_residual_growth` times the least one so far, or not
-    finite: the sample stays where it is and tries half the step, τ = ½, and after each step that it takes twice as
-    much, up to the full one. What the refused step has shown of the Jacobian is kept. With s = −τ H g the pair is
+    With `max_residual_growth` a step is refused if it makes the residual larger than `max_residual_growth` times the
+    least one so far, or not finite. The sample then stays at its iterate and tries half the step, τ = ½; each accepted
+    step doubles τ, up to the full step. The secant pair of the refused step is kept. With s = −τ H g the pair is
 
         s − H y = s − H g₊ + H g = Q (u + (τ − 1) c),    sᵀH y = wᵀc − wᵀu,    c the coefficients of the full step
 
-    Use it when f is expensive or not a contraction; it leaves an inverse-Jacobian estimate for reuse. Set `max_residual_growth`
-    (2, say) where solves end as DIVERGED or NONFINITE: far from a solution, with f growing faster than linearly.
+    Use it when f is expensive or not a contraction; it leaves an inverse-Jacobian estimate for reuse. Set
+    `max_residual_growth` (2, for example) if solves end as DIVERGED or NONFINITE: far from a solution, with f growing
+    faster than linearly.
 
-    Cost: one evaluation of f per step, also for a refused one; `history_size + 1` history vectors at most.
+    Cost: one evaluation of f per step, also for a refused one; at most `history_size + 1` history vectors.
 
     Args:
-        history_size: secant pairs kept, at least 1; with `max_residual_growth` at least 3. By default as many as 40 steps make, since a
-            restart forgets pairs that reuse would need.
+        history_size: secant pairs kept, at least 1; with `max_residual_growth` at least 3. The default holds the pairs
+            of 40 steps, because a restart forgets pairs that reuse would need.
         max_residual_growth: safeguard, at least 1; None takes every step.
         history_dtype: dtype of the stored residuals (``"bfloat16"`` halves the memory), default the state's own.
 
     Raises:
-        ValueError: an option is out of its range. From settings it is the ConfigError that names the setting.
+        ValueError: an option is out of its range. In settings it becomes a ConfigError that names the setting.
 
     Source: Broyden (1965), "A class of methods for solving nonlinear simultaneous equations"; compact form after
     Byrd, Nocedal & Schnabel (1994); derivation in docs/notes.
@@ -118,19 +120,19 @@ class Broyden(Solver):
 
     def __post_init__(self) -> None:
         if self.history_size < 1:
-            raise ValueError(f"history_size = {self.history_size}, but at least 1 secant pair is expected")
+            raise ValueError(f"history_size must be at least 1 (got {self.history_size})")
         if self.max_residual_growth is not None and not 1.0 <= self.max_residual_growth < float("inf"):
             raise ValueError(
-                f"max_residual_growth = {self.max_residual_growth}, but a finite number of at least 1, or None, is expected"
+                f"max_residual_growth must be None or a finite number of at least 1 (got {self.max_residual_growth})"
             )
         if self.max_residual_growth is not None and self.history_size < 3:
             raise ValueError(
-                f"history_size = {self.history_size} with growth = {self.max_residual_growth}, but at least 3 is expected: a refused step needs "
-                f"the residual before it, too"
+                f"history_size must be at least 3 with max_residual_growth = {self.max_residual_growth}, because a "
+                f"refused step needs the residual before it, too (got {self.history_size})"
             )
 
     def init(self, backend: Backend, z: Array, fz: Array) -> BroydenState:
-        """H = −I: the first step is the residual itself."""
+        """Return the state with H = −I: the first step is the residual itself."""
         xp = backend.xp
         slots = self.history_size + 1
         g = fz - z
@@ -155,9 +157,9 @@ class Broyden(Solver):
         )
 
     def step(self, backend: Backend, f: Map, z: Array, fz: Array, state: BroydenState) -> tuple[Array, Array, Any]:
-        """One step and one rank-one update."""
+        """Take one step and one rank-one update."""
         xp = backend.xp
-        start, whole, before = z, state.step, state.newest  # −H g and g as they stand in the basis
+        start, whole, before = z, state.step, state.newest  # −H g and g by their coefficients in the basis
         c = whole if state.guard is None else state.guard[0][:, None] * whole
         z = state.basis.add_combination(z, backend.multiply_rows(c, state.unit))
         value = f(z)
@@ -191,14 +193,14 @@ class Broyden(Solver):
             before = xp.where(renewed, newest - e_y, before)
             whole = xp.where(renewed, before, whole)
         if renewed is not None or verdict is not None:
-            # Where c is the whole step the bracket is exactly zero: a batch mate that restarts changes no bit.
+            # If c is the whole step, the bracket is exactly zero, so the restart of another sample changes no bit.
             missed, along = ahead + (c - whole), backend.inner(w, whole)
         scaled = backend.invert(along - sh, backend.eps(ss) * ss)[:, None] * missed
         step = ahead + sh[:, None] * scaled
         guard = None
         if verdict is not None:
-            taken, known = verdict.taken[:, None], verdict.usable[:, None]
-            c, y, scaled = (xp.where(known, each, xp.zeros_like(each)) for each in (c, y, scaled))
+            taken, usable = verdict.taken[:, None], verdict.usable[:, None]
+            c, y, scaled = (xp.where(usable, part, xp.zeros_like(part)) for part in (c, y, scaled))
             step = xp.where(taken, step, whole + along[:, None] * scaled)
             newest = xp.where(taken, newest, before)
             z, value = backend.select(verdict.taken, z, start), backend.select(verdict.taken, value, fz)
@@ -209,7 +211,7 @@ class Broyden(Solver):
         return z, value, state
 
     def _status_arrays(self, backend: Backend, state: BroydenState, norm: Array) -> _Verdict | None:
-        """Which samples take the step, and the guard of the next one."""
+        """Return which samples take the step, and the guard of the next one."""
         if self.max_residual_growth is None:
             return None
         assert state.guard is not None
@@ -225,7 +227,7 @@ class Broyden(Solver):
         )
 
     def restarted(self, backend: Backend, rows: Array, z: Array, state: BroydenState) -> BroydenState:
-        """No residuals and no step, so that the next residual becomes the first one."""
+        """Return the state with no residuals and no step in `rows`, so that their next residual is the first one."""
         xp = backend.xp
         blank = state._replace(**{name: getattr(state, name).erase(rows) for name in _HISTORIES})
         none = xp.where(rows[:, None], xp.zeros_like(state.step), state.step)
@@ -241,17 +243,17 @@ class Broyden(Solver):
         )
 
     def residual_norm(self, backend: Backend, state: BroydenState) -> Array:
-        """Of the residual that the step has formed."""
+        """Return the norm of the residual that the step has formed."""
         return state.norm
 
     def _renew(
         self, backend: Backend, state: BroydenState, full: Array, s: Array, g: Array
     ) -> tuple[tuple[History, ...], Array, Array]:
-        """Restart the samples that are full, with the pair that they have just made as first one.
+        """Restart the samples that are full, with their latest pair as the first one.
 
-        Restarting with nothing forgets what the last step has shown, and fails on one in ten hard linear problems
-        with ten pairs; with the pair, on none of 200 (docs/notes). Its s and y are no combination of residuals
-        that stay, so they enter the basis themselves.
+        A restart without the latest pair fails on one in ten hard linear problems with ten pairs; with the pair, on
+        none of 200 (docs/notes). Its s and y are not combinations of residuals that stay, so they enter the basis
+        themselves.
         """
         xp = backend.xp
         if self.history_size < 3:  # no room for s, y and the new residual
@@ -260,7 +262,7 @@ class Broyden(Solver):
         active = state.basis.active
         rows = full[:, 0] if active is None else full[:, 0] & active
         y = g - state.basis.combine(state.newest)
-        together = state.basis.all_full()  # known on the host: nobody is asked
+        together = state.basis.all_full()  # known on the host, without a wait
 
         def renew(carry: tuple[Any, ...]) -> tuple[Any, ...]:
             basis, gram, left, right, pairs = (
@@ -282,11 +284,11 @@ class Broyden(Solver):
         return tuple(h.masked(active) for h in histories), e_s, e_y
 
     def inverse_jacobian(self, backend: Backend, state: BroydenState) -> InverseJacobian:
-        """H after the last secant pair."""
+        """Return H after the last secant pair."""
         return BroydenInverse(state.basis, state.left, state.right)
 
     def secant_estimate(self, backend: Backend, state: BroydenState) -> InverseJacobian:
-        """The type-I multi-secant estimate of all pairs in memory."""
+        """Return the type-I multi-secant estimate of all pairs in the history."""
         xp = backend.xp
         both = state.pairs.vectors()  # (batch, used, 2 m)
         used, slots = both.shape[1], state.step.shape[1]

@@ -35,10 +35,10 @@ class _Trial(NamedTuple):
 class NewtonKrylov(Solver):
     """Newton–Krylov: solve (I − J) d = f(z) − z by GMRES with products J v, then z ← z + λ d.
 
-    Converges fast near a solution whatever the spectrum of J, so it solves what is no contraction, and slow modes
-    cost only as many products as GMRES needs to find them. The inner tolerance η is what the linear model missed in
-    the step before, relative to the residual (Eisenstat & Walker): where f is nearly linear the second step is solved
-    to the end and not begun anew. λ is halved, per sample, until the residual falls.
+    It converges fast near a solution for any spectrum of J, so it also solves problems that are not contractions, and
+    slow modes cost only as many products as GMRES needs to find them. The inner tolerance η is the error of the linear
+    model in the step before, relative to the residual (Eisenstat & Walker): if f is nearly linear, the second step is
+    solved to the end. λ is halved, per sample, until the residual falls.
 
     Cost: per step one evaluation of f, one per product J v (counted as evaluations; a forward-mode product costs
     about two of them) and one per halving; `inner_steps` + 1 history vectors.
@@ -49,7 +49,7 @@ class NewtonKrylov(Solver):
         halvings: at most this many per step.
 
     Raises:
-        ValueError: an option is out of its range. From settings it is the ConfigError that names the setting.
+        ValueError: an option is out of its range. In settings it becomes a ConfigError that names the setting.
 
     Source: Knoll & Keyes (2004), "Jacobian-free Newton–Krylov methods"; η: Eisenstat & Walker (1996), choice 1, and
     choice 2 with γ = 0.9, α = 2 after a step with λ < 1.
@@ -82,26 +82,26 @@ class NewtonKrylov(Solver):
 
     def __post_init__(self) -> None:
         if self.inner_steps < 1:
-            raise ValueError(f"inner_steps = {self.inner_steps}, but at least 1 is expected")
+            raise ValueError(f"inner_steps must be at least 1 (got {self.inner_steps})")
         if not 0.0 < self.forcing < 1.0:
-            raise ValueError(f"forcing = {self.forcing}, but a number between 0 and 1 is expected")
+            raise ValueError(f"forcing must be between 0 and 1 (got {self.forcing})")
         if self.halvings < 0:
-            raise ValueError(f"halvings = {self.halvings}, but at least 0 is expected")
+            raise ValueError(f"halvings must be at least 0 (got {self.halvings})")
 
     def init(self, backend: Backend, z: Array, fz: Array) -> NewtonState:
-        """The first inner tolerance, nothing spent."""
+        """Return the state with the first inner tolerance and nothing spent."""
         norm = backend.to_accum_dtype(backend.norm(z))
         return NewtonState(
             backend.xp.full_like(norm, self.forcing), backend.xp.zeros_like(norm, dtype=backend.xp.int32)
         )
 
     def step(self, backend: Backend, f: Map, z: Array, fz: Array, state: NewtonState) -> tuple[Array, Array, Any]:
-        """One Newton step with backtracking."""
+        """Take one Newton step with backtracking."""
         xp = backend.xp
         g = fz - z
         jvp = backend.jvp(f, z)
         if jvp is None:
-            raise BackendError.no_products(f"the backend {backend.name!r} offers none.")
+            raise BackendError.no_products(f"the backend {backend.name!r} has none.")
         inner = gmres(
             backend, lambda v: v - jvp(v), g, rtol=state.forcing, max_steps=self.inner_steps, reorthogonalize=False
         )
@@ -132,17 +132,17 @@ class NewtonKrylov(Solver):
         end = backend.loop(searching, halve, trial, self.halvings)
         after, size = backend.to_accum_dtype(end.residual), backend.to_accum_dtype(before)
         ratio = after / size
-        # What the linear model has missed tells how finely it is worth solving; a shortened step says nothing of it.
+        # The error of the linear model sets how finely to solve it; a shortened step does not measure that error.
         forcing = xp.where(end.length == 1.0, xp.abs(after - inner.residual) / size, 0.9 * ratio * ratio)
         forcing = xp.clip(forcing, min(2.0 * backend.eps(z) ** 0.5, self.forcing), self.forcing)
         forcing = xp.where(xp.isfinite(forcing), forcing, state.forcing)
         return end.z, end.fz, NewtonState(forcing, state.spent + inner.products + end.trials)
 
     def restarted(self, backend: Backend, rows: Array, z: Array, state: NewtonState) -> NewtonState:
-        """The first inner tolerance; what was spent stays so."""
+        """Return the state with the first inner tolerance in `rows`; the counts of products stay."""
         forcing = backend.xp.where(rows, backend.xp.full_like(state.forcing, self.forcing), state.forcing)
         return state._replace(forcing=forcing)
 
     def evaluations(self, backend: Backend, steps: Array, state: NewtonState) -> Array:
-        """Evaluations and products."""
+        """Return the count of evaluations and products."""
         return 1 + steps + state.spent

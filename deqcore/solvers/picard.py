@@ -1,4 +1,4 @@
-"""Picard: damped fixed-point iteration."""
+"""Damped fixed-point (Picard) iteration."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from deqcore.types import Array, Map
 class Picard(Solver):
     """Damped fixed-point iteration, z ← z + τ (f(z) − z).
 
-    Converges linearly, at rate ρ(J) for τ = 1, if f is a contraction near z*. The cheapest step there is: use it
-    when f contracts strongly or a few digits are enough. Damping widens what converges: eigenvalues of J with real
-    part below 1 all contract for τ small enough.
+    Converges linearly, at rate ρ(J) for τ = 1, if f is a contraction near z*. Its step is the cheapest: use it when f
+    contracts strongly or a few digits are enough. Damping extends convergence: if all eigenvalues of J have a real
+    part below 1, the iteration contracts for τ small enough.
 
     Cost: one evaluation of f per step, no history.
 
@@ -24,7 +24,7 @@ class Picard(Solver):
         damping: τ, in (0, 2).
 
     Raises:
-        ValueError: damping is not in (0, 2). From settings it is the ConfigError that names the setting.
+        ValueError: damping is not in (0, 2). In settings it becomes a ConfigError that names the setting.
 
     Source: Picard (1890); Kelley, "Iterative Methods for Linear and Nonlinear Equations" (1995), §4.2.
 
@@ -39,17 +39,17 @@ class Picard(Solver):
 
     def __post_init__(self) -> None:
         if not 0.0 < self.damping < 2.0:
-            raise ValueError(f"damping = {self.damping}, but a number between 0 and 2 is expected")
+            raise ValueError(f"damping must be between 0 and 2 (got {self.damping})")
 
     def init(self, backend: Backend, z: Array, fz: Array) -> Any:
-        """No state."""
+        """Return an empty state."""
         return ()
 
     def step(self, backend: Backend, f: Map, z: Array, fz: Array, state: Any) -> tuple[Array, Array, Any]:
-        """One damped step."""
+        """Take one damped step."""
         z = fz if self.damping == 1.0 else z + self.damping * (fz - z)
         return z, f(z), state
 
     def chord(self, backend: Backend, z: Array, fz: Array, state: Any) -> Array | None:
-        """A step divides by nothing."""
+        """Return None, because a step does not divide by differences."""
         return None

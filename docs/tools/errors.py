@@ -122,7 +122,7 @@ def messages(tree: ast.Module, kinds: dict[str, Kind]) -> Iterator[tuple[str, st
             yield name, text
         if name.endswith(".bad_value") and name.split(".")[0] in kinds and len(node.args) > 3:
             owner, option, _, expected = (template(each) or "{" + ast.unparse(each) + "}" for each in node.args[:4])
-            yield name.split(".")[0], f"{owner}: {option} = {{given!r}}, but {expected} is expected."
+            yield name.split(".")[0], f"{owner}: {option} must be {expected} (got {{given!r}})."
 
 
 def option_checks(function: ast.FunctionDef) -> Iterator[tuple[str, str]]:
@@ -132,7 +132,7 @@ def option_checks(function: ast.FunctionDef) -> Iterator[tuple[str, str]]:
         if not isinstance(raised, ast.Call) or ast.unparse(raised.func) != OPTION:
             continue
         if text := template(raised.args[0]):
-            yield "ConfigError", f"The {{kind}} {{name!r}} refuses its options: {text}"
+            yield "ConfigError", f"The {{kind}} {{name!r}} refuses its options: {text.removesuffix('.')}."
 
 
 def code(text: str) -> str:

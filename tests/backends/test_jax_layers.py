@@ -247,7 +247,7 @@ class EqxNormed(eqx.Module):
     [
         (Normed, r"batch normalisation in training mode \(norm\).*GroupNorm or LayerNorm.*layer\.eval\(\)"),
         (Dropped, r"dropout: drop.*dropout_mask"),
-        (Counting, r"Cannot mutate Variable.*pass it as an input"),
+        (Counting, r"Cannot mutate Variable.*pass them as an input"),
     ],
 )
 def test_an_nnx_cell_that_changes_itself_is_told_what_to_do(cell, told, transform):
@@ -263,7 +263,7 @@ def test_in_evaluation_mode_these_cells_are_functions(cell):
 
 
 def test_an_equinox_cell_that_changes_itself_is_told_what_to_do():
-    with pytest.raises(ProblemError, match=r"cannot assign to field 'calls'.*pass it as an input"):
+    with pytest.raises(ProblemError, match=r"cannot assign to field 'calls'.*pass them as an input"):
         deqcore_jax.equinox.DEQ(Frozen())(jnp.ones((4, 3)))
 
 
@@ -328,7 +328,7 @@ def test_an_empty_batch_stays_empty(kind, made):
 
 def test_a_checkpoint_with_other_settings_says_which(kind, made):
     saved = json.dumps(make(kind, made, forward__rtol=1e-3).settings.as_dict())
-    with pytest.warns(LayerWarning, match=r"overrides\.forward__rtol: 0\.001 there, 1e-08 here"):
+    with pytest.warns(LayerWarning, match=r"overrides\.forward__rtol: 0\.001 in the checkpoint, 1e-08 in the layer"):
         make(kind, made, forward__rtol=1e-8).check_settings(json.loads(saved))
     options = {"forward__options": {"history_size": 4}, "evaluation": {"forward__max_steps": 9}}
     make(kind, made, **options).check_settings(

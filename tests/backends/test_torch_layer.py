@@ -171,7 +171,7 @@ def test_weights_and_settings_survive_a_round_trip(made, tmp_path):
 
 def test_a_checkpoint_with_other_settings_says_which(made):
     saved = DEQ(Cell(made), forward__rtol=1e-3).state_dict()
-    with pytest.warns(LayerWarning, match=r"overrides\.forward__rtol: 0\.001 there, 1e-08 here"):
+    with pytest.warns(LayerWarning, match=r"overrides\.forward__rtol: 0\.001 in the checkpoint, 1e-08 in the layer"):
         DEQ(Cell(made), forward__rtol=1e-8).load_state_dict(saved)
 
 
@@ -294,5 +294,5 @@ def test_a_layer_compacts_its_batch():
     layer = DEQ(cell, batched_inputs=(0,), forward__compact=True, **settings)
     assert torch.equal(layer(rate, shift, z0=x), plain)
     assert seen.count(1) > seen.count(8)
-    with pytest.raises(ConfigError, match="argument 1 carries the batch axis"):
+    with pytest.raises(ConfigError, match="names argument 1, so the first axis"):
         DEQ(cell, forward__compact=True, **settings)(rate, shift, z0=x)

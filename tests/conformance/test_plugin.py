@@ -193,7 +193,7 @@ def test_a_config_path_that_is_a_directory(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, _, err = command(capsys, "check", "solver", "picard", *QUICK)
     assert code == 2
-    assert "'deq.toml' is a directory, but a TOML file is expected" in " ".join(err.split())
+    assert "'deq.toml' must be a TOML file (got a directory)" in " ".join(err.split())
 
 
 @pytest.mark.parametrize(

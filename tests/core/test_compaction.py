@@ -202,13 +202,13 @@ def test_positions_that_are_no_arguments(be, positions):
 
 def test_an_argument_with_another_first_axis(be):
     rates, x = problem(be)
-    with pytest.raises(ConfigError, match=r"shape \(6,\) for a batch of 10"):
+    with pytest.raises(ConfigError, match=r"must be the batch of 10 \(got the shape \(6,\)\)"):
         deqcore.fixed_point(cell(be), 0 * x, rates, x[0], batched_args=(0, 1), forward__compact=True)
 
 
 def test_a_backend_that_traces_refuses():
     jnp = pytest.importorskip("jax.numpy")
-    with pytest.raises(ConfigError, match="'jax' traces its loops"):
+    with pytest.raises(ConfigError, match="must be false for the backend 'jax', which traces its loops"):
         deqcore.fixed_point(lambda z: 0.5 * z, jnp.ones((2, 2)), forward__compact=True)
 
 

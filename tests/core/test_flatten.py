@@ -51,13 +51,13 @@ def test_named_tuples_keep_their_type(be):
 @pytest.mark.parametrize(
     ("tree", "batch", "words"),
     [
-        ([], True, ["no array", "at least one"]),
-        ([np.zeros((2, 2)), 1.0], True, ["float", "expected at its leaves", "asarray"]),
+        ([], True, ["must hold at least one array", "(got none)"]),
+        ([np.zeros((2, 2)), 1.0], True, ["float", "leaves of the initial iterate z0 must be arrays", "asarray"]),
         (np.zeros((2, 2), int), True, ["int64", "floating-point", "Cast z0"]),
         (np.zeros((2, 2), complex), True, ["complex128", "real and imaginary part"]),
         (np.zeros((2, 2), bool), True, ["bool", "floating-point"]),
         ([np.zeros((2, 2)), np.zeros((2, 2), np.float32)], True, ["float32, float64", "one dtype"]),
-        (np.zeros(3), True, ["(3,)", "batch = true", "reshape it to (batch, n)", "forward.batch = false"]),
+        (np.zeros(3), True, ["(3,)", "batch = true", "Reshape it to (batch, n)", "forward.batch = false"]),
         (np.array(1.0), True, ["()", "forward.batch = false"]),
         ([np.zeros((2, 3)), np.zeros((4, 3))], True, ["[2, 4]", "one batch size", "forward.batch = false"]),
     ],
@@ -76,23 +76,23 @@ def test_a_state_on_two_devices_is_refused():
     import deqcore
 
     be = deqcore.get_backend(backend="torch")
-    with pytest.raises(InitialIterateError, match="on the devices cpu, meta, but one is expected: move them together"):
+    with pytest.raises(InitialIterateError, match=r"must be on one device \(got cpu, meta\). Move them to one device"):
         RavelSpec.of(be, [torch.zeros(2, 2), torch.zeros(2, 2, device="meta")], batch=True)
     space = RavelSpec.of(be, torch.zeros(2, 2), batch=True)
-    with pytest.raises(ProblemError, match="an array on meta for a state on cpu: move z0, or the parameters"):
+    with pytest.raises(ProblemError, match=r"on the device of z, cpu \(got meta\). Move z0, or the parameters"):
         space.wrap(lambda z: torch.zeros(2, 2, device="meta"))(torch.zeros(2, 2))
 
 
 @pytest.mark.parametrize(
     ("f", "words"),
     [
-        (lambda be, z: (z, z), ["f returned a tuple of 2", "structure", "must return a tree like z"]),
+        (lambda be, z: (z, z), ["got a tuple of 2", "structure", "must return a tree like z"]),
         (lambda be, z: {"z": z}, ["structure", "must return a tree like z"]),
-        (lambda be, z: None, ["f returned None", "structure", "must return a tree like z"]),
+        (lambda be, z: None, ["got None", "structure", "must return a tree like z"]),
         (lambda be, z: z[:, :1], ["(2, 1)", "(2, 3)", "keep the shape of z"]),
         (lambda be, z: z[:1], ["(1, 3)", "(2, 3)"]),
-        (lambda be, z: be.astype(z, "float32"), ["float32", "float64", "cast z0 or the parameters"]),
-        (lambda be, z: 1.0, ["float", "as leaf 0", "array of "]),
+        (lambda be, z: be.astype(z, "float32"), ["float32", "float64", "Cast z0, or the parameters"]),
+        (lambda be, z: 1.0, ["float", "as leaf 0", "must return arrays of "]),
         (lambda be, z: z > 0, ["bool", "float64"]),
     ],
 )
@@ -107,7 +107,7 @@ def test_what_f_returns_must_fit_the_state(be, f, words):
 def test_the_leaf_at_fault_is_named(be):
     tree = [be.asarray(np.ones((2, 3))), be.asarray(np.ones((2, 1)))]
     space = RavelSpec.of(be, tree, batch=True)
-    with pytest.raises(ProblemError, match=r"shape \(2, 3\) for leaf 1, but the state has \(2, 1\)"):
+    with pytest.raises(ProblemError, match=r"which is \(2, 1\) in leaf 1 \(got \(2, 3\)\)"):
         space.wrap(lambda z: [z[0], z[0]])(space.ravel(tree))
 
 
@@ -140,5 +140,5 @@ def test_a_tree_that_must_be_like_the_state_is_checked(be, tree, kind):
     tree = [convert(a) for a in tree] if isinstance(tree, list) else convert(tree)
     with pytest.raises(InitialIterateError) as caught:
         space.ravel_like("cotangent", tree)
-    assert f"The cotangent has the leaves {kind}, but a tree like z0 is expected: float64 (2, 3)." in str(caught.value)
+    assert f"The cotangent must be a tree like z0, with the leaves float64 (2, 3) (got {kind})." in str(caught.value)
     assert space.ravel_like("cotangent", be.asarray(np.ones((2, 3)))).shape == (2, 3)

@@ -57,10 +57,16 @@ def registered():
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        (lambda f, z, state: (z, f(z)), r"Stepping.step returned a tuple of 2 \(a ndarray of shape \(2, 3\), .*\(z, f"),
-        (lambda f, z, state: z, r"returned a ndarray of shape \(2, 3\), but \(z, f\(z\), state\)"),
-        (lambda f, z, state: None, r"Stepping.step returned None, but"),
-        (lambda f, z, state: (z, f(z)[:1], state), r"shape \(1, 3\), .* but .* two arrays of shape \(2, 3\)"),
+        (
+            lambda f, z, state: (z, f(z)),
+            r"Stepping.step must return \(z, f.*\(got a tuple of 2 \(a ndarray of shape \(2, 3\), ",
+        ),
+        (lambda f, z, state: z, r"must return \(z, f\(z\), state\) .*\(got a ndarray of shape \(2, 3\)\)"),
+        (lambda f, z, state: None, r"Stepping.step must return .*\(got None\)"),
+        (
+            lambda f, z, state: (z, f(z)[:1], state),
+            r"must return .* two arrays of shape \(2, 3\) \(got .*shape \(1, 3\), ",
+        ),
         (lambda f, z, state: (0.0, f(z), state), r"a tuple of 3 \(a float, "),
     ],
 )
@@ -75,11 +81,17 @@ def test_a_step_that_returns_something_else(wrong, words):
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        (lambda g, told: g, r"AdjointSolving.solve_adjoint returned a \w+ of shape \(2, 3\), but \(u, report\)"),
-        (lambda g, told: None, r"AdjointSolving.solve_adjoint returned None, but .*deqcore.abc.backward.report"),
+        (lambda g, told: g, r"AdjointSolving.solve_adjoint must return \(u, report\).*\(got a \w+ of shape \(2, 3\)\)"),
+        (lambda g, told: None, r"AdjointSolving.solve_adjoint must return .*deqcore.abc.backward.report.*\(got None\)"),
         (lambda g, told: (g, 3), r"a tuple of 2 \(a \w+ of shape \(2, 3\), a int\)"),
-        (lambda g, told: (g[:1], told), r"returned a \w+ of shape \(1, 3\), but u of the cotangent's shape \(2, 3\)"),
-        (lambda g, told: (g, told._replace(vjps=5)), r"\(report.vjps\) returned a int, but one number per sample"),
+        (
+            lambda g, told: (g[:1], told),
+            r"must return u of the cotangent's shape \(2, 3\) \(got a \w+ of shape \(1, 3\)\)",
+        ),
+        (
+            lambda g, told: (g, told._replace(vjps=5)),
+            r"\(report.vjps\) must return one number per sample.*\(got a int\)",
+        ),
     ],
 )
 def test_a_route_that_returns_no_pair(name, wrong, words):
@@ -88,7 +100,7 @@ def test_a_route_that_returns_no_pair(name, wrong, words):
     WRONG["it"] = wrong
     backend = deqcore.get_backend(backend=name)
     b = backend.asarray(np.ones((2, 3)))
-    options = {"backward__strategy": "routing", "backward__options": {"case": "it"}}
+    options = {"backward__strategy": "adjointsolving", "backward__options": {"case": "it"}}
     with pytest.raises(PluginError, match=words):
         deqcore.vjp(lambda z, b: 0.5 * z + b, 0 * b, b, cotangent=b, **options)
 
@@ -96,8 +108,8 @@ def test_a_route_that_returns_no_pair(name, wrong, words):
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        (lambda value: value[:1], r"Valuing.value returned a ndarray of shape \(1, 3\), but .* shape \(2, 3\)"),
-        (lambda value: (value, None), r"Valuing.value returned a tuple of 2"),
+        (lambda value: value[:1], r"Valuing.value must return .* shape \(2, 3\).*\(got a ndarray of shape \(1, 3\)\)"),
+        (lambda value: (value, None), r"Valuing.value must return .*\(got a tuple of 2"),
     ],
 )
 def test_steps_whose_value_is_no_state(wrong, words):

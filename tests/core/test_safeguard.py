@@ -127,13 +127,19 @@ def test_where_nothing_grows_it_changes_nothing(be):
     [
         (
             {"max_residual_growth": 0.5},
-            "max_residual_growth = 0.5, but a finite number of at least 1, or None, is expected",
+            "max_residual_growth must be None or a finite number of at least 1 (got 0.5)",
         ),
-        ({"max_residual_growth": float("inf")}, "max_residual_growth = inf, but a finite number"),
-        ({"max_residual_growth": float("nan")}, "max_residual_growth = nan, but a finite number"),
+        (
+            {"max_residual_growth": float("inf")},
+            "max_residual_growth must be None or a finite number of at least 1 (got inf)",
+        ),
+        (
+            {"max_residual_growth": float("nan")},
+            "max_residual_growth must be None or a finite number of at least 1 (got nan)",
+        ),
         (
             {"max_residual_growth": 2.0, "history_size": 2},
-            "history_size = 2 with growth = 2.0, but at least 3 is expected",
+            "history_size must be at least 3 with max_residual_growth = 2.0",
         ),
         ({"max_residual_growth": "much"}, "max_residual_growth = 'much'"),
     ],

@@ -42,7 +42,7 @@ def test_a_schedule_drives_a_solve():
         ([(0, {}), (0, {})], "increase from 0"),
         ([(0, {"forward__rtoll": 1})], "rtol"),
         ([(0, {"forward__rtol": -1.0})], "rtol"),
-        ([(0, {"forward__solver": Ramp(1, 2, 3)})], "a Ramp fits"),
+        ([(0, {"forward__solver": Ramp(1, 2, 3)})], "take a Ramp"),
     ],
 )
 def test_mistakes_are_told_when_a_schedule_is_made(stages, words):

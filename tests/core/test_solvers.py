@@ -357,15 +357,15 @@ def test_an_unfit_history_dtype_is_an_option_error(be):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("broyden", {"history_size": 0}, "history_size = 0, but at least 1 secant pair"),
-        ("anderson", {"history_size": 0}, "history_size = 0, but at least 1 difference"),
-        ("anderson", {"mixing": 0.0}, "mixing = 0.0, but a number above 0"),
-        ("anderson", {"ridge": -1.0}, "ridge = -1.0, but a number of at least 0"),
-        ("anderson", {"max_residual_growth": 1.0}, "max_residual_growth = 1.0, but a number above 1"),
-        ("picard", {"damping": 0.0}, "damping = 0.0, but a number between 0 and 2"),
-        ("picard", {"damping": 2.0}, "damping = 2.0, but a number between 0 and 2"),
+        ("broyden", {"history_size": 0}, "history_size must be at least 1 (got 0)"),
+        ("anderson", {"history_size": 0}, "history_size must be at least 1 (got 0)"),
+        ("anderson", {"mixing": 0.0}, "mixing must be above 0 and at most 1 (got 0.0)"),
+        ("anderson", {"ridge": -1.0}, "ridge must be at least 0 (got -1.0)"),
+        ("anderson", {"max_residual_growth": 1.0}, "max_residual_growth must be above 1 (got 1.0)"),
+        ("picard", {"damping": 0.0}, "damping must be between 0 and 2 (got 0.0)"),
+        ("picard", {"damping": 2.0}, "damping must be between 0 and 2 (got 2.0)"),
         ("picard", {"dampning": 0.5}, "no option 'dampning'. Did you mean 'damping'"),
-        ("broyden", {"history_size": "many"}, "history_size = 'many', but int is expected"),
+        ("broyden", {"history_size": "many"}, "history_size must be of type int (got 'many')"),
     ],
 )
 def test_options_out_of_range_are_refused(be, name, options, message):

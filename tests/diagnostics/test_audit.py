@@ -143,9 +143,9 @@ def test_an_f_that_couples_the_samples_is_found_out(every):
 
 def test_bad_input():
     f, z = (lambda z: 0.5 * z), np.zeros((2, 2))
-    with pytest.raises(ConfigError, match="samples = 0"):
+    with pytest.raises(ConfigError, match="samples must be .*got 0"):
         gradient_audit(f, z, cotangent=z, samples=0)
-    with pytest.raises(ConfigError, match="max_vjps = 0"):
+    with pytest.raises(ConfigError, match="max_vjps must be .*got 0"):
         gradient_audit(f, z, cotangent=z, max_vjps=0)
     with pytest.raises(ConfigError, match="batched_args"):
         gradient_audit(f, z, cotangent=z, batched_args=(0,))
@@ -192,5 +192,5 @@ def test_a_curve_of_a_solve_that_fails(be):
     assert np.isnan(found.rate()).all()
     empty = residual_curve(lambda z: 0.5 * z, be.asarray(np.zeros((0, 2))), steps=3)
     assert empty.residual.shape[1] == 0
-    with pytest.raises(ConfigError, match="steps = -1"):
+    with pytest.raises(ConfigError, match="steps must be .*got -1"):
         residual_curve(lambda z: z, np.zeros((1, 1)), steps=-1)

@@ -113,5 +113,5 @@ def test_both_ways_at_once_are_a_conflict_that_names_both(tmp_path: Path, monkey
     install(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     Config.load(EXAMPLE / "deq.toml")
-    with pytest.raises(errors.PluginError, match=r"(?s)'aitken' is offered by two plugins: .*deqfile.*deq_aitken"):
+    with pytest.raises(errors.PluginError, match=r"(?s)Two plugins offer the solver 'aitken': .*deqfile.*deq_aitken"):
         plugins.make_solver("aitken")

@@ -17,16 +17,16 @@ TRIGGER = {"metric": "deq_unconverged_fraction", "condition": "> 0.1"}
     ("section", "message"),
     [
         ({"evry": 5}, r"no option 'evry'.*Did you mean 'every'"),
-        ({"every": 0}, r"every = 0, but an integer >= 1"),
+        ({"every": 0}, r"every must be an integer >= 1 \(got 0\)"),
         ({"triggers": [{**TRIGGER, "metric": "deq_unconverged_fracton"}]}, "Did you mean 'deq_unconverged_fraction'"),
-        ({"triggers": [{**TRIGGER, "condition": "about 0.1"}]}, r"condition = 'about 0.1'"),
-        ({"triggers": [{**TRIGGER, "until": "> 0.5"}]}, r"until = '> 0.5'.*other side"),
-        ({"triggers": [{**TRIGGER, "action": "tighten", "factor": 2.0}]}, r"factor = 2.0"),
-        ({"triggers": [{**TRIGGER, "window": 0}]}, r"window = 0, but an integer >= 1"),
+        ({"triggers": [{**TRIGGER, "condition": "about 0.1"}]}, r"condition must be .*got 'about 0.1'"),
+        ({"triggers": [{**TRIGGER, "until": "> 0.5"}]}, r"until must be .*other side.*got '> 0.5'"),
+        ({"triggers": [{**TRIGGER, "action": "tighten", "factor": 2.0}]}, r"factor must be .*got 2.0"),
+        ({"triggers": [{**TRIGGER, "window": 0}]}, r"window must be an integer >= 1 \(got 0\)"),
         ({"triggers": [{**TRIGGER, "acton": "warn"}]}, r"Did you mean 'action'"),
         ({"triggers": "warn"}, r"a table, written \[\[monitor.triggers\]\]"),
         ({"measurements": {"spectral": 5}}, r"no option 'spectral'"),
-        ({"sinks": [{"path": "a.csv"}]}, r"sink = None, but the name of a registered sink"),
+        ({"sinks": [{"path": "a.csv"}]}, r"sink must be the name of a registered sink \(got None\)"),
     ],
 )
 def test_a_mistake_is_reported_when_the_config_is_made(section: dict[str, object], message: str):

@@ -115,7 +115,7 @@ def test_plugins_that_are_none():
     plugins.register(ModelSpec("gone", "no_such_module:Model"))
     with pytest.raises(PluginError, match="'no_such_module:Model', which cannot be imported"):
         find("gone")
-    with pytest.raises(PluginError, match=r"gives = 'pictures', but one of \('vector', 'image', 'tokens'\)"):
+    with pytest.raises(PluginError, match=r"gives must be one of \('vector', 'image', 'tokens'\) \(got 'pictures'\)"):
         DataSpec("a", "b:c", gives="pictures")
     with pytest.raises(PluginError, match="reserved for the built-in one"):
         plugins.register(ModelSpec("dense", "a:B"))

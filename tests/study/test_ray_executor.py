@@ -116,7 +116,7 @@ def test_an_executor_that_there_is_not(capsys: Any):
     with pytest.raises(SystemExit) as ended:
         main(["study", "--executor", "slurm"])
     assert ended.value.code == 2
-    assert "'local' or 'ray' is expected" in capsys.readouterr().err.replace("\n", " ")
+    assert "must be 'local' or 'ray'" in capsys.readouterr().err.replace("\n", " ")
 
 
 @pytest.mark.slow

@@ -101,7 +101,7 @@ def test_gates_name_what_exists():
     with pytest.raises(ConfigError, match=r"no metric 'cosin'\. Did you mean 'cosine'"):
         gates.check(read(table, "x").gates, ["exact-ift"])
     table["gates"][0]["metric"], table["gates"][0]["strategy"] = "cosine", "exact"
-    with pytest.raises(ConfigError, match="There are: exact-ift"):
+    with pytest.raises(ConfigError, match="Available: exact-ift"):
         gates.check(read(table, "x").gates, ["exact-ift"])
 
 

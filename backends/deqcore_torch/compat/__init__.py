@@ -1,1 +1,1 @@
-"""Call shapes of other libraries, for code that moves."""
+"""The call signatures of other libraries, for code that migrates to deqcore."""

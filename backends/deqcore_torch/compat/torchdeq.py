@@ -1,15 +1,15 @@
-"""torchdeq's call shape on deqcore: `deq = get_deq(...)`, then `z_out, info = deq(func, z_init)`.
+"""torchdeq's call signature on deqcore: `deq = get_deq(...)`, then `z_out, info = deq(func, z_init)`.
 
-What is the same: `func` takes the tensors of the state as positional arguments; `z_out` is a list of states whose
-last one is the best; options go by torchdeq's names; training returns f of the iterate whose figures `info` has (with
-the phantom gradient: where its steps lead), evaluation the iterate itself. What differs, on purpose:
+The same as in torchdeq: `func` takes the tensors of the state as positional arguments; `z_out` is a list of states
+whose last one is the best; options have torchdeq's names. Training returns f of the iterate that `info` describes
+(with the phantom gradient: the result of its steps), evaluation the iterate itself. Different, on purpose:
 
-- Residuals are 2-norms of f(z) − z over a sample's whole state, for every solver, and each sample stops on its own.
+- Residuals are 2-norms of f(z) − z over a sample's whole state, for every solver, and each sample stops separately.
 - `f_max_iter` counts solver steps; the first evaluation of f comes on top.
 - `b_tol` is relative to the cotangent in both stop modes: an absolute tolerance on a gradient has no scale.
-- The gradient without `ift` is `phantom`, as there; with `ift` it is `exact-ift`, and `b_solver` may be "gmres".
-- States on the way (`n_states`, `indexing`) carry the gradient of the strategy, all of them.
-- `info` has `abs_lowest`, `rel_lowest`, `nstep`; traces are not kept: memory does not grow with the steps.
+- The gradient without `ift` is `phantom`, as in torchdeq; with `ift` it is `exact-ift`, and `b_solver` may be "gmres".
+- All states on the way (`n_states`, `indexing`) carry the gradient of the strategy.
+- `info` has `abs_lowest`, `rel_lowest`, `nstep`; traces are not kept, so memory does not grow with the steps.
 - Unknown options are errors.
 """
 
@@ -38,7 +38,7 @@ SOLVERS: Final = {
     "anderson": "anderson",
     "broyden": "broyden",
 }
-FORWARD_ONLY: Final = {"core", "no_stat", "hook_ift"}  # accepted where they ask for nothing that is missing here
+FORWARD_ONLY: Final = {"core", "no_stat", "hook_ift"}  # accepted with values that need no missing feature
 LOST: Final = {
     "sup_gap": "ask for states on the way with n_states or indexing",
     "sup_loc": "ask for states on the way with n_states or indexing",
@@ -75,7 +75,7 @@ class Options:
             raise ConfigError.bad_value("get_deq", "n_states", self.n_states, "an integer >= 1")
 
     def config(self, training: bool, f_max_iter: int | None = None) -> Config:
-        """The settings of deqcore that mean the same."""
+        """Return the settings of deqcore that mean the same."""
         rtol, atol = (self.f_tol, 0.0) if self.f_stop_mode == "rel" else (0.0, self.f_tol)
         budget = self.f_max_iter if training else self.eval_f_max_iter or int(self.f_max_iter * self.eval_factor)
         return Config(
@@ -100,7 +100,7 @@ class Options:
         }
 
     def left(self, f: Callable[[Any], Any], solution: Solution) -> Any:
-        """What torchdeq returns in training: f of the iterate, or where the phantom steps lead, with our gradient."""
+        """Return torchdeq's value in training: f of the iterate, or the result of phantom steps, with our gradient."""
         z, fz = solution.z, solution.fz
         steps, damping = (1, 1.0) if self.ift else (self.grad, self.tau)
         with torch.no_grad():
@@ -110,7 +110,7 @@ class Options:
         return optree.tree_map(straight_through, z, solution.value)
 
     def stops(self, budget: int) -> list[int]:
-        """Steps after which a state is wanted; the last is the budget."""
+        """Return the step counts after which to return a state; the last is the budget."""
         if self.n_states > 1:
             count = min(self.n_states, budget)
             gap = budget // count
@@ -119,7 +119,7 @@ class Options:
 
 
 class TorchDEQ(nn.Module):
-    """What `get_deq` returns.
+    """The layer that `get_deq` returns.
 
     Args:
         options: torchdeq's options.
@@ -142,7 +142,7 @@ class TorchDEQ(nn.Module):
             func: takes the state's tensors `(batch, …)` and returns as many.
             z_init: initial state, one tensor or several.
             solver_kwargs: `f_max_iter` for this call.
-            **unknown: refused.
+            **unknown: any other option is an error.
 
         Returns:
             States, the last of them the solution (in evaluation mode only that one), and the solve's figures.
@@ -171,22 +171,22 @@ class TorchDEQ(nn.Module):
             state = None if solution is None else solution.state
             solution = fixed_point(f, start, config=config, state=state, forward__max_steps=stop - before)
             states.append(self.options.left(f, solution) if self.training else solution.value)
-        assert solution is not None  # there is always one stop: the budget
+        assert solution is not None  # the budget is always a stop
         return states, _info(solution)
 
 
 def get_deq(args: object = None, **options: object) -> TorchDEQ:
-    """A layer with torchdeq's call shape.
+    """Return a layer with torchdeq's call signature.
 
     Args:
-        args: a dictionary or an `argparse.Namespace`; of a namespace the names that torchdeq knows are taken.
+        args: a dictionary or an `argparse.Namespace`; of a namespace only torchdeq's options are read.
         **options: single options, above `args`.
 
     Returns:
         A module: `deq(f, z0)` gives the list of outputs and a dictionary of figures per sample `(batch,)`.
 
     Raises:
-        ConfigError: an option is unknown, or has no counterpart here (the message says what to use).
+        ConfigError: an option is unknown, or has no counterpart here (the message names the alternative).
 
     Example:
         >>> import torch
@@ -197,10 +197,10 @@ def get_deq(args: object = None, **options: object) -> TorchDEQ:
         >>> z_out[-1].shape, bool((info["abs_lowest"] < 1e-3).all())
         (torch.Size([2, 3]), True)
     """
-    known = {each.name for each in fields(Options)}
+    names = {field.name for field in fields(Options)}
     merged: dict[str, Any] = dict(args) if isinstance(args, Mapping) else {}
     if args is not None and not isinstance(args, Mapping):
-        merged = {name: value for name, value in vars(args).items() if name in known | FORWARD_ONLY | LOST.keys()}
+        merged = {name: value for name, value in vars(args).items() if name in names | FORWARD_ONLY | LOST.keys()}
     merged |= options
     if merged.pop("hook_ift", False):
         merged["ift"] = True
@@ -211,13 +211,13 @@ def get_deq(args: object = None, **options: object) -> TorchDEQ:
             del merged[name]
         elif name in FORWARD_ONLY:
             del merged[name]
-        elif name not in known:
-            raise ConfigError.unknown_option("get_deq", name, known)
+        elif name not in names:
+            raise ConfigError.unknown_option("get_deq", name, names)
     grad = merged.get("grad")
     if isinstance(grad, (list, tuple)) and len(grad) == 1:
         merged["grad"] = grad[0]
     made = TorchDEQ(Options(**merged))
-    made.options.config(training=True)  # a wrong value is told now
+    made.options.config(training=True)  # a wrong value raises now
     return made
 
 

@@ -19,11 +19,11 @@ from torch import Tensor
 from deqcore_torch import functorch
 
 COMPILERS: Final = {"cpu": ("numba", "steps"), "cuda": ("triton", "device")}
-"""For each type of device, what compiles for it, and the module of its native steps."""
+"""The compiler of each type of device, and the module of its native steps."""
 
 
 def reading(x: Tensor) -> ModuleType | Any | None:
-    """The native steps, if they can read x and neither autograd nor a transformation follows what happens to it."""
+    """Return the native steps, if they can read x and neither autograd nor a transformation tracks it."""
     if (torch.is_grad_enabled() and x.requires_grad) or functorch.active():
         return None
     steps = loaded(x.device.type)
@@ -31,22 +31,26 @@ def reading(x: Tensor) -> ModuleType | Any | None:
 
 
 def products(x: Tensor) -> bool:
-    """Whether there are native products with histories on this device. On CPUs torch's own are as fast."""
+    """Return whether this device has native products with histories. On CPUs torch's own are as fast."""
     steps = loaded(x.device.type)
     return steps is not None and hasattr(steps, "dots")
 
 
 @cache
 def loaded(kind: str) -> ModuleType | Any | None:
-    """The module of native steps for devices of this kind; None without its compiler, or where they are turned off."""
+    """Return the module of native steps for this kind of device; None without its compiler, or if they are off."""
     compiler, module = COMPILERS.get(kind, (None, None))
     if compiler is None or os.environ.get("DEQCORE_NATIVE", "1") == "0" or find_spec(compiler) is None:
         return None
     try:
         steps = importlib.import_module(f"deqcore_torch.native.{module}")
         steps.probe()
-    except Exception as error:  # no folder for Numba's cache, no C compiler for Triton, a GPU that it does not know, …
+    except Exception as error:  # no folder for Numba's cache, no C compiler for Triton, an unsupported GPU, …
         name = compiler.capitalize()
-        warnings.warn(f"Solver steps run without compiled code, as {name} does not work here: {error}", stacklevel=3)
+        warnings.warn(
+            f"Solver steps run without compiled code, because {name} does not work here: {error}. Set DEQCORE_NATIVE=0 "
+            f"to silence this warning.",
+            stacklevel=3,
+        )
         return None
     return steps

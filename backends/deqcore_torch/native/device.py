@@ -1,4 +1,4 @@
-"""What GPUs have a native version of: steps, products with histories, and what the loop does after a step."""
+"""Native versions for GPUs: steps, products with histories, and the loop's update after a step."""
 
 from __future__ import annotations
 
@@ -43,22 +43,22 @@ HIGH: Final = 1 / LOW  # … to there are roots of plain sums of squares
 
 
 def plain(x: Tensor) -> bool:
-    """Whether kernels can read this: some rows of floats on a GPU, in one piece."""
+    """Return whether kernels can read this: some rows of floats on a GPU, in one piece."""
     return type(x) is Tensor and x.is_cuda and x.dtype in KINDS and x.numel() > 0 and x.is_contiguous()
 
 
 def probe() -> None:
-    """Compile and run the smallest kernel: Triton needs a C compiler, and knows not every GPU.
+    """Compile and run the smallest kernel: Triton needs a C compiler, and does not support every GPU.
 
     Raises:
-        Exception: whatever stands in the way.
+        Exception: compiling or running failed.
     """
     one = torch.ones(1, 1, device="cuda")
     measure(one, one)
 
 
 def step(backend: Backend, solver: Solver, f: Map, z: Tensor, fz: Tensor, state: Any) -> StepResult | None:
-    """One step of `solver`, or None where there is no native version for it or for these tensors.
+    """Take one step of `solver`; return None if it, or these tensors, have no native version.
 
     Args: as for `deqcore_torch.native.steps.step`.
     """
@@ -70,7 +70,7 @@ def step(backend: Backend, solver: Solver, f: Map, z: Tensor, fz: Tensor, state:
 
 
 def _on(x: Tensor) -> AbstractContextManager[object]:
-    """Kernels run on the current device: inside it that of x."""
+    """Make the device of x the current one, on which kernels run."""
     return nullcontext() if not x.is_cuda or x.device.index == torch.cuda.current_device() else torch.cuda.device_of(x)
 
 
@@ -88,7 +88,7 @@ def _holds(history: Any) -> bool:
 
 
 def _seen(history: TorchHistory, like: Tensor) -> tuple[Tensor, bool]:
-    """Which slots each sample has seen, and whether that is said at all."""
+    """Return which slots each sample has seen, and whether that mask is used."""
     return (like, False) if history.seen is None else (history.seen, True)
 
 
@@ -98,7 +98,7 @@ def _kinds(dtype: torch.dtype, compute: torch.dtype, width: int) -> dict[str, An
 
 
 def _stored(history: TorchHistory) -> dict[str, Any]:
-    """What kernels must know of the vectors of a history."""
+    """Return the arguments of kernels that describe the vectors of a history."""
     return _kinds(history.store.dtype, history.store.compute, history.store.width)
 
 
@@ -107,7 +107,7 @@ def _products(history: TorchHistory) -> dict[str, Any]:
 
 
 def dots(history: TorchHistory, v: Tensor) -> Tensor:
-    """`History.dot` of `v` `(batch, n)`, in one pass over the vectors."""
+    """Return `History.dot` of `v` `(batch, n)`, in one pass over the vectors."""
     (batch, n), history_size = v.shape, history.history_size
     parts = v.new_empty((_spans(n), batch, history_size), dtype=history.store.compute)
     seen, masked = _seen(history, v)
@@ -125,7 +125,7 @@ def combined(
     history: TorchHistory, coefficients: Tensor, base: Tensor | None, active: Tensor | None = None,
     stay: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Base + Σ c_k h_k `(batch, n)` in the dtype of the state; `stay` for samples that are not `active`."""
+    """Return base + Σ c_k h_k `(batch, n)` in the dtype of the state; `stay` for samples that are not `active`."""
     store = history.store
     out = store.like.new_empty((store.batch, store.width)) if base is None else torch.empty_like(base)
     seen, masked = _seen(history, out)
@@ -152,15 +152,15 @@ def _everyone(history: TorchHistory) -> Tensor:
 
 
 def _like(*tensors: Tensor) -> list[Tensor]:
-    return [torch.empty_like(each, memory_format=torch.contiguous_format) for each in tensors]
+    return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
 
 
 def _dense(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(each.contiguous() for each in tensors)
+    return tuple(tensor.contiguous() for tensor in tensors)
 
 
 def _unit(unit: Tensor | None, norm: Tensor) -> Tensor:
-    """The units of a solver's vectors, as numbers for kernels."""
+    """Return the units of a solver's vectors, as numbers for kernels."""
     return torch.ones_like(norm) if unit is None else unit.contiguous()
 
 
@@ -264,9 +264,9 @@ def _anderson(
 
 
 def measure(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
-    """`Backend.residual_norms` in one pass."""
+    """Return `Backend.residual_norms` in one pass."""
     (batch, n), (z, fz) = z.shape, _dense(z, fz)
-    ranges = z.dtype is torch.float64  # of other dtypes all squares are in the range of float64
+    ranges = z.dtype is torch.float64  # squares of other dtypes are in the range of float64
     parts = z.new_empty((6 if ranges else 2, _spans(n), batch), dtype=torch.float64)
     with _on(z):
         RUN.squares(
@@ -277,46 +277,46 @@ def measure(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
             block=COLUMNS,
             span=fused.SPAN,
         )
-    found = parts.sum(1).sqrt_()
+    norms = parts.sum(1).sqrt_()
     if ranges:
-        plain, up, down = found.view(3, 2, batch)
-        found = torch.where(plain > HIGH, down * fused.UP.value, torch.where(plain < LOW, up * fused.DOWN.value, plain))
-    residual, size = found.to(_norm_dtype(z.dtype)).unbind()
+        plain, up, down = norms.view(3, 2, batch)
+        norms = torch.where(plain > HIGH, down * fused.UP.value, torch.where(plain < LOW, up * fused.DOWN.value, plain))
+    residual, size = norms.to(_norm_dtype(z.dtype)).unbind()
     return residual, size
 
 
 def norm(v: Tensor) -> Tensor:
-    """‖v‖ of each row, in one pass."""
+    """Return ‖v‖ of each row, in one pass."""
     return measure(v, v)[1]
 
 
 def _norm_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that norms of such vectors have."""
+    """Return the dtype of norms of such vectors."""
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def keep(
-    carry: LoopState, found: StepResult, residual: Tensor, size: Tensor | None, limits: Limits
+    carry: LoopState, result: StepResult, residual: Tensor, size: Tensor | None, limits: Limits
 ) -> LoopState | None:
-    """What the loop keeps of a step, all but the solver's state, which stays that of `carry`."""
+    """Return the loop state after a step, but with the solver's state of `carry`."""
     rtol, atol = limits.rtol, limits.atol
     if not isinstance(rtol, float) or (rtol != 0.0 and not isinstance(atol, float)):
         return None
-    batch, n = found.z.shape
-    size = measure(found.z, found.fz)[1] if size is None else size
+    batch, n = result.z.shape
+    size = measure(result.z, result.fz)[1] if size is None else size
     status, steps, since = _like(carry.status, carry.steps, carry.since)
     best, peak, mark = _like(residual, residual, residual)
-    fz, best_z, best_fz = (torch.empty_like(found.z) for _ in range(3))
-    z = found.z if found.frozen else torch.empty_like(found.z)
+    fz, best_z, best_fz = (torch.empty_like(result.z) for _ in range(3))
+    z = result.z if result.frozen else torch.empty_like(result.z)
     goal = torch.zeros_like(residual) + atol if rtol == 0.0 else rtol * size
     goal = goal + atol if rtol != 0.0 and atol != 0.0 else goal
-    with _on(found.z):
+    with _on(result.z):
         RUN.keep(
             (batch, triton.cdiv(n, COLUMNS)),
             *_dense(carry.status, carry.steps, residual, goal, size, carry.reference),
             *_dense(carry.best_residual, carry.peak, carry.mark, carry.since),
             *(status, steps, best, peak, mark, since),
-            *_dense(found.z, found.fz, carry.z, carry.fz, carry.best_z, carry.best_fz),
+            *_dense(result.z, result.fz, carry.z, carry.fz, carry.best_z, carry.best_fz),
             *(z, fz, best_z, best_fz, n, limits.patience, rtol, 0.0 if rtol == 0.0 else atol, limits.slack),
             lost=limits.lost,
             hidden=limits.hidden,
@@ -332,7 +332,7 @@ def keep(
             stalled=int(Status.STALLED),
             diverged=int(Status.DIVERGED),
             absolute=rtol == 0.0,
-            frozen=found.frozen,
+            frozen=result.frozen,
             block=COLUMNS,
         )
     return carry._replace(
@@ -342,12 +342,12 @@ def keep(
 
 
 def project(basis: Any, w: Tensor, twice: bool) -> None:
-    """`Backend.orthogonalize`: part of `arnoldi` here."""
+    """Return None: `Backend.orthogonalize` is part of `arnoldi` here."""
     return
 
 
 def arnoldi(space: Krylov, w: Tensor, goal: Tensor, twice: bool) -> Krylov | None:
-    """A step of GMRES once the product `w` is there; None where there is no native version for this space."""
+    """Return the space after a step of GMRES with the product `w`; None if this space has no native version."""
     basis, columns = space.basis, space.columns
     if (
         type(basis) is not TorchHistory

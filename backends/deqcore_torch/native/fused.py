@@ -1,9 +1,9 @@
 """Solver steps as fused Triton kernels for GPUs: few launches, and each vector of the history read twice a step.
 
-Histories come as a table of the addresses of their chunks `(slots, batch, n)`; which slots a sample has seen is `seen`
-`(batch, slots)`. A program works on one sample and `SPAN` of its numbers, however many samples there are, so that bits
-know no batch. Products are summed in the vectors' dtype (at least float32) over a span, over the spans in float64, in
-which all small algebra is done. With a sample that does not take part (`active`) nothing happens.
+Histories come as a table of the addresses of their chunks `(slots, batch, n)`; the mask `seen` `(batch, slots)` marks
+the slots that a sample has seen. A program works on one sample and `SPAN` of its numbers for any number of samples, so
+that bits do not depend on the batch. Products are summed in the vectors' dtype (at least float32) over a span, and in
+float64 over the spans and in all small algebra. Nothing happens to a sample that is not `active`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Final
 import triton
 import triton.language as tl
 
-SPAN: Final = 4096  # numbers of a vector that one program sums
+SPAN: Final = 4096  # numbers of a vector per program
 PARTS: Final = 8  # spans that are added up at once
 UP: Final = tl.constexpr(2.0**512)  # brings numbers whose squares vanish, and with DOWN those whose squares overflow,
 DOWN: Final = tl.constexpr(2.0**-512)  # into the range of float64
@@ -35,7 +35,7 @@ KERNELS: Final = (
 
 @triton.jit
 def _rows(chunks, slots, wanted, per_chunk, batch, b, n, kind: tl.constexpr, aligned: tl.constexpr):
-    """Where the vectors of this sample begin in `slots`; `aligned` if all begin at a multiple of 16 bytes."""
+    """Find the start of this sample's vectors in `slots`; `aligned` if all start at a multiple of 16 bytes."""
     chunk = tl.load(chunks + slots // per_chunk, mask=wanted, other=0).to(tl.pointer_type(kind))
     rows = chunk + ((slots % per_chunk).to(tl.int64) * batch + b) * n
     return tl.multiple_of(rows, 16) if aligned else rows
@@ -43,13 +43,13 @@ def _rows(chunks, slots, wanted, per_chunk, batch, b, n, kind: tl.constexpr, ali
 
 @triton.jit
 def _each(flag, lanes):
-    """A flag of the sample as a mask of all `lanes`."""
+    """Load a flag of the sample as a mask of all `lanes`."""
     return (lanes * 0 + flag) != 0
 
 
 @triton.jit
 def _known(seen, b, slots, used, history_size, has_seen: tl.constexpr):
-    """Which of `slots` this sample has seen."""
+    """Load the mask of `slots` that this sample has seen."""
     known = slots < used
     if has_seen:
         known = known & (tl.load(seen + b * history_size + slots, mask=slots < history_size, other=0) != 0)
@@ -62,7 +62,7 @@ def dots(
     kind: tl.constexpr, aligned: tl.constexpr, wide: tl.constexpr, has_seen: tl.constexpr,
     slots_at_once: tl.constexpr, block: tl.constexpr, span: tl.constexpr,
 ):  # fmt: skip
-    """`partial` (spans, batch, memory): h_kᵀv over a span, 0 for what is not seen."""
+    """Write `partial` (spans, batch, history_size): h_kᵀv over a span, 0 for slots not seen."""
     b, part, tile = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     slots = tile * slots_at_once + tl.arange(0, slots_at_once)
     known = _known(seen, b, slots, used, history_size, has_seen)
@@ -84,7 +84,7 @@ def combined(
     has_base: tl.constexpr, has_seen: tl.constexpr, has_active: tl.constexpr,
     slots_at_once: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """Base + Σ c_k h_k of each sample; `stay` for those that do not take part."""
+    """Write base + Σ c_k h_k of each sample; `stay` for samples that are not active."""
     b = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
     inside = column < n
@@ -119,9 +119,9 @@ def broyden_products(
     kind: tl.constexpr, aligned: tl.constexpr, wide: tl.constexpr, has_seen: tl.constexpr,
     slots_at_once: tl.constexpr, block: tl.constexpr, span: tl.constexpr,
 ):  # fmt: skip
-    """Writes g = (f(z) − z) / unit into its slot; `partial` as in `dots` for the slots before it.
+    """Write g = (f(z) − z) / unit into its slot; `partial` as in `dots` for the slots before it.
 
-    `squares` (spans, batch, 3): ‖g‖², gᵀg with g as it is kept, and ‖f(z)/unit‖², in float64.
+    `squares` (spans, batch, 3): ‖g‖², gᵀg with g as stored, and ‖f(z)/unit‖², in float64.
     """
     b, part, tile = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     takes_part = tl.load(active + b).to(tl.int32)
@@ -163,7 +163,7 @@ def _entry(x, lanes, k: tl.constexpr):
 
 @triton.jit
 def _added(partial, spans, batch, b, width, j, inside, lanes: tl.constexpr, at_once: tl.constexpr):
-    """The sum over spans of what stands at [span, b, j]."""
+    """Sum the entries [span, b, j] over the spans."""
     total = tl.zeros([lanes], tl.float64)
     for first in range(0, spans, at_once):
         part = first + tl.arange(0, at_once)
@@ -180,7 +180,7 @@ def broyden_algebra(
     next_seen, next_newest, next_step, next_norm, size, batch, history_size, used, slot, fresh, eps: tl.constexpr,
     has_seen: tl.constexpr, lanes: tl.constexpr, at_once: tl.constexpr,
 ):  # fmt: skip
-    """What stands in `deqcore.solvers.broyden` after the products, with its names."""
+    """Do the small algebra of `deqcore.solvers.broyden` after the products, with the same names."""
     b = tl.program_id(0).to(tl.int64)
     i, j, four = tl.arange(0, lanes), tl.arange(0, lanes), tl.arange(0, 4)
     real, new = j < history_size, j == slot
@@ -246,9 +246,9 @@ def anderson_products(
     kind: tl.constexpr, aligned: tl.constexpr, wide: tl.constexpr, has_seen: tl.constexpr,
     slots_at_once: tl.constexpr, block: tl.constexpr, span: tl.constexpr,
 ):  # fmt: skip
-    """Writes Δf / unit and Δg into their slots and g = (f(z) − z) / unit; `partial` as in `dots` for the Δg before.
+    """Write Δf / unit and Δg into their slots and g = (f(z) − z) / unit; `partial` as in `dots` for earlier Δg.
 
-    `squares` (spans, batch, 4): ‖g‖², ‖Δg‖², gᵀΔg with Δg as it is kept, and ‖f(z)/unit‖², in float64.
+    `squares` (spans, batch, 4): ‖g‖², ‖Δg‖², gᵀΔg with Δg as stored, and ‖f(z)/unit‖², in float64.
     """
     b, part, tile = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     takes_part = tl.load(active + b).to(tl.int32)
@@ -303,7 +303,7 @@ def anderson_algebra(
     batch, history_size, used, slot, fresh, max_residual_growth, ridge: tl.constexpr,
     has_seen: tl.constexpr, lanes: tl.constexpr, at_once: tl.constexpr,
 ):  # fmt: skip
-    """What stands in `deqcore.solvers.anderson` after the products, with its names."""
+    """Do the small algebra of `deqcore.solvers.anderson` after the products, with the same names."""
     b = tl.program_id(0).to(tl.int64)
     i, j = tl.arange(0, lanes), tl.arange(0, lanes)
     four = tl.arange(0, 4)
@@ -327,7 +327,7 @@ def anderson_algebra(
         own_unit = tl.load(units + b).to(tl.float64)
         now = (own_unit * tl.sqrt(_entry(found, four, 0))).to(old_norm.dtype)
         sane = now <= max_residual_growth * old_norm
-        learns = old_norm != 0.0  # a step from a residual of 0 has shown no difference
+        learns = old_norm != 0.0  # a step from a residual of 0 gives no difference
         known = known & _each(sane, j)
         old_system = tl.where(sane, old_system, unit)
         old_scale = tl.where(sane, old_scale, 0.0)
@@ -376,9 +376,9 @@ def anderson_algebra(
 def squares(
     z, fz, out, n, batch, wide: tl.constexpr, ranges: tl.constexpr, block: tl.constexpr, span: tl.constexpr
 ):  # fmt: skip
-    """`out` (2, spans, batch): ‖f(z) − z‖² and ‖f(z)‖² over a span, in float64.
+    """Write `out` (2, spans, batch): ‖f(z) − z‖² and ‖f(z)‖² over a span, in float64.
 
-    With `ranges` `out` is (6, spans, batch): these two, then those of the numbers times 2^512, and times 2^-512.
+    With `ranges`, `out` is (6, spans, batch): these two, then those of the numbers times 2^512, and times 2^-512.
     """
     b, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     gg, ff = tl.zeros([block], tl.float64), tl.zeros([block], tl.float64)
@@ -408,7 +408,7 @@ def squares(
 
 @triton.jit
 def _chosen(new, old, out, at, takes, inside):
-    """New where `takes`, old elsewhere; only one of the two is read."""
+    """Load new where `takes`, old elsewhere; only one of the two is read."""
     kept = tl.load(old + at, mask=inside & ~takes, other=0)
     tl.store(out + at, tl.where(takes, new, kept), mask=inside)
 
@@ -423,10 +423,10 @@ def keep(
     progress: tl.constexpr, refused: tl.constexpr, running: tl.constexpr, converged: tl.constexpr,
     stalled: tl.constexpr, diverged: tl.constexpr, absolute: tl.constexpr, frozen: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """The loop's judgement of a sample, and the iterates that stay: the new one if it takes part, and the best one.
+    """Update the status of a sample and its iterates: the new one if the sample is active, and the best one.
 
-    Names and formulas are those of `deqcore.solve.termination`. `goal` is atol + rtol·‖f(z)‖, with `absolute` atol itself.
-    With `frozen` z is already that of samples that take no part.
+    Names and formulas are those of `deqcore.solve.termination`. `goal` is atol + rtol·‖f(z)‖, or atol with `absolute`.
+    With `frozen`, z already holds the iterates of samples that are not active.
     """
     b, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     before, now, least = tl.load(status + b), tl.load(residual + b), tl.load(best + b)
@@ -481,7 +481,7 @@ def projections(
     kind: tl.constexpr, aligned: tl.constexpr, wide: tl.constexpr, has_seen: tl.constexpr,
     slots_at_once: tl.constexpr, block: tl.constexpr, span: tl.constexpr,
 ):  # fmt: skip
-    """`partial` as in `dots`, and `norms` (spans, batch): ‖w‖² over a span, in float64."""
+    """Write `partial` as in `dots`, and `norms` (spans, batch): ‖w‖² over a span, in float64."""
     b, part, tile = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     slots = tile * slots_at_once + tl.arange(0, slots_at_once)
     known = _known(seen, b, slots, used, history_size, has_seen)
@@ -507,7 +507,7 @@ def rejected(
     kind: tl.constexpr, aligned: tl.constexpr, wide: tl.constexpr, has_seen: tl.constexpr,
     slots_at_once: tl.constexpr, block: tl.constexpr, at_once: tl.constexpr,
 ):  # fmt: skip
-    """`out` = w − Σ h_k q_k with the h whose parts are in `partial`; `norms` (blocks, batch): its squares."""
+    """Write `out` = w − Σ h_k q_k with the h whose parts are in `partial`; `norms` (blocks, batch): its squares."""
     b, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = part * block + tl.arange(0, block)
     inside = column < n
@@ -532,9 +532,10 @@ def arnoldi_algebra(
     twice: tl.constexpr, has_basis_seen: tl.constexpr, has_columns_seen: tl.constexpr,
     lanes: tl.constexpr, at_once: tl.constexpr,
 ):  # fmt: skip
-    """What stands in `deqcore.linear.gmres` after the projection, with its names; `history_size` is that of the basis.
+    """Do the small algebra of `deqcore.linear.gmres` after the projection, with the same names.
 
-    `height` is what the new vector is divided by, negative where it does not enter the basis, 0 where nothing changes.
+    `history_size` is that of the basis. `height` is the divisor of the new vector, negative if it does not enter the
+    basis, 0 if nothing changes.
     """
     b = tl.program_id(0).to(tl.int64)
     j, one = tl.arange(0, lanes), tl.arange(0, 1)
@@ -590,7 +591,7 @@ def arnoldi_vector(
     w, v, height, chunks, out, n, batch, slot, per_chunk, fresh,
     kind: tl.constexpr, aligned: tl.constexpr, wide: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """W over its length into the basis and `out`, as `height` says; elsewhere `out` stays `v`."""
+    """Write w / `height` into the basis and `out`, see `arnoldi_algebra`; elsewhere `out` stays `v`."""
     b = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
     inside = column < n

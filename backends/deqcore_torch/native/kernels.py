@@ -1,10 +1,10 @@
-"""Solver steps compiled for the CPU: one sample at a time, so that its history is read once and bits know no batch.
+"""Solver steps compiled for the CPU, one sample at a time: its history is read once, and its bits ignore the batch.
 
-Histories come as the addresses of their chunks `(slots, batch, n)`; which slots a sample has seen is `seen`
-`(batch, slots)`. Each kernel works on samples `start … stop` and holds no lock. Vectors are taken in blocks that stay
-in the cache, four at a time; a block is summed in the vectors' own dtype, in vector registers, the blocks in float64,
-in which all small algebra is done. Loops over numbers go over slices from 0: with another start the compiler has to
-think of negative indices, and does not use vector registers.
+Histories come as the addresses of their chunks `(slots, batch, n)`; the mask `seen` `(batch, slots)` marks the slots
+that a sample has seen. Each kernel works on samples `start … stop` and holds no lock. Vectors are read in blocks that
+stay in the cache, four at a time. A block is summed in the vectors' own dtype, in vector registers; the sums over
+blocks and all small algebra are in float64. Loops over numbers go over slices from 0: with another start the compiler
+has to handle negative indices, and does not use vector registers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ compiled: Final = njit(nogil=True, cache=True, error_model="numpy", fastmath={"r
 
 @intrinsic
 def _at(_context: Any, address: Any, like: Any) -> Any:
-    """A pointer to numbers of the dtype of `like`; the compiler adds the context."""
+    """Return a pointer to numbers of the dtype of `like`; the compiler adds the context."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
@@ -52,16 +52,16 @@ def _square_of_difference(x, y):
 
 @compiled
 def _largest(x):
-    """The largest |x_i|; 1 where it is 0 or not finite, so that a row can be divided by it."""
-    found = 0.0
+    """Return the largest |x_i|, or 1 if it is 0 or not finite, so that a row can be divided by it."""
+    largest = 0.0
     for i in range(x.shape[0]):
-        found = max(found, abs(np.float64(x[i])))
-    return found if 0.0 < found < np.inf else 1.0
+        largest = max(largest, abs(np.float64(x[i])))
+    return largest if 0.0 < largest < np.inf else 1.0
 
 
 @compiled
 def _norm(x):
-    """‖x‖; in float64 and scaled where a sum in the vectors' own dtype would overflow or vanish."""
+    """Return ‖x‖, in float64 and scaled if a sum in the vectors' own dtype would overflow or vanish."""
     total = 0.0
     for low in range(0, x.shape[0], BLOCK):
         total += _square(x[low : low + BLOCK])
@@ -76,16 +76,16 @@ def _norm(x):
 
 @compiled
 def _largest_difference(x, y):
-    """`_largest` of x − y."""
-    found = 0.0
+    """Return `_largest` of x − y."""
+    largest = 0.0
     for i in range(x.shape[0]):
-        found = max(found, abs(np.float64(x[i]) - np.float64(y[i])))
-    return found if 0.0 < found < np.inf else 1.0
+        largest = max(largest, abs(np.float64(x[i]) - np.float64(y[i])))
+    return largest if 0.0 < largest < np.inf else 1.0
 
 
 @compiled
 def _distance(x, y):
-    """‖x − y‖, likewise."""
+    """Return ‖x − y‖, scaled as in `_norm`."""
     total = 0.0
     for low in range(0, x.shape[0], BLOCK):
         total += _square_of_difference(x[low : low + BLOCK], y[low : low + BLOCK])
@@ -100,7 +100,7 @@ def _distance(x, y):
 
 @compiled
 def norms(z, fz, residual, size, start, stop):
-    """‖f(z) − z‖ and ‖f(z)‖ of each sample."""
+    """Write ‖f(z) − z‖ and ‖f(z)‖ of each sample."""
     for b in range(start, stop):
         residual[b] = _distance(fz[b], z[b])
         size[b] = _norm(fz[b])
@@ -108,7 +108,7 @@ def norms(z, fz, residual, size, start, stop):
 
 @compiled
 def _part(chunks, per_chunk, slot, row, like, low):
-    """A block of the vector in `slot` of this sample, from `low` on."""
+    """Return a block of the vector in `slot` of this sample, from `low` on."""
     batch, n = like.shape
     offset = ((slot % per_chunk) * batch + row) * n + low
     return carray(_at(chunks[slot // per_chunk] + offset * like.itemsize, like), (min(BLOCK, n - low),))
@@ -159,19 +159,19 @@ def _adds(c0, x0, c1, x1, c2, x2, c3, x3, y):
 
 
 @compiled
-def _slots(seen, used, found):
-    """The slots that a sample has seen, in `found`; returns how many."""
+def _slots(seen, used, slots):
+    """Write the slots that a sample has seen into `slots` and return their count."""
     count = 0
     for k in range(used):
         if seen[k]:
-            found[count] = k
+            slots[count] = k
             count += 1
     return count
 
 
 @compiled
 def _products(chunks, per_chunk, slots, count, v, row, like, out):
-    """`out[k]` = h_kᵀv for `count` slots, 0 for others."""
+    """Write `out[k]` = h_kᵀv for `count` slots, 0 for others."""
     out[:] = 0.0
     for low in range(0, v.shape[0], BLOCK):
         part = v[low : low + BLOCK]
@@ -197,7 +197,7 @@ def _products(chunks, per_chunk, slots, count, v, row, like, out):
 
 @compiled
 def _combined(chunks, per_chunk, slots, count, coefficients, base, row, like, out):
-    """`out` = base + Σ c_k h_k over `count` slots."""
+    """Write `out` = base + Σ c_k h_k over `count` slots."""
     number = like.dtype.type
     for low in range(0, out.shape[0], BLOCK):
         part = out[low : low + BLOCK]
@@ -224,7 +224,7 @@ def _combined(chunks, per_chunk, slots, count, coefficients, base, row, like, ou
 
 @compiled
 def combined(base, chunks, per_chunk, used, seen, coefficients, out, start, stop):
-    """Base + Σ c_k h_k of each sample, with the bits of the iterates that steps look ahead to."""
+    """Write base + Σ c_k h_k of each sample, with the same bits as the iterates computed ahead by steps."""
     slots = np.empty(seen.shape[1], np.int64)
     for b in range(start, stop):
         count = _slots(seen[b], used, slots)
@@ -233,7 +233,7 @@ def combined(base, chunks, per_chunk, used, seen, coefficients, out, start, stop
 
 @compiled
 def _stored(chunks, per_chunk, slot, row, like, x, y, factor):
-    """Writes (x − y) `factor` into the slot of this sample."""
+    """Write (x − y) `factor` into the slot of this sample."""
     for low in range(0, x.shape[0], BLOCK):
         part = _part(chunks, per_chunk, slot, row, like, low)
         _subtract_scaled(x[low : low + BLOCK], y[low : low + BLOCK], factor, part)
@@ -241,14 +241,14 @@ def _stored(chunks, per_chunk, slot, row, like, x, y, factor):
 
 @compiled
 def _written(chunks, per_chunk, slot, row, like, x):
-    """Writes x into the slot of this sample."""
+    """Write x into the slot of this sample."""
     for low in range(0, x.shape[0], BLOCK):
         _copy(x[low : low + BLOCK], _part(chunks, per_chunk, slot, row, like, low))
 
 
 @compiled
 def _cleared(chunks, per_chunk, slot, row, like):
-    """Zeroes the slot of a sample that does not take part: what nobody wrote holds no garbage."""
+    """Zero the slot of a sample that is not active, which must not hold uninitialised memory."""
     for low in range(0, like.shape[1], BLOCK):
         _part(chunks, per_chunk, slot, row, like, low)[:] = 0
 
@@ -258,11 +258,11 @@ def broyden(
     z, fz, ahead, basis, per_chunk, slot, used, fresh, active, seen, gram, left, right, pairs, before, step, norm,
     unit, next_step, next_norm, start, stop,
 ):  # fmt: skip
-    """What follows f in a step of `Broyden`, with the next iterate z + Q c `ahead`.
+    """Do the part of a step of `Broyden` after f, with the next iterate z + Q c in `ahead`.
 
     Names and formulas are those of `deqcore.solvers.broyden`; gram, left, right `(m, batch, m)` and pairs
-    `(m, batch, 2 m)` are the only chunks of their histories. Small algebra takes several samples at a time, as their
-    rows in a slot are neighbours in memory: one after the other, each row would be on a page of its own.
+    `(m, batch, 2 m)` are the only chunks of their histories. Small algebra takes several samples at a time, because
+    their rows in a slot are neighbours in memory; one sample at a time, each row would be on another page.
     """
     m = step.shape[1]
     group = min(max(KEPT // (z.shape[1] * used), 1), TOGETHER)
@@ -330,7 +330,7 @@ def broyden(
 
 @compiled
 def _solved(a, b, m):
-    """Solves a x = b in place, by elimination with row exchanges; x is in b, not finite where a is singular."""
+    """Solve a x = b in place, by elimination with row exchanges; x is in b, not finite where a is singular."""
     for k in range(m):
         best = k
         for i in range(k + 1, m):
@@ -356,7 +356,7 @@ def anderson(
     z, fz, before_f, before_g, ahead, values, residuals, per_chunk, slot, used, fresh, active, seen,
     system, scale, target, step, unit, ridge, next_g, next_system, next_scale, next_target, next_step, start, stop,
 ):  # fmt: skip
-    """What follows f in a step of `Anderson` with mixing 1, with the next iterate f(z) − ΔF γ `ahead`.
+    """Do the part of a step of `Anderson` with mixing 1 after f, with the next iterate f(z) − ΔF γ in `ahead`.
 
     Names and formulas are those of `deqcore.solvers.anderson`.
     """
@@ -404,27 +404,27 @@ def anderson(
 
 
 @compiled
-def _projected(chunks, per_chunk, slots, count, row, like, twice, rest, h, found):
-    """Takes from `rest` its components `h` in the orthonormal vectors of `count` slots; the norms before and after."""
+def _projected(chunks, per_chunk, slots, count, row, like, twice, rest, h, products):
+    """Subtract from `rest` its components `h` in the orthonormal vectors of `count` slots; return both norms."""
     before = _norm(rest)
     h[:] = 0.0
     for _ in range(2 if twice else 1):
-        _products(chunks, per_chunk, slots, count, rest, row, like, found)
-        h += found
-        found[:] = -found
-        _combined(chunks, per_chunk, slots, count, found, rest, row, like, rest)
+        _products(chunks, per_chunk, slots, count, rest, row, like, products)
+        h += products
+        products[:] = -products
+        _combined(chunks, per_chunk, slots, count, products, rest, row, like, rest)
     return before, _norm(rest)
 
 
 @compiled
 def project(w, basis, per_chunk, used, seen, twice, out, h, before, after, start, stop):
-    """W without its components `h` in the orthonormal basis, and the norms before and after."""
-    found = np.empty(h.shape[1])
+    """Write w without its components `h` in the orthonormal basis, and the norms before and after."""
+    products = np.empty(h.shape[1])
     slots = np.empty(h.shape[1], np.int64)
     for b in range(start, stop):
         _copy(w[b], out[b])
         count = _slots(seen[b], used, slots)
-        before[b], after[b] = _projected(basis, per_chunk, slots, count, b, w, twice, out[b], h[b], found)
+        before[b], after[b] = _projected(basis, per_chunk, slots, count, b, w, twice, out[b], h[b], products)
 
 
 @compiled
@@ -433,12 +433,12 @@ def arnoldi(
     steps, twice, eps, v, next_source, next_null, next_square, next_residual, next_alive, next_steps, going, taken,
     start, stop,
 ):  # fmt: skip
-    """A step of GMRES once the product `w` is there.
+    """Do the part of a step of GMRES after the product `w`.
 
     Names and formulas are those of `deqcore.linear.gmres`; `columns` `(m, batch, 2 (m + 1))` is the only chunk.
     """
     m = null_vector.shape[1]
-    h, found = np.empty(m), np.empty(m)
+    h, products = np.empty(m), np.empty(m)
     slots = np.empty(m, np.int64)
     for b in range(start, stop):
         next_source[b] = source_slot[b]
@@ -452,7 +452,7 @@ def arnoldi(
             rest = v[b]
             _copy(w[b], rest)
             count = _slots(seen[b], used, slots)
-            before, height = _projected(basis, per_chunk, slots, count, b, w, twice, rest, h, found)
+            before, height = _projected(basis, per_chunk, slots, count, b, w, twice, rest, h, products)
             floor = 4.0 * eps * before
             broke = height <= floor
             if broke:

@@ -1,7 +1,7 @@
-"""Launches Triton kernels, and remembers what they were compiled to.
+"""Launch Triton kernels, and cache their compiled code.
 
-Triton's own way to the machine code looks at every argument anew in each launch, which takes several times as long as
-the launch: 90 µs were measured for 25 arguments, beside a step of 0.6 ms in all.
+Triton's own launcher inspects every argument in each launch, which takes several times as long as the launch: we
+measured 90 µs for 25 arguments, in a step of 0.6 ms.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor
 
 
 class Kernel:
-    """A Triton function whose constants stand behind its other parameters.
+    """A Triton function whose constants follow its other parameters.
 
-    Of numbers only `n` is specialised: on being 1, or a multiple of 16.
+    Of the numbers only `n` is specialised: if it is 1, or a multiple of 16.
     """
 
     def __init__(self, function: Any) -> None:
@@ -31,7 +31,7 @@ class Kernel:
         Args:
             grid: programs, up to three numbers.
             arguments: tensors and numbers, the first one a tensor.
-            warps: of each program.
+            warps: number of warps of each program.
             constants: by name.
         """
         given = [constants[name] for name in self.names[len(arguments) :]]
@@ -40,7 +40,7 @@ class Kernel:
         if code is not None:
             try:
                 code[(*grid, 1, 1)[:3]](*arguments, *given)
-            except TypeError:  # this version of Triton launches compiled code in another way
+            except TypeError:  # this version of Triton launches compiled code differently
                 self.direct = False
             else:
                 return
@@ -49,7 +49,7 @@ class Kernel:
             self.compiled[key] = code
 
     def _key(self, arguments: tuple[Any, ...], constants: list[Any], warps: int) -> tuple[Any, ...] | None:
-        """What code depends on; None where a tensor is not aligned as allocated ones are, and Triton has to look."""
+        """Return the cache key of compiled code; None if a tensor is not aligned like allocated ones."""
         addresses, kinds = 0, []
         for x in arguments:
             if type(x) is Tensor:

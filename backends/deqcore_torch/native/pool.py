@@ -1,4 +1,4 @@
-"""Runs a kernel: compiled by one process at a time, its samples split over as many threads as torch may use."""
+"""Run a kernel: one process at a time compiles it, and its samples are split over torch's number of threads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from filelock import FileLock
 
-WORTH: Final = 2**17  # numbers read from which a second thread is worth waking
+WORTH: Final = 2**17  # numbers to read above which a second thread pays off
 
 _compiled: set[tuple[Any, Any]] = set()
 _compiling = threading.Lock()
@@ -22,7 +22,7 @@ _compiling = threading.Lock()
 
 @cache
 def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Threads do not survive a fork, so each process has its own."""
+    """Return the threads of this process, because threads do not survive a fork."""
     return ThreadPoolExecutor(threads, thread_name_prefix="deqcore")
 
 
@@ -46,10 +46,10 @@ def run(kernel: Callable[..., Any], batch: int, numbers: int, *arguments: Any) -
 
 
 def _compile(kernel: Any, *arguments: Any) -> None:
-    """The first call, on no sample, while no other process writes to the cache.
+    """Make the first call, on no sample, while no other process writes to the cache.
 
-    Numba's cache is not safe for that: two processes that compile for different dtypes at once may give their files one
-    name, and the code for one dtype is then found under the other.
+    Numba's cache is not safe against concurrent writes: two processes that compile for different dtypes at once may
+    give their files one name, so that the code for one dtype is loaded for the other.
     """
     folder = Path(kernel.stats.cache_path)
     folder.mkdir(parents=True, exist_ok=True)

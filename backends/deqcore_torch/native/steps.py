@@ -1,4 +1,4 @@
-"""The steps that have a native version: what a solver's own `step` does, on the same state, in fewer passes."""
+"""The native versions of steps: the same result as a solver's own `step`, on the same state, in fewer passes."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ VECTORS: Final = (torch.float32, torch.float64)
 
 
 def probe() -> None:
-    """Compile and run the smallest kernel; raises what stands in the way."""
+    """Compile and run the smallest kernel; raise if that fails."""
     one = torch.ones(1, 1)
     measure(one, one)
 
 
 def step(backend: Backend, solver: Solver, f: Map, z: Tensor, fz: Tensor, state: Any) -> StepResult | None:
-    """One step of `solver`, or None where there is no native version for it or for these tensors.
+    """Take one step of `solver`; return None if it, or these tensors, have no native version.
 
     Args:
-        backend: torch's.
-        solver: an exact `Broyden` or `Anderson`; a subclass may do something else in its step.
+        backend: the torch backend.
+        solver: exactly a `Broyden` or `Anderson`; a subclass may have another step.
         f: the map on `(batch, n)`.
         z: current iterate `(batch, n)`, `plain`.
         fz: f(z).
@@ -46,27 +46,27 @@ def step(backend: Backend, solver: Solver, f: Map, z: Tensor, fz: Tensor, state:
 
 
 def plain(z: Tensor) -> bool:
-    """Whether kernels can read this: some rows of float32 or float64, on the host, in one piece."""
+    """Return whether kernels can read this: some rows of float32 or float64, on the host, in one piece."""
     return type(z) is Tensor and z.device.type == "cpu" and z.dtype in VECTORS and z.numel() > 0 and z.is_contiguous()
 
 
 def _holds(history: Any, like: Tensor) -> bool:
-    """Whether the history stores vectors as they are."""
+    """Return whether the history stores vectors unchanged."""
     return type(history) is TorchHistory and history.store.dtype is like.dtype
 
 
 def _room(like: Tensor) -> Tensor:
-    """Memory in one piece for a result, whatever the strides of `like`."""
+    """Allocate contiguous memory for a result, for any strides of `like`."""
     return like.new_empty(like.shape)
 
 
 def view(x: Tensor) -> Any:
-    """The same memory as a NumPy array; a copy of what is not in one piece, which can only be read."""
+    """Return the same memory as a NumPy array; a copy, for reading only, if it is not contiguous."""
     return (x.detach() if x.requires_grad else x).contiguous().numpy()
 
 
 def _masks(before: TorchHistory, after: TorchHistory) -> tuple[Any, Any]:
-    """Which rows take part, and which slots each has seen once the new one is written."""
+    """Return which rows are active, and which slots each has seen once the new one is written."""
     batch = after.store.batch
     active = np.ones(batch, np.bool_) if before.active is None else view(before.active)
     seen = np.ones((batch, after.history_size), np.bool_) if after.seen is None else view(after.seen)
@@ -74,12 +74,12 @@ def _masks(before: TorchHistory, after: TorchHistory) -> tuple[Any, Any]:
 
 
 def _unit(unit: Tensor | None, batch: int) -> Any:
-    """The units of a solver's vectors, as numbers for kernels."""
+    """Return the units of a solver's vectors, as numbers for kernels."""
     return np.ones(batch) if unit is None else view(unit.to(torch.float64))
 
 
 def _next(history: TorchHistory, base: Tensor, coefficients: Tensor) -> Tensor:
-    """The iterate that this step evaluates f at: found by the step before it, unless the solve begins or goes on."""
+    """Return the point of this step's evaluation, from the step before it unless the solve starts or resumes."""
     planned = history.take_planned()
     if planned is not None:
         return planned
@@ -116,7 +116,7 @@ def _broyden(backend: Backend, f: Map, z: Tensor, state: BroydenState) -> StepRe
         *(view(z), view(value), view(ahead), basis.addresses(), basis.store.chunk),
         *(slot, after.used(), basis.written < basis.history_size, active, seen),
         *(view(h.store.chunks[0]) for h in small),
-        *(view(each) for each in (state.newest, state.step, state.norm)),
+        *(view(array) for array in (state.newest, state.step, state.norm)),
         *(_unit(state.unit, z.shape[0]), view(following), view(norm)),
     )
     after.plan(ahead)
@@ -139,39 +139,39 @@ def _anderson(backend: Backend, solver: Anderson, f: Map, fz: Tensor, state: And
     slot = values.reserve(z)
     residuals.reserve(z)
     after = values.appended()
-    following = [_room(each) for each in (z, state.system, state.scale, state.target, state.step)]
+    following = [_room(array) for array in (z, state.system, state.scale, state.target, state.step)]
     ahead = _room(z)
     active, seen = _masks(values, after)
     run(
         kernels.anderson,
         z.shape[0],
         z.numel() * (2 * after.used() + 6),
-        *(view(each) for each in (z, value, fz, state.residual, ahead)),
+        *(view(array) for array in (z, value, fz, state.residual, ahead)),
         *(values.addresses(), residuals.addresses(), values.store.chunk),
         *(slot, after.used(), values.written < values.history_size, active, seen),
-        *(view(each) for each in (state.system, state.scale, state.target, state.step)),
+        *(view(array) for array in (state.system, state.scale, state.target, state.step)),
         _unit(state.unit, z.shape[0]),
         solver.relative_ridge(np.finfo(np.float64).eps),
-        *(view(each) for each in following),
+        *(view(array) for array in following),
     )
     after.plan(ahead)
     g, system, scale, target, step = following
     residuals = residuals.appended(after.seen)
-    found = AndersonState(after, residuals, system, scale, target, step, g, norm, state.unit)
+    following_state = AndersonState(after, residuals, system, scale, target, step, g, norm, state.unit)
     learned = state.norm != 0.0
     if not bool(learned.all()):
-        found = solver.unlearned(backend, state.norm, found)
+        following_state = solver.unlearned(backend, state.norm, following_state)
         after.plan(backend.select(learned, ahead, value))
-    return StepResult(z, value, found, size)
+    return StepResult(z, value, following_state, size)
 
 
-def keep(carry: Any, found: StepResult, residual: Tensor, size: Tensor | None, limits: Any) -> None:
-    """`Backend.fused_update`: the loop itself judges on the host, without waiting."""
+def keep(carry: Any, result: StepResult, residual: Tensor, size: Tensor | None, limits: Any) -> None:
+    """Return None for `Backend.fused_update`: the loop itself updates on the host, without waiting."""
     return
 
 
 def arnoldi(space: Krylov, w: Tensor, goal: Tensor, twice: bool) -> Krylov | None:
-    """`Backend.fused_arnoldi`, or None where there is none for these histories."""
+    """Return the result of `Backend.fused_arnoldi`, or None if these histories have no native version."""
     basis, columns = space.basis, space.columns
     if not (_holds(basis, w) and _holds(columns, space.null_vector)) or columns.store.chunk != columns.history_size:
         return None
@@ -181,7 +181,7 @@ def arnoldi(space: Krylov, w: Tensor, goal: Tensor, twice: bool) -> Krylov | Non
     slot, column = basis.reserve(w), columns.reserve(space.null_vector.new_empty(batch, columns.store.width))
     _, seen = _masks(basis, basis)
     before = space.source_slot, space.null_vector, space.null_norm_sq, space.residual, space.can_grow, space.steps
-    after = source_slot, null_vector, null_norm_sq, residual, can_grow, steps = tuple(_room(each) for each in before)
+    after = source_slot, null_vector, null_norm_sq, residual, can_grow, steps = tuple(_room(array) for array in before)
     v = _room(w)
     going, taken = torch.empty(2, batch, dtype=torch.bool)
     run(
@@ -190,9 +190,9 @@ def arnoldi(space: Krylov, w: Tensor, goal: Tensor, twice: bool) -> Krylov | Non
         w.numel() * (basis.used() + 2),
         *(view(w), view(space.v), basis.addresses(), basis.store.chunk, slot, basis.used(), seen),
         *(view(columns.store.chunks[0]), column),
-        *(view(each) for each in (*before[:4], goal, *before[4:])),
+        *(view(array) for array in (*before[:4], goal, *before[4:])),
         *(twice, float(torch.finfo(w.dtype).eps)),
-        *(view(each) for each in (v, *after, going, taken)),
+        *(view(array) for array in (v, *after, going, taken)),
     )
     return Krylov(
         basis=basis.masked(None if bool(going.all()) else going).appended(),
@@ -210,19 +210,19 @@ def arnoldi(space: Krylov, w: Tensor, goal: Tensor, twice: bool) -> Krylov | Non
 
 
 def measure(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
-    """‖f(z) − z‖ and ‖f(z)‖ of each row."""
+    """Return ‖f(z) − z‖ and ‖f(z)‖ of each row."""
     residual, size = z.new_empty(z.shape[0]), z.new_empty(z.shape[0])
     run(kernels.norms, z.shape[0], 2 * z.numel(), view(z), view(fz), view(residual), view(size))
     return residual, size
 
 
 def norm(v: Tensor) -> Tensor:
-    """‖v‖ of each row."""
+    """Return ‖v‖ of each row."""
     return measure(v, v)[1]
 
 
 def project(basis: Any, w: Tensor, twice: bool) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """`Backend.orthogonalize`, or None where there is none for this history."""
+    """Return the result of `Backend.orthogonalize`, or None if this history has no native version."""
     if not _holds(basis, w):
         return None
     out, h = _room(w), torch.empty(w.shape[0], basis.history_size, dtype=torch.float64)
@@ -233,6 +233,6 @@ def project(basis: Any, w: Tensor, twice: bool) -> tuple[Tensor, Tensor, Tensor,
         w.shape[0],
         w.numel() * (basis.used() + 2),
         *(view(w), basis.addresses(), basis.store.chunk, basis.used(), seen, twice),
-        *(view(each) for each in (out, h, before, after)),
+        *(view(array) for array in (out, h, before, after)),
     )
     return out, h, before, after
