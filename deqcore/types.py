@@ -226,6 +226,7 @@ class Reached(NamedTuple):
         evaluations: evaluations of f `(batch,)` int32.
         scale: scale of the start, max(‖z0‖, ‖f(z0)‖), `(batch,)`.
         residual: ‖f(z0) − z0‖ at the start `(batch,)`.
+        unsettled: samples whose derivative is known not to be at its limit `(batch,)` of bool, or None.
 
     Example:
         >>> import numpy as np
@@ -239,6 +240,7 @@ class Reached(NamedTuple):
     evaluations: Array
     scale: Array
     residual: Array
+    unsettled: Array | None = None
 
 
 def _told(status: list[int], vjps: list[int], residual: list[float], error: list[float], fallback: list[bool]) -> str:
