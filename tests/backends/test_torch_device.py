@@ -111,7 +111,7 @@ def fused(monkeypatch, request):
     if DEVICE == "cpu":
         monkeypatch.setattr(device, "plain", lambda x: x.dtype in device.KINDS and x.numel() > 0 and x.is_contiguous())
         monkeypatch.setattr(native, "loaded", lambda kind: device)
-        monkeypatch.setattr(TorchBackend, "host", lambda self, x: None)  # as on a device that would have to be asked
+        monkeypatch.setattr(TorchBackend, "numpy_view", lambda self, x: None)  # as on a device that would have to be asked
         monkeypatch.setattr(TorchBackend, "_native", lambda self, x: native.reading(x))
     return device
 
@@ -157,6 +157,31 @@ def test_steps_are_those_of_the_solver(without, solver, dtype, batch, n, rtol):
     assert torch.equal(found.status, expected.status)
     for ours, own in [(found.z, expected.z), (found.fz, expected.fz), (found.carry.z, expected.carry.z)]:
         assert float((ours - own).norm() / own.norm()) < TOLERANCE[dtype]
+
+
+@kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rtol", [0.0, 1e-3, 0.5])
+def test_growth_meets_no_tolerance(without, dtype, rtol):
+    """Samples that run away, and two that do converge: one after growth, one at 0. The kernel judges as `verdict` does."""
+    z = torch.tensor([0.0, 1.0, 1.0, 1e5, 0.5], dtype=dtype, device=DEVICE)[:, None].repeat(1, 3)
+    kinds = torch.arange(5, device=DEVICE)[:, None]
+
+    def f(z):
+        found = torch.where(kinds == 0, z + 1.0, 8.0 * z + 1.0)
+        jump = z + torch.where(z.abs() > 1e5, torch.ones_like(z), 1e6 * torch.ones_like(z))
+        found = torch.where(kinds == 2, jump, found)
+        return torch.where(kinds == 3, 0.5 * z + 1.0, torch.where(kinds == 4, 0.0 * z, found))
+
+    run = lambda: solve(f, z, Picard(), rtol, 6)
+    found, expected = run(), without(run)
+    for name in ("status", "steps"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    for name in ("mark", "peak", "since", "reference", "best_residual"):
+        ours, own = getattr(found.carry, name), getattr(expected.carry, name)
+        torch.testing.assert_close(ours, own, rtol=1e-6, atol=0.0, msg=name)
+    assert (found.status[:2] != 1).all()
+    assert int(found.status[4]) == 1
 
 
 @kernels
