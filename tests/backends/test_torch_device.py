@@ -147,8 +147,15 @@ def solve(f, z, solver, rtol=0.0, max_steps=8, resume=None):
 
 @kernels
 @pytest.mark.parametrize("solver", [*SOLVERS, Picard()], ids=repr)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("batch", "n", "rtol"), [(1, 3, 0.0), (9, 30, 0.0), (9, 30, 1e-2), (2, 4500, 0.0)])
+@pytest.mark.parametrize(
+    ("dtype", "batch", "n", "rtol"),  # each size in one dtype: an interpreted test takes a second and more
+    [
+        (torch.float64, 1, 3, 0.0),
+        (torch.float32, 9, 30, 0.0),
+        (torch.float64, 9, 30, 1e-2),
+        (torch.float32, 2, 4500, 0.0),
+    ],
+)
 def test_steps_are_those_of_the_solver(without, solver, dtype, batch, n, rtol):
     f, z = problem(dtype, batch, n)
     run = lambda: solve(f, z, solver, rtol, 6)
@@ -241,8 +248,7 @@ def systems(dtype, batch, n):
 
 
 @kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize(("dtype", "twice"), [(torch.float32, True), (torch.float64, False)])
 @pytest.mark.parametrize(("batch", "n", "steps"), [(3, 4, 8), (6, 30, 9), (3, 1100, 5)])
 def test_gmres_is_that_of_the_core(without, monkeypatch, fused, dtype, twice, batch, n, steps):
     product, right = systems(dtype, batch, n)
@@ -291,8 +297,7 @@ def test_norms(fused, dtype, n):
 
 
 @kernels
-@pytest.mark.parametrize("history_size", [3, 20])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("history_size", "masked"), [(3, True), (20, False)])
 @pytest.mark.parametrize("stored", ["bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("n", [5, 4100])
 def test_products_and_combinations(fused, without, history_size, masked, stored, n):
