@@ -8,7 +8,6 @@ import numpy as np
 
 from deqcore.abc.history import History
 
-
 UNIT = 4  # slots per product: how many are in use depends on the batch, and BLAS rounds by their number
 
 

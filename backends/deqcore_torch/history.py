@@ -1,7 +1,7 @@
 """A history that grows in place, chunk by chunk.
 
-Storage is a list of tensors `(slots, batch, n)`: after k appends it holds k vectors, rounded up to a chunk, however
-large `history_size` is. With the slot first a vector is written in one piece, and after f has filled the caches products
+Storage is a list of tensors `(slots, batch, n)`: after k appends it holds k vectors, rounded up to a chunk, whatever
+`history_size` is. With the slot first a vector is written in one piece, and after f has filled the caches products
 over `(256, 512)` take half the time that they take with the batch first. They are written as row vector times matrix:
 on CPUs `bmm(v, Hᵀ)` moves several times the bytes per second of `bmm(H, v)`. Dot products take the slots in units of
 fixed size, so that the bits of a sample depend neither on the batch nor on the steps that its batch mates have taken.
@@ -82,8 +82,8 @@ class _Store:
         "chunks",
         "compute",
         "dtype",
-        "like",
         "history_size",
+        "like",
         "narrow",
         "planned",
         "table",

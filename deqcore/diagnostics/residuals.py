@@ -123,9 +123,7 @@ class _Recorded(Solver):
         taken = backend.xp.zeros_like(ratio, dtype=backend.xp.int32)
         return _Recording(self.solver.init(backend, z, fz), curve, taken)
 
-    def step(
-        self, backend: Backend, f: Map, z: Array, fz: Array, state: _Recording
-    ) -> tuple[Array, Array, _Recording]:
+    def step(self, backend: Backend, f: Map, z: Array, fz: Array, state: _Recording) -> tuple[Array, Array, _Recording]:
         """The solver's own step, compiled where it would be, and its residual."""
         found = backend.fused_step(self.solver, f, z, fz, state.inner)
         z, fz, inner = found[:3] if found is not None else self.solver.step(backend, f, z, fz, state.inner)

@@ -142,7 +142,7 @@ def _scale(backend: Backend, squares: Array) -> Array:
 
 
 def matvec(backend: Backend, a: Array, x: Array) -> Array:
-    """A x for small matrices `(batch, k, k)` and vectors `(batch, k)`, as xᵀ Aᵀ, whose bits do not depend on the batch."""
+    """A x for small matrices `(batch, k, k)` and vectors `(batch, k)`; as xᵀAᵀ its bits do not depend on the batch."""
     return vecmat(backend, x, backend.xp.permute_dims(a, (0, 2, 1)))
 
 

@@ -174,7 +174,9 @@ class HistoryTests(Conformance):
             found = history.masked(None)
             base = kit.array(v[rows])
             products, coefficients = found.dot(base), kit.array(c[rows])
-            return tuple(map(kit.numpy, (products, found.combine(coefficients), found.add_combination(base, coefficients))))
+            return tuple(
+                map(kit.numpy, (products, found.combine(coefficients), found.add_combination(base, coefficients)))
+            )
 
         whole = run(np.arange(batch), history_size)
         for rows in (np.array([0]), np.array([6, 2]), np.array([8, 4, 2, 0, 6])):

@@ -181,7 +181,7 @@ REUSE = {
 
 
 def reuse_gradients(be, rate, x, g, solver, options):
-    """z* and the gradient by reuse of a chain whose samples need 4 to some 30 steps; f adds and multiplies by element."""
+    """The gradient by reuse of a chain whose samples need 4 to some 30 steps; f works by element."""
     _, (_, dx) = deqcore.vjp(
         lambda z, rate, x: rate * be.xp.sin(be.xp.roll(z, 1, axis=1)) + x,
         be.asarray(0 * x),

@@ -111,7 +111,7 @@ def fused(monkeypatch, request):
     if DEVICE == "cpu":
         monkeypatch.setattr(device, "plain", lambda x: x.dtype in device.KINDS and x.numel() > 0 and x.is_contiguous())
         monkeypatch.setattr(native, "loaded", lambda kind: device)
-        monkeypatch.setattr(TorchBackend, "numpy_view", lambda self, x: None)  # as on a device that would have to be asked
+        monkeypatch.setattr(TorchBackend, "numpy_view", lambda self, x: None)  # as a device that must be asked
         monkeypatch.setattr(TorchBackend, "_native", lambda self, x: native.reading(x))
     return device
 
@@ -170,7 +170,7 @@ def test_steps_are_those_of_the_solver(without, solver, dtype, batch, n, rtol):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rtol", [0.0, 1e-3, 0.5])
 def test_growth_meets_no_tolerance(without, dtype, rtol):
-    """Samples that run away, and two that do converge: one after growth, one at 0. The kernel judges as `verdict` does."""
+    """The kernel judges samples that run away, and some that converge, as `verdict` does."""
     z = torch.tensor([0.0, 1.0, 1.0, 1e5, 0.5], dtype=dtype, device=DEVICE)[:, None].repeat(1, 3)
     kinds = torch.arange(5, device=DEVICE)[:, None]
 

@@ -613,8 +613,8 @@ BACKENDS = [
     Fault(
         "a ring that sticks at its end",
         HISTORY,
-        "        slot = self.written % self.memory\n",
-        "        slot = min(self.written, self.memory - 1)\n",
+        "        slot = self.written % self.history_size\n",
+        "        slot = min(self.written, self.history_size - 1)\n",
         "backend numpy",
         "test_a_history_does_what_a_dictionary_does",
         "dot|count",
@@ -735,8 +735,8 @@ POINTS = [
     Fault(
         "stale state",
         "deqcore.solve.loop",
-        "    first = _begin_at(backend, z, f(z), tolerance)\n",
-        "    first = _begin_at(backend, z, old.best_fz, tolerance)\n",
+        "    first = _begin_at(backend, z, f(z), limits)\n",
+        "    first = _begin_at(backend, z, old.best_fz, limits)\n",
         "solver picard",
         "test_a_state_of_another_problem_is_a_warm_start",
         "stale state",
