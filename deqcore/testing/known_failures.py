@@ -1,7 +1,8 @@
 """What is known to fail: solver × golden problem × backend × dtype, where a healthy sample is not solved.
 
 `python -m deqcore.testing.known_failures numpy torch jax > docs/conformance/known-failures.md` writes the published
-table; a test holds it to what happens. A solver that cost_bounds a problem (`Solver.cost_bounds`) is no longer excused from it.
+table; a test holds it to what happens. A solver that bounds its cost on a problem (`Solver.cost_bounds`) is no longer
+excused from it.
 """
 
 from __future__ import annotations
