@@ -247,6 +247,7 @@ class Reached(NamedTuple):
         evaluations: evaluations of f `(batch,)` int32.
         scale: scale of the start, max(‖z0‖, ‖f(z0)‖), `(batch,)`.
         residual: ‖f(z0) − z0‖ at the start `(batch,)`.
+        unsettled: samples whose derivative is known not to be at its limit `(batch,)` of bool, or None.
 
     Example:
         >>> import numpy as np
@@ -260,6 +261,7 @@ class Reached(NamedTuple):
     evaluations: Array
     scale: Array
     residual: Array
+    unsettled: Array | None = None
 
 
 def _as_text(
@@ -297,6 +299,24 @@ class StoppingCriteria(NamedTuple):
     max_steps: int | Array = 40
     check_every: int | str = "auto"
     patience: int = 50
+
+
+class Path(NamedTuple):
+    """What is known of a sample's way so far, `(batch,)` each.
+
+    Attributes:
+        reference: scale of the start, max(‖z0‖, ‖f(z0)‖).
+        peak: largest residual so far.
+        best: least residual so far.
+        mark: residual at the last progress.
+        since: steps since then, or REFUSED or PENDING.
+    """
+
+    reference: Any
+    peak: Any
+    best: Any
+    mark: Any
+    since: Any
 
 
 class LoopState(NamedTuple):
@@ -337,21 +357,3 @@ class SolveResult(NamedTuple):
     steps: Array
     evaluations: Array
     carry: Any
-
-
-class Path(NamedTuple):
-    """What is known of a sample's way so far, `(batch,)` each.
-
-    Attributes:
-        reference: scale of the start, max(‖z0‖, ‖f(z0)‖).
-        peak: largest residual so far.
-        best: least residual so far.
-        mark: residual at the last progress.
-        since: steps since then, or REFUSED or PENDING.
-    """
-
-    reference: Any
-    peak: Any
-    best: Any
-    mark: Any
-    since: Any

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 from deqcore.abc.history import History
 
+UNIT = 4  # slots per product: how many are in use depends on the batch, and BLAS rounds by their number
+
 
 class NumpyHistory(History):
     """A ring of `(batch, history_size, n)`. The operating system commits its zero pages as steps fill them."""
@@ -43,21 +45,24 @@ class NumpyHistory(History):
         return NumpyHistory(self.storage, seen, self.dtype, self.written + 1, self.active)
 
     def dot(self, v: NDArray[Any]) -> NDArray[Any]:
-        used = self._used()
         many = v if v.ndim == 3 else v[:, None, :]
         products = np.zeros((v.shape[0], many.shape[1], self.history_size))
         compute = np.promote_types(self.storage.dtype, np.float32)
-        rows = self.storage[:, :used].astype(compute, copy=False)
-        products[:, :, :used] = np.matmul(many.astype(compute, copy=False), rows.swapaxes(1, 2))
+        many = many.astype(compute, copy=False)
+        for start in range(0, self._used(), UNIT):
+            rows = self.storage[:, start : start + UNIT].astype(compute, copy=False)
+            products[:, :, start : start + UNIT] = np.matmul(many, rows.swapaxes(1, 2))
         products = np.where(self.seen[:, None, :], products, 0.0)
         return products if v.ndim == 3 else products[:, 0]
 
     def combine(self, coefficients: NDArray[Any]) -> NDArray[Any]:
-        used = self._used()
         compute = np.promote_types(self.storage.dtype, np.float32)
-        c = np.where(self.seen, coefficients, 0.0)[:, None, :used].astype(compute)
-        rows = self.storage[:, :used].astype(compute, copy=False)
-        combination: NDArray[Any] = np.matmul(c, rows)[:, 0].astype(self.dtype, copy=False)
+        c = np.where(self.seen, coefficients, 0.0)[:, None].astype(compute)
+        total = np.zeros((c.shape[0], 1, self.storage.shape[2]), compute)
+        for start in range(0, self._used(), UNIT):
+            rows = self.storage[:, start : start + UNIT].astype(compute, copy=False)
+            total += np.matmul(c[:, :, start : start + UNIT], rows)
+        combination: NDArray[Any] = total[:, 0].astype(self.dtype, copy=False)
         return combination
 
     def restart(self, rows: NDArray[Any]) -> NumpyHistory:

@@ -1,10 +1,10 @@
 """A history that grows in place, chunk by chunk.
 
-Storage is a list of tensors `(slots, batch, n)`: after k appends it holds k vectors, rounded up to a chunk, however
-large `history_size` is. With the slot first a vector is written in one piece, and after f has filled the caches,
-products over `(256, 512)` take half the time that they take with the batch first. They are written as row vector times
-matrix: on CPUs `bmm(v, Hᵀ)` moves several times the bytes per second of `bmm(H, v)`, and its bits do not depend on the
-batch.
+Storage is a list of tensors `(slots, batch, n)`: after k appends it holds k vectors, rounded up to a chunk, whatever
+`history_size` is. With the slot first a vector is written in one piece, and after f has filled the caches products
+over `(256, 512)` take half the time that they take with the batch first. They are written as row vector times matrix:
+on CPUs `bmm(v, Hᵀ)` moves several times the bytes per second of `bmm(H, v)`. Dot products take the slots in units of
+fixed size, so that the bits of a sample depend neither on the batch nor on the steps that its batch mates have taken.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from torch import Tensor
 from deqcore.abc.history import History
 from deqcore_torch import native
 
-CHUNK = 4  # slots per chunk for large vectors
-# Numbers per sample up to which products run over the whole history: fewer operations, more bytes. The limit is per
-# sample, because the bits of a sample must not depend on the number of other samples.
+CHUNK = 4  # slots per chunk for large vectors, and slots per product: BLAS rounds a remainder in another way
+ALIGNED = 16  # bytes: where rows are no multiple of it, MKL rounds a row by its address
+NARROW = 256  # numbers per vector below which MKL rounds a combination by the number of slots in it
+# Numbers per sample up to which products run over the whole memory: fewer operations, more bytes. Not numbers in all:
+# a sample's bits must not depend on how many others there are.
 TINY = 2**11
 SMALL = 4096  # numbers per vector up to which one chunk holds the whole memory
 
@@ -50,6 +52,13 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
+def products(many: Tensor, part: Tensor) -> Tensor:
+    """Inner products `(batch, r, slots)` of `many` `(batch, r, n)` with `part` `(slots, batch, n)`."""
+    if part.device.type != "cpu" or many.shape[2] * many.element_size() % ALIGNED == 0:
+        return torch.bmm(many.contiguous(), part.permute(1, 2, 0))
+    return (part[:, :, None] * many).sum(3).permute(1, 2, 0)
+
+
 @cache
 def _units(history_size: int, device: torch.device) -> tuple[Tensor, ...]:
     """Return the one-hot masks of all slots, shared and read-only."""
@@ -67,13 +76,15 @@ class _Store:
     """The data that all versions of a history share; only `chunks`, which grows, and the plan change."""
 
     __slots__ = (
+        "aligned",
         "batch",
         "chunk",
         "chunks",
         "compute",
         "dtype",
-        "like",
         "history_size",
+        "like",
+        "narrow",
         "planned",
         "table",
         "whole",
@@ -95,8 +106,10 @@ class _Store:
         self.like = like  # empty, with the device and dtype of the results of combine
         self.batch, self.width = shape
         self.chunk = history_size if self.width <= SMALL and history_size * self.width <= 16 * SMALL else CHUNK
-        self.whole = self.chunk == history_size and history_size * self.width <= TINY and dtype is wide
         self.compute = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+        self.aligned = like.device.type != "cpu" or self.width * self.compute.itemsize % ALIGNED == 0
+        self.whole = self.chunk == history_size and history_size * self.width <= TINY and dtype is wide and self.aligned
+        self.narrow = like.device.type == "cpu" and self.width < NARROW
         self.dtype = dtype
         self.wide = wide
         self.planned: tuple[int, Tensor] | None = None  # see `TorchHistory.plan`
@@ -209,21 +222,33 @@ class TorchHistory(History):
         chunk, row = divmod(self.written % self.history_size, self.store.chunk)
         while len(self.store.chunks) <= chunk:
             slots = min(self.store.chunk, self.history_size - self.store.chunk * len(self.store.chunks))
-            make = v.new_zeros if self.store.whole else v.new_empty
+            make = v.new_zeros if self.store.whole or self.store.narrow else v.new_empty
             self.store.chunks.append(make((slots, *v.shape), dtype=self.store.dtype))
         return self.store.chunks[chunk][row]
 
     def _filled(self) -> list[Tensor]:
-        """Yield the chunks in use, cut to the slots written; slot by slot if large vectors must be widened first."""
+        """The chunks in use, cut to the slots written.
+
+        Slot by slot where large vectors must be widened first, and in units where BLAS rounds more by the address.
+        """
         left, parts = self.used(), []
         whole = self.store.dtype is self.store.compute or self.store.chunk > CHUNK
         for chunk in self.store.chunks:
             if left <= 0:
                 break
             part = chunk if left >= chunk.shape[0] else chunk[:left]
-            parts += [part] if whole else list(part.split(1))
+            parts += [part] if whole and self.store.aligned else list(part.split(CHUNK if whole else 1))
             left -= chunk.shape[0]
         return parts
+
+    def _whole_units(self) -> list[Tensor]:
+        """The chunks in use, in units whose numbers of slots depend on their place alone."""
+        used, units = self.used(), []
+        size = 1 if self.store.dtype is not self.store.compute and self.store.chunk == CHUNK else CHUNK
+        for i, chunk in enumerate(self.store.chunks):
+            left = used - i * self.store.chunk
+            units += [chunk[start : start + size] for start in range(0, min(left, chunk.shape[0]), size)]
+        return units
 
     def _hidden(self) -> Tensor | None:
         """Return a mask of the slots without a vector, per sample or for all; None if every slot has one."""
@@ -241,24 +266,29 @@ class TorchHistory(History):
 
     def _dot(self, v: Tensor) -> Tensor:
         if self.store.whole and self.written and v.dtype is self.store.wide and v.dim() == 2:
-            products = torch.bmm(v[:, None], self.store.chunks[0].permute(1, 2, 0))[:, 0]
+            found = products(v[:, None], self.store.chunks[0])[:, 0]
             hidden = self._hidden()
-            return products if hidden is None else products.masked_fill_(hidden, 0.0)
+            return found if hidden is None else found.masked_fill_(hidden, 0.0)
         if self.written and v.dim() == 2 and native.products(v) and (kernels := native.reading(v)) is not None:
             fused: Tensor = kernels.dots(self, v)
             return fused
+        return self._dot_by_units(v)
+
+    def _dot_by_units(self, v: Tensor) -> Tensor:
+        """`dot` by products with a fixed number of slots each, which may include slots that are not written yet."""
         many = v if v.dim() == 3 else v[:, None]
         compute = self.store.compute
         if many.dtype is not compute:
             many = many.to(compute)
         found = many.new_zeros((self.store.batch, many.shape[1], self.history_size), dtype=self.store.wide)
         start = 0
-        for part in self._filled():
+        for part in self._whole_units():
             end = start + part.shape[0]
-            found[:, :, start:end] = torch.bmm(many, part.to(compute).permute(1, 2, 0))
+            found[:, :, start:end] = products(many, part.to(compute))
             start = end
-        if self.seen is not None:
-            found = found.masked_fill_(~self.seen[:, None], 0.0)
+        hidden = self._hidden()
+        if hidden is not None:
+            found = found.masked_fill_(hidden if hidden.dim() == 1 else hidden[:, None], 0.0)
         return found if v.dim() == 3 else found[:, 0]
 
     def combine(self, coefficients: Tensor) -> Tensor:
@@ -297,10 +327,11 @@ class TorchHistory(History):
             piece = c[:, None]
             whole = torch.bmm(piece, rows) if base is None else torch.baddbmm(base, piece, rows)
             return whole[:, 0].to(self.store.like.dtype)
-        c = coefficients if self.seen is None else coefficients.masked_fill(~self.seen, 0.0)
+        hidden = self._hidden() if self.store.narrow else None if self.seen is None else ~self.seen
+        c = coefficients if hidden is None else coefficients.masked_fill(hidden, 0.0)
         c = c.to(compute)[:, None]
         total, start = None, 0
-        for part in self._filled():
+        for part in self._whole_units() if self.store.narrow else self._filled():
             end = start + part.shape[0]
             rows, piece = part.to(compute).transpose(0, 1), c[:, :, start:end]
             if total is not None:
@@ -396,7 +427,8 @@ class TorchHistory(History):
         start = 0
         for i, chunk in enumerate(part.store.chunks):
             if i == len(self.store.chunks):
-                self.store.chunks.append(chunk.new_empty((chunk.shape[0], self.store.batch, self.store.width)))
+                make = chunk.new_zeros if self.store.narrow else chunk.new_empty
+                self.store.chunks.append(make((chunk.shape[0], self.store.batch, self.store.width)))
             if self.written < start + chunk.shape[0] and part.written > self.written:
                 self.store.chunks[i][max(0, self.written - start) :].zero_()  # new rows are uninitialised memory
             self.store.chunks[i].index_copy_(1, rows, chunk)

@@ -11,7 +11,8 @@ Requirements that every backend keeps, and that `deqcore.testing` checks:
 
 1. States inside the core are matrices `(batch, n)`; the user's state, any tree, is raveled at the boundary.
 2. Norms, inner products and coefficients are float32 or better, whatever the state's dtype.
-3. Rows are independent: an event in one sample (NaN, a singular system) changes no bit of another sample's result.
+3. Rows are independent: what happens to one sample (NaN, a singular system) changes no bit of another's result. On the
+   host, products with a history have the same bits in any batch, at any place in it, and whatever slots others use.
 4. Nothing is copied to the host, and no device is waited for, except in `loop` (every `check_every` steps),
    `known_all` (which returns False if it would have to wait) and `to_numpy`.
 5. Operations are functional: they return new values. A backend may write in place if no other code can observe it.

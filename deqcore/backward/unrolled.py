@@ -23,6 +23,7 @@ class _At(NamedTuple):
         state: the solver's.
         settled: samples whose residual has reached rounding `(batch,)` of bool.
         extra: evaluations of f beyond those that the solver counts `(batch,)` int32.
+        stayed: samples that a chord step would have led away from the solution `(batch,)` of bool.
     """
 
     z: Array
@@ -31,6 +32,7 @@ class _At(NamedTuple):
     state: Any
     settled: Array
     extra: Array
+    stayed: Array
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,10 @@ class Unrolled(StepStrategy):
     keep the value, and its derivative converges at the rate of the estimate.
 
     The residual is measured at the returned iterate. The status is CONVERGED where it meets the tolerance, and
-    FIXED_STEPS where it does not: `steps` decides, and `forward.max_steps` is ignored.
+    FIXED_STEPS where it does not: `steps` decides, and `forward.max_steps` is ignored. The status says nothing of the
+    derivative, which is not measured. In a direction in which f expands, the derivative of plain steps ("picard")
+    grows while the value stays where it is. A solver without an estimate ("newton-krylov") goes on with plain steps
+    beyond rounding; where these lead away, its derivative is not at its limit, and the status is FIXED_STEPS.
 
     Cost: `steps` + 1 recorded evaluations of f, whose memory is held unless `checkpoint` recomputes them.
 
@@ -86,11 +91,13 @@ class Unrolled(StepStrategy):
         fz = run(z)
         none = backend.norm(z) < 0
         zero = backend.xp.zeros_like(none, dtype=backend.xp.int32)
-        start = _At(z, fz, (z, fz), solver.init(backend, z, fz), none, zero)
+        start = _At(z, fz, (z, fz), solver.init(backend, z, fz), none, zero, none)
         end = backend.scan(lambda at: _step(backend, solver, run, at), start, self.steps)
         spent = solver.evaluations(backend, zero + self.steps, end.state) + end.extra
         residual, size = backend.residual_norms(z, backend.detach(fz))
-        return Reached(end.z, end.fz, spent, greater(backend.xp, backend.norm(z), size), residual)
+        plain = solver.inverse_jacobian(backend, end.state) is None
+        scale = greater(backend.xp, backend.norm(z), size)
+        return Reached(end.z, end.fz, spent, scale, residual, end.stayed if plain else None)
 
 
 def _step(backend: Backend, solver: Solver, f: Map, at: _At) -> _At:
@@ -101,7 +108,7 @@ def _step(backend: Backend, solver: Solver, f: Map, at: _At) -> _At:
         chord = solver.chord(backend, at.z, at.fz, detach_state(backend, at.state))
     if chord is None:
         z, fz, state = solver.step(backend, f, at.z, at.fz, at.state)
-        return _At(z, fz, (z, fz), state, at.settled, at.extra)
+        return _At(z, fz, (z, fz), state, at.settled, at.extra, at.stayed)
     values: list[Array] = []
 
     def mixed(z: Array) -> Array:
@@ -118,7 +125,7 @@ def _step(backend: Backend, solver: Solver, f: Map, at: _At) -> _At:
     kept = settled & ~_at_rounding(backend, chord, value)  # the estimate is no good there: stay
     z = backend.select(kept, at.z, backend.select(settled, chord, z))
     fz = backend.select(kept, at.fz, backend.select(settled, value, fz))
-    return _At(z, fz, seen, state, settled, extra)
+    return _At(z, fz, seen, state, settled, extra, at.stayed | kept)
 
 
 def _at_rounding(backend: Backend, z: Array, fz: Array) -> Array:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from deqcore.api import fixed_point
+from deqcore.abc.backend import Backend
+from deqcore.abc.solver import Solver
 from deqcore.config import Config
 from deqcore.errors import ConfigError
-from deqcore.types import Status, Tree
+from deqcore.solve.dispatch import plan_call
+from deqcore.solve.loop import BoundSolve
+from deqcore.types import Array, Map, Tree
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,11 @@ def residual_curve(
     config: Config | None = None,
     **overrides: Any,
 ) -> Curve:
-    """Solve one step at a time, as `fixed_point` would, and record every residual.
+    """Solve as `fixed_point` would, and record every residual.
 
-    Cost: that of the solve, and a copy of the solver's history and one more evaluation of f in every step. To look
-    at a solver, not to train with. Not for traced code.
+    A step to where f is not finite is recorded as NaN or inf.
+
+    Cost: that of the solve and two norms a step. f is evaluated as often as in the solve.
 
     Args:
         f: as in `fixed_point`.
@@ -87,23 +91,65 @@ def residual_curve(
     """
     if steps < 0:
         raise ConfigError.bad_value("residual_curve", "steps", steps, "at least 0")
-    fixed: dict[str, Any] = {"forward__on_failure": "ignore", "backward__strategy": "jacobian-free"}
-    state, result, taken = None, [], None
-    for step in range(steps + 1):
-        budget = {"forward__max_steps": min(step, 1)}
-        sol = fixed_point(f, z0, *args, config=config, state=state, **(overrides | fixed | budget))
-        state = sol.state
-        assert state is not None  # jacobian-free solves
-        backend, carry = sol.backend, state.carry
-        ends = (backend.to_numpy(backend.norm(a)).astype(np.float64) for a in (carry.fz - carry.z, carry.fz))
-        result.append(_ratio(*ends))
-        taken = backend.to_numpy(sol.steps)
-        if not np.any(backend.to_numpy(sol.status) == int(Status.MAX_STEPS)):
-            break  # all have met the tolerance, or failed
-    return Curve(np.stack(result), taken)
+    fixed = {"forward__max_steps": steps, "forward__compact": False, "backward__strategy": "jacobian-free"}
+    plan = plan_call(config, overrides | fixed, z0, args)
+    backend = plan.backend
+    solve = BoundSolve(backend, _Recorded(plan.solver, steps), plan.control)
+    found = backend.forward_only(plan.space.wrap(f, ()), plan.space.ravel(z0), args, solve)
+    taken = backend.to_numpy(found.steps)
+    last = int(taken.max(initial=0))
+    return Curve(backend.to_numpy(found.carry.state.curve).astype(np.float64).T[: last + 1], taken)
 
 
-def _ratio(a: Any, b: Any) -> Any:
-    """Return a / b, and 0 where both vanish."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where((a == 0) & (b == 0), 0.0, a / b)
+class _Recording(NamedTuple):
+    """The solver's own state, the relative residuals so far `(batch, steps + 1)` and the steps taken `(batch,)`."""
+
+    inner: Any
+    curve: Array
+    taken: Array
+
+
+@dataclass(frozen=True)
+class _Recorded(Solver):
+    """`solver`, with the residuals of `steps` steps in its state. The columns not reached hold the latest one."""
+
+    solver: Solver
+    steps: int
+
+    def init(self, backend: Backend, z: Array, fz: Array) -> _Recording:
+        """With the first residual in all columns."""
+        ratio = _ratio(backend, z, fz)
+        curve = ratio[:, None] + backend.xp.zeros_like(self._columns(backend, ratio))[None, :]
+        taken = backend.xp.zeros_like(ratio, dtype=backend.xp.int32)
+        return _Recording(self.solver.init(backend, z, fz), curve, taken)
+
+    def step(self, backend: Backend, f: Map, z: Array, fz: Array, state: _Recording) -> tuple[Array, Array, _Recording]:
+        """The solver's own step, compiled where it would be, and its residual."""
+        found = backend.fused_step(self.solver, f, z, fz, state.inner)
+        z, fz, inner = found[:3] if found is not None else self.solver.step(backend, f, z, fz, state.inner)
+        ratio, taken = _ratio(backend, z, fz), state.taken + 1
+        rest = self._columns(backend, ratio)[None, :] >= backend.cast(taken, ratio)[:, None]
+        return z, fz, _Recording(inner, backend.xp.where(rest, ratio[:, None], state.curve), taken)
+
+    def restarted(self, backend: Backend, rows: Array, z: Array, state: _Recording) -> _Recording:
+        """The solver restarts, and what was recorded stays."""
+        return state._replace(inner=self.solver.restarted(backend, rows, z, state.inner))
+
+    def residual_norm(self, backend: Backend, state: _Recording) -> Array | None:
+        """As the solver measured it."""
+        return self.solver.residual_norm(backend, state.inner)
+
+    def evaluations(self, backend: Backend, steps: Array, state: _Recording) -> Array:
+        """As the solver counts them."""
+        return self.solver.evaluations(backend, steps, state.inner)
+
+    def _columns(self, backend: Backend, like: Array) -> Array:
+        return backend.asarray(np.arange(self.steps + 1), like=like)
+
+
+def _ratio(backend: Backend, z: Array, fz: Array) -> Array:
+    """‖f(z) − z‖ / ‖f(z)‖ of each row, and 0 where both vanish."""
+    xp = backend.xp
+    residual, size = backend.residual_norms(z, fz)
+    nothing = (residual == 0) & (size == 0)
+    return residual / xp.where(nothing, xp.ones_like(size), size)

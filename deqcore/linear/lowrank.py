@@ -142,8 +142,8 @@ def _scale(backend: Backend, squares: Array) -> Array:
 
 
 def matvec(backend: Backend, a: Array, x: Array) -> Array:
-    """A x for small matrices `(batch, k, k)` and vectors `(batch, k)`."""
-    return backend.xp.matmul(a, x[:, :, None])[:, :, 0]
+    """A x for small matrices `(batch, k, k)` and vectors `(batch, k)`; as xᵀAᵀ its bits do not depend on the batch."""
+    return vecmat(backend, x, backend.xp.permute_dims(a, (0, 2, 1)))
 
 
 def vecmat(backend: Backend, x: Array, a: Array) -> Array:

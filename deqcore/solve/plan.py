@@ -271,6 +271,7 @@ class Plan:
             limits = Limits.of(backend, z, self.control.rtol, self.control.atol, self.control.patience)
             size, mark = backend.norm(reached.fz), reached.residual
             met, _ = judged(xp, limits, residual, size, reached.scale, greater(xp, mark, residual), mark)
+            met = met if reached.unsettled is None else met & ~reached.unsettled
         status = xp.where(met, xp.full_like(status, int(Status.CONVERGED)), status)
         status = xp.where(xp.isfinite(residual), status, xp.full_like(status, int(Status.NONFINITE)))
         return SolveResult(z, reached.fz, residual, status, steps, reached.evaluations, None)

@@ -172,3 +172,55 @@ def test_few_steps_are_what_they_say(be, solver, steps):
         assert np.allclose(be.to_numpy(be.detach(sol.value)), iterates[steps + 1], atol=1e-14)
     else:
         assert (be.to_numpy(sol.residual) < np.linalg.norm(iterates[1] - iterates[0], axis=1)).all()
+
+
+REUSE = {
+    "plain": {"certify": False, "max_relative_error": None, "fallback": "none"},
+    "certified": {"certify": True, "max_relative_error": None, "fallback": "none"},
+}
+
+
+def reuse_gradients(be, rate, x, g, solver, options):
+    """The gradient by reuse of a chain whose samples need 4 to some 30 steps; f works by element."""
+    _, (_, dx) = deqcore.vjp(
+        lambda z, rate, x: rate * be.xp.sin(be.xp.roll(z, 1, axis=1)) + x,
+        be.asarray(0 * x),
+        be.asarray(rate),
+        be.asarray(x),
+        cotangent=be.asarray(g),
+        forward__solver=solver,
+        forward__rtol=1e-4,
+        forward__max_steps=38,
+        forward__on_failure="ignore",
+        backward__strategy="broyden-reuse",
+        backward__options=options,
+        backward__on_failure="ignore",
+        backward__verify_every=0,
+    )
+    return be.to_numpy(dx)
+
+
+@pytest.mark.parametrize("n", [10, 64, 130, 513])  # rows that are and are not aligned, narrow and wide
+@pytest.mark.parametrize("solver", ["broyden", "anderson"])
+@pytest.mark.parametrize("certify", REUSE)
+@pytest.mark.parametrize("native", ["0", "1"])
+def test_a_reuse_gradient_does_not_depend_on_the_batch_by_a_bit(be, n, solver, certify, native, monkeypatch):
+    if native == "0" and be.name != "torch":
+        pytest.skip("torch alone has compiled steps")
+    if be.name != "torch" and n > 10:
+        pytest.skip("by differences, or by a compilation for each batch size")
+    if be.name == "torch":
+        from deqcore_torch import native as steps
+
+        monkeypatch.setenv("DEQCORE_NATIVE", native)
+        steps.loaded.cache_clear()
+    rng = np.random.default_rng(0)
+    x, g = rng.standard_normal((2, 64, n)).astype("float32")
+    rate = np.full((64, n), np.linspace(0.05, 0.95, 64)[:, None]).astype("float32")
+    whole = reuse_gradients(be, rate, x, g, solver, REUSE[certify])
+    parts = [[0], [31], [63], [0, 63], [31, 2], [*range(0, 63, 9)], [*rng.permutation(64)]]
+    for rows in parts if be.name == "torch" else [parts[2], parts[3], parts[-1]]:
+        found = reuse_gradients(be, rate[rows], x[rows], g[rows], solver, REUSE[certify])
+        assert np.array_equal(found, whole[rows]), (rows, np.abs(found - whole[rows]).max())
+    if be.name == "torch":
+        steps.loaded.cache_clear()

@@ -179,3 +179,27 @@ def test_halted_samples_are_no_longer_evaluated_when_a_solve_compacts():
     sol = deqcore.fixed_point(until(f, rule), z0, forward__compact=True, **PICARD)
     assert sol.steps.tolist() == np.repeat(steps_until(1e-4), [1, 3, 4]).tolist()
     assert min(seen) == 1
+
+
+@pytest.mark.parametrize("solver", ["picard", "anderson", "broyden", "newton-krylov"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_rule_does_not_make_a_runaway_sample_converge(be, solver, dtype):
+    """z + 1 changes nothing once rounding hides it, so that the answer looks settled; it has no fixed point."""
+    for step in (lambda z: z + 1.0, lambda z: z + 1.0 + 0.5 * be.xp.tanh(z)):
+        z0 = be.asarray(np.zeros((2, 3)), dtype=dtype)
+        f = until(step, Settled(lambda z: z, 1e-3))
+        settings = {"forward__solver": solver, "forward__max_steps": 200, "forward__on_failure": "ignore"}
+        sol = deqcore.fixed_point(f, z0, **settings)
+        assert not (be.to_numpy(sol.status) == int(deqcore.Status.CONVERGED)).any()
+
+
+@pytest.mark.parametrize("solver", ["anderson", "broyden", "newton-krylov"])
+def test_a_rule_obeys_refused_steps(be, solver):
+    """z − 3 (√z − ½) = z at ¼. The first step leads to where f is NaN: neither rule may halt a sample there."""
+    g = lambda z: z - 3.0 * (be.xp.sqrt(z) - 0.5)
+    settings = {"forward__solver": solver, "forward__max_steps": 60, "forward__on_failure": "ignore"}
+    broken = lambda z, fz: ~be.xp.all(be.xp.isfinite(fz), axis=1)  # done where f is not finite
+    for rule, atol in ((Settled(lambda z: z, 1e-2), 1e-2), (broken, 1e-5)):
+        sol = deqcore.fixed_point(until(g, rule), be.asarray(np.full((2, 3), 4.0)), forward__rtol=1e-6, **settings)
+        assert be.to_numpy(sol.status).tolist() == [int(deqcore.Status.CONVERGED)] * 2
+        np.testing.assert_allclose(be.to_numpy(sol.value), 0.25, atol=atol)

@@ -128,3 +128,18 @@ def test_the_number_of_evaluations_is_what_it_was():
             backward__options={"steps": 40},
         )
         assert len(calls) == 41 == int(sol.evaluations[0])
+
+
+@pytest.mark.parametrize("slope", [-0.5, -3.0])
+def test_a_derivative_that_plain_steps_lead_away_is_not_converged(be, slope):
+    """z = s z + x has dz/dx = 1 / (1 − s). Without an estimate Newton's method goes on by f itself beyond rounding."""
+    if be.name == "jax":
+        pytest.skip("the same step, and slow to compile")
+    x = be.asarray(np.array([[0.3, 0.7]]))
+    sol = deqcore.fixed_point(
+        lambda z, x: slope * z + x, 0 * x, x, forward__solver="newton-krylov", backward__strategy="unrolled",
+        backward__options={"steps": 60},
+    )  # fmt: skip
+    np.testing.assert_allclose(be.to_numpy(be.detach(sol.value)), be.to_numpy(x) / (1 - slope), rtol=1e-9)
+    expected = Status.CONVERGED if abs(slope) < 1 else Status.FIXED_STEPS
+    assert Status(int(sol.status[0])) is expected

@@ -194,3 +194,34 @@ def test_a_curve_of_a_solve_that_fails(be):
     assert empty.residual.shape[1] == 0
     with pytest.raises(ConfigError, match="steps must be .*got -1"):
         residual_curve(lambda z: z, np.zeros((1, 1)), steps=-1)
+
+
+@pytest.mark.parametrize("solver", ["picard", "anderson", "broyden"])
+def test_a_curve_evaluates_f_as_often_as_the_solve(solver):
+    calls = []
+
+    def f(z):
+        calls.append(1)
+        return 0.9 * np.cos(z) + np.array([[0.1], [0.7]])
+
+    settings = {"forward__solver": solver, "forward__rtol": 1e-9, "forward__on_failure": "ignore"}
+    sol = deqcore.fixed_point(f, np.zeros((2, 1)), forward__max_steps=30, **settings)
+    expected = len(calls)
+    calls.clear()
+    curve = residual_curve(f, np.zeros((2, 1)), steps=30, **settings)
+    assert len(calls) == expected == 1 + int(sol.steps.max())
+    assert curve.steps.tolist() == sol.steps.tolist()
+
+
+def test_a_curve_goes_on_past_steps_without_progress():
+    """A rotation by 90° keeps its residual: plain iteration stalls after `patience` steps, and not before."""
+    turn = lambda z: np.concatenate([-z[:, 1:], z[:, :1]], axis=1)
+    curve = residual_curve(turn, np.ones((1, 2)), steps=60, forward__solver="picard", forward__patience=23)
+    assert curve.steps.tolist() == [23]
+    assert curve.residual == pytest.approx(np.full((24, 1), np.sqrt(2.0)))
+
+
+def test_a_curve_shows_refused_steps():
+    curve = residual_curve(lambda z: z - 3.0 * (np.sqrt(z) - 0.5), np.full((1, 2), 4.0), forward__solver="broyden")
+    assert not np.isfinite(curve.residual[1]).any()
+    assert curve.residual[-1, 0] < 1e-6

@@ -155,6 +155,34 @@ class HistoryTests(Conformance):
         assert list(kit.numpy(history.count())) == [1, 1], "erase: the sample is full when its mates are"
         assert list(kit.numpy(history.append(v).full())) == [True, True]
 
+    @several("n", [12, 65, 520])
+    def test_bits_depend_on_no_other_sample(self, kit: Kit, n: int) -> None:
+        """On the host: not on the batch, the place in it, or the slots that batch mates have used meanwhile."""
+        if kit.device != "cpu":
+            return
+        rng = np.random.default_rng(n)
+        batch, history_size, own = 9, 13, 3
+        vectors = rng.standard_normal((history_size, batch, n))
+        v, c = rng.standard_normal((batch, n)), rng.standard_normal((batch, history_size))
+        frozen = np.arange(batch) % 2 == 0
+
+        def run(rows: Any, filled: int) -> tuple[Any, ...]:
+            history = kit.backend.history(kit.array(np.zeros((len(rows), n))), history_size)
+            for k in range(filled):
+                active = kit.array(~frozen[rows] | (k < own), "bool")
+                history = history.masked(None if k < own else active).append(kit.array(vectors[k][rows]))
+            found = history.masked(None)
+            base = kit.array(v[rows])
+            products, coefficients = found.dot(base), kit.array(c[rows])
+            return tuple(
+                map(kit.numpy, (products, found.combine(coefficients), found.add_combination(base, coefficients)))
+            )
+
+        whole = run(np.arange(batch), history_size)
+        for rows in (np.array([0]), np.array([6, 2]), np.array([8, 4, 2, 0, 6])):
+            for name, ours, own_alone in zip(("dot", "combine", "add_combination"), whole, run(rows, own), strict=True):
+                assert np.array_equal(ours[rows], own_alone), f"{name}: the bits of a sample depend on its batch"
+
     def test_a_verdict_is_not_met_by_growth(self, kit: Kit) -> None:
         """Of the solver's loop, with `Backend.fused_update` where the backend has it."""
         f = lambda z: z * 8.0 + 1.0  # noqa: E731
