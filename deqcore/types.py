@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
-from deqcore.solve.termination import Path
-
 Array: TypeAlias = Any
 """An array of the backend's framework. Frameworks share no base class, so the type checker sees Any."""
 
@@ -27,6 +25,24 @@ Map: TypeAlias = Callable[[Array], Array]
 
 
 LoopVars = TypeVar("LoopVars")
+
+
+class Path(NamedTuple):
+    """What is known of a sample's way so far, `(batch,)` each.
+
+    Attributes:
+        reference: scale of the start, max(‖z0‖, ‖f(z0)‖).
+        peak: largest residual so far.
+        best: least residual so far.
+        mark: residual at the last progress.
+        since: steps since then, or REFUSED or PENDING.
+    """
+
+    reference: Any
+    peak: Any
+    best: Any
+    mark: Any
+    since: Any
 
 
 class StepResult(NamedTuple):

@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import Any, Final, NamedTuple
 
 from deqcore.abc.backend import Backend
-from deqcore.types import Array, Status
+from deqcore.types import Array, Path, Status
 
 BLOW_UP: Final = 1e-6  # a residual this part of which exceeds the scale of the start counts as divergence
 PROGRESS: Final = 0.999  # a residual must fall below this part of the last mark within `patience` steps
@@ -68,24 +68,6 @@ class Limits(NamedTuple):
     def relative(self) -> bool:
         """Whether the criterion needs ‖f(z)‖ at all."""
         return not (isinstance(self.rtol, float) and self.rtol == 0.0)
-
-
-class Path(NamedTuple):
-    """What is known of a sample's way so far, `(batch,)` each.
-
-    Attributes:
-        reference: scale of the start, max(‖z0‖, ‖f(z0)‖).
-        peak: largest residual so far.
-        best: least residual so far.
-        mark: residual at the last progress.
-        since: steps since then, or REFUSED or PENDING.
-    """
-
-    reference: Any
-    peak: Any
-    best: Any
-    mark: Any
-    since: Any
 
 
 class Verdict(NamedTuple):
