@@ -19,14 +19,24 @@ shows little of (docs/notes/certificates.md)."""
 NOTHING_HIDDEN = 1e-3
 """Share of the target. A residual below it ends the wait for `LEAST`: only a mode slower than this could hide in it."""
 
-SPREAD = 1.75
+SPREAD = 1.2
 """Factor on the estimate by the least singular value."""
 
 YOUTH = 2.0
-"""A space of k dimensions has its estimate raised by 1 + YOUTH / k: σ falls until the slow modes have been seen."""
+"""A space of k dimensions has its estimate raised by 1 + YOUTH / (k σ): σ falls until the slow modes have been met."""
+
+DEEPEST = 5.0
+"""Most that 1/σ counts there. A space with a slow mode may hide a slower one; a large 1/σ does not make it likelier."""
 
 RISE = 4.0
 """Most that a slower fall of the residual counts: at rounding level it does not fall at all."""
+
+SECOND_LOOK = 4
+"""A space of at most this many dimensions whose residual is not below `CLOSE` of the target must pass once more, one
+dimension later: the residual falls fast while the fast modes leave it, and stops at the slow ones."""
+
+CLOSE = 0.5
+"""Share of the target."""
 
 JUDGED = 1.5
 """Factor on the estimate by M'."""
@@ -70,6 +80,7 @@ class _Round(NamedTuple):
     error: Array
     met: Array
     unverified: Array  # bool: the space can do no more, or is good enough, but for the rounding of A u
+    looking: Array  # bool: within the target, and to be so once more
 
 
 class _Estimates(NamedTuple):
@@ -147,7 +158,7 @@ class _Task:
         k = self.space.begin(p.left, self.max_vjps)
         k = k._replace(can_grow=k.can_grow & p.unfinished)
         before = p.found
-        first = _Round(k, p.goal, before.residual, before.error, before.met, self.norm < 0)
+        first = _Round(k, p.goal, before.residual, before.error, before.met, self.norm < 0, self.norm < 0)
         end = backend.loop(lambda r: xp.any(r.space.can_grow), lambda r: self._round(p, r), first, self.max_vjps, 1)
         vjps = before.vjps + end.space.steps
         found = Certified(before.u + self.space.solution(end.space), end.residual, end.error, vjps, end.met)
@@ -161,8 +172,9 @@ class _Task:
         young = r.space.dimension < LEAST
         bottom = NOTHING_HIDDEN * target * norm
         least = min(LEAST, self.max_vjps) + 0 * r.space.dimension
-        steps = xp.where(young, least, self.max_vjps) - r.space.dimension
-        k = self.space.grow(r.space, xp.where(young, bottom, r.goal), steps, together=True)
+        steps = xp.where(xp.any(r.looking), 1, xp.where(young, least, self.max_vjps) - r.space.dimension)
+        goal = xp.where(young, bottom, xp.where(r.looking, 0 * bottom, r.goal))
+        k = self.space.grow(r.space, goal, steps, together=True)
         estimates = _estimate(self.backend, self.space, k, p.found.u, norm, self.judge)
         blurred = estimates.rounding > BLURRED * target
         spent = blurred & (k.residual <= estimates.rounding * norm)
@@ -170,16 +182,18 @@ class _Task:
         # Only a sample that is there, or can go no further, is judged: when others pause must not matter to it.
         closed = ~k.can_grow | spent
         known = (k.steps >= LEAST) | (k.residual <= bottom) | closed
-        reached = known & (k.residual <= r.goal)
+        reached = known & ((k.residual <= r.goal) | r.looking)
         judged = p.unfinished & ~r.met & ~r.unverified & (reached | closed | over)
         residual = xp.where(judged, xp.maximum(estimates.residual, estimates.rounding), r.residual)
         error = xp.where(judged, estimates.error, r.error)
         passed = judged & known & (estimates.residual <= target) & (error <= target)
-        met = r.met | (passed & ~blurred)
+        early = (k.steps <= SECOND_LOOK) & (estimates.residual > CLOSE * target)
+        looking = passed & ~blurred & early & ~r.looking & ~closed & ~over
+        met = r.met | (passed & ~blurred & ~looking)
         unverified = r.unverified | (judged & blurred & (passed | spent))
         goal = xp.where(reached, k.residual * _tighter(self.backend, target, error), r.goal)
         k = k._replace(can_grow=k.can_grow & ~met & ~unverified & ~over)
-        return _Round(k, goal, residual, error, met, unverified)
+        return _Round(k, goal, residual, error, met, unverified, looking)
 
     def _measured(self, p: _Pass, inverse_norm: Array) -> _Pass:
         """Measure the residual of the unfinished samples by one vjp: rounding hides it from the Krylov space.
@@ -225,13 +239,14 @@ def _estimate(
     rounding = ROUNDING * space.trusted(k._replace(residual=0 * k.residual), u)
     residual = xp.maximum(k.residual, rounding)
     reach = residual if space.precondition is None else xp.maximum(residual, length(space.precondition))
-    reach = SPREAD * reach * space.inverse_norm(k) * _caution(space, k)
+    inverse_norm = space.inverse_norm(k)
+    reach = SPREAD * reach * inverse_norm * _caution(space, k, inverse_norm)
     if judge is not None:
         reach = xp.maximum(reach, JUDGED * length(judge))
     return _Estimates(k.residual / norm, rounding / norm, reach / size)  # a cotangent of zero is not judged
 
 
-def _caution(space: KrylovSpace, k: Krylov) -> Array:
+def _caution(space: KrylovSpace, k: Krylov, inverse_norm: Array) -> Array:
     """How far the residuals of the space say that the estimate by its singular values may be off, `(batch,)`."""
     xp = space.backend.xp
     ratio, last, count = space.ratios(k)
@@ -239,5 +254,5 @@ def _caution(space: KrylovSpace, k: Krylov) -> Array:
         return xp.ones_like(count)
     latest = xp.min(xp.where(last, ratio, xp.ones_like(ratio)), axis=1)
     best = xp.min(xp.where(last, xp.ones_like(ratio), ratio), axis=1)
-    rise = xp.clip(latest / best, 1.0, RISE)
-    return (1.0 + YOUTH / xp.where(count > 0, count, 1.0)) * latest * xp.sqrt(rise)
+    youth = YOUTH * xp.clip(inverse_norm, 1.0, DEEPEST) / xp.where(count > 0, count, 1.0)
+    return (1.0 + youth) * latest * xp.clip(latest / best, 1.0, RISE)
