@@ -105,18 +105,21 @@ def solve_certified(
     error is A^-1 r = M (A M)^-1 r, and the Krylov space knows a lower bound 1/σ_min(H̄) of ‖(A M)^-1‖, which is tight
     once M has taken the slow modes out, or the space has met them. The estimate is
 
-        error ≈ max(1.75 (1 + 2/k) ρ √(ρ/ρ') max(‖r‖, ‖M r‖) / σ_min(H̄), 1.5 ‖M' r‖) / ‖u‖
+        error ≈ max(1.2 (1 + 2 min(1/σ, 5)/k) ρ (ρ/ρ') max(‖r‖, ‖M r‖) / σ, 1.5 ‖M' r‖) / ‖u‖
 
-    where k is the dimension, ρ the ratio by which the last step reduced the residual, ρ' the best ratio of the steps
-    before it (ρ / 4 at least, ρ at most), and M' is M with less regularisation, good to judge by and too noisy to
-    solve with. A residual that falls slowly, or more slowly than it did, is one of slow modes. No sample is certified
-    by fewer than `LEAST` dimensions unless its space has closed or its residual is tiny.
+    where σ = σ_min(H̄), k is the dimension, ρ the ratio by which the last step reduced the residual, ρ' the best ratio
+    of the steps before it (ρ / 4 at least, ρ at most), and M' is M with less regularisation, good to judge by and too
+    noisy to solve with. A residual that falls slowly, or more slowly than it did, is one of slow modes.
 
-    It is an estimate and no bound: a mode that neither M nor the space has met is not in it. How it compares with true
-    errors, and what else was tried: docs/notes/certificates.md.
+    No sample is certified by fewer than `LEAST` dimensions unless its space has closed or its residual is tiny. Up to
+    `SECOND_LOOK` dimensions a sample must pass twice unless its residual is small. Where the rounding of A u exceeds
+    `BLURRED` of the target, one vjp measures the residual, and a new space begins at it if it is too large.
 
-    Rounds: grow the spaces until a sample reaches its residual goal, estimate, tighten the goals of the samples that
-    reached theirs and are not done.
+    It is an estimate and not a bound: it misses a mode that neither M nor the space has met. Its comparison with true
+    errors, and the alternatives: docs/notes/certificates.md.
+
+    A pass is one Krylov space. It has rounds: grow the space until a sample reaches its residual goal, estimate,
+    tighten the goals of the samples that reached theirs and are not done.
 
     Args:
         backend: whose arrays these are.
