@@ -452,8 +452,8 @@ def project(w, basis, per_chunk, used, seen, twice, out, h, before, after, start
 @compiled
 def arnoldi(
     w, latest, basis, per_chunk, slot, used, seen, columns, column, source_slot, null_vector, null_norm_sq, residual,
-    goal, can_grow, steps, twice, eps, v, next_source, next_null, next_square, next_residual, next_alive, next_steps, going, taken,
-    start, stop,
+    goal, can_grow, steps, twice, eps, v, next_source, next_null, next_square, next_residual, next_alive, next_steps,
+    going, taken, start, stop,
 ):  # fmt: skip
     """A step of GMRES once the product `w` is there.
 
