@@ -21,7 +21,7 @@ from deqcore.types import SolveResult, Status, StoppingCriteria
 TARGETS = (0.1, 0.01)
 LEVELS = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 MAX_REFINE_VJPS = 40
-MOST_PULLS = 100
+MOST_VJPS = 100
 FORWARD = StoppingCriteria(rtol=1e-4, max_steps=100)
 SOLVER = Broyden(history_size=100)  # every pair is kept: a restart would lose most of the estimate
 
@@ -128,7 +128,7 @@ def measure(case: Case) -> Result:
     chosen = np.linalg.norm(dense.g, axis=1) > 0
     settled = (forward.status == int(Status.CONVERGED)).numpy()[chosen]
     dense = Truth(*(part[chosen] for part in (dense.a, dense.g, dense.u, dense.condition)))
-    steps = max(MOST_PULLS, 2 * MAX_REFINE_VJPS)
+    steps = max(MOST_VJPS, 2 * MAX_REFINE_VJPS)
     baseline = [gmres_residuals(a, b, steps) for a, b in zip(dense.a, dense.g, strict=True)]
     estimate = SOLVER.secant_estimate(backend, forward.carry.state)
     matrix = _matrix(estimate, g)[chosen]
@@ -150,7 +150,7 @@ def measure(case: Case) -> Result:
             lambda v: v - vjp(v),
             g,
             rtol=level,
-            max_steps=MOST_PULLS,
+            max_steps=MOST_VJPS,
             precondition=lambda v: -estimate.apply_transpose(v),
         )
         curve[level] = (

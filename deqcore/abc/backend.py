@@ -48,6 +48,10 @@ from deqcore.types import (
     Tree,
 )
 
+CANCELLED = 0.5**0.5
+"""Part of a norm that a projection must leave. If it leaves less, the rounding of what it took away is large relative
+to the rest, and errors of orthogonality grow from step to step."""
+
 
 class Backend(ABC):
     """One framework behind one interface. A subclass is final: it is instantiated, never subclassed again.
@@ -359,17 +363,24 @@ class Backend(ABC):
     def orthogonalize(self, basis: History, w: Array, twice: bool) -> tuple[Array, Array, Array, Array]:
         """Return `w` `(batch, n)` without its components h in the orthonormal `basis`, and h, ‖w‖ before, ‖w‖ after.
 
-        With `twice` it is projected once more, so that the result is orthogonal to rounding. h
+        With `twice` it is projected once more where less than `CANCELLED` of its norm is left, so that the rest is
+        orthogonal to rounding. A backend that must wait to know where that is may project all of them. h
         `(batch, history_size)` and the norms `(batch,)` are in the wide dtype.
+
+        Source: Daniel, Gragg, Kaufman & Stewart (1976), "Reorthogonalization and stable algorithms for updating the
+        Gram-Schmidt QR factorization".
         """
         before = self.to_accum_dtype(self.norm(w))
         h = basis.dot(w)
         w = w - basis.combine(h)
-        if twice:
+        after = self.to_accum_dtype(self.norm(w))
+        if twice and not self.known_all(after >= CANCELLED * before):
+            enough = after >= CANCELLED * before
             more = basis.dot(w)
-            w = w - basis.combine(more)
-            h = h + more
-        return w, h, before, self.to_accum_dtype(self.norm(w))
+            w = self.select(enough, w, w - basis.combine(more))
+            h = self.select(enough, h, h + more)
+            after = self.to_accum_dtype(self.norm(w))
+        return w, h, before, after
 
     def eye(self, like: Array, rows: int, columns: int | None = None) -> Array:
         """Return the identity `(rows, columns)` in the dtype and on the device of `like` (which traced arrays hide)."""

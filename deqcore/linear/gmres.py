@@ -69,7 +69,8 @@ def gmres(
         rtol: stop when ‖b − A x‖ ≤ rtol·‖b‖.
         max_steps: products at most, beside the one that a start takes.
         precondition: `v ↦ M v` with M ≈ A^-1, applied from the right, so that residuals stay true ones.
-        reorthogonalize: project twice, so that the basis stays orthogonal to rounding (two more passes a step).
+        reorthogonalize: project again where products cancel (`Backend.orthogonalize`), so that the basis stays
+            orthogonal to rounding.
         check_every: see `Backend.loop`.
         restart: dimensions of one Krylov space at most. The next space begins at the residual that the last one left,
             and a sample stops (not converged) when a whole space leaves more than `PROGRESS` of the residual. None: one

@@ -244,3 +244,54 @@ def test_what_is_certified_is_within_the_target():
             wrong += int(error_of(jacobian[None], g, u)[0] > 0.1)
             count += 1
     assert wrong <= 0.01 * count
+
+
+@pytest.mark.parametrize(
+    ("radius", "slow", "share", "slower", "behind"),
+    [
+        (0.2, 0.9, 0.9, 0.99, 0.07),
+        (0.1, 0.9, 0.6, 0.99, 0.07),
+        (0.02, 0.9, 0.9, 0.99, 0.03),
+        (0.1, 0.8, 0.6, 0.995, 0.05),
+    ],
+)
+def test_a_slower_mode_behind_a_slow_one_is_met(be, radius, slow, share, slower, behind):
+    """The residual falls fast for three dimensions, and stops at the slower mode."""
+    rng = np.random.default_rng(11)
+    modes = rng.uniform(-radius, radius, (16, 64))
+    modes[:, 0], modes[:, -1] = slow, slower
+    g = rng.standard_normal((16, 64))
+    g[:, [0, -1]] = 0.0
+    g *= np.sqrt(1 - share**2 - behind**2) / np.linalg.norm(g, axis=1, keepdims=True)
+    g[:, 0], g[:, -1] = share, behind
+    stored = be.asarray(modes)
+    found = solve_certified(be, lambda u: stored * u, be.asarray(g), None, max_relative_error=0.1, max_vjps=40)
+    assert be.to_numpy(found.met).all()
+    expected = g / (1.0 - modes)
+    error = np.linalg.norm(be.to_numpy(found.u) - expected, axis=1) / np.linalg.norm(expected, axis=1)
+    assert (error <= 0.1).all()
+
+
+def test_rounding_that_a_poor_estimate_makes_large_is_measured(be):
+    """The recurrence of A M falls to any size; the residual of A u stays where the rounding of A (M v) leaves it."""
+    rng = np.random.default_rng(12)
+    n, samples, target = 40, 6, 0.01
+    jacobian = rng.uniform(-0.4, 0.4, (samples, n, n)) / np.sqrt(n)
+    g = rng.standard_normal((samples, n))
+    large = 0.02 / np.finfo(g.dtype).eps
+    left, right = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in rng.standard_normal((2, samples, n)))
+    stored, p, q = be.asarray(jacobian), be.asarray(large * left), be.asarray(right)
+    xp = be.xp
+
+    def estimate(v):
+        return v + p * xp.sum(q * v, axis=1)[:, None]
+
+    def vjp(u):
+        return xp.sum(stored * u[:, :, None], axis=1)
+
+    found = solve_certified(be, vjp, be.asarray(g), estimate, max_relative_error=target, max_vjps=40)
+    u, met = be.to_numpy(found.u), be.to_numpy(found.met)
+    assert met.all()
+    assert (residual(jacobian, g, u) <= target).all()
+    assert (error_of(jacobian, g, u) <= target).all()
+    assert (be.to_numpy(found.vjps) <= 35).all()  # all 40 were spent, and all samples reported as failed

@@ -332,3 +332,30 @@ def test_a_certified_solve_does_not_depend_on_its_batch(be, seed):
         assert alone["met"][0] == together["met"][i]
         assert np.abs(alone["u"][0] - together["u"][i]).max() <= 1e-10 * np.abs(alone["u"]).max()
         assert alone["error"][0] == pytest.approx(together["error"][i], rel=1e-8, abs=1e-12)
+
+
+def ill_conditioned(n=40):
+    """Matrices I − J whose products lie nearly in the space that made them."""
+    rng = np.random.default_rng(21)
+    q = np.linalg.qr(rng.standard_normal((n, n)))[0]
+    slow = np.concatenate([[0.9, 0.99, 0.999, 0.9999], rng.uniform(-0.3, 0.3, n - 4)])
+    return np.stack(
+        [
+            np.eye(n) - q @ np.diag(slow) @ q.T,
+            q @ np.diag(np.logspace(-8, 0, n)) @ q.T,
+            np.vander(np.linspace(0, 1, n), n),
+            np.eye(n) - 1e-6 * rng.standard_normal((n, n)),
+        ]
+    )
+
+
+def test_the_basis_is_orthogonal_to_rounding_where_products_cancel(be):
+    """A projection is repeated only where it leaves less than 1/√2 of the norm: ‖QᵀQ − I‖ stays some roundings."""
+    a = be.asarray(ill_conditioned())
+    b = be.asarray(np.random.default_rng(22).standard_normal((4, 40)))
+    space = KrylovSpace(be, lambda v: be.xp.sum(a * v[:, None, :], axis=2))
+    k = space.begin(b, 30)
+    k = space.grow(k, 1e-12 * k.start, 30)
+    for vectors in be.to_numpy(k.basis.masked(None).vectors()):
+        basis = vectors[np.linalg.norm(vectors, axis=1) > 0]
+        assert np.linalg.norm(basis @ basis.T - np.eye(len(basis)), 2) <= 50 * np.finfo(basis.dtype).eps

@@ -122,8 +122,8 @@ STRATEGIES = [
     Fault(
         "a certificate that promises too much",
         "deqcore.linear.certified",
-        "return residual / norm, reach / size",
-        "return residual / norm, 1e-3 * reach / size",
+        "return _Estimates(k.residual / norm, rounding / norm, reach / size)",
+        "return _Estimates(k.residual / norm, rounding / norm, 1e-3 * reach / size)",
         "strategy broyden-reuse",
         "test_the_report_is_true",
         "errors .* are estimated",

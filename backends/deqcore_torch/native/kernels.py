@@ -403,17 +403,38 @@ def anderson(
         _combined(values, per_chunk, slots, count, x, fz[b], b, z, ahead[b])
 
 
+CANCELLED = 0.7071067811865476  # as `deqcore.abc.backend.CANCELLED`, which says why
+
+
 @compiled
-def _projected(chunks, per_chunk, slots, count, row, like, twice, rest, h, products):
-    """Subtract from `rest` its components `h` in the orthonormal vectors of `count` slots; return both norms."""
-    before = _norm(rest)
+def _component(v, rest):
+    """Take from `rest` its component in the unit vector v, and return it."""
+    total = 0.0
+    for low in range(0, rest.shape[0], BLOCK):
+        total += _dot(v[low : low + BLOCK], rest[low : low + BLOCK])
+    number = rest.dtype.type(-total)
+    for low in range(0, rest.shape[0], BLOCK):
+        _add(number, v[low : low + BLOCK], rest[low : low + BLOCK])
+    return total
+
+
+@compiled
+def _projected(chunks, per_chunk, slots, count, row, like, twice, before, rest, h, products):
+    """Take from `rest` its components `h` in the orthonormal vectors of `count` slots, and return the norm after.
+
+    With `twice` it is projected again where less than `CANCELLED` of `before` is left.
+    """
     h[:] = 0.0
-    for _ in range(2 if twice else 1):
+    after = before
+    for turn in range(2 if twice else 1):
+        if turn == 1 and after >= CANCELLED * before:
+            break
         _products(chunks, per_chunk, slots, count, rest, row, like, products)
         h += products
         products[:] = -products
         _combined(chunks, per_chunk, slots, count, products, rest, row, like, rest)
-    return before, _norm(rest)
+        after = _norm(rest)
+    return after
 
 
 @compiled
@@ -424,14 +445,15 @@ def project(w, basis, per_chunk, used, seen, twice, out, h, before, after, start
     for b in range(start, stop):
         _copy(w[b], out[b])
         count = _slots(seen[b], used, slots)
-        before[b], after[b] = _projected(basis, per_chunk, slots, count, b, w, twice, out[b], h[b], products)
+        before[b] = _norm(out[b])
+        after[b] = _projected(basis, per_chunk, slots, count, b, w, twice, before[b], out[b], h[b], products)
 
 
 @compiled
 def arnoldi(
-    w, latest, basis, per_chunk, slot, used, seen, columns, column, source_slot, null_vector, null_norm_sq, residual, goal, can_grow,
-    steps, twice, eps, v, next_source, next_null, next_square, next_residual, next_alive, next_steps, going, taken,
-    start, stop,
+    w, latest, basis, per_chunk, slot, used, seen, columns, column, source_slot, null_vector, null_norm_sq, residual,
+    goal, can_grow, steps, twice, eps, v, next_source, next_null, next_square, next_residual, next_alive, next_steps,
+    going, taken, start, stop,
 ):  # fmt: skip
     """Do the part of a step of GMRES after the product `w`.
 
@@ -452,7 +474,11 @@ def arnoldi(
             rest = v[b]
             _copy(w[b], rest)
             count = _slots(seen[b], used, slots)
-            before, height = _projected(basis, per_chunk, slots, count, b, w, twice, rest, h, products)
+            before = _norm(rest)
+            along = _component(latest[b], rest)
+            height = _projected(basis, per_chunk, slots, count, b, w, twice, _norm(rest), rest, h, products)
+            for k in range(m):
+                h[k] += along * source_slot[b, k]
             floor = 4.0 * eps * before
             broke = height <= floor
             if broke:
