@@ -27,24 +27,6 @@ Map: TypeAlias = Callable[[Array], Array]
 LoopVars = TypeVar("LoopVars")
 
 
-class Path(NamedTuple):
-    """What is known of a sample's way so far, `(batch,)` each.
-
-    Attributes:
-        reference: scale of the start, max(‖z0‖, ‖f(z0)‖).
-        peak: largest residual so far.
-        best: least residual so far.
-        mark: residual at the last progress.
-        since: steps since then, or REFUSED or PENDING.
-    """
-
-    reference: Any
-    peak: Any
-    best: Any
-    mark: Any
-    since: Any
-
-
 class StepResult(NamedTuple):
     """The result of a step.
 
