@@ -392,7 +392,7 @@ SOLVERS = [
     Fault(
         "a criterion met by growth",
         "deqcore.solve.termination",
-        "    met = near & ((size <= reference) | at_start | absolute | (seen & (proven | bottom)))\n",
+        "    met = near & ((size <= reference) | at_start | absolute | (resolved & (proven | bottom)))\n",
         "    met = near & ((size <= reference) | at_start | absolute | (bottom == bottom))\n",
         "solver broyden",
         "test_growth_of_the_iterate_meets_no_tolerance",
@@ -410,8 +410,8 @@ SOLVERS = [
     Fault(
         "a refused step that leaves its difference behind",
         ANDERSON,
-        "        known = before != 0.0\n",
-        "        known = before == before\n",
+        "        informative = before != 0.0\n",
+        "        informative = before == before\n",
         "solver anderson",
         "test_a_restarted_sample_begins_where_it_is_put",
         "restarted: step",
@@ -428,8 +428,8 @@ SOLVERS = [
     Fault(
         "one sample's stop stops the batch",
         "deqcore.solve.loop",
-        "return bool((seen == int(Status.RUNNING)).any())",
-        "return bool((seen == int(Status.RUNNING)).all())",
+        "return bool((status == int(Status.RUNNING)).any())",
+        "return bool((status == int(Status.RUNNING)).all())",
         "solver picard",
         "test_a_sample_is_solved_in_company_as_alone",
         "alone",
@@ -558,8 +558,8 @@ BACKENDS = [
     Fault(
         "norms over the batch",
         NUMPY,
-        "            return self.guarded(v, np.linalg.norm(v.astype(dtype, copy=False), axis=1))\n",
-        "            return self.guarded(v, np.linalg.norm(v.astype(dtype, copy=False), axis=1)) + 0 * v.sum()\n",
+        "self.guarded(v, np.linalg.norm(v.astype(dtype, copy=False), axis=1))\n",
+        "self.guarded(v, np.linalg.norm(v.astype(dtype, copy=False), axis=1)) + 0 * v.sum()\n",
         "backend numpy",
         "test_a_bad_sample_changes_no_bit_of_its_neighbours",
         "depends on its neighbour",
@@ -567,8 +567,8 @@ BACKENDS = [
     Fault(
         "unscaled norms in the core",
         "deqcore.abc.backend",
-        "        return self.cond(~safe, again, found)\n",
-        "        return found\n",
+        "        return self.cond(~safe, again, plain_norm)\n",
+        "        return plain_norm\n",
         "backend numpy",
         "test_norms_of_any_scale",
         "norms over true ones",
@@ -576,8 +576,8 @@ BACKENDS = [
     Fault(
         "unscaled norms in a backend",
         TORCH,
-        "            return self.guarded(v, found)\n",
-        "            return found\n",
+        "            return self.guarded(v, norms)\n",
+        "            return norms\n",
         "backend torch",
         "test_norms_of_any_scale",
         "norms over true ones",
@@ -691,7 +691,7 @@ BACKENDS = [
     Fault(
         "double path",
         SECOND,
-        "    return [found.get(edge) for edge in wanted]\n",
+        "    return [gradients.get(edge) for edge in wanted]\n",
         "    return list(torch.autograd.grad(\n"
         "        outputs, sources, cotangents, create_graph=create_graph, retain_graph=True, allow_unused=True\n"
         "    ))\n",
