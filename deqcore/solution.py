@@ -114,11 +114,11 @@ class Tally(NamedTuple):
         return self.samples.sum() > self.samples[int(Status.CONVERGED)]
 
     def notable(self) -> Any:
-        """Whether any sample did not converge; see `deqcore.types.Figures`."""
+        """Return whether any sample did not converge; see `deqcore.types.Figures`."""
         return self.failed()
 
     def merged(self, xp: Any) -> Tally:
-        """That of all lanes, from a stack of them; see `deqcore.types.Figures`."""
+        """Return the tally of all lanes, from a stack of them; see `deqcore.types.Figures`."""
         return Tally(xp.sum(self.samples, axis=0), xp.max(self.steps, axis=0), xp.max(self.residual, axis=0))
 
     def lines(self, template: str, solver: str = "") -> str:

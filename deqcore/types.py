@@ -232,10 +232,10 @@ class Figures(Protocol):
     """
 
     def notable(self) -> Any:
-        """Whether the host must see them: one bool."""
+        """Return whether the host must see them: one bool."""
 
     def merged(self, xp: Any) -> Any:
-        """One record of the same kind from a stack of them along the first axis of each array."""
+        """Return one record of the same kind from a stack of them along the first axis of each array."""
 
 
 class Reached(NamedTuple):

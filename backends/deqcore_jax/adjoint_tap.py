@@ -4,8 +4,8 @@ A vector–Jacobian product has no return path beside its gradients, so the figu
 `reporting(tap)` a solve takes the tap along, an argument of zeros. The gradient with respect to the tap *is* the
 report. It passes `jit`, `vmap`, `scan` and layers, and costs nothing where you do not ask for it.
 
-The tap also carries what `backward.verify_every` measures: eager transformations measure the first pass of a function
-and every n-th after it. Compiled code counts nothing; there a hash of the gradient chooses one pass in n on average, and
+The tap also carries what `backward.verify_every` measures. Eager transformations measure the first pass of a function
+and every n-th after it. Compiled code counts nothing: a hash of the gradient chooses one pass in n on average, and
 `backward.verify_every = 1` measures each pass.
 
 Rules: one tap serves one solve; make it and differentiate with respect to it inside the same `jit`; under `vmap` each
@@ -43,12 +43,12 @@ class AdjointTap(NamedTuple):
 
     Attributes:
         status: as in AdjointReport.
-        vjps: likewise.
-        residual: likewise.
-        error: likewise.
-        fallback: likewise, 0 or 1.
-        coupling: likewise.
-        verify_vjps: likewise.
+        vjps: as in AdjointReport.
+        residual: as in AdjointReport.
+        error: as in AdjointReport.
+        fallback: as in AdjointReport, 0 or 1.
+        coupling: as in AdjointReport.
+        verify_vjps: as in AdjointReport.
         runs: how often a backward pass reported.
 
     Example:
@@ -78,7 +78,7 @@ _open: ContextVar[_Slot | None] = ContextVar("deqcore_jax.adjoint_tap", default=
 
 
 def new(batch: int) -> AdjointTap:
-    """An adjoint_tap for a solve with `batch` samples (1 if `forward.batch = false`).
+    """Return an adjoint tap for a solve with `batch` samples (1 if `forward.batch = false`).
 
     Returns:
         Zeros `(batch,)` of float32 in each field.
@@ -118,7 +118,7 @@ def reporting(adjoint_tap: AdjointTap) -> Iterator[None]:
 
 
 def read(figures: AdjointTap) -> AdjointReport:
-    """The report in a gradient with respect to an adjoint_tap.
+    """Return the report in a gradient with respect to an adjoint tap.
 
     Args:
         figures: the gradient from `jax.grad` with respect to the adjoint tap.
@@ -138,8 +138,8 @@ def read(figures: AdjointTap) -> AdjointReport:
         fewest, most = float(runs.min()), float(runs.max())
         if fewest != 1.0 or most != 1.0:
             raise StrategyError(
-                f"The adjoint_tap got between {fewest:g} and {most:g} reports per sample, but must get one. Differentiate "
-                f"a value that depends on a solve inside `reporting`, with one adjoint_tap per solve and lane of vmap."
+                f"An adjoint tap must receive one report per sample (got {fewest:g} to {most:g}). Differentiate a "
+                f"value that depends on a solve inside `reporting`, with one adjoint tap per solve and lane of vmap."
             )
     return AdjointReport(
         status=figures.status.astype(jnp.int32),
@@ -171,7 +171,7 @@ def take(batch: int) -> AdjointTap | None:
 
 
 def fill(report: AdjointReport) -> AdjointTap:
-    """A report as the cotangent of an adjoint_tap."""
+    """Return a report as the cotangent of an adjoint tap."""
     unmeasured = jnp.full_like(report.residual, jnp.nan)
     coupling = unmeasured if report.coupling is None else report.coupling
     verify_vjps = jnp.zeros_like(report.vjps) if report.verify_vjps is None else report.verify_vjps

@@ -103,7 +103,7 @@ def solve(
     """
     program, leaves = trace(f, z0, args)
     if not is_traced((leaves, adjoint_tap)):
-        adjoint = None  # nobody can ask for a gradient
+        adjoint = None  # no caller can request a gradient
     turn = None
     if adjoint is not None:
         staged = is_staged()
@@ -124,14 +124,14 @@ def solve(
 
 
 def _no_forward_mode(problem: Problem, adjoint_tap: AdjointTap | None) -> StrategyError:
-    """The error for jvp, jacfwd or hessian of a value that is a `jax.custom_vjp` function."""
+    """Return the error for jvp, jacfwd or hessian of a value that is a `jax.custom_vjp` function."""
     limit = "has reverse mode only, not forward mode (jvp, jacfwd, hessian)"
     if not problem.bound.exact:
         name = problem.bound.name
         return StrategyError(f"{name} {limit}. Use backward.strategy = 'exact-ift' without an adjoint tap.")
     if adjoint_tap is not None:
         return StrategyError(
-            f"A solve that reports to an adjoint tap {limit}. Use backward.strategy = 'exact-ift' without an adjoint tap."
+            f"A solve with an adjoint tap {limit}. Use backward.strategy = 'exact-ift' without an adjoint tap."
         )
     return StrategyError(
         f"f calls a jax.custom_vjp function, which {limit}. Use reverse mode (jax.grad, jax.jacrev; "

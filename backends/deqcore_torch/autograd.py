@@ -113,7 +113,7 @@ class _Job:
         return solution
 
     def refusal(self) -> str | None:
-        """Why the gradient may not be differentiated again, if it may not."""
+        """Return why the gradient may not be differentiated again, or None if it may."""
         if not self.adjoint.exact:
             return approximate(self.adjoint, "differentiated again")
         if self.outside.hidden is not None:

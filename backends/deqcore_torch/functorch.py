@@ -308,8 +308,8 @@ class Refuse(torch.autograd.Function):
 
 
 def approximate(adjoint: AdjointSolver, what: str) -> str:
-    """Why an approximate strategy cannot do this."""
+    """Return why an approximate strategy cannot do this."""
     return (
         f"The gradient of {adjoint.name} was {what}, but it approximates the gradient in reverse "
-        f"mode, and the derivative of an approximation is no second derivative: use backward.strategy = 'exact-ift'."
+        f"mode, and the derivative of an approximation is not a second derivative. Use backward.strategy = 'exact-ift'."
     )

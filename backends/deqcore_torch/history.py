@@ -21,7 +21,7 @@ from deqcore.abc.history import History
 from deqcore_torch import native
 
 CHUNK = 4  # slots per chunk for large vectors, and slots per product: BLAS rounds a remainder in another way
-ALIGNED = 16  # bytes: where rows are no multiple of it, MKL rounds a row by its address
+ALIGNED = 16  # bytes: where the size of a row is not a multiple of it, MKL rounds a row by its address
 NARROW = 256  # numbers per vector below which MKL rounds a combination by the number of slots in it
 # Numbers per sample up to which products run over the whole memory: fewer operations, more bytes. Not numbers in all:
 # a sample's bits must not depend on how many others there are.
@@ -53,7 +53,7 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
 
 
 def products(many: Tensor, part: Tensor) -> Tensor:
-    """Inner products `(batch, r, slots)` of `many` `(batch, r, n)` with `part` `(slots, batch, n)`."""
+    """Return inner products `(batch, r, slots)` of `many` `(batch, r, n)` with `part` `(slots, batch, n)`."""
     if part.device.type != "cpu" or many.shape[2] * many.element_size() % ALIGNED == 0:
         return torch.bmm(many.contiguous(), part.permute(1, 2, 0))
     return (part[:, :, None] * many).sum(3).permute(1, 2, 0)
@@ -227,7 +227,7 @@ class TorchHistory(History):
         return self.store.chunks[chunk][row]
 
     def _filled(self) -> list[Tensor]:
-        """The chunks in use, cut to the slots written.
+        """Return the chunks in use, cut to the slots written.
 
         Slot by slot where large vectors must be widened first, and in units where BLAS rounds more by the address.
         """
@@ -242,7 +242,7 @@ class TorchHistory(History):
         return parts
 
     def _whole_units(self) -> list[Tensor]:
-        """The chunks in use, in units whose numbers of slots depend on their place alone."""
+        """Return the chunks in use, in units whose numbers of slots depend on their place alone."""
         used, units = self.used(), []
         size = 1 if self.store.dtype is not self.store.compute and self.store.chunk == CHUNK else CHUNK
         for i, chunk in enumerate(self.store.chunks):

@@ -258,7 +258,7 @@ def page(
         "",
         f"`python -m benchmarks.certificates`, {machine}, {seconds:.0f} s. Forward: Broyden with all pairs kept, "
         f"float32, rtol 1e-4, 100 steps at most; max_refine_vjps = {MAX_REFINE_VJPS}. Truth: a dense float64 Jacobian "
-        "by automatic differentiation of the float64 function, LAPACK, and a textbook GMRES, none of which is deqcore's.",
+        "by automatic differentiation of the float64 function, LAPACK, and a textbook GMRES, none of them deqcore's.",
         "",
         "| figure | target | found | | remark |",
         "|---|---|---|---|---|",

@@ -70,11 +70,11 @@ class AdjointSolver(ABC):
 
     @abstractmethod
     def transposed(self) -> AdjointSolver:
-        """The same strategy for x = b + J x, called with the product `v ↦ J v`: forward mode, second derivatives."""
+        """Return the same strategy for x = b + J x, called with `v ↦ J v`: forward mode, second derivatives."""
 
     @abstractmethod
     def compiled(self, *, staged: bool, observed: bool = False) -> AdjointSolver:
-        """What a tracing backend compiles.
+        """Return the solver that a tracing backend compiles.
 
         The user's code (`staged`) gets callbacks, and measurements that end in one, only if a setting asks for them.
 

@@ -17,7 +17,7 @@ class _Arrays(Protocol):
     xp: Any
 
     def detach(self, x: Array) -> Array:
-        """The same numbers, without a gradient."""
+        """Return the same numbers, without a gradient."""
 
     def astype(self, x: Array, dtype: str) -> Array:
         """Cast to the dtype of this name."""
@@ -29,16 +29,16 @@ class _Arrays(Protocol):
         """Cast to the dtype of coefficients."""
 
     def dtype_name(self, x: Array) -> str:
-        """The name of the dtype."""
+        """Return the name of the dtype."""
 
     def asarray(self, a: object, *, dtype: str | None = None, like: Array | None = None) -> Array:
         """Convert host data."""
 
     def select(self, mask: Array, new: Array, old: Array) -> Array:
-        """Rows of `new` where `mask` holds, of `old` elsewhere."""
+        """Return rows of `new` where `mask` holds, of `old` elsewhere."""
 
     def known_all(self, mask: Array) -> bool:
-        """Whether all of `mask` is known to hold."""
+        """Return whether all of `mask` is known to hold."""
 
     def errstate(self) -> AbstractContextManager[object]:
         """Silence warnings of NaN and inf."""
@@ -65,7 +65,7 @@ class FunctionalHistory(History):
 
     @classmethod
     def empty(cls, backend: _Arrays, like: Array, history_size: int, dtype: str | None = None) -> FunctionalHistory:
-        """No vector yet, for vectors like `like` `(batch, n)`."""
+        """Return a history without a vector, for vectors like `like` `(batch, n)`."""
         still = backend.detach(like)
         zero = backend.xp.zeros_like(backend.astype(still, dtype or backend.dtype_name(like)))
         unseen = backend.xp.broadcast_to(backend.xp.sum(zero, axis=1)[:, None] > 0, (like.shape[0], history_size))

@@ -19,16 +19,16 @@ from deqcore.types import AdjointReport, Array, Map, Status
 class BroydenReuse(Strategy):
     """u ≈ (I − J)^-T g from the secant pairs that the forward solve left behind.
 
-    *Plain* (`certify=False, max_relative_error=None, fallback="none"`): u = −Hᵀg with the solver's own H, as published. One
-    low-rank product; right where the secant pairs saw the directions that the cotangent needs, wrong without a word
-    elsewhere, most of all with several slow modes and tight forward tolerances.
+    *Plain* (`certify=False, max_relative_error=None, fallback="none"`): u = −Hᵀg with the solver's own H, as published.
+    One low-rank product. It is right if the secant pairs saw the directions that the cotangent needs. Elsewhere it is
+    silently wrong, most of all with several slow modes and tight forward tolerances.
 
-    *Certified* (`certify=True, max_relative_error=None`): the same u, and one vjp that measures its adjoint residual. The error
-    that it reports is the estimate's own: a mode that the forward solve has not met is not in it.
+    *Certified* (`certify=True, max_relative_error=None`): the same u, and one vjp that measures its adjoint residual.
+    The error that it reports is the estimate's own: it does not contain a mode that the forward solve has not met.
 
-    *Refined* (`max_relative_error` set, the default): GMRES on (I − Jᵀ) with the multi-secant estimate M = −Hᵀ of all pairs as
-    right preconditioner, per sample, until residual *and estimated error* are at most `max_relative_error`. The error is an
-    estimate and no bound. Its first direction is M g, the reused gradient itself; a sample is certified after three
+    *Refined* (`max_relative_error` set, the default): GMRES on (I − Jᵀ) with the multi-secant estimate M = −Hᵀ of all
+    pairs as right preconditioner, per sample, until residual *and estimated error* are at most `max_relative_error`.
+    The error is an estimate, not a bound. Its first direction is M g, the reused gradient itself; a sample is certified after three
     vjps at the earliest, unless its residual vanishes before.
 
     Cost: plain, two passes over the solver's history; certified, one vjp more; refined, as many vjps as it takes,

@@ -12,7 +12,7 @@ def load_plugins(report: Callable[[DeqcoreError], object]) -> None:
     """Execute the `deqfile.py` of the working directory if its `deq.toml` asks for it.
 
     Args:
-        report: gets a mistake in either, which is no reason to stop.
+        report: gets a mistake in either, which does not stop the command.
     """
     try:
         Config.discover()

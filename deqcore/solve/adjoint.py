@@ -59,7 +59,7 @@ class Adjoint(AdjointSolver):
         return transposed(estimate) if self.turned and estimate is not None else estimate
 
     def _unscaled(self, vjp: Map, g: Array, estimate: InverseJacobian | None) -> tuple[object, Array]:
-        """What `solve_adjoint` returned for `g` in units near its norm, which is linear in `g`, with u in units of 1."""
+        """Return the result of `solve_adjoint`, called with `g` in units near its norm, with u in units of 1."""
         backend = self.backend
         if not (self.uses_vjp or self.uses_state):
             return self.strategy.solve_adjoint(backend, vjp, g, estimate), g

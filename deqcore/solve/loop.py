@@ -70,10 +70,7 @@ def iterate(
     """
     like = z0 if resume is None else resume.z
     limits = Limits.of(backend, like, control.rtol, control.atol, control.patience)
-    if resume is None:
-        start = _begin(backend, solver, f, z0, limits)
-    else:
-        start = _resume(backend, solver, f, resume, limits)
+    start = _begin(backend, solver, f, z0, limits) if resume is None else _resume(backend, solver, f, resume, limits)
     refusals = _Refusals(backend, solver)
 
     def going(carry: LoopState) -> Array | bool:

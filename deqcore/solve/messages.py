@@ -24,7 +24,7 @@ ADVICE: Final = {
 
 
 def promises(strategy: Strategy) -> bool:
-    """Whether a strategy promises an accuracy, so that it can fail: it is exact, or one of its options is a tolerance."""
+    """Return whether a strategy promises an accuracy: it is exact, or one of its options is a tolerance."""
     return strategy.exact or any(getattr(strategy, name, None) is not None for name in TOLERANCES)
 
 

@@ -56,7 +56,7 @@ class Plan:
         return self.backend.unshared(value, z0), forward, record
 
     def adjoint(self, f: FlatFunction) -> Adjoint:
-        """The strategy bound to this call, which verifies its reports and says what failed."""
+        """Return the strategy bound to this call, which verifies its reports and says what failed."""
         assert isinstance(self.strategy, Strategy)
         watch = self._watch(f) if self.backend.capabilities.eager else self._traced_watch(f)
         return Adjoint(self.backend, self.strategy, self.solver, self.config.backward.on_failure, watch)
@@ -282,4 +282,4 @@ def _once(f: Map, z: Array) -> Any:
 
 
 def _no_vjp(u: Array) -> Array:
-    raise StrategyError("The strategy called vjp, although its uses_vjp() says that it does not.")
+    raise StrategyError("The strategy called vjp, although its uses_vjp() returns False. Return True from uses_vjp().")

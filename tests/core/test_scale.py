@@ -32,7 +32,8 @@ CASES = [
     ("float64", 1e200),
 ]
 CLOSE = {"float32": 1e-3, "bfloat16": 6e-2, "float64": 1e-6}
-SOLVERS = [("picard", {}), ("anderson", {}), ("anderson", {"mixing": 0.9}), ("broyden", {}), ("broyden", {"history_size": 3}),
+SOLVERS = [
+    ("picard", {}), ("anderson", {}), ("anderson", {"mixing": 0.9}), ("broyden", {}), ("broyden", {"history_size": 3}),
            ("broyden", {"max_residual_growth": 2.0}), ("newton-krylov", {})]  # fmt: skip
 EXACT = ["exact-ift", "broyden-reuse"]
 

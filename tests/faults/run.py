@@ -38,7 +38,7 @@ Options = dict[str, object]
 
 
 def checks(kind: str, name: str, *variants: tuple[Options, Options], backend: str = "numpy"):
-    """A check for each set of options, with what is claimed under it; without any, the defaults and their cost bounds."""
+    """Return a check per set of options with its cost bounds; without any, the defaults and theirs."""
     return [
         (SuiteRequest(kind, name, options=text(options), cost_bounds=text(cost_bounds), first=True), backend)
         for options, cost_bounds in variants or [({}, {})]

@@ -1,4 +1,4 @@
-"""The monitor and JAX: eager solves; compiled ones by the collector, backward passes by the adjoint_tap, actions by using."""
+"""The monitor and JAX: eager solves, compiled solves by callbacks, backward passes by the adjoint tap."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from deqcore.monitor import Monitor, Trigger
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
 
-from deqcore_jax import adjoint_tap, callbacks
+from deqcore_jax import adjoint_tap, callbacks  # noqa: E402
 
 
 def solve(rate, **settings):

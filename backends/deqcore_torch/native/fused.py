@@ -526,7 +526,8 @@ def rejected(
 
 @triton.jit(do_not_specialize=["spans", "blocks", "batch", "memory", "used", "slot", "column", "fresh"])
 def arnoldi_algebra(
-    first, second, spans, before, after, blocks, basis_seen, columns_seen, columns, source_slot, null_vector, null_norm_sq, residual,
+    first, second, spans, before, after, blocks, basis_seen, columns_seen, columns, source_slot, null_vector,
+    null_norm_sq, residual,
     goal, can_grow, steps, next_basis_seen, next_columns_seen, next_source, next_null, next_square, next_residual,
     next_alive, next_steps, height, batch, history_size, used, slot, column, fresh, eps: tl.constexpr,
     twice: tl.constexpr, has_basis_seen: tl.constexpr, has_columns_seen: tl.constexpr,
