@@ -28,8 +28,8 @@ class BroydenReuse(Strategy):
 
     *Refined* (`max_relative_error` set, the default): GMRES on (I − Jᵀ) with the multi-secant estimate M = −Hᵀ of all
     pairs as right preconditioner, per sample, until residual *and estimated error* are at most `max_relative_error`.
-    The error is an estimate, not a bound. Its first direction is M g, the reused gradient itself; a sample is certified after three
-    vjps at the earliest, unless its residual vanishes before.
+    The error is an estimate, not a bound. Its first direction is M g, the reused gradient itself; a sample is
+    certified after three vjps at the earliest, unless its residual vanishes before.
 
     Cost: plain, two passes over the solver's history; certified, one vjp more; refined, as many vjps as it takes,
     `max_refine_vjps` at most, and as many history vectors.

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from deqcore.errors import ConfigError
-from deqcore.study.report.translations import LANGUAGES
+from deqcore.study.translations import LANGUAGES
 
 Option: TypeAlias = bool | int | float | str
 

@@ -19,8 +19,8 @@ from deqcore.study.report.gates import judge
 from deqcore.study.report.recommendation import bill, devices, recommendations
 from deqcore.study.report.retraining import accumulations
 from deqcore.study.report.summary import Interval, reference, rows
-from deqcore.study.report.translations import EN, HEADS_JA, JA, head
 from deqcore.study.settings import CostSettings, Study, read
+from deqcore.study.translations import EN, HEADS_JA, JA, head
 
 SPEED = {"exact-ift": 4.0, "broyden-reuse": 3.0, "jacobian-free": 2.0, "explicit": 1.0}
 LOSS = {"exact-ift": 0.0, "broyden-reuse": 0.002, "jacobian-free": 0.05, "explicit": 0.0}

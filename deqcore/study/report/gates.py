@@ -8,8 +8,8 @@ from typing import Any, Final
 
 from deqcore.errors import ConfigError
 from deqcore.study.report.summary import SummaryRow, reference
-from deqcore.study.report.translations import say
 from deqcore.study.settings import Gate
+from deqcore.study.translations import say
 
 
 def _points(row: SummaryRow, exact: SummaryRow | None) -> float | None:

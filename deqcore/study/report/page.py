@@ -16,8 +16,8 @@ from deqcore.study.report.plots import name, plots
 from deqcore.study.report.recommendation import Recommendation, devices, recommendations
 from deqcore.study.report.retraining import Accumulation, accumulations
 from deqcore.study.report.summary import METRICS, Interval, SummaryRow, rows
-from deqcore.study.report.translations import LANGUAGES, head, say
 from deqcore.study.settings import CostSettings, Study
+from deqcore.study.translations import LANGUAGES, head, say
 
 
 def write(root: Path, study: Study, results: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> list[SummaryRow]:
