@@ -203,6 +203,19 @@ class DerivativeTests(Conformance):
             close(found, 16.0, 1e-5, "d²/da² 1/(1 − a) = 2/(1 − a)³")
 
     @needs("autodiff")
+    def test_hessian_vector_products_by_two_backward_passes(self, kit: Kit) -> None:
+        """d/dv of v·L′(a) and of (v·L′)′(a), which are linear in v: right or refused, never without their term."""
+        loss = kit.backend.grad(lambda a: self._scalar(kit, a, 1.0))
+        twice = lambda v: kit.backend.grad(lambda a: v * loss(a))(kit.array(0.5)) + v  # noqa: E731
+        once = lambda v: kit.backend.grad(lambda a: v * self._scalar(kit, a, 1.0))(kit.array(0.5)) + v  # noqa: E731
+        for product, truth, what in ((once, 5.0, "v·L′"), (twice, 17.0, "(v·L′)′")):
+            try:
+                found = kit.numpy(kit.backend.grad(product)(kit.array(1.0)))
+            except errors.DeqcoreError:
+                continue
+            close(found, truth, 1e-5, f"d/dv of {what} + v for L = 1/(1 − a)")
+
+    @needs("autodiff")
     def test_what_f_reads_is_what_it_was_at_the_call(self, kit: Kit) -> None:
         """z = 1 / (1 − c a), with another c before the backward pass: right or refused, in every order."""
 

@@ -689,6 +689,16 @@ BACKENDS = [
         backend="torch",
     ),
     Fault(
+        "a product that does not depend on its vector",
+        SECOND,
+        "        if not torch.is_grad_enabled():\n",
+        "        if True:\n",
+        "backend torch",
+        "test_hessian_vector_products_by_two_backward_passes",
+        "d/dv of",
+        backend="torch",
+    ),
+    Fault(
         "double path",
         SECOND,
         "    return [found.get(edge) for edge in wanted]\n",
