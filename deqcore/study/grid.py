@@ -222,4 +222,4 @@ def _check(study: Study, own: Own, backends: tuple[str, ...]) -> None:
 
 def _options(strategy: StrategyChoice) -> dict[str, object]:
     """TOML has no null: the text "none" stands for it in an option `max_relative_error`."""
-    return {name: None if name == "target" and value == "none" else value for name, value in strategy.options.items()}
+    return {name: None if name == "max_relative_error" and value == "none" else value for name, value in strategy.options.items()}

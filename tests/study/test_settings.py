@@ -39,7 +39,7 @@ def test_a_cell_comes_back_from_its_json_form():
     (cell,) = grid({"strategies": [{**entry, "options": {**entry["options"], "fallback": "none"}}]})
     assert Cell.of(cell.as_dict()) == cell
     assert Cell.of(cell.as_dict()).key == cell.key
-    assert cell.config().backward.options["target"] is None
+    assert cell.config().backward.options["max_relative_error"] is None
 
 
 def test_what_changes_a_number_changes_the_key():
@@ -73,7 +73,7 @@ def test_mistakes_in_the_file_are_told_with_their_place(table: dict[str, object]
     [
         ({"models": ["dens"]}, UnknownNameError, "Did you mean 'dense'?"),
         ({"solvers": ["broyde"]}, UnknownNameError, "Did you mean 'broyden'?"),
-        ({"strategies": [{"name": "broyden-reuse", "options": {"targte": 0.1}}]}, ConfigError, "target"),
+        ({"strategies": [{"name": "broyden-reuse", "options": {"max_relative_eror": 0.1}}]}, ConfigError, "max_relative_error"),
         ({"solvers": ["picard"]}, StrategyError, "keeps none"),
         ({"strategies": ["exact-ift", "exact-ift"]}, ConfigError, "two entries of strategies"),
         ({"models": ["attention"]}, ConfigError, "'attention' takes tokens, which no entry of data gives"),
@@ -107,3 +107,8 @@ def test_gates_name_what_exists():
 def test_own_code_that_no_entry_asks_for_is_an_error(own: Own, said: str):
     with pytest.raises(ConfigError, match=said):
         cells(read({"data": ["digits"], "models": ["dense"]}, "x"), own, ("torch",))
+
+
+def test_the_text_none_stands_for_no_promise_in_a_checked_grid():
+    entry = {"name": "broyden-reuse", "options": {"max_relative_error": "none", "fallback": "none"}}
+    assert grid({"strategies": [entry], "solvers": ["broyden"]})
