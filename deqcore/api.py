@@ -103,8 +103,9 @@ def vjp(
 
     Raises:
         InitialIterateError: the cotangent does not fit z0.
-        ProblemError: an argument is an object with arrays inside that the backend's trees do not know, such as a
-            module of torch. Otherwise as `fixed_point`.
+        ProblemError: an argument has arrays inside that the backend's trees do not know (a module of torch, a function
+            or method that reads arrays, a set), or a dataclass derives arrays from its fields. Otherwise as
+            `fixed_point`.
 
     Example:
         >>> import numpy as np, deqcore
