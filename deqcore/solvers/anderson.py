@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from deqcore.abc.backend import Backend
-from deqcore.abc.history import History
+from deqcore.abc.history import LONGEST, History
 from deqcore.abc.inverse_jacobian import InverseJacobian
 from deqcore.abc.solver import Solver
 from deqcore.linear.lowrank import AndersonInverse
@@ -101,6 +101,8 @@ class Anderson(Solver):
     def __post_init__(self) -> None:
         if self.history_size < 1:
             raise ValueError(f"history_size = {self.history_size}, but at least 1 difference is expected")
+        if self.history_size > LONGEST:
+            raise ValueError(f"history_size = {self.history_size}. It must be at most {LONGEST}.")
         if not 0.0 < self.mixing <= 1.0:
             raise ValueError(f"mixing = {self.mixing}, but a number above 0 and at most 1 is expected")
         if self.ridge < 0.0:
