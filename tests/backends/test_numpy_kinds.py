@@ -8,6 +8,8 @@ import pytest
 import deqcore
 from deqcore.errors import ConfigError, InitialIterateError, ProblemError
 
+pytestmark = pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+
 
 def solve(z0, **settings):
     return deqcore.fixed_point(lambda z: 0.5 * np.tanh(z) + 1, z0, **settings)
