@@ -101,8 +101,9 @@ def vjp(
 
     Raises:
         InitialIterateError: the cotangent does not fit z0.
-        ProblemError: an argument is an object with arrays that the backend does not treat as a tree, such as a
-            module of torch. Other errors as in `fixed_point`.
+        ProblemError: an argument has arrays inside that are not leaves of the backend's trees (a module of torch, a function
+            or method that reads arrays, a set), or a dataclass derives arrays from its fields. Otherwise as
+            `fixed_point`.
 
     Example:
         >>> import numpy as np, deqcore

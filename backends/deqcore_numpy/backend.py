@@ -39,6 +39,15 @@ class NumpyBackend(Backend):
     def is_array(self, leaf: object) -> bool:
         return isinstance(leaf, np.ndarray | np.generic)
 
+    def unfit(self, x: Any) -> str | None:
+        if type(x) is np.ndarray:
+            return None
+        if isinstance(x, np.matrix):
+            return "a numpy.matrix, which is always two-dimensional: pass numpy.asarray of it"
+        if isinstance(x, np.ma.MaskedArray):
+            return "a masked array, whose masked entries have no value: pass its `filled(value)`, and the mask by args"
+        return None
+
     def asarray(self, a: object, *, dtype: str | None = None, like: NDArray[Any] | None = None) -> NDArray[Any]:
         return np.asarray(a, dtype or (like.dtype if like is not None else None))
 

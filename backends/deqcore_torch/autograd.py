@@ -94,8 +94,9 @@ class _Job:
     It refers neither to f nor to arguments nor to an output, because the graph would keep them alive.
     """
 
-    def __init__(self, adjoint: AdjointSolver, record: BackwardRecord, state: Any) -> None:
+    def __init__(self, adjoint: AdjointSolver, record: BackwardRecord, state: Any, linear: bool = False) -> None:
         self.adjoint = adjoint
+        self.linear = linear  # whether y is linear in z: then the solution is all that second derivatives need
         self.record = record
         self.state = state
         self.outside = Outside()
@@ -154,6 +155,8 @@ class _Attach(torch.autograd.Function):
             job.saved.fetch()
         if not torch.is_grad_enabled():
             return (job.solve_adjoint(y, z, g), None, None, None, *nothing)
+        if job.linear:
+            return (_differentiable(job, y, z, g), None, None, None, *nothing)
         refusal = job.refusal()
         if refusal is None:
             return (None, None, None, None, *_second_order(job, y, z, g, out, outside))
@@ -165,22 +168,19 @@ class _Attach(torch.autograd.Function):
 
 
 def _second_order(job: _Job, y: Tensor, z: Tensor, g: Tensor, out: Tensor, outside: list[Tensor]) -> Any:
-    """Return gradients of the tensors outside f, as differentiable functions of g, the solution and those tensors."""
+    """Return gradients of the tensors outside, as differentiable functions of g, of the solution and of those tensors."""
+    return Twice.apply(Recorded(y, z, lambda g: _differentiable(job, y, z, g)), out, g, *outside)
 
-    def vjp(u: Tensor) -> Tensor:
-        (product,) = torch.autograd.grad(y, z, u, create_graph=True, allow_unused=True)
-        return torch.zeros_like(u) if product is None else product
 
-    def solve(g: Tensor) -> Tensor:
-        """Return u as the solution of its own linear equation, whose Jacobian is Jᵀ."""
-        with torch.no_grad():
-            u = job.solve_adjoint(y, z, g)
-        inner = _Job(job.adjoint.transposed(), BackwardRecord(), job.state)
-        start = _Gate.apply(u.detach().requires_grad_())
-        attached: Tensor = _Attach.apply(g + vjp(start), start, u, inner)
-        return attached
-
-    return Twice.apply(Recorded(y, z, solve), out, g, *outside)
+def _differentiable(job: _Job, y: Tensor, z: Tensor, g: Tensor) -> Tensor:
+    """Return the solution u of `job` as that of its own linear equation, whose Jacobian is Jᵀ."""
+    with torch.no_grad():
+        u = job.solve_adjoint(y, z, g)
+    inner = _Job(job.adjoint.transposed(), BackwardRecord(), job.state, linear=True)
+    start = _Gate.apply(u.detach().requires_grad_())
+    (pulled,) = torch.autograd.grad(y, z, start, create_graph=True, allow_unused=True)
+    attached: Tensor = _Attach.apply(g if pulled is None else g + pulled, start, u, inner)
+    return attached
 
 
 class _Gate(torch.autograd.Function):

@@ -9,7 +9,9 @@ function
     P_s(z, g, sources) = (∂f/∂s)ᵀ u,    u = g + Jᵀu.
 
 `Twice` holds their values. Its backward differentiates P once and gives the part of z to the solution, whose own
-backward turns it into gradients of the sources.
+backward turns it into gradients of the sources. What it gives is linear in its cotangents and may be differentiated in
+them (`_Pushed`), as a Hessian-vector product by the double-backward trick does. Derivatives in anything else are of
+order 3, and refused.
 
 A source may be computed from another one: h = tanh(x), where f reads both h and x. `partial` holds all other sources
 fixed, so that the path through h counts once; PyTorch itself follows it beyond h.
@@ -93,7 +95,7 @@ class Twice(torch.autograd.Function):
         ctx.once = once_only(parts, begun)
         ctx.kept = [part is not None and part.requires_grad for part in parts]
         graph = [part for part, kept in zip(parts, ctx.kept, strict=True) if kept and part is not None]
-        ctx.save_for_backward(out, recorded.z, cotangent, *sources, *graph)
+        ctx.save_for_backward(out, g, recorded.z, cotangent, *sources, *graph)
         ctx.count = len(sources)
         return tuple(None if part is None else part.detach() for part in parts)
 
@@ -102,17 +104,64 @@ class Twice(torch.autograd.Function):
         """Return the gradients for the solution, for g and for the sources."""
         if ctx.once:
             raise StrategyError(ONCE_ONLY)
-        out, z, g, *rest = ctx.saved_tensors
+        out, g, z, inner, *rest = ctx.saved_tensors
         sources, graph = rest[: ctx.count], rest[ctx.count :]
         given = [cotangent for cotangent, kept in zip(cotangents, ctx.kept, strict=True) if kept]
         pairs = [(part, cotangent) for part, cotangent in zip(graph, given, strict=True) if cotangent is not None]
         if not pairs:
             return (None,) * (3 + ctx.count)
-        outputs, given = [part for part, _ in pairs], [cotangent for _, cotangent in pairs]
-        gradients = partial(outputs, [z, g, *sources], given, create_graph=False)
+        parts, wanted, given = [part for part, _ in pairs], [z, inner, *sources], [each for _, each in pairs]
+        if not torch.is_grad_enabled():
+            return (None, *partial(parts, wanted, given, create_graph=False))
+        tied = [Refuse.apply(each, each, ORDER) for each in distinct([out, g, *sources])]
+        return (None, *_Pushed.apply(parts, wanted, tied, *tied, *given))
+
+
+class _Pushed(torch.autograd.Function):
+    """The result of the backward of `Twice`, as a function that is linear in its cotangents, and differentiable in them.
+
+    A Hessian-vector product by the double-backward trick differentiates it in them only. `tied` are the tensors that
+    it depends on beside these, behind nodes that refuse: its derivative in them is of order 3.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, parts: list[Tensor], wanted: list[Tensor], tied: list[Tensor], *inputs: Tensor) -> Any:
+        begun = sequence()
+        given = [each.detach().requires_grad_() for each in inputs[len(tied) :]]
+        with torch.enable_grad():
+            found = partial(parts, wanted, given, create_graph=True)
+        ctx.set_materialize_grads(False)
+        ctx.once = once_only(found, begun)
+        ctx.kept = [part is not None and part.requires_grad for part in found]
+        graph = [part for part, kept in zip(found, ctx.kept, strict=True) if kept and part is not None]
+        ctx.save_for_backward(*inputs[: len(tied)], *given, *graph)
+        ctx.ends = len(tied), len(inputs)
+        return tuple(None if part is None else part.detach() for part in found)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        """Return zeros for the tensors whose nodes refuse them, and the gradients for the cotangents."""
+        if ctx.once:
+            raise StrategyError(ONCE_ONLY)
+        start, end = ctx.ends
+        saved = ctx.saved_tensors
+        tied, given, graph = saved[:start], saved[start:end], saved[end:]
+        taken = [each for each, kept in zip(cotangents, ctx.kept, strict=True) if kept]
+        pairs = [(part, each) for part, each in zip(graph, taken, strict=True) if each is not None]
+        found: Sequence[Tensor | None] = [None] * len(given)
+        if pairs:
+            outputs, weights = zip(*pairs, strict=True)
+            found = torch.autograd.grad(outputs, given, weights, retain_graph=True, allow_unused=True)
         if torch.is_grad_enabled():
-            gradients = [None if part is None else Refuse.apply(part, out, ORDER) for part in gradients]
-        return (None, *gradients)
+            found = [_refused(part, [*tied, *(each for _, each in pairs)]) for part in found]
+        return (None, None, None, *map(_zeros, tied), *found)
+
+
+def _refused(part: Tensor | None, tensors: Sequence[Tensor]) -> Tensor | None:
+    """Return `part`, whose derivative in any of `tensors` is refused."""
+    for each in distinct(tensors) if part is not None else []:
+        part = Refuse.apply(part, each, ORDER)
+    return part
 
 
 def _frontier(nodes: Sequence[Any], wanted: set[Edge]) -> list[tuple[Any, dict[int, Edge]]]:

@@ -95,6 +95,10 @@ class Backend(ABC):
         """Undo `flatten`."""
         return optree.tree_unflatten(structure, leaves)
 
+    def unfit(self, x: Array) -> str | None:
+        """Why an array of this framework cannot be a state, and what to pass; None if it can. For array subclasses."""
+        return None
+
     def dtype_name(self, x: Array) -> str:
         """Return the dtype's name, as in ``"float32"``, ``"bfloat16"``, ``"int64"``."""
         return str(x.dtype)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Final
 
 from deqcore.types import Array
+
+LONGEST: Final = 2**31 - 1
+"""Slots at most: they are counted in int32, on every backend."""
 
 
 class History(ABC):

@@ -93,11 +93,19 @@ def gmres(
         x, residual = _ended(space, k, x0)
         products = k.steps
     return LinearSolution(
-        x=x,
+        x=_visible(backend, x, b),
         residual=residual,
         products=products if x0 is None else products + 1,
         converged=(residual <= goal) & backend.xp.isfinite(residual),
     )
+
+
+def _visible(backend: Backend, x: Array, b: Array) -> Array:
+    """`x` with NaN where `b` is not finite: such a vector is in no basis, and zero would look like a solution."""
+    finite = backend.xp.isfinite(backend.norm(b))
+    if backend.known_all(finite):
+        return x
+    return backend.select(finite, x, backend.xp.full_like(x, float("nan")))
 
 
 PROGRESS = 0.9

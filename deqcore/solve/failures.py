@@ -20,7 +20,7 @@ from deqcore.solution import SOLVED, Tally
 from deqcore.solve.ledger import Account, Ledger
 from deqcore.solve.messages import coupling, failure, promises
 from deqcore.solve.user_line import Line, due, user_line, warn
-from deqcore.solve.verification import coupled_pair, failing, random_halves, traced_halves, verified
+from deqcore.solve.verification import coupled_pair, failing, leaking_pair, random_halves, traced_halves, verified
 from deqcore.types import AdjointReport, Array, Map, Status
 
 
@@ -186,7 +186,37 @@ class Watch:
             found = found._replace(pair=coupled_pair(backend, job.vjp, halves, g, row))
             spent = 2 + max(int(halves.rows.sum()) - 1, 0).bit_length()
             true = true._replace(verify_vjps=backend.xp.zeros_like(true.vjps) + spent)
+        elif found is not None and not found.coupled and job.on_failure != "ignore" and due(counts.failed):
+            true, found = self._searched(job, true, found)
         return true, found
+
+    def _searched(self, job: Pass, true: AdjointReport, found: Findings) -> tuple[AdjointReport, Findings]:
+        """The same with the pair of coupled rows that a random half did not separate, if there is one."""
+        backend = job.backend
+        assert job.vjp is not None
+        pair, coupling, spent = leaking_pair(backend, job.vjp, job.g)
+        true = true._replace(verify_vjps=true.verify_vjps + spent)
+        if pair is None:
+            return true, found
+        return true._replace(coupling=backend.cast(coupling, true.residual)), found._replace(coupled=True, pair=pair)
+
+    def verify_steps(self, find: Callable[[], tuple[int, int] | None]) -> None:
+        """Warn on schedule if f couples rows, for a strategy that differentiates through steps.
+
+        Args:
+            find: looks for a pair of coupled rows.
+        """
+        count, counts = self.ledger.count(), self.ledger
+        if not self.every or not (count % self.every == 0 or counts.suspect):
+            return
+        if counts.suspect and not due(counts.coupled):
+            counts.coupled += 1
+            return
+        pair = find()
+        counts.suspect = pair is not None
+        if pair is not None:
+            warn(coupling(pair), CoupledRowsWarning, self.line)
+            counts.coupled += 1
 
     def _findings(self, backend: Backend, told: AdjointReport, true: AdjointReport) -> Findings | None:
         wrong = backend.to_numpy(true.status != told.status)

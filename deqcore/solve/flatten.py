@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 from deqcore.abc.backend import Backend
 from deqcore.errors import ConfigError, InitialIterateError, ProblemError, described
 from deqcore.solve.opaque import arrays_in
 from deqcore.types import Array, Map, Tree
+
+EPS64: Final = 2.0**-52
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,8 @@ class RavelSpec:
             raise ProblemError(
                 f"f must return arrays of {backend.name} (got a {type(leaf).__name__} as leaf {i}). Convert it in f."
             )
+        if (reason := backend.unfit(leaf)) is not None:
+            raise ProblemError(f"f returned {reason}.")
         if tuple(leaf.shape) != self.shapes[i]:
             raise ProblemError(
                 f"f must keep the shape of z, which is {self.shapes[i]} in leaf {i} (got {tuple(leaf.shape)})."
@@ -235,7 +239,14 @@ def _check_leaf(backend: Backend, leaf: Any, batch: bool) -> None:
             f"The leaves of the initial iterate z0 must be arrays of {backend.name} (got a {type(leaf).__name__}). "
             f"Convert it with deqcore.get_backend(...).asarray."
         )
+    if (reason := backend.unfit(leaf)) is not None:
+        raise InitialIterateError(f"The initial iterate z0 holds {reason}.")
     name = backend.dtype_name(leaf)
+    if "float" in name and backend.eps(leaf) < EPS64:
+        raise InitialIterateError(
+            f"The initial iterate z0 is {name}, but norms and histories have at most the precision of float64. Cast z0 "
+            f"and the arrays of f to float64."
+        )
     if "float" not in name:
         hint = "Split it into its real and imaginary part." if "complex" in name else "Cast z0 first."
         raise InitialIterateError(

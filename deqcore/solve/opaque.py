@@ -1,19 +1,22 @@
-"""Arguments whose arrays are inside opaque leaves: dataclasses and modules that are not registered as trees."""
+"""Arguments that hold arrays where the backend's trees end: dataclasses, modules, functions and sets."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping, ValuesView
+from collections.abc import Set as AbstractSet
 from dataclasses import fields, is_dataclass
-from types import FunctionType, ModuleType
+from types import CellType, FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any, Final
 
 from deqcore.abc.backend import Backend
 from deqcore.errors import ProblemError
 from deqcore.types import Array, Tree
 
-PLAIN: Final = (bool, int, float, complex, str, bytes, type(None), type, FunctionType, ModuleType)
+PLAIN: Final = (bool, int, float, complex, str, bytes, type(None), type, ModuleType)
 Build = Callable[[Any], Any]
+_EMPTY: Final = CellType()
 
 
 def arrays_in(backend: Backend, tree: Tree) -> Iterator[Array]:
@@ -27,15 +30,40 @@ def _arrays(backend: Backend, tree: Tree, visited: dict[int, Any]) -> Iterator[A
             yield leaf
         elif not isinstance(leaf, PLAIN) and id(leaf) not in visited:
             visited[id(leaf)] = leaf  # kept alive, so that ids stay unique
-            for value in _attributes(leaf).values():
+            for value in _contents(leaf):
                 yield from _arrays(backend, value, visited)
 
 
+def _contents(leaf: Any) -> Iterator[Any]:
+    """Yield all that an object, a function or a set refers to."""
+    yield from _attributes(leaf).values()
+    if isinstance(leaf, FunctionType):
+        yield from (leaf.__defaults__ or (), leaf.__kwdefaults__ or {})
+        yield from (cell.cell_contents for cell in leaf.__closure__ or () if cell != _EMPTY)
+        named = (leaf.__globals__.get(name) for name in leaf.__code__.co_names)
+        yield from (value for value in named if not isinstance(value, FunctionType))
+    elif isinstance(leaf, MethodType):
+        yield from (leaf.__self__, leaf.__func__)
+    elif isinstance(leaf, functools.partial):
+        yield from (leaf.func, leaf.args, leaf.keywords)
+    elif isinstance(leaf, AbstractSet | ValuesView):
+        yield from leaf
+    elif isinstance(leaf, MappingProxyType):
+        yield from leaf.values()
+
+
 def _attributes(leaf: Any) -> Mapping[str, Any]:
-    if is_dataclass(leaf) and not isinstance(leaf, type):
-        return {field.name: getattr(leaf, field.name) for field in fields(leaf) if hasattr(leaf, field.name)}
-    attributes: Mapping[str, Any] = getattr(leaf, "__dict__", {})
-    return dict(attributes)
+    """Return the attributes that an object itself has, in its `__dict__` or its slots."""
+    found = dict(getattr(leaf, "__dict__", {}))
+    for cls in type(leaf).__mro__:
+        slots = cls.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            mangled = (
+                f"_{cls.__name__.lstrip('_')}{name}" if name.startswith("__") and not name.endswith("__") else name
+            )
+            if mangled not in ("__dict__", "__weakref__") and hasattr(leaf, mangled):
+                found[mangled] = getattr(leaf, mangled)
+    return found
 
 
 def opened(backend: Backend, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Callable[[tuple[Any, ...]], Any]]:
@@ -45,8 +73,8 @@ def opened(backend: Backend, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Ca
     dataclass with new fields, also for gradients.
 
     Raises:
-        ProblemError: a leaf that is neither an array nor a dataclass holds floating-point arrays, which would get no
-            gradient.
+        ProblemError: a leaf that is neither an array nor a dataclass holds floating-point arrays, for which there would
+            be no gradient; or a dataclass derives such arrays from its fields, which a copy would not do again.
     """
     pairs = [_open(backend, arg, f"argument {i}") for i, arg in enumerate(args)]
     return tuple(tree for tree, _ in pairs), lambda trees: tuple(
@@ -72,11 +100,12 @@ def _open_leaf(backend: Backend, leaf: Any, name: str) -> tuple[Any, Build]:
         return leaf, _same
     if not is_dataclass(leaf):
         raise ProblemError(
-            f"deqcore.vjp: {name} has a {type(leaf).__name__} with arrays, which is not a tree of {backend.name}, so "
-            f"they would get no gradient. Pass the arrays as a tree (a dict of a module's parameters by name, "
-            f"which torch.func.functional_call takes), or register the class as a pytree."
+            f"deqcore.vjp: {name} has a {type(leaf).__name__} that holds arrays, but is not a tree of {backend.name}, so "
+            f"they would get no gradient. Pass the arrays themselves as a tree (a dict of a module's parameters "
+            f"by name, which torch.func.functional_call takes), or register the class as a pytree."
         )
-    pairs = {key: _open(backend, value, name) for key, value in _attributes(leaf).items()}
+    held = _fields(backend, leaf, name)
+    pairs = {key: _open(backend, value, name) for key, value in held.items()}
 
     def build(values: dict[str, Any]) -> Any:
         made = copy.copy(leaf)
@@ -85,6 +114,24 @@ def _open_leaf(backend: Backend, leaf: Any, name: str) -> tuple[Any, Build]:
         return made
 
     return {key: value for key, (value, _) in pairs.items()}, build
+
+
+def _fields(backend: Backend, leaf: Any, name: str) -> dict[str, Any]:
+    """The fields of a dataclass, unless it has arrays that it computes from them.
+
+    Raises:
+        ProblemError: it has.
+    """
+    attributes = _attributes(leaf)
+    given = {each.name for each in fields(leaf) if each.init or not hasattr(leaf, "__post_init__")}
+    for key, value in attributes.items():
+        if key not in given and _holds(backend, value):
+            raise ProblemError(
+                f"deqcore.vjp: {name} has a {type(leaf).__name__} whose attribute {key!r} holds arrays, but is no "
+                f"field that its constructor takes: a copy with other fields would keep the old {key!r}, and gradients "
+                f"would miss it. Compute it inside f, or pass the arrays themselves as a tree (a dict or a tuple)."
+            )
+    return {each.name: attributes[each.name] for each in fields(leaf) if each.name in attributes}
 
 
 def _holds(backend: Backend, leaf: Any) -> bool:

@@ -84,10 +84,14 @@ class Plan:
         steps = Steps(self.backend, strategy, self.solver)
         if not strategy.solves():
             value, reached = self.backend.differentiate_through(f, z0, args, steps, None)
+            if self.backend.capabilities.autodiff and self.backend.grad_enabled():
+                self._verify_steps(f, args, self.backend.detach(value))
             return value, self._unsolved(value, reached)
         forward = self.backend.forward_only(f, z0, args, solve)
         if not self.backend.grad_enabled():
             return forward.z, forward
+        if self.backend.capabilities.autodiff:
+            self._verify_steps(f, args, forward.z)
         carrier, _ = self.backend.differentiate_through(f, z0, args, steps, forward)
         return self.backend.straight_through(forward.z, carrier), forward
 
@@ -132,6 +136,7 @@ class Plan:
                 lambda *moved: steps(lambda z: f(z, *moved), z0, solved), args, g
             )
             forward = self._unsolved(primal, reached) if solved is None else solved
+            self._verify_steps(f, args, forward.z)
             return self.backend.unshared(forward.z, z0), gradients, forward, None
         forward = self.backend.forward_only(f, z0, args, solve)
         adjoint = self.adjoint(f)
@@ -181,14 +186,22 @@ class Plan:
             )
 
     def _report_coupling(self, f: FlatFunction, args: tuple[Any, ...], forward: SolveResult) -> bool:
-        """Warn if the values differ because f couples samples, and f itself is deterministic."""
+        """Warn if values differ because the rows of other samples moved, and f itself is deterministic."""
+        return self._watch(f).coupled_forward(lambda: self._coupled(f, args, forward.z))
+
+    def _verify_steps(self, f: FlatFunction, args: tuple[Any, ...], z: Array) -> None:
+        """Check on schedule whether f couples rows, which no report of a step strategy would show.
+
+        It takes 2 log₂(batch) + 1 evaluations, which no count includes.
+        """
+        eager = self.backend.capabilities.eager and not self.backend.is_traced(z)
+        if eager and self.config.backward.on_failure != "ignore" and z.shape[0] > 1:
+            self._watch(f).verify_steps(lambda: self._coupled(f, args, z))
+
+    def _coupled(self, f: FlatFunction, args: tuple[Any, ...], z: Array) -> tuple[int, int] | None:
         backend = self.backend
-
-        def find() -> tuple[int, int] | None:
-            with backend.errstate():
-                return coupled_rows(backend, lambda z: backend.forward_only(f, z, args, _once), forward.z)
-
-        return self._watch(f).coupled_forward(find)
+        with backend.errstate():
+            return coupled_rows(backend, lambda z: backend.forward_only(f, z, args, _once), z)
 
     def report_failure(self, forward: SolveResult) -> None:
         """Raise or warn about samples that did not converge; see `Backend.watch` for traced code."""

@@ -9,7 +9,8 @@ reports convergence to an equation that is not the user's. Two vector–Jacobian
 
 `coupled_rows` finds the same without derivatives: it moves rows of the state and looks at all other rows of f.
 
-All functions but `random_halves`, `leak_everywhere`, `coupled_rows` and `coupled_pair` work in traced code.
+All functions but `random_halves`, `leak_everywhere`, `leaking_pair`, `coupled_rows` and
+`coupled_pair` work in traced code.
 """
 
 from __future__ import annotations
@@ -242,6 +243,29 @@ def coupled_pair(backend: Backend, vjp: Map, halves: Halves, like: Array, row: i
         here = backend.to_numpy(leaks(backend, vjp, halves._replace(rows=some), like))[row] > 0
         rows = rows[: len(rows) // 2] if here else rows[len(rows) // 2 :]
     return int(rows[0]), row
+
+
+def leaking_pair(backend: Backend, vjp: Map, like: Array) -> tuple[tuple[int, int] | None, Array | None, int]:
+    """The first pair of coupled rows that halves which separate every pair of rows show.
+
+    Args:
+        backend: whose arrays these are; outside of traced code.
+        vjp: `u ↦ Jᵀu`.
+        like: an array `(batch, n)` of the state's dtype and device.
+
+    Returns:
+        (i, j) where row i of f changes when row j of z does, what `leaks` found there, and the products spent, at most
+        3 log₂(batch); or None twice.
+    """
+    batch, n = like.shape
+    whole, spent = random_halves(batch, n, seed=0), 0
+    for rows in _groups(batch):
+        found, spent = leaks(backend, vjp, whole._replace(rows=rows), like), spent + 1
+        seen = backend.to_numpy(found)
+        if (seen > 0).any():
+            spent += max(int(rows.sum()) - 1, 0).bit_length()
+            return coupled_pair(backend, vjp, whole._replace(rows=rows), like, int(np.argmax(seen))), found, spent
+    return None, None, spent
 
 
 def coupled_rows(backend: Backend, f: Map, z: Array) -> tuple[int, int] | None:

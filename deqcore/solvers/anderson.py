@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from deqcore.abc.backend import Backend
-from deqcore.abc.history import History
+from deqcore.abc.history import LONGEST, History
 from deqcore.abc.inverse_jacobian import InverseJacobian
 from deqcore.abc.solver import Solver
 from deqcore.linear.lowrank import AndersonInverse
@@ -101,6 +101,8 @@ class Anderson(Solver):
     def __post_init__(self) -> None:
         if self.history_size < 1:
             raise ValueError(f"history_size must be at least 1 (got {self.history_size})")
+        if self.history_size > LONGEST:
+            raise ValueError(f"history_size must be at most {LONGEST} (got {self.history_size})")
         if not 0.0 < self.mixing <= 1.0:
             raise ValueError(f"mixing must be above 0 and at most 1 (got {self.mixing})")
         if self.ridge < 0.0:

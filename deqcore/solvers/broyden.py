@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Final, NamedTuple
 
 from deqcore.abc.backend import Backend
-from deqcore.abc.history import History
+from deqcore.abc.history import LONGEST, History
 from deqcore.abc.inverse_jacobian import InverseJacobian
 from deqcore.abc.solver import Solver
 from deqcore.linear.lowrank import BroydenInverse, multisecant
@@ -121,6 +121,8 @@ class Broyden(Solver):
     def __post_init__(self) -> None:
         if self.history_size < 1:
             raise ValueError(f"history_size must be at least 1 (got {self.history_size})")
+        if self.history_size > LONGEST:
+            raise ValueError(f"history_size must be at most {LONGEST} (got {self.history_size})")
         if self.max_residual_growth is not None and not 1.0 <= self.max_residual_growth < float("inf"):
             raise ValueError(
                 f"max_residual_growth must be None or a finite number of at least 1 (got {self.max_residual_growth})"

@@ -224,3 +224,17 @@ def test_a_reuse_gradient_does_not_depend_on_the_batch_by_a_bit(be, n, solver, c
         assert np.array_equal(found, whole[rows]), (rows, np.abs(found - whole[rows]).max())
     if be.name == "torch":
         steps.loaded.cache_clear()
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::deqcore.errors.ConvergenceWarning")
+@pytest.mark.parametrize("solver", ["picard", "anderson", "broyden"])
+def test_no_warning_of_numpy_leaves_a_solve_of_torch(solver):
+    """The loop judges torch's tensors on the host through NumPy, where rtol·‖f(z)‖ and residuals may overflow."""
+    torch = pytest.importorskip("torch")
+    z0, x = torch.zeros(3, 4), torch.full((3, 4), 1e37)
+    f = lambda z, x: 2 * z + x
+    settings = {"forward__solver": solver, "forward__rtol": 1e30, "forward__atol": 3e38}
+    for overrides in ({}, settings):
+        sol = deqcore.fixed_point(f, z0, x, **{"forward__solver": solver, **overrides})
+        deqcore.fixed_point(lambda z, x: 0.5 * torch.tanh(z) + x, z0, x, state=sol.state, forward__solver=solver)

@@ -13,8 +13,8 @@ import pytest
 import deqcore
 from deqcore import Status
 from deqcore.errors import ConvergenceError, CoupledRowsWarning
-from deqcore.solve import ledger
-from deqcore.solve.verification import coupled_rows, leak_everywhere
+from deqcore.solve import failures, ledger
+from deqcore.solve.verification import coupled_rows, leak_everywhere, random_halves
 
 torch = pytest.importorskip("torch")
 
@@ -273,3 +273,52 @@ def test_noise_is_still_called_noise():
         deqcore.fixed_point(
             lambda z, x: torch.nn.functional.dropout(0.5 * torch.tanh(z), 0.5) + x, 0 * x.detach(), x, forward__rtol=0.5
         )
+
+
+@pytest.mark.parametrize("backend", ["torch", "numpy"])
+@pytest.mark.parametrize("strategy", ["unrolled", "phantom"])
+def test_strategies_of_steps_warn_of_coupled_rows(strategy, backend):
+    ledger.forget()
+    calls = []
+    roll = (lambda z: z.roll(1, 0)) if backend == "torch" else lambda z: np.roll(z, 1, 0)
+
+    def gradient(share, **settings):
+        def f(z, x):
+            calls.append(0)
+            return 0.5 * z + share * roll(z) + x
+
+        x = np.ones((6, 4)) if backend == "numpy" else torch.ones(6, 4, dtype=torch.float64)
+        deqcore.vjp(f, 0 * x, x, cotangent=x, backward__strategy=strategy, forward__on_failure="ignore", **settings)
+
+    with pytest.warns(CoupledRowsWarning, match="row [0-5] of f"):
+        gradient(0.3)
+    for share, settings in ((0.0, {}), (0.3, {"backward__verify_every": 0}), (0.3, {"backward__on_failure": "ignore"})):
+        ledger.forget()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", CoupledRowsWarning)
+            gradient(share, **settings)
+    counts = []
+    for every in (0, 1):
+        ledger.forget()
+        calls.clear()
+        gradient(0.0, backward__verify_every=every)
+        counts.append(len(calls))
+    assert counts[1] - counts[0] == 2 * 3 + 1  # 2 log₂(batch) evaluations and one to compare with
+
+
+def test_one_row_that_reads_another_is_named_where_a_random_half_holds_both():
+    """Row 63 of 64 reads row 0: the residual contradicts the report, and the search over bits finds the pair."""
+    ledger.forget()
+    seed = next(i for i in range(99) if random_halves(64, 3, i).rows[[0, 63]].all())
+    link = torch.zeros(64, 64, dtype=torch.float64)
+    link[63, 0] = 0.4
+    x = torch.ones(64, 3, dtype=torch.float64)
+    original = failures.random_halves
+    failures.random_halves = lambda batch, n, **_: original(batch, n, seed=seed)
+    try:
+        with pytest.warns(CoupledRowsWarning, match="row 63 of f.z. changes when row 0 of z does"):
+            deqcore.vjp(
+                lambda z, x: 0.5 * torch.tanh(z) + link @ z + x, 0 * x, x, cotangent=x, forward__on_failure="ignore"
+            )
+    finally:
+        failures.random_halves = original

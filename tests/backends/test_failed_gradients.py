@@ -47,6 +47,8 @@ def rows(z, a, x):
 
 
 def arrays(backend, *values):
+    if backend == "jax":
+        return tuple(pytest.importorskip("jax").numpy.asarray(v) for v in values)
     return tuple(torch.tensor(v) if backend == "torch" else v.copy() for v in values)
 
 
@@ -256,3 +258,52 @@ def test_a_cotangent_that_is_not_finite_is_passed_on():
         (found,) = torch.autograd.grad(value, x, g)
         assert not found[1].isfinite().any()
         assert found[0].tolist() == pytest.approx([2.0] * 10)
+
+
+def _diagonal(on_failure, backend):
+    """z = m z + x with 700 separate factors m, of which GMRES finds no solution in 3 steps; and x."""
+    m = np.linspace(-0.5, 0.99999, 700)
+    x = np.ones((1, 700))
+    (m, x), z0 = arrays(backend, m, x), x / (1 - m)
+    (z0,) = arrays(backend, z0)
+    settings = {"backward__on_failure": on_failure, "backward__options": {"max_steps": 3}}
+    return lambda x: deqcore.fixed_point(lambda z, x: z * m + x, z0, x, **settings).value, x
+
+
+def _dual(f, x):
+    with torch.autograd.forward_ad.dual_level():
+        return torch.autograd.forward_ad.unpack_dual(f(torch.autograd.forward_ad.make_dual(x, x))).tangent
+
+
+FORWARD = {
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,))[1],
+    "dual_level": _dual,
+    "reverse over forward": lambda f, x: torch.func.grad(lambda x: torch.func.jvp(f, (x,), (x,))[1].sum())(x),
+    "forward over reverse": lambda f, x: torch.func.jvp(torch.func.grad(lambda x: (f(x) ** 2).sum()), (x,), (x,))[1],
+}
+
+
+@pytest.mark.parametrize("ask", FORWARD)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_nan_and_zero_in_forward_mode_of_torch(ask):
+    assert torch.isnan(FORWARD[ask](*_diagonal("nan", "torch"))).all()
+    assert not FORWARD[ask](*_diagonal("zero", "torch")).any()
+
+
+@pytest.mark.parametrize("how", ["zero", "nan"])
+def test_forward_mode_in_jax(how):
+    jax = pytest.importorskip("jax")
+    with jax.enable_x64(True):
+        f, x = _diagonal(how, "jax")
+        tangent = np.asarray(jax.jit(lambda x: jax.jvp(f, (x,), (x,))[1])(x))
+    assert np.isnan(tangent).all() if how == "nan" else not tangent.any()
+
+
+@pytest.mark.parametrize("n", [3, 700])
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+@pytest.mark.parametrize("harm", [float("nan"), float("inf")])
+def test_a_lone_cotangent_that_is_not_finite_is_passed_on(harm, backend, n):
+    """There GMRES makes no step at all."""
+    (x,) = arrays(backend, np.ones((1, n)))
+    _, (dx,) = deqcore.vjp(lambda z, x: 0.5 * z + x, 0 * x, x, cotangent=harm * x)
+    assert np.isnan(np.asarray(dx)).all()

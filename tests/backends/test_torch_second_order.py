@@ -407,3 +407,59 @@ def test_sparse_gradients(x):
     (plain,) = torch.autograd.grad(value.sum(), table.weight, retain_graph=True)
     (kept,) = torch.autograd.grad(value.sum(), table.weight, create_graph=True)
     assert torch.allclose(plain.to_dense(), kept.to_dense())
+
+
+def _cubed(a):
+    """L(x) = Σ z*(x)³ for z* = tanh(z* a + x), by the layer and by unrolling."""
+    f = lambda z, x: torch.tanh(z @ a + x)
+    return lambda x: (solved(f, x, x) ** 3).sum(), lambda x: (unrolled(f, x, x) ** 3).sum()
+
+
+@pytest.fixture
+def cubed():
+    return _cubed(0.3 * torch.randn(N, N, dtype=torch.float64, generator=torch.Generator().manual_seed(2)))
+
+
+@pytest.mark.parametrize("product", ["hvp", "vhp", "hessian"])
+def test_products_of_torch_autograd_functional(cubed, x, product):
+    call = getattr(torch.autograd.functional, product)
+    found, truth = (call(loss, x.detach(), *([torch.cos(x.detach())] * (product != "hessian"))) for loss in cubed)
+    found, truth = (each if product == "hessian" else each[1] for each in (found, truth))
+    assert torch.allclose(found, truth, rtol=1e-8, atol=1e-9)
+
+
+def test_a_double_backward_product_is_differentiated_in_its_vector(cubed, x):
+    """d/dv of 1ᵀHv + Σv is H1 + 1."""
+    found = []
+    for loss in cubed:
+        v = torch.ones_like(x).requires_grad_()
+        (g,) = torch.autograd.grad(loss(x), x, create_graph=True)
+        (hv,) = torch.autograd.grad(g, x, v, create_graph=True)
+        found += torch.autograd.grad(hv.sum() + v.sum(), v)
+    assert torch.allclose(*found, rtol=1e-8, atol=1e-9)
+
+
+def test_gradgradcheck_agrees(module, x):
+    f = lambda z, x: torch.tanh(module(z) + x)
+    small = x.detach()[:1].requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: solved(f, x, x), (small,))
+
+
+@pytest.mark.parametrize("wanted", ["x", "a factor of the loss", "a product's vector, twice"])
+def test_derivatives_of_a_product_in_anything_else_are_refused(cubed, x, wanted):
+    factor, v = (torch.tensor(2.0, dtype=x.dtype, requires_grad=True) for _ in range(2))
+    (g,) = torch.autograd.grad(factor * cubed[0](x), x, create_graph=True)
+    (hv,) = torch.autograd.grad(g, x, v.expand(x.shape), create_graph=True)
+    with pytest.raises(StrategyError, match="order 3"):
+        if wanted == "a product's vector, twice":
+            (h,) = torch.autograd.grad((hv**2).sum(), v, create_graph=True)
+            torch.autograd.grad(h, v)
+        else:
+            torch.autograd.grad(hv.sum(), x if wanted == "x" else factor)
+
+
+def test_torch_func_inside_the_tape_is_right_or_refused(cubed, x):
+    v = torch.ones_like(x).requires_grad_()
+    with pytest.raises(StrategyError, match="order 3"):
+        hv = torch.func.vjp(torch.func.grad(cubed[0]), x.detach())[1](v)[0]
+        torch.autograd.grad(hv.sum() + v.sum(), v)

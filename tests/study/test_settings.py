@@ -112,3 +112,8 @@ def test_gates_name_what_exists():
 def test_own_code_that_no_entry_asks_for_is_an_error(own: UserCode, said: str):
     with pytest.raises(ConfigError, match=said):
         cells(read({"data": ["digits"], "models": ["dense"]}, "x"), own, ("torch",))
+
+
+def test_the_text_none_stands_for_no_promise_in_a_checked_grid():
+    entry = {"name": "broyden-reuse", "options": {"max_relative_error": "none", "fallback": "none"}}
+    assert grid({"strategies": [entry], "solvers": ["broyden"]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -203,6 +204,19 @@ class DerivativeTests(Conformance):
             close(found, 16.0, 1e-5, "d²/da² 1/(1 − a) = 2/(1 − a)³")
 
     @needs("autodiff")
+    def test_hessian_vector_products_by_two_backward_passes(self, kit: Kit) -> None:
+        """d/dv of v·L′(a) and of (v·L′)′(a), which are linear in v: right or refused, never without their term."""
+        loss = kit.backend.grad(lambda a: self._scalar(kit, a, 1.0))
+        twice = lambda v: kit.backend.grad(lambda a: v * loss(a))(kit.array(0.5)) + v  # noqa: E731
+        once = lambda v: kit.backend.grad(lambda a: v * self._scalar(kit, a, 1.0))(kit.array(0.5)) + v  # noqa: E731
+        for product, truth, what in ((once, 5.0, "v·L′"), (twice, 17.0, "(v·L′)′")):
+            try:
+                found = kit.numpy(kit.backend.grad(product)(kit.array(1.0)))
+            except errors.DeqcoreError:
+                continue
+            close(found, truth, 1e-5, f"d/dv of {what} + v for L = 1/(1 − a)")
+
+    @needs("autodiff")
     def test_what_f_reads_is_what_it_was_at_the_call(self, kit: Kit) -> None:
         """z = 1 / (1 − c a), with another c before the backward pass: right or refused, in every order."""
 
@@ -240,16 +254,13 @@ class DerivativeTests(Conformance):
         close(kit.numpy(found.rest["b"]), [[2.0]], 1e-5, "gradient of a tree in a field, 1/(1 − a)")
         assert found.name is None
 
-    def test_arguments_whose_arrays_would_be_lost_are_refused(self, kit: Kit) -> None:
-        class Module:
-            __module__ = "user"
-
-            def __init__(self, a: Any) -> None:
-                self.a = a
-
-        b = kit.array(np.ones((1, 1)))
-        with pytest.raises(errors.ProblemError, match="Module that holds arrays"):
-            deqcore.vjp(lambda z, m: m.a * z + 1.0, b, Module(kit.array(0.5)), cotangent=b, config=self._exact(kit))
+    @several("hidden", ["object", "slots", "derived", "partial", "method", "closure", "default", "set"])
+    def test_arguments_whose_arrays_would_be_lost_are_refused(self, kit: Kit, hidden: str) -> None:
+        """Not None and not zero: neither is the gradient."""
+        a, b = kit.array(0.5), kit.array(np.ones((1, 1)))
+        argument, read = _hidden(hidden, a)
+        with pytest.raises(errors.ProblemError, match=r"holds arrays.*[Pp]ass the arrays themselves"):
+            deqcore.vjp(lambda z, m: read(m) * z + 1.0, b, argument, cotangent=b, config=self._exact(kit))
 
     def _first_and_second(self, kit: Kit, loss: Any, first: float, second: float, what: str) -> None:
         for order, truth in ((1, first), (2, second)):
@@ -317,6 +328,56 @@ class DerivativeTests(Conformance):
         config = kit.config(**settings) if settings else self._exact(kit)
         sol = deqcore.fixed_point(lambda z, a: a * z + b, z0, a, config=config)
         return kit.backend.xp.sum(sol.value)
+
+
+def _hidden(how: str, a: Any) -> tuple[Any, Any]:
+    """An argument with the array `a` inside that no tree shows, and how f reads it."""
+
+    def function(scale: Any = 1.0) -> Any:
+        return a * scale
+
+    made: dict[str, tuple[Any, Any]] = {
+        "object": (_Opaque(a), lambda m: m.a),
+        "slots": (_Slots(a), lambda m: m.a),
+        "derived": (_Derived(a), lambda m: m.twice / 2),
+        "partial": (functools.partial(_first, a), lambda m: m(0)),
+        "method": (_Opaque(a).get, lambda m: m()),
+        "closure": (function, lambda m: m()),
+        "default": (lambda a=a: a, lambda m: m()),
+        "set": (frozenset([_Opaque(a)]), lambda m: next(iter(m)).a),
+    }
+    return made[how]
+
+
+def _first(a: Any, _: Any) -> Any:
+    return a
+
+
+class _Opaque:
+    def __init__(self, a: Any) -> None:
+        self.a = a
+
+    def get(self) -> Any:
+        return self.a
+
+
+class _Slots:
+    __slots__ = ("a",)
+
+    def __init__(self, a: Any) -> None:
+        self.a = a
+
+
+@dataclass
+class _Derived:
+    a: Any
+
+    def __post_init__(self) -> None:
+        self.twice = 2 * self.a
+
+
+for _cls in (_Opaque, _Slots, _Derived):
+    _cls.__module__ = "user"  # objects of a backend's own module would count as its arrays
 
 
 def check_golden(kit: Kit, known: Golden, z: Any, gradients: Any, dtype: str, rtol: float) -> None:

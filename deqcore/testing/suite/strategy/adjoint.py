@@ -355,6 +355,15 @@ class AdjointTests(Conformance):
         if np.isfinite(one[1].residual).all():
             assert two[1].status[1] == int(Status.NONFINITE), "what is measured and not finite is NONFINITE"
 
+    @several("harm", [np.nan, np.inf])
+    def test_a_cotangent_that_is_not_finite_stays_visible(self, kit: Kit, strategy: Strategy, harm: float) -> None:
+        """Alone as in company: a zero would hide an overflow from a gradient scaler, and a failure from forward mode."""
+        problem, bad = affine(), cotangent()
+        bad[1] = harm
+        for rows in (slice(None), slice(1, 2)):
+            u, _ = solve_adjoint(kit, strategy, Affine(problem.a[rows], problem.b[rows]), bad[rows])
+            assert not np.isfinite(u[-2 if len(u) > 1 else 0]).all(), "u is finite for a cotangent that is not"
+
     def test_a_sample_is_routed_in_company_as_alone(self, kit: Kit, strategy: Strategy) -> None:
         problem, g = affine(norm=0.8), cotangent()
         problem.a[0] *= 0.1
