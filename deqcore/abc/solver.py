@@ -147,7 +147,7 @@ def _merged(backend: Backend, rows: Array, new: Any, old: Any) -> Any:
         return type(old)(*parts) if hasattr(old, "_fields") else tuple(parts)
     if isinstance(old, History):
         return old.erase(rows)
-    return old if old is None or not old.ndim else backend.select(rows, new, old)
+    return old if old is None or new is None or not old.ndim else backend.select(rows, new, old)
 
 
 def map_state(state: Any, fn: Any) -> Any:

@@ -67,7 +67,7 @@ class BroydenReuse(Strategy):
         "expansive": 3,
         "ill-conditioned": 8,
         "ring": 4,
-        "slow-modes": 16,
+        "slow-modes": 17,
         "tree": 3,
     }
 

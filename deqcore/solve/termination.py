@@ -104,7 +104,8 @@ def judged(xp: Any, limits: Limits, residual: Any, size: Any, reference: Any, pe
     """Return whether the tolerance is met, and whether only the growth of the iterate meets it, `(batch,)` of bool."""
     near = residual <= goal(xp, limits, size, reference)
     lost, hidden = limits.lost * size, limits.hidden * size
-    proven = grown(xp, greater(xp, residual, hidden), size, reference, peak) <= limits.slack
+    # A residual not below an earlier one that did not converge meets the tolerance by growth alone.
+    proven = (residual < mark) & (grown(xp, greater(xp, residual, hidden), size, reference, peak) <= limits.slack)
     resolved = lost <= LOST * peak
     at_start = (size <= 2.0 * reference) & (residual <= limits.atol + limits.rtol * reference)
     absolute = greater(xp, residual, lost) <= limits.atol

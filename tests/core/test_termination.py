@@ -57,6 +57,7 @@ ROOTLESS = {
 ALSO_ENDS = ["the example", "cell"]  # as DIVERGED or STALLED in the default budget, with every solver
 
 
+@pytest.mark.filterwarnings("ignore::deqcore.errors.DerivativeWarning")  # |z| has a kink at the start
 @pytest.mark.parametrize("name", ROOTLESS)
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -165,6 +166,7 @@ WALLED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::deqcore.errors.DerivativeWarning")  # f is not finite at a refused point
 @pytest.mark.parametrize("name", ["root", "logarithm", "power"])
 @pytest.mark.parametrize("solver", ACCELERATED)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

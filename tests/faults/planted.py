@@ -642,9 +642,9 @@ BACKENDS = [
         HISTORY,
         "NumpyHistory(self.storage.copy(), self.seen",
         "NumpyHistory(self.storage, self.seen",
-        "solver broyden",
-        "test_going_on_leaves_the_first_estimate_alone",
-        "destroyed an estimate",
+        "backend numpy",
+        "test_going_on_leaves_a_copy_alone",
+        "storage of its own",
     ),
     Fault(
         "a graph that can be used once",

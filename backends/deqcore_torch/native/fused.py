@@ -439,7 +439,7 @@ def keep(
     height = tl.where(top > 0.0, top, 1.0)
     max_residual_growth = length / tl.where(largest > 0.0, largest, 1.0)
     rounding, unseen = hidden * length, lost * length
-    proven = tl.where(now > rounding, now, rounding) / height * max_residual_growth <= slack
+    proven = (now < marked) & (tl.where(now > rounding, now, rounding) / height * max_residual_growth <= slack)
     seen = unseen <= most * top
     at_start = (length <= 2.0 * scale) & (now <= fixed + rtol * scale)
     met = tl.where(now > unseen, now, unseen) <= fixed
