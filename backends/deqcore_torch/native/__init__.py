@@ -48,7 +48,7 @@ def loaded(kind: str) -> ModuleType | Any | None:
     except Exception as error:  # no folder for Numba's cache, no C compiler for Triton, an unsupported GPU, …
         name = compiler.capitalize()
         warnings.warn(
-            f"Solver steps run without compiled code, because {name} does not work here: {error}. Set DEQCORE_NATIVE=0 "
+            f"Solver steps run without compiled code, because {name} does not work here: {str(error).rstrip('.')}. Set DEQCORE_NATIVE=0 "
             f"to silence this warning.",
             stacklevel=3,
         )
