@@ -46,9 +46,9 @@ def loaded(kind: str) -> ModuleType | Any | None:
         steps = importlib.import_module(f"deqcore_torch.native.{module}")
         steps.probe()
     except Exception as error:  # no folder for Numba's cache, no C compiler for Triton, an unsupported GPU, …
-        name = compiler.capitalize()
+        name, reason = compiler.capitalize(), str(error).rstrip(".")
         warnings.warn(
-            f"Solver steps run without compiled code, because {name} does not work here: {str(error).rstrip('.')}. Set DEQCORE_NATIVE=0 "
+            f"Solver steps run without compiled code, because {name} does not work here: {reason}. Set DEQCORE_NATIVE=0 "
             f"to silence this warning.",
             stacklevel=3,
         )
