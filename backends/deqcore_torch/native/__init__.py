@@ -48,8 +48,8 @@ def loaded(kind: str) -> ModuleType | Any | None:
     except Exception as error:  # no folder for Numba's cache, no C compiler for Triton, an unsupported GPU, …
         name, reason = compiler.capitalize(), str(error).rstrip(".")
         warnings.warn(
-            f"Solver steps run without compiled code, because {name} does not work here: {reason}. Set DEQCORE_NATIVE=0 "
-            f"to silence this warning.",
+            f"Solver steps run without compiled code, because {name} does not work here: {reason}. "
+            "Set DEQCORE_NATIVE=0 to silence this warning.",
             stacklevel=3,
         )
         return None
