@@ -96,7 +96,9 @@ def test_a_gpu_that_triton_cannot_compile_for(monkeypatch):
     device = pytest.importorskip("deqcore_torch.native.device")
     monkeypatch.setattr(device, "probe", lambda: (_ for _ in ()).throw(RuntimeError("Failed to find C compiler.")))
     load = native.loaded.__wrapped__
-    with pytest.warns(UserWarning, match="as Triton does not work here: Failed to find C compiler"):
+    with pytest.warns(
+        UserWarning, match=r"because Triton does not work here: Failed to find C compiler\. Set DEQCORE_NATIVE=0"
+    ):
         assert load("cuda") is None
     monkeypatch.setattr(device, "probe", lambda: None)
     assert load("cuda") is device

@@ -175,7 +175,7 @@ def test_every_strategy_runs_on_jax(capsys, monkeypatch):
 def test_steps_are_timed_on_jax(capsys, monkeypatch):
     pytest.importorskip("jax")
     monkeypatch.setattr(strategy_comparison, "SECONDS", 0.0)
-    unrolled = strategy_comparison.Choice("unrolled", {"steps": 2, "checkpoint": True})
+    unrolled = strategy_comparison.StrategyCandidate("unrolled", {"steps": 2, "checkpoint": True})
     monkeypatch.setattr(explaining, "_choices", lambda _: [unrolled])
     code, out, err = explain(capsys, "--json", "--rounds", "1", "--problem", "p.py:mine", "--backend", "jax")
     (row,) = json.loads(out)["rows"]

@@ -46,10 +46,10 @@ def loaded(kind: str) -> ModuleType | Any | None:
         steps = importlib.import_module(f"deqcore_torch.native.{module}")
         steps.probe()
     except Exception as error:  # no folder for Numba's cache, no C compiler for Triton, an unsupported GPU, …
-        name = compiler.capitalize()
+        name, reason = compiler.capitalize(), str(error).rstrip(".")
         warnings.warn(
-            f"Solver steps run without compiled code, because {name} does not work here: {error}. Set DEQCORE_NATIVE=0 "
-            f"to silence this warning.",
+            f"Solver steps run without compiled code, because {name} does not work here: {reason}. "
+            "Set DEQCORE_NATIVE=0 to silence this warning.",
             stacklevel=3,
         )
         return None
