@@ -101,8 +101,8 @@ def vjp(
 
     Raises:
         InitialIterateError: the cotangent does not fit z0.
-        ProblemError: an argument has arrays inside that are not leaves of the backend's trees (a module of torch, a function
-            or method that reads arrays, a set), or a dataclass derives arrays from its fields. Otherwise as
+        ProblemError: an argument has arrays inside that are not leaves of the backend's trees (a module of torch, a
+            function or method that reads arrays, a set), or a dataclass derives arrays from its fields. Otherwise as
             `fixed_point`.
 
     Example:

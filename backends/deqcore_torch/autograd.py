@@ -168,7 +168,7 @@ class _Attach(torch.autograd.Function):
 
 
 def _second_order(job: _Job, y: Tensor, z: Tensor, g: Tensor, out: Tensor, outside: list[Tensor]) -> Any:
-    """Return gradients of the tensors outside, as differentiable functions of g, of the solution and of those tensors."""
+    """Return gradients of the tensors outside, as differentiable functions of g, the solution and those tensors."""
     return Twice.apply(Recorded(y, z, lambda g: _differentiable(job, y, z, g)), out, g, *outside)
 
 

@@ -118,7 +118,7 @@ class Twice(torch.autograd.Function):
 
 
 class _Pushed(torch.autograd.Function):
-    """The result of the backward of `Twice`, as a function that is linear in its cotangents, and differentiable in them.
+    """The result of the backward of `Twice`, as a function that is linear in its cotangents and differentiable in them.
 
     A Hessian-vector product by the double-backward trick differentiates it in them only. `tied` are the tensors that
     it depends on beside these, behind nodes that refuse: its derivative in them is of order 3.

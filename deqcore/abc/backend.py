@@ -96,7 +96,7 @@ class Backend(ABC):
         return optree.tree_unflatten(structure, leaves)
 
     def unfit(self, x: Array) -> str | None:
-        """Why an array of this framework cannot be a state, and what to pass; None if it can. For array subclasses."""
+        """Say why an array of this framework (a subclass) cannot be a state, and what to pass; None if it can."""
         return None
 
     def dtype_name(self, x: Array) -> str:

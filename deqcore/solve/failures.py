@@ -388,7 +388,7 @@ class Failures:
         >>> import numpy as np
         >>> from deqcore.solution import Tally
         >>> failures = Failures("raise")
-        >>> failures(Tally.of(np, np.array([1, 2]), np.array([3, 9]), np.array([0.0, 0.5])))
+        >>> failures(Tally.of(np, np.array([1, 2]), np.array([3, 9]), np.array([0.0, 0.5])))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
         deqcore.errors.ConvergenceError: 1 of 2 samples CONVERGED after at most 3 steps...

@@ -143,7 +143,7 @@ class RavelSpec:
                 f"f must return arrays of {backend.name} (got a {type(leaf).__name__} as leaf {i}). Convert it in f."
             )
         if (reason := backend.unfit(leaf)) is not None:
-            raise ProblemError(f"f returned {reason}.")
+            raise ProblemError(f"f must not return {reason}.")
         if tuple(leaf.shape) != self.shapes[i]:
             raise ProblemError(
                 f"f must keep the shape of z, which is {self.shapes[i]} in leaf {i} (got {tuple(leaf.shape)})."

@@ -100,8 +100,8 @@ def _open_leaf(backend: Backend, leaf: Any, name: str) -> tuple[Any, Build]:
         return leaf, _same
     if not is_dataclass(leaf):
         raise ProblemError(
-            f"deqcore.vjp: {name} has a {type(leaf).__name__} that holds arrays, but is not a tree of {backend.name}, so "
-            f"they would get no gradient. Pass the arrays themselves as a tree (a dict of a module's parameters "
+            f"deqcore.vjp: {name} has a {type(leaf).__name__} that holds arrays, but is not a tree of {backend.name}, "
+            f"so they would get no gradient. Pass the arrays themselves as a tree (a dict of a module's parameters "
             f"by name, which torch.func.functional_call takes), or register the class as a pytree."
         )
     held = _fields(backend, leaf, name)
@@ -117,7 +117,7 @@ def _open_leaf(backend: Backend, leaf: Any, name: str) -> tuple[Any, Build]:
 
 
 def _fields(backend: Backend, leaf: Any, name: str) -> dict[str, Any]:
-    """The fields of a dataclass, unless it has arrays that it computes from them.
+    """Return the fields of a dataclass, unless it has arrays that it computes from them.
 
     Raises:
         ProblemError: it has.
@@ -127,8 +127,8 @@ def _fields(backend: Backend, leaf: Any, name: str) -> dict[str, Any]:
     for key, value in attributes.items():
         if key not in given and _holds(backend, value):
             raise ProblemError(
-                f"deqcore.vjp: {name} has a {type(leaf).__name__} whose attribute {key!r} holds arrays, but is no "
-                f"field that its constructor takes: a copy with other fields would keep the old {key!r}, and gradients "
+                f"deqcore.vjp: {name} has a {type(leaf).__name__} whose attribute {key!r} holds arrays, but is "
+                f"not a field that its constructor takes: a copy with other fields would keep the old {key!r}, and gradients "
                 f"would miss it. Compute it inside f, or pass the arrays themselves as a tree (a dict or a tuple)."
             )
     return {each.name: attributes[each.name] for each in fields(leaf) if each.name in attributes}

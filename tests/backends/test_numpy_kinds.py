@@ -25,9 +25,9 @@ def test_matrices_and_masked_arrays_are_refused(batch):
 
 def test_values_of_these_kinds_are_refused():
     z0 = np.zeros((3, 4))
-    with pytest.raises(ProblemError, match="f returned a numpy.matrix"):
+    with pytest.raises(ProblemError, match="f must not return a numpy.matrix"):
         deqcore.fixed_point(lambda z: np.asmatrix(0.5 * z), z0)
-    with pytest.raises(ProblemError, match="f returned a masked array"):
+    with pytest.raises(ProblemError, match="f must not return a masked array"):
         deqcore.fixed_point(lambda z: np.ma.masked_less(0.5 * z + 1, 0), z0)
 
 

@@ -96,7 +96,7 @@ def test_by_pyargs_the_device_is_that_of_the_arrays(tmp_path):
     assert run(tmp_path, *args, *chosen, "cpu").returncode == 0
     refused = run(tmp_path, *args, *chosen, "cuda")
     assert refused.returncode == 1
-    assert "host only" in refused.stdout
+    assert "device must be 'cpu' for the backend 'numpy' (got 'cuda')" in refused.stdout
 
 
 def test_nothing_runs_in_sessions_that_did_not_ask(tmp_path):
@@ -216,7 +216,7 @@ def test_a_config_path_that_is_a_directory(capsys, tmp_path, monkeypatch):
         ),
         (("solver", "picard", "--expect", "/nowhere/x.toml"), "no such file"),
         (("solver", "picard", "--expect", "/tmp"), "--expect must be a TOML file (got the directory '/tmp')"),
-        (("backend", "numpy", "--device", "cuda"), "host only"),
+        (("backend", "numpy", "--device", "cuda"), "device must be 'cpu' for the backend 'numpy' (got 'cuda')"),
         (("solver", "picard", "--backend", "numpy", "-k", "zzz"), "No test matches 'zzz'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

@@ -429,10 +429,14 @@ def test_reuse_without_an_estimate_is_a_broken_promise(be, truth):
     ("name", "options", "message"),
     [
         ("broyden-reuse", {"max_relative_error": 1.5}, "max_relative_error = 1.5"),
-        ("broyden-reuse", {"max_relative_error": "some"}, "max_relative_error = 'some'"),
+        (
+            "broyden-reuse",
+            {"max_relative_error": "some"},
+            "max_relative_error must be of type Union[float, Literal['none'], NoneType] (got 'some')",
+        ),
         ("broyden-reuse", {"max_refine_vjps": 0}, "max_refine_vjps = 0"),
         ("broyden-reuse", {"fallback": "hope"}, "'hope'"),
-        ("exact-ift", {"rtol": "tight"}, "rtol = 'tight'"),
+        ("exact-ift", {"rtol": "tight"}, "rtol must be of type Union[float, Literal['auto']] (got 'tight')"),
         ("jacobian-free", {"steps": 1}, "no option 'steps'"),
     ],
 )

@@ -29,7 +29,8 @@ class Namespace(SimpleNamespace):
 def where(mask: Any, x: Any, y: Any) -> Any:
     """autograd's own forgets to sum the gradient of what was broadcast; its addition does not."""
     shape = np.broadcast_shapes(*map(np.shape, (mask, x, y)))
-    return anp.where(mask, *(a if np.shape(a) == shape else a + np.zeros(shape, a.dtype) for a in (x, y)))
+    zero = np.zeros(shape, np.result_type(*(getattr(a, "dtype", a) for a in (x, y))))  # x or y may be a plain number
+    return anp.where(mask, *(a if np.shape(a) == shape else a + zero for a in (x, y)))
 
 
 class AutogradBackend(Backend):
