@@ -129,7 +129,8 @@ def _fields(backend: Backend, leaf: Any, name: str) -> dict[str, Any]:
             raise ProblemError(
                 f"deqcore.vjp: {name} has a {type(leaf).__name__} whose attribute {key!r} holds arrays, but is "
                 f"not a field that its constructor takes: a copy with other fields would keep the old {key!r}, and "
-                f"gradients would miss it. Compute it inside f, or pass the arrays themselves as a tree (a dict or a tuple)."
+                f"gradients would miss it. Compute it inside f, or pass the arrays themselves as a tree "
+                f"(a dict or a tuple)."
             )
     return {each.name: attributes[each.name] for each in fields(leaf) if each.name in attributes}
 
