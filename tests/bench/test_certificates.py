@@ -42,7 +42,7 @@ def test_results_survive_json_and_agree_with_dense_linear_algebra():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--samples", "0"], "more than 0"),
+        (["--samples", "0"], "must be above 0"),
         (["--images", "/no/such/folder"], "the folder does not exist"),
         (["--section", "images-conv"], "Give their folder as --images"),
         (["--section", "digit"], "invalid choice"),
