@@ -174,7 +174,9 @@ class Backend(ABC):
         It is correct for rows of any scale, also if squares overflow or vanish. A backend that sums squares passes the
         root of the sum to `guarded`.
         """
-        return self.guarded(v, self.xp.sqrt(self.inner(v, v)))
+        xp, square = self.xp, self.inner(v, v)
+        zero = square == 0  # the root's derivative there is infinite
+        return self.guarded(v, xp.where(zero, square, xp.sqrt(xp.where(zero, xp.ones_like(square), square))))
 
     def guarded(self, v: Array, plain_norm: Array) -> Array:
         """Correct `plain_norm` `(batch,)`, norms of the rows of `v` by plain sums, where squares left the range.
