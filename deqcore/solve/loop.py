@@ -179,7 +179,10 @@ def _resume(backend: Backend, solver: Solver, f: Map, old: LoopState, limits: Li
     same = same & ~(failed & (old.since >= 0))
     reference, peak = xp.where(same, old.reference, first.reference), xp.where(same, old.peak, first.peak)
     size = backend.norm(first.fz)
-    met, _ = judged(xp, limits, first.best_residual, size, reference, peak, xp.where(same, old.mark, first.mark))
+    # The last mark of a sample that has converged is this very residual, which was below the one before.
+    done = same & (old.status == int(Status.CONVERGED))
+    mark = xp.where(done, xp.full_like(first.mark, float("inf")), xp.where(same, old.mark, first.mark))
+    met, _ = judged(xp, limits, first.best_residual, size, reference, peak, mark)
     goes_on = xp.where(met, xp.full_like(old.status, int(Status.CONVERGED)), xp.zeros_like(old.status))
     carry = first._replace(
         z=old.z,
