@@ -90,7 +90,8 @@ def test_slow_has_the_equilibria_and_gradients_of_dense():
     config = Config(
         backend="torch",
         forward={"solver": "newton-krylov", "rtol": 1e-6, "max_steps": 30, "on_failure": "ignore"},
-        backward={"strategy": "exact-ift", "options": {"rtol": 1e-6, "max_steps": 60}},
+        # float32 reaches 2.5e-6, which the bound below allows for
+        backward={"strategy": "exact-ift", "on_failure": "ignore", "options": {"rtol": 1e-6, "max_steps": 60}},
     )
     one, two = (make(model, weights, config) for model in (dense, slow))
     np.testing.assert_allclose(one.predict(x), two.predict(x), atol=1e-4)
