@@ -23,7 +23,7 @@ Example:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from deqcore.abc.backend import Backend
@@ -142,17 +142,23 @@ def detach_state(backend: Backend, state: Any) -> Any:
 
 def _merged(backend: Backend, rows: Array, new: Any, old: Any) -> Any:
     """Return leaves of `new` in `rows`, of `old` elsewhere; histories are those of `old`, erased."""
-    if isinstance(old, tuple):
-        parts = (_merged(backend, rows, a, b) for a, b in zip(new, old, strict=True))
-        return type(old)(*parts) if hasattr(old, "_fields") else tuple(parts)
-    if isinstance(old, History):
-        return old.erase(rows)
-    return old if old is None or new is None or not old.ndim else backend.select(rows, new, old)
+
+    def leaf(new: Any, old: Any) -> Any:
+        if isinstance(old, History):
+            return old.erase(rows)
+        return old if old is None or new is None or not old.ndim else backend.select(rows, new, old)
+
+    return map_states(leaf, new, old)
 
 
-def map_state(state: Any, fn: Any) -> Any:
-    """Apply `fn` to each leaf of a solver state: nested (named) tuples of arrays and histories."""
+def map_states(fn: Callable[..., Any], state: Any, *others: Any) -> Any:
+    """Apply `fn` to the leaves, arrays, histories or None, that stand in the same place of states of one structure."""
     if isinstance(state, tuple):
-        parts = (map_state(part, fn) for part in state)
+        parts = (map_states(fn, *leaves) for leaves in zip(state, *others, strict=True))
         return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
-    return None if state is None else fn(state)
+    return fn(state, *others)
+
+
+def map_state(state: Any, fn: Callable[[Any], Any]) -> Any:
+    """Apply `fn` to each leaf of a solver state that is not None."""
+    return map_states(lambda leaf: None if leaf is None else fn(leaf), state)

@@ -38,16 +38,16 @@ class Adjoint(AdjointSolver):
 
     def __call__(self, vjp: Map, g: Array, state: object, turn: Array | None = None) -> tuple[Array, AdjointReport]:
         """See `AdjointSolver`; `state` is the forward solver's, with its estimate inside."""
-        u, told = self._routed(*self._unscaled(vjp, g, self._estimate(state)))
+        u, report = self._routed(*self._unscaled(vjp, g, self._estimate(state)))
         job = Pass(self.backend, self.strategy, self.on_failure, vjp if self.uses_vjp else None, g)
         findings = None
         if self.watch is not None:
-            told, findings = self.watch.verify(job, u, told, turn)
+            report, findings = self.watch.verify(job, u, report, turn)
         if self.on_failure in ("zero", "nan"):
-            u = replaced(self.backend, u, failing(self.backend, told, g), self.on_failure)
+            u = replaced(self.backend, u, failing(self.backend, report, g), self.on_failure)
         if self.watch is not None:
-            self.watch.deliver(job, told, findings)
-        return u, told
+            self.watch.deliver(job, report, findings)
+        return u, report
 
     def _estimate(self, state: object) -> InverseJacobian | None:
         """H from the solver's state, or Hᵀ where J stands for Jᵀ; None if the strategy wants none."""
@@ -77,13 +77,13 @@ class Adjoint(AdjointSolver):
                 "(u, report) with an AdjointReport, as `return u, deqcore.abc.backward.report(backend, g)` gives,"
             )
             raise PluginError.returned(name, found, expected)
-        u, told = found
+        u, report = found
         if getattr(u, "shape", None) != g.shape:
             raise PluginError.returned(name, u, f"u of the cotangent's shape {shape}")
-        for part, leaf in zip(AdjointReport._fields, told, strict=True):
+        for part, leaf in zip(AdjointReport._fields, report, strict=True):
             if leaf is not None and getattr(leaf, "shape", None) != g.shape[:1]:
                 raise PluginError.returned(f"{name} (report.{part})", leaf, f"one number per sample, {shape[:1]}")
-        return u, told
+        return u, report
 
     @property
     def exact(self) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.history import History
-from deqcore.abc.solver import map_state
+from deqcore.abc.solver import map_state, map_states
 from deqcore.errors import ProblemError
 from deqcore.types import Array, LoopState, Map, Status
 
@@ -123,9 +123,10 @@ def _take(backend: Backend, carry: Any, rows: Array) -> Any:
 
 def _put(backend: Backend, carry: Any, rows: Array, part: Any) -> Any:
     """Return `carry` with its samples `rows` taken from `part`; leaves without a batch axis are those of `part`."""
-    if isinstance(carry, tuple):
-        parts = (_put(backend, a, rows, b) for a, b in zip(carry, part, strict=True))
-        return type(carry)(*parts) if hasattr(carry, "_fields") else tuple(parts)
-    if isinstance(carry, History):
-        return carry.put(rows, part)
-    return part if carry is None or not carry.ndim else backend.put(carry, rows, part)
+
+    def leaf(whole: Any, part: Any) -> Any:
+        if isinstance(whole, History):
+            return whole.put(rows, part)
+        return part if whole is None or not whole.ndim else backend.put(whole, rows, part)
+
+    return map_states(leaf, carry, part)

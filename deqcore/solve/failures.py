@@ -78,11 +78,11 @@ class AdjointTally(NamedTuple):
     measured: Any
 
     @classmethod
-    def of(cls, xp: Any, told: AdjointReport, rows: Array, found: Findings) -> AdjointTally:
+    def of(cls, xp: Any, report: AdjointReport, rows: Array, found: Findings) -> AdjointTally:
         """Count a report of the array namespace `xp` whose failing samples are `rows` `(batch,)`."""
-        status = xp.where(rows, told.status, xp.full_like(told.status, int(Status.CONVERGED)))
-        known = xp.where(xp.isnan(told.residual), xp.full_like(told.residual, -float("inf")), told.residual)
-        return cls(Tally.of(xp, status, told.vjps, known), *found[:4])
+        status = xp.where(rows, report.status, xp.full_like(report.status, int(Status.CONVERGED)))
+        known = xp.where(xp.isnan(report.residual), xp.full_like(report.residual, -float("inf")), report.residual)
+        return cls(Tally.of(xp, status, report.vjps, known), *found[:4])
 
     def notable(self) -> Any:
         """Whether a sample failed, f couples rows, or a measurement must be noted."""
@@ -168,18 +168,18 @@ class Watch:
         return self._ledger
 
     def verify(
-        self, job: Pass, u: Array, told: AdjointReport, turn: Array | None
+        self, job: Pass, u: Array, report: AdjointReport, turn: Array | None
     ) -> tuple[AdjointReport, Findings | None]:
         """The report, measured if it is the turn of this pass, and what contradicts it."""
         count, counts = self.ledger.count(), self.ledger
         due_now = self.every and (count % self.every == 0 or counts.suspect)
         if not due_now or job.vjp is None:
-            return told, None
+            return report, None
         backend, g = job.backend, job.g
         halves = random_halves(g.shape[0], g.shape[1], seed=count)
         with backend.errstate():
-            true = verified(backend, job.strategy, job.vjp, g, u, told, halves)
-        found = self._findings(backend, told, true)
+            true = verified(backend, job.strategy, job.vjp, g, u, report, halves)
+        found = self._findings(backend, report, true)
         counts.suspect = found is not None
         if found is not None and found.coupled and job.on_failure != "ignore" and due(counts.coupled):
             row = int(np.argmax(backend.to_numpy(true.coupling)))
@@ -218,15 +218,15 @@ class Watch:
             warn(coupling(pair), CoupledRowsWarning, self.line)
             counts.coupled += 1
 
-    def _findings(self, backend: Backend, told: AdjointReport, true: AdjointReport) -> Findings | None:
-        wrong = backend.to_numpy(true.status != told.status)
+    def _findings(self, backend: Backend, report: AdjointReport, true: AdjointReport) -> Findings | None:
+        wrong = backend.to_numpy(true.status != report.status)
         coupled = bool((backend.to_numpy(true.coupling) > 0).any())
         if not coupled and not wrong.any():
             return None
         residual = backend.to_numpy(true.residual)
         return Findings(coupled, int(wrong.sum()), float(residual[wrong].max(initial=0.0)), True)
 
-    def deliver(self, job: Pass, told: AdjointReport, found: Findings | None) -> None:
+    def deliver(self, job: Pass, report: AdjointReport, found: Findings | None) -> None:
         """Warn or raise.
 
         Raises:
@@ -235,12 +235,12 @@ class Watch:
         how, found = job.on_failure, found or Findings()
         if how == "ignore":
             return
-        failed = how in ("warn", "raise") and self._failed(job, told)
+        failed = how in ("warn", "raise") and self._failed(job, report)
         if not failed and not found.coupled:
             return
         backend = job.backend
-        host = told._replace(**{name: backend.to_numpy(getattr(told, name)) for name in told._fields[:5]})
-        rows = backend.to_numpy(failing(backend, told, job.g))
+        host = report._replace(**{name: backend.to_numpy(getattr(report, name)) for name in report._fields[:5]})
+        rows = backend.to_numpy(failing(backend, report, job.g))
         tally = AdjointTally.of(np, host, rows, found)
         announce(tally, self.ledger, job.strategy, self.name, how, self.line, found.pair)
 
@@ -266,15 +266,15 @@ class Watch:
         counts.forward += 1
         return True
 
-    def _failed(self, job: Pass, told: AdjointReport) -> bool:
+    def _failed(self, job: Pass, report: AdjointReport) -> bool:
         """Whether a sample failed. Waits for a device only where the strategy promises something."""
         backend = job.backend
-        status = backend.numpy_view(told.status)
+        status = backend.numpy_view(report.status)
         if status is not None and (status == int(Status.CONVERGED)).all():
             return False
         if status is None and not promises(job.strategy):
             return False
-        return bool(backend.to_numpy(failing(backend, told, job.g)).any())
+        return bool(backend.to_numpy(failing(backend, report, job.g)).any())
 
 
 @dataclass(frozen=True)
@@ -321,13 +321,15 @@ class TracedWatch:
         return count % 2**31 if wanted else -1
 
     def verify(
-        self, job: Pass, u: Array, told: AdjointReport, turn: Array | None
+        self, job: Pass, u: Array, report: AdjointReport, turn: Array | None
     ) -> tuple[AdjointReport, Findings | None]:
         """The report, measured if it is the turn of this pass, and what contradicts it."""
         if not self.verifies or job.vjp is None or 0 in job.g.shape:
-            return told, None
+            return report, None
         backend, g, vjp, xp = job.backend, job.g, job.vjp, job.backend.xp
-        told = told._replace(coupling=xp.full_like(told.residual, float("nan")), verify_vjps=xp.zeros_like(told.vjps))
+        report = report._replace(
+            coupling=xp.full_like(report.residual, float("nan")), verify_vjps=xp.zeros_like(report.vjps)
+        )
         if turn is None:
             seed = _digits(backend, g, u)
             wanted = seed % self.every == 0
@@ -335,8 +337,8 @@ class TracedWatch:
             seed, wanted = turn, turn >= 0
         halves = traced_halves(backend, g, seed)
         measure = lambda report: verified(backend, job.strategy, vjp, g, u, report, halves)  # noqa: E731
-        true = backend.cond(xp.reshape(wanted, (1,)), measure, told)
-        wrong = true.status != told.status
+        true = backend.cond(xp.reshape(wanted, (1,)), measure, report)
+        wrong = true.status != report.status
         residual = xp.where(wrong, true.residual, xp.zeros_like(true.residual))
         found = Findings(
             coupled=xp.any(true.coupling > 0),
@@ -346,15 +348,15 @@ class TracedWatch:
         )
         return true, found
 
-    def deliver(self, job: Pass, told: AdjointReport, found: Findings | None) -> None:
+    def deliver(self, job: Pass, report: AdjointReport, found: Findings | None) -> None:
         """Let `Backend.watch` report the pass."""
         if not self.reports or not job.g.shape[0]:
             return
         backend, xp = job.backend, job.backend.xp
         if found is None:
-            no = xp.zeros_like(told.status[0]) > 0
-            found = Findings(no, xp.zeros_like(told.status[0]), xp.zeros_like(told.residual[0]), no)
-        tally = AdjointTally.of(xp, told, failing(backend, told, job.g), found)
+            no = xp.zeros_like(report.status[0]) > 0
+            found = Findings(no, xp.zeros_like(report.status[0]), xp.zeros_like(report.residual[0]), no)
+        tally = AdjointTally.of(xp, report, failing(backend, report, job.g), found)
         strategy, how = job.strategy, job.on_failure
         backend.watch(lambda figures: self._announce(figures, strategy, how), tally, compiled=True)
 

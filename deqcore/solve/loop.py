@@ -22,7 +22,7 @@ import numpy as np
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.history import History
-from deqcore.abc.solver import Solver, map_state
+from deqcore.abc.solver import Solver, map_state, map_states
 from deqcore.errors import PluginError
 from deqcore.solve.compaction import RestrictRows, solve_compacted
 from deqcore.solve.termination import (
@@ -396,26 +396,27 @@ def copy_state(state: Any) -> Any:
 
 def merge(backend: Backend, rows: Array, new: Any, old: Any) -> Any:
     """Return the solver state `new` in the samples `rows` `(batch,)`, `old` elsewhere; None means a scale of 1."""
-    if isinstance(new, tuple):
-        parts = (merge(backend, rows, a, b) for a, b in zip(new, old, strict=True))
-        return type(new)(*parts) if hasattr(new, "_fields") else tuple(parts)
-    if isinstance(new, History):
-        return old.merge(rows, new)
-    if new is None or old is None:
-        if new is old:
-            return None
-        one = backend.xp.ones_like(old if new is None else new)
-        new, old = one if new is None else new, one if old is None else old
-    if new.ndim:
-        return backend.select(rows, new, old)
-    return backend.xp.where(backend.xp.all(rows), new, old)
+
+    def leaf(new: Any, old: Any) -> Any:
+        if isinstance(new, History):
+            return old.merge(rows, new)
+        if new is None or old is None:
+            if new is old:
+                return None
+            one = backend.xp.ones_like(old if new is None else new)
+            new, old = one if new is None else new, one if old is None else old
+        if new.ndim:
+            return backend.select(rows, new, old)
+        return backend.xp.where(backend.xp.all(rows), new, old)
+
+    return map_states(leaf, new, old)
 
 
 def freeze(backend: Backend, active: Array, new: Any, old: Any) -> Any:
     """Keep the rows of `old` where not active. Histories do so themselves; leaves without a batch axis pass."""
-    if isinstance(new, tuple):
-        parts = (freeze(backend, active, a, b) for a, b in zip(new, old, strict=True))
-        return type(new)(*parts) if hasattr(new, "_fields") else tuple(parts)
-    if new is None or isinstance(new, History) or not new.ndim:
-        return new
-    return backend.select(active, new, old)
+
+    def leaf(new: Any, old: Any) -> Any:
+        kept = new is None or isinstance(new, History) or not new.ndim
+        return new if kept else backend.select(active, new, old)
+
+    return map_states(leaf, new, old)

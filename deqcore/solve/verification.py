@@ -154,7 +154,7 @@ def leak_everywhere(backend: Backend, vjp: Map, like: Array) -> float:
 
 
 def verified(
-    backend: Backend, strategy: Strategy, vjp: Map, g: Array, u: Array, told: AdjointReport, halves: Halves
+    backend: Backend, strategy: Strategy, vjp: Map, g: Array, u: Array, report: AdjointReport, halves: Halves
 ) -> AdjointReport:
     """A report whose residual is measured, with the status that follows from it.
 
@@ -164,7 +164,7 @@ def verified(
         vjp: `u ↦ Jᵀu`.
         g: cotangent `(batch, n)`.
         u: what the strategy returned `(batch, n)`.
-        told: what it reported.
+        report: what it reported.
         halves: see `random_halves`; only batches of two rows and more need it.
 
     Returns:
@@ -173,27 +173,29 @@ def verified(
         products that this took; `vjps` is unchanged.
     """
     xp = backend.xp
-    true = backend.cast(adjoint_residual(backend, vjp, g, u), told.residual)
+    true = backend.cast(adjoint_residual(backend, vjp, g, u), report.residual)
     several = g.shape[0] > 1
     found = leaks(backend, vjp, halves, g) if several else xp.zeros_like(backend.to_accum_dtype(true))
     coupled = found > 0
     coupled = xp.zeros_like(coupled) | xp.any(coupled)
-    wrong = _contradicts(backend, strategy, g, u, true, told.residual, coupled) & (told.status == int(Status.CONVERGED))
-    status = xp.where(wrong, xp.full_like(told.status, int(Status.STALLED)), told.status)
-    status = xp.where(wrong & ~xp.isfinite(true), xp.full_like(told.status, int(Status.NONFINITE)), status)
-    found = backend.cast(found, told.residual)
+    wrong = _contradicts(backend, strategy, g, u, true, report.residual, coupled) & (
+        report.status == int(Status.CONVERGED)
+    )
+    status = xp.where(wrong, xp.full_like(report.status, int(Status.STALLED)), report.status)
+    status = xp.where(wrong & ~xp.isfinite(true), xp.full_like(report.status, int(Status.NONFINITE)), status)
+    found = backend.cast(found, report.residual)
     doubtful = wrong | coupled
-    return told._replace(
+    return report._replace(
         status=status,
         residual=true,
-        error=xp.where(doubtful, xp.full_like(told.error, float("nan")), told.error),
+        error=xp.where(doubtful, xp.full_like(report.error, float("nan")), report.error),
         coupling=found,
-        verify_vjps=xp.zeros_like(told.vjps) + (2 if several else 1),
+        verify_vjps=xp.zeros_like(report.vjps) + (2 if several else 1),
     )
 
 
 def _contradicts(
-    backend: Backend, strategy: Strategy, g: Array, u: Array, true: Array, told: Array, coupled: Array
+    backend: Backend, strategy: Strategy, g: Array, u: Array, true: Array, report: Array, coupled: Array
 ) -> Array:
     """Where a measured residual is above what was reported, by more than rounding and above what was promised.
 
@@ -203,26 +205,28 @@ def _contradicts(
     xp = backend.xp
     promised = getattr(strategy, "rtol", None)
     if not strategy.exact and not isinstance(promised, float):
-        told = xp.where(xp.isnan(told), xp.full_like(told, float("inf")), told)  # nothing that could be contradicted
+        report = xp.where(
+            xp.isnan(report), xp.full_like(report, float("inf")), report
+        )  # nothing that could be contradicted
     promised = promised if isinstance(promised, float) else backend.default_rtol(g)
     g_norm, u_norm = backend.to_accum_dtype(backend.norm(g)), backend.to_accum_dtype(backend.norm(u))
     growth = 1.0 + u_norm / xp.where(g_norm > 0, g_norm, xp.ones_like(g_norm))
     sharp = xp.zeros_like(growth) + ROUNDING * backend.eps(g)
     noise = sharp if backend.dtype_name(g) == "float64" else xp.where(coupled, sharp, xp.full_like(sharp, NARROW))
     rounding = noise * xp.where(g_norm > 0, growth, xp.ones_like(growth))
-    stated = xp.where(xp.isnan(told), xp.zeros_like(told), told)
+    stated = xp.where(xp.isnan(report), xp.zeros_like(report), report)
     allowed = 1.5 * backend.to_accum_dtype(stated) + xp.maximum(rounding, xp.zeros_like(rounding) + promised)
     return xp.isfinite(stated) & ~(backend.to_accum_dtype(true) <= allowed)
 
 
-def failing(backend: Backend, told: AdjointReport, g: Array) -> Array:
+def failing(backend: Backend, report: AdjointReport, g: Array) -> Array:
     """Samples whose adjoint solve failed, `(batch,)` of bool; works in traced code.
 
     A sample that got the strategy's fallback has not failed. Nor has one whose cotangent `g` `(batch, n)` is not
     finite: its gradient is not finite either, which a gradient scaler must see.
     """
     xp = backend.xp
-    return (told.status != int(Status.CONVERGED)) & ~told.fallback & xp.all(xp.isfinite(g), axis=1)
+    return (report.status != int(Status.CONVERGED)) & ~report.fallback & xp.all(xp.isfinite(g), axis=1)
 
 
 def replaced(backend: Backend, u: Array, rows: Array, how: str) -> Array:

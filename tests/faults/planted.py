@@ -74,8 +74,8 @@ STRATEGIES = [
     Fault(
         "a coupled row certified",
         "deqcore.solve.verification",
-        "    status = xp.where(wrong, xp.full_like(told.status, int(Status.STALLED)), told.status)\n",
-        "    status = told.status\n",
+        "    status = xp.where(wrong, xp.full_like(report.status, int(Status.STALLED)), report.status)\n",
+        "    status = report.status\n",
         "strategy exact-ift",
         "test_rows_that_f_couples_are_reported",
         "rows are coupled, and the status is CONVERGED",
@@ -503,7 +503,7 @@ BACKENDS = [
         "where f couples rows",
     ),
     Fault(
-        "a coupled row that nobody is told of",
+        "a coupled row that no warning names",
         "deqcore.solve.failures",
         "    if coupled:\n        if due(",
         "    if coupled and how == 'raise':\n        if due(",
@@ -512,7 +512,7 @@ BACKENDS = [
         "CoupledRowsWarning is missing",
     ),
     Fault(
-        "a failed adjoint solve that nobody is told of",
+        "a failed adjoint solve without a warning",
         "deqcore.solve.failures",
         "    elif failed:\n",
         "    elif failed and how == 'raise':\n",
