@@ -95,7 +95,7 @@ def test_its_options_are_checked() -> None:
     assert repr(plugins.make_solver("aitken", config.forward.options)) == "Aitken(first=1.0, largest=5.0)"
     with pytest.raises(errors.ConfigError, match=r"no option 'larges'. Did you mean 'largest'"):
         plugins.make_solver("aitken", {"larges": 1.0})
-    with pytest.raises(errors.ConfigError, match="refuses its options: first = 0"):
+    with pytest.raises(errors.ConfigError, match="refuses its options: first must be a number above 0"):
         plugins.make_solver("aitken", {"first": 0})
 
 
