@@ -39,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = out / "accelerator.json"
         if given.render:
             if not path.is_file():
-                raise DeqcoreError(f"--render: there is no {path}. Measure first, on a machine with a device.")
+                raise DeqcoreError(
+                    f"--render needs {path}, which does not exist. Measure first, on a machine with a device."
+                )
             results = json.loads(path.read_text())
         else:
             results = measure(given, lambda found: path.write_text(json.dumps(found, indent=1) + "\n"))

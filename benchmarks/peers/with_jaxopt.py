@@ -45,7 +45,7 @@ class Jaxopt(Contender):
 
 
 def anderson(f: Callable[..., Any], **settings: Any) -> Any:
-    """Its own defaults."""
+    """Run Anderson acceleration with the defaults of jaxopt."""
     return jaxopt.AndersonAcceleration(f, **settings)
 
 

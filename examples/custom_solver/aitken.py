@@ -61,7 +61,7 @@ class Aitken(Solver):
         unit = backend.row_scale(backend.norm(delta), delta)
         delta, last = backend.divide_rows(delta, unit), backend.divide_rows(state.residual, unit)
         square = backend.inner(delta, delta)
-        # Before the first step there is no difference: keep the damping and divide by one.
+        # The first step has no difference yet. Keep the damping and divide by one.
         moved = square > 0
         ratio = backend.inner(last, delta) / xp.where(moved, square, xp.ones_like(square))
         known = moved & (backend.inner(last, last) > 0)  # a restart leaves a last residual of zero

@@ -1,9 +1,8 @@
 """Sudoku by a looped reasoner that stops for each puzzle when it is done.
 
-Each cell of a 4×4 Sudoku holds a few numbers per digit, and hears from its row, column, box and other digits, with the
-same weights again and again until nothing changes: z* = f(z*, clues). Each puzzle halts by itself, easy ones after few
-steps: when each of its digits is sure (`deqcore.halting`), or nothing changes any more. There is no halting network to
-train.
+Each cell of a 4×4 Sudoku holds a few numbers per digit. It receives messages from its row, column, box and other digits.
+The same weights are applied until nothing changes: z* = f(z*, clues). Each puzzle halts on its own, as soon as all of its
+digits are sure (`deqcore.halting`) or it has converged. Easy puzzles take few steps. No halting network is needed.
 
 Puzzles are generated, with exactly one solution each; the solutions of test puzzles do not occur in training.
 Source: Palm, Paquet & Winther (2018), "Recurrent relational networks"; Bai, Kolter & Koltun (2019).
@@ -33,7 +32,7 @@ SETTINGS = {
 
 
 def peers() -> Any:
-    """Which cells share a row, a column, a box: `(3, 16, 16)`, each row of it a mean over the three others."""
+    """Return the averaging matrices `(3, 16, 16)` over the other cells of a row, a column and a box."""
     row, column = np.divmod(np.arange(16), 4)
     groups = (row, column, row // 2 * 2 + column // 2)
     found = [(group[:, None] == group) & ~np.eye(16, dtype=bool) for group in groups]
@@ -41,7 +40,7 @@ def peers() -> Any:
 
 
 def solutions() -> Any:
-    """All 288 filled grids `(288, 16)` of the digits 0 to 3."""
+    """Enumerate all 288 filled grids of the digits 0 to 3, `(288, 16)`."""
     rows = list(permutations(range(4)))
     found = []
     for grid in product(rows, repeat=4):
@@ -53,7 +52,7 @@ def solutions() -> Any:
 
 
 def puzzles(rng: np.random.Generator, grids: Any, every: Any, count: int) -> tuple[Any, Any]:
-    """Clues `(count, 16, 4, 2)` (for each digit: is it given here; is another), and solutions `(count, 16)`.
+    """Generate clues `(count, 16, 4, 2)` (is this digit given; is another digit given) and solutions `(count, 16)`.
 
     Cells are emptied in random order as long as only one of all grids fits.
     """
@@ -71,7 +70,7 @@ def puzzles(rng: np.random.Generator, grids: Any, every: Any, count: int) -> tup
 
 
 def weights(rng: np.random.Generator) -> common.Weights:
-    """A layer of messages and a layer of updates, which contract at the start."""
+    """Draw a layer of messages and a layer of updates; f contracts at the start."""
     return {
         "inject.weight": common.matrix(rng, WIDTH, 2, gain=1.5),
         "inject.bias": np.zeros(WIDTH, np.float32),
@@ -107,7 +106,7 @@ def main(given: list[str] | None = None) -> dict[str, float]:
 
 
 def histogram(figure: Any, blanks: Any, steps: Any) -> None:
-    """Steps until a puzzle halts, by its empty cells."""
+    """Plot the steps until a puzzle halts against its number of empty cells."""
     axis = figure.subplots()
     counts = sorted(set(blanks.tolist()))
     axis.boxplot([steps[blanks == count] for count in counts], tick_labels=counts, showfliers=False)
