@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.render:
             if not path.is_file():
                 raise DeqcoreError(
-                    f"--render needs {path}, which does not exist. Measure first, on a machine with a device."
+                    f"--render must find {path}, which does not exist. Measure first, on a machine with a device."
                 )
             results = json.loads(path.read_text())
         else:

@@ -45,6 +45,15 @@ FOLDERS: Final = (
     "deqcore/solve/plan.py",
     "deqcore/solve/termination.py",
     "backends",
+    "docs",
+    "examples",
+    "benchmarks",
+    "release",
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "pyproject.toml",
 )
 LATER: Final = ("backends/deqcore_jax/failures.py",)  # below FOLDERS, not clean yet
 

@@ -1,8 +1,9 @@
 """Sudoku by a looped reasoner that stops for each puzzle when it is done.
 
-Each cell of a 4×4 Sudoku holds a few numbers per digit. It receives messages from its row, column, box and other digits.
-The same weights are applied until nothing changes: z* = f(z*, clues). Each puzzle halts on its own, as soon as all of its
-digits are sure (`deqcore.halting`) or it has converged. Easy puzzles take few steps. No halting network is needed.
+Each cell of a 4×4 Sudoku holds a few numbers per digit. It receives messages from its row, column, box and other
+digits. The same weights are applied until nothing changes: z* = f(z*, clues). Each puzzle halts on its own, as soon as
+all of its digits are sure (`deqcore.halting`) or it has converged. Easy puzzles take few steps. The model needs no
+halting network.
 
 Puzzles are generated, with exactly one solution each; the solutions of test puzzles do not occur in training.
 Source: Palm, Paquet & Winther (2018), "Recurrent relational networks"; Bai, Kolter & Koltun (2019).
