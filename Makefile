@@ -8,14 +8,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: study test check types unit bench plugins faults docs release-check clean
 
-# torch goes first, with its pin, so that nothing that follows can pull another build of it.
+# Install the pinned torch first, so that no later package replaces it by another build.
 $(USABLE): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[all]"
 	touch $@
 
-# What only the checks need comes on top.
+# Packages that only the checks need.
 $(STAMP): $(USABLE)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[all,test]"
 	touch $@
@@ -33,7 +33,7 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 	$(BIN)/python docs/tools/prose.py
 
-# Types of deqcore as its users' programs see them, by both checkers.
+# Check the types of deqcore in users' programs with mypy and pyright.
 USERS := tests/types/user.py examples/one_program/fit.py examples/custom_solver/run.py examples/custom_solver/aitken.py
 types: $(STAMP)
 	$(BIN)/mypy --strict $(USERS)
@@ -47,7 +47,7 @@ bench: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -r benchmarks/requirements.txt
 	$(BIN)/python -m benchmarks --out docs/benchmarks
 
-# Our wheel and those of examples/plugins in a fresh environment, where their suites run.
+# Install the wheels of deqcore and examples/plugins in a fresh environment, and run their suites.
 plugins: $(STAMP)
 	$(BIN)/python examples/plugins/check.py
 
@@ -60,7 +60,7 @@ docs: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-# What would be published, built twice and tried in fresh environments (minutes). ARGS="core-3.12": one of them only.
+# Build the distribution twice and test it in fresh environments (minutes). ARGS="core-3.12": one of them only.
 release-check: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[release]"
 	$(BIN)/python release/check.py $(ARGS)

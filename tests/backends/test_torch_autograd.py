@@ -171,7 +171,7 @@ def test_a_state_made_while_recording_is_copied_and_pickled(module, x):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_nothing_outlives_its_last_reference(strategy, order):
-    """Without the garbage collector: there is no reference cycle through what a solve or its backward keeps."""
+    """A solve and its backward pass are freed without the garbage collector, since they form no reference cycle."""
     if order == 2 and strategy != "exact-ift":
         pytest.skip("refused")
     gc.collect()

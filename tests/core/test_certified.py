@@ -144,7 +144,7 @@ def test_zero_and_nan_cotangents_stay_in_their_rows(be):
 
 @pytest.mark.parametrize("fallback", ["none", "jacobian-free", "exact-ift"])
 def test_a_singular_system_is_reported(be, fallback):
-    """J with eigenvalue 1 whose left vector g sees: there is no solution, and no certificate may say otherwise."""
+    """J has the eigenvalue 1, and g has a part along its left vector: no solution exists, and none may be certified."""
     rng = np.random.default_rng(2)
     v = np.linalg.qr(rng.standard_normal((N, N)))[0]
     jacobian = (v @ np.diag([1.0, *rng.uniform(-0.5, 0.5, N - 1)]) @ v.T)[None]

@@ -1,4 +1,4 @@
-"""Settings: which value wins, where it came from, and what a mistake is told."""
+"""Settings: which value takes precedence, where it came from, and which error a mistake raises."""
 
 from __future__ import annotations
 

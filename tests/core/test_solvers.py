@@ -400,7 +400,7 @@ def test_newton_krylov_needs_fewer_evaluations_than_broyden_on_slow_modes(be, se
     np.testing.assert_allclose(be.to_numpy(newton.value), np.linalg.solve(np.eye(96) - w, b.T).T, atol=1e-4)
 
 
-# -- the loop with a solver of one's own ----------------------------------------------------------------------
+# -- the loop with a custom solver ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

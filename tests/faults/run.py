@@ -157,7 +157,7 @@ class Results:
             if before.get("of") == self.found["of"]:
                 self.found = before
             else:
-                print(f"{path} was written for another state of deqcore: begun anew.")
+                print(f"{path} was written for another state of deqcore. Starting again.")
 
     def keep(self, part: str, name: str, value: object) -> None:
         self.found[part][name] = value
