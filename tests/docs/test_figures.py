@@ -121,9 +121,9 @@ def test_choosing():
         f"{count['slow-modes', 'deqcore anderson']} evaluations on 20 slow modes",
         f"`broyden` takes {count['slow-modes', 'deqcore broyden']}",
         f"{count['slow-modes', 'deqcore newton-krylov']} evaluations and products on 20 slow modes",
-        f"for the convolution {conv[0]:.2f} (`picard`), {conv[1]:.2f} (`anderson`), {conv[2]:.2f} (`broyden`), "
-        f"{conv[3]:.1f} (",
-        f"is cheaper, {dense[0]:.2f}, {dense[1]:.2f}, {dense[2]:.2f} and {dense[3]:.1f}",
+        f"For the convolution it is {conv[0]:.2f} (`picard`), {conv[1]:.2f} (`anderson`), {conv[2]:.2f} (`broyden`) "
+        f"and {conv[3]:.1f} (",
+        f"is cheaper, it is {dense[0]:.2f}, {dense[1]:.2f}, {dense[2]:.2f} and {dense[3]:.1f}",
     ):
         assert text.replace("%", " %") in page, text
 
@@ -145,9 +145,9 @@ def test_concepts():
     for text in (
         f"`anderson` takes {found['steps to 1e-4, anderson']}, `broyden` {found['steps to 1e-4, broyden']}, and "
         f"`newton-krylov` {found['steps to 1e-4, newton-krylov']} steps",
-        f"plain reuse has a cosine of {plain['0']:.2f} with the exact gradient; with two, −{-plain['2']:.2f}, at "
-        f"a norm up to {int(found['largest norm ratio, plain reuse']['2'])} times",
-        f"lose cosine as well ({free['2']:.2f})",
+        f"plain reuse has a cosine of {plain['0']:.2f} with the exact gradient; with two, the cosine is −{-plain['2']:.2f} "
+        f"and the norm is up to {int(found['largest norm ratio, plain reuse']['2'])} times",
+        f"falls as well (to {free['2']:.2f})",
         f"stays at {min(certified.values()):.2f} or better, for {min(vjps.values()):.0f} to "
         f"{max(vjps.values()):.0f} vjps",
         f"{found['certificate: samples']} samples",
