@@ -146,7 +146,8 @@ def test_concepts():
         f"`anderson` takes {found['steps to 1e-4, anderson']}, `broyden` {found['steps to 1e-4, broyden']}, and "
         f"`newton-krylov` {found['steps to 1e-4, newton-krylov']} steps",
         f"plain reuse has a cosine of {plain['0']:.2f} with the exact gradient; "
-        f"with two, the cosine is −{-plain['2']:.2f} and the norm is up to {int(found['largest norm ratio, plain reuse']['2'])} times",
+        f"with two, the cosine is −{-plain['2']:.2f} "
+        f"and the norm is up to {int(found['largest norm ratio, plain reuse']['2'])} times",
         f"falls as well (to {free['2']:.2f})",
         f"stays at {min(certified.values()):.2f} or better, for {min(vjps.values()):.0f} to "
         f"{max(vjps.values()):.0f} vjps",
