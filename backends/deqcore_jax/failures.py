@@ -34,7 +34,7 @@ def watch(report: Callable[[Any], None], figures: Figures, *, compiled: bool) ->
 
 
 def is_staged() -> bool:
-    """Whether operations are recorded into a program at the moment, as inside `jit`, `scan` or `checkpoint`."""
+    """Return whether operations are being recorded into a program, as inside `jit`, `scan` or `checkpoint`."""
     return isinstance(lax.full((), 0, np.int32), jax.core.Tracer)
 
 
@@ -56,7 +56,7 @@ def _called(report: Callable[[Any], None], figures: Any) -> None:
 
 @custom_vmap
 def _over_lanes(figures: Any) -> Any:
-    """The figures; under vmap, those of all lanes together: one callback, not one per lane."""
+    """Return the figures. Under vmap, join those of all lanes, for one callback instead of one per lane."""
     return figures
 
 

@@ -76,19 +76,19 @@ class BroydenReuse(Strategy):
             object.__setattr__(self, "max_relative_error", None)
         if self.max_relative_error is not None and not 0.0 < float(self.max_relative_error) < 1.0:
             raise ValueError(
-                f"max_relative_error = {self.max_relative_error}, but a number between 0 and 1, or none, is expected"
+                f"max_relative_error must be a number between 0 and 1, or none (got {self.max_relative_error})."
             )
         if self.max_refine_vjps < 1:
-            raise ValueError(f"max_refine_vjps = {self.max_refine_vjps}, but at least 1 is expected")
+            raise ValueError(f"max_refine_vjps must be at least 1 (got {self.max_refine_vjps}).")
         if self.fallback not in ("jacobian-free", "exact-ift", "none"):
-            raise ValueError(f"fallback = {self.fallback!r}, but 'jacobian-free', 'exact-ift' or 'none' is expected")
+            raise ValueError(f"fallback must be 'jacobian-free', 'exact-ift' or 'none' (got {self.fallback!r}).")
         if self.fallback != "none" and self.max_relative_error is None and self.certify:
             raise ValueError(
                 f"fallback = {self.fallback!r} needs a target that a sample can miss: set max_relative_error"
             )
 
     def uses_vjp(self) -> bool:
-        """All but the plain method."""
+        """Return whether a check or a target needs products; the plain method needs none."""
         return self.certify or self.max_relative_error is not None
 
     def wants_secants(self) -> bool:
@@ -100,7 +100,10 @@ class BroydenReuse(Strategy):
     ) -> tuple[Array, AdjointReport]:
         """Return u for the cotangent `g` `(batch, n)`."""
         if estimate is None:
-            raise StrategyError("broyden-reuse was called without an estimate; its solver promised one.")
+            raise StrategyError(
+                "broyden-reuse was called without the estimate that its solver declares. "
+                "Pass the solver's `inverse_jacobian` as `estimate`."
+            )
         if self.max_relative_error is None:
             return self._plain(backend, vjp, g, estimate)
         return self._refined(backend, vjp, g, estimate, float(self.max_relative_error))

@@ -84,22 +84,22 @@ class ExactIFT(Strategy):
 
     def __post_init__(self) -> None:
         if self.rtol != "auto" and not 0.0 <= self.rtol < 1.0:
-            raise ValueError(f"rtol = {self.rtol}, but 'auto' or a number from 0 to below 1 is expected")
+            raise ValueError(f"rtol must be 'auto' or a number from 0 to below 1 (got {self.rtol}).")
         if self.max_steps != "auto" and self.max_steps < 0:
-            raise ValueError(f"max_steps = {self.max_steps}. It must be 'auto' or a number of at least 0.")
+            raise ValueError(f"max_steps must be 'auto' or at least 0 (got {self.max_steps}).")
         if self.direct < 0:
-            raise ValueError(f"direct = {self.direct}. It must be a number of at least 0.")
+            raise ValueError(f"direct must be at least 0 (got {self.direct}).")
         if self.start not in ("auto", "zero", "cotangent", "reuse"):
-            raise ValueError(f"start = {self.start!r}, but 'auto', 'zero', 'cotangent' or 'reuse' is expected")
+            raise ValueError(f"start must be 'auto', 'zero', 'cotangent' or 'reuse' (got {self.start!r}).")
         if self.solver == "gmres" and set(self.options) - {"reorthogonalize"}:
-            raise ValueError(f"options = {dict(self.options)}, but gmres has only 'reorthogonalize'")
+            raise ValueError(f"gmres has only the option 'reorthogonalize' (got {dict(self.options)}).")
 
     def bind(self, make_solver: MakeSolver) -> ExactIFT:
         """Make the solver that the options name."""
         return self if self.solver == "gmres" else replace(self, bound=make_solver(self.solver, self.options))
 
     def wants_estimate(self) -> bool:
-        """Only a start from the reused estimate needs one."""
+        """Return whether the solve starts from the forward solver's estimate."""
         return self.start == "reuse"
 
     def solve_adjoint(
@@ -115,7 +115,7 @@ class ExactIFT(Strategy):
     def _gmres(
         self, backend: Backend, vjp: Map, g: Array, u0: Array | None, rtol: float
     ) -> tuple[Array, AdjointReport]:
-        """By GMRES, and directly where it fails."""
+        """Solve by GMRES, and directly where GMRES fails."""
         steps = self._steps(g.shape[1])
         found = gmres(
             backend,
@@ -135,7 +135,7 @@ class ExactIFT(Strategy):
         return u, _reported(backend, g, residual, vjps, status)
 
     def _direct(self, backend: Backend, vjp: Map, g: Array, found: LinearSolution) -> Direct:
-        """What GMRES found, or the direct solve where it found nothing and the budget allows that."""
+        """Solve directly where GMRES failed and the budget allows it; keep the solution of GMRES elsewhere."""
         before = Direct(found.x, found.residual, found.products)
         cost = g.shape[1] + 1
         if g.shape[1] > self.direct or (self.max_steps != "auto" and self.max_steps < cost):
@@ -148,11 +148,11 @@ class ExactIFT(Strategy):
     def _driven(
         self, backend: Backend, vjp: Map, g: Array, u0: Array, rtol: float, solver: Solver
     ) -> tuple[Array, AdjointReport]:
-        """By a registered solver."""
+        """Solve with a registered solver."""
         xp = backend.xp
         control = StoppingCriteria(rtol=0.0, atol=rtol * backend.norm(g), max_steps=self._steps(g.shape[1]))
         forward = iterate(backend, solver, lambda u: g + vjp(u), u0, control)
-        # Without a solution u grows until g is lost in the rounding of Jᵀu: a difference of zero is no solution.
+        # Without a solution, u grows until g is lost in the rounding of Jᵀu: a difference of zero proves nothing.
         rounding = backend.cast(backend.eps(forward.z) * backend.norm(forward.z), forward.residual)
         residual = xp.maximum(forward.residual, rounding)
         lost = (forward.status == int(Status.CONVERGED)) & ~(residual <= control.atol)
@@ -160,13 +160,13 @@ class ExactIFT(Strategy):
         return forward.z, _reported(backend, g, residual, forward.evaluations, status)
 
     def _steps(self, n: int) -> int:
-        """Steps of the iteration, for systems of n unknowns."""
+        """Return the most steps of the iteration, for systems of n unknowns."""
         if self.max_steps != "auto":
             return self.max_steps
         return MOST_STEPS if self.bound is not None else min(n + MORE_STEPS, MOST_STEPS)
 
     def _start(self, g: Array, estimate: InverseJacobian | None) -> Array | None:
-        """Where u begins; None is zero, for which GMRES needs no product."""
+        """Return the initial u. None means zero, for which GMRES needs no product."""
         if self.start == "reuse" and estimate is not None:
             return -estimate.apply_transpose(g)
         zero = self.start == "zero" or (self.start == "auto" and self.solver == "gmres")
@@ -174,7 +174,7 @@ class ExactIFT(Strategy):
 
 
 def _reported(backend: Backend, g: Array, residual: Array, vjps: Array, status: Array) -> AdjointReport:
-    """The report; a residual that is not finite has its own status."""
+    """Build the report; a residual that is not finite has its own status."""
     xp = backend.xp
     left = relative(backend, residual, backend.norm(g))
     status = xp.where(xp.isfinite(left), status, int(Status.NONFINITE))

@@ -78,14 +78,14 @@ class Unrolled(StepStrategy):
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise ValueError(f"steps = {self.steps}, but at least 1 is expected")
+            raise ValueError(f"steps must be at least 1 (got {self.steps}).")
 
     def solves(self) -> bool:
-        """Nothing is solved for beside the recorded steps."""
+        """Return False: the recorded steps are the solve."""
         return False
 
     def value(self, backend: Backend, f: Map, z0: Array, forward: SolveResult | None, solver: Solver) -> Reached:
-        """The iterate after the last step."""
+        """Return the iterate after the last step."""
         run = backend.checkpoint(f) if self.checkpoint else f
         z = backend.detach(z0)
         fz = run(z)
@@ -101,7 +101,7 @@ class Unrolled(StepStrategy):
 
 
 def _step(backend: Backend, solver: Solver, f: Map, at: _At) -> _At:
-    """A step of the solver, or for settled samples a chord step, in one evaluation of f."""
+    """Take a step of the solver, or a chord step for settled samples, in one evaluation of f."""
     settled = at.settled | _at_rounding(backend, at.z, at.fz)
     chord = None
     if not backend.known_all(~settled):
@@ -122,13 +122,13 @@ def _step(backend: Backend, solver: Solver, f: Map, at: _At) -> _At:
     once = solver.evaluations_per_step == 1 and type(solver).evaluations is Solver.evaluations
     value = values[0] if once else f(chord)
     extra = at.extra if once else at.extra + backend.xp.astype(settled, backend.xp.int32)
-    kept = settled & ~_at_rounding(backend, chord, value)  # the estimate is no good there: stay
+    kept = settled & ~_at_rounding(backend, chord, value)  # the estimate is not good enough there: stay
     z = backend.select(kept, at.z, backend.select(settled, chord, z))
     fz = backend.select(kept, at.fz, backend.select(settled, value, fz))
     return _At(z, fz, seen, state, settled, extra, at.stayed | kept)
 
 
 def _at_rounding(backend: Backend, z: Array, fz: Array) -> Array:
-    """Samples whose residual is rounding `(batch,)` of bool."""
+    """Return which samples have a residual of the size of rounding, `(batch,)` of bool."""
     residual, size = backend.norm(backend.detach(fz - z)), backend.norm(backend.detach(fz))
     return residual <= backend.output_eps(z) ** 0.75 * size

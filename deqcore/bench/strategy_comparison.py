@@ -209,7 +209,7 @@ def _measure(
 
 
 def reason(error: Exception) -> str:
-    """Why a choice cannot run, in one line: deqcore's own words, or the type and first line of a foreign error."""
+    """Explain in one line why a choice cannot run: deqcore's message, or the type and first line of another error."""
     if isinstance(error, DeqcoreError):
         return str(error)
     first = (str(error).strip().splitlines() or [""])[0]

@@ -40,14 +40,14 @@ class Spread:
 
     @classmethod
     def of(cls, numbers: Sequence[float]) -> Spread:
-        """Of at least one number."""
+        """Summarise at least one number."""
         ordered = sorted(numbers)
         quarters = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else ordered * 3
         return cls(statistics.median(ordered), quarters[0], quarters[2], ordered[0])
 
     @classmethod
     def of_ratios(cls, above: Sequence[float], below: Sequence[float]) -> Spread:
-        """Of the quotients of numbers that were measured in the same rounds, so that drift cancels out."""
+        """Summarise quotients of numbers that were measured in the same rounds, so that drift cancels."""
         return cls.of([a / b for a, b in zip(above, below, strict=True)])
 
 
@@ -159,7 +159,7 @@ def _repeats(task: TimedTask, clock: Clock) -> int:
 
 @contextmanager
 def _no_collector() -> Iterator[None]:
-    """The garbage collector does not run inside."""
+    """Disable the garbage collector inside."""
     gc.collect()
     was = gc.isenabled()
     gc.disable()

@@ -127,10 +127,10 @@ def check_json(option: str, text: str | None, example: str) -> None:
 def check_paths(junit: Path | None, expect: Path | None) -> None:
     """Raise a ConfigError unless `junit` can be written and `expect` is a file."""
     if junit is not None and not junit.parent.is_dir():
-        raise ConfigError(f"--junit {str(junit)!r}: the folder {str(junit.parent)!r} does not exist.")
+        raise ConfigError(f"--junit must be in an existing folder (got {str(junit)!r}).")
     if junit is not None and junit.is_dir():
         raise ConfigError(f"--junit must be the name of a file to write (got the directory {str(junit)!r}).")
     if expect is not None and expect.is_dir():
         raise ConfigError(f"--expect must be a TOML file (got the directory {str(expect)!r}).")
     if expect is not None and not expect.is_file():
-        raise ConfigError(f"--expect {str(expect)!r}: there is no such file.")
+        raise ConfigError(f"--expect must be an existing file (got {str(expect)!r}).")

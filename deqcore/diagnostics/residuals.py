@@ -50,7 +50,7 @@ class Curve:
         return result
 
     def steps_to(self, rtol: float) -> Any:
-        """Steps after which each sample first had a relative residual of at most `rtol`, `(batch,)`; −1 if never."""
+        """Return the steps until each sample's relative residual was at most `rtol`, `(batch,)`; −1 if it never was."""
         met = self.residual <= rtol
         return np.where(met.any(axis=0), met.argmax(axis=0), -1)
 
@@ -117,14 +117,14 @@ class _Recorded(Solver):
     steps: int
 
     def init(self, backend: Backend, z: Array, fz: Array) -> _Recording:
-        """With the first residual in all columns."""
+        """Start with the first residual in all columns."""
         ratio = _ratio(backend, z, fz)
         curve = ratio[:, None] + backend.xp.zeros_like(self._columns(backend, ratio))[None, :]
         taken = backend.xp.zeros_like(ratio, dtype=backend.xp.int32)
         return _Recording(self.solver.init(backend, z, fz), curve, taken)
 
     def step(self, backend: Backend, f: Map, z: Array, fz: Array, state: _Recording) -> tuple[Array, Array, _Recording]:
-        """The solver's own step, compiled where it would be, and its residual."""
+        """Take the solver's own step, fused where the backend fuses it, and record its residual."""
         found = backend.fused_step(self.solver, f, z, fz, state.inner)
         z, fz, inner = found[:3] if found is not None else self.solver.step(backend, f, z, fz, state.inner)
         ratio, taken = _ratio(backend, z, fz), state.taken + 1
@@ -132,15 +132,15 @@ class _Recorded(Solver):
         return z, fz, _Recording(inner, backend.xp.where(rest, ratio[:, None], state.curve), taken)
 
     def restarted(self, backend: Backend, rows: Array, z: Array, state: _Recording) -> _Recording:
-        """The solver restarts, and what was recorded stays."""
+        """Restart the solver and keep the record."""
         return state._replace(inner=self.solver.restarted(backend, rows, z, state.inner))
 
     def residual_norm(self, backend: Backend, state: _Recording) -> Array | None:
-        """As the solver measured it."""
+        """Return the residual norm as the solver measured it."""
         return self.solver.residual_norm(backend, state.inner)
 
     def evaluations(self, backend: Backend, steps: Array, state: _Recording) -> Array:
-        """As the solver counts them."""
+        """Return the evaluations as the solver counts them."""
         return self.solver.evaluations(backend, steps, state.inner)
 
     def _columns(self, backend: Backend, like: Array) -> Array:

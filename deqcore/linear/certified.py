@@ -223,7 +223,7 @@ class _Task:
 
 
 def _tighter(backend: Backend, target: float, error: Array) -> Array:
-    """The factor on a residual whose estimated error missed the target."""
+    """Return the factor for a residual whose estimated error missed the target."""
     return backend.xp.clip(target / error, 0.25, 0.8)
 
 
@@ -250,7 +250,7 @@ def _estimate(
 
 
 def _caution(space: KrylovSpace, k: Krylov, inverse_norm: Array) -> Array:
-    """How far the residuals of the space say that the estimate by its singular values may be off, `(batch,)`."""
+    """Bound the factor by which the estimate from singular values may be wrong, `(batch,)`, from the residuals."""
     xp = space.backend.xp
     ratio, last, count = space.ratios(k)
     if ratio.shape[1] == 0:  # no sample has grown its space: all cotangents are zero, or not finite

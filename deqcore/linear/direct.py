@@ -86,7 +86,7 @@ def _solve(backend: Backend, vjp: Map, g: Array, rows: Array | None) -> tuple[Ar
 
 
 def _taken(backend: Backend, vjp: Map, g: Array, rows: Array, solution: tuple[Array, Array], found: Direct) -> Direct:
-    """What is known after the solve of these rows. The residual is measured, and never believed below rounding."""
+    """Merge the solution of these rows. Their residual is measured, and at least the rounding."""
     xp = backend.xp
     wide, size = solution
     u = backend.cast(wide, g)

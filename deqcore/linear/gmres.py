@@ -153,7 +153,7 @@ def _restarted(
 
 
 def _ended(space: KrylovSpace, k: Krylov, x0: Array | None) -> tuple[Array, Array]:
-    """The solution from `x0` and the size of its residual."""
+    """Return the solution from `x0` and the size of its residual."""
     update = space.solution(k)
     x = update if x0 is None else x0 + update
     return x, k.residual if space.precondition is not None else space.trusted(k, x)
@@ -164,7 +164,7 @@ class KrylovSpace:
     """Arnoldi's process on A M, with the least residual tracked and the minimiser formed on demand.
 
     Instead of rotating the Hessenberg matrix H̄ in every step, the loop carries the one vector ν with νᵀH̄ = 0, from
-    which the least residual is β ν₀/‖ν‖: O(k) work a step in place of O(k²), and one small solve at the end.
+    which the least residual is β ν₀/‖ν‖: O(k) work a step instead of O(k²), and one small solve at the end.
 
     Source: Ayachour (2003), "A fast implementation for GMRES method".
     """
@@ -176,7 +176,7 @@ class KrylovSpace:
     check_every: int | str = "auto"
 
     def begin(self, r: Array, max_steps: int) -> Krylov:
-        """The space of the first residual `r` `(batch, n)`, with room for `max_steps`."""
+        """Start the space with the first residual `r` `(batch, n)`, with room for `max_steps`."""
         backend, xp = self.backend, self.backend.xp
         norm = backend.to_accum_dtype(backend.norm(r))
         size = max(1, max_steps)
@@ -252,15 +252,15 @@ class KrylovSpace:
         )
 
     def solution(self, k: Krylov) -> Array:
-        """The x in the space with the least residual, `(batch, n)`."""
+        """Return the x in the space with the least residual, `(batch, n)`."""
         x = k.basis.masked(None).combine(self._coefficients(k))
         return x if self.precondition is None else self.precondition(x)
 
     def trusted(self, k: Krylov, x: Array) -> Array:
-        """The residual, but no less than the rounding of A x.
+        """Return the residual, or the rounding of A x if that is larger.
 
         Where A is singular to rounding and b is not in its range, x grows until rounding alone closes the equations
-        of the space: the recurrence then fell to 1e-10 and the true residual was above 1.
+        of the space: the recurrence then fell to 1e-10 while the true residual was above 1.
         """
         backend, xp = self.backend, self.backend.xp
         hessenberg, _ = self._hessenberg(k)
@@ -285,7 +285,7 @@ class KrylovSpace:
         return xp.where(sound[:, 0, 0], 1.0 / least, xp.full_like(least, float("nan")))
 
     def ratios(self, k: Krylov) -> tuple[Array, Array, Array]:
-        """How each step reduced the residual, from the null vector that the space carries anyway.
+        """Return how much each step reduced the residual, from the null vector that the space carries anyway.
 
         Returns:
             The ratio of the residual after each column to that before it, 1 where the sample did not take the column,
@@ -313,7 +313,7 @@ class KrylovSpace:
         return matrix, xp.sum(xp.abs(matrix), axis=1) == 0
 
     def _coefficients(self, k: Krylov) -> Array:
-        """The minimiser y of ‖β e₀ − H̄ y‖, in the slots of the basis `(batch, m + 1)`.
+        """Return the minimiser y of ‖β e₀ − H̄ y‖, in the slots of the basis `(batch, m + 1)`.
 
         The least residual vector is r̂ = β ν ν₀ / ‖ν‖², and rows 1 … k of H̄ are triangular, so H̄ y = β e₀ − r̂ is
         solved there. Columns that a sample did not reach get a unit diagonal, and y = 0.

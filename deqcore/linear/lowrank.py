@@ -25,25 +25,25 @@ class MultisecantInverse(InverseJacobian):
     sharp: Array | None = None
 
     def apply(self, v: Array) -> Array:
-        """H v = −v − Q K Qᵀ v."""
+        """Return H v = −v − Q K Qᵀ v."""
         return -v - self.basis.combine(matvec(self.backend, self.kernel, self.basis.dot(v)))
 
     def apply_transpose(self, v: Array) -> Array:
-        """Hᵀ v = −v − Q Kᵀ Qᵀ v."""
+        """Return Hᵀ v = −v − Q Kᵀ Qᵀ v."""
         return -v - self.basis.combine(vecmat(self.backend, self.basis.dot(v), self.kernel))
 
     def apply_transpose_unregularised(self, v: Array) -> Array:
-        """The same with the other kernel."""
+        """Return Hᵀv with the kernel that is not regularised."""
         kernel = self.kernel if self.sharp is None else self.sharp
         return -v - self.basis.combine(vecmat(self.backend, self.basis.dot(v), kernel))
 
 
 @dataclass(frozen=True)
 class BroydenInverse(InverseJacobian):
-    """H = −I − Q K Qᵀ with K = Σ_j l_j r_jᵀ kept as its updates. What Broyden leaves.
+    """H = −I − Q K Qᵀ with K = Σ_j l_j r_jᵀ kept as its updates: Broyden's estimate.
 
-    K is never formed: its products take O(k) work a vector in place of O(k²), and are those of histories, which do
-    not depend on the batch by a single bit (a product of matrices with as many columns as the *batch* took steps did).
+    K is never formed: its products take O(k) work a vector instead of O(k²). They are products of histories, whose
+    bits do not depend on the batch (a product of matrices with one column per step of the *batch* depended on it).
     """
 
     basis: History
@@ -87,7 +87,7 @@ SHARP: Final = 1e-4
 
 
 def multisecant(backend: Backend, basis: History, gram: Array, steps: Array, differences: Array) -> MultisecantInverse:
-    """The estimate H = −I + (S + Y)(SᵀY)^+ Sᵀ, which satisfies every secant equation H Y = S, in the mean.
+    """Build the estimate H = −I + (S + Y)(SᵀY)^+ Sᵀ, which satisfies all secant equations H Y = S on average.
 
     With S = Q Rᵀ and Y = Q Eᵀ in the span of one basis Q everything is small: SᵀY = R N Eᵀ, N = QᵀQ. The system is
     scaled to unit pairs and regularised (Tikhonov), so that pairs near rounding or nearly dependent ones do no harm.
@@ -101,7 +101,7 @@ def multisecant(backend: Backend, basis: History, gram: Array, steps: Array, dif
         basis: Q.
         gram: N `(batch, m, m)`, in the wide dtype.
         steps: R `(batch, p, m)`, coefficients of each s; zero rows for pairs that are missing.
-        differences: E `(batch, p, m)`, coefficients of each y; zero rows likewise.
+        differences: E `(batch, p, m)`, coefficients of each y; zero rows for pairs that are missing.
 
     Source: Fang & Saad (2009), "Two classes of multisecant methods for nonlinear acceleration", type-I form.
     """
@@ -142,7 +142,7 @@ def _scale(backend: Backend, squares: Array) -> Array:
 
 
 def matvec(backend: Backend, a: Array, x: Array) -> Array:
-    """A x for small matrices `(batch, k, k)` and vectors `(batch, k)`; as xᵀAᵀ its bits do not depend on the batch."""
+    """Return A x for small `(batch, k, k)` and `(batch, k)`; as xᵀAᵀ its bits do not depend on the batch."""
     return vecmat(backend, x, backend.xp.permute_dims(a, (0, 2, 1)))
 
 

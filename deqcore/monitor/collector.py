@@ -248,7 +248,7 @@ class Collector:
         )
 
     def _on_backward(self, item: PendingRow, record: BackwardRecord) -> None:
-        """A backward pass has run, perhaps after its solve became a row."""
+        """Record a backward pass, which may run after its solve became a row."""
         if record.report is None:
             return
         with self.lock:
@@ -260,7 +260,7 @@ class Collector:
 
 @lru_cache(maxsize=64)
 def _reuses(strategy: str) -> bool:
-    """Whether a strategy works with the forward solver's estimate, so that its first product is a certificate."""
+    """Return whether a strategy uses the forward solver's estimate, so that its first product is a certificate."""
     cls: Any = plugins.load("strategy", strategy)
     return bool(getattr(cls, "needs", None) == "estimate")
 

@@ -79,7 +79,7 @@ class Condition:
         return _COMPARE[self.sign](value, self.threshold)
 
     def opposite(self) -> Condition:
-        """When the value is clearly on the other side: 20 % of the threshold beyond it."""
+        """Return the condition of a value clearly on the other side: beyond the threshold by 20 % of it."""
         upper = self.sign in (">", ">=")
         gap = MARGIN * abs(self.threshold)
         sign = {">": "<", ">=": "<", "<": ">", "<=": ">"}[self.sign]

@@ -70,7 +70,7 @@ class Adjoint(AdjointSolver):
         return found, g
 
     def _routed(self, found: object, g: Array) -> tuple[Array, AdjointReport]:
-        """What `solve_adjoint` returned, if it is what the contract says."""
+        """Return what `solve_adjoint` returned, or raise `PluginError` if it breaks the contract."""
         name, shape = f"{type(self.strategy).__name__}.solve_adjoint", tuple(g.shape)
         if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], AdjointReport):
             expected = (
@@ -133,7 +133,7 @@ class Steps:
     solver: Solver
 
     def __call__(self, f: Map, z0: Array, forward: SolveResult | None) -> tuple[Array, Reached | None]:
-        """The differentiable value `(batch, n)`, and what is known of it (without gradients)."""
+        """Return the differentiable value `(batch, n)` and, without gradients, what the strategy reports about it."""
         with self.backend.errstate():
             found = self.strategy.value(self.backend, f, z0, forward, self.solver)
         reached = found if isinstance(found, Reached) else None

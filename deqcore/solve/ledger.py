@@ -42,11 +42,11 @@ _ledgers: WeakKeyDictionary[Any, dict[Hashable, Ledger]] = WeakKeyDictionary()
 
 
 def ledger(subject: Any, key: Hashable) -> Ledger:
-    """The ledger of what `subject_of` returned.
+    """Return the ledger of a subject, as `subject_of` returns it.
 
     Args:
         subject: the code object of a function, or any other object, such as a layer's cell.
-        key: what tells the problems of one subject apart.
+        key: distinguishes the problems of one subject.
     """
     try:
         mine = _ledgers.setdefault(subject, {})
@@ -63,9 +63,9 @@ def forget() -> None:
 
 
 def subject_of(f: Any) -> Any:
-    """What a map is made of: the code object of a function, or the object behind bound methods.
+    """Return what identifies a map: the code object of a function, or the object behind a bound method.
 
-    What `functools.partial` or a `__wrapped__` attribute wraps counts as the map itself.
+    `functools.partial` and `__wrapped__` are unwrapped first.
     """
     for _ in range(16):
         code = getattr(f, "__code__", None)

@@ -63,7 +63,7 @@ def failure(tally: Tally, strategy: Strategy, name: str, on_failure: str, wrong:
 
 
 def _options(strategy: Strategy) -> dict[str, str]:
-    """The names and values of the options that a failed solve may need."""
+    """Return the names and values of the options to change after a failed solve."""
 
     def named(names: tuple[str, ...]) -> str:
         found = next((name for name in names if hasattr(strategy, name)), None)

@@ -184,16 +184,16 @@ def _check_pairs(study: Study, own: UserCode) -> None:
     for model in study.models:
         if not any(_fits(data, model, own) for data in study.data):
             takes = " or ".join(find(model.name, own.model).accepts)
-            raise ConfigError(f"[study]: the model {model.name!r} takes {takes}, which no entry of data gives.")
+            raise ConfigError(f"[study]: the model {model.name!r} takes {takes}. Add an entry to data that gives it.")
     for data in study.data:
         if not any(_fits(data, model, own) for model in study.models):
             raise ConfigError(
-                f"[study]: the data {data.label!r} is {_gives(data, own)}, which no entry of models takes."
+                f"[study]: the data {data.label!r} is {_gives(data, own)}. Add an entry to models that takes it."
             )
 
 
 def _check_own(study: Study, own: UserCode) -> None:
-    """The user's own code goes by the name "own"; what nothing in the file asks for would be left out in silence."""
+    """Check that the file names the user's own code ("own"); otherwise the study would silently leave it out."""
     for option, given, axis, choices in (
         ("--data", own.data, "data", study.data),
         ("--model", own.model, "models", study.models),

@@ -38,7 +38,7 @@ class Dense:
         self.g = backend.to_numpy(self.space.ravel(cotangent))
         batch, n = self.g.shape
         if not self.g.size:
-            raise ProblemError("The state holds no numbers, so there is no gradient to check: give a sample at least.")
+            raise ProblemError("The state holds no numbers, so no gradient can be checked. Give at least one sample.")
         if batch * n * n > LIMIT:
             raise ProblemError(
                 f"The state has {batch} samples of {n} numbers: a dense reference holds {batch * n * n:.1e} numbers, "

@@ -118,7 +118,7 @@ def test_a_deqfile_that_is_not_there_is_reported_once(capsys: Capture, tmp_path:
         (["--solver", "broiden"], "Did you mean 'broyden'?"),
         (["--strategy", "exact"], "No strategy is registered as 'exact'"),
         (["--dtype", "float46"], "Did you mean 'float64'?"),
-        (["--problem", "nothing.py:f"], "there is no file 'nothing.py'"),
+        (["--problem", "nothing.py:f"], "the file 'nothing.py' does not exist"),
         (["--solver", "picard", "--strategy", "broyden-reuse"], "keeps the estimate"),
     ],
 )

@@ -282,7 +282,7 @@ def test_an_empty_batch(capsys):
     ("args", "message"),
     [
         (["--problem", "mlq"], "Did you mean 'mlp'?"),
-        (["--problem", "missing.py:mine"], "there is no file 'missing.py'"),
+        (["--problem", "missing.py:mine"], "the file 'missing.py' does not exist"),
         (["--problem", "p.py:mime"], "Did you mean 'mine'?"),
         (["--problem", "p.py:raises"], "f raised RuntimeError: no such layer (p.py, line 13)"),
         (["--problem", "p.py:torch_only"], "written for torch"),

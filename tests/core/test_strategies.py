@@ -421,7 +421,7 @@ def test_a_file_without_null_can_ask_for_plain_reuse():
 
 def test_reuse_without_an_estimate_is_a_broken_promise(be, truth):
     problem = truth.affine(3, 2, 6, 0.7)
-    with pytest.raises(StrategyError, match="without an estimate"):
+    with pytest.raises(StrategyError, match="without the estimate"):
         solve_adjoint(be, "broyden-reuse", problem, problem.b)
 
 

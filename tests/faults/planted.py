@@ -50,7 +50,7 @@ class Fault:
         """The faulty source."""
         count = text.count(self.old)
         if count != 1:
-            raise ValueError(f"{self.name}: {self.old!r} occurs {count} times in {self.where}, but once is expected")
+            raise ValueError(f"{self.name}: {self.old!r} must occur once in {self.where} (got {count} times).")
         return text.replace(self.old, self.new)
 
 

@@ -114,7 +114,7 @@ def test_what_is_not_a_log_is_reported(tmp_path, text) -> None:
 
 
 def test_files_that_cannot_be_read(tmp_path) -> None:
-    with pytest.raises(MonitorError, match=r"There is no log .*The sink 'jsonl' writes it"):
+    with pytest.raises(MonitorError, match=r"The log .* does not exist\. Run a Monitor with the sink 'jsonl'"):
         read(tmp_path / "none.jsonl")
     with pytest.raises(MonitorError, match="cannot be read"):
         read(tmp_path)

@@ -94,7 +94,7 @@ def test_what_data_gives_decides_which_models_meet_it():
     table = {"data": ["digits", "words"], "models": ["dense", "attention"], "strategies": ["exact-ift"]}
     found = cells(read(table, "x"), UserCode(), ("torch",))
     assert [(cell.data.name, cell.model.name) for cell in found] == [("digits", "dense"), ("words", "attention")]
-    with pytest.raises(ConfigError, match="the data 'words' is tokens, which no entry of models takes"):
+    with pytest.raises(ConfigError, match="the data 'words' is tokens. Add an entry to models that takes it"):
         cells(read({"data": ["digits", "words"]}, "x"), UserCode(), ("torch",))
 
 

@@ -80,8 +80,8 @@ def test_mistakes_in_the_file_are_reported_with_their_place(table: dict[str, obj
         ),
         ({"solvers": ["picard"]}, StrategyError, "keeps none"),
         ({"strategies": ["exact-ift", "exact-ift"]}, ConfigError, "two entries of strategies"),
-        ({"models": ["attention"]}, ConfigError, "'attention' takes tokens, which no entry of data gives"),
-        ({"data": ["digits", "text"]}, ConfigError, "'text' is tokens, which no entry of models takes"),
+        ({"models": ["attention"]}, ConfigError, "'attention' takes tokens. Add an entry to data that gives it"),
+        ({"data": ["digits", "text"]}, ConfigError, "'text' is tokens. Add an entry to models that takes it"),
         ({"seeds": [1, 1]}, ConfigError, "same cell twice"),
     ],
 )

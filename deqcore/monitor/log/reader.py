@@ -137,8 +137,8 @@ class Tail:
                 data = file.read()
         except FileNotFoundError:
             raise MonitorError(
-                f"There is no log {str(path)!r}. The sink 'jsonl' writes it while a Monitor runs, to the file of its "
-                f"option path ('monitor.jsonl' by default)."
+                f"The log {str(path)!r} does not exist. Run a Monitor with the sink 'jsonl', which writes its option "
+                f"path ('monitor.jsonl' by default)."
             ) from None
         except OSError as error:
             raise MonitorError(f"The log {str(path)!r} cannot be read: {error.strerror}.") from None
@@ -216,5 +216,5 @@ def _table(given: object) -> dict[str, object]:
 
 def _no_log(path: Path, line: int, reason: str) -> MonitorError:
     return MonitorError(
-        f"{str(path)!r} is not a log of the monitor (line {line}: {reason}). Logs are written by the sink 'jsonl'."
+        f"{str(path)!r} is not a log of the monitor (line {line}: {reason}). Use a file that the sink 'jsonl' wrote."
     )

@@ -69,9 +69,7 @@ def _given(found: dict[str, NDArray[Any]], part: str, path: str) -> Split | None
 
 def _inputs(x: NDArray[Any]) -> NDArray[np.float32]:
     if x.ndim - 1 not in DIMENSIONS:
-        raise DataError(
-            f"Inputs have shape {x.shape}, but (samples, n) or (samples, [channels,] height, width) is needed."
-        )
+        raise DataError(f"Inputs must have shape (samples, n) or (samples, [channels,] height, width) (got {x.shape}).")
     scaled = x.astype(np.float32) / np.float32(255 if x.dtype == np.uint8 else 1)
     return scaled[:, None] if x.ndim == 3 else scaled
 
@@ -100,7 +98,7 @@ def _idx(folder: Path, name: str) -> NDArray[Any]:
     except (OSError, EOFError) as error:
         raise DataError(f"{name!r} in {str(folder)!r} cannot be read: {error}.") from error
     if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in IDX:
-        raise DataError(f"{name!r} in {str(folder)!r} is not an IDX file.")
+        raise DataError(f"{name!r} in {str(folder)!r} must be an IDX file (got other bytes at its start).")
     start = 4 + 4 * raw[3]
     shape = tuple(int(item) for item in np.frombuffer(raw[4:start], ">u4"))
     dtype = np.dtype(IDX[raw[2]])

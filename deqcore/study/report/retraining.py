@@ -39,7 +39,7 @@ class Accumulation:
 
 
 def accumulations(rows: Sequence[SummaryRow]) -> list[Accumulation]:
-    """Of all rows that were trained more than once."""
+    """Summarise all rows that were trained more than once."""
     return [_of(row, reference(row, rows)) for row in rows if _count(row) > 1]
 
 

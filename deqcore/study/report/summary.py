@@ -30,7 +30,7 @@ class Interval:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Interval:
-        """From one value per seed."""
+        """Build the interval from one value per seed."""
         mean, count = float(np.mean(values)), len(values)
         if count < 2:
             return cls(mean, None, None, count)
@@ -41,7 +41,7 @@ class Interval:
 
     @classmethod
     def of_ratios(cls, values: Sequence[float]) -> Interval:
-        """From one quotient per seed: geometric mean, and an interval of logarithms, which never falls below zero."""
+        """Build the interval from one quotient per seed, on a log scale, so that its ends stay above zero."""
         result = cls.of([math.log(value) for value in values])
         low = None if result.low is None else math.exp(result.low)
         high = None if result.high is None else math.exp(result.high)

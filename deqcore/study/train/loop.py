@@ -88,14 +88,14 @@ def rate(cell: Cell, step: int, steps: int) -> float:
 
 
 def audited(cell: Cell, epoch: int) -> bool:
-    """Whether the gradient is looked at before this epoch: `audits` times a round, evenly, first at its start."""
+    """Return whether to audit the gradient before this epoch: `audits` times a round, evenly, first at its start."""
     epochs = cell.training.epochs
     audits = min(cell.training.audits, epochs)
     return audits > 0 and epoch % epochs in {round(i * epochs / audits) for i in range(audits)}
 
 
 def exact(cell: Cell) -> Config:
-    """Settings of the gradient that others are compared with: implicit, and solved far below the study's tolerance."""
+    """Return the settings of the reference gradient: implicit, and solved far below the study's tolerance."""
     return Config(
         backend=cell.backend,
         forward={"solver": "broyden", "rtol": AUDIT_RTOL, "max_steps": AUDIT_STEPS, "on_failure": "ignore"},

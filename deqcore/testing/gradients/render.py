@@ -160,7 +160,7 @@ def _why(each: Comparison) -> str:
 
 
 def first_disagreements(report: GradientReport) -> dict[str, Comparison]:
-    """For each pair of results the first quantity, in the order in which errors travel, that differs."""
+    """Find the first quantity that differs for each pair of results, in the order in which errors propagate."""
     results: dict[str, Comparison] = {}
     for comparison in report.comparisons:
         if not comparison.ok:

@@ -95,7 +95,7 @@ def check(
     chosen = installed(backends)
     pairs = list(combinations(solvers or tuple(plugins.solvers()), strategies or tuple(plugins.strategies())))
     if not pairs:
-        raise BackendError("No solver among those named keeps the estimate that the strategy needs.")
+        raise BackendError("No selected solver keeps the estimate that the strategy needs. Add 'broyden'.")
     jobs: dict[tuple[str, str], list[Job]] = {}
     for dtype in dtypes:
         for backend in chosen:

@@ -79,7 +79,7 @@ class Conformance:
         return {}
 
     def required(self, request: Any) -> Sequence[str]:
-        """Capabilities that the subject of the test needs."""
+        """Return the capabilities that the subject of the test needs."""
         return ()
 
     def _backends(self, config: Any) -> Sequence[str]:
@@ -126,7 +126,7 @@ def claimed(config: Any, own: Mapping[str, int] | None, subject: Any, settings: 
 
 
 def chosen(config: Any, what: str) -> Any:
-    """The value of an option `--deqcore-…`, or nothing where the plugin is not loaded."""
+    """Return the value of an option `--deqcore-…`, or () if the plugin is not loaded."""
     return config.getoption(f"deqcore_{what}", default=None) or ()
 
 

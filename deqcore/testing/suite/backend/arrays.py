@@ -107,7 +107,7 @@ class ArrayTests(Conformance):
 
     @several("dtype", [*DTYPES, "bfloat16"])
     def test_norms_of_any_scale(self, kit: Kit, dtype: str) -> None:
-        """Rows near the ends of the range, with their squares far beyond, beside a row of zeros and an ordinary one."""
+        """Check rows near the ends of the range, whose squares leave it, beside a row of zeros and an ordinary one."""
         plain = np.random.default_rng(0).integers(-9, 10, (4, 50)).astype(float)
         plain[3] *= 2.0**-20
         plain[3, 7] = 2.0 ** (EXPONENTS[dtype] // 2)  # beside which all others vanish
@@ -123,7 +123,7 @@ class ArrayTests(Conformance):
 
     @several("dtype", DTYPES)
     def test_scales_of_rows(self, kit: Kit, dtype: str) -> None:
-        """Powers of two that change no digit; 1 for what is zero, not finite, or needs none."""
+        """Require powers of two, which change no digit, and 1 for rows that are zero, not finite or need no scale."""
         rows = np.array([[3.0, 4.0]]) * np.array([*scales(2, dtype), 1.0, 0.0, np.nan])[:, None]
         v = kit.array(rows, dtype)
         with kit.backend.errstate():
@@ -136,7 +136,7 @@ class ArrayTests(Conformance):
         found = kit.numpy(unit).astype(float)
         assert list(found[2:]) == [1.0, 1.0, 1.0]
         size = 5.0 * scales(2, dtype) / found[:2]
-        assert ((size >= 0.5) & (size <= 2.0)).all(), f"rows of norm {size}, but about 1 is expected"
+        assert ((size >= 0.5) & (size <= 2.0)).all(), f"the norm of scaled rows must be about 1 (got {size})"
         moved = kit.backend.divide_rows(v, unit)
         assert np.array_equal(kit.numpy(kit.backend.multiply_rows(moved, unit)), kit.numpy(v), equal_nan=True)
 

@@ -47,7 +47,7 @@ class DerivativeTests(Conformance):
         assert not kit.numpy(vjp(one)).any()
 
     def test_products_of_a_function_that_couples_rows(self, kit: Kit) -> None:
-        """A backend may differentiate row by row only if no row depends on any other."""
+        """Differentiate coupled rows: a backend may work row by row only if no row depends on another."""
         xp, u = kit.backend.xp, np.random.default_rng(5).standard_normal((4, 3))
         shift = lambda z: xp.concat([z[1:], z[:1]], axis=0)  # noqa: E731
         pair = lambda z: xp.concat([0 * z[1:], z[2:3]], axis=0)  # noqa: E731 (row 3 reads row 2 only)
@@ -91,7 +91,7 @@ class DerivativeTests(Conformance):
         close(kit.numpy(product(kit.array(v))), np.einsum("bij,bj->bi", problem.a, v), 1e-6, "jvp(v) = J v")
 
     def test_derivatives_in_other_units(self, kit: Kit) -> None:
-        """Each sample of f(z) = s·g(z/s) has a unit s of its own; J is that of g. |z| keeps complex steps out."""
+        """Give each sample of f(z) = s·g(z/s) its own unit s; J equals that of g. |z| excludes complex steps."""
         far = 100 if kit.backend.capabilities.float64 else 12
         s = 10.0 ** np.array([[-far], [-6], [0], [6], [far]])
         y = np.random.default_rng(5).standard_normal((5, 3))
@@ -144,7 +144,7 @@ class DerivativeTests(Conformance):
 
     @several("strategy", ["exact-ift", "jacobian-free", "phantom", "unrolled"])
     def test_the_value_is_the_iterate_that_is_reported(self, kit: Kit, strategy: str) -> None:
-        """Where f expands, f of the returned point is no better than that point, and misses the tolerance."""
+        """Use an f that expands, so that f of the returned point is worse than the point and misses the tolerance."""
         xp = kit.backend.xp
         x = kit.array([[0.1, 0.4], [1.0, -2.0]])
         f = lambda z, x: 3.0 * xp.sin(z) + x  # noqa: E731
@@ -194,7 +194,7 @@ class DerivativeTests(Conformance):
 
     @needs("autodiff")
     def test_second_derivatives_are_right_or_refused(self, kit: Kit) -> None:
-        """Promised or not: what must never come out is a wrong number without a word."""
+        """Require the right number or an error; a silently wrong number must never be returned."""
         second = kit.backend.grad(kit.backend.grad(lambda a: self._scalar(kit, a, 1.0)))
         try:
             found = kit.numpy(second(kit.array(0.5)))
@@ -256,7 +256,7 @@ class DerivativeTests(Conformance):
 
     @several("hidden", ["object", "slots", "derived", "partial", "method", "closure", "default", "set"])
     def test_arguments_whose_arrays_would_be_lost_are_refused(self, kit: Kit, hidden: str) -> None:
-        """Not None and not zero: neither is the gradient."""
+        """Require an error, because neither None nor zero is the gradient."""
         a, b = kit.array(0.5), kit.array(np.ones((1, 1)))
         argument, read = _hidden(hidden, a)
         with pytest.raises(errors.ProblemError, match=r"holds arrays.*[Pp]ass the arrays themselves"):
@@ -292,7 +292,7 @@ class DerivativeTests(Conformance):
         close(kit.numpy(db), [[1.75]], 1e-6, "1 + 1/2 + 1/4")
 
     def test_a_batch_whose_samples_see_each_other(self, kit: Kit) -> None:
-        """With `batch = false` the whole state is one system, so its rows may depend on each other."""
+        """Couple rows with `batch = false`, where the whole state is one system."""
         xp = kit.backend.xp
         b = kit.array([[1.0], [3.0]])
         f = lambda z, b: 0.25 * xp.sum(z, axis=0, keepdims=True) + b  # noqa: E731
@@ -331,7 +331,7 @@ class DerivativeTests(Conformance):
 
 
 def _hidden(how: str, a: Any) -> tuple[Any, Any]:
-    """An argument with the array `a` inside that no tree shows, and how f reads it."""
+    """Build an argument that hides the array `a` from trees, and a function that reads it."""
 
     def function(scale: Any = 1.0) -> Any:
         return a * scale

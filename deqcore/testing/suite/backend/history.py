@@ -157,7 +157,7 @@ class HistoryTests(Conformance):
 
     @several("n", [12, 65, 520])
     def test_bits_depend_on_no_other_sample(self, kit: Kit, n: int) -> None:
-        """On the host: not on the batch, the place in it, or the slots that batch mates have used meanwhile."""
+        """Compare bits on the host: they must not depend on the batch, the row, or slots used by other rows."""
         if kit.device != "cpu":
             return
         rng = np.random.default_rng(n)
@@ -184,7 +184,7 @@ class HistoryTests(Conformance):
                 assert np.array_equal(ours[rows], own_alone), f"{name}: the bits of a sample depend on its batch"
 
     def test_a_verdict_is_not_met_by_growth(self, kit: Kit) -> None:
-        """Of the solver's loop, with `Backend.fused_update` where the backend has it."""
+        """Run the solver's loop, with `Backend.fused_update` where the backend has it, on iterates that grow."""
         f = lambda z: z * 8.0 + 1.0  # noqa: E731
         away = iterate(kit.backend, Picard(), f, kit.array(np.zeros((2, 3))), StoppingCriteria(1e-4, max_steps=5))
         assert not (kit.numpy(away.status) == int(Status.CONVERGED)).any()

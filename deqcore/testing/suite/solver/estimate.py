@@ -34,7 +34,7 @@ class EstimateTests(Conformance):
             close(left, right, 1e-7 if kit.eps < 1e-10 else 1e-3, "aᵀ(H b) and (Hᵀa)ᵀb")
 
     def test_the_latest_secant_equation_holds(self, kit: Kit, solver: Solver) -> None:
-        """Of `inverse_jacobian`; a `secant_estimate` may be regularised, and must then be nearer than H = −I is."""
+        """Check `inverse_jacobian`. A `secant_estimate` may be regularised, and must be nearer than H = −I."""
         for number, (h, s, y) in enumerate(self._estimates(kit, solver, affine())):
             allowed = 0.5 * np.linalg.norm(s + y) / np.linalg.norm(s) if number else 1e-5 if kit.eps < 1e-10 else 1e-2
             error = np.linalg.norm(self._apply(kit, h, y) - s) / np.linalg.norm(s)
@@ -48,7 +48,7 @@ class EstimateTests(Conformance):
             assert error <= 1e-2, f"H y = s for the latest pair is off by {error:.1e}, judged sharply"
 
     def test_the_secant_estimate_keeps_both_pairs(self, kit: Kit, solver: Solver) -> None:
-        """All pairs at once, unlike a recursive update, up to a percent."""
+        """Require all secant equations at once up to 1 %, which a recursive update does not satisfy."""
         if type(solver).secant_estimate is Solver.secant_estimate or getattr(solver, "history_size", 2) < 2:
             pytest.skip("the solver has one estimate only, or keeps one pair")
         *_, (h, *_) = self._estimates(kit, solver, affine(norm=0.95), steps=2)
@@ -69,7 +69,7 @@ class EstimateTests(Conformance):
     def test_a_frozen_sample_keeps_its_estimate(
         self, kit: Kit, solver: Solver, solver_name: str, settings: Any
     ) -> None:
-        """A sample that ended early has the estimate that it would have alone, whatever its batch mates did since."""
+        """Compare the estimate of a sample that ended early with the one that it gets alone."""
         if not solver.has_estimate:
             pytest.skip("the solver keeps no estimate")
         problem = affine(norm=0.9)
@@ -106,7 +106,7 @@ class EstimateTests(Conformance):
         )
 
     def _estimates(self, kit: Kit, solver: Solver, problem: Affine, steps: int = 4) -> Iterator[tuple[Any, Any, Any]]:
-        """Both estimates after some steps, with the latest pair s = Δz, y = Δ(f(z) − z)."""
+        """Yield both estimates after some steps, with the latest pair s = Δz, y = Δ(f(z) − z)."""
         if not solver.has_estimate:
             pytest.skip("the solver keeps no estimate")
         walked = walk_steps(kit, solver, kit.map(problem), kit.array(np.zeros((3, 6))), steps)

@@ -167,7 +167,7 @@ class StepTests(Conformance):
         assert len(calls) == solver.evaluations_per_step
 
     def test_evaluations_and_products_are_counted(self, kit: Kit, solver: Solver) -> None:
-        """Of a solver that counts for itself: calls of f, and products J v, on a problem that makes it search."""
+        """Count the calls of f and the products J v of a solver with its own counts, on a problem with a search."""
         if type(solver).evaluations is Solver.evaluations or not kit.eager:
             pytest.skip("the solver's steps all cost the same, or a traced loop calls f once, whatever it runs")
         f, z0 = overshooting(kit, slice(0, 1))
@@ -178,7 +178,7 @@ class StepTests(Conformance):
         assert told == backend.calls, f"{told} evaluations and products are reported, but there were {backend.calls}"
 
     def test_every_number_among_its_options_matters(self, kit: Kit, solver: Solver) -> None:
-        """An option that changes no iterate is not read."""
+        """Change each numeric option: one that changes no iterate is not read."""
         if not kit.eager:
             pytest.skip("options are read in Python, and compiling for each value takes long")
         problems = (overshooting(kit), (kit.map(affine(norm=3.0)), kit.array(np.zeros((3, 6)))))
@@ -195,7 +195,7 @@ class StepTests(Conformance):
         return np.stack([kit.numpy(z) for f, z0 in problems for z, *_ in walk_steps(kit, solver, f, z0, 9)])
 
     def _others(self, solver: Solver, name: str, value: float) -> list[Solver]:
-        """The solver with other values of one option: those that it accepts."""
+        """Return the solver with other accepted values of one option."""
         whole = isinstance(value, int)
         others: list[Solver] = []
         for other in (1, 3, value - 1, value + 1) if whole else (1.01, 0.5 * value, 2.0 * value, 0.1, 0.01):
@@ -205,7 +205,7 @@ class StepTests(Conformance):
 
     @needs("autodiff")
     def test_steps_can_be_differentiated_through(self, kit: Kit, solver_name: str, settings: Any) -> None:
-        """The gradient of `unrolled` against central differences of its value."""
+        """Compare the gradient of `unrolled` with central differences of its value."""
         if not kit.backend.capabilities.float64:
             pytest.skip("central differences need double precision")
         problem, h = affine(batch=1, n=3), 1e-6

@@ -70,16 +70,16 @@ def solve_adjoint(
 
 
 def slow() -> Affine:
-    """One eigenvalue of 0.98 among small ones: a small residual is not yet a small error."""
+    """Make a problem with one eigenvalue of 0.98 among small ones: a small residual is not yet a small error."""
     rng = np.random.default_rng(12)
     q, _ = np.linalg.qr(rng.standard_normal((3, 6, 6)))
     return Affine(q @ np.diag([0.98, 0.3, 0.2, -0.2, 0.1, 0.0]) @ q.swapaxes(1, 2), rng.standard_normal((3, 6)))
 
 
 def hidden(n: int = 16) -> tuple[Affine, Any]:
-    """A slow mode that a cotangent shows little of, though it is most of u; and that cotangent, `(3, n)`.
+    """Make a problem and a cotangent `(3, n)` with little weight on the slow mode that dominates u.
 
-    With less than half of this weight the first Krylov spaces see nothing of it, and no estimate of the error could.
+    With less than half of this weight, the first Krylov spaces do not contain it, and no estimate of the error can.
     """
     rng = np.random.default_rng(13)
     q, _ = np.linalg.qr(rng.standard_normal((3, n, n)))
@@ -89,7 +89,7 @@ def hidden(n: int = 16) -> tuple[Affine, Any]:
 
 
 def unlike() -> tuple[Affine, Any]:
-    """Samples of very different difficulty: nearly flat, a slow mode that g shows little of, and all modes alike."""
+    """Make three samples of different difficulty: nearly flat, one slow mode with little weight in g, equal modes."""
     problem, g = hidden()
     problem.a[0] *= 0.02
     problem.a[2] = 0.9 * np.linalg.qr(np.random.default_rng(17).standard_normal((16, 16)))[0]
@@ -201,7 +201,7 @@ class AdjointTests(Conformance):
         )
 
     def test_rows_that_f_couples_are_reported(self, kit: Kit, strategy: Strategy) -> None:
-        """What `backward.verify_every` makes of a report: a residual that was measured, and no false CONVERGED."""
+        """Check a report after `backward.verify_every`: a measured residual, and no false CONVERGED."""
         if not strategy.uses_vjp():
             pytest.skip("the strategy uses no products, so nothing can be measured")
         backend, g = kit.backend, cotangent()
@@ -230,7 +230,7 @@ class AdjointTests(Conformance):
         assert np.isnan(kit.numpy(true.error)).all(), "an estimate of the error assumes that rows are independent"
 
     def test_converged_means_what_the_options_promise(self, kit: Kit, strategy: Strategy) -> None:
-        """Options named `rtol` and `max_relative_error` bound the adjoint residual and the estimated error."""
+        """Check that `rtol` bounds the adjoint residual, and `max_relative_error` the estimated error."""
         target, rtol = (getattr(strategy, name, None) for name in ("max_relative_error", "rtol"))
         if not isinstance(target, float) and not isinstance(rtol, float):
             pytest.skip("the options promise no accuracy")
@@ -251,7 +251,7 @@ class AdjointTests(Conformance):
                 assert (left[done] <= 1.01 * rtol + 1e3 * kit.eps).all(), f"CONVERGED at rtol = {rtol} with {left}"
 
     def test_a_promise_is_kept_where_that_is_easy(self, kit: Kit, strategy: Strategy) -> None:
-        """An option `max_relative_error` that is missed even where f contracts strongly would be no promise."""
+        """Require that `max_relative_error` is met where f contracts strongly."""
         if not isinstance(getattr(strategy, "max_relative_error", None), float) or self._budget(strategy)[1] < 6:
             pytest.skip("the options promise no accuracy, or leave no budget for it")
         _, report = solve_adjoint(kit, strategy, affine(norm=0.3), cotangent())
@@ -259,7 +259,7 @@ class AdjointTests(Conformance):
         assert not report.fallback.any()
 
     def test_as_many_vjps_as_dimensions_are_enough(self, kit: Kit, strategy: Strategy) -> None:
-        """A budget of n vjps solves n equations where a method spans a new direction with each of them."""
+        """Solve n equations with a budget of n vjps: each vjp must add a new direction."""
         name, _ = self._budget(strategy)
         if name != "max_refine_vjps" or not isinstance(getattr(strategy, "max_relative_error", None), float):
             pytest.skip("the strategy refines nothing")
@@ -282,7 +282,7 @@ class AdjointTests(Conformance):
     def _budget(self, strategy: Strategy) -> tuple[str, int]:
         names = ("max_steps", "max_refine_vjps", "terms", "steps")
         found = next(((name, getattr(strategy, name)) for name in names if hasattr(strategy, name)), ("", 0))
-        return found[0], found[1] if isinstance(found[1], int) else sys.maxsize  # "auto" is no small budget
+        return found[0], found[1] if isinstance(found[1], int) else sys.maxsize  # "auto" is not a small budget
 
     def test_a_fallback_is_confessed(self, kit: Kit, strategy: Strategy) -> None:
         g = cotangent()
@@ -294,7 +294,7 @@ class AdjointTests(Conformance):
             problem = affine(norm=norm)
             u, report = solve_adjoint(kit, strategy, problem, g, perfect(affine(norm=3.0, seed=4)))
             assert (problem.residual(u, g) <= 1.001 * problem.residual(g, g) + 1e-6).all(), "worse than u = g"
-            assert np.isnan(report.error[report.fallback]).all(), "nobody estimated the error of what u was replaced by"
+            assert np.isnan(report.error[report.fallback]).all(), "the error of a fallback must be NaN"
             assert np.isfinite(report.error[~report.fallback]).all() or strategy.wants_estimate() is False
             same = (np.abs(u - g) <= 1e-6 * np.abs(g)).all(axis=1)
             assert list(report.fallback) == list(same), f"fallback {report.fallback}, but u is g in {same}"

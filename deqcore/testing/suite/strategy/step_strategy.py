@@ -69,7 +69,7 @@ class StepStrategyTests(Conformance):
     def test_every_number_among_its_options_matters(
         self, kit: Kit, steps: StepStrategy, strategy_name: str, settings: Any
     ) -> None:
-        """An option that changes no gradient is not read."""
+        """Change each numeric option: one that changes no gradient is not read."""
         b = kit.array(affine(batch=2, n=3, norm=0.5).b)
 
         def gradient(options: Any) -> Any:
@@ -88,9 +88,9 @@ class StepStrategyTests(Conformance):
     def test_many_steps_come_near_the_gradient_of_the_solution(
         self, kit: Kit, steps: StepStrategy, strategy_name: str, settings: Any, solver: str
     ) -> None:
-        """Steps beyond the last digit must neither divide rounding by rounding nor spoil what was right."""
+        """Take steps beyond the last digit: they must not divide rounding by rounding or spoil the gradient."""
         if not isinstance(getattr(steps, "steps", None), int):
-            pytest.skip("the number of its steps is no option")
+            pytest.skip("the strategy has no option for the number of steps")
         problem, g = affine(batch=2, n=3, norm=0.5), np.ones((2, 3))
         slope = kit.map(Affine(problem.a, 0 * problem.b))
         config = kit.config(solver=solver, strategy=strategy_name, strategy_options={**settings, "steps": 60})
@@ -106,7 +106,7 @@ class StepStrategyTests(Conformance):
     ) -> None:
         """z₂ = ½ z₂ + ¼ x₂ at x₂ = 0: the value 0 is there at once, its derivative ½ comes step by step."""
         if not isinstance(getattr(steps, "steps", None), int):
-            pytest.skip("the number of its steps is no option")
+            pytest.skip("the strategy has no option for the number of steps")
         wanted: Any = plugins.load("solver", solver)
         if not all(getattr(kit.backend.capabilities, name) for name in wanted.needs):
             pytest.skip("the backend lacks what the solver needs")
@@ -127,7 +127,7 @@ class StepStrategyTests(Conformance):
     def test_its_residual_is_that_of_its_value(
         self, kit: Kit, steps: StepStrategy, strategy_name: str, settings: Any, solver: str
     ) -> None:
-        """The residual is true, or NaN with a status that claims nothing."""
+        """Require the true residual, or NaN with a status that claims no convergence."""
         problem = affine(norm=0.5)
         f, z0 = kit.map(problem), kit.array(np.zeros((3, 6)))
         sol = kit.solve(f, z0, solver=solver, rtol=1e-3, max_steps=5, strategy=strategy_name, strategy_options=settings)
@@ -145,9 +145,9 @@ class StepStrategyTests(Conformance):
     def test_steps_beyond_the_last_digit_spoil_nothing(
         self, kit: Kit, steps: StepStrategy, strategy_name: str, settings: Any, solver: str, dtype: str
     ) -> None:
-        """Where residuals hover at rounding, and are not zero by luck: a curved f, of which plain iteration is true."""
+        """Step a curved f on, whose residuals stay at rounding without being zero; plain iteration is the truth."""
         if not isinstance(getattr(steps, "steps", None), int):
-            pytest.skip("the number of its steps is no option")
+            pytest.skip("the strategy has no option for the number of steps")
         problem = affine(batch=32, n=3, norm=0.7)
         root = np.zeros((32, 3))
         for _ in range(300):
