@@ -96,7 +96,7 @@ def prepare(studies: Iterable[str], source: Path | None, place: Path) -> None:
 
 
 def command(name: str) -> list[str]:
-    """How one study is run, in the folder of data."""
+    """Return the command that runs one study, in the folder of data."""
     study, _, backend = name.partition("-")
     return ["deqcore", "study", str(HOME / f"{study}.toml"), "--backend", backend]
 
@@ -114,11 +114,11 @@ def _run(name: str, work: Path, jobs: int) -> None:
     ]
     done = subprocess.run(words, cwd=work / "data", check=False)
     if done.returncode:
-        raise DeqcoreError(f"the study {name!r} ended with code {done.returncode}; its message stands above")
+        raise DeqcoreError(f"The study {name!r} ended with code {done.returncode}. See its message above.")
 
 
 def _keep(name: str, folder: Path) -> None:
-    """Results without the course of every step, as JSON, CSV and Markdown."""
+    """Write the results as JSON, CSV and Markdown, without the history of every step."""
     results = _finished(name, folder)
     if not results:
         return
@@ -136,7 +136,7 @@ def _audits(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _finished(name: str, folder: Path) -> list[dict[str, Any]]:
-    """Results of the cells that have one, in the order of the grid; what other settings left there is no part of it."""
+    """Return the results of the grid's finished cells, in its order; skip the results of other settings."""
     asked = settings(name) | {"backends": [name.partition("-")[2]]}
     place = Store(folder)
     value = [place.result(cell) for cell in plan(read(asked, f"{name}.toml"), UserCode())]
@@ -144,7 +144,7 @@ def _finished(name: str, folder: Path) -> list[dict[str, Any]]:
 
 
 def _alone(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without the times of trainings beside others, once the pass that times them one by one has begun."""
+    """Drop the times of parallel trainings, once the pass that times them one by one has begun."""
     if not any(result.get("serial") for result in results):
         return results
     kept = [result.get("serial") or result["status"] != "ok" for result in results]

@@ -50,7 +50,7 @@ def jax_harness() -> Harness:
 
 
 def harness(framework: str, threads: int) -> Harness:
-    """One of the two. Call `limit_threads` before anything else has imported the framework: JAX has no other switch."""
+    """Return the harness of a framework. Call `limit_threads` before importing JAX, which has no other switch."""
     if framework == "jax":
         return jax_harness()
     import torch

@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def command(out: str) -> list[str]:
-    """How a study is started."""
+    """Return the command that starts a study."""
     return [sys.executable, "-m", "deqcore.cli.app", "study", "study.toml", "--out", out]
 
 
@@ -92,7 +92,7 @@ def cut(root: Path, out: str, after: float) -> tuple[bool, int]:
 
 
 def folders(root: Path) -> list[Path]:
-    """Of the cells."""
+    """Return the folders of the cells."""
     return sorted(path for path in root.glob("cells/*") if path.is_dir())
 
 

@@ -224,7 +224,7 @@ class Problem:
         return z
 
     def bare(self, cell: Cell, evaluations: int, vjps: int) -> None:
-        """As many evaluations and products as a step has, and nothing else: plain iteration both ways."""
+        """Run as many evaluations and products as a step has, and nothing else: plain iteration both ways."""
         cell.zero_grad()
         z, u = tuple(map(torch.zeros_like, self.x)), self.g
         with torch.no_grad():
@@ -251,11 +251,11 @@ class Problem:
         return float((left / size).max())
 
     def error(self, solve: Solve) -> float:
-        """Of the gradient, relative."""
+        """Return the relative error of the gradient."""
         return float((self.gradient(self.cell, solve) - self.truth).norm() / self.truth.norm())
 
     def evaluations(self, solve: Solve) -> tuple[int, int]:
-        """Of the cell: until the value is there, and in the backward pass; and products, counted by hooks."""
+        """Count the cell's evaluations, forward and backward, and its products, by hooks."""
         calls: list[int] = []
         handle = self.cell.register_forward_hook(lambda *_: calls.append(1))
         vjps: list[int] = []
@@ -301,7 +301,7 @@ def fitted(problem: Problem, make: Make, exact: bool) -> dict[str, Any]:
 
 
 def best_of(problem: Problem, variants: Mapping[str, Make], exact: bool) -> tuple[dict[str, Any], Make]:
-    """Of some options those with the fewest evaluations and products; the earlier of two that are equal."""
+    """Find the options with the fewest evaluations and products; the first of equal ones."""
     rows = {name: fitted(problem, make, exact) for name, make in variants.items()}
     name = min(rows, key=lambda name: rows[name].get("evaluations", 999) + rows[name].get("vjps", 999))
     return rows[name] | {"options": name, "exact": exact}, variants[name]

@@ -162,7 +162,7 @@ class Loss:
         return (value * self.weights).sum()
 
     def gradient(self, layer: Layer, ready: Ready) -> Tensor:
-        """Of all parameters, flat."""
+        """Return the flat gradient of all parameters."""
         result = torch.autograd.grad(self(layer(ready).value), list(ready.params.values()))
         return torch.cat([part.flatten() for part in result])
 

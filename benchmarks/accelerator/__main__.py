@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = out / "accelerator.json"
         if given.render:
             if not path.is_file():
-                raise DeqcoreError(f"--render: there is no {path}. Measure first, on a machine with a device.")
+                raise DeqcoreError(f"--render: {path} must exist. Run without --render first, on a machine with a GPU.")
             results = json.loads(path.read_text())
         else:
             results = measure(given, lambda found: path.write_text(json.dumps(found, indent=1) + "\n"))

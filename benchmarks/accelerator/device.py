@@ -73,7 +73,7 @@ def counted_warnings(task: Callable[[], object], words: str) -> int:
 
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Whether convolutions of float32 may round their factors to ten bits: torch's default is that they may."""
+    """Set whether float32 convolutions may round their factors to ten bits, as torch allows by default."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = allowed
     try:
@@ -98,7 +98,7 @@ class Laps:
             self.marks.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        """From each mark to the next."""
+        """Return the seconds from each mark to the next."""
         pairs = list(zip(self.marks, self.marks[1:], strict=False))
         if self.device == "cuda":
             torch.cuda.synchronize()

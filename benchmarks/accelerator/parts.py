@@ -103,7 +103,7 @@ class Bounded(Contender):
 
     def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> SolveFunction:
         if time.perf_counter() > self.until:
-            raise TimeoutError("this case's share of the budget was spent before its turn: give a larger --budget")
+            raise TimeoutError("not run: the budget of this case was spent. Give a larger --budget.")
         return self.contender.prepare(harness, ready, max_steps)
 
 

@@ -131,7 +131,7 @@ def non_normal(rng: np.random.Generator) -> np.ndarray:
 
 
 def slow(rng: np.random.Generator, modes: object, n: int = N, radius: float = 0.3) -> np.ndarray:
-    """Some eigenvalues near one, the others within ±radius, eigenvectors not orthogonal."""
+    """Draw a matrix with some eigenvalues near one, the others within ±radius, and eigenvectors not orthogonal."""
     vectors = np.eye(n) + 0.5 * rng.standard_normal((n, n)) / np.sqrt(n)
     values = rng.uniform(-radius, radius, n)
     values[: len(modes)] = modes  # type: ignore[arg-type]

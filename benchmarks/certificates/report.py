@@ -208,7 +208,7 @@ def _share(found: Any) -> str:
 
 
 def _apart(failed: Any, cosine: Any, settled: Any) -> list[Verdict]:
-    """The two figures above where z is a fixed point: elsewhere there is no gradient of f's solution to be right."""
+    """Judge failures and cosines where z is a fixed point; elsewhere the solution of f has no gradient."""
     if settled.all() or not settled.any():
         return []
     fails, worst = failed[settled], cosine[settled].min()
@@ -232,7 +232,7 @@ def _apart(failed: Any, cosine: Any, settled: Any) -> list[Verdict]:
 
 
 def _apart_vjps(excess: Any, settled: Any) -> list[Verdict]:
-    """Likewise."""
+    """Judge the vjps of samples whose forward solve converged."""
     if settled.all() or not settled.any():
         return []
     most = int(excess[settled].max())
@@ -323,7 +323,7 @@ def _row(r: Result, o: Outcome) -> str:
 
 
 def plots(results: Sequence[Result], out: Path) -> None:
-    """The scatter of estimated against true errors, and the vjps to each residual."""
+    """Plot estimated against true errors, and the vjps to each residual."""
     import matplotlib as mpl
 
     mpl.use("Agg")

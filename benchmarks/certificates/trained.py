@@ -84,7 +84,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def image_folder(path: Path, limit: int, side: int = 16) -> tuple[Tensor, Tensor]:
-    """Images from a folder of class folders, `limit` in all, evenly over ten classes, scaled to `side`×`side`."""
+    """Load `limit` images from a folder of class folders, evenly from ten classes, scaled to `side`×`side`."""
     from PIL import Image
 
     folders = sorted(folder for folder in path.iterdir() if folder.is_dir())[:10]
@@ -105,7 +105,7 @@ def dense_on_digits(samples: int) -> tuple[Case, Training]:
 
 
 def conv_on_digits(samples: int) -> tuple[Case, Training]:
-    """Learns a few digits by heart."""
+    """Train a cell to memorise a few digits."""
     stem = nn.Conv2d(1, 8, 3, padding=1)
     return _trained("conv cell, digits", stem, ConvCell(8), (8, 8, 8), _few(digits()), samples)
 
@@ -117,7 +117,7 @@ def attention_on_digits(samples: int) -> tuple[Case, Training]:
 
 
 def conv_on_images(samples: int, path: Path) -> tuple[Case, Training]:
-    """Learns a few images of a folder by heart."""
+    """Train a cell to memorise a few images of a folder."""
     stem = nn.Conv2d(3, 8, 3, padding=1, stride=2)
     name = f"conv cell, images of {path.resolve().parent.name}/{path.name}"
     return _trained(name, stem, ConvCell(8), (8, 8, 8), image_folder(path, FEW), samples)

@@ -1,7 +1,6 @@
 """Check the prose of the code and the pages: phrases to avoid, openings of docstrings, the form of error messages.
 
-    python docs/tools/prose.py             # what FOLDERS lists
-    python docs/tools/prose.py --all       # packages, pages, examples and settings
+    python docs/tools/prose.py             # packages, pages, examples and settings
     python docs/tools/prose.py PATH ...    # these files and folders
 
 Comments, docstrings and strings of Python files are read, Markdown without its code, and the texts of TOML files and
@@ -24,31 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ALLOWED = Path(__file__).with_name("prose_allowed.txt")
 SUFFIXES: Final = (".py", ".md", ".toml", ".j2")
 SKIPPED: Final = re.compile(r"/(\.\w[^/]*|build|dist|site|__pycache__|node_modules)/|docs/tools/prose|\.ja\.md$|/ja/")
-# Extended folder by folder until it says the same as EVERYTHING.
 FOLDERS: Final = (
-    "deqcore/errors.py",
-    "deqcore/types.py",
-    "deqcore/api.py",
-    "deqcore/solution.py",
-    "deqcore/layer.py",
-    "deqcore/halting.py",
-    "deqcore/abc",
-    "deqcore/config",
-    "deqcore/plugins",
-    "deqcore/solvers",
-    "deqcore/solve/compaction.py",
-    "deqcore/solve/dispatch.py",
-    "deqcore/solve/flatten.py",
-    "deqcore/solve/loop.py",
-    "deqcore/solve/observer.py",
-    "deqcore/solve/opaque.py",
-    "deqcore/solve/plan.py",
-    "deqcore/solve/termination.py",
-    "backends",
-)
-LATER: Final = ("backends/deqcore_jax/failures.py",)  # below FOLDERS, not clean yet
-
-EVERYTHING: Final = (
     "deqcore",
     "backends",
     "docs",
@@ -317,7 +292,6 @@ def check(places: Iterable[str]) -> list[Finding]:
     return [
         finding
         for path in files(places)
-        if places != FOLDERS or str(path.relative_to(ROOT)) not in LATER
         for finding in faults(path)
         if not any(str(path.relative_to(ROOT)) == at and words in str(finding) for at, words in exceptions)
     ]
@@ -325,8 +299,7 @@ def check(places: Iterable[str]) -> list[Finding]:
 
 def main(arguments: list[str]) -> int:
     """Print the findings and return the exit status: 1 if there are any."""
-    places = EVERYTHING if "--all" in arguments else (arguments or FOLDERS)
-    findings = check(places)
+    findings = check(arguments or FOLDERS)
     for finding in findings:
         print(finding)
     print(f"{len(findings)} sentences to rewrite." if findings else "The prose check found nothing.")

@@ -25,7 +25,7 @@ Weights = dict[str, Any]
 
 
 def arguments(text: str, steps: int, given: list[str] | None = None) -> argparse.Namespace:
-    """The command line of every example."""
+    """Parse the command line of every example."""
     parser = argparse.ArgumentParser(description=text.splitlines()[0])
     parser.add_argument("--backend", choices=("torch", "jax"), default="torch", help="framework that trains")
     parser.add_argument(
@@ -49,7 +49,7 @@ def arguments(text: str, steps: int, given: list[str] | None = None) -> argparse
 
 
 def start(options: argparse.Namespace, weights: Weights) -> Weights:
-    """The weights to start from: those of a file, or the given ones."""
+    """Load the weights to start from, or return the given ones if no file is named."""
     if options.weights is None:
         return weights
     from safetensors.numpy import load_file
@@ -81,7 +81,7 @@ def linear(p: Mapping[str, Any], name: str, x: Any) -> Any:
 
 
 def part(p: Mapping[str, Any], prefix: str) -> Weights:
-    """The weights of a part, by their names in it."""
+    """Return the weights of a part, by their names in it."""
     return {name.removeprefix(prefix): value for name, value in p.items() if name.startswith(prefix)}
 
 
@@ -91,7 +91,7 @@ def tune(
     decays: Iterable[float],
     seeds: int,
 ) -> tuple[float, float, Any, str]:
-    """The setting of a grid with the best mean validation score, its mean test score, and one of its models.
+    """Find the setting of a grid with the best mean validation score, its mean test score, and one of its models.
 
     `run(rate, decay, seed)` trains and returns validation score (higher is better), test score and model.
     """
@@ -107,13 +107,13 @@ def tune(
 def side(
     backend: str, name: str, weights: Weights, settings: Mapping[str, object], device: str = "cpu", **options: Any
 ) -> Any:
-    """The model `name` on one framework and device, with these weights."""
+    """Build the model `name` on one framework and device, with these weights."""
     made = {"torch": TorchSide, "jax": JaxSide}[backend]
     return made(importlib.import_module(f"{name}_{backend}"), weights, settings, device, **options)
 
 
 def cosine(step: int, steps: int) -> float:
-    """A factor of the learning rate: a short warm-up, then to zero along a cosine."""
+    """Return a factor for the learning rate: a short warm-up, then a cosine to zero."""
     return min(1.0, (step + 1) / (0.05 * steps + 1)) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
 
 
@@ -138,14 +138,14 @@ class TorchSide:
         return [self.torch.as_tensor(a, device=self.device) for a in arrays]
 
     def gradients(self, *batch: Any) -> tuple[float, Weights]:
-        """Loss and its derivatives by the weights' names."""
+        """Return the loss and its derivatives by the weights' names."""
         self.model.zero_grad()
         loss = self.model.loss(*self.tensors(batch))
         loss.backward()
         return loss.item(), {name: p.grad.numpy(force=True).copy() for name, p in self.model.named_parameters()}
 
     def peak(self, *batch: Any) -> int:
-        """Bytes that loss and gradients need at their highest, by the allocator's own events."""
+        """Return the peak memory of loss and gradients in bytes, from the allocator's events."""
         from torch.profiler import ProfilerActivity, profile
 
         self.gradients(*batch)  # what is allocated once, and the gradients themselves
@@ -184,7 +184,7 @@ class TorchSide:
             progress.tell(loss)
 
     def predict(self, *arrays: Any) -> Any:
-        """The outputs of the model, as NumPy arrays."""
+        """Return the outputs of the model as NumPy arrays."""
         self.model.eval()
         found = self.model.predict(*self.tensors(arrays))
         return tuple(a.numpy(force=True) for a in found) if isinstance(found, tuple) else found.numpy(force=True)
@@ -208,7 +208,7 @@ class JaxSide:
         return {name: np.asarray(value) for name, value in self.params.items()}
 
     def gradients(self, *batch: Any) -> tuple[float, Weights]:
-        """Loss and its derivatives by the weights' names."""
+        """Return the loss and its derivatives by the weights' names."""
         loss, found = self.jax.jit(self.jax.value_and_grad(self.loss))(self.params, *batch)
         return float(loss), {name: np.asarray(value) for name, value in found.items()}
 
@@ -243,7 +243,7 @@ class JaxSide:
             progress.tell(loss)
 
     def predict(self, *arrays: Any) -> Any:
-        """The outputs of the model, as NumPy arrays."""
+        """Return the outputs of the model as NumPy arrays."""
         return self.jax.tree.map(np.asarray, self._predict(self.params, *arrays))
 
 
@@ -263,7 +263,7 @@ class Progress:
 
 
 def batches(rng: np.random.Generator, size: int, *arrays: Any) -> Iterable[tuple[Any, ...]]:
-    """Endless batches, every sample once an epoch."""
+    """Yield batches without end, with every sample once an epoch."""
     while True:
         order = rng.permutation(len(arrays[0]))
         for begin in range(0, len(order) - size + 1, size):

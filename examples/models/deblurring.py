@@ -31,7 +31,7 @@ SETTINGS = {
 
 
 def modes() -> tuple[Any, Any]:
-    """Eigenvectors Q and eigenvalues k of the blur K of one axis: that of an image X is K X K, K = Q diag(k) Qᵀ."""
+    """Return Q and k of the blur K = Q diag(k) Qᵀ of one axis; the blur of an image X is K X K."""
     at = np.arange(SIZE)
     kernel = np.exp(-(((at[:, None] - np.arange(-SIZE, 2 * SIZE)) / SIGMA) ** 2) / 2)
     mirrored = kernel[:, SIZE : 2 * SIZE] + kernel[:, :SIZE][:, ::-1] + kernel[:, 2 * SIZE :][:, ::-1]
@@ -41,7 +41,7 @@ def modes() -> tuple[Any, Any]:
 
 
 def data(rng: np.random.Generator) -> dict[str, Any]:
-    """scikit-learn's handwritten digits `(n, 1, 8, 8)` between 0 and 1: 1400 train, 397 test."""
+    """Load scikit-learn's handwritten digits `(n, 1, 8, 8)` between 0 and 1: 1400 to train, 397 to test."""
     from sklearn.datasets import load_digits
 
     vectors, values = modes()
@@ -57,7 +57,7 @@ def data(rng: np.random.Generator) -> dict[str, Any]:
 
 
 def weights(rng: np.random.Generator) -> common.Weights:
-    """A denoiser of three convolutions, small enough at the start that the map contracts; log λ."""
+    """Draw log λ and a denoiser of three convolutions, small enough at the start that the map contracts."""
     return {
         "deq.cell.log_weight": np.float32(np.log(2e-2)).reshape(1),
         "deq.cell.first.weight": common.matrix(rng, CHANNELS, 1, 3, 3),
@@ -74,7 +74,7 @@ def decibels(found: Any, sharp: Any) -> float:
 
 
 def tikhonov(blurred: Any, weight: float) -> Any:
-    """The same equation without a denoiser: what linear regularisation can do."""
+    """Solve the same equation without a denoiser, as a baseline of linear regularisation."""
     vectors, values = modes()
     gains = np.outer(values, values)
     return vectors @ (gains / (gains**2 + weight) * (vectors.T @ blurred @ vectors)) @ vectors.T

@@ -60,7 +60,7 @@ class Model(nn.Module):
         return cross_entropy(self(images)[0], digits)
 
     def predict(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Logits; of the equilibrium model also the steps of each solve, and whether it converged."""
+        """Return the logits and, for the equilibrium model, the steps of each solve and whether it converged."""
         with torch.no_grad():
             logits, solution = self(images)
         return (logits,) if solution is None else (logits, solution.steps, solution.converged)

@@ -33,7 +33,7 @@ SETTINGS = {
 
 
 def peers() -> Any:
-    """Which cells share a row, a column, a box: `(3, 16, 16)`, each row of it a mean over the three others."""
+    """Return which cells share a row, a column, a box: `(3, 16, 16)`; each row averages the three other cells."""
     row, column = np.divmod(np.arange(16), 4)
     groups = (row, column, row // 2 * 2 + column // 2)
     found = [(group[:, None] == group) & ~np.eye(16, dtype=bool) for group in groups]
@@ -41,7 +41,7 @@ def peers() -> Any:
 
 
 def solutions() -> Any:
-    """All 288 filled grids `(288, 16)` of the digits 0 to 3."""
+    """Return all 288 filled grids `(288, 16)` of the digits 0 to 3."""
     rows = list(permutations(range(4)))
     found = []
     for grid in product(rows, repeat=4):
@@ -53,9 +53,9 @@ def solutions() -> Any:
 
 
 def puzzles(rng: np.random.Generator, grids: Any, every: Any, count: int) -> tuple[Any, Any]:
-    """Clues `(count, 16, 4, 2)` (for each digit: is it given here; is another), and solutions `(count, 16)`.
+    """Draw clues `(count, 16, 4, 2)` (for each digit: given here; another given here) and solutions `(count, 16)`.
 
-    Cells are emptied in random order as long as only one of all grids fits.
+    Cells are emptied in random order while exactly one grid fits.
     """
     clues, answers = [], []
     for grid in grids[rng.integers(0, len(grids), count)]:
@@ -71,7 +71,7 @@ def puzzles(rng: np.random.Generator, grids: Any, every: Any, count: int) -> tup
 
 
 def weights(rng: np.random.Generator) -> common.Weights:
-    """A layer of messages and a layer of updates, which contract at the start."""
+    """Draw a layer of messages and a layer of updates, which contract at the start."""
     return {
         "inject.weight": common.matrix(rng, WIDTH, 2, gain=1.5),
         "inject.bias": np.zeros(WIDTH, np.float32),
@@ -107,7 +107,7 @@ def main(given: list[str] | None = None) -> dict[str, float]:
 
 
 def histogram(figure: Any, blanks: Any, steps: Any) -> None:
-    """Steps until a puzzle halts, by its empty cells."""
+    """Plot the steps until a puzzle halts against its number of empty cells."""
     axis = figure.subplots()
     counts = sorted(set(blanks.tolist()))
     axis.boxplot([steps[blanks == count] for count in counts], tick_labels=counts, showfliers=False)

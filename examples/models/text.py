@@ -40,7 +40,7 @@ Setting = tuple[float, float, float]  # rate, decay, β₂
 
 
 def data() -> tuple[list[str], dict[str, Any]]:
-    """The characters, and their numbers in the first 90 % (train), the next 5 % (tune) and the last (test).
+    """Return the characters, and their numbers in the first 90 % (train), the next 5 % (tune) and the last (test).
 
     The 79 most frequent characters have their own numbers; all others share 0.
     """
@@ -55,19 +55,19 @@ def data() -> tuple[list[str], dict[str, Any]]:
 
 
 def windows(coded: Any, count: int) -> Any:
-    """Windows `(count, length + 1)` side by side, evenly spread: inputs, and one more for the targets."""
+    """Return evenly spread windows `(count, length + 1)`: the inputs, and one more character for the targets."""
     starts = np.linspace(0, len(coded) - LENGTH - 1, count).astype(int)
     return coded[starts[:, None] + np.arange(LENGTH + 1)]
 
 
 def batches(rng: np.random.Generator, coded: Any, size: int) -> Any:
-    """Endless random windows `(size, length + 1)`."""
+    """Yield random windows `(size, length + 1)` without end."""
     while True:
         yield (coded[rng.integers(0, len(coded) - LENGTH - 1, size)[:, None] + np.arange(LENGTH + 1)],)
 
 
 def weights(rng: np.random.Generator, width: int, hidden: int, layers: int) -> common.Weights:
-    """Of the equilibrium model (no layers) or of the explicit one."""
+    """Draw the weights of the equilibrium model (no layers) or of the explicit one."""
     made = {
         "embed.weight": rng.standard_normal((WORDS, width)).astype(np.float32),
         "place": (0.5 * rng.standard_normal((LENGTH, width))).astype(np.float32),
@@ -93,10 +93,10 @@ def perplexity(side: Any, coded: Any) -> float:
 def tuned(
     options: Any, shape: dict[str, int], text: dict[str, Any], grid: Iterable[Setting], settings: dict[str, Any]
 ) -> tuple[Setting, float, float, Any]:
-    """The setting that is best on the validation text, its mean test perplexity, seconds, and one of its models.
+    """Find the best setting on the validation text, its mean test perplexity, seconds, and one of its models.
 
-    The two settings that are best with the first seed are trained with all seeds, and the better mean is chosen: one
-    training may be lucky. The seconds are the processor's in a training, a mean over all.
+    The two best settings with the first seed are trained with all seeds, and the better mean is chosen, because one
+    training may be lucky. The seconds are the mean processor time of a training.
     """
     name = "explicit" if shape["layers"] else "equilibrium"
     seconds = []

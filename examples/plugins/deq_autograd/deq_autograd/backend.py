@@ -27,7 +27,7 @@ class Namespace(SimpleNamespace):
 
 
 def where(mask: Any, x: Any, y: Any) -> Any:
-    """autograd's own forgets to sum the gradient of what was broadcast; its addition does not."""
+    """Select by addition, because autograd's own `where` does not sum the gradient of a broadcast argument."""
     shape = np.broadcast_shapes(*map(np.shape, (mask, x, y)))
     zero = np.zeros(shape, np.result_type(*(getattr(a, "dtype", a) for a in (x, y))))  # x or y may be a plain number
     return anp.where(mask, *(a if np.shape(a) == shape else a + zero for a in (x, y)))
@@ -81,7 +81,7 @@ class AutogradBackend(Backend):
         return value, vjp
 
     def implicit(self, f: Any, z0: Any, args: Any, solve: Any, adjoint: AdjointSolver) -> tuple[Any, Any, Any]:
-        """Value and gradient of z*: one more evaluation of f at z* is recorded, and its cotangent is routed."""
+        """Return z*, with a gradient: record one more evaluation of f at z*, and route its cotangent."""
         forward, record = self.forward_only(f, z0, args, solve), BackwardRecord()
         with self.errstate():
             value = f(forward.z, *args)
@@ -100,7 +100,7 @@ class AutogradBackend(Backend):
 
 @primitive
 def routed(value: Any, solved: Any, solve_adjoint: Callable[[Any], Any]) -> Any:
-    """What the solver found for z*; its gradient is that of the evaluation `value`, with u for the cotangent."""
+    """Return z* as solved; its gradient is that of the evaluation `value`, with u as the cotangent."""
     return solved
 
 
