@@ -1,4 +1,4 @@
-"""The evidence of docs/evidence: `python -m benchmarks.evidence --data FOLDER` (start it again to go on).
+"""The evidence of docs/evidence: `python -m benchmarks.evidence --data FOLDER` (start it again to continue).
 
 Each study is one command, `deqcore study docs/evidence/NAME.toml`, and they run one after the other. This
 module runs them, leaves out what is large (the course of every step), and writes tables and verdicts beside the
@@ -218,7 +218,7 @@ def _times(certified: SummaryRow, exact: SummaryRow, free: SummaryRow) -> list[s
 def _quick(value: Interval | None, name: str, wanted: str, limit: float) -> str:
     if value is None:
         return f"against {name} not timed ({wanted})"
-    text = "one seed says nothing" if value.count < 2 else _met(value.mean < limit)
+    text = "one seed cannot decide" if value.count < 2 else _met(value.mean < limit)
     return f"{_ratio(value)} of {name} ({wanted}: {text})"
 
 
@@ -233,7 +233,7 @@ def _rounds(found: Sequence[SummaryRow]) -> list[str]:
 
 
 def _growing(found: bool | None) -> str:
-    return "one seed says nothing" if found is None else "it builds up" if found else "no build-up is shown"
+    return "one seed cannot decide" if found is None else "it builds up" if found else "no build-up is shown"
 
 
 def _points(value: Interval | None) -> str:
@@ -268,7 +268,7 @@ def _target(name: str, value: Interval | None) -> str:
     target = TARGETS.get(name.partition("-")[0])
     if target is None or value is None:
         return ""
-    text = "one seed says nothing" if value.low is None else _met(100 * value.low >= target)
+    text = "one seed cannot decide" if value.low is None else _met(100 * value.low >= target)
     return f"; lower end at least {target}: {text}"
 
 

@@ -1,6 +1,6 @@
 """A training step of a small multiscale model (MDEQ) beside torchdeq's: `python -m benchmarks.mdeq`, one thread.
 
-One cell for all, from Bai, Koltun & Kolter (2020): a residual block per resolution, then each resolution hears from
+One cell for all, from Bai, Koltun & Kolter (2020): a residual block per resolution, then each resolution reads from
 all. Each contender gets the loosest tolerance forward with which the state of *every* sample reaches a residual of
 1e-3 (in float64, one norm for all), then the loosest backward with which the parameters' gradient is within 15 % of the
 exact one (such a residual alone leaves about 10 %); of its options, those with the fewest evaluations and products.
@@ -433,7 +433,7 @@ def page(found: dict[str, Any]) -> tuple[str, bool]:
         f"By `python -m benchmarks.mdeq`: forward and backward pass of an MDEQ cell ({found['parameters']} weights, "
         f"resolutions {', '.join(str(SIZE >> k) for k in range(len(CHANNELS)))} with {CHANNELS} channels, batch "
         f"{BATCH}, float32), one thread. Every sample reaches a residual of {RESIDUAL:g}; the gradient of the "
-        f"parameters is within {ERROR:.0%} of the exact one, but for the rows without a backward tolerance, whose "
+        f"parameters is within {ERROR:.0%} of the exact one, except for the rows without a backward tolerance, whose "
         f"gradients promise nothing. Each has the loosest tolerances of a grid of sixteen to the decade that do it, "
         f"{STEPS} steps at most either way, and of its library's options those with the fewest evaluations and "
         f"products. Weights are random, the norm after the injection weighted "

@@ -95,7 +95,7 @@ def layers(ready: Ready) -> dict[str, tuple[Callable[[float], Layer], str]]:
 
 
 class Defaults(Ours):
-    """The defaults of deqcore, but for the tolerance and the step budget that all layers share."""
+    """The defaults of deqcore, except for the tolerance and the step budget that all layers share."""
 
     def __init__(self, rtol: float) -> None:
         self.config = Config(backend="torch", forward={"rtol": rtol, "max_steps": STEPS, "on_failure": "ignore"})

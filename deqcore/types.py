@@ -336,7 +336,7 @@ class LoopState(NamedTuple):
     since: Array  # steps since then; REFUSED: f was not finite where the last step led; PENDING: not evaluated yet
     length: Array  # part of the residual that is tried after a refused step
     tried: Array  # least residual at the last refused step
-    extra: Array  # evaluations of f beyond those that the solver counts: one for each time that the solve went on
+    extra: Array  # evaluations of f beyond those that the solver counts: one for each time that the solve continued
 
     @property
     def path(self) -> Path:

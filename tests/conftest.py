@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-# Settings of whoever runs the tests are none of theirs; threads cost more than they bring at these sizes.
+# The settings of the user who runs the tests do not apply; threads cost more than they bring at these sizes.
 for _name in [name for name in os.environ if name.startswith("DEQCORE_")]:
     del os.environ[_name]
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -171,7 +171,7 @@ def _triangle(a: jax.Array) -> jax.Array:
         column = lax.dynamic_slice_in_dim(rest, i, 1, 2)  # (batch, m, 1)
         length = jnp.sqrt(jnp.sum(column * column, axis=1, keepdims=True))
         q = column / jnp.where(length > 0, length, jnp.ones_like(length))
-        row = jnp.matmul(jnp.swapaxes(q, 1, 2), rest)  # (batch, 1, k), zero to the left of i but for rounding
+        row = jnp.matmul(jnp.swapaxes(q, 1, 2), rest)  # (batch, 1, k), zero to the left of i except for rounding
         row = jnp.where(jnp.arange(k, dtype=jnp.int32)[None, None, :] < i, jnp.zeros_like(row), row)
         return rest - q * row, lax.dynamic_update_slice_in_dim(r, row, i, 1)
 

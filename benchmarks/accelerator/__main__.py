@@ -107,7 +107,7 @@ def measure(given: argparse.Namespace, keep: Callable[[Mapping[str, Any]], objec
 
 
 class _Processes:
-    """Runs the items of a part; when a process ends early another goes on with the item after."""
+    """Runs the items of a part; when a process ends early, another continues with the next item."""
 
     def __init__(self, device: str, quick: bool) -> None:
         self.device, self.quick = device, quick

@@ -15,7 +15,7 @@ from benchmarks.certificates.problems import OWN, AttentionCell, Case, ConvCell,
 
 CONVERGED = 0.02  # training loss at which a cell counts as trained to convergence; all classes are as good as certain
 RTOL = 1e-3
-FEW = 200  # images that the convolution and attention cells learn by heart
+FEW = 200  # images that the convolution and attention cells memorise
 BATCH = 50
 STEPS = 1000  # at most; six minutes for all cells allow no more
 

@@ -43,13 +43,13 @@ class Unrolled(StepStrategy):
     and the usual way to pre-train. With the solver "picard" this is an ordinary weight-tied network.
 
     A value may be there long before its derivative. Beyond rounding (a residual of eps^¾) a quasi-Newton step divides
-    rounding by rounding, and so does its derivative. There the sample goes on with chord steps (`Solver.chord`): they
+    rounding by rounding, and so does its derivative. There the sample continues with chord steps (`Solver.chord`): they
     keep the value, and its derivative converges at the rate of the estimate.
 
     The residual is measured at the returned iterate. The status is CONVERGED where it meets the tolerance, and
-    FIXED_STEPS where it does not: `steps` decides, and `forward.max_steps` is ignored. The status says nothing of the
-    derivative, which is not measured. In a direction in which f expands, the derivative of plain steps ("picard")
-    grows while the value stays where it is. A solver without an estimate ("newton-krylov") goes on with plain steps
+    FIXED_STEPS where it does not: `steps` decides, and `forward.max_steps` is ignored. The status does not cover
+    the derivative, which is not measured. In a direction in which f expands, the derivative of plain steps ("picard")
+    grows while the value stays where it is. A solver without an estimate ("newton-krylov") continues with plain steps
     beyond rounding; where these lead away, its derivative is not at its limit, and the status is FIXED_STEPS.
 
     Cost: `steps` + 1 recorded evaluations of f, whose memory is held unless `checkpoint` recomputes them.

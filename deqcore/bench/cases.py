@@ -15,7 +15,7 @@ from deqcore.types import Array, Tree
 
 @dataclass(frozen=True)
 class Case:
-    """A problem and how far it is to be solved.
+    """A problem and the accuracy to solve it to.
 
     Attributes:
         problem: the problem.

@@ -192,7 +192,7 @@ def _measure(
     exact: adjoint.AdjointSolved,
     rounds: int,
 ) -> tuple[ComparisonRow, Callable[[], None] | None]:
-    """Return a choice's row, and what is to be timed for it.
+    """Return a choice's row, and what to time for it.
 
     The forward solve and the exact gradient went through before, so whatever is raised here, by the strategy, the
     framework or an f that cannot be used in this way, is a property of the candidate, recorded in its row.

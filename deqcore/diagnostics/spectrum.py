@@ -53,7 +53,7 @@ def spectral_radius(
 
     Arnoldi's process with Jᵀ, which has the eigenvalues of J, on all samples at once. A quotient of powers
     (‖J^k v‖/‖J^{k−1} v‖) never settles for a complex pair; Ritz values have no such trouble, and their residuals say
-    how far they are to be trusted.
+    how accurate they are.
 
     Cost: one evaluation of f and `products` vector–Jacobian products, each for the whole batch: until `error` is at
     most `tolerance`·radius in every sample, `max_products` or n (then it is exact to rounding) at most; as many

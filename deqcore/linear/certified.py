@@ -79,7 +79,7 @@ class _Round(NamedTuple):
     residual: Array
     error: Array
     met: Array
-    unverified: Array  # bool: the space can do no more, or is good enough, but for the rounding of A u
+    unverified: Array  # bool: the space can do no more, or is good enough, except for the rounding of A u
     looking: Array  # bool: within the target, and to be so once more
 
 

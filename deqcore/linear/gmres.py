@@ -127,7 +127,7 @@ def _restarted(
 ) -> tuple[Array, Array, Array]:
     """x, ‖b − A x‖ and the products spent, by spaces of at most `restart` dimensions.
 
-    A restart takes no product: the basis knows the residual vector that it leaves, but for the rounding of A x, below
+    A restart takes no product: the basis gives the residual vector that it leaves, except for the rounding of A x, below
     which no residual is believed.
     """
     xp = space.backend.xp
@@ -201,7 +201,7 @@ class KrylovSpace:
         """Add dimensions until each residual is at most `goal` `(batch,)`, `steps` at most.
 
         With `together` all samples pause as soon as one of them is there. Slots are shared: a sample that paused
-        alone while others grew on would find none left when it goes on.
+        alone while others grew on would find none left when it continues.
         """
         xp = self.backend.xp
         asked = k.can_grow & (k.residual > goal)

@@ -92,7 +92,7 @@ def multisecant(backend: Backend, basis: History, gram: Array, steps: Array, dif
     With S = Q Rᵀ and Y = Q Eᵀ in the span of one basis Q everything is small: SᵀY = R N Eᵀ, N = QᵀQ. The system is
     scaled to unit pairs and regularised (Tikhonov), so that pairs near rounding or nearly dependent ones do no harm.
 
-    Used as a right preconditioner M = −Hᵀ of A = (I − J)ᵀ it deflates: Sᵀ(A M) = Sᵀ, so that, but for the
+    Used as a right preconditioner M = −Hᵀ of A = (I − J)ᵀ it deflates: Sᵀ(A M) = Sᵀ, so that, except for the
     regularisation, A M has the eigenvalue 1 on all directions that the forward solve has seen. Measured against
     Broyden's own estimate in docs/notes.
 

@@ -132,7 +132,7 @@ class ResilientSink:
             return
         self._failing = True
         text = (
-            f"The sink {self.name!r} fails: {type(error).__name__}: {error}. Training goes on; up to {LIMIT} records "
+            f"The sink {self.name!r} fails: {type(error).__name__}: {error}. Training continues; up to {LIMIT} records "
             f"are kept and offered again at every flush."
         )
         self._notify(text)

@@ -24,7 +24,7 @@ from deqcore.abc.backend import Backend
 from deqcore.abc.backward import Strategy
 from deqcore.types import AdjointReport, Array, Map, Status
 
-ROUNDING: Final = 100.0  # units of rounding below which a difference says nothing
+ROUNDING: Final = 100.0  # units of rounding below which a difference is ignored
 NARROW: Final = 10 * 2.0**-8  # of a product whose factors were rounded to bfloat16
 GOLDEN: Final = 0.6180339887498949  # whose multiples are spread evenly over the fractions
 MOVE: Final = 0.05  # by which `coupled_rows` moves a state, relative

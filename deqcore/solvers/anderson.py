@@ -142,7 +142,7 @@ class Anderson(Solver):
         difference = residual - state.residual
         residuals = state.residuals.append(difference)
         newest = residuals.slot()
-        # One pass: ΔGᵀΔg = ΔGᵀg₊ − ΔGᵀg, in which ΔGᵀg is known but for the entry of the new column.
+        # One pass: ΔGᵀΔg = ΔGᵀg₊ − ΔGᵀg, in which ΔGᵀg is known except for the new column's entry.
         target = residuals.dot(residual)
         length = backend.to_accum_dtype(backend.norm(difference))
         inverse = backend.invert(length, 0 * length)[:, None]

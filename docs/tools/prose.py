@@ -1,6 +1,6 @@
 """Check the prose of the code and the pages: phrases to avoid, openings of docstrings, the form of error messages.
 
-    python docs/tools/prose.py             # packages, pages, examples and settings
+    python docs/tools/prose.py             # packages, pages, examples, tests and settings
     python docs/tools/prose.py PATH ...    # these files and folders
 
 Comments, docstrings and strings of Python files are read, Markdown without its code, and the texts of TOML files and
@@ -22,7 +22,9 @@ from typing import Final, Literal, TypeAlias
 ROOT = Path(__file__).resolve().parents[2]
 ALLOWED = Path(__file__).with_name("prose_allowed.txt")
 SUFFIXES: Final = (".py", ".md", ".toml", ".j2")
-SKIPPED: Final = re.compile(r"/(\.\w[^/]*|build|dist|site|__pycache__|node_modules)/|docs/tools/prose|\.ja\.md$|/ja/")
+SKIPPED: Final = re.compile(
+    r"/(\.\w[^/]*|build|dist|site|__pycache__|node_modules)/|docs/tools/prose|tests/docs/test_prose|\.ja\.md$|/ja/"
+)
 FOLDERS: Final = (
     "deqcore",
     "backends",
@@ -30,6 +32,7 @@ FOLDERS: Final = (
     "examples",
     "benchmarks",
     "release",
+    "tests",
     *(path.name for pattern in ("*.md", "*.toml") for path in sorted(ROOT.glob(pattern))),
 )
 
@@ -84,7 +87,16 @@ PHRASES: Final[tuple[tuple[str, tuple[Where, ...], str], ...]] = (
     (r"\b(?:is|are) expected(?! to\b)", ("string",), "'must be … (got …)'"),
     (r"\bthere (?:is|are|was|were) [^.;:?]{1,60}, but\b", ANYWHERE, "subject first"),
     (r"\bas ever\b", ANYWHERE, "'as usual'"),
-    (r"\bwho(?:ever)? (?:uses|wants|has|asks|needs|reads|gives|calls)\b", ("comment",), "name the caller"),
+    (r"\b(?:go|goes|went) on\b(?! top\b)", ANYWHERE, "'continue'"),
+    (r"\bbut for\b", ANYWHERE, "'except for'"),
+    (r"\b(?:is|are|was|were) to be\b", ANYWHERE, "'must be', or the verb alone"),
+    (r"\b(?:say|says|know|knows) nothing\b", ANYWHERE, "what it does not show"),
+    (r"\bknows? no\b", ANYWHERE, "'does not have'"),
+    (r"\bin company\b", ANYWHERE, "'in a batch'"),
+    (r"\bby heart\b", ANYWHERE, "'memorise'"),
+    (r"\bhears? (?:from|of)\b", ANYWHERE, "'reads'"),
+    (r"\bwhoever\b", ANYWHERE, "name the person or the caller"),
+    (r"\bwho (?:uses|wants|has|asks|needs|reads|gives|calls)\b", ("comment",), "name the caller"),
     (r"\b(?:previously|formerly|refactored|TODO|FIXME|XXX|WIP)\b", CODE, "history belongs to the commit"),
     (r"\bissue #?\d+", (*CODE, "string"), "history belongs to the commit"),
 )  # fmt: skip
@@ -196,7 +208,7 @@ def faults(path: Path) -> Iterator[Finding]:
                 line = piece.line + piece.text.count("\n", 0, match.start())
                 words = joined[max(0, match.start() - 40) : match.end() + 40]
                 yield Finding(path, line, f"{match[0]!r}, write {advice}", words)
-    if path.suffix == ".py":
+    if path.suffix == ".py" and not path.is_relative_to(ROOT / "tests"):  # a test's docstring states a fact
         tree = ast.parse(path.read_text(encoding="utf-8"))
         yield from _openings(path, tree)
         yield from _messages(path, tree)
@@ -274,8 +286,7 @@ def files(places: Iterable[str]) -> Iterator[Path]:
     """Yield the files to read below these files and folders."""
     for place in places:
         path = (ROOT / place).resolve()
-        found = sorted(path.rglob("*")) if path.is_dir() else [path]
-        for file in found:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.suffix in SUFFIXES and file.is_file() and not SKIPPED.search(f"/{file.relative_to(ROOT)}"):
                 yield file
 

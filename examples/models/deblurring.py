@@ -35,7 +35,7 @@ def modes() -> tuple[Any, Any]:
     at = np.arange(SIZE)
     kernel = np.exp(-(((at[:, None] - np.arange(-SIZE, 2 * SIZE)) / SIGMA) ** 2) / 2)
     mirrored = kernel[:, SIZE : 2 * SIZE] + kernel[:, :SIZE][:, ::-1] + kernel[:, 2 * SIZE :][:, ::-1]
-    blur = mirrored / kernel.sum(1, keepdims=True)  # images go on as in a mirror beyond their border
+    blur = mirrored / kernel.sum(1, keepdims=True)  # images are mirrored beyond their border
     values, vectors = np.linalg.eigh((blur + blur.T) / 2)
     return vectors.astype(np.float32), values.astype(np.float32)
 

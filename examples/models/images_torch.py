@@ -14,7 +14,7 @@ States = tuple[Tensor, Tensor]
 
 
 class Cell(nn.Module):
-    """Each resolution hears from both, on top of the image's features; group norms keep the states bounded."""
+    """Messages from both resolutions, added to the image's features; group norms keep the states bounded."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

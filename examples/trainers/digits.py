@@ -66,7 +66,7 @@ def arguments(text: str | None, given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(text or "").splitlines()[0])
     parser.add_argument("--epochs", type=int, default=6, help="in all, those before a restart included")
     parser.add_argument("--out", type=Path, default=Path("trained"), help="folder of the checkpoints and the log")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in that folder")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in that folder")
     parser.add_argument(
         "--precision", choices=("32", "bf16"), default="bf16", help="of everything but the solver's state"
     )

@@ -1,4 +1,4 @@
-"""States whose first axis is no batch: the wrong gradient is reported, and batch = false gives the right one.
+"""States whose first axis is not the batch: the wrong gradient is reported, and batch = false gives the right one.
 
 The truth is dense implicit differentiation of the whole state by hand.
 """
@@ -190,7 +190,7 @@ def test_a_layer_counts_for_itself_and_a_coupled_one_is_measured_each_time():
         for layer in (DEQ(Cell(), **settings, **kind), DEQ(Cell(), **settings, **kind)):
             with warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always")
-                for batch in (8, 7, 6):  # another shape is no other layer
+                for batch in (8, 7, 6):  # another shape is not another layer
                     sol = layer.solve(x[:batch])
                     (sol.value * x[:batch].detach()).sum().backward()
                     assert (sol.backward.coupling > 0).any()

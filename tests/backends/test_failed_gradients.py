@@ -206,7 +206,7 @@ def test_every_way_to_ask_in_torch(ask):
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConvergenceWarning)
         ledger.forget()
-        for _ in range(2):  # an error is no warning that was shown
+        for _ in range(2):  # an error does not count as a shown warning
             with pytest.raises(ConvergenceWarning):
                 ASKED[ask](solved("warn"), x.clone())
         ASKED[ask](solved("ignore"), x.clone())

@@ -94,7 +94,7 @@ def test_exact_gradients_by_other_solvers_and_starts(be, affine, options, tolera
     ids=str,
 )
 def test_other_strategies_come_as_near_as_they_promise(be, affine, strategy, options, tolerance):
-    with warnings.catch_warnings():  # one product is no budget for an exact adjoint, which says so
+    with warnings.catch_warnings():  # one product is not enough for an exact adjoint, which says so
         warnings.simplefilter("ignore" if options.get("max_refine_vjps") == 1 else "error", ConvergenceWarning)
         _, _, db = gradients(be, affine, strategy, options)
     assert relative(db, affine["u"]) <= tolerance

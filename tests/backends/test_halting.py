@@ -127,7 +127,7 @@ def test_what_cannot_be_is_refused(be):
         Settled(lambda z: z, 0.0)
     with pytest.raises(
         ProblemError, match="must keep the shape|tree like z"
-    ):  # what f itself does wrong is told as ever
+    ):  # errors of f itself are reported as usual
         deqcore.fixed_point(until(lambda z: (z, z), Settled(lambda z: z)), be.asarray(START), **PICARD)
     with pytest.raises(BackendError, match=r"only on backends that differentiate f.*got 'numpy'.*forward\.rtol"):
         deqcore.fixed_point(until(geometric, Settled(lambda z: z)), START, **PICARD)

@@ -243,15 +243,15 @@ class EqxNormed(eqx.Module):
 
 @pytest.mark.parametrize("transform", [lambda f: f, nnx.jit, lambda f: nnx.grad(lambda layer, x: f(layer, x).sum())])
 @pytest.mark.parametrize(
-    ("cell", "told"),
+    ("cell", "message"),
     [
         (Normed, r"batch normalisation in training mode \(norm\).*GroupNorm or LayerNorm.*layer\.eval\(\)"),
         (Dropped, r"dropout: drop.*dropout_mask"),
         (Counting, r"Cannot mutate Variable.*pass them as an input"),
     ],
 )
-def test_an_nnx_cell_that_changes_itself_is_told_what_to_do(cell, told, transform):
-    with pytest.raises(ProblemError, match=told):
+def test_an_nnx_cell_that_changes_itself_is_told_what_to_do(cell, message, transform):
+    with pytest.raises(ProblemError, match=message):
         transform(lambda layer, x: layer(x))(deqcore_jax.nnx.DEQ(cell()), jnp.ones((4, 3)))
 
 
@@ -277,7 +277,7 @@ def test_batch_normalisation_of_equinox_is_explained():
 
 
 @pytest.mark.parametrize(
-    ("cell", "told"),
+    ("cell", "message"),
     [
         (lambda z, x: z[:, :2], r"must keep the shape of z, which is \(4, 3\).*got \(4, 2\)"),
         (lambda z, x: (0.3 * z + x).astype(jnp.bfloat16), r"must keep the dtype of z, float32 \(got bfloat16\)"),
@@ -285,20 +285,20 @@ def test_batch_normalisation_of_equinox_is_explained():
         (lambda z, x: None, "must return a tree like z"),
     ],
 )
-def test_a_cell_that_returns_something_else_is_refused(kind, cell, told):
-    with pytest.raises(ProblemError, match=told):
+def test_a_cell_that_returns_something_else_is_refused(kind, cell, message):
+    with pytest.raises(ProblemError, match=message):
         LAYERS[kind][0](cell)(jnp.ones((4, 3), jnp.float32))
 
 
 @pytest.mark.parametrize(
-    ("cell", "inputs", "told"),
+    ("cell", "inputs", "message"),
     [
         (lambda z: 0.3 * z, 1, r"1 input.*2 argument.*function takes \(z\) \(too many.*linear\(z\) \+ x"),
         (jax.vmap(lambda z, x, y: z), 1, r"takes \(z, x, y\) \(missing a required argument: 'y'\)"),
     ],
 )
-def test_a_cell_that_takes_other_arguments_is_told(kind, cell, inputs, told):
-    with pytest.raises(ProblemError, match=told):
+def test_a_cell_that_takes_other_arguments_is_told(kind, cell, inputs, message):
+    with pytest.raises(ProblemError, match=message):
         LAYERS[kind][0](cell)(*[jnp.ones((4, 3), jnp.float32)] * inputs)
 
 

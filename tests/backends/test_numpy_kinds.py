@@ -1,4 +1,4 @@
-"""Kinds of NumPy arrays that are no plain arrays of float32 or float64: solved right, or refused by name."""
+"""Kinds of NumPy arrays other than plain arrays of float32 or float64: solved right, or refused by name."""
 
 from __future__ import annotations
 

@@ -209,9 +209,9 @@ def test_batch_normalisation_in_training_mode_is_explained_once(recwarn):
     layer = DEQ(Normed(), forward__on_failure="ignore")
     x = torch.rand(4, 3)
     layer(x), layer(x)
-    told = [w for w in recwarn if w.category is LayerWarning]
-    assert len(told) == 1
-    assert "GroupNorm or LayerNorm" in str(told[0].message)
+    shown = [w for w in recwarn if w.category is LayerWarning]
+    assert len(shown) == 1
+    assert "GroupNorm or LayerNorm" in str(shown[0].message)
     recwarn.clear()
     DEQ(Normed(), forward__on_failure="ignore").eval()(x)
     assert not recwarn.list
@@ -239,15 +239,15 @@ def test_a_cell_that_changes_the_shape_is_refused():
 
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize(
-    ("cell", "inputs", "told"),
+    ("cell", "inputs", "message"),
     [
         (torch.nn.Linear(3, 3), 1, r"1 input.*2 argument.*Linear takes \(input.*too many.*linear\(z\) \+ x"),
         (Plain(), 2, r"2 input.*Plain takes \(z, x\).*too many"),
         (lambda z, x, y: z, 1, r"function takes \(z, x, y\) \(missing a required argument: 'y'\)"),
     ],
 )
-def test_a_cell_that_takes_other_arguments_is_told(cell, inputs, told, checkpoint):
-    with pytest.raises(ProblemError, match=told):
+def test_a_cell_that_takes_other_arguments_is_told(cell, inputs, message, checkpoint):
+    with pytest.raises(ProblemError, match=message):
         DEQ(cell, checkpoint=checkpoint)(*[torch.ones(2, 3)] * inputs)
 
 

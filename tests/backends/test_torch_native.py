@@ -187,7 +187,7 @@ def test_gmres_is_that_of_the_core(without, dtype, twice):
 
 
 def test_a_paused_space_grows_on(without):
-    """Samples that pause and go on together, as certified reuse has them."""
+    """Samples that pause and continue together, as certified reuse has them."""
     generator = torch.Generator().manual_seed(6)
     a = torch.eye(30, dtype=torch.float64) + 0.3 * torch.randn(6, 30, 30, generator=generator, dtype=torch.float64) / 3
     b = torch.randn(6, 30, generator=generator, dtype=torch.float64)

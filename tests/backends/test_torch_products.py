@@ -149,7 +149,7 @@ def test_unrolled_newton_krylov_is_the_gradient_of_its_steps(data, tanh, checkpo
 
 @pytest.mark.parametrize("share", [1.0, 0.5], ids=["alone", "beside another"])
 def test_a_function_that_is_differentiable_once_gives_first_derivatives_and_no_second(share):
-    """`torch.autograd.grad` goes round the node that would raise; the part that is left is no derivative."""
+    """`torch.autograd.grad` goes round the node that would raise; the part that is left is not a derivative."""
     a = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
     tight = {"forward__rtol": 1e-12, "backward__strategy": "exact-ift", "backward__options": {"rtol": 1e-12}}
 

@@ -77,8 +77,8 @@ def test_a_task_where_nothing_differs_does_not_count():
 def test_one_seed_says_nothing():
     alone = evidence.verdicts("digits-torch", rows(results({name: values[:1] for name, values in ACCURACY.items()})))
     assert alone[0] == "- Exact gradients against Jacobian-free: +1.00 points."
-    assert alone[2].endswith("lower end at least -1.0: one seed says nothing.")
-    assert "2.00 of exact (below 1: one seed says nothing)" in alone[4]
+    assert alone[2].endswith("lower end at least -1.0: one seed cannot decide.")
+    assert "2.00 of exact (below 1: one seed cannot decide)" in alone[4]
 
 
 def test_what_was_not_timed_has_no_verdict():

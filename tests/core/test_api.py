@@ -69,7 +69,7 @@ def test_without_a_batch_a_vector_and_a_scalar_are_states(be):
 
 
 def test_one_system_couples_all_rows(be, truth):
-    """With batch = false one residual counts: a converged row goes on with the others."""
+    """With batch = false one residual counts: a converged row continues with the others."""
     rates = be.asarray(np.array([[0.0], [0.9]]))
     f = lambda z: rates * z + 1.0
     apart = deqcore.fixed_point(f, zeros(be, 2, 1), forward__solver="picard", forward__rtol=1e-3, forward__max_steps=99)

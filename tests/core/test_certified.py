@@ -157,7 +157,7 @@ def test_a_singular_system_is_reported(be, fallback):
 
 
 def test_no_pairs_yet_is_plain_gmres(be):
-    """With b = 0 the start is the solution: Broyden takes no step and knows nothing."""
+    """With b = 0 the start is the solution: Broyden takes no step and has no estimate."""
     rng = np.random.default_rng(3)
     jacobian, g = spectrum(rng, 2, 0.6, 0.1)[None], rng.standard_normal((1, N))
     u, report, _ = reuse(be, jacobian, g, b=np.zeros((1, N)), max_relative_error=0.01)

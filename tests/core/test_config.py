@@ -1,4 +1,4 @@
-"""Settings: which value wins, where it came from, and what a mistake is told."""
+"""Settings: which value wins, where it came from, and what the error of a mistake says."""
 
 from __future__ import annotations
 

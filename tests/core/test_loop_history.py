@@ -70,7 +70,7 @@ def test_a_history_does_what_a_dictionary_does(be, operations, history_size, see
             slots = newest(be, history)
             for i in np.flatnonzero(active):
                 (j,) = np.flatnonzero(slots[i])
-                assert full[i] == (j in model[i])  # `full` told that this slot would be overwritten
+                assert full[i] == (j in model[i])  # `full` announced that this slot would be overwritten
                 model[i][j] = v[i]
         elif name == "restart":
             chosen = random.random(BATCH) < 0.5

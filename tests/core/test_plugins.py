@@ -1,4 +1,4 @@
-"""Plugins: found by name, contained when they are broken, and never paid for when nobody asks."""
+"""Plugins: found by name, contained when they are broken, and without a cost when no caller asks."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_one_plugin_may_offer_several_kinds(install: Install) -> None:
 def test_two_plugins_with_one_name_are_an_error_naming_both(install: Install) -> None:
     install("first", OFFERS_MINE)
     install("second", OFFERS_MINE)
-    assert plugins.make_solver("picard")  # nobody else is bothered
+    assert plugins.make_solver("picard")  # no other user is affected
     assert "jacobian-free" in plugins.strategies()
     for ask in (lambda: plugins.make_solver("mine"), plugins.solvers):
         with pytest.raises(errors.PluginError, match=r"'mine'.*'first'.*deq_first.*'second'.*deq_second"):

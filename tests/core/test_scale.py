@@ -229,7 +229,7 @@ def test_norms(name, dtype):
 
 @pytest.mark.parametrize(("dtype", "low", "high"), [("float32", -36, 36), ("float64", -290, 290)])
 def test_norms_of_jax_on_accelerators(dtype, low, high):
-    """Three sums in one pass, in place of a second pass that the host would have to decide on."""
+    """Three sums in one pass, instead of a second pass that the host would have to decide on."""
     pytest.importorskip("jax")
     from deqcore_jax.backend import _norm_by_ranges
 

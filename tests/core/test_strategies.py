@@ -271,7 +271,7 @@ def test_plain_reuse_is_minus_ht_g(be, truth, steps, seed):
         shaken = truth.broyden(f, np.full(12, 1e-15), steps)[1][-1]
         noise = 1e3 * np.abs((h - shaken).T @ g[i]).max()
         assert np.abs(u[i] + h.T @ g[i]).max() <= max(1e-9, noise) * max(1.0, np.abs(u[i]).max())
-        if steps == 10:  # the test can tell: neither the other sign nor H in place of Hᵀ
+        if steps == 10:  # the test can tell: neither the other sign nor H instead of Hᵀ
             assert np.abs(u[i] - h.T @ g[i]).max() > 1e-2
             assert np.abs(u[i] + h @ g[i]).max() > 1e-2
 

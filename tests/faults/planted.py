@@ -100,7 +100,7 @@ STRATEGIES = [
         options=PLAIN,
     ),
     Fault(
-        "H in place of its transpose, in the strategy",
+        "H instead of its transpose, in the strategy",
         REUSE,
         "        u = -estimate.apply_transpose(g)\n",
         "        u = -estimate.apply(g)\n",
@@ -273,7 +273,7 @@ STRATEGIES += [
 
 SOLVERS = [
     Fault(
-        "H in place of its transpose, in the estimate",
+        "H instead of its transpose, in the estimate",
         LOWRANK,
         "self.basis.combine(vecmat(self.backend, self.basis.dot(v), self.kernel))",
         "self.basis.combine(matvec(self.backend, self.kernel, self.basis.dot(v)))",
@@ -318,7 +318,7 @@ SOLVERS = [
         "H y = s",
     ),
     Fault(
-        "pairs overwritten in place of a restart",
+        "pairs overwritten instead of a restart",
         BROYDEN,
         "        if state.basis.may_be_full():\n",
         "        if False:\n",
@@ -382,7 +382,7 @@ SOLVERS = [
         "that a step returns",
     ),
     Fault(
-        "an evaluation that nobody counts",
+        "an evaluation that is not counted",
         PICARD,
         "return z, f(z), state",
         "return z, 0 * f(f(z)) + f(z), state",
@@ -436,7 +436,7 @@ SOLVERS = [
         "alone",
     ),
     Fault(
-        "samples that are done go on with the batch",
+        "samples that are done continue with the batch",
         "deqcore.solve.loop",
         "    active = None if everyone else carry.status == int(Status.RUNNING)\n",
         "    active = None if everyone else carry.status >= int(Status.RUNNING)\n",
@@ -464,7 +464,7 @@ SOLVERS = [
         options={"max_residual_growth": 2.0},
     ),
     Fault(
-        "products that nobody counts",
+        "products that are not counted",
         NEWTON,
         "state.spent + inner.products + end.trials",
         "state.spent + end.trials",
@@ -473,7 +473,7 @@ SOLVERS = [
         "evaluations and products are reported",
     ),
     Fault(
-        "an option that nobody reads",
+        "an option that is not read",
         ANDERSON,
         "        if self.mixing != 1.0:\n",
         "        if self.mixing == 1.0:\n",
@@ -773,7 +773,7 @@ POINTS = [
         "stale state",
     ),
     Fault(
-        "a history that goes on with the vectors of another problem",
+        "a history that continues with the vectors of another problem",
         "deqcore_numpy.history",
         "        self.storage[rows] = other.storage[rows]\n",
         "",

@@ -94,7 +94,7 @@ def test_the_host_waits_only_to_ask_who_has_stopped(solver):
         found = waits(solve)
     checks = [place for place in found if "deqcore_torch/backend.py" in place]  # `TorchBackend.loop` asks
     assert len(checks) <= steps // 5 + 2, found
-    assert len(found) - len(checks) <= 4, found  # after the solve: did all converge, and is that to be told?
+    assert len(found) - len(checks) <= 4, found  # after the solve: did all converge, and must a failure be reported?
 
 
 def test_a_late_check_changes_nothing():

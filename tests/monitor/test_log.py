@@ -137,7 +137,7 @@ def test_a_growing_log_is_followed_line_by_line(tmp_path) -> None:
         file.write(text[30:])
     assert tail.poll()
     assert tail.log.rows == rows(3)
-    write(path, *rows(1))  # written anew
+    write(path, *rows(1))  # written again
     assert tail.poll()
     assert tail.log.rows == rows(1)
 

@@ -313,7 +313,7 @@ def test_the_page_needs_nothing_from_outside_and_escapes_names(tmp_path: Path, l
     assert "svg" in links.tags
     assert "url(http" not in html
     assert "default-src 'none'" in html
-    assert "mathdefault" not in html  # a label that nobody parses
+    assert "mathdefault" not in html  # a label that no parser reads
     assert not re.search(r"@import|<link(?! rel=\"icon\")", html)
 
 

@@ -52,7 +52,7 @@ def test_two_studies_in_one_directory(tmp_path: Path):
 def test_results_of_another_version_are_refused(tmp_path: Path):
     place = Store(tmp_path)
     place.open({"settings": {}})
-    place.open({"settings": {}})  # the same version goes on
+    place.open({"settings": {}})  # the same version continues
     about = json.loads((tmp_path / "study.json").read_text())
     (tmp_path / "study.json").write_text(json.dumps(about | {"deqcore": "0.0.1"}))
     with pytest.raises(StudyError, match=r"deqcore 0\.0\.1"):

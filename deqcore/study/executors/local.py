@@ -1,4 +1,4 @@
-"""Run the cells of a study, each in its own process, and go on if one of them fails."""
+"""Run the cells of a study, each in its own process, and continue if one of them fails."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ class Interval:
 
     Attributes:
         mean: over seeds.
-        low, high: ends of the interval; None with fewer than two seeds, which say nothing about the spread.
+        low, high: ends of the interval; None with fewer than two seeds, which have no spread.
         count: seeds.
     """
 

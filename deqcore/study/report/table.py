@@ -88,7 +88,7 @@ def identity(row: SummaryRow) -> dict[str, str]:
 
 
 def cells(rows: Sequence[SummaryRow]) -> tuple[list[str], list[list[str]]]:
-    """Return the header and lines; what is the same in all lines is left out, but for the strategy."""
+    """Return the header and lines; what is the same in all lines is left out, except for the strategy."""
     identities = [identity(row) for row in rows]
     varying = [name for name in IDENTITY if name == "strategy" or len({item[name] for item in identities}) > 1]
     lines = []

@@ -144,7 +144,7 @@ class CellTraining:
         }
 
     def run(self) -> dict[str, Any]:
-        """Train, or go on where a killed process stopped, and look at the test data once.
+        """Train, or continue where a killed process stopped, and look at the test data once.
 
         Raises:
             CellFailure: the loss is no longer a number.

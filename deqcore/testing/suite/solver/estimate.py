@@ -82,7 +82,7 @@ class EstimateTests(Conformance):
             sol = kit.solve(kit.map(mine), z0, solver=solver_name, rtol=1e-4, options=settings)
             h = self._estimate(kit, solver, self._state(sol))
             found.append(self._apply(kit, h, v[rows], transpose=True)[0])
-        close(found[0], found[1], 1e-5 if kit.eps < 1e-10 else 5e-2, "Hᵀv in company and alone")
+        close(found[0], found[1], 1e-5 if kit.eps < 1e-10 else 5e-2, "Hᵀv in a batch and alone")
 
     def test_going_on_leaves_the_first_estimate_alone(
         self, kit: Kit, solver: Solver, solver_name: str, settings: Any

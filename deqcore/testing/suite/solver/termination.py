@@ -47,7 +47,7 @@ class EndTests(Conformance):
         )
 
     def test_an_equilibrium_at_zero_is_met(self, kit: Kit, solver_name: str, settings: Any) -> None:
-        """There ‖f(z)‖ falls with the residual, whose ratio says nothing."""
+        """Let ‖f(z)‖ fall with the residual, so that their ratio carries no information."""
         z0 = kit.array(np.ones((2, 3)))
         f = lambda z: 0.5 * kit.backend.xp.tanh(z)  # noqa: E731
         sol = kit.solve(f, z0, solver=solver_name, rtol=1e-6, options=settings, max_steps=300)

@@ -125,7 +125,7 @@ class ClaimTests(Conformance):
             close(together[one], alone, slack, f"u of sample {i}")
             for name, a, b in zip(AdjointReport._fields, told, own, strict=True):
                 assert np.allclose(a[i], b[0], rtol=1e3 * slack, atol=slack, equal_nan=True), (
-                    f"{name} of sample {i}: {a[i]} in company, {b[0]} alone"
+                    f"{name} of sample {i}: {a[i]} in the batch, {b[0]} alone"
                 )
 
     def test_the_error_of_a_half_right_estimate_is_not_hidden(self, kit: Kit, strategy: Strategy) -> None:
