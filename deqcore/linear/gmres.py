@@ -127,8 +127,8 @@ def _restarted(
 ) -> tuple[Array, Array, Array]:
     """x, ‖b − A x‖ and the products spent, by spaces of at most `restart` dimensions.
 
-    A restart takes no product: the basis gives the residual vector that it leaves, except for the rounding of A x, below
-    which no residual is believed.
+    A restart takes no product: the basis gives the residual vector that it leaves, except for the rounding of A x. No
+    residual below that is believed.
     """
     xp = space.backend.xp
 
