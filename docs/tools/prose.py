@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ALLOWED = Path(__file__).with_name("prose_allowed.txt")
 SUFFIXES: Final = (".py", ".md", ".toml", ".j2")
 SKIPPED: Final = re.compile(
-    r"/(\.\w[^/]*|build|dist|site|__pycache__|node_modules)/|docs/tools/prose|tests/docs/test_prose|\.ja\.md$|/ja/"
+    r"/(\.\w[^/]*|build|dist|site|__pycache__|node_modules)/|docs/tools/prose|docs/test_prose|\.ja\.md$|/ja/"
 )
 FOLDERS: Final = (
     "deqcore",

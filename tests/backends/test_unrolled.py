@@ -133,7 +133,7 @@ def test_the_number_of_evaluations_is_what_it_was():
 
 @pytest.mark.parametrize("slope", [-0.5, -3.0])
 def test_a_derivative_that_plain_steps_lead_away_is_not_converged(be, slope):
-    """z = s z + x has dz/dx = 1 / (1 − s). Without an estimate Newton's method continues with f itself beyond rounding."""
+    """z = s z + x has dz/dx = 1 / (1 − s). Without an estimate Newton's method continues with f beyond rounding."""
     if be.name == "jax":
         pytest.skip("the same step, and slow to compile")
     x = be.asarray(np.array([[0.3, 0.7]]))

@@ -518,7 +518,7 @@ def test_two_halves_of_a_solve_are_the_whole(be, truth, solver):
 
 
 @pytest.mark.parametrize("solver", WITH_ESTIMATE, ids=repr)
-def test_going_on_leaves_the_first_estimate_alone(be, truth, solver):
+def test_continuing_leaves_the_first_estimate_alone(be, truth, solver):
     problem = truth.affine(10, 3, 10, [0.5, 0.8, 0.9])
     f, z0 = truth.affine_map(be, problem), be.asarray(0 * problem.b)
     first = iterate(be, solver, f, z0, StoppingCriteria(1e-3, max_steps=9))

@@ -143,7 +143,7 @@ STRATEGIES = [
         "backend.to_accum_dtype(backend.norm(g + vjp(u) - u))",
         "backend.to_accum_dtype(0 * backend.norm(g + vjp(u) - u))",
         "strategy exact-ift",
-        "test_coupled_rows_are_no_solution",
+        "test_coupled_rows_are_not_a_solution",
         "CONVERGED, but",
     ),
     Fault(
@@ -161,7 +161,7 @@ STRATEGIES = [
         "int(Status.STALLED), int(Status.MAX_STEPS))",
         "int(Status.STALLED), int(Status.CONVERGED))",
         "strategy exact-ift",
-        "test_a_budget_that_is_too_small_is_confessed",
+        "test_a_budget_that_is_too_small_is_reported",
         "CONVERGED, but the equation is not solved",
     ),
     Fault(
@@ -198,7 +198,7 @@ STRATEGIES = [
         "converged = residual <= rtol * backend.to_accum_dtype(backend.norm(g))",
         "converged = backend.xp.isfinite(residual)",
         "strategy exact-ift",
-        "test_an_equation_without_solution_is_confessed",
+        "test_an_equation_without_solution_is_reported",
         "status",
     ),
     Fault(
@@ -247,7 +247,7 @@ STRATEGIES += [
         "return x, k.residual if space.precondition is not None else",
         "return x, k.residual if space.precondition is None else",
         "strategy exact-ift",
-        "test_an_equation_without_solution_is_confessed",
+        "test_an_equation_without_solution_is_reported",
         "CONVERGED without a solution",
     ),
     Fault(
@@ -432,7 +432,7 @@ SOLVERS = [
         "return bool((status == int(Status.RUNNING)).any())",
         "return bool((status == int(Status.RUNNING)).all())",
         "solver picard",
-        "test_a_sample_is_solved_in_company_as_alone",
+        "test_a_sample_is_solved_in_a_batch_as_alone",
         "alone",
     ),
     Fault(
@@ -441,7 +441,7 @@ SOLVERS = [
         "    active = None if everyone else carry.status == int(Status.RUNNING)\n",
         "    active = None if everyone else carry.status >= int(Status.RUNNING)\n",
         "solver picard",
-        "test_a_sample_is_solved_in_company_as_alone",
+        "test_a_sample_is_solved_in_a_batch_as_alone",
         "alone",
     ),
     Fault(
@@ -644,7 +644,7 @@ BACKENDS = [
         "NumpyHistory(self.storage.copy(), self.seen",
         "NumpyHistory(self.storage, self.seen",
         "backend numpy",
-        "test_going_on_leaves_a_copy_alone",
+        "test_continuing_leaves_a_copy_alone",
         "storage of its own",
     ),
     Fault(
@@ -778,7 +778,7 @@ POINTS = [
         "        self.storage[rows] = other.storage[rows]\n",
         "",
         "backend numpy",
-        "test_some_samples_go_on_with_a_later_history",
+        "test_some_samples_continue_with_a_later_history",
         "dot",
     ),
     Fault(

@@ -95,7 +95,7 @@ class HistoryTests(Conformance):
                 close(vectors[i, s], q, 10 * kit.eps, "vectors")
 
     @several("filled", [1, 2, 5])
-    def test_some_samples_go_on_with_a_later_history(self, kit: Kit, filled: int) -> None:
+    def test_some_samples_continue_with_a_later_history(self, kit: Kit, filled: int) -> None:
         """`merge`: vectors keep their slots, and each sample sees its own ones only."""
         rng = np.random.default_rng(filled)
         batch, n, history_size = 3, 5, 3
@@ -200,7 +200,7 @@ class HistoryTests(Conformance):
         history = kit.backend.history(kit.array(a), 2).append_difference(kit.array(a), kit.array(b))
         close(kit.numpy(history.dot(kit.array(a)))[:, 0], [(a - b)[0] @ a[0]], 100 * kit.eps, "append_difference")
 
-    def test_going_on_leaves_a_copy_alone(self, kit: Kit) -> None:
+    def test_continuing_leaves_a_copy_alone(self, kit: Kit) -> None:
         one = kit.array([[1.0, 0.0]])
         first = kit.backend.history(one, 2).append(one)
         kept = first.copy()

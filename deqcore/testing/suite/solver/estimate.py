@@ -84,7 +84,7 @@ class EstimateTests(Conformance):
             found.append(self._apply(kit, h, v[rows], transpose=True)[0])
         close(found[0], found[1], 1e-5 if kit.eps < 1e-10 else 5e-2, "Hᵀv in a batch and alone")
 
-    def test_going_on_leaves_the_first_estimate_alone(
+    def test_continuing_leaves_the_first_estimate_alone(
         self, kit: Kit, solver: Solver, solver_name: str, settings: Any
     ) -> None:
         if not solver.has_estimate:

@@ -19,7 +19,7 @@ from deqcore.types import Map
 class SearchTests(Conformance):
     """Problems on which plain iteration diverges or overshoots."""
 
-    def test_steps_in_company_are_those_taken_alone(self, kit: Kit, solver: Solver) -> None:
+    def test_steps_in_a_batch_are_those_taken_alone(self, kit: Kit, solver: Solver) -> None:
         """Compare with solves of one sample: a search, refused step or restart must not affect other samples."""
         if not kit.eager:
             pytest.skip("compiling for each sample takes long")

@@ -170,7 +170,7 @@ class SolverTests(StepTests, SearchTests, EstimateTests, EndTests):
         kept = [i for i in range(3) if i not in rows]
         assert np.array_equal(z[kept], kit.numpy(same.value)[kept]), "a sample sees that its neighbour's f has changed"
 
-    def test_a_sample_is_solved_in_company_as_alone(self, kit: Kit, solver_name: str, settings: Any) -> None:
+    def test_a_sample_is_solved_in_a_batch_as_alone(self, kit: Kit, solver_name: str, settings: Any) -> None:
         problem = affine(norm=0.8)
         problem.a[0] *= 0.2  # ends long before the others
         together = self._solve(kit, problem, solver_name, settings)

@@ -284,7 +284,7 @@ class AdjointTests(Conformance):
         found = next(((name, getattr(strategy, name)) for name in names if hasattr(strategy, name)), ("", 0))
         return found[0], found[1] if isinstance(found[1], int) else sys.maxsize  # "auto" is not a small budget
 
-    def test_a_fallback_is_confessed(self, kit: Kit, strategy: Strategy) -> None:
+    def test_a_fallback_is_reported(self, kit: Kit, strategy: Strategy) -> None:
         g = cotangent()
         if getattr(strategy, "fallback", None) != "jacobian-free":
             _, report = solve_adjoint(kit, strategy, affine(norm=3.0), g)
@@ -317,7 +317,7 @@ class AdjointTests(Conformance):
         spent = int(kit.numpy(report.vjps)[0])
         assert spent == len(calls), f"{spent} vjps are reported, but vjp was called {len(calls)} times"
 
-    def test_a_budget_that_is_too_small_is_confessed(self, kit: Kit, strategy_name: str, strategy: Strategy) -> None:
+    def test_a_budget_that_is_too_small_is_reported(self, kit: Kit, strategy_name: str, strategy: Strategy) -> None:
         if not strategy.exact or "max_steps" not in {field.name for field in dataclasses.fields(strategy)}:  # type: ignore[arg-type]
             pytest.skip("the strategy has no budget of steps")
         short = dataclasses.replace(strategy, max_steps=2)  # type: ignore[type-var]
@@ -328,7 +328,7 @@ class AdjointTests(Conformance):
         assert not (report.status[wrong] == int(Status.CONVERGED)).any(), "CONVERGED, but the equation is not solved"
         assert (report.status[wrong] == int(Status.MAX_STEPS)).all(), "a budget that ran out is MAX_STEPS"
 
-    def test_an_equation_without_solution_is_confessed(self, kit: Kit, strategy: Strategy) -> None:
+    def test_an_equation_without_solution_is_reported(self, kit: Kit, strategy: Strategy) -> None:
         if not strategy.exact:
             pytest.skip("the strategy approximates")
         problem = affine()
@@ -364,7 +364,7 @@ class AdjointTests(Conformance):
             u, _ = solve_adjoint(kit, strategy, Affine(problem.a[rows], problem.b[rows]), bad[rows])
             assert not np.isfinite(u[-2 if len(u) > 1 else 0]).all(), "u is finite for a cotangent that is not"
 
-    def test_a_sample_is_routed_in_company_as_alone(self, kit: Kit, strategy: Strategy) -> None:
+    def test_a_sample_is_routed_in_a_batch_as_alone(self, kit: Kit, strategy: Strategy) -> None:
         problem, g = affine(norm=0.8), cotangent()
         problem.a[0] *= 0.1
         together, told = solve_adjoint(kit, strategy, problem, g)

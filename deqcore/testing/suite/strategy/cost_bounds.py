@@ -154,7 +154,7 @@ class ClaimTests(Conformance):
                 f"CONVERGED with a target of {target} after {report.vjps} vjps, but off by {error}"
             )
 
-    def test_a_hard_equation_is_solved_or_confessed(self, kit: Kit, strategy: Strategy) -> None:
+    def test_a_hard_equation_is_solved_or_reported(self, kit: Kit, strategy: Strategy) -> None:
         """Require that an exact strategy with an automatic budget solves small systems of any condition."""
         if not strategy.exact:
             pytest.skip("the strategy approximates")
@@ -166,7 +166,7 @@ class ClaimTests(Conformance):
         if getattr(strategy, "max_steps", None) == "auto":
             assert done.all(), f"statuses {report.status} with residuals of {left} for 96 unknowns"
 
-    def test_coupled_rows_are_no_solution(self, kit: Kit, strategy: Strategy) -> None:
+    def test_coupled_rows_are_not_a_solution(self, kit: Kit, strategy: Strategy) -> None:
         """Couple the products of samples: what is CONVERGED must still be a solution."""
         if not strategy.exact or not kit.eager:
             pytest.skip("the strategy approximates, or products are compiled")
