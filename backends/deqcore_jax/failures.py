@@ -49,9 +49,9 @@ class _Called:
 
 
 def _called(report: Callable[[Any], None], figures: Any) -> None:
-    found = jax.tree.map(np.asarray, figures)
-    if found.notable():
-        report(found)
+    arrays = jax.tree.map(np.asarray, figures)
+    if arrays.notable():
+        report(arrays)
 
 
 @custom_vmap

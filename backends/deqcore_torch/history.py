@@ -266,9 +266,9 @@ class TorchHistory(History):
 
     def _dot(self, v: Tensor) -> Tensor:
         if self.store.whole and self.written and v.dtype is self.store.wide and v.dim() == 2:
-            found = products(v[:, None], self.store.chunks[0])[:, 0]
+            result = products(v[:, None], self.store.chunks[0])[:, 0]
             hidden = self._hidden()
-            return found if hidden is None else found.masked_fill_(hidden, 0.0)
+            return result if hidden is None else result.masked_fill_(hidden, 0.0)
         if self.written and v.dim() == 2 and native.products(v) and (kernels := native.reading(v)) is not None:
             fused: Tensor = kernels.dots(self, v)
             return fused
@@ -280,16 +280,16 @@ class TorchHistory(History):
         compute = self.store.compute
         if many.dtype is not compute:
             many = many.to(compute)
-        found = many.new_zeros((self.store.batch, many.shape[1], self.history_size), dtype=self.store.wide)
+        result = many.new_zeros((self.store.batch, many.shape[1], self.history_size), dtype=self.store.wide)
         start = 0
         for part in self._whole_units():
             end = start + part.shape[0]
-            found[:, :, start:end] = products(many, part.to(compute))
+            result[:, :, start:end] = products(many, part.to(compute))
             start = end
         hidden = self._hidden()
         if hidden is not None:
-            found = found.masked_fill_(hidden if hidden.dim() == 1 else hidden[:, None], 0.0)
-        return found if v.dim() == 3 else found[:, 0]
+            result = result.masked_fill_(hidden if hidden.dim() == 1 else hidden[:, None], 0.0)
+        return result if v.dim() == 3 else result[:, 0]
 
     def combine(self, coefficients: Tensor) -> Tensor:
         combination = self._fused(coefficients, None)

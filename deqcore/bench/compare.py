@@ -92,13 +92,13 @@ def _compare(
     return [_timed(row, result, harness.queued) if row.contender in tasks else row for row in rows]
 
 
-def _timed(row: BenchRow, found: Rounds, queued: int) -> BenchRow:
+def _timed(row: BenchRow, rounds: Rounds, queued: int) -> BenchRow:
     return replace(
         row,
-        seconds=found.seconds[row.contender],
-        reference=[item / queued for item in found.reference[row.contender]],
-        disturbance=found.disturbance,
-        dropped=found.dropped,
+        seconds=rounds.seconds[row.contender],
+        reference=[item / queued for item in rounds.reference[row.contender]],
+        disturbance=rounds.disturbance,
+        dropped=rounds.dropped,
     )
 
 

@@ -131,10 +131,10 @@ def interleave(
     )
 
 
-def _quietest(found: Sequence[_Round], rounds: int, share: float) -> list[_Round]:
+def _quietest(candidates: Sequence[_Round], rounds: int, share: float) -> list[_Round]:
     """Return all undisturbed rounds first, then the least disturbed; in the order of time."""
-    ranked = sorted(range(len(found)), key=lambda i: 0.0 if found[i].quiet(share) else found[i].share)
-    return [found[i] for i in sorted(ranked[:rounds])]
+    ranked = sorted(range(len(candidates)), key=lambda i: 0.0 if candidates[i].quiet(share) else candidates[i].share)
+    return [candidates[i] for i in sorted(ranked[:rounds])]
 
 
 def _lap(task: TimedTask, repeats: int, reference: TimedTask | None, beside: int, clock: Clock) -> _Lap:

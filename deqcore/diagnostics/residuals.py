@@ -95,10 +95,10 @@ def residual_curve(
     plan = plan_call(config, overrides | fixed, z0, args)
     backend = plan.backend
     solve = BoundSolve(backend, _Recorded(plan.solver, steps), plan.control)
-    found = backend.forward_only(plan.space.wrap(f, ()), plan.space.ravel(z0), args, solve)
-    taken = backend.to_numpy(found.steps)
+    result = backend.forward_only(plan.space.wrap(f, ()), plan.space.ravel(z0), args, solve)
+    taken = backend.to_numpy(result.steps)
     last = int(taken.max(initial=0))
-    return Curve(backend.to_numpy(found.carry.state.curve).astype(np.float64).T[: last + 1], taken)
+    return Curve(backend.to_numpy(result.carry.state.curve).astype(np.float64).T[: last + 1], taken)
 
 
 class _Recording(NamedTuple):
@@ -125,8 +125,8 @@ class _Recorded(Solver):
 
     def step(self, backend: Backend, f: Map, z: Array, fz: Array, state: _Recording) -> tuple[Array, Array, _Recording]:
         """Take the solver's own step, fused where the backend fuses it, and record its residual."""
-        found = backend.fused_step(self.solver, f, z, fz, state.inner)
-        z, fz, inner = found[:3] if found is not None else self.solver.step(backend, f, z, fz, state.inner)
+        fused = backend.fused_step(self.solver, f, z, fz, state.inner)
+        z, fz, inner = fused[:3] if fused is not None else self.solver.step(backend, f, z, fz, state.inner)
         ratio, taken = _ratio(backend, z, fz), state.taken + 1
         rest = self._columns(backend, ratio)[None, :] >= backend.cast(taken, ratio)[:, None]
         return z, fz, _Recording(inner, backend.xp.where(rest, ratio[:, None], state.curve), taken)

@@ -49,12 +49,12 @@ def ledger(subject: Any, key: Hashable) -> Ledger:
         key: distinguishes the problems of one subject.
     """
     try:
-        mine = _ledgers.setdefault(subject, {})
+        ledgers = _ledgers.setdefault(subject, {})
     except TypeError:  # not hashable, or without weak references
-        mine = _ledgers.setdefault(type(subject), {})
-    if key not in mine and len(mine) >= MOST:
-        mine.clear()
-    return mine.setdefault(key, Ledger())
+        ledgers = _ledgers.setdefault(type(subject), {})
+    if key not in ledgers and len(ledgers) >= MOST:
+        ledgers.clear()
+    return ledgers.setdefault(key, Ledger())
 
 
 def forget() -> None:

@@ -84,10 +84,10 @@ def coupling(pair: tuple[int, int] | None, wrong: int = 0, batch: int = 0, resid
         residual: the largest of those residuals.
     """
     which = "another row" if pair is None else f"row {pair[1]}"
-    mine = "a row" if pair is None else f"row {pair[0]}"
+    changed = "a row" if pair is None else f"row {pair[0]}"
     measured = f" The true adjoint residual of {wrong} of {batch} samples is up to {residual:.2g}." if wrong else ""
     return (
-        f"The rows of the state are coupled by f: {mine} of f(z) changes when {which} of z does.{measured} With "
+        f"The rows of the state are coupled by f: {changed} of f(z) changes when {which} of z does.{measured} With "
         f"forward.batch = true each row counts as a sample of its own, so that residuals, statuses and gradients are "
         f"not those of the whole state. Set forward.batch = false to solve the whole state as one system. If the rows "
         f"are meant to be samples, look in f for batch normalization in training mode, attention or a mean over the "

@@ -30,9 +30,9 @@ def user_line() -> Line:
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in INSIDE:
         frame = frame.f_back
-    found = frame.f_globals
-    registry: dict[Any, Any] = found.setdefault("__warningregistry__", {})
-    return Line(frame.f_code.co_filename, frame.f_lineno, found.get("__name__", "<unknown>"), registry)
+    module = frame.f_globals
+    registry: dict[Any, Any] = module.setdefault("__warningregistry__", {})
+    return Line(frame.f_code.co_filename, frame.f_lineno, module.get("__name__", "<unknown>"), registry)
 
 
 def warn(text: str, category: type[Warning], line: Line | None = None) -> None:

@@ -140,14 +140,14 @@ def unraveled_whole(matrix: Any, host: Tree) -> Tree:
     return rebuild(host, lambda leaf: next(pieces).reshape(leaf.shape))
 
 
-def slopes(reference: Dense, z: Any, found: dict[str, Any]) -> dict[str, tuple[float, float]]:
+def slopes(reference: Dense, z: Any, gradients: dict[str, Any]) -> dict[str, tuple[float, float]]:
     """‖∂f/∂leaf‖ and ‖d gradient / dz‖ for each gradient, in the Frobenius norm, from random probes.
 
     For a standard normal v, E‖Mᵀv‖² = ‖M‖_F², which is no less than ‖M‖².
     """
     rng = np.random.default_rng(3)
-    products: dict[str, list[float]] = {name: [] for name in found}
-    curves: dict[str, list[float]] = {name: [] for name in found}
+    products: dict[str, list[float]] = {name: [] for name in gradients}
+    curves: dict[str, list[float]] = {name: [] for name in gradients}
     h = 1e-5 * (float(np.abs(z).max(initial=0.0)) or 1.0)  # in the unit of z
     for _ in range(PROBES):
         for name, value in reference.products(z, rng.standard_normal(z.shape)).items():
@@ -155,9 +155,9 @@ def slopes(reference: Dense, z: Any, found: dict[str, Any]) -> dict[str, tuple[f
         direction = rng.standard_normal(z.shape)
         moved, _ = reference.gradients(z + h * direction)
         for name, value in moved.items():
-            curves[name].append(float(np.linalg.norm(value - found[name])) / h)
+            curves[name].append(float(np.linalg.norm(value - gradients[name])) / h)
     products["cotangent"] = [1.0]
-    return {name: (_rms(products[name]), _rms(curves[name])) for name in found}
+    return {name: (_rms(products[name]), _rms(curves[name])) for name in gradients}
 
 
 def _rms(values: list[float]) -> float:

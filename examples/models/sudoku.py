@@ -2,8 +2,8 @@
 
 Each cell of a 4×4 Sudoku holds a few numbers per digit, and reads those of its row, column, box and other digits, with
 the same weights again and again until nothing changes: z* = f(z*, clues). Each puzzle halts by itself, easy ones after
-few steps: when each of its digits is sure (`deqcore.halting`), or nothing changes any more. There is no halting network to
-train.
+few steps: when each of its digits is sure (`deqcore.halting`), or nothing changes any more. No halting network is
+trained.
 
 Puzzles are generated, with exactly one solution each; the solutions of test puzzles do not occur in training.
 Source: Palm, Paquet & Winther (2018), "Recurrent relational networks"; Bai, Kolter & Koltun (2019).

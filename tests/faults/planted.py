@@ -470,7 +470,7 @@ SOLVERS = [
         "state.spent + end.trials",
         "solver newton-krylov",
         "test_evaluations_and_products_are_counted",
-        "evaluations and products are reported",
+        "evaluations: reported",
     ),
     Fault(
         "an option that is not read",

@@ -138,10 +138,10 @@ def rows(results: Iterable[CellResult]) -> list[SummaryRow]:
     return [_row(key, value) for key, value in grouped.items()]
 
 
-def _row(key: tuple[Any, ...], found: Sequence[CellResult]) -> SummaryRow:
+def _row(key: tuple[Any, ...], results: Sequence[CellResult]) -> SummaryRow:
     place, solver, strategy, name, rtol = key
-    good = {item["cell"]["seed"]: item for item in found if item["status"] == "ok"}
-    bad = {item["cell"]["seed"]: f"{item['reason']}: {item['detail']}" for item in found if item["status"] != "ok"}
+    good = {item["cell"]["seed"]: item for item in results if item["status"] == "ok"}
+    bad = {item["cell"]["seed"]: f"{item['reason']}: {item['detail']}" for item in results if item["status"] != "ok"}
     return SummaryRow(place, solver, strategy, name, rtol, good, bad)
 
 

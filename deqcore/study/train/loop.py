@@ -83,8 +83,8 @@ def batches(cell: Cell, size: int, epoch: int) -> NDArray[np.int64]:
 
 def rate(cell: Cell, step: int, steps: int) -> float:
     """Return the learning rate of a step: in each round from the full rate to zero along a cosine."""
-    each = steps // cell.drift.rounds
-    return cell.training.rate * 0.5 * (1 + math.cos(math.pi * (step % each) / each))
+    round_steps = steps // cell.drift.rounds
+    return cell.training.rate * 0.5 * (1 + math.cos(math.pi * (step % round_steps) / round_steps))
 
 
 def audited(cell: Cell, epoch: int) -> bool:

@@ -154,10 +154,10 @@ class DenseEstimate(InverseJacobian):
         return self.kit.vjp(self.h)(v)
 
 
-def close(found: Any, expected: Any, tolerance: float, what: str) -> None:
+def close(actual: Any, expected: Any, tolerance: float, what: str) -> None:
     """Fail where two NumPy arrays differ, relative to the larger of 1 and the expected norm."""
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    assert found.shape == expected.shape, f"{what}: the shape must be {expected.shape} (got {found.shape})"
-    error = np.linalg.norm(found - expected)
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape, f"{what}: the shape must be {expected.shape} (got {actual.shape})"
+    error = np.linalg.norm(actual - expected)
     allowed = tolerance * max(1.0, float(np.linalg.norm(expected)))
     assert error <= allowed, f"{what}: off by {error:.2e}, allowed {allowed:.2e}"

@@ -72,10 +72,10 @@ class DerivativeTests(Conformance):
             cotangent = kit.array(np.arange(12.0).reshape(4, 3))
             ledger.forget()
             if eager:  # a traced warning may come after the result
-                with warnings.catch_warnings(record=True) as told:
+                with warnings.catch_warnings(record=True) as shown:
                     warnings.simplefilter("always")
                     deqcore.vjp(f, z0, one, cotangent=cotangent, config=config, backward__on_failure="warn")
-                assert category in {each.category for each in told}, f"{category.__name__} is missing among {told}"
+                assert category in {warning.category for warning in shown}, f"{category.__name__} is not in {shown}"
             # What a tracing framework makes of an error in a callback keeps its message only.
             kind, text = errors.ConvergenceError if eager else Exception, "are coupled|did not converge"
             settings: Any = {"config": config, "backward__on_failure": "raise", "backward__verify_every": 1}

@@ -77,9 +77,9 @@ class EstimateTests(Conformance):
         v = np.random.default_rng(9).standard_normal((3, 6))
         found = []
         for rows in (slice(0, 3), slice(0, 1)):
-            mine = Affine(problem.a[rows], problem.b[rows])
-            z0 = kit.array(np.zeros(mine.b.shape))
-            sol = kit.solve(kit.map(mine), z0, solver=solver_name, rtol=1e-4, options=settings)
+            part = Affine(problem.a[rows], problem.b[rows])
+            z0 = kit.array(np.zeros(part.b.shape))
+            sol = kit.solve(kit.map(part), z0, solver=solver_name, rtol=1e-4, options=settings)
             h = self._estimate(kit, solver, self._state(sol))
             found.append(self._apply(kit, h, v[rows], transpose=True)[0])
         close(found[0], found[1], 1e-5 if kit.eps < 1e-10 else 5e-2, "Hᵀv in a batch and alone")

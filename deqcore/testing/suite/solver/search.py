@@ -34,8 +34,8 @@ class SearchTests(Conformance):
 
     def _alone(self, kit: Kit, solver: Solver, f: Map, z0: Any, parts: list[tuple[Map, Any]]) -> None:
         together = [kit.numpy(z) for z, *_ in walk_steps(kit, solver, f, z0, 8)]
-        for row, (mine, start) in enumerate(parts):
-            for step, (z, *_) in enumerate(walk_steps(kit, solver, mine, start, 8)):
+        for row, (part, start) in enumerate(parts):
+            for step, (z, *_) in enumerate(walk_steps(kit, solver, part, start, 8)):
                 found, expected = together[step][row], kit.numpy(z)[0]
                 close(found, expected, 1e-6 if kit.eps < 1e-10 else 1e-2, f"sample {row} after step {step}")
 

@@ -105,18 +105,18 @@ class StepTests(Conformance):
             assert kind == kinds[0], f"after step {step}"
         assert kinds[0][0] == kinds[0][1] == f"{dtype} (3, 6)"
 
-    def _kinds(self, kit: Kit, found: Any) -> list[str]:
+    def _kinds(self, kit: Kit, step: Any) -> list[str]:
         kinds: list[str] = []
 
         def note(leaf: Any) -> Any:
             if isinstance(leaf, History):
-                dot = leaf.dot(found[0]) if leaf.vectors().shape[-1] == 6 else leaf.count()
+                dot = leaf.dot(step[0]) if leaf.vectors().shape[-1] == 6 else leaf.count()
                 kinds.append(f"history {leaf.history_size} {kit.backend.dtype_name(dot)}")
             else:
                 kinds.append(f"{kit.backend.dtype_name(leaf)} {tuple(leaf.shape)}")
             return leaf
 
-        map_state(found, note)
+        map_state(step, note)
         return kinds
 
     def test_a_step_returns_f_of_z(self, kit: Kit, solver: Solver) -> None:
@@ -174,8 +174,8 @@ class StepTests(Conformance):
         backend = _Counting(kit.backend)
         found = walk_steps(Kit(cast(Backend, backend), kit.device), solver, backend.counted(f), z0, 4, jit=False)
         steps = kit.backend.xp.zeros_like(kit.array(np.zeros(1)), dtype=kit.backend.xp.int32) + 4
-        told = int(kit.numpy(solver.evaluations(kit.backend, steps, found[-1][2]))[0])
-        assert told == backend.calls, f"{told} evaluations and products are reported, but there were {backend.calls}"
+        reported = int(kit.numpy(solver.evaluations(kit.backend, steps, found[-1][2]))[0])
+        assert reported == backend.calls, f"evaluations: reported {reported}, counted {backend.calls}"
 
     def test_every_number_among_its_options_matters(self, kit: Kit, solver: Solver) -> None:
         """Change each numeric option: one that changes no iterate is not read."""

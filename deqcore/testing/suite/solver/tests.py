@@ -163,8 +163,8 @@ class SolverTests(StepTests, SearchTests, EstimateTests, EndTests):
         z, root = kit.numpy(other.value), Affine(problem.a, b).root
         true = np.linalg.norm(np.einsum("bij,bj->bi", problem.a, z) + b - z, axis=1)
         slack = 100 * kit.eps * (1 + np.linalg.norm(root, axis=1))
-        told = kit.numpy(other.residual)
-        assert (np.abs(told - true) <= slack).all(), f"stale state: residuals {told} are reported, but {true} is true"
+        reported = kit.numpy(other.residual)
+        assert (np.abs(reported - true) <= slack).all(), f"stale state: reported {reported}, true {true}"
         done = kit.numpy(other.converged)
         assert (true[done] <= 10 * slack[done] + 1e-8).all() or not done.any(), "stale state: CONVERGED for another f"
         kept = [i for i in range(3) if i not in rows]

@@ -129,14 +129,14 @@ class AdjointTests(Conformance):
     def test_the_units_of_the_cotangent_change_nothing(self, kit: Kit, strategy: Strategy, dtype: str) -> None:
         """u is linear in g, also where the square of g vanishes or overflows."""
         problem, g, s = affine(norm=0.7), cotangent(), scales(3, dtype)[:, None]
-        u, told = solve_adjoint(kit, strategy, problem, g, dtype=dtype)
-        moved, told_there = solve_adjoint(kit, strategy, problem, g * s, dtype=dtype)
+        u, report = solve_adjoint(kit, strategy, problem, g, dtype=dtype)
+        moved, report_there = solve_adjoint(kit, strategy, problem, g * s, dtype=dtype)
         close(moved / s, u, 1e-5 if dtype == "float32" else 1e-12, "u in units of g")
         for name in ("status", "vjps", "fallback"):
-            one, other = getattr(told, name), getattr(told_there, name)
+            one, other = getattr(report, name), getattr(report_there, name)
             assert np.array_equal(one, other), f"{name} is {other} in other units, but {one} is due"
         for name in ("residual", "error"):
-            one, other = np.nan_to_num(getattr(told, name)), np.nan_to_num(getattr(told_there, name))
+            one, other = np.nan_to_num(getattr(report, name)), np.nan_to_num(getattr(report_there, name))
             close(other, one, 1e-5, f"{name} in other units")
 
     @several("seed", range(3))
@@ -211,15 +211,15 @@ class AdjointTests(Conformance):
             return 0.6 * backend.xp.concat([u[1:], u[:1]], axis=0)
 
         def routed(g: Array, *h: Array) -> Any:
-            u, told = strategy.solve_adjoint(backend, vjp, g, DenseEstimate(kit, *h) if h else None)
-            return u, told, verified(backend, strategy, vjp, g, u, told, random_halves(3, 6, seed=0))
+            u, report = strategy.solve_adjoint(backend, vjp, g, DenseEstimate(kit, *h) if h else None)
+            return u, report, verified(backend, strategy, vjp, g, u, report, random_halves(3, 6, seed=0))
 
         with backend.errstate():
-            u, told, true = backend.jit(routed)(*given)
+            u, report, true = backend.jit(routed)(*given)
         u, status, residual = kit.numpy(u).astype(float), kit.numpy(true.status), kit.numpy(true.residual)
         left = np.linalg.norm(g + 0.6 * np.roll(u, -1, axis=0) - u, axis=1) / np.linalg.norm(g, axis=1)
         assert kit.numpy(true.coupling).max() > 0, "f couples rows, but the report does not say so"
-        assert np.array_equal(kit.numpy(true.vjps), kit.numpy(told.vjps)), "verification is counted apart"
+        assert np.array_equal(kit.numpy(true.vjps), kit.numpy(report.vjps)), "verification is counted apart"
         assert (kit.numpy(true.verify_vjps) > 0).all(), "verification is counted apart"
         close(residual, left, 1e-6, "‖g + Jᵀu − u‖/‖g‖")
         if strategy.exact:
@@ -367,12 +367,12 @@ class AdjointTests(Conformance):
     def test_a_sample_is_routed_in_a_batch_as_alone(self, kit: Kit, strategy: Strategy) -> None:
         problem, g = affine(norm=0.8), cotangent()
         problem.a[0] *= 0.1
-        together, told = solve_adjoint(kit, strategy, problem, g)
+        together, report = solve_adjoint(kit, strategy, problem, g)
         slack = 1e-6 if kit.eps < 1e-10 else 1e-3
         for i in range(3):
             alone, own = solve_adjoint(kit, strategy, Affine(problem.a[i : i + 1], problem.b[i : i + 1]), g[i : i + 1])
             close(together[i], alone[0], slack, f"u of sample {i}")
-            for name, a, b in zip(AdjointReport._fields, told, own, strict=True):
+            for name, a, b in zip(AdjointReport._fields, report, own, strict=True):
                 assert np.allclose(a[i], b[0], rtol=slack, atol=slack, equal_nan=True), f"{name} of sample {i}"
 
     def test_a_cotangent_of_zero_gives_zero(self, kit: Kit, strategy: Strategy) -> None:

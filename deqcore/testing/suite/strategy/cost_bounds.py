@@ -117,13 +117,13 @@ class ClaimTests(Conformance):
     def test_unlike_samples_are_routed_as_alone(self, kit: Kit, strategy: Strategy) -> None:
         """Compare samples with their solves alone, though one ends after a vjp or two and the others much later."""
         problem, g = unlike()
-        together, told = solve_adjoint(kit, strategy, problem, g)
+        together, report = solve_adjoint(kit, strategy, problem, g)
         slack = 1e-6 if kit.eps < 1e-10 else 1e-2
         for i in range(3) if kit.eager else (0,):
             one = slice(i, i + 1)
             alone, own = solve_adjoint(kit, strategy, Affine(problem.a[one], problem.b[one]), g[one])
             close(together[one], alone, slack, f"u of sample {i}")
-            for name, a, b in zip(AdjointReport._fields, told, own, strict=True):
+            for name, a, b in zip(AdjointReport._fields, report, own, strict=True):
                 assert np.allclose(a[i], b[0], rtol=1e3 * slack, atol=slack, equal_nan=True), (
                     f"{name} of sample {i}: {a[i]} in the batch, {b[0]} alone"
                 )
@@ -136,8 +136,8 @@ class ClaimTests(Conformance):
         u, report = solve_adjoint(kit, strategy, problem, g, h)
         exact = problem.adjoint(g)
         error = np.linalg.norm(u - exact, axis=1) / np.linalg.norm(exact, axis=1)
-        told = np.isfinite(report.error)
-        assert (error <= 3 * report.error + 1e-6)[told].all(), f"errors {report.error} are estimated, but are {error}"
+        estimated = np.isfinite(report.error)
+        assert (error <= 3 * report.error + 1e-6)[estimated].all(), f"estimated {report.error}, true {error}"
 
     def test_a_mode_that_the_cotangent_hardly_shows_is_met(self, kit: Kit, strategy: Strategy) -> None:
         """Check the error where one product gives a small residual and hides the mode that dominates u."""

@@ -133,10 +133,10 @@ class StepStrategyTests(Conformance):
         sol = kit.solve(f, z0, solver=solver, rtol=1e-3, max_steps=5, strategy=strategy_name, strategy_options=settings)
         z = kit.numpy(kit.backend.detach(sol.value))
         true = np.linalg.norm(np.einsum("bij,bj->bi", problem.a, z) + problem.b - z, axis=1)
-        told, done = kit.numpy(sol.residual), kit.numpy(sol.converged)
-        known = np.isfinite(told)
-        close(told[known], true[known], 1e3 * kit.eps, "the residual that is reported")
-        assert not done[~known].any(), "CONVERGED without a residual"
+        reported, done = kit.numpy(sol.residual), kit.numpy(sol.converged)
+        finite = np.isfinite(reported)
+        close(reported[finite], true[finite], 1e3 * kit.eps, "the residual that is reported")
+        assert not done[~finite].any(), "CONVERGED without a residual"
         assert (true[done] <= 1.01e-3 * np.linalg.norm(z, axis=1)[done] * 1.01).all(), "CONVERGED, but not the value"
 
     @several("dtype", DTYPES)
