@@ -99,15 +99,15 @@ def gradient(name, backend, z0, **settings):
 @pytest.mark.parametrize("name", COUPLED, ids=lambda f: f.__name__)
 def test_it_is_named_with_the_cure_and_the_cure_is_right(name, backend):
     z, u = truth(name)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
         gradient(name, backend, z)
-    kinds = {each.category for each in told}
-    assert kinds == {CoupledRowsWarning}, [str(each.message) for each in told]
-    text = str(told[0].message)
+    kinds = {each.category for each in shown}
+    assert kinds == {CoupledRowsWarning}, [str(each.message) for each in shown]
+    text = str(shown[0].message)
     assert "of f(z) changes when row" in text
     assert "Set forward.batch = false" in text
-    assert told[0].filename == __file__
+    assert shown[0].filename == __file__
     alone = gradient(name, backend, z, forward__batch=False)
     assert np.linalg.norm(alone - u) <= 1e-6 * np.linalg.norm(u)
 
@@ -188,14 +188,14 @@ def test_a_layer_counts_for_itself_and_a_coupled_one_is_measured_each_time():
     x, settings = torch.randn(8, 4, requires_grad=True), {"forward__solver": "picard", "forward__rtol": 1e-4}
     for kind in ({}, {"checkpoint": True}):
         for layer in (DEQ(Cell(), **settings, **kind), DEQ(Cell(), **settings, **kind)):
-            with warnings.catch_warnings(record=True) as told:
+            with warnings.catch_warnings(record=True) as shown:
                 warnings.simplefilter("always")
                 for batch in (8, 7, 6):  # another shape is not another layer
                     sol = layer.solve(x[:batch])
                     (sol.value * x[:batch].detach()).sum().backward()
                     assert (sol.backward.coupling > 0).any()
-            assert {each.category for each in told} == {CoupledRowsWarning}
-            assert len([each for each in told if "adjoint" in str(each.message)]) == 1
+            assert {each.category for each in shown} == {CoupledRowsWarning}
+            assert len([each for each in shown if "adjoint" in str(each.message)]) == 1
 
 
 # -- no false alarms --------------------------------------------------------------------------------------------

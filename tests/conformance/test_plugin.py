@@ -128,8 +128,8 @@ def test_without_pytest_the_message_names_the_extra(tmp_path):
 def command(capsys, *args: str) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as ended:
         app.main(list(args))
-    told = capsys.readouterr()
-    return int(ended.value.code or 0), told.out, told.err
+    printed = capsys.readouterr()
+    return int(ended.value.code or 0), printed.out, printed.err
 
 
 def test_a_good_solver_and_its_three_outputs(capsys, tmp_path):

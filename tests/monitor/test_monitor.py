@@ -345,10 +345,10 @@ def test_the_section_of_a_config_file_is_used(tmp_path, monkeypatch) -> None:
     assert monitor.every == 3
     with monitor:
         for step in range(3):
-            told = (
+            expectation = (
                 pytest.warns(MonitorWarning, match="mean of deq_forward_steps over 2") if step == 2 else nullcontext()
             )
-            with told:
+            with expectation:
                 deqcore.fixed_point(affine(0.5), np.zeros((2, 2)))
     assert (tmp_path / "a.csv").exists()
 

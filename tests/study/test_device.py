@@ -76,8 +76,8 @@ def test_a_device_that_is_not_there_ends_the_study_before_it_trains(given: list[
     with pytest.raises(SystemExit) as ended:
         main(["study", str(tmp_path / "study.toml"), "--out", str(tmp_path / "out"), *given])
     assert ended.value.code == 2
-    told = " ".join(capsys.readouterr().err.split())
-    assert "device = 'cuda:99', but torch has none of that name here: torch cannot use the device" in told
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "device = 'cuda:99', but torch has none of that name here: torch cannot use the device" in printed
     assert not (tmp_path / "out").exists()
 
 

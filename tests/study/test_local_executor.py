@@ -102,9 +102,9 @@ def test_the_command_trains_reports_and_continues(
     assert "digits torch dense picard jacobian-free" in plan
     assert "0/1" in plan
     _run(["study", "study.toml", "--language", "ja"])
-    told = capsys.readouterr().out
-    assert "test accuracy" in told
-    assert "vjps backward" in told
+    printed = capsys.readouterr().out
+    assert "test accuracy" in printed
+    assert "vjps backward" in printed
     for name in ("results.json", "results.csv", "results.md", "report.html", "study.json"):
         assert (tmp_path / "study-tiny" / name).stat().st_size > 100
     assert (

@@ -65,10 +65,10 @@ def test_a_machine_sends_progress_and_files_and_goes_on_from_what_it_gets(tmp_pa
     with pytest.raises(Stop):
         CellTraining(cell, digits, TorchTrainer, tmp_path / "cut", stop).run()
     half = (tmp_path / "cut" / "progress.safetensors").read_bytes()
-    told = list(ray.train(cell.as_dict(), {"progress.safetensors": half}))
-    files = {name: content for each in told for name, content in each["files"].items()}
+    sent = list(ray.train(cell.as_dict(), {"progress.safetensors": half}))
+    files = {name: content for each in sent for name, content in each["files"].items()}
     assert set(files) == {"progress.safetensors", "result.json"}
-    assert {each["progress"]["epoch"] for each in told if each["progress"]} == {2}  # the first epoch is not done again
+    assert {each["progress"]["epoch"] for each in sent if each["progress"]} == {2}  # the first epoch is not repeated
     result = json.loads(files["result.json"])
     assert result["test_loss"] == whole["test_loss"]
     assert result["history"]["steps"]["loss"] == whole["history"]["steps"]["loss"]

@@ -37,8 +37,8 @@ def test_progress_comes_back_bit_by_bit(tmp_path: Path):
     tensors = {"weight.W": np.random.default_rng(0).standard_normal((3, 2)).astype(np.float32)}
     history = {"epochs": 2, "loss": [0.1, 1 / 3]}
     store.write_progress(tmp_path, tensors, history)
-    found, told = store.read_progress(tmp_path) or ({}, {})
-    assert told == history
+    found, stored = store.read_progress(tmp_path) or ({}, {})
+    assert stored == history
     assert found["weight.W"].tobytes() == tensors["weight.W"].tobytes()
 
 
