@@ -95,7 +95,7 @@ def test_a_step_that_returns_something_else(wrong, words):
             r"must return u of the cotangent's shape \(2, 3\) \(got a \w+ of shape \(1, 3\)\)",
         ),
         (
-            lambda g, report: (g, report._replace(vjps=5)),
+            lambda g, r: (g, r._replace(vjps=5)),
             r"\(report.vjps\) must return one number per sample.*\(got a int\)",
         ),
     ],
