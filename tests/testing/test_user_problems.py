@@ -216,7 +216,7 @@ def test_a_reference_that_would_be_too_large_says_so():
 
 
 def test_an_empty_batch_has_no_gradient_to_check():
-    with pytest.raises(ProblemError, match="give a sample at least"):
+    with pytest.raises(ProblemError, match="Give at least one sample"):
         reference(lambda xp, p, z, x: 0.5 * z + x, np.zeros((0, 3)), {}, np.zeros((0, 3)))
 
 
