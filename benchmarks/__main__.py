@@ -123,7 +123,7 @@ def _run(section: str, framework: str, threads: int, quick: bool) -> dict[str, A
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         process = subprocess.run(command, cwd=ROOT, env=environment, check=False)
         if process.returncode or not answer.is_file():
-            return {"error": f"its process ended with code {process.returncode}; its message stands above"}
+            return {"error": f"its process ended with code {process.returncode}; see its message above"}
         results: dict[str, Any] = json.loads(answer.read_text())
         return results
 

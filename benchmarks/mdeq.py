@@ -429,7 +429,7 @@ def page(found: dict[str, Any]) -> tuple[str, bool]:
     busy = sorted(found["disturbance"])[len(found["disturbance"]) // 2]
     clock = "processor time (`--busy`)" if found["clock"] == "process_time" else "wall-clock time"
     return (
-        f"# A multiscale model beside torchdeq\n\n"
+        f"# A multiscale model compared with torchdeq\n\n"
         f"By `python -m benchmarks.mdeq`: forward and backward pass of an MDEQ cell ({found['parameters']} weights, "
         f"resolutions {', '.join(str(SIZE >> k) for k in range(len(CHANNELS)))} with {CHANNELS} channels, batch "
         f"{BATCH}, float32), one thread. Every sample reaches a residual of {RESIDUAL:g}; the gradient of the "

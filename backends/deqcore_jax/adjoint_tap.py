@@ -1,6 +1,6 @@
 """What a backward pass did: a tap carries the report of the adjoint solve out of `jax.grad` as data.
 
-A vector–Jacobian product has no return path beside its gradients, so the figures come back as one of them. Inside
+A vector–Jacobian product returns only its gradients, so the figures come back as one of them. Inside
 `reporting(tap)` a solve takes the tap along, an argument of zeros. The gradient with respect to the tap *is* the
 report. It passes `jit`, `vmap`, `scan` and layers, and costs nothing where you do not ask for it.
 

@@ -72,7 +72,7 @@ class DEQ(nnx.Module):
         """Return the equilibrium z*, a tree like the state.
 
         Args:
-            *inputs: what the cell takes beside z.
+            *inputs: what the cell takes in addition to z.
             z0: initial state; default: see the class.
             until: when a sample halts before it has converged, such as `deqcore.halting.Settled(read)`.
         """
@@ -82,7 +82,7 @@ class DEQ(nnx.Module):
         """Return the solution: the equilibrium and the report of its solve.
 
         Args:
-            *inputs: what the cell takes beside z.
+            *inputs: what the cell takes in addition to z.
             z0: initial state; default: see the class.
             until: when a sample halts before it has converged.
             **overrides: settings of this call.
@@ -102,7 +102,7 @@ class DEQ(nnx.Module):
         step budget of the layer.
 
         Args:
-            *inputs: what the cell takes beside z.
+            *inputs: what the cell takes in addition to z.
             steps: step counts, increasing and positive, after which a state is wanted.
             z0: initial state; default: see the class.
 

@@ -89,7 +89,7 @@ def _own(y: Tensor, start: int) -> Tensor:
 
 
 class _Job:
-    """The data that a backward pass needs beside tensors.
+    """The data that a backward pass needs in addition to tensors.
 
     It refers neither to f nor to arguments nor to an output, because the graph would keep them alive.
     """

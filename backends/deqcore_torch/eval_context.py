@@ -1,4 +1,4 @@
-"""The context of an evaluation of f beside its inputs: recording, autocast, the state of random numbers."""
+"""What an evaluation of f depends on besides its inputs: recording, autocast, the state of random numbers."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ class DEQ(nn.Module):
         """Return the equilibrium z*, a tree like the state.
 
         Args:
-            *inputs: what the cell takes beside z; gradients reach them.
+            *inputs: what the cell takes in addition to z; gradients reach them.
             z0: initial state; default: see the class.
             until: when a sample halts before it has converged, such as `deqcore.halting.Settled(read)`.
         """

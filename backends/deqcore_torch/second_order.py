@@ -121,7 +121,7 @@ class _Pushed(torch.autograd.Function):
     """The result of the backward of `Twice`, as a function that is linear in its cotangents and differentiable in them.
 
     A Hessian-vector product by the double-backward trick differentiates it in them only. `tied` are the tensors that
-    it depends on beside these, behind nodes that refuse: its derivative in them is of order 3.
+    it depends on besides these, behind nodes that refuse: its derivative in them is of order 3.
     """
 
     @staticmethod

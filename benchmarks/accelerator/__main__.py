@@ -133,7 +133,7 @@ class _Processes:
             left = left[answered:]
             if left and not (code == DEAD and answered):
                 why = "it took too long and was ended" if late else f"its process ended with code {code}"
-                yield {"item": left.pop(0), "error": f"{why}; its message stands in the log"}
+                yield {"item": left.pop(0), "error": f"{why}; see its message in the log"}
 
     def _process(self, part: str, items: Sequence[str], seconds: float) -> subprocess.Popen[str]:
         from benchmarks.accelerator.parts import PARTS

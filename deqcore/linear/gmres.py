@@ -67,7 +67,7 @@ def gmres(
         x0: start `(batch, n)`, default zero (which saves one product). A sample for which zero is nearer begins there:
             what rounding leaves of a residual is relative to the start, and a poor estimate's may be 1e5 times x.
         rtol: stop when ‖b − A x‖ ≤ rtol·‖b‖.
-        max_steps: products at most, beside the one that a start takes.
+        max_steps: products at most, without the one that a start takes.
         precondition: `v ↦ M v` with M ≈ A^-1, applied from the right, so that residuals stay true ones.
         reorthogonalize: project again where products cancel (`Backend.orthogonalize`), so that the basis stays
             orthogonal to rounding.

@@ -89,6 +89,8 @@ PHRASES: Final[tuple[tuple[str, tuple[Where, ...], str], ...]] = (
     (r"\bas ever\b", ANYWHERE, "'as usual'"),
     (r"\b(?:go|goes|went) on\b(?! top\b)", ANYWHERE, "'continue'"),
     (r"\bbut for\b", ANYWHERE, "'except for'"),
+    (r"\bstands? (?:in|at|on|above|beside)\b", ANYWHERE, "'is in', 'has'"),
+    (r"\bbeside (?:f|z)\b", ANYWHERE, "'without', 'in addition to'"),
     (r"\b(?:is|are|was|were) to be\b", ANYWHERE, "'must be', or the verb alone"),
     (r"\b(?:say|says|know|knows) nothing\b", ANYWHERE, "what it does not show"),
     (r"\bknows? no\b", ANYWHERE, "'does not have'"),

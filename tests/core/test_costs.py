@@ -1,4 +1,4 @@
-"""What a solve asks of the machine beside f: bytes kept, waits for a device."""
+"""What a solve costs the machine without f: bytes kept, waits for a device."""
 
 from __future__ import annotations
 

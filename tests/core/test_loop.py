@@ -546,7 +546,7 @@ class Watched(Broyden):
 
 
 def test_a_frozen_sample_that_goes_on_keeps_its_secant_equation(be, truth):
-    """While sample 0 was frozen the ring moved on, so its own old vectors may stand in the next slot."""
+    """While sample 0 was frozen the ring moved on, so its own old vectors may be in the next slot."""
     problem = truth.affine(0, 2, 12, [0.5, 0.97])
     f, z0 = truth.affine_map(be, problem), be.asarray(0 * problem.b)
     solver = Watched(history_size=14)

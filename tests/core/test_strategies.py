@@ -428,13 +428,17 @@ def test_reuse_without_an_estimate_is_a_broken_promise(be, truth):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("broyden-reuse", {"max_relative_error": 1.5}, "max_relative_error = 1.5"),
+        (
+            "broyden-reuse",
+            {"max_relative_error": 1.5},
+            "max_relative_error must be a number between 0 and 1, or none (got 1.5)",
+        ),
         (
             "broyden-reuse",
             {"max_relative_error": "some"},
             "max_relative_error must be of type Union[float, Literal['none'], NoneType] (got 'some')",
         ),
-        ("broyden-reuse", {"max_refine_vjps": 0}, "max_refine_vjps = 0"),
+        ("broyden-reuse", {"max_refine_vjps": 0}, "max_refine_vjps must be at least 1 (got 0)"),
         ("broyden-reuse", {"fallback": "hope"}, "'hope'"),
         ("exact-ift", {"rtol": "tight"}, "rtol must be of type Union[float, Literal['auto']] (got 'tight')"),
         ("jacobian-free", {"steps": 1}, "no option 'steps'"),

@@ -42,6 +42,8 @@ def faults(prose, tmp_path, text, suffix=".py"):
         "There is a file, but no table in it.",
         "The solve goes on.",
         "Everything is right but for the sign.",
+        "The key stands on each line.",
+        "The cell takes inputs beside z.",
         "The file is to be read first.",
         "The residual says nothing of the error.",
         "JSON knows no NaN.",

@@ -147,7 +147,7 @@ def run(place: Store, cells: Sequence[Cell], watcher: CellObserver, jobs: int = 
 
 
 def measure(place: Store, cell: Cell, steps: int) -> dict[str, Any]:
-    """Time a cell's steps in its own process, with nothing beside it.
+    """Time a cell's steps in its own process, while no other cell runs.
 
     Raises:
         StudyError: the process came to nothing.
