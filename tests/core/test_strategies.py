@@ -431,7 +431,7 @@ def test_reuse_without_an_estimate_is_a_broken_promise(be, truth):
         (
             "broyden-reuse",
             {"max_relative_error": 1.5},
-            "max_relative_error must be a number between 0 and 1, or none (got 1.5)",
+            "number between 0 and 1, or none (got 1.5)",
         ),
         (
             "broyden-reuse",
