@@ -28,8 +28,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, ClassVar
 
+import numpy as np
 import optree
 
 from deqcore.abc.adjoint import AdjointSolver
@@ -184,8 +186,15 @@ class Backend(ABC):
         Rows whose norm is too extreme to be squared are scaled and summed a second time. Without such a row (almost
         always) this costs a comparison of `(batch,)` numbers; with zero rows, a search for their largest entry.
         """
-        xp = self.xp
-        low = float(xp.finfo(plain_norm.dtype).smallest_normal) ** (1 / 3)
+        xp, low = self.xp, _least(self.xp, plain_norm.dtype) ** (1 / 3)
+        seen = self.numpy_view(plain_norm)
+        if seen is not None:
+            doubtful = ~((seen > low) & (seen < 1 / low))
+            if not doubtful.any():
+                return plain_norm
+            top = self.numpy_view(self._largest(v, plain_norm))
+            if top is not None and not (doubtful & (top > 0) & np.isfinite(top)).any():
+                return plain_norm
         safe = (plain_norm > low) & (plain_norm < 1 / low)
         if self.known_all(safe):
             return plain_norm
@@ -228,11 +237,11 @@ class Backend(ABC):
         """
         xp = self.xp
         norm = self.detach(norm)
-        low = float(xp.finfo(norm.dtype).smallest_normal) ** 0.125
-        usable = (norm > 0) & xp.isfinite(norm)
-        plain = ((norm > low) & (norm < 1 / low)) | ~usable
-        if self.known_all(plain):
+        low = _least(xp, norm.dtype) ** 0.125
+        seen = self.numpy_view(norm)
+        if seen is not None and not _far_from_one(np, seen, low).any():
             return None
+        plain = ~_far_from_one(xp, norm, low)
         kind = xp.finfo(like.dtype)
         bound = 2.0 ** (math.floor(math.log2(min(1 / float(kind.smallest_normal), float(kind.max)))) - 1)
         one = xp.ones_like(norm)
@@ -600,3 +609,14 @@ class Backend(ABC):
     def synchronize(self) -> None:
         """Wait until all devices have finished. Only measurements call it."""
         return None
+
+
+@cache
+def _least(xp: Any, dtype: Any) -> float:
+    """Return the smallest normal number of a dtype."""
+    return float(xp.finfo(dtype).smallest_normal)
+
+
+def _far_from_one(xp: Any, norm: Any, low: float) -> Any:
+    """Return which norms `(batch,)` are positive and finite, but outside of `low` to its inverse."""
+    return ((norm <= low) | (norm >= 1 / low)) & (norm > 0) & xp.isfinite(norm)
