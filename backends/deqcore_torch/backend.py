@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
 import array_api_compat.torch as xp
@@ -92,15 +92,8 @@ class TorchBackend(Backend):
             return x
         return x.clone()
 
-    @contextmanager
-    def guard_inplace(self, z: Tensor) -> Iterator[Tensor]:
-        if z.is_inference():  # which keeps no version
-            yield z
-            return
-        before = z._version
-        yield z
-        if z._version != before:
-            raise ProblemError.in_place()
+    def guard_inplace(self, z: Tensor) -> AbstractContextManager[Tensor]:
+        return _Guard(z)
 
     def to_accum_dtype(self, x: Tensor) -> Tensor:
         return x.to(_wide(x.device))
@@ -148,7 +141,7 @@ class TorchBackend(Backend):
         return x.index_copy(0, rows, part)
 
     def numpy_view(self, x: Tensor) -> Any | None:
-        if x.device.type != "cpu" or functorch.active():
+        if not x.is_cpu or functorch.active():
             return None
         return (x.detach() if x.requires_grad else x).numpy()
 
@@ -183,7 +176,7 @@ class TorchBackend(Backend):
     def _native(self, x: Tensor) -> Any | None:
         """Return the native steps that can read x; those for the host only if reading x costs no wait."""
         steps = native.reading(x)
-        return None if steps is None or (x.device.type == "cpu" and self.numpy_view(x) is None) else steps
+        return None if steps is None or (x.is_cpu and self.numpy_view(x) is None) else steps
 
     def solve(self, a: Tensor, b: Tensor) -> Tensor:
         x, info = torch.linalg.solve_ex(a, b if b.dim() == 3 else b[..., None])
@@ -362,6 +355,23 @@ def _refuse_split(z0: Tensor) -> None:
             "(tensor-parallel modules): the cell must then take and return plain tensors, the same on each rank of the "
             "tensor-parallel group."
         )
+
+
+class _Guard(AbstractContextManager[Tensor]):
+    """See `Backend.guard_inplace`. It runs at each evaluation of f, so it is no generator, which takes longer."""
+
+    __slots__ = ("before", "z")
+
+    def __init__(self, z: Tensor) -> None:
+        self.z = z
+        self.before = -1 if z.is_inference() else z._version  # inference tensors keep no version
+
+    def __enter__(self) -> Tensor:
+        return self.z
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is None and self.before >= 0 and self.z._version != self.before:
+            raise ProblemError.in_place()
 
 
 def _untracked(y: Tensor) -> Tensor:

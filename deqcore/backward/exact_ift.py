@@ -129,18 +129,19 @@ class ExactIFT(Strategy):
         )
         budget = steps + (0 if u0 is None else 1)
         ended = backend.xp.where(found.products < budget, int(Status.STALLED), int(Status.MAX_STEPS))
-        u, residual, vjps = self._direct(backend, vjp, g, found)
-        converged = residual <= rtol * backend.to_accum_dtype(backend.norm(g))
+        size = backend.norm(g)
+        u, residual, vjps = self._direct(backend, vjp, g, size, found)
+        converged = residual <= rtol * backend.to_accum_dtype(size)
         status = backend.xp.where(converged, int(Status.CONVERGED), ended)
-        return u, _reported(backend, g, residual, vjps, status)
+        return u, _reported(backend, g, size, residual, vjps, status)
 
-    def _direct(self, backend: Backend, vjp: Map, g: Array, found: LinearSolution) -> Direct:
+    def _direct(self, backend: Backend, vjp: Map, g: Array, size: Array, found: LinearSolution) -> Direct:
         """What GMRES found, or the direct solve where it found nothing and the budget allows that."""
         before = Direct(found.x, found.residual, found.products)
         cost = g.shape[1] + 1
         if g.shape[1] > self.direct or (self.max_steps != "auto" and self.max_steps < cost):
             return before
-        wanted = ~found.converged & backend.xp.isfinite(backend.norm(g))
+        wanted = ~found.converged & backend.xp.isfinite(size)
         if self.max_steps != "auto":
             wanted = wanted & (found.products + cost <= self.max_steps)
         return solve_direct(backend, vjp, g, wanted, before)
@@ -150,14 +151,15 @@ class ExactIFT(Strategy):
     ) -> tuple[Array, AdjointReport]:
         """By a registered solver."""
         xp = backend.xp
-        control = StoppingCriteria(rtol=0.0, atol=rtol * backend.norm(g), max_steps=self._steps(g.shape[1]))
+        size = backend.norm(g)
+        control = StoppingCriteria(rtol=0.0, atol=rtol * size, max_steps=self._steps(g.shape[1]))
         forward = iterate(backend, solver, lambda u: g + vjp(u), u0, control)
         # Without a solution u grows until g is lost in the rounding of Jᵀu: a difference of zero is no solution.
         rounding = backend.cast(backend.eps(forward.z) * backend.norm(forward.z), forward.residual)
         residual = xp.maximum(forward.residual, rounding)
         lost = (forward.status == int(Status.CONVERGED)) & ~(residual <= control.atol)
         status = xp.where(lost, int(Status.STALLED), forward.status)
-        return forward.z, _reported(backend, g, residual, forward.evaluations, status)
+        return forward.z, _reported(backend, g, size, residual, forward.evaluations, status)
 
     def _steps(self, n: int) -> int:
         """Steps of the iteration, for systems of n unknowns."""
@@ -173,9 +175,9 @@ class ExactIFT(Strategy):
         return None if zero else g
 
 
-def _reported(backend: Backend, g: Array, residual: Array, vjps: Array, status: Array) -> AdjointReport:
+def _reported(backend: Backend, g: Array, size: Array, residual: Array, vjps: Array, status: Array) -> AdjointReport:
     """The report; a residual that is not finite has its own status."""
     xp = backend.xp
-    left = relative(backend, residual, backend.norm(g))
+    left = relative(backend, residual, size)
     status = xp.where(xp.isfinite(left), status, int(Status.NONFINITE))
     return report(backend, g, status=xp.astype(status, xp.int32), vjps=vjps, residual=left)

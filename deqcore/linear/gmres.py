@@ -80,11 +80,12 @@ def gmres(
     (2005).
     """
     space = KrylovSpace(backend, product, precondition, reorthogonalize, check_every)
-    goal = rtol * backend.to_accum_dtype(backend.norm(b))
+    size = backend.norm(b)
+    goal = rtol * backend.to_accum_dtype(size)
     r = b
     if x0 is not None:
         r = b - product(x0)
-        nearer = backend.norm(r) <= backend.norm(b)  # False for NaN, too
+        nearer = backend.norm(r) <= size  # False for NaN, too
         x0, r = backend.select(nearer, x0, backend.xp.zeros_like(x0)), backend.select(nearer, r, b)
     if restart is not None and restart < max_steps:
         x, residual, products = _restarted(space, x0, r, goal, max_steps, restart)
@@ -93,16 +94,16 @@ def gmres(
         x, residual = _ended(space, k, x0)
         products = k.steps
     return LinearSolution(
-        x=_visible(backend, x, b),
+        x=_visible(backend, x, size),
         residual=residual,
         products=products if x0 is None else products + 1,
         converged=(residual <= goal) & backend.xp.isfinite(residual),
     )
 
 
-def _visible(backend: Backend, x: Array, b: Array) -> Array:
-    """`x` with NaN where `b` is not finite: such a vector is in no basis, and zero would look like a solution."""
-    finite = backend.xp.isfinite(backend.norm(b))
+def _visible(backend: Backend, x: Array, size: Array) -> Array:
+    """`x` with NaN where ‖b‖ is not finite: such a vector is in no basis, and zero would look like a solution."""
+    finite = backend.xp.isfinite(size)
     if backend.known_all(finite):
         return x
     return backend.select(finite, x, backend.xp.full_like(x, float("nan")))

@@ -14,7 +14,7 @@ import numpy as np
 from deqcore.abc.backend import Backend
 from deqcore.abc.solver import Solver
 from deqcore.solve.step import freeze, masked, shortened, take_step
-from deqcore.solve.termination import PROGRESS, REFUSED, Limits, spent, verdict
+from deqcore.solve.termination import IDLE, PROGRESS, REFUSED, Limits, spent, verdict
 from deqcore.types import Array, LoopState, Map, Status, StepResult
 
 FIGURES: Final = ("status", "steps", "best_residual", "reference", "peak", "mark", "since", "length", "tried", "extra")
@@ -149,6 +149,10 @@ class HostLoop:
         left = last.status == int(Status.RUNNING)
         if not left.any():
             return end
+        # Below the bound of `spent` a sample is neither idle nor, without refused steps, anything but MAX_STEPS.
+        if (last.since < IDLE).all() and (last.since >= 0).all():
+            status = np.where(left, np.int32(int(Status.MAX_STEPS)), last.status)
+            return end._replace(status=backend.from_numpy_view(status))
         residual, size = self.norms or map(backend.numpy_view, backend.residual_norms(end.z, end.fz))
         size = backend.numpy_view(backend.norm(end.fz)) if size is None else size
         with np.errstate(all="ignore"):

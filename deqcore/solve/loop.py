@@ -137,12 +137,10 @@ def _first_figures(xp: Any, limits: Limits, residual: Any, size: Any, start: Any
     """Return the figures of the loop state before the first step, from ‖f(z0) − z0‖, ‖f(z0)‖ and ‖z0‖ `(batch,)`."""
     reference = greater(xp, start, size)
     finite = xp.isfinite(residual)
-    none = xp.zeros_like(residual, dtype=xp.int32)
     met = residual <= goal(xp, limits, size, reference)
-    status = xp.where(met, none + int(Status.CONVERGED), none)
-    status = xp.where(finite, status, xp.full_like(status, int(Status.NONFINITE)))
-    endless = xp.full_like(residual, float("inf"))
-    mark = xp.where(finite, residual, endless)
+    status = xp.where(finite, xp.astype(met, xp.int32) * int(Status.CONVERGED), int(Status.NONFINITE))
+    none = xp.zeros_like(status)
+    mark = xp.where(finite, residual, float("inf"))
     return {
         "status": status,
         "steps": none,
@@ -152,7 +150,7 @@ def _first_figures(xp: Any, limits: Limits, residual: Any, size: Any, start: Any
         "mark": mark,
         "since": none,
         "length": xp.full_like(residual, 0.5),
-        "tried": endless,
+        "tried": xp.full_like(residual, float("inf")),
         "extra": none,
     }
 

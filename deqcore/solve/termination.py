@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from typing import Any, Final, NamedTuple
 
+import numpy as np
+
 from deqcore.abc.backend import Backend
 from deqcore.types import Array, Path, Status
 
@@ -96,13 +98,15 @@ def goal(xp: Any, limits: Limits, size: Any, reference: Any) -> Any:
 def grown(xp: Any, residual: Any, size: Any, reference: Any, peak: Any) -> Any:
     """Return the growth of the iterate over the fall of the residual, by quotients, because products overflow."""
     scale = greater(xp, peak, reference)
-    one = xp.ones_like(scale)
-    return (residual / xp.where(peak > 0.0, peak, one)) * (size / xp.where(scale > 0.0, scale, one))
+    return (residual / xp.where(peak > 0.0, peak, 1.0)) * (size / xp.where(scale > 0.0, scale, 1.0))
 
 
 def judged(xp: Any, limits: Limits, residual: Any, size: Any, reference: Any, peak: Any, mark: Any) -> tuple[Any, Any]:
     """Return whether the tolerance is met, and whether only the growth of the iterate meets it, `(batch,)` of bool."""
     near = residual <= goal(xp, limits, size, reference)
+    settled = near & (size <= reference)
+    if xp is np and (settled == near).all():  # as in most steps: nothing has grown
+        return near, near & ~near
     lost, hidden = limits.lost * size, limits.hidden * size
     # A residual not below an earlier one that did not converge meets the tolerance by growth alone.
     proven = (residual < mark) & (grown(xp, greater(xp, residual, hidden), size, reference, peak) <= limits.slack)
@@ -112,7 +116,7 @@ def judged(xp: Any, limits: Limits, residual: Any, size: Any, reference: Any, pe
     # A residual far below its largest value, by one large fall, which no way to infinity shows.
     least = greater(xp, residual, lost)
     bottom = (FALL * least <= peak) & (DROP * least <= mark)
-    met = near & ((size <= reference) | at_start | absolute | (resolved & (proven | bottom)))
+    met = settled | (near & (at_start | absolute | (resolved & (proven | bottom))))
     return met, near & ~met & ~resolved
 
 
@@ -123,15 +127,14 @@ def verdict(xp: Any, limits: Limits, residual: Any, size: Any, path: Path) -> Ve
     sane = BLOW_UP * residual <= path.reference  # False for NaN, too
     better = ((residual < path.best) & (limits.lost * size <= LOST * path.peak)) | (met & sane)
     progress = residual < PROGRESS * path.mark
-    waited = xp.where(path.since < 0, xp.zeros_like(path.since), path.since)
-    since = xp.where(progress, xp.zeros_like(waited), waited + 1)
+    since = xp.where(progress, 0, xp.where(path.since < 0, 0, path.since) + 1)
     status = xp.astype(met, xp.int32) * int(Status.CONVERGED)
-    status = xp.where(met | (since < limits.patience), status, xp.full_like(status, int(Status.STALLED)))
-    status = xp.where(sane & ~escaped, status, xp.full_like(status, int(Status.DIVERGED)))
+    status = xp.where(met | (since < limits.patience), status, int(Status.STALLED))
+    status = xp.where(sane & ~escaped, status, int(Status.DIVERGED))
     return Verdict(
         better=better,
-        status=xp.where(finite, status, xp.zeros_like(status)),
-        since=xp.where(finite, since, xp.full_like(since, REFUSED)),
+        status=xp.where(finite, status, 0),
+        since=xp.where(finite, since, REFUSED),
         mark=xp.where(progress, residual, path.mark),
         peak=xp.where(sane & (residual > path.peak), residual, path.peak),
     )
@@ -146,6 +149,5 @@ def spent(xp: Any, residual: Any, size: Any, path: Path, steps: Any) -> Any:
     idle = (2 * path.since > steps) & (path.since >= IDLE)
     away = grown(xp, residual, size, path.reference, path.peak) > FAR
     status = xp.full_like(path.since, int(Status.MAX_STEPS))
-    status = xp.where(idle, xp.full_like(status, int(Status.STALLED)), status)
-    status = xp.where(idle & away, xp.full_like(status, int(Status.DIVERGED)), status)
-    return xp.where(path.since < 0, xp.full_like(status, int(Status.NONFINITE)), status)
+    status = xp.where(idle, xp.where(away, xp.full_like(status, int(Status.DIVERGED)), int(Status.STALLED)), status)
+    return xp.where(path.since < 0, int(Status.NONFINITE), status)

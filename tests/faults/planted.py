@@ -393,8 +393,8 @@ SOLVERS = [
     Fault(
         "a criterion met by growth",
         "deqcore.solve.termination",
-        "    met = near & ((size <= reference) | at_start | absolute | (resolved & (proven | bottom)))\n",
-        "    met = near & ((size <= reference) | at_start | absolute | (bottom == bottom))\n",
+        "    met = settled | (near & (at_start | absolute | (resolved & (proven | bottom))))\n",
+        "    met = settled | (near & (at_start | absolute | (bottom == bottom)))\n",
         "solver broyden",
         "test_growth_of_the_iterate_meets_no_tolerance",
         "CONVERGED by growth",

@@ -26,7 +26,7 @@ def reading(x: Tensor) -> ModuleType | Any | None:
     """Return the native steps, if they can read x and neither autograd nor a transformation tracks it."""
     if (torch.is_grad_enabled() and x.requires_grad) or functorch.active():
         return None
-    steps = loaded(x.device.type)
+    steps = loaded("cpu" if x.is_cpu else x.device.type)
     return None if steps is None or not steps.plain(x) else steps
 
 

@@ -256,9 +256,9 @@ def _cleared(chunks, per_chunk, slot, row, like):
 @compiled
 def broyden(
     z, fz, ahead, basis, per_chunk, slot, used, fresh, active, seen, gram, left, right, pairs, before, step, norm,
-    unit, next_step, next_norm, start, stop,
+    unit, next_step, next_norm, size, start, stop,
 ):  # fmt: skip
-    """Do the part of a step of `Broyden` after f, with the next iterate z + Q c in `ahead`.
+    """Do the part of a step of `Broyden` after f, with the next iterate z + Q c in `ahead` and ‖f(z)‖ in `size`.
 
     Names and formulas are those of `deqcore.solvers.broyden`; gram, left, right `(m, batch, m)` and pairs
     `(m, batch, 2 m)` are the only chunks of their histories. Small algebra takes several samples at a time, because
@@ -279,11 +279,13 @@ def broyden(
                     pairs[slot, b] = 0.0
                 next_step[b] = step[b]
                 next_norm[b] = norm[b]
+                size[b] = 0.0
                 _copy(z[b], ahead[b])
                 continue
             g = ahead[b]  # for now: where products find it in the cache
             _subtract_scaled(fz[b], z[b], 1.0 / unit[b], g)
             next_norm[b] = unit[b] * _norm(g)
+            size[b] = _norm(fz[b])
             _written(basis, per_chunk, slot, b, z, g)
             count = _slots(seen[b], used, slots)
             _products(basis, per_chunk, slots, count, g, b, z, d[j])

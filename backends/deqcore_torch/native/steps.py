@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -47,7 +48,7 @@ def step(backend: Backend, solver: Solver, f: Map, z: Tensor, fz: Tensor, state:
 
 def plain(z: Tensor) -> bool:
     """Return whether kernels can read this: some rows of float32 or float64, on the host, in one piece."""
-    return type(z) is Tensor and z.device.type == "cpu" and z.dtype in VECTORS and z.numel() > 0 and z.is_contiguous()
+    return type(z) is Tensor and z.is_cpu and z.dtype in VECTORS and z.is_contiguous() and z.numel() > 0
 
 
 def _holds(history: Any, like: Tensor) -> bool:
@@ -62,20 +63,33 @@ def _room(like: Tensor) -> Tensor:
 
 def view(x: Tensor) -> Any:
     """Return the same memory as a NumPy array; a copy, for reading only, if it is not contiguous."""
-    return (x.detach() if x.requires_grad else x).contiguous().numpy()
+    x = x.detach() if x.requires_grad else x
+    return x.numpy() if x.is_contiguous() else x.contiguous().numpy()
+
+
+@lru_cache(64)
+def _all(*shape: int) -> Any:
+    """Return an array of True, shared and only read."""
+    return np.ones(shape, np.bool_)
+
+
+@lru_cache(64)
+def _ones(batch: int) -> Any:
+    """Return an array of 1, shared and only read."""
+    return np.ones(batch)
 
 
 def _masks(before: TorchHistory, after: TorchHistory) -> tuple[Any, Any]:
     """Return which rows are active, and which slots each has seen once the new one is written."""
     batch = after.store.batch
-    active = np.ones(batch, np.bool_) if before.active is None else view(before.active)
-    seen = np.ones((batch, after.history_size), np.bool_) if after.seen is None else view(after.seen)
+    active = _all(batch) if before.active is None else view(before.active)
+    seen = _all(batch, after.history_size) if after.seen is None else view(after.seen)
     return active, seen
 
 
 def _unit(unit: Tensor | None, batch: int) -> Any:
     """Return the units of a solver's vectors, as numbers for kernels."""
-    return np.ones(batch) if unit is None else view(unit.to(torch.float64))
+    return _ones(batch) if unit is None else view(unit.to(torch.float64))
 
 
 def _next(history: TorchHistory, base: Tensor, coefficients: Tensor) -> Tensor:
@@ -107,7 +121,7 @@ def _broyden(backend: Backend, f: Map, z: Tensor, state: BroydenState) -> StepRe
     for history in small:
         history.reserve(state.step)
     after = basis.appended()
-    ahead, following, norm = _room(z), _room(state.step), _room(state.norm)
+    ahead, following, norm, size = _room(z), _room(state.step), _room(state.norm), _room(state.norm)
     active, seen = _masks(basis, after)
     run(
         kernels.broyden,
@@ -117,14 +131,14 @@ def _broyden(backend: Backend, f: Map, z: Tensor, state: BroydenState) -> StepRe
         *(slot, after.used(), basis.written < basis.history_size, active, seen),
         *(view(h.store.chunks[0]) for h in small),
         *(view(array) for array in (state.newest, state.step, state.norm)),
-        *(_unit(state.unit, z.shape[0]), view(following), view(norm)),
+        *(_unit(state.unit, z.shape[0]), view(following), view(norm), view(size)),
     )
     after.plan(ahead)
     newest = torch.zeros_like(state.step)
     newest[:, slot] = 1.0
     gram, left, right, pairs = (h.appended(after.seen) for h in small)
     state = BroydenState(after, gram, left, right, pairs, newest, following, norm, None, state.unit)
-    return StepResult(z, value, state)
+    return StepResult(z, value, state, size)
 
 
 def _anderson(backend: Backend, solver: Anderson, f: Map, fz: Tensor, state: AndersonState) -> StepResult | None:
