@@ -84,6 +84,9 @@ class TorchBackend(Backend):
         narrowed = x.dtype is torch.float32 and torch.is_autocast_enabled(kind)
         return float(torch.finfo(torch.get_autocast_dtype(kind) if narrowed else x.dtype).eps)
 
+    def eps(self, x: Tensor) -> float:
+        return float(torch.finfo(x.dtype).eps)
+
     def owned(self, leaves: list[Any]) -> list[Any]:
         return [leaves[0].clone()] if isinstance(leaves[0], Tensor) and held(leaves) else leaves
 

@@ -190,10 +190,10 @@ class Backend(ABC):
         seen = self.numpy_view(plain_norm)
         if seen is not None:
             doubtful = ~((seen > low) & (seen < 1 / low))
-            if not doubtful.any():
+            if not np.count_nonzero(doubtful):
                 return plain_norm
             top = self.numpy_view(self._largest(v, plain_norm))
-            if top is not None and not (doubtful & (top > 0) & np.isfinite(top)).any():
+            if top is not None and not np.count_nonzero(doubtful & (top > 0) & np.isfinite(top)):
                 return plain_norm
         safe = (plain_norm > low) & (plain_norm < 1 / low)
         if self.known_all(safe):
@@ -239,7 +239,7 @@ class Backend(ABC):
         norm = self.detach(norm)
         low = _least(xp, norm.dtype) ** 0.125
         seen = self.numpy_view(norm)
-        if seen is not None and not _far_from_one(np, seen, low).any():
+        if seen is not None and not np.count_nonzero(_far_from_one(np, seen, low)):
             return None
         plain = ~_far_from_one(xp, norm, low)
         kind = xp.finfo(like.dtype)

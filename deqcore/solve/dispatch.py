@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 from deqcore import config as settings
@@ -110,14 +111,20 @@ def pick_backend(config: Config, z0: Tree, args: tuple[Any, ...]) -> Backend:
 
 def plain_leaves(tree: Tree) -> Iterator[Any]:
     """Yield the leaves of plain containers; no framework is needed."""
-    if isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from plain_leaves(value)
-    elif isinstance(tree, (list, tuple)):
+    if isinstance(tree, (list, tuple)):
         for value in tree:
+            yield from plain_leaves(value)
+    elif _is_mapping(type(tree)):
+        for value in tree.values():
             yield from plain_leaves(value)
     else:
         yield tree
+
+
+@lru_cache(256)
+def _is_mapping(kind: type) -> bool:
+    """Return whether objects of this type are mappings; asked for each leaf of each call, so remembered."""
+    return issubclass(kind, Mapping)
 
 
 def _with_estimate() -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from operator import is_
 from typing import Any
 
 from deqcore.abc.backend import Backend
@@ -67,14 +69,18 @@ def shortened(backend: Backend, solver: Solver, carry: LoopState) -> LoopState:
 
 def masked(state: Any, active: Array | None) -> Any:
     """Return the same solver state with `active` set in each of its histories."""
-    if isinstance(state, History):
-        return state.masked(active)
     if not isinstance(state, tuple):
-        return state
-    parts = [masked(part, active) for part in state]
-    if all(part is old for part, old in zip(parts, state, strict=True)):
+        return state.masked(active) if _is_history(type(state)) else state
+    parts = [masked(part, active) if isinstance(part, tuple) or _is_history(type(part)) else part for part in state]
+    if all(map(is_, parts, state)):  # as in most steps
         return state
     return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
+
+
+@lru_cache(256)
+def _is_history(kind: type) -> bool:
+    """Return whether objects of this type are histories; asked for each leaf in each step, so remembered."""
+    return issubclass(kind, History)
 
 
 def finalized(state: Any) -> Any:
