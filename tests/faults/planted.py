@@ -429,8 +429,8 @@ SOLVERS = [
     Fault(
         "one sample's stop stops the batch",
         "deqcore.solve.host",
-        "carry.status, count > self.spare, count == len(carry.status)",
-        "carry.status, count == len(carry.status), count == len(carry.status)",
+        "carry.status, count > self.spare, stopped == 0",
+        "carry.status, stopped == 0, stopped == 0",
         "solver picard",
         "test_a_sample_is_solved_in_company_as_alone",
         "alone",
