@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from operator import is_
 from typing import Any
 
@@ -77,8 +77,8 @@ def masked(state: Any, active: Array | None) -> Any:
     return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
 
 
-@lru_cache(256)
-def _is_history(kind: type) -> bool:
+@cache
+def _is_history(kind: Any) -> bool:
     """Return whether objects of this type are histories; asked for each leaf in each step, so remembered."""
     return issubclass(kind, History)
 
