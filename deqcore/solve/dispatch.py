@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 from deqcore import config as settings
@@ -121,10 +121,8 @@ def plain_leaves(tree: Tree) -> Iterator[Any]:
         yield tree
 
 
-@lru_cache(256)
-def _is_mapping(kind: type) -> bool:
-    """Return whether objects of this type are mappings; asked for each leaf of each call, so remembered."""
-    return issubclass(kind, Mapping)
+# Asked for each leaf of each call, so remembered: a check against an abstract class takes half a microsecond.
+_is_mapping: Callable[[Any], bool] = cache(lambda kind: issubclass(kind, Mapping))
 
 
 def _with_estimate() -> list[str]:
