@@ -166,9 +166,14 @@ class TorchBackend(Backend):
         steps = self._native(result.z)
         return None if steps is None else steps.keep(carry, result, residual, size, limits)
 
-    def fused_arnoldi(self, space: Any, w: Tensor, goal: Tensor, twice: bool) -> Any | None:
+    def fused_arnoldi(self, space: Any, w: Tensor, goal: Tensor, twice: bool, shifted: bool = False) -> Any | None:
+        w = w.contiguous()  # products of f come in any layout
         steps = self._native(w)
-        return None if steps is None else steps.arnoldi(space, w, goal, twice)
+        return None if steps is None else steps.arnoldi(space, w, goal, twice, shifted)
+
+    def fused_least_squares(self, space: Any, inverse: bool) -> Any | None:
+        steps = self._native(space.v)
+        return None if steps is None else steps.least_squares(space, inverse)
 
     def residual_norms(self, z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
         steps = self._native(z)
@@ -189,6 +194,11 @@ class TorchBackend(Backend):
         x, info = torch.linalg.solve_ex(a, b if b.dim() == 3 else b[..., None])
         x = x.masked_fill(info[:, None, None] != 0, float("nan"))
         return x if b.dim() == 3 else x[..., 0]
+
+    def solve_positive(self, a: Tensor, b: Tensor) -> Tensor:
+        steps = self._native(a)
+        found = None if steps is None or torch.is_grad_enabled() and b.requires_grad else steps.solve_positive(a, b)
+        return self.solve(a, b) if found is None else found
 
     def history(self, like: Tensor, history_size: int, dtype: str | None = None) -> History:
         stored = like.dtype if dtype is None else getattr(torch, dtype, None)

@@ -184,6 +184,10 @@ class TorchHistory(History):
         self._place(like)
         return self.written % self.history_size
 
+    def reserved(self, like: Tensor) -> Tensor:
+        """Allocate storage for the next vector and return it, `(batch, n)`."""
+        return self._place(like)
+
     def addresses(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Return the memory addresses of the chunks."""
         return np.array([chunk.data_ptr() for chunk in self.store.chunks], np.int64)

@@ -348,17 +348,30 @@ class Backend(ABC):
         """
         return None
 
-    def fused_arnoldi(self, space: Any, w: Array, goal: Array, twice: bool) -> Any | None:
+    def fused_arnoldi(self, space: Any, w: Array, goal: Array, twice: bool, shifted: bool = False) -> Any | None:
         """Do the part of a GMRES step after the product by compiled code; return None if this backend has none for it.
 
         Args:
             space: `deqcore.linear.gmres.Krylov`.
             w: the product with its latest vector, `(batch, n)`.
             goal: residual at which a sample is done `(batch,)`.
-            twice: project twice.
+            twice: project again where products cancel, see `orthogonalize`.
+            shifted: A = I − J, and `w` is the product with J.
 
         Returns:
             The space with one more dimension.
+        """
+        return None
+
+    def fused_least_squares(self, space: Any, inverse: bool) -> Any | None:
+        """Solve the small system of a Krylov space by compiled code; return None if this backend has none for it.
+
+        Args:
+            space: `deqcore.linear.gmres.Krylov`.
+            inverse: whether the norm of the inverse is wanted.
+
+        Returns:
+            The fields of `deqcore.linear.gmres.LeastSquares`, for a right-hand side of norm 1.
         """
         return None
 

@@ -122,10 +122,10 @@ class BroydenReuse(Strategy):
             backend,
             vjp,
             g,
-            estimate.apply_transpose,  # −M: a preconditioner's sign changes nothing
+            None,
             max_relative_error=max_relative_error,
             max_vjps=self.max_refine_vjps,
-            judge=estimate.apply_transpose_unregularised,
+            judge=lambda v: backend.norm(estimate.apply_transpose_unregularised(v)),
         )
         u, vjps, residual, error = found.u, found.vjps, found.residual, found.error
         code = xp.zeros_like(vjps)
@@ -150,7 +150,7 @@ class BroydenReuse(Strategy):
                 # Samples that are done ask for nothing: their right-hand side is zero.
                 wanted = backend.select(met, xp.zeros_like(g), g)
                 found = gmres(
-                    backend, lambda v: v - vjp(v), wanted, rtol=backend.default_rtol(g), max_steps=self.max_refine_vjps
+                    backend, vjp, wanted, rtol=backend.default_rtol(g), max_steps=self.max_refine_vjps, shifted=True
                 )
                 other, products = found.x, found.products
                 left = relative(backend, found.residual, backend.norm(g))

@@ -119,13 +119,14 @@ class ExactIFT(Strategy):
         steps = self._steps(g.shape[1])
         found = gmres(
             backend,
-            lambda u: u - vjp(u),
+            vjp,
             g,
             u0,
             rtol=rtol,
             max_steps=steps,
             reorthogonalize=bool(self.options.get("reorthogonalize", True)),
             restart=SPACE,
+            shifted=True,
         )
         budget = steps + (0 if u0 is None else 1)
         ended = backend.xp.where(found.products < budget, int(Status.STALLED), int(Status.MAX_STEPS))

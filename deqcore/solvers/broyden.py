@@ -294,9 +294,7 @@ class Broyden(Solver):
         xp = backend.xp
         both = state.pairs.vectors()  # (batch, used, 2 m)
         used, slots = both.shape[1], state.step.shape[1]
-        steps, differences = both[:, :, :slots], both[:, :, slots:]
-        rows = state.gram.vectors()
-        missing = xp.broadcast_to(xp.zeros_like(rows[:, :1]), (rows.shape[0], slots - used, slots))
-        lower = xp.concat([rows, missing], axis=1) if used < slots else rows
+        steps, differences = both[:, :, :used], both[:, :, slots : slots + used]
+        lower = state.gram.vectors()[:, :, :used]
         gram = lower + xp.permute_dims(lower, (0, 2, 1))
         return multisecant(backend, state.basis, gram, steps, differences)

@@ -103,7 +103,7 @@ class NewtonKrylov(Solver):
         if jvp is None:
             raise BackendError.no_products(f"the backend {backend.name!r} has none.")
         inner = gmres(
-            backend, lambda v: v - jvp(v), g, rtol=state.forcing, max_steps=self.inner_steps, reorthogonalize=False
+            backend, jvp, g, rtol=state.forcing, max_steps=self.inner_steps, reorthogonalize=False, shifted=True
         )
         before = backend.norm(g)
         first = z + inner.x

@@ -206,7 +206,8 @@ def test_a_mode_that_the_forward_solve_never_met_is_met_before_it_is_certified(b
     done = report.status == int(Status.CONVERGED)
     assert done.all()
     assert (error_of(jacobian, g, u) <= 0.1).all()
-    assert (report.vjps >= 3).all()
+    exact = report.residual <= 1e-10  # the space of two distinct modes closes after two products
+    assert (report.vjps >= np.where(exact, 2, 3)).all()
 
 
 @pytest.mark.parametrize("estimate", [True, False])

@@ -346,7 +346,17 @@ def project(basis: Any, w: Tensor, twice: bool) -> None:
     return
 
 
-def arnoldi(space: Krylov, w: Tensor, goal: Tensor, twice: bool) -> Krylov | None:
+def least_squares(space: Krylov, inverse: bool) -> None:
+    """Return None: the core's own operations do not wait for the device."""
+    return
+
+
+def solve_positive(a: Tensor, b: Tensor) -> None:
+    """Return None: a library solves them."""
+    return
+
+
+def arnoldi(space: Krylov, w: Tensor, goal: Tensor, twice: bool, shifted: bool) -> Krylov | None:
     """Return the space after a step of GMRES with the product `w`; None if this space has no native version."""
     basis, columns = space.basis, space.columns
     if (
@@ -357,6 +367,7 @@ def arnoldi(space: Krylov, w: Tensor, goal: Tensor, twice: bool) -> Krylov | Non
         return None
     if basis.history_size > WIDEST or basis.written >= basis.history_size:
         return None
+    w = space.v - w if shifted else w
     (batch, n), history_size, used = w.shape, basis.history_size, basis.used()
     wide, store = torch.float64, basis.store
     spans, blocks = _spans(n), int(triton.cdiv(n, COLUMNS))

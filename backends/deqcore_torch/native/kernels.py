@@ -451,13 +451,14 @@ def project(w, basis, per_chunk, used, seen, twice, out, h, before, after, start
 
 @compiled
 def arnoldi(
-    w, latest, basis, per_chunk, slot, used, seen, columns, column, source_slot, null_vector, null_norm_sq, residual,
-    goal, can_grow, steps, twice, eps, v, next_source, next_null, next_square, next_residual, next_alive, next_steps,
-    going, taken, start, stop,
+    w, latest, basis, per_chunk, used, seen, columns, column, source_slot, null_vector, null_norm_sq, residual,
+    goal, can_grow, steps, twice, shifted, eps, slot, v, next_source, next_null, next_square, next_residual,
+    next_alive, next_steps, going, taken, start, stop,
 ):  # fmt: skip
     """Do the part of a step of GMRES after the product `w`.
 
-    Names and formulas are those of `deqcore.linear.gmres`; `columns` `(m, batch, 2 (m + 1))` is the only chunk.
+    Names and formulas are those of `deqcore.linear.gmres`; `columns` `(m, batch, 2 (m + 1))` is the only chunk. `v` is
+    the memory of `slot`: rows that do not grow keep their latest vector there, and do not see the slot.
     """
     m = null_vector.shape[1]
     h, products = np.empty(m), np.empty(m)
@@ -475,15 +476,21 @@ def arnoldi(
             _copy(w[b], rest)
             count = _slots(seen[b], used, slots)
             before = _norm(rest)
-            along = _component(latest[b], rest)
-            height = _projected(basis, per_chunk, slots, count, b, w, twice, _norm(rest), rest, h, products)
+            along = 1.0
+            if shifted:
+                height = _projected(basis, per_chunk, slots, count, b, w, twice, before, rest, h, products)
+                h[:] = -h
+                before = max(before, 1.0)
+            else:
+                along = _component(latest[b], rest)
+                height = _projected(basis, per_chunk, slots, count, b, w, twice, _norm(rest), rest, h, products)
             for k in range(m):
                 h[k] += along * source_slot[b, k]
             floor = 4.0 * eps * before
             broke = height <= floor
             if broke:
                 height = floor if floor > 0.0 else 1.0
-            length = w.dtype.type(height)
+            length = w.dtype.type(-height if shifted else height)
             for i in range(rest.shape[0]):
                 rest[i] /= length
             overlap = _dot(null_vector[b], h)
@@ -504,12 +511,137 @@ def arnoldi(
             next_source[b, slot] = 1.0
             next_alive[b] = going[b]
             next_steps[b] += 1
-        else:
+        if not going[b]:
             _copy(latest[b], v[b])
-        if going[b]:
-            for low in range(0, w.shape[1], BLOCK):
-                _copy(v[b, low : low + BLOCK], _part(basis, per_chunk, slot, b, w, low))
-        else:
-            _cleared(basis, per_chunk, slot, b, w)
         if not taken[b]:
             columns[column, b] = 0.0
+
+
+SWEEPS = 40
+"""Steps of inverse iteration at most."""
+
+SETTLED = 1e-5
+"""Relative change of its result at which inverse iteration ends."""
+
+
+@compiled
+def _upper(matrix, count, x):
+    """Solve T x = x in place, for upper triangular T in the rows and columns below `count`."""
+    for i in range(count - 1, -1, -1):
+        x[i] = (x[i] - _dot(matrix[i, i + 1 : count], x[i + 1 : count])) / matrix[i, i]
+
+
+@compiled
+def _lower(matrix, count, x):
+    """Solve Tᵀ x = x in place."""
+    for i in range(count):
+        x[i] /= matrix[i, i]
+        _add(-x[i], matrix[i, i + 1 : count], x[i + 1 : count])
+
+
+@compiled
+def least_squares(
+    null_vector, columns, seen, used, null_norm_sq, inverse, coefficients, size, inverse_norm, column_norm, latest, best, start,
+    stop,
+):  # fmt: skip
+    """Write y and the figures of `deqcore.linear.gmres.LeastSquares`, for β = 1.
+
+    H̄ᵀH̄ = Tᵀ(I + n nᵀ) T with T the rows 1 … k of H̄ and n those of the null vector, so that a step of inverse iteration
+    takes two triangular solves.
+    """
+    m = null_vector.shape[1]
+    triangle = np.zeros((used, used))
+    y, x = np.empty(used), np.empty(used)
+    nu = np.empty(used)
+    own = np.empty(used, np.int64)
+    for b in range(start, stop):
+        coefficients[b] = 0.0
+        count = 0
+        for j in range(used):
+            if seen[b, j]:
+                own[count] = j
+                count += 1
+        largest = 0.0
+        for j in range(count):
+            column = columns[own[j], b]
+            largest = max(largest, _dot(column[: used + 1], column[: used + 1]))
+            for i in range(count):
+                triangle[i, j] = column[own[i] + 1] if i <= j else 0.0
+            nu[j] = null_vector[b, own[j] + 1]
+            y[j] = -nu[j] * null_vector[b, 0] / null_norm_sq[b]
+        column_norm[b] = np.sqrt(largest)
+        inverse_norm[b] = latest[b] = best[b] = 1.0
+        size[b] = 0.0
+        square = null_vector[b, 0] * null_vector[b, 0]
+        for j in range(count):
+            more = square + nu[j] * nu[j]
+            best[b] = min(best[b], latest[b])
+            latest[b] = np.sqrt(square / more)
+            square = more
+        if count == 0:
+            continue
+        _upper(triangle, count, y)
+        square = 0.0
+        for j in range(count):
+            if not np.isfinite(y[j]):
+                y[j] = 0.0
+            square += y[j] * y[j]
+        size[b] = np.sqrt(square)
+        for j in range(count):
+            source = columns[own[j], b, m:]
+            _add(y[j], source, coefficients[b])
+        if not inverse:
+            continue
+        for j in range(count):
+            x[j] = y[j] + 1e-3 * size[b]  # not orthogonal to any vector by symmetry
+        before = 0.0
+        for _ in range(SWEEPS):
+            length = np.sqrt(_dot(x[:count], x[:count]))
+            for j in range(count):
+                x[j] /= length
+            _lower(triangle, count, x)
+            along = _dot(nu[:count], x[:count]) / null_norm_sq[b]
+            _add(-along, nu[:count], x[:count])
+            _upper(triangle, count, x)
+            after = np.sqrt(_dot(x[:count], x[:count]))
+            if not abs(after - before) > SETTLED * after:
+                before = after
+                break
+            before = after
+        inverse_norm[b] = np.sqrt(before)
+
+
+@compiled
+def positive(a, b, out, start, stop):
+    """Solve a x = b for symmetric positive definite a `(batch, k, k)` and b `(batch, k, r)`, by LDLᵀ.
+
+    Where a pivot is not positive the result is not finite.
+    """
+    k = a.shape[1]
+    factor = np.empty((k, k), a.dtype)
+    for s in range(start, stop):
+        for i in range(k):
+            _copy(a[s, i, : i + 1], factor[i, : i + 1])
+        sound = True
+        for j in range(k):  # by rows of the lower triangle: L and D in one array, row-wise dot products
+            for i in range(j):
+                factor[j, i] -= _dot(factor[i, :i], factor[j, :i])
+            pivot = factor[j, j]
+            for i in range(j):
+                scaled = factor[j, i] / factor[i, i]
+                pivot -= scaled * factor[j, i]
+                factor[j, i] = scaled
+            factor[j, j] = pivot
+            sound = sound and pivot > 0.0
+        for i in range(k):
+            _copy(b[s, i], out[s, i])
+            for j in range(i):
+                _add(-factor[i, j], out[s, j], out[s, i])
+        for i in range(k):
+            for r in range(b.shape[2]):
+                out[s, i, r] /= factor[i, i]
+        for i in range(k - 1, -1, -1):
+            for j in range(i):
+                _add(-factor[i, j], out[s, i], out[s, j])
+        if not sound:
+            out[s] = np.nan

@@ -18,6 +18,9 @@ from deqcore_torch.history import TorchHistory
 from deqcore_torch.native import kernels
 from deqcore_torch.native.pool import run
 
+LARGEST: Final = 64
+"""Unknowns above which LAPACK's elimination by blocks is faster."""
+
 VECTORS: Final = (torch.float32, torch.float64)
 
 
@@ -170,7 +173,7 @@ def keep(carry: Any, result: StepResult, residual: Tensor, size: Tensor | None, 
     return
 
 
-def arnoldi(space: Krylov, w: Tensor, goal: Tensor, twice: bool) -> Krylov | None:
+def arnoldi(space: Krylov, w: Tensor, goal: Tensor, twice: bool, shifted: bool) -> Krylov | None:
     """Return the result of `Backend.fused_arnoldi`, or None if these histories have no native version."""
     basis, columns = space.basis, space.columns
     if not (_holds(basis, w) and _holds(columns, space.null_vector)) or columns.store.chunk != columns.history_size:
@@ -178,20 +181,20 @@ def arnoldi(space: Krylov, w: Tensor, goal: Tensor, twice: bool) -> Krylov | Non
     if basis.written >= basis.history_size or columns.written >= columns.history_size:
         return None
     batch = w.shape[0]
-    slot, column = basis.reserve(w), columns.reserve(space.null_vector.new_empty(batch, columns.store.width))
+    v, slot = basis.reserved(w), basis.written
+    column = columns.reserve(space.null_vector.new_empty(batch, columns.store.width))
     _, seen = _masks(basis, basis)
     before = space.source_slot, space.null_vector, space.null_norm_sq, space.residual, space.can_grow, space.steps
     after = source_slot, null_vector, null_norm_sq, residual, can_grow, steps = tuple(_room(array) for array in before)
-    v = _room(w)
     going, taken = torch.empty(2, batch, dtype=torch.bool)
     run(
         kernels.arnoldi,
         batch,
         w.numel() * (basis.used() + 2),
-        *(view(w), view(space.v), basis.addresses(), basis.store.chunk, slot, basis.used(), seen),
+        *(view(w), view(space.v), basis.addresses(), basis.store.chunk, basis.used(), seen),
         *(view(columns.store.chunks[0]), column),
         *(view(array) for array in (*before[:4], goal, *before[4:])),
-        *(twice, float(torch.finfo(w.dtype).eps)),
+        *(twice, shifted, float(torch.finfo(w.dtype).eps), slot),
         *(view(array) for array in (v, *after, going, taken)),
     )
     return Krylov(
@@ -207,6 +210,24 @@ def arnoldi(space: Krylov, w: Tensor, goal: Tensor, twice: bool) -> Krylov | Non
         steps=steps,
         dimension=space.dimension + 1,
     )
+
+
+def least_squares(space: Krylov, inverse: bool) -> tuple[Tensor, ...] | None:
+    """Return the result of `Backend.fused_least_squares`, or None if this history has no native version."""
+    columns = space.columns
+    if not _holds(columns, space.null_vector) or columns.store.chunk != columns.history_size or not columns.written:
+        return None
+    coefficients = _room(space.null_vector)
+    figures = torch.empty(5, coefficients.shape[0], dtype=torch.float64).unbind(0)
+    _, seen = _masks(columns, columns)
+    run(
+        kernels.least_squares,
+        coefficients.shape[0],
+        coefficients.numel() * columns.used(),
+        *(view(space.null_vector), view(columns.store.chunks[0]), seen, columns.used(), view(space.null_norm_sq)),
+        *(inverse, *(view(array) for array in (coefficients, *figures))),
+    )
+    return coefficients, *figures
 
 
 def measure(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,3 +257,14 @@ def project(basis: Any, w: Tensor, twice: bool) -> tuple[Tensor, Tensor, Tensor,
         *(view(array) for array in (out, h, before, after)),
     )
     return out, h, before, after
+
+
+def solve_positive(a: Tensor, b: Tensor) -> Tensor | None:
+    """Return the result of `Backend.solve_positive`, or None if there is no native version for these systems."""
+    if a.shape[1] > LARGEST or a.dtype is not b.dtype or b.requires_grad:
+        return None
+    side = b if b.dim() == 3 else b[:, :, None]
+    out = _room(side)
+    numbers = a.numel() + side.numel()
+    run(kernels.positive, a.shape[0], numbers, view(a), view(side), view(out))
+    return out if b.dim() == 3 else out[:, :, 0]
