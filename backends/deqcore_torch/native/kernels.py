@@ -546,11 +546,10 @@ def least_squares(
 ):  # fmt: skip
     """Write y and the figures of `deqcore.linear.gmres.LeastSquares`, for β = 1.
 
-    H̄ᵀH̄ = Tᵀ(I + n nᵀ) T with T the rows 1 … k of H̄ and n those of the null vector, so that a step of inverse iteration
-    takes two triangular solves.
+    A step of inverse iteration takes two triangular solves with R of H̄ = Q R, which Givens rotations make.
     """
     m = null_vector.shape[1]
-    triangle = np.zeros((used, used))
+    triangle, r = np.zeros((used, used)), np.zeros((used + 1, used))
     y, x = np.empty(used), np.empty(used)
     nu = np.empty(used)
     own = np.empty(used, np.int64)
@@ -565,8 +564,9 @@ def least_squares(
         for j in range(count):
             column = columns[own[j], b]
             largest = max(largest, _dot(column[: used + 1], column[: used + 1]))
+            r[0, j] = column[0]
             for i in range(count):
-                triangle[i, j] = column[own[i] + 1] if i <= j else 0.0
+                triangle[i, j] = r[i + 1, j] = column[own[i] + 1] if i <= j else 0.0
             nu[j] = null_vector[b, own[j] + 1]
             y[j] = -nu[j] * null_vector[b, 0] / null_norm_sq[b]
         column_norm[b] = np.sqrt(largest)
@@ -592,17 +592,19 @@ def least_squares(
             _add(y[j], source, coefficients[b])
         if not inverse:
             continue
-        for j in range(count):
-            x[j] = y[j] + 1e-3 * size[b]  # not orthogonal to any vector by symmetry
+        for i in range(count):
+            length = np.hypot(r[i, i], r[i + 1, i])
+            c, s = r[i, i] / length, r[i + 1, i] / length
+            for j in range(i, count):
+                r[i, j], r[i + 1, j] = c * r[i, j] + s * r[i + 1, j], c * r[i + 1, j] - s * r[i, j]
+            x[i] = y[i] + 1e-3 * size[b]  # not orthogonal to any vector by symmetry
         before = 0.0
         for _ in range(SWEEPS):
             length = np.sqrt(_dot(x[:count], x[:count]))
             for j in range(count):
                 x[j] /= length
-            _lower(triangle, count, x)
-            along = _dot(nu[:count], x[:count]) / null_norm_sq[b]
-            _add(-along, nu[:count], x[:count])
-            _upper(triangle, count, x)
+            _lower(r, count, x)
+            _upper(r, count, x)
             after = np.sqrt(_dot(x[:count], x[:count]))
             if not abs(after - before) > SETTLED * after:
                 before = after
