@@ -238,7 +238,7 @@ class _Task:
             return found.error
 
         def raised(error: Array) -> Array:
-            reach = self.backend.to_accum_dtype(judge(self.space.residual_vector(k)))
+            reach = self.backend.to_accum_dtype(judge(self.space.residual_vector(k, wanted)))
             return xp.where(wanted, xp.maximum(error, JUDGED * reach / found.size), error)
 
         return self.backend.cond(wanted, raised, found.error)

@@ -373,7 +373,8 @@ class KrylovSpace:
         ]  # column j is A times this vector
         return xp.matmul(y[:, None, :], source_slot)[:, 0, :]
 
-    def residual_vector(self, k: Krylov) -> Array:
-        """B − A x of the solution, `(batch, n)`, from the basis and without a product."""
-        coefficients = k.start[:, None] * (k.null_vector * (k.null_vector[:, 0] / k.null_norm_sq)[:, None])
+    def residual_vector(self, k: Krylov, rows: Array | None = None) -> Array:
+        """B − A x of the solution, `(batch, n)`, from the basis and without a product; zero but in `rows`."""
+        start = k.start if rows is None else self.backend.xp.where(rows, k.start, 0 * k.start)
+        coefficients = start[:, None] * (k.null_vector * (k.null_vector[:, 0] / k.null_norm_sq)[:, None])
         return k.basis.masked(None).combine(coefficients)

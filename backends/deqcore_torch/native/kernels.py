@@ -520,7 +520,7 @@ def arnoldi(
 SWEEPS = 40
 """Steps of inverse iteration at most."""
 
-SETTLED = 1e-5
+SETTLED = 1e-3
 """Relative change of its result at which inverse iteration ends."""
 
 
@@ -617,11 +617,14 @@ def least_squares(
 def positive(a, b, out, start, stop):
     """Solve a x = b for symmetric positive definite a `(batch, k, k)` and b `(batch, k, r)`, by LDLᵀ.
 
-    Where a pivot is not positive the result is not finite.
+    Where a pivot is not positive the result is not finite. A system whose right-hand side is zero costs nothing.
     """
     k = a.shape[1]
     factor = np.empty((k, k), a.dtype)
     for s in range(start, stop):
+        out[s] = 0.0
+        if not np.any(b[s] != 0.0):
+            continue
         for i in range(k):
             _copy(a[s, i, : i + 1], factor[i, : i + 1])
         sound = True
