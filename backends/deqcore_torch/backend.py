@@ -171,6 +171,10 @@ class TorchBackend(Backend):
         steps = self._native(w)
         return None if steps is None else steps.arnoldi(space, w, goal, twice, shifted)
 
+    def fused_secants(self, basis: Any, gram: Any, pairs: Any, whole: Callable[[], Any]) -> Any | None:
+        steps = native.loaded("cpu")  # the estimate itself asks what it can read, whenever it is applied
+        return None if steps is None else steps.secants(basis, gram, pairs, whole)
+
     def fused_least_squares(self, space: Any, inverse: bool) -> Any | None:
         steps = self._native(space.v)
         return None if steps is None else steps.least_squares(space, inverse)

@@ -363,6 +363,20 @@ class Backend(ABC):
         """
         return None
 
+    def fused_secants(self, basis: History, gram: History, pairs: History, whole: Callable[[], Any]) -> Any | None:
+        """Make the multi-secant estimate of Broyden's pairs by compiled code; return None if this backend has none.
+
+        Args:
+            basis: residuals.
+            gram: rows of the lower triangle of their Gram matrix, with half of its diagonal.
+            pairs: coefficients of each step, and of each difference of residuals.
+            whole: makes `deqcore.linear.lowrank.MultisecantInverse`.
+
+        Returns:
+            An `InverseJacobian` with the same products.
+        """
+        return None
+
     def fused_least_squares(self, space: Any, inverse: bool) -> Any | None:
         """Solve the small system of a Krylov space by compiled code; return None if this backend has none for it.
 

@@ -10,7 +10,7 @@ from deqcore.abc.backend import Backend
 from deqcore.abc.history import LONGEST, History
 from deqcore.abc.inverse_jacobian import InverseJacobian
 from deqcore.abc.solver import Solver
-from deqcore.linear.lowrank import BroydenInverse, multisecant
+from deqcore.linear.lowrank import BroydenInverse, MultisecantInverse, multisecant
 from deqcore.types import Array, Map
 
 
@@ -291,6 +291,14 @@ class Broyden(Solver):
 
     def secant_estimate(self, backend: Backend, state: BroydenState) -> InverseJacobian:
         """Return the type-I multi-secant estimate of all pairs in the history."""
+
+        def whole() -> MultisecantInverse:
+            return self._secants(backend, state)
+
+        fused: InverseJacobian | None = backend.fused_secants(state.basis, state.gram, state.pairs, whole)
+        return whole() if fused is None else fused
+
+    def _secants(self, backend: Backend, state: BroydenState) -> MultisecantInverse:
         xp = backend.xp
         both = state.pairs.vectors()  # (batch, used, 2 m)
         used, slots = both.shape[1], state.step.shape[1]

@@ -614,39 +614,128 @@ def least_squares(
 
 
 @compiled
+def _factored(factor):
+    """Write L and D of the symmetric matrix in the lower triangle of `factor` over it; return whether D is positive."""
+    sound = True
+    for j in range(factor.shape[0]):
+        row = factor[j]
+        for i in range(j):
+            row[i] -= _dot(factor[i, :i], row[:i])
+        pivot = row[j]
+        for i in range(j):
+            scaled = row[i] / factor[i, i]
+            pivot -= scaled * row[i]
+            row[i] = scaled
+        row[j] = pivot
+        sound = sound and pivot > 0.0
+    return sound
+
+
+@compiled
+def _substituted(factor, x):
+    """Solve L D Lᵀ x = x in place."""
+    k = factor.shape[0]
+    for i in range(k):
+        x[i] -= _dot(factor[i, :i], x[:i])
+    for i in range(k):
+        x[i] /= factor[i, i]
+    for i in range(k - 1, -1, -1):
+        _add(-x[i], factor[i, :i], x[:i])
+
+
+@compiled
+def _multiplied(a, b, out):
+    """Write the product of small matrices; zeros of a cost nothing."""
+    out[:] = 0.0
+    for i in range(a.shape[0]):
+        for k in range(a.shape[1]):
+            factor = a[i, k]
+            if factor != 0.0:
+                for j in range(out.shape[1]):
+                    out[i, j] += factor * b[k, j]
+
+
+@compiled
 def positive(a, b, out, start, stop):
     """Solve a x = b for symmetric positive definite a `(batch, k, k)` and b `(batch, k, r)`, by LDLᵀ.
 
     Where a pivot is not positive the result is not finite. A system whose right-hand side is zero costs nothing.
     """
     k = a.shape[1]
-    factor = np.empty((k, k), a.dtype)
+    factor, x = np.empty((k, k), a.dtype), np.empty(k, a.dtype)
     for s in range(start, stop):
         out[s] = 0.0
         if not np.any(b[s] != 0.0):
             continue
-        for i in range(k):
-            _copy(a[s, i, : i + 1], factor[i, : i + 1])
-        sound = True
-        for j in range(k):  # by rows of the lower triangle: L and D in one array, row-wise dot products
-            for i in range(j):
-                factor[j, i] -= _dot(factor[i, :i], factor[j, :i])
-            pivot = factor[j, j]
-            for i in range(j):
-                scaled = factor[j, i] / factor[i, i]
-                pivot -= scaled * factor[j, i]
-                factor[j, i] = scaled
-            factor[j, j] = pivot
-            sound = sound and pivot > 0.0
-        for i in range(k):
-            _copy(b[s, i], out[s, i])
-            for j in range(i):
-                _add(-factor[i, j], out[s, j], out[s, i])
-        for i in range(k):
-            for r in range(b.shape[2]):
-                out[s, i, r] /= factor[i, i]
-        for i in range(k - 1, -1, -1):
-            for j in range(i):
-                _add(-factor[i, j], out[s, i], out[s, j])
-        if not sound:
-            out[s] = np.nan
+        factor[:] = a[s]
+        sound = _factored(factor)
+        for r in range(b.shape[2]):
+            for i in range(k):
+                x[i] = b[s, i, r]
+            _substituted(factor, x)
+            for i in range(k):
+                out[s, i, r] = x[i] if sound else np.nan
+
+
+@compiled
+def secants(v, basis, per_chunk, seen, gram, pairs, used, ridge, out, start, stop):
+    """Write Hᵀ v of the estimate of `deqcore.linear.lowrank.multisecant`; rows that are zero cost nothing.
+
+    gram `(m, batch, m)` and pairs `(m, batch, 2 m)` are the only chunks of the histories of Broyden's method.
+    """
+    m = seen.shape[1]
+    whole, across, steps, differences, product, turned, factor = np.empty((7, used, used))
+    s, y, t, w = np.empty((4, used))
+    q, c = np.empty(m), np.empty(m)
+    slots = np.empty(m, np.int64)
+    for b in range(start, stop):
+        rest = out[b]
+        for i in range(rest.shape[0]):
+            rest[i] = -v[b, i]
+        if not np.any(rest != 0.0):
+            continue
+        count = _slots(seen[b], used, slots)
+        _products(basis, per_chunk, slots, count, v[b], b, v, q)
+        whole[:] = 0.0
+        for i in range(used):
+            known = seen[b, i]
+            for j in range(used):
+                steps[i, j] = across[j, i] = pairs[i, b, j] if known else 0.0
+                differences[i, j] = pairs[i, b, m + j] if known else 0.0
+            for j in range(used):
+                entry = gram[i, b, j] if known else 0.0
+                whole[i, j] += entry
+                whole[j, i] += entry
+        _multiplied(whole, across, product)  # N Sᵀ
+        for i in range(used):
+            square = 0.0
+            for j in range(used):
+                square += product[j, i] * steps[i, j]
+            s[i] = 1.0 / np.sqrt(square) if square > 0.0 else 0.0
+            if not square > 0.0:
+                differences[i] = 0.0
+        _multiplied(differences, whole, turned)
+        for i in range(used):
+            square = _dot(turned[i], differences[i])
+            y[i] = 1.0 / np.sqrt(square) if square > 0.0 else 0.0
+            t[i] = y[i] * (_dot(steps[i], q[:used]) + _dot(differences[i], q[:used]))
+        _multiplied(differences, product, turned)  # rows are the columns of the pairs
+        for j in range(used):
+            for i in range(used):
+                turned[j, i] *= s[i] * y[j]
+                across[i, j] = turned[j, i]
+        _multiplied(turned, across, factor)
+        for i in range(used):
+            factor[i, i] += ridge
+        sound = _factored(factor)
+        _substituted(factor, t)
+        w[:] = 0.0
+        for j in range(used):
+            _add(t[j], turned[j], w)
+        c[:] = 0.0
+        for i in range(used):
+            _add(s[i] * w[i], steps[i], c[:used])
+        for i in range(used):
+            sound = sound and np.isfinite(c[i])
+        if sound:
+            _combined(basis, per_chunk, slots, count, c, rest, b, v, rest)

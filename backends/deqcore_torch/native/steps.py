@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -9,12 +11,15 @@ import torch
 from torch import Tensor
 
 from deqcore.abc.backend import Backend
+from deqcore.abc.inverse_jacobian import InverseJacobian
 from deqcore.abc.solver import Solver
 from deqcore.linear.gmres import Krylov
+from deqcore.linear.lowrank import SHARP, MultisecantInverse
 from deqcore.solvers.anderson import Anderson, AndersonState
 from deqcore.solvers.broyden import Broyden, BroydenState
 from deqcore.types import Map, StepResult
 from deqcore_torch.history import TorchHistory
+from deqcore_torch import native
 from deqcore_torch.native import kernels
 from deqcore_torch.native.pool import run
 
@@ -268,3 +273,62 @@ def solve_positive(a: Tensor, b: Tensor) -> Tensor | None:
     numbers = a.numel() + side.numel()
     run(kernels.positive, a.shape[0], numbers, view(a), view(side), view(out))
     return out if b.dim() == 3 else out[:, :, 0]
+
+
+@dataclass(frozen=True)
+class Secants(InverseJacobian):
+    """The multi-secant estimate of Broyden's pairs; products that judge few vectors do not form its system in full.
+
+    Attributes:
+        basis: the residuals.
+        gram: rows of the lower triangle of their Gram matrix.
+        pairs: coefficients of steps and differences.
+        whole: makes the estimate of the core.
+    """
+
+    basis: TorchHistory
+    gram: TorchHistory
+    pairs: TorchHistory
+    whole: Callable[[], MultisecantInverse]
+
+    def apply(self, v: Tensor) -> Tensor:
+        """See `MultisecantInverse`."""
+        return self.whole().apply(v)
+
+    def apply_transpose(self, v: Tensor) -> Tensor:
+        """See `MultisecantInverse`."""
+        return self.whole().apply_transpose(v)
+
+    def prepared(self) -> InverseJacobian:
+        """See `MultisecantInverse`."""
+        return self.whole().prepared()
+
+    def apply_transpose_unregularised(self, v: Tensor) -> Tensor:
+        """See `MultisecantInverse`."""
+        v = v.contiguous()
+        if not plain(v) or v.dtype is not self.basis.store.dtype or native.reading(v) is None:
+            return self.whole().apply_transpose_unregularised(v)
+        out, basis = _room(v), self.basis
+        seen = _masks(basis, basis)[1]
+        used = self.pairs.used()
+        run(
+            kernels.secants,
+            v.shape[0],
+            v.numel() * (used + 2),
+            *(view(v), basis.addresses(), basis.store.chunk, seen),
+            *(view(self.gram.store.chunks[0]), view(self.pairs.store.chunks[0]), used, SHARP, view(out)),
+        )
+        return out
+
+
+def secants(
+    basis: Any, gram: Any, pairs: Any, whole: Callable[[], MultisecantInverse]
+) -> InverseJacobian | None:
+    """Return the result of `Backend.fused_secants`, or None if these histories have no native version."""
+    if not all(type(history) is TorchHistory and history.written for history in (basis, gram, pairs)):
+        return None
+    small = all(h.store.chunk == h.history_size and h.store.dtype is torch.float64 for h in (gram, pairs))
+    kept = basis.store.dtype in VECTORS and basis.written <= basis.history_size
+    if not small or not kept or basis.used() != pairs.used() or basis.store.like.device.type != "cpu":
+        return None
+    return Secants(basis, gram, pairs, whole)
