@@ -184,9 +184,12 @@ class TorchHistory(History):
         self._place(like)
         return self.written % self.history_size
 
-    def reserved(self, like: Tensor) -> Tensor:
-        """Allocate storage for the next vector and return it, `(batch, n)`."""
-        return self._place(like)
+    def reserved(self, like: Tensor, *, zeroed: bool = True) -> Tensor:
+        """Allocate storage for the next vector and return it, `(batch, n)`.
+
+        Without `zeroed` slots that are not written hold anything: for a history that is only read as `vectors`.
+        """
+        return self._place(like, zeroed)
 
     def addresses(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Return the memory addresses of the chunks."""
@@ -222,11 +225,11 @@ class TorchHistory(History):
         else:
             target.copy_(torch.where(self.active[:, None], v.to(self.store.dtype), target))
 
-    def _place(self, v: Tensor) -> Tensor:
+    def _place(self, v: Tensor, zeroed: bool = True) -> Tensor:
         chunk, row = divmod(self.written % self.history_size, self.store.chunk)
         while len(self.store.chunks) <= chunk:
             slots = min(self.store.chunk, self.history_size - self.store.chunk * len(self.store.chunks))
-            make = v.new_zeros if self.store.whole or self.store.narrow else v.new_empty
+            make = v.new_zeros if zeroed and (self.store.whole or self.store.narrow) else v.new_empty
             self.store.chunks.append(make((slots, *v.shape), dtype=self.store.dtype))
         return self.store.chunks[chunk][row]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -79,6 +80,12 @@ def _masks(before: TorchHistory, after: TorchHistory) -> tuple[Any, Any]:
     active = np.ones(batch, np.bool_) if before.active is None else view(before.active)
     seen = np.ones((batch, after.history_size), np.bool_) if after.seen is None else view(after.seen)
     return active, seen
+
+
+@lru_cache(64)
+def _all_seen(batch: int, slots: int) -> Any:
+    """Return a mask of samples that have seen every slot; it is shared and read-only."""
+    return np.ones((batch, slots), np.bool_)
 
 
 def _unit(unit: Tensor | None, batch: int) -> Any:
@@ -185,13 +192,15 @@ def arnoldi(space: Krylov, w: Tensor, goal: Tensor, twice: bool, shifted: bool) 
         return None
     if basis.written >= basis.history_size or columns.written >= columns.history_size:
         return None
-    batch = w.shape[0]
-    v, slot = basis.reserved(w), basis.written
-    column = columns.reserve(space.null_vector.new_empty(batch, columns.store.width))
-    _, seen = _masks(basis, basis)
+    batch, slots = space.null_vector.shape
+    v, slot, column = basis.reserved(w), basis.written, columns.written
+    if not columns.store.chunks:
+        columns.reserved(space.null_vector.new_empty(batch, columns.store.width), zeroed=False)
+    seen = _all_seen(batch, slots) if basis.seen is None else view(basis.seen)
     before = space.source_slot, space.null_vector, space.null_norm_sq, space.residual, space.can_grow, space.steps
-    after = source_slot, null_vector, null_norm_sq, residual, can_grow, steps = tuple(_room(array) for array in before)
-    going, taken = torch.empty(2, batch, dtype=torch.bool)
+    small, figures = np.empty((2, batch, slots)), np.empty((2, batch))
+    flags, counts = np.empty((3, batch), np.bool_), np.empty(batch, np.int32)
+    can_grow, going, taken = flags
     run(
         kernels.arnoldi,
         batch,
@@ -200,19 +209,21 @@ def arnoldi(space: Krylov, w: Tensor, goal: Tensor, twice: bool, shifted: bool) 
         *(view(columns.store.chunks[0]), column),
         *(view(array) for array in (*before[:4], goal, *before[4:])),
         *(twice, shifted, float(torch.finfo(w.dtype).eps), slot),
-        *(view(array) for array in (v, *after, going, taken)),
+        *(v.numpy(), *small, *figures, can_grow, counts, going, taken),
     )
+    source_slot, null_vector = torch.from_numpy(small)
+    null_norm_sq, residual = torch.from_numpy(figures)
     return Krylov(
-        basis=basis.masked(None if bool(going.all()) else going).appended(),
-        columns=columns.masked(None if bool(taken.all()) else taken).appended(),
+        basis=basis.masked(None if going.all() else torch.from_numpy(going)).appended(),
+        columns=columns.masked(None if taken.all() else torch.from_numpy(taken)).appended(),
         v=v,
         source_slot=source_slot,
         null_vector=null_vector,
         null_norm_sq=null_norm_sq,
         start=space.start,
         residual=residual,
-        can_grow=can_grow,
-        steps=steps,
+        can_grow=torch.from_numpy(can_grow),
+        steps=torch.from_numpy(counts),
         dimension=space.dimension + 1,
     )
 
