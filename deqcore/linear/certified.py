@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from deqcore.abc.backend import Backend
-from deqcore.linear.gmres import Krylov, KrylovSpace, LeastSquares
+from deqcore.linear.gmres import Krylov, KrylovSpace
 from deqcore.types import Array, Map
 
 SAFETY = 1.2
@@ -94,6 +97,18 @@ class _Round(NamedTuple):
     error: Array
     met: Array
     unverified: Array  # bool: the space can do no more, or is good enough, but for the rounding of A u
+
+
+class _Look(NamedTuple):
+    """What `_Task._look` decides, all of bool."""
+
+    wanted: Array  # the witness is asked
+    hopeful: Array  # within the target unless the witness objects
+    judged: Array
+    reached: Array  # the goal
+    blurred: Array  # rounding hides the residual
+    spent: Array  # the space can do no more than that
+    over: Array  # the budget has run out
 
 
 class _Estimates(NamedTuple):
@@ -188,48 +203,76 @@ class _Task:
 
     def _round(self, p: _Pass, before: Array, r: _Round) -> _Round:
         """Let the space grow until a sample reaches its goal, and judge the samples that have."""
-        xp, target, norm = self.backend.xp, self.max_relative_error, self.norm
+        backend, xp, target, norm = self.backend, self.backend.xp, self.max_relative_error, self.norm
         young = r.space.dimension < self.rule.least
         bottom = NOTHING_HIDDEN * target * norm
         least = min(self.rule.least, self.max_vjps) + 0 * r.space.dimension
         steps = xp.where(young, least, self.max_vjps) - r.space.dimension
         k = self.space.grow(r.space, xp.where(young, bottom, r.goal), steps, together=True)
         found = self._estimated(p, before, k)
-        blurred = found.rounding > BLURRED * target
-        spent = blurred & (k.residual <= found.rounding * norm)
-        over = p.found.vjps + k.steps >= self.max_vjps
+        rounded = on_host(
+            backend, self._look, found.residual, found.rounding, found.error, r.goal, r.met, r.unverified, p.unfinished,
+            p.found.vjps, k.residual, k.can_grow, k.steps, bottom, norm,
+        )  # fmt: skip
+        look = _Look(*rounded)
+        error = self._witnessed(k, look.wanted, found)
+        decided = on_host(
+            backend, self._decide, *look, error, found.residual, found.rounding, r.goal, r.residual, r.error, r.met,
+            r.unverified, k.residual, k.can_grow,
+        )  # fmt: skip
+        goal, residual, error, met, unverified, can_grow = decided
+        return _Round(k._replace(can_grow=can_grow), goal, residual, error, met, unverified)
+
+    def _look(
+        self, xp: Any, residual: Array, rounding: Array, error: Array, goal: Array, met: Array, unverified: Array,
+        unfinished: Array, vjps: Array, left: Array, can_grow: Array, steps: Array, bottom: Array, norm: Array,
+    ) -> tuple[Array, ...]:  # fmt: skip
+        """Decide which samples are judged; all arrays are `(batch,)`."""
+        target = self.max_relative_error
+        blurred = rounding > BLURRED * target
+        spent = blurred & (left <= rounding * norm)
+        over = vjps + steps >= self.max_vjps
         # Only a sample that is there, or can go no further, is judged: when others pause must not matter to it.
-        closed = ~k.can_grow | spent
-        known = (k.steps >= self.rule.least) | (k.residual <= bottom) | closed
-        reached = known & (k.residual <= r.goal)
-        judged = p.unfinished & ~r.met & ~r.unverified & (reached | closed | over)
-        hopeful = judged & known & (found.residual <= target) & (found.error <= target)
-        witnessed = self._witnessed(k, hopeful | (judged & (closed | over)), found)
-        residual = xp.where(judged, xp.maximum(found.residual, found.rounding), r.residual)
-        error = xp.where(judged, witnessed, r.error)
+        closed = ~can_grow | spent
+        known = (steps >= self.rule.least) | (left <= bottom) | closed
+        reached = known & (left <= goal)
+        judged = unfinished & ~met & ~unverified & (reached | closed | over)
+        hopeful = judged & known & (residual <= target) & (error <= target)
+        return hopeful | (judged & (closed | over)), hopeful, judged, reached, blurred, spent, over
+
+    def _decide(
+        self, xp: Any, wanted: Array, hopeful: Array, judged: Array, reached: Array, blurred: Array, spent: Array,
+        over: Array, error: Array, residual: Array, rounding: Array, goal: Array, last_residual: Array,
+        last_error: Array, met: Array, unverified: Array, left: Array, can_grow: Array,
+    ) -> tuple[Array, ...]:  # fmt: skip
+        """Decide which of the judged samples have met the target, and the next goals."""
+        target = self.max_relative_error
+        residual = xp.where(judged, xp.maximum(residual, rounding), last_residual)
+        error = xp.where(judged, error, last_error)
         passed = hopeful & (error <= target)
-        met = r.met | (passed & ~blurred)
-        unverified = r.unverified | (judged & blurred & (passed | spent))
-        goal = xp.where(reached, k.residual * _tighter(self.backend, target, error), r.goal)
-        k = k._replace(can_grow=k.can_grow & ~met & ~unverified & ~over)
-        return _Round(k, goal, residual, error, met, unverified)
+        met = met | (passed & ~blurred)
+        unverified = unverified | (judged & blurred & (passed | spent))
+        goal = xp.where(reached, left * _tighter(xp, target, error), goal)
+        return goal, residual, error, met, unverified, can_grow & ~met & ~unverified & ~over
 
     def _estimated(self, p: _Pass, before: Array, k: Krylov) -> _Estimates:
         """Estimate residual and error of the solution so far, of size `before`, and the space's together."""
-        xp, space = self.backend.xp, self.space
-        found = space.least_squares(k)
+        backend, xp, space = self.backend, self.backend.xp, self.space
+        found, reach = space.least_squares(k), k.residual
         # Without M the basis is orthonormal, and no pass is needed; in a later space the sum may be smaller than this.
         size, whole = found.size, xp.abs(before - found.size)
         if space.precondition is not None:
             u = space.solution(k, found)
             size, whole = self._norm(u), self._norm(p.found.u + u)
-        rounding = ROUNDING * space.trusted(k._replace(residual=0 * k.residual), size, found.column_norm)
-        reach = residual = xp.maximum(k.residual, rounding)
-        if space.precondition is not None:
             reach = xp.maximum(reach, self._norm(space.precondition(space.residual_vector(k))))
-        reach = reach * found.inverse_norm * _caution(self.backend, self.rule, k.steps, found)
-        # A cotangent of zero is not judged.
-        return _Estimates(k.residual / self.norm, rounding / self.norm, reach / whole, whole)
+        rounding = backend.eps(k.v) * ROUNDING
+
+        def estimated(xp: Any, *parts: Array) -> tuple[Array, ...]:
+            return _estimates(xp, self.rule, rounding, *parts)
+
+        steps = backend.cast(k.steps, self.norm)
+        parts = size, whole, reach, k.residual, self.norm, steps, *found[2:]
+        return _Estimates(*on_host(backend, estimated, *parts), whole)
 
     def _witnessed(self, k: Krylov, wanted: Array, found: _Estimates) -> Array:
         """The estimated error, raised by what M' says of the residual of the `wanted` samples."""
@@ -259,7 +302,7 @@ class _Task:
         met = found.met | (p.unfinished & (residual <= target) & (error <= target))
         vjps = found.vjps + xp.astype(p.unfinished, xp.int32)
         worse = xp.maximum(error, residual)
-        goal = length * _tighter(self.backend, target, worse)
+        goal = length * _tighter(xp, target, worse)
         unfinished = p.unfinished & ~met & (vjps < self.max_vjps)
         return _Pass(Certified(found.u, residual, error, vjps, met), left, goal, unfinished)
 
@@ -267,15 +310,29 @@ class _Task:
         return self.backend.to_accum_dtype(self.backend.norm(v))
 
 
-def _tighter(backend: Backend, target: float, error: Array) -> Array:
+def on_host(backend: Backend, decide: Callable[..., tuple[Array, ...]], *figures: Array) -> tuple[Array, ...]:
+    """Return `decide(xp, *figures)` for figures `(batch,)`, with NumPy as `xp` where reading them costs no wait."""
+    views = [backend.numpy_view(figure) for figure in figures]
+    if any(view is None for view in views):
+        return decide(backend.xp, *figures)
+    with np.errstate(all="ignore"):  # figures may be NaN or inf
+        return tuple(backend.from_numpy_view(found) for found in decide(np, *views))
+
+
+def _tighter(xp: Any, target: float, error: Array) -> Array:
     """The factor on a residual whose estimated error missed the target."""
-    return backend.xp.clip(target / error, 0.25, 0.9)
+    return xp.clip(target / error, 0.25, 0.9)
 
 
-def _caution(backend: Backend, rule: Rule, steps: Array, found: LeastSquares) -> Array:
-    """How far the residuals of the space say that the estimate by its singular values may be off, `(batch,)`."""
-    xp = backend.xp
-    age = backend.cast(xp.where(steps > 0, steps, xp.ones_like(steps)), found.size) ** rule.aging
-    youth = rule.youth * xp.clip(found.inverse_norm, 1.0, rule.deepest) / age
-    slower = xp.clip(found.latest / found.best, 1.0, rule.most)
-    return rule.spread * (1.0 + youth) * found.latest**rule.fall * slower**rule.rise
+def _estimates(
+    xp: Any, rule: Rule, eps: float, size: Array, whole: Array, reach: Array, residual: Array, norm: Array,
+    steps: Array, inverse_norm: Array, column_norm: Array, latest: Array, best: Array,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """The first three of `_Estimates`."""
+    rounding = eps * column_norm * size
+    age = xp.where(steps > 0, steps, xp.ones_like(steps)) ** rule.aging
+    youth = rule.youth * xp.clip(inverse_norm, 1.0, rule.deepest) / age
+    slower = xp.clip(latest / best, 1.0, rule.most)
+    caution = rule.spread * (1.0 + youth) * latest**rule.fall * slower**rule.rise
+    error = xp.maximum(reach, rounding) * inverse_norm * caution / whole
+    return residual / norm, rounding / norm, error  # a cotangent of zero is not judged

@@ -237,9 +237,14 @@ class KrylovSpace:
         xp = self.backend.xp
         asked = k.can_grow & (k.residual > goal)
 
-        def running(k: Krylov) -> Array:
-            waiting = k.can_grow & (k.residual > goal)
-            return xp.any(waiting) & ~xp.any(asked & ~waiting) if together else xp.any(waiting)
+        def running(k: Krylov) -> Array | bool:
+            views = [self.backend.numpy_view(figure) for figure in (k.can_grow, k.residual, goal, asked)]
+            if any(view is None for view in views):
+                waiting = k.can_grow & (k.residual > goal)
+                return xp.any(waiting) & ~xp.any(asked & ~waiting) if together else xp.any(waiting)
+            going, residual, least, first = views
+            waiting = going & (residual > least)
+            return bool(waiting.any()) and not (together and (first & ~waiting).any())
 
         return self.backend.loop(running, lambda k: self._step(k, goal), k, steps, self.check_every)
 
