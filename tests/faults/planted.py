@@ -122,8 +122,8 @@ STRATEGIES = [
     Fault(
         "a certificate that promises too much",
         "deqcore.linear.certified",
-        "return _Estimates(k.residual / norm, rounding / norm, reach / size)",
-        "return _Estimates(k.residual / norm, rounding / norm, 1e-3 * reach / size)",
+        "error = xp.where(judged, error, last_error)",
+        "error = xp.where(judged, 1e-3 * error, last_error)",
         "strategy broyden-reuse",
         "test_the_report_is_true",
         "errors .* are estimated",
@@ -131,8 +131,8 @@ STRATEGIES = [
     Fault(
         "first-dimension certificate",
         "deqcore.linear.certified",
-        "LEAST = 3\n",
-        "LEAST = 1\n",
+        "WITNESSED = Rule(least=3, spread=1.5, youth=4.0,",
+        "WITNESSED = Rule(least=1, spread=1.0, youth=0.0,",
         "strategy broyden-reuse",
         "test_a_mode_that_the_cotangent_hardly_shows_is_met",
         "CONVERGED with a target of 0.1",
@@ -244,8 +244,8 @@ STRATEGIES += [
     Fault(
         "a residual by recurrence, believed where rounding is all that is left",
         GMRES,
-        "return x, k.residual if space.precondition is not None else",
-        "return x, k.residual if space.precondition is None else",
+        "    if space.precondition is not None:\n        return x, k.residual\n",
+        "    if space.precondition is None:\n        return x, k.residual\n",
         "strategy exact-ift",
         "test_an_equation_without_solution_is_confessed",
         "CONVERGED without a solution",
@@ -275,8 +275,8 @@ SOLVERS = [
     Fault(
         "H in place of its transpose, in the estimate",
         LOWRANK,
-        "self.basis.combine(vecmat(self.backend, self.basis.dot(v), self.kernel))",
-        "self.basis.combine(matvec(self.backend, self.kernel, self.basis.dot(v)))",
+        "s * matvec(self.backend, self.pairs, inner), self.steps",
+        "s * vecmat(self.backend, inner, self.pairs), self.steps",
         "solver broyden",
         "test_the_transpose_is_the_transpose",
         "aᵀ",
