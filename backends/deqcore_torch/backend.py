@@ -201,7 +201,7 @@ class TorchBackend(Backend):
 
     def solve_positive(self, a: Tensor, b: Tensor) -> Tensor:
         steps = self._native(a)
-        found = None if steps is None or torch.is_grad_enabled() and b.requires_grad else steps.solve_positive(a, b)
+        found = None if steps is None or (torch.is_grad_enabled() and b.requires_grad) else steps.solve_positive(a, b)
         return self.solve(a, b) if found is None else found
 
     def history(self, like: Tensor, history_size: int, dtype: str | None = None) -> History:

@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 from deqcore.abc.backend import Backend
 from deqcore.abc.backward import Strategy, relative, report
 from deqcore.abc.inverse_jacobian import InverseJacobian
-from deqcore.errors import StrategyError
 from deqcore.backward.to_error import Reuse, check_reuse, solve_to_error, statuses, target_of
+from deqcore.errors import StrategyError
 from deqcore.linear.certified import SAFETY
 from deqcore.linear.gmres import gmres
 from deqcore.types import AdjointReport, Array, Map
@@ -42,9 +42,9 @@ class BroydenReuse(Strategy):
         max_relative_error: target for the estimated relative error of u, in (0, 1), or None ("none" in a file) for no
             refinement.
         max_refine_vjps: vjps per sample at most, at least 1; fewer than 3 certify only what they solve.
-        reuse: "witness"; "precondition" also makes M the right preconditioner of GMRES, which takes fewer vjps with many
-            pairs (0.5 to 0.8 times as many from 30 pairs on) and two passes over them at each: for an f whose vjp
-            costs more than about four passes for each pair; "none" leaves the estimate alone.
+        reuse: "witness"; "precondition" also makes M the right preconditioner of GMRES, which takes fewer vjps with
+            many pairs (0.5 to 0.8 times as many from 30 pairs on) and two passes over the pairs at each of them: for
+            an f whose vjp costs more than about four passes for each pair; "none" leaves the estimate alone.
         fallback: what a sample gets that misses the target: "jacobian-free" (u = g, where its adjoint residual is
             smaller), "exact-ift" (GMRES to the dtype's default tolerance) or "none" (the best u found).
 

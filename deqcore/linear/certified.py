@@ -194,7 +194,9 @@ class _Task:
         before = p.found
         size = self._norm(before.u)
         first = _Round(k, p.goal, before.residual, before.error, before.met, self.norm < 0)
-        end = backend.loop(lambda r: xp.any(r.space.can_grow), lambda r: self._round(p, size, r), first, self.max_vjps, 1)
+        end = backend.loop(
+            lambda r: xp.any(r.space.can_grow), lambda r: self._round(p, size, r), first, self.max_vjps, 1
+        )
         vjps = before.vjps + end.space.steps
         found = Certified(before.u + self.space.solution(end.space), end.residual, end.error, vjps, end.met)
         doubtful = end.unverified & (vjps < self.max_vjps)
@@ -272,7 +274,8 @@ class _Task:
 
         steps = backend.cast(k.steps, self.norm)
         parts = size, whole, reach, k.residual, self.norm, steps, *found[2:]
-        return _Estimates(*on_host(backend, estimated, *parts), whole)
+        residual, hidden, error = on_host(backend, estimated, *parts)
+        return _Estimates(residual, hidden, error, whole)
 
     def _witnessed(self, k: Krylov, wanted: Array, found: _Estimates) -> Array:
         """The estimated error, raised by what M' says of the residual of the `wanted` samples."""

@@ -238,11 +238,10 @@ class KrylovSpace:
         asked = k.can_grow & (k.residual > goal)
 
         def running(k: Krylov) -> Array | bool:
-            views = [self.backend.numpy_view(figure) for figure in (k.can_grow, k.residual, goal, asked)]
-            if any(view is None for view in views):
+            going, residual, least, first = map(self.backend.numpy_view, (k.can_grow, k.residual, goal, asked))
+            if going is None or residual is None or least is None or first is None:
                 waiting = k.can_grow & (k.residual > goal)
                 return xp.any(waiting) & ~xp.any(asked & ~waiting) if together else xp.any(waiting)
-            going, residual, least, first = views
             waiting = going & (residual > least)
             return bool(waiting.any()) and not (together and (first & ~waiting).any())
 

@@ -87,11 +87,11 @@ def _refined(config: Config, factor: float) -> dict[str, object]:
         for name in BUDGETS
         if isinstance(value := current.get(name), int) and not isinstance(value, bool)
     }
-    if "max_relative_error" in current:
-        max_relative_error = current["max_relative_error"]
-        more["max_relative_error"] = (
-            max_relative_error / factor if isinstance(max_relative_error, float) else DEFAULT_TARGET
-        )
+    target = current.get("max_relative_error")
+    if isinstance(target, float):
+        more["max_relative_error"] = target / factor
+    elif "max_relative_error" in current and "rtol" not in current:  # without a target an exact strategy has its own
+        more["max_relative_error"] = DEFAULT_TARGET
     return more
 
 

@@ -541,7 +541,8 @@ def _lower(matrix, count, x):
 
 @compiled
 def least_squares(
-    null_vector, columns, seen, used, null_norm_sq, inverse, coefficients, size, inverse_norm, column_norm, latest, best, start,
+    null_vector, columns, seen, used, null_norm_sq, inverse, coefficients, size, inverse_norm, column_norm, latest,
+    best, start,
     stop,
 ):  # fmt: skip
     """Write y and the figures of `deqcore.linear.gmres.LeastSquares`, for β = 1.

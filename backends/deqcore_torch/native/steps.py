@@ -19,8 +19,8 @@ from deqcore.linear.lowrank import SHARP, MultisecantInverse
 from deqcore.solvers.anderson import Anderson, AndersonState
 from deqcore.solvers.broyden import Broyden, BroydenState
 from deqcore.types import Map, StepResult
-from deqcore_torch.history import TorchHistory
 from deqcore_torch import native
+from deqcore_torch.history import TorchHistory
 from deqcore_torch.native import kernels
 from deqcore_torch.native.pool import run
 
@@ -332,9 +332,7 @@ class Secants(InverseJacobian):
         return out
 
 
-def secants(
-    basis: Any, gram: Any, pairs: Any, whole: Callable[[], MultisecantInverse]
-) -> InverseJacobian | None:
+def secants(basis: Any, gram: Any, pairs: Any, whole: Callable[[], MultisecantInverse]) -> InverseJacobian | None:
     """Return the result of `Backend.fused_secants`, or None if these histories have no native version."""
     if not all(type(history) is TorchHistory and history.written for history in (basis, gram, pairs)):
         return None
