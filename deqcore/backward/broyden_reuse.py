@@ -64,7 +64,7 @@ class BroydenReuse(Strategy):
 
     certify: bool = True
     max_relative_error: float | Literal["none"] | None = 0.1
-    max_refine_vjps: int = 40
+    max_refine_vjps: int = 60
     reuse: Reuse = "witness"
     fallback: Literal["jacobian-free", "exact-ift", "none"] = "jacobian-free"
     needs: ClassVar[Literal["nothing", "vjp", "estimate"]] = "estimate"
@@ -73,7 +73,7 @@ class BroydenReuse(Strategy):
         "conv": 4,
         "expansive": 3,
         "ill-conditioned": 8,
-        "ring": 4,
+        "ring": 5,
         "slow-modes": 17,
         "tree": 3,
     }

@@ -324,7 +324,7 @@ def on_host(backend: Backend, decide: Callable[..., tuple[Array, ...]], *figures
 
 def _tighter(xp: Any, target: float, error: Array) -> Array:
     """The factor on a residual whose estimated error missed the target."""
-    return xp.clip(target / error, 0.25, 0.9)
+    return xp.clip(target / error, 0.7, 0.9)
 
 
 def _estimates(

@@ -302,13 +302,14 @@ class KrylovSpace:
         if fused is not None:
             y, size, *figures = fused
             return LeastSquares(k.start[:, None] * y, k.start * size, *figures)
-        y, one = self._coefficients(k), xp.ones_like(k.start)
+        y, one = self._coefficients(k), xp.ones_like(k.start)  # for β = 1: β² may leave the range
         hessenberg, _ = self._hessenberg(k)
         if hessenberg.shape[2] == 0:
             return LeastSquares(y, 0 * k.start, one, 0 * k.start, one, one)
         column_norm = xp.sqrt(xp.max(xp.sum(hessenberg * hessenberg, axis=1), axis=1))
         inverse_norm = self.inverse_norm(k) if inverse else one
-        return LeastSquares(y, xp.sqrt(xp.sum(y * y, axis=1)), inverse_norm, column_norm, *self._falls(k))
+        size = k.start * xp.sqrt(xp.sum(y * y, axis=1))
+        return LeastSquares(k.start[:, None] * y, size, inverse_norm, column_norm, *self._falls(k))
 
     def trusted(self, k: Krylov, size: Array, column_norm: Array) -> Array:
         """The residual, but no less than the rounding of A x for ‖x‖ = `size`.
@@ -356,9 +357,9 @@ class KrylovSpace:
         return matrix, xp.sum(xp.abs(matrix), axis=1) == 0
 
     def _coefficients(self, k: Krylov) -> Array:
-        """The minimiser y of ‖β e₀ − H̄ y‖, in the slots of the basis `(batch, m + 1)`.
+        """The minimiser y of ‖e₀ − H̄ y‖, in the slots of the basis `(batch, m + 1)`.
 
-        The least residual vector is r̂ = β ν ν₀ / ‖ν‖², and rows 1 … k of H̄ are triangular, so H̄ y = β e₀ − r̂ is
+        The least residual vector is r̂ = ν ν₀ / ‖ν‖², and rows 1 … k of H̄ are triangular, so H̄ y = e₀ − r̂ is
         solved there. Columns that a sample did not reach get a unit diagonal, and y = 0.
         """
         backend, xp = self.backend, self.backend.xp
@@ -371,7 +372,7 @@ class KrylovSpace:
         # For β = 1: with a small one these products may vanish, although y does not.
         target = -k.null_vector[:, 1 : used + 1] * (k.null_vector[:, 0] / k.null_norm_sq)[:, None]
         y = backend.solve_upper(triangle, xp.where(missing, xp.zeros_like(target), target))
-        y = k.start[:, None] * xp.where(xp.isfinite(y), y, xp.zeros_like(y))
+        y = xp.where(xp.isfinite(y), y, xp.zeros_like(y))
         source_slot = k.columns.masked(None).vectors()[
             :, :, k.null_vector.shape[1] :
         ]  # column j is A times this vector
