@@ -55,7 +55,7 @@ ALONE = Rule(least=4, spread=1.5, youth=4.0, deepest=3.0, aging=1.0, fall=0.5, r
 DEFLATED = Rule(least=3, spread=1.2, youth=2.0, deepest=5.0, aging=1.0, fall=1.0, rise=1.0, most=4.0)
 """With a preconditioner, which has taken the slow modes out that the forward solve has met."""
 
-WITNESSED = Rule(least=3, spread=1.5, youth=4.0, deepest=5.0, aging=2.0, fall=1.25, rise=0.25, most=2.0)
+WITNESSED = Rule(least=3, spread=1.7, youth=4.0, deepest=5.0, aging=2.0, fall=1.25, rise=0.25, most=2.0)
 """Where M' has a say: the forward solve has met the slow modes that a young space has not."""
 
 ROUNDING = 2.0

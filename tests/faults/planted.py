@@ -131,7 +131,7 @@ STRATEGIES = [
     Fault(
         "first-dimension certificate",
         "deqcore.linear.certified",
-        "WITNESSED = Rule(least=3, spread=1.5, youth=4.0,",
+        "WITNESSED = Rule(least=3, spread=1.7, youth=4.0,",
         "WITNESSED = Rule(least=1, spread=1.0, youth=0.0,",
         "strategy broyden-reuse",
         "test_a_mode_that_the_cotangent_hardly_shows_is_met",
