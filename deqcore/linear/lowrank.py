@@ -101,7 +101,9 @@ class MultisecantInverse(InverseJacobian):
     def _sound(self, x: Array) -> Array:
         """`x` `(batch, …)`, but zero for a sample that has a number that is not finite."""
         xp = self.backend.xp
-        sound = xp.all(xp.reshape(xp.isfinite(x), (x.shape[0], -1)), axis=1)
+        sound = xp.isfinite(x)
+        while sound.ndim > 1:  # a reshape cannot tell the length of an empty batch
+            sound = xp.all(sound, axis=-1)
         return self.backend.select(sound, x, xp.zeros_like(x))
 
 

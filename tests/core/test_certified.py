@@ -402,3 +402,10 @@ def test_reuse_is_an_option_that_saves_vjps(be):
     assert told.vjps.sum() <= alone.vjps.sum()
     assert (error_of(jacobian, g, witnessed) <= 0.1).all()
     assert (error_of(jacobian, g, preconditioned) <= 0.1).all()
+
+
+@pytest.mark.parametrize("reused", ["none", "witness", "precondition"])
+def test_an_empty_batch_has_an_empty_solution(be, reused):
+    u, report, _ = reuse(be, np.zeros((0, N, N)), np.zeros((0, N)), max_relative_error=0.1, reuse=reused)
+    assert u.shape == (0, N)
+    assert report.status.shape == (0,)

@@ -166,7 +166,9 @@ class AdjointTests(Conformance):
         if isinstance(target, float) and getattr(strategy, "reuse", None) == "witness":
             # The estimate judges u and is not in it. What it says of a residual is the error itself.
             error = np.linalg.norm(u - problem.adjoint(g), axis=1) / np.linalg.norm(problem.adjoint(g), axis=1)
-            assert (error <= report.error + slack).all(), f"a perfect witness hears errors {report.error}, but they are {error}"
+            assert (error <= report.error + slack).all(), (
+                f"a perfect witness hears errors {report.error}, but they are {error}"
+            )
             return
         close(u, problem.adjoint(g), slack, "u = −Hᵀg with H = (J − I)^-1")
         assert report.vjps.max() <= 1, "a perfect estimate needs one vjp to be certified, and none to be used"
