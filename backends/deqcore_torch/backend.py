@@ -25,6 +25,7 @@ from deqcore_torch.disable_dynamo import refuse_tracing, untraced
 from deqcore_torch.eval_context import nothing_recorded
 from deqcore_torch.gradients import straight_through
 from deqcore_torch.history import RecordedHistory, TorchHistory, select_rows
+from deqcore_torch.module_hooks import hooks_made, muted
 from deqcore_torch.ownership import held
 
 LEAF = optree.tree_structure(0)  # the structure of a bare tensor, the usual state: found without optree
@@ -224,12 +225,15 @@ class TorchBackend(Backend):
             return functorch.vjp_of(f, z)
         with torch.enable_grad():
             z = z.detach().requires_grad_()
+            made = hooks_made()
             y = f(z)
+        mute = muted(y, made)
 
         def vjp(u: Tensor) -> Tensor:
             if not y.requires_grad:
                 return torch.zeros_like(u)
-            (product,) = torch.autograd.grad(y, z, u, retain_graph=True, allow_unused=True)
+            with mute:
+                (product,) = torch.autograd.grad(y, z, u, retain_graph=True, allow_unused=True)
             return torch.zeros_like(u) if product is None else product
 
         return y.detach(), vjp
@@ -238,12 +242,15 @@ class TorchBackend(Backend):
         if not torch.is_grad_enabled():
             return self.linearize(f, z)[1]
         z = z if z.requires_grad else z.detach().requires_grad_()
+        made = hooks_made()
         y = f(z)
+        mute = muted(y, made)
 
         def vjp(u: Tensor) -> Tensor:
             if not y.requires_grad:
                 return torch.zeros_like(u)
-            (product,) = torch.autograd.grad(y, z, u, create_graph=True, allow_unused=True)
+            with mute:
+                (product,) = torch.autograd.grad(y, z, u, create_graph=True, allow_unused=True)
             return torch.zeros_like(u) if product is None else product
 
         return vjp

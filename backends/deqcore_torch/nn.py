@@ -9,7 +9,6 @@ from typing import Any
 
 import optree
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from deqcore import halting
@@ -19,6 +18,7 @@ from deqcore.errors import ConfigError
 from deqcore.halting import Rule
 from deqcore.layer import LayerSettings, check_reuse, compare_settings, explain_arguments, shape_unknown
 from deqcore.solution import Solution, SolveState
+from deqcore_torch import functorch, saved_tensors
 from deqcore_torch.cell_checks import Watch
 from deqcore_torch.cells import begin_solve
 from deqcore_torch.disable_dynamo import untraced
@@ -35,6 +35,8 @@ class DEQ(nn.Module):
     Args:
         cell: module (or function) `cell(z, *inputs)`. Its optional method `initial_state(*inputs)` gives z0; without
             one z0 is zeros like the first input.
+            Forward hooks of its modules run with every evaluation, full backward hooks once in a backward pass (with
+            a strategy that differentiates through steps, once a step).
         config: complete settings; default: environment and `deqcore.using` at each call.
         evaluation: overrides that apply in evaluation mode (`layer.eval()`), such as
             `{"forward__max_steps": 100, "forward__rtol": 1e-6}`.
@@ -42,8 +44,9 @@ class DEQ(nn.Module):
             molecular dynamics, streaming, where row i of one call follows row i of the last (another batch size
             starts cold). "batch": every sample from the mean equilibrium of the last batch. None: cold. The stored
             equilibrium carries no gradient and is not part of `state_dict`; `reset()` forgets it.
-        checkpoint: recompute the cell's activations in the backward pass instead of keeping them, once for each vjp
-            of the adjoint solve. `torch.utils.checkpoint` around the whole layer solves once more.
+        checkpoint: recompute the cell's activations in the backward pass instead of keeping them until then, by one
+            evaluation of the cell. They are held while the adjoint solve runs. A `torch.utils.checkpoint` that the
+            cell calls itself evaluates its part again for each vjp; one around the whole layer solves once more.
         batched_inputs: positions of the inputs that carry the batch axis, for `forward.compact = true`; None: all.
         **overrides: single settings, such as `forward__rtol=1e-5, backward__strategy="broyden-reuse"`.
 
@@ -208,9 +211,9 @@ class DEQ(nn.Module):
             return self.cell
 
         def checkpointed(z: Any, *inputs: Any) -> Any:
-            if not torch.is_grad_enabled():
+            if not torch.is_grad_enabled() or functorch.active():
                 return self.cell(z, *inputs)
-            return torch.utils.checkpoint.checkpoint(self.cell, z, *inputs, use_reentrant=False)
+            return saved_tensors.checkpoint(self.cell, z, *inputs)
 
         checkpointed.__wrapped__ = self.cell  # type: ignore[attr-defined] # this layer's, where passes are counted
         return checkpointed
