@@ -98,6 +98,14 @@ class NumpyBackend(Backend):
         x[rows] = part
         return x
 
+    @contextmanager
+    def keep_random_state(self, x: NDArray[Any]) -> Iterator[None]:
+        before = np.random.get_state()
+        try:
+            yield
+        finally:
+            np.random.set_state(before)
+
     def errstate(self) -> AbstractContextManager[object]:
         return np.errstate(all="ignore")
 

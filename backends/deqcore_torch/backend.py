@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
 import array_api_compat.torch as xp
@@ -102,6 +102,9 @@ class TorchBackend(Backend):
         yield z
         if z._version != before:
             raise ProblemError.in_place()
+
+    def keep_random_state(self, x: Tensor) -> AbstractContextManager[None]:
+        return torch.random.fork_rng([x.device] if x.is_cuda else [])
 
     def to_accum_dtype(self, x: Tensor) -> Tensor:
         return x.to(_wide(x.device))

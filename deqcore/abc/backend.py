@@ -144,6 +144,13 @@ class Backend(ABC):
         """
         return nullcontext(z)
 
+    def keep_random_state(self, x: Array) -> AbstractContextManager[None]:
+        """Restore the framework's global random state, on the host and the device of `x`, after the block.
+
+        Evaluations of f that only check something run in it, so that they change no random number of the user's.
+        """
+        return nullcontext()
+
     def astype(self, x: Array, dtype: str) -> Array:
         """Cast to the dtype of this name; gradients pass."""
         return x.astype(dtype)

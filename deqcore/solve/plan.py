@@ -85,14 +85,14 @@ class Plan:
         if not strategy.solves():
             value, reached = self.backend.differentiate_through(f, z0, args, steps, None)
             if self.backend.capabilities.autodiff and self.backend.grad_enabled():
-                self._verify_steps(f, args, self.backend.detach(value))
+                self._verify_steps(f, args, value, value)
             return value, self._unsolved(value, reached)
         forward = self.backend.forward_only(f, z0, args, solve)
         if not self.backend.grad_enabled():
             return forward.z, forward
-        if self.backend.capabilities.autodiff:
-            self._verify_steps(f, args, forward.z)
         carrier, _ = self.backend.differentiate_through(f, z0, args, steps, forward)
+        if self.backend.capabilities.autodiff:
+            self._verify_steps(f, args, forward.z, carrier)
         return self.backend.straight_through(forward.z, carrier), forward
 
     def solution(self, value: Array, forward: SolveResult, record: BackwardRecord | None) -> Solution:
@@ -136,7 +136,7 @@ class Plan:
                 lambda *moved: steps(lambda z: f(z, *moved), z0, solved), args, g
             )
             forward = self._unsolved(primal, reached) if solved is None else solved
-            self._verify_steps(f, args, forward.z)
+            self._verify_steps(f, args, forward.z, primal)
             return self.backend.unshared(forward.z, z0), gradients, forward, None
         forward = self.backend.forward_only(f, z0, args, solve)
         adjoint = self.adjoint(f)
@@ -168,8 +168,8 @@ class Plan:
         if nondeterminism is None:
             if bool(xp.all(forward.status == int(Status.CONVERGED))):
                 return
-            with backend.errstate():
-                nondeterminism = backend.norm(backend.forward_only(f, forward.z, args, _once) - forward.fz)
+            with backend.errstate(), backend.keep_random_state(forward.z):
+                nondeterminism = backend.norm(backend.forward_only(f, forward.z, args, _once).z - forward.fz)
         size = backend.to_accum_dtype(backend.norm(forward.fz))
         share = backend.to_accum_dtype(nondeterminism) / xp.where(size > 0, size, xp.ones_like(size))
         measured = xp.isfinite(share) & (forward.status != int(Status.NONFINITE))
@@ -189,19 +189,23 @@ class Plan:
         """Warn if values differ because the rows of other samples moved, and f itself is deterministic."""
         return self._watch(f).coupled_forward(lambda: self._coupled(f, args, forward.z))
 
-    def _verify_steps(self, f: FlatFunction, args: tuple[Any, ...], z: Array) -> None:
+    def _verify_steps(self, f: FlatFunction, args: tuple[Any, ...], z: Array, value: Array) -> None:
         """Check on schedule whether f couples rows, which no report of a step strategy would show.
 
-        It takes 2 log₂(batch) + 1 evaluations, which no count includes.
+        It takes 2 log₂(batch) + 1 evaluations at z, which no count includes. A tracing backend does it where an eager
+        transformation differentiates `value`; compiled code is never checked.
         """
-        eager = self.backend.capabilities.eager and not self.backend.is_traced(z)
-        if eager and self.config.backward.on_failure != "ignore" and z.shape[0] > 1:
+        backend = self.backend
+        z = backend.detach(z)
+        differentiated = backend.capabilities.eager or backend.is_traced(value)
+        wanted = differentiated and self.config.backward.on_failure != "ignore" and z.shape[0] > 1
+        if wanted and not backend.is_traced(z):
             self._watch(f).verify_steps(lambda: self._coupled(f, args, z))
 
     def _coupled(self, f: FlatFunction, args: tuple[Any, ...], z: Array) -> tuple[int, int] | None:
         backend = self.backend
-        with backend.errstate():
-            return coupled_rows(backend, lambda z: backend.forward_only(f, z, args, _once), z)
+        with backend.errstate(), backend.keep_random_state(z):
+            return coupled_rows(backend, lambda z: backend.detach(backend.forward_only(f, z, args, _once).z), z)
 
     def report_failure(self, forward: SolveResult) -> None:
         """Raise or warn about samples that did not converge; see `Backend.watch` for traced code."""
@@ -290,8 +294,9 @@ class Plan:
         return SolveResult(z, reached.fz, residual, status, steps, reached.evaluations, None)
 
 
-def _once(f: Map, z: Array) -> Any:
-    return f(z)
+def _once(f: Map, z: Array) -> SolveResult:
+    """Evaluate f, for `Backend.forward_only`; the value is the `z` of the result."""
+    return SolveResult(f(z), None, None, None, None, None, None)
 
 
 def _no_vjp(u: Array) -> Array:
