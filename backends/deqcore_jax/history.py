@@ -101,6 +101,11 @@ class JaxHistory(History):
         storage = jnp.where(chosen[:, None, None], jnp.zeros((), self.storage.dtype), self.storage)
         return self._with(storage, self.seen, self.written)
 
+    def rewind(self, count: int | jax.Array) -> JaxHistory:
+        """Go on by the rest of the ring, so that `written` never falls."""
+        rest = lax.rem(jnp.int32(self.history_size) - jnp.asarray(count, jnp.int32), jnp.int32(self.history_size))
+        return self._with(self.storage, self.seen, self.written + rest)
+
     def slot(self) -> jax.Array:
         """Return the slot before `written`."""
         last = lax.rem(self.written + (self.history_size - 1), jnp.int32(self.history_size))

@@ -74,6 +74,10 @@ class NumpyHistory(History):
         self.storage[rows if self.active is None else rows & self.active] = 0
         return self
 
+    def rewind(self, count: int | NDArray[Any]) -> NumpyHistory:
+        written = self.written + (self.history_size - int(count)) % self.history_size
+        return NumpyHistory(self.storage, self.seen, self.dtype, written, self.active)
+
     def slot(self) -> NDArray[Any]:
         mask = np.zeros(self.history_size, bool)
         if self.written:

@@ -364,6 +364,10 @@ class TorchHistory(History):
         seen = torch.zeros_like(mask) if self.active is None else mask & ~self.active[:, None]
         return self._with(seen, self.written, self.active, self.written)
 
+    def rewind(self, count: int | Tensor) -> TorchHistory:
+        written = self.written + (self.history_size - int(count)) % self.history_size  # all slots stay in use
+        return self._with(self.seen, written, self.active, None)
+
     def slot(self) -> Tensor:
         if not self.written:
             return torch.zeros(self.history_size, dtype=torch.bool, device=self.store.like.device)
@@ -485,6 +489,10 @@ class RecordedHistory(History):
         chosen = rows if self.active is None else rows & self.active
         storage = torch.where(chosen[:, None, None], torch.zeros_like(self.storage), self.storage)
         return RecordedHistory(storage, self.seen, self.written, self.active, self.wide)
+
+    def rewind(self, count: int | Tensor) -> RecordedHistory:
+        written = self.written + (self.history_size - int(count)) % self.history_size
+        return RecordedHistory(self.storage, self.seen, written, self.active, self.wide)
 
     def slot(self) -> Tensor:
         mask = torch.zeros(self.history_size, dtype=torch.bool, device=self.storage.device)

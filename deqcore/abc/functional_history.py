@@ -119,6 +119,10 @@ class FunctionalHistory(History):
         slots = tuple(backend.select(chosen, backend.xp.zeros_like(q), q) for q in self.slots)
         return self._with(slots=slots)
 
+    def rewind(self, count: int | Array) -> FunctionalHistory:
+        """See `History.rewind`."""
+        return self._with(written=self.written + (self.history_size - int(count)) % self.history_size)
+
     def slot(self) -> Array:
         """See `History.slot`."""
         return self._at((self.written - 1) % self.history_size, self.written > 0)

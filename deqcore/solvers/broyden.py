@@ -174,9 +174,8 @@ class Broyden(Solver):
         histories: tuple[History, ...] = state[:5]
         e_y = before
         if state.basis.may_be_full():
-            renewed = state.basis.full()[:, None]
             s = backend.divide_rows(z - start, state.unit)
-            histories, e_s, e_y = self._renew(backend, state, renewed, s, g)
+            histories, renewed, e_s, e_y = self._renew(backend, state, s, g)
             c = xp.where(renewed, e_s, c)
         basis, gram, left, right, pairs = histories
         basis = basis.append(g)
@@ -249,26 +248,37 @@ class Broyden(Solver):
         return state.norm
 
     def _renew(
-        self, backend: Backend, state: BroydenState, full: Array, s: Array, g: Array
-    ) -> tuple[tuple[History, ...], Array, Array]:
+        self, backend: Backend, state: BroydenState, s: Array, g: Array
+    ) -> tuple[tuple[History, ...], Array, Array, Array]:
         """Restart the samples that are full, with their latest pair as the first one.
 
         A restart without the latest pair fails on one in ten hard linear problems with ten pairs; with the pair, on
         none of 200 (docs/notes). Its s and y are not combinations of residuals that stay, so they enter the basis
-        themselves.
+        themselves. A sample that is not full may see the slot that the new residual would have after them; then they
+        take the two slots before the next one. A sample without a residual (see `restarted`) has no pair.
+
+        Returns:
+            The histories, which samples have a pair `(batch, 1)` of bool, and the coefficients of s and y.
         """
-        xp = backend.xp
+        xp, active, full = backend.xp, state.basis.active, state.basis.full()
         if self.history_size < 3:  # no room for s, y and the new residual
-            restarted = tuple(h.restart(full[:, 0]) for h in state[:5])
-            return restarted, 0 * state.step, 0 * state.step
-        active = state.basis.active
-        rows = full[:, 0] if active is None else full[:, 0] & active
+            restarted = tuple(h.restart(full) for h in state[:5])
+            return restarted, full[:, None], 0 * state.step, 0 * state.step
+        rows = full if active is None else full & active
+        paired = xp.any(state.newest != 0.0, axis=1)
+        ready = backend.numpy_view(paired if active is None else paired | ~active)
+        # Known on the host, without a wait. On a device, samples without a pair then stay in step, with s = 0.
+        together = state.basis.all_full() and (ready is None or bool(ready.all()))
         y = g - state.basis.combine(state.newest)
-        together = state.basis.all_full()  # known on the host, without a wait
+        begun = rows if together else rows & paired
 
         def renew(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            crowded = ~rows & state.basis.rewind(-2).full()
+            crowded = crowded if active is None else crowded & active
+            back = 0 if together else 2 * xp.astype(xp.any(crowded), xp.int32)
             basis, gram, left, right, pairs = (
-                h.restart_active() if together else h.masked(rows).restart(rows) for h in carry[0]
+                h.restart_active() if together else h.masked(rows).restart(rows).rewind(back).masked(begun)
+                for h in carry[0]
             )
             none, units = xp.zeros_like(carry[1]), []
             for vector in (s, y):
@@ -279,11 +289,11 @@ class Broyden(Solver):
                 pairs = pairs.append(xp.concat([none, none], axis=1))
                 units.append(unit)
             histories = tuple(h.masked(active) for h in (basis, gram, left, right, pairs))
-            return histories, units[0], xp.where(rows[:, None], units[1], carry[2])
+            return histories, units[0], xp.where(begun[:, None], units[1], carry[2])
 
         start = tuple(state[:5]), 0 * state.step, state.newest
         histories, e_s, e_y = renew(start) if together else backend.cond(rows, renew, start)
-        return tuple(h.masked(active) for h in histories), e_s, e_y
+        return tuple(h.masked(active) for h in histories), begun[:, None], e_s, e_y
 
     def inverse_jacobian(self, backend: Backend, state: BroydenState) -> InverseJacobian:
         """Return H after the last secant pair."""

@@ -427,6 +427,16 @@ SOLVERS = [
         "restarted",
     ),
     Fault(
+        "a restart that takes a slot of a sample beside it",
+        BROYDEN,
+        "back = 0 if together else 2 * xp.astype(xp.any(crowded), xp.int32)",
+        "back = 0",
+        "solver broyden",
+        "test_a_restarted_sample_begins_where_it_is_put",
+        "restarted",
+        options={"history_size": 3},
+    ),
+    Fault(
         "one sample's stop stops the batch",
         "deqcore.solve.loop",
         "return bool((status == int(Status.RUNNING)).any())",

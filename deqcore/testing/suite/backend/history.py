@@ -55,13 +55,16 @@ class HistoryTests(Conformance):
         model = Model(batch, history_size)
         model.append(first := rng.standard_normal((batch, n)), [True] * batch)
         history = history.append(kit.array(first))
-        for _ in range(8):
+        for _ in range(12):
             active = rng.random(batch) < 0.7
             history = history.masked(kit.array(active, "bool"))
             if rng.random() < 0.25:
                 rows = rng.random(batch) < 0.5
                 history = history.restart(kit.array(rows, "bool"))
                 model.restart(rows, active)
+            if model.written >= history_size and rng.random() < 0.5:
+                count = int(rng.integers(-2, 3))
+                history, model.written = history.rewind(count), model.written + (-count) % history_size
             v = rng.standard_normal((batch, n))
             assert [
                 i in rows for i, rows in zip([model.written % history_size] * batch, model.seen, strict=True)
