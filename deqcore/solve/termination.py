@@ -28,7 +28,7 @@ IDLE: Final = 10  # steps without progress, at least, after which the end of the
 FAR: Final = 10.0  # growth over fall of the residual that is an escape, at the end of the budget
 LOST: Final = 0.25  # part of its largest value that the residual's rounding may make up
 FALL: Final = 100.0  # a residual this much below its largest value has fallen whatever the iterate is
-DROP: Final = 8.0  # if it did so by such a fall in one step
+DROP: Final = 6.0  # if it did so by such a fall in one step; Newton nears a zero of z^-p at infinity by e at most
 FINE: Final = 1e-5  # a dtype with an ε below it resolves residuals far below what growth explains
 
 
