@@ -31,7 +31,7 @@ from deqcore_torch import functorch
 from deqcore_torch.functorch import Refuse, approximate
 from deqcore_torch.graph import Outside, outside, refuse_compiled, sequence
 from deqcore_torch.module_hooks import Mute, hooks_made, muted
-from deqcore_torch.saved_tensors import Saved, recording
+from deqcore_torch.saved_tensors import Recording, recording
 from deqcore_torch.second_order import Recorded, Twice, distinct
 
 
@@ -102,7 +102,7 @@ class _Job:
         self.record = record
         self.state = state
         self.outside = Outside()
-        self.saved: list[Saved] = []
+        self.saved = Recording()
         self.mute = Mute()
 
     def solve_adjoint(self, y: Tensor, z: Tensor, g: Tensor) -> Tensor:
@@ -155,8 +155,8 @@ class _Attach(torch.autograd.Function):
         if g is None:
             return (None, None, None, None, *nothing)
         functorch.refuse_vmap(g)
-        for saved in job.saved if job.adjoint.uses_vjp else ():
-            saved.fetch()
+        if job.adjoint.uses_vjp:
+            job.saved.fetch()
         if not torch.is_grad_enabled():
             return (job.solve_adjoint(y, z, g), None, None, None, *nothing)
         if job.linear:

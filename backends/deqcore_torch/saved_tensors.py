@@ -20,14 +20,32 @@ from torch import Tensor
 from torch._C import _current_graph_task_id
 from torch.autograd import Variable
 
-_collector: Final[ContextVar[list[Saved] | None]] = ContextVar("_collector", default=None)
+_collector: Final[ContextVar[Recording | None]] = ContextVar("_collector", default=None)
+
+
+class Recording:
+    """The hooks of one recorded evaluation. The graph keeps them alive, as they may refer to f and to its arguments."""
+
+    def __init__(self) -> None:
+        self._hooks: list[weakref.ref[Saved]] = []
+
+    def add(self, saved: Saved) -> None:
+        """Note hooks that are entered while the evaluation is recorded."""
+        self._hooks.append(weakref.ref(saved))
+
+    def fetch(self) -> None:
+        """Let all hooks fetch their tensors, before vjps through the graph."""
+        for each in self._hooks:
+            if (saved := each()) is not None:
+                saved.fetch()
 
 
 @contextmanager
-def recording() -> Iterator[list[Saved]]:
-    """Record an evaluation of f. The value lists the hooks to `fetch` before vjps through its graph."""
-    around = Saved.around()
-    found = [] if around is None else [around]
+def recording() -> Iterator[Recording]:
+    """Record an evaluation of f."""
+    around, found = Saved.around(), Recording()
+    if around is not None:
+        found.add(around)
     token = _collector.set(found)
     try:
         with around or nullcontext():
@@ -42,7 +60,7 @@ def checkpoint(f: Callable[..., Any], *args: Any) -> Any:
     def held(*args: Any) -> Any:
         saved, found = Saved.around(), _collector.get()
         if found is not None and saved is not None:
-            found.append(saved)
+            found.add(saved)
         with saved or nullcontext():
             return f(*args)
 

@@ -3,6 +3,9 @@
 The truth for u is a dense solve with the closed form of the Jacobian of tanh(W z + x).
 """
 
+import gc
+import weakref
+
 import pytest
 
 import deqcore
@@ -214,3 +217,27 @@ def test_a_checkpointed_cell_under_functional_transformations(x):
     kept, plain = layer(checkpoint=True), layer()
     found, expected = (torch.func.grad(lambda x, deq=deq: deq(x).sum())(x.detach()) for deq in (kept, plain))
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("strategy", IMPLICIT)
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_an_object_that_keeps_its_equilibrium_is_freed(strategy, checkpoint, x):
+    class Owner:
+        def __init__(self):
+            self.cell = Cell()
+            hooked(self.cell)
+            self.layer = layer(strategy, cell=self.step, checkpoint=checkpoint)
+
+        def step(self, z, x):
+            return self.cell(z, x)
+
+        def run(self):
+            self.z = self.layer(x)
+            self.z.sum().backward()
+
+    owner = Owner()
+    owner.run()
+    alive = weakref.ref(owner)
+    del owner
+    gc.collect()
+    assert alive() is None
