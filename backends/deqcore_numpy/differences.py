@@ -24,6 +24,7 @@ from typing import Any, Final
 import numpy as np
 
 from deqcore.errors import DerivativeWarning
+from deqcore.solve.user_line import warn
 
 START: Final = 2.0**-9  # times the scale
 FACTOR: Final = 8.0
@@ -366,20 +367,18 @@ def uncertainty(slope: Slope, base: Any) -> float:
 def warn_if_poor(worst: float) -> None:
     """Warn about a difference whose estimated error is above `POOR`."""
     if worst > POOR:
-        warnings.warn(
+        warn(
             f"The derivative of f by finite differences is not reliable (estimated relative error {worst:.1e}, limit "
             f"{POOR:.0e}). Compute f in float64 with NumPy operations that take complex numbers, or use a backend "
             f"with automatic differentiation.",
             DerivativeWarning,
-            stacklevel=3,
         )
 
 
 def warn_of_bend(bend: float) -> None:
     """Warn about a point where f has two slopes."""
-    warnings.warn(
+    warn(
         f"f has a kink at this point: its slopes on the two sides differ by {bend:.0%}, and the derivative is their "
         f"mean. Move the point, or use a smooth function.",
         DerivativeWarning,
-        stacklevel=3,
     )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import warnings
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -16,6 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from deqcore.solve.user_line import warn
 from deqcore_torch import functorch
 
 COMPILERS: Final = {"cpu": ("numba", "steps"), "cuda": ("triton", "device")}
@@ -47,10 +47,10 @@ def loaded(kind: str) -> ModuleType | Any | None:
         steps.probe()
     except Exception as error:  # no folder for Numba's cache, no C compiler for Triton, an unsupported GPU, …
         name, reason = compiler.capitalize(), str(error).rstrip(".")
-        warnings.warn(
+        warn(
             f"Solver steps run without compiled code, because {name} does not work here: {reason}. "
             "Set DEQCORE_NATIVE=0 to silence this warning.",
-            stacklevel=3,
+            UserWarning,
         )
         return None
     return steps
