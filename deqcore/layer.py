@@ -17,9 +17,9 @@ from typing import Any, Final
 from deqcore import config as settings
 from deqcore import plugins
 from deqcore.config import Config
-from deqcore.config.options import freeze, plain
 from deqcore.config.sources import scalar
 from deqcore.errors import ConfigError, LayerWarning, ProblemError
+from deqcore.options import freeze, plain
 from deqcore.solve.user_line import warn
 from deqcore.types import Tree
 

@@ -19,7 +19,7 @@ from deqcore.abc.history import History
 from deqcore.errors import BackendError, ConfigError, InitialIterateError, ProblemError
 from deqcore.solve.opaque import arrays_in
 from deqcore.types import BackwardRecord, Capabilities, LoopVars, Map, SolveResult, StepResult
-from deqcore_torch import functorch, jvp, native
+from deqcore_torch import compiled, functorch, jvp
 from deqcore_torch.autograd import attach
 from deqcore_torch.disable_dynamo import refuse_tracing, untraced
 from deqcore_torch.eval_context import nothing_recorded
@@ -182,7 +182,7 @@ class TorchBackend(Backend):
 
     def _native(self, x: Tensor) -> Any | None:
         """Return the native steps that can read x; those for the host only if reading x costs no wait."""
-        steps = native.reading(x)
+        steps = compiled.reading(x)
         return None if steps is None or (x.device.type == "cpu" and self.numpy_view(x) is None) else steps
 
     def solve(self, a: Tensor, b: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ from typing import Any, Final, TypeAlias
 
 from deqcore import plugins
 from deqcore.config import Config, override
-from deqcore.config.options import options_of
 from deqcore.errors import MonitorError, MonitorWarning
 from deqcore.monitor.sink import Event, Row
 from deqcore.monitor.triggers import Transition, Trigger, TriggerState
+from deqcore.options import options_of
 from deqcore.solve.user_line import warn
 
 Hook: TypeAlias = Callable[[Event], object]

@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
 from deqcore import plugins
-from deqcore.config.options import Options, as_options, check, instantiate
 from deqcore.config.sources import names_of
 from deqcore.errors import ConfigError, PluginError
 from deqcore.monitor.measurements import make_measurements
 from deqcore.monitor.metrics import PREFIX, Metrics
 from deqcore.monitor.sink import Sink
 from deqcore.monitor.triggers import Trigger
+from deqcore.options import Options, as_options, check, instantiate
 
 SinkLike: TypeAlias = Sink | str | Mapping[str, object]
 

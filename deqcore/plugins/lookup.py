@@ -16,8 +16,8 @@ from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
-from deqcore.config.options import Options, as_options, instantiate
 from deqcore.errors import MissingFrameworkError, PluginError, UnknownNameError
+from deqcore.options import Options, as_options, instantiate
 from deqcore.plugins.builtin import BUILTIN, SECTIONS
 from deqcore.plugins.specs import (
     BackendSpec,

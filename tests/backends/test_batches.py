@@ -210,7 +210,7 @@ def test_a_reuse_gradient_does_not_depend_on_the_batch_by_a_bit(be, n, solver, c
     if be.name != "torch" and n > 10:
         pytest.skip("by differences, or by a compilation for each batch size")
     if be.name == "torch":
-        from deqcore_torch import native as steps
+        from deqcore_torch import compiled as steps
 
         monkeypatch.setenv("DEQCORE_NATIVE", native)
         steps.loaded.cache_clear()

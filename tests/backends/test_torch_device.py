@@ -22,7 +22,7 @@ torch = pytest.importorskip("torch")
 if find_spec("triton") is None:
     pytest.skip("needs triton", allow_module_level=True)
 
-from deqcore_torch import native  # noqa: E402
+from deqcore_torch import compiled  # noqa: E402
 from deqcore_torch.backend import TorchBackend  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -95,7 +95,7 @@ def test_compiled_code_is_launched_directly():
 def test_a_gpu_that_triton_cannot_compile_for(monkeypatch):
     device = pytest.importorskip("deqcore_torch.native.device")
     monkeypatch.setattr(device, "probe", lambda: (_ for _ in ()).throw(RuntimeError("Failed to find C compiler.")))
-    load = native.loaded.__wrapped__
+    load = compiled.loaded.__wrapped__
     with pytest.warns(
         UserWarning, match=r"because Triton does not work here: Failed to find C compiler\. Set DEQCORE_NATIVE=0"
     ):
@@ -112,9 +112,9 @@ def fused(monkeypatch, request):
     device = pytest.importorskip("deqcore_torch.native.device")
     if DEVICE == "cpu":
         monkeypatch.setattr(device, "plain", lambda x: x.dtype in device.KINDS and x.numel() > 0 and x.is_contiguous())
-        monkeypatch.setattr(native, "loaded", lambda kind: device)
+        monkeypatch.setattr(compiled, "loaded", lambda kind: device)
         monkeypatch.setattr(TorchBackend, "numpy_view", lambda self, x: None)  # as a device that must be asked
-        monkeypatch.setattr(TorchBackend, "_native", lambda self, x: native.reading(x))
+        monkeypatch.setattr(TorchBackend, "_native", lambda self, x: compiled.reading(x))
     return device
 
 
@@ -124,7 +124,7 @@ def without(monkeypatch):
 
     def run(do):
         with monkeypatch.context() as patch:
-            patch.setattr(native, "loaded", lambda kind: None)
+            patch.setattr(compiled, "loaded", lambda kind: None)
             return do()
 
     return run

@@ -18,7 +18,7 @@ from deqcore.types import StoppingCriteria
 torch = pytest.importorskip("torch")
 pytest.importorskip("numba")
 
-from deqcore_torch import native  # noqa: E402
+from deqcore_torch import compiled  # noqa: E402
 from deqcore_torch.backend import TorchBackend  # noqa: E402
 from deqcore_torch.native import kernels, pool, steps  # noqa: E402
 
@@ -53,7 +53,7 @@ def without(monkeypatch):
 
     def run(do):
         with monkeypatch.context() as patch:
-            patch.setattr(native, "loaded", lambda kind: None)
+            patch.setattr(compiled, "loaded", lambda kind: None)
             return do()
 
     return run
@@ -250,17 +250,17 @@ assert sol.value.dtype is dtype and bool(sol.converged.all()), sol
 
 
 def test_it_can_be_turned_off(monkeypatch):
-    native.loaded.cache_clear()
+    compiled.loaded.cache_clear()
     monkeypatch.setenv("DEQCORE_NATIVE", "0")
-    assert native.loaded("cpu") is None
-    native.loaded.cache_clear()
+    assert compiled.loaded("cpu") is None
+    compiled.loaded.cache_clear()
     monkeypatch.delenv("DEQCORE_NATIVE")
-    assert native.loaded("cpu") is steps
+    assert compiled.loaded("cpu") is steps
 
 
 def test_a_numba_that_does_not_import_is_told(monkeypatch):
-    native.loaded.cache_clear()
+    compiled.loaded.cache_clear()
     monkeypatch.setitem(sys.modules, "deqcore_torch.native.steps", None)
     with pytest.warns(UserWarning, match="Numba does not work here"):
-        assert native.loaded("cpu") is None
-    native.loaded.cache_clear()
+        assert compiled.loaded("cpu") is None
+    compiled.loaded.cache_clear()

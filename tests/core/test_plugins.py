@@ -633,7 +633,7 @@ class Rich:
 
 
 def test_rich_annotations_are_checked_by_jsons_strict_rules(tmp_path: Path) -> None:
-    from deqcore.config.options import instantiate
+    from deqcore.options import instantiate
 
     module = ModuleType("deq_rich")
     sys.modules["deq_rich"] = module
@@ -658,7 +658,7 @@ def test_rich_annotations_are_checked_by_jsons_strict_rules(tmp_path: Path) -> N
 
 
 def test_an_annotation_that_cannot_be_evaluated_is_left_to_the_class() -> None:
-    from deqcore.config.options import instantiate
+    from deqcore.options import instantiate
 
     module = ModuleType("deq_lazy")
     sys.modules["deq_lazy"] = module
