@@ -114,7 +114,7 @@ def test_a_missing_framework_names_the_extra() -> None:
     plugins.register(
         BackendSpec("absent", "deq_absent:Backend", package="no_such_framework", extra="absent", array_modules=())
     )
-    plugins.register(TrainerSpec("absent", "deq_absent:Trainer", "absent"))
+    plugins.register(TrainerSpec("absent", "deq_absent:Trainer", backend="absent"))
     for kind in ("backend", "trainer"):
         with pytest.raises(errors.MissingFrameworkError, match=r'pip install "deqcore\[absent\]"'):
             plugins.load(kind, "absent")  # type: ignore[arg-type]
@@ -153,7 +153,7 @@ def test_one_plugin_may_offer_several_kinds(install: Install) -> None:
             yield SinkSpec("null", "deq_x:Null")
         @hookimpl
         def deqcore_trainers():
-            yield TrainerSpec("mlx", "deq_x:Trainer", "mlx")
+            yield TrainerSpec("mlx", "deq_x:Trainer", backend="mlx")
         @hookimpl
         def deqcore_commands():
             yield CommandSpec("export", "deq_x:export")
@@ -476,7 +476,7 @@ def test_records_validate_their_other_fields() -> None:
     with pytest.raises(errors.PluginError, match="array_modules"):
         BackendSpec("a", "b:c", array_modules="torch")  # type: ignore[arg-type]
     with pytest.raises(errors.PluginError, match="the name of a backend"):
-        TrainerSpec("a", "b:c", "")
+        TrainerSpec("a", "b:c", backend="")
 
 
 # -- whose array is this? ----------------------------------------------------------------------------------
