@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,8 +103,7 @@ class JaxTrainer(Trainer):
     def radius(self, x: Numbers, config: Config, products: int) -> Numbers:
         z, injected = self._solved(self._weights, jnp.asarray(_narrow(x)), config=config)
         step = jax.jit(partial(self._model.cell, self._ops))
-        spectrum = spectral_radius(lambda z: step(self._weights, z, injected), z, max_products=products)
-        return cast(Numbers, spectrum.radius)
+        return spectral_radius(lambda z: step(self._weights, z, injected), z, max_products=products).radius
 
     def save(self) -> Weights:
         count, mu, nu = self._state
@@ -139,7 +138,8 @@ class JaxTrainer(Trainer):
             logits = self._model.read(self._ops, weights, z)
             return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), figures
 
-        return cast(tuple[Any, Any, Any], jax.vjp(loss, weights, deqcore_jax.adjoint_tap.new(x.shape[0]), has_aux=True))
+        value, vjp, figures = jax.vjp(loss, weights, deqcore_jax.adjoint_tap.new(x.shape[0]), has_aux=True)
+        return value, vjp, figures
 
     def _solve(self, weights: Any, x: Any, config: Config, adjoint_tap: Any = None) -> tuple[Any, Any]:
         model, ops = self._model, self._ops

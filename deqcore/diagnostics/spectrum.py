@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.history import History
@@ -34,9 +35,9 @@ class Spectrum:
         [0.5j]
     """
 
-    radius: Any
-    eigenvalue: Any
-    error: Any
+    radius: NDArray[np.float64]
+    eigenvalue: NDArray[np.complex128]
+    error: NDArray[np.float64]
     products: int
 
 

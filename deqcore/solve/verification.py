@@ -22,6 +22,7 @@ import numpy as np
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.backward import Strategy
+from deqcore.options import option_values
 from deqcore.types import AdjointReport, Array, Map, Status
 
 ROUNDING: Final = 100.0  # units of rounding below which a difference says nothing
@@ -203,7 +204,7 @@ def _contradicts(
     rounded to 8 bits on the way (autocast, TF32) without a trace. Such noise excuses a residual, unless f couples rows.
     """
     xp = backend.xp
-    promised = getattr(strategy, "rtol", None)
+    promised = option_values(strategy).get("rtol")
     if not strategy.exact and not isinstance(promised, float):
         report = xp.where(
             xp.isnan(report), xp.full_like(report, float("inf")), report
