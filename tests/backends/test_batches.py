@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import numpy as np
 import pytest
 
@@ -14,16 +12,9 @@ from deqcore.types import Status
 BACKENDS = ["numpy", "torch", "jax"]
 
 
-@pytest.fixture(params=BACKENDS)
-def be(request):
-    pytest.importorskip(request.param)
-    double = contextlib.nullcontext()
-    if request.param == "jax":
-        import jax
-
-        double = jax.enable_x64(True)
-    with double:
-        yield deqcore.get_backend(backend=request.param)
+@pytest.fixture
+def be(every):
+    return every
 
 
 def draw(batch, n, dtype, seed=0):

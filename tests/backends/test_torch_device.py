@@ -118,18 +118,6 @@ def fused(monkeypatch, request):
     return device
 
 
-@pytest.fixture
-def without(monkeypatch):
-    """Runs something with the solvers' own steps."""
-
-    def run(do):
-        with monkeypatch.context() as patch:
-            patch.setattr(compiled, "loaded", lambda kind: None)
-            return do()
-
-    return run
-
-
 def problem(dtype, batch, n, gain=0.9):
     """A tanh cell; sample b has the gain b/batch of it, so that samples stop one after the other."""
     generator = torch.Generator().manual_seed(n)

@@ -47,18 +47,6 @@ def solve(f, z, solver, rtol=0.0, max_steps=8):
         return iterate(TorchBackend(), solver, f, z, StoppingCriteria(rtol=rtol, max_steps=max_steps))
 
 
-@pytest.fixture
-def without(monkeypatch):
-    """Runs something with the solvers' own steps."""
-
-    def run(do):
-        with monkeypatch.context() as patch:
-            patch.setattr(compiled, "loaded", lambda kind: None)
-            return do()
-
-    return run
-
-
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("batch", "n", "rtol"), [(1, 3, 0.0), (20, 30, 0.0), (20, 30, 1e-2), (2, 5000, 0.0)])

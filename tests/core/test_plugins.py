@@ -47,14 +47,11 @@ class Plain(Solver):
 
 
 @pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _fresh(monkeypatch: pytest.MonkeyPatch, no_plugins: None) -> Iterator[None]:
     for name in ("DEQCORE_DISABLE_PLUGINS", "DEQCORE_PLUGIN_AUTOLOAD"):
         monkeypatch.delenv(name, raising=False)
-    before, path = set(sys.modules), list(sys.path)
-    plugins.reset()
+    before = set(sys.modules)
     yield
-    plugins.reset()
-    sys.path[:] = path
     for name in set(sys.modules) - before:
         if name.startswith(("deq_", "deqfile_")):
             del sys.modules[name]
