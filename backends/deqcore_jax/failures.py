@@ -11,7 +11,6 @@ is decided in `deqcore.solve.failures`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ from jax.custom_batching import custom_vmap
 from deqcore.types import Figures
 
 
-def watch(report: Callable[[Any], None], figures: Figures, *, compiled: bool) -> None:
+def watch(report: Callable[[Figures], None], figures: Figures, *, compiled: bool) -> None:
     """See `deqcore.abc.backend.Backend.watch`."""
     if not compiled and is_staged():
         return
@@ -41,27 +40,27 @@ def is_staged() -> bool:
 class _Called:
     """A callback that is equal to itself only: JAX keeps compiled code by what it calls."""
 
-    def __init__(self, report: Callable[[Any], None]) -> None:
+    def __init__(self, report: Callable[[Figures], None]) -> None:
         self.report = report
 
     def __call__(self, figures: Figures) -> None:
         _called(self.report, figures)
 
 
-def _called(report: Callable[[Any], None], figures: Any) -> None:
+def _called(report: Callable[[Figures], None], figures: Figures) -> None:
     found = jax.tree.map(np.asarray, figures)
     if found.notable():
         report(found)
 
 
 @custom_vmap
-def _over_lanes(figures: Any) -> Any:
+def _over_lanes(figures: Figures) -> Figures:
     """The figures; under vmap, those of all lanes together: one callback, not one per lane."""
     return figures
 
 
 @_over_lanes.def_vmap
-def _over_lanes_batched(size: int, in_batched: list[Any], figures: Any) -> tuple[Any, Any]:
+def _over_lanes_batched(size: int, in_batched: list[Figures], figures: Figures) -> tuple[Figures, Figures]:
     stacked = jax.tree.map(
         lambda x, batched: x if batched else jnp.broadcast_to(x, (size, *x.shape)), figures, in_batched[0]
     )
