@@ -228,7 +228,7 @@ class _Search:
         self.value, self.error = np.full(shape, np.nan), np.full(shape, np.inf)
         self.bend, self.used = np.zeros(shape), np.full(shape, np.inf)
         self.rounding = np.zeros(shape)
-        self.done = ~np.isfinite(at.base)
+        self.done: Mask = ~np.isfinite(at.base)
         self.floor: Array = np.full(shape, np.nan)  # what is below it is rounding of f; known after the first step
         self.last: tuple[Array, Array] | None = None
         self.only = np.ones(shape, bool)
@@ -286,7 +286,8 @@ class _Search:
     @property
     def open(self) -> Mask:
         """Return which numbers have no good slope yet."""
-        return ~self.done
+        undone: Mask = ~self.done
+        return undone
 
     def rounded(self) -> Mask:
         """Return where rounding dominates the error, which smaller steps make larger."""
