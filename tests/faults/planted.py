@@ -339,7 +339,7 @@ SOLVERS = [
     Fault(
         "products of residuals whose squares leave the range",
         BROYDEN,
-        "        unit = backend.row_scale(norm, g)\n",
+        "        unit = row_scale(backend, norm, g)\n",
         "        unit = None\n",
         "solver broyden",
         "test_units_of_golden_problems",
@@ -484,7 +484,7 @@ SOLVERS = [
     Fault(
         "damping in the residual",
         "deqcore.solve.loop",
-        "        residual, size = backend.residual_norms(z, fz)\n",
+        "        residual, size = residual_norms(backend, z, fz)\n",
         "        residual, size = 0.1 * backend.norm(fz - z), None\n",
         "solver picard",
         "test_golden",

@@ -25,7 +25,7 @@ from deqcore.types import Map
 
 def walk_steps(kit: Kit, solver: Solver, f: Map, z: Any, steps: int, *, jit: bool = True) -> list[tuple[Any, Any, Any]]:
     """`(z, f(z), state)` before the first step and after each, without the loop; compiled where the backend can."""
-    compiled = kit.backend.jit if jit else lambda step: step
+    compiled = kit.backend.harness.jit if jit else lambda step: step
     fz = f(z)
     init = compiled(lambda z, fz: solver.init(kit.backend, z, fz))
     found: list[tuple[Any, Any, Any]] = [(z, fz, init(z, fz))]
@@ -64,7 +64,7 @@ class _Counting:
 
     def jvp(self, f: Map, z: Any) -> Map | None:
         with self._within():
-            jvp = self._backend.jvp(f, z)
+            jvp = self._backend.autodiff.jvp(f, z)
 
         def product(v: Any) -> Any:
             self.calls += 1
