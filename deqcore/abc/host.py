@@ -9,7 +9,7 @@ from deqcore.types import Array
 
 
 class HostViews:
-    """Shares arrays with NumPy where this costs neither a wait nor a copy. By default there is no such view.
+    """Shares arrays with NumPy where this costs neither a wait nor a copy. The default shares nothing.
 
     Example:
         >>> import deqcore

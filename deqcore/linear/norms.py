@@ -1,4 +1,4 @@
-"""Norms of residuals, projections onto a basis (by fused kernels if the backend has them), and the default tolerance."""
+"""Norms of residuals and projections onto a basis, by fused kernels if a backend has them; the default tolerance."""
 
 from __future__ import annotations
 
