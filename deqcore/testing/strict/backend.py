@@ -27,9 +27,9 @@ from deqcore.types import Array, BackwardRecord, Capabilities, LoopVars, Map, So
 class StrictLinalg(SmallLinalg):
     """NumPy's, on what is hidden."""
 
-    def __init__(self, be: ArrayOps) -> None:
+    def __init__(self, be: StrictBackend) -> None:
         super().__init__(be)
-        self.numpy: Backend = plugins.make_backend("numpy")
+        self.numpy = be.numpy
 
     def solve(self, a: Array, b: Array) -> Array:
         return wrap(self.numpy.linalg.solve(unwrap(a), unwrap(b)))
@@ -38,9 +38,9 @@ class StrictLinalg(SmallLinalg):
 class StrictAutodiff(Autodiff):
     """NumPy's, on what is hidden."""
 
-    def __init__(self, be: ArrayOps) -> None:
+    def __init__(self, be: StrictBackend) -> None:
         super().__init__(be)
-        self.numpy: Backend = plugins.make_backend("numpy")
+        self.numpy = be.numpy
 
     def linearize(self, f: Map, z: Array) -> tuple[Array, Map]:
         value, vjp = self.numpy.autodiff.linearize(lambda x: unwrap(f(wrap(x))), unwrap(z))
@@ -84,9 +84,9 @@ class StrictAutodiff(Autodiff):
 class StrictGuards(CallGuards):
     """NumPy's, as far as a tracing framework has one."""
 
-    def __init__(self, be: ArrayOps) -> None:
+    def __init__(self, be: StrictBackend) -> None:
         super().__init__(be)
-        self.numpy: Backend = plugins.make_backend("numpy")
+        self.numpy = be.numpy
 
     def in_extended_precision(self) -> bool:
         return self.numpy.guards.in_extended_precision()
