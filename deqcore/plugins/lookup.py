@@ -225,6 +225,10 @@ def make_backend(name: str) -> Backend:
     cls = _class("backend", name, Backend)
     check_parts(f"backend {name!r}", cls)
     made: object = cls()
+    if not hasattr(made, "linalg"):
+        raise PluginError(
+            f"The backend {name!r} must have its parts. Call super().__init__() in {cls.__qualname__}.__init__."
+        )
     return cast("Backend", made)
 
 

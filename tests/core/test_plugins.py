@@ -339,6 +339,10 @@ class Unsolved(NumpyBackend):
 
 class Unguarded(NumpyBackend):
     guards_class = dict
+
+class Partless(NumpyBackend):
+    def __init__(self):
+        self.device = "cpu"
 """
 
 
@@ -368,12 +372,17 @@ class Unguarded(NumpyBackend):
         (
             plugins.make_backend,
             "Unsolved",
-            r"The linalg_class of the backend 'wrong' is Mine, which must implement solve. See deqcore.abc.linalg.Small",
+            r"The linalg_class of the backend 'wrong' is Mine, which must implement solve. See deqcore.abc.linalg",
         ),
         (
             plugins.make_backend,
             "Unguarded",
-            r"The guards_class of the backend 'wrong' must be a subclass of deqcore.abc.guards.CallGuards .got <class 'dic",
+            r"The guards_class of the backend 'wrong' must be a subclass of deqcore.abc.guards.CallGuards .got",
+        ),
+        (
+            plugins.make_backend,
+            "Partless",
+            r"The backend 'wrong' must have its parts. Call super\(\).__init__\(\) in Partless.__init__",
         ),
         (
             plugins.make_backend,
