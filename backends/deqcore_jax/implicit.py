@@ -166,7 +166,7 @@ def _run(
 def record(
     f: Callable[..., jax.Array], z0: jax.Array, args: tuple[Tree, ...], steps: Steps, forward: SolveResult | None
 ) -> jax.Array:
-    """Trace f, and differentiate through `steps` (see `deqcore.abc.backend.Backend.differentiate_through`)."""
+    """Trace f, and differentiate through `steps` (see `deqcore.abc.autodiff.Autodiff.differentiate_through`)."""
     program, leaves = trace(f, z0, args)
     return _record(program, steps, z0, leaves, forward)
 

@@ -27,7 +27,7 @@ from deqcore.types import Array, Map
 
 def walk_steps(kit: Kit, solver: Solver, f: Map, z: Any, steps: int, *, jit: bool = True) -> list[tuple[Any, Any, Any]]:
     """`(z, f(z), state)` before the first step and after each, without the loop; compiled where the backend can."""
-    compiled = kit.backend.jit if jit else lambda step: step
+    compiled = kit.backend.harness.jit if jit else lambda step: step
     fz = f(z)
     init = compiled(lambda z, fz: solver.init(kit.backend, z, fz))
     found: list[tuple[Any, Any, Any]] = [(z, fz, init(z, fz))]
@@ -50,7 +50,7 @@ class _Counter:
     """Counts products J v of a backend, and calls of a function outside of them."""
 
     def __init__(self, backend: Backend) -> None:
-        self._jvp = backend.jvp
+        self._jvp = backend.autodiff.jvp
         self._inside = False
         self.calls = 0
 
@@ -173,7 +173,7 @@ class StepTests(Conformance):
             pytest.skip("the solver's steps all cost the same, or a traced loop calls f once, whatever it runs")
         f, z0 = overshooting(kit, slice(0, 1))
         counter = _Counter(kit.backend)
-        with mock.patch.object(kit.backend, "jvp", counter.jvp):
+        with mock.patch.object(kit.backend.autodiff, "jvp", counter.jvp):
             found = walk_steps(kit, solver, counter.counted(f), z0, 4, jit=False)
         steps = kit.backend.xp.zeros_like(kit.array(np.zeros(1)), dtype=kit.backend.xp.int32) + 4
         told = int(kit.numpy(solver.evaluations(kit.backend, steps, found[-1][2]))[0])
