@@ -140,7 +140,7 @@ def _eliminate(a: jax.Array, b: jax.Array) -> jax.Array:
 def least_singular_value(a: jax.Array, columns: jax.Array | None = None) -> jax.Array:
     """Return 1/‖R^-1‖ of `a` `(batch, m, k)` = Q R, zero where R is singular.
 
-    If `columns` says that only few columns are in use (see `Backend.least_singular_value`), only these are read.
+    If `columns` says that only few columns are in use (see `SmallLinalg.least_singular_value`), only these are read.
 
     The norm of R^-1 is the square root of the largest eigenvalue of its Gram matrix, which rounding does not hurt (the
     Gram matrix of `a` would lose the smallest one). Repeated squaring leaves only the part in that eigenvector.

@@ -23,7 +23,7 @@ from deqcore.types import Figures
 
 
 def watch(report: Callable[[Any], None], figures: Figures, *, compiled: bool) -> None:
-    """See `deqcore.abc.backend.Backend.watch`."""
+    """See `deqcore.abc.guards.CallGuards.watch`."""
     if not compiled and is_staged():
         return
     seen = _over_lanes(jax.tree.map(lambda x: lax.stop_gradient(jnp.asarray(x)), figures))

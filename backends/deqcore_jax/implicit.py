@@ -161,7 +161,7 @@ def _run(
 def record(
     f: Callable[..., Any], z0: Any, args: tuple[Any, ...], steps: Callable[..., Any], forward: SolveResult | None
 ) -> Any:
-    """Trace f, and differentiate through `steps` (see `deqcore.abc.backend.Backend.differentiate_through`)."""
+    """Trace f, and differentiate through `steps` (see `deqcore.abc.autodiff.Autodiff.differentiate_through`)."""
     program, leaves = trace(f, z0, args)
     return _record(program, steps, z0, leaves, forward)
 

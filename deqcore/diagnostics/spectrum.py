@@ -94,7 +94,7 @@ def spectral_radius(
     if not rows or not n:
         return Spectrum(np.zeros(rows), np.zeros(rows, complex), np.zeros(rows), 0)
     with at.backend.errstate():
-        _, vjp = at.backend.linearize(at.f, at.z)
+        _, vjp = at.backend.autodiff.linearize(at.f, at.z)
         start = np.random.default_rng(seed).standard_normal((rows, n))
         v = at.backend.cast(at.backend.asarray(start, like=at.z), at.z)
         return _arnoldi(at.backend, vjp, v, tolerance, min(max_products, n))

@@ -13,6 +13,7 @@ from typing import final
 from deqcore.abc.backend import Backend
 from deqcore.config import Config, current
 from deqcore.errors import ConfigError, MonitorWarning, user_stacklevel
+from deqcore.linear.norms import default_rtol
 from deqcore.monitor.actions import Hook, TriggerSet, has_actions
 from deqcore.monitor.collector import Collector, RowBuilder
 from deqcore.monitor.delivery import SinkGroup
@@ -210,7 +211,7 @@ class Monitor(Observer):
         if self._rtol is None and solution.value is not None:
             backend = solution.backend
             leaf = backend.flatten(solution.value)[0][0]
-            self._rtol, self._least = backend.default_rtol(leaf), 2 * backend.eps(leaf)
+            self._rtol, self._least = default_rtol(backend, leaf), 2 * backend.eps(leaf)
 
     def observe_backward(self, report: AdjointReport, *, name: str = "", seconds: float = float("nan")) -> None:
         """Take the report of a backward pass that no solution leads to (an adjoint tap in JAX)."""

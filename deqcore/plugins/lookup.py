@@ -220,8 +220,15 @@ def make_backend(name: str) -> Backend:
         PluginError: the plugin that offers it is broken, or its class is not a complete backend.
     """
     from deqcore.abc.backend import Backend
+    from deqcore.plugins.validate import check_parts
 
-    made: object = _class("backend", name, Backend)()
+    cls = _class("backend", name, Backend)
+    check_parts(f"backend {name!r}", cls)
+    made: object = cls()
+    if not hasattr(made, "linalg"):
+        raise PluginError(
+            f"The backend {name!r} must have its parts. Call super().__init__() in {cls.__qualname__}.__init__."
+        )
     return cast("Backend", made)
 
 

@@ -24,6 +24,7 @@ if find_spec("triton") is None:
 
 from deqcore_torch import native  # noqa: E402
 from deqcore_torch.backend import TorchBackend  # noqa: E402
+from deqcore_torch.host import TorchHost  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
@@ -113,8 +114,8 @@ def fused(monkeypatch, request):
     if DEVICE == "cpu":
         monkeypatch.setattr(device, "plain", lambda x: x.dtype in device.KINDS and x.numel() > 0 and x.is_contiguous())
         monkeypatch.setattr(native, "loaded", lambda kind: device)
-        monkeypatch.setattr(TorchBackend, "numpy_view", lambda self, x: None)  # as a device that must be asked
-        monkeypatch.setattr(TorchBackend, "_native", lambda self, x: native.reading(x))
+        monkeypatch.setattr(TorchHost, "numpy_view", lambda self, x: None)  # as a device that must be asked
+        monkeypatch.setattr("deqcore_torch.kernels.native_steps", lambda host, x: native.reading(x))
     return device
 
 

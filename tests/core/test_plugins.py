@@ -312,6 +312,8 @@ def test_a_target_that_is_no_solver_is_an_error_when_used(target: str, install: 
 SHAPELESS = """
 from dataclasses import dataclass
 from deqcore import Backend, Solver, Strategy
+from deqcore.abc.linalg import SmallLinalg
+from deqcore_numpy.backend import NumpyBackend
 
 @dataclass(frozen=True)
 class Mute(Solver):
@@ -331,6 +333,16 @@ class Odd(Strategy):
 
 class Half(Backend):
     name = "half"
+
+class Unsolved(NumpyBackend):
+    linalg_class = type("Mine", (SmallLinalg,), {})
+
+class Unguarded(NumpyBackend):
+    guards_class = dict
+
+class Partless(NumpyBackend):
+    def __init__(self):
+        self.device = "cpu"
 """
 
 
@@ -356,6 +368,21 @@ class Half(Backend):
             plugins.make_backend,
             "Half",
             r"'wrong' is Half, which must implement asarray, .*\. See deqcore.abc.backend.Backend",
+        ),
+        (
+            plugins.make_backend,
+            "Unsolved",
+            r"The linalg_class of the backend 'wrong' is Mine, which must implement solve. See deqcore.abc.linalg",
+        ),
+        (
+            plugins.make_backend,
+            "Unguarded",
+            r"The guards_class of the backend 'wrong' must be a subclass of deqcore.abc.guards.CallGuards .got",
+        ),
+        (
+            plugins.make_backend,
+            "Partless",
+            r"The backend 'wrong' must have its parts. Call super\(\).__init__\(\) in Partless.__init__",
         ),
         (
             plugins.make_backend,

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import deqcore
+from deqcore.abc.autodiff import Autodiff
 from deqcore.abc.backend import Backend
 from deqcore.abc.history import History
 from deqcore.abc.solver import Solver, map_state
@@ -25,7 +26,7 @@ from deqcore.types import Map
 
 def walk_steps(kit: Kit, solver: Solver, f: Map, z: Any, steps: int, *, jit: bool = True) -> list[tuple[Any, Any, Any]]:
     """`(z, f(z), state)` before the first step and after each, without the loop; compiled where the backend can."""
-    compiled = kit.backend.jit if jit else lambda step: step
+    compiled = kit.backend.harness.jit if jit else lambda step: step
     fz = f(z)
     init = compiled(lambda z, fz: solver.init(kit.backend, z, fz))
     found: list[tuple[Any, Any, Any]] = [(z, fz, init(z, fz))]
@@ -49,7 +50,8 @@ class _Counting:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._inside = False
+        self.autodiff = _CountingAutodiff(self, backend.autodiff)
+        self.inside = False
         self.calls = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -57,17 +59,28 @@ class _Counting:
 
     def counted(self, f: Map) -> Map:
         def run(z: Any) -> Any:
-            self.calls += not self._inside
+            self.calls += not self.inside
             return f(z)
 
         return run
 
+
+class _CountingAutodiff:
+    """The differentiation of a counting backend."""
+
+    def __init__(self, counter: _Counting, autodiff: Autodiff) -> None:
+        self._counter = counter
+        self._autodiff = autodiff
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._autodiff, name)
+
     def jvp(self, f: Map, z: Any) -> Map | None:
         with self._within():
-            jvp = self._backend.jvp(f, z)
+            jvp = self._autodiff.jvp(f, z)
 
         def product(v: Any) -> Any:
-            self.calls += 1
+            self._counter.calls += 1
             with self._within():
                 return jvp(v) if jvp is not None else None
 
@@ -75,9 +88,9 @@ class _Counting:
 
     @contextlib.contextmanager
     def _within(self) -> Iterator[None]:
-        self._inside = True
+        self._counter.inside = True
         yield
-        self._inside = False
+        self._counter.inside = False
 
 
 class StepTests(Conformance):

@@ -45,7 +45,7 @@ def _program(kit: Kit, strategy: Strategy) -> Callable[..., Any]:
         with kit.backend.errstate():
             return strategy.solve_adjoint(kit.backend, vjp, g, DenseEstimate(kit, *h) if h else None)
 
-    return kit.backend.jit(routed)
+    return kit.backend.harness.jit(routed)
 
 
 def solve_adjoint(
@@ -215,7 +215,7 @@ class AdjointTests(Conformance):
             return u, told, verified(backend, strategy, vjp, g, u, told, random_halves(3, 6, seed=0))
 
         with backend.errstate():
-            u, told, true = backend.jit(routed)(*given)
+            u, told, true = backend.harness.jit(routed)(*given)
         u, status, residual = kit.numpy(u).astype(float), kit.numpy(true.status), kit.numpy(true.residual)
         left = np.linalg.norm(g + 0.6 * np.roll(u, -1, axis=0) - u, axis=1) / np.linalg.norm(g, axis=1)
         assert kit.numpy(true.coupling).max() > 0, "f couples rows, but the report does not say so"

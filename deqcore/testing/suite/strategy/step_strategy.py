@@ -168,4 +168,4 @@ class StepStrategyTests(Conformance):
         z0 = kit.array(np.zeros(problem.b.shape))
         numbers = [kit.backend.as_scalar(value, z0) for value in (1e-13, 0.0, 300)]
         iterate = BoundSolve(kit.backend, plugins.make_solver(solver), StoppingCriteria(*numbers))
-        return kit.backend.forward_only(kit.map(problem), z0, (), iterate)
+        return kit.backend.autodiff.forward_only(kit.map(problem), z0, (), iterate)
