@@ -1,7 +1,7 @@
 """Warnings and errors about samples that fail in traced code, forward and backward.
 
 Values are known at once in eager transformations (`grad`, `vmap` outside `jit`): the warning or error comes then.
-Compiled code reports by `jax.debug.callback`, inside a `lax.cond` on a few numbers `(6,)`, so that only a failure
+Compiled code reports by `jax.debug.callback`, inside a `lax.cond` on a few numbers, so that only a failure
 calls the host. A callback has a price (`docs/notes/jax-failures.md`): the program is not kept in the persistent
 compilation cache, cannot be serialised by `jax.export`, and is dispatched from Python. So compiled code holds one only
 if a setting asks for it (`on_failure`, `verify_every`); the defaults compile none in. What is reported, and how often,

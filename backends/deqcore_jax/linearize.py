@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
+from jax.interpreters import partial_eval as pe
 
 from deqcore.errors import BackendError, StrategyError
 from deqcore.types import Map
@@ -182,8 +183,17 @@ def _of_moved(program: Program, leaves: list[jax.Array], moved: list[int]) -> Ca
 
 
 def _traced(f: Map, example: jax.Array) -> Map:
+    """Trace f for an input like `example`, without what its output does not need.
+
+    The JVP rule of `lax.custom_linear_solve` fails if an input that no product uses has a tangent while the products
+    themselves are constant, as for an affine f.
+    """
     closed = jax.make_jaxpr(f)(example)
-    return lambda x: core.jaxpr_as_fun(closed)(x)[0]
+    pure = closed.jaxpr.replace(constvars=[], invars=[*closed.jaxpr.constvars, *closed.jaxpr.invars])
+    jaxpr, used = pe.dce_jaxpr(pure, [True], [False] * len(closed.consts) + [True])
+    consts = [const for const, needed in zip(closed.consts, used, strict=False) if needed]
+    call = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))
+    return lambda x: call(*consts, x)[0]
 
 
 def _missing(_: jax.Array) -> Never:
