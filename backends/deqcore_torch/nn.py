@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import optree
@@ -14,9 +13,16 @@ from torch import Tensor, nn
 from deqcore import halting
 from deqcore.api import fixed_point
 from deqcore.config import Config
-from deqcore.errors import ConfigError
 from deqcore.halting import Rule
-from deqcore.layer import LayerSettings, check_reuse, compare_settings, explain_arguments, shape_unknown
+from deqcore.layer import (
+    LayerSettings,
+    check_cell,
+    check_reuse,
+    compare_settings,
+    explain_arguments,
+    initial_state,
+    stages,
+)
 from deqcore.solution import Solution, SolveState
 from deqcore_torch import functorch, saved_tensors
 from deqcore_torch.cell_checks import Watch
@@ -89,8 +95,7 @@ class DEQ(nn.Module):
         **overrides: object,
     ) -> None:
         super().__init__()
-        if not callable(cell):
-            raise ConfigError.bad_value("The layer", "cell", cell, "a module or a function cell(z, *inputs)")
+        check_cell(cell)
         check_reuse(reuse)
         self.cell = cell
         self.settings = LayerSettings.of(config, overrides, evaluation)
@@ -147,20 +152,16 @@ class DEQ(nn.Module):
 
         Source: Bai, Geng, Savani & Kolter (2022), "Deep equilibrium optical flow estimation", eq. (6).
         """
-        counts = [0, *steps]
-        if not steps or any(b <= a for a, b in pairwise(counts)):
-            raise ConfigError.bad_value("trajectory", "steps", list(steps), "increasing positive step counts")
+        overrides = stages(steps)
         begin_solve(self.cell)
         config, own = self.settings.call(self.training)
         start = self.initial_state(*inputs) if z0 is None else z0
-        quiet = own | {"forward__on_failure": "ignore"}
         states: list[Any] = []
         state = None
-        for before, count in pairwise(counts):
-            solution = self._solve(start, inputs, config, quiet | {"forward__max_steps": count - before}, state)
+        for stage in overrides:
+            solution = self._solve(start, inputs, config, own | stage, state)
             state = solution.state
             states.append(solution.value)
-        states.append(self._solve(start, inputs, config, own, state).value)
         return states
 
     def _solve(
@@ -180,12 +181,7 @@ class DEQ(nn.Module):
 
     def initial_state(self, *inputs: Any) -> Any:
         """Return the initial iterate of a solve without z0: a warm one if `reuse` is set and the shapes allow it."""
-        if hasattr(self.cell, "initial_state"):
-            cold = self.cell.initial_state(*inputs)
-        elif not inputs:
-            raise shape_unknown()
-        else:
-            cold = optree.tree_map(torch.zeros_like, inputs[0])
+        cold = initial_state(self.cell, inputs, lambda tree: optree.tree_map(torch.zeros_like, tree))
         return cold if self._last is None else self._warm(cold)
 
     def reset(self) -> None:

@@ -12,6 +12,7 @@ from deqcore.abc.inverse_jacobian import InverseJacobian
 from deqcore.errors import StrategyError
 from deqcore.linear.certified import SAFETY, solve_certified
 from deqcore.linear.gmres import gmres
+from deqcore.linear.norms import default_rtol
 from deqcore.types import AdjointReport, Array, Map, Status
 
 
@@ -150,7 +151,7 @@ class BroydenReuse(Strategy):
                 # Samples that are done ask for nothing: their right-hand side is zero.
                 wanted = backend.select(met, xp.zeros_like(g), g)
                 found = gmres(
-                    backend, lambda v: v - vjp(v), wanted, rtol=backend.default_rtol(g), max_steps=self.max_refine_vjps
+                    backend, lambda v: v - vjp(v), wanted, rtol=default_rtol(backend, g), max_steps=self.max_refine_vjps
                 )
                 other, products = found.x, found.products
                 left = relative(backend, found.residual, backend.norm(g))

@@ -12,6 +12,7 @@ from deqcore.abc.inverse_jacobian import InverseJacobian
 from deqcore.abc.solver import Solver
 from deqcore.linear.direct import Direct, solve_direct
 from deqcore.linear.gmres import LinearSolution, gmres
+from deqcore.linear.norms import default_rtol
 from deqcore.solve.loop import iterate
 from deqcore.types import AdjointReport, Array, Map, Status, StoppingCriteria
 
@@ -106,7 +107,7 @@ class ExactIFT(Strategy):
         self, backend: Backend, vjp: Map, g: Array, estimate: InverseJacobian | None
     ) -> tuple[Array, AdjointReport]:
         """Solve the adjoint equation for the cotangent `g` `(batch, n)`."""
-        rtol = backend.default_rtol(g) if self.rtol == "auto" else float(self.rtol)
+        rtol = default_rtol(backend, g) if self.rtol == "auto" else float(self.rtol)
         u0 = self._start(g, estimate)
         if self.bound is None:
             return self._gmres(backend, vjp, g, u0, rtol)

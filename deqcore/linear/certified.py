@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from deqcore.abc.backend import Backend
-from deqcore.linear.gmres import Krylov, KrylovSpace
+from deqcore.abc.kernels import Krylov
+from deqcore.linear.gmres import KrylovSpace
 from deqcore.types import Array, Map
 
 SAFETY = 1.2

@@ -114,14 +114,14 @@ def multisecant(backend: Backend, basis: History, gram: Array, steps: Array, dif
     pairs = xp.matmul(product, xp.permute_dims(differences, flip)) * s[:, :, None] * y[:, None, :]
     normal = xp.matmul(xp.permute_dims(pairs, flip), pairs)
     batch, size, _ = normal.shape
-    eye = backend.eye(gram, size)[None]
+    eye = backend.linalg.eye(gram, size)[None]
     left = xp.permute_dims(steps + differences, flip)
 
     # Both systems in one call: a traced program holds the elimination once. A sample's two systems stand side by side,
     # so that they stay on its device where a batch is split over several.
     systems = xp.stack([normal + RIDGE * eye, normal + SHARP * eye], axis=1)
     sides = xp.stack([xp.permute_dims(pairs, flip)] * 2, axis=1)
-    both = backend.solve_positive(
+    both = backend.linalg.solve_positive(
         xp.reshape(systems, (2 * batch, size, size)), xp.reshape(sides, (2 * batch, size, sides.shape[3]))
     )
     both = xp.reshape(both, (batch, 2, size, both.shape[2]))

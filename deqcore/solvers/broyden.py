@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Final, NamedTuple
 from deqcore.abc.backend import Backend
 from deqcore.abc.history import LONGEST, History
 from deqcore.abc.inverse_jacobian import InverseJacobian
+from deqcore.abc.scaling import divide_rows, multiply_rows, row_scale
 from deqcore.abc.solver import Solver
 from deqcore.linear.lowrank import BroydenInverse, multisecant
 from deqcore.types import Array, Map
@@ -139,8 +140,8 @@ class Broyden(Solver):
         slots = self.history_size + 1
         g = fz - z
         norm = backend.norm(g)
-        unit = backend.row_scale(norm, g)
-        g = backend.divide_rows(g, unit)
+        unit = row_scale(backend, norm, g)
+        g = divide_rows(backend, g, unit)
         basis = backend.history(g, slots, self.history_dtype).append(g)
         d = basis.dot(g)
         none = xp.zeros_like(d)
@@ -163,10 +164,10 @@ class Broyden(Solver):
         xp = backend.xp
         start, whole, before = z, state.step, state.newest  # −H g and g by their coefficients in the basis
         c = whole if state.guard is None else state.guard[0][:, None] * whole
-        z = state.basis.add_combination(z, backend.multiply_rows(c, state.unit))
+        z = state.basis.add_combination(z, multiply_rows(backend, c, state.unit))
         value = f(z)
         g = value - z
-        norm, g = backend.norm(g), backend.divide_rows(g, state.unit)
+        norm, g = backend.norm(g), divide_rows(backend, g, state.unit)
         verdict = self._status_arrays(backend, state, norm)
         if verdict is not None:
             g = backend.select(verdict.usable, g, xp.zeros_like(g))
@@ -174,7 +175,7 @@ class Broyden(Solver):
         histories: tuple[History, ...] = state[:5]
         e_y = before
         if state.basis.may_be_full():
-            s = backend.divide_rows(z - start, state.unit)
+            s = divide_rows(backend, z - start, state.unit)
             histories, renewed, e_s, e_y = self._renew(backend, state, s, g)
             c = xp.where(renewed, e_s, c)
         basis, gram, left, right, pairs = histories
@@ -196,7 +197,7 @@ class Broyden(Solver):
         if renewed is not None or verdict is not None:
             # If c is the whole step, the bracket is exactly zero, so the restart of another sample changes no bit.
             missed, along = ahead + (c - whole), backend.inner(w, whole)
-        scaled = backend.invert(along - sh, backend.eps(ss) * ss)[:, None] * missed
+        scaled = backend.linalg.invert(along - sh, backend.eps(ss) * ss)[:, None] * missed
         step = ahead + sh[:, None] * scaled
         guard = None
         if verdict is not None:
@@ -266,7 +267,7 @@ class Broyden(Solver):
             return restarted, full[:, None], 0 * state.step, 0 * state.step
         rows = full if active is None else full & active
         paired = xp.any(state.newest != 0.0, axis=1)
-        ready = backend.numpy_view(paired if active is None else paired | ~active)
+        ready = backend.host.numpy_view(paired if active is None else paired | ~active)
         # Known on the host, without a wait. On a device, samples without a pair then stay in step, with s = 0.
         together = state.basis.all_full() and (ready is None or bool(ready.all()))
         y = g - state.basis.combine(state.newest)

@@ -166,9 +166,9 @@ def test_second_derivatives_with_hooks(x):
 def test_products_for_diagnostics_run_no_backward_hooks(x):
     cell, backend = Cell(), TorchBackend()
     counts = hooked(cell)
-    _, vjp = backend.linearize(lambda z: cell(z, x.detach()), torch.zeros_like(x))
+    _, vjp = backend.autodiff.linearize(lambda z: cell(z, x.detach()), torch.zeros_like(x))
     vjp(torch.ones_like(x))
-    backend.differentiable_vjp(lambda z: cell(z, x.detach()), torch.zeros_like(x))(torch.ones_like(x))
+    backend.autodiff.differentiable_vjp(lambda z: cell(z, x.detach()), torch.zeros_like(x))(torch.ones_like(x))
     assert counts["before"] == counts["after"] == 0
 
 

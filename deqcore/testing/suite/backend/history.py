@@ -187,7 +187,7 @@ class HistoryTests(Conformance):
                 assert np.array_equal(ours[rows], own_alone), f"{name}: the bits of a sample depend on its batch"
 
     def test_a_verdict_is_not_met_by_growth(self, kit: Kit) -> None:
-        """Of the solver's loop, with `Backend.fused_update` where the backend has it."""
+        """Of the solver's loop, with `FusedKernels.update` where the backend has it."""
         f = lambda z: z * 8.0 + 1.0  # noqa: E731
         away = iterate(kit.backend, Picard(), f, kit.array(np.zeros((2, 3))), StoppingCriteria(1e-4, max_steps=5))
         assert not (kit.numpy(away.status) == int(Status.CONVERGED)).any()
