@@ -15,20 +15,65 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from deqcore.abc.adjoint import AdjointSolver
 from deqcore.abc.backend import Backend
-from deqcore.abc.history import History
+from deqcore.abc.guards import CallGuards
+from deqcore.abc.harness import Harness
+from deqcore.abc.linalg import SmallLinalg
+from deqcore.abc.scaling import scaled_norm
 from deqcore.errors import BackendError
-from deqcore.types import BackwardRecord, Capabilities, Figures, LoopVars, Map, SolveResult
-from deqcore_jax import adjoint_tap, batched_linalg, failures, implicit, pytrees
-from deqcore_jax.closure import is_array, is_differentiable, is_traced
+from deqcore.types import Capabilities, Figures, LoopVars
+from deqcore_jax import batched_linalg, failures, pytrees
+from deqcore_jax.autodiff import JaxAutodiff
+from deqcore_jax.closure import is_traced
 from deqcore_jax.dtypes import single, wide
 from deqcore_jax.history import JaxHistory
-from deqcore_jax.jit_context import as_outside
-from deqcore_jax.linearize import product
+from deqcore_jax.kernels import JaxKernels, root
 from deqcore_jax.loop import loop
 
 pytrees.register()
+
+
+class JaxLinalg(SmallLinalg):
+    """Small systems by elimination over the whole batch, which XLA compiles."""
+
+    def solve(self, a: Any, b: Any) -> Any:
+        return batched_linalg.solve(a, b)
+
+    def solve_upper(self, a: Any, b: Any) -> Any:
+        return batched_linalg.solve_upper(a, b)
+
+    def solve_positive(self, a: Any, b: Any) -> Any:
+        return batched_linalg.solve_positive(a, b)
+
+    def least_singular_value(self, a: Any, columns: Any) -> Any:
+        return batched_linalg.least_singular_value(a, columns)
+
+    def eye(self, like: Any, rows: int, columns: int | None = None) -> Any:
+        return jnp.eye(rows, columns, dtype=like.dtype)
+
+
+class JaxGuards(CallGuards):
+    """Arrays cannot be written to, so only traced figures need care."""
+
+    def watch(self, report: Callable[[Any], None], figures: Figures, *, compiled: bool) -> None:
+        failures.watch(report, figures, compiled=compiled)
+
+
+class JaxHarness(Harness):
+    """XLA's compiler, double precision, and every device's queue."""
+
+    def jit(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        compiled: Callable[..., Any] = jax.jit(fn)
+        return compiled
+
+    @contextmanager
+    def high_precision(self) -> Iterator[None]:
+        with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+            yield
+
+    def synchronize(self) -> None:
+        for device in jax.local_devices():  # work on one device runs in order, so the last piece waits for all
+            jax.block_until_ready(jax.device_put(0.0, device) + 0.0)
 
 
 class JaxBackend(Backend):
@@ -36,6 +81,11 @@ class JaxBackend(Backend):
 
     name: ClassVar[str] = "jax"
     xp = jnp
+    linalg_class = JaxLinalg
+    autodiff_class = JaxAutodiff
+    guards_class = JaxGuards
+    kernels_class = JaxKernels
+    harness_class = JaxHarness
 
     @property
     def capabilities(self) -> Capabilities:  # type: ignore[override]
@@ -93,22 +143,10 @@ class JaxBackend(Backend):
         if jax.default_backend() != "cpu":
             return _norm_by_ranges(v.astype(single(v.dtype)))
         # No condition: with a batch over several devices each would be a collective in every step.
-        return self._scaled_norm(v, self._largest(v, jnp.zeros_like(v, single(v.dtype), shape=v.shape[:1])))
+        return scaled_norm(self, v, self.max_abs(v, jnp.zeros_like(v, single(v.dtype), shape=v.shape[:1])))
 
     def power_of_two(self, x: Any) -> Any:
         return x / (2.0 * jnp.frexp(x)[0])
-
-    def orthogonalize(self, basis: History, w: Any, twice: bool) -> tuple[Any, Any, Any, Any]:
-        before = self.to_accum_dtype(
-            _plain_norm(w)
-        )  # w is the product with a unit vector: its square is far from any limit
-        h = basis.dot(w)
-        w = w - basis.combine(h)
-        if twice:
-            more = basis.dot(w)
-            w = w - basis.combine(more)
-            h = h + more
-        return w, h, before, self.to_accum_dtype(_plain_norm(w))
 
     def inner(self, a: Any, b: Any) -> Any:
         return jnp.sum(self.to_accum_dtype(a) * self.to_accum_dtype(b), axis=1)
@@ -116,23 +154,8 @@ class JaxBackend(Backend):
     def select(self, mask: Any, new: Any, old: Any) -> Any:
         return jnp.where(mask.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
-    def solve(self, a: Any, b: Any) -> Any:
-        return batched_linalg.solve(a, b)
-
-    def solve_upper(self, a: Any, b: Any) -> Any:
-        return batched_linalg.solve_upper(a, b)
-
-    def solve_positive(self, a: Any, b: Any) -> Any:
-        return batched_linalg.solve_positive(a, b)
-
-    def least_singular_value(self, a: Any, columns: Any) -> Any:
-        return batched_linalg.least_singular_value(a, columns)
-
     def history(self, like: Any, history_size: int, dtype: str | None = None) -> JaxHistory:
         return JaxHistory.empty(like, history_size, jnp.dtype(dtype) if dtype else None, wide())
-
-    def eye(self, like: Any, rows: int, columns: int | None = None) -> Any:
-        return jnp.eye(rows, columns, dtype=like.dtype)
 
     def as_scalar(self, value: Any, like: Any) -> Any:
         if isinstance(value, int) or jnp.issubdtype(jnp.result_type(value), jnp.integer):
@@ -157,105 +180,13 @@ class JaxBackend(Backend):
         end: LoopVars = lax.scan(lambda state, _: (body(state), None), carry, length=times)[0]
         return end
 
-    def watch(self, report: Callable[[Any], None], figures: Figures, *, compiled: bool) -> None:
-        failures.watch(report, figures, compiled=compiled)
-
-    # -- differentiation ----------------------------------------------------------------------------------------
-
-    def linearize(self, f: Map, z: Any) -> tuple[Any, Map]:
-        with as_outside():
-            fz, vjp = jax.vjp(f, z)
-        return fz, lambda u: vjp(u)[0]
-
-    def jvp(self, f: Map, z: Any) -> Map:
-        with as_outside():
-            return product(f, z)
-
-    def forward_only(
-        self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], solve: Callable[[Map, Any], SolveResult]
-    ) -> SolveResult:
-        return implicit.solve(f, z0, args, solve)[1]
-
-    def implicit(
-        self,
-        f: Callable[..., Any],
-        z0: Any,
-        args: tuple[Any, ...],
-        solve: Callable[[Map, Any], SolveResult],
-        adjoint: AdjointSolver,
-    ) -> tuple[Any, SolveResult, BackwardRecord | None]:
-        value, forward = implicit.solve(f, z0, args, solve, adjoint, adjoint_tap.take(z0.shape[0]))
-        return value, forward, None
-
-    def differentiate_through(
-        self,
-        f: Callable[..., Any],
-        z0: Any,
-        args: tuple[Any, ...],
-        steps: Callable[[Map, Any, SolveResult | None], Any],
-        forward: SolveResult | None,
-    ) -> Any:
-        return implicit.record(f, z0, args, steps, forward)
-
     def detach(self, x: Any) -> Any:
         return lax.stop_gradient(x)
-
-    def straight_through(self, value: Any, carrier: Any) -> Any:
-        return implicit.straight_through(value, carrier)
-
-    def checkpoint(self, f: Map) -> Map:
-        return jax.checkpoint(f)
-
-    def vjp(
-        self, value: Callable[..., tuple[Any, Any]], args: tuple[Any, ...], cotangent: Any
-    ) -> tuple[Any, Any, tuple[Any, ...]]:
-        leaves, structure = self.flatten(args)
-        moving = [i for i, leaf in enumerate(leaves) if is_array(leaf) and is_differentiable(leaf)]
-
-        def of_leaves(*moved: Any) -> tuple[Any, Any]:
-            merged = list(leaves)
-            for i, leaf in zip(moving, moved, strict=True):
-                merged[i] = leaf
-            return value(*self.unflatten(structure, merged))
-
-        primal, vjp, aux = jax.vjp(of_leaves, *[jnp.asarray(leaves[i]) for i in moving], has_aux=True)
-        gradients: list[Any] = [None] * len(leaves)
-        for i, gradient in zip(moving, vjp(cotangent), strict=True):
-            gradients[i] = gradient
-        return primal, aux, self.unflatten(structure, gradients)
-
-    def grad(self, fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        gradient: Callable[[Any], Any] = jax.grad(fn)
-        return gradient
-
-    def jit(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        compiled: Callable[..., Any] = jax.jit(fn)
-        return compiled
-
-    @contextmanager
-    def high_precision(self) -> Iterator[None]:
-        with jax.enable_x64(True), jax.default_matmul_precision("highest"):
-            yield
-
-    def synchronize(self) -> None:
-        for device in jax.local_devices():  # work on one device runs in order, so the last piece waits for all
-            jax.block_until_ready(jax.device_put(0.0, device) + 0.0)
 
 
 _CAPABILITIES = Capabilities(
     jvp=True, jit=True, vmap=True, bfloat16=True, accelerator=True, second_derivatives=True, eager=False
 )
-
-
-def _plain_norm(v: Any) -> Any:
-    """Return the 2-norm of each row by one sum of squares."""
-    wider = v.astype(single(v.dtype))
-    return _root(jnp.sum(wider * wider, axis=1))
-
-
-def _root(square: Any) -> Any:
-    zero = square == 0  # the root's derivative there is infinite, and 0·inf would spoil a recorded step
-    return jnp.where(zero, square, jnp.sqrt(jnp.where(zero, jnp.ones_like(square), square)))
 
 
 def _norm_by_ranges(v: Any) -> Any:
@@ -266,7 +197,7 @@ def _norm_by_ranges(v: Any) -> Any:
     """
     factor = 2.0 ** (jnp.finfo(v.dtype).maxexp // 2)
     low = float(jnp.finfo(v.dtype).smallest_normal) ** (1 / 3)
-    plain, up, down = (_root(jnp.sum(jnp.square(v * scale), axis=1)) for scale in (1.0, factor, 1 / factor))
+    plain, up, down = (root(jnp.sum(jnp.square(v * scale), axis=1)) for scale in (1.0, factor, 1 / factor))
     return jnp.where(plain > 1 / low, down * factor, jnp.where(plain < low, up / factor, plain))
 
 

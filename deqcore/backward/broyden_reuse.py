@@ -13,6 +13,7 @@ from deqcore.backward.to_error import Reuse, check_reuse, solve_to_error, status
 from deqcore.errors import StrategyError
 from deqcore.linear.certified import SAFETY
 from deqcore.linear.gmres import gmres
+from deqcore.linear.norms import default_rtol
 from deqcore.types import AdjointReport, Array, Map
 
 
@@ -150,7 +151,7 @@ class BroydenReuse(Strategy):
                 # Samples that are done ask for nothing: their right-hand side is zero.
                 wanted = backend.select(met, xp.zeros_like(g), g)
                 found = gmres(
-                    backend, vjp, wanted, rtol=backend.default_rtol(g), max_steps=self.max_refine_vjps, shifted=True
+                    backend, vjp, wanted, rtol=default_rtol(backend, g), max_steps=self.max_refine_vjps, shifted=True
                 )
                 other, products = found.x, found.products
                 left = relative(backend, found.residual, backend.norm(g))

@@ -13,6 +13,7 @@ from deqcore.abc.solver import Solver
 from deqcore.backward.to_error import Reuse, check_reuse, solve_to_error, statuses, target_of
 from deqcore.linear.direct import Direct, solve_direct
 from deqcore.linear.gmres import LinearSolution, gmres
+from deqcore.linear.norms import default_rtol
 from deqcore.solve.loop import iterate
 from deqcore.types import AdjointReport, Array, Map, Status, StoppingCriteria
 
@@ -132,7 +133,7 @@ class ExactIFT(Strategy):
         self, backend: Backend, vjp: Map, g: Array, estimate: InverseJacobian | None
     ) -> tuple[Array, AdjointReport]:
         """Solve the adjoint equation for the cotangent `g` `(batch, n)`."""
-        rtol = backend.default_rtol(g) if self.rtol == "auto" else float(self.rtol)
+        rtol = default_rtol(backend, g) if self.rtol == "auto" else float(self.rtol)
         if self.max_relative_error is not None:
             return self._to_error(backend, vjp, g, estimate, float(self.max_relative_error))
         u0 = self._start(g, estimate)
@@ -172,7 +173,7 @@ class ExactIFT(Strategy):
         found = solve_to_error(backend, vjp, g, estimate, self.reuse, max_relative_error=target, max_vjps=steps)
         before = LinearSolution(found.u, found.residual * norm, found.vjps, found.met)
         u, residual, vjps = self._direct(backend, vjp, g, before)
-        solved = (vjps > found.vjps) & (residual <= backend.default_rtol(g) * norm)
+        solved = (vjps > found.vjps) & (residual <= default_rtol(backend, g) * norm)
         status = xp.where(solved, int(Status.CONVERGED), statuses(backend, found))
         error = xp.where(solved, xp.full_like(found.error, float("nan")), found.error)
         return u, _reported(backend, g, residual, vjps, status, error)

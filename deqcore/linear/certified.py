@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deqcore.abc.backend import Backend
-from deqcore.linear.gmres import Krylov, KrylovSpace
+from deqcore.abc.kernels import Krylov
+from deqcore.linear.gmres import KrylovSpace
 from deqcore.types import Array, Map
 
 SAFETY = 1.2
@@ -315,11 +316,11 @@ class _Task:
 
 def on_host(backend: Backend, decide: Callable[..., tuple[Array, ...]], *figures: Array) -> tuple[Array, ...]:
     """Return `decide(xp, *figures)` for figures `(batch,)`, with NumPy as `xp` where reading them costs no wait."""
-    views = [backend.numpy_view(figure) for figure in figures]
+    views = [backend.host.numpy_view(figure) for figure in figures]
     if any(view is None for view in views):
         return decide(backend.xp, *figures)
     with np.errstate(all="ignore"):  # figures may be NaN or inf
-        return tuple(backend.from_numpy_view(found) for found in decide(np, *views))
+        return tuple(backend.host.from_numpy_view(found) for found in decide(np, *views))
 
 
 def _tighter(xp: Any, target: float, error: Array) -> Array:

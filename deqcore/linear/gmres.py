@@ -6,24 +6,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from deqcore.abc.backend import Backend
-from deqcore.abc.history import History
+from deqcore.abc.kernels import Krylov
+from deqcore.linear.norms import orthogonalize
 from deqcore.types import Array, Map
-
-
-class Krylov(NamedTuple):
-    """A Krylov space of at most m steps per sample. Small arrays are in the wide dtype."""
-
-    basis: History  # orthonormal v_0 … v_k, m + 1 slots
-    columns: History  # columns of the Hessenberg matrix H̄, m slots: m + 1 entries, then the one-hot `source_slot`
-    v: Array  # latest basis vector (batch, n)
-    source_slot: Array  # one-hot of its slot (batch, m + 1): not the latest one for a sample that paused
-    null_vector: Array  # ν with νᵀH̄ = 0 (batch, m + 1)
-    null_norm_sq: Array  # ‖ν‖² (batch,)
-    start: Array  # ‖r₀‖ (batch,)
-    residual: Array  # ‖b − A x‖ (batch,)
-    can_grow: Array  # can this space still grow? (batch,) of bool
-    steps: Array  # products spent (batch,) int32
-    dimension: Array  # dimensions added in all, a scalar int32
 
 
 class LeastSquares(NamedTuple):
@@ -90,7 +75,7 @@ def gmres(
         rtol: stop when ‖b − A x‖ ≤ rtol·‖b‖.
         max_steps: products at most, beside the one that a start takes.
         precondition: `v ↦ M v` with M ≈ A^-1, applied from the right, so that residuals stay true ones.
-        reorthogonalize: project again where products cancel (`Backend.orthogonalize`), so that the basis stays
+        reorthogonalize: project again where products cancel (`orthogonalize`), so that the basis stays
             orthogonal to rounding.
         check_every: see `Backend.loop`.
         restart: dimensions of one Krylov space at most. The next space begins at the residual that the last one left,
@@ -238,7 +223,7 @@ class KrylovSpace:
         asked = k.can_grow & (k.residual > goal)
 
         def running(k: Krylov) -> Array | bool:
-            going, residual, least, first = map(self.backend.numpy_view, (k.can_grow, k.residual, goal, asked))
+            going, residual, least, first = map(self.backend.host.numpy_view, (k.can_grow, k.residual, goal, asked))
             if going is None or residual is None or least is None or first is None:
                 waiting = k.can_grow & (k.residual > goal)
                 return xp.any(waiting) & ~xp.any(asked & ~waiting) if together else xp.any(waiting)
@@ -251,11 +236,12 @@ class KrylovSpace:
         backend, xp = self.backend, self.backend.xp
         shifted = self.shifted and self.precondition is None
         w = self.product(k.v) if self.precondition is None else self.apply(self.precondition(k.v))
-        found: Krylov | None = backend.fused_arnoldi(k, w, goal, self.reorthogonalize, shifted)
-        if found is not None:
-            return found
+        kernels = backend.kernels
+        fused = None if kernels is None else kernels.arnoldi(k, w, goal, self.reorthogonalize, shifted)
+        if fused is not None:
+            return fused
         active = k.can_grow & (k.residual > goal)
-        w, h, scale, height = backend.orthogonalize(k.basis, w, self.reorthogonalize)
+        w, h, scale, height = orthogonalize(backend, k.basis, w, self.reorthogonalize)
         if shifted:  # A v = v − J v: the same space, and the next vector turned round
             h, scale = k.source_slot - h, xp.maximum(scale, xp.ones_like(scale))
         floor = 4 * backend.eps(w) * scale
@@ -298,7 +284,7 @@ class KrylovSpace:
     def least_squares(self, k: Krylov, *, inverse: bool = True) -> LeastSquares:
         """Solve the small system; without `inverse`, `inverse_norm` may be 1."""
         backend, xp = self.backend, self.backend.xp
-        fused = backend.fused_least_squares(k, inverse)
+        fused = None if backend.kernels is None else backend.kernels.least_squares(k, inverse)
         if fused is not None:
             y, size, *figures = fused
             return LeastSquares(k.start[:, None] * y, k.start * size, *figures)
@@ -328,10 +314,10 @@ class KrylovSpace:
         size = xp.sum(xp.sum(hessenberg * hessenberg, axis=2), axis=1)  # fills columns not reached
         fill = backend.cast(missing, hessenberg)[:, None, :] * xp.sqrt(size)[:, None, None]
         # Column j without an entry goes with slot j + 1 without a vector: what is there keeps its singular values.
-        eye = xp.roll(backend.eye(fill, hessenberg.shape[1], hessenberg.shape[2]), 1, axis=0)
+        eye = xp.roll(backend.linalg.eye(fill, hessenberg.shape[1], hessenberg.shape[2]), 1, axis=0)
         filled = hessenberg + eye[None] * fill
         sound = xp.isfinite(size)[:, None, None]
-        least = backend.least_singular_value(xp.where(sound, filled, eye[None]), k.dimension)
+        least = backend.linalg.least_singular_value(xp.where(sound, filled, eye[None]), k.dimension)
         return xp.where(sound[:, 0, 0], 1.0 / least, xp.full_like(least, float("nan")))
 
     def _falls(self, k: Krylov) -> tuple[Array, Array]:
@@ -339,7 +325,7 @@ class KrylovSpace:
         backend, xp = self.backend, self.backend.xp
         _, missing = self._hessenberg(k)
         used = missing.shape[1]
-        upper = xp.triu(xp.ones_like(backend.eye(k.null_vector, used + 1)))
+        upper = xp.triu(xp.ones_like(backend.linalg.eye(k.null_vector, used + 1)))
         nu = k.null_vector[:, : used + 1]
         squares = xp.matmul(nu * nu, upper)  # ‖ν‖² after each column
         taken = backend.cast(~missing, k.null_vector)
@@ -367,11 +353,11 @@ class KrylovSpace:
         used = hessenberg.shape[2]
         if used == 0:
             return xp.zeros_like(k.null_vector)
-        eye = backend.eye(hessenberg, used)[None]
+        eye = backend.linalg.eye(hessenberg, used)[None]
         triangle = hessenberg[:, 1:, :] + eye * backend.cast(missing, hessenberg)[:, None, :]
         # For β = 1: with a small one these products may vanish, although y does not.
         target = -k.null_vector[:, 1 : used + 1] * (k.null_vector[:, 0] / k.null_norm_sq)[:, None]
-        y = backend.solve_upper(triangle, xp.where(missing, xp.zeros_like(target), target))
+        y = backend.linalg.solve_upper(triangle, xp.where(missing, xp.zeros_like(target), target))
         y = xp.where(xp.isfinite(y), y, xp.zeros_like(y))
         source_slot = k.columns.masked(None).vectors()[
             :, :, k.null_vector.shape[1] :

@@ -83,8 +83,8 @@ class MultisecantInverse(InverseJacobian):
         return -v + self._combined(vecmat(self.backend, s * matvec(self.backend, self.pairs, inner), self.steps))
 
     def _solve(self, ridge: float, side: Array) -> Array:
-        eye = self.backend.eye(self.normal, self.normal.shape[1])[None]
-        return self.backend.solve_positive(self.normal + ridge * eye, side)
+        eye = self.backend.linalg.eye(self.normal, self.normal.shape[1])[None]
+        return self.backend.linalg.solve_positive(self.normal + ridge * eye, side)
 
     def _seen(self, v: Array) -> Array:
         """Qᵀ v, `(batch, m)`."""

@@ -24,6 +24,7 @@ from deqcore.abc.backend import Backend
 from deqcore.abc.history import History
 from deqcore.abc.solver import Solver, map_state, map_states
 from deqcore.errors import PluginError
+from deqcore.linear.norms import residual_norms
 from deqcore.solve.compaction import RestrictRows, solve_compacted
 from deqcore.solve.termination import (
     PENDING,
@@ -31,7 +32,6 @@ from deqcore.solve.termination import (
     REFUSED,
     SHORTER,
     SHORTEST,
-    Limits,
     Verdict,
     goal,
     greater,
@@ -39,7 +39,7 @@ from deqcore.solve.termination import (
     spent,
     verdict,
 )
-from deqcore.types import Array, LoopState, Map, Path, SolveResult, Status, StepResult, StoppingCriteria
+from deqcore.types import Array, Limits, LoopState, Map, Path, SolveResult, Status, StepResult, StoppingCriteria
 
 ROUNDING = 8.0  # two evaluations of f at the same z differ by at most this many units of rounding
 
@@ -69,12 +69,12 @@ def iterate(
         The best iterate of each sample, with its status and figures.
     """
     like = z0 if resume is None else resume.z
-    limits = Limits.of(backend, like, control.rtol, control.atol, control.patience)
+    limits = Limits.of(backend.xp, backend.eps(like), control.rtol, control.atol, control.patience)
     start = _begin(backend, solver, f, z0, limits) if resume is None else _resume(backend, solver, f, resume, limits)
     refusals = _Refusals(backend, solver)
 
     def going(carry: LoopState) -> Array | bool:
-        status = backend.numpy_view(carry.status)
+        status = backend.host.numpy_view(carry.status)
         if status is None:
             return backend.xp.any(carry.status == int(Status.RUNNING))
         return bool((status == int(Status.RUNNING)).any())
@@ -101,10 +101,10 @@ def iterate(
 
 def _ended(backend: Backend, start: LoopState, end: LoopState) -> Array:
     """Return the statuses of a loop that is over: a sample that still runs has spent its budget."""
-    host_status = backend.numpy_view(end.status)
+    host_status = backend.host.numpy_view(end.status)
     if host_status is not None and not (host_status == int(Status.RUNNING)).any():
         return end.status
-    residual, size = backend.residual_norms(end.z, end.fz)
+    residual, size = residual_norms(backend, end.z, end.fz)
     left = spent(backend.xp, residual, size, end.path, end.steps - start.steps)
     return backend.xp.where(end.status == int(Status.RUNNING), left, end.status)
 
@@ -135,7 +135,7 @@ def _begin(backend: Backend, solver: Solver, f: Map, z0: Array, limits: Limits) 
 def _begin_at(backend: Backend, z0: Array, fz: Array, limits: Limits) -> LoopState:
     """Return the loop state before the first step, without the solver's state."""
     xp = backend.xp
-    residual, size = backend.residual_norms(z0, fz)
+    residual, size = residual_norms(backend, z0, fz)
     reference = greater(xp, backend.norm(z0), size)
     finite = xp.isfinite(residual)
     status = xp.zeros_like(residual, dtype=xp.int32)
@@ -172,7 +172,7 @@ def _resume(backend: Backend, solver: Solver, f: Map, old: LoopState, limits: Li
     xp = backend.xp
     z = old.best_z
     first = _begin_at(backend, z, f(z), limits)
-    near = ROUNDING * backend.output_eps(z) * (backend.norm(z) + backend.norm(old.best_fz))
+    near = ROUNDING * backend.guards.output_eps(z) * (backend.norm(z) + backend.norm(old.best_fz))
     same = backend.norm(first.fz - old.best_fz) <= near  # False for NaN, too
     failed = (old.status == int(Status.NONFINITE)) | (old.status == int(Status.DIVERGED))
     # The history of a failed sample led away. A sample whose budget ended during shorter steps has not failed yet.
@@ -211,23 +211,30 @@ def _resume(backend: Backend, solver: Solver, f: Map, old: LoopState, limits: Li
     return backend.cond(~same, renewed, carry)
 
 
+def fused_step(backend: Backend, solver: Solver, f: Map, z: Array, fz: Array, state: Any) -> StepResult | None:
+    """Return the step of `solver` by a fused kernel, or None if the backend has none for it."""
+    return None if backend.kernels is None else backend.kernels.step(solver, f, z, fz, state)
+
+
 def _step(backend: Backend, solver: Solver, f: Map, carry: LoopState, limits: Limits) -> LoopState:
-    before = backend.numpy_view(carry.status)
+    before = backend.host.numpy_view(carry.status)
     everyone = before is not None and bool((before == int(Status.RUNNING)).all())
     active = None if everyone else carry.status == int(Status.RUNNING)
     start = carry.z, carry.fz, masked(carry.state, active)
-    result = backend.fused_step(solver, f, *start) or _check_step(solver, solver.step(backend, f, *start), carry.z)
+    result = fused_step(backend, solver, f, *start)
+    if result is None:
+        result = _check_step(solver, solver.step(backend, f, *start), carry.z)
     z, fz, state, size, frozen = result
     residual = solver.residual_norm(backend, state)
     if residual is None:
-        residual, size = backend.residual_norms(z, fz)
+        residual, size = residual_norms(backend, z, fz)
     if size is None and limits.relative:
         size = backend.norm(fz)
     if active is not None and not frozen:
         state = freeze(backend, active, state, carry.state)
-    kept: LoopState | None = backend.fused_update(carry, result, residual, size, limits)
-    if kept is not None:
-        return kept._replace(state=state)
+    updated = None if backend.kernels is None else backend.kernels.update(carry, result, residual, size, limits)
+    if updated is not None:
+        return updated._replace(state=state)
     if active is None and _all_progressing(backend, residual, size, carry, limits):
         zeros = carry.status  # RUNNING is 0
         return carry._replace(
@@ -268,8 +275,10 @@ def _all_progressing(backend: Backend, residual: Array, size: Array | None, carr
 
     Then no verdict and no selection is needed. The best residual is at most the mark and the peak.
     """
-    now, best, reference = (backend.numpy_view(figure) for figure in (residual, carry.best_residual, carry.reference))
-    length = None if size is None else backend.numpy_view(size)
+    now, best, reference = (
+        backend.host.numpy_view(figure) for figure in (residual, carry.best_residual, carry.reference)
+    )
+    length = None if size is None else backend.host.numpy_view(size)
     if now is None or best is None or reference is None or (size is not None and length is None):
         return False
     with np.errstate(all="ignore"):  # atol + rtol‖f(z)‖ may leave the range
@@ -282,13 +291,13 @@ def _update_status(
 ) -> Verdict:
     """Return the verdict on the residual, computed on the host if reading it costs no wait."""
     size = backend.norm(fz) if size is None else size
-    views = [backend.numpy_view(figure) for figure in (residual, size, *carry.path)]
+    views = [backend.host.numpy_view(figure) for figure in (residual, size, *carry.path)]
     if any(view is None for view in views):
         return verdict(backend.xp, limits, residual, size, carry.path)
     now, length, *path = views
     with np.errstate(all="ignore"):  # a residual may be NaN or inf
         found = verdict(np, _on_host(backend, limits), now, length, Path(*path))
-    return Verdict(*map(backend.from_numpy_view, found))
+    return Verdict(*map(backend.host.from_numpy_view, found))
 
 
 def _on_host(backend: Backend, limits: Limits) -> Limits:
@@ -296,7 +305,7 @@ def _on_host(backend: Backend, limits: Limits) -> Limits:
     if isinstance(limits.rtol, float) and isinstance(limits.atol, float):
         return limits
     views = (
-        limit if isinstance(limit, float) else backend.numpy_view(limit)
+        limit if isinstance(limit, float) else backend.host.numpy_view(limit)
         for limit in (limits.rtol, limits.atol, limits.slack)
     )
     rtol, atol, slack = views
@@ -323,7 +332,7 @@ class _Refusals:
 
         def asked(carry: LoopState) -> Array | bool:
             going = running(carry)
-            if not self.waits or isinstance(going, bool) or backend.numpy_view(carry.since) is not None:
+            if not self.waits or isinstance(going, bool) or backend.host.numpy_view(carry.since) is not None:
                 return going
             both = 2 * xp.astype(going, xp.int32) + xp.astype(xp.any(self._rows(carry)), xp.int32)
             answer = int(backend.to_numpy(both))
@@ -341,7 +350,7 @@ class _Refusals:
 
     def after(self, carry: LoopState) -> LoopState:
         """Return the loop state after a step, with refused steps shortened."""
-        since = self.backend.numpy_view(carry.since)
+        since = self.backend.host.numpy_view(carry.since)
         if since is None and not self.waits:
             shortened: LoopState = self.backend.cond(self._rows(carry), self.shortened, carry)
             return shortened

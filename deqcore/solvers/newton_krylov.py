@@ -99,7 +99,7 @@ class NewtonKrylov(Solver):
         """Take one Newton step with backtracking."""
         xp = backend.xp
         g = fz - z
-        jvp = backend.jvp(f, z)
+        jvp = backend.autodiff.jvp(f, z)
         if jvp is None:
             raise BackendError.no_products(f"the backend {backend.name!r} has none.")
         inner = gmres(

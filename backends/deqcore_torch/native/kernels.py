@@ -403,7 +403,7 @@ def anderson(
         _combined(values, per_chunk, slots, count, x, fz[b], b, z, ahead[b])
 
 
-CANCELLED = 0.7071067811865476  # as `deqcore.abc.backend.CANCELLED`, which says why
+CANCELLED = 0.7071067811865476  # as `deqcore.linear.norms.CANCELLED`, which says why
 
 
 @compiled

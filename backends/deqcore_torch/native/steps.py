@@ -13,8 +13,9 @@ from torch import Tensor
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.inverse_jacobian import InverseJacobian
+from deqcore.abc.kernels import Krylov
+from deqcore.abc.scaling import multiply_rows
 from deqcore.abc.solver import Solver
-from deqcore.linear.gmres import Krylov
 from deqcore.linear.lowrank import SHARP, MultisecantInverse
 from deqcore.solvers.anderson import Anderson, AndersonState
 from deqcore.solvers.broyden import Broyden, BroydenState
@@ -116,7 +117,7 @@ def _broyden(backend: Backend, f: Map, z: Tensor, state: BroydenState) -> StepRe
     if not all(_holds(h, state.step) and h.store.chunk == h.history_size for h in small):
         return None
     basis = state.basis
-    z = _next(basis, z, backend.multiply_rows(state.step, state.unit))
+    z = _next(basis, z, multiply_rows(backend, state.step, state.unit))
     value = f(z)
     slot = basis.reserve(z)
     for history in small:
@@ -145,7 +146,7 @@ def _broyden(backend: Backend, f: Map, z: Tensor, state: BroydenState) -> StepRe
 def _anderson(backend: Backend, solver: Anderson, f: Map, fz: Tensor, state: AndersonState) -> StepResult | None:
     if not (_holds(state.values, fz) and _holds(state.residuals, fz)):
         return None
-    z = _next(state.values, fz, backend.multiply_rows(state.step, state.unit))
+    z = _next(state.values, fz, multiply_rows(backend, state.step, state.unit))
     value = f(z)
     norm, size = measure(z, value)
     sane = norm <= solver.max_residual_growth * state.norm
@@ -181,12 +182,12 @@ def _anderson(backend: Backend, solver: Anderson, f: Map, fz: Tensor, state: And
 
 
 def keep(carry: Any, result: StepResult, residual: Tensor, size: Tensor | None, limits: Any) -> None:
-    """Return None for `Backend.fused_update`: the loop itself updates on the host, without waiting."""
+    """Return None for `FusedKernels.update`: the loop itself updates on the host, without waiting."""
     return
 
 
 def arnoldi(space: Krylov, w: Tensor, goal: Tensor, twice: bool, shifted: bool) -> Krylov | None:
-    """Return the result of `Backend.fused_arnoldi`, or None if these histories have no native version."""
+    """Return the result of `FusedKernels.arnoldi`, or None if these histories have no native version."""
     basis, columns = space.basis, space.columns
     if not (_holds(basis, w) and _holds(columns, space.null_vector)) or columns.store.chunk != columns.history_size:
         return None
@@ -259,7 +260,7 @@ def norm(v: Tensor) -> Tensor:
 
 
 def project(basis: Any, w: Tensor, twice: bool) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """Return the result of `Backend.orthogonalize`, or None if this history has no native version."""
+    """Return the result of `deqcore.linear.norms.orthogonalize`, or None if this history has no native version."""
     if not _holds(basis, w):
         return None
     out, h = _room(w), torch.empty(w.shape[0], basis.history_size, dtype=torch.float64)
@@ -276,7 +277,7 @@ def project(basis: Any, w: Tensor, twice: bool) -> tuple[Tensor, Tensor, Tensor,
 
 
 def solve_positive(a: Tensor, b: Tensor) -> Tensor | None:
-    """Return the result of `Backend.solve_positive`, or None if there is no native version for these systems."""
+    """Return the result of `SmallLinalg.solve_positive`, or None if there is no native version for these systems."""
     if a.shape[1] > LARGEST or a.dtype is not b.dtype or b.requires_grad:
         return None
     side = b if b.dim() == 3 else b[:, :, None]
