@@ -13,7 +13,6 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, Final
 
-import torch
 from torch import Tensor
 
 from deqcore.solve.user_line import warn
@@ -25,7 +24,7 @@ COMPILERS: Final = {"cpu": ("numba", "steps"), "cuda": ("triton", "device")}
 
 def reading(x: Tensor) -> ModuleType | Any | None:
     """Return the native steps, if they can read x and neither autograd nor a transformation tracks it."""
-    if (torch.is_grad_enabled() and x.requires_grad) or functorch.active():
+    if functorch.is_tracked(x):
         return None
     steps = loaded(x.device.type)
     return None if steps is None or not steps.plain(x) else steps

@@ -20,7 +20,7 @@ from deqcore.linear.lowrank import SHARP, MultisecantInverse
 from deqcore.solvers.anderson import Anderson, AndersonState
 from deqcore.solvers.broyden import Broyden, BroydenState
 from deqcore.types import Map, StepResult
-from deqcore_torch import native
+from deqcore_torch import functorch
 from deqcore_torch.history import TorchHistory
 from deqcore_torch.native import kernels
 from deqcore_torch.native.pool import run
@@ -318,7 +318,7 @@ class Secants(InverseJacobian):
     def apply_transpose_unregularised(self, v: Tensor) -> Tensor:
         """See `MultisecantInverse`."""
         v = v.contiguous()
-        if not plain(v) or v.dtype is not self.basis.store.dtype or native.reading(v) is None:
+        if not plain(v) or v.dtype is not self.basis.store.dtype or functorch.is_tracked(v):
             return self.whole().apply_transpose_unregularised(v)
         out, basis = _room(v), self.basis
         seen = _masks(basis, basis)[1]
