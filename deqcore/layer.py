@@ -107,7 +107,7 @@ def initial_state(cell: Any, inputs: tuple[Tree, ...], zeros_like: Callable[[Tre
         zeros_like: a function `tree -> tree` of zeros.
 
     Raises:
-        ConfigError: the cell has no such method, and there are no inputs.
+        ConfigError: the cell lacks this method, and the layer got no input.
     """
     if hasattr(cell, "initial_state"):
         return cell.initial_state(*inputs)

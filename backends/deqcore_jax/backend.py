@@ -14,6 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.tree_util import PyTreeDef
+from jax.typing import ArrayLike
+from numpy.typing import NDArray
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.guards import CallGuards
@@ -21,7 +24,7 @@ from deqcore.abc.harness import Harness
 from deqcore.abc.linalg import SmallLinalg
 from deqcore.abc.scaling import scaled_norm
 from deqcore.errors import BackendError
-from deqcore.types import Capabilities, Figures, LoopVars
+from deqcore.types import Capabilities, Figures, LoopVars, Tree
 from deqcore_jax import batched_linalg, failures, pytrees
 from deqcore_jax.autodiff import JaxAutodiff
 from deqcore_jax.closure import is_traced
@@ -36,34 +39,34 @@ pytrees.register()
 class JaxLinalg(SmallLinalg):
     """Small systems by elimination over the whole batch, which XLA compiles."""
 
-    def solve(self, a: Any, b: Any) -> Any:
+    def solve(self, a: jax.Array, b: jax.Array) -> jax.Array:
         return batched_linalg.solve(a, b)
 
-    def solve_upper(self, a: Any, b: Any) -> Any:
+    def solve_upper(self, a: jax.Array, b: jax.Array) -> jax.Array:
         return batched_linalg.solve_upper(a, b)
 
-    def solve_positive(self, a: Any, b: Any) -> Any:
+    def solve_positive(self, a: jax.Array, b: jax.Array) -> jax.Array:
         return batched_linalg.solve_positive(a, b)
 
-    def least_singular_value(self, a: Any, columns: Any) -> Any:
+    def least_singular_value(self, a: jax.Array, columns: jax.Array) -> jax.Array:
         return batched_linalg.least_singular_value(a, columns)
 
-    def eye(self, like: Any, rows: int, columns: int | None = None) -> Any:
+    def eye(self, like: jax.Array, rows: int, columns: int | None = None) -> jax.Array:
         return jnp.eye(rows, columns, dtype=like.dtype)
 
 
 class JaxGuards(CallGuards):
     """Arrays cannot be written to, so only traced figures need care."""
 
-    def watch(self, report: Callable[[Any], None], figures: Figures, *, compiled: bool) -> None:
+    def watch(self, report: Callable[[Figures], None], figures: Figures, *, compiled: bool) -> None:
         failures.watch(report, figures, compiled=compiled)
 
 
 class JaxHarness(Harness):
     """XLA's compiler, double precision, and every device's queue."""
 
-    def jit(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        compiled: Callable[..., Any] = jax.jit(fn)
+    def jit(self, fn: Callable[..., Tree]) -> Callable[..., Tree]:
+        compiled: Callable[..., Tree] = jax.jit(fn)
         return compiled
 
     @contextmanager
@@ -95,69 +98,70 @@ class JaxBackend(Backend):
     def is_array(self, leaf: object) -> bool:
         return isinstance(leaf, jax.Array)
 
-    def asarray(self, a: object, *, dtype: str | None = None, like: Any = None) -> Any:
+    def asarray(self, a: object, *, dtype: str | None = None, like: jax.Array | None = None) -> jax.Array:
         kind = dtype or (like.dtype if like is not None else None)
-        concrete = like is not None and not isinstance(like, jax.core.Tracer)
-        return jnp.asarray(a, kind, device=like.sharding if concrete and _one_device(like) else None)
+        if like is None or isinstance(like, jax.core.Tracer) or not _one_device(like):
+            return jnp.asarray(a, kind)
+        return jnp.asarray(a, kind, device=like.sharding)
 
-    def to_numpy(self, x: Any) -> Any:
+    def to_numpy(self, x: jax.Array) -> NDArray[Any]:
         array = np.asarray(x)
         return array.astype(np.float32) if array.dtype.kind == "V" else array
 
-    def flatten(self, tree: Any) -> tuple[list[Any], Any]:
+    def flatten(self, tree: Tree) -> tuple[list[Tree], PyTreeDef]:
         return jax.tree.flatten(tree)
 
-    def unflatten(self, structure: Any, leaves: Sequence[Any]) -> Any:
+    def unflatten(self, structure: PyTreeDef, leaves: Sequence[Tree]) -> Tree:
         return jax.tree.unflatten(structure, leaves)
 
-    def dtype_name(self, x: Any) -> str:
+    def dtype_name(self, x: jax.Array) -> str:
         return str(x.dtype)
 
-    def device_of(self, x: Any) -> str | None:
+    def device_of(self, x: jax.Array) -> str | None:
         if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array):
             return None
         return ", ".join(sorted(str(device) for device in x.devices()))
 
-    def is_traced(self, *leaves: Any) -> bool:
+    def is_traced(self, *leaves: Tree) -> bool:
         return is_traced(leaves)
 
-    def to_device(self, x: Any, device: str) -> Any:
+    def to_device(self, x: jax.Array, device: str) -> jax.Array:
         kind, _, index = device.partition(":")
         try:
             return jax.device_put(x, jax.devices(kind)[int(index or 0)])
         except (RuntimeError, IndexError, ValueError) as error:
             raise BackendError(f"jax cannot use the device {device!r}: {error}") from error
 
-    def astype(self, x: Any, dtype: str) -> Any:
+    def astype(self, x: jax.Array, dtype: str) -> jax.Array:
         return x.astype(dtype)
 
     # -- rows ---------------------------------------------------------------------------------------------------
 
-    def to_accum_dtype(self, x: Any) -> Any:
+    def to_accum_dtype(self, x: jax.Array) -> jax.Array:
         return jnp.asarray(x).astype(wide())
 
-    def cast(self, x: Any, like: Any) -> Any:
+    def cast(self, x: jax.Array, like: jax.Array) -> jax.Array:
         return x.astype(like.dtype)
 
-    def norm(self, v: Any) -> Any:
+    def norm(self, v: jax.Array) -> jax.Array:
         if jax.default_backend() != "cpu":
             return _norm_by_ranges(v.astype(single(v.dtype)))
         # No condition: with a batch over several devices each would be a collective in every step.
         return scaled_norm(self, v, self.max_abs(v, jnp.zeros_like(v, single(v.dtype), shape=v.shape[:1])))
 
-    def power_of_two(self, x: Any) -> Any:
+    def power_of_two(self, x: jax.Array) -> jax.Array:
         return x / (2.0 * jnp.frexp(x)[0])
 
-    def inner(self, a: Any, b: Any) -> Any:
+    def inner(self, a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.sum(self.to_accum_dtype(a) * self.to_accum_dtype(b), axis=1)
 
-    def select(self, mask: Any, new: Any, old: Any) -> Any:
+    def select(self, mask: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(mask.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
-    def history(self, like: Any, history_size: int, dtype: str | None = None) -> JaxHistory:
+    def history(self, like: jax.Array, history_size: int, dtype: str | None = None) -> JaxHistory:
         return JaxHistory.empty(like, history_size, jnp.dtype(dtype) if dtype else None, wide())
 
-    def as_scalar(self, value: Any, like: Any) -> Any:
+    def as_scalar(self, value: ArrayLike, like: jax.Array) -> jax.Array:
         if isinstance(value, int) or jnp.issubdtype(jnp.result_type(value), jnp.integer):
             return jnp.asarray(value).astype(jnp.int32)
         return jnp.asarray(value).astype(single(like.dtype))
@@ -166,10 +170,10 @@ class JaxBackend(Backend):
 
     def loop(
         self,
-        running: Callable[[LoopVars], Any],
+        running: Callable[[LoopVars], jax.Array | bool],
         body: Callable[[LoopVars], LoopVars],
         carry: LoopVars,
-        steps: Any,
+        steps: ArrayLike,
         check_every: int | str = "auto",
     ) -> LoopVars:
         return loop(running, body, carry, steps, check_every)
@@ -180,7 +184,7 @@ class JaxBackend(Backend):
         end: LoopVars = lax.scan(lambda state, _: (body(state), None), carry, length=times)[0]
         return end
 
-    def detach(self, x: Any) -> Any:
+    def detach(self, x: jax.Array) -> jax.Array:
         return lax.stop_gradient(x)
 
 
@@ -189,7 +193,7 @@ _CAPABILITIES = Capabilities(
 )
 
 
-def _norm_by_ranges(v: Any) -> Any:
+def _norm_by_ranges(v: jax.Array) -> jax.Array:
     """Return the 2-norm of each row by sums of squares of v, v·2^k and v·2^-k, which XLA fuses into one pass.
 
     On an accelerator the host would wait for the predicate of a second pass. Source: Blue (1978), "A portable Fortran
@@ -201,5 +205,5 @@ def _norm_by_ranges(v: Any) -> Any:
     return jnp.where(plain > 1 / low, down * factor, jnp.where(plain < low, up / factor, plain))
 
 
-def _one_device(x: Any) -> bool:
+def _one_device(x: jax.Array) -> bool:
     return len(x.devices()) == 1

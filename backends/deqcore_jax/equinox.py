@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import FrozenInstanceError
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -14,6 +13,7 @@ from deqcore.config import Config
 from deqcore.errors import LayerWarning, ProblemError
 from deqcore.layer import LayerSettings, batch_norm_text, check_cell
 from deqcore.solve.user_line import warn
+from deqcore.types import Tree
 from deqcore_jax.layer import ImplicitLayer
 
 
@@ -50,13 +50,13 @@ class DEQ(ImplicitLayer, eqx.Module):
         (4, 3)
     """
 
-    cell: Any
+    cell: Callable[..., Tree]
     settings: LayerSettings = eqx.field(static=True)
     inference: bool
 
     def __init__(
         self,
-        cell: Any,
+        cell: Callable[..., Tree],
         config: Config | None = None,
         *,
         evaluation: Mapping[str, object] | None = None,
@@ -86,7 +86,7 @@ class DEQ(ImplicitLayer, eqx.Module):
             ) from error
 
 
-def _training_norms(cell: Any) -> list[str]:
+def _training_norms(cell: Callable[..., Tree]) -> list[str]:
     """Return the paths in a cell of batch normalisation in training mode."""
     parts = jax.tree_util.tree_leaves_with_path(cell, is_leaf=lambda part: isinstance(part, eqx.nn.BatchNorm))
     return [

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import jax
 import jax.numpy as jnp
 
 from deqcore.abc.history import History
@@ -14,7 +13,9 @@ from deqcore_jax.dtypes import single
 class JaxKernels(FusedKernels):
     """A projection without a condition, with norms by plain sums of squares."""
 
-    def orthogonalize(self, basis: History, w: Any, twice: bool) -> tuple[Any, Any, Any, Any]:
+    def orthogonalize(
+        self, basis: History, w: jax.Array, twice: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         before = self.be.to_accum_dtype(
             _plain_norm(w)
         )  # w is the product with a unit vector: its square is far from any limit
@@ -27,13 +28,13 @@ class JaxKernels(FusedKernels):
         return w, h, before, self.be.to_accum_dtype(_plain_norm(w))
 
 
-def _plain_norm(v: Any) -> Any:
+def _plain_norm(v: jax.Array) -> jax.Array:
     """Return the 2-norm of each row by one sum of squares."""
     wider = v.astype(single(v.dtype))
     return root(jnp.sum(wider * wider, axis=1))
 
 
-def root(square: Any) -> Any:
+def root(square: jax.Array) -> jax.Array:
     """Return the square root, with the derivative 0 at 0."""
     zero = square == 0  # the root's derivative there is infinite, and 0·inf would spoil a recorded step
     return jnp.where(zero, square, jnp.sqrt(jnp.where(zero, jnp.ones_like(square), square)))

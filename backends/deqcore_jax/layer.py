@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,7 @@ class ImplicitLayer:
         settings: the settings of the layer.
     """
 
-    cell: Any
+    cell: Callable[..., Tree]
     settings: LayerSettings
 
     def __call__(self, *inputs: Tree, z0: Tree = None, until: Rule | None = None) -> Tree:
@@ -74,7 +73,7 @@ class ImplicitLayer:
         with self._check_cell():
             return [solution.value for solution in self._solve(inputs, z0, stages)]
 
-    def check_settings(self, saved: Mapping[str, Any]) -> None:
+    def check_settings(self, saved: Mapping[str, object]) -> None:
         """Warn if the settings stored with a checkpoint differ from the layer's own, which stay unchanged.
 
         Args:

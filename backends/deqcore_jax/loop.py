@@ -53,7 +53,7 @@ def _anywhere_batched(_axis_size: int, _in_batched: list[bool], flag: jax.Array)
 
 
 def loop(
-    running: Callable[[LoopVars], jax.Array],
+    running: Callable[[LoopVars], jax.Array | bool],
     body: Callable[[LoopVars], LoopVars],
     carry: LoopVars,
     steps: ArrayLike,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 from flax import nnx
 from flax.errors import TraceContextError
@@ -12,6 +11,7 @@ from flax.errors import TraceContextError
 from deqcore.config import Config
 from deqcore.errors import ProblemError
 from deqcore.layer import LayerSettings, batch_norm_text, check_cell
+from deqcore.types import Tree
 from deqcore_jax.layer import ImplicitLayer
 
 
@@ -56,7 +56,7 @@ class DEQ(ImplicitLayer, nnx.Module):
 
     def __init__(
         self,
-        cell: Any,
+        cell: Callable[..., Tree],
         config: Config | None = None,
         *,
         evaluation: Mapping[str, object] | None = None,
@@ -79,7 +79,7 @@ class DEQ(ImplicitLayer, nnx.Module):
             raise ProblemError(_changes_itself(self.cell, error)) from error
 
 
-def _changes_itself(cell: Any, error: Exception) -> str:
+def _changes_itself(cell: Callable[..., Tree], error: Exception) -> str:
     """Return why a cell that writes to itself has no fixed point, and how to fix it."""
     parts = [(".".join(map(str, path)) or "the cell", part) for path, part in nnx.iter_modules(cell)]
     norms = [name for name, part in parts if isinstance(part, nnx.BatchNorm) and not part.use_running_average]

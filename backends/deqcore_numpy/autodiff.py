@@ -16,7 +16,7 @@ from deqcore.abc.adjoint import AdjointSolver
 from deqcore.abc.autodiff import Autodiff
 from deqcore.abc.backend import Backend
 from deqcore.solve.verification import coupled_rows
-from deqcore.types import BackwardRecord, Map, SolveResult
+from deqcore.types import BackwardRecord, Map, SolveResult, Tree
 from deqcore_numpy.derivative import batched_jacobian, jacobian, product, vjp_back
 
 
@@ -48,19 +48,23 @@ class NumpyAutodiff(Autodiff):
         return lambda v: multiply(v).astype(v.dtype, copy=False)
 
     def forward_only(
-        self, f: Callable[..., Any], z0: NDArray[Any], args: tuple[Any, ...], solve: Callable[[Map, Any], SolveResult]
+        self,
+        f: Callable[..., NDArray[Any]],
+        z0: NDArray[Any],
+        args: tuple[Tree, ...],
+        solve: Callable[[Map, NDArray[Any]], SolveResult],
     ) -> SolveResult:
         with self.be.errstate():
             return solve(lambda z: f(z, *args), z0)
 
     def implicit(
         self,
-        f: Callable[..., Any],
-        z0: Any,
-        args: tuple[Any, ...],
-        solve: Callable[[Map, Any], SolveResult],
+        f: Callable[..., NDArray[Any]],
+        z0: NDArray[Any],
+        args: tuple[Tree, ...],
+        solve: Callable[[Map, NDArray[Any]], SolveResult],
         adjoint: AdjointSolver,
-    ) -> tuple[Any, SolveResult, BackwardRecord | None]:
+    ) -> tuple[NDArray[Any], SolveResult, BackwardRecord | None]:
         forward = self.forward_only(f, z0, args, solve)
         return forward.z, forward, None
 
@@ -68,12 +72,12 @@ class NumpyAutodiff(Autodiff):
         return False
 
     def vjp(
-        self, value: Callable[..., tuple[Any, Any]], args: tuple[Any, ...], cotangent: Any
-    ) -> tuple[Any, Any, tuple[Any, ...]]:
+        self, value: Callable[..., tuple[NDArray[Any], Tree]], args: tuple[Tree, ...], cotangent: NDArray[Any]
+    ) -> tuple[NDArray[Any], Tree, tuple[Tree, ...]]:
         leaves, structure = self.be.flatten(args)
         with self.be.errstate():
             primal, aux = value(*args)
-        gradients: list[Any] = []
+        gradients: list[NDArray[Any] | None] = []
         for i, leaf in enumerate(leaves):
             if not self.be.is_array(leaf) or not np.issubdtype(leaf.dtype, np.floating):
                 gradients.append(None)

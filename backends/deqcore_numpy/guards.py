@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from deqcore.abc.guards import CallGuards
 from deqcore.errors import ProblemError
+from deqcore.types import Tree
 from deqcore_numpy.derivative import is_differencing
 from deqcore_numpy.ownership import held
 
@@ -18,7 +19,7 @@ from deqcore_numpy.ownership import held
 class NumpyGuards(CallGuards):
     """Read-only views, and copies of what others own."""
 
-    def unfit(self, x: Any) -> str | None:
+    def unfit(self, x: object) -> str | None:
         if type(x) is np.ndarray:
             return None
         if isinstance(x, np.matrix):
@@ -30,7 +31,7 @@ class NumpyGuards(CallGuards):
     def in_extended_precision(self) -> bool:
         return is_differencing()
 
-    def owned(self, leaves: list[Any]) -> list[Any]:
+    def owned(self, leaves: list[Tree]) -> list[Tree]:
         return [np.copy(leaves[0])] if isinstance(leaves[0], np.ndarray) and held(leaves) else leaves
 
     def unshared(self, x: NDArray[Any], other: NDArray[Any]) -> NDArray[Any]:
