@@ -90,7 +90,7 @@ def _check(backend: Backend, fewer: Map, part: LoopState) -> None:
             f"(forward.compact = true). {_REMEDY}"
         )
         raise
-    slack = 0.05 if backend.autocasting(part.z) else backend.eps(part.z) ** 0.5
+    slack = 0.05 if backend.guards.autocasting(part.z) else backend.eps(part.z) ** 0.5
     if bool(xp.any(difference > slack * (backend.norm(part.fz) + backend.norm(part.z)))):
         raise ProblemError(
             f"forward.compact = true, but f returns other values for {part.z.shape[0]} samples alone than for the "

@@ -19,6 +19,7 @@ from deqcore.errors import (
     InitialIterateError,
     StrategyError,
 )
+from deqcore.linear.norms import default_rtol
 from deqcore.solve.flatten import RavelSpec
 from deqcore.solve.observer import observer
 from deqcore.solve.plan import Plan
@@ -61,7 +62,7 @@ def _criteria(config: Config, scalars: Mapping[str, object], backend: Backend, l
     atol: Any = scalars.get("forward__atol", forward.atol)
     max_steps: Any = scalars.get("forward__max_steps", forward.max_steps)
     if rtol == "auto" if isinstance(rtol, str) else False:
-        rtol = backend.default_rtol(like)
+        rtol = default_rtol(backend, like)
     for name, value in (("rtol", rtol), ("atol", atol), ("max_steps", max_steps)):
         if name in {key.partition("__")[2] for key in scalars} and not backend.is_traced(value):
             number = float(value)

@@ -13,9 +13,10 @@ import numpy as np
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.solver import Solver
+from deqcore.linear.norms import residual_norms
 from deqcore.solve.step import freeze, masked, shortened, take_step
-from deqcore.solve.termination import IDLE, PROGRESS, REFUSED, Limits, spent, verdict
-from deqcore.types import Array, LoopState, Map, Status, StepResult
+from deqcore.solve.termination import IDLE, PROGRESS, REFUSED, spent, verdict
+from deqcore.types import Array, Limits, LoopState, Map, Status, StepResult
 
 FIGURES: Final = ("status", "steps", "best_residual", "reference", "peak", "mark", "since", "length", "tried", "extra")
 DOUBT: Final = 1.0 + 2.0**-10  # covers the rounding of a quick test: what is closer to the tolerance gets a verdict
@@ -27,7 +28,7 @@ def read(backend: Backend, carry: LoopState) -> LoopState | None:
         return carry
     views = {}
     for name in FIGURES:
-        views[name] = backend.numpy_view(getattr(carry, name))
+        views[name] = backend.host.numpy_view(getattr(carry, name))
         if views[name] is None:
             return None
     return carry._replace(**views)
@@ -37,7 +38,7 @@ def written(backend: Backend, carry: LoopState) -> LoopState:
     """Undo `read`; return a loop state whose figures are arrays of the backend as it is."""
     if not isinstance(carry.status, np.ndarray):
         return carry
-    return carry._replace(**{name: backend.from_numpy_view(getattr(carry, name)) for name in FIGURES})
+    return carry._replace(**{name: backend.host.from_numpy_view(getattr(carry, name)) for name in FIGURES})
 
 
 class HostLoop:
@@ -86,13 +87,13 @@ class HostLoop:
         backend = self.backend
         self.running(carry)
         running = None if self.everyone else carry.status == int(Status.RUNNING)
-        active = None if running is None else backend.from_numpy_view(running)
+        active = None if running is None else backend.host.from_numpy_view(running)
         start = carry.z, carry.fz, masked(carry.state, active)
         result, residual, size = take_step(backend, self.solver, self.f, start, self.asked)
         if active is not None and not result.frozen:
             result = result._replace(state=freeze(backend, active, result.state, carry.state))
-        now = backend.numpy_view(residual)
-        length = None if size is None else backend.numpy_view(size)
+        now = backend.host.numpy_view(residual)
+        length = None if size is None else backend.host.numpy_view(size)
         if running is None and self._all_progress(carry, now, length):
             self.norms = now, length
             z, fz, state, status = result.z, result.fz, result.state, carry.status  # RUNNING is 0, as `since` is
@@ -116,18 +117,18 @@ class HostLoop:
         backend = self.backend
         z, fz = result.z, result.fz
         if length is None:
-            length = backend.numpy_view(backend.norm(fz))
+            length = backend.host.numpy_view(backend.norm(fz))
         self.norms = now, length
         with np.errstate(all="ignore"):  # a residual may be NaN or inf
             better, status, since, mark, peak = verdict(np, self.limits, now, length, carry.path)
         taken: Any = 1
         if running is not None:
             better, status, taken = better & running, np.where(running, status, carry.status), running.astype(np.int32)
-            active = backend.from_numpy_view(running)
+            active = backend.host.from_numpy_view(running)
             z, fz = backend.select(active, z, carry.z), backend.select(active, fz, carry.fz)
         best = z, fz, now
         if not _all(better):
-            mask = backend.from_numpy_view(better)
+            mask = backend.host.from_numpy_view(better)
             best = (
                 backend.select(mask, z, carry.best_z),
                 backend.select(mask, fz, carry.best_fz),
@@ -156,19 +157,19 @@ class HostLoop:
         # Below the bound of `spent` a sample is neither idle nor, without refused steps, anything but MAX_STEPS.
         if _all((last.since >= 0) & (last.since < IDLE)):
             status = np.where(left, np.int32(int(Status.MAX_STEPS)), last.status)
-            return end._replace(status=backend.from_numpy_view(status))
-        residual, size = self.norms or map(backend.numpy_view, backend.residual_norms(end.z, end.fz))
-        size = backend.numpy_view(backend.norm(end.fz)) if size is None else size
+            return end._replace(status=backend.host.from_numpy_view(status))
+        residual, size = self.norms or map(backend.host.numpy_view, residual_norms(backend, end.z, end.fz))
+        size = backend.host.numpy_view(backend.norm(end.fz)) if size is None else size
         with np.errstate(all="ignore"):
             status = spent(np, residual, size, last.path, last.steps - first.steps)
-        return end._replace(status=backend.from_numpy_view(np.where(left, status, last.status)))
+        return end._replace(status=backend.host.from_numpy_view(np.where(left, status, last.status)))
 
 
 def on_host(backend: Backend, limits: Limits) -> Limits:
     """Return the limits with NumPy views of their arrays."""
     names = ("rtol", "atol", "slack")
     views: dict[str, Array] = {
-        name: backend.numpy_view(limit) for name in names if not isinstance(limit := getattr(limits, name), float)
+        name: backend.host.numpy_view(limit) for name in names if not isinstance(limit := getattr(limits, name), float)
     }
     return limits._replace(**views) if views else limits
 

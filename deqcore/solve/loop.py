@@ -24,11 +24,12 @@ import numpy as np
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.solver import Solver
+from deqcore.linear.norms import residual_norms
 from deqcore.solve.compaction import RestrictRows, solve_compacted
 from deqcore.solve.host import HostLoop, on_host, read, written
 from deqcore.solve.step import copy_state, finalized, freeze, masked, merge, refused, shortened, take_step
-from deqcore.solve.termination import Limits, goal, greater, judged, spent, verdict
-from deqcore.types import Array, LoopState, Map, SolveResult, Status, StoppingCriteria
+from deqcore.solve.termination import goal, greater, judged, spent, verdict
+from deqcore.types import Array, Limits, LoopState, Map, SolveResult, Status, StoppingCriteria
 
 ROUNDING = 8.0  # two evaluations of f at the same z differ by at most this many units of rounding
 
@@ -58,7 +59,7 @@ def iterate(
         The best iterate of each sample, with its status and figures.
     """
     like = z0 if resume is None else resume.z
-    limits = Limits.of(backend, like, control.rtol, control.atol, control.patience)
+    limits = Limits.of(backend.xp, backend.eps(like), control.rtol, control.atol, control.patience)
     start = _begin(backend, solver, f, z0, limits) if resume is None else _resume(backend, solver, f, resume, limits)
     end = _advanced(backend, solver, f, start, limits, control, narrow)
     end = end._replace(state=finalized(end.state))
@@ -123,9 +124,9 @@ def _begin_at(backend: Backend, z0: Array, fz: Array, limits: Limits) -> LoopSta
 
     Its figures are NumPy arrays if reading them costs no wait, see `deqcore.solve.host.written`.
     """
-    residual, size = backend.residual_norms(z0, fz)
+    residual, size = residual_norms(backend, z0, fz)
     norms = residual, size, backend.norm(z0)
-    views = [backend.numpy_view(norm) for norm in norms]
+    views = [backend.host.numpy_view(norm) for norm in norms]
     if any(view is None for view in views):
         return LoopState(z0, fz, None, best_z=z0, best_fz=fz, **_first_figures(backend.xp, limits, *norms))
     with np.errstate(all="ignore"):  # a residual may be NaN or inf
@@ -165,7 +166,7 @@ def _resume(backend: Backend, solver: Solver, f: Map, old: LoopState, limits: Li
     xp = backend.xp
     z = old.best_z
     first = written(backend, _begin_at(backend, z, f(z), limits))
-    near = ROUNDING * backend.output_eps(z) * (backend.norm(z) + backend.norm(old.best_fz))
+    near = ROUNDING * backend.guards.output_eps(z) * (backend.norm(z) + backend.norm(old.best_fz))
     same = backend.norm(first.fz - old.best_fz) <= near  # False for NaN, too
     failed = (old.status == int(Status.NONFINITE)) | (old.status == int(Status.DIVERGED))
     # The history of a failed sample led away. A sample whose budget ended during shorter steps has not failed yet.
@@ -260,9 +261,10 @@ class DeviceLoop:
         start = carry.z, carry.fz, masked(carry.state, active)
         result, residual, size = take_step(backend, self.solver, self.f, start, self.limits)
         state = result.state if result.frozen else freeze(backend, active, result.state, carry.state)
-        kept: LoopState | None = backend.fused_update(carry, result, residual, size, self.limits)
-        if kept is not None:
-            return kept._replace(state=state)
+        kernels = backend.kernels
+        updated = None if kernels is None else kernels.update(carry, result, residual, size, self.limits)
+        if updated is not None:
+            return updated._replace(state=state)
         size = backend.norm(result.fz) if size is None else size
         better, status, since, mark, peak = verdict(xp, self.limits, residual, size, carry.path)
         better = better & active
@@ -282,6 +284,6 @@ class DeviceLoop:
     def ended(self, start: LoopState, end: LoopState) -> LoopState:
         """Return the loop state with the statuses of samples that have spent their budget."""
         backend = self.backend
-        residual, size = backend.residual_norms(end.z, end.fz)
+        residual, size = residual_norms(backend, end.z, end.fz)
         left = spent(backend.xp, residual, size, end.path, end.steps - start.steps)
         return end._replace(status=backend.xp.where(end.status == int(Status.RUNNING), left, end.status))

@@ -11,21 +11,29 @@ from deqcore.abc.backend import Backend
 from deqcore.abc.history import History
 from deqcore.abc.solver import Solver, map_state, map_states
 from deqcore.errors import PluginError
-from deqcore.solve.termination import PENDING, PROGRESS, REFUSED, SHORTER, SHORTEST, Limits
-from deqcore.types import Array, LoopState, Map, Status, StepResult
+from deqcore.linear.norms import residual_norms
+from deqcore.solve.termination import PENDING, PROGRESS, REFUSED, SHORTER, SHORTEST
+from deqcore.types import Array, Limits, LoopState, Map, Status, StepResult
 
 
 def take_step(
     backend: Backend, solver: Solver, f: Map, start: tuple[Array, Array, Any], limits: Limits
 ) -> tuple[StepResult, Array, Array | None]:
     """Return the result of a step from `(z, f(z), state)`, its ‖f(z) − z‖, and its ‖f(z)‖ if `limits` need it."""
-    result = backend.fused_step(solver, f, *start) or _checked(solver, solver.step(backend, f, *start), start[0])
+    result = fused_step(backend, solver, f, *start)
+    if result is None:
+        result = _checked(solver, solver.step(backend, f, *start), start[0])
     residual, size = solver.residual_norm(backend, result.state), result.size
     if residual is None:
-        residual, size = backend.residual_norms(result.z, result.fz)
+        residual, size = residual_norms(backend, result.z, result.fz)
     if size is None and limits.relative:
         size = backend.norm(result.fz)
     return result, residual, size
+
+
+def fused_step(backend: Backend, solver: Solver, f: Map, z: Array, fz: Array, state: Any) -> StepResult | None:
+    """Return the step of `solver` by a fused kernel, or None if the backend has none for it."""
+    return None if backend.kernels is None else backend.kernels.step(solver, f, z, fz, state)
 
 
 def _checked(solver: Solver, result: Any, z: Array) -> StepResult:

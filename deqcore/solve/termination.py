@@ -17,8 +17,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from deqcore.abc.backend import Backend
-from deqcore.types import Array, Path, Status
+from deqcore.types import Limits, Path, Status
 
 BLOW_UP: Final = 1e-6  # a residual counts as divergence if this part of it exceeds the scale of the start
 PROGRESS: Final = 0.999  # a residual must fall below this part of the last mark within `patience` steps
@@ -30,46 +29,7 @@ IDLE: Final = 10  # steps without progress, at least, after which the end of the
 FAR: Final = 10.0  # growth over fall of the residual that is an escape, at the end of the budget
 LOST: Final = 0.25  # part of its largest value that the residual's rounding may make up
 FALL: Final = 100.0  # a residual this much below its largest value has fallen whatever the iterate is
-DROP: Final = 8.0  # if it did so by such a fall in one step
-FINE: Final = 1e-5  # a dtype with an ε below it resolves residuals far below what growth explains
-
-
-class Limits(NamedTuple):
-    """The numbers that decide the status of samples. `rtol` and `atol` may be arrays; `atol` may be `(batch,)`.
-
-    Attributes:
-        rtol: relative tolerance.
-        atol: absolute tolerance.
-        patience: steps without progress after which a sample has stalled.
-        slack: growth of the iterate, relative to the fall of the residual, up to which the tolerance is met.
-        lost: unit roundoff of the state: a residual below this part of ‖f(z)‖ is rounding.
-        hidden: the same, but 0 in dtypes that are too coarse to count it as residual.
-        tiny: ‖f(z)‖ counts for at least this part of the start's scale.
-    """
-
-    rtol: Any
-    atol: Any
-    patience: int
-    slack: Any
-    lost: float
-    hidden: float
-    tiny: float
-
-    @classmethod
-    def of(cls, backend: Backend, like: Array, rtol: Any, atol: Any, patience: int) -> Limits:
-        """Return the limits for states like `like` `(batch, n)`."""
-        eps = backend.eps(like)
-        least = min(1.0, max(0.1, 5.0 * eps**0.25))
-        if isinstance(rtol, float):
-            slack: Any = min(1.0, max(least, 8.0 * rtol**0.5))
-        else:
-            slack = backend.xp.clip(8.0 * backend.xp.sqrt(rtol), min=least, max=1.0)
-        return cls(rtol, atol, patience, slack, 0.5 * eps, 0.5 * eps if eps < FINE else 0.0, eps**4)
-
-    @property
-    def relative(self) -> bool:
-        """Whether the criterion needs ‖f(z)‖ at all."""
-        return not (isinstance(self.rtol, float) and self.rtol == 0.0)
+DROP: Final = 6.0  # if it did so by such a fall in one step; Newton nears a zero of z^-p at infinity by e at most
 
 
 class Verdict(NamedTuple):

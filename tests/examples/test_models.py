@@ -230,7 +230,7 @@ def test_the_generated_puzzles_have_one_solution() -> None:
     ("given", "message"),
     [
         (["--steps", "0"], "--steps must be at least 1 (got 0)"),
-        (["--weights", "none.safetensors"], "none.safetensors: there is no such file"),
+        (["--weights", "none.safetensors"], "none.safetensors: the file does not exist"),
         (["--device", "nowhere"], "--device nowhere: torch cannot use the device"),
         (["--backend", "jax", "--device", "nowhere"], "--device nowhere: jax cannot use the device"),
         (["--backend", "numpy"], "invalid choice: 'numpy'"),

@@ -136,6 +136,13 @@ def options_of(cls: type) -> dict[str, dataclasses.Field[Any]]:
     return {field.name: field for field in fields if field.init and not field.metadata.get("internal")}
 
 
+def option_values(owner: object) -> dict[str, object]:
+    """Return the options of an instance by name; none if it is no dataclass."""
+    if isinstance(owner, type) or not dataclasses.is_dataclass(owner):
+        return {}
+    return {name: getattr(owner, name) for name in options_of(type(owner))}
+
+
 def is_required(field: dataclasses.Field[Any]) -> bool:
     """Return whether a field has no default."""
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
