@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from deqcore.abc.backend import Backend
 from deqcore.abc.backward import StepStrategy
 from deqcore.abc.solver import Solver, detach_state
-from deqcore.solve.loop import freeze, masked
+from deqcore.linear.norms import residual_norms
+from deqcore.solve.step import freeze, masked
 from deqcore.solve.termination import greater
 from deqcore.types import Array, Map, Reached, SolveResult
 
@@ -86,7 +87,7 @@ class Unrolled(StepStrategy):
 
     def value(self, backend: Backend, f: Map, z0: Array, forward: SolveResult | None, solver: Solver) -> Reached:
         """Return the iterate after the last step."""
-        run = backend.checkpoint(f) if self.checkpoint else f
+        run = backend.autodiff.checkpoint(f) if self.checkpoint else f
         z = backend.detach(z0)
         fz = run(z)
         none = backend.norm(z) < 0
@@ -94,7 +95,7 @@ class Unrolled(StepStrategy):
         start = _At(z, fz, (z, fz), solver.init(backend, z, fz), none, zero, none)
         end = backend.scan(lambda at: _step(backend, solver, run, at), start, self.steps)
         spent = solver.evaluations(backend, zero + self.steps, end.state) + end.extra
-        residual, size = backend.residual_norms(z, backend.detach(fz))
+        residual, size = residual_norms(backend, z, backend.detach(fz))
         plain = solver.inverse_jacobian(backend, end.state) is None
         scale = greater(backend.xp, backend.norm(z), size)
         return Reached(end.z, end.fz, spent, scale, residual, end.stayed if plain else None)
@@ -131,4 +132,4 @@ def _step(backend: Backend, solver: Solver, f: Map, at: _At) -> _At:
 def _at_rounding(backend: Backend, z: Array, fz: Array) -> Array:
     """Return which samples have a residual of the size of rounding, `(batch,)` of bool."""
     residual, size = backend.norm(backend.detach(fz - z)), backend.norm(backend.detach(fz))
-    return residual <= backend.output_eps(z) ** 0.75 * size
+    return residual <= backend.guards.output_eps(z) ** 0.75 * size

@@ -67,7 +67,7 @@ class Harness:
         traced = backend.capabilities.jit
 
         def block(value: Array) -> None:
-            backend.synchronize()
+            backend.harness.synchronize()
             backend.to_numpy(value)  # free of cost where arrays live on the host
 
         return cls(

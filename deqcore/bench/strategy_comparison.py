@@ -11,6 +11,7 @@ import numpy as np
 
 from deqcore import api, plugins
 from deqcore.abc.backend import Backend
+from deqcore.abc.backward import StepStrategy
 from deqcore.bench.harness import Harness
 from deqcore.bench.machine import peak_memory
 from deqcore.bench.timing import Spread, interleave
@@ -281,7 +282,7 @@ def _measure_quality(
     row = replace(row, cosine=cosine, norm_ratio=ratio, error=error_, worst_cosine=_least(compare(u, truth)[0]))
     row = replace(row, residual=_most(backend.to_numpy(result.residual)))
     if result.report is None:
-        steps = float(getattr(own.strategy, "steps", np.nan))
+        steps = float(own.strategy.steps) if isinstance(own.strategy, StepStrategy) else np.nan
         return replace(row, vjps=steps, most_vjps=steps)
     report = {name: backend.to_numpy(leaf) for name, leaf in result.report._asdict().items()}
     return replace(

@@ -57,7 +57,7 @@ def jacobian_penalty(
     probes = noise if isinstance(noise, list) and not isinstance(z, list) else [noise]
     if not probes:
         raise InitialIterateError("noise must have at least one probe, a tree like z (got an empty list).")
-    vjp = at.backend.differentiable_vjp(at.f, at.z)
+    vjp = at.backend.autodiff.differentiable_vjp(at.f, at.z)
     total: Array = 0.0
     for probe in probes:
         product = vjp(at.space.ravel_like("noise", probe))

@@ -12,8 +12,10 @@ from deqcore.abc.backend import Backend
 from deqcore.abc.solver import Solver
 from deqcore.config import Config
 from deqcore.errors import ConfigError
+from deqcore.linear.norms import residual_norms
 from deqcore.solve.dispatch import plan_call
 from deqcore.solve.loop import BoundSolve
+from deqcore.solve.step import fused_step
 from deqcore.types import Array, Map, Tree
 
 
@@ -95,7 +97,7 @@ def residual_curve(
     plan = plan_call(config, overrides | fixed, z0, args)
     backend = plan.backend
     solve = BoundSolve(backend, _Recorded(plan.solver, steps), plan.control)
-    result = backend.forward_only(plan.space.wrap(f, ()), plan.space.ravel(z0), args, solve)
+    result = backend.autodiff.forward_only(plan.space.wrap(f, ()), plan.space.ravel(z0), args, solve)
     taken = backend.to_numpy(result.steps)
     last = int(taken.max(initial=0))
     return Curve(backend.to_numpy(result.carry.state.curve).astype(np.float64).T[: last + 1], taken)
@@ -125,8 +127,8 @@ class _Recorded(Solver):
 
     def step(self, backend: Backend, f: Map, z: Array, fz: Array, state: _Recording) -> tuple[Array, Array, _Recording]:
         """Take the solver's own step, fused where the backend fuses it, and record its residual."""
-        fused = backend.fused_step(self.solver, f, z, fz, state.inner)
-        z, fz, inner = fused[:3] if fused is not None else self.solver.step(backend, f, z, fz, state.inner)
+        found = fused_step(backend, self.solver, f, z, fz, state.inner)
+        z, fz, inner = found[:3] if found is not None else self.solver.step(backend, f, z, fz, state.inner)
         ratio, taken = _ratio(backend, z, fz), state.taken + 1
         rest = self._columns(backend, ratio)[None, :] >= backend.cast(taken, ratio)[:, None]
         return z, fz, _Recording(inner, backend.xp.where(rest, ratio[:, None], state.curve), taken)
@@ -150,6 +152,6 @@ class _Recorded(Solver):
 def _ratio(backend: Backend, z: Array, fz: Array) -> Array:
     """‖f(z) − z‖ / ‖f(z)‖ of each row, and 0 where both vanish."""
     xp = backend.xp
-    residual, size = backend.residual_norms(z, fz)
+    residual, size = residual_norms(backend, z, fz)
     nothing = (residual == 0) & (size == 0)
     return residual / xp.where(nothing, xp.ones_like(size), size)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.history import History
@@ -34,9 +35,9 @@ class Spectrum:
         [0.5j]
     """
 
-    radius: Any
-    eigenvalue: Any
-    error: Any
+    radius: NDArray[np.float64]
+    eigenvalue: NDArray[np.complex128]
+    error: NDArray[np.float64]
     products: int
 
 
@@ -94,7 +95,7 @@ def spectral_radius(
     if not rows or not n:
         return Spectrum(np.zeros(rows), np.zeros(rows, complex), np.zeros(rows), 0)
     with at.backend.errstate():
-        _, vjp = at.backend.linearize(at.f, at.z)
+        _, vjp = at.backend.autodiff.linearize(at.f, at.z)
         start = np.random.default_rng(seed).standard_normal((rows, n))
         v = at.backend.cast(at.backend.asarray(start, like=at.z), at.z)
         return _arnoldi(at.backend, vjp, v, tolerance, min(max_products, n))

@@ -14,12 +14,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from threading import RLock
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from deqcore import plugins
 from deqcore.abc.backend import Backend
+from deqcore.abc.backward import Strategy
 from deqcore.api import get_backend
 from deqcore.monitor.actions import TriggerSet
 from deqcore.monitor.drift import DriftDetector, HostArray, Profile, Samples
@@ -260,9 +261,9 @@ class Collector:
 
 @lru_cache(maxsize=64)
 def _reuses(strategy: str) -> bool:
-    """Return whether a strategy uses the forward solver's estimate, so that its first product is a certificate."""
-    cls: Any = plugins.load("strategy", strategy)
-    return bool(getattr(cls, "needs", None) == "estimate")
+    """Return whether a strategy works with the forward solver's estimate, so that its first product is a certificate."""
+    cls = plugins.load("strategy", strategy)
+    return isinstance(cls, type) and issubclass(cls, Strategy) and cls.needs == "estimate"
 
 
 class RowBuilder:

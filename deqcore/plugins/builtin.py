@@ -74,8 +74,8 @@ STRATEGIES: Final = (
 )
 
 TRAINERS: Final = (
-    TrainerSpec("torch", "deqcore_torch.study:TorchTrainer", "torch", "PyTorch training loop"),
-    TrainerSpec("jax", "deqcore_jax.study:JaxTrainer", "jax", "JAX training loop"),
+    TrainerSpec("torch", "deqcore_torch.study:TorchTrainer", "PyTorch training loop", backend="torch"),
+    TrainerSpec("jax", "deqcore_jax.study:JaxTrainer", "JAX training loop", backend="jax"),
 )
 
 DATA: Final = (

@@ -1,7 +1,7 @@
 """Solves that fail: the schedule of verification, and the warning or error.
 
 `Watch` verifies and reports backward passes in eager backends, in whatever thread the framework differentiates in.
-`TracedWatch` does the same in traced code, where the numbers are known later: they leave it by `Backend.watch`.
+`TracedWatch` does the same in traced code, where the numbers are known later: they leave it by `CallGuards.watch`.
 `Failures` reports forward solves in traced code. All of them use the sentences of `deqcore.solve.messages`.
 """
 
@@ -269,7 +269,7 @@ class Watch:
     def _failed(self, job: Pass, report: AdjointReport) -> bool:
         """Return whether a sample failed. Wait for a device only if the strategy promises an accuracy."""
         backend = job.backend
-        status = backend.numpy_view(report.status)
+        status = backend.host.numpy_view(report.status)
         if status is not None and (status == int(Status.CONVERGED)).all():
             return False
         if status is None and not promises(job.strategy):
@@ -349,7 +349,7 @@ class TracedWatch:
         return true, found
 
     def deliver(self, job: Pass, report: AdjointReport, found: Findings | None) -> None:
-        """Let `Backend.watch` report the pass."""
+        """Let `CallGuards.watch` report the pass."""
         if not self.reports or not job.g.shape[0]:
             return
         backend, xp = job.backend, job.backend.xp
@@ -358,7 +358,7 @@ class TracedWatch:
             found = Findings(no, xp.zeros_like(report.status[0]), xp.zeros_like(report.residual[0]), no)
         tally = AdjointTally.of(xp, report, failing(backend, report, job.g), found)
         strategy, how = job.strategy, job.on_failure
-        backend.watch(lambda figures: self._announce(figures, strategy, how), tally, compiled=True)
+        backend.guards.watch(lambda figures: self._announce(figures, strategy, how), tally, compiled=True)
 
     def _announce(self, tally: AdjointTally, strategy: Strategy, how: str) -> None:
         counts = self.account.ledger

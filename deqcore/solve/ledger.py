@@ -92,7 +92,7 @@ class Account:
         key: what tells the problems of one function apart: shapes and dtype.
     """
 
-    __slots__ = ("_key", "_own", "_subject")
+    __slots__ = ("__weakref__", "_key", "_subject")
 
     def __init__(self, f: Callable[..., Any], strategy: Hashable, key: Hashable) -> None:
         subject = subject_of(f)
@@ -101,13 +101,9 @@ class Account:
             self._subject: Callable[[], Any] = ref(subject)
         except TypeError:  # without weak references
             self._subject = ref(type(subject))
-        self._own: Ledger | None = None
 
     @property
     def ledger(self) -> Ledger:
-        """Counts of the layer or function."""
+        """Counts of the layer or function; of this account if that is gone, as compiled code may outlive it."""
         subject = self._subject()
-        if subject is None:
-            self._own = self._own or Ledger()
-            return self._own
-        return ledger(subject, self._key)
+        return ledger(self if subject is None else subject, self._key)

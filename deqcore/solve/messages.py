@@ -6,6 +6,7 @@ import math
 from typing import Final
 
 from deqcore.abc.backward import Strategy
+from deqcore.options import option_values
 from deqcore.solution import Tally
 from deqcore.types import Status
 
@@ -25,7 +26,7 @@ ADVICE: Final = {
 
 def promises(strategy: Strategy) -> bool:
     """Return whether a strategy promises an accuracy: it is exact, or one of its options is a tolerance."""
-    return strategy.exact or any(getattr(strategy, name, None) is not None for name in TOLERANCES)
+    return strategy.exact or any(option_values(strategy).get(name) is not None for name in TOLERANCES)
 
 
 def failure(tally: Tally, strategy: Strategy, name: str, on_failure: str, wrong: int = 0) -> str:
@@ -66,10 +67,11 @@ def _options(strategy: Strategy) -> dict[str, str]:
     """Return the names and values of the options to change after a failed solve."""
 
     def named(names: tuple[str, ...]) -> str:
-        found = next((name for name in names if hasattr(strategy, name)), None)
+        options = option_values(strategy)
+        found = next((name for name in names if name in options), None)
         if found is None:
             return f"the {'budget' if names is BUDGETS else 'tolerance'} of the strategy"
-        return f"{found} = {getattr(strategy, found)!r} in backward.options"
+        return f"{found} = {options[found]!r} in backward.options"
 
     return {"budget": named(BUDGETS), "tolerance": named(TOLERANCES)}
 

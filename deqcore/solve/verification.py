@@ -22,6 +22,8 @@ import numpy as np
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.backward import Strategy
+from deqcore.linear.norms import default_rtol
+from deqcore.options import option_values
 from deqcore.types import AdjointReport, Array, Map, Status
 
 ROUNDING: Final = 100.0  # units of rounding below which a difference is ignored
@@ -203,12 +205,12 @@ def _contradicts(
     rounded to 8 bits on the way (autocast, TF32) without a trace. Such noise excuses a residual, unless f couples rows.
     """
     xp = backend.xp
-    promised = getattr(strategy, "rtol", None)
+    promised = option_values(strategy).get("rtol")
     if not strategy.exact and not isinstance(promised, float):
         report = xp.where(
             xp.isnan(report), xp.full_like(report, float("inf")), report
         )  # nothing that could be contradicted
-    promised = promised if isinstance(promised, float) else backend.default_rtol(g)
+    promised = promised if isinstance(promised, float) else default_rtol(backend, g)
     g_norm, u_norm = backend.to_accum_dtype(backend.norm(g)), backend.to_accum_dtype(backend.norm(u))
     growth = 1.0 + u_norm / xp.where(g_norm > 0, g_norm, xp.ones_like(g_norm))
     sharp = xp.zeros_like(growth) + ROUNDING * backend.eps(g)

@@ -11,6 +11,7 @@ from itertools import product
 from typing import Any, Final
 
 from deqcore import plugins
+from deqcore.abc.backward import Strategy
 from deqcore.config import Config
 from deqcore.errors import ConfigError, StrategyError, UnknownNameError
 from deqcore.study.models import find
@@ -225,9 +226,8 @@ def _check(study: Study, own: UserCode, backends: tuple[str, ...]) -> None:
     _check_pairs(study, own)
     for solver, strategy in product(study.solvers, study.strategies):
         made = plugins.make_solver(solver.name, solver.options)
-        solve_adjoint = plugins.make_strategy(strategy.name, _options(strategy))
-        wants = getattr(solve_adjoint, "wants_estimate", None)
-        if wants is not None and wants() and not made.has_estimate:
+        backward = plugins.make_strategy(strategy.name, _options(strategy))
+        if isinstance(backward, Strategy) and backward.wants_estimate() and not made.has_estimate:
             raise StrategyError.needs_estimate(strategy.label, solver.name, ("broyden",))
 
 

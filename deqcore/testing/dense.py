@@ -51,7 +51,7 @@ class Dense:
 
     def jacobian(self, z: Any) -> Any:
         """J per sample, `(batch, n, n)`; if f couples the samples, `(1, batch n, batch n)` of the whole."""
-        _, vjp = self.backend.linearize(lambda v: self.f(v, self.params, self.inputs), self._array(z))
+        _, vjp = self.backend.autodiff.linearize(lambda v: self.f(v, self.params, self.inputs), self._array(z))
         n = z.shape[1]
         coupled = leak_everywhere(self.backend, vjp, self._array(z)) > 0
         rows = []
@@ -75,7 +75,9 @@ class Dense:
     def products(self, z: Any, u: Any) -> dict[str, Any]:
         """(∂f/∂leaf)ᵀ u at z for each leaf, by one recorded evaluation of f."""
         at = self._array(z)
-        result = self.backend.vjp(lambda p, x: (self.f(at, p, x), None), (self.params, self.inputs), self._array(u))
+        result = self.backend.autodiff.vjp(
+            lambda p, x: (self.f(at, p, x), None), (self.params, self.inputs), self._array(u)
+        )
         named = [*walk(result[2][0], "params"), *walk(result[2][1], "inputs")]
         return {name: self.backend.to_numpy(leaf) for name, leaf in named if leaf is not None}
 

@@ -5,6 +5,7 @@ The truth is dense implicit differentiation of the whole state by hand.
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import numpy as np
@@ -145,7 +146,7 @@ def test_moving_rows_finds_every_pair(name, backend):
     moved[j] += 0.1
     assert i != j
     assert not np.array_equal(name(np, moved, X)[i], name(np, X, X)[i])
-    _, vjp = be.linearize(lambda z: f(z, x), z)
+    _, vjp = be.autodiff.linearize(lambda z: f(z, x), z)
     assert leak_everywhere(be, vjp, z) > 0
 
 
@@ -304,6 +305,55 @@ def test_strategies_of_steps_warn_of_coupled_rows(strategy, backend):
         gradient(0.0, backward__verify_every=every)
         counts.append(len(calls))
     assert counts[1] - counts[0] == 2 * 3 + 1  # 2 log₂(batch) evaluations and one to compare with
+
+
+@pytest.mark.parametrize("backend", ["torch", "numpy"])
+@pytest.mark.parametrize("strategy", ["unrolled", "phantom"])
+def test_verification_changes_no_random_number_of_the_user(strategy, backend):
+    ones = np.ones((6, 4)) if backend == "numpy" else torch.ones(6, 4, dtype=torch.float64)
+    noise = (lambda: np.random.standard_normal(4)) if backend == "numpy" else lambda: torch.randn(4, dtype=ones.dtype)
+    following = []
+    for every in (0, 1):
+        ledger.forget()
+        np.random.seed(0)
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # f is not deterministic
+            deqcore.vjp(
+                lambda z, x: 0.5 * z + 1e-9 * noise() + x,
+                0 * ones,
+                ones,
+                cotangent=ones,
+                backward__strategy=strategy,
+                backward__verify_every=every,
+                forward__solver="picard",
+                forward__max_steps=7,
+            )
+        following.append(np.asarray(noise()))
+    assert np.array_equal(*following)
+
+
+@pytest.mark.parametrize("strategy", ["unrolled", "phantom"])
+def test_jax_strategies_of_steps_warn_of_coupled_rows(strategy):
+    jax = pytest.importorskip("jax")
+    x = jax.numpy.ones((6, 4))
+
+    def gradient(share, transform=lambda f: f, **settings):
+        ledger.forget()
+        f = lambda z, x: 0.5 * z + share * jax.numpy.roll(z, 1, 0) + x
+        settings = {"backward__strategy": strategy, "forward__on_failure": "ignore", **settings}
+        solved = lambda x: deqcore.fixed_point(f, 0 * x, x, **settings).value.sum()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            transform(solved)(x)
+        return [str(each.message) for each in caught if issubclass(each.category, CoupledRowsWarning)]
+
+    (text,) = gradient(0.3, jax.grad)
+    assert re.search(r"row [0-5] of f", text)
+    assert not gradient(0.0, jax.grad)
+    assert not gradient(0.3)  # not differentiated
+    assert not gradient(0.3, lambda f: jax.jit(jax.grad(f)))
+    assert not gradient(0.3, jax.grad, backward__verify_every=0)
 
 
 def test_one_row_that_reads_another_is_named_where_a_random_half_holds_both():

@@ -14,10 +14,9 @@ jax = pytest.importorskip("jax")
 N, B = 10, 3
 
 
-@pytest.fixture(params=["numpy", "torch", "jax"])
-def be(request):
-    with jax.enable_x64(True):
-        yield deqcore.get_backend(backend=request.param)
+@pytest.fixture
+def be(every):
+    return every
 
 
 @pytest.fixture

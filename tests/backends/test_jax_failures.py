@@ -17,6 +17,7 @@ import pytest
 import deqcore
 from deqcore.errors import ConvergenceError, ConvergenceWarning
 from deqcore.solve import ledger
+from deqcore.types import Status
 
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
@@ -105,12 +106,12 @@ def test_no_callback_is_compiled_in_that_nobody_asked_for(settings):
 
 
 def test_figures_of_all_lanes_and_samples_leave_by_one_callback():
-    """What the callback takes: 6 counts, 6 steps, 6 residuals, whatever the batch and the lanes."""
+    """The callback takes a count, steps and a residual for each status, whatever the batch and the lanes."""
     fn = jax.jit(jax.vmap(lambda x: total(x, forward__on_failure="warn")))
     lowered = fn.lower(np.ones((5, 7, 3), np.float32)).as_text()
     calls = [line for line in lowered.splitlines() if "custom_call" in line and "callback" in line]
     assert len(calls) == 1
-    assert calls[0].count("tensor<6x") == 3
+    assert calls[0].count(f"tensor<{len(Status)}x") == 3
     (found,) = run(fn, np.ones((5, 7, 3), np.float32))
     assert "35 of 35 samples" in str(found.message)
 
@@ -146,7 +147,7 @@ def test_a_failed_adjoint_warns_and_raises(wrap):
     (found,) = run(wrap(gradient(backward__on_failure="warn")), X1)
     assert found.filename == __file__
     text = str(found.message)
-    assert text.startswith("The adjoint solve did not converge for 1 of 2 samples (1 MAX_STEPS after at most 30 ")
+    assert text.startswith("The adjoint solve did not converge for 1 of 2 samples (1 MAX_STEPS after at most 31 ")
     assert "raise max_steps = 30 in backward.options" in text
     assert "backward.on_failure = 'warn'" in text
     with pytest.raises(jax.errors.JaxRuntimeError) as error:

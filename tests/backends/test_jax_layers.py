@@ -222,6 +222,13 @@ class Counting(nnx.Module):
         return 0.3 * z + x
 
 
+class Scaled(eqx.Module):
+    scale: jax.Array
+
+    def __call__(self, z, x):
+        return self.scale * z + x
+
+
 class Frozen(eqx.Module):
     calls: int = 0
 
@@ -267,12 +274,19 @@ def test_an_equinox_cell_that_changes_itself_is_told_what_to_do():
         deqcore_jax.equinox.DEQ(Frozen())(jnp.ones((4, 3)))
 
 
+def test_a_bound_method_of_an_equinox_layer_carries_the_weights():
+    layer = deqcore_jax.equinox.DEQ(Scaled(jnp.asarray(0.5)), forward__rtol=1e-6)
+    grads = eqx.filter_grad(lambda solve: solve(jnp.ones((4, 3))).value.sum())(layer.solve)
+    assert [float(leaf) for leaf in jax.tree.leaves(grads)] == pytest.approx([12 / 0.5**2], rel=1e-4)
+
+
 def test_batch_normalisation_of_equinox_is_explained():
     cell, state = eqx.nn.make_with_state(EqxNormed)()
     layer = deqcore_jax.equinox.DEQ(cell, forward__rtol=1e-4)
     x = jax.random.normal(jax.random.key(0), (4, 3))
-    with pytest.warns(LayerWarning, match=r"\(norm\).*GroupNorm or LayerNorm.*inference_mode"):
+    with pytest.warns(LayerWarning, match=r"\(norm\).*GroupNorm or LayerNorm.*inference_mode") as warned:
         layer(x, state)
+    assert warned[0].filename == __file__
     assert eqx.nn.inference_mode(layer)(x, state).shape == (4, 3)  # without a warning
 
 
@@ -330,8 +344,10 @@ def test_an_empty_batch_stays_empty(kind, made):
 
 def test_a_checkpoint_with_other_settings_says_which(kind, made):
     saved = json.dumps(make(kind, made, forward__rtol=1e-3).settings.as_dict())
-    with pytest.warns(LayerWarning, match=r"overrides\.forward__rtol: 0\.001 in the checkpoint, 1e-08 in the layer"):
+    difference = r"overrides\.forward__rtol: 0\.001 in the checkpoint, 1e-08 in the layer"
+    with pytest.warns(LayerWarning, match=difference) as warned:
         make(kind, made, forward__rtol=1e-8).check_settings(json.loads(saved))
+    assert warned[0].filename == __file__
     options = {"forward__options": {"history_size": 4}, "evaluation": {"forward__max_steps": 9}}
     make(kind, made, **options).check_settings(
         json.loads(json.dumps(make(kind, made, **options).settings.as_dict()))

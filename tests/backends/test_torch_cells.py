@@ -188,7 +188,7 @@ def test_gradients_of_a_monotone_cell_have_their_closed_form():
     layer = DEQ(cell, forward__rtol=1e-12, forward__max_steps=300, backward__options={"rtol": 1e-12})
     z = layer(x)
     (bias,) = torch.autograd.grad(z.sum(), cell.inject.bias)
-    on = (z > 0).double()[0].detach()  # z = D (W z + drive) with D the units that are on
+    on = (cell(z, x) > 0).double()[0].detach()  # z = D (W z + drive) with D the units that are on
     w = cell.apply_w(torch.eye(6, dtype=torch.float64)).T.detach()
     expected = torch.linalg.solve((torch.eye(6) - on[:, None] * w).T, torch.ones(6, dtype=torch.float64)) * on
     assert torch.allclose(bias, expected, atol=1e-8)

@@ -171,8 +171,10 @@ def test_weights_and_settings_survive_a_round_trip(made, tmp_path):
 
 def test_a_checkpoint_with_other_settings_says_which(made):
     saved = DEQ(Cell(made), forward__rtol=1e-3).state_dict()
-    with pytest.warns(LayerWarning, match=r"overrides\.forward__rtol: 0\.001 in the checkpoint, 1e-08 in the layer"):
+    difference = r"overrides\.forward__rtol: 0\.001 in the checkpoint, 1e-08 in the layer"
+    with pytest.warns(LayerWarning, match=difference) as warned:
         DEQ(Cell(made), forward__rtol=1e-8).load_state_dict(saved)
+    assert warned[0].filename == __file__
 
 
 def test_weights_without_settings_are_loaded(made):
@@ -209,9 +211,10 @@ def test_batch_normalisation_in_training_mode_is_explained_once(recwarn):
     layer = DEQ(Normed(), forward__on_failure="ignore")
     x = torch.rand(4, 3)
     layer(x), layer(x)
-    shown = [w for w in recwarn if w.category is LayerWarning]
-    assert len(shown) == 1
-    assert "GroupNorm or LayerNorm" in str(shown[0].message)
+    told = [w for w in recwarn if w.category is LayerWarning]
+    assert len(told) == 1
+    assert "GroupNorm or LayerNorm" in str(told[0].message)
+    assert told[0].filename == __file__
     recwarn.clear()
     DEQ(Normed(), forward__on_failure="ignore").eval()(x)
     assert not recwarn.list

@@ -4,8 +4,6 @@ The truths are closed forms: where a component's value is at its solution from t
 series. With the slope s it is (1 − s^k) / (1 − s) after k plain steps.
 """
 
-import contextlib
-
 import numpy as np
 import pytest
 
@@ -15,16 +13,9 @@ from deqcore.types import Status
 SOLVERS = ["picard", "anderson", "broyden", "newton-krylov"]
 
 
-@pytest.fixture(params=["numpy", "torch", "jax"])
-def be(request):
-    pytest.importorskip(request.param)
-    double = contextlib.nullcontext()
-    if request.param == "jax":
-        import jax
-
-        double = jax.enable_x64(True)
-    with double:
-        yield deqcore.get_backend(backend=request.param)
+@pytest.fixture
+def be(every):
+    return every
 
 
 def gradient(be, f, x, solver, steps, component=1, z0=None, **options):

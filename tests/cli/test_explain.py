@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -75,15 +74,8 @@ class Demands(Raises):
 
 
 @pytest.fixture(autouse=True)
-def _fresh(monkeypatch, tmp_path):
-    for name in [name for name in os.environ if name.startswith("DEQCORE_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DEQCORE_PLUGIN_AUTOLOAD", "0")
-    plugins.reset()
-    (tmp_path / "p.py").write_text(PROBLEM)
-    yield
-    plugins.reset()
+def _fresh(project):
+    (project / "p.py").write_text(PROBLEM)
 
 
 def explain(capture, *args):

@@ -24,7 +24,7 @@ FIELDS = ("z", "fz", "residual", "status", "steps", "evaluations")
 
 @pytest.fixture(autouse=True)
 def _no_warnings_from_f():
-    """As `Backend.forward_only` does for NumPy: NaN and inf are statuses here."""
+    """As `Autodiff.forward_only` does for NumPy: NaN and inf are statuses here."""
     with np.errstate(all="ignore"):
         yield
 

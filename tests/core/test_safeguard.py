@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -141,11 +143,11 @@ def test_where_nothing_grows_it_changes_nothing(be):
             {"max_residual_growth": 2.0, "history_size": 2},
             "history_size must be at least 3 with max_residual_growth = 2.0",
         ),
-        ({"max_residual_growth": "much"}, "max_residual_growth = 'much'"),
+        ({"max_residual_growth": "much"}, "max_residual_growth must be of type float | None (got 'much')"),
     ],
 )
 def test_options_out_of_range_are_refused(be, options, message):
-    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         deqcore.fixed_point(
             lambda z: 0.5 * z, be.asarray(np.ones((1, 2))), forward__solver="broyden", forward__options=options
         )

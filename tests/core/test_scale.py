@@ -97,9 +97,9 @@ def test_states_of_any_size(name, dtype, s, solver, options):
 )
 def test_torch_without_compiled_code(monkeypatch, dtype, s, solver):
     pytest.importorskip("torch")
-    from deqcore_torch import native
+    from deqcore_torch import compiled
 
-    monkeypatch.setattr(native, "loaded", lambda kind: None)
+    monkeypatch.setattr(compiled, "loaded", lambda kind: None)
     check("torch", dtype, s, solver, {})
 
 

@@ -186,7 +186,7 @@ def test_jax_and_torch_agree_on_the_device():
     import jax.numpy as jnp
 
     w, x = weights(device="cuda")
-    with deqcore.get_backend(backend="torch").high_precision():
+    with deqcore.get_backend(backend="torch").harness.high_precision():
         ours = deqcore.fixed_point(cell, torch.zeros_like(x), w, x, forward__rtol=1e-6).value.cpu().numpy()
     with jax.default_matmul_precision("highest"):
         theirs = deqcore.fixed_point(

@@ -27,7 +27,7 @@ def test_eager_solves_are_seen_as_they_are() -> None:
 
 def test_traced_solves_are_not_seen_and_that_is_said() -> None:
     step = jax.jit(lambda rate: solve(rate).value.sum())
-    with Monitor(sinks=[]) as monitor, pytest.warns(MonitorWarning, match=r"deqcore_jax\.collector\.observe"):
+    with Monitor(sinks=[]) as monitor, pytest.warns(MonitorWarning, match=r"deqcore_jax\.callbacks\.observe"):
         step(0.5)
     assert not monitor.rows
 

@@ -37,11 +37,7 @@ ROWS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    plugins.reset()
-    yield
-    plugins.reset()
+pytestmark = pytest.mark.usefixtures("no_plugins")
 
 
 @dataclass

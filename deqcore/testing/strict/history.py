@@ -52,6 +52,10 @@ class StrictHistory(History):
         """Write into a copy."""
         return StrictHistory(self.inner.copy().erase(unwrap(_strict(rows))))
 
+    def rewind(self, count: int | Array) -> StrictHistory:
+        """Rewind the inner history."""
+        return StrictHistory(self.inner.rewind(unwrap(count)))
+
     def slot(self) -> Array:
         """Call `slot` of the inner history."""
         return wrap(self.inner.slot())

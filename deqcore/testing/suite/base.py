@@ -100,7 +100,7 @@ class Conformance:
     @pytest.fixture(autouse=True)
     def _checking(self, request: Any, kit: Kit) -> Iterator[None]:
         """Full precision, and no test for what the backend cannot do."""
-        with kit.backend.high_precision():
+        with kit.backend.harness.high_precision():
             for mark in request.node.iter_markers(NEEDS):
                 skip_without(kit.backend, mark.args[0])
             for capability in self.required(request):

@@ -35,7 +35,7 @@ class DerivativeTests(Conformance):
 
     def test_linearize_gives_the_value_and_the_transposed_product(self, kit: Kit) -> None:
         problem, z = affine(), np.random.default_rng(3).standard_normal((3, 6))
-        value, vjp = kit.backend.linearize(kit.map(problem), kit.array(z))
+        value, vjp = kit.backend.autodiff.linearize(kit.map(problem), kit.array(z))
         close(kit.numpy(value), np.einsum("bij,bj->bi", problem.a, z) + problem.b, 1e-6, "f(z)")
         for seed in (0, 1):  # callable many times
             u = np.random.default_rng(seed).standard_normal((3, 6))
@@ -43,7 +43,7 @@ class DerivativeTests(Conformance):
 
     def test_vjp_of_a_function_that_reads_no_state(self, kit: Kit) -> None:
         one = kit.array(np.ones((2, 3)))
-        _, vjp = kit.backend.linearize(lambda z: one, kit.array(np.zeros((2, 3))))
+        _, vjp = kit.backend.autodiff.linearize(lambda z: one, kit.array(np.zeros((2, 3))))
         assert not kit.numpy(vjp(one)).any()
 
     def test_products_of_a_function_that_couples_rows(self, kit: Kit) -> None:
@@ -54,7 +54,7 @@ class DerivativeTests(Conformance):
         expected = np.zeros((4, 3))
         expected[2] = u[3]
         for f, truth in ((shift, np.roll(u, 1, axis=0)), (pair, expected)):
-            _, vjp = kit.backend.linearize(f, kit.array(np.ones((4, 3))))
+            _, vjp = kit.backend.autodiff.linearize(f, kit.array(np.ones((4, 3))))
             close(kit.numpy(vjp(kit.array(u))), truth, 1e-6, "vjp(u) where f couples rows")
 
     def test_a_backward_pass_that_cannot_be_right_reaches_the_user(self, kit: Kit) -> None:
@@ -84,7 +84,7 @@ class DerivativeTests(Conformance):
 
     def test_forward_products(self, kit: Kit) -> None:
         problem, v = affine(), np.random.default_rng(4).standard_normal((3, 6))
-        product = kit.backend.jvp(kit.map(problem), kit.array(np.zeros((3, 6))))
+        product = kit.backend.autodiff.jvp(kit.map(problem), kit.array(np.zeros((3, 6))))
         if product is None:
             assert not kit.backend.capabilities.jvp, "the backend promises jvp, but jvp gives None"
             return
@@ -103,12 +103,12 @@ class DerivativeTests(Conformance):
 
         z, x, u = kit.array(s * y), kit.array(0 * y), kit.array(np.ones((5, 3)))
         slope = 0.5 / np.cosh(y) ** 2 + 0.125 * np.sign(y)
-        _, vjp = kit.backend.linearize(lambda z: f(z, x), z)
+        _, vjp = kit.backend.autodiff.linearize(lambda z: f(z, x), z)
         close(kit.numpy(vjp(u)), slope, 1e-5, "Jᵀu of s·g(z/s), a unit s for each sample")
-        jvp = kit.backend.jvp(lambda z: f(z, x), z)
+        jvp = kit.backend.autodiff.jvp(lambda z: f(z, x), z)
         if jvp is not None:
             close(kit.numpy(jvp(u)), slope, 1e-5, "J v of s·g(z/s), a unit s for each sample")
-        _, _, (dz, dx) = kit.backend.vjp(lambda z, x: (f(z, x), None), (z, x), u)
+        _, _, (dz, dx) = kit.backend.autodiff.vjp(lambda z, x: (f(z, x), None), (z, x), u)
         close(kit.numpy(dz), slope, 1e-5, "gradient of z in s·g(z/s), a unit s for each sample")
         close(kit.numpy(dx), np.ones((5, 3)), 1e-5, "gradient of a term that is 0, a unit s for each sample")
 
@@ -119,7 +119,7 @@ class DerivativeTests(Conformance):
             return p["a"] * p["b"][0] * p["b"][0], name
 
         args = ({"a": x, "b": [2 * x]}, k, "text")
-        found, aux, (dp, dk, dname) = kit.backend.vjp(value, args, kit.array([1.0, 10.0]))
+        found, aux, (dp, dk, dname) = kit.backend.autodiff.vjp(value, args, kit.array([1.0, 10.0]))
         assert (aux, dk, dname) == ("text", None, None)
         close(kit.numpy(found), [4.0, 32.0], 1e-6, "value")
         close(kit.numpy(dp["a"]), [4.0, 160.0], 1e-6, "gradient of a")
@@ -127,7 +127,7 @@ class DerivativeTests(Conformance):
 
     def test_vjp_of_an_argument_that_is_not_used_is_zero(self, kit: Kit) -> None:
         x, y = kit.array([1.0]), kit.array([2.0, 3.0])
-        _, _, (_, dy) = kit.backend.vjp(lambda x, y: (2 * x, None), (x, y), kit.array([1.0]))
+        _, _, (_, dy) = kit.backend.autodiff.vjp(lambda x, y: (2 * x, None), (x, y), kit.array([1.0]))
         assert np.array_equal(kit.numpy(dy), [0.0, 0.0])
 
     @several(
@@ -162,7 +162,7 @@ class DerivativeTests(Conformance):
             z0 = kit.array(np.zeros((1, 1)))
             return kit.backend.xp.sum(deqcore.fixed_point(lambda z: a * z + 1.0, z0, config=self._exact(kit)).value)
 
-        close(kit.numpy(kit.backend.grad(loss)(kit.array(0.5))), 4.0, 1e-6, "d/da 1/(1 − a) through a closure")
+        close(kit.numpy(kit.backend.autodiff.grad(loss)(kit.array(0.5))), 4.0, 1e-6, "d/da 1/(1 − a) through a closure")
 
     @needs("autodiff")
     @several("strategy", ["exact-ift", "broyden-reuse", "jacobian-free", "neumann"])
@@ -175,7 +175,7 @@ class DerivativeTests(Conformance):
             sol = deqcore.fixed_point(f, 0 * b, a, b, config=kit.config(solver=solver, strategy=strategy))
             return sol.value, None
 
-        _, _, (da, db) = kit.backend.vjp(
+        _, _, (da, db) = kit.backend.autodiff.vjp(
             total, (kit.array(problem.a), kit.array(problem.b)), kit.array(np.ones((3, 6)))
         )
         u = problem.adjoint(np.ones((3, 6)))
@@ -188,14 +188,14 @@ class DerivativeTests(Conformance):
             one, two = (self._scalar(kit, a, b) for b in (1.0, 2.0))  # two solves before any backward
             return one + two
 
-        gradient = kit.backend.grad(loss)
+        gradient = kit.backend.autodiff.grad(loss)
         first, again = (float(kit.numpy(gradient(kit.array(0.5)))) for _ in range(2))
         assert first == again == pytest.approx(12.0, rel=1e-6)
 
     @needs("autodiff")
     def test_second_derivatives_are_right_or_refused(self, kit: Kit) -> None:
         """Require the right number or an error; a silently wrong number must never be returned."""
-        second = kit.backend.grad(kit.backend.grad(lambda a: self._scalar(kit, a, 1.0)))
+        second = kit.backend.autodiff.grad(kit.backend.autodiff.grad(lambda a: self._scalar(kit, a, 1.0)))
         try:
             found = kit.numpy(second(kit.array(0.5)))
         except errors.DeqcoreError:
@@ -206,12 +206,12 @@ class DerivativeTests(Conformance):
     @needs("autodiff")
     def test_hessian_vector_products_by_two_backward_passes(self, kit: Kit) -> None:
         """d/dv of v·L′(a) and of (v·L′)′(a), which are linear in v: right or refused, never without their term."""
-        loss = kit.backend.grad(lambda a: self._scalar(kit, a, 1.0))
-        twice = lambda v: kit.backend.grad(lambda a: v * loss(a))(kit.array(0.5)) + v  # noqa: E731
-        once = lambda v: kit.backend.grad(lambda a: v * self._scalar(kit, a, 1.0))(kit.array(0.5)) + v  # noqa: E731
+        loss = kit.backend.autodiff.grad(lambda a: self._scalar(kit, a, 1.0))
+        twice = lambda v: kit.backend.autodiff.grad(lambda a: v * loss(a))(kit.array(0.5)) + v  # noqa: E731
+        once = lambda v: kit.backend.autodiff.grad(lambda a: v * self._scalar(kit, a, 1.0))(kit.array(0.5)) + v  # noqa: E731
         for product, truth, what in ((once, 5.0, "v·L′"), (twice, 17.0, "(v·L′)′")):
             try:
-                found = kit.numpy(kit.backend.grad(product)(kit.array(1.0)))
+                found = kit.numpy(kit.backend.autodiff.grad(product)(kit.array(1.0)))
             except errors.DeqcoreError:
                 continue
             close(found, truth, 1e-5, f"d/dv of {what} + v for L = 1/(1 − a)")
@@ -264,7 +264,11 @@ class DerivativeTests(Conformance):
 
     def _first_and_second(self, kit: Kit, loss: Any, first: float, second: float, what: str) -> None:
         for order, truth in ((1, first), (2, second)):
-            gradient = kit.backend.grad(loss) if order == 1 else kit.backend.grad(kit.backend.grad(loss))
+            gradient = (
+                kit.backend.autodiff.grad(loss)
+                if order == 1
+                else kit.backend.autodiff.grad(kit.backend.autodiff.grad(loss))
+            )
             try:
                 found = kit.numpy(gradient(kit.array(0.5)))
             except errors.DeqcoreError:
@@ -275,13 +279,18 @@ class DerivativeTests(Conformance):
     def test_second_derivatives_of_an_approximation_are_refused(self, kit: Kit) -> None:
         loss = lambda a: self._scalar(kit, a, 1.0, solver="picard", strategy="jacobian-free")  # noqa: E731
         with pytest.raises(errors.StrategyError, match="exact-ift"):
-            kit.backend.grad(kit.backend.grad(loss))(kit.array(0.5))
+            kit.backend.autodiff.grad(kit.backend.autodiff.grad(loss))(kit.array(0.5))
 
     @needs("jit")
     def test_compiled_code_gives_the_same(self, kit: Kit) -> None:
         loss = lambda a: self._scalar(kit, a, 1.0)  # noqa: E731
-        close(kit.numpy(kit.backend.jit(loss)(kit.array(0.5))), 2.0, 1e-6, "value inside jit")
-        close(kit.numpy(kit.backend.jit(kit.backend.grad(loss))(kit.array(0.5))), 4.0, 1e-6, "gradient inside jit")
+        close(kit.numpy(kit.backend.harness.jit(loss)(kit.array(0.5))), 2.0, 1e-6, "value inside jit")
+        close(
+            kit.numpy(kit.backend.harness.jit(kit.backend.autodiff.grad(loss))(kit.array(0.5))),
+            4.0,
+            1e-6,
+            "gradient inside jit",
+        )
 
     def test_unrolled_steps_are_differentiated(self, kit: Kit) -> None:
         config = kit.config(solver="picard", strategy="unrolled", strategy_options={"steps": 3})

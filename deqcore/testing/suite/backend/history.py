@@ -55,13 +55,16 @@ class HistoryTests(Conformance):
         model = Model(batch, history_size)
         model.append(first := rng.standard_normal((batch, n)), [True] * batch)
         history = history.append(kit.array(first))
-        for _ in range(8):
+        for _ in range(12):
             active = rng.random(batch) < 0.7
             history = history.masked(kit.array(active, "bool"))
             if rng.random() < 0.25:
                 rows = rng.random(batch) < 0.5
                 history = history.restart(kit.array(rows, "bool"))
                 model.restart(rows, active)
+            if model.written >= history_size and rng.random() < 0.5:
+                count = int(rng.integers(-2, 3))
+                history, model.written = history.rewind(count), model.written + (-count) % history_size
             v = rng.standard_normal((batch, n))
             assert [
                 i in rows for i, rows in zip([model.written % history_size] * batch, model.seen, strict=True)
@@ -184,7 +187,7 @@ class HistoryTests(Conformance):
                 assert np.array_equal(ours[rows], own_alone), f"{name}: the bits of a sample depend on its batch"
 
     def test_a_verdict_is_not_met_by_growth(self, kit: Kit) -> None:
-        """Run the solver's loop, with `Backend.fused_update` where the backend has it, on iterates that grow."""
+        """Run the solver's loop, with `FusedKernels.update` where the backend has it, on iterates that grow."""
         f = lambda z: z * 8.0 + 1.0  # noqa: E731
         away = iterate(kit.backend, Picard(), f, kit.array(np.zeros((2, 3))), StoppingCriteria(1e-4, max_steps=5))
         assert not (kit.numpy(away.status) == int(Status.CONVERGED)).any()

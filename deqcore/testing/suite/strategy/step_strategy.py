@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 import deqcore
 from deqcore import plugins
 from deqcore.abc.backward import StepStrategy, Strategy
+from deqcore.options import option_values
 from deqcore.solve.adjoint import Steps
 from deqcore.solve.loop import BoundSolve
 from deqcore.testing.suite.base import DTYPES, Conformance, needs, several
@@ -76,12 +76,11 @@ class StepStrategyTests(Conformance):
             config = kit.config(solver="picard", strategy=strategy_name, strategy_options=options)
             return kit.numpy(deqcore.vjp(lambda z, b: 0.5 * z + b, 0 * b, b, cotangent=b, config=config)[1][0])
 
-        for field in dataclasses.fields(steps):  # type: ignore[arg-type]
-            value = getattr(steps, field.name)
+        for name, value in option_values(steps).items():
             if isinstance(value, int | float) and not isinstance(value, bool):
                 changed = value + 1 if isinstance(value, int) else 0.5 * value
-                same = np.allclose(gradient({**settings, field.name: changed}), gradient(settings), rtol=1e-6)
-                assert not same, f"{field.name} = {changed} gives the same gradient as {value}"
+                same = np.allclose(gradient({**settings, name: changed}), gradient(settings), rtol=1e-6)
+                assert not same, f"{name} = {changed} gives the same gradient as {value}"
 
     @several("solver", ["picard", "broyden"])
     @needs("autodiff")
@@ -89,7 +88,7 @@ class StepStrategyTests(Conformance):
         self, kit: Kit, steps: StepStrategy, strategy_name: str, settings: Any, solver: str
     ) -> None:
         """Take steps beyond the last digit: they must not divide rounding by rounding or spoil the gradient."""
-        if not isinstance(getattr(steps, "steps", None), int):
+        if not isinstance(option_values(steps).get("steps"), int):
             pytest.skip("the strategy has no option for the number of steps")
         problem, g = affine(batch=2, n=3, norm=0.5), np.ones((2, 3))
         slope = kit.map(Affine(problem.a, 0 * problem.b))
@@ -105,7 +104,7 @@ class StepStrategyTests(Conformance):
         self, kit: Kit, steps: StepStrategy, strategy_name: str, settings: Any, solver: str
     ) -> None:
         """z₂ = ½ z₂ + ¼ x₂ at x₂ = 0: the value 0 is there at once, its derivative ½ comes step by step."""
-        if not isinstance(getattr(steps, "steps", None), int):
+        if not isinstance(option_values(steps).get("steps"), int):
             pytest.skip("the strategy has no option for the number of steps")
         wanted: Any = plugins.load("solver", solver)
         if not all(getattr(kit.backend.capabilities, name) for name in wanted.needs):
@@ -146,7 +145,7 @@ class StepStrategyTests(Conformance):
         self, kit: Kit, steps: StepStrategy, strategy_name: str, settings: Any, solver: str, dtype: str
     ) -> None:
         """Step a curved f on, whose residuals stay at rounding without being zero; plain iteration is the truth."""
-        if not isinstance(getattr(steps, "steps", None), int):
+        if not isinstance(option_values(steps).get("steps"), int):
             pytest.skip("the strategy has no option for the number of steps")
         problem = affine(batch=32, n=3, norm=0.7)
         root = np.zeros((32, 3))
@@ -168,4 +167,4 @@ class StepStrategyTests(Conformance):
         z0 = kit.array(np.zeros(problem.b.shape))
         numbers = [kit.backend.as_scalar(value, z0) for value in (1e-13, 0.0, 300)]
         iterate = BoundSolve(kit.backend, plugins.make_solver(solver), StoppingCriteria(*numbers))
-        return kit.backend.forward_only(kit.map(problem), z0, (), iterate)
+        return kit.backend.autodiff.forward_only(kit.map(problem), z0, (), iterate)
