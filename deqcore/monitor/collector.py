@@ -261,7 +261,7 @@ class Collector:
 
 @lru_cache(maxsize=64)
 def _reuses(strategy: str) -> bool:
-    """Return whether a strategy works with the forward solver's estimate, so that its first product is a certificate."""
+    """Return whether a strategy works with the forward solver's estimate: its first product is then a certificate."""
     cls = plugins.load("strategy", strategy)
     return isinstance(cls, type) and issubclass(cls, Strategy) and cls.needs == "estimate"
 
