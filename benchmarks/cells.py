@@ -103,7 +103,7 @@ def attention(batch: int = 32, size: int = 128, tokens: int = 32) -> Case:
 
 
 def mixed_conv(batch: int = 64, size: int = 32, side: int = 16) -> Case:
-    """Build a batch in which one sample needs ten times the steps of the others; the cost of f grows with the batch."""
+    """Make a batch in which one sample needs ten times the steps of the others; the cost of f grows with the batch."""
     rng = np.random.default_rng(12)
     kernel = np.zeros((size, size, 3, 3))
     kernel[:, :, 1, 1] = np.linalg.qr(rng.standard_normal((size, size)))[0]  # an isometry, applied as a convolution

@@ -26,7 +26,7 @@ STRATEGIES = ("exact-ift", "broyden-reuse", "jacobian-free")
 
 
 def workload(only: str) -> dict[str, float]:
-    """Measure seconds per call, by name: forward solves and training steps of cells that both checkouts have."""
+    """Time forward solves and training steps of cells that both checkouts have: seconds per call by name."""
     import torch
 
     import deqcore
@@ -70,7 +70,7 @@ def _step(deqcore: Any, f: Any, z0: Any, x: Any, p: Any, settings: Any) -> objec
 
 
 def _seconds(job: Callable[[], object], least: float = 0.4) -> float:
-    """Return the median time of at least five calls that take at least `least` seconds together."""
+    """Return the median time of a call, from `least` seconds of calls and at least five."""
     job(), job()
     times: list[float] = []
     while len(times) < 5 or sum(times) < least:
@@ -81,7 +81,7 @@ def _seconds(job: Callable[[], object], least: float = 0.4) -> float:
 
 
 def run(checkout: Path, only: str) -> dict[str, float]:
-    """Run the workload in a new process."""
+    """Run the workload in a separate process."""
     paths = f"{checkout}{os.pathsep}{checkout / 'backends'}"
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", "--only", only]

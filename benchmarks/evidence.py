@@ -1,4 +1,4 @@
-"""The evidence of docs/evidence: `python -m benchmarks.evidence --data FOLDER` (start it again to go on).
+"""The evidence of docs/evidence: `python -m benchmarks.evidence --data FOLDER` (start it again to continue).
 
 Each study is one command, `deqcore study docs/evidence/NAME.toml`, and they run one after the other. This
 module runs them, leaves out what is large (the course of every step), and writes tables and verdicts beside the
@@ -96,7 +96,7 @@ def prepare(studies: Iterable[str], source: Path | None, place: Path) -> None:
 
 
 def command(name: str) -> list[str]:
-    """Return the command that runs one study in the data folder."""
+    """Return the command that runs one study, in the folder of data."""
     study, _, backend = name.partition("-")
     return ["deqcore", "study", str(HOME / f"{study}.toml"), "--backend", backend]
 
@@ -118,7 +118,7 @@ def _run(name: str, work: Path, jobs: int) -> None:
 
 
 def _keep(name: str, folder: Path) -> None:
-    """Write the results as JSON, CSV and Markdown, without the values of each step."""
+    """Write the results as JSON, CSV and Markdown, without the history of every step."""
     results = _finished(name, folder)
     if not results:
         return
@@ -136,7 +136,7 @@ def _audits(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _finished(name: str, folder: Path) -> list[dict[str, Any]]:
-    """Return the results of the finished cells in the order of the grid, and ignore those of other settings."""
+    """Return the results of the grid's finished cells, in its order; skip the results of other settings."""
     asked = settings(name) | {"backends": [name.partition("-")[2]]}
     place = Store(folder)
     value = [place.result(cell) for cell in plan(read(asked, f"{name}.toml"), UserCode())]
@@ -144,7 +144,7 @@ def _finished(name: str, folder: Path) -> list[dict[str, Any]]:
 
 
 def _alone(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Drop the times of parallel trainings as soon as one training was timed alone."""
+    """Drop the times of parallel trainings, once the pass that times them one by one has begun."""
     if not any(result.get("serial") for result in results):
         return results
     kept = [result.get("serial") or result["status"] != "ok" for result in results]
@@ -218,7 +218,7 @@ def _times(certified: SummaryRow, exact: SummaryRow, free: SummaryRow) -> list[s
 def _quick(value: Interval | None, name: str, wanted: str, limit: float) -> str:
     if value is None:
         return f"against {name} not timed ({wanted})"
-    text = "one seed says nothing" if value.count < 2 else _met(value.mean < limit)
+    text = "one seed cannot decide" if value.count < 2 else _met(value.mean < limit)
     return f"{_ratio(value)} of {name} ({wanted}: {text})"
 
 
@@ -233,7 +233,7 @@ def _rounds(found: Sequence[SummaryRow]) -> list[str]:
 
 
 def _growing(found: bool | None) -> str:
-    return "one seed says nothing" if found is None else "it builds up" if found else "no build-up is shown"
+    return "one seed cannot decide" if found is None else "it builds up" if found else "no build-up is shown"
 
 
 def _points(value: Interval | None) -> str:
@@ -268,7 +268,7 @@ def _target(name: str, value: Interval | None) -> str:
     target = TARGETS.get(name.partition("-")[0])
     if target is None or value is None:
         return ""
-    text = "one seed says nothing" if value.low is None else _met(100 * value.low >= target)
+    text = "one seed cannot decide" if value.low is None else _met(100 * value.low >= target)
     return f"; lower end at least {target}: {text}"
 
 

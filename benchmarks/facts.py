@@ -56,7 +56,7 @@ def linear(seeds: int) -> tuple[Tensor, Tensor]:
 
 
 def apply(z: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Compute A z + b per sample."""
+    """Return A z + b per sample."""
     return torch.einsum("bij,bj->bi", a, z) + b
 
 
@@ -66,9 +66,9 @@ def _relative(z: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def limited_memory(quick: bool, memory: int = 10, steps: int = 200, rtol: float = 1e-6) -> Facts:
-    """Count the seeds out of 200 that Broyden with ten pairs does not solve, by the residual that each solver reports.
+    """Count how many of 200 seeds Broyden with ten pairs does not solve, by each solver's residual of its iterate.
 
-    Ours returns f(z), whose residual may be a little above that of the z that met the tolerance.
+    deqcore returns f(z), whose residual may slightly exceed that of the z that met the tolerance.
     """
     a, b = linear(20 if quick else 200)
     value = deqcore.fixed_point(

@@ -50,10 +50,7 @@ def jax_harness() -> Harness:
 
 
 def harness(framework: str, threads: int) -> Harness:
-    """Return the harness of a framework.
-
-    Call `limit_threads` before the first import of JAX, which has no other way to limit threads.
-    """
+    """Return the harness of a framework. Call `limit_threads` before importing JAX, which has no other switch."""
     if framework == "jax":
         return jax_harness()
     import torch

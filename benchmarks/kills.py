@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             after, result, tries = rng.uniform(0, duration), f"cut-{tries}", tries + 1
             killed, epochs = cut(root, result, after)
             same = outcome(root / result) == whole
-            if killed or not same:  # one that ended before it was to be killed proves nothing, unless it differs
+            if killed or not same:  # one that ended before the kill proves nothing, unless it differs
                 number += 1
                 equal += same
                 text = f"killed after {after:.1f} s, {epochs} epochs were on disk"
@@ -76,7 +76,7 @@ def cut(root: Path, out: str, after: float) -> tuple[bool, int]:
     """Kill a study, and continue it to its end.
 
     Returns:
-        Whether it still ran when it was to be killed, and the epochs that were on disk then.
+        Whether it still ran at the time of the kill, and the epochs that were on disk then.
     """
     process = subprocess.Popen(command(out), cwd=root, stdout=subprocess.DEVNULL)
     try:
@@ -92,7 +92,7 @@ def cut(root: Path, out: str, after: float) -> tuple[bool, int]:
 
 
 def folders(root: Path) -> list[Path]:
-    """List the folders of the cells."""
+    """Return the folders of the cells."""
     return sorted(path for path in root.glob("cells/*") if path.is_dir())
 
 

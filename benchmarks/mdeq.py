@@ -1,6 +1,6 @@
 """A training step of a small multiscale model (MDEQ) beside torchdeq's: `python -m benchmarks.mdeq`, one thread.
 
-One cell for all, from Bai, Koltun & Kolter (2020): a residual block per resolution, then each resolution hears from
+One cell for all, from Bai, Koltun & Kolter (2020): a residual block per resolution, then each resolution reads from
 all. Each contender gets the loosest tolerance forward with which the state of *every* sample reaches a residual of
 1e-3 (in float64, one norm for all), then the loosest backward with which the parameters' gradient is within 15 % of the
 exact one (such a residual alone leaves about 10 %); of its options, those with the fewest evaluations and products.
@@ -224,7 +224,7 @@ class Problem:
         return z
 
     def bare(self, cell: Cell, evaluations: int, vjps: int) -> None:
-        """Run only the evaluations and products of a step, by plain iteration forward and backward."""
+        """Run as many evaluations and products as a step has, and nothing else: plain iteration both ways."""
         cell.zero_grad()
         z, u = tuple(map(torch.zeros_like, self.x)), self.g
         with torch.no_grad():
@@ -255,7 +255,7 @@ class Problem:
         return float((self.gradient(self.cell, solve) - self.truth).norm() / self.truth.norm())
 
     def evaluations(self, solve: Solve) -> tuple[int, int]:
-        """Count the evaluations of the cell and the vjps of one step, by hooks."""
+        """Count the cell's evaluations, forward and backward, and its products, by hooks."""
         calls: list[int] = []
         handle = self.cell.register_forward_hook(lambda *_: calls.append(1))
         vjps: list[int] = []
@@ -301,7 +301,7 @@ def fitted(problem: Problem, make: Make, exact: bool) -> dict[str, Any]:
 
 
 def best_of(problem: Problem, variants: Mapping[str, Make], exact: bool) -> tuple[dict[str, Any], Make]:
-    """Select the options with the fewest evaluations and products; of equals, the first."""
+    """Find the options with the fewest evaluations and products; the first of equal ones."""
     rows = {name: fitted(problem, make, exact) for name, make in variants.items()}
     name = min(rows, key=lambda name: rows[name].get("evaluations", 999) + rows[name].get("vjps", 999))
     return rows[name] | {"options": name, "exact": exact}, variants[name]
@@ -429,11 +429,11 @@ def page(found: dict[str, Any]) -> tuple[str, bool]:
     busy = sorted(found["disturbance"])[len(found["disturbance"]) // 2]
     clock = "processor time (`--busy`)" if found["clock"] == "process_time" else "wall-clock time"
     return (
-        f"# A multiscale model beside torchdeq\n\n"
+        f"# A multiscale model compared with torchdeq\n\n"
         f"By `python -m benchmarks.mdeq`: forward and backward pass of an MDEQ cell ({found['parameters']} weights, "
         f"resolutions {', '.join(str(SIZE >> k) for k in range(len(CHANNELS)))} with {CHANNELS} channels, batch "
         f"{BATCH}, float32), one thread. Every sample reaches a residual of {RESIDUAL:g}; the gradient of the "
-        f"parameters is within {ERROR:.0%} of the exact one, but for the rows without a backward tolerance, whose "
+        f"parameters is within {ERROR:.0%} of the exact one, except for the rows without a backward tolerance, whose "
         f"gradients promise nothing. Each has the loosest tolerances of a grid of sixteen to the decade that do it, "
         f"{STEPS} steps at most either way, and of its library's options those with the fewest evaluations and "
         f"products. Weights are random, the norm after the injection weighted "

@@ -24,7 +24,7 @@ NOTES: Final = f"""\
 - Contenders take turns within each round; rounds in which other processes used more than {100 * SHARE:.0f} % of the
   machine are left out while time allows. Figures are medians, quartiles in parentheses. Compilation and the first
   call stand apart.
-- Peers run with their own defaults but for tolerance and step budget. On JAX, jaxopt without *(vmap)*, and
+- Peers run with their own defaults except for tolerance and step budget. On JAX, jaxopt without *(vmap)*, and
   optimistix, take the whole batch for one system; a compiled f may cost less inside a loop than alone, so an overhead
   below 1 is possible."""
 STEP_COLUMNS: Final = (

@@ -182,7 +182,7 @@ def _counts(found: Results) -> list[Target]:
             _peer(memory, "torchdeq failures"),
         ),
         Target(
-            "newton-krylov: distance to the solution where f is not a contraction",
+            "newton-krylov: distance to the solution where f does not contract",
             1e-8,
             None if expansive is None else (expansive["distance"] if expansive["converged"] else float("inf")),
             peer="plain iteration diverges",

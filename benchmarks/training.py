@@ -95,7 +95,7 @@ def layers(ready: Ready) -> dict[str, tuple[Callable[[float], Layer], str]]:
 
 
 class Defaults(Ours):
-    """The defaults of deqcore, but for the tolerance and the step budget that all layers share."""
+    """The defaults of deqcore, except for the tolerance and the step budget that all layers share."""
 
     def __init__(self, rtol: float) -> None:
         self.config = Config(backend="torch", forward={"rtol": rtol, "max_steps": STEPS, "on_failure": "ignore"})
@@ -162,7 +162,7 @@ class Loss:
         return (value * self.weights).sum()
 
     def gradient(self, layer: Layer, ready: Ready) -> Tensor:
-        """Return the gradient of all parameters as one vector."""
+        """Return the flat gradient of all parameters."""
         result = torch.autograd.grad(self(layer(ready).value), list(ready.params.values()))
         return torch.cat([part.flatten() for part in result])
 

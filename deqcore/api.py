@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ from deqcore.solution import Solution, SolveState
 from deqcore.solve.dispatch import backend_named, plan_call
 from deqcore.solve.observer import Solve
 from deqcore.solve.opaque import opened
+from deqcore.solve.user_line import warn
 from deqcore.types import Tree
 
 
@@ -153,10 +153,10 @@ def get_backend(config: Config | None = None, **overrides: object) -> Backend:
     for name in ("torch", "jax", "numpy"):
         record = plugins.backends()[name]
         if record.package is None or plugins.is_installed(record.package):
-            warnings.warn(
+            warn(
                 f"backend = 'auto' without an array to decide: deqcore takes {name!r}, the first installed of torch, "
                 f"jax and numpy. Name a backend to silence this warning.",
-                stacklevel=2,
+                UserWarning,
             )
             return backend_named(name)
     raise BackendError('No backend is installed. Install one: pip install "deqcore[torch]" or "deqcore[jax]".')

@@ -7,7 +7,6 @@ of their type; a caller never composes such a sentence itself.
 from __future__ import annotations
 
 import difflib
-import sys
 from collections.abc import Iterable
 
 
@@ -191,16 +190,3 @@ class NonDeterministicWarning(UserWarning):
 
 class DerivativeWarning(UserWarning):
     """A derivative by finite differences is not reliable, or f has a kink where it is differentiated."""
-
-
-def user_stacklevel() -> int:
-    """Return the `stacklevel` with which the caller's warning points at the first frame outside deqcore.
-
-    Example:
-        >>> user_stacklevel() >= 1
-        True
-    """
-    depth, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("deqcore"):
-        frame, depth = frame.f_back, depth + 1
-    return depth

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import inspect
 import json
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Final
 
 from deqcore import config as settings
 from deqcore import plugins
 from deqcore.config import Config
-from deqcore.config.options import freeze, plain
 from deqcore.config.sources import scalar
 from deqcore.errors import ConfigError, LayerWarning, ProblemError
+from deqcore.options import freeze, plain
+from deqcore.solve.user_line import warn
+from deqcore.types import Tree
 
 REUSE: Final = ("batch", "sequence")
 
@@ -86,12 +88,51 @@ def check_reuse(reuse: object) -> None:
         raise ConfigError.bad_value("The layer", "reuse", reuse, "None, 'batch' or 'sequence'")
 
 
-def shape_unknown() -> ConfigError:
-    """Return the error of a call without inputs and without z0."""
-    return ConfigError(
-        "The layer was called without inputs and without z0, and its cell has no method initial_state, so the shape "
-        "of the state is unknown. Pass z0, or give the cell a method initial_state(*inputs)."
-    )
+def check_cell(cell: object) -> None:
+    """Refuse a cell that cannot be called.
+
+    Raises:
+        ConfigError: it is not callable.
+    """
+    if not callable(cell):
+        raise ConfigError.bad_value("The layer", "cell", cell, "a module or a function cell(z, *inputs)")
+
+
+def initial_state(cell: Any, inputs: tuple[Tree, ...], zeros_like: Callable[[Tree], Tree]) -> Tree:
+    """Return the initial iterate that the cell's method `initial_state` makes, or else zeros like the first input.
+
+    Args:
+        cell: the cell.
+        inputs: the inputs of the layer's call.
+        zeros_like: a function `tree -> tree` of zeros.
+
+    Raises:
+        ConfigError: the cell lacks this method, and the layer got no input.
+    """
+    if hasattr(cell, "initial_state"):
+        return cell.initial_state(*inputs)
+    if not inputs:
+        raise ConfigError(
+            "The layer was called without inputs and without z0, and its cell has no method initial_state, so the "
+            "shape of the state is unknown. Pass z0, or give the cell a method initial_state(*inputs)."
+        )
+    return zeros_like(inputs[0])
+
+
+def stages(steps: Sequence[int]) -> list[dict[str, object]]:
+    """Return the settings of the solves of a trajectory, each of which continues the one before.
+
+    Args:
+        steps: the step counts after which a state is wanted.
+
+    Raises:
+        ConfigError: the step counts are not positive, or they do not increase.
+    """
+    counts = [0, *steps]
+    if not steps or any(after <= before for before, after in pairwise(counts)):
+        raise ConfigError.bad_value("trajectory", "steps", list(steps), "increasing positive step counts")
+    ends = [after - before for before, after in pairwise(counts)]
+    return [*({"forward__max_steps": count, "forward__on_failure": "ignore"} for count in ends), {}]
 
 
 @contextmanager
@@ -140,12 +181,11 @@ def compare_settings(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """
     lines = differences(saved, json.loads(json.dumps(own)))
     if lines:
-        warnings.warn(
+        warn(
             f"The checkpoint was saved by a layer with other settings ({'; '.join(lines)}). The weights are loaded, "
             f"and the layer keeps its own settings. Make the layer with the settings of the checkpoint to get the "
             f"same equilibrium.",
             LayerWarning,
-            stacklevel=5,
         )
 
 

@@ -221,7 +221,7 @@ class AdjointReport(NamedTuple):
 
 
 class Figures(Protocol):
-    """A few numbers about a batch, a NamedTuple of arrays, that may leave traced code. See `Backend.watch`.
+    """A few numbers about a batch, a NamedTuple of arrays, that may leave traced code. See `CallGuards.watch`.
 
     Example:
         >>> import numpy as np
@@ -301,6 +301,46 @@ class StoppingCriteria(NamedTuple):
     patience: int = 50
 
 
+FINE: Final = 1e-5  # a dtype with an ε below it resolves residuals far below what growth explains
+
+
+class Limits(NamedTuple):
+    """The numbers that decide the status of samples. `rtol` and `atol` may be arrays; `atol` may be `(batch,)`.
+
+    Attributes:
+        rtol: relative tolerance.
+        atol: absolute tolerance.
+        patience: steps without progress after which a sample has stalled.
+        slack: growth of the iterate, relative to the fall of the residual, up to which the tolerance is met.
+        lost: unit roundoff of the state: a residual below this part of ‖f(z)‖ is rounding.
+        hidden: the same, but 0 in dtypes that are too coarse to count it as residual.
+        tiny: ‖f(z)‖ counts for at least this part of the start's scale.
+    """
+
+    rtol: Any
+    atol: Any
+    patience: int
+    slack: Any
+    lost: float
+    hidden: float
+    tiny: float
+
+    @classmethod
+    def of(cls, xp: Any, eps: float, rtol: Any, atol: Any, patience: int) -> Limits:
+        """Return the limits for a state whose dtype has the machine epsilon `eps`."""
+        least = min(1.0, max(0.1, 5.0 * eps**0.25))
+        if isinstance(rtol, float):
+            slack: Any = min(1.0, max(least, 8.0 * rtol**0.5))
+        else:
+            slack = xp.clip(8.0 * xp.sqrt(rtol), min=least, max=1.0)
+        return cls(rtol, atol, patience, slack, 0.5 * eps, 0.5 * eps if eps < FINE else 0.0, eps**4)
+
+    @property
+    def relative(self) -> bool:
+        """Whether the criterion needs ‖f(z)‖ at all."""
+        return not (isinstance(self.rtol, float) and self.rtol == 0.0)
+
+
 class Path(NamedTuple):
     """What is known of a sample's way so far, `(batch,)` each.
 
@@ -336,7 +376,7 @@ class LoopState(NamedTuple):
     since: Array  # steps since then; REFUSED: f was not finite where the last step led; PENDING: not evaluated yet
     length: Array  # part of the residual that is tried after a refused step
     tried: Array  # least residual at the last refused step
-    extra: Array  # evaluations of f beyond those that the solver counts: one for each time that the solve went on
+    extra: Array  # evaluations of f beyond those that the solver counts: one for each time that the solve continued
 
     @property
     def path(self) -> Path:

@@ -33,7 +33,7 @@ ENVIRONMENTS = [f"{kind}-{version}" for kind in KINDS for version in (*PYTHONS, 
 
 
 class Failure(Exception):
-    """Describe what is wrong with the release."""
+    """A fault of the release, as text."""
 
 
 def run(*words: str | Path, cwd: Path = ROOT, **variables: str) -> str:
@@ -46,7 +46,7 @@ def run(*words: str | Path, cwd: Path = ROOT, **variables: str) -> str:
 
 
 def tracked() -> list[str]:
-    """List the files of the commit, with forward slashes."""
+    """Return the files of the commit, with forward slashes."""
     return run("git", "ls-files").splitlines()
 
 
@@ -61,7 +61,7 @@ def build(folder: Path) -> dict[str, Path]:
 
 
 def reproducible(work: Path) -> tuple[Path, Path]:
-    """Build wheel and sdist twice and require the same bytes."""
+    """Build wheel and sdist twice, and require the same bytes."""
     first, second = build(work / "first"), build(work / "a" / "second")
     for name, path in first.items():
         sums = [hashlib.sha256(each.read_bytes()).hexdigest() for each in (path, second[name])]
@@ -79,7 +79,7 @@ def well_formed(wheel: Path, sdist: Path) -> None:
 
 
 def complete(wheel: Path, sdist: Path) -> None:
-    """Require that wheel and sdist contain the files that they must contain, and nothing else."""
+    """Check that the files hold all that they must, and nothing else."""
     inside = set(zipfile.ZipFile(wheel).namelist())
     expected = {
         name.removeprefix("backends/")
@@ -109,7 +109,7 @@ def complete(wheel: Path, sdist: Path) -> None:
 
 
 def oldest(*extras: str) -> list[str]:
-    """Pin the lowest versions that pyproject.toml allows for the core and these extras."""
+    """Return pins of the lowest versions that pyproject.toml allows for the core and these extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted, todo, seen = dict.fromkeys(project["dependencies"]), list(extras), set()
     while todo:
@@ -123,7 +123,7 @@ def oldest(*extras: str) -> list[str]:
 
 
 def interpreter(version: str) -> str | None:
-    """Find a Python of this version: the running one, one of pyenv, or one on the path."""
+    """Find a Python of this version: this one, one on the path, or one of pyenv's."""
     if sys.version.startswith(f"{version}."):
         return sys.executable
     found = sorted((Path.home() / ".pyenv" / "versions").glob(f"{version}.*/bin/python"))
@@ -131,7 +131,7 @@ def interpreter(version: str) -> str | None:
 
 
 def smoke(name: str, wheel: Path, work: Path) -> None:
-    """Install the wheel and what `name` says into a new environment, and run the smoke test there."""
+    """Test the wheel in a fresh environment with the extras that `name` says."""
     kind, _, version = name.partition("-")
     python = interpreter("3.11" if version == "oldest" else version)
     if python is None:

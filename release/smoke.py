@@ -31,7 +31,7 @@ audits = 1
 
 
 def affine(z: np.ndarray, a: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Compute a z + x; its equilibrium is x / (1 − a)."""
+    """Return a z + x, whose equilibrium is x / (1 − a)."""
     return a * z + x
 
 
@@ -44,7 +44,7 @@ def command(*words: str) -> str:
 
 
 def core() -> None:
-    """Check the core without a framework: NumPy works, and other backends say what to install."""
+    """Run without a framework: NumPy works, and the others say what to install."""
     one = np.ones((1, 1))
     z, (da, dx) = deqcore.vjp(affine, 0 * one, np.array(0.5), one, cotangent=one)
     assert np.allclose([z.item(), da.item(), dx.item()], [2.0, 4.0, 2.0])
@@ -62,7 +62,7 @@ def core() -> None:
 
 
 def torch() -> None:
-    """Check that a layer trains, its checkpoint loads, and its gradient equals the closed form."""
+    """Train a layer, load its checkpoint, and compare its gradient with the closed form."""
     import torch
     from deqcore_torch.nn import DEQ
 
@@ -88,7 +88,7 @@ def jax() -> None:
 
 
 def all_extras() -> None:
-    """Check all layers, the commands on all frameworks, a log for TensorBoard, and a study with its report."""
+    """Run every layer, the commands over all frameworks, a log for TensorBoard, and a study with its report."""
     import jax.numpy as jnp
     from deqcore_jax import equinox, nnx
 

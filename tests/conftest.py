@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-# Settings of whoever runs the tests are none of theirs; threads cost more than they bring at these sizes.
+# The settings of the user who runs the tests do not apply; threads cost more than they bring at these sizes.
 for _name in [name for name in os.environ if name.startswith("DEQCORE_")]:
     del os.environ[_name]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -53,6 +54,48 @@ def be(request):
     if request.param == "torch":
         pytest.importorskip("torch")
     return deqcore.get_backend(backend=request.param)
+
+
+@pytest.fixture(params=["numpy", "torch", "jax"])
+def every(request):
+    """Every backend, in double precision."""
+    import deqcore
+
+    pytest.importorskip(request.param)
+    double = contextlib.nullcontext()
+    if request.param == "jax":
+        import jax
+
+        double = jax.enable_x64(True)
+    with double:
+        yield deqcore.get_backend(backend=request.param)
+
+
+@pytest.fixture
+def no_plugins():
+    """No plugin, before and after, and no folder of one in the search path afterwards."""
+    from deqcore import plugins
+
+    path = list(sys.path)
+    plugins.reset()
+    yield
+    plugins.reset()
+    sys.path[:] = path
+
+
+@pytest.fixture
+def no_settings(monkeypatch):
+    """No setting from the environment."""
+    for name in [name for name in os.environ if name.startswith("DEQCORE_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def project(no_settings, no_plugins, monkeypatch, tmp_path):
+    """An empty project as the working directory, without settings and plugins from elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DEQCORE_PLUGIN_AUTOLOAD", "0")
+    return tmp_path
 
 
 @pytest.fixture(autouse=True)

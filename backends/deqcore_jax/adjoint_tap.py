@@ -1,6 +1,6 @@
 """What a backward pass did: a tap carries the report of the adjoint solve out of `jax.grad` as data.
 
-A vector–Jacobian product has no return path beside its gradients, so the figures come back as one of them. Inside
+A vector–Jacobian product returns only its gradients, so the figures come back as one of them. Inside
 `reporting(tap)` a solve takes the tap along, an argument of zeros. The gradient with respect to the tap *is* the
 report. It passes `jit`, `vmap`, `scan` and layers, and costs nothing where you do not ask for it.
 
@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,14 +56,14 @@ class AdjointTap(NamedTuple):
         ('runs', (3,))
     """
 
-    status: Any
-    vjps: Any
-    residual: Any
-    error: Any
-    fallback: Any
-    coupling: Any
-    verify_vjps: Any
-    runs: Any
+    status: jax.Array
+    vjps: jax.Array
+    residual: jax.Array
+    error: jax.Array
+    fallback: jax.Array
+    coupling: jax.Array
+    verify_vjps: jax.Array
+    runs: jax.Array
 
 
 class _Slot:

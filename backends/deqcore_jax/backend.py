@@ -14,222 +14,59 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.tree_util import PyTreeDef
+from jax.typing import ArrayLike
+from numpy.typing import NDArray
 
-from deqcore.abc.adjoint import AdjointSolver
 from deqcore.abc.backend import Backend
-from deqcore.abc.history import History
+from deqcore.abc.guards import CallGuards
+from deqcore.abc.harness import Harness
+from deqcore.abc.linalg import SmallLinalg
+from deqcore.abc.scaling import scaled_norm
 from deqcore.errors import BackendError
-from deqcore.types import BackwardRecord, Capabilities, Figures, LoopVars, Map, SolveResult
-from deqcore_jax import adjoint_tap, batched_linalg, failures, implicit, pytrees
-from deqcore_jax.closure import is_array, is_differentiable, is_traced
+from deqcore.types import Capabilities, Figures, LoopVars, Tree
+from deqcore_jax import batched_linalg, failures, pytrees
+from deqcore_jax.autodiff import JaxAutodiff
+from deqcore_jax.closure import is_traced
 from deqcore_jax.dtypes import single, wide
 from deqcore_jax.history import JaxHistory
-from deqcore_jax.jit_context import as_outside
-from deqcore_jax.linearize import product
+from deqcore_jax.kernels import JaxKernels, root
 from deqcore_jax.loop import loop
 
 pytrees.register()
 
 
-class JaxBackend(Backend):
-    """JAX arrays on any device, concrete or traced."""
+class JaxLinalg(SmallLinalg):
+    """Small systems by elimination over the whole batch, which XLA compiles."""
 
-    name: ClassVar[str] = "jax"
-    xp = jnp
-
-    @property
-    def capabilities(self) -> Capabilities:  # type: ignore[override]
-        """The capabilities now: double precision is a switch of the process (or of a `with` block)."""
-        return replace(_CAPABILITIES, float64=bool(jax.config.jax_enable_x64))
-
-    def is_array(self, leaf: object) -> bool:
-        return isinstance(leaf, jax.Array)
-
-    def asarray(self, a: object, *, dtype: str | None = None, like: Any = None) -> Any:
-        kind = dtype or (like.dtype if like is not None else None)
-        concrete = like is not None and not isinstance(like, jax.core.Tracer)
-        return jnp.asarray(a, kind, device=like.sharding if concrete and _one_device(like) else None)
-
-    def to_numpy(self, x: Any) -> Any:
-        array = np.asarray(x)
-        return array.astype(np.float32) if array.dtype.kind == "V" else array
-
-    def flatten(self, tree: Any) -> tuple[list[Any], Any]:
-        return jax.tree.flatten(tree)
-
-    def unflatten(self, structure: Any, leaves: Sequence[Any]) -> Any:
-        return jax.tree.unflatten(structure, leaves)
-
-    def dtype_name(self, x: Any) -> str:
-        return str(x.dtype)
-
-    def device_of(self, x: Any) -> str | None:
-        if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array):
-            return None
-        return ", ".join(sorted(str(device) for device in x.devices()))
-
-    def is_traced(self, *leaves: Any) -> bool:
-        return is_traced(leaves)
-
-    def to_device(self, x: Any, device: str) -> Any:
-        kind, _, index = device.partition(":")
-        try:
-            return jax.device_put(x, jax.devices(kind)[int(index or 0)])
-        except (RuntimeError, IndexError, ValueError) as error:
-            raise BackendError(f"jax cannot use the device {device!r}: {error}") from error
-
-    def astype(self, x: Any, dtype: str) -> Any:
-        return x.astype(dtype)
-
-    # -- rows ---------------------------------------------------------------------------------------------------
-
-    def to_accum_dtype(self, x: Any) -> Any:
-        return jnp.asarray(x).astype(wide())
-
-    def cast(self, x: Any, like: Any) -> Any:
-        return x.astype(like.dtype)
-
-    def norm(self, v: Any) -> Any:
-        if jax.default_backend() != "cpu":
-            return _norm_by_ranges(v.astype(single(v.dtype)))
-        # No condition: with a batch over several devices each would be a collective in every step.
-        return self._scaled_norm(v, self._largest(v, jnp.zeros_like(v, single(v.dtype), shape=v.shape[:1])))
-
-    def power_of_two(self, x: Any) -> Any:
-        return x / (2.0 * jnp.frexp(x)[0])
-
-    def orthogonalize(self, basis: History, w: Any, twice: bool) -> tuple[Any, Any, Any, Any]:
-        before = self.to_accum_dtype(
-            _plain_norm(w)
-        )  # w is the product with a unit vector: its square is far from any limit
-        h = basis.dot(w)
-        w = w - basis.combine(h)
-        if twice:
-            more = basis.dot(w)
-            w = w - basis.combine(more)
-            h = h + more
-        return w, h, before, self.to_accum_dtype(_plain_norm(w))
-
-    def inner(self, a: Any, b: Any) -> Any:
-        return jnp.sum(self.to_accum_dtype(a) * self.to_accum_dtype(b), axis=1)
-
-    def select(self, mask: Any, new: Any, old: Any) -> Any:
-        return jnp.where(mask.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-
-    def solve(self, a: Any, b: Any) -> Any:
+    def solve(self, a: jax.Array, b: jax.Array) -> jax.Array:
         return batched_linalg.solve(a, b)
 
-    def solve_upper(self, a: Any, b: Any) -> Any:
+    def solve_upper(self, a: jax.Array, b: jax.Array) -> jax.Array:
         return batched_linalg.solve_upper(a, b)
 
-    def solve_positive(self, a: Any, b: Any) -> Any:
+    def solve_positive(self, a: jax.Array, b: jax.Array) -> jax.Array:
         return batched_linalg.solve_positive(a, b)
 
-    def least_singular_value(self, a: Any, columns: Any) -> Any:
+    def least_singular_value(self, a: jax.Array, columns: jax.Array) -> jax.Array:
         return batched_linalg.least_singular_value(a, columns)
 
-    def history(self, like: Any, history_size: int, dtype: str | None = None) -> JaxHistory:
-        return JaxHistory.empty(like, history_size, jnp.dtype(dtype) if dtype else None, wide())
-
-    def eye(self, like: Any, rows: int, columns: int | None = None) -> Any:
+    def eye(self, like: jax.Array, rows: int, columns: int | None = None) -> jax.Array:
         return jnp.eye(rows, columns, dtype=like.dtype)
 
-    def as_scalar(self, value: Any, like: Any) -> Any:
-        if isinstance(value, int) or jnp.issubdtype(jnp.result_type(value), jnp.integer):
-            return jnp.asarray(value).astype(jnp.int32)
-        return jnp.asarray(value).astype(single(like.dtype))
 
-    # -- loops --------------------------------------------------------------------------------------------------
+class JaxGuards(CallGuards):
+    """Arrays cannot be written to, so only traced figures need care."""
 
-    def loop(
-        self,
-        running: Callable[[LoopVars], Any],
-        body: Callable[[LoopVars], LoopVars],
-        carry: LoopVars,
-        steps: Any,
-        check_every: int | str = "auto",
-    ) -> LoopVars:
-        return loop(running, body, carry, steps, check_every)
-
-    def scan(self, body: Callable[[LoopVars], LoopVars], carry: LoopVars, times: int) -> LoopVars:
-        if times == 0:
-            return carry  # a scan traces its body even so, and the body may do what must not be done
-        end: LoopVars = lax.scan(lambda state, _: (body(state), None), carry, length=times)[0]
-        return end
-
-    def watch(self, report: Callable[[Any], None], figures: Figures, *, compiled: bool) -> None:
+    def watch(self, report: Callable[[Figures], None], figures: Figures, *, compiled: bool) -> None:
         failures.watch(report, figures, compiled=compiled)
 
-    # -- differentiation ----------------------------------------------------------------------------------------
 
-    def linearize(self, f: Map, z: Any) -> tuple[Any, Map]:
-        with as_outside():
-            fz, vjp = jax.vjp(f, z)
-        return fz, lambda u: vjp(u)[0]
+class JaxHarness(Harness):
+    """XLA's compiler, double precision, and every device's queue."""
 
-    def jvp(self, f: Map, z: Any) -> Map:
-        with as_outside():
-            return product(f, z)
-
-    def forward_only(
-        self, f: Callable[..., Any], z0: Any, args: tuple[Any, ...], solve: Callable[[Map, Any], SolveResult]
-    ) -> SolveResult:
-        return implicit.solve(f, z0, args, solve)[1]
-
-    def implicit(
-        self,
-        f: Callable[..., Any],
-        z0: Any,
-        args: tuple[Any, ...],
-        solve: Callable[[Map, Any], SolveResult],
-        adjoint: AdjointSolver,
-    ) -> tuple[Any, SolveResult, BackwardRecord | None]:
-        value, forward = implicit.solve(f, z0, args, solve, adjoint, adjoint_tap.take(z0.shape[0]))
-        return value, forward, None
-
-    def differentiate_through(
-        self,
-        f: Callable[..., Any],
-        z0: Any,
-        args: tuple[Any, ...],
-        steps: Callable[[Map, Any, SolveResult | None], Any],
-        forward: SolveResult | None,
-    ) -> Any:
-        return implicit.record(f, z0, args, steps, forward)
-
-    def detach(self, x: Any) -> Any:
-        return lax.stop_gradient(x)
-
-    def straight_through(self, value: Any, carrier: Any) -> Any:
-        return implicit.straight_through(value, carrier)
-
-    def checkpoint(self, f: Map) -> Map:
-        return jax.checkpoint(f)
-
-    def vjp(
-        self, value: Callable[..., tuple[Any, Any]], args: tuple[Any, ...], cotangent: Any
-    ) -> tuple[Any, Any, tuple[Any, ...]]:
-        leaves, structure = self.flatten(args)
-        moving = [i for i, leaf in enumerate(leaves) if is_array(leaf) and is_differentiable(leaf)]
-
-        def of_leaves(*moved: Any) -> tuple[Any, Any]:
-            merged = list(leaves)
-            for i, leaf in zip(moving, moved, strict=True):
-                merged[i] = leaf
-            return value(*self.unflatten(structure, merged))
-
-        primal, vjp, aux = jax.vjp(of_leaves, *[jnp.asarray(leaves[i]) for i in moving], has_aux=True)
-        gradients: list[Any] = [None] * len(leaves)
-        for i, gradient in zip(moving, vjp(cotangent), strict=True):
-            gradients[i] = gradient
-        return primal, aux, self.unflatten(structure, gradients)
-
-    def grad(self, fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        gradient: Callable[[Any], Any] = jax.grad(fn)
-        return gradient
-
-    def jit(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        compiled: Callable[..., Any] = jax.jit(fn)
+    def jit(self, fn: Callable[..., Tree]) -> Callable[..., Tree]:
+        compiled: Callable[..., Tree] = jax.jit(fn)
         return compiled
 
     @contextmanager
@@ -242,23 +79,121 @@ class JaxBackend(Backend):
             jax.block_until_ready(jax.device_put(0.0, device) + 0.0)
 
 
+class JaxBackend(Backend):
+    """JAX arrays on any device, concrete or traced."""
+
+    name: ClassVar[str] = "jax"
+    xp = jnp
+    linalg_class = JaxLinalg
+    autodiff_class = JaxAutodiff
+    guards_class = JaxGuards
+    kernels_class = JaxKernels
+    harness_class = JaxHarness
+
+    @property
+    def capabilities(self) -> Capabilities:  # type: ignore[override]
+        """The capabilities now: double precision is a switch of the process (or of a `with` block)."""
+        return replace(_CAPABILITIES, float64=bool(jax.config.jax_enable_x64))
+
+    def is_array(self, leaf: object) -> bool:
+        return isinstance(leaf, jax.Array)
+
+    def asarray(self, a: object, *, dtype: str | None = None, like: jax.Array | None = None) -> jax.Array:
+        kind = dtype or (like.dtype if like is not None else None)
+        if like is None or isinstance(like, jax.core.Tracer) or not _one_device(like):
+            return jnp.asarray(a, kind)
+        return jnp.asarray(a, kind, device=like.sharding)
+
+    def to_numpy(self, x: jax.Array) -> NDArray[Any]:
+        array = np.asarray(x)
+        return array.astype(np.float32) if array.dtype.kind == "V" else array
+
+    def flatten(self, tree: Tree) -> tuple[list[Tree], PyTreeDef]:
+        return jax.tree.flatten(tree)
+
+    def unflatten(self, structure: PyTreeDef, leaves: Sequence[Tree]) -> Tree:
+        return jax.tree.unflatten(structure, leaves)
+
+    def dtype_name(self, x: jax.Array) -> str:
+        return str(x.dtype)
+
+    def device_of(self, x: jax.Array) -> str | None:
+        if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array):
+            return None
+        return ", ".join(sorted(str(device) for device in x.devices()))
+
+    def is_traced(self, *leaves: Tree) -> bool:
+        return is_traced(leaves)
+
+    def to_device(self, x: jax.Array, device: str) -> jax.Array:
+        kind, _, index = device.partition(":")
+        try:
+            return jax.device_put(x, jax.devices(kind)[int(index or 0)])
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise BackendError(f"jax cannot use the device {device!r}: {error}") from error
+
+    def astype(self, x: jax.Array, dtype: str) -> jax.Array:
+        return x.astype(dtype)
+
+    # -- rows ---------------------------------------------------------------------------------------------------
+
+    def to_accum_dtype(self, x: jax.Array) -> jax.Array:
+        return jnp.asarray(x).astype(wide())
+
+    def cast(self, x: jax.Array, like: jax.Array) -> jax.Array:
+        return x.astype(like.dtype)
+
+    def norm(self, v: jax.Array) -> jax.Array:
+        if jax.default_backend() != "cpu":
+            return _norm_by_ranges(v.astype(single(v.dtype)))
+        # No condition: with a batch over several devices each would be a collective in every step.
+        return scaled_norm(self, v, self.max_abs(v, jnp.zeros_like(v, single(v.dtype), shape=v.shape[:1])))
+
+    def power_of_two(self, x: jax.Array) -> jax.Array:
+        return x / (2.0 * jnp.frexp(x)[0])
+
+    def inner(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.sum(self.to_accum_dtype(a) * self.to_accum_dtype(b), axis=1)
+
+    def select(self, mask: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(mask.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+    def history(self, like: jax.Array, history_size: int, dtype: str | None = None) -> JaxHistory:
+        return JaxHistory.empty(like, history_size, jnp.dtype(dtype) if dtype else None, wide())
+
+    def as_scalar(self, value: ArrayLike, like: jax.Array) -> jax.Array:
+        if isinstance(value, int) or jnp.issubdtype(jnp.result_type(value), jnp.integer):
+            return jnp.asarray(value).astype(jnp.int32)
+        return jnp.asarray(value).astype(single(like.dtype))
+
+    # -- loops --------------------------------------------------------------------------------------------------
+
+    def loop(
+        self,
+        running: Callable[[LoopVars], jax.Array | bool],
+        body: Callable[[LoopVars], LoopVars],
+        carry: LoopVars,
+        steps: ArrayLike,
+        check_every: int | str = "auto",
+    ) -> LoopVars:
+        return loop(running, body, carry, steps, check_every)
+
+    def scan(self, body: Callable[[LoopVars], LoopVars], carry: LoopVars, times: int) -> LoopVars:
+        if times == 0:
+            return carry  # a scan traces its body even so, and the body may do what must not be done
+        end: LoopVars = lax.scan(lambda state, _: (body(state), None), carry, length=times)[0]
+        return end
+
+    def detach(self, x: jax.Array) -> jax.Array:
+        return lax.stop_gradient(x)
+
+
 _CAPABILITIES = Capabilities(
     jvp=True, jit=True, vmap=True, bfloat16=True, accelerator=True, second_derivatives=True, eager=False
 )
 
 
-def _plain_norm(v: Any) -> Any:
-    """Return the 2-norm of each row by one sum of squares."""
-    wider = v.astype(single(v.dtype))
-    return _root(jnp.sum(wider * wider, axis=1))
-
-
-def _root(square: Any) -> Any:
-    zero = square == 0  # the root's derivative there is infinite, and 0·inf would spoil a recorded step
-    return jnp.where(zero, square, jnp.sqrt(jnp.where(zero, jnp.ones_like(square), square)))
-
-
-def _norm_by_ranges(v: Any) -> Any:
+def _norm_by_ranges(v: jax.Array) -> jax.Array:
     """Return the 2-norm of each row by sums of squares of v, v·2^k and v·2^-k, which XLA fuses into one pass.
 
     On an accelerator the host would wait for the predicate of a second pass. Source: Blue (1978), "A portable Fortran
@@ -266,9 +201,9 @@ def _norm_by_ranges(v: Any) -> Any:
     """
     factor = 2.0 ** (jnp.finfo(v.dtype).maxexp // 2)
     low = float(jnp.finfo(v.dtype).smallest_normal) ** (1 / 3)
-    plain, up, down = (_root(jnp.sum(jnp.square(v * scale), axis=1)) for scale in (1.0, factor, 1 / factor))
+    plain, up, down = (root(jnp.sum(jnp.square(v * scale), axis=1)) for scale in (1.0, factor, 1 / factor))
     return jnp.where(plain > 1 / low, down * factor, jnp.where(plain < low, up / factor, plain))
 
 
-def _one_device(x: Any) -> bool:
+def _one_device(x: jax.Array) -> bool:
     return len(x.devices()) == 1

@@ -9,7 +9,7 @@ docs/notes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ UNROLLED: Final = 8
 SQUARINGS: Final = 7
 """Number of squarings of a matrix to find its norm: the power 2^7 leaves an error below half a percent."""
 
+T = TypeVar("T")
 Solve: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -59,7 +60,7 @@ def _solved(a: jax.Array, b: jax.Array, method: Solve, transposed: Solve) -> jax
     )
 
 
-def _repeat(count: int, step: Callable[[Any, Any], Any], carry: Any) -> Any:
+def _repeat(count: int, step: Callable[[jax.Array, T], T], carry: T) -> T:
     """Return `step(i, carry)` for i below `count`: a loop where there are many."""
     if count > UNROLLED:
         return lax.fori_loop(0, count, step, carry)
@@ -120,7 +121,7 @@ def _eliminate(a: jax.Array, b: jax.Array) -> jax.Array:
     k = a.shape[1]
     rows = jnp.arange(k, dtype=jnp.int32)[None, :]
 
-    def step(i: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+    def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         m, owner = carry  # owner: which unknown took a row, k where none did
         column = lax.dynamic_slice_in_dim(m, i, 1, 2)  # (batch, k, 1)
         size = jnp.where(owner == k, jnp.abs(column[:, :, 0]), -1)
@@ -140,7 +141,7 @@ def _eliminate(a: jax.Array, b: jax.Array) -> jax.Array:
 def least_singular_value(a: jax.Array, columns: jax.Array | None = None) -> jax.Array:
     """Return 1/‖R^-1‖ of `a` `(batch, m, k)` = Q R, zero where R is singular.
 
-    If `columns` says that only few columns are in use (see `Backend.least_singular_value`), only these are read.
+    If `columns` says that only few columns are in use (see `SmallLinalg.least_singular_value`), only these are read.
 
     The norm of R^-1 is the square root of the largest eigenvalue of its Gram matrix, which rounding does not hurt (the
     Gram matrix of `a` would lose the smallest one). Repeated squaring leaves only the part in that eigenvector.
@@ -166,12 +167,12 @@ def _triangle(a: jax.Array) -> jax.Array:
     """Return R of `a` = Q R by the modified Gram-Schmidt process: as good as Householder's where Q is not wanted."""
     k = a.shape[2]
 
-    def step(i: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+    def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         rest, r = carry
         column = lax.dynamic_slice_in_dim(rest, i, 1, 2)  # (batch, m, 1)
         length = jnp.sqrt(jnp.sum(column * column, axis=1, keepdims=True))
         q = column / jnp.where(length > 0, length, jnp.ones_like(length))
-        row = jnp.matmul(jnp.swapaxes(q, 1, 2), rest)  # (batch, 1, k), zero to the left of i but for rounding
+        row = jnp.matmul(jnp.swapaxes(q, 1, 2), rest)  # (batch, 1, k), zero to the left of i except for rounding
         row = jnp.where(jnp.arange(k, dtype=jnp.int32)[None, None, :] < i, jnp.zeros_like(row), row)
         return rest - q * row, lax.dynamic_update_slice_in_dim(r, row, i, 1)
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
@@ -104,7 +103,9 @@ def collecting(monitor: Monitor) -> Iterator[None]:
         jax.effects_barrier()
 
 
-def _solved(monitor: Monitor, name: str, residual: Any, status: Any, steps: Any, evaluations: Any) -> None:
+def _solved(
+    monitor: Monitor, name: str, residual: jax.Array, status: jax.Array, steps: jax.Array, evaluations: jax.Array
+) -> None:
     solution = Solution(
         value=None,
         residual=np.asarray(residual),

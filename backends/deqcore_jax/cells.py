@@ -8,7 +8,8 @@ step draws, and weight and spectral normalisation are applied to a weight before
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jax import lax
 from deqcore.errors import ConfigError
 
 
-def dropout_mask(key: Any, like: Any, p: float = 0.5, shared: tuple[int, ...] = ()) -> Any:
+def dropout_mask(key: jax.Array, like: jax.Array, p: float = 0.5, shared: tuple[int, ...] = ()) -> jax.Array:
     """Draw a mask of 0 and 1 / (1 − p) before a solve; the cell multiplies by it.
 
     Args:
@@ -48,7 +49,7 @@ def dropout_mask(key: Any, like: Any, p: float = 0.5, shared: tuple[int, ...] = 
     return jax.random.bernoulli(key, 1.0 - p, shape).astype(like.dtype) / (1.0 - p)
 
 
-def weight_normalized(v: Any, g: Any) -> Any:
+def weight_normalized(v: jax.Array, g: jax.Array) -> jax.Array:
     """Return `g v / ‖v‖`, with the norm over all axes but the first.
 
     Args:
@@ -69,7 +70,9 @@ def weight_normalized(v: Any, g: Any) -> Any:
     return v * (g.reshape(-1, *[1] * (v.ndim - 1)) / norm)
 
 
-def spectrally_normalized(w: Any, u: Any, bound: float = 1.0, steps: int = 1) -> tuple[Any, Any]:
+def spectrally_normalized(
+    w: jax.Array, u: jax.Array, bound: float = 1.0, steps: int = 1
+) -> tuple[jax.Array, jax.Array]:
     """Return `w` scaled down so that its spectral norm, found by power iteration from `u`, is at most `bound`.
 
     Call it once before a solve; within the solve the weight is then one constant.
@@ -108,7 +111,7 @@ def spectrally_normalized(w: Any, u: Any, bound: float = 1.0, steps: int = 1) ->
     return w / jnp.maximum(1.0, sigma / bound), u
 
 
-def _unit(x: Any) -> Any:
+def _unit(x: jax.Array) -> jax.Array:
     return x / jnp.maximum(jnp.sqrt(jnp.sum(x * x)), jnp.finfo(x.dtype).tiny)
 
 
@@ -137,13 +140,13 @@ class Monotone(NamedTuple):
         ((2, 8), True)
     """
 
-    a: Any
-    b: Any
-    u: Any
-    bias: Any
+    a: jax.Array
+    b: jax.Array
+    u: jax.Array
+    bias: jax.Array
 
     @classmethod
-    def new(cls, key: Any, inputs: int, width: int) -> Monotone:
+    def new(cls, key: jax.Array, inputs: int, width: int) -> Monotone:
         """Draw random weights of about unit norm."""
         a, b, u = (
             jax.random.normal(each, (rows, width)) / rows**0.5
@@ -151,11 +154,11 @@ class Monotone(NamedTuple):
         )
         return cls(a, b, u, jnp.zeros(width))
 
-    def apply_w(self, z: Any, margin: float) -> Any:
+    def apply_w(self, z: jax.Array, margin: float) -> jax.Array:
         """Return W z for z `(batch, width)`."""
         return (1.0 - margin) * z - (z @ self.a.T) @ self.a + z @ self.b.T - z @ self.b
 
-    def cell(self, margin: float = 0.1) -> Any:
+    def cell(self, margin: float = 0.1) -> Callable[[jax.Array, jax.Array], jax.Array]:
         """Return the step as `cell(z, x)` for z `(batch, width)` and x `(batch, inputs)`, with the current weights.
 
         Args:
@@ -168,12 +171,12 @@ class Monotone(NamedTuple):
             raise ConfigError.bad_value("Monotone", "margin", margin, "a number above 0")
         step = self.step_size(margin)
 
-        def cell(z: Any, x: Any) -> Any:
+        def cell(z: jax.Array, x: jax.Array) -> jax.Array:
             return jax.nn.relu(z + step * (self.apply_w(z, margin) + x @ self.u + self.bias - z))
 
         return cell
 
-    def step_size(self, margin: float) -> Any:
+    def step_size(self, margin: float) -> jax.Array:
         """Return m / (m + ‖A‖² + ‖B − Bᵀ‖)², a lower bound of m/‖I − W‖² by norms that need no decomposition.
 
         The spectral norm is at most the root of the largest sum of a row times the largest of a column.
@@ -183,7 +186,7 @@ class Monotone(NamedTuple):
         return margin / size**2
 
 
-def _norm_bound(a: Any) -> Any:
+def _norm_bound(a: jax.Array) -> jax.Array:
     """Return √(‖A‖₁ ‖A‖_∞) ≥ ‖A‖₂."""
     size = jnp.abs(a)
     return jnp.sqrt(jnp.max(jnp.sum(size, axis=0)) * jnp.max(jnp.sum(size, axis=1)))

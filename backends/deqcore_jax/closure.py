@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
+from deqcore.types import Tree
 from deqcore_jax.jit_cache import intern
 
 
@@ -24,7 +24,7 @@ class Program:
 
     jaxpr: core.Jaxpr
 
-    def __call__(self, z: Any, leaves: list[Any]) -> Any:
+    def __call__(self, z: jax.Array, leaves: list[jax.Array]) -> jax.Array:
         """Evaluate f at `z` `(batch, n)`."""
         (fz,) = core.jaxpr_as_fun(core.ClosedJaxpr(self.jaxpr, ()))(*leaves, z)
         return lax.convert_element_type(fz, z.dtype)  # a weak type would change the loop's carry
@@ -42,7 +42,7 @@ class Program:
         return self.calls("custom_vjp_call")
 
 
-def trace(f: Callable[..., Any], z0: Any, args: tuple[Any, ...]) -> tuple[Program, list[Any]]:
+def trace(f: Callable[..., jax.Array], z0: jax.Array, args: tuple[Tree, ...]) -> tuple[Program, list[jax.Array]]:
     """Call f once, on tracers.
 
     Args:
@@ -57,7 +57,7 @@ def trace(f: Callable[..., Any], z0: Any, args: tuple[Any, ...]) -> tuple[Progra
     dynamic = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
 
     # A new function each time: otherwise JAX would return a cached result, with the old closure of f.
-    def flat(arrays: list[Any], z: Any) -> Any:
+    def flat(arrays: list[jax.Array], z: jax.Array) -> jax.Array:
         merged = list(leaves)
         for i, array in zip(dynamic, arrays, strict=True):
             merged[i] = array
@@ -72,7 +72,7 @@ def trace(f: Callable[..., Any], z0: Any, args: tuple[Any, ...]) -> tuple[Progra
     return Program(first), [leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf) for leaf in program_inputs]
 
 
-def calls(value: Any, primitive: str) -> bool:
+def calls(value: object, primitive: str) -> bool:
     """Return `Program.calls` for a jaxpr, or for anything that contains jaxprs."""
     if isinstance(value, core.ClosedJaxpr):
         return calls(value.jaxpr, primitive)
@@ -90,11 +90,11 @@ def is_array(leaf: object) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | np.generic)
 
 
-def is_traced(leaves: Any) -> bool:
+def is_traced(leaves: Tree) -> bool:
     """Return whether a transformation traces any of these leaves."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(leaves))
 
 
-def is_differentiable(leaf: Any) -> bool:
+def is_differentiable(leaf: jax.Array) -> bool:
     """Return whether gradients for this array exist."""
     return bool(jnp.issubdtype(leaf.dtype, jnp.inexact))

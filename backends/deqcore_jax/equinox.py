@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import FrozenInstanceError
-from typing import Any
 
 import equinox as eqx
 import jax
 
 from deqcore.config import Config
 from deqcore.errors import LayerWarning, ProblemError
-from deqcore.halting import Rule
-from deqcore.layer import LayerSettings, batch_norm_text, compare_settings
-from deqcore.solution import Solution
-from deqcore_jax.layer import check_cell, initial_state, solve, trajectory
+from deqcore.layer import LayerSettings, batch_norm_text, check_cell
+from deqcore.solve.user_line import warn
+from deqcore.types import Tree
+from deqcore_jax.layer import ImplicitLayer
 
 
-class DEQ(eqx.Module):
+class DEQ(ImplicitLayer, eqx.Module):
     """The equilibrium z* = cell(z*, *inputs) as a layer.
 
     Every leaf of z has the batch as its first axis (unless `forward.batch = false`), and the cell returns a tree like
@@ -51,50 +50,34 @@ class DEQ(eqx.Module):
         (4, 3)
     """
 
-    cell: Any
+    cell: Callable[..., Tree]
     settings: LayerSettings = eqx.field(static=True)
     inference: bool
 
     def __init__(
         self,
-        cell: Any,
+        cell: Callable[..., Tree],
         config: Config | None = None,
         *,
         evaluation: Mapping[str, object] | None = None,
         inference: bool = False,
         **overrides: object,
     ) -> None:
-        self.cell = check_cell(cell)
+        check_cell(cell)
+        self.cell = cell
         self.settings = LayerSettings.of(config, overrides, evaluation)
         self.inference = inference
 
-    def __call__(self, *inputs: Any, z0: Any = None, until: Rule | None = None) -> Any:
-        """Return the equilibrium z*, a tree like the state.
+    def _training(self) -> bool:
+        return not self.inference
 
-        Args:
-            *inputs: what the cell takes beside z.
-            z0: initial state; default: see the class.
-            until: when a sample halts before it has converged, such as `deqcore.halting.Settled(read)`.
-        """
-        return self.solve(*inputs, z0=z0, until=until).value
-
-    def solve(self, *inputs: Any, z0: Any = None, until: Rule | None = None, **overrides: object) -> Solution:
-        """Return the solution: the equilibrium and the report of its solve.
-
-        Args:
-            *inputs: what the cell takes beside z.
-            z0: initial state; default: see the class.
-            until: when a sample halts before it has converged.
-            **overrides: settings of this call.
-
-        Raises:
-            ProblemError: the cell returned something that is not like z, or changed its own state.
-        """
+    @contextmanager
+    def _check_cell(self) -> Iterator[None]:
         norms = _training_norms(self.cell)
         if norms and not self.inference:
-            warnings.warn(f"{batch_norm_text(norms)}equinox.nn.inference_mode.", LayerWarning, stacklevel=3)
+            warn(f"{batch_norm_text(norms)}equinox.nn.inference_mode.", LayerWarning)
         try:
-            return solve(self.cell, self.settings, not self.inference, z0, inputs, overrides, until)
+            yield
         except FrozenInstanceError as error:
             raise ProblemError(
                 f"The cell changes its own state while the solver evaluates it ({error}), but equinox modules are "
@@ -102,41 +85,8 @@ class DEQ(eqx.Module):
                 f"and pass them as an input."
             ) from error
 
-    def trajectory(self, *inputs: Any, steps: Sequence[int], z0: Any = None) -> list[Any]:
-        """Return states on the way, for losses that correct the path (fixed-point correction).
 
-        Each is the best iterate so far and carries its own implicit gradient. The last one is the solution with the
-        step budget of the layer.
-
-        Args:
-            *inputs: what the cell takes beside z.
-            steps: step counts, increasing and positive, after which a state is wanted.
-            z0: initial state; default: see the class.
-
-        Raises:
-            ConfigError: the step counts do not increase.
-
-        Source: Bai, Geng, Savani & Kolter (2022), "Deep equilibrium optical flow estimation", eq. (6).
-        """
-        return trajectory(self.cell, self.settings, not self.inference, z0, inputs, steps)
-
-    def check_settings(self, saved: Mapping[str, Any]) -> None:
-        """Warn if the settings stored with a checkpoint differ from the layer's own, which stay unchanged.
-
-        Args:
-            saved: `layer.settings.as_dict()` of the layer that was saved, as JSON gives it back.
-
-        Warns:
-            LayerWarning: they differ, with each difference.
-        """
-        compare_settings(saved, self.settings.as_dict())
-
-    def initial_state(self, *inputs: Any) -> Any:
-        """Return the initial iterate of a solve without z0."""
-        return initial_state(self.cell, inputs)
-
-
-def _training_norms(cell: Any) -> list[str]:
+def _training_norms(cell: Callable[..., Tree]) -> list[str]:
     """Return the paths in a cell of batch normalisation in training mode."""
     parts = jax.tree_util.tree_leaves_with_path(cell, is_leaf=lambda part: isinstance(part, eqx.nn.BatchNorm))
     return [

@@ -11,7 +11,6 @@ is decided in `deqcore.solve.failures`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +21,8 @@ from jax.custom_batching import custom_vmap
 from deqcore.types import Figures
 
 
-def watch(report: Callable[[Any], None], figures: Figures, *, compiled: bool) -> None:
-    """See `deqcore.abc.backend.Backend.watch`."""
+def watch(report: Callable[[Figures], None], figures: Figures, *, compiled: bool) -> None:
+    """See `deqcore.abc.guards.CallGuards.watch`."""
     if not compiled and is_staged():
         return
     seen = _over_lanes(jax.tree.map(lambda x: lax.stop_gradient(jnp.asarray(x)), figures))
@@ -34,34 +33,34 @@ def watch(report: Callable[[Any], None], figures: Figures, *, compiled: bool) ->
 
 
 def is_staged() -> bool:
-    """Whether operations are recorded into a program at the moment, as inside `jit`, `scan` or `checkpoint`."""
+    """Return whether operations are being recorded into a program, as inside `jit`, `scan` or `checkpoint`."""
     return isinstance(lax.full((), 0, np.int32), jax.core.Tracer)
 
 
 class _Called:
     """A callback that is equal to itself only: JAX keeps compiled code by what it calls."""
 
-    def __init__(self, report: Callable[[Any], None]) -> None:
+    def __init__(self, report: Callable[[Figures], None]) -> None:
         self.report = report
 
     def __call__(self, figures: Figures) -> None:
         _called(self.report, figures)
 
 
-def _called(report: Callable[[Any], None], figures: Any) -> None:
+def _called(report: Callable[[Figures], None], figures: Figures) -> None:
     found = jax.tree.map(np.asarray, figures)
     if found.notable():
         report(found)
 
 
 @custom_vmap
-def _over_lanes(figures: Any) -> Any:
-    """The figures; under vmap, those of all lanes together: one callback, not one per lane."""
+def _over_lanes(figures: Figures) -> Figures:
+    """Return the figures. Under vmap, join those of all lanes, for one callback instead of one per lane."""
     return figures
 
 
 @_over_lanes.def_vmap
-def _over_lanes_batched(size: int, in_batched: list[Any], figures: Any) -> tuple[Any, Any]:
+def _over_lanes_batched(size: int, in_batched: list[Figures], figures: Figures) -> tuple[Figures, Figures]:
     stacked = jax.tree.map(
         lambda x, batched: x if batched else jnp.broadcast_to(x, (size, *x.shape)), figures, in_batched[0]
     )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from deqcore.abc.history import History
 from deqcore_jax.dtypes import common, single
@@ -31,8 +30,8 @@ class JaxHistory(History):
         storage: jax.Array,
         seen: jax.Array,
         written: jax.Array,
-        dtype: Any,
-        wide: Any,
+        dtype: DTypeLike,
+        wide: DTypeLike,
         active: jax.Array | None = None,
     ) -> None:
         self.storage = storage
@@ -45,7 +44,7 @@ class JaxHistory(History):
         self.history_size = getattr(storage, "shape", (0, 0))[-2]
 
     @classmethod
-    def empty(cls, like: jax.Array, history_size: int, dtype: Any, wide: Any) -> JaxHistory:
+    def empty(cls, like: jax.Array, history_size: int, dtype: DTypeLike, wide: DTypeLike) -> JaxHistory:
         """Make an empty history with room for `history_size` vectors like `like` `(batch, n)`, stored in `dtype`."""
         batch, n = like.shape
         # Made from `like`: inside shard_map a loop's carry must vary along the same axes of the mesh from the start.
@@ -53,12 +52,14 @@ class JaxHistory(History):
         seen = jnp.zeros_like(like, bool, shape=(batch, history_size))
         return cls(storage, seen, jnp.int32(0), like.dtype, wide)
 
-    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    def tree_flatten(self) -> tuple[tuple[jax.Array, ...], tuple[DTypeLike, ...]]:
         """Return the arrays, and the dtypes beside them."""
         return (self.storage, self.seen, self.written), (self.dtype, self.wide)
 
     @classmethod
-    def tree_unflatten(cls, dtypes: tuple[Any, ...], arrays: tuple[Any, ...]) -> JaxHistory:
+    def tree_unflatten(
+        cls, dtypes: tuple[DTypeLike, DTypeLike], arrays: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> JaxHistory:
         """Undo `tree_flatten`; all rows are active again."""
         return cls(*arrays, *dtypes)
 
@@ -101,6 +102,11 @@ class JaxHistory(History):
         storage = jnp.where(chosen[:, None, None], jnp.zeros((), self.storage.dtype), self.storage)
         return self._with(storage, self.seen, self.written)
 
+    def rewind(self, count: int | jax.Array) -> JaxHistory:
+        """Advance by the rest of the ring, so that `written` never falls."""
+        rest = lax.rem(jnp.int32(self.history_size) - jnp.asarray(count, jnp.int32), jnp.int32(self.history_size))
+        return self._with(self.storage, self.seen, self.written + rest)
+
     def slot(self) -> jax.Array:
         """Return the slot before `written`."""
         last = lax.rem(self.written + (self.history_size - 1), jnp.int32(self.history_size))
@@ -138,10 +144,10 @@ class JaxHistory(History):
         """Return this history itself, because nothing is written in place."""
         return self
 
-    def _with(self, storage: jax.Array, seen: jax.Array, written: Any) -> JaxHistory:
+    def _with(self, storage: jax.Array, seen: jax.Array, written: jax.Array) -> JaxHistory:
         return JaxHistory(storage, seen, written, self.dtype, self.wide, self.active)
 
-    def _compute(self, v: jax.Array) -> tuple[Any, Any, Any]:
+    def _compute(self, v: jax.Array) -> tuple[jax.Array, jax.Array, DTypeLike]:
         """Return storage and vectors in one dtype, and the dtype to accumulate in.
 
         Equal narrow dtypes are multiplied as they are: their products are exact in the accumulator.

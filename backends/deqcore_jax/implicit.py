@@ -20,18 +20,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, Never, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike
 
 from deqcore.abc.adjoint import AdjointSolver
 from deqcore.errors import StrategyError
 from deqcore.solve.loop import BoundSolve
-from deqcore.types import AdjointReport, SolveResult, StoppingCriteria
+from deqcore.types import AdjointReport, LoopState, Map, SolveResult, StoppingCriteria, Tree
 from deqcore_jax.adjoint_tap import AdjointTap, fill
 from deqcore_jax.closure import Program, is_differentiable, is_traced, trace
 from deqcore_jax.failures import is_staged
@@ -39,14 +40,18 @@ from deqcore_jax.jit_context import precise
 from deqcore_jax.linearize import Linear, Reverse, forward_only, no_reverse_mode
 from deqcore_jax.loop import recorded
 
+Steps: TypeAlias = Callable[[Map, jax.Array, SolveResult | None], jax.Array]
+Pair: TypeAlias = tuple[jax.Array, jax.Array]
+Residuals: TypeAlias = tuple[jax.Array, Tree, list[jax.Array], AdjointTap | None]
+
 
 class Numbers(NamedTuple):
     """The values that may change without compiling again."""
 
-    rtol: Any
-    atol: Any
-    max_steps: Any
-    resume: Any
+    rtol: ArrayLike
+    atol: ArrayLike
+    max_steps: ArrayLike
+    resume: LoopState | None
 
 
 @dataclass(frozen=True)
@@ -54,19 +59,19 @@ class Problem:
     """What is compiled for: f, the method, the strategy (None: no gradient is attached)."""
 
     program: Program
-    iterate: Any  # a Drive without its numbers, or any callable like one
+    iterate: Callable[[Map, jax.Array], SolveResult]  # a BoundSolve without its numbers, or any callable like one
     adjoint: AdjointSolver | None
 
-    def solve(self, z0: Any, numbers: Numbers | None, leaves: list[Any]) -> SolveResult:
+    def solve(self, z0: jax.Array, numbers: Numbers | None, leaves: list[jax.Array]) -> SolveResult:
         """Run the solver, with products of coefficients in full precision and f as it was traced."""
         iterate = self.iterate
         if numbers is not None:
+            assert isinstance(iterate, BoundSolve)
             rtol, atol, max_steps, resume = numbers
             control = iterate.control._replace(rtol=rtol, atol=atol, max_steps=max_steps)
             iterate = BoundSolve(iterate.backend, iterate.solver, control, resume)
         with precise():
-            result: SolveResult = iterate(lambda z: self.program(z, leaves), z0)
-        return result
+            return iterate(lambda z: self.program(z, leaves), z0)
 
     @property
     def bound(self) -> AdjointSolver:
@@ -81,13 +86,13 @@ class Problem:
 
 
 def solve(
-    f: Callable[..., Any],
-    z0: Any,
-    args: tuple[Any, ...],
+    f: Callable[..., jax.Array],
+    z0: jax.Array,
+    args: tuple[Tree, ...],
     iterate: Callable[..., SolveResult],
     adjoint: AdjointSolver | None = None,
     adjoint_tap: AdjointTap | None = None,
-) -> tuple[Any, SolveResult]:
+) -> tuple[jax.Array, SolveResult]:
     """Trace f, solve, attach the gradient.
 
     Args:
@@ -142,12 +147,12 @@ def _no_forward_mode(problem: Problem, adjoint_tap: AdjointTap | None) -> Strate
 @partial(jax.jit, static_argnums=0)
 def _run(
     problem: Problem,
-    z0: Any,
+    z0: jax.Array,
     numbers: Numbers | None,
-    leaves: list[Any],
+    leaves: list[jax.Array],
     adjoint_tap: AdjointTap | None,
-    turn: Any,
-) -> tuple[Any, SolveResult]:
+    turn: np.int32 | None,
+) -> tuple[jax.Array, SolveResult]:
     still = lax.stop_gradient((lax.convert_element_type(z0, z0.dtype), numbers, leaves))
     forward = problem.solve(*still)
     if problem.adjoint is None:
@@ -159,38 +164,40 @@ def _run(
 
 
 def record(
-    f: Callable[..., Any], z0: Any, args: tuple[Any, ...], steps: Callable[..., Any], forward: SolveResult | None
-) -> Any:
-    """Trace f, and differentiate through `steps` (see `deqcore.abc.backend.Backend.differentiate_through`)."""
+    f: Callable[..., jax.Array], z0: jax.Array, args: tuple[Tree, ...], steps: Steps, forward: SolveResult | None
+) -> jax.Array:
+    """Trace f, and differentiate through `steps` (see `deqcore.abc.autodiff.Autodiff.differentiate_through`)."""
     program, leaves = trace(f, z0, args)
     return _record(program, steps, z0, leaves, forward)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _record(program: Program, steps: Any, z0: Any, leaves: list[Any], forward: SolveResult | None) -> Any:
+def _record(
+    program: Program, steps: Steps, z0: jax.Array, leaves: list[jax.Array], forward: SolveResult | None
+) -> jax.Array:
     with recorded():
         return steps(lambda z: program(z, leaves), z0, forward)
 
 
 @jax.custom_jvp
-def straight_through(value: Any, carrier: Any) -> Any:
+def straight_through(value: jax.Array, carrier: jax.Array) -> jax.Array:
     """Return `value` with the derivative of `carrier`."""
     return value
 
 
 @straight_through.defjvp
-def _straight_through_jvp(primals: Any, tangents: Any) -> Any:
+def _straight_through_jvp(primals: Pair, tangents: Pair) -> Pair:
     return straight_through(*primals), tangents[1]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _exact(problem: Problem, z: Any, state: Any, leaves: list[Any]) -> Any:
+def _exact(problem: Problem, z: jax.Array, state: Tree, leaves: list[jax.Array]) -> jax.Array:
     """Return `z` as a function of the leaves."""
     return z
 
 
 @partial(_exact.defjvp, symbolic_zeros=True)
-def _exact_jvp(problem: Problem, primals: Any, tangents: Any) -> Any:
+def _exact_jvp(problem: Problem, primals: Tree, tangents: Tree) -> Pair:
     z, state, leaves = primals
     z = _exact(problem, z, state, leaves)
     moved = {i: t for i, t in enumerate(tangents[2]) if not isinstance(t, SymbolicZero)}
@@ -199,7 +206,7 @@ def _exact_jvp(problem: Problem, primals: Any, tangents: Any) -> Any:
     return z, (_solution if linear.reversible else _solution_forward)(problem, linear, b, state)
 
 
-def _solution(problem: Problem, linear: Linear, b: Any, state: Any) -> Any:
+def _solution(problem: Problem, linear: Linear, b: jax.Array, state: Tree) -> jax.Array:
     """Return (I − J)^-1 b, with a transpose."""
     return lax.custom_linear_solve(
         lambda v: v - linear.jvp(v),
@@ -209,24 +216,26 @@ def _solution(problem: Problem, linear: Linear, b: Any, state: Any) -> Any:
     )
 
 
-def _solution_forward(problem: Problem, linear: Linear, b: Any, state: Any) -> Any:
+def _solution_forward(problem: Problem, linear: Linear, b: jax.Array, state: Tree) -> jax.Array:
     """Return (I − J)^-1 b for an f without reverse mode."""
 
-    def solve(_: Any, b: Any) -> Any:
+    def solve(_: Map, b: jax.Array) -> jax.Array:
         return _route_forward(problem, linear, b, state)[0]
 
     return forward_only(lax.custom_linear_solve(lambda v: v - linear.jvp(v), b, solve))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _reverse(problem: Problem, z: Any, state: Any, leaves: list[Any], adjoint_tap: AdjointTap | None) -> Any:
+def _reverse(
+    problem: Problem, z: jax.Array, state: Tree, leaves: list[jax.Array], adjoint_tap: AdjointTap | None
+) -> jax.Array:
     """Return `z` as a function of the leaves, and of the adjoint tap, which it does not depend on."""
     return z
 
 
 def _reverse_fwd(
-    problem: Problem, z: Any, state: Any, leaves: list[Any], adjoint_tap: AdjointTap | None
-) -> tuple[Any, Any]:
+    problem: Problem, z: jax.Array, state: Tree, leaves: list[jax.Array], adjoint_tap: AdjointTap | None
+) -> tuple[jax.Array, Residuals]:
     if problem.both_modes:
         z = _exact(problem, z, state, leaves)
     elif problem.bound.exact:
@@ -234,7 +243,9 @@ def _reverse_fwd(
     return z, (z, state, leaves, adjoint_tap)
 
 
-def _reverse_bwd(problem: Problem, residuals: Any, g: Any) -> Any:
+def _reverse_bwd(
+    problem: Problem, residuals: Residuals, g: jax.Array
+) -> tuple[None, None, list[jax.Array | None], AdjointTap | None]:
     z, state, leaves, adjoint_tap = residuals
     moved = [i for i, leaf in enumerate(leaves) if is_differentiable(leaf)]
     linear: Linear | Reverse
@@ -265,20 +276,22 @@ _reverse.defvjp(_reverse_fwd, _reverse_bwd)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _adjoint(problem: Problem, z: Any, state: Any, leaves: list[Any], g: Any) -> tuple[Any, AdjointReport]:
+def _adjoint(
+    problem: Problem, z: jax.Array, state: Tree, leaves: list[jax.Array], g: jax.Array
+) -> tuple[jax.Array, AdjointReport]:
     """Return u ≈ (I − J)^-T g where f has reverse mode only, so that only its second derivatives need J v."""
     return _solve_adjoint(problem, Reverse(problem.program, z, leaves, []), g, state)
 
 
 @_adjoint.defjvp
-def _adjoint_jvp(problem: Problem, primals: Any, tangents: Any) -> Any:
+def _adjoint_jvp(problem: Problem, primals: Tree, tangents: Tree) -> tuple[Tree, Tree]:
     """Return the tangent of u = g + Jᵀu: du = (I − J)^-T (dg + d(Jᵀ) u)."""
     z, state, leaves, g = primals
     dz, _, dleaves, dg = tangents
     u, report = _adjoint(problem, z, state, leaves, g)
     moved = [i for i, leaf in enumerate(leaves) if is_differentiable(leaf)]
 
-    def pulled(z: Any, *at: Any) -> Any:
+    def pulled(z: jax.Array, *at: jax.Array) -> jax.Array:
         merged = dict(zip(moved, at, strict=True))
         every = [merged.get(i, leaf) for i, leaf in enumerate(leaves)]
         return Reverse(problem.program, z, every, []).vjp(u)
@@ -295,29 +308,33 @@ def _adjoint_jvp(problem: Problem, primals: Any, tangents: Any) -> Any:
     return (u, report), (du, AdjointReport(*map(_no_tangent, report)))
 
 
-def _no_tangent(x: Any) -> Any:
+def _no_tangent(x: jax.Array) -> ArrayLike:
     return jnp.zeros_like(x) if is_differentiable(x) else np.zeros(x.shape, jax.dtypes.float0)
 
 
-def _solve_adjoint(problem: Problem, linear: Linear | Reverse, g: Any, state: Any) -> tuple[Any, AdjointReport]:
+def _solve_adjoint(
+    problem: Problem, linear: Linear | Reverse, g: jax.Array, state: Tree
+) -> tuple[jax.Array, AdjointReport]:
     """Return u ≈ (I − J)^-T g."""
     with precise():
         return problem.bound(linear.vjp, g, *state)
 
 
-def _route_forward(problem: Problem, linear: Linear | Reverse, b: Any, state: Any) -> tuple[Any, AdjointReport]:
+def _route_forward(
+    problem: Problem, linear: Linear | Reverse, b: jax.Array, state: Tree
+) -> tuple[jax.Array, AdjointReport]:
     """Return x ≈ (I − J)^-1 b: the same kind of equation, with J v instead of Jᵀu and H instead of Hᵀ."""
     with precise():
         return problem.bound.transposed()(linear.jvp, b, *state)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _first_order_only(strategy: str, values: Any) -> Any:
+def _first_order_only(strategy: str, values: Tree) -> Tree:
     return values
 
 
 @_first_order_only.defjvp
-def _refuse(strategy: str, primals: Any, tangents: Any) -> Any:
+def _refuse(strategy: str, primals: Tree, tangents: Tree) -> Never:
     raise StrategyError(
         f"The gradient of {strategy} was differentiated again, but it is an approximation, whose derivative is not "
         f"that of the fixed point. Use backward.strategy = 'exact-ift' for second derivatives."

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable
-from typing import Any, Final
+from typing import Final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
+
+from deqcore.types import Tree
 
 KEEP: Final = 256
 RULES: Final = frozenset({"jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd", "out_trees"})
@@ -42,9 +44,9 @@ def intern(jaxpr: core.Jaxpr, *, rules: bool) -> core.Jaxpr:
 
 def _jaxpr_key(jaxpr: core.Jaxpr, depth: int) -> Hashable:
     """Return the content of a jaxpr with its variables numbered. `depth` 0 leaves derivative rules out."""
-    numbers: dict[Any, int] = {}
+    numbers: dict[core.Var, int] = {}
 
-    def atom(a: Any) -> Hashable:
+    def atom(a: core.Var | core.Literal) -> Hashable:
         if isinstance(a, core.Literal):
             return a.aval, _param_key(np.asarray(a.val), depth)
         return numbers.setdefault(a, len(numbers))
@@ -69,7 +71,7 @@ def _params_key(jaxpr: core.Jaxpr, eqn: core.JaxprEqn, depth: int) -> Hashable:
     return (parameters, _rule_key(jaxpr, eqn, depth)) if custom and depth else parameters
 
 
-def _param_key(value: Any, depth: int) -> Hashable:
+def _param_key(value: object, depth: int) -> Hashable:
     if isinstance(value, core.Jaxpr):
         return _jaxpr_key(value, depth)
     if isinstance(value, core.ClosedJaxpr):
@@ -101,8 +103,8 @@ def _rule_key(jaxpr: core.Jaxpr, eqn: core.JaxprEqn, depth: int) -> Hashable:
     )
     moving = [i for i, v in enumerate(inputs) if jnp.issubdtype(v.aval.dtype, jnp.inexact)]
 
-    def derivative(xs: list[Any], dxs: list[Any]) -> Any:
-        def f(*moved: Any) -> Any:
+    def derivative(xs: list[jax.Array], dxs: list[jax.Array]) -> tuple[Tree, Tree]:
+        def f(*moved: jax.Array) -> list[jax.Array]:
             at = dict(zip(moving, moved, strict=True))
             return alone(*(at.get(i, x) for i, x in enumerate(xs)))
 
@@ -120,7 +122,7 @@ def _rule_key(jaxpr: core.Jaxpr, eqn: core.JaxprEqn, depth: int) -> Hashable:
     return _param_key(traced, depth - 1)
 
 
-def _example(aval: Any) -> jax.ShapeDtypeStruct:
+def _example(aval: jax.core.ShapedArray) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
 
 

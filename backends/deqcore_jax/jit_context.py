@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Any, Final
+from typing import Final
 
 import jax
 
-# JAX before 0.7 has no such key, so functions compiled under one setting keep it.
-_make = getattr(jax, "make_user_context", None)
-_settings: Final = _make() if _make else None
-_probes: Final = _make() if _make else None
+_settings: Final = jax.make_user_context()
+_probes: Final = jax.make_user_context()
 
-_outer: ContextVar[Any] = ContextVar("deqcore_jax.precision", default=None)
+_outer: ContextVar[str | None] = ContextVar("deqcore_jax.precision", default=None)
 
 
-def settings(config: object) -> AbstractContextManager[Any]:
+def settings(config: object) -> AbstractContextManager[object]:
     """Enter settings, so that functions compiled under other settings are compiled again. `deqcore.using` calls it."""
-    return nullcontext() if _settings is None else _settings(config)
+    return _settings(config)
 
 
-def key(value: object) -> AbstractContextManager[Any]:
+def key(value: object) -> AbstractContextManager[object]:
     """Enter a block whose compiled functions belong to `value`."""
-    return nullcontext() if _probes is None else _probes(value)
+    return _probes(value)
 
 
 @contextmanager

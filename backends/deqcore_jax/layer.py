@@ -2,67 +2,113 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
 
+from deqcore import layer
 from deqcore.api import fixed_point
-from deqcore.errors import ConfigError
 from deqcore.halting import Rule, until
-from deqcore.layer import LayerSettings, explain_arguments, shape_unknown
+from deqcore.layer import LayerSettings
 from deqcore.solution import Solution
+from deqcore.types import Tree
 
 
-def check_cell(cell: Any) -> Any:
-    """Return the cell, or raise an error that says what a cell is."""
-    if not callable(cell):
-        raise ConfigError.bad_value("The layer", "cell", cell, "a module or a function cell(z, *inputs)")
-    return cell
+class ImplicitLayer:
+    """The methods of a layer; a module of flax or equinox adds how it stores `cell` and `settings`.
 
+    Attributes:
+        cell: the cell, `cell(z, *inputs)`.
+        settings: the settings of the layer.
+    """
 
-def initial_state(cell: Any, inputs: tuple[Any, ...]) -> Any:
-    """Return the cell's own initial state, or zeros like the first input."""
-    if hasattr(cell, "initial_state"):
-        return cell.initial_state(*inputs)
-    if not inputs:
-        raise shape_unknown()
-    return jax.tree.map(jnp.zeros_like, inputs[0])
+    cell: Callable[..., Tree]
+    settings: LayerSettings
 
+    def __call__(self, *inputs: Tree, z0: Tree = None, until: Rule | None = None) -> Tree:
+        """Return the equilibrium z*, a tree like the state.
 
-def solve(
-    cell: Any,
-    settings: LayerSettings,
-    training: bool,
-    z0: Any,
-    inputs: tuple[Any, ...],
-    overrides: Mapping[str, object],
-    rule: Rule | None = None,
-) -> Solution:
-    """Solve for a layer; `overrides` win over its settings, `rule` says when a sample halts."""
-    config, own = settings.call(training)
-    start = initial_state(cell, inputs) if z0 is None else z0
-    f = cell if rule is None else until(cell, rule)
-    with explain_arguments(cell, inputs, type(cell).__name__):
-        return fixed_point(f, start, *inputs, config=config, **(own | dict(overrides)))
+        Args:
+            *inputs: what the cell takes in addition to z.
+            z0: initial state; default: see the class.
+            until: when a sample halts before it has converged, such as `deqcore.halting.Settled(read)`.
+        """
+        return self.solve(*inputs, z0=z0, until=until).value
 
+    def solve(self, *inputs: Tree, z0: Tree = None, until: Rule | None = None, **overrides: object) -> Solution:
+        """Return the solution: the equilibrium and the report of its solve.
 
-def trajectory(
-    cell: Any, settings: LayerSettings, training: bool, z0: Any, inputs: tuple[Any, ...], steps: Sequence[int]
-) -> list[Any]:
-    """Return the states after these step counts, each continued from the one before, and the solution."""
-    counts = [0, *steps]
-    if not steps or any(b <= a for a, b in pairwise(counts)):
-        raise ConfigError.bad_value("trajectory", "steps", list(steps), "increasing positive step counts")
-    config, own = settings.call(training)
-    start = initial_state(cell, inputs) if z0 is None else z0
-    stops = [{"forward__max_steps": b - a, "forward__on_failure": "ignore"} for a, b in pairwise(counts)]
-    states, state = [], None
-    for stop in [*stops, {}]:
-        with explain_arguments(cell, inputs, type(cell).__name__):
-            solution = fixed_point(cell, start, *inputs, config=config, state=state, **(own | stop))
-        state = solution.state
-        states.append(solution.value)
-    return states
+        Args:
+            *inputs: what the cell takes in addition to z.
+            z0: initial state; default: see the class.
+            until: when a sample halts before it has converged.
+            **overrides: settings of this call.
+
+        Raises:
+            ProblemError: the cell returned something that is not like z, or changed its own state.
+        """
+        with self._check_cell():
+            return self._solve(inputs, z0, [overrides], until)[0]
+
+    def trajectory(self, *inputs: Tree, steps: Sequence[int], z0: Tree = None) -> list[Tree]:
+        """Return states on the way, for losses that correct the path (fixed-point correction).
+
+        Each is the best iterate so far and carries its own implicit gradient. The last one is the solution with the
+        step budget of the layer.
+
+        Args:
+            *inputs: what the cell takes in addition to z.
+            steps: step counts, increasing and positive, after which a state is wanted.
+            z0: initial state; default: see the class.
+
+        Raises:
+            ConfigError: the step counts do not increase.
+            ProblemError: the cell returned something that is not like z, or changed its own state.
+
+        Source: Bai, Geng, Savani & Kolter (2022), "Deep equilibrium optical flow estimation", eq. (6).
+        """
+        stages = layer.stages(steps)
+        with self._check_cell():
+            return [solution.value for solution in self._solve(inputs, z0, stages)]
+
+    def check_settings(self, saved: Mapping[str, object]) -> None:
+        """Warn if the settings stored with a checkpoint differ from the layer's own, which stay unchanged.
+
+        Args:
+            saved: `layer.settings.as_dict()` of the layer that was saved, as JSON gives it back; orbax stores it
+                beside the weights by `JsonSave`.
+
+        Warns:
+            LayerWarning: they differ, with each difference.
+        """
+        layer.compare_settings(saved, self.settings.as_dict())
+
+    def initial_state(self, *inputs: Tree) -> Tree:
+        """Return the initial iterate of a solve without z0."""
+        return layer.initial_state(self.cell, inputs, lambda tree: jax.tree.map(jnp.zeros_like, tree))
+
+    def _solve(
+        self, inputs: tuple[Tree, ...], z0: Tree, stages: Sequence[Mapping[str, object]], rule: Rule | None = None
+    ) -> list[Solution]:
+        """Return the solutions of consecutive solves, each continued from the one before under further settings."""
+        config, own = self.settings.call(self._training())
+        start = self.initial_state(*inputs) if z0 is None else z0
+        f = self.cell if rule is None else until(self.cell, rule)
+        solutions: list[Solution] = []
+        for stage in stages:
+            state = solutions[-1].state if solutions else None
+            with layer.explain_arguments(self.cell, inputs, type(self.cell).__name__):
+                solutions.append(fixed_point(f, start, *inputs, config=config, state=state, **(own | dict(stage))))
+        return solutions
+
+    def _training(self) -> bool:
+        """Return whether the layer is in training mode."""
+        raise NotImplementedError
+
+    @contextmanager
+    def _check_cell(self) -> Iterator[None]:
+        """Translate the module system's error about a cell that changes itself inside the block."""
+        raise NotImplementedError
+        yield

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Never
 
 import jax
 import jax.numpy as jnp
@@ -35,24 +36,25 @@ class Linear:
     jvp: Map
     vjp: Map
 
-    def __init__(self, program: Program, z: Any, leaves: list[Any], moved: list[int]) -> None:
+    def __init__(self, program: Program, z: jax.Array, leaves: list[jax.Array], moved: list[int]) -> None:
         self.z = z
         self.moved = [leaves[i] for i in moved]
         f = _of_moved(program, leaves, moved)
         self._in_leaves = lambda *at: f(z, *at)
-        self._linear: Any = None
+        self._linear: Callable[..., jax.Array] | None = None
         self.vjp = _refuse_reverse
         try:
-            self._linear = jax.linearize(f, z, *self.moved)[1]
+            linear = jax.linearize(f, z, *self.moved)[1]
         except ValueError:  # values and tangents come from one operation, such as a loop whose end depends on z
             self.jvp = _traced(lambda v: jax.jvp(lambda z: f(z, *self.moved), (z,), (v,))[1], z)
             self.reversible = False
             return
+        self._linear = linear
         zeros = [jnp.zeros_like(leaf) for leaf in self.moved]
 
         # The derivative of the linear map in its first argument only: the leaves' part of it drops out.
-        def jvp(v: Any) -> Any:
-            return jax.jvp(lambda dz: self._linear(dz, *zeros), (jnp.zeros_like(v),), (v,))[1]
+        def jvp(v: jax.Array) -> jax.Array:
+            return jax.jvp(lambda dz: linear(dz, *zeros), (jnp.zeros_like(v),), (v,))[1]
 
         self.jvp = _traced(jvp, z)
         self.reversible = self._transpose(program)
@@ -68,14 +70,15 @@ class Linear:
             return False
         return True
 
-    def jvp_leaves(self, d: list[Any]) -> Any:
+    def jvp_leaves(self, d: list[jax.Array]) -> jax.Array:
         """Return Σ_i (∂f/∂leaf_i) d_i, `(batch, n)`."""
-        if self._linear is None:
+        linear = self._linear
+        if linear is None:
             return jax.jvp(self._in_leaves, self.moved, d)[1]
         zeros = [jnp.zeros_like(leaf) for leaf in self.moved]
-        return jax.jvp(lambda *d: self._linear(jnp.zeros_like(self.z), *d), zeros, d)[1]
+        return jax.jvp(lambda *d: linear(jnp.zeros_like(self.z), *d), zeros, d)[1]
 
-    def vjp_leaves(self, u: Any) -> list[Any]:
+    def vjp_leaves(self, u: jax.Array) -> list[jax.Array]:
         """Return (∂f/∂leaf_i)ᵀ u for each leaf that moves."""
         return list(jax.linear_transpose(lambda *d: self.jvp_leaves(list(d)), *self.moved)(u))
 
@@ -99,7 +102,9 @@ class Reverse:
 
     vjp: Map
 
-    def __init__(self, program: Program, z: Any, leaves: list[Any], moved: list[int], *, products: bool = True) -> None:
+    def __init__(
+        self, program: Program, z: jax.Array, leaves: list[jax.Array], moved: list[int], *, products: bool = True
+    ) -> None:
         f = _of_moved(program, leaves, moved)
         at = [leaves[i] for i in moved]
         try:
@@ -112,14 +117,14 @@ class Reverse:
         except (ValueError, NotImplementedError) as error:
             raise no_reverse_mode(error) from error
 
-    def vjp_leaves(self, u: Any) -> list[Any]:
+    def vjp_leaves(self, u: jax.Array) -> list[jax.Array]:
         """Return (∂f/∂leaf_i)ᵀ u for each leaf that moves."""
         try:
             return list(self._vjp(u)[self._first :])
         except (ValueError, NotImplementedError) as error:
             raise no_reverse_mode(error) from error
 
-    def jvp(self, v: Any) -> Any:
+    def jvp(self, v: jax.Array) -> jax.Array:
         """Return J v, the transpose of `vjp`."""
         try:
             return jax.linear_transpose(self.vjp, v)(v)[0]
@@ -130,7 +135,7 @@ class Reverse:
             ) from error
 
 
-def product(f: Map, z: Any) -> Map:
+def product(f: Map, z: jax.Array) -> Map:
     """Return `v ↦ J v` at z `(batch, n)`.
 
     Raises:
@@ -165,10 +170,10 @@ def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0].rstrip(". ")
 
 
-def _of_moved(program: Program, leaves: list[Any], moved: list[int]) -> Any:
+def _of_moved(program: Program, leaves: list[jax.Array], moved: list[int]) -> Callable[..., jax.Array]:
     """Return f as a function of z and of the leaves that may move."""
 
-    def f(z: Any, *at: Any) -> Any:
+    def f(z: jax.Array, *at: jax.Array) -> jax.Array:
         merged = list(leaves)
         for i, leaf in zip(moved, at, strict=True):
             merged[i] = leaf
@@ -177,7 +182,7 @@ def _of_moved(program: Program, leaves: list[Any], moved: list[int]) -> Any:
     return f
 
 
-def _traced(f: Map, example: Any) -> Map:
+def _traced(f: Map, example: jax.Array) -> Map:
     """Trace f for an input like `example`, without what its output does not need.
 
     The JVP rule of `lax.custom_linear_solve` fails if an input that no product uses has a tangent while the products
@@ -191,15 +196,15 @@ def _traced(f: Map, example: Any) -> Map:
     return lambda x: call(*consts, x)[0]
 
 
-def _missing(_: Any) -> Any:
+def _missing(_: jax.Array) -> Never:
     raise StrategyError("The strategy called vjp although its uses_vjp() returns False. Make uses_vjp() return True.")
 
 
-def _refuse_reverse(*_: Any) -> Any:
+def _refuse_reverse(*_: object) -> Never:
     raise no_reverse_mode()
 
 
-def forward_only(dz: Any) -> Any:
+def forward_only(dz: jax.Array) -> jax.Array:
     """Return the same tangent; taking its transpose, as reverse mode does, raises StrategyError."""
     return _forward_only.bind(dz)
 

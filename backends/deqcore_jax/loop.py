@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Final
+from typing import Final
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
+from jax.typing import ArrayLike
 
 from deqcore.config.sources import LARGEST
 from deqcore.types import LoopVars
@@ -37,7 +38,7 @@ def recorded() -> Iterator[None]:
 
 
 @custom_vmap
-def _anywhere(flag: Any) -> Any:
+def _anywhere(flag: jax.Array) -> jax.Array:
     """Return the flag; under vmap, whether it holds in any lane.
 
     With a predicate per lane, JAX would select between the old and the new carry in every step, including histories.
@@ -47,15 +48,15 @@ def _anywhere(flag: Any) -> Any:
 
 
 @_anywhere.def_vmap
-def _anywhere_batched(_axis_size: int, _in_batched: list[bool], flag: Any) -> tuple[Any, bool]:
+def _anywhere_batched(_axis_size: int, _in_batched: list[bool], flag: jax.Array) -> tuple[jax.Array, bool]:
     return jnp.any(flag), False
 
 
 def loop(
-    running: Callable[[LoopVars], Any],
+    running: Callable[[LoopVars], jax.Array | bool],
     body: Callable[[LoopVars], LoopVars],
     carry: LoopVars,
-    steps: Any,
+    steps: ArrayLike,
     check_every: int | str = "auto",
 ) -> LoopVars:
     """Apply `body` while `running(carry)`, `steps` times at most; see `deqcore.abc.backend.Backend.loop`."""
@@ -68,19 +69,19 @@ def loop(
     every = int(chosen)
     budget = jnp.asarray(min(steps, LARGEST) if isinstance(steps, int) else steps).astype(jnp.int32)
 
-    def goes_on(state: tuple[Any, LoopVars]) -> Any:
+    def goes_on(state: tuple[jax.Array, LoopVars]) -> jax.Array:
         done, inner = state
         return (done < budget) & _anywhere(running(inner))
 
-    def once(state: tuple[Any, LoopVars]) -> tuple[Any, LoopVars]:
+    def once(state: tuple[jax.Array, LoopVars]) -> tuple[jax.Array, LoopVars]:
         done, inner = state
         return done + 1, body(inner)
 
-    def several(state: tuple[Any, LoopVars]) -> tuple[Any, LoopVars]:
+    def several(state: tuple[jax.Array, LoopVars]) -> tuple[jax.Array, LoopVars]:
         # A scan has a fixed length, so that no device is read for a predicate inside it.
         return lax.scan(lambda s, _: (once(s), None), state, length=every)[0]
 
-    def chunk(state: tuple[Any, LoopVars]) -> tuple[Any, LoopVars]:
+    def chunk(state: tuple[jax.Array, LoopVars]) -> tuple[jax.Array, LoopVars]:
         # Single steps at the end of the budget: cheaper than masking each step of every chunk.
         return lax.cond(state[0] + every <= budget, several, once, state)
 
@@ -90,7 +91,7 @@ def loop(
 
 
 def _scan(
-    running: Callable[[LoopVars], Any], body: Callable[[LoopVars], LoopVars], carry: LoopVars, steps: int
+    running: Callable[[LoopVars], jax.Array], body: Callable[[LoopVars], LoopVars], carry: LoopVars, steps: int
 ) -> LoopVars:
     def step(inner: LoopVars, _: None) -> tuple[LoopVars, None]:
         return lax.cond(running(inner), body, lambda same: same, inner), None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,15 @@ import deqcore
 import deqcore_jax.adjoint_tap
 from deqcore.config import Config
 from deqcore.diagnostics import spectral_radius
+from deqcore.solution import Solution
 from deqcore.study.models.base import Model, Weights
 from deqcore.study.train.trainer import BETA1, BETA2, EPSILON, Figures, Numbers, Step, Trainer
+from deqcore.types import Tree
+from deqcore_jax.adjoint_tap import AdjointTap
+
+Leaves: TypeAlias = dict[str, jax.Array]
+Solved: TypeAlias = tuple[jax.Array, ...] | None
+"""Evaluations, residual, status and the norm of the solution `(batch,)`; None for an explicit network."""
 
 LAYOUT = ("NCHW", "OIHW", "NCHW")
 
@@ -26,29 +34,29 @@ class JaxOps:
 
     xp = jnp
 
-    def relu(self, x: Any) -> Any:
+    def relu(self, x: jax.Array) -> jax.Array:
         return jax.nn.relu(x)
 
-    def conv(self, x: Any, kernel: Any, stride: int = 1) -> Any:
+    def conv(self, x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
         return jax.lax.conv_general_dilated(x, kernel, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=LAYOUT)
 
-    def upsample(self, x: Any) -> Any:
+    def upsample(self, x: jax.Array) -> jax.Array:
         return jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
 
-    def norm(self, x: Any, groups: int) -> Any:
+    def norm(self, x: jax.Array, groups: int) -> jax.Array:
         grouped = x.reshape(x.shape[0], groups, -1)
         return _standard(grouped).reshape(x.shape)
 
-    def layer_norm(self, x: Any) -> Any:
+    def layer_norm(self, x: jax.Array) -> jax.Array:
         return _standard(x)
 
-    def attention(self, q: Any, k: Any, v: Any) -> Any:
+    def attention(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         length = q.shape[-2]
         scores = q @ jnp.swapaxes(k, -1, -2) / jnp.sqrt(jnp.asarray(q.shape[-1], q.dtype))
         seen = jnp.tril(jnp.ones((length, length), bool))
         return jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1) @ v
 
-    def embed(self, table: Any, tokens: Any) -> Any:
+    def embed(self, table: jax.Array, tokens: jax.Array) -> jax.Array:
         return table[tokens]
 
 
@@ -103,8 +111,7 @@ class JaxTrainer(Trainer):
     def radius(self, x: Numbers, config: Config, products: int) -> Numbers:
         z, injected = self._solved(self._weights, jnp.asarray(_narrow(x)), config=config)
         step = jax.jit(partial(self._model.cell, self._ops))
-        spectrum = spectral_radius(lambda z: step(self._weights, z, injected), z, max_products=products)
-        return cast(Numbers, spectrum.radius)
+        return spectral_radius(lambda z: step(self._weights, z, injected), z, max_products=products).radius
 
     def save(self) -> Weights:
         count, mu, nu = self._state
@@ -114,7 +121,7 @@ class JaxTrainer(Trainer):
         return {name: np.array(value) for name, value in saved.items()}
 
     def restore(self, saved: Weights) -> None:
-        def tree(prefix: str) -> dict[str, Any]:
+        def tree(prefix: str) -> dict[str, jax.Array]:
             return {name: self._move(saved[f"{prefix}.{name}"]) for name in self._weights}
 
         self._weights = tree("weight")
@@ -125,23 +132,28 @@ class JaxTrainer(Trainer):
         peak_bytes = (self._device.memory_stats() or {}).get("peak_bytes_in_use")
         return None if peak_bytes is None or self._device.platform == "cpu" else int(peak_bytes)
 
-    def _move(self, a: Numbers) -> Any:
+    def _move(self, a: Numbers) -> jax.Array:
         """Return a copy on the device; results computed from it stay there."""
         return jax.device_put(np.array(a), self._device)
 
-    def _gradient(self, x: Numbers, y: Numbers, config: Config) -> tuple[Any, float]:
+    def _gradient(self, x: Numbers, y: Numbers, config: Config) -> tuple[Leaves, float]:
         loss, vjp, _ = self._forward(self._weights, jnp.asarray(_narrow(x)), jnp.asarray(_narrow(y)), config=config)
         return self._backward(vjp)[0], float(loss)
 
-    def _pullback(self, weights: Any, x: Any, y: Any, config: Config) -> tuple[Any, Any, Any]:
-        def loss(weights: Any, adjoint_tap: Any) -> tuple[Any, Any]:
+    def _pullback(
+        self, weights: Leaves, x: jax.Array, y: jax.Array, config: Config
+    ) -> tuple[jax.Array, Callable[..., Tree], Solved]:
+        def loss(weights: Leaves, adjoint_tap: AdjointTap) -> tuple[jax.Array, Solved]:
             z, figures = self._solve(weights, x, config, adjoint_tap)
             logits = self._model.read(self._ops, weights, z)
             return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), figures
 
-        return cast(tuple[Any, Any, Any], jax.vjp(loss, weights, deqcore_jax.adjoint_tap.new(x.shape[0]), has_aux=True))
+        value, vjp, figures = jax.vjp(loss, weights, deqcore_jax.adjoint_tap.new(x.shape[0]), has_aux=True)
+        return value, vjp, figures
 
-    def _solve(self, weights: Any, x: Any, config: Config, adjoint_tap: Any = None) -> tuple[Any, Any]:
+    def _solve(
+        self, weights: Leaves, x: jax.Array, config: Config, adjoint_tap: AdjointTap | None = None
+    ) -> tuple[jax.Array, Solved]:
         model, ops = self._model, self._ops
         injected = model.inject(ops, weights, x)
         z = model.start(ops, weights, injected)
@@ -150,7 +162,7 @@ class JaxTrainer(Trainer):
                 z = model.cell(ops, weights, z, injected)
             return z, None
 
-        def solve() -> Any:
+        def solve() -> Solution:
             return deqcore.fixed_point(lambda z: model.cell(ops, weights, z, injected), z, config=config)
 
         if adjoint_tap is None:
@@ -161,17 +173,19 @@ class JaxTrainer(Trainer):
         scale = jnp.linalg.norm(jnp.concatenate(leaves, axis=1), axis=1)
         return sol.value, jax.lax.stop_gradient((sol.evaluations, sol.residual, sol.status, scale))
 
-    def _updated(self, weights: Any, state: Any, gradient: Any, rate: Any) -> tuple[Any, Any]:
+    def _updated(
+        self, weights: Leaves, state: optax.OptState, gradient: Leaves, rate: jax.Array
+    ) -> tuple[Leaves, optax.OptState]:
         direction, state = self._adam.update(gradient, state)
         return jax.tree.map(lambda w, d: w - rate * d, weights, direction), state
 
-    def _logits(self, weights: Any, x: Any) -> Any:
+    def _logits(self, weights: Leaves, x: jax.Array) -> jax.Array:
         return self._model.read(self._ops, weights, self._solve(weights, x, self._config)[0])
 
-    def _at(self, weights: Any, x: Any, config: Config) -> tuple[Any, Any]:
+    def _at(self, weights: Leaves, x: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
         return self._solve(weights, x, config)[0], self._model.inject(self._ops, weights, x)
 
-    def _figures(self, figures: Any, adjoint_tap: Any) -> Figures:
+    def _figures(self, figures: Solved, adjoint_tap: AdjointTap) -> Figures:
         if figures is None:
             return Figures.explicit(self._model.depth)
         *steps, scale = [np.asarray(figure) for figure in figures]
@@ -179,7 +193,7 @@ class JaxTrainer(Trainer):
         return Figures.of(steps, scale, deqcore_jax.adjoint_tap.read(adjoint_tap) if ran else None)
 
 
-def _standard(x: Any) -> Any:
+def _standard(x: jax.Array) -> jax.Array:
     mean = x.mean(-1, keepdims=True)
     return (x - mean) * jax.lax.rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + 1e-5)
 

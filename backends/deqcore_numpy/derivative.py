@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deqcore_numpy.differences import Differences
+from deqcore_numpy.differences import Differences, Function
 
 _differencing: ContextVar[bool] = ContextVar("deqcore_numpy.differencing", default=False)
 
@@ -36,7 +36,7 @@ def is_differencing() -> bool:
     return _differencing.get()
 
 
-def jacobian(f: Callable[[Any], Any], x: NDArray[Any], *, state: bool = False) -> NDArray[Any]:
+def jacobian(f: Function, x: NDArray[Any], *, state: bool = False) -> NDArray[Any]:
     """Return the dense Jacobian of f at x: `(f(x).size, x.size)`, float64, from x.size directional derivatives.
 
     Args:
@@ -55,7 +55,7 @@ def jacobian(f: Callable[[Any], Any], x: NDArray[Any], *, state: bool = False) -
     return np.stack(columns, axis=1) if columns else np.zeros((rule.at.base.size, 0))
 
 
-def batched_jacobian(f: Callable[[Any], Any], z: NDArray[Any]) -> NDArray[Any]:
+def batched_jacobian(f: Function, z: NDArray[Any]) -> NDArray[Any]:
     """Return the Jacobian of each row of f with respect to its own row of z `(batch, n)`: `(batch, n, n)`, float64.
 
     Costs n directional derivatives, all rows at once, each row with its own steps.
@@ -75,7 +75,7 @@ def batched_jacobian(f: Callable[[Any], Any], z: NDArray[Any]) -> NDArray[Any]:
     return np.stack(columns, axis=2) if columns else np.zeros((*z.shape, 0))
 
 
-def product(f: Callable[[Any], Any], z: NDArray[Any], rows: Callable[[], bool]) -> Callable[[Any], Any]:
+def product(f: Function, z: NDArray[Any], rows: Callable[[], bool]) -> Function:
     """Return `v ↦ J v` for J = f'(z), both `(batch, n)`, float64.
 
     Without the complex step, coupled samples cost one directional derivative each, because one step cannot fit all.
@@ -99,21 +99,21 @@ def product(f: Callable[[Any], Any], z: NDArray[Any], rows: Callable[[], bool]) 
     return multiply
 
 
-def _units(x: NDArray[Any]) -> Iterator[Any]:
+def _units(x: NDArray[Any]) -> Iterator[NDArray[np.float64]]:
     for i in range(x.size):
         unit = np.zeros(x.size)
         unit[i] = 1.0
         yield unit.reshape(x.shape)
 
 
-def _samples(v: NDArray[Any]) -> Iterator[Any]:
+def _samples(v: NDArray[Any]) -> Iterator[NDArray[np.float64]]:
     for i in np.flatnonzero(v.any(axis=1)):
         part = np.zeros_like(v)
         part[i] = v[i]
         yield part
 
 
-def vjp_back(dense: NDArray[Any], cotangent: NDArray[Any], value: Any, leaf: NDArray[Any]) -> NDArray[Any]:
+def vjp_back(dense: NDArray[Any], cotangent: NDArray[Any], value: NDArray[Any], leaf: NDArray[Any]) -> NDArray[Any]:
     """Return Σ_o cotangent_o ∂value_o/∂leaf; samples that are not finite do not enter the gradients of the others.
 
     A difference of NaN is NaN, even if the number does not depend on the leaf. If the leaf has the batch as its first

@@ -19,11 +19,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deqcore.errors import DerivativeWarning
+from deqcore.solve.user_line import warn
 
 START: Final = 2.0**-9  # times the scale
 FACTOR: Final = 8.0
@@ -37,7 +39,10 @@ POOR: Final = 1e-4  # relative error that a warning reports
 EPS: Final = float(np.finfo(float).eps)
 LEAST: Final = 1e-290
 
-Function = Callable[[Any], Any]
+Array: TypeAlias = NDArray[Any]
+"""An array of float64, or of complex128 in a complex step; masks are arrays of bool."""
+Mask: TypeAlias = NDArray[np.bool_]
+Function: TypeAlias = Callable[[Array], Array]
 
 
 @dataclass(frozen=True)
@@ -52,11 +57,11 @@ class Slope:
         floor: an error that f's own rounding explains.
     """
 
-    value: Any
-    error: Any
-    step: Any
-    bend: Any
-    floor: Any
+    value: Array
+    error: Array
+    step: Array
+    bend: Array
+    floor: Array
 
 
 class Differences:
@@ -69,18 +74,18 @@ class Differences:
         state: whether f's output has the unit of `x`, sample by sample.
     """
 
-    def __init__(self, f: Function, x: Any, *, rows: bool = False, state: bool = False) -> None:
+    def __init__(self, f: Function, x: Array, *, rows: bool = False, state: bool = False) -> None:
         self.f, self.x, self.rows = f, x, rows
         self.base = np.asarray(f(x))
         self.empty = not (x.size and self.base.size)
         scaled = (np.ones(()), np.zeros((), bool)) if self.empty else scales(x, self.base, state)
-        self.scale: Any = scaled[0]
-        self.blind: Any = scaled[1]
+        self.scale: Array = scaled[0]
+        self.blind: Mask = scaled[1]
         self.eps = max(EPS, float(np.finfo(self.base.dtype).eps) if self.base.dtype.kind == "f" else EPS)
 
     # -- differences --------------------------------------------------------------------------------------------
 
-    def slope(self, dx: Any) -> Slope:
+    def slope(self, dx: Array) -> Slope:
         """Return f'(x)·dx by central differences of fourth order."""
         if self.empty:
             none = np.zeros(self.base.shape)
@@ -90,7 +95,7 @@ class Differences:
             search.at(step)
         return search.result()
 
-    def _ladder(self, search: _Search) -> Iterator[Any]:
+    def _ladder(self, search: _Search) -> Iterator[Array]:
         first = START * self.unit(dx=search.dx)
         yield first
         yield first / FACTOR
@@ -114,24 +119,24 @@ class Differences:
                 yield first * 2.0**power
                 yield first * 2.0**power / FACTOR
 
-    def unit(self, dx: Any) -> Any:
+    def unit(self, dx: Array) -> Array:
         """Return the unit of a step along `dx`: a unit step moves no number by more than its scale."""
         with np.errstate(all="ignore"):
             sizes = np.abs(dx) / self.scale
         most = np.max(sizes.reshape(len(sizes), -1), axis=1, keepdims=True) if self.rows else np.max(sizes)
         return 1.0 / np.where(most > 0, most, 1.0)
 
-    def moved(self, step: Any, dx: Any) -> Any:
+    def moved(self, step: Array, dx: Array) -> Array:
         """Return f at x + step·dx."""
         return np.asarray(self.f(self.x + self.over(step, self.x) * dx))
 
-    def over(self, step: Any, like: Any) -> Any:
+    def over(self, step: Array, like: Array) -> Array:
         """Return the step in a shape that broadcasts with an array."""
         return step.reshape(-1, *[1] * (np.ndim(like) - 1)) if self.rows else step
 
     # -- complex step -------------------------------------------------------------------------------------------
 
-    def complex_slope(self, dx: Any, step: float = COMPLEX) -> Any:
+    def complex_slope(self, dx: Array, step: float = COMPLEX) -> Array:
         """Return f'(x)·dx for analytic code, exact to rounding."""
         h = np.maximum(step * self.unit(dx), LEAST)
         value = np.asarray(self.moved(1j * h, dx))
@@ -161,13 +166,13 @@ class Differences:
             warn_if_poor(worst)
         return Rule(self, analytic)
 
-    def _sizes(self) -> list[Any]:
+    def _sizes(self) -> list[Array]:
         rows = np.max(self.scale.reshape(len(self.scale), -1), axis=1) if self.x.ndim else self.scale
         wide = np.broadcast_to(rows.reshape(-1, *[1] * (self.x.ndim - 1)) if self.x.ndim else rows, self.x.shape)
         mixed = bool((self.scale < 1e-4 * wide).any())
         return [self.scale, wide] if mixed else [self.scale]
 
-    def _find_precision(self, dx: Any) -> None:
+    def _find_precision(self, dx: Array) -> None:
         """Find out whether f computes in float32 inside: random points then give only float32 numbers."""
         steps = np.abs(self.moved(START * self.unit(dx), dx))
         with np.errstate(all="ignore"):
@@ -175,13 +180,13 @@ class Differences:
         if narrow and np.unique(steps).size > max(2, steps.size // 2):
             self.eps = max(self.eps, float(np.finfo(np.float32).eps))
 
-    def _learn(self, slope: Slope, dx: Any) -> None:
+    def _learn(self, slope: Slope, dx: Array) -> None:
         """Give numbers without a scale the scale of the step that was right for them."""
         if self.blind.any():
             natural = np.broadcast_to(self.over(slope.step, self.x) * np.abs(dx) / START, self.x.shape)
             self.scale = np.where(self.blind & (natural > 0) & np.isfinite(natural), natural, self.scale)
 
-    def _agrees(self, slope: Slope, dx: Any) -> bool:
+    def _agrees(self, slope: Slope, dx: Array) -> bool:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -191,7 +196,7 @@ class Differences:
             return False
         floor = 10 * slope.floor
         size = np.maximum(np.abs(analytic), np.abs(slope.value))
-        finite: Any = np.isfinite(slope.value) & np.isfinite(self.base)
+        finite: Mask = np.isfinite(slope.value) & np.isfinite(self.base)
         if not np.isfinite(analytic[finite]).all() or (np.abs(analytic - again) > GOOD * size + floor)[finite].any():
             return False
         apart = finite & (np.abs(analytic - slope.value) > 10 * slope.error + 1e-6 * size + floor)
@@ -199,7 +204,7 @@ class Differences:
         apart |= doubtful
         return not apart.any() or self._nearer(analytic, slope.value, dx, apart)
 
-    def _nearer(self, slope: Any, value: Any, dx: Any, where: Any) -> bool:
+    def _nearer(self, slope: Array, value: Array, dx: Array, where: Mask) -> bool:
         """Return whether differences tend to `slope` as their steps shrink, as far as rounding allows."""
         gap, seen = np.abs(slope - value), np.zeros(where.shape, bool)
         nearer = np.zeros(where.shape, bool)
@@ -217,19 +222,19 @@ class Differences:
 class _Search:
     """The best slope so far, number by number of f's output."""
 
-    def __init__(self, at: Differences, dx: Any) -> None:
+    def __init__(self, at: Differences, dx: Array) -> None:
         self.place, self.dx = at, dx
         shape = at.base.shape
         self.value, self.error = np.full(shape, np.nan), np.full(shape, np.inf)
         self.bend, self.used = np.zeros(shape), np.full(shape, np.inf)
         self.rounding = np.zeros(shape)
-        self.done = ~np.isfinite(at.base)
-        self.floor: Any = None
-        self.last: Any = None
+        self.done: Mask = ~np.isfinite(at.base)
+        self.floor: Array = np.full(shape, np.nan)  # what is below it is rounding of f; known after the first step
+        self.last: tuple[Array, Array] | None = None
         self.only = np.ones(shape, bool)
-        self.first: Any = None
+        self.first: tuple[Array, Array] | None = None
 
-    def at(self, step: Any) -> None:
+    def at(self, step: Array) -> None:
         """Take a step."""
         place = self.place
         over = np.broadcast_to(place.over(step, place.base), self.value.shape)
@@ -239,16 +244,16 @@ class _Search:
         value = (4 * near - far) / 3
         bend = np.abs((high - place.base) - (place.base - low)) / over
         rounding = 3 * place.eps * np.maximum(np.abs(high), np.abs(low)) / over
-        if self.floor is None:  # what is below it is rounding of f
+        if self.first is None:
             most = np.fmax(np.abs(place.base), np.fmax(np.abs(high), np.abs(low)))
             self.floor = FLOOR * np.where(np.isfinite(most), most, 0.0) / place.over(place.unit(self.dx), place.base)
         if self.last is not None:
-            self._take(value, bend, rounding, over)
+            self._take(self.last, (value, bend), rounding, over)
         self.first = (value, bend) if self.first is None else self.first
         self.last = value, bend
 
-    def _take(self, value: Any, bend: Any, rounding: Any, step: Any) -> None:
-        before, bent = self.last
+    def _take(self, last: tuple[Array, Array], new: tuple[Array, Array], rounding: Array, step: Array) -> None:
+        (before, bent), (value, bend) = last, new
         error = np.abs(value - before) + rounding
         error = np.where(np.isfinite(error), error, np.inf)
         # If f is coarse (float32 inside), small steps change nothing, which does not mean a slope of 0.
@@ -267,25 +272,27 @@ class _Search:
         self.bend = np.where(better, bend, self.bend)
         self.done |= better & (bend == 0) & ((error <= GOOD * np.abs(value)) | (error <= self.floor))
 
-    def _score(self, value: Any, error: Any) -> Any:
+    def _score(self, value: Array, error: Array) -> Array:
         """Return the relative error. An absolute one would prefer steps so long that f is flat along them."""
         with np.errstate(all="ignore"):
             score = error / (np.abs(value) + self.floor + error)
         return np.where(error == 0, 0.0, np.where(np.isnan(score), 1.0 + np.isnan(value), score))
 
-    def restart(self, only: Any = None) -> None:
+    def restart(self, only: Mask | None = None) -> None:
         """Change direction: from the first step on for these numbers, or from the start for all."""
         self.last = None if only is None else self.first
         self.only = np.ones(self.done.shape, bool) if only is None else only
 
     @property
-    def open(self) -> Any:
+    def open(self) -> Mask:
         """Return which numbers have no good slope yet."""
-        return ~self.done
+        undone: Mask = ~self.done
+        return undone
 
-    def rounded(self) -> Any:
+    def rounded(self) -> Mask:
         """Return where rounding dominates the error, which smaller steps make larger."""
-        return self.error < 2 * self.rounding
+        rounded: Mask = self.error < 2 * self.rounding
+        return rounded
 
     def result(self) -> Slope:
         """Return the best derivative."""
@@ -314,7 +321,7 @@ class Rule:
     analytic: bool
     worst: float = 0.0
 
-    def __call__(self, dx: Any) -> Any:
+    def __call__(self, dx: Array) -> Array:
         if self.analytic:
             return self.at.complex_slope(dx)
         slope = self.at.slope(dx)
@@ -331,7 +338,7 @@ class Rule:
         warn_if_poor(worst)
 
 
-def scales(x: Any, value: Any, state: bool) -> tuple[Any, Any]:
+def scales(x: Array, value: Array, state: bool) -> tuple[Array, Mask]:
     """Return the scale of each number of `x`, and where it is unknown.
 
     A number below 1/64 of its sample's largest may be 0 up to rounding, so it takes the largest as its scale.
@@ -353,7 +360,7 @@ def scales(x: Any, value: Any, state: bool) -> tuple[Any, Any]:
     return np.maximum(size, most / 64), np.broadcast_to(blind, size.shape)
 
 
-def uncertainty(slope: Slope, base: Any) -> float:
+def uncertainty(slope: Slope, base: Array) -> float:
     """Return the largest error relative to its sample's largest slope; a change of f below `NOISE` does not count."""
     error = np.where(np.isfinite(base) & (slope.error > 1e4 * slope.floor), slope.error, 0.0)
     with np.errstate(all="ignore"):
@@ -366,20 +373,18 @@ def uncertainty(slope: Slope, base: Any) -> float:
 def warn_if_poor(worst: float) -> None:
     """Warn about a difference whose estimated error is above `POOR`."""
     if worst > POOR:
-        warnings.warn(
+        warn(
             f"The derivative of f by finite differences is not reliable (estimated relative error {worst:.1e}, limit "
             f"{POOR:.0e}). Compute f in float64 with NumPy operations that take complex numbers, or use a backend "
             f"with automatic differentiation.",
             DerivativeWarning,
-            stacklevel=3,
         )
 
 
 def warn_of_bend(bend: float) -> None:
     """Warn about a point where f has two slopes."""
-    warnings.warn(
+    warn(
         f"f has a kink at this point: its slopes on the two sides differ by {bend:.0%}, and the derivative is their "
         f"mean. Move the point, or use a smooth function.",
         DerivativeWarning,
-        stacklevel=3,
     )

@@ -18,10 +18,10 @@ class NumpyHistory(History):
     def __init__(
         self,
         storage: NDArray[Any],
-        seen: NDArray[Any],
-        dtype: Any,
+        seen: NDArray[np.bool_],
+        dtype: np.dtype[Any],
         written: int = 0,
-        active: NDArray[Any] | None = None,
+        active: NDArray[np.bool_] | None = None,
     ) -> None:
         self.storage = storage
         self.seen = seen  # (batch, memory)
@@ -65,34 +65,38 @@ class NumpyHistory(History):
         combination: NDArray[Any] = total[:, 0].astype(self.dtype, copy=False)
         return combination
 
-    def restart(self, rows: NDArray[Any]) -> NumpyHistory:
+    def restart(self, rows: NDArray[np.bool_]) -> NumpyHistory:
         chosen = rows if self.active is None else rows & self.active
         seen = np.where(chosen[:, None], False, self.seen)
         return NumpyHistory(self.storage, seen, self.dtype, self.written, self.active)
 
-    def erase(self, rows: NDArray[Any]) -> NumpyHistory:
+    def erase(self, rows: NDArray[np.bool_]) -> NumpyHistory:
         self.storage[rows if self.active is None else rows & self.active] = 0
         return self
 
-    def slot(self) -> NDArray[Any]:
+    def rewind(self, count: int | NDArray[Any]) -> NumpyHistory:
+        written = self.written + (self.history_size - int(count)) % self.history_size
+        return NumpyHistory(self.storage, self.seen, self.dtype, written, self.active)
+
+    def slot(self) -> NDArray[np.bool_]:
         mask = np.zeros(self.history_size, bool)
         if self.written:
             mask[(self.written - 1) % self.history_size] = True
         return mask
 
-    def count(self) -> NDArray[Any]:
-        count: NDArray[Any] = self.seen.sum(axis=1, dtype=np.int32)
+    def count(self) -> NDArray[np.int32]:
+        count: NDArray[np.int32] = self.seen.sum(axis=1, dtype=np.int32)
         return count
 
-    def full(self) -> NDArray[Any]:
-        next_seen: NDArray[Any] = self.seen[:, self.written % self.history_size]
+    def full(self) -> NDArray[np.bool_]:
+        next_seen: NDArray[np.bool_] = self.seen[:, self.written % self.history_size]
         return next_seen
 
     def may_be_full(self) -> bool:
         full = self.full()
         return bool((full if self.active is None else full & self.active).any())
 
-    def masked(self, active: NDArray[Any] | None) -> NumpyHistory:
+    def masked(self, active: NDArray[np.bool_] | None) -> NumpyHistory:
         return NumpyHistory(self.storage, self.seen, self.dtype, self.written, active)
 
     def vectors(self) -> NDArray[Any]:
@@ -101,7 +105,7 @@ class NumpyHistory(History):
     def copy(self) -> NumpyHistory:
         return NumpyHistory(self.storage.copy(), self.seen, self.dtype, self.written, self.active)
 
-    def merge(self, rows: NDArray[Any], other: History) -> NumpyHistory:
+    def merge(self, rows: NDArray[np.bool_], other: History) -> NumpyHistory:
         assert isinstance(other, NumpyHistory)
         if rows.all():
             return other
@@ -109,10 +113,10 @@ class NumpyHistory(History):
         seen = np.where(rows[:, None], other.seen, self.seen)
         return NumpyHistory(self.storage, seen, self.dtype, max(self.written, other.written), self.active)
 
-    def take(self, rows: NDArray[Any]) -> NumpyHistory:
+    def take(self, rows: NDArray[np.bool_]) -> NumpyHistory:
         return NumpyHistory(self.storage[rows], self.seen[rows], self.dtype, self.written)
 
-    def put(self, rows: NDArray[Any], part: History) -> NumpyHistory:
+    def put(self, rows: NDArray[np.bool_], part: History) -> NumpyHistory:
         assert isinstance(part, NumpyHistory)
         self.storage[rows] = part.storage
         seen = self.seen.copy()

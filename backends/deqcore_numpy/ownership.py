@@ -1,35 +1,19 @@
-"""Ownership of an array that f returned: of f, which may write to it at its next call, or of the solver alone."""
+"""Ownership of a NumPy array that f returned, or of the array that it views."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import numpy as np
 
-
-def _references(leaves: list[Any]) -> int:
-    return sys.getrefcount(leaves[0])
+from deqcore.solve.ownership import ALONE, references
 
 
-def _of_an_array_of_nobody_else() -> int:
-    array = np.empty(1)
-    leaves = [array]
-    return _references(leaves)
-
-
-ALONE = _of_an_array_of_nobody_else()
-
-
-def held(leaves: list[Any]) -> bool:
-    """Return whether anything but its caller's own names refers to the array in `leaves`, or to the one that it views.
-
-    CPython counts references, which distinguishes a buffer that f keeps from a result that f has released, without a
-    pass over either. Memory addresses do not: they show a reused buffer only after it has been overwritten.
-    """
-    if _references(leaves) > ALONE:
+def held(leaves: list[object]) -> bool:
+    """Return whether anything but its caller's own names refers to the leaf, or to the array that it views."""
+    if references(leaves) > ALONE:
         return True
-    base = getattr(leaves[0], "base", None)
+    base = leaves[0].base if isinstance(leaves[0], np.ndarray) else None
     while isinstance(base, np.ndarray) and base.base is not None:
         base = base.base
     if base is None:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -31,7 +30,8 @@ from deqcore.types import BackwardRecord, SolveResult
 from deqcore_torch import functorch
 from deqcore_torch.functorch import Refuse, approximate
 from deqcore_torch.graph import Outside, outside, refuse_compiled, sequence
-from deqcore_torch.saved_tensors import Saved
+from deqcore_torch.module_hooks import Mute, hooks_made, muted
+from deqcore_torch.saved_tensors import Recording, recording
 from deqcore_torch.second_order import Recorded, Twice, distinct
 
 
@@ -64,12 +64,14 @@ def attach(
     z = forward.z.detach()
     if adjoint.uses_vjp:
         z = _Gate.apply(z.requires_grad_())
-    job.saved = Saved.around()
-    with job.saved or nullcontext():
+    made = hooks_made()
+    with recording() as job.saved:
         y = f(z, *args)
     record.nondeterminism = backend.norm(y.detach() - forward.fz)
     if not y.requires_grad:
         return forward.z
+    if z.grad_fn is not None:
+        job.mute = muted(y, made, z.grad_fn._sequence_nr())
     tensors_outside: list[Tensor] = []
     if exact:
         y = _own(y, start)
@@ -89,7 +91,7 @@ def _own(y: Tensor, start: int) -> Tensor:
 
 
 class _Job:
-    """The data that a backward pass needs beside tensors.
+    """The data that a backward pass needs in addition to tensors.
 
     It refers neither to f nor to arguments nor to an output, because the graph would keep them alive.
     """
@@ -100,7 +102,8 @@ class _Job:
         self.record = record
         self.state = state
         self.outside = Outside()
-        self.saved: Saved | None = None
+        self.saved = Recording()
+        self.mute = Mute()
 
     def solve_adjoint(self, y: Tensor, z: Tensor, g: Tensor) -> Tensor:
         def vjp(u: Tensor) -> Tensor:
@@ -108,7 +111,8 @@ class _Job:
             return torch.zeros_like(u) if product is None else product
 
         start = time.perf_counter()
-        u, report = self.adjoint(vjp, g, self.state)
+        with self.mute:
+            u, report = self.adjoint(vjp, g, self.state)
         self.record.add(report, time.perf_counter() - start)
         solution: Tensor = u
         return solution
@@ -151,7 +155,7 @@ class _Attach(torch.autograd.Function):
         if g is None:
             return (None, None, None, None, *nothing)
         functorch.refuse_vmap(g)
-        if job.saved is not None and job.adjoint.uses_vjp:
+        if job.adjoint.uses_vjp:
             job.saved.fetch()
         if not torch.is_grad_enabled():
             return (job.solve_adjoint(y, z, g), None, None, None, *nothing)
@@ -159,7 +163,9 @@ class _Attach(torch.autograd.Function):
             return (_differentiable(job, y, z, g), None, None, None, *nothing)
         refusal = job.refusal()
         if refusal is None:
-            return (None, None, None, None, *_second_order(job, y, z, g, out, outside))
+            found = _second_order(job, y, z, g, out, outside)
+            job.mute.finish_pass()
+            return (None, None, None, None, *found)
         with torch.no_grad():
             u = job.solve_adjoint(y, z, g)
         # Otherwise PyTorch's own error, from inside compiled code, would precede ours.
@@ -178,7 +184,8 @@ def _differentiable(job: _Job, y: Tensor, z: Tensor, g: Tensor) -> Tensor:
         u = job.solve_adjoint(y, z, g)
     inner = _Job(job.adjoint.transposed(), BackwardRecord(), job.state, linear=True)
     start = _Gate.apply(u.detach().requires_grad_())
-    (pulled,) = torch.autograd.grad(y, z, start, create_graph=True, allow_unused=True)
+    with job.mute:
+        (pulled,) = torch.autograd.grad(y, z, start, create_graph=True, allow_unused=True)
     attached: Tensor = _Attach.apply(g if pulled is None else g + pulled, start, u, inner)
     return attached
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from deqcore.errors import LayerWarning
 from deqcore.layer import batch_norm_text
+from deqcore.solve.user_line import warn
 
 
 class Watch:
@@ -52,4 +52,4 @@ class Watch:
         """Warn the first time."""
         if text not in self.given:
             self.given.add(text)
-            warnings.warn(text, LayerWarning, stacklevel=6)
+            warn(text, LayerWarning)

@@ -6,7 +6,7 @@ a solve. Jacobian regularisation comes from `deqcore.diagnostics`.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,8 @@ def begin_solve(module: object) -> None:
 
 def _normalise(part: nn.Module) -> None:
     """Compute the weights once, and stop the power iteration of spectral normalisation until the next solve."""
-    lists = cast("nn.ModuleDict", part.parametrizations)
+    lists = part.parametrizations
+    assert isinstance(lists, nn.ModuleDict)
     spectral = [norm for norm in lists.modules() if isinstance(norm, _SpectralNorm)]
     for norm in spectral:
         norm.train(part.training)

@@ -32,7 +32,7 @@ def untraced(fn: Callable[P, R]) -> Callable[P, R]:
     @wraps(fn)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         nonlocal disabled
-        if "torch._dynamo" not in sys.modules:
+        if not _watched():
             return fn(*args, **kwargs)
         if disabled is None:
             disabled = torch.compiler.disable(fn)
@@ -42,6 +42,14 @@ def untraced(fn: Callable[P, R]) -> Callable[P, R]:
     call._torchdynamo_disable = True
     call._torchdynamo_disable_msg = REASON
     return call
+
+
+def _watched() -> bool:
+    """Return whether torch.compile sees the frames that Python runs here: only inside compiled code and its breaks."""
+    if "torch._dynamo" not in sys.modules:
+        return False
+    callback = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", None)
+    return callback is None or callback() is not None
 
 
 def refuse_tracing(z0: torch.Tensor) -> None:

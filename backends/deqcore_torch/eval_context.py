@@ -1,4 +1,4 @@
-"""The context of an evaluation of f beside its inputs: recording, autocast, the state of random numbers."""
+"""What an evaluation of f depends on besides its inputs: recording, autocast, the state of random numbers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ def nothing_recorded() -> Iterator[None]:
     Autocast forgets the narrow copies of parameters that it made inside: they have no gradients, and PyTorch before
     2.8 would still use them outside.
     """
-    with torch.inference_mode(False), torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
-        try:
-            yield
-        finally:
-            torch.clear_autocast_cache()
+    try:
+        if torch.is_inference_mode_enabled() or forward_ad._current_level >= 0:
+            with torch.inference_mode(False), torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
+                yield
+        else:
+            with torch.no_grad():
+                yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,11 @@ def active() -> bool:
     return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 
+def is_tracked(x: Tensor) -> bool:
+    """Return whether autograd, `torch.func` or forward mode records what is computed from x."""
+    return (torch.is_grad_enabled() and x.requires_grad) or active()
+
+
 def refuse_vmap(*tensors: Tensor) -> None:
     """Raise inside `torch.func.vmap`, and for tensors batched by its older form.
 
@@ -217,7 +222,7 @@ class _Equation:
         with nothing_recorded():
             again, at = product(z.detach())
             if again is not None:
-                _check_same(again.detach(), y.detach(), self.backend.output_eps(y))
+                _check_same(again.detach(), y.detach(), self.backend.guards.output_eps(y))
             u, _ = adjoint(lambda v: at(v).detach(), b.detach(), self.state)
         solution: Tensor = u.detach()
         return solution

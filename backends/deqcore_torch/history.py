@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from deqcore.abc.history import History
-from deqcore_torch import native
+from deqcore_torch import compiled
 
 CHUNK = 4  # slots per chunk for large vectors, and slots per product: BLAS rounds a remainder in another way
 ALIGNED = 16  # bytes: where the size of a row is not a multiple of it, MKL rounds a row by its address
@@ -184,6 +184,13 @@ class TorchHistory(History):
         self._place(like)
         return self.written % self.history_size
 
+    def reserved(self, like: Tensor, *, zeroed: bool = True) -> Tensor:
+        """Allocate storage for the next vector and return it, `(batch, n)`.
+
+        Without `zeroed` slots that are not written hold anything: for a history that is only read as `vectors`.
+        """
+        return self._place(like, zeroed)
+
     def addresses(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Return the memory addresses of the chunks."""
         return np.array([chunk.data_ptr() for chunk in self.store.chunks], np.int64)
@@ -218,11 +225,11 @@ class TorchHistory(History):
         else:
             target.copy_(torch.where(self.active[:, None], v.to(self.store.dtype), target))
 
-    def _place(self, v: Tensor) -> Tensor:
+    def _place(self, v: Tensor, zeroed: bool = True) -> Tensor:
         chunk, row = divmod(self.written % self.history_size, self.store.chunk)
         while len(self.store.chunks) <= chunk:
             slots = min(self.store.chunk, self.history_size - self.store.chunk * len(self.store.chunks))
-            make = v.new_zeros if self.store.whole or self.store.narrow else v.new_empty
+            make = v.new_zeros if zeroed and (self.store.whole or self.store.narrow) else v.new_empty
             self.store.chunks.append(make((slots, *v.shape), dtype=self.store.dtype))
         return self.store.chunks[chunk][row]
 
@@ -266,10 +273,10 @@ class TorchHistory(History):
 
     def _dot(self, v: Tensor) -> Tensor:
         if self.store.whole and self.written and v.dtype is self.store.wide and v.dim() == 2:
-            found = products(v[:, None], self.store.chunks[0])[:, 0]
+            result = products(v[:, None], self.store.chunks[0])[:, 0]
             hidden = self._hidden()
-            return found if hidden is None else found.masked_fill_(hidden, 0.0)
-        if self.written and v.dim() == 2 and native.products(v) and (kernels := native.reading(v)) is not None:
+            return result if hidden is None else result.masked_fill_(hidden, 0.0)
+        if self.written and v.dim() == 2 and compiled.products(v) and (kernels := compiled.reading(v)) is not None:
             fused: Tensor = kernels.dots(self, v)
             return fused
         return self._dot_by_units(v)
@@ -280,16 +287,16 @@ class TorchHistory(History):
         compute = self.store.compute
         if many.dtype is not compute:
             many = many.to(compute)
-        found = many.new_zeros((self.store.batch, many.shape[1], self.history_size), dtype=self.store.wide)
+        result = many.new_zeros((self.store.batch, many.shape[1], self.history_size), dtype=self.store.wide)
         start = 0
         for part in self._whole_units():
             end = start + part.shape[0]
-            found[:, :, start:end] = products(many, part.to(compute))
+            result[:, :, start:end] = products(many, part.to(compute))
             start = end
         hidden = self._hidden()
         if hidden is not None:
-            found = found.masked_fill_(hidden if hidden.dim() == 1 else hidden[:, None], 0.0)
-        return found if v.dim() == 3 else found[:, 0]
+            result = result.masked_fill_(hidden if hidden.dim() == 1 else hidden[:, None], 0.0)
+        return result if v.dim() == 3 else result[:, 0]
 
     def combine(self, coefficients: Tensor) -> Tensor:
         combination = self._fused(coefficients, None)
@@ -297,11 +304,11 @@ class TorchHistory(History):
 
     def _fused(self, coefficients: Tensor, base: Tensor | None) -> Tensor | None:
         """Return the combination by one kernel, or None if this device or dtype has none."""
-        if not self.written or not native.products(coefficients):
+        if not self.written or not compiled.products(coefficients):
             return None
         coefficients, base = coefficients.contiguous(), None if base is None else base.contiguous()
-        kernels = native.reading(coefficients)
-        if kernels is None or (base is not None and native.reading(base) is None):
+        kernels = compiled.reading(coefficients)
+        if kernels is None or (base is not None and compiled.reading(base) is None):
             return None
         combination: Tensor = kernels.combined(self, coefficients, base)
         return combination
@@ -363,6 +370,10 @@ class TorchHistory(History):
         mask = self._mask()
         seen = torch.zeros_like(mask) if self.active is None else mask & ~self.active[:, None]
         return self._with(seen, self.written, self.active, self.written)
+
+    def rewind(self, count: int | Tensor) -> TorchHistory:
+        written = self.written + (self.history_size - int(count)) % self.history_size  # all slots stay in use
+        return self._with(self.seen, written, self.active, None)
 
     def slot(self) -> Tensor:
         if not self.written:
@@ -485,6 +496,10 @@ class RecordedHistory(History):
         chosen = rows if self.active is None else rows & self.active
         storage = torch.where(chosen[:, None, None], torch.zeros_like(self.storage), self.storage)
         return RecordedHistory(storage, self.seen, self.written, self.active, self.wide)
+
+    def rewind(self, count: int | Tensor) -> RecordedHistory:
+        written = self.written + (self.history_size - int(count)) % self.history_size
+        return RecordedHistory(self.storage, self.seen, written, self.active, self.wide)
 
     def slot(self) -> Tensor:
         mask = torch.zeros(self.history_size, dtype=torch.bool, device=self.storage.device)

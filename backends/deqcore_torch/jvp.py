@@ -12,6 +12,7 @@ from torch import Tensor
 from deqcore.errors import BackendError
 from deqcore.types import Map
 from deqcore_torch.graph import once_only, sequence
+from deqcore_torch.module_hooks import hooks_made, muted
 
 
 def jvp(f: Map, z: Tensor, fused: bool = True) -> Map:
@@ -65,11 +66,13 @@ def _transposed_twice(f: Map, z: Tensor, reason: str) -> Map:
     recording, begun = torch.is_grad_enabled(), sequence()
     with torch.enable_grad():
         start = z if recording and z.requires_grad else z.detach().requires_grad_()
+        made = hooks_made()
         y = f(start)
         if not y.requires_grad:
             return torch.zeros_like
         u = torch.zeros_like(y).requires_grad_()
-        (pulled,) = torch.autograd.grad(y, start, u, create_graph=True, allow_unused=True)
+        with muted(y, made):
+            (pulled,) = torch.autograd.grad(y, start, u, create_graph=True, allow_unused=True)
     if once_only([pulled], begun):
         raise BackendError.no_products(f"{reason} And its backward is marked @once_differentiable.")
     if pulled is None or not pulled.requires_grad:

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import optree
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from deqcore import halting
 from deqcore.api import fixed_point
 from deqcore.config import Config
-from deqcore.errors import ConfigError
 from deqcore.halting import Rule
-from deqcore.layer import LayerSettings, check_reuse, compare_settings, explain_arguments, shape_unknown
+from deqcore.layer import (
+    LayerSettings,
+    check_cell,
+    check_reuse,
+    compare_settings,
+    explain_arguments,
+    initial_state,
+    stages,
+)
 from deqcore.solution import Solution, SolveState
+from deqcore_torch import functorch, saved_tensors
 from deqcore_torch.cell_checks import Watch
 from deqcore_torch.cells import begin_solve
 from deqcore_torch.disable_dynamo import untraced
@@ -35,6 +41,8 @@ class DEQ(nn.Module):
     Args:
         cell: module (or function) `cell(z, *inputs)`. Its optional method `initial_state(*inputs)` gives z0; without
             one z0 is zeros like the first input.
+            Forward hooks of its modules run with every evaluation, full backward hooks once in a backward pass (with
+            a strategy that differentiates through steps, once a step).
         config: complete settings; default: environment and `deqcore.using` at each call.
         evaluation: overrides that apply in evaluation mode (`layer.eval()`), such as
             `{"forward__max_steps": 100, "forward__rtol": 1e-6}`.
@@ -42,8 +50,9 @@ class DEQ(nn.Module):
             molecular dynamics, streaming, where row i of one call follows row i of the last (another batch size
             starts cold). "batch": every sample from the mean equilibrium of the last batch. None: cold. The stored
             equilibrium carries no gradient and is not part of `state_dict`; `reset()` forgets it.
-        checkpoint: recompute the cell's activations in the backward pass instead of keeping them, once for each vjp
-            of the adjoint solve. `torch.utils.checkpoint` around the whole layer solves once more.
+        checkpoint: recompute the cell's activations in the backward pass instead of keeping them until then, by one
+            evaluation of the cell. They are held while the adjoint solve runs. A `torch.utils.checkpoint` that the
+            cell calls itself evaluates its part again for each vjp; one around the whole layer solves once more.
         batched_inputs: positions of the inputs that carry the batch axis, for `forward.compact = true`; None: all.
         **overrides: single settings, such as `forward__rtol=1e-5, backward__strategy="broyden-reuse"`.
 
@@ -86,8 +95,7 @@ class DEQ(nn.Module):
         **overrides: object,
     ) -> None:
         super().__init__()
-        if not callable(cell):
-            raise ConfigError.bad_value("The layer", "cell", cell, "a module or a function cell(z, *inputs)")
+        check_cell(cell)
         check_reuse(reuse)
         self.cell = cell
         self.settings = LayerSettings.of(config, overrides, evaluation)
@@ -102,7 +110,7 @@ class DEQ(nn.Module):
         """Return the equilibrium z*, a tree like the state.
 
         Args:
-            *inputs: what the cell takes beside z; gradients reach them.
+            *inputs: what the cell takes in addition to z; gradients reach them.
             z0: initial state; default: see the class.
             until: when a sample halts before it has converged, such as `deqcore.halting.Settled(read)`.
         """
@@ -144,20 +152,16 @@ class DEQ(nn.Module):
 
         Source: Bai, Geng, Savani & Kolter (2022), "Deep equilibrium optical flow estimation", eq. (6).
         """
-        counts = [0, *steps]
-        if not steps or any(b <= a for a, b in pairwise(counts)):
-            raise ConfigError.bad_value("trajectory", "steps", list(steps), "increasing positive step counts")
+        overrides = stages(steps)
         begin_solve(self.cell)
         config, own = self.settings.call(self.training)
         start = self.initial_state(*inputs) if z0 is None else z0
-        quiet = own | {"forward__on_failure": "ignore"}
         states: list[Any] = []
         state = None
-        for before, count in pairwise(counts):
-            solution = self._solve(start, inputs, config, quiet | {"forward__max_steps": count - before}, state)
+        for stage in overrides:
+            solution = self._solve(start, inputs, config, own | stage, state)
             state = solution.state
             states.append(solution.value)
-        states.append(self._solve(start, inputs, config, own, state).value)
         return states
 
     def _solve(
@@ -177,12 +181,7 @@ class DEQ(nn.Module):
 
     def initial_state(self, *inputs: Any) -> Any:
         """Return the initial iterate of a solve without z0: a warm one if `reuse` is set and the shapes allow it."""
-        if hasattr(self.cell, "initial_state"):
-            cold = self.cell.initial_state(*inputs)
-        elif not inputs:
-            raise shape_unknown()
-        else:
-            cold = optree.tree_map(torch.zeros_like, inputs[0])
+        cold = initial_state(self.cell, inputs, lambda tree: optree.tree_map(torch.zeros_like, tree))
         return cold if self._last is None else self._warm(cold)
 
     def reset(self) -> None:
@@ -208,9 +207,9 @@ class DEQ(nn.Module):
             return self.cell
 
         def checkpointed(z: Any, *inputs: Any) -> Any:
-            if not torch.is_grad_enabled():
+            if not torch.is_grad_enabled() or functorch.active():
                 return self.cell(z, *inputs)
-            return torch.utils.checkpoint.checkpoint(self.cell, z, *inputs, use_reentrant=False)
+            return saved_tensors.checkpoint(self.cell, z, *inputs)
 
         checkpointed.__wrapped__ = self.cell  # type: ignore[attr-defined] # this layer's, where passes are counted
         return checkpointed

@@ -2,22 +2,73 @@
 
 Hooks such as those of `torch.utils.checkpoint` and `save_on_cpu` take the tensors that a graph keeps, and return them
 in the backward pass: computed again, once for each pass of the engine, or copied. Every vjp of an adjoint solve is a
-separate pass, so a checkpoint around a layer would solve again for each vjp.
+separate pass, so a checkpoint around a layer would solve again for each vjp, and a checkpoint around its cell would
+evaluate the cell again for each vjp.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any, Final
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
+from torch._C import _current_graph_task_id
 from torch.autograd import Variable
+
+_collector: Final[ContextVar[Recording | None]] = ContextVar("_collector", default=None)
+
+
+class Recording:
+    """The hooks of one recorded evaluation. The graph keeps them alive, as they may refer to f and to its arguments."""
+
+    def __init__(self) -> None:
+        self._hooks: list[weakref.ref[Saved]] = []
+
+    def add(self, saved: Saved) -> None:
+        """Note hooks that are entered while the evaluation is recorded."""
+        self._hooks.append(weakref.ref(saved))
+
+    def fetch(self) -> None:
+        """Let all hooks fetch their tensors, before vjps through the graph."""
+        for each in self._hooks:
+            if (saved := each()) is not None:
+                saved.fetch()
+
+
+@contextmanager
+def recording() -> Iterator[Recording]:
+    """Record an evaluation of f."""
+    around, found = Saved.around(), Recording()
+    if around is not None:
+        found.add(around)
+    token = _collector.set(found)
+    try:
+        with around or nullcontext():
+            yield found
+    finally:
+        _collector.reset(token)
+
+
+def checkpoint(f: Callable[..., Any], *args: Any) -> Any:
+    """Return f(*args) under a checkpoint that an adjoint solve recomputes once, not for each of its vjps."""
+
+    def held(*args: Any) -> Any:
+        saved, found = Saved.around(), _collector.get()
+        if found is not None and saved is not None:
+            found.add(saved)
+        with saved or nullcontext():
+            return f(*args)
+
+    return torch.utils.checkpoint.checkpoint(held, *args, use_reentrant=False)
 
 
 class Saved(torch.autograd.graph.saved_tensors_hooks):
-    """Hooks that delegate to the surrounding hooks, and keep their results until the surrounding pass has ended."""
+    """Hooks that delegate to the surrounding hooks, and keep their results until the surrounding pass needs them."""
 
     def __init__(self, pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> None:
         super().__init__(self._pack, self._unpack)
@@ -31,10 +82,11 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
         return None if hooks is None else cls(*hooks)
 
     def fetch(self) -> None:
-        """Unpack all tensors now, within the pass that runs here and for it."""
+        """Unpack all tensors now, within the pass that runs here: it takes each once, after the passes within it."""
+        task = _current_graph_task_id()
         slots = [slot for ref in self._slots if (slot := ref()) is not None]
         for slot in slots:
-            slot.value = self._around[1](slot.packed)
+            slot.value, slot.task = self._around[1](slot.packed), task
 
         def forget() -> None:
             for slot in slots:
@@ -49,12 +101,15 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
 
     def _unpack(self, slot: _Slot) -> Tensor:
         value: Tensor = self._around[1](slot.packed) if slot.value is None else slot.value
+        if slot.task == _current_graph_task_id():
+            slot.value = None
         return value
 
 
 class _Slot:
-    """One saved tensor: its form packed by the surrounding hooks, and the tensor while a pass needs it."""
+    """One saved tensor: its form packed by the surrounding hooks, and the tensor while the pass `task` needs it."""
 
     def __init__(self, packed: Any) -> None:
         self.packed = packed
         self.value: Tensor | None = None
+        self.task = -1

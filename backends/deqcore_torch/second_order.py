@@ -121,7 +121,7 @@ class _Pushed(torch.autograd.Function):
     """The result of the backward of `Twice`, as a function that is linear in its cotangents and differentiable in them.
 
     A Hessian-vector product by the double-backward trick differentiates it in them only. `tied` are the tensors that
-    it depends on beside these, behind nodes that refuse: its derivative in them is of order 3.
+    it depends on besides these, behind nodes that refuse: its derivative in them is of order 3.
     """
 
     @staticmethod
@@ -129,14 +129,14 @@ class _Pushed(torch.autograd.Function):
         begun = sequence()
         given = [each.detach().requires_grad_() for each in inputs[len(tied) :]]
         with torch.enable_grad():
-            found = partial(parts, wanted, given, create_graph=True)
+            gradients = partial(parts, wanted, given, create_graph=True)
         ctx.set_materialize_grads(False)
-        ctx.once = once_only(found, begun)
-        ctx.kept = [part is not None and part.requires_grad for part in found]
-        graph = [part for part, kept in zip(found, ctx.kept, strict=True) if kept and part is not None]
+        ctx.once = once_only(gradients, begun)
+        ctx.kept = [part is not None and part.requires_grad for part in gradients]
+        graph = [part for part, kept in zip(gradients, ctx.kept, strict=True) if kept and part is not None]
         ctx.save_for_backward(*inputs[: len(tied)], *given, *graph)
         ctx.ends = len(tied), len(inputs)
-        return tuple(None if part is None else part.detach() for part in found)
+        return tuple(None if part is None else part.detach() for part in gradients)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
@@ -146,21 +146,21 @@ class _Pushed(torch.autograd.Function):
         start, end = ctx.ends
         saved = ctx.saved_tensors
         tied, given, graph = saved[:start], saved[start:end], saved[end:]
-        taken = [each for each, kept in zip(cotangents, ctx.kept, strict=True) if kept]
-        pairs = [(part, each) for part, each in zip(graph, taken, strict=True) if each is not None]
-        found: Sequence[Tensor | None] = [None] * len(given)
+        taken = [cotangent for cotangent, kept in zip(cotangents, ctx.kept, strict=True) if kept]
+        pairs = [(part, cotangent) for part, cotangent in zip(graph, taken, strict=True) if cotangent is not None]
+        gradients: Sequence[Tensor | None] = [None] * len(given)
         if pairs:
             outputs, weights = zip(*pairs, strict=True)
-            found = torch.autograd.grad(outputs, given, weights, retain_graph=True, allow_unused=True)
+            gradients = torch.autograd.grad(outputs, given, weights, retain_graph=True, allow_unused=True)
         if torch.is_grad_enabled():
-            found = [_refused(part, [*tied, *(each for _, each in pairs)]) for part in found]
-        return (None, None, None, *map(_zeros, tied), *found)
+            gradients = [_refused(part, [*tied, *(cotangent for _, cotangent in pairs)]) for part in gradients]
+        return (None, None, None, *map(_zeros, tied), *gradients)
 
 
 def _refused(part: Tensor | None, tensors: Sequence[Tensor]) -> Tensor | None:
     """Return `part`, whose derivative in any of `tensors` is refused."""
-    for each in distinct(tensors) if part is not None else []:
-        part = Refuse.apply(part, each, ORDER)
+    for tensor in distinct(tensors) if part is not None else []:
+        part = Refuse.apply(part, tensor, ORDER)
     return part
 
 
@@ -185,7 +185,7 @@ def _frontier(nodes: Sequence[Any], wanted: set[Edge]) -> list[tuple[Any, dict[i
     return frontier
 
 
-def _collect(node: Any, into: dict[int, Edge], found: dict[Edge, Tensor], passes: list[int]) -> Any:
+def _collect(node: Any, into: dict[int, Edge], sums: dict[Edge, Tensor], passes: list[int]) -> Any:
     def collect(gradients: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...] | None:
         if _current_graph_task_id() != passes[0]:
             return None
@@ -193,7 +193,7 @@ def _collect(node: Any, into: dict[int, Edge], found: dict[Edge, Tensor], passes
         for i, edge in into.items():
             part = left[i]
             if part is not None:
-                found[edge] = found[edge] + part if edge in found else part
+                sums[edge] = sums[edge] + part if edge in sums else part
                 left[i] = _zeros(part)  # a user's hook cannot take None
         return tuple(left)
 

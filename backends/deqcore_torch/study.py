@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import array_api_compat.torch as xp
 import numpy as np
@@ -85,7 +85,8 @@ class TorchTrainer(Trainer):
     def predict(self, x: Numbers) -> Numbers:
         with torch.no_grad():
             z, _ = self._solve(self._move(x), self._config)
-            return cast(Numbers, self._model.read(self._ops, self._weights, z).float().cpu().numpy())
+            logits: Tensor = self._model.read(self._ops, self._weights, z)
+            return logits.float().cpu().numpy()
 
     def gradient(self, x: Numbers, y: Numbers, config: Config) -> tuple[float, Numbers]:
         loss, _ = self._loss(self._move(x), self._move(y), config)
@@ -98,7 +99,7 @@ class TorchTrainer(Trainer):
             z, _ = self._solve(inputs, config)
             injected = self._model.inject(self._ops, self._weights, inputs)
         step = partial(self._model.cell, self._ops, self._weights)
-        return cast(Numbers, spectral_radius(lambda z: step(z, injected), z, max_products=products).radius)
+        return spectral_radius(lambda z: step(z, injected), z, max_products=products).radius
 
     def save(self) -> Weights:
         saved = {f"weight.{name}": value for name, value in self._weights.items()}

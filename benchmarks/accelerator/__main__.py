@@ -39,9 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = out / "accelerator.json"
         if given.render:
             if not path.is_file():
-                raise DeqcoreError(
-                    f"--render must find {path}, which does not exist. Measure first, on a machine with a device."
-                )
+                raise DeqcoreError(f"--render: {path} must exist. Run without --render first, on a machine with a GPU.")
             results = json.loads(path.read_text())
         else:
             results = measure(given, lambda found: path.write_text(json.dumps(found, indent=1) + "\n"))
@@ -109,7 +107,7 @@ def measure(given: argparse.Namespace, keep: Callable[[Mapping[str, Any]], objec
 
 
 class _Processes:
-    """Runs the items of a part; when a process ends early another goes on with the item after."""
+    """Runs the items of a part; when a process ends early, another continues with the next item."""
 
     def __init__(self, device: str, quick: bool) -> None:
         self.device, self.quick = device, quick
@@ -135,7 +133,7 @@ class _Processes:
             left = left[answered:]
             if left and not (code == DEAD and answered):
                 why = "it took too long and was ended" if late else f"its process ended with code {code}"
-                yield {"item": left.pop(0), "error": f"{why}; its message stands in the log"}
+                yield {"item": left.pop(0), "error": f"{why}; see its message in the log"}
 
     def _process(self, part: str, items: Sequence[str], seconds: float) -> subprocess.Popen[str]:
         from benchmarks.accelerator.parts import PARTS

@@ -73,7 +73,7 @@ def counted_warnings(task: Callable[[], object], words: str) -> int:
 
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Allow or forbid TF32 (factors of ten bits) in float32 convolutions; torch allows it by default."""
+    """Set whether float32 convolutions may round their factors to ten bits, as torch allows by default."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = allowed
     try:

@@ -20,6 +20,7 @@ from benchmarks.peers import LIBRARIES
 from deqcore.bench.cases import Case, dense
 from deqcore.bench.compare import compare
 from deqcore.bench.harness import Contender, Harness, Ready, SolveFunction, ours
+from deqcore.solve.step import fused_step
 from deqcore.solvers.broyden import Broyden
 
 SOLVERS: Final = ("picard", "anderson", "broyden", "newton-krylov")
@@ -103,9 +104,7 @@ class Bounded(Contender):
 
     def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> SolveFunction:
         if time.perf_counter() > self.until:
-            raise TimeoutError(
-                "The time budget of this case was spent before this contender ran. Give a larger --budget."
-            )
+            raise TimeoutError("not run: the budget of this case was spent. Give a larger --budget.")
         return self.contender.prepare(harness, ready, max_steps)
 
 
@@ -289,7 +288,7 @@ def _solve_of_steps(
     taken = 0
     for _ in range(pairs):
         laps.mark()
-        result = backend.fused_step(solver, f, z, fz, state)
+        result = fused_step(backend, solver, f, z, fz, state)
         taken += result is not None
         z, fz, state = (result or solver.step(backend, f, z, fz, state))[:3]
         laps.mark()

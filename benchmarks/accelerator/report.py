@@ -115,7 +115,7 @@ def _opening(results: Mapping[str, Any]) -> list[str]:
         limit = f", power limit {before['power.limit']}" if "power.limit" in before else ""
         lines.append(
             f"{before['name']}, {before['memory_gib']} GiB, {before['multiprocessors']} multiprocessors{driver}, "
-            f"CUDA {before['cuda']}{limit}; clock as found: {', '.join(clocks) or 'not reported'}."
+            f"CUDA {before['cuda']}{limit}; clock as found: {', '.join(clocks) or 'unknown'}."
         )
     if "tf32" in before:
         said = ", ".join(f"{what} {'on' if on else 'off'}" for what, on in before["tf32"].items())

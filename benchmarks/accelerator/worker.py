@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TextIO
 
-DEAD: Final = 3  # exit code: the device answers nothing any more, a fresh process may go on with the next item
+DEAD: Final = 3  # exit code: the device no longer answers; a fresh process may continue with the next item
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -122,7 +122,7 @@ def measure(case: Case) -> Result:
 
     with torch.no_grad():
         forward = iterate(backend, SOLVER, f, case.z0.reshape(flat), FORWARD)
-    _, vjp = backend.linearize(f, forward.z)
+    _, vjp = backend.autodiff.linearize(f, forward.z)
     g = case.g.reshape(flat)
     dense = truth(case, forward.z)
     chosen = np.linalg.norm(dense.g, axis=1) > 0

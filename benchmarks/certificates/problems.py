@@ -92,7 +92,7 @@ def hidden_modes(samples: int, seed: int = 0) -> Iterator[Case]:
 
 
 def hidden_mode(share: float, spread: float, samples: int, seed: int = 0) -> Case:
-    """J = diag(.3 ± spread, …, .999), x and g random but for the last entry: 0 in x, `share` of ‖g‖ in g."""
+    """J = diag(.3 ± spread, …, .999), x and g random except for the last entry: 0 in x, `share` of ‖g‖ in g."""
     rngs = [np.random.default_rng(3000 + seed + i) for i in range(samples)]
     diagonal = np.stack([0.3 + spread * rng.uniform(-1, 1, NARROW) for rng in rngs])
     x, g = (np.stack([rng.standard_normal(NARROW) for rng in rngs]) for _ in range(2))
@@ -131,7 +131,7 @@ def non_normal(rng: np.random.Generator) -> np.ndarray:
 
 
 def slow(rng: np.random.Generator, modes: object, n: int = N, radius: float = 0.3) -> np.ndarray:
-    """Draw a non-normal matrix with the eigenvalues `modes` and the others within ±radius."""
+    """Draw a matrix with some eigenvalues near one, the others within ±radius, and eigenvectors not orthogonal."""
     vectors = np.eye(n) + 0.5 * rng.standard_normal((n, n)) / np.sqrt(n)
     values = rng.uniform(-radius, radius, n)
     values[: len(modes)] = modes  # type: ignore[arg-type]

@@ -208,7 +208,7 @@ def _share(found: Any) -> str:
 
 
 def _apart(failed: Any, cosine: Any, settled: Any) -> list[Verdict]:
-    """Repeat the two figures for samples whose forward solve converged; only these have an exact gradient."""
+    """Judge failures and cosines where z is a fixed point; elsewhere the solution of f has no gradient."""
     if settled.all() or not settled.any():
         return []
     fails, worst = failed[settled], cosine[settled].min()
@@ -232,7 +232,7 @@ def _apart(failed: Any, cosine: Any, settled: Any) -> list[Verdict]:
 
 
 def _apart_vjps(excess: Any, settled: Any) -> list[Verdict]:
-    """Repeat the figure on vjps for samples whose forward solve converged."""
+    """Judge the vjps of samples whose forward solve converged."""
     if settled.all() or not settled.any():
         return []
     most = int(excess[settled].max())

@@ -60,7 +60,7 @@ def cases(name: str, samples: int, images: Path | None) -> Iterator[tuple[Case, 
 
 
 def pack(results: list[Result], trainings: list[Training], seconds: float) -> dict[str, Any]:
-    """Convert the results to what JSON can hold."""
+    """Convert results and trainings to JSON types."""
     packed = [vars(r) | {name: [_outcome(o) for o in getattr(r, name)] for name in OUTCOMES} for r in results]
     return {"seconds": round(seconds, 1), "results": packed, "trainings": [vars(t) for t in trainings]}
 

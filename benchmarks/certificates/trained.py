@@ -15,7 +15,7 @@ from benchmarks.certificates.problems import OWN, AttentionCell, Case, ConvCell,
 
 CONVERGED = 0.02  # training loss at which a cell counts as trained to convergence; all classes are as good as certain
 RTOL = 1e-3
-FEW = 200  # images that the convolution and attention cells learn by heart
+FEW = 200  # images that the convolution and attention cells memorise
 BATCH = 50
 STEPS = 1000  # at most; six minutes for all cells allow no more
 
@@ -84,7 +84,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def image_folder(path: Path, limit: int, side: int = 16) -> tuple[Tensor, Tensor]:
-    """Load `limit` images from a folder of class folders, evenly over ten classes, scaled to `side`×`side`."""
+    """Load `limit` images from a folder of class folders, evenly from ten classes, scaled to `side`×`side`."""
     from PIL import Image
 
     folders = sorted(folder for folder in path.iterdir() if folder.is_dir())[:10]
@@ -105,7 +105,7 @@ def dense_on_digits(samples: int) -> tuple[Case, Training]:
 
 
 def conv_on_digits(samples: int) -> tuple[Case, Training]:
-    """Train a convolutional cell until it fits a few digits."""
+    """Train a cell to memorise a few digits."""
     stem = nn.Conv2d(1, 8, 3, padding=1)
     return _trained("conv cell, digits", stem, ConvCell(8), (8, 8, 8), _few(digits()), samples)
 
@@ -117,7 +117,7 @@ def attention_on_digits(samples: int) -> tuple[Case, Training]:
 
 
 def conv_on_images(samples: int, path: Path) -> tuple[Case, Training]:
-    """Train a convolutional cell until it fits a few images of a folder."""
+    """Train a cell to memorise a few images of a folder."""
     stem = nn.Conv2d(3, 8, 3, padding=1, stride=2)
     name = f"conv cell, images of {path.resolve().parent.name}/{path.name}"
     return _trained(name, stem, ConvCell(8), (8, 8, 8), image_folder(path, FEW), samples)

@@ -37,7 +37,7 @@ class Truth:
         return np.linalg.norm(u - self.u, axis=1) / np.linalg.norm(self.u, axis=1)
 
     def cosine(self, u: Any) -> Any:
-        """Compute the cosine of u with a^-1 g, `(batch,)`."""
+        """Return the cosine of the angle between u and a^-1 g, `(batch,)`."""
         return np.sum(u * self.u, axis=1) / np.linalg.norm(u, axis=1) / np.linalg.norm(self.u, axis=1)
 
 

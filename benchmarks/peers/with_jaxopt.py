@@ -45,7 +45,7 @@ class Jaxopt(Contender):
 
 
 def anderson(f: Callable[..., Any], **settings: Any) -> Any:
-    """Run Anderson acceleration with the defaults of jaxopt."""
+    """Build jaxopt's Anderson acceleration with its own defaults."""
     return jaxopt.AndersonAcceleration(f, **settings)
 
 

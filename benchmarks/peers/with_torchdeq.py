@@ -12,7 +12,7 @@ from deqcore.bench.harness import Contender, Harness, Ready, SolveFunction, Solv
 
 
 class TorchDEQ(Contender):
-    """One of its solvers, with its own defaults but for budget and tolerance."""
+    """One of its solvers, with its own defaults except for budget and tolerance."""
 
     library = "torchdeq"
 

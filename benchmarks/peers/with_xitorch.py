@@ -31,7 +31,7 @@ class Xitorch(Contender):
                     method=self.solver,
                     maxiter=max_steps,
                     f_tol=rtol * size,
-                    x_tol=float("inf"),  # or it goes on until the step is below 1e-6 too
+                    x_tol=float("inf"),  # or it continues until the step is below 1e-6 too
                     verbose=False,
                     **settings,
                 )

@@ -8,7 +8,7 @@ from deqcore.types import AdjointReport, Array, Map
 
 
 class AdjointSolver(ABC):
-    """Finds `u ≈ (I − J)^-T g`: what `Backend.implicit` calls in the backward pass.
+    """Finds `u ≈ (I − J)^-T g`: what `Autodiff.implicit` calls in the backward pass.
 
     It also does what `backward.on_failure` and `backward.verify_every` say. Two of them compare equal, and have one
     hash, if compiled code that was traced with one serves for the other.

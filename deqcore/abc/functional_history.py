@@ -2,52 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
+from deqcore.abc.arrays import ArrayOps
 from deqcore.abc.history import History
 from deqcore.types import Array
-
-
-class _Arrays(Protocol):
-    """What a functional history needs of a backend, see `deqcore.abc.backend.Backend`."""
-
-    xp: Any
-
-    def detach(self, x: Array) -> Array:
-        """Return the same numbers, without a gradient."""
-
-    def astype(self, x: Array, dtype: str) -> Array:
-        """Cast to the dtype of this name."""
-
-    def cast(self, x: Array, like: Array) -> Array:
-        """Cast to the dtype of `like`."""
-
-    def to_accum_dtype(self, x: Array) -> Array:
-        """Cast to the dtype of coefficients."""
-
-    def dtype_name(self, x: Array) -> str:
-        """Return the name of the dtype."""
-
-    def asarray(self, a: object, *, dtype: str | None = None, like: Array | None = None) -> Array:
-        """Convert host data."""
-
-    def select(self, mask: Array, new: Array, old: Array) -> Array:
-        """Return rows of `new` where `mask` holds, of `old` elsewhere."""
-
-    def known_all(self, mask: Array) -> bool:
-        """Return whether all of `mask` is known to hold."""
-
-    def errstate(self) -> AbstractContextManager[object]:
-        """Silence warnings of NaN and inf."""
 
 
 class _Shared(NamedTuple):
     """The constants of all states of one history."""
 
-    backend: _Arrays
+    backend: ArrayOps
     history_size: int
     dtype: str  # of the state and of the results of `combine`; the slots may be narrower
 
@@ -64,7 +31,7 @@ class FunctionalHistory(History):
         self.history_size = shared.history_size
 
     @classmethod
-    def empty(cls, backend: _Arrays, like: Array, history_size: int, dtype: str | None = None) -> FunctionalHistory:
+    def empty(cls, backend: ArrayOps, like: Array, history_size: int, dtype: str | None = None) -> FunctionalHistory:
         """Return a history without a vector, for vectors like `like` `(batch, n)`."""
         still = backend.detach(like)
         zero = backend.xp.zeros_like(backend.astype(still, dtype or backend.dtype_name(like)))
@@ -118,6 +85,10 @@ class FunctionalHistory(History):
         backend, chosen = self.shared.backend, rows if self.active is None else rows & self.active
         slots = tuple(backend.select(chosen, backend.xp.zeros_like(q), q) for q in self.slots)
         return self._with(slots=slots)
+
+    def rewind(self, count: int | Array) -> FunctionalHistory:
+        """See `History.rewind`."""
+        return self._with(written=self.written + (self.history_size - int(count)) % self.history_size)
 
     def slot(self) -> Array:
         """See `History.slot`."""

@@ -85,6 +85,18 @@ class History(ABC):
         return self.restart(self.count() >= 0 if self.active is None else self.active)
 
     @abstractmethod
+    def rewind(self, count: int | Array) -> History:
+        """Move the next slot of a ring whose slots are all written back by `count`, or on if that is below 0.
+
+        No vector is forgotten. After `count` appends the next slot is that of before, so a sample that begins again
+        with several vectors takes no slot from the samples beside it.
+
+        Args:
+            count: fewer than `history_size` slots, int or an int32 scalar of the backend. A backend that counts on the
+                host waits for the scalar.
+        """
+
+    @abstractmethod
     def slot(self) -> Array:
         """Return the one-hot mask `(history_size,)` of the slot that was written last; all False before an append."""
 

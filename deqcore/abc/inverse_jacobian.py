@@ -32,3 +32,7 @@ class InverseJacobian(ABC):
     def apply_transpose_unregularised(self, v: Array) -> Array:
         """Return Hᵀ v with as little regularisation as rounding allows, to judge errors with."""
         return self.apply_transpose(v)
+
+    def prepared(self) -> InverseJacobian:
+        """Return the same operator, ready to be applied to many vectors: work that all of them share is done here."""
+        return self

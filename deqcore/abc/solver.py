@@ -152,7 +152,7 @@ def _merged(backend: Backend, rows: Array, new: Any, old: Any) -> Any:
 
 
 def map_states(fn: Callable[..., Any], state: Any, *others: Any) -> Any:
-    """Apply `fn` to the leaves, arrays, histories or None, that stand in the same place of states of one structure."""
+    """Apply `fn` to the leaves, arrays, histories or None, in the same place of states of one structure."""
     if isinstance(state, tuple):
         parts = (map_states(fn, *leaves) for leaves in zip(state, *others, strict=True))
         return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)

@@ -9,10 +9,12 @@ from typing import ClassVar, Literal
 from deqcore.abc.backend import Backend
 from deqcore.abc.backward import Strategy, relative, report
 from deqcore.abc.inverse_jacobian import InverseJacobian
+from deqcore.backward.to_error import Reuse, check_reuse, solve_to_error, statuses, target_of
 from deqcore.errors import StrategyError
-from deqcore.linear.certified import SAFETY, solve_certified
+from deqcore.linear.certified import SAFETY
 from deqcore.linear.gmres import gmres
-from deqcore.types import AdjointReport, Array, Map, Status
+from deqcore.linear.norms import default_rtol
+from deqcore.types import AdjointReport, Array, Map
 
 
 @dataclass(frozen=True)
@@ -26,19 +28,24 @@ class BroydenReuse(Strategy):
     *Certified* (`certify=True, max_relative_error=None`): the same u, and one vjp that measures its adjoint residual.
     The error that it reports is the estimate's own: it does not contain a mode that the forward solve has not met.
 
-    *Refined* (`max_relative_error` set, the default): GMRES on (I − Jᵀ) with the multi-secant estimate M = −Hᵀ of all
-    pairs as right preconditioner, per sample, until residual *and estimated error* are at most `max_relative_error`.
-    The error is an estimate, not a bound. Its first direction is M g, the reused gradient itself; a sample is
-    certified after three vjps at the earliest, unless its residual vanishes before.
+    *Refined* (`max_relative_error` set, the default): GMRES on (I − Jᵀ) from zero, per sample, until residual *and
+    estimated error* are at most `max_relative_error`. The multi-secant estimate M = −Hᵀ of all pairs is the witness:
+    it has met the slow modes that a young Krylov space has not, so that fewer vjps are needed before the error can be
+    believed. The error is an estimate, not a bound. A sample is certified after three vjps at the earliest, unless its
+    residual vanishes before.
 
     Cost: plain, two passes over the solver's history; certified, one vjp more; refined, as many vjps as it takes,
-    `max_refine_vjps` at most, and as many history vectors.
+    `max_refine_vjps` at most, as many history vectors, and two passes over the solver's history whenever a sample may
+    be certified.
 
     Args:
         certify: measure and report the adjoint residual.
         max_relative_error: target for the estimated relative error of u, in (0, 1), or None ("none" in a file) for no
             refinement.
         max_refine_vjps: vjps per sample at most, at least 1; fewer than 3 certify only what they solve.
+        reuse: "witness"; "precondition" also makes M the right preconditioner of GMRES, which takes fewer vjps with
+            many pairs (0.5 to 0.8 times as many from 30 pairs on) and two passes over the pairs at each of them: for
+            an f whose vjp costs more than about four passes for each pair; "none" leaves the estimate alone.
         fallback: what a sample gets that misses the target: "jacobian-free" (u = g, where its adjoint residual is
             smaller), "exact-ift" (GMRES to the dtype's default tolerance) or "none" (the best u found).
 
@@ -58,7 +65,8 @@ class BroydenReuse(Strategy):
 
     certify: bool = True
     max_relative_error: float | Literal["none"] | None = 0.1
-    max_refine_vjps: int = 40
+    max_refine_vjps: int = 60
+    reuse: Reuse = "witness"
     fallback: Literal["jacobian-free", "exact-ift", "none"] = "jacobian-free"
     needs: ClassVar[Literal["nothing", "vjp", "estimate"]] = "estimate"
     cost_bounds: ClassVar[Mapping[str, int]] = {
@@ -66,29 +74,25 @@ class BroydenReuse(Strategy):
         "conv": 4,
         "expansive": 3,
         "ill-conditioned": 8,
-        "ring": 4,
+        "ring": 5,
         "slow-modes": 17,
         "tree": 3,
     }
 
     def __post_init__(self) -> None:
-        if self.max_relative_error == "none":  # how a TOML file, which has no null, says it
-            object.__setattr__(self, "max_relative_error", None)
-        if self.max_relative_error is not None and not 0.0 < float(self.max_relative_error) < 1.0:
-            raise ValueError(
-                f"max_relative_error = {self.max_relative_error}, but a number between 0 and 1, or none, is expected"
-            )
+        object.__setattr__(self, "max_relative_error", target_of(self.max_relative_error))
+        check_reuse(self.reuse)
         if self.max_refine_vjps < 1:
-            raise ValueError(f"max_refine_vjps = {self.max_refine_vjps}, but at least 1 is expected")
+            raise ValueError(f"max_refine_vjps must be at least 1 (got {self.max_refine_vjps}).")
         if self.fallback not in ("jacobian-free", "exact-ift", "none"):
-            raise ValueError(f"fallback = {self.fallback!r}, but 'jacobian-free', 'exact-ift' or 'none' is expected")
+            raise ValueError(f"fallback must be 'jacobian-free', 'exact-ift' or 'none' (got {self.fallback!r}).")
         if self.fallback != "none" and self.max_relative_error is None and self.certify:
             raise ValueError(
                 f"fallback = {self.fallback!r} needs a target that a sample can miss: set max_relative_error"
             )
 
     def uses_vjp(self) -> bool:
-        """All but the plain method."""
+        """Return whether a check or a target needs products; the plain method needs none."""
         return self.certify or self.max_relative_error is not None
 
     def wants_secants(self) -> bool:
@@ -100,7 +104,10 @@ class BroydenReuse(Strategy):
     ) -> tuple[Array, AdjointReport]:
         """Return u for the cotangent `g` `(batch, n)`."""
         if estimate is None:
-            raise StrategyError("broyden-reuse was called without an estimate; its solver promised one.")
+            raise StrategyError(
+                "broyden-reuse was called without the estimate that its solver declares. "
+                "Pass the solver's `inverse_jacobian` as `estimate`."
+            )
         if self.max_relative_error is None:
             return self._plain(backend, vjp, g, estimate)
         return self._refined(backend, vjp, g, estimate, float(self.max_relative_error))
@@ -118,21 +125,18 @@ class BroydenReuse(Strategy):
         self, backend: Backend, vjp: Map, g: Array, estimate: InverseJacobian, max_relative_error: float
     ) -> tuple[Array, AdjointReport]:
         xp = backend.xp
-        found = solve_certified(
+        found = solve_to_error(
             backend,
             vjp,
             g,
-            estimate.apply_transpose,  # −M: a preconditioner's sign changes nothing
+            estimate,
+            self.reuse,
             max_relative_error=max_relative_error,
             max_vjps=self.max_refine_vjps,
-            judge=estimate.apply_transpose_unregularised,
         )
         u, vjps, residual, error = found.u, found.vjps, found.residual, found.error
-        code = xp.zeros_like(vjps)
-        finite = xp.isfinite(residual)
-        status = xp.where(finite, code + int(Status.MAX_STEPS), code + int(Status.NONFINITE))
-        status = xp.where(found.met, code + int(Status.CONVERGED), status)
-        replaced = code > 0
+        status = statuses(backend, found)
+        replaced = vjps < 0
         if self.fallback != "none":
             u, vjps, residual, replaced = self._fall_back(backend, vjp, g, u, vjps, residual, found.met)
             error = xp.where(replaced, xp.full_like(error, float("nan")), error)
@@ -150,7 +154,7 @@ class BroydenReuse(Strategy):
                 # Samples that are done ask for nothing: their right-hand side is zero.
                 wanted = backend.select(met, xp.zeros_like(g), g)
                 found = gmres(
-                    backend, lambda v: v - vjp(v), wanted, rtol=backend.default_rtol(g), max_steps=self.max_refine_vjps
+                    backend, vjp, wanted, rtol=default_rtol(backend, g), max_steps=self.max_refine_vjps, shifted=True
                 )
                 other, products = found.x, found.products
                 left = relative(backend, found.residual, backend.norm(g))

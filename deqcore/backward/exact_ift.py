@@ -10,8 +10,10 @@ from deqcore.abc.backend import Backend
 from deqcore.abc.backward import MakeSolver, Strategy, relative, report
 from deqcore.abc.inverse_jacobian import InverseJacobian
 from deqcore.abc.solver import Solver
+from deqcore.backward.to_error import Reuse, check_reuse, solve_to_error, statuses, target_of
 from deqcore.linear.direct import Direct, solve_direct
 from deqcore.linear.gmres import LinearSolution, gmres
+from deqcore.linear.norms import default_rtol
 from deqcore.solve.loop import iterate
 from deqcore.types import AdjointReport, Array, Map, Status, StoppingCriteria
 
@@ -42,6 +44,10 @@ class ExactIFT(Strategy):
         solver: "gmres", or a registered solver's name.
         rtol: relative adjoint residual, ‖g + Jᵀu − u‖ ≤ rtol·‖g‖; "auto" by dtype. Separate from the forward
             tolerance: an inexact forward solve must not loosen the gradient.
+        max_relative_error: stop at this *estimated relative error* of u instead, in (0, 1); None ("none" in a file) for
+            `rtol`. GMRES only, from zero. The report has the estimate; it is not a bound.
+        reuse: what the forward solve's estimate does for `max_relative_error`: "none", so that any solver will do;
+            "witness", it judges the error, which saves vjps; "precondition", it also preconditions GMRES.
         max_steps: vjps at most, those of the direct solve included; "auto" gives GMRES n + 8 and at most 200 of them,
             and the direct solve its n + 1 more.
         start: "zero" (GMRES), "cotangent" (u = g) or "reuse" (u = −Hᵀg, needs a solver with an estimate);
@@ -65,6 +71,8 @@ class ExactIFT(Strategy):
 
     solver: str = "gmres"
     rtol: float | Literal["auto"] = "auto"
+    max_relative_error: float | Literal["none"] | None = None
+    reuse: Reuse = "none"
     max_steps: int | Literal["auto"] = "auto"
     start: Literal["auto", "zero", "cotangent", "reuse"] = "auto"
     direct: int = 512
@@ -84,29 +92,50 @@ class ExactIFT(Strategy):
 
     def __post_init__(self) -> None:
         if self.rtol != "auto" and not 0.0 <= self.rtol < 1.0:
-            raise ValueError(f"rtol = {self.rtol}, but 'auto' or a number from 0 to below 1 is expected")
+            raise ValueError(f"rtol must be 'auto' or a number from 0 to below 1 (got {self.rtol}).")
+        object.__setattr__(self, "max_relative_error", target_of(self.max_relative_error))
+        check_reuse(self.reuse)
+        if self.max_relative_error is not None:
+            self._check_target()
         if self.max_steps != "auto" and self.max_steps < 0:
-            raise ValueError(f"max_steps = {self.max_steps}. It must be 'auto' or a number of at least 0.")
+            raise ValueError(f"max_steps must be 'auto' or at least 0 (got {self.max_steps}).")
         if self.direct < 0:
-            raise ValueError(f"direct = {self.direct}. It must be a number of at least 0.")
+            raise ValueError(f"direct must be at least 0 (got {self.direct}).")
         if self.start not in ("auto", "zero", "cotangent", "reuse"):
-            raise ValueError(f"start = {self.start!r}, but 'auto', 'zero', 'cotangent' or 'reuse' is expected")
+            raise ValueError(f"start must be 'auto', 'zero', 'cotangent' or 'reuse' (got {self.start!r}).")
         if self.solver == "gmres" and set(self.options) - {"reorthogonalize"}:
-            raise ValueError(f"options = {dict(self.options)}, but gmres has only 'reorthogonalize'")
+            raise ValueError(f"gmres has only the option 'reorthogonalize' (got {dict(self.options)}).")
+
+    def _check_target(self) -> None:
+        if self.rtol != "auto":
+            raise ValueError("rtol and max_relative_error are two targets. Set one of them.")
+        if self.solver != "gmres":
+            raise ValueError(f"max_relative_error needs the solver 'gmres' (got {self.solver!r}). Set rtol instead.")
+        if self.start not in ("auto", "zero"):
+            raise ValueError(f"max_relative_error needs the start 'zero' (got {self.start!r}). Remove `start`.")
 
     def bind(self, make_solver: MakeSolver) -> ExactIFT:
         """Make the solver that the options name."""
         return self if self.solver == "gmres" else replace(self, bound=make_solver(self.solver, self.options))
 
     def wants_estimate(self) -> bool:
-        """Only a start from the reused estimate needs one."""
-        return self.start == "reuse"
+        """Return whether the solve starts from the forward solver's estimate, or reuses it otherwise."""
+        return self.start == "reuse" or self._reuses()
+
+    def wants_secants(self) -> bool:
+        """Return whether a witness or preconditioner is wanted: they use the estimate that keeps all pairs."""
+        return self._reuses()
+
+    def _reuses(self) -> bool:
+        return self.max_relative_error is not None and self.reuse != "none"
 
     def solve_adjoint(
         self, backend: Backend, vjp: Map, g: Array, estimate: InverseJacobian | None
     ) -> tuple[Array, AdjointReport]:
         """Solve the adjoint equation for the cotangent `g` `(batch, n)`."""
-        rtol = backend.default_rtol(g) if self.rtol == "auto" else float(self.rtol)
+        rtol = default_rtol(backend, g) if self.rtol == "auto" else float(self.rtol)
+        if self.max_relative_error is not None:
+            return self._to_error(backend, vjp, g, estimate, float(self.max_relative_error))
         u0 = self._start(g, estimate)
         if self.bound is None:
             return self._gmres(backend, vjp, g, u0, rtol)
@@ -115,32 +144,49 @@ class ExactIFT(Strategy):
     def _gmres(
         self, backend: Backend, vjp: Map, g: Array, u0: Array | None, rtol: float
     ) -> tuple[Array, AdjointReport]:
-        """By GMRES, and directly where it fails."""
+        """Solve by GMRES, and directly where GMRES fails."""
         steps = self._steps(g.shape[1])
         found = gmres(
             backend,
-            lambda u: u - vjp(u),
+            vjp,
             g,
             u0,
             rtol=rtol,
             max_steps=steps,
             reorthogonalize=bool(self.options.get("reorthogonalize", True)),
             restart=SPACE,
+            shifted=True,
         )
         budget = steps + (0 if u0 is None else 1)
         ended = backend.xp.where(found.products < budget, int(Status.STALLED), int(Status.MAX_STEPS))
-        u, residual, vjps = self._direct(backend, vjp, g, found)
-        converged = residual <= rtol * backend.to_accum_dtype(backend.norm(g))
+        size = backend.norm(g)
+        u, residual, vjps = self._direct(backend, vjp, g, size, found)
+        converged = residual <= rtol * backend.to_accum_dtype(size)
         status = backend.xp.where(converged, int(Status.CONVERGED), ended)
-        return u, _reported(backend, g, residual, vjps, status)
+        return u, _reported(backend, g, size, residual, vjps, status)
 
-    def _direct(self, backend: Backend, vjp: Map, g: Array, found: LinearSolution) -> Direct:
-        """What GMRES found, or the direct solve where it found nothing and the budget allows that."""
+    def _to_error(
+        self, backend: Backend, vjp: Map, g: Array, estimate: InverseJacobian | None, target: float
+    ) -> tuple[Array, AdjointReport]:
+        """Solve by GMRES to an estimated error, and directly where GMRES fails."""
+        xp, size = backend.xp, backend.norm(g)
+        norm = backend.to_accum_dtype(size)
+        steps = min(self._steps(g.shape[1]), SPACE) if self.max_steps == "auto" else self.max_steps
+        found = solve_to_error(backend, vjp, g, estimate, self.reuse, max_relative_error=target, max_vjps=steps)
+        before = LinearSolution(found.u, found.residual * norm, found.vjps, found.met)
+        u, residual, vjps = self._direct(backend, vjp, g, size, before)
+        solved = (vjps > found.vjps) & (residual <= default_rtol(backend, g) * norm)
+        status = xp.where(solved, int(Status.CONVERGED), statuses(backend, found))
+        error = xp.where(solved, xp.full_like(found.error, float("nan")), found.error)
+        return u, _reported(backend, g, size, residual, vjps, status, error)
+
+    def _direct(self, backend: Backend, vjp: Map, g: Array, size: Array, found: LinearSolution) -> Direct:
+        """Solve directly where GMRES failed and the budget allows it; keep the solution of GMRES elsewhere."""
         before = Direct(found.x, found.residual, found.products)
         cost = g.shape[1] + 1
         if g.shape[1] > self.direct or (self.max_steps != "auto" and self.max_steps < cost):
             return before
-        wanted = ~found.converged & backend.xp.isfinite(backend.norm(g))
+        wanted = ~found.converged & backend.xp.isfinite(size)
         if self.max_steps != "auto":
             wanted = wanted & (found.products + cost <= self.max_steps)
         return solve_direct(backend, vjp, g, wanted, before)
@@ -148,34 +194,37 @@ class ExactIFT(Strategy):
     def _driven(
         self, backend: Backend, vjp: Map, g: Array, u0: Array, rtol: float, solver: Solver
     ) -> tuple[Array, AdjointReport]:
-        """By a registered solver."""
+        """Solve with a registered solver."""
         xp = backend.xp
-        control = StoppingCriteria(rtol=0.0, atol=rtol * backend.norm(g), max_steps=self._steps(g.shape[1]))
+        size = backend.norm(g)
+        control = StoppingCriteria(rtol=0.0, atol=rtol * size, max_steps=self._steps(g.shape[1]))
         forward = iterate(backend, solver, lambda u: g + vjp(u), u0, control)
-        # Without a solution u grows until g is lost in the rounding of Jᵀu: a difference of zero is no solution.
+        # Without a solution, u grows until g is lost in the rounding of Jᵀu: a difference of zero proves nothing.
         rounding = backend.cast(backend.eps(forward.z) * backend.norm(forward.z), forward.residual)
         residual = xp.maximum(forward.residual, rounding)
         lost = (forward.status == int(Status.CONVERGED)) & ~(residual <= control.atol)
         status = xp.where(lost, int(Status.STALLED), forward.status)
-        return forward.z, _reported(backend, g, residual, forward.evaluations, status)
+        return forward.z, _reported(backend, g, size, residual, forward.evaluations, status)
 
     def _steps(self, n: int) -> int:
-        """Steps of the iteration, for systems of n unknowns."""
+        """Return the most steps of the iteration, for systems of n unknowns."""
         if self.max_steps != "auto":
             return self.max_steps
         return MOST_STEPS if self.bound is not None else min(n + MORE_STEPS, MOST_STEPS)
 
     def _start(self, g: Array, estimate: InverseJacobian | None) -> Array | None:
-        """Where u begins; None is zero, for which GMRES needs no product."""
+        """Return the initial u. None means zero, for which GMRES needs no product."""
         if self.start == "reuse" and estimate is not None:
             return -estimate.apply_transpose(g)
         zero = self.start == "zero" or (self.start == "auto" and self.solver == "gmres")
         return None if zero else g
 
 
-def _reported(backend: Backend, g: Array, residual: Array, vjps: Array, status: Array) -> AdjointReport:
-    """The report; a residual that is not finite has its own status."""
+def _reported(
+    backend: Backend, g: Array, size: Array, residual: Array, vjps: Array, status: Array, error: Array | None = None
+) -> AdjointReport:
+    """Build the report; a residual that is not finite has its own status."""
     xp = backend.xp
-    left = relative(backend, residual, backend.norm(g))
+    left = relative(backend, residual, size)
     status = xp.where(xp.isfinite(left), status, int(Status.NONFINITE))
-    return report(backend, g, status=xp.astype(status, xp.int32), vjps=vjps, residual=left)
+    return report(backend, g, status=xp.astype(status, xp.int32), vjps=vjps, residual=left, error=error)

@@ -42,10 +42,10 @@ class Neumann(Strategy):
 
     def __post_init__(self) -> None:
         if self.terms < 0:
-            raise ValueError(f"terms = {self.terms}, but at least 0 is expected")
+            raise ValueError(f"terms must be at least 0 (got {self.terms}).")
 
     def uses_vjp(self) -> bool:
-        """Only with at least one term."""
+        """Return whether there is at least one term."""
         return self.terms > 0
 
     def solve_adjoint(

@@ -43,14 +43,14 @@ class Phantom(StepStrategy):
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise ValueError(f"steps = {self.steps}, but at least 1 is expected")
+            raise ValueError(f"steps must be at least 1 (got {self.steps}).")
         if not 0.0 < self.damping <= 1.0:
-            raise ValueError(f"damping = {self.damping}, but a number above 0 and at most 1 is expected")
+            raise ValueError(f"damping must be above 0 and at most 1 (got {self.damping}).")
 
     def value(self, backend: Backend, f: Map, z0: Array, forward: SolveResult | None, solver: Solver) -> Array:
         """Take the steps from the solution."""
         if forward is None:
-            raise StrategyError("phantom starts from the solution, but none was given.")
+            raise StrategyError("phantom starts from the solution. Pass the result of the forward solve (got None).")
 
         def step(z: Array) -> Array:
             fz = f(z)

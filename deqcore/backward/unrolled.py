@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from deqcore.abc.backend import Backend
 from deqcore.abc.backward import StepStrategy
 from deqcore.abc.solver import Solver, detach_state
-from deqcore.solve.loop import freeze, masked
+from deqcore.linear.norms import residual_norms
+from deqcore.solve.step import freeze, masked
 from deqcore.solve.termination import greater
 from deqcore.types import Array, Map, Reached, SolveResult
 
@@ -43,13 +44,13 @@ class Unrolled(StepStrategy):
     and the usual way to pre-train. With the solver "picard" this is an ordinary weight-tied network.
 
     A value may be there long before its derivative. Beyond rounding (a residual of eps^¾) a quasi-Newton step divides
-    rounding by rounding, and so does its derivative. There the sample goes on with chord steps (`Solver.chord`): they
+    rounding by rounding, and so does its derivative. There the sample continues with chord steps (`Solver.chord`): they
     keep the value, and its derivative converges at the rate of the estimate.
 
     The residual is measured at the returned iterate. The status is CONVERGED where it meets the tolerance, and
-    FIXED_STEPS where it does not: `steps` decides, and `forward.max_steps` is ignored. The status says nothing of the
-    derivative, which is not measured. In a direction in which f expands, the derivative of plain steps ("picard")
-    grows while the value stays where it is. A solver without an estimate ("newton-krylov") goes on with plain steps
+    FIXED_STEPS where it does not: `steps` decides, and `forward.max_steps` is ignored. The status does not cover
+    the derivative, which is not measured. In a direction in which f expands, the derivative of plain steps ("picard")
+    grows while the value stays where it is. A solver without an estimate ("newton-krylov") continues with plain steps
     beyond rounding; where these lead away, its derivative is not at its limit, and the status is FIXED_STEPS.
 
     Cost: `steps` + 1 recorded evaluations of f, whose memory is held unless `checkpoint` recomputes them.
@@ -78,15 +79,15 @@ class Unrolled(StepStrategy):
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise ValueError(f"steps = {self.steps}, but at least 1 is expected")
+            raise ValueError(f"steps must be at least 1 (got {self.steps}).")
 
     def solves(self) -> bool:
-        """Nothing is solved for beside the recorded steps."""
+        """Return False: the recorded steps are the solve."""
         return False
 
     def value(self, backend: Backend, f: Map, z0: Array, forward: SolveResult | None, solver: Solver) -> Reached:
-        """The iterate after the last step."""
-        run = backend.checkpoint(f) if self.checkpoint else f
+        """Return the iterate after the last step."""
+        run = backend.autodiff.checkpoint(f) if self.checkpoint else f
         z = backend.detach(z0)
         fz = run(z)
         none = backend.norm(z) < 0
@@ -94,14 +95,14 @@ class Unrolled(StepStrategy):
         start = _At(z, fz, (z, fz), solver.init(backend, z, fz), none, zero, none)
         end = backend.scan(lambda at: _step(backend, solver, run, at), start, self.steps)
         spent = solver.evaluations(backend, zero + self.steps, end.state) + end.extra
-        residual, size = backend.residual_norms(z, backend.detach(fz))
+        residual, size = residual_norms(backend, z, backend.detach(fz))
         plain = solver.inverse_jacobian(backend, end.state) is None
         scale = greater(backend.xp, backend.norm(z), size)
         return Reached(end.z, end.fz, spent, scale, residual, end.stayed if plain else None)
 
 
 def _step(backend: Backend, solver: Solver, f: Map, at: _At) -> _At:
-    """A step of the solver, or for settled samples a chord step, in one evaluation of f."""
+    """Take a step of the solver, or a chord step for settled samples, in one evaluation of f."""
     settled = at.settled | _at_rounding(backend, at.z, at.fz)
     chord = None
     if not backend.known_all(~settled):
@@ -122,13 +123,13 @@ def _step(backend: Backend, solver: Solver, f: Map, at: _At) -> _At:
     once = solver.evaluations_per_step == 1 and type(solver).evaluations is Solver.evaluations
     value = values[0] if once else f(chord)
     extra = at.extra if once else at.extra + backend.xp.astype(settled, backend.xp.int32)
-    kept = settled & ~_at_rounding(backend, chord, value)  # the estimate is no good there: stay
+    kept = settled & ~_at_rounding(backend, chord, value)  # the estimate is not good enough there: stay
     z = backend.select(kept, at.z, backend.select(settled, chord, z))
     fz = backend.select(kept, at.fz, backend.select(settled, value, fz))
     return _At(z, fz, seen, state, settled, extra, at.stayed | kept)
 
 
 def _at_rounding(backend: Backend, z: Array, fz: Array) -> Array:
-    """Samples whose residual is rounding `(batch,)` of bool."""
+    """Return which samples have a residual of the size of rounding, `(batch,)` of bool."""
     residual, size = backend.norm(backend.detach(fz - z)), backend.norm(backend.detach(fz))
-    return residual <= backend.output_eps(z) ** 0.75 * size
+    return residual <= backend.guards.output_eps(z) ** 0.75 * size

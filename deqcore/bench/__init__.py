@@ -1,4 +1,4 @@
 """Measuring solvers: problems, machines, interleaved timing, comparison. Imports no framework.
 
-`deqcore bench` and the comparison with other libraries in `benchmarks/` both stand on it.
+`deqcore bench` and the comparison with other libraries in `benchmarks/` both use it.
 """

@@ -15,7 +15,7 @@ from deqcore.types import Array, Tree
 
 @dataclass(frozen=True)
 class Case:
-    """A problem and how far it is to be solved.
+    """A problem and the accuracy to solve it to.
 
     Attributes:
         problem: the problem.
@@ -117,7 +117,7 @@ def non_normal(batch: int = 64, size: int = 256) -> Case:
 
 
 def mixed(batch: int = 64, size: int = 512) -> Case:
-    """One sample of the batch needs ten times the steps of the others."""
+    """Make a batch in which one sample needs ten times the steps of the others."""
     rng = np.random.default_rng(5)
     rate = np.full((batch, 1), 0.3)
     rate[batch // 2] = 0.3**0.1
@@ -141,7 +141,7 @@ def _problem(name: str, params: dict[str, Array], inputs: Tree, f: Callable[...,
 
 
 def narrow(a: Array) -> Array:
-    """In float32."""
+    """Convert to float32."""
     return np.asarray(a, np.float32)
 
 

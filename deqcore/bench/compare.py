@@ -92,13 +92,13 @@ def _compare(
     return [_timed(row, result, harness.queued) if row.contender in tasks else row for row in rows]
 
 
-def _timed(row: BenchRow, found: Rounds, queued: int) -> BenchRow:
+def _timed(row: BenchRow, rounds: Rounds, queued: int) -> BenchRow:
     return replace(
         row,
-        seconds=found.seconds[row.contender],
-        reference=[item / queued for item in found.reference[row.contender]],
-        disturbance=found.disturbance,
-        dropped=found.dropped,
+        seconds=rounds.seconds[row.contender],
+        reference=[item / queued for item in rounds.reference[row.contender]],
+        disturbance=rounds.disturbance,
+        dropped=rounds.dropped,
     )
 
 
@@ -144,7 +144,7 @@ def _settle(
     solve = contender.prepare(harness, ready, case.max_steps)
     first = _seconds(solve, case.rtol)
     if first > PATIENCE and (again := _seconds(solve, case.rtol)) > PATIENCE:  # imports and compilation are forgiven
-        raise TimeoutError(f"one solve took {again:.0f} s, more than {PATIENCE:.0f} s: not searched, not timed")
+        raise TimeoutError(f"not run: a solve took {again:.0f} s, but must take at most {PATIENCE:.0f} s.")
     tolerance = _tolerance(harness, ready, contender, solve)
 
     def run() -> SolveOutcome:
@@ -170,7 +170,7 @@ def _settle(
 
 
 def _bytes(harness: Harness, z: Array) -> int:
-    """Of a state as the framework holds it, where it says so: NumPy knows no bfloat16."""
+    """Return the bytes of a state as the framework holds it, if it has `nbytes`: NumPy has no bfloat16."""
     return int(getattr(z, "nbytes", None) or harness.to_numpy(z).nbytes)
 
 

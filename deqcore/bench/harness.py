@@ -62,12 +62,12 @@ class Harness:
 
     @classmethod
     def of(cls, backend: Backend, package: str | None) -> Harness:
-        """For any registered backend, through what it offers; `package` is the framework's module."""
+        """Build the harness of a registered backend; `package` is the framework's module."""
         module: Any = import_module(package) if package else None
         traced = backend.capabilities.jit
 
         def block(value: Array) -> None:
-            backend.synchronize()
+            backend.harness.synchronize()
             backend.to_numpy(value)  # free of cost where arrays live on the host
 
         return cls(
@@ -187,7 +187,7 @@ class Deqcore(Contender):
     exact = True
 
     def __init__(self, solver: str, label: str = "", compact: bool = False, **forward: object) -> None:
-        """Args: a registered solver's name, a label for tables, compaction, further settings of `[forward]`."""
+        """Take a registered solver's name, a label for tables, compaction, and further settings of `[forward]`."""
         self.solver = label or solver
         self.compact = compact
         self.settings = {"solver": solver, "on_failure": "ignore", **forward} | ({"compact": True} if compact else {})

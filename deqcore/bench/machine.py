@@ -147,9 +147,9 @@ def peak_memory(task: Callable[[], object]) -> int | None:
 
 
 def give_back_blocks(least: int = 2**16) -> None:
-    """From now on glibc gives blocks of `least` bytes back as soon as they are free, so that peaks are exact.
+    """Make glibc return free blocks of at least `least` bytes at once, so that memory peaks are exact.
 
-    Allocation becomes slower: nothing is to be timed afterwards.
+    Allocation becomes slower: do not time anything afterwards.
     """
     try:
         ctypes.CDLL(None).mallopt(-3, least)  # M_MMAP_THRESHOLD; setting it also stops its growth

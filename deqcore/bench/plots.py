@@ -72,7 +72,7 @@ def overheads(rows: Sequence[BenchRow], path: Path, title: str) -> None:
 
 
 def curves(points: Sequence[Point], path: Path, title: str, x: str, y: str) -> None:
-    """One line per contender.
+    """Plot one line per contender.
 
     Args:
         points: what is plotted, of one framework and case.

@@ -49,9 +49,9 @@ def cells(row: BenchRow) -> dict[str, str]:
     }
 
 
-def spread(found: Spread) -> str:
+def spread(value: Spread) -> str:
     """Return the median and quartiles."""
-    return f"{found.median:.3g} ({found.low:.3g}–{found.high:.3g})"
+    return f"{value.median:.3g} ({value.low:.3g}–{value.high:.3g})"
 
 
 def markdown(rows: Iterable[Mapping[str, str]], columns: Sequence[str] = COLUMNS) -> str:

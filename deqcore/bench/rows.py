@@ -62,7 +62,7 @@ class BenchRow:
         return Spread.of_ratios(self.seconds, other.seconds)
 
     def as_dict(self) -> dict[str, object]:
-        """Return plain values for JSON, which knows no NaN: None."""
+        """Return plain values for JSON: None for NaN, which JSON does not have."""
         return {key: _known(value) for key, value in asdict(self).items()}
 
     @classmethod

@@ -11,6 +11,7 @@ import numpy as np
 
 from deqcore import api, plugins
 from deqcore.abc.backend import Backend
+from deqcore.abc.backward import StepStrategy
 from deqcore.bench.harness import Harness
 from deqcore.bench.machine import peak_memory
 from deqcore.bench.timing import Spread, interleave
@@ -192,7 +193,7 @@ def _measure(
     exact: adjoint.AdjointSolved,
     rounds: int,
 ) -> tuple[ComparisonRow, Callable[[], None] | None]:
-    """Return a choice's row, and what is to be timed for it.
+    """Return a choice's row, and what to time for it.
 
     The forward solve and the exact gradient went through before, so whatever is raised here, by the strategy, the
     framework or an f that cannot be used in this way, is a property of the candidate, recorded in its row.
@@ -209,7 +210,7 @@ def _measure(
 
 
 def reason(error: Exception) -> str:
-    """Why a choice cannot run, in one line: deqcore's own words, or the type and first line of a foreign error."""
+    """Explain in one line why a choice cannot run: deqcore's message, or the type and first line of another error."""
     if isinstance(error, DeqcoreError):
         return str(error)
     first = (str(error).strip().splitlines() or [""])[0]
@@ -281,7 +282,7 @@ def _measure_quality(
     row = replace(row, cosine=cosine, norm_ratio=ratio, error=error_, worst_cosine=_least(compare(u, truth)[0]))
     row = replace(row, residual=_most(backend.to_numpy(result.residual)))
     if result.report is None:
-        steps = float(getattr(own.strategy, "steps", np.nan))
+        steps = float(own.strategy.steps) if isinstance(own.strategy, StepStrategy) else np.nan
         return replace(row, vjps=steps, most_vjps=steps)
     report = {name: backend.to_numpy(leaf) for name, leaf in result.report._asdict().items()}
     return replace(

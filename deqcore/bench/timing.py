@@ -40,14 +40,14 @@ class Spread:
 
     @classmethod
     def of(cls, numbers: Sequence[float]) -> Spread:
-        """Of at least one number."""
+        """Summarise at least one number."""
         ordered = sorted(numbers)
         quarters = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else ordered * 3
         return cls(statistics.median(ordered), quarters[0], quarters[2], ordered[0])
 
     @classmethod
     def of_ratios(cls, above: Sequence[float], below: Sequence[float]) -> Spread:
-        """Of the quotients of numbers that were measured in the same rounds, so that drift cancels out."""
+        """Summarise quotients of numbers that were measured in the same rounds, so that drift cancels."""
         return cls.of([a / b for a, b in zip(above, below, strict=True)])
 
 
@@ -131,10 +131,10 @@ def interleave(
     )
 
 
-def _quietest(found: Sequence[_Round], rounds: int, share: float) -> list[_Round]:
+def _quietest(candidates: Sequence[_Round], rounds: int, share: float) -> list[_Round]:
     """Return all undisturbed rounds first, then the least disturbed; in the order of time."""
-    ranked = sorted(range(len(found)), key=lambda i: 0.0 if found[i].quiet(share) else found[i].share)
-    return [found[i] for i in sorted(ranked[:rounds])]
+    ranked = sorted(range(len(candidates)), key=lambda i: 0.0 if candidates[i].quiet(share) else candidates[i].share)
+    return [candidates[i] for i in sorted(ranked[:rounds])]
 
 
 def _lap(task: TimedTask, repeats: int, reference: TimedTask | None, beside: int, clock: Clock) -> _Lap:
@@ -159,7 +159,7 @@ def _repeats(task: TimedTask, clock: Clock) -> int:
 
 @contextmanager
 def _no_collector() -> Iterator[None]:
-    """The garbage collector does not run inside."""
+    """Disable the garbage collector inside."""
     gc.collect()
     was = gc.isenabled()
     gc.disable()

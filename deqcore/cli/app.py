@@ -43,7 +43,7 @@ class LazyGroup(TyperGroup):
         return TyperCommand(name=record.name, help=record.summary)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Import the command that is to be run."""
+        """Import the command to run."""
         name, result, rest = super().resolve_command(ctx, args)
         return name, result and command(str(name)), rest
 

@@ -19,7 +19,7 @@ COLUMNS = ("setting", "value", "origin")
 
 @app.callback()
 def config() -> None:
-    """Settings: defaults, file, environment."""
+    """Show settings: defaults, file, environment."""
 
 
 @app.command("show")

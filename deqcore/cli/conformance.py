@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
@@ -15,7 +15,7 @@ from deqcore.config import Config
 from deqcore.errors import ConfigError
 
 if TYPE_CHECKING:
-    from deqcore.testing.runner.conformance import SubjectKind
+    from deqcore.testing.runner.conformance import SubjectKind, SuiteRequest
 
 Name: TypeAlias = Annotated[str, typer.Argument(help="The registered name.")]
 Backends: TypeAlias = Annotated[
@@ -46,61 +46,50 @@ def backend(
     as_json: AsJson = False,
 ) -> None:
     """Check a backend: arrays, histories, loops, derivatives, and gradients against stored reference values."""
-    run("backend", name, (), device, None, None, expect, junit, select, as_json)
+    from deqcore.testing.runner.conformance import SuiteRequest
+
+    run(SuiteRequest("backend", name, device=device, expect=expect, select=select), junit, as_json)
 
 
-def solver(
-    name: Name,
-    on: Backends = None,
-    device: Device = None,
-    options: OptionsText = None,
-    cost_bounds: CostBounds = None,
-    expect: Expect = None,
-    junit: Junit = None,
-    select: Select = None,
-    as_json: AsJson = False,
-) -> None:
-    """Check a solver: correct statuses, convergence where Picard iteration converges, and its cost bounds."""
-    run("solver", name, on, device, options, cost_bounds, expect, junit, select, as_json)
+def of_method(kind: SubjectKind, about: str) -> Callable[..., None]:
+    """Return the command that checks a solver or a strategy."""
+
+    def command(
+        name: Name,
+        on: Backends = None,
+        device: Device = None,
+        options: OptionsText = None,
+        cost_bounds: CostBounds = None,
+        expect: Expect = None,
+        junit: Junit = None,
+        select: Select = None,
+        as_json: AsJson = False,
+    ) -> None:
+        from deqcore.testing.runner.conformance import SuiteRequest
+
+        check_json("--options", options, '{"history_size": 5}')
+        check_json("--cost-bounds", cost_bounds, '{"slow-modes": 60}')
+        run(SuiteRequest(kind, name, tuple(on or ()), device, options, cost_bounds, expect, select), junit, as_json)
+
+    command.__name__, command.__doc__ = kind, about
+    return command
 
 
-def strategy(
-    name: Name,
-    on: Backends = None,
-    device: Device = None,
-    options: OptionsText = None,
-    cost_bounds: CostBounds = None,
-    expect: Expect = None,
-    junit: Junit = None,
-    select: Select = None,
-    as_json: AsJson = False,
-) -> None:
-    """Check a backward strategy against closed forms, stored reference values and its own report."""
-    run("strategy", name, on, device, options, cost_bounds, expect, junit, select, as_json)
+solver = of_method(
+    "solver", "Check a solver: correct statuses, convergence where Picard iteration converges, and its cost bounds."
+)
+strategy = of_method(
+    "strategy", "Check a backward strategy against closed forms, stored reference values and its own report."
+)
 
 
-def run(
-    kind: SubjectKind,
-    name: str,
-    on: Sequence[str] | None,
-    device: str | None,
-    options: str | None,
-    cost_bounds: str | None,
-    expect: Path | None,
-    junit: Path | None,
-    select: str | None,
-    as_json: bool,
-) -> None:
+def run(request: SuiteRequest, junit: Path | None, as_json: bool) -> None:
     """Run the suite, print its outcomes, and exit with status 1 if a test failed."""
     from deqcore.testing.gradients.render import console
     from deqcore.testing.runner import conformance, render
-    from deqcore.testing.runner.conformance import SuiteRequest
 
-    check_json("--options", options, '{"history_size": 5}')
-    check_json("--cost-bounds", cost_bounds, '{"slow-modes": 60}')
     Config.discover()
-    check_paths(junit, expect)
-    request = SuiteRequest(kind, name, tuple(on or ()), device, options, cost_bounds, expect, select)
+    check_paths(junit, request.expect)
     start = time.perf_counter()
     outcomes = conformance.check(request, progress_printer(as_json))
     seconds = time.perf_counter() - start
@@ -127,10 +116,10 @@ def check_json(option: str, text: str | None, example: str) -> None:
 def check_paths(junit: Path | None, expect: Path | None) -> None:
     """Raise a ConfigError unless `junit` can be written and `expect` is a file."""
     if junit is not None and not junit.parent.is_dir():
-        raise ConfigError(f"--junit {str(junit)!r}: the folder {str(junit.parent)!r} does not exist.")
+        raise ConfigError(f"--junit must be in an existing folder (got {str(junit)!r}).")
     if junit is not None and junit.is_dir():
         raise ConfigError(f"--junit must be the name of a file to write (got the directory {str(junit)!r}).")
     if expect is not None and expect.is_dir():
         raise ConfigError(f"--expect must be a TOML file (got the directory {str(expect)!r}).")
     if expect is not None and not expect.is_file():
-        raise ConfigError(f"--expect {str(expect)!r}: there is no such file.")
+        raise ConfigError(f"--expect must be an existing file (got {str(expect)!r}).")

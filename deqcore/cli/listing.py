@@ -7,8 +7,8 @@ from dataclasses import MISSING, Field, is_dataclass
 from typing import Any
 
 from deqcore import plugins
-from deqcore.config.options import is_required, options_of, plain
 from deqcore.errors import PluginError
+from deqcore.options import is_required, options_of, plain
 from deqcore.plugins import Kind, Spec
 
 

@@ -15,7 +15,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Final, Never, TypeAlias, final
 
-from deqcore.config.options import freeze, plain
 from deqcore.config.sources import (
     KEYS,
     Backward,
@@ -36,6 +35,7 @@ from deqcore.config.sources import (
     variables,
 )
 from deqcore.errors import ConfigError
+from deqcore.options import freeze, plain
 from deqcore.plugins.lookup import backend_of, check_section, contexts, load_deqfile
 
 Table: TypeAlias = Mapping[str, object]

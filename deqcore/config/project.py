@@ -1,4 +1,4 @@
-"""The settings and plugins of the project that the working directory belongs to, for whoever goes on without them."""
+"""The settings and plugins of the working directory's project, for commands that can run without them."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ from math import exp, log
 from typing import Final
 
 from deqcore.config.config import resolve
-from deqcore.config.options import freeze
 from deqcore.errors import ConfigError
+from deqcore.options import freeze
 
 SMOOTH: Final = ("forward__rtol", "forward__atol", "forward__max_steps")
 

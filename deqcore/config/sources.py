@@ -16,8 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, TypeVar
 
-from deqcore.config.options import Options, check, freeze
 from deqcore.errors import ConfigError, did_you_mean, listing
+from deqcore.options import Options, check, freeze
 
 Key: TypeAlias = tuple[str, ...]
 T = TypeVar("T")

@@ -26,7 +26,7 @@ class AdjointSolved:
     Attributes:
         u: what stands for (I − J)^-T g, `(batch, n)`. For a strategy that differentiates steps, the gradient of a
             shift of f, which is the same thing.
-        gradients: of the arguments, as `Backend.vjp` gives them.
+        gradients: of the arguments, as `Autodiff.vjp` gives them.
         report: of an implicit strategy, else None.
         residual: ‖g + Jᵀu − u‖ / ‖g‖ per sample, measured for this u, `(batch,)`.
     """
@@ -39,7 +39,7 @@ class AdjointSolved:
 
 def solve(plan: Plan, f: Callable[..., Array], z0: Array, args: tuple[Any, ...]) -> SolveResult:
     """Return the forward solve of a call, with no gradient recorded."""
-    return plan.backend.forward_only(f, z0, args, BoundSolve(plan.backend, plan.solver, plan.control))
+    return plan.backend.autodiff.forward_only(f, z0, args, BoundSolve(plan.backend, plan.solver, plan.control))
 
 
 def by_strategy(
@@ -52,11 +52,11 @@ def by_strategy(
         begin = forward if strategy.solves() else None
 
         def value(shift: Array, *moved: Any) -> tuple[Array, None]:
-            return backend.differentiate_through(
+            return backend.autodiff.differentiate_through(
                 lambda z, s, *rest: f(z, *rest) + s, z0, (shift, *moved), steps, begin
             )[0], None
 
-        _, _, (u, *gradients) = backend.vjp(value, (0 * z0, *args), g)
+        _, _, (u, *gradients) = backend.autodiff.vjp(value, (0 * z0, *args), g)
         return AdjointSolved(u, tuple(gradients), None, _residual(plan, f, args, g, u, begin))
     adjoint = Adjoint(backend, strategy, plan.solver)
     vjp = vjp_at(plan, f, args, forward)
@@ -79,7 +79,7 @@ def _residual(
 
 def vjp_at(plan: Plan, f: Callable[..., Array], args: tuple[Any, ...], forward: SolveResult) -> Map:
     """`u ↦ Jᵀu` at the solution."""
-    return plan.backend.linearize(lambda z: f(z, *args), forward.z)[1]
+    return plan.backend.autodiff.linearize(lambda z: f(z, *args), forward.z)[1]
 
 
 def by_reference(
@@ -93,10 +93,9 @@ def by_reference(
 ) -> tuple[AdjointSolved, Any, Any]:
     """Return the same by GMRES to rounding; also its relative residuals and vjps per sample, on the host."""
     backend = plan.backend
-    product: Map = lambda u: u - vjp(u)  # noqa: E731
     rtol = max(1e-10, REFERENCE_EPS * backend.eps(g))
     with backend.errstate():
-        result = gmres(backend, product, g, rtol=rtol, max_steps=min(max_vjps, g.shape[1]))
+        result = gmres(backend, vjp, g, rtol=rtol, max_steps=min(max_vjps, g.shape[1]), shifted=True)
         residual = adjoint_residual(backend, vjp, g, result.x)
     routed = AdjointSolved(result.x, _gradients(plan, f, args, result.x, forward.z), None, residual)
     return routed, backend.to_numpy(residual).astype(np.float64), backend.to_numpy(result.products)
@@ -124,4 +123,4 @@ def _gradients(plan: Plan, f: Callable[..., Array], args: tuple[Any, ...], u: Ar
     """(∂f/∂args)ᵀ u by one recorded evaluation of f."""
     if not args:
         return ()
-    return plan.backend.vjp(lambda *moved: (f(z, *moved), None), args, u)[2]
+    return plan.backend.autodiff.vjp(lambda *moved: (f(z, *moved), None), args, u)[2]

@@ -13,14 +13,14 @@ from deqcore.types import Array, Tree
 def jacobian_penalty(
     f: Callable[..., Tree], z: Tree, *args: Any, noise: Tree | list[Tree], batch: bool = True
 ) -> Array:
-    """Hutchinson's estimate of ‖∂f/∂z‖_F² at `z`, per sample: differentiable, on the state's device, in its dtype.
+    """Estimate ‖∂f/∂z‖_F² at `z` per sample (Hutchinson): differentiable, on the state's device, in its dtype.
 
     For independent ε of zero mean and unit variance E ‖Jᵀε‖² = ‖J‖_F². Add its mean, divided by the size n of a
     sample as in the paper and times a small weight, to the loss: ‖J‖_F bounds the spectral radius, so solves stay
     short. One probe a training step is enough; several average within one step.
 
-    The noise is an argument because only its owner knows how it is drawn: by the framework's own generator, so that
-    a seed reproduces it, and by a key in compiled code, where noise drawn here would be a constant of the program.
+    The noise is an argument so that the caller draws it: with the framework's generator, so that a seed reproduces it,
+    and with a key in compiled code, where noise drawn here would be a constant of the program.
 
     Gradients flow to everything that f depends on: parameters, `args` and `z`. Give a detached z (the published
     form) or the attached `sol.value`, which differentiates through the fixed point as well. On a backend without
@@ -57,7 +57,7 @@ def jacobian_penalty(
     probes = noise if isinstance(noise, list) and not isinstance(z, list) else [noise]
     if not probes:
         raise InitialIterateError("noise must have at least one probe, a tree like z (got an empty list).")
-    vjp = at.backend.differentiable_vjp(at.f, at.z)
+    vjp = at.backend.autodiff.differentiable_vjp(at.f, at.z)
     total: Array = 0.0
     for probe in probes:
         product = vjp(at.space.ravel_like("noise", probe))

@@ -12,8 +12,10 @@ from deqcore.abc.backend import Backend
 from deqcore.abc.solver import Solver
 from deqcore.config import Config
 from deqcore.errors import ConfigError
+from deqcore.linear.norms import residual_norms
 from deqcore.solve.dispatch import plan_call
 from deqcore.solve.loop import BoundSolve
+from deqcore.solve.step import fused_step
 from deqcore.types import Array, Map, Tree
 
 
@@ -50,7 +52,7 @@ class Curve:
         return result
 
     def steps_to(self, rtol: float) -> Any:
-        """Steps after which each sample first had a relative residual of at most `rtol`, `(batch,)`; −1 if never."""
+        """Return the steps until each sample's relative residual was at most `rtol`, `(batch,)`; −1 if it never was."""
         met = self.residual <= rtol
         return np.where(met.any(axis=0), met.argmax(axis=0), -1)
 
@@ -95,10 +97,10 @@ def residual_curve(
     plan = plan_call(config, overrides | fixed, z0, args)
     backend = plan.backend
     solve = BoundSolve(backend, _Recorded(plan.solver, steps), plan.control)
-    found = backend.forward_only(plan.space.wrap(f, ()), plan.space.ravel(z0), args, solve)
-    taken = backend.to_numpy(found.steps)
+    result = backend.autodiff.forward_only(plan.space.wrap(f, ()), plan.space.ravel(z0), args, solve)
+    taken = backend.to_numpy(result.steps)
     last = int(taken.max(initial=0))
-    return Curve(backend.to_numpy(found.carry.state.curve).astype(np.float64).T[: last + 1], taken)
+    return Curve(backend.to_numpy(result.carry.state.curve).astype(np.float64).T[: last + 1], taken)
 
 
 class _Recording(NamedTuple):
@@ -117,30 +119,30 @@ class _Recorded(Solver):
     steps: int
 
     def init(self, backend: Backend, z: Array, fz: Array) -> _Recording:
-        """With the first residual in all columns."""
+        """Start with the first residual in all columns."""
         ratio = _ratio(backend, z, fz)
         curve = ratio[:, None] + backend.xp.zeros_like(self._columns(backend, ratio))[None, :]
         taken = backend.xp.zeros_like(ratio, dtype=backend.xp.int32)
         return _Recording(self.solver.init(backend, z, fz), curve, taken)
 
     def step(self, backend: Backend, f: Map, z: Array, fz: Array, state: _Recording) -> tuple[Array, Array, _Recording]:
-        """The solver's own step, compiled where it would be, and its residual."""
-        found = backend.fused_step(self.solver, f, z, fz, state.inner)
+        """Take the solver's own step, fused where the backend fuses it, and record its residual."""
+        found = fused_step(backend, self.solver, f, z, fz, state.inner)
         z, fz, inner = found[:3] if found is not None else self.solver.step(backend, f, z, fz, state.inner)
         ratio, taken = _ratio(backend, z, fz), state.taken + 1
         rest = self._columns(backend, ratio)[None, :] >= backend.cast(taken, ratio)[:, None]
         return z, fz, _Recording(inner, backend.xp.where(rest, ratio[:, None], state.curve), taken)
 
     def restarted(self, backend: Backend, rows: Array, z: Array, state: _Recording) -> _Recording:
-        """The solver restarts, and what was recorded stays."""
+        """Restart the solver and keep the record."""
         return state._replace(inner=self.solver.restarted(backend, rows, z, state.inner))
 
     def residual_norm(self, backend: Backend, state: _Recording) -> Array | None:
-        """As the solver measured it."""
+        """Return the residual norm as the solver measured it."""
         return self.solver.residual_norm(backend, state.inner)
 
     def evaluations(self, backend: Backend, steps: Array, state: _Recording) -> Array:
-        """As the solver counts them."""
+        """Return the evaluations as the solver counts them."""
         return self.solver.evaluations(backend, steps, state.inner)
 
     def _columns(self, backend: Backend, like: Array) -> Array:
@@ -150,6 +152,6 @@ class _Recorded(Solver):
 def _ratio(backend: Backend, z: Array, fz: Array) -> Array:
     """‖f(z) − z‖ / ‖f(z)‖ of each row, and 0 where both vanish."""
     xp = backend.xp
-    residual, size = backend.residual_norms(z, fz)
+    residual, size = residual_norms(backend, z, fz)
     nothing = (residual == 0) & (size == 0)
     return residual / xp.where(nothing, xp.ones_like(size), size)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.history import History
@@ -34,9 +35,9 @@ class Spectrum:
         [0.5j]
     """
 
-    radius: Any
-    eigenvalue: Any
-    error: Any
+    radius: NDArray[np.float64]
+    eigenvalue: NDArray[np.complex128]
+    error: NDArray[np.float64]
     products: int
 
 
@@ -53,7 +54,7 @@ def spectral_radius(
 
     Arnoldi's process with Jᵀ, which has the eigenvalues of J, on all samples at once. A quotient of powers
     (‖J^k v‖/‖J^{k−1} v‖) never settles for a complex pair; Ritz values have no such trouble, and their residuals say
-    how far they are to be trusted.
+    how accurate they are.
 
     Cost: one evaluation of f and `products` vector–Jacobian products, each for the whole batch: until `error` is at
     most `tolerance`·radius in every sample, `max_products` or n (then it is exact to rounding) at most; as many
@@ -94,7 +95,7 @@ def spectral_radius(
     if not rows or not n:
         return Spectrum(np.zeros(rows), np.zeros(rows, complex), np.zeros(rows), 0)
     with at.backend.errstate():
-        _, vjp = at.backend.linearize(at.f, at.z)
+        _, vjp = at.backend.autodiff.linearize(at.f, at.z)
         start = np.random.default_rng(seed).standard_normal((rows, n))
         v = at.backend.cast(at.backend.asarray(start, like=at.z), at.z)
         return _arnoldi(at.backend, vjp, v, tolerance, min(max_products, n))

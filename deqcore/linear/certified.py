@@ -2,44 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from deqcore.abc.backend import Backend
-from deqcore.linear.gmres import Krylov, KrylovSpace
+from deqcore.abc.kernels import Krylov
+from deqcore.linear.gmres import KrylovSpace
 from deqcore.types import Array, Map
 
 SAFETY = 1.2
 """Factor on an error that is estimated by one application of an estimate, as plain reuse does."""
 
-LEAST = 3
-"""Dimensions of the Krylov space before its estimate counts: one or two have seen nothing of a mode that the cotangent
-shows little of (docs/notes/certificates.md)."""
-
 NOTHING_HIDDEN = 1e-3
-"""Share of the target. A residual below it ends the wait for `LEAST`: only a mode slower than this could hide in it."""
+"""Share of the target. A residual below it ends the wait for `Rule.least`: only a mode slower than this could hide."""
 
-SPREAD = 1.2
-"""Factor on the estimate by the least singular value."""
-
-YOUTH = 2.0
-"""A space of k dimensions has its estimate raised by 1 + YOUTH / (k σ): σ falls until the slow modes have been met."""
-
-DEEPEST = 5.0
-"""Most that 1/σ counts there. A space with a slow mode may hide a slower one; a large 1/σ does not make it likelier."""
-
-RISE = 4.0
-"""Most that a slower fall of the residual counts: at rounding level it does not fall at all."""
-
-SECOND_LOOK = 4
-"""A space of at most this many dimensions whose residual is not below `CLOSE` of the target must pass once more, one
-dimension later: the residual falls fast while the fast modes leave it, and stops at the slow ones."""
-
-CLOSE = 0.5
-"""Share of the target."""
-
-JUDGED = 1.5
+JUDGED = 2.5
 """Factor on the estimate by M'."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the estimate by the least singular value is raised (docs/notes/certificates.md).
+
+    Attributes:
+        least: dimensions of the Krylov space before its estimate counts: one or two have seen nothing of a mode that
+            the cotangent shows little of.
+        spread: factor on the estimate.
+        youth: a space of k dimensions has its estimate raised by 1 + youth · min(1/σ, deepest) / k^aging: σ falls
+            until the slow modes have been met, and a space with a slow mode may hide a slower one.
+        deepest: most that 1/σ counts there.
+        aging: see `youth`.
+        fall: exponent of ρ, by which the last step reduced the residual.
+        rise: exponent of ρ/ρ', where ρ' is the best ratio of the steps before.
+        most: most that ρ/ρ' counts: at rounding level the residual does not fall at all.
+    """
+
+    least: int
+    spread: float
+    youth: float
+    deepest: float
+    aging: float
+    fall: float
+    rise: float
+    most: float
+
+
+ALONE = Rule(least=4, spread=1.5, youth=4.0, deepest=3.0, aging=1.0, fall=0.5, rise=2.0, most=8.0)
+"""Where the Krylov space is all that is known."""
+
+DEFLATED = Rule(least=3, spread=1.2, youth=2.0, deepest=5.0, aging=1.0, fall=1.0, rise=1.0, most=4.0)
+"""With a preconditioner, which has taken the slow modes out that the forward solve has met."""
+
+WITNESSED = Rule(least=3, spread=1.7, youth=4.0, deepest=5.0, aging=2.0, fall=1.25, rise=0.25, most=2.0)
+"""Where M' has a say: the forward solve has met the slow modes that a young space has not."""
 
 ROUNDING = 2.0
 """Residuals below this many roundings of A u are not believed: with A singular the recurrence falls to any size."""
@@ -79,14 +97,26 @@ class _Round(NamedTuple):
     residual: Array
     error: Array
     met: Array
-    unverified: Array  # bool: the space can do no more, or is good enough, but for the rounding of A u
-    looking: Array  # bool: within the target, and to be so once more
+    unverified: Array  # bool: the space can do no more, or is good enough, except for the rounding of A u
+
+
+class _Look(NamedTuple):
+    """What `_Task._look` decides, all of bool."""
+
+    wanted: Array  # the witness is asked
+    hopeful: Array  # within the target unless the witness objects
+    judged: Array
+    reached: Array  # the goal
+    blurred: Array  # rounding hides the residual
+    spent: Array  # the space can do no more than that
+    over: Array  # the budget has run out
 
 
 class _Estimates(NamedTuple):
     residual: Array  # relative, by the recurrence
     rounding: Array  # relative residual that rounding may hide
     error: Array  # relative
+    size: Array  # ‖u‖
 
 
 def solve_certified(
@@ -99,23 +129,23 @@ def solve_certified(
     max_vjps: int,
     judge: Map | None = None,
 ) -> Certified:
-    """Right-preconditioned GMRES that stops, per sample, when the estimated error meets the target.
+    """Run GMRES that stops, per sample, when the estimated error meets the target.
 
     The residual alone does not bound the error: with a slow mode, a residual of 0.2 goes with a cosine of 0.6. The
     error is A^-1 r = M (A M)^-1 r, and the Krylov space knows a lower bound 1/σ_min(H̄) of ‖(A M)^-1‖, which is tight
-    once M has taken the slow modes out, or the space has met them. The estimate is
+    once the space has met the slow modes, or M has taken them out. The estimate is
 
-        error ≈ max(1.2 (1 + 2 min(1/σ, 5)/k) ρ (ρ/ρ') max(‖r‖, ‖M r‖) / σ, 1.5 ‖M' r‖) / ‖u‖
+        error ≈ max(R max(‖r‖, ‖M r‖) / σ, 2.5 ‖M' r‖) / ‖u‖
 
-    where σ = σ_min(H̄), k is the dimension, ρ the ratio by which the last step reduced the residual, ρ' the best ratio
-    of the steps before it (ρ / 4 at least, ρ at most), and M' is M with less regularisation, good to judge by and too
-    noisy to solve with. A residual that falls slowly, or more slowly than it did, is one of slow modes.
+    where M' is the forward solve's own estimate of A^-1, with little regularisation: it has met slow modes that a young
+    space has not. R is a factor that `Rule` defines: from the dimension, σ and the ratios by which the residual fell. A
+    residual that falls slowly, or more slowly than it did, is one of slow modes.
 
-    No sample is certified by fewer than `LEAST` dimensions unless its space has closed or its residual is tiny. Up to
-    `SECOND_LOOK` dimensions a sample must pass twice unless its residual is small. Where the rounding of A u exceeds
-    `BLURRED` of the target, one vjp measures the residual, and a new space begins at it if it is too large.
+    No sample is certified by fewer than `Rule.least` dimensions unless its space has closed or its residual is tiny.
+    Where the rounding of A u exceeds `BLURRED` of the target, one vjp measures the residual, and a new space begins at
+    it if it is too large. M' is applied only when another sample may be certified.
 
-    It is an estimate and not a bound: it misses a mode that neither M nor the space has met. Its comparison with true
+    It is an estimate and not a bound: it misses a mode that neither M' nor the space has met. Its comparison with true
     errors, and the alternatives: docs/notes/certificates.md.
 
     A pass is one Krylov space. It has rounds: grow the space until a sample reaches its residual goal, estimate,
@@ -125,10 +155,10 @@ def solve_certified(
         backend: whose arrays these are.
         vjp: `u ↦ Jᵀu`.
         g: cotangent `(batch, n)`.
-        precondition: `v ↦ M v`, M ≈ (I − Jᵀ)^-1, or None.
+        precondition: `v ↦ M v`, M ≈ (I − Jᵀ)^-1, or None. It costs passes over its history at every vjp.
         max_relative_error: largest relative residual and largest estimated relative error of a certified sample.
         max_vjps: products with Jᵀ at most, per sample.
-        judge: `v ↦ M' v`, or None.
+        judge: `v ↦ ‖M' v‖` of each row `(batch,)`, or None.
     """
     xp = backend.xp
     norm = backend.to_accum_dtype(backend.norm(g))
@@ -137,8 +167,9 @@ def solve_certified(
     error = xp.where(residual > 0, nothing + float("inf"), nothing)
     vjps = xp.zeros_like(norm, dtype=xp.int32)
     found = Certified(xp.zeros_like(g), residual, error, vjps, norm == 0)
-    space = KrylovSpace(backend, lambda u: u - vjp(u), precondition)
-    task = _Task(backend, space, g, norm, judge, max_relative_error, max_vjps)
+    space = KrylovSpace(backend, vjp, precondition, shifted=True)
+    rule = DEFLATED if precondition is not None else ALONE if judge is None else WITNESSED
+    task = _Task(backend, space, g, norm, judge, rule, max_relative_error, max_vjps)
     first = _Pass(found, g, max_relative_error * norm, ~found.met)
     return backend.loop(lambda p: xp.any(p.unfinished), task.one_pass, first, PASSES, 1).found
 
@@ -152,6 +183,7 @@ class _Task:
     g: Array
     norm: Array
     judge: Map | None
+    rule: Rule
     max_relative_error: float
     max_vjps: int
 
@@ -161,42 +193,102 @@ class _Task:
         k = self.space.begin(p.left, self.max_vjps)
         k = k._replace(can_grow=k.can_grow & p.unfinished)
         before = p.found
-        first = _Round(k, p.goal, before.residual, before.error, before.met, self.norm < 0, self.norm < 0)
-        end = backend.loop(lambda r: xp.any(r.space.can_grow), lambda r: self._round(p, r), first, self.max_vjps, 1)
+        size = self._norm(before.u)
+        first = _Round(k, p.goal, before.residual, before.error, before.met, self.norm < 0)
+        end = backend.loop(
+            lambda r: xp.any(r.space.can_grow), lambda r: self._round(p, size, r), first, self.max_vjps, 1
+        )
         vjps = before.vjps + end.space.steps
         found = Certified(before.u + self.space.solution(end.space), end.residual, end.error, vjps, end.met)
         doubtful = end.unverified & (vjps < self.max_vjps)
         after = _Pass(found, p.left, p.goal, doubtful)
         return backend.cond(doubtful, lambda q: self._measured(q, self.space.inverse_norm(end.space)), after)
 
-    def _round(self, p: _Pass, r: _Round) -> _Round:
+    def _round(self, p: _Pass, before: Array, r: _Round) -> _Round:
         """Let the space grow until a sample reaches its goal, and judge the samples that have."""
-        xp, target, norm = self.backend.xp, self.max_relative_error, self.norm
-        young = r.space.dimension < LEAST
+        backend, xp, target, norm = self.backend, self.backend.xp, self.max_relative_error, self.norm
+        young = r.space.dimension < self.rule.least
         bottom = NOTHING_HIDDEN * target * norm
-        least = min(LEAST, self.max_vjps) + 0 * r.space.dimension
-        steps = xp.where(xp.any(r.looking), 1, xp.where(young, least, self.max_vjps) - r.space.dimension)
-        goal = xp.where(young, bottom, xp.where(r.looking, 0 * bottom, r.goal))
-        k = self.space.grow(r.space, goal, steps, together=True)
-        estimates = _estimate(self.backend, self.space, k, p.found.u, norm, self.judge)
-        blurred = estimates.rounding > BLURRED * target
-        spent = blurred & (k.residual <= estimates.rounding * norm)
-        over = p.found.vjps + k.steps >= self.max_vjps
+        least = min(self.rule.least, self.max_vjps) + 0 * r.space.dimension
+        steps = xp.where(young, least, self.max_vjps) - r.space.dimension
+        k = self.space.grow(r.space, xp.where(young, bottom, r.goal), steps, together=True)
+        found = self._estimated(p, before, k)
+        rounded = on_host(
+            backend, self._look, found.residual, found.rounding, found.error, r.goal, r.met, r.unverified, p.unfinished,
+            p.found.vjps, k.residual, k.can_grow, k.steps, bottom, norm,
+        )  # fmt: skip
+        look = _Look(*rounded)
+        error = self._witnessed(k, look.wanted, found)
+        decided = on_host(
+            backend, self._decide, *look, error, found.residual, found.rounding, r.goal, r.residual, r.error, r.met,
+            r.unverified, k.residual, k.can_grow,
+        )  # fmt: skip
+        goal, residual, error, met, unverified, can_grow = decided
+        return _Round(k._replace(can_grow=can_grow), goal, residual, error, met, unverified)
+
+    def _look(
+        self, xp: Any, residual: Array, rounding: Array, error: Array, goal: Array, met: Array, unverified: Array,
+        unfinished: Array, vjps: Array, left: Array, can_grow: Array, steps: Array, bottom: Array, norm: Array,
+    ) -> tuple[Array, ...]:  # fmt: skip
+        """Decide which samples are judged; all arrays are `(batch,)`."""
+        target = self.max_relative_error
+        blurred = rounding > BLURRED * target
+        spent = blurred & (left <= rounding * norm)
+        over = vjps + steps >= self.max_vjps
         # Only a sample that is there, or can go no further, is judged: when others pause must not matter to it.
-        closed = ~k.can_grow | spent
-        known = (k.steps >= LEAST) | (k.residual <= bottom) | closed
-        reached = known & ((k.residual <= r.goal) | r.looking)
-        judged = p.unfinished & ~r.met & ~r.unverified & (reached | closed | over)
-        residual = xp.where(judged, xp.maximum(estimates.residual, estimates.rounding), r.residual)
-        error = xp.where(judged, estimates.error, r.error)
-        passed = judged & known & (estimates.residual <= target) & (error <= target)
-        early = (k.steps <= SECOND_LOOK) & (estimates.residual > CLOSE * target)
-        looking = passed & ~blurred & early & ~r.looking & ~closed & ~over
-        met = r.met | (passed & ~blurred & ~looking)
-        unverified = r.unverified | (judged & blurred & (passed | spent))
-        goal = xp.where(reached, k.residual * _tighter(self.backend, target, error), r.goal)
-        k = k._replace(can_grow=k.can_grow & ~met & ~unverified & ~over)
-        return _Round(k, goal, residual, error, met, unverified, looking)
+        closed = ~can_grow | spent
+        known = (steps >= self.rule.least) | (left <= bottom) | closed
+        reached = known & (left <= goal)
+        judged = unfinished & ~met & ~unverified & (reached | closed | over)
+        hopeful = judged & known & (residual <= target) & (error <= target)
+        return hopeful | (judged & (closed | over)), hopeful, judged, reached, blurred, spent, over
+
+    def _decide(
+        self, xp: Any, wanted: Array, hopeful: Array, judged: Array, reached: Array, blurred: Array, spent: Array,
+        over: Array, error: Array, residual: Array, rounding: Array, goal: Array, last_residual: Array,
+        last_error: Array, met: Array, unverified: Array, left: Array, can_grow: Array,
+    ) -> tuple[Array, ...]:  # fmt: skip
+        """Decide which of the judged samples have met the target, and the next goals."""
+        target = self.max_relative_error
+        residual = xp.where(judged, xp.maximum(residual, rounding), last_residual)
+        error = xp.where(judged, error, last_error)
+        passed = hopeful & (error <= target)
+        met = met | (passed & ~blurred)
+        unverified = unverified | (judged & blurred & (passed | spent))
+        goal = xp.where(reached, left * _tighter(xp, target, error), goal)
+        return goal, residual, error, met, unverified, can_grow & ~met & ~unverified & ~over
+
+    def _estimated(self, p: _Pass, before: Array, k: Krylov) -> _Estimates:
+        """Estimate residual and error of the solution so far, of size `before`, and the space's together."""
+        backend, xp, space = self.backend, self.backend.xp, self.space
+        found, reach = space.least_squares(k), k.residual
+        # Without M the basis is orthonormal, and no pass is needed; in a later space the sum may be smaller than this.
+        size, whole = found.size, xp.abs(before - found.size)
+        if space.precondition is not None:
+            u = space.solution(k, found)
+            size, whole = self._norm(u), self._norm(p.found.u + u)
+            reach = xp.maximum(reach, self._norm(space.precondition(space.residual_vector(k))))
+        rounding = backend.eps(k.v) * ROUNDING
+
+        def estimated(xp: Any, *parts: Array) -> tuple[Array, ...]:
+            return _estimates(xp, self.rule, rounding, *parts)
+
+        steps = backend.cast(k.steps, self.norm)
+        parts = size, whole, reach, k.residual, self.norm, steps, *found[2:]
+        residual, hidden, error = on_host(backend, estimated, *parts)
+        return _Estimates(residual, hidden, error, whole)
+
+    def _witnessed(self, k: Krylov, wanted: Array, found: _Estimates) -> Array:
+        """Return the estimated error, raised by what M' says of the residual of the `wanted` samples."""
+        judge, xp = self.judge, self.backend.xp
+        if judge is None:
+            return found.error
+
+        def raised(error: Array) -> Array:
+            reach = self.backend.to_accum_dtype(judge(self.space.residual_vector(k, wanted)))
+            return xp.where(wanted, xp.maximum(error, JUDGED * reach / found.size), error)
+
+        return self.backend.cond(wanted, raised, found.error)
 
     def _measured(self, p: _Pass, inverse_norm: Array) -> _Pass:
         """Measure the residual of the unfinished samples by one vjp: rounding hides it from the Krylov space.
@@ -204,17 +296,17 @@ class _Task:
         Basis vectors with a share of slow modes make M v large, and the rounding of A (M v) with it.
         """
         xp, found, target = self.backend.xp, p.found, self.max_relative_error
-        left = self.g - self.space.product(found.u)
+        left = self.g - self.space.apply(found.u)
         length = self._norm(left)
         reach = length * inverse_norm
         if self.judge is not None:
-            reach = xp.maximum(reach, JUDGED * self._norm(self.judge(left)))
+            reach = xp.maximum(reach, JUDGED * self.backend.to_accum_dtype(self.judge(left)))
         residual = xp.where(p.unfinished, length / self.norm, found.residual)
         error = xp.where(p.unfinished, reach / self._norm(found.u), found.error)
         met = found.met | (p.unfinished & (residual <= target) & (error <= target))
         vjps = found.vjps + xp.astype(p.unfinished, xp.int32)
         worse = xp.maximum(error, residual)
-        goal = length * _tighter(self.backend, target, worse)
+        goal = length * _tighter(xp, target, worse)
         unfinished = p.unfinished & ~met & (vjps < self.max_vjps)
         return _Pass(Certified(found.u, residual, error, vjps, met), left, goal, unfinished)
 
@@ -222,40 +314,29 @@ class _Task:
         return self.backend.to_accum_dtype(self.backend.norm(v))
 
 
-def _tighter(backend: Backend, target: float, error: Array) -> Array:
-    """The factor on a residual whose estimated error missed the target."""
-    return backend.xp.clip(target / error, 0.25, 0.8)
+def on_host(backend: Backend, decide: Callable[..., tuple[Array, ...]], *figures: Array) -> tuple[Array, ...]:
+    """Return `decide(xp, *figures)` for figures `(batch,)`, with NumPy as `xp` where reading them costs no wait."""
+    views = [backend.host.numpy_view(figure) for figure in figures]
+    if any(view is None for view in views):
+        return decide(backend.xp, *figures)
+    with np.errstate(all="ignore"):  # figures may be NaN or inf
+        return tuple(backend.host.from_numpy_view(found) for found in decide(np, *views))
 
 
-def _estimate(
-    backend: Backend, space: KrylovSpace, k: Krylov, before: Array, norm: Array, judge: Map | None
-) -> _Estimates:
-    """Estimate residual and error of `before` and the space's solution together."""
-    xp = backend.xp
-    u = space.solution(k)
-    size = backend.to_accum_dtype(backend.norm(before + u))
-    left = space.residual_vector(k)
-
-    def length(linear: Map) -> Array:
-        return backend.to_accum_dtype(backend.norm(linear(left)))
-
-    rounding = ROUNDING * space.trusted(k._replace(residual=0 * k.residual), u)
-    residual = xp.maximum(k.residual, rounding)
-    reach = residual if space.precondition is None else xp.maximum(residual, length(space.precondition))
-    inverse_norm = space.inverse_norm(k)
-    reach = SPREAD * reach * inverse_norm * _caution(space, k, inverse_norm)
-    if judge is not None:
-        reach = xp.maximum(reach, JUDGED * length(judge))
-    return _Estimates(k.residual / norm, rounding / norm, reach / size)  # a cotangent of zero is not judged
+def _tighter(xp: Any, target: float, error: Array) -> Array:
+    """Return the factor on a residual whose estimated error missed the target."""
+    return xp.clip(target / error, 0.7, 0.9)
 
 
-def _caution(space: KrylovSpace, k: Krylov, inverse_norm: Array) -> Array:
-    """How far the residuals of the space say that the estimate by its singular values may be off, `(batch,)`."""
-    xp = space.backend.xp
-    ratio, last, count = space.ratios(k)
-    if ratio.shape[1] == 0:  # no sample has grown its space: all cotangents are zero, or not finite
-        return xp.ones_like(count)
-    latest = xp.min(xp.where(last, ratio, xp.ones_like(ratio)), axis=1)
-    best = xp.min(xp.where(last, xp.ones_like(ratio), ratio), axis=1)
-    youth = YOUTH * xp.clip(inverse_norm, 1.0, DEEPEST) / xp.where(count > 0, count, 1.0)
-    return (1.0 + youth) * latest * xp.clip(latest / best, 1.0, RISE)
+def _estimates(
+    xp: Any, rule: Rule, eps: float, size: Array, whole: Array, reach: Array, residual: Array, norm: Array,
+    steps: Array, inverse_norm: Array, column_norm: Array, latest: Array, best: Array,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """Return the first three of `_Estimates`."""
+    rounding = eps * column_norm * size
+    age = xp.where(steps > 0, steps, xp.ones_like(steps)) ** rule.aging
+    youth = rule.youth * xp.clip(inverse_norm, 1.0, rule.deepest) / age
+    slower = xp.clip(latest / best, 1.0, rule.most)
+    caution = rule.spread * (1.0 + youth) * latest**rule.fall * slower**rule.rise
+    error = xp.maximum(reach, rounding) * inverse_norm * caution / whole
+    return residual / norm, rounding / norm, error  # a cotangent of zero is not judged

@@ -66,7 +66,7 @@ def _solve(backend: Backend, vjp: Map, g: Array, rows: Array | None) -> tuple[Ar
     xp = backend.xp
     n = g.shape[1]
     side = g if rows is None else backend.take(g, rows)
-    unit = backend.cast(backend.eye(g, 1, n), g) + xp.zeros_like(g)
+    unit = backend.cast(backend.linalg.eye(g, 1, n), g) + xp.zeros_like(g)
 
     def column(carry: tuple[Array, Array]) -> tuple[Array, Array]:
         unit, history = carry
@@ -75,18 +75,18 @@ def _solve(backend: Backend, vjp: Map, g: Array, rows: Array | None) -> tuple[Ar
 
     _, history = backend.scan(column, (unit, backend.history(side, n)), n)
     images = backend.to_accum_dtype(xp.permute_dims(history.vectors(), (0, 2, 1)))
-    matrix = backend.eye(images, n)[None] - images
+    matrix = backend.linalg.eye(images, n)[None] - images
     side = backend.to_accum_dtype(side)
 
     def refined(u: Array) -> Array:
-        return u + backend.solve(matrix, side - xp.matmul(matrix, u[:, :, None])[:, :, 0])
+        return u + backend.linalg.solve(matrix, side - xp.matmul(matrix, u[:, :, None])[:, :, 0])
 
     u = backend.scan(refined, xp.zeros_like(side), REFINED)
     return u, xp.sqrt(xp.max(xp.sum(matrix * matrix, axis=1), axis=1))
 
 
 def _taken(backend: Backend, vjp: Map, g: Array, rows: Array, solution: tuple[Array, Array], found: Direct) -> Direct:
-    """What is known after the solve of these rows. The residual is measured, and never believed below rounding."""
+    """Merge the solution of these rows. Their residual is measured, and at least the rounding."""
     xp = backend.xp
     wide, size = solution
     u = backend.cast(wide, g)

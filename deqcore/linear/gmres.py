@@ -6,24 +6,29 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from deqcore.abc.backend import Backend
-from deqcore.abc.history import History
+from deqcore.abc.kernels import Krylov
+from deqcore.linear.norms import orthogonalize
 from deqcore.types import Array, Map
 
 
-class Krylov(NamedTuple):
-    """A Krylov space of at most m steps per sample. Small arrays are in the wide dtype."""
+class LeastSquares(NamedTuple):
+    """The minimiser y of ‖β e₀ − H̄ y‖, and the size of H̄ y's parts. All in the wide dtype, those but y `(batch,)`.
 
-    basis: History  # orthonormal v_0 … v_k, m + 1 slots
-    columns: History  # columns of the Hessenberg matrix H̄, m slots: m + 1 entries, then the one-hot `source_slot`
-    v: Array  # latest basis vector (batch, n)
-    source_slot: Array  # one-hot of its slot (batch, m + 1): not the latest one for a sample that paused
-    null_vector: Array  # ν with νᵀH̄ = 0 (batch, m + 1)
-    null_norm_sq: Array  # ‖ν‖² (batch,)
-    start: Array  # ‖r₀‖ (batch,)
-    residual: Array  # ‖b − A x‖ (batch,)
-    can_grow: Array  # can this space still grow? (batch,) of bool
-    steps: Array  # products spent (batch,) int32
-    dimension: Array  # dimensions added in all, a scalar int32
+    Attributes:
+        y: in the slots of the basis `(batch, m + 1)`.
+        size: ‖y‖, which is that of the solution where there is no preconditioner.
+        inverse_norm: 1/σ_min(H̄), a lower bound of ‖(A M)^-1‖: what the space has seen of it.
+        column_norm: largest norm of a column of H̄.
+        latest: the residual after the last step over that before it; 1 where there was no step.
+        best: the least of these ratios of the steps before, 1 where there was none.
+    """
+
+    y: Array
+    size: Array
+    inverse_norm: Array
+    column_norm: Array
+    latest: Array
+    best: Array
 
 
 class LinearSolution(NamedTuple):
@@ -54,6 +59,7 @@ def gmres(
     reorthogonalize: bool = True,
     check_every: int | str = "auto",
     restart: int | None = None,
+    shifted: bool = False,
 ) -> LinearSolution:
     """Solve A x = b for each sample, with A given by its product.
 
@@ -67,24 +73,26 @@ def gmres(
         x0: start `(batch, n)`, default zero (which saves one product). A sample for which zero is nearer begins there:
             what rounding leaves of a residual is relative to the start, and a poor estimate's may be 1e5 times x.
         rtol: stop when ‖b − A x‖ ≤ rtol·‖b‖.
-        max_steps: products at most, beside the one that a start takes.
+        max_steps: products at most, without the one that a start takes.
         precondition: `v ↦ M v` with M ≈ A^-1, applied from the right, so that residuals stay true ones.
-        reorthogonalize: project again where products cancel (`Backend.orthogonalize`), so that the basis stays
+        reorthogonalize: project again where products cancel (`orthogonalize`), so that the basis stays
             orthogonal to rounding.
         check_every: see `Backend.loop`.
         restart: dimensions of one Krylov space at most. The next space begins at the residual that the last one left,
             and a sample stops (not converged) when a whole space leaves more than `PROGRESS` of the residual. None: one
             space of `max_steps`.
+        shifted: A = I − J, and `product` is `v ↦ J v`. The Krylov space of A is that of J, so that no step subtracts.
 
     Source: Saad & Schultz (1986), "GMRES: a generalized minimal residual algorithm"; twice is enough: Giraud et al.
     (2005).
     """
-    space = KrylovSpace(backend, product, precondition, reorthogonalize, check_every)
-    goal = rtol * backend.to_accum_dtype(backend.norm(b))
+    space = KrylovSpace(backend, product, precondition, reorthogonalize, check_every, shifted)
+    size = backend.norm(b)
+    goal = rtol * backend.to_accum_dtype(size)
     r = b
     if x0 is not None:
-        r = b - product(x0)
-        nearer = backend.norm(r) <= backend.norm(b)  # False for NaN, too
+        r = b - space.apply(x0)
+        nearer = backend.norm(r) <= size  # False for NaN, too
         x0, r = backend.select(nearer, x0, backend.xp.zeros_like(x0)), backend.select(nearer, r, b)
     if restart is not None and restart < max_steps:
         x, residual, products = _restarted(space, x0, r, goal, max_steps, restart)
@@ -93,16 +101,16 @@ def gmres(
         x, residual = _ended(space, k, x0)
         products = k.steps
     return LinearSolution(
-        x=_visible(backend, x, b),
+        x=_visible(backend, x, size),
         residual=residual,
         products=products if x0 is None else products + 1,
         converged=(residual <= goal) & backend.xp.isfinite(residual),
     )
 
 
-def _visible(backend: Backend, x: Array, b: Array) -> Array:
-    """`x` with NaN where `b` is not finite: such a vector is in no basis, and zero would look like a solution."""
-    finite = backend.xp.isfinite(backend.norm(b))
+def _visible(backend: Backend, x: Array, size: Array) -> Array:
+    """`x` with NaN where ‖b‖ is not finite: such a vector is in no basis, and zero would look like a solution."""
+    finite = backend.xp.isfinite(size)
     if backend.known_all(finite):
         return x
     return backend.select(finite, x, backend.xp.full_like(x, float("nan")))
@@ -127,8 +135,8 @@ def _restarted(
 ) -> tuple[Array, Array, Array]:
     """x, ‖b − A x‖ and the products spent, by spaces of at most `restart` dimensions.
 
-    A restart takes no product: the basis knows the residual vector that it leaves, but for the rounding of A x, below
-    which no residual is believed.
+    A restart takes no product: the basis gives the residual vector that it leaves, except for the rounding of A x. No
+    residual below that is believed.
     """
     xp = space.backend.xp
 
@@ -153,10 +161,14 @@ def _restarted(
 
 
 def _ended(space: KrylovSpace, k: Krylov, x0: Array | None) -> tuple[Array, Array]:
-    """The solution from `x0` and the size of its residual."""
-    update = space.solution(k)
+    """Return the solution from `x0` and the size of its residual."""
+    found = space.least_squares(k, inverse=False)
+    update = space.solution(k, found)
     x = update if x0 is None else x0 + update
-    return x, k.residual if space.precondition is not None else space.trusted(k, x)
+    if space.precondition is not None:
+        return x, k.residual
+    size = found.size if x0 is None else space.backend.to_accum_dtype(space.backend.norm(x))
+    return x, space.trusted(k, size, found.column_norm)
 
 
 @dataclass(frozen=True)
@@ -164,7 +176,7 @@ class KrylovSpace:
     """Arnoldi's process on A M, with the least residual tracked and the minimiser formed on demand.
 
     Instead of rotating the Hessenberg matrix H̄ in every step, the loop carries the one vector ν with νᵀH̄ = 0, from
-    which the least residual is β ν₀/‖ν‖: O(k) work a step in place of O(k²), and one small solve at the end.
+    which the least residual is β ν₀/‖ν‖: O(k) work a step instead of O(k²), and one small solve at the end.
 
     Source: Ayachour (2003), "A fast implementation for GMRES method".
     """
@@ -174,9 +186,14 @@ class KrylovSpace:
     precondition: Map | None = None
     reorthogonalize: bool = True
     check_every: int | str = "auto"
+    shifted: bool = False  # A = I − J, and `product` is v ↦ J v
+
+    def apply(self, x: Array) -> Array:
+        """Return A x, `(batch, n)`."""
+        return x - self.product(x) if self.shifted else self.product(x)
 
     def begin(self, r: Array, max_steps: int) -> Krylov:
-        """The space of the first residual `r` `(batch, n)`, with room for `max_steps`."""
+        """Start the space with the first residual `r` `(batch, n)`, with room for `max_steps`."""
         backend, xp = self.backend, self.backend.xp
         norm = backend.to_accum_dtype(backend.norm(r))
         size = max(1, max_steps)
@@ -201,30 +218,38 @@ class KrylovSpace:
         """Add dimensions until each residual is at most `goal` `(batch,)`, `steps` at most.
 
         With `together` all samples pause as soon as one of them is there. Slots are shared: a sample that paused
-        alone while others grew on would find none left when it goes on.
+        alone while others grew on would find none left when it continues.
         """
         xp = self.backend.xp
         asked = k.can_grow & (k.residual > goal)
 
-        def running(k: Krylov) -> Array:
-            waiting = k.can_grow & (k.residual > goal)
-            return xp.any(waiting) & ~xp.any(asked & ~waiting) if together else xp.any(waiting)
+        def running(k: Krylov) -> Array | bool:
+            going, residual, least, first = map(self.backend.host.numpy_view, (k.can_grow, k.residual, goal, asked))
+            if going is None or residual is None or least is None or first is None:
+                waiting = k.can_grow & (k.residual > goal)
+                return xp.any(waiting) & ~xp.any(asked & ~waiting) if together else xp.any(waiting)
+            waiting = going & (residual > least)
+            return bool(waiting.any()) and not (together and (first & ~waiting).any())
 
         return self.backend.loop(running, lambda k: self._step(k, goal), k, steps, self.check_every)
 
     def _step(self, k: Krylov, goal: Array) -> Krylov:
         backend, xp = self.backend, self.backend.xp
-        w = self.product(k.v if self.precondition is None else self.precondition(k.v))
-        found: Krylov | None = backend.fused_arnoldi(k, w, goal, self.reorthogonalize)
-        if found is not None:
-            return found
+        shifted = self.shifted and self.precondition is None
+        w = self.product(k.v) if self.precondition is None else self.apply(self.precondition(k.v))
+        kernels = backend.kernels
+        fused = None if kernels is None else kernels.arnoldi(k, w, goal, self.reorthogonalize, shifted)
+        if fused is not None:
+            return fused
         active = k.can_grow & (k.residual > goal)
-        w, h, scale, height = backend.orthogonalize(k.basis, w, self.reorthogonalize)
+        w, h, scale, height = orthogonalize(backend, k.basis, w, self.reorthogonalize)
+        if shifted:  # A v = v − J v: the same space, and the next vector turned round
+            h, scale = k.source_slot - h, xp.maximum(scale, xp.ones_like(scale))
         floor = 4 * backend.eps(w) * scale
         broke = height <= floor  # the space is invariant: its solution is exact, or A is singular
         height = xp.where(broke, floor, height)
         height = xp.where(height == 0, xp.ones_like(height), height)  # nothing may divide by it, in derivatives neither
-        v = w / backend.cast(height, w)[:, None]
+        v = w / backend.cast(-height if shifted else height, w)[:, None]
 
         following = backend.cast(xp.roll(k.basis.slot(), 1), height)[None, :]
         overlap = xp.sum(k.null_vector * h, axis=1)
@@ -251,23 +276,35 @@ class KrylovSpace:
             dimension=k.dimension + 1,
         )
 
-    def solution(self, k: Krylov) -> Array:
-        """The x in the space with the least residual, `(batch, n)`."""
-        x = k.basis.masked(None).combine(self._coefficients(k))
+    def solution(self, k: Krylov, found: LeastSquares | None = None) -> Array:
+        """Return the x in the space with the least residual, `(batch, n)`."""
+        found = self.least_squares(k, inverse=False) if found is None else found
+        x = k.basis.masked(None).combine(found.y)
         return x if self.precondition is None else self.precondition(x)
 
-    def trusted(self, k: Krylov, x: Array) -> Array:
-        """The residual, but no less than the rounding of A x.
-
-        Where A is singular to rounding and b is not in its range, x grows until rounding alone closes the equations
-        of the space: the recurrence then fell to 1e-10 and the true residual was above 1.
-        """
+    def least_squares(self, k: Krylov, *, inverse: bool = True) -> LeastSquares:
+        """Solve the small system; without `inverse`, `inverse_norm` may be 1."""
         backend, xp = self.backend, self.backend.xp
+        fused = None if backend.kernels is None else backend.kernels.least_squares(k, inverse)
+        if fused is not None:
+            y, size, *figures = fused
+            return LeastSquares(k.start[:, None] * y, k.start * size, *figures)
+        y, one = self._coefficients(k), xp.ones_like(k.start)  # for β = 1: β² may leave the range
         hessenberg, _ = self._hessenberg(k)
         if hessenberg.shape[2] == 0:
-            return k.residual
-        size = xp.sqrt(xp.max(xp.sum(hessenberg * hessenberg, axis=1), axis=1))
-        return xp.maximum(k.residual, backend.eps(x) * size * backend.to_accum_dtype(backend.norm(x)))
+            return LeastSquares(y, 0 * k.start, one, 0 * k.start, one, one)
+        column_norm = xp.sqrt(xp.max(xp.sum(hessenberg * hessenberg, axis=1), axis=1))
+        inverse_norm = self.inverse_norm(k) if inverse else one
+        size = k.start * xp.sqrt(xp.sum(y * y, axis=1))
+        return LeastSquares(k.start[:, None] * y, size, inverse_norm, column_norm, *self._falls(k))
+
+    def trusted(self, k: Krylov, size: Array, column_norm: Array) -> Array:
+        """Return the residual, but no less than the rounding of A x for ‖x‖ = `size`.
+
+        Where A is singular to rounding and b is not in its range, x grows until rounding alone closes the equations
+        of the space: the recurrence then fell to 1e-10 while the true residual was above 1.
+        """
+        return self.backend.xp.maximum(k.residual, self.backend.eps(k.v) * column_norm * size)
 
     def inverse_norm(self, k: Krylov) -> Array:
         """1/σ_min(H̄) per sample, the norm of (A M)^-1 as far as the space has seen it: a lower bound of it."""
@@ -278,31 +315,25 @@ class KrylovSpace:
         size = xp.sum(xp.sum(hessenberg * hessenberg, axis=2), axis=1)  # fills columns not reached
         fill = backend.cast(missing, hessenberg)[:, None, :] * xp.sqrt(size)[:, None, None]
         # Column j without an entry goes with slot j + 1 without a vector: what is there keeps its singular values.
-        eye = xp.roll(backend.eye(fill, hessenberg.shape[1], hessenberg.shape[2]), 1, axis=0)
+        eye = xp.roll(backend.linalg.eye(fill, hessenberg.shape[1], hessenberg.shape[2]), 1, axis=0)
         filled = hessenberg + eye[None] * fill
         sound = xp.isfinite(size)[:, None, None]
-        least = backend.least_singular_value(xp.where(sound, filled, eye[None]), k.dimension)
+        least = backend.linalg.least_singular_value(xp.where(sound, filled, eye[None]), k.dimension)
         return xp.where(sound[:, 0, 0], 1.0 / least, xp.full_like(least, float("nan")))
 
-    def ratios(self, k: Krylov) -> tuple[Array, Array, Array]:
-        """How each step reduced the residual, from the null vector that the space carries anyway.
-
-        Returns:
-            The ratio of the residual after each column to that before it, 1 where the sample did not take the column,
-            `(batch, used)`; which column it took last, `(batch, used)` of bool; and how many it took `(batch,)`.
-        """
+    def _falls(self, k: Krylov) -> tuple[Array, Array]:
+        """`latest` and `best` of `LeastSquares`, from the null vector that the space carries anyway."""
         backend, xp = self.backend, self.backend.xp
-        hessenberg, missing = self._hessenberg(k)
-        used = hessenberg.shape[2]
-        upper = xp.triu(xp.ones_like(backend.eye(k.null_vector, used + 1)))
-        squares = xp.matmul(
-            k.null_vector[:, : used + 1] * k.null_vector[:, : used + 1], upper
-        )  # ‖ν‖² after each column
+        _, missing = self._hessenberg(k)
+        used = missing.shape[1]
+        upper = xp.triu(xp.ones_like(backend.linalg.eye(k.null_vector, used + 1)))
+        nu = k.null_vector[:, : used + 1]
+        squares = xp.matmul(nu * nu, upper)  # ‖ν‖² after each column
         taken = backend.cast(~missing, k.null_vector)
-        order = xp.matmul(taken, upper[:used, :used])
-        count = xp.sum(taken, axis=1)
-        ratio = xp.where(missing, xp.ones_like(taken), xp.sqrt(squares[:, :-1] / squares[:, 1:]))
-        return ratio, ~missing & (order == count[:, None]), count
+        last = ~missing & (xp.matmul(taken, upper[:used, :used]) == xp.sum(taken, axis=1)[:, None])
+        one = xp.ones_like(taken)
+        ratio = xp.where(missing, one, xp.sqrt(squares[:, :-1] / squares[:, 1:]))
+        return xp.min(xp.where(last, ratio, one), axis=1), xp.min(xp.where(last, one, ratio), axis=1)
 
     def _hessenberg(self, k: Krylov) -> tuple[Array, Array]:
         """H̄ `(batch, used + 1, used)` and which of its columns a sample did not reach `(batch, used)`."""
@@ -313,9 +344,9 @@ class KrylovSpace:
         return matrix, xp.sum(xp.abs(matrix), axis=1) == 0
 
     def _coefficients(self, k: Krylov) -> Array:
-        """The minimiser y of ‖β e₀ − H̄ y‖, in the slots of the basis `(batch, m + 1)`.
+        """Return the minimiser y of ‖e₀ − H̄ y‖, in the slots of the basis `(batch, m + 1)`.
 
-        The least residual vector is r̂ = β ν ν₀ / ‖ν‖², and rows 1 … k of H̄ are triangular, so H̄ y = β e₀ − r̂ is
+        The least residual vector is r̂ = ν ν₀ / ‖ν‖², and rows 1 … k of H̄ are triangular, so H̄ y = e₀ − r̂ is
         solved there. Columns that a sample did not reach get a unit diagonal, and y = 0.
         """
         backend, xp = self.backend, self.backend.xp
@@ -323,18 +354,19 @@ class KrylovSpace:
         used = hessenberg.shape[2]
         if used == 0:
             return xp.zeros_like(k.null_vector)
-        eye = backend.eye(hessenberg, used)[None]
+        eye = backend.linalg.eye(hessenberg, used)[None]
         triangle = hessenberg[:, 1:, :] + eye * backend.cast(missing, hessenberg)[:, None, :]
         # For β = 1: with a small one these products may vanish, although y does not.
         target = -k.null_vector[:, 1 : used + 1] * (k.null_vector[:, 0] / k.null_norm_sq)[:, None]
-        y = backend.solve_upper(triangle, xp.where(missing, xp.zeros_like(target), target))
-        y = k.start[:, None] * xp.where(xp.isfinite(y), y, xp.zeros_like(y))
+        y = backend.linalg.solve_upper(triangle, xp.where(missing, xp.zeros_like(target), target))
+        y = xp.where(xp.isfinite(y), y, xp.zeros_like(y))
         source_slot = k.columns.masked(None).vectors()[
             :, :, k.null_vector.shape[1] :
         ]  # column j is A times this vector
         return xp.matmul(y[:, None, :], source_slot)[:, 0, :]
 
-    def residual_vector(self, k: Krylov) -> Array:
-        """B − A x of the solution, `(batch, n)`, from the basis and without a product."""
-        coefficients = k.start[:, None] * (k.null_vector * (k.null_vector[:, 0] / k.null_norm_sq)[:, None])
+    def residual_vector(self, k: Krylov, rows: Array | None = None) -> Array:
+        """B − A x of the solution, `(batch, n)`, from the basis and without a product; zero but in `rows`."""
+        start = k.start if rows is None else self.backend.xp.where(rows, k.start, 0 * k.start)
+        coefficients = start[:, None] * (k.null_vector * (k.null_vector[:, 0] / k.null_norm_sq)[:, None])
         return k.basis.masked(None).combine(coefficients)

@@ -5,7 +5,6 @@ Actions change the resolved config of a call, so that they also apply to layers 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -13,10 +12,11 @@ from typing import Any, Final, TypeAlias
 
 from deqcore import plugins
 from deqcore.config import Config, override
-from deqcore.config.options import options_of
-from deqcore.errors import MonitorError, MonitorWarning, user_stacklevel
+from deqcore.errors import MonitorError, MonitorWarning
 from deqcore.monitor.sink import Event, Row
 from deqcore.monitor.triggers import Transition, Trigger, TriggerState
+from deqcore.options import options_of
+from deqcore.solve.user_line import warn
 
 Hook: TypeAlias = Callable[[Event], object]
 _ACTIONS: Mapping[str, str] = {
@@ -87,11 +87,11 @@ def _refined(config: Config, factor: float) -> dict[str, object]:
         for name in BUDGETS
         if isinstance(value := current.get(name), int) and not isinstance(value, bool)
     }
-    if "max_relative_error" in current:
-        max_relative_error = current["max_relative_error"]
-        more["max_relative_error"] = (
-            max_relative_error / factor if isinstance(max_relative_error, float) else DEFAULT_TARGET
-        )
+    target = current.get("max_relative_error")
+    if isinstance(target, float):
+        more["max_relative_error"] = target / factor
+    elif "max_relative_error" in current and "rtol" not in current:  # without a target an exact strategy has its own
+        more["max_relative_error"] = DEFAULT_TARGET
     return more
 
 
@@ -150,7 +150,7 @@ class TriggerSet:
         elif trigger.action == "raise":
             raise MonitorError(event.message)
         else:
-            warnings.warn(event.message, MonitorWarning, stacklevel=user_stacklevel())
+            warn(event.message, MonitorWarning)
 
     def apply(self, config: Config, rtol: float | None, least: float) -> Config:
         """Return the config with the actions in force."""

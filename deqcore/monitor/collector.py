@@ -14,12 +14,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from threading import RLock
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from deqcore import plugins
 from deqcore.abc.backend import Backend
+from deqcore.abc.backward import Strategy
 from deqcore.api import get_backend
 from deqcore.monitor.actions import TriggerSet
 from deqcore.monitor.drift import DriftDetector, HostArray, Profile, Samples
@@ -248,7 +249,7 @@ class Collector:
         )
 
     def _on_backward(self, item: PendingRow, record: BackwardRecord) -> None:
-        """A backward pass has run, perhaps after its solve became a row."""
+        """Record a backward pass, which may run after its solve became a row."""
         if record.report is None:
             return
         with self.lock:
@@ -260,9 +261,9 @@ class Collector:
 
 @lru_cache(maxsize=64)
 def _reuses(strategy: str) -> bool:
-    """Whether a strategy works with the forward solver's estimate, so that its first product is a certificate."""
-    cls: Any = plugins.load("strategy", strategy)
-    return bool(getattr(cls, "needs", None) == "estimate")
+    """Return whether a strategy works with the forward solver's estimate: its first product is then a certificate."""
+    cls = plugins.load("strategy", strategy)
+    return isinstance(cls, type) and issubclass(cls, Strategy) and cls.needs == "estimate"
 
 
 class RowBuilder:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from deqcore.errors import MissingExtraError, MonitorWarning, user_stacklevel
+from deqcore.errors import MissingExtraError, MonitorWarning
 from deqcore.monitor.log.format import header, line
 from deqcore.monitor.settings import SinkLike, make_sink
 from deqcore.monitor.sink import Event, Record, Row, RunInfo, Sink
 from deqcore.monitor.text import encodable
 from deqcore.plugins.lookup import is_installed
+from deqcore.solve.user_line import warn
 
 LIMIT: Final = 20_000  # records that are kept for a sink that fails
 
@@ -64,7 +64,7 @@ class SinkGroup:
         """Warn after every sink has its records, since the user's filters may turn a warning into an error."""
         texts, self._warnings = self._warnings, []
         for text in texts:
-            warnings.warn(text, MonitorWarning, stacklevel=user_stacklevel())
+            warn(text, MonitorWarning)
 
 
 def _encodable(record: Record) -> Record:
@@ -132,7 +132,7 @@ class ResilientSink:
             return
         self._failing = True
         text = (
-            f"The sink {self.name!r} fails: {type(error).__name__}: {error}. Training goes on; up to {LIMIT} records "
+            f"The sink {self.name!r} fails: {type(error).__name__}: {error}. Training continues; up to {LIMIT} records "
             f"are kept and offered again at every flush."
         )
         self._notify(text)
@@ -156,14 +156,8 @@ def save_undelivered(run: RunInfo, sinks: Sequence[ResilientSink]) -> Path | Non
         ) as file:
             file.write("\n".join([header(run), *map(line, records)]) + "\n")
     except Exception as error:  # what made the sinks fail may lie in the records
-        warnings.warn(
-            f"{len(records)} records of the monitor are lost: {error}", MonitorWarning, stacklevel=user_stacklevel()
-        )
+        warn(f"{len(records)} records of the monitor are lost: {error}", MonitorWarning)
         return None
     names = ", ".join(repr(sink.name) for sink in keepers)
-    warnings.warn(
-        f"No sink took the last {len(records)} records ({names}): they are in {file.name}.",
-        MonitorWarning,
-        stacklevel=user_stacklevel(),
-    )
+    warn(f"No sink took the last {len(records)} records ({names}): they are in {file.name}.", MonitorWarning)
     return Path(file.name)

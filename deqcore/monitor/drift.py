@@ -6,8 +6,8 @@ are available. Two measures, per sample:
     population stability index   Σ_b (p_b − q_b) ln(p_b / q_b) over bins that each hold a tenth of the reference
     Kolmogorov–Smirnov           sup |F(x) − G(x)|, with its p-value, from SciPy
 
-Rules of thumb from credit scoring: below 0.1 there is no drift, above 0.25 there is. Residuals are
-compared by their logarithm, so that a factor counts the same anywhere.
+Rules of thumb from credit scoring: an index below 0.1 means no drift, one above 0.25 means drift. Residuals are
+compared by their logarithm, so that a factor has the same weight at any size.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Profile:
             raise
         except FileNotFoundError:
             raise ConfigError(
-                f"There is no reference profile {str(path)!r}. Write one with monitor.profile().save(path)."
+                f"The reference profile {str(path)!r} does not exist. Write one with monitor.profile().save(path)."
             ) from None
         except Exception as error:
             raise ConfigError(f"The reference profile {str(path)!r} cannot be read: {error}.") from error

@@ -122,7 +122,7 @@ def make_measurements(table: Mapping[str, object]) -> tuple[Measurement, ...]:
     """Return the measurements of a table, as in `{"spectral_radius": 200}`.
 
     Raises:
-        ConfigError: there is no such measurement, or the number does not fit.
+        ConfigError: a name is not a measurement, or its number is out of range.
     """
     for name, every in table.items():
         if name not in BUILT_IN:

@@ -124,7 +124,7 @@ class Metrics(Mapping[str, Metric]):
         """
         if name not in self._known:
             raise ConfigError(
-                f"{owner}: there is no metric {name!r}.{did_you_mean(name, self._known)} Available: "
+                f"{owner}: unknown metric {name!r}.{did_you_mean(name, self._known)} Available: "
                 f"{listing(self._known)}. Declare your own with Monitor(metrics=[Metric(...)])."
             )
         return self._known[name]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import final
 
 from deqcore.abc.backend import Backend
 from deqcore.config import Config, current
-from deqcore.errors import ConfigError, MonitorWarning, user_stacklevel
+from deqcore.errors import ConfigError, MonitorWarning
+from deqcore.linear.norms import default_rtol
 from deqcore.monitor.actions import Hook, TriggerSet, has_actions
 from deqcore.monitor.collector import Collector, RowBuilder
 from deqcore.monitor.delivery import SinkGroup
@@ -25,6 +25,7 @@ from deqcore.monitor.sink import Event, Row, RunInfo
 from deqcore.monitor.triggers import Trigger
 from deqcore.solution import Solution
 from deqcore.solve.observer import Observer, Solve, observing
+from deqcore.solve.user_line import warn
 from deqcore.types import AdjointReport, Array
 
 
@@ -210,7 +211,7 @@ class Monitor(Observer):
         if self._rtol is None and solution.value is not None:
             backend = solution.backend
             leaf = backend.flatten(solution.value)[0][0]
-            self._rtol, self._least = backend.default_rtol(leaf), 2 * backend.eps(leaf)
+            self._rtol, self._least = default_rtol(backend, leaf), 2 * backend.eps(leaf)
 
     def observe_backward(self, report: AdjointReport, *, name: str = "", seconds: float = float("nan")) -> None:
         """Take the report of a backward pass that no solution leads to (an adjoint tap in JAX)."""
@@ -278,7 +279,7 @@ class Monitor(Observer):
         if text not in self._noted:
             self._noted.add(text)
             self._notes.append(Event(self.step, time.time(), "note", text))
-            warnings.warn(text, MonitorWarning, stacklevel=user_stacklevel())
+            warn(text, MonitorWarning)
 
     def __enter__(self) -> Monitor:
         if self._closed or self._stack is not None:

@@ -252,7 +252,7 @@ def _drawable(values: Any) -> Any:
 
 
 def _line(axes: Any, color: str, label: str, steps: Any, values: Any) -> None:
-    """Means of at most `POINTS` parts, with the range of each behind; what is not finite is left out."""
+    """Plot the means of at most `POINTS` parts over the range of each; skip values that are not finite."""
     available = _drawable(values)
     parts = min(POINTS, int(available.sum()))
     groups = [np.array_split(array[available], parts) for array in (steps, values)]

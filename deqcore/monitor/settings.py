@@ -16,16 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 from deqcore import plugins
-from deqcore.config.options import Options, as_options, check, instantiate
 from deqcore.config.sources import names_of
 from deqcore.errors import ConfigError, PluginError
 from deqcore.monitor.measurements import make_measurements
 from deqcore.monitor.metrics import PREFIX, Metrics
 from deqcore.monitor.sink import Sink
 from deqcore.monitor.triggers import Trigger
+from deqcore.options import Options, as_options, check, instantiate
 
 SinkLike: TypeAlias = Sink | str | Mapping[str, object]
 
@@ -62,10 +62,9 @@ class MonitorSettings:
             if name not in available:
                 raise ConfigError.unknown_option("[monitor]", name, available)
         plain = {name: section[name] for name in ("every", "reference", "measurements") if name in section}
-        if isinstance(plain.get("measurements"), Mapping):
-            plain["measurements"] = as_options(
-                "[monitor.measurements]", cast("Mapping[str, object]", plain["measurements"])
-            )
+        measurements = plain.get("measurements")
+        if isinstance(measurements, Mapping):
+            plain["measurements"] = as_options("[monitor.measurements]", measurements)
         values: dict[str, Any] = {name: check("[monitor]", cls, name, value) for name, value in plain.items()}
         values |= {name: _tables(name, section[name]) for name in ("sinks", "triggers") if name in section}
         return cls(**values)

@@ -79,7 +79,7 @@ class Condition:
         return _COMPARE[self.sign](value, self.threshold)
 
     def opposite(self) -> Condition:
-        """When the value is clearly on the other side: 20 % of the threshold beyond it."""
+        """Return the condition of a value clearly on the other side: beyond the threshold by 20 % of it."""
         upper = self.sign in (">", ">=")
         gap = MARGIN * abs(self.threshold)
         sign = {">": "<", ">=": "<", "<": ">", "<=": ">"}[self.sign]
@@ -209,24 +209,24 @@ class TriggerState:
         result = _STATISTIC[self.trigger.statistic](list(self._window)) if full else None
         return self._clear(result) if self.active else self._fire(result)
 
-    def _fire(self, found: float | None) -> Transition | None:
-        if found is None or not self._fires(found):
+    def _fire(self, value: float | None) -> Transition | None:
+        if value is None or not self._fires(value):
             return None
         relapsed = self._hold_factor > 0 and self._since <= self.trigger.window + self.trigger.hold
         self._hold_factor = min(LONGEST, 2 * self._hold_factor) if relapsed else 1
-        return self._turn(True, found)
+        return self._turn(True, value)
 
-    def _clear(self, found: float | None) -> Transition | None:
+    def _clear(self, value: float | None) -> Transition | None:
         if self._since < self.trigger.hold * self._hold_factor:
             return None
-        if found is None and self._window:
+        if value is None and self._window:
             return None  # measured, but not often enough yet
-        if found is not None and not self._ends(found):
+        if value is not None and not self._ends(value):
             return None
-        return self._turn(False, found)
+        return self._turn(False, value)
 
-    def _turn(self, fired: bool, found: float | None) -> Transition:
+    def _turn(self, fired: bool, value: float | None) -> Transition:
         self.active = fired
         self._since = 0
         self._window.clear()
-        return Transition(self.trigger, fired, found)
+        return Transition(self.trigger, fired, value)

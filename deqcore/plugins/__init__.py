@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from deqcore.config.options import Options
+from deqcore.options import Options
 from deqcore.plugins.lookup import (
     backend_of,
     backends,

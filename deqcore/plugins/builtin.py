@@ -74,8 +74,8 @@ STRATEGIES: Final = (
 )
 
 TRAINERS: Final = (
-    TrainerSpec("torch", "deqcore_torch.study:TorchTrainer", "torch", "PyTorch training loop"),
-    TrainerSpec("jax", "deqcore_jax.study:JaxTrainer", "jax", "JAX training loop"),
+    TrainerSpec("torch", "deqcore_torch.study:TorchTrainer", "PyTorch training loop", backend="torch"),
+    TrainerSpec("jax", "deqcore_jax.study:JaxTrainer", "JAX training loop", backend="jax"),
 )
 
 DATA: Final = (
@@ -118,7 +118,7 @@ COMMANDS: Final = (
     CommandSpec("check", "deqcore.cli.check:app", "Prove gradients, backends, solvers and strategies right."),
     CommandSpec("explain", "deqcore.cli.explain:command", "Every strategy on your problem, and the cheapest."),
     CommandSpec("monitor", "deqcore.cli.monitor:app", "Watch and report what a Monitor has logged."),
-    CommandSpec("bench", "deqcore.cli.bench:command", "Time the solvers beside the evaluations of f."),
+    CommandSpec("bench", "deqcore.cli.bench:command", "Compare the time of solves with the time of f."),
     CommandSpec("plugins", "deqcore.cli.plugins:command", "List the plugins and whether they work."),
     CommandSpec("config", "deqcore.cli.config:app", "Show the settings and where each comes from."),
 )

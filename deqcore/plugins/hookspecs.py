@@ -14,17 +14,7 @@ from typing import Final
 
 import pluggy
 
-from deqcore.plugins.specs import (
-    BackendSpec,
-    CommandSpec,
-    DataSpec,
-    Kind,
-    ModelSpec,
-    SinkSpec,
-    SolverSpec,
-    StrategySpec,
-    TrainerSpec,
-)
+from deqcore.plugins import specs
 
 PROJECT: Final = "deqcore"
 hookspec: Final = pluggy.HookspecMarker(PROJECT)
@@ -33,7 +23,7 @@ hookimpl: Final = pluggy.HookimplMarker(PROJECT)
 
 
 @hookspec
-def deqcore_backends() -> Iterable[BackendSpec]:
+def deqcore_backends() -> Iterable[specs.BackendSpec]:
     """Offer backends: other array frameworks.
 
     Example:
@@ -48,7 +38,7 @@ def deqcore_backends() -> Iterable[BackendSpec]:
 
 
 @hookspec
-def deqcore_solvers() -> Iterable[SolverSpec]:
+def deqcore_solvers() -> Iterable[specs.SolverSpec]:
     """Offer solvers of `z = f(z)`.
 
     Example:
@@ -63,7 +53,7 @@ def deqcore_solvers() -> Iterable[SolverSpec]:
 
 
 @hookspec
-def deqcore_strategies() -> Iterable[StrategySpec]:
+def deqcore_strategies() -> Iterable[specs.StrategySpec]:
     """Offer backward strategies.
 
     Example:
@@ -78,7 +68,7 @@ def deqcore_strategies() -> Iterable[StrategySpec]:
 
 
 @hookspec
-def deqcore_sinks() -> Iterable[SinkSpec]:
+def deqcore_sinks() -> Iterable[specs.SinkSpec]:
     """Offer sinks of the monitor.
 
     Example:
@@ -93,7 +83,7 @@ def deqcore_sinks() -> Iterable[SinkSpec]:
 
 
 @hookspec
-def deqcore_trainers() -> Iterable[TrainerSpec]:
+def deqcore_trainers() -> Iterable[specs.TrainerSpec]:
     """Offer training loops for studies, one per backend.
 
     Example:
@@ -108,7 +98,7 @@ def deqcore_trainers() -> Iterable[TrainerSpec]:
 
 
 @hookspec
-def deqcore_data() -> Iterable[DataSpec]:
+def deqcore_data() -> Iterable[specs.DataSpec]:
     """Offer data for studies, so that a config may say `data = ["mine"]`.
 
     Example:
@@ -123,7 +113,7 @@ def deqcore_data() -> Iterable[DataSpec]:
 
 
 @hookspec
-def deqcore_models() -> Iterable[ModelSpec]:
+def deqcore_models() -> Iterable[specs.ModelSpec]:
     """Offer models for studies, so that a config may say `models = ["mine"]`.
 
     Example:
@@ -138,7 +128,7 @@ def deqcore_models() -> Iterable[ModelSpec]:
 
 
 @hookspec
-def deqcore_commands() -> Iterable[CommandSpec]:
+def deqcore_commands() -> Iterable[specs.CommandSpec]:
     """Offer subcommands of `deqcore`.
 
     Example:
@@ -152,7 +142,7 @@ def deqcore_commands() -> Iterable[CommandSpec]:
     raise NotImplementedError
 
 
-HOOKS: Final[dict[Kind, str]] = {
+HOOKS: Final[dict[specs.Kind, str]] = {
     "backend": "deqcore_backends",
     "solver": "deqcore_solvers",
     "strategy": "deqcore_strategies",

@@ -7,6 +7,7 @@ is cached, because these functions run at each call of `fixed_point`: a repeated
 from __future__ import annotations
 
 import importlib
+import operator
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -14,23 +15,13 @@ from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from deqcore.config.options import Options, as_options, instantiate
 from deqcore.errors import MissingFrameworkError, PluginError, UnknownNameError
+from deqcore.options import Options, as_options, instantiate
+from deqcore.plugins import specs
 from deqcore.plugins.builtin import BUILTIN, SECTIONS
-from deqcore.plugins.specs import (
-    BackendSpec,
-    CommandSpec,
-    DataSpec,
-    Kind,
-    ModelSpec,
-    SinkSpec,
-    SolverSpec,
-    Spec,
-    StrategySpec,
-    TrainerSpec,
-)
 
 if TYPE_CHECKING:
     from deqcore.abc.backend import Backend
@@ -38,7 +29,7 @@ if TYPE_CHECKING:
     from deqcore.abc.solver import Solver
     from deqcore.plugins.manager import Manager, PluginStatus
 
-S = TypeVar("S", bound=Spec)
+S = TypeVar("S", bound=specs.Spec)
 _lock: Final = RLock()
 _owners: Final[dict[type, str | None]] = {}
 
@@ -51,44 +42,44 @@ def manager() -> Manager:
     return Manager()
 
 
-def backends() -> dict[str, BackendSpec]:
+def backends() -> dict[str, specs.BackendSpec]:
     """Return all backends by name, built-in and plugged in."""
-    return _all("backend", BackendSpec)
+    return _all(specs.BackendSpec)
 
 
-def solvers() -> dict[str, SolverSpec]:
+def solvers() -> dict[str, specs.SolverSpec]:
     """Return all solvers by name, built-in and plugged in."""
-    return _all("solver", SolverSpec)
+    return _all(specs.SolverSpec)
 
 
-def strategies() -> dict[str, StrategySpec]:
+def strategies() -> dict[str, specs.StrategySpec]:
     """Return all backward strategies by name, built-in and plugged in."""
-    return _all("strategy", StrategySpec)
+    return _all(specs.StrategySpec)
 
 
-def sinks() -> dict[str, SinkSpec]:
+def sinks() -> dict[str, specs.SinkSpec]:
     """Return all sinks of the monitor by name, built-in and plugged in."""
-    return _all("sink", SinkSpec)
+    return _all(specs.SinkSpec)
 
 
-def trainers() -> dict[str, TrainerSpec]:
+def trainers() -> dict[str, specs.TrainerSpec]:
     """Return all training loops by name, built-in and plugged in."""
-    return _all("trainer", TrainerSpec)
+    return _all(specs.TrainerSpec)
 
 
-def data() -> dict[str, DataSpec]:
+def data() -> dict[str, specs.DataSpec]:
     """Return all data sets of studies by name, built-in and plugged in."""
-    return _all("data", DataSpec)
+    return _all(specs.DataSpec)
 
 
-def models() -> dict[str, ModelSpec]:
+def models() -> dict[str, specs.ModelSpec]:
     """Return all models of studies by name, built-in and plugged in."""
-    return _all("model", ModelSpec)
+    return _all(specs.ModelSpec)
 
 
-def commands() -> dict[str, CommandSpec]:
+def commands() -> dict[str, specs.CommandSpec]:
     """Return all subcommands by name, built-in and plugged in."""
-    return _all("command", CommandSpec)
+    return _all(specs.CommandSpec)
 
 
 def plugins_status() -> list[PluginStatus]:
@@ -97,14 +88,14 @@ def plugins_status() -> list[PluginStatus]:
         return manager().statuses()
 
 
-def _all(kind: Kind, _record: type[S]) -> dict[str, S]:
+def _all(record: type[S]) -> dict[str, S]:
     with _lock:
-        offers = manager().offers(kind)
-    specs = {**BUILTIN[kind], **{name: _only(kind, name, offered) for name, offered in offers.items()}}
-    return cast("dict[str, S]", specs)
+        offers = manager().offers(record.kind)
+    entries = {**BUILTIN[record.kind], **{name: _only(record.kind, name, offer) for name, offer in offers.items()}}
+    return {name: entry for name, entry in entries.items() if isinstance(entry, record)}
 
 
-def _only(kind: Kind, name: str, offered: list[tuple[Spec, str]]) -> Spec:
+def _only(kind: specs.Kind, name: str, offered: list[tuple[specs.Spec, str]]) -> specs.Spec:
     if len(offered) > 1:
         titles = " and ".join(title for _, title in offered)
         raise PluginError(
@@ -115,7 +106,7 @@ def _only(kind: Kind, name: str, offered: list[tuple[Spec, str]]) -> Spec:
 
 
 @lru_cache(maxsize=256)
-def spec(kind: Kind, name: str) -> Spec:
+def spec(kind: specs.Kind, name: str) -> specs.Spec:
     """Return the record registered under a name.
 
     Args:
@@ -139,7 +130,7 @@ def spec(kind: Kind, name: str) -> Spec:
 
 
 @lru_cache(maxsize=256)
-def load(kind: Kind, name: str) -> object:
+def load(kind: specs.Kind, name: str) -> object:
     """Import the target that is registered under a name.
 
     Raises:
@@ -148,8 +139,8 @@ def load(kind: Kind, name: str) -> object:
         PluginError: two plugins registered it, or its target cannot be imported.
     """
     record = spec(kind, name)
-    backend = spec("backend", record.backend) if isinstance(record, TrainerSpec) else record
-    if isinstance(backend, BackendSpec) and backend.package and not is_installed(backend.package):
+    backend = spec("backend", record.backend) if isinstance(record, specs.TrainerSpec) else record
+    if isinstance(backend, specs.BackendSpec) and backend.package and not is_installed(backend.package):
         raise MissingFrameworkError.of(backend.name, backend.package, backend.extra)
     try:
         return _import(record.target)
@@ -162,19 +153,24 @@ def load(kind: Kind, name: str) -> object:
 
 def _import(target: str) -> object:
     module, _, attribute = target.partition(":")
-    target_object: Any = importlib.import_module(module)
-    for part in attribute.split("."):
-        target_object = getattr(target_object, part)
-    return target_object
+    found: object = operator.attrgetter(attribute)(importlib.import_module(module))
+    return found
+
+
+def _function(target: str) -> Callable[[object], Any]:
+    found = _import(target)
+    if not callable(found):
+        raise PluginError(f"{target} must be a function of one argument (got {found!r}).")
+    return found
 
 
 def contexts() -> list[Callable[[object], AbstractContextManager[object]]]:
     """Return the contexts that `deqcore.using` enters: those of the backends whose framework is imported."""
-    specs: Iterable[Spec] = BUILTIN["backend"].values()
+    offered: Iterable[specs.Spec] = BUILTIN["backend"].values()
     if manager.cache_info().currsize:  # a program that uses built-ins only never pays for discovery
-        specs = backends().values()
-    imported = [record for record in specs if isinstance(record, BackendSpec) and record.package in sys.modules]
-    return [cast("Any", _import(record.context)) for record in imported if record.context]
+        offered = backends().values()
+    imported = [record for record in offered if isinstance(record, specs.BackendSpec) and record.package in sys.modules]
+    return [_function(record.context) for record in imported if record.context]
 
 
 def check_section(name: str, section: Mapping[str, object]) -> None:
@@ -184,8 +180,7 @@ def check_section(name: str, section: Mapping[str, object]) -> None:
         ConfigError: a setting is unknown, or a value does not fit.
     """
     if name in SECTIONS:
-        check: Any = _import(SECTIONS[name])
-        check(section)
+        _function(SECTIONS[name])(section)
 
 
 def is_installed(package: str) -> bool:
@@ -220,9 +215,16 @@ def make_backend(name: str) -> Backend:
         PluginError: the plugin that offers it is broken, or its class is not a complete backend.
     """
     from deqcore.abc.backend import Backend
+    from deqcore.plugins.validate import check_parts
 
-    made: object = _class("backend", name, Backend)()
-    return cast("Backend", made)
+    cls = _class("backend", name, Backend)
+    check_parts(f"backend {name!r}", cls)
+    made: Backend = cls()
+    if not hasattr(made, "linalg"):
+        raise PluginError(
+            f"The backend {name!r} must have its parts. Call super().__init__() in {cls.__qualname__}.__init__."
+        )
+    return made
 
 
 def make_strategy(name: str, options: Mapping[str, object] | None = None) -> Strategy | StepStrategy:
@@ -244,8 +246,8 @@ def make_strategy(name: str, options: Mapping[str, object] | None = None) -> Str
 def _make_solver(name: str, options: Options) -> Solver:
     from deqcore.abc.solver import Solver
 
-    made: object = instantiate(f"solver {name!r}", _class("solver", name, Solver), options)
-    return cast("Solver", made)
+    made: Solver = instantiate(f"solver {name!r}", _class("solver", name, Solver), options)
+    return made
 
 
 @lru_cache(maxsize=256)
@@ -253,11 +255,11 @@ def _make_strategy(name: str, options: Options) -> Strategy | StepStrategy:
     from deqcore.abc.backward import StepStrategy, Strategy
 
     cls = _class("strategy", name, Strategy, StepStrategy)
-    made: object = instantiate(f"strategy {name!r}", cls, options)
-    return cast("Strategy | StepStrategy", made)
+    made: Strategy | StepStrategy = instantiate(f"strategy {name!r}", cls, options)
+    return made
 
 
-def _class(kind: Kind, name: str, *bases: type) -> type:
+def _class(kind: specs.Kind, name: str, *bases: type) -> type[Any]:
     from deqcore.plugins.validate import fulfils
 
     return fulfils(f"{kind} {name!r}", load(kind, name), *bases)
@@ -280,7 +282,7 @@ def shares_arrays(name: str, leaves: Iterable[object]) -> bool:
     A framework over plain NumPy arrays lists `numpy` among its `array_modules`; the config then decides.
     """
     record = spec("backend", name)
-    roots = set(record.array_modules) if isinstance(record, BackendSpec) else set()
+    roots = set(record.array_modules) if isinstance(record, specs.BackendSpec) else set()
     return all(roots & {parent.__module__.partition(".")[0] for parent in type(leaf).__mro__} for leaf in leaves)
 
 
@@ -296,8 +298,9 @@ def _owner_of(cls: type) -> str | None:
     return _owner(roots, [offered[0][0] for offered in offers.values()])
 
 
-def _owner(roots: list[str], specs: Iterable[Spec]) -> str | None:
-    owners = {root: record.name for record in specs if isinstance(record, BackendSpec) for root in record.array_modules}
+def _owner(roots: list[str], offered: Iterable[specs.Spec]) -> str | None:
+    records = [record for record in offered if isinstance(record, specs.BackendSpec)]
+    owners = {root: record.name for record in records for root in record.array_modules}
     return next((owners[root] for root in roots if root in owners), None)
 
 
@@ -319,10 +322,10 @@ def register(plugin: object) -> None:
         'my_notebook:Mine'
     """
     with _lock:
-        if isinstance(plugin, Spec):
+        if isinstance(plugin, specs.Spec):
             manager().offer(plugin, f"{plugin.kind} {plugin.name}", "registered")
         else:
-            name = str(getattr(plugin, "__name__", None) or type(plugin).__qualname__)
+            name = plugin.__name__ if isinstance(plugin, ModuleType | type) else type(plugin).__qualname__
             status = manager().register(plugin, name, "registered")
             if status.status == "broken":
                 manager().unregister(name)

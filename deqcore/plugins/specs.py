@@ -9,7 +9,7 @@ Requirements of a plugin module: it imports no framework, and its hooks yield th
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Final, Literal, TypeAlias
 
 from deqcore.errors import PluginError
@@ -21,8 +21,9 @@ NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 TARGET: Final = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
+@dataclass(frozen=True)
 class Spec:
-    """The common part of all records; the records themselves are frozen dataclasses.
+    """The common part of all records.
 
     Attributes:
         name: its name in a config or on a command line: letters, digits, `.`, `_` and `-`.
@@ -34,7 +35,7 @@ class Spec:
 
     name: str
     target: str
-    summary: str
+    summary: str = ""
 
     kind: ClassVar[Kind]
     version: ClassVar[int] = 1
@@ -60,10 +61,6 @@ class SolverSpec(Spec):
         'my_package.solver:Mine'
     """
 
-    name: str
-    target: str
-    summary: str = ""
-
     kind: ClassVar[Kind] = "solver"
 
 
@@ -80,10 +77,6 @@ class StrategySpec(Spec):
         >>> StrategySpec("mine", "my_package.strategy:Mine", "two terms of the series").kind
         'strategy'
     """
-
-    name: str
-    target: str
-    summary: str = ""
 
     kind: ClassVar[Kind] = "strategy"
 
@@ -109,9 +102,6 @@ class BackendSpec(Spec):
         ('backend', ('cupy',))
     """
 
-    name: str
-    target: str
-    summary: str = ""
     package: str | None = None
     extra: str | None = None
     array_modules: tuple[str, ...] = ()
@@ -146,10 +136,6 @@ class SinkSpec(Spec):
         'sqlite'
     """
 
-    name: str
-    target: str
-    summary: str = ""
-
     kind: ClassVar[Kind] = "sink"
 
 
@@ -168,10 +154,7 @@ class TrainerSpec(Spec):
         'torch'
     """
 
-    name: str
-    target: str
-    backend: str
-    summary: str = ""
+    backend: str = field(kw_only=True)
 
     kind: ClassVar[Kind] = "trainer"
 
@@ -196,9 +179,6 @@ class DataSpec(Spec):
         'image'
     """
 
-    name: str
-    target: str
-    summary: str = ""
     gives: str | None = None
 
     kind: ClassVar[Kind] = "data"
@@ -223,10 +203,6 @@ class ModelSpec(Spec):
         'model'
     """
 
-    name: str
-    target: str
-    summary: str = ""
-
     kind: ClassVar[Kind] = "model"
 
 
@@ -244,13 +220,9 @@ class CommandSpec(Spec):
         'serve a model'
     """
 
-    name: str
-    target: str
-    summary: str = ""
-
     kind: ClassVar[Kind] = "command"
 
 
-def _check(record: Spec, field: str, given: object, pattern: re.Pattern[str], expected: str) -> None:
+def _check(record: Spec, name: str, given: object, pattern: re.Pattern[str], expected: str) -> None:
     if not (isinstance(given, str) and pattern.fullmatch(given)):
-        raise PluginError(f"{type(record).__name__}: {field} must be {expected} (got {given!r}).")
+        raise PluginError(f"{type(record).__name__}: {name} must be {expected} (got {given!r}).")

@@ -3,8 +3,27 @@
 from __future__ import annotations
 
 import inspect
+from typing import Final
 
+from deqcore.abc.autodiff import Autodiff
+from deqcore.abc.guards import CallGuards
+from deqcore.abc.harness import Harness
+from deqcore.abc.host import HostViews
+from deqcore.abc.kernels import FusedKernels
+from deqcore.abc.linalg import SmallLinalg
 from deqcore.errors import PluginError, listing
+
+PARTS: Final[dict[str, type]] = {
+    "linalg_class": SmallLinalg,
+    "autodiff_class": Autodiff,
+    "guards_class": CallGuards,
+    "host_class": HostViews,
+    "kernels_class": FusedKernels,
+    "harness_class": Harness,
+}
+"""The attributes by which a backend names the classes of its parts, and the contract of each part."""
+
+REQUIRED: Final = ("linalg_class", "autodiff_class")
 
 
 def fulfils(owner: str, cls: object, *bases: type) -> type:
@@ -33,6 +52,22 @@ def fulfils(owner: str, cls: object, *bases: type) -> type:
             for method in sorted(getattr(base, "__abstractmethods__", ())):
                 _takes(owner, cls, base, method)
     return cls
+
+
+def check_parts(owner: str, cls: type) -> None:
+    """Check that the classes that a backend names for its parts keep their contracts.
+
+    Args:
+        owner: kind and registered name, for messages.
+        cls: the class of the backend.
+
+    Raises:
+        PluginError: a part is missing, is not of its contract, or lacks a method.
+    """
+    for name, base in PARTS.items():
+        part = getattr(cls, name, None)
+        if part is not None or name in REQUIRED:
+            fulfils(f"{name} of the {owner}", part, base)
 
 
 def _takes(owner: str, cls: type, base: type, method: str) -> None:

@@ -8,6 +8,7 @@ from deqcore.abc.adjoint import AdjointSolver
 from deqcore.abc.backend import Backend
 from deqcore.abc.backward import StepStrategy, Strategy
 from deqcore.abc.inverse_jacobian import InverseJacobian
+from deqcore.abc.scaling import divide_rows, multiply_rows, row_scale
 from deqcore.abc.solver import Solver
 from deqcore.errors import PluginError
 from deqcore.linear.transposed import transposed
@@ -63,14 +64,14 @@ class Adjoint(AdjointSolver):
         backend = self.backend
         if not (self.uses_vjp or self.uses_state):
             return self.strategy.solve_adjoint(backend, vjp, g, estimate), g
-        unit = backend.row_scale(backend.norm(g), g)
-        found = self.strategy.solve_adjoint(backend, vjp, backend.divide_rows(g, unit), estimate)
+        unit = row_scale(backend, backend.norm(g), g)
+        found = self.strategy.solve_adjoint(backend, vjp, divide_rows(backend, g, unit), estimate)
         if unit is not None and isinstance(found, tuple) and getattr(found[0], "shape", None) == g.shape:
-            found = backend.multiply_rows(found[0], unit), *found[1:]
+            found = multiply_rows(backend, found[0], unit), *found[1:]
         return found, g
 
     def _routed(self, found: object, g: Array) -> tuple[Array, AdjointReport]:
-        """What `solve_adjoint` returned, if it is what the contract says."""
+        """Return what `solve_adjoint` returned, or raise `PluginError` if it breaks the contract."""
         name, shape = f"{type(self.strategy).__name__}.solve_adjoint", tuple(g.shape)
         if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], AdjointReport):
             expected = (
@@ -126,14 +127,14 @@ class Adjoint(AdjointSolver):
 
 @dataclass(frozen=True)
 class Steps:
-    """A step strategy bound to its solver: what `Backend.differentiate_through` differentiates through."""
+    """A step strategy bound to its solver: what `Autodiff.differentiate_through` differentiates through."""
 
     backend: Backend
     strategy: StepStrategy
     solver: Solver
 
     def __call__(self, f: Map, z0: Array, forward: SolveResult | None) -> tuple[Array, Reached | None]:
-        """The differentiable value `(batch, n)`, and what is known of it (without gradients)."""
+        """Return the differentiable value `(batch, n)` and, without gradients, what the strategy reports about it."""
         with self.backend.errstate():
             found = self.strategy.value(self.backend, f, z0, forward, self.solver)
         reached = found if isinstance(found, Reached) else None

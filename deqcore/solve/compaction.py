@@ -9,7 +9,6 @@ compaction; they are equal bit by bit if f also computes each row from that row 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 from deqcore.abc.backend import Backend
@@ -27,9 +26,9 @@ class RestrictRows(Protocol):
 
 
 class Advance(Protocol):
-    """A function that steps with f while `running` holds, at most `steps` times."""
+    """A function that steps with f while more than `spare` samples run, at most `steps` times."""
 
-    def __call__(self, f: Map, running: Callable[[LoopState], Array | bool], carry: LoopState, steps: int) -> LoopState:
+    def __call__(self, f: Map, carry: LoopState, steps: int, spare: int) -> LoopState:
         """Return the loop state after these steps."""
 
 
@@ -56,13 +55,7 @@ def solve_compacted(
     Raises:
         ProblemError: f returns other values for some samples than for the whole batch.
     """
-    xp = backend.xp
-    size = carry.status.shape[0]
-
-    def running(carry: LoopState) -> Array:
-        return 2 * xp.sum(xp.astype(carry.status == int(Status.RUNNING), xp.int32)) > size
-
-    end = advance(f, running, carry, steps)
+    end = advance(f, carry, steps, carry.status.shape[0] // 2)
     going = backend.rows(end.status == int(Status.RUNNING))
     left = steps - _spent(backend, carry, end)
     if going.shape[0] == 0 or left <= 0:
@@ -97,7 +90,7 @@ def _check(backend: Backend, fewer: Map, part: LoopState) -> None:
             f"(forward.compact = true). {_REMEDY}"
         )
         raise
-    slack = 0.05 if backend.autocasting(part.z) else backend.eps(part.z) ** 0.5
+    slack = 0.05 if backend.guards.autocasting(part.z) else backend.eps(part.z) ** 0.5
     if bool(xp.any(difference > slack * (backend.norm(part.fz) + backend.norm(part.z)))):
         raise ProblemError(
             f"forward.compact = true, but f returns other values for {part.z.shape[0]} samples alone than for the "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 from deqcore import config as settings
@@ -18,6 +19,7 @@ from deqcore.errors import (
     InitialIterateError,
     StrategyError,
 )
+from deqcore.linear.norms import default_rtol
 from deqcore.solve.flatten import RavelSpec
 from deqcore.solve.observer import observer
 from deqcore.solve.plan import Plan
@@ -60,7 +62,7 @@ def _criteria(config: Config, scalars: Mapping[str, object], backend: Backend, l
     atol: Any = scalars.get("forward__atol", forward.atol)
     max_steps: Any = scalars.get("forward__max_steps", forward.max_steps)
     if rtol == "auto" if isinstance(rtol, str) else False:
-        rtol = backend.default_rtol(like)
+        rtol = default_rtol(backend, like)
     for name, value in (("rtol", rtol), ("atol", atol), ("max_steps", max_steps)):
         if name in {key.partition("__")[2] for key in scalars} and not backend.is_traced(value):
             number = float(value)
@@ -110,14 +112,18 @@ def pick_backend(config: Config, z0: Tree, args: tuple[Any, ...]) -> Backend:
 
 def plain_leaves(tree: Tree) -> Iterator[Any]:
     """Yield the leaves of plain containers; no framework is needed."""
-    if isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from plain_leaves(value)
-    elif isinstance(tree, (list, tuple)):
+    if isinstance(tree, (list, tuple)):
         for value in tree:
+            yield from plain_leaves(value)
+    elif _is_mapping(type(tree)):
+        for value in tree.values():
             yield from plain_leaves(value)
     else:
         yield tree
+
+
+# Asked for each leaf of each call, so remembered: a check against an abstract class takes half a microsecond.
+_is_mapping: Callable[[Any], bool] = cache(lambda kind: issubclass(kind, Mapping))
 
 
 def _with_estimate() -> list[str]:

@@ -1,7 +1,7 @@
 """Solves that fail: the schedule of verification, and the warning or error.
 
 `Watch` verifies and reports backward passes in eager backends, in whatever thread the framework differentiates in.
-`TracedWatch` does the same in traced code, where the numbers are known later: they leave it by `Backend.watch`.
+`TracedWatch` does the same in traced code, where the numbers are known later: they leave it by `CallGuards.watch`.
 `Failures` reports forward solves in traced code. All of them use the sentences of `deqcore.solve.messages`.
 """
 
@@ -85,11 +85,11 @@ class AdjointTally(NamedTuple):
         return cls(Tally.of(xp, status, report.vjps, known), *found[:4])
 
     def notable(self) -> Any:
-        """Whether a sample failed, f couples rows, or a measurement must be noted."""
+        """Return whether a sample failed, f couples rows, or a measurement must be noted."""
         return self.solved.failed() | self.coupled | self.measured
 
     def merged(self, xp: Any) -> AdjointTally:
-        """That of all lanes, from a stack of them."""
+        """Merge a stack of tallies, one per lane, into one."""
         return AdjointTally(
             self.solved.merged(xp),
             xp.any(self.coupled, axis=0),
@@ -170,7 +170,7 @@ class Watch:
     def verify(
         self, job: Pass, u: Array, report: AdjointReport, turn: Array | None
     ) -> tuple[AdjointReport, Findings | None]:
-        """The report, measured if it is the turn of this pass, and what contradicts it."""
+        """Return the report, measured if it is this pass's turn, and what contradicts it."""
         count, counts = self.ledger.count(), self.ledger
         due_now = self.every and (count % self.every == 0 or counts.suspect)
         if not due_now or job.vjp is None:
@@ -191,7 +191,7 @@ class Watch:
         return true, found
 
     def _searched(self, job: Pass, true: AdjointReport, found: Findings) -> tuple[AdjointReport, Findings]:
-        """The same with the pair of coupled rows that a random half did not separate, if there is one."""
+        """Search for a pair of coupled rows that the random half did not separate, and add it to the findings."""
         backend = job.backend
         assert job.vjp is not None
         pair, coupling, spent = leaking_pair(backend, job.vjp, job.g)
@@ -267,9 +267,9 @@ class Watch:
         return True
 
     def _failed(self, job: Pass, report: AdjointReport) -> bool:
-        """Whether a sample failed. Waits for a device only where the strategy promises something."""
+        """Return whether a sample failed. Wait for a device only if the strategy promises an accuracy."""
         backend = job.backend
-        status = backend.numpy_view(report.status)
+        status = backend.host.numpy_view(report.status)
         if status is not None and (status == int(Status.CONVERGED)).all():
             return False
         if status is None and not promises(job.strategy):
@@ -302,12 +302,12 @@ class TracedWatch:
     line: Line | None = None
 
     def compiled(self, on_failure: str, *, staged: bool, observed: bool) -> TracedWatch:
-        """What is compiled in, see `AdjointSolver.compiled`."""
+        """Return the checks to compile into the program, see `AdjointSolver.compiled`."""
         asked = not staged or self.asked_to_report or self.asked_to_verify
         reports = on_failure in ("warn", "raise") and asked
         wanted = observed or (self.asked_to_verify if staged else on_failure != "ignore")
         line = user_line() if reports else None
-        # What decides this is no part of the key: the same program comes of other settings.
+        # The key leaves out the settings that decide this, because other settings give the same program.
         return TracedWatch(
             self.account, self.every, self.name, reports=reports, verifies=wanted and self.every > 0, line=line
         )
@@ -323,7 +323,7 @@ class TracedWatch:
     def verify(
         self, job: Pass, u: Array, report: AdjointReport, turn: Array | None
     ) -> tuple[AdjointReport, Findings | None]:
-        """The report, measured if it is the turn of this pass, and what contradicts it."""
+        """Return the report, measured if it is this pass's turn, and what contradicts it."""
         if not self.verifies or job.vjp is None or 0 in job.g.shape:
             return report, None
         backend, g, vjp, xp = job.backend, job.g, job.vjp, job.backend.xp
@@ -349,7 +349,7 @@ class TracedWatch:
         return true, found
 
     def deliver(self, job: Pass, report: AdjointReport, found: Findings | None) -> None:
-        """Let `Backend.watch` report the pass."""
+        """Let `CallGuards.watch` report the pass."""
         if not self.reports or not job.g.shape[0]:
             return
         backend, xp = job.backend, job.backend.xp
@@ -358,7 +358,7 @@ class TracedWatch:
             found = Findings(no, xp.zeros_like(report.status[0]), xp.zeros_like(report.residual[0]), no)
         tally = AdjointTally.of(xp, report, failing(backend, report, job.g), found)
         strategy, how = job.strategy, job.on_failure
-        backend.watch(lambda figures: self._announce(figures, strategy, how), tally, compiled=True)
+        backend.guards.watch(lambda figures: self._announce(figures, strategy, how), tally, compiled=True)
 
     def _announce(self, tally: AdjointTally, strategy: Strategy, how: str) -> None:
         counts = self.account.ledger
@@ -368,7 +368,7 @@ class TracedWatch:
 
 
 def _digits(backend: Backend, g: Array, u: Array) -> Array:
-    """A whole number from the last digits of the norms of g and u: compiled code counts nothing, but must vary."""
+    """Return an integer from the last digits of the norms of g and u: compiled code cannot count its runs."""
     xp = backend.xp
     size = xp.sum(backend.to_accum_dtype(backend.norm(g))) + xp.sum(backend.to_accum_dtype(backend.norm(u)))
     size = xp.where((size > 0) & xp.isfinite(size), size, xp.ones_like(size))

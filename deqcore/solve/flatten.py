@@ -111,7 +111,7 @@ class RavelSpec:
 
     def call(self, f: Callable[..., Tree], z: Array, args: tuple[Any, ...]) -> Array:
         """Return `f` of the matrix `z`, as a matrix."""
-        with self.backend.guard_inplace(z) as guarded:
+        with self.backend.guards.guard_inplace(z) as guarded:
             value = f(self.unravel(guarded), *args)
         leaves, structure = self.backend.flatten(value)
         if structure != self.structure:
@@ -120,7 +120,7 @@ class RavelSpec:
                 f"the structure {structure})."
             )
         if len(leaves) == 1:  # several leaves are joined in a new array
-            leaves = self.backend.owned(leaves)
+            leaves = self.backend.guards.owned(leaves)
         return self._join([self._checked(leaf, i) for i, leaf in enumerate(leaves)])
 
     def of_rows(self, rows: int) -> RavelSpec:
@@ -142,14 +142,14 @@ class RavelSpec:
             raise ProblemError(
                 f"f must return arrays of {backend.name} (got a {type(leaf).__name__} as leaf {i}). Convert it in f."
             )
-        if (reason := backend.unfit(leaf)) is not None:
+        if (reason := backend.guards.unfit(leaf)) is not None:
             raise ProblemError(f"f must not return {reason}.")
         if tuple(leaf.shape) != self.shapes[i]:
             raise ProblemError(
                 f"f must keep the shape of z, which is {self.shapes[i]} in leaf {i} (got {tuple(leaf.shape)})."
             )
-        if backend.dtype_name(leaf) != self.dtype and not backend.in_extended_precision():
-            if backend.autocasting(leaf):
+        if backend.dtype_name(leaf) != self.dtype and not backend.guards.in_extended_precision():
+            if backend.guards.autocasting(leaf):
                 return backend.astype(leaf, self.dtype)
             raise ProblemError(
                 f"f must keep the dtype of z, {self.dtype} (got {backend.dtype_name(leaf)}). Cast z0, or the "
@@ -239,7 +239,7 @@ def _check_leaf(backend: Backend, leaf: Any, batch: bool) -> None:
             f"The leaves of the initial iterate z0 must be arrays of {backend.name} (got a {type(leaf).__name__}). "
             f"Convert it with deqcore.get_backend(...).asarray."
         )
-    if (reason := backend.unfit(leaf)) is not None:
+    if (reason := backend.guards.unfit(leaf)) is not None:
         raise InitialIterateError(f"The initial iterate z0 holds {reason}.")
     name = backend.dtype_name(leaf)
     if "float" in name and backend.eps(leaf) < EPS64:

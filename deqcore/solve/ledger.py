@@ -42,19 +42,19 @@ _ledgers: WeakKeyDictionary[Any, dict[Hashable, Ledger]] = WeakKeyDictionary()
 
 
 def ledger(subject: Any, key: Hashable) -> Ledger:
-    """The ledger of what `subject_of` returned.
+    """Return the ledger of a subject, as `subject_of` returns it.
 
     Args:
         subject: the code object of a function, or any other object, such as a layer's cell.
-        key: what tells the problems of one subject apart.
+        key: distinguishes the problems of one subject.
     """
     try:
-        mine = _ledgers.setdefault(subject, {})
+        ledgers = _ledgers.setdefault(subject, {})
     except TypeError:  # not hashable, or without weak references
-        mine = _ledgers.setdefault(type(subject), {})
-    if key not in mine and len(mine) >= MOST:
-        mine.clear()
-    return mine.setdefault(key, Ledger())
+        ledgers = _ledgers.setdefault(type(subject), {})
+    if key not in ledgers and len(ledgers) >= MOST:
+        ledgers.clear()
+    return ledgers.setdefault(key, Ledger())
 
 
 def forget() -> None:
@@ -63,9 +63,9 @@ def forget() -> None:
 
 
 def subject_of(f: Any) -> Any:
-    """What a map is made of: the code object of a function, or the object behind bound methods.
+    """Return what identifies a map: the code object of a function, or the object behind a bound method.
 
-    What `functools.partial` or a `__wrapped__` attribute wraps counts as the map itself.
+    `functools.partial` and `__wrapped__` are unwrapped first.
     """
     for _ in range(16):
         code = getattr(f, "__code__", None)

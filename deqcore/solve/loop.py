@@ -8,38 +8,28 @@ It owns tolerances, freezing, the best iterate, status and counters, and keeps t
   and the best finite iterate is returned.
 - The residual is the true one, ‖f(z) − z‖, for any step of the solver.
 
+Where reading a sample's figures costs no wait, `deqcore.solve.host` decides on the host; `DeviceLoop` is for devices
+and traced code.
+
 Termination follows the practice of NonlinearSolve.jl (relative and absolute residual, best iterate, blow-up and
 stall detection with separate statuses), per sample.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from deqcore.abc.backend import Backend
-from deqcore.abc.history import History
-from deqcore.abc.solver import Solver, map_state, map_states
-from deqcore.errors import PluginError
+from deqcore.abc.solver import Solver
+from deqcore.linear.norms import residual_norms
 from deqcore.solve.compaction import RestrictRows, solve_compacted
-from deqcore.solve.termination import (
-    PENDING,
-    PROGRESS,
-    REFUSED,
-    SHORTER,
-    SHORTEST,
-    Limits,
-    Verdict,
-    goal,
-    greater,
-    judged,
-    spent,
-    verdict,
-)
-from deqcore.types import Array, LoopState, Map, Path, SolveResult, Status, StepResult, StoppingCriteria
+from deqcore.solve.host import HostLoop, on_host, read, written
+from deqcore.solve.step import copy_state, finalized, freeze, masked, merge, refused, shortened, take_step
+from deqcore.solve.termination import goal, greater, judged, spent, verdict
+from deqcore.types import Array, Limits, LoopState, Map, SolveResult, Status, StoppingCriteria
 
 ROUNDING = 8.0  # two evaluations of f at the same z differ by at most this many units of rounding
 
@@ -69,44 +59,41 @@ def iterate(
         The best iterate of each sample, with its status and figures.
     """
     like = z0 if resume is None else resume.z
-    limits = Limits.of(backend, like, control.rtol, control.atol, control.patience)
+    limits = Limits.of(backend.xp, backend.eps(like), control.rtol, control.atol, control.patience)
     start = _begin(backend, solver, f, z0, limits) if resume is None else _resume(backend, solver, f, resume, limits)
-    refusals = _Refusals(backend, solver)
-
-    def going(carry: LoopState) -> Array | bool:
-        status = backend.numpy_view(carry.status)
-        if status is None:
-            return backend.xp.any(carry.status == int(Status.RUNNING))
-        return bool((status == int(Status.RUNNING)).any())
-
-    def advance(
-        f: Map, running: Callable[[LoopState], Array | bool], carry: LoopState, steps: int | Array
-    ) -> LoopState:
-        def body(carry: LoopState) -> LoopState:
-            return refusals.after(_step(backend, solver, f, refusals.before(carry), limits))
-
-        return backend.loop(refusals.watched(running), body, carry, steps, control.check_every)
-
-    if narrow is None:
-        end = advance(f, going, start, control.max_steps)
-    else:
-        end = solve_compacted(backend, advance, f, narrow, start, int(control.max_steps))
-    status = _ended(backend, start, end)
-    end = end._replace(status=status, state=finalized(end.state))
+    end = _advanced(backend, solver, f, start, limits, control, narrow)
+    end = end._replace(state=finalized(end.state))
     evaluations = solver.evaluations(backend, end.steps, end.state)
     if resume is not None:
         evaluations = evaluations + end.extra
-    return SolveResult(end.best_z, end.best_fz, end.best_residual, status, end.steps, evaluations, end)
+    return SolveResult(end.best_z, end.best_fz, end.best_residual, end.status, end.steps, evaluations, end)
 
 
-def _ended(backend: Backend, start: LoopState, end: LoopState) -> Array:
-    """Return the statuses of a loop that is over: a sample that still runs has spent its budget."""
-    host_status = backend.numpy_view(end.status)
-    if host_status is not None and not (host_status == int(Status.RUNNING)).any():
-        return end.status
-    residual, size = backend.residual_norms(end.z, end.fz)
-    left = spent(backend.xp, residual, size, end.path, end.steps - start.steps)
-    return backend.xp.where(end.status == int(Status.RUNNING), left, end.status)
+def _advanced(
+    backend: Backend,
+    solver: Solver,
+    f: Map,
+    start: LoopState,
+    limits: Limits,
+    control: StoppingCriteria,
+    narrow: RestrictRows | None,
+) -> LoopState:
+    """Return the loop state after all samples have stopped or spent their budget."""
+
+    def loop_of(f: Map, carry: LoopState, spare: int) -> HostLoop | DeviceLoop:
+        host = read(backend, carry) is not None
+        return (HostLoop if host else DeviceLoop)(backend, solver, f, limits, spare)
+
+    def advance(f: Map, carry: LoopState, steps: int, spare: int) -> LoopState:
+        return loop_of(f, carry, spare).run(carry, steps, control.check_every)
+
+    loop = loop_of(f, start, 0)
+    if narrow is None:
+        end = loop.run(start, control.max_steps, control.check_every)
+    else:
+        start = written(backend, start)
+        end = solve_compacted(backend, advance, f, narrow, start, int(control.max_steps))
+    return loop.ended(start, end)
 
 
 @dataclass(frozen=True)
@@ -133,33 +120,40 @@ def _begin(backend: Backend, solver: Solver, f: Map, z0: Array, limits: Limits) 
 
 
 def _begin_at(backend: Backend, z0: Array, fz: Array, limits: Limits) -> LoopState:
-    """Return the loop state before the first step, without the solver's state."""
-    xp = backend.xp
-    residual, size = backend.residual_norms(z0, fz)
-    reference = greater(xp, backend.norm(z0), size)
+    """Return the loop state before the first step, without the solver's state.
+
+    Its figures are NumPy arrays if reading them costs no wait, see `deqcore.solve.host.written`.
+    """
+    residual, size = residual_norms(backend, z0, fz)
+    norms = residual, size, backend.norm(z0)
+    views = [backend.host.numpy_view(norm) for norm in norms]
+    if any(view is None for view in views):
+        return LoopState(z0, fz, None, best_z=z0, best_fz=fz, **_first_figures(backend.xp, limits, *norms))
+    with np.errstate(all="ignore"):  # a residual may be NaN or inf
+        figures = _first_figures(np, on_host(backend, limits), *views)
+    return LoopState(z0, fz, None, best_z=z0, best_fz=fz, **figures)
+
+
+def _first_figures(xp: Any, limits: Limits, residual: Any, size: Any, start: Any) -> dict[str, Any]:
+    """Return the figures of the loop state before the first step, from ‖f(z0) − z0‖, ‖f(z0)‖ and ‖z0‖ `(batch,)`."""
+    reference = greater(xp, start, size)
     finite = xp.isfinite(residual)
-    status = xp.zeros_like(residual, dtype=xp.int32)
     met = residual <= goal(xp, limits, size, reference)
-    status = xp.where(met, status + int(Status.CONVERGED), status)
-    status = xp.where(finite, status, xp.full_like(status, int(Status.NONFINITE)))
-    finite_residual = xp.where(finite, residual, xp.full_like(residual, float("inf")))
-    return LoopState(
-        z=z0,
-        fz=fz,
-        state=None,
-        status=status,
-        steps=xp.zeros_like(status),
-        best_z=z0,
-        best_fz=fz,
-        best_residual=finite_residual,
-        reference=reference,
-        peak=residual,
-        mark=finite_residual,
-        since=xp.zeros_like(status),
-        length=xp.full_like(residual, 0.5),
-        tried=xp.full_like(residual, float("inf")),
-        extra=xp.zeros_like(status),
-    )
+    status = xp.where(finite, xp.astype(met, xp.int32) * int(Status.CONVERGED), int(Status.NONFINITE))
+    none = xp.zeros_like(status)
+    mark = xp.where(finite, residual, float("inf"))
+    return {
+        "status": status,
+        "steps": none,
+        "best_residual": mark,
+        "reference": reference,
+        "peak": residual,
+        "mark": mark,
+        "since": none,
+        "length": xp.full_like(residual, 0.5),
+        "tried": xp.full_like(residual, float("inf")),
+        "extra": none,
+    }
 
 
 def _resume(backend: Backend, solver: Solver, f: Map, old: LoopState, limits: Limits) -> LoopState:
@@ -171,8 +165,8 @@ def _resume(backend: Backend, solver: Solver, f: Map, old: LoopState, limits: Li
     """
     xp = backend.xp
     z = old.best_z
-    first = _begin_at(backend, z, f(z), limits)
-    near = ROUNDING * backend.output_eps(z) * (backend.norm(z) + backend.norm(old.best_fz))
+    first = written(backend, _begin_at(backend, z, f(z), limits))
+    near = ROUNDING * backend.guards.output_eps(z) * (backend.norm(z) + backend.norm(old.best_fz))
     same = backend.norm(first.fz - old.best_fz) <= near  # False for NaN, too
     failed = (old.status == int(Status.NONFINITE)) | (old.status == int(Status.DIVERGED))
     # The history of a failed sample led away. A sample whose budget ended during shorter steps has not failed yet.
@@ -211,212 +205,85 @@ def _resume(backend: Backend, solver: Solver, f: Map, old: LoopState, limits: Li
     return backend.cond(~same, renewed, carry)
 
 
-def _step(backend: Backend, solver: Solver, f: Map, carry: LoopState, limits: Limits) -> LoopState:
-    before = backend.numpy_view(carry.status)
-    everyone = before is not None and bool((before == int(Status.RUNNING)).all())
-    active = None if everyone else carry.status == int(Status.RUNNING)
-    start = carry.z, carry.fz, masked(carry.state, active)
-    result = backend.fused_step(solver, f, *start) or _check_step(solver, solver.step(backend, f, *start), carry.z)
-    z, fz, state, size, frozen = result
-    residual = solver.residual_norm(backend, state)
-    if residual is None:
-        residual, size = backend.residual_norms(z, fz)
-    if size is None and limits.relative:
-        size = backend.norm(fz)
-    if active is not None and not frozen:
-        state = freeze(backend, active, state, carry.state)
-    kept: LoopState | None = backend.fused_update(carry, result, residual, size, limits)
-    if kept is not None:
-        return kept._replace(state=state)
-    if active is None and _all_progressing(backend, residual, size, carry, limits):
-        zeros = carry.status  # RUNNING is 0
-        return carry._replace(
-            z=z, fz=fz, state=state, steps=carry.steps + 1, best_z=z, best_fz=fz, best_residual=residual,
-            mark=residual, since=zeros,
-        )  # fmt: skip
+class DeviceLoop:
+    """The loop on devices where reading a number waits, and in traced code.
 
-    better, status, since, mark, peak = _update_status(backend, residual, size, fz, carry, limits)
-    if active is not None:
-        better = better & active
-        z = backend.select(active, z, carry.z)
-        fz = backend.select(active, fz, carry.fz)
-        status = backend.xp.where(active, status, carry.status)
-    steps = carry.steps + 1 if active is None else carry.steps + backend.xp.astype(active, backend.xp.int32)
-    if backend.known_all(better):
-        best = z, fz, residual
-    else:
-        best = (
-            backend.select(better, z, carry.best_z),
-            backend.select(better, fz, carry.best_fz),
-            backend.xp.where(better, residual, carry.best_residual),
-        )
-    return LoopState(
-        z, fz, state, status, steps, *best, carry.reference, peak, mark, since, carry.length, carry.tried, carry.extra
-    )
+    Refused steps are read together with the check whether all samples have stopped; until then the sample takes no step
+    that counts. Traced code checks in the loop itself.
 
-
-def _check_step(solver: Solver, result: Any, z: Array) -> StepResult:
-    """Return the result of a step, after a check that it keeps the contract."""
-    if isinstance(result, tuple) and [getattr(part, "shape", None) for part in result[:-1]] == [z.shape] * 2:
-        return StepResult(*result)
-    expected = f"(z, f(z), state) with two arrays of shape {tuple(z.shape)}"
-    raise PluginError.returned(f"{type(solver).__name__}.step", result, expected)
-
-
-def _all_progressing(backend: Backend, residual: Array, size: Array | None, carry: LoopState, limits: Limits) -> bool:
-    """Return whether every sample is known to progress and none to be done, as in most steps of most solves.
-
-    Then no verdict and no selection is needed. The best residual is at most the mark and the peak.
-    """
-    now, best, reference = (backend.numpy_view(figure) for figure in (residual, carry.best_residual, carry.reference))
-    length = None if size is None else backend.numpy_view(size)
-    if now is None or best is None or reference is None or (size is not None and length is None):
-        return False
-    with np.errstate(all="ignore"):  # atol + rtol‖f(z)‖ may leave the range
-        target = goal(np, _on_host(backend, limits), length, reference)
-        return bool(((now < PROGRESS * best) & (now > target)).all())
-
-
-def _update_status(
-    backend: Backend, residual: Array, size: Array | None, fz: Array, carry: LoopState, limits: Limits
-) -> Verdict:
-    """Return the verdict on the residual, computed on the host if reading it costs no wait."""
-    size = backend.norm(fz) if size is None else size
-    views = [backend.numpy_view(figure) for figure in (residual, size, *carry.path)]
-    if any(view is None for view in views):
-        return verdict(backend.xp, limits, residual, size, carry.path)
-    now, length, *path = views
-    with np.errstate(all="ignore"):  # a residual may be NaN or inf
-        found = verdict(np, _on_host(backend, limits), now, length, Path(*path))
-    return Verdict(*map(backend.from_numpy_view, found))
-
-
-def _on_host(backend: Backend, limits: Limits) -> Limits:
-    """Return the limits with NumPy views of their arrays, for a solve on the host."""
-    if isinstance(limits.rtol, float) and isinstance(limits.atol, float):
-        return limits
-    views = (
-        limit if isinstance(limit, float) else backend.numpy_view(limit)
-        for limit in (limits.rtol, limits.atol, limits.slack)
-    )
-    rtol, atol, slack = views
-    return limits._replace(rtol=rtol, atol=atol, slack=slack)
-
-
-class _Refusals:
-    """Handling of steps to points where f is not finite: the sample tries a shorter step from its best iterate.
-
-    Steps with finite residuals need no work and no wait for a device. If reading costs no wait, refused steps are known
-    after each step. On other devices they are read together with the check whether all samples have stopped; until
-    then the sample takes no step that counts. Traced code checks in the loop itself.
+    Args:
+        backend: the backend of the arrays.
+        solver: the method.
+        f: the map on `(batch, n)`.
+        limits: of the verdict.
+        spare: the loop ends once at most this many samples run.
     """
 
-    def __init__(self, backend: Backend, solver: Solver) -> None:
-        self.backend = backend
-        self.solver = solver
+    def __init__(self, backend: Backend, solver: Solver, f: Map, limits: Limits, spare: int = 0) -> None:
+        self.backend, self.solver, self.f, self.limits, self.spare = backend, solver, f, limits, spare
         self.pending = False
         self.waits = backend.capabilities.eager and backend.capabilities.accelerator
 
-    def watched(self, running: Callable[[LoopState], Array | bool]) -> Callable[[LoopState], Array | bool]:
-        """Wrap `running` so that on a device the same wait also reads whether steps were refused."""
+    def run(self, carry: LoopState, steps: int | Array, check_every: int | str) -> LoopState:
+        """Return the loop state after at most `steps` steps."""
+        end: LoopState = self.backend.loop(self.running, self.step, carry, steps, check_every)
+        return end
+
+    def running(self, carry: LoopState) -> Array | bool:
+        """Return whether enough samples still run; on a device the same wait also reads whether steps were refused."""
         backend, xp = self.backend, self.backend.xp
+        running = carry.status == int(Status.RUNNING)
+        going = xp.sum(xp.astype(running, xp.int32)) > self.spare if self.spare else xp.any(running)
+        if not self.waits:
+            return going
+        both = 2 * xp.astype(going, xp.int32) + xp.astype(xp.any(refused(carry)), xp.int32)
+        answer = int(backend.to_numpy(both))
+        self.pending = answer % 2 == 1
+        return answer >= 2
 
-        def asked(carry: LoopState) -> Array | bool:
-            going = running(carry)
-            if not self.waits or isinstance(going, bool) or backend.numpy_view(carry.since) is not None:
-                return going
-            both = 2 * xp.astype(going, xp.int32) + xp.astype(xp.any(self._rows(carry)), xp.int32)
-            answer = int(backend.to_numpy(both))
-            self.pending = answer % 2 == 1
-            return answer >= 2
+    def step(self, carry: LoopState) -> LoopState:
+        """Take one step, with refused steps shortened: before it if a check has found any, or after it."""
+        if self.pending:
+            self.pending = False
+            carry = self._shortened(carry)
+        after = self._stepped(carry)
+        if self.waits:
+            return after
+        shortened: LoopState = self.backend.cond(refused(after), self._shortened, after)
+        return shortened
 
-        return asked
+    def _shortened(self, carry: LoopState) -> LoopState:
+        return shortened(self.backend, self.solver, carry)
 
-    def before(self, carry: LoopState) -> LoopState:
-        """Return the loop state before a step, with refused steps shortened if a check has found any."""
-        if not self.pending:
-            return carry
-        self.pending = False
-        return self.shortened(carry)
-
-    def after(self, carry: LoopState) -> LoopState:
-        """Return the loop state after a step, with refused steps shortened."""
-        since = self.backend.numpy_view(carry.since)
-        if since is None and not self.waits:
-            shortened: LoopState = self.backend.cond(self._rows(carry), self.shortened, carry)
-            return shortened
-        if since is None or not (since == REFUSED).any():
-            return carry
-        return self.shortened(carry)
-
-    def _rows(self, carry: LoopState) -> Array:
-        return (carry.status == int(Status.RUNNING)) & (carry.since == REFUSED)
-
-    def shortened(self, carry: LoopState) -> LoopState:
-        """Move samples with a refused step to the point to try next, with a residual of 0 and a reset solver state.
-
-        Every solver then evaluates f at exactly this point, see `Solver.restarted`.
-        """
+    def _stepped(self, carry: LoopState) -> LoopState:
         backend, xp = self.backend, self.backend.xp
-        rows = self._rows(carry)
-        stuck = rows & ~(carry.best_residual < PROGRESS * carry.tried)
-        length = xp.where(stuck, SHORTER * carry.length, carry.length)
-        lost = rows & (length < SHORTEST)
-        rows = rows & ~lost
-        part = backend.cast(length, carry.z)[:, None]
-        point = carry.best_z + part * (carry.best_fz - carry.best_z)
-        z = backend.select(rows, point, carry.z)
-        return carry._replace(
-            z=z,
-            fz=backend.select(rows, point, carry.fz),
-            state=self.solver.restarted(backend, rows, z, carry.state),
-            status=xp.where(lost, xp.full_like(carry.status, int(Status.NONFINITE)), carry.status),
-            since=xp.where(
-                rows, xp.full_like(carry.since, PENDING), xp.where(lost, xp.zeros_like(carry.since), carry.since)
-            ),
-            length=length,
-            tried=xp.where(rows, carry.best_residual, carry.tried),
+        active = carry.status == int(Status.RUNNING)
+        start = carry.z, carry.fz, masked(carry.state, active)
+        result, residual, size = take_step(backend, self.solver, self.f, start, self.limits)
+        state = result.state if result.frozen else freeze(backend, active, result.state, carry.state)
+        kernels = backend.kernels
+        updated = None if kernels is None else kernels.update(carry, result, residual, size, self.limits)
+        if updated is not None:
+            return updated._replace(state=state)
+        size = backend.norm(result.fz) if size is None else size
+        better, status, since, mark, peak = verdict(xp, self.limits, residual, size, carry.path)
+        better = better & active
+        z, fz = backend.select(active, result.z, carry.z), backend.select(active, result.fz, carry.fz)
+        best = (
+            backend.select(better, z, carry.best_z),
+            backend.select(better, fz, carry.best_fz),
+            xp.where(better, residual, carry.best_residual),
         )
+        status = xp.where(active, status, carry.status)
+        steps = carry.steps + xp.astype(active, xp.int32)
+        return LoopState(
+            z, fz, state, status, steps, *best, carry.reference, peak, mark, since, carry.length, carry.tried,
+            carry.extra,
+        )  # fmt: skip
 
-
-def masked(state: Any, active: Array | None) -> Any:
-    """Return the same solver state with `active` set in each of its histories."""
-    return map_state(state, lambda leaf: leaf.masked(active) if isinstance(leaf, History) else leaf)
-
-
-def finalized(state: Any) -> Any:
-    """Return the solver state to keep after the solve."""
-    return map_state(state, lambda leaf: leaf.finalized() if isinstance(leaf, History) else leaf)
-
-
-def copy_state(state: Any) -> Any:
-    """Return the same solver state with copies of its histories."""
-    return map_state(state, lambda leaf: leaf.copy() if isinstance(leaf, History) else leaf)
-
-
-def merge(backend: Backend, rows: Array, new: Any, old: Any) -> Any:
-    """Return the solver state `new` in the samples `rows` `(batch,)`, `old` elsewhere; None means a scale of 1."""
-
-    def leaf(new: Any, old: Any) -> Any:
-        if isinstance(new, History):
-            return old.merge(rows, new)
-        if new is None or old is None:
-            if new is old:
-                return None
-            one = backend.xp.ones_like(old if new is None else new)
-            new, old = one if new is None else new, one if old is None else old
-        if new.ndim:
-            return backend.select(rows, new, old)
-        return backend.xp.where(backend.xp.all(rows), new, old)
-
-    return map_states(leaf, new, old)
-
-
-def freeze(backend: Backend, active: Array, new: Any, old: Any) -> Any:
-    """Keep the rows of `old` where not active. Histories do so themselves; leaves without a batch axis pass."""
-
-    def leaf(new: Any, old: Any) -> Any:
-        kept = new is None or isinstance(new, History) or not new.ndim
-        return new if kept else backend.select(active, new, old)
-
-    return map_states(leaf, new, old)
+    def ended(self, start: LoopState, end: LoopState) -> LoopState:
+        """Return the loop state with the statuses of samples that have spent their budget."""
+        backend = self.backend
+        residual, size = residual_norms(backend, end.z, end.fz)
+        left = spent(backend.xp, residual, size, end.path, end.steps - start.steps)
+        return end._replace(status=backend.xp.where(end.status == int(Status.RUNNING), left, end.status))

@@ -6,6 +6,7 @@ import math
 from typing import Final
 
 from deqcore.abc.backward import Strategy
+from deqcore.options import option_values
 from deqcore.solution import Tally
 from deqcore.types import Status
 
@@ -25,7 +26,7 @@ ADVICE: Final = {
 
 def promises(strategy: Strategy) -> bool:
     """Return whether a strategy promises an accuracy: it is exact, or one of its options is a tolerance."""
-    return strategy.exact or any(getattr(strategy, name, None) is not None for name in TOLERANCES)
+    return strategy.exact or any(option_values(strategy).get(name) is not None for name in TOLERANCES)
 
 
 def failure(tally: Tally, strategy: Strategy, name: str, on_failure: str, wrong: int = 0) -> str:
@@ -63,13 +64,14 @@ def failure(tally: Tally, strategy: Strategy, name: str, on_failure: str, wrong:
 
 
 def _options(strategy: Strategy) -> dict[str, str]:
-    """The names and values of the options that a failed solve may need."""
+    """Return the names and values of the options to change after a failed solve."""
 
     def named(names: tuple[str, ...]) -> str:
-        found = next((name for name in names if hasattr(strategy, name)), None)
+        options = option_values(strategy)
+        found = next((name for name in names if name in options), None)
         if found is None:
             return f"the {'budget' if names is BUDGETS else 'tolerance'} of the strategy"
-        return f"{found} = {getattr(strategy, found)!r} in backward.options"
+        return f"{found} = {options[found]!r} in backward.options"
 
     return {"budget": named(BUDGETS), "tolerance": named(TOLERANCES)}
 
@@ -84,10 +86,10 @@ def coupling(pair: tuple[int, int] | None, wrong: int = 0, batch: int = 0, resid
         residual: the largest of those residuals.
     """
     which = "another row" if pair is None else f"row {pair[1]}"
-    mine = "a row" if pair is None else f"row {pair[0]}"
+    changed = "a row" if pair is None else f"row {pair[0]}"
     measured = f" The true adjoint residual of {wrong} of {batch} samples is up to {residual:.2g}." if wrong else ""
     return (
-        f"The rows of the state are coupled by f: {mine} of f(z) changes when {which} of z does.{measured} With "
+        f"The rows of the state are coupled by f: {changed} of f(z) changes when {which} of z does.{measured} With "
         f"forward.batch = true each row counts as a sample of its own, so that residuals, statuses and gradients are "
         f"not those of the whole state. Set forward.batch = false to solve the whole state as one system. If the rows "
         f"are meant to be samples, look in f for batch normalization in training mode, attention or a mean over the "

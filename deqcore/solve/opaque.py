@@ -54,7 +54,7 @@ def _contents(leaf: Any) -> Iterator[Any]:
 
 def _attributes(leaf: Any) -> Mapping[str, Any]:
     """Return the attributes that an object itself has, in its `__dict__` or its slots."""
-    found = dict(getattr(leaf, "__dict__", {}))
+    attributes = dict(getattr(leaf, "__dict__", {}))
     for cls in type(leaf).__mro__:
         slots = cls.__dict__.get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
@@ -62,8 +62,8 @@ def _attributes(leaf: Any) -> Mapping[str, Any]:
                 f"_{cls.__name__.lstrip('_')}{name}" if name.startswith("__") and not name.endswith("__") else name
             )
             if mangled not in ("__dict__", "__weakref__") and hasattr(leaf, mangled):
-                found[mangled] = getattr(leaf, mangled)
-    return found
+                attributes[mangled] = getattr(leaf, mangled)
+    return attributes
 
 
 def opened(backend: Backend, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Callable[[tuple[Any, ...]], Any]]:

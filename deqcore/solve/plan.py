@@ -26,10 +26,10 @@ from deqcore.solve.flatten import FlatFunction, RavelSpec
 from deqcore.solve.ledger import Account
 from deqcore.solve.loop import BoundSolve
 from deqcore.solve.observer import Observer
-from deqcore.solve.termination import Limits, greater, judged
+from deqcore.solve.termination import greater, judged
 from deqcore.solve.user_line import warn
 from deqcore.solve.verification import coupled_rows
-from deqcore.types import Array, BackwardRecord, LoopState, Map, Reached, SolveResult, Status, StoppingCriteria
+from deqcore.types import Array, BackwardRecord, Limits, LoopState, Map, Reached, SolveResult, Status, StoppingCriteria
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Plan:
         if isinstance(self.strategy, StepStrategy):
             value, forward, record = *self._step(self.strategy, f, z0, args, solve), None
         else:
-            value, forward, record = self.backend.implicit(f, z0, args, solve, self.adjoint(f))
-        return self.backend.unshared(value, z0), forward, record
+            value, forward, record = self.backend.autodiff.implicit(f, z0, args, solve, self.adjoint(f))
+        return self.backend.guards.unshared(value, z0), forward, record
 
     def adjoint(self, f: FlatFunction) -> Adjoint:
         """Return the strategy bound to this call, which verifies its reports and says what failed."""
@@ -83,17 +83,17 @@ class Plan:
         """Return the value with the derivative of the strategy's steps, and its result."""
         steps = Steps(self.backend, strategy, self.solver)
         if not strategy.solves():
-            value, reached = self.backend.differentiate_through(f, z0, args, steps, None)
-            if self.backend.capabilities.autodiff and self.backend.grad_enabled():
-                self._verify_steps(f, args, self.backend.detach(value))
+            value, reached = self.backend.autodiff.differentiate_through(f, z0, args, steps, None)
+            if self.backend.capabilities.autodiff and self.backend.autodiff.grad_enabled():
+                self._verify_steps(f, args, value, value)
             return value, self._unsolved(value, reached)
-        forward = self.backend.forward_only(f, z0, args, solve)
-        if not self.backend.grad_enabled():
+        forward = self.backend.autodiff.forward_only(f, z0, args, solve)
+        if not self.backend.autodiff.grad_enabled():
             return forward.z, forward
+        carrier, _ = self.backend.autodiff.differentiate_through(f, z0, args, steps, forward)
         if self.backend.capabilities.autodiff:
-            self._verify_steps(f, args, forward.z)
-        carrier, _ = self.backend.differentiate_through(f, z0, args, steps, forward)
-        return self.backend.straight_through(forward.z, carrier), forward
+            self._verify_steps(f, args, forward.z, carrier)
+        return self.backend.autodiff.straight_through(forward.z, carrier), forward
 
     def solution(self, value: Array, forward: SolveResult, record: BackwardRecord | None) -> Solution:
         """Return the solution for the user."""
@@ -120,7 +120,7 @@ class Plan:
             primal, forward, record = self.run(f, z0, moved, None)
             return primal, (forward, record)
 
-        primal, (forward, record), gradients = self.backend.vjp(value, args, g)
+        primal, (forward, record), gradients = self.backend.autodiff.vjp(value, args, g)
         return primal, gradients, forward, record
 
     def differentiate_by_hand(
@@ -130,18 +130,18 @@ class Plan:
         solve = BoundSolve(self.backend, self.solver, self.control, narrow=self._narrow(f, args))
         strategy = self.strategy
         if isinstance(strategy, StepStrategy):
-            solved = self.backend.forward_only(f, z0, args, solve) if strategy.solves() else None
+            solved = self.backend.autodiff.forward_only(f, z0, args, solve) if strategy.solves() else None
             steps = Steps(self.backend, strategy, self.solver)
-            primal, reached, gradients = self.backend.vjp(
+            primal, reached, gradients = self.backend.autodiff.vjp(
                 lambda *moved: steps(lambda z: f(z, *moved), z0, solved), args, g
             )
             forward = self._unsolved(primal, reached) if solved is None else solved
-            self._verify_steps(f, args, forward.z)
-            return self.backend.unshared(forward.z, z0), gradients, forward, None
-        forward = self.backend.forward_only(f, z0, args, solve)
+            self._verify_steps(f, args, forward.z, primal)
+            return self.backend.guards.unshared(forward.z, z0), gradients, forward, None
+        forward = self.backend.autodiff.forward_only(f, z0, args, solve)
         adjoint = self.adjoint(f)
         if adjoint.uses_vjp:
-            _, vjp = self.backend.linearize(lambda z: f(z, *args), forward.z)
+            _, vjp = self.backend.autodiff.linearize(lambda z: f(z, *args), forward.z)
         else:
             vjp = _no_vjp
         with self.backend.errstate():
@@ -149,10 +149,10 @@ class Plan:
             u, report = adjoint(vjp, g, forward.carry.state)
             record = BackwardRecord()
             record.add(report, time.perf_counter() - start)
-        again, _, gradients = self.backend.vjp(lambda *moved: (f(forward.z, *moved), None), args, u)
+        again, _, gradients = self.backend.autodiff.vjp(lambda *moved: (f(forward.z, *moved), None), args, u)
         with self.backend.errstate():
             record.nondeterminism = self.backend.norm(again - forward.fz)
-        return self.backend.unshared(forward.z, z0), gradients, forward, record
+        return self.backend.guards.unshared(forward.z, z0), gradients, forward, record
 
     def report_nondeterminism(
         self, f: FlatFunction, args: tuple[Any, ...], forward: SolveResult, record: BackwardRecord | None
@@ -168,13 +168,14 @@ class Plan:
         if nondeterminism is None:
             if bool(xp.all(forward.status == int(Status.CONVERGED))):
                 return
-            with backend.errstate():
-                nondeterminism = backend.norm(backend.forward_only(f, forward.z, args, _once) - forward.fz)
+            with backend.errstate(), backend.guards.keep_random_state(forward.z):
+                again = backend.autodiff.forward_only(f, forward.z, args, _once).z
+                nondeterminism = backend.norm(again - forward.fz)
         size = backend.to_accum_dtype(backend.norm(forward.fz))
         share = backend.to_accum_dtype(nondeterminism) / xp.where(size > 0, size, xp.ones_like(size))
         measured = xp.isfinite(share) & (forward.status != int(Status.NONFINITE))
         largest = float(xp.max(xp.where(measured, share, xp.zeros_like(share)))) if share.shape[0] else 0.0
-        if largest > backend.output_eps(forward.z) ** (2 / 3):
+        if largest > backend.guards.output_eps(forward.z) ** (2 / 3):
             if self._report_coupling(f, args, forward):
                 return
             warn(
@@ -189,22 +190,28 @@ class Plan:
         """Warn if values differ because the rows of other samples moved, and f itself is deterministic."""
         return self._watch(f).coupled_forward(lambda: self._coupled(f, args, forward.z))
 
-    def _verify_steps(self, f: FlatFunction, args: tuple[Any, ...], z: Array) -> None:
+    def _verify_steps(self, f: FlatFunction, args: tuple[Any, ...], z: Array, value: Array) -> None:
         """Check on schedule whether f couples rows, which no report of a step strategy would show.
 
-        It takes 2 log₂(batch) + 1 evaluations, which no count includes.
+        It takes 2 log₂(batch) + 1 evaluations at z, which no count includes. A tracing backend does it where an eager
+        transformation differentiates `value`; compiled code is never checked.
         """
-        eager = self.backend.capabilities.eager and not self.backend.is_traced(z)
-        if eager and self.config.backward.on_failure != "ignore" and z.shape[0] > 1:
+        backend = self.backend
+        z = backend.detach(z)
+        differentiated = backend.capabilities.eager or backend.is_traced(value)
+        wanted = differentiated and self.config.backward.on_failure != "ignore" and z.shape[0] > 1
+        if wanted and not backend.is_traced(z):
             self._watch(f).verify_steps(lambda: self._coupled(f, args, z))
 
     def _coupled(self, f: FlatFunction, args: tuple[Any, ...], z: Array) -> tuple[int, int] | None:
         backend = self.backend
-        with backend.errstate():
-            return coupled_rows(backend, lambda z: backend.forward_only(f, z, args, _once), z)
+        with backend.errstate(), backend.guards.keep_random_state(z):
+            return coupled_rows(
+                backend, lambda z: backend.detach(backend.autodiff.forward_only(f, z, args, _once).z), z
+            )
 
     def report_failure(self, forward: SolveResult) -> None:
-        """Raise or warn about samples that did not converge; see `Backend.watch` for traced code."""
+        """Raise or warn about samples that did not converge; see `CallGuards.watch` for traced code."""
         action = self.config.forward.on_failure
         if forward.carry is None or action == "ignore":
             return
@@ -213,7 +220,7 @@ class Plan:
             if forward.status.shape[0]:
                 failures = Failures(action, f" {self._circumstances()}", repr(self.solver))
                 compiled = action == "raise" or self._is_set("forward.on_failure")
-                self.backend.watch(failures, Tally.of(xp, *figures), compiled=compiled)
+                self.backend.guards.watch(failures, Tally.of(xp, *figures), compiled=compiled)
             return
         if not bool(xp.any(forward.status != int(Status.CONVERGED))):
             return
@@ -281,7 +288,7 @@ class Plan:
             return SolveResult(z, None, xp.full_like(norms, float("nan")), status, steps, steps, None)
         with backend.errstate():
             residual = backend.norm(reached.fz - z)
-            limits = Limits.of(backend, z, self.control.rtol, self.control.atol, self.control.patience)
+            limits = Limits.of(backend.xp, backend.eps(z), self.control.rtol, self.control.atol, self.control.patience)
             size, mark = backend.norm(reached.fz), reached.residual
             met, _ = judged(xp, limits, residual, size, reached.scale, greater(xp, mark, residual), mark)
             met = met if reached.unsettled is None else met & ~reached.unsettled
@@ -290,8 +297,9 @@ class Plan:
         return SolveResult(z, reached.fz, residual, status, steps, reached.evaluations, None)
 
 
-def _once(f: Map, z: Array) -> Any:
-    return f(z)
+def _once(f: Map, z: Array) -> SolveResult:
+    """Evaluate f, for `Autodiff.forward_only`; the value is the `z` of the result."""
+    return SolveResult(f(z), None, None, None, None, None, None)
 
 
 def _no_vjp(u: Array) -> Array:

@@ -26,13 +26,13 @@ class Line:
 
 
 def user_line() -> Line:
-    """The innermost line outside of this package and of the frameworks that call it."""
+    """Find the innermost line outside of this package and of the frameworks that call it."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in INSIDE:
         frame = frame.f_back
-    found = frame.f_globals
-    registry: dict[Any, Any] = found.setdefault("__warningregistry__", {})
-    return Line(frame.f_code.co_filename, frame.f_lineno, found.get("__name__", "<unknown>"), registry)
+    module = frame.f_globals
+    registry: dict[Any, Any] = module.setdefault("__warningregistry__", {})
+    return Line(frame.f_code.co_filename, frame.f_lineno, module.get("__name__", "<unknown>"), registry)
 
 
 def warn(text: str, category: type[Warning], line: Line | None = None) -> None:
@@ -42,5 +42,5 @@ def warn(text: str, category: type[Warning], line: Line | None = None) -> None:
 
 
 def due(count: int) -> bool:
-    """Whether the next warning after `count` of them is shown: the 1st, 10th, 100th and so on."""
+    """Return whether to show the next warning after `count` of them: the 1st, 10th, 100th and so on."""
     return str(count + 1).strip("0") == "1"

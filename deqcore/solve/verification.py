@@ -22,9 +22,11 @@ import numpy as np
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.backward import Strategy
+from deqcore.linear.norms import default_rtol
+from deqcore.options import option_values
 from deqcore.types import AdjointReport, Array, Map, Status
 
-ROUNDING: Final = 100.0  # units of rounding below which a difference says nothing
+ROUNDING: Final = 100.0  # units of rounding below which a difference is ignored
 NARROW: Final = 10 * 2.0**-8  # of a product whose factors were rounded to bfloat16
 GOLDEN: Final = 0.6180339887498949  # whose multiples are spread evenly over the fractions
 MOVE: Final = 0.05  # by which `coupled_rows` moves a state, relative
@@ -63,7 +65,7 @@ def random_halves(batch: int, n: int, seed: int) -> Halves:
 
 
 def traced_halves(backend: Backend, like: Array, seed: Array) -> Halves:
-    """The same in traced code: the order of quasi-random numbers decides which rows are chosen.
+    """Choose random halves in traced code, by the order of quasi-random numbers.
 
     Args:
         backend: whose arrays these are.
@@ -84,7 +86,7 @@ def traced_halves(backend: Backend, like: Array, seed: Array) -> Halves:
 
 
 def cotangent(backend: Backend, halves: Halves, like: Array) -> Array:
-    """The cotangent `(batch, n)` of `halves`, in the dtype and on the device of `like`."""
+    """Return the cotangent `(batch, n)` of `halves`, in the dtype and on the device of `like`."""
     xp = backend.xp
     weights = backend.asarray(halves.rows, like=like) * backend.asarray(halves.weights, like=like)
     return xp.reshape(weights, (-1, 1)) * xp.reshape(backend.asarray(halves.direction, like=like), (1, -1))
@@ -111,7 +113,7 @@ def adjoint_residual(backend: Backend, vjp: Map, g: Array, u: Array) -> Array:
 
 
 def leaks(backend: Backend, vjp: Map, halves: Halves, like: Array) -> Array:
-    """How much of a vector–Jacobian product lands in rows where its cotangent is zero.
+    """Measure how much of a vector–Jacobian product lands in rows where its cotangent is zero.
 
     Args:
         backend: whose arrays these are.
@@ -137,7 +139,7 @@ def leaks(backend: Backend, vjp: Map, halves: Halves, like: Array) -> Array:
 
 
 def leak_everywhere(backend: Backend, vjp: Map, like: Array) -> float:
-    """The largest of `leaks` over halves that separate every pair of rows, for 2 log₂(batch) products.
+    """Return the largest of `leaks` over halves that separate every pair of rows, for 2 log₂(batch) products.
 
     Args:
         backend: whose arrays these are; outside of traced code.
@@ -156,7 +158,7 @@ def leak_everywhere(backend: Backend, vjp: Map, like: Array) -> float:
 def verified(
     backend: Backend, strategy: Strategy, vjp: Map, g: Array, u: Array, report: AdjointReport, halves: Halves
 ) -> AdjointReport:
-    """A report whose residual is measured, with the status that follows from it.
+    """Replace the residual of a report by the measured one, and update the status.
 
     Args:
         backend: whose arrays these are.
@@ -169,8 +171,8 @@ def verified(
 
     Returns:
         The report with the true `residual`. Where that contradicts the reported one, the status is STALLED (NONFINITE
-        where it is not finite) and there is no `error`. `coupling` holds what `leaks` found, and `verify_vjps` the
-        products that this took; `vjps` is unchanged.
+        where it is not finite) and `error` is NaN. `coupling` holds what `leaks` returns, and `verify_vjps` the
+        number of products spent here; `vjps` is unchanged.
     """
     xp = backend.xp
     true = backend.cast(adjoint_residual(backend, vjp, g, u), report.residual)
@@ -197,18 +199,18 @@ def verified(
 def _contradicts(
     backend: Backend, strategy: Strategy, g: Array, u: Array, true: Array, report: Array, coupled: Array
 ) -> Array:
-    """Where a measured residual is above what was reported, by more than rounding and above what was promised.
+    """Return where the measured residual exceeds both the reported one, by more than rounding, and the promised one.
 
     A strategy that promises an accuracy but reports no residual is held to its promise. Products in float32 may be
     rounded to 8 bits on the way (autocast, TF32) without a trace. Such noise excuses a residual, unless f couples rows.
     """
     xp = backend.xp
-    promised = getattr(strategy, "rtol", None)
+    promised = option_values(strategy).get("rtol")
     if not strategy.exact and not isinstance(promised, float):
         report = xp.where(
             xp.isnan(report), xp.full_like(report, float("inf")), report
         )  # nothing that could be contradicted
-    promised = promised if isinstance(promised, float) else backend.default_rtol(g)
+    promised = promised if isinstance(promised, float) else default_rtol(backend, g)
     g_norm, u_norm = backend.to_accum_dtype(backend.norm(g)), backend.to_accum_dtype(backend.norm(u))
     growth = 1.0 + u_norm / xp.where(g_norm > 0, g_norm, xp.ones_like(g_norm))
     sharp = xp.zeros_like(growth) + ROUNDING * backend.eps(g)
@@ -220,7 +222,7 @@ def _contradicts(
 
 
 def failing(backend: Backend, report: AdjointReport, g: Array) -> Array:
-    """Samples whose adjoint solve failed, `(batch,)` of bool; works in traced code.
+    """Return which samples' adjoint solves failed, `(batch,)` of bool; works in traced code.
 
     A sample that got the strategy's fallback has not failed. Nor has one whose cotangent `g` `(batch, n)` is not
     finite: its gradient is not finite either, which a gradient scaler must see.
@@ -235,10 +237,10 @@ def replaced(backend: Backend, u: Array, rows: Array, how: str) -> Array:
 
 
 def coupled_pair(backend: Backend, vjp: Map, halves: Halves, like: Array, row: int) -> tuple[int, int]:
-    """Of the rows in `halves`, one that changes when `row` does; costs log₂(batch) vector–Jacobian products.
+    """Find a row in `halves` that changes when `row` does, for log₂(batch) vector–Jacobian products.
 
     Returns:
-        That row, and `row`.
+        The found row, and `row`.
     """
     rows = np.flatnonzero(halves.rows)
     while len(rows) > 1:
@@ -250,7 +252,7 @@ def coupled_pair(backend: Backend, vjp: Map, halves: Halves, like: Array, row: i
 
 
 def leaking_pair(backend: Backend, vjp: Map, like: Array) -> tuple[tuple[int, int] | None, Array | None, int]:
-    """The first pair of coupled rows that halves which separate every pair of rows show.
+    """Find a pair of coupled rows, with halves that separate every pair of rows.
 
     Args:
         backend: whose arrays these are; outside of traced code.
@@ -258,8 +260,8 @@ def leaking_pair(backend: Backend, vjp: Map, like: Array) -> tuple[tuple[int, in
         like: an array `(batch, n)` of the state's dtype and device.
 
     Returns:
-        (i, j) where row i of f changes when row j of z does, what `leaks` found there, and the products spent, at most
-        3 log₂(batch); or None twice.
+        (i, j) where row i of f changes when row j of z does, what `leaks` returns for it, and the number of products
+        spent, at most 3 log₂(batch). Without coupled rows the first two are None.
     """
     batch, n = like.shape
     whole, spent = random_halves(batch, n, seed=0), 0
@@ -273,10 +275,10 @@ def leaking_pair(backend: Backend, vjp: Map, like: Array) -> tuple[tuple[int, in
 
 
 def coupled_rows(backend: Backend, f: Map, z: Array) -> tuple[int, int] | None:
-    """A pair of rows of which one changes when the other does, found by moving rows of the state.
+    """Find a pair of rows of which one changes when the other does, by moving rows of the state.
 
-    Every pair of rows differs in some bit of its numbers. So all rows whose number has a given bit are moved, and all
-    others are looked at: 2 log₂(batch) evaluations of f cover every pair.
+    The numbers of any two rows differ in some bit. Therefore all rows whose number has a given bit are moved, and all
+    others are compared: 2 log₂(batch) evaluations of f cover every pair.
 
     Args:
         backend: whose arrays these are; eager only.
@@ -284,8 +286,8 @@ def coupled_rows(backend: Backend, f: Map, z: Array) -> tuple[int, int] | None:
         z: where to look `(batch, n)`.
 
     Returns:
-        (i, j): row i of f(z) changes when row j of z does. None if no row does, or if f gives other values for the
-        same state, which says nothing of rows.
+        (i, j): row i of f(z) changes when row j of z does. None if no row does, or if f gives different values for
+        the same state, which shows nothing about its rows.
     """
     batch = z.shape[0]
     if batch < 2 or not z.shape[1]:
@@ -301,7 +303,7 @@ def coupled_rows(backend: Backend, f: Map, z: Array) -> tuple[int, int] | None:
 
 
 def _groups(batch: int) -> Iterator[Any]:
-    """Masks of rows: for each bit of a row's number those that have it, and those that do not."""
+    """Yield two masks for each bit of a row's number: the rows that have it, and those that do not."""
     numbers = np.arange(batch)
     for bit in range(max(batch - 1, 0).bit_length()):
         having = (numbers >> bit) % 2 == 1
@@ -310,7 +312,7 @@ def _groups(batch: int) -> Iterator[Any]:
 
 
 def _changed(backend: Backend, f: Map, z: Array, base: Any, rows: Any) -> Any:
-    """Rows outside of `rows` whose value changes when those in `rows` move."""
+    """Return the rows outside of `rows` whose value changes when those in `rows` move."""
     xp = backend.xp
     mask = backend.asarray(rows, like=z) > 0
     signs = backend.asarray(np.random.default_rng(0).choice([-MOVE, MOVE], z.shape[1]), like=z)
@@ -324,7 +326,7 @@ def _changed(backend: Backend, f: Map, z: Array, base: Any, rows: Any) -> Any:
 
 
 def _cause(backend: Backend, f: Map, z: Array, base: Any, rows: Any, i: int) -> int:
-    """One of `rows` that changes row i, by halving."""
+    """Find one of `rows` that changes row i, by halving."""
     while len(rows) > 1:
         some = np.zeros(z.shape[0], bool)
         some[rows[: len(rows) // 2]] = True

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 from deqcore.abc.backend import Backend
 from deqcore.abc.history import LONGEST, History
 from deqcore.abc.inverse_jacobian import InverseJacobian
+from deqcore.abc.scaling import divide_rows, multiply_rows, row_scale
 from deqcore.abc.solver import Solver
 from deqcore.linear.lowrank import AndersonInverse
 from deqcore.types import Array, Map
@@ -118,40 +119,40 @@ class Anderson(Solver):
         system = self._empty(backend, none) + none[:, :, None]
         g = fz - z
         norm = backend.norm(g)
-        unit = backend.row_scale(norm, g)
-        return AndersonState(values, residuals, system, none, none, none, backend.divide_rows(g, unit), norm, unit)
+        unit = row_scale(backend, norm, g)
+        return AndersonState(values, residuals, system, none, none, none, divide_rows(backend, g, unit), norm, unit)
 
     def step(self, backend: Backend, f: Map, z: Array, fz: Array, state: AndersonState) -> tuple[Array, Array, Any]:
         """Take one accelerated step, then add the new difference."""
         xp, unit = backend.xp, state.unit
-        z = state.values.add_combination(fz, backend.multiply_rows(state.step, unit))
+        z = state.values.add_combination(fz, multiply_rows(backend, state.step, unit))
         if self.mixing != 1.0:
             left = state.residuals.add_combination(state.residual, state.step)
-            z = z - (1.0 - self.mixing) * backend.multiply_rows(left, unit)
+            z = z - (1.0 - self.mixing) * multiply_rows(backend, left, unit)
         value = f(z)
         residual = value - z
         norm = backend.norm(residual)
         sane = norm <= self.max_residual_growth * state.norm
         if not backend.known_all(sane):
             state = self.forget(backend, ~sane, state)
-        residual = backend.divide_rows(residual, unit)
+        residual = divide_rows(backend, residual, unit)
         if unit is None:
             values = state.values.append_difference(value, fz)
         else:
-            values = state.values.append(backend.divide_rows(value - fz, unit))
+            values = state.values.append(divide_rows(backend, value - fz, unit))
         difference = residual - state.residual
         residuals = state.residuals.append(difference)
         newest = residuals.slot()
-        # One pass: ΔGᵀΔg = ΔGᵀg₊ − ΔGᵀg, in which ΔGᵀg is known but for the entry of the new column.
+        # One pass: ΔGᵀΔg = ΔGᵀg₊ − ΔGᵀg, in which ΔGᵀg is known except for the new column's entry.
         target = residuals.dot(residual)
         length = backend.to_accum_dtype(backend.norm(difference))
-        inverse = backend.invert(length, 0 * length)[:, None]
+        inverse = backend.linalg.invert(length, 0 * length)[:, None]
         scale = xp.where(newest[None, :], inverse, state.scale)
         row = (target - state.target) * scale * inverse
         row = xp.where(newest[None, :], xp.full_like(row, 1.0 + self.relative_ridge(backend.eps(row))), row)
         system = xp.where(newest[None, :, None], row[:, None, :], state.system)
         system = xp.where(newest[None, None, :], row[:, :, None], system)
-        step = backend.solve_positive(system, target * scale) * -scale
+        step = backend.linalg.solve_positive(system, target * scale) * -scale
         usable = xp.isfinite(step)
         if not backend.known_all(usable):
             step = xp.where(usable, step, xp.zeros_like(step))
@@ -194,7 +195,7 @@ class Anderson(Solver):
 
     def _empty(self, backend: Backend, like: Array) -> Array:
         """Return the system of a sample without differences: its γ is 0."""
-        return (1.0 + self.relative_ridge(backend.eps(like))) * backend.eye(like, self.history_size)[None]
+        return (1.0 + self.relative_ridge(backend.eps(like))) * backend.linalg.eye(like, self.history_size)[None]
 
     def residual_norm(self, backend: Backend, state: AndersonState) -> Array:
         """Return the norm that the safeguard has measured."""
@@ -204,11 +205,13 @@ class Anderson(Solver):
         """Return the multi-secant estimate from the current differences."""
         xp = backend.xp
         system, scale = state.system, state.scale
-        columns = [backend.solve_positive(system, xp.zeros_like(scale) + unit) for unit in self._units(backend, scale)]
+        columns = [
+            backend.linalg.solve_positive(system, xp.zeros_like(scale) + unit) for unit in self._units(backend, scale)
+        ]
         kernel = xp.stack(columns, axis=2) * scale[:, :, None] * scale[:, None, :]
         kernel = xp.where(xp.isfinite(kernel), kernel, xp.zeros_like(kernel))
         return AndersonInverse(backend, state.values, state.residuals, kernel)
 
     def _units(self, backend: Backend, like: Array) -> list[Array]:
-        eye = backend.eye(like, self.history_size)
+        eye = backend.linalg.eye(like, self.history_size)
         return [eye[i][None, :] for i in range(self.history_size)]

@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Final, NamedTuple
 from deqcore.abc.backend import Backend
 from deqcore.abc.history import LONGEST, History
 from deqcore.abc.inverse_jacobian import InverseJacobian
+from deqcore.abc.scaling import divide_rows, multiply_rows, row_scale
 from deqcore.abc.solver import Solver
-from deqcore.linear.lowrank import BroydenInverse, multisecant
+from deqcore.linear.lowrank import BroydenInverse, MultisecantInverse, multisecant
 from deqcore.types import Array, Map
 
 
@@ -139,8 +140,8 @@ class Broyden(Solver):
         slots = self.history_size + 1
         g = fz - z
         norm = backend.norm(g)
-        unit = backend.row_scale(norm, g)
-        g = backend.divide_rows(g, unit)
+        unit = row_scale(backend, norm, g)
+        g = divide_rows(backend, g, unit)
         basis = backend.history(g, slots, self.history_dtype).append(g)
         d = basis.dot(g)
         none = xp.zeros_like(d)
@@ -163,10 +164,10 @@ class Broyden(Solver):
         xp = backend.xp
         start, whole, before = z, state.step, state.newest  # −H g and g by their coefficients in the basis
         c = whole if state.guard is None else state.guard[0][:, None] * whole
-        z = state.basis.add_combination(z, backend.multiply_rows(c, state.unit))
+        z = state.basis.add_combination(z, multiply_rows(backend, c, state.unit))
         value = f(z)
         g = value - z
-        norm, g = backend.norm(g), backend.divide_rows(g, state.unit)
+        norm, g = backend.norm(g), divide_rows(backend, g, state.unit)
         verdict = self._status_arrays(backend, state, norm)
         if verdict is not None:
             g = backend.select(verdict.usable, g, xp.zeros_like(g))
@@ -174,9 +175,8 @@ class Broyden(Solver):
         histories: tuple[History, ...] = state[:5]
         e_y = before
         if state.basis.may_be_full():
-            renewed = state.basis.full()[:, None]
-            s = backend.divide_rows(z - start, state.unit)
-            histories, e_s, e_y = self._renew(backend, state, renewed, s, g)
+            s = divide_rows(backend, z - start, state.unit)
+            histories, renewed, e_s, e_y = self._renew(backend, state, s, g)
             c = xp.where(renewed, e_s, c)
         basis, gram, left, right, pairs = histories
         basis = basis.append(g)
@@ -197,7 +197,7 @@ class Broyden(Solver):
         if renewed is not None or verdict is not None:
             # If c is the whole step, the bracket is exactly zero, so the restart of another sample changes no bit.
             missed, along = ahead + (c - whole), backend.inner(w, whole)
-        scaled = backend.invert(along - sh, backend.eps(ss) * ss)[:, None] * missed
+        scaled = backend.linalg.invert(along - sh, backend.eps(ss) * ss)[:, None] * missed
         step = ahead + sh[:, None] * scaled
         guard = None
         if verdict is not None:
@@ -249,26 +249,37 @@ class Broyden(Solver):
         return state.norm
 
     def _renew(
-        self, backend: Backend, state: BroydenState, full: Array, s: Array, g: Array
-    ) -> tuple[tuple[History, ...], Array, Array]:
+        self, backend: Backend, state: BroydenState, s: Array, g: Array
+    ) -> tuple[tuple[History, ...], Array, Array, Array]:
         """Restart the samples that are full, with their latest pair as the first one.
 
         A restart without the latest pair fails on one in ten hard linear problems with ten pairs; with the pair, on
         none of 200 (docs/notes). Its s and y are not combinations of residuals that stay, so they enter the basis
-        themselves.
+        themselves. A sample that is not full may see the slot that the new residual would have after them; then they
+        take the two slots before the next one. A sample without a residual (see `restarted`) has no pair.
+
+        Returns:
+            The histories, which samples have a pair `(batch, 1)` of bool, and the coefficients of s and y.
         """
-        xp = backend.xp
+        xp, active, full = backend.xp, state.basis.active, state.basis.full()
         if self.history_size < 3:  # no room for s, y and the new residual
-            restarted = tuple(h.restart(full[:, 0]) for h in state[:5])
-            return restarted, 0 * state.step, 0 * state.step
-        active = state.basis.active
-        rows = full[:, 0] if active is None else full[:, 0] & active
+            restarted = tuple(h.restart(full) for h in state[:5])
+            return restarted, full[:, None], 0 * state.step, 0 * state.step
+        rows = full if active is None else full & active
+        paired = xp.any(state.newest != 0.0, axis=1)
+        ready = backend.host.numpy_view(paired if active is None else paired | ~active)
+        # Known on the host, without a wait. On a device, samples without a pair then stay in step, with s = 0.
+        together = state.basis.all_full() and (ready is None or bool(ready.all()))
         y = g - state.basis.combine(state.newest)
-        together = state.basis.all_full()  # known on the host, without a wait
+        begun = rows if together else rows & paired
 
         def renew(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            crowded = ~rows & state.basis.rewind(-2).full()
+            crowded = crowded if active is None else crowded & active
+            back = 0 if together else 2 * xp.astype(xp.any(crowded), xp.int32)
             basis, gram, left, right, pairs = (
-                h.restart_active() if together else h.masked(rows).restart(rows) for h in carry[0]
+                h.restart_active() if together else h.masked(rows).restart(rows).rewind(back).masked(begun)
+                for h in carry[0]
             )
             none, units = xp.zeros_like(carry[1]), []
             for vector in (s, y):
@@ -279,11 +290,11 @@ class Broyden(Solver):
                 pairs = pairs.append(xp.concat([none, none], axis=1))
                 units.append(unit)
             histories = tuple(h.masked(active) for h in (basis, gram, left, right, pairs))
-            return histories, units[0], xp.where(rows[:, None], units[1], carry[2])
+            return histories, units[0], xp.where(begun[:, None], units[1], carry[2])
 
         start = tuple(state[:5]), 0 * state.step, state.newest
         histories, e_s, e_y = renew(start) if together else backend.cond(rows, renew, start)
-        return tuple(h.masked(active) for h in histories), e_s, e_y
+        return tuple(h.masked(active) for h in histories), begun[:, None], e_s, e_y
 
     def inverse_jacobian(self, backend: Backend, state: BroydenState) -> InverseJacobian:
         """Return H after the last secant pair."""
@@ -291,12 +302,19 @@ class Broyden(Solver):
 
     def secant_estimate(self, backend: Backend, state: BroydenState) -> InverseJacobian:
         """Return the type-I multi-secant estimate of all pairs in the history."""
+
+        def whole() -> MultisecantInverse:
+            return self._secants(backend, state)
+
+        kernels = backend.kernels
+        fused = None if kernels is None else kernels.secants(state.basis, state.gram, state.pairs, whole)
+        return whole() if fused is None else fused
+
+    def _secants(self, backend: Backend, state: BroydenState) -> MultisecantInverse:
         xp = backend.xp
         both = state.pairs.vectors()  # (batch, used, 2 m)
         used, slots = both.shape[1], state.step.shape[1]
-        steps, differences = both[:, :, :slots], both[:, :, slots:]
-        rows = state.gram.vectors()
-        missing = xp.broadcast_to(xp.zeros_like(rows[:, :1]), (rows.shape[0], slots - used, slots))
-        lower = xp.concat([rows, missing], axis=1) if used < slots else rows
+        steps, differences = both[:, :, :used], both[:, :, slots : slots + used]
+        lower = state.gram.vectors()[:, :, :used]
         gram = lower + xp.permute_dims(lower, (0, 2, 1))
         return multisecant(backend, state.basis, gram, steps, differences)

@@ -99,11 +99,11 @@ class NewtonKrylov(Solver):
         """Take one Newton step with backtracking."""
         xp = backend.xp
         g = fz - z
-        jvp = backend.jvp(f, z)
+        jvp = backend.autodiff.jvp(f, z)
         if jvp is None:
             raise BackendError.no_products(f"the backend {backend.name!r} has none.")
         inner = gmres(
-            backend, lambda v: v - jvp(v), g, rtol=state.forcing, max_steps=self.inner_steps, reorthogonalize=False
+            backend, jvp, g, rtol=state.forcing, max_steps=self.inner_steps, reorthogonalize=False, shifted=True
         )
         before = backend.norm(g)
         first = z + inner.x

@@ -11,6 +11,7 @@ from itertools import product
 from typing import Any, Final
 
 from deqcore import plugins
+from deqcore.abc.backward import Strategy
 from deqcore.config import Config
 from deqcore.errors import ConfigError, StrategyError, UnknownNameError
 from deqcore.study.models import find
@@ -184,16 +185,16 @@ def _check_pairs(study: Study, own: UserCode) -> None:
     for model in study.models:
         if not any(_fits(data, model, own) for data in study.data):
             takes = " or ".join(find(model.name, own.model).accepts)
-            raise ConfigError(f"[study]: the model {model.name!r} takes {takes}, which no entry of data gives.")
+            raise ConfigError(f"[study]: the model {model.name!r} takes {takes}. Add an entry to data that gives it.")
     for data in study.data:
         if not any(_fits(data, model, own) for model in study.models):
             raise ConfigError(
-                f"[study]: the data {data.label!r} is {_gives(data, own)}, which no entry of models takes."
+                f"[study]: the data {data.label!r} is {_gives(data, own)}. Add an entry to models that takes it."
             )
 
 
 def _check_own(study: Study, own: UserCode) -> None:
-    """The user's own code goes by the name "own"; what nothing in the file asks for would be left out in silence."""
+    """Check that the file names the user's own code ("own"); otherwise the study would silently leave it out."""
     for option, given, axis, choices in (
         ("--data", own.data, "data", study.data),
         ("--model", own.model, "models", study.models),
@@ -225,9 +226,8 @@ def _check(study: Study, own: UserCode, backends: tuple[str, ...]) -> None:
     _check_pairs(study, own)
     for solver, strategy in product(study.solvers, study.strategies):
         made = plugins.make_solver(solver.name, solver.options)
-        solve_adjoint = plugins.make_strategy(strategy.name, _options(strategy))
-        wants = getattr(solve_adjoint, "wants_estimate", None)
-        if wants is not None and wants() and not made.has_estimate:
+        backward = plugins.make_strategy(strategy.name, _options(strategy))
+        if isinstance(backward, Strategy) and backward.wants_estimate() and not made.has_estimate:
             raise StrategyError.needs_estimate(strategy.label, solver.name, ("broyden",))
 
 

@@ -105,7 +105,7 @@ class Store:
         return 0 if result is None else int(result[1]["epochs"])
 
     def open(self, about: dict[str, object]) -> None:
-        """Start a study here, or find that it may go on.
+        """Start a study here, or check that it may continue.
 
         Args:
             about: what is stored in `study.json`.

@@ -1,4 +1,4 @@
-"""The texts of the report in each language. Figures stand in braces; nothing else is translated."""
+"""The texts of the report in each language. Braces mark the figures; nothing else is translated."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class Dense:
         self.g = backend.to_numpy(self.space.ravel(cotangent))
         batch, n = self.g.shape
         if not self.g.size:
-            raise ProblemError("The state holds no numbers, so there is no gradient to check: give a sample at least.")
+            raise ProblemError("The state holds no numbers, so no gradient can be checked. Give at least one sample.")
         if batch * n * n > LIMIT:
             raise ProblemError(
                 f"The state has {batch} samples of {n} numbers: a dense reference holds {batch * n * n:.1e} numbers, "
@@ -51,7 +51,7 @@ class Dense:
 
     def jacobian(self, z: Any) -> Any:
         """J per sample, `(batch, n, n)`; if f couples the samples, `(1, batch n, batch n)` of the whole."""
-        _, vjp = self.backend.linearize(lambda v: self.f(v, self.params, self.inputs), self._array(z))
+        _, vjp = self.backend.autodiff.linearize(lambda v: self.f(v, self.params, self.inputs), self._array(z))
         n = z.shape[1]
         coupled = leak_everywhere(self.backend, vjp, self._array(z)) > 0
         rows = []
@@ -75,7 +75,9 @@ class Dense:
     def products(self, z: Any, u: Any) -> dict[str, Any]:
         """(∂f/∂leaf)ᵀ u at z for each leaf, by one recorded evaluation of f."""
         at = self._array(z)
-        result = self.backend.vjp(lambda p, x: (self.f(at, p, x), None), (self.params, self.inputs), self._array(u))
+        result = self.backend.autodiff.vjp(
+            lambda p, x: (self.f(at, p, x), None), (self.params, self.inputs), self._array(u)
+        )
         named = [*walk(result[2][0], "params"), *walk(result[2][1], "inputs")]
         return {name: self.backend.to_numpy(leaf) for name, leaf in named if leaf is not None}
 
@@ -140,14 +142,14 @@ def unraveled_whole(matrix: Any, host: Tree) -> Tree:
     return rebuild(host, lambda leaf: next(pieces).reshape(leaf.shape))
 
 
-def slopes(reference: Dense, z: Any, found: dict[str, Any]) -> dict[str, tuple[float, float]]:
+def slopes(reference: Dense, z: Any, gradients: dict[str, Any]) -> dict[str, tuple[float, float]]:
     """‖∂f/∂leaf‖ and ‖d gradient / dz‖ for each gradient, in the Frobenius norm, from random probes.
 
     For a standard normal v, E‖Mᵀv‖² = ‖M‖_F², which is no less than ‖M‖².
     """
     rng = np.random.default_rng(3)
-    products: dict[str, list[float]] = {name: [] for name in found}
-    curves: dict[str, list[float]] = {name: [] for name in found}
+    products: dict[str, list[float]] = {name: [] for name in gradients}
+    curves: dict[str, list[float]] = {name: [] for name in gradients}
     h = 1e-5 * (float(np.abs(z).max(initial=0.0)) or 1.0)  # in the unit of z
     for _ in range(PROBES):
         for name, value in reference.products(z, rng.standard_normal(z.shape)).items():
@@ -155,9 +157,9 @@ def slopes(reference: Dense, z: Any, found: dict[str, Any]) -> dict[str, tuple[f
         direction = rng.standard_normal(z.shape)
         moved, _ = reference.gradients(z + h * direction)
         for name, value in moved.items():
-            curves[name].append(float(np.linalg.norm(value - found[name])) / h)
+            curves[name].append(float(np.linalg.norm(value - gradients[name])) / h)
     products["cotangent"] = [1.0]
-    return {name: (_rms(products[name]), _rms(curves[name])) for name in found}
+    return {name: (_rms(products[name]), _rms(curves[name])) for name in gradients}
 
 
 def _rms(values: list[float]) -> float:

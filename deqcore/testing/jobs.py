@@ -62,7 +62,7 @@ class Job:
 
 
 def data_of(problem: Problem, job: Job, backend: Backend) -> tuple[Tree, Tree, Tree, Tree]:
-    """Parameters, inputs, z0 and cotangent as arrays of the backend."""
+    """Return parameters, inputs, z0 and cotangent as arrays of the backend."""
     rng = np.random.default_rng(job.jitter)
 
     def convert(leaf: Any) -> Array:

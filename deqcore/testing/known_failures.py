@@ -66,7 +66,7 @@ def failures(backends: Sequence[str]) -> Iterator[Failure]:
     """Run every built-in solver on every golden problem."""
     for name in backends:
         kit = Kit(deqcore.get_backend(backend=name))
-        with kit.backend.high_precision():
+        with kit.backend.harness.high_precision():
             for solver in (spec.name for spec in SOLVERS):
                 for problem in names():
                     for dtype in DTYPES:

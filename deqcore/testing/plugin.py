@@ -123,7 +123,7 @@ def _check_names(cls: type[Conformance]) -> None:
     for name in cls.expected_failures:
         if name.partition("[")[0] not in tests:
             raise pytest.UsageError(
-                f"{cls.__name__}.expected_failures names {name!r}, but there is no such test." + _near(name, tests)
+                f"{cls.__name__}.expected_failures names {name!r}, but no test has this name." + _near(name, tests)
             )
 
 

@@ -119,7 +119,7 @@ def load_problem(where: str) -> Problem:
         raise ProblemError(f"--problem must be path/to/file.py:name (got {where!r}).")
     path = Path(path_text)
     if not path.is_file():
-        raise ProblemError(f"--problem {where!r}: there is no file {path_text!r} in {Path.cwd()}.")
+        raise ProblemError(f"--problem {where!r}: the file {path_text!r} does not exist in {Path.cwd()}.")
     module = _execute(path)
     if not hasattr(module, name):
         public = [key for key in vars(module) if not key.startswith("_")]

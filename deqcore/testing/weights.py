@@ -40,7 +40,7 @@ def weights(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ProblemError(f"weights({str(path)!r}): there is no such file in {Path.cwd()}.")
+        raise ProblemError(f"weights({str(path)!r}): the file does not exist in {Path.cwd()}.")
     try:
         if path.suffix == ".npz":
             with np.load(path) as stored:
@@ -49,7 +49,7 @@ def weights(path: str | Path) -> dict[str, Any]:
             return _safetensors(path)
     except ImportError as error:
         raise ProblemError(
-            f'{path}: the package safetensors is not installed. Install it with: pip install "deqcore[study]"'
+            f"{path}: the package safetensors is not installed. Install it with `pip install 'deqcore[study]'`."
         ) from error
     except Exception as error:
         raise ProblemError(f"{path} cannot be read: {type(error).__name__}: {error}") from error

@@ -88,7 +88,7 @@ def run(backend: Backend, job: Job) -> dict[str, Any]:
     problem = golden(job.problem).problem if job.problem in FUNCTIONS else load_problem(job.problem)
     f = _Watched(problem.bound(backend))
     if too_slow(backend, job):
-        raise RuntimeError(f"{SKIPPED}differences through inner solves take too long without autodiff")
+        raise RuntimeError(f"{SKIPPED}differences through inner solves take too long without autodiff.")
     try:
         if job.kind == "dense":
             return dense(backend, problem, job, f)

@@ -167,7 +167,7 @@ FORWARD = (
         "deqcore/solve/flatten.py",
         ("The tree z0 becomes one (batch, n) array,", "and f a FlatFunction of such arrays."),
     ),
-    Stop("Plan", "deqcore/solve/plan.py", ("Plan.run gives f, a BoundSolve and an", "Adjoint to Backend.implicit.")),
+    Stop("Plan", "deqcore/solve/plan.py", ("Plan.run gives f, a BoundSolve and an", "Adjoint to Autodiff.implicit.")),
     Stop(
         "iterate",
         "deqcore/solve/loop.py",

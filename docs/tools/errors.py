@@ -3,7 +3,7 @@
     python docs/tools/errors.py
 
 The texts are found in the source, not listed by hand: calls of an error class or of one of its class methods, and
-`warnings.warn`. What a message inserts stands in braces, as it does in the source.
+`warnings.warn`. Braces mark what a message inserts, as in the source.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from deqcore.abc.backend import Backend
+from deqcore.abc.scaling import divide_rows, row_scale
 from deqcore.abc.solver import Solver
 from deqcore.types import Array, Map
 
@@ -58,8 +59,8 @@ class Aitken(Solver):
         r = fz - z
         delta = r - state.residual
         # Products of vectors overflow or vanish long before the vectors do: bring them to about 1 first.
-        unit = backend.row_scale(backend.norm(delta), delta)
-        delta, last = backend.divide_rows(delta, unit), backend.divide_rows(state.residual, unit)
+        unit = row_scale(backend, backend.norm(delta), delta)
+        delta, last = divide_rows(backend, delta, unit), divide_rows(backend, state.residual, unit)
         square = backend.inner(delta, delta)
         # The first step has no difference yet. Keep the damping and divide by one.
         moved = square > 0

@@ -25,7 +25,7 @@ Weights = dict[str, Any]
 
 
 def arguments(text: str, steps: int, given: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line that all examples share."""
+    """Parse the command line of every example."""
     parser = argparse.ArgumentParser(description=text.splitlines()[0])
     parser.add_argument("--backend", choices=("torch", "jax"), default="torch", help="framework that trains")
     parser.add_argument(
@@ -49,7 +49,7 @@ def arguments(text: str, steps: int, given: list[str] | None = None) -> argparse
 
 
 def start(options: argparse.Namespace, weights: Weights) -> Weights:
-    """Return the weights to start from: those of the given file, or else `weights`."""
+    """Load the weights to start from, or return the given ones if no file is named."""
     if options.weights is None:
         return weights
     from safetensors.numpy import load_file
@@ -81,7 +81,7 @@ def linear(p: Mapping[str, Any], name: str, x: Any) -> Any:
 
 
 def part(p: Mapping[str, Any], prefix: str) -> Weights:
-    """Select the weights whose names begin with `prefix`, and remove the prefix."""
+    """Return the weights of a part, by their names in it."""
     return {name.removeprefix(prefix): value for name, value in p.items() if name.startswith(prefix)}
 
 
@@ -91,7 +91,7 @@ def tune(
     decays: Iterable[float],
     seeds: int,
 ) -> tuple[float, float, Any, str]:
-    """Select the setting of a grid with the best mean validation score, its mean test score, and one of its models.
+    """Find the setting of a grid with the best mean validation score, its mean test score, and one of its models.
 
     `run(rate, decay, seed)` trains and returns validation score (higher is better), test score and model.
     """
@@ -113,7 +113,7 @@ def side(
 
 
 def cosine(step: int, steps: int) -> float:
-    """Return the factor of the learning rate: a short warm-up, then a cosine that falls to zero."""
+    """Return a factor for the learning rate: a short warm-up, then a cosine to zero."""
     return min(1.0, (step + 1) / (0.05 * steps + 1)) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
 
 
@@ -138,14 +138,14 @@ class TorchSide:
         return [self.torch.as_tensor(a, device=self.device) for a in arrays]
 
     def gradients(self, *batch: Any) -> tuple[float, Weights]:
-        """Compute the loss and its gradients, which are keyed by the names of the weights."""
+        """Return the loss and its derivatives by the weights' names."""
         self.model.zero_grad()
         loss = self.model.loss(*self.tensors(batch))
         loss.backward()
         return loss.item(), {name: p.grad.numpy(force=True).copy() for name, p in self.model.named_parameters()}
 
     def peak(self, *batch: Any) -> int:
-        """Measure the peak memory of loss and gradients in bytes, from the events of the allocator."""
+        """Return the peak memory of loss and gradients in bytes, from the allocator's events."""
         from torch.profiler import ProfilerActivity, profile
 
         self.gradients(*batch)  # what is allocated once, and the gradients themselves
@@ -208,7 +208,7 @@ class JaxSide:
         return {name: np.asarray(value) for name, value in self.params.items()}
 
     def gradients(self, *batch: Any) -> tuple[float, Weights]:
-        """Compute the loss and its gradients, which are keyed by the names of the weights."""
+        """Return the loss and its derivatives by the weights' names."""
         loss, found = self.jax.jit(self.jax.value_and_grad(self.loss))(self.params, *batch)
         return float(loss), {name: np.asarray(value) for name, value in found.items()}
 
@@ -263,7 +263,7 @@ class Progress:
 
 
 def batches(rng: np.random.Generator, size: int, *arrays: Any) -> Iterable[tuple[Any, ...]]:
-    """Yield batches without end; each sample occurs once per epoch."""
+    """Yield batches without end, with every sample once an epoch."""
     while True:
         order = rng.permutation(len(arrays[0]))
         for begin in range(0, len(order) - size + 1, size):

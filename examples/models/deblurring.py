@@ -31,17 +31,17 @@ SETTINGS = {
 
 
 def modes() -> tuple[Any, Any]:
-    """Return eigenvectors Q and eigenvalues k of the blur K = Q diag(k) Qᵀ along one axis; it maps X to K X K."""
+    """Return Q and k of the blur K = Q diag(k) Qᵀ of one axis; the blur of an image X is K X K."""
     at = np.arange(SIZE)
     kernel = np.exp(-(((at[:, None] - np.arange(-SIZE, 2 * SIZE)) / SIGMA) ** 2) / 2)
     mirrored = kernel[:, SIZE : 2 * SIZE] + kernel[:, :SIZE][:, ::-1] + kernel[:, 2 * SIZE :][:, ::-1]
-    blur = mirrored / kernel.sum(1, keepdims=True)  # images go on as in a mirror beyond their border
+    blur = mirrored / kernel.sum(1, keepdims=True)  # images are mirrored beyond their border
     values, vectors = np.linalg.eigh((blur + blur.T) / 2)
     return vectors.astype(np.float32), values.astype(np.float32)
 
 
 def data(rng: np.random.Generator) -> dict[str, Any]:
-    """Load the handwritten digits of scikit-learn, `(n, 1, 8, 8)` between 0 and 1: 1400 train, 397 test."""
+    """Load scikit-learn's handwritten digits `(n, 1, 8, 8)` between 0 and 1: 1400 to train, 397 to test."""
     from sklearn.datasets import load_digits
 
     vectors, values = modes()
@@ -57,7 +57,7 @@ def data(rng: np.random.Generator) -> dict[str, Any]:
 
 
 def weights(rng: np.random.Generator) -> common.Weights:
-    """Draw a denoiser of three convolutions, small enough that the map contracts at the start, and set log λ."""
+    """Draw log λ and a denoiser of three convolutions, small enough at the start that the map contracts."""
     return {
         "deq.cell.log_weight": np.float32(np.log(2e-2)).reshape(1),
         "deq.cell.first.weight": common.matrix(rng, CHANNELS, 1, 3, 3),
@@ -74,7 +74,7 @@ def decibels(found: Any, sharp: Any) -> float:
 
 
 def tikhonov(blurred: Any, weight: float) -> Any:
-    """Solve the same equation without a denoiser, as the baseline of linear regularisation."""
+    """Solve the same equation without a denoiser, as a baseline of linear regularisation."""
     vectors, values = modes()
     gains = np.outer(values, values)
     return vectors @ (gains / (gains**2 + weight) * (vectors.T @ blurred @ vectors)) @ vectors.T

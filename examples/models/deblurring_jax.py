@@ -36,6 +36,6 @@ def loss(p: Any, settings: Any, blurred: Array, sharp: Array) -> Array:
 
 
 def predict(p: Any, settings: Any, blurred: Array) -> tuple[Array, Array, Array]:
-    """Return the images, the steps of each, and whether it converged."""
+    """Return the images, the steps that each took, and whether it converged."""
     solution = deqcore.fixed_point(cell, blurred, p, blurred, **settings)
     return solution.value, solution.steps, solution.converged

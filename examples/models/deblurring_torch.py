@@ -43,7 +43,7 @@ class Model(nn.Module):
         return 100 * (self.deq(blurred, z0=blurred) - sharp).square().mean()
 
     def predict(self, blurred: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the images, the steps of each, and whether it converged."""
+        """Return the images, the steps that each took, and whether it converged."""
         with torch.no_grad():
             solution = self.deq.solve(blurred, z0=blurred)
         return solution.value, solution.steps, solution.converged

@@ -37,20 +37,20 @@ REPULSION, BOND, STEEP, RANGE = (
 
 
 def vectors(x: Any) -> tuple[Any, Any]:
-    """Return differences `(n, atoms, atoms, 3)` and distances; the distance of an atom to itself is set to 1e6."""
+    """Return differences `(n, atoms, atoms, 3)` and distances, in which an atom is far from itself."""
     between = x[:, :, None] - x[:, None]
     return between, np.sqrt((between**2).sum(-1)) + 1e6 * np.eye(x.shape[1])
 
 
 def energy(x: Any) -> Any:
-    """Compute Gupta's energy of positions `(n, atoms, 3)`: Σᵢ (Σⱼ A exp(−p(r − 1)) − √(Σⱼ ξ² exp(−2q(r − 1))))."""
+    """Compute Gupta's energy of `(n, atoms, 3)`: Σᵢ (Σⱼ A exp(−p(r − 1)) − √(Σⱼ ξ² exp(−2q(r − 1))))."""
     _, r = vectors(x)
     density = (BOND**2 * np.exp(-2 * RANGE * (r - 1))).sum(-1)
     return (REPULSION * np.exp(-STEEP * (r - 1))).sum((1, 2)) - np.sqrt(density).sum(1)
 
 
 def forces(x: Any) -> Any:
-    """Compute the forces `(n, atoms, 3)`, the negative gradient of the energy."""
+    """Compute the forces, the negative gradient of the energy, `(n, atoms, 3)`."""
     between, r = vectors(x)
     bond = BOND**2 * np.exp(-2 * RANGE * (r - 1))
     root = 1 / np.sqrt(bond.sum(-1))
@@ -59,7 +59,7 @@ def forces(x: Any) -> Any:
 
 
 def sample(rng: np.random.Generator, chains: int, snapshots: int, heat: float = 0.05) -> Any:
-    """Draw positions `(chains · snapshots, atoms, 3)` of clusters in overdamped Langevin motion."""
+    """Draw positions `(chains · snapshots, atoms, 3)` of clusters by overdamped Langevin motion."""
     x = 0.9 * rng.standard_normal((chains, ATOMS, 3))
     found = []
     for step in range(400 + 40 * snapshots):
@@ -73,7 +73,7 @@ def sample(rng: np.random.Generator, chains: int, snapshots: int, heat: float = 
 
 
 def pair_design(x: Any) -> Any:
-    """Return the design matrix of the baseline `(n · atoms · 3, basis)`: the forces of each radial function."""
+    """Return the forces of each radial function, `(n · atoms · 3, basis)`, in which the baseline is linear."""
     between, r = vectors(x)
     gap = (r[..., None] - CENTRES) / SPREAD
     slope = -gap / SPREAD * np.exp(-(gap**2) / 2)
@@ -81,12 +81,12 @@ def pair_design(x: Any) -> Any:
 
 
 def baseline(x: Any, target: Any) -> Any:
-    """Fit the weights of a sum over pairs to the forces by linear least squares."""
+    """Fit the weights of a sum over pairs to the forces, by linear least squares."""
     return np.linalg.lstsq(pair_design(x), target.ravel(), rcond=1e-6)[0].astype(np.float32)
 
 
 def weights(rng: np.random.Generator, pair: Any = None) -> common.Weights:
-    """Draw messages that contract at the start; the energy starts at the sum over pairs."""
+    """Draw messages that contract at the start, and an energy that starts at the sum over pairs."""
     return {
         "pair.weight": np.zeros((1, BASIS), np.float32) if pair is None else pair[None],
         "inject.weight": common.matrix(rng, WIDTH, BASIS, gain=0.5),

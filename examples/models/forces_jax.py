@@ -20,7 +20,7 @@ def cell(z: Array, p: Any, x: Array, radial: Array) -> Array:
 
 
 def energy(positions: Array, p: Any, settings: Any) -> Array:
-    """Sum the energies of the batch; each force depends only on the energy of its own cluster."""
+    """Sum the energies of the batch: the force on a cluster depends on its own energy only."""
     between = positions[:, :, None] - positions[:, None]
     alone = jnp.eye(positions.shape[1], dtype=positions.dtype)
     r = jnp.sqrt((between**2).sum(-1) + alone)  # the root has no derivative at 0

@@ -32,7 +32,7 @@ RATES, DECAYS, SEEDS = (3e-3, 1e-2, 3e-2), (0.02,), 2
 
 
 def data() -> dict[str, tuple[Any, Any]]:
-    """Load images `(n, 1, 8, 8)` and digits, split into training, validation and test parts."""
+    """Load images `(n, 1, 8, 8)` and digits, in parts to train, tune and test."""
     from sklearn.datasets import load_digits
 
     found = load_digits()
@@ -43,7 +43,7 @@ def data() -> dict[str, tuple[Any, Any]]:
 
 
 def weights(rng: np.random.Generator, width: int = WIDTH, blocks: int = 0) -> common.Weights:
-    """Draw the weights of the equilibrium model (`blocks = 0`), whose kernels start small, or of the explicit one."""
+    """Draw the weights of the equilibrium model (no blocks) or the explicit network; the kernels start small."""
 
     def conv(name: str, out: int, into: int, gain: float) -> common.Weights:
         return {f"{name}.weight": common.matrix(rng, out, into, 3, 3, gain=gain)}

@@ -28,13 +28,13 @@ def group_norm(x: Array) -> Array:
 
 
 def quadrants(x: Array) -> Array:
-    """Average each quarter of an image; the result is `(batch, channels · 4)`."""
+    """Return the means over the four quarters of an image, `(batch, channels · 4)`."""
     batch, channels, size, _ = x.shape
     return x.reshape(batch, channels, 2, size // 2, 2, size // 2).mean((3, 5)).reshape(batch, -1)
 
 
 def cell(z: States, p: Any, x: States) -> States:
-    """Update each resolution from both and from the image's features; group norms keep the states bounded."""
+    """Add messages from both resolutions to the image's features; group norms keep the states bounded."""
     low, high = relu(z[0]), relu(z[1])
     up = convolve(p, "high_low", high).repeat(2, axis=2).repeat(2, axis=3)
     first = convolve(p, "low_low", low) + up
@@ -60,6 +60,6 @@ def loss(p: Any, settings: Any, images: Array, digits: Array, width: int = 0, bl
 
 
 def predict(p: Any, settings: Any, images: Array, width: int = 0, blocks: int = 0) -> tuple[Array, ...]:
-    """Return the logits; for the equilibrium model, also the steps of each solve and whether it converged."""
+    """Return the logits and, for the equilibrium model, the steps of each solve and whether it converged."""
     logits, solution = forward(p, settings, images, blocks)
     return (logits,) if solution is None else (logits, solution.steps, solution.converged)

@@ -14,7 +14,7 @@ States = tuple[Tensor, Tensor]
 
 
 class Cell(nn.Module):
-    """Each resolution hears from both, on top of the image's features; group norms keep the states bounded."""
+    """Messages from both resolutions, added to the image's features; group norms keep the states bounded."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Model(nn.Module):
         return cross_entropy(self(images)[0], digits)
 
     def predict(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return the logits; for the equilibrium model, also the steps of each solve and whether it converged."""
+        """Return the logits and, for the equilibrium model, the steps of each solve and whether it converged."""
         with torch.no_grad():
             logits, solution = self(images)
         return (logits,) if solution is None else (logits, solution.steps, solution.converged)

@@ -1,9 +1,9 @@
 """Sudoku by a looped reasoner that stops for each puzzle when it is done.
 
-Each cell of a 4×4 Sudoku holds a few numbers per digit. It receives messages from its row, column, box and other
-digits. The same weights are applied until nothing changes: z* = f(z*, clues). Each puzzle halts on its own, as soon as
-all of its digits are sure (`deqcore.halting`) or it has converged. Easy puzzles take few steps. The model needs no
-halting network.
+Each cell of a 4×4 Sudoku holds a few numbers per digit, and reads those of its row, column, box and other digits, with
+the same weights again and again until nothing changes: z* = f(z*, clues). Each puzzle halts by itself, easy ones after
+few steps: when each of its digits is sure (`deqcore.halting`), or nothing changes any more. No halting network is
+trained.
 
 Puzzles are generated, with exactly one solution each; the solutions of test puzzles do not occur in training.
 Source: Palm, Paquet & Winther (2018), "Recurrent relational networks"; Bai, Kolter & Koltun (2019).
@@ -33,7 +33,7 @@ SETTINGS = {
 
 
 def peers() -> Any:
-    """Return the averaging matrices `(3, 16, 16)` over the other cells of a row, a column and a box."""
+    """Return which cells share a row, a column, a box: `(3, 16, 16)`; each row averages the three other cells."""
     row, column = np.divmod(np.arange(16), 4)
     groups = (row, column, row // 2 * 2 + column // 2)
     found = [(group[:, None] == group) & ~np.eye(16, dtype=bool) for group in groups]
@@ -41,7 +41,7 @@ def peers() -> Any:
 
 
 def solutions() -> Any:
-    """Enumerate all 288 filled grids of the digits 0 to 3, `(288, 16)`."""
+    """Return all 288 filled grids `(288, 16)` of the digits 0 to 3."""
     rows = list(permutations(range(4)))
     found = []
     for grid in product(rows, repeat=4):
@@ -53,9 +53,9 @@ def solutions() -> Any:
 
 
 def puzzles(rng: np.random.Generator, grids: Any, every: Any, count: int) -> tuple[Any, Any]:
-    """Generate clues `(count, 16, 4, 2)` (is this digit given; is another digit given) and solutions `(count, 16)`.
+    """Draw clues `(count, 16, 4, 2)` (for each digit: given here; another given here) and solutions `(count, 16)`.
 
-    Cells are emptied in random order as long as only one of all grids fits.
+    Cells are emptied in random order while exactly one grid fits.
     """
     clues, answers = [], []
     for grid in grids[rng.integers(0, len(grids), count)]:
@@ -71,7 +71,7 @@ def puzzles(rng: np.random.Generator, grids: Any, every: Any, count: int) -> tup
 
 
 def weights(rng: np.random.Generator) -> common.Weights:
-    """Draw a layer of messages and a layer of updates; f contracts at the start."""
+    """Draw a layer of messages and a layer of updates, which contract at the start."""
     return {
         "inject.weight": common.matrix(rng, WIDTH, 2, gain=1.5),
         "inject.bias": np.zeros(WIDTH, np.float32),

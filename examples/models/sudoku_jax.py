@@ -33,10 +33,10 @@ def loss(p: Any, settings: Any, clues: Array, answers: Array) -> Array:
 
 
 def predict(p: Any, settings: Any, clues: Array) -> tuple[Array, Array, Array]:
-    """Return the digits, the steps of each puzzle, and whether it halted before the limit."""
+    """Return the digits, the steps that each puzzle took, and whether it halted by itself."""
 
     def sure(z: Array, fz: Array) -> Array:
-        """Decide for each puzzle whether the probability of each digit exceeds `SURE`."""
+        """Return whether every digit of a puzzle is sure."""
         return nn.softmax(linear(p, "read", fz)[..., 0]).max(-1).min(-1) > SURE
 
     solution = solve(p, settings, clues, until(cell, sure))

@@ -41,11 +41,11 @@ class Model(nn.Module):
         return cross_entropy(logits.flatten(0, 1), answers.flatten())
 
     def predict(self, clues: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the digits, the steps of each puzzle, and whether it halted before the limit."""
+        """Return the digits, the steps that each puzzle took, and whether it halted by itself."""
         with torch.no_grad():
             solution = self.deq.solve(self.inject(clues), until=self.sure)
             return self.read(solution.value).squeeze(-1).argmax(-1), solution.steps, solution.converged
 
     def sure(self, z: Tensor, fz: Tensor) -> Tensor:
-        """Decide for each puzzle whether the probability of each digit exceeds `SURE`."""
+        """Return whether every digit of a puzzle is sure."""
         return self.read(fz).squeeze(-1).softmax(-1).amax(-1).amin(-1) > SURE

@@ -40,7 +40,7 @@ Setting = tuple[float, float, float]  # rate, decay, β₂
 
 
 def data() -> tuple[list[str], dict[str, Any]]:
-    """Load the characters, and the text as numbers: the first 90 % (train), the next 5 % (validation), the rest (test).
+    """Return the characters, and their numbers in the first 90 % (train), the next 5 % (tune) and the last (test).
 
     The 79 most frequent characters have their own numbers; all others share 0.
     """
@@ -55,7 +55,7 @@ def data() -> tuple[list[str], dict[str, Any]]:
 
 
 def windows(coded: Any, count: int) -> Any:
-    """Cut evenly spread windows `(count, length + 1)`; the last character is a target only."""
+    """Return evenly spread windows `(count, length + 1)`: the inputs, and one more character for the targets."""
     starts = np.linspace(0, len(coded) - LENGTH - 1, count).astype(int)
     return coded[starts[:, None] + np.arange(LENGTH + 1)]
 
@@ -67,7 +67,7 @@ def batches(rng: np.random.Generator, coded: Any, size: int) -> Any:
 
 
 def weights(rng: np.random.Generator, width: int, hidden: int, layers: int) -> common.Weights:
-    """Draw the weights of the equilibrium model (`layers = 0`) or of the explicit one."""
+    """Draw the weights of the equilibrium model (no layers) or of the explicit one."""
     made = {
         "embed.weight": rng.standard_normal((WORDS, width)).astype(np.float32),
         "place": (0.5 * rng.standard_normal((LENGTH, width))).astype(np.float32),
@@ -93,10 +93,10 @@ def perplexity(side: Any, coded: Any) -> float:
 def tuned(
     options: Any, shape: dict[str, int], text: dict[str, Any], grid: Iterable[Setting], settings: dict[str, Any]
 ) -> tuple[Setting, float, float, Any]:
-    """Select the best setting on the validation text; return it, its mean test perplexity, seconds and one model.
+    """Find the best setting on the validation text, its mean test perplexity, seconds, and one of its models.
 
-    The two settings that are best with the first seed are trained with all seeds, and the better mean is chosen: one
-    training may be lucky. The seconds are the processor's in a training, a mean over all.
+    The two best settings with the first seed are trained with all seeds, and the better mean is chosen, because one
+    training may be lucky. The seconds are the mean processor time of a training.
     """
     name = "explicit" if shape["layers"] else "equilibrium"
     seconds = []

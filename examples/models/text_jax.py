@@ -36,13 +36,13 @@ def cell(z: Array, p: Any, x: Array) -> Array:
 
 
 def layer(z: Array, p: Any) -> Array:
-    """Apply one explicit layer: residual, with normalisation first."""
+    """Apply an explicit layer: residual, normalised first."""
     z = z + attend(p, norm(z))
     return z + think(p, norm(z))
 
 
 def predict(p: Any, settings: Any, windows: Array, width: int, hidden: int, layers: int) -> Array:
-    """Compute the negative log-likelihood of each next character, `(batch, length)`."""
+    """Return the negative log-probability of each next character, `(batch, length)`."""
     x = p["embed.weight"][windows[:, :-1]] + p["place"]
     if layers:
         z = x

@@ -65,7 +65,7 @@ class Model(nn.Module):
         self.read = nn.Linear(width, WORDS)
 
     def predict(self, windows: Tensor) -> Tensor:
-        """Compute the negative log-likelihood of each next character, `(batch, length)`."""
+        """Return the negative log-probability of each next character, `(batch, length)`."""
         x = self.embed(windows[:, :-1]) + self.place
         z = norm(self.cells(x)) if self.layers else self.deq(x)
         return cross_entropy(self.read(z).transpose(1, 2), windows[:, 1:], reduction="none")

@@ -21,14 +21,14 @@ BATCH, SIZE, STEPS, RATE = 4, 6, 8, 0.5
 
 
 def data() -> dict[str, Any]:
-    """Draw initial weights, inputs and targets."""
+    """Draw weights to start from, inputs, and targets."""
     rng = np.random.default_rng(0)
     drawn = {"w": 0.4 * rng.standard_normal((SIZE, SIZE)) / SIZE**0.5, "x": rng.standard_normal((BATCH, SIZE))}
     return drawn | {"target": np.tanh(rng.standard_normal((BATCH, SIZE)))}
 
 
 def fit(config: Config) -> list[float]:
-    """Minimise ‖z* − target‖² / 2 by gradient descent; return the loss before each step."""
+    """Minimise ‖z* − target‖² / 2 by gradient descent, and return the loss before each step."""
     backend = deqcore.get_backend(config)
     xp = backend.xp
     w, x, target = (backend.asarray(value) for value in data().values())

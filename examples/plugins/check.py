@@ -29,14 +29,14 @@ def run(*command: object, cwd: Path | None = None) -> None:
 
 
 def build(wheels: Path) -> None:
-    """Build wheels of deqcore and of each plugin."""
+    """Build a wheel of deqcore and of each plugin."""
     for project in (ROOT, *PLUGINS):
         pip = (sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", wheels)
         run(*pip, project)
 
 
 def environment(folder: Path, wheels: Path) -> Path:
-    """Create an environment with the wheels and the packages of this one, and return its Python."""
+    """Make an environment with the wheels that sees all other packages of this one, and return its Python."""
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
     pip = (sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index")

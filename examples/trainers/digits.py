@@ -28,7 +28,7 @@ class Cell(nn.Module):
         return torch.tanh(self.linear(z) + x)
 
     def initial_state(self, x: Tensor) -> Tensor:
-        """Return zeros in float32; under autocast, x and a state like x are bfloat16."""
+        """Return zeros in float32: under autocast x is bfloat16, and so would be a state like it."""
         return torch.zeros_like(x, dtype=torch.float32)
 
 
@@ -62,11 +62,11 @@ def accuracy(model: nn.Module, test: TensorDataset) -> float:
 
 
 def arguments(text: str | None, given: list[str] | None) -> argparse.Namespace:
-    """Parse the command line that all examples share."""
+    """Parse the command line of each example."""
     parser = argparse.ArgumentParser(description=(text or "").splitlines()[0])
     parser.add_argument("--epochs", type=int, default=6, help="in all, those before a restart included")
     parser.add_argument("--out", type=Path, default=Path("trained"), help="folder of the checkpoints and the log")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in that folder")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in that folder")
     parser.add_argument(
         "--precision", choices=("32", "bf16"), default="bf16", help="of everything but the solver's state"
     )
@@ -77,7 +77,7 @@ def arguments(text: str | None, given: list[str] | None) -> argparse.Namespace:
 
 
 def last(folder: Path, pattern: str) -> Path:
-    """Find the newest checkpoint of a folder by the number at the end of its name."""
+    """Return the newest checkpoint of a folder, by the number at the end of its name."""
     found = sorted(folder.glob(pattern), key=lambda path: int(re.findall(r"\d+", path.name)[-1]))
     if not found:
         raise SystemExit(f"--resume: {folder} holds no {pattern}. Train without --resume first, or name its --out.")

@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 2 examples/trainers/with_accelerate.py  # two processes, each with its own batches
 
 `use_seedable_sampler` makes each epoch's order depend on its number alone: a run that is started again after an epoch
-goes on with the same numbers. The loop is the user's own, and so is the monitor's block around it.
+continues with the same numbers. The loop is the user's own, and so is the monitor's block around it.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     python examples/trainers/with_lightning.py --epochs 12 --resume
 
 Lightning calls `set_epoch` of a sampler that has it, so each epoch's order depends on its number alone: a run that is
-started again after an epoch goes on with the same numbers.
+started again after an epoch continues with the same numbers.
 """
 
 from __future__ import annotations

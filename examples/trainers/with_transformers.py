@@ -3,7 +3,7 @@
     python examples/trainers/with_transformers.py
     python examples/trainers/with_transformers.py --epochs 12 --resume
 
-The trainer restores its random state and skips the batches that were done, so a run that is started again goes on with
+The trainer restores its random state and skips the batches that were done, so a restarted run continues with
 the same numbers, also from the middle of an epoch.
 """
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import numpy as np
 import pytest
 
@@ -14,16 +12,9 @@ from deqcore.types import Status
 BACKENDS = ["numpy", "torch", "jax"]
 
 
-@pytest.fixture(params=BACKENDS)
-def be(request):
-    pytest.importorskip(request.param)
-    double = contextlib.nullcontext()
-    if request.param == "jax":
-        import jax
-
-        double = jax.enable_x64(True)
-    with double:
-        yield deqcore.get_backend(backend=request.param)
+@pytest.fixture
+def be(every):
+    return every
 
 
 def draw(batch, n, dtype, seed=0):
@@ -210,7 +201,7 @@ def test_a_reuse_gradient_does_not_depend_on_the_batch_by_a_bit(be, n, solver, c
     if be.name != "torch" and n > 10:
         pytest.skip("by differences, or by a compilation for each batch size")
     if be.name == "torch":
-        from deqcore_torch import native as steps
+        from deqcore_torch import compiled as steps
 
         monkeypatch.setenv("DEQCORE_NATIVE", native)
         steps.loaded.cache_clear()

@@ -1,10 +1,11 @@
-"""States whose first axis is not a batch axis: the wrong gradient is reported, and batch = false gives the right one.
+"""States whose first axis is not the batch: the wrong gradient is reported, and batch = false gives the right one.
 
 The truth is dense implicit differentiation of the whole state by hand.
 """
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import numpy as np
@@ -99,15 +100,15 @@ def gradient(name, backend, z0, **settings):
 @pytest.mark.parametrize("name", COUPLED, ids=lambda f: f.__name__)
 def test_it_is_named_with_the_cure_and_the_cure_is_right(name, backend):
     z, u = truth(name)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
         gradient(name, backend, z)
-    kinds = {each.category for each in told}
-    assert kinds == {CoupledRowsWarning}, [str(each.message) for each in told]
-    text = str(told[0].message)
+    kinds = {each.category for each in shown}
+    assert kinds == {CoupledRowsWarning}, [str(each.message) for each in shown]
+    text = str(shown[0].message)
     assert "of f(z) changes when row" in text
     assert "Set forward.batch = false" in text
-    assert told[0].filename == __file__
+    assert shown[0].filename == __file__
     alone = gradient(name, backend, z, forward__batch=False)
     assert np.linalg.norm(alone - u) <= 1e-6 * np.linalg.norm(u)
 
@@ -145,7 +146,7 @@ def test_moving_rows_finds_every_pair(name, backend):
     moved[j] += 0.1
     assert i != j
     assert not np.array_equal(name(np, moved, X)[i], name(np, X, X)[i])
-    _, vjp = be.linearize(lambda z: f(z, x), z)
+    _, vjp = be.autodiff.linearize(lambda z: f(z, x), z)
     assert leak_everywhere(be, vjp, z) > 0
 
 
@@ -188,14 +189,14 @@ def test_a_layer_counts_for_itself_and_a_coupled_one_is_measured_each_time():
     x, settings = torch.randn(8, 4, requires_grad=True), {"forward__solver": "picard", "forward__rtol": 1e-4}
     for kind in ({}, {"checkpoint": True}):
         for layer in (DEQ(Cell(), **settings, **kind), DEQ(Cell(), **settings, **kind)):
-            with warnings.catch_warnings(record=True) as told:
+            with warnings.catch_warnings(record=True) as shown:
                 warnings.simplefilter("always")
-                for batch in (8, 7, 6):  # another shape belongs to the same layer
+                for batch in (8, 7, 6):  # another shape is not another layer
                     sol = layer.solve(x[:batch])
                     (sol.value * x[:batch].detach()).sum().backward()
                     assert (sol.backward.coupling > 0).any()
-            assert {each.category for each in told} == {CoupledRowsWarning}
-            assert len([each for each in told if "adjoint" in str(each.message)]) == 1
+            assert {each.category for each in shown} == {CoupledRowsWarning}
+            assert len([each for each in shown if "adjoint" in str(each.message)]) == 1
 
 
 # -- no false alarms --------------------------------------------------------------------------------------------
@@ -304,6 +305,55 @@ def test_strategies_of_steps_warn_of_coupled_rows(strategy, backend):
         gradient(0.0, backward__verify_every=every)
         counts.append(len(calls))
     assert counts[1] - counts[0] == 2 * 3 + 1  # 2 log₂(batch) evaluations and one to compare with
+
+
+@pytest.mark.parametrize("backend", ["torch", "numpy"])
+@pytest.mark.parametrize("strategy", ["unrolled", "phantom"])
+def test_verification_changes_no_random_number_of_the_user(strategy, backend):
+    ones = np.ones((6, 4)) if backend == "numpy" else torch.ones(6, 4, dtype=torch.float64)
+    noise = (lambda: np.random.standard_normal(4)) if backend == "numpy" else lambda: torch.randn(4, dtype=ones.dtype)
+    following = []
+    for every in (0, 1):
+        ledger.forget()
+        np.random.seed(0)
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # f is not deterministic
+            deqcore.vjp(
+                lambda z, x: 0.5 * z + 1e-9 * noise() + x,
+                0 * ones,
+                ones,
+                cotangent=ones,
+                backward__strategy=strategy,
+                backward__verify_every=every,
+                forward__solver="picard",
+                forward__max_steps=7,
+            )
+        following.append(np.asarray(noise()))
+    assert np.array_equal(*following)
+
+
+@pytest.mark.parametrize("strategy", ["unrolled", "phantom"])
+def test_jax_strategies_of_steps_warn_of_coupled_rows(strategy):
+    jax = pytest.importorskip("jax")
+    x = jax.numpy.ones((6, 4))
+
+    def gradient(share, transform=lambda f: f, **settings):
+        ledger.forget()
+        f = lambda z, x: 0.5 * z + share * jax.numpy.roll(z, 1, 0) + x
+        settings = {"backward__strategy": strategy, "forward__on_failure": "ignore", **settings}
+        solved = lambda x: deqcore.fixed_point(f, 0 * x, x, **settings).value.sum()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            transform(solved)(x)
+        return [str(each.message) for each in caught if issubclass(each.category, CoupledRowsWarning)]
+
+    (text,) = gradient(0.3, jax.grad)
+    assert re.search(r"row [0-5] of f", text)
+    assert not gradient(0.0, jax.grad)
+    assert not gradient(0.3)  # not differentiated
+    assert not gradient(0.3, lambda f: jax.jit(jax.grad(f)))
+    assert not gradient(0.3, jax.grad, backward__verify_every=0)
 
 
 def test_one_row_that_reads_another_is_named_where_a_random_half_holds_both():

@@ -60,16 +60,16 @@ def by_vjp(on_failure):
 
 def test_a_warning_by_default_with_numbers_advice_and_the_users_line():
     a, x, z, g = arrays("torch", *half_hopeless(), np.ones((2, N)))
-    with pytest.warns(ConvergenceWarning) as told:
+    with pytest.warns(ConvergenceWarning) as shown:
         deqcore.vjp(rows, z, a, x, cotangent=g, **SHORT)  # this line
-    assert len(told) == 1
-    text = str(told[0].message)
+    assert len(shown) == 1
+    text = str(shown[0].message)
     assert text.startswith("The adjoint solve did not converge for 1 of 2 samples (1 MAX_STEPS after at most 5")
     assert "raise max_steps = 5 in backward.options" in text
     assert "backward.on_failure = 'warn'" in text
-    assert told[0].filename == __file__
+    assert shown[0].filename == __file__
     with open(__file__) as lines:
-        assert "# this line" in lines.readlines()[told[0].lineno - 1]
+        assert "# this line" in lines.readlines()[shown[0].lineno - 1]
 
 
 @pytest.mark.parametrize(("how", "value"), [("zero", 0.0), ("nan", float("nan"))])
@@ -171,10 +171,10 @@ def test_a_strategy_that_promises_nothing_is_silent(strategy, options):
 
 def test_what_a_fallback_replaced_has_not_failed():
     be = deqcore.get_backend(backend="numpy")
-    told = report(
+    solved = report(
         be, np.ones((3, 2)), status=np.array([1, 2, 2], np.int32), fallback=np.array([False, True, False]), vjps=4
     )
-    assert failing(be, told, np.ones((3, 2))).tolist() == [False, False, True]
+    assert failing(be, solved, np.ones((3, 2))).tolist() == [False, False, True]
 
 
 def solved(how, **more):
@@ -206,7 +206,7 @@ def test_every_way_to_ask_in_torch(ask):
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConvergenceWarning)
         ledger.forget()
-        for _ in range(2):  # an error does not count as a warning that was shown
+        for _ in range(2):  # an error does not count as a shown warning
             with pytest.raises(ConvergenceWarning):
                 ASKED[ask](solved("warn"), x.clone())
         ASKED[ask](solved("ignore"), x.clone())
@@ -239,13 +239,13 @@ def test_warnings_are_rare_for_a_layer_that_fails_each_time():
     d = torch.linspace(0.1, 0.95, 10)
     layer = DEQ(lambda z, x: d * z + x, backward__options={"max_steps": 2}, forward__max_steps=300)
     x = torch.ones(2, 10, requires_grad=True)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
         for _ in range(12):
             layer(x).sum().backward()  # the user's line
-    assert [each.category for each in told] == [ConvergenceWarning] * 2  # the first and the tenth
+    assert [each.category for each in shown] == [ConvergenceWarning] * 2  # the first and the tenth
     with open(__file__) as lines:
-        assert "# the user's line" in lines.readlines()[told[0].lineno - 1]
+        assert "# the user's line" in lines.readlines()[shown[0].lineno - 1]
 
 
 def test_a_cotangent_that_is_not_finite_is_passed_on():

@@ -14,10 +14,9 @@ jax = pytest.importorskip("jax")
 N, B = 10, 3
 
 
-@pytest.fixture(params=["numpy", "torch", "jax"])
-def be(request):
-    with jax.enable_x64(True):
-        yield deqcore.get_backend(backend=request.param)
+@pytest.fixture
+def be(every):
+    return every
 
 
 @pytest.fixture
@@ -94,7 +93,7 @@ def test_exact_gradients_by_other_solvers_and_starts(be, affine, options, tolera
     ids=str,
 )
 def test_other_strategies_come_as_near_as_they_promise(be, affine, strategy, options, tolerance):
-    with warnings.catch_warnings():  # one vjp does not suffice for an exact adjoint, which warns
+    with warnings.catch_warnings():  # one product is not enough for an exact adjoint, which says so
         warnings.simplefilter("ignore" if options.get("max_refine_vjps") == 1 else "error", ConvergenceWarning)
         _, _, db = gradients(be, affine, strategy, options)
     assert relative(db, affine["u"]) <= tolerance

@@ -125,8 +125,9 @@ def test_a_rule_that_says_something_else_is_told(be, rule, given):
 def test_what_cannot_be_is_refused(be):
     with pytest.raises(ConfigError, match="tolerance must be a number above 0 .got 0.0"):
         Settled(lambda z: z, 0.0)
-    # faults of f itself raise the usual error
-    with pytest.raises(ProblemError, match="must keep the shape|tree like z"):
+    with pytest.raises(
+        ProblemError, match="must keep the shape|tree like z"
+    ):  # errors of f itself are reported as usual
         deqcore.fixed_point(until(lambda z: (z, z), Settled(lambda z: z)), be.asarray(START), **PICARD)
     with pytest.raises(BackendError, match=r"only on backends that differentiate f.*got 'numpy'.*forward\.rtol"):
         deqcore.fixed_point(until(geometric, Settled(lambda z: z)), START, **PICARD)

@@ -1,7 +1,7 @@
 """JAX: every kind of function inside f, through every transformation, against dense differentiation by differences.
 
 Row k of the state solves its own equation z = c·fn_k(z) + x_k(t), so that one compiled program per transformation
-tests all functions that have the same modes. The reference knows nothing of deqcore or of autodiff: it iterates in
+tests all functions that have the same modes. The reference uses neither deqcore nor autodiff: it iterates in
 NumPy, takes J by central differences of the map, and solves the dense equation; second derivatives are differences
 of first ones.
 """

@@ -1,4 +1,4 @@
-"""Layers for flax and equinox: `backward.on_failure` and verification reach whoever trains them.
+"""Layers for flax and equinox: `backward.on_failure` and verification reach the person who trains them.
 
 The gradient of z = a z + x with respect to x is 1 / (1 − a) per sample; the coupled cell is that of
 `test_jax_verification.py`.

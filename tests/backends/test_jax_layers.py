@@ -222,6 +222,13 @@ class Counting(nnx.Module):
         return 0.3 * z + x
 
 
+class Scaled(eqx.Module):
+    scale: jax.Array
+
+    def __call__(self, z, x):
+        return self.scale * z + x
+
+
 class Frozen(eqx.Module):
     calls: int = 0
 
@@ -243,15 +250,15 @@ class EqxNormed(eqx.Module):
 
 @pytest.mark.parametrize("transform", [lambda f: f, nnx.jit, lambda f: nnx.grad(lambda layer, x: f(layer, x).sum())])
 @pytest.mark.parametrize(
-    ("cell", "told"),
+    ("cell", "message"),
     [
         (Normed, r"batch normalisation in training mode \(norm\).*GroupNorm or LayerNorm.*layer\.eval\(\)"),
         (Dropped, r"dropout: drop.*dropout_mask"),
         (Counting, r"Cannot mutate Variable.*pass them as an input"),
     ],
 )
-def test_an_nnx_cell_that_changes_itself_is_told_what_to_do(cell, told, transform):
-    with pytest.raises(ProblemError, match=told):
+def test_an_nnx_cell_that_changes_itself_is_told_what_to_do(cell, message, transform):
+    with pytest.raises(ProblemError, match=message):
         transform(lambda layer, x: layer(x))(deqcore_jax.nnx.DEQ(cell()), jnp.ones((4, 3)))
 
 
@@ -267,17 +274,24 @@ def test_an_equinox_cell_that_changes_itself_is_told_what_to_do():
         deqcore_jax.equinox.DEQ(Frozen())(jnp.ones((4, 3)))
 
 
+def test_a_bound_method_of_an_equinox_layer_carries_the_weights():
+    layer = deqcore_jax.equinox.DEQ(Scaled(jnp.asarray(0.5)), forward__rtol=1e-6)
+    grads = eqx.filter_grad(lambda solve: solve(jnp.ones((4, 3))).value.sum())(layer.solve)
+    assert [float(leaf) for leaf in jax.tree.leaves(grads)] == pytest.approx([12 / 0.5**2], rel=1e-4)
+
+
 def test_batch_normalisation_of_equinox_is_explained():
     cell, state = eqx.nn.make_with_state(EqxNormed)()
     layer = deqcore_jax.equinox.DEQ(cell, forward__rtol=1e-4)
     x = jax.random.normal(jax.random.key(0), (4, 3))
-    with pytest.warns(LayerWarning, match=r"\(norm\).*GroupNorm or LayerNorm.*inference_mode"):
+    with pytest.warns(LayerWarning, match=r"\(norm\).*GroupNorm or LayerNorm.*inference_mode") as warned:
         layer(x, state)
+    assert warned[0].filename == __file__
     assert eqx.nn.inference_mode(layer)(x, state).shape == (4, 3)  # without a warning
 
 
 @pytest.mark.parametrize(
-    ("cell", "told"),
+    ("cell", "message"),
     [
         (lambda z, x: z[:, :2], r"must keep the shape of z, which is \(4, 3\).*got \(4, 2\)"),
         (lambda z, x: (0.3 * z + x).astype(jnp.bfloat16), r"must keep the dtype of z, float32 \(got bfloat16\)"),
@@ -285,20 +299,20 @@ def test_batch_normalisation_of_equinox_is_explained():
         (lambda z, x: None, "must return a tree like z"),
     ],
 )
-def test_a_cell_that_returns_something_else_is_refused(kind, cell, told):
-    with pytest.raises(ProblemError, match=told):
+def test_a_cell_that_returns_something_else_is_refused(kind, cell, message):
+    with pytest.raises(ProblemError, match=message):
         LAYERS[kind][0](cell)(jnp.ones((4, 3), jnp.float32))
 
 
 @pytest.mark.parametrize(
-    ("cell", "inputs", "told"),
+    ("cell", "inputs", "message"),
     [
         (lambda z: 0.3 * z, 1, r"1 input.*2 argument.*function takes \(z\) \(too many.*linear\(z\) \+ x"),
         (jax.vmap(lambda z, x, y: z), 1, r"takes \(z, x, y\) \(missing a required argument: 'y'\)"),
     ],
 )
-def test_a_cell_that_takes_other_arguments_is_told(kind, cell, inputs, told):
-    with pytest.raises(ProblemError, match=told):
+def test_a_cell_that_takes_other_arguments_is_told(kind, cell, inputs, message):
+    with pytest.raises(ProblemError, match=message):
         LAYERS[kind][0](cell)(*[jnp.ones((4, 3), jnp.float32)] * inputs)
 
 
@@ -330,8 +344,10 @@ def test_an_empty_batch_stays_empty(kind, made):
 
 def test_a_checkpoint_with_other_settings_says_which(kind, made):
     saved = json.dumps(make(kind, made, forward__rtol=1e-3).settings.as_dict())
-    with pytest.warns(LayerWarning, match=r"overrides\.forward__rtol: 0\.001 in the checkpoint, 1e-08 in the layer"):
+    difference = r"overrides\.forward__rtol: 0\.001 in the checkpoint, 1e-08 in the layer"
+    with pytest.warns(LayerWarning, match=difference) as warned:
         make(kind, made, forward__rtol=1e-8).check_settings(json.loads(saved))
+    assert warned[0].filename == __file__
     options = {"forward__options": {"history_size": 4}, "evaluation": {"forward__max_steps": 9}}
     make(kind, made, **options).check_settings(
         json.loads(json.dumps(make(kind, made, **options).settings.as_dict()))

@@ -93,13 +93,13 @@ def test_a_batch_mate_chooses_nothing(needs, mate):
     assert diagonal(f, z)[0] == pytest.approx(expected, rel=1e-8)
     assert np.diag(jacobian(f, z, state=True))[:3] == pytest.approx(expected, rel=1e-8)
     v = np.ones_like(z)
-    assert NumpyBackend().jvp(f, z)(v)[0] == pytest.approx(expected, rel=1e-8)
+    assert NumpyBackend().autodiff.jvp(f, z)(v)[0] == pytest.approx(expected, rel=1e-8)
 
 
 def test_coupled_samples_of_different_size(needs):
     f = lambda z: 0.5e-6 * np.tanh(needs(z) / 1e-6) + 0.1 * z[::-1] * 1e-6
     z = np.array([[1e-6, 2e-6], [1e6, 2e6]])
-    found = NumpyBackend().jvp(f, z)(np.ones_like(z))
+    found = NumpyBackend().autodiff.jvp(f, z)(np.ones_like(z))
     assert found[0] == pytest.approx(0.5 / np.cosh(z[0] / 1e-6) ** 2 + 1e-7, rel=1e-6)
 
 
@@ -213,7 +213,7 @@ def test_threads_that_read_one_array():
 
     def work():
         for _ in range(2000):
-            with backend.guard_inplace(z) as seen:
+            with backend.guards.guard_inplace(z) as seen:
                 if seen.flags.writeable or not z.flags.writeable:
                     problems.append("flags")
 

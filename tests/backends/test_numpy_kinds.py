@@ -1,4 +1,4 @@
-"""NumPy arrays other than plain arrays of float32 or float64: solved correctly, or refused with an error."""
+"""Kinds of NumPy arrays other than plain arrays of float32 or float64: solved right, or refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch.compile of f and around a solve: same gradients, few graphs, second derivatives raise a clear error."""
+"""torch.compile of f and around a solve: same gradients, few graphs, second derivatives refused with an error."""
 
 from __future__ import annotations
 

@@ -22,8 +22,9 @@ torch = pytest.importorskip("torch")
 if find_spec("triton") is None:
     pytest.skip("needs triton", allow_module_level=True)
 
-from deqcore_torch import native  # noqa: E402
+from deqcore_torch import compiled  # noqa: E402
 from deqcore_torch.backend import TorchBackend  # noqa: E402
+from deqcore_torch.host import TorchHost  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
@@ -95,7 +96,7 @@ def test_compiled_code_is_launched_directly():
 def test_a_gpu_that_triton_cannot_compile_for(monkeypatch):
     device = pytest.importorskip("deqcore_torch.native.device")
     monkeypatch.setattr(device, "probe", lambda: (_ for _ in ()).throw(RuntimeError("Failed to find C compiler.")))
-    load = native.loaded.__wrapped__
+    load = compiled.loaded.__wrapped__
     with pytest.warns(
         UserWarning, match=r"because Triton does not work here: Failed to find C compiler\. Set DEQCORE_NATIVE=0"
     ):
@@ -112,22 +113,10 @@ def fused(monkeypatch, request):
     device = pytest.importorskip("deqcore_torch.native.device")
     if DEVICE == "cpu":
         monkeypatch.setattr(device, "plain", lambda x: x.dtype in device.KINDS and x.numel() > 0 and x.is_contiguous())
-        monkeypatch.setattr(native, "loaded", lambda kind: device)
-        monkeypatch.setattr(TorchBackend, "numpy_view", lambda self, x: None)  # as a device that must be asked
-        monkeypatch.setattr(TorchBackend, "_native", lambda self, x: native.reading(x))
+        monkeypatch.setattr(compiled, "loaded", lambda kind: device)
+        monkeypatch.setattr(TorchHost, "numpy_view", lambda self, x: None)  # as a device that must be asked
+        monkeypatch.setattr("deqcore_torch.kernels.native_steps", lambda host, x: compiled.reading(x))
     return device
-
-
-@pytest.fixture
-def without(monkeypatch):
-    """Runs something with the solvers' own steps."""
-
-    def run(do):
-        with monkeypatch.context() as patch:
-            patch.setattr(native, "loaded", lambda kind: None)
-            return do()
-
-    return run
 
 
 def problem(dtype, batch, n, gain=0.9):

@@ -171,8 +171,10 @@ def test_weights_and_settings_survive_a_round_trip(made, tmp_path):
 
 def test_a_checkpoint_with_other_settings_says_which(made):
     saved = DEQ(Cell(made), forward__rtol=1e-3).state_dict()
-    with pytest.warns(LayerWarning, match=r"overrides\.forward__rtol: 0\.001 in the checkpoint, 1e-08 in the layer"):
+    difference = r"overrides\.forward__rtol: 0\.001 in the checkpoint, 1e-08 in the layer"
+    with pytest.warns(LayerWarning, match=difference) as warned:
         DEQ(Cell(made), forward__rtol=1e-8).load_state_dict(saved)
+    assert warned[0].filename == __file__
 
 
 def test_weights_without_settings_are_loaded(made):
@@ -212,6 +214,7 @@ def test_batch_normalisation_in_training_mode_is_explained_once(recwarn):
     told = [w for w in recwarn if w.category is LayerWarning]
     assert len(told) == 1
     assert "GroupNorm or LayerNorm" in str(told[0].message)
+    assert told[0].filename == __file__
     recwarn.clear()
     DEQ(Normed(), forward__on_failure="ignore").eval()(x)
     assert not recwarn.list
@@ -239,15 +242,15 @@ def test_a_cell_that_changes_the_shape_is_refused():
 
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize(
-    ("cell", "inputs", "told"),
+    ("cell", "inputs", "message"),
     [
         (torch.nn.Linear(3, 3), 1, r"1 input.*2 argument.*Linear takes \(input.*too many.*linear\(z\) \+ x"),
         (Plain(), 2, r"2 input.*Plain takes \(z, x\).*too many"),
         (lambda z, x, y: z, 1, r"function takes \(z, x, y\) \(missing a required argument: 'y'\)"),
     ],
 )
-def test_a_cell_that_takes_other_arguments_is_told(cell, inputs, told, checkpoint):
-    with pytest.raises(ProblemError, match=told):
+def test_a_cell_that_takes_other_arguments_is_told(cell, inputs, message, checkpoint):
+    with pytest.raises(ProblemError, match=message):
         DEQ(cell, checkpoint=checkpoint)(*[torch.ones(2, 3)] * inputs)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 import deqcore
 from deqcore.linear.gmres import KrylovSpace, gmres
+from deqcore.linear.norms import orthogonalize
 from deqcore.solve.loop import iterate
 from deqcore.solvers.anderson import Anderson
 from deqcore.solvers.broyden import Broyden
@@ -18,7 +19,7 @@ from deqcore.types import StoppingCriteria
 torch = pytest.importorskip("torch")
 pytest.importorskip("numba")
 
-from deqcore_torch import native  # noqa: E402
+from deqcore_torch import compiled  # noqa: E402
 from deqcore_torch.backend import TorchBackend  # noqa: E402
 from deqcore_torch.native import kernels, pool, steps  # noqa: E402
 
@@ -45,18 +46,6 @@ def problem(dtype, batch, n, gain=0.9):
 def solve(f, z, solver, rtol=0.0, max_steps=8):
     with torch.no_grad():
         return iterate(TorchBackend(), solver, f, z, StoppingCriteria(rtol=rtol, max_steps=max_steps))
-
-
-@pytest.fixture
-def without(monkeypatch):
-    """Runs something with the solvers' own steps."""
-
-    def run(do):
-        with monkeypatch.context() as patch:
-            patch.setattr(native, "loaded", lambda kind: None)
-            return do()
-
-    return run
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
@@ -158,7 +147,7 @@ def test_a_projection_is_that_of_the_contract(without, twice, masked):
         active = torch.tensor([True, k < 3, True, True]) if masked else None
         basis = basis.masked(active).append(q[:, :, k].contiguous())
     w = torch.randn(4, 50, generator=generator, dtype=torch.float64)
-    found, expected = (run(lambda: backend.orthogonalize(basis, w, twice)) for run in (lambda do: do(), without))
+    found, expected = (run(lambda: orthogonalize(backend, basis, w, twice)) for run in (lambda do: do(), without))
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-13)
 
@@ -187,7 +176,7 @@ def test_gmres_is_that_of_the_core(without, dtype, twice):
 
 
 def test_a_paused_space_grows_on(without):
-    """Samples that pause and go on together, as certified reuse has them."""
+    """Samples that pause and continue together, as certified reuse has them."""
     generator = torch.Generator().manual_seed(6)
     a = torch.eye(30, dtype=torch.float64) + 0.3 * torch.randn(6, 30, 30, generator=generator, dtype=torch.float64) / 3
     b = torch.randn(6, 30, generator=generator, dtype=torch.float64)
@@ -250,17 +239,17 @@ assert sol.value.dtype is dtype and bool(sol.converged.all()), sol
 
 
 def test_it_can_be_turned_off(monkeypatch):
-    native.loaded.cache_clear()
+    compiled.loaded.cache_clear()
     monkeypatch.setenv("DEQCORE_NATIVE", "0")
-    assert native.loaded("cpu") is None
-    native.loaded.cache_clear()
+    assert compiled.loaded("cpu") is None
+    compiled.loaded.cache_clear()
     monkeypatch.delenv("DEQCORE_NATIVE")
-    assert native.loaded("cpu") is steps
+    assert compiled.loaded("cpu") is steps
 
 
 def test_a_numba_that_does_not_import_is_told(monkeypatch):
-    native.loaded.cache_clear()
+    compiled.loaded.cache_clear()
     monkeypatch.setitem(sys.modules, "deqcore_torch.native.steps", None)
     with pytest.warns(UserWarning, match="Numba does not work here"):
-        assert native.loaded("cpu") is None
-    native.loaded.cache_clear()
+        assert compiled.loaded("cpu") is None
+    compiled.loaded.cache_clear()

@@ -24,10 +24,9 @@ STRATEGIES = {  # strategy, its options: steps, damping
 }
 
 
-@pytest.fixture(params=["numpy", "torch", "jax"])
-def be(request):
-    with jax.enable_x64(True):
-        yield deqcore.get_backend(backend=request.param)
+@pytest.fixture
+def be(every):
+    return every
 
 
 @pytest.fixture

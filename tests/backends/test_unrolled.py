@@ -4,8 +4,6 @@ The truths are closed forms: where a component's value is at its solution from t
 series. With the slope s it is (1 − s^k) / (1 − s) after k plain steps.
 """
 
-import contextlib
-
 import numpy as np
 import pytest
 
@@ -15,16 +13,9 @@ from deqcore.types import Status
 SOLVERS = ["picard", "anderson", "broyden", "newton-krylov"]
 
 
-@pytest.fixture(params=["numpy", "torch", "jax"])
-def be(request):
-    pytest.importorskip(request.param)
-    double = contextlib.nullcontext()
-    if request.param == "jax":
-        import jax
-
-        double = jax.enable_x64(True)
-    with double:
-        yield deqcore.get_backend(backend=request.param)
+@pytest.fixture
+def be(every):
+    return every
 
 
 def gradient(be, f, x, solver, steps, component=1, z0=None, **options):
@@ -133,7 +124,7 @@ def test_the_number_of_evaluations_is_what_it_was():
 
 @pytest.mark.parametrize("slope", [-0.5, -3.0])
 def test_a_derivative_that_plain_steps_lead_away_is_not_converged(be, slope):
-    """z = s z + x has dz/dx = 1 / (1 − s). Without an estimate Newton's method goes on by f itself beyond rounding."""
+    """z = s z + x has dz/dx = 1 / (1 − s). Without an estimate Newton's method continues with f beyond rounding."""
     if be.name == "jax":
         pytest.skip("the same step, and slow to compile")
     x = be.asarray(np.array([[0.3, 0.7]]))

@@ -3,8 +3,6 @@
 The truth is the residual that the test computes itself, in NumPy and float64.
 """
 
-import contextlib
-
 import numpy as np
 import pytest
 
@@ -17,16 +15,9 @@ STRATEGIES = ["exact-ift", "broyden-reuse", "jacobian-free", "neumann", "phantom
 RTOL = 1e-6
 
 
-@pytest.fixture(params=["numpy", "torch", "jax"])
-def be(request):
-    pytest.importorskip(request.param)
-    double = contextlib.nullcontext()
-    if request.param == "jax":
-        import jax
-
-        double = jax.enable_x64(True)
-    with double:
-        yield deqcore.get_backend(backend=request.param)
+@pytest.fixture
+def be(every):
+    return every
 
 
 def powell(z, xp):

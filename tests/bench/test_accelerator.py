@@ -264,4 +264,4 @@ def test_without_figures_there_is_nothing_to_render(tmp_path: Path, capsys: pyte
     from benchmarks.accelerator import __main__ as command
 
     assert command.main(["--render", "--out", str(tmp_path)]) == 2
-    assert "Measure first" in capsys.readouterr().err
+    assert "Run without --render first" in capsys.readouterr().err

@@ -55,17 +55,17 @@ ACCURACY = {
 
 
 def test_verdicts_are_paired_over_seeds():
-    told = evidence.verdicts("digits-torch", rows(results(ACCURACY)))
+    lines = evidence.verdicts("digits-torch", rows(results(ACCURACY)))
     exact, certified, free = (np.array(ACCURACY[LABELS[i]]) for i in (0, 1, 3))
     errors = (exact - free).mean() / stats.sem(exact - free)
     assert errors > 2
-    assert f"{errors:.1f} standard errors: the task counts" in told[0]
+    assert f"{errors:.1f} standard errors: the task counts" in lines[0]
     low, high = stats.ttest_rel(certified, exact).confidence_interval(0.95)
-    assert f"[{100 * low:+.2f}, {100 * high:+.2f}]" in told[2]
-    assert told[2].endswith(f"lower end at least -1.0: {'met' if low >= -0.01 else 'MISSED'}.")
-    assert "cosine of its gradient 0.500" in told[1]
-    assert "of Jacobian-free (at most 1.15: met)" in told[4]
-    assert "of exact (below 1: MISSED)" in told[4]
+    assert f"[{100 * low:+.2f}, {100 * high:+.2f}]" in lines[2]
+    assert lines[2].endswith(f"lower end at least -1.0: {'met' if low >= -0.01 else 'MISSED'}.")
+    assert "cosine of its gradient 0.500" in lines[1]
+    assert "of Jacobian-free (at most 1.15: met)" in lines[4]
+    assert "of exact (below 1: MISSED)" in lines[4]
 
 
 def test_a_task_where_nothing_differs_does_not_count():
@@ -77,8 +77,8 @@ def test_a_task_where_nothing_differs_does_not_count():
 def test_one_seed_says_nothing():
     alone = evidence.verdicts("digits-torch", rows(results({name: values[:1] for name, values in ACCURACY.items()})))
     assert alone[0] == "- Exact gradients against Jacobian-free: +1.00 points."
-    assert alone[2].endswith("lower end at least -1.0: one seed says nothing.")
-    assert "2.00 of exact (below 1: one seed says nothing)" in alone[4]
+    assert alone[2].endswith("lower end at least -1.0: one seed cannot decide.")
+    assert "2.00 of exact (below 1: one seed cannot decide)" in alone[4]
 
 
 def test_what_was_not_timed_has_no_verdict():
@@ -86,9 +86,9 @@ def test_what_was_not_timed_has_no_verdict():
     for each in found:
         if each["cell"]["strategy"]["label"] == "jacobian-free":
             each["times"] = {"training": None}
-    (told,) = (line for line in evidence.verdicts("digits-torch", rows(found)) if "Whole training" in line)
-    assert "against Jacobian-free not timed (at most 1.15), 1.88 [1." in told
-    assert told.endswith("of exact (below 1: MISSED).")
+    (line,) = (line for line in evidence.verdicts("digits-torch", rows(found)) if "Whole training" in line)
+    assert "against Jacobian-free not timed (at most 1.15), 1.88 [1." in line
+    assert line.endswith("of exact (below 1: MISSED).")
     for each in found:
         each["times"] = {"training": None}
     assert not any("Whole training" in line for line in evidence.verdicts("digits-torch", rows(found)))
@@ -118,12 +118,12 @@ def test_a_gap_that_grows_is_reported():
         label, noise = each["cell"]["strategy"]["label"], 1e-3 * each["cell"]["seed"]
         loss = 0.1 + noise if label == "plain reuse" else 0.0
         each["rounds"] = [{"test_accuracy": 0.9 - loss * number} for number in range(3)]
-    told = evidence.verdicts("rounds-torch", rows(found))
-    (plain,) = (line for line in told if line.startswith("- plain reuse, gap"))
+    lines = evidence.verdicts("rounds-torch", rows(found))
+    (plain,) = (line for line in lines if line.startswith("- plain reuse, gap"))
     assert "round 1: +0.00" in plain
     assert "in round 3: -20.30" in plain
     assert plain.endswith("it builds up.")
-    assert sum("no build-up is shown" in line for line in told) == 2
+    assert sum("no build-up is shown" in line for line in lines) == 2
 
 
 def test_images_are_unpacked_and_texts_are_linked(tmp_path: Path):

@@ -87,7 +87,7 @@ def test_verdicts_follow_from_the_numbers() -> None:
     assert found["anderson: evaluations to 1e-5, dense"].verdict == "met"
     assert found["broyden: failures with 10 pairs, linear ρ = .95, 200 steps"].verdict == "missed: 1.50 × the limit"
     assert found["newton-krylov: evaluations and products, 20 slow modes, 1e-8"].verdict == "missed: 1.00 × the limit"
-    assert found["newton-krylov: distance to the solution where f is not a contraction"].verdict.startswith("missed")
+    assert found["newton-krylov: distance to the solution where f does not contract"].verdict.startswith("missed")
     assert found["broyden: states of memory after 24 steps, float32 history"].verdict == "met"
     assert found["broyden: states of memory after 24 steps, bfloat16 history"].verdict == "missed: 1.03 × the limit"
     assert found["picard: seconds with compaction / without, 1 hard sample of 64"].verdict == "missed: 1.20 × the limit"

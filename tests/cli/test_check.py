@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from deqcore import plugins
 from deqcore.cli.app import main
 
 Capture = pytest.CaptureFixture[str]
 
 
-@pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    for name in [name for name in os.environ if name.startswith("DEQCORE_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DEQCORE_PLUGIN_AUTOLOAD", "0")
-    plugins.reset()
-    yield
-    plugins.reset()
+pytestmark = pytest.mark.usefixtures("project")
 
 
 def run(capture: Capture, *args: str) -> tuple[int, str, str]:
@@ -118,7 +107,7 @@ def test_a_deqfile_that_is_not_there_is_reported_once(capsys: Capture, tmp_path:
         (["--solver", "broiden"], "Did you mean 'broyden'?"),
         (["--strategy", "exact"], "No strategy is registered as 'exact'"),
         (["--dtype", "float46"], "Did you mean 'float64'?"),
-        (["--problem", "nothing.py:f"], "there is no file 'nothing.py'"),
+        (["--problem", "nothing.py:f"], "the file 'nothing.py' does not exist"),
         (["--solver", "picard", "--strategy", "broyden-reuse"], "keeps the estimate"),
     ],
 )

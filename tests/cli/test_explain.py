@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -75,15 +74,8 @@ class Demands(Raises):
 
 
 @pytest.fixture(autouse=True)
-def _fresh(monkeypatch, tmp_path):
-    for name in [name for name in os.environ if name.startswith("DEQCORE_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DEQCORE_PLUGIN_AUTOLOAD", "0")
-    plugins.reset()
-    (tmp_path / "p.py").write_text(PROBLEM)
-    yield
-    plugins.reset()
+def _fresh(project):
+    (project / "p.py").write_text(PROBLEM)
 
 
 def explain(capture, *args):
@@ -282,7 +274,7 @@ def test_an_empty_batch(capsys):
     ("args", "message"),
     [
         (["--problem", "mlq"], "Did you mean 'mlp'?"),
-        (["--problem", "missing.py:mine"], "there is no file 'missing.py'"),
+        (["--problem", "missing.py:mine"], "the file 'missing.py' does not exist"),
         (["--problem", "p.py:mime"], "Did you mean 'mine'?"),
         (["--problem", "p.py:raises"], "f raised RuntimeError: no such layer (p.py, line 13)"),
         (["--problem", "p.py:torch_only"], "written for torch"),

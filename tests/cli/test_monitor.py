@@ -59,7 +59,10 @@ def test_report_writes_a_page_beside_the_log(capsys: Capture, log: Path) -> None
 @pytest.mark.parametrize("command", ["watch", "report"])
 def test_bad_logs_are_one_message(capsys: Capture, tmp_path: Path, command: str) -> None:
     (tmp_path / "bad.csv").write_text("a,b\n")
-    for name, message in (("none.jsonl", "There is no log"), ("bad.csv", "is not a log of the monitor")):
+    for name, message in (
+        ("none.jsonl", "none.jsonl' does not exist"),
+        ("bad.csv", "is not a log of the monitor"),
+    ):
         code, out, err = run(capsys, command, str(tmp_path / name))
         assert (code, out) == (2, "")
         assert message in err

@@ -33,11 +33,11 @@ class TestGuarded(SolverTests):
 class TestSmallMemory(SolverTests):
     """Restarts and full rings."""
 
-    backends = ("numpy",)
+    backends = ("numpy", "torch")
     solvers = ("anderson", "broyden")
     options: ClassVar = {"history_size": 3}
     expected_failures: ClassVar = {
-        "test_a_restarted_sample_begins_where_it_is_put[numpy-broyden]": (
-            "with three pairs, the renewal of full samples writes over a residual that a sample beside them keeps"
+        "test_a_state_of_another_problem_is_a_warm_start[torch-broyden-rows0-2]": (
+            "a step in which any sample restarts is taken by portable code, which rounds otherwise than the kernel"
         )
     }

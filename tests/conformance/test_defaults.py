@@ -6,37 +6,33 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from deqcore_numpy.backend import NumpyBackend
+from deqcore_numpy.backend import NumpyBackend, NumpyLinalg
 from deqcore_numpy.derivative import jacobian
+from deqcore_numpy.guards import NumpyGuards
 
 from deqcore import plugins
+from deqcore.abc.autodiff import Autodiff
 from deqcore.abc.backend import Backend
 from deqcore.abc.functional_history import FunctionalHistory
+from deqcore.abc.guards import CallGuards
+from deqcore.abc.linalg import SmallLinalg
 from deqcore.testing import BackendTests, SolverTests
 from deqcore.types import Capabilities
 
 pytest_plugins = ["deqcore.testing.plugin"]
 
 
-class PlainBackend(Backend):
-    name: ClassVar[str] = "plain"
-    capabilities = Capabilities(autodiff=False)
-    xp = np
+class PlainLinalg(SmallLinalg):
+    solve = NumpyLinalg.solve
 
-    is_array, asarray, to_numpy = NumpyBackend.is_array, NumpyBackend.asarray, NumpyBackend.to_numpy
-    detach, solve = NumpyBackend.detach, NumpyBackend.solve
-    errstate, in_extended_precision = NumpyBackend.errstate, NumpyBackend.in_extended_precision
 
-    def known_all(self, mask: Any) -> bool:
-        return bool(np.all(mask))
+class PlainGuards(CallGuards):
+    in_extended_precision = NumpyGuards.in_extended_precision
 
-    def astype(self, x: Any, dtype: str) -> Any:
-        if np.iscomplexobj(x):
-            raise TypeError("norms and dot products are real: `jacobian` turns to differences")
-        return super().astype(x, dtype)
 
+class PlainAutodiff(Autodiff):
     def pullback(self, f: Any, leaves: tuple[Any, ...]) -> Any:
-        with self.errstate():
+        with self.be.errstate():
             value = f(leaves)
             dense = [
                 jacobian(lambda x, i=i: f((*leaves[:i], x, *leaves[i + 1 :])), leaf) for i, leaf in enumerate(leaves)
@@ -51,6 +47,24 @@ class PlainBackend(Backend):
     def implicit(self, f: Any, z0: Any, args: Any, solve: Any, adjoint: Any) -> Any:
         forward = self.forward_only(f, z0, args, solve)
         return forward.z, forward, None
+
+
+class PlainBackend(Backend):
+    name: ClassVar[str] = "plain"
+    capabilities = Capabilities(autodiff=False)
+    xp = np
+    linalg_class, autodiff_class, guards_class = PlainLinalg, PlainAutodiff, PlainGuards
+
+    is_array, asarray, to_numpy = NumpyBackend.is_array, NumpyBackend.asarray, NumpyBackend.to_numpy
+    detach, errstate = NumpyBackend.detach, NumpyBackend.errstate
+
+    def known_all(self, mask: Any) -> bool:
+        return bool(np.all(mask))
+
+    def astype(self, x: Any, dtype: str) -> Any:
+        if np.iscomplexobj(x):
+            raise TypeError("norms and dot products are real: `jacobian` turns to differences")
+        return super().astype(x, dtype)
 
 
 SPEC = plugins.BackendSpec("plain", f"{__name__}:PlainBackend", array_modules=("numpy",))
@@ -74,11 +88,11 @@ class TestSolversOnIt(SolverTests):
 
 
 def test_a_backend_without_derivatives_says_what_it_lacks():
-    class Without(PlainBackend):
-        pullback = Backend.pullback
+    class Without(PlainAutodiff):
+        pullback = Autodiff.pullback
 
     with pytest.raises(NotImplementedError, match=r"Without must implement `pullback`, or `linearize` and `vjp`"):
-        Without().linearize(lambda z: z, np.ones((1, 1)))
+        Without(PlainBackend()).linearize(lambda z: z, np.ones((1, 1)))
 
 
 def test_the_default_history_keeps_narrow_slots_and_answers_in_the_states_dtype():

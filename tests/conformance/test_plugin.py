@@ -128,8 +128,8 @@ def test_without_pytest_the_message_names_the_extra(tmp_path):
 def command(capsys, *args: str) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as ended:
         app.main(list(args))
-    told = capsys.readouterr()
-    return int(ended.value.code or 0), told.out, told.err
+    printed = capsys.readouterr()
+    return int(ended.value.code or 0), printed.out, printed.err
 
 
 def test_a_good_solver_and_its_three_outputs(capsys, tmp_path):
@@ -209,12 +209,12 @@ def test_a_config_path_that_is_a_directory(capsys, tmp_path, monkeypatch):
             ("strategy", "neumann", "--cost-bounds", "[6]"),
             "--cost-bounds must be a JSON object, such as '{\"slow-modes\": 60}' (got '[6]')",
         ),
-        (("solver", "picard", "--junit", "/nowhere/x.xml"), "does not exist"),
+        (("solver", "picard", "--junit", "/nowhere/x.xml"), "must be in an existing folder"),
         (
             ("solver", "picard", "--junit", "/tmp"),
             "--junit must be the name of a file to write (got the directory '/tmp')",
         ),
-        (("solver", "picard", "--expect", "/nowhere/x.toml"), "no such file"),
+        (("solver", "picard", "--expect", "/nowhere/x.toml"), "must be an existing file"),
         (("solver", "picard", "--expect", "/tmp"), "--expect must be a TOML file (got the directory '/tmp')"),
         (("backend", "numpy", "--device", "cuda"), "device must be 'cpu' for the backend 'numpy' (got 'cuda')"),
         (("solver", "picard", "--backend", "numpy", "-k", "zzz"), "No test matches 'zzz'"),

@@ -215,7 +215,7 @@ def test_a_backend_that_traces_refuses():
 def test_no_step_is_taken_beyond_the_budget(be):
     taken = []
 
-    def advance(f, running, carry, steps):
+    def advance(f, carry, steps, spare):
         taken.append(steps)
         return carry
 

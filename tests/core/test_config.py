@@ -1,4 +1,4 @@
-"""Settings: which value takes precedence, where it came from, and which error a mistake raises."""
+"""Settings: which value wins, where it came from, and what the error of a mistake says."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,16 +22,7 @@ from deqcore import errors, plugins
 from deqcore.config import Config, current, resolve, using
 from deqcore.plugins import Options
 
-
-@pytest.fixture(autouse=True)
-def _clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in [name for name in os.environ if name.startswith("DEQCORE_")]:
-        monkeypatch.delenv(name)
-    path = list(sys.path)
-    plugins.reset()
-    yield
-    plugins.reset()
-    sys.path[:] = path
+pytestmark = pytest.mark.usefixtures("no_settings", "no_plugins")
 
 
 def resolved(**overrides: object) -> Config:

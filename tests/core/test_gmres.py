@@ -286,7 +286,7 @@ def test_the_space_knows_its_inverse_norm_and_residual_vector(be):
 
 
 def test_a_space_that_paused_goes_on_as_if_it_had_not(be):
-    """Sample 0 waits while the others grow; its next vector then stands in a slot far from its last."""
+    """Sample 0 waits while the others grow; its next vector is then in a slot far from its last."""
     a, b = systems(14, 3, 24)
     space = KrylovSpace(be, product_of(be, a))
     norm = np.linalg.norm(b, axis=1)

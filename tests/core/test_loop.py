@@ -24,7 +24,7 @@ FIELDS = ("z", "fz", "residual", "status", "steps", "evaluations")
 
 @pytest.fixture(autouse=True)
 def _no_warnings_from_f():
-    """As `Backend.forward_only` does for NumPy: NaN and inf are statuses here."""
+    """As `Autodiff.forward_only` does for NumPy: NaN and inf are statuses here."""
     with np.errstate(all="ignore"):
         yield
 
@@ -518,7 +518,7 @@ def test_two_halves_of_a_solve_are_the_whole(be, truth, solver):
 
 
 @pytest.mark.parametrize("solver", WITH_ESTIMATE, ids=repr)
-def test_going_on_leaves_the_first_estimate_alone(be, truth, solver):
+def test_continuing_leaves_the_first_estimate_alone(be, truth, solver):
     problem = truth.affine(10, 3, 10, [0.5, 0.8, 0.9])
     f, z0 = truth.affine_map(be, problem), be.asarray(0 * problem.b)
     first = iterate(be, solver, f, z0, StoppingCriteria(1e-3, max_steps=9))
@@ -546,7 +546,7 @@ class Watched(Broyden):
 
 
 def test_a_frozen_sample_that_goes_on_keeps_its_secant_equation(be, truth):
-    """While sample 0 was frozen the ring moved on, so its own old vectors may stand in the next slot."""
+    """While sample 0 was frozen the ring moved on, so its own old vectors may be in the next slot."""
     problem = truth.affine(0, 2, 12, [0.5, 0.97])
     f, z0 = truth.affine_map(be, problem), be.asarray(0 * problem.b)
     solver = Watched(history_size=14)

@@ -1,4 +1,4 @@
-"""Plugins: found by name, isolated when they are broken, and not imported before they are used."""
+"""Plugins: found by name, contained when they are broken, and without a cost when no caller asks."""
 
 from __future__ import annotations
 
@@ -47,14 +47,11 @@ class Plain(Solver):
 
 
 @pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _fresh(monkeypatch: pytest.MonkeyPatch, no_plugins: None) -> Iterator[None]:
     for name in ("DEQCORE_DISABLE_PLUGINS", "DEQCORE_PLUGIN_AUTOLOAD"):
         monkeypatch.delenv(name, raising=False)
-    before, path = set(sys.modules), list(sys.path)
-    plugins.reset()
+    before = set(sys.modules)
     yield
-    plugins.reset()
-    sys.path[:] = path
     for name in set(sys.modules) - before:
         if name.startswith(("deq_", "deqfile_")):
             del sys.modules[name]
@@ -114,7 +111,7 @@ def test_a_missing_framework_names_the_extra() -> None:
     plugins.register(
         BackendSpec("absent", "deq_absent:Backend", package="no_such_framework", extra="absent", array_modules=())
     )
-    plugins.register(TrainerSpec("absent", "deq_absent:Trainer", "absent"))
+    plugins.register(TrainerSpec("absent", "deq_absent:Trainer", backend="absent"))
     for kind in ("backend", "trainer"):
         with pytest.raises(errors.MissingFrameworkError, match=r'pip install "deqcore\[absent\]"'):
             plugins.load(kind, "absent")  # type: ignore[arg-type]
@@ -153,7 +150,7 @@ def test_one_plugin_may_offer_several_kinds(install: Install) -> None:
             yield SinkSpec("null", "deq_x:Null")
         @hookimpl
         def deqcore_trainers():
-            yield TrainerSpec("mlx", "deq_x:Trainer", "mlx")
+            yield TrainerSpec("mlx", "deq_x:Trainer", backend="mlx")
         @hookimpl
         def deqcore_commands():
             yield CommandSpec("export", "deq_x:export")
@@ -174,7 +171,7 @@ def test_one_plugin_may_offer_several_kinds(install: Install) -> None:
 def test_two_plugins_with_one_name_are_an_error_naming_both(install: Install) -> None:
     install("first", OFFERS_MINE)
     install("second", OFFERS_MINE)
-    assert plugins.make_solver("picard")  # other plugins still work
+    assert plugins.make_solver("picard")  # no other user is affected
     assert "jacobian-free" in plugins.strategies()
     for ask in (lambda: plugins.make_solver("mine"), plugins.solvers):
         with pytest.raises(errors.PluginError, match=r"'mine'.*'first'.*deq_first.*'second'.*deq_second"):
@@ -312,6 +309,8 @@ def test_a_target_that_is_no_solver_is_an_error_when_used(target: str, install: 
 SHAPELESS = """
 from dataclasses import dataclass
 from deqcore import Backend, Solver, Strategy
+from deqcore.abc.linalg import SmallLinalg
+from deqcore_numpy.backend import NumpyBackend
 
 @dataclass(frozen=True)
 class Mute(Solver):
@@ -331,6 +330,16 @@ class Odd(Strategy):
 
 class Half(Backend):
     name = "half"
+
+class Unsolved(NumpyBackend):
+    linalg_class = type("Mine", (SmallLinalg,), {})
+
+class Unguarded(NumpyBackend):
+    guards_class = dict
+
+class Partless(NumpyBackend):
+    def __init__(self):
+        self.device = "cpu"
 """
 
 
@@ -356,6 +365,21 @@ class Half(Backend):
             plugins.make_backend,
             "Half",
             r"'wrong' is Half, which must implement asarray, .*\. See deqcore.abc.backend.Backend",
+        ),
+        (
+            plugins.make_backend,
+            "Unsolved",
+            r"The linalg_class of the backend 'wrong' is Mine, which must implement solve. See deqcore.abc.linalg",
+        ),
+        (
+            plugins.make_backend,
+            "Unguarded",
+            r"The guards_class of the backend 'wrong' must be a subclass of deqcore.abc.guards.CallGuards .got",
+        ),
+        (
+            plugins.make_backend,
+            "Partless",
+            r"The backend 'wrong' must have its parts. Call super\(\).__init__\(\) in Partless.__init__",
         ),
         (
             plugins.make_backend,
@@ -476,7 +500,7 @@ def test_records_validate_their_other_fields() -> None:
     with pytest.raises(errors.PluginError, match="array_modules"):
         BackendSpec("a", "b:c", array_modules="torch")  # type: ignore[arg-type]
     with pytest.raises(errors.PluginError, match="the name of a backend"):
-        TrainerSpec("a", "b:c", "")
+        TrainerSpec("a", "b:c", backend="")
 
 
 # -- whose array is this? ----------------------------------------------------------------------------------
@@ -633,7 +657,7 @@ class Rich:
 
 
 def test_rich_annotations_are_checked_by_jsons_strict_rules(tmp_path: Path) -> None:
-    from deqcore.config.options import instantiate
+    from deqcore.options import instantiate
 
     module = ModuleType("deq_rich")
     sys.modules["deq_rich"] = module
@@ -658,7 +682,7 @@ def test_rich_annotations_are_checked_by_jsons_strict_rules(tmp_path: Path) -> N
 
 
 def test_an_annotation_that_cannot_be_evaluated_is_left_to_the_class() -> None:
-    from deqcore.config.options import instantiate
+    from deqcore.options import instantiate
 
     module = ModuleType("deq_lazy")
     sys.modules["deq_lazy"] = module

@@ -122,7 +122,7 @@ def lacking(label, found):
     if whole and len(taken) > 1:
         missing = [each for each in taken if not re.search(rf"^\s+\*{{0,2}}{each}\b|, {each}[:,]|`{each}`", text, re.M)]
         if missing:
-            yield f"says nothing of {missing}"
+            yield f"does not mention {missing}"
     raised = set(re.findall(r"raise (\w+Error)\b", source(found))) - {"NotImplementedError"}
     if raised and inspect.isfunction(found) and not re.search(r"^Raises:", text, re.M):
         yield f"raises {sorted(raised)} and does not say so"
@@ -150,7 +150,7 @@ def test_a_docstring_without_its_sections_is_found():
 
     assert list(lacking("bad", bad)) == [
         "has no section Args or Attributes",
-        "says nothing of ['first', 'second']",
+        "does not mention ['first', 'second']",
         "raises ['ValueError'] and does not say so",
     ]
 

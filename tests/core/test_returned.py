@@ -81,15 +81,21 @@ def test_a_step_that_returns_something_else(wrong, words):
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        (lambda g, told: g, r"AdjointSolving.solve_adjoint must return \(u, report\).*\(got a \w+ of shape \(2, 3\)\)"),
-        (lambda g, told: None, r"AdjointSolving.solve_adjoint must return .*deqcore.abc.backward.report.*\(got None\)"),
-        (lambda g, told: (g, 3), r"a tuple of 2 \(a \w+ of shape \(2, 3\), a int\)"),
         (
-            lambda g, told: (g[:1], told),
+            lambda g, r: g,
+            r"AdjointSolving.solve_adjoint must return \(u, report\).*\(got a \w+ of shape \(2, 3\)\)",
+        ),
+        (
+            lambda g, r: None,
+            r"AdjointSolving.solve_adjoint must return .*deqcore.abc.backward.report.*\(got None\)",
+        ),
+        (lambda g, r: (g, 3), r"a tuple of 2 \(a \w+ of shape \(2, 3\), a int\)"),
+        (
+            lambda g, r: (g[:1], r),
             r"must return u of the cotangent's shape \(2, 3\) \(got a \w+ of shape \(1, 3\)\)",
         ),
         (
-            lambda g, told: (g, told._replace(vjps=5)),
+            lambda g, r: (g, r._replace(vjps=5)),
             r"\(report.vjps\) must return one number per sample.*\(got a int\)",
         ),
     ],

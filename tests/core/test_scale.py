@@ -97,9 +97,9 @@ def test_states_of_any_size(name, dtype, s, solver, options):
 )
 def test_torch_without_compiled_code(monkeypatch, dtype, s, solver):
     pytest.importorskip("torch")
-    from deqcore_torch import native
+    from deqcore_torch import compiled
 
-    monkeypatch.setattr(native, "loaded", lambda kind: None)
+    monkeypatch.setattr(compiled, "loaded", lambda kind: None)
     check("torch", dtype, s, solver, {})
 
 
@@ -229,7 +229,7 @@ def test_norms(name, dtype):
 
 @pytest.mark.parametrize(("dtype", "low", "high"), [("float32", -36, 36), ("float64", -290, 290)])
 def test_norms_of_jax_on_accelerators(dtype, low, high):
-    """Three sums in one pass replace a second pass, which would need a decision by the host."""
+    """Three sums in one pass, instead of a second pass that the host would have to decide on."""
     pytest.importorskip("jax")
     from deqcore_jax.backend import _norm_by_ranges
 

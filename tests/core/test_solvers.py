@@ -299,7 +299,7 @@ def test_anderson_with_full_memory_is_gmres(be, truth):
 
 
 def test_a_step_that_makes_it_much_worse_leaves_its_own_difference_only(be):
-    """Sample 0 meets a cliff that its differences did not announce; sample 1 goes on with its own."""
+    """Sample 0 meets a cliff that its differences did not announce; sample 1 continues with its own."""
     cliff = be.asarray(np.array([[True], [False]]))
     visited = []
 
@@ -400,7 +400,7 @@ def test_newton_krylov_needs_fewer_evaluations_than_broyden_on_slow_modes(be, se
     np.testing.assert_allclose(be.to_numpy(newton.value), np.linalg.solve(np.eye(96) - w, b.T).T, atol=1e-4)
 
 
-# -- the loop with a custom solver ----------------------------------------------------------------------------
+# -- the loop with a custom solver ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -271,7 +271,7 @@ def test_plain_reuse_is_minus_ht_g(be, truth, steps, seed):
         shaken = truth.broyden(f, np.full(12, 1e-15), steps)[1][-1]
         noise = 1e3 * np.abs((h - shaken).T @ g[i]).max()
         assert np.abs(u[i] + h.T @ g[i]).max() <= max(1e-9, noise) * max(1.0, np.abs(u[i]).max())
-        if steps == 10:  # the test detects the other sign, and H instead of Hᵀ
+        if steps == 10:  # the test can tell: neither the other sign nor H instead of Hᵀ
             assert np.abs(u[i] - h.T @ g[i]).max() > 1e-2
             assert np.abs(u[i] + h @ g[i]).max() > 1e-2
 
@@ -421,20 +421,24 @@ def test_a_file_without_null_can_ask_for_plain_reuse():
 
 def test_reuse_without_an_estimate_is_a_broken_promise(be, truth):
     problem = truth.affine(3, 2, 6, 0.7)
-    with pytest.raises(StrategyError, match="without an estimate"):
+    with pytest.raises(StrategyError, match="without the estimate"):
         solve_adjoint(be, "broyden-reuse", problem, problem.b)
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("broyden-reuse", {"max_relative_error": 1.5}, "max_relative_error = 1.5"),
+        (
+            "broyden-reuse",
+            {"max_relative_error": 1.5},
+            "number between 0 and 1, or none (got 1.5)",
+        ),
         (
             "broyden-reuse",
             {"max_relative_error": "some"},
             "max_relative_error must be of type Union[float, Literal['none'], NoneType] (got 'some')",
         ),
-        ("broyden-reuse", {"max_refine_vjps": 0}, "max_refine_vjps = 0"),
+        ("broyden-reuse", {"max_refine_vjps": 0}, "max_refine_vjps must be at least 1 (got 0)"),
         ("broyden-reuse", {"fallback": "hope"}, "'hope'"),
         ("exact-ift", {"rtol": "tight"}, "rtol must be of type Union[float, Literal['auto']] (got 'tight')"),
         ("jacobian-free", {"steps": 1}, "no option 'steps'"),

@@ -11,6 +11,8 @@ from deqcore.solvers.anderson import Anderson
 from deqcore.solvers.broyden import Broyden
 from deqcore.solvers.newton_krylov import NewtonKrylov
 from deqcore.solvers.picard import Picard
+from deqcore.testing.problems import golden
+from deqcore.testing.suite.fixtures import Kit
 from deqcore.types import Status, StoppingCriteria
 
 ACCELERATED = ["broyden", "anderson", "newton-krylov"]
@@ -155,6 +157,20 @@ def test_blow_up_is_measured_by_the_scale_of_the_start(be):
         sol = solve(be, lambda v: u_ + k_ * v, z0, "broyden")
         assert statuses(be, sol) == [Status.CONVERGED]
         np.testing.assert_allclose(be.to_numpy(sol.value)[0], (u / (1 - k))[0], atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
+def test_newton_krylov_keeps_what_it_finds_at_condition_1e4_in_float32(backend):
+    """‖z*‖ is 2000 times the first residual. In JAX no residual after the hundredfold fall is eight times the next."""
+    pytest.importorskip(backend)
+    be = deqcore.get_backend(backend=backend)
+    kit, problem = Kit(be), golden("ill-conditioned")
+    f, z0, args = kit.data(problem, "float32")
+    sol = kit.solve(f, z0, *args, solver="newton-krylov", rtol=1e-4, max_steps=300)
+    assert statuses(be, sol) == [Status.CONVERGED] * 3
+    assert kit.numpy(sol.evaluations).max() < 100
+    found, truth = (np.asarray(z).reshape(3, -1) for z in (kit.numpy(sol.value), problem.truth.z))
+    assert (np.linalg.norm(found - truth, axis=1) <= 0.01 * np.linalg.norm(truth, axis=1)).all()
 
 
 # -- steps to where f is not finite -----------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`state=` of a solve goes on, whatever has become of f: one evaluation says where it stands."""
+"""`state=` of a solve continues, however f has changed: one evaluation says where it stands."""
 
 import numpy as np
 import pytest

@@ -13,12 +13,6 @@ torch = pytest.importorskip("torch")
 jax = pytest.importorskip("jax")
 
 
-@pytest.fixture(params=["numpy", "torch", "jax"])
-def every(request):
-    with jax.enable_x64(True):
-        yield deqcore.get_backend(backend=request.param)
-
-
 B, N = 3, 8
 
 

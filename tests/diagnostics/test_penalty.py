@@ -15,10 +15,9 @@ torch = pytest.importorskip("torch")
 jax = pytest.importorskip("jax")
 
 
-@pytest.fixture(params=["numpy", "torch", "jax"])
-def be(request):
-    with jax.enable_x64(True):
-        yield deqcore.get_backend(backend=request.param)
+@pytest.fixture
+def be(every):
+    return every
 
 
 def signs(n, rows):

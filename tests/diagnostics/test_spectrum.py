@@ -15,12 +15,6 @@ torch = pytest.importorskip("torch")
 jax = pytest.importorskip("jax")
 
 
-@pytest.fixture(params=["numpy", "torch", "jax"])
-def every(request):
-    with jax.enable_x64(True):
-        yield deqcore.get_backend(backend=request.param)
-
-
 def affine(be, a):
     """f(z) = A z with one A per sample."""
     stored = be.asarray(a)

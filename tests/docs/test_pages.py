@@ -2,7 +2,7 @@
 
 A page's Python is one program; a block below "`name`:" is a file; `deqcore` and `pytest` commands are run; a table of
 settings without a name is read as a config. Commands that install something are run by `make release-check`. What a
-page needs and does not show stands in a comment, `<!-- python ... -->`.
+page needs and does not show is in a comment, `<!-- python ... -->`.
 """
 
 from __future__ import annotations

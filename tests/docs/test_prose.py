@@ -40,6 +40,17 @@ def faults(prose, tmp_path, text, suffix=".py"):
         "A faster way was not to be had.",
         "Nothing came of it.",
         "There is a file, but no table in it.",
+        "The solve goes on.",
+        "Everything is right but for the sign.",
+        "The key stands on each line.",
+        "The cell takes inputs beside z.",
+        "The file is to be read first.",
+        "The residual says nothing of the error.",
+        "JSON knows no NaN.",
+        "The sample ends alone as in company.",
+        "The cell learns digits by heart.",
+        "Each cell hears from its row.",
+        "Whoever installs it can use it.",
     ],
 )
 def test_each_phrase_is_found_in_every_kind_of_text(prose, tmp_path, sentence):
@@ -60,6 +71,8 @@ def test_each_phrase_is_found_in_every_kind_of_text(prose, tmp_path, sentence):
         "`is no word` is code, as is [a link](is no link).",
         "Each solve has its own mask.",
         "There is one solution. But f is not a contraction.",
+        "There is no table in the file.",
+        "Environment variables go on top.",
     ],
 )
 def test_right_sentences_pass(prose, tmp_path, sentence):
@@ -121,3 +134,5 @@ def test_a_finding_can_be_allowed(prose, tmp_path, monkeypatch):
 
 def test_what_it_reads_is_clean(prose):
     assert [str(finding) for finding in prose.check(prose.FOLDERS)] == []
+    packages = {path.name for path in prose.ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    assert packages - {"build", "dist", "site"} <= set(prose.FOLDERS), "a folder that the check does not read"

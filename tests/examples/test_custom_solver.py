@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import sys
 import tomllib
@@ -24,14 +23,8 @@ INSTALLED = [spec.name for spec in BACKENDS if spec.package is None or plugins.i
 
 
 @pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in [name for name in os.environ if name.startswith("DEQCORE_")]:
-        monkeypatch.delenv(name)
-    path = list(sys.path)
-    plugins.reset()
+def _fresh(no_settings: None, no_plugins: None) -> Iterator[None]:
     yield
-    plugins.reset()
-    sys.path[:] = path
     for name in [name for name in sys.modules if name.split(".")[0] in {"aitken", "deq_aitken"}]:
         del sys.modules[name]
 

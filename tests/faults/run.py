@@ -157,7 +157,7 @@ class Results:
             if before.get("of") == self.found["of"]:
                 self.found = before
             else:
-                print(f"{path} was written for another state of deqcore. Starting again.")
+                print(f"{path} was written for another state of deqcore: begun again.")
 
     def keep(self, part: str, name: str, value: object) -> None:
         self.found[part][name] = value
@@ -225,7 +225,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser.add_argument("--matrix", action="store_true", help="the planted faults against the whole suite, too")
     parser.add_argument("--only", default="", help="of the matrix: faults whose name has this text")
     parser.add_argument("--json", type=Path, help="keep what was found in this file, after each step")
-    parser.add_argument("--resume", action="store_true", help="go on with what --json has")
+    parser.add_argument("--resume", action="store_true", help="continue with what --json has")
     given = parser.parse_args(arguments)
     results = Results(given.json, given.resume)
     missed = run_matrix(given.only, given.workers, results) if given.matrix else []

@@ -31,8 +31,8 @@ def test_the_suite_names_it(fault):
     outcomes = checking.check(fault.where, text, fault.request, fault.backend)
     failed = [each for each in outcomes if each.outcome == "failed"]
     assert {each.check for each in failed} == {fault.test}, f"not caught: {[(o.test, o.message) for o in outcomes]}"
-    told = [each for each in failed if re.search(fault.reason, f"{each.message}\n{each.detail}")]
-    assert told, f"caught for another reason: {[each.message for each in failed]}"
+    matching = [each for each in failed if re.search(fault.reason, f"{each.message}\n{each.detail}")]
+    assert matching, f"caught for another reason: {[each.message for each in failed]}"
 
 
 def test_there_are_enough_of_them_and_each_has_a_name():

@@ -67,7 +67,7 @@ def test_a_profile_comes_back_from_disk(tmp_path, suffix) -> None:
 
 
 def test_what_is_not_a_profile_is_reported(tmp_path, monkeypatch) -> None:
-    with pytest.raises(ConfigError, match="There is no reference profile"):
+    with pytest.raises(ConfigError, match="The reference profile .* does not exist"):
         Profile.load(tmp_path / "none.json")
     for text in ("{", "[]", "{}", '{"deqcore.profile": 9}', '{"deqcore.profile": 1, "residual": ["x"], "steps": [1]}'):
         (tmp_path / "bad.json").write_text(text)

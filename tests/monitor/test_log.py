@@ -114,7 +114,7 @@ def test_what_is_not_a_log_is_reported(tmp_path, text) -> None:
 
 
 def test_files_that_cannot_be_read(tmp_path) -> None:
-    with pytest.raises(MonitorError, match=r"There is no log .*The sink 'jsonl' writes it"):
+    with pytest.raises(MonitorError, match=r"The log .* does not exist\. Run a Monitor with the sink 'jsonl'"):
         read(tmp_path / "none.jsonl")
     with pytest.raises(MonitorError, match="cannot be read"):
         read(tmp_path)
@@ -137,7 +137,7 @@ def test_a_growing_log_is_followed_line_by_line(tmp_path) -> None:
         file.write(text[30:])
     assert tail.poll()
     assert tail.log.rows == rows(3)
-    write(path, *rows(1))  # the file is written again
+    write(path, *rows(1))  # written again
     assert tail.poll()
     assert tail.log.rows == rows(1)
 

@@ -304,7 +304,9 @@ def test_a_measurement_that_fails_is_reported_once_and_left_out() -> None:
 
 def test_unknown_metrics_are_reported_with_a_suggestion() -> None:
     monitor = Monitor(sinks=[])
-    with pytest.raises(ConfigError, match=r"no metric 'deq_spectral_radios'\. Did you mean 'deq_spectral_radius'\?"):
+    with pytest.raises(
+        ConfigError, match=r"unknown metric 'deq_spectral_radios'\. Did you mean 'deq_spectral_radius'\?"
+    ):
         monitor.log(deq_spectral_radios=1.0)
     with pytest.raises(ConfigError, match="Did you mean 'deq_forward_steps'"):
         Monitor(sinks=[], measurements=[Measurement("deq_forward_step", lambda solve: 0.0)])
@@ -345,10 +347,10 @@ def test_the_section_of_a_config_file_is_used(tmp_path, monkeypatch) -> None:
     assert monitor.every == 3
     with monitor:
         for step in range(3):
-            told = (
+            expectation = (
                 pytest.warns(MonitorWarning, match="mean of deq_forward_steps over 2") if step == 2 else nullcontext()
             )
-            with told:
+            with expectation:
                 deqcore.fixed_point(affine(0.5), np.zeros((2, 2)))
     assert (tmp_path / "a.csv").exists()
 

@@ -37,11 +37,7 @@ ROWS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    plugins.reset()
-    yield
-    plugins.reset()
+pytestmark = pytest.mark.usefixtures("no_plugins")
 
 
 @dataclass
@@ -143,11 +139,11 @@ def test_a_full_disk_stops_nothing_and_the_data_are_rescued(tmp_path, monkeypatc
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.warns(MonitorWarning) as seen, Monitor(sinks=[{"sink": "jsonl", "path": "/dev/full"}], every=1):
         solve(4)
-    told = [str(each.message) for each in seen]
-    assert len(told) == 2
-    assert "The sink 'jsonl' fails: OSError: [Errno 28]" in told[0]
+    messages = [str(each.message) for each in seen]
+    assert len(messages) == 2
+    assert "The sink 'jsonl' fails: OSError: [Errno 28]" in messages[0]
     (rescued,) = tmp_path.glob("deqcore-monitor-*.jsonl")
-    assert str(rescued) in told[1]
+    assert str(rescued) in messages[1]
     tables = lines_of(rescued)
     assert [table.get("solve") for table in tables if table["kind"] == "row"] == [0, 1, 2, 3]
 
@@ -380,9 +376,9 @@ def test_what_no_sink_takes_and_cannot_be_rescued_is_reported(tmp_path: Path, mo
     """Whatever the records hold, nothing is raised out of the block."""
     monkeypatch.setattr("deqcore.monitor.delivery.line", lambda record: 1 / 0)
     monkeypatch.setattr("deqcore.monitor.delivery.header", lambda run: json.dumps(math.nan, allow_nan=False))
-    with pytest.warns(MonitorWarning) as told, Monitor(sinks=[Flaky(failing=True)]):
+    with pytest.warns(MonitorWarning) as shown, Monitor(sinks=[Flaky(failing=True)]):
         solve(1)
-    assert any("records of the monitor are lost" in str(each.message) for each in told)
+    assert any("records of the monitor are lost" in str(each.message) for each in shown)
 
 
 @pytest.mark.parametrize("time", [1e18, -1e18, math.inf, -math.inf, math.nan, -1.0, 0.0, 4e11])

@@ -1,7 +1,7 @@
 """Run under torchrun with two processes: train a sharded model, lose a rank, start again from the last checkpoint.
 
     restart_worker.py killed FOLDER    rank 1 is killed after its third step
-    restart_worker.py resumed FOLDER   goes on, and trains once more without interruption to compare
+    restart_worker.py resumed FOLDER   continues, and trains once more without interruption to compare
 
 The batches are uneven: the ranks have different numbers of samples, and in the last step rank 1 has none.
 """

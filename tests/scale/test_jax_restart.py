@@ -1,4 +1,4 @@
-"""orbax stores a layer and its optimiser; training goes on from there with the same numbers."""
+"""orbax stores a layer and its optimiser; training continues from there with the same numbers."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A rank is killed; the run goes on from its checkpoint with the same numbers. One process is a world of its own."""
+"""A rank is killed; the run continues from its checkpoint with the same numbers. One process is a world of its own."""
 
 import copy
 import json

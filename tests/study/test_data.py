@@ -151,7 +151,7 @@ def test_idx_files_as_mnist_has_them(tmp_path: Path):
     with pytest.raises(DataError, match="is cut off"):
         data.load(choice)
     (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(b"no")
-    with pytest.raises(DataError, match="is not an IDX file"):
+    with pytest.raises(DataError, match="must be an IDX file"):
         data.load(choice)
 
 

@@ -20,19 +20,6 @@ from deqcore.study.settings import read
 
 pytest.importorskip("torch")
 
-TINY = """
-[study]
-name = "tiny"
-backends = ["torch"]
-solvers = ["picard"]
-strategies = ["jacobian-free"]
-models = [{ name = "dense", width = 16 }]
-max_steps = 10
-[study.training]
-epochs = 1
-audits = 0
-"""
-
 
 def only(**table: Any) -> Cell:
     return cells(read({"strategies": ["exact-ift"], **table}, "x"), UserCode(), ("torch",))[0]
@@ -70,19 +57,22 @@ def test_a_trainer_computes_on_its_device_and_refuses_what_is_not_there(backend:
 
 
 @pytest.mark.parametrize("given", [["--device", "cuda:99"], []])
-def test_a_device_that_is_not_there_ends_the_study_before_it_trains(given: list[str], tmp_path: Path, capsys: Any):
-    text = TINY if given else TINY.replace('name = "tiny"', 'name = "tiny"\ndevice = "cuda:99"')
+def test_a_device_that_is_not_there_ends_the_study_before_it_trains(
+    given: list[str], tmp_path: Path, capsys: Any, tiny_study: Any
+):
+    text = tiny_study(epochs=1)
+    text = text if given else text.replace('name = "tiny"', 'name = "tiny"\ndevice = "cuda:99"')
     (tmp_path / "study.toml").write_text(text)
     with pytest.raises(SystemExit) as ended:
         main(["study", str(tmp_path / "study.toml"), "--out", str(tmp_path / "out"), *given])
     assert ended.value.code == 2
-    told = " ".join(capsys.readouterr().err.split())
-    assert "device = 'cuda:99', but torch has none of that name here: torch cannot use the device" in told
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "device = 'cuda:99', but torch has none of that name here: torch cannot use the device" in printed
     assert not (tmp_path / "out").exists()
 
 
-def test_the_report_says_which_device_trained(tmp_path: Path):
-    (tmp_path / "study.toml").write_text(TINY)
+def test_the_report_says_which_device_trained(tmp_path: Path, tiny_study: Any):
+    (tmp_path / "study.toml").write_text(tiny_study(epochs=1))
     with pytest.raises(SystemExit) as ended:
         main(["study", str(tmp_path / "study.toml"), "--out", str(tmp_path / "out"), "--device", "cpu"])
     assert ended.value.code == 0

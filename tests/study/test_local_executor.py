@@ -26,20 +26,6 @@ from deqcore.study.store import Store
 
 pytest.importorskip("torch")
 
-TINY = """
-[study]
-name = "tiny"
-backends = ["torch"]
-solvers = ["picard"]
-strategies = ["jacobian-free"]
-models = [{ name = "dense", width = 16 }]
-max_steps = 10
-[study.training]
-epochs = 8
-batch = 64
-audits = 1
-"""
-
 
 def tiny(own: UserCode = UserCode(), **table: Any) -> Cell:  # noqa: B008 - frozen
     asked = {"solvers": ["picard"], "strategies": ["jacobian-free"], "training": {"epochs": 1, "audits": 0}, **table}
@@ -47,8 +33,8 @@ def tiny(own: UserCode = UserCode(), **table: Any) -> Cell:  # noqa: B008 - froz
 
 
 @pytest.mark.slow
-def test_a_study_that_is_killed_again_and_again_ends_in_the_same_bits(tmp_path: Path):
-    (tmp_path / "study.toml").write_text(TINY)
+def test_a_study_that_is_killed_again_and_again_ends_in_the_same_bits(tmp_path: Path, tiny_study: Any):
+    (tmp_path / "study.toml").write_text(tiny_study(epochs=8, batch=64, audits=1))
     command = [sys.executable, "-m", "deqcore.cli.app", "study", "study.toml", "--out"]
     subprocess.run([*command, "whole"], cwd=tmp_path, check=True, capture_output=True)
     rng = random.Random(0)
@@ -92,19 +78,19 @@ def _outcome(root: Path) -> dict[str, Any]:
 
 
 def test_the_command_trains_reports_and_continues(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_study: Any
 ):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "study.toml").write_text(TINY.replace("epochs = 8", "epochs = 1"))
+    (tmp_path / "study.toml").write_text(tiny_study(epochs=1, batch=64, audits=1))
     monkeypatch.setattr(sys, "exit", _raise)
     _run(["study", "study.toml", "--dry-run"])
     plan = capsys.readouterr().out
     assert "digits torch dense picard jacobian-free" in plan
     assert "0/1" in plan
     _run(["study", "study.toml", "--language", "ja"])
-    told = capsys.readouterr().out
-    assert "test accuracy" in told
-    assert "vjps backward" in told
+    printed = capsys.readouterr().out
+    assert "test accuracy" in printed
+    assert "vjps backward" in printed
     for name in ("results.json", "results.csv", "results.md", "report.html", "study.json"):
         assert (tmp_path / "study-tiny" / name).stat().st_size > 100
     assert (
@@ -118,11 +104,11 @@ def test_the_command_trains_reports_and_continues(
 
 
 def test_a_plan_that_cannot_be_timed_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_study: Any
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "study.toml").write_text(
-        TINY.replace("models", 'data = [{ name = "images", path = "photos" }]\nmodels')
+        tiny_study(epochs=8).replace("models", 'data = [{ name = "images", path = "photos" }]\nmodels')
     )
     with pytest.raises(SystemExit) as ended:
         main(["study", "study.toml", "--dry-run"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -68,11 +67,7 @@ rate = 2e-2
 """
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    plugins.reset()
-    yield
-    plugins.reset()
+pytestmark = pytest.mark.usefixtures("no_plugins")
 
 
 def test_a_config_names_data_and_a_model_of_a_plugin(tmp_path: Path):
@@ -94,7 +89,7 @@ def test_what_data_gives_decides_which_models_meet_it():
     table = {"data": ["digits", "words"], "models": ["dense", "attention"], "strategies": ["exact-ift"]}
     found = cells(read(table, "x"), UserCode(), ("torch",))
     assert [(cell.data.name, cell.model.name) for cell in found] == [("digits", "dense"), ("words", "attention")]
-    with pytest.raises(ConfigError, match="the data 'words' is tokens, which no entry of models takes"):
+    with pytest.raises(ConfigError, match="the data 'words' is tokens. Add an entry to models that takes it"):
         cells(read({"data": ["digits", "words"]}, "x"), UserCode(), ("torch",))
 
 

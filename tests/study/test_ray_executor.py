@@ -21,19 +21,6 @@ from deqcore.study.store import Store, StudyError
 
 pytest.importorskip("torch")
 
-TINY = """
-[study]
-name = "tiny"
-backends = ["torch"]
-solvers = ["picard"]
-strategies = ["jacobian-free"]
-models = [{ name = "dense", width = 16 }]
-max_steps = 10
-[study.training]
-epochs = 2
-audits = 0
-"""
-
 
 def tiny(epochs: int = 2) -> Cell:
     table = {
@@ -65,10 +52,10 @@ def test_a_machine_sends_progress_and_files_and_goes_on_from_what_it_gets(tmp_pa
     with pytest.raises(Stop):
         CellTraining(cell, digits, TorchTrainer, tmp_path / "cut", stop).run()
     half = (tmp_path / "cut" / "progress.safetensors").read_bytes()
-    told = list(ray.train(cell.as_dict(), {"progress.safetensors": half}))
-    files = {name: content for each in told for name, content in each["files"].items()}
+    sent = list(ray.train(cell.as_dict(), {"progress.safetensors": half}))
+    files = {name: content for each in sent for name, content in each["files"].items()}
     assert set(files) == {"progress.safetensors", "result.json"}
-    assert {each["progress"]["epoch"] for each in told if each["progress"]} == {2}  # the first epoch is not done again
+    assert {each["progress"]["epoch"] for each in sent if each["progress"]} == {2}  # the first epoch is not repeated
     result = json.loads(files["result.json"])
     assert result["test_loss"] == whole["test_loss"]
     assert result["history"]["steps"]["loss"] == whole["history"]["steps"]["loss"]
@@ -103,9 +90,9 @@ def test_a_lost_machine_is_reported_with_what_to_do(tmp_path: Path):
         ray._run(Lossy(), Store(tmp_path), [tiny()], watcher)
 
 
-def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any):
+def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any, tiny_study: Any):
     monkeypatch.setitem(sys.modules, "ray", None)
-    (tmp_path / "study.toml").write_text(TINY)
+    (tmp_path / "study.toml").write_text(tiny_study(epochs=2))
     with pytest.raises(SystemExit) as ended:
         main(["study", str(tmp_path / "study.toml"), "--out", str(tmp_path / "out"), "--executor", "ray"])
     assert ended.value.code == 2
@@ -120,9 +107,9 @@ def test_an_executor_that_there_is_not(capsys: Any):
 
 
 @pytest.mark.slow
-def test_ray_ends_in_the_numbers_of_one_machine(tmp_path: Path):
+def test_ray_ends_in_the_numbers_of_one_machine(tmp_path: Path, tiny_study: Any):
     pytest.importorskip("ray")
-    (tmp_path / "study.toml").write_text(TINY)
+    (tmp_path / "study.toml").write_text(tiny_study(epochs=2))
     found = []
     for executor in ("local", "ray"):
         command = [sys.executable, "-m", "deqcore.cli.app", "study", "study.toml", "--out", executor]

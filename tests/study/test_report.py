@@ -127,14 +127,14 @@ def test_the_bill():
     _, results = made()
     found = {row.name: row for row in rows(results)}
     cost = CostSettings(price_per_hour=3.6, trainings_per_month=10, scale=1000, switch_cost=5)
-    told = bill(found["jacobian-free"], found["exact-ift"], cost)
+    costs = bill(found["jacobian-free"], found["exact-ift"], cost)
     seconds = {
         name: np.mean([each["times"]["training"] for each in results if each["cell"]["strategy"]["name"] == name])
         for name in ("jacobian-free", "exact-ift")
     }
-    assert told.training == pytest.approx(seconds["jacobian-free"])  # 1000 trainings at 0.001 a second
-    assert told.saved == pytest.approx(10 * (seconds["exact-ift"] - seconds["jacobian-free"]))
-    assert told.payback == pytest.approx(5 / told.saved)
+    assert costs.training == pytest.approx(seconds["jacobian-free"])  # 1000 trainings at 0.001 a second
+    assert costs.saved == pytest.approx(10 * (seconds["exact-ift"] - seconds["jacobian-free"]))
+    assert costs.payback == pytest.approx(5 / costs.saved)
 
 
 @pytest.mark.parametrize(("share", "count", "wanted"), [(0.5, 8, 4), (0.51, 8, 5), (0.95, 8, None), (0.1, 1, None)])
@@ -211,8 +211,8 @@ def test_nothing_trained(tmp_path: Path):
 def test_the_files_hold_what_the_results_say(tmp_path: Path):
     study, results = made()
     page.write(tmp_path, study, results, ABOUT)
-    told = json.loads((tmp_path / "results.json").read_text())
-    for row in told["summary"]:
+    stored = json.loads((tmp_path / "results.json").read_text())
+    for row in stored["summary"]:
         name = row["strategy"] if row["strategy"] != "–" else "explicit"
         values = [each["test_accuracy"] for each in results if each["cell"]["strategy"]["label"] == name]
         assert row["metrics"]["test_accuracy"]["mean"] == pytest.approx(np.mean(values))
@@ -273,8 +273,8 @@ def test_the_report_shows_the_rounds(tmp_path: Path, language: str, words: str):
     mine = [each for each in results if each["cell"]["strategy"]["name"] == "broyden-reuse"]
     gap = np.mean([result["rounds"][3]["test_accuracy"] for result in mine]) - 0.9
     assert f"({100 * gap:+.2f})".replace("-", "−") in html
-    told = json.loads((tmp_path / "results.json").read_text())["summary"]
-    (row,) = (each for each in told if each["strategy"] == "broyden-reuse")
+    stored = json.loads((tmp_path / "results.json").read_text())["summary"]
+    (row,) = (each for each in stored if each["strategy"] == "broyden-reuse")
     assert row["rounds"]["gap"][3]["mean"] == pytest.approx(gap)
 
 
@@ -313,7 +313,7 @@ def test_the_page_needs_nothing_from_outside_and_escapes_names(tmp_path: Path, l
     assert "svg" in links.tags
     assert "url(http" not in html
     assert "default-src 'none'" in html
-    assert "mathdefault" not in html  # a label that was not rendered
+    assert "mathdefault" not in html  # a label that no parser reads
     assert not re.search(r"@import|<link(?! rel=\"icon\")", html)
 
 

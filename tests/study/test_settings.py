@@ -80,8 +80,8 @@ def test_mistakes_in_the_file_are_reported_with_their_place(table: dict[str, obj
         ),
         ({"solvers": ["picard"]}, StrategyError, "keeps none"),
         ({"strategies": ["exact-ift", "exact-ift"]}, ConfigError, "two entries of strategies"),
-        ({"models": ["attention"]}, ConfigError, "'attention' takes tokens, which no entry of data gives"),
-        ({"data": ["digits", "text"]}, ConfigError, "'text' is tokens, which no entry of models takes"),
+        ({"models": ["attention"]}, ConfigError, "'attention' takes tokens. Add an entry to data that gives it"),
+        ({"data": ["digits", "text"]}, ConfigError, "'text' is tokens. Add an entry to models that takes it"),
         ({"seeds": [1, 1]}, ConfigError, "same cell twice"),
     ],
 )
@@ -98,7 +98,7 @@ def test_a_backend_without_trainer_is_refused():
 
 def test_gates_name_what_exists():
     table = {"gates": [{"stage": "pilot", "strategy": "exact-ift", "metric": "cosin", "at_least": 0.5}]}
-    with pytest.raises(ConfigError, match=r"no metric 'cosin'\. Did you mean 'cosine'"):
+    with pytest.raises(ConfigError, match=r"unknown metric 'cosin'\. Did you mean 'cosine'"):
         gates.check(read(table, "x").gates, ["exact-ift"])
     table["gates"][0]["metric"], table["gates"][0]["strategy"] = "cosine", "exact"
     with pytest.raises(ConfigError, match="Available: exact-ift"):

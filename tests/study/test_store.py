@@ -37,8 +37,8 @@ def test_progress_comes_back_bit_by_bit(tmp_path: Path):
     tensors = {"weight.W": np.random.default_rng(0).standard_normal((3, 2)).astype(np.float32)}
     history = {"epochs": 2, "loss": [0.1, 1 / 3]}
     store.write_progress(tmp_path, tensors, history)
-    found, told = store.read_progress(tmp_path) or ({}, {})
-    assert told == history
+    found, stored = store.read_progress(tmp_path) or ({}, {})
+    assert stored == history
     assert found["weight.W"].tobytes() == tensors["weight.W"].tobytes()
 
 
@@ -52,7 +52,7 @@ def test_two_studies_in_one_directory(tmp_path: Path):
 def test_results_of_another_version_are_refused(tmp_path: Path):
     place = Store(tmp_path)
     place.open({"settings": {}})
-    place.open({"settings": {}})  # the same version goes on
+    place.open({"settings": {}})  # the same version continues
     about = json.loads((tmp_path / "study.json").read_text())
     (tmp_path / "study.json").write_text(json.dumps(about | {"deqcore": "0.0.1"}))
     with pytest.raises(StudyError, match=r"deqcore 0\.0\.1"):

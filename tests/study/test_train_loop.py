@@ -41,7 +41,7 @@ _made: dict[str, tuple[Any, Any]] = {}
 
 
 def reused(backend: str) -> Any:
-    """The trainer's class, but for what is compiled: every test starts from the same weights, with one strategy."""
+    """The trainer's class, except for what is compiled: every test starts from the same weights, with one strategy."""
     made = trainer(backend)
 
     def make(*args: Any) -> Any:

@@ -18,12 +18,7 @@ from deqcore.testing.jobs import Job
 from deqcore.testing.runner import processes
 from deqcore.testing.tolerances import Sensitivity, Slope, rounding, tolerance
 
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    plugins.reset()
-    yield
-    plugins.reset()
+pytestmark = pytest.mark.usefixtures("no_plugins")
 
 
 def here(jobs, **_):

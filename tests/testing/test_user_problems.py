@@ -216,7 +216,7 @@ def test_a_reference_that_would_be_too_large_says_so():
 
 
 def test_an_empty_batch_has_no_gradient_to_check():
-    with pytest.raises(ProblemError, match="give a sample at least"):
+    with pytest.raises(ProblemError, match="Give at least one sample"):
         reference(lambda xp, p, z, x: 0.5 * z + x, np.zeros((0, 3)), {}, np.zeros((0, 3)))
 
 
@@ -228,7 +228,7 @@ def test_an_empty_batch_has_no_gradient_to_check():
     [
         ("{file}", "must be path/to/file.py:name"),
         ("{file}:no name", "must be path/to/file.py:name"),
-        ("nothing.py:f", "there is no file 'nothing.py'"),
+        ("nothing.py:f", "the file 'nothing.py' does not exist"),
         ("{file}:onse", "Did you mean 'once'.*Problems in it: "),
         ("{file}:number", r"must be a deqcore.testing.Problem, .*\(got a int\)"),
         ("{file}:Problem", r"must be a deqcore.testing.Problem, .*\(got a type\)"),
@@ -315,7 +315,7 @@ def test_bfloat16_weights_become_float32(tmp_path):
 
 
 def test_weights_that_cannot_be_read_say_why(tmp_path, monkeypatch):
-    with pytest.raises(ProblemError, match="there is no such file"):
+    with pytest.raises(ProblemError, match="the file does not exist"):
         weights(tmp_path / "nothing.npz")
     for name in ("a.safetensors", "a.npz"):
         (tmp_path / name).write_bytes(b"\x00\x01broken")

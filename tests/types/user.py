@@ -51,7 +51,7 @@ assert_type(Schedule([(0, {"forward__rtol": Ramp(1e-2, 1e-4, until=10)})]).at(3)
 
 @dataclass(frozen=True)
 class Half(Solver):
-    """The type checker reports what a step of a plugin must return."""
+    """The checker shows a plugin's author what a step must return."""
 
     def init(self, backend: Backend, z: Array, fz: Array) -> tuple[()]:
         return ()

@@ -14,12 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from deqcore.abc.backend import Backend
+from deqcore.abc.kernels import Krylov
+from deqcore.abc.scaling import multiply_rows
 from deqcore.abc.solver import Solver
-from deqcore.linear.gmres import Krylov
-from deqcore.solve.termination import BLOW_UP, DROP, FALL, LOST, PROGRESS, REFUSED, Limits
+from deqcore.solve.termination import BLOW_UP, DROP, FALL, LOST, PROGRESS, REFUSED
 from deqcore.solvers.anderson import Anderson, AndersonState
 from deqcore.solvers.broyden import Broyden, BroydenState
-from deqcore.types import LoopState, Map, Status, StepResult
+from deqcore.types import Limits, LoopState, Map, Status, StepResult
 from deqcore_torch.history import TorchHistory
 from deqcore_torch.native import fused
 from deqcore_torch.native.launch import Kernel
@@ -170,7 +171,7 @@ def _broyden(backend: Backend, f: Map, z: Tensor, state: BroydenState) -> StepRe
         return None
     if not all(_holds(h) and h.store.chunk == h.history_size for h in small):
         return None
-    z = combined(basis, backend.multiply_rows(state.step, state.unit), z, basis.active, z)
+    z = combined(basis, multiply_rows(backend, state.step, state.unit), z, basis.active, z)
     value = f(z).contiguous()
     used, slot, fresh = basis.used(), basis.reserve(z), int(basis.written < basis.history_size)
     for history in small:
@@ -215,7 +216,7 @@ def _anderson(
     values, residuals = state.values, state.residuals
     if not (_holds(values) and _holds(residuals)) or values.history_size > MOST // 2:
         return None
-    z = combined(values, backend.multiply_rows(state.step, state.unit), fz, values.active, z)
+    z = combined(values, multiply_rows(backend, state.step, state.unit), fz, values.active, z)
     value = f(z).contiguous()
     used, slot, fresh = values.used(), values.reserve(z), int(values.written < values.history_size)
     residuals.reserve(z)
@@ -264,7 +265,7 @@ def _anderson(
 
 
 def measure(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `Backend.residual_norms` in one pass."""
+    """Return `deqcore.linear.norms.residual_norms` in one pass."""
     (batch, n), (z, fz) = z.shape, _dense(z, fz)
     ranges = z.dtype is torch.float64  # squares of other dtypes are in the range of float64
     parts = z.new_empty((6 if ranges else 2, _spans(n), batch), dtype=torch.float64)
@@ -342,11 +343,26 @@ def keep(
 
 
 def project(basis: Any, w: Tensor, twice: bool) -> None:
-    """Return None: `Backend.orthogonalize` is part of `arnoldi` here."""
+    """Return None: `deqcore.linear.norms.orthogonalize` is part of `arnoldi` here."""
     return
 
 
-def arnoldi(space: Krylov, w: Tensor, goal: Tensor, twice: bool) -> Krylov | None:
+def least_squares(space: Krylov, inverse: bool) -> None:
+    """Return None: the core's own operations do not wait for the device."""
+    return
+
+
+def solve_positive(a: Tensor, b: Tensor) -> None:
+    """Return None: a library solves them."""
+    return
+
+
+def secants(*parts: Any) -> None:
+    """Return None: the core's own estimate does not wait for the device."""
+    return
+
+
+def arnoldi(space: Krylov, w: Tensor, goal: Tensor, twice: bool, shifted: bool) -> Krylov | None:
     """Return the space after a step of GMRES with the product `w`; None if this space has no native version."""
     basis, columns = space.basis, space.columns
     if (
@@ -357,6 +373,7 @@ def arnoldi(space: Krylov, w: Tensor, goal: Tensor, twice: bool) -> Krylov | Non
         return None
     if basis.history_size > WIDEST or basis.written >= basis.history_size:
         return None
+    w = space.v - w if shifted else w
     (batch, n), history_size, used = w.shape, basis.history_size, basis.used()
     wide, store = torch.float64, basis.store
     spans, blocks = _spans(n), int(triton.cdiv(n, COLUMNS))

@@ -256,9 +256,9 @@ def _cleared(chunks, per_chunk, slot, row, like):
 @compiled
 def broyden(
     z, fz, ahead, basis, per_chunk, slot, used, fresh, active, seen, gram, left, right, pairs, before, step, norm,
-    unit, next_step, next_norm, start, stop,
+    unit, next_step, next_norm, size, start, stop,
 ):  # fmt: skip
-    """Do the part of a step of `Broyden` after f, with the next iterate z + Q c in `ahead`.
+    """Do the part of a step of `Broyden` after f, with the next iterate z + Q c in `ahead` and ‖f(z)‖ in `size`.
 
     Names and formulas are those of `deqcore.solvers.broyden`; gram, left, right `(m, batch, m)` and pairs
     `(m, batch, 2 m)` are the only chunks of their histories. Small algebra takes several samples at a time, because
@@ -279,11 +279,13 @@ def broyden(
                     pairs[slot, b] = 0.0
                 next_step[b] = step[b]
                 next_norm[b] = norm[b]
+                size[b] = 0.0
                 _copy(z[b], ahead[b])
                 continue
             g = ahead[b]  # for now: where products find it in the cache
             _subtract_scaled(fz[b], z[b], 1.0 / unit[b], g)
             next_norm[b] = unit[b] * _norm(g)
+            size[b] = _norm(fz[b])
             _written(basis, per_chunk, slot, b, z, g)
             count = _slots(seen[b], used, slots)
             _products(basis, per_chunk, slots, count, g, b, z, d[j])
@@ -403,7 +405,7 @@ def anderson(
         _combined(values, per_chunk, slots, count, x, fz[b], b, z, ahead[b])
 
 
-CANCELLED = 0.7071067811865476  # as `deqcore.abc.backend.CANCELLED`, which says why
+CANCELLED = 0.7071067811865476  # as `deqcore.linear.norms.CANCELLED`, which says why
 
 
 @compiled
@@ -451,13 +453,14 @@ def project(w, basis, per_chunk, used, seen, twice, out, h, before, after, start
 
 @compiled
 def arnoldi(
-    w, latest, basis, per_chunk, slot, used, seen, columns, column, source_slot, null_vector, null_norm_sq, residual,
-    goal, can_grow, steps, twice, eps, v, next_source, next_null, next_square, next_residual, next_alive, next_steps,
-    going, taken, start, stop,
+    w, latest, basis, per_chunk, used, seen, columns, column, source_slot, null_vector, null_norm_sq, residual,
+    goal, can_grow, steps, twice, shifted, eps, slot, v, next_source, next_null, next_square, next_residual,
+    next_alive, next_steps, going, taken, start, stop,
 ):  # fmt: skip
     """Do the part of a step of GMRES after the product `w`.
 
-    Names and formulas are those of `deqcore.linear.gmres`; `columns` `(m, batch, 2 (m + 1))` is the only chunk.
+    Names and formulas are those of `deqcore.linear.gmres`; `columns` `(m, batch, 2 (m + 1))` is the only chunk. `v` is
+    the memory of `slot`: rows that do not grow keep their latest vector there, and do not see the slot.
     """
     m = null_vector.shape[1]
     h, products = np.empty(m), np.empty(m)
@@ -475,15 +478,21 @@ def arnoldi(
             _copy(w[b], rest)
             count = _slots(seen[b], used, slots)
             before = _norm(rest)
-            along = _component(latest[b], rest)
-            height = _projected(basis, per_chunk, slots, count, b, w, twice, _norm(rest), rest, h, products)
+            along = 1.0
+            if shifted:
+                height = _projected(basis, per_chunk, slots, count, b, w, twice, before, rest, h, products)
+                h[:] = -h
+                before = max(before, 1.0)
+            else:
+                along = _component(latest[b], rest)
+                height = _projected(basis, per_chunk, slots, count, b, w, twice, _norm(rest), rest, h, products)
             for k in range(m):
                 h[k] += along * source_slot[b, k]
             floor = 4.0 * eps * before
             broke = height <= floor
             if broke:
                 height = floor if floor > 0.0 else 1.0
-            length = w.dtype.type(height)
+            length = w.dtype.type(-height if shifted else height)
             for i in range(rest.shape[0]):
                 rest[i] /= length
             overlap = _dot(null_vector[b], h)
@@ -504,12 +513,232 @@ def arnoldi(
             next_source[b, slot] = 1.0
             next_alive[b] = going[b]
             next_steps[b] += 1
-        else:
+        if not going[b]:
             _copy(latest[b], v[b])
-        if going[b]:
-            for low in range(0, w.shape[1], BLOCK):
-                _copy(v[b, low : low + BLOCK], _part(basis, per_chunk, slot, b, w, low))
-        else:
-            _cleared(basis, per_chunk, slot, b, w)
         if not taken[b]:
             columns[column, b] = 0.0
+
+
+SWEEPS = 40
+"""Steps of inverse iteration at most."""
+
+SETTLED = 1e-3
+"""Relative change of its result at which inverse iteration ends."""
+
+
+@compiled
+def _upper(matrix, count, x):
+    """Solve T x = x in place, for upper triangular T in the rows and columns below `count`."""
+    for i in range(count - 1, -1, -1):
+        x[i] = (x[i] - _dot(matrix[i, i + 1 : count], x[i + 1 : count])) / matrix[i, i]
+
+
+@compiled
+def _lower(matrix, count, x):
+    """Solve Tᵀ x = x in place."""
+    for i in range(count):
+        x[i] /= matrix[i, i]
+        _add(-x[i], matrix[i, i + 1 : count], x[i + 1 : count])
+
+
+@compiled
+def least_squares(
+    null_vector, columns, seen, used, null_norm_sq, inverse, coefficients, size, inverse_norm, column_norm, latest,
+    best, start,
+    stop,
+):  # fmt: skip
+    """Write y and the figures of `deqcore.linear.gmres.LeastSquares`, for β = 1.
+
+    A step of inverse iteration takes two triangular solves with R of H̄ = Q R, which Givens rotations make.
+    """
+    m = null_vector.shape[1]
+    triangle, r = np.zeros((used, used)), np.zeros((used + 1, used))
+    y, x = np.empty(used), np.empty(used)
+    nu = np.empty(used)
+    own = np.empty(used, np.int64)
+    for b in range(start, stop):
+        coefficients[b] = 0.0
+        count = 0
+        for j in range(used):
+            if seen[b, j]:
+                own[count] = j
+                count += 1
+        largest = 0.0
+        for j in range(count):
+            column = columns[own[j], b]
+            largest = max(largest, _dot(column[: used + 1], column[: used + 1]))
+            r[0, j] = column[0]
+            for i in range(count):
+                triangle[i, j] = r[i + 1, j] = column[own[i] + 1] if i <= j else 0.0
+            nu[j] = null_vector[b, own[j] + 1]
+            y[j] = -nu[j] * null_vector[b, 0] / null_norm_sq[b]
+        column_norm[b] = np.sqrt(largest)
+        inverse_norm[b] = latest[b] = best[b] = 1.0
+        size[b] = 0.0
+        square = null_vector[b, 0] * null_vector[b, 0]
+        for j in range(count):
+            more = square + nu[j] * nu[j]
+            best[b] = min(best[b], latest[b])
+            latest[b] = np.sqrt(square / more)
+            square = more
+        if count == 0:
+            continue
+        _upper(triangle, count, y)
+        square = 0.0
+        for j in range(count):
+            if not np.isfinite(y[j]):
+                y[j] = 0.0
+            square += y[j] * y[j]
+        size[b] = np.sqrt(square)
+        for j in range(count):
+            source = columns[own[j], b, m:]
+            _add(y[j], source, coefficients[b])
+        if not inverse:
+            continue
+        for i in range(count):
+            length = np.hypot(r[i, i], r[i + 1, i])
+            c, s = r[i, i] / length, r[i + 1, i] / length
+            for j in range(i, count):
+                r[i, j], r[i + 1, j] = c * r[i, j] + s * r[i + 1, j], c * r[i + 1, j] - s * r[i, j]
+            x[i] = y[i] + 1e-3 * size[b]  # not orthogonal to any vector by symmetry
+        before = 0.0
+        for _ in range(SWEEPS):
+            length = np.sqrt(_dot(x[:count], x[:count]))
+            for j in range(count):
+                x[j] /= length
+            _lower(r, count, x)
+            _upper(r, count, x)
+            after = np.sqrt(_dot(x[:count], x[:count]))
+            if not abs(after - before) > SETTLED * after:
+                before = after
+                break
+            before = after
+        inverse_norm[b] = np.sqrt(before)
+
+
+@compiled
+def _factored(factor):
+    """Write L and D of the symmetric matrix in the lower triangle of `factor` over it; return whether D is positive."""
+    sound = True
+    for j in range(factor.shape[0]):
+        row = factor[j]
+        for i in range(j):
+            row[i] -= _dot(factor[i, :i], row[:i])
+        pivot = row[j]
+        for i in range(j):
+            scaled = row[i] / factor[i, i]
+            pivot -= scaled * row[i]
+            row[i] = scaled
+        row[j] = pivot
+        sound = sound and pivot > 0.0
+    return sound
+
+
+@compiled
+def _substituted(factor, x):
+    """Solve L D Lᵀ x = x in place."""
+    k = factor.shape[0]
+    for i in range(k):
+        x[i] -= _dot(factor[i, :i], x[:i])
+    for i in range(k):
+        x[i] /= factor[i, i]
+    for i in range(k - 1, -1, -1):
+        _add(-x[i], factor[i, :i], x[:i])
+
+
+@compiled
+def _multiplied(a, b, out):
+    """Write the product of small matrices; zeros of a cost nothing."""
+    out[:] = 0.0
+    for i in range(a.shape[0]):
+        for k in range(a.shape[1]):
+            factor = a[i, k]
+            if factor != 0.0:
+                for j in range(out.shape[1]):
+                    out[i, j] += factor * b[k, j]
+
+
+@compiled
+def positive(a, b, out, start, stop):
+    """Solve a x = b for symmetric positive definite a `(batch, k, k)` and b `(batch, k, r)`, by LDLᵀ.
+
+    Where a pivot is not positive the result is not finite. A system whose right-hand side is zero costs nothing.
+    """
+    k = a.shape[1]
+    factor, x = np.empty((k, k), a.dtype), np.empty(k, a.dtype)
+    for s in range(start, stop):
+        out[s] = 0.0
+        if not np.any(b[s] != 0.0):
+            continue
+        factor[:] = a[s]
+        sound = _factored(factor)
+        for r in range(b.shape[2]):
+            for i in range(k):
+                x[i] = b[s, i, r]
+            _substituted(factor, x)
+            for i in range(k):
+                out[s, i, r] = x[i] if sound else np.nan
+
+
+@compiled
+def secants(v, basis, per_chunk, seen, gram, pairs, used, ridge, out, start, stop):
+    """Write Hᵀ v of the estimate of `deqcore.linear.lowrank.multisecant`; rows that are zero cost nothing.
+
+    gram `(m, batch, m)` and pairs `(m, batch, 2 m)` are the only chunks of the histories of Broyden's method.
+    """
+    m = seen.shape[1]
+    whole, across, steps, differences, product, turned, factor = np.empty((7, used, used))
+    s, y, t, w = np.empty((4, used))
+    q, c = np.empty(m), np.empty(m)
+    slots = np.empty(m, np.int64)
+    for b in range(start, stop):
+        rest = out[b]
+        for i in range(rest.shape[0]):
+            rest[i] = -v[b, i]
+        if not np.any(rest != 0.0):
+            continue
+        count = _slots(seen[b], used, slots)
+        _products(basis, per_chunk, slots, count, v[b], b, v, q)
+        whole[:] = 0.0
+        for i in range(used):
+            known = seen[b, i]
+            for j in range(used):
+                steps[i, j] = across[j, i] = pairs[i, b, j] if known else 0.0
+                differences[i, j] = pairs[i, b, m + j] if known else 0.0
+            for j in range(used):
+                entry = gram[i, b, j] if known else 0.0
+                whole[i, j] += entry
+                whole[j, i] += entry
+        _multiplied(whole, across, product)  # N Sᵀ
+        for i in range(used):
+            square = 0.0
+            for j in range(used):
+                square += product[j, i] * steps[i, j]
+            s[i] = 1.0 / np.sqrt(square) if square > 0.0 else 0.0
+            if not square > 0.0:
+                differences[i] = 0.0
+        _multiplied(differences, whole, turned)
+        for i in range(used):
+            square = _dot(turned[i], differences[i])
+            y[i] = 1.0 / np.sqrt(square) if square > 0.0 else 0.0
+            t[i] = y[i] * (_dot(steps[i], q[:used]) + _dot(differences[i], q[:used]))
+        _multiplied(differences, product, turned)  # rows are the columns of the pairs
+        for j in range(used):
+            for i in range(used):
+                turned[j, i] *= s[i] * y[j]
+                across[i, j] = turned[j, i]
+        _multiplied(turned, across, factor)
+        for i in range(used):
+            factor[i, i] += ridge
+        sound = _factored(factor)
+        _substituted(factor, t)
+        w[:] = 0.0
+        for j in range(used):
+            _add(t[j], turned[j], w)
+        c[:] = 0.0
+        for i in range(used):
+            _add(s[i] * w[i], steps[i], c[:used])
+        for i in range(used):
+            sound = sound and np.isfinite(c[i])
+        if sound:
+            _combined(basis, per_chunk, slots, count, c, rest, b, v, rest)

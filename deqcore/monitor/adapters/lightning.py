@@ -66,7 +66,7 @@ def _class() -> Any:
             self._leave(None)
 
         def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-            """Close; what is raised goes on."""
+            """Close the monitor, and let the exception propagate."""
             self._leave(exception)
 
         def _leave(self, error: BaseException | None) -> None:

@@ -18,7 +18,7 @@ PAUSE: Final = 0.02  # seconds; so a process that is stopped while it holds the 
 
 
 class AppendFile:
-    """A file whose every append either stands in it completely or not at all.
+    """A file that holds each append either completely or not at all.
 
     A block is one write at the end of the file, under an advisory lock where the system has one, so that blocks of
     several processes do not mix. A killed process leaves at most its last line torn; the next one that appends begins
@@ -86,7 +86,7 @@ class AppendFile:
                 fcntl.flock(self._file, fcntl.LOCK_UN)
 
     def _lock(self) -> bool:
-        """Take the lock; without it, where the file system has none or another process sits on it, go on."""
+        """Take the lock; continue without it if the file system has none or another process holds it."""
         for _ in range(0 if fcntl is None else TRIES):
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -20,7 +20,7 @@ MOST: Final = 2**53  # larger integers are not exact in float64
 
 
 def header(run: RunInfo, key: str = "") -> str:
-    """Return the line that begins a run; its key stands on the run's other lines, too."""
+    """Return the line that begins a run; the run's other lines have its key, too."""
     units = {name: metric.unit for name, metric in run.metrics.items()}
     return _dump(
         {"kind": "run", "version": VERSION, "time": run.started, "units": units, "config": run.config} | _of(key)

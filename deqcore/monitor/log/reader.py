@@ -17,7 +17,7 @@ from deqcore.monitor.text import plain, printable
 class Log:
     """The records of the latest run in a log.
 
-    The sink appends, so a file may hold several runs. One that goes on where the last one stopped (its steps are
+    The sink appends, so a file may hold several runs. One that continues where the last one stopped (its steps are
     higher: a training that was resumed) counts as the same; otherwise what came before is left out. Runs whose lines
     alternate, from processes that write to one file at the same time, all count.
 
@@ -60,7 +60,7 @@ class Log:
         self._parts[self._latest] = _Part(self._count)
 
     def add(self, record: Row | Event, key: str = "") -> None:
-        """Take a row or an event; the first row of a run decides whether it goes on or begins again."""
+        """Take a row or an event; the first row of a run decides whether it continues or begins again."""
         part = self._parts.setdefault(key or self._latest, _Part(self._count))
         if part.hidden:  # it has not ended: it runs at the same time as the run that seemed to replace it
             part.hidden = False
@@ -137,8 +137,8 @@ class Tail:
                 data = file.read()
         except FileNotFoundError:
             raise MonitorError(
-                f"There is no log {str(path)!r}. The sink 'jsonl' writes it while a Monitor runs, to the file of its "
-                f"option path ('monitor.jsonl' by default)."
+                f"The log {str(path)!r} does not exist. Run a Monitor with the sink 'jsonl', which writes its option "
+                f"path ('monitor.jsonl' by default)."
             ) from None
         except OSError as error:
             raise MonitorError(f"The log {str(path)!r} cannot be read: {error.strerror}.") from None
@@ -216,5 +216,5 @@ def _table(given: object) -> dict[str, object]:
 
 def _no_log(path: Path, line: int, reason: str) -> MonitorError:
     return MonitorError(
-        f"{str(path)!r} is not a log of the monitor (line {line}: {reason}). Logs are written by the sink 'jsonl'."
+        f"{str(path)!r} is not a log of the monitor (line {line}: {reason}). Use a file that the sink 'jsonl' wrote."
     )

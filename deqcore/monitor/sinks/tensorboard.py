@@ -28,7 +28,7 @@ class TensorBoardSink(Sink):
         self._writer = Writer(self.folder)
 
     def write(self, records: Sequence[Record]) -> None:
-        """Hand over the rows. TensorBoard knows no events."""
+        """Hand over the rows. TensorBoard does not have events."""
         for row in records:
             if isinstance(row, Row):
                 for metric, value in row.values.items():

@@ -39,5 +39,5 @@ def load(choice: DataChoice, own: str | None = None) -> Dataset:
     return result
 
 
-def _unlike(found: object) -> str:
-    return f"return a deqcore.study.data.Dataset (got a {type(found).__name__})."
+def _unlike(result: object) -> str:
+    return f"return a deqcore.study.data.Dataset (got a {type(result).__name__})."

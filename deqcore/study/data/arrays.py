@@ -46,13 +46,13 @@ def load(choice: DataChoice) -> Dataset:
     return _dataset(choice, result)
 
 
-def _dataset(choice: DataChoice, found: dict[str, NDArray[Any]]) -> Dataset:
-    if "x_train" not in found or "y_train" not in found:
-        raise DataError(f"{choice.path!r} must hold x_train and y_train (got {listing(found)}).")
-    x, y = _inputs(found["x_train"]), _targets(found["y_train"], choice.path)
+def _dataset(choice: DataChoice, arrays: dict[str, NDArray[Any]]) -> Dataset:
+    if "x_train" not in arrays or "y_train" not in arrays:
+        raise DataError(f"{choice.path!r} must hold x_train and y_train (got {listing(arrays)}).")
+    x, y = _inputs(arrays["x_train"]), _targets(arrays["y_train"], choice.path)
     if len(x) != len(y):
         raise DataError(f"{choice.path!r}: x_train and y_train must have equal lengths (got {len(x)} and {len(y)}).")
-    given = {part: _given(found, part, choice.path) for part in ("validation", "test")}
+    given = {part: _given(arrays, part, choice.path) for part in ("validation", "test")}
     shares = tuple(0.0 if given[part] else SHARE for part in ("validation", "test"))
     train, validation, test = split_by_class(x, y, (shares[0], shares[1]))
     kind: DataKind = "vector" if x.ndim == 2 else "image"
@@ -61,17 +61,15 @@ def _dataset(choice: DataChoice, found: dict[str, NDArray[Any]]) -> Dataset:
     return Dataset(choice.label, kind, names, train, *parts, f"arrays of {Path(choice.path).name}")
 
 
-def _given(found: dict[str, NDArray[Any]], part: str, path: str) -> Split | None:
-    if f"x_{part}" not in found or f"y_{part}" not in found:
+def _given(arrays: dict[str, NDArray[Any]], part: str, path: str) -> Split | None:
+    if f"x_{part}" not in arrays or f"y_{part}" not in arrays:
         return None
-    return Split(_inputs(found[f"x_{part}"]), _targets(found[f"y_{part}"], path))
+    return Split(_inputs(arrays[f"x_{part}"]), _targets(arrays[f"y_{part}"], path))
 
 
 def _inputs(x: NDArray[Any]) -> NDArray[np.float32]:
     if x.ndim - 1 not in DIMENSIONS:
-        raise DataError(
-            f"Inputs have shape {x.shape}, but (samples, n) or (samples, [channels,] height, width) is needed."
-        )
+        raise DataError(f"Inputs must have shape (samples, n) or (samples, [channels,] height, width) (got {x.shape}).")
     scaled = x.astype(np.float32) / np.float32(255 if x.dtype == np.uint8 else 1)
     return scaled[:, None] if x.ndim == 3 else scaled
 
@@ -100,7 +98,7 @@ def _idx(folder: Path, name: str) -> NDArray[Any]:
     except (OSError, EOFError) as error:
         raise DataError(f"{name!r} in {str(folder)!r} cannot be read: {error}.") from error
     if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in IDX:
-        raise DataError(f"{name!r} in {str(folder)!r} is not an IDX file.")
+        raise DataError(f"{name!r} in {str(folder)!r} must be an IDX file (got other bytes at its start).")
     start = 4 + 4 * raw[3]
     shape = tuple(int(item) for item in np.frombuffer(raw[4:start], ">u4"))
     dtype = np.dtype(IDX[raw[2]])

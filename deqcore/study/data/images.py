@@ -26,10 +26,10 @@ def load(choice: DataChoice) -> Dataset:
     if not choice.path or not root.is_dir():
         raise DataError(f"data 'images': path must be an existing folder (got {choice.path!r}).")
     if not (root / "train").is_dir():
-        raise DataError(f"{str(root)!r} has no folder 'train': the layout is train/CLASS/*.jpg, test/CLASS/*.jpg.")
+        raise DataError(f"{str(root)!r} has no folder 'train'. Use the layout train/CLASS/*.jpg, test/CLASS/*.jpg.")
     names = sorted(item.name for item in (root / "train").iterdir() if item.is_dir())
     if not names:
-        raise DataError(f"{str(root / 'train')!r} has no folders of classes: the layout is train/CLASS/*.jpg.")
+        raise DataError(f"{str(root / 'train')!r} has no folders of classes. Use the layout train/CLASS/*.jpg.")
     x, y = _part(root / "train", names, choice)
     if (root / "test").is_dir():
         train, validation, _ = split_by_class(x, y, (SHARE, 0.0))

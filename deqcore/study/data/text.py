@@ -48,7 +48,7 @@ def _tokens(path: Path, level: str) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise DataError(f"The text file {str(path)!r} does not exist.") from None
+        raise DataError(f"The text file {str(path)!r} does not exist. Set path to an existing file.") from None
     except (UnicodeDecodeError, OSError) as error:
         raise DataError(f"{str(path)!r} cannot be read as UTF-8 text: {error}.") from error
     result = list(text) if level == "char" else text.split()

@@ -1,4 +1,4 @@
-"""Run the cells of a study, each in its own process, and go on if one of them fails."""
+"""Run the cells of a study, each in its own process, and continue if one of them fails."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class CellObserver(Protocol):
     """Observes the progress of a study, such as the terminal does."""
 
     def started(self, cell: Cell) -> None:
-        """A cell's process was started."""
+        """Report that the process of a cell has started."""
 
     def progressed(self, cell: Cell, progress: dict[str, Any]) -> None:
-        """A cell has taken some steps."""
+        """Report that a cell has taken some steps."""
 
     def ended(self, cell: Cell, result: dict[str, Any]) -> None:
-        """A cell has a result."""
+        """Report that a cell has a result."""
 
 
 EventQueue: TypeAlias = "queue.Queue[tuple[Process, dict[str, Any] | None]]"
@@ -147,7 +147,7 @@ def run(place: Store, cells: Sequence[Cell], watcher: CellObserver, jobs: int = 
 
 
 def measure(place: Store, cell: Cell, steps: int) -> dict[str, Any]:
-    """Time a cell's steps in its own process, with nothing beside it.
+    """Time a cell's steps in its own process, while no other cell runs.
 
     Raises:
         StudyError: the process came to nothing.
@@ -163,7 +163,7 @@ def measure(place: Store, cell: Cell, steps: int) -> dict[str, Any]:
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Of a worker: as many threads as the study allows, for every library that would take more, and `GPU`."""
+    """Return the environment of a worker: the study's number of threads for every library, and `GPU`."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
     limits = dict.fromkeys(names, str(threads))
     limits |= {name: os.environ.get(name, value) for name, value in GPU.items()}

@@ -2,7 +2,7 @@
 
 Each cell is one task. The machine that takes it trains in a process and a folder of its own, exactly as a study on one
 machine does, and sends lines of progress and finished files back; only this process writes to the study's directory,
-so that no shared disk is needed and a killed study goes on from its latest epoch.
+so that no shared disk is needed and a killed study continues from its latest epoch.
 """
 
 from __future__ import annotations

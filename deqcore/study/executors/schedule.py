@@ -22,7 +22,7 @@ STARTUP: Final = 5.0  # seconds of a process until it can warm up: the import of
 
 
 def schedule(place: Store, cells: Sequence[Cell], jobs: int) -> tuple[Table, list[str]]:
-    """The plan as a table, and why cells could not be timed; of each kind (all seeds together) one is, for a few steps.
+    """Return the plan as a table, and why cells could not be timed. One cell of each kind, of any seed, is timed.
 
     Args:
         place: where finished cells are found.

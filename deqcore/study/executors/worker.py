@@ -1,7 +1,7 @@
 """A process that trains one cell: its peak memory is its own, and when it dies the study lives.
 
 Reads `cell.json` in the folder it is given, writes `result.json` there, and reports progress as JSON lines on stdout.
-It ends when its standard input ends, so that no orphan goes on writing after the study was killed.
+It ends when its standard input ends, so that no orphan continues to write after the study was killed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def train(cell: Cell, folder: Path, tell: OnProgress) -> dict[str, Any]:
         result = _failed(cell, "error", str(error))
     except MemoryError:
         result = _failed(cell, "out of memory", "the process could not get the memory that it asked for")
-    except Exception as error:  # from the framework or the user's code: recorded, and the study goes on
+    except Exception as error:  # from the framework or the user's code: recorded, and the study continues
         kind = "out of memory" if "out of memory" in str(error).lower() else "error"
         result = _failed(cell, kind, f"{type(error).__name__}: {error}")
     result["seconds"] = time.perf_counter() - start

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from deqcore import plugins
 from deqcore.errors import PluginError
 from deqcore.study.models.attention import Attention, AttentionExplicit
@@ -39,8 +37,9 @@ def find(name: str, own: str | None = None) -> type[Model]:
         ConfigError: the user's own model cannot be imported or is not a Model.
     """
     if name == "own" and own is not None:
-        return cast("type[Model]", load_own("--model", own, Model))
-    result = plugins.load("model", name)
+        result: object = load_own("--model", own, Model)
+    else:
+        result = plugins.load("model", name)
     if not (isinstance(result, type) and issubclass(result, Model)):
         raise PluginError(f"The model {name!r} must be a subclass of deqcore.study.models.Model (got {result!r}).")
     return result

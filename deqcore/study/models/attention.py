@@ -22,7 +22,7 @@ class Attention(Model):
     accepts: ClassVar[tuple[DataKind, ...]] = ("tokens",)
 
     def initial(self, rng: np.random.Generator) -> Weights:
-        """Embeddings, one block, and the readout."""
+        """Draw the embeddings, one block, and the readout."""
         length, width = self.shape.sample[0], self.width
         return {
             "E": normal(rng, (self.shape.classes, width), 1.0),
@@ -42,7 +42,7 @@ class Attention(Model):
         return ops.embed(p["E"], x) + p["P"]
 
     def start(self, ops: Ops, p: Parameters, injected: Array) -> Array:
-        """Zeros."""
+        """Return zeros."""
         return ops.xp.zeros_like(injected)
 
     def cell(self, ops: Ops, p: Parameters, z: Array, injected: Array) -> Array:

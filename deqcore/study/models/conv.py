@@ -51,7 +51,7 @@ class Conv(Model):
         return first, ops.norm(ops.conv(ops.relu(first), p["X2"], 2) + p["b2"], GROUPS)
 
     def start(self, ops: Ops, p: Parameters, injected: tuple[Array, Array]) -> tuple[Array, Array]:
-        """Zeros."""
+        """Return zeros."""
         return ops.xp.zeros_like(injected[0]), ops.xp.zeros_like(injected[1])
 
     def cell(self, ops: Ops, p: Parameters, z: tuple[Array, Array], injected: tuple[Array, Array]) -> Any:

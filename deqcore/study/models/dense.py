@@ -38,7 +38,7 @@ class Dense(Model):
         return ops.xp.reshape(x, (x.shape[0], -1)) @ p["U"] + p["b"]
 
     def start(self, ops: Ops, p: Parameters, injected: Array) -> Array:
-        """Zeros."""
+        """Return zeros."""
         return ops.xp.zeros_like(injected)
 
     def cell(self, ops: Ops, p: Parameters, z: Array, injected: Array) -> Array:

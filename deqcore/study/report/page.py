@@ -46,27 +46,27 @@ def write(root: Path, study: Study, results: Sequence[Mapping[str, Any]], about:
     return value
 
 
-def page(study: Study, found: Sequence[SummaryRow], verdict: GateVerdict, about: Mapping[str, Any]) -> str:
+def page(study: Study, rows: Sequence[SummaryRow], verdict: GateVerdict, about: Mapping[str, Any]) -> str:
     """Return the HTML. Every name in it is escaped: a class or a data set may be called anything."""
     from jinja2 import Environment, StrictUndefined
 
     source = resources.files("deqcore.study.report").joinpath("report.html.j2").read_text(encoding="utf-8")
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=False).from_string(source)
-    header, lines = table.cells(found)
+    header, lines = table.cells(rows)
     words = LANGUAGES[study.language]
     return template.render(
         language=study.language,
         words=words,
         title=say(study.language, "title", name=study.name),
-        recommendations=[_told(answer, study) for answer in recommendations(found, study.cost)],
+        recommendations=[_told(answer, study) for answer in recommendations(rows, study.cost)],
         gates=[gate.as_dict() for gate in verdict.gates],
         verdict={"go": verdict.go, "text": verdict.sentence(study.language)},
-        shared=table.shared(found, lambda title: head(study.language, title)),
+        shared=table.shared(rows, lambda title: head(study.language, title)),
         header=[head(study.language, title) for title in header],
         lines=lines,
         labels=len(header) - len(table.COLUMNS),
-        rounds=[_round(accumulation, found, study.language) for accumulation in accumulations(found)],
-        plots=[{"title": words[word], "svg": svg} for word, svg in plots(found).items()],
+        rounds=[_round(accumulation, rows, study.language) for accumulation in accumulations(rows)],
+        plots=[{"title": words[word], "svg": svg} for word, svg in plots(rows).items()],
         command=about["command"],
         machine=_flat(about["machine"]),
         settings=json.dumps(study.model_dump(), indent=1, ensure_ascii=False),
@@ -104,15 +104,15 @@ def _told(answer: Recommendation, study: Study) -> dict[str, object]:
     return {"head": head, "sentences": sentences + _money(answer, study.cost, language), "warnings": warnings}
 
 
-def _round(found: Accumulation, rows: Sequence[SummaryRow], language: str) -> dict[str, Any]:
+def _round(accumulation: Accumulation, rows: Sequence[SummaryRow], language: str) -> dict[str, Any]:
     """Return a line of the table of rounds and its verdict."""
-    row = found.row
-    gaps = found.gap or (None,) * len(found.accuracy)
-    values = [table.percent(value) + _gap(gap) for value, gap in zip(found.accuracy, gaps, strict=True)]
+    row = accumulation.row
+    gaps = accumulation.gap or (None,) * len(accumulation.accuracy)
+    values = [table.percent(value) + _gap(gap) for value, gap in zip(accumulation.accuracy, gaps, strict=True)]
     heads = [say(language, "round", number=number) for number in range(1, len(values) + 1)]
-    word = "builds_up" if found.builds_up else "no_build_up"
-    verdict = "" if found.builds_up is None else say(language, word, strategy=row.label, solver=row.solver)
-    growth = _bracketed(found.growth, 100.0, 2, signed=True)
+    word = "builds_up" if accumulation.builds_up else "no_build_up"
+    verdict = "" if accumulation.builds_up is None else say(language, word, strategy=row.label, solver=row.solver)
+    growth = _bracketed(accumulation.growth, 100.0, 2, signed=True)
     return {"label": name(row, rows), "heads": heads, "values": [*values, growth], "verdict": verdict}
 
 
@@ -148,10 +148,10 @@ def _bracketed(value: Interval | None, scale: float, digits: int, *, signed: boo
     return f"{text} {ends.replace('-', '−')}"
 
 
-def _summary(row: SummaryRow, found: Sequence[SummaryRow]) -> dict[str, Any]:
+def _summary(row: SummaryRow, among: Sequence[SummaryRow]) -> dict[str, Any]:
     metrics = {name: row.metric(name) for name in METRICS} if row.results else {}
     numbers = {name: None if value is None else asdict(value) for name, value in metrics.items()}
-    rounds = [accumulation.as_dict() for accumulation in accumulations(found) if accumulation.row is row]
+    rounds = [accumulation.as_dict() for accumulation in accumulations(among) if accumulation.row is row]
     results: dict[str, Any] = {
         **table.identity(row),
         "seeds": list(row.results),

@@ -1,4 +1,4 @@
-"""The report's plots, as SVG that stands in the page itself."""
+"""The report's plots, as SVG inside the page itself."""
 
 from __future__ import annotations
 
@@ -96,8 +96,8 @@ def _accuracy(axes: Any, rows: Sequence[SummaryRow]) -> bool:
 def clock(result: Any) -> Any:
     """Return the seconds of training at the end of each epoch, `(epochs,)`.
 
-    A training beside others shares the machine with them: its seconds show how its epochs compare, and the time that
-    was taken alone afterwards how long they are.
+    Trainings that run in parallel share the machine: the seconds of one show how its epochs compare, and the time
+    that was measured alone afterwards shows how long they are.
     """
     seconds = _per_epoch(result, "seconds", len(result["history"]["epochs"]), np.sum).cumsum()
     return seconds * result["times"]["training"] / seconds[-1]

@@ -81,7 +81,7 @@ def recommendations(rows: Sequence[SummaryRow], cost: CostSettings) -> list[Reco
 
 
 def acceptable(row: SummaryRow, exact: SummaryRow | None) -> bool:
-    """Whether a row's accuracy is at most a point below that of exact gradients, at the lower end of its interval."""
+    """Return whether the lower end of a row's accuracy is at most a point below that of exact gradients."""
     difference = row.against(exact, "test_accuracy") if exact is not None else None
     return difference is None or difference.worst >= TOLERATED
 

@@ -39,7 +39,7 @@ class Accumulation:
 
 
 def accumulations(rows: Sequence[SummaryRow]) -> list[Accumulation]:
-    """Of all rows that were trained more than once."""
+    """Summarise all rows that were trained more than once."""
     return [_of(row, reference(row, rows)) for row in rows if _count(row) > 1]
 
 
@@ -64,5 +64,5 @@ def _of(row: SummaryRow, exact: SummaryRow | None) -> Accumulation:
     return Accumulation(row, accuracy, gap, Interval.of([item[-1] - item[0] for item in gaps]))
 
 
-def _difference(mine: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    return [one - other for one, other in zip(mine, theirs, strict=True)]
+def _difference(own: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    return [one - other for one, other in zip(own, theirs, strict=True)]

@@ -19,7 +19,7 @@ class Interval:
 
     Attributes:
         mean: over seeds.
-        low, high: ends of the interval; None with fewer than two seeds, which say nothing about the spread.
+        low, high: ends of the interval; None with fewer than two seeds, which have no spread.
         count: seeds.
     """
 
@@ -30,7 +30,7 @@ class Interval:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Interval:
-        """From one value per seed."""
+        """Build the interval from one value per seed."""
         mean, count = float(np.mean(values)), len(values)
         if count < 2:
             return cls(mean, None, None, count)
@@ -41,7 +41,7 @@ class Interval:
 
     @classmethod
     def of_ratios(cls, values: Sequence[float]) -> Interval:
-        """From one quotient per seed: geometric mean, and an interval of logarithms, which never falls below zero."""
+        """Build the interval from one quotient per seed, on a log scale, so that its ends stay above zero."""
         result = cls.of([math.log(value) for value in values])
         low = None if result.low is None else math.exp(result.low)
         high = None if result.high is None else math.exp(result.high)
@@ -138,10 +138,10 @@ def rows(results: Iterable[CellResult]) -> list[SummaryRow]:
     return [_row(key, value) for key, value in grouped.items()]
 
 
-def _row(key: tuple[Any, ...], found: Sequence[CellResult]) -> SummaryRow:
+def _row(key: tuple[Any, ...], results: Sequence[CellResult]) -> SummaryRow:
     place, solver, strategy, name, rtol = key
-    good = {item["cell"]["seed"]: item for item in found if item["status"] == "ok"}
-    bad = {item["cell"]["seed"]: f"{item['reason']}: {item['detail']}" for item in found if item["status"] != "ok"}
+    good = {item["cell"]["seed"]: item for item in results if item["status"] == "ok"}
+    bad = {item["cell"]["seed"]: f"{item['reason']}: {item['detail']}" for item in results if item["status"] != "ok"}
     return SummaryRow(place, solver, strategy, name, rtol, good, bad)
 
 

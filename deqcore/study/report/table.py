@@ -25,7 +25,7 @@ def milliseconds(value: Interval | None) -> str:
 
 
 def seconds(value: Interval | None) -> str:
-    """Seconds."""
+    """Format seconds."""
     return "–" if value is None else significant(value.mean)
 
 
@@ -88,7 +88,7 @@ def identity(row: SummaryRow) -> dict[str, str]:
 
 
 def cells(rows: Sequence[SummaryRow]) -> tuple[list[str], list[list[str]]]:
-    """Return the header and lines; what is the same in all lines is left out, but for the strategy."""
+    """Return the header and lines; what is the same in all lines is left out, except for the strategy."""
     identities = [identity(row) for row in rows]
     varying = [name for name in IDENTITY if name == "strategy" or len({item[name] for item in identities}) > 1]
     lines = []
@@ -107,7 +107,7 @@ def shared(rows: Sequence[SummaryRow], head: Callable[[str], str] = str) -> str:
 
 
 def terminal(rows: Sequence[SummaryRow]) -> Table:
-    """For people at a terminal."""
+    """Build the table for a terminal."""
     header, lines = cells(rows)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=shared(rows), title_justify="left", caption=NOTE)
     table.caption_justify = "left"
@@ -120,7 +120,7 @@ def terminal(rows: Sequence[SummaryRow]) -> Table:
 
 
 def markdown(rows: Sequence[SummaryRow]) -> str:
-    """For a README."""
+    """Build the table as Markdown, for a README."""
     header, lines = cells(rows)
     escaped = [[item.replace("|", "\\|") for item in line] for line in lines]
     rule = ["---"] * len(header)

@@ -83,19 +83,19 @@ def batches(cell: Cell, size: int, epoch: int) -> NDArray[np.int64]:
 
 def rate(cell: Cell, step: int, steps: int) -> float:
     """Return the learning rate of a step: in each round from the full rate to zero along a cosine."""
-    each = steps // cell.drift.rounds
-    return cell.training.rate * 0.5 * (1 + math.cos(math.pi * (step % each) / each))
+    round_steps = steps // cell.drift.rounds
+    return cell.training.rate * 0.5 * (1 + math.cos(math.pi * (step % round_steps) / round_steps))
 
 
 def audited(cell: Cell, epoch: int) -> bool:
-    """Whether the gradient is looked at before this epoch: `audits` times a round, evenly, first at its start."""
+    """Return whether to audit the gradient before this epoch: `audits` times a round, evenly, first at its start."""
     epochs = cell.training.epochs
     audits = min(cell.training.audits, epochs)
     return audits > 0 and epoch % epochs in {round(i * epochs / audits) for i in range(audits)}
 
 
 def exact(cell: Cell) -> Config:
-    """Settings of the gradient that others are compared with: implicit, and solved far below the study's tolerance."""
+    """Return the settings of the reference gradient: implicit, and solved far below the study's tolerance."""
     return Config(
         backend=cell.backend,
         forward={"solver": "broyden", "rtol": AUDIT_RTOL, "max_steps": AUDIT_STEPS, "on_failure": "ignore"},
@@ -144,7 +144,7 @@ class CellTraining:
         }
 
     def run(self) -> dict[str, Any]:
-        """Train, or go on where a killed process stopped, and look at the test data once.
+        """Train, or continue where a killed process stopped, and look at the test data once.
 
         Raises:
             CellFailure: the loss is no longer a number.

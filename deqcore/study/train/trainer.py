@@ -69,7 +69,7 @@ class Figures(NamedTuple):
 
     @classmethod
     def explicit(cls, depth: int) -> Figures:
-        """Of a network that applies its cell `depth` times and is differentiated through all of them."""
+        """Return the figures of a network that applies its cell `depth` times and differentiates through them."""
         return cls(float(depth), depth, None, 0.0, float(depth), depth, None, None, 0.0)
 
 

@@ -116,7 +116,7 @@ class Flat:
         return Flat(self.name, params, inputs, self.z0)
 
     def hessian_product(self, g: Any, direction: dict[str, Any], inverse: float) -> dict[str, Any]:
-        """How the gradients of ⟨g, z*⟩ change along a direction of all data; error about 1e-12 times the condition."""
+        """Return the change of the gradients of ⟨g, z*⟩ along a direction; error about 1e-12 times the condition."""
         results: dict[str, Any] = {}
         h = HESSIAN_STEP / max(1.0, inverse)
         for weight, size in ((8.0, 1.0), (-8.0, -1.0), (-1.0, 2.0), (1.0, -2.0)):
@@ -135,7 +135,7 @@ class Flat:
         if self.name == "overshoot":  # Newton steps from z0 lead away, which is the point of it
             for _ in range(60):
                 start = self(start)
-        if self.name == "walled":  # beyond the wall there are no numbers, so from the closed form
+        if self.name == "walled":  # f is NaN beyond the wall, so start from the closed form
             start = np.ravel(solve(self.params["W"], np.exp(self.inputs).T).T)
         result = root(residual, start, tol=1e-13)
         z = result.x.astype(np.longdouble)

@@ -87,22 +87,22 @@ def size(result: Mapping[str, Any], quantity: str) -> float:
     return float(np.linalg.norm(vector(result, quantity)))
 
 
-def differ(found: Mapping[str, Any], expected: Mapping[str, Any], quantity: str) -> tuple[float, float, float, str]:
+def differ(actual: Mapping[str, Any], expected: Mapping[str, Any], quantity: str) -> tuple[float, float, float, str]:
     """Return the error, relative error, cosine and the place of the largest difference of one quantity."""
-    a, b = vector(found, quantity), vector(expected, quantity)
+    a, b = vector(actual, quantity), vector(expected, quantity)
     if a.shape != b.shape:
-        shapes = [{name: part.shape for name, part in parts(item, quantity).items()} for item in (found, expected)]
+        shapes = [{name: part.shape for name, part in parts(item, quantity).items()} for item in (actual, expected)]
         return float("inf"), float("inf"), 0.0, f"shapes {shapes[0]} against {shapes[1]}"
     error, norm = float(np.linalg.norm(a - b)), float(np.linalg.norm(b))
     product = float(np.linalg.norm(a)) * norm
     cosine = float(a @ b) / product if product else 1.0
     relative = error / norm if norm else (0.0 if error == 0 else float("inf"))
-    return error, relative, cosine, _place(parts(found, quantity), parts(expected, quantity))
+    return error, relative, cosine, _place(parts(actual, quantity), parts(expected, quantity))
 
 
-def _place(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+def _place(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     worst, text = -1.0, ""
-    for name, part in found.items():
+    for name, part in actual.items():
         if not part.size or name not in expected:
             continue
         gap = np.abs(part - expected[name])

@@ -65,7 +65,7 @@ def matrix(report: GradientReport, seconds: float) -> RenderableType:
 
 
 def _cell(
-    report: GradientReport, mine: Sequence[Comparison], solver: str, strategy: str, backend: str, dtype: str
+    report: GradientReport, comparisons: Sequence[Comparison], solver: str, strategy: str, backend: str, dtype: str
 ) -> Text:
     runs = [
         run
@@ -74,7 +74,7 @@ def _cell(
     ]
     if any(run.error and not run.skipped for run in runs):
         return Text("error", style="bold red")
-    result = [item for item in mine if (item.backend, item.dtype) == (backend, dtype)]
+    result = [item for item in comparisons if (item.backend, item.dtype) == (backend, dtype)]
     if result:
         worst = max(item.relative for item in result)
         good = all(item.ok for item in result)
@@ -96,12 +96,12 @@ def _failures(report: GradientReport) -> Iterable[Text]:
         yield Text(f"… and {more} more (--json lists them all)", style="red")
 
 
-def describe(each: Comparison) -> str:
+def describe(comparison: Comparison) -> str:
     """Describe a disagreement."""
+    c = comparison
     return (
-        f"{each.backend} {each.dtype}, {each.solver} × {each.strategy} on {each.problem}: {each.quantity} differs from "
-        f"{each.against} by {each.relative:.1e} relative ({each.error:.1e}, bound {each.bound:.1e}); cosine "
-        f"{each.cosine:.6f}; {each.place}"
+        f"{c.backend} {c.dtype}, {c.solver} × {c.strategy} on {c.problem}: {c.quantity} differs from {c.against} by "
+        f"{c.relative:.1e} relative ({c.error:.1e}, bound {c.bound:.1e}); cosine {c.cosine:.6f}; {c.place}"
     )
 
 
@@ -152,15 +152,16 @@ def complaints(report: GradientReport) -> list[str]:
     return lines + [f"First disagreement of {key}: {each.quantity}. {_why(each)}" for key, each in result]
 
 
-def _why(each: Comparison) -> str:
+def _why(comparison: Comparison) -> str:
+    c = comparison
     return (
-        f"{each.place}. The difference of {each.error:.1e} is more than {each.dtype}, the tolerance and the condition "
-        f"of I − J explain ({each.bound:.1e}): the two compute different things."
+        f"{c.place}. The difference of {c.error:.1e} is more than {c.dtype}, the tolerance and the condition "
+        f"of I − J explain ({c.bound:.1e}): the two compute different things."
     )
 
 
 def first_disagreements(report: GradientReport) -> dict[str, Comparison]:
-    """For each pair of results the first quantity, in the order in which errors travel, that differs."""
+    """Find the first quantity that differs for each pair of results, in the order in which errors propagate."""
     results: dict[str, Comparison] = {}
     for comparison in report.comparisons:
         if not comparison.ok:

@@ -15,7 +15,8 @@ from typing import Any, Final
 import numpy as np
 
 from deqcore import plugins
-from deqcore.abc.backward import StepStrategy
+from deqcore.abc.backward import StepStrategy, Strategy
+from deqcore.abc.solver import Solver
 from deqcore.errors import BackendError
 from deqcore.testing import worker
 from deqcore.testing.gradients.compare import Comparison, differ, quantities, size
@@ -95,7 +96,7 @@ def check(
     chosen = installed(backends)
     pairs = list(combinations(solvers or tuple(plugins.solvers()), strategies or tuple(plugins.strategies())))
     if not pairs:
-        raise BackendError("No solver among those named keeps the estimate that the strategy needs.")
+        raise BackendError("No selected solver keeps the estimate that the strategy needs. Add 'broyden'.")
     jobs: dict[tuple[str, str], list[Job]] = {}
     for dtype in dtypes:
         for backend in chosen:
@@ -114,15 +115,22 @@ def combinations(solvers: Iterable[str], strategies: Sequence[str]) -> Iterator[
     Raises:
         UnknownNameError: a name is not registered.
     """
-    needs = {name: getattr(plugins.load("strategy", name), "needs", "nothing") for name in strategies}
     for solver in solvers:
-        has_estimate = getattr(plugins.load("solver", solver), "has_estimate", False)
-        yield from ((solver, name) for name in strategies if needs[name] != "estimate" or has_estimate)
+        cls = plugins.load("solver", solver)
+        has_estimate = isinstance(cls, type) and issubclass(cls, Solver) and cls.has_estimate
+        yield from ((solver, name) for name in strategies if has_estimate or not needs_estimate(name))
 
 
 def is_exact(strategy: str) -> bool:
     """Return whether a strategy promises the true gradient."""
-    return bool(getattr(plugins.load("strategy", strategy), "exact", False))
+    cls = plugins.load("strategy", strategy)
+    return isinstance(cls, type) and issubclass(cls, Strategy) and cls.exact
+
+
+def needs_estimate(strategy: str) -> bool:
+    """Return whether a strategy works with the solver's estimate by default."""
+    cls = plugins.load("strategy", strategy)
+    return isinstance(cls, type) and issubclass(cls, Strategy) and cls.needs == "estimate"
 
 
 def plan(pairs: Iterable[tuple[str, str]], dtype: str) -> Iterator[Job]:
@@ -179,7 +187,7 @@ def jittered(pairs: Iterable[tuple[str, str]], dtype: str) -> Iterator[Job]:
     In float64, where a promise takes their place, only for estimates: that figure is worth knowing.
     """
     for solver, strategy in pairs:
-        estimate = getattr(plugins.load("strategy", strategy), "needs", "") == "estimate"
+        estimate = needs_estimate(strategy)
         if estimate or (dtype != "float64" and not is_exact(strategy)):
             for seed in JITTERS if estimate else JITTERS[:1]:
                 yield fixed_job(solver, strategy, dtype, seed)

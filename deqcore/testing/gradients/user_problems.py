@@ -85,7 +85,7 @@ def _backends(problem: Problem, named: Sequence[str]) -> tuple[str, ...]:
             )
     result = tuple(name for name in installed(named) if written is None or name in written)
     if not result:
-        raise ProblemError(f"None of the frameworks that {problem.name!r} is written for is installed.")
+        raise ProblemError(f"{problem.name!r} runs on none of the installed frameworks. Install one of its frameworks.")
     count = sum(np.size(leaf) for _, leaf in problem.leaves())
     if not named and count > MANY:
         result = tuple(name for name in result if plugins.backends()[name].package) or result

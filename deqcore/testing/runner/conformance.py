@@ -112,7 +112,7 @@ def backends_of(request: SuiteRequest) -> tuple[str, ...]:
 
 
 def arguments(request: SuiteRequest, backend: str, results: Path) -> list[str]:
-    """Pytest's command line, free of anybody's configuration: a conftest.py of the working directory is code, too."""
+    """Return pytest's command line, which ignores all configuration files, a conftest.py here included."""
     config = results.parent / "pytest.ini"
     config.write_text("[pytest]\n")
     given = {

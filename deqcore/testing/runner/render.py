@@ -49,8 +49,8 @@ def sentence(check: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _cell(mine: Sequence[CaseOutcome]) -> Text:
-    ran = [item for item in mine if item.outcome != "skipped"]
+def _cell(cases: Sequence[CaseOutcome]) -> Text:
+    ran = [item for item in cases if item.outcome != "skipped"]
     failed = sum(item.outcome == "failed" for item in ran)
     expected = sum(item.outcome == "expected" for item in ran)
     if failed:

@@ -132,7 +132,7 @@ def _operator(name: str) -> Callable[..., Any]:
 
 def _refusal(name: str, text: str) -> Callable[..., NoReturn]:
     def refuse(self: StrictArray, *_: Any) -> NoReturn:
-        raise StrictError(f"{self!r} {text}. A tracing framework has no values at this point.")
+        raise StrictError(f"{self!r} {text}. Use only array operations: a tracing framework has no values here.")
 
     return refuse
 

@@ -11,8 +11,12 @@ import numpy as np
 
 from deqcore import plugins
 from deqcore.abc.adjoint import AdjointSolver
+from deqcore.abc.arrays import ArrayOps
+from deqcore.abc.autodiff import Autodiff
 from deqcore.abc.backend import Backend
+from deqcore.abc.guards import CallGuards
 from deqcore.abc.history import History
+from deqcore.abc.linalg import SmallLinalg
 from deqcore.testing.strict.array import StrictArray, StrictError, unwrap, wrap
 from deqcore.testing.strict.carry import check_same
 from deqcore.testing.strict.history import StrictHistory
@@ -20,15 +24,87 @@ from deqcore.testing.strict.namespace import XP
 from deqcore.types import Array, BackwardRecord, Capabilities, LoopVars, Map, SolveResult
 
 
+class StrictLinalg(SmallLinalg):
+    """NumPy's, on what is hidden."""
+
+    def __init__(self, be: StrictBackend) -> None:
+        super().__init__(be)
+        self.numpy = be.numpy
+
+    def solve(self, a: Array, b: Array) -> Array:
+        return wrap(self.numpy.linalg.solve(unwrap(a), unwrap(b)))
+
+
+class StrictAutodiff(Autodiff):
+    """NumPy's, on what is hidden."""
+
+    def __init__(self, be: StrictBackend) -> None:
+        super().__init__(be)
+        self.numpy = be.numpy
+
+    def linearize(self, f: Map, z: Array) -> tuple[Array, Map]:
+        value, vjp = self.numpy.autodiff.linearize(lambda x: unwrap(f(wrap(x))), unwrap(z))
+        return wrap(value), lambda u: wrap(vjp(unwrap(u)))
+
+    def jvp(self, f: Map, z: Array) -> Map | None:
+        product = self.numpy.autodiff.jvp(lambda x: unwrap(f(wrap(x))), unwrap(z))
+        return None if product is None else lambda v: wrap(product(unwrap(v)))
+
+    def forward_only(
+        self, f: Callable[..., Array], z0: Array, args: tuple[Any, ...], solve: Callable[[Map, Array], SolveResult]
+    ) -> SolveResult:
+        with self.be.errstate():
+            return solve(lambda z: f(z, *args), z0)
+
+    def implicit(
+        self,
+        f: Callable[..., Array],
+        z0: Array,
+        args: tuple[Any, ...],
+        solve: Callable[[Map, Array], SolveResult],
+        adjoint: AdjointSolver,
+    ) -> tuple[Array, SolveResult, BackwardRecord | None]:
+        forward = self.forward_only(f, z0, args, solve)
+        return forward.z, forward, None
+
+    def grad_enabled(self) -> bool:
+        return False
+
+    def vjp(
+        self, value: Callable[..., tuple[Array, Any]], args: tuple[Any, ...], cotangent: Array
+    ) -> tuple[Array, Any, tuple[Any, ...]]:
+        def hidden(*moved: Any) -> tuple[Any, Any]:
+            result, aux = value(*_mapped(self.be, moved, wrap))
+            return unwrap(result), aux
+
+        result, aux, gradients = self.numpy.autodiff.vjp(hidden, _mapped(self.be, args, unwrap), unwrap(cotangent))
+        return wrap(result), aux, _mapped(self.be, gradients, wrap)
+
+
+class StrictGuards(CallGuards):
+    """NumPy's, as far as a tracing framework has one."""
+
+    def __init__(self, be: StrictBackend) -> None:
+        super().__init__(be)
+        self.numpy = be.numpy
+
+    def in_extended_precision(self) -> bool:
+        return self.numpy.guards.in_extended_precision()
+
+
 class StrictBackend(Backend):
     """NumPy with the manners of a tracing framework."""
 
     name: ClassVar[str] = "strict"
     xp = XP
+    linalg_class = StrictLinalg
+    autodiff_class = StrictAutodiff
+    guards_class = StrictGuards
 
     def __init__(self) -> None:
         self.numpy: Backend = plugins.make_backend("numpy")
         self.capabilities: Capabilities = replace(self.numpy.capabilities, autodiff=False)
+        super().__init__()
 
     def is_array(self, leaf: object) -> bool:
         return isinstance(leaf, StrictArray)
@@ -41,9 +117,6 @@ class StrictBackend(Backend):
 
     def is_traced(self, *leaves: Any) -> bool:
         return any(isinstance(leaf, StrictArray) for leaf in self.flatten(leaves)[0])
-
-    def in_extended_precision(self) -> bool:
-        return self.numpy.in_extended_precision()
 
     def astype(self, x: Array, dtype: str) -> Array:
         return wrap(unwrap(x).astype(dtype))
@@ -68,9 +141,6 @@ class StrictBackend(Backend):
 
     def known_all(self, mask: Array) -> bool:
         return False
-
-    def solve(self, a: Array, b: Array) -> Array:
-        return wrap(self.numpy.solve(unwrap(a), unwrap(b)))
 
     def history(self, like: Array, history_size: int, dtype: str | None = None) -> History:
         return StrictHistory(self.numpy.history(unwrap(like), history_size, dtype))
@@ -97,51 +167,13 @@ class StrictBackend(Backend):
                 carry = after
         return carry
 
-    def linearize(self, f: Map, z: Array) -> tuple[Array, Map]:
-        value, vjp = self.numpy.linearize(lambda x: unwrap(f(wrap(x))), unwrap(z))
-        return wrap(value), lambda u: wrap(vjp(unwrap(u)))
-
-    def jvp(self, f: Map, z: Array) -> Map | None:
-        product = self.numpy.jvp(lambda x: unwrap(f(wrap(x))), unwrap(z))
-        return None if product is None else lambda v: wrap(product(unwrap(v)))
-
-    def forward_only(
-        self, f: Callable[..., Array], z0: Array, args: tuple[Any, ...], solve: Callable[[Map, Array], SolveResult]
-    ) -> SolveResult:
-        with self.errstate():
-            return solve(lambda z: f(z, *args), z0)
-
-    def implicit(
-        self,
-        f: Callable[..., Array],
-        z0: Array,
-        args: tuple[Any, ...],
-        solve: Callable[[Map, Array], SolveResult],
-        adjoint: AdjointSolver,
-    ) -> tuple[Array, SolveResult, BackwardRecord | None]:
-        forward = self.forward_only(f, z0, args, solve)
-        return forward.z, forward, None
-
     def detach(self, x: Array) -> Array:
         return x
 
-    def grad_enabled(self) -> bool:
-        return False
 
-    def vjp(
-        self, value: Callable[..., tuple[Array, Any]], args: tuple[Any, ...], cotangent: Array
-    ) -> tuple[Array, Any, tuple[Any, ...]]:
-        def hidden(*moved: Any) -> tuple[Any, Any]:
-            result, aux = value(*_mapped(self, moved, wrap))
-            return unwrap(result), aux
-
-        result, aux, gradients = self.numpy.vjp(hidden, _mapped(self, args, unwrap), unwrap(cotangent))
-        return wrap(result), aux, _mapped(self, gradients, wrap)
-
-
-def _mapped(backend: Backend, trees: Any, change: Callable[[Any], Any]) -> Any:
-    leaves, structure = backend.flatten(trees)
-    return backend.unflatten(structure, [change(leaf) for leaf in leaves])
+def _mapped(be: ArrayOps, trees: Any, change: Callable[[Any], Any]) -> Any:
+    leaves, structure = be.flatten(trees)
+    return be.unflatten(structure, [change(leaf) for leaf in leaves])
 
 
 def _condition(going: Any) -> bool:

@@ -37,35 +37,39 @@ class StrictHistory(History):
         return StrictHistory(self.inner.copy().append(unwrap(_strict(v))))
 
     def dot(self, v: Array) -> Array:
-        """As the inner history."""
+        """Call `dot` of the inner history."""
         return wrap(self.inner.dot(unwrap(_strict(v))))
 
     def combine(self, coefficients: Array) -> Array:
-        """As the inner history."""
+        """Call `combine` of the inner history."""
         return wrap(self.inner.combine(unwrap(_strict(coefficients))))
 
     def restart(self, rows: Array) -> StrictHistory:
-        """As the inner history."""
+        """Call `restart` of the inner history."""
         return StrictHistory(self.inner.restart(unwrap(_strict(rows))))
 
     def erase(self, rows: Array) -> StrictHistory:
         """Write into a copy."""
         return StrictHistory(self.inner.copy().erase(unwrap(_strict(rows))))
 
+    def rewind(self, count: int | Array) -> StrictHistory:
+        """Rewind the inner history."""
+        return StrictHistory(self.inner.rewind(unwrap(count)))
+
     def slot(self) -> Array:
-        """As the inner history."""
+        """Call `slot` of the inner history."""
         return wrap(self.inner.slot())
 
     def count(self) -> Array:
-        """As the inner history."""
+        """Call `count` of the inner history."""
         return wrap(self.inner.count())
 
     def full(self) -> Array:
-        """As the inner history."""
+        """Call `full` of the inner history."""
         return wrap(self.inner.full())
 
     def masked(self, active: Array | None) -> StrictHistory:
-        """As the inner history."""
+        """Call `masked` of the inner history."""
         return StrictHistory(self.inner.masked(unwrap(active)))
 
     def vectors(self) -> Array:
@@ -77,7 +81,7 @@ class StrictHistory(History):
         return wrap(result)
 
     def merge(self, rows: Array, other: History) -> StrictHistory:
-        """Into a copy."""
+        """Merge into a copy of the inner history."""
         assert isinstance(other, StrictHistory)
         return StrictHistory(self.inner.copy().merge(unwrap(rows), other.inner))
 

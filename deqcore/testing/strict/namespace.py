@@ -204,7 +204,7 @@ class Namespace(SimpleNamespace):
         if name == "asarray":
             raise StrictError("xp.asarray loses the device: use backend.asarray(a, like=z).")
         if name not in NAMES:
-            raise StrictError(f"xp.{name} is not in the array API standard: other frameworks may lack it.")
+            raise StrictError(f"xp.{name} is not in the array API standard. Use a function that is.")
         return _strict(getattr(np, name))
 
 
@@ -213,7 +213,7 @@ class Linalg(SimpleNamespace):
 
     def __getattr__(self, name: str) -> Any:
         if name not in LINALG:
-            raise StrictError(f"xp.linalg.{name} is not in the array API standard: other frameworks may lack it.")
+            raise StrictError(f"xp.linalg.{name} is not in the array API standard. Use a function that is.")
         return _strict(getattr(np.linalg, name))
 
 

@@ -79,7 +79,7 @@ class Conformance:
         return {}
 
     def required(self, request: Any) -> Sequence[str]:
-        """Capabilities that the subject of the test needs."""
+        """Return the capabilities that the subject of the test needs."""
         return ()
 
     def _backends(self, config: Any) -> Sequence[str]:
@@ -100,7 +100,7 @@ class Conformance:
     @pytest.fixture(autouse=True)
     def _checking(self, request: Any, kit: Kit) -> Iterator[None]:
         """Full precision, and no test for what the backend cannot do."""
-        with kit.backend.high_precision():
+        with kit.backend.harness.high_precision():
             for mark in request.node.iter_markers(NEEDS):
                 skip_without(kit.backend, mark.args[0])
             for capability in self.required(request):
@@ -126,7 +126,7 @@ def claimed(config: Any, own: Mapping[str, int] | None, subject: Any, settings: 
 
 
 def chosen(config: Any, what: str) -> Any:
-    """The value of an option `--deqcore-…`, or nothing where the plugin is not loaded."""
+    """Return the value of an option `--deqcore-…`, or () if the plugin is not loaded."""
     return config.getoption(f"deqcore_{what}", default=None) or ()
 
 

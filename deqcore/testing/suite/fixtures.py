@@ -45,7 +45,7 @@ class Affine:
 
 
 def affine(batch: int = 3, n: int = 6, *, norm: float = 0.7, seed: int = 0) -> Affine:
-    """A random non-symmetric problem with ‖A‖₂ = norm in every sample."""
+    """Make a random non-symmetric problem with ‖A‖₂ = norm in every sample."""
     rng = np.random.default_rng(seed)
     a = rng.standard_normal((batch, n, n))
     a *= norm / np.linalg.norm(a, 2, axis=(1, 2))[:, None, None]
@@ -76,7 +76,7 @@ class Kit:
         return self.backend.to_numpy(x)
 
     def tree(self, tree: Tree, dtype: str) -> Tree:
-        """A tree of floating-point host data on the device."""
+        """Copy a tree of floating-point host data to the device."""
         return rebuild(tree, lambda leaf: self.array(leaf, dtype))
 
     def data(self, golden: Golden, dtype: str) -> tuple[Callable[..., Tree], Tree, tuple[Tree, Tree]]:
@@ -154,10 +154,10 @@ class DenseEstimate(InverseJacobian):
         return self.kit.vjp(self.h)(v)
 
 
-def close(found: Any, expected: Any, tolerance: float, what: str) -> None:
+def close(actual: Any, expected: Any, tolerance: float, what: str) -> None:
     """Fail where two NumPy arrays differ, relative to the larger of 1 and the expected norm."""
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    assert found.shape == expected.shape, f"{what}: shape {found.shape}, but {expected.shape} is expected"
-    error = np.linalg.norm(found - expected)
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape, f"{what}: the shape must be {expected.shape} (got {actual.shape})"
+    error = np.linalg.norm(actual - expected)
     allowed = tolerance * max(1.0, float(np.linalg.norm(expected)))
     assert error <= allowed, f"{what}: off by {error:.2e}, allowed {allowed:.2e}"

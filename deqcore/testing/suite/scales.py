@@ -17,7 +17,7 @@ EXPONENTS: Final = {"float64": 664, "float32": 83, "bfloat16": 83}  # 1e±200, 1
 
 
 def scales(batch: int, dtype: str) -> Any:
-    """Factors `(batch,)`, float64: in turn tiny and huge for this dtype.
+    """Return factors `(batch,)`, float64: in turn tiny and huge for this dtype.
 
     Example:
         >>> scales(3, "float32").round(28).tolist()
@@ -28,7 +28,7 @@ def scales(batch: int, dtype: str) -> Any:
 
 
 def times(kit: Kit, tree: Tree, factors: Array) -> Tree:
-    """Every array of the tree, its rows multiplied by `factors` `(batch,)`.
+    """Multiply the rows of every array of the tree by `factors` `(batch,)`.
 
     Example:
         >>> import numpy as np, deqcore
@@ -42,7 +42,7 @@ def times(kit: Kit, tree: Tree, factors: Array) -> Tree:
 
 
 def scaled(kit: Kit, f: Callable[..., Tree], s: Any, dtype: str) -> Callable[..., Tree]:
-    """The function s f(z/s) of each sample, whose fixed points are those of f times s.
+    """Return the function s f(z/s) of each sample, whose fixed points are those of f times s.
 
     Args:
         kit: the backend.

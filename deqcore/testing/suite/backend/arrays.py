@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from deqcore.abc.scaling import divide_rows, multiply_rows, row_scale
+from deqcore.linear.norms import default_rtol
 from deqcore.testing.suite.base import DTYPES, Conformance, needs, several
 from deqcore.testing.suite.fixtures import Kit, close
 from deqcore.testing.suite.scales import EXPONENTS, scales
@@ -75,11 +77,11 @@ class ArrayTests(Conformance):
     def test_epsilon_and_default_tolerance(self, kit: Kit, dtype: str) -> None:
         x = kit.array([1.0], dtype)
         assert kit.backend.eps(x) == np.finfo(dtype).eps
-        assert kit.backend.default_rtol(x) == pytest.approx({"float64": 1.49e-8, "float32": 1e-4}[dtype], rel=1e-2)
+        assert default_rtol(kit.backend, x) == pytest.approx({"float64": 1.49e-8, "float32": 1e-4}[dtype], rel=1e-2)
 
     def test_identity_matrices(self, kit: Kit) -> None:
         like = kit.array([[1.0]], "float32")
-        found = kit.backend.eye(like, 2, 3)
+        found = kit.backend.linalg.eye(like, 2, 3)
         assert kit.backend.dtype_name(found) == "float32"
         assert np.array_equal(kit.numpy(found), np.eye(2, 3))
 
@@ -88,7 +90,7 @@ class ArrayTests(Conformance):
         x = kit.array([[1.0, 2.0]])
         at = kit.backend.device_of(x)
         made = (
-            kit.backend.eye(x, 2),
+            kit.backend.linalg.eye(x, 2),
             kit.backend.to_accum_dtype(x),
             kit.backend.norm(x),
             kit.backend.history(x, 2).dot(x),
@@ -107,7 +109,7 @@ class ArrayTests(Conformance):
 
     @several("dtype", [*DTYPES, "bfloat16"])
     def test_norms_of_any_scale(self, kit: Kit, dtype: str) -> None:
-        """Rows near the ends of the range, with their squares far beyond, beside a row of zeros and an ordinary one."""
+        """Check rows near the ends of the range, whose squares leave it, beside a row of zeros and an ordinary one."""
         plain = np.random.default_rng(0).integers(-9, 10, (4, 50)).astype(float)
         plain[3] *= 2.0**-20
         plain[3, 7] = 2.0 ** (EXPONENTS[dtype] // 2)  # beside which all others vanish
@@ -123,11 +125,11 @@ class ArrayTests(Conformance):
 
     @several("dtype", DTYPES)
     def test_scales_of_rows(self, kit: Kit, dtype: str) -> None:
-        """Powers of two that change no digit; 1 for what is zero, not finite, or needs none."""
+        """Require powers of two, which change no digit, and 1 for rows that are zero, not finite or need no scale."""
         rows = np.array([[3.0, 4.0]]) * np.array([*scales(2, dtype), 1.0, 0.0, np.nan])[:, None]
         v = kit.array(rows, dtype)
         with kit.backend.errstate():
-            unit = kit.backend.row_scale(kit.backend.norm(v), v)
+            unit = row_scale(kit.backend, kit.backend.norm(v), v)
         if unit is None:  # squares of such rows are in the range of a wider dtype
             with kit.backend.errstate():
                 squares = kit.numpy(kit.backend.inner(v, v))[:2].astype(float)
@@ -136,9 +138,9 @@ class ArrayTests(Conformance):
         found = kit.numpy(unit).astype(float)
         assert list(found[2:]) == [1.0, 1.0, 1.0]
         size = 5.0 * scales(2, dtype) / found[:2]
-        assert ((size >= 0.5) & (size <= 2.0)).all(), f"rows of norm {size}, but about 1 is expected"
-        moved = kit.backend.divide_rows(v, unit)
-        assert np.array_equal(kit.numpy(kit.backend.multiply_rows(moved, unit)), kit.numpy(v), equal_nan=True)
+        assert ((size >= 0.5) & (size <= 2.0)).all(), f"the norm of scaled rows must be about 1 (got {size})"
+        moved = divide_rows(kit.backend, v, unit)
+        assert np.array_equal(kit.numpy(multiply_rows(kit.backend, moved, unit)), kit.numpy(v), equal_nan=True)
 
     @needs("bfloat16")
     def test_norms_of_narrow_states_are_wide(self, kit: Kit) -> None:
@@ -175,7 +177,7 @@ class ArrayTests(Conformance):
         a = (rng.standard_normal((3, 4, 4)) + 3 * np.eye(4)[:, ::-1]).astype(dtype)
         b = rng.standard_normal((3, 4, columns) if columns else (3, 4)).astype(dtype)
         expected = np.linalg.solve(a.astype(float), b.astype(float) if columns else b[..., None].astype(float))
-        found = kit.backend.solve(kit.array(a, dtype), kit.array(b, dtype))
+        found = kit.backend.linalg.solve(kit.array(a, dtype), kit.array(b, dtype))
         close(kit.numpy(found), expected.reshape(b.shape), 1e3 * float(np.finfo(dtype).eps), "solution")
 
     @several("dtype", DTYPES)
@@ -184,8 +186,8 @@ class ArrayTests(Conformance):
         rng = np.random.default_rng(2)
         a = rng.standard_normal((3, size, size)) + size * np.eye(size)
         for solve, system in (
-            (kit.backend.solve_upper, np.triu(a)),
-            (kit.backend.solve_positive, a @ np.swapaxes(a, 1, 2)),
+            (kit.backend.linalg.solve_upper, np.triu(a)),
+            (kit.backend.linalg.solve_positive, a @ np.swapaxes(a, 1, 2)),
         ):
             for b in (rng.standard_normal((3, size)), rng.standard_normal((3, size, 2))):
                 expected = np.linalg.solve(system, b if b.ndim == 3 else b[..., None]).reshape(b.shape)
@@ -194,12 +196,12 @@ class ArrayTests(Conformance):
 
     def test_least_singular_values(self, kit: Kit) -> None:
         a = np.random.default_rng(3).standard_normal((4, 6, 5))
-        found = kit.numpy(kit.backend.least_singular_value(kit.array(a), a.shape[2]))
+        found = kit.numpy(kit.backend.linalg.least_singular_value(kit.array(a), a.shape[2]))
         close(found, np.linalg.svd(a, compute_uv=False)[:, -1], 5e-3, "least singular value")
 
     def test_a_singular_system_spoils_its_own_row_only(self, kit: Kit) -> None:
         a = np.stack([2 * np.eye(2), np.zeros((2, 2)), 4 * np.eye(2)])
-        found = kit.numpy(kit.backend.solve(kit.array(a), kit.array(np.ones((3, 2)))))
+        found = kit.numpy(kit.backend.linalg.solve(kit.array(a), kit.array(np.ones((3, 2)))))
         assert not np.isfinite(found[1]).any(), "a singular system must not give finite numbers"
         assert np.array_equal(found[[0, 2]], [[0.5, 0.5], [0.25, 0.25]])
 

@@ -35,7 +35,7 @@ class DerivativeTests(Conformance):
 
     def test_linearize_gives_the_value_and_the_transposed_product(self, kit: Kit) -> None:
         problem, z = affine(), np.random.default_rng(3).standard_normal((3, 6))
-        value, vjp = kit.backend.linearize(kit.map(problem), kit.array(z))
+        value, vjp = kit.backend.autodiff.linearize(kit.map(problem), kit.array(z))
         close(kit.numpy(value), np.einsum("bij,bj->bi", problem.a, z) + problem.b, 1e-6, "f(z)")
         for seed in (0, 1):  # callable many times
             u = np.random.default_rng(seed).standard_normal((3, 6))
@@ -43,18 +43,18 @@ class DerivativeTests(Conformance):
 
     def test_vjp_of_a_function_that_reads_no_state(self, kit: Kit) -> None:
         one = kit.array(np.ones((2, 3)))
-        _, vjp = kit.backend.linearize(lambda z: one, kit.array(np.zeros((2, 3))))
+        _, vjp = kit.backend.autodiff.linearize(lambda z: one, kit.array(np.zeros((2, 3))))
         assert not kit.numpy(vjp(one)).any()
 
     def test_products_of_a_function_that_couples_rows(self, kit: Kit) -> None:
-        """A backend may differentiate row by row only if no row depends on any other."""
+        """Differentiate coupled rows: a backend may work row by row only if no row depends on another."""
         xp, u = kit.backend.xp, np.random.default_rng(5).standard_normal((4, 3))
         shift = lambda z: xp.concat([z[1:], z[:1]], axis=0)  # noqa: E731
         pair = lambda z: xp.concat([0 * z[1:], z[2:3]], axis=0)  # noqa: E731 (row 3 reads row 2 only)
         expected = np.zeros((4, 3))
         expected[2] = u[3]
         for f, truth in ((shift, np.roll(u, 1, axis=0)), (pair, expected)):
-            _, vjp = kit.backend.linearize(f, kit.array(np.ones((4, 3))))
+            _, vjp = kit.backend.autodiff.linearize(f, kit.array(np.ones((4, 3))))
             close(kit.numpy(vjp(kit.array(u))), truth, 1e-6, "vjp(u) where f couples rows")
 
     def test_a_backward_pass_that_cannot_be_right_reaches_the_user(self, kit: Kit) -> None:
@@ -72,10 +72,10 @@ class DerivativeTests(Conformance):
             cotangent = kit.array(np.arange(12.0).reshape(4, 3))
             ledger.forget()
             if eager:  # a traced warning may come after the result
-                with warnings.catch_warnings(record=True) as told:
+                with warnings.catch_warnings(record=True) as shown:
                     warnings.simplefilter("always")
                     deqcore.vjp(f, z0, one, cotangent=cotangent, config=config, backward__on_failure="warn")
-                assert category in {each.category for each in told}, f"{category.__name__} is missing among {told}"
+                assert category in {warning.category for warning in shown}, f"{category.__name__} is not in {shown}"
             # What a tracing framework makes of an error in a callback keeps its message only.
             kind, text = errors.ConvergenceError if eager else Exception, "are coupled|did not converge"
             settings: Any = {"config": config, "backward__on_failure": "raise", "backward__verify_every": 1}
@@ -84,14 +84,14 @@ class DerivativeTests(Conformance):
 
     def test_forward_products(self, kit: Kit) -> None:
         problem, v = affine(), np.random.default_rng(4).standard_normal((3, 6))
-        product = kit.backend.jvp(kit.map(problem), kit.array(np.zeros((3, 6))))
+        product = kit.backend.autodiff.jvp(kit.map(problem), kit.array(np.zeros((3, 6))))
         if product is None:
             assert not kit.backend.capabilities.jvp, "the backend promises jvp, but jvp gives None"
             return
         close(kit.numpy(product(kit.array(v))), np.einsum("bij,bj->bi", problem.a, v), 1e-6, "jvp(v) = J v")
 
     def test_derivatives_in_other_units(self, kit: Kit) -> None:
-        """Each sample of f(z) = s·g(z/s) has a unit s of its own; J is that of g. |z| keeps complex steps out."""
+        """Give each sample of f(z) = s·g(z/s) its own unit s; J equals that of g. |z| excludes complex steps."""
         far = 100 if kit.backend.capabilities.float64 else 12
         s = 10.0 ** np.array([[-far], [-6], [0], [6], [far]])
         y = np.random.default_rng(5).standard_normal((5, 3))
@@ -103,12 +103,12 @@ class DerivativeTests(Conformance):
 
         z, x, u = kit.array(s * y), kit.array(0 * y), kit.array(np.ones((5, 3)))
         slope = 0.5 / np.cosh(y) ** 2 + 0.125 * np.sign(y)
-        _, vjp = kit.backend.linearize(lambda z: f(z, x), z)
+        _, vjp = kit.backend.autodiff.linearize(lambda z: f(z, x), z)
         close(kit.numpy(vjp(u)), slope, 1e-5, "Jᵀu of s·g(z/s), a unit s for each sample")
-        jvp = kit.backend.jvp(lambda z: f(z, x), z)
+        jvp = kit.backend.autodiff.jvp(lambda z: f(z, x), z)
         if jvp is not None:
             close(kit.numpy(jvp(u)), slope, 1e-5, "J v of s·g(z/s), a unit s for each sample")
-        _, _, (dz, dx) = kit.backend.vjp(lambda z, x: (f(z, x), None), (z, x), u)
+        _, _, (dz, dx) = kit.backend.autodiff.vjp(lambda z, x: (f(z, x), None), (z, x), u)
         close(kit.numpy(dz), slope, 1e-5, "gradient of z in s·g(z/s), a unit s for each sample")
         close(kit.numpy(dx), np.ones((5, 3)), 1e-5, "gradient of a term that is 0, a unit s for each sample")
 
@@ -119,7 +119,7 @@ class DerivativeTests(Conformance):
             return p["a"] * p["b"][0] * p["b"][0], name
 
         args = ({"a": x, "b": [2 * x]}, k, "text")
-        found, aux, (dp, dk, dname) = kit.backend.vjp(value, args, kit.array([1.0, 10.0]))
+        found, aux, (dp, dk, dname) = kit.backend.autodiff.vjp(value, args, kit.array([1.0, 10.0]))
         assert (aux, dk, dname) == ("text", None, None)
         close(kit.numpy(found), [4.0, 32.0], 1e-6, "value")
         close(kit.numpy(dp["a"]), [4.0, 160.0], 1e-6, "gradient of a")
@@ -127,7 +127,7 @@ class DerivativeTests(Conformance):
 
     def test_vjp_of_an_argument_that_is_not_used_is_zero(self, kit: Kit) -> None:
         x, y = kit.array([1.0]), kit.array([2.0, 3.0])
-        _, _, (_, dy) = kit.backend.vjp(lambda x, y: (2 * x, None), (x, y), kit.array([1.0]))
+        _, _, (_, dy) = kit.backend.autodiff.vjp(lambda x, y: (2 * x, None), (x, y), kit.array([1.0]))
         assert np.array_equal(kit.numpy(dy), [0.0, 0.0])
 
     @several(
@@ -144,7 +144,7 @@ class DerivativeTests(Conformance):
 
     @several("strategy", ["exact-ift", "jacobian-free", "phantom", "unrolled"])
     def test_the_value_is_the_iterate_that_is_reported(self, kit: Kit, strategy: str) -> None:
-        """Where f expands, f of the returned point is no better than that point, and misses the tolerance."""
+        """Use an f that expands, so that f of the returned point is worse than the point and misses the tolerance."""
         xp = kit.backend.xp
         x = kit.array([[0.1, 0.4], [1.0, -2.0]])
         f = lambda z, x: 3.0 * xp.sin(z) + x  # noqa: E731
@@ -162,7 +162,7 @@ class DerivativeTests(Conformance):
             z0 = kit.array(np.zeros((1, 1)))
             return kit.backend.xp.sum(deqcore.fixed_point(lambda z: a * z + 1.0, z0, config=self._exact(kit)).value)
 
-        close(kit.numpy(kit.backend.grad(loss)(kit.array(0.5))), 4.0, 1e-6, "d/da 1/(1 − a) through a closure")
+        close(kit.numpy(kit.backend.autodiff.grad(loss)(kit.array(0.5))), 4.0, 1e-6, "d/da 1/(1 − a) through a closure")
 
     @needs("autodiff")
     @several("strategy", ["exact-ift", "broyden-reuse", "jacobian-free", "neumann"])
@@ -175,7 +175,7 @@ class DerivativeTests(Conformance):
             sol = deqcore.fixed_point(f, 0 * b, a, b, config=kit.config(solver=solver, strategy=strategy))
             return sol.value, None
 
-        _, _, (da, db) = kit.backend.vjp(
+        _, _, (da, db) = kit.backend.autodiff.vjp(
             total, (kit.array(problem.a), kit.array(problem.b)), kit.array(np.ones((3, 6)))
         )
         u = problem.adjoint(np.ones((3, 6)))
@@ -188,14 +188,14 @@ class DerivativeTests(Conformance):
             one, two = (self._scalar(kit, a, b) for b in (1.0, 2.0))  # two solves before any backward
             return one + two
 
-        gradient = kit.backend.grad(loss)
+        gradient = kit.backend.autodiff.grad(loss)
         first, again = (float(kit.numpy(gradient(kit.array(0.5)))) for _ in range(2))
         assert first == again == pytest.approx(12.0, rel=1e-6)
 
     @needs("autodiff")
     def test_second_derivatives_are_right_or_refused(self, kit: Kit) -> None:
-        """Promised or not: what must never come out is a wrong number without a word."""
-        second = kit.backend.grad(kit.backend.grad(lambda a: self._scalar(kit, a, 1.0)))
+        """Require the right number or an error; a silently wrong number must never be returned."""
+        second = kit.backend.autodiff.grad(kit.backend.autodiff.grad(lambda a: self._scalar(kit, a, 1.0)))
         try:
             found = kit.numpy(second(kit.array(0.5)))
         except errors.DeqcoreError:
@@ -206,12 +206,12 @@ class DerivativeTests(Conformance):
     @needs("autodiff")
     def test_hessian_vector_products_by_two_backward_passes(self, kit: Kit) -> None:
         """d/dv of v·L′(a) and of (v·L′)′(a), which are linear in v: right or refused, never without their term."""
-        loss = kit.backend.grad(lambda a: self._scalar(kit, a, 1.0))
-        twice = lambda v: kit.backend.grad(lambda a: v * loss(a))(kit.array(0.5)) + v  # noqa: E731
-        once = lambda v: kit.backend.grad(lambda a: v * self._scalar(kit, a, 1.0))(kit.array(0.5)) + v  # noqa: E731
+        loss = kit.backend.autodiff.grad(lambda a: self._scalar(kit, a, 1.0))
+        twice = lambda v: kit.backend.autodiff.grad(lambda a: v * loss(a))(kit.array(0.5)) + v  # noqa: E731
+        once = lambda v: kit.backend.autodiff.grad(lambda a: v * self._scalar(kit, a, 1.0))(kit.array(0.5)) + v  # noqa: E731
         for product, truth, what in ((once, 5.0, "v·L′"), (twice, 17.0, "(v·L′)′")):
             try:
-                found = kit.numpy(kit.backend.grad(product)(kit.array(1.0)))
+                found = kit.numpy(kit.backend.autodiff.grad(product)(kit.array(1.0)))
             except errors.DeqcoreError:
                 continue
             close(found, truth, 1e-5, f"d/dv of {what} + v for L = 1/(1 − a)")
@@ -256,7 +256,7 @@ class DerivativeTests(Conformance):
 
     @several("hidden", ["object", "slots", "derived", "partial", "method", "closure", "default", "set"])
     def test_arguments_whose_arrays_would_be_lost_are_refused(self, kit: Kit, hidden: str) -> None:
-        """Not None and not zero: neither is the gradient."""
+        """Require an error, because neither None nor zero is the gradient."""
         a, b = kit.array(0.5), kit.array(np.ones((1, 1)))
         argument, read = _hidden(hidden, a)
         with pytest.raises(errors.ProblemError, match=r"holds arrays.*[Pp]ass the arrays themselves"):
@@ -264,7 +264,11 @@ class DerivativeTests(Conformance):
 
     def _first_and_second(self, kit: Kit, loss: Any, first: float, second: float, what: str) -> None:
         for order, truth in ((1, first), (2, second)):
-            gradient = kit.backend.grad(loss) if order == 1 else kit.backend.grad(kit.backend.grad(loss))
+            gradient = (
+                kit.backend.autodiff.grad(loss)
+                if order == 1
+                else kit.backend.autodiff.grad(kit.backend.autodiff.grad(loss))
+            )
             try:
                 found = kit.numpy(gradient(kit.array(0.5)))
             except errors.DeqcoreError:
@@ -275,13 +279,18 @@ class DerivativeTests(Conformance):
     def test_second_derivatives_of_an_approximation_are_refused(self, kit: Kit) -> None:
         loss = lambda a: self._scalar(kit, a, 1.0, solver="picard", strategy="jacobian-free")  # noqa: E731
         with pytest.raises(errors.StrategyError, match="exact-ift"):
-            kit.backend.grad(kit.backend.grad(loss))(kit.array(0.5))
+            kit.backend.autodiff.grad(kit.backend.autodiff.grad(loss))(kit.array(0.5))
 
     @needs("jit")
     def test_compiled_code_gives_the_same(self, kit: Kit) -> None:
         loss = lambda a: self._scalar(kit, a, 1.0)  # noqa: E731
-        close(kit.numpy(kit.backend.jit(loss)(kit.array(0.5))), 2.0, 1e-6, "value inside jit")
-        close(kit.numpy(kit.backend.jit(kit.backend.grad(loss))(kit.array(0.5))), 4.0, 1e-6, "gradient inside jit")
+        close(kit.numpy(kit.backend.harness.jit(loss)(kit.array(0.5))), 2.0, 1e-6, "value inside jit")
+        close(
+            kit.numpy(kit.backend.harness.jit(kit.backend.autodiff.grad(loss))(kit.array(0.5))),
+            4.0,
+            1e-6,
+            "gradient inside jit",
+        )
 
     def test_unrolled_steps_are_differentiated(self, kit: Kit) -> None:
         config = kit.config(solver="picard", strategy="unrolled", strategy_options={"steps": 3})
@@ -292,7 +301,7 @@ class DerivativeTests(Conformance):
         close(kit.numpy(db), [[1.75]], 1e-6, "1 + 1/2 + 1/4")
 
     def test_a_batch_whose_samples_see_each_other(self, kit: Kit) -> None:
-        """With `batch = false` the whole state is one system, so its rows may depend on each other."""
+        """Couple rows with `batch = false`, where the whole state is one system."""
         xp = kit.backend.xp
         b = kit.array([[1.0], [3.0]])
         f = lambda z, b: 0.25 * xp.sum(z, axis=0, keepdims=True) + b  # noqa: E731
@@ -331,7 +340,7 @@ class DerivativeTests(Conformance):
 
 
 def _hidden(how: str, a: Any) -> tuple[Any, Any]:
-    """An argument with the array `a` inside that no tree shows, and how f reads it."""
+    """Build an argument that hides the array `a` from trees, and a function that reads it."""
 
     def function(scale: Any = 1.0) -> Any:
         return a * scale

@@ -55,13 +55,16 @@ class HistoryTests(Conformance):
         model = Model(batch, history_size)
         model.append(first := rng.standard_normal((batch, n)), [True] * batch)
         history = history.append(kit.array(first))
-        for _ in range(8):
+        for _ in range(12):
             active = rng.random(batch) < 0.7
             history = history.masked(kit.array(active, "bool"))
             if rng.random() < 0.25:
                 rows = rng.random(batch) < 0.5
                 history = history.restart(kit.array(rows, "bool"))
                 model.restart(rows, active)
+            if model.written >= history_size and rng.random() < 0.5:
+                count = int(rng.integers(-2, 3))
+                history, model.written = history.rewind(count), model.written + (-count) % history_size
             v = rng.standard_normal((batch, n))
             assert [
                 i in rows for i, rows in zip([model.written % history_size] * batch, model.seen, strict=True)
@@ -95,7 +98,7 @@ class HistoryTests(Conformance):
                 close(vectors[i, s], q, 10 * kit.eps, "vectors")
 
     @several("filled", [1, 2, 5])
-    def test_some_samples_go_on_with_a_later_history(self, kit: Kit, filled: int) -> None:
+    def test_some_samples_continue_with_a_later_history(self, kit: Kit, filled: int) -> None:
         """`merge`: vectors keep their slots, and each sample sees its own ones only."""
         rng = np.random.default_rng(filled)
         batch, n, history_size = 3, 5, 3
@@ -157,7 +160,7 @@ class HistoryTests(Conformance):
 
     @several("n", [12, 65, 520])
     def test_bits_depend_on_no_other_sample(self, kit: Kit, n: int) -> None:
-        """On the host: not on the batch, the place in it, or the slots that batch mates have used meanwhile."""
+        """Compare bits on the host: they must not depend on the batch, the row, or slots used by other rows."""
         if kit.device != "cpu":
             return
         rng = np.random.default_rng(n)
@@ -184,7 +187,7 @@ class HistoryTests(Conformance):
                 assert np.array_equal(ours[rows], own_alone), f"{name}: the bits of a sample depend on its batch"
 
     def test_a_verdict_is_not_met_by_growth(self, kit: Kit) -> None:
-        """Of the solver's loop, with `Backend.fused_update` where the backend has it."""
+        """Run the solver's loop, with `FusedKernels.update` where the backend has it, on iterates that grow."""
         f = lambda z: z * 8.0 + 1.0  # noqa: E731
         away = iterate(kit.backend, Picard(), f, kit.array(np.zeros((2, 3))), StoppingCriteria(1e-4, max_steps=5))
         assert not (kit.numpy(away.status) == int(Status.CONVERGED)).any()
@@ -200,7 +203,7 @@ class HistoryTests(Conformance):
         history = kit.backend.history(kit.array(a), 2).append_difference(kit.array(a), kit.array(b))
         close(kit.numpy(history.dot(kit.array(a)))[:, 0], [(a - b)[0] @ a[0]], 100 * kit.eps, "append_difference")
 
-    def test_going_on_leaves_a_copy_alone(self, kit: Kit) -> None:
+    def test_continuing_leaves_a_copy_alone(self, kit: Kit) -> None:
         one = kit.array([[1.0, 0.0]])
         first = kit.backend.history(one, 2).append(one)
         kept = first.copy()

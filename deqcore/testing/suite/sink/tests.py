@@ -43,7 +43,7 @@ class SinkTests:
     sink: ClassVar[str]
 
     def options(self, folder: Path) -> Mapping[str, object]:
-        """Options that let the sink write into an empty folder."""
+        """Return options that let the sink write into an empty folder."""
         return {}
 
     def read(self, folder: Path) -> list[tuple[int, Mapping[str, float]]]:
@@ -113,10 +113,10 @@ class SinkTests:
 
 
 def run() -> RunInfo:
-    """What a sink is opened with."""
+    """Return the run that a sink is opened with."""
     return RunInfo(Metrics(), 1e9, {"backend": "numpy"})
 
 
 def row(step: int, value: float | None = None) -> Row:
-    """A row of one figure."""
+    """Return a row of one figure."""
     return Row(step, step, 1e9 + step, {METRIC: step + 0.5 if value is None else value})

@@ -17,10 +17,10 @@ from deqcore.types import Map
 
 
 class SearchTests(Conformance):
-    """Problems on which plain iteration runs away, or overshoots."""
+    """Problems on which plain iteration diverges or overshoots."""
 
-    def test_steps_in_company_are_those_taken_alone(self, kit: Kit, solver: Solver) -> None:
-        """One sample's search, refused step or fresh start is nobody else's."""
+    def test_steps_in_a_batch_are_those_taken_alone(self, kit: Kit, solver: Solver) -> None:
+        """Compare with solves of one sample: a search, refused step or restart must not affect other samples."""
         if not kit.eager:
             pytest.skip("compiling for each sample takes long")
         f, z0 = overshooting(kit)
@@ -34,15 +34,15 @@ class SearchTests(Conformance):
 
     def _alone(self, kit: Kit, solver: Solver, f: Map, z0: Any, parts: list[tuple[Map, Any]]) -> None:
         together = [kit.numpy(z) for z, *_ in walk_steps(kit, solver, f, z0, 8)]
-        for row, (mine, start) in enumerate(parts):
-            for step, (z, *_) in enumerate(walk_steps(kit, solver, mine, start, 8)):
+        for row, (part, start) in enumerate(parts):
+            for step, (z, *_) in enumerate(walk_steps(kit, solver, part, start, 8)):
                 found, expected = together[step][row], kit.numpy(z)[0]
                 close(found, expected, 1e-6 if kit.eps < 1e-10 else 1e-2, f"sample {row} after step {step}")
 
     def test_an_estimate_learns_every_pair(self, kit: Kit, solver: Solver) -> None:
-        """After each step H y = s holds for what f has just shown.
+        """Check that H y = s holds after each step for the latest pair.
 
-        Unless the step was refused and forgotten, so that the estimate is the old one, or the solver starts anew, −I.
+        Exceptions: a refused step leaves the old estimate, and a restart gives −I.
         """
         if not solver.has_estimate or not kit.eager or type(solver).evaluations is not Solver.evaluations:
             pytest.skip("the solver keeps no estimate, or evaluates f in loops or compiled code")

@@ -6,7 +6,8 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,17 +16,18 @@ import deqcore
 from deqcore.abc.backend import Backend
 from deqcore.abc.history import History
 from deqcore.abc.solver import Solver, map_state
-from deqcore.solve.loop import copy_state
+from deqcore.options import option_values
+from deqcore.solve.step import copy_state
 from deqcore.testing.problems import golden
 from deqcore.testing.suite.base import DTYPES, Conformance, needs, several
 from deqcore.testing.suite.fixtures import Kit, affine, close
 from deqcore.testing.suite.import_cost import check_light
-from deqcore.types import Map
+from deqcore.types import Array, Map
 
 
 def walk_steps(kit: Kit, solver: Solver, f: Map, z: Any, steps: int, *, jit: bool = True) -> list[tuple[Any, Any, Any]]:
     """`(z, f(z), state)` before the first step and after each, without the loop; compiled where the backend can."""
-    compiled = kit.backend.jit if jit else lambda step: step
+    compiled = kit.backend.harness.jit if jit else lambda step: step
     fz = f(z)
     init = compiled(lambda z, fz: solver.init(kit.backend, z, fz))
     found: list[tuple[Any, Any, Any]] = [(z, fz, init(z, fz))]
@@ -44,34 +46,33 @@ def overshooting(kit: Kit, rows: slice = slice(0, 3)) -> tuple[Map, Any]:
     return lambda z: z - xp.tanh(xp.sum(w[None] * z[:, None, :], axis=2) - x), kit.array(problem.z0[rows])
 
 
-class _Counting:
-    """A backend that counts products J v, and calls of a function outside of them."""
+class _Counter:
+    """Counts products J v of a backend, and calls of a function outside of them."""
 
     def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+        self._jvp = backend.autodiff.jvp
         self._inside = False
         self.calls = 0
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
-
     def counted(self, f: Map) -> Map:
-        def run(z: Any) -> Any:
+        def run(z: Array) -> Array:
             self.calls += not self._inside
             return f(z)
 
         return run
 
-    def jvp(self, f: Map, z: Any) -> Map | None:
+    def jvp(self, f: Map, z: Array) -> Map | None:
         with self._within():
-            jvp = self._backend.jvp(f, z)
+            jvp = self._jvp(f, z)
+        if jvp is None:
+            return None
 
-        def product(v: Any) -> Any:
+        def product(v: Array) -> Array:
             self.calls += 1
             with self._within():
-                return jvp(v) if jvp is not None else None
+                return jvp(v)
 
-        return None if jvp is None else product
+        return product
 
     @contextlib.contextmanager
     def _within(self) -> Iterator[None]:
@@ -105,18 +106,18 @@ class StepTests(Conformance):
             assert kind == kinds[0], f"after step {step}"
         assert kinds[0][0] == kinds[0][1] == f"{dtype} (3, 6)"
 
-    def _kinds(self, kit: Kit, found: Any) -> list[str]:
+    def _kinds(self, kit: Kit, step: Any) -> list[str]:
         kinds: list[str] = []
 
         def note(leaf: Any) -> Any:
             if isinstance(leaf, History):
-                dot = leaf.dot(found[0]) if leaf.vectors().shape[-1] == 6 else leaf.count()
+                dot = leaf.dot(step[0]) if leaf.vectors().shape[-1] == 6 else leaf.count()
                 kinds.append(f"history {leaf.history_size} {kit.backend.dtype_name(dot)}")
             else:
                 kinds.append(f"{kit.backend.dtype_name(leaf)} {tuple(leaf.shape)}")
             return leaf
 
-        map_state(found, note)
+        map_state(step, note)
         return kinds
 
     def test_a_step_returns_f_of_z(self, kit: Kit, solver: Solver) -> None:
@@ -167,35 +168,35 @@ class StepTests(Conformance):
         assert len(calls) == solver.evaluations_per_step
 
     def test_evaluations_and_products_are_counted(self, kit: Kit, solver: Solver) -> None:
-        """Of a solver that counts for itself: calls of f, and products J v, on a problem that makes it search."""
+        """Count the calls of f and the products J v of a solver with its own counts, on a problem with a search."""
         if type(solver).evaluations is Solver.evaluations or not kit.eager:
             pytest.skip("the solver's steps all cost the same, or a traced loop calls f once, whatever it runs")
         f, z0 = overshooting(kit, slice(0, 1))
-        backend = _Counting(kit.backend)
-        found = walk_steps(Kit(cast(Backend, backend), kit.device), solver, backend.counted(f), z0, 4, jit=False)
+        counter = _Counter(kit.backend)
+        with mock.patch.object(kit.backend.autodiff, "jvp", counter.jvp):
+            found = walk_steps(kit, solver, counter.counted(f), z0, 4, jit=False)
         steps = kit.backend.xp.zeros_like(kit.array(np.zeros(1)), dtype=kit.backend.xp.int32) + 4
         told = int(kit.numpy(solver.evaluations(kit.backend, steps, found[-1][2]))[0])
-        assert told == backend.calls, f"{told} evaluations and products are reported, but there were {backend.calls}"
+        assert told == counter.calls, f"{told} evaluations and products are reported, but there were {counter.calls}"
 
     def test_every_number_among_its_options_matters(self, kit: Kit, solver: Solver) -> None:
-        """An option that changes no iterate is not read."""
+        """Change each numeric option: one that changes no iterate is not read."""
         if not kit.eager:
             pytest.skip("options are read in Python, and compiling for each value takes long")
         problems = (overshooting(kit), (kit.map(affine(norm=3.0)), kit.array(np.zeros((3, 6)))))
         plain = self._iterates(kit, solver, problems)
-        for field in dataclasses.fields(solver):  # type: ignore[arg-type]
-            value = getattr(solver, field.name)
+        for name, value in option_values(solver).items():
             if not isinstance(value, int | float) or isinstance(value, bool):
                 continue
-            others = self._others(solver, field.name, value)
+            others = self._others(solver, name, value)
             changed = (not np.array_equal(plain, self._iterates(kit, other, problems)) for other in others)
-            assert any(changed), f"{field.name} = {value} or any other value gives the same iterates"
+            assert any(changed), f"{name} = {value} or any other value gives the same iterates"
 
     def _iterates(self, kit: Kit, solver: Solver, problems: Any) -> Any:
         return np.stack([kit.numpy(z) for f, z0 in problems for z, *_ in walk_steps(kit, solver, f, z0, 9)])
 
     def _others(self, solver: Solver, name: str, value: float) -> list[Solver]:
-        """The solver with other values of one option: those that it accepts."""
+        """Return the solver with other accepted values of one option."""
         whole = isinstance(value, int)
         others: list[Solver] = []
         for other in (1, 3, value - 1, value + 1) if whole else (1.01, 0.5 * value, 2.0 * value, 0.1, 0.01):
@@ -205,7 +206,7 @@ class StepTests(Conformance):
 
     @needs("autodiff")
     def test_steps_can_be_differentiated_through(self, kit: Kit, solver_name: str, settings: Any) -> None:
-        """The gradient of `unrolled` against central differences of its value."""
+        """Compare the gradient of `unrolled` with central differences of its value."""
         if not kit.backend.capabilities.float64:
             pytest.skip("central differences need double precision")
         problem, h = affine(batch=1, n=3), 1e-6

@@ -17,7 +17,7 @@ BUDGET: Final = 80
 
 
 def rootless(xp: Any, name: str) -> Map:
-    """Maps without a fixed point, whose residuals stay above 0.5 while iterates grow."""
+    """Return a map without a fixed point, whose residual stays above 0.5 while the iterate grows."""
     maps: dict[str, Map] = {
         "step": lambda z: z + 1.0 + 0.5 * xp.tanh(z),
         "translation": lambda z: z + 1.0,
@@ -34,7 +34,7 @@ class EndTests(Conformance):
     def test_growth_of_the_iterate_meets_no_tolerance(
         self, kit: Kit, solver_name: str, settings: Any, name: str, dtype: str
     ) -> None:
-        """rtol·‖f(z)‖ exceeds any residual where z is large enough; that is no fixed point."""
+        """Grow z until rtol·‖f(z)‖ exceeds the residual; such a point must not be reported as a fixed point."""
         z0 = kit.array(np.array([[0.0] * 3, [0.5] * 3]), dtype)
         f = rootless(kit.backend.xp, name)
         with warnings.catch_warnings():
@@ -47,7 +47,7 @@ class EndTests(Conformance):
         )
 
     def test_an_equilibrium_at_zero_is_met(self, kit: Kit, solver_name: str, settings: Any) -> None:
-        """There ‖f(z)‖ falls with the residual, whose ratio says nothing."""
+        """Let ‖f(z)‖ fall with the residual, so that their ratio carries no information."""
         z0 = kit.array(np.ones((2, 3)))
         f = lambda z: 0.5 * kit.backend.xp.tanh(z)  # noqa: E731
         sol = kit.solve(f, z0, solver=solver_name, rtol=1e-6, options=settings, max_steps=300)
@@ -56,7 +56,7 @@ class EndTests(Conformance):
         assert np.abs(kit.numpy(sol.value)).max() < 1e-12, "CONVERGED, but not at 0"
 
     def test_a_restarted_sample_begins_where_it_is_put(self, kit: Kit, solver: Solver) -> None:
-        """After a step to where f is not finite: f is evaluated at the loop's point, and all before is forgotten."""
+        """Restart after a step to where f is not finite: evaluate f at the loop's point, and forget all before."""
         problem, backend = affine(norm=0.5), kit.backend
         f = kit.map(problem)
         rows, point = kit.array([True, False, False], "bool"), kit.array(np.full((3, 6), 0.25))

@@ -52,11 +52,11 @@ class SolverTests(StepTests, SearchTests, EstimateTests, EndTests):
     cost_bounds: ClassVar[Mapping[str, int] | None] = None
 
     def subjects(self) -> dict[str, Callable[[Any], Sequence[str]]]:
-        """Each solver that was asked for."""
+        """Return the solvers to test."""
         return {"solver_name": lambda config: self.solvers or chosen(config, "solver") or tuple(plugins.solvers())}
 
     def required(self, request: Any) -> Sequence[str]:
-        """What the solver says that it needs."""
+        """Return the capabilities that the solver declares."""
         found: Any = plugins.load("solver", request.getfixturevalue("solver_name"))
         return tuple(found.needs)
 
@@ -76,14 +76,14 @@ class SolverTests(StepTests, SearchTests, EstimateTests, EndTests):
     def test_golden(
         self, request: Any, kit: Kit, solver: Solver, solver_name: str, settings: Any, problem: str, dtype: str
     ) -> None:
-        """An honest status everywhere; convergence, to the stored z*, where it is due."""
+        """Check the status of every sample, and convergence to the stored z* where that is required."""
         self._golden(request, kit, solver, solver_name, settings, problem, dtype, None)
 
     @several(("problem", "dtype"), [*((name, "float32") for name in names()), ("mlp", "float64"), ("tree", "float64")])
     def test_units_of_golden_problems(
         self, request: Any, kit: Kit, solver: Solver, solver_name: str, settings: Any, problem: str, dtype: str
     ) -> None:
-        """The same of s f(z/s), s near 1e±25 in float32 and 1e±200 in float64: no norm or product leaves the range."""
+        """Solve s f(z/s) with s near 1e±25 in float32 and 1e±200 in float64: no norm or product may overflow."""
         batch = len(golden(problem).truth.healthy)
         self._golden(request, kit, solver, solver_name, settings, problem, dtype, scales(batch, dtype))
 
@@ -148,7 +148,7 @@ class SolverTests(StepTests, SearchTests, EstimateTests, EndTests):
     def test_a_state_of_another_problem_is_a_warm_start(
         self, kit: Kit, solver_name: str, settings: Any, first: int, rows: list[int]
     ) -> None:
-        """Where f has changed the answer is that of the new f; where it has not, no bit knows of the others."""
+        """Change f for some samples: they get the new answer, and the bits of the other samples do not change."""
         problem = affine(norm=0.5)
         b = problem.b.copy()
         b[rows] += 1.0
@@ -163,14 +163,14 @@ class SolverTests(StepTests, SearchTests, EstimateTests, EndTests):
         z, root = kit.numpy(other.value), Affine(problem.a, b).root
         true = np.linalg.norm(np.einsum("bij,bj->bi", problem.a, z) + b - z, axis=1)
         slack = 100 * kit.eps * (1 + np.linalg.norm(root, axis=1))
-        told = kit.numpy(other.residual)
-        assert (np.abs(told - true) <= slack).all(), f"stale state: residuals {told} are reported, but {true} is true"
+        reported = kit.numpy(other.residual)
+        assert (np.abs(reported - true) <= slack).all(), f"stale state: reported {reported}, true {true}"
         done = kit.numpy(other.converged)
         assert (true[done] <= 10 * slack[done] + 1e-8).all() or not done.any(), "stale state: CONVERGED for another f"
         kept = [i for i in range(3) if i not in rows]
         assert np.array_equal(z[kept], kit.numpy(same.value)[kept]), "a sample sees that its neighbour's f has changed"
 
-    def test_a_sample_is_solved_in_company_as_alone(self, kit: Kit, solver_name: str, settings: Any) -> None:
+    def test_a_sample_is_solved_in_a_batch_as_alone(self, kit: Kit, solver_name: str, settings: Any) -> None:
         problem = affine(norm=0.8)
         problem.a[0] *= 0.2  # ends long before the others
         together = self._solve(kit, problem, solver_name, settings)
@@ -205,7 +205,7 @@ class SolverTests(StepTests, SearchTests, EstimateTests, EndTests):
         assert np.array_equal(kit.numpy(sol.value), np.full((2, 3), 2.0))
 
     def test_a_solution_that_is_met_exactly(self, kit: Kit, solver_name: str, settings: Any) -> None:
-        """A constant f: every method that tries f(z) is done in a step, and nothing is divided by zero."""
+        """Solve a constant f, which a method that tries f(z) solves in a step, without a division by zero."""
         one = kit.array(np.ones((2, 3)))
         sol = kit.solve(lambda z: one + 0 * z, 0 * one, solver=solver_name, rtol=0.0, options=settings, max_steps=60)
         check_honest(kit, sol, 0.0, "float64")
@@ -243,15 +243,15 @@ class SolverTests(StepTests, SearchTests, EstimateTests, EndTests):
 
 
 def raveled_of(kit: Kit, tree: Any) -> Any:
-    """A state as a NumPy matrix `(batch, n)`."""
+    """Return a state as a NumPy matrix `(batch, n)`."""
     leaves = [kit.numpy(leaf) for leaf in kit.backend.flatten(tree)[0]]
     return np.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], axis=1)
 
 
 def check_honest(kit: Kit, sol: deqcore.Solution, rtol: float, dtype: str, units: Any = 1.0) -> None:
-    """The residual that is reported is the true one, and CONVERGED means that it meets the tolerance.
+    """Check that the reported residual is the true one, and that CONVERGED means that it meets the tolerance.
 
-    States are looked at in these units, one for all samples or `(batch,)`.
+    States are compared in these units, one for all samples or `(batch,)`.
     """
     assert sol.state is not None
     carry, column = sol.state.carry, np.reshape(units, (-1, 1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 import deqcore
 from deqcore import plugins
 from deqcore.abc.backward import StepStrategy, Strategy
+from deqcore.options import option_values
 from deqcore.solve.adjoint import Steps
 from deqcore.solve.loop import BoundSolve
 from deqcore.testing.suite.base import DTYPES, Conformance, needs, several
@@ -69,28 +69,27 @@ class StepStrategyTests(Conformance):
     def test_every_number_among_its_options_matters(
         self, kit: Kit, steps: StepStrategy, strategy_name: str, settings: Any
     ) -> None:
-        """An option that changes no gradient is not read."""
+        """Change each numeric option: one that changes no gradient is not read."""
         b = kit.array(affine(batch=2, n=3, norm=0.5).b)
 
         def gradient(options: Any) -> Any:
             config = kit.config(solver="picard", strategy=strategy_name, strategy_options=options)
             return kit.numpy(deqcore.vjp(lambda z, b: 0.5 * z + b, 0 * b, b, cotangent=b, config=config)[1][0])
 
-        for field in dataclasses.fields(steps):  # type: ignore[arg-type]
-            value = getattr(steps, field.name)
+        for name, value in option_values(steps).items():
             if isinstance(value, int | float) and not isinstance(value, bool):
                 changed = value + 1 if isinstance(value, int) else 0.5 * value
-                same = np.allclose(gradient({**settings, field.name: changed}), gradient(settings), rtol=1e-6)
-                assert not same, f"{field.name} = {changed} gives the same gradient as {value}"
+                same = np.allclose(gradient({**settings, name: changed}), gradient(settings), rtol=1e-6)
+                assert not same, f"{name} = {changed} gives the same gradient as {value}"
 
     @several("solver", ["picard", "broyden"])
     @needs("autodiff")
     def test_many_steps_come_near_the_gradient_of_the_solution(
         self, kit: Kit, steps: StepStrategy, strategy_name: str, settings: Any, solver: str
     ) -> None:
-        """Steps beyond the last digit must neither divide rounding by rounding nor spoil what was right."""
-        if not isinstance(getattr(steps, "steps", None), int):
-            pytest.skip("the number of its steps is no option")
+        """Take steps beyond the last digit: they must not divide rounding by rounding or spoil the gradient."""
+        if not isinstance(option_values(steps).get("steps"), int):
+            pytest.skip("the strategy has no option for the number of steps")
         problem, g = affine(batch=2, n=3, norm=0.5), np.ones((2, 3))
         slope = kit.map(Affine(problem.a, 0 * problem.b))
         config = kit.config(solver=solver, strategy=strategy_name, strategy_options={**settings, "steps": 60})
@@ -105,8 +104,8 @@ class StepStrategyTests(Conformance):
         self, kit: Kit, steps: StepStrategy, strategy_name: str, settings: Any, solver: str
     ) -> None:
         """z₂ = ½ z₂ + ¼ x₂ at x₂ = 0: the value 0 is there at once, its derivative ½ comes step by step."""
-        if not isinstance(getattr(steps, "steps", None), int):
-            pytest.skip("the number of its steps is no option")
+        if not isinstance(option_values(steps).get("steps"), int):
+            pytest.skip("the strategy has no option for the number of steps")
         wanted: Any = plugins.load("solver", solver)
         if not all(getattr(kit.backend.capabilities, name) for name in wanted.needs):
             pytest.skip("the backend lacks what the solver needs")
@@ -127,16 +126,16 @@ class StepStrategyTests(Conformance):
     def test_its_residual_is_that_of_its_value(
         self, kit: Kit, steps: StepStrategy, strategy_name: str, settings: Any, solver: str
     ) -> None:
-        """The residual is true, or NaN with a status that claims nothing."""
+        """Require the true residual, or NaN with a status that claims no convergence."""
         problem = affine(norm=0.5)
         f, z0 = kit.map(problem), kit.array(np.zeros((3, 6)))
         sol = kit.solve(f, z0, solver=solver, rtol=1e-3, max_steps=5, strategy=strategy_name, strategy_options=settings)
         z = kit.numpy(kit.backend.detach(sol.value))
         true = np.linalg.norm(np.einsum("bij,bj->bi", problem.a, z) + problem.b - z, axis=1)
-        told, done = kit.numpy(sol.residual), kit.numpy(sol.converged)
-        known = np.isfinite(told)
-        close(told[known], true[known], 1e3 * kit.eps, "the residual that is reported")
-        assert not done[~known].any(), "CONVERGED without a residual"
+        reported, done = kit.numpy(sol.residual), kit.numpy(sol.converged)
+        finite = np.isfinite(reported)
+        close(reported[finite], true[finite], 1e3 * kit.eps, "the residual that is reported")
+        assert not done[~finite].any(), "CONVERGED without a residual"
         assert (true[done] <= 1.01e-3 * np.linalg.norm(z, axis=1)[done] * 1.01).all(), "CONVERGED, but not the value"
 
     @several("dtype", DTYPES)
@@ -145,9 +144,9 @@ class StepStrategyTests(Conformance):
     def test_steps_beyond_the_last_digit_spoil_nothing(
         self, kit: Kit, steps: StepStrategy, strategy_name: str, settings: Any, solver: str, dtype: str
     ) -> None:
-        """Where residuals hover at rounding, and are not zero by luck: a curved f, of which plain iteration is true."""
-        if not isinstance(getattr(steps, "steps", None), int):
-            pytest.skip("the number of its steps is no option")
+        """Step a curved f on, whose residuals stay at rounding without being zero; plain iteration is the truth."""
+        if not isinstance(option_values(steps).get("steps"), int):
+            pytest.skip("the strategy has no option for the number of steps")
         problem = affine(batch=32, n=3, norm=0.7)
         root = np.zeros((32, 3))
         for _ in range(300):
@@ -168,4 +167,4 @@ class StepStrategyTests(Conformance):
         z0 = kit.array(np.zeros(problem.b.shape))
         numbers = [kit.backend.as_scalar(value, z0) for value in (1e-13, 0.0, 300)]
         iterate = BoundSolve(kit.backend, plugins.make_solver(solver), StoppingCriteria(*numbers))
-        return kit.backend.forward_only(kit.map(problem), z0, (), iterate)
+        return kit.backend.autodiff.forward_only(kit.map(problem), z0, (), iterate)

@@ -48,7 +48,7 @@ class StrategyTests(AdjointTests, ClaimTests, StepStrategyTests):
     options: ClassVar[Mapping[str, object]] = {}
 
     def subjects(self) -> dict[str, Callable[[Any], Sequence[str]]]:
-        """Each strategy that was asked for."""
+        """Return the strategies to test."""
         names = lambda config: self.strategies or chosen(config, "strategy") or tuple(plugins.strategies())  # noqa: E731
         return {"strategy_name": names}
 
@@ -83,7 +83,7 @@ class StrategyTests(AdjointTests, ClaimTests, StepStrategyTests):
     def test_golden_gradients(
         self, kit: Kit, strategy: Strategy, strategy_name: str, tight: Any, name: str, dtype: str
     ) -> None:
-        """An exact strategy finds the stored gradients, within what tolerance, dtype and condition explain."""
+        """Compare exact strategies with the stored gradients, within what tolerance, dtype and condition explain."""
         if not strategy.exact:
             pytest.skip("the strategy approximates")
         known = golden(name)
@@ -96,7 +96,7 @@ class StrategyTests(AdjointTests, ClaimTests, StepStrategyTests):
         check_golden(kit, known, z, gradients, dtype, rtol)
 
     def test_the_gradient_for_every_argument(self, kit: Kit, strategy_name: str, settings: Any) -> None:
-        """All strategies, whole: f is nearly flat, so that every one of them must come near the truth."""
+        """Compare all strategies with the true gradient of a nearly flat f, which each must approximate."""
         problem = affine(norm=0.05)
         f = lambda z, a, b, c: kit.backend.xp.sum(a * z[:, None, :], axis=2) + b + c["c"][0]  # noqa: E731
         a, b, g = kit.array(problem.a), kit.array(problem.b), np.random.default_rng(6).standard_normal((3, 6))
@@ -117,7 +117,7 @@ class StrategyTests(AdjointTests, ClaimTests, StepStrategyTests):
     def test_a_problem_in_other_units_has_the_same_gradients(
         self, kit: Kit, strategy_name: str, settings: Any, dtype: str
     ) -> None:
-        """Of s f(z/s) with s at both ends of the range; forward and backward, whatever the strategy is."""
+        """Solve and differentiate s f(z/s) with s at both ends of the range, with every strategy."""
         problem, g = affine(norm=0.5), np.random.default_rng(6).standard_normal((3, 6))
         a, xp = kit.array(problem.a, dtype), kit.backend.xp
         config = kit.config(rtol=1e-4, strategy=strategy_name, strategy_options=settings)

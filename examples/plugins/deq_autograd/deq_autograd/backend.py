@@ -14,7 +14,9 @@ from autograd.extend import defvjp, primitive
 from autograd.tracer import getval, isbox
 
 from deqcore.abc.adjoint import AdjointSolver
+from deqcore.abc.autodiff import Autodiff
 from deqcore.abc.backend import Backend
+from deqcore.abc.linalg import SmallLinalg
 from deqcore.errors import StrategyError
 from deqcore.types import BackwardRecord, Capabilities
 
@@ -27,15 +29,52 @@ class Namespace(SimpleNamespace):
 
 
 def where(mask: Any, x: Any, y: Any) -> Any:
-    """Broadcast by addition, whose gradient is summed; `where` of autograd does not sum it."""
+    """Select by addition, because autograd's own `where` does not sum the gradient of a broadcast argument."""
     shape = np.broadcast_shapes(*map(np.shape, (mask, x, y)))
     zero = np.zeros(shape, np.result_type(*(getattr(a, "dtype", a) for a in (x, y))))  # x or y may be a plain number
     return anp.where(mask, *(a if np.shape(a) == shape else a + zero for a in (x, y)))
 
 
+class AutogradLinalg(SmallLinalg):
+    def solve(self, a: Any, b: Any) -> Any:
+        many, bare = b if b.ndim == 3 else b[..., None], np.nan_to_num(self.be.detach(a)).astype("float64")
+        bad = (np.linalg.cond(bare) > 1e300 if a.size else np.zeros(len(bare), bool))[:, None, None]
+        found = anp.linalg.solve(anp.where(bad, np.eye(a.shape[-1]), a), many)
+        found = anp.where(bad, np.nan, found).astype(b.dtype)
+        return found if b.ndim == 3 else found[..., 0]
+
+    def eye(self, like: Any, rows: int, columns: int | None = None) -> Any:
+        return np.eye(rows, columns, dtype=like.dtype)
+
+
+class AutogradAutodiff(Autodiff):
+    def pullback(self, f: Callable[[Any], Any], leaves: tuple[Any, ...]) -> tuple[Any, Callable[[Any], Any]]:
+        vjp, value = make_vjp(f, leaves)
+        return value, vjp
+
+    def implicit(self, f: Any, z0: Any, args: Any, solve: Any, adjoint: AdjointSolver) -> tuple[Any, Any, Any]:
+        """Return z*, with a gradient: one more evaluation of f at z* is recorded, and its cotangent is routed."""
+        forward, record = self.forward_only(f, z0, args, solve), BackwardRecord()
+        with self.be.errstate():
+            value = f(forward.z, *args)
+        if not isbox(value):
+            return forward.z, forward, record  # no gradient is taken
+        # Now, and not in the backward pass: autograd distinguishes traces only while the outer one is open.
+        _, vjp = self.linearize(lambda z: f(z, *optree.tree_map(self.be.detach, args)), forward.z)
+
+        def solve_adjoint(g: Any) -> Any:
+            u, report = adjoint(lambda v: self.be.detach(vjp(v)), self.be.detach(g), forward.carry.state)
+            record.add(report)
+            return u
+
+        return routed(value, forward.z, solve_adjoint), forward, record
+
+
 class AutogradBackend(Backend):
     name: ClassVar[str] = "autograd"
     capabilities: Capabilities = Capabilities()
+    linalg_class = AutogradLinalg
+    autodiff_class = AutogradAutodiff
     xp = Namespace(
         where=where,
         concat=anp.concatenate,
@@ -63,44 +102,13 @@ class AutogradBackend(Backend):
     def known_all(self, mask: Any) -> bool:
         return bool(np.all(getval(mask)))
 
-    def eye(self, like: Any, rows: int, columns: int | None = None) -> Any:
-        return np.eye(rows, columns, dtype=like.dtype)
-
     def errstate(self) -> Any:
         return np.errstate(all="ignore")
-
-    def solve(self, a: Any, b: Any) -> Any:
-        many, bare = b if b.ndim == 3 else b[..., None], np.nan_to_num(self.detach(a)).astype("float64")
-        bad = (np.linalg.cond(bare) > 1e300 if a.size else np.zeros(len(bare), bool))[:, None, None]
-        found = anp.linalg.solve(anp.where(bad, np.eye(a.shape[-1]), a), many)
-        found = anp.where(bad, np.nan, found).astype(b.dtype)
-        return found if b.ndim == 3 else found[..., 0]
-
-    def pullback(self, f: Callable[[Any], Any], leaves: tuple[Any, ...]) -> tuple[Any, Callable[[Any], Any]]:
-        vjp, value = make_vjp(f, leaves)
-        return value, vjp
-
-    def implicit(self, f: Any, z0: Any, args: Any, solve: Any, adjoint: AdjointSolver) -> tuple[Any, Any, Any]:
-        """Record one evaluation of f at z*, and route its cotangent through the adjoint solver."""
-        forward, record = self.forward_only(f, z0, args, solve), BackwardRecord()
-        with self.errstate():
-            value = f(forward.z, *args)
-        if not isbox(value):
-            return forward.z, forward, record  # no gradient is taken
-        # Now, and not in the backward pass: autograd distinguishes traces only while the outer one is open.
-        _, vjp = self.linearize(lambda z: f(z, *optree.tree_map(self.detach, args)), forward.z)
-
-        def solve_adjoint(g: Any) -> Any:
-            u, report = adjoint(lambda v: self.detach(vjp(v)), self.detach(g), forward.carry.state)
-            record.add(report)
-            return u
-
-        return routed(value, forward.z, solve_adjoint), forward, record
 
 
 @primitive
 def routed(value: Any, solved: Any, solve_adjoint: Callable[[Any], Any]) -> Any:
-    """Return the z* of the solver; its gradient is that of the evaluation `value` with cotangent u."""
+    """Return z* as solved; its gradient is that of the evaluation `value`, with u as the cotangent."""
     return solved
 
 

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, final, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, Union, final, get_args, get_origin, get_type_hints
 
 from deqcore.errors import ConfigError, PluginError, listing
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 T = TypeVar("T")
+
+PLAIN: Final = (str, bool, int, float, type(None))
 
 
 @final
@@ -72,7 +74,7 @@ def freeze(owner: str, name: str, value: object) -> object:
     Raises:
         ConfigError: the value is neither hashable nor a list or table of hashable values.
     """
-    if isinstance(value, Options):
+    if isinstance(value, Options) or type(value) in PLAIN:
         return value
     if isinstance(value, Mapping):
         return Options(value, f"{owner}, {name}")
@@ -132,6 +134,13 @@ def options_of(cls: type) -> dict[str, dataclasses.Field[Any]]:
     """Return the options among a dataclass's fields: those that `__init__` takes, unless marked `internal`."""
     fields = dataclasses.fields(cls)
     return {field.name: field for field in fields if field.init and not field.metadata.get("internal")}
+
+
+def option_values(owner: object) -> dict[str, object]:
+    """Return the options of an instance by name; none if it is not a dataclass."""
+    if isinstance(owner, type) or not dataclasses.is_dataclass(owner):
+        return {}
+    return {name: getattr(owner, name) for name in options_of(type(owner))}
 
 
 def is_required(field: dataclasses.Field[Any]) -> bool:

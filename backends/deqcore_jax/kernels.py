@@ -1,0 +1,40 @@
+"""The projection of GMRES in a form that XLA fuses."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from deqcore.abc.history import History
+from deqcore.abc.kernels import FusedKernels
+from deqcore_jax.dtypes import single
+
+
+class JaxKernels(FusedKernels):
+    """A projection without a condition, with norms by plain sums of squares."""
+
+    def orthogonalize(
+        self, basis: History, w: jax.Array, twice: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        before = self.be.to_accum_dtype(
+            _plain_norm(w)
+        )  # w is the product with a unit vector: its square is far from any limit
+        h = basis.dot(w)
+        w = w - basis.combine(h)
+        if twice:
+            more = basis.dot(w)
+            w = w - basis.combine(more)
+            h = h + more
+        return w, h, before, self.be.to_accum_dtype(_plain_norm(w))
+
+
+def _plain_norm(v: jax.Array) -> jax.Array:
+    """Return the 2-norm of each row by one sum of squares."""
+    wider = v.astype(single(v.dtype))
+    return root(jnp.sum(wider * wider, axis=1))
+
+
+def root(square: jax.Array) -> jax.Array:
+    """Return the square root, with the derivative 0 at 0."""
+    zero = square == 0  # the root's derivative there is infinite, and 0·inf would spoil a recorded step
+    return jnp.where(zero, square, jnp.sqrt(jnp.where(zero, jnp.ones_like(square), square)))

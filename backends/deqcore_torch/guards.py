@@ -1,0 +1,57 @@
+"""Guards of the calls of f on tensors, which f may write to, alias and narrow."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deqcore.abc.guards import CallGuards
+from deqcore.errors import ProblemError
+from deqcore_torch import functorch
+from deqcore_torch.ownership import held
+
+
+class TorchGuards(CallGuards):
+    """Versions of tensors, copies of what others own, and autocast."""
+
+    def autocasting(self, x: Tensor) -> bool:
+        return torch.is_autocast_enabled(x.device.type)
+
+    def output_eps(self, x: Tensor) -> float:
+        kind = x.device.type
+        narrowed = x.dtype is torch.float32 and torch.is_autocast_enabled(kind)
+        return float(torch.finfo(torch.get_autocast_dtype(kind) if narrowed else x.dtype).eps)
+
+    def owned(self, leaves: list[Any]) -> list[Any]:
+        return [leaves[0].clone()] if isinstance(leaves[0], Tensor) and held(leaves) else leaves
+
+    def unshared(self, x: Tensor, other: Tensor) -> Tensor:
+        if functorch.active() or x.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
+            return x
+        return x.clone()
+
+    def guard_inplace(self, z: Tensor) -> AbstractContextManager[Tensor]:
+        return _Guard(z)
+
+    def keep_random_state(self, x: Tensor) -> AbstractContextManager[None]:
+        return torch.random.fork_rng([x.device] if x.is_cuda else [])
+
+
+class _Guard(AbstractContextManager[Tensor]):
+    """See `CallGuards.guard_inplace`. It runs at each evaluation of f; a generator takes longer."""
+
+    __slots__ = ("before", "z")
+
+    def __init__(self, z: Tensor) -> None:
+        self.z = z
+        self.before = -1 if z.is_inference() else z._version  # inference tensors keep no version
+
+    def __enter__(self) -> Tensor:
+        return self.z
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is None and self.before >= 0 and self.z._version != self.before:
+            raise ProblemError.in_place()

@@ -1,0 +1,30 @@
+"""The harness for tests and benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from deqcore.abc.harness import Harness
+
+
+class TorchHarness(Harness):
+    """Switches TF32 off, and waits for CUDA."""
+
+    @contextmanager
+    def high_precision(self) -> Iterator[None]:
+        switches = [torch.backends.cuda.matmul, torch.backends.cudnn]
+        before = [switch.allow_tf32 for switch in switches]
+        try:
+            for switch in switches:
+                switch.allow_tf32 = False
+            yield
+        finally:
+            for switch, allowed in zip(switches, before, strict=True):
+                switch.allow_tf32 = allowed
+
+    def synchronize(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()

@@ -1,0 +1,280 @@
+"""Time of the backward pass beside its vjps: `python -m benchmarks.backward` (torch on the CPU, one thread).
+
+Every strategy, and a plain GMRES in thirty lines of torch that stops for the whole batch at once, solves for the same
+cotangent at the same fixed point. They take turns in every round; figures are the least of all rounds. *time / vjps* is
+the time over that of the vjps of the slowest sample, where the time of one vjp is measured in the same rounds, and the
+time of `jacobian-free`, the product with the parameters alone, is taken off. The true error is that of u against a
+solve of the same adjoint equation to a residual of 1e-6.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import deqcore
+from benchmarks.cells import attention, conv
+from deqcore.bench.report import markdown
+from deqcore.linear.gmres import gmres
+
+FORWARD: Final[Mapping[str, Any]] = {"forward__rtol": 1e-4, "forward__max_steps": 100}
+SIZES: Final = {"dense": (256, 512), "dense, small": (64, 64)}
+QUICK: Final = {"dense": (16, 64), "dense, small": (4, 16)}
+
+STRATEGIES: Final[Mapping[str, tuple[str, str, Mapping[str, Any]]]] = {
+    "jacobian-free": ("broyden", "jacobian-free", {}),
+    "reuse, not certified": (
+        "broyden", "broyden-reuse", {"certify": False, "max_relative_error": None, "fallback": "none"},
+    ),
+    "exact-ift, residual 1e-4": ("broyden", "exact-ift", {"rtol": 1e-4}),
+    "exact-ift, residual 0.1": ("broyden", "exact-ift", {"rtol": 0.1}),
+    "exact-ift behind picard, error 0.1": ("picard", "exact-ift", {"max_relative_error": 0.1}),
+    "exact-ift, error 0.01": ("broyden", "exact-ift", {"max_relative_error": 0.01}),
+    "broyden-reuse, error 0.1": ("broyden", "broyden-reuse", {"max_relative_error": 0.1}),
+    "broyden-reuse, error 0.01": ("broyden", "broyden-reuse", {"max_relative_error": 0.01}),
+    "broyden-reuse, error 0.1, preconditioned": (
+        "broyden", "broyden-reuse", {"max_relative_error": 0.1, "reuse": "precondition"},
+    ),
+}  # fmt: skip
+"""Forward solver, strategy and its options."""
+
+CLOCKS: Final = {"wall": time.perf_counter, "thread": time.thread_time}
+"""Other processes disturb the time of the thread less."""
+
+USED: Final = {"clock": "wall"}
+
+PLAIN: Final = {"plain GMRES, residual 1e-4": (1e-4, False), "plain GMRES, estimated error 0.1": (0.1, True)}
+"""Target, and whether it is one for the estimated error."""
+
+
+def now() -> float:
+    """Return seconds by the chosen clock."""
+    return CLOCKS[USED["clock"]]()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """f(z, x) with recorded parameters.
+
+    Attributes:
+        name: for the table.
+        f: `(z, x)` to f(z).
+        x: input.
+        z0: initial iterate.
+        g: cotangent.
+    """
+
+    name: str
+    f: Callable[[Tensor, Tensor], Tensor]
+    x: Tensor
+    z0: Tensor
+    g: Tensor
+
+
+def dense(name: str, batch: int, width: int) -> Cell:
+    """tanh(W z + x) with random weights of spectral radius 0.9."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(0.9 * torch.randn(width, width, generator=generator) / width**0.5)
+    x, g = torch.randn(2, batch, width, generator=generator).unbind(0)
+    return Cell(f"{name} {batch}×{width}", lambda z, x: torch.tanh(z @ weight.T + x), x, torch.zeros_like(x), g)
+
+
+def block(name: str, quick: bool) -> Cell:
+    """Return the convolutional or the attention block of the other benchmarks."""
+    make: Any = conv if name == "convolution" else attention
+    problem = (make(4, 16) if quick else make()).problem
+    params = {key: torch.nn.Parameter(torch.tensor(np.asarray(p))) for key, p in problem.params.items()}
+    x = torch.tensor(np.asarray(problem.inputs))
+    g = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    f = problem.f["torch"]
+    return Cell(f"{name} {'×'.join(map(str, x.shape))}", lambda z, x: f(params, z, x), x, torch.zeros_like(x), g)
+
+
+def plain_gmres(vjp: Callable[[Tensor], Tensor], g: Tensor, target: float, estimated: bool) -> tuple[Tensor, int]:
+    """Solve u = g + Jᵀu from zero with one projection a step, until all samples are there: the plain alternative."""
+    (batch, width), most = g.shape, 40
+    basis, norm = g.new_empty(batch, most + 1, width), g.norm(dim=1)
+    hessenberg, null = g.new_zeros(batch, most + 1, most), g.new_zeros(batch, most + 1)
+    basis[:, 0], null[:, 0], square = g / norm[:, None], 1.0, torch.ones_like(norm)
+    for k in range(most):
+        used, w = basis[:, : k + 1], basis[:, k] - vjp(basis[:, k])
+        h = torch.bmm(used, w[:, :, None])
+        w = torch.baddbmm(w[:, None], h.transpose(1, 2), used, alpha=-1)[:, 0]
+        height = w.norm(dim=1)
+        hessenberg[:, : k + 1, k], hessenberg[:, k + 1, k] = h[:, :, 0], height
+        torch.div(w, height[:, None], out=basis[:, k + 1])
+        null[:, k + 1] = -(null[:, : k + 1] * h[:, :, 0]).sum(1) / height
+        square = square + null[:, k + 1] ** 2
+        if not (square.rsqrt() <= target).all() and k + 1 < most:
+            continue
+        side = -null[:, 1 : k + 2] * (null[:, 0] / square)[:, None]
+        y = torch.linalg.solve_triangular(hessenberg[:, 1 : k + 2, : k + 1], side[:, :, None], upper=True)
+        least = torch.linalg.svdvals(hessenberg[:, : k + 2, : k + 1])[:, -1] if estimated else square
+        if not estimated or (1.2 * square.rsqrt() / least / y.norm(dim=(1, 2)) <= target).all():
+            break
+    return torch.bmm(y.transpose(1, 2) * norm[:, None, None], basis[:, : k + 1])[:, 0], k + 1
+
+
+@dataclass
+class Timed:
+    """One contender: `run` returns seconds; u and the vjps of the slowest sample are known after it."""
+
+    run: Callable[[], float]
+    vjps: int = 0
+    mean: float = 0.0
+    u: Tensor | None = None
+    least: float = float("inf")
+
+
+def through_library(cell: Cell, solver: str, strategy: str, options: Mapping[str, Any]) -> Timed:
+    """Time `backward` of a value, without the forward solve."""
+
+    def run() -> float:
+        settings: dict[str, Any] = dict(FORWARD) | {
+            "backward__strategy": strategy,
+            "backward__options": options,
+            "forward__solver": solver,
+        }
+        solution = deqcore.fixed_point(cell.f, cell.z0, cell.x, **settings)
+        begin = now()
+        solution.value.backward(cell.g)
+        seconds = now() - begin
+        found: Any = solution.backward
+        timed.vjps, timed.mean = int(found.vjps.max()), float(found.vjps.float().mean())
+        return seconds
+
+    timed = Timed(run)
+    return timed
+
+
+def through_plain(vjp: Callable[[Tensor], Tensor], g: Tensor, target: float, estimated: bool) -> Timed:
+    """Time plain GMRES alone."""
+
+    def run() -> float:
+        begin = now()
+        timed.u, timed.vjps = plain_gmres(vjp, g, target, estimated)
+        timed.mean = timed.vjps
+        return now() - begin
+
+    timed = Timed(run)
+    return timed
+
+
+def adjoint(cell: Cell, z: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """`u ↦ Jᵀu` on `(batch, n)` at z, and the cotangent."""
+    at = z.detach().requires_grad_()
+    value = cell.f(at, cell.x)
+
+    def vjp(u: Tensor) -> Tensor:
+        (product,) = torch.autograd.grad(value, at, u.reshape(value.shape), retain_graph=True)
+        return product.reshape(u.shape)
+
+    return vjp, cell.g.reshape(cell.g.shape[0], -1)
+
+
+def library_u(cell: Cell, solver: str, strategy: str, options: Mapping[str, Any]) -> Tensor:
+    """Return the u of the library, from the gradient of a shift that f is added to: ∂L/∂shift = u."""
+    shift = torch.zeros_like(cell.x, requires_grad=True)
+    settings: dict[str, Any] = dict(FORWARD) | {
+        "backward__strategy": strategy,
+        "backward__options": options,
+        "forward__solver": solver,
+    }
+    solution = deqcore.fixed_point(lambda z, x, s: cell.f(z, x) + s, cell.z0, cell.x, shift, **settings)
+    (u,) = torch.autograd.grad(solution.value, shift, cell.g)
+    return u.reshape(u.shape[0], -1)
+
+
+def measure(cell: Cell, rounds: int) -> list[dict[str, Any]]:
+    """Time all contenders on a cell."""
+    settings: dict[str, Any] = dict(FORWARD) | {"backward__strategy": "jacobian-free", "forward__solver": "broyden"}
+    vjp, g = adjoint(cell, deqcore.fixed_point(cell.f, cell.z0, cell.x, **settings).value)
+    backend = deqcore.get_backend(backend="torch")
+    exact = gmres(backend, vjp, g, rtol=1e-6, max_steps=200, restart=100, shifted=True).x
+    contenders = {name: through_plain(vjp, g, *options) for name, options in PLAIN.items()}
+    contenders |= {name: through_library(cell, *options) for name, options in STRATEGIES.items()}
+
+    def one_vjp() -> float:
+        begin = now()
+        vjp(g)
+        return now() - begin
+
+    contenders["one vjp"] = Timed(one_vjp, 1, 1.0)
+    for _ in range(rounds):
+        for each in contenders.values():
+            each.least = min(each.least, each.run())
+    unit, free = contenders.pop("one vjp").least, contenders["jacobian-free"].least
+    rows = []
+    for name, each in contenders.items():
+        u = each.u if name in PLAIN else library_u(cell, *STRATEGIES[name])
+        error = ((u - exact).norm(dim=1) / exact.norm(dim=1)).max()
+        own = each.least - (0.0 if name in PLAIN else free)
+        rows.append(
+            {
+                "cell": cell.name,
+                "strategy": name,
+                "ms": 1e3 * each.least,
+                "vjps": each.vjps,
+                "mean vjps": each.mean,
+                "overhead": own / (each.vjps * unit) if each.vjps else float("nan"),
+                "error": float(error),
+                "one vjp": 1e3 * unit,
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the table as Markdown."""
+    columns = ("cell", "strategy", "ms", "vjps, slowest sample (mean)", "time / vjps", "largest true error")
+    values = [
+        (
+            f"{row['cell']}, one vjp {row['one vjp']:.2f} ms",
+            row["strategy"],
+            f"{row['ms']:.1f}",
+            f"{row['vjps']} ({row['mean vjps']:.1f})",
+            f"{row['overhead']:.2f}",
+            f"{row['error']:.1e}",
+        )
+        for row in rows
+    ]
+    return markdown([dict(zip(columns, each, strict=True)) for each in values], columns)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small cells and few rounds")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cell", action="append", help="dense, convolution or attention; all by default")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--cpu-time", action="store_true", help="time of the thread: for a busy machine")
+    options = parser.parse_args()
+    USED["clock"] = "thread" if options.cpu_time else "wall"
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(options.threads)
+    wanted, rows = options.cell or ["dense", "convolution", "attention"], []
+    for name in wanted:
+        if name == "dense":
+            for size, (batch, width) in (QUICK if options.quick else SIZES).items():
+                rows += measure(dense(size, batch, width), 2 if options.quick else options.rounds)
+        else:
+            rows += measure(block(name, options.quick), 2 if options.quick else options.rounds)
+    print(table(rows))
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

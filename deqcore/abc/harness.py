@@ -1,0 +1,35 @@
+"""A harness for measurements: tests, benchmarks and the study use it, a solve never does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from deqcore.abc.arrays import ArrayOps
+
+
+class Harness:
+    """Compiles, waits and sets precision for tests and benchmarks.
+
+    Example:
+        >>> import deqcore
+        >>> deqcore.get_backend(backend="numpy").harness.jit(abs)(-2.0)
+        2.0
+    """
+
+    def __init__(self, be: ArrayOps) -> None:
+        """Make the part of the backend `be`."""
+        self.be = be
+
+    def jit(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `fn` compiled if the backend has the capability `jit`, otherwise `fn` itself."""
+        return fn
+
+    def high_precision(self) -> AbstractContextManager[object]:
+        """Enter the precision of the conformance suite: double precision enabled, and no product shortened (TF32)."""
+        return nullcontext()
+
+    def synchronize(self) -> None:
+        """Wait until all devices have finished. Only measurements call it."""
+        return None

@@ -1,0 +1,117 @@
+"""Optional fused kernels: compiled code that does several operations of a step in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from deqcore.abc.arrays import ArrayOps
+from deqcore.abc.history import History
+from deqcore.abc.inverse_jacobian import InverseJacobian
+from deqcore.types import Array, Limits, LoopState, Map, StepResult
+
+
+class Krylov(NamedTuple):
+    """A Krylov space of at most m steps per sample. Small arrays are in the wide dtype."""
+
+    basis: History  # orthonormal v_0 … v_k, m + 1 slots
+    columns: History  # columns of the Hessenberg matrix H̄, m slots: m + 1 entries, then the one-hot `source_slot`
+    v: Array  # latest basis vector (batch, n)
+    source_slot: Array  # one-hot of its slot (batch, m + 1): not the latest one for a sample that paused
+    null_vector: Array  # ν with νᵀH̄ = 0 (batch, m + 1)
+    null_norm_sq: Array  # ‖ν‖² (batch,)
+    start: Array  # ‖r₀‖ (batch,)
+    residual: Array  # ‖b − A x‖ (batch,)
+    can_grow: Array  # can this space still grow? (batch,) of bool
+    steps: Array  # products spent (batch,) int32
+    dimension: Array  # dimensions added in all, a scalar int32
+
+
+class FusedKernels:
+    """The fused kernels of a backend. Every method returns None where it has no kernel for these arrays.
+
+    A backend without any has `Backend.kernels = None`. To rounding, a kernel gives the result of the operations that it
+    replaces, on the same state, so that histories, estimates and continued solves do not depend on which of them ran.
+    Whether it runs must not depend on the values of any sample.
+
+    Example:
+        >>> import deqcore
+        >>> deqcore.get_backend(backend="numpy").kernels is None
+        True
+    """
+
+    def __init__(self, be: ArrayOps) -> None:
+        """Make the part of the backend `be`."""
+        self.be = be
+
+    def step(self, solver: object, f: Map, z: Array, fz: Array, state: Any) -> StepResult | None:
+        """Return `solver.step(backend, f, z, fz, state)`; `state` is the solver's own."""
+        return None
+
+    def update(
+        self, before: LoopState, result: StepResult, residual: Array, size: Array | None, limits: Limits
+    ) -> LoopState | None:
+        """Update the loop state after a step.
+
+        Args:
+            before: the loop state before the step.
+            result: the result of the step.
+            residual: ‖f(z) − z‖ `(batch,)`.
+            size: ‖f(z)‖ `(batch,)`, or None if it is unknown and `limits.rtol` is 0.
+            limits: the numbers of the verdict, which is `deqcore.solve.termination.verdict`.
+
+        Returns:
+            The loop state after the step, but with the solver's state from before it.
+        """
+        return None
+
+    def arnoldi(self, space: Krylov, w: Array, goal: Array, twice: bool, shifted: bool = False) -> Krylov | None:
+        """Do the part of a GMRES step after the product.
+
+        Args:
+            space: the Krylov space.
+            w: the product with its latest vector, `(batch, n)`.
+            goal: residual at which a sample is done `(batch,)`.
+            twice: project again where products cancel, see `deqcore.linear.norms.orthogonalize`.
+            shifted: A = I − J, and `w` is the product with J.
+
+        Returns:
+            The space with one more dimension.
+        """
+        return None
+
+    def secants(
+        self, basis: History, gram: History, pairs: History, whole: Callable[[], InverseJacobian]
+    ) -> InverseJacobian | None:
+        """Make the multi-secant estimate of Broyden's pairs.
+
+        Args:
+            basis: residuals.
+            gram: rows of the lower triangle of their Gram matrix, with half of its diagonal.
+            pairs: coefficients of each step, and of each difference of residuals.
+            whole: makes `deqcore.linear.lowrank.MultisecantInverse`.
+
+        Returns:
+            An estimate with the same products.
+        """
+        return None
+
+    def least_squares(self, space: Krylov, inverse: bool) -> tuple[Array, ...] | None:
+        """Solve the small system of a Krylov space.
+
+        Args:
+            space: the Krylov space.
+            inverse: whether the norm of the inverse is wanted.
+
+        Returns:
+            The fields of `deqcore.linear.gmres.LeastSquares`, for a right-hand side of norm 1.
+        """
+        return None
+
+    def residual_norms(self, z: Array, fz: Array) -> tuple[Array, Array] | None:
+        """Return what `deqcore.linear.norms.residual_norms` returns."""
+        return None
+
+    def orthogonalize(self, basis: History, w: Array, twice: bool) -> tuple[Array, Array, Array, Array] | None:
+        """Return what `deqcore.linear.norms.orthogonalize` returns."""
+        return None

@@ -1,0 +1,52 @@
+"""Norms of residuals and projections onto a basis, by fused kernels if a backend has them; the default tolerance."""
+
+from __future__ import annotations
+
+from deqcore.abc.backend import Backend
+from deqcore.abc.history import History
+from deqcore.types import Array
+
+CANCELLED = 0.5**0.5
+"""Part of a norm that a projection must leave. If it leaves less, the rounding of what it took away is large relative
+to the rest, and errors of orthogonality grow from step to step."""
+
+
+def residual_norms(backend: Backend, z: Array, fz: Array) -> tuple[Array, Array]:
+    """Return ‖f(z) − z‖ and ‖f(z)‖ of each row `(batch,)`, as `Backend.norm` gives them."""
+    fused = None if backend.kernels is None else backend.kernels.residual_norms(z, fz)
+    return (backend.norm(fz - z), backend.norm(fz)) if fused is None else fused
+
+
+def orthogonalize(backend: Backend, basis: History, w: Array, twice: bool) -> tuple[Array, Array, Array, Array]:
+    """Return `w` `(batch, n)` without its components h in the orthonormal `basis`, and h, ‖w‖ before, ‖w‖ after.
+
+    With `twice` it is projected once more where less than `CANCELLED` of its norm is left, so that the rest is
+    orthogonal to rounding. A backend that must wait to know where that is may project all of them. h
+    `(batch, history_size)` and the norms `(batch,)` are in the wide dtype.
+
+    Source: Daniel, Gragg, Kaufman & Stewart (1976), "Reorthogonalization and stable algorithms for updating the
+    Gram-Schmidt QR factorization".
+    """
+    fused = None if backend.kernels is None else backend.kernels.orthogonalize(basis, w, twice)
+    if fused is not None:
+        return fused
+    before = backend.to_accum_dtype(backend.norm(w))
+    h = basis.dot(w)
+    w = w - basis.combine(h)
+    after = backend.to_accum_dtype(backend.norm(w))
+    if twice and not backend.known_all(after >= CANCELLED * before):
+        enough = after >= CANCELLED * before
+        more = basis.dot(w)
+        w = backend.select(enough, w, w - basis.combine(more))
+        h = backend.select(enough, h, h + more)
+        after = backend.to_accum_dtype(backend.norm(w))
+    return w, h, before, after
+
+
+def default_rtol(backend: Backend, x: Array) -> float:
+    """Return the value of rtol = "auto": √eps, at most 1e-4, but at least 2·eps.
+
+    float64 1.5e-8, float32 1e-4, float16 2e-3, bfloat16 1.6e-2.
+    """
+    eps = float(backend.guards.output_eps(x))
+    return float(max(2 * eps, min(1e-4, eps**0.5)))
