@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +11,8 @@ from deqcore.abc.backend import Backend
 from deqcore.config import Config
 from deqcore.errors import BackendError
 from deqcore.solution import Solution, SolveState
+from deqcore.solve import call
 from deqcore.solve.dispatch import backend_named, plan_call
-from deqcore.solve.observer import Solve
-from deqcore.solve.opaque import opened
 from deqcore.solve.user_line import warn
 from deqcore.types import Tree
 
@@ -64,15 +62,7 @@ def fixed_point(
         (True, (1, 2))
     """
     plan = plan_call(config, overrides, z0, args)
-    start = time.perf_counter()
-    raveled = plan.space.wrap(f, tuple(batched_args))
-    value, forward, record = plan.run(raveled, plan.space.ravel(z0), args, state)
-    solution = plan.solution(value, forward, record)
-    if plan.observer is not None:
-        plan.observer.solved(Solve(solution, plan.config, time.perf_counter() - start, f, z0, args))
-    plan.report_nondeterminism(raveled, args, forward, record)
-    plan.report_failure(forward)
-    return solution
+    return plan.backend.guards.untraced(call.solve)(plan, f, z0, args, state, tuple(batched_args))
 
 
 def vjp(
@@ -113,18 +103,7 @@ def vjp(
         (2.0, 4.0, 2.0)
     """
     plan = plan_call(config, overrides, z0, args)
-    g = plan.space.ravel_like("cotangent", cotangent)
-    trees, closed = opened(plan.backend, args)
-    raveled = plan.space.wrap(lambda z, *trees: f(z, *closed(trees)), tuple(batched_args))
-    run = plan.differentiate if plan.backend.capabilities.autodiff else plan.differentiate_by_hand
-    began = time.perf_counter()
-    value, gradients, forward, record = run(raveled, plan.space.ravel(z0), trees, g)
-    if plan.observer is not None:
-        solution = plan.solution(plan.backend.detach(value), forward, record)
-        plan.observer.solved(Solve(solution, plan.config, time.perf_counter() - began, f, z0, args))
-    plan.report_nondeterminism(raveled, trees, forward, record)
-    plan.report_failure(forward)
-    return plan.space.unravel(value), closed(gradients)
+    return plan.backend.guards.untraced(call.differentiate)(plan, f, z0, args, cotangent, tuple(batched_args))
 
 
 def get_backend(config: Config | None = None, **overrides: object) -> Backend:

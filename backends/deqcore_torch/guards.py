@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from functools import cache
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,7 +13,13 @@ from torch import Tensor
 from deqcore.abc.guards import CallGuards
 from deqcore.errors import ProblemError
 from deqcore_torch import functorch
+from deqcore_torch.disable_dynamo import untraced
 from deqcore_torch.ownership import held
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_untraced = cache(untraced)
 
 
 class TorchGuards(CallGuards):
@@ -32,6 +40,9 @@ class TorchGuards(CallGuards):
         if functorch.active() or x.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
             return x
         return x.clone()
+
+    def untraced(self, fn: Callable[P, R]) -> Callable[P, R]:
+        return _untraced(fn)
 
     def guard_inplace(self, z: Tensor) -> AbstractContextManager[Tensor]:
         return _Guard(z)

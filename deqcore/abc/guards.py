@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from deqcore.abc.arrays import ArrayOps
 from deqcore.types import Array, Figures
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class CallGuards:
@@ -71,6 +74,10 @@ class CallGuards:
         Evaluations of f that only check something run in it, so that they change no random number of the user's.
         """
         return nullcontext()
+
+    def untraced(self, fn: Callable[P, R]) -> Callable[P, R]:
+        """Return `fn` run by Python even if a compiler of Python code (`torch.compile`) traces its caller."""
+        return fn
 
     def watch(self, report: Callable[[Any], None], figures: Figures, *, compiled: bool) -> None:
         """Call `report` with what traced `figures` turn out to be, whenever they are notable.

@@ -48,8 +48,9 @@ class ExactIFT(Strategy):
             `rtol`. GMRES only, from zero. The report has the estimate; it is not a bound.
         reuse: what the forward solve's estimate does for `max_relative_error`: "none", so that any solver will do;
             "witness", it judges the error, which saves vjps; "precondition", it also preconditions GMRES.
-        max_steps: vjps at most, those of the direct solve included; "auto" gives GMRES n + 8 and at most 200 of them,
-            and the direct solve its n + 1 more.
+        max_steps: steps at most, each of which is a vjp, those of the direct solve included; a solver other than GMRES
+            takes one vjp more to begin. "auto" gives GMRES n + 8 and at most 200 of them, and the direct solve its
+            n + 1 more.
         start: "zero" (GMRES), "cotangent" (u = g) or "reuse" (u = −Hᵀg, needs a solver with an estimate);
             "auto" is zero for GMRES and cotangent otherwise.
         direct: largest number of unknowns n for which a sample that GMRES cannot solve is solved directly; 0 for none.

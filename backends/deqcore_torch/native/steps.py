@@ -237,7 +237,7 @@ def arnoldi(space: Krylov, w: Tensor, goal: Tensor, twice: bool, shifted: bool) 
 
 
 def least_squares(space: Krylov, inverse: bool) -> tuple[Tensor, ...] | None:
-    """Return the result of `Backend.fused_least_squares`, or None if this history has no native version."""
+    """Return the result of `FusedKernels.least_squares`, or None if this history has no native version."""
     columns = space.columns
     if not _holds(columns, space.null_vector) or columns.store.chunk != columns.history_size or not columns.written:
         return None
@@ -341,7 +341,7 @@ class Secants(InverseJacobian):
 
 
 def secants(basis: Any, gram: Any, pairs: Any, whole: Callable[[], MultisecantInverse]) -> InverseJacobian | None:
-    """Return the result of `Backend.fused_secants`, or None if these histories have no native version."""
+    """Return the result of `FusedKernels.secants`, or None if these histories have no native version."""
     if not all(type(history) is TorchHistory and history.written for history in (basis, gram, pairs)):
         return None
     small = all(h.store.chunk == h.history_size and h.store.dtype is torch.float64 for h in (gram, pairs))

@@ -1,0 +1,49 @@
+"""One call of `fixed_point` or `vjp`, once its settings are resolved: solve, attach the gradient, report.
+
+A compiler of Python code does not trace this module, see `CallGuards.untraced`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from deqcore.solution import Solution
+from deqcore.solve.observer import Solve
+from deqcore.solve.opaque import opened
+from deqcore.solve.plan import Plan
+from deqcore.types import Tree
+
+
+def solve(
+    plan: Plan, f: Callable[..., Tree], z0: Tree, args: tuple[Any, ...], state: Any, batched_args: tuple[int, ...]
+) -> Solution:
+    """Solve, and report what an observer, a warning or an error needs."""
+    start = time.perf_counter()
+    raveled = plan.space.wrap(f, batched_args)
+    value, forward, record = plan.run(raveled, plan.space.ravel(z0), args, state)
+    solution = plan.solution(value, forward, record)
+    if plan.observer is not None:
+        plan.observer.solved(Solve(solution, plan.config, time.perf_counter() - start, f, z0, args))
+    plan.report_nondeterminism(raveled, args, forward, record)
+    plan.report_failure(forward)
+    return solution
+
+
+def differentiate(
+    plan: Plan, f: Callable[..., Tree], z0: Tree, args: tuple[Any, ...], cotangent: Tree, batched_args: tuple[int, ...]
+) -> tuple[Tree, tuple[Any, ...]]:
+    """Solve, map the cotangent, and report as `solve` does."""
+    g = plan.space.ravel_like("cotangent", cotangent)
+    trees, closed = opened(plan.backend, args)
+    raveled = plan.space.wrap(lambda z, *trees: f(z, *closed(trees)), batched_args)
+    run = plan.differentiate if plan.backend.capabilities.autodiff else plan.differentiate_by_hand
+    began = time.perf_counter()
+    value, gradients, forward, record = run(raveled, plan.space.ravel(z0), trees, g)
+    if plan.observer is not None:
+        solution = plan.solution(plan.backend.detach(value), forward, record)
+        plan.observer.solved(Solve(solution, plan.config, time.perf_counter() - began, f, z0, args))
+    plan.report_nondeterminism(raveled, trees, forward, record)
+    plan.report_failure(forward)
+    return plan.space.unravel(value), closed(gradients)
