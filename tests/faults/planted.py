@@ -745,7 +745,7 @@ BACKENDS = [
     ),
     Fault(
         "arguments whose gradient is lost",
-        "deqcore.api",
+        "deqcore.solve.call",
         "    trees, closed = opened(plan.backend, args)\n",
         "    trees, closed = args, lambda trees: trees\n",
         "backend numpy",
