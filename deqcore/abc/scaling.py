@@ -6,7 +6,6 @@ These functions need nothing but array operations, so that a backend has no part
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -91,7 +90,6 @@ def multiply_rows(be: ArrayOps, v: Array, scale: Array | None) -> Array:
     return v if scale is None else v * be.cast(scale, v)[:, None]
 
 
-@cache
 def _least(xp: Any, dtype: Any) -> float:
     """Return the smallest normal number of a dtype."""
     return float(xp.finfo(dtype).smallest_normal)

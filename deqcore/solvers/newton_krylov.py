@@ -103,7 +103,7 @@ class NewtonKrylov(Solver):
         if jvp is None:
             raise BackendError.no_products(f"the backend {backend.name!r} has none.")
         inner = gmres(
-            backend, jvp, g, rtol=state.forcing, max_steps=self.inner_steps, reorthogonalize=False, shifted=True
+            backend, lambda v: v - jvp(v), g, rtol=state.forcing, max_steps=self.inner_steps, reorthogonalize=False
         )
         before = backend.norm(g)
         first = z + inner.x
