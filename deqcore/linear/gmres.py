@@ -81,7 +81,8 @@ def gmres(
         restart: dimensions of one Krylov space at most. The next space begins at the residual that the last one left,
             and a sample stops (not converged) when a whole space leaves more than `PROGRESS` of the residual. None: one
             space of `max_steps`.
-        shifted: A = I − J, and `product` is `v ↦ J v`. The Krylov space of A is that of J, so that no step subtracts.
+        shifted: A = I − J, and `product` is `v ↦ J v`. The Krylov space of A is that of J, so that no step
+            subtracts, if each vector is projected again where products cancel.
 
     Source: Saad & Schultz (1986), "GMRES: a generalized minimal residual algorithm"; twice is enough: Giraud et al.
     (2005).
@@ -235,8 +236,10 @@ class KrylovSpace:
 
     def _step(self, k: Krylov, goal: Array) -> Krylov:
         backend, xp = self.backend, self.backend.xp
-        shifted = self.shifted and self.precondition is None
-        w = self.product(k.v) if self.precondition is None else self.apply(self.precondition(k.v))
+        # One projection alone is accurate only if little cancels in it, so that the difference comes before it.
+        shifted = self.shifted and self.precondition is None and self.reorthogonalize
+        direction = k.v if self.precondition is None else self.precondition(k.v)
+        w = self.product(direction) if shifted else self.apply(direction)
         kernels = backend.kernels
         fused = None if kernels is None else kernels.arnoldi(k, w, goal, self.reorthogonalize, shifted)
         if fused is not None:
