@@ -74,6 +74,8 @@ def row_scale(be: ArrayOps, norm: Array, like: Array) -> Array | None:
     if host is not None and not np.count_nonzero(_far_from_one(np, host, low)):
         return None
     plain = ~_far_from_one(xp, norm, low)
+    if be.known_all(plain):
+        return None
     kind = xp.finfo(like.dtype)
     bound = 2.0 ** (math.floor(math.log2(min(1 / float(kind.smallest_normal), float(kind.max)))) - 1)
     one = xp.ones_like(norm)

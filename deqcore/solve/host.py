@@ -24,7 +24,7 @@ DOUBT: Final = 1.0 + 2.0**-10  # covers the rounding of a quick test: what is cl
 
 def read(backend: Backend, carry: LoopState) -> LoopState | None:
     """Return the loop state with its figures as NumPy arrays, or None if that would cost a wait or a copy."""
-    if isinstance(carry.status, np.ndarray):
+    if _is_read(backend, carry):
         return carry
     views = {}
     for name in FIGURES:
@@ -36,9 +36,14 @@ def read(backend: Backend, carry: LoopState) -> LoopState | None:
 
 def written(backend: Backend, carry: LoopState) -> LoopState:
     """Undo `read`; return a loop state whose figures are arrays of the backend as it is."""
-    if not isinstance(carry.status, np.ndarray):
+    if not _is_read(backend, carry):
         return carry
     return carry._replace(**{name: backend.host.from_numpy_view(getattr(carry, name)) for name in FIGURES})
+
+
+def _is_read(backend: Backend, carry: LoopState) -> bool:
+    """Return whether the figures are NumPy arrays, and not because the backend's own arrays are such."""
+    return isinstance(carry.status, np.ndarray) and backend.host.numpy_view(carry.z) is not None
 
 
 class HostLoop:
