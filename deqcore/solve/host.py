@@ -42,8 +42,8 @@ def written(backend: Backend, carry: LoopState) -> LoopState:
 
 
 def _is_read(backend: Backend, carry: LoopState) -> bool:
-    """Return whether the figures are NumPy arrays, and not because the backend's own arrays are such."""
-    return isinstance(carry.status, np.ndarray) and backend.host.numpy_view(carry.z) is not None
+    """Return whether the figures are NumPy arrays that are not arrays of the backend."""
+    return isinstance(carry.status, np.ndarray) and not backend.is_array(carry.status)
 
 
 class HostLoop:

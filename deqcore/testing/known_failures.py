@@ -39,10 +39,6 @@ WHY: Final = {
         "slow-modes": "ρ(J) = 0.99: plain iteration needs some 2,700 steps",
         "": "plain iteration does not contract here",
     },
-    "newton-krylov": {
-        "ill-conditioned": "in float32 it reaches a residual of 0, but too slowly at the end for the criterion "
-        "(docs/notes/termination.md)",
-    },
     "": {
         "ill-conditioned": "condition 1e4 at the edge of what contracts; no secant method is asked to",
         "walled": "shortened steps creep along the edge of where f has numbers; `broyden` or `anderson` solve it",
