@@ -50,7 +50,7 @@ class JaxHistory(History):
         # Made from `like`: inside shard_map a loop's carry must vary along the same axes of the mesh from the start.
         storage = jnp.zeros_like(like, dtype or like.dtype, shape=(batch, history_size, n))
         seen = jnp.zeros_like(like, bool, shape=(batch, history_size))
-        return cls(storage, seen, jnp.int32(0), like.dtype, wide)
+        return cls(storage, seen, jnp.zeros_like(like, jnp.int32, shape=()), like.dtype, wide)
 
     def tree_flatten(self) -> tuple[tuple[jax.Array, ...], tuple[DTypeLike, ...]]:
         """Return the arrays, and the dtypes beside them."""

@@ -254,8 +254,8 @@ def test_a_state_of_another_framework_is_refused():
         ({"forward__max_steps": -1}, ConfigError, ["max_steps must be", "(got -1)", "integer >= 0"]),
         ({"forward__check_every": 0}, ConfigError, ["check_every must be", "(got 0)", "integer >= 1"]),
         ({"forward__on_failure": "shout"}, ConfigError, ["'shout'", "'raise', 'warn' or 'ignore'"]),
-        ({"backward__options": {"rtol": 1.0}}, ConfigError, ["rtol = 1.0", "below 1"]),
-        ({"backward__options": {"max_steps": -1}}, ConfigError, ["max_steps = -1"]),
+        ({"backward__options": {"rtol": 1.0}}, ConfigError, ["rtol must be", "below 1 (got 1.0)"]),
+        ({"backward__options": {"max_steps": -1}}, ConfigError, ["max_steps must be", "(got -1)"]),
         ({"backward__options": {"start": "warm"}}, ConfigError, ["'warm'", "cotangent"]),
         ({"backward__options": {"options": {"history_size": 3}}}, ConfigError, ["history_size", "reorthogonalize"]),
         (

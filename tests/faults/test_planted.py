@@ -42,5 +42,5 @@ def test_there_are_enough_of_them_and_each_has_a_name():
 
 
 def test_a_text_that_is_not_there_cannot_be_planted():
-    with pytest.raises(ValueError, match="occurs 0 times"):
+    with pytest.raises(ValueError, match="must occur once"):
         planted.FAULTS[0].planted("")

@@ -329,7 +329,7 @@ def test_unknown_metrics_are_reported_with_a_suggestion() -> None:
         ({"measurements": {"spectral": 3}}, "Did you mean 'spectral_radius'"),
         ({"measurements": {"spectral_radius": 0}}, "spectral_radius must be a number of solves >= 1 .got 0"),
         ({"measurements": 3}, "measurements must be a table.*got 3"),
-        ({"reference": "nowhere.json"}, "no reference profile 'nowhere.json'"),
+        ({"reference": "nowhere.json"}, "reference profile 'nowhere.json' does not exist"),
     ],
 )
 def test_a_bad_section_is_reported(section, message) -> None:

@@ -112,7 +112,7 @@ def test_effects_on_settings() -> None:
 
     refined = apply_actions(config, (Trigger(METRIC, "> 1", "refine"),)).backward.options
     assert refined["max_relative_error"] == pytest.approx(0.1)
-    assert refined["max_refine_vjps"] == 80
+    assert refined["max_refine_vjps"] == 120
     plain = Config(
         backward={
             "strategy": "broyden-reuse",

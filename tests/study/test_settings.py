@@ -98,7 +98,7 @@ def test_a_backend_without_trainer_is_refused():
 
 def test_gates_name_what_exists():
     table = {"gates": [{"stage": "pilot", "strategy": "exact-ift", "metric": "cosin", "at_least": 0.5}]}
-    with pytest.raises(ConfigError, match=r"unknown metric 'cosin'\. Did you mean 'cosine'"):
+    with pytest.raises(ConfigError, match=r"no metric 'cosin'\. Did you mean 'cosine'"):
         gates.check(read(table, "x").gates, ["exact-ift"])
     table["gates"][0]["metric"], table["gates"][0]["strategy"] = "cosine", "exact"
     with pytest.raises(ConfigError, match="Available: exact-ift"):
