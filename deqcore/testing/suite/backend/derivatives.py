@@ -75,7 +75,9 @@ class DerivativeTests(Conformance):
                 with warnings.catch_warnings(record=True) as shown:
                     warnings.simplefilter("always")
                     deqcore.vjp(f, z0, one, cotangent=cotangent, config=config, backward__on_failure="warn")
-                assert category in {warning.category for warning in shown}, f"{category.__name__} is not in {shown}"
+                assert category in {warning.category for warning in shown}, (
+                    f"{category.__name__} is missing (got {shown})"
+                )
             # What a tracing framework makes of an error in a callback keeps its message only.
             kind, text = errors.ConvergenceError if eager else Exception, "are coupled|did not converge"
             settings: Any = {"config": config, "backward__on_failure": "raise", "backward__verify_every": 1}
