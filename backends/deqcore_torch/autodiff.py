@@ -37,16 +37,7 @@ class TorchAutodiff(Autodiff):
             z = z.detach().requires_grad_()
             made = hooks_made()
             y = f(z)
-        mute = muted(y, made)
-
-        def vjp(u: Tensor) -> Tensor:
-            if not y.requires_grad:
-                return torch.zeros_like(u)
-            with mute:
-                (product,) = torch.autograd.grad(y, z, u, retain_graph=True, allow_unused=True)
-            return torch.zeros_like(u) if product is None else product
-
-        return y.detach(), vjp
+        return y.detach(), _products(y, z, made, create_graph=False)
 
     def differentiable_vjp(self, f: Map, z: Tensor) -> Map:
         if not torch.is_grad_enabled():
@@ -54,16 +45,7 @@ class TorchAutodiff(Autodiff):
         z = z if z.requires_grad else z.detach().requires_grad_()
         made = hooks_made()
         y = f(z)
-        mute = muted(y, made)
-
-        def vjp(u: Tensor) -> Tensor:
-            if not y.requires_grad:
-                return torch.zeros_like(u)
-            with mute:
-                (product,) = torch.autograd.grad(y, z, u, create_graph=True, allow_unused=True)
-            return torch.zeros_like(u) if product is None else product
-
-        return vjp
+        return _products(y, z, made, create_graph=True)
 
     def jvp(self, f: Map, z: Tensor) -> Map:
         if functorch.active():
@@ -149,6 +131,20 @@ class TorchAutodiff(Autodiff):
             return derivative
 
         return gradient
+
+
+def _products(y: Tensor, z: Tensor, made: int, *, create_graph: bool) -> Map:
+    """Return u ↦ Jᵀu for y = f(z), without the hooks that f has set since `made`, see `muted`."""
+    mute = muted(y, made)
+
+    def vjp(u: Tensor) -> Tensor:
+        if not y.requires_grad:
+            return torch.zeros_like(u)
+        with mute:
+            (product,) = torch.autograd.grad(y, z, u, retain_graph=True, create_graph=create_graph, allow_unused=True)
+        return torch.zeros_like(u) if product is None else product
+
+    return vjp
 
 
 def _refuse_split(z0: Tensor) -> None:

@@ -662,8 +662,8 @@ BACKENDS = [
     Fault(
         "a graph that can be used once",
         TORCH_AUTODIFF,
-        "torch.autograd.grad(y, z, u, retain_graph=True, allow_unused=True)",
-        "torch.autograd.grad(y, z, u, allow_unused=True)",
+        "retain_graph=True, create_graph=create_graph, allow_unused=True",
+        "create_graph=create_graph, allow_unused=True",
         "backend torch",
         "test_linearize_gives_the_value_and_the_transposed_product",
         "second time",
