@@ -63,7 +63,7 @@ def verdicts(results: Sequence[Result]) -> list[Verdict]:
             "≥ 0.98",
             f"{cosine.min():.4f}",
             cosine.min() >= 0.98,
-            f"{sound.min():.4f} among the samples not reported as failed",
+            f"{sound.min():.4f} among the samples not reported as failed" if len(sound) else "all reported as failed",
         ),
         *_apart(failed, cosine, settled),
         Verdict(
