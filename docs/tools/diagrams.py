@@ -163,6 +163,11 @@ FORWARD = (
         ("Settings are resolved; the arrays pick the", "backend; solver and strategy are made."),
     ),
     Stop(
+        "solve",
+        "deqcore/solve/call.py",
+        ("The body of the call: wrap f, run the plan,", "build the Solution, report what failed."),
+    ),
+    Stop(
         "RavelSpec",
         "deqcore/solve/flatten.py",
         ("The tree z0 becomes one (batch, n) array,", "and f a FlatFunction of such arrays."),
@@ -171,7 +176,7 @@ FORWARD = (
     Stop(
         "iterate",
         "deqcore/solve/loop.py",
-        ("Until all samples have stopped: Solver.step,", "residual, status, keep the best iterate."),
+        ("Until all samples have stopped: take_step", "(step.py), residual, termination, select."),
         "green",
     ),
     Stop(
