@@ -90,7 +90,7 @@ def verdicts(results: Sequence[Result]) -> list[Verdict]:
             own, theirs = result.curve[0.01]
             value.append(
                 Verdict(
-                    f"vjps to residual 0.01 over those of GMRES from 0: {result.case}",
+                    f"preconditioned, vjps to residual 0.01 over those of GMRES from 0: {result.case}",
                     "≤ 0.8",
                     f"{own / theirs:.2f} ({own / result.samples:.1f} against {theirs / result.samples:.1f})",
                     own <= 0.8 * theirs,
@@ -184,20 +184,20 @@ class Kept:
 
 
 def _promises(results: Sequence[Result]) -> list[str]:
-    """Return the promise by set, target and start, as rows of a table."""
+    """Return the promise by set, target and reuse, as rows of a table."""
     lines = [
-        "| set | target | start | certified | above the target | worst error (its estimate) | failed | "
+        "| set | target | reuse | certified | above the target | worst error (its estimate) | failed | "
         "vjps over the fewest |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, belongs in SETS.items():
         members = _members(results, belongs)
         for target in TARGETS if members else ():
-            for start, field in (("estimate", "outcomes"), ("zero", "alone")):
+            for reuse, field in (("witness", "outcomes"), ("none", "alone"), ("precondition", "preconditioned")):
                 kept = Kept.of([o for r in members for o in getattr(r, field) if o.target == target])
                 worst = f"{kept.worst:.3f} ({kept.stated:.3f})" if kept.wrong else "–"
                 lines.append(
-                    f"| {name} | {target} | {start} | {kept.certified} | {100 * kept.wrong:.2f} % | {worst} | "
+                    f"| {name} | {target} | {reuse} | {kept.certified} | {100 * kept.wrong:.2f} % | {worst} | "
                     f"{100 * kept.failed:.2f} % | {kept.cost:.3f} |"
                 )
     return lines
@@ -269,9 +269,10 @@ def page(
     lines += ["", "![Estimated against true error](certificates-scatter.png)", ""]
     lines += ["![vjps to a residual](certificates-vjps.png)", "", "## Is what is certified within the target?", ""]
     lines += [
-        "Only samples whose forward solve converged. *Start*: Krylov space of A M with the estimate M that the forward "
-        "solve left, or of A alone. *The fewest*: the smallest dimension of the same space whose solution is within "
-        "the target, by a textbook GMRES on dense matrices that knows the true error.",
+        "Only samples whose forward solve converged. *reuse*: the option of the strategy. With `precondition` the "
+        "Krylov space is that of A M, M being the estimate that the forward solve left; otherwise it is that of A. The "
+        "tables above and below have the default, `witness`. *The fewest*: the smallest dimension of the same space "
+        "whose solution is within the target, by a textbook GMRES on dense matrices that knows the true error.",
         "",
         *_promises(results),
         "",
@@ -295,7 +296,7 @@ def page(
             "|---|---|---|---|",
         ]
         lines += [f"| {t.name} | {t.epochs} | {t.loss:.3f} | {100 * t.accuracy:.1f} % |" for t in trainings]
-    lines += ["", "## vjps to an adjoint residual, over those of GMRES from 0", ""]
+    lines += ["", "## vjps of preconditioned GMRES to an adjoint residual, over those of GMRES from 0", ""]
     lines += ["| problem | " + " | ".join(map(str, LEVELS)) + " |", "|---|" + "---|" * len(LEVELS)]
     for r in results:
         cells = (f"{r.curve[level][0] / max(1, r.curve[level][1]):.2f}" for level in LEVELS)

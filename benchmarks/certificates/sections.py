@@ -28,7 +28,7 @@ from benchmarks.certificates.trained import Training
 RANDOM: Final = ("linear", "random-cells")
 MORE: Final = {"tanh-cells": small_tanh_cells, "slow-modes": dense_slow_modes, "hidden-modes": hidden_modes}
 LEARNT: Final = ("digits-conv", "digits-attention", "digits-dense")
-OUTCOMES: Final = ("outcomes", "alone")
+OUTCOMES: Final = ("outcomes", "alone", "preconditioned")
 IMAGES: Final = "images-conv"
 
 
