@@ -98,6 +98,21 @@ def project(no_settings, no_plugins, monkeypatch, tmp_path):
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """Compile JAX's programs without most optimisations, for files that compare no rounding and no compiled text.
+
+    Programs compile in two thirds of the time. The conformance suite, the transformations and the tests of scale run
+    what users run. Broyden in float64 with one number per sample stays at z0 in a program that XLA does not optimise;
+    the same steps outside its while loop are right.
+    """
+    jax = pytest.importorskip("jax")
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(autouse=True)
 def few_programs():
     """Drop JAX's compiled programs when they fill half of the memory maps that Linux allows; past these it crashes."""

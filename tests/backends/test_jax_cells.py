@@ -15,6 +15,8 @@ from deqcore_jax.cells import (  # noqa: E402
     weight_normalized,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 @pytest.fixture(autouse=True)
 def _double():

@@ -22,6 +22,8 @@ from deqcore.types import Status
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 @pytest.fixture(autouse=True)
 def first_pass():

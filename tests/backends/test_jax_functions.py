@@ -35,16 +35,16 @@ SETTINGS = {
 }
 
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _double():
-    wanted = {"jax_enable_compilation_cache": False, "jax_disable_most_optimizations": True}  # compile quickly
-    before = {name: jax.config.values[name] for name in wanted}
-    for name, value in wanted.items():
-        jax.config.update(name, value)
+    before = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)  # more programs than a cache is worth
     with jax.enable_x64(True):
         yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+    jax.config.update("jax_enable_compilation_cache", before)
 
 
 # -- functions of R^4 ---------------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ eqx = pytest.importorskip("equinox")
 import deqcore_jax.equinox  # noqa: E402
 import deqcore_jax.nnx  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 A = np.float32([[0.5], [0.999]])  # plain iteration of the adjoint: the first sample is done in 30 steps
 SETTINGS = {
     "backward__options": {"solver": "picard", "rtol": 1e-6, "max_steps": 30},

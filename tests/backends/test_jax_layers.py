@@ -15,6 +15,8 @@ eqx = pytest.importorskip("equinox")
 import deqcore_jax.equinox  # noqa: E402
 import deqcore_jax.nnx  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 N, B = 12, 5
 TIGHT = {"forward__rtol": 1e-12, "backward__options": {"rtol": 1e-12}, "forward__max_steps": 100}
 

@@ -13,6 +13,8 @@ import deqcore
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 A = 0.4
 PICARD = {
     "forward__solver": "picard",

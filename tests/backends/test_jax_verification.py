@@ -20,6 +20,8 @@ jax = pytest.importorskip("jax")
 jnp = jax.numpy
 import deqcore_jax.adjoint_tap  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 ROWS, WIDTH = 6, 4
 RNG = np.random.default_rng(3)
 X = RNG.standard_normal((ROWS, WIDTH)).astype(np.float32)
