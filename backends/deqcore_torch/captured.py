@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from deqcore import config as settings
 from deqcore.layer import initial_state
 from deqcore.solution import Solution
+from deqcore.solve.capture import add_compiler
 from deqcore.solve.dispatch import backend_named
 from deqcore_torch.layout import describe
 
@@ -22,6 +26,40 @@ else:
 
 if TYPE_CHECKING:
     from deqcore_torch.nn import DEQ
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def solve_function(f: Any, z0: Any, args: tuple[Any, ...], overrides: dict[str, Any]) -> Solution | None:
+    """Return the solution of `fixed_point` as a graph sees it, or None if its arguments are not plain trees.
+
+    The compiler traces f as a graph of its own, whose inputs are the tensors of z0 and the arguments, then all tensors
+    that f closes over.
+    """
+    leaves: list[Tensor] = []
+    read: list[Tensor] = []
+    state, given, chosen = describe(z0, leaves), describe(args, read), describe(overrides, read)
+    if not takes_functions() or state is None or given is None or chosen is None or not leaves:
+        return None
+    from deqcore_torch.graph_problem import solve_graph  # loads the compiler, which runs here anyway
+
+    count, samples = len(leaves), batched(overrides.get("forward__batch"))
+
+    def body(*tensors: Tensor) -> tuple[Tensor, ...]:
+        """Return f(z), behind tensors that stand for the other results of the operator."""
+        rest = list(tensors[count:])
+        found: list[Tensor] = []
+        describe(f(rebuilt(z0, list(tensors[:count])), *rebuilt(args, rest)), found)
+        like = tensors[0]
+        rows = like.shape[0] if samples else 1
+        token = torch.empty((1,), dtype=torch.int64, device="cpu")
+        counts = [like.new_empty((rows,), dtype=torch.int32) for _ in range(3)]
+        return (token, like.new_empty((rows,), dtype=wide(like.dtype)), *counts, *found)
+
+    found = solve_graph(body, *leaves, *read, layout=f"({state}, {given}, {chosen})", leaves=count)
+    return _solution(z0, list(found))
 
 
 def number_of(layer: DEQ) -> int:
@@ -44,20 +82,26 @@ def solve_layer(layer: DEQ, inputs: tuple[Any, ...], z0: Any) -> Solution | None
     if state is None or given is None or not leaves:
         return None
     tensors = leaves + read + own_tensors(layer.cell)
-    warm = z0 is None
+    layout = f"({state}, {given})"
+    anchor = torch.empty((0,), device=leaves[0].device)
     found = torch.ops.deqcore.solve(
-        tensors, layer.number, f"({state}, {given})", len(leaves), _wanted(tensors), autocast_dtype(leaves[0]), warm
+        anchor, tensors, layer.number, layout, len(leaves), wanted(tensors), autocast_dtype(leaves[0]), z0 is None
     )
+    return _solution(start, list(found))
+
+
+def _solution(like: Any, found: list[Tensor]) -> Solution:
+    """Return the results of the operator as a solution whose value is a tree like `like`."""
     _, residual, status, steps, evaluations, *values = found
     return Solution(
-        value=rebuilt(start, list(values)),
+        value=rebuilt(like, list(values)),
         residual=residual.detach(),
         status=status,
         steps=steps,
         evaluations=evaluations,
         state=None,
         backend=backend_named("torch"),
-        z=rebuilt(start, [v.detach() for v in values]),
+        z=rebuilt(like, [v.detach() for v in values]),
     )
 
 
@@ -68,10 +112,35 @@ def own_tensors(cell: Any) -> list[Tensor]:
     return [p for _, p in cell.named_parameters()] + [b for _, b in cell.named_buffers()]
 
 
-def _wanted(tensors: list[Tensor]) -> list[int]:
+def wanted(tensors: list[Tensor]) -> list[int]:
+    """Return the positions of the tensors that need gradients."""
     if not torch.is_grad_enabled():
         return []
     return [i for i, tensor in enumerate(tensors) if tensor.requires_grad]
+
+
+def at_trace_time(fn: Callable[P, R]) -> Callable[P, R]:
+    """Return `fn` marked to be run while a compiler traces its caller; its result is a constant of the graph."""
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined] # what torch.compiler.assume_constant_result sets
+    return fn
+
+
+@at_trace_time
+def batched(chosen: bool | None) -> bool:
+    """Return the setting `forward.batch` of a call that gives it itself, or does not."""
+    resolved, _ = settings.resolve(None, {} if chosen is None else {"forward__batch": chosen})
+    return resolved.forward.batch
+
+
+@at_trace_time
+def takes_functions() -> bool:
+    """Return whether this PyTorch can hand f over as a graph of its own."""
+    return AVAILABLE and find_spec("torch._higher_order_ops.base_hop") is not None
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of residuals for a state of this dtype."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def autocast_dtype(like: Tensor) -> torch.dtype | None:
@@ -99,3 +168,7 @@ def rebuilt(tree: Any, values: list[Tensor]) -> Any:
     if isinstance(tree, list | tuple):
         return type(tree)([rebuilt(value, values) for value in tree])
     return tree
+
+
+if AVAILABLE:
+    add_compiler(torch.compiler.is_compiling, solve_function)

@@ -33,7 +33,7 @@ class LayerProblem:
             raise BackendError("The layer of this compiled code does not exist any more. Compile the model again.")
         return layer
 
-    def rows(self, state: Sequence[Tensor]) -> Any:
+    def rows(self, layout: str, state: Sequence[Tensor]) -> Any:
         """Return the number of samples; 1 if the whole state is one system."""
         layer = self._layer()
         resolved, _ = settings.resolve(*layer.settings.call(layer.training))

@@ -37,7 +37,7 @@ _numbers = itertools.count(1)
 class Problem(Protocol):
     """A layer or a captured function, which an operator solves for tensors."""
 
-    def rows(self, state: Sequence[Tensor]) -> Any:
+    def rows(self, layout: str, state: Sequence[Tensor]) -> Any:
         """Return the number of samples for the leaves of the initial iterate."""
 
     def run(self, layout: str, tensors: list[Tensor], warm: bool) -> tuple[Solution, list[Tensor]]:
@@ -111,6 +111,7 @@ def _with_autograd() -> AbstractContextManager[Any]:
 
 @torch.library.custom_op("deqcore::solve", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def solve(
+    anchor: Tensor,
     tensors: list[Tensor],
     problem: int,
     layout: str,
@@ -122,6 +123,8 @@ def solve(
     """Solve, and return the token, the report and the leaves of the value.
 
     Args:
+        anchor: an empty tensor of its own for each call. Compilers merge calls with equal arguments, but two calls
+            start from different equilibria or draw other random numbers. It also shows the device.
         tensors: the leaves of z0, those of the inputs, then parameters and buffers.
         problem: the number of the layer or captured function.
         layout: how the tensors are arranged, see `deqcore_torch.layout`.
@@ -143,7 +146,7 @@ def solve(
     token = _token(_Record(values, [local[i] for i in wanted]) if record else None)
     reports = (solution.residual, solution.status, solution.steps, solution.evaluations)
     found = [token, *(each.detach().clone() for each in reports), *(v.detach().clone(memory_format=torch.contiguous_format) for v in values)]
-    _check_shapes(found, tensors[:leaves], _problems[problem])
+    _check_shapes(found, tensors[:leaves], _problems[problem].rows(layout, tensors[:leaves]))
     return found
 
 
@@ -170,18 +173,19 @@ def _check_leaves(values: list[Tensor], local: list[Tensor]) -> None:
         stack.extend(following for following, _ in node.next_functions)
 
 
-def _check_shapes(found: list[Tensor], state: Sequence[Tensor], problem: Problem) -> None:
+def _check_shapes(found: list[Tensor], state: Sequence[Tensor], rows: int) -> None:
     expected = [tuple(t.shape) for t in state]
     shapes = [tuple(t.shape) for t in found[1 + REPORTS :]]
-    if shapes != expected or len(found[1]) != problem.rows(state):
+    if shapes != expected or len(found[1]) != rows:
         raise BackendError(
             f"The solve returned leaves of shapes {shapes} for {len(found[1])} samples, but compiled code was made for "
-            f"{expected} and {problem.rows(state)} samples. Set forward.batch before compiling, and leave it unchanged."
+            f"{expected} and {rows} samples. Set forward.batch before compiling, and leave it unchanged."
         )
 
 
 @solve.register_fake
 def _(
+    anchor: Tensor,
     tensors: list[Tensor],
     problem: int,
     layout: str,
@@ -191,7 +195,7 @@ def _(
     warm: bool,
 ) -> list[Tensor]:
     state = tensors[:leaves]
-    like, rows = state[0], _problems[problem].rows(state)
+    like, rows = state[0], _problems[problem].rows(layout, state)
     wide = torch.float32 if like.dtype in (torch.float16, torch.bfloat16) else like.dtype
     counts = [like.new_empty((rows,), dtype=torch.int32) for _ in range(REPORTS - 1)]
     token = torch.empty((1,), dtype=torch.int64, device="cpu")
@@ -227,7 +231,7 @@ def _(token: Tensor, cotangents: Sequence[Tensor | None], like: list[Tensor]) ->
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    tensors, _, _, ctx.leaves, ctx.wanted, *_ = inputs
+    _, tensors, _, _, _, ctx.wanted, *_ = inputs
     ctx.count = len(tensors)
     ctx.save_for_backward(output[0], *(tensors[i] for i in ctx.wanted))
 
@@ -239,7 +243,7 @@ def _pull(ctx: Any, cotangents: list[Tensor | None]) -> Any:
         pulled = torch.ops.deqcore.solve_backward(token, list(cotangents[1 + REPORTS :]), like)
         for i, gradient in zip(ctx.wanted, pulled, strict=True):
             found[i] = gradient
-    return found, None, None, None, None, None, None
+    return None, found, None, None, None, None, None, None
 
 
 def _refuse(ctx: Any, *cotangents: Any) -> Any:
