@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from deqcore import config as settings
+from deqcore.config import Config
+from deqcore.errors import BackendError
 from deqcore.layer import initial_state
 from deqcore.solution import Solution
 from deqcore.solve.capture import add_compiler
 from deqcore.solve.dispatch import backend_named
-from deqcore_torch.layout import describe
+from deqcore_torch.layout import at_trace_time, describe, rebuilt
 
 try:
     from deqcore_torch import operators
@@ -28,16 +29,14 @@ if TYPE_CHECKING:
     from deqcore_torch.nn import DEQ
 
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
 def solve_function(f: Any, z0: Any, args: tuple[Any, ...], overrides: dict[str, Any]) -> Solution | None:
     """Return the solution of `fixed_point` as a graph sees it, or None if its arguments are not plain trees.
 
     The compiler traces f as a graph of its own, whose inputs are the tensors of z0 and the arguments, then all tensors
     that f closes over.
     """
+    if torch.compiler.is_exporting():
+        return _exported(f, z0, args, (None, overrides))
     leaves: list[Tensor] = []
     read: list[Tensor] = []
     state, given, chosen = describe(z0, leaves), describe(args, read), describe(overrides, read)
@@ -73,9 +72,16 @@ def solve_layer(layer: DEQ, inputs: tuple[Any, ...], z0: Any) -> Solution | None
 
     The report is in tensors; `state`, `record` and `fz` are None.
     """
+    start = initial_state(layer.cell, inputs, _zeros) if z0 is None else z0
+    if torch.compiler.is_exporting():
+        if layer.training:
+            raise BackendError(
+                "A layer in training mode cannot be exported, because the exported program has no backward pass. Call "
+                "model.eval() first."
+            )
+        return _exported(layer.cell, start, inputs, layer.settings.call(False))
     if not layer.number:
         return None
-    start = initial_state(layer.cell, inputs, _zeros) if z0 is None else z0
     leaves: list[Tensor] = []
     read: list[Tensor] = []
     state, given = describe(start, leaves), describe(inputs, read)
@@ -90,18 +96,36 @@ def solve_layer(layer: DEQ, inputs: tuple[Any, ...], z0: Any) -> Solution | None
     return _solution(start, list(found))
 
 
+def _exported(f: Any, z0: Any, args: tuple[Any, ...], call: tuple[Config | None, dict[str, Any]]) -> Solution | None:
+    """Return the solution as plain operators of an exported program."""
+    from deqcore_torch import exported
+
+    leaves: list[Tensor] = []
+    if describe(z0, leaves) is None or not leaves:
+        return None
+    given = exported.Numbers(*exported.numbers(*call, leaves[0].dtype))
+    value, residual, status, steps, evaluations = exported.solve(f, z0, args, given)
+    return _reported(value, residual, status, steps, evaluations)
+
+
 def _solution(like: Any, found: list[Tensor]) -> Solution:
     """Return the results of the operator as a solution whose value is a tree like `like`."""
     _, residual, status, steps, evaluations, *values = found
+    return _reported(rebuilt(like, list(values)), residual, status, steps, evaluations)
+
+
+def _reported(value: Any, residual: Tensor, status: Tensor, steps: Tensor, evaluations: Tensor) -> Solution:
+    leaves: list[Tensor] = []
+    describe(value, leaves)
     return Solution(
-        value=rebuilt(like, list(values)),
+        value=value,
         residual=residual.detach(),
         status=status,
         steps=steps,
         evaluations=evaluations,
         state=None,
         backend=backend_named("torch"),
-        z=rebuilt(like, [v.detach() for v in values]),
+        z=rebuilt(value, [leaf.detach() for leaf in leaves]),
     )
 
 
@@ -117,12 +141,6 @@ def wanted(tensors: list[Tensor]) -> list[int]:
     if not torch.is_grad_enabled():
         return []
     return [i for i, tensor in enumerate(tensors) if tensor.requires_grad]
-
-
-def at_trace_time(fn: Callable[P, R]) -> Callable[P, R]:
-    """Return `fn` marked to be run while a compiler traces its caller; its result is a constant of the graph."""
-    fn._dynamo_marked_constant = True  # type: ignore[attr-defined] # what torch.compiler.assume_constant_result sets
-    return fn
 
 
 @at_trace_time
@@ -156,17 +174,6 @@ def _zeros(tree: Any) -> Any:
         return {key: _zeros(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
         return type(tree)([_zeros(value) for value in tree])
-    return tree
-
-
-def rebuilt(tree: Any, values: list[Tensor]) -> Any:
-    """Return a tree like `tree` with the next of `values` for each tensor, which it removes from the list."""
-    if isinstance(tree, Tensor):
-        return values.pop(0)
-    if isinstance(tree, dict):
-        return {key: rebuilt(value, values) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)([rebuilt(value, values) for value in tree])
     return tree
 
 

@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def describe(tree: Any, tensors: list[Tensor]) -> str | None:
@@ -61,3 +64,20 @@ def _filled(tree: Any, tensors: Iterator[Tensor]) -> Any:
     if isinstance(tree, list | tuple):
         return type(tree)([_filled(value, tensors) for value in tree])
     return tree
+
+
+def rebuilt(tree: Any, values: list[Tensor]) -> Any:
+    """Return a tree like `tree` with the next of `values` for each tensor, which it removes from the list."""
+    if isinstance(tree, Tensor):
+        return values.pop(0)
+    if isinstance(tree, dict):
+        return {key: rebuilt(value, values) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)([rebuilt(value, values) for value in tree])
+    return tree
+
+
+def at_trace_time(fn: Callable[P, R]) -> Callable[P, R]:
+    """Return `fn` marked to be run while a compiler traces its caller; its result is a constant of the graph."""
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined] # what torch.compiler.assume_constant_result sets
+    return fn
