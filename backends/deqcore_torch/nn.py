@@ -24,7 +24,7 @@ from deqcore.layer import (
     stages,
 )
 from deqcore.solution import Solution, SolveState
-from deqcore_torch import functorch, saved_tensors
+from deqcore_torch import captured, functorch, saved_tensors
 from deqcore_torch.cell_checks import Watch
 from deqcore_torch.cells import begin_solve
 from deqcore_torch.disable_dynamo import untraced
@@ -104,8 +104,12 @@ class DEQ(nn.Module):
         self.batched_inputs = batched_inputs
         self._last: Any = None
         self._watch = Watch()
+        self.number = captured.number_of(self)
 
-    @untraced
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self.number = captured.number_of(self)  # a copy is a layer of its own for compiled code
+
     def forward(self, *inputs: Any, z0: Any = None, until: Rule | None = None) -> Any:
         """Return the equilibrium z*, a tree like the state.
 
@@ -116,9 +120,11 @@ class DEQ(nn.Module):
         """
         return self.solve(*inputs, z0=z0, until=until).value
 
-    @untraced
     def solve(self, *inputs: Any, z0: Any = None, until: Rule | None = None, **overrides: object) -> Solution:
         """Return the solution: the equilibrium and the report of its solve.
+
+        Inside `torch.compile` the solve is one operator of the graph. Its solution then has no `state`, `record` and
+        `fz`; with `until` or settings of the call the compiler breaks the graph instead.
 
         Args:
             *inputs: as in `forward`.
@@ -126,6 +132,15 @@ class DEQ(nn.Module):
             until: as in `forward`.
             **overrides: settings of this call.
         """
+        if torch.compiler.is_compiling() and until is None and not overrides:
+            solution = captured.solve_layer(self, inputs, z0)
+            if solution is not None:
+                return solution
+        return self.solve_eagerly(*inputs, z0=z0, until=until, **overrides)
+
+    @untraced
+    def solve_eagerly(self, *inputs: Any, z0: Any = None, until: Rule | None = None, **overrides: object) -> Solution:
+        """Do the same, run by Python: `torch.compile` breaks its graph here."""
         start = self.initial_state(*inputs) if z0 is None else z0
         begin_solve(self.cell)
         config, own = self.settings.call(self.training)
@@ -181,7 +196,10 @@ class DEQ(nn.Module):
 
     def initial_state(self, *inputs: Any) -> Any:
         """Return the initial iterate of a solve without z0: a warm one if `reuse` is set and the shapes allow it."""
-        cold = initial_state(self.cell, inputs, lambda tree: optree.tree_map(torch.zeros_like, tree))
+        return self.start(initial_state(self.cell, inputs, lambda tree: optree.tree_map(torch.zeros_like, tree)))
+
+    def start(self, cold: Any) -> Any:
+        """Return the last equilibrium instead of `cold` if `reuse` is set and the shapes allow it."""
         return cold if self._last is None else self._warm(cold)
 
     def reset(self) -> None:

@@ -1,6 +1,7 @@
 """Run under torchrun with two processes: gradients with DDP and FSDP2 against those of one process on all samples.
 
     ddp_worker.py gradients         also against the truth in float64; counts collectives
+    ddp_worker.py compiled          with torch.compile around the wrapped models
     ddp_worker.py uneven            one rank has a batch less than the other, or one without samples
     ddp_worker.py failing WRAPPER   one rank's solve misses its tolerance, with on_failure = "raise"
 
@@ -142,6 +143,31 @@ def main():
     os._exit(0)
 
 
+def compiled():
+    """The gradients of one process, with the wrapped models compiled."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    x, y = torch.randn(7, WIDTH), torch.randint(3, (7,))
+    mine = slice(0, 3) if rank == 0 else slice(3, 7)
+    whole = Model(STRATEGIES["exact-ift"])
+    split, sharded = DistributedDataParallel(copy.deepcopy(whole)), copy.deepcopy(whole)
+    fully_shard(sharded.deq)
+    fully_shard(sharded)
+    loss(whole, x, y, 7).backward()
+    report = {}
+    for name, model in {"ddp": split, "fsdp2": sharded}.items():
+        run = torch.compile(model, backend="aot_eager")
+        for _ in range(2):
+            model.zero_grad()
+            (torch.nn.functional.cross_entropy(run(x[mine]), y[mine], reduction="sum") * 2 / 7).backward()
+        report[name] = worst(gradients(model), gradients(whole))
+    if rank == 0:
+        print(json.dumps(report), flush=True)
+    dist.destroy_process_group()
+    os._exit(0)
+
+
 def uneven():
     """Five samples in batches of two: rank 1 ends a step early (DDP, `join`), or has none in it (both wrappers)."""
     dist.init_process_group("gloo")
@@ -189,4 +215,4 @@ def failing():
 
 
 if __name__ == "__main__":
-    {"gradients": main, "uneven": uneven, "failing": failing}[sys.argv[1]]()
+    {"gradients": main, "compiled": compiled, "uneven": uneven, "failing": failing}[sys.argv[1]]()

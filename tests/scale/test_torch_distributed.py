@@ -46,6 +46,14 @@ def test_two_processes_give_the_gradients_of_one(report, strategy, wrapper):
     assert report[f"{strategy} truth"] < 1e-6  # of one process, against float64
 
 
+def test_two_processes_with_compiled_models_give_the_gradients_of_one():
+    done = torchrun("compiled")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    assert set(found) == {"ddp", "fsdp2"}
+    assert max(found.values()) < 1e-5
+
+
 def test_a_solve_takes_no_collective_even_where_ranks_need_different_steps(report):
     assert len(set(report["steps"])) == 2
     assert report["exact-ift collectives"] == report["certified collectives"] == {}

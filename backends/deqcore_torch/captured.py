@@ -1,0 +1,181 @@
+"""What `torch.compile` traces instead of a solve: one operator, whose arguments are all tensors that the solve reads."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from deqcore import config as settings
+from deqcore.config import Config
+from deqcore.errors import BackendError
+from deqcore.layer import initial_state
+from deqcore.solution import Solution
+from deqcore.solve.capture import add_compiler
+from deqcore.solve.dispatch import backend_named
+from deqcore_torch.layout import at_trace_time, describe, rebuilt
+
+try:
+    from deqcore_torch import operators
+    from deqcore_torch.layer_problem import LayerProblem
+except (ImportError, AttributeError):  # PyTorch before 2.6 lacks a part of torch.library
+    AVAILABLE = False
+else:
+    AVAILABLE = True
+
+if TYPE_CHECKING:
+    from deqcore_torch.nn import DEQ
+
+
+def solve_function(f: Any, z0: Any, args: tuple[Any, ...], overrides: dict[str, Any]) -> Solution | None:
+    """Return the solution of `fixed_point` as a graph sees it, or None if its arguments are not plain trees.
+
+    The compiler traces f as a graph of its own, whose inputs are the tensors of z0 and the arguments, then all tensors
+    that f closes over.
+    """
+    if torch.compiler.is_exporting():
+        return _exported(f, z0, args, (None, overrides))
+    leaves: list[Tensor] = []
+    read: list[Tensor] = []
+    state, given, chosen = describe(z0, leaves), describe(args, read), describe(overrides, read)
+    if not takes_functions() or state is None or given is None or chosen is None or not leaves:
+        return None
+    from deqcore_torch.graph_problem import solve_graph  # loads the compiler, which runs here anyway
+
+    count, samples = len(leaves), batched(overrides.get("forward__batch"))
+
+    def body(*tensors: Tensor) -> tuple[Tensor, ...]:
+        """Return f(z), behind tensors that stand for the other results of the operator."""
+        rest = list(tensors[count:])
+        found: list[Tensor] = []
+        describe(f(rebuilt(z0, list(tensors[:count])), *rebuilt(args, rest)), found)
+        like = tensors[0]
+        rows = like.shape[0] if samples else 1
+        token = torch.empty((1,), dtype=torch.int64, device="cpu")
+        counts = [like.new_empty((rows,), dtype=torch.int32) for _ in range(3)]
+        return (token, like.new_empty((rows,), dtype=wide(like.dtype)), *counts, *found)
+
+    found = solve_graph(body, *leaves, *read, layout=f"({state}, {given}, {chosen})", leaves=count)
+    return _solution(z0, list(found))
+
+
+def number_of(layer: DEQ) -> int:
+    """Return a new number by which compiled code finds the layer; 0 if this PyTorch has no means for it."""
+    backend_named("torch")  # loaded here, because a compiler cannot trace the import
+    return operators.register(LayerProblem(layer), layer) if AVAILABLE else 0
+
+
+def solve_layer(layer: DEQ, inputs: tuple[Any, ...], z0: Any) -> Solution | None:
+    """Return the solution of a layer as a graph sees it, or None if its arguments are not trees of plain containers.
+
+    The report is in tensors; `state`, `record` and `fz` are None.
+    """
+    start = initial_state(layer.cell, inputs, _zeros) if z0 is None else z0
+    if torch.compiler.is_exporting():
+        if layer.training:
+            raise BackendError(
+                "A layer in training mode cannot be exported, because the exported program has no backward pass. Call "
+                "model.eval() first."
+            )
+        return _exported(layer.cell, start, inputs, layer.settings.call(False))
+    if not layer.number:
+        return None
+    leaves: list[Tensor] = []
+    read: list[Tensor] = []
+    state, given = describe(start, leaves), describe(inputs, read)
+    if state is None or given is None or not leaves:
+        return None
+    tensors = leaves + read + own_tensors(layer.cell)
+    layout = f"({state}, {given})"
+    anchor = torch.empty((0,), device=leaves[0].device)
+    found = torch.ops.deqcore.solve(
+        anchor, tensors, layer.number, layout, len(leaves), wanted(tensors), autocast_dtype(leaves[0]), z0 is None
+    )
+    return _solution(start, list(found))
+
+
+def _exported(f: Any, z0: Any, args: tuple[Any, ...], call: tuple[Config | None, dict[str, Any]]) -> Solution | None:
+    """Return the solution as plain operators of an exported program."""
+    from deqcore_torch import exported
+
+    leaves: list[Tensor] = []
+    if describe(z0, leaves) is None or not leaves:
+        return None
+    given = exported.Numbers(*exported.numbers(*call, leaves[0].dtype))
+    value, residual, status, steps, evaluations = exported.solve(f, z0, args, given)
+    return _reported(value, residual, status, steps, evaluations)
+
+
+def _solution(like: Any, found: list[Tensor]) -> Solution:
+    """Return the results of the operator as a solution whose value is a tree like `like`."""
+    _, residual, status, steps, evaluations, *values = found
+    return _reported(rebuilt(like, list(values)), residual, status, steps, evaluations)
+
+
+def _reported(value: Any, residual: Tensor, status: Tensor, steps: Tensor, evaluations: Tensor) -> Solution:
+    leaves: list[Tensor] = []
+    describe(value, leaves)
+    return Solution(
+        value=value,
+        residual=residual.detach(),
+        status=status,
+        steps=steps,
+        evaluations=evaluations,
+        state=None,
+        backend=backend_named("torch"),
+        z=rebuilt(value, [leaf.detach() for leaf in leaves]),
+    )
+
+
+def own_tensors(cell: Any) -> list[Tensor]:
+    """Return the parameters and buffers of a cell in the order of `layer_problem.names`."""
+    if not isinstance(cell, torch.nn.Module):
+        return []
+    return [p for _, p in cell.named_parameters()] + [b for _, b in cell.named_buffers()]
+
+
+def wanted(tensors: list[Tensor]) -> list[int]:
+    """Return the positions of the tensors that need gradients."""
+    if not torch.is_grad_enabled():
+        return []
+    return [i for i, tensor in enumerate(tensors) if tensor.requires_grad]
+
+
+@at_trace_time
+def batched(chosen: bool | None) -> bool:
+    """Return the setting `forward.batch` of a call that gives it itself, or does not."""
+    resolved, _ = settings.resolve(None, {} if chosen is None else {"forward__batch": chosen})
+    return resolved.forward.batch
+
+
+@at_trace_time
+def takes_functions() -> bool:
+    """Return whether this PyTorch can hand f over as a graph of its own."""
+    return AVAILABLE and find_spec("torch._higher_order_ops.base_hop") is not None
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of residuals for a state of this dtype."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def autocast_dtype(like: Tensor) -> torch.dtype | None:
+    """Return the dtype of automatic mixed precision on the device of `like`, or None where it is off."""
+    kind = like.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def _zeros(tree: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return torch.zeros_like(tree)
+    if isinstance(tree, dict):
+        return {key: _zeros(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)([_zeros(value) for value in tree])
+    return tree
+
+
+if AVAILABLE:
+    add_compiler(torch.compiler.is_compiling, solve_function)

@@ -1,0 +1,244 @@
+"""A solve as plain operators, for `torch.export`: one `while_loop` whose body evaluates f once.
+
+An exported program runs without Python, so it holds neither deqcore's solvers nor its histories. The loop takes the
+steps of Anderson mixing over the last `HISTORY` differences (plain iteration for `forward.solver = "picard"`), with
+coefficients by an unrolled Cholesky factorisation, which every runtime can execute. Each sample stops at its own
+tolerance and stays as it is.
+
+A step that raises a sample's residual far above its best one returns to the best iterate and forgets the differences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from deqcore import config as settings
+from deqcore.config import Config
+from deqcore.errors import BackendError
+from deqcore.linear.norms import default_rtol
+from deqcore.solve.dispatch import backend_named
+from deqcore.types import Status
+from deqcore_torch.layout import at_trace_time, describe, rebuilt
+
+HISTORY: Final = 4
+GROWTH: Final = 4.0  # a residual above this multiple of the best one is a step that failed
+
+Map: TypeAlias = Callable[[Tensor], Tensor]
+
+
+class Numbers(NamedTuple):
+    """The settings of one exported loop."""
+
+    rtol: float
+    atol: float
+    max_steps: int
+    mixing: bool
+    batch: bool
+
+
+@at_trace_time
+def numbers(
+    config: Config | None, overrides: dict[str, Any], dtype: torch.dtype
+) -> tuple[float, float, int, bool, bool]:
+    """Return the settings of a call for a state of this dtype; plain numbers, which are constants of the program."""
+    forward = settings.resolve(config, overrides)[0].forward
+    like = torch.empty(0, dtype=dtype)
+    rtol = default_rtol(backend_named("torch"), like) if isinstance(forward.rtol, str) else forward.rtol
+    return float(rtol), float(forward.atol), int(forward.max_steps), forward.solver != "picard", forward.batch
+
+
+class State(NamedTuple):
+    """What the loop carries. `z` and `fz` are `(batch, n)`, histories `(batch, HISTORY, n)`, the rest `(batch,)`."""
+
+    step: Tensor  # of the loop, a scalar
+    z: Tensor
+    fz: Tensor
+    residual: Tensor
+    best_z: Tensor
+    best_fz: Tensor
+    best: Tensor
+    values: Tensor  # differences of f(z)
+    residuals: Tensor  # differences of f(z) − z
+    steps: Tensor
+    running: Tensor
+
+
+def solve(
+    f: Callable[..., Any], z0: Any, args: tuple[Any, ...], given: Numbers
+) -> tuple[Any, Tensor, Tensor, Tensor, Tensor]:
+    """Return the value like z0, the residuals, the statuses, the steps and the evaluations of f.
+
+    Raises:
+        BackendError: f cannot be traced, because its control flow depends on values.
+    """
+    with torch.no_grad():
+        start = _joined(z0, given.batch)
+        at: Map = lambda z: _joined(f(_split(z, z0, given.batch), *args), given.batch)  # noqa: E731
+        first = _begin(at, start, given)
+        carried = torch.while_loop(
+            lambda *carry: State(*carry).running.any() & (State(*carry).step < given.max_steps),
+            lambda *carry: tuple(_step(at, State(*carry), given)),
+            tuple(first),
+        )
+        end = State(*carried)
+        better = end.best < end.residual
+        z = torch.where(better[:, None], end.best_z, end.z)
+        residual = torch.where(better, end.best, end.residual)
+        status = _status(end, residual)
+        return _split(z, z0, given.batch), residual, status, end.steps, end.steps + 1
+
+
+def _begin(at: Map, z: Tensor, given: Numbers) -> State:
+    """Evaluate f at the initial iterate."""
+    fz = _traced(at, z)
+    residual, size = _norm(fz - z), _norm(fz)
+    none = z.new_zeros((z.shape[0], HISTORY, z.shape[1]))
+    return State(
+        step=torch.zeros((), dtype=torch.int64, device=z.device),
+        z=z + 0,
+        fz=fz + 0,
+        residual=residual,
+        best_z=z + 0,
+        best_fz=fz + 0,
+        best=residual + 0,
+        values=none,
+        residuals=none + 0,
+        steps=torch.zeros_like(residual, dtype=torch.int32),
+        running=_unfinished(residual, size, given),
+    )
+
+
+def _traced(at: Map, z: Tensor) -> Tensor:
+    try:
+        return at(z)
+    except torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode as error:
+        raise BackendError(
+            "The cell cannot be exported, because its control flow depends on values of tensors. Write the branch with "
+            "torch.where or torch.cond."
+        ) from error
+
+
+def _step(at: Map, old: State, given: Numbers) -> State:
+    """Take one step with the samples that run."""
+    r = old.fz - old.z
+    new = old.fz
+    if given.mixing:
+        new = new - (_coefficients(old.residuals, r)[:, :, None] * old.values).sum(1)
+    run = old.running[:, None]
+    z = torch.where(run, new, old.z)
+    fz = at(z)
+    residual = _norm(fz - z)
+    used = (old.residuals != 0).any(2).any(1) if given.mixing else torch.zeros_like(old.running)
+    failed = old.running & used & ~(residual <= GROWTH * old.best)
+    improved = old.running & (residual < old.best)
+    values, residuals = old.values + 0, old.residuals + 0
+    if given.mixing:
+        values = _shifted(old.values, fz - old.fz, old.running, failed)
+        residuals = _shifted(old.residuals, fz - z - r, old.running, failed)
+    back, taken = failed[:, None], improved[:, None]
+    at_z, at_fz = torch.where(back, old.best_z, z), torch.where(back, old.best_fz, fz)
+    return State(
+        step=old.step + 1,
+        z=at_z,
+        fz=at_fz,
+        residual=torch.where(failed, old.best, residual),
+        best_z=torch.where(taken, z, old.best_z),
+        best_fz=torch.where(taken, fz, old.best_fz),
+        best=torch.where(improved, residual, old.best),
+        values=values,
+        residuals=residuals,
+        steps=old.steps + old.running.to(torch.int32),
+        running=old.running & (failed | _unfinished(residual, _norm(fz), given)),
+    )
+
+
+def _unfinished(residual: Tensor, size: Tensor, given: Numbers) -> Tensor:
+    """Return which samples go on. NaN compares as false: a sample whose f is not finite stops."""
+    return (residual > given.atol + given.rtol * size) & (residual < float("inf"))
+
+
+def _status(end: State, residual: Tensor) -> Tensor:
+    spent = torch.where(end.running, int(Status.MAX_STEPS), int(Status.CONVERGED))
+    finite = (end.residual < float("inf")) & (residual < float("inf"))
+    return torch.where(finite, spent, int(Status.NONFINITE)).to(torch.int32)
+
+
+def _shifted(history: Tensor, new: Tensor, running: Tensor, failed: Tensor) -> Tensor:
+    moved = torch.cat([history[:, 1:], new[:, None]], 1)
+    kept = torch.where(running[:, None, None], moved, history)
+    return torch.where(failed[:, None, None], torch.zeros_like(kept), kept)
+
+
+def _coefficients(residuals: Tensor, r: Tensor) -> Tensor:
+    """Return the γ `(batch, HISTORY)` that minimise ‖r − Σ γᵢ residualsᵢ‖, by regularised normal equations."""
+    wide = _wide(residuals)
+    gram = wide @ wide.transpose(1, 2)
+    right = (wide @ _wide(r)[:, :, None])[:, :, 0]
+    size = torch.diagonal(gram, dim1=1, dim2=2).sqrt()
+    scale = torch.where(size > 0, size, torch.ones_like(size))
+    ridge = 16.0 * torch.finfo(wide.dtype).eps
+    columns = [[gram[:, i, j] / (scale[:, i] * scale[:, j]) for j in range(i + 1)] for i in range(HISTORY)]
+    # A difference that is not there yet has a row of zeros with 1 on the diagonal, so its coefficient is zero.
+    factor = _factorised(columns, [torch.full_like(size[:, i], 1.0 + ridge) for i in range(HISTORY)])
+    solved = _solved(factor, [right[:, i] / scale[:, i] for i in range(HISTORY)])
+    return (torch.stack(solved, 1) / scale).to(residuals.dtype)
+
+
+def _factorised(lower: list[list[Tensor]], diagonal: list[Tensor]) -> list[list[Tensor]]:
+    """Return the Cholesky factor, its diagonal inverted, of matrices given by their entries `(batch,)`."""
+    factor: list[list[Tensor]] = []
+    for i in range(HISTORY):
+        row: list[Tensor] = []
+        for j in range(i):
+            dot = sum((row[k] * factor[j][k] for k in range(j)), lower[i][j] * 0)
+            row.append((lower[i][j] - dot) * factor[j][j])
+        left = diagonal[i] - sum((each * each for each in row), lower[i][i] * 0)
+        floor = 4.0 * torch.finfo(left.dtype).eps
+        row.append(torch.rsqrt(torch.clamp(left, min=floor)))
+        factor.append(row)
+    return factor
+
+
+def _solved(factor: list[list[Tensor]], right: list[Tensor]) -> list[Tensor]:
+    forward: list[Tensor] = []
+    for i in range(HISTORY):
+        dot = sum((factor[i][k] * forward[k] for k in range(i)), right[i] * 0)
+        forward.append((right[i] - dot) * factor[i][i])
+    found: list[Tensor] = [right[0]] * HISTORY
+    for i in reversed(range(HISTORY)):
+        dot = sum((factor[k][i] * found[k] for k in range(i + 1, HISTORY)), right[i] * 0)
+        found[i] = (forward[i] - dot) * factor[i][i]
+    return found
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _norm(v: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(_wide(v), dim=1)
+
+
+def _joined(tree: Any, batch: bool) -> Tensor:
+    leaves: list[Tensor] = []
+    describe(tree, leaves)
+    parts = [(leaf.flatten(1) if leaf.dim() > 1 else leaf[:, None]) if batch else leaf.reshape(1, -1) for leaf in leaves]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _split(matrix: Tensor, like: Any, batch: bool) -> Any:
+    leaves: list[Tensor] = []
+    describe(like, leaves)
+    found, begin = [], 0
+    for leaf in leaves:
+        shape = (matrix.shape[0], *leaf.shape[1:]) if batch else tuple(leaf.shape)
+        size = 1
+        for extent in leaf.shape[1:] if batch else leaf.shape:
+            size = size * extent
+        found.append(matrix[:, begin : begin + size].reshape(shape))
+        begin = begin + size
+    return rebuilt(like, found)

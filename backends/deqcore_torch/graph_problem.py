@@ -1,0 +1,76 @@
+"""A function as the problem of an operator: the graph that `torch.compile` made of f, solved by `fixed_point`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._higher_order_ops.base_hop import BaseHOP
+
+from deqcore.api import fixed_point
+from deqcore.solution import Solution
+from deqcore_torch import operators
+from deqcore_torch.captured import autocast_dtype, batched, wanted
+from deqcore_torch.layout import arrange, describe
+
+Graph = Callable[..., Any]
+
+
+class GraphProblem:
+    """See `operators.Problem`."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+
+    def rows(self, layout: str, state: Sequence[Tensor]) -> Any:
+        """Return the number of samples; 1 if the whole state is one system."""
+        *_, overrides = arrange(layout, iter([state[0]] * layout.count("...")))
+        return state[0].shape[0] if batched(overrides.get("forward__batch")) else 1
+
+    def run(self, layout: str, tensors: list[Tensor], warm: bool) -> tuple[Solution, list[Tensor]]:
+        """Solve for z0 and the arguments as the graph takes them: its tensors one after the other."""
+        rest = iter(tensors)
+        z0, _, overrides = arrange(layout, rest)
+        start: list[Tensor] = []
+        describe(z0, start)
+
+        def f(z: list[Tensor], *others: Tensor) -> list[Tensor]:
+            return list(self.graph(*z, *others))
+
+        solution = fixed_point(f, start, *tensors[len(start) :], **overrides)
+        return solution, solution.value
+
+
+def _function(graph: fx.GraphModule) -> fx.GraphModule:
+    """Return the graph without the tensors that stand for the other results of the operator."""
+    reduced = copy.deepcopy(graph)
+    (output,) = reduced.graph.find_nodes(op="output")
+    output.args = (tuple(output.args[0][1 + operators.REPORTS :]),)
+    reduced.graph.eliminate_dead_code()
+    reduced.recompile()
+    return reduced
+
+
+class SolveGraph(BaseHOP):
+    """Takes f as a graph from the compiler, and puts the operator in its place."""
+
+    def __init__(self) -> None:
+        super().__init__("deqcore_solve_graph")
+
+    def __call__(self, subgraph: fx.GraphModule, *operands: Tensor, layout: str, leaves: int) -> Any:
+        """Return what `operators.solve` returns."""
+        number = subgraph.meta.get("deqcore")
+        if number is None:
+            # Compiled code keeps the number alone, so the problem lives as long as the process.
+            number = operators.register(GraphProblem(_function(subgraph)), operators)
+            subgraph.meta["deqcore"] = number
+        anchor = torch.empty((0,), device=operands[0].device)
+        tensors = list(operands)
+        kind = autocast_dtype(tensors[0])
+        return tuple(torch.ops.deqcore.solve(anchor, tensors, number, layout, leaves, wanted(tensors), kind, False))
+
+
+solve_graph = SolveGraph()

@@ -1,0 +1,83 @@
+"""Trees of plain containers as a text and a list of tensors, the two things that an operator takes.
+
+`torch.compile` traces `describe`, so it uses only what that can trace, and the text is a constant of the graph.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any, ParamSpec, TypeVar
+
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def describe(tree: Any, tensors: list[Tensor]) -> str | None:
+    """Return the text of a tree, with `...` for each tensor, and append the tensors; None if it holds other objects.
+
+    Args:
+        tree: tuples, lists, dicts with keys of type str or int, numbers, strings and None.
+        tensors: receives the tensors in order.
+    """
+    if isinstance(tree, Tensor):
+        tensors.append(tree)
+        return "..."
+    if tree is None or isinstance(tree, bool | int | str):
+        return repr(tree)
+    if isinstance(tree, float):
+        return repr(tree) if tree - tree == 0.0 else None
+    if type(tree) is dict:
+        parts = [(repr(key), describe(value, tensors)) for key, value in tree.items() if isinstance(key, str | int)]
+        if len(parts) < len(tree):
+            return None
+        texts = [None if text is None else f"{key}: {text}" for key, text in parts]
+        return _joined("{", texts, "}")
+    if type(tree) is list:
+        return _joined("[", [describe(value, tensors) for value in tree], "]")
+    if type(tree) is tuple:
+        return _joined("(", [describe(value, tensors) for value in tree], ",)" if tree else ")")
+    return None
+
+
+def _joined(start: str, texts: list[str | None], end: str) -> str | None:
+    found = [text for text in texts if text is not None]
+    return start + ", ".join(found) + end if len(found) == len(texts) else None
+
+
+def arrange(text: str, tensors: Iterator[Tensor]) -> Any:
+    """Return the tree that `describe` gave this text for, with the next of `tensors` in each place."""
+    return _filled(_parsed(text), tensors)
+
+
+_parsed = lru_cache(maxsize=256)(ast.literal_eval)
+
+
+def _filled(tree: Any, tensors: Iterator[Tensor]) -> Any:
+    if tree is ...:
+        return next(tensors)
+    if isinstance(tree, dict):
+        return {key: _filled(value, tensors) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)([_filled(value, tensors) for value in tree])
+    return tree
+
+
+def rebuilt(tree: Any, values: list[Tensor]) -> Any:
+    """Return a tree like `tree` with the next of `values` for each tensor, which it removes from the list."""
+    if isinstance(tree, Tensor):
+        return values.pop(0)
+    if isinstance(tree, dict):
+        return {key: rebuilt(value, values) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)([rebuilt(value, values) for value in tree])
+    return tree
+
+
+def at_trace_time(fn: Callable[P, R]) -> Callable[P, R]:
+    """Return `fn` marked to be run while a compiler traces its caller; its result is a constant of the graph."""
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined] # what torch.compiler.assume_constant_result sets
+    return fn

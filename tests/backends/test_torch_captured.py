@@ -1,0 +1,257 @@
+"""A solve inside torch.compile is one operator: one graph, and the numbers of eager code."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+
+import deqcore
+from deqcore.errors import BackendError, StrategyError
+
+torch = pytest.importorskip("torch")
+from deqcore_torch import operators  # noqa: E402
+from deqcore_torch.cells import VariationalDropout  # noqa: E402
+from deqcore_torch.nn import DEQ  # noqa: E402
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*Dynamo:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+]
+
+N = 4
+DOUBLE = torch.float64
+
+
+class Cell(torch.nn.Module):
+    def __init__(self, dropout=0.0, dtype=DOUBLE):
+        super().__init__()
+        self.linear = torch.nn.Linear(N, N, dtype=dtype)
+        self.linear.weight.data *= 0.6
+        self.dropout = VariationalDropout(dropout)
+
+    def forward(self, z, x):
+        return torch.tanh(self.dropout(self.linear(z)) + x)
+
+
+class Model(torch.nn.Module):
+    def __init__(self, cell, **settings):
+        super().__init__()
+        self.before = torch.nn.Linear(N, N, dtype=DOUBLE)
+        self.layer = DEQ(cell, **settings)
+        self.after = torch.nn.Linear(N, 2, dtype=DOUBLE)
+
+    def forward(self, x):
+        return self.after(torch.relu(self.layer(torch.relu(self.before(x)))))
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+def counting(fn, backend="aot_eager", **options):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend(backend)
+    return torch.compile(fn, backend=counter, fullgraph=True, **options), counter
+
+
+def data(batch=3, scale=1.0):
+    return scale * torch.randn(batch, N, dtype=DOUBLE)
+
+
+def assert_same(eager, compiled, x, parameters):
+    """Values and gradients are bitwise those of eager code, random masks included."""
+    results = []
+    for fn in (eager, compiled):
+        torch.manual_seed(7)
+        y = fn(x)
+        results.append([y, *torch.autograd.grad((y**2).sum(), parameters)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_hundred_steps_of_other_lengths_and_batches_take_one_graph(backend):
+    model = Model(Cell(), forward__rtol=1e-8)
+    run, counter = counting(model, backend)
+    steps = set()
+    for i in range(100):
+        x = data(2 + i % 7, 0.1 + 0.1 * i)
+        torch._dynamo.mark_dynamic(x, 0)
+        if i % 10 == 0:
+            assert_same(model, run, x, [*model.parameters()])
+        run(x).sum().backward()
+        steps.add(int(model.layer.solve(torch.relu(model.before(x))).steps.max()))
+    assert len(steps) > 1
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("strategy", ["exact-ift", "broyden-reuse", "jacobian-free", "neumann", "phantom", "unrolled"])
+def test_every_strategy_gives_the_gradients_of_eager_code(strategy):
+    model = Model(Cell(), backward__strategy=strategy)
+    run, _ = counting(model)
+    x = data().requires_grad_()
+    assert_same(model, run, x, [x, *model.parameters()])
+
+
+def test_the_report_is_in_tensors_and_a_graph_may_use_it():
+    layer = DEQ(Cell())
+
+    def fn(x):
+        solution = layer.solve(x)
+        return torch.where(solution.converged[:, None], solution.value, 0.0), solution
+
+    run, counter = counting(fn)
+    x = data()
+    value, found = run(x)
+    expected = layer.solve(x)
+    assert torch.equal(value, expected.value)
+    for name in ("residual", "status", "steps", "evaluations"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+        assert getattr(found, name).dtype == getattr(expected, name).dtype
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("tree", [False, True])
+def test_fixed_point_of_a_function_is_one_graph_too(tree):
+    linear = torch.nn.Linear(N, N, dtype=DOUBLE)
+    linear.weight.data *= 0.4
+
+    def plain(x):
+        return deqcore.fixed_point(lambda z, x: torch.tanh(linear(z) + x), torch.zeros_like(x), x).value
+
+    def nested(x):
+        def f(z, given):
+            return {"b": torch.tanh(linear(z["b"]) + given["x"] * given["k"]), "a": 0.3 * z["a"] + z["b"].sum(1)}
+
+        z0 = {"b": torch.zeros_like(x), "a": x.new_zeros(len(x))}
+        value = deqcore.fixed_point(f, z0, {"x": x, "k": 2.0, "none": None}, forward__solver="picard").value
+        return value["b"] + value["a"][:, None]
+
+    fn = nested if tree else plain
+    run, counter = counting(fn)
+    for batch in (3, 3):
+        assert_same(fn, run, data(batch), [*linear.parameters()])
+    assert counter.frame_count == 1
+
+
+def test_two_calls_before_one_backward_pass_and_no_record_is_left():
+    model = Model(Cell())
+    run, _ = counting(model)
+    a, b = data(), data()
+    found, expected = (
+        torch.autograd.grad((fn(a) ** 2).sum() + fn(b).sum(), [*model.parameters()]) for fn in (run, model)
+    )
+    for g, h in zip(found, expected, strict=True):
+        assert torch.allclose(g, h, rtol=1e-12)
+    run(a)  # without a backward pass
+    gc.collect()
+    assert not operators._records
+
+
+def test_random_masks_differ_between_two_calls_in_one_graph_and_return_in_a_checkpoint():
+    model = Model(Cell(dropout=0.3))
+    twice = lambda x: model(x) + 2 * model(x)
+    assert_same(twice, counting(twice)[0], data(), [*model.parameters()])
+    torch._dynamo.reset()
+    kept = lambda x: torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+    assert_same(kept, counting(kept)[0], data(), [*model.parameters()])
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_autocast_reaches_the_cell(inside):
+    layer = DEQ(Cell(dtype=torch.float32))
+
+    def fn(x):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+            return layer(x)
+
+    run, _ = counting(fn)
+    x = data().float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same(fn, run, x, [*layer.parameters()])
+        assert not torch.equal(fn(x), layer.float()(x).double()) or layer(x).dtype is torch.float32
+
+
+def test_warm_starts_other_parameters_and_one_system():
+    warm, twin = (DEQ(Cell(), reuse="sequence") for _ in range(2))
+    twin.load_state_dict(warm.state_dict())
+    x = data()
+    run, _ = counting(lambda x: twin.solve(x).steps)
+    assert [run(x).tolist() for _ in range(2)] == [warm.solve(x).steps.tolist() for _ in range(2)]
+    model = Model(Cell(), forward__batch=False)
+    other = {name: (1.1 * p.detach()).requires_grad_() for name, p in model.named_parameters()}
+    fn = lambda x: torch.func.functional_call(model, other, (x,))
+    assert_same(fn, counting(fn)[0], x, [*other.values()])
+
+
+def test_what_a_graph_cannot_carry_is_refused_with_what_to_do():
+    weight = torch.nn.Parameter(0.3 * torch.eye(N, dtype=DOUBLE))
+    run, _ = counting(DEQ(lambda z, x: torch.tanh(z @ weight + x)))
+    with pytest.raises(BackendError, match="parameter of the cell"):
+        run(data())
+    model = Model(Cell())
+    run, _ = counting(model, "eager")
+    (first, *_) = torch.autograd.grad(run(data()).sum(), [*model.parameters()], create_graph=True)
+    with pytest.raises(StrategyError, match="uncompiled"):
+        first.sum().backward()
+    run, _ = counting(model)
+    first = torch.autograd.grad(run(data()).sum(), [*model.parameters()], create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        first[0].sum().backward()
+
+
+def test_without_the_means_the_graph_breaks_at_the_solve(monkeypatch):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    from deqcore_torch import captured
+
+    monkeypatch.setattr(captured, "AVAILABLE", False)
+    model = Model(Cell())
+    assert model.layer.number == 0
+    counter = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(model, backend=counter)
+    assert_same(model, run, data(), [*model.parameters()])
+    assert counter.frame_count == 2
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="ends when the samples have converged"):
+        torch.compile(model, backend="eager", fullgraph=True)(data())
+
+
+def test_a_cell_that_is_compiled_is_a_region_of_its_own():
+    cell = Cell()
+    model = Model(cell)
+    region, inner = counting(cell)
+    x = data()
+    expected = torch.autograd.grad((model(x) ** 2).sum(), [*model.parameters()])
+    model.layer.cell = region
+    run, outer = counting(model)
+    for _ in range(3):
+        found = torch.autograd.grad((run(x) ** 2).sum(), [*model.parameters()])
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a, b, rtol=1e-10)
+    assert outer.frame_count == 1
+    assert 1 <= inner.frame_count <= 3
+
+
+def test_a_copied_or_restored_layer_is_another_problem():
+    import copy
+
+    layer = DEQ(Cell())
+    twin = copy.deepcopy(layer)
+    assert twin.number != layer.number
+    twin.cell.linear.weight.data.zero_()
+    run, _ = counting(lambda x: layer(x) + twin(x))
+    x = data()
+    assert torch.equal(run(x), layer(x) + twin(x))
+    number = layer.number
+    del layer, run
+    torch._dynamo.reset()
+    gc.collect()
+    assert twin.number in operators._problems
+    assert number not in operators._problems
