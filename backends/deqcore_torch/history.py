@@ -416,6 +416,10 @@ class TorchHistory(History):
             return stacked
         return torch.where(self.seen[:, : self.used(), None], stacked, torch.zeros_like(stacked))
 
+    def masking(self, seen: Tensor | None) -> TorchHistory:
+        """Return this history, for all samples, with these slots seen `(batch, history_size)`; None: all of them."""
+        return self._with(seen, self.written, None, self.since if seen is None else None)
+
     def copy(self) -> TorchHistory:
         store = self.store.with_chunks([chunk.clone() for chunk in self.store.chunks], self.store.batch)
         return TorchHistory(store, self.seen, self.written, self.active, self.since)

@@ -43,6 +43,8 @@ class TorchKernels(FusedKernels):
 
     def arnoldi(self, space: Krylov, w: Tensor, goal: Tensor, twice: bool, shifted: bool = False) -> Krylov | None:
         w = w.contiguous()  # products of f come in any layout
+        if w.is_cpu:
+            return None  # `grow` takes all steps there
         steps = native_steps(self.backend.host, w)
         larger: Krylov | None = None if steps is None else steps.arnoldi(space, w, goal, twice, shifted)
         return larger
@@ -54,7 +56,23 @@ class TorchKernels(FusedKernels):
         estimate: InverseJacobian | None = None if steps is None else steps.secants(basis, gram, pairs, whole)
         return estimate
 
-    def least_squares(self, space: Krylov, inverse: bool) -> tuple[Tensor, ...] | None:
+    def grow(
+        self, space: Krylov, image: Map, goal: Tensor, steps: int, *, twice: bool, shifted: bool, together: bool
+    ) -> Krylov | None:
+        native = native_steps(self.backend.host, space.v)
+        larger: Krylov | None = (
+            None
+            if native is None
+            else native.grow(space, image, goal, steps, twice=twice, shifted=shifted, together=together)
+        )
+        return larger
+
+    def reach(self, estimate: InverseJacobian, space: Krylov, rows: Tensor) -> Tensor | None:
+        native = native_steps(self.backend.host, space.v)
+        norms: Tensor | None = None if native is None else native.reach(estimate, space, rows)
+        return norms
+
+    def least_squares(self, space: Krylov, inverse: Tensor | bool) -> tuple[Tensor, ...] | None:
         steps = native_steps(self.backend.host, space.v)
         fields: tuple[Tensor, ...] | None = None if steps is None else steps.least_squares(space, inverse)
         return fields

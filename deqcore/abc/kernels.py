@@ -80,6 +80,38 @@ class FusedKernels:
         """
         return None
 
+    def grow(
+        self, space: Krylov, image: Map, goal: Array, steps: int, *, twice: bool, shifted: bool, together: bool
+    ) -> Krylov | None:
+        """Do all of `deqcore.linear.gmres.KrylovSpace.grow`, where each of its decisions is known on the host.
+
+        Args:
+            space: the Krylov space, which stays what it is.
+            image: the product with a basis vector `(batch, n)`.
+            goal: residual at which a sample is done `(batch,)`.
+            steps: dimensions to add at most.
+            twice: project again where products cancel, see `deqcore.linear.norms.orthogonalize`.
+            shifted: A = I − J, and `image` is the product with J.
+            together: end as soon as one of the samples that were asked to grow is done.
+
+        Returns:
+            The space with more dimensions.
+        """
+        return None
+
+    def reach(self, estimate: InverseJacobian, space: Krylov, rows: Array) -> Array | None:
+        """Return ‖Hᵀr‖ for the residual r that a Krylov space leaves.
+
+        Args:
+            estimate: H, with little regularisation (`apply_transpose_unregularised`).
+            space: the Krylov space.
+            rows: the samples wanted `(batch,)`.
+
+        Returns:
+            `(batch,)`, zero but in `rows`.
+        """
+        return None
+
     def secants(
         self, basis: History, gram: History, pairs: History, whole: Callable[[], InverseJacobian]
     ) -> InverseJacobian | None:
@@ -96,12 +128,12 @@ class FusedKernels:
         """
         return None
 
-    def least_squares(self, space: Krylov, inverse: bool) -> tuple[Array, ...] | None:
+    def least_squares(self, space: Krylov, inverse: Array | bool) -> tuple[Array, ...] | None:
         """Solve the small system of a Krylov space.
 
         Args:
             space: the Krylov space.
-            inverse: whether the norm of the inverse is wanted.
+            inverse: whether the norm of the inverse is wanted, for all or for each sample `(batch,)`.
 
         Returns:
             The fields of `deqcore.linear.gmres.LeastSquares`, for a right-hand side of norm 1.

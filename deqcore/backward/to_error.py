@@ -6,6 +6,7 @@ from typing import Literal, TypeAlias
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.inverse_jacobian import InverseJacobian
+from deqcore.abc.kernels import Krylov
 from deqcore.linear.certified import Certified, solve_certified
 from deqcore.types import Array, Map, Status
 
@@ -29,6 +30,10 @@ def solve_to_error(
         assert estimate is not None
         return backend.norm(estimate.apply_transpose_unregularised(v))
 
+    def witness_of_space(space: Krylov, rows: Array) -> Array | None:
+        kernels = backend.kernels
+        return None if kernels is None or estimate is None else kernels.reach(estimate, space, rows)
+
     judged = estimate is not None and reuse != "none"
     preconditioned = estimate is not None and reuse == "precondition"
     return solve_certified(
@@ -40,6 +45,7 @@ def solve_to_error(
         max_relative_error=max_relative_error,
         max_vjps=max_vjps,
         judge=witness if judged else None,
+        judge_space=witness_of_space if judged else None,
     )
 
 

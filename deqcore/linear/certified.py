@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -70,6 +70,10 @@ PASSES = 3
 """Krylov spaces at most: a measured residual that is too large starts the next one."""
 
 
+JudgeSpace: TypeAlias = Callable[[Krylov, Array], "Array | None"]
+"""`(space, rows) ↦ ‖M' r‖` of the residual that the space leaves, `(batch,)`, for the samples in `rows`; or None."""
+
+
 class Certified(NamedTuple):
     """The solution and what is known of it. All but `u` `(batch, n)` have shape `(batch,)`."""
 
@@ -128,6 +132,7 @@ def solve_certified(
     max_relative_error: float,
     max_vjps: int,
     judge: Map | None = None,
+    judge_space: JudgeSpace | None = None,
 ) -> Certified:
     """Run GMRES that stops, per sample, when the estimated error meets the target.
 
@@ -159,6 +164,7 @@ def solve_certified(
         max_relative_error: largest relative residual and largest estimated relative error of a certified sample.
         max_vjps: products with Jᵀ at most, per sample.
         judge: `v ↦ ‖M' v‖` of each row `(batch,)`, or None.
+        judge_space: the same for the residual of a Krylov space, in fewer passes; it may return None.
     """
     xp = backend.xp
     norm = backend.to_accum_dtype(backend.norm(g))
@@ -169,7 +175,7 @@ def solve_certified(
     found = Certified(xp.zeros_like(g), residual, error, vjps, norm == 0)
     space = KrylovSpace(backend, vjp, precondition, shifted=True)
     rule = DEFLATED if precondition is not None else ALONE if judge is None else WITNESSED
-    task = _Task(backend, space, g, norm, judge, rule, max_relative_error, max_vjps)
+    task = _Task(backend, space, g, norm, judge, judge_space, rule, max_relative_error, max_vjps)
     first = _Pass(found, g, max_relative_error * norm, ~found.met)
     return backend.loop(lambda p: xp.any(p.unfinished), task.one_pass, first, PASSES, 1).found
 
@@ -183,6 +189,7 @@ class _Task:
     g: Array
     norm: Array
     judge: Map | None
+    judge_space: JudgeSpace | None
     rule: Rule
     max_relative_error: float
     max_vjps: int
@@ -193,42 +200,64 @@ class _Task:
         k = self.space.begin(p.left, self.max_vjps)
         k = k._replace(can_grow=k.can_grow & p.unfinished)
         before = p.found
-        size = self._norm(before.u)
+        # Nothing has been found before the first space, and no pass shows it.
+        again = before.vjps > 0
+        size = backend.cond(again, lambda nothing: self._norm(before.u), 0 * self.norm)
         first = _Round(k, p.goal, before.residual, before.error, before.met, self.norm < 0)
         end = backend.loop(
             lambda r: xp.any(r.space.can_grow), lambda r: self._round(p, size, r), first, self.max_vjps, 1
         )
         vjps = before.vjps + end.space.steps
-        found = Certified(before.u + self.space.solution(end.space), end.residual, end.error, vjps, end.met)
+        more = self.space.solution(end.space)
+        u = backend.cond(again, lambda more: before.u + more, more)
+        found = Certified(u, end.residual, end.error, vjps, end.met)
         doubtful = end.unverified & (vjps < self.max_vjps)
         after = _Pass(found, p.left, p.goal, doubtful)
         return backend.cond(doubtful, lambda q: self._measured(q, self.space.inverse_norm(end.space)), after)
 
     def _round(self, p: _Pass, before: Array, r: _Round) -> _Round:
         """Let the space grow until a sample reaches its goal, and judge the samples that have."""
-        backend, xp, target, norm = self.backend, self.backend.xp, self.max_relative_error, self.norm
+        backend, xp = self.backend, self.backend.xp
         young = r.space.dimension < self.rule.least
-        bottom = NOTHING_HIDDEN * target * norm
+        bottom = NOTHING_HIDDEN * self.max_relative_error * self.norm
         least = min(self.rule.least, self.max_vjps) + 0 * r.space.dimension
         steps = xp.where(young, least, self.max_vjps) - r.space.dimension
         k = self.space.grow(r.space, xp.where(young, bottom, r.goal), steps, together=True)
-        found = self._estimated(p, before, k)
-        rounded = on_host(
-            backend, self._look, found.residual, found.rounding, found.error, r.goal, r.met, r.unverified, p.unfinished,
-            p.found.vjps, k.residual, k.can_grow, k.steps, bottom, norm,
+        (asked,) = on_host(
+            backend, self._asked, r.goal, r.met, r.unverified, p.unfinished, p.found.vjps, k.residual, k.can_grow,
+            k.steps,
         )  # fmt: skip
-        look = _Look(*rounded)
+        figures = r.goal, r.residual, r.error, r.met, r.unverified, k.can_grow
+        figures = backend.cond(asked, lambda old: self._judged(p, before, k, asked, old), figures)
+        return _Round(k._replace(can_grow=figures[5]), *figures[:5])
+
+    def _asked(
+        self, xp: Any, goal: Array, met: Array, unverified: Array, unfinished: Array, vjps: Array, left: Array,
+        can_grow: Array, steps: Array,
+    ) -> tuple[Array, ...]:  # fmt: skip
+        """Decide which samples' errors are estimated: those with a small residual, and those that cannot go on."""
+        pending = unfinished & ~met & ~unverified
+        return (pending & ((left <= goal) | ~can_grow | (vjps + steps >= self.max_vjps)),)
+
+    def _judged(self, p: _Pass, before: Array, k: Krylov, asked: Array, old: tuple[Array, ...]) -> tuple[Array, ...]:
+        """Return goal, residual, error, met, unverified and can_grow after the `asked` samples have been judged."""
+        goal, last_residual, last_error, met, unverified, can_grow = old
+        found = self._estimated(p, before, k, asked)
+        look = _Look(
+            *on_host(
+                self.backend, self._look, found.residual, found.rounding, found.error, goal, met, unverified,
+                p.unfinished, p.found.vjps, k.residual, can_grow, k.steps, self.norm,
+            )
+        )  # fmt: skip
         error = self._witnessed(k, look.wanted, found)
-        decided = on_host(
-            backend, self._decide, *look, error, found.residual, found.rounding, r.goal, r.residual, r.error, r.met,
-            r.unverified, k.residual, k.can_grow,
+        return on_host(
+            self.backend, self._decide, *look, error, found.residual, found.rounding, goal, last_residual, last_error,
+            met, unverified, k.residual, can_grow,
         )  # fmt: skip
-        goal, residual, error, met, unverified, can_grow = decided
-        return _Round(k._replace(can_grow=can_grow), goal, residual, error, met, unverified)
 
     def _look(
         self, xp: Any, residual: Array, rounding: Array, error: Array, goal: Array, met: Array, unverified: Array,
-        unfinished: Array, vjps: Array, left: Array, can_grow: Array, steps: Array, bottom: Array, norm: Array,
+        unfinished: Array, vjps: Array, left: Array, can_grow: Array, steps: Array, norm: Array,
     ) -> tuple[Array, ...]:  # fmt: skip
         """Decide which samples are judged; all arrays are `(batch,)`."""
         target = self.max_relative_error
@@ -237,7 +266,7 @@ class _Task:
         over = vjps + steps >= self.max_vjps
         # Only a sample that is there, or can go no further, is judged: when others pause must not matter to it.
         closed = ~can_grow | spent
-        known = (steps >= self.rule.least) | (left <= bottom) | closed
+        known = (steps >= self.rule.least) | (left <= NOTHING_HIDDEN * target * norm) | closed
         reached = known & (left <= goal)
         judged = unfinished & ~met & ~unverified & (reached | closed | over)
         hopeful = judged & known & (residual <= target) & (error <= target)
@@ -258,10 +287,11 @@ class _Task:
         goal = xp.where(reached, left * _tighter(xp, target, error), goal)
         return goal, residual, error, met, unverified, can_grow & ~met & ~unverified & ~over
 
-    def _estimated(self, p: _Pass, before: Array, k: Krylov) -> _Estimates:
+    def _estimated(self, p: _Pass, before: Array, k: Krylov, asked: Array) -> _Estimates:
         """Estimate residual and error of the solution so far, of size `before`, and the space's together."""
         backend, xp, space = self.backend, self.backend.xp, self.space
-        found, reach = space.least_squares(k), k.residual
+        # Elsewhere the inverse has norm 1: what only rounding ends there is measured before it counts.
+        found, reach = space.least_squares(k, inverse=asked), k.residual
         # Without M the basis is orthonormal, and no pass is needed; in a later space the sum may be smaller than this.
         size, whole = found.size, xp.abs(before - found.size)
         if space.precondition is not None:
@@ -285,7 +315,9 @@ class _Task:
             return found.error
 
         def raised(error: Array) -> Array:
-            reach = self.backend.to_accum_dtype(judge(self.space.residual_vector(k, wanted)))
+            reach = None if self.judge_space is None else self.judge_space(k, wanted)
+            if reach is None:
+                reach = self.backend.to_accum_dtype(judge(self.space.residual_vector(k, wanted)))
             return xp.where(wanted, xp.maximum(error, JUDGED * reach / found.size), error)
 
         return self.backend.cond(wanted, raised, found.error)

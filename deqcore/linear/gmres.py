@@ -221,7 +221,13 @@ class KrylovSpace:
         With `together` all samples pause as soon as one of them is there. Slots are shared: a sample that paused
         alone while others grew on would find none left when it continues.
         """
-        xp = self.backend.xp
+        xp, kernels = self.backend.xp, self.backend.kernels
+        fused = None
+        if kernels is not None and self.check_every == "auto" and self.backend.host.numpy_view(k.residual) is not None:
+            options = {"twice": self.reorthogonalize, "shifted": self._shifted(), "together": together}
+            fused = kernels.grow(k, self._image, goal, int(steps), **options)
+        if fused is not None:
+            return fused
         asked = k.can_grow & (k.residual > goal)
 
         def running(k: Krylov) -> Array | bool:
@@ -234,12 +240,18 @@ class KrylovSpace:
 
         return self.backend.loop(running, lambda k: self._step(k, goal), k, steps, self.check_every)
 
+    def _shifted(self) -> bool:
+        """Whether steps take the product with J: one projection alone is accurate only if A v comes without it."""
+        return self.shifted and self.precondition is None and self.reorthogonalize
+
+    def _image(self, v: Array) -> Array:
+        """Return the product of a step with a basis vector `(batch, n)`."""
+        direction = v if self.precondition is None else self.precondition(v)
+        return self.product(direction) if self._shifted() else self.apply(direction)
+
     def _step(self, k: Krylov, goal: Array) -> Krylov:
         backend, xp = self.backend, self.backend.xp
-        # One projection alone is accurate only if little cancels in it, so that the difference comes before it.
-        shifted = self.shifted and self.precondition is None and self.reorthogonalize
-        direction = k.v if self.precondition is None else self.precondition(k.v)
-        w = self.product(direction) if shifted else self.apply(direction)
+        shifted, w = self._shifted(), self._image(k.v)
         kernels = backend.kernels
         fused = None if kernels is None else kernels.arnoldi(k, w, goal, self.reorthogonalize, shifted)
         if fused is not None:
@@ -285,8 +297,8 @@ class KrylovSpace:
         x = k.basis.masked(None).combine(found.y)
         return x if self.precondition is None else self.precondition(x)
 
-    def least_squares(self, k: Krylov, *, inverse: bool = True) -> LeastSquares:
-        """Solve the small system; without `inverse`, `inverse_norm` may be 1."""
+    def least_squares(self, k: Krylov, *, inverse: Array | bool = True) -> LeastSquares:
+        """Solve the small system; where `inverse` is False, `inverse_norm` may be 1."""
         backend, xp = self.backend, self.backend.xp
         fused = None if backend.kernels is None else backend.kernels.least_squares(k, inverse)
         if fused is not None:
@@ -297,7 +309,7 @@ class KrylovSpace:
         if hessenberg.shape[2] == 0:
             return LeastSquares(y, 0 * k.start, one, 0 * k.start, one, one)
         column_norm = xp.sqrt(xp.max(xp.sum(hessenberg * hessenberg, axis=1), axis=1))
-        inverse_norm = self.inverse_norm(k) if inverse else one
+        inverse_norm = one if inverse is False else self.inverse_norm(k)
         size = k.start * xp.sqrt(xp.sum(y * y, axis=1))
         return LeastSquares(k.start[:, None] * y, size, inverse_norm, column_norm, *self._falls(k))
 

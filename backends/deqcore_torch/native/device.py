@@ -347,13 +347,23 @@ def project(basis: Any, w: Tensor, twice: bool) -> None:
     return
 
 
-def least_squares(space: Krylov, inverse: bool) -> None:
+def least_squares(space: Krylov, inverse: Tensor | bool) -> None:
     """Return None: the core's own operations do not wait for the device."""
     return
 
 
 def solve_positive(a: Tensor, b: Tensor) -> None:
     """Return None: a library solves them."""
+    return
+
+
+def grow(*parts: Any, **options: Any) -> None:
+    """Return None: the core asks for one `arnoldi` at a time, and looks at the device now and then."""
+    return
+
+
+def reach(*parts: Any) -> None:
+    """Return None: there is no native estimate to judge with."""
     return
 
 

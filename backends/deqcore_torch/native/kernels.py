@@ -421,8 +421,8 @@ def _component(v, rest):
 
 
 @compiled
-def _projected(chunks, per_chunk, slots, count, row, like, twice, before, rest, h, products):
-    """Take from `rest` its components `h` in the orthonormal vectors of `count` slots, and return the norm after.
+def _projected(chunks, per_chunk, slots, count, row, like, twice, before, w, rest, h, products):
+    """Write w without its components `h` in the orthonormal vectors of `count` slots to `rest`; return its norm.
 
     With `twice` it is projected again where less than `CANCELLED` of `before` is left.
     """
@@ -431,10 +431,11 @@ def _projected(chunks, per_chunk, slots, count, row, like, twice, before, rest, 
     for turn in range(2 if twice else 1):
         if turn == 1 and after >= CANCELLED * before:
             break
-        _products(chunks, per_chunk, slots, count, rest, row, like, products)
+        source = w if turn == 0 else rest
+        _products(chunks, per_chunk, slots, count, source, row, like, products)
         h += products
         products[:] = -products
-        _combined(chunks, per_chunk, slots, count, products, rest, row, like, rest)
+        _combined(chunks, per_chunk, slots, count, products, source, row, like, rest)
         after = _norm(rest)
     return after
 
@@ -445,175 +446,9 @@ def project(w, basis, per_chunk, used, seen, twice, out, h, before, after, start
     products = np.empty(h.shape[1])
     slots = np.empty(h.shape[1], np.int64)
     for b in range(start, stop):
-        _copy(w[b], out[b])
         count = _slots(seen[b], used, slots)
-        before[b] = _norm(out[b])
-        after[b] = _projected(basis, per_chunk, slots, count, b, w, twice, before[b], out[b], h[b], products)
-
-
-@compiled
-def arnoldi(
-    w, latest, basis, per_chunk, used, seen, columns, column, source_slot, null_vector, null_norm_sq, residual,
-    goal, can_grow, steps, twice, shifted, eps, slot, v, next_source, next_null, next_square, next_residual,
-    next_alive, next_steps, going, taken, start, stop,
-):  # fmt: skip
-    """Do the part of a step of GMRES after the product `w`.
-
-    Names and formulas are those of `deqcore.linear.gmres`; `columns` `(m, batch, 2 (m + 1))` is the only chunk. `v` is
-    the memory of `slot`: rows that do not grow keep their latest vector there, and do not see the slot.
-    """
-    m = null_vector.shape[1]
-    h, products = np.empty(m), np.empty(m)
-    slots = np.empty(m, np.int64)
-    for b in range(start, stop):
-        next_source[b] = source_slot[b]
-        next_null[b] = null_vector[b]
-        next_square[b] = null_norm_sq[b]
-        next_residual[b] = residual[b]
-        next_alive[b] = can_grow[b]
-        next_steps[b] = steps[b]
-        going[b] = taken[b] = False
-        if can_grow[b] and residual[b] > goal[b]:
-            rest = v[b]
-            _copy(w[b], rest)
-            count = _slots(seen[b], used, slots)
-            before = _norm(rest)
-            along = 1.0
-            if shifted:
-                height = _projected(basis, per_chunk, slots, count, b, w, twice, before, rest, h, products)
-                h[:] = -h
-                before = max(before, 1.0)
-            else:
-                along = _component(latest[b], rest)
-                height = _projected(basis, per_chunk, slots, count, b, w, twice, _norm(rest), rest, h, products)
-            for k in range(m):
-                h[k] += along * source_slot[b, k]
-            floor = 4.0 * eps * before
-            broke = height <= floor
-            if broke:
-                height = floor if floor > 0.0 else 1.0
-            length = w.dtype.type(-height if shifted else height)
-            for i in range(rest.shape[0]):
-                rest[i] /= length
-            overlap = _dot(null_vector[b], h)
-            empty = broke and abs(overlap) <= 16.0 * floor * np.sqrt(null_norm_sq[b])
-            entry = -overlap / height
-            whole = null_norm_sq[b] + entry * entry
-            left = residual[b] * np.sqrt(null_norm_sq[b] / whole)
-            taken[b] = np.isfinite(left) and not empty
-            going[b] = taken[b] and not broke
-            if taken[b]:
-                columns[column, b, :m] = h
-                columns[column, b, slot] += height
-                columns[column, b, m:] = source_slot[b]
-                next_null[b, slot] += entry
-                next_square[b] = whole
-                next_residual[b] = left
-            next_source[b] = 0.0
-            next_source[b, slot] = 1.0
-            next_alive[b] = going[b]
-            next_steps[b] += 1
-        if not going[b]:
-            _copy(latest[b], v[b])
-        if not taken[b]:
-            columns[column, b] = 0.0
-
-
-SWEEPS = 40
-"""Steps of inverse iteration at most."""
-
-SETTLED = 1e-3
-"""Relative change of its result at which inverse iteration ends."""
-
-
-@compiled
-def _upper(matrix, count, x):
-    """Solve T x = x in place, for upper triangular T in the rows and columns below `count`."""
-    for i in range(count - 1, -1, -1):
-        x[i] = (x[i] - _dot(matrix[i, i + 1 : count], x[i + 1 : count])) / matrix[i, i]
-
-
-@compiled
-def _lower(matrix, count, x):
-    """Solve Tᵀ x = x in place."""
-    for i in range(count):
-        x[i] /= matrix[i, i]
-        _add(-x[i], matrix[i, i + 1 : count], x[i + 1 : count])
-
-
-@compiled
-def least_squares(
-    null_vector, columns, seen, used, null_norm_sq, inverse, coefficients, size, inverse_norm, column_norm, latest,
-    best, start,
-    stop,
-):  # fmt: skip
-    """Write y and the figures of `deqcore.linear.gmres.LeastSquares`, for β = 1.
-
-    A step of inverse iteration takes two triangular solves with R of H̄ = Q R, which Givens rotations make.
-    """
-    m = null_vector.shape[1]
-    triangle, r = np.zeros((used, used)), np.zeros((used + 1, used))
-    y, x = np.empty(used), np.empty(used)
-    nu = np.empty(used)
-    own = np.empty(used, np.int64)
-    for b in range(start, stop):
-        coefficients[b] = 0.0
-        count = 0
-        for j in range(used):
-            if seen[b, j]:
-                own[count] = j
-                count += 1
-        largest = 0.0
-        for j in range(count):
-            column = columns[own[j], b]
-            largest = max(largest, _dot(column[: used + 1], column[: used + 1]))
-            r[0, j] = column[0]
-            for i in range(count):
-                triangle[i, j] = r[i + 1, j] = column[own[i] + 1] if i <= j else 0.0
-            nu[j] = null_vector[b, own[j] + 1]
-            y[j] = -nu[j] * null_vector[b, 0] / null_norm_sq[b]
-        column_norm[b] = np.sqrt(largest)
-        inverse_norm[b] = latest[b] = best[b] = 1.0
-        size[b] = 0.0
-        square = null_vector[b, 0] * null_vector[b, 0]
-        for j in range(count):
-            more = square + nu[j] * nu[j]
-            best[b] = min(best[b], latest[b])
-            latest[b] = np.sqrt(square / more)
-            square = more
-        if count == 0:
-            continue
-        _upper(triangle, count, y)
-        square = 0.0
-        for j in range(count):
-            if not np.isfinite(y[j]):
-                y[j] = 0.0
-            square += y[j] * y[j]
-        size[b] = np.sqrt(square)
-        for j in range(count):
-            source = columns[own[j], b, m:]
-            _add(y[j], source, coefficients[b])
-        if not inverse:
-            continue
-        for i in range(count):
-            length = np.hypot(r[i, i], r[i + 1, i])
-            c, s = r[i, i] / length, r[i + 1, i] / length
-            for j in range(i, count):
-                r[i, j], r[i + 1, j] = c * r[i, j] + s * r[i + 1, j], c * r[i + 1, j] - s * r[i, j]
-            x[i] = y[i] + 1e-3 * size[b]  # not orthogonal to any vector by symmetry
-        before = 0.0
-        for _ in range(SWEEPS):
-            length = np.sqrt(_dot(x[:count], x[:count]))
-            for j in range(count):
-                x[j] /= length
-            _lower(r, count, x)
-            _upper(r, count, x)
-            after = np.sqrt(_dot(x[:count], x[:count]))
-            if not abs(after - before) > SETTLED * after:
-                before = after
-                break
-            before = after
-        inverse_norm[b] = np.sqrt(before)
+        before[b] = _norm(w[b])
+        after[b] = _projected(basis, per_chunk, slots, count, b, w, twice, before[b], w[b], out[b], h[b], products)
 
 
 @compiled
@@ -647,18 +482,6 @@ def _substituted(factor, x):
 
 
 @compiled
-def _multiplied(a, b, out):
-    """Write the product of small matrices; zeros of a cost nothing."""
-    out[:] = 0.0
-    for i in range(a.shape[0]):
-        for k in range(a.shape[1]):
-            factor = a[i, k]
-            if factor != 0.0:
-                for j in range(out.shape[1]):
-                    out[i, j] += factor * b[k, j]
-
-
-@compiled
 def positive(a, b, out, start, stop):
     """Solve a x = b for symmetric positive definite a `(batch, k, k)` and b `(batch, k, r)`, by LDLᵀ.
 
@@ -678,67 +501,3 @@ def positive(a, b, out, start, stop):
             _substituted(factor, x)
             for i in range(k):
                 out[s, i, r] = x[i] if sound else np.nan
-
-
-@compiled
-def secants(v, basis, per_chunk, seen, gram, pairs, used, ridge, out, start, stop):
-    """Write Hᵀ v of the estimate of `deqcore.linear.lowrank.multisecant`; rows that are zero cost nothing.
-
-    gram `(m, batch, m)` and pairs `(m, batch, 2 m)` are the only chunks of the histories of Broyden's method.
-    """
-    m = seen.shape[1]
-    whole, across, steps, differences, product, turned, factor = np.empty((7, used, used))
-    s, y, t, w = np.empty((4, used))
-    q, c = np.empty(m), np.empty(m)
-    slots = np.empty(m, np.int64)
-    for b in range(start, stop):
-        rest = out[b]
-        for i in range(rest.shape[0]):
-            rest[i] = -v[b, i]
-        if not np.any(rest != 0.0):
-            continue
-        count = _slots(seen[b], used, slots)
-        _products(basis, per_chunk, slots, count, v[b], b, v, q)
-        whole[:] = 0.0
-        for i in range(used):
-            known = seen[b, i]
-            for j in range(used):
-                steps[i, j] = across[j, i] = pairs[i, b, j] if known else 0.0
-                differences[i, j] = pairs[i, b, m + j] if known else 0.0
-            for j in range(used):
-                entry = gram[i, b, j] if known else 0.0
-                whole[i, j] += entry
-                whole[j, i] += entry
-        _multiplied(whole, across, product)  # N Sᵀ
-        for i in range(used):
-            square = 0.0
-            for j in range(used):
-                square += product[j, i] * steps[i, j]
-            s[i] = 1.0 / np.sqrt(square) if square > 0.0 else 0.0
-            if not square > 0.0:
-                differences[i] = 0.0
-        _multiplied(differences, whole, turned)
-        for i in range(used):
-            square = _dot(turned[i], differences[i])
-            y[i] = 1.0 / np.sqrt(square) if square > 0.0 else 0.0
-            t[i] = y[i] * (_dot(steps[i], q[:used]) + _dot(differences[i], q[:used]))
-        _multiplied(differences, product, turned)  # rows are the columns of the pairs
-        for j in range(used):
-            for i in range(used):
-                turned[j, i] *= s[i] * y[j]
-                across[i, j] = turned[j, i]
-        _multiplied(turned, across, factor)
-        for i in range(used):
-            factor[i, i] += ridge
-        sound = _factored(factor)
-        _substituted(factor, t)
-        w[:] = 0.0
-        for j in range(used):
-            _add(t[j], turned[j], w)
-        c[:] = 0.0
-        for i in range(used):
-            _add(s[i] * w[i], steps[i], c[:used])
-        for i in range(used):
-            sound = sound and np.isfinite(c[i])
-        if sound:
-            _combined(basis, per_chunk, slots, count, c, rest, b, v, rest)
