@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from deqcore.abc.backend import Backend
+from deqcore.abc.scaling import divide_rows, multiply_rows, row_scale
 from deqcore.abc.solver import Solver
 from deqcore.errors import BackendError
 from deqcore.linear.gmres import gmres
@@ -102,11 +103,22 @@ class NewtonKrylov(Solver):
         jvp = backend.autodiff.jvp(f, z)
         if jvp is None:
             raise BackendError.no_products(f"the backend {backend.name!r} has none.")
-        inner = gmres(
-            backend, lambda v: v - jvp(v), g, rtol=state.forcing, max_steps=self.inner_steps, reorthogonalize=False
-        )
         before = backend.norm(g)
-        first = z + inner.x
+        unit = row_scale(backend, before, g)
+
+        def product(v: Array) -> Array:
+            return v - _in_units(backend, jvp(_from_units(backend, v, unit)), unit)
+
+        inner = gmres(
+            backend,
+            product,
+            _in_units(backend, g, unit),
+            rtol=state.forcing,
+            max_steps=self.inner_steps,
+            reorthogonalize=False,
+        )
+        move = _from_units(backend, inner.x, unit)
+        first = z + move
         value = f(first)
         residual = backend.norm(value - first)
         longer = ~(residual < before) & (before > 0.0)
@@ -117,7 +129,7 @@ class NewtonKrylov(Solver):
 
         def halve(t: _Trial) -> _Trial:
             length = 0.5 * t.length
-            moved = z + backend.cast(length, z)[:, None] * inner.x
+            moved = z + backend.cast(length, z)[:, None] * move
             value = f(moved)
             residual = backend.norm(value - moved)
             return _Trial(
@@ -133,7 +145,8 @@ class NewtonKrylov(Solver):
         after, size = backend.to_accum_dtype(end.residual), backend.to_accum_dtype(before)
         ratio = after / size
         # The error of the linear model sets how finely to solve it; a shortened step does not measure that error.
-        forcing = xp.where(end.length == 1.0, xp.abs(after - inner.residual) / size, 0.9 * ratio * ratio)
+        left = inner.residual if unit is None else inner.residual * backend.to_accum_dtype(unit)
+        forcing = xp.where(end.length == 1.0, xp.abs(after - left) / size, 0.9 * ratio * ratio)
         forcing = xp.clip(forcing, min(2.0 * backend.eps(z) ** 0.5, self.forcing), self.forcing)
         forcing = xp.where(xp.isfinite(forcing), forcing, state.forcing)
         return end.z, end.fz, NewtonState(forcing, state.spent + inner.products + end.trials)
@@ -146,3 +159,21 @@ class NewtonKrylov(Solver):
     def evaluations(self, backend: Backend, steps: Array, state: NewtonState) -> Array:
         """Return the count of evaluations and products."""
         return 1 + steps + state.spent
+
+
+def _in_units(backend: Backend, v: Array, unit: Array | None) -> Array:
+    """Return `v / unit` with the derivative of `v`.
+
+    Recorded, f'' must see vectors of the residual's size and not of length 1, or its products leave the range before f
+    does. All cotangents between `_in_units` and `_from_units` are in these units too, since both have the derivative 1.
+    """
+    if unit is None:
+        return v
+    return backend.autodiff.straight_through(divide_rows(backend, backend.detach(v), unit), v)
+
+
+def _from_units(backend: Backend, v: Array, unit: Array | None) -> Array:
+    """Return `v * unit` with the derivative of `v`; see `_in_units`."""
+    if unit is None:
+        return v
+    return backend.autodiff.straight_through(multiply_rows(backend, backend.detach(v), unit), v)

@@ -281,3 +281,35 @@ def test_a_start_of_ordinary_size_with_a_tiny_solution():
         sol = deqcore.fixed_point(lambda z, a=a, x=x: a * z + x, one, forward__solver="picard", forward__max_steps=200)
         assert np.allclose(host(name, sol.value), 2e-25, rtol=1e-3, atol=0)
         assert int(sol.steps.max()) > 80
+
+
+@pytest.mark.parametrize(("dtype", "k"), [("float32", 83), ("float64", 664)])
+@pytest.mark.parametrize("name", ["torch", "jax"])
+def test_unrolled_newton_steps_of_a_curved_map(name, dtype, k):
+    """f'' of s·f(z/s) is f''/s: products with vectors of length 1 left the range in its derivative, not in f's."""
+    if name == "jax" and dtype == "float64":
+        pytest.skip("one compiled program is enough")
+    backend, w = deqcore.get_backend(backend=name), 0.9 * np.linalg.qr(np.random.default_rng(0).normal(size=(5, 5)))[0]
+    settings = {"forward__solver": "newton-krylov", "forward__rtol": 1e-6}
+    steps = {"backward__strategy": "unrolled", "backward__options": {"steps": 3}}  # before it has converged
+    with precise(name, dtype):
+        found = []
+        for s in (1.0, 2.0**-k, 2.0**k):
+            weights, x, g = arrays(name, dtype, w, X * s, G)
+            f = lambda z, x, s=s, weights=weights: s * backend.xp.tanh((z / s) @ weights) + x
+            z, (dx,) = deqcore.vjp(f, 0 * x, x, cotangent=g, **settings, **steps)
+            found.append((host(name, z) / s, host(name, dx)))
+    for z, dx in found[1:]:
+        assert np.allclose(z, found[0][0], rtol=1e-5)
+        assert np.allclose(dx, found[0][1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_unrolled_newton_steps_to_an_equilibrium_at_zero(dtype):
+    """The residual falls to subnormal numbers, whose inverse is infinite; dz*/dx there is (1 − tanh'(0)/2)^-1 = 2."""
+    pytest.importorskip("torch")
+    a, start, x, g = arrays("torch", dtype, A, np.full((2, 5), 0.3), 0 * X, G)
+    settings = {"forward__solver": "newton-krylov", "backward__strategy": "unrolled", "backward__options": {"steps": 12}}
+    z, (dx,) = deqcore.vjp(lambda z, x: (a * z).tanh() + x, start, x, cotangent=g, **settings)
+    assert np.abs(host("torch", z)).max() < 1e-30
+    assert np.allclose(host("torch", dx), G / (1 - A), rtol=1e-4)
