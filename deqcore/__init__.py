@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from deqcore.abc.solver import Solver
     from deqcore.api import fixed_point, get_backend, vjp
     from deqcore.config import Config, using
+    from deqcore.implicit import Stepper, custom_fixed_point, custom_root
     from deqcore.solution import Solution
     from deqcore.types import AdjointReport, Capabilities, Status
 
@@ -33,7 +34,10 @@ _HOME: Final = {
     "Solver": "deqcore.abc.solver",
     "Status": "deqcore.solution",
     "StepStrategy": "deqcore.abc.backward",
+    "Stepper": "deqcore.implicit",
     "Strategy": "deqcore.abc.backward",
+    "custom_fixed_point": "deqcore.implicit",
+    "custom_root": "deqcore.implicit",
     "fixed_point": "deqcore.api",
     "get_backend": "deqcore.api",
     "using": "deqcore.config",
@@ -53,8 +57,11 @@ __all__ = [
     "Solver",
     "Status",
     "StepStrategy",
+    "Stepper",
     "Strategy",
     "__version__",
+    "custom_fixed_point",
+    "custom_root",
     "errors",
     "fixed_point",
     "get_backend",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from deqcore import config as settings
@@ -25,6 +26,7 @@ def fixed_point(
     config: Config | None = None,
     state: SolveState | None = None,
     batched_args: tuple[int, ...] = (),
+    has_aux: bool = False,
     **overrides: object,
 ) -> Solution:
     """Solve z* = f(z*, *args), with the implicit gradient attached.
@@ -32,6 +34,8 @@ def fixed_point(
     Args:
         f: `f(z, *args)` returns a tree like z. It may close over parameters.
         z0: initial iterate, a tree of floating-point arrays; with `batch = true` the first axis of each is the batch.
+            Python's floats become arrays. Leaves of integers and booleans are carried along: f gets them as they are
+            in z0, `sol.value` has them unchanged, and what f returns there is ignored.
         *args: further arguments of f, any trees. Their arrays get gradients.
         config: complete settings; default: environment and `deqcore.using`.
         state: `sol.state` of an earlier solve, to continue from. One evaluation of f decides: a sample whose f is the
@@ -39,6 +43,8 @@ def fixed_point(
         batched_args: positions in `args` of the arguments whose arrays carry the batch axis first. Only
             `forward.compact = true` needs it: f is then evaluated for fewer and fewer samples, and must compute
             each sample from its own rows of z and these arguments alone.
+        has_aux: f returns a pair, of which only the first takes part in the solve. The second becomes `sol.aux`: one
+            more evaluation of f at `sol.value` gives it, with its gradient.
         **overrides: settings of this call, as in `forward__rtol=1e-6`.
 
     Returns:
@@ -65,7 +71,11 @@ def fixed_point(
     if config is None and state is None and (solution := captured(f, z0, args, overrides)) is not None:
         return solution
     plan = plan_call(config, overrides, z0, args)
-    return plan.backend.guards.untraced(call.solve)(plan, f, z0, args, state, tuple(batched_args))
+    solve = plan.backend.guards.untraced(call.solve)
+    if not has_aux:
+        return solve(plan, f, z0, args, state, tuple(batched_args))
+    solution = solve(plan, call.without_aux(f), z0, args, state, tuple(batched_args))
+    return replace(solution, aux=f(solution.value, *args)[1])
 
 
 def vjp(

@@ -58,6 +58,51 @@ class Settled:
         return (xp.max(change, axis=axes) if axes else change) <= self.tolerance
 
 
+@dataclass(frozen=True)
+class Within:
+    """A rule: a sample is done when a norm of f(z) − z of your choice is at most `atol + rtol · norm(f(z))`.
+
+    The residual of a halted sample is reported as 0, see `until`. Set `forward__rtol=0.0`, so that the solver's own
+    criterion in the 2-norm does not stop a sample first.
+
+    Args:
+        norm: maps a tree like z to one number for each sample `(batch,)`, or `()` for one system.
+        rtol: not below 0.
+        atol: not below 0; one of the two must be above 0.
+
+    Raises:
+        ConfigError: a tolerance is below 0, or both are 0.
+
+    Example:
+        >>> import torch, deqcore
+        >>> largest = lambda tree: tree.abs().amax(1)
+        >>> f = until(lambda z: 0.5 * z + 0.5, Within(largest, atol=1e-2))
+        >>> sol = deqcore.fixed_point(f, torch.zeros(1, 3), forward__solver="picard", forward__rtol=0.0)
+        >>> int(sol.steps), float((sol.value - 1).abs().max()) <= 2e-2
+        (6, True)
+    """
+
+    norm: Callable[[Tree], Array]
+    rtol: float = 0.0
+    atol: float = 0.0
+
+    def __post_init__(self) -> None:
+        if min(self.rtol, self.atol) < 0.0 or max(self.rtol, self.atol) == 0.0:
+            given = (self.rtol, self.atol)
+            raise ConfigError.bad_value("Within", "(rtol, atol)", given, "numbers from 0, at least one of them above 0")
+
+    def __call__(self, z: Tree, fz: Tree) -> Array:
+        """Return whether each sample is done."""
+        backend = _backend_of(fz)
+        (before, structure), (after, _) = backend.flatten(z), backend.flatten(fz)
+        moved = [b - a if _is_float(backend, b) else b for a, b in zip(before, after, strict=True)]
+        return self.norm(backend.unflatten(structure, moved)) <= self.atol + self.rtol * self.norm(fz)
+
+
+def _is_float(backend: Backend, leaf: Any) -> bool:
+    return backend.is_array(leaf) and "float" in backend.dtype_name(leaf)
+
+
 def until(f: Callable[..., Tree], rule: Rule) -> Callable[..., Tree]:
     """Wrap f for `fixed_point` so that each sample halts when `rule` says that it is done.
 
@@ -97,7 +142,7 @@ def until(f: Callable[..., Tree], rule: Rule) -> Callable[..., Tree]:
             return fz  # the caller of f raises the error
         with backend.errstate():
             done = rule(*(backend.unflatten(structure, [*map(backend.detach, tree)]) for tree in (leaves, moved)))
-        _check(backend, done, leaves[0])
+        _check(backend, done, next(leaf for leaf in leaves if backend.is_array(leaf)))
         held = [_hold(backend, done, *pair) for pair in zip(leaves, moved, strict=True)]
         return backend.unflatten(structure, held)
 
@@ -107,6 +152,8 @@ def until(f: Callable[..., Tree], rule: Rule) -> Callable[..., Tree]:
 
 def _hold(backend: Backend, done: Array, z: Array, fz: Array) -> Array:
     """Return rows of z where done, to the last bit, with the derivative of fz; rows of fz elsewhere."""
+    if not _is_float(backend, fz):
+        return fz  # carried along
     xp = backend.xp
     held = backend.detach(z) + (fz - backend.detach(fz))
     return xp.where(xp.reshape(done, (*done.shape, *(1,) * (fz.ndim - done.ndim))), held, fz)

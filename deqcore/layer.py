@@ -65,6 +65,18 @@ class LayerSettings:
         """Return config and overrides of one solve, as `fixed_point` takes them."""
         return self.config, dict(self.overrides) if training else dict(self.overrides) | dict(self.evaluation)
 
+    def shown(self) -> list[str]:
+        """Return the settings in effect now, for the printed form: the most important ones, and all overrides."""
+        resolved, _ = settings.resolve(*self.call(training=True))
+        main = {
+            "forward__solver": resolved.forward.solver,
+            "forward__rtol": resolved.forward.rtol,
+            "forward__max_steps": resolved.forward.max_steps,
+            "backward__strategy": resolved.backward.strategy,
+        }
+        lines = [f"{name}={value!r}" for name, value in (main | dict(self.overrides)).items()]
+        return [*lines, f"evaluation={dict(self.evaluation)!r}"] if self.evaluation else lines
+
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain values, to store beside the weights."""
         return {

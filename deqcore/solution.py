@@ -41,6 +41,7 @@ class Solution:
         record: filled in by the backward pass, see `backward`; None if there is none.
         z: the numbers of `value` without a gradient. It may share memory with `state` and z0: do not write to it.
         fz: f(z) without a gradient, or None where it was not evaluated.
+        aux: with `has_aux = true`, what f returned in addition at `value`, with its gradient.
 
     Example:
         >>> import numpy as np, deqcore
@@ -59,6 +60,15 @@ class Solution:
     record: BackwardRecord | None = field(default=None, repr=False)
     z: Tree = field(default=None, repr=False)
     fz: Tree | None = field(default=None, repr=False)
+    aux: Tree = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        """Return the shapes of the value and the summary; where the statuses have no values (traced code), theirs."""
+        leaves, _ = self.backend.flatten(self.value)
+        shapes = ", ".join(str(tuple(getattr(leaf, "shape", ()))) for leaf in leaves)
+        if self.backend.is_traced(self.status, self.residual, self.steps):
+            return f"Solution(value of shape {shapes}, traced)"
+        return f"Solution(value of shape {shapes})\n{self.summary()}"
 
     @property
     def converged(self) -> Array:
@@ -121,15 +131,16 @@ class Tally(NamedTuple):
         """Return the tally of all lanes, from a stack of them; see `deqcore.types.Figures`."""
         return Tally(xp.sum(self.samples, axis=0), xp.max(self.steps, axis=0), xp.max(self.residual, axis=0))
 
-    def lines(self, template: str, solver: str = "") -> str:
+    def lines(self, template: str, solver: str = "", *, failed_first: bool = False) -> str:
         """Return one line per status that occurs.
 
         Args:
             template: the rest of a line after "2 of 3 samples MAX_STEPS", with {steps}, {residual} and {sentence}.
             solver: the solver in use, which the sentences do not recommend.
+            failed_first: begin with what failed, as a warning does.
         """
         total, lines = int(self.samples.sum()), []
-        for kind in Status:
+        for kind in sorted(Status, key=lambda kind: failed_first and kind is Status.CONVERGED):
             if count := int(self.samples[int(kind)]):
                 steps, residual = int(self.steps[int(kind)]), float(self.residual[int(kind)])
                 text = template.format(steps=steps, residual=residual, sentence=kind.advice(solver))
@@ -137,8 +148,8 @@ class Tally(NamedTuple):
         return "\n".join(lines)
 
 
-def summarize(status: Any, residual: Any, steps: Any, solver: str = "") -> str:
+def summarize(status: Any, residual: Any, steps: Any, solver: str = "", *, failed_first: bool = False) -> str:
     """Describe NumPy arrays `(batch,)` of status, residual and steps of `solver`, one line per status that occurs."""
     if not status.size:
         return "The batch is empty."
-    return Tally.of(np, status, steps, residual).lines(SOLVED, solver)
+    return Tally.of(np, status, steps, residual).lines(SOLVED, solver, failed_first=failed_first)

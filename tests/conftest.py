@@ -40,6 +40,14 @@ def _load(name: str):
     return module
 
 
+@pytest.fixture(autouse=True)
+def _no_counts_of_earlier_tests():
+    """Each test sees the first warning of its functions, which are shown at the 1st, 10th, 100th failure."""
+    from deqcore.solve import ledger
+
+    ledger.forget()
+
+
 @pytest.fixture(scope="session")
 def truth():
     """Closed forms, SciPy and textbook methods; see helpers/truth.py."""

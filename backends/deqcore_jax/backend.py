@@ -27,7 +27,7 @@ from deqcore.errors import BackendError
 from deqcore.types import Capabilities, Figures, LoopVars, Tree
 from deqcore_jax import batched_linalg, failures, pytrees
 from deqcore_jax.autodiff import JaxAutodiff
-from deqcore_jax.closure import is_traced
+from deqcore_jax.closure import is_array, is_traced
 from deqcore_jax.dtypes import single, wide
 from deqcore_jax.history import JaxHistory
 from deqcore_jax.kernels import JaxKernels, root
@@ -68,6 +68,17 @@ class JaxHarness(Harness):
     def jit(self, fn: Callable[..., Tree]) -> Callable[..., Tree]:
         compiled: Callable[..., Tree] = jax.jit(fn)
         return compiled
+
+    def parameters(self, cell: Tree) -> tuple[Tree, Callable[[Tree], Callable[..., Tree]]]:
+        leaves, structure = jax.tree.flatten(cell)
+        trained = [i for i, leaf in enumerate(leaves) if is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)]
+
+        def bind(given: Tree) -> Callable[..., Tree]:
+            changed = dict(zip(trained, given, strict=True))
+            made: Callable[..., Tree] = jax.tree.unflatten(structure, [changed.get(i, x) for i, x in enumerate(leaves)])
+            return made
+
+        return [leaves[i] for i in trained], bind
 
     @contextmanager
     def high_precision(self) -> Iterator[None]:

@@ -106,6 +106,11 @@ def solve(
     Returns:
         The value `(batch, n)`, and the result of the solver (without gradient).
     """
+    if jax.config.jax_disable_jit and not is_traced((z0, args)):
+        with precise():  # f runs on values, so that it can print, stop and branch
+            forward = iterate(lambda z: f(z, *args), z0)
+        if not is_traced((forward.z, forward.fz)):
+            return forward.z, forward
     program, leaves = trace(f, z0, args)
     if not is_traced((leaves, adjoint_tap)):
         adjoint = None  # no caller can request a gradient

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -24,6 +25,12 @@ class TorchHarness(Harness):
         finally:
             for switch, allowed in zip(switches, before, strict=True):
                 switch.allow_tf32 = allowed
+
+    def parameters(self, cell: Any) -> tuple[Any, Callable[[Any], Callable[..., Any]]]:
+        if not isinstance(cell, torch.nn.Module):
+            return super().parameters(cell)
+        trained = {name: value for name, value in cell.named_parameters() if value.requires_grad}
+        return trained, lambda given: lambda *args: torch.func.functional_call(cell, given, args)
 
     def synchronize(self) -> None:
         if torch.cuda.is_available():

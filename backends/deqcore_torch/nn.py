@@ -147,7 +147,7 @@ class DEQ(nn.Module):
         with self._watch.over(self.cell, self.training):
             solution = self._solve(start, inputs, config, own | overrides, rule=until)
         if self.reuse is not None:
-            self._last = optree.tree_map(lambda leaf: leaf.detach(), solution.value)
+            self._last = optree.tree_map(_detached, solution.value)
         return solution
 
     @untraced
@@ -254,5 +254,9 @@ class DEQ(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the settings for the printed form."""
-        shown = [f"{name}={value!r}" for name, value in self.settings.overrides]
+        shown = self.settings.shown()
         return ", ".join(shown + ([f"reuse={self.reuse!r}"] if self.reuse else []))
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf

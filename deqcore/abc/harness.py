@@ -26,6 +26,14 @@ class Harness:
         """Return `fn` compiled if the backend has the capability `jit`, otherwise `fn` itself."""
         return fn
 
+    def parameters(self, cell: Any) -> tuple[Any, Callable[[Any], Callable[..., Any]]]:
+        """Return the parameters of a module as a tree of arrays, and a function from such a tree to the module with it.
+
+        The default treats the cell as a function without parameters.
+        """
+        call: Callable[..., Any] = cell
+        return (), lambda _: call
+
     def high_precision(self) -> AbstractContextManager[object]:
         """Enter the precision of the conformance suite: double precision enabled, and no product shortened (TF32)."""
         return nullcontext()

@@ -37,7 +37,7 @@ VARIANTS: Final[Mapping[str, Sequence[Mapping[str, object]]]] = MappingProxyType
 """Options under which a built-in strategy is tried; any other is tried with its defaults."""
 
 REFERENCE_VJPS: Final = 200
-SECONDS = 30.0  # of waiting for undisturbed rounds
+SECONDS = 6.0  # of waiting for undisturbed rounds
 
 
 @dataclass(frozen=True)

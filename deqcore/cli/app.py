@@ -40,7 +40,7 @@ class LazyGroup(TyperGroup):
             if ctx.resilient_parsing:
                 return None
             raise
-        return TyperCommand(name=record.name, help=record.summary)
+        return TyperCommand(name=record.name, help=record.summary, rich_markup_mode="markdown")
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Import the command to run."""
@@ -52,15 +52,25 @@ def command(name: str) -> Any:
     """Import a registered command: a typer app, or a function that becomes one."""
     target = plugins.load("command", name)
     if isinstance(target, typer.Typer):
-        return typer.main.get_command(target)
+        return _plain_flags(typer.main.get_command(target))
     if not callable(target):
         raise PluginError(f"The command {name!r} must be a typer app or a function (got {target!r}).")
-    single = typer.Typer(add_completion=False)
+    single = typer.Typer(add_completion=False, rich_markup_mode="markdown")  # rich's own markup swallows [words]
     single.command(name)(target)
-    return typer.main.get_command(single)
+    return _plain_flags(typer.main.get_command(single))
 
 
-app = typer.Typer(cls=LazyGroup, no_args_is_help=True, pretty_exceptions_enable=False)
+def _plain_flags(made: Any) -> Any:
+    """Let the help page show no type for flags, which take no value; also in the commands of a group."""
+    for param in [*made.params, made.get_help_option(typer.Context(made))]:
+        if getattr(param, "is_flag", False):
+            param.metavar = ""
+    for inner in getattr(made, "commands", {}).values():
+        _plain_flags(inner)
+    return made
+
+
+app = typer.Typer(cls=LazyGroup, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 
 def _version(asked: bool) -> None:
@@ -87,7 +97,7 @@ def main(args: list[str] | None = None) -> None:
         args: instead of those that the process was started with.
     """
     try:
-        typer.main.get_command(app)(args=args, prog_name="deqcore")
+        _plain_flags(typer.main.get_command(app))(args=args, prog_name="deqcore")
     except DeqcoreError as error:
         print_error(error)
         sys.exit(2)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
-from rich.console import Console
 
 from deqcore.bench.folder import result_folder
 from deqcore.bench.machine import describe, limit_threads, usable_cores
-from deqcore.cli.output import AsJson, show
+from deqcore.cli.output import AsJson, print_error, progress_printer, show
+from deqcore.config.project import load_plugins
 from deqcore.errors import ProblemError, did_you_mean, listing
 
 if TYPE_CHECKING:
     from deqcore.bench.cases import Case
     from deqcore.bench.harness import Harness
     from deqcore.bench.rows import BenchRow
+
+QUICK_SECONDS: Final = 40.0  # after which --quick begins no further case
 
 
 def command(
@@ -38,7 +41,9 @@ def command(
     budget: Annotated[
         float, typer.Option(min=0.0, help="Time limit in seconds for timing one case on a busy machine.")
     ] = 20.0,
-    quick: Annotated[bool, typer.Option("--quick", help="Small sizes and few rounds, for a first look.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small sizes, few rounds, no memory: within a minute.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for results.json, a table and a plot.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -48,27 +53,29 @@ def command(
     that drifts favours none; rounds in which others used it are left out. The comparison with other libraries is
     `python -m benchmarks` in a checkout of the source.
     """
+    start = time.perf_counter()
     if out is not None:
         result_folder(out)
     limit_threads(usable_cores() if threads is None else threads)  # before NumPy or a framework is imported
+    load_plugins(print_error)
     from deqcore.bench.compare import compare
     from deqcore.bench.harness import ours
 
     solvers = _solvers(solver)
     cases = [_case(name, rtol, quick, batch, size) for name in _named(case)]
     harness = _harness(backend)
-    console = Console(stderr=True)
-
-    def say(text: str) -> None:
-        if console.is_terminal:
-            console.print(text, style="dim")
-
+    say = progress_printer(as_json)
     if quick:
         rounds, budget = min(3, rounds), min(2.0, budget)
     rows: list[BenchRow] = []
-    for item in cases:
+    for count, item in enumerate(cases):
+        if quick and rows and time.perf_counter() - start > QUICK_SECONDS:
+            left = listing([each.name for each in cases[count:]])
+            typer.echo(f"--quick: {QUICK_SECONDS:g} s are over. Not measured: {left}. Name them with --case.", err=True)
+            break
         contenders = ours(solvers, item, harness.traced)
-        rows += compare(harness, item, contenders, rounds=rounds, budget=budget, say=say)
+        say(f"Case {count + 1} of {len(cases)}: {item.name}")
+        rows += compare(harness, item, contenders, rounds=rounds, budget=budget, memory=not quick, say=say)
     _answer(rows, out, as_json, harness.package)
 
 

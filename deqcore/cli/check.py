@@ -13,7 +13,7 @@ from deqcore.cli.output import AsJson, progress_printer
 from deqcore.config import Config
 from deqcore.errors import ConfigError, did_you_mean, listing
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 for item in (conformance.backend, conformance.solver, conformance.strategy):
     app.command()(item)
 

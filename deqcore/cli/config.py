@@ -12,7 +12,7 @@ from deqcore import plugins
 from deqcore.cli.output import AsJson, show
 from deqcore.config import Config
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 
 COLUMNS = ("setting", "value", "origin")
 

@@ -28,9 +28,10 @@ from deqcore.bench.strategy_comparison import (
 from deqcore.cli.output import AsJson, progress_printer, show
 from deqcore.config import Config
 from deqcore.config import resolve as resolve_settings
+from deqcore.diagnostics.layers import BoundLayer
 from deqcore.errors import BackendError, ConfigError, ProblemError, did_you_mean, listing
 from deqcore.solve.messages import coupling
-from deqcore.testing.problem import Problem, load_problem, place, rebuild
+from deqcore.testing.problem import Problem, load_own, place, rebuild
 from deqcore.testing.problems import golden, names
 from deqcore.types import Tree
 
@@ -53,7 +54,12 @@ DTYPES: Final = ("float32", "float64")
 def command(
     problem: Annotated[
         str,
-        typer.Option("--problem", "-p", help="Your problem, path/to/file.py:name, or the name of a golden problem."),
+        typer.Option(
+            "--problem",
+            "-p",
+            help=f"{', '.join(names())}; or your own as path/to/file.py:name, which is a deqcore.testing.Problem, a "
+            f"tuple (layer or module or function, *inputs), or a function that returns one.",
+        ),
     ] = "mlp",
     backend: Annotated[str, typer.Option(help="The backend to run on.")] = "auto",
     solver: Annotated[str, typer.Option(help="The forward solver. Default: as configured.")] = "",
@@ -74,10 +80,12 @@ def command(
     """
     good, asked = _accuracy(accuracy)
     config = _config(backend, solver)
+    task = _problem(problem)
+    if isinstance(task, BoundLayer):
+        config = _of_layer(config, task, solver)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "backend = 'auto'")  # the backend is named below the table
         result = get_backend(config)
-    task = _problem(problem)
     table = _survey(result, task, config, dtype, rounds, progress_printer(as_json))
     best = cheapest(table.rows, good)
     verdict = _verdict(best, table, asked)
@@ -123,9 +131,18 @@ def _config(backend: str, solver: str) -> Config:
     return resolve_settings(Config.discover(), overrides)[0]
 
 
-def _problem(name: str) -> Problem:
+def _of_layer(config: Config, task: BoundLayer, chosen_solver: str) -> Config:
+    """Return the settings of a layer, above those of the project; the command line wins."""
+    own: dict[str, object] = {"forward__on_failure": "ignore", "backend": task.backend.name}
+    if chosen_solver:
+        own["forward__solver"] = chosen_solver
+    return resolve_settings(config if task.config is None else task.config, task.settings | own)[0]
+
+
+def _problem(name: str) -> Problem | BoundLayer:
     if ":" in name:
-        return load_problem(name)
+        found = load_own(name)
+        return found if isinstance(found, Problem) else BoundLayer.of(found[0], tuple(found[1:]))
     if name not in names():
         raise ProblemError(
             f"--problem {name!r}: no problem of that name.{did_you_mean(name, names())} There are: {listing(names())}; "
@@ -135,9 +152,18 @@ def _problem(name: str) -> Problem:
 
 
 def _survey(
-    backend: Backend, problem: Problem, config: Config, dtype: str, rounds: int, say: Callable[[str], object]
+    backend: Backend,
+    problem: Problem | BoundLayer,
+    config: Config,
+    dtype: str,
+    rounds: int,
+    say: Callable[[str], object],
 ) -> StrategyComparison:
     """Convert the data and measure; an error in the user's f names the line that raised it."""
+    if isinstance(problem, BoundLayer):
+        bound = problem
+        data = bound.params, bound.inputs, bound.z0, bound.direction()
+        return _compared(backend, bound.name, lambda z, p, x: bound.f(z, p, *x), data, config, rounds, say)
     if problem.backends is not None and backend.name not in problem.backends:
         raise ProblemError(
             f"Problem {problem.name!r} is written for {listing(problem.backends)}, but the backend is "
@@ -145,8 +171,21 @@ def _survey(
         )
     settings = {"forward__batch": problem.batch, "backend": backend.name}
     config = resolve_settings(config, settings)[0]
+    data = _data(problem, dtype, backend)
+    return _compared(backend, problem.name, problem.bound(backend), data, config, rounds, say)
+
+
+def _compared(
+    backend: Backend,
+    name: str,
+    f: Callable[..., Tree],
+    data: tuple[Tree, Tree, Tree, Tree],
+    config: Config,
+    rounds: int,
+    say: Callable[[str], object],
+) -> StrategyComparison:
     harness = Harness.of(backend, plugins.backends()[backend.name].package)
-    f, raised = problem.bound(backend), []
+    raised: list[Exception] = []
 
     def watched(*args: Any) -> Tree:
         try:
@@ -156,12 +195,10 @@ def _survey(
             raise
 
     try:
-        return compare_strategies(
-            harness, backend, watched, _data(problem, dtype, backend), config, _choices(config), rounds=rounds, say=say
-        )
+        return compare_strategies(harness, backend, watched, data, config, _choices(config), rounds=rounds, say=say)
     except Exception as error:
         if raised and error is raised[-1]:
-            raise ProblemError(f"Problem {problem.name!r}: f raised {place(error)}") from error
+            raise ProblemError(f"Problem {name!r}: f raised {place(error)}") from error
         raise
 
 
@@ -223,7 +260,9 @@ def _toml(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else repr("none" if value is None else value)
 
 
-def _notes(table: StrategyComparison, problem: Problem, backend: Backend, config: Config, *, timed: bool) -> list[str]:
+def _notes(
+    table: StrategyComparison, problem: Problem | BoundLayer, backend: Backend, config: Config, *, timed: bool
+) -> list[str]:
     lines = [
         f"{problem.name}: {table.samples} samples, backend {backend.name}, solver {config.forward.solver}.",
         "vjps: vector–Jacobian products, median (most) per sample; for phantom and unrolled the steps differentiated.",
@@ -271,7 +310,7 @@ def _cells(row: ComparisonRow) -> dict[str, object]:
 
 def _as_json(
     table: StrategyComparison,
-    problem: Problem,
+    problem: Problem | BoundLayer,
     backend: Backend,
     config: Config,
     asked: str,

@@ -14,7 +14,7 @@ from rich.live import Live
 from deqcore.cli.output import AsJson, print_error, show
 from deqcore.errors import MonitorError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 
 LogPath = Annotated[Path, typer.Argument(help="The log that the sink jsonl writes.")]
 

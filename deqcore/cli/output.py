@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Final, TypeAlias
 
@@ -32,19 +33,24 @@ def show(rows: Sequence[TableRow], columns: Iterable[str], *, as_json: bool, emp
     if as_json:
         typer.echo(json.dumps(rows, indent=2, default=str))
         return
-    # If the output is not a terminal, rich assumes 80 columns and cuts text that a script may read.
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
+    console = table_console()
     if not rows:
         console.print(Text(empty))
         return
     cells = {column: [_cell(row.get(column)) for row in rows] for column in columns}
     shown = {column: texts for column, texts in cells.items() if any(texts)}
-    table = Table(*shown, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in shown:
+        table.add_column(column, overflow="fold")  # a narrow column breaks its lines and cuts none
     for texts in zip(*shown.values(), strict=True):
         table.add_row(*texts)
     console.print(table)
+
+
+def table_console() -> Console:
+    """Return a console as wide as the terminal or COLUMNS; without either 200, since a script may read the text."""
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=200)
 
 
 def print_error(error: DeqcoreError) -> None:

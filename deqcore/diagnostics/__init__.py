@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from deqcore.diagnostics.audit import Audit, gradient_audit
+    from deqcore.diagnostics.layers import layer_audit
     from deqcore.diagnostics.penalty import jacobian_penalty
     from deqcore.diagnostics.residuals import Curve, residual_curve
     from deqcore.diagnostics.spectrum import Spectrum, spectral_radius
@@ -21,6 +22,7 @@ _HOME: Final = {
     "Spectrum": "deqcore.diagnostics.spectrum",
     "gradient_audit": "deqcore.diagnostics.audit",
     "jacobian_penalty": "deqcore.diagnostics.penalty",
+    "layer_audit": "deqcore.diagnostics.layers",
     "residual_curve": "deqcore.diagnostics.residuals",
     "spectral_radius": "deqcore.diagnostics.spectrum",
 }
@@ -31,6 +33,7 @@ __all__ = [
     "Spectrum",
     "gradient_audit",
     "jacobian_penalty",
+    "layer_audit",
     "residual_curve",
     "spectral_radius",
 ]

@@ -9,11 +9,29 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from deqcore.errors import ProblemError, described
 from deqcore.solution import Solution
 from deqcore.solve.observer import Solve
 from deqcore.solve.opaque import opened
 from deqcore.solve.plan import Plan
 from deqcore.types import Tree
+
+
+def without_aux(f: Callable[..., Any]) -> Callable[..., Tree]:
+    """Return f without the second of the pair that it returns.
+
+    Raises:
+        ProblemError: (when called) f did not return a pair.
+    """
+
+    def first(z: Tree, *args: Any) -> Tree:
+        pair = f(z, *args)
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise ProblemError(f"With has_aux = true f must return (z, aux) (got {described(pair)}).")
+        return pair[0]
+
+    first.__wrapped__ = f  # type: ignore[attr-defined] # backward passes are counted for f
+    return first
 
 
 def solve(
@@ -27,7 +45,7 @@ def solve(
     if plan.observer is not None:
         plan.observer.solved(Solve(solution, plan.config, time.perf_counter() - start, f, z0, args))
     plan.report_nondeterminism(raveled, args, forward, record)
-    plan.report_failure(forward)
+    plan.report_failure(raveled, forward)
     return solution
 
 
@@ -45,5 +63,5 @@ def differentiate(
         solution = plan.solution(plan.backend.detach(value), forward, record)
         plan.observer.solved(Solve(solution, plan.config, time.perf_counter() - began, f, z0, args))
     plan.report_nondeterminism(raveled, trees, forward, record)
-    plan.report_failure(forward)
+    plan.report_failure(raveled, forward)
     return plan.space.unravel(value), closed(gradients)

@@ -51,7 +51,7 @@ def plan_call(config: Config | None, overrides: Mapping[str, object], z0: Tree, 
         if strategy.wants_estimate() and not solver.has_estimate:
             raise StrategyError.needs_estimate(backward.strategy, forward.solver, _with_estimate())
     space = RavelSpec.of(backend, z0, forward.batch)
-    like = backend.flatten(z0)[0][0]
+    like = space.leaves(z0)[0]
     control = _criteria(resolved, scalars, backend, like)
     return Plan(resolved, backend, solver, strategy, control, space, watcher)
 

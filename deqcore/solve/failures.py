@@ -393,7 +393,7 @@ class Failures:
         >>> failures(Tally.of(np, np.array([1, 2]), np.array([3, 9]), np.array([0.0, 0.5])))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        deqcore.errors.ConvergenceError: 1 of 2 samples CONVERGED after at most 3 steps...
+        deqcore.errors.ConvergenceError: 1 of 2 samples MAX_STEPS after at most 9 steps...
     """
 
     def __init__(self, action: str, circumstances: str = "", solver: str = "") -> None:
@@ -404,7 +404,7 @@ class Failures:
     def __call__(self, tally: Tally) -> None:
         """Report one run in which samples failed."""
         self.runs += 1
-        text = f"{tally.lines(SOLVED, self.solver)}{self.circumstances}"
+        text = f"{tally.lines(SOLVED, self.solver, failed_first=True)}{self.circumstances}"
         if self.action == "raise":
             raise ConvergenceError(text)
         if due(self.runs - 1):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from deqcore.abc.backend import Backend
@@ -23,6 +23,8 @@ class RavelSpec:
         shapes: shape of each leaf.
         sizes: count of numbers per sample in each leaf.
         batch: rows of the matrix; 1 if the whole state is one system.
+        carried: leaves of integers, booleans and anything else that is not an array, by position: f gets them as they
+            are in z0, and no solver changes them. The fields above describe the others.
     """
 
     backend: Backend
@@ -32,6 +34,7 @@ class RavelSpec:
     batch: int
     dtype: str
     device: Any
+    carried: tuple[tuple[int, Any], ...] = field(default=(), compare=False)
 
     @classmethod
     def of(cls, backend: Backend, z0: Tree, batch: bool) -> RavelSpec:
@@ -40,14 +43,19 @@ class RavelSpec:
         Raises:
             InitialIterateError: no arrays, integer or mixed dtypes, several devices, too few axes, unequal batch sizes.
         """
-        leaves, structure = backend.flatten(z0)
-        if not leaves:
+        every, structure = backend.flatten(z0)
+        kinds = [backend.dtype_name(leaf) if backend.is_array(leaf) else "" for leaf in every]
+        plain = all("float" in kind for kind in kinds)  # as in most calls
+        carried = () if plain else tuple((i, leaf) for i, leaf in enumerate(every) if _is_carried(backend, leaf))
+        leaves = _moved(every, carried) if batch else _floating(backend, every, carried)
+        if not every:
             raise InitialIterateError(
                 "The initial iterate z0 must hold at least one array of floating-point numbers (got none)."
             )
+        leaves = leaves or every  # the error names what is there
         for leaf in leaves:
             _check_leaf(backend, leaf, batch)
-        dtypes = {backend.dtype_name(leaf) for leaf in leaves}
+        dtypes = set(kinds) if plain else {backend.dtype_name(leaf) for leaf in leaves}
         if len(dtypes) > 1:
             raise InitialIterateError(
                 f"The leaves of the state must have one dtype (got {', '.join(sorted(dtypes))}). Cast the leaves to "
@@ -68,11 +76,16 @@ class RavelSpec:
                 f"forward.batch = false to solve the whole state as one system."
             )
         sizes = tuple(math.prod(shape[1:] if batch else shape) for shape in shapes)
-        return cls(backend, structure, shapes, sizes, rows.pop(), dtypes.pop(), backend.device_of(leaves[0]))
+        device = backend.device_of(leaves[0])
+        return cls(backend, structure, shapes, sizes, rows.pop(), dtypes.pop(), device, carried)
+
+    def leaves(self, tree: Tree) -> list[Array]:
+        """Return the leaves of a tree like the state that the solver moves."""
+        return _floating(self.backend, self.backend.flatten(tree)[0], self.carried)
 
     def ravel(self, tree: Tree) -> Array:
         """Return the matrix `(batch, n)` of a tree that is known to fit."""
-        return self._join(self.backend.flatten(tree)[0])
+        return self._join(self.leaves(tree))
 
     def ravel_like(self, name: str, tree: Tree) -> Array:
         """Return the matrix `(batch, n)` of a tree that must be like the state.
@@ -80,7 +93,8 @@ class RavelSpec:
         Raises:
             InitialIterateError: it has another structure, or leaves of another kind, shape or dtype.
         """
-        leaves, structure = self.backend.flatten(tree)
+        every, structure = self.backend.flatten(tree)
+        leaves = _floating(self.backend, every, self.carried) if structure == self.structure else every
         kinds = [self._kind(leaf) for leaf in leaves]
         expected = [f"{self.dtype} {shape}" for shape in self.shapes]
         if structure != self.structure or kinds != expected:
@@ -103,6 +117,8 @@ class RavelSpec:
             part = matrix if len(self.sizes) == 1 else matrix[:, start : start + size]
             leaves.append(part if part.shape == shape else xp.reshape(part, shape))
             start += size
+        for position, leaf in self.carried:
+            leaves.insert(position, leaf)
         return self.backend.unflatten(self.structure, leaves)
 
     def wrap(self, f: Callable[..., Tree], batched: tuple[int, ...] = ()) -> FlatFunction:
@@ -119,6 +135,7 @@ class RavelSpec:
                 f"f(z, ...) must return a tree like z, of the structure {self.structure} (got {described(value)} of "
                 f"the structure {structure})."
             )
+        leaves = _moved(leaves, self.carried)
         if len(leaves) == 1:  # several leaves are joined in a new array
             leaves = self.backend.guards.owned(leaves)
         return self._join([self._checked(leaf, i) for i, leaf in enumerate(leaves)])
@@ -231,6 +248,32 @@ class FlatFunction:
                 f"{type(leaf).__name__} and not leaves of a tree. Pass them as a dict or a tuple, or register the "
                 f"class as a pytree."
             )
+
+
+def _is_carried(backend: Backend, leaf: Any) -> bool:
+    """Return whether a leaf of z0 is carried along: integers, booleans, or no numbers at all."""
+    if isinstance(leaf, bool | int | str | None):
+        return True
+    if not backend.is_array(leaf) or backend.guards.unfit(leaf) is not None:
+        return False
+    name = backend.dtype_name(leaf)
+    return "int" in name or "bool" in name
+
+
+def _moved(leaves: list[Any], carried: tuple[tuple[int, Any], ...]) -> list[Any]:
+    if not carried:
+        return leaves
+    kept = {position for position, _ in carried}
+    return [leaf for position, leaf in enumerate(leaves) if position not in kept]
+
+
+def _floating(backend: Backend, leaves: list[Any], carried: tuple[tuple[int, Any], ...]) -> list[Any]:
+    """Return the other leaves, with Python's numbers as arrays of the dtype of the first array."""
+    leaves = _moved(leaves, carried)
+    if any(type(leaf) is float for leaf in leaves):
+        like = next((leaf for leaf in leaves if backend.is_array(leaf)), None)
+        leaves = [backend.asarray(leaf, like=like) if type(leaf) is float else leaf for leaf in leaves]
+    return leaves
 
 
 def _check_leaf(backend: Backend, leaf: Any, batch: bool) -> None:

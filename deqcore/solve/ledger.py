@@ -21,6 +21,7 @@ class Ledger:
         failed: of these, passes whose failure was reported.
         coupled: of these, passes that were reported to couple rows.
         forward: solves that were reported to couple rows.
+        unsolved: solves whose failure was reported.
         suspect: whether the latest verification contradicted the strategy, so that the next pass is verified as well.
         verified: whether a pass has been verified; only traced code, which cannot know that a pass will run, needs it.
     """
@@ -29,6 +30,7 @@ class Ledger:
     failed: int = 0
     coupled: int = 0
     forward: int = 0
+    unsolved: int = 0
     suspect: bool = False
     verified: bool = False
 

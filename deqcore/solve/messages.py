@@ -19,7 +19,7 @@ ADVICE: Final = {
         "loosen {tolerance}, use a wider dtype, or regularize the Jacobian of f, since I − J is singular or nearly so "
         "at this solution"
     ),
-    Status.DIVERGED: "use solver = 'gmres' in backward.options, which needs no contraction",
+    Status.DIVERGED: "{contraction}",
     Status.NONFINITE: "look for NaN or inf in f and in its derivative at the solution",
 }
 
@@ -73,7 +73,10 @@ def _options(strategy: Strategy) -> dict[str, str]:
             return f"the {'budget' if names is BUDGETS else 'tolerance'} of the strategy"
         return f"{found} = {options[found]!r} in backward.options"
 
-    return {"budget": named(BUDGETS), "tolerance": named(TOLERANCES)}
+    contraction = "use solver = 'gmres' in backward.options, which needs no contraction"
+    if option_values(strategy).get("solver") in ("gmres", "auto"):
+        contraction = "regularize the Jacobian of f, since I − J is singular or nearly so at this solution"
+    return {"budget": named(BUDGETS), "tolerance": named(TOLERANCES), "contraction": contraction}
 
 
 def coupling(pair: tuple[int, int] | None, wrong: int = 0, batch: int = 0, residual: float = float("nan")) -> str:

@@ -27,7 +27,7 @@ from deqcore.solve.ledger import Account
 from deqcore.solve.loop import BoundSolve
 from deqcore.solve.observer import Observer
 from deqcore.solve.termination import greater, judged
-from deqcore.solve.user_line import warn
+from deqcore.solve.user_line import due, warn
 from deqcore.solve.verification import coupled_rows
 from deqcore.types import Array, BackwardRecord, Limits, LoopState, Map, Reached, SolveResult, Status, StoppingCriteria
 
@@ -210,8 +210,11 @@ class Plan:
                 backend, lambda z: backend.detach(backend.autodiff.forward_only(f, z, args, _once).z), z
             )
 
-    def report_failure(self, forward: SolveResult) -> None:
-        """Raise or warn about samples that did not converge; see `CallGuards.watch` for traced code."""
+    def report_failure(self, f: FlatFunction, forward: SolveResult) -> None:
+        """Raise each time, or warn at the 1st, 10th, 100th, … failed solve of f, about samples that did not converge.
+
+        Traced code does it by `CallGuards.watch`.
+        """
         action = self.config.forward.on_failure
         if forward.carry is None or action == "ignore":
             return
@@ -225,10 +228,19 @@ class Plan:
         if not bool(xp.any(forward.status != int(Status.CONVERGED))):
             return
         status, residual, steps = map(self.backend.to_numpy, (forward.status, forward.residual, forward.steps))
-        text = f"{summarize(status, residual, steps, repr(self.solver))} {self._circumstances()}"
+        found = summarize(status, residual, steps, repr(self.solver), failed_first=True)
+        text = f"{found} {self._circumstances()}"
         if action == "raise":
             raise ConvergenceError(text)
-        warn(text, ConvergenceWarning)
+        counts = self._account(f).ledger
+        counts.unsolved += 1
+        if due(counts.unsolved - 1):
+            more = (
+                f" This is the {counts.unsolved}th solve of this layer or function that failed."
+                if counts.unsolved > 1
+                else ""
+            )
+            warn(text + more, ConvergenceWarning)
 
     def _circumstances(self) -> str:
         """Return the settings that a failed solve ran with, for its message."""

@@ -10,7 +10,8 @@ from typing import Any, Final
 INSIDE: Final = frozenset(
     (
         *("deqcore", "deqcore_torch", "deqcore_jax", "deqcore_numpy"),
-        *("torch", "jax", "flax", "equinox", "lightning", "functools", "contextlib"),
+        *("torch", "jax", "flax", "equinox", "optax", "optree", "functools", "contextlib", "threading"),
+        *("lightning", "pytorch_lightning", "accelerate", "transformers"),
     )
 )
 

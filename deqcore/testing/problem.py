@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -114,6 +115,36 @@ def load_problem(where: str) -> Problem:
     Raises:
         ProblemError: no such file or name, the file raises, or the name is something else.
     """
+    result = _loaded(where)
+    if not isinstance(result, Problem):
+        raise ProblemError(
+            f"{where} must be a deqcore.testing.Problem, or a function without arguments that returns one "
+            f"(got a {type(result).__name__})."
+        )
+    return result
+
+
+def load_own(where: str) -> Problem | tuple[Any, ...]:
+    """Read `path/to/file.py:name` as `load_problem` does; it may also be a layer, a module or a function with its data.
+
+    Returns:
+        A Problem, or a tuple `(layer, *inputs)`.
+
+    Raises:
+        ProblemError: as `load_problem`, or a layer comes without data.
+    """
+    result = _loaded(where)
+    if isinstance(result, Problem) or (isinstance(result, tuple) and len(result) > 1 and callable(result[0])):
+        return result
+    raise ProblemError(
+        f"{where} must be a deqcore.testing.Problem, a tuple (layer, *inputs) of a layer, module or function "
+        f"cell(z, *inputs) and its arrays, or a function without arguments that returns one of these (got a "
+        f"{type(result).__name__})."
+    )
+
+
+def _loaded(where: str) -> Any:
+    """Return what `path/to/file.py:name` names, or what the function of that name returns."""
     path_text, separator, name = where.rpartition(":")
     if not separator or not name.isidentifier():
         raise ProblemError(f"--problem must be path/to/file.py:name (got {where!r}).")
@@ -128,20 +159,15 @@ def load_problem(where: str) -> Problem:
             f"{path} defines no {name!r}.{did_you_mean(name, public)} Problems in it: {listing(fitting)}."
         )
     result = getattr(module, name)
-    if callable(result) and not isinstance(result, Problem | type):
-        try:
-            result = result()
-        except Exception as error:
-            raise ProblemError(
-                f"{path}:{name}() raised {type(error).__name__}: {error}. It must be a Problem, or a function "
-                f"without arguments that returns one."
-            ) from error
-    if not isinstance(result, Problem):
+    if not inspect.isroutine(result):
+        return result
+    try:
+        return result()
+    except Exception as error:
         raise ProblemError(
-            f"{path}:{name} must be a deqcore.testing.Problem, or a function without arguments that returns one "
-            f"(got a {type(result).__name__})."
-        )
-    return result
+            f"{path}:{name}() raised {type(error).__name__}: {error}. It must be a Problem, or a function "
+            f"without arguments that returns one."
+        ) from error
 
 
 def _execute(path: Path) -> Any:

@@ -119,3 +119,23 @@ def test_threads_are_checked_and_set_before_numpy_is_imported(tmp_path: Path) ->
     done = subprocess.run([*command, "0"], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2
     assert "a number from 1 to" in done.stderr
+
+
+def test_solvers_of_the_deqfile_are_known(capsys: Capture, tmp_path: Path) -> None:
+    (tmp_path / "deq.toml").write_text("plugins.deqfile = true\n")
+    (tmp_path / "deqfile.py").write_text(
+        "from deqcore.plugins import SolverSpec, hookimpl\n\n@hookimpl\ndef deqcore_solvers():\n"
+        "    yield SolverSpec('mine', 'deqcore.solvers.picard:Picard', summary='own')\n"
+    )
+    code, out, _ = run(capsys, *TINY, "-c", "dense", "-s", "mine", "--json")
+    plugins.reset()
+    assert code == 0
+    assert [row["contender"] for row in json.loads(out)["rows"]] == ["deqcore mine"]
+
+
+def test_quick_leaves_out_what_does_not_fit_into_its_time(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "QUICK_SECONDS", 0.0)
+    code, out, err = run(capsys, *TINY, "--quick", "-s", "picard", "--json")
+    assert code == 0
+    assert {row["case"] for row in json.loads(out)["rows"]} == {"dense"}
+    assert "Not measured: affine" in err

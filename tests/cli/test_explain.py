@@ -292,3 +292,50 @@ def test_bad_input(capsys, args, message):
     assert code == 2
     assert out == ""
     assert message in " ".join(err.split())
+
+
+LAYERS = """
+import torch
+from deqcore_torch.nn import DEQ
+
+torch.manual_seed(0)
+cell = torch.nn.Linear(4, 4)
+
+class Cell(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(4, 4)
+        torch.nn.init.normal_(self.inner.weight, std=0.2)
+
+    def forward(self, z, x):
+        return torch.tanh(self.inner(z) + x)
+
+def layer():
+    return DEQ(Cell(), forward__solver="anderson", forward__rtol=1e-5), torch.ones(2, 4)
+
+module = Cell(), torch.ones(2, 4)
+function = (lambda z, x: 0.5 * torch.tanh(z) + x), torch.ones(2, 4)
+alone = Cell()
+"""
+
+
+@pytest.mark.parametrize("name", ["layer", "module", "function"])
+def test_a_layer_a_module_or_a_function_with_data(capsys, project, name):
+    (project / "layers.py").write_text(LAYERS)
+    _, found, rows = figures(capsys, "--problem", "layers.py:" + name)
+    assert rows["exact-ift"]["cosine"] == pytest.approx(1.0, abs=1e-4)
+    assert rows["jacobian-free"]["error"] > 0.01
+    assert found["backend"] == "torch"
+    assert found["solver"] == ("anderson" if name == "layer" else "broyden")
+
+
+def test_a_layer_without_data_is_an_error_that_asks_for_it(capsys, project):
+    (project / "layers.py").write_text(LAYERS)
+    code, _, err = explain(capsys, "--problem", "layers.py:alone")
+    assert code == 2
+    assert "a tuple (layer, *inputs)" in err
+
+
+def test_help_names_the_problems(capsys):
+    _, out, _ = explain(capsys, "--help")
+    assert "ill-conditioned" in out

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import typer
 
+import deqcore
 from deqcore import plugins
 from deqcore.cli.app import main
 from deqcore.cli.listing import rows as listing_rows
@@ -246,3 +247,25 @@ def test_a_broken_deqfile_does_not_stop_the_listing(capsys: Capture, tmp_path: P
         assert code == 0
         assert out
         assert "deqfile.py, line 2: ZeroDivisionError" in err
+
+
+def test_help_keeps_words_in_brackets_and_shows_no_type_for_flags(capsys: Capture) -> None:
+    code, out, _ = run(capsys, "study", "--help")
+    assert code == 0
+    assert "[study]" in out
+    assert "<bool>" not in out
+
+
+def test_tables_are_as_wide_as_asked_and_cut_nothing(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    _, out, _ = run(capsys, "solvers")
+    assert max(map(len, out.splitlines())) <= 60
+    letters = "".join(out.split())
+    assert "…" not in out
+    assert "damping=1.0" in letters
+
+
+def test_the_package_itself_is_the_command(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "deqcore", "--version"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.strip() == deqcore.__version__

@@ -9,7 +9,7 @@ import pytest
 
 PUBLIC = {
     "deqcore": """AdjointReport Backend Capabilities Config History InverseJacobian Solution Solver Status StepStrategy
-        Strategy __version__ errors fixed_point get_backend using vjp""",
+        Stepper Strategy __version__ custom_fixed_point custom_root errors fixed_point get_backend using vjp""",
     "deqcore.errors": """BackendError BackendMismatchError ConfigError ConvergenceError ConvergenceWarning
         CoupledRowsWarning DeqcoreError DtypeToleranceWarning LayerWarning MissingExtraError MissingFrameworkError
         MonitorError MonitorWarning NonDeterministicWarning PluginError ProblemError InitialIterateError StrategyError
@@ -29,7 +29,8 @@ PUBLIC = {
     "deqcore.backward.unrolled": "Unrolled",
     "deqcore.plugins": """BackendSpec CommandSpec DataSpec ModelSpec SinkSpec SolverSpec StrategySpec TrainerSpec
         hookimpl register""",
-    "deqcore.diagnostics": "Audit Curve Spectrum gradient_audit jacobian_penalty residual_curve spectral_radius",
+    "deqcore.diagnostics": """Audit Curve Spectrum gradient_audit jacobian_penalty layer_audit residual_curve
+        spectral_radius""",
     "deqcore.monitor": "Event Metric Metrics Measurement Monitor Profile Record Row RunInfo Sink Trigger",
     "deqcore.monitor.adapters": "lightning_callback transformers_callback",
     "deqcore.testing": "BackendTests Problem SinkTests SolverTests StrategyTests golden weights",
@@ -41,7 +42,10 @@ PUBLIC = {
     "deqcore.study.data.base": "Split",
     "deqcore_torch.nn": "DEQ",
     "deqcore_torch.cells": "MonotoneCell VariationalDropout begin_solve",
-    "deqcore_torch.compat.torchdeq": "get_deq",
+    "deqcore_torch.compat.torchdeq": """DEQBase VariationalDropout add_deq_args apply_norm fp_correction get_deq
+        get_solver install jac_reg mem_gc mixed_init power_method register_deq register_norm register_norm_module
+        register_solver register_weight_func remove_norm reset_deq reset_dropout reset_norm
+        solver_stat_from_final_step""",
     "deqcore_jax.cells": "Monotone dropout_mask spectrally_normalized weight_normalized",
     "deqcore_jax.nnx": "DEQ",
     "deqcore_jax.equinox": "DEQ",

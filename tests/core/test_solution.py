@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 import numpy as np
 import pytest
@@ -113,3 +114,25 @@ def test_a_solution_says_per_sample_what_happened(be):
         sol.value = None
     assert "backend" not in repr(sol)
     assert "Carry" not in repr(sol)
+
+
+def test_warnings_begin_with_what_failed_and_become_rare():
+    def f(z):
+        return np.array([[0.1], [0.999]]) * z + 1
+
+    shown = []
+    for _ in range(25):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            deqcore.fixed_point(f, np.zeros((2, 1)), forward__solver="picard", forward__max_steps=12)
+        shown += caught
+    texts = [str(each.message) for each in shown]
+    assert len(texts) == 2  # the 1st and the 10th
+    assert all(text.startswith("1 of 2 samples MAX_STEPS") for text in texts)
+    assert "10th solve" in texts[1]
+    assert all(each.filename == __file__ for each in shown)
+
+
+def test_the_printed_form_of_a_solution_is_its_summary(be):
+    sol = deqcore.fixed_point(lambda z: 0.5 * z + 1, be.asarray(np.zeros((2, 3))))
+    assert repr(sol) == f"Solution(value of shape (2, 3))\n{sol.summary()}"

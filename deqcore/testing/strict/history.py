@@ -82,7 +82,9 @@ class StrictHistory(History):
 
     def merge(self, rows: Array, other: History) -> StrictHistory:
         """Merge into a copy of the inner history."""
-        assert isinstance(other, StrictHistory)
+        assert isinstance(other, StrictHistory), (
+            "merge must get a history of the strict backend. Build both with backend.history."
+        )
         return StrictHistory(self.inner.copy().merge(unwrap(rows), other.inner))
 
     def copy(self) -> StrictHistory:

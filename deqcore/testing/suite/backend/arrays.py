@@ -30,60 +30,89 @@ class ArrayTests(Conformance):
     def test_arrays_come_back_as_they_went(self, kit: Kit, dtype: str) -> None:
         a = (np.arange(6).reshape(2, 3) - 2).astype(dtype)
         x = kit.array(a, dtype)
-        assert kit.backend.dtype_name(x) == dtype
-        assert tuple(x.shape) == (2, 3)
-        assert kit.numpy(x).dtype == dtype
-        assert np.array_equal(kit.numpy(x), a)
+        assert kit.backend.dtype_name(x) == dtype, (
+            "asarray must keep the dtype of floating data. Pass the dtype on to the framework."
+        )
+        assert tuple(x.shape) == (2, 3), "asarray must keep the shape of its data."
+        assert kit.numpy(x).dtype == dtype, "to_numpy must keep the dtype of the array."
+        assert np.array_equal(kit.numpy(x), a), "to_numpy(asarray(a)) must give the numbers of a."
 
     def test_asarray_takes_numbers_lists_and_follows_like(self, kit: Kit) -> None:
         like = kit.array([[1.0, 2.0]], "float32")
         for given in (3.0, [1.0, 2.0], np.array([1.0, 2.0])):
             x = kit.backend.asarray(given, like=like)
-            assert kit.backend.dtype_name(x) == "float32"
-            assert kit.backend.device_of(x) == kit.backend.device_of(like)
-            assert np.array_equal(kit.numpy(x), np.asarray(given, np.float32))
+            assert kit.backend.dtype_name(x) == "float32", "asarray(..., like=x) must give the dtype of x."
+            assert kit.backend.device_of(x) == kit.backend.device_of(like), (
+                "asarray(..., like=x) must place the array on the device of x."
+            )
+            assert np.array_equal(kit.numpy(x), np.asarray(given, np.float32)), (
+                "asarray must take numbers, lists and arrays."
+            )
 
     def test_writing_to_what_came_back_changes_nothing(self, kit: Kit) -> None:
         x = kit.array([[1.0, 2.0]])
         found = np.array(kit.numpy(x))
         found[...] = 7.0
-        assert np.array_equal(kit.numpy(x), [[1.0, 2.0]])
+        assert np.array_equal(kit.numpy(x), [[1.0, 2.0]]), (
+            "to_numpy must return a copy, so that writing to it changes no array of the framework. Copy in to_numpy."
+        )
 
     def test_knows_its_own_arrays(self, kit: Kit) -> None:
-        assert kit.backend.is_array(kit.array([1.0]))
+        assert kit.backend.is_array(kit.array([1.0])), "is_array must be true for what asarray returns."
         for other in (1.0, [1.0], "text", None):
-            assert not kit.backend.is_array(other)
+            assert not kit.backend.is_array(other), (
+                "is_array must be false for what is not an array of this framework, such as Python's numbers and "
+                "NumPy arrays."
+            )
 
     def test_trees_are_taken_apart_and_put_together(self, kit: Kit) -> None:
         x, y = kit.array([1.0]), kit.array([2.0, 3.0])
         trees: list[Any] = [x, {"b": [x, (y,)], "a": y}, (x, {"c": y}), []]
         for tree in trees:
             leaves, structure = kit.backend.flatten(tree)
-            assert all(kit.backend.is_array(leaf) for leaf in leaves)
+            assert all(kit.backend.is_array(leaf) for leaf in leaves), (
+                "flatten must return the arrays of a tree as leaves."
+            )
             rebuilt = kit.backend.unflatten(structure, leaves)
-            assert type(rebuilt) is type(tree)
-            assert kit.backend.flatten(rebuilt)[1] == structure
-        assert kit.backend.flatten((x, y))[1] == kit.backend.flatten((y, x))[1]
-        assert kit.backend.flatten((x, y))[1] != kit.backend.flatten([x, y])[1]
+            assert type(rebuilt) is type(tree), "unflatten must give back the container's own type."
+            assert kit.backend.flatten(rebuilt)[1] == structure, (
+                "flatten must return the same structure for a tree that unflatten has built."
+            )
+        assert kit.backend.flatten((x, y))[1] == kit.backend.flatten((y, x))[1], (
+            "structures of trees of the same layout must compare as equal."
+        )
+        assert kit.backend.flatten((x, y))[1] != kit.backend.flatten([x, y])[1], (
+            "structures of a tuple and of a list must compare as unequal."
+        )
 
     def test_casts(self, kit: Kit) -> None:
         x = kit.array([1.5, -2.0])
-        assert kit.backend.dtype_name(kit.backend.astype(x, "float32")) == "float32"
+        assert kit.backend.dtype_name(kit.backend.astype(x, "float32")) == "float32", (
+            "astype must give the dtype that it is called with."
+        )
         narrow = kit.array([0.0], "float32")
-        assert kit.backend.dtype_name(kit.backend.cast(x, narrow)) == "float32"
-        assert np.array_equal(kit.numpy(kit.backend.cast(x, narrow)), [1.5, -2.0])
+        assert kit.backend.dtype_name(kit.backend.cast(x, narrow)) == "float32", (
+            "cast(x, like) must give the dtype of `like`."
+        )
+        assert np.array_equal(kit.numpy(kit.backend.cast(x, narrow)), [1.5, -2.0]), (
+            "cast must keep numbers that both dtypes hold."
+        )
 
     @several("dtype", DTYPES)
     def test_epsilon_and_default_tolerance(self, kit: Kit, dtype: str) -> None:
         x = kit.array([1.0], dtype)
-        assert kit.backend.eps(x) == np.finfo(dtype).eps
-        assert default_rtol(kit.backend, x) == pytest.approx({"float64": 1.49e-8, "float32": 1e-4}[dtype], rel=1e-2)
+        assert kit.backend.eps(x) == np.finfo(dtype).eps, "eps must be the machine epsilon of the array's dtype."
+        assert default_rtol(kit.backend, x) == pytest.approx({"float64": 1.49e-8, "float32": 1e-4}[dtype], rel=1e-2), (
+            "eps must give the default tolerance of the dtype, 1e-4 in float32 and 1.5e-8 in float64."
+        )
 
     def test_identity_matrices(self, kit: Kit) -> None:
         like = kit.array([[1.0]], "float32")
         found = kit.backend.linalg.eye(like, 2, 3)
-        assert kit.backend.dtype_name(found) == "float32"
-        assert np.array_equal(kit.numpy(found), np.eye(2, 3))
+        assert kit.backend.dtype_name(found) == "float32", "eye must take the dtype of `like`."
+        assert np.array_equal(kit.numpy(found), np.eye(2, 3)), (
+            "eye(n, m) must be the identity matrix, cut to m columns."
+        )
 
     @needs("accelerator")
     def test_arrays_stay_on_their_device(self, kit: Kit) -> None:
@@ -95,7 +124,9 @@ class ArrayTests(Conformance):
             kit.backend.norm(x),
             kit.backend.history(x, 2).dot(x),
         )
-        assert [kit.backend.device_of(a) for a in made] == [at] * len(made)
+        assert [kit.backend.device_of(a) for a in made] == [at] * len(made), (
+            "results must stay on the device of their inputs. Create arrays with `like=`."
+        )
 
     # -- rows ---------------------------------------------------------------------------------------------------
 
@@ -105,7 +136,7 @@ class ArrayTests(Conformance):
         a[1] = 0.0
         found = kit.backend.norm(kit.array(a, dtype))
         close(kit.numpy(found), np.linalg.norm(a.astype(float), axis=1), 20 * float(np.finfo(dtype).eps), "norm")
-        assert kit.backend.dtype_name(found) in DTYPES
+        assert kit.backend.dtype_name(found) in DTYPES, "norms must be float32 or float64, also of narrower states."
 
     @several("dtype", [*DTYPES, "bfloat16"])
     def test_norms_of_any_scale(self, kit: Kit, dtype: str) -> None:
@@ -119,7 +150,7 @@ class ArrayTests(Conformance):
         x = kit.backend.astype(kit.array(rows, "float64" if dtype == "float64" else "float32"), dtype)
         with kit.backend.errstate():
             found = kit.numpy(kit.backend.norm(x)).astype(float)
-        assert found[4] == 0.0
+        assert found[4] == 0.0, "the norm of a row of zeros must be 0. Guard the division of the scaled norm."
         share = found[:4] / factors / np.linalg.norm(plain, axis=1)
         close(share, np.ones(4), 1e-5, "norms over true ones")
 
@@ -136,24 +167,30 @@ class ArrayTests(Conformance):
             assert ((squares > 0) & np.isfinite(squares)).all(), "None says that no row needs a scale"
             return
         found = kit.numpy(unit).astype(float)
-        assert list(found[2:]) == [1.0, 1.0, 1.0]
+        assert list(found[2:]) == [1.0, 1.0, 1.0], "rows of zeros, NaN and inf must have the scale 1."
         size = 5.0 * scales(2, dtype) / found[:2]
         assert ((size >= 0.5) & (size <= 2.0)).all(), f"the norm of scaled rows must be about 1 (got {size})"
         moved = divide_rows(kit.backend, v, unit)
-        assert np.array_equal(kit.numpy(multiply_rows(kit.backend, moved, unit)), kit.numpy(v), equal_nan=True)
+        assert np.array_equal(kit.numpy(multiply_rows(kit.backend, moved, unit)), kit.numpy(v), equal_nan=True), (
+            "multiplying rows by their scale and back must change no bit: scales must be powers of two."
+        )
 
     @needs("bfloat16")
     def test_norms_of_narrow_states_are_wide(self, kit: Kit) -> None:
         x = kit.backend.astype(kit.array(np.full((1, 4096), 300.0), "float32"), "bfloat16")
         found = kit.backend.norm(x)
-        assert kit.backend.dtype_name(found) in DTYPES
+        assert kit.backend.dtype_name(found) in DTYPES, (
+            "norms of narrow states must be float32 or float64. Accumulate in the wider dtype."
+        )
         close(kit.numpy(found), [300.0 * 64], 1e-2, "norm of 4096 numbers")
 
     def test_inner_products_are_wide(self, kit: Kit) -> None:
         a = np.array([[1.0, 1e-8], [3.0, 4.0]], np.float32)
         found = kit.backend.inner(kit.array(a, "float32"), kit.array(a, "float32"))
         wide = kit.backend.dtype_name(kit.backend.to_accum_dtype(kit.array([1.0], "float32")))
-        assert kit.backend.dtype_name(found) == wide
+        assert kit.backend.dtype_name(found) == wide, (
+            "inner products of narrow states must have the accumulating dtype."
+        )
         close(kit.numpy(found), np.sum(a.astype(float) ** 2, axis=1), 2 * float(np.finfo(wide).eps), "inner product")
 
     @several("axes", [1, 2, 3])
@@ -168,7 +205,9 @@ class ArrayTests(Conformance):
         assert np.array_equal(found, expected), "0·NaN is NaN: masks must choose, not multiply"
 
     def test_all_known_never_guesses(self, kit: Kit) -> None:
-        assert not kit.backend.known_all(kit.array([True, False], "bool"))
+        assert not kit.backend.known_all(kit.array([True, False], "bool")), (
+            "known_all must be false if one of the values is false or unknown."
+        )
 
     @several("dtype", DTYPES)
     @several("columns", [0, 2])
@@ -203,23 +242,31 @@ class ArrayTests(Conformance):
         a = np.stack([2 * np.eye(2), np.zeros((2, 2)), 4 * np.eye(2)])
         found = kit.numpy(kit.backend.linalg.solve(kit.array(a), kit.array(np.ones((3, 2)))))
         assert not np.isfinite(found[1]).any(), "a singular system must not give finite numbers"
-        assert np.array_equal(found[[0, 2]], [[0.5, 0.5], [0.25, 0.25]])
+        assert np.array_equal(found[[0, 2]], [[0.5, 0.5], [0.25, 0.25]]), (
+            "a singular system must leave the solutions of the other rows as they are. Solve each row on its own."
+        )
 
     # -- loops --------------------------------------------------------------------------------------------------
 
     @several("every", [1, 3, "auto"])
     def test_a_loop_ends_when_its_condition_does(self, kit: Kit, every: int | str) -> None:
         end = self._count(kit, limit=6, steps=20, every=every)
-        assert 6 <= end.count <= 6 + (every if isinstance(every, int) else 8)
-        assert end.total == pytest.approx(0.5 * end.count)
+        assert 6 <= end.count <= 6 + (every if isinstance(every, int) else 8), (
+            "the loop must end with its condition, at the next check at the latest."
+        )
+        assert end.total == pytest.approx(0.5 * end.count), "each pass of the loop must apply the body exactly once."
 
     @several("every", [1, 3, 7])
     @several("steps", [0, 1, 5])
     def test_a_loop_never_exceeds_its_steps(self, kit: Kit, every: int, steps: int) -> None:
-        assert self._count(kit, limit=100, steps=steps, every=every).count == steps
+        assert self._count(kit, limit=100, steps=steps, every=every).count == steps, (
+            "the loop must end after its budget of steps, whatever the condition says."
+        )
 
     def test_a_loop_whose_condition_is_false_at_once(self, kit: Kit) -> None:
-        assert self._count(kit, limit=0, steps=5, every=1).count == 0
+        assert self._count(kit, limit=0, steps=5, every=1).count == 0, (
+            "a loop whose condition is false at the start must not call its body."
+        )
 
     def _count(self, kit: Kit, limit: int, steps: int, every: int | str) -> Counter:
         start = Counter(kit.array(0, "int32"), kit.array(0.0, "float32"))
@@ -231,5 +278,5 @@ class ArrayTests(Conformance):
             return Counter(c.count + 1, c.total + 0.5)
 
         end = kit.backend.loop(running, body, start, kit.backend.as_scalar(steps, start.total), every)
-        assert isinstance(end, Counter)
+        assert isinstance(end, Counter), "the loop must return a carry of the type that it began with."
         return Counter(int(kit.numpy(end.count)), float(kit.numpy(end.total)))

@@ -44,7 +44,9 @@ class DerivativeTests(Conformance):
     def test_vjp_of_a_function_that_reads_no_state(self, kit: Kit) -> None:
         one = kit.array(np.ones((2, 3)))
         _, vjp = kit.backend.autodiff.linearize(lambda z: one, kit.array(np.zeros((2, 3))))
-        assert not kit.numpy(vjp(one)).any()
+        assert not kit.numpy(vjp(one)).any(), (
+            "the vjp of a function that does not read z must be 0, not an error and not None."
+        )
 
     def test_products_of_a_function_that_couples_rows(self, kit: Kit) -> None:
         """Differentiate coupled rows: a backend may work row by row only if no row depends on another."""
@@ -122,7 +124,9 @@ class DerivativeTests(Conformance):
 
         args = ({"a": x, "b": [2 * x]}, k, "text")
         found, aux, (dp, dk, dname) = kit.backend.autodiff.vjp(value, args, kit.array([1.0, 10.0]))
-        assert (aux, dk, dname) == ("text", None, None)
+        assert (aux, dk, dname) == ("text", None, None), (
+            "vjp must return aux unchanged, and None as the gradient of integers and strings."
+        )
         close(kit.numpy(found), [4.0, 32.0], 1e-6, "value")
         close(kit.numpy(dp["a"]), [4.0, 160.0], 1e-6, "gradient of a")
         close(kit.numpy(dp["b"][0]), [4.0, 160.0], 1e-6, "gradient of b")
@@ -130,7 +134,7 @@ class DerivativeTests(Conformance):
     def test_vjp_of_an_argument_that_is_not_used_is_zero(self, kit: Kit) -> None:
         x, y = kit.array([1.0]), kit.array([2.0, 3.0])
         _, _, (_, dy) = kit.backend.autodiff.vjp(lambda x, y: (2 * x, None), (x, y), kit.array([1.0]))
-        assert np.array_equal(kit.numpy(dy), [0.0, 0.0])
+        assert np.array_equal(kit.numpy(dy), [0.0, 0.0]), "the gradient of an argument that f does not use must be 0."
 
     @several(
         ("name", "dtype"), [*((name, "float64") for name in ("affine", "mlp", "conv", "tree")), ("tree", "float32")]
@@ -192,7 +196,9 @@ class DerivativeTests(Conformance):
 
         gradient = kit.backend.autodiff.grad(loss)
         first, again = (float(kit.numpy(gradient(kit.array(0.5)))) for _ in range(2))
-        assert first == again == pytest.approx(12.0, rel=1e-6)
+        assert first == again == pytest.approx(12.0, rel=1e-6), (
+            "the backward pass must give the same gradient when it runs twice, and after other solves."
+        )
 
     @needs("autodiff")
     def test_second_derivatives_are_right_or_refused(self, kit: Kit) -> None:
@@ -254,7 +260,9 @@ class DerivativeTests(Conformance):
         _, (found,) = deqcore.vjp(f, 0 * b, _Held(kit.array(0.5), {"b": b}, "text"), cotangent=b, config=config)
         close(kit.numpy(found.a), 4.0, 1e-5, "gradient of a field, 1/(1 − a)²")
         close(kit.numpy(found.rest["b"]), [[2.0]], 1e-5, "gradient of a tree in a field, 1/(1 − a)")
-        assert found.name is None
+        assert found.name is None, (
+            "a field of a dataclass that is not a floating-point array must have the gradient None."
+        )
 
     @several("hidden", ["object", "slots", "derived", "partial", "method", "closure", "default", "set"])
     def test_arguments_whose_arrays_would_be_lost_are_refused(self, kit: Kit, hidden: str) -> None:
@@ -315,7 +323,9 @@ class DerivativeTests(Conformance):
     def test_states_in_bfloat16(self, kit: Kit) -> None:
         b = kit.backend.astype(kit.array(np.ones((2, 8)), "float32"), "bfloat16")
         sol = kit.solve(lambda z: 0.5 * z + b, 0 * b, solver="anderson", rtol=2e-2)
-        assert kit.backend.dtype_name(sol.value) == "bfloat16"
+        assert kit.backend.dtype_name(sol.value) == "bfloat16", (
+            "a state in bfloat16 must have a solution in bfloat16. Cast the value back at the end."
+        )
         assert kit.backend.dtype_name(sol.residual) in DTYPES, "residuals are float32 or better"
         close(kit.numpy(kit.backend.astype(sol.value, "float32")), np.full((2, 8), 2.0), 5e-2, "value")
 

@@ -124,11 +124,13 @@ class HistoryTests(Conformance):
 
     def test_an_empty_history(self, kit: Kit) -> None:
         history = kit.backend.history(kit.array(np.zeros((2, 3))), 4)
-        assert history.history_size == 4
-        assert not kit.numpy(history.dot(kit.array(np.ones((2, 3))))).any()
-        assert not kit.numpy(history.combine(kit.array(np.ones((2, 4))))).any()
-        assert not kit.numpy(history.slot()).any()
-        assert list(kit.numpy(history.count())) == [0, 0]
+        assert history.history_size == 4, "an empty history must have the size that it was made with."
+        assert not kit.numpy(history.dot(kit.array(np.ones((2, 3))))).any(), "products with an empty history must be 0."
+        assert not kit.numpy(history.combine(kit.array(np.ones((2, 4))))).any(), (
+            "combinations of an empty history must be 0."
+        )
+        assert not kit.numpy(history.slot()).any(), "the first slot of an empty history must be 0."
+        assert list(kit.numpy(history.count())) == [0, 0], "an empty history must count 0 vectors per sample."
 
     def test_active_rows_restart_together(self, kit: Kit) -> None:
         one, active = kit.array(np.ones((3, 2))), kit.array([True, False, True], "bool")
@@ -137,12 +139,18 @@ class HistoryTests(Conformance):
         history = history.append(one)
         assert not history.all_full(), "all_full: True only if known"
         history = history.append(one)
-        assert list(kit.numpy(history.full())[::2]) == [True, True]
+        assert list(kit.numpy(history.full())[::2]) == [True, True], (
+            "the history of a sample with as many vectors as slots must be full."
+        )
         assert history.may_be_full(), "may_be_full: False only if known"
         again = history.masked(None)
-        assert list(kit.numpy(again.full())) == [True, False, True]
+        assert list(kit.numpy(again.full())) == [True, False, True], (
+            "only rows that were active may lose their vectors."
+        )
         assert not again.all_full(), "all_full: a row that comes back has missed what the others saw"
-        assert list(kit.numpy(again.restart_active().count())) == [0, 0, 0]
+        assert list(kit.numpy(again.restart_active().count())) == [0, 0, 0], (
+            "restart_active must empty the history of all active rows."
+        )
 
     @several("harm", [np.nan, np.inf])
     def test_what_is_erased_is_zero_and_still_seen(self, kit: Kit, harm: float) -> None:
@@ -156,7 +164,9 @@ class HistoryTests(Conformance):
         found = kit.numpy(history.combine(kit.array(np.ones((2, 2)))))
         close(found, [[0.0, 0.0], [3.0, 4.0]], 10 * kit.eps, "erase: combinations with it are zero")
         assert list(kit.numpy(history.count())) == [1, 1], "erase: the sample is full when its mates are"
-        assert list(kit.numpy(history.append(v).full())) == [True, True]
+        assert list(kit.numpy(history.append(v).full())) == [True, True], (
+            "erasing a vector must not free its slot: the count stays."
+        )
 
     @several("n", [12, 65, 520])
     def test_bits_depend_on_no_other_sample(self, kit: Kit, n: int) -> None:
@@ -190,7 +200,9 @@ class HistoryTests(Conformance):
         """Run the solver's loop, with `FusedKernels.update` where the backend has it, on iterates that grow."""
         f = lambda z: z * 8.0 + 1.0  # noqa: E731
         away = iterate(kit.backend, Picard(), f, kit.array(np.zeros((2, 3))), StoppingCriteria(1e-4, max_steps=5))
-        assert not (kit.numpy(away.status) == int(Status.CONVERGED)).any()
+        assert not (kit.numpy(away.status) == int(Status.CONVERGED)).any(), (
+            "a residual that grows with the iterate must not be CONVERGED. Judge by `deqcore.solve.termination.judged`."
+        )
         one = kit.array(np.ones((2, 3)))
         jump = lambda z: z + kit.backend.xp.where(kit.backend.xp.abs(z) > 1e5, one, 1e6 * one)  # noqa: E731
         found = iterate(kit.backend, Picard(), jump, kit.array(np.zeros((2, 3))), StoppingCriteria(0.5, max_steps=5))
@@ -208,7 +220,9 @@ class HistoryTests(Conformance):
         first = kit.backend.history(one, 2).append(one)
         kept = first.copy()
         moved = first.append(kit.array([[0.0, 5.0]])).append(kit.array([[7.0, 7.0]]))
-        assert kit.numpy(moved.dot(one)).max() == 7.0
+        assert kit.numpy(moved.dot(one)).max() == 7.0, (
+            "appending to a copy must leave the first history as it is. Copy the storage in `copy`."
+        )
         assert sorted(kit.numpy(kept.dot(one))[0]) == [0.0, 1.0], "copy: storage of its own"
 
     @several("dtype", DTYPES)
@@ -226,7 +240,9 @@ class HistoryTests(Conformance):
         like = kit.array(np.full((1, 512), 1.0), "float32")
         history = kit.backend.history(like, 2, "bfloat16").append(like)
         close(kit.numpy(history.dot(like))[0, 0], 512.0, 1e-6, "dot, accumulated in float32 or better")
-        assert kit.backend.dtype_name(history.combine(history.dot(like))) == "float32"
+        assert kit.backend.dtype_name(history.combine(history.dot(like))) == "float32", (
+            "combinations of a history in bfloat16 must have the dtype of the state."
+        )
 
     @several("harm", [np.nan, np.inf])
     def test_what_is_not_finite_stays_in_its_sample(self, kit: Kit, harm: float) -> None:
@@ -239,5 +255,9 @@ class HistoryTests(Conformance):
                 history = kit.backend.history(kit.array(rows), 2).append(kit.array(rows))
                 dots, sums = history.dot(kit.array(rows)), history.combine(kit.array(clean))
             found.append((kit.numpy(dots)[1], kit.numpy(sums)[1]))
-        assert np.array_equal(found[0][0], found[1][0])
-        assert np.array_equal(found[0][1], found[1][1])
+        assert np.array_equal(found[0][0], found[1][0]), (
+            "NaN or inf in one sample must not change products of another. Mask before the product, not after it."
+        )
+        assert np.array_equal(found[0][1], found[1][1]), (
+            "NaN or inf in one sample must not change combinations of another. Mask before the product, not after it."
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from deqcore.testing.suite.backend.arrays import ArrayTests
 from deqcore.testing.suite.backend.derivatives import DerivativeTests
 from deqcore.testing.suite.backend.history import HistoryTests
 from deqcore.testing.suite.base import several
-from deqcore.testing.suite.fixtures import Affine, Kit, affine
+from deqcore.testing.suite.fixtures import Affine, Kit, affine, close
 from deqcore.testing.suite.import_cost import check_light
 from deqcore.types import Status
 
@@ -41,4 +42,24 @@ class BackendTests(ArrayTests, HistoryTests, DerivativeTests):
         for quantity in ("value", "residual", "steps"):
             one, two = (kit.numpy(getattr(sol, quantity))[[0, 2]] for sol in (good, bad))
             assert np.array_equal(one, two), f"{quantity} of a healthy sample depends on its neighbour"
-        assert Status(int(kit.numpy(bad.status)[1])) is Status.NONFINITE
+        assert Status(int(kit.numpy(bad.status)[1])) is Status.NONFINITE, (
+            "a sample whose f is NaN at the start must end as NONFINITE."
+        )
+
+    def test_integers_and_flags_in_the_state_are_carried_along(self, kit: Kit) -> None:
+        """Solve for the numbers of a state that also has a mask and a count, which f gets as they are in z0."""
+        mask = kit.array([[True, False], [True, True]], "bool")
+
+        def f(state: Any) -> Any:
+            moved = kit.backend.xp.where(state["mask"], 0.5 * state["z"] + 1.0, 0.0 * state["z"])
+            return {"z": moved, "mask": state["mask"], "count": state["count"] + 1}
+
+        z0 = {"z": kit.array(np.zeros((2, 2))), "mask": mask, "count": 3}
+        sol = kit.solve(f, z0, solver="broyden", rtol=1e-9)
+        close(kit.numpy(sol.value["z"]), np.array([[2.0, 0.0], [2.0, 2.0]]), 1e-5, "value beside a mask")
+        assert sol.value["count"] == 3, (
+            "an integer in the state must keep its value of z0. Let flatten return it as a leaf."
+        )
+        assert np.array_equal(kit.numpy(sol.value["mask"]), kit.numpy(mask)), (
+            "a mask in the state must keep its values."
+        )

@@ -56,7 +56,7 @@ class SinkTests:
         return make_sink({"sink": self.sink, **self.options(tmp_path)})[1]
 
     def test_is_a_dataclass_of_options_that_touches_nothing(self, made: Sink, tmp_path: Path) -> None:
-        assert isinstance(made, Sink)
+        assert isinstance(made, Sink), "a sink must be a subclass of deqcore.monitor.Sink."
         assert dataclasses.is_dataclass(type(made)), "options are fields of a dataclass"
         assert not list(tmp_path.iterdir()), "nothing is opened before open()"
         for package in type(made).needs:
@@ -72,8 +72,12 @@ class SinkTests:
         made.close()
         if made.keeps:
             found = self.read(tmp_path)
-            assert [step for step, _ in found] == [0, 1, 2]
-            assert [values[METRIC] for _, values in found] == [0.5, 1.5, np.inf]
+            assert [step for step, _ in found] == [0, 1, 2], (
+                "the sink must keep every row, in the order in which they came."
+            )
+            assert [values[METRIC] for _, values in found] == [0.5, 1.5, np.inf], (
+                "the sink must keep the values of every row as they are, inf included."
+            )
 
     def test_events_and_unusual_rows_do_no_harm(self, made: Sink, tmp_path: Path) -> None:
         made.open(run())
@@ -82,7 +86,9 @@ class SinkTests:
         made.write([Row(1, 1, 1e9 + 1, {}, name="a layer")])
         made.close()
         if made.keeps:
-            assert [values[METRIC] for _, values in self.read(tmp_path) if METRIC in values] == [0.5]
+            assert [values[METRIC] for _, values in self.read(tmp_path) if METRIC in values] == [0.5], (
+                "events and rows without the metric must neither raise nor add values."
+            )
 
     def test_closing_is_safe_at_any_time(self, made: Sink) -> None:
         made.close()  # after an open that failed
@@ -105,7 +111,7 @@ class SinkTests:
                 monitor.advance()
         assert not [event for event in monitor.events if event.kind == "sink"], "the sink failed"
         if make_sink({"sink": self.sink, **self.options(tmp_path)})[1].keeps:
-            assert len(self.read(tmp_path)) == 5
+            assert len(self.read(tmp_path)) == 5, "a monitor that names the sink must deliver all of its rows."
 
     def test_unknown_options_are_refused(self, tmp_path: Path) -> None:
         with pytest.raises(deqcore.errors.ConfigError, match="no option 'definitely_not_one'"):

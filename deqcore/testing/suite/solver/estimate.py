@@ -25,7 +25,10 @@ class EstimateTests(Conformance):
         if solver.has_estimate:
             pytest.skip("the solver keeps an estimate")
         *_, state = walk_steps(kit, solver, kit.map(affine()), kit.array(np.zeros((3, 6))), 1)[-1]
-        assert solver.inverse_jacobian(kit.backend, state) is None
+        assert solver.inverse_jacobian(kit.backend, state) is None, (
+            "inverse_jacobian must return None where has_estimate is false. Leave it undefined, or set "
+            "has_estimate = True."
+        )
 
     def test_the_transpose_is_the_transpose(self, kit: Kit, solver: Solver) -> None:
         a, b = np.random.default_rng(7).standard_normal((2, 3, 6))
@@ -124,12 +127,17 @@ class EstimateTests(Conformance):
         return np.stack(rows, axis=1)
 
     def _state(self, sol: deqcore.Solution) -> Any:
-        assert sol.state is not None
+        assert sol.state is not None, (
+            "a solve by a solver with an estimate must return sol.state, which holds the estimate."
+        )
         return sol.state.carry.state
 
     def _estimate(self, kit: Kit, solver: Solver, state: Any) -> InverseJacobian:
         h = solver.inverse_jacobian(kit.backend, state)
-        assert h is not None
+        assert h is not None, (
+            "inverse_jacobian must return an InverseJacobian where has_estimate is true. Return one, or set "
+            "has_estimate = False."
+        )
         return h
 
     def _apply(self, kit: Kit, h: InverseJacobian, v: Any, transpose: bool = False) -> Any:

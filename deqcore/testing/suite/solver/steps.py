@@ -85,7 +85,7 @@ class StepTests(Conformance):
     """`init` and `step` themselves."""
 
     def test_is_a_frozen_dataclass_of_options(self, kit: Kit, solver: Solver, solver_name: str) -> None:
-        assert isinstance(solver, Solver)
+        assert isinstance(solver, Solver), "a solver must be a subclass of deqcore.Solver."
         assert dataclasses.is_dataclass(type(solver)), "options are fields of a dataclass"
         assert hash(solver) == hash(copy.copy(solver)), "compiled solves are cached by the solver"
         known = dataclasses.fields(solver)  # type: ignore[arg-type]
@@ -104,7 +104,10 @@ class StepTests(Conformance):
         kinds = [self._kinds(kit, found) for found in walk_steps(kit, solver, f, z0, 3)]
         for step, kind in enumerate(kinds[1:], 1):
             assert kind == kinds[0], f"after step {step}"
-        assert kinds[0][0] == kinds[0][1] == f"{dtype} (3, 6)"
+        assert kinds[0][0] == kinds[0][1] == f"{dtype} (3, 6)", (
+            "z and f(z) of a step must have the dtype and the shape of z. Use arrays made with `like=z`, and "
+            "no constants of another dtype."
+        )
 
     def _kinds(self, kit: Kit, step: Any) -> list[str]:
         kinds: list[str] = []
@@ -165,7 +168,11 @@ class StepTests(Conformance):
         if type(solver).evaluations is not Solver.evaluations:
             pytest.skip("the solver counts its evaluations itself")
         solver.step(kit.backend, counted, z, fz, state)
-        assert len(calls) == solver.evaluations_per_step
+        assert len(calls) == solver.evaluations_per_step, (
+            f"one step must evaluate f `evaluations_per_step` times ({len(calls)} calls, "
+            f"{solver.evaluations_per_step} declared). Set evaluations_per_step to the number of calls of f in "
+            "`step`, or call f as often as declared."
+        )
 
     def test_evaluations_and_products_are_counted(self, kit: Kit, solver: Solver) -> None:
         """Count the calls of f and the products J v of a solver with its own counts, on a problem with a search."""

@@ -127,7 +127,9 @@ class SolverTests(StepTests, SearchTests, EstimateTests, EndTests):
         assert isinstance(solver.cost_bounds, Mapping), (
             f"cost_bounds must be {{problem: evaluations}} (got {solver.cost_bounds})"
         )
-        assert set(solver.cost_bounds) <= set(names())
+        assert set(solver.cost_bounds) <= set(names()), (
+            f"cost_bounds must name golden problems only: {sorted(set(solver.cost_bounds) - set(names()))} are unknown."
+        )
 
     @several("share", [1, 3])
     def test_two_halves_of_a_solve_are_the_whole(self, kit: Kit, solver_name: str, settings: Any, share: int) -> None:
@@ -140,7 +142,10 @@ class SolverTests(StepTests, SearchTests, EstimateTests, EndTests):
 
         whole, first = run(7, None), run(share, None)
         both = run(7 - share, first.state)
-        assert list(kit.numpy(both.steps)) == list(kit.numpy(whole.steps))
+        assert list(kit.numpy(both.steps)) == list(kit.numpy(whole.steps)), (
+            "a solve in two halves must take the steps of the whole solve. Keep everything that a step needs "
+            "in the solver's state, and nothing in the solver itself."
+        )
         close(kit.numpy(both.value), kit.numpy(whole.value), 1e4 * kit.eps, "value after two halves")
 
     @several("first", [2, 60])
@@ -195,14 +200,20 @@ class SolverTests(StepTests, SearchTests, EstimateTests, EndTests):
         for quantity in ("value", "residual", "steps", "status"):
             one, two = (kit.numpy(getattr(sol, quantity))[[0, 2]] for sol in (good, bad))
             assert np.array_equal(one, two), f"{quantity} of a healthy sample depends on its neighbour"
-        assert Status(int(kit.numpy(bad.status)[1])) is Status.NONFINITE
+        assert Status(int(kit.numpy(bad.status)[1])) is Status.NONFINITE, (
+            "the sample with NaN must end as NONFINITE, and only that one. Let NaN pass through; the loop handles it."
+        )
 
     def test_a_start_at_the_solution_takes_no_step(self, kit: Kit, solver_name: str, settings: Any) -> None:
         z0 = kit.array(np.full((2, 3), 2.0))
         sol = kit.solve(lambda z: 0.5 * z + 1.0, z0, solver=solver_name, rtol=1e-9, options=settings)
-        assert kit.numpy(sol.steps).max() == 0
-        assert kit.numpy(sol.converged).all()
-        assert np.array_equal(kit.numpy(sol.value), np.full((2, 3), 2.0))
+        assert kit.numpy(sol.steps).max() == 0, "a start at the solution must take no step. Do not move z in `init`."
+        assert kit.numpy(sol.converged).all(), (
+            "a start at the solution must be CONVERGED. Return f(z) of the start from `init` unchanged."
+        )
+        assert np.array_equal(kit.numpy(sol.value), np.full((2, 3), 2.0)), (
+            "a start at the solution must be returned as it is."
+        )
 
     def test_a_solution_that_is_met_exactly(self, kit: Kit, solver_name: str, settings: Any) -> None:
         """Solve a constant f, which a method that tries f(z) solves in a step, without a division by zero."""
@@ -216,26 +227,40 @@ class SolverTests(StepTests, SearchTests, EstimateTests, EndTests):
         problem = affine(norm=0.9)
         f, z0 = kit.map(problem), kit.array(np.zeros((3, 6)))
         sol = kit.solve(f, z0, solver=solver_name, rtol=1e-12, options=settings, max_steps=budget)
-        assert list(kit.numpy(sol.steps)) == [budget] * 3
-        assert {Status(int(code)) for code in kit.numpy(sol.status)} <= {Status.MAX_STEPS, Status.CONVERGED}
+        assert list(kit.numpy(sol.steps)) == [budget] * 3, (
+            "a solve that does not converge must use its whole budget of steps."
+        )
+        assert {Status(int(code)) for code in kit.numpy(sol.status)} <= {Status.MAX_STEPS, Status.CONVERGED}, (
+            "a spent budget must end as MAX_STEPS (or CONVERGED if the last step met the tolerance)."
+        )
         check_honest(kit, sol, 1e-12, "float64")
 
     def test_late_checks_change_nothing(self, kit: Kit, solver_name: str, settings: Any) -> None:
         problem = affine()
         soon, late = (self._solve(kit, problem, solver_name, settings, check_every=every) for every in (1, 5))
-        assert np.array_equal(kit.numpy(soon.value), kit.numpy(late.value))
-        assert np.array_equal(kit.numpy(soon.steps), kit.numpy(late.steps))
+        assert np.array_equal(kit.numpy(soon.value), kit.numpy(late.value)), (
+            "later host checks must not change the value. A step must not change samples that are not active."
+        )
+        assert np.array_equal(kit.numpy(soon.steps), kit.numpy(late.steps)), (
+            "later host checks must not change the steps of a sample. A step must not change samples that are "
+            "not active."
+        )
 
     @several("shape", [(0, 3), (1, 3), (2, 1)])
     def test_small_batches(self, kit: Kit, solver_name: str, settings: Any, shape: tuple[int, int]) -> None:
         z0 = kit.array(np.zeros(shape))
         sol = kit.solve(lambda z: 0.5 * z + 1.0, z0, solver=solver_name, rtol=1e-9, options=settings)
-        assert tuple(sol.value.shape) == shape
+        assert tuple(sol.value.shape) == shape, (
+            "a batch of no sample, one sample or one number must keep its shape. Avoid squeeze and sizes "
+            "taken from the data."
+        )
         close(kit.numpy(sol.value), np.full(shape, 2.0), 1e-6, "value")
 
     def test_evaluations_are_at_least_those_of_the_steps(self, kit: Kit, solver_name: str, settings: Any) -> None:
         sol = self._solve(kit, affine(), solver_name, settings)
-        assert (kit.numpy(sol.evaluations) >= 1 + kit.numpy(sol.steps)).all()
+        assert (kit.numpy(sol.evaluations) >= 1 + kit.numpy(sol.steps)).all(), (
+            "evaluations must be at least 1 + steps. Count every call of f in evaluations_per_step or in `evaluations`."
+        )
 
     def _solve(self, kit: Kit, problem: Affine, name: str, options: Any, **settings: Any) -> deqcore.Solution:
         z0 = kit.array(np.zeros(problem.b.shape))
@@ -253,7 +278,7 @@ def check_honest(kit: Kit, sol: deqcore.Solution, rtol: float, dtype: str, units
 
     States are compared in these units, one for all samples or `(batch,)`.
     """
-    assert sol.state is not None
+    assert sol.state is not None, "a solve must return sol.state, to continue from."
     carry, column = sol.state.carry, np.reshape(units, (-1, 1))
     z, fz = (kit.numpy(each).astype(float) / column for each in (carry.best_z, carry.best_fz))
     status, residual = kit.numpy(sol.status), kit.numpy(sol.residual).astype(float) / units
@@ -267,4 +292,6 @@ def check_honest(kit: Kit, sol: deqcore.Solution, rtol: float, dtype: str, units
     done = status == int(Status.CONVERGED)
     assert (true[done] <= rtol * size[done] + rounding[done]).all(), "CONVERGED, but the tolerance is not met"
     assert np.array_equal(raveled_of(kit, sol.value), kit.numpy(carry.best_z)), "the value is not the best iterate"
-    assert set(status) <= {int(code) for code in Status if code is not Status.RUNNING}
+    assert set(status) <= {int(code) for code in Status if code is not Status.RUNNING}, (
+        "every sample must end with a final status. RUNNING must not be left."
+    )

@@ -67,7 +67,9 @@ def solve_adjoint(
         matrices.append(-np.stack([np.eye(g.shape[1])] * len(g)) if estimate is None else estimate)
     u, report = _program(kit, strategy)(*(kit.array(each, dtype) for each in matrices))
     assert kit.backend.dtype_name(u) == dtype, f"u is {kit.backend.dtype_name(u)} for a cotangent of {dtype}"
-    assert isinstance(report, AdjointReport)
+    assert isinstance(report, AdjointReport), (
+        "solve_adjoint must return (u, AdjointReport), such as by deqcore.abc.backward.report."
+    )
     return kit.numpy(u), AdjointReport(*map(kit.numpy, report))
 
 
@@ -118,7 +120,9 @@ class AdjointTests(Conformance):
         assert dataclasses.is_dataclass(type(any_strategy)), "options are fields of a dataclass"
         assert hash(any_strategy) == hash(copy.copy(any_strategy)), "compiled code is cached by the strategy"
         if isinstance(any_strategy, Strategy):
-            assert any_strategy.needs in ("nothing", "vjp", "estimate")
+            assert any_strategy.needs in ("nothing", "vjp", "estimate"), (
+                "`needs` must be 'nothing', 'vjp' or 'estimate'."
+            )
 
     def test_it_imports_no_framework(self, kit: Kit, strategy_name: str) -> None:
         check_light("strategy", strategy_name)
@@ -148,7 +152,7 @@ class AdjointTests(Conformance):
         if not strategy.exact:
             pytest.skip("the strategy approximates")
         sharp = plugins.make_strategy(strategy_name, tight)
-        assert isinstance(sharp, Strategy)
+        assert isinstance(sharp, Strategy), "the strategy with a smaller tolerance must still be a Strategy."
         problem, g = affine(norm=(0.7, 0.95, 3.0)[seed], seed=seed), cotangent(seed)
         u, report = solve_adjoint(kit, sharp.bind(plugins.make_solver), problem, g)
         expected = problem.adjoint(g)
@@ -156,7 +160,9 @@ class AdjointTests(Conformance):
         promised = option_values(sharp).get("rtol")
         allowed = max(1e-9 if kit.eps < 1e-10 else 1e-3, 4 * promised if isinstance(promised, float) else 0.0)
         close(u, expected, allowed * inverse, "u = (I − J)^-T g")
-        assert (report.status == int(Status.CONVERGED)).all()
+        assert (report.status == int(Status.CONVERGED)).all(), (
+            "an exact strategy must solve a contracting adjoint equation. Raise its budget, or set exact = False."
+        )
 
     def test_a_perfect_estimate_gives_the_perfect_gradient(self, kit: Kit, strategy: Strategy) -> None:
         if not strategy.wants_estimate():
@@ -192,10 +198,14 @@ class AdjointTests(Conformance):
             self._true(kit, problem, g, *solve_adjoint(kit, strategy, problem, g, estimate))
 
     def _true(self, kit: Kit, problem: Affine, g: Any, u: Any, report: AdjointReport) -> None:
-        assert [each.shape for each in report] == [(3,)] * len(report)
-        assert report.status.dtype == report.vjps.dtype == np.int32
-        assert report.fallback.dtype == bool
-        assert set(report.status) <= {int(code) for code in Status if code is not Status.RUNNING}
+        assert [each.shape for each in report] == [(3,)] * len(report), (
+            "every field of the report must have the shape (batch,)."
+        )
+        assert report.status.dtype == report.vjps.dtype == np.int32, "status and vjps of the report must be int32."
+        assert report.fallback.dtype == bool, "fallback of the report must be bool."
+        assert set(report.status) <= {int(code) for code in Status if code is not Status.RUNNING}, (
+            "the report must hold final statuses only. RUNNING must not be left."
+        )
         assert not (report.status == int(Status.NONFINITE)).any(), "NONFINITE, but everything is finite"
         true = problem.residual(u.astype(float), g)
         known = np.isfinite(report.residual)
@@ -266,7 +276,9 @@ class AdjointTests(Conformance):
             pytest.skip("the options promise no accuracy, or leave no budget for it")
         _, report = solve_adjoint(kit, strategy, affine(norm=0.3), cotangent())
         assert (report.status == int(Status.CONVERGED)).all(), f"statuses {report.status}"
-        assert not report.fallback.any()
+        assert not report.fallback.any(), (
+            "the fallback must not be needed where the problem is easy. Check the test that starts it."
+        )
 
     def test_as_many_vjps_as_dimensions_are_enough(self, kit: Kit, strategy: Strategy) -> None:
         """Solve n equations with a budget of n vjps: each vjp must add a new direction."""
@@ -298,14 +310,18 @@ class AdjointTests(Conformance):
         g = cotangent()
         if option_values(strategy).get("fallback") != "jacobian-free":
             _, report = solve_adjoint(kit, strategy, affine(norm=3.0), g)
-            assert option_values(strategy).get("fallback", "none") != "none" or not report.fallback.any()
+            assert option_values(strategy).get("fallback", "none") != "none" or not report.fallback.any(), (
+                "fallback must be false in the report of a strategy whose fallback is 'none'."
+            )
             return
         for norm in (0.3, 0.95, 3.0):
             problem = affine(norm=norm)
             u, report = solve_adjoint(kit, strategy, problem, g, perfect(affine(norm=3.0, seed=4)))
             assert (problem.residual(u, g) <= 1.001 * problem.residual(g, g) + 1e-6).all(), "worse than u = g"
             assert np.isnan(report.error[report.fallback]).all(), "the error of a fallback must be NaN"
-            assert np.isfinite(report.error[~report.fallback]).all() or strategy.wants_estimate() is False
+            assert np.isfinite(report.error[~report.fallback]).all() or strategy.wants_estimate() is False, (
+                "a strategy that uses an estimate must report its error where it did not fall back."
+            )
             same = (np.abs(u - g) <= 1e-6 * np.abs(g)).all(axis=1)
             assert list(report.fallback) == list(same), f"fallback {report.fallback}, but u is g in {same}"
             done = report.status == int(Status.CONVERGED)
@@ -344,8 +360,14 @@ class AdjointTests(Conformance):
         problem = affine()
         problem.a[1] = np.eye(6)  # I − Jᵀ = 0
         _, report = solve_adjoint(kit, strategy, problem, cotangent())
-        assert report.status[1] != int(Status.CONVERGED)
-        assert (report.status[[0, 2]] == int(Status.CONVERGED)).all()
+        assert report.status[1] != int(Status.CONVERGED), (
+            "an equation without solution must not be reported as CONVERGED. Measure the residual before the "
+            "status is set."
+        )
+        assert (report.status[[0, 2]] == int(Status.CONVERGED)).all(), (
+            "a sample without solution must not change the status of its neighbours. Use one set of "
+            "coefficients for each sample."
+        )
         problem, g = singular()
         u, report = solve_adjoint(kit, strategy, problem, g)
         left = problem.residual(u, g)[1]
@@ -389,14 +411,14 @@ class AdjointTests(Conformance):
         g = cotangent()
         g[1] = 0.0
         u, report = solve_adjoint(kit, strategy, affine(), g)
-        assert not u[1].any()
-        assert np.isfinite(u).all()
+        assert not u[1].any(), "a cotangent of 0 must give u = 0 in its sample."
+        assert np.isfinite(u).all(), "a cotangent of 0 must not make u NaN. Guard divisions by its norm."
         if np.isfinite(report.residual[[0, 2]]).all():
             assert report.residual[1] == 0.0, "zero solves g + Jᵀu = u for g = 0, and that is measured elsewhere"
         if strategy.exact:
             assert report.status[1] == int(Status.CONVERGED), "zero solves g + Jᵀu = u for g = 0"
         u, report = solve_adjoint(kit, strategy, affine(), 0 * g)
-        assert not u.any()
+        assert not u.any(), "cotangents of 0 in all samples must give u = 0."
         assert not (report.residual < 0.0).any(), "a residual is a norm"
 
     @several("factor", [1e-6, 1e6])
@@ -405,7 +427,10 @@ class AdjointTests(Conformance):
         plain, one = solve_adjoint(kit, strategy, problem, g)
         scaled, two = solve_adjoint(kit, strategy, problem, factor * g)
         close(scaled / factor, plain, 1e-5 if kit.eps < 1e-10 else 1e-2, "u for a scaled loss")
-        assert np.array_equal(one.vjps, two.vjps)
+        assert np.array_equal(one.vjps, two.vjps), (
+            "scaling the loss must not change the number of vjps. Compare residuals with the norm of g, not "
+            "with a constant."
+        )
         assert np.array_equal(one.status, two.status), "the status depends on the scale of the loss"
         for name, a, b in (("residual", one.residual, two.residual), ("error", one.error, two.error)):
             assert np.allclose(a, b, rtol=1e-2, atol=1e-3, equal_nan=True), f"{name}: {a}, and {b} for a scaled loss"
@@ -413,4 +438,4 @@ class AdjointTests(Conformance):
     @several("dtype", DTYPES)
     def test_dtypes_are_kept(self, kit: Kit, strategy: Strategy, dtype: str) -> None:
         u, _ = solve_adjoint(kit, strategy, affine(norm=0.3), cotangent(), dtype=dtype)
-        assert np.isfinite(u).all()
+        assert np.isfinite(u).all(), "u must be finite in every dtype. Compute norms in the accumulating dtype."

@@ -114,7 +114,10 @@ class ClaimTests(Conformance):
         assert isinstance(strategy.cost_bounds, Mapping), (
             f"cost_bounds must be {{problem: vjps}} (got {strategy.cost_bounds})"
         )
-        assert set(strategy.cost_bounds) <= set(names())
+        assert set(strategy.cost_bounds) <= set(names()), (
+            f"cost_bounds must name golden problems only: {sorted(set(strategy.cost_bounds) - set(names()))} "
+            "are unknown."
+        )
 
     def test_unlike_samples_are_routed_as_alone(self, kit: Kit, strategy: Strategy) -> None:
         """Compare samples with their solves alone, though one ends after a vjp or two and the others much later."""

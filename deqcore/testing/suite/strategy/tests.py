@@ -140,4 +140,6 @@ class StrategyTests(AdjointTests, ClaimTests, StepStrategyTests):
         b = kit.array(np.ones((2, 3)), dtype)
         config = kit.config(rtol=1e-3, strategy=strategy_name, strategy_options=settings)
         z, (db,) = deqcore.vjp(lambda z, b: 0.25 * z + b, 0 * b, b, cotangent=b, config=config)
-        assert kit.backend.dtype_name(z) == kit.backend.dtype_name(db) == dtype
+        assert kit.backend.dtype_name(z) == kit.backend.dtype_name(db) == dtype, (
+            "z and the gradients must keep the dtype of their arrays."
+        )
