@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 from deqcore.abc.backend import Backend
 from deqcore.abc.solver import Solver
 from deqcore.errors import BackendError
-from deqcore.linear.gmres import gmres
+from deqcore.linear.gmres import LinearSolution, gmres
 from deqcore.types import Array, Map
 
 
@@ -20,7 +20,7 @@ class NewtonState(NamedTuple):
     spent: Array
 
 
-class _Trial(NamedTuple):
+class Trial(NamedTuple):
     """Backtracking along one Newton step."""
 
     z: Array
@@ -97,30 +97,51 @@ class NewtonKrylov(Solver):
 
     def step(self, backend: Backend, f: Map, z: Array, fz: Array, state: NewtonState) -> tuple[Array, Array, Any]:
         """Take one Newton step with backtracking."""
-        xp = backend.xp
         g = fz - z
+        inner = self.direction(backend, f, z, g, state.forcing)
+        first = z + inner.x
+        end = self.searched(backend, f, z, inner.x, backend.norm(g), (first, f(first)))
+        return end.z, end.fz, self.measured(backend, inner, backend.norm(g), end, state)
+
+    def direction(self, backend: Backend, f: Map, z: Array, g: Array, forcing: Array) -> LinearSolution:
+        """Return d with (I − J) d = g `(batch, n)` to the tolerance `forcing` `(batch,)`.
+
+        Raises:
+            BackendError: f has no products J v here.
+        """
         jvp = backend.autodiff.jvp(f, z)
         if jvp is None:
             raise BackendError.no_products(f"the backend {backend.name!r} has none.")
-        inner = gmres(
-            backend, lambda v: v - jvp(v), g, rtol=state.forcing, max_steps=self.inner_steps, reorthogonalize=False
-        )
-        before = backend.norm(g)
-        first = z + inner.x
-        value = f(first)
-        residual = backend.norm(value - first)
-        longer = ~(residual < before) & (before > 0.0)
-        trial = _Trial(first, value, xp.ones_like(before), residual, longer, xp.zeros_like(inner.products))
+        return gmres(backend, lambda v: v - jvp(v), g, rtol=forcing, max_steps=self.inner_steps, reorthogonalize=False)
 
-        def searching(t: _Trial) -> Array:
+    def searched(
+        self, backend: Backend, f: Map, z: Array, d: Array, before: Array, first: tuple[Array, Array]
+    ) -> Trial:
+        """Return z + λ d with the largest λ of 1, ½, ¼ … whose residual is below `before` `(batch,)`.
+
+        Args:
+            backend: the backend of these arrays.
+            f: the map.
+            z: the iterate `(batch, n)`.
+            d: the direction.
+            before: ‖f(z) − z‖, or 0 for a sample that takes the first point whatever its residual is.
+            first: the first point and f there.
+        """
+        xp = backend.xp
+        residual = backend.norm(first[1] - first[0])
+        longer = ~(residual < before) & (before > 0.0)
+        none = xp.zeros_like(before, dtype=xp.int32)
+        trial = Trial(*first, xp.ones_like(before), residual, longer, none)
+
+        def searching(t: Trial) -> Array:
             return xp.any(t.searching)
 
-        def halve(t: _Trial) -> _Trial:
+        def halve(t: Trial) -> Trial:
             length = 0.5 * t.length
-            moved = z + backend.cast(length, z)[:, None] * inner.x
+            moved = z + backend.cast(length, z)[:, None] * d
             value = f(moved)
             residual = backend.norm(value - moved)
-            return _Trial(
+            return Trial(
                 backend.select(t.searching, moved, t.z),
                 backend.select(t.searching, value, t.fz),
                 xp.where(t.searching, length, t.length),
@@ -129,14 +150,21 @@ class NewtonKrylov(Solver):
                 t.trials + xp.astype(t.searching, xp.int32),
             )
 
-        end = backend.loop(searching, halve, trial, self.halvings)
+        end: Trial = backend.loop(searching, halve, trial, self.halvings)
+        return end
+
+    def measured(
+        self, backend: Backend, inner: LinearSolution, before: Array, end: Trial, state: NewtonState
+    ) -> NewtonState:
+        """Return the state after a step from a residual of norm `before`."""
+        xp = backend.xp
         after, size = backend.to_accum_dtype(end.residual), backend.to_accum_dtype(before)
         ratio = after / size
         # The error of the linear model sets how finely to solve it; a shortened step does not measure that error.
         forcing = xp.where(end.length == 1.0, xp.abs(after - inner.residual) / size, 0.9 * ratio * ratio)
-        forcing = xp.clip(forcing, min(2.0 * backend.eps(z) ** 0.5, self.forcing), self.forcing)
+        forcing = xp.clip(forcing, min(2.0 * backend.eps(end.z) ** 0.5, self.forcing), self.forcing)
         forcing = xp.where(xp.isfinite(forcing), forcing, state.forcing)
-        return end.z, end.fz, NewtonState(forcing, state.spent + inner.products + end.trials)
+        return NewtonState(forcing, state.spent + inner.products + end.trials)
 
     def restarted(self, backend: Backend, rows: Array, z: Array, state: NewtonState) -> NewtonState:
         """Return the state with the first inner tolerance in `rows`; the counts of products stay."""
