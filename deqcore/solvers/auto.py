@@ -110,7 +110,7 @@ class Auto(Solver):
         (1.170121, True)
     """
 
-    history_size: int = 6
+    history_size: int = 8
     slow: float = 0.7
     plain_steps: int = 16
     patience: int = 10
@@ -118,7 +118,19 @@ class Auto(Solver):
     escalate: bool = True
     history_dtype: str | None = None
     has_estimate: ClassVar[bool] = True
-    cost_bounds: ClassVar[Mapping[str, int]] = {}
+    cost_bounds: ClassVar[Mapping[str, int]] = {
+        "affine": 25,
+        "conv": 29,
+        "expansive": 14,
+        "ill-conditioned": 26,
+        "mlp": 25,
+        "monotone": 20,
+        "overshoot": 21,
+        "ring": 26,
+        "slow-modes": 100,
+        "tree": 27,
+        "walled": 48,
+    }
 
     def __post_init__(self) -> None:
         _ = self.anderson
@@ -189,7 +201,11 @@ class Auto(Solver):
         if size is None or not backend.known_all(level != NEWTON):
             norm, size = residual_norms(backend, moved[-1].z, moved[-1].fz)
         progress, refused = self._judged(backend, norm, state.progress)
-        stored = stored._replace(residual=state.memory.residual, norm=progress.norm)
+        active = state.memory.values.active
+        values, residuals = stored.values.masked(active), stored.residuals.masked(active)
+        stored = stored._replace(
+            values=values, residuals=residuals, residual=state.memory.residual, norm=progress.norm
+        )
         result = moved[-1].z, moved[-1].fz, AutoState(stored, progress, moved[-1].newton, size)
         return result if refused is None else self._returned(backend, refused, norm, (z, fz, state), result)
 
@@ -296,8 +312,7 @@ class Auto(Solver):
         usable = norm <= HUGE * start.progress.best
 
         def back(memory: AndersonState) -> AndersonState:
-            returned = self.anderson.returned(backend, rows, usable, start.memory.target, memory)
-            return returned._replace(values=returned.values.masked(None), residuals=returned.residuals.masked(None))
+            return self.anderson.returned(backend, rows, usable, start.memory.target, memory)
 
         rows = refused & (start.progress.level == ACCELERATED)
         memory = backend.cond(rows, back, state.memory)
@@ -306,18 +321,16 @@ class Auto(Solver):
         return backend.select(refused, z, moved), backend.select(refused, fz, value), state
 
     def restarted(self, backend: Backend, rows: Array, z: Array, state: AutoState) -> AutoState:
-        """Return the state without differences in `rows`; the second time, Newton–Krylov takes these samples."""
+        """Return the state of plain samples in `rows`; those of Newton–Krylov stay with it."""
         xp, old = backend.xp, state.progress
-        since = xp.where(rows, old.since + (self.patience + 1) // 2, old.since)
-        level = xp.where(rows & (old.level == PLAIN), ACCELERATED, old.level)
-        stuck = rows & (since >= self.patience) & self._escalates(backend)
-        unknown = xp.full_like(old.norm, float("inf"))
+        nothing, unknown = xp.zeros_like(old.norm), xp.full_like(old.norm, float("inf"))
+        plain = rows & (old.level != NEWTON)
         progress = Progress(
-            level=xp.astype(xp.where(stuck, NEWTON, level), xp.int32),
-            norm=xp.where(rows, xp.zeros_like(old.norm), old.norm),
+            level=xp.where(plain, xp.zeros_like(old.level), old.level),
+            norm=xp.where(rows, nothing, old.norm),
             best=xp.where(rows, unknown, old.best),
             mark=xp.where(rows, unknown, old.mark),
-            since=xp.astype(since, xp.int32),
+            since=xp.where(rows, xp.zeros_like(old.since), old.since),
         )
         memory = self.anderson.restarted(backend, rows, z, state.memory)
         size = xp.where(rows, backend.norm(z), state.size)
