@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from deqcore.abc.history import History
     from deqcore.abc.inverse_jacobian import InverseJacobian
     from deqcore.abc.solver import Solver
-    from deqcore.api import fixed_point, get_backend, vjp
+    from deqcore.api import fixed_point, get_backend, root, vjp
     from deqcore.config import Config, using
     from deqcore.solution import Solution
     from deqcore.types import AdjointReport, Capabilities, Status
@@ -36,6 +36,7 @@ _HOME: Final = {
     "Strategy": "deqcore.abc.backward",
     "fixed_point": "deqcore.api",
     "get_backend": "deqcore.api",
+    "root": "deqcore.api",
     "using": "deqcore.config",
     "vjp": "deqcore.api",
 }
@@ -58,6 +59,7 @@ __all__ = [
     "errors",
     "fixed_point",
     "get_backend",
+    "root",
     "using",
     "vjp",
 ]
