@@ -11,7 +11,8 @@ from deqcore.abc.backend import Backend
 from deqcore.config import Config
 from deqcore.errors import BackendError
 from deqcore.solution import Solution, SolveState
-from deqcore.solve import call, root as roots
+from deqcore.solve import call
+from deqcore.solve import root as roots
 from deqcore.solve.dispatch import backend_named, plan_call
 from deqcore.solve.user_line import warn
 from deqcore.types import Tree

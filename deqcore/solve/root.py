@@ -21,9 +21,7 @@ from deqcore.types import Array, Map, SolveResult, Tree
 ALIGNED: Final = 1e-3  # cosine of g and G g below which their product does not give the sign
 
 
-def solve(
-    plan: Plan, g: Callable[..., Tree], z0: Tree, args: tuple[Any, ...], state: SolveState | None
-) -> Solution:
+def solve(plan: Plan, g: Callable[..., Tree], z0: Tree, args: tuple[Any, ...], state: SolveState | None) -> Solution:
     """Return the solution of g(z, *args) = 0, with the residual ‖g‖ and `fz` = g(z)."""
     if plan.config.forward.compact:
         raise ConfigError(
@@ -118,7 +116,9 @@ def _as_fixed_point(plan: Plan, g: Callable[..., Tree], factor: Array) -> Callab
 def _beside(plan: Plan, factor: Array, leaf: Array) -> Array:
     """Return the factors in a shape that multiplies a leaf of the state."""
     factor = plan.backend.cast(factor, leaf)
-    return plan.backend.xp.reshape(factor, (-1, *[1] * (leaf.ndim - 1)) if plan.config.forward.batch else (1,) * leaf.ndim)
+    return plan.backend.xp.reshape(
+        factor, (-1, *[1] * (leaf.ndim - 1)) if plan.config.forward.batch else (1,) * leaf.ndim
+    )
 
 
 def _equations(plan: Plan, forward: SolveResult, factor: Array) -> Tree:

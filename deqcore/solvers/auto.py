@@ -203,9 +203,7 @@ class Auto(Solver):
         progress, refused = self._judged(backend, norm, state.progress)
         active = state.memory.values.active
         values, residuals = stored.values.masked(active), stored.residuals.masked(active)
-        stored = stored._replace(
-            values=values, residuals=residuals, residual=state.memory.residual, norm=progress.norm
-        )
+        stored = stored._replace(values=values, residuals=residuals, residual=state.memory.residual, norm=progress.norm)
         result = moved[-1].z, moved[-1].fz, AutoState(stored, progress, moved[-1].newton, size)
         return result if refused is None else self._returned(backend, refused, norm, (z, fz, state), result)
 

@@ -133,7 +133,7 @@ class EstimateTests(Conformance):
     def _distance(self, kit: Kit, h: InverseJacobian, found: Any, s: Any) -> float:
         """Return the relative distance from `s` over the samples that have pairs, 0 if none has."""
         known = self._known(kit, h)
-        return float(np.linalg.norm((found - s)[known]) / max(np.linalg.norm(s[known]), 1e-300))
+        return float(np.linalg.norm((found - s)[known])) / max(float(np.linalg.norm(s[known])), 1e-300)
 
     def _sharp(self, kit: Kit, h: InverseJacobian) -> Any:
         """H as a matrix `(3, 6, 6)`, judged sharply."""
