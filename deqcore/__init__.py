@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from deqcore.abc.history import History
     from deqcore.abc.inverse_jacobian import InverseJacobian
     from deqcore.abc.solver import Solver
-    from deqcore.api import fixed_point, get_backend, vjp
+    from deqcore.api import fixed_point, get_backend, root, vjp
     from deqcore.config import Config, using
     from deqcore.implicit import Stepper, custom_fixed_point, custom_root
     from deqcore.solution import Solution
@@ -40,6 +40,7 @@ _HOME: Final = {
     "custom_root": "deqcore.implicit",
     "fixed_point": "deqcore.api",
     "get_backend": "deqcore.api",
+    "root": "deqcore.api",
     "using": "deqcore.config",
     "vjp": "deqcore.api",
 }
@@ -65,6 +66,7 @@ __all__ = [
     "errors",
     "fixed_point",
     "get_backend",
+    "root",
     "using",
     "vjp",
 ]

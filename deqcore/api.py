@@ -13,6 +13,7 @@ from deqcore.config import Config
 from deqcore.errors import BackendError
 from deqcore.solution import Solution, SolveState
 from deqcore.solve import call
+from deqcore.solve import root as roots
 from deqcore.solve.capture import captured
 from deqcore.solve.dispatch import backend_named, plan_call
 from deqcore.solve.user_line import warn
@@ -68,7 +69,8 @@ def fixed_point(
         >>> bool(sol.converged.all()), sol.value.shape
         (True, (1, 2))
     """
-    if config is None and state is None and (solution := captured(f, z0, args, overrides)) is not None:
+    plain = config is None and state is None and not has_aux
+    if plain and (solution := captured(f, z0, args, overrides)) is not None:
         return solution
     plan = plan_call(config, overrides, z0, args)
     solve = plan.backend.guards.untraced(call.solve)
@@ -76,6 +78,47 @@ def fixed_point(
         return solve(plan, f, z0, args, state, tuple(batched_args))
     solution = solve(plan, call.without_aux(f), z0, args, state, tuple(batched_args))
     return replace(solution, aux=f(solution.value, *args)[1])
+
+
+def root(
+    g: Callable[..., Tree],
+    z0: Tree,
+    *args: Any,
+    config: Config | None = None,
+    state: SolveState | None = None,
+    **overrides: object,
+) -> Solution:
+    """Solve g(z*, *args) = 0, with the implicit gradient attached.
+
+    The solvers, strategies and checks are those of `fixed_point`, applied to z − s g(z). The factor s of each sample
+    has the sign and the size of a Newton step along g(z0); it costs one evaluation of g and one product with its
+    Jacobian, which `sol.evaluations` does not count. The gradient −(∂g/∂z)⁻¹ ∂g/∂θ does not depend on s.
+
+    Args:
+        g: `g(z, *args)` returns a tree like z: as many equations as unknowns. It may close over parameters.
+        z0: initial iterate, as in `fixed_point`.
+        *args: further arguments of g, any trees. Their arrays get gradients.
+        config: as in `fixed_point`. A sample has converged when ‖g‖ ≤ atol + rtol·max(‖g(z0)‖, ‖z0‖/|s|).
+        state: `sol.state` of an earlier solve from the same z0, to continue from.
+        **overrides: settings of this call, as in `forward__rtol=1e-6`.
+
+    Returns:
+        The solution. `sol.residual` is ‖g(z)‖ per sample `(batch,)`, and `sol.fz` is g(z).
+
+    Raises:
+        ProblemError: g returned another number of equations, or another structure, dtype or device than z0.
+        ConfigError: `forward.compact = true`, or as `fixed_point`.
+
+    Source: the implicit function theorem; Knoll & Keyes (2004), "Jacobian-free Newton–Krylov methods".
+
+    Example:
+        >>> import numpy as np, deqcore
+        >>> sol = deqcore.root(lambda z, a: z * z - a, np.ones((2, 1)), np.array([[2.0], [1.21]]))
+        >>> sol.value.round(6).tolist(), sol.converged.tolist()
+        ([[1.414214], [1.1]], [True, True])
+    """
+    plan = plan_call(config, overrides, z0, args)
+    return plan.backend.guards.untraced(roots.solve)(plan, g, z0, args, state)
 
 
 def vjp(

@@ -82,6 +82,7 @@ class _Store:
         "chunks",
         "compute",
         "dtype",
+        "gaps",
         "history_size",
         "like",
         "narrow",
@@ -112,12 +113,15 @@ class _Store:
         self.narrow = like.device.type == "cpu" and self.width < NARROW
         self.dtype = dtype
         self.wide = wide
+        self.gaps = False  # whether slots were skipped: then all slots are allocated at once, with zeros
         self.planned: tuple[int, Tensor] | None = None  # see `TorchHistory.plan`
         self.table: Tensor | None = None  # see `TorchHistory.table`
 
     def with_chunks(self, chunks: list[Tensor], batch: int) -> _Store:
         """Make a store with other chunks for vectors of the same kind."""
-        return _Store(chunks, self.history_size, self.like, (batch, self.width), self.dtype, self.wide)
+        store = _Store(chunks, self.history_size, self.like, (batch, self.width), self.dtype, self.wide)
+        store.gaps = self.gaps
+        return store
 
 
 class TorchHistory(History):
@@ -227,9 +231,11 @@ class TorchHistory(History):
 
     def _place(self, v: Tensor, zeroed: bool = True) -> Tensor:
         chunk, row = divmod(self.written % self.history_size, self.store.chunk)
-        while len(self.store.chunks) <= chunk:
+        last = (self.history_size - 1) // self.store.chunk if self.store.gaps else chunk
+        while len(self.store.chunks) <= last:
             slots = min(self.store.chunk, self.history_size - self.store.chunk * len(self.store.chunks))
-            make = v.new_zeros if zeroed and (self.store.whole or self.store.narrow) else v.new_empty
+            filled = self.store.whole or self.store.narrow or self.store.gaps
+            make = v.new_zeros if zeroed and filled else v.new_empty
             self.store.chunks.append(make((slots, *v.shape), dtype=self.store.dtype))
         return self.store.chunks[chunk][row]
 
@@ -272,11 +278,11 @@ class TorchHistory(History):
             return self._dot(v)
 
     def _dot(self, v: Tensor) -> Tensor:
-        if self.store.whole and self.written and v.dtype is self.store.wide and v.dim() == 2:
+        if self.store.whole and self.store.chunks and v.dtype is self.store.wide and v.dim() == 2:
             result = products(v[:, None], self.store.chunks[0])[:, 0]
             hidden = self._hidden()
             return result if hidden is None else result.masked_fill_(hidden, 0.0)
-        if self.written and v.dim() == 2 and compiled.products(v) and (kernels := compiled.reading(v)) is not None:
+        if self.store.chunks and v.dim() == 2 and compiled.products(v) and (kernels := compiled.reading(v)) is not None:
             fused: Tensor = kernels.dots(self, v)
             return fused
         return self._dot_by_units(v)
@@ -304,7 +310,7 @@ class TorchHistory(History):
 
     def _fused(self, coefficients: Tensor, base: Tensor | None) -> Tensor | None:
         """Return the combination by one kernel, or None if this device or dtype has none."""
-        if not self.written or not compiled.products(coefficients):
+        if not self.store.chunks or not compiled.products(coefficients):
             return None
         coefficients, base = coefficients.contiguous(), None if base is None else base.contiguous()
         kernels = compiled.reading(coefficients)
@@ -317,7 +323,7 @@ class TorchHistory(History):
         combination = self._fused(coefficients, base)
         if combination is not None:
             return combination
-        if self.written and base.dtype is self.store.dtype and base.dtype is self.store.compute:
+        if self.store.chunks and base.dtype is self.store.dtype and base.dtype is self.store.compute:
             return self._sum(coefficients, base[:, None])
         return base + self._sum(coefficients, None)
 
@@ -327,7 +333,7 @@ class TorchHistory(History):
 
     def _summed(self, coefficients: Tensor, base: Tensor | None) -> Tensor:
         compute = self.store.compute
-        if self.store.whole and self.written:
+        if self.store.whole and self.store.chunks:
             hidden = self._hidden()
             c = coefficients if hidden is None else coefficients.masked_fill(hidden, 0.0)
             rows = self.store.chunks[0].transpose(0, 1)
@@ -352,6 +358,7 @@ class TorchHistory(History):
 
     def restart(self, rows: Tensor) -> TorchHistory:
         chosen = rows if self.active is None else rows & self.active
+        self.store.planned = None  # of coefficients that a restart changes
         if self.seen is None and chosen.device.type == "cpu" and not chosen.numpy().any():
             return self
         return self._with(self._mask() & ~chosen[:, None], self.written, self.active, None)
@@ -374,6 +381,10 @@ class TorchHistory(History):
     def rewind(self, count: int | Tensor) -> TorchHistory:
         written = self.written + (self.history_size - int(count)) % self.history_size  # all slots stay in use
         return self._with(self.seen, written, self.active, None)
+
+    def skip(self) -> TorchHistory:
+        self.store.gaps = True
+        return self._with(self._mask(), self.written + 1, self.active, None)
 
     def slot(self) -> Tensor:
         if not self.written:
@@ -439,10 +450,10 @@ class TorchHistory(History):
 
     def put(self, rows: Tensor, part: History) -> TorchHistory:
         assert isinstance(part, TorchHistory)
-        start = 0
+        start, self.store.gaps = 0, self.store.gaps or part.store.gaps
         for i, chunk in enumerate(part.store.chunks):
             if i == len(self.store.chunks):
-                make = chunk.new_zeros if self.store.narrow else chunk.new_empty
+                make = chunk.new_zeros if self.store.narrow or part.store.gaps else chunk.new_empty
                 self.store.chunks.append(make((chunk.shape[0], self.store.batch, self.store.width)))
             if self.written < start + chunk.shape[0] and part.written > self.written:
                 self.store.chunks[i][max(0, self.written - start) :].zero_()  # new rows are uninitialised memory

@@ -96,6 +96,13 @@ class History(ABC):
                 host waits for the scalar.
         """
 
+    def skip(self) -> History:
+        """Move the next slot on by one, as an append of no sample does, without storage for it.
+
+        A method whose samples begin to store at different steps keeps the slot of each step the same in any batch.
+        """
+        return self.rewind(-1)
+
     @abstractmethod
     def slot(self) -> Array:
         """Return the one-hot mask `(history_size,)` of the slot that was written last; all False before an append."""

@@ -33,6 +33,13 @@ class InverseJacobian(ABC):
         """Return Hᵀ v with as little regularisation as rounding allows, to judge errors with."""
         return self.apply_transpose(v)
 
+    def known(self) -> Array | None:
+        """Return which samples have secant pairs `(batch,)` of bool; None if all may have some.
+
+        H is −I for the others. A strategy that starts from H starts from zero for them, and reports it.
+        """
+        return None
+
     def prepared(self) -> InverseJacobian:
         """Return the same operator, ready to be applied to many vectors: work that all of them share is done here."""
         return self

@@ -106,6 +106,10 @@ class Solver(ABC):
         """Return ‖f(z) − z‖ of the current iterate `(batch,)` if `step` has measured it, otherwise None."""
         return None
 
+    def output_norm(self, backend: Backend, state: Any) -> Array | None:
+        """Return ‖f(z)‖ of the current iterate `(batch,)` if `step` has measured it, otherwise None."""
+        return None
+
     def inverse_jacobian(self, backend: Backend, state: Any) -> InverseJacobian | None:
         """Return the estimate H ≈ (∂(f − z)/∂z)^-1 from the solve, or None."""
         return None

@@ -23,7 +23,8 @@ class BroydenReuse(Strategy):
 
     *Plain* (`certify=False, max_relative_error=None, fallback="none"`): u = −Hᵀg with the solver's own H, as published.
     One low-rank product. It is right if the secant pairs saw the directions that the cotangent needs. Elsewhere it is
-    silently wrong, most of all with several slow modes and tight forward tolerances.
+    silently wrong, most of all with several slow modes and tight forward tolerances. A sample whose solver kept no pair
+    (`auto`, while it does not accelerate) gets u = g, and is reported in `fallback`.
 
     *Certified* (`certify=True, max_relative_error=None`): the same u, and one vjp that measures its adjoint residual.
     The error that it reports is the estimate's own: it does not contain a mode that the forward solve has not met.
@@ -114,12 +115,14 @@ class BroydenReuse(Strategy):
 
     def _plain(self, backend: Backend, vjp: Map, g: Array, estimate: InverseJacobian) -> tuple[Array, AdjointReport]:
         u = -estimate.apply_transpose(g)
+        known = estimate.known()
+        fallback = None if known is None else ~known  # without pairs u is g, the first step from zero
         if not self.certify:
-            return u, report(backend, g)
+            return u, report(backend, g, fallback=fallback)
         r = g + vjp(u) - u
         error = SAFETY * relative(backend, backend.norm(estimate.apply_transpose(r)), backend.norm(u))
         residual = relative(backend, backend.norm(r), backend.norm(g))
-        return u, report(backend, g, vjps=1, residual=residual, error=error)
+        return u, report(backend, g, vjps=1, residual=residual, error=error, fallback=fallback)
 
     def _refined(
         self, backend: Backend, vjp: Map, g: Array, estimate: InverseJacobian, max_relative_error: float

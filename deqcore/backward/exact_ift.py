@@ -137,7 +137,7 @@ class ExactIFT(Strategy):
         rtol = default_rtol(backend, g) if self.rtol == "auto" else float(self.rtol)
         if self.max_relative_error is not None:
             return self._to_error(backend, vjp, g, estimate, float(self.max_relative_error))
-        u0 = self._start(g, estimate)
+        u0 = self._start(backend, g, estimate)
         if self.bound is None:
             return self._gmres(backend, vjp, g, u0, rtol)
         return self._driven(backend, vjp, g, backend.xp.zeros_like(g) if u0 is None else u0, rtol, self.bound)
@@ -213,10 +213,11 @@ class ExactIFT(Strategy):
             return self.max_steps
         return MOST_STEPS if self.bound is not None else min(n + MORE_STEPS, MOST_STEPS)
 
-    def _start(self, g: Array, estimate: InverseJacobian | None) -> Array | None:
+    def _start(self, backend: Backend, g: Array, estimate: InverseJacobian | None) -> Array | None:
         """Return the initial u. None means zero, for which GMRES needs no product."""
         if self.start == "reuse" and estimate is not None:
-            return -estimate.apply_transpose(g)
+            known, reused = estimate.known(), -estimate.apply_transpose(g)
+            return reused if known is None else backend.select(known, reused, backend.xp.zeros_like(reused))
         zero = self.start == "zero" or (self.start == "auto" and self.solver == "gmres")
         return None if zero else g
 

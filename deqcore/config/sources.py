@@ -72,7 +72,7 @@ class Forward:
         ('anderson', 60, 'auto')
     """
 
-    solver: str = setting("broyden", "the name of a registered solver")
+    solver: str = setting("auto", "the name of a registered solver")
     rtol: float | Literal["auto"] = setting("auto", "'auto' or a finite number >= 0", least=0)
     atol: float = setting(0.0, "a finite number >= 0", least=0)
     max_steps: int = setting(40, "an integer >= 0", least=0, most=LARGEST)

@@ -145,6 +145,10 @@ class AndersonInverse(InverseJacobian):
         """Hᵀ v = −v + Q Kᵀ Pᵀ v."""
         return -v + self.right.combine(vecmat(self.backend, self.left.dot(v), self.kernel))
 
+    def known(self) -> Array:
+        """Return where K is not zero."""
+        return self.backend.xp.any(self.backend.xp.any(self.kernel != 0.0, axis=2), axis=1)
+
 
 FLIP: Final = (0, 2, 1)
 

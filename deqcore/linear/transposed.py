@@ -22,3 +22,6 @@ class _Transposed(InverseJacobian):
 
     def apply_transpose(self, v: Array) -> Array:
         return self.inner.apply(v)
+
+    def known(self) -> Array | None:
+        return self.inner.known()

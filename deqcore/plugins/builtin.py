@@ -50,6 +50,7 @@ BACKENDS: Final = (
 )
 
 SOLVERS: Final = (
+    SolverSpec("auto", "deqcore.solvers.auto:Auto", "plain steps; accelerates, then escalates, where that pays"),
     SolverSpec("picard", "deqcore.solvers.picard:Picard", "damped fixed-point iteration"),
     SolverSpec("anderson", "deqcore.solvers.anderson:Anderson", "Anderson acceleration"),
     SolverSpec(

@@ -27,7 +27,8 @@ def take_step(
     if residual is None:
         residual, size = residual_norms(backend, result.z, result.fz)
     if size is None and limits.relative:
-        size = backend.norm(result.fz)
+        size = solver.output_norm(backend, result.state)
+        size = backend.norm(result.fz) if size is None else size
     return result, residual, size
 
 

@@ -113,25 +113,38 @@ class Anderson(Solver):
 
     def init(self, backend: Backend, z: Array, fz: Array) -> AndersonState:
         """Return a state without differences: the first step is a plain one."""
+        g = fz - z
+        norm = backend.norm(g)
+        state = self.begun(backend, fz, norm, row_scale(backend, norm, g))
+        return state._replace(residual=divide_rows(backend, g, state.unit))
+
+    def begun(self, backend: Backend, fz: Array, norm: Array, unit: Array | None) -> AndersonState:
+        """Return a state without differences and with an empty residual `(batch, 0)`, in units of `unit`."""
         values = backend.history(fz, self.history_size, self.history_dtype)
         residuals = backend.history(fz, self.history_size, self.history_dtype)
         none = residuals.dot(fz)  # (batch, history_size), all zero
         system = self._empty(backend, none) + none[:, :, None]
-        g = fz - z
-        norm = backend.norm(g)
-        unit = row_scale(backend, norm, g)
-        return AndersonState(values, residuals, system, none, none, none, divide_rows(backend, g, unit), norm, unit)
+        return AndersonState(values, residuals, system, none, none, none, fz[:, :0], norm, unit)
 
     def step(self, backend: Backend, f: Map, z: Array, fz: Array, state: AndersonState) -> tuple[Array, Array, Any]:
         """Take one accelerated step, then add the new difference."""
-        xp, unit = backend.xp, state.unit
-        z = state.values.add_combination(fz, multiply_rows(backend, state.step, unit))
+        z = self.point(backend, fz, state)
         if self.mixing != 1.0:
             left = state.residuals.add_combination(state.residual, state.step)
-            z = z - (1.0 - self.mixing) * multiply_rows(backend, left, unit)
+            z = z - (1.0 - self.mixing) * multiply_rows(backend, left, state.unit)
         value = f(z)
         residual = value - z
-        norm = backend.norm(residual)
+        return z, value, self.learned(backend, fz, value, residual, backend.norm(residual), state)
+
+    def point(self, backend: Backend, fz: Array, state: AndersonState) -> Array:
+        """Return f(z) − ΔF γ, the point of the next evaluation for a mixing of 1."""
+        return state.values.add_combination(fz, multiply_rows(backend, state.step, state.unit))
+
+    def learned(
+        self, backend: Backend, fz: Array, value: Array, residual: Array, norm: Array, state: AndersonState
+    ) -> AndersonState:
+        """Return the state with the difference between f(z) and `value`, where the residual has the norm `norm`."""
+        xp, unit = backend.xp, state.unit
         sane = norm <= self.max_residual_growth * state.norm
         if not backend.known_all(sane):
             state = self.forget(backend, ~sane, state)
@@ -157,7 +170,30 @@ class Anderson(Solver):
         if not backend.known_all(usable):
             step = xp.where(usable, step, xp.zeros_like(step))
         after = AndersonState(values, residuals, system, scale, target, step, residual, norm, unit)
-        return z, value, self.unlearned(backend, state.norm, after)
+        return self.unlearned(backend, state.norm, after)
+
+    def returned(
+        self, backend: Backend, rows: Array, usable: Array, before: Array, state: AndersonState
+    ) -> AndersonState:
+        """Return the state for the samples `rows` that go back to the iterate before the step, with the new difference.
+
+        Args:
+            backend: the backend of these arrays.
+            rows: `(batch,)` of bool.
+            usable: rows whose new difference is kept `(batch,)` of bool; the others forget all differences.
+            before: `target` before the step.
+            state: after the step.
+        """
+        xp, newest = backend.xp, state.residuals.slot()[None, :]
+        # ΔGᵀg for the residual before the step: that of the newest column is Δgᵀg₊ − ‖Δg‖².
+        inverse = xp.where(newest, state.scale, xp.zeros_like(state.scale))
+        square = xp.where(inverse > 0.0, 1.0 / xp.where(inverse > 0.0, inverse, xp.ones_like(inverse)), inverse) ** 2
+        target = xp.where(newest, state.target - square, before)
+        step = backend.linalg.solve_positive(state.system, target * state.scale) * -state.scale
+        step = xp.where(xp.isfinite(step) & usable[:, None], step, xp.zeros_like(step))
+        lost = rows & ~usable
+        state = self.forget(backend, lost, state._replace(target=xp.where(rows[:, None], target, state.target)))
+        return state._replace(step=xp.where(rows[:, None], step, state.step))
 
     def unlearned(self, backend: Backend, before: Array, state: AndersonState) -> AndersonState:
         """Return the state after a step; a step from a residual of 0 gives no difference."""

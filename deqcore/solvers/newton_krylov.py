@@ -10,7 +10,7 @@ from deqcore.abc.backend import Backend
 from deqcore.abc.scaling import divide_rows, multiply_rows, row_scale
 from deqcore.abc.solver import Solver
 from deqcore.errors import BackendError
-from deqcore.linear.gmres import gmres
+from deqcore.linear.gmres import LinearSolution, gmres
 from deqcore.types import Array, Map
 
 
@@ -21,7 +21,7 @@ class NewtonState(NamedTuple):
     spent: Array
 
 
-class _Trial(NamedTuple):
+class Trial(NamedTuple):
     """Backtracking along one Newton step."""
 
     z: Array
@@ -98,41 +98,65 @@ class NewtonKrylov(Solver):
 
     def step(self, backend: Backend, f: Map, z: Array, fz: Array, state: NewtonState) -> tuple[Array, Array, Any]:
         """Take one Newton step with backtracking."""
-        xp = backend.xp
         g = fz - z
+        inner = self.direction(backend, f, z, g, state.forcing)
+        first = z + inner.x
+        end = self.searched(backend, f, z, inner.x, backend.norm(g), (first, f(first)))
+        return end.z, end.fz, self.measured(backend, inner, backend.norm(g), end, state)
+
+    def direction(self, backend: Backend, f: Map, z: Array, g: Array, forcing: Array) -> LinearSolution:
+        """Return d with (I − J) d = g `(batch, n)` to the tolerance `forcing` `(batch,)`.
+
+        Raises:
+            BackendError: f has no products J v here.
+        """
         jvp = backend.autodiff.jvp(f, z)
         if jvp is None:
             raise BackendError.no_products(f"the backend {backend.name!r} has none.")
-        before = backend.norm(g)
-        unit = row_scale(backend, before, g)
+        unit = row_scale(backend, backend.norm(g), g)
 
         def product(v: Array) -> Array:
             return v - _in_units(backend, jvp(_from_units(backend, v, unit)), unit)
 
-        inner = gmres(
+        found = gmres(
             backend,
             product,
             _in_units(backend, g, unit),
-            rtol=state.forcing,
+            rtol=forcing,
             max_steps=self.inner_steps,
             reorthogonalize=False,
         )
-        move = _from_units(backend, inner.x, unit)
-        first = z + move
-        value = f(first)
-        residual = backend.norm(value - first)
-        longer = ~(residual < before) & (before > 0.0)
-        trial = _Trial(first, value, xp.ones_like(before), residual, longer, xp.zeros_like(inner.products))
+        left = found.residual if unit is None else found.residual * backend.to_accum_dtype(unit)
+        return found._replace(x=_from_units(backend, found.x, unit), residual=left)
 
-        def searching(t: _Trial) -> Array:
+    def searched(
+        self, backend: Backend, f: Map, z: Array, d: Array, before: Array, first: tuple[Array, Array]
+    ) -> Trial:
+        """Return z + λ d with the largest λ of 1, ½, ¼ … whose residual is below `before` `(batch,)`.
+
+        Args:
+            backend: the backend of these arrays.
+            f: the map.
+            z: the iterate `(batch, n)`.
+            d: the direction.
+            before: ‖f(z) − z‖, or 0 for a sample that takes the first point whatever its residual is.
+            first: the first point and f there.
+        """
+        xp = backend.xp
+        residual = backend.norm(first[1] - first[0])
+        longer = ~(residual < before) & (before > 0.0)
+        none = xp.zeros_like(before, dtype=xp.int32)
+        trial = Trial(*first, xp.ones_like(before), residual, longer, none)
+
+        def searching(t: Trial) -> Array:
             return xp.any(t.searching)
 
-        def halve(t: _Trial) -> _Trial:
+        def halve(t: Trial) -> Trial:
             length = 0.5 * t.length
-            moved = z + backend.cast(length, z)[:, None] * move
+            moved = z + backend.cast(length, z)[:, None] * d
             value = f(moved)
             residual = backend.norm(value - moved)
-            return _Trial(
+            return Trial(
                 backend.select(t.searching, moved, t.z),
                 backend.select(t.searching, value, t.fz),
                 xp.where(t.searching, length, t.length),
@@ -141,15 +165,21 @@ class NewtonKrylov(Solver):
                 t.trials + xp.astype(t.searching, xp.int32),
             )
 
-        end = backend.loop(searching, halve, trial, self.halvings)
+        end: Trial = backend.loop(searching, halve, trial, self.halvings)
+        return end
+
+    def measured(
+        self, backend: Backend, inner: LinearSolution, before: Array, end: Trial, state: NewtonState
+    ) -> NewtonState:
+        """Return the state after a step from a residual of norm `before`."""
+        xp = backend.xp
         after, size = backend.to_accum_dtype(end.residual), backend.to_accum_dtype(before)
         ratio = after / size
         # The error of the linear model sets how finely to solve it; a shortened step does not measure that error.
-        left = inner.residual if unit is None else inner.residual * backend.to_accum_dtype(unit)
-        forcing = xp.where(end.length == 1.0, xp.abs(after - left) / size, 0.9 * ratio * ratio)
-        forcing = xp.clip(forcing, min(2.0 * backend.eps(z) ** 0.5, self.forcing), self.forcing)
+        forcing = xp.where(end.length == 1.0, xp.abs(after - inner.residual) / size, 0.9 * ratio * ratio)
+        forcing = xp.clip(forcing, min(2.0 * backend.eps(end.z) ** 0.5, self.forcing), self.forcing)
         forcing = xp.where(xp.isfinite(forcing), forcing, state.forcing)
-        return end.z, end.fz, NewtonState(forcing, state.spent + inner.products + end.trials)
+        return NewtonState(forcing, state.spent + inner.products + end.trials)
 
     def restarted(self, backend: Backend, rows: Array, z: Array, state: NewtonState) -> NewtonState:
         """Return the state with the first inner tolerance in `rows`; the counts of products stay."""

@@ -109,7 +109,7 @@ def cosine(a, b):
 
 def test_it_says_what_it_took_and_explains_only_the_columns_that_it_shows(capsys, recwarn):
     _, out, err = explain(capsys, "--rounds", "0", "--problem", "p.py:mine")
-    assert "3 samples, backend torch, solver broyden." in out
+    assert "3 samples, backend torch, solver auto." in out
     assert "ms: one gradient" not in out
     assert not err
     assert not [each for each in recwarn if "auto" in str(each.message)]

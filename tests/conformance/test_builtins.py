@@ -30,6 +30,18 @@ class TestGuarded(SolverTests):
     cost_bounds: ClassVar = {"overshoot": 15, "walled": 33}
 
 
+class TestAccelerated(SolverTests):
+    """The default with all samples accelerated from their first step on, so that each has pairs."""
+
+    backends = LIGHT
+    solvers = ("auto",)
+    options: ClassVar = {"slow": 1e-6, "patience": 4}
+    expected_failures: ClassVar = {
+        f"test_every_number_among_its_options_matters[{backend}-auto]": "with any small `slow` all samples accelerate"
+        for backend in ("numpy", "torch")
+    }
+
+
 class TestSmallMemory(SolverTests):
     """Restarts and full rings."""
 

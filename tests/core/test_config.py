@@ -43,7 +43,7 @@ def test_the_defaults() -> None:
     assert config.as_dict() == {
         "backend": "auto",
         "forward": {
-            "solver": "broyden",
+            "solver": "auto",
             "rtol": "auto",
             "atol": 0.0,
             "max_steps": 40,

@@ -99,7 +99,7 @@ def test_a_plugin_cannot_take_a_built_in_name(install: Install) -> None:
 
 
 def test_unknown_names_get_a_suggestion_and_the_list() -> None:
-    with pytest.raises(errors.UnknownNameError, match=r"'brodyen'.*mean 'broyden'.*anderson, broyden"):
+    with pytest.raises(errors.UnknownNameError, match=r"'brodyen'.*mean 'broyden'.*anderson, auto, broyden"):
         plugins.make_solver("brodyen")
     with pytest.raises(errors.UnknownNameError, match=r"No strategy .*'exact_ift'.*'exact-ift'"):
         plugins.make_strategy("exact_ift")

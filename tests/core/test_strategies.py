@@ -64,6 +64,8 @@ def affine_u(be, problem, g, **settings):
     a = be.asarray(problem.a)
     f = lambda z, b: be.xp.sum(a * z[:, None, :], axis=2) + b
     z0 = be.asarray(0 * problem.b)
+    if settings.get("backward__strategy") == "broyden-reuse":
+        settings = {"forward__solver": "broyden"} | settings
     _, (u,) = deqcore.vjp(
         f, z0, be.asarray(problem.b), cotangent=be.asarray(g), **({"forward__on_failure": "ignore"} | settings)
     )

@@ -375,7 +375,7 @@ def anderson(
                 _cleared(values, per_chunk, slot, b, z)
                 _cleared(residuals, per_chunk, slot, b, z)
             _copy(before_g[b], next_g[b])
-            _copy(z[b], ahead[b])
+            _copy(fz[b], ahead[b])
             continue
         inverse_unit = 1.0 / unit[b]
         _stored(values, per_chunk, slot, b, z, fz[b], before_f[b], inverse_unit)

@@ -1,0 +1,375 @@
+"""The default method: fixed-point iteration that accelerates, and escalates, only the samples that need it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Final, NamedTuple, TypeAlias
+
+import numpy as np
+
+from deqcore.abc.backend import Backend
+from deqcore.abc.inverse_jacobian import InverseJacobian
+from deqcore.abc.scaling import divide_rows, row_scale
+from deqcore.abc.solver import Solver
+from deqcore.errors import BackendError
+from deqcore.linear.gmres import LinearSolution
+from deqcore.linear.norms import residual_norms
+from deqcore.solvers.anderson import Anderson, AndersonState
+from deqcore.solvers.newton_krylov import NewtonKrylov, NewtonState
+from deqcore.types import Array, Map
+
+PLAIN: Final = 0
+ACCELERATED: Final = 1
+NEWTON: Final = 2
+HALVED: Final = 0.5  # part of the residual at the last progress that counts as progress
+HUGE: Final = 1e6  # growth of a refused residual above which its difference has no information on the slope
+
+
+class Progress(NamedTuple):
+    """What the rules know of each sample, `(batch,)` each.
+
+    Attributes:
+        level: PLAIN, ACCELERATED or NEWTON, int32. It never falls.
+        norm: ‖g‖ of the current iterate.
+        best: least ‖g‖ so far.
+        mark: ‖g‖ at the last progress.
+        since: steps since then, int32, of which a refused one counts for several; for a plain sample its steps
+    """
+
+    level: Array
+    norm: Array
+    best: Array
+    mark: Array
+    since: Array
+
+
+class AutoState(NamedTuple):
+    """The state of Auto.
+
+    Attributes:
+        memory: differences of the accelerated samples; its residual is empty `(batch, 0)`, because f(z) and z give it.
+        progress: what the rules know.
+        newton: forcing terms and products of Newton–Krylov.
+        size: ‖f(z)‖ `(batch,)`.
+    """
+
+    memory: AndersonState
+    progress: Progress
+    newton: NewtonState
+    size: Array
+
+
+_Step: TypeAlias = tuple[Array, Array, AutoState]
+
+
+@dataclass(frozen=True)
+class Auto(Solver):
+    """Fixed-point iteration, accelerated for the samples for which that pays, with Newton–Krylov as the last resort.
+
+    Each sample starts with plain steps, z₊ = f(z), and moves up by its own residuals g = f(z) − z:
+
+    - *plain* → *accelerated* (Anderson) when a step leaves more than `slow` of ‖g‖, or after `plain_steps` steps. While
+      f contracts faster, plain steps need about as many evaluations, without a history or passes over one.
+    - *accelerated* → *Newton* when ‖g‖ has not halved in `patience` steps. A step to more than
+      `max_residual_growth` times the least ‖g‖ is refused: the sample stays, uses the difference that the step has
+      shown, and the step counts as half of `patience`.
+
+    The rules read residuals and counts only, never a clock, so a solve is reproducible, and a sample's iterates do not
+    depend on its batch mates. Histories are allocated when the first sample accelerates (eager backends), and passes
+    over them are skipped until then.
+
+    Use it when in doubt: it is the default. Its estimate of the inverse Jacobian is that of Anderson, H = −I for
+    samples that never accelerated (see `InverseJacobian.known`); for reuse in the backward pass, `broyden` keeps more.
+
+    Cost: one evaluation of f per step, and per Newton step one per product J v and per halving. No history until a
+    sample accelerates, then 2·history_size vectors.
+
+    Args:
+        history_size: differences kept, at least 1.
+        slow: part of the residual that a plain step may leave, above 0 and at most 1.
+        plain_steps: plain steps of a sample at most, at least 1.
+        patience: steps without a halved residual before Newton–Krylov, at least 1.
+        max_residual_growth: growth over the least residual that is refused, above 1.
+        escalate: whether Newton–Krylov takes samples that acceleration does not solve. Without it compiled code is
+            smaller: JAX compiles in a third of the time.
+        history_dtype: dtype of the stored differences, default the state's own.
+
+    Raises:
+        ValueError: an option is out of its range. In settings it becomes a ConfigError that names the setting.
+
+    Source: Walker & Ni (2011), "Anderson acceleration for fixed-point iterations"; Knoll & Keyes (2004), "Jacobian-free
+    Newton–Krylov methods"; the rules and their study: docs/notes.
+
+    Example:
+        >>> import numpy as np, deqcore
+        >>> sol = deqcore.fixed_point(lambda z: 3 * np.cos(z), np.ones((1, 1)), forward__solver="auto",
+        ...                           forward__rtol=1e-10)
+        >>> round(float(sol.value[0, 0]), 6), bool(sol.converged[0])
+        (1.170121, True)
+    """
+
+    history_size: int = 8
+    slow: float = 0.7
+    plain_steps: int = 16
+    patience: int = 10
+    max_residual_growth: float = 10.0
+    escalate: bool = True
+    history_dtype: str | None = None
+    has_estimate: ClassVar[bool] = True
+    cost_bounds: ClassVar[Mapping[str, int]] = {
+        "affine": 25,
+        "conv": 29,
+        "expansive": 14,
+        "ill-conditioned": 26,
+        "mlp": 25,
+        "monotone": 20,
+        "overshoot": 21,
+        "ring": 26,
+        "slow-modes": 100,
+        "tree": 27,
+        "walled": 48,
+    }
+
+    def __post_init__(self) -> None:
+        _ = self.anderson
+        if not 0.0 < self.slow <= 1.0:
+            raise ValueError(f"slow must be above 0 and at most 1 (got {self.slow})")
+        if self.plain_steps < 1:
+            raise ValueError(f"plain_steps must be at least 1 (got {self.plain_steps})")
+        if self.patience < 1:
+            raise ValueError(f"patience must be at least 1 (got {self.patience})")
+
+    @cached_property
+    def anderson(self) -> Anderson:
+        """The method of accelerated samples."""
+        return Anderson(
+            history_size=self.history_size,
+            max_residual_growth=self.max_residual_growth,
+            history_dtype=self.history_dtype,
+        )
+
+    @cached_property
+    def newton(self) -> NewtonKrylov:
+        """The method of the last resort."""
+        return NewtonKrylov(inner_steps=30)
+
+    def init(self, backend: Backend, z: Array, fz: Array) -> AutoState:
+        """Return the state of a batch of plain samples."""
+        xp = backend.xp
+        norm, size = residual_norms(backend, z, fz)
+        none = xp.zeros_like(norm, dtype=xp.int32)
+        memory = self.anderson.begun(backend, fz, norm, row_scale(backend, norm, fz))
+        forcing = xp.full_like(backend.to_accum_dtype(norm), self.newton.forcing)
+        return AutoState(memory, Progress(none, norm, norm, norm, none), NewtonState(forcing, none), size)
+
+    def step(self, backend: Backend, f: Map, z: Array, fz: Array, state: AutoState) -> _Step:
+        """Take one step of each sample's own method."""
+        level, active = state.progress.level, state.memory.values.active
+        if active is not None:  # samples that have stopped need nothing
+            level = backend.xp.where(active, level, backend.xp.zeros_like(level))
+        if backend.known_all(level == PLAIN):
+            return self._plain(backend, f, z, fz, state)
+        return self._mixed(backend, f, z, fz, state, level)
+
+    def _plain(self, backend: Backend, f: Map, z: Array, fz: Array, state: AutoState) -> _Step:
+        """Take a plain step with all samples: no pass over a history, and no storage for one."""
+        value = f(fz)
+        norm, size = residual_norms(backend, fz, value)
+        progress, refused = self._judged(backend, norm, state.progress)
+        result = fz, value, AutoState(_skipped(state.memory), progress, state.newton, size)
+        return result if refused is None else self._returned(backend, refused, norm, (z, fz, state), result)
+
+    def _mixed(self, backend: Backend, f: Map, z: Array, fz: Array, state: AutoState, level: Array) -> _Step:
+        """Take a step with samples of all levels."""
+        memory = self._opened(backend, z, fz, state, level == ACCELERATED)
+        moved: list[_Moved] = []
+
+        def evaluate(point: Array) -> Array:
+            moved.append(self._evaluated(backend, f, z, fz, point, state, level == NEWTON))
+            return moved[-1].fz
+
+        fused = None if backend.kernels is None else backend.kernels.step(self.anderson, evaluate, z, fz, memory)
+        if fused is None:
+            accelerated = level == ACCELERATED
+            evaluate(backend.cond(accelerated, lambda point: self.anderson.point(backend, point, memory), fz))
+            stored, size = self._stored(backend, moved[-1], fz, memory, accelerated), None
+        else:
+            stored, size = fused.state, fused.size
+        norm = stored.norm
+        if size is None or not backend.known_all(level != NEWTON):
+            norm, size = residual_norms(backend, moved[-1].z, moved[-1].fz)
+        progress, refused = self._judged(backend, norm, state.progress)
+        active = state.memory.values.active
+        values, residuals = stored.values.masked(active), stored.residuals.masked(active)
+        stored = stored._replace(values=values, residuals=residuals, residual=state.memory.residual, norm=progress.norm)
+        result = moved[-1].z, moved[-1].fz, AutoState(stored, progress, moved[-1].newton, size)
+        return result if refused is None else self._returned(backend, refused, norm, (z, fz, state), result)
+
+    def _opened(self, backend: Backend, z: Array, fz: Array, state: AutoState, accelerated: Array) -> AndersonState:
+        """Return the memory with the residual of the iterate, in which only accelerated samples write."""
+        memory = state.memory
+        residual = divide_rows(backend, fz - z, memory.unit)
+        memory = memory._replace(residual=residual, norm=state.progress.norm)
+        if backend.known_all(accelerated):
+            return memory
+        return memory._replace(values=memory.values.masked(accelerated), residuals=memory.residuals.masked(accelerated))
+
+    def _stored(
+        self, backend: Backend, end: _Moved, fz: Array, memory: AndersonState, accelerated: Array
+    ) -> AndersonState:
+        """Return the memory with the new differences of accelerated samples."""
+        residual = end.fz - end.z
+        norm = backend.norm(residual)
+        active = memory.values.active
+
+        def store(skipped: AndersonState) -> AndersonState:
+            values, residuals = (h.masked(active).rewind(1) for h in (skipped.values, skipped.residuals))
+            before = memory._replace(values=values, residuals=residuals)
+            after = self.anderson.learned(backend, fz, end.fz, residual, norm, before)
+            return _kept(backend, accelerated, after, memory)._replace(norm=norm)
+
+        stored: AndersonState = backend.cond(accelerated, store, _skipped(memory)._replace(norm=norm))
+        return stored
+
+    def _evaluated(
+        self, backend: Backend, f: Map, z: Array, fz: Array, point: Array, state: AutoState, rows: Array
+    ) -> _Moved:
+        """Return `point` and f there, but in `rows` the point of a Newton step that has lowered the residual."""
+        if not self._escalates(backend) or backend.known_all(~rows):
+            return _Moved(point, f(point), state.newton)
+        xp, newton, before = backend.xp, state.newton, state.progress.norm
+        still = LinearSolution(xp.zeros_like(z), xp.zeros_like(newton.forcing), xp.zeros_like(newton.spent), rows)
+
+        def aim(carry: tuple[Array, LinearSolution]) -> tuple[Array, LinearSolution]:
+            g = backend.select(rows, fz - z, xp.zeros_like(z))
+            try:
+                found = self.newton.direction(backend, f, z, g, newton.forcing)
+            except BackendError:  # f has no products: a damped step
+                found = still._replace(x=g, residual=backend.to_accum_dtype(before))
+            return backend.select(rows, z + found.x, carry[0]), found._replace(converged=rows)
+
+        ahead, inner = backend.cond(rows, aim, (point, still))
+        value = f(ahead)
+
+        def search(carry: _Moved) -> _Moved:
+            wanted = xp.where(rows, before, xp.zeros_like(before))
+            end = self.newton.searched(backend, f, z, inner.x, wanted, (carry.z, carry.fz))
+            after = self.newton.measured(backend, inner, before, end, newton)
+            return _Moved(
+                end.z, end.fz, NewtonState(*(xp.where(rows, *pair) for pair in zip(after, newton, strict=True)))
+            )
+
+        moved: _Moved = backend.cond(rows, search, _Moved(ahead, value, newton))
+        return moved
+
+    def _judged(self, backend: Backend, norm: Array, old: Progress) -> tuple[Progress, Array | None]:
+        """Return the progress after a step, and which samples refuse it; None if surely none does."""
+        top = NEWTON if self._escalates(backend) else ACCELERATED
+        views = [backend.host.numpy_view(figure) for figure in (norm, *old)]
+        if any(view is None for view in views):
+            return self._rules(backend.xp, norm, old, top)
+        now, known = views[0], Progress(*views[1:])
+        with np.errstate(all="ignore"):
+            usual = (now <= self.slow * known.norm) & (known.since < self.plain_steps - 1)
+            if not np.count_nonzero(known.level) and np.count_nonzero(usual) == len(usual):
+                since = backend.host.from_numpy_view(known.since + np.int32(1))
+                return Progress(old.level, norm, norm, norm, since), None
+            progress, refused = self._rules(np, now, known, top)
+        after = Progress(*map(backend.host.from_numpy_view, progress))
+        return after, backend.host.from_numpy_view(refused) if np.count_nonzero(refused) else None
+
+    def _escalates(self, backend: Backend) -> bool:
+        return self.escalate and backend.capabilities.jvp
+
+    def _rules(self, xp: Any, norm: Any, old: Progress, top: int) -> tuple[Progress, Any]:
+        """Return the progress of each sample, and which refuse the step."""
+        refused = (norm > self.max_residual_growth * old.best) & (old.level != NEWTON)  # the loop sees to NaN
+        after = xp.where(refused, old.norm, norm)
+        plain = old.level == PLAIN
+        gained = ~plain & (after < HALVED * old.mark)
+        since = xp.where(gained, 0, old.since + xp.where(refused, (self.patience + 1) // 2, 1))
+        slow = plain & ((~(norm <= self.slow * old.norm) & (old.norm > 0.0)) | (since >= self.plain_steps))
+        stuck = (old.level == ACCELERATED) & (since >= self.patience)
+        level = xp.where(slow, ACCELERATED, xp.where(stuck, top, old.level))
+        begun = slow | stuck
+        return Progress(
+            level=xp.astype(level, xp.int32),
+            norm=after,
+            best=xp.where(after < old.best, after, old.best),
+            mark=xp.where(plain | gained | begun, after, old.mark),
+            since=xp.astype(xp.where(begun, 0, since), xp.int32),
+        ), refused
+
+    def _returned(
+        self, backend: Backend, refused: Array, norm: Array, before: tuple[Array, Array, AutoState], result: _Step
+    ) -> _Step:
+        """Take the samples `refused` back to the iterate before the step, with what the step has shown."""
+        (z, fz, start), (moved, value, state) = before, result
+        usable = norm <= HUGE * start.progress.best
+
+        def back(memory: AndersonState) -> AndersonState:
+            return self.anderson.returned(backend, rows, usable, start.memory.target, memory)
+
+        rows = refused & (start.progress.level == ACCELERATED)
+        memory = backend.cond(rows, back, state.memory)
+        size = backend.xp.where(refused, start.size, state.size)
+        state = AutoState(memory, state.progress, state.newton, size)
+        return backend.select(refused, z, moved), backend.select(refused, fz, value), state
+
+    def restarted(self, backend: Backend, rows: Array, z: Array, state: AutoState) -> AutoState:
+        """Return the state of plain samples in `rows`; those of Newton–Krylov stay with it."""
+        xp, old = backend.xp, state.progress
+        nothing, unknown = xp.zeros_like(old.norm), xp.full_like(old.norm, float("inf"))
+        plain = rows & (old.level != NEWTON)
+        progress = Progress(
+            level=xp.where(plain, xp.zeros_like(old.level), old.level),
+            norm=xp.where(rows, nothing, old.norm),
+            best=xp.where(rows, unknown, old.best),
+            mark=xp.where(rows, unknown, old.mark),
+            since=xp.where(rows, xp.zeros_like(old.since), old.since),
+        )
+        memory = self.anderson.restarted(backend, rows, z, state.memory)
+        size = xp.where(rows, backend.norm(z), state.size)
+        return AutoState(memory, progress, self.newton.restarted(backend, rows, z, state.newton), size)
+
+    def residual_norm(self, backend: Backend, state: AutoState) -> Array:
+        """Return the norm that the rules have read."""
+        return state.progress.norm
+
+    def output_norm(self, backend: Backend, state: AutoState) -> Array:
+        """Return the norm that was measured with it."""
+        return state.size
+
+    def evaluations(self, backend: Backend, steps: Array, state: AutoState) -> Array:
+        """Return the count of evaluations, and of products in Newton steps."""
+        return 1 + steps + state.newton.spent
+
+    def inverse_jacobian(self, backend: Backend, state: AutoState) -> InverseJacobian:
+        """Return the multi-secant estimate from the differences of accelerated samples, and −I for the others."""
+        return self.anderson.inverse_jacobian(backend, state.memory)
+
+
+class _Moved(NamedTuple):
+    """The point of a step, f there, and the figures of Newton–Krylov after it."""
+
+    z: Array
+    fz: Array
+    newton: NewtonState
+
+
+def _skipped(memory: AndersonState) -> AndersonState:
+    """Return the memory after a step in which no sample stores a difference."""
+    return memory._replace(values=memory.values.skip(), residuals=memory.residuals.skip())
+
+
+def _kept(backend: Backend, rows: Array, new: AndersonState, old: AndersonState) -> AndersonState:
+    """Return the state `new` with the small arrays of `old` beside `rows`."""
+    where = backend.xp.where
+    return new._replace(
+        system=where(rows[:, None, None], new.system, old.system),
+        scale=where(rows[:, None], new.scale, old.scale),
+        target=where(rows[:, None], new.target, old.target),
+        step=where(rows[:, None], new.step, old.step),
+    )

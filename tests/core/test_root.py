@@ -1,0 +1,126 @@
+"""`root` against closed forms, SciPy and the implicit function theorem."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import optimize
+
+import deqcore
+from deqcore.errors import ConfigError, ConvergenceWarning, ProblemError
+
+SOLVERS = ["auto", "anderson", "broyden", "newton-krylov"]
+
+
+def number(be, a):
+    return be.asarray(np.asarray(a, float))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("factor", [1.0, -30.0, 1e-6, -1e8])
+def test_sign_and_scale_of_g_do_not_matter(be, solver, factor):
+    a = np.array([[2.0, 3.0], [0.5, 7.0]])
+    sol = deqcore.root(lambda z: factor * (z * z + z - number(be, a)), number(be, a), forward__solver=solver)
+    truth = (-1 + np.sqrt(1 + 4 * a)) / 2
+    assert sol.converged.all()
+    assert np.abs(be.to_numpy(sol.value) - truth).max() < 1e-6
+    found = be.to_numpy(sol.value)
+    left = factor * (found * found + found - a)
+    assert np.allclose(be.to_numpy(sol.residual), np.linalg.norm(left, axis=1), rtol=1e-3, atol=1e-14 * abs(factor))
+    assert np.allclose(be.to_numpy(sol.fz), left, rtol=1e-3, atol=1e-14 * abs(factor))
+
+
+def test_a_system_agrees_with_scipy(be):
+    rng = np.random.default_rng(0)
+    a, b = np.eye(6) * 3 + rng.standard_normal((6, 6)), rng.standard_normal(6)
+    w, x = number(be, a), number(be, b)
+    truth = optimize.root(lambda z: a @ z + np.sin(z) - b, np.zeros(6)).x
+    sol = deqcore.root(lambda z: z @ w.T + be.xp.sin(z) - x[None, :], number(be, np.zeros((1, 6))))
+    assert sol.converged.all()
+    assert np.abs(be.to_numpy(sol.value)[0] - truth).max() < 1e-6
+
+
+def test_the_gradient_is_that_of_the_implicit_function_theorem():
+    torch = pytest.importorskip("torch")
+    a = torch.tensor([[2.0, 3.0]], dtype=torch.float64, requires_grad=True)
+    f = lambda a: (
+        deqcore.root(lambda z, a: -4.0 * (z**3 + z.roll(1, 1) - a), 0 * a.detach() + 1, a, forward__rtol=1e-12).value
+    )
+    assert torch.autograd.gradcheck(f, (a,))
+    assert torch.autograd.gradgradcheck(f, (a,))
+
+
+@pytest.mark.parametrize("strategy", ["broyden-reuse", "phantom", "neumann"])
+def test_other_strategies_attach_to_a_root(strategy):
+    torch = pytest.importorskip("torch")
+    a = torch.full((1, 2), 1.5, dtype=torch.float64, requires_grad=True)
+    sol = deqcore.root(
+        lambda z, a: z + 0.1 * torch.sin(z) - a, 0 * a.detach(), a, forward__solver="broyden",
+        backward__strategy=strategy,
+    )  # fmt: skip
+    (grad,) = torch.autograd.grad(sol.value.sum(), a)
+    truth = 1 / (1 + 0.1 * torch.cos(sol.value.detach()))
+    assert (grad - truth).abs().max() < 0.05
+
+
+def test_jax_traces_it():
+    jax = pytest.importorskip("jax")
+    solved = jax.jit(
+        jax.value_and_grad(
+            lambda a: deqcore.root(
+                lambda z, a: a - z * z, jax.numpy.ones((1, 1)), a, forward__options={"escalate": False}
+            ).value.sum()
+        )
+    )
+    value, grad = solved(jax.numpy.full((1, 1), 2.0))
+    assert abs(float(value) - 2**0.5) < 1e-3
+    assert abs(float(grad[0, 0]) - 0.5 / 2**0.5) < 1e-3
+
+
+def test_trees_and_whole_states(be):
+    z0 = {"a": number(be, np.ones((2, 3))), "b": number(be, np.ones((2, 1)))}
+    g = lambda z: {"a": z["a"] ** 2 - 2.0, "b": z["b"] - be.xp.sum(z["a"], axis=1)[:, None]}
+    for batch in (True, False):
+        sol = deqcore.root(g, z0, forward__batch=batch)
+        assert np.abs(be.to_numpy(sol.value["b"]) - 3 * 2**0.5).max() < 1e-6
+
+
+def test_a_start_at_the_root_converges_at_once(be):
+    sol = deqcore.root(lambda z: z - 1.0, number(be, np.ones((1, 2))))
+    assert sol.converged.all()
+    assert int(sol.steps[0]) == 0
+
+
+def test_as_many_equations_as_unknowns_are_needed(be):
+    with pytest.raises(ProblemError, match=r"as many equations as unknowns.*\(1, 3\).*got \(1, 2\)"):
+        deqcore.root(lambda z: z[:, :2], number(be, np.ones((1, 3))))
+    with pytest.raises(ProblemError, match="as many equations as unknowns"):
+        deqcore.root(lambda z: (z, z), number(be, np.ones((1, 3))))
+
+
+def test_compaction_is_refused(be):
+    with pytest.raises(ConfigError, match=r"forward.compact must be false"):
+        deqcore.root(lambda z: z - 1.0, number(be, np.ones((1, 3))), forward__compact=True)
+
+
+def test_a_singular_jacobian_ends_with_an_honest_status(be):
+    """z² has a double root, z₀ + z₁ = 1 twice a line of them, and z² + 1 none."""
+    quiet = {"forward__on_failure": "ignore", "forward__max_steps": 100}
+    double = deqcore.root(lambda z: z * z, number(be, np.ones((1, 1))), **quiet)
+    assert double.converged.all()
+    assert np.abs(be.to_numpy(double.value)).max() < 1e-3
+    line = deqcore.root(
+        lambda z: be.xp.zeros_like(z) + be.xp.sum(z, axis=1)[:, None] - 1.0, 0 * number(be, np.ones((1, 2))), **quiet
+    )
+    assert abs(be.to_numpy(line.value).sum() - 1.0) < 1e-6
+    none = deqcore.root(lambda z: z * z + 1.0, number(be, np.ones((2, 1))), **quiet)
+    assert not none.converged.any()
+    assert (be.to_numpy(none.residual) > 0.9).all()
+
+
+def test_a_singular_jacobian_warns_in_the_backward_pass():
+    torch = pytest.importorskip("torch")
+    a = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
+    sol = deqcore.root(lambda z, a: z.sum(1, keepdim=True) - 1.0 + 0 * z - a, torch.zeros(1, 2, dtype=torch.float64), a)
+    with pytest.warns(ConvergenceWarning, match="adjoint"):
+        sol.value[0, 0].backward()
