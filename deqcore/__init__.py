@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from deqcore.abc.history import History
     from deqcore.abc.inverse_jacobian import InverseJacobian
     from deqcore.abc.solver import Solver
+    from deqcore.abc.stateful import StatefulStrategy, StrategyState
     from deqcore.api import fixed_point, get_backend, vjp
     from deqcore.config import Config, using
     from deqcore.solution import Solution
@@ -33,7 +34,9 @@ _HOME: Final = {
     "Solver": "deqcore.abc.solver",
     "Status": "deqcore.solution",
     "StepStrategy": "deqcore.abc.backward",
+    "StatefulStrategy": "deqcore.abc.stateful",
     "Strategy": "deqcore.abc.backward",
+    "StrategyState": "deqcore.abc.stateful",
     "fixed_point": "deqcore.api",
     "get_backend": "deqcore.api",
     "using": "deqcore.config",
@@ -51,9 +54,11 @@ __all__ = [
     "InverseJacobian",
     "Solution",
     "Solver",
+    "StatefulStrategy",
     "Status",
     "StepStrategy",
     "Strategy",
+    "StrategyState",
     "__version__",
     "errors",
     "fixed_point",

@@ -8,6 +8,7 @@ from typing import Any
 from deqcore import config as settings
 from deqcore import plugins
 from deqcore.abc.backend import Backend
+from deqcore.abc.stateful import StrategyState
 from deqcore.config import Config
 from deqcore.errors import BackendError
 from deqcore.solution import Solution, SolveState
@@ -24,6 +25,7 @@ def fixed_point(
     config: Config | None = None,
     state: SolveState | None = None,
     batched_args: tuple[int, ...] = (),
+    strategy_state: StrategyState | None = None,
     **overrides: object,
 ) -> Solution:
     """Solve z* = f(z*, *args), with the implicit gradient attached.
@@ -38,6 +40,8 @@ def fixed_point(
         batched_args: positions in `args` of the arguments whose arrays carry the batch axis first. Only
             `forward.compact = true` needs it: f is then evaluated for fewer and fewer samples, and must compute
             each sample from its own rows of z and these arguments alone.
+        strategy_state: holds the state of a strategy that has one (`adaptive`) from one backward pass to the next;
+            layers of PyTorch have their own. None: each pass is the first.
         **overrides: settings of this call, as in `forward__rtol=1e-6`.
 
     Returns:
@@ -49,7 +53,8 @@ def fixed_point(
         BackendMismatchError: the config names another backend than the arrays belong to.
         InitialIterateError: z0 is unfit (no arrays, integers, mixed dtypes or devices, no batch axis).
         ProblemError: f returned another structure, shape, dtype or device.
-        StrategyError: the strategy needs an estimate that the solver does not keep.
+        StrategyError: the strategy needs an estimate that the solver does not keep, or `strategy_state` is passed in
+            JAX.
         ConvergenceError: `on_failure = "raise"` and a sample did not converge.
 
     Source: Bai, Kolter & Koltun (2019), "Deep Equilibrium Models".
@@ -61,7 +66,7 @@ def fixed_point(
         >>> bool(sol.converged.all()), sol.value.shape
         (True, (1, 2))
     """
-    plan = plan_call(config, overrides, z0, args)
+    plan = plan_call(config, overrides, z0, args, strategy_state)
     return plan.backend.guards.untraced(call.solve)(plan, f, z0, args, state, tuple(batched_args))
 
 
@@ -72,6 +77,7 @@ def vjp(
     cotangent: Tree,
     config: Config | None = None,
     batched_args: tuple[int, ...] = (),
+    strategy_state: StrategyState | None = None,
     **overrides: object,
 ) -> tuple[Tree, tuple[Any, ...]]:
     """Solve z* = f(z*, *args) and map a cotangent of z* to gradients of the arguments, on every backend alike.
@@ -83,6 +89,7 @@ def vjp(
         cotangent: dL/dz*, a tree like z0.
         config: as in `fixed_point`.
         batched_args: as in `fixed_point`.
+        strategy_state: as in `fixed_point`.
         **overrides: as in `fixed_point`.
 
     Returns:
@@ -102,7 +109,7 @@ def vjp(
         >>> z.round(6).item(), da.round(6).item(), dx.round(6).item()  # x/(1-a), x/(1-a)², 1/(1-a)
         (2.0, 4.0, 2.0)
     """
-    plan = plan_call(config, overrides, z0, args)
+    plan = plan_call(config, overrides, z0, args, strategy_state)
     return plan.backend.guards.untraced(call.differentiate)(plan, f, z0, args, cotangent, tuple(batched_args))
 
 

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from deqcore import config as settings
 from deqcore import plugins
+from deqcore.abc.stateful import StatefulStrategy
 from deqcore.config import Config
 from deqcore.config.sources import scalar
 from deqcore.errors import ConfigError, LayerWarning, ProblemError
@@ -64,6 +65,12 @@ class LayerSettings:
     def call(self, training: bool) -> tuple[Config | None, dict[str, object]]:
         """Return config and overrides of one solve, as `fixed_point` takes them."""
         return self.config, dict(self.overrides) if training else dict(self.overrides) | dict(self.evaluation)
+
+    def strategy_state(self) -> Sequence[float] | None:
+        """Return the state with which the strategy of training begins, None if it has none."""
+        backward = settings.resolve(*self.call(True))[0].backward
+        strategy = plugins.make_strategy(backward.strategy, backward.options)
+        return strategy.init_state() if isinstance(strategy, StatefulStrategy) else None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain values, to store beside the weights."""
