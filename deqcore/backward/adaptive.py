@@ -180,8 +180,8 @@ class _Task:
             w = self.vjp(w)
             return w, u + c[0] * w, backend.xp.roll(c, -1)
 
-        k = self.xp.astype(s.chosen, self.xp.int32)
-        w, u, _ = backend.loop(lambda _: backend.xp.all(c == c), step, start, k)
+        k, going = self.xp.astype(s.chosen, self.xp.int32), _flag(backend, ~self.audit, self.g)
+        w, u, _ = backend.loop(lambda carry: going, step, start, k)
         after = self.rules.grown(self.xp, s, self._growth(w))
         vjps = p.vjps + backend.asarray(k, like=p.vjps)
         return p._replace(u=u, vjps=vjps, state=self.rules.pack(self.xp, after))

@@ -12,7 +12,7 @@ from deqcore.abc.kernels import Krylov
 from deqcore.types import Array
 
 ENTRIES: Final = 2**18
-"""Numbers of one parameter array that count: every s-th one of larger arrays, so that m gradients take little memory."""
+"""Numbers of one parameter array that count, every s-th of a larger one, so that m gradients take little memory."""
 
 
 class _Powers(NamedTuple):
