@@ -269,7 +269,8 @@ def _reverse_fwd(
 def _reverse_bwd(
     problem: Problem, residuals: Residuals, g: jax.Array
 ) -> tuple[None, None, list[jax.Array | None], AdjointTap | None, jax.Array | None]:
-    z, (*state, known), leaves, adjoint_tap, memory = residuals
+    z, (solver_state, turn, known), leaves, adjoint_tap, memory = residuals
+    state: Tree = (solver_state, turn)
     moved = [i for i, leaf in enumerate(leaves) if is_differentiable(leaf)]
     linear: Linear | Reverse
     if problem.both_modes:
@@ -292,9 +293,10 @@ def _reverse_bwd(
         if memory is None:
             u, report = _solve_adjoint(problem, linear, g, state)
         else:
-            inputs = PassInputs(memory, *known, linear.vjp_leaves if moved else None)
+            converged, residual = known
+            inputs = PassInputs(memory, converged, residual, linear.vjp_leaves if moved else None)
             with precise():
-                u, report, memory = problem.bound.advance(linear.vjp, g, *state, inputs)
+                u, report, memory = problem.bound.advance(linear.vjp, g, *state, inputs=inputs)
     cotangents = iter(linear.vjp_leaves(u))
     gradients = [next(cotangents) if i in moved else None for i in range(len(leaves))]
     return None, None, gradients, None if adjoint_tap is None else fill(report), memory

@@ -85,8 +85,8 @@ def carrying(state: jax.Array) -> Iterator[None]:
     Example:
         >>> import deqcore
         >>> def loss(state, x):
-        ...     with carrying(state):
-        ...         return deqcore.fixed_point(lambda z, x: 0.5 * z + x, 0 * x, x, backward__strategy="adaptive").value.sum()
+        ...     with carrying(state), deqcore.using(backward__strategy="adaptive"):
+        ...         return deqcore.fixed_point(lambda z, x: 0.5 * z + x, 0 * x, x).value.sum()
         >>> state = new("adaptive")
         >>> bool((jax.grad(loss)(state, jnp.ones((2, 3))) != state).any())
         True

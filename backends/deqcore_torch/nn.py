@@ -45,10 +45,12 @@ class _BufferState(StrategyState):
         return self._layer.strategy_state
 
     @values.setter
-    def values(self, new: Tensor) -> None:
+    def values(self, new: Tensor | None) -> None:
         own = self._layer.strategy_state
         with torch.no_grad():
-            if own is None or own.shape != new.shape:
+            if new is None:
+                self._layer.strategy_state = None
+            elif own is None or own.shape != new.shape:
                 self._layer.strategy_state = new.detach().clone()
             else:
                 own.copy_(new)

@@ -11,13 +11,13 @@ import numpy as np
 from deqcore.abc.backend import Backend
 from deqcore.abc.backward import relative, report
 from deqcore.abc.inverse_jacobian import InverseJacobian
-from deqcore.abc.stateful import PassInputs, StatefulStrategy
+from deqcore.abc.stateful import StatefulStrategy
 from deqcore.backward.controller import Controller, Learned, Signals
 from deqcore.backward.exact_ift import SPACE, ExactIFT
 from deqcore.linear.gmres import KrylovSpace
 from deqcore.linear.norms import default_rtol
 from deqcore.linear.powers import powers_gram
-from deqcore.types import AdjointReport, Array, Map, Status
+from deqcore.types import AdjointReport, Array, Map, PassInputs, Status
 
 
 class _Pass(NamedTuple):
@@ -180,7 +180,7 @@ class _Task:
             w = self.vjp(w)
             return w, u + c[0] * w, backend.xp.roll(c, -1)
 
-        k, going = self.xp.astype(s.chosen, self.xp.int32), _flag(backend, ~self.audit, self.g)
+        k, going = self.xp.astype(self.rules.steps(self.xp, s), self.xp.int32), _flag(backend, ~self.audit, self.g)
         w, u, _ = backend.loop(lambda carry: going, step, start, k)
         after = self.rules.grown(self.xp, s, self._growth(w))
         vjps = p.vjps + backend.asarray(k, like=p.vjps)
@@ -260,7 +260,7 @@ class _Task:
         safe = xp.where(usable, gram / unit, xp.zeros_like(gram))
         learned = self.rules.learn(xp, self.s, safe[1:, 1:], safe[0, 1:], one, self.now)
         excluded = self.rules.exclude(xp, self.s)
-        return Learned(*[xp.where(usable, a, b) for a, b in zip(learned, excluded, strict=True)])
+        return Learned._make(xp.where(usable, a, b) for a, b in zip(learned, excluded, strict=True))
 
     def reported(self, p: _Pass, plain: AdjointReport) -> tuple[AdjointReport, Array]:
         """Return the report, and the state with the pass counted in."""

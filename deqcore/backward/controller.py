@@ -36,6 +36,9 @@ EASIER: Final = 0.9
 JUMP: Final = 1.5
 """Factor by which a free signal may leave its value at the audit."""
 
+PROBE_EVERY: Final = 8
+"""Passes without a vjp, after which one measures ‖Jᵀg‖ / ‖g‖."""
+
 RECENT: Final = 0.1
 """Weight of the latest pass in the average of a free signal."""
 
@@ -139,7 +142,7 @@ class Controller:
         ends = [SCALARS + m * (i + 1) for i in range(VECTORS)]
         vectors = [values[end - m : end] for end in ends]
         gram = xp.reshape(values[ends[-1] :], (m, m))
-        return Learned(*[values[i] for i in range(SCALARS)], *vectors, gram)
+        return Learned._make([*(values[i] for i in range(SCALARS)), *vectors, gram])
 
     def pack(self, xp: Any, learned: Learned) -> Array:
         """Undo `unpack`."""
@@ -153,12 +156,21 @@ class Controller:
         jumped = (s.jumped > 0) | fewer | (worse & (now.unconverged > 0))
         return (s.begun == 0) | (s.since + 1 >= s.interval) | jumped
 
+    def steps(self, xp: Any, s: Learned) -> Array:
+        """Return the vjps of a pass between audits: `chosen`, and now and then one where that is 0.
+
+        Its coefficient is zero. It only measures ‖Jᵀg‖, without which nothing would show that the cell has changed.
+        """
+        probes = (s.chosen == 0) & (s.since % PROBE_EVERY == 0)
+        return xp.where(probes, xp.ones_like(s.chosen), s.chosen)
+
     def grown(self, xp: Any, s: Learned, growth: Array) -> Learned:
         """Note ‖(Jᵀ)^k g‖ / ‖g‖ of a pass between audits, and compare it with the average of those before."""
-        known = s.growth > 0
-        jumped = known & ((growth > JUMP * s.growth) | (growth * JUMP < s.growth)) & (s.chosen > 0)
+        known, measured = s.growth > 0, self.steps(xp, s) > 0
+        jumped = known & measured & ((growth > JUMP * s.growth) | (growth * JUMP < s.growth))
+        average = xp.where(known, s.growth + RECENT * (growth - s.growth), growth)
         return s._replace(
-            growth=xp.where(known, s.growth + RECENT * (growth - s.growth), growth),
+            growth=xp.where(measured, average, s.growth),
             jumped=xp.where(jumped, xp.ones_like(s.jumped), s.jumped),
             since=s.since + 1,
         )

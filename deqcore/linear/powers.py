@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.history import History
@@ -115,9 +115,9 @@ def _packing(
     return pack, 1
 
 
-def _thinned(xp: object, part: Array) -> Array:
+def _thinned(xp: Any, part: Array) -> Array:
     """Return the entries of a gradient that count, as one row."""
-    flat = part.reshape(-1)
+    flat = xp.reshape(part, (-1,))
     stride = -(-flat.shape[0] // ENTRIES)
     while stride > 1 and math.gcd(stride, part.shape[-1]) > 1:
         stride += 1

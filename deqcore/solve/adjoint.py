@@ -67,13 +67,13 @@ class Adjoint(AdjointSolver):
         strategy, estimate = self.strategy, self._estimate(state)
         assert isinstance(strategy, StatefulStrategy)
         unit = row_scale(self.backend, self.backend.norm(g), g)
-        found = strategy.solve_with_state(
+        found: object = strategy.solve_with_state(
             self.backend, vjp, divide_rows(self.backend, g, unit), estimate, self._in_units(inputs, unit)
         )
         if not isinstance(found, tuple) or len(found) != 3:
             name = f"{type(strategy).__name__}.solve_with_state"
             raise PluginError.returned(name, found, "(u, report, state) with the state of the next pass,")
-        u, report = self._routed(found[:2], g)
+        u, report = self._routed((found[0], found[1]), g)
         if getattr(found[2], "shape", None) != inputs.values.shape:
             name = f"{type(strategy).__name__}.solve_with_state (state)"
             raise PluginError.returned(name, found[2], f"a state of the shape {tuple(inputs.values.shape)} that it got")
