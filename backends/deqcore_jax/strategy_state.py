@@ -73,11 +73,12 @@ def new(strategy: str, options: Mapping[str, object] | None = None) -> jax.Array
 
 
 @contextmanager
-def carrying(state: jax.Array) -> Iterator[None]:
+def carrying(state: jax.Array | None) -> Iterator[None]:
     """Let the one solve inside the block use `state`, and return the next one as its gradient.
 
     Args:
-        state: the argument to differentiate with respect to `(m,)`, as in the example of this module.
+        state: the argument to differentiate with respect to `(m,)`, as in the example of this module; None: the
+            strategy is called as one without state.
 
     Raises:
         StrategyError: a second solve runs inside the block, or the state is that of other options.
@@ -91,7 +92,7 @@ def carrying(state: jax.Array) -> Iterator[None]:
         >>> bool((jax.grad(loss)(state, jnp.ones((2, 3))) != state).any())
         True
     """
-    slot = _Slot(state)
+    slot = None if state is None else _Slot(state)
     token = _open.set(slot)
     try:
         with key(slot):  # a function compiled inside the block holds this state, so no other block may reuse it

@@ -81,7 +81,7 @@ class Adaptive(StatefulStrategy):
 
     max_relative_error: float = 0.5
     audit_every: int = 50
-    max_vjps: int = 6
+    max_vjps: int = 8
     fallback: Literal["exact-ift", "none"] = "exact-ift"
     audit_rtol: float | Literal["auto"] = "auto"
     needs: ClassVar[Literal["nothing", "vjp", "estimate"]] = "vjp"
