@@ -296,7 +296,7 @@ def _reverse_bwd(
             converged, residual = known
             inputs = PassInputs(memory, converged, residual, linear.vjp_leaves if moved else None)
             with precise():
-                u, report, memory = problem.bound.advance(linear.vjp, g, *state, inputs=inputs)
+                u, report, memory = problem.bound.advance(linear.vjp, g, solver_state, turn, inputs)
     cotangents = iter(linear.vjp_leaves(u))
     gradients = [next(cotangents) if i in moved else None for i in range(len(leaves))]
     return None, None, gradients, None if adjoint_tap is None else fill(report), memory

@@ -145,7 +145,8 @@ class Adaptive(StatefulStrategy):
         sound = xp.isfinite(residual)
         count = xp.sum(xp.where(sound, xp.ones_like(residual), xp.zeros_like(residual)))
         mean = xp.sum(xp.where(sound, residual, xp.zeros_like(residual))) / xp.maximum(count, xp.ones_like(count))
-        lost = xp.mean(xp.where(inputs.converged, xp.zeros_like(residual), xp.ones_like(residual)))
+        lost = xp.sum(xp.where(inputs.converged, xp.zeros_like(residual), xp.ones_like(residual)))
+        lost = lost / max(1, residual.shape[0])
         if backend.is_traced(inputs.values, residual):
             kind = inputs.values.dtype
             return xp, inputs.values, Signals(xp.astype(mean, kind), xp.astype(lost, kind))
