@@ -140,7 +140,7 @@ def judge(trained: Trained, rules: Controller, x: Tensor, y: Tensor, run: Run) -
 
     def error(k: int, coefficients: Any) -> float:
         forced = s._replace(since=np.float32(1), interval=np.float32(1e6), jumped=np.float32(0), chosen=np.float32(k))
-        forced = forced._replace(coefficients=coefficients, unconverged=np.float32(2), begun=np.float32(1))
+        forced = forced._replace(coefficients=coefficients, begun=np.float32(1))
         held = deqcore.StrategyState(torch.from_numpy(rules.pack(np, forced).astype(np.float32)))
         found = trained.gradient(x, y, held, "adaptive")
         return float((found - exact).norm() / exact.norm())

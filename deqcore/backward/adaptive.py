@@ -124,7 +124,7 @@ class Adaptive(StatefulStrategy):
         """Take the polynomial in force, or solve exactly and learn."""
         rules, (xp, values, now) = self.controller, self._figures(backend, inputs)
         s = rules.unpack(xp, values)
-        audit = rules.due(xp, s, now)
+        audit = rules.due(xp, s)
         solves = audit | (s.chosen >= rules.candidates)
         plain = report(backend, g)
         missed = (s.bound > self.max_relative_error) & (s.chosen < rules.candidates)
@@ -183,7 +183,7 @@ class _Task:
 
         k, going = self.xp.astype(self.rules.steps(self.xp, s), self.xp.int32), _flag(backend, ~self.audit, self.g)
         w, u, _ = backend.loop(lambda carry: going, step, start, k)
-        after = self.rules.grown(self.xp, s, self._growth(w))
+        after = self.rules.grown(self.xp, s, self._growth(w), self.now)
         vjps = p.vjps + backend.asarray(k, like=p.vjps)
         return p._replace(u=u, vjps=vjps, state=self.rules.pack(self.xp, after))
 

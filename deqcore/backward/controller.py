@@ -149,12 +149,12 @@ class Controller:
         scalars = [xp.reshape(each, (1,)) for each in learned[:SCALARS]]
         return xp.concat([*scalars, *learned[SCALARS:-1], xp.reshape(learned.gram, (-1,))])
 
-    def due(self, xp: Any, s: Learned, now: Signals) -> Array:
-        """Return whether this pass is an audit: its turn has come, or a signal has jumped."""
-        worse = now.forward > FARTHER * s.forward
-        fewer = now.unconverged > s.unconverged + UNCONVERGED
-        jumped = (s.jumped > 0) | fewer | (worse & (now.unconverged > 0))
-        return (s.begun == 0) | (s.since + 1 >= s.interval) | jumped
+    def due(self, xp: Any, s: Learned) -> Array:
+        """Return whether this pass is an audit: its turn has come, or a signal of the pass before has jumped.
+
+        The state alone decides, so that all ranks that share it do the same.
+        """
+        return (s.begun == 0) | (s.since + 1 >= s.interval) | (s.jumped > 0)
 
     def steps(self, xp: Any, s: Learned) -> Array:
         """Return the vjps of a pass between audits: `chosen`, and now and then one where that is 0.
@@ -164,10 +164,15 @@ class Controller:
         probes = (s.chosen == 0) & (s.since % PROBE_EVERY == 0)
         return xp.where(probes, xp.ones_like(s.chosen), s.chosen)
 
-    def grown(self, xp: Any, s: Learned, growth: Array) -> Learned:
-        """Note ‖(Jᵀ)^k g‖ / ‖g‖ of a pass between audits, and compare it with the average of those before."""
+    def grown(self, xp: Any, s: Learned, growth: Array, now: Signals) -> Learned:
+        """Compare the free signals with those of the audit, and ask for another one if they have jumped.
+
+        ‖(Jᵀ)^k g‖ / ‖g‖ is compared with its average over the passes since the audit.
+        """
         known, measured = s.growth > 0, self.steps(xp, s) > 0
         jumped = known & measured & ((growth > JUMP * s.growth) | (growth * JUMP < s.growth))
+        worse = (now.forward > FARTHER * s.forward) & (now.unconverged > 0)
+        jumped = jumped | worse | (now.unconverged > s.unconverged + UNCONVERGED)
         average = xp.where(known, s.growth + RECENT * (growth - s.growth), growth)
         return s._replace(
             growth=xp.where(measured, average, s.growth),

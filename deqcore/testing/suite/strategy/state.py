@@ -205,6 +205,18 @@ class StateTests(Conformance):
         over = np.mean(np.array(errors) > target)
         assert over <= 0.1, f"{over:.0%} of the good steps exceed {target} beside bad ones: {np.round(errors, 2)}"
 
+    def test_ranks_that_share_a_state_take_the_same_vjps(self, training: Training) -> None:
+        """Give two ranks one state and other data: they must audit together, and take the same vjps between audits."""
+        other, some, others = Training(training.kit, training.strategy), batches(0.8, 11), batches(0.5, 12)
+        for step in range(30):
+            other.values = training.values
+            _, one = training.step(next(some))
+            _, two = other.step(next(others), converged=step % 3 > 0)
+            audits = [bool((each.gradient_products > 0).any()) for each in (one, two)]
+            assert audits[0] == audits[1], f"in pass {step} one rank audits, and the other does not"
+            if not audits[0] and not np.isfinite(one.residual).any():
+                assert one.vjps.max() == two.vjps.max(), f"in pass {step} ranks take {one.vjps} and {two.vjps} vjps"
+
     def test_a_state_that_is_not_finite_counts_as_a_new_one(self, training: Training) -> None:
         batch = next(batches(0.8, 8))
         expected, report = training.step(batch)
