@@ -273,11 +273,11 @@ class _Task:
         judged = self.audit & (after.audits > self.s.audits) & (after.error >= 0)
         unknown = self.xp.full_like(after.error, float("nan"))
         error, cosine = (self.xp.where(judged, each, unknown) for each in (after.error, after.cosine))
-        nothing = plain.residual * 0
+        nothing = backend.xp.zeros_like(plain.residual)
         filled = plain._replace(
             status=p.status, vjps=p.vjps, residual=p.residual, gradient_products=p.products,
-            gradient_error=plain.gradient_error * 0 + backend.cast(backend.asarray(error, like=nothing), nothing),
-            gradient_cosine=plain.gradient_cosine * 0 + backend.cast(backend.asarray(cosine, like=nothing), nothing),
+            gradient_error=nothing + backend.cast(backend.asarray(error, like=nothing), nothing),
+            gradient_cosine=nothing + backend.cast(backend.asarray(cosine, like=nothing), nothing),
         )  # fmt: skip
         state = self.rules.pack(self.xp, after)
         return filled, state if self.xp is not np else backend.asarray(state, like=self.inputs.values)

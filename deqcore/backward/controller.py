@@ -21,14 +21,20 @@ MEMORY: Final = 0.3
 """Weight of the newest audit in every average, once there are several."""
 
 SPREAD: Final = 2.0
-"""The bound of an error is its geometric mean times exp(SPREAD · mean deviation of its logarithm). For a normal
-distribution 2.06 mean deviations are exceeded by 5 %."""
+"""The bound of an error is its geometric mean times exp(SPREAD · mean deviation of its logarithm), where the deviation is
+twice the mean excess. For a normal distribution 2.06 mean deviations are exceeded by 5 %."""
 
 YOUNG: Final = 0.15
 """Deviation of the logarithm of an error before audits have shown one."""
 
 UNSEEN: Final = 1.2
 """Factor on errors of coefficients on the audit that made them."""
+
+LARGEST: Final = 0.8
+"""Most that one audit counts as a deviation, so that the start of a training is forgotten soon."""
+
+EXACT_EVERY: Final = 4.0
+"""Most passes between audits while each pass is exact: an audit then costs no vjp, and may show that fewer will do."""
 
 EASIER: Final = 0.9
 """Part of the target that the bound of fewer vjps must meet before they are taken: hysteresis."""
@@ -49,7 +55,7 @@ UNCONVERGED: Final = 0.1
 """By how much the share of unconverged samples may grow before it counts as a jump."""
 
 FLOOR: Final = 1e-4
-"""Least error that is told from zero, by inner products in float32."""
+"""Least error that inner products in float32 can show."""
 
 
 class Learned(NamedTuple):
@@ -154,7 +160,8 @@ class Controller:
 
         The state alone decides, so that all ranks that share it do the same.
         """
-        return (s.begun == 0) | (s.since + 1 >= s.interval) | (s.jumped > 0)
+        exact = xp.where(s.chosen >= self.candidates, EXACT_EVERY + 0 * s.interval, s.interval)
+        return (s.begun == 0) | (s.since + 1 >= xp.minimum(exact, s.interval)) | (s.jumped > 0)
 
     def steps(self, xp: Any, s: Learned) -> Array:
         """Return the vjps of a pass between audits: `chosen`, and now and then one where that is 0.
@@ -198,7 +205,7 @@ class Controller:
         own = nested(xp, gram, right, eye)
         error, cosine = judged(xp, xp.where(first, own, before), gram, right)
         logs = xp.log(xp.where(first, UNSEEN * error, error))
-        off = xp.abs(logs - s.level)
+        off = xp.clip(2.0 * (logs - s.level), 0.0, LARGEST)
         level = s.level + weight * (logs - s.level)
         deviation = xp.where(first, YOUNG + 0 * off, s.deviation + weight * (off - s.deviation))
         used = xp.sum(xp.where(self._is(xp, s.chosen, eye), error, xp.zeros_like(error)))
@@ -211,7 +218,9 @@ class Controller:
             growth=xp.zeros_like(s.growth), jumped=xp.zeros_like(s.jumped), since=xp.zeros_like(s.since),
             forward=now.forward, unconverged=now.unconverged,
         )  # fmt: skip
-        surprised = ~first & (used > self.target)
+        over = ~first & (used > self.target)
+        surprised = over & (used > s.bound)  # what is known to miss the target is no surprise
+        learned = learned._replace(over=s.over + xp.where(over, xp.ones_like(s.over), xp.zeros_like(s.over)))
         return self._choose(xp, learned, s, nested(xp, g, b, eye), eye, surprised)
 
     def _choose(self, xp: Any, s: Learned, old: Learned, fits: Array, eye: Array, surprised: Array) -> Learned:
@@ -230,10 +239,7 @@ class Controller:
         more = surprised | (~first & (chosen > old.chosen))
         longer = xp.where(more, old.interval / 4.0, old.interval * 2.0)
         interval = xp.clip(xp.floor(longer), 1.0, float(self.audit_every))
-        counted = xp.where(surprised, xp.ones_like(old.over), xp.zeros_like(old.over))
-        return s._replace(
-            chosen=chosen, bound=bound, coefficients=coefficients, interval=interval, over=old.over + counted
-        )
+        return s._replace(chosen=chosen, bound=bound, coefficients=coefficients, interval=interval)
 
     def exclude(self, xp: Any, s: Learned) -> Learned:
         """Count an audit that shows nothing, and try again after half of the interval."""

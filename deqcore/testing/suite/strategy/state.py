@@ -65,7 +65,7 @@ def batches(radius: float, seed: int, size: int = BATCH) -> Iterator[Batch]:
 
 @functools.lru_cache(maxsize=64)
 def _program(kit: Kit, strategy: StatefulStrategy) -> Callable[..., Any]:
-    """One pass as a function of arrays, compiled where the backend can."""
+    """Return one pass as a function of arrays, compiled where the backend can."""
 
     def routed(g: Array, a: Array, z: Array, converged: Array, residual: Array, values: Array) -> Any:
         xp = kit.backend.xp
@@ -85,7 +85,7 @@ class Training:
         self.values = self.fresh()
 
     def fresh(self) -> Any:
-        """The state before the first pass."""
+        """Return the state before the first pass."""
         return self.kit.array(np.asarray(self.strategy.init_state()), "float32")
 
     def step(self, batch: Batch, converged: bool = True) -> tuple[Any, AdjointReport]:
