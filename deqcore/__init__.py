@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from deqcore.abc.history import History
     from deqcore.abc.inverse_jacobian import InverseJacobian
     from deqcore.abc.solver import Solver
+    from deqcore.abc.stateful import StatefulStrategy, StrategyState
     from deqcore.api import fixed_point, get_backend, root, vjp
     from deqcore.config import Config, using
     from deqcore.implicit import Stepper, custom_fixed_point, custom_root
@@ -34,8 +35,10 @@ _HOME: Final = {
     "Solver": "deqcore.abc.solver",
     "Status": "deqcore.solution",
     "StepStrategy": "deqcore.abc.backward",
+    "StatefulStrategy": "deqcore.abc.stateful",
     "Stepper": "deqcore.implicit",
     "Strategy": "deqcore.abc.backward",
+    "StrategyState": "deqcore.abc.stateful",
     "custom_fixed_point": "deqcore.implicit",
     "custom_root": "deqcore.implicit",
     "fixed_point": "deqcore.api",
@@ -56,10 +59,12 @@ __all__ = [
     "InverseJacobian",
     "Solution",
     "Solver",
+    "StatefulStrategy",
     "Status",
     "StepStrategy",
     "Stepper",
     "Strategy",
+    "StrategyState",
     "__version__",
     "custom_fixed_point",
     "custom_root",

@@ -9,6 +9,7 @@ from typing import Any
 from deqcore import config as settings
 from deqcore import plugins
 from deqcore.abc.backend import Backend
+from deqcore.abc.stateful import StrategyState
 from deqcore.config import Config
 from deqcore.errors import BackendError
 from deqcore.solution import Solution, SolveState
@@ -28,6 +29,7 @@ def fixed_point(
     state: SolveState | None = None,
     batched_args: tuple[int, ...] = (),
     has_aux: bool = False,
+    strategy_state: StrategyState | None = None,
     **overrides: object,
 ) -> Solution:
     """Solve z* = f(z*, *args), with the implicit gradient attached.
@@ -46,6 +48,8 @@ def fixed_point(
             each sample from its own rows of z and these arguments alone.
         has_aux: f returns a pair, of which only the first takes part in the solve. The second becomes `sol.aux`: one
             more evaluation of f at `sol.value` gives it, with its gradient.
+        strategy_state: holds the state of a strategy that has one (`adaptive`) from one backward pass to the next;
+            layers of PyTorch have their own. None: each pass is the first.
         **overrides: settings of this call, as in `forward__rtol=1e-6`.
 
     Returns:
@@ -57,7 +61,8 @@ def fixed_point(
         BackendMismatchError: the config names another backend than the arrays belong to.
         InitialIterateError: z0 is unfit (no arrays, integers, mixed dtypes or devices, no batch axis).
         ProblemError: f returned another structure, shape, dtype or device.
-        StrategyError: the strategy needs an estimate that the solver does not keep.
+        StrategyError: the strategy needs an estimate that the solver does not keep, or `strategy_state` is passed in
+            JAX.
         ConvergenceError: `on_failure = "raise"` and a sample did not converge.
 
     Source: Bai, Kolter & Koltun (2019), "Deep Equilibrium Models".
@@ -69,10 +74,10 @@ def fixed_point(
         >>> bool(sol.converged.all()), sol.value.shape
         (True, (1, 2))
     """
-    plain = config is None and state is None and not has_aux
+    plain = config is None and state is None and strategy_state is None and not has_aux
     if plain and (solution := captured(f, z0, args, overrides)) is not None:
         return solution
-    plan = plan_call(config, overrides, z0, args)
+    plan = plan_call(config, overrides, z0, args, strategy_state)
     solve = plan.backend.guards.untraced(call.solve)
     if not has_aux:
         return solve(plan, f, z0, args, state, tuple(batched_args))
@@ -128,6 +133,7 @@ def vjp(
     cotangent: Tree,
     config: Config | None = None,
     batched_args: tuple[int, ...] = (),
+    strategy_state: StrategyState | None = None,
     **overrides: object,
 ) -> tuple[Tree, tuple[Any, ...]]:
     """Solve z* = f(z*, *args) and map a cotangent of z* to gradients of the arguments, on every backend alike.
@@ -139,6 +145,7 @@ def vjp(
         cotangent: dL/dz*, a tree like z0.
         config: as in `fixed_point`.
         batched_args: as in `fixed_point`.
+        strategy_state: as in `fixed_point`.
         **overrides: as in `fixed_point`.
 
     Returns:
@@ -158,7 +165,7 @@ def vjp(
         >>> z.round(6).item(), da.round(6).item(), dx.round(6).item()  # x/(1-a), x/(1-a)², 1/(1-a)
         (2.0, 4.0, 2.0)
     """
-    plan = plan_call(config, overrides, z0, args)
+    plan = plan_call(config, overrides, z0, args, strategy_state)
     return plan.backend.guards.untraced(call.differentiate)(plan, f, z0, args, cotangent, tuple(batched_args))
 
 

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from deqcore import config as settings
 from deqcore import plugins
+from deqcore.abc.stateful import StatefulStrategy
 from deqcore.config import Config
 from deqcore.config.sources import scalar
 from deqcore.errors import ConfigError, LayerWarning, ProblemError
@@ -76,6 +77,12 @@ class LayerSettings:
         }
         lines = [f"{name}={value!r}" for name, value in (main | dict(self.overrides)).items()]
         return [*lines, f"evaluation={dict(self.evaluation)!r}"] if self.evaluation else lines
+
+    def strategy_state(self) -> Sequence[float] | None:
+        """Return the state with which the strategy of training begins, None if it has none."""
+        backward = settings.resolve(*self.call(True))[0].backward
+        strategy = plugins.make_strategy(backward.strategy, backward.options)
+        return strategy.init_state() if isinstance(strategy, StatefulStrategy) else None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain values, to store beside the weights."""

@@ -193,6 +193,10 @@ class AdjointReport(NamedTuple):
             relative to the largest sample; 0 if f does not couple the rows of the state. Above 0,
             ``forward.batch = false`` is needed. NaN or None where it was not measured.
         verify_vjps: vector–Jacobian products that `backward.verify_every` spent, int32; `vjps` does not count them.
+        gradient_error: relative error of the batch's parameter gradient that an audit found for what was in force
+            before it, the same for all samples; NaN in a pass without an audit. Strategies with state report it.
+        gradient_cosine: the cosine to it.
+        gradient_products: products with the parameters that the audit took, int32.
 
     Example:
         >>> import numpy as np
@@ -209,6 +213,9 @@ class AdjointReport(NamedTuple):
     fallback: Array
     coupling: Array = None
     verify_vjps: Array = None
+    gradient_error: Array = None
+    gradient_cosine: Array = None
+    gradient_products: Array = None
 
     def __repr__(self) -> str:
         """Return a line per status that occurs; the fields themselves where they have no values (traced code)."""
@@ -218,6 +225,33 @@ class AdjointReport(NamedTuple):
         except Exception:  # each framework raises another error for arrays without values
             return f"AdjointReport({', '.join(map('{}={!r}'.format, self._fields, self))})"
         return _as_text(*lists) + ("\nf couples the rows of the state: set forward.batch = false." if coupled else "")
+
+
+Pull: TypeAlias = Callable[[Array], tuple[Array, ...]]
+"""`u ↦ (∂f/∂θ)ᵀu`: the gradients of the arrays θ that f depends on and that are differentiated."""
+
+
+class PassInputs(NamedTuple):
+    """What a strategy with state gets in addition to the adjoint equation.
+
+    Attributes:
+        values: the state `(m,)` of float32, as the last pass left it.
+        converged: samples whose forward solve converged, `(batch,)` of bool.
+        residual: ‖f(z) − z‖ of the forward solve, `(batch,)`.
+        pull: products with ∂f/∂θ, or None where nothing but z is differentiated. Each call costs one product with the
+            parameters, and no vjp.
+
+    Example:
+        >>> import numpy as np
+        >>> PassInputs(np.zeros(2, np.float32), np.array([True]), np.array([1e-6]), lambda u: (u.sum(axis=0),)).pull(
+        ...     np.ones((1, 2)))[0].tolist()
+        [1.0, 1.0]
+    """
+
+    values: Array
+    converged: Array
+    residual: Array
+    pull: Pull | None
 
 
 class Figures(Protocol):

@@ -49,6 +49,9 @@ class AdjointTap(NamedTuple):
         fallback: as in AdjointReport, 0 or 1.
         coupling: as in AdjointReport.
         verify_vjps: as in AdjointReport.
+        gradient_error: as in AdjointReport.
+        gradient_cosine: as in AdjointReport.
+        gradient_products: as in AdjointReport.
         runs: how often a backward pass reported.
 
     Example:
@@ -63,6 +66,9 @@ class AdjointTap(NamedTuple):
     fallback: jax.Array
     coupling: jax.Array
     verify_vjps: jax.Array
+    gradient_error: jax.Array
+    gradient_cosine: jax.Array
+    gradient_products: jax.Array
     runs: jax.Array
 
 
@@ -149,6 +155,9 @@ def read(figures: AdjointTap) -> AdjointReport:
         fallback=figures.fallback > 0,
         coupling=figures.coupling,
         verify_vjps=figures.verify_vjps.astype(jnp.int32),
+        gradient_error=figures.gradient_error,
+        gradient_cosine=figures.gradient_cosine,
+        gradient_products=figures.gradient_products.astype(jnp.int32),
     )
 
 
@@ -172,8 +181,10 @@ def take(batch: int) -> AdjointTap | None:
 
 def fill(report: AdjointReport) -> AdjointTap:
     """Return a report as the cotangent of an adjoint tap."""
-    unmeasured = jnp.full_like(report.residual, jnp.nan)
-    coupling = unmeasured if report.coupling is None else report.coupling
-    verify_vjps = jnp.zeros_like(report.vjps) if report.verify_vjps is None else report.verify_vjps
-    numbers = (*report[:5], coupling, verify_vjps, jnp.ones_like(report.vjps))
-    return AdjointTap(*[jnp.asarray(each).astype(jnp.float32) for each in numbers])
+    unmeasured, nothing = jnp.full_like(report.residual, jnp.nan), jnp.zeros_like(report.vjps)
+    counts = ("verify_vjps", "gradient_products")
+    numbers = [
+        (nothing if name in counts else unmeasured) if leaf is None else leaf
+        for name, leaf in zip(AdjointReport._fields, report, strict=True)
+    ]
+    return AdjointTap(*[jnp.asarray(each).astype(jnp.float32) for each in (*numbers, jnp.ones_like(report.vjps))])

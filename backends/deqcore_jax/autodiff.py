@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from deqcore.abc.adjoint import AdjointSolver
 from deqcore.abc.autodiff import Autodiff
+from deqcore.solve.adjoint import Adjoint
 from deqcore.types import BackwardRecord, Map, SolveResult, Tree
-from deqcore_jax import adjoint_tap, implicit
+from deqcore_jax import adjoint_tap, implicit, strategy_state
 from deqcore_jax.closure import is_array, is_differentiable
 from deqcore_jax.jit_context import as_outside
 from deqcore_jax.linearize import product
@@ -45,7 +46,8 @@ class JaxAutodiff(Autodiff):
         solve: Callable[[Map, jax.Array], SolveResult],
         adjoint: AdjointSolver,
     ) -> tuple[jax.Array, SolveResult, BackwardRecord | None]:
-        value, forward = implicit.solve(f, z0, args, solve, adjoint, adjoint_tap.take(z0.shape[0]))
+        memory = strategy_state.take(adjoint.strategy) if isinstance(adjoint, Adjoint) else None
+        value, forward = implicit.solve(f, z0, args, solve, adjoint, adjoint_tap.take(z0.shape[0]), memory)
         return value, forward, None
 
     def differentiate_through(

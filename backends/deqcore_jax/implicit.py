@@ -32,7 +32,16 @@ from jax.typing import ArrayLike
 from deqcore.abc.adjoint import AdjointSolver
 from deqcore.errors import StrategyError
 from deqcore.solve.loop import BoundSolve
-from deqcore.types import AdjointReport, LoopState, Map, SolveResult, StoppingCriteria, Tree
+from deqcore.types import (
+    AdjointReport,
+    LoopState,
+    Map,
+    PassInputs,
+    SolveResult,
+    Status,
+    StoppingCriteria,
+    Tree,
+)
 from deqcore_jax.adjoint_tap import AdjointTap, fill
 from deqcore_jax.closure import Program, is_differentiable, is_traced, trace
 from deqcore_jax.failures import is_staged
@@ -42,7 +51,7 @@ from deqcore_jax.loop import recorded
 
 Steps: TypeAlias = Callable[[Map, jax.Array, SolveResult | None], jax.Array]
 Pair: TypeAlias = tuple[jax.Array, jax.Array]
-Residuals: TypeAlias = tuple[jax.Array, Tree, list[jax.Array], AdjointTap | None]
+Residuals: TypeAlias = tuple[jax.Array, Tree, list[jax.Array], AdjointTap | None, jax.Array | None]
 
 
 class Numbers(NamedTuple):
@@ -92,6 +101,7 @@ def solve(
     iterate: Callable[..., SolveResult],
     adjoint: AdjointSolver | None = None,
     adjoint_tap: AdjointTap | None = None,
+    memory: jax.Array | None = None,
 ) -> tuple[jax.Array, SolveResult]:
     """Trace f, solve, attach the gradient.
 
@@ -102,6 +112,7 @@ def solve(
         iterate: the loop with everything but f and z0 bound.
         adjoint: how gradients are found; None attaches none.
         adjoint_tap: where the backward pass is reported.
+        memory: the state of a strategy that has one; its gradient is the next state.
 
     Returns:
         The value `(batch, n)`, and the result of the solver (without gradient).
@@ -112,7 +123,7 @@ def solve(
         if not is_traced((forward.z, forward.fz)):
             return forward.z, forward
     program, leaves = trace(f, z0, args)
-    if not is_traced((leaves, adjoint_tap)):
+    if not is_traced((leaves, adjoint_tap, memory)):
         adjoint = None  # no caller can request a gradient
     turn = None
     if adjoint is not None:
@@ -126,7 +137,7 @@ def solve(
         iterate = BoundSolve(iterate.backend, iterate.solver, StoppingCriteria(0.0, 0.0, 0, *control[3:]))
     problem = Problem(program, iterate, adjoint)
     try:
-        return _run(problem, z0, numbers, leaves, adjoint_tap, turn)
+        return _run(problem, z0, numbers, leaves, adjoint_tap, memory, turn)
     except TypeError as error:
         if adjoint is None or "custom_vjp" not in str(error):
             raise
@@ -156,6 +167,7 @@ def _run(
     numbers: Numbers | None,
     leaves: list[jax.Array],
     adjoint_tap: AdjointTap | None,
+    memory: jax.Array | None,
     turn: np.int32 | None,
 ) -> tuple[jax.Array, SolveResult]:
     still = lax.stop_gradient((lax.convert_element_type(z0, z0.dtype), numbers, leaves))
@@ -165,7 +177,8 @@ def _run(
     state = (forward.carry.state if problem.adjoint.uses_state else ()), turn
     if adjoint_tap is None and problem.both_modes:
         return _exact(problem, forward.z, state, leaves), forward
-    return _reverse(problem, forward.z, state, leaves, adjoint_tap), forward
+    known = (forward.status == int(Status.CONVERGED), forward.residual) if memory is not None else ()
+    return _reverse(problem, forward.z, (*state, known), leaves, adjoint_tap, memory), forward
 
 
 def record(
@@ -232,26 +245,37 @@ def _solution_forward(problem: Problem, linear: Linear, b: jax.Array, state: Tre
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _reverse(
-    problem: Problem, z: jax.Array, state: Tree, leaves: list[jax.Array], adjoint_tap: AdjointTap | None
+    problem: Problem,
+    z: jax.Array,
+    state: Tree,
+    leaves: list[jax.Array],
+    adjoint_tap: AdjointTap | None,
+    memory: jax.Array | None,
 ) -> jax.Array:
-    """Return `z` as a function of the leaves, and of the adjoint tap, which it does not depend on."""
+    """Return `z` as a function of the leaves, and of the adjoint tap and the memory, which it does not depend on."""
     return z
 
 
 def _reverse_fwd(
-    problem: Problem, z: jax.Array, state: Tree, leaves: list[jax.Array], adjoint_tap: AdjointTap | None
+    problem: Problem,
+    z: jax.Array,
+    state: Tree,
+    leaves: list[jax.Array],
+    adjoint_tap: AdjointTap | None,
+    memory: jax.Array | None,
 ) -> tuple[jax.Array, Residuals]:
     if problem.both_modes:
-        z = _exact(problem, z, state, leaves)
+        z = _exact(problem, z, state[:2], leaves)
     elif problem.bound.exact:
-        z = _reverse(problem, z, state, leaves, None)
-    return z, (z, state, leaves, adjoint_tap)
+        z = _reverse(problem, z, state, leaves, None, None)
+    return z, (z, state, leaves, adjoint_tap, memory)
 
 
 def _reverse_bwd(
     problem: Problem, residuals: Residuals, g: jax.Array
-) -> tuple[None, None, list[jax.Array | None], AdjointTap | None]:
-    z, state, leaves, adjoint_tap = residuals
+) -> tuple[None, None, list[jax.Array | None], AdjointTap | None, jax.Array | None]:
+    z, (solver_state, turn, known), leaves, adjoint_tap, memory = residuals
+    state: Tree = (solver_state, turn)
     moved = [i for i, leaf in enumerate(leaves) if is_differentiable(leaf)]
     linear: Linear | Reverse
     if problem.both_modes:
@@ -271,10 +295,16 @@ def _reverse_bwd(
     else:
         z, state, leaves, g = _first_order_only(problem.bound.name, (z, state, leaves, g))
         linear = Reverse(problem.program, z, leaves, moved, products=problem.bound.uses_vjp)
-        u, report = _solve_adjoint(problem, linear, g, state)
+        if memory is None:
+            u, report = _solve_adjoint(problem, linear, g, state)
+        else:
+            converged, residual = known
+            inputs = PassInputs(memory, converged, residual, linear.vjp_leaves if moved else None)
+            with precise():
+                u, report, memory = problem.bound.advance(linear.vjp, g, solver_state, turn, inputs)
     cotangents = iter(linear.vjp_leaves(u))
     gradients = [next(cotangents) if i in moved else None for i in range(len(leaves))]
-    return None, None, gradients, None if adjoint_tap is None else fill(report)
+    return None, None, gradients, None if adjoint_tap is None else fill(report), memory
 
 
 _reverse.defvjp(_reverse_fwd, _reverse_bwd)

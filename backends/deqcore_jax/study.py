@@ -14,6 +14,8 @@ import optax
 
 import deqcore
 import deqcore_jax.adjoint_tap
+import deqcore_jax.strategy_state
+from deqcore import plugins
 from deqcore.config import Config
 from deqcore.diagnostics import spectral_radius
 from deqcore.solution import Solution
@@ -76,6 +78,9 @@ class JaxTrainer(Trainer):
         self._weights = {name: self._move(weights[name]) for name in sorted(weights)}
         self._adam = optax.scale_by_adam(BETA1, BETA2, EPSILON)
         self._state = self._adam.init(self._weights)
+        strategy = plugins.make_strategy(config.backward.strategy, config.backward.options)
+        begin = strategy.init_state() if isinstance(strategy, deqcore.StatefulStrategy) else None
+        self._memory = None if begin is None else self._move(np.asarray(begin, np.float32))
         self._forward = jax.jit(self._pullback, static_argnames="config")
         self._backward = jax.jit(lambda vjp: vjp(jnp.ones((), jnp.float32)))
         self._update = jax.jit(self._updated)
@@ -93,9 +98,11 @@ class JaxTrainer(Trainer):
     def step(self, x: Numbers, y: Numbers, rate: float) -> Step:
         inputs, targets = jax.block_until_ready((jnp.asarray(x), jnp.asarray(_narrow(y))))
         start = time.perf_counter()
-        loss, vjp, figures = jax.block_until_ready(self._forward(self._weights, inputs, targets, config=self._config))
+        loss, vjp, figures = jax.block_until_ready(
+            self._forward(self._weights, inputs, targets, self._memory, config=self._config)
+        )
         middle = time.perf_counter()
-        gradient, adjoint_tap = jax.block_until_ready(self._backward(vjp))
+        gradient, adjoint_tap, self._memory = jax.block_until_ready(self._backward(vjp))
         end = time.perf_counter()
         self._weights, self._state = jax.block_until_ready(self._update(self._weights, self._state, gradient, rate))
         done = time.perf_counter()
@@ -118,12 +125,16 @@ class JaxTrainer(Trainer):
         saved = {"adam.count": count}
         for prefix, tree in (("weight", self._weights), ("adam.mu", mu), ("adam.nu", nu)):
             saved |= {f"{prefix}.{name}": value for name, value in tree.items()}
+        if self._memory is not None:
+            saved["strategy_state"] = self._memory
         return {name: np.array(value) for name, value in saved.items()}
 
     def restore(self, saved: Weights) -> None:
         def tree(prefix: str) -> dict[str, jax.Array]:
             return {name: self._move(saved[f"{prefix}.{name}"]) for name in self._weights}
 
+        if self._memory is not None and "strategy_state" in saved:
+            self._memory = self._move(saved["strategy_state"])
         self._weights = tree("weight")
         self._state = type(self._state)(self._move(saved["adam.count"]), tree("adam.mu"), tree("adam.nu"))
 
@@ -137,22 +148,29 @@ class JaxTrainer(Trainer):
         return jax.device_put(np.array(a), self._device)
 
     def _gradient(self, x: Numbers, y: Numbers, config: Config) -> tuple[Leaves, float]:
-        loss, vjp, _ = self._forward(self._weights, jnp.asarray(_narrow(x)), jnp.asarray(_narrow(y)), config=config)
+        memory = self._memory if config == self._config else None
+        inputs, targets = jnp.asarray(_narrow(x)), jnp.asarray(_narrow(y))
+        loss, vjp, _ = self._forward(self._weights, inputs, targets, memory, config=config)
         return self._backward(vjp)[0], float(loss)
 
     def _pullback(
-        self, weights: Leaves, x: jax.Array, y: jax.Array, config: Config
+        self, weights: Leaves, x: jax.Array, y: jax.Array, memory: jax.Array | None, config: Config
     ) -> tuple[jax.Array, Callable[..., Tree], Solved]:
-        def loss(weights: Leaves, adjoint_tap: AdjointTap) -> tuple[jax.Array, Solved]:
-            z, figures = self._solve(weights, x, config, adjoint_tap)
+        def loss(weights: Leaves, adjoint_tap: AdjointTap, memory: jax.Array | None) -> tuple[jax.Array, Solved]:
+            z, figures = self._solve(weights, x, config, adjoint_tap, memory)
             logits = self._model.read(self._ops, weights, z)
             return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), figures
 
-        value, vjp, figures = jax.vjp(loss, weights, deqcore_jax.adjoint_tap.new(x.shape[0]), has_aux=True)
+        value, vjp, figures = jax.vjp(loss, weights, deqcore_jax.adjoint_tap.new(x.shape[0]), memory, has_aux=True)
         return value, vjp, figures
 
     def _solve(
-        self, weights: Leaves, x: jax.Array, config: Config, adjoint_tap: AdjointTap | None = None
+        self,
+        weights: Leaves,
+        x: jax.Array,
+        config: Config,
+        adjoint_tap: AdjointTap | None = None,
+        memory: jax.Array | None = None,
     ) -> tuple[jax.Array, Solved]:
         model, ops = self._model, self._ops
         injected = model.inject(ops, weights, x)
@@ -167,7 +185,7 @@ class JaxTrainer(Trainer):
 
         if adjoint_tap is None:
             return solve().value, None
-        with deqcore_jax.adjoint_tap.reporting(adjoint_tap):
+        with deqcore_jax.adjoint_tap.reporting(adjoint_tap), deqcore_jax.strategy_state.carrying(memory):
             sol = solve()
         leaves = [leaf.reshape(x.shape[0], -1) for leaf in jax.tree.leaves(sol.value)]
         scale = jnp.linalg.norm(jnp.concatenate(leaves, axis=1), axis=1)

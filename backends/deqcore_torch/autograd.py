@@ -26,10 +26,10 @@ from torch import Tensor
 
 from deqcore.abc.adjoint import AdjointSolver
 from deqcore.abc.backend import Backend
-from deqcore.types import BackwardRecord, SolveResult
+from deqcore.types import BackwardRecord, PassInputs, SolveResult, Status
 from deqcore_torch import functorch
 from deqcore_torch.functorch import Refuse, approximate
-from deqcore_torch.graph import Outside, outside, refuse_compiled, sequence
+from deqcore_torch.graph import Outside, outside, refuse_compiled, sequence, sources_of
 from deqcore_torch.module_hooks import Mute, hooks_made, muted
 from deqcore_torch.saved_tensors import Recording, recording
 from deqcore_torch.second_order import Recorded, Twice, distinct
@@ -60,7 +60,7 @@ def attach(
         return functorch.attach(backend, f, forward, args, adjoint)
     job = _Job(adjoint, record, forward.carry.state if adjoint.uses_state else None)
     exact = adjoint.exact
-    start = sequence() if exact else 0
+    start = sequence() if exact or adjoint.remembers else 0
     z = forward.z.detach()
     if adjoint.uses_vjp:
         z = _Gate.apply(z.requires_grad_())
@@ -73,6 +73,8 @@ def attach(
     if z.grad_fn is not None:
         job.mute = muted(y, made, z.grad_fn._sequence_nr())
     tensors_outside: list[Tensor] = []
+    if adjoint.remembers:
+        job.forward, job.made = (forward.status == int(Status.CONVERGED), forward.residual), range(start, sequence())
     if exact:
         y = _own(y, start)
         sources = distinct(tensors)
@@ -104,6 +106,20 @@ class _Job:
         self.outside = Outside()
         self.saved = Recording()
         self.mute = Mute()
+        self.forward: tuple[Tensor, Tensor] | None = None  # what a strategy with state gets of the forward solve
+        self.made = range(0)
+
+    def _inputs(self, y: Tensor, z: Tensor) -> PassInputs | None:
+        """Return what a strategy with state gets; the graph is walked only if it asks for products."""
+        if self.forward is None:
+            return None
+        sources = sources_of(y, z, self.made)
+
+        def pull(u: Tensor) -> tuple[Tensor, ...]:
+            found = torch.autograd.grad(y, sources, u, retain_graph=True, allow_unused=True)
+            return tuple(part.to_dense() for part in found if part is not None)
+
+        return PassInputs(None, *self.forward, pull if sources else None)
 
     def solve_adjoint(self, y: Tensor, z: Tensor, g: Tensor) -> Tensor:
         def vjp(u: Tensor) -> Tensor:
@@ -112,7 +128,7 @@ class _Job:
 
         start = time.perf_counter()
         with self.mute:
-            u, report = self.adjoint(vjp, g, self.state)
+            u, report = self.adjoint(vjp, g, self.state, None, self._inputs(y, z))
         self.record.add(report, time.perf_counter() - start)
         solution: Tensor = u
         return solution

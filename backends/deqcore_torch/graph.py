@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 COMPILED: Final = (
     "CompiledFunctionBackward"  # the node of code that AOTAutograd compiled, with every backend but "eager"
@@ -70,6 +71,32 @@ def outside(y: Tensor, z: Tensor, sources: list[Tensor], made: range) -> Outside
         result.compiled = result.compiled or node.name() == COMPILED
         stack.extend(node.next_functions)
     return result
+
+
+def sources_of(y: Tensor, z: Tensor, made: range) -> list[GradientEdge]:
+    """Return where the gradient of y leaves f: parameters, and tensors with a history from before f.
+
+    Args:
+        y: the value of f.
+        z: its argument z, which is left out.
+        made: numbers of the nodes that this thread made during f.
+    """
+    seen: set[Any] = {(z.grad_fn, z.output_nr)}
+    found: list[GradientEdge] = []
+    stack: list[Any] = [(y.grad_fn, y.output_nr)]
+    while stack:
+        node, output = stack.pop()
+        if node is None or (node, output) in seen:
+            continue
+        seen.add((node, output))
+        variable = getattr(node, "variable", None)
+        if variable is z:
+            continue
+        if variable is not None or node._sequence_nr() not in made:
+            found.append(GradientEdge(node, output))
+            continue
+        stack.extend(node.next_functions)
+    return found
 
 
 def once_only(gradients: Iterable[Tensor | None], start: int) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deqcore import halting
+from deqcore.abc.stateful import StrategyState
 from deqcore.api import fixed_point
 from deqcore.config import Config
 from deqcore.halting import Rule
@@ -30,6 +31,54 @@ from deqcore_torch.cells import begin_solve
 from deqcore_torch.disable_dynamo import untraced
 
 FORMAT = 1  # version of the settings in a checkpoint
+
+
+class _BufferState(StrategyState):
+    """The state in the buffer of a layer, written in place: others, such as DDP, hold the same tensor."""
+
+    def __init__(self, layer: DEQ) -> None:
+        self._layer = layer
+
+    @property
+    def values(self) -> Tensor | None:
+        """The buffer."""
+        return self._layer.strategy_state
+
+    @values.setter
+    def values(self, new: Tensor | None) -> None:
+        own = self._layer.strategy_state
+        with torch.no_grad():
+            if new is None:
+                self._layer.strategy_state = None
+            elif own is None or own.shape != new.shape:
+                self._layer.strategy_state = new.detach().clone()
+            else:
+                own.copy_(new)
+
+
+def synchronize_strategies(module: nn.Module, group: Any = None, source: int = 0) -> None:
+    """Give the layers of all ranks the strategy state of one rank, so that they take the same number of vjps.
+
+    Call it once before each forward pass where modules exchange data inside the cell (FSDP): another number of vjps
+    on one rank would wait for ever. DistributedDataParallel does it by itself (`broadcast_buffers`). One broadcast of
+    a few hundred bytes a layer; without `torch.distributed` it does nothing.
+
+    Args:
+        module: the model.
+        group: the process group, default all.
+        source: the global rank whose state all get.
+
+    Example:
+        >>> import torch
+        >>> from deqcore_torch.nn import DEQ, synchronize_strategies
+        >>> layer = DEQ(lambda z, x: 0.5 * z + x, backward__strategy="adaptive")
+        >>> synchronize_strategies(layer)
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    for part in module.modules():
+        if isinstance(part, DEQ) and part.strategy_state is not None:
+            torch.distributed.broadcast(part.strategy_state, source, group=group)
 
 
 class DEQ(nn.Module):
@@ -58,6 +107,9 @@ class DEQ(nn.Module):
 
     Attributes:
         cell: the cell.
+        strategy_state: the state of a strategy that has one, such as `adaptive`; a buffer `(m,)` of float32, or None.
+            Only training mode uses and changes it. It is part of `state_dict`, and weights without it load.
+            DistributedDataParallel broadcasts it with the other buffers; see `synchronize_strategies` for others.
 
     Raises:
         ConfigError: a setting is unknown or out of range.
@@ -104,6 +156,9 @@ class DEQ(nn.Module):
         self.batched_inputs = batched_inputs
         self._last: Any = None
         self._watch = Watch()
+        begin = self.settings.strategy_state()
+        self.strategy_state: Tensor | None
+        self.register_buffer("strategy_state", None if begin is None else torch.tensor(begin, dtype=torch.float32))
         self.number = captured.number_of(self)
 
     def __setstate__(self, state: Any) -> None:
@@ -192,7 +247,10 @@ class DEQ(nn.Module):
         batched = tuple(range(len(inputs))) if self.batched_inputs is None else self.batched_inputs
         call = self.cell.forward if isinstance(self.cell, nn.Module) else self.cell
         with explain_arguments(call, inputs, type(self.cell).__name__):
-            return fixed_point(f, start, *inputs, config=config, state=state, batched_args=batched, **overrides)
+            return fixed_point(
+                f, start, *inputs, config=config, state=state, batched_args=batched,
+                strategy_state=_BufferState(self) if self.training else None, **overrides,
+            )  # fmt: skip
 
     def initial_state(self, *inputs: Any) -> Any:
         """Return the initial iterate of a solve without z0: a warm one if `reuse` is set and the shapes allow it."""
@@ -245,9 +303,16 @@ class DEQ(nn.Module):
         return {"format": FORMAT, "reuse": self.reuse, **self.settings.as_dict()}
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        # Weights from other programs carry no settings; strict loading must accept them.
+        # Weights from other programs carry no settings and no state; strict loading must accept them. The state of
+        # other options does not fit, and the strategy begins again.
         missing = args[2] if len(args) > 2 else []
+        own, kept = self.strategy_state, state_dict.pop(f"{prefix}strategy_state", None)
+        if own is not None and kept is not None and kept.shape == own.shape:
+            with torch.no_grad():
+                own.copy_(kept)
+        self.strategy_state = None  # so that it is neither missing nor unexpected
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.strategy_state = own
         key = prefix + torch.nn.modules.module._EXTRA_STATE_KEY_SUFFIX
         if key in missing:
             missing.remove(key)

@@ -59,6 +59,7 @@ class TorchTrainer(Trainer):
         self._model = model
         self._config = config
         self._weights = {name: self._move(weights[name].copy()).requires_grad_() for name in sorted(weights)}
+        self._memory = deqcore.StrategyState()
         self._adam = torch.optim.Adam(self._weights.values(), lr=0.0, betas=(BETA1, BETA2), eps=EPSILON)
 
     def device(self) -> str:
@@ -72,7 +73,7 @@ class TorchTrainer(Trainer):
     def step(self, x: Numbers, y: Numbers, rate: float) -> Step:
         inputs, targets = self._move(x), self._move(y)
         start = self._now()
-        loss, sol = self._loss(inputs, targets, self._config)
+        loss, sol = self._loss(inputs, targets, self._config, self._memory)
         middle = self._now()
         self._adam.zero_grad()
         loss.backward()
@@ -105,9 +106,12 @@ class TorchTrainer(Trainer):
         saved = {f"weight.{name}": value for name, value in self._weights.items()}
         for name, value in self._weights.items():
             saved |= {f"adam.{name}.{key}": entry for key, entry in self._adam.state[value].items()}
+        if self._memory.values is not None:
+            saved["strategy_state"] = self._memory.values
         return {name: value.detach().cpu().numpy().copy() for name, value in saved.items()}
 
     def restore(self, saved: Weights) -> None:
+        self._memory.values = self._move(saved["strategy_state"]) if "strategy_state" in saved else None
         with torch.no_grad():
             for name, value in self._weights.items():
                 value.copy_(self._move(saved[f"weight.{name}"]))
@@ -123,19 +127,25 @@ class TorchTrainer(Trainer):
     def peak(self) -> int | None:
         return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None
 
-    def _solve(self, x: Tensor, config: Config) -> tuple[Any, Solution | None]:
+    def _solve(
+        self, x: Tensor, config: Config, memory: deqcore.StrategyState | None = None
+    ) -> tuple[Any, Solution | None]:
         model, ops, weights = self._model, self._ops, self._weights
         injected = model.inject(ops, weights, x)
         z = model.start(ops, weights, injected)
         if model.equilibrium:
-            sol = deqcore.fixed_point(lambda z: model.cell(ops, weights, z, injected), z, config=config)
+            sol = deqcore.fixed_point(
+                lambda z: model.cell(ops, weights, z, injected), z, config=config, strategy_state=memory
+            )
             return sol.value, sol
         for _ in range(model.depth):
             z = model.cell(ops, weights, z, injected)
         return z, None
 
-    def _loss(self, x: Tensor, y: Tensor, config: Config) -> tuple[Tensor, Solution | None]:
-        z, sol = self._solve(x, config)
+    def _loss(
+        self, x: Tensor, y: Tensor, config: Config, memory: deqcore.StrategyState | None = None
+    ) -> tuple[Tensor, Solution | None]:
+        z, sol = self._solve(x, config, memory)
         logits = self._model.read(self._ops, self._weights, z)
         return F.cross_entropy(logits.flatten(0, -2), y.flatten()), sol
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from deqcore.types import AdjointReport, Array, Map
+from deqcore.types import AdjointReport, Array, Map, PassInputs
 
 
 class AdjointSolver(ABC):
@@ -18,6 +18,7 @@ class AdjointSolver(ABC):
         name: of the strategy's class, for messages.
         uses_vjp: whether a call may use `vjp`; if not, the graph of z need not be recorded.
         uses_state: whether the solver's state must be kept for the backward pass.
+        remembers: whether the strategy has a state and this call keeps it, so that a pass needs `PassInputs`.
 
     Example:
         >>> import numpy as np, deqcore
@@ -51,8 +52,15 @@ class AdjointSolver(ABC):
     def uses_state(self) -> bool:
         """Whether a call reads the solver's state."""
 
+    @property
     @abstractmethod
-    def __call__(self, vjp: Map, g: Array, state: object, turn: Array | None = None) -> tuple[Array, AdjointReport]:
+    def remembers(self) -> bool:
+        """Whether a pass needs `PassInputs`."""
+
+    @abstractmethod
+    def __call__(
+        self, vjp: Map, g: Array, state: object, turn: Array | None = None, inputs: PassInputs | None = None
+    ) -> tuple[Array, AdjointReport]:
         """Find u for the cotangent g.
 
         Args:
@@ -60,12 +68,31 @@ class AdjointSolver(ABC):
             g: cotangent of z*, `(batch, n)`.
             state: the solver's state at the end of the forward solve.
             turn: what `turn` returned for this call, traced or not; None where calls run code of an earlier one.
+            inputs: for a strategy with state, which is read from the call's `StrategyState` and written to it;
+                `values` is ignored. None: it is called as one without state.
 
         Returns:
             u `(batch, n)`, and what it took.
 
         Raises:
             ConvergenceError: `backward.on_failure` is "raise" and a sample failed (outside of compiled code).
+        """
+
+    @abstractmethod
+    def advance(
+        self, vjp: Map, g: Array, state: object, turn: Array | None, inputs: PassInputs
+    ) -> tuple[Array, AdjointReport, Array]:
+        """Find u as a call does, with the strategy's state as a value that goes in and out, as traced code needs it.
+
+        Args:
+            vjp: as in a call.
+            g: as in a call.
+            state: as in a call.
+            turn: as in a call.
+            inputs: the state, and what is known of the forward solve.
+
+        Returns:
+            u `(batch, n)`, what it took, and the new state `(m,)`.
         """
 
     @abstractmethod

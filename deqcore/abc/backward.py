@@ -183,4 +183,7 @@ def report(
         fallback=ints > 0 if fallback is None else fallback,
         coupling=unknown,
         verify_vjps=ints,
+        gradient_error=unknown,
+        gradient_cosine=unknown,
+        gradient_products=ints,
     )

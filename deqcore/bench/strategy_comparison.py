@@ -12,6 +12,7 @@ import numpy as np
 from deqcore import api, plugins
 from deqcore.abc.backend import Backend
 from deqcore.abc.backward import StepStrategy
+from deqcore.abc.stateful import StrategyState
 from deqcore.bench.harness import Harness
 from deqcore.bench.machine import peak_memory
 from deqcore.bench.timing import Spread, interleave
@@ -242,6 +243,8 @@ def _gradient(
     """Return one gradient as a user computes it, compiled where the framework compiles."""
     params, inputs, z0, g = data
     settings = _backward(choice)
+    if api.get_backend(config).capabilities.eager:
+        settings["strategy_state"] = StrategyState()
 
     def once(z0: Tree, params: Tree, inputs: Tree, g: Tree) -> Any:
         z, gradients = api.vjp(f, z0, params, inputs, cotangent=g, config=config, **settings)

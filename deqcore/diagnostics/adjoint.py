@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from deqcore.abc.backward import StepStrategy
+from deqcore.abc.backward import StepStrategy, report
+from deqcore.abc.stateful import StatefulStrategy
 from deqcore.linear.gmres import gmres
 from deqcore.solve.adjoint import Adjoint, Steps
 from deqcore.solve.loop import BoundSolve
 from deqcore.solve.plan import Plan
 from deqcore.solve.verification import adjoint_residual, leak_everywhere
-from deqcore.types import AdjointReport, Array, Map, SolveResult
+from deqcore.types import AdjointReport, Array, Map, PassInputs, SolveResult, Status
 
+TURNS = 3  # passes of a strategy with state, the last of which counts
 REFERENCE_EPS = 100.0  # the reference is solved to this many units of rounding, 1e-10 at least
 
 
@@ -61,9 +63,32 @@ def by_strategy(
     adjoint = Adjoint(backend, strategy, plan.solver)
     vjp = vjp_at(plan, f, args, forward)
     with backend.errstate():
-        u, report = adjoint(vjp, g, forward.carry.state)
+        if isinstance(strategy, StatefulStrategy):
+            u, report = _after_audits(plan, strategy, adjoint, vjp, f, args, g, forward)
+        else:
+            u, report = adjoint(vjp, g, forward.carry.state)
         residual = adjoint_residual(backend, vjp, g, u)
     return AdjointSolved(u, _gradients(plan, f, args, u, forward.z), report, residual)
+
+
+def _after_audits(
+    plan: Plan, strategy: StatefulStrategy, adjoint: Adjoint, vjp: Map, f: Callable[..., Array], args: tuple[Any, ...],
+    g: Array, forward: SolveResult,
+) -> tuple[Array, AdjointReport]:  # fmt: skip
+    """Return what a strategy with state does in its third pass on this problem, which the first two have audited."""
+    backend = plan.backend
+
+    def pull(u: Array) -> tuple[Array, ...]:
+        return tuple(part for part in backend.flatten(_gradients(plan, f, args, u, forward.z))[0] if part is not None)
+
+    def one(carry: tuple[Array, AdjointReport, Array]) -> tuple[Array, AdjointReport, Array]:
+        converged = forward.status == int(Status.CONVERGED)
+        inputs = PassInputs(carry[2], converged, forward.residual, pull)
+        return adjoint.advance(vjp, g, forward.carry.state, None, inputs)
+
+    values = backend.asarray(np.asarray(strategy.init_state(), np.float32), dtype="float32", like=g)
+    u, found, _ = backend.scan(one, (g, report(backend, g), values), TURNS)
+    return u, found
 
 
 def _residual(

@@ -78,6 +78,7 @@ def gradient_audit(
     *args: Any,
     cotangent: Tree,
     samples: int | None = None,
+    turn: int = 0,
     batched_args: Sequence[int] = (),
     max_vjps: int = 100,
     config: Config | None = None,
@@ -98,6 +99,7 @@ def gradient_audit(
         *args: as in `fixed_point`.
         cotangent: dL/dz*, a tree like z0.
         samples: how many samples, spread evenly over the batch; default: all.
+        turn: number of the audit. Each turn takes other samples, and `batch / samples` of them take all.
         batched_args: positions in `args` whose leaves have the batch as first axis, so that they can be cut to the
             samples. An f that closes over a batch of inputs cannot be cut.
         max_vjps: of the reference.
@@ -123,7 +125,7 @@ def gradient_audit(
     backend = plan.backend
     rows = np.arange(plan.space.batch)
     if samples is not None and samples < len(rows):
-        rows = np.linspace(0, len(rows) - 1, samples).round().astype(int)
+        rows = rotated(len(rows), samples, turn)
         z0, cotangent = _cut(backend, z0, rows), _cut(backend, cotangent, rows)
         args = tuple(_cut(backend, a, rows) if i in batched_args else a for i, a in enumerate(args))
         plan = plan_call(config, overrides, z0, args)
@@ -153,6 +155,13 @@ def gradient_audit(
         exact_residual=residual,
         coupling=adjoint.coupling(plan, vjp, forward),
     )
+
+
+def rotated(batch: int, samples: int, turn: int) -> Any:
+    """Return `samples` rows of a batch, spread evenly; turn 0, 1, … take others, until all have been taken."""
+    if not turn:
+        return np.linspace(0, batch - 1, samples).round().astype(int)
+    return np.unique((np.arange(samples) * batch // samples + turn) % batch)
 
 
 def compare(a: Any, b: Any) -> tuple[Any, Any, Any]:

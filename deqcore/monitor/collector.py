@@ -114,6 +114,7 @@ def values(item: PendingRow, host: dict[str, HostArray]) -> dict[str, float]:
         coupling = host.get("backward.coupling", np.zeros(0))
         if coupling.size and not np.isnan(coupling).all():
             result["deq_coupling"] = float(np.nanmax(coupling))
+        result |= _audited(host)
     result |= {part: float(array.mean()) for part, array in host.items() if "." not in part}
     return {name: value for name, value in result.items() if not math.isnan(value)}
 
@@ -162,6 +163,17 @@ def _backward(
     if certified.size:
         result["deq_backward_error"] = float(np.maximum.reduce(certified))
     return result
+
+
+def _audited(host: dict[str, HostArray]) -> dict[str, float]:
+    """Return what an audit of a strategy with state has found, the same for all samples."""
+    products = host.get("backward.gradient_products", np.zeros(0))
+    if not products.size or not products.any():
+        return {}
+    found = {"deq_gradient_products": float(products[0])}
+    for name in ("gradient_error", "gradient_cosine"):
+        found[f"deq_{name}"] = float(host[f"backward.{name}"][0])
+    return found
 
 
 def _median(ordered: HostArray) -> float:

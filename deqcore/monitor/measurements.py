@@ -7,6 +7,7 @@ gradient_audit = 500
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
@@ -78,26 +79,34 @@ def spectral_radius(every: int = 200, max_products: int = 20) -> Measurement:
 
 
 def gradient_audit(
-    every: int = 500, cotangent: Callable[[Solve], Tree] | None = None, max_vjps: int = 100
+    every: int = 500,
+    cotangent: Callable[[Solve], Tree] | None = None,
+    max_vjps: int = 100,
+    samples: int | None = None,
+    batched_args: Sequence[int] = (),
 ) -> Measurement:
     """Return the strategy's gradient against the exact one: cosine and relative error of u, means over the batch.
 
-    Cost: one solve, the strategy's backward pass, and one GMRES solve to rounding.
+    Cost: one solve, the strategy's backward pass, and one GMRES solve to rounding, for `samples` samples.
 
     Args:
         every: solves between audits.
         cotangent: dL/dz* of a solve. Default: random numbers, since the loss is not known when the solve returns;
             an estimate that is made for the loss's own cotangents may look worse with them than it is.
         max_vjps: of the exact solve.
+        samples: how many samples of the batch, other ones each time; default: all.
+        batched_args: positions of the arguments of f that carry the batch, see `deqcore.diagnostics.gradient_audit`.
     """
+    turns = itertools.count()
 
     def measure(solve: Solve) -> tuple[float, float]:
         from deqcore import diagnostics
 
         g = _random(solve) if cotangent is None else cotangent(solve)
         result = diagnostics.gradient_audit(
-            solve.f, solve.z0, *solve.args, cotangent=g, max_vjps=max_vjps, config=solve.config
-        )
+            solve.f, solve.z0, *solve.args, cotangent=g, max_vjps=max_vjps, config=solve.config, samples=samples,
+            turn=next(turns), batched_args=batched_args,
+        )  # fmt: skip
         return float(np.mean(result.cosine)), float(np.mean(result.error))
 
     return Measurement(("deq_gradient_cosine", "deq_gradient_error"), measure, every)

@@ -68,6 +68,7 @@ STANDARD: Final[tuple[Metric, ...]] = (
     Metric("deq_fallback_fraction", "1", "Samples whose backward pass used its fallback."),
     Metric("deq_gradient_cosine", "1", "Gradient audit: cosine between the gradient used and the exact one."),
     Metric("deq_gradient_error", "1", "Gradient audit: relative error of the gradient used, 2-norm."),
+    Metric("deq_gradient_products", "products", "Products with the parameters that an audit of a strategy took."),
     Metric("deq_spectral_radius", "1", "Estimated spectral radius of the Jacobian of f at the fixed point."),
     Metric("deq_residual_psi", "1", "Drift of the residuals from the reference: population stability index."),
     Metric("deq_residual_ks", "1", "Drift of the residuals from the reference: Kolmogorov–Smirnov distance."),

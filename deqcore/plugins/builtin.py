@@ -68,6 +68,7 @@ STRATEGIES: Final = (
         "deqcore.backward.broyden_reuse:BroydenReuse",
         "reuse the forward solver's inverse-Jacobian estimate",
     ),
+    StrategySpec("adaptive", "deqcore.backward.adaptive:Adaptive", "for training: as few vjps as audits allow"),
     StrategySpec("jacobian-free", "deqcore.backward.jacobian_free:JacobianFree", "take the cotangent as it is"),
     StrategySpec("neumann", "deqcore.backward.neumann:Neumann", "a truncated Neumann series"),
     StrategySpec("phantom", "deqcore.backward.phantom:Phantom", "damped unrolled steps from the fixed point"),

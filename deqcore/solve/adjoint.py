@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from deqcore.abc.adjoint import AdjointSolver
 from deqcore.abc.backend import Backend
 from deqcore.abc.backward import StepStrategy, Strategy
 from deqcore.abc.inverse_jacobian import InverseJacobian
 from deqcore.abc.scaling import divide_rows, multiply_rows, row_scale
 from deqcore.abc.solver import Solver
+from deqcore.abc.stateful import StatefulStrategy, StrategyState
 from deqcore.errors import PluginError
 from deqcore.linear.transposed import transposed
 from deqcore.solve.failures import Pass, TracedWatch, Watch
 from deqcore.solve.verification import failing, replaced
-from deqcore.types import AdjointReport, Array, Map, Reached, SolveResult
+from deqcore.types import AdjointReport, Array, Map, PassInputs, Reached, SolveResult
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Adjoint(AdjointSolver):
         on_failure: the setting `backward.on_failure`. "zero" and "nan" are applied here, in traced code as well.
         watch: verifies, warns and raises; None: nothing of this.
         turned: whether the equation is x = b + J x, so that the estimate is transposed.
+        memory: holds the state of a strategy that has one; None: each pass is the first.
     """
 
     backend: Backend
@@ -36,10 +40,56 @@ class Adjoint(AdjointSolver):
     on_failure: str = "ignore"
     watch: Watch | TracedWatch | None = field(default=None, repr=False)
     turned: bool = False
+    memory: StrategyState | None = field(default=None, repr=False, compare=False)
 
-    def __call__(self, vjp: Map, g: Array, state: object, turn: Array | None = None) -> tuple[Array, AdjointReport]:
+    def __call__(
+        self, vjp: Map, g: Array, state: object, turn: Array | None = None, inputs: PassInputs | None = None
+    ) -> tuple[Array, AdjointReport]:
         """See `AdjointSolver`; `state` is the forward solver's, with its estimate inside."""
-        u, report = self._routed(*self._unscaled(vjp, g, self._estimate(state)))
+        if inputs is None or self.memory is None or not isinstance(self.strategy, StatefulStrategy):
+            found = self._routed(*self._unscaled(vjp, g, self._estimate(state)))
+            return self._delivered(vjp, g, turn, *found)
+        values = self._values(self.strategy, self.memory.values, g)
+        u, report, self.memory.values = self.advance(vjp, g, state, turn, inputs._replace(values=values))
+        return u, report
+
+    def _values(self, strategy: StatefulStrategy, kept: Array | None, like: Array) -> Array:
+        """Return the state that was kept, or the initial one if there is none of the right length."""
+        begin = np.asarray(strategy.init_state(), dtype=np.float32)
+        if kept is None or tuple(kept.shape) != begin.shape:
+            return self.backend.asarray(begin, dtype="float32", like=like)
+        return self.backend.astype(kept, "float32")
+
+    def advance(
+        self, vjp: Map, g: Array, state: object, turn: Array | None, inputs: PassInputs
+    ) -> tuple[Array, AdjointReport, Array]:
+        """See `AdjointSolver`."""
+        strategy, estimate = self.strategy, self._estimate(state)
+        assert isinstance(strategy, StatefulStrategy)
+        unit = row_scale(self.backend, self.backend.norm(g), g)
+        found: object = strategy.solve_with_state(
+            self.backend, vjp, divide_rows(self.backend, g, unit), estimate, self._in_units(inputs, unit)
+        )
+        if not isinstance(found, tuple) or len(found) != 3:
+            name = f"{type(strategy).__name__}.solve_with_state"
+            raise PluginError.returned(name, found, "(u, report, state) with the state of the next pass,")
+        u, report = self._routed((found[0], found[1]), g)
+        if getattr(found[2], "shape", None) != inputs.values.shape:
+            name = f"{type(strategy).__name__}.solve_with_state (state)"
+            raise PluginError.returned(name, found[2], f"a state of the shape {tuple(inputs.values.shape)} that it got")
+        return *self._delivered(vjp, g, turn, multiply_rows(self.backend, u, unit), report), found[2]
+
+    def _in_units(self, inputs: PassInputs, unit: Array | None) -> PassInputs:
+        """Return products with the parameters of the true u, where `unit` scales its rows."""
+        pull = inputs.pull
+        if pull is None or unit is None:
+            return inputs
+        return inputs._replace(pull=lambda u: pull(multiply_rows(self.backend, u, unit)))
+
+    def _delivered(
+        self, vjp: Map, g: Array, turn: Array | None, u: Array, report: AdjointReport
+    ) -> tuple[Array, AdjointReport]:
+        """Verify, replace and report, as the settings say."""
         job = Pass(self.backend, self.strategy, self.on_failure, vjp if self.uses_vjp else None, g)
         findings = None
         if self.watch is not None:
@@ -105,6 +155,13 @@ class Adjoint(AdjointSolver):
     def uses_state(self) -> bool:
         """Whether the solver's state must be kept for the backward pass."""
         return self.strategy.wants_estimate()
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a pass needs `PassInputs`."""
+        return isinstance(self.strategy, StatefulStrategy) and (
+            self.memory is not None or not self.backend.capabilities.eager
+        )
 
     def transposed(self) -> Adjoint:
         """See `AdjointSolver`."""

@@ -10,6 +10,7 @@ from deqcore import config as settings
 from deqcore import plugins
 from deqcore.abc.backend import Backend
 from deqcore.abc.backward import Strategy
+from deqcore.abc.stateful import StrategyState
 from deqcore.config import Config
 from deqcore.config.sources import LARGEST
 from deqcore.errors import (
@@ -36,7 +37,13 @@ def backend_named(name: str) -> Backend:
     return _instances[name]
 
 
-def plan_call(config: Config | None, overrides: Mapping[str, object], z0: Tree, args: tuple[Any, ...]) -> Plan:
+def plan_call(
+    config: Config | None,
+    overrides: Mapping[str, object],
+    z0: Tree,
+    args: tuple[Any, ...],
+    memory: StrategyState | None = None,
+) -> Plan:
     """Resolve the settings of one call for the initial iterate z0. Not public: for other parts of deqcore."""
     resolved, scalars = settings.resolve(config, overrides)
     backend = pick_backend(resolved, z0, args)
@@ -53,7 +60,12 @@ def plan_call(config: Config | None, overrides: Mapping[str, object], z0: Tree, 
     space = RavelSpec.of(backend, z0, forward.batch)
     like = space.leaves(z0)[0]
     control = _criteria(resolved, scalars, backend, like)
-    return Plan(resolved, backend, solver, strategy, control, space, watcher)
+    if memory is not None and not backend.capabilities.eager:
+        raise StrategyError(
+            f"strategy_state must be None for the backend {backend.name!r}, whose state is an argument of the compiled "
+            f"step (got a StrategyState). Use deqcore_jax.strategy_state.carrying."
+        )
+    return Plan(resolved, backend, solver, strategy, control, space, watcher, memory)
 
 
 def _criteria(config: Config, scalars: Mapping[str, object], backend: Backend, like: Array) -> StoppingCriteria:

@@ -9,6 +9,7 @@ from typing import Any
 from deqcore.abc.backend import Backend
 from deqcore.abc.backward import StepStrategy, Strategy
 from deqcore.abc.solver import Solver
+from deqcore.abc.stateful import StrategyState
 from deqcore.config import Config
 from deqcore.errors import (
     ConfigError,
@@ -26,10 +27,22 @@ from deqcore.solve.flatten import FlatFunction, RavelSpec
 from deqcore.solve.ledger import Account
 from deqcore.solve.loop import BoundSolve
 from deqcore.solve.observer import Observer
+from deqcore.solve.opaque import arrays_in
 from deqcore.solve.termination import greater, judged
 from deqcore.solve.user_line import due, warn
 from deqcore.solve.verification import coupled_rows
-from deqcore.types import Array, BackwardRecord, Limits, LoopState, Map, Reached, SolveResult, Status, StoppingCriteria
+from deqcore.types import (
+    Array,
+    BackwardRecord,
+    Limits,
+    LoopState,
+    Map,
+    PassInputs,
+    Reached,
+    SolveResult,
+    Status,
+    StoppingCriteria,
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,7 @@ class Plan:
     control: StoppingCriteria
     space: RavelSpec
     observer: Observer | None
+    memory: StrategyState | None = None
 
     def run(
         self, f: FlatFunction, z0: Array, args: tuple[Any, ...], state: SolveState | None
@@ -59,7 +73,8 @@ class Plan:
         """Return the strategy bound to this call, which verifies its reports and says what failed."""
         assert isinstance(self.strategy, Strategy)
         watch = self._watch(f) if self.backend.capabilities.eager else self._traced_watch(f)
-        return Adjoint(self.backend, self.strategy, self.solver, self.config.backward.on_failure, watch)
+        on_failure = self.config.backward.on_failure
+        return Adjoint(self.backend, self.strategy, self.solver, on_failure, watch, memory=self.memory)
 
     def _account(self, f: FlatFunction) -> Account:
         return Account(f.f, self.strategy, (f.space.shapes, f.space.dtype, self.config.forward.batch))
@@ -146,13 +161,25 @@ class Plan:
             vjp = _no_vjp
         with self.backend.errstate():
             start = time.perf_counter()
-            u, report = adjoint(vjp, g, forward.carry.state)
+            u, report = adjoint(vjp, g, forward.carry.state, None, self._inputs(f, args, forward))
             record = BackwardRecord()
             record.add(report, time.perf_counter() - start)
         again, _, gradients = self.backend.autodiff.vjp(lambda *moved: (f(forward.z, *moved), None), args, u)
         with self.backend.errstate():
             record.nondeterminism = self.backend.norm(again - forward.fz)
         return self.backend.guards.unshared(forward.z, z0), gradients, forward, record
+
+    def _inputs(self, f: FlatFunction, args: tuple[Any, ...], forward: SolveResult) -> PassInputs:
+        """Return what a strategy with state gets where there is no tape: each product differentiates f again."""
+        autodiff, z = self.backend.autodiff, forward.z
+
+        def pull(u: Array) -> tuple[Array, ...]:
+            gradients = autodiff.vjp(lambda *moved: (f(z, *moved), None), args, u)[2]
+            return tuple(part for part in self.backend.flatten(gradients)[0] if part is not None)
+
+        found = any("float" in self.backend.dtype_name(leaf) for leaf in arrays_in(self.backend, args))
+        converged = forward.status == int(Status.CONVERGED)
+        return PassInputs(None, converged, forward.residual, pull if found else None)
 
     def report_nondeterminism(
         self, f: FlatFunction, args: tuple[Any, ...], forward: SolveResult, record: BackwardRecord | None

@@ -72,7 +72,65 @@ PRODUCTS = "deqcore_torch.jvp"
 AUTOGRAD = "deqcore_torch.autograd"
 SECOND = "deqcore_torch.second_order"
 
+CONTROLLER = "deqcore.backward.controller"
+ADAPTIVE = "deqcore.backward.adaptive"
+
 STRATEGIES = [
+    Fault(
+        "a number of vjps that stays what it was",
+        CONTROLLER,
+        "        return (s.begun == 0) | (s.since + 1 >= xp.minimum(exact, s.interval)) | (s.jumped > 0)\n",
+        "        return s.begun == 0\n",
+        "strategy adaptive",
+        "test_it_notices_that_the_cell_has_changed",
+        "after a change to radius",
+    ),
+    Fault(
+        "an audit that judges coefficients by the data that made them",
+        CONTROLLER,
+        "judged(xp, xp.where(first, own, before), gram, right)",
+        "judged(xp, own, gram, right)",
+        "strategy adaptive",
+        "test_an_audit_judges_what_was_in_force_before_it",
+        "the audit reports",
+    ),
+    Fault(
+        "sign of the powers",
+        ADAPTIVE,
+        "            return w, u + c[0] * w, backend.xp.roll(c, -1)\n",
+        "            return w, u - c[0] * w, backend.xp.roll(c, -1)\n",
+        "strategy adaptive",
+        "test_the_gradient_of_the_batch_is_as_good_as_promised",
+        "of the steps have an error above",
+        options={"max_relative_error": 0.2},
+    ),
+    Fault(
+        "an audit whose gradient is not used",
+        ADAPTIVE,
+        "            return q._replace(products=q.products + products, ",
+        "            return q._replace(u=self.g, products=q.products + products, ",
+        "strategy adaptive",
+        "test_an_audit_uses_the_gradient_that_it_found",
+        "u of an audit",
+    ),
+    Fault(
+        "ranks that disagree",
+        ADAPTIVE,
+        "audit = rules.due(xp, s)",
+        "audit = rules.due(xp, s) | (now.unconverged > 0)",
+        "strategy adaptive",
+        "test_ranks_that_share_a_state_take_the_same_vjps",
+        "one rank audits, and the other does not",
+    ),
+    Fault(
+        "a state that is kept although it is not finite",
+        CONTROLLER,
+        "        values = xp.where(xp.all(xp.isfinite(values)), values, xp.zeros_like(values))\n",
+        "",
+        "strategy adaptive",
+        "test_a_state_that_is_not_finite_counts_as_a_new_one",
+        "",
+    ),
     Fault(
         "a coupled row certified",
         "deqcore.solve.verification",

@@ -3,6 +3,7 @@
     ddp_worker.py gradients         also against the truth in float64; counts collectives
     ddp_worker.py compiled          with torch.compile around the wrapped models
     ddp_worker.py uneven            one rank has a batch less than the other, or one without samples
+    ddp_worker.py adaptive         the strategy with state: what is in force on each rank
     ddp_worker.py failing WRAPPER   one rank's solve misses its tolerance, with on_failure = "raise"
 
 Prints one JSON object from rank 0.
@@ -15,12 +16,15 @@ import sys
 
 import torch
 import torch.distributed as dist
-from deqcore_torch.nn import DEQ
+from deqcore_torch.nn import DEQ, synchronize_strategies
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
+from deqcore.backward.adaptive import Adaptive
+
 WIDTH = 24
+OPTIONS = {"max_relative_error": 0.1, "max_vjps": 4}
 STRATEGIES = {
     "exact-ift": {"backward__strategy": "exact-ift", "backward__options": {"rtol": 1e-7}},
     "certified": {
@@ -206,6 +210,40 @@ def uneven():
     os._exit(0)  # as in `main`
 
 
+def adaptive():
+    """Every rank has other data: the number of vjps in force must be the same, with each wrapper."""
+    dist.init_process_group("gloo")
+    rank, settings = dist.get_rank(), {"backward__strategy": "adaptive", "backward__options": OPTIONS}
+    report = {}
+    for name in ("ddp", "fsdp2"):
+        torch.manual_seed(1)
+        model = Model({**settings, "backward__on_failure": "ignore"})
+        layer = model.deq
+        if name == "ddp":
+            model = DistributedDataParallel(model)
+        else:
+            fully_shard(model.deq)
+            fully_shard(model)
+        drawn, chosen, collectives = torch.Generator().manual_seed(rank), [], []
+        for _ in range(10):
+            x, y = (1 + 2 * rank) * torch.randn(6, WIDTH, generator=drawn), torch.randint(3, (6,), generator=drawn)
+            if name == "fsdp2":
+                synchronize_strategies(model)
+            value = loss(model, x, y, 6)
+            state = [torch.zeros_like(layer.strategy_state) for _ in range(2)]
+            dist.all_gather(state, layer.strategy_state)
+            found = [Adaptive(**OPTIONS).learned(each) for each in state]
+            chosen.append([[float(each.chosen), float(each.since), float(each.interval)] for each in found])
+            with Counter() as counter:
+                value.backward()
+            collectives.append(sorted(counter.by_name))
+        report[name] = {"chosen": chosen, "collectives": sorted({name for each in collectives for name in each})}
+    if rank == 0:
+        print(json.dumps(report), flush=True)
+    dist.destroy_process_group()
+    os._exit(0)  # as in `main`
+
+
 def failing():
     """One rank does not converge and raises; the launcher must end the other one."""
     dist.init_process_group("gloo")
@@ -215,4 +253,5 @@ def failing():
 
 
 if __name__ == "__main__":
-    {"gradients": main, "compiled": compiled, "uneven": uneven, "failing": failing}[sys.argv[1]]()
+    ways = {"gradients": main, "compiled": compiled, "uneven": uneven, "failing": failing, "adaptive": adaptive}
+    ways[sys.argv[1]]()

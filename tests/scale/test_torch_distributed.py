@@ -80,3 +80,21 @@ def test_ranks_with_fewer_samples_or_steps_train_as_one_process():
 def test_a_sharded_layer_gathers_its_parameters_once_each_way(report, strategy):
     # The layer: gathered in the forward and again in the backward pass. The rest of the model: gathered once.
     assert report[f"{strategy} fsdp2 collectives"] == {"allgather_base": 3, "reduce_scatter_base": 2}
+
+
+@pytest.fixture(scope="module")
+def adaptive():
+    done = torchrun("adaptive")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_ranks_share_the_state_of_a_strategy(adaptive, wrapper):
+    passes = adaptive[wrapper]["chosen"]
+    assert all(one == two for one, two in passes), f"ranks disagree: {passes}"
+    assert len({one[0] for one, _ in passes}) > 1, "nothing was chosen"
+
+
+def test_audits_take_no_collective(adaptive):
+    assert adaptive["ddp"]["collectives"] == ["allreduce"]

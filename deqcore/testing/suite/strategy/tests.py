@@ -25,11 +25,12 @@ from deqcore.testing.suite.fixtures import Kit, affine, close
 from deqcore.testing.suite.scales import scaled, scales
 from deqcore.testing.suite.strategy.adjoint import AdjointTests
 from deqcore.testing.suite.strategy.cost_bounds import ClaimTests
+from deqcore.testing.suite.strategy.state import StateTests
 from deqcore.testing.suite.strategy.step_strategy import StepStrategyTests
 from deqcore.testing.tolerances import tolerance
 
 
-class StrategyTests(AdjointTests, ClaimTests, StepStrategyTests):
+class StrategyTests(AdjointTests, ClaimTests, StateTests, StepStrategyTests):
     """Subclass it, name your strategy, and run pytest.
 
     Attributes:
