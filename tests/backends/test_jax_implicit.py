@@ -10,7 +10,7 @@ import deqcore  # noqa: E402
 TIGHT = {"forward__rtol": 1e-5, "backward__options": {"rtol": 1e-5}}
 A = 0.5
 Z = 0.4501836  # 0.5 cos(z) = z
-SLOPE = 0.7392  # cos(z) / (1 + 0.5 sin(z))
+SLOPE = 0.7395  # cos(z) / (1 + 0.5 sin(z))
 
 
 def f(z, a):

@@ -45,7 +45,7 @@ PUBLIC = {
     "deqcore_torch.compat.torchdeq": """DEQBase VariationalDropout add_deq_args apply_norm fp_correction get_deq
         get_solver install jac_reg mem_gc mixed_init power_method register_deq register_norm register_norm_module
         register_solver register_weight_func remove_norm reset_deq reset_dropout reset_norm
-        solver_stat_from_final_step""",
+        solver_stat_from_final_step uninstall""",
     "deqcore_jax.cells": "Monotone dropout_mask spectrally_normalized weight_normalized",
     "deqcore_jax.nnx": "DEQ",
     "deqcore_jax.equinox": "DEQ",

@@ -79,6 +79,7 @@ __all__ = [
     "reset_dropout",
     "reset_norm",
     "solver_stat_from_final_step",
+    "uninstall",
 ]
 
 MODULES: Final = {
@@ -97,7 +98,7 @@ MODULES: Final = {
 def install() -> None:
     """Let `import torchdeq` and `from torchdeq.norm import …` find these modules, in this process.
 
-    Call it before the code that imports torchdeq; the package itself need not be installed.
+    Call it before the code that imports torchdeq; the package itself need not be installed. `uninstall` undoes it.
 
     Example:
         >>> install()
@@ -105,7 +106,22 @@ def install() -> None:
         >>> from torchdeq.norm import apply_norm
         >>> get_deq.__module__
         'deqcore_torch.compat.torchdeq.core'
+        >>> uninstall()
     """
+    uninstall()
     sys.modules["torchdeq"] = sys.modules[__name__]
     for name, module in MODULES.items():
         sys.modules[f"torchdeq.{name}"] = module
+
+
+def uninstall() -> None:
+    """Let `import torchdeq` find the package itself again, for code that is imported later.
+
+    Example:
+        >>> install()
+        >>> uninstall()
+        >>> "torchdeq" in sys.modules
+        False
+    """
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchdeq"]:
+        del sys.modules[name]

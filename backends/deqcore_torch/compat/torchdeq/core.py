@@ -18,7 +18,7 @@ from deqcore_torch.cells import begin_solve
 from deqcore_torch.compat.torchdeq.config import Options
 from deqcore_torch.compat.torchdeq.dropout import reset_dropout
 from deqcore_torch.compat.torchdeq.norm import reset_norm
-from deqcore_torch.compat.torchdeq.solver import Info, get_solver, info_of, own_solver
+from deqcore_torch.compat.torchdeq.solver import Info, SolverFunction, get_solver, info_of, own_solver
 from deqcore_torch.gradients import straight_through
 
 Writer = Callable[[Info], object]
@@ -124,15 +124,26 @@ class TorchDEQ(DEQBase):
         given = kwargs.pop("f_max_iter", None)
         budget = self.options.budget(self.training) if given is None else int(str(given))
         single = isinstance(z_init, Tensor)
+        start = [z_init] if single else list(z_init)
+        shapes = [leaf.shape for leaf in start]
 
-        def f(z: Any) -> Any:
-            return func(z) if single else list(func(*z))
+        def narrow(z: list[Tensor]) -> list[Tensor]:
+            return [leaf.reshape(shape) for leaf, shape in zip(z, shapes, strict=True)]
+
+        def f(z: list[Tensor]) -> list[Tensor]:
+            values = func(*narrow(z))
+            return self._wide([values] if single else values)
 
         f.__wrapped__ = func  # type: ignore[attr-defined] # backward passes are counted for func
-        start = z_init if single else list(z_init)
-        if not self.training:
-            return self._evaluated(f, start, budget, kwargs, sradius_mode)
-        return self._trained(f, start, budget, kwargs, backward_writer or writer)
+        if self.training:
+            states, info = self._trained(f, self._wide(start), budget, kwargs, backward_writer or writer)
+        else:
+            states, info = self._evaluated(f, self._wide(start), budget, kwargs, sradius_mode)
+        return [narrow(state)[0] if single else narrow(state) for state in states], info
+
+    def _wide(self, z: Sequence[Tensor]) -> list[Tensor]:
+        """Return the tensors, those of fewer than two axes as a batch of numbers, as torchdeq takes them."""
+        return [leaf if leaf.ndim > 1 or not self.options.batch else leaf.reshape(-1, 1) for leaf in z]
 
     def _evaluated(
         self, f: Callable[[Any], Any], start: Any, budget: int, kwargs: Mapping[str, object], sradius_mode: bool
@@ -178,10 +189,40 @@ class TorchDEQ(DEQBase):
         config = options.config(kwargs, implicit=implicit, steps=steps)
         solver = own_solver(options.f_solver)
         if solver is not None:  # the gradient is attached to what it returns
-            with torch.no_grad():
-                start = solver(f, start, max_iter=budget, tol=options.f_tol, stop_mode=options.f_stop_mode, **kwargs)[0]
-            state, budget = None, 0
+            start, state, budget = self._by_function(solver, f, start, budget, kwargs), None, 0
         return fixed_point(f, start, config=config, state=state, forward__max_steps=budget)
+
+    def _by_function(
+        self,
+        solver: SolverFunction,
+        f: Callable[[Any], Any],
+        start: list[Tensor],
+        budget: int,
+        kwargs: Mapping[str, object],
+    ) -> list[Tensor]:
+        """Return what a registered function finds; it sees one tensor `(batch, n)`, or the state's only one."""
+        widths = [leaf[0].numel() for leaf in start]
+
+        def split(z: Tensor) -> list[Tensor]:
+            if len(start) == 1:
+                return [z]
+            parts = z.split(widths, 1)
+            return [part.reshape(leaf.shape) for part, leaf in zip(parts, start, strict=True)]
+
+        def join(z: list[Tensor]) -> Tensor:
+            return z[0] if len(z) == 1 else torch.cat([leaf.flatten(1) for leaf in z], 1)
+
+        options = self.options
+        with torch.no_grad():
+            found = solver(
+                lambda z: join(f(split(z))),
+                join(start),
+                max_iter=budget,
+                tol=options.f_tol,
+                stop_mode=options.f_stop_mode,
+                **kwargs,
+            )
+        return split(found[0])
 
     def _left(self, f: Callable[[Any], Any], solution: Solution, implicit: bool, steps: int) -> list[Any]:
         """Return torchdeq's values in training: f of the iterate, or the results of phantom steps, with gradients."""

@@ -164,7 +164,7 @@ def apply_norm(
         >>> apply_norm(cell, "spectral_norm", learn_scale=False, target_norm=0.9)
         >>> for _ in range(50):
         ...     reset_norm(cell)
-        >>> round(float(torch.linalg.matrix_norm(cell.weight, 2)), 3)
+        >>> round(float(torch.linalg.matrix_norm(cell.weight.detach(), 2)), 3)
         0.9
     """
     given = {**norm_kwargs, **_values(args)}
