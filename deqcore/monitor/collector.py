@@ -22,6 +22,7 @@ from deqcore import plugins
 from deqcore.abc.backend import Backend
 from deqcore.abc.backward import Strategy
 from deqcore.api import get_backend
+from deqcore.config import Config
 from deqcore.monitor.actions import TriggerSet
 from deqcore.monitor.drift import DriftDetector, HostArray, Profile, Samples
 from deqcore.monitor.sink import Event, Record, Row
@@ -29,6 +30,8 @@ from deqcore.solution import Solution
 from deqcore.types import AdjointReport, Array, BackwardRecord, Status
 
 RECENT: Final = 1000
+SETTINGS: Final = 32
+"""Different settings of a layer that are recorded; a tolerance may change in every step."""
 
 FORWARD = ("residual", "status", "steps", "evaluations")
 BACKWARD = AdjointReport._fields
@@ -46,6 +49,7 @@ class PendingRow:
         reused: whether the strategy reuses an estimate, so that its first product is the certificate.
         held: whether a flush has waited for its backward pass already.
         sent: whether it has become a row.
+        config: that the solve ran with, if its row records it.
     """
 
     step: int
@@ -59,6 +63,7 @@ class PendingRow:
     reused: bool = False
     held: bool = False
     sent: bool = False
+    config: Config | None = None
 
     def forward(self, solution: Solution) -> None:
         """Take the statistics of a solution."""
@@ -198,6 +203,7 @@ class Collector:
         self.since = 0
         self.step: int | None = None
         self._pending: list[PendingRow] = []
+        self._configs: dict[str, set[Config]] = {}
 
     def __len__(self) -> int:
         return len(self._pending)
@@ -207,10 +213,11 @@ class Collector:
         """The training step, or else the number of solves."""
         return self.solves if self.step is None else self.step
 
-    def solution(self, solution: Solution, name: str, seconds: float | None, strategy: str) -> None:
+    def solution(self, solution: Solution, name: str, seconds: float | None, config: Config) -> None:
         """Take a solution, and its backward pass when that has run."""
         with self.lock:
-            item = self._item(name, solution.backend, strategy)
+            item = self._item(name, solution.backend, config.backward.strategy)
+            item.config = self._unseen(name, config)
             item.forward(solution)
             if seconds is not None:
                 item.seconds["deq_forward_seconds"] = seconds
@@ -255,6 +262,14 @@ class Collector:
             item.sent = True
         return ready
 
+    def _unseen(self, name: str, config: Config) -> Config | None:
+        """Return the settings if the layer has not run with them before; `SETTINGS` of them at most."""
+        known = self._configs.setdefault(name, set())
+        if config in known or len(known) >= SETTINGS:
+            return None
+        known.add(config)
+        return config
+
     def _item(self, name: str, backend: Backend, strategy: str) -> PendingRow:
         return PendingRow(
             self.now, self.solves, time.time(), name, backend, reused=bool(strategy) and _reuses(strategy)
@@ -276,6 +291,12 @@ def _reuses(strategy: str) -> bool:
     """Return whether a strategy works with the forward solver's estimate: its first product is then a certificate."""
     cls = plugins.load("strategy", strategy)
     return isinstance(cls, type) and issubclass(cls, Strategy) and cls.needs == "estimate"
+
+
+def _recorded(config: Config | None) -> dict[str, object]:
+    """Return the settings of a solve as plain values."""
+    plain = {} if config is None else config.as_dict()
+    return {name: plain[name] for name in ("backend", "forward", "backward") if name in plain}
 
 
 class RowBuilder:
@@ -308,7 +329,7 @@ class RowBuilder:
                 figures |= self._drift.measure(self.samples)
             if self.triggers.may_mark:
                 figures["deq_retrain"] = float(self.triggers.retrain is not None)
-            row = Row(item.step, item.solve, item.time, figures, item.name)
+            row = Row(item.step, item.solve, item.time, figures, item.name, _recorded(item.config))
             events = self.triggers.see(row)
             self.rows.append(row)
             self.events.extend(events)

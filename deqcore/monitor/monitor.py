@@ -201,8 +201,7 @@ class Monitor(Observer):
                 not act.
         """
         self.learn(solution)
-        strategy = (self._base if config is None else config).backward.strategy
-        self._collector.solution(solution, name, seconds, strategy)
+        self._collector.solution(solution, name, seconds, self._base if config is None else config)
         if not defer:
             self._flush_if_due()
 

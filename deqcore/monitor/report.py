@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Final
@@ -17,34 +16,48 @@ import numpy as np
 from deqcore.errors import MissingExtraError
 from deqcore.monitor.log.reader import Log, series
 from deqcore.monitor.metrics import STANDARD
+from deqcore.pages.assets import assets
+from deqcore.pages.charts import Canvas, colour, legend
+from deqcore.pages.charts import draw as draw_chart
 from deqcore.plugins.lookup import is_installed
 
 POINTS: Final = 400
 LABEL: Final = 40  # characters of a layer's name: laying out a long text takes minutes
 MOST: Final = 1e150  # beyond it a chart's own arithmetic overflows; such values are left out as infinite ones are
-COLORS: Final = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#475569")
 
 HELP: Final = {metric.name: metric.help for metric in STANDARD}
 ORDER: Final = {metric.name: index for index, metric in enumerate(STANDARD)}
-# The first screen: metric, title, and above which value it is a concern.
+# The first screen: metric, title, and above which value of any solve it is a concern.
 TILES: Final = (
-    ("deq_forward_steps", "solver steps", None),
-    ("deq_unconverged_fraction", "unconverged", 0.01),
+    ("deq_forward_steps_max", "solver steps", None),
+    ("deq_forward_residual_max", "forward residual", None),
+    ("deq_unconverged_fraction", "unconverged", 0.0),
     ("deq_nonfinite_fraction", "NaN or diverged", 0.0),
-    ("deq_backward_steps", "backward products", None),
-    ("deq_backward_error", "certified gradient error", 0.5),
+    ("deq_backward_steps_max", "backward products", None),
+    ("deq_uncertified_fraction", "gradients that missed their target", 0.0),
+    ("deq_backward_error", "estimated gradient error", 0.5),
     ("deq_fallback_fraction", "fallbacks", 0.05),
     ("deq_spectral_radius", "spectral radius", 1.0),
     ("deq_steps_psi", "drift of steps (PSI)", 0.25),
 )
+WARNINGS: Final = ("fired", "retrain", "sink", "note")
+"""Kinds of events that say that something is wrong; "cleared" says that it has ended."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A number of the first screen: its median over the last tenth of the log."""
+    """A number of the first screen.
+
+    Attributes:
+        title: of the metric.
+        value: the worst of all solves.
+        detail: the median, and in how many solves the value is a concern.
+        concern: whether it is in any.
+    """
 
     title: str
     value: str
+    detail: str
     concern: bool
 
 
@@ -71,7 +84,9 @@ def render(log: Log) -> str:
         layers=any(row.name for row in log.rows),
         events=[(event, _clock(event.time)) for event in log.events],
         span=_span(log),
+        settings=settings(log),
         config=json.dumps(log.config, indent=2, default=str, ensure_ascii=False),
+        **assets(),
     )
 
 
@@ -89,23 +104,52 @@ def verdict(log: Log) -> tuple[str, str]:
             open_triggers.pop((event.metric, event.action), None)
     if open_triggers:
         return f"{len(open_triggers)} trigger(s) still active. {next(iter(open_triggers.values()))}", "warn"
-    concerns = [tile.title for tile in tiles(log) if tile.concern]
+    concerns = [f"{tile.title} (worst {tile.value}, {tile.detail})" for tile in tiles(log) if tile.concern]
+    fired = sum(event.kind in WARNINGS for event in log.events)
+    concerns += [f"{fired} event(s) that warn of something"] if fired else []
     if concerns:
-        return f"No trigger is active, but check: {', '.join(concerns)}.", "warn"
-    return "No trigger is active, and the solves are healthy.", "good"
+        return f"No trigger is active, but check: {'; '.join(concerns)}.", "warn"
+    return "All solves converged, and nothing gave a warning.", "good"
 
 
 def tiles(log: Log) -> list[Tile]:
-    """Return the numbers of the first screen."""
-    latest: dict[str, list[float]] = {}
-    for metric, _, _, values in series(log.rows[-max(20, len(log.rows) // 10) :]):
-        latest.setdefault(metric, []).extend(values)
-    result = []
-    for metric, title, limit in TILES:
-        if metric in latest:
-            value = statistics.median(latest[metric])
-            result.append(Tile(title, f"{value:.3g}", limit is not None and value > limit))
-    return result
+    """Return the numbers of the first screen, over the whole log: the worst counts."""
+    values: dict[str, list[float]] = {}
+    for metric, _, _, found in series(log.rows):
+        values.setdefault(metric, []).extend(found)
+    return [_tile(title, values[metric], limit) for metric, title, limit in TILES if metric in values]
+
+
+def _tile(title: str, values: Sequence[float], limit: float | None) -> Tile:
+    bad = 0 if limit is None else sum(value > limit for value in values)
+    detail = f"median {statistics.median(values):.3g}"
+    detail += "" if limit is None else f", above {limit:g} in {bad} of {len(values)}"
+    return Tile(title, f"{max(values):.3g}", detail, bad > 0)
+
+
+def settings(log: Log) -> list[dict[str, str]]:
+    """Return the settings that each layer ran with, in the order of their first solves."""
+    return [
+        {
+            "layer": row.name or "–",
+            "step": str(row.step),
+            "forward": _sentence(row.settings.get("forward"), "solver"),
+            "backward": _sentence(row.settings.get("backward"), "strategy"),
+            "all": json.dumps(row.settings, indent=1, default=str, ensure_ascii=False),
+        }
+        for row in log.rows
+        if row.settings
+    ]
+
+
+def _sentence(section: object, first: str) -> str:
+    """Return a section's solver or strategy, its options, and the tolerance of a solver."""
+    if not isinstance(section, Mapping):
+        return "–"
+    options = section.get("options")
+    shown = dict(options) if isinstance(options, Mapping) else {}
+    shown |= {name: section[name] for name in ("rtol", "max_steps") if name in section}
+    return f"{section.get(first, '–')} ({', '.join(f'{name}={value}' for name, value in shown.items())})"
 
 
 def table(log: Log) -> list[dict[str, str]]:
@@ -222,36 +266,31 @@ def _short(text: str, most: int = LABEL) -> str:
 
 
 def _svg(chart: Chart, lines: Sequence[tuple[str, list[int], list[float]]], marks: Sequence[tuple[int, str]]) -> str:
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}):
-        figure = Figure(figsize=(5.6, 2.9), layout="constrained")
-        axes: Any = figure.add_subplot()
-        for color, (label, steps, values) in zip(_cycle(len(lines)), lines, strict=True):
-            _line(axes, color, label, np.asarray(steps, float), np.asarray(values, float))
-        for step, kind in sorted(marks[:50], key=lambda mark: mark[1] == "retrain"):  # red is on top
-            axes.axvline(step, color="#dc2626" if kind == "retrain" else "#f59e0b", linewidth=0.8, linestyle="--")
+    def paint(canvas: Canvas) -> bool:
+        axes = canvas.axes
+        for number, (label, steps, values) in enumerate(lines):
+            _line(canvas, number, label, np.asarray(steps, float), np.asarray(values, float))
+        for step, kind in sorted(marks[:50], key=lambda mark: mark[1] == "retrain"):  # orange is on top
+            axes.axvline(step, color=colour(1 if kind == "retrain" else 4), linewidth=0.8, linestyle="--")
         if chart.log and all(min(values) > 0 for _, _, values in lines):
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.yaxis.set_minor_formatter(lambda value, _: "")
         elif chart.unit.startswith("fraction"):
             axes.set_ylim(-0.02, max(0.1, 1.1 * axes.get_ylim()[1]))
         axes.set_xlabel("step")
         axes.set_ylabel(chart.unit)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8, loc="best")
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    svg = text.getvalue()
-    return svg[svg.index("<svg") :]
+        legend(canvas)
+        return True
+
+    return draw_chart(chart.title, paint, (4.8, 2.6 + 0.19 * len(lines)))
 
 
 def _drawable(values: Any) -> Any:
     return np.abs(values) < MOST
 
 
-def _line(axes: Any, color: str, label: str, steps: Any, values: Any) -> None:
+def _line(canvas: Canvas, number: int, label: str, steps: Any, values: Any) -> None:
     """Plot the means of at most `POINTS` parts over the range of each; skip values that are not finite."""
     available = _drawable(values)
     parts = min(POINTS, int(available.sum()))
@@ -259,20 +298,8 @@ def _line(axes: Any, color: str, label: str, steps: Any, values: Any) -> None:
     middle = [group.mean() for group in groups[0]]
     if parts < available.sum():
         low, high = ([limit(group) for group in groups[1]] for limit in (np.min, np.max))
-        axes.fill_between(middle, low, high, color=color, alpha=0.15, linewidth=0)
-    # Labels that begin with an underscore would be left out of the legend, and $ would be read as mathematics.
-    axes.plot(
-        middle,
-        [group.mean() for group in groups[1]],
-        color=color,
-        label="\u200b" + label.replace("$", r"\$"),
-        linewidth=1.4,
-        marker="." if parts == 1 else None,
-    )
-
-
-def _cycle(count: int) -> list[str]:
-    return [COLORS[i % len(COLORS)] for i in range(count)]
+        canvas.axes.fill_between(middle, low, high, color=colour(number), alpha=0.15, linewidth=0)
+    canvas.line(number, middle, [group.mean() for group in groups[1]], label, marker="." if parts == 1 else None)
 
 
 def load() -> dict[str, object]:

@@ -35,6 +35,7 @@ class Row:
         time: seconds since the epoch.
         name: the layer, for models with several; "" if there is only one.
         values: by metric. What was not measured is absent; infinite values occur, NaN does not.
+        settings: of the solve, as plain values, in the first row of a layer that ran with them; else empty.
 
     Example:
         >>> Row(step=3, solve=2, time=0.0, values={"deq_forward_steps": 7.0}).values["deq_forward_steps"]
@@ -46,6 +47,7 @@ class Row:
     time: float
     values: Mapping[str, float]
     name: str = ""
+    settings: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
+import deqcore
 from deqcore.errors import MissingExtraError, MonitorError
-from deqcore.monitor import Event, Metric, Metrics, Row, RunInfo
+from deqcore.monitor import Event, Metric, Metrics, Monitor, Row, RunInfo
 from deqcore.monitor.live import live_view, sparkline
 from deqcore.monitor.log.format import header, line
 from deqcore.monitor.log.reader import Tail, read
 from deqcore.monitor.metrics import COUNTERS, STANDARD
-from deqcore.monitor.report import draw, load, render, table, tiles, verdict
+from deqcore.monitor.report import draw, load, render, settings, table, tiles, verdict
 
 RUN = RunInfo(Metrics([Metric("my_loss", "nats", "Loss.")]), 1000.0, {"backend": "auto", "note": "<b>bold</b>"})
 EVIL = "<script>alert('x')</script>"
@@ -120,7 +124,7 @@ def test_files_that_cannot_be_read(tmp_path) -> None:
         read(tmp_path)
     path = tmp_path / "new.jsonl"
     path.write_text('{"kind":"run","version":99}\n')
-    with pytest.raises(MonitorError, match="of version 99, but this deqcore reads version 1"):
+    with pytest.raises(MonitorError, match="of version 99, but this deqcore reads versions up to 2"):
         read(path)
 
 
@@ -188,18 +192,22 @@ class Page(HTMLParser):
         self.text.append(data)
 
 
-def test_the_page_needs_no_network_and_runs_no_script(tmp_path) -> None:
+def test_the_page_needs_no_network_and_runs_no_script_but_its_own(tmp_path) -> None:
     fired = Event(4, 1004.0, "fired", EVIL, "deq_forward_steps", 5.0, "warn")
     log = read(write(tmp_path / f"{EVIL.replace('/', '')}.jsonl", *rows(12, EVIL), *rows(3, "$x_1$ _hidden"), fired))
     text = render(log)
     page = Page(text)
-    assert "script" not in page.tags
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert page.tags.count("script") == 1
+    assert f"script-src 'sha256-{digest}'\"" in text.replace("&#39;", "'")
     assert EVIL in "".join(page.text)  # shown as text: in the table, the event, the legends
     assert all(link.startswith(("#", "data:")) for link in page.links)
     assert not re.search(r"url\((?!#)", text)
     assert not re.search(r"@import|<link(?! rel=\"icon\")", text)
     assert page.tags.count("svg") == len(draw(log)) == 4
     assert "$x_1$ _hidden: forward steps" in "".join(page.text)
+    assert "mathdefault" not in text  # a label that no parser reads
 
 
 def test_the_numbers_of_the_page_are_those_of_the_log(tmp_path) -> None:
@@ -209,7 +217,10 @@ def test_the_numbers_of_the_page_are_those_of_the_log(tmp_path) -> None:
     (row,) = [each for each in table(log) if each["metric"] == "deq_forward_steps"]
     assert float(row["mean"]) == pytest.approx(sum(steps) / 30, rel=1e-3)
     assert (row["first"], row["last"], row["least"], row["most"], row["count"]) == ("5", "7", "5", "7", "30")
-    assert [tile.value for tile in tiles(log)][:2] == ["6", "0"]
+    assert [(tile.value, tile.detail) for tile in tiles(log)] == [
+        ("0.1", "median 0.001"),
+        ("0", "median 0, above 0 in 0 of 30"),
+    ]
     text = "".join(Page(render(log)).text)
     for name in ("first", "last", "mean", "least", "most"):
         assert row[name] in text
@@ -226,7 +237,9 @@ def event(kind: str, message: str, action: str = "warn") -> Event:
     [
         ([], "good"),
         ([event("fired", "a")], "warn"),
-        ([event("fired", "a"), event("cleared", "b")], "good"),
+        ([event("fired", "a"), event("cleared", "b")], "warn"),  # it ended, but it fired
+        ([event("note", "a")], "warn"),
+        ([event("sink", "a")], "warn"),
         ([event("retrain", "c", "retrain")], "bad"),
     ],
 )
@@ -237,9 +250,52 @@ def test_the_verdict(tmp_path, events, expected) -> None:
 def test_the_verdict_names_what_is_a_concern(tmp_path) -> None:
     bad = [Row(i, i, 1000.0 + i, {"deq_forward_steps": 3.0, "deq_nonfinite_fraction": 0.5}) for i in range(3)]
     assert verdict(read(write(tmp_path / "a.jsonl", *bad))) == (
-        "No trigger is active, but check: NaN or diverged.",
+        "No trigger is active, but check: NaN or diverged (worst 0.5, median 0.5, above 0 in 3 of 3).",
         "warn",
     )
+
+
+def test_the_worst_solve_counts(tmp_path) -> None:
+    """23 of 300 solves with unconverged samples are not quiet, though the median is 0 and the last ones are well."""
+    made = rows(300)
+    for step in range(10, 33):
+        made[step] = replace(made[step], values={**made[step].values, "deq_unconverged_fraction": 0.25})
+    log = read(write(tmp_path / "a.jsonl", *made))
+    (tile,) = [each for each in tiles(log) if each.title == "unconverged"]
+    assert (tile.value, tile.detail, tile.concern) == ("0.25", "median 0, above 0 in 23 of 300", True)
+    sentence, kind = verdict(log)
+    assert kind == "warn"
+    assert "unconverged (worst 0.25, median 0, above 0 in 23 of 300)" in sentence
+
+
+def test_a_log_of_version_1_is_read(tmp_path) -> None:
+    path = write(tmp_path / "a.jsonl", *rows(3))
+    path.write_text(path.read_text().replace('"version":2', '"version":1'))
+    assert read(path).rows == rows(3)
+
+
+def test_each_layers_own_settings_are_recorded_and_shown(tmp_path) -> None:
+    path = tmp_path / "a.jsonl"
+    reuse = {"forward__solver": "broyden", "backward__strategy": "broyden-reuse"}
+    with Monitor(sinks=[{"sink": "jsonl", "path": str(path)}], triggers=[], every=1):
+        for _ in range(3):
+            deqcore.fixed_point(lambda z: 0.5 * z + 1.0, np.zeros((2, 3)), **reuse)
+            deqcore.fixed_point(lambda z: 0.5 * z + 1.0, np.zeros((2, 3)), forward__rtol=1e-3)
+    log = read(path)
+    first, second = (row["backward"].split(" ")[0] for row in settings(log))  # once for each, not for each solve
+    assert (first, second) == ("broyden-reuse", "exact-ift")
+    assert [row["step"] for row in settings(log)] == ["0", "1"]
+    assert "rtol=0.001" in settings(log)[1]["forward"]
+    page = "".join(Page(render(log)).text)
+    assert "broyden-reuse" in page.partition("The monitor's own settings")[0]
+    assert [line(row) for row in log.rows] == [line(row) for row in read(path).rows]
+
+
+def test_changing_tolerances_do_not_fill_the_log(tmp_path) -> None:
+    with Monitor(sinks=[], triggers=[], every=1) as monitor:
+        for i in range(40):
+            deqcore.fixed_point(lambda z: 0.5 * z + 1.0, np.zeros((2, 3)), forward__rtol=1e-3 / (1 + i))
+    assert sum(bool(row.settings) for row in monitor.rows) == 32
 
 
 def test_a_long_log_is_drawn_with_few_points(tmp_path) -> None:

@@ -1,6 +1,6 @@
 """Records as lines of JSON and back: the format of the log that `watch` and `report` read.
 
-The first line of a run is a header, {"kind": "run", "version": 1, ...}; every other line is a row (kind "row") or an
+The first line of a run is a header, {"kind": "run", "version": 2, ...}; every other line is a row (kind "row") or an
 event. Rows and events carry the "run" of their header, since several processes may write to one log. Infinite values
 are the strings "inf" and "-inf", so that every line is strict JSON.
 """
@@ -14,8 +14,10 @@ from typing import Any, Final
 from deqcore.monitor.sink import Event, Record, Row, RunInfo
 from deqcore.monitor.text import plain, printable
 
-VERSION: Final = 1
-_HEAD: Final = frozenset({"kind", "step", "solve", "time", "name", "run"})
+VERSION: Final = 2
+READ: Final = (1, 2)
+"""Versions that are read: 1 has no settings of layers."""
+_HEAD: Final = frozenset({"kind", "step", "solve", "time", "name", "run", "settings"})
 MOST: Final = 2**53  # larger integers are not exact in float64
 
 
@@ -39,6 +41,8 @@ def line(record: Record, key: str = "") -> str:
         head |= _of(key)
         if record.name:
             head["name"] = record.name
+        if record.settings:
+            head["settings"] = dict(record.settings)
         return _dump({**record.values, **head})
     event = {"kind": "event", "event": record.kind, "step": record.step, "time": record.time} | _of(key)
     more = {"metric": record.metric, "value": record.value, "action": record.action, "message": record.message}
@@ -58,7 +62,9 @@ def parse(table: Mapping[str, Any]) -> Record | None:
         if kind == "row":
             values = {printable(name): float(value) for name, value in table.items() if name not in _HEAD}
             name = printable(table.get("name", ""))
-            return Row(_count(table, "step"), _count(table, "solve"), float(table["time"]), values, name)
+            settings = plain(table.get("settings", {}))
+            head = _count(table, "step"), _count(table, "solve"), float(table["time"])
+            return Row(*head, values, name, settings if isinstance(settings, dict) else {})
         if kind == "event":
             value = table.get("value")
             return Event(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deqcore.errors import MonitorError
-from deqcore.monitor.log.format import VERSION, parse
+from deqcore.monitor.log.format import READ, VERSION, parse
 from deqcore.monitor.sink import Event, Row
 from deqcore.monitor.text import plain, printable
 
@@ -177,10 +177,10 @@ class Tail:
             self.log.add(record, printable(table.get("run", "")))
 
     def _begin(self, header: dict[str, object]) -> None:
-        if header.get("version") != VERSION:
+        if header.get("version") not in READ:
             raise MonitorError(
                 f"The log {str(self.log.path)!r} is of version {header.get('version')!r}, but this deqcore reads "
-                f"version {VERSION}: use the deqcore that wrote it, or write a new log."
+                f"versions up to {VERSION}: use the deqcore that wrote it, or write a new log."
             )
         units, config = header.get("units"), header.get("config")
         self.log.begin(printable(header.get("run", "")))
