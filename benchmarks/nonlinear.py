@@ -42,23 +42,41 @@ OURS: Final[dict[str, tuple[str, dict[str, object]]]] = {
 SCIPY: Final = ("hybr", "lm", "krylov", "df-sane", "broyden1", "anderson")
 
 
+TEXT: Final = """# Nonlinear equations
+
+Each cell has the evaluations (with Jacobian products) until {0}, or – if the method does not get there within
+{1} (SciPy: {2}, and ten times the goal counts). Lower is better. The starts are the standard ones.
+
+{table}
+
+Solves of ours that end as CONVERGED with a larger ‖g‖: {false}.
+
+The problems are the first fourteen systems of Moré, Garbow & Hillstrom (1981), "Testing unconstrained optimization
+software", in MINPACK's form, Rosenbrock's chain, Hammarling's matrix square roots, and small systems of Dennis &
+Schnabel (1983), Freudenstein & Roth (1963), Boggs (1971) and Chandrasekhar. They test what a solver does far from a
+solution; implicit layers are mostly kinder ([choosing a solver](../choosing.md)).
+
+Command: `python -m benchmarks.nonlinear --write` (NumPy {numpy}, SciPy {scipy}, float64).
+"""
+
+
 def rosenbrock(x: Vector) -> Any:
-    """Rosenbrock's function, and its generalisation to a chain."""
+    """Return Rosenbrock's function, and its generalisation to a chain."""
     return [1 - x[0], *(10 * (x[1:] - x[:-1] ** 2))]
 
 
 def powell_singular(x: Vector) -> Any:
-    """Powell's singular function."""
+    """Return Powell's singular function."""
     return [x[0] + 10 * x[1], 5**0.5 * (x[2] - x[3]), (x[1] - 2 * x[2]) ** 2, 10**0.5 * (x[0] - x[3]) ** 2]
 
 
 def powell_badly_scaled(x: Vector) -> Any:
-    """Powell's badly scaled function."""
+    """Return Powell's badly scaled function."""
     return [1e4 * x[0] * x[1] - 1, np.exp(-x[0]) + np.exp(-x[1]) - 1.0001]
 
 
 def wood(x: Vector) -> Any:
-    """Wood's function: the gradient, as in MINPACK."""
+    """Return Wood's function: the gradient, as in MINPACK."""
     a, b = x[1] - x[0] ** 2, x[3] - x[2] ** 2
     return [
         -200 * x[0] * a - (1 - x[0]),
@@ -76,7 +94,7 @@ def helical_valley(x: Vector) -> Any:
 
 
 def watson(x: Vector) -> Any:
-    """Watson's function, n = 2: the gradient of its sum of squares, as in MINPACK."""
+    """Return Watson's function, n = 2: the gradient of its sum of squares, as in MINPACK."""
     n, total = len(x), np.zeros(len(x))
     powers = np.arange(n)
     for i in range(1, 30):
@@ -98,7 +116,7 @@ def chebyquad(x: Vector) -> Any:
 
 
 def brown_almost_linear(x: Vector) -> Any:
-    """Brown's almost linear function, n = 10."""
+    """Return Brown's almost linear function, n = 10."""
     return [*(x[:-1] + np.sum(x) - (len(x) + 1)), np.prod(x) - 1]
 
 
@@ -134,13 +152,13 @@ def variably_dimensioned(x: Vector) -> Any:
 
 
 def broyden_tridiagonal(x: Vector) -> Any:
-    """Broyden's tridiagonal function."""
+    """Return Broyden's tridiagonal function."""
     wide = np.concatenate([[0.0], x, [0.0]])
     return (3 - 2 * x) * x - wide[:-2] - 2 * wide[2:] + 1
 
 
 def broyden_banded(x: Vector) -> Any:
-    """Broyden's banded function."""
+    """Return Broyden's banded function."""
     n = len(x)
     near = [sum(x[j] * (1 + x[j]) for j in range(max(0, i - 5), min(n, i + 2)) if j != i) for i in range(n)]
     return x * (2 + 5 * x**2) + 1 - np.array(near)
@@ -159,7 +177,7 @@ def square_root(size: int) -> Equations:
 
 
 def dennis_schnabel(x: Vector) -> Any:
-    """Dennis and Schnabel's example."""
+    """Return Dennis and Schnabel's example."""
     return [x[0] + x[1] - 3, x[0] ** 2 + x[1] ** 2 - 9]
 
 
@@ -193,7 +211,7 @@ def boggs(x: Vector) -> Any:
 
 
 def chandrasekhar(x: Vector) -> Any:
-    """Chandrasekhar's H-equation with c = 0.9."""
+    """Return Chandrasekhar's H-equation with c = 0.9."""
     n = len(x)
     mu = (np.arange(1, n + 1) - 0.5) / n
     return x - 1 / (1 - 0.9 / (2 * n) * (mu[:, None] / (mu[:, None] + mu[None, :]) @ x))
@@ -308,28 +326,8 @@ def page(results: dict[str, Any]) -> str:
     solved = [sum(row[name]["solved"] for row in problems.values()) for name in names]
     lines.append(f"| **solved of {len(problems)}** | {' | '.join(f'**{count}**' for count in solved)} |")
     false = sum(not row[name]["honest"] for row in problems.values() for name in OURS)
-    return "\n".join(
-        [
-            "# Nonlinear equations",
-            "",
-            f"Each cell has the evaluations (with Jacobian products) until ‖g‖ ≤ {results['goal']:g}, or – where the",
-            f"method does not get there within {results['steps']} steps (SciPy: {results['evaluations']} evaluations; its",
-            "points count up to ten times the goal). Lower is better. The starts are the standard ones.",
-            "",
-            *lines,
-            "",
-            f"Solves of ours that end as CONVERGED with a larger ‖g‖: {false}.",
-            "",
-            'The problems are the first fourteen of Moré, Garbow & Hillstrom (1981), "Testing unconstrained optimization',
-            "software\", in MINPACK's form, Hammarling's matrix square roots, and small systems of Dennis & Schnabel (1983),",
-            "Freudenstein & Roth (1963), Boggs (1971) and Chandrasekhar. They test what a solver does far from a solution;",
-            "implicit layers are mostly kinder ([choosing a solver](../choosing.md)).",
-            "",
-            f"Command: `python -m benchmarks.nonlinear --write` (NumPy {results['versions']['numpy']}, SciPy "
-            f"{results['versions']['scipy']}, float64).",
-            "",
-        ]
-    )
+    limits = f"‖g‖ ≤ {results['goal']:g}", f"{results['steps']} steps", f"{results['evaluations']} evaluations"
+    return TEXT.format(*limits, table="\n".join(lines), false=false, **results["versions"])
 
 
 def main() -> None:

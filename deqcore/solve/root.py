@@ -65,7 +65,7 @@ def _probe(plan: Plan, g: Callable[..., Tree], z0: Tree, args: tuple[Any, ...], 
 
 
 def _factor(backend: Backend, run: Map, z: Array, value: Array) -> Array:
-    """Return s `(batch,)` from one product with the Jacobian of g; 1 where that says nothing."""
+    """Return s `(batch,)` from one product with the Jacobian of g; 1 where it shows neither sign nor size."""
     xp = backend.xp
     norm = backend.norm(value)
     one = xp.ones_like(norm)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Final, NamedTuple, TypeAlias
+from typing import ClassVar, Final, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -17,32 +17,11 @@ from deqcore.errors import BackendError
 from deqcore.linear.gmres import LinearSolution
 from deqcore.linear.norms import residual_norms
 from deqcore.solvers.anderson import Anderson, AndersonState
+from deqcore.solvers.levels import ACCELERATED, NEWTON, PLAIN, Progress, Rules, judged
 from deqcore.solvers.newton_krylov import NewtonKrylov, NewtonState
 from deqcore.types import Array, Map
 
-PLAIN: Final = 0
-ACCELERATED: Final = 1
-NEWTON: Final = 2
-HALVED: Final = 0.5  # part of the residual at the last progress that counts as progress
 HUGE: Final = 1e6  # growth of a refused residual above which its difference has no information on the slope
-
-
-class Progress(NamedTuple):
-    """What the rules know of each sample, `(batch,)` each.
-
-    Attributes:
-        level: PLAIN, ACCELERATED or NEWTON, int32. It never falls.
-        norm: ‖g‖ of the current iterate.
-        best: least ‖g‖ so far.
-        mark: ‖g‖ at the last progress.
-        since: steps since then, int32, of which a refused one counts for several; for a plain sample its steps
-    """
-
-    level: Array
-    norm: Array
-    best: Array
-    mark: Array
-    since: Array
 
 
 class AutoState(NamedTuple):
@@ -266,41 +245,22 @@ class Auto(Solver):
 
     def _judged(self, backend: Backend, norm: Array, old: Progress) -> tuple[Progress, Array | None]:
         """Return the progress after a step, and which samples refuse it; None if surely none does."""
-        top = NEWTON if self._escalates(backend) else ACCELERATED
+        limits = Rules(self.slow, self.plain_steps, self.patience, self.max_residual_growth, self._escalates(backend))
         views = [backend.host.numpy_view(figure) for figure in (norm, *old)]
         if any(view is None for view in views):
-            return self._rules(backend.xp, norm, old, top)
+            return judged(backend.xp, limits, norm, old)
         now, known = views[0], Progress(*views[1:])
         with np.errstate(all="ignore"):
             usual = (now <= self.slow * known.norm) & (known.since < self.plain_steps - 1)
             if not np.count_nonzero(known.level) and np.count_nonzero(usual) == len(usual):
                 since = backend.host.from_numpy_view(known.since + np.int32(1))
                 return Progress(old.level, norm, norm, norm, since), None
-            progress, refused = self._rules(np, now, known, top)
+            progress, refused = judged(np, limits, now, known)
         after = Progress(*map(backend.host.from_numpy_view, progress))
         return after, backend.host.from_numpy_view(refused) if np.count_nonzero(refused) else None
 
     def _escalates(self, backend: Backend) -> bool:
         return self.escalate and backend.capabilities.jvp
-
-    def _rules(self, xp: Any, norm: Any, old: Progress, top: int) -> tuple[Progress, Any]:
-        """Return the progress of each sample, and which refuse the step."""
-        refused = (norm > self.max_residual_growth * old.best) & (old.level != NEWTON)  # the loop sees to NaN
-        after = xp.where(refused, old.norm, norm)
-        plain = old.level == PLAIN
-        gained = ~plain & (after < HALVED * old.mark)
-        since = xp.where(gained, 0, old.since + xp.where(refused, (self.patience + 1) // 2, 1))
-        slow = plain & ((~(norm <= self.slow * old.norm) & (old.norm > 0.0)) | (since >= self.plain_steps))
-        stuck = (old.level == ACCELERATED) & (since >= self.patience)
-        level = xp.where(slow, ACCELERATED, xp.where(stuck, top, old.level))
-        begun = slow | stuck
-        return Progress(
-            level=xp.astype(level, xp.int32),
-            norm=after,
-            best=xp.where(after < old.best, after, old.best),
-            mark=xp.where(plain | gained | begun, after, old.mark),
-            since=xp.astype(xp.where(begun, 0, since), xp.int32),
-        ), refused
 
     def _returned(
         self, backend: Backend, refused: Array, norm: Array, before: tuple[Array, Array, AutoState], result: _Step

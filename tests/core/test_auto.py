@@ -7,7 +7,8 @@ import pytest
 
 import deqcore
 from deqcore import plugins
-from deqcore.solvers.auto import ACCELERATED, NEWTON, PLAIN, Auto
+from deqcore.solvers.auto import Auto
+from deqcore.solvers.levels import ACCELERATED, NEWTON, PLAIN
 
 QUIET = {"forward__on_failure": "ignore"}
 
