@@ -43,7 +43,7 @@ def solve(plan: Plan, g: Callable[..., Tree], z0: Tree, args: tuple[Any, ...], s
     if plan.observer is not None:
         plan.observer.solved(Solve(solution, plan.config, 0.0, f, z0, args))
     plan.report_nondeterminism(raveled, args, forward, record)
-    plan.report_failure(forward)
+    plan.report_failure(raveled, forward)
     return solution
 
 
