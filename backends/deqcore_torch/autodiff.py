@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor
 
 from deqcore.abc.adjoint import AdjointSolver
@@ -17,6 +16,7 @@ from deqcore.solve.opaque import arrays_in
 from deqcore.types import BackwardRecord, Map, SolveResult
 from deqcore_torch import functorch, jvp
 from deqcore_torch.autograd import attach
+from deqcore_torch.checkpoints import checkpoint
 from deqcore_torch.disable_dynamo import refuse_tracing, untraced
 from deqcore_torch.eval_context import nothing_recorded
 from deqcore_torch.gradients import straight_through
@@ -104,7 +104,7 @@ class TorchAutodiff(Autodiff):
         def checkpointed(z: Tensor) -> Any:
             if functorch.active():
                 return f(z)  # evaluated again outside of forward mode it saves fewer tensors: an error in torch
-            return torch.utils.checkpoint.checkpoint(f, z, use_reentrant=False)
+            return checkpoint(f, z)
 
         return checkpointed
 

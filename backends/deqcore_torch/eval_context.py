@@ -29,6 +29,13 @@ def nothing_recorded() -> Iterator[None]:
         torch.clear_autocast_cache()
 
 
+def output_eps(x: Tensor) -> float:
+    """Return the machine epsilon of operations on `x`, which autocast may run in a narrower dtype."""
+    kind = x.device.type
+    narrowed = x.dtype is torch.float32 and torch.is_autocast_enabled(kind)
+    return float(torch.finfo(torch.get_autocast_dtype(kind) if narrowed else x.dtype).eps)
+
+
 @dataclass(frozen=True)
 class Ambient:
     """The autocast and random state with which f was recorded, to evaluate it again in a backward pass."""

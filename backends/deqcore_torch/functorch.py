@@ -35,11 +35,13 @@ from torch.overrides import TorchFunctionMode
 
 from deqcore.abc.adjoint import AdjointSolver
 from deqcore.abc.backend import Backend
-from deqcore.errors import ProblemError, StrategyError
+from deqcore.errors import StrategyError
 from deqcore.types import Map, SolveResult
+from deqcore_torch.checkpoints import check_same
 from deqcore_torch.eval_context import Ambient, nothing_recorded
 
 _vjp: Any = torch.func.vjp  # its annotation also has the auxiliary output, which does not exist here
+AGAIN = "torch.func evaluates f again in the backward pass."
 MOST = 2  # the order of derivatives, and the nested levels: PyTorch fails inside a third one
 ORDER = (
     "Derivatives of order 3 and more through a fixed point are not supported in PyTorch: use JAX, where exact-ift "
@@ -222,27 +224,10 @@ class _Equation:
         with nothing_recorded():
             again, at = product(z.detach())
             if again is not None:
-                _check_same(again.detach(), y.detach(), self.backend.guards.output_eps(y))
+                check_same(again.detach(), y.detach(), self.backend.guards.output_eps(y), AGAIN)
             u, _ = adjoint(lambda v: at(v).detach(), b.detach(), self.state)
         solution: Tensor = u.detach()
         return solution
-
-
-def _check_same(again: Tensor, before: Tensor, precision: float) -> None:
-    """Raise if the value of f has changed since the call, because something that f reads has changed.
-
-    Raises:
-        ProblemError: the value is another one.
-    """
-    size = torch.linalg.vector_norm(before, dim=1)
-    off = torch.linalg.vector_norm(again - before, dim=1)
-    if bool((off > precision ** (2 / 3) * size).any()):
-        raise ProblemError(
-            f"f returned another value in the backward pass than at the call (at the same z, a difference of up to "
-            f"{float(off.max()):.2g} for values of norm {float(size.max()):.2g}). torch.func evaluates f again in "
-            f"the backward pass, so the values that f reads must not change before. Pass loop variables and tensors "
-            f"that change through args, and do not switch modules between train() and eval() in between."
-        )
 
 
 def _no_vjp(u: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from deqcore.abc.guards import CallGuards
 from deqcore.errors import ProblemError
 from deqcore_torch import functorch
 from deqcore_torch.disable_dynamo import untraced
+from deqcore_torch.eval_context import output_eps
 from deqcore_torch.ownership import held
 
 P = ParamSpec("P")
@@ -29,9 +30,7 @@ class TorchGuards(CallGuards):
         return torch.is_autocast_enabled(x.device.type)
 
     def output_eps(self, x: Tensor) -> float:
-        kind = x.device.type
-        narrowed = x.dtype is torch.float32 and torch.is_autocast_enabled(kind)
-        return float(torch.finfo(torch.get_autocast_dtype(kind) if narrowed else x.dtype).eps)
+        return output_eps(x)
 
     def owned(self, leaves: list[Any]) -> list[Any]:
         return [leaves[0].clone()] if isinstance(leaves[0], Tensor) and held(leaves) else leaves

@@ -15,10 +15,11 @@ from contextvars import ContextVar
 from typing import Any, Final
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor
 from torch._C import _current_graph_task_id
 from torch.autograd import Variable
+
+from deqcore_torch import checkpoints
 
 _collector: Final[ContextVar[Recording | None]] = ContextVar("_collector", default=None)
 
@@ -64,7 +65,7 @@ def checkpoint(f: Callable[..., Any], *args: Any) -> Any:
         with saved or nullcontext():
             return f(*args)
 
-    return torch.utils.checkpoint.checkpoint(held, *args, use_reentrant=False)
+    return checkpoints.checkpoint(held, *args)
 
 
 class Saved(torch.autograd.graph.saved_tensors_hooks):

@@ -261,15 +261,17 @@ def test_forward_over_forward_and_a_third_level_are_refused(data):
         torch.autograd.grad(vjp_of_grad(solved, leaf, da, b).sum(), leaf)
 
 
-def test_what_f_reads_must_stay_until_the_backward_pass(data):
+@pytest.mark.parametrize("scale", [1.0, 1e-200, 1e200])
+def test_what_f_reads_must_stay_until_the_backward_pass(data, scale):
     """torch.func evaluates f again there; what has changed since the call is an error and no other derivative."""
     a, _, b = data
 
     def total(a):
         held = [0.5]
-        value = deqcore.fixed_point(lambda z: cell(z, a * held[0], b), 0 * b, **OPTIONS).value
+        solve = lambda z: scale * cell(z / scale, a * held[0], b)
+        value = deqcore.fixed_point(solve, 0 * b, **OPTIONS).value
         held[0] = 1.0
-        return (value**2).sum()
+        return ((value / scale) ** 2).sum()
 
     with pytest.raises(ProblemError, match="another value in the backward pass"):
         torch.func.grad(total)(a)

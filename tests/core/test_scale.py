@@ -309,7 +309,11 @@ def test_unrolled_newton_steps_to_an_equilibrium_at_zero(dtype):
     """The residual falls to subnormal numbers, whose inverse is infinite; dz*/dx there is (1 − tanh'(0)/2)^-1 = 2."""
     pytest.importorskip("torch")
     a, start, x, g = arrays("torch", dtype, A, np.full((2, 5), 0.3), 0 * X, G)
-    settings = {"forward__solver": "newton-krylov", "backward__strategy": "unrolled", "backward__options": {"steps": 12}}
+    settings = {
+        "forward__solver": "newton-krylov",
+        "backward__strategy": "unrolled",
+        "backward__options": {"steps": 12},
+    }
     z, (dx,) = deqcore.vjp(lambda z, x: (a * z).tanh() + x, start, x, cotangent=g, **settings)
     assert np.abs(host("torch", z)).max() < 1e-30
     assert np.allclose(host("torch", dx), G / (1 - A), rtol=1e-4)

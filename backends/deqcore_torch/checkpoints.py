@@ -1,0 +1,88 @@
+"""Checkpoints that compare what they compute again with the value of the call.
+
+PyTorch's own checkpoint trusts that a function computed again gives the same values. If a loop variable, a list or the
+mode of a module has changed since the call, the gradient is silently that of another function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import optree
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+from torch._C import _current_graph_task_id
+from torch.autograd import Variable
+
+from deqcore.errors import ProblemError
+from deqcore_torch.eval_context import output_eps
+
+
+def checkpoint(f: Callable[..., Any], *args: Any) -> Any:
+    """Return f(*args), whose intermediate results are computed again in the backward pass.
+
+    Its graph keeps f(*args) to compare, which the caller mostly keeps anyway. f is evaluated to its end, because
+    PyTorch would stop at the last tensor that it needs. The numbers are read at the end of the pass, where a device
+    has no other work left.
+
+    Raises:
+        ProblemError: (in the backward pass) f returns another value than at the call.
+    """
+    values: list[list[Tensor]] = []
+    precision: list[float] = []
+
+    def run(*args: Any) -> Any:
+        value = f(*args)
+        tensors = [leaf for leaf in optree.tree_leaves(value) if isinstance(leaf, Tensor)]
+        leaves = [leaf.detach() for leaf in tensors if leaf.is_floating_point()]
+        if values:
+            _at_end_of_pass(lambda: _check(leaves, values[0], precision))
+        else:
+            values.append(leaves)
+            precision.extend(map(output_eps, leaves))
+        return value
+
+    with torch.utils.checkpoint.set_checkpoint_early_stop(False):
+        return torch.utils.checkpoint.checkpoint(run, *args, use_reentrant=False)
+
+
+def check_same(again: Tensor, before: Tensor, precision: float, why: str) -> None:
+    """Raise if the value of f has changed since the call, because something that f reads has changed.
+
+    Args:
+        again: the value now.
+        before: the value at the call; the first axis of both is the batch.
+        precision: the machine epsilon of the computation.
+        why: why f is evaluated again, a sentence.
+
+    Raises:
+        ProblemError: the value is another one.
+    """
+    # Largest entries and no squares: these leave the range of the dtype.
+    size = _largest(before)
+    off = _largest(again - before)
+    if bool((off > precision ** (2 / 3) * size).any()):
+        raise ProblemError(
+            f"f returned another value in the backward pass than at the call (at the same z, a difference of up to "
+            f"{float(off.max()):.2g} for values of up to {float(size.max()):.2g}). {why} "
+            f"The values that f reads must not change before. Pass loop variables and tensors that change through "
+            f"args, and do not switch modules between train() and eval() in between."
+        )
+
+
+def _largest(x: Tensor) -> Tensor:
+    return x.reshape(*x.shape[:1], -1).abs().amax(-1) if x.numel() else x.new_zeros(x.shape[:1])
+
+
+def _check(again: list[Tensor], before: list[Tensor], precision: list[float]) -> None:
+    for now, then, eps in zip(again, before, precision, strict=True):
+        check_same(now, then, eps, "A checkpoint evaluates f again in the backward pass.")
+
+
+def _at_end_of_pass(check: Callable[[], None]) -> None:
+    if _current_graph_task_id() == -1:  # a saved tensor was read outside of a backward pass
+        check()
+    else:
+        Variable._execution_engine.queue_callback(check)  # type: ignore[attr-defined]
