@@ -11,6 +11,7 @@ pytest.importorskip("numba")
 from deqcore_torch.native.linear import Secants  # noqa: E402
 
 import deqcore  # noqa: E402
+from deqcore.backward.to_error import solve_to_error  # noqa: E402
 from deqcore.linear.gmres import KrylovSpace  # noqa: E402
 from deqcore.solve.loop import iterate  # noqa: E402
 from deqcore.solvers.broyden import Broyden  # noqa: E402
@@ -117,3 +118,36 @@ def test_a_neighbour_changes_nothing(poison):
         k = space.grow(space.begin(torch.from_numpy(g.copy()), 15), torch.full((4,), 1e-6, dtype=torch.float64), 15)
         ends.append(space.solution(k)[[0, 2, 3]])
     assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("witness", [True, False])
+def test_decisions_are_the_same_where_figures_stay_the_backends(monkeypatch, witness):
+    matrix, g = systems(7, 40, seed=6)
+    j, x = torch.from_numpy(matrix), torch.from_numpy(g)
+    f = lambda z: torch.tanh(torch.einsum("bij,bj->bi", j, z) + x)
+    solver = Broyden(history_size=40)
+    state = iterate(TORCH, solver, f, torch.zeros_like(x), StoppingCriteria(rtol=1e-5, max_steps=30)).carry.state
+    estimate = solver.secant_estimate(TORCH, state)
+
+    def solved():
+        return solve_to_error(
+            TORCH,
+            lambda v: torch.matmul(v[:, None, :], j)[:, 0, :],
+            x,
+            estimate,
+            "witness" if witness else "none",
+            max_relative_error=0.03,
+            max_vjps=40,
+        )
+
+    ours = solved()
+    monkeypatch.setattr(type(TORCH.host), "numpy_view", lambda self, x: None)
+    own = solved()
+    assert ours.met.all()
+    assert ours.vjps.tolist() == own.vjps.tolist()
+    for field in ("u", "residual", "error"):
+        np.testing.assert_allclose(getattr(ours, field), getattr(own, field), rtol=3e-3, atol=1e-9)
+    dense = np.linalg.solve(np.eye(40) - matrix.transpose(0, 2, 1), g[:, :, None])[:, :, 0]
+    error = np.linalg.norm(ours.u.numpy() - dense, axis=1) / np.linalg.norm(dense, axis=1)
+    assert (error <= 0.03).all()
+    assert ours.vjps.max() < 40
