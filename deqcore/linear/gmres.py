@@ -241,7 +241,7 @@ class KrylovSpace:
         return self.backend.loop(running, lambda k: self._step(k, goal), k, steps, self.check_every)
 
     def _shifted(self) -> bool:
-        """Whether steps take the product with J: one projection alone is accurate only if A v comes without it."""
+        """Return whether steps take the product with J. One projection alone would cancel: see `arnoldi`."""
         return self.shifted and self.precondition is None and self.reorthogonalize
 
     def _image(self, v: Array) -> Array:

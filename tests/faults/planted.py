@@ -182,15 +182,15 @@ STRATEGIES = [
     Fault(
         "a certificate that promises too much",
         "deqcore.linear.certified",
-        "error = xp.where(judged, error, last_error)",
-        "error = xp.where(judged, 1e-3 * error, last_error)",
+        "error = xp.where(judged, error, old.error)",
+        "error = xp.where(judged, 1e-3 * error, old.error)",
         "strategy broyden-reuse",
         "test_the_report_is_true",
         "errors .* are estimated",
     ),
     Fault(
         "first-dimension certificate",
-        "deqcore.linear.certified",
+        "deqcore.linear.rules",
         "WITNESSED = Rule(least=3, spread=1.7, youth=4.0,",
         "WITNESSED = Rule(least=1, spread=1.0, youth=0.0,",
         "strategy broyden-reuse",

@@ -114,7 +114,9 @@ def least_squares(
     null_vector, columns, seen, used, null_norm_sq, inverse, coefficients, size, inverse_norm, column_norm, latest,
     best, start, stop,
 ):  # fmt: skip
-    """Write y and the figures of `deqcore.linear.gmres.LeastSquares`, for β = 1; `inverse` marks the samples that need the norm of the inverse.
+    """Write y and the figures of `deqcore.linear.gmres.LeastSquares`, for β = 1.
+
+    `inverse` marks the samples that need the norm of the inverse.
 
     A step of inverse iteration takes two triangular solves with R of H̄ = Q R, which Givens rotations make.
     """
@@ -338,9 +340,7 @@ def reach(
         count = _slots(seen[b], used, slots)
         _products(basis, per_chunk, slots, count, r, b, latest, q)
         if state[b] == 0:
-            sound = _system(
-                gram, pairs, b, seen[b], ridge, work, ends[0], ends[1], turned[b], factors[b], scales[b]
-            )
+            sound = _system(gram, pairs, b, seen[b], ridge, work, ends[0], ends[1], turned[b], factors[b], scales[b])
             state[b] = 1 if sound else -1
         sound = _solution(pairs, b, seen[b], q, turned[b], factors[b], scales[b], t, w, c)
         if not sound or state[b] < 0:

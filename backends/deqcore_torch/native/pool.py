@@ -14,7 +14,9 @@ from typing import Any, Final
 import torch
 from filelock import FileLock
 
-WORTH: Final = 2**17  # numbers to read above which a second thread pays off
+WORTH: Final = 2**21
+"""Numbers to read above which a second thread pays off: after a product of f the other cores belong to torch's own
+threads, which wait actively for more work, so that a thread that is called to help starts late."""
 
 _compiled: set[tuple[Any, Any]] = set()
 _compiling = threading.Lock()

@@ -21,8 +21,8 @@ from deqcore_torch.native.pool import run
 from deqcore_torch.native.views import holds, masks, ones, plain, room, view
 
 __all__ = [
-    "grow", "keep", "least_squares", "measure", "norm", "plain", "probe", "project", "reach", "secants", "solve_positive",
-    "step",
+    "grow", "keep", "least_squares", "measure", "norm", "plain", "probe", "project", "reach", "secants",
+    "solve_positive", "step",
 ]  # fmt: skip
 
 LARGEST: Final = 64

@@ -1,0 +1,64 @@
+"""How far the error estimated by a Krylov space is raised, so that it is seldom too small."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from deqcore.types import Array
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the estimate by the least singular value is raised (docs/notes/certificates.md).
+
+    Attributes:
+        least: dimensions of the Krylov space before its estimate counts: one or two have seen nothing of a mode that
+            the cotangent shows little of.
+        spread: factor on the estimate.
+        youth: a space of k dimensions has its estimate raised by 1 + youth · min(1/σ, deepest) / k^aging: σ falls
+            until the slow modes have been met, and a space with a slow mode may hide a slower one.
+        deepest: most that 1/σ counts there.
+        aging: see `youth`.
+        fall: exponent of ρ, by which the last step reduced the residual.
+        rise: exponent of ρ/ρ', where ρ' is the best ratio of the steps before.
+        most: most that ρ/ρ' counts: at rounding level the residual does not fall at all.
+    """
+
+    least: int
+    spread: float
+    youth: float
+    deepest: float
+    aging: float
+    fall: float
+    rise: float
+    most: float
+
+
+ALONE = Rule(least=4, spread=1.5, youth=4.0, deepest=3.0, aging=1.0, fall=0.5, rise=2.0, most=8.0)
+"""Where the Krylov space is all that is known."""
+
+DEFLATED = Rule(least=3, spread=1.2, youth=2.0, deepest=5.0, aging=1.0, fall=1.0, rise=1.0, most=4.0)
+"""With a preconditioner, which has taken the slow modes out that the forward solve has met."""
+
+WITNESSED = Rule(least=3, spread=1.7, youth=4.0, deepest=5.0, aging=2.0, fall=1.25, rise=0.25, most=2.0)
+"""Where M' has a say: the forward solve has met the slow modes that a young space has not."""
+
+
+def tighter(xp: Any, target: float, error: Array) -> Array:
+    """Return the factor on a residual whose estimated error missed the target."""
+    return xp.clip(target / error, 0.7, 0.9)
+
+
+def estimates(
+    xp: Any, rule: Rule, eps: float, size: Array, whole: Array, reach: Array, residual: Array, norm: Array,
+    steps: Array, inverse_norm: Array, column_norm: Array, latest: Array, best: Array,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """Return the residual by the recurrence, what rounding may hide of it, and the error, all relative, `(batch,)`."""
+    rounding = eps * column_norm * size
+    age = xp.where(steps > 0, steps, xp.ones_like(steps)) ** rule.aging
+    youth = rule.youth * xp.clip(inverse_norm, 1.0, rule.deepest) / age
+    slower = xp.clip(latest / best, 1.0, rule.most)
+    caution = rule.spread * (1.0 + youth) * latest**rule.fall * slower**rule.rise
+    error = xp.maximum(reach, rounding) * inverse_norm * caution / whole
+    return residual / norm, rounding / norm, error  # a cotangent of zero is not judged
