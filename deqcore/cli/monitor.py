@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Annotated
@@ -38,7 +39,7 @@ def watch(
     tail = Tail(log)
     console = Console()
     if once or not console.is_terminal:
-        console = console if console.is_terminal else Console(width=120)
+        console = console if console.is_terminal or "COLUMNS" in os.environ else Console(width=120)
         console.print(live_view(tail.finish(), window, console.width))
         return
     try:

@@ -40,8 +40,13 @@ def show(rows: Sequence[TableRow], columns: Iterable[str], *, as_json: bool, emp
     cells = {column: [_cell(row.get(column)) for row in rows] for column in columns}
     shown = {column: texts for column, texts in cells.items() if any(texts)}
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in shown:
-        table.add_column(column, overflow="fold")  # a narrow column breaks its lines and cuts none
+    words = {
+        column: max(len(word) for text in [Text(column), *texts] for word in text.plain.split() or [""])
+        for column, texts in shown.items()
+    }
+    fits = sum(words.values()) + 3 * len(words) <= console.width
+    for column in shown:  # a narrow column breaks its lines between words, or within them, and cuts none
+        table.add_column(column, overflow="fold", min_width=words[column] if fits else None)
     for texts in zip(*shown.values(), strict=True):
         table.add_row(*texts)
     console.print(table)

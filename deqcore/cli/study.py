@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
-from rich.console import Console
 
+from deqcore.cli.output import table_console
 from deqcore.config import Config
 from deqcore.errors import ConfigError, MissingExtraError
 
@@ -66,9 +66,7 @@ def command(
         command=shlex.join(_words(file, out, backend, device, language, data, model)),
         executor="ray" if executor == "ray" else "local",
     )
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
+    console = table_console()
     study(asked, console)
 
 

@@ -255,8 +255,8 @@ class Plan:
         if not bool(xp.any(forward.status != int(Status.CONVERGED))):
             return
         status, residual, steps = map(self.backend.to_numpy, (forward.status, forward.residual, forward.steps))
-        found = summarize(status, residual, steps, repr(self.solver), failed_first=True)
-        text = f"{found} {self._circumstances()}"
+        solver = repr(self.solver)
+        text = f"{summarize(status, residual, steps, solver, failed_first=True)} {self._circumstances()}"
         if action == "raise":
             raise ConvergenceError(text)
         counts = self._account(f).ledger

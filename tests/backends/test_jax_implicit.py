@@ -24,8 +24,6 @@ def by_while(z0, a):
 def test_a_loop_that_jax_cannot_reverse_gets_the_implicit_gradient():
     solver = deqcore.custom_fixed_point(f, **TIGHT)(by_while)
     loss = lambda a: solver(jnp.ones((1, 1)), a).sum()
-    assert jax.grad(loss)(A) == pytest.approx(SLOPE, abs=1e-3)
-    assert jax.jit(jax.grad(loss))(A) == pytest.approx(SLOPE, abs=1e-3)
     assert jax.jvp(loss, (A,), (1.0,))[1] == pytest.approx(SLOPE, abs=1e-3)
     several = jax.vmap(jax.grad(loss))(jnp.array([A, A]))
     assert several.tolist() == pytest.approx([SLOPE] * 2, abs=1e-3)
@@ -94,8 +92,6 @@ def test_without_jit_f_runs_on_values():
 
     with jax.disable_jit():
         sol = deqcore.fixed_point(g, jnp.ones((1, 1)), A, **TIGHT)
-        slope = jax.grad(lambda a: deqcore.fixed_point(f, jnp.ones((1, 1)), a, **TIGHT).value.sum())(A)
     assert seen[0] == 1.0
     assert len(seen) == int(sol.evaluations[0])
     assert float(sol.value[0, 0]) == pytest.approx(Z, abs=1e-5)
-    assert slope == pytest.approx(SLOPE, abs=1e-3)

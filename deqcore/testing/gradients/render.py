@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final
@@ -177,6 +178,6 @@ def _distinct(runs: Sequence[GradientRun]) -> list[GradientRun]:
 
 
 def console() -> Any:
-    """Return the console for tables, wide where the output is not a terminal, so that nothing is cut."""
+    """Return the console for tables: as wide as the terminal or COLUMNS, and wide without either."""
     made = Console()
-    return made if made.is_terminal else Console(width=200)
+    return made if made.is_terminal or "COLUMNS" in os.environ else Console(width=200)

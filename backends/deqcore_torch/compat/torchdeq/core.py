@@ -124,7 +124,7 @@ class TorchDEQ(DEQBase):
         given = kwargs.pop("f_max_iter", None)
         budget = self.options.budget(self.training) if given is None else int(str(given))
         single = isinstance(z_init, Tensor)
-        start = [z_init] if single else list(z_init)
+        start = [z_init] if isinstance(z_init, Tensor) else list(z_init)
         shapes = [leaf.shape for leaf in start]
 
         def narrow(z: list[Tensor]) -> list[Tensor]:
