@@ -139,7 +139,7 @@ def test_the_memory_of_a_step_repeats_and_grows_with_the_batch():
     found = {count: memory(count) for count in (8, 64, 128)}
     assert found == {count: memory(count) for count in (8, 64, 128)}
     gradients = 4 * run.parameters
-    assert gradients < found[8] < found[64] < found[128] < 16 * found[8]
+    assert gradients < found[8] < found[64] < found[128] < 32 * found[8]  # and with the steps of the slowest sample
 
     from deqcore_torch.study import _highest
 
