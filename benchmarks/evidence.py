@@ -50,7 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help="folder with the archive of images and the texts")
     parser.add_argument("--work", type=Path, default=Path("study-evidence"), help="where the studies keep their cells")
     parser.add_argument("--render", action="store_true", help="run nothing: tables from the cells that are finished")
+    parser.add_argument(
+        "--tables", action="store_true", help="run nothing: tables from the results kept beside this page"
+    )
     given = parser.parse_args(arguments)
+    if given.tables:
+        for path in sorted(HOME.glob("*.json")):
+            _write(path.stem, json.loads(path.read_text())["cells"], csv=path.with_suffix(".csv").exists())
+        (HOME / "tables.md").write_text(page())
+        return 0
     try:
         chosen = _chosen(given.studies)
         work = given.work.resolve()
@@ -125,9 +133,15 @@ def _keep(name: str, folder: Path) -> None:
     about = json.loads((folder / "study.json").read_text())
     slim = [{key: value for key, value in result.items() if key != "history"} | _audits(result) for result in results]
     content = {"machine": about.get("machine", describe(["torch"])), "cells": slim}
-    output = rows(results)
     (HOME / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
-    (HOME / f"{name}.csv").write_text(table.comma_separated(output))
+    _write(name, slim)
+
+
+def _write(name: str, cells: Sequence[dict[str, Any]], *, csv: bool = True) -> None:
+    """Write the tables of results: all cells as CSV, and rows as Markdown."""
+    output = rows(cells)
+    if csv:
+        (HOME / f"{name}.csv").write_text(table.comma_separated(output))
     (HOME / f"{name}.md").write_text(table.markdown(output))
 
 

@@ -86,6 +86,7 @@ class JaxTrainer(Trainer):
         self._update = jax.jit(self._updated)
         self._predict = jax.jit(self._logits)
         self._solved = jax.jit(self._at, static_argnames="config")
+        self._step_bytes: dict[tuple[int, ...], int | None] = {}
 
     def device(self) -> str:
         return "cpu" if self._device.platform == "cpu" else str(self._device.device_kind)
@@ -142,6 +143,20 @@ class JaxTrainer(Trainer):
         # JAX cannot restart the measurement: the peak is that of the whole process.
         peak_bytes = (self._device.memory_stats() or {}).get("peak_bytes_in_use")
         return None if peak_bytes is None or self._device.platform == "cpu" else int(peak_bytes)
+
+    def step_memory(self, x: Numbers, y: Numbers) -> int | None:
+        if x.shape not in self._step_bytes:  # XLA's plan depends on nothing else, and to read it is to compile again
+            self._step_bytes[x.shape] = self._planned(jnp.asarray(x), jnp.asarray(_narrow(y)))
+        return self._step_bytes[x.shape]
+
+    def _planned(self, x: jax.Array, y: jax.Array) -> int | None:
+        forward = self._forward.lower(self._weights, x, y, config=self._config).compile()
+        backward = self._backward.lower(self._forward(self._weights, x, y, config=self._config)[1]).compile()
+        first, second = _plan(forward), _plan(backward)
+        if first is None or second is None:
+            return None
+        # The results of the forward pass, which are the arguments of the backward pass, are held through both.
+        return max(sum(first), first[1] + sum(second))
 
     def _move(self, a: Numbers) -> jax.Array:
         """Return a copy on the device; results computed from it stay there."""
@@ -219,3 +234,9 @@ def _standard(x: jax.Array) -> jax.Array:
 def _narrow(a: Numbers) -> Numbers:
     """Return integers in the dtype that JAX keeps without its switch for 64 bits."""
     return a.astype(np.int32) if np.issubdtype(a.dtype, np.integer) else a
+
+
+def _plan(compiled: jax.stages.Compiled) -> tuple[int, int] | None:
+    """Return the bytes that XLA's plan gives to temporary values and to results."""
+    plan = compiled.memory_analysis()
+    return None if plan is None else (int(plan.temp_size_in_bytes), int(plan.output_size_in_bytes))

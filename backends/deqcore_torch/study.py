@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from functools import partial
 from typing import Any
@@ -127,6 +128,16 @@ class TorchTrainer(Trainer):
     def peak(self) -> int | None:
         return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None
 
+    def step_memory(self, x: Numbers, y: Numbers) -> int | None:
+        if self._device.type == "cuda":
+            before = torch.cuda.memory_allocated(self._device)
+            self.reset_peak()
+            self.step(x, y, 0.0)
+            return torch.cuda.max_memory_allocated(self._device) - before
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as run:
+            self.step(x, y, 0.0)
+        return _highest(run)
+
     def _solve(
         self, x: Tensor, config: Config, memory: deqcore.StrategyState | None = None
     ) -> tuple[Any, Solution | None]:
@@ -168,3 +179,13 @@ class TorchTrainer(Trainer):
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
+
+
+def _highest(run: torch.profiler.profile) -> int | None:
+    """Return the highest sum of the allocations that a profile saw, in bytes."""
+    results = run.profiler.kineto_results if run.profiler is not None else None
+    if results is None:
+        return None
+    events = [(event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]"]
+    sums = itertools.accumulate(size for _, size in sorted(events, key=lambda event: event[0]))
+    return max(sums, default=0)

@@ -15,6 +15,7 @@ from deqcore.abc.backward import StepStrategy
 from deqcore.abc.stateful import StrategyState
 from deqcore.bench.harness import Harness
 from deqcore.bench.machine import peak_memory
+from deqcore.bench.pareto import front
 from deqcore.bench.timing import Spread, interleave
 from deqcore.config import Config
 from deqcore.diagnostics import adjoint
@@ -27,7 +28,15 @@ from deqcore.types import Array, Status, Tree
 
 VARIANTS: Final[Mapping[str, Sequence[Mapping[str, object]]]] = MappingProxyType(
     {
-        "exact-ift": ({}, {"max_steps": 5}),
+        "exact-ift": (
+            {},
+            {"rtol": 0.01},
+            {"rtol": 0.1},
+            {"rtol": 0.3},
+            {"max_steps": 2},
+            {"max_steps": 5},
+            {"max_steps": 10},
+        ),
         "broyden-reuse": (
             {},
             {"max_relative_error": 0.01},
@@ -35,7 +44,10 @@ VARIANTS: Final[Mapping[str, Sequence[Mapping[str, object]]]] = MappingProxyType
         ),
     }
 )
-"""Options under which a built-in strategy is tried; any other is tried with its defaults."""
+"""Options under which a built-in strategy is tried; any other is tried with its defaults.
+
+Approximate strategies are compared with exact-ift that stops early, at several tolerances and steps: at equal error.
+"""
 
 REFERENCE_VJPS: Final = 200
 SECONDS = 6.0  # of waiting for undisturbed rounds
@@ -310,3 +322,11 @@ def cheapest(rows: Sequence[ComparisonRow], good: Callable[[ComparisonRow], bool
     """Return the quickest row that is good enough; by vjps where nothing was timed."""
     fitting = [row for row in rows if not row.failure and good(row)]
     return min(fitting, key=lambda row: (np.nan_to_num(row.seconds), row.vjps), default=None)
+
+
+def on_front(rows: Sequence[ComparisonRow]) -> set[str]:
+    """Return the labels of the rows that no other beats in both error and time (vjps where nothing was timed)."""
+    usable = [row for row in rows if not row.failure]
+    timed = any(not np.isnan(row.seconds) for row in usable)
+    points = [(row.seconds if timed else row.vjps, row.error) for row in usable]
+    return {usable[index].label for index in front(points)}

@@ -18,7 +18,7 @@ NEEDED: Final = ("sklearn", "matplotlib", "jinja2", "safetensors", "filelock")
 
 def command(
     file: Annotated[
-        Path | None, typer.Argument(help="A TOML file with a table [study]. Default: digits, three strategies.")
+        Path | None, typer.Argument(help="A TOML file with a table [study]. Default: digits, five settings.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for results. Default: study-NAME.")] = None,
     backend: Annotated[
@@ -39,17 +39,25 @@ def command(
     retry: Annotated[bool, typer.Option("--retry", help="Repeat trainings that failed.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Number of trainings at a time.")] = 1,
     executor: Annotated[str, typer.Option(help="local, or ray for a Ray cluster.")] = "local",
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="Train nothing: compare the folders of two finished studies, the earlier one first."),
+    ] = None,
 ) -> None:
     """Train, measure, compare, report.
 
     Without a file: scikit-learn's handwritten digits, a dense equilibrium classifier, the same seed and budget under
-    exact-ift, broyden-reuse and jacobian-free. Start it again to continue what was stopped.
+    exact-ift at three tolerances, broyden-reuse and jacobian-free. Start it again to continue what was stopped.
     """
     for package in NEEDED:
         if find_spec(package) is None:
             raise MissingExtraError.of("`deqcore study`", package, "study")
     from deqcore.study.main import StudyRequest, study
+    from deqcore.study.main import compare as compare_studies
 
+    if compare is not None:
+        compare_studies(*compare, out, _language(language), table_console())
+        return
     if executor not in ("local", "ray"):
         raise ConfigError.bad_value("The command line", "--executor", executor, "'local' or 'ray'")
     table, origin = _table(file)
@@ -66,8 +74,13 @@ def command(
         command=shlex.join(_words(file, out, backend, device, language, data, model)),
         executor="ray" if executor == "ray" else "local",
     )
-    console = table_console()
-    study(asked, console)
+    study(asked, table_console())
+
+
+def _language(given: str | None) -> str:
+    if given not in (None, "en", "ja"):
+        raise ConfigError.bad_value("The command line", "--language", given, "'en' or 'ja'")
+    return given or "en"
 
 
 def _table(file: Path | None) -> tuple[dict[str, Any], str]:

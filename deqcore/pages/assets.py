@@ -27,7 +27,7 @@ def policy() -> str:
 
 
 def assets() -> dict[str, object]:
-    """Return `style`, `script` and `policy` for a template; the first two are not escaped."""
+    """Return `style`, `script` and `policy` for a template, not to be escaped."""
     from markupsafe import Markup
 
-    return {"style": Markup(style()), "script": Markup(script()), "policy": policy()}
+    return {"style": Markup(style()), "script": Markup(script()), "policy": Markup(policy())}

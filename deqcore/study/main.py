@@ -18,11 +18,10 @@ from deqcore.study.executors.local import run
 from deqcore.study.executors.schedule import schedule, timed
 from deqcore.study.grid import Cell, UserCode, cells
 from deqcore.study.progress import ProgressView
-from deqcore.study.report import gates, page, table
+from deqcore.study.report import answers, comparison, gates, page, table
 from deqcore.study.settings import Study, read
-from deqcore.study.store import Store, StudyError
-
-PACKAGES = ("torch", "jax", "jaxlib", "optax", "scipy", "scikit-learn")
+from deqcore.study.store import PACKAGES, Store, StudyError
+from deqcore.study.translations import say
 
 
 @dataclass(frozen=True)
@@ -76,15 +75,15 @@ def study(request: StudyRequest, console: Console) -> None:
     slug = re.sub(r"[^\w.-]+", "-", settings.name) or "results"
     place = Store(request.out if request.out is not None else Path(f"study-{slug}"))
     with place.lock():
-        about = {"machine": describe(PACKAGES), "command": request.command}
         if request.dry_run:
             shown, failed = schedule(place, grid, request.jobs)
             console.print(shown)
             if failed:
                 raise StudyError("\n".join(failed))
             return
-        place.open({"settings": settings.model_dump(), **about})
         done = place.resume(grid, retry=request.retry)
+        about = _about(place, request.command, new=done < len(grid))
+        place.open({"settings": settings.model_dump(), **about})
         if done:
             console.print(f"{done} of {len(grid)} cells were finished before.", style="dim")
         with ProgressView(console, grid, done) as live:
@@ -93,10 +92,44 @@ def study(request: StudyRequest, console: Console) -> None:
         if request.jobs > 1 or spread:
             results = timed(place, grid, results, console)
         result = page.write(place.root, settings, results, about)
-    console.print(table.terminal(result))
+    language = settings.language
+    console.print(table.terminal(result, language))
+    console.print(answers.terminal(result, settings))
     if settings.gates:
-        console.print(gates.judge(result, settings.gates).sentence(settings.language))
-    console.print(f"Report: {place.root / 'report.html'}", soft_wrap=True)
+        console.print(gates.judge(result, settings.gates, language).sentence(language))
+    console.print(say(language, "report", path=place.root / "report.html"), soft_wrap=True)
+
+
+def compare(old: Path, new: Path, out: Path | None, language: str, console: Console) -> None:
+    """Print two studies side by side and write a page of it.
+
+    Args:
+        old: the folder of the earlier study.
+        new: the folder of the later one.
+        out: where `compare.html` goes; default: the folder `new`.
+        language: of the texts.
+        console: where to write.
+
+    Raises:
+        StudyError: a folder has no results.
+    """
+    result = comparison.compare(comparison.StoredStudy.read(old), comparison.StoredStudy.read(new), language)
+    path = (out if out is not None else new) / "compare.html"
+    comparison.write(path, result, language)
+    for warning in result["warnings"]:
+        console.print(warning, style="yellow")
+    console.print(comparison.terminal(result))
+    console.print(say(language, "report", path=path), soft_wrap=True)
+
+
+def _about(place: Store, command: str, *, new: bool) -> dict[str, Any]:
+    """Return the machine and the command of the study: those of its measurements, not those of a new report.
+
+    Each result names the machine that measured it; the study's machine stands for results that do not.
+    """
+    stored = place.about()
+    kept = {name: stored[name] for name in ("machine", "command") if name in stored}
+    return {"machine": describe(PACKAGES), "command": command} | kept | ({"command": command} if new else {})
 
 
 def plan(settings: Study, own: UserCode) -> list[Cell]:

@@ -74,10 +74,12 @@ class ProgressView:
         self.bars.remove_task(self.tasks.pop(cell.key))
         self.bars.advance(self.whole)
         self.done += 1
-        seconds = time.monotonic() - self.starts[cell.key]
+        seconds = f"{time.monotonic() - self.starts[cell.key]:.0f} s"
         if result["status"] == "ok":
             detail = f"[green]test accuracy {100 * result['test_accuracy']:.2f} %[/]"
+            steps = result["times"]["training"]
+            seconds += "" if steps is None else f", {steps:.3g} s of it in training steps"
         else:
             detail = f"[red]{escape(result['reason'])}: {escape(result['detail'])}[/]"
         label = escape(cell.label.ljust(self.width))
-        self.console.print(f"{self.done:>3}/{self.total}  {label}  {detail}  [dim]{seconds:.0f} s[/]", soft_wrap=True)
+        self.console.print(f"{self.done:>3}/{self.total}  {label}  {detail}  [dim]{seconds}[/]", soft_wrap=True)

@@ -128,20 +128,26 @@ class CostSettings(SettingsTable):
     """The price of the machine.
 
     Attributes:
-        price_per_hour: of one machine.
-        currency: for the report.
+        price_per_hour: of one machine. Without it the report counts no money.
+        currency: of the price, such as "USD" or "JPY"; a price needs it.
         trainings_per_month: the retraining schedule.
         scale: a real training in units of the one that was measured (more data, more epochs).
         switch_cost: of changing the strategy, once.
         devices: devices that a training with exact gradients needs for its memory; 1: the report omits devices.
     """
 
-    price_per_hour: float = Field(default=1.0, ge=0)
-    currency: str = "USD"
+    price_per_hour: float | None = Field(default=None, ge=0)
+    currency: str = ""
     trainings_per_month: float = Field(default=30.0, ge=0)
     scale: float = Field(default=1.0, gt=0)
     switch_cost: float = Field(default=0.0, ge=0)
     devices: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _priced(self) -> CostSettings:
+        if self.price_per_hour is not None and not self.currency:
+            raise ValueError('price_per_hour needs a currency, such as currency = "USD"')
+        return self
 
 
 class Gate(SettingsTable):
@@ -189,6 +195,8 @@ class Study(SettingsTable):
     solvers: Annotated[Solvers, BeforeValidator(_listed), Field(min_length=1)] = (SolverChoice(name="broyden"),)
     strategies: Annotated[Strategies, BeforeValidator(_listed), Field(min_length=1)] = (
         StrategyChoice(name="exact-ift"),
+        StrategyChoice(name="exact-ift", label="exact-ift 0.01", options={"rtol": 0.01}),
+        StrategyChoice(name="exact-ift", label="exact-ift 0.1", options={"rtol": 0.1}),
         StrategyChoice(name="broyden-reuse"),
         StrategyChoice(name="jacobian-free"),
     )

@@ -26,6 +26,8 @@ class StudyError(DeqcoreError, RuntimeError):
 
 
 LOCK: Final = ".lock"
+PACKAGES: Final = ("torch", "jax", "jaxlib", "optax", "scipy", "scikit-learn")
+"""Distributions whose versions belong to the description of a machine."""
 
 
 def write(path: Path, content: bytes) -> None:
@@ -103,6 +105,10 @@ class Store:
             return cell.epochs
         result = read_progress(self.folder(cell))
         return 0 if result is None else int(result[1]["epochs"])
+
+    def about(self) -> dict[str, Any]:
+        """Return what `open` stored; empty before."""
+        return dict(read_json(self.root / "study.json") or {})
 
     def open(self, about: dict[str, object]) -> None:
         """Start a study here, or check that it may continue.

@@ -8,26 +8,55 @@ EN: Final = {
     "title": "Study {name}",
     "answer": "Recommendation",
     "use": "For {model} on {data} ({backend}) use {strategy} with {solver}.",
-    "use_unsure": "For {model} on {data} ({backend}) {strategy} with {solver} was the fastest setting that lost at "
-    "most one point of accuracy, but there are too few seeds to recommend it.",
+    "few": "{model} on {data} ({backend}): no recommendation. It takes at least {least} seeds, and this study has "
+    "{count}.",
+    "none_fits": "{model} on {data} ({backend}): no recommendation. No strategy meets all criteria; the table "
+    "names what "
+    "is missing.",
     "nothing": "For {model} on {data} ({backend}) no training finished.",
     "accuracy": "Its test accuracy is {accuracy} %.",
-    "is_exact": "Nothing faster is shown to stay within one point of accuracy of exact gradients.",
+    "is_exact": "No other strategy is shown to be faster, to have a small enough gradient error and to stay within "
+    "one "
+    "point of accuracy.",
     "time_exact": "Training takes {ratio} of the time with exact gradients; accuracy changes by {points} points.",
     "time_explicit": "Against the explicit network of equal size: {ratio} of the time, {points} points of accuracy.",
-    "memory": "Training adds {ratio} of the memory that exact gradients add: a batch {batch} times as large fits in "
-    "the same memory.",
+    "memory": "The allocator holds {ratio} of the memory for one training step that it holds with exact gradients.",
     "devices": "Where memory decides, {fewer} devices suffice instead of the {devices} that exact gradients need.",
     "money": "One training costs {training}; a month of {count} trainings costs {month}.",
     "saved": "That is {saved} less per month than with exact gradients.",
     "lost": "That is {saved} more per month than with exact gradients.",
     "payback": "A switch that costs {switch} pays off after {months} months.",
     "interval": "In brackets: 95 % confidence intervals, paired over seeds.",
-    "few_seeds": "Only {count} seed(s): differences may be due to chance. Use at least three seeds before you decide.",
-    "low_cosine": "{strategy} with {solver}: the gradient's cosine with the exact one is {cosine} on average.",
+    "reuse_so_far": "Wherever both were measured at equal gradient error so far, broyden-reuse lost in time to "
+    "exact-ift at a looser tolerance (GMRES).",
+    "no_equal": "The study has no exact-ift at a looser tolerance, so nothing is "
+    "compared at equal gradient error. Add to strategies: "
+    '{{ name = "exact-ift", label = "exact-ift 0.1", options = {{ rtol = 0.1 }} }}.',
+    "mixed": "The trainings ran on {count} different machines or versions: their times do not compare.",
     "harmful": "{strategy} with {solver} is harmful: accuracy changes by {points} points against exact gradients.",
     "unconverged": "{strategy} with {solver}: {percent} % of the solves missed their tolerance.",
     "failed": "{strategy} with {solver}, seed {seed}, did not finish: {reason}",
+    "line_strategy": "strategy",
+    "line_error": "gradient error",
+    "line_cosine": "cosine",
+    "line_accuracy": "accuracy, points against exact",
+    "line_time": "time / exact",
+    "line_equal": "time / exact-ift at equal error",
+    "line_memory": "memory of a step / exact",
+    "line_verdict": "assessment",
+    "is_reference": "reference: exact gradients",
+    "is_best": "recommended",
+    "is_fit": "meets all criteria",
+    "is_extra": "no equilibrium: for comparison",
+    "block_seeds": "{count} of {least} seeds",
+    "block_unknown": "gradient error not measured",
+    "block_error": "gradient error above {limit}",
+    "block_cosine": "cosine below {limit}",
+    "block_accuracy": "may lose more than one point of accuracy",
+    "block_slower": "not shown to be faster than exact gradients",
+    "block_beaten": "slower than {strategy}, whose error is not larger",
+    "block_failed": "trainings failed: {count}",
+    "block_no_exact": "no exact gradients to compare with",
     "gates": "Gates",
     "stage": "stage",
     "criterion": "criterion",
@@ -42,51 +71,126 @@ EN: Final = {
     "rounds": "Retraining under drift",
     "round": "round {number}",
     "growth": "first to last",
-    "rounds_note": "Test accuracy in % after each retraining on data that drifted further; in brackets the difference "
-    "from exact gradients in points, paired over seeds; last column: how that difference changes from the first round "
+    "rounds_note": "Test accuracy in % after each retraining on data that drifted further; in brackets the "
+    "difference "
+    "from exact gradients in points, paired over seeds; last column: how that difference changes from the first "
+    "round "
     "to the last.",
     "builds_up": "{strategy} with {solver}: its gap to exact gradients builds up from round to round.",
     "no_build_up": "{strategy} with {solver}: its gap to exact gradients does not build up.",
     "results": "Results",
-    "table_note": "Times are medians of a step; f and vjps are the counts of the slowest sample of a batch, averaged "
-    "over steps; ± is half of the 95 % interval over seeds. Peak memory is that of the process (or the device) during "
-    "training.",
+    "table_note": "Gradient error: ‖g − g*‖ / ‖g*‖ of the gradient of all weights on audited batches, g* solved to "
+    "1e-5; "
+    "mean over audits and seeds. Step times are medians. Training is the sum of its steps; the process takes longer, "
+    "because it also starts, compiles, evaluates, audits and saves. f and vjps count the slowest sample of a batch, "
+    "averaged over steps. ± is half of the 95 % interval over seeds. Step MB: the most that the framework's "
+    "allocator holds "
+    "for one training step.",
+    "hint": "The table is wider than the screen: scroll it sideways. →",
     "plot_accuracy": "Validation accuracy against training time",
+    "plot_front": "Time against gradient error, with the Pareto front",
+    "plot_error": "Gradient error over training",
     "plot_time": "Time of a step, split",
     "plot_evaluations": "Evaluations of f and vjps over training",
     "plot_cosine": "Cosine of the gradient with the exact one",
     "plot_certificate": "Measured adjoint residual over training",
     "plot_radius": "Spectral radius of the Jacobian (median and largest sample)",
-    "plot_memory": "Peak memory",
+    "plot_memory": "Memory of a training step (allocator)",
     "plot_rounds": "Difference from exact gradients over rounds of retraining",
+    "with_error": "{name} (error {error})",
+    "axis_seconds": "seconds of training steps",
+    "axis_accuracy": "validation accuracy, %",
+    "axis_step": "ms per step (median)",
+    "axis_epoch": "epoch",
+    "axis_counts": "per step, slowest sample",
+    "axis_cosine": "cosine",
+    "axis_error": "gradient error ‖g − g*‖ / ‖g*‖",
+    "axis_certificate": "adjoint residual ‖g + Jᵀu − u‖ / ‖g‖",
+    "axis_radius": "spectral radius |λ|max",
+    "axis_megabytes": "MB",
+    "axis_round": "round",
+    "axis_points": "points of accuracy",
+    "part_forward": "forward",
+    "part_backward": "backward",
+    "part_update": "update",
+    "front": "Pareto front",
+    "points_of": "{count} seeds",
     "configuration": "Settings",
     "machine": "Machine and versions",
     "again": "To reproduce",
-    "made": "All figures were measured on this machine; the underlying numbers are in results.json.",
+    "made": "All figures were measured on the machines named here; the underlying numbers are in results.json.",
+    "rendered": "This page was written on {date} by deqcore {version}. Writing it measures nothing.",
+    "trainings": "trainings",
+    "report": "Report: {path}",
+    "compare_title": "{new} compared with {old}",
+    "compare_note": "Positive points: {new} is more accurate. Quotients: {new} over {old}, below 1 is less. Paired "
+    "over the "
+    "seeds that both have, with 95 % confidence intervals.",
+    "compare_machines": "The studies were measured on different machines or versions ({old}; {new}), so their "
+    "times do not "
+    "compare.",
+    "compare_training": "The studies trained with different settings ({names}), so differences do not come from "
+    "the code "
+    "alone.",
+    "compare_only": "Only in {study}: {rows}.",
+    "compare_seeds": "seeds",
+    "compare_accuracy": "accuracy, points",
+    "compare_error": "gradient error",
+    "compare_time": "time of a step",
+    "compare_training_time": "training time",
+    "compare_f": "f forward",
+    "compare_vjps": "vjps backward",
+    "compare_memory": "memory of a step",
 }
 JA: Final = {
     "title": "評価報告：{name}",
     "answer": "結論",
     "use": "{data}（{backend}）の {model} には {strategy}（ソルバー {solver}）を推奨します。",
-    "use_unsure": "{data}（{backend}）の {model} では、精度を 1 ポイントより多くは落とさない設定のうち "
-    "{strategy}（{solver}）が最速でしたが、シードが少なく推奨できません。",
+    "few": "{data}（{backend}）の {model}：推奨なし。推奨には乱数シードが {least} 個以上必要ですが、"
+    "このスタディは {count} 個です。",
+    "none_fits": "{data}（{backend}）の {model}：推奨なし。すべての条件を満たす手法がありません。"
+    "満たさない条件は表のとおりです。",
     "nothing": "{data}（{backend}）の {model} では最後まで学習できた設定がありません。",
     "accuracy": "テスト精度は {accuracy} % です。",
-    "is_exact": "厳密な勾配より速く、かつ精度の差が 1 ポイント以内と示された設定はありません。",
+    "is_exact": "これより速く、勾配の誤差が十分小さく、精度の差が 1 ポイント以内であると示された手法は他にありません。",
     "time_exact": "学習時間は厳密な勾配の {ratio} 倍、精度の差は {points} ポイントです。",
     "time_explicit": "同規模の通常のネットワークに対し、時間は {ratio} 倍、精度の差は {points} ポイントです。",
-    "memory": "学習で増えるメモリは厳密な勾配の {ratio} 倍です（同じメモリでバッチを {batch} 倍にできます）。",
+    "memory": "学習 1 ステップでアロケータが確保するメモリは、厳密な勾配の {ratio} 倍です。",
     "devices": "メモリで台数が決まる場合、厳密な勾配の {devices} 台は {fewer} 台で足ります。",
     "money": "学習 1 回の費用は {training}、月 {count} 回で {month} です。",
     "saved": "厳密な勾配に比べ、月 {saved} の削減です。",
     "lost": "厳密な勾配に比べ、月 {saved} の増加です。",
     "payback": "切り替え費用 {switch} は {months} か月で回収できます。",
     "interval": "括弧内は 95 % 信頼区間（乱数シードごとに対応づけた差）です。",
-    "few_seeds": "乱数シードが {count} 個だけなので、差は偶然かもしれません。判断の前に 3 個以上で実行してください。",
-    "low_cosine": "{strategy}（{solver}）：厳密な勾配とのコサインが平均 {cosine} です。",
+    "reuse_so_far": "これまで同じ勾配誤差で測定した範囲では、broyden-reuse は許容誤差を緩めた exact-ift（GMRES）"
+    "よりすべて遅い結果でした。",
+    "no_equal": "許容誤差を緩めた exact-ift が比較対象にないため、同じ勾配誤差での比較ができません。strategies に "
+    '{{ name = "exact-ift", label = "exact-ift 0.1", options = {{ rtol = 0.1 }} }} を加えてください。',
+    "mixed": "学習は {count} 種類の計算機またはバージョンで実行されており、時間は比較できません。",
     "harmful": "{strategy}（{solver}）は有害です：厳密な勾配に対し精度が {points} ポイント変わります。",
     "unconverged": "{strategy}（{solver}）：求解の {percent} % が許容誤差に達していません。",
     "failed": "{strategy}（{solver}）、シード {seed} は正常に終わりませんでした：{reason}",
+    "line_strategy": "手法",
+    "line_error": "勾配の誤差",
+    "line_cosine": "コサイン",
+    "line_accuracy": "厳密な勾配との精度差（ポイント）",
+    "line_time": "時間（対 厳密な勾配）",
+    "line_equal": "同じ誤差の exact-ift に対する時間",
+    "line_memory": "1 ステップのメモリ（対 厳密な勾配）",
+    "line_verdict": "評価",
+    "is_reference": "基準：厳密な勾配",
+    "is_best": "推奨",
+    "is_fit": "すべての条件を満たす",
+    "is_extra": "平衡点を持たない比較用モデル",
+    "block_seeds": "シード {count} 個（{least} 個以上必要）",
+    "block_unknown": "勾配の誤差が未測定",
+    "block_error": "勾配の誤差が {limit} を超える",
+    "block_cosine": "コサインが {limit} 未満",
+    "block_accuracy": "精度が 1 ポイントより多く下がる可能性",
+    "block_slower": "厳密な勾配より速いとは示されていない",
+    "block_beaten": "誤差が同等以下の {strategy} より遅い",
+    "block_failed": "失敗した学習：{count} 件",
+    "block_no_exact": "比較対象の厳密な勾配がない",
     "gates": "段階ごとの判定",
     "stage": "段階",
     "criterion": "基準",
@@ -106,48 +210,67 @@ JA: Final = {
     "builds_up": "{strategy}（{solver}）：厳密な勾配との差が回を追って蓄積しています。",
     "no_build_up": "{strategy}（{solver}）：誤差の蓄積は認められません。",
     "results": "結果",
-    "table_note": "時間は 1 ステップの中央値。f と vjps はバッチ中で最も遅いサンプルの回数の平均。± は"
-    "シードに対する 95 % 信頼区間の半幅。最大メモリは学習中のプロセス（またはデバイス）のものです。",
+    "table_note": "勾配の誤差：監査したバッチでの全重みの勾配の ‖g − g*‖ / ‖g*‖（g* は 1e-5 まで解いた勾配）。"
+    "監査とシードの平均。"
+    "ステップの時間は中央値。「学習」は全ステップの合計時間で、"
+    "「プロセス」には起動・コンパイル・評価・監査・保存も含みます。"
+    "f と vjp はバッチ中で最も遅いサンプルの回数を全ステップで平均した値。± はシードに対する 95 % 信頼区間の半幅。"
+    "ステップ MB は学習 1 ステップでフレームワークのアロケータが確保する最大量です。",
+    "hint": "表が画面より広い場合は横にスクロールできます →",
     "plot_accuracy": "検証精度と学習時間",
+    "plot_front": "時間と勾配の誤差（パレートフロント）",
+    "plot_error": "学習中の勾配の誤差",
     "plot_time": "1 ステップの時間の内訳",
     "plot_evaluations": "学習中の f の評価回数と vjp の回数",
     "plot_cosine": "厳密な勾配とのコサイン",
     "plot_certificate": "学習中に測った随伴残差",
     "plot_radius": "ヤコビ行列のスペクトル半径（中央値と最大）",
-    "plot_memory": "最大メモリ",
+    "plot_memory": "学習 1 ステップのメモリ（アロケータ）",
     "plot_rounds": "再学習の回ごとの厳密な勾配との差",
+    "with_error": "{name}（誤差 {error}）",
+    "axis_seconds": "学習ステップの合計時間（秒）",
+    "axis_accuracy": "検証精度（%）",
+    "axis_step": "1 ステップの時間（ms、中央値）",
+    "axis_epoch": "エポック",
+    "axis_counts": "1 ステップあたりの回数（最も遅いサンプル）",
+    "axis_cosine": "コサイン",
+    "axis_error": "勾配の誤差 ‖g − g*‖ / ‖g*‖",
+    "axis_certificate": "随伴残差 ‖g + Jᵀu − u‖ / ‖g‖",
+    "axis_radius": "スペクトル半径 |λ|max",
+    "axis_megabytes": "MB",
+    "axis_round": "回",
+    "axis_points": "精度の差（ポイント）",
+    "part_forward": "順伝播",
+    "part_backward": "逆伝播",
+    "part_update": "更新",
+    "front": "パレートフロント",
+    "points_of": "シード {count} 個",
     "configuration": "設定",
     "machine": "計算機とバージョン",
     "again": "再現方法",
-    "made": "すべてこの計算機での実測値です。元の数値は results.json にあります。",
+    "made": "すべて上記の計算機での実測値です。元の数値は results.json にあります。",
+    "rendered": "このページは {date} に deqcore {version} が作成しました。ページの作成時には何も測定していません。",
+    "trainings": "学習",
+    "report": "報告書：{path}",
+    "compare_title": "{new} と {old} の比較",
+    "compare_note": "ポイントが正なら {new} の精度が高いことを示します。比は {new} ÷ {old} で、1 "
+    "未満なら小さいことを示します。"
+    "両方にあるシードで対応づけ、95 % 信頼区間を付けています。",
+    "compare_machines": "計算機またはバージョンが異なるため（{old}、{new}）、時間は比較できません。",
+    "compare_training": "学習の設定（{names}）が異なるため、差はコードだけによるものではありません。",
+    "compare_only": "{study} のみ：{rows}。",
+    "compare_seeds": "シード",
+    "compare_accuracy": "精度（ポイント）",
+    "compare_error": "勾配の誤差",
+    "compare_time": "1 ステップの時間",
+    "compare_training_time": "学習時間",
+    "compare_f": "順伝播の f",
+    "compare_vjps": "逆伝播の vjp",
+    "compare_memory": "1 ステップのメモリ",
 }
-HEADS_JA: Final[dict[str, str]] = {
-    "data": "データ",
-    "backend": "バックエンド",
-    "model": "モデル",
-    "solver": "ソルバー",
-    "rtol": "rtol",
-    "strategy": "手法",
-    "test accuracy %": "テスト精度 %",
-    "forward ms": "順伝播 ms",
-    "backward ms": "逆伝播 ms",
-    "step ms": "ステップ ms",
-    "training s": "学習 秒",
-    "peak MB": "最大メモリ MB",
-    "f forward": "順伝播の f",
-    "vjps backward": "逆伝播の vjp",
-    "gradient cosine": "勾配のコサイン",
-}
-"""Heads of the table of results; in English they are the table's own (table.COLUMNS, table.IDENTITY)."""
-
 LANGUAGES: Final[dict[str, dict[str, str]]] = {"en": EN, "ja": JA}
 
 
 def say(language: str, word: str, **values: object) -> str:
     """Return a sentence in a language, with its figures."""
     return LANGUAGES[language][word].format(**values)
-
-
-def head(language: str, title: str) -> str:
-    """Return the head of a column of the table of results."""
-    return HEADS_JA[title] if language == "ja" else title

@@ -220,11 +220,48 @@ def test_the_cheapest_by_vjps_where_nothing_is_timed(capsys):
     assert repr(rows[found["cheapest"]]["strategy"]) in found["verdict"]
 
 
+@pytest.mark.parametrize("asked", ["0.99", "cosine=0.99"])
+def test_a_cosine_does_not_hide_an_error(capsys, monkeypatch, asked):
+    """A gradient that points the right way and has 1.35 times the length is 35 % wrong."""
+    monkeypatch.setattr(plugins, "strategies", lambda: {"neumann": None})
+    monkeypatch.setattr(
+        strategy_comparison, "compare", lambda a, b: (np.array([0.9901]), np.array([1.35]), np.array([0.36]))
+    )
+    code, found, rows = figures(capsys, "--problem", "p.py:mine", "--backend", "numpy", "--accuracy", asked)
+    assert rows["neumann"]["cosine"] == 0.9901
+    assert (code, found["cheapest"]) == (1, None)
+    assert "a cosine of at least 0.99 and a relative error of at most 0.14" in found["verdict"]
+
+
+def test_truncated_gradients_stand_beside_the_others_and_the_front_is_marked(capsys):
+    _, _, rows = figures(capsys, "--problem", "p.py:mine", "--backend", "numpy")
+    exact = {label: row for label, row in rows.items() if row["strategy"] == "exact-ift"}
+    assert {tuple(row["options"].items()) for row in exact.values()} >= {
+        (("rtol", 0.01),),
+        (("rtol", 0.1),),
+        (("max_steps", 2),),
+        (("max_steps", 10),),
+    }
+    assert exact["exact-ift (rtol=0.1)"]["vjps"] < exact["exact-ift"]["vjps"]
+    assert exact["exact-ift (rtol=0.1)"]["error"] > exact["exact-ift"]["error"]
+    points = {label: (row["vjps"], row["error"]) for label, row in rows.items() if not row["failure"]}
+    for label, (vjps, error) in points.items():
+        beaten = any(v <= vjps and e <= error and (v, e) != (vjps, error) for v, e in points.values())
+        assert rows[label]["front"] == (not beaten), label
+
+
 def test_a_table_with_times(capsys, monkeypatch):
     monkeypatch.setattr(strategy_comparison, "SECONDS", 0.0)
     code, out, _ = explain(capsys, "--backend", "torch", "--rounds", "3")
     assert code == 0
-    for part in ("exact-ift", "broyden-reuse (plain)", "unrolled", "mlp: 3 samples", "The cheapest with a cosine"):
+    for part in (
+        "exact-ift",
+        "broyden-reuse (plain)",
+        "unrolled",
+        "mlp: 3 samples",
+        "The cheapest with a relative error of at most 0.1",
+        "●",
+    ):
         assert part in out
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import hashlib
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -11,19 +14,29 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy import stats
 
+from deqcore.bench.pareto import front
+from deqcore.errors import ConfigError
+from deqcore.pages import charts
+from deqcore.study import main
 from deqcore.study.grid import Cell, UserCode, cells
+from deqcore.study.labels import HEADS_JA, head
 from deqcore.study.report import page, plots, table
 from deqcore.study.report.gates import judge
 from deqcore.study.report.recommendation import bill, devices, recommendations
 from deqcore.study.report.retraining import accumulations
-from deqcore.study.report.summary import Interval, reference, rows
+from deqcore.study.report.summary import Interval, audit_error, reference, rows
 from deqcore.study.settings import CostSettings, Study, read
-from deqcore.study.translations import EN, HEADS_JA, JA, head
+from deqcore.study.store import Store, StudyError
+from deqcore.study.translations import EN, JA
 
-SPEED = {"exact-ift": 4.0, "broyden-reuse": 3.0, "jacobian-free": 2.0, "explicit": 1.0}
-LOSS = {"exact-ift": 0.0, "broyden-reuse": 0.002, "jacobian-free": 0.05, "explicit": 0.0}
+THREE = ["exact-ift", "broyden-reuse", "jacobian-free"]
+SPEED = {"exact-ift": 4.0, "neumann": 3.0, "broyden-reuse": 3.0, "jacobian-free": 2.0, "explicit": 1.0}
+LOSS = {"exact-ift": 0.0, "neumann": 0.0, "broyden-reuse": 0.002, "jacobian-free": 0.05, "explicit": 0.0}
+
+ERROR = {"exact-ift": 1e-4, "neumann": 0.4, "broyden-reuse": 0.08, "jacobian-free": 0.6, "explicit": 0.0}
 
 
 def result(cell: Cell) -> dict[str, Any]:
@@ -37,7 +50,14 @@ def result(cell: Cell) -> dict[str, Any]:
     steps |= {"loss": [1.0] * 6, "evaluations_most": [9] * 6, "vjps_most": vjps or [None] * 6}
     steps |= {"adjoint_residual": [0.05] * 6 if name == "broyden-reuse" else [None] * 6}
     audits = [
-        {"epoch": e, "cosine": 0.98 - 0.2 * (name == "jacobian-free"), "radius": 0.5, "radius_most": 0.6}
+        {
+            "epoch": e,
+            "cosine": 0.98 - 0.2 * (name == "jacobian-free"),
+            "ratio": 1.0,
+            "error": ERROR[name] * (1 + 0.5 * e),
+            "radius": 0.5,
+            "radius_most": 0.6,
+        }
         for e in (0, 1)
     ]
     whole = np.sum([steps[part] for part in ("forward", "backward", "update")], axis=0)
@@ -51,6 +71,8 @@ def result(cell: Cell) -> dict[str, Any]:
         "times": times | {"step": float(np.median(whole)), "training": float(whole.sum())},
         "peak_memory": 100_000_000,
         "training_memory": 10_000_000,
+        "step_memory": 2_000_000,
+        "seconds": 26.0,
         "figures": {
             "evaluations_most": 9.0,
             "vjps_most": None if cell.explicit else 3.0,
@@ -71,11 +93,12 @@ def result(cell: Cell) -> dict[str, Any]:
 
 
 def made(**table: Any) -> tuple[Study, list[dict[str, Any]]]:
-    study = read({"seeds": [0, 1, 2], "models": ["dense", "dense-explicit"], **table}, "x")
+    default = {"seeds": [0, 1, 2], "models": ["dense", "dense-explicit"], "strategies": THREE}
+    study = read({**default, **table}, "x")
     return study, [result(cell) for cell in cells(study, UserCode(), ("torch",))]
 
 
-ABOUT = {"machine": {"cpu": "a <fast> one"}, "command": "deqcore study a.toml"}
+ABOUT: dict[str, Any] = {"machine": {"cpu": "a <fast> one"}, "command": "deqcore study a.toml"}
 
 
 def test_intervals_are_students():
@@ -119,15 +142,21 @@ def test_the_answer_is_the_fastest_that_is_accurate_enough():
     assert answer.best.name == "broyden-reuse"  # jacobian-free is faster, but costs five points
     assert answer.explicit is not None
     words = [word for word, _ in answer.warnings]
-    assert "low_cosine" in words
     assert "harmful" in words
+    by_name = {line.row.name: [word for word, _ in line.reasons] for line in answer.lines}
+    assert by_name == {
+        "exact-ift": [],
+        "broyden-reuse": [],
+        "jacobian-free": ["block_error", "block_cosine", "block_accuracy"],
+    }
 
 
 def test_the_bill():
     _, results = made()
     found = {row.name: row for row in rows(results)}
-    cost = CostSettings(price_per_hour=3.6, trainings_per_month=10, scale=1000, switch_cost=5)
+    cost = CostSettings(price_per_hour=3.6, currency="USD", trainings_per_month=10, scale=1000, switch_cost=5)
     costs = bill(found["jacobian-free"], found["exact-ift"], cost)
+    assert costs is not None
     seconds = {
         name: np.mean([each["times"]["training"] for each in results if each["cell"]["strategy"]["name"] == name])
         for name in ("jacobian-free", "exact-ift")
@@ -142,7 +171,8 @@ def test_memory_saved_is_fewer_devices(tmp_path: Path, share: float, count: int,
     study, results = made(cost={"devices": count})
     for each in results:
         if each["cell"]["strategy"]["name"] != "exact-ift":
-            each["training_memory"] *= share
+            each["step_memory"] *= share
+            each["training_memory"] *= 0.01  # resident memory does not repeat, so it decides nothing
     (answer,) = recommendations(rows(results), study.cost)
     assert answer.against_exact is not None
     assert devices(answer.against_exact.memory, study.cost) == wanted
@@ -188,16 +218,96 @@ def test_a_failed_cell_is_reported_and_nothing_else_suffers(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("seeds", "head"),
+    [([0], "no recommendation. It takes at least 3 seeds, and this study has 1"), ([0, 1, 2], " use ")],
+)
+def test_below_three_seeds_nothing_wins(tmp_path: Path, seeds: list[int], head: str):
+    cost = {"price_per_hour": 3.0, "currency": "USD", "devices": 8}
+    study, results = made(models=["dense"], seeds=seeds, cost=cost)
+    for each in results:
+        each["step_memory"] *= 0.5 if each["cell"]["strategy"]["name"] == "broyden-reuse" else 1.0
+    page.write(tmp_path, study, results, ABOUT)
+    html = (tmp_path / "report.html").read_text()
+    (said,) = re.findall(r"<p class=\"head[^>]*>([^<]*dense on digits[^<]*)", html)
+    assert head in said
+    few = len(seeds) < 3
+    for claim in ("costs", "devices suffice", "recommended</td>", "times as large"):
+        assert (claim in html) == (not few and claim != "times as large"), claim
+    for line in ("exact-ift", "broyden-reuse", "jacobian-free"):  # each strategy has its line on the first screen
+        assert f">{line}</td>" in html[: html.index("<h2>")]
+
+
+def test_no_price_no_money(tmp_path: Path):
+    study, results = made(cost={"trainings_per_month": 40.0})
+    page.write(tmp_path, study, results, ABOUT)
+    assert "costs" not in (tmp_path / "report.html").read_text()
+    with pytest.raises(ConfigError, match="price_per_hour needs a currency"):
+        made(cost={"price_per_hour": 3.0})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
     [
-        ([0], "was the fastest setting that lost at most one point of accuracy, but there are too few"),
-        ([0, 1, 2], " use "),
+        ({"error": 0.35, "cosine": 0.9901}, "block_error"),  # a cosine near 1 does not hide an error of 35 %
+        ({"error": 0.2, "cosine": 0.85}, "block_cosine"),
+        ({"error": float("nan"), "cosine": 0.99}, "block_error"),
+        (None, "block_unknown"),
     ],
 )
-def test_too_few_seeds_recommend_nothing(tmp_path: Path, seeds: list[int], head: str):
-    study, results = made(models=["dense"], seeds=seeds)
-    page.write(tmp_path, study, results, ABOUT)
-    (said,) = re.findall(r"For dense on digits[^<]*", (tmp_path / "report.html").read_text())
-    assert head in said
+def test_a_poor_gradient_blocks_a_recommendation(change: dict[str, float] | None, reason: str):
+    _, results = made()
+    for each in results:
+        if each["cell"]["strategy"]["name"] == "broyden-reuse":
+            audits = each["history"]["audits"]
+            each["history"]["audits"] = [] if change is None else [audit | change for audit in audits]
+            each["cosine"] = None if change is None else change["cosine"]
+    (answer,) = recommendations(rows(results), CostSettings())
+    assert answer.best is answer.exact
+    (line,) = (line for line in answer.lines if line.row.name == "broyden-reuse")
+    assert [word for word, _ in line.reasons] == [reason]
+
+
+def test_what_loses_at_equal_error_is_not_recommended():
+    loose = {"name": "exact-ift", "label": "loose", "options": {"rtol": 0.05}}
+    _, results = made(strategies=[loose, *THREE])
+    for each in results:
+        if each["cell"]["strategy"]["label"] == "loose":
+            each["times"]["training"] *= 0.5
+            each["history"]["audits"] = [audit | {"error": 0.05} for audit in each["history"]["audits"]]
+    found = {row.label: row for row in rows(results)}
+    assert reference(found["broyden-reuse"], found.values()) is found["exact-ift"]  # not the one that comes first
+    (answer,) = recommendations(rows(results), CostSettings())
+    assert answer.best is not None
+    assert answer.best.label == "loose"
+    (line,) = (line for line in answer.lines if line.row.label == "broyden-reuse")
+    assert ("block_beaten", {"strategy": "loose"}) in line.reasons
+    assert line.peer is not None
+    assert line.peer.label == "loose"
+    seconds = {
+        label: np.array([each["times"]["training"] for each in results if each["cell"]["strategy"]["label"] == label])
+        for label in ("broyden-reuse", "loose")
+    }
+    assert line.equal is not None
+    assert line.equal.mean == pytest.approx(stats.gmean(seconds["broyden-reuse"] / seconds["loose"]))
+    assert "no_equal" not in [word for word, _ in answer.warnings]
+    (alone,) = recommendations([row for row in rows(results) if row.label != "loose"], CostSettings())
+    assert "no_equal" in [word for word, _ in alone.warnings]
+
+
+def test_the_error_of_older_audits_follows_from_cosine_and_norms():
+    rng = np.random.default_rng(0)
+    exact, own = rng.standard_normal((2, 30))
+    cosine = float(exact @ own / np.linalg.norm(exact) / np.linalg.norm(own))
+    audit = {"cosine": cosine, "ratio": float(np.linalg.norm(own) / np.linalg.norm(exact))}
+    assert audit_error(audit) == pytest.approx(np.linalg.norm(own - exact) / np.linalg.norm(exact))
+
+
+def test_resident_memory_is_never_reported():
+    _, results = made(models=["dense"])
+    older = [{k: v for k, v in each.items() if k != "step_memory"} for each in results]
+    assert all(row.metric("step_memory") is None for row in rows(older))
+    assert "plot_memory" not in plots.plots(rows(older))
+    on_gpu = [each | {"device": "NVIDIA H200"} for each in older]
+    assert all(row.metric("step_memory").mean == 1e7 for row in rows(on_gpu))  # type: ignore[union-attr]
 
 
 def test_nothing_trained(tmp_path: Path):
@@ -309,7 +419,10 @@ def test_the_page_needs_nothing_from_outside_and_escapes_names(tmp_path: Path, l
     links = Links()
     links.feed(html)
     assert all(link.startswith(("#", "data:")) for link in links.found)
-    assert "script" not in links.tags
+    scripts = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
+    assert len(scripts) == html.count("<script") == 1
+    assert f"script-src 'sha256-{digest}'\"" in html.replace("&#39;", "'")  # no other script may run
     assert "svg" in links.tags
     assert "url(http" not in html
     assert "default-src 'none'" in html
@@ -331,3 +444,130 @@ def test_languages_say_the_same_things():
 )
 def test_three_significant_digits(value: float, text: str):
     assert table.significant(value) == text
+
+
+def test_every_row_is_drawn_with_its_error():
+    labels = [{"name": "exact-ift", "label": f"row {i}", "options": {"rtol": 10.0**-i}} for i in range(1, 13)]
+    _, results = made(models=["dense"], strategies=labels)
+    for word, svg in plots.plots(rows(results)).items():
+        for i in range(1, 13):
+            assert f"row {i} (error 1.3e-04)" in svg, (word, i)
+    numbers = [(charts.colour(i), charts.mark(i), charts.DASHES[i // 8 % 4]) for i in range(32)]
+    assert len(set(numbers)) == 32
+
+
+def test_the_front_is_what_nothing_beats():
+    rng = np.random.default_rng(0)
+    points = [tuple(map(float, point)) for point in rng.integers(0, 12, (60, 2))]
+    found = {points[i] for i in front(points)}
+    wanted = {p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)}
+    assert found == wanted
+    assert front([(1.0, float("nan")), (2.0, 1.0)]) == [1]
+    _, results = made(models=["dense"])
+    assert plots.measured(rows(results))[1] == (
+        1,
+        pytest.approx(np.mean([r["times"]["training"] for r in results[1::3]])),
+        pytest.approx(0.08 * 1.25),
+    )
+
+
+@pytest.mark.parametrize("language", ["en", "ja"])
+def test_a_japanese_page_has_no_english_label(tmp_path: Path, language: str):
+    gates = [{"stage": "pilot", "strategy": "exact-ift", "metric": "time_ratio", "at_most": 0.5}]
+    cost = {"price_per_hour": 450.0, "currency": "JPY", "scale": 1e9}
+    study, results = made(language=language, gates=gates, cost=cost)
+    page.write(tmp_path, study, results, ABOUT | {"machine": {"cpu": "x", "usable_cores": 2}})
+    text = re.sub(r"<(style|script|pre).*?</\1>", "", (tmp_path / "report.html").read_text(), flags=re.DOTALL)
+    english = (
+        "epoch",
+        "seconds",
+        "per step",
+        "forward",
+        "backward",
+        "cosine",
+        "time_ratio",
+        "pilot:",
+        "usable",
+        "gradient",
+    )
+    for word in english:
+        assert (word in re.sub(r"<[^>]*>", "\n", text)) == (language == "en" and word != "pilot:"), word
+    assert ("円 です" in text) == (language == "ja")
+    assert ("JPY" in text) == (language == "en")
+
+
+def test_the_pages_figures_are_those_of_the_raw_results(tmp_path: Path):
+    """Each cell of the table and of the first screen, computed again from the cells of results.json."""
+    study, results = made(models=["dense"])
+    page.write(tmp_path, study, results, ABOUT)
+    cells = json.loads((tmp_path / "results.json").read_text())["cells"]
+    html = (tmp_path / "report.html").read_text()
+    lines, *_ = (
+        re.findall(r"<tr>(.*?)</tr>", part, re.DOTALL) for part in re.findall(r"<tbody>(.*?)</tbody>", html, re.S)
+    )
+    by_label = {label: [c for c in cells if c["cell"]["strategy"]["label"] == label] for label in THREE}
+    whole = {label: np.array([c["times"]["training"] for c in mine]) for label, mine in by_label.items()}
+    for line in lines:
+        label, error, cosine, accuracy, time, *_ = re.findall(r"<td[^>]*>([^<]*)", line)
+        mine = by_label[label]
+        errors = [np.mean([audit["error"] for audit in c["history"]["audits"]]) for c in mine]
+        assert float(error) == pytest.approx(np.mean(errors), rel=0.05)
+        assert float(cosine) == pytest.approx(np.mean([c["cosine"] for c in mine]), abs=1e-4)
+        if label == "exact-ift":
+            assert (accuracy, time) == ("–", "–")
+            continue
+        gap = [c["test_accuracy"] - e["test_accuracy"] for c, e in zip(mine, by_label["exact-ift"], strict=True)]
+        low, high = stats.ttest_1samp(gap, 0.0).confidence_interval(0.95)
+        wanted = f"{100 * np.mean(gap):+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
+        assert accuracy == wanted.replace("-", "−")
+        ratio = np.log(whole[label] / whole["exact-ift"])
+        ends = np.exp(stats.ttest_1samp(ratio, 0.0).confidence_interval(0.95))
+        assert time == f"{np.exp(ratio.mean()):.2f} [{ends[0]:.2f}, {ends[1]:.2f}]"
+
+
+def test_a_page_written_again_keeps_the_machine_of_its_figures(tmp_path: Path):
+    study, results = made(models=["dense"])
+    first = {"cpu": "first", "date": "2026-01-01", "load_before": [0.1, 0.2, 0.3]}
+    later = first | {"date": "2026-01-03", "load_before": [4.0, 0.1, 0.3]}
+    for each, machine in zip(results, [first, later] * 9, strict=False):
+        each["measured"] = machine
+    del results[0]["measured"]  # as older versions left it
+    page.write(tmp_path, study, results, ABOUT)
+    html = (tmp_path / "report.html").read_text()
+    for text in ("a &lt;fast&gt; one", "2026-01-01 – 2026-01-03", "0.1–4.0", "2 different machines"):
+        assert text in html, text
+
+
+def test_writing_a_report_again_keeps_machine_and_command(tmp_path: Path):
+    place = Store(tmp_path / "out")
+    first = {"machine": {"cpu": "first", "load_before": [0.1]}, "command": "deqcore study a.toml"}
+    place.open({"settings": {}, **first})
+    assert main._about(place, "deqcore study a.toml --language ja", new=False) == first
+    more = main._about(place, "deqcore study b.toml", new=True)  # trained more: the new command reproduces all of it
+    assert more == first | {"command": "deqcore study b.toml"}
+    assert set(main._about(Store(tmp_path / "other"), "x", new=True)) == {"machine", "command"}
+
+
+def test_two_studies_side_by_side(tmp_path: Path):
+    study, old = made(models=["dense"])
+    _, new = made(models=["dense"], strategies=["exact-ift", "broyden-reuse", "neumann"])
+    for each in new:
+        each["times"] = {part: 0.5 * value for part, value in each["times"].items()}
+        each["test_accuracy"] += 0.01
+    for name, results in (("old", old), ("new", new)):
+        page.write(tmp_path / name, study, results, ABOUT)
+    console = Console(width=250, record=True, file=io.StringIO())
+    main.compare(tmp_path / "old", tmp_path / "new", None, "en", console)
+    text, html = console.export_text(), (tmp_path / "new" / "compare.html").read_text()
+    for shown in (text, html):
+        for part in (
+            "new compared with old",
+            "+1.00 [+1.00, +1.00]",
+            "0.50 [0.50, 0.50]",
+            "Only in old:",
+            "Only in new:",
+        ):
+            assert part in shown, part
+        assert "jacobian-free" in shown
+    with pytest.raises(StudyError, match=r"has no results\.json"):
+        main.compare(tmp_path, tmp_path / "new", None, "en", console)

@@ -14,17 +14,19 @@ def grid(table: dict[str, object]) -> list[Cell]:
     return cells(read(table, "study.toml"), UserCode(), ("torch",))
 
 
-def test_the_default_compares_three_strategies_from_one_start():
+def test_the_default_compares_strategies_at_equal_error_from_one_start():
     found = grid({})
-    assert [cell.strategy.name for cell in found] == ["exact-ift", "broyden-reuse", "jacobian-free"]
+    labels = ["exact-ift", "exact-ift 0.01", "exact-ift 0.1", "broyden-reuse", "jacobian-free"]
+    assert [cell.strategy.label for cell in found] == labels
+    assert [cell.strategy.options.get("rtol") for cell in found] == [None, 0.01, 0.1, None, None]
     assert len({(cell.seed, cell.rtol, cell.model, cell.data, cell.training) for cell in found}) == 1
-    assert len({cell.key for cell in found}) == 3
+    assert len({cell.key for cell in found}) == 5
 
 
 def test_every_axis_multiplies_and_explicit_models_appear_once():
     table = {"models": ["dense", "dense-explicit"], "rtol": [1e-3, 1e-5], "seeds": [0, 1], "solvers": ["broyden"]}
     found = grid(table)
-    assert len([cell for cell in found if not cell.explicit]) == 2 * 2 * 3
+    assert len([cell for cell in found if not cell.explicit]) == 2 * 2 * 5
     assert len([cell for cell in found if cell.explicit]) == 2  # one per seed: no solver, no strategy, no tolerance
     assert [cell.seed for cell in found] == sorted(cell.seed for cell in found)
 

@@ -120,6 +120,44 @@ def test_torch_measures_what_each_strategy_did(tmp_path: Path, strategy: str):
         assert found["cosine"] > 0.99
     assert 0.2 < found["history"]["audits"][0]["radius"] < 0.8  # the spectral norm starts at 0.8
     assert found["peak_memory"] > 50e6
+    (audit,) = found["history"]["audits"]
+    law = audit["ratio"] ** 2 - 2 * audit["ratio"] * audit["cosine"] + 1
+    assert audit["error"] ** 2 == pytest.approx(law, rel=1e-3, abs=1e-8)
+    assert (audit["error"] < 1e-3) == (strategy == "exact-ift")
+
+
+def test_the_memory_of_a_step_repeats_and_grows_with_the_batch():
+    import torch
+
+    made = trainer("torch")
+    run = CellTraining(cell("torch"), DIGITS, made, Path("unused"), quiet)
+
+    def memory(count: int) -> int:
+        return run.trainer.step_memory(DIGITS.train.x[:count], DIGITS.train.y[:count])
+
+    memory(8)  # the first step makes Adam's state
+    found = {count: memory(count) for count in (8, 64, 128)}
+    assert found == {count: memory(count) for count in (8, 64, 128)}
+    gradients = 4 * run.parameters
+    assert gradients < found[8] < found[64] < found[128] < 32 * found[8]  # and with the steps of the slowest sample
+
+    from deqcore_torch.study import _highest
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        first = torch.zeros(1000)
+        second = torch.zeros(3000)
+        del first
+        third = torch.zeros(2000)
+        del second, third
+    assert _highest(profile) == pytest.approx(4 * 5000, abs=256)  # 3000 + 2000 numbers at a time; blocks are rounded
+
+
+def test_xlas_plan_holds_at_least_the_gradients():
+    run = CellTraining(cell("jax"), DIGITS, reused("jax"), Path("unused"), quiet)
+    x, y = DIGITS.train.x[:128], DIGITS.train.y[:128]
+    found = run.trainer.step_memory(x, y)
+    assert found == run.trainer.step_memory(x, y)
+    assert 4 * run.parameters < found < 50e6
 
 
 def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path: Path, backend: str):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from deqcore import plugins
+from deqcore.bench.machine import describe
 from deqcore.errors import DeqcoreError
 from deqcore.study import data, store
 from deqcore.study.grid import Cell
@@ -33,7 +34,7 @@ def train(cell: Cell, folder: Path, tell: OnProgress) -> dict[str, Any]:
         folder: where its files are.
         tell: gets progress.
     """
-    start = time.perf_counter()
+    start, machine = time.perf_counter(), describe(store.PACKAGES)
     try:
         result = _training(cell, folder, tell).run()
     except store.StudyError:
@@ -47,7 +48,7 @@ def train(cell: Cell, folder: Path, tell: OnProgress) -> dict[str, Any]:
     except Exception as error:  # from the framework or the user's code: recorded, and the study continues
         kind = "out of memory" if "out of memory" in str(error).lower() else "error"
         result = _failed(cell, kind, f"{type(error).__name__}: {error}")
-    result["seconds"] = time.perf_counter() - start
+    result |= {"seconds": time.perf_counter() - start, "measured": machine}
     store.write_json(folder / "result.json", result)
     return result
 
@@ -98,7 +99,8 @@ def main(folder: Path, measured: int = 0) -> None:
     cell = Cell.of(store.read_json(folder / "cell.json"))
     with store.locked(folder / store.LOCK, f"Another process trains {folder.name!r}", wait=HANDOVER):
         if measured:
-            print(json.dumps(_training(cell, folder, Lines()).measure(measured)), flush=True)
+            times = _training(cell, folder, Lines()).measure(measured)
+            print(json.dumps({**times, "measured": describe(store.PACKAGES)}), flush=True)
         elif store.read_json(folder / "result.json") is None:
             train(cell, folder, Lines())
 

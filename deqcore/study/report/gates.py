@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from deqcore.errors import ConfigError
+from deqcore.study.labels import called
 from deqcore.study.report.summary import SummaryRow, reference
 from deqcore.study.settings import Gate
 from deqcore.study.translations import say
@@ -37,7 +38,8 @@ METRICS: Final[dict[str, Callable[[SummaryRow, SummaryRow | None], float | None]
     "accuracy": _metric("test_accuracy", 100.0),  # percent
     "accuracy_difference": _points,  # points against exact-ift, lower end of the 95 % interval
     "time_ratio": _quotient("training"),  # whole training against exact-ift, upper end of the 95 % interval
-    "memory_ratio": _quotient("peak_memory"),
+    "memory_ratio": _quotient("step_memory"),
+    "gradient_error": _metric("gradient_error"),
     "cosine": _metric("cosine"),
     "unconverged": _metric("unconverged"),
     "fallback": _metric("fallback"),
@@ -104,21 +106,21 @@ def check(gates: Sequence[Gate], labels: Sequence[str]) -> None:
             raise ConfigError.no_entry("[[study.gates]]", "strategy of the study", gate.strategy, labels)
 
 
-def judge(rows: Sequence[SummaryRow], gates: Sequence[Gate]) -> GateVerdict:
-    """Compare each gate with the worst row of its strategy."""
-    return GateVerdict(tuple(_judge_gate(gate, rows) for gate in gates))
+def judge(rows: Sequence[SummaryRow], gates: Sequence[Gate], language: str = "en") -> GateVerdict:
+    """Compare each gate with the worst row of its strategy; `language` is that of its texts."""
+    return GateVerdict(tuple(_judge_gate(gate, rows, language) for gate in gates))
 
 
-def _judge_gate(gate: Gate, rows: Sequence[SummaryRow]) -> Judged:
+def _judge_gate(gate: Gate, rows: Sequence[SummaryRow], language: str) -> Judged:
     candidates = [row for row in rows if row.strategy == gate.strategy]
     values = [METRICS[gate.metric](row, reference(row, rows)) for row in candidates]
     measured = [value for value in values if value is not None]
     least, most = gate.at_least, gate.at_most
-    criterion = f"{gate.strategy}: {gate.metric}"
+    stage, criterion = called(language, gate.stage), f"{gate.strategy}: {called(language, gate.metric)}"
     criterion += "" if least is None else f" ≥ {least:g}"
     criterion += "" if most is None else f" ≤ {most:g}"
     if not measured or len(measured) < len(values):
-        return Judged(gate.stage, criterion, "–", passed=False)
+        return Judged(stage, criterion, "–", passed=False)
     worst = max(measured) if least is None else min(measured)
     passed = (least is None or min(measured) >= least) and (most is None or max(measured) <= most)
-    return Judged(gate.stage, criterion, f"{worst:.4g}", passed)
+    return Judged(stage, criterion, f"{worst:.4g}", passed)

@@ -1,64 +1,85 @@
-"""The report's plots, as SVG inside the page itself."""
+"""The report's plots, as SVG inside the page itself. Every row is drawn, and its label has its gradient error."""
 
 from __future__ import annotations
 
-import io
-import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
+from deqcore.bench.pareto import front
+from deqcore.pages.charts import INK, Canvas, colour, draw, legend, mark
 from deqcore.study.report.retraining import accumulations
-from deqcore.study.report.summary import SummaryRow
+from deqcore.study.report.summary import SummaryRow, audit_error
+from deqcore.study.report.table import relative, significant
+from deqcore.study.translations import say
 
-PALETTE: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
-PARTS: Final = (("forward", "#0072b2"), ("backward", "#d55e00"), ("update", "#999999"))
-MANY: Final = 8  # lines that people can distinguish in one plot
-SIZE: Final = (6.0, 3.4)  # inches
+PARTS: Final = (("forward", 0), ("backward", 1), ("update", 7))
+WIDTH: Final = 4.8  # inches: as wide as a telephone's screen, so that text stays readable there
+CHART: Final = 2.9
+LINE: Final = 0.19  # a line of the legend
+BAR: Final = 0.3
 
 
-def plots(rows: Sequence[SummaryRow]) -> dict[str, str]:
-    """Return every plot that has something to show, by the word of its title in `words.py`."""
-    trained = [row for row in rows if row.results]
-    made: dict[str, Callable[[Any, Sequence[SummaryRow]], bool]] = {
-        "plot_accuracy": _accuracy,
-        "plot_time": _time,
-        "plot_evaluations": _evaluations,
-        "plot_cosine": _cosine,
-        "plot_certificate": _certificate,
-        "plot_radius": _radius,
-        "plot_memory": _memory,
-        "plot_rounds": _rounds,
+@dataclass(frozen=True)
+class Plots:
+    """The rows that are drawn, each with a number that gives its colour and mark in every plot.
+
+    Attributes:
+        rows: that were trained.
+        language: of the labels.
+    """
+
+    rows: Sequence[SummaryRow]
+    language: str
+
+    def say(self, word: str, **values: object) -> str:
+        """Return a text in the language of the plots."""
+        return say(self.language, word, **values)
+
+    def label(self, row: SummaryRow) -> str:
+        """Return a row's name and its gradient error."""
+        error = row.metric("gradient_error")
+        own = name(row, self.rows)
+        return own if error is None else self.say("with_error", name=own, error=relative(error.mean))
+
+    def numbered(self, *, explicit: bool = True) -> list[tuple[int, SummaryRow]]:
+        """Return the rows with their numbers."""
+        return [(i, row) for i, row in enumerate(self.rows) if explicit or not row.explicit]
+
+    def labels(self, canvas: Canvas, x: str, y: str) -> None:
+        """Name the axes."""
+        canvas.axes.set(xlabel=self.say(x) if x else "", ylabel=self.say(y) if y else "")
+
+
+Painter = Callable[[Plots, Canvas], bool]
+
+
+def plots(rows: Sequence[SummaryRow], language: str = "en") -> dict[str, str]:
+    """Return every plot that has something to show, by the key of its title in `translations.py`."""
+    shown = Plots([row for row in rows if row.results], language)
+    lines, bars = CHART + LINE * len(shown.rows), 1.0 + BAR * len(shown.rows)
+    made: dict[str, tuple[Painter, float]] = {
+        "plot_front": (_front, lines),
+        "plot_error": (_error, lines),
+        "plot_accuracy": (_accuracy, lines),
+        "plot_time": (_time, bars + LINE),
+        "plot_evaluations": (_evaluations, lines + LINE * len(shown.rows)),
+        "plot_cosine": (_cosine, lines),
+        "plot_certificate": (_certificate, lines),
+        "plot_radius": (_radius, lines),
+        "plot_memory": (_memory, bars),
+        "plot_rounds": (_rounds, lines),
     }
-    drawn = {word: _draw(word, draw, trained) for word, draw in made.items() if trained}
+    if not shown.rows:
+        return {}
+    drawn = {word: draw(word, _bound(paint, shown), (WIDTH, height)) for word, (paint, height) in made.items()}
     return {word: svg for word, svg in drawn.items() if svg}
 
 
-def _draw(word: str, draw: Callable[[Any, Sequence[SummaryRow]], bool], rows: Sequence[SummaryRow]) -> str:
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    # Text stays text: small, searchable, and in the reader's own font. A salt of its own keeps ids in a page apart.
-    style: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": word,
-        "text.parse_math": False,
-        "font.size": 9,
-        "font.family": "sans-serif",
-    }
-    with mpl.rc_context(style), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser has it
-        figure = Figure(figsize=SIZE, layout="constrained")
-        axes = figure.subplots()
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        if not draw(axes, rows):
-            return ""
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    drawn = out.getvalue()
-    return drawn[drawn.index("<svg") :]
+def _bound(paint: Painter, shown: Plots) -> Callable[[Canvas], bool]:
+    return lambda canvas: paint(shown, canvas)
 
 
 def name(row: SummaryRow, rows: Sequence[SummaryRow]) -> str:
@@ -77,20 +98,51 @@ def name(row: SummaryRow, rows: Sequence[SummaryRow]) -> str:
     return " · ".join(dict.fromkeys(parts))
 
 
-def _accuracy(axes: Any, rows: Sequence[SummaryRow]) -> bool:
-    for row, colour in zip(rows[:MANY], PALETTE, strict=False):
+def measured(rows: Sequence[SummaryRow]) -> list[tuple[int, float, float]]:
+    """Return the number, seconds of training and gradient error of every row that has both."""
+    found = [(i, row.metric("training"), row.metric("gradient_error")) for i, row in enumerate(rows)]
+    return [(i, time.mean, error.mean) for i, time, error in found if time is not None and error is not None]
+
+
+def _front(shown: Plots, canvas: Canvas) -> bool:
+    points = measured(shown.rows)
+    if not points:
+        return False
+    for number, seconds, error in points:
+        row = shown.rows[number]
+        spread = row.metric("training")
+        ends = None if spread is None or spread.low is None or spread.high is None else (spread.low, spread.high)
+        whisker = None if ends is None else [[max(0.0, seconds - ends[0])], [ends[1] - seconds]]
+        style: dict[str, Any] = {"color": colour(number), "marker": mark(number), "ms": 6, "ls": "none"}
+        canvas.axes.errorbar([error], [seconds], yerr=whisker, label="\u200b" + shown.label(row), **style)
+        count = shown.say("points_of", count=len(row.results))
+        canvas.tip(error, seconds, f"{name(row, shown.rows)}\n{relative(error)}, {significant(seconds)} s, {count}")
+    best = [points[i] for i in front([(seconds, error) for _, seconds, error in points])]
+    canvas.axes.plot(
+        [error for _, _, error in best],
+        [seconds for _, seconds, _ in best],
+        color=INK, lw=1, ls="--", drawstyle="steps-pre", zorder=0, label=shown.say("front"),
+    )  # fmt: skip
+    _logarithmic(canvas, "x", [error for _, _, error in points])
+    canvas.axes.set_ylim(0, None)
+    shown.labels(canvas, "axis_error", "axis_seconds")
+    legend(canvas)
+    return True
+
+
+def _accuracy(shown: Plots, canvas: Canvas) -> bool:
+    for number, row in shown.numbered():
         timed = [result for result in row.results.values() if result["times"]["training"] is not None]
         if not timed:
             continue
-        clocks = [clock(result) for result in timed]
+        clocks = np.mean([clock(result) for result in timed], 0)
         curves = [[100 * epoch["validation_accuracy"] for epoch in result["history"]["epochs"]] for result in timed]
-        axes.plot(np.mean(clocks, 0), np.mean(curves, 0), color=colour, label=name(row, rows))
+        canvas.line(number, clocks, np.mean(curves, 0), shown.label(row))
         if len(curves) > 1:
-            axes.fill_between(np.mean(clocks, 0), np.min(curves, 0), np.max(curves, 0), color=colour, alpha=0.15, lw=0)
-    axes.set(xlabel="seconds of training", ylabel="%")
-    if value := bool(axes.lines):
-        axes.legend(frameon=False)
-    return value
+            low, high = np.min(curves, 0), np.max(curves, 0)
+            canvas.axes.fill_between(clocks, low, high, color=colour(number), alpha=0.15, lw=0)
+    shown.labels(canvas, "axis_seconds", "axis_accuracy")
+    return _with_legend(canvas)
 
 
 def clock(result: Any) -> Any:
@@ -103,104 +155,133 @@ def clock(result: Any) -> Any:
     return seconds * result["times"]["training"] / seconds[-1]
 
 
-def _time(axes: Any, rows: Sequence[SummaryRow]) -> bool:
-    places, left = np.arange(len(rows)), np.zeros(len(rows))
-    for part, colour in PARTS:
-        values = np.array([1e3 * _mean(row, part) for row in rows])
-        axes.barh(places, values, left=left, color=colour, label=part, height=0.6)
+def _time(shown: Plots, canvas: Canvas) -> bool:
+    places, left = np.arange(len(shown.rows)), np.zeros(len(shown.rows))
+    for part, number in PARTS:
+        values = np.array([1e3 * _mean(row, part) for row in shown.rows])
+        label = shown.say(f"part_{part}")
+        canvas.axes.barh(places, values, left=left, color=colour(number), label=label, height=0.6)
+        for place, (value, start) in enumerate(zip(values, left, strict=True)):
+            canvas.tip(start + value / 2, place, f"{label}\n{significant(value)} ms")
         left += values
-    axes.set_yticks(places, [name(row, rows) for row in rows])
-    axes.invert_yaxis()
-    axes.set(xlabel="ms per step (median)")
-    axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    _rows(shown, canvas, "axis_step")
+    canvas.axes.figure.legend(loc="outside lower center", frameon=False, fontsize=8.5, ncols=3)
     return True
 
 
-def _evaluations(axes: Any, rows: Sequence[SummaryRow]) -> bool:
-    shown = [row for row in rows if not row.explicit][:MANY]
-    for row, colour in zip(shown, PALETTE, strict=False):
-        for metric, style in (("evaluations_most", "-"), ("vjps_most", "--")):
+def _rows(shown: Plots, canvas: Canvas, x: str) -> None:
+    """Name the rows of bars."""
+    canvas.axes.set_yticks(np.arange(len(shown.rows)), [shown.label(row) for row in shown.rows], fontsize=8)
+    canvas.axes.invert_yaxis()
+    canvas.axes.grid(axis="y", visible=False)
+    shown.labels(canvas, x, "")
+
+
+def _memory(shown: Plots, canvas: Canvas) -> bool:
+    found = [row.metric("step_memory") for row in shown.rows]
+    for place, value in enumerate(found):
+        if value is not None:
+            canvas.axes.barh([place], [value.mean / 1e6], color=colour(place), height=0.6)
+            canvas.tip(value.mean / 2e6, place, f"{significant(value.mean / 1e6)} MB")
+    _rows(shown, canvas, "axis_megabytes")
+    return any(value is not None for value in found)
+
+
+def _evaluations(shown: Plots, canvas: Canvas) -> bool:
+    for number, row in shown.numbered(explicit=False):
+        for metric, style, kind in (("evaluations_most", "-", "f"), ("vjps_most", "--", "vjps")):
             curves = _curves(row, metric)
             if curves is not None:
-                kind = "f" if style == "-" else "vjps"
-                axes.plot(_epochs(curves), curves, style, color=colour, label=f"{name(row, rows)}: {kind}")
-    axes.set(xlabel="epoch", ylabel="per step", ylim=(0, None))
-    if shown:
-        axes.legend(frameon=False, fontsize=8, ncols=min(len(shown), 3), loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    return bool(shown)
+                canvas.line(number, _epochs(curves), curves, f"{shown.label(row)}: {kind}", ls=style)
+    shown.labels(canvas, "axis_epoch", "axis_counts")
+    canvas.axes.set_ylim(0, None)
+    return _with_legend(canvas)
 
 
-def _cosine(axes: Any, rows: Sequence[SummaryRow]) -> bool:
-    result = _audits(axes, rows, ("cosine",))
-    axes.set(xlabel="epoch", ylabel="cosine")
-    return result
+def _error(shown: Plots, canvas: Canvas) -> bool:
+    drawn = _audits(shown, canvas, audit_error)
+    _logarithmic(canvas, "y", drawn)
+    shown.labels(canvas, "axis_epoch", "axis_error")
+    return _with_legend(canvas)
 
 
-def _radius(axes: Any, rows: Sequence[SummaryRow]) -> bool:
-    result = _audits(axes, rows, ("radius", "radius_most"))
-    axes.axhline(1.0, color="#666666", lw=0.8, ls=":")
-    axes.set(xlabel="epoch", ylabel="|λ|max", ylim=(0, None))
-    return result
+def _cosine(shown: Plots, canvas: Canvas) -> bool:
+    _audits(shown, canvas, lambda audit: audit["cosine"])
+    shown.labels(canvas, "axis_epoch", "axis_cosine")
+    return _with_legend(canvas)
 
 
-def _certificate(axes: Any, rows: Sequence[SummaryRow]) -> bool:
-    result = False
-    for row, colour in zip([row for row in rows if not row.explicit], PALETTE, strict=False):
+def _radius(shown: Plots, canvas: Canvas) -> bool:
+    _audits(shown, canvas, lambda audit: audit["radius"])
+    _audits(shown, canvas, lambda audit: audit["radius_most"], again=True)
+    canvas.axes.axhline(1.0, color=INK, lw=0.8, ls=":")
+    shown.labels(canvas, "axis_epoch", "axis_radius")
+    canvas.axes.set_ylim(0, None)
+    return _with_legend(canvas)
+
+
+def _certificate(shown: Plots, canvas: Canvas) -> bool:
+    drawn: list[float] = []
+    for number, row in shown.numbered(explicit=False):
         curves = _curves(row, "adjoint_residual")
         if curves is not None:
-            result = True
-            axes.semilogy(_epochs(curves), curves, color=colour, label=name(row, rows))
-    axes.set(xlabel="epoch", ylabel="‖g + Jᵀu − u‖ / ‖g‖")
-    # The usual labels of a logarithmic axis are mathtext, which stays unparsed here: a data set may be called $x$.
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter(lambda value, _: "")
-    if result:
-        axes.legend(frameon=False)
-    return result
+            canvas.line(number, _epochs(curves), curves, shown.label(row))
+            drawn += list(curves)
+    _logarithmic(canvas, "y", drawn)
+    shown.labels(canvas, "axis_epoch", "axis_certificate")
+    return _with_legend(canvas)
 
 
-def _memory(axes: Any, rows: Sequence[SummaryRow]) -> bool:
-    places = np.arange(len(rows))
-    axes.barh(places, [_mean(row, "peak_memory") / 1e6 for row in rows], color=PALETTE[0], height=0.6)
-    axes.set_yticks(places, [name(row, rows) for row in rows])
-    axes.invert_yaxis()
-    axes.set(xlabel="MB")
-    return True
-
-
-def _rounds(axes: Any, rows: Sequence[SummaryRow]) -> bool:
-    result = [accumulation for accumulation in accumulations(rows) if accumulation.gap]
-    for each, colour in zip(result[:MANY], PALETTE[1:] + PALETTE[:1], strict=False):
-        gap = each.gap or ()
-        numbers = np.arange(1, len(gap) + 1)
-        axes.plot(numbers, [100 * value.mean for value in gap], "o-", ms=3, color=colour, label=name(each.row, rows))
-        ends = [(value.low, value.high) for value in gap if value.low is not None and value.high is not None]
-        if len(ends) == len(gap):
-            low, high = 100 * np.transpose(ends)
-            axes.fill_between(numbers, low, high, color=colour, alpha=0.15, lw=0)
-        axes.set_xticks(numbers)
-    axes.axhline(0.0, color="#666666", lw=0.8, ls=":")
-    axes.set(xlabel="round", ylabel="points")
-    if result:
-        axes.legend(frameon=False)
-    return bool(result)
-
-
-def _audits(axes: Any, rows: Sequence[SummaryRow], metrics: Sequence[str]) -> bool:
-    value = False
-    for row, colour in zip([row for row in rows if not row.explicit], PALETTE, strict=False):
-        audits = [result["history"]["audits"] for result in row.results.values()]
-        if not audits[0]:
+def _rounds(shown: Plots, canvas: Canvas) -> bool:
+    numbers = {id(row): number for number, row in shown.numbered()}
+    for each in accumulations(shown.rows):
+        if each.gap is None:
             continue
-        value = True
+        number, rounds = numbers[id(each.row)], np.arange(1, len(each.gap) + 1)
+        canvas.line(number, rounds, [100 * value.mean for value in each.gap], shown.label(each.row), marker="o", ms=3)
+        ends = [(value.low, value.high) for value in each.gap if value.low is not None and value.high is not None]
+        if len(ends) == len(each.gap):
+            low, high = 100 * np.transpose(ends)
+            canvas.axes.fill_between(rounds, low, high, color=colour(number), alpha=0.15, lw=0)
+        canvas.axes.set_xticks(rounds)
+    drawn = _with_legend(canvas)
+    canvas.axes.axhline(0.0, color=INK, lw=0.8, ls=":")
+    shown.labels(canvas, "axis_round", "axis_points")
+    return drawn
+
+
+def _audits(shown: Plots, canvas: Canvas, read: Callable[[Any], float | None], *, again: bool = False) -> list[float]:
+    """Draw what audits measured, mean over seeds, and return it; `again`: a further line of rows that have one."""
+    drawn: list[float] = []
+    for number, row in shown.numbered(explicit=False):
+        audits = [result["history"]["audits"] for result in row.results.values()]
+        values = np.array([[np.nan if read(a) is None else read(a) for a in item] for item in audits], dtype=float)
+        if not values.size or np.isnan(values).all():
+            continue
+        style: dict[str, Any] = {"marker": "^", "ls": ":", "listed": False} if again else {"marker": mark(number)}
         epochs = [audit["epoch"] for audit in audits[0]]
-        for metric, style in zip(metrics, ("o-", "^:"), strict=False):
-            values = np.array([[np.nan if a[metric] is None else a[metric] for a in item] for item in audits])
-            label = name(row, rows) if style == "o-" else None
-            axes.plot(epochs, values.mean(0), style, ms=3, color=colour, label=label)
-    if value:
-        axes.legend(frameon=False)
-    return value
+        canvas.line(number, epochs, values.mean(0), shown.label(row), ms=3, **style)
+        drawn += list(values.mean(0))
+    return drawn
+
+
+def _logarithmic(canvas: Canvas, which: str, values: Sequence[float]) -> None:
+    """Use a logarithmic axis where all values are positive."""
+    if not values or not min(values) > 0:
+        return
+    axis = canvas.axes.xaxis if which == "x" else canvas.axes.yaxis
+    (canvas.axes.set_xscale if which == "x" else canvas.axes.set_yscale)("log")
+    # The usual labels of a logarithmic axis are mathtext, which stays unparsed here: a data set may be called $x$.
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    narrow = max(values) < 10 * min(values)
+    axis.set_minor_formatter(lambda value, _: f"{value:g}" if narrow and f"{value:.0e}"[0] in "25" else "")
+
+
+def _with_legend(canvas: Canvas) -> bool:
+    drawn = bool(canvas.axes.lines)
+    if drawn:
+        legend(canvas)
+    return drawn
 
 
 def _curves(row: SummaryRow, metric: str) -> Any:

@@ -1,17 +1,25 @@
-"""The recommendation of a study: which strategy to use, what it saves and what it costs, from measured numbers only."""
+"""The recommendation of a study: which strategy to use, what it saves and what it costs, from measured numbers only.
+
+A strategy is recommended only if nothing speaks against it: seeds, gradient error, cosine, accuracy, time, failures.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
-from deqcore.study.report.summary import Interval, SummaryRow, explicit, reference
+from deqcore.study.report.summary import Interval, SummaryRow, at_equal_error, explicit, loosened, reference
 from deqcore.study.settings import CostSettings
 
 TOLERATED: Final = -0.01  # one point of accuracy below exact gradients, at the lower end of the interval
-HARMFUL: Final = 0.9  # cosine below which a reused gradient gives a warning
+LEAST_COSINE: Final = 0.9
+LARGEST_ERROR: Final = 0.3  # relative, of the gradient of all weights
+LEAST_SEEDS: Final = 3
+
+Reason: TypeAlias = tuple[str, Mapping[str, object]]
+"""A key of `translations.py` and its values."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +29,7 @@ class PairedComparison:
     Attributes:
         accuracy: difference of test accuracies.
         time: quotient of whole trainings.
-        memory: quotient of what training adds to the process.
+        memory: quotient of what the allocator holds for a step.
     """
 
     accuracy: Interval | None
@@ -31,9 +39,7 @@ class PairedComparison:
     @classmethod
     def of(cls, row: SummaryRow, other: SummaryRow) -> PairedComparison:
         """Compare two rows."""
-        return cls(
-            row.against(other, "test_accuracy"), row.ratio(other, "training"), row.ratio(other, "training_memory")
-        )
+        return cls(row.against(other, "test_accuracy"), row.ratio(other, "training"), row.ratio(other, "step_memory"))
 
 
 @dataclass(frozen=True)
@@ -52,16 +58,40 @@ class Bill:
 
 
 @dataclass(frozen=True)
+class StrategyLine:
+    """The line of one strategy on the first screen.
+
+    Attributes:
+        row: of the table.
+        versus: against exact gradients; None for the reference itself and where there is none.
+        peer: the quickest exact-ift whose gradient error is not larger, and `equal`: the time over its time.
+        reasons: what speaks against a recommendation.
+        best: whether it is recommended.
+        reference: whether it is the reference of the others.
+    """
+
+    row: SummaryRow
+    versus: PairedComparison | None
+    peer: SummaryRow | None
+    equal: Interval | None
+    reasons: tuple[Reason, ...]
+    best: bool
+    reference: bool
+
+
+@dataclass(frozen=True)
 class Recommendation:
     """The recommended setting for one kind of problem (data, backend, model).
 
     Attributes:
         place: data, backend, model.
-        best: the row that is recommended; None if nothing trained.
+        best: the row that is recommended; None if something speaks against each of them.
         exact: the row with exact gradients. `explicit`: the network without an equilibrium.
         against_exact, against_explicit: what the recommended row saves and costs.
-        bill: cost in money.
+        bill: cost in money; None without a price.
         warnings: reasons for doubt, as pairs of a key of `translations.py` and its values.
+        lines: one for each strategy.
+        seeds: the most seeds that a strategy finished.
     """
 
     place: tuple[str, str, str]
@@ -71,7 +101,9 @@ class Recommendation:
     against_exact: PairedComparison | None
     against_explicit: PairedComparison | None
     bill: Bill | None
-    warnings: tuple[tuple[str, dict[str, object]], ...]
+    warnings: tuple[Reason, ...]
+    lines: tuple[StrategyLine, ...]
+    seeds: int
 
 
 def recommendations(rows: Sequence[SummaryRow], cost: CostSettings) -> list[Recommendation]:
@@ -86,24 +118,74 @@ def acceptable(row: SummaryRow, exact: SummaryRow | None) -> bool:
     return difference is None or difference.worst >= TOLERATED
 
 
+def reasons(row: SummaryRow, group: Sequence[SummaryRow]) -> tuple[Reason, ...]:
+    """Return what speaks against recommending a row; group: the rows of its place."""
+    exact = reference(row, group)
+    result: list[Reason] = []
+    paired = len(set(row.results) & set(exact.results)) if exact is not None else len(row.results)
+    if row.failures:
+        result.append(("block_failed", {"count": len(row.failures)}))
+    if paired < LEAST_SEEDS:
+        result.append(("block_seeds", {"count": paired, "least": LEAST_SEEDS}))
+    if exact is row:
+        return tuple(result)
+    return tuple(result + _quality(row) + _against(row, exact, group))
+
+
+def _quality(row: SummaryRow) -> list[Reason]:
+    """Judge the gradient by its error first: a cosine does not show a wrong length."""
+    error, cosine = row.metric("gradient_error"), row.metric("cosine")
+    result: list[Reason] = []
+    if error is None:
+        result.append(("block_unknown", {}))
+    elif not error.mean <= LARGEST_ERROR:
+        result.append(("block_error", {"limit": f"{LARGEST_ERROR:g}"}))
+    if cosine is not None and not cosine.mean >= LEAST_COSINE:
+        result.append(("block_cosine", {"limit": f"{LEAST_COSINE:g}"}))
+    return result
+
+
+def _against(row: SummaryRow, exact: SummaryRow | None, group: Sequence[SummaryRow]) -> list[Reason]:
+    if exact is None:
+        return [("block_no_exact", {})]
+    result: list[Reason] = [] if acceptable(row, exact) else [("block_accuracy", {})]
+    time, peer = row.ratio(exact, "training"), at_equal_error(row, group)
+    if time is None or time.high is None or time.high >= 1:
+        result.append(("block_slower", {}))
+    equal = row.ratio(peer, "training") if peer is not None else None
+    if peer is not None and peer is not exact and equal is not None and equal.mean > 1:
+        result.append(("block_beaten", {"strategy": peer.label}))
+    return result
+
+
 def _answer(group: Sequence[SummaryRow], rows: Sequence[SummaryRow], cost: CostSettings) -> Recommendation:
-    trained = [row for row in group if row.results]
-    place = group[0].place[:3]
-    fit = [row for row in trained if acceptable(row, reference(row, rows))] or trained
-    if not fit:
-        return Recommendation(place, None, None, None, None, None, None, _warnings(group, None))
-    best = min(fit, key=lambda row: (_mean(row, "training"), row.label))
-    exact, plain = reference(best, rows), explicit(best, rows)
+    found = {id(row): reasons(row, group) for row in group}
+    fit = [row for row in group if row.results and not found[id(row)]]
+    best = min(fit, key=lambda row: (_mean(row, "training"), row.label), default=None)
+    exact = reference(best if best is not None else group[0], group)
+    plain = explicit(group[0], rows)
+    lines = tuple(_line(row, group, found[id(row)], best) for row in group)
     return Recommendation(
-        place,
+        group[0].place[:3],
         best,
         exact,
         plain,
-        PairedComparison.of(best, exact) if exact is not None else None,
-        PairedComparison.of(best, plain) if plain is not None else None,
-        bill(best, exact, cost),
-        _warnings(group, best),
+        PairedComparison.of(best, exact) if best is not None and exact is not None else None,
+        PairedComparison.of(best, plain) if best is not None and plain is not None else None,
+        bill(best, exact, cost) if best is not None else None,
+        _warnings(group),
+        lines,
+        max((len(row.results) for row in group), default=0),
     )
+
+
+def _line(
+    row: SummaryRow, group: Sequence[SummaryRow], against: tuple[Reason, ...], best: SummaryRow | None
+) -> StrategyLine:
+    exact, peer = reference(row, group), at_equal_error(row, group)
+    versus = PairedComparison.of(row, exact) if exact is not None and exact is not row else None
+    equal = row.ratio(peer, "training") if peer is not None else None
+    return StrategyLine(row, versus, peer, equal, against, row is best, row is exact)
 
 
 def devices(memory: Interval | None, cost: CostSettings) -> int | None:
@@ -118,36 +200,36 @@ def devices(memory: Interval | None, cost: CostSettings) -> int | None:
     return needed if needed < cost.devices else None
 
 
-def bill(row: SummaryRow, exact: SummaryRow | None, cost: CostSettings) -> Bill:
-    """Return what a row's trainings cost at the price of the machine."""
-
-    def training(row: SummaryRow) -> float:
-        return _mean(row, "training") * cost.scale / 3600 * cost.price_per_hour
-
-    month = training(row) * cost.trainings_per_month
-    saved = None if exact is None else training(exact) * cost.trainings_per_month - month
+def bill(row: SummaryRow, exact: SummaryRow | None, cost: CostSettings) -> Bill | None:
+    """Return what a row's trainings cost at the price of the machine; None without a price."""
+    price = cost.price_per_hour
+    if price is None:
+        return None
+    own, theirs = (
+        None if each is None else _mean(each, "training") * cost.scale / 3600 * price for each in (row, exact)
+    )
+    assert own is not None
+    month = own * cost.trainings_per_month
+    saved = None if theirs is None else theirs * cost.trainings_per_month - month
     payback = cost.switch_cost / saved if saved is not None and saved > 0 else None
-    return Bill(training(row), month, saved, payback)
+    return Bill(own, month, saved, payback)
 
 
-def _warnings(group: Sequence[SummaryRow], best: SummaryRow | None) -> tuple[tuple[str, dict[str, object]], ...]:
-    result: list[tuple[str, dict[str, object]]] = []
-    if best is not None and len(best.results) < 3:
-        result.append(("few_seeds", {"count": len(best.results)}))
+def _warnings(group: Sequence[SummaryRow]) -> tuple[Reason, ...]:
+    result: list[Reason] = []
+    approximate = [row for row in group if reference(row, group) is not row]
+    if approximate and not any(map(loosened, group)):
+        result.append(("no_equal", {}))
+    if any(row.name == "broyden-reuse" for row in group):
+        result.append(("reuse_so_far", {}))
     for row in group:
-        cosine, gap = row.metric("cosine"), _gap(row, group)
-        if cosine is not None and cosine.mean < HARMFUL:
-            result.append(("low_cosine", {"strategy": row.label, "solver": row.solver, "cosine": f"{cosine.mean:.2f}"}))
+        who, gap = {"strategy": row.label, "solver": row.solver}, _gap(row, group)
         if gap is not None and gap.high is not None and gap.high < 0 and gap.mean < TOLERATED:
-            result.append(("harmful", {"strategy": row.label, "solver": row.solver, "points": f"{100 * gap.mean:.1f}"}))
+            result.append(("harmful", {**who, "points": f"{100 * gap.mean:.1f}".replace("-", "−")}))
         unconverged = row.metric("unconverged")
         if unconverged is not None and unconverged.mean > 0.01:
-            share = f"{100 * unconverged.mean:.0f}"
-            result.append(("unconverged", {"strategy": row.label, "solver": row.solver, "percent": share}))
-        result += [
-            ("failed", {"strategy": row.label, "solver": row.solver, "seed": seed, "reason": reason})
-            for seed, reason in row.failures.items()
-        ]
+            result.append(("unconverged", {**who, "percent": f"{100 * unconverged.mean:.0f}"}))
+        result += [("failed", {**who, "seed": seed, "reason": reason}) for seed, reason in row.failures.items()]
     return tuple(result)
 
 

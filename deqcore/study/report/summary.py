@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
 import numpy as np
 
 CellResult: TypeAlias = Mapping[str, Any]
 LEVEL: Final = 0.95
+EXACT: Final = 1e-3  # the loosest adjoint tolerance at which exact-ift is a reference
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,31 @@ class Interval:
         return self.mean if self.low is None else self.low
 
 
+def gradient_error(result: CellResult) -> float | None:
+    """Return ‖g − g*‖ / ‖g*‖ of the gradient of all weights, mean over the audited batches; None without audits."""
+    audits = result.get("history", {}).get("audits", ())
+    known = [error for error in map(audit_error, audits) if error is not None]
+    return sum(known) / len(known) if known else None
+
+
+def audit_error(audit: Mapping[str, Any]) -> float | None:
+    """Return the gradient error of an audit.
+
+    Results of earlier versions have the cosine and the quotient of norms, from which it follows.
+    """
+    if "error" in audit:
+        return float(audit["error"])
+    ratio = audit.get("ratio")
+    return None if ratio is None else math.sqrt(max(0.0, ratio * ratio - 2 * ratio * audit["cosine"] + 1.0))
+
+
+def _step_memory(result: CellResult) -> float | None:
+    """Return what the allocator of the framework holds for a step. The resident set of a process does not repeat."""
+    on_host = result.get("device", "cpu") == "cpu"
+    value: float | None = result.get("step_memory", None if on_host else result.get("training_memory"))
+    return value
+
+
 METRICS: Final[dict[str, Callable[[CellResult], float | None]]] = {
     "test_accuracy": lambda result: result["test_accuracy"],
     "test_loss": lambda result: result["test_loss"],
@@ -62,6 +88,8 @@ METRICS: Final[dict[str, Callable[[CellResult], float | None]]] = {
     "step": lambda result: result["times"]["step"],
     "training": lambda result: result["times"]["training"],
     "warm_up": lambda result: result["warm_up"],
+    "seconds": lambda result: result.get("seconds"),
+    "step_memory": _step_memory,
     "peak_memory": lambda result: result["peak_memory"],
     "training_memory": lambda result: result["training_memory"],
     "evaluations": lambda result: result["figures"]["evaluations_most"],
@@ -70,6 +98,7 @@ METRICS: Final[dict[str, Callable[[CellResult], float | None]]] = {
     "adjoint_residual": lambda result: result["figures"]["adjoint_residual"],
     "fallback": lambda result: result["figures"]["fallback"],
     "cosine": lambda result: result["cosine"],
+    "gradient_error": gradient_error,
     "radius": lambda result: _last(result, "radius"),
     "radius_most": lambda result: _last(result, "radius_most"),
 }
@@ -81,7 +110,7 @@ class SummaryRow:
 
     Attributes:
         place: data, backend, model and width: what has one exact gradient and one explicit network to compare with.
-        solver, strategy, rtol: how it was trained. `name`: the strategy's registered name.
+        solver, strategy, rtol: how it was trained. `name`: the strategy's registered name. `options`: the strategy's.
         results: of the cells that ended well, by seed.
         failures: reasons of those that did not, by seed.
     """
@@ -93,6 +122,7 @@ class SummaryRow:
     rtol: float
     results: Mapping[int, CellResult]
     failures: Mapping[int, str]
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def explicit(self) -> bool:
@@ -142,14 +172,43 @@ def _row(key: tuple[Any, ...], results: Sequence[CellResult]) -> SummaryRow:
     place, solver, strategy, name, rtol = key
     good = {item["cell"]["seed"]: item for item in results if item["status"] == "ok"}
     bad = {item["cell"]["seed"]: f"{item['reason']}: {item['detail']}" for item in results if item["status"] != "ok"}
-    return SummaryRow(place, solver, strategy, name, rtol, good, bad)
+    options = results[0]["cell"]["strategy"].get("options", {})
+    return SummaryRow(place, solver, strategy, name, rtol, good, bad, options)
 
 
 def reference(row: SummaryRow, among: Iterable[SummaryRow]) -> SummaryRow | None:
-    """Return the row that was trained with exact gradients and is otherwise the same."""
+    """Return the row that was trained with exact gradients and is otherwise the same.
+
+    Of several rows with exact-ift it is the tightest; one that stops early (`loosened`) is not exact.
+    """
     same = (other for other in among if other.place == row.place and other.rtol == row.rtol and other.results)
-    exact = [other for other in same if other.name == "exact-ift"]
-    return next((other for other in exact if other.solver == row.solver), exact[0] if exact else None)
+    exact = [other for other in same if other.name == "exact-ift" and not loosened(other)]
+    return min(exact, key=lambda other: (other.solver != row.solver, _tolerance(other)), default=None)
+
+
+def loosened(row: SummaryRow) -> bool:
+    """Return whether a row is exact-ift that stops before its gradient is exact: at a tolerance, an error or a step."""
+    stops = (row.options.get(name) not in (None, "none", "auto") for name in ("max_relative_error", "max_steps"))
+    return row.name == "exact-ift" and (any(stops) or _tolerance(row) > EXACT)
+
+
+def at_equal_error(row: SummaryRow, among: Iterable[SummaryRow]) -> SummaryRow | None:
+    """Return the quickest other row with exact-ift whose gradient error is not larger; None if nothing was measured."""
+    error = row.metric("gradient_error")
+    if error is None:
+        return None
+    fitting = []
+    for other in among:
+        theirs, time = other.metric("gradient_error"), other.metric("training")
+        same = other.place == row.place and other.rtol == row.rtol and other.solver == row.solver
+        if same and other is not row and other.name == "exact-ift" and theirs is not None and time is not None:
+            fitting += [(time.mean, other)] if theirs.mean <= error.mean else []
+    return min(fitting, key=lambda item: item[0], default=(0.0, None))[1]
+
+
+def _tolerance(row: SummaryRow) -> float:
+    value = row.options.get("rtol", "auto")
+    return 0.0 if isinstance(value, str) or value is None else float(value)
 
 
 def explicit(row: SummaryRow, among: Iterable[SummaryRow]) -> SummaryRow | None:

@@ -11,7 +11,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from deqcore.study.labels import head
 from deqcore.study.report.summary import METRICS, Interval, SummaryRow
+from deqcore.study.translations import say
 
 
 def percent(value: Interval | None) -> str:
@@ -31,7 +33,7 @@ def seconds(value: Interval | None) -> str:
 
 def megabytes(value: Interval | None) -> str:
     """Return the bytes as MB."""
-    return "–" if value is None else f"{value.mean / 1e6:.0f}"
+    return "–" if value is None else significant(value.mean / 1e6)
 
 
 def count(value: Interval | None) -> str:
@@ -42,6 +44,16 @@ def count(value: Interval | None) -> str:
 def cosine(value: Interval | None) -> str:
     """Return a cosine, four decimals: 0.9996 and 1 are different answers."""
     return "–" if value is None else f"{value.mean:.4f}"
+
+
+def error(value: Interval | None) -> str:
+    """Return a relative error, two digits."""
+    return "–" if value is None else relative(value.mean)
+
+
+def relative(value: float) -> str:
+    """Return two significant digits."""
+    return f"{value:.1e}" if 0 < value < 1e-3 else f"{value:.2g}"
 
 
 def significant(value: float) -> str:
@@ -62,21 +74,19 @@ def _with_half(value: Interval, scale: float, digits: int, unit: str) -> str:
 
 
 COLUMNS: Final[tuple[tuple[str, str, Callable[[Interval | None], str]], ...]] = (
+    ("gradient error", "gradient_error", error),
+    ("gradient cosine", "cosine", cosine),
     ("test accuracy %", "test_accuracy", percent),
     ("forward ms", "forward", milliseconds),
     ("backward ms", "backward", milliseconds),
     ("step ms", "step", milliseconds),
     ("training s", "training", seconds),
-    ("peak MB", "peak_memory", megabytes),
+    ("process s", "seconds", seconds),
+    ("step MB", "step_memory", megabytes),
     ("f forward", "evaluations", count),
     ("vjps backward", "vjps", count),
-    ("gradient cosine", "cosine", cosine),
 )
 IDENTITY: Final = ("data", "backend", "model", "solver", "rtol", "strategy")
-NOTE: Final = (
-    "Times are medians of a step; f and vjps are what a batch pays for (its slowest sample), averaged over steps; the "
-    "cosine compares the gradient with the exact one during training."
-)
 
 
 def identity(row: SummaryRow) -> dict[str, str]:
@@ -106,14 +116,21 @@ def shared(rows: Sequence[SummaryRow], head: Callable[[str], str] = str) -> str:
     )
 
 
-def terminal(rows: Sequence[SummaryRow]) -> Table:
+def values(row: SummaryRow) -> list[float | None]:
+    """Return the means behind the figures of `cells`, by which a page sorts."""
+    found = [row.metric(metric) if row.results else None for _, metric, _ in COLUMNS]
+    return [None if value is None else value.mean for value in found]
+
+
+def terminal(rows: Sequence[SummaryRow], language: str = "en") -> Table:
     """Build the table for a terminal."""
     header, lines = cells(rows)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=shared(rows), title_justify="left", caption=NOTE)
-    table.caption_justify = "left"
+    title = shared(rows, lambda name: head(language, name))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+    table.caption, table.caption_justify = say(language, "table_note"), "left"
     labels = len(header) - len(COLUMNS)
     for number, title in enumerate(header):
-        table.add_column(Text(title), justify="left" if number < labels else "right")
+        table.add_column(Text(head(language, title)), justify="left" if number < labels else "right")
     for row, line in zip(rows, lines, strict=True):
         table.add_row(*map(Text, line), style=None if row.results else "red")
     return table
@@ -125,7 +142,7 @@ def markdown(rows: Sequence[SummaryRow]) -> str:
     escaped = [[item.replace("|", "\\|") for item in line] for line in lines]
     rule = ["---"] * len(header)
     body = "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *escaped])
-    return f"{shared(rows)}\n\n{body}\n\n{NOTE}\n"
+    return f"{shared(rows)}\n\n{body}\n\n{say('en', 'table_note')}\n"
 
 
 def comma_separated(rows: Sequence[SummaryRow]) -> str:

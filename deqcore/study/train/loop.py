@@ -57,12 +57,14 @@ class AuditPoint:
         epoch: epochs done before it.
         cosine: of the strategy's gradient with the exact one.
         ratio: of their norms.
+        error: ‖g − g*‖ / ‖g*‖ of the gradient g of all weights; g* is the exact one.
         radius: estimate of the Jacobian's spectral radius, median over samples. `radius_most`: the largest.
     """
 
     epoch: int
     cosine: float
     ratio: float
+    error: float
     radius: float | None
     radius_most: float | None
 
@@ -254,11 +256,12 @@ class CellTraining:
         _, result = self.trainer.gradient(x, y, self.cell.config())
         _, wanted = self.trainer.gradient(x, y, truth)
         radius = self.trainer.radius(x[:AUDIT_SAMPLES], truth, AUDIT_PRODUCTS)
-        size = float(np.linalg.norm(result) * np.linalg.norm(wanted))
+        own, size = float(np.linalg.norm(result)), max(float(np.linalg.norm(wanted)), 1e-30)
         audit = AuditPoint(
             epoch=epoch,
-            cosine=float(result @ wanted) / size if size > 0 else 0.0,
-            ratio=float(np.linalg.norm(result)) / max(float(np.linalg.norm(wanted)), 1e-30),
+            cosine=float(result @ wanted) / (own * size) if own > 0 else 0.0,
+            ratio=own / size,
+            error=float(np.linalg.norm(result - wanted)) / size,
             radius=_number(np.median(radius)),
             radius_most=_number(radius.max()),
         )
@@ -287,6 +290,11 @@ class CellTraining:
         right = np.take_along_axis(scores, split.y[..., None], axis=-1)
         return float(-right.mean()), float((scores.argmax(-1) == split.y).mean())
 
+    def _step_memory(self) -> int | None:
+        """Measure a step's memory on the first batch, after the training: the step's state is not used any more."""
+        rows = batches(self.cell, len(self.data.train), 0)[0]
+        return self.trainer.step_memory(self.data.train.x[rows], self.data.train.y[rows])
+
     def _result(self) -> dict[str, Any]:
         history, last = self.history, self.history["rounds"][-1]
         columns = {name: [row[name] for row in history["steps"]] for name in history["steps"][0]}
@@ -303,6 +311,7 @@ class CellTraining:
             "times": times(columns),
             "peak_memory": history["peak"],
             "training_memory": history["peak"] - (0 if self.trainer.peak() is not None else self.before),
+            "step_memory": self._step_memory(),
             "figures": {name: _average(columns[name]) for name in Figures._fields},
             "cosine": _average([audit["cosine"] for audit in history["audits"]]),
             "history": {"steps": columns, "epochs": history["epoch"], "audits": history["audits"]},

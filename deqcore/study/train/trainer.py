@@ -152,6 +152,14 @@ class Trainer(ABC):
         """Return the peak memory of the device in bytes since `reset_peak`; None if the host is the only device."""
         return None
 
+    def step_memory(self, x: Numbers, y: Numbers) -> int | None:
+        """Return the most bytes that the framework's allocator holds for one step, beyond what it held before.
+
+        The count is the allocator's own, so that it repeats. The step may change the optimiser's state. None if the
+        framework does not count.
+        """
+        return None
+
 
 def _finite(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
