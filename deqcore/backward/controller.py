@@ -20,9 +20,10 @@ RIDGE: Final = 1e-4
 MEMORY: Final = 0.3
 """Weight of the newest audit in every average, once there are several."""
 
-SPREAD: Final = 2.0
-"""The bound of an error is its geometric mean times exp(SPREAD · mean deviation of its logarithm), where the deviation is
-twice the mean excess. For a normal distribution 2.06 mean deviations are exceeded by 5 %."""
+SPREAD: Final = 2.4
+"""The bound of an error is its geometric mean times exp(SPREAD · deviation), where the deviation is twice the mean
+excess of the logarithm. For a normal distribution 2.06 of them are exceeded by 5 %; the least k whose bound meets the
+target is one whose errors happened to be small, which takes the rest."""
 
 YOUNG: Final = 0.15
 """Deviation of the logarithm of an error before audits have shown one."""
