@@ -8,8 +8,8 @@ import re
 import pytest
 
 PUBLIC = {
-    "deqcore": """AdjointReport Backend Capabilities Config History InverseJacobian Solution Solver Status StepStrategy
-        Strategy __version__ errors fixed_point get_backend using vjp""",
+    "deqcore": """AdjointReport Backend Capabilities Config History InverseJacobian Solution Solver StatefulStrategy Status
+        StepStrategy Strategy StrategyState __version__ errors fixed_point get_backend using vjp""",
     "deqcore.errors": """BackendError BackendMismatchError ConfigError ConvergenceError ConvergenceWarning
         CoupledRowsWarning DeqcoreError DtypeToleranceWarning LayerWarning MissingExtraError MissingFrameworkError
         MonitorError MonitorWarning NonDeterministicWarning PluginError ProblemError InitialIterateError StrategyError
@@ -23,6 +23,7 @@ PUBLIC = {
     "deqcore.solvers.newton_krylov": "NewtonKrylov",
     "deqcore.backward.exact_ift": "ExactIFT",
     "deqcore.backward.broyden_reuse": "BroydenReuse",
+    "deqcore.backward.adaptive": "Adaptive",
     "deqcore.backward.jacobian_free": "JacobianFree",
     "deqcore.backward.neumann": "Neumann",
     "deqcore.backward.phantom": "Phantom",
@@ -39,13 +40,14 @@ PUBLIC = {
     "deqcore.study.models.base": "Ops Shape",
     "deqcore.study.data": "Dataset",
     "deqcore.study.data.base": "Split",
-    "deqcore_torch.nn": "DEQ",
+    "deqcore_torch.nn": "DEQ synchronize_strategies",
     "deqcore_torch.cells": "MonotoneCell VariationalDropout begin_solve",
     "deqcore_torch.compat.torchdeq": "get_deq",
     "deqcore_jax.cells": "Monotone dropout_mask spectrally_normalized weight_normalized",
     "deqcore_jax.nnx": "DEQ",
     "deqcore_jax.equinox": "DEQ",
     "deqcore_jax.adjoint_tap": "AdjointTap new read reporting",
+    "deqcore_jax.strategy_state": "carrying new",
     "deqcore_jax.callbacks": "collecting observe observe_backward",
 }
 NAMES = [(home, name) for home, names in PUBLIC.items() for name in names.split()]
