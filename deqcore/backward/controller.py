@@ -31,7 +31,7 @@ YOUNG: Final = 0.15
 UNSEEN: Final = 1.2
 """Factor on errors of coefficients on the audit that made them."""
 
-LARGEST: Final = 0.8
+LARGEST: Final = 2.0
 """Most that one audit counts as a deviation, so that the start of a training is forgotten soon."""
 
 EXACT_EVERY: Final = 4.0
