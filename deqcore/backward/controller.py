@@ -220,7 +220,7 @@ class Controller:
             forward=now.forward, unconverged=now.unconverged,
         )  # fmt: skip
         over = ~first & (used > self.target)
-        surprised = over & (used > s.bound)  # what is known to miss the target is no surprise
+        surprised = over & (used > s.bound)  # the bound may be known to miss the target
         learned = learned._replace(over=s.over + xp.where(over, xp.ones_like(s.over), xp.zeros_like(s.over)))
         return self._choose(xp, learned, s, nested(xp, g, b, eye), eye, surprised)
 
