@@ -8,8 +8,8 @@ import re
 import pytest
 
 PUBLIC = {
-    "deqcore": """AdjointReport Backend Capabilities Config History InverseJacobian Solution Solver StatefulStrategy Status
-        StepStrategy Strategy StrategyState __version__ errors fixed_point get_backend using vjp""",
+    "deqcore": """AdjointReport Backend Capabilities Config History InverseJacobian Solution Solver StatefulStrategy
+        Status StepStrategy Strategy StrategyState __version__ errors fixed_point get_backend using vjp""",
     "deqcore.errors": """BackendError BackendMismatchError ConfigError ConvergenceError ConvergenceWarning
         CoupledRowsWarning DeqcoreError DtypeToleranceWarning LayerWarning MissingExtraError MissingFrameworkError
         MonitorError MonitorWarning NonDeterministicWarning PluginError ProblemError InitialIterateError StrategyError
