@@ -20,9 +20,10 @@ RIDGE: Final = 1e-4
 MEMORY: Final = 0.3
 """Weight of the newest audit in every average, once there are several."""
 
-SPREAD: Final = 2.0
-"""The bound of an error is its geometric mean times exp(SPREAD · mean deviation of its logarithm), where the deviation is
-twice the mean excess. For a normal distribution 2.06 mean deviations are exceeded by 5 %."""
+SPREAD: Final = 2.4
+"""The bound of an error is its geometric mean times exp(SPREAD · deviation), where the deviation is twice the mean
+excess of the logarithm. For a normal distribution 2.06 of them are exceeded by 5 %; the least k whose bound meets the
+target is one whose errors happened to be small, which takes the rest."""
 
 YOUNG: Final = 0.15
 """Deviation of the logarithm of an error before audits have shown one."""
@@ -30,7 +31,7 @@ YOUNG: Final = 0.15
 UNSEEN: Final = 1.2
 """Factor on errors of coefficients on the audit that made them."""
 
-LARGEST: Final = 0.8
+LARGEST: Final = 2.0
 """Most that one audit counts as a deviation, so that the start of a training is forgotten soon."""
 
 EXACT_EVERY: Final = 4.0
@@ -219,7 +220,7 @@ class Controller:
             forward=now.forward, unconverged=now.unconverged,
         )  # fmt: skip
         over = ~first & (used > self.target)
-        surprised = over & (used > s.bound)  # what is known to miss the target is no surprise
+        surprised = over & (used > s.bound)  # the bound may be known to miss the target
         learned = learned._replace(over=s.over + xp.where(over, xp.ones_like(s.over), xp.zeros_like(s.over)))
         return self._choose(xp, learned, s, nested(xp, g, b, eye), eye, surprised)
 

@@ -70,7 +70,7 @@ def test_it_keeps_its_promise_and_nothing_compiles_again_when_k_changes(weights)
     assert len(set(vjps[10:])) > 1, "audits take more vjps than passes between them"
     assert np.isnan(audited[0])
     assert np.isfinite(audited[1:]).any()
-    easier, errors, fewer, _ = passes(0.2 * weights, state, 30, 1)
+    easier, errors, fewer, _ = passes(0.05 * weights, state, 30, 1)
     assert np.mean(errors[10:] > 0.1) <= 0.1
     assert np.median(fewer[15:]) < np.median(vjps[10:])
     assert len(TRACED) == 1
@@ -91,7 +91,7 @@ def test_it_decides_as_numpy_does(weights):
         )  # fmt: skip
     one, two = (Adaptive(**OPTIONS).learned(values) for values in (state, held.values))
     assert one.chosen == two.chosen
-    assert one.vjps == two.vjps
+    assert one.audits == two.audits
     assert float(one.error) == pytest.approx(float(two.error), abs=1e-3)
 
 

@@ -8,8 +8,9 @@ import re
 import pytest
 
 PUBLIC = {
-    "deqcore": """AdjointReport Backend Capabilities Config History InverseJacobian Solution Solver Status StepStrategy
-        Stepper Strategy __version__ custom_fixed_point custom_root errors fixed_point get_backend using vjp""",
+    "deqcore": """AdjointReport Backend Capabilities Config History InverseJacobian Solution Solver StatefulStrategy
+        Status StepStrategy Stepper Strategy StrategyState __version__ custom_fixed_point custom_root errors fixed_point
+        get_backend root using vjp""",
     "deqcore.errors": """BackendError BackendMismatchError ConfigError ConvergenceError ConvergenceWarning
         CoupledRowsWarning DeqcoreError DtypeToleranceWarning LayerWarning MissingExtraError MissingFrameworkError
         MonitorError MonitorWarning NonDeterministicWarning PluginError ProblemError InitialIterateError StrategyError
@@ -23,6 +24,7 @@ PUBLIC = {
     "deqcore.solvers.newton_krylov": "NewtonKrylov",
     "deqcore.backward.exact_ift": "ExactIFT",
     "deqcore.backward.broyden_reuse": "BroydenReuse",
+    "deqcore.backward.adaptive": "Adaptive",
     "deqcore.backward.jacobian_free": "JacobianFree",
     "deqcore.backward.neumann": "Neumann",
     "deqcore.backward.phantom": "Phantom",
@@ -40,7 +42,7 @@ PUBLIC = {
     "deqcore.study.models.base": "Ops Shape",
     "deqcore.study.data": "Dataset",
     "deqcore.study.data.base": "Split",
-    "deqcore_torch.nn": "DEQ",
+    "deqcore_torch.nn": "DEQ synchronize_strategies",
     "deqcore_torch.cells": "MonotoneCell VariationalDropout begin_solve",
     "deqcore_torch.compat.torchdeq": """DEQBase VariationalDropout add_deq_args apply_norm fp_correction get_deq
         get_solver install jac_reg mem_gc mixed_init power_method register_deq register_norm register_norm_module
@@ -50,6 +52,7 @@ PUBLIC = {
     "deqcore_jax.nnx": "DEQ",
     "deqcore_jax.equinox": "DEQ",
     "deqcore_jax.adjoint_tap": "AdjointTap new read reporting",
+    "deqcore_jax.strategy_state": "carrying new",
     "deqcore_jax.callbacks": "collecting observe observe_backward",
 }
 NAMES = [(home, name) for home, names in PUBLIC.items() for name in names.split()]

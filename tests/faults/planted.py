@@ -93,6 +93,7 @@ STRATEGIES = [
         "strategy adaptive",
         "test_an_audit_judges_what_was_in_force_before_it",
         "the audit reports",
+        options={"max_relative_error": 0.1},
     ),
     Fault(
         "sign of the powers",

@@ -166,7 +166,7 @@ class StateTests(Conformance):
         checked = 0
         for batch, _ in zip(batches(0.8, 5), range(40), strict=False):
             u, report = training.step(batch)
-            audited = np.isfinite(report.gradient_error).any()
+            audited = (report.gradient_products > 0).any()
             true, (_, report) = batch.error(u), training.step(batch)
             found = report.gradient_error
             if audited or not np.isfinite(found).all():
