@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Final
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -9,6 +12,13 @@ from jax.typing import DTypeLike
 
 from deqcore.abc.history import History
 from deqcore_jax.dtypes import common, single
+from deqcore_jax.loop import is_recorded
+
+STAGES: Final = (8, 16)
+"""Slots that a product reads before it reads all of them, on a CPU."""
+
+WIDE: Final = 4
+"""Vectors of at least this many times `history_size` numbers are read by stages: one pass over others costs less."""
 
 
 @jax.tree_util.register_pytree_node_class
@@ -76,20 +86,45 @@ class JaxHistory(History):
         return self._with(storage, self.seen | here, self.written + 1)
 
     def dot(self, v: jax.Array) -> jax.Array:
-        """Return the products by one pass over the storage, accumulated in float32 or better."""
+        """Return the products by one pass over the slots in use, accumulated in float32 or better."""
         many = v if v.ndim == 3 else v[:, None, :]
-        rows, many, dtype = self._compute(many)
-        products = jnp.einsum("brn,bmn->brm", many, rows, preferred_element_type=dtype, precision=lax.Precision.HIGHEST)
+        both = common(self.storage.dtype, many.dtype)  # equal narrow dtypes: products are exact in the accumulator
+        many, dtype = many.astype(both), single(both)
+
+        def of_first(slots: int) -> jax.Array:
+            products = _einsum("brn,bmn->brm", many, self.storage[:, :slots].astype(both), dtype)
+            return jnp.pad(products, ((0, 0), (0, 0), (0, self.history_size - slots)))
+
+        stages = [slots for slots in STAGES if 2 * slots <= self.history_size] if self._by_use() else []
+        chosen = jnp.searchsorted(jnp.asarray(stages, jnp.int32), self.written, method="compare_all")
+        products = lax.switch(chosen, [partial(of_first, slots) for slots in [*stages, self.history_size]])
         products = jnp.where(self.seen[:, None, :], products.astype(self.wide), jnp.zeros((), self.wide))
         return products if v.ndim == 3 else products[:, 0]
 
     def combine(self, coefficients: jax.Array) -> jax.Array:
-        """Return the combination by one pass over the storage; coefficients of slots not seen are ignored."""
+        """Return the combination by one pass over the slots in use; coefficients of slots not seen are ignored."""
         dtype = single(self.storage.dtype)
         c = jnp.where(self.seen, coefficients, jnp.zeros((), coefficients.dtype)).astype(dtype)
-        rows = self.storage.astype(dtype)
-        combination = jnp.einsum("bm,bmn->bn", c, rows, preferred_element_type=dtype, precision=lax.Precision.HIGHEST)
-        return combination.astype(self.dtype)
+        if not self._by_use():
+            return _einsum("bm,bmn->bn", c, self.storage.astype(dtype), dtype).astype(self.dtype)
+
+        def add(slot: jax.Array, total: jax.Array) -> jax.Array:
+            vector = lax.dynamic_index_in_dim(self.storage, slot, 1, keepdims=False)
+            return total + lax.dynamic_slice_in_dim(c, slot, 1, axis=1) * vector.astype(dtype)
+
+        nothing = jnp.zeros_like(self.storage[:, 0], dtype)
+        return lax.fori_loop(0, self._used(), add, nothing).astype(self.dtype)
+
+    def _by_use(self) -> bool:
+        """Return whether products read only the slots in use.
+
+        An accelerator would wait for the choice, and a recorded step would keep what every stage needs.
+        """
+        few = self.history_size < 2 * STAGES[0] or self.storage.shape[-1] < WIDE * self.history_size
+        return not few and not is_recorded() and jax.default_backend() == "cpu"
+
+    def _used(self) -> jax.Array:
+        return jnp.minimum(self.written, jnp.int32(self.history_size))
 
     def restart(self, rows: jax.Array) -> JaxHistory:
         """Mask the slots that are not seen; nothing is erased."""
@@ -147,10 +182,6 @@ class JaxHistory(History):
     def _with(self, storage: jax.Array, seen: jax.Array, written: jax.Array) -> JaxHistory:
         return JaxHistory(storage, seen, written, self.dtype, self.wide, self.active)
 
-    def _compute(self, v: jax.Array) -> tuple[jax.Array, jax.Array, DTypeLike]:
-        """Return storage and vectors in one dtype, and the dtype to accumulate in.
 
-        Equal narrow dtypes are multiplied as they are: their products are exact in the accumulator.
-        """
-        both = common(self.storage.dtype, v.dtype)
-        return self.storage.astype(both), v.astype(both), single(both)
+def _einsum(subscripts: str, a: jax.Array, b: jax.Array, dtype: DTypeLike) -> jax.Array:
+    return jnp.einsum(subscripts, a, b, preferred_element_type=dtype, precision=lax.Precision.HIGHEST)

@@ -1,4 +1,4 @@
-"""The projection of GMRES in a form that XLA fuses."""
+"""The projection of GMRES in a form that XLA fuses, and its small algebra in one that compiles soon."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from deqcore.abc.history import History
-from deqcore.abc.kernels import FusedKernels
+from deqcore.abc.kernels import FusedKernels, Krylov
+from deqcore_jax import krylov
 from deqcore_jax.dtypes import single
+from deqcore_jax.loop import is_recorded
 
 
 class JaxKernels(FusedKernels):
@@ -26,6 +28,11 @@ class JaxKernels(FusedKernels):
             w = w - basis.combine(more)
             h = h + more
         return w, h, before, self.be.to_accum_dtype(_plain_norm(w))
+
+    def least_squares(self, space: Krylov, inverse: jax.Array | bool) -> tuple[jax.Array, ...] | None:
+        if is_recorded():
+            return None  # loops over the dimensions in use have no reverse mode
+        return krylov.least_squares(space, inverse is not False)
 
 
 def _plain_norm(v: jax.Array) -> jax.Array:

@@ -37,6 +37,11 @@ def recorded() -> Iterator[None]:
         _recorded.reset(token)
 
 
+def is_recorded() -> bool:
+    """Return whether loops must be differentiable in reverse mode now."""
+    return _recorded.get()
+
+
 @custom_vmap
 def _anywhere(flag: jax.Array) -> jax.Array:
     """Return the flag; under vmap, whether it holds in any lane.
@@ -60,7 +65,7 @@ def loop(
     check_every: int | str = "auto",
 ) -> LoopVars:
     """Apply `body` while `running(carry)`, `steps` times at most; see `deqcore.abc.backend.Backend.loop`."""
-    if _recorded.get():
+    if is_recorded():
         return _scan(running, body, carry, int(steps))
     if isinstance(steps, int) and steps == 1:  # a condition: no loop, and no carry to copy
         once_at_most: LoopVars = lax.cond(_anywhere(running(carry)), body, lambda same: same, carry)

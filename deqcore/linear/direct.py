@@ -52,8 +52,9 @@ def solve_direct(backend: Backend, vjp: Map, g: Array, wanted: Array, before: Di
         place = backend.xp.argsort(first, stable=True)  # where a row stands among them
         now = waiting & (place < size)
         part = _solve(backend, vjp, g, first[:size])
-        whole = backend.take(part, backend.xp.where(now, place, 0 * place))
-        return waiting & ~now, _taken(backend, vjp, g, now, whole, found)
+        own = backend.xp.where(now, place, 0 * place)
+        u, size_of = (backend.take(each, own) for each in part)
+        return waiting & ~now, _taken(backend, vjp, g, now, (u, size_of), found)
 
     parts = -(-batch // max(1, size))
     if parts == 1:
