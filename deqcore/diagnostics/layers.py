@@ -84,6 +84,7 @@ def layer_audit(
     z0: Tree = None,
     cotangent: Tree = None,
     samples: int | None = None,
+    turn: int = 0,
     max_vjps: int = 100,
     **overrides: object,
 ) -> Audit:
@@ -99,6 +100,7 @@ def layer_audit(
             `initial_state`.
         cotangent: dL/dz*, a tree like z0; default: standard normal numbers from a fixed seed.
         samples: how many samples, spread evenly over the batch; default: all.
+        turn: which samples these are: each turn takes the next ones.
         max_vjps: of the reference.
         **overrides: settings of this call, as in `backward__strategy="jacobian-free"`.
 
@@ -123,6 +125,7 @@ def layer_audit(
         *inputs,
         cotangent=bound.direction() if cotangent is None else cotangent,
         samples=samples,
+        turn=turn,
         batched_args=range(1, 1 + len(inputs)),
         max_vjps=max_vjps,
         config=bound.config,
