@@ -162,22 +162,27 @@ class Auto(Solver):
 
     def _mixed(self, backend: Backend, f: Map, z: Array, fz: Array, state: AutoState, level: Array) -> _Step:
         """Take a step with samples of all levels."""
-        memory = self._opened(backend, z, fz, state, level == ACCELERATED)
+        accelerated = level == ACCELERATED
+        memory = self._opened(backend, z, fz, state, accelerated)
         moved: list[_Moved] = []
 
         def evaluate(point: Array) -> Array:
             moved.append(self._evaluated(backend, f, z, fz, point, state, level == NEWTON))
             return moved[-1].fz
 
-        fused = None if backend.kernels is None else backend.kernels.step(self.anderson, evaluate, z, fz, memory)
+        def evaluate_active(point: Array) -> Array:  # a kernel may leave the other samples where they were
+            return evaluate(point if backend.known_all(accelerated) else backend.select(accelerated, point, fz))
+
+        fused = None if backend.kernels is None else backend.kernels.step(self.anderson, evaluate_active, z, fz, memory)
         if fused is None:
-            accelerated = level == ACCELERATED
             evaluate(backend.cond(accelerated, lambda point: self.anderson.point(backend, point, memory), fz))
             stored, size = self._stored(backend, moved[-1], fz, memory, accelerated), None
         else:
             stored, size = fused.state, fused.size
         norm = stored.norm
-        if size is None or not backend.known_all(level != NEWTON):
+        # A kernel measures where it stepped itself, and one that freezes the others measures active samples only.
+        measured = fused is not None and backend.known_all(accelerated if fused.frozen else level != NEWTON)
+        if size is None or not measured:
             norm, size = residual_norms(backend, moved[-1].z, moved[-1].fz)
         progress, refused = self._judged(backend, norm, state.progress)
         active = state.memory.values.active

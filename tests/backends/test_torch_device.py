@@ -14,6 +14,7 @@ import deqcore
 from deqcore.linear.gmres import gmres
 from deqcore.solve.loop import iterate
 from deqcore.solvers.anderson import Anderson
+from deqcore.solvers.auto import Auto
 from deqcore.solvers.broyden import Broyden
 from deqcore.solvers.picard import Picard
 from deqcore.types import StoppingCriteria
@@ -37,6 +38,7 @@ SOLVERS = [
     Anderson(),
     Anderson(history_size=2),
     Anderson(max_residual_growth=1.001),
+    Auto(history_size=2, slow=0.3),  # samples move up one after the other
 ]
 TOLERANCE = {torch.float32: 3e-5, torch.float64: 1e-12}
 
@@ -313,7 +315,7 @@ def test_products_and_combinations(fused, without, history_size, masked, stored,
 
 
 @kernels
-@pytest.mark.parametrize("solver", [Broyden(), Anderson()], ids=repr)
+@pytest.mark.parametrize("solver", [Broyden(), Anderson(), Auto()], ids=repr)
 def test_bits_do_not_depend_on_the_batch(solver):
     rates = torch.linspace(0.1, 0.9, 10, device=DEVICE)[:, None]
     x = torch.randn(10, 300, generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -325,7 +327,7 @@ def test_bits_do_not_depend_on_the_batch(solver):
 
 
 @kernels
-@pytest.mark.parametrize("solver", [Broyden(), Anderson(), Picard()], ids=repr)
+@pytest.mark.parametrize("solver", [Broyden(), Anderson(), Auto(slow=0.3), Picard()], ids=repr)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
 def test_a_neighbour_changes_nothing(solver, poison):
     x = torch.randn(5, 12, generator=torch.Generator().manual_seed(0)).to(DEVICE)
