@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,24 +35,31 @@ FORMAT = 1  # version of the settings in a checkpoint
 
 
 class _BufferState(StrategyState):
-    """The state in the buffer of a layer, written in place: others, such as DDP, hold the same tensor."""
+    """The state in the buffer of a layer, written in place: others, such as DDP, hold the same tensor.
+
+    The graph refers to it, so it does not keep the layer alive. Without its layer a pass is the first.
+    """
 
     def __init__(self, layer: DEQ) -> None:
-        self._layer = layer
+        self._layer = weakref.ref(layer)
 
     @property
     def values(self) -> Tensor | None:
         """The buffer."""
-        return self._layer.strategy_state
+        layer = self._layer()
+        return None if layer is None else layer.strategy_state
 
     @values.setter
     def values(self, new: Tensor | None) -> None:
-        own = self._layer.strategy_state
+        layer = self._layer()
+        if layer is None:
+            return
+        own = layer.strategy_state
         with torch.no_grad():
             if new is None:
-                self._layer.strategy_state = None
+                layer.strategy_state = None
             elif own is None or own.shape != new.shape:
-                self._layer.strategy_state = new.detach().clone()
+                layer.strategy_state = new.detach().clone()
             else:
                 own.copy_(new)
 

@@ -464,6 +464,7 @@ def test_noise_that_the_tolerance_swallows_is_found_out_by_the_recorded_evaluati
 
 
 @pytest.mark.filterwarnings("ignore::deqcore.errors.ConvergenceWarning")
+@pytest.mark.filterwarnings("ignore::deqcore.errors.DerivativeWarning")  # of Newton's products by differences
 def test_numpy_finds_out_too():
     random = np.random.default_rng(0)
     x = random.standard_normal((3, 4))
