@@ -90,8 +90,9 @@ def solve_layer(layer: DEQ, inputs: tuple[Any, ...], z0: Any) -> Solution | None
     tensors = leaves + read + own_tensors(layer.cell)
     layout = f"({state}, {given})"
     anchor = torch.empty((0,), device=leaves[0].device)
+    recording, narrow = torch.is_grad_enabled(), autocast_dtype(leaves[0])
     found = torch.ops.deqcore.solve(
-        anchor, tensors, layer.number, layout, len(leaves), wanted(tensors), autocast_dtype(leaves[0]), z0 is None
+        anchor, tensors, layer.number, layout, len(leaves), wanted(tensors), recording, narrow, z0 is None
     )
     return _solution(start, list(found))
 

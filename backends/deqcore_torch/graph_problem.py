@@ -68,9 +68,12 @@ class SolveGraph(BaseHOP):
             number = operators.register(GraphProblem(_function(subgraph)), operators)
             subgraph.meta["deqcore"] = number
         anchor = torch.empty((0,), device=operands[0].device)
-        tensors = list(operands)
-        kind = autocast_dtype(tensors[0])
-        return tuple(torch.ops.deqcore.solve(anchor, tensors, number, layout, leaves, wanted(tensors), kind, False))
+        given = list(operands)
+        recording, narrow = torch.is_grad_enabled(), autocast_dtype(given[0])
+        found = torch.ops.deqcore.solve(
+            anchor, given, number, layout, leaves, wanted(given), recording, narrow, False
+        )
+        return tuple(found)
 
 
 solve_graph = SolveGraph()

@@ -117,6 +117,7 @@ def solve(
     layout: str,
     leaves: int,
     wanted: list[int],
+    recording: bool,
     autocast: torch.dtype | None,
     warm: bool,
 ) -> list[Tensor]:
@@ -130,20 +131,20 @@ def solve(
         layout: how the tensors are arranged, see `deqcore_torch.layout`.
         leaves: the number of leaves of z0.
         wanted: positions of the tensors that need gradients.
+        recording: whether gradients are recorded; then tensors that the compiler does not see must not need any.
         autocast: the dtype of automatic mixed precision, or None where it is off.
         warm: whether the layer may start from its last equilibrium.
     """
     if problem not in _problems:
         raise BackendError("The layer of this compiled code does not exist any more. Compile the model again.")
-    record, kind = bool(wanted), tensors[0].device.type
-    chosen = set(wanted)
-    with _with_autograd(), torch.set_grad_enabled(record):
+    kind, chosen = tensors[0].device.type, set(wanted)
+    with _with_autograd(), torch.set_grad_enabled(recording):
         local = [t.detach().requires_grad_() if i in chosen else t.detach() for i, t in enumerate(tensors)]
         with torch.autocast(kind, dtype=autocast, enabled=autocast is not None):
             solution, values = _problems[problem].run(layout, local, warm)
-        if record:
+        if recording:
             _check_leaves(values, local)
-    token = _token(_Record(values, [local[i] for i in wanted]) if record else None)
+    token = _token(_Record(values, [local[i] for i in wanted]) if wanted else None)
     reports = (solution.residual, solution.status, solution.steps, solution.evaluations)
     found = [token, *(each.detach().clone() for each in reports), *(v.detach().clone(memory_format=torch.contiguous_format) for v in values)]
     _check_shapes(found, tensors[:leaves], _problems[problem].rows(layout, tensors[:leaves]))
@@ -191,6 +192,7 @@ def _(
     layout: str,
     leaves: int,
     wanted: list[int],
+    recording: bool,
     autocast: torch.dtype | None,
     warm: bool,
 ) -> list[Tensor]:
@@ -243,7 +245,7 @@ def _pull(ctx: Any, cotangents: list[Tensor | None]) -> Any:
         pulled = torch.ops.deqcore.solve_backward(token, list(cotangents[1 + REPORTS :]), like)
         for i, gradient in zip(ctx.wanted, pulled, strict=True):
             found[i] = gradient
-    return None, found, None, None, None, None, None, None
+    return None, found, None, None, None, None, None, None, None
 
 
 def _refuse(ctx: Any, *cotangents: Any) -> Any:
