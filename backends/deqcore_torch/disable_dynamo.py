@@ -64,6 +64,6 @@ def refuse_tracing(z0: torch.Tensor) -> None:
         raise BackendError(
             "fixed_point cannot be traced (by make_fx or torch.jit.trace, or with fake tensors), because "
             "its loop ends when the samples have converged, which needs values. Export the cell alone and solve "
-            "around it, use torch.compile, which runs the solve in Python, or torch.export of model.eval(), which makes "
-            "a loop of plain operators."
+            "around it, use torch.compile, which runs the solve in Python, or torch.export of model.eval(), which "
+            "makes a loop of plain operators."
         )
