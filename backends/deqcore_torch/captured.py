@@ -1,4 +1,4 @@
-"""What `torch.compile` traces instead of a solve: one operator, whose arguments are the tensors that the solve reads."""
+"""What `torch.compile` traces instead of a solve: one operator, whose arguments are the tensors that it reads."""
 
 from __future__ import annotations
 
