@@ -1,32 +1,28 @@
-"""What `torch.compile` traces instead of a solve: one operator, whose arguments are all tensors that the solve reads."""
+"""What `torch.compile` traces instead of a solve: one operator, whose arguments are the tensors that it reads."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from deqcore import config as settings
 from deqcore.config import Config
 from deqcore.errors import BackendError
-from deqcore.layer import initial_state
+from deqcore.layer import LayerSettings, initial_state
 from deqcore.solution import Solution
 from deqcore.solve.capture import add_compiler
 from deqcore.solve.dispatch import backend_named
-from deqcore_torch.layout import at_trace_time, describe, rebuilt
+from deqcore_torch.layer_problem import LayerProblem, Solvable
+from deqcore_torch.layout import at_trace_time, autocast_dtype, batched, describe, rebuilt, wanted, wide
 
 try:
     from deqcore_torch import operators
-    from deqcore_torch.layer_problem import LayerProblem
-except (ImportError, AttributeError):  # PyTorch before 2.6 lacks a part of torch.library
+except (ImportError, AttributeError):  # PyTorch before 2.6 lacks a part of it
     AVAILABLE = False
 else:
     AVAILABLE = True
-
-if TYPE_CHECKING:
-    from deqcore_torch.nn import DEQ
 
 
 def solve_function(f: Any, z0: Any, args: tuple[Any, ...], overrides: dict[str, Any]) -> Solution | None:
@@ -39,8 +35,9 @@ def solve_function(f: Any, z0: Any, args: tuple[Any, ...], overrides: dict[str, 
         return _exported(f, z0, args, (None, overrides))
     leaves: list[Tensor] = []
     read: list[Tensor] = []
-    state, given, chosen = describe(z0, leaves), describe(args, read), describe(overrides, read)
-    if not takes_functions() or state is None or given is None or chosen is None or not leaves:
+    moving: list[Tensor] = []
+    state, given, chosen = describe(z0, leaves), describe(args, read), describe(overrides, moving)
+    if not takes_functions() or state is None or given is None or chosen is None or moving or not leaves:
         return None
     from deqcore_torch.graph_problem import solve_graph  # loads the compiler, which runs here anyway
 
@@ -48,30 +45,44 @@ def solve_function(f: Any, z0: Any, args: tuple[Any, ...], overrides: dict[str, 
 
     def body(*tensors: Tensor) -> tuple[Tensor, ...]:
         """Return f(z), behind tensors that stand for the other results of the operator."""
-        rest = list(tensors[count:])
+        # The inputs of the graph are its tensors in the order of their first use.
+        used = [tensor.view_as(tensor) for tensor in tensors]
         found: list[Tensor] = []
-        describe(f(rebuilt(z0, list(tensors[:count])), *rebuilt(args, rest)), found)
+        describe(f(rebuilt(z0, used[:count]), *rebuilt(args, used[count:])), found)
         like = tensors[0]
         rows = like.shape[0] if samples else 1
         token = torch.empty((1,), dtype=torch.int64, device="cpu")
         counts = [like.new_empty((rows,), dtype=torch.int32) for _ in range(3)]
         return (token, like.new_empty((rows,), dtype=wide(like.dtype)), *counts, *found)
 
-    found = solve_graph(body, *leaves, *read, layout=f"({state}, {given}, {chosen})", leaves=count)
+    # Equal tensors are one input of the graph, and f may also read those of z0.
+    start = [leaf.clone() for leaf in leaves]
+    found = solve_graph(body, *start, *read, layout=f"({state}, {chosen})", leaves=count)
     return _solution(z0, list(found))
 
 
-def number_of(layer: DEQ) -> int:
+class Layer(Protocol):
+    """What the compiler reads of a layer."""
+
+    cell: Any
+    number: int
+    settings: LayerSettings
+    training: bool
+
+
+def number_of(layer: Solvable) -> int:
     """Return a new number by which compiled code finds the layer; 0 if this PyTorch has no means for it."""
     backend_named("torch")  # loaded here, because a compiler cannot trace the import
     return operators.register(LayerProblem(layer), layer) if AVAILABLE else 0
 
 
-def solve_layer(layer: DEQ, inputs: tuple[Any, ...], z0: Any) -> Solution | None:
+def solve_layer(layer: Layer, inputs: tuple[Any, ...], z0: Any) -> Solution | None:
     """Return the solution of a layer as a graph sees it, or None if its arguments are not trees of plain containers.
 
     The report is in tensors; `state`, `record` and `fz` are None.
     """
+    if not layer.number and not torch.compiler.is_exporting():
+        return None
     start = initial_state(layer.cell, inputs, _zeros) if z0 is None else z0
     if torch.compiler.is_exporting():
         if layer.training:
@@ -80,8 +91,6 @@ def solve_layer(layer: DEQ, inputs: tuple[Any, ...], z0: Any) -> Solution | None
                 "model.eval() first."
             )
         return _exported(layer.cell, start, inputs, layer.settings.call(False))
-    if not layer.number:
-        return None
     leaves: list[Tensor] = []
     read: list[Tensor] = []
     state, given = describe(start, leaves), describe(inputs, read)
@@ -90,8 +99,9 @@ def solve_layer(layer: DEQ, inputs: tuple[Any, ...], z0: Any) -> Solution | None
     tensors = leaves + read + own_tensors(layer.cell)
     layout = f"({state}, {given})"
     anchor = torch.empty((0,), device=leaves[0].device)
+    recording, narrow = torch.is_grad_enabled(), autocast_dtype(leaves[0])
     found = torch.ops.deqcore.solve(
-        anchor, tensors, layer.number, layout, len(leaves), wanted(tensors), autocast_dtype(leaves[0]), z0 is None
+        anchor, tensors, layer.number, layout, len(leaves), wanted(tensors), recording, narrow, z0 is None
     )
     return _solution(start, list(found))
 
@@ -136,35 +146,10 @@ def own_tensors(cell: Any) -> list[Tensor]:
     return [p for _, p in cell.named_parameters()] + [b for _, b in cell.named_buffers()]
 
 
-def wanted(tensors: list[Tensor]) -> list[int]:
-    """Return the positions of the tensors that need gradients."""
-    if not torch.is_grad_enabled():
-        return []
-    return [i for i, tensor in enumerate(tensors) if tensor.requires_grad]
-
-
-@at_trace_time
-def batched(chosen: bool | None) -> bool:
-    """Return the setting `forward.batch` of a call that gives it itself, or does not."""
-    resolved, _ = settings.resolve(None, {} if chosen is None else {"forward__batch": chosen})
-    return resolved.forward.batch
-
-
 @at_trace_time
 def takes_functions() -> bool:
     """Return whether this PyTorch can hand f over as a graph of its own."""
     return AVAILABLE and find_spec("torch._higher_order_ops.base_hop") is not None
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of residuals for a state of this dtype."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
-def autocast_dtype(like: Tensor) -> torch.dtype | None:
-    """Return the dtype of automatic mixed precision on the device of `like`, or None where it is off."""
-    kind = like.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def _zeros(tree: Any) -> Any:

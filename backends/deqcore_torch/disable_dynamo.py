@@ -15,9 +15,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 REASON: Final = (
-    "a fixed point is solved by a loop that ends when the samples have converged, which no graph holds: what surrounds "
-    "it is compiled, with a graph break here. Without fullgraph = True that is all; to compile the cell as well, give "
-    "the compiled one, as in DEQ(torch.compile(cell))"
+    "a fixed point is solved by a loop that ends when the samples have converged, which no graph holds, and here the "
+    "solve is not one operator of the graph either: this needs PyTorch 2.6, inputs that are tensors, numbers, None, "
+    "tuples, lists and dicts, and no until, state, config or settings of the call to a layer. Without fullgraph = True "
+    "what surrounds the solve is compiled, with a graph break here"
 )
 
 
@@ -56,12 +57,13 @@ def refuse_tracing(z0: torch.Tensor) -> None:
     """Raise if tensors have no values, because a loop cannot end without them.
 
     Raises:
-        BackendError: torch.export, make_fx or torch.jit.trace runs here, or the state is a fake tensor.
+        BackendError: make_fx or torch.jit.trace runs here, or the state is a fake tensor.
     """
     proxy = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
     if proxy or hasattr(z0, "fake_mode") or torch.jit.is_tracing():
         raise BackendError(
-            "fixed_point cannot be traced (by torch.export, make_fx or torch.jit.trace, or with fake tensors), because "
+            "fixed_point cannot be traced (by make_fx or torch.jit.trace, or with fake tensors), because "
             "its loop ends when the samples have converged, which needs values. Export the cell alone and solve "
-            "around it, or use torch.compile, which runs the solve in Python."
+            "around it, use torch.compile, which runs the solve in Python, or torch.export of model.eval(), which "
+            "makes a loop of plain operators."
         )

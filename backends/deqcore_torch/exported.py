@@ -157,7 +157,7 @@ def _step(at: Map, old: State, given: Numbers) -> State:
 
 
 def _unfinished(residual: Tensor, size: Tensor, given: Numbers) -> Tensor:
-    """Return which samples go on. NaN compares as false: a sample whose f is not finite stops."""
+    """Return which samples continue. NaN compares as false: a sample whose f is not finite stops."""
     return (residual > given.atol + given.rtol * size) & (residual < float("inf"))
 
 
@@ -226,7 +226,9 @@ def _norm(v: Tensor) -> Tensor:
 def _joined(tree: Any, batch: bool) -> Tensor:
     leaves: list[Tensor] = []
     describe(tree, leaves)
-    parts = [(leaf.flatten(1) if leaf.dim() > 1 else leaf[:, None]) if batch else leaf.reshape(1, -1) for leaf in leaves]
+    parts = [
+        (leaf.flatten(1) if leaf.dim() > 1 else leaf[:, None]) if batch else leaf.reshape(1, -1) for leaf in leaves
+    ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 

@@ -13,8 +13,7 @@ from torch._higher_order_ops.base_hop import BaseHOP
 from deqcore.api import fixed_point
 from deqcore.solution import Solution
 from deqcore_torch import operators
-from deqcore_torch.captured import autocast_dtype, batched, wanted
-from deqcore_torch.layout import arrange, describe
+from deqcore_torch.layout import arrange, autocast_dtype, batched, describe, wanted
 
 Graph = Callable[..., Any]
 
@@ -27,13 +26,13 @@ class GraphProblem:
 
     def rows(self, layout: str, state: Sequence[Tensor]) -> Any:
         """Return the number of samples; 1 if the whole state is one system."""
-        *_, overrides = arrange(layout, iter([state[0]] * layout.count("...")))
+        _, overrides = arrange(layout, iter(state))
         return state[0].shape[0] if batched(overrides.get("forward__batch")) else 1
 
     def run(self, layout: str, tensors: list[Tensor], warm: bool) -> tuple[Solution, list[Tensor]]:
         """Solve for z0 and the arguments as the graph takes them: its tensors one after the other."""
         rest = iter(tensors)
-        z0, _, overrides = arrange(layout, rest)
+        z0, overrides = arrange(layout, rest)
         start: list[Tensor] = []
         describe(z0, start)
 
@@ -68,9 +67,10 @@ class SolveGraph(BaseHOP):
             number = operators.register(GraphProblem(_function(subgraph)), operators)
             subgraph.meta["deqcore"] = number
         anchor = torch.empty((0,), device=operands[0].device)
-        tensors = list(operands)
-        kind = autocast_dtype(tensors[0])
-        return tuple(torch.ops.deqcore.solve(anchor, tensors, number, layout, leaves, wanted(tensors), kind, False))
+        given = list(operands)
+        recording, narrow = torch.is_grad_enabled(), autocast_dtype(given[0])
+        found = torch.ops.deqcore.solve(anchor, given, number, layout, leaves, wanted(given), recording, narrow, False)
+        return tuple(found)
 
 
 solve_graph = SolveGraph()

@@ -5,32 +5,41 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.stateless import _reparametrize_module
 
 from deqcore import config as settings
 from deqcore.errors import BackendError
+from deqcore.layer import LayerSettings
 from deqcore.solution import Solution
 from deqcore_torch.layout import arrange, describe
 
-if TYPE_CHECKING:
-    from deqcore_torch.nn import DEQ
+
+class Solvable(Protocol):
+    """What the operator needs of a layer."""
+
+    cell: Any
+    settings: LayerSettings
+    training: bool
+
+    def start(self, cold: Any) -> Any: ...
+
+    def solve_eagerly(self, *inputs: Any, z0: Any = None) -> Solution: ...
 
 
 class LayerProblem:
     """See `operators.Problem`. It does not keep the layer alive."""
 
-    def __init__(self, layer: DEQ) -> None:
+    def __init__(self, layer: Solvable) -> None:
         self.layer = weakref.ref(layer)
 
-    def _layer(self) -> DEQ:
+    def _layer(self) -> Solvable:
         layer = self.layer()
         if layer is None:
-            raise BackendError("The layer of this compiled code does not exist any more. Compile the model again.")
+            raise BackendError("The layer of this compiled code must exist (it was deleted). Compile the model again.")
         return layer
 
     def rows(self, layout: str, state: Sequence[Tensor]) -> Any:

@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, ParamSpec, TypeVar
 
+import torch
 from torch import Tensor
+
+from deqcore import config as settings
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -81,3 +84,28 @@ def at_trace_time(fn: Callable[P, R]) -> Callable[P, R]:
     """Return `fn` marked to be run while a compiler traces its caller; its result is a constant of the graph."""
     fn._dynamo_marked_constant = True  # type: ignore[attr-defined] # what torch.compiler.assume_constant_result sets
     return fn
+
+
+def wanted(tensors: list[Tensor]) -> list[int]:
+    """Return the positions of the tensors that need gradients."""
+    if not torch.is_grad_enabled():
+        return []
+    return [i for i, tensor in enumerate(tensors) if tensor.requires_grad]
+
+
+@at_trace_time
+def batched(chosen: bool | None) -> bool:
+    """Return the setting `forward.batch` of a call that gives it itself, or does not."""
+    resolved, _ = settings.resolve(None, {} if chosen is None else {"forward__batch": chosen})
+    return resolved.forward.batch
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of residuals for a state of this dtype."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def autocast_dtype(like: Tensor) -> torch.dtype | None:
+    """Return the dtype of automatic mixed precision on the device of `like`, or None where it is off."""
+    kind = like.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

@@ -26,8 +26,8 @@ from deqcore.errors import BackendError, StrategyError
 from deqcore.solution import Solution
 
 TWICE = (
-    "The gradient of a compiled solve was differentiated again, but PyTorch does not differentiate the backward pass of "
-    "compiled code. Leave the model uncompiled where second derivatives are wanted."
+    "The gradient of a compiled solve was differentiated again, but PyTorch does not differentiate the backward pass "
+    "of compiled code. Leave the model uncompiled where second derivatives are wanted."
 )
 GATE = "_GateBackward"  # the node before z, which the solve makes itself
 REPORTS = 4  # residual, status, steps, evaluations
@@ -63,9 +63,7 @@ class _Record:
     sources: list[Tensor]
 
     def pull(self, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
-        pairs = [
-            (v, g) for v, g in zip(self.values, cotangents, strict=True) if g is not None and v.requires_grad
-        ]
+        pairs = [(v, g) for v, g in zip(self.values, cotangents, strict=True) if g is not None and v.requires_grad]
         if not pairs:
             return [None] * len(self.sources)
         values, given = zip(*pairs, strict=True)
@@ -117,6 +115,7 @@ def solve(
     layout: str,
     leaves: int,
     wanted: list[int],
+    recording: bool,
     autocast: torch.dtype | None,
     warm: bool,
 ) -> list[Tensor]:
@@ -130,22 +129,26 @@ def solve(
         layout: how the tensors are arranged, see `deqcore_torch.layout`.
         leaves: the number of leaves of z0.
         wanted: positions of the tensors that need gradients.
+        recording: whether gradients are recorded; then tensors that the compiler does not see must not need any.
         autocast: the dtype of automatic mixed precision, or None where it is off.
         warm: whether the layer may start from its last equilibrium.
     """
     if problem not in _problems:
-        raise BackendError("The layer of this compiled code does not exist any more. Compile the model again.")
-    record, kind = bool(wanted), tensors[0].device.type
-    chosen = set(wanted)
-    with _with_autograd(), torch.set_grad_enabled(record):
+        raise BackendError("The layer of this compiled code must exist (it was deleted). Compile the model again.")
+    kind, chosen = tensors[0].device.type, set(wanted)
+    with _with_autograd(), torch.set_grad_enabled(recording):
         local = [t.detach().requires_grad_() if i in chosen else t.detach() for i, t in enumerate(tensors)]
         with torch.autocast(kind, dtype=autocast, enabled=autocast is not None):
             solution, values = _problems[problem].run(layout, local, warm)
-        if record:
+        if recording:
             _check_leaves(values, local)
-    token = _token(_Record(values, [local[i] for i in wanted]) if record else None)
+    token = _token(_Record(values, [local[i] for i in wanted]) if wanted else None)
     reports = (solution.residual, solution.status, solution.steps, solution.evaluations)
-    found = [token, *(each.detach().clone() for each in reports), *(v.detach().clone(memory_format=torch.contiguous_format) for v in values)]
+    found = [
+        token,
+        *(each.detach().clone() for each in reports),
+        *(v.detach().clone(memory_format=torch.contiguous_format) for v in values),
+    ]
     _check_shapes(found, tensors[:leaves], _problems[problem].rows(layout, tensors[:leaves]))
     return found
 
@@ -168,7 +171,8 @@ def _check_leaves(values: list[Tensor], local: list[Tensor]) -> None:
         if variable is not None and id(variable) not in known:
             raise BackendError(
                 f"The cell of a compiled model reads a tensor of shape {tuple(variable.shape)} that needs a gradient, "
-                f"but torch.compile does not see it. Pass it as an input, or make it a parameter of the cell (a module)."
+                f"but torch.compile does not see it. Pass it as an input, or make it a "
+                f"parameter of the cell (a module)."
             )
         stack.extend(following for following, _ in node.next_functions)
 
@@ -191,6 +195,7 @@ def _(
     layout: str,
     leaves: int,
     wanted: list[int],
+    recording: bool,
     autocast: torch.dtype | None,
     warm: bool,
 ) -> list[Tensor]:
@@ -213,7 +218,9 @@ def solve_backward(token: Tensor, cotangents: Sequence[Tensor | None], like: lis
     """
     record = _records.get(int(token))
     if record is None:
-        raise BackendError("The record of a compiled solve is gone, because its results were copied to another process.")
+        raise BackendError(
+            "The record of a compiled solve must be in this process (got results of another). Solve here."
+        )
     with _with_autograd():
         gradients = record.pull(cotangents)
     return [_shaped(g, t) for g, t in zip(gradients, like, strict=True)]
@@ -243,7 +250,7 @@ def _pull(ctx: Any, cotangents: list[Tensor | None]) -> Any:
         pulled = torch.ops.deqcore.solve_backward(token, list(cotangents[1 + REPORTS :]), like)
         for i, gradient in zip(ctx.wanted, pulled, strict=True):
             found[i] = gradient
-    return None, found, None, None, None, None, None, None
+    return None, found, None, None, None, None, None, None, None
 
 
 def _refuse(ctx: Any, *cotangents: Any) -> Any:

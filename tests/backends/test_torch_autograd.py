@@ -492,10 +492,6 @@ def test_a_deterministic_f_under_autocast_is_no_false_alarm(module, x):
 # -- tracers ---------------------------------------------------------------------------------------------------------
 
 
-def _exported(layer, x):
-    torch.export.export(layer, (x,), strict=False)
-
-
 def _made_fx(layer, x):
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -514,7 +510,7 @@ def _jit(layer, x):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("trace", [_exported, _made_fx, _fake, _jit])
+@pytest.mark.parametrize("trace", [_made_fx, _fake, _jit])
 def test_tracers_that_see_no_values_are_refused(trace):
     layer = DEQ(lambda z, x: torch.tanh(0.3 * z + x))
     with pytest.raises(BackendError, match="Export the cell alone"):

@@ -100,11 +100,10 @@ def test_a_compiled_f_gives_the_same_gradients_and_is_compiled_once_per_mode(cou
 
 @pytest.mark.parametrize(
     ("counter", "layer", "graphs"),
-    [("eager", True, 2), ("aot_eager", True, 2), ("eager", False, 3)],
+    [("eager", True, 1), ("aot_eager", True, 1), ("eager", False, 1)],
     indirect=["counter"],
 )
-def test_what_surrounds_a_solve_is_compiled_and_the_solve_is_not(counter, layer, graphs):
-    """`fixed_point` itself, called from compiled code, adds a graph for what makes its arguments; steps add none."""
+def test_what_surrounds_a_solve_is_one_graph_and_the_solve_is_not_traced(counter, layer, graphs):
     model = Model(layer)
     run = compiled(model, counter)
     parameters = list(model.parameters())
@@ -112,7 +111,7 @@ def test_what_surrounds_a_solve_is_compiled_and_the_solve_is_not(counter, layer,
         data = (0.5 + size) * torch.randn(3, N, dtype=torch.float64)
         for a, b in zip(gradients(run, data, parameters), gradients(model, data, parameters), strict=True):
             assert torch.allclose(a, b, rtol=1e-10)
-    assert 2 <= counter.frame_count <= graphs
+    assert counter.frame_count == graphs
 
 
 def test_a_layer_with_a_compiled_cell_inside_a_compiled_model(counter):
@@ -123,13 +122,15 @@ def test_a_layer_with_a_compiled_cell_inside_a_compiled_model(counter):
     model.solve = DEQ(compiled(model.solve.cell, counter), **TIGHT)
     run = compiled(model, counter)
     found = gradients(run, torch.ones(3, N, dtype=torch.float64), list(model.parameters()))
-    assert counter.frame_count >= 3
+    assert counter.frame_count >= 2
     for a, b in zip(found, plain, strict=True):
         assert torch.allclose(a, b, rtol=1e-10)
 
 
 def test_a_full_graph_says_why_there_is_none_and_what_to_do():
-    run = torch.compile(Model(), backend="eager", fullgraph=True)
+    """Settings of a call are not a part of the layer, so the compiler does not carry them."""
+    model = Model()
+    run = torch.compile(lambda x: model.solve.solve(x, forward__max_steps=3).value, backend="eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="ends when the samples have converged"):
         run(torch.ones(3, N, dtype=torch.float64))
 
