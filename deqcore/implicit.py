@@ -130,7 +130,7 @@ class Stepper:
 
     Example:
         >>> import numpy as np, deqcore
-        >>> stepper = deqcore.Stepper(np.cos, overrides={"forward__rtol": 1e-8})
+        >>> stepper = deqcore.Stepper(np.cos, overrides={"forward__solver": "anderson", "forward__rtol": 1e-8})
         >>> sol = stepper.init(np.ones((1, 1)))
         >>> while not sol.converged.all():
         ...     sol = stepper.update(sol)

@@ -150,8 +150,9 @@ class JaxTrainer(Trainer):
         return self._step_bytes[x.shape]
 
     def _planned(self, x: jax.Array, y: jax.Array) -> int | None:
-        forward = self._forward.lower(self._weights, x, y, config=self._config).compile()
-        backward = self._backward.lower(self._forward(self._weights, x, y, config=self._config)[1]).compile()
+        given = (self._weights, x, y, self._memory)
+        forward = self._forward.lower(*given, config=self._config).compile()
+        backward = self._backward.lower(self._forward(*given, config=self._config)[1]).compile()
         first, second = _plan(forward), _plan(backward)
         if first is None or second is None:
             return None

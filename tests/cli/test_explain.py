@@ -363,7 +363,7 @@ def test_a_layer_a_module_or_a_function_with_data(capsys, project, name):
     assert rows["exact-ift"]["cosine"] == pytest.approx(1.0, abs=1e-4)
     assert rows["jacobian-free"]["error"] > 0.01
     assert found["backend"] == "torch"
-    assert found["solver"] == ("anderson" if name == "layer" else "broyden")
+    assert found["solver"] == ("anderson" if name == "layer" else "auto")
 
 
 def test_a_layer_without_data_is_an_error_that_asks_for_it(capsys, project):
