@@ -90,7 +90,7 @@ def test_the_command_trains_reports_and_continues(
     _run(["study", "study.toml", "--language", "ja"])
     printed = capsys.readouterr().out
     assert "test accuracy" in printed
-    assert "vjps backward" in printed
+    assert "逆伝播の vjp" in printed
     for name in ("results.json", "results.csv", "results.md", "report.html", "study.json"):
         assert (tmp_path / "study-tiny" / name).stat().st_size > 100
     assert (
