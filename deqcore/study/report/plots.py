@@ -278,7 +278,8 @@ def _logarithmic(canvas: Canvas, which: str, values: Sequence[float]) -> None:
 
 
 def _with_legend(canvas: Canvas) -> bool:
-    drawn = bool(canvas.axes.lines)
+    """Add the legend; return whether there is anything to name, which a line of reference is not."""
+    drawn = bool(canvas.axes.get_legend_handles_labels()[0])
     if drawn:
         legend(canvas)
     return drawn

@@ -116,13 +116,13 @@ class StateTests(Conformance):
 
     def test_the_state_is_a_vector_of_fixed_length(self, training: Training) -> None:
         begin = np.asarray(training.strategy.init_state())
-        assert begin.ndim == 1
+        assert begin.ndim == 1, f"init_state must return one vector of numbers (got {begin.ndim} axes)"
         assert np.isfinite(begin).all(), "a state that is not finite counts as a new one"
         for batch, _ in zip(batches(0.7, 0), range(3), strict=False):
             training.step(batch)
             found = training.kit.numpy(training.values)
             assert found.shape == begin.shape, f"a state of the shape {found.shape}, but init_state has {begin.shape}"
-            assert found.dtype == np.float32
+            assert found.dtype == np.float32, f"the state must be float32 (got {found.dtype}): cast it"
             assert np.isfinite(found).all(), f"the state is not finite: {found}"
 
     def test_a_pass_depends_on_nothing_but_its_arguments(self, training: Training) -> None:
@@ -197,7 +197,9 @@ class StateTests(Conformance):
                 if harm == "nan":
                     g[1] = np.nan
                 u, _ = training.step(Batch(batch.problem, g, batch.z), converged=harm != "unconverged")
-                assert np.isfinite(u[0]).all()
+                assert np.isfinite(u[0]).all(), (
+                    f"{harm} in one sample must leave the u of the others finite (got {u[0]})"
+                )
                 assert harm != "nan" or not np.isfinite(u[1]).all(), "a cotangent that is not finite must stay visible"
             else:
                 errors.append(batch.error(training.step(batch)[0]))
@@ -222,8 +224,8 @@ class StateTests(Conformance):
         expected, report = training.step(batch)
         training.values = training.fresh() * float("nan")
         found, other = training.step(batch)
-        assert np.array_equal(found, expected)
-        assert np.array_equal(report.vjps, other.vjps)
+        assert np.array_equal(found, expected), "with a state of NaN, u must be that of init_state: begin again"
+        assert np.array_equal(report.vjps, other.vjps), f"with a state of NaN: {other.vjps} vjps, not {report.vjps}"
 
     def test_batches_of_other_sizes_share_the_state(self, training: Training) -> None:
         target, errors = self.target(training), []
@@ -231,9 +233,11 @@ class StateTests(Conformance):
         for step in range(30):
             batch = next(some[(1, 3, BATCH)[step % 3]])
             u, report = training.step(batch)
-            assert report.vjps.shape == (len(batch.g),)
+            assert report.vjps.shape == (len(batch.g),), (
+                f"a report must have a number a sample (got {report.vjps.shape})"
+            )
             errors.append(batch.error(u))
-        assert np.isfinite(errors).all()
+        assert np.isfinite(errors).all(), f"u must be finite for every batch size (errors {np.round(errors, 2)})"
         assert np.median(errors) <= target, f"errors {np.round(errors, 2)}"
 
     @several("factor", [1e-6, 65536.0])
