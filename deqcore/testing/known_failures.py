@@ -58,12 +58,12 @@ class Failure(NamedTuple):
     why: str
 
 
-def failures(backends: Sequence[str]) -> Iterator[Failure]:
-    """Run every built-in solver on every golden problem."""
+def failures(backends: Sequence[str], solvers: Sequence[str] | None = None) -> Iterator[Failure]:
+    """Run these solvers, default all that are built in, on every golden problem."""
     for name in backends:
         kit = Kit(deqcore.get_backend(backend=name))
         with kit.backend.harness.high_precision():
-            for solver in (spec.name for spec in SOLVERS):
+            for solver in [spec.name for spec in SOLVERS] if solvers is None else solvers:
                 for problem in names():
                     for dtype in DTYPES:
                         yield from _one(kit, solver, problem, dtype)
