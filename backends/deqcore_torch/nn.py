@@ -332,4 +332,5 @@ class DEQ(nn.Module):
 
 
 def _detached(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+    """Return a copy, because the caller may write into the value (relu_)."""
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf

@@ -120,6 +120,19 @@ def test_a_sequence_starts_from_its_own_equilibria():
     assert layer.solve(x).steps.tolist() == cold.steps.tolist()
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("reuse", ["sequence", "batch"])
+def test_writing_into_the_value_does_not_change_the_next_start(reuse, grad):
+    layer, x = DEQ(Plain(), reuse=reuse), torch.linspace(-1.0, 1.0, 6).reshape(2, 3)
+    with torch.set_grad_enabled(grad):
+        z = layer(x.clone().requires_grad_(grad))
+        value = z.detach().clone()
+        z.relu_()
+    start = layer.initial_state(x)
+    kept = value if reuse == "sequence" else value.mean(0).expand_as(value)
+    assert torch.allclose(start, kept)
+
+
 def test_a_batch_starts_from_the_mean_of_the_last():
     layer = DEQ(Plain(), reuse="batch", forward__rtol=1e-6)
     x = torch.rand(4, 3)
