@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 for _name in [name for name in os.environ if name.startswith("DEQCORE_")]:
     del os.environ[_name]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("COLUMNS", None)  # the width of the terminal from which the tests run
 
 MAPS = Path("/proc/self/maps")
 MOST_MAPS = 30_000  # of 65530, the default of vm.max_map_count

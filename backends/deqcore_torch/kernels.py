@@ -43,8 +43,6 @@ class TorchKernels(FusedKernels):
 
     def arnoldi(self, space: Krylov, w: Tensor, goal: Tensor, twice: bool, shifted: bool = False) -> Krylov | None:
         w = w.contiguous()  # products of f come in any layout
-        if w.is_cpu:
-            return None  # `grow` takes all steps there
         steps = native_steps(self.backend.host, w)
         larger: Krylov | None = None if steps is None else steps.arnoldi(space, w, goal, twice, shifted)
         return larger

@@ -21,7 +21,7 @@ from deqcore_torch.native.pool import run
 from deqcore_torch.native.views import holds, masks, ones, plain, room, view
 
 __all__ = [
-    "grow", "keep", "least_squares", "measure", "norm", "plain", "probe", "project", "reach", "secants",
+    "arnoldi", "grow", "keep", "least_squares", "measure", "norm", "plain", "probe", "project", "reach", "secants",
     "solve_positive", "step",
 ]  # fmt: skip
 
@@ -147,6 +147,11 @@ def _anderson(backend: Backend, solver: Anderson, f: Map, fz: Tensor, state: And
 
 def keep(carry: Any, result: StepResult, residual: Tensor, size: Tensor | None, limits: Any) -> None:
     """Return None for `FusedKernels.update`: the loop itself updates on the host, without waiting."""
+    return
+
+
+def arnoldi(*parts: Any) -> None:
+    """Return None: `grow` takes all steps of GMRES here."""
     return
 
 
