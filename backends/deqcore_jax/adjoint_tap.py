@@ -27,15 +27,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from deqcore.errors import StrategyError
 from deqcore.types import AdjointReport
-from deqcore_jax.jit_context import key
+from deqcore_jax.solve_block import SolveBlock
 
 
 class AdjointTap(NamedTuple):
@@ -72,15 +71,10 @@ class AdjointTap(NamedTuple):
     runs: jax.Array
 
 
-class _Slot:
-    """The adjoint tap of a `reporting` block, and whether a solve has taken it."""
-
-    def __init__(self, adjoint_tap: AdjointTap) -> None:
-        self.adjoint_tap = adjoint_tap
-        self.taken = False
-
-
-_open: ContextVar[_Slot | None] = ContextVar("deqcore_jax.adjoint_tap", default=None)
+_taps: Final = SolveBlock[AdjointTap](
+    "deqcore_jax.adjoint_tap",
+    "A second solve runs inside one `reporting` block: give each solve an adjoint_tap of its own.",
+)
 
 
 def new(batch: int) -> AdjointTap:
@@ -114,13 +108,8 @@ def reporting(adjoint_tap: AdjointTap) -> Iterator[None]:
         >>> print(read(jax.grad(loss)(new(2), jnp.ones((2, 3)))).status)
         [1 1]
     """
-    slot = _Slot(adjoint_tap)
-    token = _open.set(slot)
-    try:
-        with key(slot):  # a function compiled inside the block holds this tap, so no other block may reuse it
-            yield
-    finally:
-        _open.reset(token)
+    with _taps.holding(adjoint_tap):
+        yield
 
 
 def read(figures: AdjointTap) -> AdjointReport:
@@ -163,20 +152,13 @@ def read(figures: AdjointTap) -> AdjointReport:
 
 def take(batch: int) -> AdjointTap | None:
     """Return the adjoint tap of the block for the solve that starts now. Only `deqcore_jax.backend` calls it."""
-    slot = _open.get()
-    if slot is None:
-        return None
-    if slot.taken:
-        raise StrategyError(
-            "A second solve runs inside one `reporting` block: give each solve an adjoint_tap of its own."
-        )
-    if slot.adjoint_tap.runs.shape != (batch,):
+    adjoint_tap = _taps.take()
+    if adjoint_tap is not None and adjoint_tap.runs.shape != (batch,):
         raise StrategyError(
             f"The adjoint tap must have the shape ({batch},) of the solve's samples (got "
-            f"{slot.adjoint_tap.runs.shape}). Make it with deqcore_jax.adjoint_tap.new({batch})."
+            f"{adjoint_tap.runs.shape}). Make it with deqcore_jax.adjoint_tap.new({batch})."
         )
-    slot.taken = True
-    return slot.adjoint_tap
+    return adjoint_tap
 
 
 def fill(report: AdjointReport) -> AdjointTap:

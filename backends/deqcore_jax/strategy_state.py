@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
+from typing import Final
 
 import jax
 import jax.numpy as jnp
@@ -34,18 +34,12 @@ import jax.numpy as jnp
 from deqcore import plugins
 from deqcore.abc.stateful import StatefulStrategy
 from deqcore.errors import StrategyError
-from deqcore_jax.jit_context import key
+from deqcore_jax.solve_block import SolveBlock
 
-
-class _Slot:
-    """The state of a `carrying` block, and whether a solve has taken it."""
-
-    def __init__(self, values: jax.Array) -> None:
-        self.values = values
-        self.taken = False
-
-
-_open: ContextVar[_Slot | None] = ContextVar("deqcore_jax.strategy_state", default=None)
+_states: Final = SolveBlock[jax.Array](
+    "deqcore_jax.strategy_state",
+    "A second solve runs inside one `carrying` block. Give each solve a state of its own.",
+)
 
 
 def new(strategy: str, options: Mapping[str, object] | None = None) -> jax.Array:
@@ -92,27 +86,18 @@ def carrying(state: jax.Array | None) -> Iterator[None]:
         >>> bool((jax.grad(loss)(state, jnp.ones((2, 3))) != state).any())
         True
     """
-    slot = None if state is None else _Slot(state)
-    token = _open.set(slot)
-    try:
-        with key(slot):  # a function compiled inside the block holds this state, so no other block may reuse it
-            yield
-    finally:
-        _open.reset(token)
+    with _states.holding(state):
+        yield
 
 
 def take(strategy: object) -> jax.Array | None:
     """Return the state of the block for the solve that starts now. Only `deqcore_jax.autodiff` calls it."""
-    slot = _open.get()
-    if slot is None or not isinstance(strategy, StatefulStrategy):
+    if not isinstance(strategy, StatefulStrategy):
         return None
-    if slot.taken:
-        raise StrategyError("A second solve runs inside one `carrying` block. Give each solve a state of its own.")
-    shape = (len(strategy.init_state()),)
-    if slot.values.shape != shape:
+    values, shape = _states.take(), (len(strategy.init_state()),)
+    if values is not None and values.shape != shape:
         raise StrategyError(
-            f"The state must have the shape {shape} of the strategy's options (got {slot.values.shape}). Make it with "
+            f"The state must have the shape {shape} of the strategy's options (got {values.shape}). Make it with "
             f"deqcore_jax.strategy_state.new and the options of the solve."
         )
-    slot.taken = True
-    return slot.values
+    return values

@@ -15,7 +15,7 @@ from deqcore.solution import Solution
 from deqcore.solve.capture import add_compiler
 from deqcore.solve.dispatch import backend_named
 from deqcore_torch.layer_problem import LayerProblem, Solvable
-from deqcore_torch.layout import at_trace_time, autocast_dtype, batched, describe, rebuilt, wanted, wide
+from deqcore_torch.layout import at_trace_time, autocast_dtype, batched, describe, placeholders, rebuilt, wanted
 
 try:
     from deqcore_torch import operators
@@ -50,10 +50,7 @@ def solve_function(f: Any, z0: Any, args: tuple[Any, ...], overrides: dict[str, 
         found: list[Tensor] = []
         describe(f(rebuilt(z0, used[:count]), *rebuilt(args, used[count:])), found)
         like = tensors[0]
-        rows = like.shape[0] if samples else 1
-        token = torch.empty((1,), dtype=torch.int64, device="cpu")
-        counts = [like.new_empty((rows,), dtype=torch.int32) for _ in range(3)]
-        return (token, like.new_empty((rows,), dtype=wide(like.dtype)), *counts, *found)
+        return (*placeholders(like, like.shape[0] if samples else 1), *found)
 
     # Equal tensors are one input of the graph, and f may also read those of z0.
     start = [leaf.clone() for leaf in leaves]

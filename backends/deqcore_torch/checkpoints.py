@@ -54,29 +54,8 @@ def checkpoint(f: Callable[..., Any], *args: Any) -> Any:
         return torch.utils.checkpoint.checkpoint(run, *args, use_reentrant=False)
 
 
-def check_same(again: Tensor, before: Tensor, precision: float, why: str) -> None:
-    """Raise if the value of f has changed since the call, because something that f reads has changed.
-
-    Args:
-        again: the value now.
-        before: the value at the call; the first axis of both is the batch.
-        precision: the machine epsilon of the computation.
-        why: why f is evaluated again, a sentence.
-
-    Raises:
-        ProblemError: the value is another one.
-    """
-    # Largest entries and no squares: these leave the range of the dtype.
-    size = _largest(before)
-    off = _largest(again - before)
-    if bool((off > precision ** (2 / 3) * size).any()):
-        raise ProblemError(
-            f"f returned another value in the backward pass than at the call (at the same z, a difference of up to "
-            f"{float(off.max()):.2g} for values of up to {float(size.max()):.2g}). {why} {CURE}"
-        )
-
-
-def _largest(x: Tensor) -> Tensor:
+def largest(x: Tensor) -> Tensor:
+    """Return the largest entry of each sample `(batch,)`, 0 of an empty one."""
     return x.reshape(*x.shape[:1], -1).abs().amax(-1) if x.numel() else x.new_zeros(x.shape[:1])
 
 
@@ -86,7 +65,7 @@ def fingerprint(x: Tensor) -> tuple[Tensor, Tensor]:
 
     A change of all entries by a part of the largest one changes the second number by about the same part.
     """
-    size = _largest(x)
+    size = largest(x)
     if not x.numel():
         return size, size
     wide = torch.promote_types(x.dtype, torch.float32)

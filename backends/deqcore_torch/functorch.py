@@ -35,9 +35,9 @@ from torch.overrides import TorchFunctionMode
 
 from deqcore.abc.adjoint import AdjointSolver
 from deqcore.abc.backend import Backend
-from deqcore.errors import StrategyError
+from deqcore.errors import ProblemError, StrategyError
 from deqcore.types import Map, SolveResult
-from deqcore_torch.checkpoints import check_same
+from deqcore_torch.checkpoints import CURE, largest
 from deqcore_torch.eval_context import Ambient, nothing_recorded
 
 _vjp: Any = torch.func.vjp  # its annotation also has the auxiliary output, which does not exist here
@@ -224,7 +224,7 @@ class _Equation:
         with nothing_recorded():
             again, at = product(z.detach())
             if again is not None:
-                check_same(again.detach(), y.detach(), self.backend.guards.output_eps(y), AGAIN)
+                _check_same(again.detach(), y.detach(), self.backend.guards.output_eps(y))
             u, _ = adjoint(lambda v: at(v).detach(), b.detach(), self.state)
         solution: Tensor = u.detach()
         return solution
@@ -303,3 +303,24 @@ def approximate(adjoint: AdjointSolver, what: str) -> str:
         f"The gradient of {adjoint.name} was {what}, but it approximates the gradient in reverse "
         f"mode, and the derivative of an approximation is not a second derivative. Use backward.strategy = 'exact-ift'."
     )
+
+
+def _check_same(again: Tensor, before: Tensor, precision: float) -> None:
+    """Raise if the value of f has changed since the call, because something that f reads has changed.
+
+    Args:
+        again: the value now.
+        before: the value at the call; the first axis of both is the batch.
+        precision: the machine epsilon of the computation.
+
+    Raises:
+        ProblemError: the value is another one.
+    """
+    # Largest entries and no squares: these leave the range of the dtype.
+    size = largest(before)
+    off = largest(again - before)
+    if bool((off > precision ** (2 / 3) * size).any()):
+        raise ProblemError(
+            f"f returned another value in the backward pass than at the call (at the same z, a difference of up to "
+            f"{float(off.max()):.2g} for values of up to {float(size.max()):.2g}). {AGAIN} {CURE}"
+        )

@@ -109,3 +109,15 @@ def autocast_dtype(like: Tensor) -> torch.dtype | None:
     """Return the dtype of automatic mixed precision on the device of `like`, or None where it is off."""
     kind = like.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def placeholders(like: Tensor, rows: Any) -> list[Tensor]:
+    """Return tensors like what a solve returns before its value: the token, then residual, status, steps, evaluations.
+
+    Args:
+        like: a leaf of the state.
+        rows: the number of samples.
+    """
+    token = torch.empty((1,), dtype=torch.int64, device="cpu")
+    counts = [like.new_empty((rows,), dtype=torch.int32) for _ in range(3)]
+    return [token, like.new_empty((rows,), dtype=wide(like.dtype)), *counts]

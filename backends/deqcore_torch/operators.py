@@ -24,6 +24,7 @@ from torch import Tensor
 
 from deqcore.errors import BackendError, StrategyError
 from deqcore.solution import Solution
+from deqcore_torch.layout import placeholders
 
 TWICE = (
     "The gradient of a compiled solve was differentiated again, but PyTorch does not differentiate the backward pass "
@@ -188,23 +189,10 @@ def _check_shapes(found: list[Tensor], state: Sequence[Tensor], rows: int) -> No
 
 
 @solve.register_fake
-def _(
-    anchor: Tensor,
-    tensors: list[Tensor],
-    problem: int,
-    layout: str,
-    leaves: int,
-    wanted: list[int],
-    recording: bool,
-    autocast: torch.dtype | None,
-    warm: bool,
-) -> list[Tensor]:
+def _(anchor: Tensor, tensors: list[Tensor], problem: int, layout: str, leaves: int, *_: object) -> list[Tensor]:
     state = tensors[:leaves]
-    like, rows = state[0], _problems[problem].rows(layout, state)
-    wide = torch.float32 if like.dtype in (torch.float16, torch.bfloat16) else like.dtype
-    counts = [like.new_empty((rows,), dtype=torch.int32) for _ in range(REPORTS - 1)]
-    token = torch.empty((1,), dtype=torch.int64, device="cpu")
-    return [token, like.new_empty((rows,), dtype=wide), *counts, *(t.new_empty(t.shape) for t in state)]
+    rows = _problems[problem].rows(layout, state)
+    return [*placeholders(state[0], rows), *(t.new_empty(t.shape) for t in state)]
 
 
 @torch.library.custom_op("deqcore::solve_backward", mutates_args=())
