@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -18,6 +19,7 @@ from deqcore.errors import (
     ConfigError,
     DtypeToleranceWarning,
     InitialIterateError,
+    PluginError,
     StrategyError,
 )
 from deqcore.linear.norms import default_rtol
@@ -139,9 +141,10 @@ _is_mapping: Callable[[Any], bool] = cache(lambda kind: issubclass(kind, Mapping
 
 
 def _with_estimate() -> list[str]:
+    """Return the names of the solvers that keep an estimate, without those that cannot be imported."""
     names = []
     for name in plugins.solvers():
-        cls: Any = plugins.load("solver", name)
-        if cls.has_estimate:
-            names.append(name)
+        with suppress(PluginError):
+            if getattr(plugins.load("solver", name), "has_estimate", False):
+                names.append(name)
     return names

@@ -159,6 +159,14 @@ def test_a_strategy_that_reuses_needs_a_solver_with_an_estimate(be, affine):
         gradients(be, affine, "broyden-reuse", solver="picard")
 
 
+@pytest.mark.usefixtures("no_plugins")
+def test_the_solvers_that_are_proposed_are_those_that_can_be_imported(affine):
+    plugins.register(plugins.SolverSpec("absent", "no_such_module:Absent"))
+    plugins.register(plugins.SolverSpec("odd", "pathlib:Path"))
+    with pytest.raises(StrategyError, match="anderson, auto, broyden"):
+        gradients(deqcore.get_backend(backend="numpy"), affine, "broyden-reuse", solver="picard")
+
+
 # -- torch ------------------------------------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ def examples():
 
 
 @pytest.mark.parametrize("name", list(examples()))
+@pytest.mark.usefixtures("no_plugins")
 def test_examples_of_a_module_run(name, tmp_path, monkeypatch):
     for part in (name.partition(".")[0].removeprefix("deqcore_"), name.rpartition(".")[2]):
         if part in NEEDS:
