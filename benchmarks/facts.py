@@ -13,6 +13,7 @@ from torch import Tensor
 
 import deqcore
 from benchmarks.harnesses import torch_harness
+from benchmarks.roofline import bandwidth
 from deqcore.bench.cases import slow_modes
 from deqcore.bench.compare import Say, counted
 from deqcore.bench.harness import Deqcore, residuals
@@ -35,6 +36,8 @@ def facts(*, quick: bool, say: Say) -> dict[str, Facts]:
         "slow modes": newton_on_slow_modes,
         "not a contraction": newton_on_expansive,
         "fixed cost": fixed_cost,
+        "bandwidth": memory_speed,
+        "memory of the default": default_memory,
         "stored vectors": stored_vectors,  # last: it makes allocation slow
     }
     result = {}
@@ -196,7 +199,7 @@ def fixed_cost(quick: bool, device: str = "cpu", budget: float = 15.0) -> Facts:
         run()
         return run
 
-    solvers = ("picard", "anderson", "broyden")
+    solvers = ("auto", "picard", "anderson", "broyden", "newton-krylov")
     tasks = {f"{solver} {steps}": task(solver, steps) for solver in solvers for steps in (FEW, MANY)}
     times = interleave(tasks, lambda: block(f(x)), rounds=3 if quick else 15, budget=2.0 if quick else budget)
     result: Facts = {"f": {"ms": 1e3 * statistics.median(times.reference[f"picard {FEW}"])}}
@@ -207,6 +210,36 @@ def fixed_cost(quick: bool, device: str = "cpu", budget: float = 15.0) -> Facts:
             "ms per step": statistics.median(step for step, _ in steps),
             "ms per call": statistics.median(few - FEW * step for step, few in steps),
         }
+    return result
+
+
+def memory_speed(quick: bool) -> Facts:
+    """Return the bytes per second that the machine moves."""
+    return {"bytes per second": bandwidth()}
+
+
+def default_memory(quick: bool, steps: int = 24) -> Facts:
+    """Return how many states the process grows by in 24 steps where f contracts well, per solver."""
+    x = torch.ones(8, 2**14 if quick else 2**17)
+
+    def f(z: Tensor) -> Tensor:
+        return torch.addcmul(x, x, z, value=0.3)
+
+    give_back_blocks()
+    result: Facts = {"steps": steps}
+    for solver in ("picard", "auto"):
+        config = deqcore.Config(
+            backend="torch",
+            forward={"solver": solver, "rtol": 0.0, "max_steps": steps, "on_failure": "ignore"},
+            backward={"strategy": "jacobian-free"},
+        )
+
+        def solve(config: deqcore.Config = config) -> object:
+            return deqcore.fixed_point(f, torch.zeros_like(x), config=config)
+
+        solve()
+        grown = peak_memory(solve)
+        result[solver] = None if grown is None else grown / (x.numel() * x.element_size())
     return result
 
 
@@ -228,7 +261,7 @@ def stored_vectors(quick: bool, steps: int = 24) -> Facts:
                 "rtol": 0.0,
                 "max_steps": steps,
                 "on_failure": "ignore",
-                "options": {"memory": steps, "history_dtype": history_dtype},
+                "options": {"history_size": steps, "history_dtype": history_dtype},
             },
             backward={"strategy": "jacobian-free"},
         )

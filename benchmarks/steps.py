@@ -14,21 +14,26 @@ class Step:
     """A training step of one layer.
 
     Attributes:
+        layer: its library, solver and strategy.
+        case: the cell.
         forward_evaluations: of f until the value is there.
         backward_evaluations: of f in the backward pass.
         solver_evaluations: of f, as the solver counts them; None where it does not.
         residual: of the value, largest of the batch.
-        cosine: of the gradient of all parameters with the exact one.
+        cosine: of the batch's gradient of all parameters with the exact one.
+        error: of that gradient, relative to the exact one's norm.
         forward: seconds per kept round. `backward`, `step`: the same for these.
         reference: seconds per evaluation of f without gradient, beside `step`.
     """
 
     layer: str
+    case: str
     forward_evaluations: int
     backward_evaluations: int
     solver_evaluations: int | None
     residual: float
     cosine: float
+    error: float
     note: str = ""
     forward: list[float] = field(default_factory=list)
     backward: list[float] = field(default_factory=list)

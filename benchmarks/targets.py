@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from benchmarks.roofline import least_overhead
 from benchmarks.steps import Step
 from deqcore.bench.report import spread
 from deqcore.bench.rows import BenchRow
 from deqcore.bench.timing import Spread
 
 COLUMNS: Final = ("what", "target", "measured", "peer", "verdict")
+DEFAULT: Final = "deqcore auto"
 TORCHDEQ: Final = {"picard": "fixed_point_iter", "anderson": "anderson", "broyden": "broyden"}
 
 
@@ -66,7 +68,9 @@ class Results:
         self.rows = [
             BenchRow.of(row) for name in ("cases-torch", "cases-jax") for row in self.section(name).get("rows", ())
         ]
-        self.steps = {step["layer"]: Step.of(step) for step in self.section("training-torch").get("steps", ())}
+        self.steps = {
+            (step["case"], step["layer"]): Step.of(step) for step in self.section("training-torch").get("steps", ())
+        }
 
     def section(self, name: str) -> Mapping[str, Any]:
         """Return one section, empty if it is missing."""
@@ -78,6 +82,15 @@ class Results:
             if (row.framework, row.case, row.contender) == (framework, case, contender):
                 return row if row.seconds else None
         return None
+
+    def problems(self) -> list[tuple[str, str]]:
+        """Return framework and case of all rows, in their order."""
+        return list(dict.fromkeys((row.framework, row.case) for row in self.rows))
+
+    def fastest(self, framework: str, case: str, fits: Callable[[BenchRow], bool]) -> BenchRow | None:
+        """Return the contender with the least median time among those that fit and reached the residual."""
+        timed = [row for row in self.rows if (row.framework, row.case) == (framework, case) and row.seconds]
+        return min(filter(fits, timed), key=lambda row: Spread.of(row.seconds).median, default=None)
 
     def listed(self, framework: str, case: str, contender: str) -> BenchRow | None:
         """Return a contender, timed or not."""
@@ -96,6 +109,7 @@ def targets(results: Mapping[str, Any]) -> list[Target]:
     """Return all of them, in the order of the table."""
     result = Results(results)
     makers: tuple[Callable[[Results], list[Target]], ...] = (
+        _default,
         _overheads,
         _against_torchdeq,
         _counts,
@@ -116,20 +130,45 @@ def _ratio(what: str, limit: float, ours: Spread | None, peer: str = "") -> Targ
 
 def _overheads(found: Results) -> list[Target]:
     limits = {
-        ("broyden", "conv"): 1.5,
-        ("broyden", "dense"): 2.0,
-        ("anderson", "conv"): 1.3,
+        ("broyden", "conv"): 1.4,
+        ("broyden", "dense"): 1.8,
+        ("anderson", "conv"): 1.25,
         ("anderson", "dense"): 1.5,
         ("picard", "conv"): 1.12,
         ("picard", "dense"): 1.12,
     }
+    speed = found.fact("bandwidth", "bytes per second")
     made = []
     for (solver, case), limit in limits.items():
         ours = found.row("torch", case, f"deqcore {solver}")
         peer = found.row("torch", case, f"torchdeq {TORCHDEQ[solver]}")
-        other = "" if peer is None else f"torchdeq {spread(peer.overhead)}"
-        made.append(_ratio(f"{solver}: overhead, {case}", limit, ours.overhead if ours else None, other))
+        beside = [] if peer is None else [f"torchdeq {spread(peer.overhead)}"]
+        if ours is not None and speed is not None:
+            bound = least_overhead(solver, ours.evaluations, ours.state, ours.reference, speed)
+            beside.append(f"memory bound {bound:.2f}")
+        made.append(_ratio(f"{solver}: overhead, {case}", limit, ours.overhead if ours else None, "; ".join(beside)))
     return made
+
+
+def _default(found: Results) -> list[Target]:
+    """The default solver beside the best of ours and the best of the peers, on every problem."""
+    made = []
+    for framework, case in found.problems():
+        default = found.row(framework, case, DEFAULT)
+        own = found.fastest(framework, case, lambda row: row.library == "deqcore" and row.contender != DEFAULT)
+        peer = found.fastest(framework, case, lambda row: row.library != "deqcore")
+        fair = _fair(0.95, default, peer) if default is not None and peer is not None else 0.95
+        for other, limit, kind in ((own, 1.1, "our best other solver"), (peer, fair, "the best peer")):
+            ratio = default.against(other) if default is not None and other is not None else None
+            what = f"default: seconds / {kind}, {framework}, {case}"
+            made.append(_ratio(what, limit, ratio, "" if other is None else other.contender))
+    return made
+
+
+def _fair(limit: float, default: BenchRow, peer: BenchRow) -> float:
+    """Return the limit, or 1.05 × the time in f where the peer needs at most 1.1 × that."""
+    floor = Spread.of_ratios([default.evaluations * item for item in default.reference], peer.seconds).median
+    return max(limit, 1.05 * floor) if floor >= 1 / 1.1 else limit
 
 
 def _against_torchdeq(found: Results) -> list[Target]:
@@ -203,16 +242,21 @@ def _peer(found: Mapping[str, Any] | None, key: str) -> str:
 
 def _jax(found: Results) -> list[Target]:
     made = []
-    for case in ("dense", "conv"):
-        rivals = [found.row("jax", case, f"jaxopt anderson{kind}") for kind in ("", " (vmap)")]
-        timed = [row for row in rivals if row is not None]
-        best = min(timed, key=lambda row: Spread.of(row.seconds).median, default=None)
-        for solver in ("anderson", "broyden"):
+    limits = {
+        "dense": {"anderson": 0.8, "broyden": 1.3, "auto": 0.7},
+        "conv": {"anderson": 0.8, "broyden": 0.8, "auto": 0.8},
+    }
+    for case, solvers in limits.items():
+        best = found.fastest("jax", case, lambda row: row.contender.startswith("jaxopt anderson"))
+        for solver, limit in solvers.items():
             ours = found.row("jax", case, f"deqcore {solver}")
             ratio = ours.against(best) if ours is not None and best is not None else None
             peer = "" if best is None else f"{best.contender}, its best"
-            made.append(_ratio(f"JAX {solver}: seconds / jaxopt's Anderson, {case}", 0.8, ratio, peer))
-    return made
+            made.append(_ratio(f"JAX {solver}: seconds / jaxopt's Anderson, {case}", limit, ratio, peer))
+    plain = found.row("jax", "dense", "deqcore picard")
+    peer = found.fastest("jax", "dense", lambda row: row.contender.startswith("optimistix fixed"))
+    ratio = plain.against(peer) if plain is not None and peer is not None else None
+    return [*made, _ratio("JAX picard: seconds / optimistix' fixed point, dense", 1.0, ratio)]
 
 
 def _compaction(found: Results) -> list[Target]:
@@ -226,12 +270,17 @@ def _compaction(found: Results) -> list[Target]:
 
 
 def _memory(found: Results) -> list[Target]:
+    default = found.fact("memory of the default")
+    extra = None
+    if default is not None and None not in (default["auto"], default["picard"]):
+        extra = default["auto"] - default["picard"]
+    made = [Target("default: states of memory beyond picard's where f contracts well", 4.0, extra)]
     facts = found.fact("stored vectors")
     if facts is None:
-        return [Target("broyden: states of memory after 24 steps", 31, None)]
+        return [*made, Target("broyden: states of memory after 24 steps", 31, None)]
     steps = facts["steps"]
     limits = {"float32": steps + 1 + 6, "bfloat16": (steps + 1) / 2 + 6}
-    return [
+    return made + [
         Target(
             f"broyden: states of memory after {steps} steps, {dtype} history",
             limit,
@@ -245,8 +294,8 @@ def _memory(found: Results) -> list[Target]:
 def _fixed_cost(found: Results) -> list[Target]:
     steps = {"picard": 0.08, "anderson": 0.38, "broyden": 0.38}
     calls = [
-        Target(f"{solver}: ms per call, tiny f", 0.3, found.fact("fixed cost", solver, "ms per call"))
-        for solver in steps
+        Target(f"{solver}: ms per call, tiny f", 0.2, found.fact("fixed cost", solver, "ms per call"))
+        for solver in ("auto", "picard", "anderson", "broyden", "newton-krylov")
     ]
     each = [
         Target(f"{solver}: ms per step, tiny f", limit, found.fact("fixed cost", solver, "ms per step"))
@@ -256,10 +305,11 @@ def _fixed_cost(found: Results) -> list[Target]:
 
 
 def _training(found: Results) -> list[Target]:
-    certified, plain = (found.steps.get(f"deqcore broyden, {kind} reuse") for kind in ("certified", "plain"))
-    free = found.steps.get("deqcore broyden, jacobian-free")
-    heavy, default = (found.steps.get(f"torchdeq {kind}") for kind in ("broyden, IFT broyden", "defaults"))
-    ours = found.steps.get("deqcore, defaults")
+    def step(layer: str, case: str = "conv") -> Step | None:
+        return found.steps.get((case, layer))
+
+    certified, plain = (step(f"deqcore broyden, {kind} reuse") for kind in ("certified", "plain"))
+    free, heavy = step("deqcore broyden, jacobian-free"), step("torchdeq broyden, IFT broyden")
     extra = None
     if certified is not None and certified.solver_evaluations is not None:
         extra = certified.forward_evaluations + certified.backward_evaluations - certified.solver_evaluations
@@ -267,14 +317,25 @@ def _training(found: Results) -> list[Target]:
     def against(a: Step | None, b: Step | None, part: str = "step") -> Spread | None:
         return a.against(b, part) if a is not None and b is not None and a.step and b.step else None
 
-    return [
-        _ratio("backward of plain reuse / of jacobian-free, conv", 1.25, against(plain, free, "backward")),
+    made = [
+        _ratio("backward of plain reuse / of jacobian-free, conv", 1.15, against(plain, free, "backward")),
         _ratio(
             "training step, certified reuse (0.1) / torchdeq Broyden forward and backward, conv",
             1 / 3,
             against(certified, heavy),
         ),
-        _ratio("training step, certified reuse (0.1) / torchdeq's default, conv", 1.0, against(certified, default)),
-        _ratio("training step, our defaults / torchdeq's default, conv", 1.0, against(ours, default)),
-        Target("evaluations of f in a training step beyond the solver's", 1, extra),
+        _ratio(
+            "training step, certified reuse (0.1) / torchdeq's default, conv",
+            1.0,
+            against(certified, step("torchdeq defaults")),
+        ),
     ]
+    for case in ("conv", "dense"):
+        peer = step("torchdeq defaults", case)
+        for layer, limit in (("defaults", 1.25), ("gradient error 0.1", 1.25)):
+            ours = step(f"deqcore, {layer}", case)
+            beside = f"gradient error {ours.error:.2g}, torchdeq's {peer.error:.2g}" if ours and peer else ""
+            made.append(
+                _ratio(f"training step, our {layer} / torchdeq's default, {case}", limit, against(ours, peer), beside)
+            )
+    return [*made, Target("evaluations of f in a training step beyond the solver's", 1, extra)]

@@ -1,4 +1,4 @@
-"""One training step of a layer on the convolutional block (torch): forward, backward, and the whole."""
+"""One training step of a layer (torch): forward, backward, and the whole, beside torchdeq."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import deqcore
-from benchmarks.cells import case
 from benchmarks.steps import Step
+from deqcore.bench.cases import Case
 from deqcore.bench.harness import Harness, Ready
 from deqcore.bench.timing import interleave
 from deqcore.config import Config
@@ -67,9 +67,14 @@ def layers(ready: Ready) -> dict[str, tuple[Callable[[float], Layer], str]]:
     """Return makers of layers from a forward tolerance, with notes."""
     reuse = {"certify": False, "max_relative_error": None, "fallback": "none"}
     made: dict[str, tuple[Callable[[float], Layer], str]] = {
-        "deqcore, defaults": (Defaults, "broyden, default strategy"),
+        "deqcore, defaults": (Defaults, "auto, exact-ift"),
+        "deqcore, gradient error 0.1": (
+            lambda rtol: Ours("auto", "exact-ift", rtol, max_relative_error=ADJOINT),
+            f"auto, exact-ift certified to {ADJOINT}",
+        ),
+        "deqcore, jacobian-free": (lambda rtol: Ours("auto", "jacobian-free", rtol), "auto"),
         "deqcore broyden, certified reuse": (
-            lambda rtol: Ours("broyden", "broyden-reuse", rtol, target=ADJOINT),
+            lambda rtol: Ours("broyden", "broyden-reuse", rtol, max_relative_error=ADJOINT),
             f"target {ADJOINT}",
         ),
         "deqcore broyden, plain reuse": (lambda rtol: Ours("broyden", "broyden-reuse", rtol, **reuse), ""),
@@ -103,10 +108,10 @@ class Defaults(Ours):
 
 def training(
     harness: Harness,
+    problem: Case,
     *,
     rounds: int,
     budget: float,
-    quick: bool,
     say: Callable[[str], object],
     failed: dict[str, str] | None = None,
 ) -> list[Step]:
@@ -114,7 +119,7 @@ def training(
 
     `failed`: takes the name and the error of a layer that raises; without it the first error ends the run.
     """
-    ready = harness.ready(case("conv", quick))
+    ready = harness.ready(problem)
     for parameter in ready.params.values():
         parameter.requires_grad_()
     loss = Loss(ready, harness.block)
@@ -191,11 +196,13 @@ def _counted(name: str, note: str, layer: Layer, ready: Ready, loss: Loss, exact
     flat = torch.cat([part.flatten() for part in parts])
     return Step(
         name,
+        ready.case.name,
         forward,
         counted.calls[0] - forward,
         result.evaluations,
         _residual(ready, result.value.detach()),
         float(torch.nn.functional.cosine_similarity(flat, exact, dim=0)),
+        float((flat - exact).norm() / exact.norm()),
         note,
     )
 

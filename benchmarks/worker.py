@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from deqcore.bench.machine import limit_threads
 
-SOLVERS: Final = ("picard", "anderson", "broyden", "newton-krylov")
+SOLVERS: Final = ("auto", "picard", "anderson", "broyden", "newton-krylov")
 FRAMEWORKS: Final = ("torch", "jax")
 ROUNDS, BUDGET = 7, 8.0  # per case: rounds that are kept, and seconds after which three are enough
 LONG: Final = {"dense": 25.0, "conv": 40.0, "mixed-conv": 25.0}  # the cases that targets speak of
@@ -92,7 +92,7 @@ def curves(setting: Setting) -> dict[str, Any]:
     from deqcore.bench.sweeps import STEPS, points
 
     measured = harness(setting.framework, setting.threads)
-    own = [Deqcore(name) for name in SOLVERS[:3]]
+    own = [Deqcore(name) for name in SOLVERS if name != "newton-krylov"]
     rivals = [peer for peer in peers(setting.framework) if peer.library in ("torchdeq", "jaxopt")]
     limits: dict[str, Any] = {
         "rounds": 1 if setting.quick else 3,
@@ -129,13 +129,22 @@ def facts(setting: Setting) -> dict[str, Any]:
 
 def training(setting: Setting) -> dict[str, Any]:
     """Return whole training steps, torch only."""
+    from benchmarks.cells import case
     from benchmarks.harnesses import harness
     from benchmarks.training import training
 
     measured = harness(setting.framework, setting.threads)
-    steps = training(
-        measured, rounds=setting.rounds, budget=setting.seconds("conv"), quick=setting.quick, say=setting.say
-    )
+    steps = [
+        step
+        for name in ("conv", "dense")
+        for step in training(
+            measured,
+            case(name, setting.quick),
+            rounds=setting.rounds,
+            budget=setting.seconds(name),
+            say=setting.say,
+        )
+    ]
     return {"steps": [step.as_dict() for step in steps]}
 
 

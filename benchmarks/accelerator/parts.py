@@ -317,15 +317,16 @@ def copied(setting: Setting) -> dict[str, Any]:
 
 def training(name: str, setting: Setting) -> dict[str, Any]:
     """Return a training step of every layer on the convolutional block, float32 without TF32."""
+    from benchmarks.cells import case
     from benchmarks.training import training
 
     failed: dict[str, str] = {}
     with on.tf32(False):
         result = training(
             on.harness(setting.device, "float32"),
+            case("conv", setting.quick),
             rounds=setting.rounds,
             budget=setting.seconds / 2,
-            quick=setting.quick,
             say=setting.say,
             failed=failed,
         )

@@ -53,6 +53,11 @@ class BenchRow:
     error: str = ""
 
     @property
+    def library(self) -> str:
+        """The first word of the contender."""
+        return self.contender.partition(" ")[0]
+
+    @property
     def overhead(self) -> Spread:
         """Seconds / (evaluations × seconds per f), paired by round; 1.0 is the limit of eager code."""
         return Spread.of_ratios(self.seconds, [max(1, self.evaluations) * item for item in self.reference])
