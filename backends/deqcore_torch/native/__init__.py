@@ -1,1 +1,1 @@
-"""Native steps: by Numba for the CPU (`pip install "deqcore[native]"`), by Triton, which comes with torch, for GPUs."""
+"""Native steps: by Numba for the CPU, by Triton, which comes with torch, for GPUs."""
