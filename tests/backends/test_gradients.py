@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import deqcore
+from deqcore import plugins
 from deqcore.errors import ConvergenceWarning, StrategyError
 
 torch = pytest.importorskip("torch")
