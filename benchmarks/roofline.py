@@ -36,7 +36,7 @@ def bandwidth() -> float:
 
 
 def states_moved(solver: str, evaluations: int) -> int:
-    """Return how many states the steps of a solve read or write beside f.
+    """Return how many states the steps of a solve read or write, without those of f.
 
     Each vector of the history is counted once per step: a step that reads it for inner products and again for the
     combination finds the sample's part in the cache.

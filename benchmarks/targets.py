@@ -151,7 +151,7 @@ def _overheads(found: Results) -> list[Target]:
 
 
 def _default(found: Results) -> list[Target]:
-    """The default solver beside the best of ours and the best of the peers, on every problem."""
+    """Compare the default solver with the best of our others and of the peers, on every problem."""
     made = []
     for framework, case in found.problems():
         default = found.row(framework, case, DEFAULT)
