@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,9 @@ def test_the_files_that_a_page_outside_the_site_names_are_there(name):
     paths = re.findall(r"`((?:docs|examples|tests|benchmarks|deqcore|backends|release)/[\w./-]*)`", page)
     missing = [each for each in links + paths if not (ROOT / each).exists()]
     assert not missing, f"{name} names {missing}"
+
+
+def test_the_site_and_the_citation_name_the_version_that_is_built():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert f"copyright: deqcore {version}, " in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
