@@ -164,7 +164,7 @@ def _untracked(y: Tensor) -> Tensor:
 
 
 def _leaf(leaf: Any) -> Any:
-    differentiable = isinstance(leaf, Tensor) and leaf.is_floating_point()
+    differentiable = isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
     return leaf.detach().requires_grad_() if differentiable else leaf
 
 

@@ -33,7 +33,7 @@ class TorchBackend(Backend):
 
     name: ClassVar[str] = "torch"
     capabilities: Capabilities = Capabilities(
-        jvp=True, bfloat16=True, accelerator=True, second_derivatives=True, compaction=True
+        jvp=True, bfloat16=True, accelerator=True, complex=True, second_derivatives=True, compaction=True
     )
     xp = xp
     linalg_class = TorchLinalg
@@ -72,6 +72,12 @@ class TorchBackend(Backend):
 
     def astype(self, x: Tensor, dtype: str) -> Tensor:
         return x.to(getattr(torch, dtype))
+
+    def to_pairs(self, x: Tensor) -> Tensor:
+        return torch.view_as_real(x.resolve_conj())
+
+    def from_pairs(self, x: Tensor) -> Tensor:
+        return torch.complex(x[..., 0], x[..., 1])  # a view would need an even offset in memory
 
     def to_device(self, x: Tensor, device: str) -> Tensor:
         try:

@@ -119,6 +119,14 @@ class Backend(ABC):
         """Cast to the dtype of this name; gradients pass."""
         return x.astype(dtype)
 
+    def to_pairs(self, x: Array) -> Array:
+        """Return a complex array as a real one with a last axis of 2, real and imaginary part. With `complex` only."""
+        return self.xp.stack((self.xp.real(x), self.xp.imag(x)), axis=-1)
+
+    def from_pairs(self, x: Array) -> Array:
+        """Undo `to_pairs`; gradients pass through both by the framework's own convention."""
+        raise NotImplementedError(f"The backend {self.name!r} does not offer complex states.")
+
     def to_device(self, x: Array, device: str) -> Array:
         """Move `x` to the device of this name: ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
 

@@ -60,7 +60,7 @@ def plan_call(
         if strategy.wants_estimate() and not solver.has_estimate:
             raise StrategyError.needs_estimate(backward.strategy, forward.solver, _with_estimate())
     space = RavelSpec.of(backend, z0, forward.batch)
-    like = space.leaves(z0)[0]
+    like = space.leaves(z0)[0] if not space.complex else space.ravel(z0)
     control = _criteria(resolved, scalars, backend, like)
     if memory is not None and not backend.capabilities.eager:
         raise StrategyError(

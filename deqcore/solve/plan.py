@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from deqcore.abc.arrays import is_inexact
 from deqcore.abc.backend import Backend
 from deqcore.abc.backward import StepStrategy, Strategy
 from deqcore.abc.solver import Solver
@@ -177,7 +178,7 @@ class Plan:
             gradients = autodiff.vjp(lambda *moved: (f(z, *moved), None), args, u)[2]
             return tuple(part for part in self.backend.flatten(gradients)[0] if part is not None)
 
-        found = any("float" in self.backend.dtype_name(leaf) for leaf in arrays_in(self.backend, args))
+        found = any(is_inexact(self.backend.dtype_name(leaf)) for leaf in arrays_in(self.backend, args))
         converged = forward.status == int(Status.CONVERGED)
         return PassInputs(None, converged, forward.residual, pull if found else None)
 
