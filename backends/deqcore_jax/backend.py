@@ -95,6 +95,7 @@ class JaxBackend(Backend):
 
     name: ClassVar[str] = "jax"
     xp = jnp
+    registration = "jax.tree_util.register_dataclass"
     linalg_class = JaxLinalg
     autodiff_class = JaxAutodiff
     guards_class = JaxGuards

@@ -56,6 +56,8 @@ class Backend(ABC):
     """
 
     name: ClassVar[str]
+    registration: ClassVar[str] = "optree.dataclasses.dataclass with namespace = 'deqcore'"
+    """How a user registers a class as a tree, as it stands in errors."""
     capabilities: Capabilities
     xp: Any
 
@@ -97,7 +99,7 @@ class Backend(ABC):
 
     def flatten(self, tree: Tree) -> tuple[list[Any], Any]:
         """Split a tree into its leaves and a structure that compares with `==`."""
-        return optree.tree_flatten(tree)
+        return optree.tree_flatten(tree, namespace="deqcore")
 
     def unflatten(self, structure: Any, leaves: Sequence[Any]) -> Tree:
         """Undo `flatten`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from typing import Any, Final
 
 from deqcore.abc.backend import Backend
@@ -49,9 +50,12 @@ def floating(backend: Backend, leaves: list[Any], carried: Carried) -> list[Any]
 def check_leaf(backend: Backend, leaf: Any, batch: bool) -> None:
     """Raise `InitialIterateError` for a leaf that is not a part of a state."""
     if not backend.is_array(leaf):
+        remedy = "Convert it with deqcore.get_backend(...).asarray."
+        if is_dataclass(leaf):
+            remedy = f"Register the class as a pytree ({backend.registration})."
         raise InitialIterateError(
             f"The leaves of the initial iterate z0 must be arrays of {backend.name} (got a {type(leaf).__name__}). "
-            f"Convert it with deqcore.get_backend(...).asarray."
+            f"{remedy}"
         )
     if (reason := backend.guards.unfit(leaf)) is not None:
         raise InitialIterateError(f"The initial iterate z0 holds {reason}.")
