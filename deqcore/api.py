@@ -75,7 +75,7 @@ def fixed_point(
         (True, (1, 2))
     """
     plain = config is None and state is None and strategy_state is None and not has_aux
-    if plain and (solution := captured(f, z0, args, overrides)) is not None:
+    if plain and (solution := captured(f, z0, args, overrides, tuple(batched_args))) is not None:
         return solution
     plan = plan_call(config, overrides, z0, args, strategy_state)
     solve = plan.backend.guards.untraced(call.solve)

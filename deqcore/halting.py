@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any, TypeAlias
 
 from deqcore import plugins
+from deqcore.abc.arrays import is_inexact
 from deqcore.abc.backend import Backend
 from deqcore.api import get_backend
 from deqcore.errors import BackendError, ConfigError, ProblemError
@@ -100,7 +101,7 @@ class Within:
 
 
 def _is_float(backend: Backend, leaf: Any) -> bool:
-    return backend.is_array(leaf) and "float" in backend.dtype_name(leaf)
+    return backend.is_array(leaf) and is_inexact(backend.dtype_name(leaf))
 
 
 def until(f: Callable[..., Tree], rule: Rule) -> Callable[..., Tree]:

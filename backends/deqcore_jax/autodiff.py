@@ -20,6 +20,8 @@ from deqcore_jax.linearize import product
 class JaxAutodiff(Autodiff):
     """`jax.vjp`, `jax.linearize` and a custom derivative for the fixed point."""
 
+    conjugates = True
+
     def linearize(self, f: Map, z: jax.Array) -> tuple[jax.Array, Map]:
         with as_outside():
             fz, vjp = jax.vjp(f, z)

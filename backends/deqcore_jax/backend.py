@@ -95,6 +95,7 @@ class JaxBackend(Backend):
 
     name: ClassVar[str] = "jax"
     xp = jnp
+    registration = "jax.tree_util.register_dataclass"
     linalg_class = JaxLinalg
     autodiff_class = JaxAutodiff
     guards_class = JaxGuards
@@ -142,6 +143,9 @@ class JaxBackend(Backend):
             return jax.device_put(x, jax.devices(kind)[int(index or 0)])
         except (RuntimeError, IndexError, ValueError) as error:
             raise BackendError(f"jax cannot use the device {device!r}: {error}") from error
+
+    def from_pairs(self, x: jax.Array) -> jax.Array:
+        return lax.complex(x[..., 0], x[..., 1])
 
     def astype(self, x: jax.Array, dtype: str) -> jax.Array:
         return x.astype(dtype)
@@ -203,7 +207,7 @@ class JaxBackend(Backend):
 
 
 _CAPABILITIES = Capabilities(
-    jvp=True, jit=True, vmap=True, bfloat16=True, accelerator=True, second_derivatives=True, eager=False
+    jvp=True, jit=True, vmap=True, bfloat16=True, complex=True, accelerator=True, second_derivatives=True, eager=False
 )
 
 

@@ -17,6 +17,7 @@ from deqcore.abc.autodiff import Autodiff
 from deqcore.abc.backend import Backend
 from deqcore.solve.verification import coupled_rows
 from deqcore.types import BackwardRecord, Map, SolveResult, Tree
+from deqcore_numpy.complex_pairs import from_pairs, pairs
 from deqcore_numpy.derivative import batched_jacobian, jacobian, product, vjp_back
 
 
@@ -79,15 +80,18 @@ class NumpyAutodiff(Autodiff):
             primal, aux = value(*args)
         gradients: list[NDArray[Any] | None] = []
         for i, leaf in enumerate(leaves):
-            if not self.be.is_array(leaf) or not np.issubdtype(leaf.dtype, np.floating):
+            if not self.be.is_array(leaf) or not np.issubdtype(leaf.dtype, np.inexact):
                 gradients.append(None)
                 continue
+            split = np.iscomplexobj(leaf)
 
-            def moved(x: NDArray[Any], i: int = i) -> NDArray[Any]:
-                changed = [*leaves[:i], x, *leaves[i + 1 :]]
+            def moved(x: NDArray[Any], i: int = i, split: bool = split) -> NDArray[Any]:
+                changed = [*leaves[:i], from_pairs(x) if split else x, *leaves[i + 1 :]]
                 primal: NDArray[Any] = value(*self.be.unflatten(structure, changed))[0]
                 return primal
 
+            numbers = pairs(leaf) if split else leaf
             with self.be.errstate():
-                gradients.append(vjp_back(jacobian(moved, leaf), cotangent, primal, leaf).astype(leaf.dtype))
+                gradient = vjp_back(jacobian(moved, numbers), cotangent, primal, numbers)
+                gradients.append((from_pairs(gradient) if split else gradient).astype(leaf.dtype))
         return primal, aux, self.be.unflatten(structure, gradients)

@@ -18,6 +18,7 @@ from deqcore.abc.scaling import guarded_norm
 from deqcore.errors import ConfigError
 from deqcore.types import Capabilities
 from deqcore_numpy.autodiff import NumpyAutodiff
+from deqcore_numpy.complex_pairs import from_pairs, pairs
 from deqcore_numpy.guards import NumpyGuards
 from deqcore_numpy.history import NumpyHistory
 
@@ -48,7 +49,7 @@ class NumpyBackend(Backend):
     """NumPy arrays on the host."""
 
     name: ClassVar[str] = "numpy"
-    capabilities: Capabilities = Capabilities(autodiff=False, jvp=True, compaction=True)
+    capabilities: Capabilities = Capabilities(autodiff=False, jvp=True, complex=True, compaction=True)
     xp = np
     linalg_class = NumpyLinalg
     autodiff_class = NumpyAutodiff
@@ -66,6 +67,12 @@ class NumpyBackend(Backend):
 
     def astype(self, x: NDArray[Any], dtype: str) -> NDArray[Any]:
         return x.astype(dtype, copy=False)
+
+    def to_pairs(self, x: NDArray[Any]) -> NDArray[Any]:
+        return pairs(x)
+
+    def from_pairs(self, x: NDArray[Any]) -> NDArray[Any]:
+        return from_pairs(x)
 
     def to_accum_dtype(self, x: NDArray[Any]) -> NDArray[Any]:
         return np.asarray(x).astype(np.float64, copy=False)

@@ -11,7 +11,7 @@ from torch import Tensor
 from deqcore.abc.adjoint import AdjointSolver
 from deqcore.abc.autodiff import Autodiff
 from deqcore.abc.backend import Backend
-from deqcore.errors import InitialIterateError
+from deqcore.errors import ConfigError, InitialIterateError
 from deqcore.solve.opaque import arrays_in
 from deqcore.types import BackwardRecord, Map, SolveResult
 from deqcore_torch import functorch, jvp
@@ -20,6 +20,7 @@ from deqcore_torch.checkpoints import checkpoint
 from deqcore_torch.disable_dynamo import refuse_tracing, untraced
 from deqcore_torch.eval_context import nothing_recorded
 from deqcore_torch.gradients import straight_through
+from deqcore_torch.lanes import Lanes
 from deqcore_torch.module_hooks import hooks_made, muted
 
 
@@ -64,8 +65,11 @@ class TorchAutodiff(Autodiff):
         refuse_tracing(z0)
         run: Map = lambda z: _untracked(f(z, *args))  # noqa: E731
         if functorch.active():
-            functorch.refuse_vmap()
             run = lambda z: f(z, *args).detach()  # noqa: E731 (outer transformations would record every step)
+            if lanes := Lanes.now():
+                _refuse_compact(solve)
+                with nothing_recorded():
+                    return lanes.solve(lambda z: f(z, *args), z0, solve)
         with nothing_recorded():
             return solve(run, z0.clone() if z0.is_inference() else z0.detach())
 
@@ -95,6 +99,11 @@ class TorchAutodiff(Autodiff):
         steps: Callable[[Map, Tensor, SolveResult | None], Any],
         forward: SolveResult | None,
     ) -> Any:
+        if functorch.active():
+            functorch.refuse_vmap(
+                "A strategy that differentiates through steps (phantom, unrolled)",
+                "Use backward.strategy = 'exact-ift', or make the mapped axis a part of the batch.",
+            )
         return super().differentiate_through(f, z0, args, steps, forward)
 
     def straight_through(self, value: Tensor, carrier: Tensor) -> Tensor:
@@ -158,13 +167,21 @@ def _refuse_split(z0: Tensor) -> None:
         )
 
 
+def _refuse_compact(solve: object) -> None:
+    if getattr(solve, "narrow", None) is not None:
+        raise ConfigError(
+            "forward.compact must be false inside torch.func.vmap, where rows of several lanes share one solve (got "
+            "true). Set forward.compact = false."
+        )
+
+
 def _untracked(y: Tensor) -> Tensor:
     """Return y without a history if no gradient is recorded: f may return one of its arguments."""
     return y.detach() if y.requires_grad and not torch.is_grad_enabled() else y
 
 
 def _leaf(leaf: Any) -> Any:
-    differentiable = isinstance(leaf, Tensor) and leaf.is_floating_point()
+    differentiable = isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
     return leaf.detach().requires_grad_() if differentiable else leaf
 
 

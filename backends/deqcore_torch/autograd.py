@@ -56,7 +56,6 @@ def attach(
         record: filled in by each backward pass.
     """
     if functorch.active():
-        functorch.refuse_vmap()
         return functorch.attach(backend, f, forward, args, adjoint)
     job = _Job(adjoint, record, forward.carry.state if adjoint.uses_state else None)
     exact = adjoint.exact
@@ -170,7 +169,7 @@ class _Attach(torch.autograd.Function):
         nothing = (None,) * len(outside)
         if g is None:
             return (None, None, None, None, *nothing)
-        functorch.refuse_vmap(g)
+        functorch.refuse_batched(g)
         if job.adjoint.uses_vjp:
             job.saved.fetch()
         if not torch.is_grad_enabled():

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import array_api_compat.torch as xp
 import numpy as np
-import optree
 import torch
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from deqcore.abc.history import History
 from deqcore.abc.scaling import guarded_norm, scaled_norm
 from deqcore.errors import BackendError, ConfigError
 from deqcore.types import Capabilities, LoopVars
-from deqcore_torch import functorch, kernels
+from deqcore_torch import functorch, kernels, trees
 from deqcore_torch.autodiff import TorchAutodiff
 from deqcore_torch.guards import TorchGuards
 from deqcore_torch.harness import TorchHarness
@@ -24,7 +23,6 @@ from deqcore_torch.history import RecordedHistory, TorchHistory, select_rows
 from deqcore_torch.host import TorchHost
 from deqcore_torch.linalg import TorchLinalg
 
-LEAF = optree.tree_structure(0)  # the structure of a bare tensor, the usual state: found without optree
 DEVICE_CHECK = 4  # steps between host checks where a check waits for the device
 
 
@@ -33,9 +31,10 @@ class TorchBackend(Backend):
 
     name: ClassVar[str] = "torch"
     capabilities: Capabilities = Capabilities(
-        jvp=True, bfloat16=True, accelerator=True, second_derivatives=True, compaction=True
+        jvp=True, vmap=True, bfloat16=True, accelerator=True, complex=True, second_derivatives=True, compaction=True
     )
     xp = xp
+    registration = "optree.dataclasses.dataclass with namespace = 'deqcore', or torch.utils._pytree.register_pytree_node"
     linalg_class = TorchLinalg
     autodiff_class = TorchAutodiff
     guards_class = TorchGuards
@@ -57,12 +56,10 @@ class TorchBackend(Backend):
         return functorch.to_numpy(x.float() if x.dtype is torch.bfloat16 else x)
 
     def flatten(self, tree: Any) -> tuple[list[Any], Any]:
-        if isinstance(tree, Tensor):
-            return [tree], LEAF
-        return optree.tree_flatten(tree)
+        return trees.flatten(tree)
 
     def unflatten(self, structure: Any, leaves: Sequence[Any]) -> Any:
-        return leaves[0] if structure is LEAF else optree.tree_unflatten(structure, leaves)
+        return trees.unflatten(structure, leaves)
 
     def dtype_name(self, x: Tensor) -> str:
         return str(x.dtype).removeprefix("torch.")
@@ -72,6 +69,12 @@ class TorchBackend(Backend):
 
     def astype(self, x: Tensor, dtype: str) -> Tensor:
         return x.to(getattr(torch, dtype))
+
+    def to_pairs(self, x: Tensor) -> Tensor:
+        return torch.view_as_real(x.resolve_conj())
+
+    def from_pairs(self, x: Tensor) -> Tensor:
+        return torch.complex(x[..., 0], x[..., 1])  # a view would need an even offset in memory
 
     def to_device(self, x: Tensor, device: str) -> Tensor:
         try:

@@ -25,7 +25,9 @@ else:
     AVAILABLE = True
 
 
-def solve_function(f: Any, z0: Any, args: tuple[Any, ...], overrides: dict[str, Any]) -> Solution | None:
+def solve_function(
+    f: Any, z0: Any, args: tuple[Any, ...], overrides: dict[str, Any], batched_args: tuple[int, ...] = ()
+) -> Solution | None:
     """Return the solution of `fixed_point` as a graph sees it, or None if its arguments are not plain trees.
 
     The compiler traces f as a graph of its own, whose inputs are the tensors of z0 and the arguments, then all tensors
@@ -36,8 +38,9 @@ def solve_function(f: Any, z0: Any, args: tuple[Any, ...], overrides: dict[str, 
     leaves: list[Tensor] = []
     read: list[Tensor] = []
     moving: list[Tensor] = []
-    state, given, chosen = describe(z0, leaves), describe(args, read), describe(overrides, moving)
-    if not takes_functions() or state is None or given is None or chosen is None or moving or not leaves:
+    state, chosen = describe(z0, leaves), describe(overrides, moving)
+    carrying, given = _described(args, batched_args, read)
+    if not takes_functions() or state is None or not given or chosen is None or moving or not leaves:
         return None
     from deqcore_torch.graph_problem import solve_graph  # loads the compiler, which runs here anyway
 
@@ -54,8 +57,26 @@ def solve_function(f: Any, z0: Any, args: tuple[Any, ...], overrides: dict[str, 
 
     # Equal tensors are one input of the graph, and f may also read those of z0.
     start = [leaf.clone() for leaf in leaves]
-    found = solve_graph(body, *start, *read, layout=f"({state}, {chosen})", leaves=count)
+    found = solve_graph(body, *start, *read, layout=f"({state}, {chosen}, {carrying})", leaves=count)
     return _solution(z0, list(found))
+
+
+def _described(args: tuple[Any, ...], batched_args: tuple[int, ...], read: list[Tensor]) -> tuple[list[int], bool]:
+    """Append the tensors of the arguments; return the positions of those with the batch axis, and whether all are trees.
+
+    Equal tensors would be one input of the graph, which moves positions, so that the later ones are copied.
+    """
+    carrying: list[int] = []
+    plain = all([i in range(len(args)) for i in batched_args])  # an eager call names the error
+    for i, arg in enumerate(args):
+        found: list[Tensor] = []
+        plain = describe(arg, found) is not None and plain
+        for tensor in found:
+            if i in batched_args:
+                carrying.append(len(read))
+            again = any([tensor is other for other in read])
+            read.append(tensor.clone() if again and batched_args else tensor)
+    return carrying, plain
 
 
 class Layer(Protocol):

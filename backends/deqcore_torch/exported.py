@@ -22,7 +22,7 @@ from deqcore.errors import BackendError
 from deqcore.linear.norms import default_rtol
 from deqcore.solve.dispatch import backend_named
 from deqcore.types import Status
-from deqcore_torch.layout import at_trace_time, describe, rebuilt
+from deqcore_torch.layout import at_trace_time, describe, rebuilt, wide
 
 HISTORY: Final = 4
 GROWTH: Final = 4.0  # a residual above this multiple of the best one is a step that failed
@@ -46,7 +46,7 @@ def numbers(
 ) -> tuple[float, float, int, bool, bool]:
     """Return the settings of a call for a state of this dtype; plain numbers, which are constants of the program."""
     forward = settings.resolve(config, overrides)[0].forward
-    like = torch.empty(0, dtype=dtype)
+    like = torch.empty(0, dtype=wide(dtype) if dtype.is_complex else dtype)
     rtol = default_rtol(backend_named("torch"), like) if isinstance(forward.rtol, str) else forward.rtol
     return float(rtol), float(forward.atol), int(forward.max_steps), forward.solver != "picard", forward.batch
 
@@ -175,12 +175,12 @@ def _shifted(history: Tensor, new: Tensor, running: Tensor, failed: Tensor) -> T
 
 def _coefficients(residuals: Tensor, r: Tensor) -> Tensor:
     """Return the γ `(batch, HISTORY)` that minimise ‖r − Σ γᵢ residualsᵢ‖, by regularised normal equations."""
-    wide = _wide(residuals)
-    gram = wide @ wide.transpose(1, 2)
-    right = (wide @ _wide(r)[:, :, None])[:, :, 0]
+    stored = _wide(residuals)
+    gram = stored @ stored.transpose(1, 2)
+    right = (stored @ _wide(r)[:, :, None])[:, :, 0]
     size = torch.diagonal(gram, dim1=1, dim2=2).sqrt()
     scale = torch.where(size > 0, size, torch.ones_like(size))
-    ridge = 16.0 * torch.finfo(wide.dtype).eps
+    ridge = 16.0 * torch.finfo(stored.dtype).eps
     columns = [[gram[:, i, j] / (scale[:, i] * scale[:, j]) for j in range(i + 1)] for i in range(HISTORY)]
     # A difference that is not there yet has a row of zeros with 1 on the diagonal, so its coefficient is zero.
     factor = _factorised(columns, [torch.full_like(size[:, i], 1.0 + ridge) for i in range(HISTORY)])
@@ -226,6 +226,7 @@ def _norm(v: Tensor) -> Tensor:
 def _joined(tree: Any, batch: bool) -> Tensor:
     leaves: list[Tensor] = []
     describe(tree, leaves)
+    leaves = [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in leaves]
     parts = [
         (leaf.flatten(1) if leaf.dim() > 1 else leaf[:, None]) if batch else leaf.reshape(1, -1) for leaf in leaves
     ]
@@ -241,6 +242,11 @@ def _split(matrix: Tensor, like: Any, batch: bool) -> Any:
         size = 1
         for extent in leaf.shape[1:] if batch else leaf.shape:
             size = size * extent
-        found.append(matrix[:, begin : begin + size].reshape(shape))
+        if leaf.is_complex():
+            pairs = matrix[:, begin : begin + 2 * size].reshape(*shape, 2)
+            found.append(torch.complex(pairs[..., 0], pairs[..., 1]))
+            size = 2 * size
+        else:
+            found.append(matrix[:, begin : begin + size].reshape(shape))
         begin = begin + size
     return rebuilt(like, found)

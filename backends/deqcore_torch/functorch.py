@@ -14,6 +14,7 @@ u and the tangent are attached as solutions of their own linear equations, by th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,7 @@ from deqcore.errors import ProblemError, StrategyError
 from deqcore.types import Map, SolveResult
 from deqcore_torch.checkpoints import CURE, largest
 from deqcore_torch.eval_context import Ambient, nothing_recorded
+from deqcore_torch.lanes import Lanes
 
 _vjp: Any = torch.func.vjp  # its annotation also has the auxiliary output, which does not exist here
 AGAIN = "torch.func evaluates f again in the backward pass."
@@ -59,19 +61,27 @@ def is_tracked(x: Tensor) -> bool:
     return (torch.is_grad_enabled() and x.requires_grad) or active()
 
 
-def refuse_vmap(*tensors: Tensor) -> None:
-    """Raise inside `torch.func.vmap`, and for tensors batched by its older form.
+def refuse_vmap(what: str, remedy: str) -> None:
+    """Raise inside `torch.func.vmap`.
+
+    Raises:
+        StrategyError: `what` cannot run there.
+    """
+    if TransformType.Vmap in _levels():
+        raise StrategyError(f"{what} cannot run inside torch.func.vmap. {remedy}")
+
+
+def refuse_batched(g: Tensor) -> None:
+    """Raise for a batched cotangent of a solve that autograd's tape recorded.
 
     Raises:
         StrategyError: a batched tensor cannot decide when a loop ends.
     """
-    batched = any(is_legacy_batchedtensor(t) for t in tensors)
-    if batched or TransformType.Vmap in _levels():
+    if is_legacy_batchedtensor(g) or TransformType.Vmap in _levels():
         raise StrategyError(
-            "fixed_point cannot run inside torch.func.vmap (nor its backward under is_grads_batched = True): the "
-            "solver's loop ends when the samples have converged, which PyTorch cannot ask of batched tensors. Make the "
-            "mapped axis a part of the batch (reshape z0 and the arguments), give jacrev or jacobian "
-            "chunk_size = 1 or vectorize = False, or use JAX, where vmap works."
+            "The backward pass of a solve outside of torch.func cannot run with batched cotangents (is_grads_batched "
+            "= True, vectorize = True, or vmap of torch.autograd.grad), because the loop of its adjoint solve needs "
+            "values. Use torch.func.jacrev, or vectorize = False."
         )
 
 
@@ -81,6 +91,7 @@ def to_numpy(x: Tensor) -> Any:
         return x.numpy()
     while is_functorch_wrapped_tensor(x):
         x = get_unwrapped(x)
+    x = x.detach()
     with torch._C._DisableFuncTorch():
         return x.numpy()
 
@@ -117,7 +128,8 @@ def attach(
     z = forward.z.detach()
     again = Ambient.now(z).around(_outlasting(lambda z: f(z, *args)))
     state = forward.carry.state if adjoint.uses_state else None
-    return _attach(_Equation(backend, again, adjoint, state), z, f(z, *args), z)
+    rows = z.shape[0] * math.prod(Lanes.now().sizes)
+    return _attach(_Equation(backend, again, adjoint, state, rows=rows), z, f(z, *args), z)
 
 
 def _outlasting(f: Map) -> Map:
@@ -161,7 +173,7 @@ def _levels() -> list[Any]:
 
 
 def _refuse_depth() -> None:
-    levels = _levels()
+    levels = [level for level in _levels() if level != TransformType.Vmap]
     if levels.count(TransformType.Jvp) > 1:
         raise StrategyError(
             "Forward mode inside forward mode through a fixed point is not supported in PyTorch. Use jvp of grad "
@@ -184,6 +196,7 @@ class _Equation:
     adjoint: AdjointSolver
     state: Any
     order: int = 1  # of the derivative that its own is
+    rows: int = 0  # of the state
 
     def vjp(self, z: Tensor) -> Map:
         """Return u ↦ Jᵀu at z."""
@@ -208,7 +221,7 @@ class _Equation:
         return self._attached(lambda w: _alive(b) + self.jvp(_alive(z))(w), v, turned)
 
     def _attached(self, f: Map, solution: Tensor, adjoint: AdjointSolver) -> Tensor:
-        return _attach(_Equation(self.backend, f, adjoint, self.state, self.order + 1), solution, f(solution), solution)
+        return _attach(_Equation(self.backend, f, adjoint, self.state, self.order + 1, self.rows), solution, f(solution), solution)
 
     def _linearized(self, z: Tensor) -> tuple[Tensor | None, Map]:
         return vjp_of(self.f, z) if self.adjoint.uses_vjp else (None, _no_vjp)
@@ -225,9 +238,25 @@ class _Equation:
             again, at = product(z.detach())
             if again is not None:
                 _check_same(again.detach(), y.detach(), self.backend.guards.output_eps(y))
+            lanes = Lanes.now()
+            if lanes:
+                return lanes.solve_linear(lambda v: at(v).detach(), b, self._on_rows(adjoint))
             u, _ = adjoint(lambda v: at(v).detach(), b.detach(), self.state)
         solution: Tensor = u.detach()
         return solution
+
+    def _on_rows(self, adjoint: AdjointSolver) -> Callable[[Map, Tensor], Tensor]:
+        def solve(product: Map, b: Tensor) -> Tensor:
+            if self.state is not None and b.shape[0] != self.rows:
+                raise StrategyError(
+                    f"{adjoint.name} cannot take batched cotangents (vmap of a vjp, as in jacrev), because the "
+                    f"estimate of the forward solve belongs to its own samples. Use backward.strategy = 'exact-ift', "
+                    f"or give jacrev chunk_size = 1."
+                )
+            u: Tensor = adjoint(product, b, self.state)[0]
+            return u
+
+        return solve
 
 
 def _no_vjp(u: Tensor) -> Tensor:
@@ -236,6 +265,8 @@ def _no_vjp(u: Tensor) -> Tensor:
 
 class _Root(torch.autograd.Function):
     """The solution's value as a function of y = f(z, θ) and z."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(y: Tensor, z: Tensor, value: Tensor, equation: _Equation) -> Tensor:
@@ -250,7 +281,6 @@ class _Root(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
         (g,) = cotangents
-        refuse_vmap(g)
         y, z = ctx.saved_tensors
         equation: _Equation = ctx.equation
         if equation.order > MOST:
@@ -279,6 +309,8 @@ class _Root(torch.autograd.Function):
 
 class Refuse(torch.autograd.Function):
     """Identity that may not be differentiated; y ties it to everything that u depends on."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(u: Tensor, y: Tensor, reason: str) -> Tensor:
@@ -317,6 +349,9 @@ def _check_same(again: Tensor, before: Tensor, precision: float) -> None:
         ProblemError: the value is another one.
     """
     # Largest entries and no squares: these leave the range of the dtype.
+    lanes = Lanes.now()
+    if lanes:
+        again, before = lanes.flat(again), lanes.flat(before)
     size = largest(before)
     off = largest(again - before)
     if bool((off > precision ** (2 / 3) * size).any()):

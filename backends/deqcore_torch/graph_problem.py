@@ -26,20 +26,20 @@ class GraphProblem:
 
     def rows(self, layout: str, state: Sequence[Tensor]) -> Any:
         """Return the number of samples; 1 if the whole state is one system."""
-        _, overrides = arrange(layout, iter(state))
+        _, overrides, _ = arrange(layout, iter(state))
         return state[0].shape[0] if batched(overrides.get("forward__batch")) else 1
 
     def run(self, layout: str, tensors: list[Tensor], warm: bool) -> tuple[Solution, list[Tensor]]:
         """Solve for z0 and the arguments as the graph takes them: its tensors one after the other."""
         rest = iter(tensors)
-        z0, overrides = arrange(layout, rest)
+        z0, overrides, carrying = arrange(layout, rest)
         start: list[Tensor] = []
         describe(z0, start)
 
         def f(z: list[Tensor], *others: Tensor) -> list[Tensor]:
             return list(self.graph(*z, *others))
 
-        solution = fixed_point(f, start, *tensors[len(start) :], **overrides)
+        solution = fixed_point(f, start, *tensors[len(start) :], batched_args=tuple(carrying), **overrides)
         return solution, solution.value
 
 

@@ -102,6 +102,8 @@ def batched(chosen: bool | None) -> bool:
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of residuals for a state of this dtype."""
+    if dtype.is_complex:
+        return torch.float32 if dtype is torch.complex64 else torch.float64
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 

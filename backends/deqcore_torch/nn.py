@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +25,7 @@ from deqcore.layer import (
     stages,
 )
 from deqcore.solution import Solution, SolveState
-from deqcore_torch import captured, functorch, saved_tensors
+from deqcore_torch import captured, functorch, saved_tensors, trees
 from deqcore_torch.cell_checks import Watch
 from deqcore_torch.cells import begin_solve
 from deqcore_torch.disable_dynamo import untraced
@@ -210,7 +209,7 @@ class DEQ(nn.Module):
         with self._watch.over(self.cell, self.training):
             solution = self._solve(start, inputs, config, own | overrides, rule=until)
         if self.reuse is not None:
-            self._last = optree.tree_map(_detached, solution.value)
+            self._last = trees.tree_map(_detached, solution.value)
         return solution
 
     @untraced
@@ -262,7 +261,7 @@ class DEQ(nn.Module):
 
     def initial_state(self, *inputs: Any) -> Any:
         """Return the initial iterate of a solve without z0: a warm one if `reuse` is set and the shapes allow it."""
-        return self.start(initial_state(self.cell, inputs, lambda tree: optree.tree_map(torch.zeros_like, tree)))
+        return self.start(initial_state(self.cell, inputs, lambda tree: trees.tree_map(torch.zeros_like, tree)))
 
     def start(self, cold: Any) -> Any:
         """Return the last equilibrium instead of `cold` if `reuse` is set and the shapes allow it."""
@@ -273,18 +272,18 @@ class DEQ(nn.Module):
         self._last = None
 
     def _warm(self, cold: Any) -> Any:
-        if optree.tree_structure(cold) != optree.tree_structure(self._last):
+        (leaves, structure), (kept, other) = trees.flatten(cold), trees.flatten(self._last)
+        if structure != other:
             return cold
-        leaves, structure = optree.tree_flatten(cold)
-        kept = optree.tree_leaves(self._last)
         if self.reuse == "batch":
             kept = [
-                last.mean(0, keepdim=True).expand(len(leaf), *last.shape[1:])
+                last.mean(0, keepdim=True).expand(len(leaf), *last.shape[1:]) if _moves(leaf) else leaf
                 for leaf, last in zip(leaves, kept, strict=True)
             ]
-        if any(leaf.shape != last.shape for leaf, last in zip(leaves, kept, strict=True)):
+        pairs = list(zip(leaves, kept, strict=True))
+        if any(leaf.shape != last.shape for leaf, last in pairs if _moves(leaf)):
             return cold
-        return optree.tree_unflatten(structure, [last.to(leaf) for leaf, last in zip(leaves, kept, strict=True)])
+        return trees.unflatten(structure, [last.to(leaf) if _moves(leaf) else leaf for leaf, last in pairs])
 
     def _map(self) -> Any:
         if not self.checkpoint:
@@ -329,6 +328,11 @@ class DEQ(nn.Module):
         """Return the settings for the printed form."""
         shown = self.settings.shown()
         return ", ".join(shown + ([f"reuse={self.reuse!r}"] if self.reuse else []))
+
+
+def _moves(leaf: Any) -> bool:
+    """Return whether a solver changes this leaf of a state; others are those of the initial iterate."""
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
 def _detached(leaf: Any) -> Any:

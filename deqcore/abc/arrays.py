@@ -9,6 +9,11 @@ from typing import Any, Protocol
 from deqcore.types import Array, LoopVars, Tree
 
 
+def is_inexact(dtype: str) -> bool:
+    """Return whether a dtype of this name has derivatives: floating-point and complex numbers."""
+    return "float" in dtype or "complex" in dtype
+
+
 class HostArrays(Protocol):
     """Views on the host, see `deqcore.abc.host.HostViews`."""
 

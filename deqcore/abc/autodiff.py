@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from deqcore.abc.adjoint import AdjointSolver
-from deqcore.abc.arrays import ArrayOps
+from deqcore.abc.arrays import ArrayOps, is_inexact
 from deqcore.types import Array, BackwardRecord, Map, SolveResult
 
 
@@ -21,6 +21,9 @@ class Autodiff(ABC):
         >>> vjp(be.asarray([[1.0, 0.0]])).tolist()
         [[3.0, 0.0]]
     """
+
+    conjugates: ClassVar[bool] = False
+    """Whether a cotangent g of a complex z stands for Re(g dz), as in JAX, and not for Re(conj(g) dz), as in PyTorch."""
 
     def __init__(self, be: ArrayOps) -> None:
         """Make the part of the backend `be`."""
@@ -122,7 +125,7 @@ class Autodiff(ABC):
             strings).
         """
         leaves, structure = self.be.flatten(args)
-        moving = [i for i, leaf in enumerate(leaves) if self.be.is_array(leaf) and "float" in self.be.dtype_name(leaf)]
+        moving = [i for i, leaf in enumerate(leaves) if self.be.is_array(leaf) and is_inexact(self.be.dtype_name(leaf))]
         kept: list[Any] = []
 
         def of_leaves(moved: tuple[Array, ...]) -> Array:

@@ -56,6 +56,8 @@ class Backend(ABC):
     """
 
     name: ClassVar[str]
+    registration: ClassVar[str] = "optree.dataclasses.dataclass with namespace = 'deqcore'"
+    """How a user registers a class as a tree, as it stands in errors."""
     capabilities: Capabilities
     xp: Any
 
@@ -97,7 +99,7 @@ class Backend(ABC):
 
     def flatten(self, tree: Tree) -> tuple[list[Any], Any]:
         """Split a tree into its leaves and a structure that compares with `==`."""
-        return optree.tree_flatten(tree)
+        return optree.tree_flatten(tree, namespace="deqcore")
 
     def unflatten(self, structure: Any, leaves: Sequence[Any]) -> Tree:
         """Undo `flatten`."""
@@ -118,6 +120,14 @@ class Backend(ABC):
     def astype(self, x: Array, dtype: str) -> Array:
         """Cast to the dtype of this name; gradients pass."""
         return x.astype(dtype)
+
+    def to_pairs(self, x: Array) -> Array:
+        """Return a complex array as a real one with a last axis of 2, real and imaginary part. With `complex` only."""
+        return self.xp.stack((self.xp.real(x), self.xp.imag(x)), axis=-1)
+
+    def from_pairs(self, x: Array) -> Array:
+        """Undo `to_pairs`; gradients pass through both by the framework's own convention."""
+        raise NotImplementedError(f"The backend {self.name!r} does not offer complex states.")
 
     def to_device(self, x: Array, device: str) -> Array:
         """Move `x` to the device of this name: ``"cpu"``, ``"cuda"``, ``"cuda:1"``.

@@ -170,7 +170,7 @@ def compare_strategies(
     params, inputs, z0, g = data
     plan = plan_call(config, _backward(StrategyCandidate("exact-ift")), z0, (params, inputs))
     space = plan.space
-    raveled, start, cotangent = space.wrap(f), space.ravel(z0), space.ravel_like("cotangent", g)
+    raveled, start, cotangent = space.wrap(f), space.ravel(z0), space.ravel_cotangent(g)
     args = (params, inputs)
     say("the exact gradient")
     forward = adjoint.solve(plan, raveled, start, args)

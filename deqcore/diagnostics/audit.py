@@ -129,7 +129,7 @@ def gradient_audit(
         z0, cotangent = _cut(backend, z0, rows), _cut(backend, cotangent, rows)
         args = tuple(_cut(backend, a, rows) if i in batched_args else a for i, a in enumerate(args))
         plan = plan_call(config, overrides, z0, args)
-    g = plan.space.ravel_like("cotangent", cotangent)
+    g = plan.space.ravel_cotangent(cotangent)
     raveled, start = plan.space.wrap(f), backend.detach(plan.space.ravel(z0))
     forward = adjoint.solve(plan, raveled, start, args)
     own = adjoint.by_strategy(plan, raveled, start, args, g, forward)

@@ -98,12 +98,17 @@ def _packing(
     if pull is None:
         return lambda v: xp.reshape(v, (1, batch * n)), 0
     half = backend.asarray([i < batch // 2 for i in range(batch)], like=u) > 0
-    probe = pull(backend.select(half, u, xp.zeros_like(u)))
+
+    def products(v: Array) -> list[Array]:
+        parts = pull(v)
+        return [backend.to_pairs(p) if "complex" in backend.dtype_name(p) else p for p in parts]
+
+    probe = products(backend.select(half, u, xp.zeros_like(u)))
     carried = [xp.all(part[batch // 2 :] == 0) if part.ndim and part.shape[0] == batch else None for part in probe]
 
     def pack(v: Array) -> Array:
         parts = []
-        for part, carries in zip(pull(v), carried, strict=True):
+        for part, carries in zip(products(v), carried, strict=True):
             if carries is None:
                 parts.append(_thinned(xp, part))
                 continue

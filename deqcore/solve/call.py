@@ -53,7 +53,7 @@ def differentiate(
     plan: Plan, f: Callable[..., Tree], z0: Tree, args: tuple[Any, ...], cotangent: Tree, batched_args: tuple[int, ...]
 ) -> tuple[Tree, tuple[Any, ...]]:
     """Solve, map the cotangent, and report as `solve` does."""
-    g = plan.space.ravel_like("cotangent", cotangent)
+    g = plan.space.ravel_cotangent(cotangent)
     trees, closed = opened(plan.backend, args)
     raveled = plan.space.wrap(lambda z, *trees: f(z, *closed(trees)), batched_args)
     run = plan.differentiate if plan.backend.capabilities.autodiff else plan.differentiate_by_hand

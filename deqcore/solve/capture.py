@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from deqcore.solution import Solution
 
-Capture: TypeAlias = Callable[[Any, Any, tuple[Any, ...], dict[str, object]], Solution | None]
+Capture: TypeAlias = Callable[[Any, Any, tuple[Any, ...], dict[str, object], tuple[int, ...]], Solution | None]
 
 _compilers: list[tuple[Callable[[], bool], Capture]] = []
 
@@ -20,15 +20,17 @@ def add_compiler(traces: Callable[[], bool], capture: Capture) -> None:
 
     Args:
         traces: returns whether the compiler traces its caller.
-        capture: `(f, z0, args, overrides)` to what the compiler sees, or None if it cannot; then the solve runs in
+        capture: `(f, z0, args, overrides, batched_args)` to what the compiler sees, or None if it cannot; then the solve runs in
             Python, outside of the compiled code.
     """
     _compilers.append((traces, capture))
 
 
-def captured(f: Any, z0: Any, args: tuple[Any, ...], overrides: dict[str, object]) -> Solution | None:
+def captured(
+    f: Any, z0: Any, args: tuple[Any, ...], overrides: dict[str, object], batched_args: tuple[int, ...]
+) -> Solution | None:
     """Return what a compiler that traces this call sees; None if none does."""
     for traces, capture in _compilers:
         if traces():
-            return capture(f, z0, args, overrides)
+            return capture(f, z0, args, overrides, batched_args)
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any
 
@@ -60,7 +61,7 @@ def plan_call(
         if strategy.wants_estimate() and not solver.has_estimate:
             raise StrategyError.needs_estimate(backward.strategy, forward.solver, _with_estimate())
     space = RavelSpec.of(backend, z0, forward.batch)
-    like = space.leaves(z0)[0]
+    like = space.leaves(z0)[0] if not space.complex else space.ravel(z0)
     control = _criteria(resolved, scalars, backend, like)
     if memory is not None and not backend.capabilities.eager:
         raise StrategyError(
@@ -125,13 +126,16 @@ def pick_backend(config: Config, z0: Tree, args: tuple[Any, ...]) -> Backend:
 
 
 def plain_leaves(tree: Tree) -> Iterator[Any]:
-    """Yield the leaves of plain containers; no framework is needed."""
+    """Yield the leaves of plain containers and dataclasses; no framework is needed."""
     if isinstance(tree, (list, tuple)):
         for value in tree:
             yield from plain_leaves(value)
     elif _is_mapping(type(tree)):
         for value in tree.values():
             yield from plain_leaves(value)
+    elif is_dataclass(tree) and not isinstance(tree, type) and plugins.backend_of(tree) is None:
+        for each in fields(tree):
+            yield from plain_leaves(getattr(tree, each.name, None))
     else:
         yield tree
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any
 
 from deqcore.abc.backend import Backend
 from deqcore.errors import ConfigError, InitialIterateError, ProblemError, described
+from deqcore.solve.leaves import REAL, Carried, check_leaf, complex_call, dtype_of, floating, is_carried, moved
 from deqcore.solve.opaque import arrays_in
 from deqcore.types import Array, Map, Tree
-
-EPS64: Final = 2.0**-52
 
 
 @dataclass(frozen=True)
@@ -21,8 +20,11 @@ class RavelSpec:
 
     Attributes:
         shapes: shape of each leaf.
-        sizes: count of numbers per sample in each leaf.
+        sizes: count of real numbers per sample in each leaf: two for a complex number.
         batch: rows of the matrix; 1 if the whole state is one system.
+        dtype: of the matrix, a real dtype.
+        complex: the dtype of each complex leaf and "" for others; empty if no leaf is complex. Solvers and strategies see each complex number as two
+            real ones, so f need not be holomorphic.
         carried: leaves of integers, booleans and anything else that is not an array, by position: f gets them as they
             are in z0, and no solver changes them. The fields above describe the others.
     """
@@ -34,33 +36,32 @@ class RavelSpec:
     batch: int
     dtype: str
     device: Any
-    carried: tuple[tuple[int, Any], ...] = field(default=(), compare=False)
+    complex: tuple[str, ...] = ()
+    carried: Carried = field(default=(), compare=False)
 
     @classmethod
     def of(cls, backend: Backend, z0: Tree, batch: bool) -> RavelSpec:
         """Describe the initial iterate z0, or raise an error that says what is wrong with it.
 
         Raises:
-            InitialIterateError: no arrays, integer or mixed dtypes, several devices, too few axes, unequal batch sizes.
+            InitialIterateError: no arrays, integers or mixed precisions, several devices, too few axes, unequal batch sizes.
         """
         every, structure = backend.flatten(z0)
         kinds = [backend.dtype_name(leaf) if backend.is_array(leaf) else "" for leaf in every]
         plain = all("float" in kind for kind in kinds)  # as in most calls
-        carried = () if plain else tuple((i, leaf) for i, leaf in enumerate(every) if _is_carried(backend, leaf))
-        leaves = _moved(every, carried) if batch else _floating(backend, every, carried)
+        carried = () if plain else tuple((i, leaf) for i, leaf in enumerate(every) if is_carried(backend, leaf))
+        leaves = moved(every, carried) if batch else floating(backend, every, carried)
         if not every:
             raise InitialIterateError(
                 "The initial iterate z0 must hold at least one array of floating-point numbers (got none)."
             )
         leaves = leaves or every  # the error names what is there
         for leaf in leaves:
-            _check_leaf(backend, leaf, batch)
-        dtypes = set(kinds) if plain else {backend.dtype_name(leaf) for leaf in leaves}
-        if len(dtypes) > 1:
-            raise InitialIterateError(
-                f"The leaves of the state must have one dtype (got {', '.join(sorted(dtypes))}). Cast the leaves to "
-                f"the widest of these."
-            )
+            check_leaf(backend, leaf, batch)
+        kinds = kinds if plain else [backend.dtype_name(leaf) for leaf in leaves]
+        pairs = () if plain else tuple(kind if kind in REAL else "" for kind in kinds)
+        pairs = pairs if any(pairs) else ()
+        dtype = dtype_of(set(kinds))
         devices = {str(at) for leaf in leaves if (at := backend.device_of(leaf)) is not None}
         if len(devices) > 1:
             raise InitialIterateError(
@@ -75,13 +76,15 @@ class RavelSpec:
                 f"same number of rows (got {sorted(rows)}, shapes {list(shapes)}). Give them one batch size, or set "
                 f"forward.batch = false to solve the whole state as one system."
             )
-        sizes = tuple(math.prod(shape[1:] if batch else shape) for shape in shapes)
+        sizes = tuple(
+            math.prod(shape[1:] if batch else shape) * (2 if pairs and pairs[i] else 1) for i, shape in enumerate(shapes)
+        )
         device = backend.device_of(leaves[0])
-        return cls(backend, structure, shapes, sizes, rows.pop(), dtypes.pop(), device, carried)
+        return cls(backend, structure, shapes, sizes, rows.pop(), dtype, device, pairs, carried)
 
     def leaves(self, tree: Tree) -> list[Array]:
         """Return the leaves of a tree like the state that the solver moves."""
-        return _floating(self.backend, self.backend.flatten(tree)[0], self.carried)
+        return floating(self.backend, self.backend.flatten(tree)[0], self.carried)
 
     def ravel(self, tree: Tree) -> Array:
         """Return the matrix `(batch, n)` of a tree that is known to fit."""
@@ -94,15 +97,34 @@ class RavelSpec:
             InitialIterateError: it has another structure, or leaves of another kind, shape or dtype.
         """
         every, structure = self.backend.flatten(tree)
-        leaves = _floating(self.backend, every, self.carried) if structure == self.structure else every
+        leaves = floating(self.backend, every, self.carried) if structure == self.structure else every
         kinds = [self._kind(leaf) for leaf in leaves]
-        expected = [f"{self.dtype} {shape}" for shape in self.shapes]
+        expected = [f"{self._dtype(i)} {shape}" for i, shape in enumerate(self.shapes)]
         if structure != self.structure or kinds != expected:
             raise InitialIterateError(
                 f"The {name} must be a tree like z0, with the leaves {', '.join(expected)} "
                 f"(got {', '.join(kinds) or 'none'})."
             )
         return self._join(leaves)
+
+    def ravel_cotangent(self, tree: Tree) -> Array:
+        """Return the matrix `(batch, n)` of a cotangent, which follows the framework's convention for complex numbers.
+
+        Raises:
+            InitialIterateError: as `ravel_like`.
+        """
+        if self.complex and self.backend.autodiff.conjugates:
+            leaves, structure = self.backend.flatten(tree)
+            kinds = [self.backend.dtype_name(leaf) if self.backend.is_array(leaf) else "" for leaf in leaves]
+            turned = [self.backend.xp.conj(a) if kind in REAL else a for a, kind in zip(leaves, kinds, strict=True)]
+            tree = self.backend.unflatten(structure, turned)
+        return self.ravel_like("cotangent", tree)
+
+    def _dtype(self, i: int) -> str:
+        return (self.complex and self.complex[i]) or self.dtype
+
+    def _is_complex(self, i: int) -> bool:
+        return bool(self.complex and self.complex[i])
 
     def _kind(self, leaf: Any) -> str:
         if not self.backend.is_array(leaf):
@@ -113,8 +135,10 @@ class RavelSpec:
         """Return the tree of a matrix `(batch, n)`."""
         xp = self.backend.xp
         leaves, start = [], 0
-        for shape, size in zip(self.shapes, self.sizes, strict=True):
+        for i, (shape, size) in enumerate(zip(self.shapes, self.sizes, strict=True)):
             part = matrix if len(self.sizes) == 1 else matrix[:, start : start + size]
+            if self._is_complex(i):
+                part = self.backend.from_pairs(xp.reshape(part, (*shape, 2)))
             leaves.append(part if part.shape == shape else xp.reshape(part, shape))
             start += size
         for position, leaf in self.carried:
@@ -128,17 +152,21 @@ class RavelSpec:
     def call(self, f: Callable[..., Tree], z: Array, args: tuple[Any, ...]) -> Array:
         """Return `f` of the matrix `z`, as a matrix."""
         with self.backend.guards.guard_inplace(z) as guarded:
-            value = f(self.unravel(guarded), *args)
+            tree = self.unravel(guarded)
+            value = complex_call(f, tree, args, self._kinds()) if self.complex else f(tree, *args)
         leaves, structure = self.backend.flatten(value)
         if structure != self.structure:
             raise ProblemError(
                 f"f(z, ...) must return a tree like z, of the structure {self.structure} (got {described(value)} of "
                 f"the structure {structure})."
             )
-        leaves = _moved(leaves, self.carried)
+        leaves = moved(leaves, self.carried)
         if len(leaves) == 1:  # several leaves are joined in a new array
             leaves = self.backend.guards.owned(leaves)
         return self._join([self._checked(leaf, i) for i, leaf in enumerate(leaves)])
+
+    def _kinds(self) -> str:
+        return ", ".join(dict.fromkeys(self._dtype(i) for i in range(len(self.shapes))))
 
     def of_rows(self, rows: int) -> RavelSpec:
         """Return the same space with another number of samples."""
@@ -147,6 +175,8 @@ class RavelSpec:
     def _join(self, leaves: list[Array]) -> Array:
         xp = self.backend.xp
         rows = self.batch
+        if self.complex:
+            leaves = [self.backend.to_pairs(a) if self.complex[i] else a for i, a in enumerate(leaves)]
         parts = [
             a if a.shape == (rows, size) else xp.reshape(a, (rows, size))
             for a, size in zip(leaves, self.sizes, strict=True)
@@ -165,12 +195,14 @@ class RavelSpec:
             raise ProblemError(
                 f"f must keep the shape of z, which is {self.shapes[i]} in leaf {i} (got {tuple(leaf.shape)})."
             )
-        if backend.dtype_name(leaf) != self.dtype and not backend.guards.in_extended_precision():
+        kind, expected = backend.dtype_name(leaf), self._dtype(i)
+        wide = backend.guards.in_extended_precision()
+        if kind != expected and not (wide and ("complex" in kind or not self._is_complex(i))):
             if backend.guards.autocasting(leaf):
-                return backend.astype(leaf, self.dtype)
+                return backend.astype(leaf, expected)
             raise ProblemError(
-                f"f must keep the dtype of z, {self.dtype} (got {backend.dtype_name(leaf)}). Cast z0, or the "
-                f"parameters and inputs of f."
+                f"f must keep the dtype of z, {expected} (got {kind}). Cast z0, or the parameters and inputs of f."
+                + (" A complex state needs a complex value: f must not drop the imaginary part." * self._is_complex(i))
             )
         device = backend.device_of(leaf)
         differs = device is not None and self.device is not None and device != self.device
@@ -248,56 +280,3 @@ class FlatFunction:
                 f"{type(leaf).__name__} and not leaves of a tree. Pass them as a dict or a tuple, or register the "
                 f"class as a pytree."
             )
-
-
-def _is_carried(backend: Backend, leaf: Any) -> bool:
-    """Return whether a leaf of z0 is carried along: integers, booleans, or no numbers at all."""
-    if isinstance(leaf, bool | int | str | None):
-        return True
-    if not backend.is_array(leaf) or backend.guards.unfit(leaf) is not None:
-        return False
-    name = backend.dtype_name(leaf)
-    return "int" in name or "bool" in name
-
-
-def _moved(leaves: list[Any], carried: tuple[tuple[int, Any], ...]) -> list[Any]:
-    if not carried:
-        return leaves
-    kept = {position for position, _ in carried}
-    return [leaf for position, leaf in enumerate(leaves) if position not in kept]
-
-
-def _floating(backend: Backend, leaves: list[Any], carried: tuple[tuple[int, Any], ...]) -> list[Any]:
-    """Return the other leaves, with Python's numbers as arrays of the dtype of the first array."""
-    leaves = _moved(leaves, carried)
-    if any(type(leaf) is float for leaf in leaves):
-        like = next((leaf for leaf in leaves if backend.is_array(leaf)), None)
-        leaves = [backend.asarray(leaf, like=like) if type(leaf) is float else leaf for leaf in leaves]
-    return leaves
-
-
-def _check_leaf(backend: Backend, leaf: Any, batch: bool) -> None:
-    if not backend.is_array(leaf):
-        raise InitialIterateError(
-            f"The leaves of the initial iterate z0 must be arrays of {backend.name} (got a {type(leaf).__name__}). "
-            f"Convert it with deqcore.get_backend(...).asarray."
-        )
-    if (reason := backend.guards.unfit(leaf)) is not None:
-        raise InitialIterateError(f"The initial iterate z0 holds {reason}.")
-    name = backend.dtype_name(leaf)
-    if "float" in name and backend.eps(leaf) < EPS64:
-        raise InitialIterateError(
-            f"The initial iterate z0 is {name}, but norms and histories have at most the precision of float64. Cast z0 "
-            f"and the arrays of f to float64."
-        )
-    if "float" not in name:
-        hint = "Split it into its real and imaginary part." if "complex" in name else "Cast z0 first."
-        raise InitialIterateError(
-            f"The initial iterate z0 must have a floating-point dtype, such as float32 or float64 (got {name}). {hint}"
-        )
-    if batch and leaf.ndim < 2:
-        raise InitialIterateError(
-            f"With forward.batch = true every leaf of the state must have a batch axis and at least one more (got the "
-            f"shape {tuple(leaf.shape)}). Reshape it to (batch, n), or set forward.batch = false to solve the whole "
-            f"state as one system."
-        )

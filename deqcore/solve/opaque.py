@@ -10,6 +10,7 @@ from dataclasses import fields, is_dataclass
 from types import CellType, FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any, Final
 
+from deqcore.abc.arrays import is_inexact
 from deqcore.abc.backend import Backend
 from deqcore.errors import ProblemError
 from deqcore.types import Array, Tree
@@ -136,7 +137,7 @@ def _fields(backend: Backend, leaf: Any, name: str) -> dict[str, Any]:
 
 
 def _holds(backend: Backend, leaf: Any) -> bool:
-    return any("float" in backend.dtype_name(array) for array in arrays_in(backend, leaf))
+    return any(is_inexact(backend.dtype_name(array)) for array in arrays_in(backend, leaf))
 
 
 def _same(value: Any) -> Any:

@@ -6,6 +6,9 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from deqcore.abc.arrays import is_inexact
 from deqcore.abc.backend import Backend
 from deqcore.abc.backward import StepStrategy, Strategy
 from deqcore.abc.solver import Solver
@@ -177,7 +180,7 @@ class Plan:
             gradients = autodiff.vjp(lambda *moved: (f(z, *moved), None), args, u)[2]
             return tuple(part for part in self.backend.flatten(gradients)[0] if part is not None)
 
-        found = any("float" in self.backend.dtype_name(leaf) for leaf in arrays_in(self.backend, args))
+        found = any(is_inexact(self.backend.dtype_name(leaf)) for leaf in arrays_in(self.backend, args))
         converged = forward.status == int(Status.CONVERGED)
         return PassInputs(None, converged, forward.residual, pull if found else None)
 
@@ -193,7 +196,7 @@ class Plan:
             return
         nondeterminism = None if record is None else record.nondeterminism
         if nondeterminism is None:
-            if bool(xp.all(forward.status == int(Status.CONVERGED))):
+            if self._all_converged(forward):
                 return
             with backend.errstate(), backend.guards.keep_random_state(forward.z):
                 again = backend.autodiff.forward_only(f, forward.z, args, _once).z
@@ -201,7 +204,8 @@ class Plan:
         size = backend.to_accum_dtype(backend.norm(forward.fz))
         share = backend.to_accum_dtype(nondeterminism) / xp.where(size > 0, size, xp.ones_like(size))
         measured = xp.isfinite(share) & (forward.status != int(Status.NONFINITE))
-        largest = float(xp.max(xp.where(measured, share, xp.zeros_like(share)))) if share.shape[0] else 0.0
+        shares = backend.to_numpy(xp.where(measured, share, xp.zeros_like(share)))
+        largest = float(shares.max()) if shares.size else 0.0
         if largest > backend.guards.output_eps(forward.z) ** (2 / 3):
             if self._report_coupling(f, args, forward):
                 return
@@ -252,9 +256,11 @@ class Plan:
                 compiled = action == "raise" or self._is_set("forward.on_failure")
                 self.backend.guards.watch(failures, Tally.of(xp, *figures), compiled=compiled)
             return
-        if not bool(xp.any(forward.status != int(Status.CONVERGED))):
+        if self._all_converged(forward):
             return
-        status, residual, steps = map(self.backend.to_numpy, (forward.status, forward.residual, forward.steps))
+        status, residual, steps = (
+            np.ravel(self.backend.to_numpy(x)) for x in (forward.status, forward.residual, forward.steps)
+        )
         solver = repr(self.solver)
         text = f"{summarize(status, residual, steps, solver, failed_first=True)} {self._circumstances()}"
         if action == "raise":
@@ -268,6 +274,9 @@ class Plan:
                 else ""
             )
             warn(text + more, ConvergenceWarning)
+
+    def _all_converged(self, forward: SolveResult) -> bool:
+        return bool((self.backend.to_numpy(forward.status) == int(Status.CONVERGED)).all())
 
     def _circumstances(self) -> str:
         """Return the settings that a failed solve ran with, for its message."""

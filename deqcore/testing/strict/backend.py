@@ -121,6 +121,12 @@ class StrictBackend(Backend):
     def astype(self, x: Array, dtype: str) -> Array:
         return wrap(unwrap(x).astype(dtype))
 
+    def to_pairs(self, x: Array) -> Array:
+        return wrap(self.numpy.to_pairs(unwrap(x)))
+
+    def from_pairs(self, x: Array) -> Array:
+        return wrap(self.numpy.from_pairs(unwrap(x)))
+
     def to_accum_dtype(self, x: Array) -> Array:
         return wrap(self.numpy.to_accum_dtype(unwrap(x)))
 

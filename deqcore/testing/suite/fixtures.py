@@ -71,6 +71,10 @@ class Kit:
         found = self.backend.asarray(np.asarray(a), dtype=dtype)
         return found if self.device == "cpu" else self.backend.to_device(found, self.device)
 
+    def complex_array(self, a: Any) -> Array:
+        """Host data as complex numbers on the device, of the widest precision."""
+        return self.array(a, "complex128" if self.backend.capabilities.float64 else "complex64")
+
     def numpy(self, x: Array) -> Any:
         """Back on the host."""
         return self.backend.to_numpy(x)

@@ -11,12 +11,13 @@ from deqcore.testing.suite.backend.arrays import ArrayTests
 from deqcore.testing.suite.backend.derivatives import DerivativeTests
 from deqcore.testing.suite.backend.history import HistoryTests
 from deqcore.testing.suite.base import several
+from deqcore.testing.suite.complex_states import ComplexBackendTests
 from deqcore.testing.suite.fixtures import Affine, Kit, affine, close
 from deqcore.testing.suite.import_cost import check_light
 from deqcore.types import Status
 
 
-class BackendTests(ArrayTests, HistoryTests, DerivativeTests):
+class BackendTests(ArrayTests, HistoryTests, DerivativeTests, ComplexBackendTests):
     """Subclass it, name your backend, and run pytest.
 
     Example:

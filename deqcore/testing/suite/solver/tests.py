@@ -19,6 +19,7 @@ from deqcore import plugins
 from deqcore.abc.solver import Solver
 from deqcore.testing.problems import golden, names, raveled
 from deqcore.testing.suite.base import DTYPES, chosen, claimed, several
+from deqcore.testing.suite.complex_states import ComplexSolverTests
 from deqcore.testing.suite.fixtures import Affine, Kit, affine, close
 from deqcore.testing.suite.scales import scaled, scales, times
 from deqcore.testing.suite.solver.estimate import EstimateTests
@@ -31,7 +32,7 @@ from deqcore.types import Status
 MAX_STEPS: Final = 300
 
 
-class SolverTests(StepTests, SearchTests, EstimateTests, EndTests):
+class SolverTests(StepTests, SearchTests, EstimateTests, EndTests, ComplexSolverTests):
     """Subclass it, name your solver, and run pytest.
 
     Attributes:

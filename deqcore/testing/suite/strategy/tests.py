@@ -21,6 +21,7 @@ from deqcore.abc.backward import StepStrategy, Strategy
 from deqcore.testing.problems import golden
 from deqcore.testing.suite.backend.derivatives import check_golden
 from deqcore.testing.suite.base import DTYPES, chosen, needs, several
+from deqcore.testing.suite.complex_states import ComplexStrategyTests
 from deqcore.testing.suite.fixtures import Kit, affine, close
 from deqcore.testing.suite.scales import scaled, scales
 from deqcore.testing.suite.strategy.adjoint import AdjointTests
@@ -30,7 +31,7 @@ from deqcore.testing.suite.strategy.step_strategy import StepStrategyTests
 from deqcore.testing.tolerances import tolerance
 
 
-class StrategyTests(AdjointTests, ClaimTests, StateTests, StepStrategyTests):
+class StrategyTests(AdjointTests, ClaimTests, StateTests, StepStrategyTests, ComplexStrategyTests):
     """Subclass it, name your strategy, and run pytest.
 
     Attributes:

@@ -1,0 +1,54 @@
+"""Trees of tensors by optree, which also knows the classes that `torch.utils._pytree` knows.
+
+A class that is registered with PyTorch only is registered with optree, in a namespace of deqcore, when it is first seen.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import optree
+from torch import Tensor
+
+NAMESPACE: Final = "deqcore"
+LEAF: Final = optree.tree_structure(0)  # the structure of a bare tensor, the usual state: found without optree
+
+
+def flatten(tree: Any) -> tuple[list[Any], Any]:
+    """Split a tree into its leaves and its structure."""
+    if isinstance(tree, Tensor):
+        return [tree], LEAF
+    leaves, structure = optree.tree_flatten(tree, namespace=NAMESPACE)
+    if any([_adopt(type(leaf)) for leaf in leaves if not isinstance(leaf, Tensor)]):
+        return flatten(tree)
+    return leaves, structure
+
+
+def unflatten(structure: Any, leaves: Sequence[Any]) -> Any:
+    """Undo `flatten`."""
+    return leaves[0] if structure is LEAF else optree.tree_unflatten(structure, leaves)
+
+
+def tree_map(f: Callable[[Any], Any], tree: Any) -> Any:
+    """Return a tree with f of each leaf."""
+    leaves, structure = flatten(tree)
+    return unflatten(structure, [f(leaf) for leaf in leaves])
+
+
+def _adopt(kind: type) -> bool:
+    """Register a class with optree if only PyTorch knows it, and return whether that was so."""
+    pytree = sys.modules.get("torch.utils._pytree")
+    node = None if pytree is None else pytree.SUPPORTED_NODES.get(kind)
+    if node is None:
+        return False
+
+    def split(value: Any) -> tuple[Any, Any]:
+        children, context = node.flatten_fn(value)
+        return tuple(children), context
+
+    optree.register_pytree_node(
+        kind, split, lambda context, children: node.unflatten_fn(list(children), context), namespace=NAMESPACE
+    )
+    return True
