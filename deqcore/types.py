@@ -197,6 +197,8 @@ class AdjointReport(NamedTuple):
             before it, the same for all samples; NaN in a pass without an audit. Strategies with state report it.
         gradient_cosine: the cosine to it.
         gradient_products: products with the parameters that the audit took, int32.
+        per_sample: True where the adjoint equation was solved for all units of the sample together, with one set of
+            coefficients, so that the figures are those of the sample; None where each row was solved alone.
 
     Example:
         >>> import numpy as np
@@ -216,6 +218,7 @@ class AdjointReport(NamedTuple):
     gradient_error: Array = None
     gradient_cosine: Array = None
     gradient_products: Array = None
+    per_sample: Array = None
 
     def __repr__(self) -> str:
         """Return a line per status that occurs; the fields themselves where they have no values (traced code)."""
@@ -326,6 +329,7 @@ class StoppingCriteria(NamedTuple):
         max_steps: step budget; 0 evaluates f once and reports.
         check_every: steps between host checks, or "auto".
         patience: steps without progress after which a sample counts as stalled.
+        units: consecutive rows that f may couple: the units of one sample.
     """
 
     rtol: float | Array
@@ -333,6 +337,7 @@ class StoppingCriteria(NamedTuple):
     max_steps: int | Array = 40
     check_every: int | str = "auto"
     patience: int = 50
+    units: int = 1
 
 
 FINE: Final = 1e-5  # a dtype with an ε below it resolves residuals far below what growth explains
@@ -411,6 +416,7 @@ class LoopState(NamedTuple):
     length: Array  # part of the residual that is tried after a refused step
     tried: Array  # least residual at the last refused step
     extra: Array  # evaluations of f beyond those that the solver counts: one for each time that the solve continued
+    stale: Array = None  # coupled units: f(z) is from a point at which another unit of the sample was elsewhere
 
     @property
     def path(self) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from deqcore.abc.backend import Backend
 from deqcore.errors import ConfigError, InitialIterateError, ProblemError, described
@@ -22,9 +22,10 @@ class RavelSpec:
     Attributes:
         shapes: shape of each leaf.
         sizes: count of numbers per sample in each leaf.
-        batch: rows of the matrix; 1 if the whole state is one system.
+        batch: rows of the matrix, which are samples or units; 1 if the whole state is one system.
         carried: leaves of integers, booleans and anything else that is not an array, by position: f gets them as they
             are in z0, and no solver changes them. The fields above describe the others.
+        axes: leading axes of each leaf that number the rows: 0, 1 or 2.
     """
 
     backend: Backend
@@ -35,10 +36,16 @@ class RavelSpec:
     dtype: str
     device: Any
     carried: tuple[tuple[int, Any], ...] = field(default=(), compare=False)
+    axes: int = 1
 
     @classmethod
-    def of(cls, backend: Backend, z0: Tree, batch: bool) -> RavelSpec:
+    def of(cls, backend: Backend, z0: Tree, batch: bool | Literal[2]) -> RavelSpec:
         """Describe the initial iterate z0, or raise an error that says what is wrong with it.
+
+        Args:
+            backend: of the arrays.
+            z0: the tree.
+            batch: as the setting `forward.batch`.
 
         Raises:
             InitialIterateError: no arrays, integer or mixed dtypes, several devices, too few axes, unequal batch sizes.
@@ -53,8 +60,9 @@ class RavelSpec:
                 "The initial iterate z0 must hold at least one array of floating-point numbers (got none)."
             )
         leaves = leaves or every  # the error names what is there
+        axes = int(batch)
         for leaf in leaves:
-            _check_leaf(backend, leaf, batch)
+            _check_leaf(backend, leaf, axes)
         dtypes = set(kinds) if plain else {backend.dtype_name(leaf) for leaf in leaves}
         if len(dtypes) > 1:
             raise InitialIterateError(
@@ -68,16 +76,21 @@ class RavelSpec:
                 f"device before the solve."
             )
         shapes = tuple(tuple(leaf.shape) for leaf in leaves)
-        rows = {shape[0] for shape in shapes} if batch else {1}
-        if len(rows) > 1:
-            raise InitialIterateError(
-                f"With forward.batch = true the first axis of every leaf is the batch, so the leaves must have the "
-                f"same number of rows (got {sorted(rows)}, shapes {list(shapes)}). Give them one batch size, or set "
-                f"forward.batch = false to solve the whole state as one system."
-            )
-        sizes = tuple(math.prod(shape[1:] if batch else shape) for shape in shapes)
+        _check_rows(shapes, axes)
+        sizes = tuple(math.prod(shape[axes:]) for shape in shapes)
         device = backend.device_of(leaves[0])
-        return cls(backend, structure, shapes, sizes, rows.pop(), dtypes.pop(), device, carried)
+        rows = math.prod(shapes[0][:axes])
+        return cls(backend, structure, shapes, sizes, rows, dtypes.pop(), device, carried, axes)
+
+    @property
+    def rows_shape(self) -> tuple[int, ...]:
+        """The shape of what is reported for each row: `(batch,)`, or `(batch, units)`; `(1,)` for one system."""
+        return self.shapes[0][: self.axes] or (1,)
+
+    @property
+    def units(self) -> int:
+        """Consecutive rows that belong to one sample."""
+        return max(1, self.shapes[0][1]) if self.axes == 2 else 1  # noqa: PLR2004 - the setting `forward.batch = 2`
 
     def leaves(self, tree: Tree) -> list[Array]:
         """Return the leaves of a tree like the state that the solver moves."""
@@ -276,7 +289,25 @@ def _floating(backend: Backend, leaves: list[Any], carried: tuple[tuple[int, Any
     return leaves
 
 
-def _check_leaf(backend: Backend, leaf: Any, batch: bool) -> None:
+def _check_rows(shapes: tuple[tuple[int, ...], ...], axes: int) -> None:
+    """Raise if the leaves do not have the same leading axes."""
+    rows = {shape[:axes] for shape in shapes}
+    if len(rows) < 2:  # noqa: PLR2004
+        return
+    if axes == 1:
+        raise InitialIterateError(
+            f"With forward.batch = true the first axis of every leaf is the batch, so the leaves must have the "
+            f"same number of rows (got {sorted(row[0] for row in rows)}, shapes {list(shapes)}). Give them one batch "
+            f"size, or set forward.batch = false to solve the whole state as one system."
+        )
+    raise InitialIterateError(
+        f"With forward.batch = 2 the first two axes of every leaf are units, so they must be the same in every leaf "
+        f"(got {sorted(rows)}, shapes {list(shapes)}). Give the leaves one batch size and one number of units, or set "
+        f"forward.batch = true, for which the first axis alone must agree."
+    )
+
+
+def _check_leaf(backend: Backend, leaf: Any, axes: int) -> None:
     if not backend.is_array(leaf):
         raise InitialIterateError(
             f"The leaves of the initial iterate z0 must be arrays of {backend.name} (got a {type(leaf).__name__}). "
@@ -295,7 +326,13 @@ def _check_leaf(backend: Backend, leaf: Any, batch: bool) -> None:
         raise InitialIterateError(
             f"The initial iterate z0 must have a floating-point dtype, such as float32 or float64 (got {name}). {hint}"
         )
-    if batch and leaf.ndim < 2:
+    if axes == 2 and leaf.ndim < 3:
+        raise InitialIterateError(
+            f"With forward.batch = 2 every leaf of the state must have two axes of units and at least one more (got "
+            f"the shape {tuple(leaf.shape)}). Reshape it to (batch, units, n), or set forward.batch = true if each row "
+            f"is one unit."
+        )
+    if axes and leaf.ndim < 2:
         raise InitialIterateError(
             f"With forward.batch = true every leaf of the state must have a batch axis and at least one more (got the "
             f"shape {tuple(leaf.shape)}). Reshape it to (batch, n), or set forward.batch = false to solve the whole "

@@ -19,6 +19,7 @@ from deqcore.errors import (
     NonDeterministicWarning,
     StrategyError,
 )
+from deqcore.linear.grouped import Groups
 from deqcore.solution import Solution, SolveState, Tally, summarize
 from deqcore.solve.adjoint import Adjoint, Steps
 from deqcore.solve.compaction import RestrictRows
@@ -74,7 +75,8 @@ class Plan:
         assert isinstance(self.strategy, Strategy)
         watch = self._watch(f) if self.backend.capabilities.eager else self._traced_watch(f)
         on_failure = self.config.backward.on_failure
-        return Adjoint(self.backend, self.strategy, self.solver, on_failure, watch, memory=self.memory)
+        units = self.control.units
+        return Adjoint(self.backend, self.strategy, self.solver, on_failure, watch, memory=self.memory, units=units)
 
     def _account(self, f: FlatFunction) -> Account:
         return Account(f.f, self.strategy, (f.space.shapes, f.space.dtype, self.config.forward.batch))
@@ -111,14 +113,16 @@ class Plan:
         return self.backend.autodiff.straight_through(forward.z, carrier), forward
 
     def solution(self, value: Array, forward: SolveResult, record: BackwardRecord | None) -> Solution:
-        """Return the solution for the user."""
+        """Return the solution for the user, with figures in the shape of the units."""
+        xp, shape = self.backend.xp, self.space.rows_shape
+        shaped = (lambda each: xp.reshape(each, shape)) if len(shape) > 1 else (lambda each: each)
         state = SolveState(forward.carry, repr(self.solver)) if forward.carry is not None else None
         return Solution(
             value=self.space.unravel(value),
-            residual=forward.residual,
-            status=forward.status,
-            steps=forward.steps,
-            evaluations=forward.evaluations,
+            residual=shaped(forward.residual),
+            status=shaped(forward.status),
+            steps=shaped(forward.steps),
+            evaluations=shaped(forward.evaluations),
             state=state,
             backend=self.backend,
             record=record,
@@ -231,11 +235,12 @@ class Plan:
             self._watch(f).verify_steps(lambda: self._coupled(f, args, z))
 
     def _coupled(self, f: FlatFunction, args: tuple[Any, ...], z: Array) -> tuple[int, int] | None:
+        """Look for two samples, or units that may not be coupled, of which one changes when the other does."""
         backend = self.backend
+        groups = Groups(backend, self.control.units)
+        at = lambda z: backend.detach(backend.autodiff.forward_only(f, z, args, _once).z)  # noqa: E731
         with backend.errstate(), backend.guards.keep_random_state(z):
-            return coupled_rows(
-                backend, lambda z: backend.detach(backend.autodiff.forward_only(f, z, args, _once).z), z
-            )
+            return coupled_rows(backend, groups.joined(at), groups.join(z))
 
     def report_failure(self, f: FlatFunction, forward: SolveResult) -> None:
         """Raise each time, or warn at the 1st, 10th, 100th, … failed solve of f, about samples that did not converge.
@@ -286,6 +291,11 @@ class Plan:
         """Return f for some samples only, if `forward.compact` is set."""
         if not self.config.forward.compact:
             return None
+        if self.space.units > 1:
+            raise ConfigError(
+                "forward.compact must be false with forward.batch = 2, because f needs all units of a sample (got "
+                "true). Set forward.compact = false."
+            )
         if not self.backend.capabilities.compaction:
             raise ConfigError(
                 f"forward.compact must be false for the backend {self.backend.name!r}, which traces its loops, so that "
