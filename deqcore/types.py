@@ -223,11 +223,14 @@ class AdjointReport(NamedTuple):
     def __repr__(self) -> str:
         """Return a line per status that occurs; the fields themselves where they have no values (traced code)."""
         try:
-            lists = [list(leaf.tolist()) for leaf in self[:5]]
-            coupled = self.coupling is not None and any(share > 0 for share in self.coupling.tolist())
+            lists = [list(leaf.reshape(-1).tolist()) for leaf in self[:5]]
+            coupled = self.coupling is not None and any(share > 0 for share in self.coupling.reshape(-1).tolist())
+            noun = "samples" if self.status.ndim == 1 else "units"
         except Exception:  # each framework raises another error for arrays without values
             return f"AdjointReport({', '.join(map('{}={!r}'.format, self._fields, self))})"
-        return _as_text(*lists) + ("\nf couples the rows of the state: set forward.batch = false." if coupled else "")
+        shared = noun == "units" and self.per_sample is not None
+        text = _as_text(*lists, noun) + ("\nThe units of a sample share one set of coefficients." if shared else "")
+        return text + ("\nf couples the rows of the state: set forward.batch = false." if coupled else "")
 
 
 Pull: TypeAlias = Callable[[Array], tuple[Array, ...]]
@@ -302,7 +305,7 @@ class Reached(NamedTuple):
 
 
 def _as_text(
-    status: list[int], vjps: list[int], residual: list[float], error: list[float], fallback: list[bool]
+    status: list[int], vjps: list[int], residual: list[float], error: list[float], fallback: list[bool], noun: str
 ) -> str:
     """Return one line per status that occurs in a report."""
     lines = []
@@ -310,7 +313,7 @@ def _as_text(
         rows = [row for row, code in enumerate(status) if code == kind]
         if not rows:
             continue
-        text = f"{len(rows)} of {len(status)} samples {kind.name} after at most {max(vjps[row] for row in rows)} vjps"
+        text = f"{len(rows)} of {len(status)} {noun} {kind.name} after at most {max(vjps[row] for row in rows)} vjps"
         for name, values in (("adjoint residual", residual), ("estimated error", error)):
             if measured := [values[row] for row in rows if not math.isnan(values[row])]:
                 text += f", {name} at most {max(measured):.3g}"

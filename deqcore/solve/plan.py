@@ -20,7 +20,7 @@ from deqcore.errors import (
     StrategyError,
 )
 from deqcore.linear.grouped import Groups
-from deqcore.solution import Solution, SolveState, Tally, summarize
+from deqcore.solution import MASKED, SAMPLES, UNITS, Solution, SolveState, Tally, summarize
 from deqcore.solve.adjoint import Adjoint, Steps
 from deqcore.solve.compaction import RestrictRows
 from deqcore.solve.failures import Failures, TracedWatch, Watch
@@ -58,6 +58,7 @@ class Plan:
     space: RavelSpec
     observer: Observer | None
     memory: StrategyState | None = None
+    mask: Array | None = None  # units that take part, in the shape of the units
 
     def run(
         self, f: FlatFunction, z0: Array, args: tuple[Any, ...], state: SolveState | None
@@ -122,13 +123,21 @@ class Plan:
             residual=shaped(forward.residual),
             status=shaped(forward.status),
             steps=shaped(forward.steps),
-            evaluations=shaped(forward.evaluations),
+            evaluations=shaped(self._counted(forward.evaluations, 0)),
             state=state,
             backend=self.backend,
             record=record,
             z=self.space.unravel(forward.z),
             fz=None if forward.fz is None else self.space.unravel(forward.fz),
+            mask=self.mask,
         )
+
+    def _counted(self, figures: Array, other: int) -> Array:
+        """Return `figures` `(batch,)`, with `other` for units that the mask leaves out."""
+        xp = self.backend.xp
+        if self.mask is None:
+            return figures
+        return xp.where(xp.reshape(self.mask, figures.shape), figures, xp.full_like(figures, other))
 
     def differentiate(
         self, f: FlatFunction, z0: Array, args: tuple[Any, ...], g: Array
@@ -250,18 +259,19 @@ class Plan:
         action = self.config.forward.on_failure
         if forward.carry is None or action == "ignore":
             return
-        xp, figures = self.backend.xp, (forward.status, forward.steps, forward.residual)
+        xp, noun = self.backend.xp, UNITS if len(self.space.rows_shape) > 1 else SAMPLES
+        status = self._counted(forward.status, MASKED)
+        figures = (status, forward.steps, forward.residual)
         if self.backend.is_traced(*figures):
             if forward.status.shape[0]:
-                failures = Failures(action, f" {self._circumstances()}", repr(self.solver))
+                failures = Failures(action, f" {self._circumstances()}", repr(self.solver), noun)
                 compiled = action == "raise" or self._is_set("forward.on_failure")
                 self.backend.guards.watch(failures, Tally.of(xp, *figures), compiled=compiled)
             return
         if not bool(xp.any(forward.status != int(Status.CONVERGED))):
             return
-        status, residual, steps = map(self.backend.to_numpy, (forward.status, forward.residual, forward.steps))
-        solver = repr(self.solver)
-        text = f"{summarize(status, residual, steps, solver, failed_first=True)} {self._circumstances()}"
+        host = map(self.backend.to_numpy, (status, forward.residual, forward.steps))
+        text = f"{summarize(*host, repr(self.solver), failed_first=True, noun=noun)} {self._circumstances()}"
         if action == "raise":
             raise ConvergenceError(text)
         counts = self._account(f).ledger

@@ -117,7 +117,7 @@ def _beside(plan: Plan, factor: Array, leaf: Array) -> Array:
     """Return the factors in a shape that multiplies a leaf of the state."""
     factor = plan.backend.cast(factor, leaf)
     return plan.backend.xp.reshape(
-        factor, (-1, *[1] * (leaf.ndim - 1)) if plan.config.forward.batch else (1,) * leaf.ndim
+        factor, (*leaf.shape[: plan.space.axes], *[1] * (leaf.ndim - plan.space.axes))
     )
 
 
