@@ -30,13 +30,15 @@ def fixed_point(
     batched_args: tuple[int, ...] = (),
     has_aux: bool = False,
     strategy_state: StrategyState | None = None,
+    mask: Any = None,
     **overrides: object,
 ) -> Solution:
     """Solve z* = f(z*, *args), with the implicit gradient attached.
 
     Args:
         f: `f(z, *args)` returns a tree like z. It may close over parameters.
-        z0: initial iterate, a tree of floating-point arrays; with `batch = true` the first axis of each is the batch.
+        z0: initial iterate, a tree of floating-point arrays; with `batch = true` the first axis of each is the batch,
+            with `batch = 2` the first two are units, such as the tokens of each sequence.
             Python's floats become arrays. Leaves of integers and booleans are carried along: f gets them as they are
             in z0, `sol.value` has them unchanged, and what f returns there is ignored.
         *args: further arguments of f, any trees. Their arrays get gradients.
@@ -50,6 +52,9 @@ def fixed_point(
             more evaluation of f at `sol.value` gives it, with its gradient.
         strategy_state: holds the state of a strategy that has one (`adaptive`) from one backward pass to the next;
             layers of PyTorch have their own. None: each pass is the first.
+        mask: units that take part, an array of bool `(batch,)`, or `(batch, units)` with `batch = 2`; None: all. The
+            others, such as padded tokens, stay at z0: they take no step, get no gradient and do not count in reports.
+            f still sees them, so that attention needs its own mask.
         **overrides: settings of this call, as in `forward__rtol=1e-6`.
 
     Returns:
@@ -74,14 +79,14 @@ def fixed_point(
         >>> bool(sol.converged.all()), sol.value.shape
         (True, (1, 2))
     """
-    plain = config is None and state is None and strategy_state is None and not has_aux
+    plain = config is None and state is None and strategy_state is None and mask is None and not has_aux
     if plain and (solution := captured(f, z0, args, overrides, tuple(batched_args))) is not None:
         return solution
     plan = plan_call(config, overrides, z0, args, strategy_state)
     solve = plan.backend.guards.untraced(call.solve)
     if not has_aux:
-        return solve(plan, f, z0, args, state, tuple(batched_args))
-    solution = solve(plan, call.without_aux(f), z0, args, state, tuple(batched_args))
+        return solve(plan, f, z0, args, state, tuple(batched_args), mask)
+    solution = solve(plan, call.without_aux(f), z0, args, state, tuple(batched_args), mask)
     return replace(solution, aux=f(solution.value, *args)[1])
 
 
@@ -134,6 +139,7 @@ def vjp(
     config: Config | None = None,
     batched_args: tuple[int, ...] = (),
     strategy_state: StrategyState | None = None,
+    mask: Any = None,
     **overrides: object,
 ) -> tuple[Tree, tuple[Any, ...]]:
     """Solve z* = f(z*, *args) and map a cotangent of z* to gradients of the arguments, on every backend alike.
@@ -146,6 +152,7 @@ def vjp(
         config: as in `fixed_point`.
         batched_args: as in `fixed_point`.
         strategy_state: as in `fixed_point`.
+        mask: as in `fixed_point`.
         **overrides: as in `fixed_point`.
 
     Returns:
@@ -166,7 +173,7 @@ def vjp(
         (2.0, 4.0, 2.0)
     """
     plan = plan_call(config, overrides, z0, args, strategy_state)
-    return plan.backend.guards.untraced(call.differentiate)(plan, f, z0, args, cotangent, tuple(batched_args))
+    return plan.backend.guards.untraced(call.differentiate)(plan, f, z0, args, cotangent, tuple(batched_args), mask)
 
 
 def get_backend(config: Config | None = None, **overrides: object) -> Backend:

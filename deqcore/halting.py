@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from deqcore import plugins
 from deqcore.abc.arrays import is_inexact
@@ -21,7 +21,10 @@ from deqcore.solve.dispatch import plain_leaves
 from deqcore.types import Array, Tree
 
 Rule: TypeAlias = Callable[[Tree, Tree], Array]
-"""`rule(z, fz)` says of each sample whether it is done: `(batch,)` of bool, or `()` with `forward.batch = false`."""
+"""`rule(z, fz)` says of each sample whether it is done: `(batch,)` of bool, or `()` with `forward.batch = false`.
+
+With `forward.batch = 2` it says so of each unit, `(batch, units)`.
+"""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Settled:
         read: maps a state to its answer `(batch, ...)`, each row from its own row of the state. Probabilities suit
             well: the tolerance is then the largest change of any of them. `read` is called without gradients.
         tolerance: above 0.
-        batch: as `forward.batch`; false: the whole answer belongs to one sample.
+        batch: as `forward.batch`; false: the whole answer belongs to one sample; 2: each unit halts by itself.
 
     Raises:
         ConfigError: the tolerance is not above 0.
@@ -44,7 +47,7 @@ class Settled:
 
     read: Callable[[Tree], Array]
     tolerance: float = 1e-3
-    batch: bool = True
+    batch: bool | Literal[2] = True
 
     def __post_init__(self) -> None:
         if not self.tolerance > 0.0:
@@ -54,7 +57,7 @@ class Settled:
         """Return whether each sample is done."""
         before, after = self.read(z), self.read(fz)
         xp = _backend_of(after).xp
-        axes = tuple(range(1 if self.batch else 0, after.ndim))
+        axes = tuple(range(int(self.batch), after.ndim))
         change = xp.abs(after - before)
         return (xp.max(change, axis=axes) if axes else change) <= self.tolerance
 
@@ -162,11 +165,13 @@ def _hold(backend: Backend, done: Array, z: Array, fz: Array) -> Array:
 
 def _check(backend: Backend, done: Any, leaf: Array) -> None:
     is_mask = backend.is_array(done) and backend.dtype_name(done) == "bool"
-    if not is_mask or tuple(done.shape) not in ((), tuple(leaf.shape[:1])):
+    allowed = [tuple(leaf.shape[:axes]) for axes in range(min(3, leaf.ndim))]
+    if not is_mask or tuple(done.shape) not in allowed:
         given = f"{backend.dtype_name(done)} {tuple(done.shape)}" if backend.is_array(done) else type(done).__name__
         raise ProblemError(
             f"The halting rule must return one bool per sample, an array of shape {tuple(leaf.shape[:1])}, or () with "
-            f"forward.batch = false (got {given}). Reduce over every axis but the first."
+            f"forward.batch = false (got {given}). Reduce over every axis but the first, or the first two with "
+            f"forward.batch = 2."
         )
 
 

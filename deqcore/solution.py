@@ -33,6 +33,7 @@ class Solution:
     Attributes:
         value: the iterate z*, a tree like z0; carries gradients whenever the framework records them.
         residual: ‖f(z) − z‖ at `value` per sample, `(batch,)`; NaN if a strategy of fixed steps does not measure it.
+            With `batch = 2` this and the following figures are those of each unit, `(batch, units)`.
         status: `Status` per sample, `(batch,)` int32.
         steps: solver steps per sample until it stopped, `(batch,)` int32.
         evaluations: evaluations of f per sample, `(batch,)` int32, without the one that records the gradient.
@@ -42,6 +43,8 @@ class Solution:
         z: the numbers of `value` without a gradient. It may share memory with `state` and z0: do not write to it.
         fz: f(z) without a gradient, or None where it was not evaluated.
         aux: with `has_aux = true`, what f returned in addition at `value`, with its gradient.
+        mask: units that took part, in the shape of `status`, or None for all. The others have a residual of 0, no
+            steps and no evaluations, and the summary does not count them.
 
     Example:
         >>> import numpy as np, deqcore
@@ -61,6 +64,7 @@ class Solution:
     z: Tree = field(default=None, repr=False)
     fz: Tree | None = field(default=None, repr=False)
     aux: Tree = field(default=None, repr=False)
+    mask: Array | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
         """Return the shapes of the value and the summary; where the statuses have no values (traced code), theirs."""
@@ -77,17 +81,34 @@ class Solution:
 
     @property
     def backward(self) -> AdjointReport | None:
-        """The report of the latest backward pass, per sample; None before it, and always in JAX (see adjoint_tap)."""
-        return self.record.report if self.record is not None else None
+        """The report of the latest backward pass, per sample; None before it, and always in JAX (see adjoint_tap).
+
+        With `batch = 2` its figures have the shape `(batch, units)`; `per_sample` says whether a sample's are equal.
+        """
+        report = self.record.report if self.record is not None else None
+        if report is None or self.status.ndim == 1:
+            return report
+        shaped = {
+            name: self.backend.xp.reshape(leaf, self.status.shape)
+            for name, leaf in report._asdict().items()
+            if leaf is not None
+        }
+        return report._replace(**shaped)
 
     def summary(self) -> str:
         """Return one readable line per status that occurs: how many samples, with figures, cause and remedy."""
         status: Any = self.backend.to_numpy(self.status)
         residual: Any = self.backend.to_numpy(self.residual)
         steps: Any = self.backend.to_numpy(self.steps)
-        return summarize(status, residual, steps, "" if self.state is None else self.state.solver)
+        if self.mask is not None:
+            status = np.where(self.backend.to_numpy(self.mask), status, MASKED)
+        solver, noun = "" if self.state is None else self.state.solver, SAMPLES if status.ndim == 1 else UNITS
+        return summarize(status.ravel(), residual.ravel(), steps.ravel(), solver, noun=noun)
 
 
+SAMPLES: Final = "samples"
+UNITS: Final = "units"
+MASKED: Final = -1  # in place of a status, for a tally that does not count the unit
 SOLVED: Final = "after at most {steps} steps, residual ‖f(z) − z‖ at most {residual:.3g}. {sentence}"
 
 
@@ -131,25 +152,28 @@ class Tally(NamedTuple):
         """Return the tally of all lanes, from a stack of them; see `deqcore.types.Figures`."""
         return Tally(xp.sum(self.samples, axis=0), xp.max(self.steps, axis=0), xp.max(self.residual, axis=0))
 
-    def lines(self, template: str, solver: str = "", *, failed_first: bool = False) -> str:
+    def lines(self, template: str, solver: str = "", *, failed_first: bool = False, noun: str = SAMPLES) -> str:
         """Return one line per status that occurs.
 
         Args:
             template: the rest of a line after "2 of 3 samples MAX_STEPS", with {steps}, {residual} and {sentence}.
             solver: the solver in use, which the sentences do not recommend.
             failed_first: begin with what failed, as a warning does.
+            noun: of what is counted.
         """
         total, lines = int(self.samples.sum()), []
         for kind in sorted(Status, key=lambda kind: failed_first and kind is Status.CONVERGED):
             if count := int(self.samples[int(kind)]):
                 steps, residual = int(self.steps[int(kind)]), float(self.residual[int(kind)])
                 text = template.format(steps=steps, residual=residual, sentence=kind.advice(solver))
-                lines.append(f"{count} of {total} samples {kind.name} {text}")
+                lines.append(f"{count} of {total} {noun} {kind.name} {text}")
         return "\n".join(lines)
 
 
-def summarize(status: Any, residual: Any, steps: Any, solver: str = "", *, failed_first: bool = False) -> str:
+def summarize(
+    status: Any, residual: Any, steps: Any, solver: str = "", *, failed_first: bool = False, noun: str = SAMPLES
+) -> str:
     """Describe NumPy arrays `(batch,)` of status, residual and steps of `solver`, one line per status that occurs."""
     if not status.size:
         return "The batch is empty."
-    return Tally.of(np, status, steps, residual).lines(SOLVED, solver, failed_first=failed_first)
+    return Tally.of(np, status, steps, residual).lines(SOLVED, solver, failed_first=failed_first, noun=noun)

@@ -197,6 +197,8 @@ class AdjointReport(NamedTuple):
             before it, the same for all samples; NaN in a pass without an audit. Strategies with state report it.
         gradient_cosine: the cosine to it.
         gradient_products: products with the parameters that the audit took, int32.
+        per_sample: True where the adjoint equation was solved for all units of the sample together, with one set of
+            coefficients, so that the figures are those of the sample; None where each row was solved alone.
 
     Example:
         >>> import numpy as np
@@ -216,15 +218,19 @@ class AdjointReport(NamedTuple):
     gradient_error: Array = None
     gradient_cosine: Array = None
     gradient_products: Array = None
+    per_sample: Array = None
 
     def __repr__(self) -> str:
         """Return a line per status that occurs; the fields themselves where they have no values (traced code)."""
         try:
-            lists = [list(leaf.tolist()) for leaf in self[:5]]
-            coupled = self.coupling is not None and any(share > 0 for share in self.coupling.tolist())
+            lists = [list(leaf.reshape(-1).tolist()) for leaf in self[:5]]
+            coupled = self.coupling is not None and any(share > 0 for share in self.coupling.reshape(-1).tolist())
+            noun = "samples" if self.status.ndim == 1 else "units"
         except Exception:  # each framework raises another error for arrays without values
             return f"AdjointReport({', '.join(map('{}={!r}'.format, self._fields, self))})"
-        return _as_text(*lists) + ("\nf couples the rows of the state: set forward.batch = false." if coupled else "")
+        shared = noun == "units" and self.per_sample is not None
+        text = _as_text(*lists, noun) + ("\nThe units of a sample share one set of coefficients." if shared else "")
+        return text + ("\nf couples the rows of the state: set forward.batch = false." if coupled else "")
 
 
 Pull: TypeAlias = Callable[[Array], tuple[Array, ...]]
@@ -299,7 +305,7 @@ class Reached(NamedTuple):
 
 
 def _as_text(
-    status: list[int], vjps: list[int], residual: list[float], error: list[float], fallback: list[bool]
+    status: list[int], vjps: list[int], residual: list[float], error: list[float], fallback: list[bool], noun: str
 ) -> str:
     """Return one line per status that occurs in a report."""
     lines = []
@@ -307,7 +313,7 @@ def _as_text(
         rows = [row for row, code in enumerate(status) if code == kind]
         if not rows:
             continue
-        text = f"{len(rows)} of {len(status)} samples {kind.name} after at most {max(vjps[row] for row in rows)} vjps"
+        text = f"{len(rows)} of {len(status)} {noun} {kind.name} after at most {max(vjps[row] for row in rows)} vjps"
         for name, values in (("adjoint residual", residual), ("estimated error", error)):
             if measured := [values[row] for row in rows if not math.isnan(values[row])]:
                 text += f", {name} at most {max(measured):.3g}"
@@ -326,6 +332,7 @@ class StoppingCriteria(NamedTuple):
         max_steps: step budget; 0 evaluates f once and reports.
         check_every: steps between host checks, or "auto".
         patience: steps without progress after which a sample counts as stalled.
+        units: consecutive rows that f may couple: the units of one sample.
     """
 
     rtol: float | Array
@@ -333,6 +340,7 @@ class StoppingCriteria(NamedTuple):
     max_steps: int | Array = 40
     check_every: int | str = "auto"
     patience: int = 50
+    units: int = 1
 
 
 FINE: Final = 1e-5  # a dtype with an ε below it resolves residuals far below what growth explains
@@ -411,6 +419,7 @@ class LoopState(NamedTuple):
     length: Array  # part of the residual that is tried after a refused step
     tried: Array  # least residual at the last refused step
     extra: Array  # evaluations of f beyond those that the solver counts: one for each time that the solve continued
+    stale: Array = None  # coupled units: f(z) is from a point at which another unit of the sample was elsewhere
 
     @property
     def path(self) -> Path:

@@ -51,6 +51,7 @@ class AdjointTap(NamedTuple):
         gradient_error: as in AdjointReport.
         gradient_cosine: as in AdjointReport.
         gradient_products: as in AdjointReport.
+        per_sample: as in AdjointReport, 0 or 1.
         runs: how often a backward pass reported.
 
     Example:
@@ -68,6 +69,7 @@ class AdjointTap(NamedTuple):
     gradient_error: jax.Array
     gradient_cosine: jax.Array
     gradient_products: jax.Array
+    per_sample: jax.Array
     runs: jax.Array
 
 
@@ -77,11 +79,14 @@ _taps: Final = SolveBlock[AdjointTap](
 )
 
 
-def new(batch: int) -> AdjointTap:
+def new(batch: int | tuple[int, int]) -> AdjointTap:
     """Return an adjoint tap for a solve with `batch` samples (1 if `forward.batch = false`).
 
+    Args:
+        batch: their number; `(batch, units)` with `forward.batch = 2`.
+
     Returns:
-        Zeros `(batch,)` of float32 in each field.
+        Zeros `(batch,)` or `(batch, units)` of float32 in each field.
 
     Example:
         >>> new(2).vjps.tolist()
@@ -147,26 +152,29 @@ def read(figures: AdjointTap) -> AdjointReport:
         gradient_error=figures.gradient_error,
         gradient_cosine=figures.gradient_cosine,
         gradient_products=figures.gradient_products.astype(jnp.int32),
+        per_sample=figures.per_sample > 0,
     )
 
 
 def take(batch: int) -> AdjointTap | None:
     """Return the adjoint tap of the block for the solve that starts now. Only `deqcore_jax.backend` calls it."""
     adjoint_tap = _taps.take()
-    if adjoint_tap is not None and adjoint_tap.runs.shape != (batch,):
+    if adjoint_tap is not None and adjoint_tap.runs.size != batch:
         raise StrategyError(
-            f"The adjoint tap must have the shape ({batch},) of the solve's samples (got "
-            f"{adjoint_tap.runs.shape}). Make it with deqcore_jax.adjoint_tap.new({batch})."
+            f"The adjoint tap must have one entry for each of the {batch} samples or units of the solve (got "
+            f"the shape {adjoint_tap.runs.shape}). Make it with deqcore_jax.adjoint_tap.new({batch}), or with "
+            f"new((batch, units)) for forward.batch = 2."
         )
     return adjoint_tap
 
 
-def fill(report: AdjointReport) -> AdjointTap:
-    """Return a report as the cotangent of an adjoint tap."""
+def fill(report: AdjointReport, shape: tuple[int, ...]) -> AdjointTap:
+    """Return a report as the cotangent of an adjoint tap of this shape."""
     unmeasured, nothing = jnp.full_like(report.residual, jnp.nan), jnp.zeros_like(report.vjps)
-    counts = ("verify_vjps", "gradient_products")
+    counts = ("verify_vjps", "gradient_products", "per_sample")
     numbers = [
         (nothing if name in counts else unmeasured) if leaf is None else leaf
         for name, leaf in zip(AdjointReport._fields, report, strict=True)
     ]
-    return AdjointTap(*[jnp.asarray(each).astype(jnp.float32) for each in (*numbers, jnp.ones_like(report.vjps))])
+    every = (*numbers, jnp.ones_like(report.vjps))
+    return AdjointTap(*[jnp.asarray(each).astype(jnp.float32).reshape(shape) for each in every])

@@ -304,7 +304,7 @@ def _reverse_bwd(
                 u, report, memory = problem.bound.advance(linear.vjp, g, solver_state, turn, inputs)
     cotangents = iter(linear.vjp_leaves(u))
     gradients = [next(cotangents) if i in moved else None for i in range(len(leaves))]
-    return None, None, gradients, None if adjoint_tap is None else fill(report), memory
+    return None, None, gradients, None if adjoint_tap is None else fill(report, adjoint_tap.runs.shape), memory
 
 
 _reverse.defvjp(_reverse_fwd, _reverse_bwd)

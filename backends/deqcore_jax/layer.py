@@ -27,30 +27,41 @@ class ImplicitLayer:
     cell: Callable[..., Tree]
     settings: LayerSettings
 
-    def __call__(self, *inputs: Tree, z0: Tree = None, until: Rule | None = None) -> Tree:
+    def __call__(
+        self, *inputs: Tree, z0: Tree = None, until: Rule | None = None, mask: jax.Array | None = None
+    ) -> Tree:
         """Return the equilibrium z*, a tree like the state.
 
         Args:
             *inputs: what the cell takes in addition to z.
             z0: initial state; default: see the class.
             until: when a sample halts before it has converged, such as `deqcore.halting.Settled(read)`.
+            mask: samples or units that take part, see `deqcore.fixed_point`.
         """
-        return self.solve(*inputs, z0=z0, until=until).value
+        return self.solve(*inputs, z0=z0, until=until, mask=mask).value
 
-    def solve(self, *inputs: Tree, z0: Tree = None, until: Rule | None = None, **overrides: object) -> Solution:
+    def solve(
+        self,
+        *inputs: Tree,
+        z0: Tree = None,
+        until: Rule | None = None,
+        mask: jax.Array | None = None,
+        **overrides: object,
+    ) -> Solution:
         """Return the solution: the equilibrium and the report of its solve.
 
         Args:
             *inputs: what the cell takes in addition to z.
             z0: initial state; default: see the class.
             until: when a sample halts before it has converged.
+            mask: samples or units that take part.
             **overrides: settings of this call.
 
         Raises:
             ProblemError: the cell returned something that is not like z, or changed its own state.
         """
         with self._check_cell():
-            return self._solve(inputs, z0, [overrides], until)[0]
+            return self._solve(inputs, z0, [overrides], until, mask)[0]
 
     def trajectory(self, *inputs: Tree, steps: Sequence[int], z0: Tree = None) -> list[Tree]:
         """Return states on the way, for losses that correct the path (fixed-point correction).
@@ -90,7 +101,12 @@ class ImplicitLayer:
         return layer.initial_state(self.cell, inputs, lambda tree: jax.tree.map(jnp.zeros_like, tree))
 
     def _solve(
-        self, inputs: tuple[Tree, ...], z0: Tree, stages: Sequence[Mapping[str, object]], rule: Rule | None = None
+        self,
+        inputs: tuple[Tree, ...],
+        z0: Tree,
+        stages: Sequence[Mapping[str, object]],
+        rule: Rule | None = None,
+        mask: jax.Array | None = None,
     ) -> list[Solution]:
         """Return the solutions of consecutive solves, each continued from the one before under further settings."""
         config, own = self.settings.call(self._training())
@@ -100,7 +116,9 @@ class ImplicitLayer:
         for stage in stages:
             state = solutions[-1].state if solutions else None
             with layer.explain_arguments(self.cell, inputs, type(self.cell).__name__):
-                solutions.append(fixed_point(f, start, *inputs, config=config, state=state, **(own | dict(stage))))
+                solutions.append(
+                    fixed_point(f, start, *inputs, config=config, state=state, mask=mask, **(own | dict(stage)))
+                )
         return solutions
 
     def _training(self) -> bool:

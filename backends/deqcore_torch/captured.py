@@ -15,7 +15,16 @@ from deqcore.solution import Solution
 from deqcore.solve.capture import add_compiler
 from deqcore.solve.dispatch import backend_named
 from deqcore_torch.layer_problem import LayerProblem, Solvable
-from deqcore_torch.layout import at_trace_time, autocast_dtype, batched, describe, placeholders, rebuilt, wanted
+from deqcore_torch.layout import (
+    at_trace_time,
+    autocast_dtype,
+    batch_axes,
+    describe,
+    placeholders,
+    rebuilt,
+    rows_shape,
+    wanted,
+)
 
 try:
     from deqcore_torch import operators
@@ -44,7 +53,7 @@ def solve_function(
         return None
     from deqcore_torch.graph_problem import solve_graph  # loads the compiler, which runs here anyway
 
-    count, samples = len(leaves), batched(overrides.get("forward__batch"))
+    count, axes = len(leaves), batch_axes(overrides.get("forward__batch"))
 
     def body(*tensors: Tensor) -> tuple[Tensor, ...]:
         """Return f(z), behind tensors that stand for the other results of the operator."""
@@ -53,7 +62,7 @@ def solve_function(
         found: list[Tensor] = []
         describe(f(rebuilt(z0, used[:count]), *rebuilt(args, used[count:])), found)
         like = tensors[0]
-        return (*placeholders(like, like.shape[0] if samples else 1), *found)
+        return (*placeholders(like, rows_shape(like, axes)), *found)
 
     # Equal tensors are one input of the graph, and f may also read those of z0.
     start = [leaf.clone() for leaf in leaves]

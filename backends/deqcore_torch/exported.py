@@ -46,9 +46,14 @@ def numbers(
 ) -> tuple[float, float, int, bool, bool]:
     """Return the settings of a call for a state of this dtype; plain numbers, which are constants of the program."""
     forward = settings.resolve(config, overrides)[0].forward
+    if forward.batch == 2 and forward.batch is not True:  # noqa: PLR2004 - the setting
+        raise BackendError(
+            "An exported program solves samples, not units, so forward.batch must be true or false (got 2). Set "
+            "forward.batch = true before the export."
+        )
     like = torch.empty(0, dtype=wide(dtype) if dtype.is_complex else dtype)
     rtol = default_rtol(backend_named("torch"), like) if isinstance(forward.rtol, str) else forward.rtol
-    return float(rtol), float(forward.atol), int(forward.max_steps), forward.solver != "picard", forward.batch
+    return float(rtol), float(forward.atol), int(forward.max_steps), forward.solver != "picard", bool(forward.batch)
 
 
 class State(NamedTuple):

@@ -13,7 +13,7 @@ from torch._higher_order_ops.base_hop import BaseHOP
 from deqcore.api import fixed_point
 from deqcore.solution import Solution
 from deqcore_torch import operators
-from deqcore_torch.layout import arrange, autocast_dtype, batched, describe, wanted
+from deqcore_torch.layout import arrange, autocast_dtype, batch_axes, describe, rows_shape, wanted
 
 Graph = Callable[..., Any]
 
@@ -24,10 +24,10 @@ class GraphProblem:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
 
-    def rows(self, layout: str, state: Sequence[Tensor]) -> Any:
-        """Return the number of samples; 1 if the whole state is one system."""
+    def rows(self, layout: str, state: Sequence[Tensor]) -> tuple[Any, ...]:
+        """See `operators.Problem`."""
         _, overrides, _ = arrange(layout, iter(state))
-        return state[0].shape[0] if batched(overrides.get("forward__batch")) else 1
+        return rows_shape(state[0], batch_axes(overrides.get("forward__batch")))
 
     def run(self, layout: str, tensors: list[Tensor], warm: bool) -> tuple[Solution, list[Tensor]]:
         """Solve for z0 and the arguments as the graph takes them: its tensors one after the other."""

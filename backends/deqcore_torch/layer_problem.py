@@ -15,7 +15,7 @@ from deqcore import config as settings
 from deqcore.errors import BackendError
 from deqcore.layer import LayerSettings
 from deqcore.solution import Solution
-from deqcore_torch.layout import arrange, describe
+from deqcore_torch.layout import arrange, describe, rows_shape
 
 
 class Solvable(Protocol):
@@ -42,11 +42,11 @@ class LayerProblem:
             raise BackendError("The layer of this compiled code must exist (it was deleted). Compile the model again.")
         return layer
 
-    def rows(self, layout: str, state: Sequence[Tensor]) -> Any:
-        """Return the number of samples; 1 if the whole state is one system."""
+    def rows(self, layout: str, state: Sequence[Tensor]) -> tuple[Any, ...]:
+        """See `operators.Problem`."""
         layer = self._layer()
         resolved, _ = settings.resolve(*layer.settings.call(layer.training))
-        return state[0].shape[0] if resolved.forward.batch else 1
+        return rows_shape(state[0], int(resolved.forward.batch))
 
     def run(self, layout: str, tensors: list[Tensor], warm: bool) -> tuple[Solution, list[Tensor]]:
         """Solve as `DEQ.solve` does; `warm` leaves the choice of the start to the layer."""

@@ -94,10 +94,15 @@ def wanted(tensors: list[Tensor]) -> list[int]:
 
 
 @at_trace_time
-def batched(chosen: bool | None) -> bool:
-    """Return the setting `forward.batch` of a call that gives it itself, or does not."""
+def batch_axes(chosen: bool | int | None) -> int:
+    """Return the leading axes that number the rows, for a call that gives `forward.batch` itself or does not."""
     resolved, _ = settings.resolve(None, {} if chosen is None else {"forward__batch": chosen})
-    return resolved.forward.batch
+    return int(resolved.forward.batch)
+
+
+def rows_shape(like: Tensor, axes: int) -> tuple[Any, ...]:
+    """Return the shape of a report about a state with a leaf `like`; `(1,)` if the whole state is one system."""
+    return tuple(like.shape[:axes]) or (1,)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -113,13 +118,13 @@ def autocast_dtype(like: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-def placeholders(like: Tensor, rows: Any) -> list[Tensor]:
+def placeholders(like: Tensor, rows: tuple[Any, ...]) -> list[Tensor]:
     """Return tensors like what a solve returns before its value: the token, then residual, status, steps, evaluations.
 
     Args:
         like: a leaf of the state.
-        rows: the number of samples.
+        rows: the shape of the report.
     """
     token = torch.empty((1,), dtype=torch.int64, device="cpu")
-    counts = [like.new_empty((rows,), dtype=torch.int32) for _ in range(3)]
-    return [token, like.new_empty((rows,), dtype=wide(like.dtype)), *counts]
+    counts = [like.new_empty(rows, dtype=torch.int32) for _ in range(3)]
+    return [token, like.new_empty(rows, dtype=wide(like.dtype)), *counts]

@@ -92,7 +92,7 @@ class DEQ(nn.Module):
     """The equilibrium z* = cell(z*, *inputs) as a layer.
 
     Shapes, dtype and device follow the state: every leaf of z has the batch as its first axis (unless
-    `forward.batch = false`), and the cell returns a tree like it.
+    `forward.batch = false`, or 2 for the first two), and the cell returns a tree like it.
 
     Args:
         cell: module (or function) `cell(z, *inputs)`. Its optional method `initial_state(*inputs)` gives z0; without
@@ -172,42 +172,58 @@ class DEQ(nn.Module):
         super().__setstate__(state)
         self.number = captured.number_of(self)  # a copy is a layer of its own for compiled code
 
-    def forward(self, *inputs: Any, z0: Any = None, until: Rule | None = None) -> Any:
+    def forward(self, *inputs: Any, z0: Any = None, until: Rule | None = None, mask: Tensor | None = None) -> Any:
         """Return the equilibrium z*, a tree like the state.
 
         Args:
             *inputs: what the cell takes in addition to z; gradients reach them.
             z0: initial state; default: see the class.
             until: when a sample halts before it has converged, such as `deqcore.halting.Settled(read)`.
+            mask: samples or units that take part, see `deqcore.fixed_point`.
         """
-        return self.solve(*inputs, z0=z0, until=until).value
+        return self.solve(*inputs, z0=z0, until=until, mask=mask).value
 
-    def solve(self, *inputs: Any, z0: Any = None, until: Rule | None = None, **overrides: object) -> Solution:
+    def solve(
+        self,
+        *inputs: Any,
+        z0: Any = None,
+        until: Rule | None = None,
+        mask: Tensor | None = None,
+        **overrides: object,
+    ) -> Solution:
         """Return the solution: the equilibrium and the report of its solve.
 
         Inside `torch.compile` the solve is one operator of the graph. Its solution then has no `state`, `record` and
-        `fz`; with `until` or settings of the call the compiler breaks the graph instead.
+        `fz`; with `until`, `mask` or settings of the call the compiler breaks the graph instead.
 
         Args:
             *inputs: as in `forward`.
             z0: as in `forward`.
             until: as in `forward`.
+            mask: as in `forward`.
             **overrides: settings of this call.
         """
-        if torch.compiler.is_compiling() and until is None and not overrides:
+        if torch.compiler.is_compiling() and until is None and mask is None and not overrides:
             solution = captured.solve_layer(self, inputs, z0)
             if solution is not None:
                 return solution
-        return self.solve_eagerly(*inputs, z0=z0, until=until, **overrides)
+        return self.solve_eagerly(*inputs, z0=z0, until=until, mask=mask, **overrides)
 
     @untraced
-    def solve_eagerly(self, *inputs: Any, z0: Any = None, until: Rule | None = None, **overrides: object) -> Solution:
+    def solve_eagerly(
+        self,
+        *inputs: Any,
+        z0: Any = None,
+        until: Rule | None = None,
+        mask: Tensor | None = None,
+        **overrides: object,
+    ) -> Solution:
         """Do the same, run by Python: `torch.compile` breaks its graph here."""
         start = self.initial_state(*inputs) if z0 is None else z0
         begin_solve(self.cell)
         config, own = self.settings.call(self.training)
         with self._watch.over(self.cell, self.training):
-            solution = self._solve(start, inputs, config, own | overrides, rule=until)
+            solution = self._solve(start, inputs, config, own | overrides, rule=until, mask=mask)
         if self.reuse is not None:
             self._last = trees.tree_map(_detached, solution.value)
         return solution
@@ -249,6 +265,7 @@ class DEQ(nn.Module):
         overrides: Mapping[str, Any],
         state: SolveState | None = None,
         rule: Rule | None = None,
+        mask: Tensor | None = None,
     ) -> Solution:
         f = self._map() if rule is None else halting.until(self._map(), rule)
         batched = tuple(range(len(inputs))) if self.batched_inputs is None else self.batched_inputs
@@ -256,7 +273,7 @@ class DEQ(nn.Module):
         with explain_arguments(call, inputs, type(self.cell).__name__):
             return fixed_point(
                 f, start, *inputs, config=config, state=state, batched_args=batched,
-                strategy_state=_BufferState(self) if self.training else None, **overrides,
+                strategy_state=_BufferState(self) if self.training else None, mask=mask, **overrides,
             )  # fmt: skip
 
     def initial_state(self, *inputs: Any) -> Any:

@@ -38,8 +38,8 @@ _numbers = itertools.count(1)
 class Problem(Protocol):
     """A layer or a captured function, which an operator solves for tensors."""
 
-    def rows(self, layout: str, state: Sequence[Tensor]) -> Any:
-        """Return the number of samples for the leaves of the initial iterate."""
+    def rows(self, layout: str, state: Sequence[Tensor]) -> tuple[Any, ...]:
+        """Return the shape of the report for the leaves of the initial iterate: that of samples, or of units."""
 
     def run(self, layout: str, tensors: list[Tensor], warm: bool) -> tuple[Solution, list[Tensor]]:
         """Return the solution for tensors arranged by `layout`, and the leaves of its value."""
@@ -178,13 +178,14 @@ def _check_leaves(values: list[Tensor], local: list[Tensor]) -> None:
         stack.extend(following for following, _ in node.next_functions)
 
 
-def _check_shapes(found: list[Tensor], state: Sequence[Tensor], rows: int) -> None:
+def _check_shapes(found: list[Tensor], state: Sequence[Tensor], rows: tuple[int, ...]) -> None:
     expected = [tuple(t.shape) for t in state]
     shapes = [tuple(t.shape) for t in found[1 + REPORTS :]]
-    if shapes != expected or len(found[1]) != rows:
+    reported = tuple(found[1].shape)
+    if shapes != expected or reported != rows:
         raise BackendError(
-            f"The solve returned leaves of shapes {shapes} for {len(found[1])} samples, but compiled code was made for "
-            f"{expected} and {rows} samples. Set forward.batch before compiling, and leave it unchanged."
+            f"The solve returned leaves of shapes {shapes} and a report of shape {reported}, but compiled code was "
+            f"made for {expected} and {rows}. Set forward.batch before compiling, and leave it unchanged."
         )
 
 

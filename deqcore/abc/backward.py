@@ -34,6 +34,8 @@ class Strategy(ABC):
         needs: what `solve_adjoint` uses with its default options; for other options, `uses_vjp` and `wants_estimate`.
         exact: whether `solve_adjoint` solves the adjoint equation to a tolerance, so that the result is a true
             derivative (which forward mode and second derivatives require).
+        causal: whether u of a unit depends on the cotangents and iterates of that unit and of later ones that have a
+            cotangent alone, to the last bit, for an f whose unit i reads units up to i only (`forward.batch = 2`).
         cost_bounds: golden problems whose adjoint equation it solves, each with an upper bound on the vjps per sample
             in float64, from the estimate H = −I if it wants one, as in ``{"slow-modes": 12}``. The conformance suite
             checks these bounds, with the default options.
@@ -54,6 +56,7 @@ class Strategy(ABC):
 
     needs: ClassVar[Literal["nothing", "vjp", "estimate"]]
     exact: ClassVar[bool] = False
+    causal: ClassVar[bool] = False
     cost_bounds: ClassVar[Mapping[str, int]] = {}
 
     @abstractmethod
@@ -94,6 +97,7 @@ class StepStrategy(ABC):
 
     Attributes:
         steps: steps that it takes if it does not solve first, for `sol.steps`.
+        causal: as for `Strategy`; the value of a unit depends on later ones through f alone, too.
 
     Example:
         >>> import numpy as np, deqcore
@@ -108,6 +112,7 @@ class StepStrategy(ABC):
     """
 
     steps: int = 0
+    causal: ClassVar[bool] = False
 
     @abstractmethod
     def value(

@@ -39,6 +39,8 @@ class Solver(ABC):
         has_estimate: whether `inverse_jacobian` returns an estimate; checked before any solve.
         evaluations_per_step: how often `step` evaluates f. A method with a varying number overrides `evaluations`.
         needs: capabilities of the backend that it requires, such as "jvp".
+        causal: whether a row's numbers depend on other rows through f alone, to the last bit. With `forward.batch = 2`
+            and an f whose unit i reads units up to i only, no number of a unit then depends on a later one.
         cost_bounds: golden problems that it solves, also where plain iteration fails, each with an upper bound on the
             evaluations (and products) in float64, as in ``{"expansive": 20}``. The conformance suite checks these
             bounds, with the default options.
@@ -61,6 +63,7 @@ class Solver(ABC):
 
     has_estimate: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ()
+    causal: ClassVar[bool] = False
     cost_bounds: ClassVar[Mapping[str, int]] = {}
     evaluations_per_step: ClassVar[int] = 1
 
@@ -101,6 +104,14 @@ class Solver(ABC):
         """
         fresh = self.init(backend, z, z)
         return _merged(backend, rows, fresh, state)
+
+    def for_coupled_units(self) -> Solver:
+        """Return the method for rows that f couples (`forward.batch = 2`), by default this one.
+
+        Its steps must evaluate f once, at the point that they return or at one that they refuse: with several points
+        in a step the rows would not be seen together. A method without such steps raises ConfigError.
+        """
+        return self
 
     def residual_norm(self, backend: Backend, state: Any) -> Array | None:
         """Return ‖f(z) − z‖ of the current iterate `(batch,)` if `step` has measured it, otherwise None."""

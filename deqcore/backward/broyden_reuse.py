@@ -70,6 +70,7 @@ class BroydenReuse(Strategy):
     reuse: Reuse = "witness"
     fallback: Literal["jacobian-free", "exact-ift", "none"] = "jacobian-free"
     needs: ClassVar[Literal["nothing", "vjp", "estimate"]] = "estimate"
+    causal: ClassVar[bool] = True
     cost_bounds: ClassVar[Mapping[str, int]] = {
         "affine": 4,
         "conv": 4,

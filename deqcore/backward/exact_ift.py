@@ -80,6 +80,7 @@ class ExactIFT(Strategy):
     options: Mapping[str, object] = field(default_factory=dict, hash=False)
     bound: Solver | None = field(default=None, repr=False, metadata={"internal": True})
     needs: ClassVar[Literal["nothing", "vjp", "estimate"]] = "vjp"
+    causal: ClassVar[bool] = True
     exact: ClassVar[bool] = True
     cost_bounds: ClassVar[Mapping[str, int]] = {
         "affine": 6,

@@ -31,6 +31,7 @@ class JacobianFree(Strategy):
     """
 
     needs: ClassVar[Literal["nothing", "vjp", "estimate"]] = "nothing"
+    causal: ClassVar[bool] = True
 
     def solve_adjoint(
         self, backend: Backend, vjp: Map, g: Array, estimate: InverseJacobian | None

@@ -39,6 +39,7 @@ class Neumann(Strategy):
 
     terms: int = 5
     needs: ClassVar[Literal["nothing", "vjp", "estimate"]] = "vjp"
+    causal: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.terms < 0:

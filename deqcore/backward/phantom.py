@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.backward import StepStrategy
@@ -40,6 +41,7 @@ class Phantom(StepStrategy):
 
     steps: int = 5
     damping: float = 0.5
+    causal: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.steps < 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import ClassVar, Any, NamedTuple
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.backward import StepStrategy
@@ -76,6 +76,7 @@ class Unrolled(StepStrategy):
 
     steps: int = 10
     checkpoint: bool = False
+    causal: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.steps < 1:

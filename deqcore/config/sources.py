@@ -55,7 +55,10 @@ class Forward:
         atol: see rtol; in units of the state.
         max_steps: solver steps at most. The first evaluation of f comes on top.
         check_every: steps between checks whether all samples have stopped; "auto": 1 where a check costs no wait.
-        batch: the first axis of every leaf is the batch; false: the whole state is one system.
+        batch: the first axis of every leaf is the batch; false: the whole state is one system; 2: the first two axes
+            are units, such as the tokens of each sequence, each with its own convergence.
+        coupled: whether f may couple the units of a sample, as attention does; only `batch = 2` reads it. False: units
+            are as independent as samples, and the backward pass solves for each alone.
         patience: steps without progress of the residual after which a sample ends as STALLED.
         on_failure: what happens if a sample does not converge. Code compiled by JAX raises with "raise", and warns
             only if "warn" is set explicitly: the default compiles no callback in.
@@ -77,7 +80,8 @@ class Forward:
     atol: float = setting(0.0, "a finite number >= 0", least=0)
     max_steps: int = setting(40, "an integer >= 0", least=0, most=LARGEST)
     check_every: int | Literal["auto"] = setting("auto", "'auto' or an integer >= 1", 1, LARGEST)
-    batch: bool = setting(True, "true or false")
+    batch: bool | Literal[2] = setting(True, "true, false or 2")
+    coupled: bool = setting(True, "true or false")
     patience: int = setting(50, "an integer >= 1", least=1, most=LARGEST)
     on_failure: Literal["raise", "warn", "ignore"] = setting("warn", "'raise', 'warn' or 'ignore'")
     compact: bool = setting(False, "true or false")
@@ -349,7 +353,7 @@ def environment(given: tuple[tuple[str, str], ...]) -> Layer:
             f"'{{\"history_size\": 20}}'."
         ) from error
     raw = layer(flatten(tables), "the environment")
-    parsed = {key: _parse(value) if len(key) > 2 else value for key, value in raw.values.items()}
+    parsed = {key: _read(key, value) for key, value in raw.values.items()}
     named = Layer(parsed, {key: f"environment variable {_variable(key, texts)}" for key in parsed})
     checked = validate(named, strict=False)
     values = {key: value if len(key) > 2 else _get(checked, key) for key, value in parsed.items()}
@@ -395,6 +399,13 @@ def _variable(key: Key, names: Iterable[str]) -> str:
     candidates = [PREFIX + "__".join(key[:size]).upper() for size in range(len(key), 0, -1)]
     written = {name.upper(): name for name in names}
     return next((written[name] for name in candidates if name in written), candidates[0])
+
+
+def _read(key: Key, value: object) -> object:
+    """Return the value in the text of a variable, where its type is not that of the setting."""
+    if key == ("forward", "batch") and str(value).strip() == "2":
+        return 2
+    return _parse(value) if len(key) > 2 else value
 
 
 def _parse(value: object) -> object:

@@ -1,7 +1,8 @@
 """Properties of a fixed-point layer at its solution: spectral radius, norm of the Jacobian, quality of its gradient.
 
 All of it is written on the contract, so it works with every backend. `spectral_radius`, `gradient_audit` and
-`residual_curve` measure, and return NumPy arrays on the host; `jacobian_penalty` is a differentiable loss.
+`residual_curve` measure, and return NumPy arrays on the host; `jacobian_penalty` is a differentiable loss, and
+`check_causality` names a unit of f that reads a later one.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from deqcore.diagnostics.audit import Audit, gradient_audit
+    from deqcore.diagnostics.causality import CausalityLeak, check_causality
     from deqcore.diagnostics.layers import layer_audit
     from deqcore.diagnostics.penalty import jacobian_penalty
     from deqcore.diagnostics.residuals import Curve, residual_curve
@@ -18,8 +20,10 @@ if TYPE_CHECKING:
 
 _HOME: Final = {
     "Audit": "deqcore.diagnostics.audit",
+    "CausalityLeak": "deqcore.diagnostics.causality",
     "Curve": "deqcore.diagnostics.residuals",
     "Spectrum": "deqcore.diagnostics.spectrum",
+    "check_causality": "deqcore.diagnostics.causality",
     "gradient_audit": "deqcore.diagnostics.audit",
     "jacobian_penalty": "deqcore.diagnostics.penalty",
     "layer_audit": "deqcore.diagnostics.layers",
@@ -29,8 +33,10 @@ _HOME: Final = {
 
 __all__ = [
     "Audit",
+    "CausalityLeak",
     "Curve",
     "Spectrum",
+    "check_causality",
     "gradient_audit",
     "jacobian_penalty",
     "layer_audit",

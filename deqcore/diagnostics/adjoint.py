@@ -11,6 +11,7 @@ import numpy as np
 from deqcore.abc.backward import StepStrategy, report
 from deqcore.abc.stateful import StatefulStrategy
 from deqcore.linear.gmres import gmres
+from deqcore.linear.grouped import Groups
 from deqcore.solve.adjoint import Adjoint, Steps
 from deqcore.solve.loop import BoundSolve
 from deqcore.solve.plan import Plan
@@ -60,15 +61,25 @@ def by_strategy(
 
         _, _, (u, *gradients) = backend.autodiff.vjp(value, (0 * z0, *args), g)
         return AdjointSolved(u, tuple(gradients), None, _residual(plan, f, args, g, u, begin))
-    adjoint = Adjoint(backend, strategy, plan.solver)
+    adjoint = Adjoint(backend, strategy, plan.solver, units=plan.control.units)
     vjp = vjp_at(plan, f, args, forward)
     with backend.errstate():
         if isinstance(strategy, StatefulStrategy):
             u, report = _after_audits(plan, strategy, adjoint, vjp, f, args, g, forward)
         else:
             u, report = adjoint(vjp, g, forward.carry.state)
-        residual = adjoint_residual(backend, vjp, g, u)
+        residual = _by_sample(plan, vjp, g, u)
     return AdjointSolved(u, _gradients(plan, f, args, u, forward.z), report, residual)
+
+
+def samples_of(plan: Plan) -> Groups:
+    """Return the groups of rows that are samples."""
+    return Groups(plan.backend, plan.space.units)
+
+
+def _by_sample(plan: Plan, vjp: Map, g: Array, u: Array) -> Array:
+    samples = samples_of(plan)
+    return adjoint_residual(plan.backend, samples.joined(vjp), samples.join(g), samples.join(u))
 
 
 def _after_audits(
@@ -97,9 +108,9 @@ def _residual(
     """Return the residual of a strategy that differentiates steps; NaN where it solves nothing to measure it at."""
     backend = plan.backend
     if forward is None:
-        return backend.xp.full_like(backend.norm(g), float("nan"))
+        return backend.xp.full_like(backend.norm(samples_of(plan).join(g)), float("nan"))
     with backend.errstate():
-        return adjoint_residual(backend, vjp_at(plan, f, args, forward), g, u)
+        return _by_sample(plan, vjp_at(plan, f, args, forward), g, u)
 
 
 def vjp_at(plan: Plan, f: Callable[..., Array], args: tuple[Any, ...], forward: SolveResult) -> Map:
@@ -118,11 +129,13 @@ def by_reference(
 ) -> tuple[AdjointSolved, Any, Any]:
     """Return the same by GMRES to rounding; also its relative residuals and vjps per sample, on the host."""
     backend = plan.backend
-    rtol = max(1e-10, REFERENCE_EPS * backend.eps(g))
+    rtol, samples = max(1e-10, REFERENCE_EPS * backend.eps(g)), samples_of(plan)
+    product, b = samples.joined(vjp), samples.join(g)
     with backend.errstate():
-        result = gmres(backend, vjp, g, rtol=rtol, max_steps=min(max_vjps, g.shape[1]), shifted=True)
-        residual = adjoint_residual(backend, vjp, g, result.x)
-    routed = AdjointSolved(result.x, _gradients(plan, f, args, result.x, forward.z), None, residual)
+        result = gmres(backend, product, b, rtol=rtol, max_steps=min(max_vjps, b.shape[1]), shifted=True)
+        residual = adjoint_residual(backend, product, b, result.x)
+    u = samples.split(result.x)
+    routed = AdjointSolved(u, _gradients(plan, f, args, u, forward.z), None, residual)
     return routed, backend.to_numpy(residual).astype(np.float64), backend.to_numpy(result.products)
 
 
@@ -132,16 +145,18 @@ def coupling(plan: Plan, vjp: Map, forward: SolveResult) -> float:
     In norms, for a u in the first sample. Where that finds nothing, the figure is that of
     `deqcore.solve.verification.leak_everywhere`, which separates every pair of samples.
     """
-    backend, (batch, n) = plan.backend, forward.z.shape
+    backend, samples = plan.backend, samples_of(plan)
+    vjp, z = samples.joined(vjp), samples.join(forward.z)
+    batch, n = z.shape
     if batch < 2:
         return 0.0
     first = np.zeros((batch, n))
     first[0] = np.random.default_rng(0).standard_normal(n)
     with backend.errstate():
-        result = backend.to_numpy(vjp(backend.asarray(first, like=forward.z))).astype(np.float64)
+        result = backend.to_numpy(vjp(backend.asarray(first, like=z))).astype(np.float64)
         whole = float(np.linalg.norm(result))
         share = float(np.linalg.norm(result[1:])) / whole if whole > 0 else 0.0
-        return share if share > 0 else leak_everywhere(backend, vjp, forward.z)
+        return share if share > 0 else leak_everywhere(backend, vjp, z)
 
 
 def _gradients(plan: Plan, f: Callable[..., Array], args: tuple[Any, ...], u: Array, z: Array) -> tuple[Any, ...]:

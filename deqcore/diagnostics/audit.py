@@ -123,7 +123,8 @@ def gradient_audit(
     _check(samples, batched_args, max_vjps, args)
     plan = plan_call(config, overrides, z0, args)
     backend = plan.backend
-    rows = np.arange(plan.space.batch)
+    units = plan.space.units  # figures are those of samples, whose units f may couple
+    rows = np.arange(plan.space.batch // units)
     if samples is not None and samples < len(rows):
         rows = rotated(len(rows), samples, turn)
         z0, cotangent = _cut(backend, z0, rows), _cut(backend, cotangent, rows)
@@ -135,7 +136,7 @@ def gradient_audit(
     own = adjoint.by_strategy(plan, raveled, start, args, g, forward)
     vjp = adjoint.vjp_at(plan, raveled, args, forward)
     exact, residual, vjps = adjoint.by_reference(plan, raveled, args, g, forward, vjp, max_vjps)
-    u, truth = (backend.to_numpy(item.u).astype(np.float64) for item in (own, exact))
+    u, truth = (backend.to_numpy(item.u).astype(np.float64).reshape(len(rows), -1) for item in (own, exact))
     cosine, ratio, error = compare(u, truth)
     total = [flat(backend, item.gradients)[None] for item in (own, exact)]
     whole = [float(item[0]) for item in compare(*total)] if total[0].size else [np.nan, np.nan]
@@ -148,9 +149,9 @@ def gradient_audit(
         error=error,
         gradient_cosine=whole[0],
         gradient_norm_ratio=whole[1],
-        vjps=unknown if report is None else backend.to_numpy(report.vjps).astype(np.float64),
+        vjps=unknown if report is None else backend.to_numpy(report.vjps).astype(np.float64)[::units],
         residual=backend.to_numpy(own.residual).astype(np.float64),
-        reported=unknown if report is None else backend.to_numpy(report.error).astype(np.float64),
+        reported=unknown if report is None else backend.to_numpy(report.error).astype(np.float64)[::units],
         exact_vjps=vjps,
         exact_residual=residual,
         coupling=adjoint.coupling(plan, vjp, forward),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from deqcore import config as settings
 from deqcore.abc.backend import Backend
@@ -30,14 +30,14 @@ class Linearization:
     z: Array
 
 
-def linearize(f: Callable[..., Tree], z: Tree, args: tuple[Any, ...], batch: bool) -> Linearization:
-    """Look at `f(·, *args)` at `z`.
+def linearize(f: Callable[..., Tree], z: Tree, args: tuple[Any, ...], batch: bool | Literal[2]) -> Linearization:
+    """Look at `f(·, *args)` at `z`; with `batch = 2`, too, at samples, because f may couple their units.
 
     Raises:
         InitialIterateError: z is unfit as a state (no arrays, integers, no batch axis).
         BackendMismatchError: the arrays belong to several frameworks.
     """
     backend = pick_backend(settings.resolve(None, {})[0], z, args)
-    space = RavelSpec.of(backend, z, batch)
+    space = RavelSpec.of(backend, z, bool(batch))
     raveled = space.wrap(f)
     return Linearization(backend, space, lambda v: raveled(v, *args), space.ravel(z))

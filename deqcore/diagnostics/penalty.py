@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from deqcore.diagnostics.linearization import linearize
 from deqcore.errors import InitialIterateError
@@ -11,7 +11,7 @@ from deqcore.types import Array, Tree
 
 
 def jacobian_penalty(
-    f: Callable[..., Tree], z: Tree, *args: Any, noise: Tree | list[Tree], batch: bool = True
+    f: Callable[..., Tree], z: Tree, *args: Any, noise: Tree | list[Tree], batch: bool | Literal[2] = True
 ) -> Array:
     """Estimate ‖∂f/∂z‖_F² at `z` per sample (Hutchinson): differentiable, on the state's device, in its dtype.
 
@@ -35,7 +35,7 @@ def jacobian_penalty(
         noise: ε, a tree like z, as in `torch.randn_like(z)` or `jax.random.normal(key, z.shape)` (normal numbers, or
             ±1 with equal odds, which has the smaller variance); or a list of such trees, one per probe, if z itself
             is not a list.
-        batch: whether the first axis of z is the batch, as `forward.batch`.
+        batch: whether the first axis of z is the batch, as `forward.batch`; 2 is the same as true here.
 
     Returns:
         ‖Jᵀε‖², averaged over the probes, `(batch,)`.

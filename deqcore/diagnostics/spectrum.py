@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +45,7 @@ def spectral_radius(
     f: Callable[..., Tree],
     z: Tree,
     *args: Any,
-    batch: bool = True,
+    batch: bool | Literal[2] = True,
     tolerance: float = 0.01,
     max_products: int = 60,
     seed: int = 0,
@@ -64,7 +64,7 @@ def spectral_radius(
         f: `f(z, *args)` returns a tree like z. If it couples the samples, `batch=False` looks at the whole.
         z: the point, a tree of floating-point arrays.
         *args: further arguments of f.
-        batch: whether the first axis of z is the batch, as `forward.batch`.
+        batch: whether the first axis of z is the batch, as `forward.batch`; 2 is the same as true here.
         tolerance: relative residual at which a sample is done.
         max_products: products at most.
         seed: of the random start vectors.

@@ -68,6 +68,8 @@ class PendingRow:
     def forward(self, solution: Solution) -> None:
         """Take the statistics of a solution."""
         self.arrays |= {f"forward.{name}": getattr(solution, name) for name in FORWARD}
+        if solution.mask is not None:
+            self.arrays["forward.mask"] = solution.mask
 
     def backward(self, report: AdjointReport, seconds: float = float("nan")) -> None:
         """Take the report of a backward pass."""
@@ -107,6 +109,15 @@ def _move(backend: Backend, arrays: Sequence[Array]) -> HostArray:
     flat = [array if array.dtype == xp.float32 else xp.astype(array, xp.float32) for array in flat]
     moved: HostArray = np.asarray(backend.to_numpy(xp.concat(flat)), np.float64)
     return moved
+
+
+def counted(host: dict[str, HostArray]) -> dict[str, HostArray]:
+    """Return the arrays of a solve without the units that its mask leaves out."""
+    mask = host.get("forward.mask")
+    if mask is None:
+        return host
+    others = {part: array for part, array in host.items() if part != "forward.mask"}
+    return {part: array[mask > 0] if array.size == mask.size else array for part, array in others.items()}
 
 
 def values(item: PendingRow, host: dict[str, HostArray]) -> dict[str, float]:
@@ -323,6 +334,7 @@ class RowBuilder:
         """Return the rows and the events that they cause, in order."""
         results: list[Record] = []
         for item, host in zip(ready, fetch(ready), strict=True):
+            host = counted(host)
             figures = values(item, host)
             self.samples.add(host)
             if self._drift is not None:

@@ -14,6 +14,7 @@ from deqcore.abc.scaling import divide_rows, multiply_rows, row_scale
 from deqcore.abc.solver import Solver
 from deqcore.abc.stateful import StatefulStrategy, StrategyState
 from deqcore.errors import PluginError
+from deqcore.linear.grouped import Groups
 from deqcore.linear.transposed import transposed
 from deqcore.solve.failures import Pass, TracedWatch, Watch
 from deqcore.solve.verification import failing, replaced
@@ -32,6 +33,8 @@ class Adjoint(AdjointSolver):
         watch: verifies, warns and raises; None: nothing of this.
         turned: whether the equation is x = b + J x, so that the estimate is transposed.
         memory: holds the state of a strategy that has one; None: each pass is the first.
+        units: consecutive rows that f couples. Above 1 the strategy sees each sample as one row, so that its
+            coefficients, report and verification are those of a sample.
     """
 
     backend: Backend
@@ -41,16 +44,28 @@ class Adjoint(AdjointSolver):
     watch: Watch | TracedWatch | None = field(default=None, repr=False)
     turned: bool = False
     memory: StrategyState | None = field(default=None, repr=False, compare=False)
+    units: int = 1
 
     def __call__(
         self, vjp: Map, g: Array, state: object, turn: Array | None = None, inputs: PassInputs | None = None
     ) -> tuple[Array, AdjointReport]:
         """See `AdjointSolver`; `state` is the forward solver's, with its estimate inside."""
+        if self.units == 1:
+            return self._called(vjp, g, state, turn, inputs)
+        groups = Groups(self.backend, self.units)
+        inputs = None if inputs is None else groups.inputs(inputs)
+        u, report = self._called(groups.joined(vjp), groups.join(g), state, turn, inputs)
+        return groups.split(u), groups.spread(report)
+
+    def _called(
+        self, vjp: Map, g: Array, state: object, turn: Array | None, inputs: PassInputs | None
+    ) -> tuple[Array, AdjointReport]:
+        """Do the same for rows that are samples."""
         if inputs is None or self.memory is None or not isinstance(self.strategy, StatefulStrategy):
             found = self._routed(*self._unscaled(vjp, g, self._estimate(state)))
             return self._delivered(vjp, g, turn, *found)
         values = self._values(self.strategy, self.memory.values, g)
-        u, report, self.memory.values = self.advance(vjp, g, state, turn, inputs._replace(values=values))
+        u, report, self.memory.values = self._advanced(vjp, g, state, turn, inputs._replace(values=values))
         return u, report
 
     def _values(self, strategy: StatefulStrategy, kept: Array | None, like: Array) -> Array:
@@ -64,6 +79,16 @@ class Adjoint(AdjointSolver):
         self, vjp: Map, g: Array, state: object, turn: Array | None, inputs: PassInputs
     ) -> tuple[Array, AdjointReport, Array]:
         """See `AdjointSolver`."""
+        if self.units == 1:
+            return self._advanced(vjp, g, state, turn, inputs)
+        groups = Groups(self.backend, self.units)
+        found = self._advanced(groups.joined(vjp), groups.join(g), state, turn, groups.inputs(inputs))
+        return groups.split(found[0]), groups.spread(found[1]), found[2]
+
+    def _advanced(
+        self, vjp: Map, g: Array, state: object, turn: Array | None, inputs: PassInputs
+    ) -> tuple[Array, AdjointReport, Array]:
+        """Do the same for rows that are samples."""
         strategy, estimate = self.strategy, self._estimate(state)
         assert isinstance(strategy, StatefulStrategy)
         unit = row_scale(self.backend, self.backend.norm(g), g)
@@ -107,6 +132,8 @@ class Adjoint(AdjointSolver):
         secants = self.strategy.wants_secants()
         make = self.solver.secant_estimate if secants else self.solver.inverse_jacobian
         estimate = make(self.backend, state)
+        if self.units > 1 and estimate is not None:
+            estimate = Groups(self.backend, self.units).estimate(estimate)
         return transposed(estimate) if self.turned and estimate is not None else estimate
 
     def _unscaled(self, vjp: Map, g: Array, estimate: InverseJacobian | None) -> tuple[object, Array]:

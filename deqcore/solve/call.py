@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from deqcore.errors import ProblemError, described
 from deqcore.solution import Solution
+from deqcore.solve.mask import checked, masked
 from deqcore.solve.observer import Solve
 from deqcore.solve.opaque import opened
 from deqcore.solve.plan import Plan
@@ -34,11 +36,26 @@ def without_aux(f: Callable[..., Any]) -> Callable[..., Tree]:
     return first
 
 
+def _masked(plan: Plan, f: Callable[..., Tree], z0: Tree, mask: Any) -> tuple[Plan, Callable[..., Tree]]:
+    """Return the plan and f for the units of the mask."""
+    if mask is None:
+        return plan, f
+    units = checked(plan.space, mask)
+    return replace(plan, mask=units), masked(plan.backend, f, z0, units)
+
+
 def solve(
-    plan: Plan, f: Callable[..., Tree], z0: Tree, args: tuple[Any, ...], state: Any, batched_args: tuple[int, ...]
+    plan: Plan,
+    f: Callable[..., Tree],
+    z0: Tree,
+    args: tuple[Any, ...],
+    state: Any,
+    batched_args: tuple[int, ...],
+    mask: Any = None,
 ) -> Solution:
     """Solve, and report what an observer, a warning or an error needs."""
     start = time.perf_counter()
+    plan, f = _masked(plan, f, z0, mask)
     raveled = plan.space.wrap(f, batched_args)
     value, forward, record = plan.run(raveled, plan.space.ravel(z0), args, state)
     solution = plan.solution(value, forward, record)
@@ -50,9 +67,16 @@ def solve(
 
 
 def differentiate(
-    plan: Plan, f: Callable[..., Tree], z0: Tree, args: tuple[Any, ...], cotangent: Tree, batched_args: tuple[int, ...]
+    plan: Plan,
+    f: Callable[..., Tree],
+    z0: Tree,
+    args: tuple[Any, ...],
+    cotangent: Tree,
+    batched_args: tuple[int, ...],
+    mask: Any = None,
 ) -> tuple[Tree, tuple[Any, ...]]:
     """Solve, map the cotangent, and report as `solve` does."""
+    plan, f = _masked(plan, f, z0, mask)
     g = plan.space.ravel_cotangent(cotangent)
     trees, closed = opened(plan.backend, args)
     raveled = plan.space.wrap(lambda z, *trees: f(z, *closed(trees)), batched_args)

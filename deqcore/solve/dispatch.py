@@ -61,8 +61,10 @@ def plan_call(
         if strategy.wants_estimate() and not solver.has_estimate:
             raise StrategyError.needs_estimate(backward.strategy, forward.solver, _with_estimate())
     space = RavelSpec.of(backend, z0, forward.batch)
+    if space.units > 1 and forward.coupled:
+        solver = solver.for_coupled_units()
     like = space.leaves(z0)[0] if not space.complex else space.ravel(z0)
-    control = _criteria(resolved, scalars, backend, like)
+    control = _criteria(resolved, scalars, backend, like)._replace(units=space.units if forward.coupled else 1)
     if memory is not None and not backend.capabilities.eager:
         raise StrategyError(
             f"strategy_state must be None for the backend {backend.name!r}, whose state is an argument of the compiled "

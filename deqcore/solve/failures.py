@@ -16,7 +16,7 @@ import numpy as np
 from deqcore.abc.backend import Backend
 from deqcore.abc.backward import Strategy
 from deqcore.errors import ConvergenceError, ConvergenceWarning, CoupledRowsWarning
-from deqcore.solution import SOLVED, Tally
+from deqcore.solution import SAMPLES, SOLVED, Tally
 from deqcore.solve.ledger import Account, Ledger
 from deqcore.solve.messages import coupling, failure, promises
 from deqcore.solve.user_line import Line, due, user_line, warn
@@ -382,6 +382,7 @@ class Failures:
         action: "raise" or "warn".
         circumstances: the end of the message.
         solver: the solver in use, which the message does not recommend.
+        noun: of what is counted.
 
     Raises:
         ConvergenceError: (when called) the action is "raise".
@@ -396,15 +397,15 @@ class Failures:
         deqcore.errors.ConvergenceError: 1 of 2 samples MAX_STEPS after at most 9 steps...
     """
 
-    def __init__(self, action: str, circumstances: str = "", solver: str = "") -> None:
-        self.action, self.circumstances, self.solver = action, circumstances, solver
+    def __init__(self, action: str, circumstances: str = "", solver: str = "", noun: str = SAMPLES) -> None:
+        self.action, self.circumstances, self.solver, self.noun = action, circumstances, solver, noun
         self.line = user_line()
         self.runs = 0
 
     def __call__(self, tally: Tally) -> None:
         """Report one run in which samples failed."""
         self.runs += 1
-        text = f"{tally.lines(SOLVED, self.solver, failed_first=True)}{self.circumstances}"
+        text = f"{tally.lines(SOLVED, self.solver, failed_first=True, noun=self.noun)}{self.circumstances}"
         if self.action == "raise":
             raise ConvergenceError(text)
         if due(self.runs - 1):

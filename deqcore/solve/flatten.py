@@ -5,11 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from deqcore.abc.backend import Backend
 from deqcore.errors import ConfigError, InitialIterateError, ProblemError, described
-from deqcore.solve.leaves import REAL, Carried, check_leaf, complex_call, dtype_of, floating, is_carried, moved
+from deqcore.solve.leaves import (
+    REAL,
+    Carried,
+    check_leaf,
+    check_rows,
+    complex_call,
+    dtype_of,
+    floating,
+    is_carried,
+    moved,
+)
 from deqcore.solve.opaque import arrays_in
 from deqcore.types import Array, Map, Tree
 
@@ -20,13 +30,14 @@ class RavelSpec:
 
     Attributes:
         shapes: shape of each leaf.
-        sizes: count of real numbers per sample in each leaf: two for a complex number.
-        batch: rows of the matrix; 1 if the whole state is one system.
+        sizes: count of real numbers per row in each leaf: two for a complex number.
+        batch: rows of the matrix, which are samples or units; 1 if the whole state is one system.
         dtype: of the matrix, a real dtype.
-        complex: the dtype of each complex leaf and "" for others; empty if no leaf is complex. Solvers and strategies see each complex number as two
-            real ones, so f need not be holomorphic.
+        complex: the dtype of each complex leaf and "" for others; empty if no leaf is complex. Solvers and strategies
+            see each complex number as two real ones, so f need not be holomorphic.
         carried: leaves of integers, booleans and anything else that is not an array, by position: f gets them as they
             are in z0, and no solver changes them. The fields above describe the others.
+        axes: leading axes of each leaf that number the rows: 0, 1 or 2.
     """
 
     backend: Backend
@@ -38,10 +49,16 @@ class RavelSpec:
     device: Any
     complex: tuple[str, ...] = ()
     carried: Carried = field(default=(), compare=False)
+    axes: int = 1
 
     @classmethod
-    def of(cls, backend: Backend, z0: Tree, batch: bool) -> RavelSpec:
+    def of(cls, backend: Backend, z0: Tree, batch: bool | Literal[2]) -> RavelSpec:
         """Describe the initial iterate z0, or raise an error that says what is wrong with it.
+
+        Args:
+            backend: of the arrays.
+            z0: the tree.
+            batch: as the setting `forward.batch`.
 
         Raises:
             InitialIterateError: no arrays, integers or mixed precisions, several devices, too few axes, unequal batch sizes.
@@ -56,8 +73,9 @@ class RavelSpec:
                 "The initial iterate z0 must hold at least one array of floating-point numbers (got none)."
             )
         leaves = leaves or every  # the error names what is there
+        axes = int(batch)
         for leaf in leaves:
-            check_leaf(backend, leaf, batch)
+            check_leaf(backend, leaf, axes)
         kinds = kinds if plain else [backend.dtype_name(leaf) for leaf in leaves]
         pairs = () if plain else tuple(kind if kind in REAL else "" for kind in kinds)
         pairs = pairs if any(pairs) else ()
@@ -69,18 +87,21 @@ class RavelSpec:
                 f"device before the solve."
             )
         shapes = tuple(tuple(leaf.shape) for leaf in leaves)
-        rows = {shape[0] for shape in shapes} if batch else {1}
-        if len(rows) > 1:
-            raise InitialIterateError(
-                f"With forward.batch = true the first axis of every leaf is the batch, so the leaves must have the "
-                f"same number of rows (got {sorted(rows)}, shapes {list(shapes)}). Give them one batch size, or set "
-                f"forward.batch = false to solve the whole state as one system."
-            )
-        sizes = tuple(
-            math.prod(shape[1:] if batch else shape) * (2 if pairs and pairs[i] else 1) for i, shape in enumerate(shapes)
-        )
+        check_rows(shapes, axes)
+        sizes = tuple(math.prod(shape[axes:]) * (2 if pairs and pairs[i] else 1) for i, shape in enumerate(shapes))
         device = backend.device_of(leaves[0])
-        return cls(backend, structure, shapes, sizes, rows.pop(), dtype, device, pairs, carried)
+        rows = math.prod(shapes[0][:axes])
+        return cls(backend, structure, shapes, sizes, rows, dtype, device, pairs, carried, axes)
+
+    @property
+    def rows_shape(self) -> tuple[int, ...]:
+        """The shape of what is reported for each row: `(batch,)`, or `(batch, units)`; `(1,)` for one system."""
+        return self.shapes[0][: self.axes] or (1,)
+
+    @property
+    def units(self) -> int:
+        """Consecutive rows that belong to one sample."""
+        return max(1, self.shapes[0][1]) if self.axes == 2 else 1  # noqa: PLR2004 - the setting `forward.batch = 2`
 
     def leaves(self, tree: Tree) -> list[Array]:
         """Return the leaves of a tree like the state that the solver moves."""

@@ -47,8 +47,8 @@ def floating(backend: Backend, leaves: list[Any], carried: Carried) -> list[Any]
     return leaves
 
 
-def check_leaf(backend: Backend, leaf: Any, batch: bool) -> None:
-    """Raise `InitialIterateError` for a leaf that is not a part of a state."""
+def check_leaf(backend: Backend, leaf: Any, axes: int) -> None:
+    """Raise `InitialIterateError` for a leaf that is not a part of a state whose rows are numbered by `axes` axes."""
     if not backend.is_array(leaf):
         remedy = "Convert it with deqcore.get_backend(...).asarray."
         if is_dataclass(leaf):
@@ -72,12 +72,36 @@ def check_leaf(backend: Backend, leaf: Any, batch: bool) -> None:
         raise InitialIterateError(
             f"The initial iterate z0 must have a floating-point dtype, such as {kinds} (got {name}). {hint}"
         )
-    if batch and leaf.ndim < 2:
+    if axes == 2 and leaf.ndim < 3:
+        raise InitialIterateError(
+            f"With forward.batch = 2 every leaf of the state must have two axes of units and at least one more (got "
+            f"the shape {tuple(leaf.shape)}). Reshape it to (batch, units, n), or set forward.batch = true if each row "
+            f"is one unit."
+        )
+    if axes and leaf.ndim < 2:
         raise InitialIterateError(
             f"With forward.batch = true every leaf of the state must have a batch axis and at least one more (got the "
             f"shape {tuple(leaf.shape)}). Reshape it to (batch, n), or set forward.batch = false to solve the whole "
             f"state as one system."
         )
+
+
+def check_rows(shapes: tuple[tuple[int, ...], ...], axes: int) -> None:
+    """Raise `InitialIterateError` if the leaves do not have the same leading axes."""
+    rows = {shape[:axes] for shape in shapes}
+    if len(rows) < 2:  # noqa: PLR2004
+        return
+    if axes == 1:
+        raise InitialIterateError(
+            f"With forward.batch = true the first axis of every leaf is the batch, so the leaves must have the "
+            f"same number of rows (got {sorted(row[0] for row in rows)}, shapes {list(shapes)}). Give them one batch "
+            f"size, or set forward.batch = false to solve the whole state as one system."
+        )
+    raise InitialIterateError(
+        f"With forward.batch = 2 the first two axes of every leaf are units, so they must be the same in every leaf "
+        f"(got {sorted(rows)}, shapes {list(shapes)}). Give the leaves one batch size and one number of units, or set "
+        f"forward.batch = true, for which the first axis alone must agree."
+    )
 
 
 def dtype_of(kinds: set[str]) -> str:

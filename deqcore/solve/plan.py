@@ -22,7 +22,8 @@ from deqcore.errors import (
     NonDeterministicWarning,
     StrategyError,
 )
-from deqcore.solution import Solution, SolveState, Tally, summarize
+from deqcore.linear.grouped import Groups
+from deqcore.solution import MASKED, SAMPLES, UNITS, Solution, SolveState, Tally, summarize
 from deqcore.solve.adjoint import Adjoint, Steps
 from deqcore.solve.compaction import RestrictRows
 from deqcore.solve.failures import Failures, TracedWatch, Watch
@@ -60,6 +61,7 @@ class Plan:
     space: RavelSpec
     observer: Observer | None
     memory: StrategyState | None = None
+    mask: Array | None = None  # units that take part, in the shape of the units
 
     def run(
         self, f: FlatFunction, z0: Array, args: tuple[Any, ...], state: SolveState | None
@@ -77,7 +79,8 @@ class Plan:
         assert isinstance(self.strategy, Strategy)
         watch = self._watch(f) if self.backend.capabilities.eager else self._traced_watch(f)
         on_failure = self.config.backward.on_failure
-        return Adjoint(self.backend, self.strategy, self.solver, on_failure, watch, memory=self.memory)
+        units = self.control.units
+        return Adjoint(self.backend, self.strategy, self.solver, on_failure, watch, memory=self.memory, units=units)
 
     def _account(self, f: FlatFunction) -> Account:
         return Account(f.f, self.strategy, (f.space.shapes, f.space.dtype, self.config.forward.batch))
@@ -114,20 +117,30 @@ class Plan:
         return self.backend.autodiff.straight_through(forward.z, carrier), forward
 
     def solution(self, value: Array, forward: SolveResult, record: BackwardRecord | None) -> Solution:
-        """Return the solution for the user."""
+        """Return the solution for the user, with figures in the shape of the units."""
+        xp, shape = self.backend.xp, self.space.rows_shape
+        shaped = (lambda each: xp.reshape(each, shape)) if len(shape) > 1 else (lambda each: each)
         state = SolveState(forward.carry, repr(self.solver)) if forward.carry is not None else None
         return Solution(
             value=self.space.unravel(value),
-            residual=forward.residual,
-            status=forward.status,
-            steps=forward.steps,
-            evaluations=forward.evaluations,
+            residual=shaped(forward.residual),
+            status=shaped(forward.status),
+            steps=shaped(forward.steps),
+            evaluations=shaped(self._counted(forward.evaluations, 0)),
             state=state,
             backend=self.backend,
             record=record,
             z=self.space.unravel(forward.z),
             fz=None if forward.fz is None else self.space.unravel(forward.fz),
+            mask=self.mask,
         )
+
+    def _counted(self, figures: Array, other: int) -> Array:
+        """Return `figures` `(batch,)`, with `other` for units that the mask leaves out."""
+        xp = self.backend.xp
+        if self.mask is None:
+            return figures
+        return xp.where(xp.reshape(self.mask, figures.shape), figures, xp.full_like(figures, other))
 
     def differentiate(
         self, f: FlatFunction, z0: Array, args: tuple[Any, ...], g: Array
@@ -235,11 +248,12 @@ class Plan:
             self._watch(f).verify_steps(lambda: self._coupled(f, args, z))
 
     def _coupled(self, f: FlatFunction, args: tuple[Any, ...], z: Array) -> tuple[int, int] | None:
+        """Look for two samples, or units that may not be coupled, of which one changes when the other does."""
         backend = self.backend
+        groups = Groups(backend, self.control.units)
+        at = lambda z: backend.detach(backend.autodiff.forward_only(f, z, args, _once).z)  # noqa: E731
         with backend.errstate(), backend.guards.keep_random_state(z):
-            return coupled_rows(
-                backend, lambda z: backend.detach(backend.autodiff.forward_only(f, z, args, _once).z), z
-            )
+            return coupled_rows(backend, groups.joined(at), groups.join(z))
 
     def report_failure(self, f: FlatFunction, forward: SolveResult) -> None:
         """Raise each time, or warn at the 1st, 10th, 100th, … failed solve of f, about samples that did not converge.
@@ -249,20 +263,19 @@ class Plan:
         action = self.config.forward.on_failure
         if forward.carry is None or action == "ignore":
             return
-        xp, figures = self.backend.xp, (forward.status, forward.steps, forward.residual)
+        xp, noun = self.backend.xp, UNITS if len(self.space.rows_shape) > 1 else SAMPLES
+        status = self._counted(forward.status, MASKED)
+        figures = (status, forward.steps, forward.residual)
         if self.backend.is_traced(*figures):
             if forward.status.shape[0]:
-                failures = Failures(action, f" {self._circumstances()}", repr(self.solver))
+                failures = Failures(action, f" {self._circumstances()}", repr(self.solver), noun)
                 compiled = action == "raise" or self._is_set("forward.on_failure")
                 self.backend.guards.watch(failures, Tally.of(xp, *figures), compiled=compiled)
             return
         if self._all_converged(forward):
             return
-        status, residual, steps = (
-            np.ravel(self.backend.to_numpy(x)) for x in (forward.status, forward.residual, forward.steps)
-        )
-        solver = repr(self.solver)
-        text = f"{summarize(status, residual, steps, solver, failed_first=True)} {self._circumstances()}"
+        host = (np.ravel(self.backend.to_numpy(x)) for x in (status, forward.residual, forward.steps))
+        text = f"{summarize(*host, repr(self.solver), failed_first=True, noun=noun)} {self._circumstances()}"
         if action == "raise":
             raise ConvergenceError(text)
         counts = self._account(f).ledger
@@ -295,6 +308,11 @@ class Plan:
         """Return f for some samples only, if `forward.compact` is set."""
         if not self.config.forward.compact:
             return None
+        if self.space.units > 1:
+            raise ConfigError(
+                "forward.compact must be false with forward.batch = 2, because f needs all units of a sample (got "
+                "true). Set forward.compact = false."
+            )
         if not self.backend.capabilities.compaction:
             raise ConfigError(
                 f"forward.compact must be false for the backend {self.backend.name!r}, which traces its loops, so that "

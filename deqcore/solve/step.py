@@ -20,9 +20,7 @@ def take_step(
     backend: Backend, solver: Solver, f: Map, start: tuple[Array, Array, Any], limits: Limits
 ) -> tuple[StepResult, Array, Array | None]:
     """Return the result of a step from `(z, f(z), state)`, its ‖f(z) − z‖, and its ‖f(z)‖ if `limits` need it."""
-    result = fused_step(backend, solver, f, *start)
-    if result is None:
-        result = _checked(solver, solver.step(backend, f, *start), start[0])
+    result = advance(backend, solver, f, start)
     residual, size = solver.residual_norm(backend, result.state), result.size
     if residual is None:
         residual, size = residual_norms(backend, result.z, result.fz)
@@ -30,6 +28,12 @@ def take_step(
         size = solver.output_norm(backend, result.state)
         size = backend.norm(result.fz) if size is None else size
     return result, residual, size
+
+
+def advance(backend: Backend, solver: Solver, f: Map, start: tuple[Array, Array, Any]) -> StepResult:
+    """Return the result of a step from `(z, f(z), state)`, by a fused kernel if there is one."""
+    result = fused_step(backend, solver, f, *start)
+    return _checked(solver, solver.step(backend, f, *start), start[0]) if result is None else result
 
 
 def fused_step(backend: Backend, solver: Solver, f: Map, z: Array, fz: Array, state: Any) -> StepResult | None:

@@ -87,6 +87,7 @@ class Anderson(Solver):
     max_residual_growth: float = 10.0
     history_dtype: str | None = None
     has_estimate: ClassVar[bool] = True
+    causal: ClassVar[bool] = True
     cost_bounds: ClassVar[Mapping[str, int]] = {
         "affine": 10,
         "conv": 23,

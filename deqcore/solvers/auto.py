@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Final, NamedTuple, TypeAlias
 
@@ -97,6 +97,7 @@ class Auto(Solver):
     escalate: bool = True
     history_dtype: str | None = None
     has_estimate: ClassVar[bool] = True
+    causal: ClassVar[bool] = True
     cost_bounds: ClassVar[Mapping[str, int]] = {
         "affine": 25,
         "conv": 29,
@@ -282,6 +283,10 @@ class Auto(Solver):
         size = backend.xp.where(refused, start.size, state.size)
         state = AutoState(memory, state.progress, state.newton, size)
         return backend.select(refused, z, moved), backend.select(refused, fz, value), state
+
+    def for_coupled_units(self) -> Solver:
+        """Return the method without Newton–Krylov, which evaluates f several times in a step."""
+        return replace(self, escalate=False)
 
     def restarted(self, backend: Backend, rows: Array, z: Array, state: AutoState) -> AutoState:
         """Return the state of plain samples in `rows`; those of Newton–Krylov stay with it."""

@@ -107,6 +107,7 @@ class Broyden(Solver):
     max_residual_growth: float | None = None
     history_dtype: str | None = None
     has_estimate: ClassVar[bool] = True
+    causal: ClassVar[bool] = True
     cost_bounds: ClassVar[Mapping[str, int]] = {
         "affine": 14,
         "conv": 22,

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 from deqcore.abc.backend import Backend
 from deqcore.abc.scaling import divide_rows, multiply_rows, row_scale
 from deqcore.abc.solver import Solver
-from deqcore.errors import BackendError
+from deqcore.errors import BackendError, ConfigError
 from deqcore.linear.gmres import LinearSolution, gmres
 from deqcore.types import Array, Map
 
@@ -94,6 +94,18 @@ class NewtonKrylov(Solver):
         norm = backend.to_accum_dtype(backend.norm(z))
         return NewtonState(
             backend.xp.full_like(norm, self.forcing), backend.xp.zeros_like(norm, dtype=backend.xp.int32)
+        )
+
+    def for_coupled_units(self) -> Solver:
+        """Refuse: the products of one unit's linear system contain the other units' directions.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "forward.solver = 'newton-krylov' solves a linear system for each unit alone, so it must not be used where "
+            "f couples units (got forward.batch = 2). Use forward.solver = 'auto', 'anderson', 'broyden' or 'picard', "
+            "forward.batch = true for one system per sample, or forward.coupled = false if f treats each unit alone."
         )
 
     def step(self, backend: Backend, f: Map, z: Array, fz: Array, state: NewtonState) -> tuple[Array, Array, Any]:

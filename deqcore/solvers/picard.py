@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.solver import Solver
@@ -36,6 +36,7 @@ class Picard(Solver):
     """
 
     damping: float = 1.0
+    causal: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0.0 < self.damping < 2.0:

@@ -56,7 +56,9 @@ TRANSFORMS = {
     "parameters": lambda value, a, b: vmap(value, (0, None))(a, b[0]),
     "inputs, another axis": lambda value, a, b: vmap(value, (None, 1), 1)(a[0], b.transpose(0, 1)),
     "nested": lambda value, a, b: vmap(lambda a: vmap(lambda b: value(a, b))(b))(a),
-    "gradients of each sample": lambda value, a, b: vmap(grad(lambda a, b: (value(a, b) ** 3).sum()), (None, 0))(a[0], b),
+    "gradients of each sample": lambda value, a, b: vmap(grad(lambda a, b: (value(a, b) ** 3).sum()), (None, 0))(
+        a[0], b
+    ),
     "grad of vmap": lambda value, a, b: grad(lambda a: (vmap(value)(a, b) ** 3).sum())(a),
     "tape around vmap": on_tape,
     "jacrev": lambda value, a, b: jacrev(lambda b: value(a[0], b))(b[0]),

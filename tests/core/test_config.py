@@ -49,6 +49,7 @@ def test_the_defaults() -> None:
             "max_steps": 40,
             "check_every": "auto",
             "batch": True,
+            "coupled": True,
             "patience": 50,
             "on_failure": "warn",
             "compact": False,

@@ -19,7 +19,6 @@ from deqcore.testing.suite.base import needs, several
 from deqcore.testing.suite.fixtures import Kit, close
 
 
-
 @dataclass(frozen=True)
 class ComplexAffine:
     """f(z) = A z + B conj(z) + b per sample; a and b_conj are `(batch, n, n)`, b is `(batch, n)`."""

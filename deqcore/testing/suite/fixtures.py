@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -53,6 +53,52 @@ def affine(batch: int = 3, n: int = 6, *, norm: float = 0.7, seed: int = 0) -> A
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """f(z) = M z W + b for z `(batch, units, n)`, where M is lower triangular: unit i reads units up to i only.
+
+    Attributes:
+        m: M `(units, units)`.
+        w: W `(n, n)`.
+        b: `(batch, units, n)`.
+    """
+
+    m: Any
+    w: Any
+    b: Any
+
+    @property
+    def jacobian(self) -> Any:
+        """∂f/∂z of a sample `(units·n, units·n)`."""
+        return np.kron(self.m, self.w.T)
+
+    @property
+    def root(self) -> Any:
+        """z* `(batch, units, n)`."""
+        return self._solved(np.eye(len(self.jacobian)) - self.jacobian, self.b)
+
+    def adjoint(self, g: Any) -> Any:
+        """u = (I − J)^-T g `(batch, units, n)`."""
+        return self._solved(np.eye(len(self.jacobian)) - self.jacobian.T, g)
+
+    def _solved(self, a: Any, b: Any) -> Any:
+        return np.linalg.solve(a, b.reshape(len(b), -1, 1)).reshape(b.shape)
+
+    def later(self) -> Tokens:
+        """Return the same problem with another last unit."""
+        b = self.b.copy()
+        b[:, -1] += 3.0
+        return Tokens(self.m, self.w, b)
+
+
+def tokens(batch: int = 2, units: int = 4, n: int = 3, *, norm: float = 0.6, seed: int = 0) -> Tokens:
+    """Make a random causal problem with ‖J‖₂ = norm in every sample."""
+    rng = np.random.default_rng(seed)
+    m, w = np.tril(rng.standard_normal((units, units))), rng.standard_normal((n, n))
+    m *= norm / (np.linalg.norm(m, 2) * np.linalg.norm(w, 2))
+    return Tokens(m, w, rng.standard_normal((batch, units, n)))
+
+
+@dataclass(frozen=True)
 class Kit:
     """A backend and a device.
 
@@ -94,6 +140,16 @@ class Kit:
         a, b = self.array(problem.a, dtype), self.array(problem.b, dtype)
         return lambda z: self.backend.xp.sum(a * z[:, None, :], axis=2) + b
 
+    def token_map(self, problem: Tokens, dtype: str = "float64") -> Callable[[Array, Array], Array]:
+        """f(z, b) of a causal problem; sums in a fixed order, so that no unit sees a bit of a later one."""
+        xp, m, w = self.backend.xp, self.array(problem.m, dtype), self.array(problem.w, dtype)
+
+        def f(z: Array, b: Array) -> Array:
+            turned = xp.sum(z[:, :, :, None] * w[None, None, :, :], axis=2)
+            return xp.sum(m[None, :, :, None] * turned[:, None, :, :], axis=2) + b
+
+        return f
+
     def vjp(self, a: Array) -> Map:
         """u ↦ Aᵀu for A `(batch, n, n)`."""
         return lambda u: self.backend.xp.sum(a * u[:, :, None], axis=1)
@@ -114,7 +170,7 @@ class Kit:
         strategy: str = "exact-ift",
         strategy_options: Mapping[str, object] | None = None,
         check_every: int | str = "auto",
-        batch: bool = True,
+        batch: bool | Literal[2] = True,
     ) -> deqcore.Config:
         """Complete settings, so that no environment variable has a say."""
         if not self.backend.capabilities.float64:

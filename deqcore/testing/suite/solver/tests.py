@@ -26,13 +26,14 @@ from deqcore.testing.suite.solver.estimate import EstimateTests
 from deqcore.testing.suite.solver.search import SearchTests
 from deqcore.testing.suite.solver.steps import StepTests
 from deqcore.testing.suite.solver.termination import EndTests
+from deqcore.testing.suite.solver.units import UnitTests
 from deqcore.testing.tolerances import tolerance
 from deqcore.types import Status
 
 MAX_STEPS: Final = 300
 
 
-class SolverTests(StepTests, SearchTests, EstimateTests, EndTests, ComplexSolverTests):
+class SolverTests(StepTests, SearchTests, EstimateTests, EndTests, UnitTests, ComplexSolverTests):
     """Subclass it, name your solver, and run pytest.
 
     Attributes:

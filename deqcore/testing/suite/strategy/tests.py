@@ -28,10 +28,11 @@ from deqcore.testing.suite.strategy.adjoint import AdjointTests
 from deqcore.testing.suite.strategy.cost_bounds import ClaimTests
 from deqcore.testing.suite.strategy.state import StateTests
 from deqcore.testing.suite.strategy.step_strategy import StepStrategyTests
+from deqcore.testing.suite.strategy.units import UnitTests
 from deqcore.testing.tolerances import tolerance
 
 
-class StrategyTests(AdjointTests, ClaimTests, StateTests, StepStrategyTests, ComplexStrategyTests):
+class StrategyTests(AdjointTests, ClaimTests, StateTests, StepStrategyTests, UnitTests, ComplexStrategyTests):
     """Subclass it, name your strategy, and run pytest.
 
     Attributes:
