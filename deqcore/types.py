@@ -27,6 +27,23 @@ Map: TypeAlias = Callable[[Array], Array]
 LoopVars = TypeVar("LoopVars")
 
 
+@dataclass(frozen=True)
+class BoundMap:
+    """The map z ↦ f(z, *args), which still shows its arguments.
+
+    Attributes:
+        f: `f(z, *args)` on `(batch, n)`.
+        args: any trees.
+    """
+
+    f: Callable[..., Array]
+    args: tuple[Any, ...]
+
+    def __call__(self, z: Array) -> Array:
+        """Evaluate f at z `(batch, n)`."""
+        return self.f(z, *self.args)
+
+
 class StepResult(NamedTuple):
     """The result of a step.
 

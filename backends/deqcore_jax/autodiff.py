@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from deqcore.abc.adjoint import AdjointSolver
 from deqcore.abc.autodiff import Autodiff
+from deqcore.abc.two_state import TwoState
 from deqcore.solve.adjoint import Adjoint
 from deqcore.types import BackwardRecord, Map, SolveResult, Tree
-from deqcore_jax import adjoint_tap, implicit, strategy_state
+from deqcore_jax import adjoint_tap, implicit, reversible, strategy_state
 from deqcore_jax.closure import is_array, is_differentiable
 from deqcore_jax.jit_context import as_outside
 from deqcore_jax.linearize import product
@@ -59,6 +60,9 @@ class JaxAutodiff(Autodiff):
         forward: SolveResult | None,
     ) -> jax.Array:
         return implicit.record(f, z0, args, steps, forward)
+
+    def reversible(self, f: Map, z0: jax.Array, rule: TwoState, steps: int) -> tuple[jax.Array, jax.Array]:
+        return reversible.iterate(f, z0, rule, steps)
 
     def straight_through(self, value: jax.Array, carrier: jax.Array) -> jax.Array:
         return implicit.straight_through(value, carrier)

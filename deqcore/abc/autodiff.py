@@ -8,7 +8,8 @@ from typing import Any
 
 from deqcore.abc.adjoint import AdjointSolver
 from deqcore.abc.arrays import ArrayOps
-from deqcore.types import Array, BackwardRecord, Map, SolveResult
+from deqcore.abc.two_state import TwoState
+from deqcore.types import Array, BackwardRecord, BoundMap, Map, SolveResult
 
 
 class Autodiff(ABC):
@@ -95,7 +96,18 @@ class Autodiff(ABC):
         forward: SolveResult | None,
     ) -> Any:
         """Run `steps(lambda z: f(z, *args), z0, forward)` and record its gradient; a tracing backend calls f once."""
-        return steps(lambda z: f(z, *args), z0, forward)
+        return steps(BoundMap(f, args), z0, forward)
+
+    def reversible(self, f: Map, z0: Array, rule: TwoState, steps: int) -> tuple[Array, Array]:
+        """Return the second state of `rule` after `steps` steps from z0, differentiable, and f(z0) without a gradient.
+
+        The default records every step. A backend with a tape undoes them in the backward pass instead, so that memory
+        does not grow with `steps`; it gets all inputs of f from `f.args` and from what f closes over.
+        """
+        first = f(z0)
+        pair = rule.step(f, rule.start(z0), first)
+        _, z = self.be.scan(lambda pair: rule.step(f, pair), pair, steps - 1)
+        return rule.down(z), self.be.detach(first)
 
     def straight_through(self, value: Array, carrier: Array) -> Array:
         """Return `value` `(batch, n)` with the derivative of `carrier` `(batch, n)`.

@@ -73,6 +73,7 @@ STRATEGIES: Final = (
     StrategySpec("neumann", "deqcore.backward.neumann:Neumann", "a truncated Neumann series"),
     StrategySpec("phantom", "deqcore.backward.phantom:Phantom", "damped unrolled steps from the fixed point"),
     StrategySpec("unrolled", "deqcore.backward.unrolled:Unrolled", "backpropagation through the steps"),
+    StrategySpec("reversible", "deqcore.backward.reversible:Reversible", "through the steps, at constant memory"),
 )
 
 TRAINERS: Final = (
