@@ -294,11 +294,12 @@ class Reached(NamedTuple):
 
     Attributes:
         z: the iterate, with its derivative `(batch, n)`.
-        fz: f(z) `(batch, n)`.
+        fz: f(z) `(batch, n)`, or None if it was not evaluated.
         evaluations: evaluations of f `(batch,)` int32.
         scale: scale of the start, max(‖z0‖, ‖f(z0)‖), `(batch,)`.
         residual: ‖f(z0) − z0‖ at the start `(batch,)`.
         unsettled: samples whose derivative is known not to be at its limit `(batch,)` of bool, or None.
+        steps: steps taken `(batch,)` int32; None: the `steps` of the strategy.
 
     Example:
         >>> import numpy as np
@@ -313,6 +314,7 @@ class Reached(NamedTuple):
     scale: Array
     residual: Array
     unsettled: Array | None = None
+    steps: Array | None = None
 
 
 def _as_text(

@@ -93,10 +93,16 @@ class TorchAutodiff(Autodiff):
         f: Callable[..., Tensor],
         z0: Tensor,
         args: tuple[Any, ...],
-        steps: Callable[[Map, Tensor, SolveResult | None], Any],
+        steps: Callable[[Map, Tensor, SolveResult | None, Any], Any],
         forward: SolveResult | None,
+        step: Any = 0,
     ) -> Any:
-        return super().differentiate_through(f, z0, args, steps, forward)
+        return super().differentiate_through(f, z0, args, steps, forward, step)
+
+    @untraced
+    def repeat(self, body: Callable[[Map, Tensor, Any], Tensor], f: Map, z: Tensor, times: Any) -> Tensor:
+        with nothing_recorded():
+            return super().repeat(body, f, z, times)
 
     @untraced
     def reversible(self, f: Map, z0: Tensor, rule: TwoState, steps: int) -> tuple[Tensor, Tensor]:

@@ -92,11 +92,29 @@ class Autodiff(ABC):
         f: Callable[..., Array],
         z0: Array,
         args: tuple[Any, ...],
-        steps: Callable[[Map, Array, SolveResult | None], Any],
+        steps: Callable[[Map, Array, SolveResult | None, Any], Any],
         forward: SolveResult | None,
+        step: Any = 0,
     ) -> Any:
-        """Run `steps(lambda z: f(z, *args), z0, forward)` and record its gradient; a tracing backend calls f once."""
-        return steps(BoundMap(f, args), z0, forward)
+        """Run `steps(lambda z: f(z, *args), z0, forward, step)` and record its gradient.
+
+        A tracing backend calls f once, and another training step `step` compiles nothing.
+        """
+        return steps(BoundMap(f, args), z0, forward, step)
+
+    def repeat(self, body: Callable[[Map, Array, Any], Array], f: Map, z: Array, times: Any) -> Array:
+        """Apply `z ← body(f, z, i)` for i = 0, …, `times` − 1 without recording a gradient.
+
+        Args:
+            body: takes f, the state `(batch, n)` and the index.
+            f: the map.
+            z: the start `(batch, n)`.
+            times: an integer, or a traced scalar.
+        """
+        z = self.be.detach(z)
+        for i in range(int(times)):
+            z = self.be.detach(body(f, z, i))
+        return z
 
     def reversible(self, f: Map, z0: Array, rule: TwoState, steps: int) -> tuple[Array, Array]:
         """Return the second state of `rule` after `steps` steps from z0, differentiable, and f(z0) without a gradient.

