@@ -18,10 +18,11 @@ Leaves: TypeAlias = list[jax.Array]
 Residuals: TypeAlias = tuple[jax.Array, jax.Array, Leaves]
 
 
-def iterate(f: Map, z0: jax.Array, rule: TwoState, steps: int) -> Pair:
-    """Return the value and f(z0), see `deqcore.abc.autodiff.Autodiff.reversible`."""
+def iterate(f: Map, z0: jax.Array, rule: TwoState, steps: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the value, f(z0) and f of the value, see `deqcore.abc.autodiff.Autodiff.reversible`."""
     program, leaves = trace(f, z0, ())
-    return _run(program, rule, steps, z0, leaves)
+    value, first = _run(program, rule, steps, z0, leaves)
+    return value, first, program(*lax.stop_gradient((value, leaves)))
 
 
 def _forward(program: Program, rule: TwoState, steps: int, z0: jax.Array, leaves: Leaves) -> tuple[Pair, jax.Array]:

@@ -105,7 +105,7 @@ class TorchAutodiff(Autodiff):
             return super().repeat(body, f, z, times)
 
     @untraced
-    def reversible(self, f: Map, z0: Tensor, rule: TwoState, steps: int) -> tuple[Tensor, Tensor]:
+    def reversible(self, f: Map, z0: Tensor, rule: TwoState, steps: int) -> tuple[Tensor, Tensor, Tensor]:
         parent = super()
         return reversible.iterate(
             self.backend, f, z0, rule, steps, lambda: parent.reversible(f, z0, rule, steps)

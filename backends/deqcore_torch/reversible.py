@@ -8,7 +8,7 @@ evaluation of f: its value undoes the step, and its graph gives the vjps.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from deqcore_torch.checkpoints import CURE
 from deqcore_torch.eval_context import Ambient, nothing_recorded
 from deqcore_torch.graph import outside, sequence
 from deqcore_torch.second_order import distinct
+
+Result: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
 class _Job:
@@ -130,9 +132,9 @@ class _Reversible(torch.autograd.Function):
 
 
 def iterate(
-    backend: Backend, f: Map, z0: Tensor, rule: TwoState, steps: int, record_all: Callable[[], tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor]:
-    """Return the value and f(z0), see `deqcore.abc.autodiff.Autodiff.reversible`.
+    backend: Backend, f: Map, z0: Tensor, rule: TwoState, steps: int, record_all: Callable[[], Result]
+) -> Result:
+    """Return the value, f(z0) and f of the value, see `deqcore.abc.autodiff.Autodiff.reversible`.
 
     Args:
         backend: the backend of these tensors.
@@ -149,29 +151,28 @@ def iterate(
         y, z = rule.step(f, rule.start(z0), first)
         for _ in range(steps - 1):
             y, z = rule.step(f, (y, z))
+    value = rule.down(z)
     if not torch.is_grad_enabled():
-        return rule.down(z), first
-    sources = _sources(backend, f, z0)
-    if not sources:
-        return rule.down(z), first
-    value: Tensor = _Reversible.apply(_Job(f, rule, steps, z0), y, z, *sources)
-    return value, first
+        return value, first, f(value)
+    last, sources = _sources(backend, f, value)
+    if sources:
+        value = _Reversible.apply(_Job(f, rule, steps, z0), y, z, *sources)
+    return value, first, last
 
 
-def _sources(backend: Backend, f: Map, z0: Tensor) -> list[Tensor]:
-    """Return the tensors with a gradient that f depends on, found by one recorded evaluation."""
+def _sources(backend: Backend, f: Map, z: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Return f(z), and the tensors with a gradient that f depends on, found by this one recorded evaluation."""
     args = f.args if isinstance(f, BoundMap) else ()
     given = [t for t in distinct(list(arrays_in(backend, args))) if t.requires_grad]
     start = sequence()
-    at = z0.detach().requires_grad_()
-    with torch.enable_grad():
-        y = f(at)
+    at = z.detach().requires_grad_()
+    y = f(at)
     if not y.requires_grad:
-        return []
+        return y, []
     beyond = outside(y, at, given, range(start, sequence()))
     if beyond.hidden is not None:
         raise StrategyError(
             f"f closes over a tensor that has a history of its own ({beyond.hidden}): a reversible backward pass would "
             f"silently miss it. Pass it through args, as in fixed_point(f, z0, tensor)."
         )
-    return [*given, *(leaf for leaf in beyond.leaves if leaf is not at)]
+    return y.detach(), [*given, *(leaf for leaf in beyond.leaves if leaf is not at)]

@@ -116,8 +116,8 @@ class Autodiff(ABC):
             z = self.be.detach(body(f, z, i))
         return z
 
-    def reversible(self, f: Map, z0: Array, rule: TwoState, steps: int) -> tuple[Array, Array]:
-        """Return the second state of `rule` after `steps` steps from z0, differentiable, and f(z0) without a gradient.
+    def reversible(self, f: Map, z0: Array, rule: TwoState, steps: int) -> tuple[Array, Array, Array]:
+        """Return the second state of `rule` after `steps` steps from z0, differentiable; f at z0, and f at the value.
 
         The default records every step. A backend with a tape undoes them in the backward pass instead, so that memory
         does not grow with `steps`; it gets all inputs of f from `f.args` and from what f closes over.
@@ -125,7 +125,8 @@ class Autodiff(ABC):
         first = f(z0)
         pair = rule.step(f, rule.start(z0), first)
         _, z = self.be.scan(lambda pair: rule.step(f, pair), pair, steps - 1)
-        return rule.down(z), self.be.detach(first)
+        value = rule.down(z)
+        return value, self.be.detach(first), self.be.detach(f(self.be.detach(value)))
 
     def straight_through(self, value: Array, carrier: Array) -> Array:
         """Return `value` `(batch, n)` with the derivative of `carrier` `(batch, n)`.

@@ -74,8 +74,7 @@ class Reversible(StepStrategy):
         """Return the second state after the last step."""
         start = backend.detach(z0)
         rule = TwoState.of(backend, start, self.damping, self.steps)
-        z, first = backend.autodiff.reversible(f, start, rule, self.steps)
+        z, first, last = backend.autodiff.reversible(f, start, rule, self.steps)
         residual, size = residual_norms(backend, start, first)
         spent = backend.xp.zeros_like(residual, dtype=backend.xp.int32) + (2 * self.steps + 1)
-        at = backend.detach(z)
-        return Reached(z, backend.detach(f(at)), spent, greater(backend.xp, backend.norm(start), size), residual)
+        return Reached(z, last, spent, greater(backend.xp, backend.norm(start), size), residual)
