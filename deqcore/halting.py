@@ -39,7 +39,12 @@ class Settled:
 
     Source: Geiping et al. (2025), "Scaling up test-time compute with latent reasoning", which stops a token when
     the divergence between successive predictions is small. Graves (2016), "Adaptive computation time", trains the
-    decision instead.
+    decision instead: see `Learnt`.
+
+    Example:
+        >>> import numpy as np
+        >>> Settled(lambda z: z, 0.1)(np.zeros((2, 1)), np.array([[0.05], [0.5]])).tolist()
+        [True, False]
     """
 
     read: Callable[[Tree], Array]
@@ -116,6 +121,11 @@ class Learnt:
 
     Source: Graves (2016), "Adaptive computation time for recurrent neural networks"; Banino, Balaguer & Blundell
     (2021), "PonderNet".
+
+    Example:
+        >>> import torch
+        >>> Learnt(lambda z: z[:, 0])(torch.zeros(2, 1), torch.tensor([[-1.0], [2.0]])).tolist()
+        [False, True]
     """
 
     head: Callable[[Tree], Array]
@@ -196,8 +206,8 @@ def halting_loss(logits: Array, correct: Array) -> Array:
     """Return the cross-entropy of a halting head against whether the answer is right, per sample `(batch,)`.
 
     Args:
-        logits: `(batch,)`.
-        correct: `(batch,)` of bool, or of probabilities.
+        logits: those of the halting head `(batch,)`.
+        correct: whether the answer is right, `(batch,)` of bool, or its probability.
 
     Source: Wang et al. (2025), "Hierarchical reasoning model", arXiv:2506.21734, whose halting head predicts it.
 

@@ -139,6 +139,10 @@ class StepStrategy(ABC):
         """
         return self.value(backend, f, z0, forward, solver)
 
+    def truncates(self) -> bool:
+        """Return whether steps of its own before the recorded ones carry no gradient (truncated backpropagation)."""
+        return False
+
     def solves(self) -> bool:
         """Return whether the fixed point is solved for first."""
         return True

@@ -51,7 +51,7 @@ class TwoState:
         if growth * least < MOST_LOSS:
             wide = growth * eps >= MOST_LOSS
             rounding = growth * growth * (least if wide else eps)
-            return cls(be, damping, be.dtype_name(z0), wide, far=min(1e-2, max(1e-4, 1e3 * rounding)))
+            return cls(be, damping, be.dtype_name(z0), wide, far=max(1e-4, 1e3 * rounding))
         most = 1.0 - (least / MOST_LOSS) ** (1.0 / steps)
         wider = " or a wider dtype (in JAX: jax_enable_x64)" if least > 1e-10 else ""
         raise ConfigError(

@@ -20,7 +20,7 @@ class Looped(StepStrategy):
 
     Each step is z ← z + β (f(z) − z) + noise. Their total number, the depth, is drawn for each training step, so that
     the model works at many depths; the last `recorded` steps of it carry the gradient (truncated backpropagation). With
-    a depth of at most `recorded` all steps do, and the gradient reaches z0, as a learnt start needs; otherwise z0 gets
+    a depth of at most `recorded` all steps carry one, and the gradient reaches z0, as a learnt start needs; otherwise z0 gets
     none.
 
     Random numbers depend on `seed` and the setting `backward.step` alone: all ranks take the same depth, and a
@@ -94,6 +94,10 @@ class Looped(StepStrategy):
     def solves(self) -> bool:
         """Return False: the steps are the solve."""
         return False
+
+    def truncates(self) -> bool:
+        """Return whether a depth may exceed the recorded steps."""
+        return self.distribution != "fixed" or self.depth > self.recorded
 
     def value(self, backend: Backend, f: Map, z0: Array, forward: SolveResult | None, solver: Solver) -> Reached:
         """Return the value at training step 0."""

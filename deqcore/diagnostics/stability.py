@@ -17,6 +17,12 @@ class SpectralState(NamedTuple):
     Attributes:
         right: vectors for J, two arrays `(batch, n)`.
         left: vectors for Jᵀ, two arrays `(batch, n)`.
+
+    Example:
+        >>> import torch
+        >>> state = spectral_penalty(lambda z: 0.5 * z, torch.zeros(2, 3)).state
+        >>> state.right[0].shape
+        torch.Size([2, 3])
     """
 
     right: tuple[Array, Array]
@@ -30,6 +36,11 @@ class SpectralPenalty(NamedTuple):
         penalty: max(0, ρ − bound)² per sample `(batch,)`, differentiable.
         radius: the estimate of ρ per sample `(batch,)`, differentiable.
         state: for the next call.
+
+    Example:
+        >>> import torch
+        >>> spectral_penalty(lambda z: 0.5 * z, torch.zeros(2, 3)).radius.tolist()
+        [0.5, 0.5]
     """
 
     penalty: Array

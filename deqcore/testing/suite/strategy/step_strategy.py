@@ -37,6 +37,8 @@ class StepStrategyTests(Conformance):
         """Central differences of `value`, with the solution that it starts from held still."""
         if not kit.backend.capabilities.float64:
             pytest.skip("central differences need double precision")
+        if steps.truncates():
+            pytest.skip("the gradient is that of the last steps only")
         problem, g, h = affine(batch=2, n=3, norm=0.5), np.ones((2, 3)), 1e-6
         config = kit.config(solver=solver, rtol=1e-13, strategy=strategy_name, strategy_options=settings)
         slope = kit.map(Affine(problem.a, 0 * problem.b))
@@ -83,6 +85,28 @@ class StepStrategyTests(Conformance):
                 changed = value + 1 if isinstance(value, int) else 0.5 * value
                 same = np.allclose(gradient({**settings, name: changed}), gradient(settings), rtol=1e-6)
                 assert not same, f"{name} = {changed} gives the same value and gradient as {value}"
+
+    def test_what_it_draws_follows_from_its_seed_and_the_training_step(
+        self, kit: Kit, steps: StepStrategy, strategy_name: str, settings: Any
+    ) -> None:
+        """Solve at 16 training steps, twice: equal bits at equal steps, and not the same at all steps."""
+        if not isinstance(option_values(steps).get("seed"), int):
+            pytest.skip("the strategy draws nothing with these options")
+        config = kit.config(strategy=strategy_name, strategy_options=settings)
+
+        def drawn() -> Any:
+            values = []
+            for step in range(16):
+                np.random.random()
+                sol = deqcore.fixed_point(
+                    lambda z: 0.5 * z + 1.0, kit.array([[0.0, 0.0]]), config=config, backward__step=step
+                )
+                values.append(kit.numpy(kit.backend.detach(sol.value))[0, 0])
+            return np.array(values)
+
+        first = drawn()
+        assert np.array_equal(first, drawn()), "another draw at the same seed and step"
+        assert len(set(first.tolist())) > 1, "the same draw at every step"
 
     @several("solver", ["picard", "broyden"])
     @needs("autodiff")
