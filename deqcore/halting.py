@@ -7,9 +7,10 @@ every solver stops it, freezes it while the rest of the batch continues, and cou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import log
 from typing import Any, Literal, TypeAlias
 
 from deqcore import plugins
@@ -42,7 +43,12 @@ class Settled:
 
     Source: Geiping et al. (2025), "Scaling up test-time compute with latent reasoning", which stops a token when
     the divergence between successive predictions is small. Graves (2016), "Adaptive computation time", trains the
-    decision instead.
+    decision instead: see `Learnt`.
+
+    Example:
+        >>> import numpy as np
+        >>> Settled(lambda z: z, 0.1)(np.zeros((2, 1)), np.array([[0.05], [0.5]])).tolist()
+        [True, False]
     """
 
     read: Callable[[Tree], Array]
@@ -101,6 +107,139 @@ class Within:
         (before, structure), (after, _) = backend.flatten(z), backend.flatten(fz)
         moved = [b - a if _is_float(backend, b) else b for a, b in zip(before, after, strict=True)]
         return self.norm(backend.unflatten(structure, moved)) <= self.atol + self.rtol * self.norm(fz)
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """A rule: a sample is done when a trained head says so.
+
+    Train the head with `ponder_loss`, or with `halting_loss` where it is known whether an answer is right.
+
+    Args:
+        head: maps a state to logits `(batch,)` or `(batch, 1)`, each from its own row; `()` with
+            `forward.batch = false`. It is called without gradients.
+        threshold: probability from which a sample halts, above 0 and below 1.
+
+    Raises:
+        ConfigError: the threshold is out of range.
+
+    Source: Graves (2016), "Adaptive computation time for recurrent neural networks"; Banino, Balaguer & Blundell
+    (2021), "PonderNet".
+
+    Example:
+        >>> import torch
+        >>> Learnt(lambda z: z[:, 0])(torch.zeros(2, 1), torch.tensor([[-1.0], [2.0]])).tolist()
+        [False, True]
+    """
+
+    head: Callable[[Tree], Array]
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.threshold < 1.0:
+            raise ConfigError.bad_value("Learnt", "threshold", self.threshold, "a number above 0 and below 1")
+
+    def __call__(self, z: Tree, fz: Tree) -> Array:
+        """Return whether each sample is done."""
+        logits = self.head(fz)
+        logits = logits[:, 0] if logits.ndim == 2 and logits.shape[1] == 1 else logits
+        return logits >= log(self.threshold / (1.0 - self.threshold))
+
+
+def halting_distribution(logits: Sequence[Array]) -> list[Array]:
+    """Return the probability that a sample halts after each step, `(batch,)` each; the last step takes the rest.
+
+    With λₙ = sigmoid(logit) it is pₙ = λₙ Π_{j<n} (1 − λⱼ). The mean number of steps, Σ n pₙ, is the cost that adaptive
+    computation time adds to its loss.
+
+    Args:
+        logits: those of the halting head after each step, `(batch,)` each, at least one.
+
+    Raises:
+        ConfigError: there are none.
+
+    Example:
+        >>> import numpy as np
+        >>> [p.tolist() for p in halting_distribution([np.zeros(1)] * 3)]
+        [[0.5], [0.25], [0.25]]
+    """
+    return [_backend_for(p).xp.exp(p) for p in _log_halting(logits)]
+
+
+def ponder_loss(logits: Sequence[Array], losses: Sequence[Array], *, prior: float = 0.2, weight: float = 0.01) -> Array:
+    """Return Σ pₙ Lₙ + weight · KL(p ‖ geometric(prior)) per sample `(batch,)`, differentiable.
+
+    p is `halting_distribution(logits)`. The geometric distribution, cut off after the last step, keeps the head from
+    halting always first or always last; its mean is 1/prior steps.
+
+    Args:
+        logits: those of the halting head after each step, `(batch,)` each.
+        losses: the loss of the answer after each step, `(batch,)` each.
+        prior: above 0 and below 1.
+        weight: at least 0.
+
+    Raises:
+        ConfigError: there are no steps, not as many losses as logits, or a number is out of range.
+
+    Source: Banino, Balaguer & Blundell (2021), "PonderNet: learning to ponder", eq. (3)–(5).
+
+    Example:
+        >>> import numpy as np
+        >>> never = [np.full(1, -50.0), np.full(1, -50.0)]
+        >>> ponder_loss(never, [np.array([1.0]), np.array([3.0])], weight=0.0).round(6).tolist()
+        [3.0]
+    """
+    if len(logits) != len(losses):
+        given = (len(logits), len(losses))
+        raise ConfigError.bad_value("ponder_loss", "(logits, losses)", given, "as many losses as logits")
+    if not (0.0 < prior < 1.0 and weight >= 0.0):
+        raise ConfigError.bad_value("ponder_loss", "(prior, weight)", (prior, weight), "in (0, 1), and at least 0")
+    chosen = _log_halting(logits)
+    xp = _backend_for(logits[0]).xp
+    total: Array = 0.0
+    for n, (log_p, loss) in enumerate(zip(chosen, losses, strict=True)):
+        last = n == len(chosen) - 1
+        expected = n * log(1.0 - prior) + (0.0 if last else log(prior))
+        total = total + xp.exp(log_p) * (loss + weight * (log_p - expected))
+    return total
+
+
+def halting_loss(logits: Array, correct: Array) -> Array:
+    """Return the cross-entropy of a halting head against whether the answer is right, per sample `(batch,)`.
+
+    Args:
+        logits: those of the halting head `(batch,)`.
+        correct: whether the answer is right, `(batch,)` of bool, or its probability.
+
+    Source: Wang et al. (2025), "Hierarchical reasoning model", arXiv:2506.21734, whose halting head predicts it.
+
+    Example:
+        >>> import numpy as np
+        >>> halting_loss(np.array([0.0, 9.0]), np.array([True, True])).round(4).tolist()
+        [0.6931, 0.0001]
+    """
+    backend = _backend_for(logits)
+    return -_log_sigmoid(backend.xp, -logits) - logits * backend.cast(correct, logits)
+
+
+def _log_halting(logits: Sequence[Array]) -> list[Array]:
+    """Return log pₙ of each step."""
+    if not logits:
+        raise ConfigError.bad_value("The halting head", "logits", [], "those of at least one step")
+    xp = _backend_for(logits[0]).xp
+    running, result = xp.zeros_like(logits[0]), []
+    for logit in logits[:-1]:
+        result.append(running + _log_sigmoid(xp, logit))
+        running = running + _log_sigmoid(xp, -logit)
+    return [*result, running]
+
+
+def _log_sigmoid(xp: Any, x: Array) -> Array:
+    return xp.where(x < 0, x, xp.zeros_like(x)) - xp.log1p(xp.exp(-xp.abs(x)))
+
+
+def _backend_for(x: Array) -> Backend:
+    return get_backend(backend=plugins.backend_of(x) or "numpy")
 
 
 def _is_float(backend: Backend, leaf: Any) -> bool:

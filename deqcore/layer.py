@@ -24,7 +24,7 @@ from deqcore.options import freeze, plain
 from deqcore.solve.user_line import warn
 from deqcore.types import Tree
 
-REUSE: Final = ("batch", "sequence")
+REUSE: Final = ("batch", "sequence", "carry")
 
 Items = tuple[tuple[str, object], ...]
 
@@ -101,10 +101,10 @@ def check_reuse(reuse: object) -> None:
     """Refuse a `reuse` that is not one of `REUSE`.
 
     Raises:
-        ConfigError: it is not None, "batch" or "sequence".
+        ConfigError: it is not None, "batch", "sequence" or "carry".
     """
     if reuse is not None and reuse not in REUSE:
-        raise ConfigError.bad_value("The layer", "reuse", reuse, "None, 'batch' or 'sequence'")
+        raise ConfigError.bad_value("The layer", "reuse", reuse, "None, 'batch', 'sequence' or 'carry'")
 
 
 def check_cell(cell: object) -> None:

@@ -27,6 +27,23 @@ Map: TypeAlias = Callable[[Array], Array]
 LoopVars = TypeVar("LoopVars")
 
 
+@dataclass(frozen=True)
+class BoundMap:
+    """The map z ↦ f(z, *args), which still shows its arguments.
+
+    Attributes:
+        f: `f(z, *args)` on `(batch, n)`.
+        args: any trees.
+    """
+
+    f: Callable[..., Array]
+    args: tuple[Any, ...]
+
+    def __call__(self, z: Array) -> Array:
+        """Evaluate f at z `(batch, n)`."""
+        return self.f(z, *self.args)
+
+
 class StepResult(NamedTuple):
     """The result of a step.
 
@@ -283,11 +300,12 @@ class Reached(NamedTuple):
 
     Attributes:
         z: the iterate, with its derivative `(batch, n)`.
-        fz: f(z) `(batch, n)`.
+        fz: f(z) `(batch, n)`, or None if it was not evaluated.
         evaluations: evaluations of f `(batch,)` int32.
         scale: scale of the start, max(‖z0‖, ‖f(z0)‖), `(batch,)`.
         residual: ‖f(z0) − z0‖ at the start `(batch,)`.
         unsettled: samples whose derivative is known not to be at its limit `(batch,)` of bool, or None.
+        steps: steps taken `(batch,)` int32; None: the `steps` of the strategy.
 
     Example:
         >>> import numpy as np
@@ -302,6 +320,7 @@ class Reached(NamedTuple):
     scale: Array
     residual: Array
     unsettled: Array | None = None
+    steps: Array | None = None
 
 
 def _as_text(

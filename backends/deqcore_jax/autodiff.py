@@ -6,13 +6,16 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
 
 from deqcore.abc.adjoint import AdjointSolver
 from deqcore.abc.autodiff import Autodiff
+from deqcore.abc.two_state import TwoState
 from deqcore.solve.adjoint import Adjoint
 from deqcore.types import BackwardRecord, Map, SolveResult, Tree
-from deqcore_jax import adjoint_tap, implicit, strategy_state
-from deqcore_jax.closure import is_array, is_differentiable
+from deqcore_jax import adjoint_tap, implicit, reversible, strategy_state
+from deqcore_jax.closure import is_array, is_differentiable, trace
 from deqcore_jax.jit_context import as_outside
 from deqcore_jax.linearize import product
 
@@ -57,10 +60,23 @@ class JaxAutodiff(Autodiff):
         f: Callable[..., jax.Array],
         z0: jax.Array,
         args: tuple[Tree, ...],
-        steps: Callable[[Map, jax.Array, SolveResult | None], jax.Array],
+        steps: Callable[[Map, jax.Array, SolveResult | None, ArrayLike], jax.Array],
         forward: SolveResult | None,
+        step: ArrayLike = 0,
     ) -> jax.Array:
-        return implicit.record(f, z0, args, steps, forward)
+        return implicit.record(f, z0, args, steps, forward, step)
+
+    def repeat(
+        self, body: Callable[[Map, jax.Array, ArrayLike], jax.Array], f: Map, z: jax.Array, times: ArrayLike
+    ) -> jax.Array:
+        program, leaves = trace(f, z, ())
+        start, still = lax.stop_gradient((z, leaves))
+        run = lambda z: program(z, still)  # noqa: E731
+        result: jax.Array = lax.fori_loop(0, times, lambda i, z: body(run, z, i), start)
+        return lax.stop_gradient(result)
+
+    def reversible(self, f: Map, z0: jax.Array, rule: TwoState, steps: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return reversible.iterate(f, z0, rule, steps)
 
     def straight_through(self, value: jax.Array, carrier: jax.Array) -> jax.Array:
         return implicit.straight_through(value, carrier)

@@ -158,6 +158,12 @@ class JaxBackend(Backend):
     def cast(self, x: jax.Array, like: jax.Array) -> jax.Array:
         return x.astype(like.dtype)
 
+    def normal(self, like: jax.Array, seed: int, index: Sequence[ArrayLike]) -> jax.Array:
+        key = jax.random.key(seed)
+        for number in index:
+            key = jax.random.fold_in(key, jnp.asarray(number).astype(jnp.uint32))
+        return jax.random.normal(key, like.shape, like.dtype)
+
     def norm(self, v: jax.Array) -> jax.Array:
         if jax.default_backend() != "cpu":
             return _norm_by_ranges(v.astype(single(v.dtype)))

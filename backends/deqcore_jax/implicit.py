@@ -49,7 +49,7 @@ from deqcore_jax.jit_context import precise
 from deqcore_jax.linearize import Linear, Reverse, forward_only, no_reverse_mode
 from deqcore_jax.loop import recorded
 
-Steps: TypeAlias = Callable[[Map, jax.Array, SolveResult | None], jax.Array]
+Steps: TypeAlias = Callable[[Map, jax.Array, SolveResult | None, ArrayLike], jax.Array]
 Pair: TypeAlias = tuple[jax.Array, jax.Array]
 Residuals: TypeAlias = tuple[jax.Array, Tree, list[jax.Array], AdjointTap | None, jax.Array | None]
 
@@ -182,19 +182,29 @@ def _run(
 
 
 def record(
-    f: Callable[..., jax.Array], z0: jax.Array, args: tuple[Tree, ...], steps: Steps, forward: SolveResult | None
+    f: Callable[..., jax.Array],
+    z0: jax.Array,
+    args: tuple[Tree, ...],
+    steps: Steps,
+    forward: SolveResult | None,
+    step: ArrayLike = 0,
 ) -> jax.Array:
     """Trace f, and differentiate through `steps` (see `deqcore.abc.autodiff.Autodiff.differentiate_through`)."""
     program, leaves = trace(f, z0, args)
-    return _record(program, steps, z0, leaves, forward)
+    return _record(program, steps, z0, leaves, forward, step)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _record(
-    program: Program, steps: Steps, z0: jax.Array, leaves: list[jax.Array], forward: SolveResult | None
+    program: Program,
+    steps: Steps,
+    z0: jax.Array,
+    leaves: list[jax.Array],
+    forward: SolveResult | None,
+    step: ArrayLike,
 ) -> jax.Array:
     with recorded():
-        return steps(lambda z: program(z, leaves), z0, forward)
+        return steps(lambda z: program(z, leaves), z0, forward, step)
 
 
 @jax.custom_jvp

@@ -11,10 +11,11 @@ from torch import Tensor
 from deqcore.abc.adjoint import AdjointSolver
 from deqcore.abc.autodiff import Autodiff
 from deqcore.abc.backend import Backend
+from deqcore.abc.two_state import TwoState
 from deqcore.errors import ConfigError, InitialIterateError
 from deqcore.solve.opaque import arrays_in
 from deqcore.types import BackwardRecord, Map, SolveResult
-from deqcore_torch import functorch, jvp
+from deqcore_torch import functorch, jvp, reversible
 from deqcore_torch.autograd import attach
 from deqcore_torch.checkpoints import checkpoint
 from deqcore_torch.disable_dynamo import refuse_tracing, untraced
@@ -96,15 +97,26 @@ class TorchAutodiff(Autodiff):
         f: Callable[..., Tensor],
         z0: Tensor,
         args: tuple[Any, ...],
-        steps: Callable[[Map, Tensor, SolveResult | None], Any],
+        steps: Callable[[Map, Tensor, SolveResult | None, Any], Any],
         forward: SolveResult | None,
+        step: Any = 0,
     ) -> Any:
         if functorch.active():
             functorch.refuse_vmap(
                 "A strategy that differentiates through steps (phantom, unrolled)",
                 "Use backward.strategy = 'exact-ift', or make the mapped axis a part of the batch.",
             )
-        return super().differentiate_through(f, z0, args, steps, forward)
+        return super().differentiate_through(f, z0, args, steps, forward, step)
+
+    @untraced
+    def repeat(self, body: Callable[[Map, Tensor, Any], Tensor], f: Map, z: Tensor, times: Any) -> Tensor:
+        with nothing_recorded():
+            return super().repeat(body, f, z, times)
+
+    @untraced
+    def reversible(self, f: Map, z0: Tensor, rule: TwoState, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+        parent = super()
+        return reversible.iterate(self.backend, f, z0, rule, steps, lambda: parent.reversible(f, z0, rule, steps))
 
     def straight_through(self, value: Tensor, carrier: Tensor) -> Tensor:
         return straight_through(value, carrier) if carrier.requires_grad or functorch.active() else value

@@ -93,6 +93,11 @@ class TorchBackend(Backend):
     def cast(self, x: Tensor, like: Tensor) -> Tensor:
         return x.to(like.dtype)
 
+    def normal(self, like: Tensor, seed: int, index: Sequence[Any]) -> Tensor:
+        (drawn,) = np.random.SeedSequence([seed, *map(int, index)]).generate_state(1, np.uint64)
+        generator = torch.Generator(like.device).manual_seed(int(drawn) >> 1)
+        return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+
     def norm(self, v: Tensor) -> Tensor:
         narrow = v.dtype in (torch.float16, torch.bfloat16)
         if self.host.numpy_view(v.new_empty(0, dtype=torch.float32) if narrow else v) is not None:

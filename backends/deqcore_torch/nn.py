@@ -14,6 +14,7 @@ from deqcore import halting
 from deqcore.abc.stateful import StrategyState
 from deqcore.api import fixed_point
 from deqcore.config import Config
+from deqcore.errors import ConfigError
 from deqcore.halting import Rule
 from deqcore.layer import (
     LayerSettings,
@@ -104,8 +105,9 @@ class DEQ(nn.Module):
             `{"forward__max_steps": 100, "forward__rtol": 1e-6}`.
         reuse: start warm, from the previous call. "sequence": each sample from its own equilibrium, for video,
             molecular dynamics, streaming, where row i of one call follows row i of the last (another batch size
-            starts cold). "batch": every sample from the mean equilibrium of the last batch. None: cold. The stored
-            equilibrium carries no gradient and is not part of `state_dict`; `reset()` forgets it.
+            starts cold). "batch": every sample from the mean equilibrium of the last batch. "carry": as "sequence", for
+            a state that training carries from one supervision step to the next, and part of `state_dict`. None: cold.
+            The stored equilibrium carries no gradient; `reset()` forgets it, for all samples or for some.
         checkpoint: recompute the cell's activations in the backward pass instead of keeping them until then, by one
             evaluation of the cell. They are held while the adjoint solve runs. A `torch.utils.checkpoint` that the
             cell calls itself evaluates its part again for each vjp; one around the whole layer solves once more.
@@ -161,7 +163,8 @@ class DEQ(nn.Module):
         self.reuse = reuse
         self.checkpoint = checkpoint
         self.batched_inputs = batched_inputs
-        self._last: Any = None
+        self._last: list[Any] | None = None  # leaves of the last equilibrium, or of the carry of a checkpoint
+        self._fresh: Tensor | None = None  # samples that start cold nevertheless
         self._watch = Watch()
         begin = self.settings.strategy_state()
         self.strategy_state: Tensor | None
@@ -225,7 +228,8 @@ class DEQ(nn.Module):
         with self._watch.over(self.cell, self.training):
             solution = self._solve(start, inputs, config, own | overrides, rule=until, mask=mask)
         if self.reuse is not None:
-            self._last = trees.tree_map(_detached, solution.value)
+            self._last = [_detached(leaf) for leaf in trees.flatten(solution.value)[0]]
+            self._fresh = None
         return solution
 
     @untraced
@@ -284,13 +288,31 @@ class DEQ(nn.Module):
         """Return the last equilibrium instead of `cold` if `reuse` is set and the shapes allow it."""
         return cold if self._last is None else self._warm(cold)
 
-    def reset(self) -> None:
-        """Forget the equilibrium from which the next solve would start."""
-        self._last = None
+    def reset(self, samples: Tensor | None = None) -> None:
+        """Forget the equilibrium from which the next solve would start.
+
+        Args:
+            samples: which samples start cold, `(batch,)` of bool: those that have halted and make room for new ones.
+                None: all.
+
+        Raises:
+            ConfigError: `samples` is not a mask of bools, or of another batch than the stored equilibrium.
+        """
+        if samples is None:
+            self._last = self._fresh = None
+            return
+        rows = None if self._last is None else tuple(self._last[0].shape[:1])
+        if samples.dtype is not torch.bool or samples.dim() != 1 or (rows is not None and tuple(samples.shape) != rows):
+            given = f"{samples.dtype} {tuple(samples.shape)}"
+            raise ConfigError.bad_value("DEQ.reset", "samples", given, f"bools of the shape {rows or '(batch,)'}")
+        if self.reuse == "batch":
+            raise ConfigError.bad_value("DEQ.reset", "samples", "a mask", "None with reuse = 'batch'")
+        self._fresh = samples if self._fresh is None else samples | self._fresh
 
     def _warm(self, cold: Any) -> Any:
-        (leaves, structure), (kept, other) = trees.flatten(cold), trees.flatten(self._last)
-        if structure != other:
+        leaves, structure = trees.flatten(cold)
+        kept = self._last or []
+        if len(kept) != len(leaves):
             return cold
         if self.reuse == "batch":
             kept = [
@@ -300,7 +322,13 @@ class DEQ(nn.Module):
         pairs = list(zip(leaves, kept, strict=True))
         if any(leaf.shape != last.shape for leaf, last in pairs if _moves(leaf)):
             return cold
-        return trees.unflatten(structure, [last.to(leaf) if _moves(leaf) else leaf for leaf, last in pairs])
+        warm = [last.to(leaf) if _moves(leaf) else leaf for leaf, last in pairs]
+        if self._fresh is not None:
+            warm = [
+                _rows(self._fresh, leaf, last) if _moves(leaf) else leaf
+                for leaf, last in zip(leaves, warm, strict=True)
+            ]
+        return trees.unflatten(structure, warm)
 
     def _map(self) -> Any:
         if not self.checkpoint:
@@ -326,6 +354,21 @@ class DEQ(nn.Module):
     def _stored(self) -> dict[str, Any]:
         return {"format": FORMAT, "reuse": self.reuse, **self.settings.as_dict()}
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.reuse == "carry" and self._last is not None:
+            destination.update({f"{prefix}carry.{i}": leaf for i, leaf in enumerate(self._last)})
+            if self._fresh is not None:
+                destination[f"{prefix}carry.fresh"] = self._fresh
+
+    def _load_carry(self, state_dict: Any, prefix: str) -> None:
+        """Take the carry out of a checkpoint: it is no buffer, because DDP would broadcast it to other ranks' samples."""
+        names = [name for name in state_dict if name.startswith(f"{prefix}carry.")]
+        kept = {name.removeprefix(f"{prefix}carry."): state_dict.pop(name) for name in names}
+        if self.reuse == "carry":
+            self._fresh = kept.pop("fresh", None)
+            self._last = [_detached(kept[str(i)]) for i in range(len(kept))] or None
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         # Weights from other programs carry no settings and no state; strict loading must accept them. The state of
         # other options does not fit, and the strategy begins again.
@@ -334,6 +377,7 @@ class DEQ(nn.Module):
         if own is not None and kept is not None and kept.shape == own.shape:
             with torch.no_grad():
                 own.copy_(kept)
+        self._load_carry(state_dict, prefix)
         self.strategy_state = None  # so that it is neither missing nor unexpected
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.strategy_state = own
@@ -350,6 +394,11 @@ class DEQ(nn.Module):
 def _moves(leaf: Any) -> bool:
     """Return whether a solver changes this leaf of a state; others are those of the initial iterate."""
     return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+def _rows(fresh: Tensor, cold: Any, warm: Any) -> Any:
+    """Return rows of `cold` where `fresh`, of `warm` elsewhere."""
+    return torch.where(fresh.to(cold.device).reshape(-1, *[1] * (cold.dim() - 1)), cold, warm)
 
 
 def _detached(leaf: Any) -> Any:

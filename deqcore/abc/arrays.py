@@ -84,5 +84,8 @@ class ArrayOps(Protocol):
     def cond(self, wanted: Array, body: Callable[[LoopVars], LoopVars], carry: LoopVars) -> LoopVars:
         """See `Backend`."""
 
+    def scan(self, body: Callable[[LoopVars], LoopVars], carry: LoopVars, times: int) -> LoopVars:
+        """See `Backend`."""
+
     def errstate(self) -> AbstractContextManager[object]:
         """See `Backend`."""

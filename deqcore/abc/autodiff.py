@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from deqcore.abc.adjoint import AdjointSolver
 from deqcore.abc.arrays import ArrayOps, is_inexact
-from deqcore.types import Array, BackwardRecord, Map, SolveResult
+from deqcore.abc.two_state import TwoState
+from deqcore.types import Array, BackwardRecord, BoundMap, Map, SolveResult
 
 
 class Autodiff(ABC):
@@ -94,11 +95,41 @@ class Autodiff(ABC):
         f: Callable[..., Array],
         z0: Array,
         args: tuple[Any, ...],
-        steps: Callable[[Map, Array, SolveResult | None], Any],
+        steps: Callable[[Map, Array, SolveResult | None, Any], Any],
         forward: SolveResult | None,
+        step: Any = 0,
     ) -> Any:
-        """Run `steps(lambda z: f(z, *args), z0, forward)` and record its gradient; a tracing backend calls f once."""
-        return steps(lambda z: f(z, *args), z0, forward)
+        """Run `steps(lambda z: f(z, *args), z0, forward, step)` and record its gradient.
+
+        A tracing backend calls f once, and another training step `step` compiles nothing.
+        """
+        return steps(BoundMap(f, args), z0, forward, step)
+
+    def repeat(self, body: Callable[[Map, Array, Any], Array], f: Map, z: Array, times: Any) -> Array:
+        """Apply `z ← body(f, z, i)` for i = 0, …, `times` − 1 without recording a gradient.
+
+        Args:
+            body: takes f, the state `(batch, n)` and the index.
+            f: the map.
+            z: the start `(batch, n)`.
+            times: an integer, or a traced scalar.
+        """
+        z = self.be.detach(z)
+        for i in range(int(times)):
+            z = self.be.detach(body(f, z, i))
+        return z
+
+    def reversible(self, f: Map, z0: Array, rule: TwoState, steps: int) -> tuple[Array, Array, Array]:
+        """Return the second state of `rule` after `steps` steps from z0, differentiable; f at z0, and f at the value.
+
+        The default records every step. A backend with a tape undoes them in the backward pass instead, so that memory
+        does not grow with `steps`; it gets all inputs of f from `f.args` and from what f closes over.
+        """
+        first = f(z0)
+        pair = rule.step(f, rule.start(z0), first)
+        _, z = self.be.scan(lambda pair: rule.step(f, pair), pair, steps - 1)
+        value = rule.down(z)
+        return value, self.be.detach(first), self.be.detach(f(self.be.detach(value)))
 
     def straight_through(self, value: Array, carrier: Array) -> Array:
         """Return `value` `(batch, n)` with the derivative of `carrier` `(batch, n)`.

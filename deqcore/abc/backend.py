@@ -30,6 +30,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
+import numpy as np
 import optree
 
 from deqcore.abc.autodiff import Autodiff
@@ -142,6 +143,17 @@ class Backend(ABC):
     @abstractmethod
     def detach(self, x: Array) -> Array:
         """Return the same numbers without a gradient."""
+
+    def normal(self, like: Array, seed: int, index: Sequence[Any]) -> Array:
+        """Return standard normal numbers of the shape and dtype of `like`, a function of the seed and the index alone.
+
+        Args:
+            like: `(batch, n)`.
+            seed: at least 0.
+            index: integers of at least 0; a tracing backend also takes traced scalars.
+        """
+        drawn = np.random.default_rng([seed, *map(int, index)]).standard_normal(tuple(like.shape))
+        return self.cast(self.asarray(drawn, like=like), like)
 
     # -- rows ----------------------------------------------------------------------------------------------------------
 

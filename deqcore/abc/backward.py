@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.inverse_jacobian import InverseJacobian
@@ -127,6 +127,26 @@ class StepStrategy(ABC):
             forward: the solution, without a gradient, or None if `solves` is False.
             solver: the configured method, for a strategy that records its steps.
         """
+
+    def value_at(
+        self, backend: Backend, f: Map, z0: Array, forward: SolveResult | None, solver: Solver, step: Any
+    ) -> Array | Reached:
+        """Return `value` at a training step, for a strategy that draws random numbers.
+
+        Args:
+            backend: as in `value`.
+            f: as in `value`.
+            z0: as in `value`.
+            forward: as in `value`.
+            solver: as in `value`.
+            step: the setting `backward.step`, an integer or a traced scalar. Drawing from it and a seed alone gives
+                every rank the same numbers.
+        """
+        return self.value(backend, f, z0, forward, solver)
+
+    def truncates(self) -> bool:
+        """Return whether steps of its own before the recorded ones carry no gradient (truncated backpropagation)."""
+        return False
 
     def solves(self) -> bool:
         """Return whether the fixed point is solved for first."""

@@ -43,7 +43,7 @@ Table: TypeAlias = Mapping[str, object]
 FILE: Final = "deq.toml"
 RAW_SECTIONS: Final = ("study", "monitor")
 # A traced program may pass these as scalars of the framework, so that changing them does not recompile.
-SCALARS: Final = frozenset({"forward__rtol", "forward__atol", "forward__max_steps"})
+SCALARS: Final = frozenset({"forward__rtol", "forward__atol", "forward__max_steps", "backward__step"})
 NUMBERS: Final = (float, int, str, bool)
 
 

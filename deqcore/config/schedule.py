@@ -58,7 +58,9 @@ class Schedule:
 
     A stage applies from its step until the next one begins; a later stage replaces the earlier ones completely. Values
     of `forward__rtol`, `forward__atol` and `forward__max_steps` may be a `Ramp`. In JAX these three recompile nothing
-    when they are passed as arrays; another solver or strategy compiles once per stage.
+    when they are passed as arrays; another solver or strategy compiles once per stage. Entries of `forward__options` and
+    `backward__options` may be a `Ramp`, too (a depth, a damping, a noise): rounded if both its ends are integers, and in
+    JAX each value compiles once.
 
     Args:
         stages: pairs (first training step, overrides), in increasing order, the first at step 0.
@@ -91,7 +93,7 @@ class Schedule:
                         "Schedule", name, value, f"a plain value, as only {', '.join(SMOOTH)} take a Ramp"
                     )
                 if not isinstance(value, Ramp):
-                    freeze("Schedule", name, value)
+                    freeze("Schedule", name, _at(name, value, start))
             resolve(None, self.at(start))
 
     def at(self, step: int) -> dict[str, object]:
@@ -110,7 +112,10 @@ class Schedule:
 
 
 def _at(name: str, value: object, step: int) -> object:
+    if isinstance(value, Mapping):
+        return {key: _at(key, part, step) for key, part in value.items()}
     if not isinstance(value, Ramp):
         return value
     number = value.at(step)
-    return round(number) if name == "forward__max_steps" else number
+    whole = isinstance(value.start, int) and isinstance(value.end, int)
+    return round(number) if name == "forward__max_steps" or (whole and "__" not in name) else number

@@ -99,6 +99,8 @@ class Backward:
         verify_every: measure the true adjoint residual and look for coupled samples in the first backward pass of a
             layer or function and in every n-th after it; 0: never. Code compiled by JAX measures only if this was
             set, in one pass of n on average.
+        step: the training step, from which strategies that draw random numbers (`looped`) draw with their seed. In JAX
+            an array of int32, so that another step compiles nothing.
         options: fields of the strategy's own dataclass.
 
     Raises:
@@ -116,6 +118,7 @@ class Backward:
         "warn", "'warn', 'raise', 'ignore', 'zero' or 'nan'"
     )
     verify_every: int = setting(100, "an integer >= 0", least=0, most=LARGEST)
+    step: int = setting(0, "an integer >= 0", least=0, most=LARGEST)
     options: Options = field(default=Options(), metadata=TABLE)
 
 

@@ -63,3 +63,37 @@ def jacobian_penalty(
         product = vjp(at.space.ravel_like("noise", probe))
         total = total + at.backend.xp.sum(product * product, axis=1)
     return total / len(probes)
+
+
+def residual_penalty(f: Callable[..., Tree], z: Tree, *args: Any, batch: bool = True) -> Array:
+    """Return ‖f(z) − z‖² / ‖f(z)‖² per sample, differentiable: a loss that pulls the last state of a loop to rest.
+
+    Add its mean, times a small weight, to the loss of a model whose steps are truncated: deeper loops then stay where
+    the trained depth ended. Gradients flow to z and to everything that f depends on; ‖f(z)‖ is held constant, so that
+    the loss cannot fall by growth of the state.
+
+    Cost: one recorded evaluation of f.
+
+    Args:
+        f: `f(z, *args)` returns a tree like z.
+        z: the last state, a tree of floating-point arrays: `sol.value`, or `sol.z` to train f alone.
+        *args: further arguments of f.
+        batch: whether the first axis of z is the batch, as `forward.batch`.
+
+    Returns:
+        The squared relative residual `(batch,)`; 0 where f(z) = z = 0.
+
+    Raises:
+        InitialIterateError: z is unfit as a state.
+        ProblemError: f returned something that is not like z.
+
+    Example:
+        >>> import numpy as np
+        >>> residual_penalty(lambda z: 0.5 * z + 1.0, np.array([[1.0], [2.0]])).round(4).tolist()  # (1.5 − 1)² / 1.5²
+        [0.1111, 0.0]
+    """
+    at = linearize(f, z, args, batch)
+    xp, fz = at.backend.xp, at.f(at.z)
+    size = at.backend.norm(at.backend.detach(fz)) ** 2
+    scale = xp.where(size > 0, size, xp.ones_like(size))
+    return xp.sum((fz - at.z) ** 2, axis=1) / at.backend.cast(scale, fz)

@@ -73,6 +73,8 @@ STRATEGIES: Final = (
     StrategySpec("neumann", "deqcore.backward.neumann:Neumann", "a truncated Neumann series"),
     StrategySpec("phantom", "deqcore.backward.phantom:Phantom", "damped unrolled steps from the fixed point"),
     StrategySpec("unrolled", "deqcore.backward.unrolled:Unrolled", "backpropagation through the steps"),
+    StrategySpec("reversible", "deqcore.backward.reversible:Reversible", "through the steps, at constant memory"),
+    StrategySpec("looped", "deqcore.backward.looped:Looped", "through the last of a random number of steps"),
 )
 
 TRAINERS: Final = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -217,10 +218,10 @@ class Steps:
     strategy: StepStrategy
     solver: Solver
 
-    def __call__(self, f: Map, z0: Array, forward: SolveResult | None) -> tuple[Array, Reached | None]:
+    def __call__(self, f: Map, z0: Array, forward: SolveResult | None, step: Any = 0) -> tuple[Array, Reached | None]:
         """Return the differentiable value `(batch, n)` and, without gradients, what the strategy reports about it."""
         with self.backend.errstate():
-            found = self.strategy.value(self.backend, f, z0, forward, self.solver)
+            found = self.strategy.value_at(self.backend, f, z0, forward, self.solver, step)
         reached = found if isinstance(found, Reached) else None
         value = found if reached is None else reached.z
         if getattr(value, "shape", None) != z0.shape:
@@ -229,4 +230,4 @@ class Steps:
         if reached is None:
             return value, None
         detach = self.backend.detach
-        return value, reached._replace(z=detach(value), fz=detach(reached.fz))
+        return value, reached._replace(z=detach(value), fz=None if reached.fz is None else detach(reached.fz))

@@ -70,7 +70,16 @@ def plan_call(
             f"strategy_state must be None for the backend {backend.name!r}, whose state is an argument of the compiled "
             f"step (got a StrategyState). Use deqcore_jax.strategy_state.carrying."
         )
-    return Plan(resolved, backend, solver, strategy, control, space, watcher, memory)
+    return Plan(resolved, backend, solver, strategy, control, space, watcher, memory, _step(resolved, scalars, backend))
+
+
+def _step(config: Config, scalars: Mapping[str, object], backend: Backend) -> Any:
+    """Return the training step, a number or a scalar of the framework."""
+    step: Any = scalars.get("backward__step", config.backward.step)
+    if "backward__step" in scalars and not backend.is_traced(step):
+        if not 0 <= int(step) <= LARGEST:
+            raise ConfigError.bad_value("backward", "step", int(step), f"an integer from 0 to {LARGEST}")
+    return step
 
 
 def _criteria(config: Config, scalars: Mapping[str, object], backend: Backend, like: Array) -> StoppingCriteria:

@@ -62,6 +62,7 @@ class Plan:
     observer: Observer | None
     memory: StrategyState | None = None
     mask: Array | None = None  # units that take part, in the shape of the units
+    step: Any = 0
 
     def run(
         self, f: FlatFunction, z0: Array, args: tuple[Any, ...], state: SolveState | None
@@ -104,14 +105,14 @@ class Plan:
         """Return the value with the derivative of the strategy's steps, and its result."""
         steps = Steps(self.backend, strategy, self.solver)
         if not strategy.solves():
-            value, reached = self.backend.autodiff.differentiate_through(f, z0, args, steps, None)
+            value, reached = self.backend.autodiff.differentiate_through(f, z0, args, steps, None, self.step)
             if self.backend.capabilities.autodiff and self.backend.autodiff.grad_enabled():
                 self._verify_steps(f, args, value, value)
             return value, self._unsolved(value, reached)
         forward = self.backend.autodiff.forward_only(f, z0, args, solve)
         if not self.backend.autodiff.grad_enabled():
             return forward.z, forward
-        carrier, _ = self.backend.autodiff.differentiate_through(f, z0, args, steps, forward)
+        carrier, _ = self.backend.autodiff.differentiate_through(f, z0, args, steps, forward, self.step)
         if self.backend.capabilities.autodiff:
             self._verify_steps(f, args, forward.z, carrier)
         return self.backend.autodiff.straight_through(forward.z, carrier), forward
@@ -164,7 +165,7 @@ class Plan:
             solved = self.backend.autodiff.forward_only(f, z0, args, solve) if strategy.solves() else None
             steps = Steps(self.backend, strategy, self.solver)
             primal, reached, gradients = self.backend.autodiff.vjp(
-                lambda *moved: steps(lambda z: f(z, *moved), z0, solved), args, g
+                lambda *moved: steps(lambda z: f(z, *moved), z0, solved, self.step), args, g
             )
             forward = self._unsolved(primal, reached) if solved is None else solved
             self._verify_steps(f, args, forward.z, primal)
@@ -349,9 +350,11 @@ class Plan:
         norms = backend.norm(z)
         assert isinstance(self.strategy, StepStrategy)
         steps = xp.zeros_like(norms, dtype=xp.int32) + self.strategy.steps
+        steps = steps if reached is None or reached.steps is None else reached.steps
         status = xp.full_like(steps, int(Status.FIXED_STEPS))
-        if reached is None:
-            return SolveResult(z, None, xp.full_like(norms, float("nan")), status, steps, steps, None)
+        if reached is None or reached.fz is None:
+            spent = steps if reached is None else reached.evaluations
+            return SolveResult(z, None, xp.full_like(norms, float("nan")), status, steps, spent, None)
         with backend.errstate():
             residual = backend.norm(reached.fz - z)
             limits = Limits.of(backend.xp, backend.eps(z), self.control.rtol, self.control.atol, self.control.patience)

@@ -55,7 +55,7 @@ def test_the_defaults() -> None:
             "compact": False,
             "options": {},
         },
-        "backward": {"strategy": "exact-ift", "on_failure": "warn", "verify_every": 100, "options": {}},
+        "backward": {"strategy": "exact-ift", "on_failure": "warn", "verify_every": 100, "step": 0, "options": {}},
         "plugins": {"deqfile": False},
     }
     assert {origin for _, _, origin in config.items()} == {"default"}

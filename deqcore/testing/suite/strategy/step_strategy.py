@@ -10,6 +10,7 @@ import pytest
 import deqcore
 from deqcore import plugins
 from deqcore.abc.backward import StepStrategy, Strategy
+from deqcore.errors import ConfigError
 from deqcore.options import option_values
 from deqcore.solve.adjoint import Steps
 from deqcore.solve.loop import BoundSolve
@@ -36,6 +37,8 @@ class StepStrategyTests(Conformance):
         """Central differences of `value`, with the solution that it starts from held still."""
         if not kit.backend.capabilities.float64:
             pytest.skip("central differences need double precision")
+        if steps.truncates():
+            pytest.skip("the gradient is that of the last steps only")
         problem, g, h = affine(batch=2, n=3, norm=0.5), np.ones((2, 3)), 1e-6
         config = kit.config(solver=solver, rtol=1e-13, strategy=strategy_name, strategy_options=settings)
         slope = kit.map(Affine(problem.a, 0 * problem.b))
@@ -69,18 +72,41 @@ class StepStrategyTests(Conformance):
     def test_every_number_among_its_options_matters(
         self, kit: Kit, steps: StepStrategy, strategy_name: str, settings: Any
     ) -> None:
-        """Change each numeric option: one that changes no gradient is not read."""
+        """Change each numeric option: one that changes neither value nor gradient is not read."""
         b = kit.array(affine(batch=2, n=3, norm=0.5).b)
 
         def gradient(options: Any) -> Any:
             config = kit.config(solver="picard", strategy=strategy_name, strategy_options=options)
-            return kit.numpy(deqcore.vjp(lambda z, b: 0.5 * z + b, 0 * b, b, cotangent=b, config=config)[1][0])
+            z, (db,) = deqcore.vjp(lambda z, b: 0.5 * z + b, 0 * b, b, cotangent=b, config=config)
+            return np.concatenate([kit.numpy(z), kit.numpy(db)])
 
         for name, value in option_values(steps).items():
             if isinstance(value, int | float) and not isinstance(value, bool):
                 changed = value + 1 if isinstance(value, int) else 0.5 * value
                 same = np.allclose(gradient({**settings, name: changed}), gradient(settings), rtol=1e-6)
-                assert not same, f"{name} = {changed} gives the same gradient as {value}"
+                assert not same, f"{name} = {changed} gives the same value and gradient as {value}"
+
+    def test_what_it_draws_follows_from_its_seed_and_the_training_step(
+        self, kit: Kit, steps: StepStrategy, strategy_name: str, settings: Any
+    ) -> None:
+        """Solve at 16 training steps, twice: equal bits at equal steps, and not the same at all steps."""
+        if not isinstance(option_values(steps).get("seed"), int):
+            pytest.skip("the strategy draws nothing with these options")
+        config = kit.config(strategy=strategy_name, strategy_options=settings)
+
+        def drawn() -> Any:
+            values = []
+            for step in range(16):
+                np.random.random()
+                sol = deqcore.fixed_point(
+                    lambda z: 0.5 * z + 1.0, kit.array([[0.0, 0.0]]), config=config, backward__step=step
+                )
+                values.append(kit.numpy(kit.backend.detach(sol.value))[0, 0])
+            return np.array(values)
+
+        first = drawn()
+        assert np.array_equal(first, drawn()), "another draw at the same seed and step"
+        assert len(set(first.tolist())) > 1, "the same draw at every step"
 
     @several("solver", ["picard", "broyden"])
     @needs("autodiff")
@@ -88,8 +114,7 @@ class StepStrategyTests(Conformance):
         self, kit: Kit, steps: StepStrategy, strategy_name: str, settings: Any, solver: str
     ) -> None:
         """Take steps beyond the last digit: they must not divide rounding by rounding or spoil the gradient."""
-        if not isinstance(option_values(steps).get("steps"), int):
-            pytest.skip("the strategy has no option for the number of steps")
+        self._skip_unless_it_takes(kit, steps, strategy_name, settings, 60)
         problem, g = affine(batch=2, n=3, norm=0.5), np.ones((2, 3))
         slope = kit.map(Affine(problem.a, 0 * problem.b))
         config = kit.config(solver=solver, strategy=strategy_name, strategy_options={**settings, "steps": 60})
@@ -104,8 +129,7 @@ class StepStrategyTests(Conformance):
         self, kit: Kit, steps: StepStrategy, strategy_name: str, settings: Any, solver: str
     ) -> None:
         """z₂ = ½ z₂ + ¼ x₂ at x₂ = 0: the value 0 is there at once, its derivative ½ comes step by step."""
-        if not isinstance(option_values(steps).get("steps"), int):
-            pytest.skip("the strategy has no option for the number of steps")
+        self._skip_unless_it_takes(kit, steps, strategy_name, settings, 50)
         wanted: Any = plugins.load("solver", solver)
         if not all(getattr(kit.backend.capabilities, name) for name in wanted.needs):
             pytest.skip("the backend lacks what the solver needs")
@@ -145,8 +169,7 @@ class StepStrategyTests(Conformance):
         self, kit: Kit, steps: StepStrategy, strategy_name: str, settings: Any, solver: str, dtype: str
     ) -> None:
         """Step a curved f on, whose residuals stay at rounding without being zero; plain iteration is the truth."""
-        if not isinstance(option_values(steps).get("steps"), int):
-            pytest.skip("the strategy has no option for the number of steps")
+        self._skip_unless_it_takes(kit, steps, strategy_name, settings, 60)
         problem = affine(batch=32, n=3, norm=0.7)
         root = np.zeros((32, 3))
         for _ in range(300):
@@ -162,6 +185,16 @@ class StepStrategyTests(Conformance):
         slack = 1e-5 if kit.backend.dtype_name(z) == "float64" else 1e-3
         close(kit.numpy(z), root, slack, "value after 120 steps")
         close(kit.numpy(db), bend * u, slack, "gradient after 120 steps")
+
+    def _skip_unless_it_takes(self, kit: Kit, steps: StepStrategy, name: str, settings: Any, count: int) -> None:
+        """Skip where the strategy has no option for its steps, or refuses so many."""
+        if not isinstance(option_values(steps).get("steps"), int):
+            pytest.skip("the strategy has no option for the number of steps")
+        config = kit.config(strategy=name, strategy_options={**settings, "steps": count})
+        try:
+            deqcore.fixed_point(lambda z: 0.5 * z, kit.array([[1.0]]), config=config)
+        except ConfigError as error:
+            pytest.skip(f"the strategy refuses: {error}")
 
     def _forward(self, kit: Kit, problem: Affine, solver: str) -> SolveResult:
         z0 = kit.array(np.zeros(problem.b.shape))
