@@ -67,7 +67,7 @@ class Autodiff(ABC):
     ) -> Callable[..., Any]:
         """Return `run(*data) = body(bind, *data)` without gradients, for many calls with data of the same shapes.
 
-        `bind(args)` is `lambda z: f(z, *args)`. A tracing backend traces f here, once, and compiles `run` in its first
+        `bind(args)`, called once in a run, is `lambda z: f(z, *args)`. A tracing backend traces f here, once, and compiles `run` in its first
         call; then f and what it closes over are fixed, as are Python numbers in `args`.
 
         Args:
@@ -77,12 +77,17 @@ class Autodiff(ABC):
             body: hashable; equal ones may share compiled code. It and `data` see arrays and trees of arrays only.
         """
 
-        def bind(args: tuple[Any, ...]) -> Map:
-            return lambda z: self.be.detach(f(z, *args))
-
         def run(*data: Any) -> Any:
-            result: Any = self.forward_only(f, z0, (), lambda _, z: body(bind, *data))
-            return result
+            bound: list[tuple[Any, ...]] = []
+
+            def solve(g: Map, _: Array) -> Any:
+                def bind(args: tuple[Any, ...]) -> Map:
+                    bound.append(args)
+                    return g
+
+                return body(bind, *data)
+
+            return self.forward_only(lambda z: f(z, *bound[-1]), z0, (), solve)
 
         return run
 
