@@ -59,25 +59,23 @@ def cell_of_one(z: Array, p: Any, x: Array, cache: Cache) -> Array:
     return block(p, z, x, jax.nn.dot_product_attention(query, keys, values, mask=seen[None, None, None]))
 
 
-@partial(jax.jit, static_argnums=3)
-def prompt(p: Any, tokens: Array, count: Array, settings: tuple[tuple[str, Any], ...]) -> tuple[Array, Array, Cache]:
+def prompt(settings: dict[str, Any], p: Any, tokens: Array, count: Array) -> tuple[Array, Array, Cache]:
     """Solve for all positions of `tokens` `(batch, length)`, of which `count` hold a token.
 
     Returns:
         The logits after the last token `(batch, words)`, the steps of each sequence, and the cache.
     """
     x = p["embed.weight"][tokens] + p["place"]
-    solution = deqcore.fixed_point(cell, jnp.zeros_like(x), p, x, **dict(settings))
+    solution = deqcore.fixed_point(cell, jnp.zeros_like(x), p, x, **settings)
     _, keys, values = split(p, solution.value)
     last = lax.dynamic_index_in_dim(solution.value, count - 1, axis=1, keepdims=False)
     return last @ p["read.weight"].T + p["read.bias"], solution.steps, Cache(keys, values, count)
 
 
-@partial(jax.jit, static_argnums=3)
-def extend(p: Any, token: Array, cache: Cache, settings: tuple[tuple[str, Any], ...]) -> tuple[Array, Array, Cache]:
+def extend(settings: dict[str, Any], p: Any, token: Array, cache: Cache) -> tuple[Array, Array, Cache]:
     """Solve for one new token `(batch,)` after those in the cache, and add it; see `prompt`."""
     x = (p["embed.weight"][token] + p["place"][cache.used])[:, None]
-    solution = deqcore.fixed_point(cell_of_one, jnp.zeros_like(x), p, x, cache, **dict(settings))
+    solution = deqcore.fixed_point(cell_of_one, jnp.zeros_like(x), p, x, cache, **settings)
     _, key, value = split(p, solution.value)
     keys = lax.dynamic_update_slice_in_dim(cache.keys, key, cache.used, axis=1)
     values = lax.dynamic_update_slice_in_dim(cache.values, value, cache.used, axis=1)
@@ -90,7 +88,8 @@ class Model:
 
     def __init__(self, weights: dict[str, Any], **settings: Any) -> None:
         self.p = {name: jnp.asarray(value) for name, value in weights.items()}
-        self.settings = tuple(sorted((SETTINGS | settings).items()))
+        self._prompt = jax.jit(partial(prompt, SETTINGS | settings))
+        self._extend = jax.jit(partial(extend, SETTINGS | settings))
         self.length = self.p["place"].shape[0]
 
     def begin(self, tokens: Array) -> tuple[Array, Array, Cache]:
@@ -101,7 +100,7 @@ class Model:
         """
         check_length(tokens.shape[1], self.length)
         padded = jnp.pad(tokens, ((0, 0), (0, self.length - tokens.shape[1])))  # what follows changes nothing before it
-        return prompt(self.p, padded, jnp.asarray(tokens.shape[1]), self.settings)
+        return self._prompt(self.p, padded, jnp.asarray(tokens.shape[1]))
 
     def extend(self, token: Array, cache: Cache) -> tuple[Array, Array, Cache]:
         """Return what `extend` does, for one more token `(batch,)`.
@@ -110,7 +109,7 @@ class Model:
             ValueError: the cache is full.
         """
         check_length(int(cache.used) + 1, self.length)
-        return extend(self.p, token, cache, self.settings)
+        return self._extend(self.p, token, cache)
 
     def generate(self, tokens: Array, count: int) -> tuple[Array, list[Array]]:
         """Return `tokens` with the `count` most probable next ones, and the steps that each new token took.
@@ -122,7 +121,7 @@ class Model:
         logits, taken, cache = self.begin(tokens)
         new, steps = [logits.argmax(-1)], [taken]
         for _ in range(count - 1):
-            logits, taken, cache = extend(self.p, new[-1], cache, self.settings)
+            logits, taken, cache = self._extend(self.p, new[-1], cache)
             new.append(logits.argmax(-1))
             steps.append(taken)
         return jnp.concatenate([tokens, jnp.stack(new, axis=1)], axis=1), steps
