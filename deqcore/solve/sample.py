@@ -145,7 +145,7 @@ def _array(backend: Backend, leaf: Any, like: Array) -> Array:
     if backend.is_array(leaf):
         return leaf
     if type(leaf) is float:
-        return backend.asarray(leaf, like=like)
+        return backend.asarray(np.asarray(leaf), like=like)  # by way of float64: torch makes float32 of a number
     return backend.asarray(leaf, dtype=backend.dtype_name(backend.asarray(leaf)), like=like)
 
 
