@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.stream                 # torch, and --backend numpy or jax
     OMP_NUM_THREADS=1 python -m benchmarks.stream --json docs/benchmarks/stream.json
 
-f(z) = rate · z M + x with one symmetric M of eigenvalues in [0, 1] for all items, float32. The depth that plain iteration
-needs is drawn from a Pareto distribution. For each solver:
+f(z) = rate · z M + x with one symmetric M of eigenvalues in [0, 1] for all items, float32. The depth that plain
+iteration needs is drawn from a Pareto distribution. For each solver:
 
 - *occupied*: evaluations that items needed, divided by slots × evaluations of the batch;
 - *throughput*: seconds of an ideal batch, divided by those of the stream. An ideal batch spends the mean depth: the
@@ -12,7 +12,8 @@ needs is drawn from a Pareto distribution. For each solver:
 - *gain*: seconds of `fixed_point` on one batch after the other, each of which costs its largest depth, divided by
   those of the stream.
 
-Seconds are the least of three runs, after one that compiles.
+Seconds are processor time, which other work on the machine changes little: the least of two runs, after one that
+compiles.
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ def items(backend: Any, count: int, size: int, rtol: float) -> tuple[Any, list[t
     ]
 
 
-def seconds(run: Callable[[], Any], runs: int = 3) -> tuple[float, Any]:
+def seconds(run: Callable[[], Any], runs: int = 2) -> tuple[float, Any]:
     """Return the seconds of the fastest run, and its result."""
     run()
     taken = []
     for _ in range(runs):
-        start = time.perf_counter()
+        start = time.process_time()
         result = run()
-        taken.append(time.perf_counter() - start)
+        taken.append(time.process_time() - start)
     return min(taken), result
 
 
@@ -86,7 +87,7 @@ def measure(name: str, solver: str, slots: int, count: int, size: int) -> dict[s
             values.append(backend.to_numpy(deqcore.fixed_point(f, *parts, **given).z))
         return values
 
-    one_by_one, _ = seconds(batches)
+    one_by_one, _ = seconds(batches, 1)
     full = [xp.stack(part) for part in zip(*stream[:slots], strict=True)]
     full[1] = 0 * full[1] + 0.999
     fixed = given | {"forward__rtol": 0.0, "forward__max_steps": 100}

@@ -82,7 +82,7 @@ def solve_stream(
             each is computed from its own row alone. What is common to all items is closed over.
         inputs: items, each a tuple `(z0, *args)` of one sample, without a batch axis; with `start` a tuple `args`.
             Arrays have the same shapes and dtypes in all items. `None` means that no item is there at present: the
-            others go on. Items are taken when a slot is free, and not before.
+            others continue. Items are taken when a slot is free, and not before.
         slots: the size of the batch, at least 1.
         ordered: yield results in the order of the items; finished ones wait for those before them. False: yield each
             one when it is finished.
@@ -120,7 +120,7 @@ def solve_stream(
     if resolved.forward.batch is not True:
         raise ConfigError(
             f"solve_stream: forward.batch must be true, because each slot holds one sample (got "
-            f"{str(resolved.forward.batch).lower()}). To solve one system that is larger than a sample, use fixed_point."
+            f"{str(resolved.forward.batch).lower()}). Use fixed_point to solve one system at a time."
         )
     if resolved.forward.compact:
         raise ConfigError(

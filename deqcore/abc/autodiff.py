@@ -67,8 +67,9 @@ class Autodiff(ABC):
     ) -> Callable[..., Any]:
         """Return `run(*data) = body(bind, *data)` without gradients, for many calls with data of the same shapes.
 
-        `bind(args)`, called once in a run, is `lambda z: f(z, *args)`. A tracing backend traces f here, once, and compiles `run` in its first
-        call; then f and what it closes over are fixed, as are Python numbers in `args`.
+        `bind(args)`, called once in a run, is `lambda z: f(z, *args)`. A tracing backend traces f here, once, and
+        compiles `run` in its first call. From then on f and what it closes over are fixed, as are Python numbers in
+        `args`.
 
         Args:
             f: `f(z, *args)` on raveled states.

@@ -1,9 +1,9 @@
 """Slots that are refilled: a batch of fixed size in which a sample that has stopped makes way for the next one.
 
-A solve in slots is a loop state that goes through *rounds*. A round seats new samples in some slots and takes steps with
-all of them. No evaluation of f is spent on a new sample alone: its slot gets z0 as if its last step had been refused, so
-the next step of the batch evaluates f at exactly this point (see `Solver.restarted`). What that step returns is f(z0);
-figures and solver state of the sample are then those with which any solve begins.
+A solve in slots is a loop state that goes through *rounds*. A round seats new samples in some slots and takes steps
+with all of them. No evaluation of f is spent on a new sample alone: its slot gets z0 as if its last step had been
+refused, so the next step of the batch evaluates f at exactly this point (see `Solver.restarted`). What that step
+returns is f(z0); figures and solver state of the sample are then those with which any solve begins.
 
 A slot without a sample is frozen. f sees the arguments of its last sample there, and nothing reads the result.
 """
@@ -14,13 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
-
 from deqcore.abc.backend import Backend
 from deqcore.abc.history import History
 from deqcore.abc.solver import Solver, map_state
 from deqcore.linear.norms import residual_norms
-from deqcore.solve.host import HostLoop, read, written
+from deqcore.solve.host import HostLoop, read
 from deqcore.solve.loop import DeviceLoop, first_figures
 from deqcore.solve.step import masked, merge
 from deqcore.solve.termination import PENDING, spent

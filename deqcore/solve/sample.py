@@ -93,9 +93,9 @@ class Layout:
             found = _kind(self.backend, leaf, self.like)
             if found is not expected and not bool(found == expected):
                 raise ProblemError(
-                    f"Item {index} of the stream: leaf {place} of {what} must be like that of item 0, {_text(expected)} "
-                    f"(got {_text(found)}). All items share one batch: pad or cast them, or solve each kind in a "
-                    f"stream of its own."
+                    f"Item {index} of the stream: leaf {place} of {what} must be like that of item 0, "
+                    f"{_text(expected)} (got {_text(found)}). All items share one batch: pad or cast them, or "
+                    f"solve each kind in a stream of its own."
                 )
 
     def batch(self, sample: Sample, size: int) -> tuple[Tree, tuple[Any, ...]]:

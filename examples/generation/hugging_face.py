@@ -1,5 +1,7 @@
 """The equilibrium transformer as a model of Hugging Face transformers, so that `generate` samples from it.
 
+To transformers the equilibrium is one layer: its cache holds keys and values of past tokens at their equilibrium.
+
     python examples/generation/hugging_face.py
 """
 
@@ -66,8 +68,8 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if attention_mask is not None and not bool(attention_mask.all()):
             raise ValueError(
-                "attention_mask must be all ones: this model knows no padding (got zeros). Generate for prompts of one "
-                "length."
+                "attention_mask must be all ones: the model does not have a mask for padding (got zeros). "
+                "Generate for prompts of one length."
             )
         given = cache if cache is not None else past_key_values
         model = model_torch.Model({name: self.p[name.replace(".", "_")] for name in self.names}, **self.settings)

@@ -1,7 +1,7 @@
 """What both frameworks share: sizes, weights, and the error of a sequence that is too long.
 
-The model is that of `examples/models/text.py`: one block of attention and a perceptron, whose equilibrium is the state of
-all positions. Weights that it has trained (`text.safetensors`) fit, and the same arrays serve both frameworks.
+The model is that of `examples/models/text.py`: one block of attention and a perceptron, whose equilibrium is the state
+of all positions. Weights that it has trained (`text.safetensors`) fit, and the same arrays serve both frameworks.
 """
 
 from __future__ import annotations

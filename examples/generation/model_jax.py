@@ -28,6 +28,7 @@ class Cache(NamedTuple):
 
 
 def norm(z: Array) -> Array:
+    """Normalise each state."""
     centred = z - z.mean(-1, keepdims=True)
     return centred * lax.rsqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
 

@@ -42,7 +42,7 @@ class Model:
         return Cache(self.p["place"].new_zeros(shape), self.p["place"].new_zeros(shape))
 
     def split(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values `(batch, heads, tokens, width / heads)` of states `(batch, tokens, width)`."""
+        """Return queries, keys and values `(batch, heads, tokens, width / heads)` of the states of tokens."""
         mixed = linear(z, self.p["deq.cell.mix.weight"])
         query, key, value = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in mixed.chunk(3, -1))
         return query, key, value
@@ -115,4 +115,5 @@ class Model:
 
 
 def norm(z: Tensor) -> Tensor:
+    """Normalise each state."""
     return layer_norm(z, z.shape[-1:])

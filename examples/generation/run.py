@@ -1,5 +1,7 @@
 """Tokens per second with a cache of equilibria, and with a solve of all positions for each new token.
 
+Both generate the most probable tokens from random weights, or from trained ones.
+
     python examples/generation/run.py                   # PyTorch
     python examples/generation/run.py --backend jax
 """
@@ -49,7 +51,7 @@ def main(given: list[str] | None = None) -> dict[str, float]:
     recomputed, expected = rate(lambda: model.recompute(tokens, count), count)
     steps = np.stack([backend.to_numpy(taken) for taken in model.generate(tokens, count)[1]])[1:]
     same = float((ours == expected).mean())
-    print(f"{options.backend}: {cached:.0f} tokens/s with the cache, {recomputed:.0f} tokens/s by recomputing", end="; ")
+    print(f"{options.backend}: {cached:.0f} tokens/s with the cache, {recomputed:.0f} by recomputing", end="; ")
     print(f"{100 * same:.1f} % of the tokens equal; steps of a token {steps.min()} to {steps.max()}")
     return {"cached": cached, "recomputed": recomputed, "same": same}
 

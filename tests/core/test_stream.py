@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 
 import deqcore
-from deqcore.errors import BackendError, ConfigError, ConvergenceError, ConvergenceWarning, InitialIterateError
-from deqcore.errors import ProblemError
+from deqcore.errors import (
+    BackendError,
+    ConfigError,
+    ConvergenceError,
+    ConvergenceWarning,
+    InitialIterateError,
+    ProblemError,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 N = 6
@@ -228,7 +234,6 @@ def test_failures_are_reported_as_set(be):
 def test_jax_compiles_the_round_once():
     jax = pytest.importorskip("jax")
     import jax.numpy as jnp
-
     from deqcore_jax import staged
 
     traced = []
