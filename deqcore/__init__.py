@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from deqcore.config import Config, using
     from deqcore.implicit import Stepper, custom_fixed_point, custom_root
     from deqcore.solution import Solution
+    from deqcore.stream import StreamResult, solve_stream
     from deqcore.types import AdjointReport, Capabilities, Status
 
     __version__: str
@@ -38,12 +39,14 @@ _HOME: Final = {
     "StatefulStrategy": "deqcore.abc.stateful",
     "Stepper": "deqcore.implicit",
     "Strategy": "deqcore.abc.backward",
+    "StreamResult": "deqcore.stream",
     "StrategyState": "deqcore.abc.stateful",
     "custom_fixed_point": "deqcore.implicit",
     "custom_root": "deqcore.implicit",
     "fixed_point": "deqcore.api",
     "get_backend": "deqcore.api",
     "root": "deqcore.api",
+    "solve_stream": "deqcore.stream",
     "using": "deqcore.config",
     "vjp": "deqcore.api",
 }
@@ -65,6 +68,7 @@ __all__ = [
     "Stepper",
     "Strategy",
     "StrategyState",
+    "StreamResult",
     "__version__",
     "custom_fixed_point",
     "custom_root",
@@ -72,6 +76,7 @@ __all__ = [
     "fixed_point",
     "get_backend",
     "root",
+    "solve_stream",
     "using",
     "vjp",
 ]

@@ -14,7 +14,7 @@ from deqcore.abc.autodiff import Autodiff
 from deqcore.abc.two_state import TwoState
 from deqcore.solve.adjoint import Adjoint
 from deqcore.types import BackwardRecord, Map, SolveResult, Tree
-from deqcore_jax import adjoint_tap, implicit, reversible, strategy_state
+from deqcore_jax import adjoint_tap, implicit, reversible, staged, strategy_state
 from deqcore_jax.closure import is_array, is_differentiable, trace
 from deqcore_jax.jit_context import as_outside
 from deqcore_jax.linearize import product
@@ -42,6 +42,11 @@ class JaxAutodiff(Autodiff):
         solve: Callable[[Map, jax.Array], SolveResult],
     ) -> SolveResult:
         return implicit.solve(f, z0, args, solve)[1]
+
+    def staged(
+        self, f: Callable[..., jax.Array], z0: jax.Array, args: tuple[Tree, ...], body: Callable[..., Tree]
+    ) -> Callable[..., Tree]:
+        return staged.staged(f, z0, args, body)
 
     def implicit(
         self,

@@ -66,6 +66,36 @@ class Autodiff(ABC):
         with self.be.errstate():
             return solve(lambda z: self.be.detach(f(z, *still)), self.be.detach(z0))
 
+    def staged(
+        self, f: Callable[..., Array], z0: Array, args: tuple[Any, ...], body: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """Return `run(*data) = body(bind, *data)` without gradients, for many calls with data of the same shapes.
+
+        `bind(args)`, called once in a run, is `lambda z: f(z, *args)`. A tracing backend traces f here, once, and
+        compiles `run` in its first call. From then on f and what it closes over are fixed, as are Python numbers in
+        `args`.
+
+        Args:
+            f: `f(z, *args)` on raveled states.
+            z0: a state `(batch, n)` like those that `body` will pass to f.
+            args: arguments like those that `body` will bind.
+            body: hashable; equal ones may share compiled code. It and `data` see arrays and trees of arrays only.
+        """
+
+        def run(*data: Any) -> Any:
+            bound: list[tuple[Any, ...]] = []
+
+            def solve(g: Map, _: Array) -> Any:
+                def bind(args: tuple[Any, ...]) -> Map:
+                    bound.append(args)
+                    return g
+
+                return body(bind, *data)
+
+            return self.forward_only(lambda z: f(z, *bound[-1]), z0, (), solve)
+
+        return run
+
     @abstractmethod
     def implicit(
         self,

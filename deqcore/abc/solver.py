@@ -113,6 +113,22 @@ class Solver(ABC):
         """
         return self
 
+    def started(self, backend: Backend, z: Array, state: Any) -> Array | None:
+        """Return which samples are as after `init` now, if they were `restarted` at z one step ago `(batch,)`.
+
+        A batch whose samples are replaced one by one (`deqcore.solve_stream`) begins a sample in this way: its
+        histories are empty, `restarted` puts it at z, and one step evaluates f there. Then it gets the state of `init`,
+        which is always right. A method that stores a vector in `init` says here where its state is right already, so
+        that the vector stays in the slot of the latest step, and the sample has the whole ring before it. None:
+        nowhere.
+
+        Args:
+            backend: the backend of these arrays.
+            z: iterates `(batch, n)`.
+            state: as the last step returned it.
+        """
+        return None
+
     def residual_norm(self, backend: Backend, state: Any) -> Array | None:
         """Return ‖f(z) − z‖ of the current iterate `(batch,)` if `step` has measured it, otherwise None."""
         return None

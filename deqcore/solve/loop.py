@@ -134,13 +134,13 @@ def _begin_at(backend: Backend, z0: Array, fz: Array, limits: Limits) -> LoopSta
     norms = residual, size, backend.norm(z0)
     views = [backend.host.numpy_view(norm) for norm in norms]
     if any(view is None for view in views):
-        return LoopState(z0, fz, None, best_z=z0, best_fz=fz, **_first_figures(backend.xp, limits, *norms))
+        return LoopState(z0, fz, None, best_z=z0, best_fz=fz, **first_figures(backend.xp, limits, *norms))
     with np.errstate(all="ignore"):  # a residual may be NaN or inf
-        figures = _first_figures(np, on_host(backend, limits), *views)
+        figures = first_figures(np, on_host(backend, limits), *views)
     return LoopState(z0, fz, None, best_z=z0, best_fz=fz, **figures)
 
 
-def _first_figures(xp: Any, limits: Limits, residual: Any, size: Any, start: Any) -> dict[str, Any]:
+def first_figures(xp: Any, limits: Limits, residual: Any, size: Any, start: Any) -> dict[str, Any]:
     """Return the figures of the loop state before the first step, from ‖f(z0) − z0‖, ‖f(z0)‖ and ‖z0‖ `(batch,)`."""
     reference = greater(xp, start, size)
     finite = xp.isfinite(residual)

@@ -245,6 +245,12 @@ class Broyden(Solver):
             guard=guard,
         )
 
+    def started(self, backend: Backend, z: Array, state: BroydenState) -> Array:
+        """Return the samples whose residual has the unit that `init` would choose."""
+        one = backend.xp.ones_like(state.norm)
+        unit = row_scale(backend, state.norm, z)
+        return (one if unit is None else unit) == (one if state.unit is None else state.unit)
+
     def residual_norm(self, backend: Backend, state: BroydenState) -> Array:
         """Return the norm of the residual that the step has formed."""
         return state.norm

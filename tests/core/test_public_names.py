@@ -9,8 +9,8 @@ import pytest
 
 PUBLIC = {
     "deqcore": """AdjointReport Backend Capabilities Config History InverseJacobian Solution Solver StatefulStrategy
-        Status StepStrategy Stepper Strategy StrategyState __version__ custom_fixed_point custom_root errors fixed_point
-        get_backend root using vjp""",
+        Status StepStrategy Stepper Strategy StrategyState StreamResult __version__ custom_fixed_point custom_root
+        errors fixed_point get_backend root solve_stream using vjp""",
     "deqcore.errors": """BackendError BackendMismatchError ConfigError ConvergenceError ConvergenceWarning
         CoupledRowsWarning DeqcoreError DtypeToleranceWarning LayerWarning MissingExtraError MissingFrameworkError
         MonitorError MonitorWarning NonDeterministicWarning PluginError ProblemError InitialIterateError StrategyError

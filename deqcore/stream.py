@@ -1,0 +1,323 @@
+"""`solve_stream`: solve many samples of unequal depth in a batch of fixed size, whose slots are refilled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from deqcore import config as settings
+from deqcore.config import Config
+from deqcore.errors import BackendError, ConfigError, ConvergenceError, ConvergenceWarning, ProblemError, described
+from deqcore.solve.dispatch import pick_backend, plan_call
+from deqcore.solve.plan import Plan
+from deqcore.solve.refill import Arrivals, Budget, Opening, Round, Slots
+from deqcore.solve.sample import Layout, Sample
+from deqcore.solve.user_line import due, warn
+from deqcore.types import Array, LoopState, Status, Tree
+
+EVERY_ON_DEVICE: Final = 4  # steps between two looks at the statuses where a look waits for the device
+
+
+@dataclass(frozen=True)
+class StreamResult:
+    """The result of one item of a stream. It carries no gradient.
+
+    Attributes:
+        index: the number of the item in the stream, from 0.
+        value: the iterate, a tree like the item's z0.
+        residual: ‖f(z) − z‖ at `value`.
+        status: how the solve of this item ended.
+        steps: solver steps that it took.
+        evaluations: evaluations of f (and products) that it took.
+
+    Example:
+        >>> import numpy as np, deqcore
+        >>> items = [(np.ones(1), np.array([a])) for a in (0.5, 0.9)]
+        >>> [r.status.name for r in deqcore.solve_stream(lambda z, a: a * np.cos(z), items, slots=2)]
+        ['CONVERGED', 'CONVERGED']
+    """
+
+    index: int
+    value: Tree
+    residual: float
+    status: Status
+    steps: int
+    evaluations: int
+
+    @property
+    def converged(self) -> bool:
+        """Whether the item met its tolerance."""
+        return self.status is Status.CONVERGED
+
+
+def solve_stream(
+    f: Callable[..., Tree],
+    inputs: Iterable[Any],
+    *,
+    slots: int = 16,
+    ordered: bool = True,
+    start: Callable[..., Tree] | None = None,
+    config: Config | None = None,
+    **overrides: object,
+) -> Iterator[StreamResult]:
+    """Solve z* = f(z*, *args) for a stream of samples, in a batch whose slots are refilled (continuous batching).
+
+    A sample that has stopped leaves the batch, and the next item takes its slot, so the batch costs the mean depth of
+    its samples and not the largest. f always sees the same shapes: its program is compiled once, also under
+    `torch.compile(f)`, and in JAX the whole round is one compiled program. Slots without an item, at the end of the
+    stream, are frozen.
+
+    Each item is solved as if alone, with its own budget of `forward.max_steps`; its neighbours do not change it. The
+    result is that of `fixed_point` bit for bit where f computes each row in the same way for any batch and the solver
+    keeps no history (picard, and auto until it accelerates). A history is summed in another order, so that
+    other results differ by rounding.
+
+    This is inference: no gradient is recorded. Differentiate at the result with `fixed_point(f, result.value, …)`.
+
+    Args:
+        f: `f(z, *args)` on batches, as in `fixed_point`: the first axis of every array counts `slots` samples, and
+            each is computed from its own row alone. What is common to all items is closed over.
+        inputs: items, each a tuple `(z0, *args)` of one sample, without a batch axis; with `start` a tuple `args`.
+            Arrays have the same shapes and dtypes in all items. `None` means that no item is there at present: the
+            others continue. Items are taken when a slot is free, and not before.
+        slots: the size of the batch, at least 1.
+        ordered: yield results in the order of the items; finished ones wait for those before them. False: yield each
+            one when it is finished.
+        start: `start(*args)` returns z0 of an item.
+        config: as in `fixed_point`. `forward.check_every` is the number of steps between two refills ("auto": 1 on a
+            CPU, 4 on other devices). The settings of the backward pass do not matter.
+        **overrides: as in `fixed_point`, such as `forward__rtol=1e-6`.
+
+    Yields:
+        The results. `forward.on_failure` applies to each; an item that did not converge is a result like the others
+        unless it is "raise".
+
+    Raises:
+        ConfigError: `slots` is less than 1, or `forward.batch = false` or `forward.compact = true`.
+        ProblemError: an item is not a tuple, or its arrays differ from those of the first item. The error names the
+            item. It comes, as does any error of `inputs`, after the results of all items before it.
+        ConvergenceError: `on_failure = "raise"` and an item did not converge.
+        BackendError: inside `jax.jit`, `jax.grad` and the like, where no status can be read.
+
+    Source: continuous (in-flight) batching: Yu et al. (2022), "Orca: A Distributed Serving System for
+    Transformer-Based Generative Models".
+
+    Example:
+        >>> import numpy as np, deqcore
+        >>> items = ((np.zeros(2), np.full(2, rate)) for rate in (0.1, 0.9, 0.2, 0.3))
+        >>> f = lambda z, rate: rate * z + 1.0
+        >>> results = deqcore.solve_stream(f, items, slots=2, ordered=False, forward__solver="picard",
+        ...                                forward__rtol=1e-3, forward__max_steps=100)
+        >>> [(r.index, r.steps) for r in results]
+        [(0, 3), (2, 4), (3, 5), (1, 44)]
+    """
+    if isinstance(slots, bool) or not isinstance(slots, int) or slots < 1:
+        raise ConfigError.bad_value("solve_stream", "slots", slots, "an integer >= 1")
+    resolved, _ = settings.resolve(config, overrides)
+    if resolved.forward.batch is not True:
+        raise ConfigError(
+            f"solve_stream: forward.batch must be true, because each slot holds one sample (got "
+            f"{str(resolved.forward.batch).lower()}). Use fixed_point to solve one system at a time."
+        )
+    if resolved.forward.compact:
+        raise ConfigError(
+            "solve_stream: forward.compact must be false, because slots are refilled instead (got true). Set it to "
+            "false."
+        )
+    source = _Source(inputs, start)
+    results = _solved(f, source, slots, resolved, config, overrides)
+    return _reported(_in_order(results) if ordered else results, source, resolved)
+
+
+class _Source:
+    """The items of a stream, numbered; it ends at the first error, which it keeps."""
+
+    def __init__(self, inputs: Iterable[Any], start: Callable[..., Tree] | None) -> None:
+        self.items, self.start = iter(inputs), start
+        self.count = 0
+        self.ended = False
+        self.error: BaseException | None = None
+
+    def next(self, accept: Callable[[Tree, tuple[Any, ...], int], Sample]) -> Sample | None:
+        """Return the next item as `accept(z0, args, index)` returns it; None: there is none, now or ever."""
+        if self.ended:
+            return None
+        try:
+            item = next(self.items)
+            if item is None:
+                return None
+            sample = accept(*self._split(item), self.count)
+        except StopIteration:
+            self.ended = True
+            return None
+        except Exception as error:
+            self.ended, self.error = True, error
+            return None
+        self.count += 1
+        return sample
+
+    def _split(self, item: Any) -> tuple[Tree, tuple[Any, ...]]:
+        if not isinstance(item, tuple) or hasattr(item, "_fields") or (self.start is None and not item):
+            what = "(z0, *args)" if self.start is None else "args"
+            raise ProblemError(f"Item {self.count} of the stream must be a tuple {what} (got {described(item)}).")
+        return (item[0], item[1:]) if self.start is None else (self.start(*item), item)
+
+
+def _in_order(results: Iterator[StreamResult]) -> Iterator[StreamResult]:
+    """Yield results by index."""
+    waiting: dict[int, StreamResult] = {}
+    following = 0
+    for result in results:
+        waiting[result.index] = result
+        while following in waiting:
+            yield waiting.pop(following)
+            following += 1
+
+
+def _reported(results: Iterator[StreamResult], source: _Source, resolved: Config) -> Iterator[StreamResult]:
+    """Yield the results, report failures as `forward.on_failure` says, and raise what ended the stream."""
+    action, solver, failed = resolved.forward.on_failure, resolved.forward.solver, 0
+    for result in results:
+        if not result.converged and action != "ignore":
+            text = (
+                f"Item {result.index} of the stream ended as {result.status.name} after {result.steps} steps, residual "
+                f"‖f(z) − z‖ {result.residual:.3g}. {result.status.advice(solver)} (solver {solver!r}; "
+                f"forward.on_failure = {action!r} decides what happens now)"
+            )
+            if action == "raise":
+                raise ConvergenceError(text)
+            failed += 1
+            if due(failed - 1):
+                warn(text + (f" This is item {failed} of this stream that failed." if failed > 1 else ""),
+                     ConvergenceWarning)  # fmt: skip
+        yield result
+    if source.error is not None:
+        raise source.error
+
+
+def _solved(
+    f: Callable[..., Tree],
+    source: _Source,
+    size: int,
+    resolved: Config,
+    config: Config | None,
+    overrides: dict[str, object],
+) -> Iterator[StreamResult]:
+    """Yield results as they are finished."""
+    layout: Layout | None = None
+
+    def accept(z0: Tree, args: tuple[Any, ...], index: int) -> Sample:
+        nonlocal layout
+        if layout is None:
+            layout = Layout.of(pick_backend(resolved, z0, args), z0, args)
+        return layout.sample(z0, args, index)
+
+    first = None
+    while first is None and not source.ended:
+        first = source.next(accept)
+    if first is None or layout is None:
+        return
+    if layout.backend.is_traced(*first.z0, *first.args):
+        raise BackendError(
+            "solve_stream reads the status of each sample after each round, so it cannot run inside jax.jit, jax.grad "
+            "or jax.vmap (got traced arrays). Call it outside, where it compiles its own step, or use fixed_point."
+        )
+    solve = _Stream(f, layout, first, size, plan_call(config, overrides, *layout.batch(first, size)))
+    while solve.seat(source, accept):
+        yield from solve.round()
+
+
+class _Stream:
+    """The state of a stream: which sample is in which slot, and the loop state of all slots."""
+
+    def __init__(self, f: Callable[..., Tree], layout: Layout, first: Sample, size: int, plan: Plan) -> None:
+        backend, control = plan.backend, plan.control
+        self.plan, self.layout = plan, layout
+        self.owner: list[Sample | None] = [None] * size
+        self.waiting: Sample | None = first
+        self.fresh: set[int] = set()
+        self.steps = np.zeros(size, np.int64)  # of each slot at the last look
+        z0, args = layout.batch(first, size)
+        space, flat = plan.space, plan.space.wrap(f)
+        self.every = _steps_in_round(control.check_every, backend, z0)
+        self.max_steps = int(control.max_steps)
+        self.run = backend.autodiff.staged(
+            lambda z, *leaves: flat(z, *layout.arguments(leaves)),
+            space.ravel(z0),
+            layout.leaves(args),
+            Round(backend, plan.solver, control.patience, single=self.every == 1),
+        )
+        opening = Opening(backend, plan.solver, size)
+        make = backend.autodiff.staged(lambda z, *leaves: z, space.ravel(z0), layout.leaves(args), opening)
+        self.slots: Slots = make(first.z0, first.args)
+        self.last = first
+
+    def seat(self, source: _Source, accept: Callable[[Tree, tuple[Any, ...], int], Sample]) -> bool:
+        """Give items to free slots; return whether there is anything to do, now or later."""
+        for slot, owner in enumerate(self.owner):
+            if owner is None:
+                sample, self.waiting = self.waiting or source.next(accept), None
+                if sample is None:
+                    break
+                self.owner[slot] = self.last = sample
+                self.fresh.add(slot)
+        return any(owner is not None for owner in self.owner) or not source.ended
+
+    def round(self) -> list[StreamResult]:
+        """Run one round; return the results of the samples that it has finished."""
+        backend, control = self.plan.backend, self.plan.control
+        taken = [slot for slot, owner in enumerate(self.owner) if owner is not None]
+        if not taken:
+            return []
+        # The first step of a new sample evaluates f at z0.
+        left = min(self.max_steps + 1 if slot in self.fresh else self.max_steps - self.steps[slot] for slot in taken)
+        budget = Budget(control.rtol, control.atol, control.max_steps, int(min(self.every, left)))
+        self.slots, evaluations = self.run(self.slots, self._arrivals(), budget)
+        self.fresh.clear()
+        carry = self.slots.carry
+        status, self.steps = backend.to_numpy(carry.status), backend.to_numpy(carry.steps)
+        done = [slot for slot in taken if status[slot] != int(Status.RUNNING)]
+        return self._results(done, carry, evaluations) if done else []
+
+    def _arrivals(self) -> Arrivals:
+        """Return the new samples; an eager backend needs no mask if there are none."""
+        backend = self.plan.backend
+        samples = [owner if owner is not None and slot in self.fresh else self.last
+                   for slot, owner in enumerate(self.owner)]  # fmt: skip
+        rows: Array | None = None
+        if self.fresh or not backend.capabilities.eager:
+            mask = np.array([slot in self.fresh for slot in range(len(self.owner))])
+            rows = backend.asarray(mask, dtype="bool", like=self.slots.carry.z)
+        return Arrivals(rows, tuple(each.z0 for each in samples), tuple(each.args for each in samples))
+
+    def _results(self, done: list[int], carry: LoopState, evaluations: Array) -> list[StreamResult]:
+        backend = self.plan.backend
+        residual, counts = backend.to_numpy(carry.best_residual), backend.to_numpy(evaluations)
+        status, found = backend.to_numpy(carry.status), []
+        for slot in done:
+            sample, self.owner[slot] = self.owner[slot], None
+            assert sample is not None
+            row = backend.take(carry.best_z, backend.asarray(np.array([slot], np.int32), dtype="int32", like=carry.z))
+            ended = Status(int(status[slot]))
+            found.append(
+                StreamResult(
+                    sample.index,
+                    self.layout.unravel(row),
+                    float(residual[slot]),
+                    ended,
+                    int(self.steps[slot]),
+                    int(counts[slot]),
+                )
+            )
+        return found
+
+
+def _steps_in_round(check_every: int | str, backend: Any, z0: Tree) -> int:
+    """Return the steps between two looks at the statuses."""
+    if isinstance(check_every, int):
+        return check_every
+    device = str(backend.device_of(backend.flatten(z0)[0][0])).lower()
+    return 1 if "cpu" in device else EVERY_ON_DEVICE
