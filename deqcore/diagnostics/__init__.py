@@ -1,7 +1,8 @@
 """Properties of a fixed-point layer at its solution: spectral radius, norm of the Jacobian, quality of its gradient.
 
 All of it is written on the contract, so it works with every backend. `spectral_radius`, `gradient_audit` and
-`residual_curve` measure, and return NumPy arrays on the host; `jacobian_penalty` is a differentiable loss.
+`residual_curve` measure, and return NumPy arrays on the host; `check_layer` judges a layer of any library;
+`jacobian_penalty` is a differentiable loss.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from deqcore.diagnostics.audit import Audit, gradient_audit
+    from deqcore.diagnostics.check.record import Claims, LayerUnderTest
+    from deqcore.diagnostics.check.report import Finding, LayerReport
+    from deqcore.diagnostics.check.run import check_layer
     from deqcore.diagnostics.layers import layer_audit
     from deqcore.diagnostics.penalty import jacobian_penalty
     from deqcore.diagnostics.residuals import Curve, residual_curve
@@ -18,8 +22,13 @@ if TYPE_CHECKING:
 
 _HOME: Final = {
     "Audit": "deqcore.diagnostics.audit",
+    "Claims": "deqcore.diagnostics.check.record",
     "Curve": "deqcore.diagnostics.residuals",
+    "Finding": "deqcore.diagnostics.check.report",
+    "LayerReport": "deqcore.diagnostics.check.report",
+    "LayerUnderTest": "deqcore.diagnostics.check.record",
     "Spectrum": "deqcore.diagnostics.spectrum",
+    "check_layer": "deqcore.diagnostics.check.run",
     "gradient_audit": "deqcore.diagnostics.audit",
     "jacobian_penalty": "deqcore.diagnostics.penalty",
     "layer_audit": "deqcore.diagnostics.layers",
@@ -29,8 +38,13 @@ _HOME: Final = {
 
 __all__ = [
     "Audit",
+    "Claims",
     "Curve",
+    "Finding",
+    "LayerReport",
+    "LayerUnderTest",
     "Spectrum",
+    "check_layer",
     "gradient_audit",
     "jacobian_penalty",
     "layer_audit",
