@@ -70,10 +70,8 @@ class Truncated(Hand):
 
 class ThreeTerms(Hand):
     def adjoint(self, f1, z1, g):
-        for u in [g]:
-            for _ in range(2):
-                u = g + torch.autograd.grad(f1, z1, u, retain_graph=True)[0]
-        return u
+        u = g + torch.autograd.grad(f1, z1, g, retain_graph=True)[0]
+        return g + torch.autograd.grad(f1, z1, u, retain_graph=True)[0]
 
 
 class Transposed(Hand):
@@ -107,7 +105,7 @@ class WithBatchNorm(Hand):
         self.norm = nn.BatchNorm1d(SIZE, affine=False, dtype=torch.float64)
 
     def cell(self, z, x):
-        return self.norm(torch.tanh(z @ self.weight.T + x)) * 0.3
+        return self.norm(torch.tanh(z @ self.weight.T + x)) * 0.05
 
 
 class Joint(Hand):
@@ -115,7 +113,7 @@ class Joint(Hand):
 
     def iterate(self, x, z):
         with torch.no_grad():
-            for _ in range(6):
+            for _ in range(4):
                 step = self.cell(z, x) - z
                 z = z + step / (1 + step.norm())
         return z
@@ -191,7 +189,7 @@ def test_a_right_layer_fails_nothing():
     assert statuses["equilibrium"] == statuses["gradient"] == statuses["start"] == statuses["batch mates"] == "ok"
     assert report.finding("dtype float32").status == "ok"
     assert report.finding("side effects").status == "ok"
-    assert report.finding("gradient").figures["error"] < 1e-8
+    assert report.finding("gradient").figures["error"] < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -246,8 +244,8 @@ def test_a_solver_that_couples_the_samples_is_told_apart_from_the_cell():
     assert "in the cell" not in finding.found
     layer, x = Joint(), inputs(BATCH, SIZE)
     alone = torch.stack([layer(x[:1].expand(BATCH, -1))[0], layer(x)[0]]).detach()
-    assert (alone[0] - alone[1]).norm() > 1e-3  # it does depend on them
-    assert finding.figures["distance"] > 1e-3
+    assert (alone[0] - alone[1]).norm() > 1e-4  # it does depend on them
+    assert finding.figures["distance"] > 1e-4
 
 
 def test_a_layer_that_draws_random_numbers_is_told_and_not_compared():
@@ -293,7 +291,9 @@ def test_causality_names_the_position_that_breaks_it():
 def test_a_dtype_in_which_the_answer_differs():
     finding = checked(Half()).finding("dtype float32")
     assert finding.status == "failed"
-    assert checked(Hand(torch.float32), x=inputs(BATCH, SIZE, dtype=torch.float32)).finding("dtype float64").status == "ok"
+    assert (
+        checked(Hand(torch.float32), x=inputs(BATCH, SIZE, dtype=torch.float32)).finding("dtype float64").status == "ok"
+    )
 
 
 def test_a_nan_ends_the_check():
@@ -326,7 +326,6 @@ def test_a_part_of_a_model_is_checked_with_the_inputs_that_it_gets():
 
 def test_the_cell_and_the_state_may_be_given_in_several_ways():
     layer = Hand()
-    whole = Model()
     names = {"cell": layer.cell, "state": lambda out: out}
     assert checked(layer, **names).ok
     assert checked(layer, cell=lambda owner, z, x: owner.cell(z, x)).ok
@@ -336,14 +335,6 @@ def test_the_cell_and_the_state_may_be_given_in_several_ways():
             return {"z": [super().forward(x, z0)]}, 3
 
     assert checked(Tuple(), state="0.z.0").ok
-    model = checked(
-        whole,
-        cell=lambda owner, z, x: owner.deq.cell(z, owner.first(x)),
-        state=lambda out: out,
-        x=inputs(BATCH, 2),
-        inner="",
-    ) if False else None
-    assert model is None
 
 
 @pytest.mark.parametrize(

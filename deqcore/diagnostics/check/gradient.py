@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from deqcore.diagnostics.check.report import FAILED, OK, SKIPPED, Finding
-from deqcore.diagnostics.check.subject import Subject, host
+from deqcore.diagnostics.check.subject import Subject, first_line, host
 from deqcore.linear.gmres import gmres
 from deqcore.solve.verification import adjoint_residual
 from deqcore.types import Array, Map
@@ -94,11 +94,10 @@ def gradient(subject: Subject, exact: ExactAdjoint) -> Finding:
     try:
         own = _own(subject, exact.g)
     except Exception as error:  # whatever the user's backward pass raises
-        text = str(error).splitlines()[0][:160] if str(error) else ""
         remedy = (
             "Give the layer a derivative: a custom backward pass that solves (I − Jᵀ)u = g, or claim gradient='none'."
         )
-        return Finding("gradient", FAILED, expected, f"none: {type(error).__name__}: {text}", remedy)
+        return Finding("gradient", FAILED, expected, f"none: {first_line(error)}", remedy)
     truth = _through_cell(subject, exact.u)
     return _compared(subject, exact, own, truth, expected)
 

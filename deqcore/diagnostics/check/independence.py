@@ -11,7 +11,7 @@ import numpy as np
 from deqcore import api
 from deqcore.diagnostics.check.gradient import ExactAdjoint
 from deqcore.diagnostics.check.report import FAILED, NOTE, OK, SKIPPED, Finding
-from deqcore.diagnostics.check.subject import Subject, host, mapped
+from deqcore.diagnostics.check.subject import Subject, first_line, host, mapped
 from deqcore.solve.verification import leaking_pair
 from deqcore.types import Array, Status, Tree
 
@@ -117,14 +117,11 @@ def _distance(
 ) -> Finding:
     gap, allowed = measured
     figures = {"distance": gap, "allowed": allowed}
-    rounding = (
-        ROUNDING
-        * subject.backend.eps(subject.z)
-        * float(np.max(host(subject.backend, subject.backend.norm(subject.z)), initial=0.0))
-    )
+    size = float(np.max(host(subject.backend, subject.backend.norm(subject.z)), initial=0.0))
     found = f"{words} {gap:.2g}"
     if not gap <= allowed:
         return Finding(check, FAILED, expected, f"{found}, residuals explain {allowed:.2g}", remedy, figures)
+    rounding = ROUNDING * subject.backend.eps(subject.z) * size
     explained = "" if gap <= rounding else f", within what its residuals allow ({allowed:.2g})"
     return Finding(check, OK, expected, found + explained, figures=figures)
 
@@ -232,9 +229,7 @@ def _converted(subject: Subject, exact: ExactAdjoint, check: str, to: dict[str, 
         moved = backend.detach(other.run())
         residual = other.residual(moved)
     except Exception as error:  # whatever the user's code raises where it was never run
-        text = (
-            f"it does not run there: {type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
-        )
+        text = f"it does not run there: {first_line(error)}"
         remedy = "Take dtype and device from the inputs and the parameters." if claimed else ""
         return Finding(check, FAILED if claimed else SKIPPED, expected, text, remedy)
     here, there = host(backend, subject.z), host(backend, moved)
@@ -245,5 +240,5 @@ def _converted(subject: Subject, exact: ExactAdjoint, check: str, to: dict[str, 
     i = int(np.argmax(np.where(np.isfinite(gap), gap - allowed, np.inf)))
     measured = (float(gap[i]), float(allowed[i]))
     return _distance(check, expected, subject, measured, f"sample {i} moves by", (
-        "An operation leaves its range or loses its digits there: see where values become large, or claim no such dtype."
+        "An operation leaves its range or loses digits there: see where values become large, or claim no such dtype."
     ))  # fmt: skip

@@ -93,7 +93,8 @@ def cell_of(layer: Any, cell: Any) -> Callable[..., Any]:
     if is_function(layer):
         return lambda _, *arguments: cell(*arguments)
     if is_function(cell):
-        return lambda owner, *arguments: cell(owner, *arguments)
+        function: Callable[..., Any] = cell
+        return function
     raise ConfigError(
         f"{UNKNOWN}: cell must be a part of the layer, since its parameters are the layer's (got {described(cell)}, "
         f"which is not below {described(layer)}). Give its name, such as cell='deq.f', or a function "
@@ -133,10 +134,12 @@ def record_call(model: Any, inner: str, inputs: tuple[Any, ...]) -> tuple[Any, t
         ProblemError: the model does not call it, or fails.
     """
     part = follow(model, inner, "inner")
-    kind, calls = type(part), []
-    original = getattr(kind, "__call__", None)
-    if original is None or is_function(part):
+    kind: Any = type(part)
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    if not callable(part) or is_function(part):
         raise ConfigError.bad_value(UNKNOWN, "inner", inner, "the name of a module")
+
+    original = kind.__call__
 
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self is part:
@@ -144,16 +147,16 @@ def record_call(model: Any, inner: str, inputs: tuple[Any, ...]) -> tuple[Any, t
         return original(self, *args, **kwargs)
 
     own = vars(kind).get("__call__")
-    setattr(kind, "__call__", watched)  # noqa: B010 (the call of an instance looks at its class)
+    kind.__call__ = watched  # the call of an instance looks at its class
     try:
         model(*inputs)
     except Exception as error:
         raise ProblemError(f"The model raised {type(error).__name__}: {error}") from error
     finally:
         if own is None:
-            delattr(kind, "__call__")
+            del kind.__call__
         else:
-            setattr(kind, "__call__", own)  # noqa: B010
+            kind.__call__ = own
     if not calls:
         raise ProblemError(
             f"The model must call its part {inner!r} (it did not, or it calls a copy, as compiled code does). Pass the "

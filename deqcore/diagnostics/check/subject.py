@@ -140,6 +140,12 @@ def call(layer: Any, inputs: tuple[Tree, ...], keywords: Mapping[str, Any], watc
         raise ProblemError(f"The layer raised {type(error).__name__}: {error}") from error
 
 
+def first_line(error: Exception) -> str:
+    """Return an error's type and the first line of its text."""
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
+
+
 def host(backend: Backend, x: Array) -> Any:
     """Return an array on the host in float64."""
     return backend.to_numpy(backend.detach(x)).astype(np.float64)
