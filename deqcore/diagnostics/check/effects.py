@@ -59,7 +59,7 @@ class Watch:
         now = self._state()
         changed = {
             name: value for name, value in self.before.items() if name in now and not _same(value, now[name])
-        }  # a setting that a module registers while it is imported is no change
+        }  # a setting that an import registers does not count
         self.changed |= dict.fromkeys(changed)
         _restore_own(changed)
         rest = {name: value for name, value in changed.items() if name not in OWN and chosen(name)}

@@ -106,7 +106,7 @@ def _mates(subject: Subject, i: int) -> Any:
 
 
 def distance_allowed(subject: Subject, exact: ExactAdjoint, moved: Array, **changed: Any) -> Any:
-    """How far two states may be apart if both are near one equilibrium: ‖(I − J)⁻¹‖ times their residuals, twice."""
+    """Return how far apart two states near one equilibrium may be: ‖(I − J)⁻¹‖ times their residuals, twice."""
     size = host(subject.backend, subject.backend.norm(subject.z))
     residuals = subject.residual(subject.z) + subject.residual(moved, **changed)
     return exact.gain * (2 * residuals + ROUNDING * subject.backend.eps(subject.z) * size)

@@ -111,7 +111,7 @@ def state_of(state: Any) -> Callable[[Any], Any]:
     """Return the function from what the layer returns to the state.
 
     Raises:
-        ConfigError: `state` is no position, name or function.
+        ConfigError: `state` is of another kind than a position, a name or a function.
     """
     if state is None:
         return lambda output: output

@@ -102,7 +102,7 @@ def bind(
     except InitialIterateError as error:
         raise InitialIterateError(
             f"The state must be a tree of floating-point arrays with the batch as first axis (the layer returned "
-            f"{described(tree)}). Name the state with `state`, or set batch=False. ({error})"
+            f"{described(tree)}). {error} Name the state with `state`, or set batch=False."
         ) from error
     z = backend.detach(space.ravel(tree))
     tree = mapped(backend, tree, backend.detach)
