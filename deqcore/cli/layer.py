@@ -8,19 +8,24 @@ import io
 import json
 import time
 from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
+from deqcore import __version__
 from deqcore.cli.output import AsJson, progress_printer, show
 from deqcore.config import Config
-from deqcore.errors import ConfigError, described
+from deqcore.errors import ConfigError, MissingExtraError, described
+from deqcore.pages.assets import assets
 from deqcore.testing.problem import load_named
 
 if TYPE_CHECKING:
-    from deqcore.diagnostics import Claims, LayerUnderTest
+    from deqcore.diagnostics import Claims, LayerReport, LayerUnderTest
 
 COLUMNS = ("check", "status", "expected", "found", "what to do")
 ARGUMENT = "LAYER"  # in messages
@@ -58,6 +63,7 @@ def layer(
     batch: Annotated[
         bool | None, typer.Option("--batch/--no-batch", help="Whether the state's first axis is the batch.")
     ] = None,
+    report: Annotated[Path | None, typer.Option(help="Write a page of HTML to this file.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check a trained layer: equilibrium, gradient, independence of batch mates, start and dtype, causality.
@@ -65,6 +71,7 @@ def layer(
     The layer is used as it stands; nothing of deqcore needs to be in it. Exits with status 1 if a property fails.
     """
     Config.discover()
+    _check_path(report)
     begin = time.perf_counter()
     with _quiet(as_json):
         subject = _subject(where, cell, inputs)
@@ -78,15 +85,38 @@ def layer(
         subject = replace(subject, claims=_replaced(subject.claims, promised), **_known(given))
     from deqcore.diagnostics import check_layer
 
-    report = check_layer(subject, say=progress_printer(as_json))
+    result = check_layer(subject, say=progress_printer(as_json))
+    if report is not None:
+        report.write_text(_page(result, where), encoding="utf-8")
     if as_json:
-        typer.echo(json.dumps(report.as_dict() | {"seconds": round(time.perf_counter() - begin, 2)}, indent=2))
+        typer.echo(json.dumps(result.as_dict() | {"seconds": round(time.perf_counter() - begin, 2)}, indent=2))
     else:
-        rows = [finding.as_dict() | {"what to do": finding.remedy} for finding in report.findings]
+        rows = [finding.as_dict() | {"what to do": finding.remedy} for finding in result.findings]
         show(rows, COLUMNS, as_json=False)
-        Console().print(Text(report.summary(), style="bold" if report.ok else "bold red"), soft_wrap=True)
-    if not report.ok:
+        Console().print(Text(result.summary(), style="bold" if result.ok else "bold red"), soft_wrap=True)
+    if not result.ok:
         raise typer.Exit(1)
+
+
+def _check_path(report: Path | None) -> None:
+    """Raise a ConfigError unless `report` can be written."""
+    if report is not None and (not report.parent.is_dir() or report.is_dir()):
+        raise ConfigError(f"--report must be a file in an existing folder (got {str(report)!r}).")
+
+
+def _page(result: LayerReport, where: str) -> str:
+    """Return the report as one page of HTML that needs no network.
+
+    Raises:
+        MissingExtraError: jinja2 is not installed.
+    """
+    try:
+        from jinja2 import Environment
+    except ImportError as error:
+        raise MissingExtraError.of("deqcore check layer --report", "jinja2", "monitor") from error
+    template = (files("deqcore.cli") / "layer.html").read_text(encoding="utf-8")
+    about = f"{where}, on {datetime.now(UTC):%Y-%m-%d}, with deqcore {__version__}."
+    return Environment(autoescape=True).from_string(template).render(report=result, about=about, **assets())
 
 
 def _quiet(as_json: bool) -> contextlib.AbstractContextManager[Any]:

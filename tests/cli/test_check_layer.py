@@ -88,6 +88,14 @@ def test_json_without_the_output_of_the_file(capsys):
     assert failed[0]["figures"]["norm_ratio"] == pytest.approx(0.5)
 
 
+def test_a_page_that_needs_no_network(capsys, project):
+    pytest.importorskip("jinja2")
+    assert run(capsys, "m.py:record", "--report", "card.html")[0] == 1
+    page = (project / "card.html").read_text()
+    assert "one-step gradient" in page
+    assert "http" not in page.replace('http-equiv="Content-Security-Policy"', "")
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -101,6 +109,7 @@ def test_json_without_the_output_of_the_file(capsys):
         (("m.py:record", "--state", "y"), "no part 'y'"),
         (("m.py:record", "--gradient", "exat"), "Did you mean 'exact'"),
         (("m.py:record", "--rtol", "-1"), "a number above 0"),
+        (("m.py:record", "--report", "no/card.html"), "existing folder"),
         (("m.py:FILE",), "defines no 'FILE'"),
     ],
 )

@@ -212,6 +212,23 @@ def test_a_wrong_gradient_is_named(layer, words):
     assert finding.remedy
 
 
+def test_large_states_are_judged_by_gmres_as_small_ones_are_densely():
+    class Wide(Hand):
+        wide = 260
+
+        def cell(self, z, x):
+            part = torch.tanh(z[:, :SIZE] @ self.weight.T + x[:, :SIZE])
+            return torch.cat([part, 0.5 * torch.sin(z[:, SIZE:]) + x[:, SIZE:]], 1)
+
+    class WideOneStep(Wide):
+        def adjoint(self, f1, z1, g):
+            return g
+
+    x = inputs(BATCH, Wide.wide)
+    assert checked(Wide(), x=x).finding("gradient").figures["error"] < 1e-6
+    assert "one-step" in checked(WideOneStep(), x=x).finding("gradient").found
+
+
 def test_an_approximate_gradient_that_is_claimed_is_none_to_complain_about():
     assert checked(Truncated(), claims=Claims(gradient="approximate")).ok
     assert not checked(Flipped(), claims=Claims(gradient="approximate")).ok
@@ -253,8 +270,21 @@ def test_a_layer_that_draws_random_numbers_is_told_and_not_compared():
     finding = report.finding("repeatable")
     assert finding.status == "failed"
     assert "eval" in finding.remedy
-    assert report.finding("batch mates").status == "skipped"
+    assert {finding.status for finding in report.findings[3:]} == {"skipped"}
     assert checked(Random().eval()).finding("repeatable").status == "ok"
+
+
+def test_a_random_start_leaves_what_can_be_measured():
+    class Restless(Hand):
+        steps = 3
+
+        def forward(self, x, z0=None):
+            return super().forward(x, torch.randn_like(x))
+
+    report = checked(Restless(), claims=Claims(rtol=0.5))
+    assert report.finding("repeatable").status == "failed"
+    assert report.finding("gradient").status == "ok"
+    assert report.finding("start").status == "skipped"
 
 
 def test_several_equilibria_show_in_another_start():

@@ -218,7 +218,7 @@ def pairs():
             yield pytest.param(fact, solver, id=f"{fact.source}-{solver}")
 
 
-@pytest.mark.parametrize(("fact", "solver"), pairs())
+@pytest.mark.parametrize(("fact", "solver"), list(pairs()))
 def test_every_solver_finds_the_stated_solution(every, fact, solver):
     if every.name == "jax" and solver not in COMPILED:
         pytest.skip("one program per solver: two solvers stand for all")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any, Final
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from deqcore.diagnostics.check.subject import Subject, bind, host
 from deqcore.errors import ConfigError, InitialIterateError, described
 from deqcore.solve.dispatch import pick_backend
 
-COMPARED = ("batch mates", "start", "dtype", "device", "causal")
+COMPARED: Final = ("batch mates", "start", "dtype", "device", "causal")
 
 
 def check_layer(subject: LayerUnderTest, *, say: Callable[[str], object] = lambda _: None) -> LayerReport:
@@ -78,12 +79,14 @@ def check_layer(subject: LayerUnderTest, *, say: Callable[[str], object] = lambd
     try:
         with watch(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a layer's warnings are its own; what they are about is measured here
-            layer, inputs, keywords = subject.layer, subject.inputs, {}
-            if subject.inner:
-                layer, inputs, keywords = naming.record_call(layer, subject.inner, inputs)
-                keywords.pop(subject.start, None)
-            with backend.harness.preserved(layer) as kept:
-                bound = bind(subject, kept, inputs, keywords, naming.cell_of(layer, subject.cell), watch)
+            layer = naming.follow(subject.layer, subject.inner, "inner")
+            cell = naming.cell_of(layer, subject.cell)
+            with backend.harness.preserved(subject.layer) as kept:
+                part, inputs, keywords = kept, subject.inputs, dict[str, Any]()
+                if subject.inner:
+                    part, inputs, keywords = naming.record_call(kept, subject.inner, inputs)
+                    keywords.pop(subject.start, None)
+                bound = bind(subject, part, inputs, keywords, cell, watch)
                 findings = list(_findings(bound, watch, say))
     finally:
         watch.close()
@@ -105,6 +108,10 @@ def _findings(subject: Subject, watch: Watch, say: Callable[[str], object]) -> I
     repeated = independence.repeatable(subject)
     yield repeated
     yield side_effects(subject.backend, watch, subject.layer, subject.inputs, subject.run)
+    if repeated.status == FAILED and repeated.figures["cell"] > 0:
+        reason = "the cell is random, so that it has no fixed point"
+        yield from (Finding(check, SKIPPED, "", reason) for check in ("equilibrium", "gradient", *COMPARED))
+        return
     say("equilibrium")
     yield independence.equilibrium(subject)
     say("the exact gradient")
