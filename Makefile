@@ -6,7 +6,7 @@ USABLE := $(VENV)/.deqcore-usable
 STAMP  := $(VENV)/.deqcore-installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: study test check types unit bench plugins faults docs release-check clean
+.PHONY: study test check types unit bench plugins faults fuzz docs release-check clean
 
 # Install the pinned torch first, so that no later package replaces it by another build.
 $(USABLE): pyproject.toml constraints.txt
@@ -54,6 +54,11 @@ plugins: $(STAMP)
 # The planted faults against the whole suite, and random mutants (`make test` runs each fault's own check).
 faults: $(STAMP)
 	$(BIN)/python tests/faults/run.py --matrix --mutants 100 --json docs/conformance/faults.json --resume
+
+# Configs, plugins and logs of all kinds, CASES of each of nine kinds: nothing but errors of deqcore may come of them.
+CASES ?= 1500
+fuzz: $(STAMP)
+	FUZZ_CASES=$(CASES) $(BIN)/python -m pytest -q tests/core/test_fuzz.py
 
 # The site, into build/site; its code blocks are run by `make unit`.
 docs: $(STAMP)

@@ -5,8 +5,7 @@ Eager calls work the same way: f is traced, and the compiled solve for its struc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -20,15 +19,15 @@ from numpy.typing import NDArray
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.guards import CallGuards
-from deqcore.abc.harness import Harness
 from deqcore.abc.linalg import SmallLinalg
 from deqcore.abc.scaling import scaled_norm
 from deqcore.errors import BackendError
 from deqcore.types import Capabilities, Figures, LoopVars, Tree
 from deqcore_jax import batched_linalg, failures, pytrees
 from deqcore_jax.autodiff import JaxAutodiff
-from deqcore_jax.closure import is_array, is_traced
+from deqcore_jax.closure import is_traced
 from deqcore_jax.dtypes import single, wide
+from deqcore_jax.harness import JaxHarness
 from deqcore_jax.history import JaxHistory
 from deqcore_jax.kernels import JaxKernels, root
 from deqcore_jax.loop import loop
@@ -60,34 +59,6 @@ class JaxGuards(CallGuards):
 
     def watch(self, report: Callable[[Figures], None], figures: Figures, *, compiled: bool) -> None:
         failures.watch(report, figures, compiled=compiled)
-
-
-class JaxHarness(Harness):
-    """XLA's compiler, double precision, and every device's queue."""
-
-    def jit(self, fn: Callable[..., Tree]) -> Callable[..., Tree]:
-        compiled: Callable[..., Tree] = jax.jit(fn)
-        return compiled
-
-    def parameters(self, cell: Tree) -> tuple[Tree, Callable[[Tree], Callable[..., Tree]]]:
-        leaves, structure = jax.tree.flatten(cell)
-        trained = [i for i, leaf in enumerate(leaves) if is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)]
-
-        def bind(given: Tree) -> Callable[..., Tree]:
-            changed = dict(zip(trained, given, strict=True))
-            made: Callable[..., Tree] = jax.tree.unflatten(structure, [changed.get(i, x) for i, x in enumerate(leaves)])
-            return made
-
-        return [leaves[i] for i in trained], bind
-
-    @contextmanager
-    def high_precision(self) -> Iterator[None]:
-        with jax.enable_x64(True), jax.default_matmul_precision("highest"):
-            yield
-
-    def synchronize(self) -> None:
-        for device in jax.local_devices():  # work on one device runs in order, so the last piece waits for all
-            jax.block_until_ready(jax.device_put(0.0, device) + 0.0)
 
 
 class JaxBackend(Backend):

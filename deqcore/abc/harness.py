@@ -1,4 +1,4 @@
-"""A harness for measurements: tests, benchmarks and the study use it, a solve never does."""
+"""A harness for measurements: tests, benchmarks, diagnostics and the study use it, a solve never does."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from deqcore.abc.arrays import ArrayOps
+from deqcore.errors import BackendError
+from deqcore.types import Array, Tree
 
 
 class Harness:
@@ -33,6 +35,52 @@ class Harness:
         """
         call: Callable[..., Any] = cell
         return (), lambda _: call
+
+    def module_arrays(self, module: Any) -> dict[str, Array]:
+        """Return all arrays of a module by name: parameters, buffers and statistics. Empty for a plain function."""
+        return {}
+
+    def preserved(self, module: Any) -> AbstractContextManager[Any]:
+        """Enter a module to call freely: after the block, the arrays of the user's own module are as before it."""
+        return nullcontext(module)
+
+    def module_gradients(
+        self, module: Any, call: Callable[..., Array], inputs: tuple[Tree, ...], cotangent: Array
+    ) -> dict[str, Array] | None:
+        """Differentiate a call of a module as it stands, with its hooks and custom derivatives.
+
+        Args:
+            module: whose trained parameters get gradients.
+            call: `call(module, *inputs)` returns an array.
+            inputs: trees, whose floating-point arrays get gradients too.
+            cotangent: of the array that `call` returns.
+
+        Returns:
+            Gradients by name, zeros where there is none: the parameters' names, and ``inputs[0]`` and so on. None if
+            the framework has no modules, so that its functions are differentiated by `Autodiff.vjp`.
+        """
+        return None
+
+    def converted(self, module: Any, *, dtype: str | None = None, device: str | None = None) -> Any:
+        """Return a copy of a module with floating-point arrays of another dtype, or on another device.
+
+        Raises:
+            BackendError: the framework has no modules to convert.
+        """
+        if dtype is None and device is None:
+            return module
+        raise BackendError("The module must belong to a framework with modules (this backend only has functions).")
+
+    def devices(self) -> tuple[str, ...]:
+        """Return the names of the kinds of device that this process can use, the host first."""
+        return ("cpu",)
+
+    def global_state(self) -> dict[str, Any]:
+        """Return the framework's global settings and the state of its random generator, by name."""
+        return {}
+
+    def restore_global_state(self, state: dict[str, Any]) -> None:
+        """Set what `global_state` returned."""
 
     def high_precision(self) -> AbstractContextManager[object]:
         """Enter the precision of the conformance suite: double precision enabled, and no product shortened (TF32)."""

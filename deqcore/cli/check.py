@@ -1,4 +1,4 @@
-"""`deqcore check`: check gradients, backends, solvers and strategies. Exits with status 1 if a check fails."""
+"""`deqcore check`: check gradients, backends, solvers, strategies and layers. Exits with status 1 if a check fails."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Annotated, Final
 
 import typer
 
-from deqcore.cli import conformance
+from deqcore.cli import conformance, layer
 from deqcore.cli.output import AsJson, progress_printer
 from deqcore.config import Config
 from deqcore.errors import ConfigError, did_you_mean, listing
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
-for item in (conformance.backend, conformance.solver, conformance.strategy):
+for item in (conformance.backend, conformance.solver, conformance.strategy, layer.layer):
     app.command()(item)
 
 DTYPES: Final = ("float64", "float32")
@@ -22,7 +22,7 @@ DTYPES: Final = ("float64", "float32")
 
 @app.callback()
 def check() -> None:
-    """Check gradients, backends, solvers and strategies."""
+    """Check gradients, backends, solvers, strategies and layers."""
 
 
 @app.command()

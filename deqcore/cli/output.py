@@ -18,7 +18,16 @@ from deqcore.errors import DeqcoreError
 TableRow: TypeAlias = Mapping[str, object]
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
-STYLES: Final = {"ok": "green", "heavy": "yellow", "broken": "red", "conflict": "red", "disabled": "dim"}
+STYLES: Final = {
+    "ok": "green",
+    "heavy": "yellow",
+    "note": "yellow",
+    "broken": "red",
+    "conflict": "red",
+    "failed": "red",
+    "disabled": "dim",
+    "skipped": "dim",
+}
 
 
 def show(rows: Sequence[TableRow], columns: Iterable[str], *, as_json: bool, empty: str = "Nothing to show.") -> None:

@@ -8,13 +8,16 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from deqcore.abc.backend import Backend
 from deqcore.errors import ProblemError, did_you_mean, listing
 from deqcore.types import Array, Tree
+
+SUBJECTS: Final = {"LAYER": "a LayerUnderTest or a module"}
+"""What the name in `file.py:name` stands for, by the option of the command."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def load_problem(where: str) -> Problem:
     Raises:
         ProblemError: no such file or name, the file raises, or the name is something else.
     """
-    result = _loaded(where)
+    result = load_named(where)
     if not isinstance(result, Problem):
         raise ProblemError(
             f"{where} must be a deqcore.testing.Problem, or a function without arguments that returns one "
@@ -133,7 +136,7 @@ def load_own(where: str) -> Problem | tuple[Any, ...]:
     Raises:
         ProblemError: as `load_problem`, or a layer comes without data.
     """
-    result = _loaded(where)
+    result = load_named(where)
     if isinstance(result, Problem) or (isinstance(result, tuple) and len(result) > 1 and callable(result[0])):
         return result
     raise ProblemError(
@@ -143,21 +146,28 @@ def load_own(where: str) -> Problem | tuple[Any, ...]:
     )
 
 
-def _loaded(where: str) -> Any:
-    """Return what `path/to/file.py:name` names, or what the function of that name returns."""
+def load_named(where: str, option: str = "--problem") -> Any:
+    """Return what `path/to/file.py:name` names, or what the function of that name returns.
+
+    Args:
+        where: the file and the name.
+        option: of the command that the user called, for messages.
+
+    Raises:
+        ProblemError: no such file or name, or the file or the function raises.
+    """
     path_text, separator, name = where.rpartition(":")
     if not separator or not name.isidentifier():
-        raise ProblemError(f"--problem must be path/to/file.py:name (got {where!r}).")
+        raise ProblemError(f"{option} must be path/to/file.py:name (got {where!r}).")
     path = Path(path_text)
     if not path.is_file():
-        raise ProblemError(f"--problem {where!r}: the file {path_text!r} does not exist in {Path.cwd()}.")
-    module = _execute(path)
+        raise ProblemError(f"{option} {where!r}: the file {path_text!r} does not exist in {Path.cwd()}.")
+    module = _execute(path, option)
     if not hasattr(module, name):
         public = [key for key in vars(module) if not key.startswith("_")]
         fitting = [key for key in public if isinstance(getattr(module, key), Problem)]
-        raise ProblemError(
-            f"{path} defines no {name!r}.{did_you_mean(name, public)} Problems in it: {listing(fitting)}."
-        )
+        rest = f" Problems in it: {listing(fitting)}." if option == "--problem" else ""
+        raise ProblemError(f"{path} defines no {name!r}.{did_you_mean(name, public)}{rest}")
     result = getattr(module, name)
     if not inspect.isroutine(result):
         return result
@@ -165,15 +175,15 @@ def _loaded(where: str) -> Any:
         return result()
     except Exception as error:
         raise ProblemError(
-            f"{path}:{name}() raised {type(error).__name__}: {error}. It must be a Problem, or a function "
-            f"without arguments that returns one."
+            f"{path}:{name}() raised {type(error).__name__}: {error}. It must be {SUBJECTS.get(option, 'a Problem')}, "
+            f"or a function without arguments that returns one."
         ) from error
 
 
-def _execute(path: Path) -> Any:
+def _execute(path: Path, option: str) -> Any:
     spec = importlib.util.spec_from_file_location(f"deqcore_problem_{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise ProblemError(f"{path} is not a Python file. --problem must be path/to/file.py:name.")
+        raise ProblemError(f"{path} is not a Python file. {option} must be path/to/file.py:name.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     sys.path.append(str(path.parent.resolve()))

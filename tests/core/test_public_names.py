@@ -36,8 +36,9 @@ PUBLIC = {
     "deqcore.halting": "Learnt Settled Within halting_distribution halting_loss ponder_loss until",
     "deqcore.plugins": """BackendSpec CommandSpec DataSpec ModelSpec SinkSpec SolverSpec StrategySpec TrainerSpec
         hookimpl register""",
-    "deqcore.diagnostics": """Audit Curve SpectralPenalty SpectralState Spectrum gradient_audit jacobian_penalty
-        layer_audit residual_curve residual_penalty spectral_penalty spectral_radius""",
+    "deqcore.diagnostics": """Audit CausalityLeak Claims Curve Finding LayerReport LayerUnderTest SpectralPenalty
+        SpectralState Spectrum check_causality check_layer gradient_audit jacobian_penalty layer_audit residual_curve
+        residual_penalty spectral_penalty spectral_radius""",
     "deqcore.monitor": "Event Metric Metrics Measurement Monitor Profile Record Row RunInfo Sink Trigger",
     "deqcore.monitor.adapters": "lightning_callback transformers_callback",
     "deqcore.testing": "BackendTests Problem SinkTests SolverTests StrategyTests golden weights",

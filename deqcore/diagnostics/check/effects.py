@@ -1,0 +1,140 @@
+"""What a call of a layer does beside returning its state: output, global settings, its own arrays, its inputs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import random
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import numpy as np
+
+from deqcore.abc.backend import Backend
+from deqcore.diagnostics.check.report import FAILED, NOTE, OK, Finding
+from deqcore.types import Tree
+
+SHOWN: Final = 3  # names in a line of text
+
+
+class Watch:
+    """Keeps global state as it was, and notes what calls print and change.
+
+    Random generators run on between the calls, so that a layer that draws from them shows itself; `close` restores
+    them.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        """Note the state before the first call."""
+        self.backend = backend
+        self.text = io.StringIO()
+        self.changed: dict[str, None] = {}
+        self.before = self._state()
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Enter one call: its output is kept from the terminal, and settings that it changes are restored."""
+        try:
+            with contextlib.redirect_stdout(self.text), contextlib.redirect_stderr(self.text):
+                yield
+        finally:
+            self._restore(lambda name: "random state" not in name)
+
+    def close(self) -> None:
+        """Restore everything."""
+        self._restore(lambda name: True)
+
+    def _state(self) -> dict[str, Any]:
+        own = {
+            "numpy random state": np.random.get_state(),
+            "python random state": random.getstate(),
+            "numpy error settings": np.geterr(),
+            "environment variables": dict(os.environ),
+            "working directory": os.getcwd(),
+        }
+        return own | self.backend.harness.global_state()
+
+    def _restore(self, chosen: Callable[[str], bool]) -> None:
+        now = self._state()
+        changed = {
+            name: value for name, value in self.before.items() if name in now and not _same(value, now[name])
+        }  # a setting that an import registers does not count
+        self.changed |= dict.fromkeys(changed)
+        _restore_own(changed)
+        rest = {name: value for name, value in changed.items() if name not in OWN and chosen(name)}
+        self.backend.harness.restore_global_state(rest)
+        if chosen("numpy random state"):
+            np.random.set_state(self.before["numpy random state"])
+            random.setstate(self.before["python random state"])
+
+
+OWN: Final = (
+    "numpy random state",
+    "python random state",
+    "numpy error settings",
+    "environment variables",
+    "working directory",
+)
+
+
+def _restore_own(changed: dict[str, Any]) -> None:
+    if "numpy error settings" in changed:
+        np.seterr(**changed["numpy error settings"])
+    if "environment variables" in changed:
+        os.environ.clear()
+        os.environ.update(changed["environment variables"])
+    if "working directory" in changed:
+        os.chdir(changed["working directory"])
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, tuple | list):
+        return type(a) is type(b) and len(a) == len(b) and all(_same(*pair) for pair in zip(a, b, strict=True))
+    if hasattr(a, "shape"):
+        return bool(np.array_equal(np.asarray(a), np.asarray(b)))
+    return bool(a == b)
+
+
+def copied(backend: Backend, tree: Tree) -> list[Any]:
+    """Return copies of a tree's arrays on the host."""
+    return [np.array(backend.to_numpy(backend.detach(x))) for x in backend.flatten(tree)[0] if backend.is_array(x)]
+
+
+def side_effects(
+    backend: Backend, watch: Watch, layer: Any, inputs: tuple[Tree, ...], run: Callable[[], Any]
+) -> Finding:
+    """Run the layer once and compare its arrays and its inputs before and after; with what `watch` has noted so far."""
+    names = list(backend.harness.module_arrays(layer))
+    arrays = copied(backend, list(backend.harness.module_arrays(layer).values()))
+    given = copied(backend, inputs)
+    run()
+    after = copied(backend, list(backend.harness.module_arrays(layer).values()))
+    moved = [name for name, a, b in zip(names, arrays, after, strict=False) if not _equal(a, b)]
+    overwritten = any(not _equal(a, b) for a, b in zip(given, copied(backend, inputs), strict=True))
+    lines, remedies = [], []
+    if overwritten:
+        lines.append("its inputs are overwritten")
+        remedies.append("copy an input before writing to it")
+    if moved:
+        lines.append(f"a call changes {_listed(moved)}")
+        remedies.append("call the layer in evaluation mode (running statistics change in training mode)")
+    if watch.changed:
+        lines.append(f"a call changes global state: {_listed(list(watch.changed))}; it was restored")
+        remedies.append("set global state outside of the layer, and pass a generator or a key")
+    text = watch.text.getvalue().strip()
+    if text:
+        lines.append(f"it prints {len(text.splitlines())} lines, the first is {text.splitlines()[0][:60]!r}")
+        remedies.append("remove the output, or use `logging`")
+    status = FAILED if overwritten else NOTE if lines else OK
+    remedy = f"{'; '.join(remedies)}.".capitalize() if remedies else ""
+    return Finding("side effects", status, "a call changes nothing", "; ".join(lines) or "none", remedy)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return bool(np.array_equal(a, b, equal_nan=a.dtype.kind in "fc"))
+
+
+def _listed(names: list[str]) -> str:
+    rest = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
