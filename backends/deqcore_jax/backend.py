@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.guards import CallGuards
-from deqcore.abc.harness import Harness
+from deqcore.abc.harness import Harness, Switch
 from deqcore.abc.linalg import SmallLinalg
 from deqcore.abc.scaling import scaled_norm
 from deqcore.errors import BackendError
@@ -84,6 +85,10 @@ class JaxHarness(Harness):
     def high_precision(self) -> Iterator[None]:
         with jax.enable_x64(True), jax.default_matmul_precision("highest"):
             yield
+
+    def switches(self) -> dict[str, Switch]:
+        names = ("jax_enable_x64", "jax_default_matmul_precision", "jax_debug_nans", "jax_disable_jit")
+        return {name: Switch(partial(jax.config.values.get, name), partial(jax.config.update, name)) for name in names}
 
     def synchronize(self) -> None:
         for device in jax.local_devices():  # work on one device runs in order, so the last piece waits for all

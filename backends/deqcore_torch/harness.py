@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from deqcore.abc.harness import Harness
+from deqcore.abc.harness import Harness, Switch
 
 
 class TorchHarness(Harness):
@@ -31,6 +31,21 @@ class TorchHarness(Harness):
             return super().parameters(cell)
         trained = {name: value for name, value in cell.named_parameters() if value.requires_grad}
         return trained, lambda given: lambda *args: torch.func.functional_call(cell, given, args)
+
+    def switches(self) -> dict[str, Switch]:
+        return {
+            "torch default dtype": Switch(torch.get_default_dtype, torch.set_default_dtype),
+            "torch grad mode": Switch(torch.is_grad_enabled, torch.set_grad_enabled),
+            "torch anomaly mode": Switch(torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+            "torch threads": Switch(torch.get_num_threads, torch.set_num_threads),
+            "torch deterministic algorithms": Switch(
+                torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms
+            ),
+            "torch seed": Switch(
+                lambda: torch.get_rng_state().numpy().tobytes(),
+                lambda state: torch.set_rng_state(torch.frombuffer(bytearray(state), dtype=torch.uint8)),
+            ),
+        }
 
     def synchronize(self) -> None:
         if torch.cuda.is_available():

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 from deqcore.abc.arrays import ArrayOps
+
+
+class Switch(NamedTuple):
+    """A setting of a whole process.
+
+    Attributes:
+        read: returns its value, which compares with `==`.
+        write: sets it to a value that `read` has returned.
+    """
+
+    read: Callable[[], Any]
+    write: Callable[[Any], object]
 
 
 class Harness:
@@ -37,6 +49,10 @@ class Harness:
     def high_precision(self) -> AbstractContextManager[object]:
         """Enter the precision of the conformance suite: double precision enabled, and no product shortened (TF32)."""
         return nullcontext()
+
+    def switches(self) -> dict[str, Switch]:
+        """Return the settings of the process that foreign code may change: defaults of the framework and its seeds."""
+        return {}
 
     def synchronize(self) -> None:
         """Wait until all devices have finished. Only measurements call it."""
