@@ -1,8 +1,8 @@
 """The contract of a solver that another library runs from start to end: one call solves, and there are no steps.
 
-An adapter is a frozen dataclass that puts such a solver behind `ExternalSolver`. `deqcore check solver NAME` then judges
-it by `deqcore.testing.suite.external`. It also is a `Solver` whose one step solves, so that `deqcore.fixed_point` can
-use it with any backward strategy that needs no estimate.
+An adapter is a frozen dataclass that puts such a solver behind `ExternalSolver`. `deqcore check solver NAME` then
+judges it by `deqcore.testing.suite.external`. It also is a `Solver` whose one step solves, so that
+`deqcore.fixed_point` can use it with any backward strategy that needs no estimate.
 """
 
 from __future__ import annotations

@@ -80,7 +80,9 @@ class Case:
         z0, b = (str(rows).replace("nan", "float('nan')") for rows in (self.z0, self.b))
         kind = "" if self.dtype == "float64" else f"  # {self.dtype}"
         call = f"result = solve({solver!r}, f, z0, b, rtol={self.rtol:g}, max_steps={self.max_steps})"
-        return "\n".join([f"f = lambda z, b: {self.f}", f"z0 = {z0}{kind}", f"b = {b}", call, *([after] if after else [])])
+        return "\n".join(
+            [f"f = lambda z, b: {self.f}", f"z0 = {z0}{kind}", f"b = {b}", call, *([after] if after else [])]
+        )
 
 
 LINEAR: Final = Case("0.5 * z + b", [[0.0, 0.0]], [[1.0, 2.0]])

@@ -15,13 +15,13 @@ from deqcore.abc.harness import Switch
 
 
 def _numpy_seed() -> Any:
-    kind, key, *rest = np.random.get_state()  # noqa: NPY002 - the state that others share
+    kind, key, *rest = np.random.get_state()
     return (kind, bytes(key), *rest)
 
 
 def _set_numpy_seed(state: Any) -> None:
     kind, key, *rest = state
-    np.random.set_state((kind, np.frombuffer(key, np.uint32), *rest))  # noqa: NPY002
+    np.random.set_state((kind, np.frombuffer(key, np.uint32), *rest))
 
 
 def _set_filters(filters: Any) -> None:
