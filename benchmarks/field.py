@@ -23,7 +23,7 @@ from typing import Any, Final
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 ADAPTERS: Final = ROOT / "examples" / "adapters"
-LIMIT: Final = 150
+LIMIT: Final = 300
 ABSENT: Final = {"banax": "it needs Python 3.12 or later"}
 HEADER: Final = """# The field: solvers of other libraries, judged
 
@@ -32,8 +32,8 @@ Written by `make field` ({command}) on {date}, Python {python}, with {versions}.
 Each cell counts the checks that fail, with the library's defaults and, where a second figure stands, with its best
 settings. **✓**: all hold. *not claimed*: the library does not promise it, so it is not checked. –: does not apply.
 [Failures](failures.md) has a script for each failure, and a text for its authors. The adapters are in
-`examples/adapters`; [Check a solver of another library](adapters.md) says how to write one. The seconds are those of the
-whole card, on a machine that was busy with other work.
+`examples/adapters`; [Check a solver of another library](adapters.md) says how to write one. The seconds are those of
+the whole card, on a machine that was busy with other work.
 
 """
 

@@ -11,7 +11,7 @@ from deqcore.abc.external import ExternalResult
 
 @dataclass(frozen=True)
 class FixedPoint(TorchSolver):
-    """`deepinv.optim.FixedPoint` with the rule of `BaseOptim` when to stop: the mean of relative changes over the batch.
+    """`deepinv.optim.FixedPoint` with the rule of `BaseOptim` to stop: the mean relative change over the batch.
 
     Gradients belong to the classes around it, and are not judged.
     """

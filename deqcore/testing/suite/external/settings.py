@@ -15,7 +15,8 @@ from deqcore.abc.harness import Switch
 
 
 def _numpy_seed() -> Any:
-    kind, key, *rest = np.random.get_state()
+    state: Any = np.random.get_state()
+    kind, key, *rest = state
     return (kind, bytes(key), *rest)
 
 

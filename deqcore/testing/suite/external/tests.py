@@ -186,8 +186,8 @@ class ExternalSolverTests(Conformance):
         if found is None:
             assert "second" not in judge.solver.claims, f"second derivatives are claimed, but {refusal}"
             return
-        error = distance(found, expected)
-        assert error <= 1e-3, f"the second derivative is {found.tolist()}, off by {100 * error:.2g} %, without an error"
+        away = distance(found, expected)
+        assert away <= 1e-3, f"the second derivative is {found.tolist()}, off by {100 * away:.2g} %, without an error"
 
     def test_evaluations_are_those_that_took_place(self, judge: Judge) -> None:
         judge.needs("evaluations")
