@@ -35,3 +35,5 @@ def deqcore_solvers() -> Iterator[SolverSpec]:
         if find_spec(library) is not None:
             for name, cls in solvers.items():
                 yield SolverSpec(name, f"with_{library}:{cls}", summary=f"{library}'s, as a whole solve")
+    if find_spec("torch") is not None:
+        yield SolverSpec("checkout", "with_checkout:Checkout", summary="a function of published code, see --path")
