@@ -6,7 +6,7 @@ USABLE := $(VENV)/.deqcore-usable
 STAMP  := $(VENV)/.deqcore-installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: study test check types unit bench plugins faults fuzz docs release-check clean
+.PHONY: study test check types unit bench field plugins faults fuzz docs release-check clean
 
 # Install the pinned torch first, so that no later package replaces it by another build.
 $(USABLE): pyproject.toml constraints.txt
@@ -46,6 +46,11 @@ unit: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -r benchmarks/requirements.txt
 	$(BIN)/python -m benchmarks --out docs/benchmarks
+
+# Judge solvers of other libraries: docs/field, and a card for each in build/field. ARGS="--only scipy-hybr": one of them.
+field: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -r examples/adapters/requirements.txt
+	$(BIN)/python -m benchmarks.field $(ARGS)
 
 # Install the wheels of deqcore and examples/plugins in a fresh environment, and run their suites.
 plugins: $(STAMP)

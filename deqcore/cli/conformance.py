@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
@@ -34,6 +35,14 @@ Expect: TypeAlias = Annotated[
     Path | None, typer.Option(help="TOML file of expected failures, test = 'reason'. One that passes is a failure.")
 ]
 Junit: TypeAlias = Annotated[Path | None, typer.Option(help="Write JUnit XML to this file.")]
+Report: TypeAlias = Annotated[Path | None, typer.Option(help="Write a report card, one HTML page, to this file.")]
+Limit: TypeAlias = Annotated[
+    float, typer.Option(help="Seconds that one test may take; then it has failed and its process is ended.")
+]
+SearchPath: TypeAlias = Annotated[
+    list[Path] | None,
+    typer.Option("--path", help="Folder of code that is not installed, such as a checkout; may be repeated."),
+]
 Select: TypeAlias = Annotated[str | None, typer.Option("--select", "-k", help="Only tests whose names match.")]
 
 
@@ -63,13 +72,18 @@ def of_method(kind: SubjectKind, about: str) -> Callable[..., None]:
         expect: Expect = None,
         junit: Junit = None,
         select: Select = None,
+        report: Report = None,
+        limit: Limit = 300.0,
+        path: SearchPath = None,
         as_json: AsJson = False,
     ) -> None:
         from deqcore.testing.runner.conformance import SuiteRequest
 
         check_json("--options", options, '{"history_size": 5}')
         check_json("--cost-bounds", cost_bounds, '{"slow-modes": 60}')
-        run(SuiteRequest(kind, name, tuple(on or ()), device, options, cost_bounds, expect, select), junit, as_json)
+        search(path or ())
+        asked = SuiteRequest(kind, name, tuple(on or ()), device, options, cost_bounds, expect, select, limit=limit)
+        run(asked, junit, as_json, report)
 
     command.__name__, command.__doc__ = kind, about
     return command
@@ -83,18 +97,30 @@ strategy = of_method(
 )
 
 
-def run(request: SuiteRequest, junit: Path | None, as_json: bool) -> None:
+def search(folders: Sequence[Path]) -> None:
+    """Put folders of code that is not installed in front of where Python looks for modules, here and in the suite."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(f"--path must be an existing folder (got {str(folder)!r}).")
+        sys.path.insert(0, str(folder.resolve()))
+
+
+def run(request: SuiteRequest, junit: Path | None, as_json: bool, report: Path | None = None) -> None:
     """Run the suite, print its outcomes, and exit with status 1 if a test failed."""
     from deqcore.testing.gradients.render import console
-    from deqcore.testing.runner import conformance, render
+    from deqcore.testing.runner import card, conformance, render
 
     Config.discover()
-    check_paths(junit, request.expect)
+    check_paths(junit, request.expect, report)
+    if not request.limit > 0:
+        raise ConfigError(f"--limit must be a number of seconds > 0 (got {request.limit:g}).")
     start = time.perf_counter()
     outcomes = conformance.check(request, progress_printer(as_json))
     seconds = time.perf_counter() - start
     if junit is not None:
         junit.write_text(render.junit(request, outcomes), encoding="utf-8")
+    if report is not None:
+        report.write_text(card.page(request, outcomes, seconds), encoding="utf-8")
     if as_json:
         typer.echo(json.dumps(render.as_json(request, outcomes, seconds), indent=2))
     else:
@@ -113,12 +139,13 @@ def check_json(option: str, text: str | None, example: str) -> None:
     raise ConfigError(f"{option} must be a JSON object, such as '{example}' (got {text!r}).")
 
 
-def check_paths(junit: Path | None, expect: Path | None) -> None:
-    """Raise a ConfigError unless `junit` can be written and `expect` is a file."""
-    if junit is not None and not junit.parent.is_dir():
-        raise ConfigError(f"--junit must be in an existing folder (got {str(junit)!r}).")
-    if junit is not None and junit.is_dir():
-        raise ConfigError(f"--junit must be the name of a file to write (got the directory {str(junit)!r}).")
+def check_paths(junit: Path | None, expect: Path | None, report: Path | None = None) -> None:
+    """Raise a ConfigError unless `junit` and `report` can be written and `expect` is a file."""
+    for option, path in (("--junit", junit), ("--report", report)):
+        if path is not None and not path.parent.is_dir():
+            raise ConfigError(f"{option} must be in an existing folder (got {str(path)!r}).")
+        if path is not None and path.is_dir():
+            raise ConfigError(f"{option} must be the name of a file to write (got the directory {str(path)!r}).")
     if expect is not None and expect.is_dir():
         raise ConfigError(f"--expect must be a TOML file (got the directory {str(expect)!r}).")
     if expect is not None and not expect.is_file():

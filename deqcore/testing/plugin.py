@@ -19,6 +19,7 @@ pytest.register_assert_rewrite("deqcore.testing.suite")
 
 from deqcore.config import Config  # noqa: E402
 from deqcore.errors import did_you_mean, listing  # noqa: E402
+from deqcore.testing.runner.isolation import Journal  # noqa: E402
 from deqcore.testing.suite.base import NEEDS, Conformance  # noqa: E402
 
 
@@ -35,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--deqcore-cost-bounds",
         help="golden problems that it solves with these options, each with its largest cost, as JSON",
     )
-    add("--deqcore-results", metavar="FILE", help="write each test's outcome to this JSON file")
+    add("--deqcore-results", metavar="FILE", help="write each test's outcome to this file, a line of JSON each")
     add("--deqcore-project", action="store_true", help="load the plugins of the project in the working directory")
     add("--deqcore-expect", metavar="FILE", help="TOML file of expected failures: test = 'reason'")
 
@@ -50,18 +51,44 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Results:
-    """Collects the outcome of each test and writes all of them at the end."""
+    """Writes each test's outcome as soon as it is known, so that it outlives a test that ends the process.
+
+    Tests that have an outcome in the file, from an earlier process, are left out.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.done = set(Journal.read(path).entries)
         self.found: dict[str, dict[str, object]] = {}
+
+    def _write(self, event: Mapping[str, object]) -> None:
+        with self.path.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(event) + "\n")
+
+    @pytest.hookimpl(trylast=True)  # after -k
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        """Leave out what is done, and note the names of all tests."""
+        self._write({"collected": [*self.done, *(item.name for item in items if item.name not in self.done)]})
+        done = [item for item in items if item.name in self.done]
+        if done:
+            config.hook.pytest_deselected(items=done)
+            items[:] = [item for item in items if item.name not in self.done]
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        """Note which test runs."""
+        self._write({"running": nodeid.rpartition("::")[2]})
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        """Write its outcome."""
+        self._write(self.found[nodeid.rpartition("::")[2]])
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Take one phase of one test: setup, call or teardown."""
         name = report.nodeid.rpartition("::")[2]
         entry = self.found.setdefault(
-            name, {"test": name, "outcome": "passed", "message": "", "detail": "", "seconds": 0.0}
+            name, {"test": name, "outcome": "passed", "message": "", "detail": "", "seconds": 0.0, "notes": {}}
         )
+        entry["notes"] = dict(report.user_properties)
         entry["seconds"] = float(str(entry["seconds"])) + report.duration
         if report.passed or entry["outcome"] == "failed":
             return
@@ -80,11 +107,9 @@ class Results:
                 "message": report.longreprtext.strip().splitlines()[-1],
                 "detail": report.longreprtext,
                 "seconds": 0.0,
+                "notes": {},
             }
-
-    def pytest_sessionfinish(self) -> None:
-        """Write the file."""
-        self.path.write_text(json.dumps(list(self.found.values())))
+            self._write(self.found[name])
 
 
 def _reason(report: pytest.TestReport) -> str:

@@ -58,7 +58,7 @@ class Watch:
     def _restore(self, chosen: Callable[[str], bool]) -> None:
         now = self._state()
         changed = {
-            name: value for name, value in self.before.items() if name in now and not _same(value, now[name])
+            name: value for name, value in self.before.items() if name in now and not same(value, now[name])
         }  # a setting that an import registers does not count
         self.changed |= dict.fromkeys(changed)
         _restore_own(changed)
@@ -88,9 +88,10 @@ def _restore_own(changed: dict[str, Any]) -> None:
         os.chdir(changed["working directory"])
 
 
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
+    """Return whether two values of a setting are equal; arrays and nested tuples are compared by content."""
     if isinstance(a, tuple | list):
-        return type(a) is type(b) and len(a) == len(b) and all(_same(*pair) for pair in zip(a, b, strict=True))
+        return type(a) is type(b) and len(a) == len(b) and all(same(*pair) for pair in zip(a, b, strict=True))
     if hasattr(a, "shape"):
         return bool(np.array_equal(np.asarray(a), np.asarray(b)))
     return bool(a == b)

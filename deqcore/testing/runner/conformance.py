@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal
 
 from deqcore import get_backend, plugins
+from deqcore.abc.external import ExternalSolver
 from deqcore.errors import BackendError, ConfigError, MissingExtraError
 from deqcore.testing import strict
+from deqcore.testing.runner import isolation
 from deqcore.testing.runner.processes import environment, installed
 
 SubjectKind = Literal["backend", "solver", "strategy"]
 
 NO_TESTS: Final = 5  # pytest's exit code
 USAGE: Final = 4
+LIMIT: Final = 300.0
+BEST: Final = "best settings"
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class CaseOutcome:
         message: why it failed or was skipped, in one line.
         detail: the whole report of a failure.
         seconds: that it took.
+        notes: what the test noted for a report, such as its "code" in a few lines.
     """
 
     test: str
@@ -42,6 +46,7 @@ class CaseOutcome:
     message: str
     detail: str
     seconds: float
+    notes: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def check(self) -> str:
@@ -63,6 +68,7 @@ class SuiteRequest:
         expect: a TOML file of expected failures.
         select: only tests that match, as pytest's `-k`.
         first: stop at the first failure.
+        limit: seconds that one test may take.
     """
 
     kind: SubjectKind
@@ -74,6 +80,13 @@ class SuiteRequest:
     expect: Path | None = None
     select: str | None = None
     first: bool = False
+    limit: float = LIMIT
+
+    @property
+    def external(self) -> type[ExternalSolver] | None:
+        """The adapter of another library's solver, if the subject is one."""
+        cls: object = plugins.load(self.kind, self.name) if self.kind == "solver" else None
+        return cls if isinstance(cls, type) and issubclass(cls, ExternalSolver) else None
 
 
 def check(request: SuiteRequest, tell: Callable[[str], None] = lambda _: None) -> list[CaseOutcome]:
@@ -97,6 +110,12 @@ def check(request: SuiteRequest, tell: Callable[[str], None] = lambda _: None) -
     for backend in backends_of(request):
         tell(f"{request.kind} {request.name} on {backend} …")
         results += _run(request, backend)
+    best = getattr(request.external, "best", {})
+    if best and request.options is None:
+        tell(f"{request.kind} {request.name}, {BEST} …")
+        chosen = replace(request, options=json.dumps(dict(best)))
+        (backend,) = backends_of(request)
+        results += [replace(each, backend=f"{backend}, {BEST}") for each in _run(chosen, backend)]
     return results
 
 
@@ -105,10 +124,19 @@ def backends_of(request: SuiteRequest) -> tuple[str, ...]:
     if request.kind == "backend":
         strict.register()
         return installed((request.name,))
+    if request.external is not None:
+        return _own_backend(request, request.external.backend)
     if request.backends:
         strict.register()
         return installed(request.backends)
     return (strict.NAME, *(name for name in installed(()) if name != strict.NAME))
+
+
+def _own_backend(request: SuiteRequest, own: str) -> tuple[str, ...]:
+    """Return the backend of an adapter, which takes arrays of one framework only."""
+    if set(request.backends) - {own}:
+        raise ConfigError(f"--backend must be {own!r}: {request.name} takes its arrays (got {list(request.backends)}).")
+    return installed((own,))
 
 
 def arguments(request: SuiteRequest, backend: str, results: Path) -> list[str]:
@@ -128,7 +156,8 @@ def arguments(request: SuiteRequest, backend: str, results: Path) -> list[str]:
     args += [f"--deqcore-{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
     args += ["-k", request.select] if request.select else []
     args += ["-x"] if request.first else []
-    return [*args, "--deqcore-project", "--pyargs", f"deqcore.testing.suite.test_{request.kind}"]
+    suite = "external" if request.external is not None else request.kind
+    return [*args, "--deqcore-project", "--pyargs", f"deqcore.testing.suite.test_{suite}"]
 
 
 def _check_device(request: SuiteRequest) -> None:
@@ -140,21 +169,21 @@ def _check_device(request: SuiteRequest) -> None:
 
 def _run(request: SuiteRequest, backend: str) -> list[CaseOutcome]:
     with tempfile.TemporaryDirectory(prefix="deqcore-check-") as folder:
-        results = Path(folder) / "results.json"
-        env = {**environment("float64"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", *arguments(request, backend, results)],
-            env=_kept(env),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if not results.exists() or done.returncode in (USAGE, NO_TESTS):
-            lines = [line for line in (done.stdout + done.stderr).strip().splitlines() if line.strip()]
-            if done.returncode == NO_TESTS:
+        results = Path(folder) / "results.jsonl"
+        env = {
+            **environment("float64"),
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+            "PYTEST_ADDOPTS": "",
+            "MPLBACKEND": "Agg",
+        }
+        ended = isolation.run(arguments(request, backend, results), _kept(env), results, request.limit)
+        if ended.entries is None or ended.returncode in (USAGE, NO_TESTS):
+            lines = [line for line in ended.output.strip().splitlines() if line.strip()]
+            if ended.returncode == NO_TESTS and not ended.entries:
                 raise ConfigError(f"No test matches {request.select!r}: see the names in `deqcore check … --json`.")
-            raise BackendError(f"The suite could not run on {backend}: {lines[-1] if lines else 'no message'}")
-        return [CaseOutcome(**load, backend=backend) for load in json.loads(results.read_text())]
+            if ended.returncode != NO_TESTS:
+                raise BackendError(f"The suite could not run on {backend}: {lines[-1] if lines else 'no message'}")
+        return [CaseOutcome(**load, backend=backend) for load in ended.entries or ()]
 
 
 def _kept(env: Mapping[str, str]) -> dict[str, str]:

@@ -1,0 +1,189 @@
+"""Judge the solvers of `examples/adapters` and write one table: `python -m benchmarks.field --out docs/field`.
+
+Each solver runs by `deqcore check solver NAME --report` in a process of its own; one that hangs or dies still gets its
+rows. Results are saved after each solver, and `--resume` keeps those that are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+ADAPTERS: Final = ROOT / "examples" / "adapters"
+LIMIT: Final = 300
+ABSENT: Final = {"banax": "it needs Python 3.12 or later"}
+HEADER: Final = """# The field: solvers of other libraries, judged
+
+Written by `make field` ({command}) on {date}, Python {python}, with {versions}.
+
+Each cell counts the checks that fail, with the library's defaults and, where a second figure stands, with its best
+settings. **✓**: all hold. *not claimed*: the library does not promise it, so it is not checked. –: does not apply.
+[Failures](failures.md) has a script for each failure, and a text for its authors. The adapters are in
+`examples/adapters`; [Check a solver of another library](adapters.md) says how to write one. The seconds are those of
+the whole card, on a machine that was busy with other work.
+
+"""
+
+
+def names() -> list[str]:
+    """Return the registered names of all adapters whose library is installed."""
+    sys.path.insert(0, str(ADAPTERS))
+    from deqfile import ADAPTERS as registered  # type: ignore[import-not-found]
+
+    return [name for library, solvers in registered.items() if find_spec(library) for name in solvers]
+
+
+def judge(name: str, cards: Path) -> dict[str, Any]:
+    """Return the outcomes of one solver: per property and settings, how many checks ran and failed, and why."""
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "deqcore", "check", "solver", name, "--json", f"--limit={LIMIT}"]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "backends")])
+    done = subprocess.run(
+        [*command, "--report", str(cards / f"{name}.html")],
+        cwd=ADAPTERS, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    seconds = round(time.perf_counter() - start)
+    if done.returncode not in (0, 1):
+        return {"seconds": seconds, "error": (done.stderr.strip().splitlines() or ["no message"])[-1], "checks": []}
+    tests = json.loads(done.stdout)["tests"]
+    cpu = round(sum(test["seconds"] for test in tests))
+    return {"seconds": seconds, "in_tests": cpu, "error": "", "checks": list(_checks(tests))}
+
+
+def _checks(tests: Iterable[Mapping[str, Any]]) -> Iterable[dict[str, Any]]:
+    grouped: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for test in tests:
+        column = "best" if test["backend"].endswith("best settings") else "default"
+        grouped.setdefault((test["test"].partition("[")[0], column), []).append(test)
+    for (check, column), same in grouped.items():
+        ran = [test for test in same if test["outcome"] != "skipped"]
+        bad = [test for test in ran if test["outcome"] == "failed"]
+        skipped = "" if ran else str(same[0]["message"]).partition(":")[0]
+        failures = [
+            {"test": test["test"], "message": test["message"], "code": test["notes"].get("code", "")} for test in bad
+        ]
+        yield {"check": check, "column": column, "ran": len(ran), "skipped": skipped, "failures": failures}
+
+
+def cell(result: Mapping[str, Any], check: str) -> str:
+    """Return a cell of the table: the default settings, then the best ones if they differ."""
+    if result["error"]:
+        return "did not run"
+    texts = [
+        _one(each)
+        for column in ("default", "best")
+        for each in result["checks"]
+        if (each["check"], each["column"]) == (check, column)
+    ]
+    return " / ".join(dict.fromkeys(texts)) or "–"
+
+
+def _one(check: Mapping[str, Any]) -> str:
+    if check["failures"]:
+        return f"✗ {len(check['failures'])} of {check['ran']}"
+    if check["ran"]:
+        return "✓"
+    return "*not claimed*" if check["skipped"] == "not claimed" else "–"
+
+
+def sentence(check: str) -> str:
+    """Return a test's name as a sentence."""
+    return check.removeprefix("test_").replace("_", " ").capitalize()
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the Markdown table: solvers in rows, since a page is narrower than there are solvers."""
+    checks = list(dict.fromkeys(each["check"] for result in results.values() for each in result["checks"]))
+    checks.remove("test_claims_have_known_names")
+    lines = ["| property | " + " | ".join(results) + " |", "|---|" + "---|" * len(results)]
+    lines += [
+        f"| {sentence(check)} | " + " | ".join(cell(result, check) for result in results.values()) + " |"
+        for check in checks
+    ]
+    lines.append(
+        "| *seconds for the card* | " + " | ".join(str(result["seconds"]) for result in results.values()) + " |"
+    )
+    return "\n".join(lines) + "\n"
+
+
+def failures(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a list of all failures in words."""
+    lines = ["\n## What fails\n"]
+    for name, result in results.items():
+        if result["error"]:
+            lines.append(f"- `{name}` did not run: {result['error']}")
+        messages: dict[tuple[str, str], list[str]] = {}
+        for check in result["checks"]:
+            for failure in check["failures"]:
+                case = failure["test"].partition("[")[2].removesuffix("]").split(name)[-1].strip("-")
+                key = check["check"], case
+                messages.setdefault(key, []).append(
+                    f"{failure['message'].removeprefix('AssertionError: ')} ({check['column']})"
+                )
+        for (check, case), texts in messages.items():
+            lines.append(f"- `{name}`, {sentence(check).lower()}{f' [{case}]' if case else ''}: {texts[0]}")
+    lines += [
+        "\n## Not here\n",
+        *(f"- {library}: {why}." for library, why in ABSENT.items() if find_spec(library) is None),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def page(results: Mapping[str, Mapping[str, Any]], about: Mapping[str, str]) -> str:
+    """Return the whole page."""
+    return HEADER.format(**about) + table(results) + failures(results)
+
+
+def versions(results: Mapping[str, Any]) -> str:
+    """Return the versions of all libraries that were judged, and of the frameworks."""
+    libraries = sorted({name.partition("-")[0] for name in results} | {"torch", "jax", "numpy"})
+    return ", ".join(f"{name} {metadata.version(name)}" for name in libraries)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "field")
+    parser.add_argument("--cards", type=Path, default=ROOT / "build" / "field", help="folder of the HTML cards")
+    parser.add_argument("--only", action="append", help="this solver only; may be repeated")
+    parser.add_argument("--resume", action="store_true", help="keep the results that are there")
+    parser.add_argument("--jobs", type=int, default=2)
+    asked = parser.parse_args()
+    asked.out.mkdir(parents=True, exist_ok=True)
+    asked.cards.mkdir(parents=True, exist_ok=True)
+    file, listed = asked.out / "results.json", names()
+    stored = json.loads(file.read_text())["results"] if file.exists() else {}
+    results = stored if asked.resume or asked.only else {}
+    todo = asked.only or [name for name in listed if name not in results]
+
+    def run(name: str) -> None:
+        results[name] = judge(name, asked.cards)
+        ordered = {each: results[each] for each in listed if each in results}
+        about = {
+            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "python": platform.python_version(),
+            "versions": versions(ordered),
+            "command": f"`python -m benchmarks.field`, {asked.jobs} at a time",
+        }
+        file.write_text(json.dumps({"about": about, "results": ordered}, indent=1, ensure_ascii=False) + "\n")
+        (asked.out / "index.md").write_text(page(ordered, about))
+        print(f"{name}: {results[name]['seconds']} s", flush=True)
+
+    with ThreadPoolExecutor(asked.jobs) as pool:
+        list(pool.map(run, todo))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""The report card of a conformance run: one page of HTML that needs no network."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from importlib.resources import files
+from typing import Final
+
+from deqcore import plugins
+from deqcore.errors import MissingExtraError
+from deqcore.pages.assets import assets
+from deqcore.testing.runner.conformance import BEST, CaseOutcome, SuiteRequest, ok
+from deqcore.testing.runner.render import sentence
+
+NOT_CLAIMED: Final = "not claimed"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A property under one column of settings.
+
+    Attributes:
+        text: ✓ or ✗ with counts, "not claimed" or "–".
+        style: class of the style sheet.
+    """
+
+    text: str
+    style: str
+
+
+@dataclass(frozen=True)
+class PropertyRow:
+    """A line of the table: the test's sentence, and a cell per column."""
+
+    sentence: str
+    cells: Sequence[Cell]
+
+
+@dataclass(frozen=True)
+class CardFailure:
+    """A failed check, with the smallest of its cases that failed.
+
+    Attributes:
+        sentence: what must hold.
+        columns: settings under which it fails.
+        test: its name.
+        message: what is wrong, in words and figures.
+        code: the case in a few lines, or "".
+        command: that runs it alone.
+    """
+
+    sentence: str
+    columns: str
+    test: str
+    message: str
+    code: str
+    command: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number that a test noted."""
+
+    test: str
+    column: str
+    name: str
+    value: object
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the page shows."""
+
+    ok: bool
+    verdict: str
+    about: str
+    columns: Sequence[str]
+    rows: Sequence[PropertyRow]
+    failures: Sequence[CardFailure]
+    figures: Sequence[Figure]
+
+
+def card(request: SuiteRequest, outcomes: Sequence[CaseOutcome], seconds: float) -> Card:
+    """Collect the outcomes of a run."""
+    columns = list(dict.fromkeys(outcome.backend for outcome in outcomes))
+    checks = list(dict.fromkeys(outcome.check for outcome in outcomes))
+    rows = [
+        PropertyRow(
+            sentence(check),
+            [cell(each for each in outcomes if (each.check, each.backend) == (check, column)) for column in columns],
+        )
+        for check in checks
+    ]
+    bad = [each for each in outcomes if each.outcome == "failed"]
+    failing = len({each.check for each in bad})
+    verdict = (
+        f"{failing} of {len(checks)} properties fail: {len(bad)} checks."
+        if bad
+        else f"All {len(checks)} properties hold or are not claimed."
+    )
+    figures = [
+        Figure(each.test, each.backend, name, value)
+        for each in outcomes
+        for name, value in each.notes.items()
+        if name != "code"
+    ]
+    return Card(ok(outcomes), verdict, about(request, seconds), columns, rows, list(_failures(request, bad)), figures)
+
+
+def cell(cases: Iterator[CaseOutcome]) -> Cell:
+    """Return the cell of one property in one column."""
+    listed = list(cases)
+    ran = [each for each in listed if each.outcome != "skipped"]
+    failed = sum(each.outcome == "failed" for each in ran)
+    if failed:
+        return Cell(f"✗ {failed} of {len(ran)}", "no")
+    if ran:
+        expected = sum(each.outcome == "expected" for each in ran)
+        return Cell(f"✓ {len(ran)}" + (f" ({expected} known to fail)" if expected else ""), "go")
+    claimed = not any(each.message.startswith(NOT_CLAIMED) for each in listed)
+    return Cell("–" if claimed else NOT_CLAIMED, "none")
+
+
+def about(request: SuiteRequest, seconds: float) -> str:
+    """Return versions, machine, date and time."""
+    external = request.external
+    packages = ["deqcore", *(external.packages if external is not None else ()), "numpy"]
+    versions = ", ".join(f"{name} {_version(name)}" for name in dict.fromkeys(packages))
+    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return f"{versions}; Python {platform.python_version()} on {platform.system()}. Made on {now} in {seconds:.0f} s."
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "(not installed as a package)"
+
+
+def _failures(request: SuiteRequest, bad: Sequence[CaseOutcome]) -> Iterator[CardFailure]:
+    """Yield one failure per test, whatever the column; cases are listed from small to large."""
+    by_test: dict[str, list[CaseOutcome]] = {}
+    for each in bad:
+        by_test.setdefault(_bare(each), []).append(each)
+    for same in by_test.values():
+        first = same[0]
+        options = request.options
+        if options is None and first.backend.endswith(BEST):
+            options = plain_options(request)
+        given = f" --options {shlex.quote(options)}" if options else ""
+        on = "" if request.external is not None else f" --backend {first.backend}"
+        command = f"deqcore check {request.kind} {request.name}{on}{given} -k {shlex.quote(first.check)}"
+        message = first.message.removeprefix("AssertionError: ")
+        columns = ", ".join(dict.fromkeys(each.backend for each in same))
+        yield CardFailure(
+            sentence(first.check), columns, first.test, message, str(first.notes.get("code", "")), command
+        )
+
+
+def plain_options(request: SuiteRequest) -> str:
+    """Return an adapter's best settings as JSON."""
+    return json.dumps(dict(getattr(request.external, "best", {})))
+
+
+def _bare(outcome: CaseOutcome) -> str:
+    """Return the test's name without the backend, so that columns can be compared."""
+    return outcome.test.replace(outcome.backend.partition(",")[0], "")
+
+
+def page(request: SuiteRequest, outcomes: Sequence[CaseOutcome], seconds: float) -> str:
+    """Return the HTML.
+
+    Raises:
+        MissingExtraError: jinja2 is not installed.
+    """
+    if not plugins.is_installed("jinja2"):
+        raise MissingExtraError.of("`deqcore check … --report`", "jinja2", "monitor")
+    from jinja2 import Environment, StrictUndefined
+
+    text = (files("deqcore.testing.runner") / "card.html").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    made = card(request, outcomes, seconds)
+    title = f"Report card of {request.kind} {request.name}"
+    return environment.from_string(text).render(title=title, card=made, **assets())

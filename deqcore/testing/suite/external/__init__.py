@@ -1,0 +1,1 @@
+"""What a solver that another library runs from start to end must satisfy."""
