@@ -42,9 +42,9 @@ types: $(STAMP)
 unit: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# The tests again, a quarter slower (less from Python 3.12 on), as coverage watches each line.
+# The tests again, watched line by line, and with JAX's programs compiled as users compile them (tests/conftest.py).
 coverage: $(STAMP)
-	COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if hasattr(sys, "monitoring") else "ctrace")') \
+	XLA_FLAGS= COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if hasattr(sys, "monitoring") else "ctrace")') \
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 # The tables under docs/benchmarks: 14 minutes on 2 quiet cores, torch 11, JAX 3.
