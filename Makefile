@@ -6,7 +6,7 @@ USABLE := $(VENV)/.deqcore-usable
 STAMP  := $(VENV)/.deqcore-installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: study test check types unit bench field plugins faults fuzz docs release-check clean
+.PHONY: study test check types unit coverage bench field plugins faults fuzz docs release-check clean
 
 # Install the pinned torch first, so that no later package replaces it by another build.
 $(USABLE): pyproject.toml constraints.txt
@@ -40,6 +40,11 @@ types: $(STAMP)
 	PYTHONPATH=.:backends $(BIN)/pyright --pythonpath $(BIN)/python $(USERS) $(wildcard examples/plugins/deq_[mrs]*/deq_*)
 
 unit: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The tests again, watched line by line, and with JAX's programs compiled as users compile them (tests/conftest.py).
+coverage: $(STAMP)
+	XLA_FLAGS= COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if hasattr(sys, "monitoring") else "ctrace")') \
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 # The tables under docs/benchmarks: 14 minutes on 2 quiet cores, torch 11, JAX 3.
