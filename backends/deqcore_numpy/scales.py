@@ -33,9 +33,9 @@ def scales(x: Array, value: Array, state: bool) -> tuple[Array, Mask]:
     # An argument may also have one part for each sample; its unit is then unknown, and that of f the best guess.
     alike = value.ndim > 0 and len(value) == len(most)
     own = np.max(shown.reshape(len(shown), -1), axis=1) if alike else np.max(shown)
-    if state:  # far from a solution f's value may be too large to be a step of z
-        most = np.where(most > 0, np.maximum(most, np.minimum(own, MOST_VALUE * most)), own)
     blind = most == 0
+    if state:  # far from a solution f's value may be too large to be a step of z
+        most = np.maximum(most, np.minimum(own, MOST_VALUE * most))
     most = np.where(blind, own, most)
     most = np.where(most == 0, np.max(most) or 1.0, most)
     spread = [-1, *[1] * (size.ndim - 1)] if size.ndim > 1 else [1] * size.ndim
@@ -55,8 +55,8 @@ def steady_scales(f: Function, x: Array, dx: Array, base: Array, scale: Array, b
         blind: which numbers have none.
         rows: whether samples are independent.
     """
-    first = PART * np.max(np.where(blind, scale, 0.0))
-    unsteady = np.max(_changes(f, x, first * dx, base, rows), axis=0) > STEADY  # or f is flat: it may overflow there
+    unsteady = np.max(_changes(f, x, PART * scale * dx, base, rows), axis=0) > STEADY  # or f is flat: it may overflow
+    unsteady = unsteady & (np.any(blind.reshape(len(blind), -1), axis=1) if rows else blind.any())
     if not unsteady.any():
         return scale
     steps = np.asarray([2.0**power for power in SCAN])
