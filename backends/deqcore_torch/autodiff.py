@@ -49,7 +49,8 @@ class TorchAutodiff(Autodiff):
 
     def jvp(self, f: Map, z: Tensor) -> Map:
         if functorch.active():
-            return functorch.jvp_of(f, z)
+            product = functorch.jvp_of(f, z)
+            return product if torch.is_grad_enabled() else functorch.unrecorded(product)
         return jvp.jvp(f, z)
 
     @untraced
@@ -65,7 +66,7 @@ class TorchAutodiff(Autodiff):
         run: Map = lambda z: _untracked(f(z, *args))  # noqa: E731
         if functorch.active():
             functorch.refuse_vmap()
-            run = lambda z: f(z, *args).detach()  # noqa: E731 (outer transformations would record every step)
+            run = functorch.unrecorded(lambda z: f(z, *args))
         with nothing_recorded():
             return solve(run, z0.clone() if z0.is_inference() else z0.detach())
 
