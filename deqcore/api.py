@@ -108,7 +108,8 @@ def root(
         g: `g(z, *args)` returns a tree like z: as many equations as unknowns. It may close over parameters.
         z0: initial iterate, as in `fixed_point`.
         *args: further arguments of g, any trees. Their arrays get gradients.
-        config: as in `fixed_point`. A sample has converged when ‖g‖ ≤ atol + rtol·max(‖g(z0)‖, ‖z0‖/|s|).
+        config: as in `fixed_point`. A sample has converged when ‖g‖ ≤ atol + rtol·‖z − s g‖/|s|, so where a Newton step
+            with the slope at z0 changes z by rtol. Where g is flatter than at z0, set a smaller rtol.
         state: `sol.state` of an earlier solve from the same z0, to continue from.
         **overrides: settings of this call, as in `forward__rtol=1e-6`.
 

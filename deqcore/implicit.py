@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from deqcore.abc.backend import Backend
 from deqcore.api import fixed_point
 from deqcore.config import Config
-from deqcore.errors import ConvergenceWarning, ProblemError, described
+from deqcore.errors import ConvergenceError, ConvergenceWarning, ProblemError, described
 from deqcore.solution import Solution
 from deqcore.solve.dispatch import pick_backend, plan_call
 from deqcore.solve.user_line import warn
@@ -30,7 +30,8 @@ def custom_fixed_point(
 
     The solver runs on inputs without gradients, so loops and branches inside need not be differentiable. Its result
     gets the gradient that `backward.strategy` finds; f is evaluated once there, and once in the backward pass. A result
-    that misses `forward.rtol` warns: the gradient is then that of f at this point.
+    that misses `forward.rtol` warns, or raises if `forward.on_failure` is "raise": the gradient is then that of f at
+    this point. The tolerance is relative to f there, whatever its size is.
 
     Args:
         f: `f(z, *args)` returns a tree like z.
@@ -43,6 +44,7 @@ def custom_fixed_point(
 
     Raises:
         ProblemError: (when called) with has_aux the solver did not return a pair. Otherwise as `fixed_point`.
+        ConvergenceError: (when called) `on_failure = "raise"`, and a sample misses the tolerance.
 
     Source: Blondel et al. (2022), "Efficient and modular implicit differentiation".
 
@@ -67,10 +69,12 @@ def custom_fixed_point(
             if has_aux and not (isinstance(found, tuple) and len(found) == 2):
                 raise ProblemError(f"With has_aux = true the solver must return (z, aux) (got {described(found)}).")
             z, aux = found if has_aux else (found, None)
-            given: dict[str, Any] = {**overrides, "forward__max_steps": 0, "forward__on_failure": "ignore"}
+            given: dict[str, Any] = {**overrides, "forward__max_steps": 0}
+            if not plan.backend.is_traced(z, args):  # traced code reports as fixed_point does
+                given["forward__on_failure"] = "ignore"
             solution = fixed_point(f, z, *args, config=config, **given)
             if plan.config.forward.on_failure != "ignore":
-                _report(solution)
+                _report(solution, plan.config.forward.on_failure)
             return (solution.value, aux) if has_aux else solution.value
 
         return solved
@@ -194,17 +198,19 @@ def _difference(a: Tree, b: Tree) -> Tree:
     return backend.unflatten(structure, [x - y for x, y in zip(leaves, others, strict=True)])
 
 
-def _report(solution: Solution) -> None:
-    """Warn if a sample that your solver returned misses the tolerance. Traced code cannot know."""
+def _report(solution: Solution, action: str) -> None:
+    """Warn or raise if a sample that your solver returned misses the tolerance. Traced code cannot know."""
     backend = solution.backend
     if backend.is_traced(solution.status, solution.residual):
         return
     missed = backend.to_numpy(solution.status) != int(Status.CONVERGED)
     if missed.any():
         largest = float(backend.to_numpy(solution.residual)[missed].max())
-        warn(
+        text = (
             f"The solver returned a point that misses the tolerance for {int(missed.sum())} of {missed.size} samples "
             f"(residual ‖f(z) − z‖ up to {largest:.2g}): their gradient is that of f at this point. Let the solver run "
-            f"longer, or loosen forward.rtol of custom_fixed_point (forward__on_failure='ignore' silences this).",
-            ConvergenceWarning,
+            f"longer, or loosen forward.rtol of custom_fixed_point (forward__on_failure='ignore' silences this)."
         )
+        if action == "raise":
+            raise ConvergenceError(text)
+        warn(text, ConvergenceWarning)

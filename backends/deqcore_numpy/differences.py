@@ -6,9 +6,9 @@ dominates, up) by factors of 8, until two neighbours agree. Each number of f's o
 neighbours agree, or else the step of the least error. So a kink, a saturation or a sample of another size nearby does
 not matter.
 
-Costs in evaluations of f: 8 a direction where f is smooth at its scale, at most `4 * (DOWN + UP + 2 * len(BLIND))`;
-1 a direction by the complex step. `Differences.check`, once per linearisation, takes 12 more, at most
-`2 * (limit + DOWN + 3)`.
+Costs in evaluations of f: 8 a direction where f is smooth at its scale, at most `4 * (DOWN + UP)`; 1 a direction by the
+complex step. `Differences.check`, once per linearisation, takes 12 more, at most `2 * (limit + DOWN + 3)`. Where z and
+f are 0 it takes 4 more, and `4 * len(SCAN)` if f is not smooth at the scale 1.
 
 Sources: Ridders (1982), "Accurate computation of F'(x) and F'(x)F''(x)"; Squire & Trapp (1998), "Using complex
 variables to estimate derivatives of real functions".
@@ -26,12 +26,12 @@ from numpy.typing import NDArray
 
 from deqcore.errors import DerivativeWarning
 from deqcore.solve.user_line import warn
+from deqcore_numpy.scales import scales, steady_scales
 
 START: Final = 2.0**-9  # times the scale
 FACTOR: Final = 8.0
 DOWN: Final = 14  # steps from the first one down
 UP: Final = 8  # and up
-BLIND: Final = (-100, -300, -600, -900, 100, 300, 600)  # powers of 2 to try where nothing has a scale
 COMPLEX: Final = 2.0**-133  # times the scale
 GOOD: Final = 1e-8  # relative difference of neighbours that ends the search
 FLOOR: Final = 1e-11  # of f's size: a change by less along a natural step is rounding
@@ -111,13 +111,6 @@ class Differences:
             yield first * FACTOR**k
             if not (search.open & rounded).any():
                 break
-        if self.blind.any():
-            for power in BLIND:
-                if not search.open.any():
-                    return
-                search.restart()
-                yield first * 2.0**power
-                yield first * 2.0**power / FACTOR
 
     def unit(self, dx: Array) -> Array:
         """Return the unit of a step along `dx`: a unit step moves no number by more than its scale."""
@@ -151,12 +144,14 @@ class Differences:
         if self.empty:
             return Rule(self, analytic=False)
         rng = np.random.default_rng(0)
+        if self.blind.any():
+            dx = rng.choice((-1.0, 1.0), self.x.shape) * rng.uniform(0.5, 1.0, self.x.shape)
+            self.scale = steady_scales(self.f, self.x, dx, self.base, self.scale, self.blind, self.rows)
         analytic, worst = True, 0.0
         for size in self._sizes():
             dx = size * rng.choice((-1.0, 1.0), self.x.shape) * rng.uniform(0.5, 1.0, self.x.shape)
             self._find_precision(dx)
             slope = self.slope(dx)
-            self._learn(slope, dx)
             worst = max(worst, uncertainty(slope, self.base))
             bend = float(np.max(slope.bend, initial=0.0))
             if bend:
@@ -179,12 +174,6 @@ class Differences:
             narrow = np.array_equal(steps, steps.astype(np.float32))
         if narrow and np.unique(steps).size > max(2, steps.size // 2):
             self.eps = max(self.eps, float(np.finfo(np.float32).eps))
-
-    def _learn(self, slope: Slope, dx: Array) -> None:
-        """Give numbers without a scale the scale of the step that was right for them."""
-        if self.blind.any():
-            natural = np.broadcast_to(self.over(slope.step, self.x) * np.abs(dx) / START, self.x.shape)
-            self.scale = np.where(self.blind & (natural > 0) & np.isfinite(natural), natural, self.scale)
 
     def _agrees(self, slope: Slope, dx: Array) -> bool:
         try:
@@ -262,7 +251,7 @@ class _Search:
         bend = np.where(steady & (bend > 1e-3 * np.abs(value)), bend, 0.0)
         lower = self._score(value, error) < self._score(self.value, self.error)
         # A kink that shorter steps do not reach was nearby; the shorter steps must show that beyond rounding.
-        past = (bend == 0) & (error < 0.02 * self.bend)
+        past = (bend == 0) & (error < 0.02 * self.bend) & (np.abs(step) < self.used)
         better = np.where((self.bend > 0) & (bend == 0), past, lower) & ~((value == 0) & trusted)
         better &= self.open & self.only
         self.value = np.where(better, value, self.value)
@@ -278,10 +267,9 @@ class _Search:
             score = error / (np.abs(value) + self.floor + error)
         return np.where(error == 0, 0.0, np.where(np.isnan(score), 1.0 + np.isnan(value), score))
 
-    def restart(self, only: Mask | None = None) -> None:
-        """Change direction: from the first step on for these numbers, or from the start for all."""
-        self.last = None if only is None else self.first
-        self.only = np.ones(self.done.shape, bool) if only is None else only
+    def restart(self, only: Mask) -> None:
+        """Change direction: from the first step on for these numbers."""
+        self.last, self.only = self.first, only
 
     @property
     def open(self) -> Mask:
@@ -336,28 +324,6 @@ class Rule:
         """
         worst, self.worst = self.worst, 0.0
         warn_if_poor(worst)
-
-
-def scales(x: Array, value: Array, state: bool) -> tuple[Array, Mask]:
-    """Return the scale of each number of `x`, and where it is unknown.
-
-    A number below 1/64 of its sample's largest may be 0 up to rounding, so it takes the largest as its scale.
-    """
-    size = np.where(np.isfinite(x), np.abs(x), 0.0)
-    samples = size.reshape(len(size), -1) if size.ndim > 1 else size.reshape(1, -1)
-    most = np.max(samples, axis=1, initial=0.0)
-    shown = np.where(np.isfinite(value), np.abs(value), 0.0)
-    # An argument may also have one part for each sample; its unit is then unknown, and that of f the best guess.
-    alike = value.ndim > 0 and len(value) == len(most)
-    own = np.max(shown.reshape(len(shown), -1), axis=1) if alike else np.max(shown)
-    if state:
-        most = np.maximum(most, own)
-    blind = most == 0
-    most = np.where(blind, own, most)
-    most = np.where(most == 0, np.max(most) or 1.0, most)
-    spread = [-1, *[1] * (size.ndim - 1)] if size.ndim > 1 else [1] * size.ndim
-    most, blind = most.reshape(spread), blind.reshape(spread)
-    return np.maximum(size, most / 64), np.broadcast_to(blind, size.shape)
 
 
 def uncertainty(slope: Slope, base: Array) -> float:

@@ -51,7 +51,8 @@ class TorchAutodiff(Autodiff):
 
     def jvp(self, f: Map, z: Tensor) -> Map:
         if functorch.active():
-            return functorch.jvp_of(f, z)
+            product = functorch.jvp_of(f, z)
+            return product if torch.is_grad_enabled() else functorch.unrecorded(product)
         return jvp.jvp(f, z)
 
     @untraced
@@ -66,7 +67,7 @@ class TorchAutodiff(Autodiff):
         refuse_tracing(z0)
         run: Map = lambda z: _untracked(f(z, *args))  # noqa: E731
         if functorch.active():
-            run = lambda z: f(z, *args).detach()  # noqa: E731 (outer transformations would record every step)
+            run = functorch.unrecorded(lambda z: f(z, *args))
             if lanes := Lanes.now():
                 _refuse_compact(solve)
                 with nothing_recorded():
@@ -103,7 +104,7 @@ class TorchAutodiff(Autodiff):
     ) -> Any:
         if functorch.active():
             functorch.refuse_vmap(
-                "A strategy that differentiates through steps (phantom, unrolled)",
+                "A strategy that differentiates through steps (phantom, unrolled, looped)",
                 "Use backward.strategy = 'exact-ift', or make the mapped axis a part of the batch.",
             )
         return super().differentiate_through(f, z0, args, steps, forward, step)
@@ -115,6 +116,11 @@ class TorchAutodiff(Autodiff):
 
     @untraced
     def reversible(self, f: Map, z0: Tensor, rule: TwoState, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+        if functorch.active():
+            functorch.refuse_vmap(
+                "The strategy reversible",
+                "Use backward.strategy = 'exact-ift', or make the mapped axis a part of the batch.",
+            )
         parent = super()
         return reversible.iterate(self.backend, f, z0, rule, steps, lambda: parent.reversible(f, z0, rule, steps))
 

@@ -109,6 +109,21 @@ def jvp_of(f: Map, z: Tensor) -> Map:
     return jvp
 
 
+def unrecorded(f: Map) -> Map:
+    """Return f without a derivative for the transformations that are active here; later ones differentiate it.
+
+    Outer transformations would record every step of a solve, which `torch.no_grad` does not prevent. A product J v that
+    the solve takes is itself a transformation, and must see f's derivative.
+    """
+    outer = len(_levels())
+
+    def run(z: Tensor) -> Tensor:
+        value = f(z)
+        return value if len(_levels()) > outer else value.detach()
+
+    return run
+
+
 def attach(
     backend: Backend, f: Callable[..., Tensor], forward: SolveResult, args: tuple[Any, ...], adjoint: AdjointSolver
 ) -> Tensor:

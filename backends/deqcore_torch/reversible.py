@@ -122,7 +122,7 @@ class _Reversible(torch.autograd.Function):
         job: _Job = ctx.job
         if g is None:
             return (None, None, None, *[None] * len(sources))
-        functorch.refuse_vmap(g)
+        functorch.refuse_batched(g)
         if torch.is_grad_enabled():
             value = job.ambient.around(job.recorded)()
             found: Any = torch.autograd.grad(value, sources, g, create_graph=True, allow_unused=True)

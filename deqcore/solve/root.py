@@ -16,7 +16,7 @@ from deqcore.errors import BackendError, ConfigError, ProblemError
 from deqcore.solution import Solution, SolveState
 from deqcore.solve.observer import Solve
 from deqcore.solve.plan import Plan
-from deqcore.types import Array, Map, SolveResult, Tree
+from deqcore.types import Array, Map, SolveResult, StoppingCriteria, Tree
 
 ALIGNED: Final = 1e-3  # cosine of g and G g below which their product does not give the sign
 
@@ -30,8 +30,8 @@ def solve(plan: Plan, g: Callable[..., Tree], z0: Tree, args: tuple[Any, ...], s
         )
     backend, start = plan.backend, plan.space.ravel(z0)
     found = _probe(plan, g, z0, args, start)
-    factor, norm = backend.detach(found.residual), backend.detach(found.status)
-    plan = replace(plan, control=_criteria(plan, factor, norm, backend.norm(backend.detach(start))))
+    factor = backend.detach(found.residual)
+    plan = replace(plan, control=_criteria(plan, factor))
     f = _as_fixed_point(plan, g, factor)
     raveled = plan.space.wrap(f)
     value, forward, record = plan.run(raveled, start, args, state)
@@ -48,7 +48,7 @@ def solve(plan: Plan, g: Callable[..., Tree], z0: Tree, args: tuple[Any, ...], s
 
 
 def _probe(plan: Plan, g: Callable[..., Tree], z0: Tree, args: tuple[Any, ...], start: Array) -> SolveResult:
-    """Return g(z0) as `z`, the factor of each sample as `residual` and ‖g(z0)‖ as `status`, `(batch,)`."""
+    """Return g(z0) as `z` and the factor of each sample as `residual`, `(batch,)`."""
     backend = plan.backend
 
     def square(z: Tree, *args: Any) -> Tree:
@@ -59,7 +59,7 @@ def _probe(plan: Plan, g: Callable[..., Tree], z0: Tree, args: tuple[Any, ...], 
     def probe(run: Map, z: Array) -> SolveResult:
         with backend.errstate():
             value = run(z)
-            return SolveResult(value, None, _factor(backend, run, z, value), backend.norm(value), None, None, None)
+            return SolveResult(value, None, _factor(backend, run, z, value), None, None, None, None)
 
     return backend.autodiff.forward_only(plan.space.wrap(square), start, args, probe)
 
@@ -89,14 +89,9 @@ def _factor(backend: Backend, run: Map, z: Array, value: Array) -> Array:
     return backend.detach(xp.where(usable, factor, one))
 
 
-def _criteria(plan: Plan, factor: Array, norm: Array, size: Array) -> Any:
-    """Return the tolerances in units of z: |s| ‖g‖ ≤ |s| atol + rtol max(|s| ‖g(z0)‖, ‖z0‖)."""
-    xp, control = plan.backend.xp, plan.control
-    scale = xp.abs(factor)
-    first = scale * norm
-    reference = xp.where(first > size, first, size)
-    reference = xp.where(xp.isfinite(reference), reference, xp.zeros_like(reference))
-    return control._replace(rtol=0.0, atol=scale * control.atol + control.rtol * reference)
+def _criteria(plan: Plan, factor: Array) -> StoppingCriteria:
+    """Return the tolerances in units of z: |s| ‖g‖ ≤ |s| atol + rtol ‖z − s g‖."""
+    return plan.control._replace(atol=plan.backend.xp.abs(factor) * plan.control.atol)
 
 
 def _as_fixed_point(plan: Plan, g: Callable[..., Tree], factor: Array) -> Callable[..., Tree]:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from deqcore_numpy.backend import NumpyBackend
 from deqcore_numpy.derivative import batched_jacobian, jacobian
-from deqcore_numpy.differences import BLIND, DOWN, UP, Differences
+from deqcore_numpy.differences import DOWN, UP, Differences
+from deqcore_numpy.scales import SCAN
 
 import deqcore
 from deqcore.errors import DerivativeWarning, ProblemError
@@ -84,6 +85,31 @@ def test_a_kink_at_the_point_is_reported_and_gives_the_mean(needs, f):
     assert found == pytest.approx(np.array([[(f(np.array(1.0)) - f(np.array(-1.0))) / 2, 1.0]]))
 
 
+@pytest.mark.parametrize("s", [1e-250, 1e-200, 1e-100, 1.0, 1e150])
+def test_neither_z_nor_f_shows_a_scale(needs, s):
+    """All are 0. Steps of 1 are too long for f: it is flat there, or its squares overflow."""
+    z = np.zeros((1, 3))
+    length = lambda t: np.sqrt(np.sum(t * t, axis=1, keepdims=True))
+    assert diagonal(lambda z: s * (t := needs(z) / s) / (1.0 + length(t)), z) == pytest.approx(1.0)
+    assert diagonal(lambda z: s * (t := needs(z) / s) / np.sqrt(1e-6 + length(t) ** 2), z) == pytest.approx(1e3)
+    assert diagonal(lambda z: s * np.tanh(needs(z) / s) ** 3, z) == pytest.approx(0.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("s", [1e-250, 1e-100, 1.0, 1e150])
+@pytest.mark.parametrize("ends", [(0.0, 1.0), (-1.0, 0.0), (-2.0, np.inf)])
+def test_longer_steps_do_not_smooth_a_kink(needs, s, ends):
+    """ReLU6 at 0: far away, f is flat on both sides."""
+    kink = 0.0 in ends
+    with pytest.warns(DerivativeWarning, match="kink") if kink else contextlib.nullcontext():
+        found = diagonal(lambda z: 0.5 * s * np.clip(needs(z) / s, *ends), np.zeros((2, 2)))
+    assert found == pytest.approx(0.25 if kink else 0.5)
+
+
+def test_a_value_of_f_far_from_a_solution_is_no_scale(needs):
+    found = diagonal(lambda z: np.expm1(0.3 * needs(z)), np.array([[900.0, 2.0]]))
+    assert found == pytest.approx(0.3 * np.exp(0.3 * np.array([[900.0, 2.0]])), rel=1e-6)
+
+
 @pytest.mark.parametrize("mate", [1e6, 1e100, 1e-6, np.nan, np.inf])
 def test_a_batch_mate_chooses_nothing(needs, mate):
     """Both as samples that are independent, and as one state."""
@@ -152,8 +178,17 @@ def test_evaluations_are_as_written():
         counts.append(calls[0])
     assert counts[0] <= 12 + 3
     assert counts[1] <= 12 + 3 * 8
-    most = 4 * (DOWN + UP + 2 * len(BLIND))
+    most = 4 * (DOWN + UP)
     assert counts[2] <= 1 + 4 * most + 2 * DOWN + 6
+
+    calls = [0]
+
+    def in_another_unit(z):
+        calls[0] += 1
+        return 1e-30 * np.tanh(1e30 * z)
+
+    batched_jacobian(in_another_unit, np.zeros((2, 3)))
+    assert calls[0] <= 4 + 4 * len(SCAN) + 12 + 3
 
 
 def test_the_gradient_of_a_solve_in_any_unit():

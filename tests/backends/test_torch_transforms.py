@@ -227,6 +227,31 @@ def test_steps_differentiate_to_any_order_and_in_any_mode(data, strategy):
         assert torch.allclose(derivative(value, a, da, b), derivative(by_hand, a, da, b), rtol=1e-8)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_products_of_a_solver_see_the_derivative_of_f(nested):
+    """Newton–Krylov took J v = 0 inside transformations, and `root` a factor of 1: from 1 it found −√a."""
+    a = torch.tensor([[4.0]], dtype=torch.float64)
+    seen = []
+
+    def total(a, solve=deqcore.root, g=lambda z, a: z**2 - a, solver="auto"):
+        sol = solve(g, torch.ones_like(a), a, forward__solver=solver, forward__rtol=1e-12)
+        seen.append((sol.steps + 0).sum())
+        return sol.value.sum()
+
+    derivative = torch.func.grad(total)
+    if nested:
+        found = torch.func.grad(lambda a: derivative(a).sum())(a)
+        assert found.item() == pytest.approx(-1 / 32, rel=1e-8)
+        return
+    assert derivative(a).item() == pytest.approx(0.25, rel=1e-8)
+    steep = {"solve": deqcore.fixed_point, "g": lambda z, a: a - 3.0 * torch.tanh(z), "solver": "newton-krylov"}
+    seen.clear()
+    total(a, **steep)
+    torch.func.grad(lambda a: total(a, **steep))(a)
+    counts = [int(deqcore.get_backend(backend="torch").to_numpy(count)) for count in seen]
+    assert counts[0] == counts[1] < 10
+
+
 def test_batched_cotangents_of_the_tape_are_refused(data):
     a, _, b = data
     with pytest.raises(StrategyError, match="vectorize = False"):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import deqcore
-from deqcore.errors import ConvergenceWarning, InitialIterateError, ProblemError
+from deqcore.errors import ConvergenceError, ConvergenceWarning, InitialIterateError, ProblemError
 from deqcore.halting import Within, until
 
 torch = pytest.importorskip("torch")
@@ -61,6 +61,22 @@ def test_the_solver_gets_no_gradient_and_its_aux_is_passed_on():
         assert solve(torch.zeros(2, 1), a, count=2)[1] == {"count": 2}
     with pytest.raises(ProblemError, match="must return"):
         deqcore.custom_fixed_point(f, has_aux=True)(lambda z0, a: z0)(torch.zeros(2, 1), a)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch", "jax", "jit"])
+def test_a_solver_that_fails_raises_if_asked_to(backend, request):
+    framework = pytest.importorskip("jax" if backend == "jit" else backend)
+    if backend in ("jax", "jit"):
+        request.getfixturevalue("quick_compiles")
+        framework = framework.numpy
+    solve = deqcore.custom_fixed_point(lambda z, a: 0.5 * z + a, forward__on_failure="raise")(lambda z0, a: z0 + a)
+    if backend == "jit":
+        compiled = pytest.importorskip("jax").jit(solve)
+        with pytest.raises(Exception, match="2 of 2 samples MAX_STEPS"):  # JAX wraps errors of callbacks
+            compiled(framework.zeros((2, 1)), framework.ones((2, 1))).block_until_ready()
+        return
+    with pytest.raises(ConvergenceError, match="misses the tolerance for 2 of 2 samples"):
+        solve(framework.zeros((2, 1)), framework.ones((2, 1)))
 
 
 def test_aux_is_that_of_the_solution_with_its_gradient():

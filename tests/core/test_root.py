@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from scipy import optimize
@@ -38,6 +40,22 @@ def test_a_system_agrees_with_scipy(be):
     sol = deqcore.root(lambda z: z @ w.T + be.xp.sin(z) - x[None, :], number(be, np.zeros((1, 6))))
     assert sol.converged.all()
     assert np.abs(be.to_numpy(sol.value)[0] - truth).max() < 1e-6
+
+
+@pytest.mark.parametrize("solver", ["auto", "broyden", "newton-krylov"])
+def test_a_start_far_away_does_not_loosen_the_tolerance(be, solver):
+    """z² = 2 from 300, where |g| is 9e4 and a Newton step 150: ended at z = 3.6 as CONVERGED."""
+    sol = deqcore.root(lambda z: z * z - 2.0, be.asarray([[300.0]]), forward__solver=solver, forward__rtol=1e-6)
+    assert sol.converged.all()
+    assert be.to_numpy(sol.value) == pytest.approx(math.sqrt(2.0), abs=1e-6 * 600 * math.sqrt(2.0) / 2)
+
+
+def test_neither_the_unit_of_z_nor_that_of_g_matters_at_a_start_of_zero():
+    for z_unit, g_unit in [(1e150, 1e-90), (1e-6, 1e6), (1e6, 1e-6)]:
+        g = lambda z, u=z_unit, v=g_unit: v * (np.tanh(z / u) + 0.5 * z / u - 1.0)
+        sol = deqcore.root(g, np.zeros((1, 1)), forward__rtol=1e-8)
+        assert sol.converged.all()
+        assert np.tanh(sol.value / z_unit) + 0.5 * sol.value / z_unit == pytest.approx(1.0, rel=1e-6)
 
 
 def test_the_gradient_is_that_of_the_implicit_function_theorem():

@@ -1,0 +1,96 @@
+"""The unit of a finite difference: the size of the numbers that it moves, or what f shows of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+FACTOR: Final = 8.0  # between two steps that are compared
+PART: Final = 2.0**-9  # of a scale: the step to which it belongs
+SCAN: Final = range(-990, 991, 30)  # powers of 2 among which the scale is sought then
+STEADY: Final = 1e-3  # relative change of a slope over one factor of a step that counts as none
+LINEAR: Final = 1e-6  # and as surely none
+MOST_VALUE: Final = 2.0**20  # times the state: what f's value counts at most
+
+Array: TypeAlias = NDArray[Any]
+"""An array of float64; masks are arrays of bool."""
+Mask: TypeAlias = NDArray[np.bool_]
+Function: TypeAlias = Callable[[Array], Array]
+
+
+def scales(x: Array, value: Array, state: bool) -> tuple[Array, Mask]:
+    """Return the scale of each number of `x`, and where it is unknown.
+
+    A number below 1/64 of its sample's largest may be 0 up to rounding, so it takes the largest as its scale.
+    """
+    size = np.where(np.isfinite(x), np.abs(x), 0.0)
+    samples = size.reshape(len(size), -1) if size.ndim > 1 else size.reshape(1, -1)
+    most = np.max(samples, axis=1, initial=0.0)
+    shown = np.where(np.isfinite(value), np.abs(value), 0.0)
+    # An argument may also have one part for each sample; its unit is then unknown, and that of f the best guess.
+    alike = value.ndim > 0 and len(value) == len(most)
+    own = np.max(shown.reshape(len(shown), -1), axis=1) if alike else np.max(shown)
+    blind = most == 0
+    if state:  # far from a solution f's value may be too large to be a step of z
+        most = np.maximum(most, np.minimum(own, MOST_VALUE * most))
+    most = np.where(blind, own, most)
+    most = np.where(most == 0, np.max(most) or 1.0, most)
+    spread = [-1, *[1] * (size.ndim - 1)] if size.ndim > 1 else [1] * size.ndim
+    most, blind = most.reshape(spread), blind.reshape(spread)
+    return np.maximum(size, most / 64), np.broadcast_to(blind, size.shape)
+
+
+def steady_scales(f: Function, x: Array, dx: Array, base: Array, scale: Array, blind: Mask, rows: bool) -> Array:
+    """Return `scale`, in which numbers without one get that of the longest steps with a steady slope of f.
+
+    Args:
+        f: see `Differences`, and so are `x` and `rows`.
+        x: where.
+        dx: a direction in which all numbers move by about as much.
+        base: f(x).
+        scale: of each number of `x`.
+        blind: which numbers have none.
+        rows: whether samples are independent.
+    """
+    unsteady = np.max(_changes(f, x, PART * scale * dx, base, rows), axis=0) > STEADY  # or f is flat: it may overflow
+    unsteady = unsteady & (np.any(blind.reshape(len(blind), -1), axis=1) if rows else blind.any())
+    if not unsteady.any():
+        return scale
+    steps = np.asarray([2.0**power for power in SCAN])
+    change, bend = np.stack([_changes(f, x, step * dx, base, rows) for step in steps], axis=1)
+    steady = change <= np.maximum(np.minimum(4 * np.min(change, axis=0), STEADY), LINEAR)
+    smooth = steady & (bend <= STEADY)
+    known = np.isfinite(change)  # f changes
+    run = np.where(smooth.any(axis=0), smooth, steady)
+    best = np.where(run.any(axis=0), _last_of_first_run(run), np.argmax(known, axis=0))
+    found, learnt = unsteady & known.any(axis=0), steps[best] / PART
+    if rows:
+        found, learnt = (each.reshape(-1, *[1] * (x.ndim - 1)) for each in (found, learnt))
+    return np.where(blind & found, learnt, scale)
+
+
+def _changes(f: Function, x: Array, dx: Array, base: Array, rows: bool) -> Array:
+    """Return how f's slope changes from a step `dx` to an eighth of it, and from side to side there.
+
+    Relative to the slope, infinite where f does not change: `(2, batch)`, or `(2,)` if samples are not independent.
+    """
+    differences = []
+    for part in (1.0, 1.0 / FACTOR):
+        with np.errstate(all="ignore"):
+            high, low = (np.asarray(f(x + side * dx)) for side in (part, -part))
+            differences.append(((high - low) / part, 2 * ((high - base) - (base - low)) / part))
+    (far, _), (near, bend) = differences
+    parts = [np.abs(near - far), np.abs(bend), np.abs(near)]
+    *apart, size = [np.max(y.reshape(len(y), -1), axis=1) if rows else np.max(y) for y in parts]
+    sound = np.isfinite(apart[0]) & np.isfinite(size) & (size > 0)
+    return np.stack([np.where(sound, each / np.where(sound, size, 1.0), np.inf) for each in apart])
+
+
+def _last_of_first_run(true: Mask) -> Array:
+    """Return the index of the last True of the first run of them along the first axis."""
+    begun = np.maximum.accumulate(true, axis=0)
+    ended = np.maximum.accumulate(begun & ~true, axis=0)
+    return np.maximum(np.sum(~begun, axis=0) + np.sum(begun & ~ended, axis=0) - 1, 0)
