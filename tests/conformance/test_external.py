@@ -159,9 +159,13 @@ def test_bad_arguments_are_told(capsys: Capture):
         assert text in " ".join(capsys.readouterr().err.split())
 
 
-def test_code_on_no_index_is_found_by_its_path(adapters: Path, tmp_path_factory: pytest.TempPathFactory, capsys: Capture):
+def test_code_on_no_index_is_found_by_its_path(
+    adapters: Path, tmp_path_factory: pytest.TempPathFactory, capsys: Capture
+):
     checkout = tmp_path_factory.mktemp("checkout")
-    (checkout / "published_code.py").write_text("def solve(f, z, steps):\n    for _ in range(steps): z = f(z)\n    return z\n")
+    (checkout / "published_code.py").write_text(
+        "def solve(f, z, steps):\n    for _ in range(steps): z = f(z)\n    return z\n"
+    )
     (adapters / "adapter.py").write_text(
         "from external_adapters import Modest\nfrom deqcore.abc.external import ExternalResult\n"
         "class Published(Modest):\n"
