@@ -240,13 +240,13 @@ class AdjointReport(NamedTuple):
     def __repr__(self) -> str:
         """Return a line per status that occurs; the fields themselves where they have no values (traced code)."""
         try:
-            lists = [list(leaf.reshape(-1).tolist()) for leaf in self[:5]]
+            status, vjps, residual, error, fallback = (list(leaf.reshape(-1).tolist()) for leaf in self[:5])
             coupled = self.coupling is not None and any(share > 0 for share in self.coupling.reshape(-1).tolist())
             noun = "samples" if self.status.ndim == 1 else "units"
         except Exception:  # each framework raises another error for arrays without values
             return f"AdjointReport({', '.join(map('{}={!r}'.format, self._fields, self))})"
         shared = noun == "units" and self.per_sample is not None
-        text = _as_text(*lists, noun) + ("\nThe units of a sample share one set of coefficients." if shared else "")
+        text = _as_text(status, vjps, residual, error, fallback, noun) + ("\nThe units of a sample share one set of coefficients." if shared else "")
         return text + ("\nf couples the rows of the state: set forward.batch = false." if coupled else "")
 
 

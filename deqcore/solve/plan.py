@@ -275,8 +275,9 @@ class Plan:
             return
         if self._all_converged(forward):
             return
-        host = (np.ravel(self.backend.to_numpy(x)) for x in (status, forward.residual, forward.steps))
-        text = f"{summarize(*host, repr(self.solver), failed_first=True, noun=noun)} {self._circumstances()}"
+        host = [np.ravel(self.backend.to_numpy(x)) for x in (status, forward.residual, forward.steps)]
+        text = summarize(host[0], host[1], host[2], repr(self.solver), failed_first=True, noun=noun)
+        text = f"{text} {self._circumstances()}"
         if action == "raise":
             raise ConvergenceError(text)
         counts = self._account(f).ledger
