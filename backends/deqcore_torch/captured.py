@@ -15,7 +15,16 @@ from deqcore.solution import Solution
 from deqcore.solve.capture import add_compiler
 from deqcore.solve.dispatch import backend_named
 from deqcore_torch.layer_problem import LayerProblem, Solvable
-from deqcore_torch.layout import at_trace_time, autocast_dtype, batch_axes, describe, placeholders, rebuilt, rows_shape, wanted
+from deqcore_torch.layout import (
+    at_trace_time,
+    autocast_dtype,
+    batch_axes,
+    describe,
+    placeholders,
+    rebuilt,
+    rows_shape,
+    wanted,
+)
 
 try:
     from deqcore_torch import operators

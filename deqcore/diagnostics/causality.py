@@ -139,9 +139,7 @@ def _moved(backend: Backend, tree: Tree, positions: Any, units: int, seed: int) 
     return backend.unflatten(structure, [move(leaf) for leaf in leaves])
 
 
-def _check_arguments(
-    backend: Backend, shape: tuple[int, ...], args: tuple[Any, ...], unit_args: Sequence[int]
-) -> None:
+def _check_arguments(backend: Backend, shape: tuple[int, ...], args: tuple[Any, ...], unit_args: Sequence[int]) -> None:
     for i in unit_args:
         if not 0 <= i < len(args):
             raise ConfigError.bad_value(

@@ -90,7 +90,7 @@ class RavelSpec:
     @property
     def units(self) -> int:
         """Consecutive rows that belong to one sample."""
-        return max(1, self.shapes[0][1]) if self.axes == 2 else 1  # noqa: PLR2004 - the setting `forward.batch = 2`
+        return max(1, self.shapes[0][1]) if self.axes == 2 else 1
 
     def leaves(self, tree: Tree) -> list[Array]:
         """Return the leaves of a tree like the state that the solver moves."""
@@ -292,7 +292,7 @@ def _floating(backend: Backend, leaves: list[Any], carried: tuple[tuple[int, Any
 def _check_rows(shapes: tuple[tuple[int, ...], ...], axes: int) -> None:
     """Raise if the leaves do not have the same leading axes."""
     rows = {shape[:axes] for shape in shapes}
-    if len(rows) < 2:  # noqa: PLR2004
+    if len(rows) < 2:
         return
     if axes == 1:
         raise InitialIterateError(

@@ -116,9 +116,7 @@ def _as_fixed_point(plan: Plan, g: Callable[..., Tree], factor: Array) -> Callab
 def _beside(plan: Plan, factor: Array, leaf: Array) -> Array:
     """Return the factors in a shape that multiplies a leaf of the state."""
     factor = plan.backend.cast(factor, leaf)
-    return plan.backend.xp.reshape(
-        factor, (*leaf.shape[: plan.space.axes], *[1] * (leaf.ndim - plan.space.axes))
-    )
+    return plan.backend.xp.reshape(factor, (*leaf.shape[: plan.space.axes], *[1] * (leaf.ndim - plan.space.axes)))
 
 
 def _equations(plan: Plan, forward: SolveResult, factor: Array) -> Tree:
