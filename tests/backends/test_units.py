@@ -32,7 +32,7 @@ def problem(be):
 
 
 def test_figures_have_the_shape_of_units(problem):
-    kit, made, f, z0, b = problem
+    kit, _, f, z0, b = problem
     sol = deqcore.fixed_point(f, z0, b, forward__batch=2)
     for name in ("residual", "status", "steps", "evaluations", "converged"):
         assert tuple(getattr(sol, name).shape) == (2, 4), name
