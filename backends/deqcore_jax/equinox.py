@@ -20,7 +20,7 @@ from deqcore_jax.layer import ImplicitLayer
 class DEQ(ImplicitLayer, eqx.Module):
     """The equilibrium z* = cell(z*, *inputs) as a layer.
 
-    Every leaf of z has the batch as its first axis (unless `forward.batch = false`), and the cell returns a tree like
+    Every leaf of z has the batch as its first axis (see `forward.batch` for others), and the cell returns a tree like
     it; a cell for one sample goes in as `jax.vmap(cell)`. To start warm, pass `z0=` the previous equilibrium.
 
     Args:

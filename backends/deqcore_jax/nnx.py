@@ -18,7 +18,7 @@ from deqcore_jax.layer import ImplicitLayer
 class DEQ(ImplicitLayer, nnx.Module):
     """The equilibrium z* = cell(z*, *inputs) as a layer.
 
-    Every leaf of z has the batch as its first axis (unless `forward.batch = false`), and the cell returns a tree like
+    Every leaf of z has the batch as its first axis (see `forward.batch` for others), and the cell returns a tree like
     it. To start warm, pass `z0=` the previous equilibrium.
 
     Args:

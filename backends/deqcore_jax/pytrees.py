@@ -14,7 +14,7 @@ def register() -> None:
     """Register `Solution` and `SolveState` with JAX, which already knows NamedTuples (`LoopState`, `AdjointReport`)."""
     jax.tree_util.register_dataclass(
         Solution,
-        data_fields=["value", "residual", "status", "steps", "evaluations", "state", "z", "fz", "aux"],
+        data_fields=["value", "residual", "status", "steps", "evaluations", "state", "z", "fz", "aux", "mask"],
         meta_fields=["backend", "record"],
     )
     jax.tree_util.register_dataclass(SolveState, data_fields=["carry"], meta_fields=["solver"])

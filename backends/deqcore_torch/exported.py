@@ -46,7 +46,7 @@ def numbers(
 ) -> tuple[float, float, int, bool, bool]:
     """Return the settings of a call for a state of this dtype; plain numbers, which are constants of the program."""
     forward = settings.resolve(config, overrides)[0].forward
-    if forward.batch == 2 and forward.batch is not True:  # noqa: PLR2004 - the setting
+    if forward.batch == 2 and forward.batch is not True:
         raise BackendError(
             "An exported program solves samples, not units, so forward.batch must be true or false (got 2). Set "
             "forward.batch = true before the export."

@@ -333,8 +333,7 @@ class RowBuilder:
     def records(self, ready: Sequence[PendingRow]) -> list[Record]:
         """Return the rows and the events that they cause, in order."""
         results: list[Record] = []
-        for item, host in zip(ready, fetch(ready), strict=True):
-            host = counted(host)
+        for item, host in zip(ready, map(counted, fetch(ready)), strict=True):
             figures = values(item, host)
             self.samples.add(host)
             if self._drift is not None:

@@ -24,7 +24,7 @@ from deqcore.types import Array, Limits, LoopState, Map, Status
 
 
 class CoupledLoop(DeviceLoop):
-    """See `DeviceLoop`. On devices it waits in each step, to see whether a unit resumes.
+    """The loop of `DeviceLoop` for coupled units. On devices it waits in each step, to see whether a unit resumes.
 
     Args:
         backend: the backend of the arrays.
@@ -70,7 +70,7 @@ class CoupledLoop(DeviceLoop):
             best_z=backend.select(seen, z, carry.best_z),
             best_fz=backend.select(seen, result.fz, carry.best_fz),
             best_residual=xp.where(seen, residual, carry.best_residual),
-            reference=carry.reference,
+            reference=xp.where(resumed, greater(xp, size, carry.reference), carry.reference),
             peak=xp.where(active, judged.peak, xp.where(resumed, greater(xp, residual, carry.peak), carry.peak)),
             mark=xp.where(active, judged.mark, xp.where(resumed, residual, carry.mark)),
             since=xp.where(active, judged.since, xp.where(resumed, xp.zeros_like(carry.since), carry.since)),

@@ -101,7 +101,7 @@ class RavelSpec:
     @property
     def units(self) -> int:
         """Consecutive rows that belong to one sample."""
-        return max(1, self.shapes[0][1]) if self.axes == 2 else 1  # noqa: PLR2004 - the setting `forward.batch = 2`
+        return max(1, self.shapes[0][1]) if self.axes == 2 else 1
 
     def leaves(self, tree: Tree) -> list[Array]:
         """Return the leaves of a tree like the state that the solver moves."""
