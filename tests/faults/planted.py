@@ -72,10 +72,74 @@ PRODUCTS = "deqcore_torch.jvp"
 AUTOGRAD = "deqcore_torch.autograd"
 SECOND = "deqcore_torch.second_order"
 
+DEPTH = "deqcore.backward.depth"
+REVERSIBLE_TORCH = "deqcore_torch.reversible"
+REVERSIBLE_JAX = "deqcore_jax.reversible"
+
 CONTROLLER = "deqcore.backward.controller"
 ADAPTIVE = "deqcore.backward.adaptive"
 
 STRATEGIES = [
+    Fault(
+        "a cotangent that a half step does not damp",
+        REVERSIBLE_TORCH,
+        "g_other, (1.0 - damping) * g_moved",
+        "g_other, g_moved",
+        "strategy reversible",
+        "test_its_gradient_is_that_of_its_steps",
+        "gradient of the steps",
+        backend="torch",
+    ),
+    Fault(
+        "a half step that is undone with the other sign",
+        "deqcore.abc.two_state",
+        "(state - self.damping * self.up(value))",
+        "(state + self.damping * self.up(value))",
+        "strategy reversible",
+        "test_its_gradient_is_that_of_its_steps",
+        "did not come back to z0",
+        backend="torch",
+    ),
+    Fault(
+        "gradients of the parameters of the last half step only",
+        REVERSIBLE_JAX,
+        "[a + b for a, b in zip(sums, parts, strict=True)]",
+        "[0 * a + b for a, b in zip(sums, parts, strict=True)]",
+        "strategy reversible",
+        "test_its_gradient_is_that_of_its_steps",
+        "gradient of the steps",
+        backend="jax",
+    ),
+    Fault(
+        "a depth that does not depend on the training step",
+        DEPTH,
+        "np.array([int(step) % RANGE], np.uint32)",
+        "np.array([0], np.uint32)",
+        "strategy looped",
+        "test_what_it_draws_follows_from_its_seed_and_the_training_step",
+        "the same draw at every step",
+        options={"distribution": "log-normal-poisson", "seed": 3},
+    ),
+    Fault(
+        "a depth from a generator of the process",
+        DEPTH,
+        "np.array([int(step) % RANGE], np.uint32)",
+        "np.array([np.random.randint(2**31)], np.uint32)",
+        "strategy looped",
+        "test_what_it_draws_follows_from_its_seed_and_the_training_step",
+        "another draw at the same seed and step",
+        options={"distribution": "log-normal-poisson", "seed": 3},
+    ),
+    Fault(
+        "a damping that is not read",
+        "deqcore.backward.looped",
+        "z = fz if self.damping == 1.0 else z + self.damping * (fz - z)",
+        "z = fz",
+        "strategy looped",
+        "test_every_number_among_its_options_matters",
+        "damping = 0.5 gives the same value and gradient",
+        backend="torch",
+    ),
     Fault(
         "a number of vjps that stays what it was",
         CONTROLLER,

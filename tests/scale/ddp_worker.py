@@ -4,6 +4,7 @@
     ddp_worker.py compiled          with torch.compile around the wrapped models
     ddp_worker.py uneven            one rank has a batch less than the other, or one without samples
     ddp_worker.py adaptive         the strategy with state: what is in force on each rank
+    ddp_worker.py looped            random depths
     ddp_worker.py failing WRAPPER   one rank's solve misses its tolerance, with on_failure = "raise"
 
 Prints one JSON object from rank 0.
@@ -21,6 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
+import deqcore
 from deqcore.backward.adaptive import Adaptive
 
 WIDTH = 24
@@ -244,6 +246,37 @@ def adaptive():
     os._exit(0)  # as in `main`
 
 
+def looped():
+    """Random depths: the depths of both ranks, and the gradients of one process; FSDP2 gathers weights in each step."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    options = {"depth": 6, "distribution": "log-normal-poisson", "recorded": 3, "seed": 4}
+    torch.manual_seed(0)
+    x, y = torch.randn(7, WIDTH), torch.randint(3, (7,))
+    mine = slice(0, 3) if rank == 0 else slice(3, 7)
+    whole = Model({"backward__strategy": "looped", "backward__options": options})
+    split, sharded = DistributedDataParallel(copy.deepcopy(whole)), copy.deepcopy(whole)
+    fully_shard(sharded.deq)
+    fully_shard(sharded)
+    report, depths = {"ddp": 0.0, "fsdp2": 0.0}, []
+    for step in range(6):
+        with deqcore.using(backward__step=step):
+            depths.append(int(whole.deq.solve(x).steps[0]))
+            whole.zero_grad()
+            loss(whole, x, y, 7).backward()
+            for name, model in {"ddp": split, "fsdp2": sharded}.items():
+                model.zero_grad()
+                (torch.nn.functional.cross_entropy(model(x[mine]), y[mine], reduction="sum") * 2 / 7).backward()
+                report[name] = max(report[name], worst(gradients(model), gradients(whole)))
+    both = [torch.zeros(6, dtype=torch.int64) for _ in range(2)]
+    dist.all_gather(both, torch.tensor(depths))
+    report["depths"] = [each.tolist() for each in both]
+    if rank == 0:
+        print(json.dumps(report), flush=True)
+    dist.destroy_process_group()
+    os._exit(0)  # as in `main`
+
+
 def failing():
     """One rank does not converge and raises; the launcher must end the other one."""
     dist.init_process_group("gloo")
@@ -253,5 +286,5 @@ def failing():
 
 
 if __name__ == "__main__":
-    ways = {"gradients": main, "compiled": compiled, "uneven": uneven, "failing": failing, "adaptive": adaptive}
+    ways = {"gradients": main, "compiled": compiled, "uneven": uneven, "failing": failing, "adaptive": adaptive, "looped": looped}
     ways[sys.argv[1]]()

@@ -54,6 +54,15 @@ def test_two_processes_with_compiled_models_give_the_gradients_of_one():
     assert max(found.values()) < 1e-5
 
 
+def test_random_depths_are_the_same_on_both_ranks():
+    done = torchrun("looped")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    assert found["depths"][0] == found["depths"][1]
+    assert len(set(found["depths"][0])) > 2
+    assert max(found["ddp"], found["fsdp2"]) < 1e-5
+
+
 def test_a_solve_takes_no_collective_even_where_ranks_need_different_steps(report):
     assert len(set(report["steps"])) == 2
     assert report["exact-ift collectives"] == report["certified collectives"] == {}
