@@ -112,7 +112,7 @@ def solve_stream(
         >>> results = deqcore.solve_stream(f, items, slots=2, ordered=False, forward__solver="picard",
         ...                                forward__rtol=1e-3, forward__max_steps=100)
         >>> [(r.index, r.steps) for r in results]
-        [(0, 3), (2, 4), (3, 5), (1, 44)]
+        [(0, 3), (2, 5), (3, 6), (1, 44)]
     """
     if isinstance(slots, bool) or not isinstance(slots, int) or slots < 1:
         raise ConfigError.bad_value("solve_stream", "slots", slots, "an integer >= 1")
