@@ -13,6 +13,7 @@ import numpy as np
 from deqcore.abc.external import ExternalResult, ExternalSolver
 from deqcore.plugins import SolverSpec, hookimpl
 
+
 @dataclass(frozen=True)
 class Right(ExternalSolver):
     backend = "numpy"

@@ -26,7 +26,7 @@ def adapters(project):
     return project
 
 
-def check(name: str, select: str | None = None, limit: float = 60.0) -> dict[str, CaseOutcome]:
+def check(name: str, select: str | None = None, limit: float = 300.0) -> dict[str, CaseOutcome]:
     outcomes = conformance.check(SuiteRequest("solver", name, select=select, limit=limit))
     return {outcome.test.replace(f"numpy-{name}-", "").replace(f"[numpy-{name}]", ""): outcome for outcome in outcomes}
 
@@ -58,9 +58,9 @@ def test_lies_about_counts_and_success_are_found():
 
 
 def test_one_that_hangs_is_a_row_and_not_the_end():
-    outcomes = check("hangs", "small_residual", limit=3.0)
+    outcomes = check("hangs", "small_residual", limit=15.0)
     assert failures(outcomes) == {
-        "test_success_means_a_small_residual[0.01]": "no end within 3 s: the process was killed"
+        "test_success_means_a_small_residual[0.01]": "no end within 15 s: the process was killed"
     }
     assert len(outcomes) == 3
 
@@ -159,9 +159,13 @@ def test_bad_arguments_are_told(capsys: Capture):
         assert text in " ".join(capsys.readouterr().err.split())
 
 
-def test_code_on_no_index_is_found_by_its_path(adapters: Path, tmp_path_factory: pytest.TempPathFactory, capsys: Capture):
+def test_code_on_no_index_is_found_by_its_path(
+    adapters: Path, tmp_path_factory: pytest.TempPathFactory, capsys: Capture
+):
     checkout = tmp_path_factory.mktemp("checkout")
-    (checkout / "published_code.py").write_text("def solve(f, z, steps):\n    for _ in range(steps): z = f(z)\n    return z\n")
+    (checkout / "published_code.py").write_text(
+        "def solve(f, z, steps):\n    for _ in range(steps): z = f(z)\n    return z\n"
+    )
     (adapters / "adapter.py").write_text(
         "from external_adapters import Modest\nfrom deqcore.abc.external import ExternalResult\n"
         "class Published(Modest):\n"
