@@ -53,7 +53,7 @@ def test_lies_about_counts_and_success_are_found():
     (message,) = failures(check("liar", "evaluations_are_those")).values()
     assert "1 evaluations are reported, 16 took place" in message
     found = failures(check("optimist", "success"))
-    assert "‖f(z) − z‖/‖f(z)‖ = 2.0e-01" in found["test_success_is_not_claimed_without_a_solution[budget]"]
+    assert "‖f(z) − z‖/‖f(z)‖ = 1.7e-01" in found["test_success_is_not_claimed_without_a_solution[budget]"]
     assert len(found) == 5  # the four without a solution as well
 
 
