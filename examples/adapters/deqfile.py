@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Final
 
-from deqcore.plugins import SolverSpec, hookimpl
+from deqcore.plugins import SolverSpec, StrategySpec, hookimpl
 
 ADAPTERS: Final = {
     "deqcore": {
@@ -37,3 +37,9 @@ def deqcore_solvers() -> Iterator[SolverSpec]:
                 yield SolverSpec(name, f"with_{library}:{cls}", summary=f"{library}'s, as a whole solve")
     if find_spec("torch") is not None:
         yield SolverSpec("checkout", "with_checkout:Checkout", summary="a function of published code, see --path")
+
+
+@hookimpl
+def deqcore_strategies() -> Iterator[StrategySpec]:
+    if find_spec("lineax") is not None:
+        yield StrategySpec("lineax-gmres", "with_lineax:LineaxGMRES", summary="lineax' GMRES on the whole batch; JAX only")

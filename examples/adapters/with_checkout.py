@@ -1,4 +1,4 @@
-"""Any function `solver(f, z0, **settings)` of a checkout: `deqcore check solver checkout --path DIR --options '{…}'`."""
+"""Any function `solver(f, z0, **settings)` of a checkout: `deqcore check solver checkout --path DIR`."""
 
 from dataclasses import dataclass, field
 from importlib import import_module

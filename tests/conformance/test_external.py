@@ -26,7 +26,7 @@ def adapters(project):
     return project
 
 
-def check(name: str, select: str | None = None, limit: float = 60.0) -> dict[str, CaseOutcome]:
+def check(name: str, select: str | None = None, limit: float = 300.0) -> dict[str, CaseOutcome]:
     outcomes = conformance.check(SuiteRequest("solver", name, select=select, limit=limit))
     return {outcome.test.replace(f"numpy-{name}-", "").replace(f"[numpy-{name}]", ""): outcome for outcome in outcomes}
 
@@ -53,14 +53,14 @@ def test_lies_about_counts_and_success_are_found():
     (message,) = failures(check("liar", "evaluations_are_those")).values()
     assert "1 evaluations are reported, 16 took place" in message
     found = failures(check("optimist", "success"))
-    assert "‖f(z) − z‖/‖f(z)‖ = 2.0e-01" in found["test_success_is_not_claimed_without_a_solution[budget]"]
+    assert "‖f(z) − z‖/‖f(z)‖ = 1.7e-01" in found["test_success_is_not_claimed_without_a_solution[budget]"]
     assert len(found) == 5  # the four without a solution as well
 
 
 def test_one_that_hangs_is_a_row_and_not_the_end():
-    outcomes = check("hangs", "small_residual", limit=3.0)
+    outcomes = check("hangs", "small_residual", limit=15.0)
     assert failures(outcomes) == {
-        "test_success_means_a_small_residual[0.01]": "no end within 3 s: the process was killed"
+        "test_success_means_a_small_residual[0.01]": "no end within 15 s: the process was killed"
     }
     assert len(outcomes) == 3
 

@@ -1,4 +1,4 @@
-"""torchdeq: a sample's solution changes with the other samples of its batch, since all iterate until the slowest ends."""
+"""torchdeq: a sample changes with the other samples of its batch, since all iterate until the slowest ends."""
 
 import importlib.metadata
 
