@@ -27,7 +27,7 @@ def arrays_in(backend: Backend, tree: Tree) -> Iterator[Array]:
 
 def _arrays(backend: Backend, tree: Tree, visited: dict[int, Any]) -> Iterator[Array]:
     for leaf in backend.flatten(tree)[0]:
-        if backend.is_array(leaf):
+        if backend.is_array(leaf) and not _is_compound(leaf):
             yield leaf
         elif not isinstance(leaf, PLAIN) and id(leaf) not in visited:
             visited[id(leaf)] = leaf  # kept alive, so that ids stay unique
@@ -51,6 +51,14 @@ def _contents(leaf: Any) -> Iterator[Any]:
         yield from leaf
     elif isinstance(leaf, MappingProxyType):
         yield from leaf.values()
+    elif _is_compound(leaf):
+        yield from (leaf[name] for name in leaf.dtype.names) if leaf.dtype.names else leaf.ravel().tolist()
+
+
+def _is_compound(leaf: Any) -> bool:
+    """Return whether this is an array of objects or of records."""
+    dtype = getattr(leaf, "dtype", None)
+    return getattr(dtype, "names", None) is not None or getattr(dtype, "hasobject", False) is True
 
 
 def _attributes(leaf: Any) -> Mapping[str, Any]:
@@ -97,7 +105,7 @@ def _open(backend: Backend, tree: Tree, name: str) -> tuple[Tree, Build]:
 
 
 def _open_leaf(backend: Backend, leaf: Any, name: str) -> tuple[Any, Build]:
-    if backend.is_array(leaf) or isinstance(leaf, PLAIN) or not _holds(backend, leaf):
+    if (backend.is_array(leaf) and not _is_compound(leaf)) or isinstance(leaf, PLAIN) or not _holds(backend, leaf):
         return leaf, _same
     if not is_dataclass(leaf):
         raise ProblemError(

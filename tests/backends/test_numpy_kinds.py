@@ -38,6 +38,18 @@ def test_other_subclasses_are_solved(tmp_path):
 
 
 @pytest.mark.skipif(np.finfo(np.longdouble).eps >= 2.0**-52, reason="long double is double here")
+def test_arrays_inside_arrays_get_no_gradient_silently():
+    """Arrays of objects and of records; those without floating-point numbers pass."""
+    z, x = np.zeros((1, 2)), np.ones((1, 2))
+    objects = np.empty(2, object)
+    objects[0] = x
+    for given in (objects, np.ones(1, [("a", "f8"), ("b", "i4")])):
+        with pytest.raises(ProblemError, match="ndarray that holds arrays"):
+            deqcore.vjp(lambda z, p: 0.5 * z + p[0][0], z, given, cotangent=x)
+    for given in (np.array(["a", None], object), np.ones(1, [("b", "i4")])):
+        assert deqcore.vjp(lambda z, p: 0.5 * z + 1.0, z, given, cotangent=x)[1] == (None,)
+
+
 def test_what_is_wider_than_float64_is_refused():
     with pytest.raises(InitialIterateError, match="Cast z0 and the arrays of f to float64"):
         solve(np.zeros((3, 4), np.longdouble))
