@@ -55,6 +55,9 @@ def registered(every):
 
 
 @pytest.mark.parametrize("kind", ["named tuple", "dataclass"])
+@pytest.mark.supports(
+    "NamedTuples and registered dataclasses as states", backends="numpy torch jax", strategies="exact-ift"
+)
 def test_a_state_keeps_its_class_and_gradients_reach_arguments(every, kind):
     make = Pair if kind == "named tuple" else registered(every)
     x = every.asarray(np.array([[1.0, 2.0]]))
@@ -69,6 +72,9 @@ def test_a_state_keeps_its_class_and_gradients_reach_arguments(every, kind):
     assert every.to_numpy(dx) == pytest.approx(0.5 * np.ones((1, 2)), abs=1e-5)
 
 
+@pytest.mark.supports(
+    "dataclasses that are not registered", backends="numpy torch jax", strategies="any", answer="refused"
+)
 def test_a_dataclass_that_is_no_tree_is_refused_with_the_registration(every):
     state = Other(every.asarray(np.ones((1, 2))))
     words = {"jax": "register_dataclass", "torch": "register_pytree_node", "numpy": "optree.dataclasses.dataclass"}
@@ -76,6 +82,7 @@ def test_a_dataclass_that_is_no_tree_is_refused_with_the_registration(every):
         deqcore.fixed_point(lambda z: z, state)
 
 
+@pytest.mark.supports("integers and flags in a state", backends="numpy torch jax", strategies="any")
 def test_counts_flags_and_names_ride_along_unchanged(every):
     z0 = {"h": every.asarray(np.zeros((2, 1))), "mask": every.asarray(np.array([True, False])), "depth": 3, "on": True}
 
@@ -89,6 +96,7 @@ def test_counts_flags_and_names_ride_along_unchanged(every):
 
 
 @pytest.mark.parametrize(("shape", "batch"), [((1, 1), True), ((1,), False), ((), False)])
+@pytest.mark.supports("states of one number", backends="numpy torch jax", strategies="exact-ift")
 def test_states_of_one_number(every, shape, batch):
     x = every.asarray(np.full(shape, 3.0))
     settings = {"forward__batch": batch, "forward__rtol": 1e-10, "forward__solver": "anderson"}

@@ -94,6 +94,7 @@ def test_a_hundred_steps_of_other_lengths_and_batches_take_one_graph(backend):
 
 
 @pytest.mark.parametrize("strategy", ["exact-ift", "broyden-reuse", "jacobian-free", "neumann", "phantom", "unrolled"])
+@pytest.mark.supports("`torch.compile(fullgraph=True)`", backends="torch", strategies="all")
 def test_every_strategy_gives_the_gradients_of_eager_code(strategy):
     model = Model(Cell(), backward__strategy=strategy)
     run, _ = counting(model)
@@ -209,6 +210,7 @@ def test_warm_starts_other_parameters_and_one_system():
     assert_same(fn, counting(fn)[0], x, [*other.values()])
 
 
+@pytest.mark.supports("second derivatives of compiled code", backends="torch", strategies="any", answer="refused")
 def test_what_a_graph_cannot_carry_is_refused_with_what_to_do():
     weight = torch.nn.Parameter(0.3 * torch.eye(N, dtype=DOUBLE))
     function = DEQ(lambda z, x: torch.tanh(z @ weight + x))

@@ -227,6 +227,9 @@ def test_steps_differentiate_to_any_order_and_in_any_mode(data, strategy):
         assert torch.allclose(derivative(value, a, da, b), derivative(by_hand, a, da, b), rtol=1e-8)
 
 
+@pytest.mark.supports(
+    "batched cotangents of `torch.autograd.grad`", backends="torch", strategies="any", answer="refused; `jacrev` works"
+)
 def test_batched_cotangents_of_the_tape_are_refused(data):
     a, _, b = data
     with pytest.raises(StrategyError, match="vectorize = False"):

@@ -95,6 +95,7 @@ class ComplexStrategyTests:
     """What a strategy must keep for complex states: gradients by the convention of the framework."""
 
     @needs("complex")
+    @pytest.mark.supports("complex states", backends="numpy torch", strategies="all")
     def test_gradients_of_complex_states(self, kit: Kit, any_strategy: Any, strategy_name: str, settings: Any) -> None:
         problem = ComplexAffine.make(norm=0.05)
         f, b = problem.on(kit)
