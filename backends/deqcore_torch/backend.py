@@ -34,7 +34,9 @@ class TorchBackend(Backend):
         jvp=True, vmap=True, bfloat16=True, accelerator=True, complex=True, second_derivatives=True, compaction=True
     )
     xp = xp
-    registration = "optree.dataclasses.dataclass with namespace = 'deqcore', or torch.utils._pytree.register_pytree_node"
+    registration = (
+        "optree.dataclasses.dataclass with namespace = 'deqcore', or torch.utils._pytree.register_pytree_node"
+    )
     linalg_class = TorchLinalg
     autodiff_class = TorchAutodiff
     guards_class = TorchGuards

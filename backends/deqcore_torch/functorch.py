@@ -221,7 +221,9 @@ class _Equation:
         return self._attached(lambda w: _alive(b) + self.jvp(_alive(z))(w), v, turned)
 
     def _attached(self, f: Map, solution: Tensor, adjoint: AdjointSolver) -> Tensor:
-        return _attach(_Equation(self.backend, f, adjoint, self.state, self.order + 1, self.rows), solution, f(solution), solution)
+        return _attach(
+            _Equation(self.backend, f, adjoint, self.state, self.order + 1, self.rows), solution, f(solution), solution
+        )
 
     def _linearized(self, z: Tensor) -> tuple[Tensor | None, Map]:
         return vjp_of(self.f, z) if self.adjoint.uses_vjp else (None, _no_vjp)

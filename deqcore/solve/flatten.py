@@ -23,8 +23,8 @@ class RavelSpec:
         sizes: count of real numbers per sample in each leaf: two for a complex number.
         batch: rows of the matrix; 1 if the whole state is one system.
         dtype: of the matrix, a real dtype.
-        complex: the dtype of each complex leaf and "" for others; empty if no leaf is complex. Solvers and strategies see each complex number as two
-            real ones, so f need not be holomorphic.
+        complex: the dtype of each complex leaf and "" for others; empty if no leaf is complex.
+            Solvers and strategies see each complex number as two real ones, so f need not be holomorphic.
         carried: leaves of integers, booleans and anything else that is not an array, by position: f gets them as they
             are in z0, and no solver changes them. The fields above describe the others.
     """
@@ -44,7 +44,7 @@ class RavelSpec:
         """Describe the initial iterate z0, or raise an error that says what is wrong with it.
 
         Raises:
-            InitialIterateError: no arrays, integers or mixed precisions, several devices, too few axes, unequal batch sizes.
+            InitialIterateError: no arrays, integers, mixed precisions, several devices, too few axes, unequal batches.
         """
         every, structure = backend.flatten(z0)
         kinds = [backend.dtype_name(leaf) if backend.is_array(leaf) else "" for leaf in every]
@@ -77,7 +77,8 @@ class RavelSpec:
                 f"forward.batch = false to solve the whole state as one system."
             )
         sizes = tuple(
-            math.prod(shape[1:] if batch else shape) * (2 if pairs and pairs[i] else 1) for i, shape in enumerate(shapes)
+            math.prod(shape[1:] if batch else shape) * (2 if pairs and pairs[i] else 1)
+            for i, shape in enumerate(shapes)
         )
         device = backend.device_of(leaves[0])
         return cls(backend, structure, shapes, sizes, rows.pop(), dtype, device, pairs, carried)

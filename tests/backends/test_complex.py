@@ -48,7 +48,7 @@ def differences(a, b, g, h=1e-6):
 def test_gradients_of_complex_parameters_are_those_of_differences(every):
     a, b, g = problem()
     turned = np.conj if every.autodiff.conjugates else np.asarray
-    array = lambda x: every.asarray(x)
+    array = every.asarray
     z, (da, _) = deqcore.vjp(
         cell(every.xp), array(0 * b), array(a), array(b), cotangent=array(turned(g)),
         **TIGHT,
@@ -62,7 +62,8 @@ def test_single_precision_keeps_its_dtypes(every):
     z, (da, db) = deqcore.vjp(cell(every.xp), 0 * b, a, b, cotangent=g, forward__rtol=1e-5)
     assert {every.dtype_name(x) for x in (z, da, db)} == {"complex64"}
     sol = deqcore.fixed_point(cell(every.xp), 0 * b, a, b, forward__rtol=1e-5)
-    assert every.dtype_name(sol.residual) == "float32" and sol.residual.shape == (2,)
+    assert every.dtype_name(sol.residual) == "float32"
+    assert sol.residual.shape == (2,)
 
 
 def test_a_complex_root_is_found(every):
@@ -76,7 +77,8 @@ def test_a_complex_root_is_found(every):
 def test_a_whole_complex_scalar_is_one_system(every):
     z0 = every.asarray(np.array(0j))
     sol = deqcore.fixed_point(lambda z: 0.5j * z + 1.0, z0, forward__batch=False, forward__rtol=1e-10)
-    assert np.abs(every.to_numpy(sol.value) - 1 / (1 - 0.5j)) <= 1e-8 and sol.value.shape == ()
+    assert np.abs(every.to_numpy(sol.value) - 1 / (1 - 0.5j)) <= 1e-8
+    assert sol.value.shape == ()
 
 
 @pytest.mark.supports("complex states, second derivatives", backends="torch", strategies="exact-ift")

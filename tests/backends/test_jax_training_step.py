@@ -75,4 +75,5 @@ def test_a_serialised_program_runs_in_a_fresh_process_without_deqcore(tmp_path):
     subprocess.run([sys.executable, "-c", code, *files], check=True, capture_output=True, timeout=300)
     found = np.load(tmp_path / "found.npz")
     value, gradient = jax.jit(lambda w, x: (solved(w, x), jax.grad(loss)(w, x)))(W, X)
-    assert np.allclose(found["value"], value, atol=1e-6) and np.allclose(found["gradient"], gradient, atol=1e-5)
+    assert np.allclose(found["value"], value, atol=1e-6)
+    assert np.allclose(found["gradient"], gradient, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -47,10 +48,8 @@ def registered(every):
         register = lambda: optree.register_pytree_node(
             State, lambda s: ((s.position, s.speed), None), lambda _, children: State(*children), namespace="deqcore"
         )
-    try:
+    with contextlib.suppress(ValueError):  # an earlier test registered it
         register()
-    except ValueError as error:  # an earlier test registered it
-        assert "registered" in str(error).lower() or "duplicate" in str(error).lower()
     return State
 
 
@@ -121,4 +120,5 @@ def test_a_warm_start_of_a_layer_keeps_other_leaves():
     x = torch.ones(2, 3)
     first, second = layer.solve(x), layer.solve(x)
     assert torch.allclose(second.value["h"], torch.full((2, 3), 4.0), atol=1e-3)
-    assert second.value["depth"] == 2 and second.steps.max() < first.steps.max()
+    assert second.value["depth"] == 2
+    assert second.steps.max() < first.steps.max()

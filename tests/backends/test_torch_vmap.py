@@ -56,7 +56,9 @@ TRANSFORMS = {
     "parameters": lambda value, a, b: vmap(value, (0, None))(a, b[0]),
     "inputs, another axis": lambda value, a, b: vmap(value, (None, 1), 1)(a[0], b.transpose(0, 1)),
     "nested": lambda value, a, b: vmap(lambda a: vmap(lambda b: value(a, b))(b))(a),
-    "gradients of each sample": lambda value, a, b: vmap(grad(lambda a, b: (value(a, b) ** 3).sum()), (None, 0))(a[0], b),
+    "gradients of each sample": lambda value, a, b: vmap(grad(lambda a, b: (value(a, b) ** 3).sum()), (None, 0))(
+        a[0], b
+    ),
     "grad of vmap": lambda value, a, b: grad(lambda a: (vmap(value)(a, b) ** 3).sum())(a),
     "tape around vmap": on_tape,
     "jacrev": lambda value, a, b: jacrev(lambda b: value(a[0], b))(b[0]),
@@ -88,8 +90,10 @@ def test_each_sample_of_each_lane_stops_by_itself(data, solver):
     for lane in range(LANES):
         one = solve(a[lane], b[lane])
         assert torch.allclose(value[lane], one[0], atol=1e-10)
-        assert steps[lane].tolist() == one[1].tolist() and (status[lane] == 1).all()
-    assert residual.shape == (LANES, BATCH) and len(set(steps.flatten().tolist())) > 1
+        assert steps[lane].tolist() == one[1].tolist()
+        assert (status[lane] == 1).all()
+    assert residual.shape == (LANES, BATCH)
+    assert len(set(steps.flatten().tolist())) > 1
 
 
 @pytest.mark.supports(
@@ -148,7 +152,10 @@ def test_what_vmap_cannot_do_is_refused_with_a_remedy(data, overrides, error, wo
 
 @pytest.mark.supports("`vmap` of a solve and of its gradient", backends="torch", strategies="broyden-reuse")
 @pytest.mark.supports(
-    "`jacrev`, `jacfwd`, `hessian`", backends="torch", strategies="broyden-reuse", answer="refused; `chunk_size = 1` works"
+    "`jacrev`, `jacfwd`, `hessian`",
+    backends="torch",
+    strategies="broyden-reuse",
+    answer="refused; `chunk_size = 1` works",
 )
 def test_an_estimate_of_other_samples_is_refused_for_batched_cotangents(data):
     a, b = data
