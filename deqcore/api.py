@@ -37,8 +37,8 @@ def fixed_point(
     Args:
         f: `f(z, *args)` returns a tree like z. It may close over parameters.
         z0: initial iterate, a tree of floating-point or complex arrays; with `batch = true` the first axis of each is
-            the batch. Python's floats become arrays. Leaves of integers and booleans are carried along: f gets them as they are
-            in z0, `sol.value` has them unchanged, and what f returns there is ignored.
+            the batch. Python's floats become arrays. Leaves of integers and booleans are carried along: f gets them
+            as they are in z0, `sol.value` has them unchanged, and what f returns there is ignored.
         *args: further arguments of f, any trees. Their arrays get gradients.
         config: complete settings; default: environment and `deqcore.using`.
         state: `sol.state` of an earlier solve, to continue from. One evaluation of f decides: a sample whose f is the
