@@ -37,10 +37,10 @@ def fixed_point(
 
     Args:
         f: `f(z, *args)` returns a tree like z. It may close over parameters.
-        z0: initial iterate, a tree of floating-point arrays; with `batch = true` the first axis of each is the batch,
-            with `batch = 2` the first two are units, such as the tokens of each sequence.
-            Python's floats become arrays. Leaves of integers and booleans are carried along: f gets them as they are
-            in z0, `sol.value` has them unchanged, and what f returns there is ignored.
+        z0: initial iterate, a tree of floating-point or complex arrays; with `batch = true` the first axis of each is
+            the batch, with `batch = 2` the first two are units, such as the tokens of each sequence. Python's floats
+            become arrays. Leaves of integers and booleans are carried along: f gets them as they are in z0,
+            `sol.value` has them unchanged, and what f returns there is ignored.
         *args: further arguments of f, any trees. Their arrays get gradients.
         config: complete settings; default: environment and `deqcore.using`.
         state: `sol.state` of an earlier solve, to continue from. One evaluation of f decides: a sample whose f is the
@@ -149,7 +149,7 @@ def vjp(
         f: as in `fixed_point`.
         z0: as in `fixed_point`.
         *args: as in `fixed_point`; on a backend without autodiff each number in them costs an evaluation of f.
-        cotangent: dL/dz*, a tree like z0.
+        cotangent: dL/dz*, a tree like z0; of complex leaves by the framework's own convention.
         config: as in `fixed_point`.
         batched_args: as in `fixed_point`.
         strategy_state: as in `fixed_point`.
@@ -158,7 +158,7 @@ def vjp(
 
     Returns:
         z*, and for each argument a tree of gradients like it, with None for leaves that are not floating-point
-        arrays. A dataclass is a tree of its fields here, registered or not.
+        or complex arrays. A dataclass is a tree of its fields here, registered or not.
 
     Raises:
         InitialIterateError: the cotangent does not fit z0.

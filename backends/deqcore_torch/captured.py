@@ -71,19 +71,19 @@ def solve_function(
 
 
 def _described(args: tuple[Any, ...], batched_args: tuple[int, ...], read: list[Tensor]) -> tuple[list[int], bool]:
-    """Append the tensors of the arguments; return the positions of those with the batch axis, and whether all are trees.
+    """Append the tensors of the arguments; return where those with the batch axis are, and whether all are trees.
 
     Equal tensors would be one input of the graph, which moves positions, so that the later ones are copied.
     """
     carrying: list[int] = []
-    plain = all([i in range(len(args)) for i in batched_args])  # an eager call names the error
+    plain = all(i in range(len(args)) for i in batched_args)  # an eager call names the error
     for i, arg in enumerate(args):
         found: list[Tensor] = []
         plain = describe(arg, found) is not None and plain
         for tensor in found:
             if i in batched_args:
                 carrying.append(len(read))
-            again = any([tensor is other for other in read])
+            again = any(tensor is other for other in read)
             read.append(tensor.clone() if again and batched_args else tensor)
     return carrying, plain
 

@@ -1,6 +1,7 @@
 """Trees of tensors by optree, which also knows the classes that `torch.utils._pytree` knows.
 
-A class that is registered with PyTorch only is registered with optree, in a namespace of deqcore, when it is first seen.
+A class that is registered with PyTorch only is registered with optree when it is first seen, in a namespace of its
+own.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def flatten(tree: Any) -> tuple[list[Any], Any]:
     if isinstance(tree, Tensor):
         return [tree], LEAF
     leaves, structure = optree.tree_flatten(tree, namespace=NAMESPACE)
-    if any([_adopt(type(leaf)) for leaf in leaves if not isinstance(leaf, Tensor)]):
+    if any(_adopt(type(leaf)) for leaf in leaves if not isinstance(leaf, Tensor)):
         return flatten(tree)
     return leaves, structure
 

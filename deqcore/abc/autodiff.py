@@ -24,7 +24,7 @@ class Autodiff(ABC):
     """
 
     conjugates: ClassVar[bool] = False
-    """Whether a cotangent g of a complex z stands for Re(g dz), as in JAX, and not for Re(conj(g) dz), as in PyTorch."""
+    """Whether a cotangent g of a complex z stands for Re(g dz), as in JAX, or for Re(conj(g) dz), as in PyTorch."""
 
     def __init__(self, be: ArrayOps) -> None:
         """Make the part of the backend `be`."""

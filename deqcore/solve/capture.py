@@ -20,8 +20,8 @@ def add_compiler(traces: Callable[[], bool], capture: Capture) -> None:
 
     Args:
         traces: returns whether the compiler traces its caller.
-        capture: `(f, z0, args, overrides, batched_args)` to what the compiler sees, or None if it cannot; then the solve runs in
-            Python, outside of the compiled code.
+        capture: `(f, z0, args, overrides, batched_args)` to what the compiler sees, or None if it cannot; then the
+            solve runs in Python, outside of the compiled code.
     """
     _compilers.append((traces, capture))
 

@@ -61,7 +61,7 @@ class RavelSpec:
             batch: as the setting `forward.batch`.
 
         Raises:
-            InitialIterateError: no arrays, integers or mixed precisions, several devices, too few axes, unequal batch sizes.
+            InitialIterateError: no arrays, integers, mixed precisions, several devices, too few axes, unequal batches.
         """
         every, structure = backend.flatten(z0)
         kinds = [backend.dtype_name(leaf) if backend.is_array(leaf) else "" for leaf in every]

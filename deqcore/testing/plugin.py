@@ -44,6 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marker by which tests ask for capabilities."""
     config.addinivalue_line("markers", f"{NEEDS}(capability): skip where the backend does not have it")
+    config.addinivalue_line("markers", "supports(feature, backends, strategies, answer): a row of the support matrix")
     if config.getoption("deqcore_project"):
         Config.discover()
     if path := config.getoption("deqcore_results"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 
 import torch
-
 from deqcore_torch.nn import DEQ
 
 WIDTH = 8

@@ -44,10 +44,11 @@ def differences(a, b, g, h=1e-6):
     return found
 
 
+@pytest.mark.supports("complex states", backends="numpy torch jax", strategies="exact-ift")
 def test_gradients_of_complex_parameters_are_those_of_differences(every):
     a, b, g = problem()
     turned = np.conj if every.autodiff.conjugates else np.asarray
-    array = lambda x: every.asarray(x)
+    array = every.asarray
     z, (da, _) = deqcore.vjp(
         cell(every.xp), array(0 * b), array(a), array(b), cotangent=array(turned(g)),
         **TIGHT,
@@ -61,7 +62,8 @@ def test_single_precision_keeps_its_dtypes(every):
     z, (da, db) = deqcore.vjp(cell(every.xp), 0 * b, a, b, cotangent=g, forward__rtol=1e-5)
     assert {every.dtype_name(x) for x in (z, da, db)} == {"complex64"}
     sol = deqcore.fixed_point(cell(every.xp), 0 * b, a, b, forward__rtol=1e-5)
-    assert every.dtype_name(sol.residual) == "float32" and sol.residual.shape == (2,)
+    assert every.dtype_name(sol.residual) == "float32"
+    assert sol.residual.shape == (2,)
 
 
 def test_a_complex_root_is_found(every):
@@ -75,9 +77,11 @@ def test_a_complex_root_is_found(every):
 def test_a_whole_complex_scalar_is_one_system(every):
     z0 = every.asarray(np.array(0j))
     sol = deqcore.fixed_point(lambda z: 0.5j * z + 1.0, z0, forward__batch=False, forward__rtol=1e-10)
-    assert np.abs(every.to_numpy(sol.value) - 1 / (1 - 0.5j)) <= 1e-8 and sol.value.shape == ()
+    assert np.abs(every.to_numpy(sol.value) - 1 / (1 - 0.5j)) <= 1e-8
+    assert sol.value.shape == ()
 
 
+@pytest.mark.supports("complex states, second derivatives", backends="torch", strategies="exact-ift")
 def test_torch_gradients_follow_its_convention():
     torch = pytest.importorskip("torch")
     a, b, _ = (torch.tensor(x) for x in problem())
@@ -108,6 +112,7 @@ def test_jax_gradients_follow_its_convention():
 
 
 @pytest.mark.parametrize("kind", ["linear", "relu"])
+@pytest.mark.supports("complex states with a real cell", backends="torch", strategies="any", answer="refused")
 def test_a_real_cell_refuses_a_complex_state_with_a_remedy(kind):
     torch = pytest.importorskip("torch")
     linear = torch.nn.Linear(2, 2)
@@ -116,6 +121,7 @@ def test_a_real_cell_refuses_a_complex_state_with_a_remedy(kind):
         deqcore.fixed_point(f, torch.zeros(1, 2, dtype=torch.complex64))
 
 
+@pytest.mark.supports("complex states with a real cell", backends="jax", strategies="any", answer="refused")
 def test_a_real_cell_in_jax_refuses_a_complex_state_with_a_remedy():
     jax = pytest.importorskip("jax")
     with pytest.raises(ProblemError, match=r"complex64 \(got TypeError.*two real leaves"):
@@ -133,6 +139,7 @@ def test_other_errors_of_a_complex_cell_are_its_own(be):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*Dynamo:UserWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.supports("complex states, compiled and exported", backends="torch", strategies="exact-ift")
 def test_compiled_and_exported_solves_of_complex_states():
     torch = pytest.importorskip("torch")
     from deqcore_torch.nn import DEQ

@@ -48,6 +48,7 @@ NESTED = {
 
 
 @pytest.mark.parametrize("name", NESTED)
+@pytest.mark.supports("third derivatives", backends="jax", strategies="exact-ift")
 def test_nested_modes_have_the_closed_form_of_a_scalar(name):
     derivative, order = NESTED[name]
     expected = [1, 1, 2, 6][order] * (1 - A) ** -(order + 1)
@@ -55,6 +56,7 @@ def test_nested_modes_have_the_closed_form_of_a_scalar(name):
 
 
 @pytest.mark.parametrize(("derivative", "order"), [(jax.grad, 1), (jax.hessian, 2)], ids=["grad", "hessian"])
+@pytest.mark.supports("`vmap` of a solve and of its gradient", backends="jax", strategies="exact-ift")
 def test_vmap_of_a_derivative_with_and_without_jit(derivative, order):
     a = jnp.asarray([0.1, 0.4, -0.7])
     expected = order * (1 - np.asarray(a)) ** -(order + 1)

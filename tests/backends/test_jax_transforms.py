@@ -41,6 +41,7 @@ def scalar(a, **overrides):
 
 
 @pytest.mark.slow
+@pytest.mark.supports("forward mode and second derivatives", backends="jax", strategies="exact-ift")
 def test_check_grads_to_second_order_in_both_modes():
     """The parameter is closed over. Plain iteration on both sides compiles fastest."""
     from jax.test_util import check_grads
@@ -56,6 +57,9 @@ def test_check_grads_to_second_order_in_both_modes():
 
 
 @pytest.mark.parametrize("strategy", APPROXIMATE)
+@pytest.mark.supports(
+    "forward mode and second derivatives", backends="jax", strategies="approximate ones", answer="refused"
+)
 def test_approximate_strategies_refuse_forward_mode_and_second_derivatives(strategy):
     value = lambda a: scalar(a, backward__strategy=strategy, backward__options={}, forward__rtol=1e-6)
     with pytest.raises(StrategyError, match="exact-ift"):

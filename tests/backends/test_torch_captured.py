@@ -94,6 +94,11 @@ def test_a_hundred_steps_of_other_lengths_and_batches_take_one_graph(backend):
 
 
 @pytest.mark.parametrize("strategy", ["exact-ift", "broyden-reuse", "jacobian-free", "neumann", "phantom", "unrolled"])
+@pytest.mark.supports(
+    "`torch.compile(fullgraph=True)`",
+    backends="torch",
+    strategies="exact-ift, broyden-reuse, jacobian-free, neumann, phantom, unrolled",
+)
 def test_every_strategy_gives_the_gradients_of_eager_code(strategy):
     model = Model(Cell(), backward__strategy=strategy)
     run, _ = counting(model)
@@ -142,6 +147,24 @@ def test_fixed_point_of_a_function_is_one_graph_too(tree):
     run, counter = counting(fn)
     for _ in range(2):  # eager code sorts the leaves of a dict, so its sums have another order
         assert_same(fn, run, data(), [*linear.parameters()], rtol=1e-12 if tree else 0.0)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_batched_arguments_reach_a_solve_that_drops_finished_rows(same):
+    linear = torch.nn.Linear(N, N, dtype=DOUBLE)
+    linear.weight.data *= 0.4
+
+    def fn(x, scale):
+        f = lambda z, x, y, scale: torch.tanh(linear(z) * scale + 0.5 * (x + y))
+        y = x if same else 2.0 * x
+        settings = {"forward__compact": True, "forward__solver": "picard"}
+        return deqcore.fixed_point(f, torch.zeros_like(x), x, y, scale, batched_args=(0, 1, 2), **settings).value
+
+    x = data(4) * torch.logspace(-2, 1, 4, dtype=DOUBLE)[:, None]
+    run, counter = counting(fn)
+    scale = torch.linspace(0.1, 1.0, 4, dtype=DOUBLE)[:, None]
+    assert torch.equal(run(x, scale), fn(x, scale))
     assert counter.frame_count == 1
 
 
@@ -209,6 +232,7 @@ def test_warm_starts_other_parameters_and_one_system():
     assert_same(fn, counting(fn)[0], x, [*other.values()])
 
 
+@pytest.mark.supports("second derivatives of compiled code", backends="torch", strategies="any", answer="refused")
 def test_what_a_graph_cannot_carry_is_refused_with_what_to_do():
     weight = torch.nn.Parameter(0.3 * torch.eye(N, dtype=DOUBLE))
     function = DEQ(lambda z, x: torch.tanh(z @ weight + x))

@@ -109,6 +109,7 @@ def test_trees_and_one_system():
             assert torch.allclose(value[name], expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.supports("`torch.export` in evaluation mode", backends="torch", strategies="any")
 def test_a_saved_program_runs_in_a_process_without_deqcore(tmp_path):
     import subprocess
     import sys
@@ -125,6 +126,7 @@ def test_a_saved_program_runs_in_a_process_without_deqcore(tmp_path):
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, timeout=200)
 
 
+@pytest.mark.supports("`torch.export` in training mode", backends="torch", strategies="any", answer="refused")
 def test_what_cannot_be_exported_says_so():
     x = torch.randn(2, N)
     with pytest.raises(BackendError, match=r"Call model\.eval"):
@@ -134,6 +136,7 @@ def test_what_cannot_be_exported_says_so():
         torch.export.export(branching, (x,))
 
 
+@pytest.mark.supports("ONNX", backends="torch", strategies="any")
 def test_onnx_runs_the_loop(tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
@@ -149,6 +152,7 @@ def test_onnx_runs_the_loop(tmp_path):
         assert status.tolist() == [Status.CONVERGED] * batch
 
 
+@pytest.mark.supports("AOTInductor", backends="torch", strategies="any")
 def test_inductor_makes_a_package_that_runs(tmp_path):
     import shutil
 

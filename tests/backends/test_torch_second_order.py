@@ -97,6 +97,7 @@ def test_backward_fills_grad_of_parameters_in_a_second_pass(module, x):
 @pytest.mark.parametrize(
     "options", [{"solver": "broyden"}, {"solver": "picard", "max_steps": 200}, {"start": "reuse"}], ids=str
 )
+@pytest.mark.supports("forward mode and second derivatives", backends="torch", strategies="exact-ift")
 def test_second_derivatives_by_any_adjoint_solver(module, x, options):
     settings = {"backward__options": {"rtol": 1e-12, "max_steps": 60, **options}}
 
@@ -122,6 +123,7 @@ def test_gradcheck_and_gradgradcheck_with_trees(module):
     assert torch.autograd.gradgradcheck(value, (p, q, w))
 
 
+@pytest.mark.supports("third derivatives", backends="torch", strategies="any", answer="refused")
 def test_third_order_is_refused():
     a = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
     value = solved(lambda z, a: a * z + 1, torch.zeros(1, 1, dtype=torch.float64), a).sum()
@@ -132,6 +134,9 @@ def test_third_order_is_refused():
 
 
 @pytest.mark.parametrize("strategy", ["broyden-reuse", "jacobian-free", "neumann"])
+@pytest.mark.supports(
+    "forward mode and second derivatives", backends="torch", strategies="approximate ones", answer="refused"
+)
 def test_approximations_give_first_derivatives_with_create_graph_and_no_second(module, x, strategy):
     def first(create_graph):
         options = {"backward__strategy": strategy, "backward__options": {}, "forward__rtol": 1e-6}

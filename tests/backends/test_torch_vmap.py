@@ -69,6 +69,8 @@ TRANSFORMS = {
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.supports("`vmap` of a solve and of its gradient", backends="torch", strategies="exact-ift")
+@pytest.mark.supports("`jacrev`, `jacfwd`, `hessian`", backends="torch", strategies="exact-ift")
 def test_transformed_solves_are_those_of_unrolled_steps(data, name):
     transform = TRANSFORMS[name]
     assert torch.allclose(transform(solved, *data), transform(unrolled, *data), rtol=1e-8, atol=1e-10)
@@ -88,10 +90,15 @@ def test_each_sample_of_each_lane_stops_by_itself(data, solver):
     for lane in range(LANES):
         one = solve(a[lane], b[lane])
         assert torch.allclose(value[lane], one[0], atol=1e-10)
-        assert steps[lane].tolist() == one[1].tolist() and (status[lane] == 1).all()
-    assert residual.shape == (LANES, BATCH) and len(set(steps.flatten().tolist())) > 1
+        assert steps[lane].tolist() == one[1].tolist()
+        assert (status[lane] == 1).all()
+    assert residual.shape == (LANES, BATCH)
+    assert len(set(steps.flatten().tolist())) > 1
 
 
+@pytest.mark.supports(
+    "`functional_call`, ensembles, gradients of each sample", backends="torch", strategies="exact-ift"
+)
 def test_an_ensemble_of_modules_has_the_gradients_of_each(data):
     _, b = data
     cells = [torch.nn.Linear(N, N, dtype=torch.float64) for _ in range(LANES)]
@@ -116,6 +123,9 @@ def test_samples_that_fail_in_a_lane_are_reported(data):
         vmap(lambda a, b: solved(a, b, forward__max_steps=1, forward__solver="picard"))(a, b)
 
 
+@pytest.mark.supports(
+    "`vmap` over a state without axes left", backends="torch", strategies="any", answer="refused with `batch = true`"
+)
 def test_a_state_without_axes_left_is_refused_and_the_remedy_works(data):
     a, b = data
     with pytest.raises(InitialIterateError, match=r"got the shape \(4,\).*forward.batch = false"):
@@ -132,11 +142,21 @@ def test_a_state_without_axes_left_is_refused_and_the_remedy_works(data):
         ({"forward__compact": True}, ConfigError, "forward.compact = false"),
     ],
 )
+@pytest.mark.supports(
+    "`vmap` of a solve and of its gradient", backends="torch", strategies="phantom, unrolled", answer="refused"
+)
 def test_what_vmap_cannot_do_is_refused_with_a_remedy(data, overrides, error, words):
     with pytest.raises(error, match=words):
         vmap(grad(lambda a, b: solved(a, b, **overrides).sum()))(*data)
 
 
+@pytest.mark.supports("`vmap` of a solve and of its gradient", backends="torch", strategies="broyden-reuse")
+@pytest.mark.supports(
+    "`jacrev`, `jacfwd`, `hessian`",
+    backends="torch",
+    strategies="broyden-reuse",
+    answer="refused; `chunk_size = 1` works",
+)
 def test_an_estimate_of_other_samples_is_refused_for_batched_cotangents(data):
     a, b = data
     reuse = {"forward__solver": "broyden", "backward__strategy": "broyden-reuse", "backward__options": {}}

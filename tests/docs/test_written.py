@@ -43,6 +43,13 @@ def test_commands_md_is_true_to_the_code():
     assert commands.PAGE.read_text(encoding="utf-8") == commands.render(), "python docs/tools/commands.py"
 
 
+def test_support_md_is_true_to_the_tests():
+    support = tool("support")
+    rows = support.collect()
+    assert support.PAGE.read_text(encoding="utf-8") == support.render(rows), "python docs/tools/support.py"
+    assert {row.framework for row in rows if row.feature == "complex states"} == {"NumPy", "PyTorch", "JAX"}
+
+
 @pytest.mark.parametrize(
     ("module", "measured", "page"),
     [("page", "results.json", "index.md"), ("accelerator.report", "accelerator.json", "accelerator.md")],

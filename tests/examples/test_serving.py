@@ -58,5 +58,6 @@ def test_a_bad_request_is_an_answer_and_the_server_goes_on(served, body):
     _, port = served
     with pytest.raises(urllib.error.HTTPError) as caught:
         ask(port, body)
-    assert caught.value.code == 400 and "error" in json.loads(caught.value.read())
+    assert caught.value.code == 400
+    assert "error" in json.loads(caught.value.read())
     assert ask(port, {"inputs": [[0.0] * 8]})["converged"] == [True]

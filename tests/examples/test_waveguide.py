@@ -1,4 +1,4 @@
-"""The nonlinear waveguide: SciPy's field on real and imaginary parts, gradients by differences, alike in all frameworks."""
+"""The nonlinear waveguide: SciPy's field on real and imaginary parts, gradients by differences."""
 
 from __future__ import annotations
 

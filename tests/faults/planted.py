@@ -685,7 +685,7 @@ BACKENDS = [
     Fault(
         "the cotangent of the last input dropped",
         NUMPY_AUTODIFF,
-        "            if not self.be.is_array(leaf) or not np.issubdtype(leaf.dtype, np.floating):\n",
+        "            if not self.be.is_array(leaf) or not np.issubdtype(leaf.dtype, np.inexact):\n",
         "            if not self.be.is_array(leaf) or leaf.dtype.kind != 'f' or 0 < i == len(leaves) - 1:\n",
         "backend numpy",
         "test_vjp_of_an_argument_that_is_not_used_is_zero",

@@ -35,10 +35,10 @@ class ComplexAffine:
         def random(*shape: int) -> Any:
             return rng.standard_normal(shape) + 1j * rng.standard_normal(shape)
 
-        a, b_conj = random(batch, n, n), random(batch, n, n)
-        for part in (a, b_conj):
-            part *= 0.5 * norm / np.linalg.norm(part, 2, axis=(1, 2))[:, None, None]
-        return cls(a, b_conj, random(batch, n))
+        def of_norm(a: Any) -> Any:
+            return a * (0.5 * norm / np.linalg.norm(a, 2, axis=(1, 2)))[:, None, None]
+
+        return cls(of_norm(random(batch, n, n)), of_norm(random(batch, n, n)), random(batch, n))
 
     @property
     def jacobian(self) -> Any:
@@ -94,6 +94,7 @@ class ComplexStrategyTests:
     """What a strategy must keep for complex states: gradients by the convention of the framework."""
 
     @needs("complex")
+    @pytest.mark.supports("complex states", backends="numpy torch", strategies="all")
     def test_gradients_of_complex_states(self, kit: Kit, any_strategy: Any, strategy_name: str, settings: Any) -> None:
         problem = ComplexAffine.make(norm=0.05)
         f, b = problem.on(kit)
@@ -137,7 +138,7 @@ class ComplexBackendTests:
     @several("keep", ["real", "abs"])
     def test_a_real_value_for_a_complex_state_is_refused(self, kit: Kit, keep: str) -> None:
         xp = kit.backend.xp
-        f = (lambda z: xp.real(z)) if keep == "real" else (lambda z: xp.abs(z))
+        f = (xp.real) if keep == "real" else (xp.abs)
         with pytest.raises(ProblemError, match="must not drop the imaginary part"):
             kit.solve(f, kit.complex_array(np.ones((1, 2))), solver="picard", rtol=1e-6)
 

@@ -1,0 +1,79 @@
+"""A training step around a solve: donated buffers, checkpoint policies, and a program for another process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import deqcore
+
+jax = pytest.importorskip("jax")
+import jax.numpy as jnp  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+N = 3
+X = np.linspace(-1.0, 1.0, 2 * N, dtype=np.float32).reshape(2, N)
+W = 0.3 * np.linspace(-1.0, 1.0, N * N, dtype=np.float32).reshape(N, N)
+
+
+def solved(w, x):
+    f = lambda z, w, x: jnp.tanh(z @ w.T + x)
+    return deqcore.fixed_point(f, jnp.zeros_like(x), w, x, forward__rtol=1e-6, forward__solver="anderson").value
+
+
+def loss(w, x):
+    return jnp.sum(solved(w, x) ** 2)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return np.asarray(jax.jit(jax.grad(loss))(W, X))
+
+
+@pytest.mark.supports("`jit` with donated buffers", backends="jax", strategies="exact-ift")
+def test_a_step_with_donated_parameters_gives_the_numbers_of_one_without(expected):
+    def step(w, x):
+        return w - 0.1 * jax.grad(loss)(w, x)
+
+    donated = jax.jit(step, donate_argnums=0)
+    w = jnp.asarray(W)
+    new = donated(w, X)
+    assert w.is_deleted()
+    assert np.allclose(new, W - 0.1 * expected, atol=1e-6)
+    assert np.isfinite(np.asarray(donated(new, X))).all()
+
+
+@pytest.mark.supports("`jax.checkpoint` policies around a solve", backends="jax", strategies="exact-ift")
+@pytest.mark.parametrize("policy", ["nothing_saveable", "dots_saveable", "everything_saveable"])
+def test_policies_of_checkpoints_change_no_gradient(expected, policy):
+    layer = jax.checkpoint(solved, policy=getattr(jax.checkpoint_policies, policy))
+    found = jax.jit(jax.grad(lambda w, x: jnp.sum(layer(w, x) ** 2)))(W, X)
+    assert np.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.supports("`jax.export`", backends="jax", strategies="exact-ift")
+def test_a_serialised_program_runs_in_a_fresh_process_without_deqcore(tmp_path):
+    pytest.importorskip("flatbuffers")
+    from jax import export
+
+    (rows,) = export.symbolic_shape("rows")
+    shapes = jax.ShapeDtypeStruct((N, N), "float32"), jax.ShapeDtypeStruct((rows, N), "float32")
+    program = export.export(jax.jit(lambda w, x: (solved(w, x), jax.grad(loss)(w, x))))(*shapes)
+    (tmp_path / "program").write_bytes(program.serialize())
+    np.savez(tmp_path / "given.npz", w=W, x=X)
+    code = (
+        "import sys; sys.modules['deqcore'] = sys.modules['deqcore_jax'] = None\n"
+        "import numpy as np\nfrom jax import export\n"
+        "given = np.load(sys.argv[2])\nrun = export.deserialize(open(sys.argv[1], 'rb').read())\n"
+        "value, gradient = run.call(given['w'], given['x'])\n"
+        "np.savez(sys.argv[3], value=value, gradient=gradient)\n"
+    )
+    files = [str(tmp_path / name) for name in ("program", "given.npz", "found.npz")]
+    subprocess.run([sys.executable, "-c", code, *files], check=True, capture_output=True, timeout=300)
+    found = np.load(tmp_path / "found.npz")
+    value, gradient = jax.jit(lambda w, x: (solved(w, x), jax.grad(loss)(w, x)))(W, X)
+    assert np.allclose(found["value"], value, atol=1e-6)
+    assert np.allclose(found["gradient"], gradient, atol=1e-5)
