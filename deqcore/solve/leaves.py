@@ -89,7 +89,7 @@ def check_leaf(backend: Backend, leaf: Any, axes: int) -> None:
 def check_rows(shapes: tuple[tuple[int, ...], ...], axes: int) -> None:
     """Raise `InitialIterateError` if the leaves do not have the same leading axes."""
     rows = {shape[:axes] for shape in shapes}
-    if len(rows) < 2:  # noqa: PLR2004
+    if len(rows) < 2:
         return
     if axes == 1:
         raise InitialIterateError(

@@ -18,8 +18,8 @@ from deqcore.abc.backend import Backend
 from deqcore.abc.history import History
 from deqcore.abc.solver import Solver, map_state
 from deqcore.linear.norms import residual_norms
-from deqcore.solve.host import HostLoop, read
 from deqcore.solve.device import DeviceLoop
+from deqcore.solve.host import HostLoop, read
 from deqcore.solve.loop import first_figures
 from deqcore.solve.step import masked, merge
 from deqcore.solve.termination import PENDING, spent
