@@ -79,6 +79,25 @@ def test_other_solvers_work_in_slots(be, solver):
         np.testing.assert_allclose(z, be.to_numpy(rate) * np.tanh(z) + be.to_numpy(x), atol=1e-7)
 
 
+@pytest.mark.parametrize("check_every", [1, 4])
+def test_the_loop_of_a_device_gives_the_same(monkeypatch, check_every):
+    pytest.importorskip("torch")
+    from deqcore_torch.host import TorchHost
+
+    be = deqcore.get_backend(backend="torch")
+    f, items = problem(be, (0.1, 0.95, 1.7e308, 0.5, 0.85, 0.2))
+    items[2] = (items[2][0], be.asarray(np.full(N, 1.7e308)), be.asarray(np.full(N, 1.7e308)), 1.0)  # overflows
+    settings = SETTINGS | {"forward__solver": "picard", "forward__max_steps": 50, "forward__check_every": check_every}
+    expected = list(deqcore.solve_stream(f, items, slots=3, **settings))
+    monkeypatch.setattr(TorchHost, "numpy_view", lambda self, x: None)  # as on a device, where reading waits
+    for one, other in zip(deqcore.solve_stream(f, items, slots=3, **settings), expected, strict=True):
+        assert one.status is other.status
+        if one.converged:
+            assert one.steps == other.steps
+            np.testing.assert_array_equal(be.to_numpy(one.value), be.to_numpy(other.value))
+    assert {r.status.name for r in expected} == {"CONVERGED", "MAX_STEPS", "NONFINITE"}
+
+
 @pytest.mark.parametrize("solver", ["anderson", "broyden"])
 def test_a_slot_keeps_nothing_of_the_scale_of_its_last_item(be, solver):
     scales = [1.0, 1e120, 1e-120, 1.0, 1e150, 1e-150]

@@ -197,3 +197,19 @@ def test_jax_and_torch_agree_on_the_device():
             forward__rtol=1e-6,
         ).value
     np.testing.assert_allclose(ours, np.asarray(theirs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_streams_agree_with_those_on_the_host(solver):
+    w, x = weights(batch=20)
+    settings = {"forward__solver": solver, "forward__rtol": 1e-5, "forward__max_steps": 200}
+
+    def solved(w, x):
+        items = [(torch.zeros_like(row), row) for row in x]
+        results = list(deqcore.solve_stream(lambda z, x: cell(z, w, x), items, slots=6, **settings))
+        assert all(result.converged for result in results)
+        return torch.stack([result.value for result in results])
+
+    found = solved(w.cuda(), x.cuda())
+    assert found.is_cuda
+    torch.testing.assert_close(found.cpu(), solved(w, x), rtol=1e-3, atol=1e-3)
