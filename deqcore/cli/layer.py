@@ -136,8 +136,7 @@ def _subject(where: str, cell: str | None, inputs: str | None) -> LayerUnderTest
     if inspect.isclass(found):
         found = _made(found, where)
     if isinstance(found, LayerUnderTest):
-        changed = {} if inputs is None else {"inputs": _inputs(where, inputs)}
-        return replace(found, **changed, **_known({"cell": cell}))
+        return replace(found, **_known({"cell": cell, "inputs": None if inputs is None else _inputs(where, inputs)}))
     module, given = (found[0], found[1:]) if isinstance(found, tuple) and found else (found, ())
     given = _inputs(where, inputs) if inputs is not None else given
     if not callable(module):

@@ -23,8 +23,11 @@ def cell(z, w, x):
     return jnp.tanh(z @ w + x)
 
 
-def iterate(step, start, steps=60):
-    return jax.lax.fori_loop(0, steps, lambda _, z: step(z), start)
+def iterate(step, z, steps=40):
+    """Without a loop of JAX, which would be compiled in each call."""
+    for _ in range(steps):
+        z = step(z)
+    return z
 
 
 def layer_with(sign):
@@ -58,7 +61,7 @@ def test_a_custom_derivative_that_is_right_and_one_that_is_wrong():
     assert report.ok, report.as_dict()
     assert report.finding("gradient").figures["error"] < 1e-4
     assert report.finding("dtype float64").status == "ok"
-    wrong = check_function(jax.jit(layer_with(-1.0)))
+    wrong = check_function(layer_with(-1.0))
     assert [finding.check for finding in wrong.failures()] == ["gradient"]
     assert "(I + Jᵀ)u = g" in wrong.finding("gradient").found
     assert not jax.config.jax_enable_x64
@@ -87,10 +90,7 @@ def test_a_detached_state_and_a_global_switch():
 def implicit(f, x):
     """The state of f, with a right gradient for all that f closes over."""
     z = jax.lax.stop_gradient(iterate(lambda z: f(z, x), jnp.zeros_like(x)))
-    jacobian = jax.vmap(jax.jacrev(lambda z, x: f(z[None], x[None])[0]))(z, x)
-    inverse = jnp.linalg.inv(jnp.eye(z.shape[1]) - jacobian)
-    fz = f(z, x)
-    return z + jnp.einsum("bij,bj->bi", jax.lax.stop_gradient(inverse), fz - jax.lax.stop_gradient(fz))
+    return iterate(lambda z: f(z, x), z, 30)  # all of its steps are differentiated
 
 
 def test_a_module_of_flax_by_its_names():
