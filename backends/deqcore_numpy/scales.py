@@ -93,4 +93,5 @@ def _last_of_first_run(true: Mask) -> Array:
     """Return the index of the last True of the first run of them along the first axis."""
     begun = np.maximum.accumulate(true, axis=0)
     ended = np.maximum.accumulate(begun & ~true, axis=0)
-    return np.maximum(np.sum(~begun, axis=0) + np.sum(begun & ~ended, axis=0) - 1, 0)
+    last: Array = np.sum(~begun, axis=0) + np.sum(begun & ~ended, axis=0) - 1
+    return last.clip(min=0)

@@ -217,6 +217,25 @@ def test_a_reuse_gradient_does_not_depend_on_the_batch_by_a_bit(be, n, solver, c
         steps.loaded.cache_clear()
 
 
+@pytest.mark.parametrize("options", [{}, {"max_relative_error": 0.1}, {"max_steps": 3}], ids=str)
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_an_exact_gradient_does_not_depend_on_the_batch_by_a_bit(name, options):
+    pytest.importorskip(name)
+    be = deqcore.get_backend(backend=name)
+    x, g = np.random.default_rng(0).standard_normal((2, 5, 9))
+    roll = be.xp.roll
+
+    def gradient(rows):
+        settings = {"backward__strategy": "exact-ift", "backward__options": options, "backward__on_failure": "ignore"}
+        f = lambda z, x: 0.6 * be.xp.tanh(z + 0.7 * roll(z, 1, axis=1)) - 0.35 * roll(z, 2, axis=1) + x
+        start, given = be.asarray(0 * x[rows]), be.asarray(x[rows])
+        return be.to_numpy(deqcore.vjp(f, start, given, cotangent=be.asarray(g[rows]), **settings)[1][0])
+
+    whole = gradient([*range(5)])
+    for rows in ([0], [2], [1, 3], [4, 0], [2, 2, 2]):
+        assert np.array_equal(gradient(rows), whole[rows]), rows
+
+
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.filterwarnings("ignore::deqcore.errors.ConvergenceWarning")
 @pytest.mark.parametrize("solver", ["picard", "anderson", "broyden"])
