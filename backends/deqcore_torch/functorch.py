@@ -19,20 +19,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor
 from torch._C._functorch import (
     TransformType,
     get_interpreter_stack,
     get_unwrapped,
-    is_dead_tensor_wrapper,
     is_functorch_wrapped_tensor,
     is_legacy_batchedtensor,
-    unwrap_if_dead,
 )
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
 
 from deqcore.abc.adjoint import AdjointSolver
 from deqcore.abc.backend import Backend
@@ -41,6 +37,7 @@ from deqcore.types import Map, SolveResult
 from deqcore_torch.checkpoints import CURE, largest
 from deqcore_torch.eval_context import Ambient, nothing_recorded
 from deqcore_torch.lanes import Lanes
+from deqcore_torch.wrappers import alive, outlasting
 
 _vjp: Any = torch.func.vjp  # its annotation also has the auxiliary output, which does not exist here
 AGAIN = "torch.func evaluates f again in the backward pass."
@@ -141,38 +138,10 @@ def attach(
     """
     _refuse_depth()
     z = forward.z.detach()
-    again = Ambient.now(z).around(_outlasting(lambda z: f(z, *args)))
+    again = Ambient.now(z).around(outlasting(lambda z: f(z, *args)))
     state = forward.carry.state if adjoint.uses_state else None
     rows = z.shape[0] * math.prod(Lanes.now().sizes)
     return _attach(_Equation(backend, again, adjoint, state, rows=rows), z, f(z, *args), z)
-
-
-def _outlasting(f: Map) -> Map:
-    """Wrap f to run after levels of transformations that are active here have ended.
-
-    `torch.func.vjp` runs its backward pass after it has left its level. The closure of f is then wrapped for levels
-    that have ended, and PyTorch would mistake their numbers for those of new levels.
-    """
-
-    def again(z: Tensor) -> Tensor:
-        with _Alive():
-            return f(z)
-
-    return again
-
-
-class _Alive(TorchFunctionMode):
-    """Unwrap tensors from levels that have ended."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = optree.tree_map(_alive, (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-
-def _alive(leaf: Any) -> Any:
-    while isinstance(leaf, Tensor) and is_dead_tensor_wrapper(leaf):
-        leaf = unwrap_if_dead(leaf)
-    return leaf
 
 
 def _attach(equation: _Equation, z: Tensor, y: Tensor, value: Tensor) -> Tensor:
@@ -226,14 +195,14 @@ class _Equation:
         u = self._plain(self.adjoint, self._linearized, z, y, g)
         if not self.adjoint.exact or not (torch.is_grad_enabled() or active()):
             return u
-        return self._attached(lambda v: _alive(g) + self.vjp(_alive(z))(v), u, self.adjoint.transposed())
+        return self._attached(lambda v: alive(g) + self.vjp(alive(z))(v), u, self.adjoint.transposed())
 
     def solve_forward(self, z: Tensor, y: Tensor, dy: Tensor, dz: Tensor | None) -> Tensor:
         """Return v = b + J v with b = dy − J dz, where f(z) was y at the call."""
         b = dy if dz is None else dy - self.jvp(z)(dz)
         turned = self.adjoint.transposed()
         v = self._plain(turned, self._pushed, z, y, b)
-        return self._attached(lambda w: _alive(b) + self.jvp(_alive(z))(w), v, turned)
+        return self._attached(lambda w: alive(b) + self.jvp(alive(z))(w), v, turned)
 
     def _attached(self, f: Map, solution: Tensor, adjoint: AdjointSolver) -> Tensor:
         return _attach(

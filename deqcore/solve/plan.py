@@ -6,8 +6,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from deqcore.abc.arrays import is_inexact
 from deqcore.abc.backend import Backend
 from deqcore.abc.backward import StepStrategy, Strategy
@@ -218,8 +216,8 @@ class Plan:
         size = backend.to_accum_dtype(backend.norm(forward.fz))
         share = backend.to_accum_dtype(nondeterminism) / xp.where(size > 0, size, xp.ones_like(size))
         measured = xp.isfinite(share) & (forward.status != int(Status.NONFINITE))
-        shares = backend.to_numpy(xp.where(measured, share, xp.zeros_like(share)))
-        largest = float(shares.max()) if shares.size else 0.0
+        most = xp.max(xp.where(measured, share, xp.zeros_like(share))) if share.shape[0] else None
+        largest = 0.0 if most is None else float(backend.to_numpy(most).max())
         if largest > backend.guards.output_eps(forward.z) ** (2 / 3):
             if self._report_coupling(f, args, forward):
                 return
@@ -275,8 +273,8 @@ class Plan:
             return
         if self._all_converged(forward):
             return
-        host = [np.ravel(self.backend.to_numpy(x)) for x in (status, forward.residual, forward.steps)]
-        text = summarize(host[0], host[1], host[2], repr(self.solver), failed_first=True, noun=noun)
+        status, steps, residual = (self.backend.to_numpy(x).ravel() for x in figures)
+        text = summarize(status, residual, steps, repr(self.solver), failed_first=True, noun=noun)
         text = f"{text} {self._circumstances()}"
         if action == "raise":
             raise ConvergenceError(text)
@@ -291,7 +289,8 @@ class Plan:
             warn(text + more, ConvergenceWarning)
 
     def _all_converged(self, forward: SolveResult) -> bool:
-        return bool((self.backend.to_numpy(forward.status) == int(Status.CONVERGED)).all())
+        # A mapped solve has one flag for each lane.
+        return bool(self.backend.to_numpy(self.backend.xp.all(forward.status == int(Status.CONVERGED))).all())
 
     def _circumstances(self) -> str:
         """Return the settings that a failed solve ran with, for its message."""
