@@ -133,6 +133,8 @@ def project(no_settings, no_plugins, monkeypatch, tmp_path):
 def quick_compiles():
     """Compile JAX's programs without most optimisations, for files that compare no rounding and no compiled text.
 
+    `XLA_FLAGS` above does more; this one is left where they are emptied, in `make coverage`.
+
     Programs compile in two thirds of the time. The conformance suite, the transformations and the tests of scale run
     what users run. Broyden in float64 with one number per sample stays at z0 in a program that XLA does not optimise;
     the same steps outside its while loop are right.
