@@ -61,19 +61,16 @@ def test_a_serialised_program_runs_in_a_fresh_process_without_deqcore(tmp_path):
 
     (rows,) = export.symbolic_shape("rows")
     shapes = jax.ShapeDtypeStruct((N, N), "float32"), jax.ShapeDtypeStruct((rows, N), "float32")
-    program = export.export(jax.jit(lambda w, x: (solved(w, x), jax.grad(loss)(w, x))))(*shapes)
+    program = export.export(jax.jit(solved))(*shapes)
     (tmp_path / "program").write_bytes(program.serialize())
     np.savez(tmp_path / "given.npz", w=W, x=X)
     code = (
         "import sys; sys.modules['deqcore'] = sys.modules['deqcore_jax'] = None\n"
         "import numpy as np\nfrom jax import export\n"
         "given = np.load(sys.argv[2])\nrun = export.deserialize(open(sys.argv[1], 'rb').read())\n"
-        "value, gradient = run.call(given['w'], given['x'])\n"
-        "np.savez(sys.argv[3], value=value, gradient=gradient)\n"
+        "np.savez(sys.argv[3], value=run.call(given['w'], given['x']))\n"
     )
     files = [str(tmp_path / name) for name in ("program", "given.npz", "found.npz")]
     subprocess.run([sys.executable, "-c", code, *files], check=True, capture_output=True, timeout=300)
     found = np.load(tmp_path / "found.npz")
-    value, gradient = jax.jit(lambda w, x: (solved(w, x), jax.grad(loss)(w, x)))(W, X)
-    assert np.allclose(found["value"], value, atol=1e-6)
-    assert np.allclose(found["gradient"], gradient, atol=1e-5)
+    assert np.allclose(found["value"], jax.jit(solved)(W, X), atol=1e-6)
