@@ -35,7 +35,7 @@ def main() -> None:
         lambda z: np.einsum("bij,bj->bi", w, z) + b,
         0 * b,
         forward__solver="broyden",
-        forward__options={"memory": given.history_size},
+        forward__options={"memory": given.memory},
         forward__rtol=1e-6,
         forward__max_steps=200,
         forward__on_failure="ignore",

@@ -50,7 +50,8 @@ class TorchBackend(Backend):
     def asarray(self, a: object, *, dtype: str | None = None, like: Tensor | None = None) -> Tensor:
         kind = getattr(torch, dtype) if dtype else (like.dtype if like is not None else None)
         if not isinstance(a, Tensor):
-            a = torch.from_numpy(np.array(a)) if isinstance(a, np.ndarray | list | np.generic) else torch.tensor(a)
+            array = isinstance(a, np.ndarray | list | np.generic)
+            a = torch.from_numpy(np.array(a)) if array else torch.tensor(a, dtype=kind)  # not through float32
         return a.to(device=like.device if like is not None else None, dtype=kind)
 
     def to_numpy(self, x: Tensor) -> Any:
