@@ -229,7 +229,9 @@ class AdjointReport(NamedTuple):
         except Exception:  # each framework raises another error for arrays without values
             return f"AdjointReport({', '.join(map('{}={!r}'.format, self._fields, self))})"
         shared = noun == "units" and self.per_sample is not None
-        text = _as_text(*lists, noun) + ("\nThe units of a sample share one set of coefficients." if shared else "")
+        text = _as_text(*lists, noun=noun) + (
+            "\nThe units of a sample share one set of coefficients." if shared else ""
+        )
         return text + ("\nf couples the rows of the state: set forward.batch = false." if coupled else "")
 
 
@@ -305,7 +307,7 @@ class Reached(NamedTuple):
 
 
 def _as_text(
-    status: list[int], vjps: list[int], residual: list[float], error: list[float], fallback: list[bool], noun: str
+    status: list[int], vjps: list[int], residual: list[float], error: list[float], fallback: list[bool], *, noun: str
 ) -> str:
     """Return one line per status that occurs in a report."""
     lines = []
