@@ -108,7 +108,7 @@ class Solution:
 
 SAMPLES: Final = "samples"
 UNITS: Final = "units"
-MASKED: Final = -1  # in place of a status, for a tally that does not count the unit
+MASKED: Final = -1  # instead of a status, for a tally that does not count the unit
 SOLVED: Final = "after at most {steps} steps, residual ‖f(z) − z‖ at most {residual:.3g}. {sentence}"
 
 

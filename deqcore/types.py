@@ -325,7 +325,7 @@ class Reached(NamedTuple):
 
 
 def _as_text(
-    status: list[int], vjps: list[int], residual: list[float], error: list[float], fallback: list[bool], noun: str
+    status: list[int], vjps: list[int], residual: list[float], error: list[float], fallback: list[bool], *, noun: str
 ) -> str:
     """Return one line per status that occurs in a report."""
     lines = []

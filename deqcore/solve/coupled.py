@@ -3,8 +3,8 @@
 Each unit has its own row: its steps, history, residual and status are its own. f alone carries numbers from one unit
 to another, so these rules come on top of those of `deqcore.solve.device`:
 
-- f is evaluated at one point per sample. Units that have stopped stand in it where they stopped, and the same
-  evaluation measures their residuals anew.
+- f is evaluated at one point per sample. Units that have stopped stay in it where they stopped, and the same
+  evaluation measures their residuals again.
 - A unit that had converged runs again, with a fresh solver state, once the others have moved its residual above the
   tolerance. So all units of a sample that end as CONVERGED are within tolerance at one point, the one returned.
 - The returned point is the last one at which f was finite, and not the best of each unit, because units that are best
@@ -88,7 +88,7 @@ class CoupledLoop(DeviceLoop):
         return carry._replace(state=merge(self.backend, rows, fresh, carry.state))
 
     def _shortened(self, carry: LoopState) -> LoopState:
-        """See `DeviceLoop`; a unit that is given up goes back to where f was finite, so that the others can go on."""
+        """See `DeviceLoop`; a unit that is given up goes back to where f was finite, so that the others can continue."""
         carry = super()._shortened(carry)
         lost = carry.status == int(Status.NONFINITE)
         select = self.backend.select

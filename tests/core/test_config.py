@@ -138,8 +138,8 @@ BAD_VALUES = [
     ("forward", "max_steps", 3.0, "an integer >= 0"),
     ("forward", "max_steps", True, "an integer >= 0"),
     ("forward", "check_every", 0, "'auto' or an integer >= 1"),
-    ("forward", "batch", 1, "true or false"),
-    ("forward", "batch", "true", "true or false"),
+    ("forward", "batch", 1, "true, false or 2"),
+    ("forward", "batch", "true", "true, false or 2"),
     ("forward", "on_failure", "explode", "'raise', 'warn' or 'ignore'"),
     ("forward", "solver", 3, "the name of a registered solver"),
     ("forward", "options", 3, "a table of settings"),
@@ -560,7 +560,7 @@ def test_scalars_of_a_framework_are_handed_back() -> None:
     assert config == Config(forward={"atol": 1.0})
     explicit = Config(forward={"rtol": 0.5})
     assert resolve(explicit, {"forward__rtol": rtol}) == (explicit, {"forward__rtol": rtol})
-    with pytest.raises(errors.ConfigError, match="batch must be true or false .got tensor"):
+    with pytest.raises(errors.ConfigError, match="batch must be true, false or 2 .got tensor"):
         resolve(None, {"forward__batch": torch.tensor(True)})
 
 
@@ -589,7 +589,7 @@ def test_resolving_again_finds_the_same_settings(overrides: dict[str, object]) -
 
 def test_equal_overrides_of_other_types_are_told_apart() -> None:
     assert resolved(forward__batch=True).forward.batch is True
-    with pytest.raises(errors.ConfigError, match="batch must be true or false .got 1"):
+    with pytest.raises(errors.ConfigError, match="batch must be true, false or 2 .got 1"):
         resolved(forward__batch=1)
     assert resolved(forward__options={"a": 1}) != resolved(forward__options={"a": 1.0})
 

@@ -899,15 +899,6 @@ POINTS = [
         backend="torch",
     ),
     Fault(
-        "a unit that had converged and does not run again",
-        "deqcore.solve.coupled",
-        "        resumed = held & (residual > goal(xp, self.limits, size, carry.reference))\n",
-        "        resumed = held & (residual < 0.0)\n",
-        "solver picard",
-        "test_units_converge_together",
-        "units that converged have residuals",
-    ),
-    Fault(
         "a unit that runs again because a later one does",
         "deqcore.solve.coupled",
         "        resumed = held & (residual > goal(xp, self.limits, size, carry.reference))\n",
