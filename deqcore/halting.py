@@ -162,9 +162,7 @@ def halting_distribution(logits: Sequence[Array]) -> list[Array]:
     return [_backend_for(p).xp.exp(p) for p in _log_halting(logits)]
 
 
-def ponder_loss(
-    logits: Sequence[Array], losses: Sequence[Array], *, prior: float = 0.2, weight: float = 0.01
-) -> Array:
+def ponder_loss(logits: Sequence[Array], losses: Sequence[Array], *, prior: float = 0.2, weight: float = 0.01) -> Array:
     """Return Σ pₙ Lₙ + weight · KL(p ‖ geometric(prior)) per sample `(batch,)`, differentiable.
 
     p is `halting_distribution(logits)`. The geometric distribution, cut off after the last step, keeps the head from

@@ -73,9 +73,7 @@ class JaxAutodiff(Autodiff):
         result: jax.Array = lax.fori_loop(0, times, lambda i, z: body(run, z, i), start)
         return lax.stop_gradient(result)
 
-    def reversible(
-        self, f: Map, z0: jax.Array, rule: TwoState, steps: int
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def reversible(self, f: Map, z0: jax.Array, rule: TwoState, steps: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         return reversible.iterate(f, z0, rule, steps)
 
     def straight_through(self, value: jax.Array, carrier: jax.Array) -> jax.Array:

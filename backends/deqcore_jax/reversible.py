@@ -39,9 +39,7 @@ def _run(program: Program, rule: TwoState, steps: int, z0: jax.Array, leaves: Le
     return rule.down(z), first
 
 
-def _run_fwd(
-    program: Program, rule: TwoState, steps: int, z0: jax.Array, leaves: Leaves
-) -> tuple[Pair, Residuals]:
+def _run_fwd(program: Program, rule: TwoState, steps: int, z0: jax.Array, leaves: Leaves) -> tuple[Pair, Residuals]:
     (y, z), first = _forward(program, rule, steps, z0, leaves)
     return (rule.down(z), first), (y, z, leaves)
 

@@ -107,9 +107,7 @@ class TorchAutodiff(Autodiff):
     @untraced
     def reversible(self, f: Map, z0: Tensor, rule: TwoState, steps: int) -> tuple[Tensor, Tensor, Tensor]:
         parent = super()
-        return reversible.iterate(
-            self.backend, f, z0, rule, steps, lambda: parent.reversible(f, z0, rule, steps)
-        )
+        return reversible.iterate(self.backend, f, z0, rule, steps, lambda: parent.reversible(f, z0, rule, steps))
 
     def straight_through(self, value: Tensor, carrier: Tensor) -> Tensor:
         return straight_through(value, carrier) if carrier.requires_grad or functorch.active() else value

@@ -191,9 +191,7 @@ class Steps:
     strategy: StepStrategy
     solver: Solver
 
-    def __call__(
-        self, f: Map, z0: Array, forward: SolveResult | None, step: Any = 0
-    ) -> tuple[Array, Reached | None]:
+    def __call__(self, f: Map, z0: Array, forward: SolveResult | None, step: Any = 0) -> tuple[Array, Reached | None]:
         """Return the differentiable value `(batch, n)` and, without gradients, what the strategy reports about it."""
         with self.backend.errstate():
             found = self.strategy.value_at(self.backend, f, z0, forward, self.solver, step)

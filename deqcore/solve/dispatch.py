@@ -73,9 +73,8 @@ def plan_call(
 def _step(config: Config, scalars: Mapping[str, object], backend: Backend) -> Any:
     """Return the training step, a number or a scalar of the framework."""
     step: Any = scalars.get("backward__step", config.backward.step)
-    if "backward__step" in scalars and not backend.is_traced(step):
-        if not 0 <= int(step) <= LARGEST:
-            raise ConfigError.bad_value("backward", "step", int(step), f"an integer from 0 to {LARGEST}")
+    if "backward__step" in scalars and not backend.is_traced(step) and not 0 <= int(step) <= LARGEST:
+        raise ConfigError.bad_value("backward", "step", int(step), f"an integer from 0 to {LARGEST}")
     return step
 
 
