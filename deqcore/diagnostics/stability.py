@@ -68,8 +68,8 @@ def spectral_penalty(
     blocks held still, its derivative is that of the eigenvalue: yᵀ dJ x / yᵀx.
 
     One or two iterations a training step suffice where the blocks are carried along, since J changes slowly; without a
-    state there are at least 20. The error falls by |λ₃/λ₁| in each iteration. Where samples change from step to step, their
-    Jacobians must be alike for the carried block to fit.
+    state there are at least 20. The error falls by |λ₃/λ₁| in each iteration. Where samples change from step to step,
+    their Jacobians must be alike for the carried block to fit.
 
     Cost: 2 jvps and 2 vjps per iteration, without a gradient, and 2 vjps that are themselves recorded.
 
