@@ -362,7 +362,7 @@ class DEQ(nn.Module):
                 destination[f"{prefix}carry.fresh"] = self._fresh
 
     def _load_carry(self, state_dict: Any, prefix: str) -> None:
-        """Take the carry out of a checkpoint: it is no buffer, because DDP would broadcast it to other ranks' samples."""
+        """Take the carry out of a checkpoint. As a buffer, DDP would broadcast it to the samples of other ranks."""
         names = [name for name in state_dict if name.startswith(f"{prefix}carry.")]
         kept = {name.removeprefix(f"{prefix}carry."): state_dict.pop(name) for name in names}
         if self.reuse == "carry":

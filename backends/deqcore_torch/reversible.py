@@ -64,8 +64,8 @@ class _Job:
         largest = float(far.max()) if len(far) else 0.0
         if largest > self.rule.far:
             raise ProblemError(
-                f"The backward pass did not come back to z0: its reconstruction is off by {largest:.2g} of the state. f "
-                f"returns another value in the backward pass than at the call, or its rounding is amplified too much. "
+                f"The backward pass did not come back to z0: its reconstruction is off by {largest:.2g} of the state. "
+                f"f returns another value in the backward pass than at the call, or rounding is amplified too much. "
                 f"{CURE} Switch dropout off inside f. If f is deterministic, lower the damping or the steps."
             )
 

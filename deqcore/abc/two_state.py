@@ -18,8 +18,8 @@ MOST_LOSS: Final = 1e-6  # rounding, times what undoing every step adds to it, t
 class TwoState:
     """y ← (1 − β) y + β f(z), then z ← (1 − β) z + β f(y), and its inverse.
 
-    Each half step changes one state by a function of the other, so it can be undone by the same evaluation of f. Undoing
-    it divides rounding by 1 − β. The states are carried in a wider dtype than f is evaluated in where this is needed.
+    Each half step changes one state by a function of the other, so the same evaluation of f undoes it. Undoing it
+    divides rounding by 1 − β. The states are carried in a wider dtype than f is evaluated in where this is needed.
     A step of two half steps can amplify by up to (1 − β)^−2, in the difference of the states, where f hardly contracts;
     early states, which are the least exact, then count the less the more f contracts.
 
@@ -30,7 +30,7 @@ class TwoState:
         wide: whether the states are carried in the accumulation dtype.
         far: distance of the reconstructed start from z0, relative to the states, above which f was not the same.
 
-    Source: McCallum, Arora & Foster (2025), "Reversible deep equilibrium models", arXiv:2509.12917; the inverse follows from it.
+    Source: McCallum, Arora & Foster (2025), "Reversible deep equilibrium models", arXiv:2509.12917.
     """
 
     be: ArrayOps

@@ -67,7 +67,7 @@ def probabilities(distribution: str, mean: float, sigma: float = SIGMA) -> NDArr
 
 @lru_cache(maxsize=64)
 def _thresholds(distribution: str, mean: float, sigma: float) -> NDArray[np.uint32]:
-    """Return where the cumulated probabilities end, in units of 2^-32; the depth is 1 + how many of them a draw passes."""
+    """Return the cumulated probabilities in units of 2^-32; the depth is 1 + how many of them a draw reaches."""
     cumulated = np.cumsum(probabilities(distribution, mean, sigma))[:-1]
     ends = np.minimum(np.round(cumulated * RANGE), RANGE - 1).astype(np.uint32)
     return ends[: int(np.searchsorted(ends, RANGE - 1)) + 1]

@@ -19,16 +19,15 @@ class Looped(StepStrategy):
     """Train as looped (recurrent-depth) models are: n steps without a gradient, then k recorded ones.
 
     Each step is z ← z + β (f(z) − z) + noise. Their total number, the depth, is drawn for each training step, so that
-    the model works at many depths; the last `recorded` steps of it carry the gradient (truncated backpropagation). With
-    a depth of at most `recorded` all steps carry one, and the gradient reaches z0, as a learnt start needs; otherwise z0 gets
-    none.
+    the model works at many depths; the last `recorded` steps of it carry a gradient (truncated backpropagation). With
+    a depth of at most `recorded` all steps carry it, and it reaches z0, as a learnt start needs; otherwise it does not.
 
     Random numbers depend on `seed` and the setting `backward.step` alone: all ranks take the same depth, and a
     restarted training draws what it would have drawn. The depth is the same in all frameworks, the noise is not. In JAX
     pass `backward__step` as an array: it is traced, so that another depth compiles nothing.
 
-    `forward.solver`, `forward.max_steps` and the tolerances change nothing but the status. `sol.steps` is the depth. The
-    residual is NaN unless `measure` is set.
+    `forward.solver`, `forward.max_steps` and the tolerances change nothing but the status. `sol.steps` is the depth.
+    The residual is NaN unless `measure` is set.
 
     Cost: the depth in evaluations of f, of which `recorded` are recorded; two more with `measure`.
 
@@ -48,8 +47,7 @@ class Looped(StepStrategy):
     Raises:
         ValueError: an option is out of its range. From settings it is the ConfigError that names the setting.
 
-    Source: Geiping et al. (2025), "Scaling up test-time compute with latent reasoning", arXiv:2502.05171, §3.3; damping,
-    noise and random starts: the models that docs/looped.md lists.
+    Source: Geiping et al. (2025), "Scaling up test-time compute with latent reasoning", arXiv:2502.05171, §3.3.
 
     Example:
         >>> import numpy as np, deqcore
@@ -136,7 +134,7 @@ class Looped(StepStrategy):
         return min(total, self.max_depth) if isinstance(total, int) else backend.xp.clip(total, max=self.max_depth)
 
     def _traced(self, backend: Backend, f: Map, z0: Array, total: Array, body: Any) -> Array:
-        """Take a traced number of steps: a loop, and a fixed number of recorded ones, of which the first may be idle."""
+        """Take a traced number of steps: a loop, and a fixed number of recorded ones, which may be idle at the end."""
         xp = backend.xp
         first = xp.clip(total - self.recorded, min=0)
         z = xp.where(first > 0, backend.autodiff.repeat(body, f, z0, first), z0)

@@ -27,8 +27,10 @@ class Reversible(StepStrategy):
 
     Undoing a step divides rounding by 1 − β. The states are carried in float64 where the dtype of z0 does not suffice;
     beyond (1 − β)^−steps · ε = 1e-6 the strategy refuses. In float64 that allows 62 steps at β = 0.3, 32 at 0.5 and 13
-    at 0.8; in float32 alone (JAX without x64) 5, 3 and 1. A larger β moves faster and allows fewer steps. PyTorch compares the start that it reconstructs with z0: an f that returns another
-    value in the backward pass (dropout, changed parameters) is an error.
+    at 0.8; in float32 alone (JAX without x64) 5, 3 and 1. A larger β moves faster and allows fewer steps. A step undone
+    can amplify by up to (1 − β)^−2 where f hardly contracts: states far back are then less exact, and the gradient is,
+    too, if it depends on them. PyTorch compares the start that it reconstructs with z0: an f that returns another value
+    in the backward pass (dropout, changed parameters) is an error.
 
     `forward.solver`, `forward.max_steps` and the tolerances do not change the iteration. The residual is measured at
     the value; the status is CONVERGED where it meets the tolerance, and FIXED_STEPS where it does not.

@@ -58,9 +58,9 @@ class Schedule:
 
     A stage applies from its step until the next one begins; a later stage replaces the earlier ones completely. Values
     of `forward__rtol`, `forward__atol` and `forward__max_steps` may be a `Ramp`. In JAX these three recompile nothing
-    when they are passed as arrays; another solver or strategy compiles once per stage. Entries of `forward__options` and
-    `backward__options` may be a `Ramp`, too (a depth, a damping, a noise): rounded if both its ends are integers, and in
-    JAX each value compiles once.
+    when they are passed as arrays; another solver or strategy compiles once per stage. Entries of `forward__options`
+    and `backward__options` may be a `Ramp`, too (a depth, a damping, a noise): rounded if both its ends are integers,
+    and in JAX each value compiles once.
 
     Args:
         stages: pairs (first training step, overrides), in increasing order, the first at step 0.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from deqcore.abc.backend import Backend
 from deqcore.diagnostics.linearization import Linearization, linearize
 from deqcore.errors import BackendError, InitialIterateError
 from deqcore.types import Array, Map, Tree
+
+FIRST: Final = 20  # iterations from random blocks, whose quotient may be far too large
 
 
 class SpectralState(NamedTuple):
@@ -65,9 +67,9 @@ def spectral_penalty(
     (UᵀV)⁻¹ UᵀJ V are second-order accurate, for a complex pair as for a real eigenvalue and for non-normal J. With the
     blocks held still, its derivative is that of the eigenvalue: yᵀ dJ x / yᵀx.
 
-    One iteration a training step suffices where the blocks are carried along, since J changes slowly; the first calls
-    need more (20). The error falls by |λ₃/λ₁| in each iteration. Where samples change from step to step, their
-    Jacobians must be alike for the carried block to fit.
+    One or two iterations a training step suffice where the blocks are carried along, since J changes slowly; without a
+    state there are at least 20. The error falls by |λ₃/λ₁| in each iteration. Where samples change from step to step,
+    their Jacobians must be alike for the carried block to fit.
 
     Cost: 2 jvps and 2 vjps per iteration, without a gradient, and 2 vjps that are themselves recorded.
 
@@ -113,7 +115,7 @@ def spectral_penalty(
     still = backend.detach(at.z)
     jvp, vjp = backend.autodiff.jvp(at.f, still), backend.autodiff.linearize(at.f, still)[1]
     assert jvp is not None
-    for _ in range(iterations):
+    for _ in range(iterations if state is not None else max(iterations, FIRST)):
         blocks = SpectralState(_advanced(backend, jvp, blocks.right), _advanced(backend, vjp, blocks.left))
     radius = _radius(backend, backend.autodiff.differentiable_vjp(at.f, at.z), blocks)
     above = xp.clip(radius - bound, min=0.0)

@@ -54,8 +54,8 @@ def test_a_checkpoint_has_the_carry(tmp_path):
 def test_a_layer_without_a_carry_drops_that_of_a_checkpoint():
     first = layer()
     first(X)
+    other = layer(None)
     with pytest.warns(LayerWarning, match="reuse"):
-        other = layer(None)
         other.load_state_dict(first.state_dict())
     assert torch.equal(other(X), layer(None)(X))
 

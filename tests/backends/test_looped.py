@@ -52,7 +52,7 @@ def test_torch_has_the_bits_of_the_loop_by_hand():
 
 def test_jax_compiles_once_for_all_depths():
     jax = pytest.importorskip("jax")
-    deqcore.get_backend(backend="jax")  # registers its trees, after which JAX traces anew
+    deqcore.get_backend(backend="jax")  # registers its trees, after which JAX traces once more
     traced = []
 
     def loss(w, x, step):

@@ -94,11 +94,11 @@ def trained(penalty):
         loss = (z - torch.tanh(3 * y)).square().mean()
         f = lambda z: torch.tanh(z @ w + 0.1 * x)
         if penalty == "spectral":
-            found = spectral_penalty(f, torch.zeros_like(x), state=state, bound=0.8)
-            state, loss = found.state, loss + 10 * found.penalty.mean()
+            found = spectral_penalty(f, torch.zeros_like(x), state=state, bound=0.8, iterations=2)
+            state, loss = found.state, loss + 300 * found.penalty.mean()
         elif penalty == "frobenius":
             noise = torch.randn(16, 8, generator=generator)
-            loss = loss + 0.05 * jacobian_penalty(f, torch.zeros_like(x), noise=noise).mean()
+            loss = loss + jacobian_penalty(f, torch.zeros_like(x), noise=noise).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

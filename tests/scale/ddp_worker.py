@@ -286,5 +286,12 @@ def failing():
 
 
 if __name__ == "__main__":
-    ways = {"gradients": main, "compiled": compiled, "uneven": uneven, "failing": failing, "adaptive": adaptive, "looped": looped}
+    ways = {
+        "gradients": main,
+        "compiled": compiled,
+        "uneven": uneven,
+        "failing": failing,
+        "adaptive": adaptive,
+        "looped": looped,
+    }
     ways[sys.argv[1]]()
