@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.stream                 # torch, and --backend numpy or jax
     OMP_NUM_THREADS=1 python -m benchmarks.stream --json docs/benchmarks/stream.json
+    OMP_NUM_THREADS=1 python -m benchmarks.stream --counts --size 64 --items 512
 
 f(z) = rate · z M + x with one symmetric M of eigenvalues in [0, 1] for all items, float32. The depth that plain
 iteration needs is drawn from a Pareto distribution. For each solver:
@@ -31,6 +32,33 @@ import numpy as np
 import deqcore
 
 SOLVERS = ("picard", "auto")
+
+
+def counts(solver: str, slots: int, count: int, size: int) -> dict[str, float]:
+    """Return the figures that are counts of evaluations, the same on any machine, by NumPy."""
+    backend, rtol = deqcore.get_backend(backend="numpy"), 1e-4
+    matrix, stream = items(backend, count, size, rtol)
+    calls = [0]
+
+    def f(z: Any, rate: Any, x: Any) -> Any:
+        calls[0] += 1
+        return rate * (z @ matrix) + x
+
+    given: dict[str, Any] = {
+        "forward__solver": solver,
+        "forward__rtol": rtol,
+        "forward__max_steps": 1000,
+        "forward__on_failure": "ignore",
+    }
+    results = list(deqcore.solve_stream(f, stream, slots=slots, **given))
+    needed, streamed = sum(result.evaluations for result in results), calls[0]
+    deepest = [max(r.evaluations for r in results[start : start + slots]) for start in range(0, count, slots)]
+    return {
+        "mean depth": needed / count,
+        "largest depth": float(max(deepest)),
+        "occupied": needed / (slots * streamed),
+        "evaluations, batch by batch / stream": sum(deepest) / streamed,
+    }
 
 
 def items(backend: Any, count: int, size: int, rtol: float) -> tuple[Any, list[tuple[Any, ...]]]:
@@ -113,8 +141,14 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--items", type=int, default=256)
     parser.add_argument("--size", type=int, default=1024)
+    parser.add_argument("--counts", action="store_true", help="count evaluations only, which load does not change")
     parser.add_argument("--json", type=Path, help="file to which the figures of this backend are added")
     given = parser.parse_args()
+    if given.counts:
+        for solver in SOLVERS:
+            figures = counts(solver, given.slots, given.items, given.size)
+            print(f"{solver}: " + ", ".join(f"{name} {value:.3g}" for name, value in figures.items()), flush=True)
+        return
     rows = {s: measure(given.backend, s, given.slots, given.items, given.size) for s in SOLVERS}
     load = os.getloadavg()[0]
     for solver, figures in rows.items():
