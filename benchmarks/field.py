@@ -24,7 +24,10 @@ from typing import Any, Final
 ROOT: Final = Path(__file__).resolve().parents[1]
 ADAPTERS: Final = ROOT / "examples" / "adapters"
 LIMIT: Final = 300
-ABSENT: Final = {"banax": "it needs Python 3.12 or later"}
+ABSENT: Final = {
+    "banax": "it needs Python 3.12 or later",
+    "deepinv": "torchvision 0.28.0, which it needs, cannot be imported with torch 2.13.0+cpu (operator torchvision::nms)",
+}
 HEADER: Final = """# The field: solvers of other libraries, judged
 
 Written by `make field` ({command}) on {date}, Python {python}, with {versions}.

@@ -88,7 +88,7 @@ class JaxHarness(Harness):
 
     def switches(self) -> dict[str, Switch]:
         names = ("jax_enable_x64", "jax_default_matmul_precision", "jax_debug_nans", "jax_disable_jit")
-        return {name: Switch(partial(jax.config.values.get, name), partial(jax.config.update, name)) for name in names}
+        return {name: Switch(partial(getattr, jax.config, name), partial(jax.config.update, name)) for name in names}
 
     def synchronize(self) -> None:
         for device in jax.local_devices():  # work on one device runs in order, so the last piece waits for all
