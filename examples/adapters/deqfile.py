@@ -24,7 +24,6 @@ ADAPTERS: Final = {
     },
     "xitorch": {"xitorch-broyden1": "Equilibrium", "xitorch-anderson": "Anderson"},
     "anchorax": {"anchorax-picard": "Picard", "anchorax-anderson": "Anderson", "anchorax-broyden": "Broyden"},
-    "deepinv": {"deepinv-picard": "FixedPoint", "deepinv-anderson": "Anderson"},
 }
 """Library -> registered name -> class in `with_<library>.py`."""
 
@@ -42,4 +41,6 @@ def deqcore_solvers() -> Iterator[SolverSpec]:
 @hookimpl
 def deqcore_strategies() -> Iterator[StrategySpec]:
     if find_spec("lineax") is not None:
-        yield StrategySpec("lineax-gmres", "with_lineax:LineaxGMRES", summary="lineax' GMRES on the whole batch; JAX only")
+        yield StrategySpec(
+            "lineax-gmres", "with_lineax:LineaxGMRES", summary="lineax' GMRES on the whole batch; JAX only"
+        )

@@ -10,14 +10,15 @@ from deqcore.abc.external import ExternalResult
 
 @dataclass(frozen=True)
 class Equilibrium(TorchSolver):
-    """`xitorch.optimize.equilibrium`; rows are solved one after the other. A warning is how it reports a failure."""
+    """`xitorch.optimize.equilibrium`; rows are solved one after the other. A warning is how it reports a failure.
+
+    It stops when the step is below its default `x_tol` as well.
+    """
 
     packages = ("xitorch", "torch")
     claims = frozenset({"status", "gradient", "second"})
-    best = {"x_tol": float("inf")}  # noqa: RUF012 - else it continues until the step is below 1e-6 as well
 
     method: str = field(default="broyden1", kw_only=True)
-    x_tol: float = field(default=0.0, kw_only=True)
 
     def solve(self, f, z0, args, *, rtol, max_steps):
         import torch
@@ -33,10 +34,9 @@ class Equilibrium(TorchSolver):
     def _one(self, f, z0, args, rtol, max_steps):
         from xitorch.optimize import equilibrium
 
-        options = {"x_tol": self.x_tol} if self.x_tol else {}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            z = equilibrium(f, z0, params=tuple(args), method=self.method, maxiter=max_steps, f_tol=rtol, **options)
+            z = equilibrium(f, z0, params=tuple(args), method=self.method, maxiter=max_steps, f_tol=rtol)
         failed = any("converge" in str(each.category.__name__ + str(each.message)).lower() for each in caught)
         return z, not failed
 

@@ -50,7 +50,7 @@ class CardFailure:
         sentence: what must hold.
         columns: settings under which it fails.
         test: its name.
-        message: what is wrong, in words and figures.
+        message: what is wrong, and by how much.
         code: the case in a few lines, or "".
         command: that runs it alone.
     """

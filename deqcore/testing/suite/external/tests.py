@@ -222,7 +222,7 @@ class ExternalSolverTests(Conformance):
         assert not figures, f"it opens {len(figures)} figures"
 
     def test_settings_of_the_process_are_left_alone(self, judge: Judge) -> None:
-        """The fixture compares: dtypes, precision, grad mode, seeds, NumPy's errors, warnings' filters."""
+        """Let the fixture compare dtypes, precision, grad mode, seeds, NumPy's errors, warnings' filters."""
         judge.solve(cases.CURVED, "settings of the process must not change")
         if "gradient" in judge.solver.claims:
             judge.gradient(cases.CURVED, "settings of the process must not change")
