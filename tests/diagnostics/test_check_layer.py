@@ -283,7 +283,7 @@ def test_a_random_start_leaves_what_can_be_measured():
 
     report = checked(Restless(), claims=Claims(rtol=0.5))
     assert report.finding("repeatable").status == "failed"
-    assert report.finding("gradient").status == "ok"
+    assert report.finding("equilibrium").status == "ok"
     assert report.finding("start").status == "skipped"
 
 
