@@ -58,7 +58,7 @@ class Backend(ABC):
 
     name: ClassVar[str]
     registration: ClassVar[str] = "optree.dataclasses.dataclass with namespace = 'deqcore'"
-    """How a user registers a class as a tree, as it stands in errors."""
+    """How a user registers a class as a tree, as errors show it."""
     capabilities: Capabilities
     xp: Any
 

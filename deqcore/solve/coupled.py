@@ -88,7 +88,7 @@ class CoupledLoop(DeviceLoop):
         return carry._replace(state=merge(self.backend, rows, fresh, carry.state))
 
     def _shortened(self, carry: LoopState) -> LoopState:
-        """See `DeviceLoop`; a unit that is given up goes back to where f was finite, so that the others can continue."""
+        """See `DeviceLoop`; a unit that is given up returns to where f was finite: the others continue."""
         carry = super()._shortened(carry)
         lost = carry.status == int(Status.NONFINITE)
         select = self.backend.select
