@@ -31,8 +31,8 @@ PUBLIC = {
     "deqcore.backward.unrolled": "Unrolled",
     "deqcore.plugins": """BackendSpec CommandSpec DataSpec ModelSpec SinkSpec SolverSpec StrategySpec TrainerSpec
         hookimpl register""",
-    "deqcore.diagnostics": """Audit Curve Spectrum gradient_audit jacobian_penalty layer_audit residual_curve
-        spectral_radius""",
+    "deqcore.diagnostics": """Audit CausalityLeak Curve Spectrum check_causality gradient_audit jacobian_penalty layer_audit
+        residual_curve spectral_radius""",
     "deqcore.monitor": "Event Metric Metrics Measurement Monitor Profile Record Row RunInfo Sink Trigger",
     "deqcore.monitor.adapters": "lightning_callback transformers_callback",
     "deqcore.testing": "BackendTests Problem SinkTests SolverTests StrategyTests golden weights",
