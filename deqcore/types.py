@@ -246,7 +246,7 @@ class AdjointReport(NamedTuple):
         except Exception:  # each framework raises another error for arrays without values
             return f"AdjointReport({', '.join(map('{}={!r}'.format, self._fields, self))})"
         shared = noun == "units" and self.per_sample is not None
-        text = _as_text(status, vjps, residual, error, fallback, noun)
+        text = _as_text(status, vjps, residual, error, fallback, noun=noun)
         text += "\nThe units of a sample share one set of coefficients." if shared else ""
         return text + ("\nf couples the rows of the state: set forward.batch = false." if coupled else "")
 

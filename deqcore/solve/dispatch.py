@@ -70,7 +70,8 @@ def plan_call(
             f"strategy_state must be None for the backend {backend.name!r}, whose state is an argument of the compiled "
             f"step (got a StrategyState). Use deqcore_jax.strategy_state.carrying."
         )
-    return Plan(resolved, backend, solver, strategy, control, space, watcher, memory, _step(resolved, scalars, backend))
+    step = _step(resolved, scalars, backend)
+    return Plan(resolved, backend, solver, strategy, control, space, watcher, memory, step=step)
 
 
 def _step(config: Config, scalars: Mapping[str, object], backend: Backend) -> Any:
