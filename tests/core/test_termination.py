@@ -170,7 +170,9 @@ def test_newton_krylov_keeps_what_it_finds_at_condition_1e4_in_float32(backend):
     assert statuses(be, sol) == [Status.CONVERGED] * 3
     assert kit.numpy(sol.evaluations).max() < 100
     found, truth = (np.asarray(z).reshape(3, -1) for z in (kit.numpy(sol.value), problem.truth.z))
-    assert (np.linalg.norm(found - truth, axis=1) <= 0.01 * np.linalg.norm(truth, axis=1)).all()
+    # rtol times the condition allows an error of 1; how much of it is left depends on the rounding of the CPU's products
+    # (0.4 % on one, 4 % on another).
+    assert (np.linalg.norm(found - truth, axis=1) <= 0.1 * np.linalg.norm(truth, axis=1)).all()
 
 
 # -- steps to where f is not finite -----------------------------------------------------------------------------
