@@ -43,7 +43,9 @@ def probabilities(distribution: str, mean: float, sigma: float = SIGMA) -> NDArr
         9.0
     """
     if distribution == "fixed":
-        return np.eye(int(mean))[-1]
+        table = np.zeros(int(mean))
+        table[-1] = 1.0
+        return table
     if distribution == "uniform":
         count = round(2 * mean) - 1
         return np.full(count, 1.0 / count)
@@ -59,10 +61,11 @@ def probabilities(distribution: str, mean: float, sigma: float = SIGMA) -> NDArr
     most = int(rates[-1] + 8.0 * rates[-1] ** 0.5 + 16.0)
     counts = np.arange(most + 1)
     factorials = np.array([lgamma(count + 1.0) for count in counts])
-    table: NDArray[np.float64] = np.zeros(most + 1)
+    table = np.zeros(most + 1)
     for share, one in zip(weights, rates, strict=True):
         table += share * np.exp(counts * log(one) - one - factorials)
-    return table / table.sum()
+    table /= table.sum()
+    return table
 
 
 @lru_cache(maxsize=64)
@@ -91,7 +94,10 @@ def draw(
     if not backend.is_traced(step):
         return 1 + int(np.count_nonzero(ends <= _bits(seed, np.array([int(step) % RANGE], np.uint32), _host_word)))
     xp = backend.xp
-    word = lambda value: backend.asarray(np.uint32(value), like=like, dtype="uint32")  # noqa: E731
+
+    def word(value: Any) -> Array:
+        return backend.asarray(np.uint32(value), like=like, dtype="uint32")
+
     passed = word(ends) <= _bits(seed, xp.astype(step, xp.uint32), word)
     return 1 + xp.sum(xp.astype(passed, xp.int32), dtype=xp.int32)
 

@@ -162,7 +162,10 @@ def _radius(backend: Backend, vjp: Map, blocks: SpectralState) -> Array:
     """Return the largest |λ| of (UᵀV)⁻¹ UᵀJ V per sample `(batch,)`."""
     xp = backend.xp
     (u1, u2), (v1, v2) = blocks.left, blocks.right
-    dot = lambda a, b: xp.sum(a * b, axis=1)  # noqa: E731
+
+    def dot(a: Array, b: Array) -> Array:
+        return xp.sum(a * b, axis=1)
+
     m11, m12, m21, m22 = dot(u1, v1), dot(u1, v2), dot(u2, v1), dot(u2, v2)
     w1, w2 = vjp(u1), vjp(u2)  # uᵀJ, recorded
     n11, n12, n21, n22 = dot(w1, v1), dot(w1, v2), dot(w2, v1), dot(w2, v2)

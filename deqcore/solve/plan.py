@@ -118,7 +118,10 @@ class Plan:
     def solution(self, value: Array, forward: SolveResult, record: BackwardRecord | None) -> Solution:
         """Return the solution for the user, with figures in the shape of the units."""
         xp, shape = self.backend.xp, self.space.rows_shape
-        shaped = (lambda each: xp.reshape(each, shape)) if len(shape) > 1 else (lambda each: each)
+
+        def shaped(figures: Array) -> Array:
+            return xp.reshape(figures, shape) if len(shape) > 1 else figures
+
         state = SolveState(forward.carry, repr(self.solver)) if forward.carry is not None else None
         return Solution(
             value=self.space.unravel(value),
