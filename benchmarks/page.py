@@ -150,7 +150,7 @@ def step_cells(steps: Iterable[Step]) -> list[dict[str, str]]:
                 "f: forward + backward": f"{step.forward_evaluations} + {step.backward_evaluations}",
                 "residual": f"{step.residual:.1e}",
                 "cosine": f"{step.cosine:.4f}",
-                "gradient error": f"{step.error:.2g}",
+                "gradient error": "" if step.error is None else f"{step.error:.2g}",
                 "note": step.note,
             }
         )

@@ -21,7 +21,7 @@ class Step:
         solver_evaluations: of f, as the solver counts them; None where it does not.
         residual: of the value, largest of the batch.
         cosine: of the batch's gradient of all parameters with the exact one.
-        error: of that gradient, relative to the exact one's norm.
+        error: of that gradient, relative to the exact one's norm; None where it was not measured.
         forward: seconds per kept round. `backward`, `step`: the same for these.
         reference: seconds per evaluation of f without gradient, beside `step`.
     """
@@ -33,7 +33,7 @@ class Step:
     solver_evaluations: int | None
     residual: float
     cosine: float
-    error: float
+    error: float | None
     note: str = ""
     forward: list[float] = field(default_factory=list)
     backward: list[float] = field(default_factory=list)

@@ -334,7 +334,8 @@ def _training(found: Results) -> list[Target]:
         peer = step("torchdeq defaults", case)
         for layer, limit in (("defaults", 1.25), ("gradient error 0.1", 1.25)):
             ours = step(f"deqcore, {layer}", case)
-            beside = f"gradient error {ours.error:.2g}, torchdeq's {peer.error:.2g}" if ours and peer else ""
+            measured = ours is not None and peer is not None and ours.error is not None and peer.error is not None
+            beside = f"gradient error {ours.error:.2g}, torchdeq's {peer.error:.2g}" if measured else ""
             made.append(
                 _ratio(f"training step, our {layer} / torchdeq's default, {case}", limit, against(ours, peer), beside)
             )

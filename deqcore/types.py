@@ -215,7 +215,7 @@ class AdjointReport(NamedTuple):
         gradient_cosine: the cosine to it.
         gradient_products: products with the parameters that the audit took, int32.
         per_sample: True where the adjoint equation was solved for all units of the sample together, with one set of
-            coefficients, so that the figures are those of the sample; None where each row was solved alone.
+            coefficients, so that the figures are those of the sample; False where each row was solved alone.
 
     Example:
         >>> import numpy as np
@@ -245,7 +245,7 @@ class AdjointReport(NamedTuple):
             noun = "samples" if self.status.ndim == 1 else "units"
         except Exception:  # each framework raises another error for arrays without values
             return f"AdjointReport({', '.join(map('{}={!r}'.format, self._fields, self))})"
-        shared = noun == "units" and self.per_sample is not None
+        shared = self.per_sample is not None and any(self.per_sample.reshape(-1).tolist())
         text = _as_text(status, vjps, residual, error, fallback, noun=noun)
         text += "\nThe units of a sample share one set of coefficients." if shared else ""
         return text + ("\nf couples the rows of the state: set forward.batch = false." if coupled else "")

@@ -211,4 +211,5 @@ def report(
         gradient_error=unknown,
         gradient_cosine=unknown,
         gradient_products=ints,
+        per_sample=ints > 0,
     )

@@ -54,7 +54,8 @@ class Groups:
     def spread(self, report: AdjointReport) -> AdjointReport:
         """Return the report of each group for each of its rows."""
         spread = {name: self._spread(leaf) for name, leaf in report._asdict().items() if leaf is not None}
-        return report._replace(**spread, per_sample=spread["vjps"] >= 0)
+        spread["per_sample"] = spread["vjps"] >= 0  # all
+        return report._replace(**spread)
 
     def any(self, rows: Array) -> Array:
         """Return which groups have a row among `rows`, `(batch,)` of bool."""

@@ -19,7 +19,7 @@ class Planter(importlib.abc.MetaPathFinder):
         self.module = module
         self.source = source
 
-    def find_spec(self, name, path=None, max_relative_error=None):
+    def find_spec(self, name, path=None, target=None):
         if name != self.module:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
