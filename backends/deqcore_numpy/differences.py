@@ -248,7 +248,8 @@ class _Search:
         # If f is coarse (float32 inside), small steps change nothing, which does not mean a slope of 0.
         trusted = (self.value != 0) & (self.bend == 0) & (self.error <= 1e-2 * np.abs(self.value))
         steady = (bend > 0.5 * bent) & (bent > 0.5 * bend)  # that of a smooth curve falls with the step, by 8
-        bend = np.where(steady & (bend > 1e-3 * np.abs(value)), bend, 0.0)
+        shown = bend > np.maximum(1e-3 * np.abs(value), 2 * rounding)  # rounding of f alone bends by up to 0.7 of it
+        bend = np.where(steady & shown, bend, 0.0)
         lower = self._score(value, error) < self._score(self.value, self.error)
         # A kink that shorter steps do not reach was nearby; the shorter steps must show that beyond rounding.
         past = (bend == 0) & (error < 0.02 * self.bend) & (np.abs(step) < self.used)

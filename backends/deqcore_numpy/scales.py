@@ -44,7 +44,7 @@ def scales(x: Array, value: Array, state: bool) -> tuple[Array, Mask]:
 
 
 def steady_scales(f: Function, x: Array, dx: Array, base: Array, scale: Array, blind: Mask, rows: bool) -> Array:
-    """Return `scale`, in which numbers without one get that of the longest steps with a steady slope of f.
+    """Return `scale`, in which numbers without one get that of long steps with a steady slope of f.
 
     Args:
         f: see `Differences`, and so are `x` and `rows`.
@@ -65,7 +65,7 @@ def steady_scales(f: Function, x: Array, dx: Array, base: Array, scale: Array, b
     smooth = steady & (bend <= STEADY)
     known = np.isfinite(change)  # f changes
     run = np.where(smooth.any(axis=0), smooth, steady)
-    best = np.where(run.any(axis=0), _last_of_first_run(run), np.argmax(known, axis=0))
+    best = np.where(run.any(axis=0), _upper_middle_of_first_run(run), np.argmax(known, axis=0))
     found, learnt = unsteady & known.any(axis=0), steps[best] / PART
     if rows:
         found, learnt = (each.reshape(-1, *[1] * (x.ndim - 1)) for each in (found, learnt))
@@ -89,9 +89,13 @@ def _changes(f: Function, x: Array, dx: Array, base: Array, rows: bool) -> Array
     return np.stack([np.where(sound, each / np.where(sound, size, 1.0), np.inf) for each in apart])
 
 
-def _last_of_first_run(true: Mask) -> Array:
-    """Return the index of the last True of the first run of them along the first axis."""
+def _upper_middle_of_first_run(true: Mask) -> Array:
+    """Return the index in the middle of the first run of True along the first axis, of two the later one.
+
+    The scan is coarse, so a longer run means that f is as good as linear; its last step may overflow in f's own dtype.
+    """
     begun = np.maximum.accumulate(true, axis=0)
     ended = np.maximum.accumulate(begun & ~true, axis=0)
-    last: Array = np.sum(~begun, axis=0) + np.sum(begun & ~ended, axis=0) - 1
-    return last.clip(min=0)
+    first, count = np.sum(~begun, axis=0), np.sum(begun & ~ended, axis=0)
+    middle: Array = np.where(count > 0, first + count // 2, 0)
+    return middle
