@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import signal
 import subprocess
@@ -12,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from deqcore.testing.runner.conformance import CaseOutcome, SuiteRequest, arguments
+from deqcore.testing.runner.isolation import Journal, failed
 from deqcore.testing.runner.processes import environment
 
 PLANTING = Path(__file__).with_name("planting.py")
@@ -28,7 +28,7 @@ def check(module: str, text: str, request: SuiteRequest, backend: str) -> list[C
     with tempfile.TemporaryDirectory(prefix="deqcore-fault-") as name:
         folder = Path(name)
         (folder / "planted.py").write_text(text, encoding="utf-8")
-        results = folder / "results.json"
+        results = folder / "results.jsonl"
         args = arguments(request, backend, results)
         env = {
             **environment("float64"),
@@ -39,7 +39,12 @@ def check(module: str, text: str, request: SuiteRequest, backend: str) -> list[C
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         if done.returncode == -signal.SIGXCPU:
             return [CaseOutcome("endless", backend, "failed", f"no answer within {SECONDS} s", "", SECONDS)]
-        if not results.exists():
-            lines = (done.stdout + done.stderr).strip().splitlines()
-            return [CaseOutcome("import", backend, "failed", lines[-1] if lines else "no message", "", 0.0)]
-        return [CaseOutcome(**each, backend=backend) for each in json.loads(results.read_text())]
+        journal = Journal.read(results)
+        entries = list(journal.entries.values())
+        lines = (done.stdout + done.stderr).strip().splitlines()
+        last = lines[-1] if lines else "no message"
+        if not journal.collected:
+            return [CaseOutcome("import", backend, "failed", last, "", 0.0)]
+        if journal.running:
+            entries.append(failed(journal.running, f"the process ended with code {done.returncode}: {last}"))
+        return [CaseOutcome(**each, backend=backend) for each in entries]
