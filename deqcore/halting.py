@@ -62,7 +62,7 @@ class Settled:
     def __call__(self, z: Tree, fz: Tree) -> Array:
         """Return whether each sample is done."""
         before, after = self.read(z), self.read(fz)
-        xp = _backend_of(after).xp
+        xp = _backend_for(after).xp  # `until` refuses backends on which no rule works
         axes = tuple(range(int(self.batch), after.ndim))
         change = xp.abs(after - before)
         return (xp.max(change, axis=axes) if axes else change) <= self.tolerance
