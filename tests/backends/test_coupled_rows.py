@@ -218,7 +218,7 @@ def per_row(name):
         "conv": lambda z, x: 0.5 * torch.tanh(conv(z.reshape(-1, 4, 4)).flatten(1) + x),
         "group norm": lambda z, x: 0.4 * torch.nn.functional.group_norm(z, 4) + x,
         "attention inside": lambda z, x: (
-            0.4 * torch.nn.functional.scaled_dot_product_attention(*[z.reshape(-1, 1, 4, 4)] * 3).reshape(-1, 16) + x
+            0.2 * torch.nn.functional.scaled_dot_product_attention(*[z.reshape(-1, 1, 4, 4)] * 3).reshape(-1, 16) + x
         ),
         "evaluation mode": lambda z, x: 0.4 * running(linear(z)) + x,
         "einsum": lambda z, x: torch.tanh(torch.einsum("bi,ji->bj", z, linear.weight) + x),
