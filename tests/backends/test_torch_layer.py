@@ -81,7 +81,7 @@ def test_settings_are_checked_when_the_layer_is_made():
         DEQ(Plain(), forward__options={"memry": 3})
     with pytest.raises(ConfigError, match="max_steps"):
         DEQ(Plain(), evaluation={"forward__max_stepz": 3})
-    with pytest.raises(ConfigError, match="'batch' or 'sequence'"):
+    with pytest.raises(ConfigError, match="'batch', 'sequence' or 'carry'"):
         DEQ(Plain(), reuse="yes")
     with pytest.raises(ConfigError, match=r"a deqcore\.Config"):
         DEQ(Plain(), {"forward": {}})
@@ -114,7 +114,7 @@ def test_a_sequence_starts_from_its_own_equilibria():
     warm = layer.solve(x + 1e-5)
     assert warm.steps.max() < cold.steps.min()
     assert warm.steps.sum() < 0.6 * cold.steps.sum()
-    assert not layer._last.requires_grad
+    assert not any(leaf.requires_grad for leaf in layer._last)
     assert layer.solve(x[:2]).converged.all()  # another batch: cold again
     layer.reset()
     assert layer.solve(x).steps.tolist() == cold.steps.tolist()
