@@ -277,8 +277,8 @@ class Plan:
         if self._all_converged(forward):
             return
         status, steps, residual = (self.backend.to_numpy(x).ravel() for x in figures)
-        text = summarize(status, residual, steps, repr(self.solver), failed_first=True, noun=noun)
-        text = f"{text} {self._circumstances()}"
+        solver = repr(self.solver)
+        text = f"{summarize(status, residual, steps, solver, failed_first=True, noun=noun)} {self._circumstances()}"
         if action == "raise":
             raise ConvergenceError(text)
         counts = self._account(f).ledger
