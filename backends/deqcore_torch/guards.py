@@ -32,6 +32,9 @@ class TorchGuards(CallGuards):
     def output_eps(self, x: Tensor) -> float:
         return output_eps(x)
 
+    def holds(self, flag: Tensor) -> bool:
+        return bool(functorch.to_numpy(flag.detach().cpu()).all()) if functorch.active() else bool(flag)
+
     def owned(self, leaves: list[Any]) -> list[Any]:
         return [leaves[0].clone()] if isinstance(leaves[0], Tensor) and held(leaves) else leaves
 

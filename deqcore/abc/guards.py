@@ -43,6 +43,10 @@ class CallGuards:
         """Return whether f is being evaluated in a wider dtype than the state's, to differentiate it by differences."""
         return False
 
+    def holds(self, flag: Array) -> bool:
+        """Return the value of a scalar of bool; inside a transformation that maps, whether it is true on each lane."""
+        return bool(flag)
+
     def owned(self, leaves: list[Any]) -> list[Any]:
         """Copy each array in f's result that f or the user keeps: a reused buffer, an argument, z itself.
 

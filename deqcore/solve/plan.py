@@ -292,8 +292,7 @@ class Plan:
             warn(text + more, ConvergenceWarning)
 
     def _all_converged(self, forward: SolveResult) -> bool:
-        # A mapped solve has one flag for each lane.
-        return bool(self.backend.to_numpy(self.backend.xp.all(forward.status == int(Status.CONVERGED))).all())
+        return self.backend.guards.holds(self.backend.xp.all(forward.status == int(Status.CONVERGED)))
 
     def _circumstances(self) -> str:
         """Return the settings that a failed solve ran with, for its message."""

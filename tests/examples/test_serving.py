@@ -28,9 +28,9 @@ def ask(port: int, body: object) -> dict:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    program = runpy.run_path(str(EXAMPLE / "export.py"))
     path = tmp_path_factory.mktemp("serving") / "model.pt2"
-    program["write"](str(path))
+    subprocess.run([sys.executable, str(EXAMPLE / "export.py"), str(path)], check=True, timeout=600)
+    program = runpy.run_path(str(EXAMPLE / "export.py"))
     command = [sys.executable, "-c", BLOCKED + "runpy.run_path(sys.argv[0], run_name='__main__')"]
     server = subprocess.Popen(
         [*command, str(EXAMPLE / "server.py"), str(path), "0"],
