@@ -49,7 +49,8 @@ def results() -> dict[str, Any]:
         "power.limit": "700 W", "power.draw": "70 W", "tf32": {"convolutions": True, "matrix products": False},
     }  # fmt: skip
     step = {
-        "layer": "deqcore", "forward_evaluations": 11, "backward_evaluations": 1, "solver_evaluations": 10,
+        "layer": "deqcore", "case": "conv", "error": 0.1,
+        "forward_evaluations": 11, "backward_evaluations": 1, "solver_evaluations": 10,
         "residual": 9e-5, "cosine": 0.99, "note": "", "forward": [0.02] * 3, "backward": [0.01] * 3, "step": [0.03] * 3,
         "reference": [0.001] * 3, "disturbance": [0.0] * 3,
     }  # fmt: skip
@@ -152,7 +153,14 @@ def test_steps_are_measured_by_vectors_held() -> None:
     assert all(len(point["seconds"]) == 2 for point in found["points"])
     assert found["native"] == 0  # no native step stores a narrower history on a CPU
     assert parts.steps("copy", setting())["median"] > 0
-    assert set(parts.steps("fixed cost", setting())["facts"]) == {"f", "picard", "anderson", "broyden"}
+    assert set(parts.steps("fixed cost", setting())["facts"]) == {
+        "f",
+        "auto",
+        "picard",
+        "anderson",
+        "broyden",
+        "newton-krylov",
+    }
 
 
 def test_a_layer_that_raises_is_reported_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
