@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from deqcore import config as settings
+from deqcore.abc.arrays import is_inexact
 from deqcore.abc.backend import Backend
 from deqcore.errors import ConfigError, ProblemError
 from deqcore.solve.dispatch import pick_backend
@@ -123,14 +124,14 @@ def check_causality(
 
 
 def _moved(backend: Backend, tree: Tree, positions: Any, units: int, seed: int) -> Tree:
-    """Return the tree with its floating-point arrays moved at these positions of the second axis."""
+    """Return the tree with its floating-point and complex arrays moved at these positions of the second axis."""
     rng, xp = np.random.default_rng(seed), backend.xp
     there = np.zeros(units)
     there[positions] = 1.0
     leaves, structure = backend.flatten(tree)
 
     def move(leaf: Any) -> Any:
-        if not backend.is_array(leaf) or "float" not in backend.dtype_name(leaf):
+        if not backend.is_array(leaf) or not is_inexact(backend.dtype_name(leaf)):
             return leaf
         signs = rng.choice([-MOVE, MOVE], tuple(leaf.shape)) * there.reshape(1, units, *[1] * (leaf.ndim - 2))
         leaf = backend.detach(leaf)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from deqcore.abc.arrays import is_inexact
 from deqcore.abc.backend import Backend
 from deqcore.errors import ConfigError
 from deqcore.solve.flatten import RavelSpec
@@ -52,8 +53,8 @@ def masked(backend: Backend, f: Callable[..., Tree], z0: Tree, mask: Array) -> C
 
 
 def _held(backend: Backend, mask: Array, fz: Any, start: Any) -> Any:
-    fits = backend.is_array(fz) and getattr(start, "shape", None) == fz.shape and "float" in backend.dtype_name(fz)
-    if not fits:
+    fits = backend.is_array(fz) and getattr(start, "shape", None) == fz.shape
+    if not fits or not is_inexact(backend.dtype_name(fz)):
         return fz  # carried along, or refused by the caller of f
     shape = (*mask.shape, *(1,) * (fz.ndim - mask.ndim))
     return backend.xp.where(backend.xp.reshape(mask, shape), fz, backend.cast(backend.detach(start), fz))

@@ -163,6 +163,18 @@ def test_the_check_refuses_what_it_cannot_check():
         deqcore.diagnostics.check_causality(lambda z, x: z, z, np.ones((2, 3, 1)), unit_args=(0,))
 
 
+def test_complex_units_are_masked_and_checked_like_real_ones(be):
+    """Both looked for floating-point dtypes alone: the mask was ignored, and no leak was found."""
+    z0 = be.asarray(np.zeros((1, 3, 2), complex))
+    sol = deqcore.fixed_point(lambda z: 0.5j * z + 1.0, z0, mask=np.array([[True, False, True]]), **PICARD)
+    value = be.to_numpy(sol.value)
+    assert (value[:, 1] == 0).all()
+    assert abs(value[:, [0, 2]] - 1.0 / (1.0 - 0.5j)).max() < 1e-5
+    assert be.to_numpy(sol.steps)[0, 1] == 0
+    leak = deqcore.diagnostics.check_causality(lambda z: 0.5 * be.xp.roll(z, -1, axis=1), z0 + 1.0)
+    assert (leak.position, leak.source) == (0, 1)
+
+
 def test_torch_layers_take_units():
     torch = pytest.importorskip("torch")
     from deqcore_torch.nn import DEQ

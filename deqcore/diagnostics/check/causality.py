@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from deqcore.abc.arrays import is_inexact
 from deqcore.diagnostics.check.gradient import ExactAdjoint
 from deqcore.diagnostics.check.independence import ROUNDING, distance_allowed
 from deqcore.diagnostics.check.report import FAILED, NOTE, OK, SKIPPED, Finding
@@ -106,7 +107,7 @@ def _inputs(subject: Subject, axis: int, length: int, p: int) -> tuple[Tree, ...
         before = list(at)
         before[axis] = p - 1
         index = tuple(at)
-        floating = "float" in backend.dtype_name(leaf)
+        floating = is_inexact(backend.dtype_name(leaf))
         values[index] = values[index] + MOVE * (1 + np.abs(values[index])) if floating else values[tuple(before)]
         return backend.cast(backend.asarray(values, like=leaf), leaf)
 
