@@ -34,22 +34,28 @@ import deqcore
 SOLVERS = ("picard", "auto")
 
 
-def counts(solver: str, slots: int, count: int, size: int) -> dict[str, float]:
-    """Return the figures that are counts of evaluations, the same on any machine, by NumPy."""
-    backend, rtol = deqcore.get_backend(backend="numpy"), 1e-4
-    matrix, stream = items(backend, count, size, rtol)
+def problem(matrix: Any, solver: str, rtol: float) -> tuple[Callable[..., Any], list[int], dict[str, Any]]:
+    """Return f, a list whose one number grows by one with each call of f, and the settings of its solves."""
     calls = [0]
 
     def f(z: Any, rate: Any, x: Any) -> Any:
         calls[0] += 1
         return rate * (z @ matrix) + x
 
-    given: dict[str, Any] = {
+    settings = {
         "forward__solver": solver,
         "forward__rtol": rtol,
         "forward__max_steps": 1000,
         "forward__on_failure": "ignore",
     }
+    return f, calls, settings
+
+
+def counts(solver: str, slots: int, count: int, size: int) -> dict[str, float]:
+    """Return the figures that are counts of evaluations, the same on any machine, by NumPy."""
+    backend, rtol = deqcore.get_backend(backend="numpy"), 1e-4
+    matrix, stream = items(backend, count, size, rtol)
+    f, calls, given = problem(matrix, solver, rtol)
     results = list(deqcore.solve_stream(f, stream, slots=slots, **given))
     needed, streamed = sum(result.evaluations for result in results), calls[0]
     deepest = [max(r.evaluations for r in results[start : start + slots]) for start in range(0, count, slots)]
@@ -89,18 +95,8 @@ def measure(name: str, solver: str, slots: int, count: int, size: int) -> dict[s
     """Return the figures of one backend and solver."""
     backend, rtol = deqcore.get_backend(backend=name), 1e-4
     matrix, stream = items(backend, count, size, rtol)
-    xp, calls = backend.xp, [0]
-
-    def f(z: Any, rate: Any, x: Any) -> Any:
-        calls[0] += 1
-        return rate * (z @ matrix) + x
-
-    given: dict[str, Any] = {
-        "forward__solver": solver,
-        "forward__rtol": rtol,
-        "forward__max_steps": 1000,
-        "forward__on_failure": "ignore",
-    }
+    f, calls, given = problem(matrix, solver, rtol)
+    xp = backend.xp
     taken, results = seconds(lambda: list(deqcore.solve_stream(f, stream, slots=slots, **given)))
     needed = sum(result.evaluations for result in results)
     calls[0] = 0
