@@ -7,6 +7,7 @@ import gc
 import importlib.util
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,14 @@ def no_plugins():
     yield
     plugins.reset()
     sys.path[:] = path
+
+
+@pytest.fixture
+def quiet_forward_mode():
+    """Without PyTorch's warning of its own use of torch.jit when forward mode is first used."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
 
 
 @pytest.fixture

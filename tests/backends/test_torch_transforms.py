@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 import pytest
 
@@ -12,16 +10,9 @@ from deqcore.errors import ProblemError, StrategyError
 
 torch = pytest.importorskip("torch")
 
+pytestmark = pytest.mark.usefixtures("quiet_forward_mode")
 N = 5
 OPTIONS = {"forward__rtol": 1e-12, "backward__strategy": "exact-ift", "backward__options": {"rtol": 1e-12}}
-
-
-@pytest.fixture(autouse=True)
-def _quiet_forward_mode():
-    """PyTorch warns of its own use of torch.jit when forward mode is first used."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        yield
 
 
 @pytest.fixture

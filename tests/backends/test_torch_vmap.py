@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 
 import deqcore
@@ -12,16 +10,9 @@ from deqcore.errors import ConfigError, ConvergenceWarning, InitialIterateError,
 torch = pytest.importorskip("torch")
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, stack_module_state, vmap  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("quiet_forward_mode")
 OPTIONS = {"forward__rtol": 1e-12, "backward__strategy": "exact-ift", "backward__options": {"rtol": 1e-12}}
 LANES, BATCH, N = 3, 2, 4
-
-
-@pytest.fixture(autouse=True)
-def _quiet_forward_mode():
-    """PyTorch warns of its own use of torch.jit when forward mode is first used."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        yield
 
 
 @pytest.fixture
