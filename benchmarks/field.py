@@ -13,13 +13,15 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
+
+from deqcore.testing.runner.render import sentence
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 ADAPTERS: Final = ROOT / "examples" / "adapters"
@@ -36,9 +38,24 @@ Each cell counts the checks that fail, with the library's defaults and, where a 
 settings. **✓**: all hold. *not claimed*: the library does not promise it, so it is not checked. –: does not apply.
 [Failures](failures.md) has a script for each failure, and a text for its authors. The adapters are in
 `examples/adapters`; [Check a solver of another library](adapters.md) says how to write one. The seconds are those of
-the whole card, on a machine that was busy with other work.
+the whole card, on a machine that was busy with other work. The first table sums up the tables of each property below.
 
 """
+GROUPS: Final[Mapping[str, Sequence[str]]] = {
+    "solves": ("it_solves_what_plain_iteration_solves", "a_start_at_the_solution_stays", "a_constant_f_is_solved"),
+    "reports success": ("success_is_not_claimed_without_a_solution", "success_means_a_small_residual"),
+    "samples apart": ("a_sample_does_not_depend_on_its_batch_mates", "nan_in_one_sample_stays_there"),
+    "dtype, units": ("the_dtype_is_kept", "units_do_not_matter"),
+    "gradients": (
+        "the_gradient_is_exact", "nan_in_one_sample_spoils_no_gradient", "a_second_derivative_is_right_or_refused",
+    ),
+    "counts, budget": ("evaluations_are_those_that_took_place", "a_budget_is_kept"),
+    "no side effects": (
+        "two_solves_agree_to_the_bit", "its_arguments_are_left_alone", "it_prints_and_plots_nothing",
+        "settings_of_the_process_are_left_alone",
+    ),
+}  # fmt: skip
+"""Column of the first table -> checks, without `test_`."""
 
 
 def names() -> list[str]:
@@ -102,24 +119,48 @@ def _one(check: Mapping[str, Any]) -> str:
     return "*not claimed*" if check["skipped"] == "not claimed" else "–"
 
 
-def sentence(check: str) -> str:
-    """Return a test's name as a sentence."""
-    return check.removeprefix("test_").replace("_", " ").capitalize()
+def overview(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the Markdown table of all solvers: a row each, a column for each group of properties."""
+    heads = ["solver", *GROUPS, "seconds"]
+    rows = [
+        [f"`{name}`", *(grouped(result, checks) for checks in GROUPS.values()), str(result["seconds"])]
+        for name, result in results.items()
+    ]
+    return _markdown(heads, rows)
 
 
-def table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the Markdown table: solvers in rows, since a page is narrower than there are solvers."""
+def grouped(result: Mapping[str, Any], checks: Iterable[str]) -> str:
+    """Return how many checks of a group fail, by default and, if that differs, with the best settings."""
+    if result["error"]:
+        return "did not run"
+    texts = []
+    for column in ("default", "best"):
+        mine = [
+            each for each in result["checks"]
+            if each["check"].removeprefix("test_") in checks and each["column"] == column
+        ]  # fmt: skip
+        if ran := sum(each["ran"] for each in mine):
+            texts.append(_one({"ran": ran, "failures": [bad for each in mine for bad in each["failures"]]}))
+        elif mine:
+            texts.append("*not claimed*" if any(each["skipped"] == "not claimed" for each in mine) else "–")
+    return " / ".join(dict.fromkeys(texts)) or "–"
+
+
+def tables(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a Markdown table for each library: a row for each property, a column for each solver."""
     checks = list(dict.fromkeys(each["check"] for result in results.values() for each in result["checks"]))
     checks.remove("test_claims_have_known_names")
-    lines = ["| property | " + " | ".join(results) + " |", "|---|" + "---|" * len(results)]
-    lines += [
-        f"| {sentence(check)} | " + " | ".join(cell(result, check) for result in results.values()) + " |"
-        for check in checks
-    ]
-    lines.append(
-        "| *seconds for the card* | " + " | ".join(str(result["seconds"]) for result in results.values()) + " |"
-    )
-    return "\n".join(lines) + "\n"
+    parts = []
+    for library in dict.fromkeys(name.partition("-")[0] for name in results):
+        mine = {name: result for name, result in results.items() if name.partition("-")[0] == library}
+        rows = [[sentence(check), *(cell(result, check) for result in mine.values())] for check in checks]
+        parts.append(f"### {library}\n\n" + _markdown(["property", *mine], rows))
+    return "\n".join(parts)
+
+
+def _markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---|" * (len(heads) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
 
 def failures(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -137,7 +178,7 @@ def failures(results: Mapping[str, Mapping[str, Any]]) -> str:
                     f"{failure['message'].removeprefix('AssertionError: ')} ({check['column']})"
                 )
         for (check, case), texts in messages.items():
-            lines.append(f"- `{name}`, {sentence(check).lower()}{f' [{case}]' if case else ''}: {texts[0]}")
+            lines.append(f"- `{name}`, {_lower(sentence(check))}{f' [{case}]' if case else ''}: {texts[0]}")
     lines += [
         "\n## Not here\n",
         *(f"- {library}: {why}." for library, why in ABSENT.items()),
@@ -145,9 +186,13 @@ def failures(results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _lower(text: str) -> str:
+    return text if text.startswith("NaN") else text[:1].lower() + text[1:]
+
+
 def page(results: Mapping[str, Mapping[str, Any]], about: Mapping[str, str]) -> str:
     """Return the whole page."""
-    return HEADER.format(**about) + table(results) + failures(results)
+    return HEADER.format(**about) + overview(results) + failures(results) + "\n## Each property\n\n" + tables(results)
 
 
 def versions(results: Mapping[str, Any]) -> str:

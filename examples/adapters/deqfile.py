@@ -8,6 +8,7 @@ from deqcore.plugins import SolverSpec, StrategySpec, hookimpl
 
 ADAPTERS: Final = {
     "deqcore": {
+        "deqcore-auto": "Auto",
         "deqcore-picard": "Deqcore",
         "deqcore-anderson": "Anderson",
         "deqcore-broyden": "Broyden",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -45,7 +46,7 @@ def table(request: SuiteRequest, outcomes: Sequence[CaseOutcome], seconds: float
 
 def sentence(check: str) -> str:
     """Return a test's name as the promise that it is."""
-    text = check.removeprefix("test_").replace("_", " ")
+    text = re.sub(r"\bnan\b", "NaN", check.removeprefix("test_").replace("_", " "))
     return text[:1].upper() + text[1:]
 
 
