@@ -145,7 +145,18 @@ class Anderson(Solver):
         self, backend: Backend, fz: Array, value: Array, residual: Array, norm: Array, state: AndersonState
     ) -> AndersonState:
         """Return the state with the difference between f(z) and `value`, where the residual has the norm `norm`."""
-        xp, unit = backend.xp, state.unit
+        before = state.norm
+        after, length = self.appended(backend, fz, value, residual, norm, state)
+        return self.weighed(backend, before, length, after)
+
+    def appended(
+        self, backend: Backend, fz: Array, value: Array, residual: Array, norm: Array, state: AndersonState
+    ) -> tuple[AndersonState, Array]:
+        """Return the state with the new difference in both histories, and the length of its residual `(batch,)`.
+
+        The small arrays stay those of the differences before, which `weighed` changes.
+        """
+        unit = state.unit
         sane = norm <= self.max_residual_growth * state.norm
         if not backend.known_all(sane):
             state = self.forget(backend, ~sane, state)
@@ -155,11 +166,22 @@ class Anderson(Solver):
         else:
             values = state.values.append(divide_rows(backend, value - fz, unit))
         difference = residual - state.residual
-        residuals = state.residuals.append(difference)
-        newest = residuals.slot()
-        # One pass: ΔGᵀΔg = ΔGᵀg₊ − ΔGᵀg, in which ΔGᵀg is known except for the new column's entry.
-        target = residuals.dot(residual)
         length = backend.to_accum_dtype(backend.norm(difference))
+        residuals = state.residuals.append(difference)
+        return state._replace(values=values, residuals=residuals, residual=residual, norm=norm), length
+
+    def weighed(self, backend: Backend, before: Array, length: Array, state: AndersonState) -> AndersonState:
+        """Return the state with the system of all differences, of which the newest is `length` long.
+
+        Args:
+            backend: the backend of these arrays.
+            before: norm of the residual before the step `(batch,)`.
+            length: of the newest difference of residuals `(batch,)`.
+            state: with the histories, the residual and its norm after the step.
+        """
+        xp, newest = backend.xp, state.residuals.slot()
+        # One pass: ΔGᵀΔg = ΔGᵀg₊ − ΔGᵀg, in which ΔGᵀg is known except for the new column's entry.
+        target = state.residuals.dot(state.residual)
         inverse = backend.linalg.invert(length, 0 * length)[:, None]
         scale = xp.where(newest[None, :], inverse, state.scale)
         row = (target - state.target) * scale * inverse
@@ -170,8 +192,7 @@ class Anderson(Solver):
         usable = xp.isfinite(step)
         if not backend.known_all(usable):
             step = xp.where(usable, step, xp.zeros_like(step))
-        after = AndersonState(values, residuals, system, scale, target, step, residual, norm, unit)
-        return self.unlearned(backend, state.norm, after)
+        return self.unlearned(backend, before, state._replace(system=system, scale=scale, target=target, step=step))
 
     def returned(
         self, backend: Backend, rows: Array, usable: Array, before: Array, state: AndersonState

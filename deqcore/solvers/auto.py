@@ -207,16 +207,18 @@ class Auto(Solver):
         """Return the memory with the new differences of accelerated samples."""
         residual = end.fz - end.z
         norm = backend.norm(residual)
-        active = memory.values.active
+        if backend.known_all(~accelerated):
+            return _skipped(memory)._replace(norm=norm)
+        # Outside of the condition, because compiled code copies a whole history where only one branch writes to it.
+        appended, length = self.anderson.appended(backend, fz, end.fz, residual, norm, memory)
+        rows = memory.values.active
 
-        def store(skipped: AndersonState) -> AndersonState:
-            values, residuals = (h.masked(active).rewind(1) for h in (skipped.values, skipped.residuals))
-            before = memory._replace(values=values, residuals=residuals)
-            after = self.anderson.learned(backend, fz, end.fz, residual, norm, before)
-            return _kept(backend, accelerated, after, memory)._replace(norm=norm)
+        def weigh(state: AndersonState) -> AndersonState:
+            masked = state._replace(values=state.values.masked(rows), residuals=state.residuals.masked(rows))
+            return self.anderson.weighed(backend, memory.norm, length, masked)
 
-        stored: AndersonState = backend.cond(accelerated, store, _skipped(memory)._replace(norm=norm))
-        return stored
+        weighed: AndersonState = backend.cond(accelerated, weigh, appended)
+        return _kept(backend, accelerated, weighed, memory)
 
     def _evaluated(
         self, backend: Backend, f: Map, z: Array, fz: Array, point: Array, state: AutoState, rows: Array

@@ -455,8 +455,8 @@ SOLVERS = [
     Fault(
         "a state that is one step behind",
         ANDERSON,
-        "target, step, residual, norm, unit)",
-        "target, step, state.residual, norm, unit)",
+        "residual=residual, norm=norm), length",
+        "residual=state.residual, norm=norm), length",
         "solver anderson",
         "test_the_latest_secant_equation_holds",
         "H y = s",
