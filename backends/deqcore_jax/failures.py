@@ -5,7 +5,7 @@ Compiled code reports by `jax.debug.callback`, inside a `lax.cond` on a few numb
 calls the host. A callback has a price (`docs/notes/jax-failures.md`): the program is not kept in the persistent
 compilation cache, cannot be serialised by `jax.export`, and is dispatched from Python. So compiled code holds one only
 if a setting asks for it (`on_failure`, `verify_every`); the defaults compile none in. What is reported, and how often,
-is decided in `deqcore.solve.failures`.
+is decided in `deqcore.solve.traced_failures`.
 """
 
 from __future__ import annotations

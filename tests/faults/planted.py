@@ -639,7 +639,7 @@ BACKENDS = [
     ),
     Fault(
         "a coupled row that no warning names",
-        "deqcore.solve.failures",
+        "deqcore.solve.adjoint_tally",
         "    if coupled:\n        if due(",
         "    if coupled and how == 'raise':\n        if due(",
         "backend numpy",
@@ -648,7 +648,7 @@ BACKENDS = [
     ),
     Fault(
         "a failed adjoint solve without a warning",
-        "deqcore.solve.failures",
+        "deqcore.solve.adjoint_tally",
         "    elif failed:\n",
         "    elif failed and how == 'raise':\n",
         "backend numpy",
