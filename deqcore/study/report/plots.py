@@ -100,8 +100,8 @@ def name(row: SummaryRow, rows: Sequence[SummaryRow]) -> str:
 
 def measured(rows: Sequence[SummaryRow]) -> list[tuple[int, float, float]]:
     """Return the number, seconds of training and gradient error of every row that has both."""
-    found = [(i, row.metric("training"), row.metric("gradient_error")) for i, row in enumerate(rows)]
-    return [(i, time.mean, error.mean) for i, time, error in found if time is not None and error is not None]
+    figures = [(i, row.metric("training"), row.metric("gradient_error")) for i, row in enumerate(rows)]
+    return [(i, time.mean, error.mean) for i, time, error in figures if time is not None and error is not None]
 
 
 def _front(shown: Plots, canvas: Canvas) -> bool:
@@ -178,13 +178,13 @@ def _rows(shown: Plots, canvas: Canvas, x: str) -> None:
 
 
 def _memory(shown: Plots, canvas: Canvas) -> bool:
-    found = [row.metric("step_memory") for row in shown.rows]
-    for place, value in enumerate(found):
+    memory = [row.metric("step_memory") for row in shown.rows]
+    for place, value in enumerate(memory):
         if value is not None:
             canvas.axes.barh([place], [value.mean / 1e6], color=colour(place), height=0.6)
             canvas.tip(value.mean / 2e6, place, f"{significant(value.mean / 1e6)} MB")
     _rows(shown, canvas, "axis_megabytes")
-    return any(value is not None for value in found)
+    return any(value is not None for value in memory)
 
 
 def _evaluations(shown: Plots, canvas: Canvas) -> bool:
