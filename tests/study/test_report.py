@@ -415,6 +415,16 @@ def test_charts_use_an_installed_font_for_japanese_and_warn_once_without_one(mon
     charts.fonts.cache_clear()
 
 
+def test_results_without_their_history_of_epochs_have_the_other_plots() -> None:
+    _, results = made()
+    whole = plots.plots(rows(results))
+    for each in results:
+        each["history"] = {"audits": each["history"]["audits"]}
+    trimmed = plots.plots(rows(results))
+    assert set(whole) - set(trimmed) == {"plot_accuracy", "plot_evaluations", "plot_certificate"}
+    assert trimmed["plot_error"]
+
+
 class Links(HTMLParser):
     """What a page would fetch."""
 

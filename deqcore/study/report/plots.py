@@ -132,7 +132,11 @@ def _front(shown: Plots, canvas: Canvas) -> bool:
 
 def _accuracy(shown: Plots, canvas: Canvas) -> bool:
     for number, row in shown.numbered():
-        timed = [result for result in row.results.values() if result["times"]["training"] is not None]
+        timed = [
+            result
+            for result in row.results.values()
+            if result["times"]["training"] is not None and "epochs" in result["history"]
+        ]
         if not timed:
             continue
         clocks = np.mean([clock(result) for result in timed], 0)
@@ -289,7 +293,7 @@ def _curves(row: SummaryRow, metric: str) -> Any:
     """Return means per epoch and over seeds; None where nothing was measured."""
     value = []
     for result in row.results.values():
-        if result["history"]["steps"][metric][0] is None:
+        if "epochs" not in result["history"] or result["history"]["steps"][metric][0] is None:
             return None
         value.append(_per_epoch(result, metric, len(result["history"]["epochs"]), np.mean))
     return np.mean(value, 0)
