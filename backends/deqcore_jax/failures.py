@@ -25,11 +25,11 @@ def watch(report: Callable[[Figures], None], figures: Figures, *, compiled: bool
     """See `deqcore.abc.guards.CallGuards.watch`."""
     if not compiled and is_staged():
         return
-    seen = _over_lanes(jax.tree.map(lambda x: lax.stop_gradient(jnp.asarray(x)), figures))
-    if not isinstance(seen.notable(), jax.core.Tracer):
-        _called(report, seen)
+    merged = _over_lanes(jax.tree.map(lambda x: lax.stop_gradient(jnp.asarray(x)), figures))
+    if not isinstance(merged.notable(), jax.core.Tracer):
+        _report_notable(report, merged)
         return
-    lax.cond(seen.notable(), lambda: jax.debug.callback(_Called(report), seen), lambda: None)
+    lax.cond(merged.notable(), lambda: jax.debug.callback(_Called(report), merged), lambda: None)
 
 
 def is_staged() -> bool:
@@ -44,13 +44,13 @@ class _Called:
         self.report = report
 
     def __call__(self, figures: Figures) -> None:
-        _called(self.report, figures)
+        _report_notable(self.report, figures)
 
 
-def _called(report: Callable[[Figures], None], figures: Figures) -> None:
-    found = jax.tree.map(np.asarray, figures)
-    if found.notable():
-        report(found)
+def _report_notable(report: Callable[[Figures], None], figures: Figures) -> None:
+    on_host = jax.tree.map(np.asarray, figures)
+    if on_host.notable():
+        report(on_host)
 
 
 @custom_vmap

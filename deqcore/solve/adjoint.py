@@ -54,21 +54,21 @@ class Adjoint(AdjointSolver):
     ) -> tuple[Array, AdjointReport]:
         """See `AdjointSolver`; `state` is the forward solver's, with its estimate inside."""
         if self.units == 1:
-            return self._called(vjp, g, state, turn, inputs)
+            return self._solve_samples(vjp, g, state, turn, inputs)
         groups = Groups(self.backend, self.units)
         inputs = None if inputs is None else groups.inputs(inputs)
-        u, report = self._called(groups.joined(vjp), groups.join(g), state, turn, inputs)
+        u, report = self._solve_samples(groups.joined(vjp), groups.join(g), state, turn, inputs)
         return groups.split(u), groups.spread(report)
 
-    def _called(
+    def _solve_samples(
         self, vjp: Map, g: Array, state: object, turn: Array | None, inputs: PassInputs | None
     ) -> tuple[Array, AdjointReport]:
         """Do the same for rows that are samples."""
         if inputs is None or self.memory is None or not isinstance(self.strategy, StatefulStrategy):
-            result = self._routed(*self._unscaled(vjp, g, self._estimate(state)))
-            return self._delivered(vjp, g, turn, *result)
+            result = self._checked(*self._call_strategy(vjp, g, self._estimate(state)))
+            return self._verify_and_report(vjp, g, turn, *result)
         values = self._values(self.strategy, self.memory.values, g)
-        u, report, self.memory.values = self._advanced(vjp, g, state, turn, inputs._replace(values=values))
+        u, report, self.memory.values = self._advance_samples(vjp, g, state, turn, inputs._replace(values=values))
         return u, report
 
     def _values(self, strategy: StatefulStrategy, kept: Array | None, like: Array) -> Array:
@@ -83,12 +83,12 @@ class Adjoint(AdjointSolver):
     ) -> tuple[Array, AdjointReport, Array]:
         """See `AdjointSolver`."""
         if self.units == 1:
-            return self._advanced(vjp, g, state, turn, inputs)
+            return self._advance_samples(vjp, g, state, turn, inputs)
         groups = Groups(self.backend, self.units)
-        result = self._advanced(groups.joined(vjp), groups.join(g), state, turn, groups.inputs(inputs))
+        result = self._advance_samples(groups.joined(vjp), groups.join(g), state, turn, groups.inputs(inputs))
         return groups.split(result[0]), groups.spread(result[1]), result[2]
 
-    def _advanced(
+    def _advance_samples(
         self, vjp: Map, g: Array, state: object, turn: Array | None, inputs: PassInputs
     ) -> tuple[Array, AdjointReport, Array]:
         """Do the same for rows that are samples."""
@@ -101,13 +101,13 @@ class Adjoint(AdjointSolver):
         if not isinstance(result, tuple) or len(result) != 3:
             name = f"{type(strategy).__name__}.solve_with_state"
             raise PluginError.returned(name, result, "(u, report, state) with the state of the next pass,")
-        u, report = self._routed((result[0], result[1]), g)
+        u, report = self._checked((result[0], result[1]), g)
         if getattr(result[2], "shape", None) != inputs.values.shape:
             name = f"{type(strategy).__name__}.solve_with_state (state)"
             raise PluginError.returned(
                 name, result[2], f"a state of the shape {tuple(inputs.values.shape)} that it got"
             )
-        return *self._delivered(vjp, g, turn, multiply_rows(self.backend, u, unit), report), result[2]
+        return *self._verify_and_report(vjp, g, turn, multiply_rows(self.backend, u, unit), report), result[2]
 
     def _in_units(self, inputs: PassInputs, unit: Array | None) -> PassInputs:
         """Return products with the parameters of the true u, where `unit` scales its rows."""
@@ -116,7 +116,7 @@ class Adjoint(AdjointSolver):
             return inputs
         return inputs._replace(pull=lambda u: pull(multiply_rows(self.backend, u, unit)))
 
-    def _delivered(
+    def _verify_and_report(
         self, vjp: Map, g: Array, turn: Array | None, u: Array, report: AdjointReport
     ) -> tuple[Array, AdjointReport]:
         """Verify, replace and report, as the settings say."""
@@ -141,7 +141,7 @@ class Adjoint(AdjointSolver):
             estimate = Groups(self.backend, self.units).estimate(estimate)
         return transposed(estimate) if self.turned and estimate is not None else estimate
 
-    def _unscaled(self, vjp: Map, g: Array, estimate: InverseJacobian | None) -> tuple[object, Array]:
+    def _call_strategy(self, vjp: Map, g: Array, estimate: InverseJacobian | None) -> tuple[object, Array]:
         """Return the result of `solve_adjoint`, called with `g` in units near its norm, with u in units of 1."""
         backend = self.backend
         if not (self.uses_vjp or self.uses_state):
@@ -152,7 +152,7 @@ class Adjoint(AdjointSolver):
             result = multiply_rows(backend, result[0], unit), *result[1:]
         return result, g
 
-    def _routed(self, result: object, g: Array) -> tuple[Array, AdjointReport]:
+    def _checked(self, result: object, g: Array) -> tuple[Array, AdjointReport]:
         """Return what `solve_adjoint` returned, or raise `PluginError` if it breaks the contract."""
         name, shape = f"{type(self.strategy).__name__}.solve_adjoint", tuple(g.shape)
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], AdjointReport):

@@ -208,8 +208,8 @@ STRATEGIES = [
     Fault(
         "a leak between rows overlooked",
         "deqcore.solve.verification",
-        "    leaked = outside & (found > noise)\n",
-        "    leaked = ~outside & (found > 1e30)\n",
+        "    leaked = outside & (norms > noise)\n",
+        "    leaked = ~outside & (norms > 1e30)\n",
         "strategy broyden-reuse",
         "test_rows_that_f_couples_are_reported",
         "f couples rows, but the report does not say so",
