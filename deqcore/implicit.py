@@ -65,10 +65,10 @@ def custom_fixed_point(
         @wraps(solver)
         def solved(z0: Tree, *args: Any, **kwargs: Any) -> Any:
             plan = plan_call(config, overrides, z0, args)
-            found = _without_gradient(plan.backend, lambda z0, *args: solver(z0, *args, **kwargs), z0, args)
-            if has_aux and not (isinstance(found, tuple) and len(found) == 2):
-                raise ProblemError(f"With has_aux = true the solver must return (z, aux) (got {described(found)}).")
-            z, aux = found if has_aux else (found, None)
+            result = _without_gradient(plan.backend, lambda z0, *args: solver(z0, *args, **kwargs), z0, args)
+            if has_aux and not (isinstance(result, tuple) and len(result) == 2):
+                raise ProblemError(f"With has_aux = true the solver must return (z, aux) (got {described(result)}).")
+            z, aux = result if has_aux else (result, None)
             given: dict[str, Any] = {**overrides, "forward__max_steps": 0}
             if not plan.backend.is_traced(z, args):  # traced code reports as fixed_point does
                 given["forward__on_failure"] = "ignore"

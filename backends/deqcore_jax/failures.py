@@ -5,7 +5,7 @@ Compiled code reports by `jax.debug.callback`, inside a `lax.cond` on a few numb
 calls the host. A callback has a price (`docs/notes/jax-failures.md`): the program is not kept in the persistent
 compilation cache, cannot be serialised by `jax.export`, and is dispatched from Python. So compiled code holds one only
 if a setting asks for it (`on_failure`, `verify_every`); the defaults compile none in. What is reported, and how often,
-is decided in `deqcore.solve.failures`.
+is decided in `deqcore.solve.traced_failures`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def watch(report: Callable[[Figures], None], figures: Figures, *, compiled: bool
     """See `deqcore.abc.guards.CallGuards.watch`."""
     if not compiled and is_staged():
         return
-    seen = _over_lanes(jax.tree.map(lambda x: lax.stop_gradient(jnp.asarray(x)), figures))
-    if not isinstance(seen.notable(), jax.core.Tracer):
-        _called(report, seen)
+    merged = _over_lanes(jax.tree.map(lambda x: lax.stop_gradient(jnp.asarray(x)), figures))
+    if not isinstance(merged.notable(), jax.core.Tracer):
+        _report_notable(report, merged)
         return
-    lax.cond(seen.notable(), lambda: jax.debug.callback(_Called(report), seen), lambda: None)
+    lax.cond(merged.notable(), lambda: jax.debug.callback(_Called(report), merged), lambda: None)
 
 
 def is_staged() -> bool:
@@ -44,13 +44,13 @@ class _Called:
         self.report = report
 
     def __call__(self, figures: Figures) -> None:
-        _called(self.report, figures)
+        _report_notable(self.report, figures)
 
 
-def _called(report: Callable[[Figures], None], figures: Figures) -> None:
-    found = jax.tree.map(np.asarray, figures)
-    if found.notable():
-        report(found)
+def _report_notable(report: Callable[[Figures], None], figures: Figures) -> None:
+    on_host = jax.tree.map(np.asarray, figures)
+    if on_host.notable():
+        report(on_host)
 
 
 @custom_vmap

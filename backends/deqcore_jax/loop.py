@@ -13,7 +13,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.typing import ArrayLike
 
-from deqcore.config.sources import LARGEST
+from deqcore.config.sections import LARGEST
 from deqcore.types import LoopVars
 
 # On an accelerator the host reads the predicate of a loop at each test.

@@ -14,7 +14,7 @@ from deqcore.abc.backend import Backend
 from deqcore.abc.two_state import TwoState
 from deqcore.errors import ConfigError, InitialIterateError
 from deqcore.solve.opaque import arrays_in
-from deqcore.types import BackwardRecord, Map, SolveResult
+from deqcore.types import BackwardRecord, Map, SolveResult, Tree
 from deqcore_torch import functorch, jvp, reversible
 from deqcore_torch.autograd import attach
 from deqcore_torch.checkpoints import checkpoint
@@ -60,7 +60,7 @@ class TorchAutodiff(Autodiff):
         self,
         f: Callable[..., Tensor],
         z0: Tensor,
-        args: tuple[Any, ...],
+        args: tuple[Tree, ...],
         solve: Callable[[Map, Tensor], SolveResult],
     ) -> SolveResult:
         _refuse_split(z0)
@@ -80,7 +80,7 @@ class TorchAutodiff(Autodiff):
         self,
         f: Callable[..., Tensor],
         z0: Tensor,
-        args: tuple[Any, ...],
+        args: tuple[Tree, ...],
         solve: Callable[[Map, Tensor], SolveResult],
         adjoint: AdjointSolver,
     ) -> tuple[Tensor, SolveResult, BackwardRecord | None]:
@@ -97,7 +97,7 @@ class TorchAutodiff(Autodiff):
         self,
         f: Callable[..., Tensor],
         z0: Tensor,
-        args: tuple[Any, ...],
+        args: tuple[Tree, ...],
         steps: Callable[[Map, Tensor, SolveResult | None, Any], Any],
         forward: SolveResult | None,
         step: Any = 0,
@@ -139,8 +139,8 @@ class TorchAutodiff(Autodiff):
         return torch.is_grad_enabled() or functorch.active()
 
     def vjp(
-        self, value: Callable[..., tuple[Tensor, Any]], args: tuple[Any, ...], cotangent: Tensor
-    ) -> tuple[Tensor, Any, tuple[Any, ...]]:
+        self, value: Callable[..., tuple[Tensor, Tree]], args: tuple[Tree, ...], cotangent: Tensor
+    ) -> tuple[Tensor, Tree, tuple[Tree, ...]]:
         leaves, structure = self.be.flatten(args)
         moved = [_leaf(leaf) for leaf in leaves]
         with torch.enable_grad():

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from deqcore.abc.adjoint import AdjointSolver
 from deqcore.abc.backend import Backend
-from deqcore.types import BackwardRecord, PassInputs, SolveResult, Status
+from deqcore.types import BackwardRecord, PassInputs, SolveResult, Status, Tree
 from deqcore_torch import functorch
 from deqcore_torch.functorch import Refuse, approximate
 from deqcore_torch.graph import Outside, outside, refuse_compiled, sequence, sources_of
@@ -39,7 +39,7 @@ def attach(
     backend: Backend,
     f: Callable[..., Tensor],
     forward: SolveResult,
-    args: tuple[Any, ...],
+    args: tuple[Tree, ...],
     tensors: Sequence[Tensor],
     adjoint: AdjointSolver,
     record: BackwardRecord,
@@ -115,8 +115,8 @@ class _Job:
         sources = sources_of(y, z, self.made)
 
         def pull(u: Tensor) -> tuple[Tensor, ...]:
-            found = torch.autograd.grad(y, sources, u, retain_graph=True, allow_unused=True)
-            return tuple(part.to_dense() for part in found if part is not None)
+            gradients = torch.autograd.grad(y, sources, u, retain_graph=True, allow_unused=True)
+            return tuple(part.to_dense() for part in gradients if part is not None)
 
         return PassInputs(None, *self.forward, pull if sources else None)
 
@@ -178,9 +178,9 @@ class _Attach(torch.autograd.Function):
             return (_differentiable(job, y, z, g), None, None, None, *nothing)
         refusal = job.refusal()
         if refusal is None:
-            found = _second_order(job, y, z, g, out, outside)
+            gradients = _second_order(job, y, z, g, out, outside)
             job.mute.finish_pass()
-            return (None, None, None, None, *found)
+            return (None, None, None, None, *gradients)
         with torch.no_grad():
             u = job.solve_adjoint(y, z, g)
         # Otherwise PyTorch's own error, from inside compiled code, would precede ours.

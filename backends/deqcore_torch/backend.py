@@ -14,14 +14,16 @@ from deqcore.abc.backend import Backend
 from deqcore.abc.history import History
 from deqcore.abc.scaling import guarded_norm, scaled_norm
 from deqcore.errors import BackendError, ConfigError
-from deqcore.types import Capabilities, LoopVars
+from deqcore.types import Capabilities, LoopVars, Tree
 from deqcore_torch import functorch, kernels, trees
 from deqcore_torch.autodiff import TorchAutodiff
+from deqcore_torch.chunks import select_rows
 from deqcore_torch.guards import TorchGuards
 from deqcore_torch.harness import TorchHarness
-from deqcore_torch.history import RecordedHistory, TorchHistory, select_rows
+from deqcore_torch.history import TorchHistory
 from deqcore_torch.host import TorchHost
 from deqcore_torch.linalg import TorchLinalg
+from deqcore_torch.recorded_history import RecordedHistory
 
 DEVICE_CHECK = 4  # steps between host checks where a check waits for the device
 
@@ -58,7 +60,7 @@ class TorchBackend(Backend):
         x = x.detach().cpu()
         return functorch.to_numpy(x.float() if x.dtype is torch.bfloat16 else x)
 
-    def flatten(self, tree: Any) -> tuple[list[Any], Any]:
+    def flatten(self, tree: Tree) -> tuple[list[Any], Any]:
         return trees.flatten(tree)
 
     def unflatten(self, structure: Any, leaves: Sequence[Any]) -> Any:

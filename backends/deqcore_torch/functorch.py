@@ -33,7 +33,7 @@ from torch.autograd import forward_ad
 from deqcore.abc.adjoint import AdjointSolver
 from deqcore.abc.backend import Backend
 from deqcore.errors import ProblemError, StrategyError
-from deqcore.types import Map, SolveResult
+from deqcore.types import Map, SolveResult, Tree
 from deqcore_torch.checkpoints import CURE, largest
 from deqcore_torch.eval_context import Ambient, nothing_recorded
 from deqcore_torch.lanes import Lanes
@@ -122,7 +122,7 @@ def unrecorded(f: Map) -> Map:
 
 
 def attach(
-    backend: Backend, f: Callable[..., Tensor], forward: SolveResult, args: tuple[Any, ...], adjoint: AdjointSolver
+    backend: Backend, f: Callable[..., Tensor], forward: SolveResult, args: tuple[Tree, ...], adjoint: AdjointSolver
 ) -> Tensor:
     """z* `(batch, n)` with its implicit gradient for all transformations that are active.
 

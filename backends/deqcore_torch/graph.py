@@ -82,7 +82,7 @@ def sources_of(y: Tensor, z: Tensor, made: range) -> list[GradientEdge]:
         made: numbers of the nodes that this thread made during f.
     """
     seen: set[Any] = {(z.grad_fn, z.output_nr)}
-    found: list[GradientEdge] = []
+    edges: list[GradientEdge] = []
     stack: list[Any] = [(y.grad_fn, y.output_nr)]
     while stack:
         node, output = stack.pop()
@@ -93,10 +93,10 @@ def sources_of(y: Tensor, z: Tensor, made: range) -> list[GradientEdge]:
         if variable is z:
             continue
         if variable is not None or node._sequence_nr() not in made:
-            found.append(GradientEdge(node, output))
+            edges.append(GradientEdge(node, output))
             continue
         stack.extend(node.next_functions)
-    return found
+    return edges
 
 
 def once_only(gradients: Iterable[Tensor | None], start: int) -> bool:

@@ -86,8 +86,8 @@ class TorchHarness(Harness):
             value = call(module, *moved)
         if not wanted or not value.requires_grad:
             return {name: torch.zeros_like(x) for name, x in wanted.items()}
-        found = torch.autograd.grad(value, list(wanted.values()), cotangent, allow_unused=True)
-        pairs = zip(wanted.items(), found, strict=True)
+        gradients = torch.autograd.grad(value, list(wanted.values()), cotangent, allow_unused=True)
+        pairs = zip(wanted.items(), gradients, strict=True)
         return {name: torch.zeros_like(x) if gradient is None else gradient for (name, x), gradient in pairs}
 
     def converted(self, module: Any, *, dtype: str | None = None, device: str | None = None) -> Any:

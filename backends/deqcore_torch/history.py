@@ -1,16 +1,7 @@
-"""A history that grows in place, chunk by chunk.
-
-Storage is a list of tensors `(slots, batch, n)`: after k appends it holds k vectors, rounded up to a chunk, whatever
-`history_size` is. With the slot first a vector is written in one piece, and after f has filled the caches products
-over `(256, 512)` take half the time that they take with the batch first. They are written as row vector times matrix:
-on CPUs `bmm(v, Hᵀ)` moves several times the bytes per second of `bmm(H, v)`. Dot products take the slots in units of
-fixed size, so that the bits of a sample depend neither on the batch nor on the steps that its batch mates have taken.
-"""
+"""A history that grows in place, chunk by chunk; `chunks` says how its vectors lie in memory."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,109 +10,7 @@ from torch import Tensor
 
 from deqcore.abc.history import History
 from deqcore_torch import compiled
-
-CHUNK = 4  # slots per chunk for large vectors, and slots per product: BLAS rounds a remainder in another way
-ALIGNED = 16  # bytes: where the size of a row is not a multiple of it, MKL rounds a row by its address
-NARROW = 256  # numbers per vector below which MKL rounds a combination by the number of slots in it
-# Numbers per sample up to which products run over the whole memory: fewer operations, more bytes. Not numbers in all:
-# a sample's bits must not depend on how many others there are.
-TINY = 2**11
-SMALL = 4096  # numbers per vector up to which one chunk holds the whole memory
-
-
-def select_rows(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """Return rows of `new` where `mask` holds, of `old` elsewhere, on the host: copies of rows.
-
-    `torch.where` with a broadcast mask takes 25 times as long there (256 × 512 float32: 520 µs against 20 µs).
-    """
-    rows = mask.numpy().nonzero()[0]
-    count = len(rows)
-    if count == mask.shape[0]:
-        return new
-    if count == 0:
-        return old
-    if 2 * count > mask.shape[0]:
-        new, old, rows = old, new, (~mask.numpy()).nonzero()[0]
-    chosen = torch.from_numpy(rows)
-    return old.index_copy(0, chosen, new.index_select(0, chosen))
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Keep the dtype of products inside the block: the user's autocast applies to f, not to coefficients."""
-    kind = device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-
-
-def products(many: Tensor, part: Tensor) -> Tensor:
-    """Return inner products `(batch, r, slots)` of `many` `(batch, r, n)` with `part` `(slots, batch, n)`."""
-    if part.device.type != "cpu" or many.shape[2] * many.element_size() % ALIGNED == 0:
-        return torch.bmm(many.contiguous(), part.permute(1, 2, 0))
-    return (part[:, :, None] * many).sum(3).permute(1, 2, 0)
-
-
-@cache
-def _units(history_size: int, device: torch.device) -> tuple[Tensor, ...]:
-    """Return the one-hot masks of all slots, shared and read-only."""
-    return torch.eye(history_size, dtype=torch.bool, device=device).unbind(0)
-
-
-@cache
-def _unwritten(history_size: int, device: torch.device) -> tuple[Tensor, ...]:
-    """Return masks of the empty slots by the number of vectors written, shared and read-only."""
-    slots = torch.arange(history_size, device=device)
-    return (slots >= torch.arange(history_size + 1, device=device)[:, None]).unbind(0)
-
-
-class _Store:
-    """The data that all versions of a history share; only `chunks`, which grows, and the plan change."""
-
-    __slots__ = (
-        "aligned",
-        "batch",
-        "chunk",
-        "chunks",
-        "compute",
-        "dtype",
-        "gaps",
-        "history_size",
-        "like",
-        "narrow",
-        "planned",
-        "table",
-        "whole",
-        "wide",
-        "width",
-    )
-
-    def __init__(
-        self,
-        chunks: list[Tensor],
-        history_size: int,
-        like: Tensor,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        wide: torch.dtype,
-    ) -> None:
-        self.chunks = chunks
-        self.history_size = history_size
-        self.like = like  # empty, with the device and dtype of the results of combine
-        self.batch, self.width = shape
-        self.chunk = history_size if self.width <= SMALL and history_size * self.width <= 16 * SMALL else CHUNK
-        self.compute = dtype if dtype in (torch.float32, torch.float64) else torch.float32
-        self.aligned = like.device.type != "cpu" or self.width * self.compute.itemsize % ALIGNED == 0
-        self.whole = self.chunk == history_size and history_size * self.width <= TINY and dtype is wide and self.aligned
-        self.narrow = like.device.type == "cpu" and self.width < NARROW
-        self.dtype = dtype
-        self.wide = wide
-        self.gaps = False  # whether slots were skipped: then all slots are allocated at once, with zeros
-        self.planned: tuple[int, Tensor] | None = None  # see `TorchHistory.plan`
-        self.table: Tensor | None = None  # see `TorchHistory.table`
-
-    def with_chunks(self, chunks: list[Tensor], batch: int) -> _Store:
-        """Make a store with other chunks for vectors of the same kind."""
-        store = _Store(chunks, self.history_size, self.like, (batch, self.width), self.dtype, self.wide)
-        store.gaps = self.gaps
-        return store
+from deqcore_torch.chunks import CHUNK, Store, full_precision, one_hot_masks, products, unwritten_masks
 
 
 class TorchHistory(History):
@@ -135,7 +24,7 @@ class TorchHistory(History):
     __slots__ = ("active", "history_size", "seen", "since", "store", "written")
 
     def __init__(
-        self, store: _Store, seen: Tensor | None, written: int, active: Tensor | None, since: int | None = None
+        self, store: Store, seen: Tensor | None, written: int, active: Tensor | None, since: int | None = None
     ) -> None:
         self.store = store
         self.history_size = store.history_size
@@ -147,7 +36,7 @@ class TorchHistory(History):
     @classmethod
     def empty(cls, like: Tensor, history_size: int, dtype: torch.dtype, wide: torch.dtype) -> TorchHistory:
         """Make an empty history for vectors like `like` `(batch, n)`."""
-        return cls(_Store([], history_size, like[:0], tuple(like.shape), dtype, wide), None, 0, None, 0)
+        return cls(Store([], history_size, like[:0], tuple(like.shape), dtype, wide), None, 0, None, 0)
 
     def _with(self, seen: Tensor | None, written: int, active: Tensor | None, since: int | None) -> TorchHistory:
         return TorchHistory(self.store, seen, written, active, since)
@@ -270,7 +159,7 @@ class TorchHistory(History):
         return (
             None
             if self.written >= self.history_size
-            else _unwritten(self.history_size, self.store.like.device)[self.written]
+            else unwritten_masks(self.history_size, self.store.like.device)[self.written]
         )
 
     def dot(self, v: Tensor) -> Tensor:
@@ -389,7 +278,7 @@ class TorchHistory(History):
     def slot(self) -> Tensor:
         if not self.written:
             return torch.zeros(self.history_size, dtype=torch.bool, device=self.store.like.device)
-        return _units(self.history_size, self.store.like.device)[(self.written - 1) % self.history_size]
+        return one_hot_masks(self.history_size, self.store.like.device)[(self.written - 1) % self.history_size]
 
     def count(self) -> Tensor:
         if self.seen is None:
@@ -461,84 +350,3 @@ class TorchHistory(History):
             start += chunk.shape[0]
         seen = self._mask().index_copy(0, rows, part._mask())
         return self._with(seen, part.written, self.active, None)
-
-
-class RecordedHistory(History):
-    """The same ring without in-place writes, for solver steps that autograd differentiates through."""
-
-    def __init__(self, storage: Tensor, seen: Tensor, written: int, active: Tensor | None, wide: torch.dtype) -> None:
-        self.storage = storage  # (batch, memory, n)
-        self.seen = seen  # (batch, memory)
-        self.written = written
-        self.active = active
-        self.wide = wide
-        self.history_size = storage.shape[1]
-
-    @classmethod
-    def empty(cls, like: Tensor, history_size: int, dtype: torch.dtype, wide: torch.dtype) -> RecordedHistory:
-        """Make an empty history for vectors like `like` `(batch, n)`."""
-        storage = torch.zeros((like.shape[0], history_size, like.shape[1]), dtype=dtype, device=like.device)
-        seen = torch.zeros(storage.shape[:2], dtype=torch.bool, device=like.device)
-        return cls(storage, seen, 0, None, wide)
-
-    def _rows(self) -> Tensor:
-        return torch.where(self.seen[:, :, None], self.storage, torch.zeros_like(self.storage))
-
-    def append(self, v: Tensor) -> RecordedHistory:
-        mask = torch.zeros_like(self.seen)
-        mask[:, self.written % self.history_size] = True
-        if self.active is not None:
-            mask = mask & self.active[:, None]
-        storage = torch.where(mask[:, :, None], v.to(self.storage.dtype)[:, None], self.storage)
-        return RecordedHistory(storage, self.seen | mask, self.written + 1, self.active, self.wide)
-
-    def dot(self, v: Tensor) -> Tensor:
-        many = v if v.dim() == 3 else v[:, None]
-        with full_precision(v.device):
-            products = torch.bmm(many.to(self.wide), self._rows().to(self.wide).transpose(1, 2))
-        return products if v.dim() == 3 else products[:, 0]
-
-    def combine(self, coefficients: Tensor) -> Tensor:
-        c = torch.where(self.seen, coefficients, torch.zeros_like(coefficients))
-        with full_precision(c.device):
-            return torch.bmm(c.to(self.storage.dtype)[:, None], self._rows())[:, 0]
-
-    def restart(self, rows: Tensor) -> RecordedHistory:
-        chosen = rows if self.active is None else rows & self.active
-        return RecordedHistory(self.storage, self.seen & ~chosen[:, None], self.written, self.active, self.wide)
-
-    def erase(self, rows: Tensor) -> RecordedHistory:
-        chosen = rows if self.active is None else rows & self.active
-        storage = torch.where(chosen[:, None, None], torch.zeros_like(self.storage), self.storage)
-        return RecordedHistory(storage, self.seen, self.written, self.active, self.wide)
-
-    def rewind(self, count: int | Tensor) -> RecordedHistory:
-        written = self.written + (self.history_size - int(count)) % self.history_size
-        return RecordedHistory(self.storage, self.seen, written, self.active, self.wide)
-
-    def slot(self) -> Tensor:
-        mask = torch.zeros(self.history_size, dtype=torch.bool, device=self.storage.device)
-        if self.written:
-            mask[(self.written - 1) % self.history_size] = True
-        return mask
-
-    def count(self) -> Tensor:
-        return self.seen.sum(1, dtype=torch.int32)
-
-    def masked(self, active: Tensor | None) -> RecordedHistory:
-        return RecordedHistory(self.storage, self.seen, self.written, active, self.wide)
-
-    def vectors(self) -> Tensor:
-        return self._rows()[:, : min(self.written, self.history_size)]
-
-    def merge(self, rows: Tensor, other: History) -> RecordedHistory:
-        assert isinstance(other, RecordedHistory)
-        storage = torch.where(rows[:, None, None], other.storage, self.storage)
-        seen = torch.where(rows[:, None], other.seen, self.seen)
-        return RecordedHistory(storage, seen, max(self.written, other.written), self.active, self.wide)
-
-    def detach(self) -> RecordedHistory:
-        return RecordedHistory(self.storage.detach(), self.seen, self.written, self.active, self.wide)
-
-    def copy(self) -> RecordedHistory:
-        return self

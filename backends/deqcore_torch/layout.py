@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from deqcore import config as settings
+from deqcore.types import Tree
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def describe(tree: Any, tensors: list[Tensor]) -> str | None:
+def describe(tree: Tree, tensors: list[Tensor]) -> str | None:
     """Return the text of a tree, with `...` for each tensor, and append the tensors; None if it holds other objects.
 
     Args:
@@ -47,8 +48,8 @@ def describe(tree: Any, tensors: list[Tensor]) -> str | None:
 
 
 def _joined(start: str, texts: list[str | None], end: str) -> str | None:
-    found = [text for text in texts if text is not None]
-    return start + ", ".join(found) + end if len(found) == len(texts) else None
+    parts = [text for text in texts if text is not None]
+    return start + ", ".join(parts) + end if len(parts) == len(texts) else None
 
 
 def arrange(text: str, tensors: Iterator[Tensor]) -> Any:
@@ -59,7 +60,7 @@ def arrange(text: str, tensors: Iterator[Tensor]) -> Any:
 _parsed = lru_cache(maxsize=256)(ast.literal_eval)
 
 
-def _filled(tree: Any, tensors: Iterator[Tensor]) -> Any:
+def _filled(tree: Tree, tensors: Iterator[Tensor]) -> Any:
     if tree is ...:
         return next(tensors)
     if isinstance(tree, dict):
@@ -69,7 +70,7 @@ def _filled(tree: Any, tensors: Iterator[Tensor]) -> Any:
     return tree
 
 
-def rebuilt(tree: Any, values: list[Tensor]) -> Any:
+def rebuilt(tree: Tree, values: list[Tensor]) -> Any:
     """Return a tree like `tree` with the next of `values` for each tensor, which it removes from the list."""
     if isinstance(tree, Tensor):
         return values.pop(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from deqcore import halting
-from deqcore.abc.stateful import StrategyState
 from deqcore.api import fixed_point
 from deqcore.config import Config
 from deqcore.errors import ConfigError
@@ -26,42 +24,13 @@ from deqcore.layer import (
     stages,
 )
 from deqcore.solution import Solution, SolveState
-from deqcore_torch import captured, functorch, saved_tensors, trees
+from deqcore_torch import captured, functorch, saved_tensors, trees, warm_start
 from deqcore_torch.cell_checks import Watch
 from deqcore_torch.cells import begin_solve
 from deqcore_torch.disable_dynamo import untraced
+from deqcore_torch.strategy_buffer import BufferState
 
 FORMAT = 1  # version of the settings in a checkpoint
-
-
-class _BufferState(StrategyState):
-    """The state in the buffer of a layer, written in place: others, such as DDP, hold the same tensor.
-
-    The graph refers to it, so it does not keep the layer alive. Without its layer a pass is the first.
-    """
-
-    def __init__(self, layer: DEQ) -> None:
-        self._layer = weakref.ref(layer)
-
-    @property
-    def values(self) -> Tensor | None:
-        """The buffer."""
-        layer = self._layer()
-        return None if layer is None else layer.strategy_state
-
-    @values.setter
-    def values(self, new: Tensor | None) -> None:
-        layer = self._layer()
-        if layer is None:
-            return
-        own = layer.strategy_state
-        with torch.no_grad():
-            if new is None:
-                layer.strategy_state = None
-            elif own is None or own.shape != new.shape:
-                layer.strategy_state = new.detach().clone()
-            else:
-                own.copy_(new)
 
 
 def synchronize_strategies(module: nn.Module, group: Any = None, source: int = 0) -> None:
@@ -228,7 +197,7 @@ class DEQ(nn.Module):
         with self._watch.over(self.cell, self.training):
             solution = self._solve(start, inputs, config, own | overrides, rule=until, mask=mask)
         if self.reuse is not None:
-            self._last = [_detached(leaf) for leaf in trees.flatten(solution.value)[0]]
+            self._last = [warm_start.copied(leaf) for leaf in trees.flatten(solution.value)[0]]
             self._fresh = None
         return solution
 
@@ -277,7 +246,7 @@ class DEQ(nn.Module):
         with explain_arguments(call, inputs, type(self.cell).__name__):
             return fixed_point(
                 f, start, *inputs, config=config, state=state, batched_args=batched,
-                strategy_state=_BufferState(self) if self.training else None, mask=mask, **overrides,
+                strategy_state=BufferState(self) if self.training else None, mask=mask, **overrides,
             )  # fmt: skip
 
     def initial_state(self, *inputs: Any) -> Any:
@@ -286,7 +255,9 @@ class DEQ(nn.Module):
 
     def start(self, cold: Any) -> Any:
         """Return the last equilibrium instead of `cold` if `reuse` is set and the shapes allow it."""
-        return cold if self._last is None else self._warm(cold)
+        if self._last is None:
+            return cold
+        return warm_start.warm(cold, self._last, self._fresh, mean=self.reuse == "batch")
 
     def reset(self, samples: Tensor | None = None) -> None:
         """Forget the equilibrium from which the next solve would start.
@@ -308,27 +279,6 @@ class DEQ(nn.Module):
         if self.reuse == "batch":
             raise ConfigError.bad_value("DEQ.reset", "samples", "a mask", "None with reuse = 'batch'")
         self._fresh = samples if self._fresh is None else samples | self._fresh
-
-    def _warm(self, cold: Any) -> Any:
-        leaves, structure = trees.flatten(cold)
-        kept = self._last or []
-        if len(kept) != len(leaves):
-            return cold
-        if self.reuse == "batch":
-            kept = [
-                last.mean(0, keepdim=True).expand(len(leaf), *last.shape[1:]) if _moves(leaf) else leaf
-                for leaf, last in zip(leaves, kept, strict=True)
-            ]
-        pairs = list(zip(leaves, kept, strict=True))
-        if any(leaf.shape != last.shape for leaf, last in pairs if _moves(leaf)):
-            return cold
-        warm = [last.to(leaf) if _moves(leaf) else leaf for leaf, last in pairs]
-        if self._fresh is not None:
-            warm = [
-                _rows(self._fresh, leaf, last) if _moves(leaf) else leaf
-                for leaf, last in zip(leaves, warm, strict=True)
-            ]
-        return trees.unflatten(structure, warm)
 
     def _map(self) -> Any:
         if not self.checkpoint:
@@ -367,7 +317,7 @@ class DEQ(nn.Module):
         kept = {name.removeprefix(f"{prefix}carry."): state_dict.pop(name) for name in names}
         if self.reuse == "carry":
             self._fresh = kept.pop("fresh", None)
-            self._last = [_detached(kept[str(i)]) for i in range(len(kept))] or None
+            self._last = [warm_start.copied(kept[str(i)]) for i in range(len(kept))] or None
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         # Weights from other programs carry no settings and no state; strict loading must accept them. The state of
@@ -389,18 +339,3 @@ class DEQ(nn.Module):
         """Return the settings for the printed form."""
         shown = self.settings.shown()
         return ", ".join(shown + ([f"reuse={self.reuse!r}"] if self.reuse else []))
-
-
-def _moves(leaf: Any) -> bool:
-    """Return whether a solver changes this leaf of a state; others are those of the initial iterate."""
-    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
-
-
-def _rows(fresh: Tensor, cold: Any, warm: Any) -> Any:
-    """Return rows of `cold` where `fresh`, of `warm` elsewhere."""
-    return torch.where(fresh.to(cold.device).reshape(-1, *[1] * (cold.dim() - 1)), cold, warm)
-
-
-def _detached(leaf: Any) -> Any:
-    """Return a copy, because the caller may write into the value (relu_)."""
-    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf

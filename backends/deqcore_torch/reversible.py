@@ -125,10 +125,10 @@ class _Reversible(torch.autograd.Function):
         functorch.refuse_batched(g)
         if torch.is_grad_enabled():
             value = job.ambient.around(job.recorded)()
-            found: Any = torch.autograd.grad(value, sources, g, create_graph=True, allow_unused=True)
+            gradients: Any = torch.autograd.grad(value, sources, g, create_graph=True, allow_unused=True)
         else:
-            found = job.ambient.around(job.pull)(y, z, g, sources)
-        return (None, None, None, *found)
+            gradients = job.ambient.around(job.pull)(y, z, g, sources)
+        return (None, None, None, *gradients)
 
 
 def iterate(

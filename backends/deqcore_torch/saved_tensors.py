@@ -36,21 +36,21 @@ class Recording:
 
     def fetch(self) -> None:
         """Let all hooks fetch their tensors, before vjps through the graph."""
-        for each in self._hooks:
-            if (saved := each()) is not None:
+        for hook in self._hooks:
+            if (saved := hook()) is not None:
                 saved.fetch()
 
 
 @contextmanager
 def recording() -> Iterator[Recording]:
     """Record an evaluation of f."""
-    around, found = Saved.around(), Recording()
+    around, kept = Saved.around(), Recording()
     if around is not None:
-        found.add(around)
-    token = _collector.set(found)
+        kept.add(around)
+    token = _collector.set(kept)
     try:
         with around or nullcontext():
-            yield found
+            yield kept
     finally:
         _collector.reset(token)
 
@@ -59,9 +59,9 @@ def checkpoint(f: Callable[..., Any], *args: Any) -> Any:
     """Return f(*args) under a checkpoint that an adjoint solve recomputes once, not for each of its vjps."""
 
     def held(*args: Any) -> Any:
-        saved, found = Saved.around(), _collector.get()
-        if found is not None and saved is not None:
-            found.add(saved)
+        saved, recorded = Saved.around(), _collector.get()
+        if recorded is not None and saved is not None:
+            recorded.add(saved)
         with saved or nullcontext():
             return f(*args)
 

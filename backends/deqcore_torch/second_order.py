@@ -110,10 +110,10 @@ class Twice(torch.autograd.Function):
         pairs = [(part, cotangent) for part, cotangent in zip(graph, given, strict=True) if cotangent is not None]
         if not pairs:
             return (None,) * (3 + ctx.count)
-        parts, wanted, given = [part for part, _ in pairs], [z, inner, *sources], [each for _, each in pairs]
+        parts, wanted, given = [part for part, _ in pairs], [z, inner, *sources], [value for _, value in pairs]
         if not torch.is_grad_enabled():
             return (None, *partial(parts, wanted, given, create_graph=False))
-        tied = [Refuse.apply(each, each, ORDER) for each in distinct([out, g, *sources])]
+        tied = [Refuse.apply(value, value, ORDER) for value in distinct([out, g, *sources])]
         return (None, *_Pushed.apply(parts, wanted, tied, *tied, *given))
 
 

@@ -13,11 +13,13 @@ from typing import Any, Final
 import optree
 from torch import Tensor
 
+from deqcore.types import Tree
+
 NAMESPACE: Final = "deqcore"
 LEAF: Final = optree.tree_structure(0)  # the structure of a bare tensor, the usual state: found without optree
 
 
-def flatten(tree: Any) -> tuple[list[Any], Any]:
+def flatten(tree: Tree) -> tuple[list[Any], Any]:
     """Split a tree into its leaves and its structure."""
     if isinstance(tree, Tensor):
         return [tree], LEAF
@@ -32,7 +34,7 @@ def unflatten(structure: Any, leaves: Sequence[Any]) -> Any:
     return leaves[0] if structure is LEAF else optree.tree_unflatten(structure, leaves)
 
 
-def tree_map(f: Callable[[Any], Any], tree: Any) -> Any:
+def tree_map(f: Callable[[Any], Any], tree: Tree) -> Any:
     """Return a tree with f of each leaf."""
     leaves, structure = flatten(tree)
     return unflatten(structure, [f(leaf) for leaf in leaves])

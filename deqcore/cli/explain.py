@@ -148,8 +148,8 @@ def _of_layer(config: Config, task: BoundLayer, chosen_solver: str) -> Config:
 
 def _problem(name: str) -> Problem | BoundLayer:
     if ":" in name:
-        found = load_own(name)
-        return found if isinstance(found, Problem) else BoundLayer.of(found[0], tuple(found[1:]))
+        loaded = load_own(name)
+        return loaded if isinstance(loaded, Problem) else BoundLayer.of(loaded[0], tuple(loaded[1:]))
     if name not in names():
         raise ProblemError(
             f"--problem {name!r}: no problem of that name.{did_you_mean(name, names())} There are: {listing(names())}; "

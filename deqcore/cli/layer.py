@@ -9,7 +9,6 @@ import json
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,11 +16,11 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from deqcore import __version__
+from deqcore import __version__, plugins
 from deqcore.cli.output import AsJson, progress_printer, show
 from deqcore.config import Config
 from deqcore.errors import ConfigError, MissingExtraError, described
-from deqcore.pages.assets import assets
+from deqcore.pages.template import render
 from deqcore.testing.problem import load_named
 
 if TYPE_CHECKING:
@@ -110,13 +109,11 @@ def _page(result: LayerReport, where: str) -> str:
     Raises:
         MissingExtraError: jinja2 is not installed.
     """
-    try:
-        from jinja2 import Environment
-    except ImportError as error:
-        raise MissingExtraError.of("deqcore check layer --report", "jinja2", "monitor") from error
-    template = (files("deqcore.cli") / "layer.html").read_text(encoding="utf-8")
+    if not plugins.is_installed("jinja2"):
+        raise MissingExtraError.of("deqcore check layer --report", "jinja2", "monitor")
     about = f"{where}, on {datetime.now(UTC):%Y-%m-%d}, with deqcore {__version__}."
-    return Environment(autoescape=True).from_string(template).render(report=result, about=about, **assets())
+    title = f"Report card of the layer {result.name}"
+    return render("deqcore.cli", "layer.html.j2", title=title, report=result, about=about)
 
 
 def _quiet(as_json: bool) -> contextlib.AbstractContextManager[Any]:
@@ -132,15 +129,15 @@ def _subject(where: str, cell: str | None, inputs: str | None) -> LayerUnderTest
     """
     from deqcore.diagnostics import LayerUnderTest
 
-    found = load_named(where, ARGUMENT)
-    if inspect.isclass(found):
-        found = _made(found, where)
-    if isinstance(found, LayerUnderTest):
-        return replace(found, **_known({"cell": cell, "inputs": None if inputs is None else _inputs(where, inputs)}))
-    module, given = (found[0], found[1:]) if isinstance(found, tuple) and found else (found, ())
+    loaded = load_named(where, ARGUMENT)
+    if inspect.isclass(loaded):
+        loaded = _made(loaded, where)
+    if isinstance(loaded, LayerUnderTest):
+        return replace(loaded, **_known({"cell": cell, "inputs": None if inputs is None else _inputs(where, inputs)}))
+    module, given = (loaded[0], loaded[1:]) if isinstance(loaded, tuple) and loaded else (loaded, ())
     given = _inputs(where, inputs) if inputs is not None else given
     if not callable(module):
-        raise ConfigError.bad_value("deqcore check layer", ARGUMENT, described(found), "a LayerUnderTest or a module")
+        raise ConfigError.bad_value("deqcore check layer", ARGUMENT, described(loaded), "a LayerUnderTest or a module")
     if not given:
         raise ConfigError(
             f"{where} gives a {type(module).__name__} without inputs. Name them with --inputs NAME, which is in the "
@@ -165,8 +162,8 @@ def _made(kind: Any, where: str) -> Any:
 
 
 def _inputs(where: str, name: str) -> tuple[Any, ...]:
-    found = load_named(f"{where.rpartition(':')[0]}:{name}", "--inputs")
-    return found if isinstance(found, tuple) else (found,)
+    inputs = load_named(f"{where.rpartition(':')[0]}:{name}", "--inputs")
+    return inputs if isinstance(inputs, tuple) else (inputs,)
 
 
 def _replaced(claims: Claims, promised: dict[str, Any]) -> Claims:

@@ -1,7 +1,7 @@
 """Settings: their sources, and which of them apply.
 
-`Config` and the functions that resolve the settings of a call are in `deqcore.config.config`, the sections and their
-sources in `deqcore.config.sources`. Names are imported when they are first used.
+`Config` and the functions that resolve the settings of a call are in `deqcore.config.config`, the settings themselves
+in `deqcore.config.sections`, their sources in `sources` and `environment`. Names are imported when they are first used.
 """
 
 from __future__ import annotations

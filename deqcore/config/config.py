@@ -15,28 +15,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Final, Never, TypeAlias, final
 
-from deqcore.config.sources import (
-    KEYS,
-    Backward,
-    Forward,
-    Key,
-    Layer,
-    Plugins,
-    Settings,
-    environment,
-    flatten,
-    layer,
-    merge,
-    names_of,
-    overrides_layer,
-    read_file,
-    scalar,
-    validate,
-    variables,
-)
+from deqcore.config.environment import environment, variables
+from deqcore.config.sections import KEYS, Backward, Forward, Key, Plugins, Settings, names_of
+from deqcore.config.sources import Layer, flatten, layer, merge, overrides_layer, read_file, scalar, validate
 from deqcore.errors import ConfigError
 from deqcore.options import freeze, plain
-from deqcore.plugins.lookup import backend_of, check_section, contexts, load_deqfile
+from deqcore.plugins.lookup import check_section, contexts
+from deqcore.plugins.owners import backend_of
+from deqcore.plugins.registration import load_deqfile
 
 Table: TypeAlias = Mapping[str, object]
 
@@ -53,8 +39,8 @@ class Config:
 
     Args:
         backend: "auto" or the name of a backend.
-        forward: settings of the solve, see `deqcore.config.sources.Forward`.
-        backward: settings of the gradient, see `deqcore.config.sources.Backward`.
+        forward: settings of the solve, see `deqcore.config.sections.Forward`.
+        backward: settings of the gradient, see `deqcore.config.sections.Backward`.
         plugins: whether a config file may bring code along.
         study: settings that `deqcore study` reads; kept unchanged.
         monitor: settings that the monitor reads; checked here as far as possible without a monitor.

@@ -90,8 +90,8 @@ def check_causality(
     def value(z: Tree, *args: Any) -> Any:
         once = lambda f, z: SolveResult(f(z), None, None, None, None, None, None)  # noqa: E731
         with backend.errstate(), backend.guards.keep_random_state(space.leaves(z)[0]):
-            found = backend.autodiff.forward_only(raveled, backend.detach(space.ravel(z)), args, once).z
-        return backend.to_numpy(backend.detach(found)).reshape(*space.rows_shape, -1)
+            fz = backend.autodiff.forward_only(raveled, backend.detach(space.ravel(z)), args, once).z
+        return backend.to_numpy(backend.detach(fz)).reshape(*space.rows_shape, -1)
 
     everything = (z, *args)
     base = value(*everything)
@@ -105,9 +105,9 @@ def check_causality(
         """Return the change of each position below `before` when `positions` of one argument move."""
         moved = list(everything)
         moved[place] = _moved(backend, everything[place], positions, units, seed)
-        found = value(*moved)
-        gap = np.abs(found - base).max(axis=(0, 2), initial=0.0)[:before]
-        same = (found == base) | (np.isnan(found) & np.isnan(base))
+        new = value(*moved)
+        gap = np.abs(new - base).max(axis=(0, 2), initial=0.0)[:before]
+        same = (new == base) | (np.isnan(new) & np.isnan(base))
         return np.where(same.all(axis=(0, 2))[:before], 0.0, np.where(gap > 0, gap, np.inf))
 
     leaks = []

@@ -186,10 +186,10 @@ def _audited(host: dict[str, HostArray]) -> dict[str, float]:
     products = host.get("backward.gradient_products", np.zeros(0))
     if not products.size or not products.any():
         return {}
-    found = {"deq_gradient_products": float(products[0])}
+    figures = {"deq_gradient_products": float(products[0])}
     for name in ("gradient_error", "gradient_cosine"):
-        found[f"deq_{name}"] = float(host[f"backward.{name}"][0])
-    return found
+        figures[f"deq_{name}"] = float(host[f"backward.{name}"][0])
+    return figures
 
 
 def _median(ordered: HostArray) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 from deqcore.errors import MissingExtraError
 from deqcore.monitor.log.reader import Log, series
 from deqcore.monitor.metrics import STANDARD
-from deqcore.pages.assets import assets
+from deqcore.pages import template
 from deqcore.pages.charts import Canvas, colour, legend
 from deqcore.pages.charts import draw as draw_chart
 from deqcore.plugins.lookup import is_installed
@@ -70,12 +70,12 @@ def render(log: Log) -> str:
     for package in ("jinja2", "matplotlib"):
         if not is_installed(package):
             raise MissingExtraError.of("deqcore monitor report", package, "monitor")
-    from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    text = (files("deqcore.monitor") / "report.html").read_text(encoding="utf-8")
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return page.from_string(text).render(
+    return template.render(
+        "deqcore.monitor",
+        "report.html.j2",
+        title=f"deqcore monitor: {log.path.name}",
         log=log,
         verdict=verdict(log),
         tiles=tiles(log),
@@ -86,7 +86,6 @@ def render(log: Log) -> str:
         span=_span(log),
         settings=settings(log),
         config=json.dumps(log.config, indent=2, default=str, ensure_ascii=False),
-        **assets(),
     )
 
 
@@ -115,8 +114,8 @@ def verdict(log: Log) -> tuple[str, str]:
 def tiles(log: Log) -> list[Tile]:
     """Return the numbers of the first screen, over the whole log: the worst counts."""
     values: dict[str, list[float]] = {}
-    for metric, _, _, found in series(log.rows):
-        values.setdefault(metric, []).extend(found)
+    for metric, _, _, figures in series(log.rows):
+        values.setdefault(metric, []).extend(figures)
     return [_tile(title, values[metric], limit) for metric, title, limit in TILES if metric in values]
 
 

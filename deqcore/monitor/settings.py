@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from deqcore import plugins
-from deqcore.config.sources import names_of
+from deqcore.config.sections import names_of
 from deqcore.errors import ConfigError, PluginError
 from deqcore.monitor.measurements import make_measurements
 from deqcore.monitor.metrics import PREFIX, Metrics

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from html import escape
 from typing import Any, Final
 
 import numpy as np
+
+from deqcore.solve.user_line import warn
 
 INK: Final = "#010203"
 LINE: Final = "#040506"
@@ -18,6 +22,14 @@ SERIES: Final = tuple(f"#0a0b{number:02x}" for number in range(8))
 
 DASHES: Final = ("-", "--", ":", "-.")
 MARKS: Final = ("o", "s", "^", "D", "v", "P", "X", "*")
+JAPANESE: Final = (
+    *("Noto Sans CJK JP", "Noto Sans JP", "Source Han Sans JP", "Hiragino Sans", "Yu Gothic", "Meiryo", "MS Gothic"),
+    *("IPAexGothic", "IPAPGothic", "IPAGothic", "TakaoPGothic", "VL PGothic"),
+)
+"""Families with Japanese glyphs, of which charts use the first that is installed."""
+
+MISSING: Final = "missing from"  # matplotlib's words about a glyph that no font has
+_warned: list[bool] = []
 TIPS: Final = 60
 """Points of one line that show their values; more would make a page of a long log heavy."""
 
@@ -79,8 +91,7 @@ def draw(salt: str, paint: Callable[[Canvas], bool], size: tuple[float, float] =
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context(_style(salt)), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser has it
+    with mpl.rc_context(_style(salt)), _warn_of_missing_glyphs():
         figure = Figure(figsize=size, layout="constrained", dpi=72)
         figure.patch.set_alpha(0.0)
         canvas = Canvas(figure.subplots())
@@ -99,6 +110,35 @@ def legend(canvas: Canvas, columns: int = 1) -> None:
     canvas.axes.figure.legend(loc="outside lower left", frameon=False, fontsize=8.5, ncols=columns)
 
 
+@cache
+def fonts() -> tuple[str, ...]:
+    """Return the families of charts: the default one, then installed ones with the glyphs that it lacks."""
+    from matplotlib.font_manager import fontManager
+
+    installed = {font.name for font in fontManager.ttflist}
+    return "sans-serif", *[family for family in JAPANESE if family in installed][:1]
+
+
+@contextmanager
+def _warn_of_missing_glyphs() -> Iterator[None]:
+    """Warn once in a process about text without a font, instead of once for each glyph."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    missing = [warning for warning in caught if MISSING in str(warning.message)]
+    for warning in caught:
+        if warning not in missing:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    if missing and not _warned:
+        _warned.append(True)
+        warn(
+            "No installed font has all characters of the charts' labels, so the space that they take is an estimate "
+            "and a reader needs a font of their own to see them. For Japanese install one of: "
+            f"{', '.join(JAPANESE)} (Debian: apt install fonts-noto-cjk), and render the report again.",
+            UserWarning,
+        )
+
+
 def _style(salt: str) -> Any:
     # Text stays text: small, searchable, and in the reader's own font.
     inked = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")
@@ -107,7 +147,7 @@ def _style(salt: str) -> Any:
         "svg.hashsalt": salt,
         "text.parse_math": False,
         "font.size": 9.5,
-        "font.family": "sans-serif",
+        "font.family": list(fonts()),
         "grid.linewidth": 0.7,
         **dict.fromkeys(inked, INK),
     }

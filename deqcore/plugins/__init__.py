@@ -9,27 +9,24 @@ from typing import TYPE_CHECKING
 
 from deqcore.options import Options
 from deqcore.plugins.lookup import (
-    backend_of,
     backends,
     commands,
     data,
     is_installed,
     load,
-    load_deqfile,
     make_backend,
     make_solver,
     make_strategy,
     models,
     plugins_status,
-    register,
-    reset,
-    shares_arrays,
     sinks,
     solvers,
     spec,
     strategies,
     trainers,
 )
+from deqcore.plugins.owners import backend_of, shares_arrays
+from deqcore.plugins.registration import load_deqfile, register, reset
 from deqcore.plugins.specs import (
     BackendSpec,
     CommandSpec,

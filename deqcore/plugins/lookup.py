@@ -13,9 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import cache, lru_cache
 from importlib.util import find_spec
-from pathlib import Path
 from threading import RLock
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from deqcore.errors import MissingFrameworkError, PluginError, UnknownNameError
@@ -30,8 +28,7 @@ if TYPE_CHECKING:
     from deqcore.plugins.manager import Manager, PluginStatus
 
 S = TypeVar("S", bound=specs.Spec)
-_lock: Final = RLock()
-_owners: Final[dict[type, str | None]] = {}
+lock: Final = RLock()
 
 
 @cache
@@ -84,12 +81,12 @@ def commands() -> dict[str, specs.CommandSpec]:
 
 def plugins_status() -> list[PluginStatus]:
     """Return the status of every plugin. Loads them all; never raises."""
-    with _lock:
+    with lock:
         return manager().statuses()
 
 
 def _all(record: type[S]) -> dict[str, S]:
-    with _lock:
+    with lock:
         offers = manager().offers(record.kind)
     entries = {**BUILTIN[record.kind], **{name: _only(record.kind, name, offer) for name, offer in offers.items()}}
     return {name: entry for name, entry in entries.items() if isinstance(entry, record)}
@@ -120,7 +117,7 @@ def spec(kind: specs.Kind, name: str) -> specs.Spec:
     built_in = BUILTIN[kind].get(name)
     if built_in is not None:
         return built_in
-    with _lock:
+    with lock:
         offers = manager().offers(kind)
         broken = manager().broken()
     if name in offers:
@@ -153,15 +150,15 @@ def load(kind: specs.Kind, name: str) -> object:
 
 def _import(target: str) -> object:
     module, _, attribute = target.partition(":")
-    found: object = operator.attrgetter(attribute)(importlib.import_module(module))
-    return found
+    target_object: object = operator.attrgetter(attribute)(importlib.import_module(module))
+    return target_object
 
 
 def _function(target: str) -> Callable[[object], Any]:
-    found = _import(target)
-    if not callable(found):
-        raise PluginError(f"{target} must be a function of one argument (got {found!r}).")
-    return found
+    function = _import(target)
+    if not callable(function):
+        raise PluginError(f"{target} must be a function of one argument (got {function!r}).")
+    return function
 
 
 def contexts() -> list[Callable[[object], AbstractContextManager[object]]]:
@@ -265,113 +262,7 @@ def _class(kind: specs.Kind, name: str, *bases: type) -> type[Any]:
     return fulfils(f"{kind} {name!r}", load(kind, name), *bases)
 
 
-def backend_of(leaf: object) -> str | None:
-    """Return the name of the backend that `leaf` is an array of, or None if it is not an array.
-
-    The modules that define the type and its bases decide; nothing is imported.
-    """
-    cls = type(leaf)
-    if cls not in _owners:
-        _owners[cls] = _owner_of(cls)
-    return _owners[cls]
-
-
-def shares_arrays(name: str, leaves: Iterable[object]) -> bool:
-    """Return whether the backend of this name also works on these arrays, although another one owns their type.
-
-    A framework over plain NumPy arrays lists `numpy` among its `array_modules`; the config then decides.
-    """
-    record = spec("backend", name)
-    roots = set(record.array_modules) if isinstance(record, specs.BackendSpec) else set()
-    return all(roots & {parent.__module__.partition(".")[0] for parent in type(leaf).__mro__} for leaf in leaves)
-
-
-def _owner_of(cls: type) -> str | None:
-    roots = [parent.__module__.partition(".")[0] for parent in cls.__mro__]
-    if set(roots) <= {"builtins"}:
-        return None
-    built_in = _owner(roots, BUILTIN["backend"].values())
-    if built_in is not None:
-        return built_in
-    with _lock:
-        offers = manager().offers("backend")
-    return _owner(roots, [offered[0][0] for offered in offers.values()])
-
-
-def _owner(roots: list[str], offered: Iterable[specs.Spec]) -> str | None:
-    records = [record for record in offered if isinstance(record, specs.BackendSpec)]
-    owners = {root: record.name for record in records for root in record.array_modules}
-    return next((owners[root] for root in roots if root in owners), None)
-
-
-def register(plugin: object) -> None:
-    """Register a plugin from a notebook or a script.
-
-    Registering another plugin under the same name replaces the first, so that a notebook cell may run again.
-
-    Args:
-        plugin: a module or an object with functions marked `hookimpl`, or a record.
-
-    Raises:
-        PluginError: it is not a plugin, one of its hooks fails, or a name that it offers is built in.
-
-    Example:
-        >>> import deqcore.plugins as plugins
-        >>> plugins.register(plugins.SolverSpec("mine", "my_notebook:Mine"))
-        >>> plugins.solvers()["mine"].target
-        'my_notebook:Mine'
-    """
-    with _lock:
-        if isinstance(plugin, specs.Spec):
-            manager().offer(plugin, f"{plugin.kind} {plugin.name}", "registered")
-        else:
-            name = plugin.__name__ if isinstance(plugin, ModuleType | type) else type(plugin).__qualname__
-            status = manager().register(plugin, name, "registered")
-            if status.status == "broken":
-                manager().unregister(name)
-                raise PluginError(f"The plugin {name!r} cannot be registered: {status.reason}")
-    forget()
-
-
-def load_deqfile(path: Path) -> None:
-    """Execute a `deqfile.py` and register its hooks. Only for a config with `plugins.deqfile = true`.
-
-    The file becomes a module: a record in it may have the target `f"{__name__}:MySolver"`. Its folder is appended to
-    `sys.path`, so that a record may also name modules beside it. An unchanged file is not run twice.
-
-    Raises:
-        PluginError: the file is missing or wrong; the message names file and line.
-    """
-    from deqcore.plugins import deqfile
-
-    path = path.resolve()
-    with _lock:
-        if not deqfile.changed(path):
-            return
-        name = str(path)
-        try:
-            status = manager().register(deqfile.execute(path), name, "deqfile")
-        except BaseException:
-            deqfile.forget(path)
-            raise
-        if status.status == "broken":
-            deqfile.forget(path)
-            manager().unregister(name)
-            raise PluginError(f"{name} cannot be used: {status.reason}")
-    forget()
-
-
 def forget() -> None:
     """Empty the caches: the meaning of a name may have changed."""
     for cached in (spec, load, _make_solver, _make_strategy):
         cached.cache_clear()
-    _owners.clear()
-
-
-def reset() -> None:
-    """Forget every plugin; the next lookup discovers them again (tests, changed environments)."""
-    from deqcore.plugins import deqfile
-
-    manager.cache_clear()
-    deqfile.forget()
-    forget()

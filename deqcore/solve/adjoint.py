@@ -17,7 +17,9 @@ from deqcore.abc.stateful import StatefulStrategy, StrategyState
 from deqcore.errors import PluginError
 from deqcore.linear.grouped import Groups
 from deqcore.linear.transposed import transposed
-from deqcore.solve.failures import Pass, TracedWatch, Watch
+from deqcore.solve.adjoint_tally import Pass
+from deqcore.solve.failures import Watch
+from deqcore.solve.traced_failures import TracedWatch
 from deqcore.solve.verification import failing, replaced
 from deqcore.types import AdjointReport, Array, Map, PassInputs, Reached, SolveResult
 
@@ -52,21 +54,21 @@ class Adjoint(AdjointSolver):
     ) -> tuple[Array, AdjointReport]:
         """See `AdjointSolver`; `state` is the forward solver's, with its estimate inside."""
         if self.units == 1:
-            return self._called(vjp, g, state, turn, inputs)
+            return self._solve_samples(vjp, g, state, turn, inputs)
         groups = Groups(self.backend, self.units)
         inputs = None if inputs is None else groups.inputs(inputs)
-        u, report = self._called(groups.joined(vjp), groups.join(g), state, turn, inputs)
+        u, report = self._solve_samples(groups.joined(vjp), groups.join(g), state, turn, inputs)
         return groups.split(u), groups.spread(report)
 
-    def _called(
+    def _solve_samples(
         self, vjp: Map, g: Array, state: object, turn: Array | None, inputs: PassInputs | None
     ) -> tuple[Array, AdjointReport]:
         """Do the same for rows that are samples."""
         if inputs is None or self.memory is None or not isinstance(self.strategy, StatefulStrategy):
-            found = self._routed(*self._unscaled(vjp, g, self._estimate(state)))
-            return self._delivered(vjp, g, turn, *found)
+            result = self._checked(*self._call_strategy(vjp, g, self._estimate(state)))
+            return self._verify_and_report(vjp, g, turn, *result)
         values = self._values(self.strategy, self.memory.values, g)
-        u, report, self.memory.values = self._advanced(vjp, g, state, turn, inputs._replace(values=values))
+        u, report, self.memory.values = self._advance_samples(vjp, g, state, turn, inputs._replace(values=values))
         return u, report
 
     def _values(self, strategy: StatefulStrategy, kept: Array | None, like: Array) -> Array:
@@ -81,29 +83,31 @@ class Adjoint(AdjointSolver):
     ) -> tuple[Array, AdjointReport, Array]:
         """See `AdjointSolver`."""
         if self.units == 1:
-            return self._advanced(vjp, g, state, turn, inputs)
+            return self._advance_samples(vjp, g, state, turn, inputs)
         groups = Groups(self.backend, self.units)
-        found = self._advanced(groups.joined(vjp), groups.join(g), state, turn, groups.inputs(inputs))
-        return groups.split(found[0]), groups.spread(found[1]), found[2]
+        result = self._advance_samples(groups.joined(vjp), groups.join(g), state, turn, groups.inputs(inputs))
+        return groups.split(result[0]), groups.spread(result[1]), result[2]
 
-    def _advanced(
+    def _advance_samples(
         self, vjp: Map, g: Array, state: object, turn: Array | None, inputs: PassInputs
     ) -> tuple[Array, AdjointReport, Array]:
         """Do the same for rows that are samples."""
         strategy, estimate = self.strategy, self._estimate(state)
         assert isinstance(strategy, StatefulStrategy)
         unit = row_scale(self.backend, self.backend.norm(g), g)
-        found: object = strategy.solve_with_state(
+        result: object = strategy.solve_with_state(
             self.backend, vjp, divide_rows(self.backend, g, unit), estimate, self._in_units(inputs, unit)
         )
-        if not isinstance(found, tuple) or len(found) != 3:
+        if not isinstance(result, tuple) or len(result) != 3:
             name = f"{type(strategy).__name__}.solve_with_state"
-            raise PluginError.returned(name, found, "(u, report, state) with the state of the next pass,")
-        u, report = self._routed((found[0], found[1]), g)
-        if getattr(found[2], "shape", None) != inputs.values.shape:
+            raise PluginError.returned(name, result, "(u, report, state) with the state of the next pass,")
+        u, report = self._checked((result[0], result[1]), g)
+        if getattr(result[2], "shape", None) != inputs.values.shape:
             name = f"{type(strategy).__name__}.solve_with_state (state)"
-            raise PluginError.returned(name, found[2], f"a state of the shape {tuple(inputs.values.shape)} that it got")
-        return *self._delivered(vjp, g, turn, multiply_rows(self.backend, u, unit), report), found[2]
+            raise PluginError.returned(
+                name, result[2], f"a state of the shape {tuple(inputs.values.shape)} that it got"
+            )
+        return *self._verify_and_report(vjp, g, turn, multiply_rows(self.backend, u, unit), report), result[2]
 
     def _in_units(self, inputs: PassInputs, unit: Array | None) -> PassInputs:
         """Return products with the parameters of the true u, where `unit` scales its rows."""
@@ -112,7 +116,7 @@ class Adjoint(AdjointSolver):
             return inputs
         return inputs._replace(pull=lambda u: pull(multiply_rows(self.backend, u, unit)))
 
-    def _delivered(
+    def _verify_and_report(
         self, vjp: Map, g: Array, turn: Array | None, u: Array, report: AdjointReport
     ) -> tuple[Array, AdjointReport]:
         """Verify, replace and report, as the settings say."""
@@ -137,26 +141,26 @@ class Adjoint(AdjointSolver):
             estimate = Groups(self.backend, self.units).estimate(estimate)
         return transposed(estimate) if self.turned and estimate is not None else estimate
 
-    def _unscaled(self, vjp: Map, g: Array, estimate: InverseJacobian | None) -> tuple[object, Array]:
+    def _call_strategy(self, vjp: Map, g: Array, estimate: InverseJacobian | None) -> tuple[object, Array]:
         """Return the result of `solve_adjoint`, called with `g` in units near its norm, with u in units of 1."""
         backend = self.backend
         if not (self.uses_vjp or self.uses_state):
             return self.strategy.solve_adjoint(backend, vjp, g, estimate), g
         unit = row_scale(backend, backend.norm(g), g)
-        found = self.strategy.solve_adjoint(backend, vjp, divide_rows(backend, g, unit), estimate)
-        if unit is not None and isinstance(found, tuple) and getattr(found[0], "shape", None) == g.shape:
-            found = multiply_rows(backend, found[0], unit), *found[1:]
-        return found, g
+        result = self.strategy.solve_adjoint(backend, vjp, divide_rows(backend, g, unit), estimate)
+        if unit is not None and isinstance(result, tuple) and getattr(result[0], "shape", None) == g.shape:
+            result = multiply_rows(backend, result[0], unit), *result[1:]
+        return result, g
 
-    def _routed(self, found: object, g: Array) -> tuple[Array, AdjointReport]:
+    def _checked(self, result: object, g: Array) -> tuple[Array, AdjointReport]:
         """Return what `solve_adjoint` returned, or raise `PluginError` if it breaks the contract."""
         name, shape = f"{type(self.strategy).__name__}.solve_adjoint", tuple(g.shape)
-        if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], AdjointReport):
+        if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], AdjointReport):
             expected = (
                 "(u, report) with an AdjointReport, as `return u, deqcore.abc.backward.report(backend, g)` gives,"
             )
-            raise PluginError.returned(name, found, expected)
-        u, report = found
+            raise PluginError.returned(name, result, expected)
+        u, report = result
         if getattr(u, "shape", None) != g.shape:
             raise PluginError.returned(name, u, f"u of the cotangent's shape {shape}")
         for part, leaf in zip(AdjointReport._fields, report, strict=True):
@@ -221,9 +225,9 @@ class Steps:
     def __call__(self, f: Map, z0: Array, forward: SolveResult | None, step: Any = 0) -> tuple[Array, Reached | None]:
         """Return the differentiable value `(batch, n)` and, without gradients, what the strategy reports about it."""
         with self.backend.errstate():
-            found = self.strategy.value_at(self.backend, f, z0, forward, self.solver, step)
-        reached = found if isinstance(found, Reached) else None
-        value = found if reached is None else reached.z
+            result = self.strategy.value_at(self.backend, f, z0, forward, self.solver, step)
+        reached = result if isinstance(result, Reached) else None
+        value = result if reached is None else reached.z
         if getattr(value, "shape", None) != z0.shape:
             expected = f"an array of the state's shape {tuple(z0.shape)}"
             raise PluginError.returned(f"{type(self.strategy).__name__}.value", value, expected)

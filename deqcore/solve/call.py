@@ -16,6 +16,7 @@ from deqcore.solve.mask import checked, masked
 from deqcore.solve.observer import Solve
 from deqcore.solve.opaque import opened
 from deqcore.solve.plan import Plan
+from deqcore.solve.report import report_failure, report_nondeterminism
 from deqcore.types import Tree
 
 
@@ -61,8 +62,8 @@ def solve(
     solution = plan.solution(value, forward, record)
     if plan.observer is not None:
         plan.observer.solved(Solve(solution, plan.config, time.perf_counter() - start, f, z0, args))
-    plan.report_nondeterminism(raveled, args, forward, record)
-    plan.report_failure(raveled, forward)
+    report_nondeterminism(plan, raveled, args, forward, record)
+    report_failure(plan, raveled, forward)
     return solution
 
 
@@ -86,6 +87,6 @@ def differentiate(
     if plan.observer is not None:
         solution = plan.solution(plan.backend.detach(value), forward, record)
         plan.observer.solved(Solve(solution, plan.config, time.perf_counter() - began, f, z0, args))
-    plan.report_nondeterminism(raveled, trees, forward, record)
-    plan.report_failure(raveled, forward)
+    report_nondeterminism(plan, raveled, trees, forward, record)
+    report_failure(plan, raveled, forward)
     return plan.space.unravel(value), closed(gradients)

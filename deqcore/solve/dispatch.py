@@ -14,7 +14,7 @@ from deqcore.abc.backend import Backend
 from deqcore.abc.backward import Strategy
 from deqcore.abc.stateful import StrategyState
 from deqcore.config import Config
-from deqcore.config.sources import LARGEST
+from deqcore.config.sections import LARGEST
 from deqcore.errors import (
     BackendMismatchError,
     ConfigError,

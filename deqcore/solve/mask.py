@@ -43,8 +43,8 @@ def masked(backend: Backend, f: Callable[..., Tree], z0: Tree, mask: Array) -> C
 
     def held(z: Tree, *args: Any) -> Tree:
         fz = f(z, *args)
-        leaves, found = backend.flatten(fz)
-        if found != structure:
+        leaves, new_structure = backend.flatten(fz)
+        if new_structure != structure:
             return fz  # the caller of f raises the error
         return backend.unflatten(structure, [_held(backend, mask, *pair) for pair in zip(leaves, start, strict=True)])
 

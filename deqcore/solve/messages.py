@@ -68,10 +68,10 @@ def _options(strategy: Strategy) -> dict[str, str]:
 
     def named(names: tuple[str, ...]) -> str:
         options = option_values(strategy)
-        found = next((name for name in names if name in options), None)
-        if found is None:
+        option = next((name for name in names if name in options), None)
+        if option is None:
             return f"the {'budget' if names is BUDGETS else 'tolerance'} of the strategy"
-        return f"{found} = {options[found]!r} in backward.options"
+        return f"{option} = {options[option]!r} in backward.options"
 
     contraction = "use solver = 'gmres' in backward.options, which needs no contraction"
     if option_values(strategy).get("solver") in ("gmres", "auto"):

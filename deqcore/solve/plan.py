@@ -14,24 +14,21 @@ from deqcore.abc.stateful import StrategyState
 from deqcore.config import Config
 from deqcore.errors import (
     ConfigError,
-    ConvergenceError,
-    ConvergenceWarning,
     InitialIterateError,
-    NonDeterministicWarning,
     StrategyError,
 )
 from deqcore.linear.grouped import Groups
-from deqcore.solution import MASKED, SAMPLES, UNITS, Solution, SolveState, Tally, summarize
+from deqcore.solution import Solution, SolveState
 from deqcore.solve.adjoint import Adjoint, Steps
 from deqcore.solve.compaction import RestrictRows
-from deqcore.solve.failures import Failures, TracedWatch, Watch
+from deqcore.solve.failures import Watch
 from deqcore.solve.flatten import FlatFunction, RavelSpec
 from deqcore.solve.ledger import Account
 from deqcore.solve.loop import BoundSolve
 from deqcore.solve.observer import Observer
 from deqcore.solve.opaque import arrays_in
 from deqcore.solve.termination import greater, judged
-from deqcore.solve.user_line import due, warn
+from deqcore.solve.traced_failures import TracedWatch
 from deqcore.solve.verification import coupled_rows
 from deqcore.types import (
     Array,
@@ -76,25 +73,27 @@ class Plan:
     def adjoint(self, f: FlatFunction) -> Adjoint:
         """Return the strategy bound to this call, which verifies its reports and says what failed."""
         assert isinstance(self.strategy, Strategy)
-        watch = self._watch(f) if self.backend.capabilities.eager else self._traced_watch(f)
+        watch = self.watch(f) if self.backend.capabilities.eager else self._traced_watch(f)
         on_failure = self.config.backward.on_failure
         units = self.control.units
         return Adjoint(self.backend, self.strategy, self.solver, on_failure, watch, memory=self.memory, units=units)
 
-    def _account(self, f: FlatFunction) -> Account:
+    def account(self, f: FlatFunction) -> Account:
+        """Return where the passes and failures of f are counted."""
         return Account(f.f, self.strategy, (f.space.shapes, f.space.dtype, self.config.forward.batch))
 
-    def _watch(self, f: FlatFunction) -> Watch:
-        return Watch(self._account(f), self.config.backward.verify_every, self.config.backward.strategy)
+    def watch(self, f: FlatFunction) -> Watch:
+        """Return what verifies and reports the backward passes of f in an eager backend."""
+        return Watch(self.account(f), self.config.backward.verify_every, self.config.backward.strategy)
 
     def _traced_watch(self, f: FlatFunction) -> TracedWatch:
         backward = self.config.backward
         return TracedWatch(
-            self._account(f),
+            self.account(f),
             backward.verify_every,
             backward.strategy,
-            asked_to_report=self._is_set("backward.on_failure"),
-            asked_to_verify=self._is_set("backward.verify_every"),
+            asked_to_report=self.is_set("backward.on_failure"),
+            asked_to_verify=self.is_set("backward.verify_every"),
         )
 
     def _step(
@@ -128,7 +127,7 @@ class Plan:
             residual=shaped(forward.residual),
             status=shaped(forward.status),
             steps=shaped(forward.steps),
-            evaluations=shaped(self._counted(forward.evaluations, 0)),
+            evaluations=shaped(self.counted(forward.evaluations, 0)),
             state=state,
             backend=self.backend,
             record=record,
@@ -137,7 +136,7 @@ class Plan:
             mask=self.mask,
         )
 
-    def _counted(self, figures: Array, other: int) -> Array:
+    def counted(self, figures: Array, other: int) -> Array:
         """Return `figures` `(batch,)`, with `other` for units that the mask leaves out."""
         xp = self.backend.xp
         if self.mask is None:
@@ -195,46 +194,9 @@ class Plan:
             gradients = autodiff.vjp(lambda *moved: (f(z, *moved), None), args, u)[2]
             return tuple(part for part in self.backend.flatten(gradients)[0] if part is not None)
 
-        found = any(is_inexact(self.backend.dtype_name(leaf)) for leaf in arrays_in(self.backend, args))
+        differentiable = any(is_inexact(self.backend.dtype_name(leaf)) for leaf in arrays_in(self.backend, args))
         converged = forward.status == int(Status.CONVERGED)
-        return PassInputs(None, converged, forward.residual, pull if found else None)
-
-    def report_nondeterminism(
-        self, f: FlatFunction, args: tuple[Any, ...], forward: SolveResult, record: BackwardRecord | None
-    ) -> None:
-        """Warn if f is not deterministic.
-
-        The gradient's own evaluation at z* shows it at no cost; without one, a failed solve pays for one more.
-        """
-        backend, xp = self.backend, self.backend.xp
-        if forward.carry is None or self.config.forward.on_failure == "ignore" or not backend.capabilities.eager:
-            return
-        nondeterminism = None if record is None else record.nondeterminism
-        if nondeterminism is None:
-            if self._all_converged(forward):
-                return
-            with backend.errstate(), backend.guards.keep_random_state(forward.z):
-                again = backend.autodiff.forward_only(f, forward.z, args, _once).z
-                nondeterminism = backend.norm(again - forward.fz)
-        size = backend.to_accum_dtype(backend.norm(forward.fz))
-        share = backend.to_accum_dtype(nondeterminism) / xp.where(size > 0, size, xp.ones_like(size))
-        measured = xp.isfinite(share) & (forward.status != int(Status.NONFINITE))
-        most = xp.max(xp.where(measured, share, xp.zeros_like(share))) if share.shape[0] else None
-        largest = 0.0 if most is None else float(backend.to_numpy(most).max())
-        if largest > backend.guards.output_eps(forward.z) ** (2 / 3):
-            if self._report_coupling(f, args, forward):
-                return
-            warn(
-                f"f is not deterministic: at the same z and arguments it gave values that differ by up to "
-                f"{largest:.2g} of their norm, so that it has no fixed point, and its gradient is that of another "
-                f"function. Switch dropout and noise off (eval()), draw them once before the solve and pass them as "
-                f"an argument, and let f change no state of its own.",
-                NonDeterministicWarning,
-            )
-
-    def _report_coupling(self, f: FlatFunction, args: tuple[Any, ...], forward: SolveResult) -> bool:
-        """Warn if values differ because the rows of other samples moved, and f itself is deterministic."""
-        return self._watch(f).coupled_forward(lambda: self._coupled(f, args, forward.z))
+        return PassInputs(None, converged, forward.residual, pull if differentiable else None)
 
     def _verify_steps(self, f: FlatFunction, args: tuple[Any, ...], z: Array, value: Array) -> None:
         """Check on schedule whether f couples rows, which no report of a step strategy would show.
@@ -247,63 +209,17 @@ class Plan:
         differentiated = backend.capabilities.eager or backend.is_traced(value)
         wanted = differentiated and self.config.backward.on_failure != "ignore" and z.shape[0] > 1
         if wanted and not backend.is_traced(z):
-            self._watch(f).verify_steps(lambda: self._coupled(f, args, z))
+            self.watch(f).verify_steps(lambda: self.coupled_pair(f, args, z))
 
-    def _coupled(self, f: FlatFunction, args: tuple[Any, ...], z: Array) -> tuple[int, int] | None:
+    def coupled_pair(self, f: FlatFunction, args: tuple[Any, ...], z: Array) -> tuple[int, int] | None:
         """Look for two samples, or units that may not be coupled, of which one changes when the other does."""
         backend = self.backend
         groups = Groups(backend, self.control.units)
-        at = lambda z: backend.detach(backend.autodiff.forward_only(f, z, args, _once).z)  # noqa: E731
+        at = lambda z: backend.detach(backend.autodiff.forward_only(f, z, args, evaluate_once).z)  # noqa: E731
         with backend.errstate(), backend.guards.keep_random_state(z):
             return coupled_rows(backend, groups.joined(at), groups.join(z))
 
-    def report_failure(self, f: FlatFunction, forward: SolveResult) -> None:
-        """Raise each time, or warn at the 1st, 10th, 100th, … failed solve of f, about samples that did not converge.
-
-        Traced code does it by `CallGuards.watch`.
-        """
-        action = self.config.forward.on_failure
-        if forward.carry is None or action == "ignore":
-            return
-        xp, noun = self.backend.xp, UNITS if len(self.space.rows_shape) > 1 else SAMPLES
-        status = self._counted(forward.status, MASKED)
-        figures = (status, forward.steps, forward.residual)
-        if self.backend.is_traced(*figures):
-            if forward.status.shape[0]:
-                failures = Failures(action, f" {self._circumstances()}", repr(self.solver), noun)
-                compiled = action == "raise" or self._is_set("forward.on_failure")
-                self.backend.guards.watch(failures, Tally.of(xp, *figures), compiled=compiled)
-            return
-        if self._all_converged(forward):
-            return
-        status, steps, residual = (self.backend.to_numpy(x).ravel() for x in figures)
-        solver = repr(self.solver)
-        text = f"{summarize(status, residual, steps, solver, failed_first=True, noun=noun)} {self._circumstances()}"
-        if action == "raise":
-            raise ConvergenceError(text)
-        counts = self._account(f).ledger
-        counts.unsolved += 1
-        if due(counts.unsolved - 1):
-            more = (
-                f" This is the {counts.unsolved}th solve of this layer or function that failed."
-                if counts.unsolved > 1
-                else ""
-            )
-            warn(text + more, ConvergenceWarning)
-
-    def _all_converged(self, forward: SolveResult) -> bool:
-        return self.backend.guards.holds(self.backend.xp.all(forward.status == int(Status.CONVERGED)))
-
-    def _circumstances(self) -> str:
-        """Return the settings that a failed solve ran with, for its message."""
-        numbers = {"rtol": self.control.rtol, "max_steps": self.control.max_steps}
-        shown = [f", forward.{name} = {value}" for name, value in numbers.items() if not self.backend.is_traced(value)]
-        return (
-            f"(solver {self.config.forward.solver!r}{''.join(shown)}; forward.on_failure = "
-            f"{self.config.forward.on_failure!r} decides what happens now)"
-        )
-
-    def _is_set(self, name: str) -> bool:
+    def is_set(self, name: str) -> bool:
         """Return whether this setting was chosen, so that it is not the default."""
         return self.config.origin(name) != "default"
 
@@ -368,7 +284,7 @@ class Plan:
         return SolveResult(z, reached.fz, residual, status, steps, reached.evaluations, None)
 
 
-def _once(f: Map, z: Array) -> SolveResult:
+def evaluate_once(f: Map, z: Array) -> SolveResult:
     """Evaluate f, for `Autodiff.forward_only`; the value is the `z` of the result."""
     return SolveResult(f(z), None, None, None, None, None, None)
 

@@ -16,6 +16,7 @@ from deqcore.errors import BackendError, ConfigError, ProblemError
 from deqcore.solution import Solution, SolveState
 from deqcore.solve.observer import Solve
 from deqcore.solve.plan import Plan
+from deqcore.solve.report import report_failure, report_nondeterminism
 from deqcore.types import Array, Map, SolveResult, StoppingCriteria, Tree
 
 ALIGNED: Final = 1e-3  # cosine of g and G g below which their product does not give the sign
@@ -29,8 +30,8 @@ def solve(plan: Plan, g: Callable[..., Tree], z0: Tree, args: tuple[Any, ...], s
             "true). Set forward.compact = false."
         )
     backend, start = plan.backend, plan.space.ravel(z0)
-    found = _probe(plan, g, z0, args, start)
-    factor = backend.detach(found.residual)
+    measured = _probe(plan, g, z0, args, start)
+    factor = backend.detach(measured.residual)
     plan = replace(plan, control=_criteria(plan, factor))
     f = _as_fixed_point(plan, g, factor)
     raveled = plan.space.wrap(f)
@@ -42,8 +43,8 @@ def solve(plan: Plan, g: Callable[..., Tree], z0: Tree, args: tuple[Any, ...], s
         solution = replace(solution, fz=_equations(plan, forward, factor))
     if plan.observer is not None:
         plan.observer.solved(Solve(solution, plan.config, 0.0, f, z0, args))
-    plan.report_nondeterminism(raveled, args, forward, record)
-    plan.report_failure(raveled, forward)
+    report_nondeterminism(plan, raveled, args, forward, record)
+    report_failure(plan, raveled, forward)
     return solution
 
 

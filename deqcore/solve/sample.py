@@ -90,11 +90,11 @@ class Layout:
 
     def _compare(self, what: str, leaves: list[Any], kinds: tuple[Any, ...], index: int) -> None:
         for place, (leaf, expected) in enumerate(zip(leaves, kinds, strict=True)):
-            found = _kind(self.backend, leaf, self.like)
-            if found is not expected and not bool(found == expected):
+            kind = _kind(self.backend, leaf, self.like)
+            if kind is not expected and not bool(kind == expected):
                 raise ProblemError(
                     f"Item {index} of the stream: leaf {place} of {what} must be like that of item 0, "
-                    f"{_text(expected)} (got {_text(found)}). All items share one batch: pad or cast them, or "
+                    f"{_text(expected)} (got {_text(kind)}). All items share one batch: pad or cast them, or "
                     f"solve each kind in a stream of its own."
                 )
 

@@ -128,14 +128,14 @@ def leaks(backend: Backend, vjp: Map, halves: Halves, like: Array) -> Array:
     """
     xp = backend.xp
     v = cotangent(backend, halves, like)
-    given, found = backend.to_accum_dtype(backend.norm(v)), backend.to_accum_dtype(backend.norm(vjp(v)))
-    found = xp.where(xp.isfinite(found), found, xp.zeros_like(found))
-    if not found.shape[0]:
-        return found
+    given, norms = backend.to_accum_dtype(backend.norm(v)), backend.to_accum_dtype(backend.norm(vjp(v)))
+    norms = xp.where(xp.isfinite(norms), norms, xp.zeros_like(norms))
+    if not norms.shape[0]:
+        return norms
     outside = backend.asarray(halves.rows, like=given) == 0
-    noise = min(ROUNDING * backend.eps(like), 1e-2) * xp.maximum(xp.max(found), xp.max(given))
-    leaked = outside & (found > noise)
-    return xp.where(leaked, found / xp.where(leaked, xp.max(found), xp.ones_like(found)), xp.zeros_like(found))
+    noise = min(ROUNDING * backend.eps(like), 1e-2) * xp.maximum(xp.max(norms), xp.max(given))
+    leaked = outside & (norms > noise)
+    return xp.where(leaked, norms / xp.where(leaked, xp.max(norms), xp.ones_like(norms)), xp.zeros_like(norms))
 
 
 def leak_everywhere(backend: Backend, vjp: Map, like: Array) -> float:
@@ -151,8 +151,8 @@ def leak_everywhere(backend: Backend, vjp: Map, like: Array) -> float:
     """
     batch, n = like.shape
     whole = random_halves(batch, n, seed=0)
-    found = [backend.to_numpy(leaks(backend, vjp, whole._replace(rows=rows), like)) for rows in _groups(batch)]
-    return float(max((each.max() for each in found), default=0.0))
+    leaked = [backend.to_numpy(leaks(backend, vjp, whole._replace(rows=rows), like)) for rows in _groups(batch)]
+    return float(max((norms.max() for norms in leaked), default=0.0))
 
 
 def verified(
@@ -177,21 +177,21 @@ def verified(
     xp = backend.xp
     true = backend.cast(adjoint_residual(backend, vjp, g, u), report.residual)
     several = g.shape[0] > 1
-    found = leaks(backend, vjp, halves, g) if several else xp.zeros_like(backend.to_accum_dtype(true))
-    coupled = found > 0
+    coupling = leaks(backend, vjp, halves, g) if several else xp.zeros_like(backend.to_accum_dtype(true))
+    coupled = coupling > 0
     coupled = xp.zeros_like(coupled) | xp.any(coupled)
     wrong = _contradicts(backend, strategy, g, u, true, report.residual, coupled) & (
         report.status == int(Status.CONVERGED)
     )
     status = xp.where(wrong, xp.full_like(report.status, int(Status.STALLED)), report.status)
     status = xp.where(wrong & ~xp.isfinite(true), xp.full_like(report.status, int(Status.NONFINITE)), status)
-    found = backend.cast(found, report.residual)
+    coupling = backend.cast(coupling, report.residual)
     doubtful = wrong | coupled
     return report._replace(
         status=status,
         residual=true,
         error=xp.where(doubtful, xp.full_like(report.error, float("nan")), report.error),
-        coupling=found,
+        coupling=coupling,
         verify_vjps=xp.zeros_like(report.vjps) + (2 if several else 1),
     )
 
@@ -317,10 +317,10 @@ def _changed(backend: Backend, f: Map, z: Array, base: Any, rows: Any) -> Any:
     mask = backend.asarray(rows, like=z) > 0
     signs = backend.asarray(np.random.default_rng(0).choice([-MOVE, MOVE], z.shape[1]), like=z)
     moved = backend.select(mask, z + xp.reshape(signs, (1, -1)) * (1 + xp.abs(z)), z)
-    found = backend.to_numpy(f(moved))
+    values = backend.to_numpy(f(moved))
     sound = np.isfinite(base).all(axis=1)
     with np.errstate(all="ignore"):
-        gap, size = np.linalg.norm(found - base, axis=1), np.linalg.norm(base, axis=1)
+        gap, size = np.linalg.norm(values - base, axis=1), np.linalg.norm(base, axis=1)
         same = gap <= LAST_BITS * backend.eps(z) * size
     return np.flatnonzero(~rows & sound & ~same)
 

@@ -205,7 +205,7 @@ BACKWARD = (
         "deqcore/solve/failures.py",
         ("At times measures the adjoint residual and", "looks for coupled rows; warns or raises."),
     ),
-    Stop("AdjointReport", "deqcore/types.py", ("Per sample: status, vjps, residual, error;", "kept as sol.backward.")),
+    Stop("AdjointReport", "deqcore/types/", ("Per sample: status, vjps, residual, error;", "kept as sol.backward.")),
     Stop(
         "implicit",
         "backends/…",

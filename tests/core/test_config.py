@@ -661,7 +661,7 @@ def test_public_names_are_all_there_and_lazy() -> None:
 
 
 def test_variables_of_the_plugin_manager_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    from deqcore.config.sources import variables
+    from deqcore.config.environment import variables
 
     monkeypatch.setenv("DEQCORE_DISABLE_PLUGINS", "a")
     monkeypatch.setenv("DEQCORE_PLUGIN_AUTOLOAD", "0")

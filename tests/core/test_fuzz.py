@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 import deqcore
 from deqcore import errors, plugins
 from deqcore.config import Config, resolve
-from deqcore.config.sources import KEYS, environment
+from deqcore.config.environment import environment
+from deqcore.config.sections import KEYS
 from deqcore.monitor import Event, Metrics, Monitor, Row, RunInfo
 from deqcore.monitor.live import live_view
 from deqcore.monitor.log.format import header, line

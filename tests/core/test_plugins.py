@@ -759,8 +759,8 @@ def test_an_interrupted_deqfile_is_executed_again(tmp_path: Path) -> None:
     )
     try:
         with pytest.raises(KeyboardInterrupt):
-            lookup.load_deqfile(path)
-        lookup.load_deqfile(path)
+            plugins.load_deqfile(path)
+        plugins.load_deqfile(path)
         assert "mine" in plugins.solvers()
     finally:
         del sys._deq_tried  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ PUBLIC = {
         CoupledRowsWarning DeqcoreError DtypeToleranceWarning LayerWarning MissingExtraError MissingFrameworkError
         MonitorError MonitorWarning NonDeterministicWarning PluginError ProblemError InitialIterateError StrategyError
         UnknownNameError""",
-    "deqcore.config.sources": "Backward Forward Plugins",
+    "deqcore.config.sections": "Backward Forward Plugins",
     "deqcore.config.schedule": "Ramp Schedule",
     "deqcore.abc.backward": "report",
     "deqcore.solvers.picard": "Picard",

@@ -208,8 +208,8 @@ STRATEGIES = [
     Fault(
         "a leak between rows overlooked",
         "deqcore.solve.verification",
-        "    leaked = outside & (found > noise)\n",
-        "    leaked = ~outside & (found > 1e30)\n",
+        "    leaked = outside & (norms > noise)\n",
+        "    leaked = ~outside & (norms > 1e30)\n",
         "strategy broyden-reuse",
         "test_rows_that_f_couples_are_reported",
         "f couples rows, but the report does not say so",
@@ -639,7 +639,7 @@ BACKENDS = [
     ),
     Fault(
         "a coupled row that no warning names",
-        "deqcore.solve.failures",
+        "deqcore.solve.adjoint_tally",
         "    if coupled:\n        if due(",
         "    if coupled and how == 'raise':\n        if due(",
         "backend numpy",
@@ -648,7 +648,7 @@ BACKENDS = [
     ),
     Fault(
         "a failed adjoint solve without a warning",
-        "deqcore.solve.failures",
+        "deqcore.solve.adjoint_tally",
         "    elif failed:\n",
         "    elif failed and how == 'raise':\n",
         "backend numpy",

@@ -394,6 +394,37 @@ def test_a_single_training_has_no_rounds_to_show(tmp_path: Path):
     assert "Retraining under drift" not in (tmp_path / "report.html").read_text()
 
 
+def test_charts_use_an_installed_font_for_japanese_and_warn_once_without_one(monkeypatch) -> None:
+    from matplotlib.font_manager import fontManager
+
+    def title(canvas: charts.Canvas) -> bool:
+        canvas.axes.set_title("学習時間")
+        return True
+
+    installed = fontManager.ttflist[0].name
+    monkeypatch.setattr(charts, "JAPANESE", ("A family that is missing", installed))
+    charts.fonts.cache_clear()
+    assert charts.fonts() == ("sans-serif", installed)
+    monkeypatch.setattr(charts, "JAPANESE", ("A family that is missing",))
+    monkeypatch.setattr(charts, "_warned", [])
+    charts.fonts.cache_clear()
+    with pytest.warns(UserWarning, match="No installed font has all characters") as caught:
+        drawn = [charts.draw(salt, title) for salt in "ab"]
+    assert all("学習時間" in svg for svg in drawn)
+    assert len(caught) == 1
+    charts.fonts.cache_clear()
+
+
+def test_results_without_their_history_of_epochs_have_the_other_plots() -> None:
+    _, results = made()
+    whole = plots.plots(rows(results))
+    for each in results:
+        each["history"] = {"audits": each["history"]["audits"]}
+    trimmed = plots.plots(rows(results))
+    assert set(whole) - set(trimmed) == {"plot_accuracy", "plot_evaluations", "plot_certificate"}
+    assert trimmed["plot_error"]
+
+
 class Links(HTMLParser):
     """What a page would fetch."""
 

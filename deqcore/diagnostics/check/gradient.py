@@ -118,10 +118,10 @@ def _compared(
     good = error <= claims.gradient_rtol if claims.gradient == "exact" else cosine > 0
     if good:
         return Finding("gradient", OK, expected, measured, figures=figures)
-    known, remedy = recognised(subject, exact, own)
+    pattern, remedy = recognised(subject, exact, own)
     worst, at = _worst(own, truth)
     where = f"worst in {worst} ({at:.2g})" if len(truth) > 1 else ""
-    found = "; ".join(part for part in (measured, known, where) if part)
+    found = "; ".join(part for part in (measured, pattern, where) if part)
     return Finding("gradient", FAILED, expected, found, remedy, figures)
 
 
@@ -177,14 +177,14 @@ def _through_cell(subject: Subject, u: Array) -> dict[str, Any]:
 
 def _gradients(subject: Subject, call: Any, cotangent: Array) -> dict[str, Any]:
     backend = subject.backend
-    found = backend.harness.module_gradients(subject.layer, call, subject.inputs, cotangent)
-    if found is None:
+    gradients = backend.harness.module_gradients(subject.layer, call, subject.inputs, cotangent)
+    if gradients is None:
         _, _, parts = backend.autodiff.vjp(
             lambda *inputs: (call(subject.layer, *inputs), None), subject.inputs, cotangent
         )
         leaves = [leaf for leaf in backend.flatten(parts)[0] if leaf is not None]
-        found = {f"inputs leaf {i}": leaf for i, leaf in enumerate(leaves)}
-    return {name: host(backend, value) for name, value in found.items()}
+        gradients = {f"inputs leaf {i}": leaf for i, leaf in enumerate(leaves)}
+    return {name: host(backend, value) for name, value in gradients.items()}
 
 
 def _vector(gradients: dict[str, Any]) -> Any:

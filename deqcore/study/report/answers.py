@@ -24,7 +24,7 @@ from deqcore.study.report.summary import Interval, SummaryRow
 from deqcore.study.settings import CostSettings, Study
 from deqcore.study.translations import say
 
-HEADS: Final = ("strategy", "error", "cosine", "accuracy", "time", "equal", "memory", "verdict")
+HEADS: Final = ("strategy", "verdict", "error", "cosine", "accuracy", "time", "equal", "memory")
 
 
 def answers(rows: Sequence[SummaryRow], study: Study) -> list[dict[str, Any]]:
@@ -104,13 +104,13 @@ def _line(line: StrategyLine, rows: Sequence[SummaryRow], language: str) -> list
     peer = "" if line.peer is None or line.equal is None else f" ({line.peer.label})"
     return [
         (name(row, rows), None),
+        (_verdict(line, language), None),
         (table.error(own[0]), _mean(own[0])),
         (table.cosine(own[1]), _mean(own[1])),
         (bracketed(paired[0], 100.0, 2, signed=True), _mean(paired[0])),
         (bracketed(paired[1], 1.0, 2), _mean(paired[1])),
         (bracketed(line.equal, 1.0, 2) + peer, _mean(line.equal)),
         (bracketed(paired[2], 1.0, 2), _mean(paired[2])),
-        (_verdict(line, language), None),
     ]
 
 

@@ -69,21 +69,21 @@ class StoredStudy:
 
 def compare(old: StoredStudy, new: StoredStudy, language: str) -> dict[str, Any]:
     """Return the comparison as texts: `title`, `heads`, `lines` of cells (text, number), `notes` and `labels`."""
-    mine, theirs = ({_key(row): row for row in each.rows} for each in (new, old))
-    common = [key for key in mine if key in theirs]
+    new_rows, old_rows = ({_key(row): row for row in study.rows} for study in (new, old))
+    common = [key for key in new_rows if key in old_rows]
     names = [index for index in range(len(table.IDENTITY)) if index == 5 or len({key[index] for key in common}) > 1]
     heads = [head(language, table.IDENTITY[index]) for index in names]
     words = ("compare_seeds", "compare_accuracy", "compare_error", *(word for word, _ in QUOTIENTS))
     return {
         "title": say(language, "compare_title", old=old.name, new=new.name),
         "heads": [*heads, *(say(language, word) for word in words)],
-        "lines": [[*((key[index], None) for index in names), *_line(mine[key], theirs[key])] for key in common],
+        "lines": [[*((key[index], None) for index in names), *_line(new_rows[key], old_rows[key])] for key in common],
         "labels": len(names),
         "warnings": _warnings(old, new, language),
         "notes": [
             say(language, "compare_note", old=old.name, new=new.name),
-            *_only(old, [key for key in theirs if key not in mine], language),
-            *_only(new, [key for key in mine if key not in theirs], language),
+            *_only(old, [key for key in old_rows if key not in new_rows], language),
+            *_only(new, [key for key in new_rows if key not in old_rows], language),
         ],
     }
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from deqcore.pages.assets import assets
+from deqcore.pages import template
 from deqcore.study import store
 from deqcore.study.labels import head
 from deqcore.study.report import answers, provenance, table
@@ -50,12 +50,12 @@ def page(study: Study, rows: Sequence[SummaryRow], about: Mapping[str, Any]) -> 
     language = study.language
     header, lines = table.cells(rows)
     verdict = judge(rows, study.gates, language)
-    found = answers.answers(rows, study)
+    sections = answers.answers(rows, study)
     return render(
         "report.html.j2",
         language,
         title=say(language, "title", name=study.name),
-        answers=found,
+        answers=sections,
         line_heads=answers.heads(language),
         gates=[gate.as_dict() for gate in verdict.gates],
         verdict={"go": verdict.go, "text": verdict.sentence(language)},
@@ -73,13 +73,9 @@ def page(study: Study, rows: Sequence[SummaryRow], about: Mapping[str, Any]) -> 
     )
 
 
-def render(template: str, language: str, **values: Any) -> str:
-    """Fill a template of this folder with values, texts, style and script."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    loader = PackageLoader("deqcore.study.report", "")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
-    return environment.get_template(template).render(**values, **assets(), language=language, words=LANGUAGES[language])
+def render(file: str, language: str, **values: Any) -> str:
+    """Fill a template of this folder with values and the texts of a language."""
+    return template.render("deqcore.study.report", file, language=language, words=LANGUAGES[language], **values)
 
 
 def _sortable(line: Sequence[str], row: SummaryRow) -> list[tuple[str, float | None]]:

@@ -100,8 +100,8 @@ def name(row: SummaryRow, rows: Sequence[SummaryRow]) -> str:
 
 def measured(rows: Sequence[SummaryRow]) -> list[tuple[int, float, float]]:
     """Return the number, seconds of training and gradient error of every row that has both."""
-    found = [(i, row.metric("training"), row.metric("gradient_error")) for i, row in enumerate(rows)]
-    return [(i, time.mean, error.mean) for i, time, error in found if time is not None and error is not None]
+    figures = [(i, row.metric("training"), row.metric("gradient_error")) for i, row in enumerate(rows)]
+    return [(i, time.mean, error.mean) for i, time, error in figures if time is not None and error is not None]
 
 
 def _front(shown: Plots, canvas: Canvas) -> bool:
@@ -132,7 +132,11 @@ def _front(shown: Plots, canvas: Canvas) -> bool:
 
 def _accuracy(shown: Plots, canvas: Canvas) -> bool:
     for number, row in shown.numbered():
-        timed = [result for result in row.results.values() if result["times"]["training"] is not None]
+        timed = [
+            result
+            for result in row.results.values()
+            if result["times"]["training"] is not None and "epochs" in result["history"]
+        ]
         if not timed:
             continue
         clocks = np.mean([clock(result) for result in timed], 0)
@@ -178,13 +182,13 @@ def _rows(shown: Plots, canvas: Canvas, x: str) -> None:
 
 
 def _memory(shown: Plots, canvas: Canvas) -> bool:
-    found = [row.metric("step_memory") for row in shown.rows]
-    for place, value in enumerate(found):
+    memory = [row.metric("step_memory") for row in shown.rows]
+    for place, value in enumerate(memory):
         if value is not None:
             canvas.axes.barh([place], [value.mean / 1e6], color=colour(place), height=0.6)
             canvas.tip(value.mean / 2e6, place, f"{significant(value.mean / 1e6)} MB")
     _rows(shown, canvas, "axis_megabytes")
-    return any(value is not None for value in found)
+    return any(value is not None for value in memory)
 
 
 def _evaluations(shown: Plots, canvas: Canvas) -> bool:
@@ -289,7 +293,7 @@ def _curves(row: SummaryRow, metric: str) -> Any:
     """Return means per epoch and over seeds; None where nothing was measured."""
     value = []
     for result in row.results.values():
-        if result["history"]["steps"][metric][0] is None:
+        if "epochs" not in result["history"] or result["history"]["steps"][metric][0] is None:
             return None
         value.append(_per_epoch(result, metric, len(result["history"]["epochs"]), np.mean))
     return np.mean(value, 0)

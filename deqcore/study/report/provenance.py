@@ -21,14 +21,14 @@ def machines(results: Sequence[Mapping[str, Any]], fallback: Mapping[str, Any]) 
         results: of the cells; `measured` describes the machine of each.
         fallback: the machine of results that do not say, which older versions wrote.
     """
-    found: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         machine = dict(result.get("measured") or fallback)
         if "device" in result:
             machine["device"] = result["device"]
         fixed = {name: value for name, value in machine.items() if name not in CHANGING}
-        found.setdefault(json.dumps(fixed, sort_keys=True), []).append(machine)
-    return [_together(group) for group in found.values()] or [dict(fallback)]
+        groups.setdefault(json.dumps(fixed, sort_keys=True), []).append(machine)
+    return [_together(group) for group in groups.values()] or [dict(fallback)]
 
 
 def _together(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

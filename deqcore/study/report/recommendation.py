@@ -159,12 +159,12 @@ def _against(row: SummaryRow, exact: SummaryRow | None, group: Sequence[SummaryR
 
 
 def _answer(group: Sequence[SummaryRow], rows: Sequence[SummaryRow], cost: CostSettings) -> Recommendation:
-    found = {id(row): reasons(row, group) for row in group}
-    fit = [row for row in group if row.results and not found[id(row)]]
+    blocks = {id(row): reasons(row, group) for row in group}
+    fit = [row for row in group if row.results and not blocks[id(row)]]
     best = min(fit, key=lambda row: (_mean(row, "training"), row.label), default=None)
     exact = reference(best if best is not None else group[0], group)
     plain = explicit(group[0], rows)
-    lines = tuple(_line(row, group, found[id(row)], best) for row in group)
+    lines = tuple(_line(row, group, blocks[id(row)], best) for row in group)
     return Recommendation(
         group[0].place[:3],
         best,

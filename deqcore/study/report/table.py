@@ -118,8 +118,8 @@ def shared(rows: Sequence[SummaryRow], head: Callable[[str], str] = str) -> str:
 
 def values(row: SummaryRow) -> list[float | None]:
     """Return the means behind the figures of `cells`, by which a page sorts."""
-    found = [row.metric(metric) if row.results else None for _, metric, _ in COLUMNS]
-    return [None if value is None else value.mean for value in found]
+    metrics = [row.metric(metric) if row.results else None for _, metric, _ in COLUMNS]
+    return [None if value is None else value.mean for value in metrics]
 
 
 def terminal(rows: Sequence[SummaryRow], language: str = "en") -> Table:

@@ -9,12 +9,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
-from importlib.resources import files
 from typing import Final
 
 from deqcore import plugins
 from deqcore.errors import MissingExtraError
-from deqcore.pages.assets import assets
+from deqcore.pages.template import render
 from deqcore.testing.runner.conformance import BEST, CaseOutcome, SuiteRequest, ok
 from deqcore.testing.runner.render import sentence
 
@@ -93,21 +92,21 @@ def card(request: SuiteRequest, outcomes: Sequence[CaseOutcome], seconds: float)
     rows = [
         PropertyRow(
             sentence(check),
-            [cell(each for each in outcomes if (each.check, each.backend) == (check, column)) for column in columns],
+            [cell(case for case in outcomes if (case.check, case.backend) == (check, column)) for column in columns],
         )
         for check in checks
     ]
-    bad = [each for each in outcomes if each.outcome == "failed"]
-    failing = len({each.check for each in bad})
+    bad = [case for case in outcomes if case.outcome == "failed"]
+    failing = len({case.check for case in bad})
     verdict = (
         f"{failing} of {len(checks)} properties fail: {len(bad)} checks."
         if bad
         else f"All {len(checks)} properties hold or are not claimed."
     )
     figures = [
-        Figure(each.test, each.backend, name, value)
-        for each in outcomes
-        for name, value in each.notes.items()
+        Figure(case.test, case.backend, name, value)
+        for case in outcomes
+        for name, value in case.notes.items()
         if name != "code"
     ]
     return Card(ok(outcomes), verdict, about(request, seconds), columns, rows, list(_failures(request, bad)), figures)
@@ -116,14 +115,14 @@ def card(request: SuiteRequest, outcomes: Sequence[CaseOutcome], seconds: float)
 def cell(cases: Iterator[CaseOutcome]) -> Cell:
     """Return the cell of one property in one column."""
     listed = list(cases)
-    ran = [each for each in listed if each.outcome != "skipped"]
-    failed = sum(each.outcome == "failed" for each in ran)
+    ran = [case for case in listed if case.outcome != "skipped"]
+    failed = sum(case.outcome == "failed" for case in ran)
     if failed:
         return Cell(f"✗ {failed} of {len(ran)}", "no")
     if ran:
-        expected = sum(each.outcome == "expected" for each in ran)
+        expected = sum(case.outcome == "expected" for case in ran)
         return Cell(f"✓ {len(ran)}" + (f" ({expected} known to fail)" if expected else ""), "go")
-    claimed = not any(each.message.startswith(NOT_CLAIMED) for each in listed)
+    claimed = not any(case.message.startswith(NOT_CLAIMED) for case in listed)
     return Cell("–" if claimed else NOT_CLAIMED, "none")
 
 
@@ -146,8 +145,8 @@ def _version(name: str) -> str:
 def _failures(request: SuiteRequest, bad: Sequence[CaseOutcome]) -> Iterator[CardFailure]:
     """Yield one failure per test, whatever the column; cases are listed from small to large."""
     by_test: dict[str, list[CaseOutcome]] = {}
-    for each in bad:
-        by_test.setdefault(_bare(each), []).append(each)
+    for outcome in bad:
+        by_test.setdefault(_bare(outcome), []).append(outcome)
     for same in by_test.values():
         first = same[0]
         options = request.options
@@ -157,7 +156,7 @@ def _failures(request: SuiteRequest, bad: Sequence[CaseOutcome]) -> Iterator[Car
         on = "" if request.external is not None else f" --backend {first.backend}"
         command = f"deqcore check {request.kind} {request.name}{on}{given} -k {shlex.quote(first.check)}"
         message = first.message.removeprefix("AssertionError: ")
-        columns = ", ".join(dict.fromkeys(each.backend for each in same))
+        columns = ", ".join(dict.fromkeys(outcome.backend for outcome in same))
         yield CardFailure(
             sentence(first.check), columns, first.test, message, str(first.notes.get("code", "")), command
         )
@@ -181,10 +180,5 @@ def page(request: SuiteRequest, outcomes: Sequence[CaseOutcome], seconds: float)
     """
     if not plugins.is_installed("jinja2"):
         raise MissingExtraError.of("`deqcore check … --report`", "jinja2", "monitor")
-    from jinja2 import Environment, StrictUndefined
-
-    text = (files("deqcore.testing.runner") / "card.html").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    made = card(request, outcomes, seconds)
     title = f"Report card of {request.kind} {request.name}"
-    return environment.from_string(text).render(title=title, card=made, **assets())
+    return render("deqcore.testing.runner", "card.html.j2", title=title, card=card(request, outcomes, seconds))

@@ -29,7 +29,7 @@ def check_light(kind: plugins.Kind, name: str) -> None:
     A backend's target may import its own framework, but the module with its hooks may not.
     """
     target = plugins.spec(kind, name).target.partition(":")[0]
-    heavy = [each.name for each in plugins.plugins_status() if each.status == "heavy"]
+    heavy = [status.name for status in plugins.plugins_status() if status.status == "heavy"]
     assert not heavy, f"the plugins {heavy} import a framework when they are listed: see `deqcore plugins`"
     if kind == "backend" or target in ("__main__", "builtins") or target.startswith("deqfile_"):
         return
@@ -42,5 +42,5 @@ def check_light(kind: plugins.Kind, name: str) -> None:
     )
     if done.returncode:
         return  # a module that only this process knows, such as a test's own
-    found = done.stdout.strip()
-    assert not found, f"{target} imports {found}, but solvers and strategies must not import a framework"
+    imported = done.stdout.strip()
+    assert not imported, f"{target} imports {imported}, but solvers and strategies must not import a framework"

@@ -138,16 +138,16 @@ def solver_options(key: str, given: Mapping[str, object]) -> dict[str, object]:
     Raises:
         ConfigError: the solver has no such option; the message names the alternative.
     """
-    known, found = OPTIONS[SOLVERS[key]], {}
+    names, options = OPTIONS[SOLVERS[key]], {}
     for name, value in given.items():
         if name in IGNORED and value not in (None, False, 1e-4):
             raise ConfigError(f"solver_kwargs: {name} = {value!r} has no counterpart: {IGNORED[name]}. Remove {name}.")
-        if name not in known and name not in IGNORED:
-            raise ConfigError.unknown_option("solver_kwargs", name, [*known, *IGNORED, "f_max_iter"])
-        if name in known and value is not None:
+        if name not in names and name not in IGNORED:
+            raise ConfigError.unknown_option("solver_kwargs", name, [*names, *IGNORED, "f_max_iter"])
+        if name in names and value is not None:
             # m of torchdeq counts states, history_size the differences between them
-            found[known[name]] = max(int(str(value)) - 1, 1) if name == "m" else value
-    return found
+            options[names[name]] = max(int(str(value)) - 1, 1) if name == "m" else value
+    return options
 
 
 def info_of(solution: Solution) -> Info:

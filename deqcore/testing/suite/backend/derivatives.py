@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,21 +11,11 @@ import pytest
 import deqcore
 from deqcore import errors
 from deqcore.solve import ledger
-from deqcore.testing.problem import walk
-from deqcore.testing.problems import Golden, golden
+from deqcore.testing.problems import golden
+from deqcore.testing.suite.backend.arguments import Held, check_golden, hiding
 from deqcore.testing.suite.base import DTYPES, Conformance, needs, several
 from deqcore.testing.suite.fixtures import Kit, affine, close
 from deqcore.testing.tolerances import tolerance
-
-
-@dataclass(frozen=True)
-class _Held:
-    a: Any
-    rest: Any
-    name: str
-
-
-_Held.__module__ = "user"  # a class of a module of deqcore would belong to the strict backend
 
 
 class DerivativeTests(Conformance):
@@ -257,7 +245,7 @@ class DerivativeTests(Conformance):
         config = kit.config(solver="picard", rtol=rtol, strategy_options={"rtol": rtol})
         f = lambda z, p: p.a * z + p.rest["b"]  # noqa: E731
         b = kit.array(np.ones((1, 1)))
-        _, (found,) = deqcore.vjp(f, 0 * b, _Held(kit.array(0.5), {"b": b}, "text"), cotangent=b, config=config)
+        _, (found,) = deqcore.vjp(f, 0 * b, Held(kit.array(0.5), {"b": b}, "text"), cotangent=b, config=config)
         close(kit.numpy(found.a), 4.0, 1e-5, "gradient of a field, 1/(1 − a)²")
         close(kit.numpy(found.rest["b"]), [[2.0]], 1e-5, "gradient of a tree in a field, 1/(1 − a)")
         assert found.name is None, (
@@ -268,7 +256,7 @@ class DerivativeTests(Conformance):
     def test_arguments_whose_arrays_would_be_lost_are_refused(self, kit: Kit, hidden: str) -> None:
         """Require an error, because neither None nor zero is the gradient."""
         a, b = kit.array(0.5), kit.array(np.ones((1, 1)))
-        argument, read = _hidden(hidden, a)
+        argument, read = hiding(hidden, a)
         with pytest.raises(errors.ProblemError, match=r"holds arrays.*[Pp]ass the arrays themselves"):
             deqcore.vjp(lambda z, m: read(m) * z + 1.0, b, argument, cotangent=b, config=self._exact(kit))
 
@@ -349,66 +337,3 @@ class DerivativeTests(Conformance):
         config = kit.config(**settings) if settings else self._exact(kit)
         sol = deqcore.fixed_point(lambda z, a: a * z + b, z0, a, config=config)
         return kit.backend.xp.sum(sol.value)
-
-
-def _hidden(how: str, a: Any) -> tuple[Any, Any]:
-    """Build an argument that hides the array `a` from trees, and a function that reads it."""
-
-    def function(scale: Any = 1.0) -> Any:
-        return a * scale
-
-    made: dict[str, tuple[Any, Any]] = {
-        "object": (_Opaque(a), lambda m: m.a),
-        "slots": (_Slots(a), lambda m: m.a),
-        "derived": (_Derived(a), lambda m: m.twice / 2),
-        "partial": (functools.partial(_first, a), lambda m: m(0)),
-        "method": (_Opaque(a).get, lambda m: m()),
-        "closure": (function, lambda m: m()),
-        "default": (lambda a=a: a, lambda m: m()),
-        "set": (frozenset([_Opaque(a)]), lambda m: next(iter(m)).a),
-    }
-    return made[how]
-
-
-def _first(a: Any, _: Any) -> Any:
-    return a
-
-
-class _Opaque:
-    def __init__(self, a: Any) -> None:
-        self.a = a
-
-    def get(self) -> Any:
-        return self.a
-
-
-class _Slots:
-    __slots__ = ("a",)
-
-    def __init__(self, a: Any) -> None:
-        self.a = a
-
-
-@dataclass
-class _Derived:
-    a: Any
-
-    def __post_init__(self) -> None:
-        self.twice = 2 * self.a
-
-
-for _cls in (_Opaque, _Slots, _Derived):
-    _cls.__module__ = "user"  # objects of a backend's own module would count as its arrays
-
-
-def check_golden(kit: Kit, known: Golden, z: Any, gradients: Any, dtype: str, rtol: float) -> None:
-    """Hold z* and the gradients for params and inputs to the stored truth, within the bound that the dtype explains."""
-    eps, n = float(np.finfo(dtype).eps), known.truth.jacobian.shape[1]
-    bounds = known.truth.sensitivity.bounds(eps, n, rtol, rtol)
-    found = [kit.numpy(leaf) for _, leaf in walk(z, "z")]
-    truth = [leaf for _, leaf in walk(known.truth.z, "z")]
-    error = np.sqrt(sum(np.sum((a - b) ** 2) for a, b in zip(found, truth, strict=True)))
-    assert error <= bounds["value"], f"z* is off by {error:.2e}, and {bounds['value']:.2e} is explained"
-    for name, leaf in [*walk(gradients[0], "params"), *walk(gradients[1], "inputs")]:
-        error = np.linalg.norm(kit.numpy(leaf) - known.truth.gradients[name])
-        assert error <= bounds[name], f"the gradient for {name} is off by {error:.2e}, {bounds[name]:.2e} is explained"

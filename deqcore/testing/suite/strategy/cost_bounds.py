@@ -15,7 +15,7 @@ from deqcore.options import option_values
 from deqcore.testing.problems import golden, names, raveled
 from deqcore.testing.suite.base import Conformance, claimed, several
 from deqcore.testing.suite.fixtures import Affine, Kit, close
-from deqcore.testing.suite.strategy.adjoint import solve_adjoint, unlike
+from deqcore.testing.suite.strategy.equations import solve_adjoint, unlike
 from deqcore.types import AdjointReport, Array, Status
 
 

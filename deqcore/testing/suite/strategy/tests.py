@@ -19,7 +19,7 @@ import deqcore
 from deqcore import plugins
 from deqcore.abc.backward import StepStrategy, Strategy
 from deqcore.testing.problems import golden
-from deqcore.testing.suite.backend.derivatives import check_golden
+from deqcore.testing.suite.backend.arguments import check_golden
 from deqcore.testing.suite.base import DTYPES, chosen, needs, several
 from deqcore.testing.suite.complex_states import ComplexStrategyTests
 from deqcore.testing.suite.fixtures import Kit, affine, close
