@@ -19,8 +19,7 @@ from deqcore.testing.runner.isolation import Journal, failed
 from deqcore.testing.runner.processes import environment
 
 PLANTING = Path(__file__).with_name("planting.py")
-COMMON = ("numpy", "optree", "asyncio", "unittest")
-PACKAGES = {"torch": ("torch", "numba"), "jax": ("jax",)}  # besides the common ones
+PACKAGES = ("numpy", "optree", "asyncio", "unittest")  # no framework: their threads do not survive a fork
 SECONDS = 300  # of processor time, for a check that takes seconds: a machine with much else to do fails no check
 
 
@@ -37,7 +36,7 @@ def check(module: str, text: str, request: SuiteRequest, backend: str) -> list[C
         results = folder / "results.jsonl"
         output = folder / "output.txt"
         task = {"module": module, "source": str(folder / "planted.py"), "seconds": SECONDS, "output": str(output)}
-        code = run(backend, {**task, "arguments": arguments(request, backend, results)})
+        code = run({**task, "arguments": arguments(request, backend, results)})
         if code == -signal.SIGXCPU:
             return [CaseOutcome("endless", backend, "failed", f"no answer within {SECONDS} s", "", SECONDS)]
         journal = Journal.read(results)
@@ -51,23 +50,23 @@ def check(module: str, text: str, request: SuiteRequest, backend: str) -> list[C
         return [CaseOutcome(**each, backend=backend) for each in entries]
 
 
-def run(backend: str, task: dict[str, object]) -> int:
-    """Run pytest in a fork of the process that has the packages of this backend; return its exit code."""
-    server = forking(backend, threading.get_ident())
+def run(task: dict[str, object]) -> int:
+    """Run pytest in a fork of the process that has imported the packages; return its exit code."""
+    server = forking(threading.get_ident())
     server.stdin.write(json.dumps(task) + "\n")
     server.stdin.flush()
     return int(server.stdout.readline())
 
 
 @cache
-def forking(backend: str, thread: int) -> subprocess.Popen:
-    """Start the process of `planting.py` for this backend and thread; it ends with this one."""
+def forking(thread: int) -> subprocess.Popen:
+    """Start the process of `planting.py` for this thread; it ends with this one."""
     env = {
         **environment("float64"),
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "PYTHONPATH": os.pathsep.join(part for part in sys.path if part),
     }
-    command = [sys.executable, str(PLANTING), *COMMON, *PACKAGES.get(backend, ())]
+    command = [sys.executable, str(PLANTING), *PACKAGES]
     server = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     atexit.register(server.communicate)  # closes its input, upon which it ends
     return server
