@@ -26,6 +26,12 @@ def tool(name: str):
     return module
 
 
+@pytest.fixture(scope="module")
+def messages():
+    """Every class of errors with its texts: reading all modules takes seconds."""
+    return tool("errors").collect()
+
+
 def public():
     spec = importlib.util.spec_from_file_location("public", ROOT / "tests" / "core" / "test_public_names.py")
     module = importlib.util.module_from_spec(spec)
@@ -33,9 +39,9 @@ def public():
     return [(home, name) for home, names in module.PUBLIC.items() for name in names.split()]
 
 
-def test_errors_md_is_true_to_the_code():
+def test_errors_md_is_true_to_the_code(messages):
     errors = tool("errors")
-    assert errors.PAGE.read_text(encoding="utf-8") == errors.render(errors.collect()), "python docs/tools/errors.py"
+    assert errors.PAGE.read_text(encoding="utf-8") == errors.render(messages), "python docs/tools/errors.py"
 
 
 def test_commands_md_is_true_to_the_code():
@@ -71,20 +77,19 @@ def test_the_tables_of_evidence_are_true_to_its_results(monkeypatch):
     assert evidence.page().strip() == (evidence.HOME / "tables.md").read_text(encoding="utf-8").strip()
 
 
-def test_every_error_class_is_found_with_its_messages():
-    found = tool("errors").collect()
+def test_every_error_class_is_found_with_its_messages(messages):
     from deqcore import errors
 
     classes = {name for name, each in vars(errors).items() if isinstance(each, type) and issubclass(each, Exception)}
-    assert classes <= set(found)
-    (template,) = [text for text in found["UnknownNameError"].messages if "No {kind} is registered" in text]
+    assert classes <= set(messages)
+    (template,) = [text for text in messages["UnknownNameError"].messages if "No {kind} is registered" in text]
     assert "deqcore plugins" in template
-    assert any("ends" in text or "summarize" in text for text in found["ConvergenceError"].messages)
+    assert any("ends" in text or "summarize" in text for text in messages["ConvergenceError"].messages)
 
 
-def test_every_message_says_more_than_that_it_failed():
+def test_every_message_says_more_than_that_it_failed(messages):
     """A remedy cannot be tested for; that a message has a sentence and shows what was given can."""
-    for kind in tool("errors").collect().values():
+    for kind in messages.values():
         for text in kind.messages:
             assert len(re.findall(r"\w+", text)) >= 4, f"{kind.name}: {text}"
     with pytest.raises(DeqcoreError, match=r"nowhere\.toml"):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
+import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
+from functools import cache
 from pathlib import Path
 
 from deqcore.testing.runner.conformance import CaseOutcome, SuiteRequest, arguments
@@ -15,6 +19,7 @@ from deqcore.testing.runner.isolation import Journal, failed
 from deqcore.testing.runner.processes import environment
 
 PLANTING = Path(__file__).with_name("planting.py")
+PACKAGES = ("numpy", "optree", "asyncio", "unittest")  # no framework: their threads do not survive a fork
 SECONDS = 300  # of processor time, for a check that takes seconds: a machine with much else to do fails no check
 
 
@@ -29,22 +34,39 @@ def check(module: str, text: str, request: SuiteRequest, backend: str) -> list[C
         folder = Path(name)
         (folder / "planted.py").write_text(text, encoding="utf-8")
         results = folder / "results.jsonl"
-        args = arguments(request, backend, results)
-        env = {
-            **environment("float64"),
-            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-            "PYTHONPATH": os.pathsep.join(part for part in sys.path if part),
-        }
-        command = [sys.executable, str(PLANTING), str(SECONDS), module, str(folder / "planted.py"), *args]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-        if done.returncode == -signal.SIGXCPU:
+        output = folder / "output.txt"
+        task = {"module": module, "source": str(folder / "planted.py"), "seconds": SECONDS, "output": str(output)}
+        code = run({**task, "arguments": arguments(request, backend, results)})
+        if code == -signal.SIGXCPU:
             return [CaseOutcome("endless", backend, "failed", f"no answer within {SECONDS} s", "", SECONDS)]
         journal = Journal.read(results)
         entries = list(journal.entries.values())
-        lines = (done.stdout + done.stderr).strip().splitlines()
+        lines = output.read_text(errors="replace").strip().splitlines()
         last = lines[-1] if lines else "no message"
         if not journal.collected:
             return [CaseOutcome("import", backend, "failed", last, "", 0.0)]
         if journal.running:
-            entries.append(failed(journal.running, f"the process ended with code {done.returncode}: {last}"))
+            entries.append(failed(journal.running, f"the process ended with code {code}: {last}"))
         return [CaseOutcome(**each, backend=backend) for each in entries]
+
+
+def run(task: dict[str, object]) -> int:
+    """Run pytest in a fork of the process that has imported the packages; return its exit code."""
+    server = forking(threading.get_ident())
+    server.stdin.write(json.dumps(task) + "\n")
+    server.stdin.flush()
+    return int(server.stdout.readline())
+
+
+@cache
+def forking(thread: int) -> subprocess.Popen:
+    """Start the process of `planting.py` for this thread; it ends with this one."""
+    env = {
+        **environment("float64"),
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "PYTHONPATH": os.pathsep.join(part for part in sys.path if part),
+    }
+    command = [sys.executable, str(PLANTING), *PACKAGES]
+    server = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(server.communicate)  # closes its input, upon which it ends
+    return server

@@ -1,15 +1,25 @@
 """Run pytest with one module of ours replaced by a faulty copy. The files themselves are never touched.
 
-Usage: python planting.py SECONDS_AT_MOST MODULE FILE_WITH_ITS_SOURCE PYTEST_ARGUMENTS…
+Usage: python planting.py PACKAGE…
+
+It imports the packages, none of them ours, and forks a process for each line of its input: a JSON object with `module`,
+`source` (a file with the faulty text), `seconds` (of processor time, at most), `arguments` (of pytest) and `output` (a
+file). It answers with a line, the exit code of that process. So the packages are imported once for all faults.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
+import json
+import os
 import resource
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 
 class Planter(importlib.abc.MetaPathFinder):
@@ -38,9 +48,26 @@ class Planted(importlib.machinery.SourceFileLoader):
         return compile(self.text, self.path, "exec")
 
 
-if __name__ == "__main__":
-    resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv.pop(1)), resource.RLIM_INFINITY))
-    sys.meta_path.insert(0, Planter(sys.argv[1], Path(sys.argv[2])))
-    import pytest
+def run(module: str, source: str, seconds: int, arguments: list[str], output: str) -> int:
+    """Run pytest with the faulty module, in this process."""
+    with open(output, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
+    sys.meta_path.insert(0, Planter(module, Path(source)))
+    return pytest.main(arguments)
 
-    sys.exit(pytest.main(sys.argv[3:]))
+
+def forked(request: dict[str, Any]) -> int:
+    """Return the exit code of a fork of this process that runs the request; the negative signal that ended it."""
+    child = os.fork()
+    if child == 0:
+        sys.exit(run(**request))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
+    for line in sys.stdin:
+        print(forked(json.loads(line)), flush=True)

@@ -44,7 +44,7 @@ class StrictArray:
     __array_ufunc__ = None  # NumPy's operators leave mixed expressions to this class
 
     def __init__(self, hidden: Any) -> None:
-        self.hidden = np.asarray(hidden)
+        self.hidden = hidden if type(hidden) is np.ndarray else np.asarray(hidden)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -99,7 +99,7 @@ class StrictArray:
 
 def wrap(value: Any) -> Any:
     """Return NumPy arrays as strict ones, also within tuples and lists."""
-    if isinstance(value, np.ndarray | np.generic):
+    if isinstance(value, (np.ndarray, np.generic)):
         return StrictArray(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*map(wrap, value))
@@ -117,14 +117,20 @@ def unwrap(value: Any) -> Any:
     return type(value)(map(unwrap, value)) if isinstance(value, tuple | list) else value
 
 
-def _operator(name: str) -> Callable[..., Any]:
-    def operator(self: StrictArray, *others: Any) -> Any:
-        for other in others:
-            if isinstance(other, np.ndarray):
-                raise StrictError(
-                    f"{self!r} met a NumPy array in {name}: convert it with backend.asarray, or it ends on the host."
-                )
-        result = getattr(self.hidden, name)(*map(unwrap, others))
+def _unary(name: str) -> Callable[[StrictArray], StrictArray]:
+    method = getattr(np.ndarray, name)
+    return lambda self: StrictArray(method(self.hidden))
+
+
+def _binary(name: str) -> Callable[[StrictArray, Any], Any]:
+    method = getattr(np.ndarray, name)
+
+    def operator(self: StrictArray, other: Any) -> Any:
+        if isinstance(other, np.ndarray):
+            raise StrictError(
+                f"{self!r} met a NumPy array in {name}: convert it with backend.asarray, or it ends on the host."
+            )
+        result = method(self.hidden, other.hidden if type(other) is StrictArray else unwrap(other))
         return NotImplemented if result is NotImplemented else StrictArray(result)
 
     return operator
@@ -137,7 +143,9 @@ def _refusal(name: str, text: str) -> Callable[..., NoReturn]:
     return refuse
 
 
-for _name in (*UNARY, *BINARY):
-    setattr(StrictArray, _name, _operator(_name))
+for _name in UNARY:
+    setattr(StrictArray, _name, _unary(_name))
+for _name in BINARY:
+    setattr(StrictArray, _name, _binary(_name))
 for _name, _text in REFUSED.items():
     setattr(StrictArray, _name, _refusal(_name, _text))

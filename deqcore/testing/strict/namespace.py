@@ -205,7 +205,7 @@ class Namespace(SimpleNamespace):
             raise StrictError("xp.asarray loses the device: use backend.asarray(a, like=z).")
         if name not in NAMES:
             raise StrictError(f"xp.{name} is not in the array API standard. Use a function that is.")
-        return _strict(getattr(np, name))
+        return self.__dict__.setdefault(name, _strict(getattr(np, name)))
 
 
 class Linalg(SimpleNamespace):
@@ -214,7 +214,7 @@ class Linalg(SimpleNamespace):
     def __getattr__(self, name: str) -> Any:
         if name not in LINALG:
             raise StrictError(f"xp.linalg.{name} is not in the array API standard. Use a function that is.")
-        return _strict(getattr(np.linalg, name))
+        return self.__dict__.setdefault(name, _strict(getattr(np.linalg, name)))
 
 
 def _strict(function: Callable[..., Any]) -> Callable[..., Any]:

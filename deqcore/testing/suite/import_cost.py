@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import cache
 from typing import Final
 
 from deqcore import plugins
@@ -33,14 +34,18 @@ def check_light(kind: plugins.Kind, name: str) -> None:
     assert not heavy, f"the plugins {heavy} import a framework when they are listed: see `deqcore plugins`"
     if kind == "backend" or target in ("__main__", "builtins") or target.startswith("deqfile_"):
         return
+    found = _imported(target, frameworks(), os.pathsep.join(part for part in sys.path if part))
+    assert not found, f"{target} imports {found}, but solvers and strategies must not import a framework"
+
+
+@cache  # the answer is the same for every backend
+def _imported(target: str, frameworks: tuple[str, ...], path: str) -> str:
+    """Return which frameworks a fresh process with this search path has imported with `target`."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, target, ",".join(frameworks())],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(part for part in sys.path if part)},
+        [sys.executable, "-c", PROGRAM, target, ",".join(frameworks)],
+        env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
         check=False,
     )
-    if done.returncode:
-        return  # a module that only this process knows, such as a test's own
-    imported = done.stdout.strip()
-    assert not imported, f"{target} imports {imported}, but solvers and strategies must not import a framework"
+    return "" if done.returncode else done.stdout.strip()  # a module that only this process knows, such as a test's own

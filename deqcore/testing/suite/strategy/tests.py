@@ -100,9 +100,9 @@ class StrategyTests(AdjointTests, ClaimTests, StateTests, StepStrategyTests, Uni
 
     def test_the_gradient_for_every_argument(self, kit: Kit, strategy_name: str, settings: Any) -> None:
         """Compare all strategies with the true gradient of a nearly flat f, which each must approximate."""
-        problem = affine(norm=0.05)
+        problem = affine(batch=2, n=3, norm=0.05)  # small: a backend may take a solve for each number
         f = lambda z, a, b, c: kit.backend.xp.sum(a * z[:, None, :], axis=2) + b + c["c"][0]  # noqa: E731
-        a, b, g = kit.array(problem.a), kit.array(problem.b), np.random.default_rng(6).standard_normal((3, 6))
+        a, b, g = kit.array(problem.a), kit.array(problem.b), np.random.default_rng(6).standard_normal((2, 3))
         config = kit.config(strategy=strategy_name, strategy_options=settings)
         args = (a, b, {"c": [0 * b]})
         z, (da, db, dc) = deqcore.vjp(f, 0 * b, *args, cotangent=kit.array(g), config=config)
