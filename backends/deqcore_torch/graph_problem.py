@@ -53,6 +53,19 @@ def _function(graph: fx.GraphModule) -> fx.GraphModule:
     return reduced
 
 
+class Captured:
+    """Keeps the problem of a graph while the graph or a copy of it exists.
+
+    Compiled code keeps the number of the problem alone, but the function that Dynamo stores keeps the graph.
+    """
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        self.number = operators.register(GraphProblem(_function(graph)), self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
+        return self
+
+
 class SolveGraph(BaseHOP):
     """Takes f as a graph from the compiler, and puts the operator in its place."""
 
@@ -61,11 +74,9 @@ class SolveGraph(BaseHOP):
 
     def __call__(self, subgraph: fx.GraphModule, *operands: Tensor, layout: str, leaves: int) -> Any:
         """Return what `operators.solve` returns."""
-        number = subgraph.meta.get("deqcore")
-        if number is None:
-            # Compiled code keeps the number alone, so the problem lives as long as the process.
-            number = operators.register(GraphProblem(_function(subgraph)), operators)
-            subgraph.meta["deqcore"] = number
+        if "deqcore" not in subgraph.meta:
+            subgraph.meta["deqcore"] = Captured(subgraph)
+        number = subgraph.meta["deqcore"].number
         anchor = torch.empty((0,), device=operands[0].device)
         given = list(operands)
         recording, narrow = torch.is_grad_enabled(), autocast_dtype(given[0])
