@@ -20,12 +20,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, Never, TypeAlias
+from typing import Final, NamedTuple, Never, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
@@ -52,6 +53,10 @@ from deqcore_jax.loop import recorded
 Steps: TypeAlias = Callable[[Map, jax.Array, SolveResult | None, ArrayLike], jax.Array]
 Pair: TypeAlias = tuple[jax.Array, jax.Array]
 Residuals: TypeAlias = tuple[jax.Array, Tree, list[jax.Array], AdjointTap | None, jax.Array | None]
+
+
+EQUILIBRIUM: Final = "deqcore_equilibrium"
+"""The name of what the backward pass needs of a solve, for policies of `jax.checkpoint` that save by name."""
 
 
 class Numbers(NamedTuple):
@@ -174,11 +179,12 @@ def _run(
     forward = problem.solve(*still)
     if problem.adjoint is None:
         return forward.z, forward
-    state = (forward.carry.state if problem.adjoint.uses_state else ()), turn
-    if adjoint_tap is None and problem.both_modes:
-        return _exact(problem, forward.z, state, leaves), forward
     known = (forward.status == int(Status.CONVERGED), forward.residual) if memory is not None else ()
-    return _reverse(problem, forward.z, (*state, known), leaves, adjoint_tap, memory), forward
+    needed = forward.z, forward.carry.state if problem.adjoint.uses_state else (), known
+    z, solver_state, known = checkpoint_name(needed, EQUILIBRIUM)
+    if adjoint_tap is None and problem.both_modes:
+        return _exact(problem, z, (solver_state, turn), leaves), forward
+    return _reverse(problem, z, (solver_state, turn, known), leaves, adjoint_tap, memory), forward
 
 
 def record(
