@@ -214,7 +214,8 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     kept = json.loads(given.json.read_text()) if given.json is not None and given.json.exists() else {}
     result: dict[str, Any] = {"training": {}, "inference": {}, "steps": {}} | kept
     result |= {
-        "command": "python -m benchmarks.compiled" + " --busy" * given.busy,
+        "command": f"python -m benchmarks.compiled --widths {' '.join(map(str, given.widths))} --rounds {given.rounds} "
+        f"--budget {given.budget:g}" + " --busy" * given.busy,
         "clock": "processor time" if given.busy else "wall-clock time",
         "machine": describe(["torch", "onnxruntime", "jax"]),
     }
