@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch._higher_order_ops.base_hop import BaseHOP
 
 from deqcore.api import fixed_point
+from deqcore.errors import BackendError
 from deqcore.solution import Solution
 from deqcore_torch import operators
 from deqcore_torch.layout import arrange, autocast_dtype, batch_axes, describe, rows_shape, wanted
@@ -73,7 +74,16 @@ class SolveGraph(BaseHOP):
         super().__init__("deqcore_solve_graph")
 
     def __call__(self, subgraph: fx.GraphModule, *operands: Tensor, layout: str, leaves: int) -> Any:
-        """Return what `operators.solve` returns."""
+        """Return what `operators.solve` returns.
+
+        Raises:
+            BackendError: Dynamo broke its graph in f, and runs this call with a function instead of a graph.
+        """
+        if not isinstance(subgraph, fx.GraphModule):
+            raise BackendError(
+                "f of a compiled fixed_point must be one graph (torch.compile cannot trace all of it). Write branches "
+                "on values of tensors with torch.where, or make f the cell of a DEQ layer, which Python runs."
+            )
         if "deqcore" not in subgraph.meta:
             subgraph.meta["deqcore"] = Captured(subgraph)
         number = subgraph.meta["deqcore"].number

@@ -9,6 +9,7 @@ import weakref
 import pytest
 
 import deqcore
+from deqcore.errors import BackendError
 from deqcore.solve import dispatch
 
 torch = pytest.importorskip("torch")
@@ -68,6 +69,24 @@ def test_a_function_is_captured_before_the_backend_was_used(monkeypatch):
     fn, _ = function()
     x = torch.randn(2, N)
     assert torch.equal(torch.compile(fn, backend="eager", fullgraph=True)(x), fn(x))
+
+
+@pytest.mark.supports(
+    "a cell that branches on values, compiled",
+    backends="torch",
+    strategies="any",
+    answer="yes in a layer, else refused",
+)
+def test_a_branch_on_values_works_in_a_layer_and_is_refused_in_a_function():
+    def f(z, x):
+        return 0.5 * torch.tanh(z) + x if z.sum() > 0 else 0.3 * z + x
+
+    x = torch.randn(2, N)
+    layer = DEQ(f)
+    assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
+    run = torch.compile(lambda x: deqcore.fixed_point(f, torch.zeros_like(x), x).value, backend="eager")
+    with pytest.raises(BackendError, match=r"torch\.where"):
+        run(x)
 
 
 @pytest.mark.supports("`torch.compile(dynamic=True)`", backends="torch", strategies="exact-ift")
