@@ -22,6 +22,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -63,7 +64,8 @@ class Block(nn.Module):
         query, key, value = self.mix(z + x).reshape(batch, tokens, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
         read = nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
         z = self.first(0.3 * z + self.out(read.reshape(batch, tokens, width)) + x)
-        return self.second(z + self.down(nn.functional.gelu(self.up(z))))
+        result: Tensor = self.second(z + self.down(nn.functional.gelu(self.up(z))))
+        return result
 
 
 class Model(nn.Module):
@@ -148,7 +150,8 @@ class Steps(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a scalar."""
-        return self.model.layer.solve(x + self.model.before(x)).steps.max()
+        steps: Tensor = self.model.layer.solve(x + self.model.before(x)).steps.max()
+        return steps
 
 
 def bound(run: Callable[[Tensor], object], x: Tensor) -> Callable[[], object]:
@@ -158,8 +161,7 @@ def bound(run: Callable[[Tensor], object], x: Tensor) -> Callable[[], object]:
 
 def onnx(program: Any, x: Tensor, folder: Path) -> Callable[[], object]:
     """Return a call of onnxruntime, on one thread."""
-    import onnxruntime
-
+    onnxruntime = import_module("onnxruntime")
     torch.onnx.export(program, (), str(folder / "model.onnx"), verbose=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def main(path: str, rounds: int, busy: bool) -> list[dict[str, Any]]:
     w, x = map(jnp.asarray, data())
     program = jax.jit(export.deserialize(bytearray(Path(path).read_bytes())).call)
     compiled = jax.jit(solved)
-    ways = {
+    ways: dict[str, Callable[[], object]] = {
         "eager": lambda: solved(w, x).block_until_ready(),
         "jit": lambda: compiled(w, x).block_until_ready(),
         "jax.export": lambda: program(w, x).block_until_ready(),
