@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import jax
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from deqcore.abc.adjoint import AdjointSolver
@@ -33,6 +34,9 @@ from deqcore_jax.jit_context import precise
 from deqcore_jax.loop import recorded
 
 Steps: TypeAlias = Callable[[Map, jax.Array, SolveResult | None, ArrayLike], jax.Array]
+
+EQUILIBRIUM: Final = "deqcore_equilibrium"
+"""The name of what the backward pass needs of a solve, for policies of `jax.checkpoint` that save by name."""
 
 
 def solve(
@@ -116,11 +120,12 @@ def _run(
     forward = problem.solve(lax.optimization_barrier(start), *rest)
     if problem.adjoint is None:
         return forward.z, forward
-    state = (forward.carry.state if problem.adjoint.uses_state else ()), turn
-    if adjoint_tap is None and problem.both_modes:
-        return attach_exact(problem, forward.z, state, leaves), forward
     known = (forward.status == int(Status.CONVERGED), forward.residual) if memory is not None else ()
-    return attach_reverse(problem, forward.z, (*state, known), leaves, adjoint_tap, memory), forward
+    needed = forward.z, forward.carry.state if problem.adjoint.uses_state else (), known
+    z, solver_state, known = checkpoint_name(needed, EQUILIBRIUM)
+    if adjoint_tap is None and problem.both_modes:
+        return attach_exact(problem, z, (solver_state, turn), leaves), forward
+    return attach_reverse(problem, z, (solver_state, turn, known), leaves, adjoint_tap, memory), forward
 
 
 def record(

@@ -175,7 +175,8 @@ def own_tensors(cell: Any) -> list[Tensor]:
 
 @at_trace_time
 def takes_functions() -> bool:
-    """Return whether this PyTorch can hand f over as a graph of its own."""
+    """Load the backend, which a compiler cannot, and return whether this PyTorch can hand f over as a graph."""
+    backend_named("torch")
     return AVAILABLE and find_spec("torch._higher_order_ops.base_hop") is not None
 
 

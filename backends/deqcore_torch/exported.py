@@ -2,7 +2,7 @@
 
 An exported program runs without Python, so it holds neither deqcore's solvers nor its histories. The loop takes the
 steps of Anderson mixing over the last `HISTORY` differences (plain iteration for `forward.solver = "picard"`), with
-coefficients by an unrolled Cholesky factorisation, which every runtime can execute. Each sample stops at its own
+coefficients by an unrolled elimination, which every runtime can execute. Each sample stops at its own
 tolerance and stays as it is.
 
 A step that raises a sample's residual far above its best one returns to the best iterate and forgets the differences.
@@ -182,42 +182,28 @@ def _coefficients(residuals: Tensor, r: Tensor) -> Tensor:
     """Return the γ `(batch, HISTORY)` that minimise ‖r − Σ γᵢ residualsᵢ‖, by regularised normal equations."""
     stored = _wide(residuals)
     gram = stored @ stored.transpose(1, 2)
-    right = (stored @ _wide(r)[:, :, None])[:, :, 0]
-    size = torch.diagonal(gram, dim1=1, dim2=2).sqrt()
-    scale = torch.where(size > 0, size, torch.ones_like(size))
-    ridge = 16.0 * torch.finfo(stored.dtype).eps
-    columns = [[gram[:, i, j] / (scale[:, i] * scale[:, j]) for j in range(i + 1)] for i in range(HISTORY)]
+    size = torch.diagonal(gram, dim1=1, dim2=2).sqrt()[:, :, None]
+    scale = torch.where(size > 0, size, 1.0)
     # A difference that is not there yet has a row of zeros with 1 on the diagonal, so its coefficient is zero.
-    factor = _factorised(columns, [torch.full_like(size[:, i], 1.0 + ridge) for i in range(HISTORY)])
-    solved = _solved(factor, [right[:, i] / scale[:, i] for i in range(HISTORY)])
-    return (torch.stack(solved, 1) / scale).to(residuals.dtype)
+    diagonal = torch.eye(HISTORY, dtype=stored.dtype, device=stored.device)
+    ridge = 16.0 * torch.finfo(stored.dtype).eps
+    matrix = torch.where(diagonal > 0, 1.0 + ridge, gram / (scale * scale.transpose(1, 2)))
+    solved = _solved(matrix, stored @ _wide(r)[:, :, None] / scale, diagonal)
+    return (solved / scale)[:, :, 0].to(residuals.dtype)
 
 
-def _factorised(lower: list[list[Tensor]], diagonal: list[Tensor]) -> list[list[Tensor]]:
-    """Return the Cholesky factor, its diagonal inverted, of matrices given by their entries `(batch,)`."""
-    factor: list[list[Tensor]] = []
-    for i in range(HISTORY):
-        row: list[Tensor] = []
-        for j in range(i):
-            dot = sum((row[k] * factor[j][k] for k in range(j)), lower[i][j] * 0)
-            row.append((lower[i][j] - dot) * factor[j][j])
-        left = diagonal[i] - sum((each * each for each in row), lower[i][i] * 0)
-        floor = 4.0 * torch.finfo(left.dtype).eps
-        row.append(torch.rsqrt(torch.clamp(left, min=floor)))
-        factor.append(row)
-    return factor
+def _solved(matrix: Tensor, right: Tensor, identity: Tensor) -> Tensor:
+    """Solve positive definite equations `(batch, HISTORY, HISTORY)` by Gauss–Jordan elimination, in few operators.
 
-
-def _solved(factor: list[list[Tensor]], right: list[Tensor]) -> list[Tensor]:
-    forward: list[Tensor] = []
-    for i in range(HISTORY):
-        dot = sum((factor[i][k] * forward[k] for k in range(i)), right[i] * 0)
-        forward.append((right[i] - dot) * factor[i][i])
-    found: list[Tensor] = [right[0]] * HISTORY
-    for i in reversed(range(HISTORY)):
-        dot = sum((factor[k][i] * found[k] for k in range(i + 1, HISTORY)), right[i] * 0)
-        found[i] = (forward[i] - dot) * factor[i][i]
-    return found
+    Pivots are at least 4 eps, because rounding may leave less of a nearly singular matrix.
+    """
+    floor = torch.where(identity > 0, 4.0 * torch.finfo(matrix.dtype).eps, -float("inf"))
+    table = torch.cat([matrix, right], 2)
+    for k in range(HISTORY):
+        column = torch.maximum(table[:, :, k : k + 1], floor[:, k : k + 1])
+        row = table[:, k : k + 1] / column[:, k : k + 1]
+        table = table - (column - identity[:, k : k + 1]) * row
+    return table[:, :, HISTORY:]
 
 
 def _wide(x: Tensor) -> Tensor:

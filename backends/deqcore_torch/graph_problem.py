@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch._higher_order_ops.base_hop import BaseHOP
 
 from deqcore.api import fixed_point
+from deqcore.errors import BackendError
 from deqcore.solution import Solution
 from deqcore_torch import operators
 from deqcore_torch.layout import arrange, autocast_dtype, batch_axes, describe, rows_shape, wanted
@@ -53,6 +54,19 @@ def _function(graph: fx.GraphModule) -> fx.GraphModule:
     return reduced
 
 
+class Captured:
+    """Keeps the problem of a graph while the graph or a copy of it exists.
+
+    Compiled code keeps the number of the problem alone, but the function that Dynamo stores keeps the graph.
+    """
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        self.number = operators.register(GraphProblem(_function(graph)), self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
+        return self
+
+
 class SolveGraph(BaseHOP):
     """Takes f as a graph from the compiler, and puts the operator in its place."""
 
@@ -60,12 +74,19 @@ class SolveGraph(BaseHOP):
         super().__init__("deqcore_solve_graph")
 
     def __call__(self, subgraph: fx.GraphModule, *operands: Tensor, layout: str, leaves: int) -> Any:
-        """Return what `operators.solve` returns."""
-        number = subgraph.meta.get("deqcore")
-        if number is None:
-            # Compiled code keeps the number alone, so the problem lives as long as the process.
-            number = operators.register(GraphProblem(_function(subgraph)), operators)
-            subgraph.meta["deqcore"] = number
+        """Return what `operators.solve` returns.
+
+        Raises:
+            BackendError: Dynamo broke its graph in f, and runs this call with a function instead of a graph.
+        """
+        if not isinstance(subgraph, fx.GraphModule):
+            raise BackendError(
+                "f of a compiled fixed_point must be one graph (torch.compile cannot trace all of it). Write branches "
+                "on values of tensors with torch.where, or make f the cell of a DEQ layer, which Python runs."
+            )
+        if "deqcore" not in subgraph.meta:
+            subgraph.meta["deqcore"] = Captured(subgraph)
+        number = subgraph.meta["deqcore"].number
         anchor = torch.empty((0,), device=operands[0].device)
         given = list(operands)
         recording, narrow = torch.is_grad_enabled(), autocast_dtype(given[0])

@@ -84,6 +84,11 @@ def _token(record: _Record | None) -> Tensor:
     return torch.from_numpy(memory)
 
 
+# Inductor leaves operators with this tag out of CUDA graphs, because the loop of a solve asks the host after each step.
+# Older releases of PyTorch do not have the tag.
+_ON_HOST = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
+
+
 def _plain_keys() -> tuple[Any, Any]:
     """Return the dispatch keys of a thread in which nothing is switched off."""
     found: list[Any] = []
@@ -108,7 +113,7 @@ def _with_autograd() -> AbstractContextManager[Any]:
     return guard
 
 
-@torch.library.custom_op("deqcore::solve", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+@torch.library.custom_op("deqcore::solve", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded, *_ON_HOST))
 def solve(
     anchor: Tensor,
     tensors: list[Tensor],
@@ -196,7 +201,7 @@ def _(anchor: Tensor, tensors: list[Tensor], problem: int, layout: str, leaves: 
     return [*placeholders(state[0], rows), *(t.new_empty(t.shape) for t in state)]
 
 
-@torch.library.custom_op("deqcore::solve_backward", mutates_args=())
+@torch.library.custom_op("deqcore::solve_backward", mutates_args=(), tags=_ON_HOST)
 def solve_backward(token: Tensor, cotangents: Sequence[Tensor | None], like: list[Tensor]) -> list[Tensor]:
     """Return the gradients for the tensors that a solve was asked for.
 

@@ -7,6 +7,7 @@ import pytest
 
 import deqcore
 from deqcore.errors import ProblemError
+from deqcore.testing.suite.complex_states import ComplexAffine
 
 N = 3
 TIGHT = {"forward__rtol": 1e-12, "backward__strategy": "exact-ift", "backward__options": {"rtol": 1e-12}}
@@ -55,6 +56,35 @@ def test_gradients_of_complex_parameters_are_those_of_differences(every):
     )  # fmt: skip
     assert np.abs(every.to_numpy(z) - iterated(a, b)).max() <= 1e-10
     assert np.abs(turned(every.to_numpy(da)) - differences(a, b, g)).max() <= 1e-7
+
+
+APPROXIMATE = ["broyden-reuse", "jacobian-free", "neumann"]
+
+
+@pytest.mark.parametrize("strategy", APPROXIMATE)
+@pytest.mark.supports(
+    "complex states",
+    backends="jax",
+    strategies="broyden-reuse, jacobian-free, neumann",
+)
+def test_other_strategies_in_jax_are_as_far_from_the_truth_as_they_may_be(strategy):
+    """The suite runs these on the other backends; JAX conjugates cotangents and gradients."""
+    xp = pytest.importorskip("jax").numpy
+    known = ComplexAffine.make(norm=0.05)
+    g = np.random.default_rng(8).standard_normal((2, 3)) * (1 + 2j)
+    single = lambda x: xp.asarray(x.astype(np.complex64))
+    a, b_conj, b = map(single, (known.a, known.b_conj, known.b))
+
+    def f(z, b):
+        return xp.einsum("bij,bj->bi", a, z) + xp.einsum("bij,bj->bi", b_conj, xp.conj(z)) + b
+
+    solver = "broyden" if strategy == "broyden-reuse" else "picard"
+    settings = {"forward__solver": solver, "forward__rtol": 1e-6, "backward__strategy": strategy}
+    z, (db,) = deqcore.vjp(f, 0 * b, b, cotangent=single(np.conj(g)), **settings)
+    assert np.abs(np.asarray(z) - known.root).max() <= 1e-4
+    truth = known.adjoint(g)
+    apart = np.linalg.norm(np.conj(np.asarray(db)) - truth) / np.linalg.norm(truth)
+    assert apart <= 0.06
 
 
 def test_single_precision_keeps_its_dtypes(every):

@@ -67,6 +67,28 @@ def test_vmap_of_a_derivative_with_and_without_jit(derivative, order):
         assert np.allclose(jax.jit(jax.grad(lambda a: jax.vmap(scalar)(a).sum()))(a), expected, rtol=1e-10)
 
 
+@pytest.mark.parametrize("strategy", ["broyden-reuse", "jacobian-free", "neumann", "unrolled"])
+@pytest.mark.supports(
+    "`vmap` of a solve and of its gradient",
+    backends="jax",
+    strategies="broyden-reuse, jacobian-free, neumann, unrolled",
+)
+def test_vmap_of_gradients_by_other_strategies(strategy):
+    """Of f = a z + 1 at z* = 1 / (1 − a): jacobian-free has u = 1, neumann the first terms of Σ aᵏ, the others all."""
+    solver = "broyden" if strategy == "broyden-reuse" else "picard"
+    options = {"neumann": {"terms": 3}, "unrolled": {"steps": 60}}.get(strategy, {})
+    own = {"forward__solver": solver, "backward__strategy": strategy, "backward__options": options}
+
+    def value(a):
+        settings = {"forward__rtol": 1e-9, "forward__max_steps": 200, **own}
+        return deqcore.fixed_point(lambda z, a: a * z + 1.0, jnp.zeros((1, 1)), a, **settings).value.sum()
+
+    a = np.asarray([0.1, 0.4, -0.7])
+    u = {"jacobian-free": 1.0, "neumann": 1 + a + a**2 + a**3}.get(strategy, 1 / (1 - a))
+    found = jax.jit(jax.vmap(jax.grad(value)))(a)
+    assert np.allclose(found, u / (1 - a), rtol=5e-2 if strategy == "broyden-reuse" else 1e-6)
+
+
 def test_a_hessian_vector_product_of_two_numbers_has_its_closed_form():
     """L = ½‖z*‖², z* = (I − A)^-1 b with b closed over: the Hessian in b is (I − A)^-T (I − A)^-1."""
     a = np.asarray([[0.3, 0.2], [-0.1, 0.4]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import deqcore
 
 jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
+from deqcore_jax.implicit import EQUILIBRIUM  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 N = 3
@@ -19,9 +21,14 @@ X = np.linspace(-1.0, 1.0, 2 * N, dtype=np.float32).reshape(2, N)
 W = 0.3 * np.linspace(-1.0, 1.0, N * N, dtype=np.float32).reshape(N, N)
 
 
-def solved(w, x):
+POLICIES = jax.checkpoint_policies
+NAMED = POLICIES.save_only_these_names(EQUILIBRIUM)
+
+
+def solved(w, x, **overrides):
     f = lambda z, w, x: jnp.tanh(z @ w.T + x)
-    return deqcore.fixed_point(f, jnp.zeros_like(x), w, x, forward__rtol=1e-6, forward__solver="anderson").value
+    settings = {"forward__rtol": 1e-6, "forward__solver": "anderson", **overrides}
+    return deqcore.fixed_point(f, jnp.zeros_like(x), w, x, **settings).value
 
 
 def loss(w, x):
@@ -46,12 +53,39 @@ def test_a_step_with_donated_parameters_gives_the_numbers_of_one_without(expecte
     assert np.isfinite(np.asarray(donated(new, X))).all()
 
 
+def test_a_donated_initial_iterate_becomes_the_value_of_the_next_step():
+    f = lambda z, w, x: jnp.tanh(z @ w.T + x)
+    step = jax.jit(lambda z, w, x: deqcore.fixed_point(f, z, w, x, forward__solver="picard").value, donate_argnums=0)
+    first = jnp.zeros_like(X)
+    second = step(first, W, X)
+    assert first.is_deleted()
+    assert np.allclose(second, f(second, W, X), atol=1e-3)
+    x = jnp.asarray(X)
+    for z0, given in ((first, X), (x, x)):  # one that is gone, and one that the same call needs as an input
+        with pytest.raises((RuntimeError, ValueError), match="donate"):
+            step(z0, W, given)
+
+
 @pytest.mark.supports("`jax.checkpoint` policies around a solve", backends="jax", strategies="exact-ift")
-@pytest.mark.parametrize("policy", ["nothing_saveable", "dots_saveable", "everything_saveable"])
+@pytest.mark.parametrize("policy", ["nothing_saveable", "dots_saveable", "everything_saveable", "by name"])
 def test_policies_of_checkpoints_change_no_gradient(expected, policy):
-    layer = jax.checkpoint(solved, policy=getattr(jax.checkpoint_policies, policy))
+    layer = jax.checkpoint(solved, policy=NAMED if policy == "by name" else getattr(POLICIES, policy))
     found = jax.jit(jax.grad(lambda w, x: jnp.sum(layer(w, x) ** 2)))(W, X)
     assert np.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.supports("`jax.checkpoint` that solves once", backends="jax", strategies="exact-ift, broyden-reuse")
+@pytest.mark.parametrize("strategy", ["exact-ift", "broyden-reuse"])
+def test_a_policy_that_saves_the_equilibrium_by_name_solves_once(strategy):
+    value = partial(solved, forward__solver="broyden", backward__strategy=strategy)
+
+    def loops(layer):
+        gradient = jax.grad(lambda w, x: jnp.sum(layer(w, x) ** 2))
+        return jax.jit(gradient).lower(W, X).as_text().count("stablehlo.while")
+
+    once = loops(value)
+    assert loops(jax.checkpoint(value, policy=NAMED)) == once
+    assert loops(jax.checkpoint(value, policy=POLICIES.nothing_saveable)) == once + 1
 
 
 @pytest.mark.supports("`jax.export`", backends="jax", strategies="exact-ift")

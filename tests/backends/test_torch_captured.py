@@ -93,11 +93,13 @@ def test_a_hundred_steps_of_other_lengths_and_batches_take_one_graph(backend):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("strategy", ["exact-ift", "broyden-reuse", "jacobian-free", "neumann", "phantom", "unrolled"])
+@pytest.mark.parametrize(
+    "strategy", ["exact-ift", "broyden-reuse", "jacobian-free", "neumann", "phantom", "unrolled", "adaptive"]
+)
 @pytest.mark.supports(
     "`torch.compile(fullgraph=True)`",
     backends="torch",
-    strategies="exact-ift, broyden-reuse, jacobian-free, neumann, phantom, unrolled",
+    strategies="exact-ift, broyden-reuse, jacobian-free, neumann, phantom, unrolled, adaptive",
 )
 def test_every_strategy_gives_the_gradients_of_eager_code(strategy):
     model = Model(Cell(), backward__strategy=strategy)

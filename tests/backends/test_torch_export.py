@@ -136,6 +136,12 @@ def test_what_cannot_be_exported_says_so():
         torch.export.export(branching, (x,))
 
 
+@pytest.mark.supports("`torch.export` of coupled units", backends="torch", strategies="any", answer="refused")
+def test_units_are_refused_with_what_to_set():
+    with pytest.raises(BackendError, match=r"forward\.batch must be true or false \(got 2\)"):
+        torch.export.export(DEQ(Cell(), forward__batch=2).eval(), (torch.randn(2, 3, N),))
+
+
 @pytest.mark.supports("ONNX", backends="torch", strategies="any")
 def test_onnx_runs_the_loop(tmp_path):
     pytest.importorskip("onnxscript")

@@ -141,6 +141,14 @@ def test_what_vmap_cannot_do_is_refused_with_a_remedy(data, overrides, error, wo
         vmap(grad(lambda a, b: solved(a, b, **overrides).sum()))(*data)
 
 
+@pytest.mark.parametrize("strategy", ["jacobian-free", "neumann"])
+@pytest.mark.supports("`vmap` of a solve and of its gradient", backends="torch", strategies="jacobian-free, neumann")
+def test_truncated_gradients_of_each_lane_are_those_of_a_loop(data, strategy):
+    gradient = grad(lambda a, b: (solved(a, b, backward__strategy=strategy, backward__options={}) ** 3).sum())
+    expected = torch.stack([gradient(a, b) for a, b in zip(*data, strict=True)])
+    assert torch.allclose(vmap(gradient)(*data), expected, rtol=1e-10)
+
+
 @pytest.mark.supports("`vmap` of a solve and of its gradient", backends="torch", strategies="broyden-reuse")
 @pytest.mark.supports(
     "`jacrev`, `jacfwd`, `hessian`",
