@@ -10,7 +10,7 @@ from deqcore.abc.backend import Backend
 from deqcore.abc.kernels import Krylov
 from deqcore.linear.figures import Figures
 from deqcore.linear.gmres import KrylovSpace
-from deqcore.linear.rules import ALONE, DEFLATED, WITNESSED, Rule, estimates, tighter
+from deqcore.linear.rules import ALONE, DEFLATED, WITNESSED, Rule, estimates, tighter, witnessed
 from deqcore.types import Array, Map
 
 SAFETY = 1.2
@@ -20,7 +20,7 @@ NOTHING_HIDDEN = 1e-3
 """Share of the target. A residual below it ends the wait for `Rule.least`: only a mode slower than this could hide."""
 
 JUDGED = 2.5
-"""Factor on the estimate by M'."""
+"""Factor on the estimate by M' of a residual that was measured."""
 
 
 ROUNDING = 2.0
@@ -104,6 +104,7 @@ class _Estimates(NamedTuple):
     residual: Array  # relative, by the recurrence
     rounding: Array  # relative residual that rounding may hide
     error: Array  # relative
+    other: Array  # see `witnessed`
     size: Array  # ‖u‖
 
 
@@ -124,11 +125,12 @@ def solve_certified(
     error is A^-1 r = M (A M)^-1 r, and the Krylov space knows a lower bound 1/σ_min(H̄) of ‖(A M)^-1‖, which is tight
     once the space has met the slow modes, or M has taken them out. The estimate is
 
-        error ≈ max(R max(‖r‖, ‖M r‖) / σ, 2.5 ‖M' r‖) / ‖u‖
+        error ≈ max(R max(‖r‖, ‖M r‖) / σ, 1.8 ‖M' r‖, 2.8 ρ √(‖r‖/σ ‖M' r‖)) / ‖u‖
 
     where M' is the forward solve's own estimate of A^-1, with little regularisation: it has met slow modes that a young
-    space has not. R is a factor that `Rule` defines: from the dimension, σ and the ratios by which the residual fell. A
-    residual that falls slowly, or more slowly than it did, is one of slow modes.
+    space has not. R is a factor that `Rule` defines: from the dimension, σ and the ratios ρ by which the residual fell.
+    A residual that falls slowly, or more slowly than it did, is one of slow modes. With M as preconditioner the second
+    factor is 2.5, and there is no third term.
 
     No sample is certified by fewer than `Rule.least` dimensions unless its space has closed or its residual is tiny.
     Where the rounding of A u exceeds `BLURRED` of the target, one vjp measures the residual, and a new space begins at
@@ -283,7 +285,7 @@ class _Task:
             reach = None if self.judge_space is None else self.judge_space(k, rows)
             if reach is None:
                 reach = self.backend.to_accum_dtype(judge(self.space.residual_vector(k, rows)))
-            return f.xp.where(wanted, f.xp.maximum(error, JUDGED * f.read(reach) / found.size), error)
+            return f.xp.where(wanted, witnessed(f.xp, self.rule, error, found.other, f.read(reach) / found.size), error)
 
         return f.when(wanted, raised, found.error)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -235,3 +236,19 @@ class Steps:
             return value, None
         detach = self.backend.detach
         return value, reached._replace(z=detach(value), fz=None if reached.fz is None else detach(reached.fz))
+
+
+def vjp_in_units(
+    backend: Backend, value: Callable[..., tuple[Array, Any]], args: tuple[Any, ...], g: Array
+) -> tuple[Array, Any, tuple[Any, ...]]:
+    """Return `backend.autodiff.vjp(value, args, g)`, by a cotangent of ordinary size.
+
+    The derivative of s f(z/s) multiplies the cotangent by s before it divides by s. A cotangent of the size of s leaves
+    the range there. The scale is a power of two for all rows, because the gradient of an argument may sum over them.
+    """
+    unit = row_scale(backend, backend.xp.max(backend.norm(g), keepdims=True), g)
+    primal, aux, gradients = backend.autodiff.vjp(value, args, divide_rows(backend, g, unit))
+    if unit is not None:
+        leaves, structure = backend.flatten(gradients)
+        gradients = backend.unflatten(structure, [x if x is None else x * backend.cast(unit[0], x) for x in leaves])
+    return primal, aux, gradients

@@ -19,7 +19,7 @@ from deqcore.errors import (
 )
 from deqcore.linear.grouped import Groups
 from deqcore.solution import Solution, SolveState
-from deqcore.solve.adjoint import Adjoint, Steps
+from deqcore.solve.adjoint import Adjoint, Steps, vjp_in_units
 from deqcore.solve.compaction import RestrictRows
 from deqcore.solve.failures import Watch
 from deqcore.solve.flatten import FlatFunction, RavelSpec
@@ -152,7 +152,10 @@ class Plan:
             primal, forward, record = self.run(f, z0, moved, None)
             return primal, (forward, record)
 
-        primal, (forward, record), gradients = self.backend.autodiff.vjp(value, args, g)
+        if isinstance(self.strategy, StepStrategy):  # the others scale the cotangent row by row in `Adjoint`
+            primal, (forward, record), gradients = vjp_in_units(self.backend, value, args, g)
+        else:
+            primal, (forward, record), gradients = self.backend.autodiff.vjp(value, args, g)
         return primal, gradients, forward, record
 
     def differentiate_by_hand(
@@ -164,8 +167,8 @@ class Plan:
         if isinstance(strategy, StepStrategy):
             solved = self.backend.autodiff.forward_only(f, z0, args, solve) if strategy.solves() else None
             steps = Steps(self.backend, strategy, self.solver)
-            primal, reached, gradients = self.backend.autodiff.vjp(
-                lambda *moved: steps(lambda z: f(z, *moved), z0, solved, self.step), args, g
+            primal, reached, gradients = vjp_in_units(
+                self.backend, lambda *moved: steps(lambda z: f(z, *moved), z0, solved, self.step), args, g
             )
             forward = self._unsolved(primal, reached) if solved is None else solved
             self._verify_steps(f, args, forward.z, primal)

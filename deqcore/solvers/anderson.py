@@ -62,7 +62,8 @@ class Anderson(Solver):
     Cost: one evaluation of f per step, 2·history_size history vectors.
 
     Args:
-        history_size: differences kept, at least 1.
+        history_size: differences kept, at least 1. No more are kept than a sample has numbers, because the coefficients
+            of further ones are rounding.
         mixing: β in (0, 1].
         ridge: relative ridge, at least 0.
         max_residual_growth: safeguard, above 1.
@@ -121,9 +122,10 @@ class Anderson(Solver):
 
     def begun(self, backend: Backend, fz: Array, norm: Array, unit: Array | None) -> AndersonState:
         """Return a state without differences and with an empty residual `(batch, 0)`, in units of `unit`."""
-        values = backend.history(fz, self.history_size, self.history_dtype)
-        residuals = backend.history(fz, self.history_size, self.history_dtype)
-        none = residuals.dot(fz)  # (batch, history_size), all zero
+        slots = min(self.history_size, max(1, fz.shape[1]))
+        values = backend.history(fz, slots, self.history_dtype)
+        residuals = backend.history(fz, slots, self.history_dtype)
+        none = residuals.dot(fz)  # (batch, slots), all zero
         system = self._empty(backend, none) + none[:, :, None]
         return AndersonState(values, residuals, system, none, none, none, fz[:, :0], norm, unit)
 
@@ -253,7 +255,7 @@ class Anderson(Solver):
 
     def _empty(self, backend: Backend, like: Array) -> Array:
         """Return the system of a sample without differences: its γ is 0."""
-        return (1.0 + self.relative_ridge(backend.eps(like))) * backend.linalg.eye(like, self.history_size)[None]
+        return (1.0 + self.relative_ridge(backend.eps(like))) * backend.linalg.eye(like, like.shape[1])[None]
 
     def residual_norm(self, backend: Backend, state: AndersonState) -> Array:
         """Return the norm that the safeguard has measured."""
@@ -271,5 +273,5 @@ class Anderson(Solver):
         return AndersonInverse(backend, state.values, state.residuals, kernel)
 
     def _units(self, backend: Backend, like: Array) -> list[Array]:
-        eye = backend.linalg.eye(like, self.history_size)
-        return [eye[i][None, :] for i in range(self.history_size)]
+        eye = backend.linalg.eye(like, like.shape[1])
+        return [eye[i][None, :] for i in range(like.shape[1])]

@@ -16,6 +16,7 @@ from deqcore.solve.adjoint import Steps
 from deqcore.solve.loop import BoundSolve
 from deqcore.testing.suite.base import DTYPES, Conformance, needs, several
 from deqcore.testing.suite.fixtures import Affine, Kit, affine, close
+from deqcore.testing.suite.scales import EXPONENTS, scaled
 from deqcore.types import Array, SolveResult, StoppingCriteria
 
 
@@ -28,6 +29,24 @@ class StepStrategyTests(Conformance):
         if not isinstance(any_strategy, StepStrategy):
             pytest.skip("the strategy routes a cotangent")
         return any_strategy
+
+    @several(("dtype", "sign"), [(dtype, sign) for dtype in DTYPES for sign in (-1, 1)])
+    @needs("autodiff")
+    def test_the_cotangent_may_be_of_the_size_of_the_states(
+        self, kit: Kit, steps: StepStrategy, strategy_name: str, settings: Any, dtype: str, sign: int
+    ) -> None:
+        """Map a cotangent times s through s f(z/s), whose derivative multiplies it by s before it divides by s."""
+        problem, g = affine(norm=0.5), np.random.default_rng(6).standard_normal((3, 6))
+        a, xp = kit.array(problem.a, dtype), kit.backend.xp
+        config = kit.config(rtol=1e-4, strategy=strategy_name, strategy_options=settings)
+
+        def gradient(s: float) -> Any:
+            f = scaled(kit, lambda z: xp.tanh(xp.sum(a * z[:, None, :], axis=2)), np.full(3, s), dtype)
+            b = kit.array(problem.b * s, dtype)
+            _, (db,) = deqcore.vjp(lambda z, b: f(z) + b, 0 * b, b, cotangent=kit.array(g * s, dtype), config=config)
+            return kit.numpy(db) / s
+
+        close(gradient(2.0 ** (sign * EXPONENTS[dtype])), gradient(1.0), 1e-4, "gradient in other units")
 
     @several("solver", ["picard", "broyden"])
     @needs("autodiff")
