@@ -14,6 +14,7 @@ from typing import Any, Final
 from deqcore.abc.backend import Backend
 from deqcore.errors import BackendError, ConfigError, ProblemError
 from deqcore.solution import Solution, SolveState
+from deqcore.solve.leaves import moved
 from deqcore.solve.observer import Solve
 from deqcore.solve.plan import Plan
 from deqcore.types import Array, Map, SolveResult, StoppingCriteria, Tree
@@ -101,8 +102,10 @@ def _as_fixed_point(plan: Plan, g: Callable[..., Tree], factor: Array) -> Callab
     def f(z: Tree, *args: Any) -> Tree:
         leaves, structure = backend.flatten(z)
         values = backend.flatten(g(z, *args))[0]
-        moved = [leaf - _beside(plan, factor, leaf) * value for leaf, value in zip(leaves, values, strict=True)]
-        return backend.unflatten(structure, moved)
+        carried = {position for position, _ in plan.space.carried}
+        pairs = enumerate(zip(leaves, values, strict=True))
+        stepped = [z if i in carried else z - _beside(plan, factor, z) * value for i, (z, value) in pairs]
+        return backend.unflatten(structure, stepped)
 
     f.__wrapped__ = g  # type: ignore[attr-defined] # backward passes are counted for g
     return f
@@ -123,6 +126,8 @@ def _check_square(plan: Plan, value: Tree) -> None:
     """Check that there are as many equations as unknowns, leaf by leaf."""
     backend, space = plan.backend, plan.space
     leaves, structure = backend.flatten(value)
+    if structure == space.structure:
+        leaves = moved(leaves, space.carried)
     shapes = [tuple(getattr(leaf, "shape", ())) for leaf in leaves]
     if structure != space.structure or shapes != [tuple(shape) for shape in space.shapes]:
         raise ProblemError(
