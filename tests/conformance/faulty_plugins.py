@@ -14,6 +14,7 @@ from external_adapters import Right
 from deqcore import Solver, plugins
 from deqcore.abc.backward import StepStrategy, Strategy, report
 from deqcore.abc.external import ExternalResult
+from deqcore.abc.host import HostViews
 from deqcore.abc.kernels import FusedKernels
 from deqcore.linear.norms import residual_norms
 from deqcore.types import Reached, Status
@@ -31,6 +32,7 @@ class MetByGrowth(NumpyBackend):
             return _update(before, result, residual, self.be.norm(result.fz), limits)
 
     kernels_class = _Textbook
+    host_class = HostViews  # the loop that calls `update`
 
 
 def _update(before: Any, result: Any, residual: Any, size: Any, limits: Any) -> Any:
@@ -85,12 +87,22 @@ class OldVectors(NumpyBackend):
     name: ClassVar[str] = "old-vectors"
 
     def history(self, like: Any, slots: int, dtype: str | None = None) -> Any:
-        return _Old.empty(self, like, slots, dtype)
+        return _Old.of(super().history(like, slots, dtype))
 
 
 class _Old(NumpyHistory):
+    @classmethod
+    def of(cls, made: NumpyHistory) -> _Old:
+        return cls(made.storage, made.seen, made.dtype, made.written, made.active)
+
+    def append(self, v: Any) -> _Old:
+        return self.of(super().append(v))
+
+    def copy(self) -> _Old:
+        return self.of(super().copy())
+
     def merge(self, rows: Any, other: Any) -> Any:
-        return self
+        return NumpyHistory(self.storage, self.seen | other.seen, self.dtype, self.written, self.active)
 
 
 # -- solvers ------------------------------------------------------------------------------------------------------
@@ -133,22 +145,6 @@ class Ridge(Solver):
         return new, f(new), (z, fz)
 
 
-@dataclass(frozen=True)
-class Remembers(Solver):
-    """Steps to the f(z) that it keeps, although a continued solve has another one."""
-
-    def init(self, backend: Any, z: Any, fz: Any) -> Any:
-        return (fz,)
-
-    def step(self, backend: Any, f: Any, z: Any, fz: Any, state: Any) -> Any:
-        (kept,) = state
-        new = f(kept)
-        return kept, new, (new,)
-
-    def restarted(self, backend: Any, rows: Any, z: Any, state: Any) -> Any:
-        return state
-
-
 class RunsAway(Right):
     """An adapter that calls residual ≤ rtol·‖f(z)‖ a success, after any growth."""
 
@@ -162,15 +158,6 @@ class RunsAway(Right):
                     break
                 z = z + 4.0**count * (fz - z) if np.abs(fz - z).min() > 0.4 else fz
         return ExternalResult(z, ~self._far(z, f(z, *args), rtol), count)
-
-
-class HandsOverF(Right):
-    """An adapter that returns f(z) for the z that it has tested."""
-
-    def solve(self, f: Any, z0: Any, args: Any, *, rtol: float, max_steps: int) -> ExternalResult:
-        found = super().solve(f, z0, args, rtol=rtol, max_steps=max_steps)
-        with np.errstate(all="ignore"):
-            return found._replace(z=2.0 * f(found.z, *args) - found.z)
 
 
 # -- strategies ---------------------------------------------------------------------------------------------------
@@ -218,16 +205,14 @@ class Frozen(StepStrategy):
 
 
 BACKENDS = (MetByGrowth, BlockDiagonal, ValueOfF, SumsOfSquares, OldVectors)
-SOLVERS = {"shared": Shared, "ridge": Ridge, "remembers": Remembers, "runs-away": RunsAway, "hands-over-f": HandsOverF}
+SOLVERS = {"shared": Shared, "ridge": Ridge, "runs-away": RunsAway}
 STRATEGIES = {"row-by-row": RowByRow, "frozen": Frozen}
 
 
 def register() -> None:
     """Register all of them in this process."""
     for backend in BACKENDS:
-        plugins.register(
-            plugins.BackendSpec(backend.name, f"{__name__}:{backend.__name__}", array_modules=("numpy",))
-        )
+        plugins.register(plugins.BackendSpec(backend.name, f"{__name__}:{backend.__name__}", array_modules=("numpy",)))
     for name, solver in SOLVERS.items():
         plugins.register(plugins.SolverSpec(name, f"{__name__}:{solver.__name__}"))
     for name, strategy in STRATEGIES.items():
