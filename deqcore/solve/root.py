@@ -36,8 +36,7 @@ def solve(plan: Plan, g: Callable[..., Tree], z0: Tree, args: tuple[Any, ...], s
     f = _as_fixed_point(plan, g, factor)
     raveled = plan.space.wrap(f)
     value, forward, record = plan.run(raveled, start, args, state)
-    if forward.carry is not None:
-        forward = forward._replace(residual=forward.residual / backend.xp.abs(factor))
+    forward = forward._replace(residual=forward.residual / backend.xp.abs(factor))
     solution = plan.solution(value, forward, record)
     if solution.fz is not None:
         solution = replace(solution, fz=_equations(plan, forward, factor))

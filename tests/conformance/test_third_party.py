@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 FILES = ("faulty_plugins.py", "external_adapters.py")
 CONFTEST = """
 import faulty_plugins

@@ -115,6 +115,21 @@ def test_integers_and_flags_are_carried_along(be):
     assert np.allclose(be.to_numpy(sol.value["a"]), np.sqrt(a * n[:, None]), rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [("reversible", {"steps": 2}), ("looped", {"depth": 2, "measure": True}), ("unrolled", {"steps": 1})],
+)
+def test_a_strategy_of_fixed_steps_reports_the_norm_of_g(be, strategy, options):
+    a = np.array([[2.0, 3.0], [0.5, 7.0]])
+    settings = {"backward__strategy": strategy, "backward__options": options, "forward__on_failure": "ignore"}
+    sol = deqcore.root(lambda z: -30.0 * (z * z + z - number(be, a)), number(be, a), **settings)
+    z = be.to_numpy(be.detach(sol.value))
+    truth = np.linalg.norm(30.0 * (z * z + z - a), axis=1)
+    assert truth.min() > 1e-3
+    assert np.allclose(be.to_numpy(sol.residual), truth, rtol=1e-6)
+    assert np.allclose(np.linalg.norm(be.to_numpy(sol.fz), axis=1), truth, rtol=1e-6)
+
+
 def test_a_start_at_the_root_converges_at_once(be):
     sol = deqcore.root(lambda z: z - 1.0, number(be, np.ones((1, 2))))
     assert sol.converged.all()
