@@ -17,6 +17,7 @@ from deqcore.config import Config
 from deqcore.errors import ConvergenceError, ConvergenceWarning, ProblemError, described
 from deqcore.solution import Solution
 from deqcore.solve.dispatch import pick_backend, plan_call
+from deqcore.solve.leaves import is_carried
 from deqcore.solve.user_line import warn
 from deqcore.types import SolveResult, Status, Tree
 
@@ -192,10 +193,13 @@ def _without_gradient(backend: Backend, solver: Solve, z0: Tree, args: tuple[Any
 
 
 def _difference(a: Tree, b: Tree) -> Tree:
-    """Return a − b leaf by leaf."""
+    """Return a − b leaf by leaf, and what is carried along in `a` as it is; b if it is another tree."""
     backend = pick_backend(Config(), a, ())
-    (leaves, structure), (others, _) = backend.flatten(a), backend.flatten(b)
-    return backend.unflatten(structure, [x - y for x, y in zip(leaves, others, strict=True)])
+    (leaves, structure), (others, found) = backend.flatten(a), backend.flatten(b)
+    if found != structure:
+        return b  # the caller raises the error
+    pairs = zip(leaves, others, strict=True)
+    return backend.unflatten(structure, [x if is_carried(backend, x) else x - y for x, y in pairs])
 
 
 def _report(solution: Solution, action: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from deqcore.abc.arrays import precision_of
 from deqcore.abc.harness import Harness
 from deqcore.types import Tree
 from deqcore_jax.closure import is_array, is_differentiable
@@ -57,8 +58,8 @@ class JaxHarness(Harness):
 
     def converted(self, module: Any, *, dtype: str | None = None, device: str | None = None) -> Any:
         def change(leaf: Any) -> Any:
-            if is_array(leaf) and dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating):
-                leaf = leaf.astype(dtype)
+            if is_array(leaf) and dtype is not None and jnp.issubdtype(leaf.dtype, jnp.inexact):
+                leaf = leaf.astype(precision_of(str(leaf.dtype), dtype))
             return jax.device_put(leaf, jax.devices(device)[0]) if is_array(leaf) and device is not None else leaf
 
         return jax.tree.map(change, module)

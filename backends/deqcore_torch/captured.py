@@ -99,7 +99,6 @@ class Layer(Protocol):
 
 def number_of(layer: Solvable) -> int:
     """Return a new number by which compiled code finds the layer; 0 if this PyTorch has no means for it."""
-    backend_named("torch")  # loaded here, because a compiler cannot trace the import
     return operators.register(LayerProblem(layer), layer) if AVAILABLE else 0
 
 
@@ -191,4 +190,5 @@ def _zeros(tree: Any) -> Any:
 
 
 if AVAILABLE:
+    backend_named("torch")  # loaded here, because a compiler cannot trace the import
     add_compiler(torch.compiler.is_compiling, solve_function)

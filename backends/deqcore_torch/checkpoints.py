@@ -41,7 +41,7 @@ def checkpoint(f: Callable[..., Any], *args: Any) -> Any:
     def run(*args: Any) -> Any:
         value = f(*args)
         tensors = [leaf for leaf in optree.tree_leaves(value) if isinstance(leaf, Tensor)]
-        leaves = [leaf.detach() for leaf in tensors if leaf.is_floating_point()]
+        leaves = [_real(leaf.detach()) for leaf in tensors if leaf.is_floating_point() or leaf.is_complex()]
         now = [fingerprint(leaf) for leaf in leaves]
         if prints:
             _at_end_of_pass(lambda: _check(now, prints[0], precision))
@@ -52,6 +52,11 @@ def checkpoint(f: Callable[..., Any], *args: Any) -> Any:
 
     with torch.utils.checkpoint.set_checkpoint_early_stop(False):
         return torch.utils.checkpoint.checkpoint(run, *args, use_reentrant=False)
+
+
+def _real(x: Tensor) -> Tensor:
+    """Return complex numbers as pairs, whose phase a comparison must see, too."""
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
 
 def largest(x: Tensor) -> Tensor:

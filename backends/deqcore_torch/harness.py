@@ -11,6 +11,7 @@ import optree
 import torch
 from torch import Tensor
 
+from deqcore.abc.arrays import is_inexact, precision_of
 from deqcore.abc.harness import Harness
 from deqcore.types import Tree
 
@@ -72,7 +73,7 @@ class TorchHarness(Harness):
         wanted = dict(trained)
 
         def leaf(name: str, x: Any) -> Any:
-            if not (isinstance(x, Tensor) and x.is_floating_point()):
+            if not (isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())):
                 return x
             wanted[name] = x.detach().clone().requires_grad_()
             return wanted[name]
@@ -93,7 +94,13 @@ class TorchHarness(Harness):
     def converted(self, module: Any, *, dtype: str | None = None, device: str | None = None) -> Any:
         if not isinstance(module, torch.nn.Module):
             return super().converted(module, dtype=dtype, device=device)
-        return copy.deepcopy(module).to(device=device, dtype=None if dtype is None else getattr(torch, dtype))
+        made = copy.deepcopy(module).to(device=device)
+
+        def change(x: Tensor) -> Tensor:
+            kind = str(x.dtype).removeprefix("torch.")
+            return x.to(getattr(torch, precision_of(kind, dtype))) if dtype is not None and is_inexact(kind) else x
+
+        return made._apply(change)  # `Module.to` with a real dtype drops imaginary parts
 
     def devices(self) -> tuple[str, ...]:
         return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)

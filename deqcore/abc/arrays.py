@@ -14,6 +14,18 @@ def is_inexact(dtype: str) -> bool:
     return "float" in dtype or "complex" in dtype
 
 
+def precision_of(dtype: str, real: str) -> str:
+    """Return the name of the dtype of the kind of `dtype`, real or complex, in the precision of the real dtype `real`.
+
+    Example:
+        >>> precision_of("complex128", "float32"), precision_of("float32", "float64")
+        ('complex64', 'float64')
+    """
+    if "complex" not in dtype:
+        return real
+    return "complex128" if real == "float64" else "complex64"
+
+
 class HostArrays(Protocol):
     """Views on the host, see `deqcore.abc.host.HostViews`."""
 

@@ -62,7 +62,12 @@ class Harness:
         return None
 
     def converted(self, module: Any, *, dtype: str | None = None, device: str | None = None) -> Any:
-        """Return a copy of a module with floating-point arrays of another dtype, or on another device.
+        """Return a copy of a module with arrays of another precision, or on another device.
+
+        Args:
+            module: the module, which stays what it is.
+            dtype: of floating-point arrays; complex ones get the complex dtype of this precision.
+            device: name of a device.
 
         Raises:
             BackendError: the framework has no modules to convert.

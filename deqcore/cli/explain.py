@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from deqcore import plugins
+from deqcore.abc.arrays import is_inexact, precision_of
 from deqcore.abc.backend import Backend
 from deqcore.api import get_backend
 from deqcore.bench.harness import Harness
@@ -227,10 +228,11 @@ def _data(problem: Problem, dtype: str, backend: Backend) -> tuple[Tree, Tree, T
 
     def convert(leaf: Any) -> Any:
         host = np.asarray(leaf)
-        if not np.issubdtype(host.dtype, np.floating):
+        if not is_inexact(host.dtype.name):
             return backend.asarray(host)
-        made = backend.asarray(host.astype(dtype))
-        if backend.dtype_name(made) != dtype:
+        wanted = precision_of(host.dtype.name, dtype)
+        made = backend.asarray(host.astype(wanted))
+        if backend.dtype_name(made) != wanted:
             raise BackendError(
                 f"--dtype {dtype}: {backend.name} made {backend.dtype_name(made)} of it. Where double precision is "
                 f"behind a switch, set it (JAX_ENABLE_X64=1), or use --dtype float32."

@@ -11,6 +11,7 @@ import numpy as np
 from deqcore.abc.backend import Backend
 from deqcore.config import Config
 from deqcore.diagnostics import adjoint
+from deqcore.diagnostics.linearization import host
 from deqcore.errors import ConfigError
 from deqcore.solve.dispatch import plan_call
 from deqcore.types import Array, Tree
@@ -185,9 +186,8 @@ def compare(a: Any, b: Any) -> tuple[Any, Any, Any]:
 
 
 def flat(backend: Backend, gradients: tuple[Any, ...]) -> Any:
-    """Return all gradients as one vector, in float64 on the host."""
-    leaves = [leaf for leaf in backend.flatten(gradients)[0] if leaf is not None]
-    parts = [backend.to_numpy(leaf).astype(np.float64).ravel() for leaf in leaves]
+    """Return all gradients as one vector, in float64 on the host, complex ones as pairs."""
+    parts = [host(backend, leaf).ravel() for leaf in backend.flatten(gradients)[0] if leaf is not None]
     return np.concatenate(parts) if parts else np.zeros(0)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from deqcore import config as settings
 from deqcore.abc.backend import Backend
 from deqcore.solve.dispatch import pick_backend
@@ -41,3 +43,11 @@ def linearize(f: Callable[..., Tree], z: Tree, args: tuple[Any, ...], batch: boo
     space = RavelSpec.of(backend, z, bool(batch))
     raveled = space.wrap(f)
     return Linearization(backend, space, lambda v: raveled(v, *args), space.ravel(z))
+
+
+def host(backend: Backend, x: Array) -> Any:
+    """Return an array on the host in float64; complex numbers as pairs, in a last axis of 2."""
+    found = backend.to_numpy(backend.detach(x))
+    if np.iscomplexobj(found):
+        found = np.stack([found.real, found.imag], axis=-1)
+    return found.astype(np.float64)

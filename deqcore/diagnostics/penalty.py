@@ -65,7 +65,7 @@ def jacobian_penalty(
     return total / len(probes)
 
 
-def residual_penalty(f: Callable[..., Tree], z: Tree, *args: Any, batch: bool = True) -> Array:
+def residual_penalty(f: Callable[..., Tree], z: Tree, *args: Any, batch: bool | Literal[2] = True) -> Array:
     """Return ‖f(z) − z‖² / ‖f(z)‖² per sample, differentiable: a loss that pulls the last state of a loop to rest.
 
     Add its mean, times a small weight, to the loss of a model whose steps are truncated: deeper loops then stay where
@@ -78,7 +78,7 @@ def residual_penalty(f: Callable[..., Tree], z: Tree, *args: Any, batch: bool = 
         f: `f(z, *args)` returns a tree like z.
         z: the last state, a tree of floating-point arrays: `sol.value`, or `sol.z` to train f alone.
         *args: further arguments of f.
-        batch: whether the first axis of z is the batch, as `forward.batch`.
+        batch: whether the first axis of z is the batch, as `forward.batch`; 2 is the same as true here.
 
     Returns:
         The squared relative residual `(batch,)`; 0 where f(z) = z = 0.

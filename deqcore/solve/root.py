@@ -14,6 +14,7 @@ from typing import Any, Final
 from deqcore.abc.backend import Backend
 from deqcore.errors import BackendError, ConfigError, ProblemError
 from deqcore.solution import Solution, SolveState
+from deqcore.solve.leaves import moved
 from deqcore.solve.observer import Solve
 from deqcore.solve.plan import Plan
 from deqcore.solve.report import report_failure, report_nondeterminism
@@ -36,8 +37,7 @@ def solve(plan: Plan, g: Callable[..., Tree], z0: Tree, args: tuple[Any, ...], s
     f = _as_fixed_point(plan, g, factor)
     raveled = plan.space.wrap(f)
     value, forward, record = plan.run(raveled, start, args, state)
-    if forward.carry is not None:
-        forward = forward._replace(residual=forward.residual / backend.xp.abs(factor))
+    forward = forward._replace(residual=forward.residual / backend.xp.abs(factor))
     solution = plan.solution(value, forward, record)
     if solution.fz is not None:
         solution = replace(solution, fz=_equations(plan, forward, factor))
@@ -102,8 +102,10 @@ def _as_fixed_point(plan: Plan, g: Callable[..., Tree], factor: Array) -> Callab
     def f(z: Tree, *args: Any) -> Tree:
         leaves, structure = backend.flatten(z)
         values = backend.flatten(g(z, *args))[0]
-        moved = [leaf - _beside(plan, factor, leaf) * value for leaf, value in zip(leaves, values, strict=True)]
-        return backend.unflatten(structure, moved)
+        carried = {position for position, _ in plan.space.carried}
+        pairs = enumerate(zip(leaves, values, strict=True))
+        stepped = [z if i in carried else z - _beside(plan, factor, z) * value for i, (z, value) in pairs]
+        return backend.unflatten(structure, stepped)
 
     f.__wrapped__ = g  # type: ignore[attr-defined] # backward passes are counted for g
     return f
@@ -124,6 +126,8 @@ def _check_square(plan: Plan, value: Tree) -> None:
     """Check that there are as many equations as unknowns, leaf by leaf."""
     backend, space = plan.backend, plan.space
     leaves, structure = backend.flatten(value)
+    if structure == space.structure:
+        leaves = moved(leaves, space.carried)
     shapes = [tuple(getattr(leaf, "shape", ())) for leaf in leaves]
     if structure != space.structure or shapes != [tuple(shape) for shape in space.shapes]:
         raise ProblemError(

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from deqcore.abc.arrays import is_inexact
 from deqcore.abc.backend import Backend
 from deqcore.errors import InitialIterateError, ProblemError
+from deqcore.solve.leaves import REAL
 from deqcore.types import Array, Tree
 
 NUMBERS = bool | int | float | np.ndarray | np.generic
@@ -21,7 +23,7 @@ class Sample:
 
     Attributes:
         index: the number of the item in the stream.
-        z0: leaves of the initial iterate.
+        z0: leaves of the initial iterate; a complex leaf as pairs of real numbers.
         args: leaves of the arguments that are arrays or numbers.
     """
 
@@ -55,14 +57,14 @@ class Layout:
         """Describe the first item.
 
         Raises:
-            InitialIterateError: a leaf of z0 is not a floating-point array of at least one axis.
+            InitialIterateError: a leaf of z0 is not a floating-point or complex array of at least one axis.
         """
         (z_leaves, z_structure), (leaves, structure) = backend.flatten(z0), backend.flatten(args)
         for leaf in z_leaves:
             _check_iterate(backend, leaf)
         if not z_leaves:
             raise InitialIterateError(
-                "Item 0 of the stream: z0 must hold at least one array of floating-point numbers (got none)."
+                "Item 0 of the stream: z0 must hold at least one array of floating-point or complex numbers (got none)."
             )
         like = z_leaves[0]
         kinds = tuple(_kind(backend, leaf, like) for leaf in leaves)
@@ -84,9 +86,14 @@ class Layout:
         self._compare("args", leaves, self.kinds, index)
         return Sample(
             index,
-            tuple(_array(self.backend, leaf, self.like) for leaf in z_leaves),
+            tuple(self._real(leaf, kind) for leaf, (kind, _) in zip(z_leaves, self.z_kinds, strict=True)),
             tuple(_array(self.backend, leaf, self.like) for leaf in leaves if _is_numeric(self.backend, leaf)),
         )
+
+    def _real(self, leaf: Any, kind: str) -> Array:
+        """Return a leaf of z0 as an array, a complex one as pairs."""
+        array = _array(self.backend, leaf, self.like)
+        return self.backend.to_pairs(array) if kind in REAL else array
 
     def _compare(self, what: str, leaves: list[Any], kinds: tuple[Any, ...], index: int) -> None:
         for place, (leaf, expected) in enumerate(zip(leaves, kinds, strict=True)):
@@ -101,7 +108,7 @@ class Layout:
     def batch(self, sample: Sample, size: int) -> tuple[Tree, tuple[Any, ...]]:
         """Return z0 and the arguments of `size` copies of a sample."""
         xp = self.backend.xp
-        z0 = self.backend.unflatten(self.z_structure, [xp.stack([leaf] * size) for leaf in sample.z0])
+        z0 = self._iterate([xp.stack([leaf] * size) for leaf in sample.z0])
         return z0, self.arguments(tuple(xp.stack([leaf] * size) for leaf in sample.args))
 
     def leaves(self, args: tuple[Any, ...]) -> tuple[Array, ...]:
@@ -118,21 +125,28 @@ class Layout:
     def unravel(self, row: Array) -> Tree:
         """Return the iterate of one sample from its row `(1, n)`."""
         xp, leaves, start = self.backend.xp, [], 0
-        for _, shape in self.z_kinds:
+        for kind, own in self.z_kinds:
+            shape = (*own, 2) if kind in REAL else own
             size = math.prod(shape)
             leaves.append(xp.reshape(row[:, start : start + size], shape))
             start += size
-        return self.backend.unflatten(self.z_structure, leaves)
+        return self._iterate(leaves)
+
+    def _iterate(self, leaves: list[Array]) -> Tree:
+        """Return the tree of the leaves of an iterate, of which complex ones are pairs."""
+        kinds = [kind for kind, _ in self.z_kinds]
+        turned = [self.backend.from_pairs(z) if kind in REAL else z for z, kind in zip(leaves, kinds, strict=True)]
+        return self.backend.unflatten(self.z_structure, turned)
 
 
 def _check_iterate(backend: Backend, leaf: Any) -> None:
     """Refuse a leaf of the first z0 that cannot be stacked to a state."""
-    if not backend.is_array(leaf) or "float" not in backend.dtype_name(leaf) or leaf.ndim < 1:
+    if not backend.is_array(leaf) or not is_inexact(backend.dtype_name(leaf)) or leaf.ndim < 1:
         kind = f"{backend.dtype_name(leaf)} {tuple(leaf.shape)}" if backend.is_array(leaf) else type(leaf).__name__
         raise InitialIterateError(
-            f"Item 0 of the stream: each leaf of z0 must be an array of {backend.name} of floating-point numbers with "
-            f"at least one axis, without a batch axis (got {kind}). Pass integers as arguments, and a number as an "
-            f"array of shape (1,)."
+            f"Item 0 of the stream: each leaf of z0 must be an array of {backend.name} of floating-point or complex "
+            f"numbers with at least one axis, without a batch axis (got {kind}). Pass integers as arguments, and a "
+            f"number as an array of shape (1,)."
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from deqcore.abc.arrays import is_inexact, precision_of
 from deqcore.abc.backend import Backend
 from deqcore.api import vjp
 from deqcore.config import Config
@@ -67,12 +68,13 @@ def data_of(problem: Problem, job: Job, backend: Backend) -> tuple[Tree, Tree, T
 
     def convert(leaf: Any) -> Array:
         host = np.asarray(leaf)
-        if np.issubdtype(host.dtype, np.floating):
-            host = host.astype(job.data or job.dtype)
+        kind = host.dtype.name
+        if is_inexact(kind):
+            host = host.astype(precision_of(kind, job.data or job.dtype))
             if job.jitter:
                 signs = rng.integers(-1, 2, host.shape).astype(host.dtype)
                 host = (host * (1 + np.finfo(host.dtype).eps * signs)).astype(host.dtype)
-            host = host.astype(job.dtype)
+            host = host.astype(precision_of(kind, job.dtype))
         return backend.asarray(host)
 
     trees = (problem.params, problem.inputs, problem.z0, problem.direction())

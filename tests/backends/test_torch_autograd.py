@@ -79,6 +79,22 @@ def test_a_checkpoint_refuses_an_f_that_has_changed_since_the_call(x, how, scale
         values[2].sum().backward()
 
 
+@pytest.mark.parametrize("turn", [1.0, 1j])
+def test_a_checkpoint_compares_complex_values_with_their_phase(turn):
+    """f multiplies by a number of modulus 1, so that a change of it turns the value and keeps its size."""
+    x = torch.full((2, 3), 0.5 + 0.25j, requires_grad=True)
+    kept = [torch.tensor(1.0 + 0j)]
+    layer = DEQ(lambda z, x: 0.5 * kept[0] * (0.4 * z + x), checkpoint=True, backward__strategy="exact-ift")
+    value = layer(x)
+    kept[0] = torch.tensor(turn + 0j)
+    if turn == 1.0:
+        value.abs().square().sum().backward()
+        assert torch.allclose(x.grad, 2 * value.detach() * 0.625, rtol=1e-4)  # value = x / 1.6
+        return
+    with pytest.raises(ProblemError, match="A checkpoint evaluates f again"):
+        value.abs().square().sum().backward()
+
+
 # -- cost ---------------------------------------------------------------------------------------------------------
 
 

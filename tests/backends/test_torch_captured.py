@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 
 import pytest
 
@@ -299,3 +301,18 @@ def test_a_copied_or_restored_layer_is_another_problem():
     gc.collect()
     assert twin.number in operators._problems
     assert number not in operators._problems
+
+
+FIRST = """
+import torch, deqcore, deqcore_torch.nn
+x = torch.full((2, 3), 0.5, dtype=torch.float64, requires_grad=True)
+solve = lambda x: deqcore.fixed_point(lambda z, x: 0.5 * z + x, 0 * x, x, forward__rtol=1e-10).value.sum()
+torch.compile(solve, backend="eager", fullgraph=True)(x).backward()
+assert torch.allclose(x.grad, torch.full_like(x, 2.0), rtol=1e-6), x.grad
+"""
+
+
+def test_the_first_call_of_a_process_may_be_a_compiled_one():
+    """A compiler cannot trace the import of a backend."""
+    done = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -119,6 +119,17 @@ def test_integers_and_flags_are_carried_along():
     assert np.array_equal(sol.value["mask"], mask)
 
 
+def test_a_root_of_ones_own_carries_flags_along_and_names_another_tree(be):
+    a = be.asarray(np.array([[2.0], [3.0]]))
+    z0 = {"a": 0 * a + 1, "on": be.asarray(np.array([True, False]))}
+    solved = deqcore.custom_root(lambda z, a: {"a": z["a"] ** 2 - a, "on": z["on"]}, forward__rtol=1e-5)
+    found = solved(lambda z0, a: {**z0, "a": a**0.5})(z0, a)
+    assert be.to_numpy(found["on"]).tolist() == [True, False]
+    assert np.allclose(be.to_numpy(found["a"]) ** 2, [[2.0], [3.0]], rtol=1e-5)
+    with pytest.raises(ProblemError, match="must return a tree like z"):
+        deqcore.custom_root(lambda z, a: z["a"] - a)(lambda z0, a: z0)(z0, a)
+
+
 def test_a_python_number_is_a_state():
     f = lambda z, a: {"z": a * np.cos(z["z"])}
     sol = deqcore.fixed_point(f, {"z": 1.0}, np.array(0.5), forward__batch=False, forward__rtol=1e-10)

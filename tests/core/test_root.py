@@ -103,6 +103,33 @@ def test_trees_and_whole_states(be):
         assert np.abs(be.to_numpy(sol.value["b"]) - 3 * 2**0.5).max() < 1e-6
 
 
+def test_integers_and_flags_are_carried_along(be):
+    """z² = a n, where n is a count in the state; what g returns for it is ignored."""
+    a, n = np.array([[2.0], [3.0]]), np.array([3, 4])
+    z0 = {"a": number(be, np.ones((2, 1))), "n": be.asarray(n), "on": be.asarray(np.array([True, False]))}
+    g = lambda z, a: {"a": z["a"] ** 2 - a * be.cast(z["n"], a)[:, None], "n": -z["n"], "on": z["on"]}
+    sol = deqcore.root(g, z0, number(be, a), forward__rtol=1e-6)
+    assert sol.converged.all()
+    assert be.to_numpy(sol.value["n"]).tolist() == [3, 4]
+    assert be.to_numpy(sol.value["on"]).tolist() == [True, False]
+    assert np.allclose(be.to_numpy(sol.value["a"]), np.sqrt(a * n[:, None]), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [("reversible", {"steps": 2}), ("looped", {"depth": 2, "measure": True}), ("unrolled", {"steps": 1})],
+)
+def test_a_strategy_of_fixed_steps_reports_the_norm_of_g(be, strategy, options):
+    a = np.array([[2.0, 3.0], [0.5, 7.0]])
+    settings = {"backward__strategy": strategy, "backward__options": options, "forward__on_failure": "ignore"}
+    sol = deqcore.root(lambda z: -30.0 * (z * z + z - number(be, a)), number(be, a), **settings)
+    z = be.to_numpy(be.detach(sol.value))
+    truth = np.linalg.norm(30.0 * (z * z + z - a), axis=1)
+    assert truth.min() > 1e-3
+    assert np.allclose(be.to_numpy(sol.residual), truth, rtol=1e-6)
+    assert np.allclose(np.linalg.norm(be.to_numpy(sol.fz), axis=1), truth, rtol=1e-6)
+
+
 def test_a_start_at_the_root_converges_at_once(be):
     sol = deqcore.root(lambda z: z - 1.0, number(be, np.ones((1, 2))))
     assert sol.converged.all()

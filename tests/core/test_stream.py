@@ -291,3 +291,30 @@ def test_no_gradient_is_recorded_and_a_compiled_f_works():
     assert len(shapes) == 1  # one shape, one program
     for k, result in enumerate(results):
         torch.testing.assert_close(result.value, 0.5 * torch.tanh(result.value) + k, rtol=1e-4, atol=1e-4)
+
+
+def test_complex_items_beside_real_leaves(be):
+    """f need not be holomorphic. The truth is plain iteration in NumPy."""
+    rng = np.random.default_rng(3)
+    data = [(rate, rng.standard_normal(N) + 1j * rng.standard_normal(N)) for rate in RATES]
+
+    def f(z, rate, x, xp=be.xp):
+        w, v = z["w"], z["v"]
+        moved = (0.6 * w + 0.3 * xp.conj(w)) / (1.0 + xp.abs(w)) + 0.2 * v
+        return {"w": rate[:, None] * moved + x, "v": 0.5 * v + 0.1 * xp.real(w[:, :1])}
+
+    def array(value, dtype="complex128"):
+        return be.asarray(np.asarray(value), dtype=dtype)
+
+    z0 = {"w": array(np.zeros(N)), "v": array(np.zeros(1), "float64")}
+    items = [(z0, float(rate), array(x)) for rate, x in data]
+    for result, (rate, x) in zip(deqcore.solve_stream(f, items, slots=3, **SETTINGS), data, strict=True):
+        truth = {"w": np.zeros((1, N), complex), "v": np.zeros((1, 1))}
+        for _ in range(200):
+            truth = f(truth, np.array([rate]), x, np)
+        assert result.converged, result
+        assert be.dtype_name(result.value["w"]) == "complex128"
+        np.testing.assert_allclose(be.to_numpy(result.value["w"]), truth["w"][0], atol=1e-6)
+        np.testing.assert_allclose(be.to_numpy(result.value["v"]), truth["v"][0], atol=1e-6)
+    with pytest.raises(InitialIterateError, match="at least one axis"):
+        list(deqcore.solve_stream(f, [(array(1.0), 0.5, items[0][2])]))

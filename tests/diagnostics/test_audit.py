@@ -70,6 +70,22 @@ def test_gradients_of_the_arguments(be, problem):
     assert found.gradient_norm_ratio == pytest.approx(np.linalg.norm(whole[0]) / np.linalg.norm(whole[1]), rel=1e-6)
 
 
+def test_gradients_of_complex_arguments(be):
+    """The gradients of a and x are u zᴴ and u for u = (I − Aᴴ)⁻¹ g, and g for jacobian-free."""
+    r = np.random.default_rng(2)
+    x, g = (r.standard_normal((2, 2)) + 1j * r.standard_normal((2, 2)) for _ in range(2))
+    a = np.array([[0.45j, 0.1], [0.05, -0.4j]])
+    z, u = np.linalg.solve(np.eye(2) - a, x.T).T, np.linalg.solve((np.eye(2) - a).conj().T, g.T).T
+    p, q = (np.concatenate([np.einsum("bi,bj->ij", v, z.conj()).ravel(), v.ravel()]) for v in (g, u))
+    z0, a, x, g = (be.asarray(v, dtype="complex128") for v in (0 * x, a, x, g.conj() if be.autodiff.conjugates else g))
+    f = lambda z, a, x: be.xp.sum(a[None] * z[:, None, :], axis=2) + x
+    settings = {"forward__rtol": 1e-10, "backward__strategy": "jacobian-free"}
+    found = gradient_audit(f, z0, a, x, cotangent=g, **settings)
+    norms = np.linalg.norm(p), np.linalg.norm(q)
+    assert found.gradient_cosine == pytest.approx(np.vdot(p, q).real / norms[0] / norms[1], rel=1e-6)
+    assert found.gradient_norm_ratio == pytest.approx(norms[0] / norms[1], rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("strategy", "options"), [("phantom", {"steps": 3, "damping": 1.0}), ("neumann", {"terms": 2})]
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+import deqcore
 from deqcore.diagnostics import Claims, LayerUnderTest, check_layer
 from deqcore.errors import ConfigError, InitialIterateError, ProblemError
 
@@ -324,6 +325,55 @@ def test_a_dtype_in_which_the_answer_differs():
     assert (
         checked(Hand(torch.float32), x=inputs(BATCH, SIZE, dtype=torch.float32)).finding("dtype float64").status == "ok"
     )
+
+
+class Elsewhere(Hand):
+    """Right on each device, but on one that is not the first it answers for another input."""
+
+    shift = 0.0
+
+    def cell(self, z, x):
+        return super().cell(z, x + self.shift)
+
+
+def test_complex_layers_are_compared_in_the_other_precision():
+    x = inputs(BATCH, SIZE, dtype=torch.complex128)
+    finding = checked(Hand(torch.complex128), x=0.3 * x).finding("dtype float32")
+    assert finding.status == "ok", finding
+    narrow = checked(Hand(torch.complex64), x=0.3 * x.to(torch.complex64)).finding("dtype float64")
+    assert narrow.status == "ok", narrow
+
+
+class Turned(Hand):
+    """The adjoint equation with J instead of its conjugate."""
+
+    def adjoint(self, f1, z1, g):
+        return super().adjoint(f1, z1, g.conj()).conj()
+
+
+@pytest.mark.parametrize(("made", "status"), [(Hand, "ok"), (Turned, "failed")])
+def test_the_gradient_of_a_complex_layer_is_compared_with_its_imaginary_part(made, status):
+    layer = made(torch.complex128)
+    report = checked(layer, x=0.3 * inputs(BATCH, SIZE, dtype=torch.complex128))
+    assert report.finding("gradient").status == status, report.finding("gradient")
+
+
+@pytest.mark.parametrize(("shift", "status"), [(0.0, "ok"), (0.1, "failed")])
+def test_another_device_is_compared(monkeypatch, shift, status):
+    """A second device in name only: what is moved there stays on the host, and the layer notes that it was moved."""
+    harness = type(deqcore.get_backend(backend="torch").harness)
+    convert = harness.converted
+
+    def converted(self, module, *, dtype=None, device=None):
+        made = convert(self, module, dtype=dtype)
+        made.shift = shift if device == "other" else 0.0
+        return made
+
+    monkeypatch.setattr(harness, "devices", lambda self: ("cpu", "other"))
+    monkeypatch.setattr(harness, "converted", converted)
+    monkeypatch.setattr(type(deqcore.get_backend(backend="torch")), "to_device", lambda self, x, device: x.clone())
+    finding = checked(Elsewhere()).finding("device other")
+    assert finding.status == status, finding
 
 
 def test_a_nan_ends_the_check():

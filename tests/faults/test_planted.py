@@ -44,3 +44,17 @@ def test_there_are_enough_of_them_and_each_has_a_name():
 def test_a_text_that_is_not_there_cannot_be_planted():
     with pytest.raises(ValueError, match="must occur once"):
         planted.FAULTS[0].planted("")
+
+
+def test_the_table_of_kinds_names_tests_and_faults_that_exist():
+    root = Path(__file__).parents[2]
+    page = (root / "docs/notes/verification.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1:4] for line in page.partition("| kind |")[2].splitlines() if line.startswith("| ")]
+    names = {fault.name for fault in planted.FAULTS}
+    assert len(rows) == 22
+    for kind, tests, faults in rows:
+        named = re.findall(r"`([\w/]+\.py)::(\w+)`", tests)
+        assert named, kind
+        for file, test in named:
+            assert f"def {test}(" in (root / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"
+        assert set(re.findall(r'"([^"]+)"', faults)) <= names, kind

@@ -10,7 +10,8 @@ from deqcore.abc.arrays import is_inexact
 from deqcore.diagnostics.check.gradient import ExactAdjoint
 from deqcore.diagnostics.check.independence import ROUNDING, distance_allowed
 from deqcore.diagnostics.check.report import FAILED, NOTE, OK, SKIPPED, Finding
-from deqcore.diagnostics.check.subject import Subject, host, mapped
+from deqcore.diagnostics.check.subject import Subject, mapped
+from deqcore.diagnostics.linearization import host
 from deqcore.errors import ConfigError
 from deqcore.types import Array, Tree
 

@@ -9,7 +9,8 @@ from typing import Any, Final
 import numpy as np
 
 from deqcore.diagnostics.check.report import FAILED, OK, SKIPPED, Finding
-from deqcore.diagnostics.check.subject import Subject, first_line, host
+from deqcore.diagnostics.check.subject import Subject, first_line
+from deqcore.diagnostics.linearization import host
 from deqcore.linear.gmres import gmres
 from deqcore.solve.verification import adjoint_residual
 from deqcore.types import Array, Map

@@ -8,9 +8,11 @@ from typing import Any, Final
 
 import numpy as np
 
+from deqcore.abc.arrays import is_inexact, precision_of
 from deqcore.diagnostics.check.gradient import ExactAdjoint
 from deqcore.diagnostics.check.report import FAILED, NOTE, OK, SKIPPED, Finding
-from deqcore.diagnostics.check.subject import Subject, first_line, host, mapped
+from deqcore.diagnostics.check.subject import Subject, first_line, mapped
+from deqcore.diagnostics.linearization import host
 from deqcore.solve.verification import leaking_pair
 from deqcore.types import Array, Tree
 
@@ -221,13 +223,16 @@ def _converted(subject: Subject, exact: ExactAdjoint, check: str, to: dict[str, 
     def change(leaf: Array) -> Array:
         if "device" in to:
             return backend.to_device(leaf, to["device"])
-        return backend.astype(leaf, to["dtype"]) if "float" in backend.dtype_name(leaf) else leaf
+        kind = backend.dtype_name(leaf)
+        return backend.astype(leaf, precision_of(kind, to["dtype"])) if is_inexact(kind) else leaf
 
     try:
         inputs = tuple(mapped(backend, tree, change) for tree in subject.inputs)
         layer = backend.harness.converted(subject.layer, **to)
         keywords = {name: mapped(backend, value, change) for name, value in subject.keywords.items()}
-        space = replace(subject.space, dtype=to.get("dtype", subject.space.dtype), device=None)
+        dtype = to.get("dtype", subject.space.dtype)
+        pairs = tuple(kind and precision_of(kind, dtype) for kind in subject.space.complex)
+        space = replace(subject.space, dtype=dtype, complex=pairs, device=None)
         other = replace(subject, layer=layer, inputs=inputs, keywords=keywords, space=space)
         moved = backend.detach(other.run())
         residual = other.residual(moved)

@@ -15,7 +15,8 @@ from deqcore.diagnostics.check.effects import Watch, side_effects
 from deqcore.diagnostics.check.gradient import ExactAdjoint, exact_adjoint, gradient
 from deqcore.diagnostics.check.record import LayerUnderTest
 from deqcore.diagnostics.check.report import FAILED, OK, SKIPPED, Finding, LayerReport
-from deqcore.diagnostics.check.subject import Subject, bind, host
+from deqcore.diagnostics.check.subject import Subject, bind
+from deqcore.diagnostics.linearization import host
 from deqcore.errors import ConfigError, InitialIterateError, described
 from deqcore.solve.dispatch import pick_backend
 

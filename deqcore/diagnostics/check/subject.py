@@ -13,6 +13,7 @@ from deqcore.config import Config
 from deqcore.diagnostics.check import naming
 from deqcore.diagnostics.check.effects import Watch
 from deqcore.diagnostics.check.record import LayerUnderTest
+from deqcore.diagnostics.linearization import host
 from deqcore.errors import DeqcoreError, InitialIterateError, ProblemError, described
 from deqcore.solve.dispatch import pick_backend
 from deqcore.solve.flatten import RavelSpec
@@ -144,11 +145,6 @@ def first_line(error: Exception) -> str:
     """Return an error's type and the first line of its text."""
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
-
-
-def host(backend: Backend, x: Array) -> Any:
-    """Return an array on the host in float64."""
-    return backend.to_numpy(backend.detach(x)).astype(np.float64)
 
 
 def mapped(backend: Backend, tree: Tree, change: Callable[[Array], Array]) -> Tree:
