@@ -4,7 +4,7 @@ One network of a few thousand weights is all that is learnt. A cycle updates the
 segment is a few cycles, of which the last carries the gradient. Each segment has its own loss and starts, without a
 gradient, where the one before ended (deep supervision with a carry). A head learns to say when a puzzle is solved.
 
-Each puzzle has exactly one solution. Scored on unseen puzzles at several depths, up to eight times the depth of the
+Each puzzle has exactly one solution. Scored on unseen puzzles at several depths, up to four times the depth of the
 training, and at several breadths: of several random starts the one that comes to rest best is kept.
 Source: Jolicoeur-Martineau (2025), "Less is more: recursive reasoning with tiny networks", arXiv:2510.04871. The
 network follows Palm, Paquet & Winther (2018), "Recurrent relational networks": sums over rows, columns, boxes, digits.
@@ -24,9 +24,9 @@ WIDTH, HIDDEN = 16, 64
 SEGMENTS = 3
 CYCLES = 4  # of a segment; a training sees SEGMENTS · CYCLES cycles
 CLUES = (26, 36)
-TRAIN, TEST, BATCH = 400, 200, 16
+TRAIN, TEST, BATCH = 400, 100, 16
 STEPS, RATE = 400, 6e-3
-DEPTHS, BREADTHS, BREADTH_DEPTH = (3, 6, 12, 24, 48, 96), (1, 2, 4, 8), 24
+DEPTHS, BREADTHS, BREADTH_DEPTH = (3, 6, 12, 24, 48), (1, 4), 24
 SETTINGS = {"backward__strategy": "looped", "backward__options": {"depth": CYCLES, "recorded": 1}}
 HALTING = {
     "forward__solver": "picard",
