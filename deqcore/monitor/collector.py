@@ -24,6 +24,7 @@ from deqcore.abc.backward import Strategy
 from deqcore.api import get_backend
 from deqcore.config import Config
 from deqcore.monitor.actions import TriggerSet
+from deqcore.monitor.depths import depths_of
 from deqcore.monitor.drift import DriftDetector, HostArray, Profile, Samples
 from deqcore.monitor.sink import Event, Record, Row
 from deqcore.solution import Solution
@@ -340,7 +341,8 @@ class RowBuilder:
                 figures |= self._drift.measure(self.samples)
             if self.triggers.may_mark:
                 figures["deq_retrain"] = float(self.triggers.retrain is not None)
-            row = Row(item.step, item.solve, item.time, figures, item.name, _recorded(item.config))
+            depths = depths_of(host.get("forward.steps", ()))
+            row = Row(item.step, item.solve, item.time, figures, item.name, _recorded(item.config), depths)
             events = self.triggers.see(row)
             self.rows.append(row)
             self.events.extend(events)

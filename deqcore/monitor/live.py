@@ -14,6 +14,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from deqcore.monitor.depths import depths_by_layer
 from deqcore.monitor.log.reader import Log, series
 from deqcore.monitor.metrics import STANDARD
 
@@ -38,6 +39,7 @@ def live_view(log: Log, window: int, width: int = 120, now: float | None = None)
     if log.retrain is not None:
         parts.append(Panel(Text(f"RETRAIN: {log.retrain.message}"), style="bold red", box=box.HEAVY))
     parts.append(_table(log, window, width >= WIDE) if log.rows else Text("No rows yet.", style="dim"))
+    parts.extend(_depths(log, window))
     if log.events:
         parts.append(_events(log))
     if log.problems:
@@ -72,6 +74,17 @@ def _table(log: Log, window: int, wide: bool) -> Table:
         bars = Text(sparkline(values, WIDTH if wide else WIDTH // 3), style="blue")
         table.add_row(name, *(f"{value:.{digits}g}" for value in cells), bars)
     return table
+
+
+def _depths(log: Log, window: int) -> list[Text]:
+    """Return a line for each layer: the units by their depth, over the latest rows."""
+    lines = []
+    for layer, counts in depths_by_layer(log.rows[-window:]).items():
+        bars = sparkline(list(counts.values()), WIDTH) if len(counts) > 1 else BARS[-1]
+        low, high, units = min(counts), max(counts), sum(counts.values())
+        name = Text(f"{layer}/" if layer else "", style="cyan") + Text("depth of each unit  ")
+        lines.append(name + Text(f"{low} ") + Text(bars, style="blue") + Text(f" {high} steps, {units} units"))
+    return lines
 
 
 def _events(log: Log) -> Panel:

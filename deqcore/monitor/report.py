@@ -14,6 +14,7 @@ from typing import Any, Final
 import numpy as np
 
 from deqcore.errors import MissingExtraError
+from deqcore.monitor.depths import depths_by_layer
 from deqcore.monitor.log.reader import Log, series
 from deqcore.monitor.metrics import STANDARD
 from deqcore.pages import template
@@ -252,7 +253,31 @@ def draw(log: Log) -> list[tuple[str, str]]:
         ]
         if lines:
             drawn.append((chart.title, _svg(chart, lines, marks)))
+    if depths := depths_by_layer(log.rows):
+        drawn.append(("Depth of each unit", _histogram(depths)))
     return drawn
+
+
+def _histogram(depths: Mapping[str, Mapping[int, int]]) -> str:
+    """Draw the share of the units by their depth, over the whole log: bars for each layer."""
+    bounds = sorted({bound for counts in depths.values() for bound in counts})
+    width = 0.8 / len(depths)
+
+    def paint(canvas: Canvas) -> bool:
+        for number, (layer, counts) in enumerate(depths.items()):
+            shares = [counts.get(bound, 0) / sum(counts.values()) for bound in bounds]
+            places = [place + (number - (len(depths) - 1) / 2) * width for place in range(len(bounds))]
+            label = _short(layer) or "all units"
+            canvas.axes.bar(places, shares, width, color=colour(number), label="\u200b" + label)
+            for place, bound, share in zip(places, bounds, shares, strict=True):
+                canvas.tip(place, share, f"{label}\n{bound} steps: {share:.3g} ({counts.get(bound, 0)})")
+        canvas.axes.set_xticks(range(len(bounds)), [str(bound) for bound in bounds])
+        canvas.axes.set_xlabel("steps, up to")
+        canvas.axes.set_ylabel("fraction of units")
+        legend(canvas)
+        return True
+
+    return draw_chart("depth", paint, (4.8, 2.6 + 0.19 * len(depths)))
 
 
 def _label(metric: str, layer: str) -> str:

@@ -36,6 +36,8 @@ class Row:
         name: the layer, for models with several; "" if there is only one.
         values: by metric. What was not measured is absent; infinite values occur, NaN does not.
         settings: of the solve, as plain values, in the first row of a layer that ran with them; else empty.
+        depths: of a forward solve: how many samples (or units, with `forward.batch = 2`) took how many steps, by the
+            largest depth of a bin: 0, 1, 2, 3, 4, 6, 8, 12, 16, 24, …; empty bins are absent.
 
     Example:
         >>> Row(step=3, solve=2, time=0.0, values={"deq_forward_steps": 7.0}).values["deq_forward_steps"]
@@ -48,6 +50,7 @@ class Row:
     values: Mapping[str, float]
     name: str = ""
     settings: Mapping[str, object] = field(default_factory=dict)
+    depths: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,16 @@ def test_a_carry_continues_where_the_last_step_ended_and_has_no_gradient():
     assert torch.equal(carried.cell.linear.weight.grad, deep.cell.linear.weight.grad)
 
 
+def test_no_gradient_reaches_the_segment_before():
+    carried = layer()
+    first, second = X.clone().requires_grad_(), X.clone().requires_grad_()
+    every_step = {"backward__options": {"depth": 2, "recorded": 2}}  # so few that z0 would get a gradient
+    carried.solve(first, **every_step)
+    carried.solve(second, **every_step).value.sum().backward()
+    assert second.grad.abs().sum() > 0
+    assert first.grad is None, "the gradient has reached the segment before"
+
+
 def test_a_checkpoint_has_the_carry(tmp_path):
     first, second = layer(), layer()
     first(X)

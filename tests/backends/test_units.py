@@ -268,3 +268,15 @@ def test_the_monitor_leaves_masked_units_out():
         sol = deqcore.fixed_point(lambda z: 0.5 * z + 0.5, z0, mask=mask, **PICARD)
         monitor.flush()
     assert monitor.rows[-1].values["deq_forward_steps"] == float(sol.steps[0, 0])
+
+
+def test_each_unit_halts_by_itself():
+    torch = pytest.importorskip("torch")
+    rate = torch.tensor([[0.15, 0.5, 0.9], [0.5, 0.9, 0.2]], dtype=torch.float64)[..., None]
+    f = until(lambda z, rate: rate * z + 1.0, Settled(lambda z: z, 1e-3, batch=2))
+    z0 = torch.zeros_like(rate)
+    picard = {"forward__solver": "picard", "forward__rtol": 1e-9, "forward__max_steps": 100}
+    sol = deqcore.fixed_point(f, z0, rate, forward__batch=2, **picard)
+    expected = np.ceil(np.log(1e-3) / np.log(rate[..., 0].numpy()))  # the change after k steps is rate to the power k
+    assert len(np.unique(sol.steps.numpy())) == len(np.unique(expected)) == 4
+    np.testing.assert_array_equal(sol.steps.numpy(), expected)

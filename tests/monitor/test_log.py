@@ -270,7 +270,7 @@ def test_the_worst_solve_counts(tmp_path) -> None:
 
 def test_a_log_of_version_1_is_read(tmp_path) -> None:
     path = write(tmp_path / "a.jsonl", *rows(3))
-    path.write_text(path.read_text().replace('"version":2', '"version":1'))
+    path.write_text(path.read_text().replace('"version":3', '"version":1'))
     assert read(path).rows == rows(3)
 
 

@@ -90,7 +90,7 @@ def test_jsonl_is_the_default_and_appends(tmp_path, monkeypatch) -> None:
     tables = lines_of(tmp_path / "monitor.jsonl")
     assert [table["kind"] for table in tables] == ["run", "row", "row", "row"] * 2
     assert [table["solve"] for table in tables if table["kind"] == "row"] == [0, 1, 2] * 2
-    assert tables[0]["version"] == 2
+    assert tables[0]["version"] == 3
     assert tables[0]["units"]["deq_forward_seconds"] == "seconds"
     assert tables[1]["deq_forward_residual"] < 1e-6
 

@@ -1,6 +1,6 @@
 """Records as lines of JSON and back: the format of the log that `watch` and `report` read.
 
-The first line of a run is a header, {"kind": "run", "version": 2, ...}; every other line is a row (kind "row") or an
+The first line of a run is a header, {"kind": "run", "version": 3, ...}; every other line is a row (kind "row") or an
 event. Rows and events carry the "run" of their header, since several processes may write to one log. Infinite values
 are the strings "inf" and "-inf", so that every line is strict JSON.
 """
@@ -11,13 +11,14 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
+from deqcore.monitor.depths import BOUNDS
 from deqcore.monitor.sink import Event, Record, Row, RunInfo
 from deqcore.monitor.text import plain, printable
 
-VERSION: Final = 2
-READ: Final = (1, 2)
-"""Versions that are read: 1 has no settings of layers."""
-_HEAD: Final = frozenset({"kind", "step", "solve", "time", "name", "run", "settings"})
+VERSION: Final = 3
+READ: Final = (1, 2, 3)
+"""Versions that are read: 1 has no settings of layers, 2 no distribution of depths."""
+_HEAD: Final = frozenset({"kind", "step", "solve", "time", "name", "run", "settings", "depths"})
 MOST: Final = 2**53  # larger integers are not exact in float64
 
 
@@ -43,6 +44,8 @@ def line(record: Record, key: str = "") -> str:
             head["name"] = record.name
         if record.settings:
             head["settings"] = dict(record.settings)
+        if record.depths:
+            head["depths"] = {str(bound): count for bound, count in record.depths.items()}
         return _dump({**record.values, **head})
     event = {"kind": "event", "event": record.kind, "step": record.step, "time": record.time} | _of(key)
     more = {"metric": record.metric, "value": record.value, "action": record.action, "message": record.message}
@@ -64,7 +67,8 @@ def parse(table: Mapping[str, Any]) -> Record | None:
             name = printable(table.get("name", ""))
             settings = plain(table.get("settings", {}))
             head = _count(table, "step"), _count(table, "solve"), float(table["time"])
-            return Row(*head, values, name, settings if isinstance(settings, dict) else {})
+            depths = dict(_depth(*pair) for pair in dict(table.get("depths", {})).items())
+            return Row(*head, values, name, settings if isinstance(settings, dict) else {}, depths)
         if kind == "event":
             value = table.get("value")
             return Event(
@@ -86,6 +90,12 @@ def _count(table: Mapping[str, Any], name: str) -> int:
     if abs(result) > MOST:
         raise ValueError(f"{name!r}, which is beyond 2^53")
     return result
+
+
+def _depth(bound: Any, count: Any) -> tuple[int, int]:
+    if int(bound) not in BOUNDS or not 0 <= int(count) <= MOST:
+        raise ValueError(f"depths must have a bin's end and a count from 0 to 2^53 (got {bound!r}, {count!r})")
+    return int(bound), int(count)
 
 
 def _of(key: str) -> dict[str, object]:

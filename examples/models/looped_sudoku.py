@@ -1,0 +1,167 @@
+"""9×9 Sudoku by a small recursive model: a latent and an answer that update each other, with a carry and halting.
+
+One network of a few thousand weights is all that is learnt. A cycle updates the latent twice and the answer once; a
+segment is a few cycles, of which the last carries the gradient. Each segment has its own loss and starts, without a
+gradient, where the one before ended (deep supervision with a carry). A head learns to say when a puzzle is solved.
+
+Each puzzle has exactly one solution. Scored on unseen puzzles at several depths, up to four times the depth of the
+training, and at several breadths: of several random starts the one that comes to rest best is kept.
+Source: Jolicoeur-Martineau (2025), "Less is more: recursive reasoning with tiny networks", arXiv:2510.04871. The
+network follows Palm, Paquet & Winther (2018), "Recurrent relational networks": sums over rows, columns, boxes, digits.
+
+    python examples/models/looped_sudoku.py                   # PyTorch
+    python examples/models/looped_sudoku.py --backend jax
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import common
+import numpy as np
+
+WIDTH, HIDDEN = 16, 64
+SEGMENTS = 3
+CYCLES = 4  # of a segment; a training sees SEGMENTS · CYCLES cycles
+CLUES = (26, 36)
+TRAIN, TEST, BATCH = 400, 100, 16
+STEPS, RATE = 400, 6e-3
+DEPTHS, BREADTHS, BREADTH_DEPTH = (3, 6, 12, 24, 48), (1, 4), 24
+SETTINGS = {"backward__strategy": "looped", "backward__options": {"depth": CYCLES, "recorded": 1}}
+HALTING = {
+    "forward__solver": "picard",
+    "forward__rtol": 0.0,
+    "forward__on_failure": "ignore",
+    "backward__strategy": "jacobian-free",
+    "backward__options": {},
+}
+"""Settings of an evaluation in which the head alone stops a puzzle."""
+
+CELLS = np.arange(81)
+GROUPS = np.stack([CELLS // 9, 9 + CELLS % 9, 18 + CELLS // 27 * 3 + CELLS % 9 // 3])
+"""The row, the column and the box of each cell, of 27 groups."""
+
+
+def at_depth(cycles: int) -> dict[str, Any]:
+    """Return settings for `cycles` cycles, whose residual is measured."""
+    return {"backward__strategy": "looped", "backward__options": {"depth": cycles, "recorded": 1, "measure": True}}
+
+
+def solved(digits: list[int], used: list[int], rng: np.random.Generator | None = None) -> bool:
+    """Fill the empty cells of a grid in place, if it has a solution: the cell with the fewest candidates first.
+
+    Args:
+        digits: 81 of them, one bit each, 0 where empty.
+        used: the digits that each of 27 groups has, as bits.
+        rng: draws the order of candidates.
+    """
+    best, least, cell = 0, 10, -1
+    for k in range(81):
+        if not digits[k]:
+            row, column, box = NEIGHBOURS[k]
+            free = 511 & ~(used[row] | used[column] | used[box])
+            if (count := free.bit_count()) < least:
+                best, least, cell = free, count, k
+                if count <= 1:
+                    break
+    if cell < 0:
+        return True
+    bits = [1 << d for d in range(9) if best >> d & 1]
+    for bit in bits if rng is None else rng.permutation(bits).tolist():
+        place(digits, used, cell, bit)
+        if solved(digits, used, rng):
+            return True
+        place(digits, used, cell, 0)
+    return False
+
+
+NEIGHBOURS: list[list[int]] = GROUPS.T.tolist()
+
+
+def place(digits: list[int], used: list[int], cell: int, bit: int) -> None:
+    """Put a digit into a cell, or empty it with 0."""
+    for group in NEIGHBOURS[cell]:
+        used[group] ^= digits[cell] ^ bit
+    digits[cell] = bit
+
+
+def is_unique(digits: list[int], used: list[int], cell: int) -> bool:
+    """Return whether a grid with one solution keeps only that one when `cell` is emptied."""
+    own, (row, column, box) = digits[cell], NEIGHBOURS[cell]
+    others = 511 & ~(used[row] | used[column] | used[box])
+    for bit in (1 << d for d in range(9) if others >> d & 1):
+        tried, taken = digits.copy(), used.copy()
+        place(tried, taken, cell, bit)
+        if solved(tried, taken):
+            return False
+    return bool(own)
+
+
+def puzzle(rng: np.random.Generator) -> tuple[Any, Any]:
+    """Draw a puzzle `(81,)` of the digits 1 to 9, 0 where empty, and its one solution.
+
+    Cells are emptied in random order, as long as one solution is left, down to a random number of clues.
+    """
+    digits, used = [0] * 81, [0] * 27
+    solved(digits, used, rng)
+    grid = digits.copy()
+    left, wanted = 81, rng.integers(CLUES[0], CLUES[1] + 1)
+    for cell in rng.permutation(81).tolist():
+        if left > wanted and is_unique(digits, used, cell):
+            place(digits, used, cell, 0)
+            left -= 1
+    clues, answer = (np.array([bit.bit_length() for bit in bits]) for bits in (digits, grid))
+    return clues, answer
+
+
+def puzzles(rng: np.random.Generator, count: int) -> tuple[Any, Any]:
+    """Draw clues `(count, 9, 9, 9, 2)` (for each digit: given here; another given), and solutions `(count, 81)`."""
+    drawn = [puzzle(rng) for _ in range(count)]
+    given = np.eye(10, dtype=np.float32)[np.stack([clues for clues, _ in drawn])][:, :, 1:]
+    clues = np.stack([given, given.sum(2, keepdims=True) - given], -1)
+    return clues.reshape(count, 9, 9, 9, 2), np.stack([grid for _, grid in drawn]) - 1
+
+
+def weights(rng: np.random.Generator) -> common.Weights:
+    """Draw the weights of the one network, and of what reads its states."""
+    made = {
+        "inject.weight": common.matrix(rng, WIDTH, 2, gain=1.5),
+        "inject.bias": np.zeros(WIDTH, np.float32),
+        "deq.cell.own.weight": common.matrix(rng, HIDDEN, WIDTH, gain=0.5),
+        "deq.cell.own.bias": np.zeros(HIDDEN, np.float32),
+        "deq.cell.update.weight": common.matrix(rng, WIDTH, HIDDEN, gain=0.5),
+        "read.weight": common.matrix(rng, 1, WIDTH),
+        "halt.weight": common.matrix(rng, 1, 2 * WIDTH, gain=0.1),
+        "halt.bias": np.full(1, -2.0, np.float32),
+    }
+    others = ("row", "column", "box", "digit")
+    return made | {f"deq.cell.{name}.weight": common.matrix(rng, HIDDEN, WIDTH, gain=0.5) for name in others}
+
+
+def main(given: list[str] | None = None) -> dict[str, float]:
+    """Train, and score unseen puzzles at several depths and breadths."""
+    options = common.arguments(__doc__ or "", STEPS, given)
+    rng = np.random.default_rng(options.seed)
+    train, test = puzzles(rng, TRAIN), puzzles(rng, TEST)
+    begin = common.start(options, weights(rng))
+    side = common.side(options.backend, "looped_sudoku", begin, SETTINGS, options.device)
+    side.fit(common.batches(rng, BATCH, *train), options.steps, RATE, decay=0.01)
+    found: dict[str, float] = {}
+
+    def score(label: str, depth: int, *starts: Any) -> None:
+        model = common.side(options.backend, "looped_sudoku", side.weights(), at_depth(depth), options.device)
+        right = model.predict(test[0], *starts) == test[1]
+        found[label] = float(right.all(1).mean())
+        print(f"{label}: solved {100 * found[label]:.1f} %, cells right {100 * right.mean():.1f} %", flush=True)
+
+    for depth in DEPTHS:
+        score(f"{depth} cycles", depth)
+    starts = [rng.standard_normal((*test[0].shape[:-1], WIDTH)).astype(np.float32) for _ in range(max(BREADTHS))]
+    for breadth in BREADTHS:
+        score(f"{BREADTH_DEPTH} cycles, best of {breadth} random starts", BREADTH_DEPTH, *starts[:breadth])
+    common.finish(options, "looped_sudoku", side.weights())
+    return found
+
+
+if __name__ == "__main__":
+    main()
