@@ -43,6 +43,30 @@ SOLVERS = [
 TOLERANCE = {torch.float32: 3e-5, torch.float64: 1e-12}
 
 
+def keep_the_language_patched():
+    """Have the interpreter replace Triton's operations once, and not again at each call of each function.
+
+    Its search for what to replace takes milliseconds, more than most functions, and finds the same every time.
+    """
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+    done = {}  # by module: functions of one module see the same language
+
+    def patched(function):
+        home = function.__module__
+        if home not in done:
+            done[home] = patch(function)
+            done[home].restore = lambda: None
+        return done[home]
+
+    interpreter._patch_lang = patched
+
+
+if RUNS and DEVICE == "cpu":
+    keep_the_language_patched()
+
+
 @pytest.mark.skipif(RUNS, reason="runs directly")
 def test_kernels_in_triton_s_interpreter():
     """Triton decides when it is imported whether it interprets, so this has a process of its own."""

@@ -294,10 +294,11 @@ def test_unrolled_newton_steps_of_a_curved_map(name, dtype, k):
     steps = {"backward__strategy": "unrolled", "backward__options": {"steps": 3}}  # before it has converged
     with precise(name, dtype):
         found = []
+        (weights,) = arrays(name, dtype, w)
+        f = lambda z, x, s: s * backend.xp.tanh((z / s) @ weights) + x  # one f: JAX compiles it once for all s
         for s in (1.0, 2.0**-k, 2.0**k):
-            weights, x, g = arrays(name, dtype, w, X * s, G)
-            f = lambda z, x, s=s, weights=weights: s * backend.xp.tanh((z / s) @ weights) + x
-            z, (dx,) = deqcore.vjp(f, 0 * x, x, cotangent=g, **settings, **steps)
+            x, g, unit = arrays(name, dtype, X * s, G, np.full((len(X), 1), s))
+            z, (dx, _) = deqcore.vjp(f, 0 * x, x, unit, cotangent=g, **settings, **steps)
             found.append((host(name, z) / s, host(name, dx)))
     for z, dx in found[1:]:
         assert np.allclose(z, found[0][0], rtol=1e-5)
