@@ -69,11 +69,12 @@ def test_a_bound_of_bytes_holds_for_samples_of_several_sizes():
 
 def test_a_sample_of_another_shape_starts_at_z0_and_is_counted(be):
     cache = EquilibriumCache(4)
-    cache.store([0, 1], deqcore.fixed_point(be.xp.cos, be.asarray(np.zeros((2, 3)))))
+    plain = {"forward__solver": "picard", "forward__max_steps": 100}
+    cache.store([0, 1], deqcore.fixed_point(be.xp.cos, be.asarray(np.zeros((2, 3))), **plain))
     z0 = be.asarray(np.full((2, 5), 0.5))
     assert be.to_numpy(cache.start([0, 2], z0)).tolist() == np.full((2, 5), 0.5).tolist()
     assert cache.statistics[:3] == (0, 3 - 2, 1)
-    cache.store([0, 2], deqcore.fixed_point(be.xp.cos, z0))
+    cache.store([0, 2], deqcore.fixed_point(be.xp.cos, z0, **plain))
     assert be.to_numpy(cache.start([0, 2], z0)) == pytest.approx(0.739085, abs=1e-2)
 
 
@@ -88,7 +89,8 @@ def test_failed_samples_are_not_stored_unless_asked_for(be):
 def test_numbers_that_are_not_finite_are_never_stored(be, unconverged):
     cache = EquilibriumCache(4, unconverged=unconverged, dtype="float16")
     x = be.asarray(np.array([[np.nan], [1e6], [1.0]]))  # 2e6 is inf in float16
-    cache.store([0, 1, 2], deqcore.fixed_point(lambda z, x: 0.5 * z + x, 0 * x, x, forward__max_steps=60, **QUIET))
+    settings = {"forward__solver": "picard", "forward__max_steps": 60}
+    cache.store([0, 1, 2], deqcore.fixed_point(lambda z, x: 0.5 * z + x, 0 * x, x, **settings, **QUIET))
     assert (len(cache), cache.statistics.rejected) == (1, 2)
     assert be.to_numpy(cache.start([2], x[:1])).item() == pytest.approx(2.0, rel=1e-3)
 
@@ -109,7 +111,7 @@ def test_trees_with_complex_and_carried_leaves(be):
     cache = EquilibriumCache(4, dtype="float32")
     z0 = {"a": be.asarray(np.zeros((2, 3))), "b": be.asarray(np.zeros((2, 2), complex)), "n": be.asarray(np.arange(2))}
     f = lambda z: {"a": 0.5 * z["a"] + 1.0, "b": 0.5j * z["b"] + 1.0, "n": z["n"]}
-    cache.store([5, 6], deqcore.fixed_point(f, z0, forward__rtol=1e-8))
+    cache.store([5, 6], deqcore.fixed_point(f, z0, forward__solver="picard", forward__rtol=1e-8))
     start = cache.start([6, 5], z0)
     assert [be.dtype_name(start[name]) for name in "abn"] == ["float64", "complex128", "int64"]
     assert be.to_numpy(start["a"]) == pytest.approx(2.0, abs=1e-5)
@@ -127,7 +129,7 @@ def test_ids_that_repeat_are_negative_or_none_at_all(be):
     assert start == pytest.approx([1 / 1.7, 0.0, 1 / 1.7], rel=1e-6)  # that of the last row with the id
     empty = be.asarray(np.zeros((0, 2)))
     assert cache.start([], empty).shape == (0, 2)
-    cache.store([], deqcore.fixed_point(be.xp.cos, empty))
+    cache.store([], deqcore.fixed_point(be.xp.cos, empty, forward__solver="picard"))
     assert len(cache) == 1
 
 
