@@ -21,7 +21,8 @@ class DEQ(ImplicitLayer, eqx.Module):
     """The equilibrium z* = cell(z*, *inputs) as a layer.
 
     Every leaf of z has the batch as its first axis (see `forward.batch` for others), and the cell returns a tree like
-    it; a cell for one sample goes in as `jax.vmap(cell)`. To start warm, pass `z0=` the previous equilibrium.
+    it; a cell for one sample goes in as `jax.vmap(cell)`. To start warm, pass `z0=` the previous equilibrium, or see
+    `deqcore_jax.equilibrium_cache`.
 
     Args:
         cell: module or function `cell(z, *inputs)`. Its optional method `initial_state(*inputs)` gives z0; without

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from deqcore import halting
 from deqcore.api import fixed_point
 from deqcore.config import Config
+from deqcore.equilibrium_cache import EquilibriumCache
 from deqcore.errors import ConfigError
 from deqcore.halting import Rule
 from deqcore.layer import (
@@ -24,7 +25,7 @@ from deqcore.layer import (
     stages,
 )
 from deqcore.solution import Solution, SolveState
-from deqcore_torch import captured, functorch, saved_tensors, trees, warm_start
+from deqcore_torch import cached_starts, captured, functorch, last_equilibrium, saved_tensors, trees
 from deqcore_torch.cell_checks import Watch
 from deqcore_torch.cells import begin_solve
 from deqcore_torch.disable_dynamo import untraced
@@ -77,6 +78,8 @@ class DEQ(nn.Module):
             starts cold). "batch": every sample from the mean equilibrium of the last batch. "carry": as "sequence", for
             a state that training carries from one supervision step to the next, and part of `state_dict`. None: cold.
             The stored equilibrium carries no gradient; `reset()` forgets it, for all samples or for some.
+        warm_start: equilibria by sample id, for data that is seen again in each epoch: a call with `ids=` starts each
+            sample from its own last equilibrium, in whatever batch it was. Without `reuse`.
         checkpoint: recompute the cell's activations in the backward pass instead of keeping them until then, by one
             evaluation of the cell. They are held while the adjoint solve runs. A `torch.utils.checkpoint` that the
             cell calls itself evaluates its part again for each vjp; one around the whole layer solves once more.
@@ -120,6 +123,7 @@ class DEQ(nn.Module):
         *,
         evaluation: Mapping[str, object] | None = None,
         reuse: str | None = None,
+        warm_start: EquilibriumCache | None = None,
         checkpoint: bool = False,
         batched_inputs: tuple[int, ...] | None = None,
         **overrides: object,
@@ -127,9 +131,11 @@ class DEQ(nn.Module):
         super().__init__()
         check_cell(cell)
         check_reuse(reuse)
+        cached_starts.check(warm_start, reuse)
         self.cell = cell
         self.settings = LayerSettings.of(config, overrides, evaluation)
         self.reuse = reuse
+        self.warm_start = warm_start
         self.checkpoint = checkpoint
         self.batched_inputs = batched_inputs
         self._last: list[Any] | None = None  # leaves of the last equilibrium, or of the carry of a checkpoint
@@ -144,16 +150,28 @@ class DEQ(nn.Module):
         super().__setstate__(state)
         self.number = captured.number_of(self)  # a copy is a layer of its own for compiled code
 
-    def forward(self, *inputs: Any, z0: Any = None, until: Rule | None = None, mask: Tensor | None = None) -> Any:
+    def forward(
+        self,
+        *inputs: Any,
+        z0: Any = None,
+        until: Rule | None = None,
+        mask: Tensor | None = None,
+        ids: Any = None,
+        changed: Any = None,
+    ) -> Any:
         """Return the equilibrium z*, a tree like the state.
 
         Args:
             *inputs: what the cell takes in addition to z; gradients reach them.
-            z0: initial state; default: see the class.
+            z0: initial state; default: see the class. With `ids` or `changed`, that of what starts cold.
             until: when a sample halts before it has converged, such as `deqcore.halting.Settled(read)`.
             mask: samples or units that take part, see `deqcore.fixed_point`.
+            ids: sample ids `(batch,)`, integers, best on the host: start from the equilibria in `warm_start`, and store
+                the new ones there. None: the cache is not used.
+            changed: parts of the state that start cold although an equilibrium is stored, of bool, see
+                `deqcore.warm_start.restart_changed`; with `ids`, or `reuse` by sample.
         """
-        return self.solve(*inputs, z0=z0, until=until, mask=mask).value
+        return self.solve(*inputs, z0=z0, until=until, mask=mask, ids=ids, changed=changed).value
 
     def solve(
         self,
@@ -161,25 +179,30 @@ class DEQ(nn.Module):
         z0: Any = None,
         until: Rule | None = None,
         mask: Tensor | None = None,
+        ids: Any = None,
+        changed: Any = None,
         **overrides: object,
     ) -> Solution:
         """Return the solution: the equilibrium and the report of its solve.
 
         Inside `torch.compile` the solve is one operator of the graph. Its solution then has no `state`, `record` and
-        `fz`; with `until`, `mask` or settings of the call the compiler breaks the graph instead.
+        `fz`; with `until`, `mask`, `ids`, `changed` or settings of the call the compiler breaks the graph instead.
 
         Args:
             *inputs: as in `forward`.
             z0: as in `forward`.
             until: as in `forward`.
             mask: as in `forward`.
+            ids: as in `forward`.
+            changed: as in `forward`.
             **overrides: settings of this call.
         """
-        if torch.compiler.is_compiling() and until is None and mask is None and not overrides:
+        plain = until is None and mask is None and ids is None and changed is None
+        if torch.compiler.is_compiling() and plain and not overrides:
             solution = captured.solve_layer(self, inputs, z0)
             if solution is not None:
                 return solution
-        return self.solve_eagerly(*inputs, z0=z0, until=until, mask=mask, **overrides)
+        return self.solve_eagerly(*inputs, z0=z0, until=until, mask=mask, ids=ids, changed=changed, **overrides)
 
     @untraced
     def solve_eagerly(
@@ -188,17 +211,23 @@ class DEQ(nn.Module):
         z0: Any = None,
         until: Rule | None = None,
         mask: Tensor | None = None,
+        ids: Any = None,
+        changed: Any = None,
         **overrides: object,
     ) -> Solution:
         """Do the same, run by Python: `torch.compile` breaks its graph here."""
         start = self.initial_state(*inputs) if z0 is None else z0
         begin_solve(self.cell)
+        if ids is not None or changed is not None:
+            start = self._recalled(start, inputs, z0, ids, changed)
         config, own = self.settings.call(self.training)
         with self._watch.over(self.cell, self.training):
             solution = self._solve(start, inputs, config, own | overrides, rule=until, mask=mask)
         if self.reuse is not None:
-            self._last = [warm_start.copied(leaf) for leaf in trees.flatten(solution.value)[0]]
+            self._last = [last_equilibrium.copied(leaf) for leaf in trees.flatten(solution.value)[0]]
             self._fresh = None
+        if ids is not None and self.warm_start is not None:
+            self.warm_start.store(ids, solution)
         return solution
 
     @untraced
@@ -251,16 +280,25 @@ class DEQ(nn.Module):
 
     def initial_state(self, *inputs: Any) -> Any:
         """Return the initial iterate of a solve without z0: a warm one if `reuse` is set and the shapes allow it."""
-        return self.start(initial_state(self.cell, inputs, lambda tree: trees.tree_map(torch.zeros_like, tree)))
+        return self.start(self._cold(inputs))
+
+    def _cold(self, inputs: tuple[Any, ...]) -> Any:
+        return initial_state(self.cell, inputs, lambda tree: trees.tree_map(torch.zeros_like, tree))
+
+    def _recalled(self, start: Any, inputs: tuple[Any, ...], z0: Any, ids: Any, changed: Any) -> Any:
+        if ids is not None:
+            return cached_starts.from_cache(self.warm_start, self.cell, start, inputs, ids, changed)
+        cold = self._cold(inputs) if z0 is None else z0
+        return cached_starts.from_previous(self.start(cold), cold, changed, self.reuse)
 
     def start(self, cold: Any) -> Any:
         """Return the last equilibrium instead of `cold` if `reuse` is set and the shapes allow it."""
         if self._last is None:
             return cold
-        return warm_start.warm(cold, self._last, self._fresh, mean=self.reuse == "batch")
+        return last_equilibrium.warm(cold, self._last, self._fresh, mean=self.reuse == "batch")
 
     def reset(self, samples: Tensor | None = None) -> None:
-        """Forget the equilibrium from which the next solve would start.
+        """Forget the equilibrium from which the next solve would start; without `samples`, also those by sample id.
 
         Args:
             samples: which samples start cold, `(batch,)` of bool: those that have halted and make room for new ones.
@@ -271,6 +309,8 @@ class DEQ(nn.Module):
         """
         if samples is None:
             self._last = self._fresh = None
+            if self.warm_start is not None:
+                self.warm_start.forget()
             return
         rows = None if self._last is None else tuple(self._last[0].shape[:1])
         if samples.dtype is not torch.bool or samples.dim() != 1 or (rows is not None and tuple(samples.shape) != rows):
@@ -310,6 +350,7 @@ class DEQ(nn.Module):
             destination.update({f"{prefix}carry.{i}": leaf for i, leaf in enumerate(self._last)})
             if self._fresh is not None:
                 destination[f"{prefix}carry.fresh"] = self._fresh
+        cached_starts.save(self.warm_start, destination, prefix)
 
     def _load_carry(self, state_dict: Any, prefix: str) -> None:
         """Take the carry out of a checkpoint. As a buffer, DDP would broadcast it to the samples of other ranks."""
@@ -317,7 +358,7 @@ class DEQ(nn.Module):
         kept = {name.removeprefix(f"{prefix}carry."): state_dict.pop(name) for name in names}
         if self.reuse == "carry":
             self._fresh = kept.pop("fresh", None)
-            self._last = [warm_start.copied(kept[str(i)]) for i in range(len(kept))] or None
+            self._last = [last_equilibrium.copied(kept[str(i)]) for i in range(len(kept))] or None
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         # Weights from other programs carry no settings and no state; strict loading must accept them. The state of
@@ -328,6 +369,7 @@ class DEQ(nn.Module):
             with torch.no_grad():
                 own.copy_(kept)
         self._load_carry(state_dict, prefix)
+        cached_starts.load(self.warm_start, state_dict, prefix)
         self.strategy_state = None  # so that it is neither missing nor unexpected
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.strategy_state = own

@@ -33,6 +33,8 @@ PUBLIC = {
     "deqcore.backward.looped": "Looped",
     "deqcore.backward.depth": "probabilities",
     "deqcore.breadth": "Best best_of",
+    "deqcore.equilibrium_cache": "CacheStatistics EquilibriumCache",
+    "deqcore.warm_start": "closer_start restart_changed",
     "deqcore.halting": "Learnt Settled Within halting_distribution halting_loss ponder_loss until",
     "deqcore.plugins": """BackendSpec CommandSpec DataSpec ModelSpec SinkSpec SolverSpec StrategySpec TrainerSpec
         hookimpl register""",
@@ -59,6 +61,7 @@ PUBLIC = {
     "deqcore_jax.equinox": "DEQ",
     "deqcore_jax.adjoint_tap": "AdjointTap new read reporting",
     "deqcore_jax.strategy_state": "carrying new",
+    "deqcore_jax.equilibrium_cache": "EquilibriumCache",
     "deqcore_jax.callbacks": "collecting observe observe_backward",
 }
 NAMES = [(home, name) for home, names in PUBLIC.items() for name in names.split()]

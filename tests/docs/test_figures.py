@@ -187,3 +187,14 @@ def test_proof_of_concept(name):
     figures += [f"{column('jacobian-free', 'cosine').mean():.2f}"]
     for figure in figures:
         assert re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d])", page), figure
+
+
+def test_the_page_of_warm_starts_has_the_committed_figures():
+    pytest.importorskip("torch")
+    from benchmarks import warm_starts
+    from deqcore.bench.report import markdown
+
+    results = json.loads((ROOT / "docs" / "benchmarks" / "warm_starts.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "warm-starts.md").read_text(encoding="utf-8")
+    for table in (list(warm_starts.rows(results)), list(warm_starts.adjoint_rows(results))):
+        assert markdown(table, tuple(table[0])) in page
