@@ -1,4 +1,4 @@
-"""Compiled loops copy no history: XLA writes one slot in place, unless a branch or a late reader stands in its way."""
+"""Compiled loops copy no history: XLA writes one slot in place, except where a branch or a later use prevents it."""
 
 from __future__ import annotations
 
