@@ -291,6 +291,7 @@ def test_what_loses_at_equal_error_is_not_recommended():
     assert "no_equal" not in [word for word, _ in answer.warnings]
     (alone,) = recommendations([row for row in rows(results) if row.label != "loose"], CostSettings())
     assert "no_equal" in [word for word, _ in alone.warnings]
+    assert all(line.equal is None for line in alone.lines)
 
 
 def test_the_error_of_older_audits_follows_from_cosine_and_norms():

@@ -64,7 +64,8 @@ class StrategyLine:
     Attributes:
         row: of the table.
         versus: against exact gradients; None for the reference itself and where there is none.
-        peer: the quickest exact-ift whose gradient error is not larger, and `equal`: the time over its time.
+        peer: the quickest exact-ift whose gradient error is not larger, and `equal`: the time over its time. None in a
+            study without an exact-ift at a looser tolerance.
         reasons: what speaks against a recommendation.
         best: whether it is recommended.
         reference: whether it is the reference of the others.
@@ -182,7 +183,8 @@ def _answer(group: Sequence[SummaryRow], rows: Sequence[SummaryRow], cost: CostS
 def _line(
     row: SummaryRow, group: Sequence[SummaryRow], against: tuple[Reason, ...], best: SummaryRow | None
 ) -> StrategyLine:
-    exact, peer = reference(row, group), at_equal_error(row, group)
+    exact = reference(row, group)
+    peer = at_equal_error(row, group) if any(map(loosened, group)) else None  # exact-ift alone has a smaller error
     versus = PairedComparison.of(row, exact) if exact is not None and exact is not row else None
     equal = row.ratio(peer, "training") if peer is not None else None
     return StrategyLine(row, versus, peer, equal, against, row is best, row is exact)
