@@ -33,11 +33,16 @@ def gradient(be, f, x, solver, steps, component=1, z0=None, **options):
     return be.to_numpy(z), be.to_numpy(dx)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("steps", [10, 30, 100])
+@pytest.mark.parametrize(
+    ("solver", "steps"),
+    [(solver, steps) for solver in SOLVERS for steps in ((3, 10) if solver == "newton-krylov" else (10, 30, 100))],
+)
 @pytest.mark.parametrize("moving", [0.0, 1.0], ids=["there at once", "beside one that moves"])
 def test_a_derivative_whose_value_is_there_already(be, solver, steps, moving):
-    """z₂ = ½ z₂ + ¼ x₂ at x₂ = 0: the value 0 is there at once, its derivative ½ comes geometrically."""
+    """z₂ = ½ z₂ + ¼ x₂ at x₂ = 0: the value 0 is there at once, its derivative ½ comes geometrically.
+
+    NumPy's nested differences take a second for each step of Newton–Krylov.
+    """
     xp = be.xp
     f = lambda z, x: xp.concat([xp.tanh(0.5 * z[:, :1]) + x[:, :1], 0.5 * z[:, 1:] + 0.25 * x[:, 1:]], axis=1)
     _, dx = gradient(be, f, np.array([[moving, 0.0], [0.3 * moving, 0.0]]), solver, steps)
