@@ -393,7 +393,7 @@ def test_powers_of_two_change_no_bit(solver, dtype, k):
     """s f(z/s) with s near the ends of the range, where all squares vanish or overflow: steps are those of f."""
     weights, x = (torch.randn(*shape, generator=torch.Generator().manual_seed(1)) for shape in ((7, 7), (3, 7)))
     weights, x = (0.7 * torch.linalg.qr(weights)[0]).to(DEVICE, dtype), x.to(DEVICE, dtype)
-    rtol = 1e-3
+    rtol = 1e-3 if DEVICE == "cuda" else 0.1  # an interpreted step takes a quarter of a second
     found = []
     for s in (1.0, 2.0**-k, 2.0**k):
         f = lambda z, s=s: s * torch.tanh((z / s) @ weights) + s * x

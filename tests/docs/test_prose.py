@@ -132,7 +132,7 @@ def test_a_finding_can_be_allowed(prose, tmp_path, monkeypatch):
     assert not prose.check(["page.md"])
 
 
-def test_what_it_reads_is_clean(prose):
-    assert [str(finding) for finding in prose.check(prose.FOLDERS)] == []
+def test_it_reads_every_folder(prose):
+    """`make check` runs it on all of them."""
     packages = {path.name for path in prose.ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")}
     assert packages - {"build", "dist", "site"} <= set(prose.FOLDERS), "a folder that the check does not read"

@@ -1,0 +1,184 @@
+"""Value and gradient in JAX beside jaxopt and optimistix: `python -m benchmarks.backward_jax --json FILE` (CPU).
+
+A dense tanh cell; the loss is a fixed product with the equilibrium, its gradient is that of the weights and of a shift
+that is added to f. The gradient of the shift is u, the solution of the adjoint equation, so that both residuals are
+measured for every contender: the largest of a sample, ‖f(z) − z‖/‖f(z)‖ and ‖g − u + Jᵀu‖/‖g‖. Each contender gets the
+loosest tolerances with which both are at most 1e-4; its forward tolerance is found first. Then all take turns, one call
+each in every round. Times are those of the wall; *first call* is tracing and compiling, without a cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import jaxopt
+import lineax
+import numpy as np
+import optimistix
+
+import deqcore
+from deqcore.bench.machine import describe
+from deqcore.bench.report import markdown
+from deqcore.bench.timing import Spread
+
+RESIDUAL: Final = 1e-4
+TOLERANCES: Final = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6)
+SIZES: Final = ((192, 384), (256, 512))
+STEPS: Final = 100
+COLUMNS: Final = ("cell", "contender", "ms, median", "quartiles", "first call, s", "residual", "adjoint residual")
+
+
+def f(z: jax.Array, w: jax.Array, x: jax.Array, shift: jax.Array) -> jax.Array:
+    """Return the cell."""
+    return jnp.tanh(z @ w.T + x) + shift
+
+
+def ours(w: Any, x: Any, shift: Any, z0: Any, forward: float, backward: float, **settings: Any) -> Any:
+    """Solve with deqcore; without settings, with its defaults for functions."""
+    options = {"rtol": backward} | {name: settings.pop(name) for name in ("direct",) if name in settings}
+    return deqcore.fixed_point(
+        f, z0, w, x, shift, forward__rtol=forward, backward__strategy="exact-ift", backward__options=options, **settings
+    ).value  # fmt: skip
+
+
+def with_jaxopt(w: Any, x: Any, shift: Any, z0: Any, forward: float, backward: float, solver: Any = None) -> Any:
+    """Solve with jaxopt, whose tolerance is that of the whole batch, and GMRES for the adjoint equation."""
+    solve = partial(jaxopt.linear_solve.solve_gmres, tol=backward)
+    made = solver(f, maxiter=STEPS, tol=forward * z0.size**0.5, implicit_diff=True, implicit_diff_solve=solve)
+    return made.run(z0, w, x, shift).params
+
+
+def with_optimistix(w: Any, x: Any, shift: Any, z0: Any, forward: float, backward: float) -> Any:
+    """Solve with optimistix' fixed-point iteration, and lineax' GMRES for the adjoint equation."""
+    adjoint = optimistix.ImplicitAdjoint(linear_solver=lineax.GMRES(rtol=backward, atol=0.0, restart=40))
+    solver = optimistix.FixedPointIteration(rtol=forward, atol=forward)
+    return optimistix.fixed_point(
+        lambda z, args: f(z, *args), solver, z0, (w, x, shift), adjoint=adjoint, max_steps=STEPS, throw=False
+    ).value
+
+
+CONTENDERS: Final[dict[str, Any]] = {
+    "deqcore, defaults (auto, exact-ift)": ours,
+    "deqcore, auto without Newton–Krylov": partial(ours, forward__options={"escalate": False}),
+    "deqcore, picard": partial(ours, forward__solver="picard"),
+    "deqcore, picard, without the dense solve": partial(ours, forward__solver="picard", direct=0),
+    "deqcore, anderson": partial(ours, forward__solver="anderson"),
+    "jaxopt, fixed-point iteration": partial(with_jaxopt, solver=jaxopt.FixedPointIteration),
+    "jaxopt, Anderson": partial(with_jaxopt, solver=jaxopt.AndersonAcceleration),
+    "optimistix, fixed-point iteration": with_optimistix,
+}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Weights, inputs, shift, start and cotangent."""
+
+    w: jax.Array
+    x: jax.Array
+    shift: jax.Array
+    z0: jax.Array
+    g: jax.Array
+
+    @classmethod
+    def of(cls, batch: int, width: int) -> Data:
+        """Draw a cell of spectral radius .9."""
+        rng = np.random.default_rng(0)
+        w = (0.9 * rng.standard_normal((width, width)) / width**0.5).astype(np.float32)
+        x, g = rng.standard_normal((2, batch, width)).astype(np.float32)
+        return cls(*map(jnp.asarray, (w, x, 0 * x, 0 * x, g)))
+
+
+def step(solve: Any, data: Data, forward: float, backward: float) -> Any:
+    """Return the compiled value and gradient of a contender."""
+
+    def loss(w: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+        z = solve(w, data.x, shift, data.z0, forward, backward)
+        return jnp.sum(z * data.g), z
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+
+
+def residuals(data: Data, result: Any) -> tuple[float, float]:
+    """Return the largest relative residuals of the two equations."""
+    (_, z), (_, u) = result
+    fz, vjp = jax.vjp(lambda z: f(z, data.w, data.x, data.shift), z)
+    size = lambda v: jnp.linalg.norm(v, axis=1)  # noqa: E731
+    ahead = size(fz - z) / size(fz)
+    back = size(data.g - u + vjp(u)[0]) / size(data.g)
+    return float(ahead.max()), float(back.max())
+
+
+def loosest(solve: Any, data: Data) -> tuple[float, float]:
+    """Return the loosest tolerances with which both residuals are small enough; the tightest if none is."""
+    chosen = [TOLERANCES[-1], TOLERANCES[-1]]
+    for which in (0, 1):
+        for tolerance in TOLERANCES:
+            tried = [*chosen]
+            tried[which] = tolerance
+            reached = residuals(data, step(solve, data, *tried)(data.w, data.shift))
+            if reached[which] <= RESIDUAL:
+                chosen = tried
+                break
+    return chosen[0], chosen[1]
+
+
+def measure(batch: int, width: int, rounds: int) -> list[dict[str, Any]]:
+    """Tune and time all contenders on one cell."""
+    data, rows, programs = Data.of(batch, width), [], {}
+    for name, solve in CONTENDERS.items():
+        forward, backward = loosest(solve, data)
+        jax.clear_caches()
+        begin = time.perf_counter()
+        program = step(solve, data, forward, backward).lower(data.w, data.shift).compile()
+        first = time.perf_counter() - begin
+        reached = residuals(data, program(data.w, data.shift))
+        programs[name] = program
+        rows.append(
+            {
+                "cell": f"dense {batch}×{width}", "contender": name, "first": first, "forward": forward,
+                "backward": backward, "residual": reached[0], "adjoint": reached[1], "ms": [],
+            }
+        )  # fmt: skip
+    for _ in range(rounds):
+        for row in rows:
+            begin = time.perf_counter()
+            jax.block_until_ready(programs[row["contender"]](data.w, data.shift))
+            row["ms"].append(1e3 * (time.perf_counter() - begin))
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the figures as Markdown."""
+    lines = []
+    for row in rows:
+        spread = Spread.of(row["ms"])
+        cells = (
+            row["cell"], row["contender"], f"{spread.median:.1f}", f"{spread.low:.1f} – {spread.high:.1f}",
+            f"{row['first']:.2f}", f"{row['residual']:.1e}", f"{row['adjoint']:.1e}",
+        )  # fmt: skip
+        lines.append(dict(zip(COLUMNS, cells, strict=True)))
+    return markdown(lines, COLUMNS)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    options = parser.parse_args()
+    rows = [row for size in SIZES for row in measure(*size, options.rounds)]
+    if options.json:
+        options.json.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=1, default=str) + "\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
