@@ -31,6 +31,7 @@ def broken(xp, p, z, x):
     raise RuntimeError("no such layer")
 
 mine = Problem("mine", {"A": A}, x, 0 * x, affine)
+small = Problem("small", {"A": A[:2, :2]}, x[:2, :2], 0 * x[:2, :2], affine)
 torch_only = Problem("torch only", {"A": A}, x, 0 * x, {"torch": lambda p, z, x: z @ p["A"].T + x})
 raises = Problem("raises", {"A": A}, x, 0 * x, broken)
 def cycle(xp, p, z, x):
@@ -187,7 +188,7 @@ def test_a_strategy_that_cannot_run_is_a_row_with_the_reason(capsys, monkeypatch
     Path("broken.py").write_text(BROKEN)
     for name in ("Raises", "Demands", "Silent"):
         plugins.register(StrategySpec(name.lower(), f"broken:{name}"))
-    options = ["--problem", "p.py:mine", "--backend", backend, "--rounds", rounds]
+    options = ["--problem", "p.py:small", "--backend", backend, "--rounds", rounds]
     code, out, err = explain(capsys, "--json", *options)
     rows = {row["strategy"]: row for row in json.loads(out)["rows"]}
     assert code == 0, err
