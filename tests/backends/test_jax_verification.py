@@ -189,8 +189,8 @@ def test_rows_that_are_samples_are_not_suspected(strategy):
         "layer norm": lambda z, x: 0.4 * (z - z.mean(1, keepdims=True)) / (1e-3 + z.std(1, keepdims=True)) + x,
         "softmax": lambda z, x: 0.7 * jax.nn.softmax(z @ w + x, axis=1),
     }
-    for f in cells.values():
-        for seed in range(3):
+    for name, f in cells.items():
+        for seed in range(3 if name == "dense" else 1):
             x = np.random.default_rng(seed).standard_normal((9, WIDTH)).astype(np.float32)
 
             def loss(x, figures, f=f):

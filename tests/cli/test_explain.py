@@ -207,7 +207,7 @@ def test_a_strategy_that_cannot_run_is_a_row_with_the_reason(capsys, monkeypatch
 def test_the_reason_is_in_the_table(capsys, backend):
     Path("broken.py").write_text(BROKEN)
     plugins.register(StrategySpec("raises", "broken:Raises"))
-    code, out, _ = explain(capsys, "--backend", backend, "--rounds", "0", "--problem", "p.py:mine")
+    code, out, _ = explain(capsys, "--backend", backend, "--rounds", "0", "--problem", "p.py:small")
     assert code == 0
     assert "no reverse mode here" in " ".join(out.split())
 
@@ -260,7 +260,7 @@ def test_truncated_gradients_stand_beside_the_others_and_the_front_is_marked(cap
 
 def test_a_table_with_times(capsys, monkeypatch):
     monkeypatch.setattr(strategy_comparison, "SECONDS", 0.0)
-    code, out, _ = explain(capsys, "--backend", "torch", "--rounds", "3")
+    code, out, _ = explain(capsys, "--backend", "torch", "--rounds", "1")
     assert code == 0
     for part in (
         "exact-ift",
