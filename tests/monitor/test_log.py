@@ -124,7 +124,7 @@ def test_files_that_cannot_be_read(tmp_path) -> None:
         read(tmp_path)
     path = tmp_path / "new.jsonl"
     path.write_text('{"kind":"run","version":99}\n')
-    with pytest.raises(MonitorError, match="of version 99, but this deqcore reads versions up to 2"):
+    with pytest.raises(MonitorError, match="of version 99, but this deqcore reads versions up to 3"):
         read(path)
 
 

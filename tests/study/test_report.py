@@ -540,7 +540,8 @@ def test_the_pages_figures_are_those_of_the_raw_results(tmp_path: Path):
     by_label = {label: [c for c in cells if c["cell"]["strategy"]["label"] == label] for label in THREE}
     whole = {label: np.array([c["times"]["training"] for c in mine]) for label, mine in by_label.items()}
     for line in lines:
-        label, error, cosine, accuracy, time, *_ = re.findall(r"<td[^>]*>([^<]*)", line)
+        texts = re.findall(r"<td[^>]*>([^<]*)", line.replace("\N{NO-BREAK SPACE}", " "))
+        label, _, error, cosine, accuracy, time, *_ = texts
         mine = by_label[label]
         errors = [np.mean([audit["error"] for audit in c["history"]["audits"]]) for c in mine]
         assert float(error) == pytest.approx(np.mean(errors), rel=0.05)
