@@ -1,8 +1,9 @@
 """Render the report of committed results, for the pictures of docs/proof-of-concept.md.
 
     python docs/tools/report.py FOLDER
-    chromium --headless --hide-scrollbars --screenshot=docs/pictures/report.png --window-size=1280,1160 FOLDER/en/report.html
-    chromium --headless --hide-scrollbars --screenshot=docs/pictures/report-ja.png --window-size=1280,1160 FOLDER/ja/report.html
+    SHOT="chromium --headless --hide-scrollbars --window-size=1280,1160"
+    $SHOT --screenshot=docs/pictures/report.png FOLDER/en/report.html
+    $SHOT --screenshot=docs/pictures/report-ja.png FOLDER/ja/report.html
 
 The results are those of docs/evidence/digits-torch.json. They have no history of epochs, so plots over epochs are left
 out. The Japanese picture needs a font with Japanese glyphs.
