@@ -106,7 +106,7 @@ def test_trees_and_whole_states(be):
 def test_integers_and_flags_are_carried_along(be):
     """z² = a n, where n is a count in the state; what g returns for it is ignored."""
     a, n = np.array([[2.0], [3.0]]), np.array([3, 4])
-    z0 = {"a": number(be, np.ones((2, 1))), "n": be.asarray(n), "on": be.asarray(np.array([True, False]))}
+    z0 = {"a": number(be, 3 * np.ones((2, 1))), "n": be.asarray(n), "on": be.asarray(np.array([True, False]))}
     g = lambda z, a: {"a": z["a"] ** 2 - a * be.cast(z["n"], a)[:, None], "n": -z["n"], "on": z["on"]}
     sol = deqcore.root(g, z0, number(be, a), forward__rtol=1e-6)
     assert sol.converged.all()

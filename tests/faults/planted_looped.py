@@ -39,7 +39,7 @@ FAULTS = [
     ),
     Fault(
         "a carry that is not detached",
-        "deqcore_torch.nn",
+        "deqcore_torch.last_equilibrium",
         "return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf",
         "return leaf.clone() if isinstance(leaf, Tensor) else leaf",
         f"{CARRY}::test_no_gradient_reaches_the_segment_before",

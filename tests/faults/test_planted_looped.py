@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -27,17 +28,25 @@ def test_its_test_fails(fault, tmp_path):
     found = importlib.util.find_spec(fault.where)
     text = Path(found.origin).read_text(encoding="utf-8")
     assert text.count(fault.old) == 1
-    (tmp_path / "planted.py").write_text(text.replace(fault.old, fault.new), encoding="utf-8")
-    planting = str(Path(__file__).with_name("planting.py"))
-    pytest_arguments = ["-q", "-p", "no:cacheprovider", fault.test]
+    source, output = tmp_path / "planted.py", tmp_path / "output.txt"
+    source.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
+    task = {
+        "module": fault.where,
+        "source": str(source),
+        "seconds": 300,
+        "arguments": ["-q", "-p", "no:cacheprovider", fault.test],
+        "output": str(output),
+    }
     done = subprocess.run(
-        [sys.executable, planting, "300", fault.where, str(tmp_path / "planted.py"), *pytest_arguments],
+        [sys.executable, str(Path(__file__).with_name("planting.py")), "numpy"],
+        input=json.dumps(task) + "\n",
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(part for part in sys.path if part)},
-        capture_output=True,
+        stdout=subprocess.PIPE,
         text=True,
-        check=False,
+        check=True,
     )
-    assert done.returncode == 1, f"not caught: {done.stdout[-2000:]}{done.stderr[-2000:]}"  # 1: a test has failed
-    assert re.search("1 failed", done.stdout)
-    assert re.search(f"E .*{fault.reason}", done.stdout), f"caught for another reason: {done.stdout[-2000:]}"
+    said = output.read_text(encoding="utf-8", errors="replace")
+    assert int(done.stdout) == 1, f"not caught: {said[-2000:]}"  # 1: a test has failed
+    assert re.search("1 failed", said)
+    assert re.search(f"E .*{fault.reason}", said), f"caught for another reason: {said[-2000:]}"
