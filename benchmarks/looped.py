@@ -113,14 +113,15 @@ def settings_of(name: str, example: Any) -> dict[str, Any]:
     return {**example.SETTINGS, "forward__rtol": 0.0} if name == "attractor" else dict(example.SETTINGS)
 
 
+def shared(name: str, example: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """Return the weights, the batch and the settings that both ways get."""
+    return example.weights(np.random.default_rng(0)), batch(name, example), settings_of(name, example)
+
+
 def in_torch(name: str, budget: float) -> dict[str, Any]:
     """Measure a model in PyTorch."""
     common, example, module = (importlib.import_module(each) for each in ("common", name, f"{name}_torch"))
-    weights, data, settings = (
-        example.weights(np.random.default_rng(0)),
-        batch(name, example),
-        settings_of(name, example),
-    )
+    weights, data, settings = shared(name, example)
     module.ByHand.depth = lambda self, step: DEPTH
     if name == "attractor":
         module.ByHand.refine.__defaults__ = (example.STEPS, 0.0)
@@ -142,11 +143,7 @@ def in_jax(name: str, budget: float) -> dict[str, Any]:
     import jax
 
     common, example, module = (importlib.import_module(each) for each in ("common", name, f"{name}_jax"))
-    weights, data, settings = (
-        example.weights(np.random.default_rng(0)),
-        batch(name, example),
-        settings_of(name, example),
-    )
+    weights, data, settings = shared(name, example)
     by_hand = {
         "looped_text": {"loop": lambda p, settings, e, _: module.loop_by_hand(p, settings, e, np.int32(DEPTH))},
         "looped_sudoku": {"segment": getattr(module, "segment_by_hand", None)},
