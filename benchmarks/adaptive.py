@@ -1,6 +1,7 @@
-"""The adaptive strategy in training: `python -m benchmarks.adaptive` (torch on the CPU, one thread).
+"""The adaptive strategy in training: `python -m benchmarks.adaptive --task digits` (torch on the CPU, one thread).
 
-Trains the cells of the study on digits, with the same weights and order of samples for every strategy. On random steps,
+Trains a task of docs/evidence (digits, slow, images, text), with the same weights and order of samples for every
+strategy. `images` and `text` need `--data FOLDER`, as in `python -m benchmarks.evidence`. On random steps,
 drawn independently of the strategy's audits, it compares the parameter gradient that the strategy would use there
 without an audit with the exact one of the same batch, and finds the fewest vjps that would have been enough with the
 coefficients in force. Costs are counted: evaluations of f, vjps, products with the parameters. Times are those of the
@@ -15,7 +16,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,24 +24,76 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from deqcore_torch.study import TorchOps
+from scipy import stats
 from torch import Tensor
 
 import deqcore
+from benchmarks import evidence
 from deqcore.backward.adaptive import Adaptive
 from deqcore.backward.controller import Controller, nested
 from deqcore.bench.report import markdown
-from deqcore.study.data.base import Dataset
-from deqcore.study.data.digits import load
+from deqcore.study.data import Dataset, load
 from deqcore.study.models import find
 from deqcore.study.models.base import Model
+from deqcore.study.settings import DataChoice
 
-FORWARD: Final[Mapping[str, Any]] = {
-    "forward__solver": "broyden", "forward__rtol": 1e-3, "forward__max_steps": 60, "forward__on_failure": "ignore",
-    "backward__on_failure": "ignore", "backward__verify_every": 0,
+QUIET: Final[Mapping[str, Any]] = {
+    "forward__on_failure": "ignore", "backward__on_failure": "ignore", "backward__verify_every": 0,
 }  # fmt: skip
+TASKS: Final = ("digits", "slow", "images", "text")
+EVALUATION_BATCH: Final = 256
+MAX_STEPS: Final = 60
+"""Of the forward solve, where the study of the task names none."""
+Backward = tuple[str, dict[str, object]]
+"""A strategy's name and its options."""
+REFERENCE: Final[Backward] = ("exact-ift", {})
+LOOSER: Final = (0.1, 0.5)
+"""Residuals of the adjoint equation with which `exact-ift` runs beside `adaptive`."""
 TARGETS: Final = (0.05, 0.1, 0.2, 0.3, 0.5, 0.65, 0.8)
 JUDGED: Final = 0.05
 """Share of the steps that are judged."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained.
+
+    Attributes:
+        name: of the study in docs/evidence.
+        data: its data.
+        model: name of its model, of size `width`.
+        forward: settings of its forward solves.
+        epochs: of a training. `batch`: samples of a step. `rate`: the first learning rate, of Adam.
+    """
+
+    name: str
+    data: Dataset
+    model: str
+    width: int
+    forward: Mapping[str, Any]
+    epochs: int
+    batch: int
+    rate: float
+
+    @classmethod
+    def of(cls, name: str, source: Path | None, work: Path) -> Task:
+        """Read the settings and the data of a study of docs/evidence.
+
+        Raises:
+            DeqcoreError: the study needs data that `source` does not have.
+        """
+        asked = evidence.settings(f"{name}-torch")
+        chosen = dict(asked.get("data", [{"name": "digits"}])[0])
+        if name in evidence.NEEDS:
+            evidence.prepare([f"{name}-torch"], source, work)
+            chosen["path"] = str(work / chosen["path"])
+        model, training = asked["models"][0], asked["training"]
+        forward = {
+            "forward__solver": "broyden", "forward__rtol": asked["rtol"][0],
+            "forward__max_steps": asked.get("max_steps", MAX_STEPS),
+        }  # fmt: skip
+        sizes = (training["epochs"], training["batch"], training["rate"])
+        return cls(name, load(DataChoice(**chosen)), model["name"], model["width"], forward | QUIET, *sizes)
 
 
 @dataclass
@@ -52,6 +105,7 @@ class Run:
         seed: of weights and order.
         accuracy: on the test part, in per cent.
         loss: of the last epoch, mean.
+        test_loss: mean cross-entropy on the test part.
         steps: training steps.
         evaluations: of f in forward solves, mean of the slowest samples.
         vjps: per step, of the slowest sample, audits included.
@@ -71,6 +125,7 @@ class Run:
     seed: int
     accuracy: float = 0.0
     loss: float = 0.0
+    test_loss: float = 0.0
     steps: int = 0
     evaluations: float = 0.0
     vjps: float = 0.0
@@ -94,30 +149,41 @@ class Run:
 class Trained:
     """A model in training with one strategy."""
 
-    def __init__(self, data: Dataset, model: str, width: int, seed: int, strategy: str, options: Mapping[str, object]):
-        self.model: Model = find(model)(data.shape, width)
+    def __init__(self, task: Task, seed: int, backward: Backward):
+        self.model: Model = find(task.model)(task.data.shape, task.width)
+        self.forward = task.forward
         weights = self.model.initial(np.random.default_rng([seed, 0]))
         self.weights = {name: torch.from_numpy(value.copy()).requires_grad_() for name, value in weights.items()}
-        self.ops, self.strategy, self.options = TorchOps(), strategy, dict(options)
+        self.ops, self.backward = TorchOps(), backward
         self.state = deqcore.StrategyState()
         self.adam = torch.optim.Adam(self.weights.values(), lr=0.0)
 
-    def loss(self, x: Tensor, y: Tensor, state: deqcore.StrategyState | None, strategy: str) -> tuple[Tensor, Any]:
-        """Return the loss with its gradient attached, and the solution."""
+    def logits(self, x: Tensor, state: deqcore.StrategyState | None, backward: Backward) -> tuple[Tensor, Any]:
+        """Return the logits, shape `(batch, classes)` or `(batch, tokens, classes)`, and the solution."""
+        strategy, options = backward
         injected = self.model.inject(self.ops, self.weights, x)
-        options = self.options if strategy == self.strategy else {}
         sol = deqcore.fixed_point(
             lambda z: self.model.cell(self.ops, self.weights, z, injected),
             self.model.start(self.ops, self.weights, injected),
-            strategy_state=state, backward__strategy=strategy, backward__options=options, **FORWARD,
+            strategy_state=state, backward__strategy=strategy, backward__options=options, **self.forward,
         )  # fmt: skip
-        return F.cross_entropy(self.model.read(self.ops, self.weights, sol.value), y), sol
+        return self.model.read(self.ops, self.weights, sol.value), sol
 
-    def gradient(self, x: Tensor, y: Tensor, state: deqcore.StrategyState | None, strategy: str) -> Tensor:
+    def loss(self, x: Tensor, y: Tensor, state: deqcore.StrategyState | None, backward: Backward) -> tuple[Tensor, Any]:
+        """Return the loss with its gradient attached, and the solution."""
+        logits, sol = self.logits(x, state, backward)
+        return F.cross_entropy(logits.flatten(0, -2), y.flatten()), sol
+
+    def inner(self, z: Any) -> list[Tensor]:
+        """Return the weights that the readout of `z` does not use: those of the cell and of what it is given."""
+        weights = list(self.weights.values())
+        used = torch.autograd.grad(self.model.read(self.ops, self.weights, z).sum(), weights, allow_unused=True)
+        return [weight for weight, found in zip(weights, used, strict=True) if found is None]
+
+    def gradient(self, x: Tensor, y: Tensor, state: deqcore.StrategyState | None, backward: Backward) -> Tensor:
         """Return the gradient of the parameters that the cell sees, as one vector."""
-        loss, _ = self.loss(x, y, state, strategy)
-        inner = [value for name, value in self.weights.items() if name not in ("R", "c")]
-        found = torch.autograd.grad(loss, inner, allow_unused=True)
+        loss, sol = self.loss(x, y, state, backward)
+        found = torch.autograd.grad(loss, self.inner(sol.z), allow_unused=True)
         return torch.cat([part.flatten() for part in found if part is not None]).double()
 
 
@@ -129,20 +195,22 @@ def batches(size: int, batch: int, epochs: int, seed: int) -> Iterator[tuple[int
             yield epoch, order[i * batch : (i + 1) * batch]
 
 
-def judge(trained: Trained, rules: Controller, x: Tensor, y: Tensor, run: Run) -> None:
+def judge(trained: Trained, rules: Controller | None, x: Tensor, y: Tensor, run: Run) -> None:
     """Compare the gradient in force with the exact one; the state of the training does not change."""
     values = trained.state.values
-    if values is None:
+    if rules is not None and values is None:
         return
-    s = rules.unpack(np, values.numpy().copy())
-    exact = trained.gradient(x, y, None, "exact-ift")
-    target = rules.target
+    exact = trained.gradient(x, y, None, REFERENCE)
+    if rules is None:
+        run.errors.append(float((trained.gradient(x, y, None, trained.backward) - exact).norm() / exact.norm()))
+        return
+    s, target = rules.unpack(np, values.numpy().copy()), rules.target
 
     def error(k: int, coefficients: Any) -> float:
         forced = s._replace(since=np.float32(1), interval=np.float32(1e6), jumped=np.float32(0), chosen=np.float32(k))
         forced = forced._replace(coefficients=coefficients, begun=np.float32(1))
         held = deqcore.StrategyState(torch.from_numpy(rules.pack(np, forced).astype(np.float32)))
-        found = trained.gradient(x, y, held, "adaptive")
+        found = trained.gradient(x, y, held, trained.backward)
         return float((found - exact).norm() / exact.norm())
 
     chosen, m = int(s.chosen), rules.candidates
@@ -153,24 +221,22 @@ def judge(trained: Trained, rules: Controller, x: Tensor, y: Tensor, run: Run) -
     run.enough.append(next((k for k in range(m) if run.each[-1][k] <= target), m))
 
 
-def train(
-    data: Dataset, model: str, width: int, seed: int, strategy: str, options: Mapping[str, object], *,
-    epochs: int = 30, batch: int = 128, rate: float = 3e-3, judged: float = JUDGED, name: str = "",
-) -> Run:  # fmt: skip
+def train(task: Task, seed: int, backward: Backward, *, judged: float = JUDGED, name: str = "") -> Run:
     """Train once."""
-    trained, run = Trained(data, model, width, seed, strategy, options), Run(name or strategy, seed)
-    x, y = torch.from_numpy(data.train.x), torch.from_numpy(data.train.y)
+    (strategy, options), run = backward, Run(name or backward[0], seed)
+    trained = Trained(task, seed, backward)
+    x, y = torch.from_numpy(task.data.train.x), torch.from_numpy(task.data.train.y)
     rules = Adaptive(**options).controller if strategy == "adaptive" else None  # type: ignore[arg-type]
-    rng, total, last = np.random.default_rng([seed, 9]), epochs * (len(x) // batch), []
-    for epoch, rows in batches(len(x), batch, epochs, seed):
+    rng, total, last = np.random.default_rng([seed, 9]), task.epochs * (len(x) // task.batch), []
+    for epoch, rows in batches(len(x), task.batch, task.epochs, seed):
         xs, ys = x[rows], y[rows]
-        if rules is not None and rng.random() < judged:
+        if name != "exact-ift" and rng.random() < judged:
             judge(trained, rules, xs, ys, run)
         began = time.thread_time()
-        loss, sol = trained.loss(xs, ys, trained.state, strategy)
+        loss, sol = trained.loss(xs, ys, trained.state, backward)
         trained.adam.zero_grad()
         loss.backward()
-        trained.adam.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * run.steps / total))
+        trained.adam.param_groups[0]["lr"] = task.rate * 0.5 * (1 + math.cos(math.pi * run.steps / total))
         trained.adam.step()
         run.seconds += time.thread_time() - began
         run.steps += 1
@@ -179,28 +245,35 @@ def train(
         run.products += float(sol.backward.gradient_products.max())
         if rules is not None and trained.state.values is not None:
             run.chosen.append(int(rules.unpack(np, trained.state.values.numpy()).chosen))
-        if epoch == epochs - 1:
+        if epoch == task.epochs - 1:
             last.append(loss.item())
     for count in ("evaluations", "vjps", "products"):
         setattr(run, count, getattr(run, count) / run.steps)
     if rules is not None and trained.state.values is not None:
         s = rules.unpack(np, trained.state.values.numpy())
         run.audits, run.excluded, run.over = int(s.audits), int(s.excluded), int(s.over)
-    with torch.no_grad():
-        injected = trained.model.inject(trained.ops, trained.weights, torch.from_numpy(data.test.x))
-        z = deqcore.fixed_point(
-            lambda z: trained.model.cell(trained.ops, trained.weights, z, injected),
-            trained.model.start(trained.ops, trained.weights, injected), **FORWARD,
-        ).value  # fmt: skip
-        right = trained.model.read(trained.ops, trained.weights, z).argmax(1).numpy() == data.test.y
-    run.accuracy, run.loss = 100 * float(np.mean(right)), float(np.mean(last))
+    run.loss = float(np.mean(last))
+    run.accuracy, run.test_loss = evaluate(trained, task.data)
     return run
 
 
-def contenders(targets: list[float]) -> dict[str, tuple[str, dict[str, object]]]:
+def evaluate(trained: Trained, data: Dataset) -> tuple[float, float]:
+    """Return the accuracy in per cent and the mean cross-entropy on the test part."""
+    right, losses = [], []
+    for start in range(0, len(data.test), EVALUATION_BATCH):
+        rows = slice(start, start + EVALUATION_BATCH)
+        y = torch.from_numpy(data.test.y[rows])
+        with torch.no_grad():
+            logits, _ = trained.logits(torch.from_numpy(data.test.x[rows]), None, ("jacobian-free", {}))
+            right.append((logits.argmax(-1) == y).flatten())
+            losses.append(F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="none"))
+    return 100 * float(torch.cat(right).double().mean()), float(torch.cat(losses).double().mean())
+
+
+def contenders(targets: list[float]) -> dict[str, Backward]:
     """Return the strategies by the name that the table gives them."""
-    found: dict[str, tuple[str, dict[str, object]]] = {"exact-ift": ("exact-ift", {})}
-    found["jacobian-free"] = ("jacobian-free", {})
+    found: dict[str, Backward] = {"exact-ift": REFERENCE, "jacobian-free": ("jacobian-free", {})}
+    found |= {f"exact-ift, residual {rtol:g}": ("exact-ift", {"rtol": rtol}) for rtol in LOOSER}
     return found | {f"adaptive, {t:g}": ("adaptive", {"max_relative_error": t}) for t in targets}
 
 
@@ -210,30 +283,40 @@ def summary(runs: list[Run]) -> list[dict[str, str]]:
     rows = []
     for name in dict.fromkeys(run.name for run in runs):
         mine = [run for run in runs if run.name == name]
-        gaps = [run.accuracy - by["exact-ift", run.seed].accuracy for run in mine]
-        half = 2.78 * float(np.std(gaps, ddof=1)) / len(gaps) ** 0.5 if len(gaps) > 1 else float("nan")
+        exact = [by["exact-ift", run.seed] for run in mine]
+        gaps = [run.accuracy - other.accuracy for run, other in zip(mine, exact, strict=True)]
+        worse = [100 * math.expm1(run.test_loss - other.test_loss) for run, other in zip(mine, exact, strict=True)]
         free = [by["jacobian-free", run.seed] for run in mine]
-        errors, target = [e for run in mine for e in run.errors], float(name.partition(", ")[2] or "nan")
+        errors = [e for run in mine for e in run.errors]
+        target = float(name.partition("adaptive, ")[2] or "nan")
         taken = [k for run in mine for k in run.taken]
         enough = [k for run in mine for k in run.enough]
         rows.append(
             {
                 "strategy": name,
                 "accuracy": f"{np.mean([run.accuracy for run in mine]):.2f}",
-                "minus exact (95 %)": f"{np.mean(gaps):+.2f} ± {half:.2f}",
+                "minus exact (95 %)": interval(gaps),
+                "perplexity beyond exact's, % (95 %)": interval(worse),
                 "vjps a step": f"{np.mean([run.vjps for run in mine]):.2f}",
                 "products a step": f"{np.mean([run.products for run in mine]):.2f}",
                 "cost over jacobian-free": f"{np.mean([r.cost / f.cost for r, f in zip(mine, free, strict=True)]):.2f}",
                 "time over it": f"{np.mean([r.seconds / f.seconds for r, f in zip(mine, free, strict=True)]):.2f}",
                 "judged": str(len(errors)) if errors else "",
                 "error: median, 95 %": f"{np.median(errors):.2f}, {np.quantile(errors, 0.95):.2f}" if errors else "",
-                "beyond target": f"{100 * np.mean(np.array(errors) > target):.1f} %" if errors else "",
-                "vjps in force": f"{np.mean(taken):.2f}" if errors else "",
-                "fewest fixed": str(fixed(mine, target)) if errors else "",
-                "fewest a step": f"{np.mean(enough):.2f}" if errors else "",
+                "beyond target": f"{100 * np.mean(np.array(errors) > target):.1f} %" if taken else "",
+                "vjps in force": f"{np.mean(taken):.2f}" if taken else "",
+                "fewest fixed": str(fixed(mine, target)) if taken else "",
+                "fewest a step": f"{np.mean(enough):.2f}" if taken else "",
             }
         )
     return rows
+
+
+def interval(values: list[float]) -> str:
+    """Return the mean and half of its 95 % interval."""
+    count = len(values)
+    half = stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / count**0.5 if count > 1 else float("nan")
+    return f"{np.mean(values):+.2f} ± {half:.2f}"
 
 
 def fixed(runs: list[Run], target: float) -> int:
@@ -246,10 +329,10 @@ def fixed(runs: list[Run], target: float) -> int:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one seed and few epochs")
-    parser.add_argument("--model", default="dense", help="dense, slow or conv")
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--quick", action="store_true", help="one seed and two epochs")
+    parser.add_argument("--task", default="digits", choices=TASKS, help="a study of docs/evidence")
+    parser.add_argument("--data", type=Path, help="folder with the archive of images and the texts")
+    parser.add_argument("--work", type=Path, default=Path("study-evidence/data"), help="where images are unpacked")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--target", type=float, action="append", help="all of the sweep by default")
@@ -264,18 +347,18 @@ def main() -> None:
         rows = summary(runs)
         print(markdown(rows, tuple(rows[0])))
         return
-    data, runs = load(), []
-    seeds, epochs = (1, 2) if options.quick else (options.seeds, options.epochs)
-    for name, (strategy, given) in contenders(options.target or list(TARGETS)).items():
+    task, runs = Task.of(options.task, options.data, options.work.resolve()), []
+    seeds, task = (1, replace(task, epochs=2)) if options.quick else (options.seeds, task)
+    for name, backward in contenders(options.target or list(TARGETS)).items():
         if options.only and name not in options.only:
             continue
         for seed in range(options.first, options.first + seeds):
-            runs.append(train(data, options.model, options.width, seed, strategy, given, epochs=epochs, name=name))
-    if options.json:
-        options.json.write_text(json.dumps([vars(run) for run in runs], indent=1) + "\n")
+            runs.append(train(task, seed, backward, name=name))
+            if options.json:
+                options.json.write_text(json.dumps([vars(run) for run in runs], indent=1) + "\n")
     if not options.only:
         rows = summary(runs)
-        print(f"{options.model}, width {options.width}, digits, {epochs} epochs, {seeds} seeds")
+        print(f"{task.name}: {task.model}, width {task.width}, {task.epochs} epochs, {seeds} seeds")
         print(markdown(rows, tuple(rows[0])))
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Final
 
@@ -22,6 +25,7 @@ COARSEST: Final = 4
 PER_DECADE: Final = 4
 NEAR: Final = (0.0, 0.25, 0.5, 1.0, 2.0)
 PATIENCE: Final = 8.0  # seconds of one solve, beyond which a contender is not searched for
+FIRST_PATIENCE: Final = 60.0  # of the first solve, which may import and compile
 ROUNDING: Final = 1e-3  # the residual is measured in float64, the solve in float32
 
 Say = Callable[[str], object]
@@ -142,7 +146,8 @@ def _settle(
     """Warm up, find the tolerance, count."""
     case = ready.case
     solve = contender.prepare(harness, ready, case.max_steps)
-    first = _seconds(solve, case.rtol)
+    with _limited(FIRST_PATIENCE):
+        first = _seconds(solve, case.rtol)
     if first > PATIENCE and (again := _seconds(solve, case.rtol)) > PATIENCE:  # imports and compilation are forgiven
         raise TimeoutError(f"not run: a solve took {again:.0f} s, but must take at most {PATIENCE:.0f} s.")
     tolerance = _tolerance(harness, ready, contender, solve)
@@ -172,6 +177,25 @@ def _settle(
 def _bytes(harness: Harness, z: Array) -> int:
     """Return the bytes of a state as the framework holds it, if it has `nbytes`: NumPy has no bfloat16."""
     return int(getattr(z, "nbytes", None) or harness.to_numpy(z).nbytes)
+
+
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError from Python code that runs longer, in the main thread of systems with interval timers."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"not run: a solve took more than {seconds:.0f} s, but must take at most {PATIENCE:.0f} s.")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _seconds(solve: SolveFunction, tolerance: float) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -114,6 +115,25 @@ def test_a_solve_that_takes_too_long_is_not_searched(harness: Harness, monkeypat
     (row,) = compare(harness, halving(), [Plain()], rounds=1, memory=False)
     assert row.error.startswith("TimeoutError: not run: a solve took")
     assert row.seconds == []
+
+
+class Endless(Contender):
+    library = "peer"
+    solver = "endless"
+
+    def prepare(self, harness: Harness, ready: Ready, max_steps: int) -> SolveFunction:
+        def solve(tolerance: float) -> SolveOutcome:
+            while True:
+                time.sleep(0.01)
+
+        return solve
+
+
+def test_a_solve_without_end_is_cut_off(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparing, "FIRST_PATIENCE", 0.1)
+    rows = compare(harness, halving(), [Endless(), Deqcore("picard")], rounds=1, budget=0.0, memory=False)
+    assert rows[0].error.startswith("TimeoutError: not run: a solve took more than")
+    assert rows[1].seconds
 
 
 def test_tolerances_are_the_loosest_that_do(harness: Harness) -> None:
