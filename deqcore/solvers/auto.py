@@ -17,7 +17,7 @@ from deqcore.errors import BackendError
 from deqcore.linear.gmres import LinearSolution
 from deqcore.linear.norms import residual_norms
 from deqcore.solvers.anderson import Anderson, AndersonState
-from deqcore.solvers.levels import ACCELERATED, NEWTON, PLAIN, Progress, Rules, judged
+from deqcore.solvers.levels import ACCELERATED, NEWTON, PLAIN, Progress, Rules, fast, judged
 from deqcore.solvers.newton_krylov import NewtonKrylov, NewtonState
 from deqcore.types import Array, Map
 
@@ -49,8 +49,11 @@ class Auto(Solver):
 
     Each sample starts with plain steps, z₊ = f(z), and moves up by its own residuals g = f(z) − z:
 
-    - *plain* → *accelerated* (Anderson) when a step leaves more than `slow` of ‖g‖, or after `plain_steps` steps. While
-      f contracts faster, plain steps need about as many evaluations, without a history or passes over one.
+    - *plain* → *accelerated* (Anderson) when a step leaves more than `slow` of ‖g‖, and so do the last two together, or
+      after `plain_steps` steps. While f contracts faster, plain steps need about as many evaluations, without a history
+      or passes over one. The first step may double ‖g‖.
+    - *accelerated* → *plain* when ‖g‖ has halved and a step gained less than 1.25 plain steps did before. This happens
+      once; then plain steps go on while they keep half of that gain.
     - *accelerated* → *Newton* when ‖g‖ has not halved in `patience` steps. A step to more than
       `max_residual_growth` times the least ‖g‖ is refused: the sample stays, uses the difference that the step has
       shown, and the step counts as half of `patience`.
@@ -91,25 +94,25 @@ class Auto(Solver):
 
     history_size: int = 8
     slow: float = 0.7
-    plain_steps: int = 16
-    patience: int = 10
+    plain_steps: int = 28
+    patience: int = 15
     max_residual_growth: float = 10.0
     escalate: bool = True
     history_dtype: str | None = None
     has_estimate: ClassVar[bool] = True
     causal: ClassVar[bool] = True
     cost_bounds: ClassVar[Mapping[str, int]] = {
-        "affine": 25,
-        "conv": 29,
-        "expansive": 14,
+        "affine": 32,
+        "conv": 35,
+        "expansive": 15,
         "ill-conditioned": 26,
-        "mlp": 25,
+        "mlp": 32,
         "monotone": 20,
-        "overshoot": 21,
-        "ring": 26,
-        "slow-modes": 100,
-        "tree": 27,
-        "walled": 48,
+        "overshoot": 24,
+        "ring": 32,
+        "slow-modes": 106,
+        "tree": 35,
+        "walled": 51,
     }
 
     def __post_init__(self) -> None:
@@ -142,7 +145,9 @@ class Auto(Solver):
         none = xp.zeros_like(norm, dtype=xp.int32)
         memory = self.anderson.begun(backend, fz, norm, row_scale(backend, norm, fz))
         forcing = xp.full_like(backend.to_accum_dtype(norm), self.newton.forcing)
-        return AutoState(memory, Progress(none, norm, norm, norm, none), NewtonState(forcing, none), size)
+        return AutoState(
+            memory, Progress(none, norm, norm, norm, none, xp.zeros_like(norm)), NewtonState(forcing, none), size
+        )
 
     def step(self, backend: Backend, f: Map, z: Array, fz: Array, state: AutoState) -> _Step:
         """Take one step of each sample's own method."""
@@ -259,10 +264,9 @@ class Auto(Solver):
             return judged(backend.xp, limits, norm, old)
         now, known = views[0], Progress(*views[1:])
         with np.errstate(all="ignore"):
-            usual = (now <= self.slow * known.norm) & (known.since < self.plain_steps - 1)
-            if not np.count_nonzero(known.level) and np.count_nonzero(usual) == len(usual):
+            if not np.count_nonzero(known.level) and (fast(limits, now, known) & (known.norm > 0.0)).all():
                 since = backend.host.from_numpy_view(known.since + np.int32(1))
-                return Progress(old.level, norm, norm, norm, since), None
+                return Progress(old.level, norm, norm, old.norm, since, old.rate), None
             progress, refused = judged(np, limits, now, known)
         after = Progress(*map(backend.host.from_numpy_view, progress))
         return after, backend.host.from_numpy_view(refused) if np.count_nonzero(refused) else None
@@ -301,6 +305,7 @@ class Auto(Solver):
             best=xp.where(rows, unknown, old.best),
             mark=xp.where(rows, unknown, old.mark),
             since=xp.where(rows, xp.zeros_like(old.since), old.since),
+            rate=xp.where(rows, nothing, old.rate),
         )
         memory = self.anderson.restarted(backend, rows, z, state.memory)
         size = xp.where(rows, backend.norm(z), state.size)

@@ -10,17 +10,22 @@ PLAIN: Final = 0
 ACCELERATED: Final = 1
 NEWTON: Final = 2
 HALVED: Final = 0.5  # part of the residual at the last progress that counts as progress
+FASTER: Final = 1.25  # acceleration pays if it gains this many plain steps a step
+TRIED: Final = 3  # steps from which on it is judged
+GROWN: Final = 2.0  # growth of the residual in the first step that is no reason to accelerate
+NEVER: Final = 1.0  # in place of a plain step's contraction: the sample stays accelerated
 
 
 class Progress(NamedTuple):
     """What the rules know of each sample, `(batch,)` each.
 
     Attributes:
-        level: PLAIN, ACCELERATED or NEWTON, int32. It never falls.
+        level: PLAIN, ACCELERATED or NEWTON, int32.
         norm: ‖g‖ of the current iterate.
         best: least ‖g‖ so far.
-        mark: ‖g‖ at the last progress.
+        mark: ‖g‖ at the last progress; for a plain sample that of the iterate before.
         since: steps since then, int32, of which a refused one counts for several; for a plain sample its steps
+        rate: what a plain step left of ‖g‖ before the sample accelerated; 0 if it never did.
     """
 
     level: Array
@@ -28,6 +33,7 @@ class Progress(NamedTuple):
     best: Array
     mark: Array
     since: Array
+    rate: Array
 
 
 class Rules(NamedTuple):
@@ -44,18 +50,44 @@ def judged(xp: Any, rules: Rules, norm: Any, old: Progress) -> tuple[Progress, A
     """Return the progress of each sample after a step to a residual of `norm`, and which samples refuse the step."""
     refused = (norm > rules.max_residual_growth * old.best) & (old.level != NEWTON)  # the loop sees to NaN
     after = xp.where(refused, old.norm, norm)
-    plain = old.level == PLAIN
+    plain, accelerated = old.level == PLAIN, old.level == ACCELERATED
+    begins = plain & ~(old.norm > 0.0)  # put somewhere by `restarted`: this step has only measured it
     gained = ~plain & (after < HALVED * old.mark)
-    since = xp.where(gained, 0, old.since + xp.where(refused, (rules.patience + 1) // 2, 1))
-    slow = plain & ((~(norm <= rules.slow * old.norm) & (old.norm > 0.0)) | (since >= rules.plain_steps))
-    stuck = (old.level == ACCELERATED) & (since >= rules.patience)
+    steps = old.since + xp.where(refused, (rules.patience + 1) // 2, 1)
+    slow = plain & ~begins & ~fast(rules, norm, old)
+    stuck = accelerated & ~gained & (steps >= rules.patience)
+    tried = gained & accelerated & (steps >= TRIED) & (old.rate < NEVER)
+    back = tried & (after > old.mark * old.rate ** xp.astype(FASTER * steps, old.rate.dtype))
     top = NEWTON if rules.escalates else ACCELERATED
-    level = xp.where(slow, ACCELERATED, xp.where(stuck, top, old.level))
+    level = xp.where(slow, ACCELERATED, xp.where(stuck, top, xp.where(back, PLAIN, old.level)))
     begun = slow | stuck
     return Progress(
         level=xp.astype(level, xp.int32),
         norm=after,
         best=xp.where(after < old.best, after, old.best),
-        mark=xp.where(plain | gained | begun, after, old.mark),
-        since=xp.astype(xp.where(begun, 0, since), xp.int32),
+        mark=xp.where(plain & ~slow & ~begins, old.norm, xp.where(gained | begun | begins, after, old.mark)),
+        since=xp.astype(xp.where(begun | gained | begins, 0, steps), xp.int32),
+        rate=xp.where(slow, contraction(xp, after, old), old.rate),
     ), refused
+
+
+def fast(rules: Rules, norm: Any, old: Progress) -> Any:
+    """Return which plain samples stay plain after a step to a residual of `norm`; NaN is not fast.
+
+    A step may leave more than `slow` of the residual if the two last steps together leave at most `slow` of it each,
+    the first one up to `GROWN` times the residual. A sample that is back from acceleration stays plain while half of what
+    its plain steps gained before is there.
+    """
+    first = (old.since < 1) & (norm <= GROWN * old.norm)
+    later = (norm <= rules.slow * old.norm) | (norm <= rules.slow**2 * old.mark)
+    fresh = (first | later) & (old.since < rules.plain_steps - 1)
+    return fresh & (old.rate <= 0.0) | (old.rate > 0.0) & (norm <= 0.5 * (1.0 + old.rate) * old.norm)
+
+
+def contraction(xp: Any, norm: Any, old: Progress) -> Any:
+    """Return what a plain step has left of the residual on the average of the last two; NEVER the second time."""
+    before = xp.where(old.norm > 0.0, old.norm, xp.ones_like(old.norm))
+    earlier = xp.where(old.mark > 0.0, old.mark, xp.ones_like(old.mark))
+    rate = xp.where(old.since < 1, norm / before, xp.sqrt(norm / earlier))
+    usable = (old.rate <= 0.0) & (rate > 0.0) & (rate < NEVER)
+    return xp.where(usable, rate, xp.full_like(rate, NEVER))

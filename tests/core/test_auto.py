@@ -67,6 +67,28 @@ def test_one_stiff_sample_of_64_accelerates_alone(be):
     assert known.tolist() == [i == 17 for i in range(64)]
 
 
+def test_a_sample_that_gains_nothing_by_acceleration_returns_to_plain_steps(be):
+    """Eigenvalues of one size all around a circle: no polynomial of the differences is better than the last iterate."""
+    f, z0, truth = rated(be, [0.2, 0.88], n=96)
+    settings = {"forward__rtol": 1e-7, "forward__max_steps": 200}
+    sol, plain = (deqcore.fixed_point(f, z0, forward__solver=name, **settings) for name in ("auto", "picard"))
+    assert sol.converged.all()
+    assert levels(sol) == [PLAIN] * 2
+    rate = be.to_numpy(sol.state.carry.state.progress.rate)
+    assert rate[0] == 0.0
+    assert rate[1] == pytest.approx(0.88, rel=1e-3)  # measured before it accelerated
+    assert int(sol.steps[1]) <= int(plain.steps[1])
+    assert np.abs(values(sol) - truth).max() < 1e-4
+
+
+def test_one_slow_step_is_no_reason_to_accelerate(be):
+    """The iterates are 9, .9, .45 and .045: the residuals fall by .056, by .9 only, and by .1."""
+    f = lambda z: be.xp.where((z > 0.6) & (z < 1.0), 0.5 * z, 0.1 * z)
+    sol = deqcore.fixed_point(f, be.asarray(np.full((1, 1), 9.0)), forward__rtol=0.0, forward__atol=1e-6)
+    assert sol.converged.all()
+    assert levels(sol) == [PLAIN]
+
+
 def test_a_sample_has_the_same_bits_in_any_batch(be):
     """f by element, so that its own bits do not depend on the batch; batch mates accelerate at other steps, or not."""
     rng = np.random.default_rng(4)
