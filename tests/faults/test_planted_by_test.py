@@ -1,4 +1,4 @@
-"""A test fails for every planted fault of looped models, and for the right reason."""
+"""A test of this folder fails for every fault that the conformance suite cannot see, and for the right reason."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ ROOT = Path(__file__).parents[2]
 
 def load(name: str):
     path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(f"faults_of_loops_{name}", path)
+    spec = importlib.util.spec_from_file_location(f"faults_by_test_{name}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
 
-checking, planted = load("checking"), load("planted_looped")
+checking, planted = load("checking"), load("planted_by_test")
 
 
 @pytest.mark.slow
