@@ -1,4 +1,4 @@
-"""Faults of looped models: a penalty and the carry, each with the test that must fail and its words."""
+"""Faults that no check of the conformance suite can see, each with the test that must fail and its words."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ class Fault:
     reason: str
 
 
-CARRY = "tests/backends/test_carry.py"
+BACKENDS = "tests/backends"
+CARRY = f"{BACKENDS}/test_carry.py"
 
-FAULTS = [
+LOOPED = [
     Fault(
         "the real part of a complex pair for its modulus, in the spectral penalty",
         "deqcore.diagnostics.stability",
@@ -54,3 +55,82 @@ FAULTS = [
         r"torch\.equal",
     ),
 ]
+
+SILENT = [
+    Fault(
+        "compiled code that never reports",
+        "deqcore_jax.failures",
+        "    if not compiled and is_staged():\n",
+        "    if is_staged():\n",
+        f"{BACKENDS}/test_jax_failures.py::test_compiled_code_warns_if_asked_to_and_raises[jit]",
+        "not enough values to unpack",
+    ),
+    Fault(
+        "a jax.custom_vjp function taken for one with both modes",
+        "deqcore_jax.closure",
+        'return self.calls("custom_vjp_call")',
+        'return self.calls("custom_vjp_function")',
+        f"{BACKENDS}/test_jax_functions.py::test_a_transformation_agrees_with_differences[reverse-grad]",
+        "custom_lin",
+    ),
+    Fault(
+        "hooks of modules in every product of the adjoint solve",
+        "deqcore_torch.module_hooks",
+        "return lambda *gradients: None if self._depth else hook(*gradients)",
+        "return hook",
+        f"{BACKENDS}/test_torch_hooks.py::test_backward_hooks_run_once_and_forward_hooks_with_each_evaluation"
+        "[exact-ift-False]",
+        "'before'",
+    ),
+    Fault(
+        "a checkpoint that is computed again for each product",
+        "deqcore_torch.saved_tensors",
+        "value: Tensor = self._around[1](slot.packed) if slot.value is None else slot.value",
+        "value: Tensor = self._around[1](slot.packed)",
+        f"{BACKENDS}/test_torch_autograd.py::test_a_checkpoint_around_layers_solves_once_more_and_not_for_each_vjp"
+        "[1-exact-ift]",
+        "assert False",
+    ),
+    Fault(
+        "a flag of the user's own array",
+        "deqcore_numpy.guards",
+        "        seen = z.view()\n",
+        "        seen = z\n",
+        f"{BACKENDS}/test_numpy_derivative.py::test_flags_of_the_users_array_stay[torch-z01]",
+        "assert {False} == {True}",
+    ),
+    Fault(
+        "an interrupt that loses a plugin",
+        "deqcore.plugins.manager",
+        "self._load(points[0], disabled)\n                del points[0]\n",
+        "self._load(points.pop(0), disabled)\n",
+        "tests/core/test_plugins.py::test_an_interrupt_of_the_discovery_loses_no_plugin[module-KeyboardInterrupt]",
+        "",
+    ),
+    Fault(
+        "a byte-order mark read as a key",
+        "deqcore.config.sources",
+        'encoding="utf-8-sig"',
+        'encoding="utf-8"',
+        "tests/core/test_config.py::test_a_file_may_begin_with_a_byte_order_mark",
+        "ConfigError",
+    ),
+    Fault(
+        "a graph that holds f",
+        "deqcore_torch.autograd",
+        "    exact = adjoint.exact\n    start",
+        "    exact, job.f = adjoint.exact, f\n    start",
+        f"{BACKENDS}/test_torch_autograd.py::test_an_object_that_keeps_its_own_equilibrium_is_freed[1-exact-ift]",
+        "assert",
+    ),
+    Fault(
+        "second derivatives refused as third ones",
+        "deqcore_torch.functorch",
+        "        if equation.order > MOST:\n            raise StrategyError(ORDER)\n        try:\n",
+        "        if equation.order >= MOST:\n            raise StrategyError(ORDER)\n        try:\n",
+        f"{BACKENDS}/test_torch_transforms.py::test_derivatives_of_transformations[solved-vjp_of_grad]",
+        "StrategyError",
+    ),
+]
+
+FAULTS = [*LOOPED, *SILENT]
