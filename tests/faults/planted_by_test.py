@@ -112,7 +112,7 @@ SILENT = [
         "deqcore.config.sources",
         'encoding="utf-8-sig"',
         'encoding="utf-8"',
-        "tests/core/test_config.py::test_a_file_may_begin_with_a_byte_order_mark",
+        "tests/core/test_config.py::test_a_file_may_begin_with_a_byte_order_mark[pyproject.toml]",
         "ConfigError",
     ),
     Fault(
