@@ -85,8 +85,8 @@ SILENT = [
     Fault(
         "a checkpoint that is computed again for each product",
         "deqcore_torch.saved_tensors",
-        "value: Tensor = self._around[1](slot.packed) if slot.value is None else slot.value",
-        "value: Tensor = self._around[1](slot.packed)",
+        "slots = [slot for ref in self._slots if (slot := ref()) is not None]",
+        "slots: list[_Slot] = []",
         f"{BACKENDS}/test_torch_autograd.py::test_a_checkpoint_around_layers_solves_once_more_and_not_for_each_vjp"
         "[1-exact-ift]",
         "assert False",
