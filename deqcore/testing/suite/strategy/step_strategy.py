@@ -64,8 +64,11 @@ class StepStrategyTests(Conformance):
         def gradient(of_z: Any, of_g: Any) -> Any:
             f = scaled(kit, lambda z: xp.tanh(xp.sum(a * z[:, None, :], axis=2)), of_z, dtype)
             b, cotangent = kit.array(problem.b * of_z[:, None], dtype), kit.array(g * of_g[:, None], dtype)
-            value = lambda b: deqcore.fixed_point(lambda z: f(z) + b, 0 * b, config=config).value  # noqa: E731
-            _, _, (db,) = kit.backend.autodiff.vjp(lambda b: (value(b), None), (b,), cotangent)
+
+            def value(b: Array) -> tuple[Array, None]:
+                return deqcore.fixed_point(lambda z: f(z) + b, 0 * b, config=config).value, None
+
+            _, _, (db,) = kit.backend.autodiff.vjp(value, (b,), cotangent)
             return kit.numpy(db) / of_g[:, None]
 
         one, s = np.ones(3), scales(3, dtype)
