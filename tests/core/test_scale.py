@@ -259,7 +259,7 @@ def test_ordinary_numbers_pay_nothing(monkeypatch, name, solver):
 
 @pytest.mark.parametrize("size", [1e-25, 1e25])
 def test_a_norm_in_a_wider_dtype_hides_no_vector_near_the_ends_of_its_range(size):
-    """A backend may sum squares of float32 in float64, whose range says nothing of products in float32."""
+    """A backend may sum squares of float32 in float64, whose range is not that of products in float32."""
     backend, v = deqcore.get_backend(backend="numpy"), np.full((1, 4), size, np.float32)
     scale = row_scale(backend, np.linalg.norm(v.astype(np.float64), axis=1), v)
     assert scale is not None
