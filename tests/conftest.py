@@ -150,8 +150,7 @@ def quick_compiles():
     `XLA_FLAGS` above does more; this one is left where they are emptied, in `make coverage`.
 
     Programs compile in two thirds of the time. The conformance suite, the transformations and the tests of scale run
-    what users run. Broyden in float64 with one number per sample stays at z0 in a program that XLA does not optimise;
-    the same steps outside its while loop are right.
+    what users run.
     """
     jax = pytest.importorskip("jax")
     before = jax.config.values["jax_disable_most_optimizations"]

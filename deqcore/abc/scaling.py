@@ -6,12 +6,14 @@ These functions need nothing but array operations, so that a backend has no part
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from deqcore.abc.arrays import ArrayOps
 from deqcore.types import Array
+
+LEAST: Final = 2.0**-126  # the smallest normal number of float32 and bfloat16
 
 
 def guarded_norm(be: ArrayOps, v: Array, plain_norm: Array) -> Array:
@@ -69,7 +71,10 @@ def row_scale(be: ArrayOps, norm: Array, like: Array) -> Array | None:
     """
     xp = be.xp
     norm = be.detach(norm)
-    low = _least(xp, norm.dtype) ** 0.125
+    low = _least(xp, norm.dtype)
+    if norm.dtype != like.dtype:  # the range of what is scaled may be shorter; in that of float16 nothing is far from 1
+        low = max(low, min(_least(xp, like.dtype), LEAST))
+    low **= 0.125
     host = be.host.numpy_view(norm)
     if host is not None and not np.count_nonzero(_far_from_one(np, host, low)):
         return None

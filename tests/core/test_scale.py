@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import deqcore
+from deqcore.abc.scaling import row_scale
 from deqcore.solve.loop import iterate
 from deqcore.solvers.anderson import Anderson
 from deqcore.solvers.broyden import Broyden
@@ -254,6 +255,16 @@ def test_ordinary_numbers_pay_nothing(monkeypatch, name, solver):
     a, x, g = arrays(name, "float32", A, X, G)
     settings = {"forward__solver": solver, "backward__strategy": "neumann"}  # GMRES ends with a residual of rounding
     deqcore.vjp(lambda z, x: a * z + x, 0 * x, x, cotangent=g, **settings)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_a_norm_in_a_wider_dtype_hides_no_vector_near_the_ends_of_its_range(size):
+    """A backend may sum squares of float32 in float64, whose range is not that of products in float32."""
+    backend, v = deqcore.get_backend(backend="numpy"), np.full((1, 4), size, np.float32)
+    scale = row_scale(backend, np.linalg.norm(v.astype(np.float64), axis=1), v)
+    assert scale is not None
+    assert np.abs(v / scale).max() == pytest.approx(1.0, rel=1.0)
+    assert row_scale(backend, np.ones(1), v) is None
 
 
 def test_unrolled_steps():

@@ -16,7 +16,7 @@ from deqcore.solve.adjoint import Steps
 from deqcore.solve.loop import BoundSolve
 from deqcore.testing.suite.base import DTYPES, Conformance, needs, several
 from deqcore.testing.suite.fixtures import Affine, Kit, affine, close
-from deqcore.testing.suite.scales import EXPONENTS, scaled
+from deqcore.testing.suite.scales import EXPONENTS, scaled, scales
 from deqcore.types import Array, SolveResult, StoppingCriteria
 
 
@@ -47,6 +47,33 @@ class StepStrategyTests(Conformance):
             return kit.numpy(db) / s
 
         close(gradient(2.0 ** (sign * EXPONENTS[dtype])), gradient(1.0), 1e-4, "gradient in other units")
+
+    @several("units", ["of z", "of the loss", "of both, inversely"])
+    @needs("autodiff")
+    def test_a_gradient_by_the_framework_in_other_units(
+        self, kit: Kit, steps: StepStrategy, strategy_name: str, settings: Any, units: str
+    ) -> None:
+        """Differentiate the value as `backward` and `grad` do, which scale no cotangent, with tiny and huge rows.
+
+        z and g large together are left out: the derivative in a coefficient of a step is of the size of g z.
+        """
+        problem, g = affine(norm=0.5), np.random.default_rng(6).standard_normal((3, 6))
+        a, xp, dtype = kit.array(problem.a, "float32"), kit.backend.xp, "float32"
+        config = kit.config(rtol=1e-4, strategy=strategy_name, strategy_options=settings)
+
+        def gradient(of_z: Any, of_g: Any) -> Any:
+            f = scaled(kit, lambda z: xp.tanh(xp.sum(a * z[:, None, :], axis=2)), of_z, dtype)
+            b, cotangent = kit.array(problem.b * of_z[:, None], dtype), kit.array(g * of_g[:, None], dtype)
+
+            def value(b: Array) -> tuple[Array, None]:
+                return deqcore.fixed_point(lambda z: f(z) + b, 0 * b, config=config).value, None
+
+            _, _, (db,) = kit.backend.autodiff.vjp(value, (b,), cotangent)
+            return kit.numpy(db) / of_g[:, None]
+
+        one, s = np.ones(3), scales(3, dtype)
+        of_z, of_g = {"of z": (s, one), "of the loss": (one, s), "of both, inversely": (s, 1 / s)}[units]
+        close(gradient(of_z, of_g), gradient(one, one), 1e-4, "gradient in other units")
 
     @several("solver", ["picard", "broyden"])
     @needs("autodiff")

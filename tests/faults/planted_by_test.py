@@ -1,0 +1,136 @@
+"""Faults that no check of the conformance suite can see, each with the test that must fail and its words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault.
+
+    Attributes:
+        name: what is wrong.
+        where: the module.
+        old: text that occurs once in it.
+        new: what is planted in its place.
+        test: that must fail, from the root of the repository.
+        reason: a regular expression that its message must match.
+    """
+
+    name: str
+    where: str
+    old: str
+    new: str
+    test: str
+    reason: str
+
+
+BACKENDS = "tests/backends"
+CARRY = f"{BACKENDS}/test_carry.py"
+
+LOOPED = [
+    Fault(
+        "the real part of a complex pair for its modulus, in the spectral penalty",
+        "deqcore.diagnostics.stability",
+        "return xp.where(is_pair, modulus, xp.abs(trace) / 2 + root)",
+        "return xp.where(is_pair, xp.abs(trace) / 2, xp.abs(trace) / 2 + root)",
+        "tests/diagnostics/test_stability.py::test_radius_and_gradient_are_those_of_the_dominant_eigenvalue[pair]",
+        "Not equal to tolerance",
+    ),
+    Fault(
+        "a carry that is not detached",
+        "deqcore_torch.last_equilibrium",
+        "return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf",
+        "return leaf.clone() if isinstance(leaf, Tensor) else leaf",
+        f"{CARRY}::test_no_gradient_reaches_the_segment_before",
+        "the segment before",
+    ),
+    Fault(
+        "a carry that is not carried",
+        "deqcore_torch.nn",
+        "        if self.reuse is not None:\n            self._last = ",
+        "        if self.reuse == 'sequence':\n            self._last = ",
+        f"{CARRY}::test_a_carry_continues_where_the_last_step_ended_and_has_no_gradient",
+        r"torch\.equal",
+    ),
+]
+
+SILENT = [
+    Fault(
+        "compiled code that never reports",
+        "deqcore_jax.failures",
+        "    if not compiled and is_staged():\n",
+        "    if is_staged():\n",
+        f"{BACKENDS}/test_jax_failures.py::test_compiled_code_warns_if_asked_to_and_raises[jit]",
+        "not enough values to unpack",
+    ),
+    Fault(
+        "a jax.custom_vjp function taken for one with both modes",
+        "deqcore_jax.closure",
+        'return self.calls("custom_vjp_call")',
+        'return self.calls("custom_vjp_function")',
+        f"{BACKENDS}/test_jax_functions.py::test_a_transformation_agrees_with_differences[reverse-grad]",
+        "custom_lin",
+    ),
+    Fault(
+        "hooks of modules in every product of the adjoint solve",
+        "deqcore_torch.module_hooks",
+        "return lambda *gradients: None if self._depth else hook(*gradients)",
+        "return hook",
+        f"{BACKENDS}/test_torch_hooks.py::test_backward_hooks_run_once_and_forward_hooks_with_each_evaluation"
+        "[exact-ift-False]",
+        "'before'",
+    ),
+    Fault(
+        "a checkpoint that is computed again for each product",
+        "deqcore_torch.saved_tensors",
+        "slots = [slot for ref in self._slots if (slot := ref()) is not None]",
+        "slots: list[_Slot] = []",
+        f"{BACKENDS}/test_torch_autograd.py::test_a_checkpoint_around_layers_solves_once_more_and_not_for_each_vjp"
+        "[1-exact-ift]",
+        "assert False",
+    ),
+    Fault(
+        "a flag of the user's own array",
+        "deqcore_numpy.guards",
+        "        seen = z.view()\n",
+        "        seen = z\n",
+        f"{BACKENDS}/test_numpy_derivative.py::test_flags_of_the_users_array_stay[torch-z01]",
+        "assert {False} == {True}",
+    ),
+    Fault(
+        "an interrupt that loses a plugin",
+        "deqcore.plugins.manager",
+        "self._load(points[0], disabled)\n                del points[0]\n",
+        "self._load(points.pop(0), disabled)\n",
+        "tests/core/test_plugins.py::test_an_interrupt_of_the_discovery_loses_no_plugin[module-KeyboardInterrupt]",
+        "",
+    ),
+    Fault(
+        "a byte-order mark read as a key",
+        "deqcore.config.sources",
+        'encoding="utf-8-sig"',
+        'encoding="utf-8"',
+        "tests/core/test_config.py::test_a_file_may_begin_with_a_byte_order_mark[pyproject.toml]",
+        "ConfigError",
+    ),
+    Fault(
+        "a graph that holds f",
+        "deqcore_torch.autograd",
+        "    exact = adjoint.exact\n    start",
+        "    exact, job.f = adjoint.exact, f\n    start",
+        f"{BACKENDS}/test_torch_autograd.py::test_an_object_that_keeps_its_own_equilibrium_is_freed[1-exact-ift]",
+        "assert",
+    ),
+    Fault(
+        "second derivatives refused as third ones",
+        "deqcore_torch.functorch",
+        "        if equation.order > MOST:\n            raise StrategyError(ORDER)\n        try:\n",
+        "        if equation.order >= MOST:\n            raise StrategyError(ORDER)\n        try:\n",
+        f"{BACKENDS}/test_torch_transforms.py::test_derivatives_of_transformations[solved-vjp_of_grad]",
+        "StrategyError",
+    ),
+]
+
+FAULTS = [*LOOPED, *SILENT]
