@@ -18,6 +18,7 @@ from deqcore.errors import (
     StrategyError,
 )
 from deqcore.linear.grouped import Groups
+from deqcore.linear.norms import unmeasured
 from deqcore.solution import Solution, SolveState
 from deqcore.solve.adjoint import Adjoint, Steps, vjp_in_units
 from deqcore.solve.compaction import RestrictRows
@@ -268,14 +269,14 @@ class Plan:
         """Return the result of a strategy of fixed steps: its residual and status where f is known."""
         backend, xp = self.backend, self.backend.xp
         z = backend.detach(value)
-        norms = backend.norm(z)
+        unknown = unmeasured(backend, z)
         assert isinstance(self.strategy, StepStrategy)
-        steps = xp.zeros_like(norms, dtype=xp.int32) + self.strategy.steps
+        steps = xp.zeros_like(unknown, dtype=xp.int32) + self.strategy.steps
         steps = steps if reached is None or reached.steps is None else reached.steps
         status = xp.full_like(steps, int(Status.FIXED_STEPS))
         if reached is None or reached.fz is None:
             spent = steps if reached is None else reached.evaluations
-            return SolveResult(z, None, xp.full_like(norms, float("nan")), status, steps, spent, None)
+            return SolveResult(z, None, unknown, status, steps, spent, None)
         with backend.errstate():
             residual = backend.norm(reached.fz - z)
             limits = Limits.of(backend.xp, backend.eps(z), self.control.rtol, self.control.atol, self.control.patience)
