@@ -37,8 +37,8 @@ class _FusedTwoState(TwoState):
         return torch.lerp(state, self.up(value), self.damping)
 
     def half_back(self, state: Tensor, value: Tensor) -> Tensor:
-        """Undo `half`: value + (state − value) / (1 − β)."""
-        return torch.lerp(self.up(value), state, 1.0 / (1.0 - self.damping))
+        """Undo `half` in place: value + (state − value) / (1 − β)."""
+        return torch.lerp(self.up(value), state, 1.0 / (1.0 - self.damping), out=state)
 
 
 class _Job:
@@ -63,9 +63,10 @@ class _Job:
         back = _Pass(self.f, self.rule, sources)
         size = torch.linalg.vector_norm(z, dim=1)
         gy, gz = torch.zeros_like(g), g.clone()
+        y, z = y.clone(), z.clone()
         for _ in range(self.steps):
-            z = back.undo(y, z, gy, gz)
-            y = back.undo(z, y, gz, gy)
+            back.undo(y, z, gy, gz)
+            back.undo(z, y, gz, gy)
         self._check(y, z, size)
         return back.gradients
 
@@ -93,22 +94,22 @@ class _Pass:
         self.sources = sources
         self.gradients: list[Tensor | None] = [None] * len(sources)
 
-    def undo(self, other: Tensor, moved: Tensor, g_other: Tensor, g_moved: Tensor) -> Tensor:
-        """Undo `moved ← (1 − β) moved + β f(other)`; return the state before.
+    def undo(self, other: Tensor, moved: Tensor, g_other: Tensor, g_moved: Tensor) -> None:
+        """Undo `moved ← (1 − β) moved + β f(other)`.
 
-        The cotangents `g_other` and `g_moved` become those before, in place.
+        `moved` and both cotangents become those before, in place.
         """
         damping = self.rule.damping
         with torch.enable_grad():
             at = self.rule.down(other).detach().requires_grad_()
             value = self.f(at)
+        self.rule.half_back(moved, value.detach())
         if value.requires_grad:
             pulled = torch.autograd.grad(value, [at, *self.sources], damping * g_moved, allow_unused=True)
             if pulled[0] is not None:
                 g_other += pulled[0]
             self._add(pulled[1:])
         g_moved *= 1.0 - damping
-        return self.rule.half_back(moved, value.detach())
 
     def _add(self, pulled: Sequence[Tensor | None]) -> None:
         for i, part in enumerate(pulled):
