@@ -106,6 +106,9 @@ class Plan:
             value, reached = self.backend.autodiff.differentiate_through(f, z0, args, steps, None, self.step)
             if self.backend.capabilities.autodiff and self.backend.autodiff.grad_enabled():
                 self._verify_steps(f, args, value, value)
+            if self.mask is not None:  # a strategy may add noise to every unit
+                units = self.backend.xp.reshape(self.mask, (-1,))
+                value = self.backend.select(units, value, self.backend.detach(z0))
             return value, self._unsolved(value, reached)
         forward = self.backend.autodiff.forward_only(f, z0, args, solve)
         if not self.backend.autodiff.grad_enabled():
@@ -127,7 +130,7 @@ class Plan:
             value=self.space.unravel(value),
             residual=shaped(forward.residual),
             status=shaped(forward.status),
-            steps=shaped(forward.steps),
+            steps=shaped(self.counted(forward.steps, 0)),
             evaluations=shaped(self.counted(forward.evaluations, 0)),
             state=state,
             backend=self.backend,
