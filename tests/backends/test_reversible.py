@@ -66,8 +66,7 @@ def test_a_damping_that_no_dtype_can_undo_is_refused(every):
 
 def test_jax_without_double_precision_refuses_what_it_cannot_undo():
     jnp = pytest.importorskip("jax.numpy")
-    wanted = r"cannot undo 16 steps with damping = 0\.5.*damping below 0\.12, fewer steps or a wider dtype.*jax_enable_x64"
-    with pytest.raises(ConfigError, match=wanted):
+    with pytest.raises(ConfigError, match=r"cannot undo 16 steps.*damping below 0\.12, fewer steps or.*jax_enable_x64"):
         deqcore.fixed_point(lambda z: 0.5 * z, jnp.ones((1, 2)), backward__strategy="reversible")
 
 
