@@ -99,7 +99,7 @@ def batch(name: str, example: Any) -> tuple[Any, ...]:
     """Return a training batch of the size that the example trains with."""
     rng = np.random.default_rng(0)
     if name == "looped_sudoku":
-        return tuple(example.puzzles(rng, example.BATCH))
+        return (*example.puzzles(rng, example.BATCH), example.starts(rng, example.BATCH))
     text = importlib.import_module("text")
     (windows,) = next(iter(text.batches(rng, text.data()[1]["train"], example.BATCH)))
     return (windows, np.int32(0)) if name == "looped_text" else (windows,)

@@ -8,6 +8,7 @@ evaluation of f: its value undoes the step, and its graph gives the vjps.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -25,6 +26,19 @@ from deqcore_torch.graph import outside, sequence
 from deqcore_torch.second_order import distinct
 
 Result: TypeAlias = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class _FusedTwoState(TwoState):
+    """The same half steps, each in one pass over the states."""
+
+    def half(self, state: Tensor, value: Tensor) -> Tensor:
+        """Return a state moved by f of the other one: state + β (value − state)."""
+        return torch.lerp(state, self.up(value), self.damping)
+
+    def half_back(self, state: Tensor, value: Tensor) -> Tensor:
+        """Undo `half` in place: value + (state − value) / (1 − β)."""
+        return torch.lerp(self.up(value), state, 1.0 / (1.0 - self.damping), out=state)
 
 
 class _Job:
@@ -48,10 +62,11 @@ class _Job:
         """Undo all steps; return the gradients of the sources."""
         back = _Pass(self.f, self.rule, sources)
         size = torch.linalg.vector_norm(z, dim=1)
-        gy, gz = torch.zeros_like(g), g
+        gy, gz = torch.zeros_like(g), g.clone()
+        y, z = y.clone(), z.clone()
         for _ in range(self.steps):
-            z, gy, gz = back.undo(y, z, gy, gz)
-            y, gz, gy = back.undo(z, y, gz, gy)
+            back.undo(y, z, gy, gz)
+            back.undo(z, y, gz, gy)
         self._check(y, z, size)
         return back.gradients
 
@@ -79,21 +94,22 @@ class _Pass:
         self.sources = sources
         self.gradients: list[Tensor | None] = [None] * len(sources)
 
-    def undo(self, other: Tensor, moved: Tensor, g_other: Tensor, g_moved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def undo(self, other: Tensor, moved: Tensor, g_other: Tensor, g_moved: Tensor) -> None:
         """Undo `moved ← (1 − β) moved + β f(other)`.
 
-        Returns:
-            The state before, and the cotangents of `other` and of the state before.
+        `moved` and both cotangents become those before, in place.
         """
         damping = self.rule.damping
         with torch.enable_grad():
             at = self.rule.down(other).detach().requires_grad_()
             value = self.f(at)
+        self.rule.half_back(moved, value.detach())
         if value.requires_grad:
             pulled = torch.autograd.grad(value, [at, *self.sources], damping * g_moved, allow_unused=True)
-            g_other = g_other if pulled[0] is None else g_other + pulled[0]
+            if pulled[0] is not None:
+                g_other += pulled[0]
             self._add(pulled[1:])
-        return self.rule.half_back(moved, value.detach()), g_other, (1.0 - damping) * g_moved
+        g_moved *= 1.0 - damping
 
     def _add(self, pulled: Sequence[Tensor | None]) -> None:
         for i, part in enumerate(pulled):
@@ -146,6 +162,7 @@ def iterate(
     """
     if functorch.active():
         return record_all()
+    rule = _FusedTwoState(**vars(rule))
     with nothing_recorded():
         first = f(z0)
         y, z = rule.step(f, rule.start(z0), first)

@@ -9,7 +9,7 @@ from deqcore.abc.backend import Backend
 from deqcore.abc.backward import StepStrategy
 from deqcore.abc.solver import Solver
 from deqcore.backward.depth import RANGE, SIGMA, draw
-from deqcore.linear.norms import residual_norms
+from deqcore.linear.norms import residual_norms, unmeasured
 from deqcore.solve.termination import greater
 from deqcore.types import Array, Map, Reached, SolveResult
 
@@ -152,12 +152,12 @@ class Looped(StepStrategy):
         return z if self.noise is None else z + self.noise * backend.normal(z, self.seed or 0, (step, i + 1))
 
     def _reached(self, backend: Backend, f: Map, z0: Array, z: Array, total: Any) -> Reached:
-        at = backend.detach(z)
-        size = backend.norm(backend.detach(z0))
-        steps = backend.xp.zeros_like(size, dtype=backend.xp.int32) + total
-        if not self.measure:
-            return Reached(z, None, steps, size, size, None, steps)
         begin = backend.detach(z0)
-        first, fz = (backend.autodiff.repeat(lambda f, z, _: f(z), f, z, 1) for z in (begin, at))
+        unknown = unmeasured(backend, begin)
+        steps = backend.xp.zeros_like(unknown, dtype=backend.xp.int32) + total
+        if not self.measure:
+            return Reached(z, None, steps, unknown, unknown, None, steps)
+        size = backend.norm(begin)
+        first, fz = (backend.autodiff.repeat(lambda f, z, _: f(z), f, z, 1) for z in (begin, backend.detach(z)))
         residual, grown = residual_norms(backend, begin, first)
         return Reached(z, fz, steps + 2, greater(backend.xp, size, grown), residual, None, steps)

@@ -17,6 +17,12 @@ def residual_norms(backend: Backend, z: Array, fz: Array) -> tuple[Array, Array]
     return (backend.norm(fz - z), backend.norm(fz)) if fused is None else fused
 
 
+def unmeasured(backend: Backend, z: Array) -> Array:
+    """Return NaN for each row `(batch,)`, in the dtype of `Backend.norm`, without reading all of `z` `(batch, n)`."""
+    xp = backend.xp
+    return xp.full_like(backend.norm(xp.ones_like(z[:, :1])), float("nan"))
+
+
 def orthogonalize(backend: Backend, basis: History, w: Array, twice: bool) -> tuple[Array, Array, Array, Array]:
     """Return `w` `(batch, n)` without its components h in the orthonormal `basis`, and h, ‖w‖ before, ‖w‖ after.
 

@@ -1,7 +1,7 @@
 """A mask of units that take part: the others, such as padded tokens, stay where they start.
 
-f with a mask returns the start for every other unit, so that such a unit is at a fixed point from the first evaluation
-on: no solver moves it, no gradient passes it, and its residual and steps are 0.
+f with a mask reads and returns the start for every other unit, so that such a unit is at a fixed point from the first
+evaluation on: no solver moves it, no gradient passes it, and its residual and steps are 0.
 """
 
 from __future__ import annotations
@@ -38,15 +38,17 @@ def checked(space: RavelSpec, mask: Any) -> Array:
 
 
 def masked(backend: Backend, f: Callable[..., Tree], z0: Tree, mask: Array) -> Callable[..., Tree]:
-    """Return f with z0 for its value in each unit outside of `mask`, as constants."""
+    """Return f with z0, as constants, for what it reads and returns in each unit outside of `mask`."""
     start, structure = backend.flatten(z0)
 
-    def held(z: Tree, *args: Any) -> Tree:
-        fz = f(z, *args)
-        leaves, new_structure = backend.flatten(fz)
+    def hold(tree: Tree) -> Tree:
+        leaves, new_structure = backend.flatten(tree)
         if new_structure != structure:
-            return fz  # the caller of f raises the error
+            return tree  # the caller of f raises the error
         return backend.unflatten(structure, [_held(backend, mask, *pair) for pair in zip(leaves, start, strict=True)])
+
+    def held(z: Tree, *args: Any) -> Tree:
+        return hold(f(hold(z), *args))
 
     held.__wrapped__ = f  # type: ignore[attr-defined] # backward passes are counted for f
     return held

@@ -18,6 +18,7 @@ from deqcore.errors import (
     StrategyError,
 )
 from deqcore.linear.grouped import Groups
+from deqcore.linear.norms import unmeasured
 from deqcore.solution import Solution, SolveState
 from deqcore.solve.adjoint import Adjoint, Steps, vjp_in_units
 from deqcore.solve.compaction import RestrictRows
@@ -105,6 +106,9 @@ class Plan:
             value, reached = self.backend.autodiff.differentiate_through(f, z0, args, steps, None, self.step)
             if self.backend.capabilities.autodiff and self.backend.autodiff.grad_enabled():
                 self._verify_steps(f, args, value, value)
+            if self.mask is not None:  # a strategy may add noise to every unit
+                units = self.backend.xp.reshape(self.mask, (-1,))
+                value = self.backend.select(units, value, self.backend.detach(z0))
             return value, self._unsolved(value, reached)
         forward = self.backend.autodiff.forward_only(f, z0, args, solve)
         if not self.backend.autodiff.grad_enabled():
@@ -126,7 +130,7 @@ class Plan:
             value=self.space.unravel(value),
             residual=shaped(forward.residual),
             status=shaped(forward.status),
-            steps=shaped(forward.steps),
+            steps=shaped(self.counted(forward.steps, 0)),
             evaluations=shaped(self.counted(forward.evaluations, 0)),
             state=state,
             backend=self.backend,
@@ -268,14 +272,14 @@ class Plan:
         """Return the result of a strategy of fixed steps: its residual and status where f is known."""
         backend, xp = self.backend, self.backend.xp
         z = backend.detach(value)
-        norms = backend.norm(z)
+        unknown = unmeasured(backend, z)
         assert isinstance(self.strategy, StepStrategy)
-        steps = xp.zeros_like(norms, dtype=xp.int32) + self.strategy.steps
+        steps = xp.zeros_like(unknown, dtype=xp.int32) + self.strategy.steps
         steps = steps if reached is None or reached.steps is None else reached.steps
         status = xp.full_like(steps, int(Status.FIXED_STEPS))
         if reached is None or reached.fz is None:
             spent = steps if reached is None else reached.evaluations
-            return SolveResult(z, None, xp.full_like(norms, float("nan")), status, steps, spent, None)
+            return SolveResult(z, None, unknown, status, steps, spent, None)
         with backend.errstate():
             residual = backend.norm(reached.fz - z)
             limits = Limits.of(backend.xp, backend.eps(z), self.control.rtol, self.control.atol, self.control.patience)

@@ -31,12 +31,14 @@ def arguments(text: str, steps: int, given: list[str] | None = None) -> argparse
     parser.add_argument(
         "--device", default="cpu", help="where it trains, such as cuda or cuda:1 (default: %(default)s)"
     )
-    parser.add_argument("--steps", type=int, default=steps, help="training steps (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=steps, help="training steps; 0 only scores --weights (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder for the picture and the weights")
     parser.add_argument("--weights", type=Path, help="start from this safetensors file, of either framework")
     options = parser.parse_args(given)
-    if options.steps < 1:
+    if options.steps < (1 if options.weights is None else 0):
         parser.error(f"--steps must be at least 1 (got {options.steps})")
     if options.weights is not None and not options.weights.is_file():
         parser.error(f"--weights {options.weights}: the file does not exist")
@@ -170,6 +172,8 @@ class TorchSide:
         quiet: bool = False,
     ) -> None:
         """AdamW with gradients clipped to norm 1; `memory` is its β₂."""
+        if not steps:
+            return
         optimizer = self.torch.optim.AdamW(self.model.parameters(), rate, (0.9, memory), weight_decay=decay)
         schedule = self.torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, steps))
         self.model.train()
@@ -223,6 +227,8 @@ class JaxSide:
         quiet: bool = False,
     ) -> None:
         """AdamW with gradients clipped to norm 1; `memory` is its β₂."""
+        if not steps:
+            return
         import optax
 
         jnp = self.jax.numpy

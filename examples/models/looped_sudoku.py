@@ -1,10 +1,11 @@
 """9×9 Sudoku by a small recursive model: a latent and an answer that update each other, with a carry and halting.
 
 One network of a few thousand weights is all that is learnt. A cycle updates the latent twice and the answer once; a
-segment is a few cycles, of which the last carries the gradient. Each segment has its own loss and starts, without a
-gradient, where the one before ended (deep supervision with a carry). A head learns to say when a puzzle is solved.
+segment is two cycles, of which the last carries the gradient. Each segment has its own loss and starts, without a
+gradient, where the one before ended (deep supervision with a carry). A head learns to say when a puzzle is solved. Half
+of the puzzles of a batch start at zero and half at random, so that the model can be run from several starts.
 
-Each puzzle has exactly one solution. Scored on unseen puzzles at several depths, up to four times the depth of the
+Each puzzle has exactly one solution. Scored on unseen puzzles at several depths, up to eight times the depth of the
 training, and at several breadths: of several random starts the one that comes to rest best is kept.
 Source: Jolicoeur-Martineau (2025), "Less is more: recursive reasoning with tiny networks", arXiv:2510.04871. The
 network follows Palm, Paquet & Winther (2018), "Recurrent relational networks": sums over rows, columns, boxes, digits.
@@ -15,6 +16,8 @@ network follows Palm, Paquet & Winther (2018), "Recurrent relational networks": 
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Iterable
 from typing import Any
 
 import common
@@ -22,11 +25,11 @@ import numpy as np
 
 WIDTH, HIDDEN = 16, 64
 SEGMENTS = 3
-CYCLES = 4  # of a segment; a training sees SEGMENTS · CYCLES cycles
-CLUES = (26, 36)
-TRAIN, TEST, BATCH = 400, 100, 16
-STEPS, RATE = 400, 6e-3
-DEPTHS, BREADTHS, BREADTH_DEPTH = (3, 6, 12, 24, 48), (1, 4), 24
+CYCLES = 2  # of a segment; a training sees SEGMENTS · CYCLES cycles
+CLUES, FEW = (26, 34), (26, 28)  # of the puzzles to train with, and of those to score
+TRAIN, TEST, BATCH = 800, 100, 8
+STEPS, RATE = 1500, 4e-3
+DEPTHS, BREADTHS = (3, 6, 12, 24, 48), (1, 4)
 SETTINGS = {"backward__strategy": "looped", "backward__options": {"depth": CYCLES, "recorded": 1}}
 HALTING = {
     "forward__solver": "picard",
@@ -97,15 +100,15 @@ def is_unique(digits: list[int], used: list[int], cell: int) -> bool:
     return bool(own)
 
 
-def puzzle(rng: np.random.Generator) -> tuple[Any, Any]:
+def puzzle(rng: np.random.Generator, least: int, most: int) -> tuple[Any, Any]:
     """Draw a puzzle `(81,)` of the digits 1 to 9, 0 where empty, and its one solution.
 
-    Cells are emptied in random order, as long as one solution is left, down to a random number of clues.
+    Cells are emptied in random order, as long as one solution is left, down to `least` to `most` clues.
     """
     digits, used = [0] * 81, [0] * 27
     solved(digits, used, rng)
     grid = digits.copy()
-    left, wanted = 81, rng.integers(CLUES[0], CLUES[1] + 1)
+    left, wanted = 81, rng.integers(least, most + 1)
     for cell in rng.permutation(81).tolist():
         if left > wanted and is_unique(digits, used, cell):
             place(digits, used, cell, 0)
@@ -114,9 +117,12 @@ def puzzle(rng: np.random.Generator) -> tuple[Any, Any]:
     return clues, answer
 
 
-def puzzles(rng: np.random.Generator, count: int) -> tuple[Any, Any]:
-    """Draw clues `(count, 9, 9, 9, 2)` (for each digit: given here; another given), and solutions `(count, 81)`."""
-    drawn = [puzzle(rng) for _ in range(count)]
+def puzzles(rng: np.random.Generator, count: int, span: tuple[int, int] = CLUES) -> tuple[Any, Any]:
+    """Draw clues `(count, 9, 9, 9, 2)` (for each digit: given here; another given), and solutions `(count, 81)`.
+
+    The number of clues of a puzzle is drawn from `span`, both ends included.
+    """
+    drawn = [puzzle(rng, *span) for _ in range(count)]
     given = np.eye(10, dtype=np.float32)[np.stack([clues for clues, _ in drawn])][:, :, 1:]
     clues = np.stack([given, given.sum(2, keepdims=True) - given], -1)
     return clues.reshape(count, 9, 9, 9, 2), np.stack([grid for _, grid in drawn]) - 1
@@ -138,29 +144,60 @@ def weights(rng: np.random.Generator) -> common.Weights:
     return made | {f"deq.cell.{name}.weight": common.matrix(rng, HIDDEN, WIDTH, gain=0.5) for name in others}
 
 
+def starts(rng: np.random.Generator, count: int) -> Any:
+    """Draw random starts `(count, 9, 9, 9, WIDTH)`."""
+    return rng.standard_normal((count, 9, 9, 9, WIDTH), dtype=np.float32)
+
+
+def batches(rng: np.random.Generator, clues: Any, answers: Any) -> Iterable[tuple[Any, Any, Any]]:
+    """Yield clues, solutions and starts without end; about half of the starts are zero."""
+    for given, right in common.batches(rng, BATCH, clues, answers):
+        is_random = rng.random((BATCH, 1, 1, 1, 1)) < 0.5
+        yield given, right, starts(rng, BATCH) * is_random.astype(np.float32)
+
+
 def main(given: list[str] | None = None) -> dict[str, float]:
-    """Train, and score unseen puzzles at several depths and breadths."""
+    """Train, and score unseen puzzles at several depths and breadths, and where the head halts."""
     options = common.arguments(__doc__ or "", STEPS, given)
     rng = np.random.default_rng(options.seed)
-    train, test = puzzles(rng, TRAIN), puzzles(rng, TEST)
+    clues, answers = puzzles(rng, TEST, FEW)
+    from_each = [starts(rng, TEST) for _ in range(max(BREADTHS))]
     begin = common.start(options, weights(rng))
     side = common.side(options.backend, "looped_sudoku", begin, SETTINGS, options.device)
-    side.fit(common.batches(rng, BATCH, *train), options.steps, RATE, decay=0.01)
+    if options.steps:
+        side.fit(batches(rng, *puzzles(rng, TRAIN)), options.steps, RATE, decay=0.01, memory=0.99)
+    common.finish(options, "looped_sudoku", side.weights())
     found: dict[str, float] = {}
 
-    def score(label: str, depth: int, *starts: Any) -> None:
-        model = common.side(options.backend, "looped_sudoku", side.weights(), at_depth(depth), options.device)
-        right = model.predict(test[0], *starts) == test[1]
+    def score(label: str, guess: Any, more: str = "") -> None:
+        right = guess == answers
         found[label] = float(right.all(1).mean())
-        print(f"{label}: solved {100 * found[label]:.1f} %, cells right {100 * right.mean():.1f} %", flush=True)
+        print(f"{label}: solved {100 * found[label]:.1f} %, cells right {100 * right.mean():.1f} %{more}", flush=True)
 
     for depth in DEPTHS:
-        score(f"{depth} cycles", depth)
-    starts = [rng.standard_normal((*test[0].shape[:-1], WIDTH)).astype(np.float32) for _ in range(max(BREADTHS))]
-    for breadth in BREADTHS:
-        score(f"{BREADTH_DEPTH} cycles, best of {breadth} random starts", BREADTH_DEPTH, *starts[:breadth])
-    common.finish(options, "looped_sudoku", side.weights())
+        model = common.side(options.backend, "looped_sudoku", side.weights(), at_depth(depth), options.device)
+        for breadth in BREADTHS:
+            guess = model.predict(clues, *from_each[:breadth])
+            score(f"{depth} cycles, best of {breadth}" if breadth > 1 else f"{depth} cycles", guess)
+    halted = importlib.import_module(f"looped_sudoku_{options.backend}").halted
+    guess, taken = halted(side, clues, max(DEPTHS))
+    score(f"at most {max(DEPTHS)} cycles, halted by the head", guess, f", {taken.mean():.1f} cycles on average")
+    common.figure(options, "looped-sudoku", lambda figure: draw(figure, found))
     return found
+
+
+def draw(figure: Any, found: dict[str, float]) -> None:
+    """Draw the share of solved puzzles against depth."""
+    axes = figure.subplots()
+    for breadth in BREADTHS:
+        labels = [f"{depth} cycles" + f", best of {breadth}" * (breadth > 1) for depth in DEPTHS]
+        name = "one random start" if breadth == 1 else f"best of {breadth} random starts"
+        axes.plot(DEPTHS, [100 * found[label] for label in labels], "o-", label=name)
+    axes.axvline(SEGMENTS * CYCLES, color="0.6", linestyle="--", label="depth of the training")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(DEPTHS, [str(depth) for depth in DEPTHS])
+    axes.set(xlabel="cycles", ylabel="puzzles solved, %", ylim=(0, 100))
+    axes.legend()
 
 
 if __name__ == "__main__":

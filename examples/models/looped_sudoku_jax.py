@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from common import linear, part
 from jax import Array, lax, nn
 from looped_sudoku import CYCLES, HALTING, SEGMENTS
@@ -48,10 +49,10 @@ def segment_by_hand(p: Any, settings: Any, x: Array, carry: State) -> tuple[Stat
     return state, lax.stop_gradient(state)
 
 
-def loss(p: Any, settings: Any, clues: Array, answers: Array, segment: Any = segment) -> Array:
+def loss(p: Any, settings: Any, clues: Array, answers: Array, start: Array, segment: Any = segment) -> Array:
     """Return the sum of the losses of all segments, each of which continues where the last one ended."""
     x = linear(p, "inject", clues)
-    carry, total = begin(x), jnp.zeros(())
+    carry, total = (start, start), jnp.zeros(())
     for _ in range(SEGMENTS):
         (_, answer), carry = segment(p, settings, x, carry)
         scores = logits(p, answer)
@@ -77,6 +78,12 @@ def until_solved(p: Any, clues: Array, cycles: int) -> tuple[Array, Array]:
     f = until(cell, Learnt(lambda state: stop(p, state[1])))
     solution = deqcore.fixed_point(f, begin(x), part(p, "deq.cell."), x, **HALTING, forward__max_steps=cycles)
     return logits(p, solution.value[1]).argmax(-1), solution.steps
+
+
+def halted(side: Any, clues: Any, cycles: int) -> tuple[Any, Any]:
+    """Return the digits, and the cycles after which the head has halted each puzzle, as NumPy arrays."""
+    guess, steps = until_solved(side.params, clues, cycles)
+    return np.asarray(guess), np.asarray(steps)
 
 
 def begin(x: Array) -> State:

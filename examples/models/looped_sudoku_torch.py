@@ -48,10 +48,10 @@ class Model(nn.Module):
         self.read = nn.Linear(WIDTH, 1, bias=False)
         self.halt = nn.Linear(2 * WIDTH, 1)
 
-    def loss(self, clues: Tensor, answers: Tensor) -> Tensor:
+    def loss(self, clues: Tensor, answers: Tensor, start: Tensor) -> Tensor:
         """Return the sum of the losses of all segments, each of which continues where the last one ended."""
         x = self.inject(clues)
-        carry, total = self.begin(x), x.new_zeros(())
+        carry, total = (start, start), x.new_zeros(())
         for _ in range(SEGMENTS):
             (_, answer), carry = self.segment(x, carry)
             logits = self.logits(answer)
@@ -98,6 +98,12 @@ class Model(nn.Module):
         """Return the logit `(batch,)` that a puzzle is solved, from the mean and the largest of all positions."""
         sure = relu(answer).flatten(1, 3)
         return self.halt(torch.cat([sure.mean(1), sure.amax(1)], 1)).squeeze(1)
+
+
+def halted(side: Any, clues: Any, cycles: int) -> tuple[Any, Any]:
+    """Return the digits, and the cycles after which the head has halted each puzzle, as NumPy arrays."""
+    guess, steps = side.model.until_solved(*side.tensors([clues]), cycles)
+    return guess.numpy(force=True), steps.numpy(force=True)
 
 
 class ByHand(Model):

@@ -47,6 +47,12 @@ def test_each_sample_halts_where_the_closed_form_says(be):
     assert be.to_numpy(sol.value) == pytest.approx(state, rel=1e-12)
 
 
+def test_an_answer_settles_with_its_slowest_number(be):
+    rate = be.asarray(np.array([[0.2, 0.9]]))  # the change after k steps is rate to the power k
+    f = until(lambda z, rate: rate * z + 1.0, Settled(lambda z: z, 0.01))
+    assert int(deqcore.fixed_point(f, 0 * rate, rate, **PICARD).steps[0]) == 44
+
+
 @pytest.mark.parametrize("solver", ["picard", "anderson", "broyden"])
 def test_a_sample_does_not_feel_its_batch_mates(be, solver):
     rng = np.random.default_rng(0)

@@ -64,10 +64,25 @@ def test_a_damping_that_no_dtype_can_undo_is_refused(every):
         deqcore.fixed_point(lambda z, x: 0.5 * z + x, 0 * x, x, **settings(60, 0.5))
 
 
-def test_jax_without_double_precision_says_so():
+def test_jax_without_double_precision_refuses_what_it_cannot_undo():
     jnp = pytest.importorskip("jax.numpy")
+    with pytest.raises(ConfigError, match=r"cannot undo 16 steps.*damping below 0\.12, fewer steps or.*jax_enable_x64"):
+        deqcore.fixed_point(lambda z: 0.5 * z, jnp.ones((1, 2)), backward__strategy="reversible")
+
+
+@pytest.mark.parametrize(("steps", "damping"), [(3, 0.5), (1, 0.8), (16, 0.12)])
+def test_jax_in_single_precision_is_exact_up_to_the_limit(steps, damping):
+    jax = pytest.importorskip("jax")
+    args = [jax.numpy.asarray(a, "float32") for a in (W, X)]
+    f = lambda z, w, x: jax.numpy.tanh(z @ w + x)
+    _, gradients = deqcore.vjp(
+        f, 0 * args[1], *args, cotangent=jax.numpy.asarray(G, "float32"), **settings(steps, damping)
+    )
+    for found, right in zip(gradients, truth(steps, damping)[1], strict=True):
+        assert found.dtype == "float32"
+        assert np.linalg.norm(found - right) <= 1e-6 * np.linalg.norm(right)
     with pytest.raises(ConfigError, match="jax_enable_x64"):
-        deqcore.fixed_point(lambda z: 0.5 * z, jnp.ones((1, 2)), **settings(12, 0.5))
+        deqcore.fixed_point(f, 0 * args[1], *args, **settings(steps + 1, damping))
 
 
 def test_parameters_that_f_closes_over_get_gradients_and_second_derivatives():

@@ -77,6 +77,21 @@ def test_masked_units_never_run_and_never_count(problem):
     assert (kit.numpy(db)[~mask] == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [("looped", {"depth": 3, "noise": 0.1, "start_noise": 0.1, "seed": 0}), ("reversible", {"steps": 3})],
+)
+def test_masked_units_stay_out_of_a_loop(problem, strategy, options):
+    kit, _, f, z0, b = problem
+    mask = np.array([[True, True, False, False], [True, True, True, True]])
+    sol = deqcore.fixed_point(
+        f, z0 + 1.5, b, mask=mask, forward__batch=2, backward__strategy=strategy, backward__options=options
+    )
+    assert (kit.numpy(sol.steps) == 3 * mask).all()
+    assert (kit.numpy(sol.value)[~mask] == 1.5).all()
+    assert (kit.numpy(sol.value)[mask] != 1.5).all()
+
+
 def test_samples_are_checked_for_coupling_and_units_are_not(problem):
     kit, _, f, z0, b = problem
     g = kit.array(np.random.default_rng(1).standard_normal(b.shape))

@@ -33,7 +33,7 @@ def _path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def batch(name: str, example: Any) -> tuple[Any, ...]:
     if name == "looped_sudoku":
         clues, answers = example.puzzles(np.random.default_rng(0), 2)
-        return clues.astype(np.float64), answers
+        return clues.astype(np.float64), answers, example.starts(np.random.default_rng(1), 2).astype(np.float64)
     text = importlib.import_module("text")
     windows = text.windows(text.data()[1]["train"], 2)
     return (windows, np.int32(STEP)) if name == "looped_text" else (windows,)
@@ -102,7 +102,7 @@ def test_evaluation_has_the_results_of_the_loops_by_hand() -> None:
     clues, _ = example.puzzles(rng, 3)
     weights = example.weights(rng)
     weights["halt.bias"] = np.full(1, 0.05, np.float32)  # one halts early, another late or never
-    starts = [rng.standard_normal((*clues.shape[:-1], example.WIDTH)).astype(np.float32) for _ in range(3)]
+    starts = [example.starts(rng, 3) for _ in range(3)]
     side, other = (
         common.TorchSide(SimpleNamespace(Model=cls), weights, example.at_depth(4))
         for cls in (module.Model, module.ByHand)
@@ -130,13 +130,13 @@ def test_evaluation_has_the_results_of_the_loops_by_hand() -> None:
 @pytest.mark.parametrize("name", ["looped_text", "looped_sudoku", "attractor"])
 def test_a_short_training_is_scored_at_every_depth(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     example, text = importlib.import_module(name), importlib.import_module("text")
-    short = {"TRAIN": 8, "TEST": 4, "BATCH": 4, "DEPTHS": (1, 3), "BREADTHS": (1, 2), "BREADTH_DEPTH": 2}
+    short = {"TRAIN": 8, "TEST": 4, "BATCH": 4, "DEPTHS": (1, 3), "BREADTHS": (1, 2)}
     for setting, value in short.items():
         if hasattr(example, setting):
             monkeypatch.setattr(example, setting, value)
     monkeypatch.setattr(text, "WINDOWS", 64)
     found = example.main(["--steps", "2", "--out", str(tmp_path)])
-    assert len(found) == (4 if name == "looped_sudoku" else 2)
+    assert len(found) == (5 if name == "looped_sudoku" else 2)
     assert all(np.isfinite(value) for value in found.values())
     assert (tmp_path / f"{name}.safetensors").exists()
 

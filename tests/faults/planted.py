@@ -83,8 +83,8 @@ STRATEGIES = [
     Fault(
         "a cotangent that a half step does not damp",
         REVERSIBLE_TORCH,
-        "g_other, (1.0 - damping) * g_moved",
-        "g_other, g_moved",
+        "g_moved *= 1.0 - damping",
+        "g_moved *= 1.0",
         "strategy reversible",
         "test_its_gradient_is_that_of_its_steps",
         "gradient of the steps",
@@ -92,9 +92,9 @@ STRATEGIES = [
     ),
     Fault(
         "a half step that is undone with the other sign",
-        "deqcore.abc.two_state",
-        "(state - self.damping * self.up(value))",
-        "(state + self.damping * self.up(value))",
+        REVERSIBLE_TORCH,
+        "1.0 / (1.0 - self.damping)",
+        "1.0 / (1.0 + self.damping)",
         "strategy reversible",
         "test_its_gradient_is_that_of_its_steps",
         "did not come back to z0",

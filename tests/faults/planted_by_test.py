@@ -28,6 +28,8 @@ class Fault:
 
 BACKENDS = "tests/backends"
 CARRY = f"{BACKENDS}/test_carry.py"
+RULES = f"{BACKENDS}/test_halting.py"
+HALTING = "deqcore.halting"
 
 LOOPED = [
     Fault(
@@ -53,6 +55,54 @@ LOOPED = [
         "        if self.reuse == 'sequence':\n            self._last = ",
         f"{CARRY}::test_a_carry_continues_where_the_last_step_ended_and_has_no_gradient",
         r"torch\.equal",
+    ),
+    Fault(
+        "a threshold of a learnt head that is not read",
+        HALTING,
+        "return logits >= log(self.threshold / (1.0 - self.threshold))",
+        "return logits >= 0.0",
+        f"{CARRY}::test_a_learnt_head_halts_each_sample[torch]",
+        r"assert \[",
+    ),
+    Fault(
+        "a learnt head that reads the state before the step",
+        HALTING,
+        "logits = self.head(fz)",
+        "logits = self.head(z)",
+        f"{CARRY}::test_a_learnt_head_halts_each_sample[torch]",
+        r"assert \[",
+    ),
+    Fault(
+        "a last step of the halting distribution that leaves a rest",
+        HALTING,
+        "return [*result, running]",
+        "return [*result, running + _log_sigmoid(xp, logits[-1])]",
+        f"{CARRY}::test_the_halting_distribution_and_its_losses[numpy]",
+        "Not equal to tolerance",
+    ),
+    Fault(
+        "the size of the state for its residual, in the rule that halts by a norm",
+        HALTING,
+        "moved = [b - a if _is_float(backend, b)",
+        "moved = [b if _is_float(backend, b)",
+        "tests/core/test_implicit.py::test_a_norm_of_ones_own_decides",
+        "assert .* == 9",
+    ),
+    Fault(
+        "an answer that has settled when one of its numbers has",
+        HALTING,
+        "(xp.max(change, axis=axes) if axes else change)",
+        "(xp.min(change, axis=axes) if axes else change)",
+        f"{RULES}::test_an_answer_settles_with_its_slowest_number[torch]",
+        "assert .* == 44",
+    ),
+    Fault(
+        "no derivative of a sample that has halted",
+        HALTING,
+        "held = backend.detach(z) + (fz - backend.detach(fz))",
+        "held = backend.detach(z)",
+        f"{RULES}::test_the_gradient_is_that_of_f_where_a_sample_halted[torch-exact-ift]",
+        "assert",
     ),
 ]
 
