@@ -58,14 +58,14 @@ def test_gradients_of_complex_parameters_are_those_of_differences(every):
     assert np.abs(turned(every.to_numpy(da)) - differences(a, b, g)).max() <= 1e-7
 
 
-APPROXIMATE = ["broyden-reuse", "jacobian-free", "neumann"]
+OTHERS = ["broyden-reuse", "jacobian-free", "neumann", "phantom", "unrolled", "adaptive"]
 
 
-@pytest.mark.parametrize("strategy", APPROXIMATE)
+@pytest.mark.parametrize("strategy", OTHERS)
 @pytest.mark.supports(
     "complex states",
     backends="jax",
-    strategies="broyden-reuse, jacobian-free, neumann",
+    strategies="broyden-reuse, jacobian-free, neumann, phantom, unrolled, adaptive",
 )
 def test_other_strategies_in_jax_are_as_far_from_the_truth_as_they_may_be(strategy):
     """The suite runs these on the other backends; JAX conjugates cotangents and gradients."""
