@@ -36,7 +36,7 @@ BINARY = {
     ast.BitOr: ast.BitAnd,
     ast.Pow: ast.Mult,
 }
-PACKAGES = ("solvers", "strategies", "linear")
+PACKAGES = ("solvers", "backward", "linear")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,10 @@ def modules(root: Path) -> dict[str, str]:
     """Import names and sources of everything that is mutated."""
     found = {}
     for package in PACKAGES:
-        for path in sorted((root / package).glob("*.py")):
+        paths = sorted((root / package).glob("*.py"))
+        if not paths:
+            raise FileNotFoundError(f"{root / package} has no modules: PACKAGES must name folders that exist.")
+        for path in paths:
             if path.stem != "__init__":
                 found[f"deqcore.{package}.{path.stem}"] = path.read_text(encoding="utf-8")
     return found
