@@ -198,11 +198,6 @@ TESTS = {
 """Our own tests of a module, the quick ones first; those of JAX and, in the folder core, of torch are left out."""
 
 
-def judge(mutant) -> str:
-    """What caught it, or nothing: our own tests of the module, then the public suite."""
-    return tested(mutant.module, mutant.source) or judged(mutant.module, mutant.source)
-
-
 def tested(module: str, source: str) -> str:
     """Our own test that fails when `module` has this text, or nothing."""
     failed = checking.run_tests(module, source, [HERE.parent / name for name in TESTS[module]])
@@ -270,8 +265,15 @@ def run_mutants(count: int, seed: int, again: Path | None, workers: int, results
     start = time.perf_counter()
     todo = [mutant for mutant in chosen if str(mutant) not in known]
     with ThreadPoolExecutor(workers) as pool:
-        for number, (mutant, caught) in enumerate(zip(todo, pool.map(judge, todo), strict=True), 1):
-            print(f"{number:3d} {'caught  ' if caught else 'SURVIVED'} {mutant}   {caught}", flush=True)
+        left = []
+        for mutant, caught in zip(todo, pool.map(lambda each: tested(each.module, each.source), todo), strict=True):
+            print(f"{'caught' if caught else 'passed'} {mutant}   {caught}", flush=True)
+            if caught:
+                results.keep("mutants", str(mutant), caught)
+            else:
+                left.append(mutant)
+        for mutant, caught in zip(left, pool.map(lambda each: judged(each.module, each.source), left), strict=True):
+            print(f"{'caught' if caught else 'SURVIVED'} {mutant}   {caught}", flush=True)
             results.keep("mutants", str(mutant), caught)
     survivors = [str(mutant) for mutant in chosen if not known[str(mutant)]]
     share = 1 - len(survivors) / drawn
