@@ -255,8 +255,7 @@ class Results:
 
 def run_mutants(count: int, seed: int, again: Path | None, workers: int, results: Results) -> float:
     """The share of a sample that is caught; mutants of an earlier sample in `again` only if they survived there."""
-    everything = mutants.mutants(mutants.modules(Path(deqcore.__file__).parent))
-    chosen = mutants.random.Random(seed).sample(everything, min(count, len(everything)))
+    chosen, total = mutants.sample(mutants.modules(Path(deqcore.__file__).parent), count, seed)
     drawn = len(chosen)
     if again is not None:  # what was caught once is taken for caught: checks are only ever added
         left = {name for name, caught in json.loads(again.read_text())["mutants"].items() if not caught}
@@ -279,7 +278,7 @@ def run_mutants(count: int, seed: int, again: Path | None, workers: int, results
     share = 1 - len(survivors) / drawn
     seconds = time.perf_counter() - start
     own = sum(str(known[str(mutant)]).startswith("tests/") for mutant in chosen)
-    print(f"\n{drawn} of {len(everything)} mutants, seed {seed}: {share:.0%} caught, {own} of them by our own tests")
+    print(f"\n{drawn} of {total} mutants, seed {seed}: {share:.0%} caught, {own} of them by our own tests")
     print(f"({seconds:.0f} s). Left:")
     print("\n".join(survivors) or "none")
     return share
