@@ -39,9 +39,9 @@ Written by `make field` ({command}) on {date}, Python {python}, with {versions}.
 
 Each cell counts the checks that fail, with the library's defaults and, where a second figure stands, with its best
 settings. **✓**: all hold. *not claimed*: the library does not promise it, so it is not checked. –: does not apply.
-*memory*: what one solve holds at once, in states: by how many bytes it grows for each byte more in the state, from 256
-to 512 numbers. It comes from tracemalloc (NumPy), the live tensors (torch), or the temporaries and results of the
-compiled program (JAX), and never from the memory of the process.
+*memory*: what one solve holds at once, in states (rtol 1e-6, max_steps 300): by how many bytes it grows for each byte
+more in the state, from 256 to 512 numbers. It comes from tracemalloc (NumPy), the live tensors (torch), or the
+temporaries and results of the compiled program (JAX), and never from the memory of the process.
 [Failures](failures.md) has a script for each failure, and a text for its authors. The adapters are in
 `examples/adapters`; [Check a solver of another library](adapters.md) says how to write one. The seconds are those of
 the whole card, on a machine that was busy with other work. The first table sums up the tables of each property below.

@@ -1,7 +1,7 @@
 """What solves cost on NumPy, against a record: a change of steps, evaluations or vjps is seen.
 
-A record is no truth. After a change that is wanted, `python tests/core/test_counts.py` writes a new one, and its
-difference belongs to the change. Another processor rounds otherwise, so that a count may be off by one.
+The record says what was, not what is right. After a wanted change, `python tests/core/test_counts.py` writes a new one,
+which belongs to the change. Another processor rounds otherwise, so that a count may be off by one.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def measure():
 
 
 def near(found, recorded):
-    """Counts that are equal but for one in twenty, which may be off by one."""
+    """Return whether counts are equal; one in twenty may be off by one."""
     off = np.abs(np.array(found) - np.array(recorded))
     return off.max() <= 1 and np.count_nonzero(off) <= len(off) // 20
 

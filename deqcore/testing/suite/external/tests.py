@@ -283,7 +283,7 @@ class Judge:
         row = [(case.b[0] * size)[:size]]
         f, z0, b = replace(case, z0=[[0.0] * size], b=row).arrays(self.kit)
         solve = lambda z0, b: self.solver.solve(f, z0, (b,), **self.numbers(case))[0]  # noqa: E731
-        solve(z0, b)  # imports and caches are no memory of a solve
+        solve(z0, b)  # imports and caches do not count
         return self.kit.backend.harness.peak_memory(solve, z0, b), size * self.kit.numpy(z0).itemsize
 
     def gradient(self, case: Case, comment: str) -> Any:
