@@ -119,8 +119,9 @@ def memory(name: str) -> dict[str, float]:
 
 
 def noted(tests: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the memory that tests have noted, by column."""
-    return {_column(test): test["notes"][MEMORY] for test in tests if MEMORY in test["notes"]}
+    """Return the memory that the test of the curved problem has noted, by column."""
+    found = [(_column(test), test["notes"].get(MEMORY)) for test in tests]
+    return {column: value for column, value in found if isinstance(value, float)}
 
 
 def _column(test: Mapping[str, Any]) -> str:

@@ -273,9 +273,12 @@ class Judge:
             shape = self.numpy(result.converged).shape
             assert shape == (batch,), f"converged must have the shape ({batch},) (got {shape})"
 
-    def memory(self, case: Case) -> float:
-        """Return how many states more a solve holds at once for each number more in the state."""
-        (few, one), (many, two) = (self._peak(case, size) for size in cases.SIZES)
+    def memory(self, case: Case) -> float | str:
+        """Return how many states a solve holds at once; a solve that the measurement cannot run is not to blame."""
+        try:
+            (few, one), (many, two) = (self._peak(case, size) for size in cases.SIZES)
+        except Exception as error:
+            return f"not measured: {type(error).__name__}"
         return round((many - few) / (two - one), 1)
 
     def _peak(self, case: Case, size: int) -> tuple[int, int]:
