@@ -19,13 +19,16 @@ from datetime import UTC, datetime
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final
+from tempfile import TemporaryFile
+from typing import Any, Final, NamedTuple
 
 from deqcore.testing.runner.render import sentence
+from deqcore.testing.suite.external.cases import MEMORY
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 ADAPTERS: Final = ROOT / "examples" / "adapters"
 LIMIT: Final = 300
+MEASURES: Final = "it_solves_what_plain_iteration_solves"
 ABSENT: Final = {
     "banax": "it needs Python 3.12 or later",
     "deepinv": "torchvision 0.28.0, which it needs, cannot be imported with torch 2.13.0+cpu (torchvision::nms)",
@@ -36,6 +39,9 @@ Written by `make field` ({command}) on {date}, Python {python}, with {versions}.
 
 Each cell counts the checks that fail, with the library's defaults and, where a second figure stands, with its best
 settings. **✓**: all hold. *not claimed*: the library does not promise it, so it is not checked. –: does not apply.
+*memory*: what one solve holds at once, in states (rtol 1e-6, max_steps 300): by how many bytes it grows for each byte
+more in the state, from 256 to 512 numbers. It comes from tracemalloc (NumPy), the live tensors (torch), or the
+temporaries and results of the compiled program (JAX), and never from the memory of the process.
 [Failures](failures.md) has a script for each failure, and a text for its authors. The adapters are in
 `examples/adapters`; [Check a solver of another library](adapters.md) says how to write one. The seconds are those of
 the whole card, on a machine that was busy with other work. The first table sums up the tables of each property below.
@@ -69,25 +75,63 @@ def names() -> list[str]:
 def judge(name: str, cards: Path) -> dict[str, Any]:
     """Return the outcomes of one solver: per property and settings, how many checks ran and failed, and why."""
     start = time.perf_counter()
-    command = [sys.executable, "-m", "deqcore", "check", "solver", name, "--json", f"--limit={LIMIT}"]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "backends")])
-    done = subprocess.run(
-        [*command, "--report", str(cards / f"{name}.html")],
-        cwd=ADAPTERS, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = _checked(name, "--report", str(cards / f"{name}.html"))
     seconds = round(time.perf_counter() - start)
-    if done.returncode not in (0, 1):
-        return {"seconds": seconds, "error": (done.stderr.strip().splitlines() or ["no message"])[-1], "checks": []}
-    tests = json.loads(done.stdout)["tests"]
-    cpu = round(sum(test["seconds"] for test in tests))
-    return {"seconds": seconds, "in_tests": cpu, "error": "", "checks": list(_checks(tests))}
+    if done.code not in (0, 1):
+        return {"seconds": seconds, "error": (done.errors.strip().splitlines() or ["no message"])[-1], "checks": []}
+    tests = json.loads(done.output)["tests"]
+    return {
+        "seconds": seconds,
+        "cpu": round(done.cpu),
+        "error": "",
+        "memory": noted(tests),
+        "checks": list(_checks(tests)),
+    }
+
+
+class Done(NamedTuple):
+    """How a command ended: exit code, output, errors, and the seconds of processor time of all its processes."""
+
+    code: int
+    output: str
+    errors: str
+    cpu: float
+
+
+def _checked(name: str, *more: str) -> Done:
+    """Run `deqcore check solver` in the folder of the adapters."""
+    command = [sys.executable, "-m", "deqcore", "check", "solver", name, "--json", f"--limit={LIMIT}", *more]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "backends")])
+    with TemporaryFile("w+") as output, TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            command, cwd=ADAPTERS, env={**os.environ, "PYTHONPATH": path}, stdout=output, stderr=errors
+        )
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        texts = [(file.seek(0), file.read())[1] for file in (output, errors)]
+    return Done(process.returncode, *texts, used.ru_utime + used.ru_stime)
+
+
+def memory(name: str) -> dict[str, float]:
+    """Return the peak memory of a solve in states, by settings, without the rest of the card."""
+    done = _checked(name, "-k", f"{MEASURES} and curved")
+    return noted(json.loads(done.output)["tests"]) if done.code in (0, 1) else {}
+
+
+def noted(tests: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the memory that the test of the curved problem has noted, by column."""
+    found = [(_column(test), test["notes"].get(MEMORY)) for test in tests]
+    return {column: value for column, value in found if isinstance(value, float)}
+
+
+def _column(test: Mapping[str, Any]) -> str:
+    return "best" if test["backend"].endswith("best settings") else "default"
 
 
 def _checks(tests: Iterable[Mapping[str, Any]]) -> Iterable[dict[str, Any]]:
     grouped: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for test in tests:
-        column = "best" if test["backend"].endswith("best settings") else "default"
-        grouped.setdefault((test["test"].partition("[")[0], column), []).append(test)
+        grouped.setdefault((test["test"].partition("[")[0], _column(test)), []).append(test)
     for (check, column), same in grouped.items():
         ran = [test for test in same if test["outcome"] != "skipped"]
         bad = [test for test in ran if test["outcome"] == "failed"]
@@ -121,12 +165,17 @@ def _one(check: Mapping[str, Any]) -> str:
 
 def overview(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the Markdown table of all solvers: a row each, a column for each group of properties."""
-    heads = ["solver", *GROUPS, "seconds"]
+    heads = ["solver", *GROUPS, "memory", "seconds"]
     rows = [
-        [f"`{name}`", *(grouped(result, checks) for checks in GROUPS.values()), str(result["seconds"])]
+        [f"`{name}`", *(grouped(result, checks) for checks in GROUPS.values()), states(result), str(result["seconds"])]
         for name, result in results.items()
     ]
     return _markdown(heads, rows)
+
+
+def states(result: Mapping[str, Any]) -> str:
+    """Return the memory by default and, if that differs, with the best settings."""
+    return " / ".join(dict.fromkeys(f"{each:.3g}" for each in result.get("memory", {}).values())) or "not measured"
 
 
 def grouped(result: Mapping[str, Any], checks: Iterable[str]) -> str:
@@ -207,17 +256,18 @@ def main() -> None:
     parser.add_argument("--cards", type=Path, default=ROOT / "build" / "field", help="folder of the HTML cards")
     parser.add_argument("--only", action="append", help="this solver only; may be repeated")
     parser.add_argument("--resume", action="store_true", help="keep the results that are there")
+    parser.add_argument("--memory", action="store_true", help="keep the results, and measure memory again")
     parser.add_argument("--jobs", type=int, default=2)
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     asked.cards.mkdir(parents=True, exist_ok=True)
     file, listed = asked.out / "results.json", names()
     stored = json.loads(file.read_text())["results"] if file.exists() else {}
-    results = stored if asked.resume or asked.only else {}
-    todo = asked.only or [name for name in listed if name not in results]
+    results = stored if asked.resume or asked.only or asked.memory else {}
+    todo = asked.only or [name for name in listed if asked.memory or name not in results]
 
     def run(name: str) -> None:
-        results[name] = judge(name, asked.cards)
+        results[name] = {**results[name], "memory": memory(name)} if asked.memory else judge(name, asked.cards)
         ordered = {each: results[each] for each in listed if each in results}
         about = {
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),

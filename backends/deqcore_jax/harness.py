@@ -84,6 +84,10 @@ class JaxHarness(Harness):
         for device in jax.local_devices():  # work on one device runs in order, so the last piece waits for all
             jax.block_until_ready(jax.device_put(0.0, device) + 0.0)
 
+    def peak_memory(self, fn: Callable[..., Any], *args: jax.Array) -> int:
+        stats = jax.jit(fn).lower(*args).compile().memory_analysis()
+        return int(stats.temp_size_in_bytes + stats.output_size_in_bytes)
+
 
 def _name(path: tuple[Any, ...]) -> str:
     """Return the name of a leaf of `(module, inputs)`."""

@@ -10,6 +10,8 @@ from typing import Any, Final
 import optree
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deqcore.abc.arrays import is_inexact, precision_of
 from deqcore.abc.harness import Harness
@@ -115,6 +117,37 @@ class TorchHarness(Harness):
     def synchronize(self) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+
+    def peak_memory(self, fn: Callable[..., Any], *args: Tensor) -> int:
+        if any(arg.is_cuda for arg in args):
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            fn(*args)
+            return int(torch.cuda.max_memory_allocated()) - before
+        with _Live(args) as live:
+            fn(*args)
+        return live.peak
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations return and that are still there; CPU allocators keep no count."""
+
+    def __init__(self, known: tuple[Tensor, ...]) -> None:
+        super().__init__()
+        self.peak = 0
+        self._known = {arg.untyped_storage()._cdata for arg in known}
+        self._sizes: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in optree.tree_leaves(result, namespace="torch"):
+            if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
+                storage = leaf.untyped_storage()
+                if storage._cdata not in self._known:
+                    self._sizes[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._sizes = {key: each for key, each in self._sizes.items() if not each[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._sizes.values()))
+        return result
 
 
 def _trained(module: torch.nn.Module) -> dict[str, Tensor]:

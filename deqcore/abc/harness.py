@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -94,3 +95,17 @@ class Harness:
     def synchronize(self) -> None:
         """Wait until all devices have finished. Only measurements call it."""
         return None
+
+    def peak_memory(self, fn: Callable[..., Any], *args: Array) -> int:
+        """Return how many bytes of arrays `fn(*args)` holds at once, at most, beyond its arguments; it runs `fn`.
+
+        By the allocator of Python and NumPy, of the framework, or of the compiled program; never the memory of the
+        process. The default asks `tracemalloc`, which counts small Python objects as well.
+        """
+        tracemalloc.start()
+        try:
+            before, _ = tracemalloc.get_traced_memory()
+            fn(*args)
+            return tracemalloc.get_traced_memory()[1] - before
+        finally:
+            tracemalloc.stop()

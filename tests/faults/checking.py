@@ -50,6 +50,22 @@ def check(module: str, text: str, request: SuiteRequest, backend: str) -> list[C
         return [CaseOutcome(**each, backend=backend) for each in entries]
 
 
+def run_tests(module: str, text: str, files: list[Path]) -> str:
+    """Return the first of the tests in these files that fails when `module` has this text, or nothing."""
+    with tempfile.TemporaryDirectory(prefix="deqcore-fault-") as name:
+        source, output = Path(name) / "planted.py", Path(name) / "output.txt"
+        source.write_text(text, encoding="utf-8")
+        task = {"module": module, "source": str(source), "seconds": SECONDS, "output": str(output)}
+        left_out = (
+            "not jax and not torch and not compiled" if all(path.parent.name == "core" for path in files) else "not jax"
+        )
+        named = ["-x", "-q", "-p", "no:cacheprovider", "-k", left_out, *map(str, files)]
+        code = run({**task, "arguments": named})
+        lines = output.read_text(errors="replace").splitlines()
+        failed = [line.partition(" ")[2] for line in lines if line.startswith(("FAILED ", "ERROR "))]
+        return "" if code == 0 else (failed[0][:160] if failed else f"ended with code {code}: {lines[-1:]}")
+
+
 def run(task: dict[str, object]) -> int:
     """Run pytest in a fork of the process that has imported the packages; return its exit code."""
     server = forking(threading.get_ident())

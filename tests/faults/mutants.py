@@ -36,7 +36,7 @@ BINARY = {
     ast.BitOr: ast.BitAnd,
     ast.Pow: ast.Mult,
 }
-PACKAGES = ("solvers", "strategies", "linear")
+PACKAGES = ("solvers", "backward", "linear")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,10 @@ def modules(root: Path) -> dict[str, str]:
     """Import names and sources of everything that is mutated."""
     found = {}
     for package in PACKAGES:
-        for path in sorted((root / package).glob("*.py")):
+        paths = sorted((root / package).glob("*.py"))
+        if not paths:
+            raise FileNotFoundError(f"{root / package} has no modules: PACKAGES must name folders that exist.")
+        for path in paths:
             if path.stem != "__init__":
                 found[f"deqcore.{package}.{path.stem}"] = path.read_text(encoding="utf-8")
     return found
@@ -115,15 +118,17 @@ def changes(node: ast.AST) -> Iterator[ast.AST]:
         yield ast.Call(node.func, [node.args[0], node.args[2], node.args[1]], node.keywords)
 
 
-def mutants(sources: dict[str, str]) -> list[Mutant]:
-    """All mutants."""
-    found = []
-    for module, text in sources.items():
-        tree = ast.parse(text)
-        for index, node in enumerate(places(tree)):
-            for number, _ in enumerate(changes(node)):
-                found.append(_made(module, tree, index, number))
-    return found
+def sample(sources: dict[str, str], count: int, seed: int) -> tuple[list[Mutant], int]:
+    """Return some of all mutants, the same ones for the same seed, and how many there are."""
+    trees = {module: ast.parse(text) for module, text in sources.items()}
+    every = [
+        (module, index, number)
+        for module, tree in trees.items()
+        for index, node in enumerate(places(tree))
+        for number, _ in enumerate(changes(node))
+    ]
+    drawn = random.Random(seed).sample(every, min(count, len(every)))
+    return [_made(module, trees[module], index, number) for module, index, number in drawn], len(every)
 
 
 def _made(module: str, tree: ast.Module, index: int, number: int) -> Mutant:
@@ -138,9 +143,3 @@ def _made(module: str, tree: ast.Module, index: int, number: int) -> Mutant:
 
     source = ast.unparse(ast.fix_missing_locations(Swap().visit(changed)))
     return Mutant(module, getattr(node, "lineno", 0), getattr(node, "col_offset", 0), before, after, source)
-
-
-def sample(sources: dict[str, str], count: int, seed: int) -> list[Mutant]:
-    """Some of them, the same ones for the same seed."""
-    everything = mutants(sources)
-    return random.Random(seed).sample(everything, min(count, len(everything)))

@@ -64,7 +64,7 @@ class CardFailure:
 
 @dataclass(frozen=True)
 class Figure:
-    """A number that a test noted."""
+    """A number that a test noted; `test` is its sentence, with the case in brackets."""
 
     test: str
     column: str
@@ -104,7 +104,7 @@ def card(request: SuiteRequest, outcomes: Sequence[CaseOutcome], seconds: float)
         else f"All {len(checks)} properties hold or are not claimed."
     )
     figures = [
-        Figure(case.test, case.backend, name, value)
+        Figure(_case(case, request.name), case.backend, name, value)
         for case in outcomes
         for name, value in case.notes.items()
         if name != "code"
@@ -165,6 +165,12 @@ def _failures(request: SuiteRequest, bad: Sequence[CaseOutcome]) -> Iterator[Car
 def plain_options(request: SuiteRequest) -> str:
     """Return an adapter's best settings as JSON."""
     return json.dumps(dict(getattr(request.external, "best", {})))
+
+
+def _case(outcome: CaseOutcome, name: str) -> str:
+    """Return the sentence of a test, and its parameters if it has any beyond backend and subject."""
+    case = outcome.test.partition("[")[2].removesuffix("]").rpartition(name)[2].strip("-")
+    return sentence(outcome.check) + (f" ({case})" if case else "")
 
 
 def _bare(outcome: CaseOutcome) -> str:

@@ -16,6 +16,9 @@ from deqcore.types import Array
 
 Rows = list[list[float]]
 REPEATS: Final = 20_000
+SIZES: Final = (256, 512)
+"""Numbers in a state where memory is measured: the difference leaves out what does not grow with it."""
+MEMORY: Final = "peak memory in states"
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,8 @@ class ExternalSolverTests(Conformance):
         error = distance(judge.numpy(result.z), case.truth)
         if result.evaluations is not None:
             judge.note("evaluations", int(np.max(judge.numpy(result.evaluations))))
+        if case is cases.CURVED:
+            judge.note(cases.MEMORY, judge.memory(case))
         assert error <= 1e-4, f"the solution is off by {error:.1e}"
         if result.converged is not None:
             assert judge.numpy(result.converged).all(), (
@@ -270,6 +272,22 @@ class Judge:
         if result.converged is not None:
             shape = self.numpy(result.converged).shape
             assert shape == (batch,), f"converged must have the shape ({batch},) (got {shape})"
+
+    def memory(self, case: Case) -> float | str:
+        """Return how many states a solve holds at once; a solve that the measurement cannot run is not to blame."""
+        try:
+            (few, one), (many, two) = (self._peak(case, size) for size in cases.SIZES)
+        except Exception as error:
+            return f"not measured: {type(error).__name__}"
+        return round((many - few) / (two - one), 1)
+
+    def _peak(self, case: Case, size: int) -> tuple[int, int]:
+        """Return the bytes that a solve holds at most, and those of its state, if that has `size` numbers."""
+        row = [(case.b[0] * size)[:size]]
+        f, z0, b = replace(case, z0=[[0.0] * size], b=row).arrays(self.kit)
+        solve = lambda z0, b: self.solver.solve(f, z0, (b,), **self.numbers(case))[0]  # noqa: E731
+        solve(z0, b)  # imports and caches do not count
+        return self.kit.backend.harness.peak_memory(solve, z0, b), size * self.kit.numpy(z0).itemsize
 
     def gradient(self, case: Case, comment: str) -> Any:
         """Return the gradient of z*.sum() for b, in NumPy."""

@@ -1,0 +1,149 @@
+"""What solves cost on NumPy, against a record: a change of steps, evaluations or vjps is seen.
+
+The record says what was, not what is right. After a wanted change, `python tests/core/test_counts.py` writes a new one,
+which belongs to the change. Another processor rounds otherwise, so that a count may be off by one.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import deqcore
+from deqcore import plugins
+from deqcore.testing.problems import golden
+from deqcore.testing.suite.fixtures import Affine, Kit, affine
+from deqcore.testing.suite.strategy.cost_bounds import adjoint_of
+from deqcore.testing.suite.strategy.equations import solve_adjoint
+
+RECORD = Path(__file__).with_name("counts.json")
+
+PROBLEMS = ("affine", "expansive", "monotone", "overshoot", "slow-modes", "walled")
+SOLVERS = {
+    "picard": [{}, {"damping": 0.5}],
+    "anderson": [{}, {"history_size": 3, "max_residual_growth": 1.5}, {"mixing": 0.5}, {"ridge": 1e-3}],
+    "broyden": [{}, {"history_size": 5}, {"history_size": 3, "max_residual_growth": 2.0}],
+    "newton-krylov": [{"inner_steps": 6, "forcing": 0.3}],
+    "auto": [{}, {"slow": 0.4, "plain_steps": 4, "patience": 3}, {"history_size": 2, "max_residual_growth": 1.5}],
+}
+STRATEGIES = {
+    "exact-ift": [
+        {},
+        {"start": "cotangent"},
+        {"start": "reuse"},
+        {"rtol": 1e-2},
+        {"max_steps": 4},
+        {"max_steps": 9, "direct": 0},
+        {"solver": "anderson", "max_steps": 40},
+        {"max_relative_error": 0.1},
+        {"max_relative_error": 1e-4, "reuse": "witness"},
+        {"max_relative_error": 0.05, "reuse": "precondition"},
+    ],
+    "broyden-reuse": [
+        {},
+        {"max_relative_error": 1e-3},
+        {"max_relative_error": 1e-6, "reuse": "precondition"},
+        {"max_relative_error": 1e-3, "max_refine_vjps": 4, "fallback": "none"},
+        {"max_relative_error": 1e-3, "max_refine_vjps": 4, "fallback": "exact-ift"},
+        {"max_relative_error": None, "fallback": "none"},
+    ],
+    "neumann": [{}, {"terms": 0}],
+}
+
+
+def kit():
+    return Kit(deqcore.get_backend(backend="numpy"))
+
+
+def forward_counts(name, options, problem):
+    """Status, steps and evaluations of each sample, at a loose and at a tight tolerance."""
+    f, z0, args = kit().data(golden(problem), "float64")
+    found = []
+    for rtol in (1e-3, 1e-9):
+        sol = kit().solve(f, z0, *args, solver=name, rtol=rtol, max_steps=45, options=options)
+        found += [*sol.status.tolist(), *sol.steps.tolist(), *sol.evaluations.tolist()]
+    return found
+
+
+def problems():
+    """Adjoint equations: the golden ones, and random ones with a slow mode or two."""
+    for name in ("affine", "conv", "expansive", "ring", "slow-modes", "tree"):
+        yield name, *adjoint_of(name)[:2]
+    for radius in (0.5, 0.95, 0.999):
+        problem = affine(batch=4, n=16, norm=0.5, seed=3)
+        problem.a[:, 0, 0] = radius
+        problem.a[:, 1, 1] = -0.9 * radius
+        yield f"slow {radius}", problem, np.random.default_rng(4).standard_normal((4, 16))
+
+
+def estimate_of(problem):
+    """An estimate H that is right in most directions and poor in others."""
+    n = problem.a.shape[1]
+    h = np.linalg.inv(problem.a - np.eye(n))
+    noise = np.random.default_rng(5).standard_normal((n, n)) / n
+    return h + h @ noise[None] * 0.5
+
+
+def backward_counts(name, options):
+    """Status and vjps of each sample of each problem, and the figures of its report."""
+    strategy = plugins.make_strategy(name, options).bind(plugins.make_solver)
+    counts, figures = [], []
+    for _, problem, g in problems():
+        _, report = solve_adjoint(kit(), strategy, Affine(problem.a, 0 * g), g, estimate_of(problem))
+        counts += [*report.status.tolist(), *report.vjps.tolist(), *report.fallback.astype(int).tolist()]
+        figures += [*report.residual.tolist(), *report.error.tolist()]
+    return counts, [None if np.isnan(x) else float(f"{x:.4g}") for x in figures]
+
+
+def label(name, options):
+    return f"{name} {json.dumps(options)}"
+
+
+FORWARD = [(name, options) for name, every in SOLVERS.items() for options in every]
+BACKWARD = [(name, options) for name, every in STRATEGIES.items() for options in every]
+
+
+def measure():
+    """Everything, as it is now."""
+    forward = {label(*case): {name: forward_counts(*case, name) for name in PROBLEMS} for case in FORWARD}
+    backward = {
+        label(*case): dict(zip(("counts", "figures"), backward_counts(*case), strict=True)) for case in BACKWARD
+    }
+    return {"forward": forward, "backward": backward}
+
+
+def near(found, recorded):
+    """Return whether counts are equal; one in twenty may be off by one."""
+    off = np.abs(np.array(found) - np.array(recorded))
+    return off.max() <= 1 and np.count_nonzero(off) <= len(off) // 20
+
+
+@pytest.fixture(scope="module")
+def record():
+    return json.loads(RECORD.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(("name", "options"), FORWARD)
+def test_a_solve_takes_as_many_steps_and_evaluations_as_it_did(record, name, options):
+    for problem, recorded in record["forward"][label(name, options)].items():
+        found = forward_counts(name, options, problem)
+        assert near(found, recorded), f"{problem}: {found}, recorded {recorded}"
+
+
+@pytest.mark.parametrize(("name", "options"), BACKWARD)
+def test_a_backward_pass_takes_as_many_vjps_and_reports_what_it_did(record, name, options):
+    recorded = record["backward"][label(name, options)]
+    counts, figures = backward_counts(name, options)
+    assert near(counts, recorded["counts"]), f"{counts}, recorded {recorded['counts']}"
+    assert [x is None for x in figures] == [x is None for x in recorded["figures"]], "another figure is measured"
+    if counts == recorded["counts"]:
+        pairs = [(x, y) for x, y in zip(figures, recorded["figures"], strict=True) if x is not None]
+        found, expected = np.array(pairs).reshape(-1, 2).T
+        np.testing.assert_allclose(found, expected, rtol=0.02, atol=1e-11)
+
+
+if __name__ == "__main__":
+    RECORD.write_text(json.dumps(measure(), separators=(",", ":")) + "\n", encoding="utf-8")

@@ -1,0 +1,62 @@
+"""The levels of the solver `auto`, against the rules of its docstring for one sample in plain Python."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from deqcore.solvers.levels import ACCELERATED, NEWTON, PLAIN, Progress, Rules, judged
+
+
+def by_hand(rules, norm, level, known, best, mark, since):
+    """One sample: its progress after a step to a residual of `norm`, and whether it refuses the step."""
+    refused = level != NEWTON and norm > rules.max_residual_growth * best
+    now = known if refused else norm
+    best = best if math.isnan(now) else min(best, now)
+    if level == PLAIN:
+        since += math.ceil(rules.patience / 2) if refused else 1
+        slow = known > 0 and not norm <= rules.slow * known
+        if slow or since >= rules.plain_steps:
+            return (ACCELERATED, now, best, now, 0), refused
+        return (PLAIN, now, best, now, since), refused
+    if now < mark / 2:  # progress
+        return (level, now, best, now, 0), refused
+    since += math.ceil(rules.patience / 2) if refused else 1
+    if level == ACCELERATED and since >= rules.patience:
+        return (NEWTON if rules.escalates else ACCELERATED, now, best, now, 0), refused
+    return (level, now, best, mark, since), refused
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        Rules(0.7, 16, 10, 10.0, True),
+        Rules(0.9, 3, 3, 2.0, True),
+        Rules(1.0, 5, 1, 1.5, False),
+        Rules(0.5, 1, 4, 4.0, True),
+    ],
+)
+def test_a_step_is_judged_as_the_rules_say(rules):
+    rng = np.random.default_rng(0)
+    batch = 300
+    start = rng.uniform(0.5, 2.0, batch)
+    start[:5] = 0.0
+    none = np.zeros(batch, np.int32)
+    progress = Progress(none, start, start, start, none)
+    reached = {PLAIN}
+    for _ in range(40):
+        factor = rng.choice([0.0, 0.3, 0.5, 0.69, 0.7, 0.95, 1.0, 1.2, 1.6, 3.0, 12.0], batch)
+        with np.errstate(invalid="ignore"):
+            norm = np.where(rng.random(batch) < 0.02, [np.nan, np.inf][rng.integers(2)], factor * progress.norm)
+        samples = list(zip(*(field.tolist() for field in progress), strict=True))
+        expected = [by_hand(rules, *each) for each in zip(norm.tolist(), *zip(*samples, strict=True), strict=True)]
+        with np.errstate(all="ignore"):
+            progress, refused = judged(np, rules, norm, progress)
+        for found, column in zip(progress, zip(*(each for each, _ in expected), strict=True), strict=True):
+            np.testing.assert_array_equal(found, column)
+        assert refused.tolist() == [bool(each) for _, each in expected]
+        assert progress.level.dtype == progress.since.dtype == np.int32
+        reached |= set(progress.level.tolist())
+    assert reached == ({PLAIN, ACCELERATED, NEWTON} if rules.escalates else {PLAIN, ACCELERATED})
