@@ -103,7 +103,8 @@ def verdict(log: Log) -> tuple[str, str]:
         elif event.kind == "cleared":
             open_triggers.pop((event.metric, event.action), None)
     if open_triggers:
-        return f"{len(open_triggers)} trigger(s) still active. {next(iter(open_triggers.values()))}", "warn"
+        first = next(iter(open_triggers.values()))
+        return f"{len(open_triggers)} trigger(s) still active, the first since {first}", "warn"
     concerns = [f"{tile.title} (worst {tile.value}, {tile.detail})" for tile in tiles(log) if tile.concern]
     fired = sum(event.kind in WARNINGS for event in log.events)
     concerns += [f"{fired} event(s) that warn of something"] if fired else []
