@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from rich import box
@@ -40,20 +40,32 @@ def fitted(
         >>> [len(fitted(heads, lines, 1, width).renderables) for width in (24, 80)]
         [2, 1]
     """
-    least = [_least(head, [line[k] for line in lines]) for k, head in enumerate(heads)]
+    texts = [[head, *(line[k] for line in lines)] for k, head in enumerate(heads)]
+    least = [_least(head, cells) for head, *cells in texts]
     room = width - sum(size + GAP for size in least[:labels]) - GAP
     least[labels:] = [min(size, max(room, 1)) for size in least[labels:]]
     tables = []
     for columns in _parts(least, labels, width):
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        widths = _grown({k: (least[k], max(map(cell_len, texts[k]))) for k in columns}, width)
         for k in columns:
-            prose = any(cell_len(line[k]) > SHORT for line in lines)
+            prose = any(cell_len(text) > SHORT for text in texts[k][1:])
             justify: JustifyMethod = "left" if k < labels or prose else "right"
-            table.add_column(Text(heads[k]), justify=justify, overflow="fold", min_width=least[k])
+            table.add_column(Text(heads[k]), justify=justify, overflow="fold", width=widths[k])
         for number, line in enumerate(lines):
             table.add_row(*(Text(line[k]) for k in columns), style=styles[number] if styles else None)
         tables.append(table)
     return Group(*([Text(title, style="italic")] if title else []), *tables)
+
+
+def _grown(limits: Mapping[int, tuple[int, int]], width: int) -> dict[int, int]:
+    """Return the width of each column, from its least and its full one; rich itself goes below a least width."""
+    spare = width - sum(least + GAP for least, _ in limits.values()) + 1
+    widths = {}
+    for k, (least, full) in limits.items():
+        widths[k] = min(full, least + max(spare, 0))
+        spare -= widths[k] - least
+    return widths
 
 
 def _least(head: str, texts: Sequence[str]) -> int:
