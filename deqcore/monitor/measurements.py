@@ -134,12 +134,12 @@ def make_measurements(given: Mapping[str, object] | Iterable[Measurement]) -> tu
         ConfigError: a name is not a measurement, its number is out of range, or an item is no `Measurement`.
     """
     if not isinstance(given, Mapping):
-        made = tuple(given)
+        made: list[Any] = list(given)
         for item in made:
             if not isinstance(item, Measurement):
                 expected = 'Measurements, or a table such as {"spectral_radius": 200}'
                 raise ConfigError.bad_value("Monitor", "measurements", item, expected)
-        return made
+        return tuple(made)
     for name, every in given.items():
         if name not in BUILT_IN:
             raise ConfigError.unknown_option("[monitor.measurements]", name, BUILT_IN)
