@@ -240,7 +240,10 @@ CHARTS: Final = (
 
 def draw(log: Log) -> list[tuple[str, str]]:
     """Return the title and SVG of every chart that the log has data for; each user metric gets one."""
-    result = {(metric, layer): (steps, values) for metric, layer, steps, values in series(log.rows)}
+    result = {
+        (metric, layer): (steps, [_scale(metric) * value for value in values])
+        for metric, layer, steps, values in series(log.rows)
+    }
     shown = {metric for chart in CHARTS for metric in chart.metrics} | {
         "deq_retrain",
         "deq_forward_evaluations",
@@ -256,7 +259,7 @@ def draw(log: Log) -> list[tuple[str, str]]:
     drawn = []
     for chart in charts:
         lines = [
-            (_label(metric, layer), steps, [_scale(metric) * value for value in values])
+            (_label(metric, layer), steps, values)
             for (metric, layer), (steps, values) in result.items()
             if metric in chart.metrics and _drawable(values).any()
         ]
