@@ -70,7 +70,8 @@ CASES ?= 1500
 fuzz: $(STAMP)
 	FUZZ_CASES=$(CASES) $(BIN)/python -m pytest -q tests/core/test_fuzz.py
 
-# The site, into build/site; its code blocks are run by `make unit`.
+# The site, into build/site; its code blocks are run by `make unit`. It links to the repository if git has its web address.
+docs: export REPO_URL ?= $(filter https://%,$(shell git remote get-url origin 2>/dev/null))
 docs: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -110,9 +110,9 @@ class MissingExtraError(DeqcoreError, ImportError):
     """A feature needs a package that is optional and not installed."""
 
     @classmethod
-    def of(cls, feature: str, package: str, extra: str) -> MissingExtraError:
-        """Name the extra to install."""
-        return cls(f'{feature} needs the package {package!r}. Install it with: pip install "deqcore[{extra}]"')
+    def of(cls, feature: str, package: str, extra: str | None) -> MissingExtraError:
+        """Name the extra to install, or the package itself if deqcore has no extra for it."""
+        return cls(f"{feature} needs the package {package!r}. Install it with: {installing(package, extra)}")
 
 
 class BackendMismatchError(BackendError, TypeError):

@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from deqcore import plugins
-from deqcore.cli.output import print_error
+from deqcore.cli.output import print_error, readable_warnings
 from deqcore.errors import DeqcoreError, PluginError
 from deqcore.plugins.builtin import BUILTIN
 
@@ -97,7 +97,8 @@ def main(args: list[str] | None = None) -> None:
         args: instead of those that the process was started with.
     """
     try:
-        _plain_flags(typer.main.get_command(app))(args=args, prog_name="deqcore")
+        with readable_warnings():
+            _plain_flags(typer.main.get_command(app))(args=args, prog_name="deqcore")
     except DeqcoreError as error:
         print_error(error)
         sys.exit(2)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Final, TypeAlias
 
 import typer
@@ -71,6 +74,32 @@ def print_error(error: DeqcoreError) -> None:
     """Print an error's message, red, to stderr."""
     text = Text(str(error), style="red")
     Console(stderr=True).print(Text("Error: ", style="bold red") + text, soft_wrap=True)
+
+
+@contextmanager
+def readable_warnings() -> Iterator[None]:
+    """Show warnings without a place where that is a line of deqcore or of its command line, and not of the user.
+
+    Example:
+        >>> with readable_warnings():
+        ...     print(warnings.formatwarning("slow", UserWarning, typer.main.__file__, 9), end="")
+        Warning: slow
+    """
+    before = warnings.formatwarning
+    inner = [Path(str(typer.__file__)).parent, Path(__file__).parents[1]]
+
+    def formatted(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if any(Path(filename).is_relative_to(folder) for folder in inner):
+            return f"Warning: {message}\n"
+        return before(message, category, filename, lineno, line)
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def progress_printer(quiet: bool) -> Callable[[str], None]:

@@ -13,8 +13,9 @@ from typing import Any, Final, TypeAlias
 from deqcore import plugins
 from deqcore.config import Config, override
 from deqcore.errors import MonitorError, MonitorWarning
+from deqcore.monitor.metrics import readable
 from deqcore.monitor.sink import Event, Row
-from deqcore.monitor.triggers import Transition, Trigger, TriggerState
+from deqcore.monitor.triggers import Condition, Transition, Trigger, TriggerState
 from deqcore.options import options_of
 from deqcore.solve.user_line import warn
 
@@ -160,10 +161,13 @@ class TriggerSet:
 def _sentence(change: Transition, row: Row) -> str:
     trigger = change.trigger
     where = f"step {row.step}" + (f", {row.name}" if row.name else "")
-    if change.fired:
-        what = f"{trigger.statistic} of {trigger.metric} over {trigger.window} = {change.value:.4g} {trigger.condition}"
-        return f"{where}: {what}.{_ACTIONS[trigger.action].format(hook=trigger.hook)}"
-    if change.value is None:
+    if change.value is None:  # a trigger fires on a value only
         return f"{where}: {trigger.metric} was not measured since then: the earlier settings apply again."
+    value = readable(trigger.metric, change.value)
+    if change.fired:
+        condition = Condition.parse(trigger.condition)
+        limit = f"{condition.sign} {readable(trigger.metric, condition.threshold)}"
+        what = f"{trigger.statistic} of {trigger.metric} over {trigger.window} = {value} {limit}"
+        return f"{where}: {what}.{_ACTIONS[trigger.action].format(hook=trigger.hook)}"
     after = " The changes of the trigger are undone." if trigger.action in CONFIG_ACTIONS else ""
-    return f"{where}: {trigger.statistic} of {trigger.metric} = {change.value:.4g} again.{after}"
+    return f"{where}: {trigger.statistic} of {trigger.metric} = {value} again.{after}"

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from deqcore.monitor.depths import depths_by_layer
 from deqcore.monitor.log.reader import Log, series
-from deqcore.monitor.metrics import STANDARD
+from deqcore.monitor.metrics import STANDARD, readable
 
 BARS: Final = "▁▂▃▄▅▆▇█"
 WIDTH: Final = 24
@@ -72,7 +72,7 @@ def _table(log: Log, window: int, wide: bool) -> Table:
         name = Text(f"{layer}/" if layer else "", style="cyan") + Text(metric.removeprefix("deq_"))
         cells = (values[-1], mean, min(values), max(values)) if wide else (values[-1], mean)
         bars = Text(sparkline(values, WIDTH if wide else WIDTH // 3), style="blue")
-        table.add_row(name, *(f"{value:.{digits}g}" for value in cells), bars)
+        table.add_row(name, *(readable(metric, value, digits) for value in cells), bars)
     return table
 
 

@@ -8,7 +8,7 @@ gradient_audit = 500
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
@@ -127,15 +127,22 @@ BUILT_IN: Final[Mapping[str, Callable[[int], Measurement]]] = {
 }
 
 
-def make_measurements(table: Mapping[str, object]) -> tuple[Measurement, ...]:
-    """Return the measurements of a table, as in `{"spectral_radius": 200}`.
+def make_measurements(given: Mapping[str, object] | Iterable[Measurement]) -> tuple[Measurement, ...]:
+    """Return the measurements of a table, as in `{"spectral_radius": 200}`, or of a sequence of them.
 
     Raises:
-        ConfigError: a name is not a measurement, or its number is out of range.
+        ConfigError: a name is not a measurement, its number is out of range, or an item is no `Measurement`.
     """
-    for name, every in table.items():
+    if not isinstance(given, Mapping):
+        made: list[Any] = list(given)
+        for item in made:
+            if not isinstance(item, Measurement):
+                expected = 'Measurements, or a table such as {"spectral_radius": 200}'
+                raise ConfigError.bad_value("Monitor", "measurements", item, expected)
+        return tuple(made)
+    for name, every in given.items():
         if name not in BUILT_IN:
             raise ConfigError.unknown_option("[monitor.measurements]", name, BUILT_IN)
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ConfigError.bad_value("[monitor.measurements]", name, every, "a number of solves >= 1")
-    return tuple(BUILT_IN[name](every) for name, every in table.items() if isinstance(every, int))
+    return tuple(BUILT_IN[name](every) for name, every in given.items() if isinstance(every, int))

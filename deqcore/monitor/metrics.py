@@ -85,6 +85,33 @@ COUNTERS: Final[tuple[tuple[Metric, str], ...]] = (
     (Metric("deq_events_total", "1", "Events: triggers fired and cleared, retrain marks, failing sinks."), "kind"),
 )
 
+SHARE: Final = "_fraction"  # ends the names of shares, which people read as percentages
+
+
+def is_share(name: str) -> bool:
+    """Return whether a metric is a share of samples, between 0 and 1.
+
+    Example:
+        >>> is_share("deq_unconverged_fraction"), is_share("deq_backward_error")
+        (True, False)
+    """
+    return name.endswith(SHARE)
+
+
+def readable(name: str, value: float, digits: int = 4) -> str:
+    """Return a value as people read it: a share as a percentage.
+
+    Args:
+        name: of its metric.
+        value: as a row has it.
+        digits: how many significant ones.
+
+    Example:
+        >>> readable("deq_unconverged_fraction", 0.0625), readable("deq_forward_steps", 12.0)
+        ('6.25 %', '12')
+    """
+    return f"{100 * value:.{digits}g} %" if is_share(name) else f"{value:.{digits}g}"
+
 
 class Metrics(Mapping[str, Metric]):
     """The standard metrics, and those that a monitor's user adds.

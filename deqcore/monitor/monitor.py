@@ -49,7 +49,8 @@ class Monitor(Observer):
         hooks: functions by name, for the action "hook"; each takes the `Event`. Their exceptions propagate.
         metrics: further metrics, for `log`.
         reference: a profile or its file. The monitor measures drift against it, which sets the retrain mark.
-        measurements: costly measurements, each taken on every n-th solve.
+        measurements: costly measurements, each taken on every n-th solve: `Measurement`s, or a table of the solves
+            between them, such as `{"spectral_radius": 200}`.
 
     Attributes:
         collects: whether traced code reports by itself, so that solves inside it need no note.
@@ -77,7 +78,7 @@ class Monitor(Observer):
         hooks: Mapping[str, Hook] | None = None,
         metrics: Iterable[Metric] = (),
         reference: Profile | str | Path | None = None,
-        measurements: Sequence[Measurement] | None = None,
+        measurements: Iterable[Measurement] | Mapping[str, object] | None = None,
     ) -> None:
         self._base = current() if config is None else config
         given = MonitorSettings.of(self._base.section("monitor") if config is not None else {})
@@ -92,7 +93,7 @@ class Monitor(Observer):
             made += TRIGGERS
         for trigger in made:
             trigger.check(self.metrics, hooks or {})
-        self._measurements = list(make_measurements(given.measurements) if measurements is None else measurements)
+        self._measurements = list(make_measurements(given.measurements if measurements is None else measurements))
         for metric in (metric for measurement in self._measurements for metric in measurement.names):
             self.metrics.check("A measurement", metric)
         self._triggers = TriggerSet(made, hooks or {})

@@ -16,7 +16,7 @@ import numpy as np
 from deqcore.errors import MissingExtraError
 from deqcore.monitor.depths import depths_by_layer
 from deqcore.monitor.log.reader import Log, series
-from deqcore.monitor.metrics import STANDARD
+from deqcore.monitor.metrics import STANDARD, is_share, readable
 from deqcore.pages import template
 from deqcore.pages.charts import Canvas, colour, legend
 from deqcore.pages.charts import draw as draw_chart
@@ -103,7 +103,8 @@ def verdict(log: Log) -> tuple[str, str]:
         elif event.kind == "cleared":
             open_triggers.pop((event.metric, event.action), None)
     if open_triggers:
-        return f"{len(open_triggers)} trigger(s) still active. {next(iter(open_triggers.values()))}", "warn"
+        first = next(iter(open_triggers.values()))
+        return f"{len(open_triggers)} trigger(s) still active, the first since {first}", "warn"
     concerns = [f"{tile.title} (worst {tile.value}, {tile.detail})" for tile in tiles(log) if tile.concern]
     fired = sum(event.kind in WARNINGS for event in log.events)
     concerns += [f"{fired} event(s) that warn of something"] if fired else []
@@ -117,14 +118,14 @@ def tiles(log: Log) -> list[Tile]:
     values: dict[str, list[float]] = {}
     for metric, _, _, figures in series(log.rows):
         values.setdefault(metric, []).extend(figures)
-    return [_tile(title, values[metric], limit) for metric, title, limit in TILES if metric in values]
+    return [_tile(metric, title, values[metric], limit) for metric, title, limit in TILES if metric in values]
 
 
-def _tile(title: str, values: Sequence[float], limit: float | None) -> Tile:
+def _tile(metric: str, title: str, values: Sequence[float], limit: float | None) -> Tile:
     bad = 0 if limit is None else sum(value > limit for value in values)
-    detail = f"median {statistics.median(values):.3g}"
-    detail += "" if limit is None else f", above {limit:g} in {bad} of {len(values)}"
-    return Tile(title, f"{max(values):.3g}", detail, bad > 0)
+    detail = f"median {readable(metric, statistics.median(values), 3)}"
+    detail += "" if limit is None else f", above {readable(metric, limit)} in {bad} of {len(values)}"
+    return Tile(title, readable(metric, max(values), 3), detail, bad > 0)
 
 
 def settings(log: Log) -> list[dict[str, str]]:
@@ -159,13 +160,21 @@ def table(log: Log) -> list[dict[str, str]]:
         {
             "metric": metric,
             "layer": layer,
-            "unit": log.units.get(metric, ""),
+            "unit": _unit(log, metric),
             "help": HELP.get(metric, ""),
             "count": str(len(values)),
-            **{name: f"{value:.4g}" for name, value in _statistics(values).items()},
+            **{name: f"{_scale(metric) * value:.4g}" for name, value in _statistics(values).items()},
         }
         for metric, layer, _, values in result
     ]
+
+
+def _unit(log: Log, metric: str) -> str:
+    return "%" if is_share(metric) else log.units.get(metric, "")
+
+
+def _scale(metric: str) -> float:
+    return 100.0 if is_share(metric) else 1.0
 
 
 def _statistics(values: list[float]) -> dict[str, float]:
@@ -207,7 +216,7 @@ class Chart:
 CHARTS: Final = (
     Chart("Solver steps", ("deq_forward_steps", "deq_forward_steps_max"), "steps"),
     Chart("Forward residual", ("deq_forward_residual", "deq_forward_residual_max"), "‖f(z) − z‖", log=True),
-    Chart("Samples that failed", ("deq_unconverged_fraction", "deq_nonfinite_fraction"), "fraction"),
+    Chart("Samples that failed", ("deq_unconverged_fraction", "deq_nonfinite_fraction"), "% of samples"),
     Chart("Backward products", ("deq_backward_steps", "deq_backward_steps_max"), "products"),
     Chart(
         "Adjoint residual and certificate",
@@ -218,9 +227,9 @@ CHARTS: Final = (
     Chart(
         "Outcome of gradients",
         ("deq_uncertified_fraction", "deq_refined_fraction", "deq_fallback_fraction"),
-        "fraction of samples",
+        "% of samples",
     ),
-    Chart("Coupling of rows", ("deq_coupling",), "fraction"),
+    Chart("Coupling of rows", ("deq_coupling",), "ratio"),
     Chart("Gradient audit", ("deq_gradient_cosine", "deq_gradient_error"), ""),
     Chart("Spectral radius", ("deq_spectral_radius",), "ρ(J)"),
     Chart("Drift: stability index", ("deq_residual_psi", "deq_steps_psi"), "PSI"),
@@ -231,7 +240,10 @@ CHARTS: Final = (
 
 def draw(log: Log) -> list[tuple[str, str]]:
     """Return the title and SVG of every chart that the log has data for; each user metric gets one."""
-    result = {(metric, layer): (steps, values) for metric, layer, steps, values in series(log.rows)}
+    result = {
+        (metric, layer): (steps, [_scale(metric) * value for value in values])
+        for metric, layer, steps, values in series(log.rows)
+    }
     shown = {metric for chart in CHARTS for metric in chart.metrics} | {
         "deq_retrain",
         "deq_forward_evaluations",
@@ -241,15 +253,15 @@ def draw(log: Log) -> list[tuple[str, str]]:
     own = dict.fromkeys(metric for metric, _ in result if metric not in shown)
     charts = [
         *CHARTS,
-        *(Chart(_short(metric, 2 * LABEL), (metric,), _short(log.units.get(metric, ""))) for metric in own),
+        *(Chart(_short(metric, 2 * LABEL), (metric,), _short(_unit(log, metric))) for metric in own),
     ]
     marks = [(event.step, event.kind) for event in log.events if event.kind in ("fired", "retrain")]
     drawn = []
     for chart in charts:
         lines = [
-            (_label(metric, layer), *result[metric, layer])
-            for metric, layer in result
-            if metric in chart.metrics and _drawable(result[metric, layer][1]).any()
+            (_label(metric, layer), steps, values)
+            for (metric, layer), (steps, values) in result.items()
+            if metric in chart.metrics and _drawable(values).any()
         ]
         if lines:
             drawn.append((chart.title, _svg(chart, lines, marks)))
@@ -265,15 +277,15 @@ def _histogram(depths: Mapping[str, Mapping[int, int]]) -> str:
 
     def paint(canvas: Canvas) -> bool:
         for number, (layer, counts) in enumerate(depths.items()):
-            shares = [counts.get(bound, 0) / sum(counts.values()) for bound in bounds]
+            shares = [100 * counts.get(bound, 0) / sum(counts.values()) for bound in bounds]
             places = [place + (number - (len(depths) - 1) / 2) * width for place in range(len(bounds))]
             label = _short(layer) or "all units"
             canvas.axes.bar(places, shares, width, color=colour(number), label="\u200b" + label)
             for place, bound, share in zip(places, bounds, shares, strict=True):
-                canvas.tip(place, share, f"{label}\n{bound} steps: {share:.3g} ({counts.get(bound, 0)})")
+                canvas.tip(place, share, f"{label}\n{bound} steps: {share:.3g} % ({counts.get(bound, 0)})")
         canvas.axes.set_xticks(range(len(bounds)), [str(bound) for bound in bounds])
         canvas.axes.set_xlabel("steps, up to")
-        canvas.axes.set_ylabel("fraction of units")
+        canvas.axes.set_ylabel("% of units")
         legend(canvas)
         return True
 
@@ -300,8 +312,8 @@ def _svg(chart: Chart, lines: Sequence[tuple[str, list[int], list[float]]], mark
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axes.yaxis.set_minor_formatter(lambda value, _: "")
-        elif chart.unit.startswith("fraction"):
-            axes.set_ylim(-0.02, max(0.1, 1.1 * axes.get_ylim()[1]))
+        elif chart.unit.startswith("%"):
+            axes.set_ylim(-2, max(10, 1.1 * axes.get_ylim()[1]))
         axes.set_xlabel("step")
         axes.set_ylabel(chart.unit)
         legend(canvas)

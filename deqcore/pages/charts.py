@@ -97,6 +97,7 @@ def draw(salt: str, paint: Callable[[Canvas], bool], size: tuple[float, float] =
         canvas = Canvas(figure.subplots())
         canvas.axes.patch.set_alpha(0.0)
         canvas.axes.grid(color=LINE)
+        canvas.axes.set_axisbelow(True)
         canvas.axes.spines[["top", "right"]].set_visible(False)
         if not paint(canvas):
             return ""

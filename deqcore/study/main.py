@@ -93,8 +93,8 @@ def study(request: StudyRequest, console: Console) -> None:
             results = timed(place, grid, results, console)
         result = page.write(place.root, settings, results, about)
     language = settings.language
-    console.print(table.terminal(result, language))
-    console.print(answers.terminal(result, settings))
+    console.print(table.terminal(result, console.width, language))
+    console.print(answers.terminal(result, settings, console.width))
     if settings.gates:
         console.print(gates.judge(result, settings.gates, language).sentence(language))
     console.print(say(language, "report", path=place.root / "report.html"), soft_wrap=True)
@@ -118,7 +118,7 @@ def compare(old: Path, new: Path, out: Path | None, language: str, console: Cons
     comparison.write(path, result, language)
     for warning in result["warnings"]:
         console.print(warning, style="yellow")
-    console.print(comparison.terminal(result))
+    console.print(comparison.terminal(result, console.width))
     console.print(say(language, "report", path=path), soft_wrap=True)
 
 

@@ -18,8 +18,8 @@ EN: Final = {
     "is_exact": "No other strategy is shown to be faster, to have a small enough gradient error and to stay within "
     "one "
     "point of accuracy.",
-    "time_exact": "Training takes {ratio} of the time with exact gradients; accuracy changes by {points} points.",
-    "time_explicit": "Against the explicit network of equal size: {ratio} of the time, {points} points of accuracy.",
+    "time_exact": "Training takes {ratio} times as long as with exact gradients; accuracy changes by {points} points.",
+    "time_explicit": "Against the explicit network of equal size: {ratio} times as long, {points} points of accuracy.",
     "memory": "The allocator holds {ratio} of the memory for one training step that it holds with exact gradients.",
     "devices": "Where memory decides, {fewer} devices suffice instead of the {devices} that exact gradients need.",
     "money": "One training costs {training}; a month of {count} trainings costs {month}.",

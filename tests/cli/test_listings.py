@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tomllib
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import deqcore
 from deqcore import plugins
 from deqcore.cli.app import main
 from deqcore.cli.listing import rows as listing_rows
+from deqcore.cli.output import readable_warnings
 from deqcore.errors import PluginError
 from deqcore.plugins import BackendSpec, CommandSpec, SolverSpec
 from deqcore.plugins.builtin import BUILTIN, COMMANDS
@@ -31,6 +33,17 @@ def run(capture: Capture, *args: str) -> tuple[int, str, str]:
         main(list(args))
     out, err = capture.readouterr()
     return int(exit.value.code or 0), out, err
+
+
+def test_warnings_of_a_command_name_the_users_line_or_none(tmp_path: Path) -> None:
+    usual = warnings.formatwarning
+    with readable_warnings():
+        for inner in (typer.main.__file__, deqcore.__file__):
+            assert warnings.formatwarning("no font", UserWarning, inner, 9) == "Warning: no font\n"
+        assert "cell.py:9: UserWarning: mine" in warnings.formatwarning(
+            "mine", UserWarning, str(tmp_path / "cell.py"), 9
+        )
+    assert warnings.formatwarning is usual
 
 
 def listing(capture: Capture, *args: str) -> dict[str, dict[str, object]]:

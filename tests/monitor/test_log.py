@@ -219,7 +219,7 @@ def test_the_numbers_of_the_page_are_those_of_the_log(tmp_path) -> None:
     assert (row["first"], row["last"], row["least"], row["most"], row["count"]) == ("5", "7", "5", "7", "30")
     assert [(tile.value, tile.detail) for tile in tiles(log)] == [
         ("0.1", "median 0.001"),
-        ("0", "median 0, above 0 in 0 of 30"),
+        ("0 %", "median 0 %, above 0 % in 0 of 30"),
     ]
     text = "".join(Page(render(log)).text)
     for name in ("first", "last", "mean", "least", "most"):
@@ -250,7 +250,7 @@ def test_the_verdict(tmp_path, events, expected) -> None:
 def test_the_verdict_names_what_is_a_concern(tmp_path) -> None:
     bad = [Row(i, i, 1000.0 + i, {"deq_forward_steps": 3.0, "deq_nonfinite_fraction": 0.5}) for i in range(3)]
     assert verdict(read(write(tmp_path / "a.jsonl", *bad))) == (
-        "No trigger is active, but check: NaN or diverged (worst 0.5, median 0.5, above 0 in 3 of 3).",
+        "No trigger is active, but check: NaN or diverged (worst 50 %, median 50 %, above 0 % in 3 of 3).",
         "warn",
     )
 
@@ -262,10 +262,25 @@ def test_the_worst_solve_counts(tmp_path) -> None:
         made[step] = replace(made[step], values={**made[step].values, "deq_unconverged_fraction": 0.25})
     log = read(write(tmp_path / "a.jsonl", *made))
     (tile,) = [each for each in tiles(log) if each.title == "unconverged"]
-    assert (tile.value, tile.detail, tile.concern) == ("0.25", "median 0, above 0 in 23 of 300", True)
+    assert (tile.value, tile.detail, tile.concern) == ("25 %", "median 0 %, above 0 % in 23 of 300", True)
     sentence, kind = verdict(log)
     assert kind == "warn"
-    assert "unconverged (worst 0.25, median 0, above 0 in 23 of 300)" in sentence
+    assert "unconverged (worst 25 %, median 0 %, above 0 % in 23 of 300)" in sentence
+
+
+def test_shares_are_percentages_on_the_page_and_in_the_terminal(tmp_path) -> None:
+    made = [Row(i, i, 1000.0 + i, {"deq_unconverged_fraction": i / 4, "deq_coupling": i / 4}) for i in range(5)]
+    log = read(write(tmp_path / "a.jsonl", *made))
+    (row,) = [each for each in table(log) if each["metric"] == "deq_unconverged_fraction"]
+    assert (row["unit"], row["first"], row["last"], row["mean"]) == ("%", "0", "100", "50")
+    assert [tile.value for tile in tiles(log) if tile.title == "unconverged"] == ["100 %"]
+    charts = {title: "".join(Page(svg).text) for title, svg in draw(log)}
+    assert "% of samples" in charts["Samples that failed"]
+    assert "unconverged fraction\n3: 75" in charts["Samples that failed"]
+    assert "coupling\n3: 0.75" in charts["Coupling of rows"]
+    for width in (80, 120):
+        (line,) = [each for each in shown(live_view(log, 10, width)).splitlines() if "unconverged" in each]
+        assert ("100 %" in line, "50 %" in line) == (True, True)
 
 
 def test_a_log_of_version_1_is_read(tmp_path) -> None:

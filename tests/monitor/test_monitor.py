@@ -316,6 +316,16 @@ def test_unknown_metrics_are_reported_with_a_suggestion() -> None:
         Metric("my loss", "1", "")
 
 
+def test_measurements_are_objects_or_a_table_as_in_a_file() -> None:
+    with Monitor(sinks=[], measurements={"spectral_radius": 1}) as monitor:
+        deqcore.fixed_point(lambda z: 0.5 * z + 1.0, np.zeros((2, 3)))
+    assert monitor.rows[-1].values["deq_spectral_radius"] == pytest.approx(0.5)
+    with pytest.raises(ConfigError, match="has no option 'spectral_radios'.*Did you mean 'spectral_radius'"):
+        Monitor(sinks=[], measurements={"spectral_radios": 1})
+    with pytest.raises(ConfigError, match=r"measurements must be Measurements, or a table.*got 'spectral_radius'"):
+        Monitor(sinks=[], measurements=["spectral_radius"])
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [

@@ -28,6 +28,7 @@ from deqcore.study.report.gates import judge
 from deqcore.study.report.recommendation import bill, devices, recommendations
 from deqcore.study.report.retraining import accumulations
 from deqcore.study.report.summary import Interval, audit_error, reference, rows
+from deqcore.study.report.terminal import fitted
 from deqcore.study.settings import CostSettings, Study, read
 from deqcore.study.store import Store, StudyError
 from deqcore.study.translations import EN, JA
@@ -99,6 +100,24 @@ def made(**table: Any) -> tuple[Study, list[dict[str, Any]]]:
 
 
 ABOUT: dict[str, Any] = {"machine": {"cpu": "a <fast> one"}, "command": "deqcore study a.toml"}
+
+
+@pytest.mark.parametrize("width", [40, 60, 73, 100, 200])
+def test_no_text_of_a_table_in_the_terminal_is_cut(width):
+    heads = ["strategy", "gradient error", "test accuracy %", "training s", "assessment"]
+    lines = [
+        ["exact-ift 0.1", "7.4e-05", "95.21 ± 0.96", "12.5", "reference: exact gradients; recommended"],
+        ["broyden-reuse", "0.083", "97.05 ± 0.39", "6.3", "not shown to be faster than exact gradients"],
+    ]
+    console = Console(width=width, file=io.StringIO())
+    console.print(fitted(heads, lines, 1, width, title="data digits"))
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    for line in lines:
+        assert all(cell in text for cell in line[:-1])
+        assert set(line[-1].split()) <= set(text.split())
+    assert text.count("exact-ift 0.1") == text.count("strategy") == {40: 4, 60: 2, 73: 2, 100: 1, 200: 1}[width]
 
 
 def test_intervals_are_students():

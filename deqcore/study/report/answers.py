@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
-from rich import box
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from deqcore.study.labels import called
@@ -21,6 +19,7 @@ from deqcore.study.report.recommendation import (
     recommendations,
 )
 from deqcore.study.report.summary import Interval, SummaryRow
+from deqcore.study.report.terminal import fitted
 from deqcore.study.settings import CostSettings, Study
 from deqcore.study.translations import say
 
@@ -37,17 +36,16 @@ def heads(language: str) -> list[str]:
     return [say(language, f"line_{word}") for word in HEADS]
 
 
-def terminal(rows: Sequence[SummaryRow], study: Study) -> Group:
-    """Return the first screen for a terminal."""
-    parts: list[Text | Table] = []
+def terminal(rows: Sequence[SummaryRow], study: Study, width: int) -> Group:
+    """Return the first screen for a terminal of this width."""
+    parts: list[Text | Group] = []
     for answer in answers(rows, study):
         parts += [Text(answer["head"], style="bold" if answer["best"] else ""), *map(Text, answer["sentences"])]
-        lines = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for head in heads(study.language):
-            lines.add_column(Text(head))
-        for line in answer["lines"]:
-            lines.add_row(*(Text(text) for text, _ in line))
-        parts += [lines, *(Text(f"• {warning}", style="yellow") for warning in answer["warnings"])]
+        lines = [[text for text, _ in line] for line in answer["lines"]]
+        parts += [
+            fitted(heads(study.language), lines, 1, width),
+            *(Text(f"• {warning}", style="yellow") for warning in answer["warnings"]),
+        ]
     return Group(*parts)
 
 
@@ -154,11 +152,14 @@ def bracketed(value: Interval | None, scale: float, digits: int, *, signed: bool
     if value is None:
         return "–"
     sign = "+" if signed else ""
-    text = f"{scale * value.mean:{sign}.{digits}f}".replace("-", "−")
+
+    def number(part: float) -> str:
+        rounded = round(scale * part, digits) + 0.0  # without the sign of a negative zero
+        return f"{rounded:{sign}.{digits}f}".replace("-", "−")
+
     if value.low is None or value.high is None:
-        return text
-    ends = f"[{scale * value.low:{sign}.{digits}f}, {scale * value.high:{sign}.{digits}f}]"
-    return f"{text} {ends.replace('-', '−')}"
+        return number(value.mean)
+    return f"{number(value.mean)} [{number(value.low)}, {number(value.high)}]"
 
 
 def _mean(value: Interval | None) -> float | None:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from rich import box
-from rich.table import Table
+from rich.console import Group
 from rich.text import Text
 
 from deqcore.study import store
@@ -17,6 +16,7 @@ from deqcore.study.labels import head
 from deqcore.study.report import answers, page, provenance, table
 from deqcore.study.report.provenance import CHANGING
 from deqcore.study.report.summary import Interval, SummaryRow, rows
+from deqcore.study.report.terminal import fitted
 from deqcore.study.translations import say
 
 QUOTIENTS: Final = (
@@ -93,15 +93,11 @@ def write(path: Path, comparison: Mapping[str, Any], language: str) -> None:
     store.write(path, page.render("compare.html.j2", language, **comparison).encode())
 
 
-def terminal(comparison: Mapping[str, Any]) -> Table:
-    """Build the table for a terminal."""
-    result = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=comparison["title"], title_justify="left")
-    for number, title in enumerate(comparison["heads"]):
-        result.add_column(Text(title), justify="left" if number < comparison["labels"] else "right")
-    for line in comparison["lines"]:
-        result.add_row(*(Text(text) for text, _ in line))
-    result.caption, result.caption_justify = " ".join(comparison["notes"]), "left"
-    return result
+def terminal(comparison: Mapping[str, Any], width: int) -> Group:
+    """Build the table for a terminal of this width."""
+    lines = [[text for text, _ in line] for line in comparison["lines"]]
+    table = fitted(comparison["heads"], lines, comparison["labels"], width, title=comparison["title"])
+    return Group(table, Text(" ".join(comparison["notes"]), style="dim italic"))
 
 
 def _key(row: SummaryRow) -> tuple[str, ...]:

@@ -7,12 +7,12 @@ import io
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from rich import box
-from rich.table import Table
+from rich.console import Group
 from rich.text import Text
 
 from deqcore.study.labels import head
 from deqcore.study.report.summary import METRICS, Interval, SummaryRow
+from deqcore.study.report.terminal import fitted
 from deqcore.study.translations import say
 
 
@@ -122,18 +122,14 @@ def values(row: SummaryRow) -> list[float | None]:
     return [None if value is None else value.mean for value in metrics]
 
 
-def terminal(rows: Sequence[SummaryRow], language: str = "en") -> Table:
-    """Build the table for a terminal."""
+def terminal(rows: Sequence[SummaryRow], width: int, language: str = "en") -> Group:
+    """Build the table for a terminal of this width."""
     header, lines = cells(rows)
     title = shared(rows, lambda name: head(language, name))
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
-    table.caption, table.caption_justify = say(language, "table_note"), "left"
     labels = len(header) - len(COLUMNS)
-    for number, title in enumerate(header):
-        table.add_column(Text(head(language, title)), justify="left" if number < labels else "right")
-    for row, line in zip(rows, lines, strict=True):
-        table.add_row(*map(Text, line), style=None if row.results else "red")
-    return table
+    styles = ["" if row.results else "red" for row in rows]
+    table = fitted([head(language, name) for name in header], lines, labels, width, title=title, styles=styles)
+    return Group(table, Text(say(language, "table_note"), style="dim italic"))
 
 
 def markdown(rows: Sequence[SummaryRow]) -> str:

@@ -102,7 +102,7 @@ def check(request: SuiteRequest, tell: Callable[[str], None] = lambda _: None) -
         BackendError: pytest could not run; the message is its own.
     """
     if not plugins.is_installed("pytest"):
-        raise MissingExtraError.of("`deqcore check`", "pytest", "test")
+        raise MissingExtraError.of("`deqcore check`", "pytest", None)
     plugins.load(request.kind, request.name)
     if request.device is not None:
         _check_device(request)

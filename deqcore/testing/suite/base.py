@@ -22,7 +22,7 @@ from deqcore.errors import MissingExtraError
 try:
     import pytest
 except ImportError as error:
-    raise MissingExtraError.of("The conformance suite", "pytest", "test") from error
+    raise MissingExtraError.of("The conformance suite", "pytest", None) from error
 
 import deqcore
 from deqcore.abc.backend import Backend
