@@ -19,7 +19,11 @@ from deqcore.testing.runner.isolation import Journal, failed
 from deqcore.testing.runner.processes import environment
 
 PLANTING = Path(__file__).with_name("planting.py")
-PACKAGES = ("numpy", "optree", "asyncio", "unittest")  # no framework: their threads do not survive a fork
+PACKAGES = ("numpy", "optree", "asyncio", "unittest")
+FRAMEWORKS = {  # with what they load when they are used; none has threads before that, which no fork would have
+    "torch": ("torch", "numba", "sympy", "scipy.linalg", "filelock"),
+    "jax": ("jax", "scipy.linalg"),
+}
 SECONDS = 300  # of processor time, for a check that takes seconds: a machine with much else to do fails no check
 
 
@@ -36,7 +40,7 @@ def check(module: str, text: str, request: SuiteRequest, backend: str) -> list[C
         results = folder / "results.jsonl"
         output = folder / "output.txt"
         task = {"module": module, "source": str(folder / "planted.py"), "seconds": SECONDS, "output": str(output)}
-        code = run({**task, "arguments": arguments(request, backend, results)})
+        code = run({**task, "arguments": arguments(request, backend, results)}, backend)
         if code == -signal.SIGXCPU:
             return [CaseOutcome("endless", backend, "failed", f"no answer within {SECONDS} s", "", SECONDS)]
         journal = Journal.read(results)
@@ -50,23 +54,23 @@ def check(module: str, text: str, request: SuiteRequest, backend: str) -> list[C
         return [CaseOutcome(**each, backend=backend) for each in entries]
 
 
-def run(task: dict[str, object]) -> int:
+def run(task: dict[str, object], backend: str) -> int:
     """Run pytest in a fork of the process that has imported the packages; return its exit code."""
-    server = forking(threading.get_ident())
+    server = forking(threading.get_ident(), FRAMEWORKS.get(backend, ()))
     server.stdin.write(json.dumps(task) + "\n")
     server.stdin.flush()
     return int(server.stdout.readline())
 
 
 @cache
-def forking(thread: int) -> subprocess.Popen:
-    """Start the process of `planting.py` for this thread; it ends with this one."""
+def forking(thread: int, framework: tuple[str, ...]) -> subprocess.Popen:
+    """Start the process of `planting.py` for this thread and framework; it ends with this one."""
     env = {
         **environment("float64"),
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "PYTHONPATH": os.pathsep.join(part for part in sys.path if part),
     }
-    command = [sys.executable, str(PLANTING), *PACKAGES]
+    command = [sys.executable, str(PLANTING), *PACKAGES, *framework]
     server = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     atexit.register(server.communicate)  # closes its input, upon which it ends
     return server
