@@ -61,7 +61,7 @@ def pytest_collection():
         gc.enable()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def small_heap():
     """Spare the garbage collector what earlier tests have left, for tests of code that collects often."""
     gc.collect()

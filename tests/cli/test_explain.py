@@ -170,7 +170,7 @@ def test_every_strategy_runs_on_jax(capsys, monkeypatch):
     pytest.importorskip("jax")
     monkeypatch.setattr(strategy_comparison, "VARIANTS", {})
     Path("deq.toml").write_text("[forward]\nmax_steps = 12\n")
-    code, _, rows = figures(capsys, "--problem", "p.py:mine", "--backend", "jax")
+    code, _, rows = figures(capsys, "--problem", "p.py:mine", "--backend", "jax", "--solver", "anderson")
     _, _, (exact, free) = truth()
     assert code == 0
     assert rows.keys() == plugins.strategies().keys()
@@ -188,7 +188,8 @@ def test_steps_are_timed_on_jax(capsys, monkeypatch):
     monkeypatch.setattr(strategy_comparison, "SECONDS", 0.0)
     unrolled = strategy_comparison.StrategyCandidate("unrolled", {"steps": 2, "checkpoint": True})
     monkeypatch.setattr(explaining, "_choices", lambda _: [unrolled])
-    code, out, err = explain(capsys, "--json", "--rounds", "1", "--problem", "p.py:mine", "--backend", "jax")
+    options = ["--problem", "p.py:mine", "--backend", "jax", "--solver", "picard"]
+    code, out, err = explain(capsys, "--json", "--rounds", "1", *options)
     (row,) = json.loads(out)["rows"]
     assert code in (0, 1), err
     assert row["failure"] == ""
