@@ -233,19 +233,7 @@ def _gradient(
 
     One compiled program of both would have to compile the solver again for each candidate.
     """
-    params, inputs, z0, g = at.data
-    if at.harness.traced:
-        if isinstance(own.strategy, StatefulStrategy):  # one pass, without the audits before it
-            backward = at.pass_of(own, audited=False)
-        if not adjoint.starts_at_solution(own.strategy):
-            once = lambda: backward(at.forward)  # noqa: E731 - its steps are the solve
-        else:
-            once = lambda: backward(at.solve(at.start, at.args))  # noqa: E731
-    else:
-        settings = _backward(choice) | {"strategy_state": StrategyState()}
-
-        def once() -> Any:
-            return api.vjp(at.user_f, z0, params, inputs, cotangent=g, config=at.config, **settings)
+    once = _two_programs(at, own, backward) if at.harness.traced else _as_called(at, choice)
 
     def run() -> None:
         for leaf in at.backend.flatten(once())[0]:
@@ -253,6 +241,22 @@ def _gradient(
                 at.harness.block(leaf)
 
     return run
+
+
+def _as_called(at: _Problem, choice: StrategyCandidate) -> Callable[[], Any]:
+    params, inputs, z0, g = at.data
+    settings = _backward(choice)
+    if at.backend.capabilities.eager:
+        settings["strategy_state"] = StrategyState()
+    return lambda: api.vjp(at.user_f, z0, params, inputs, cotangent=g, config=at.config, **settings)
+
+
+def _two_programs(at: _Problem, own: Plan, backward: Callable[[SolveResult], Any]) -> Callable[[], Any]:
+    if isinstance(own.strategy, StatefulStrategy):  # one pass, without the audits before it
+        backward = at.pass_of(own, audited=False)
+    if not adjoint.starts_at_solution(own.strategy):
+        return lambda: backward(at.forward)  # its steps are the solve
+    return lambda: backward(at.solve(at.start, at.args))
 
 
 def _measure_quality(
