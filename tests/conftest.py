@@ -61,6 +61,13 @@ def pytest_collection():
         gc.enable()
 
 
+@pytest.fixture
+def small_heap():
+    """Spare the garbage collector what earlier tests have left, for tests of code that collects often."""
+    gc.collect()
+    gc.freeze()
+
+
 def _load(name: str):
     path = Path(__file__).parent / "helpers" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"tests_helpers_{name}", path)

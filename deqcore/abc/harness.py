@@ -29,6 +29,10 @@ class Harness:
         """Return `fn` compiled if the backend has the capability `jit`, otherwise `fn` itself."""
         return fn
 
+    def jit_once(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `fn` compiled for a few calls that are not timed: sooner, by a compiler that optimizes less."""
+        return self.jit(fn)
+
     def parameters(self, cell: Any) -> tuple[Any, Callable[[Any], Callable[..., Any]]]:
         """Return the parameters of a module as a tree of arrays, and a function from such a tree to the module with it.
 

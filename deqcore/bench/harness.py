@@ -38,6 +38,7 @@ class Harness:
         asarray: from NumPy.
         to_numpy: to NumPy; waits for the device.
         jit: compiles a function, where the framework does that.
+        jit_once: compiles one that is called a few times and not timed, sooner.
         block: waits until an array has been computed.
         quiet: context in which no gradient is recorded.
         traced: f runs inside compiled code, so its calls cannot be counted from outside.
@@ -53,6 +54,7 @@ class Harness:
     to_numpy: Callable[[Array], Any]
     block: Callable[[Array], object]
     jit: Callable[[Call], Call] = same
+    jit_once: Callable[[Call], Call] = same
     quiet: Callable[[], AbstractContextManager[Any]] = nullcontext
     traced: bool = False
     package: str | None = None
@@ -77,6 +79,7 @@ class Harness:
             to_numpy=backend.to_numpy,
             block=block,
             jit=module.jit if traced else same,
+            jit_once=backend.harness.jit_once if traced else same,
             quiet=getattr(module, "no_grad", nullcontext),
             traced=traced,
             package=package,

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
+from time import perf_counter
 from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
 
 from deqcore import api, plugins
-from deqcore.abc.backend import Backend
 from deqcore.abc.backward import StepStrategy
-from deqcore.abc.stateful import StrategyState
+from deqcore.abc.stateful import StatefulStrategy, StrategyState
 from deqcore.bench.harness import Harness
 from deqcore.bench.machine import peak_memory
-from deqcore.bench.pareto import front
+from deqcore.bench.strategy_rows import ComparisonRow, StrategyCandidate, StrategyComparison
 from deqcore.bench.timing import Spread, interleave
 from deqcore.config import Config
 from deqcore.diagnostics import adjoint
@@ -24,7 +24,7 @@ from deqcore.errors import DeqcoreError
 from deqcore.solve.dispatch import plan_call
 from deqcore.solve.plan import Plan
 from deqcore.solve.verification import coupled_rows
-from deqcore.types import Array, Status, Tree
+from deqcore.types import Array, Map, SolveResult, Status, Tree
 
 VARIANTS: Final[Mapping[str, Sequence[Mapping[str, object]]]] = MappingProxyType(
     {
@@ -51,90 +51,7 @@ Approximate strategies are compared with exact-ift that stops early, at several 
 
 REFERENCE_VJPS: Final = 200
 SECONDS = 6.0  # of waiting for undisturbed rounds
-
-
-@dataclass(frozen=True)
-class StrategyCandidate:
-    """A strategy with options."""
-
-    strategy: str
-    options: Mapping[str, object] = field(default_factory=dict)
-
-    @property
-    def label(self) -> str:
-        """For tables."""
-        if not self.options:
-            return self.strategy
-        if self.options.get("certify") is False:
-            return f"{self.strategy} (plain)"
-        return f"{self.strategy} ({', '.join(f'{name}={value}' for name, value in self.options.items())})"
-
-
-@dataclass(frozen=True)
-class ComparisonRow:
-    """Cost and accuracy of one candidate. NaN: unknown or not measured.
-
-    Attributes:
-        label: strategy and options.
-        vjps: vector–Jacobian products, median over the samples; the steps of a strategy that differentiates steps.
-        most_vjps: the largest number of products.
-        residual: adjoint residual ‖g + Jᵀu − u‖ / ‖g‖, measured and not as reported, the largest.
-        estimate: error that the strategy itself reports, the largest.
-        missed: samples that it reports as not having met its target.
-        cosine: of the gradient of all parameters and inputs with the exact one.
-        norm_ratio: quotient of the norms of the two.
-        error: relative difference between the two.
-        worst_cosine: of u, over the samples.
-        seconds: median for one gradient, solve included.
-        low: lower quartile of the seconds.
-        high: upper quartile.
-        memory: bytes by which the process grew; None if the system does not report it.
-        failure: the reason for missing figures, or "".
-    """
-
-    label: str
-    strategy: str
-    options: Mapping[str, object]
-    vjps: float = np.nan
-    most_vjps: float = np.nan
-    residual: float = np.nan
-    estimate: float = np.nan
-    missed: int = 0
-    cosine: float = np.nan
-    norm_ratio: float = np.nan
-    error: float = np.nan
-    worst_cosine: float = np.nan
-    seconds: float = np.nan
-    low: float = np.nan
-    high: float = np.nan
-    memory: int | None = None
-    failure: str = ""
-
-    def as_dict(self) -> dict[str, object]:
-        """Return plain values; what is not known is None."""
-        result = asdict(self)
-        return {name: None if isinstance(value, float) and np.isnan(value) else value for name, value in result.items()}
-
-
-@dataclass(frozen=True)
-class StrategyComparison:
-    """All candidates on one problem.
-
-    Attributes:
-        rows: one per choice.
-        failed: samples whose solve did not meet its tolerance.
-        samples: in the batch.
-        trust: adjoint residual of the reference, the largest.
-        coupling: how much of a vector–Jacobian product lands in samples where its cotangent is zero, the largest.
-        pair: (i, j) if sample i of f(z) was seen to change when sample j of z does.
-    """
-
-    rows: Sequence[ComparisonRow]
-    failed: int
-    samples: int
-    trust: float
-    coupling: float = 0.0
-    pair: tuple[int, int] | None = None
+LONGEST: Final = 1.0  # seconds of a gradient that takes part in the rounds; a slower one is timed once
 
 
 def candidates() -> Iterator[StrategyCandidate]:
@@ -146,7 +63,6 @@ def candidates() -> Iterator[StrategyCandidate]:
 
 def compare_strategies(
     harness: Harness,
-    backend: Backend,
     f: Callable[..., Tree],
     data: tuple[Tree, Tree, Tree, Tree],
     config: Config,
@@ -159,31 +75,25 @@ def compare_strategies(
 
     Args:
         harness: of the framework, for timing.
-        backend: the same.
         f: `f(z, params, inputs)`.
         data: parameters, inputs, z0 and cotangent, in arrays of the framework.
         config: settings of the forward solve.
         choices: what is measured.
-        rounds: of timing, all choices in turn in each; 0: neither time nor memory is measured.
+        rounds: of timing, all choices in turn in each; 0: neither time nor memory is measured. A gradient that takes
+            longer than `LONGEST` is timed once.
         say: takes messages on progress.
     """
-    params, inputs, z0, g = data
-    plan = plan_call(config, _backward(StrategyCandidate("exact-ift")), z0, (params, inputs))
-    space = plan.space
-    raveled, start, cotangent = space.wrap(f), space.ravel(z0), space.ravel_cotangent(g)
-    args = (params, inputs)
+    at = _Problem(harness, config, f, data, timed=rounds > 0)
+    backend, plan = at.backend, at.plan
     say("the exact gradient")
-    forward = adjoint.solve(plan, raveled, start, args)
-    vjp = adjoint.vjp_at(plan, raveled, args, forward)
-    exact, residual, _ = adjoint.by_reference(plan, raveled, args, cotangent, forward, vjp, REFERENCE_VJPS)
-    status = backend.to_numpy(forward.status)
-    coupling = adjoint.coupling(plan, vjp, forward)
+    exact, residual = at.reference()
+    coupling = adjoint.coupling(plan, at.vjp, at.forward)
     with backend.errstate():
-        pair = coupled_rows(backend, lambda z: backend.detach(raveled(z, *args)), forward.z)
+        pair = coupled_rows(backend, lambda z: backend.detach(at.f(z, *at.args)), at.forward.z)
     rows, tasks = [], {}
     for choice in choices:
         say(choice.label)
-        row, task = _measure(harness, plan, config, choice, f, (raveled, start, args, cotangent), data, exact, rounds)
+        row, task = _measure(at, choice, exact, timed=rounds > 0)
         if task is not None:
             tasks[row.label] = task
         rows.append(row)
@@ -191,20 +101,73 @@ def compare_strategies(
         say("timing")
         seconds = interleave(tasks, rounds=rounds, budget=SECONDS).seconds
         rows = [_timed(row, seconds[row.label]) if row.label in tasks else row for row in rows]
+    status = backend.to_numpy(at.forward.status)
     failed = int(np.sum(status != int(Status.CONVERGED)))
     return StrategyComparison(rows, failed, len(status), float(np.max(residual, initial=0.0)), coupling, pair)
 
 
+class _Problem:
+    """One problem, solved once for all candidates.
+
+    Tracing backends compile the solve and the residual once, and a single program for each candidate.
+
+    Attributes:
+        plan: of a call with exact-ift; solver and tolerances are those of all candidates.
+        f: the problem's function on raveled states.
+        start: initial iterate `(batch, n)`.
+        args: parameters and inputs.
+        g: cotangent `(batch, n)`.
+        forward: the solve.
+        vjp: `u ↦ Jᵀu` at the solution, outside of compiled code.
+    """
+
+    def __init__(
+        self,
+        harness: Harness,
+        config: Config,
+        f: Callable[..., Tree],
+        data: tuple[Tree, Tree, Tree, Tree],
+        *,
+        timed: bool,
+    ) -> None:
+        params, inputs, z0, g = data
+        self.jit = harness.jit if timed else harness.jit_once
+        self.harness, self.config, self.user_f, self.data = harness, config, f, data
+        self.args = (params, inputs)
+        self.plan = plan_call(config, _backward(StrategyCandidate("exact-ift")), z0, self.args)
+        self.backend = self.plan.backend
+        space = self.plan.space
+        self.f, self.start, self.g = space.wrap(f), space.ravel(z0), space.ravel_cotangent(g)
+        self.solve = self.jit(lambda z0, args: adjoint.solve(self.plan, self.f, z0, args))
+        self.forward: SolveResult = self.solve(self.start, self.args)
+        self.vjp = adjoint.vjp_at(self.plan, self.f, self.args, self.forward)
+        self.residual = harness.jit_once(
+            lambda args, g, u, forward: adjoint.residual_of(self.plan, g, u, self._vjp(args, forward))
+        )
+
+    def _vjp(self, args: tuple[Any, ...], forward: SolveResult) -> Map:
+        return adjoint.vjp_at(self.plan, self.f, args, forward) if self.harness.traced else self.vjp
+
+    def reference(self) -> tuple[adjoint.AdjointSolved, Any]:
+        """Return the exact gradient, and its relative residuals `(batch,)`."""
+        solved, residual, _ = adjoint.by_reference(
+            self.plan, self.f, self.args, self.g, self.forward, self.vjp, REFERENCE_VJPS
+        )
+        return solved, residual
+
+    def pass_of(self, own: Plan, *, audited: bool = True) -> Callable[[SolveResult], Any]:
+        """Return the backward pass of a candidate after a solve: u, gradients and report."""
+
+        def once(z0: Array, args: tuple[Any, ...], g: Array, forward: SolveResult) -> Any:
+            vjp = self._vjp(args, forward) if adjoint.starts_at_solution(own.strategy) else None
+            return adjoint.apply_strategy(own, self.f, z0, args, g, forward, vjp, audited=audited)
+
+        compiled = self.jit(once)
+        return lambda forward: compiled(self.start, self.args, self.g, forward)
+
+
 def _measure(
-    harness: Harness,
-    plan: Plan,
-    config: Config,
-    choice: StrategyCandidate,
-    f: Callable[..., Tree],
-    raveled: tuple[Callable[..., Array], Array, tuple[Any, ...], Array],
-    data: tuple[Tree, Tree, Tree, Tree],
-    exact: adjoint.AdjointSolved,
-    rounds: int,
+    at: _Problem, choice: StrategyCandidate, exact: adjoint.AdjointSolved, *, timed: bool
 ) -> tuple[ComparisonRow, Callable[[], None] | None]:
     """Return a choice's row, and what to time for it.
 
@@ -212,14 +175,32 @@ def _measure(
     framework or an f that cannot be used in this way, is a property of the candidate, recorded in its row.
     """
     try:
-        row = _measure_quality(harness, plan, config, choice, raveled, exact)
-        if not rounds:
+        own = plan_call(at.config, _backward(choice), at.data[2], at.args)
+        backward = at.pass_of(own)
+        row = _measure_quality(at, own, choice, backward(at.forward), exact)
+        if not timed:
             return row, None
-        task = _gradient(harness, config, choice, f, data)
-        task()
-        return replace(row, memory=peak_memory(task)), task
+        return _measure_once(at.harness, row, _gradient(at, own, choice, backward))
     except Exception as error:
         return ComparisonRow(choice.label, choice.strategy, dict(choice.options), failure=reason(error)), None
+
+
+def _measure_once(
+    harness: Harness, row: ComparisonRow, task: Callable[[], None]
+) -> tuple[ComparisonRow, Callable[[], None] | None]:
+    """Return the row with the memory of a gradient, and the task for the rounds; a slow one is timed here instead."""
+    took: list[float] = []
+
+    def timed() -> None:
+        start = perf_counter()
+        task()
+        took.append(perf_counter() - start)
+
+    memory = peak_memory(timed)
+    if harness.traced or took[0] <= LONGEST:  # the first run has compiled, or allocated what is kept for good
+        memory = peak_memory(timed)
+    row = replace(row, memory=memory)
+    return (_timed(row, took[-1:]), None) if took[-1] > LONGEST else (row, task)
 
 
 def reason(error: Exception) -> str:
@@ -246,66 +227,61 @@ def _timed(row: ComparisonRow, seconds: list[float]) -> ComparisonRow:
 
 
 def _gradient(
-    harness: Harness,
-    config: Config,
-    choice: StrategyCandidate,
-    f: Callable[..., Tree],
-    data: tuple[Tree, Tree, Tree, Tree],
+    at: _Problem, own: Plan, choice: StrategyCandidate, backward: Callable[[SolveResult], Any]
 ) -> Callable[[], None]:
-    """Return one gradient as a user computes it, compiled where the framework compiles."""
-    params, inputs, z0, g = data
-    settings = _backward(choice)
-    if api.get_backend(config).capabilities.eager:
-        settings["strategy_state"] = StrategyState()
+    """Return one gradient with its solve: as a user computes it, or, where code is compiled, by two programs.
 
-    def once(z0: Tree, params: Tree, inputs: Tree, g: Tree) -> Any:
-        z, gradients = api.vjp(f, z0, params, inputs, cotangent=g, config=config, **settings)
-        return z, gradients
-
-    compiled = harness.jit(once)
-    flatten = api.get_backend(config).flatten
+    One compiled program of both would have to compile the solver again for each candidate.
+    """
+    once = _two_programs(at, own, backward) if at.harness.traced else _as_called(at, choice)
 
     def run() -> None:
-        for leaf in flatten(compiled(z0, params, inputs, g))[0]:
+        for leaf in at.backend.flatten(once())[0]:
             if leaf is not None:
-                harness.block(leaf)
+                at.harness.block(leaf)
 
     return run
 
 
+def _as_called(at: _Problem, choice: StrategyCandidate) -> Callable[[], Any]:
+    params, inputs, z0, g = at.data
+    settings = _backward(choice)
+    if at.backend.capabilities.eager:
+        settings["strategy_state"] = StrategyState()
+    return lambda: api.vjp(at.user_f, z0, params, inputs, cotangent=g, config=at.config, **settings)
+
+
+def _two_programs(at: _Problem, own: Plan, backward: Callable[[SolveResult], Any]) -> Callable[[], Any]:
+    if isinstance(own.strategy, StatefulStrategy):  # one pass, without the audits before it
+        backward = at.pass_of(own, audited=False)
+    if not adjoint.starts_at_solution(own.strategy):
+        return lambda: backward(at.forward)  # its steps are the solve
+    return lambda: backward(at.solve(at.start, at.args))
+
+
 def _measure_quality(
-    harness: Harness,
-    plan: Plan,
-    config: Config,
-    choice: StrategyCandidate,
-    problem: tuple[Callable[..., Array], Array, tuple[Any, ...], Array],
-    exact: adjoint.AdjointSolved,
+    at: _Problem, own: Plan, choice: StrategyCandidate, result: Any, exact: adjoint.AdjointSolved
 ) -> ComparisonRow:
-    """Return everything but time and memory."""
-    f, z0, args, g = problem
-    backend = plan.backend
+    """Return everything but time and memory, for what the backward pass has returned."""
+    backend = at.backend
+    own_u, gradients, report = result
     row = ComparisonRow(choice.label, choice.strategy, dict(choice.options))
-    own = plan_call(config, _backward(choice), plan.space.unravel(z0), args)
-
-    def once(z0: Array, args: tuple[Any, ...], g: Array) -> adjoint.AdjointSolved:
-        return adjoint.by_strategy(own, f, z0, args, g, adjoint.solve(own, f, z0, args))
-
-    result = adjoint.AdjointSolved(*harness.jit(lambda *data: tuple(vars(once(*data)).values()))(z0, args, g))
-    u, truth = (backend.to_numpy(item.u).astype(np.float64) for item in (result, exact))
-    whole = [flat(backend, item.gradients)[None] for item in (result, exact)]
+    u, truth = (backend.to_numpy(item).astype(np.float64) for item in (own_u, exact.u))
+    whole = [flat(backend, item)[None] for item in (gradients, exact.gradients)]
     cosine, ratio, error_ = (float(item[0]) for item in compare(*whole))
     row = replace(row, cosine=cosine, norm_ratio=ratio, error=error_, worst_cosine=_least(compare(u, truth)[0]))
-    row = replace(row, residual=_most(backend.to_numpy(result.residual)))
-    if result.report is None:
+    if adjoint.starts_at_solution(own.strategy):
+        row = replace(row, residual=_most(backend.to_numpy(at.residual(at.args, at.g, own_u, at.forward))))
+    if report is None:
         steps = float(own.strategy.steps) if isinstance(own.strategy, StepStrategy) else np.nan
         return replace(row, vjps=steps, most_vjps=steps)
-    report = {name: backend.to_numpy(leaf) for name, leaf in result.report._asdict().items()}
+    figures = {name: backend.to_numpy(leaf) for name, leaf in report._asdict().items()}
     return replace(
         row,
-        vjps=float(np.median(report["vjps"])) if report["vjps"].size else 0.0,
-        most_vjps=float(np.max(report["vjps"], initial=0)),
-        estimate=_most(report["error"]),
-        missed=int(np.sum(report["status"] != int(Status.CONVERGED))),
+        vjps=float(np.median(figures["vjps"])) if figures["vjps"].size else 0.0,
+        most_vjps=float(np.max(figures["vjps"], initial=0)),
+        estimate=_most(figures["error"]),
+        missed=int(np.sum(figures["status"] != int(Status.CONVERGED))),
     )
 
 
@@ -316,17 +292,3 @@ def _most(values: Any) -> float:
 
 def _least(values: Any) -> float:
     return float(np.min(values)) if values.size else np.nan
-
-
-def cheapest(rows: Sequence[ComparisonRow], good: Callable[[ComparisonRow], bool]) -> ComparisonRow | None:
-    """Return the quickest row that is good enough; by vjps where nothing was timed."""
-    fitting = [row for row in rows if not row.failure and good(row)]
-    return min(fitting, key=lambda row: (np.nan_to_num(row.seconds), row.vjps), default=None)
-
-
-def on_front(rows: Sequence[ComparisonRow]) -> set[str]:
-    """Return the labels of the rows that no other beats in both error and time (vjps where nothing was timed)."""
-    usable = [row for row in rows if not row.failure]
-    timed = any(not np.isnan(row.seconds) for row in usable)
-    points = [(row.seconds if timed else row.vjps, row.error) for row in usable]
-    return {usable[index].label for index in front(points)}

@@ -18,13 +18,12 @@ from deqcore.abc.backend import Backend
 from deqcore.api import get_backend
 from deqcore.bench.harness import Harness
 from deqcore.bench.machine import describe
-from deqcore.bench.strategy_comparison import (
+from deqcore.bench.strategy_comparison import candidates, compare_strategies
+from deqcore.bench.strategy_rows import (
     ComparisonRow,
     StrategyCandidate,
     StrategyComparison,
-    candidates,
     cheapest,
-    compare_strategies,
     on_front,
 )
 from deqcore.cli.output import AsJson, progress_printer, show
@@ -203,7 +202,7 @@ def _compared(
             raise
 
     try:
-        return compare_strategies(harness, backend, watched, data, config, _choices(config), rounds=rounds, say=say)
+        return compare_strategies(harness, watched, data, config, _choices(config), rounds=rounds, say=say)
     except Exception as error:
         if raised and error is raised[-1]:
             raise ProblemError(f"Problem {name!r}: f raised {place(error)}") from error

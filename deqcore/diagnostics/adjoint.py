@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from deqcore.abc.backward import StepStrategy, report
+from deqcore.abc.backward import StepStrategy, Strategy, report
 from deqcore.abc.stateful import StatefulStrategy
 from deqcore.linear.gmres import gmres
 from deqcore.linear.grouped import Groups
@@ -49,6 +49,39 @@ def by_strategy(
     plan: Plan, f: Callable[..., Array], z0: Array, args: tuple[Any, ...], g: Array, forward: SolveResult
 ) -> AdjointSolved:
     """Return the call's own strategy, at the solution that it shares with the reference."""
+    vjp = vjp_at(plan, f, args, forward) if starts_at_solution(plan.strategy) else None
+    u, gradients, report = apply_strategy(plan, f, z0, args, g, forward, vjp)
+    return AdjointSolved(u, gradients, report, residual_of(plan, g, u, vjp))
+
+
+def starts_at_solution(strategy: Strategy | StepStrategy) -> bool:
+    """Return whether the strategy uses the forward solve, so that its residual can be measured at the solution."""
+    return not isinstance(strategy, StepStrategy) or strategy.solves()
+
+
+def apply_strategy(
+    plan: Plan,
+    f: Callable[..., Array],
+    z0: Array,
+    args: tuple[Any, ...],
+    g: Array,
+    forward: SolveResult,
+    vjp: Map | None,
+    *,
+    audited: bool = True,
+) -> tuple[Array, tuple[Any, ...], AdjointReport | None]:
+    """Return u, the gradients of the arguments and the report of the call's own strategy, see `AdjointSolved`.
+
+    Args:
+        plan: the call.
+        f: of raveled states.
+        z0: initial iterate `(batch, n)`.
+        args: of f.
+        g: cotangent `(batch, n)`.
+        forward: the solve, as `solve` returns it.
+        vjp: `u ↦ Jᵀu` at the solution; only a strategy that differentiates steps needs none.
+        audited: whether a strategy with state has audited this problem before, as in the middle of a training.
+    """
     backend, strategy = plan.backend, plan.strategy
     if isinstance(strategy, StepStrategy):
         steps = Steps(backend, strategy, plan.solver)
@@ -60,26 +93,29 @@ def by_strategy(
             )[0], None
 
         _, _, (u, *gradients) = backend.autodiff.vjp(value, (0 * z0, *args), g)
-        return AdjointSolved(u, tuple(gradients), None, _residual(plan, f, args, g, u, begin))
+        return u, tuple(gradients), None
+    assert vjp is not None
     adjoint = Adjoint(backend, strategy, plan.solver, units=plan.control.units)
-    vjp = vjp_at(plan, f, args, forward)
     with backend.errstate():
-        if isinstance(strategy, StatefulStrategy):
+        if audited and isinstance(strategy, StatefulStrategy):
             u, report = _after_audits(plan, strategy, adjoint, vjp, f, args, g, forward)
         else:
             u, report = adjoint(vjp, g, forward.carry.state)
-        residual = _by_sample(plan, vjp, g, u)
-    return AdjointSolved(u, _gradients(plan, f, args, u, forward.z), report, residual)
+    return u, _gradients(plan, f, args, u, forward.z), report
+
+
+def residual_of(plan: Plan, g: Array, u: Array, vjp: Map | None) -> Array:
+    """Return ‖g + Jᵀu − u‖ / ‖g‖ per sample; NaN without `vjp`, for a strategy that solves nothing to measure it at."""
+    backend, samples = plan.backend, samples_of(plan)
+    if vjp is None:
+        return backend.xp.full_like(backend.norm(samples.join(g)), float("nan"))
+    with backend.errstate():
+        return adjoint_residual(backend, samples.joined(vjp), samples.join(g), samples.join(u))
 
 
 def samples_of(plan: Plan) -> Groups:
     """Return the groups of rows that are samples."""
     return Groups(plan.backend, plan.space.units)
-
-
-def _by_sample(plan: Plan, vjp: Map, g: Array, u: Array) -> Array:
-    samples = samples_of(plan)
-    return adjoint_residual(plan.backend, samples.joined(vjp), samples.join(g), samples.join(u))
 
 
 def _after_audits(
@@ -100,17 +136,6 @@ def _after_audits(
     values = backend.asarray(np.asarray(strategy.init_state(), np.float32), dtype="float32", like=g)
     u, found, _ = backend.scan(one, (g, report(backend, g), values), TURNS)
     return u, found
-
-
-def _residual(
-    plan: Plan, f: Callable[..., Array], args: tuple[Any, ...], g: Array, u: Array, forward: SolveResult | None
-) -> Array:
-    """Return the residual of a strategy that differentiates steps; NaN where it solves nothing to measure it at."""
-    backend = plan.backend
-    if forward is None:
-        return backend.xp.full_like(backend.norm(samples_of(plan).join(g)), float("nan"))
-    with backend.errstate():
-        return _by_sample(plan, vjp_at(plan, f, args, forward), g, u)
 
 
 def vjp_at(plan: Plan, f: Callable[..., Array], args: tuple[Any, ...], forward: SolveResult) -> Map:

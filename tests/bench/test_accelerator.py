@@ -15,6 +15,7 @@ import pytest
 from deqcore.errors import DeqcoreError
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.usefixtures("small_heap")
 ROOT = Path(__file__).parents[2]
 
 

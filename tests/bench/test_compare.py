@@ -21,6 +21,8 @@ from deqcore.bench.sweeps import points
 from deqcore.errors import ProblemError
 from deqcore.testing.problem import Problem
 
+pytestmark = pytest.mark.usefixtures("small_heap")
+
 
 @pytest.fixture(scope="module")
 def harness() -> Harness:

@@ -16,6 +16,7 @@ from deqcore.cli import bench
 from deqcore.cli.app import main
 from deqcore.plugins import BackendSpec
 
+pytestmark = pytest.mark.usefixtures("small_heap")
 Capture = pytest.CaptureFixture[str]
 TINY = ("--backend", "numpy", "--batch", "4", "--size", "8", "--rounds", "1", "--budget", "0")
 PROBLEM = """

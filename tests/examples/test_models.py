@@ -18,6 +18,7 @@ import scipy.optimize
 pytest.importorskip("torch")
 pytest.importorskip("jax")
 pytest.importorskip("sklearn")
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 MODELS = Path(__file__).parents[2] / "examples" / "models"
 TIGHT = {
     "forward__rtol": 3e-7,
@@ -25,18 +26,6 @@ TIGHT = {
     "backward__strategy": "exact-ift",
     "backward__options": {"rtol": 1e-6, "max_steps": 100},
 }
-
-
-@pytest.fixture(autouse=True)
-def _quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Compiling is most of the time here, save where convolutions run many times."""
-    import jax
-
-    trains_convolutions = request.node.name.endswith(("[jax-deblurring]", "[jax-images]"))
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", not trains_convolutions)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +94,15 @@ def test_both_frameworks_give_the_same_loss_and_gradients(name: str) -> None:
 
 
 SHORT = {"RATES": (0.01,), "DECAYS": (0.0,), "MEMORIES": (0.95,), "GRAPHS": 1, "SEEDS": 1, "WINDOWS": 64, "TEST": 40}
+SMALL: dict[str, dict[str, Any]] = {  # convolutions are slow in programs that compile quickly
+    "deblurring": {"CHANNELS": 8},
+    "images": {"WIDTH": 6, "NARROW": 6, "BLOCKS": 1},
+    "text": {
+        "LENGTH": 24,
+        "EQUILIBRIUM": {"width": 32, "hidden": 64, "layers": 0},
+        "EXPLICIT": {"width": 16, "hidden": 32, "layers": 1},
+    },
+}
 HOLDS: dict[str, tuple[int, Any]] = {
     "deblurring": (12, lambda r: r["learned"] > r["input"] + 3),
     "sudoku": (6, lambda r: r["halted"] > 0.9),
@@ -121,14 +119,15 @@ def test_a_short_training_learns_and_stores_its_weights(
     name: str, backend: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
     example, common = importlib.import_module(name), importlib.import_module("common")
-    for setting, value in SHORT.items():
+    for setting, value in (SHORT | SMALL.get(name, {})).items():
         if hasattr(example, setting):
             monkeypatch.setattr(example, setting, value)
     steps, holds = HOLDS[name]
     assert holds(example.main(["--steps", str(steps), "--backend", backend, "--device", "cpu", "--out", str(tmp_path)]))
     assert name in {"graph", "text"} or (tmp_path / f"{name}.png").stat().st_size > 1000
     options = common.arguments("Test.", 1, ["--weights", str(tmp_path / f"{name}.safetensors")])
-    begin = example.weights(np.random.default_rng(0), **(example.EQUILIBRIUM if name == "text" else {}))
+    shape = {"text": SMALL["text"]["EQUILIBRIUM"], "images": {"width": SMALL["images"]["WIDTH"]}}.get(name, {})
+    begin = example.weights(np.random.default_rng(0), **shape)
     assert any(np.any(value != begin[key]) for key, value in common.start(options, begin).items())
     with pytest.raises(SystemExit, match="but this example needs"):
         common.start(options, {"other.weight": np.zeros(2)})

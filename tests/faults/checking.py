@@ -19,7 +19,11 @@ from deqcore.testing.runner.isolation import Journal, failed
 from deqcore.testing.runner.processes import environment
 
 PLANTING = Path(__file__).with_name("planting.py")
-PACKAGES = ("numpy", "optree", "asyncio", "unittest")  # no framework: their threads do not survive a fork
+PACKAGES = ("numpy", "optree", "asyncio", "unittest")
+FRAMEWORKS = {  # with what they load when they are used; none has threads before that, which no fork would have
+    "torch": ("torch", "numba", "sympy", "scipy.linalg", "filelock"),
+    "jax": ("jax", "scipy.linalg"),
+}
 SECONDS = 300  # of processor time, for a check that takes seconds: a machine with much else to do fails no check
 
 
@@ -36,7 +40,7 @@ def check(module: str, text: str, request: SuiteRequest, backend: str) -> list[C
         results = folder / "results.jsonl"
         output = folder / "output.txt"
         task = {"module": module, "source": str(folder / "planted.py"), "seconds": SECONDS, "output": str(output)}
-        code = run({**task, "arguments": arguments(request, backend, results)})
+        code = run({**task, "arguments": arguments(request, backend, results)}, backend)
         if code == -signal.SIGXCPU:
             return [CaseOutcome("endless", backend, "failed", f"no answer within {SECONDS} s", "", SECONDS)]
         journal = Journal.read(results)
@@ -60,29 +64,29 @@ def run_tests(module: str, text: str, files: list[Path]) -> str:
             "not jax and not torch and not compiled" if all(path.parent.name == "core" for path in files) else "not jax"
         )
         named = ["-x", "-q", "-p", "no:cacheprovider", "-k", left_out, *map(str, files)]
-        code = run({**task, "arguments": named})
+        code = run({**task, "arguments": named}, "torch")
         lines = output.read_text(errors="replace").splitlines()
         failed = [line.partition(" ")[2] for line in lines if line.startswith(("FAILED ", "ERROR "))]
         return "" if code == 0 else (failed[0][:160] if failed else f"ended with code {code}: {lines[-1:]}")
 
 
-def run(task: dict[str, object]) -> int:
+def run(task: dict[str, object], backend: str) -> int:
     """Run pytest in a fork of the process that has imported the packages; return its exit code."""
-    server = forking(threading.get_ident())
+    server = forking(threading.get_ident(), FRAMEWORKS.get(backend, ()))
     server.stdin.write(json.dumps(task) + "\n")
     server.stdin.flush()
     return int(server.stdout.readline())
 
 
 @cache
-def forking(thread: int) -> subprocess.Popen:
-    """Start the process of `planting.py` for this thread; it ends with this one."""
+def forking(thread: int, framework: tuple[str, ...]) -> subprocess.Popen:
+    """Start the process of `planting.py` for this thread and framework; it ends with this one."""
     env = {
         **environment("float64"),
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "PYTHONPATH": os.pathsep.join(part for part in sys.path if part),
     }
-    command = [sys.executable, str(PLANTING), *PACKAGES]
+    command = [sys.executable, str(PLANTING), *PACKAGES, *framework]
     server = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     atexit.register(server.communicate)  # closes its input, upon which it ends
     return server

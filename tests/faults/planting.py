@@ -4,7 +4,8 @@ Usage: python planting.py PACKAGE…
 
 It imports the packages, none of them ours, and forks a process for each line of its input: a JSON object with `module`,
 `source` (a file with the faulty text), `seconds` (of processor time, at most), `arguments` (of pytest) and `output` (a
-file). It answers with a line, the exit code of that process. So the packages are imported once for all faults.
+file). It answers with a line, the exit code of that process. So the packages are imported once for all faults, and our
+own modules are compiled once: the processes share their bytecode in a folder that is deleted at the end.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import os
 import resource
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +64,20 @@ def forked(request: dict[str, Any]) -> int:
     """Return the exit code of a fork of this process that runs the request; the negative signal that ended it."""
     child = os.fork()
     if child == 0:
-        sys.exit(run(**request))
+        code = int(run(**request))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # without the cleaning up that is left to this process
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         importlib.import_module(name)
-    for line in sys.stdin:
-        print(forked(json.loads(line)), flush=True)
+    tasks = Path("/proc/self/task")
+    if tasks.exists() and len(list(tasks.iterdir())) > 1:
+        raise SystemExit(f"One of {sys.argv[1:]} starts a thread when it is imported, which no fork would have.")
+    with tempfile.TemporaryDirectory(prefix="deqcore-bytecode-") as folder:
+        sys.pycache_prefix, sys.dont_write_bytecode = folder, False
+        for line in sys.stdin:
+            print(forked(json.loads(line)), flush=True)

@@ -34,7 +34,7 @@ def test_its_test_fails(fault, tmp_path):
     source, output = tmp_path / "planted.py", tmp_path / "output.txt"
     source.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
     task = {"module": fault.where, "source": str(source), "seconds": checking.SECONDS, "output": str(output)}
-    code = checking.run({**task, "arguments": ["-q", "-p", "no:cacheprovider", str(ROOT / fault.test)]})
+    code = checking.run({**task, "arguments": ["-q", "-p", "no:cacheprovider", str(ROOT / fault.test)]}, "torch")
     said = output.read_text(encoding="utf-8", errors="replace")
     assert code == 1, f"not caught: {said[-2000:]}"  # 1: a test has failed
     assert re.search("1 failed", said)
