@@ -97,9 +97,6 @@ class JaxBackend(Backend):
     def unflatten(self, structure: PyTreeDef, leaves: Sequence[Tree]) -> Tree:
         return jax.tree.unflatten(structure, leaves)
 
-    def dtype_name(self, x: jax.Array) -> str:
-        return str(x.dtype)
-
     def device_of(self, x: jax.Array) -> str | None:
         if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array):
             return None

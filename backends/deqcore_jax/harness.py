@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from deqcore.abc.arrays import precision_of
 from deqcore.abc.harness import Harness
+from deqcore.errors import BackendError
 from deqcore.types import Tree
 from deqcore_jax.closure import is_array, is_differentiable
 
@@ -98,6 +99,8 @@ class JaxHarness(Harness):
 
     def peak_memory(self, fn: Callable[..., Any], *args: jax.Array) -> int:
         stats = jax.jit(fn).lower(*args).compile().memory_analysis()
+        if stats is None:
+            raise BackendError(f"XLA does not tell the memory of a program on {jax.default_backend()!r}.")
         return int(stats.temp_size_in_bytes + stats.output_size_in_bytes)
 
 

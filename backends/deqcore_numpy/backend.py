@@ -6,7 +6,7 @@ It has no autodiff tape, see `autodiff.py`.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,8 @@ from deqcore_numpy.autodiff import NumpyAutodiff
 from deqcore_numpy.complex_pairs import from_pairs, pairs
 from deqcore_numpy.guards import NumpyGuards
 from deqcore_numpy.history import NumpyHistory
+
+ARRAYS: Final = (np.ndarray, np.generic)  # a union in the call would be built for each array
 
 
 class NumpyLinalg(SmallLinalg):
@@ -57,7 +59,7 @@ class NumpyBackend(Backend):
     host_class = NumpyHost
 
     def is_array(self, leaf: object) -> bool:
-        return isinstance(leaf, np.ndarray | np.generic)
+        return isinstance(leaf, ARRAYS)
 
     def asarray(self, a: object, *, dtype: str | None = None, like: NDArray[Any] | None = None) -> NDArray[Any]:
         return np.asarray(a, dtype or (like.dtype if like is not None else None))

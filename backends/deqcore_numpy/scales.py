@@ -77,16 +77,21 @@ def _changes(f: Function, x: Array, dx: Array, base: Array, rows: bool) -> Array
 
     Relative to the slope, infinite where f does not change: `(2, batch)`, or `(2,)` if samples are not independent.
     """
-    differences = []
-    for part in (1.0, 1.0 / FACTOR):
-        with np.errstate(all="ignore"):
-            high, low = (np.asarray(f(x + side * dx)) for side in (part, -part))
-            differences.append(((high - low) / part, 2 * ((high - base) - (base - low)) / part))
-    (far, _), (near, bend) = differences
-    parts = [np.abs(near - far), np.abs(bend), np.abs(near)]
-    *apart, size = [np.max(y.reshape(len(y), -1), axis=1) if rows else np.max(y) for y in parts]
-    sound = np.isfinite(apart[0]) & np.isfinite(size) & (size > 0)
-    return np.stack([np.where(sound, each / np.where(sound, size, 1.0), np.inf) for each in apart])
+
+    def most(y: Array) -> Array:
+        return np.asarray(np.max(np.abs(y).reshape(len(y), -1), axis=1) if rows else np.max(np.abs(y)))
+
+    with np.errstate(all="ignore"):
+        high, low = (np.asarray(f(x + step * dx)) for step in (1.0 / FACTOR, -1.0 / FACTOR))
+        near, bend = FACTOR * (high - low), most(2 * FACTOR * ((high - base) - (base - low)))
+        size = most(near)
+        sound = np.isfinite(size) & (size > 0)
+        if not sound.any():
+            return np.full((2, *size.shape), np.inf)
+        high, low = (np.asarray(f(x + step * dx)) for step in (1.0, -1.0))
+        change = most(near - (high - low))
+    sound &= np.isfinite(change)
+    return np.stack([np.where(sound, each / np.where(sound, size, 1.0), np.inf) for each in (change, bend)])
 
 
 def _upper_middle_of_first_run(true: Mask) -> Array:

@@ -28,6 +28,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -44,6 +45,12 @@ from deqcore.abc.linalg import SmallLinalg
 from deqcore.abc.scaling import guarded_norm
 from deqcore.errors import BackendError
 from deqcore.types import Array, Capabilities, LoopVars, Tree
+
+
+@cache
+def _dtype_name(dtype: Any) -> str:
+    """Return the name of a dtype; NumPy takes longer to build it than for most operations on small arrays."""
+    return str(dtype)
 
 
 class Backend(ABC):
@@ -108,7 +115,7 @@ class Backend(ABC):
 
     def dtype_name(self, x: Array) -> str:
         """Return the dtype's name, as in ``"float32"``, ``"bfloat16"``, ``"int64"``."""
-        return str(x.dtype)
+        return _dtype_name(x.dtype)
 
     def device_of(self, x: Array) -> Any:
         """Return an object that compares equal for arrays on the same device; None if that is unknown (tracing)."""

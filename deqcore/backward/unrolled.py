@@ -111,6 +111,8 @@ def _step(backend: Backend, solver: Solver, f: Map, at: _At) -> _At:
     if chord is None:
         z, fz, state = solver.step(backend, f, at.z, at.fz, at.state)
         return _At(z, fz, (z, fz), state, at.settled, at.extra, at.stayed)
+    if backend.known_all(settled):  # no sample is left whose step counts
+        return _chord_step(backend, f, at._replace(settled=settled), chord)
     values: list[Array] = []
 
     def mixed(z: Array) -> Array:
@@ -128,6 +130,14 @@ def _step(backend: Backend, solver: Solver, f: Map, at: _At) -> _At:
     z = backend.select(kept, at.z, backend.select(settled, chord, z))
     fz = backend.select(kept, at.fz, backend.select(settled, value, fz))
     return _At(z, fz, seen, state, settled, extra, at.stayed | kept)
+
+
+def _chord_step(backend: Backend, f: Map, at: _At, chord: Array) -> _At:
+    """Take a chord step of all samples; the solver's state stays."""
+    value = f(chord)
+    kept = ~_at_rounding(backend, chord, value)
+    z, fz = backend.select(kept, at.z, chord), backend.select(kept, at.fz, value)
+    return at._replace(z=z, fz=fz, stayed=at.stayed | kept)
 
 
 def _at_rounding(backend: Backend, z: Array, fz: Array) -> Array:

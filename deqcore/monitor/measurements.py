@@ -131,7 +131,7 @@ def make_measurements(given: Mapping[str, object] | Iterable[Measurement]) -> tu
     """Return the measurements of a table, as in `{"spectral_radius": 200}`, or of a sequence of them.
 
     Raises:
-        ConfigError: a name is not a measurement, its number is out of range, or an item is no `Measurement`.
+        ConfigError: a name is not a measurement, its number is out of range, or an item is not a `Measurement`.
     """
     if not isinstance(given, Mapping):
         made: list[Any] = list(given)

@@ -53,7 +53,7 @@ class Auto(Solver):
       after `plain_steps` steps. While f contracts faster, plain steps need about as many evaluations, without a history
       or passes over one. The first step may double ‖g‖.
     - *accelerated* → *plain* when ‖g‖ has halved and a step gained less than 1.25 plain steps did before. This happens
-      once; then plain steps go on while they keep half of that gain.
+      once; then plain steps continue while they keep half of that gain.
     - *accelerated* → *Newton* when ‖g‖ has not halved in `patience` steps. A step to more than
       `max_residual_growth` times the least ‖g‖ is refused: the sample stays, uses the difference that the step has
       shown, and the step counts as half of `patience`.

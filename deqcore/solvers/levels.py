@@ -12,8 +12,8 @@ NEWTON: Final = 2
 HALVED: Final = 0.5  # part of the residual at the last progress that counts as progress
 FASTER: Final = 1.25  # acceleration pays if it gains this many plain steps a step
 TRIED: Final = 3  # steps from which on it is judged
-GROWN: Final = 2.0  # growth of the residual in the first step that is no reason to accelerate
-NEVER: Final = 1.0  # in place of a plain step's contraction: the sample stays accelerated
+GROWN: Final = 2.0  # growth of the residual in the first step that does not accelerate the sample
+NEVER: Final = 1.0  # as a plain step's contraction: the sample stays accelerated
 
 
 class Progress(NamedTuple):
@@ -75,8 +75,8 @@ def fast(rules: Rules, norm: Any, old: Progress) -> Any:
     """Return which plain samples stay plain after a step to a residual of `norm`; NaN is not fast.
 
     A step may leave more than `slow` of the residual if the two last steps together leave at most `slow` of it each,
-    the first one up to `GROWN` times the residual. A sample that is back from acceleration stays plain while half of what
-    its plain steps gained before is there.
+    the first one up to `GROWN` times the residual. A sample that is back from acceleration stays plain while its steps
+    gain half of what they gained before.
     """
     first = (old.since < 1) & (norm <= GROWN * old.norm)
     later = (norm <= rules.slow * old.norm) | (norm <= rules.slow**2 * old.mark)

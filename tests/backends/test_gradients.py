@@ -146,9 +146,7 @@ def test_pytree_states_and_several_arguments(be):
 
     zero = {"p": be.asarray(0 * x), "q": [be.asarray(0 * y)]}
     one = {"p": be.asarray(np.ones_like(x)), "q": [be.asarray(np.ones_like(y))]}
-    z, (dx, dy) = deqcore.vjp(
-        f, zero, be.asarray(x), be.asarray(y), cotangent=one, backward__options={"rtol": 1e-12}, forward__rtol=1e-12
-    )
+    z, (dx, dy) = deqcore.vjp(f, zero, be.asarray(x), be.asarray(y), cotangent=one, **TIGHT, forward__solver="picard")
     assert np.allclose(be.to_numpy(z["p"]), x / 0.7)
     assert np.allclose(be.to_numpy(z["q"][0]), y / 0.8)
     assert np.allclose(be.to_numpy(dx), 1 / 0.7)
@@ -188,8 +186,9 @@ def solve(a, b, f=None, **overrides):
 
 
 def test_torch_closures_and_arguments_to_second_order(cell):
-    assert torch.autograd.gradcheck(lambda a, b: solve(a, b).value, cell)
-    assert torch.autograd.gradgradcheck(lambda a, b: solve(a, b).value, cell)
+    small = [part.detach()[:3, :3].clone().requires_grad_() for part in cell]  # each number costs two solves
+    assert torch.autograd.gradcheck(lambda a, b: solve(a, b).value, small)
+    assert torch.autograd.gradgradcheck(lambda a, b: solve(a, b).value, small)
 
 
 def test_torch_backward_twice_and_two_forwards_before_one_backward(cell):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import pickle
 import weakref
 
@@ -224,32 +223,28 @@ def test_a_state_made_while_recording_is_copied_and_pickled(module, x):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.usefixtures("collect_new")  # which nothing calls here
 def test_nothing_outlives_its_last_reference(strategy, order):
     """A solve and its backward pass are freed without the garbage collector, since they form no reference cycle."""
     if order == 2 and strategy != "exact-ift":
         pytest.skip("refused")
-    gc.collect()
-    gc.disable()
-    try:
-        a = torch.full((2, 2), 0.2, dtype=torch.float64, requires_grad=True)
-        marked = torch.zeros(3, 2, dtype=torch.float64)
-        f = lambda z, a: torch.tanh(z @ a + marked[:] + 1)  # noqa: F821 (it is deleted below)
-        solution = deqcore.fixed_point(f, torch.zeros(3, 2, dtype=torch.float64), a, backward__strategy=strategy)
-        found = []
-        if order:
-            found = torch.autograd.grad((solution.value**2).sum(), a, create_graph=order == 2)
-        if order == 2:
-            torch.autograd.grad(found[0].sum(), a)
-        references = [weakref.ref(marked), weakref.ref(f), weakref.ref(solution)]
-        del marked, f, solution, found
-        assert [reference() for reference in references] == [None] * 3
-    finally:
-        gc.enable()
+    a = torch.full((2, 2), 0.2, dtype=torch.float64, requires_grad=True)
+    marked = torch.zeros(3, 2, dtype=torch.float64)
+    f = lambda z, a: torch.tanh(z @ a + marked[:] + 1)  # noqa: F821 (it is deleted below)
+    solution = deqcore.fixed_point(f, torch.zeros(3, 2, dtype=torch.float64), a, backward__strategy=strategy)
+    found = []
+    if order:
+        found = torch.autograd.grad((solution.value**2).sum(), a, create_graph=order == 2)
+    if order == 2:
+        torch.autograd.grad(found[0].sum(), a)
+    references = [weakref.ref(marked), weakref.ref(f), weakref.ref(solution)]
+    del marked, f, solution, found
+    assert [reference() for reference in references] == [None] * 3
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("order", [0, 1, 2])
-def test_an_object_that_keeps_its_own_equilibrium_is_freed(strategy, order):
+def test_an_object_that_keeps_its_own_equilibrium_is_freed(strategy, order, collect_new):
     """The graph refers to no f: a cycle through it is one that the garbage collector cannot see."""
     if order == 2 and strategy != "exact-ift":
         pytest.skip("refused")
@@ -276,7 +271,7 @@ def test_an_object_that_keeps_its_own_equilibrium_is_freed(strategy, order):
     trainer.run()
     references = [weakref.ref(trainer), weakref.ref(trainer.linear)]
     del trainer
-    gc.collect()
+    collect_new()
     assert [reference() for reference in references] == [None] * 2
 
 

@@ -3,7 +3,6 @@
 The truth for u is a dense solve with the closed form of the Jacobian of tanh(W z + x).
 """
 
-import gc
 import weakref
 
 import pytest
@@ -221,7 +220,7 @@ def test_a_checkpointed_cell_under_functional_transformations(x):
 
 @pytest.mark.parametrize("strategy", IMPLICIT)
 @pytest.mark.parametrize("checkpoint", [False, True])
-def test_an_object_that_keeps_its_equilibrium_is_freed(strategy, checkpoint, x):
+def test_an_object_that_keeps_its_equilibrium_is_freed(strategy, checkpoint, x, collect_new):
     class Owner:
         def __init__(self):
             self.cell = Cell()
@@ -239,5 +238,5 @@ def test_an_object_that_keeps_its_equilibrium_is_freed(strategy, checkpoint, x):
     owner.run()
     alive = weakref.ref(owner)
     del owner
-    gc.collect()
+    collect_new()
     assert alive() is None

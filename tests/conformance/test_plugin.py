@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -41,8 +42,10 @@ MINE = """
 
 
 def run(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    """Run pytest without the plugins that happen to be installed, whose import takes most of the time."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *args]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
 
 
 def write(folder: Path, step: str, expected: str, conftest: str = CONFTEST) -> None:

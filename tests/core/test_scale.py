@@ -66,6 +66,15 @@ def solved(name, dtype, s, solver, options, strategy="exact-ift", z0=0.0):
     """z* and dL/dx in units of s and of the cotangent, and the solution."""
     a, x, g, start = arrays(name, dtype, A, X * s, G, X * s * z0)
     settings = {"forward__solver": solver, "forward__options": options, "backward__strategy": strategy}
+    if name == "jax":  # one program for both
+        import jax
+
+        def value(x):
+            sol = deqcore.fixed_point(lambda z, x: a * z + x, start, x, **settings)
+            return sol.value, sol
+
+        value, vjp, sol = jax.vjp(value, x, has_aux=True)
+        return host(name, value) / s, host(name, vjp(g)[0]), sol
     sol = deqcore.fixed_point(lambda z: a * z + x, start, **settings)
     _, (dx,) = deqcore.vjp(lambda z, x: a * z + x, start, x, cotangent=g, **settings)
     return host(name, sol.value) / s, host(name, dx), sol

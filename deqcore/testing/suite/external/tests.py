@@ -285,7 +285,10 @@ class Judge:
         """Return the bytes that a solve holds at most, and those of its state, if that has `size` numbers."""
         row = [(case.b[0] * size)[:size]]
         f, z0, b = replace(case, z0=[[0.0] * size], b=row).arrays(self.kit)
-        solve = lambda z0, b: self.solver.solve(f, z0, (b,), **self.numbers(case))[0]  # noqa: E731
+
+        def solve(z0: Any, b: Any) -> Any:
+            return self.solver.solve(f, z0, (b,), **self.numbers(case))[0]
+
         solve(z0, b)  # imports and caches do not count
         return self.kit.backend.harness.peak_memory(solve, z0, b), size * self.kit.numpy(z0).itemsize
 
