@@ -10,23 +10,33 @@ import pytest
 from deqcore.solvers.levels import ACCELERATED, NEWTON, PLAIN, Progress, Rules, judged
 
 
-def by_hand(rules, norm, level, known, best, mark, since):
+def by_hand(rules, norm, level, known, best, mark, since, rate):
     """One sample: its progress after a step to a residual of `norm`, and whether it refuses the step."""
     refused = level != NEWTON and norm > rules.max_residual_growth * best
     now = known if refused else norm
     best = best if math.isnan(now) else min(best, now)
+    steps = since + (math.ceil(rules.patience / 2) if refused else 1)
     if level == PLAIN:
-        since += math.ceil(rules.patience / 2) if refused else 1
-        slow = known > 0 and not norm <= rules.slow * known
-        if slow or since >= rules.plain_steps:
-            return (ACCELERATED, now, best, now, 0), refused
-        return (PLAIN, now, best, now, since), refused
+        if not known > 0:  # its first residual
+            return (PLAIN, now, best, now, 0, rate), refused
+        if stays_plain(rules, norm, known, mark, since, rate):
+            return (PLAIN, now, best, known, steps, rate), refused
+        left = now / known if since < 1 else math.sqrt(now / (mark or 1.0))
+        return (ACCELERATED, now, best, now, 0, left if rate == 0 and 0 < left < 1 else 1.0), refused
     if now < mark / 2:  # progress
-        return (level, now, best, now, 0), refused
-    since += math.ceil(rules.patience / 2) if refused else 1
-    if level == ACCELERATED and since >= rules.patience:
-        return (NEWTON if rules.escalates else ACCELERATED, now, best, now, 0), refused
-    return (level, now, best, mark, since), refused
+        poor = level == ACCELERATED and steps >= 3 and rate < 1 and now > mark * rate ** (1.25 * steps)
+        return (PLAIN if poor else level, now, best, now, 0, rate), refused
+    if level == ACCELERATED and steps >= rules.patience:
+        return (NEWTON if rules.escalates else ACCELERATED, now, best, now, 0, rate), refused
+    return (level, now, best, mark, steps, rate), refused
+
+
+def stays_plain(rules, norm, known, mark, since, rate):
+    if rate > 0:  # it is back from acceleration
+        return norm <= (1 + rate) / 2 * known
+    if since >= rules.plain_steps - 1:
+        return False
+    return norm <= rules.slow * known or norm <= rules.slow**2 * mark or (since < 1 and norm <= 2 * known)
 
 
 @pytest.mark.parametrize(
@@ -44,19 +54,22 @@ def test_a_step_is_judged_as_the_rules_say(rules):
     start = rng.uniform(0.5, 2.0, batch)
     start[:5] = 0.0
     none = np.zeros(batch, np.int32)
-    progress = Progress(none, start, start, start, none)
-    reached = {PLAIN}
+    progress = Progress(none, start, start, start, none, np.zeros(batch))
+    reached, returned = {PLAIN}, 0
     for _ in range(40):
         factor = rng.choice([0.0, 0.3, 0.5, 0.69, 0.7, 0.95, 1.0, 1.2, 1.6, 3.0, 12.0], batch)
         with np.errstate(invalid="ignore"):
             norm = np.where(rng.random(batch) < 0.02, [np.nan, np.inf][rng.integers(2)], factor * progress.norm)
         samples = list(zip(*(field.tolist() for field in progress), strict=True))
         expected = [by_hand(rules, *each) for each in zip(norm.tolist(), *zip(*samples, strict=True), strict=True)]
+        before = progress.level
         with np.errstate(all="ignore"):
             progress, refused = judged(np, rules, norm, progress)
+        returned += int(np.sum((before == ACCELERATED) & (progress.level == PLAIN)))
         for found, column in zip(progress, zip(*(each for each, _ in expected), strict=True), strict=True):
             np.testing.assert_array_equal(found, column)
         assert refused.tolist() == [bool(each) for _, each in expected]
         assert progress.level.dtype == progress.since.dtype == np.int32
         reached |= set(progress.level.tolist())
+    assert (returned > 0) == (rules.patience >= 3)  # three steps at least are judged
     assert reached == ({PLAIN, ACCELERATED, NEWTON} if rules.escalates else {PLAIN, ACCELERATED})
