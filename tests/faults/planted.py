@@ -937,8 +937,8 @@ POINTS = [
     Fault(
         "frozen derivative",
         "deqcore.backward.unrolled",
-        "    z = backend.select(kept, at.z, backend.select(settled, chord, z))\n",
-        "    z = backend.select(settled, at.z, z)\n",
+        "    z, fz = backend.select(kept, at.z, chord), backend.select(kept, at.fz, value)\n",
+        "    z, fz = at.z, at.fz\n",
         "strategy unrolled",
         "test_a_derivative_is_not_frozen_with_its_value",
         "frozen derivative",

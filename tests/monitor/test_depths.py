@@ -46,7 +46,7 @@ def test_every_unit_counts_once_in_the_bin_of_its_depth(tmp_path):
     assert max(bounds) > 100 > min(bounds)
     page = render(log)
     assert "Depth of each unit" in page
-    assert "fraction of units" in page
+    assert "% of units" in page
     console = Console(width=120)
     with console.capture() as capture:
         console.print(live_view(log, 10))
