@@ -21,6 +21,7 @@ from deqcore.solvers.levels import ACCELERATED, NEWTON, PLAIN, Progress, Rules, 
 from deqcore.solvers.newton_krylov import NewtonKrylov, NewtonState
 from deqcore.types import Array, Map
 
+TRIAL: Final = 3  # histories full of accelerated steps, after which they are compared with plain ones
 HUGE: Final = 1e6  # growth of a refused residual above which its difference has no information on the slope
 
 
@@ -52,8 +53,8 @@ class Auto(Solver):
     - *plain* → *accelerated* (Anderson) when a step leaves more than `slow` of ‖g‖, and so do the last two together, or
       after `plain_steps` steps. While f contracts faster, plain steps need about as many evaluations, without a history
       or passes over one. The first step may double ‖g‖.
-    - *accelerated* → *plain* when ‖g‖ has halved and a step gained less than 1.25 plain steps did before. This happens
-      once; then plain steps continue while they keep half of that gain.
+    - *accelerated* → *plain* when 3·`history_size` steps have gained less than 1.4 plain steps each did before. This is
+      decided once; then plain steps continue while they keep half of that gain.
     - *accelerated* → *Newton* when ‖g‖ has not halved in `patience` steps. A step to more than
       `max_residual_growth` times the least ‖g‖ is refused: the sample stays, uses the difference that the step has
       shown, and the step counts as half of `patience`.
@@ -258,7 +259,14 @@ class Auto(Solver):
 
     def _judged(self, backend: Backend, norm: Array, old: Progress) -> tuple[Progress, Array | None]:
         """Return the progress after a step, and which samples refuse it; None if surely none does."""
-        limits = Rules(self.slow, self.plain_steps, self.patience, self.max_residual_growth, self._escalates(backend))
+        limits = Rules(
+            self.slow,
+            self.plain_steps,
+            self.patience,
+            self.max_residual_growth,
+            self._escalates(backend),
+            TRIAL * self.history_size,
+        )
         views = [backend.host.numpy_view(figure) for figure in (norm, *old)]
         if any(view is None for view in views):
             return judged(backend.xp, limits, norm, old)

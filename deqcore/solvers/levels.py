@@ -10,8 +10,7 @@ PLAIN: Final = 0
 ACCELERATED: Final = 1
 NEWTON: Final = 2
 HALVED: Final = 0.5  # part of the residual at the last progress that counts as progress
-FASTER: Final = 1.25  # acceleration pays if it gains this many plain steps a step
-TRIED: Final = 3  # steps from which on it is judged
+FASTER: Final = 1.4  # acceleration pays if it gains this many plain steps a step
 GROWN: Final = 2.0  # growth of the residual in the first step that does not accelerate the sample
 NEVER: Final = 1.0  # as a plain step's contraction: the sample stays accelerated
 
@@ -25,7 +24,7 @@ class Progress(NamedTuple):
         best: least ‖g‖ so far.
         mark: ‖g‖ at the last progress; for a plain sample that of the iterate before.
         since: steps since then, int32, of which a refused one counts for several; for a plain sample its steps
-        rate: what a plain step left of ‖g‖ before the sample accelerated; 0 if it never did.
+        rate: what a plain step left of ‖g‖ before the sample accelerated; 0 if it never did, NEVER after the trial.
     """
 
     level: Array
@@ -37,13 +36,14 @@ class Progress(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """The numbers of the rules: options of `Auto`, and whether a sample may reach NEWTON."""
+    """The numbers of the rules: options of `Auto`, whether a sample may reach NEWTON, and the steps of the trial."""
 
     slow: float
     plain_steps: int
     patience: int
     max_residual_growth: float
     escalates: bool
+    trial: int
 
 
 def judged(xp: Any, rules: Rules, norm: Any, old: Progress) -> tuple[Progress, Any]:
@@ -53,11 +53,13 @@ def judged(xp: Any, rules: Rules, norm: Any, old: Progress) -> tuple[Progress, A
     plain, accelerated = old.level == PLAIN, old.level == ACCELERATED
     begins = plain & ~(old.norm > 0.0)  # put somewhere by `restarted`: this step has only measured it
     gained = ~plain & (after < HALVED * old.mark)
+    tried = accelerated & (old.rate < NEVER)
     steps = old.since + xp.where(refused, (rules.patience + 1) // 2, 1)
     slow = plain & ~begins & ~fast(rules, norm, old)
     stuck = accelerated & ~gained & (steps >= rules.patience)
-    tried = gained & accelerated & (steps >= TRIED) & (old.rate < NEVER)
-    back = tried & (after > old.mark * old.rate ** xp.astype(FASTER * steps, old.rate.dtype))
+    over = tried & gained & (steps >= rules.trial)
+    back = over & (after > old.mark * old.rate ** xp.astype(FASTER * steps, old.rate.dtype))
+    marked = gained & (~tried | over)
     top = NEWTON if rules.escalates else ACCELERATED
     level = xp.where(slow, ACCELERATED, xp.where(stuck, top, xp.where(back, PLAIN, old.level)))
     begun = slow | stuck
@@ -65,9 +67,9 @@ def judged(xp: Any, rules: Rules, norm: Any, old: Progress) -> tuple[Progress, A
         level=xp.astype(level, xp.int32),
         norm=after,
         best=xp.where(after < old.best, after, old.best),
-        mark=xp.where(plain & ~slow & ~begins, old.norm, xp.where(gained | begun | begins, after, old.mark)),
-        since=xp.astype(xp.where(begun | gained | begins, 0, steps), xp.int32),
-        rate=xp.where(slow, contraction(xp, after, old), old.rate),
+        mark=xp.where(plain & ~slow & ~begins, old.norm, xp.where(marked | begun | begins, after, old.mark)),
+        since=xp.astype(xp.where(begun | marked | begins, 0, steps), xp.int32),
+        rate=xp.where(slow, contraction(xp, after, old), xp.where(over & ~back, NEVER, old.rate)),
     ), refused
 
 
