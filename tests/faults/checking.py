@@ -24,6 +24,7 @@ FRAMEWORKS = {  # with what they load when they are used; none has threads befor
     "torch": ("torch", "numba", "sympy", "scipy.linalg", "filelock"),
     "jax": ("jax", "scipy.linalg"),
 }
+QUIET = ("-q", "-p", "no:cacheprovider")
 SECONDS = 300  # of processor time, for a check that takes seconds: a machine with much else to do fails no check
 
 
@@ -35,17 +36,13 @@ def source_of(module: str) -> str:
 def check(module: str, text: str, request: SuiteRequest, backend: str) -> list[CaseOutcome]:
     """What the suite says of everything that uses `module` with this text."""
     with tempfile.TemporaryDirectory(prefix="deqcore-fault-") as name:
-        folder = Path(name)
-        (folder / "planted.py").write_text(text, encoding="utf-8")
-        results = folder / "results.jsonl"
-        output = folder / "output.txt"
-        task = {"module": module, "source": str(folder / "planted.py"), "seconds": SECONDS, "output": str(output)}
-        code = run({**task, "arguments": arguments(request, backend, results)}, backend)
+        results = Path(name) / "results.jsonl"
+        code, said = pytest_with(module, text, arguments(request, backend, results), backend)
         if code == -signal.SIGXCPU:
             return [CaseOutcome("endless", backend, "failed", f"no answer within {SECONDS} s", "", SECONDS)]
         journal = Journal.read(results)
         entries = list(journal.entries.values())
-        lines = output.read_text(errors="replace").strip().splitlines()
+        lines = said.strip().splitlines()
         last = lines[-1] if lines else "no message"
         if not journal.collected:
             return [CaseOutcome("import", backend, "failed", last, "", 0.0)]
@@ -56,18 +53,23 @@ def check(module: str, text: str, request: SuiteRequest, backend: str) -> list[C
 
 def run_tests(module: str, text: str, files: list[Path]) -> str:
     """Return the first of the tests in these files that fails when `module` has this text, or nothing."""
+    left_out = (
+        "not jax and not torch and not compiled" if all(path.parent.name == "core" for path in files) else "not jax"
+    )
+    code, said = pytest_with(module, text, ["-x", *QUIET, "-k", left_out, *map(str, files)], "torch")
+    lines = said.splitlines()
+    failed = [line.partition(" ")[2] for line in lines if line.startswith(("FAILED ", "ERROR "))]
+    return "" if code == 0 else (failed[0][:160] if failed else f"ended with code {code}: {lines[-1:]}")
+
+
+def pytest_with(module: str, text: str, arguments: list[str], backend: str) -> tuple[int, str]:
+    """Run pytest where `module` has this text; return its exit code and output."""
     with tempfile.TemporaryDirectory(prefix="deqcore-fault-") as name:
         source, output = Path(name) / "planted.py", Path(name) / "output.txt"
         source.write_text(text, encoding="utf-8")
         task = {"module": module, "source": str(source), "seconds": SECONDS, "output": str(output)}
-        left_out = (
-            "not jax and not torch and not compiled" if all(path.parent.name == "core" for path in files) else "not jax"
-        )
-        named = ["-x", "-q", "-p", "no:cacheprovider", "-k", left_out, *map(str, files)]
-        code = run({**task, "arguments": named}, "torch")
-        lines = output.read_text(errors="replace").splitlines()
-        failed = [line.partition(" ")[2] for line in lines if line.startswith(("FAILED ", "ERROR "))]
-        return "" if code == 0 else (failed[0][:160] if failed else f"ended with code {code}: {lines[-1:]}")
+        code = run({**task, "arguments": arguments}, backend)
+        return code, output.read_text(encoding="utf-8", errors="replace")
 
 
 def run(task: dict[str, object], backend: str) -> int:

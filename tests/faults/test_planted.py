@@ -1,4 +1,4 @@
-"""The suite fails every planted fault, by the check that names it and in its words."""
+"""Every planted fault is caught by the check of the suite, or by our own test, that names it, and in its words."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def load(name: str):
 
 
 checking, planted, by_test = load("checking"), load("planted"), load("planted_by_test")
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
@@ -35,6 +36,20 @@ def test_the_suite_names_it(fault):
     assert matching, f"caught for another reason: {[each.message for each in failed]}"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", by_test.FAULTS, ids=lambda fault: fault.name)
+def test_its_test_fails(fault):
+    if (backend := fault.where.partition(".")[0].removeprefix("deqcore_")) in ("torch", "jax"):
+        pytest.importorskip(backend)
+    text = checking.source_of(fault.where)
+    assert text.count(fault.old) == 1
+    test = [*checking.QUIET, str(ROOT / fault.test)]
+    code, said = checking.pytest_with(fault.where, text.replace(fault.old, fault.new), test, "torch")
+    assert code == 1, f"not caught: {said[-2000:]}"  # 1: a test has failed
+    assert re.search("1 failed", said)
+    assert re.search(f"E .*{fault.reason}", said), f"caught for another reason: {said[-2000:]}"
+
+
 def test_there_are_enough_of_them_and_each_has_a_name():
     names = [fault.name for fault in planted.FAULTS]
     assert len(names) >= 25
@@ -47,8 +62,7 @@ def test_a_text_that_is_not_there_cannot_be_planted():
 
 
 def test_the_table_of_kinds_names_tests_and_faults_that_exist():
-    root = Path(__file__).parents[2]
-    page = (root / "docs/notes/verification.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/notes/verification.md").read_text(encoding="utf-8")
     rows = [line.split("|")[1:4] for line in page.partition("| kind |")[2].splitlines() if line.startswith("| ")]
     names = {fault.name for fault in (*planted.FAULTS, *by_test.FAULTS)}
     assert len(rows) == 22
@@ -56,7 +70,7 @@ def test_the_table_of_kinds_names_tests_and_faults_that_exist():
         named = re.findall(r"`([\w/]+\.py)::(\w+)`", tests)
         assert named, kind
         for file, test in named:
-            assert f"def {test}(" in (root / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"
+            assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"
         named = set(re.findall(r'"([^"]+)"', faults))
         assert named, kind
         assert named <= names, kind
