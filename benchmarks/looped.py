@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import gc
 import importlib
 import json
 import os
@@ -195,6 +196,7 @@ def peak(run: Callable[[], Any]) -> float:
     from torch.profiler import ProfilerActivity, profile
 
     run()
+    gc.collect()  # or what earlier steps left is given back in the profile, and lowers its sums
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         run()
     events = [each for each in seen.profiler.kineto_results.events() if each.name() == "[memory]"]

@@ -187,7 +187,7 @@ def test_the_peak_memory_is_what_a_step_holds_at_once() -> None:
 def test_the_equilibrium_transformer_needs_less_memory_than_the_explicit_one() -> None:
     common, example = importlib.import_module("common"), importlib.import_module("text")
     _, coded = example.data()
-    rows = example.windows(coded["train"], 16)
+    rows = example.windows(coded["train"], 64)
 
     def model(shape: dict[str, int]) -> tuple[int, int]:
         weights = example.weights(np.random.default_rng(0), **shape)
