@@ -127,7 +127,7 @@ def freeze(backend: Backend, active: Array, new: Any, old: Any) -> Any:
     """Keep the rows of `old` where not active. Histories do so themselves; leaves without a batch axis pass."""
 
     def leaf(new: Any, old: Any) -> Any:
-        kept = new is None or isinstance(new, History) or not new.ndim
+        kept = new is old or new is None or isinstance(new, History) or not new.ndim
         return new if kept else backend.select(active, new, old)
 
     return map_states(leaf, new, old)

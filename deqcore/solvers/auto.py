@@ -17,7 +17,7 @@ from deqcore.errors import BackendError
 from deqcore.linear.gmres import LinearSolution
 from deqcore.linear.norms import residual_norms
 from deqcore.solvers.anderson import Anderson, AndersonState
-from deqcore.solvers.levels import ACCELERATED, NEWTON, PLAIN, Progress, Rules, fast, judged
+from deqcore.solvers.levels import ACCELERATED, NEWTON, PLAIN, Progress, Rules, fast, judged, kept
 from deqcore.solvers.newton_krylov import NewtonKrylov, NewtonState
 from deqcore.types import Array, Map
 
@@ -94,7 +94,7 @@ class Auto(Solver):
     """
 
     history_size: int = 8
-    slow: float = 0.7
+    slow: float = 0.75
     plain_steps: int = 28
     patience: int = 15
     max_residual_growth: float = 10.0
@@ -163,14 +163,14 @@ class Auto(Solver):
         """Take a plain step with all samples: no pass over a history, and no storage for one."""
         value = f(fz)
         norm, size = residual_norms(backend, fz, value)
-        progress, refused = self._judged(backend, norm, state.progress)
-        result = fz, value, AutoState(_skipped(state.memory), progress, state.newton, size)
-        return result if refused is None else self._returned(backend, refused, norm, (z, fz, state), result)
+        progress, refused = self.progressed(backend, norm, state.progress, state.memory.values.active)
+        result = fz, value, AutoState(skipped(state.memory), progress, state.newton, size)
+        return result if refused is None else self.taken_back(backend, refused, norm, (z, fz, state), result)
 
     def _mixed(self, backend: Backend, f: Map, z: Array, fz: Array, state: AutoState, level: Array) -> _Step:
         """Take a step with samples of all levels."""
         accelerated = level == ACCELERATED
-        memory = self._opened(backend, z, fz, state, accelerated)
+        memory = self.opened(backend, z, fz, state, accelerated)
         moved: list[_Moved] = []
 
         def evaluate(point: Array) -> Array:
@@ -187,18 +187,16 @@ class Auto(Solver):
         else:
             stored, size = fused.state, fused.size
         norm = stored.norm
-        # A kernel measures where it stepped itself, and one that freezes the others measures active samples only.
-        measured = fused is not None and backend.known_all(accelerated if fused.frozen else level != NEWTON)
-        if size is None or not measured:
+        if size is None or not backend.known_all(accelerated):  # a kernel measures the samples that it moves
             norm, size = residual_norms(backend, moved[-1].z, moved[-1].fz)
-        progress, refused = self._judged(backend, norm, state.progress)
         active = state.memory.values.active
+        progress, refused = self.progressed(backend, norm, state.progress, active)
         values, residuals = stored.values.masked(active), stored.residuals.masked(active)
         stored = stored._replace(values=values, residuals=residuals, residual=state.memory.residual, norm=progress.norm)
         result = moved[-1].z, moved[-1].fz, AutoState(stored, progress, moved[-1].newton, size)
-        return result if refused is None else self._returned(backend, refused, norm, (z, fz, state), result)
+        return result if refused is None else self.taken_back(backend, refused, norm, (z, fz, state), result)
 
-    def _opened(self, backend: Backend, z: Array, fz: Array, state: AutoState, accelerated: Array) -> AndersonState:
+    def opened(self, backend: Backend, z: Array, fz: Array, state: AutoState, accelerated: Array) -> AndersonState:
         """Return the memory with the residual of the iterate, in which only accelerated samples write."""
         memory = state.memory
         residual = divide_rows(backend, fz - z, memory.unit)
@@ -214,7 +212,7 @@ class Auto(Solver):
         residual = end.fz - end.z
         norm = backend.norm(residual)
         if backend.known_all(~accelerated):
-            return _skipped(memory)._replace(norm=norm)
+            return skipped(memory)._replace(norm=norm)
         # Outside of the condition, because compiled code copies a whole history where only one branch writes to it.
         appended, length = self.anderson.appended(backend, fz, end.fz, residual, norm, memory)
         rows = memory.values.active
@@ -257,32 +255,46 @@ class Auto(Solver):
         moved: _Moved = backend.cond(rows, search, _Moved(ahead, value, newton))
         return moved
 
-    def _judged(self, backend: Backend, norm: Array, old: Progress) -> tuple[Progress, Array | None]:
-        """Return the progress after a step, and which samples refuse it; None if surely none does."""
-        limits = Rules(
-            self.slow,
-            self.plain_steps,
-            self.patience,
-            self.max_residual_growth,
-            self._escalates(backend),
-            TRIAL * self.history_size,
-        )
+    def progressed(
+        self, backend: Backend, norm: Array, old: Progress, active: Array | None
+    ) -> tuple[Progress, Array | None]:
+        """Return the progress after a step, and which samples refuse it; None if surely none does.
+
+        Args:
+            backend: the backend of these arrays.
+            norm: ‖g‖ after the step `(batch,)`.
+            old: the progress before it.
+            active: samples that have not stopped `(batch,)` of bool, None for all. Where numbers are read without a
+                wait, the others keep their progress.
+        """
+        rules = self.rules(backend)
         views = [backend.host.numpy_view(figure) for figure in (norm, *old)]
         if any(view is None for view in views):
-            return judged(backend.xp, limits, norm, old)
+            return judged(backend.xp, rules, norm, old)
         now, known = views[0], Progress(*views[1:])
+        running = None if active is None else backend.host.numpy_view(active)
         with np.errstate(all="ignore"):
-            if not np.count_nonzero(known.level) and (fast(limits, now, known) & (known.norm > 0.0)).all():
-                since = backend.host.from_numpy_view(known.since + np.int32(1))
-                return Progress(old.level, norm, norm, old.norm, since, old.rate), None
-            progress, refused = judged(np, limits, now, known)
-        after = Progress(*map(backend.host.from_numpy_view, progress))
-        return after, backend.host.from_numpy_view(refused) if np.count_nonzero(refused) else None
+            if not np.count_nonzero(known.level) and (fast(rules, now, known) & (known.norm > 0.0)).all():
+                best, steps = np.minimum(now, known.best), known.since + np.int32(1)
+                after, refused = Progress(known.level, now, best, known.norm, steps, known.rate), None
+            else:
+                after, refused = judged(np, rules, now, known)
+        if running is not None:
+            after, refused = kept(running, after, known), None if refused is None else refused & running
+        progress = Progress(*map(backend.host.from_numpy_view, after))
+        if refused is None or not np.count_nonzero(refused):
+            return progress, None
+        return progress, backend.host.from_numpy_view(refused)
+
+    def rules(self, backend: Backend) -> Rules:
+        """Return the numbers of the rules."""
+        trial, escalates = TRIAL * self.history_size, self._escalates(backend)
+        return Rules(self.slow, self.plain_steps, self.patience, self.max_residual_growth, escalates, trial)
 
     def _escalates(self, backend: Backend) -> bool:
         return self.escalate and backend.capabilities.jvp
 
-    def _returned(
+    def taken_back(
         self, backend: Backend, refused: Array, norm: Array, before: tuple[Array, Array, AutoState], result: _Step
     ) -> _Step:
         """Take the samples `refused` back to the iterate before the step, with what the step has shown."""
@@ -293,7 +305,9 @@ class Auto(Solver):
             return self.anderson.returned(backend, rows, usable, start.memory.target, memory)
 
         rows = refused & (start.progress.level == ACCELERATED)
-        memory = backend.cond(rows, back, state.memory)
+        memory = backend.cond(
+            refused, back, state.memory
+        )  # plain ones, too: a history may have planned their next point
         size = backend.xp.where(refused, start.size, state.size)
         state = AutoState(memory, state.progress, state.newton, size)
         return backend.select(refused, z, moved), backend.select(refused, fz, value), state
@@ -344,7 +358,7 @@ class _Moved(NamedTuple):
     newton: NewtonState
 
 
-def _skipped(memory: AndersonState) -> AndersonState:
+def skipped(memory: AndersonState) -> AndersonState:
     """Return the memory after a step in which no sample stores a difference."""
     return memory._replace(values=memory.values.skip(), residuals=memory.residuals.skip())
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Final, NamedTuple
 
+import numpy as np
+
 from deqcore.types import Array
 
 PLAIN: Final = 0
@@ -71,6 +73,11 @@ def judged(xp: Any, rules: Rules, norm: Any, old: Progress) -> tuple[Progress, A
         since=xp.astype(xp.where(begun | marked | begins, 0, steps), xp.int32),
         rate=xp.where(slow, contraction(xp, after, old), xp.where(over & ~back, NEVER, old.rate)),
     ), refused
+
+
+def kept(running: Any, new: Progress, old: Progress) -> Progress:
+    """Return the progress `new` of the samples `running`, and `old` of those that have stopped; NumPy arrays."""
+    return Progress(*(a if a is b else np.where(running, a, b) for a, b in zip(new, old, strict=True)))
 
 
 def fast(rules: Rules, norm: Any, old: Progress) -> Any:

@@ -15,7 +15,8 @@ class StepResult(NamedTuple):
         fz: f(z).
         state: the solver's state.
         size: ‖f(z)‖ `(batch,)`, or None if it has not been measured.
-        frozen: z and state of the samples that are not active are already unchanged.
+        frozen: the state of the samples that are not active is already unchanged.
+        still: so is their z.
     """
 
     z: Array
@@ -23,6 +24,7 @@ class StepResult(NamedTuple):
     state: Any
     size: Array | None = None
     frozen: bool = False
+    still: bool = False
 
 
 class Reached(NamedTuple):

@@ -12,7 +12,9 @@ from deqcore.linear.gmres import KrylovSpace, gmres
 from deqcore.linear.norms import orthogonalize
 from deqcore.solve.loop import iterate
 from deqcore.solvers.anderson import Anderson
+from deqcore.solvers.auto import Auto
 from deqcore.solvers.broyden import Broyden
+from deqcore.solvers.levels import ACCELERATED, NEWTON, PLAIN, Progress, Rules, judged
 from deqcore.solvers.picard import Picard
 from deqcore.types import StoppingCriteria
 
@@ -29,6 +31,9 @@ SOLVERS = [
     Anderson(),
     Anderson(history_size=2),
     Anderson(max_residual_growth=1.001),
+    Auto(),
+    Auto(history_size=2, slow=0.3),  # samples accelerate one after the other
+    Auto(slow=0.3, patience=1, max_residual_growth=1.001),  # and some escalate
 ]
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
 
@@ -60,7 +65,7 @@ def test_steps_are_those_of_the_solver(without, solver, dtype, batch, n, rtol):
         assert float((ours - own).norm() / own.norm()) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("solver", [Broyden(), Anderson()], ids=repr)
+@pytest.mark.parametrize("solver", [Broyden(), Anderson(), Auto(slow=0.3)], ids=repr)
 def test_the_estimates_are_those_of_the_solver(without, solver):
     f, z = problem(torch.float64, 7, 30)
     v = torch.randn(7, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -79,9 +84,9 @@ def test_a_native_step_is_taken(monkeypatch):
     for module in (steps, linear):
         monkeypatch.setattr(module, "run", lambda kernel, *rest: taken.append(kernel) or pool.run(kernel, *rest))
     f, z = problem(torch.float32, 3, 10)
-    for solver in (Broyden(), Anderson(), Picard()):
+    for solver in (Broyden(), Anderson(), Auto(), Picard()):
         solve(f, z, solver, rtol=1e-3)
-    assert {kernels.broyden, kernels.anderson, kernels.norms} <= set(taken)
+    assert {kernels.broyden, kernels.anderson, kernels.steady, kernels.norms} <= set(taken)
     x = z.requires_grad_()
     deqcore.fixed_point(lambda z, x: torch.tanh(0.5 * z + x), z.detach(), x, backward__strategy="exact-ift").value.sum()
     taken.clear()
@@ -92,7 +97,7 @@ def test_a_native_step_is_taken(monkeypatch):
     assert krylov.arnoldi in taken
 
 
-@pytest.mark.parametrize("solver", [Broyden(), Broyden(history_size=4), Anderson()], ids=repr)
+@pytest.mark.parametrize("solver", [Broyden(), Broyden(history_size=4), Anderson(), Auto(slow=0.3)], ids=repr)
 def test_bits_depend_neither_on_the_batch_nor_on_threads(monkeypatch, solver):
     monkeypatch.setattr(pool, "WORTH", 1)  # split whatever can be
     rates = torch.linspace(0.1, 0.9, 40)[:, None]
@@ -104,7 +109,7 @@ def test_bits_depend_neither_on_the_batch_nor_on_threads(monkeypatch, solver):
         assert int(alone.steps[0]) == int(all_of_them.steps[b])
 
 
-@pytest.mark.parametrize("solver", [Broyden(), Anderson()], ids=repr)
+@pytest.mark.parametrize("solver", [Broyden(), Anderson(), Auto(slow=0.3)], ids=repr)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
 def test_a_neighbour_changes_nothing(solver, poison):
     x = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
@@ -114,6 +119,46 @@ def test_a_neighbour_changes_nothing(solver, poison):
     clean, dirty = (solve(lambda z, s=s: f(z, s), torch.zeros(5, 12), solver) for s in (0 * bad.nan_to_num(0), bad))
     rows = [0, 1, 3, 4]
     assert torch.equal(clean.fz[rows], dirty.fz[rows])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("level", [(PLAIN,), (PLAIN, ACCELERATED), (PLAIN, ACCELERATED, NEWTON)], ids=str)
+def test_the_rules_of_auto_are_those_of_the_core(dtype, level):
+    """Each sample is a batch of its own, so that each rule decides alone whether the kernel takes the step."""
+    rng, batch, known = np.random.default_rng(0), 400, 0
+    rules = Rules(0.75, 6, 4, 3.0, True, 7)
+    old = Progress(
+        rng.choice(level, batch).astype(np.int32),
+        *(rng.choice([0.0, 0.3, 0.5, 1.0, 1.0, 2.0, np.inf], batch).astype(dtype) for _ in range(3)),
+        rng.integers(0, 9, batch).astype(np.int32),
+        rng.choice([0.0, 0.8, 1.0], batch).astype(dtype),
+    )
+    norm = (rng.choice([0.1, 0.4, 0.74, 0.76, 1.9, 3.5, np.nan], batch) * old.norm).astype(dtype)
+    with np.errstate(all="ignore"):
+        expected, refused = judged(np, rules, norm, old)
+    for b in range(batch):
+        row = slice(b, b + 1)
+        before = [field[row] for field in old]
+        for running in (True, False):
+            found = [np.empty_like(norm[row]) for _ in range(3)] + [np.empty_like(old.since[row])]
+            event = np.zeros(1, bool)
+            limits = rules.slow, rules.plain_steps, rules.patience, rules.trial, rules.max_residual_growth
+            pool.run(kernels.steady, 1, 1, norm[row], *before, np.array([running]), *limits, *found, event)
+            if not running:
+                assert not event[0]
+                for ours, own in zip(found, before[1:-1], strict=True):
+                    np.testing.assert_array_equal(ours, own)
+                continue
+            same = expected.level[b] == old.level[b] and expected.rate[b] == old.rate[b] and not refused[b]
+            if event[0]:
+                # The end of a trial and a sample that was put somewhere are left to the core, whatever it decides.
+                assert not same or old.norm[b] == 0.0 or old.since[b] + 1 >= rules.trial
+                continue
+            known += 1
+            assert same
+            for ours, own in zip(found, expected[1:-1], strict=True):
+                np.testing.assert_array_equal(ours, own[row])
+    assert known > batch / 10
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-20, 1.0, 1e20, 1e36])

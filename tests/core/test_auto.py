@@ -212,3 +212,19 @@ def test_reuse_reports_samples_without_pairs(be):
 def test_bad_options(options, words):
     with pytest.raises(ValueError, match=words):
         Auto(**options)
+
+
+def test_what_is_refused_does_not_depend_on_batch_mates(be):
+    """The first step grows by 1.9, the second by 6: it is refused, alone and beside a sample that accelerates."""
+    table = np.array([0.0, 1.0, 2.9, 14.3, 14.3])  # f moves each point to the next one
+
+    def walk(z):
+        k = be.xp.argmin(be.xp.abs(z - be.asarray(table)[None, :]), axis=1)
+        return be.asarray(np.append(table[1:], 14.3))[k][:, None]
+
+    def refuses(z0):
+        f = lambda z: be.xp.concat([walk(z[:1]), 1.0 - 3.0 * z[1:]], axis=0)  # the mate accelerates at once
+        sol = deqcore.fixed_point(f, be.asarray(z0), forward__max_steps=3, forward__rtol=1e-9, **QUIET)
+        return values(sol)[0].tolist(), values(sol, "residual")[0]
+
+    assert refuses([[0.0]]) == refuses([[0.0], [5.0]])

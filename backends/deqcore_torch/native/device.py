@@ -207,7 +207,7 @@ def _broyden(backend: Backend, f: Map, z: Tensor, state: BroydenState) -> StepRe
         )
     after, gram, left, right, pairs = (h.appended(after_seen) for h in (basis, *small))
     state = BroydenState(after, gram, left, right, pairs, newest, following, norm, None, state.unit)
-    return StepResult(z, value, state, size, frozen=True)
+    return StepResult(z, value, state, size, frozen=True, still=True)
 
 
 def _anderson(
@@ -261,7 +261,7 @@ def _anderson(
         )
     values, residuals = values.appended(after_seen), residuals.appended(after_seen)
     state = AndersonState(values, residuals, system, scale, target, following, g, norm, state.unit)
-    return StepResult(z, value, state, size, frozen=True)
+    return StepResult(z, value, state, size, frozen=True, still=True)
 
 
 def measure(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
@@ -308,7 +308,7 @@ def keep(
     status, steps, since = _like(carry.status, carry.steps, carry.since)
     best, peak, mark = _like(residual, residual, residual)
     fz, best_z, best_fz = (torch.empty_like(result.z) for _ in range(3))
-    z = result.z if result.frozen else torch.empty_like(result.z)
+    z = result.z if result.still else torch.empty_like(result.z)
     goal = torch.zeros_like(residual) + atol if rtol == 0.0 else rtol * size
     goal = goal + atol if rtol != 0.0 and atol != 0.0 else goal
     with _on(result.z):
@@ -333,7 +333,7 @@ def keep(
             stalled=int(Status.STALLED),
             diverged=int(Status.DIVERGED),
             absolute=rtol == 0.0,
-            frozen=result.frozen,
+            frozen=result.still,
             block=COLUMNS,
         )
     return carry._replace(

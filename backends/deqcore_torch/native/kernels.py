@@ -15,6 +15,8 @@ import numpy as np
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
+from deqcore.solvers.levels import ACCELERATED, GROWN, HALVED, NEVER, NEWTON, PLAIN
+
 BLOCK: Final = 4096  # numbers
 TOGETHER: Final = 16  # samples
 KEPT: Final = 2**17  # numbers of history that stay in the cache
@@ -355,11 +357,12 @@ def _solved(a, b, m):
 
 @compiled
 def anderson(
-    z, fz, before_f, before_g, ahead, values, residuals, per_chunk, slot, used, fresh, active, seen,
+    z, fz, before_f, before_g, ahead, values, residuals, per_chunk, slot, used, fresh, active, going, seen,
     system, scale, target, step, unit, ridge, next_g, next_system, next_scale, next_target, next_step, start, stop,
 ):  # fmt: skip
     """Do the part of a step of `Anderson` with mixing 1 after f, with the next iterate f(z) − ΔF γ in `ahead`.
 
+    A sample that is not `active` goes on to f(z), or stays at the point before this step if it is not `going` either.
     Names and formulas are those of `deqcore.solvers.anderson`.
     """
     m = step.shape[1]
@@ -375,7 +378,7 @@ def anderson(
                 _cleared(values, per_chunk, slot, b, z)
                 _cleared(residuals, per_chunk, slot, b, z)
             _copy(before_g[b], next_g[b])
-            _copy(fz[b], ahead[b])
+            _copy(fz[b] if going[b] else before_f[b], ahead[b])
             continue
         inverse_unit = 1.0 / unit[b]
         _stored(values, per_chunk, slot, b, z, fz[b], before_f[b], inverse_unit)
@@ -403,6 +406,48 @@ def anderson(
             next_step[b, k] = x[k]
             x[k] *= unit[b]
         _combined(values, per_chunk, slots, count, x, fz[b], b, z, ahead[b])
+
+
+@compiled
+def steady(
+    norm, level, before, best, mark, since, rate, running, slow, plain_steps, patience, trial, growth,
+    next_norm, next_best, next_mark, next_since, event, start, stop,
+):  # fmt: skip
+    """Write the progress of samples after a step in which none changes its level or rate and none refuses.
+
+    Write True to `event` `(1,)` where one does: `deqcore.solvers.levels.judged`, whose names and rules these are,
+    decides on that step. Samples that are not `running` keep their progress.
+    """
+    kind = norm.dtype.type
+    for b in range(start, stop):
+        now, steps, tried = norm[b], since[b] + 1, False
+        if not running[b]:
+            next_norm[b], next_best[b], next_mark[b], next_since[b] = before[b], best[b], mark[b], since[b]
+            continue
+        if level[b] != NEWTON and now > kind(growth) * best[b]:
+            event[0] = True
+            return
+        if level[b] == PLAIN:
+            if rate[b] > 0.0:
+                fast = now <= kind(0.5) * (kind(1.0) + rate[b]) * before[b]
+            else:
+                first = since[b] < 1 and now <= kind(GROWN) * before[b]
+                later = now <= kind(slow) * before[b] or now <= kind(slow * slow) * mark[b]
+                fast = (first or later) and since[b] < plain_steps - 1
+            if not fast or not before[b] > 0.0:
+                event[0] = True
+                return
+            next_mark[b], next_since[b] = before[b], steps
+        else:
+            gained = now < kind(HALVED) * mark[b]
+            if level[b] == ACCELERATED:
+                tried = rate[b] < kind(NEVER)
+                if (not gained and steps >= patience) or (gained and tried and steps >= trial):
+                    event[0] = True
+                    return
+            marked = gained and not tried
+            next_mark[b], next_since[b] = now if marked else mark[b], 0 if marked else steps
+        next_norm[b], next_best[b] = now, now if now < best[b] else best[b]
 
 
 CANCELLED = 0.7071067811865476  # as `deqcore.linear.norms.CANCELLED`, which says why

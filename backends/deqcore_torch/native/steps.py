@@ -12,13 +12,15 @@ from deqcore.abc.backend import Backend
 from deqcore.abc.scaling import multiply_rows
 from deqcore.abc.solver import Solver
 from deqcore.solvers.anderson import Anderson, AndersonState
+from deqcore.solvers.auto import Auto, AutoState, skipped
 from deqcore.solvers.broyden import Broyden, BroydenState
+from deqcore.solvers.levels import ACCELERATED, NEWTON, PLAIN, Progress
 from deqcore.types import Map, StepResult
 from deqcore_torch.history import TorchHistory
 from deqcore_torch.native import kernels
 from deqcore_torch.native.linear import grow, least_squares, reach, secants
 from deqcore_torch.native.pool import run
-from deqcore_torch.native.views import holds, masks, ones, plain, room, view
+from deqcore_torch.native.views import everywhere, holds, masks, ones, plain, room, view
 
 __all__ = [
     "arnoldi", "grow", "keep", "least_squares", "measure", "norm", "plain", "probe", "project", "reach", "secants",
@@ -40,7 +42,7 @@ def step(backend: Backend, solver: Solver, f: Map, z: Tensor, fz: Tensor, state:
 
     Args:
         backend: the torch backend.
-        solver: exactly a `Broyden` or `Anderson`; a subclass may have another step.
+        solver: exactly a `Broyden`, `Anderson` or `Auto`; a subclass may have another step.
         f: the map on `(batch, n)`.
         z: current iterate `(batch, n)`, `plain`.
         fz: f(z).
@@ -50,6 +52,8 @@ def step(backend: Backend, solver: Solver, f: Map, z: Tensor, fz: Tensor, state:
         return _broyden(backend, f, z, state)
     if type(solver) is Anderson and solver.mixing == 1.0:
         return _anderson(backend, solver, f, fz, state)
+    if type(solver) is Auto:
+        return _auto(backend, solver, f, z, fz, state)
     return None
 
 
@@ -108,27 +112,48 @@ def _broyden(backend: Backend, f: Map, z: Tensor, state: BroydenState) -> StepRe
 
 
 def _anderson(backend: Backend, solver: Anderson, f: Map, fz: Tensor, state: AndersonState) -> StepResult | None:
+    active = state.values.active
+    result = _mixed(backend, solver, f, fz, state, active)
+    if result is None or active is None:
+        return result
+    norm = torch.where(active, result.state.norm, state.norm)
+    return result._replace(state=result.state._replace(norm=norm))
+
+
+def _mixed(
+    backend: Backend, solver: Anderson, f: Map, fz: Tensor, state: AndersonState, running: Tensor | None
+) -> StepResult | None:
+    """Return a step of Anderson in the rows that are active in the histories; the others keep all but the norm.
+
+    Of those others, samples that are `running` (None for all) take plain steps, and the rest stay where they are.
+    """
     if not (holds(state.values, fz) and holds(state.residuals, fz)):
         return None
     z = _next(state.values, fz, multiply_rows(backend, state.step, state.unit))
     value = f(z)
     norm, size = measure(z, value)
-    sane = norm <= solver.max_residual_growth * state.norm
-    state = solver.forget(backend, ~sane, state) if not bool(sane.all()) else state
+    active = state.values.active
+    with np.errstate(invalid="ignore"):  # NaN is not sane
+        sane = view(norm) <= solver.max_residual_growth * view(state.norm)
+    if active is not None:
+        sane |= ~view(active)
+    if np.count_nonzero(sane) < len(sane):
+        state = solver.forget(backend, torch.from_numpy(~sane), state)
     values, residuals = state.values, state.residuals
     slot = values.reserve(z)
     residuals.reserve(z)
     after = values.appended()
     following = [room(array) for array in (z, state.system, state.scale, state.target, state.step)]
     ahead = room(z)
-    active, seen = masks(values, after)
+    rows, seen = masks(values, after)
+    going = everywhere(z.shape[0]) if running is None else view(running)
     run(
         kernels.anderson,
         z.shape[0],
         z.numel() * (2 * after.used() + 6),
         *(view(array) for array in (z, value, fz, state.residual, ahead)),
         *(values.addresses(), residuals.addresses(), values.store.chunk),
-        *(slot, after.used(), values.written < values.history_size, active, seen),
+        *(slot, after.used(), values.written < values.history_size, rows, going, seen),
         *(view(array) for array in (state.system, state.scale, state.target, state.step)),
         _unit(state.unit, z.shape[0]),
         solver.relative_ridge(np.finfo(np.float64).eps),
@@ -138,11 +163,63 @@ def _anderson(backend: Backend, solver: Anderson, f: Map, fz: Tensor, state: And
     g, system, scale, target, step = following
     residuals = residuals.appended(after.seen)
     following_state = AndersonState(after, residuals, system, scale, target, step, g, norm, state.unit)
-    learned = state.norm != 0.0
-    if not bool(learned.all()):
-        following_state = solver.unlearned(backend, state.norm, following_state)
+    informative = view(state.norm) != 0.0
+    if active is not None:
+        informative |= ~view(active)
+    if np.count_nonzero(informative) < len(informative):
+        learned = torch.from_numpy(informative)
+        following_state = solver.unlearned(backend, learned.to(state.norm.dtype), following_state)
         after.plan(backend.select(learned, ahead, value))
-    return StepResult(z, value, following_state, size)
+    return StepResult(z, value, following_state, size, frozen=True)
+
+
+def _auto(backend: Backend, solver: Auto, f: Map, z: Tensor, fz: Tensor, state: AutoState) -> StepResult | None:
+    """Return the step of samples that are plain or accelerated; None where one takes a Newton step."""
+    before, memory, old, active = z, state.memory, state.progress, state.memory.values.active
+    level = view(old.level)
+    running = level if active is None else np.where(view(active), level, PLAIN)
+    if not plain(fz) or np.count_nonzero(running == NEWTON):
+        return None
+    accelerated = np.count_nonzero(running)
+    if accelerated:
+        rows = torch.from_numpy(running == ACCELERATED)
+        result = _mixed(backend, solver.anderson, f, fz, solver.opened(backend, z, fz, state, rows), active)
+        if result is None:
+            return None
+        z, value, stored, size = result[:4]
+        norm = stored.norm
+        values, residuals = stored.values.masked(active), stored.residuals.masked(active)
+        stored = stored._replace(values=values, residuals=residuals, residual=memory.residual)
+    else:
+        z, value, stored = fz, f(fz), skipped(memory)
+        norm, size = measure(z, value)
+    progress, refused = _progressed(backend, solver, norm, old, active)
+    size = size if active is None else torch.where(active, size, state.size)
+    end = z, value, AutoState(stored._replace(norm=progress.norm), progress, state.newton, size)
+    if refused is not None:
+        end = solver.taken_back(backend, refused, norm, (before, fz, state), end)
+    return StepResult(*end, end[2].size, frozen=True)
+
+
+def _progressed(
+    backend: Backend, solver: Auto, norm: Tensor, old: Progress, active: Tensor | None
+) -> tuple[Progress, Tensor | None]:
+    """Return `Auto.progressed`, in one pass where the rules only count."""
+    rules, after = solver.rules(backend), [room(norm), room(norm), room(norm), room(old.since)]
+    event = np.zeros(1, np.bool_)
+    run(
+        kernels.steady,
+        norm.shape[0],
+        norm.shape[0],
+        *(view(figure) for figure in (norm, *old)),
+        everywhere(norm.shape[0]) if active is None else view(active),
+        *(rules.slow, rules.plain_steps, rules.patience, rules.trial, rules.max_residual_growth),
+        *(view(figure) for figure in after),
+        event,
+    )
+    if event[0]:
+        return solver.progressed(backend, norm, old, active)
+    return Progress(old.level, *after, old.rate), None
 
 
 def keep(carry: Any, result: StepResult, residual: Tensor, size: Tensor | None, limits: Any) -> None:

@@ -32,6 +32,28 @@ class SearchTests(Conformance):
         z0 = kit.array(np.zeros((3, 6)))
         self._alone(kit, solver, kit.map(problem), z0, list(zip(map(kit.map, parts), starts, strict=True)))
 
+    def test_a_residual_that_grows_is_judged_as_alone(self, kit: Kit, solver_name: str, settings: Any) -> None:
+        """Take three steps of a sample whose residual grows by 1.9 and by 6, alone and beside one that grows at once."""
+        if not kit.eager:
+            pytest.skip("compiling for each sample takes long")
+
+        def solved(f: Map, start: list[list[float]]) -> Any:
+            more = {"solver": solver_name, "rtol": 1e-9, "max_steps": 3, "options": settings}
+            return kit.solve(f, kit.array(np.asarray(start)), **more)
+
+        xp = kit.backend.xp
+
+        def stairs(z: Any) -> Any:
+            slopes = ((0.9, 0.0, 1.0), (5.0, 1.0, 2.9), (-1.0, 2.9, 14.3))
+            return z + 1.0 + sum(slope * _within(xp, z, low, high) for slope, low, high in slopes)
+
+        mate = kit.array(np.asarray([[0.0], [1.0]]))
+        alone = solved(stairs, [[0.0]])
+        beside = solved(lambda z: (1.0 - mate) * stairs(z) + mate * (1.0 - 3.0 * z), [[0.0], [5.0]])
+        for quantity in ("value", "residual", "steps"):
+            found, expected = (kit.numpy(getattr(each, quantity))[0] for each in (beside, alone))
+            close(found, expected, 1e-6 if kit.eps < 1e-10 else 1e-2, f"{quantity} beside another sample")
+
     def _alone(self, kit: Kit, solver: Solver, f: Map, z0: Any, parts: list[tuple[Map, Any]]) -> None:
         together = [kit.numpy(z) for z, *_ in walk_steps(kit, solver, f, z0, 8)]
         for row, (part, start) in enumerate(parts):
@@ -97,3 +119,9 @@ class SearchTests(Conformance):
         h = solver.inverse_jacobian(kit.backend, state)
         assert h is not None, "has_estimate is True, but there is none"
         return kit.numpy(h.apply(kit.array(v)))
+
+
+def _within(xp: Any, z: Any, low: float, high: float) -> Any:
+    """Return how far z is inside of an interval, from 0 to its length."""
+    inside = xp.where(z > low, z - low, xp.zeros_like(z))
+    return xp.where(inside < high - low, inside, xp.full_like(z, high - low))
