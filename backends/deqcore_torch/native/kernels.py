@@ -362,7 +362,7 @@ def anderson(
 ):  # fmt: skip
     """Do the part of a step of `Anderson` with mixing 1 after f, with the next iterate f(z) − ΔF γ in `ahead`.
 
-    A sample that is not `active` goes on to f(z), or stays at the point before this step if it is not `going` either.
+    The next point of a sample that is not `active` is f(z), or the f(z) before this step if it is not `going` either.
     Names and formulas are those of `deqcore.solvers.anderson`.
     """
     m = step.shape[1]

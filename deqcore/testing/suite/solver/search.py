@@ -33,7 +33,7 @@ class SearchTests(Conformance):
         self._alone(kit, solver, kit.map(problem), z0, list(zip(map(kit.map, parts), starts, strict=True)))
 
     def test_a_residual_that_grows_is_judged_as_alone(self, kit: Kit, solver_name: str, settings: Any) -> None:
-        """Take three steps of a sample whose residual grows by 1.9 and by 6, alone and beside one that grows at once."""
+        """Take three steps of a sample whose residual grows by 1.9 and 6, alone and beside one that grows at once."""
         if not kit.eager:
             pytest.skip("compiling for each sample takes long")
 
