@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Final, NamedTuple, TypeAlias
 
-import numpy as np
-
 from deqcore.abc.backend import Backend
 from deqcore.abc.inverse_jacobian import InverseJacobian
 from deqcore.abc.scaling import divide_rows, row_scale
@@ -17,7 +15,7 @@ from deqcore.errors import BackendError
 from deqcore.linear.gmres import LinearSolution
 from deqcore.linear.norms import residual_norms
 from deqcore.solvers.anderson import Anderson, AndersonState
-from deqcore.solvers.levels import ACCELERATED, NEWTON, PLAIN, Progress, Rules, fast, judged, kept
+from deqcore.solvers.levels import ACCELERATED, NEWTON, PLAIN, Progress, Rules, progressed
 from deqcore.solvers.newton_krylov import NewtonKrylov, NewtonState
 from deqcore.types import Array, Map
 
@@ -110,7 +108,7 @@ class Auto(Solver):
         "mlp": 32,
         "monotone": 20,
         "overshoot": 24,
-        "ring": 32,
+        "ring": 40,
         "slow-modes": 106,
         "tree": 35,
         "walled": 51,
@@ -163,7 +161,7 @@ class Auto(Solver):
         """Take a plain step with all samples: no pass over a history, and no storage for one."""
         value = f(fz)
         norm, size = residual_norms(backend, fz, value)
-        progress, refused = self.progressed(backend, norm, state.progress, state.memory.values.active)
+        progress, refused = progressed(backend, self.rules(backend), norm, state.progress, state.memory.values.active)
         result = fz, value, AutoState(skipped(state.memory), progress, state.newton, size)
         return result if refused is None else self.taken_back(backend, refused, norm, (z, fz, state), result)
 
@@ -190,7 +188,7 @@ class Auto(Solver):
         if size is None or not backend.known_all(accelerated):  # a kernel measures the samples that it moves
             norm, size = residual_norms(backend, moved[-1].z, moved[-1].fz)
         active = state.memory.values.active
-        progress, refused = self.progressed(backend, norm, state.progress, active)
+        progress, refused = progressed(backend, self.rules(backend), norm, state.progress, active)
         values, residuals = stored.values.masked(active), stored.residuals.masked(active)
         stored = stored._replace(values=values, residuals=residuals, residual=state.memory.residual, norm=progress.norm)
         result = moved[-1].z, moved[-1].fz, AutoState(stored, progress, moved[-1].newton, size)
@@ -254,37 +252,6 @@ class Auto(Solver):
 
         moved: _Moved = backend.cond(rows, search, _Moved(ahead, value, newton))
         return moved
-
-    def progressed(
-        self, backend: Backend, norm: Array, old: Progress, active: Array | None
-    ) -> tuple[Progress, Array | None]:
-        """Return the progress after a step, and which samples refuse it; None if surely none does.
-
-        Args:
-            backend: the backend of these arrays.
-            norm: ‖g‖ after the step `(batch,)`.
-            old: the progress before it.
-            active: samples that have not stopped `(batch,)` of bool, None for all. Where numbers are read without a
-                wait, the others keep their progress.
-        """
-        rules = self.rules(backend)
-        views = [backend.host.numpy_view(figure) for figure in (norm, *old)]
-        if any(view is None for view in views):
-            return judged(backend.xp, rules, norm, old)
-        now, known = views[0], Progress(*views[1:])
-        running = None if active is None else backend.host.numpy_view(active)
-        with np.errstate(all="ignore"):
-            if not np.count_nonzero(known.level) and (fast(rules, now, known) & (known.norm > 0.0)).all():
-                best, steps = np.minimum(now, known.best), known.since + np.int32(1)
-                after, refused = Progress(known.level, now, best, known.norm, steps, known.rate), None
-            else:
-                after, refused = judged(np, rules, now, known)
-        if running is not None:
-            after, refused = kept(running, after, known), None if refused is None else refused & running
-        progress = Progress(*map(backend.host.from_numpy_view, after))
-        if refused is None or not np.count_nonzero(refused):
-            return progress, None
-        return progress, backend.host.from_numpy_view(refused)
 
     def rules(self, backend: Backend) -> Rules:
         """Return the numbers of the rules."""

@@ -6,6 +6,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
+from deqcore.abc.backend import Backend
 from deqcore.types import Array
 
 PLAIN: Final = 0
@@ -48,6 +49,39 @@ class Rules(NamedTuple):
     trial: int
 
 
+def progressed(
+    backend: Backend, rules: Rules, norm: Array, old: Progress, active: Array | None
+) -> tuple[Progress, Array | None]:
+    """Return the progress after a step, and which samples refuse it; None if surely none does.
+
+    Args:
+        backend: the backend of these arrays.
+        rules: the numbers of the rules.
+        norm: ‖g‖ after the step `(batch,)`.
+        old: the progress before it.
+        active: samples that have not stopped `(batch,)` of bool, None for all. Where reading numbers costs no wait, the
+            others keep their progress; elsewhere the caller sees to that.
+    """
+    views: list[Any] = [backend.host.numpy_view(figure) for figure in (norm, *old)]
+    if any(view is None for view in views):
+        return judged(backend.xp, rules, norm, old)
+    now, known = views[0], Progress(*views[1:])
+    running = None if active is None else backend.host.numpy_view(active)
+    with np.errstate(all="ignore"):
+        if not np.count_nonzero(known.level) and (fast(rules, now, known) & (known.norm > 0.0)).all():
+            best, steps = np.minimum(now, known.best), known.since + np.int32(1)
+            after, refused = Progress(known.level, now, best, known.norm, steps, known.rate), None
+        else:
+            after, refused = judged(np, rules, now, known)
+    if running is not None:
+        after = Progress(*(a if a is b else np.where(running, a, b) for a, b in zip(after, known, strict=True)))
+        refused = None if refused is None else refused & running
+    progress = Progress(*map(backend.host.from_numpy_view, after))
+    if refused is None or not np.count_nonzero(refused):
+        return progress, None
+    return progress, backend.host.from_numpy_view(refused)
+
+
 def judged(xp: Any, rules: Rules, norm: Any, old: Progress) -> tuple[Progress, Any]:
     """Return the progress of each sample after a step to a residual of `norm`, and which samples refuse the step."""
     refused = (norm > rules.max_residual_growth * old.best) & (old.level != NEWTON)  # the loop sees to NaN
@@ -73,11 +107,6 @@ def judged(xp: Any, rules: Rules, norm: Any, old: Progress) -> tuple[Progress, A
         since=xp.astype(xp.where(begun | marked | begins, 0, steps), xp.int32),
         rate=xp.where(slow, contraction(xp, after, old), xp.where(over & ~back, NEVER, old.rate)),
     ), refused
-
-
-def kept(running: Any, new: Progress, old: Progress) -> Progress:
-    """Return the progress `new` of the samples `running`, and `old` of those that have stopped; NumPy arrays."""
-    return Progress(*(a if a is b else np.where(running, a, b) for a, b in zip(new, old, strict=True)))
 
 
 def fast(rules: Rules, norm: Any, old: Progress) -> Any:

@@ -14,7 +14,7 @@ from deqcore.abc.solver import Solver
 from deqcore.solvers.anderson import Anderson, AndersonState
 from deqcore.solvers.auto import Auto, AutoState, skipped
 from deqcore.solvers.broyden import Broyden, BroydenState
-from deqcore.solvers.levels import ACCELERATED, NEWTON, PLAIN, Progress
+from deqcore.solvers.levels import ACCELERATED, NEWTON, PLAIN, Progress, progressed
 from deqcore.types import Map, StepResult
 from deqcore_torch.history import TorchHistory
 from deqcore_torch.native import kernels
@@ -112,8 +112,8 @@ def _broyden(backend: Backend, f: Map, z: Tensor, state: BroydenState) -> StepRe
 
 
 def _anderson(backend: Backend, solver: Anderson, f: Map, fz: Tensor, state: AndersonState) -> StepResult | None:
-    active = state.values.active
-    result = _mixed(backend, solver, f, fz, state, active)
+    active = state.values.active  # of `auto`, samples that accelerate: others may be going
+    result = _mixed(backend, solver, f, fz, state, None)
     if result is None or active is None:
         return result
     norm = torch.where(active, result.state.norm, state.norm)
@@ -204,7 +204,7 @@ def _auto(backend: Backend, solver: Auto, f: Map, z: Tensor, fz: Tensor, state: 
 def _progressed(
     backend: Backend, solver: Auto, norm: Tensor, old: Progress, active: Tensor | None
 ) -> tuple[Progress, Tensor | None]:
-    """Return `Auto.progressed`, in one pass where the rules only count."""
+    """Return `deqcore.solvers.levels.progressed`, in one pass where the rules only count."""
     rules, after = solver.rules(backend), [room(norm), room(norm), room(norm), room(old.since)]
     event = np.zeros(1, np.bool_)
     run(
@@ -218,8 +218,9 @@ def _progressed(
         event,
     )
     if event[0]:
-        return solver.progressed(backend, norm, old, active)
-    return Progress(old.level, *after, old.rate), None
+        return progressed(backend, rules, norm, old, active)
+    norm, best, mark, since = after
+    return Progress(old.level, norm, best, mark, since, old.rate), None
 
 
 def keep(carry: Any, result: StepResult, residual: Tensor, size: Tensor | None, limits: Any) -> None:
