@@ -83,6 +83,7 @@ class OneProgram:
         return self.kit.numpy(sol.status)[: self.batch(name)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", NAMES)
 def test_the_table_is_true_for_jax(solver):
     pytest.importorskip("jax")
