@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -75,12 +75,17 @@ def _one(kit: Kit, solver: str, problem: str, dtype: str) -> Iterator[Failure]:
     f, z0, args = kit.data(available, dtype)
     with np.errstate(all="ignore"):
         sol = kit.solve(f, z0, *args, solver=solver, rtol=rtol, max_steps=MAX_STEPS)
-    status = kit.numpy(sol.status)[available.truth.healthy]
+    yield from failure(solver, problem, kit.backend.name, dtype, kit.numpy(sol.status))
+
+
+def failure(solver: str, problem: str, backend: str, dtype: str, statuses: Any) -> Iterator[Failure]:
+    """Yield the row of a solve with these statuses `(batch,)`, unless all healthy samples are solved."""
+    status = statuses[golden(problem).truth.healthy]
     ended = sorted({ENDED.get(int(code), Status(int(code)).name) for code in status if code != int(Status.CONVERGED)})
     if ended:
         reasons = {**WHY[""], **WHY.get(solver, {})}
         why = reasons.get(problem, reasons.get("", "not looked into"))
-        yield Failure(solver, problem, kit.backend.name, dtype, ", ".join(ended), why)
+        yield Failure(solver, problem, backend, dtype, ", ".join(ended), why)
 
 
 def table(backends: Sequence[str]) -> str:

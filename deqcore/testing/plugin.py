@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         )
 
 
+@cache  # thousands of items share a few classes
 def _check_names(cls: type[Conformance]) -> None:
     tests = {name for name in dir(cls) if name.startswith("test_")}
     for name in cls.expected_failures:

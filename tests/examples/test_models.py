@@ -160,7 +160,8 @@ def test_a_jax_model_is_on_the_device_that_is_asked_for() -> None:
         "side.fit([batch], 1, 1e-2)\n"
         "assert {d.id for p in side.params.values() for d in p.devices()} == {1}\n"
     )
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    env = os.environ | {"XLA_FLAGS": flags}
     subprocess.run([sys.executable, "-c", code], cwd=MODELS, env=env, check=True, timeout=300)
 
 

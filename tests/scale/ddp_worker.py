@@ -1,13 +1,14 @@
 """Run under torchrun with two processes: gradients with DDP and FSDP2 against those of one process on all samples.
 
-    ddp_worker.py gradients         also against the truth in float64; counts collectives
-    ddp_worker.py compiled          with torch.compile around the wrapped models
-    ddp_worker.py uneven            one rank has a batch less than the other, or one without samples
-    ddp_worker.py adaptive         the strategy with state: what is in force on each rank
-    ddp_worker.py looped            random depths
+    ddp_worker.py JOB ...           some of the jobs below, one after the other
+        gradients                   also against the truth in float64; counts collectives
+        compiled                    with torch.compile around the wrapped models
+        uneven                      one rank has a batch less than the other, or one without samples
+        adaptive                    the strategy with state: what is in force on each rank
+        looped                      random depths
     ddp_worker.py failing WRAPPER   one rank's solve misses its tolerance, with on_failure = "raise"
 
-Prints one JSON object from rank 0.
+Prints one JSON object from rank 0, with the report of each job under its name.
 """
 
 import copy
@@ -102,8 +103,8 @@ class Counter:
         self.by_name = found
 
 
-def main():
-    dist.init_process_group("gloo")
+def plain():
+    """The gradients of one process, and the collectives of each pass."""
     rank = dist.get_rank()
     torch.manual_seed(0)
     # Uneven, and rank 1 has a harder sample: the ranks need different numbers of steps.
@@ -142,16 +143,11 @@ def main():
     both = [torch.zeros_like(steps) for _ in range(2)]
     dist.all_gather(both, steps)
     report["steps"] = [int(s) for s in both]
-    if rank == 0:
-        print(json.dumps(report), flush=True)
-    dist.destroy_process_group()
-    # Gloo's threads may still hold work with tensors of Python; the interpreter's end then aborts the process.
-    os._exit(0)
+    return report
 
 
 def compiled():
     """The gradients of one process, with the wrapped models compiled."""
-    dist.init_process_group("gloo")
     rank = dist.get_rank()
     torch.manual_seed(0)
     x, y = torch.randn(7, WIDTH), torch.randint(3, (7,))
@@ -168,15 +164,11 @@ def compiled():
             model.zero_grad()
             (torch.nn.functional.cross_entropy(run(x[mine]), y[mine], reduction="sum") * 2 / 7).backward()
         report[name] = worst(gradients(model), gradients(whole))
-    if rank == 0:
-        print(json.dumps(report), flush=True)
-    dist.destroy_process_group()
-    os._exit(0)
+    return report
 
 
 def uneven():
     """Five samples in batches of two: rank 1 ends a step early (DDP, `join`), or has none in it (both wrappers)."""
-    dist.init_process_group("gloo")
     rank, settings = dist.get_rank(), STRATEGIES["exact-ift"]
     drawn = torch.Generator().manual_seed(0)
     x, y = torch.randn(5, WIDTH, generator=drawn), torch.randint(3, (5,), generator=drawn)
@@ -206,15 +198,11 @@ def uneven():
     report = {"moved": worst(expected, start)}
     for name, model in {"join": joined, "empty ddp": empty, "empty fsdp2": sharded}.items():
         report[name] = worst(weights(model), expected)
-    if rank == 0:
-        print(json.dumps(report), flush=True)
-    dist.destroy_process_group()
-    os._exit(0)  # as in `main`
+    return report
 
 
 def adaptive():
     """Every rank has other data: the number of vjps in force must be the same, with each wrapper."""
-    dist.init_process_group("gloo")
     rank, settings = dist.get_rank(), {"backward__strategy": "adaptive", "backward__options": OPTIONS}
     report = {}
     for name in ("ddp", "fsdp2"):
@@ -240,15 +228,11 @@ def adaptive():
                 value.backward()
             collectives.append(sorted(counter.by_name))
         report[name] = {"chosen": chosen, "collectives": sorted({name for each in collectives for name in each})}
-    if rank == 0:
-        print(json.dumps(report), flush=True)
-    dist.destroy_process_group()
-    os._exit(0)  # as in `main`
+    return report
 
 
 def looped():
     """Random depths: the depths of both ranks, and the gradients of one process; FSDP2 gathers weights in each step."""
-    dist.init_process_group("gloo")
     rank = dist.get_rank()
     options = {"depth": 6, "distribution": "log-normal-poisson", "recorded": 3, "seed": 4}
     torch.manual_seed(0)
@@ -271,27 +255,31 @@ def looped():
     both = [torch.zeros(6, dtype=torch.int64) for _ in range(2)]
     dist.all_gather(both, torch.tensor(depths))
     report["depths"] = [each.tolist() for each in both]
-    if rank == 0:
-        print(json.dumps(report), flush=True)
-    dist.destroy_process_group()
-    os._exit(0)  # as in `main`
+    return report
 
 
-def failing():
+def failing(wrapper):
     """One rank does not converge and raises; the launcher must end the other one."""
-    dist.init_process_group("gloo")
     layer = DEQ(Cell(), forward__on_failure="raise", forward__max_steps=1 if dist.get_rank() else 100)
-    model = {"ddp": DistributedDataParallel, "fsdp2": fully_shard}[sys.argv[2]](layer)
+    model = {"ddp": DistributedDataParallel, "fsdp2": fully_shard}[wrapper](layer)
     model(torch.randn(2, WIDTH)).sum().backward()
 
 
+JOBS = {"gradients": plain, "compiled": compiled, "uneven": uneven, "adaptive": adaptive, "looped": looped}
+
+
+def main(*jobs):
+    dist.init_process_group("gloo")
+    if jobs[0] == "failing":
+        failing(jobs[1])
+        return
+    report = {job: JOBS[job]() for job in jobs}
+    if dist.get_rank() == 0:
+        print(json.dumps(report), flush=True)
+    dist.destroy_process_group()
+    # Gloo's threads may still hold work with tensors of Python; the interpreter's end then aborts the process.
+    os._exit(0)
+
+
 if __name__ == "__main__":
-    ways = {
-        "gradients": main,
-        "compiled": compiled,
-        "uneven": uneven,
-        "failing": failing,
-        "adaptive": adaptive,
-        "looped": looped,
-    }
-    ways[sys.argv[1]]()
+    main(*sys.argv[1:])

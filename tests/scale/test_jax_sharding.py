@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 @cache
 def report(job):
-    flags = "--xla_force_host_platform_device_count=8"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, str(WORKER), job],
         capture_output=True,

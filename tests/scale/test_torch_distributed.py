@@ -28,15 +28,21 @@ def torchrun(*job):
         *job,
     ]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command, capture_output=True, text=True, timeout=600, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
 
 
 @pytest.fixture(scope="module")
-def report():
-    done = torchrun("gradients")
+def reports():
+    """The reports of all jobs that end well, from one launch: each launch costs three imports of PyTorch."""
+    done = torchrun("gradients", "compiled", "uneven", "adaptive", "looped")
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+
+
+@pytest.fixture(scope="module")
+def report(reports):
+    return reports["gradients"]
 
 
 @pytest.mark.parametrize("strategy", ["exact-ift", "certified"])
@@ -46,18 +52,14 @@ def test_two_processes_give_the_gradients_of_one(report, strategy, wrapper):
     assert report[f"{strategy} truth"] < 1e-6  # of one process, against float64
 
 
-def test_two_processes_with_compiled_models_give_the_gradients_of_one():
-    done = torchrun("compiled")
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+def test_two_processes_with_compiled_models_give_the_gradients_of_one(reports):
+    found = reports["compiled"]
     assert set(found) == {"ddp", "fsdp2"}
     assert max(found.values()) < 1e-5
 
 
-def test_random_depths_are_the_same_on_both_ranks():
-    done = torchrun("looped")
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+def test_random_depths_are_the_same_on_both_ranks(reports):
+    found = reports["looped"]
     assert found["depths"][0] == found["depths"][1]
     assert len(set(found["depths"][0])) > 2
     assert max(found["ddp"], found["fsdp2"]) < 1e-5
@@ -76,10 +78,8 @@ def test_a_rank_that_raises_ends_all(wrapper):
     assert "ConvergenceError" in done.stderr
 
 
-def test_ranks_with_fewer_samples_or_steps_train_as_one_process():
-    done = torchrun("uneven")
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+def test_ranks_with_fewer_samples_or_steps_train_as_one_process(reports):
+    found = dict(reports["uneven"])
     assert found.pop("moved") > 1e-2
     assert set(found) == {"join", "empty ddp", "empty fsdp2"}
     assert max(found.values()) < 1e-6
@@ -92,10 +92,8 @@ def test_a_sharded_layer_gathers_its_parameters_once_each_way(report, strategy):
 
 
 @pytest.fixture(scope="module")
-def adaptive():
-    done = torchrun("adaptive")
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+def adaptive(reports):
+    return reports["adaptive"]
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
