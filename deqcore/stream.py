@@ -296,13 +296,12 @@ class _Stream:
         like = self.slots.carry.z
         rows = backend.asarray(np.array([slot in self.fresh for slot in range(len(owners))]), dtype="bool", like=like)
         if traced or not backend.capabilities.compaction:
-            index, samples = None, [owner if slot in self.fresh and owner else self.last
-                                    for slot, owner in enumerate(owners)]  # fmt: skip
+            places, samples = None, [owner if slot in self.fresh and owner else self.last
+                                     for slot, owner in enumerate(owners)]  # fmt: skip
         else:
-            slots = sorted(self.fresh)
-            index = backend.asarray(np.array(slots), dtype="int64", like=like)
-            samples = [owner for owner in map(owners.__getitem__, slots) if owner is not None]
-        return Arrivals(rows, index, tuple(each.z0 for each in samples), tuple(each.args for each in samples))
+            places = np.array(sorted(self.fresh))
+            samples = [owner for owner in map(owners.__getitem__, places) if owner is not None]
+        return Arrivals(rows, places, tuple(each.z0 for each in samples), tuple(each.args for each in samples))
 
     def _results(self, done: list[int], carry: LoopState, evaluations: Array) -> list[StreamResult]:
         backend = self.plan.backend

@@ -66,13 +66,13 @@ class Arrivals(NamedTuple):
 
     Attributes:
         rows: their slots, `(slots,)` of bool; None: there are none (eager backends only).
-        index: their slots, `(k,)` of int32; None: z0 and args have an entry for each slot.
+        places: their slots, a NumPy array `(k,)`; None: z0 and args have an entry for each slot.
         z0: leaves of z0 of each new sample; for each slot, any sample's where there is no new one.
         args: leaves of its arguments in the same way.
     """
 
     rows: Array | None
-    index: Array | None
+    places: Any
     z0: tuple[tuple[Array, ...], ...]
     args: tuple[tuple[Array, ...], ...]
 
@@ -99,37 +99,35 @@ class Opening:
         )
 
 
-@dataclass(frozen=True)
 class Seats:
     """The slots of new samples, whose rows are written and read by index, or by a mask if there is no index.
 
     Attributes:
-        backend: the backend of the arrays.
         rows: see `Arrivals`.
-        index: see `Arrivals`.
         z0: initial iterates, `(k, n)`; with a mask `(slots, n)`.
     """
 
-    backend: Backend
-    rows: Array
-    index: Array | None
-    z0: Array
+    def __init__(self, backend: Backend, rows: Array, places: Any, z0: Array) -> None:
+        self.backend, self.rows, self.places, self.z0 = backend, rows, places, z0
+        self.index = None if places is None else backend.asarray(places, dtype="int64", like=z0)
 
-    def put(self, old: Array, new: Array) -> Array:
-        """Return `old` with `new`, which has a row for each row of z0, in the rows of new samples."""
-        if self.index is None:
-            return self.backend.select(self.rows, new, old)
-        if not _on_host(self.backend, old):
-            return self.backend.put(old, self.index, new)
-        end = old.copy()
-        end[self.backend.to_numpy(self.index)] = new
-        return end
+    def put(self, old: Array, new: Any) -> Array:
+        """Return `old` with `new`, which has a row for each row of z0 or is a number, in the rows of new samples."""
+        if _on_host(self.backend, old):
+            end = old.copy()
+            end[self.places] = new
+            return end
+        if isinstance(new, int | float):
+            new = self.backend.xp.full_like(self.take(old), new)
+        return (
+            self.backend.select(self.rows, new, old) if self.index is None else self.backend.put(old, self.index, new)
+        )
 
     def take(self, x: Array) -> Array:
         """Return the rows of `x` that belong to the rows of z0."""
         if self.index is None:
             return x
-        return x[self.backend.to_numpy(self.index)] if _on_host(self.backend, x) else self.backend.take(x, self.index)
+        return x[self.places] if _on_host(self.backend, x) else self.backend.take(x, self.index)
 
     def apply(self, body: Callable[[Any], Any], carry: Any) -> Any:
         """Return `body(carry)` if there are new samples. With an index there are."""
@@ -160,7 +158,7 @@ class Round:
         limits = Limits.of(backend.xp, backend.eps(slots.carry.z), budget.rtol, budget.atol, self.patience)
         seats = None
         if arrivals.rows is not None:
-            seats = Seats(backend, arrivals.rows, arrivals.index, _stacked(backend, arrivals.z0))
+            seats = Seats(backend, arrivals.rows, arrivals.places, _stacked(backend, arrivals.z0))
             slots = seats.apply(lambda slots: self._seated(slots, seats, arrivals.args), slots)
         carry = read(backend, slots.carry) or slots.carry
         loop = (HostLoop if _on_host(backend, carry.status) else DeviceLoop)(
@@ -188,15 +186,10 @@ class Round:
             best_z=seats.put(carry.best_z, seats.z0),
             best_fz=seats.put(carry.best_fz, seats.z0),
             state=state,
-            **{name: self._filled(seats, getattr(carry, name), value) for name, value in _PENDING.items()},
+            **{name: seats.put(getattr(carry, name), value) for name, value in _PENDING.items()},
         )
         placed = zip(slots.args, zip(*args, strict=True), strict=True)
         return Slots(carry, tuple(seats.put(old, backend.xp.stack(list(new))) for old, new in placed))
-
-    def _filled(self, seats: Seats, old: Array, value: float) -> Array:
-        """Return a figure with one number in all seats."""
-        xp = np if _on_host(self.backend, old) else self.backend.xp
-        return seats.put(old, xp.full_like(seats.take(old), value))
 
     def _begun(self, carry: LoopState, seats: Seats, limits: Limits) -> LoopState:
         """Return the loop state in which new samples, evaluated by the last step, are before their first one."""
