@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -15,7 +16,7 @@ from deqcore.errors import BackendError, ConfigError, ConvergenceError, Converge
 from deqcore.solve.dispatch import pick_backend, plan_call
 from deqcore.solve.plan import Plan
 from deqcore.solve.refill import Arrivals, Budget, Opening, Round, Slots
-from deqcore.solve.sample import Layout, Sample
+from deqcore.solve.sample import Layout, Sample, Unravel
 from deqcore.solve.user_line import due, warn
 from deqcore.types import Array, LoopState, Status, Tree
 
@@ -254,9 +255,9 @@ class _Stream:
             layout.leaves(args),
             Round(backend, plan.solver, control.patience, single=self.every == 1, checks=self.checks),
         )
-        opening = Opening(backend, plan.solver, size)
-        make = backend.autodiff.staged(lambda z, *leaves: z, space.ravel(z0), layout.leaves(args), opening)
-        self.slots: Slots = make(first.z0, first.args)
+        apart = partial(backend.autodiff.staged, lambda z, *leaves: z, space.ravel(z0), layout.leaves(args))
+        self.slots: Slots = apart(Opening(backend, plan.solver, size))(first.z0, first.args)
+        self.unravel = apart(Unravel(backend, layout.z_kinds))
         self.last = first
 
     def seat(self, source: _Source, accept: Callable[[Tree, tuple[Any, ...], int], Sample]) -> bool:
@@ -293,8 +294,9 @@ class _Stream:
         traced = not backend.capabilities.eager
         if not self.fresh and not traced:
             return Arrivals(None, None, (), ())
-        like = self.slots.carry.z
-        rows = backend.asarray(np.array([slot in self.fresh for slot in range(len(owners))]), dtype="bool", like=like)
+        rows = np.array([slot in self.fresh for slot in range(len(owners))])
+        if not traced:  # a compiled round takes NumPy arrays, at a tenth of the time
+            rows = backend.asarray(rows, dtype="bool", like=self.slots.carry.z)
         if traced or not backend.capabilities.compaction:
             places, samples = None, [owner if slot in self.fresh and owner else self.last
                                      for slot, owner in enumerate(owners)]  # fmt: skip
@@ -307,16 +309,19 @@ class _Stream:
         backend = self.plan.backend
         residual, counts = _numpy(backend, carry.best_residual), backend.to_numpy(evaluations)
         status, found = _numpy(backend, carry.status), []
-        rows = backend.take(carry.best_z, backend.asarray(np.array(done, np.int32), dtype="int32", like=carry.z))
-        for place, slot in enumerate(done):
+        if backend.capabilities.eager:
+            index = backend.asarray(np.array(done, np.int32), dtype="int32", like=carry.z)
+            leaves = dict(zip(done, self.unravel(backend.take(carry.best_z, index)), strict=True))
+        else:  # one program, whichever slots they are
+            leaves = dict(enumerate(self.unravel(carry.best_z)))
+        for slot in done:
             sample, self.owner[slot] = self.owner[slot], None
             assert sample is not None
-            row = rows[place : place + 1]
             ended = Status(int(status[slot]))
             found.append(
                 StreamResult(
                     sample.index,
-                    self.layout.unravel(row),
+                    self.layout.iterate(leaves[slot]),
                     float(residual[slot]),
                     ended,
                     int(self.steps[slot]),
