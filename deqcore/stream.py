@@ -22,7 +22,7 @@ from deqcore.types import Array, LoopState, Status, Tree
 
 EVERY_ON_DEVICE: Final = 4  # steps between two looks at the statuses where a look waits for the device
 LONGEST: Final = 16  # steps of a round that ends when enough samples have stopped
-SHARE: Final = 8  # of a slot in so many: that is enough
+SHARE: Final = 8  # one free slot of so many is enough
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,14 @@ def solve_stream(
             each is computed from its own row alone. What is common to all items is closed over.
         inputs: items, each a tuple `(z0, *args)` of one sample, without a batch axis; with `start` a tuple `args`.
             Arrays have the same shapes and dtypes in all items. `None` means that no item is there at present: the
-            others continue. Items are taken when a slot is free, and not before.
+            others continue. Items are taken when slots are refilled, and not before.
         slots: the size of the batch, at least 1.
         ordered: yield results in the order of the items; finished ones wait for those before them. False: yield each
             one when it is finished.
         start: `start(*args)` returns z0 of an item.
-        config: as in `fixed_point`. `forward.check_every` is the number of steps between two refills ("auto": 1 on a
-            CPU, 4 on other devices). The settings of the backward pass do not matter.
+        config: as in `fixed_point`. `forward.check_every` is the number of steps between two refills. "auto" refills
+            once an eighth of the slots (at least one) is free, and after 16 steps at the latest; in eager mode on
+            other devices than a CPU every 4 steps. The settings of the backward pass do not matter.
         **overrides: as in `fixed_point`, such as `forward__rtol=1e-6`.
 
     Yields:
