@@ -229,11 +229,11 @@ class Round:
         left = (carry.status == int(Status.RUNNING)) & (carry.steps >= max_steps)
 
         def ended(carry: LoopState) -> LoopState:
-            xp, norms = backend.xp, [*residual_norms(backend, carry.z, carry.fz)]
+            xp, (residual, size) = backend.xp, residual_norms(backend, carry.z, carry.fz)
             if _on_host(backend, left):
-                xp, norms = np, [backend.host.numpy_view(norm) for norm in norms]
+                xp, residual, size = np, backend.host.numpy_view(residual), backend.host.numpy_view(size)
             with np.errstate(all="ignore"):
-                status = spent(xp, *norms, carry.path, carry.steps)
+                status = spent(xp, residual, size, carry.path, carry.steps)
             return carry._replace(status=xp.where(left, status, carry.status))
 
         if _on_host(backend, left):
