@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
 
 from deqcore import config as settings
+from deqcore.abc.backend import Backend
 from deqcore.config import Config
 from deqcore.errors import BackendError, ConfigError, ConvergenceError, ConvergenceWarning, ProblemError, described
 from deqcore.solve.dispatch import pick_backend, plan_call
 from deqcore.solve.plan import Plan
 from deqcore.solve.refill import Arrivals, Budget, Opening, Round, Slots
-from deqcore.solve.sample import Layout, Sample
+from deqcore.solve.sample import Layout, Sample, Unravel
 from deqcore.solve.user_line import due, warn
 from deqcore.types import Array, LoopState, Status, Tree
 
 EVERY_ON_DEVICE: Final = 4  # steps between two looks at the statuses where a look waits for the device
+LONGEST: Final = 16  # steps of a round that ends when enough samples have stopped
+SHARE: Final = 8  # one free slot of so many is enough
 
 
 @dataclass(frozen=True)
@@ -82,13 +86,14 @@ def solve_stream(
             each is computed from its own row alone. What is common to all items is closed over.
         inputs: items, each a tuple `(z0, *args)` of one sample, without a batch axis; with `start` a tuple `args`.
             Arrays have the same shapes and dtypes in all items. `None` means that no item is there at present: the
-            others continue. Items are taken when a slot is free, and not before.
+            others continue. Items are taken when slots are refilled, and not before.
         slots: the size of the batch, at least 1.
         ordered: yield results in the order of the items; finished ones wait for those before them. False: yield each
             one when it is finished.
         start: `start(*args)` returns z0 of an item.
-        config: as in `fixed_point`. `forward.check_every` is the number of steps between two refills ("auto": 1 on a
-            CPU, 4 on other devices). The settings of the backward pass do not matter.
+        config: as in `fixed_point`. `forward.check_every` is the number of steps between two refills. "auto" refills
+            once an eighth of the slots (at least one) is free, and after 16 steps at the latest; in eager mode on
+            other devices than a CPU every 4 steps. The settings of the backward pass do not matter.
         **overrides: as in `fixed_point`, such as `forward__rtol=1e-6`.
 
     Yields:
@@ -242,17 +247,18 @@ class _Stream:
         self.steps = np.zeros(size, np.int64)  # of each slot at the last look
         z0, args = layout.batch(first, size)
         space, flat = plan.space, plan.space.wrap(f)
-        self.every = _steps_in_round(control.check_every, backend, z0)
+        self.checks = control.check_every == "auto" and not _waits(backend, z0)
+        self.every = _steps_in_round(control.check_every, self.checks)
         self.max_steps = int(control.max_steps)
         self.run = backend.autodiff.staged(
             lambda z, *leaves: flat(z, *layout.arguments(leaves)),
             space.ravel(z0),
             layout.leaves(args),
-            Round(backend, plan.solver, control.patience, single=self.every == 1),
+            Round(backend, plan.solver, control.patience, single=self.every == 1, checks=self.checks),
         )
-        opening = Opening(backend, plan.solver, size)
-        make = backend.autodiff.staged(lambda z, *leaves: z, space.ravel(z0), layout.leaves(args), opening)
-        self.slots: Slots = make(first.z0, first.args)
+        apart = partial(backend.autodiff.staged, lambda z, *leaves: z, space.ravel(z0), layout.leaves(args))
+        self.slots: Slots = apart(Opening(backend, plan.solver, size))(first.z0, first.args)
+        self.unravel = apart(Unravel(backend, layout.z_kinds))
         self.last = first
 
     def seat(self, source: _Source, accept: Callable[[Tree, tuple[Any, ...], int], Sample]) -> bool:
@@ -274,38 +280,49 @@ class _Stream:
             return []
         # The first step of a new sample evaluates f at z0.
         left = min(self.max_steps + 1 if slot in self.fresh else self.max_steps - self.steps[slot] for slot in taken)
-        budget = Budget(control.rtol, control.atol, control.max_steps, int(min(self.every, left)))
+        spare = len(taken) - max(1, len(self.owner) // SHARE) if self.checks else 0
+        budget = Budget(control.rtol, control.atol, control.max_steps, int(min(self.every, left)), max(0, spare))
         self.slots, evaluations = self.run(self.slots, self._arrivals(), budget)
         self.fresh.clear()
         carry = self.slots.carry
-        status, self.steps = backend.to_numpy(carry.status), backend.to_numpy(carry.steps)
+        status, self.steps = _numpy(backend, carry.status), _numpy(backend, carry.steps)
         done = [slot for slot in taken if status[slot] != int(Status.RUNNING)]
         return self._results(done, carry, evaluations) if done else []
 
     def _arrivals(self) -> Arrivals:
-        """Return the new samples; an eager backend needs no mask if there are none."""
-        backend = self.plan.backend
-        samples = [owner if owner is not None and slot in self.fresh else self.last
-                   for slot, owner in enumerate(self.owner)]  # fmt: skip
-        rows: Array | None = None
-        if self.fresh or not backend.capabilities.eager:
-            mask = np.array([slot in self.fresh for slot in range(len(self.owner))])
-            rows = backend.asarray(mask, dtype="bool", like=self.slots.carry.z)
-        return Arrivals(rows, tuple(each.z0 for each in samples), tuple(each.args for each in samples))
+        """Return the new samples, each by its slot if the backend can write rows, else with fillers in all slots."""
+        backend, owners = self.plan.backend, self.owner
+        traced = not backend.capabilities.eager
+        if not self.fresh and not traced:
+            return Arrivals(None, None, (), ())
+        rows = np.array([slot in self.fresh for slot in range(len(owners))])
+        if not traced:  # a compiled round takes NumPy arrays, at a tenth of the time
+            rows = backend.asarray(rows, dtype="bool", like=self.slots.carry.z)
+        if traced or not backend.capabilities.compaction:
+            places, samples = None, [owner if slot in self.fresh and owner else self.last
+                                     for slot, owner in enumerate(owners)]  # fmt: skip
+        else:
+            places = np.array(sorted(self.fresh))
+            samples = [owner for owner in map(owners.__getitem__, places) if owner is not None]
+        return Arrivals(rows, places, tuple(each.z0 for each in samples), tuple(each.args for each in samples))
 
     def _results(self, done: list[int], carry: LoopState, evaluations: Array) -> list[StreamResult]:
         backend = self.plan.backend
-        residual, counts = backend.to_numpy(carry.best_residual), backend.to_numpy(evaluations)
-        status, found = backend.to_numpy(carry.status), []
+        residual, counts = _numpy(backend, carry.best_residual), backend.to_numpy(evaluations)
+        status, found = _numpy(backend, carry.status), []
+        if backend.capabilities.eager:
+            index = backend.asarray(np.array(done, np.int32), dtype="int32", like=carry.z)
+            leaves = dict(zip(done, self.unravel(backend.take(carry.best_z, index)), strict=True))
+        else:  # one program, whichever slots they are
+            leaves = dict(enumerate(self.unravel(carry.best_z)))
         for slot in done:
             sample, self.owner[slot] = self.owner[slot], None
             assert sample is not None
-            row = backend.take(carry.best_z, backend.asarray(np.array([slot], np.int32), dtype="int32", like=carry.z))
             ended = Status(int(status[slot]))
             found.append(
                 StreamResult(
                     sample.index,
-                    self.layout.unravel(row),
+                    self.layout.iterate(leaves[slot]),
                     float(residual[slot]),
                     ended,
                     int(self.steps[slot]),
@@ -315,9 +332,18 @@ class _Stream:
         return found
 
 
-def _steps_in_round(check_every: int | str, backend: Any, z0: Tree) -> int:
-    """Return the steps between two looks at the statuses."""
+def _numpy(backend: Backend, figure: Any) -> Any:
+    """Return a figure, which may be on the host already, as a NumPy array."""
+    return backend.to_numpy(figure) if backend.is_array(figure) else figure
+
+
+def _waits(backend: Backend, z0: Tree) -> bool:
+    """Return whether a look at the statuses within a round waits for a device. Compiled rounds look there."""
+    return backend.capabilities.eager and "cpu" not in str(backend.device_of(backend.flatten(z0)[0][0])).lower()
+
+
+def _steps_in_round(check_every: int | str, checks: bool) -> int:
+    """Return the steps of a round, at most."""
     if isinstance(check_every, int):
         return check_every
-    device = str(backend.device_of(backend.flatten(z0)[0][0])).lower()
-    return 1 if "cpu" in device else EVERY_ON_DEVICE
+    return LONGEST if checks else EVERY_ON_DEVICE

@@ -24,13 +24,17 @@ class DeviceLoop:
         spare: the loop ends once at most this many samples run.
     """
 
-    def __init__(self, backend: Backend, solver: Solver, f: Map, limits: Limits, spare: int = 0) -> None:
+    def __init__(self, backend: Backend, solver: Solver, f: Map, limits: Limits, spare: int | Array = 0) -> None:
         self.backend, self.solver, self.f, self.limits, self.spare = backend, solver, f, limits, spare
         self.pending = False
         self.waits = backend.capabilities.eager and backend.capabilities.accelerator
 
     def run(self, carry: LoopState, steps: int | Array, check_every: int | str) -> LoopState:
         """Return the loop state after at most `steps` steps."""
+        return self.advance(carry, steps, check_every)
+
+    def advance(self, carry: LoopState, steps: int | Array, check_every: int | str) -> LoopState:
+        """Return the same as `run`, as `HostLoop.advance` does on the host."""
         end: LoopState = self.backend.loop(self.running, self.step, carry, steps, check_every)
         return end
 
@@ -38,7 +42,8 @@ class DeviceLoop:
         """Return whether enough samples still run; on a device the same wait also reads whether steps were refused."""
         backend, xp = self.backend, self.backend.xp
         running = carry.status == int(Status.RUNNING)
-        going = xp.sum(xp.astype(running, xp.int32)) > self.spare if self.spare else xp.any(running)
+        none = isinstance(self.spare, int) and self.spare == 0
+        going = xp.any(running) if none else xp.sum(xp.astype(running, xp.int32)) > self.spare
         if not self.waits:
             return going
         both = 2 * xp.astype(going, xp.int32) + xp.astype(xp.any(refused(carry)), xp.int32)

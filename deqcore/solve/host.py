@@ -71,12 +71,17 @@ class HostLoop:
         """Return the loop state after at most `steps` steps, with figures that are arrays of the backend."""
         host = read(self.backend, carry)
         assert host is not None
-        with np.errstate(all="ignore"):
-            floor = self.limits.rtol * (self.limits.tiny * host.reference)
-            self.least = DOUBT * (floor + self.limits.atol)
-        last = self.backend.loop(self.running, self.step, host, steps, check_every)
+        last = self.advance(host, steps, check_every)
         end = written(self.backend, last)
         self.last = end, last
+        return end
+
+    def advance(self, carry: LoopState, steps: int | Array, check_every: int | str) -> LoopState:
+        """Return the loop state after at most `steps` steps; its figures are NumPy arrays before and after them."""
+        with np.errstate(all="ignore"):
+            floor = self.limits.rtol * (self.limits.tiny * carry.reference)
+            self.least = DOUBT * (floor + self.limits.atol)
+        end: LoopState = self.backend.loop(self.running, self.step, carry, steps, check_every)
         return end
 
     def running(self, carry: LoopState) -> bool:

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
+
+import numpy as np
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.history import History
 from deqcore.abc.solver import Solver, map_state
 from deqcore.linear.norms import residual_norms
 from deqcore.solve.device import DeviceLoop
-from deqcore.solve.host import HostLoop, read
+from deqcore.solve.host import HostLoop, on_host, read
 from deqcore.solve.loop import first_figures
 from deqcore.solve.step import masked, merge
 from deqcore.solve.termination import PENDING, spent
@@ -36,20 +38,22 @@ class Budget(NamedTuple):
         rtol: see `StoppingCriteria`.
         atol: see `StoppingCriteria`.
         max_steps: of each sample.
-        steps: of this round; no sample may exceed `max_steps` by them.
+        steps: of this round, at most; no sample may exceed `max_steps` by them.
+        spare: the round ends once at most this many samples run, if it checks.
     """
 
     rtol: Any
     atol: Any
     max_steps: Any
     steps: Any
+    spare: Any
 
 
 class Slots(NamedTuple):
     """What goes from round to round.
 
     Attributes:
-        carry: the loop state of all slots.
+        carry: the loop state of all slots; its figures are NumPy arrays if reading them costs no wait.
         args: leaves of the arguments, each stacked over the slots.
     """
 
@@ -62,11 +66,13 @@ class Arrivals(NamedTuple):
 
     Attributes:
         rows: their slots, `(slots,)` of bool; None: there are none (eager backends only).
-        z0: leaves of z0 of each slot's new sample, any sample's in the other slots.
+        places: their slots, a NumPy array `(k,)`; None: z0 and args have an entry for each slot.
+        z0: leaves of z0 of each new sample; for each slot, any sample's where there is no new one.
         args: leaves of its arguments in the same way.
     """
 
     rows: Array | None
+    places: Any
     z0: tuple[tuple[Array, ...], ...]
     args: tuple[tuple[Array, ...], ...]
 
@@ -93,6 +99,41 @@ class Opening:
         )
 
 
+class Seats:
+    """The slots of new samples, whose rows are written and read by index, or by a mask if there is no index.
+
+    Attributes:
+        rows: see `Arrivals`.
+        z0: initial iterates, `(k, n)`; with a mask `(slots, n)`.
+    """
+
+    def __init__(self, backend: Backend, rows: Array, places: Any, z0: Array) -> None:
+        self.backend, self.rows, self.places, self.z0 = backend, rows, places, z0
+        self.index = None if places is None else backend.asarray(places, dtype="int64", like=z0)
+
+    def put(self, old: Array, new: Any) -> Array:
+        """Return `old` with `new`, which has a row for each row of z0 or is a number, in the rows of new samples."""
+        if _on_host(self.backend, old):
+            end = old.copy()
+            end[self.places] = new
+            return end
+        if isinstance(new, int | float):
+            new = self.backend.xp.full_like(self.take(old), new)
+        return (
+            self.backend.select(self.rows, new, old) if self.index is None else self.backend.put(old, self.index, new)
+        )
+
+    def take(self, x: Array) -> Array:
+        """Return the rows of `x` that belong to the rows of z0."""
+        if self.index is None:
+            return x
+        return x[self.places] if _on_host(self.backend, x) else self.backend.take(x, self.index)
+
+    def apply(self, body: Callable[[Any], Any], carry: Any) -> Any:
+        """Return `body(carry)` if there are new samples. With an index there are."""
+        return body(carry) if self.index is not None else self.backend.cond(self.rows, body, carry)
+
+
 @dataclass(frozen=True)
 class Round:
     """Seat new samples and take steps. Two rounds are equal if a tracing backend may use one program for both.
@@ -102,72 +143,72 @@ class Round:
         solver: the method.
         patience: see `StoppingCriteria`.
         single: every round is one step, so that no loop is compiled.
+        checks: whether a round looks after each step whether enough samples have stopped.
     """
 
     backend: Backend
     solver: Solver
     patience: int
     single: bool
+    checks: bool
 
     def __call__(self, bind: Bind, slots: Slots, arrivals: Arrivals, budget: Budget) -> tuple[Slots, Array]:
         """Return the slots after the round, and the evaluations of f of each sample `(slots,)`."""
-        backend, rows = self.backend, arrivals.rows
-        like = slots.carry.z
-        limits = Limits.of(backend.xp, backend.eps(like), budget.rtol, budget.atol, self.patience)
-        z0 = like
-        if rows is not None:
-            z0 = _stacked(backend, arrivals.z0)
-            slots = backend.cond(rows, lambda slots: self._seated(slots, rows, z0, arrivals.args), slots)
-        carry, f = slots.carry, bind(slots.args)
-        host = read(backend, carry) is not None
-        loop = (HostLoop if host else DeviceLoop)(backend, self.solver, f, limits)
-        carry = loop.run(carry, 1, 1)
-        if rows is not None:
-            carry = backend.cond(rows, lambda carry: self._begun(carry, rows, z0, limits), carry)
+        backend = self.backend
+        limits = Limits.of(backend.xp, backend.eps(slots.carry.z), budget.rtol, budget.atol, self.patience)
+        seats = None
+        if arrivals.rows is not None:
+            seats = Seats(backend, arrivals.rows, arrivals.places, _stacked(backend, arrivals.z0))
+            slots = seats.apply(lambda slots: self._seated(slots, seats, arrivals.args), slots)
+        carry = read(backend, slots.carry) or slots.carry
+        loop = (HostLoop if _on_host(backend, carry.status) else DeviceLoop)(
+            backend, self.solver, bind(slots.args), limits, budget.spare
+        )
+        carry = loop.advance(carry, 1, 1)
+        if seats is not None:
+            carry = seats.apply(lambda carry: self._begun(carry, seats, limits), carry)
         if not self.single:
-            carry = loop.run(carry, budget.steps - 1, _NO_CHECK)
+            carry = loop.advance(carry, budget.steps - 1, 1 if self.checks else _NO_CHECK)
         carry = self._expired(carry, budget.max_steps)
         carry = carry._replace(state=masked(carry.state, None))
-        return Slots(carry, slots.args), self.solver.evaluations(backend, carry.steps, carry.state)
+        steps = backend.host.from_numpy_view(carry.steps) if _on_host(backend, carry.steps) else carry.steps
+        return Slots(carry, slots.args), self.solver.evaluations(backend, steps, carry.state)
 
-    def _seated(self, slots: Slots, rows: Array, z0: Array, args: tuple[tuple[Array, ...], ...]) -> Slots:
-        """Return the slots with z0 in `rows`, where the next step evaluates f."""
-        backend, xp, solver, carry = self.backend, self.backend.xp, self.solver, slots.carry
-        z = backend.select(rows, z0, carry.z)
-        state = merge(backend, rows, solver.init(backend, z, z), carry.state)
-        state = _forgotten(solver.restarted(backend, rows, z, state), rows)
-        nothing, unknown = xp.zeros_like(carry.peak), xp.full_like(carry.peak, float("inf"))
-        figures = {"best_residual": unknown, "reference": nothing, "peak": nothing, "mark": unknown, "tried": unknown}
+    def _seated(self, slots: Slots, seats: Seats, args: tuple[tuple[Array, ...], ...]) -> Slots:
+        """Return the slots with z0 in the seats, where the next step evaluates f."""
+        backend, solver, carry = self.backend, self.solver, slots.carry
+        z = seats.put(carry.z, seats.z0)
+        state = merge(backend, seats.rows, solver.init(backend, z, z), carry.state)
+        state = _forgotten(solver.restarted(backend, seats.rows, z, state), seats.rows)
         carry = carry._replace(
             z=z,
-            fz=backend.select(rows, z0, carry.fz),
-            best_z=backend.select(rows, z0, carry.best_z),
-            best_fz=backend.select(rows, z0, carry.best_fz),
+            fz=seats.put(carry.fz, seats.z0),
+            best_z=seats.put(carry.best_z, seats.z0),
+            best_fz=seats.put(carry.best_fz, seats.z0),
             state=state,
-            status=xp.where(rows, xp.full_like(carry.status, int(Status.RUNNING)), carry.status),
-            steps=xp.where(rows, xp.zeros_like(carry.steps), carry.steps),
-            since=xp.where(rows, xp.full_like(carry.since, PENDING), carry.since),
-            length=xp.where(rows, xp.full_like(carry.length, 0.5), carry.length),
-            **{name: xp.where(rows, value, getattr(carry, name)) for name, value in figures.items()},
+            **{name: seats.put(getattr(carry, name), value) for name, value in _PENDING.items()},
         )
         placed = zip(slots.args, zip(*args, strict=True), strict=True)
-        return Slots(carry, tuple(backend.select(rows, xp.stack(list(new)), old) for old, new in placed))
+        return Slots(carry, tuple(seats.put(old, backend.xp.stack(list(new))) for old, new in placed))
 
-    def _begun(self, carry: LoopState, rows: Array, z0: Array, limits: Limits) -> LoopState:
-        """Return the loop state in which the samples `rows`, evaluated by the last step, are before their first one."""
-        backend, xp = self.backend, self.backend.xp
-        lost = rows & (carry.since < 0)  # f(z0) is not finite
-        z = backend.select(rows, z0, carry.z)
-        residual, size = residual_norms(backend, z, carry.fz)
-        residual = xp.where(lost, xp.full_like(residual, float("inf")), residual)
-        first = first_figures(xp, limits, residual, size, backend.norm(z))
+    def _begun(self, carry: LoopState, seats: Seats, limits: Limits) -> LoopState:
+        """Return the loop state in which new samples, evaluated by the last step, are before their first one."""
+        backend, z0, xp = self.backend, seats.z0, self.backend.xp
+        fz, lost = seats.take(carry.fz), seats.take(carry.since) < 0  # lost: f(z0) is not finite
+        norms = [*residual_norms(backend, z0, fz), backend.norm(z0)]
+        if _on_host(backend, lost):
+            xp, limits, norms = np, on_host(backend, limits), [backend.host.numpy_view(norm) for norm in norms]
+        norms[0] = xp.where(lost, xp.full_like(norms[0], float("inf")), norms[0])
+        with np.errstate(all="ignore"):
+            first = first_figures(xp, limits, *norms)
         first["status"] = xp.where(lost, xp.full_like(first["status"], int(Status.NONFINITE)), first["status"])
+        z = seats.put(carry.z, z0)
         return carry._replace(
             z=z,
-            best_z=backend.select(rows, z0, carry.best_z),
-            best_fz=backend.select(rows, carry.fz, carry.best_fz),
-            state=self._renewed(masked(carry.state, None), rows, z, carry.fz),
-            **{name: xp.where(rows, value, getattr(carry, name)) for name, value in first.items()},
+            best_z=seats.put(carry.best_z, z0),
+            best_fz=seats.put(carry.best_fz, fz),
+            state=self._renewed(masked(carry.state, None), seats.rows, z, carry.fz),
+            **{name: seats.put(getattr(carry, name), value) for name, value in first.items()},
         )
 
     def _renewed(self, state: Any, rows: Array, z: Array, fz: Array) -> Any:
@@ -184,19 +225,41 @@ class Round:
 
     def _expired(self, carry: LoopState, max_steps: Any) -> LoopState:
         """Return the loop state with the statuses of samples that have spent their budget."""
-        backend, xp = self.backend, self.backend.xp
+        backend = self.backend
         left = (carry.status == int(Status.RUNNING)) & (carry.steps >= max_steps)
 
         def ended(carry: LoopState) -> LoopState:
-            residual, size = residual_norms(backend, carry.z, carry.fz)
-            status = spent(xp, residual, size, carry.path, carry.steps)
+            xp, (residual, size) = backend.xp, residual_norms(backend, carry.z, carry.fz)
+            if _on_host(backend, left):
+                xp, residual, size = np, backend.host.numpy_view(residual), backend.host.numpy_view(size)
+            with np.errstate(all="ignore"):
+                status = spent(xp, residual, size, carry.path, carry.steps)
             return carry._replace(status=xp.where(left, status, carry.status))
 
+        if _on_host(backend, left):
+            return ended(carry) if left.any() else carry
         end: LoopState = backend.cond(left, ended, carry)
         return end
 
 
-_NO_CHECK = 2**30
+_NO_CHECK: Final = 2**30
+_PENDING: Final = {
+    "status": int(Status.RUNNING),
+    "steps": 0,
+    "best_residual": float("inf"),
+    "reference": 0.0,
+    "peak": 0.0,
+    "mark": float("inf"),
+    "since": PENDING,
+    "length": 0.5,
+    "tried": float("inf"),
+}
+"""Figures of a sample of which f has not been evaluated."""
+
+
+def _on_host(backend: Backend, figure: Any) -> bool:
+    """Return whether a figure is a NumPy array, of a backend whose arrays are something else."""
+    return isinstance(figure, np.ndarray) and not backend.is_array(figure)
 
 
 def _stacked(backend: Backend, samples: tuple[tuple[Array, ...], ...]) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,7 +109,9 @@ class Layout:
     def batch(self, sample: Sample, size: int) -> tuple[Tree, tuple[Any, ...]]:
         """Return z0 and the arguments of `size` copies of a sample."""
         xp = self.backend.xp
-        z0 = self._iterate([xp.stack([leaf] * size) for leaf in sample.z0])
+        stacked = [xp.stack([leaf] * size) for leaf in sample.z0]
+        pairs = zip(stacked, self.z_kinds, strict=True)
+        z0 = self.iterate([self.backend.from_pairs(z) if kind in REAL else z for z, (kind, _) in pairs])
         return z0, self.arguments(tuple(xp.stack([leaf] * size) for leaf in sample.args))
 
     def leaves(self, args: tuple[Any, ...]) -> tuple[Array, ...]:
@@ -122,21 +125,33 @@ class Layout:
         args: tuple[Any, ...] = self.backend.unflatten(self.structure, made)
         return args
 
-    def unravel(self, row: Array) -> Tree:
-        """Return the iterate of one sample from its row `(1, n)`."""
-        xp, leaves, start = self.backend.xp, [], 0
-        for kind, own in self.z_kinds:
+    def iterate(self, leaves: Sequence[Array]) -> Tree:
+        """Return an iterate of these leaves."""
+        return self.backend.unflatten(self.z_structure, leaves)
+
+
+@dataclass(frozen=True)
+class Unravel:
+    """Split rows into the leaves of iterates, for `Autodiff.staged`: a tracing backend compiles it.
+
+    Attributes:
+        backend: of the arrays.
+        kinds: dtype and shape of each leaf of one sample.
+    """
+
+    backend: Backend
+    kinds: tuple[tuple[str, tuple[int, ...]], ...]
+
+    def __call__(self, bind: Any, rows: Array) -> tuple[tuple[Array, ...], ...]:
+        """Return the leaves of each row of `rows` `(k, n)`."""
+        xp, parts, start = self.backend.xp, [], 0
+        for kind, own in self.kinds:
             shape = (*own, 2) if kind in REAL else own
             size = math.prod(shape)
-            leaves.append(xp.reshape(row[:, start : start + size], shape))
+            leaves = xp.reshape(rows[:, start : start + size], (-1, *shape))
+            parts.append(self.backend.from_pairs(leaves) if kind in REAL else leaves)
             start += size
-        return self._iterate(leaves)
-
-    def _iterate(self, leaves: list[Array]) -> Tree:
-        """Return the tree of the leaves of an iterate, of which complex ones are pairs."""
-        kinds = [kind for kind, _ in self.z_kinds]
-        turned = [self.backend.from_pairs(z) if kind in REAL else z for z, kind in zip(leaves, kinds, strict=True)]
-        return self.backend.unflatten(self.z_structure, turned)
+        return tuple(tuple(part[k] for part in parts) for k in range(rows.shape[0]))
 
 
 def _check_iterate(backend: Backend, leaf: Any) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from common import linear, part
 from jax import Array, lax, nn
-from looped_sudoku import CYCLES, HALTING, SEGMENTS
+from looped_sudoku import CYCLES, HALTING, SEGMENTS, at_depth
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 import deqcore
@@ -78,6 +81,22 @@ def until_solved(p: Any, clues: Array, cycles: int) -> tuple[Array, Array]:
     f = until(cell, Learnt(lambda state: stop(p, state[1])))
     solution = deqcore.fixed_point(f, begin(x), part(p, "deq.cell."), x, **HALTING, forward__max_steps=cycles)
     return logits(p, solution.value[1]).argmax(-1), solution.steps
+
+
+def deepened(side: Any, clues: Any, start: Any, depths: Iterable[int]) -> Iterator[tuple[Any, Any]]:
+    """Yield digits and residuals at growing depths of one loop, as NumPy arrays."""
+    state, done = (jnp.asarray(start), jnp.asarray(start)), 0
+    for depth in depths:
+        state, digits, residual = _further(side.params, clues, state, depth - done)
+        done = depth
+        yield np.asarray(digits), np.asarray(residual)
+
+
+@partial(jax.jit, static_argnums=3)
+def _further(p: Any, clues: Array, state: State, cycles: int) -> tuple[State, Array, Array]:
+    x = linear(p, "inject", clues)
+    solution = deqcore.fixed_point(cell, state, part(p, "deq.cell."), x, **at_depth(cycles))
+    return solution.value, logits(p, solution.value[1]).argmax(-1), solution.residual
 
 
 def halted(side: Any, clues: Any, cycles: int) -> tuple[Any, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from deqcore_torch.nn import DEQ
-from looped_sudoku import CYCLES, HALTING, HIDDEN, SEGMENTS, WIDTH
+from looped_sudoku import CYCLES, HALTING, HIDDEN, SEGMENTS, WIDTH, at_depth
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, relu, rms_norm
 
@@ -98,6 +99,18 @@ class Model(nn.Module):
         """Return the logit `(batch,)` that a puzzle is solved, from the mean and the largest of all positions."""
         sure = relu(answer).flatten(1, 3)
         return self.halt(torch.cat([sure.mean(1), sure.amax(1)], 1)).squeeze(1)
+
+
+def deepened(side: Any, clues: Any, start: Any, depths: Iterable[int]) -> Iterator[tuple[Any, Any]]:
+    """Yield digits and residuals at growing depths of one loop, as NumPy arrays."""
+    model, done = side.model.eval(), 0
+    clues, z = side.tensors([clues, start])
+    with torch.no_grad():
+        x, state = model.inject(clues), (z, z)
+        for depth in depths:
+            solution = model.deq.solve(x, z0=state, **at_depth(depth - done))
+            state, done = solution.value, depth
+            yield model.logits(state[1]).argmax(1).numpy(force=True), solution.residual.numpy(force=True)
 
 
 def halted(side: Any, clues: Any, cycles: int) -> tuple[Any, Any]:

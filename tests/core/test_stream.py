@@ -121,6 +121,27 @@ def test_a_batch_costs_the_mean_depth(be):
     assert total <= 4 * len(calls) <= total + 4 * deepest  # idle slots only where the stream ends
 
 
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+@pytest.mark.parametrize("shallow", [1, 2])
+def test_a_round_ends_when_an_eighth_of_the_slots_is_free_or_after_16_steps(backend, shallow):
+    pytest.importorskip(backend)
+    be = deqcore.get_backend(backend=backend)
+    f, items = problem(be, (0.99,) * (16 - shallow) + (0.1,) * shallow + (0.3, 0.9, 0.2, 0.95) * 5)
+    calls = []
+
+    def counted(*args):
+        calls.append(len(args[0]))
+        return f(*args)
+
+    settings = SETTINGS | {"forward__solver": "picard", "forward__max_steps": 2000}
+    results = deqcore.solve_stream(counted, items, slots=16, ordered=False, **settings)
+    first = [next(results) for _ in range(shallow)]
+    assert [result.index for result in first] == list(range(16 - shallow, 16))
+    assert len(calls) == (16 if shallow == 1 else max(result.evaluations for result in first))
+    found = sorted([*first, *results], key=lambda result: result.index)
+    assert_as_alone(be, f, items, found, settings)
+
+
 @pytest.mark.parametrize("solver", ["auto", "broyden"])
 def test_a_failing_item_leaves_with_its_status_and_harms_no_other(be, solver):
     f, items = problem(be, (0.5, 0.9, 0.3, 0.8, 0.7, 0.9))

@@ -99,7 +99,7 @@ def test_evaluation_has_the_results_of_the_loops_by_hand() -> None:
     common, example = importlib.import_module("common"), importlib.import_module("looped_sudoku")
     module = importlib.import_module("looped_sudoku_torch")
     rng = np.random.default_rng(0)
-    clues, _ = example.puzzles(rng, 3)
+    clues, _ = example.puzzles(rng, 3, (26, 34))
     weights = example.weights(rng)
     weights["halt.bias"] = np.full(1, 0.05, np.float32)  # one halts early, another late or never
     starts = [example.starts(rng, 3) for _ in range(3)]
