@@ -4,9 +4,10 @@ An exported program runs without Python, so it holds neither deqcore's solvers n
 steps of Anderson mixing over `HISTORY` differences (plain iteration for `forward.solver = "picard"`). Each sample stops
 at its own tolerance.
 
-Python runs the operators of a program one by one, so there are as few as possible. The differences of residuals are kept
-orthonormal, and those of values follow by linearity, so that coefficients are inner products and no equations are solved.
-A step that raises a sample's residual far above its best one returns to the best iterate and forgets the differences.
+Python runs the operators of a program one by one, so there are as few as possible. The differences of residuals are
+kept orthonormal, and those of values follow by linearity, so that coefficients are inner products and no equations are
+solved. A step that raises the residual of a sample far above its best one returns to the best iterate and forgets the
+differences.
 
 Source: He, Tang, Ho, Saad & Xi (2024), "nlTGCR: a class of nonlinear acceleration procedures based on conjugate
 residuals", for orthonormal differences.
@@ -62,11 +63,11 @@ def numbers(
 
 
 class State(NamedTuple):
-    """What the loop carries. A point is `(batch, 2n)`: f(z) − z beside f(z). Others but `step` and `history`: `(batch,)`."""
+    """What the loop carries. A point is f(z) − z, then f(z), `(batch, 2n)`. What names no shape has `(batch,)`."""
 
     step: Tensor  # of the loop, a scalar
-    point: Tensor
-    best_point: Tensor
+    point: Tensor  # `(batch, 2n)`
+    best_point: Tensor  # `(batch, 2n)`
     best: Tensor  # its residual
     history: Tensor  # differences of points `(batch, HISTORY, 2n)`, whose halves of residuals are orthonormal
     valid: Tensor  # 1 for the differences that count, 0 for the others, `(batch, HISTORY)`
