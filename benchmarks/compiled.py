@@ -8,6 +8,8 @@ ways of running it take turns in every round, and ratios are taken within a roun
 - *graph break*: the layer cannot be captured, so that the compiler splits the model at the solve (PyTorch before 2.6).
 - *one graph*: `torch.compile(model, fullgraph=True)`, where the solve is one operator.
 - *cell compiled*: the same with `DEQ(torch.compile(cell))`.
+- *floor*: the evaluations and vjps of that step as compiled code without its guards, and one compiled step of MLP, cell
+  and MLP. Nothing in it decides, mixes or solves.
 
 An exported program has a solver of its own, so steps are given for both. `jax.export` runs in a fresh process.
 """
@@ -100,6 +102,7 @@ def training(width: int) -> Ways:
         "graph break": step(broken, torch.compile(broken), x),
         "one graph": step(one, torch.compile(one, fullgraph=True), x),
         "one graph, cell compiled": step(region, torch.compile(region, fullgraph=True), x),
+        "floor": floor(Model(width), x),
     }
 
 
@@ -116,6 +119,57 @@ def step(model: Model, run: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[
     """Return a call that takes the gradients of the parameters."""
     parameters = list(model.parameters())
     return lambda: torch.autograd.grad(run(x).square().mean(), parameters)
+
+
+def floor(model: Model, x: Tensor) -> Callable[[], object]:
+    """Return a call of what a step of the model evaluates, compiled."""
+    solution = model.layer.solve(x + model.before(x))
+    torch.autograd.grad((solution.value + model.after(solution.value)).square().mean(), list(model.parameters()))
+    assert solution.backward is not None
+    evaluations, vjps = int(solution.evaluations.max()), int(solution.backward.vjps.max())
+    z = solution.z.detach().requires_grad_()
+    f, whole = torch.compile(model.layer.cell), torch.compile(Once(model))
+    frozen = Block(x.shape[2]).requires_grad_(False)
+    vjp_of, final = torch.compile(frozen), step(model, lambda x: whole(z.detach(), x), x)
+    counted = step_parts(f, vjp_of, z, x, evaluations, vjps)
+
+    def run() -> None:
+        with torch.compiler.set_stance("default", skip_guard_eval_unsafe=True):
+            counted()
+            final()
+
+    counted(), final()  # compiled with guards
+    return run
+
+
+def step_parts(
+    f: Callable[..., Tensor], vjp_of: Callable[..., Tensor], z: Tensor, x: Tensor, evaluations: int, vjps: int
+) -> Callable[[], None]:
+    """Return a call of the evaluations of f and of the vjps by one record of it."""
+
+    def run() -> None:
+        with torch.no_grad():
+            for _ in range(evaluations):
+                f(z, x)
+        y = vjp_of(z, x)
+        for _ in range(vjps):
+            torch.autograd.grad(y, z, y.detach(), retain_graph=True)
+
+    return run
+
+
+class Once(nn.Module):
+    """The model with one evaluation of its cell in the place of the solve."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        """Return `(batch, tokens, width)`."""
+        z = self.model.layer.cell(z, x + self.model.before(x))
+        result: Tensor = z + self.model.after(z)
+        return result
 
 
 def data(width: int) -> Tensor:

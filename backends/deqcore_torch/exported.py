@@ -1,11 +1,16 @@
 """A solve as plain operators, for `torch.export`: one `while_loop` whose body evaluates f once.
 
 An exported program runs without Python, so it holds neither deqcore's solvers nor its histories. The loop takes the
-steps of Anderson mixing over the last `HISTORY` differences (plain iteration for `forward.solver = "picard"`), with
-coefficients by an unrolled elimination, which every runtime can execute. Each sample stops at its own
-tolerance and stays as it is.
+steps of Anderson mixing over `HISTORY` differences (plain iteration for `forward.solver = "picard"`). Each sample stops
+at its own tolerance.
 
-A step that raises a sample's residual far above its best one returns to the best iterate and forgets the differences.
+Python runs the operators of a program one by one, so there are as few as possible. The differences of residuals are
+kept orthonormal, and those of values follow by linearity, so that coefficients are inner products and no equations are
+solved. A step that raises the residual of a sample far above its best one returns to the best iterate and forgets the
+differences.
+
+Source: He, Tang, Ho, Saad & Xi (2024), "nlTGCR: a class of nonlinear acceleration procedures based on conjugate
+residuals", for orthonormal differences.
 """
 
 from __future__ import annotations
@@ -24,7 +29,8 @@ from deqcore.solve.dispatch import backend_named
 from deqcore.types import Status
 from deqcore_torch.layout import at_trace_time, describe, rebuilt, wide
 
-HISTORY: Final = 4
+HISTORY: Final = 8
+ROUNDING: Final = 64.0  # a difference below this multiple of eps times the best residual is rounding
 GROWTH: Final = 4.0  # a residual above this multiple of the best one is a step that failed
 
 Map: TypeAlias = Callable[[Tensor], Tensor]
@@ -57,19 +63,19 @@ def numbers(
 
 
 class State(NamedTuple):
-    """What the loop carries. `z` and `fz` are `(batch, n)`, histories `(batch, HISTORY, n)`, the rest `(batch,)`."""
+    """What the loop carries. A point is f(z) − z, then f(z), `(batch, 2n)`. What names no shape has `(batch,)`."""
 
     step: Tensor  # of the loop, a scalar
-    z: Tensor
-    fz: Tensor
-    residual: Tensor
-    best_z: Tensor
-    best_fz: Tensor
-    best: Tensor
-    values: Tensor  # differences of f(z)
-    residuals: Tensor  # differences of f(z) − z
+    point: Tensor  # `(batch, 2n)`
+    best_point: Tensor  # `(batch, 2n)`
+    best: Tensor  # its residual
+    history: Tensor  # differences of points `(batch, HISTORY, 2n)`, whose halves of residuals are orthonormal
+    valid: Tensor  # 1 for the differences that count, 0 for the others, `(batch, HISTORY)`
+    inner: Tensor  # products of the latest residual with those halves `(batch, HISTORY)`
+    fresh: Tensor  # no difference counts
     steps: Tensor
     running: Tensor
+    converged: Tensor
 
 
 def solve(
@@ -83,37 +89,36 @@ def solve(
     with torch.no_grad():
         start = _joined(z0, given.batch)
         at: Map = lambda z: _joined(f(_split(z, z0, given.batch), *args), given.batch)  # noqa: E731
-        first = _begin(at, start, given)
         carried = torch.while_loop(
             lambda *carry: State(*carry).running.any() & (State(*carry).step < given.max_steps),
             lambda *carry: tuple(_step(at, State(*carry), given)),
-            tuple(first),
+            tuple(_begin(at, start, given)),
         )
         end = State(*carried)
-        better = end.best < end.residual
-        z = torch.where(better[:, None], end.best_z, end.z)
-        residual = torch.where(better, end.best, end.residual)
-        status = _status(end, residual)
-        return _split(z, z0, given.batch), residual, status, end.steps, end.steps + 1
+        residual, fz = _halves(end.best_point)
+        stopped = torch.where(end.running, int(Status.MAX_STEPS), int(Status.NONFINITE))
+        status = torch.where(end.converged, int(Status.CONVERGED), stopped).to(torch.int32)
+        return _split(fz - residual, z0, given.batch), end.best, status, end.steps, end.steps + 1
 
 
 def _begin(at: Map, z: Tensor, given: Numbers) -> State:
     """Evaluate f at the initial iterate."""
     fz = _traced(at, z)
-    residual, size = _norm(fz - z), _norm(fz)
-    none = z.new_zeros((z.shape[0], HISTORY, z.shape[1]))
+    point, residual, size = _measured(z, fz)
+    met, going = _judged(residual, size, given)
+    kept = HISTORY if given.mixing else 0
     return State(
         step=torch.zeros((), dtype=torch.int64, device=z.device),
-        z=z + 0,
-        fz=fz + 0,
-        residual=residual,
-        best_z=z + 0,
-        best_fz=fz + 0,
+        point=point,
+        best_point=point + 0,
         best=residual + 0,
-        values=none,
-        residuals=none + 0,
+        history=z.new_zeros((z.shape[0], kept, 2 * z.shape[1])),
+        valid=z.new_zeros((z.shape[0], kept)),
+        inner=z.new_zeros((z.shape[0], kept)),
+        fresh=torch.ones_like(met),
         steps=torch.zeros_like(residual, dtype=torch.int32),
-        running=_unfinished(residual, size, given),
+        running=going,
+        converged=met,
     )
 
 
@@ -128,90 +133,81 @@ def _traced(at: Map, z: Tensor) -> Tensor:
 
 
 def _step(at: Map, old: State, given: Numbers) -> State:
-    """Take one step with the samples that run."""
-    r = old.fz - old.z
-    new = old.fz
-    if given.mixing:
-        new = new - (_coefficients(old.residuals, r)[:, :, None] * old.values).sum(1)
-    run = old.running[:, None]
-    z = torch.where(run, new, old.z)
-    fz = at(z)
-    residual = _norm(fz - z)
-    used = (old.residuals != 0).any(2).any(1) if given.mixing else torch.zeros_like(old.running)
-    failed = old.running & used & ~(residual <= GROWTH * old.best)
-    improved = old.running & (residual < old.best)
-    values, residuals = old.values + 0, old.residuals + 0
-    if given.mixing:
-        values = _shifted(old.values, fz - old.fz, old.running, failed)
-        residuals = _shifted(old.residuals, fz - z - r, old.running, failed)
-    back, taken = failed[:, None], improved[:, None]
-    at_z, at_fz = torch.where(back, old.best_z, z), torch.where(back, old.best_fz, fz)
+    """Take one step. Samples that do not run move, too, but keep their best point, which is the result."""
+    z = _mixed(old) if given.mixing else _halves(old.point)[1]
+    point, residual, size = _measured(z, at(z))
+    met, going = _judged(residual, size, given)
+    better = old.running & ((residual < old.best) | met)
+    best_point = torch.where(better[:, None], point, old.best_point)
+    if not given.mixing:
+        failed, history = torch.zeros_like(met), (old.history + 0, old.valid + 0, old.inner + 0)
+    else:
+        failed = ~((residual <= GROWTH * old.best) | old.fresh)
+        history = _extended(old, point, failed)
+        point = torch.where(failed[:, None], best_point, point)
     return State(
-        step=old.step + 1,
-        z=at_z,
-        fz=at_fz,
-        residual=torch.where(failed, old.best, residual),
-        best_z=torch.where(taken, z, old.best_z),
-        best_fz=torch.where(taken, fz, old.best_fz),
-        best=torch.where(improved, residual, old.best),
-        values=values,
-        residuals=residuals,
+        old.step + 1,
+        point,
+        best_point,
+        torch.where(better, residual, old.best),
+        *history,
+        fresh=failed,
         steps=old.steps + old.running.to(torch.int32),
-        running=old.running & (failed | _unfinished(residual, _norm(fz), given)),
+        running=old.running & (going | failed),
+        converged=old.converged | (old.running & met),
     )
 
 
-def _unfinished(residual: Tensor, size: Tensor, given: Numbers) -> Tensor:
-    """Return which samples continue. NaN compares as false: a sample whose f is not finite stops."""
-    return (residual > given.atol + given.rtol * size) & (residual < float("inf"))
+def _mixed(old: State) -> Tensor:
+    """Return f(z) − Σ γᵢ valuesᵢ `(batch, n)`, where Σ γᵢ residualsᵢ is the nearest to f(z) − z."""
+    (_, fz), (_, values) = _halves(old.point), _halves(old.history)
+    return fz - torch.bmm(old.inner.unsqueeze(1), values).squeeze(1)
 
 
-def _status(end: State, residual: Tensor) -> Tensor:
-    spent = torch.where(end.running, int(Status.MAX_STEPS), int(Status.CONVERGED))
-    finite = (end.residual < float("inf")) & (residual < float("inf"))
-    return torch.where(finite, spent, int(Status.NONFINITE)).to(torch.int32)
+def _extended(old: State, point: Tensor, failed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return history, `valid` and `inner` with the latest difference, orthogonal to the others, instead of the oldest.
 
-
-def _shifted(history: Tensor, new: Tensor, running: Tensor, failed: Tensor) -> Tensor:
-    moved = torch.cat([history[:, 1:], new[:, None]], 1)
-    kept = torch.where(running[:, None, None], moved, history)
-    return torch.where(failed[:, None, None], torch.zeros_like(kept), kept)
-
-
-def _coefficients(residuals: Tensor, r: Tensor) -> Tensor:
-    """Return the γ `(batch, HISTORY)` that minimise ‖r − Σ γᵢ residualsᵢ‖, by regularised normal equations."""
-    stored = _wide(residuals)
-    gram = stored @ stored.transpose(1, 2)
-    size = torch.diagonal(gram, dim1=1, dim2=2).sqrt()[:, :, None]
-    scale = torch.where(size > 0, size, 1.0)
-    # A difference that is not there yet has a row of zeros with 1 on the diagonal, so its coefficient is zero.
-    diagonal = torch.eye(HISTORY, dtype=stored.dtype, device=stored.device)
-    ridge = 16.0 * torch.finfo(stored.dtype).eps
-    matrix = torch.where(diagonal > 0, 1.0 + ridge, gram / (scale * scale.transpose(1, 2)))
-    solved = _solved(matrix, stored @ _wide(r)[:, :, None] / scale, diagonal)
-    return (solved / scale)[:, :, 0].to(residuals.dtype)
-
-
-def _solved(matrix: Tensor, right: Tensor, identity: Tensor) -> Tensor:
-    """Solve positive definite equations `(batch, HISTORY, HISTORY)` by Gauss–Jordan elimination, in few operators.
-
-    Pivots are at least 4 eps, because rounding may leave less of a nearly singular matrix.
+    What rounding leaves of a difference that depends on the others is dropped.
     """
-    floor = torch.where(identity > 0, 4.0 * torch.finfo(matrix.dtype).eps, -float("inf"))
-    table = torch.cat([matrix, right], 2)
-    for k in range(HISTORY):
-        column = torch.maximum(table[:, :, k : k + 1], floor[:, k : k + 1])
-        row = table[:, k : k + 1] / column[:, k : k + 1]
-        table = table - (column - identity[:, k : k + 1]) * row
-    return table[:, :, HISTORY:]
+    residuals, _ = _halves(old.history)
+    r, _ = _halves(point)
+    inner = (residuals * r.unsqueeze(1)).sum(2) * old.valid  # faster on CPUs than the product of a matrix and a vector
+    new = point - old.point - torch.bmm((inner - old.inner).unsqueeze(1), old.history).squeeze(1)
+    length = torch.linalg.vector_norm(_halves(new)[0], dim=1)
+    scale = torch.where(length > ROUNDING * torch.finfo(new.dtype).eps * old.best, length, float("inf"))
+    clear = failed.unsqueeze(1)
+    new = torch.where(clear, 0.0, new / scale.unsqueeze(1))
+    latest = (_halves(new)[0] * r).sum(1, keepdim=True)
+    history = torch.cat([old.history.narrow(1, 1, HISTORY - 1), new.unsqueeze(1)], 1)
+    valid = torch.cat([old.valid.narrow(1, 1, HISTORY - 1), torch.ones_like(latest)], 1)
+    inner = torch.cat([inner.narrow(1, 1, HISTORY - 1), latest], 1)
+    return history, torch.where(clear, 0.0, valid), torch.where(clear, 0.0, inner)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else x
+def _halves(point: Tensor) -> tuple[Tensor, Tensor]:
+    n = point.shape[-1] // 2
+    return point.narrow(-1, 0, n), point.narrow(-1, n, n)
 
 
-def _norm(v: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(_wide(v), dim=1)
+def _measured(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the point of z, ‖f(z) − z‖ and ‖f(z)‖."""
+    point = torch.cat([fz - z, fz], 1)
+    pairs = point.reshape(point.shape[0], 2, z.shape[1])
+    norms = torch.linalg.vector_norm(pairs.float() if _narrow(pairs.dtype) else pairs, dim=2)
+    residual, size = norms.unbind(1)
+    return point, residual, size
+
+
+def _narrow(dtype: torch.dtype) -> bool:
+    return dtype in (torch.float16, torch.bfloat16)
+
+
+def _judged(residual: Tensor, size: Tensor, given: Numbers) -> tuple[Tensor, Tensor]:
+    """Return which samples meet the tolerance, and which are finite and do not."""
+    goal = given.rtol * size
+    finite = residual < float("inf")
+    met = (residual <= (goal + given.atol if given.atol else goal)) & finite
+    return met, finite ^ met
 
 
 def _joined(tree: Any, batch: bool) -> Tensor:
