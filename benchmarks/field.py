@@ -175,7 +175,11 @@ def overview(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 def states(result: Mapping[str, Any]) -> str:
     """Return the memory by default and, if that differs, with the best settings."""
-    return " / ".join(dict.fromkeys(f"{each:.3g}" for each in result.get("memory", {}).values())) or "not measured"
+    return " / ".join(dict.fromkeys(map(_short, result.get("memory", {}).values()))) or "not measured"
+
+
+def _short(number: float) -> str:
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def grouped(result: Mapping[str, Any], checks: Iterable[str]) -> str:
