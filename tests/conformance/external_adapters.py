@@ -101,6 +101,7 @@ class Meddles(Right):
     def solve(self, f, z0, args, **numbers):
         np.seterr(over="raise")
         random.seed(0)
+        os.environ["OMP_NUM_THREADS"] = "3"
         return super().solve(f, z0, args, **numbers)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ from deqcore import errors
 from deqcore.cli import app
 from deqcore.testing.runner import card, conformance
 from deqcore.testing.runner.conformance import CaseOutcome, SuiteRequest
+from deqcore.testing.suite.external.settings import Settings
 
 Capture = pytest.CaptureFixture[str]
 
@@ -82,20 +86,36 @@ def test_after_some_deaths_the_rest_is_not_run():
 
 def test_what_it_prints_or_plots_is_reported():
     assert "it prints 'iteration 1'" in str(failures(check("prints", "prints")))
-    assert "it opens 1 figures" in str(failures(check("plots", "prints")))
+    assert "it opens 1 figure" in str(failures(check("plots", "prints")))
 
 
 def test_settings_that_it_changes_are_reported_and_restored():
     outcomes = check("meddles", "settings or start or constant or agree")
     assert failures(outcomes).keys() == {"test_settings_of_the_process_are_left_alone"}
-    assert "NumPy's handling of errors, Python's seed" in str(failures(outcomes))
+    assert "python random state, numpy error settings, environment variables" in str(failures(outcomes))
+
+
+def test_settings_of_the_process_are_restored(monkeypatch):
+    folder, streams, limit = Path.cwd(), (sys.stdout, sys.stderr), sys.getrecursionlimit()
+    monkeypatch.setenv("DEQCORE_TEST_KEPT", "1")
+    before = Settings.read(deqcore.get_backend(backend="numpy"))
+    os.chdir("/")
+    del os.environ["DEQCORE_TEST_KEPT"]
+    os.environ["DEQCORE_TEST_NEW"] = "1"
+    sys.setrecursionlimit(limit + 1)
+    sys.stdout, sys.stderr = StringIO(), StringIO()
+    assert before.restore() == [
+        "environment variables", "working directory", "recursion limit", "sys.stdout or sys.stderr",
+    ]  # fmt: skip
+    assert (Path.cwd(), (sys.stdout, sys.stderr), sys.getrecursionlimit()) == (folder, streams, limit)
+    assert os.environ["DEQCORE_TEST_KEPT"] == "1"
+    assert "DEQCORE_TEST_NEW" not in os.environ
+    assert before.restore() == []
 
 
 @pytest.mark.parametrize("framework", ["torch", "jax"])
 def test_settings_of_a_framework_are_reported_and_restored(framework):
     pytest.importorskip(framework)
-    from deqcore.testing.suite.external.settings import Settings
-
     harness = deqcore.get_backend(backend=framework).harness
     settings = Settings.read(deqcore.get_backend(backend=framework))
     name = {"torch": "torch default dtype", "jax": "jax.config.jax_debug_nans"}[framework]

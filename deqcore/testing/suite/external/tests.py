@@ -222,10 +222,10 @@ class ExternalSolverTests(Conformance):
         if pyplot is not None:
             pyplot.close("all")
         assert not (out + err).strip(), f"it prints {(out + err).strip().splitlines()[0][:200]!r}"
-        assert not figures, f"it opens {len(figures)} figures"
+        assert not figures, f"it opens {len(figures)} figure{'s' * (len(figures) > 1)}"
 
     def test_settings_of_the_process_are_left_alone(self, judge: Judge) -> None:
-        """Let the fixture compare dtypes, precision, grad mode, seeds, NumPy's errors, warnings' filters."""
+        """Let the fixture compare the settings of Python, NumPy and the framework with those before the solve."""
         judge.solve(cases.CURVED, "settings of the process must not change")
         if "gradient" in judge.solver.claims:
             judge.gradient(cases.CURVED, "settings of the process must not change")
