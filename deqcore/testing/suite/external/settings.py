@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,10 +13,6 @@ from deqcore.diagnostics.check.effects import PROCESS, restore, same
 
 def _set_filters(filters: Any) -> None:
     warnings.filters[:] = filters  # type: ignore[index]
-
-
-def _set_streams(streams: tuple[Any, Any]) -> None:
-    sys.stdout, sys.stderr = streams
 
 
 @dataclass(frozen=True)
@@ -42,7 +37,7 @@ class Settings:
     @staticmethod
     def read(backend: Backend) -> Settings:
         """Read all of them."""
-        own = {name: read() for name, (read, _) in (PROCESS | OUTPUT).items()}
+        own = {name: read() for name, (read, _) in (PROCESS | FILTERS).items()}
         return Settings(backend, own | backend.harness.global_state())
 
     def restore(self) -> list[str]:
@@ -50,14 +45,13 @@ class Settings:
         now = Settings.read(self.backend).values
         # A setting that an import has registered since does not count.
         changed = {name: value for name, value in self.values.items() if name in now and not same(value, now[name])}
-        for name in changed.keys() & OUTPUT.keys():
-            OUTPUT[name][1](changed[name])
-        restore(self.backend, {name: value for name, value in changed.items() if name not in OUTPUT})
+        for name in changed.keys() & FILTERS.keys():
+            FILTERS[name][1](changed[name])
+        restore(self.backend, {name: value for name, value in changed.items() if name not in FILTERS})
         return list(changed)
 
 
-OUTPUT: Final[Mapping[str, tuple[Callable[[], Any], Callable[[Any], object]]]] = {
+FILTERS: Final[Mapping[str, tuple[Callable[[], Any], Callable[[Any], object]]]] = {
     "filters of warnings": (lambda: list(warnings.filters), _set_filters),
-    "sys.stdout or sys.stderr": (lambda: (sys.stdout, sys.stderr), _set_streams),
 }
-"""What decides where messages go. A layer's check leaves these out, because it redirects output itself."""
+"""Left out by the check of layers, where the first call may import modules that add filters."""

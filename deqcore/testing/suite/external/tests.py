@@ -226,7 +226,11 @@ class ExternalSolverTests(Conformance):
 
     def test_settings_of_the_process_are_left_alone(self, judge: Judge) -> None:
         """Let the fixture compare the settings of Python, NumPy and the framework with those before the solve."""
+        streams = sys.stdout, sys.stderr  # pytest sets these again before the fixture ends
         judge.solve(cases.CURVED, "settings of the process must not change")
+        kept = (sys.stdout, sys.stderr) == streams
+        sys.stdout, sys.stderr = streams
+        assert kept, "a solve replaced sys.stdout or sys.stderr"
         if "gradient" in judge.solver.claims:
             judge.gradient(cases.CURVED, "settings of the process must not change")
 
