@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +165,18 @@ def test_best_settings_have_a_column_of_their_own(adapters: Path):
     made = card.card(request, outcomes, 1.0)
     assert list(made.columns) == ["numpy", "numpy, best settings"]
     assert made.verdict == "All 1 properties hold or are not claimed."
+
+
+def test_a_card_names_the_framework_and_a_command_that_finds_the_code():
+    failed = CaseOutcome("test_a_constant_f_is_solved[torch-right]", "torch", "failed", "0, not b", "", 1.0)
+    request = SuiteRequest("solver", "right", paths=(Path("/some code"),))
+    made = card.card(request, [failed], 1.0)
+    assert f"torch {metadata.version('torch')}" in made.about
+    assert made.verdict == "1 of 1 properties fail: 1 check."
+    (failure,) = made.failures
+    assert failure.command == (
+        "deqcore check solver right --path '/some code' -k test_a_constant_f_is_solved"
+    )  # fmt: skip
 
 
 def test_bad_arguments_are_told(capsys: Capture):
