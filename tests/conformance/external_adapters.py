@@ -113,6 +113,17 @@ class Mutes(Right):
         return super().solve(f, z0, args, **numbers)
 
 
+class Misshapes(Right):
+    def solve(self, f, z0, args, **numbers):
+        result = super().solve(f, z0, args, **numbers)
+        return result._replace(z=result.z[:, 0])
+
+
+class Words(Right):
+    def solve(self, f, z0, args, **numbers):
+        return super().solve(f, z0, args, **numbers)._replace(evaluations="many")
+
+
 class Modest(Right):
     """A library that promises nothing, and returns nothing but a solution."""
 

@@ -95,6 +95,12 @@ def test_settings_that_it_changes_are_reported_and_restored():
     assert "python random state, numpy error settings, environment variables" in str(failures(outcomes))
 
 
+def test_results_of_another_form_are_named():
+    assert "z must have the shape of z0, (1, 2) (got (1,))" in str(failures(check("misshapes", "constant_f")))
+    found = failures(check("words", "evaluations_are"))
+    assert "evaluations must be an integer, or an array of integers (1,) (got 'many')" in str(found)
+
+
 def test_a_stream_that_it_replaces_is_reported():
     assert "replaced sys.stdout" in str(failures(check("mutes", "settings")))
 
