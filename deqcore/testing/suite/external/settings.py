@@ -37,7 +37,7 @@ class Settings:
     @staticmethod
     def read(backend: Backend) -> Settings:
         """Read all of them."""
-        own = {name: read() for name, (read, _) in (PROCESS | FILTERS).items()}
+        own = {name: read() for name, (read, _) in {**PROCESS, **FILTERS}.items()}
         return Settings(backend, own | backend.harness.global_state())
 
     def restore(self) -> list[str]:
