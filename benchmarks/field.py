@@ -44,7 +44,8 @@ more in the state, from 256 to 512 numbers. It comes from tracemalloc (NumPy), t
 temporaries and results of the compiled program (JAX), and never from the memory of the process.
 [Failures](failures.md) has a script for each failure, and a text for its authors. The adapters are in
 `examples/adapters`; [Check a solver of another library](adapters.md) says how to write one. The seconds are those of
-the whole card, on a machine that was busy with other work. The first table sums up the tables of each property below.
+the whole card, in brackets those of the processor, on a machine that may have been busy with
+other work. The first table sums up the tables of each property below.
 
 """
 GROUPS: Final[Mapping[str, Sequence[str]]] = {
@@ -167,15 +168,23 @@ def overview(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the Markdown table of all solvers: a row each, a column for each group of properties."""
     heads = ["solver", *GROUPS, "memory", "seconds"]
     rows = [
-        [f"`{name}`", *(grouped(result, checks) for checks in GROUPS.values()), states(result), str(result["seconds"])]
+        [f"`{name}`", *(grouped(result, checks) for checks in GROUPS.values()), states(result), _time(result)]
         for name, result in results.items()
     ]
     return _markdown(heads, rows)
 
 
+def _time(result: Mapping[str, Any]) -> str:
+    return f"{result['seconds']} ({result['cpu']})" if "cpu" in result else str(result["seconds"])
+
+
 def states(result: Mapping[str, Any]) -> str:
     """Return the memory by default and, if that differs, with the best settings."""
-    return " / ".join(dict.fromkeys(f"{each:.3g}" for each in result.get("memory", {}).values())) or "not measured"
+    return " / ".join(dict.fromkeys(map(_short, result.get("memory", {}).values()))) or "not measured"
+
+
+def _short(number: float) -> str:
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def grouped(result: Mapping[str, Any], checks: Iterable[str]) -> str:
@@ -241,7 +250,8 @@ def _lower(text: str) -> str:
 
 def page(results: Mapping[str, Mapping[str, Any]], about: Mapping[str, str]) -> str:
     """Return the whole page."""
-    return HEADER.format(**about) + overview(results) + failures(results) + "\n## Each property\n\n" + tables(results)
+    dense = f'<div class="dense" markdown>\n\n{overview(results)}\n</div>\n'
+    return HEADER.format(**about) + dense + failures(results) + "\n## Each property\n\n" + tables(results)
 
 
 def versions(results: Mapping[str, Any]) -> str:

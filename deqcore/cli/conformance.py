@@ -82,7 +82,10 @@ def of_method(kind: SubjectKind, about: str) -> Callable[..., None]:
         check_json("--options", options, '{"history_size": 5}')
         check_json("--cost-bounds", cost_bounds, '{"slow-modes": 60}')
         search(path or ())
-        asked = SuiteRequest(kind, name, tuple(on or ()), device, options, cost_bounds, expect, select, limit=limit)
+        backends, paths = tuple(on or ()), tuple(path or ())
+        asked = SuiteRequest(
+            kind, name, backends, device, options, cost_bounds, expect, select, limit=limit, paths=paths
+        )
         run(asked, junit, as_json, report)
 
     command.__name__, command.__doc__ = kind, about

@@ -18,6 +18,7 @@ import pytest
 # Before the modules with the tests are imported, so that a bare assert shows what was compared.
 pytest.register_assert_rewrite("deqcore.testing.suite")
 
+from deqcore.api import get_backend  # noqa: E402
 from deqcore.config import Config  # noqa: E402
 from deqcore.errors import did_you_mean, listing  # noqa: E402
 from deqcore.testing.runner.isolation import Journal  # noqa: E402
@@ -75,6 +76,8 @@ class Results:
         if done:
             config.hook.pytest_deselected(items=done)
             items[:] = [item for item in items if item.name not in self.done]
+        for name in config.getoption("deqcore_backend") or ():
+            get_backend(backend=name)  # the import of a framework is not part of the first test's time
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """Note which test runs."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import signal
+import sys
 import time
 from dataclasses import dataclass
 
@@ -101,7 +103,25 @@ class Meddles(Right):
     def solve(self, f, z0, args, **numbers):
         np.seterr(over="raise")
         random.seed(0)
+        os.environ["OMP_NUM_THREADS"] = "3"
         return super().solve(f, z0, args, **numbers)
+
+
+class Mutes(Right):
+    def solve(self, f, z0, args, **numbers):
+        sys.stdout = io.StringIO()
+        return super().solve(f, z0, args, **numbers)
+
+
+class Misshapes(Right):
+    def solve(self, f, z0, args, **numbers):
+        result = super().solve(f, z0, args, **numbers)
+        return result._replace(z=result.z[:, 0])
+
+
+class Words(Right):
+    def solve(self, f, z0, args, **numbers):
+        return super().solve(f, z0, args, **numbers)._replace(evaluations="many")
 
 
 class Modest(Right):

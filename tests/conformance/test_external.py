@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ from deqcore import errors
 from deqcore.cli import app
 from deqcore.testing.runner import card, conformance
 from deqcore.testing.runner.conformance import CaseOutcome, SuiteRequest
+from deqcore.testing.suite.external.settings import Settings
 
 Capture = pytest.CaptureFixture[str]
 
@@ -82,20 +86,43 @@ def test_after_some_deaths_the_rest_is_not_run():
 
 def test_what_it_prints_or_plots_is_reported():
     assert "it prints 'iteration 1'" in str(failures(check("prints", "prints")))
-    assert "it opens 1 figures" in str(failures(check("plots", "prints")))
+    assert "it opens 1 figure" in str(failures(check("plots", "prints")))
 
 
 def test_settings_that_it_changes_are_reported_and_restored():
     outcomes = check("meddles", "settings or start or constant or agree")
     assert failures(outcomes).keys() == {"test_settings_of_the_process_are_left_alone"}
-    assert "NumPy's handling of errors, Python's seed" in str(failures(outcomes))
+    assert "python random state, numpy error settings, environment variables" in str(failures(outcomes))
+
+
+def test_results_of_another_form_are_named():
+    assert "z must have the shape of z0, (1, 2) (got (1,))" in str(failures(check("misshapes", "constant_f")))
+    found = failures(check("words", "evaluations_are"))
+    assert "evaluations must be an integer, or an array of integers (1,) (got 'many')" in str(found)
+
+
+def test_a_stream_that_it_replaces_is_reported():
+    assert "replaced sys.stdout" in str(failures(check("mutes", "settings")))
+
+
+def test_settings_of_the_process_are_restored(monkeypatch):
+    folder, limit = Path.cwd(), sys.getrecursionlimit()
+    monkeypatch.setenv("DEQCORE_TEST_KEPT", "1")
+    before = Settings.read(deqcore.get_backend(backend="numpy"))
+    os.chdir("/")
+    del os.environ["DEQCORE_TEST_KEPT"]
+    os.environ["DEQCORE_TEST_NEW"] = "1"
+    sys.setrecursionlimit(limit + 1)
+    assert before.restore() == ["environment variables", "working directory", "recursion limit"]
+    assert (Path.cwd(), sys.getrecursionlimit()) == (folder, limit)
+    assert os.environ["DEQCORE_TEST_KEPT"] == "1"
+    assert "DEQCORE_TEST_NEW" not in os.environ
+    assert before.restore() == []
 
 
 @pytest.mark.parametrize("framework", ["torch", "jax"])
 def test_settings_of_a_framework_are_reported_and_restored(framework):
     pytest.importorskip(framework)
-    from deqcore.testing.suite.external.settings import Settings
-
     harness = deqcore.get_backend(backend=framework).harness
     settings = Settings.read(deqcore.get_backend(backend=framework))
     name = {"torch": "torch default dtype", "jax": "jax.config.jax_debug_nans"}[framework]
@@ -144,6 +171,18 @@ def test_best_settings_have_a_column_of_their_own(adapters: Path):
     made = card.card(request, outcomes, 1.0)
     assert list(made.columns) == ["numpy", "numpy, best settings"]
     assert made.verdict == "All 1 properties hold or are not claimed."
+
+
+def test_a_card_names_the_framework_and_a_command_that_finds_the_code():
+    failed = CaseOutcome("test_a_constant_f_is_solved[torch-right]", "torch", "failed", "0, not b", "", 1.0)
+    request = SuiteRequest("solver", "right", paths=(Path("/some code"),))
+    made = card.card(request, [failed], 1.0)
+    assert f"torch {metadata.version('torch')}" in made.about
+    assert made.verdict == "1 of 1 properties fail: 1 check."
+    (failure,) = made.failures
+    assert failure.command == (
+        "deqcore check solver right --path '/some code' -k test_a_constant_f_is_solved"
+    )  # fmt: skip
 
 
 def test_bad_arguments_are_told(capsys: Capture):

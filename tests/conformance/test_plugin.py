@@ -273,7 +273,7 @@ def test_the_table_says_what_failed():
     assert "✗ 1 of 1" in text
     assert "✗ test_one[torch]: off by 3" in text
     assert "1 known to fail" in text
-    assert "1 tests failed, 1 passed, 1 failed as expected, 1 do not apply" in text
+    assert "1 test failed, 1 passed, 1 failed as expected, 1 do not apply" in text
 
 
 def test_a_run_in_which_nothing_ran_is_not_ok():

@@ -67,6 +67,16 @@ def test_a_custom_derivative_that_is_right_and_one_that_is_wrong():
     assert not jax.config.jax_enable_x64
 
 
+def test_a_cell_with_constants_of_the_default_dtype():
+    def masked(z, w, x):
+        return jnp.tanh(z @ (w * jnp.tril(jnp.ones((4, 4)))) + x)
+
+    layer = lambda w, x: jax.lax.fori_loop(0, 40, lambda _, z: masked(z, w, x), jnp.zeros_like(x))
+    report = check_layer(LayerUnderTest(layer, masked, (jnp.asarray(W), jnp.asarray(X))))
+    assert report.ok, report.as_dict()
+    assert report.finding("dtype float64").status == "ok"
+
+
 def test_a_loop_without_a_reverse_mode_has_no_gradient():
     def layer(w, x):
         return jax.lax.while_loop(lambda z: jnp.max(jnp.abs(cell(z, w, x) - z)) > 1e-6, lambda z: cell(z, w, x), 0 * x)

@@ -6,7 +6,8 @@ import contextlib
 import io
 import os
 import random
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -46,14 +47,7 @@ class Watch:
         self._restore(lambda name: True)
 
     def _state(self) -> dict[str, Any]:
-        own = {
-            "numpy random state": np.random.get_state(),
-            "python random state": random.getstate(),
-            "numpy error settings": np.geterr(),
-            "environment variables": dict(os.environ),
-            "working directory": os.getcwd(),
-        }
-        return own | self.backend.harness.global_state()
+        return {name: read() for name, (read, _) in PROCESS.items()} | self.backend.harness.global_state()
 
     def _restore(self, chosen: Callable[[str], bool]) -> None:
         now = self._state()
@@ -61,31 +55,37 @@ class Watch:
             name: value for name, value in self.before.items() if name in now and not same(value, now[name])
         }  # a setting that an import registers does not count
         self.changed |= dict.fromkeys(changed)
-        _restore_own(changed)
-        rest = {name: value for name, value in changed.items() if name not in OWN and chosen(name)}
-        self.backend.harness.restore_global_state(rest)
-        if chosen("numpy random state"):
-            np.random.set_state(self.before["numpy random state"])
-            random.setstate(self.before["python random state"])
+        restore(self.backend, {name: value for name, value in changed.items() if chosen(name)})
 
 
-OWN: Final = (
-    "numpy random state",
-    "python random state",
-    "numpy error settings",
-    "environment variables",
-    "working directory",
-)
+def _environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in RUNNER}
 
 
-def _restore_own(changed: dict[str, Any]) -> None:
-    if "numpy error settings" in changed:
-        np.seterr(**changed["numpy error settings"])
-    if "environment variables" in changed:
-        os.environ.clear()
-        os.environ.update(changed["environment variables"])
-    if "working directory" in changed:
-        os.chdir(changed["working directory"])
+def _set_environment(before: dict[str, str]) -> None:
+    for name in _environment().keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
+RUNNER: Final = ("PYTEST_CURRENT_TEST",)
+"""Variables of the environment that a test runner changes between the parts of a test."""
+PROCESS: Final[Mapping[str, tuple[Callable[[], Any], Callable[[Any], object]]]] = {
+    "numpy random state": (np.random.get_state, np.random.set_state),
+    "python random state": (random.getstate, random.setstate),
+    "numpy error settings": (np.geterr, lambda state: np.seterr(**state)),
+    "environment variables": (_environment, _set_environment),
+    "working directory": (os.getcwd, os.chdir),
+    "recursion limit": (sys.getrecursionlimit, sys.setrecursionlimit),
+}
+"""How each setting of Python and NumPy is read and set."""
+
+
+def restore(backend: Backend, changed: Mapping[str, Any]) -> None:
+    """Set settings of the process and of a framework to these values."""
+    for name in changed.keys() & PROCESS.keys():
+        PROCESS[name][1](changed[name])
+    backend.harness.restore_global_state({name: value for name, value in changed.items() if name not in PROCESS})
 
 
 def same(a: Any, b: Any) -> bool:

@@ -157,7 +157,11 @@ def _candidates(subject: Subject, exact: ExactAdjoint) -> Iterator[tuple[Array, 
     with np.errstate(all="ignore"):
         for matrix, name, remedy in (
             (eye + np.swapaxes(exact.jacobian, 1, 2), "the solution of (I + Jᵀ)u = g", sign),
-            (eye - exact.jacobian, "the solution of (I − J)u = g", "J is used where Jᵀ is needed: use a vjp, no jvp."),
+            (
+                eye - exact.jacobian,
+                "the solution of (I − J)u = g",
+                "J is used where Jᵀ is needed: use vjps, not jvps.",
+            ),
         ):
             try:
                 solution = np.linalg.solve(matrix, host(backend, g)[..., None])[..., 0]

@@ -201,9 +201,10 @@ def dtypes(subject: Subject, exact: ExactAdjoint) -> Iterator[Finding]:
     """Convert the layer and its inputs to other dtypes and compare."""
     own = subject.space.dtype
     claimed = subject.record.claims.dtypes
+    before = subject.residual(subject.z)  # with the user's precision: a constant of the cell may have the default dtype
     for dtype in claimed if claimed is not None else [{"float32": "float64", "float64": "float32"}.get(own, "float32")]:
         with subject.backend.harness.high_precision():
-            yield _converted(subject, exact, f"dtype {dtype}", {"dtype": dtype}, claimed is not None)
+            yield _converted(subject, exact, {"dtype": dtype}, before, claimed is not None)
 
 
 def devices(subject: Subject, exact: ExactAdjoint) -> Iterator[Finding]:
@@ -211,13 +212,15 @@ def devices(subject: Subject, exact: ExactAdjoint) -> Iterator[Finding]:
     here = str(subject.space.device)
     others = [name for name in subject.backend.harness.devices() if name not in here]
     for name in others:
-        yield _converted(subject, exact, f"device {name}", {"device": name}, claimed=False)
+        yield _converted(subject, exact, {"device": name}, subject.residual(subject.z), claimed=False)
     if not others:
         yield Finding("device", SKIPPED, "the same state on each device", f"this process has {here} alone")
 
 
-def _converted(subject: Subject, exact: ExactAdjoint, check: str, to: dict[str, str], claimed: bool) -> Finding:
-    expected = "the same state up to rounding"
+def _converted(subject: Subject, exact: ExactAdjoint, to: dict[str, str], before: Any, claimed: bool) -> Finding:
+    """Compare with a copy in another dtype or on another device; `before`: the residuals here, `(batch,)`."""
+    ((what, target),) = to.items()
+    check, expected = f"{what} {target}", "the same state up to rounding"
     backend = subject.backend
 
     def change(leaf: Array) -> Array:
@@ -244,7 +247,7 @@ def _converted(subject: Subject, exact: ExactAdjoint, check: str, to: dict[str, 
     size = np.linalg.norm(here, axis=1)
     gap = np.linalg.norm(there - here, axis=1)
     eps = max(backend.eps(subject.z), backend.eps(moved))
-    allowed = exact.gain * (2 * (subject.residual(subject.z) + residual) + ROUNDING * eps * size)
+    allowed = exact.gain * (2 * (before + residual) + ROUNDING * eps * size)
     i = int(np.argmax(np.where(np.isfinite(gap), gap - allowed, np.inf)))
     measured = (float(gap[i]), float(allowed[i]))
     return _distance(check, expected, subject, measured, f"sample {i} moves by", (

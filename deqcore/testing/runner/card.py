@@ -99,7 +99,7 @@ def card(request: SuiteRequest, outcomes: Sequence[CaseOutcome], seconds: float)
     bad = [case for case in outcomes if case.outcome == "failed"]
     failing = len({case.check for case in bad})
     verdict = (
-        f"{failing} of {len(checks)} properties fail: {len(bad)} checks."
+        f"{failing} of {len(checks)} properties fail: {len(bad)} check{'s' * (len(bad) > 1)}."
         if bad
         else f"All {len(checks)} properties hold or are not claimed."
     )
@@ -109,7 +109,9 @@ def card(request: SuiteRequest, outcomes: Sequence[CaseOutcome], seconds: float)
         for name, value in case.notes.items()
         if name != "code"
     ]
-    return Card(ok(outcomes), verdict, about(request, seconds), columns, rows, list(_failures(request, bad)), figures)
+    return Card(
+        ok(outcomes), verdict, about(request, columns, seconds), columns, rows, list(_failures(request, bad)), figures
+    )
 
 
 def cell(cases: Iterator[CaseOutcome]) -> Cell:
@@ -126,10 +128,11 @@ def cell(cases: Iterator[CaseOutcome]) -> Cell:
     return Cell("–" if claimed else NOT_CLAIMED, "none")
 
 
-def about(request: SuiteRequest, seconds: float) -> str:
-    """Return versions, machine, date and time."""
-    external = request.external
-    packages = ["deqcore", *(external.packages if external is not None else ()), "numpy"]
+def about(request: SuiteRequest, columns: Sequence[str], seconds: float) -> str:
+    """Return versions, machine, date and time; `columns` begin with the names of the backends that ran."""
+    external, backends = request.external, plugins.backends()
+    named = [backends[name].package for name in (column.partition(",")[0] for column in columns) if name in backends]
+    packages = ["deqcore", *(external.packages if external is not None else ()), *filter(None, named), "numpy"]
     versions = ", ".join(f"{name} {_version(name)}" for name in dict.fromkeys(packages))
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return f"{versions}; Python {platform.python_version()} on {platform.system()}. Made on {now} in {seconds:.0f} s."
@@ -154,7 +157,8 @@ def _failures(request: SuiteRequest, bad: Sequence[CaseOutcome]) -> Iterator[Car
             options = plain_options(request)
         given = f" --options {shlex.quote(options)}" if options else ""
         on = "" if request.external is not None else f" --backend {first.backend}"
-        command = f"deqcore check {request.kind} {request.name}{on}{given} -k {shlex.quote(first.check)}"
+        paths = "".join(f" --path {shlex.quote(str(path))}" for path in request.paths)
+        command = f"deqcore check {request.kind} {request.name}{on}{paths}{given} -k {shlex.quote(first.check)}"
         message = first.message.removeprefix("AssertionError: ")
         columns = ", ".join(dict.fromkeys(outcome.backend for outcome in same))
         yield CardFailure(

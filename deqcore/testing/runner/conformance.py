@@ -69,6 +69,7 @@ class SuiteRequest:
         select: only tests that match, as pytest's `-k`.
         first: stop at the first failure.
         limit: seconds that one test may take.
+        paths: folders of code that is not installed, which a report's commands name.
     """
 
     kind: SubjectKind
@@ -81,6 +82,7 @@ class SuiteRequest:
     select: str | None = None
     first: bool = False
     limit: float = LIMIT
+    paths: tuple[Path, ...] = ()
 
     @property
     def external(self) -> type[ExternalSolver] | None:

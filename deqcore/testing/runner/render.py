@@ -70,6 +70,11 @@ def _failures(outcomes: Sequence[CaseOutcome]) -> Iterable[Text]:
         yield Text(f"… and {len(bad) - LISTED} more (--json lists them all)", style="red")
 
 
+def tests(count: int) -> str:
+    """Return "1 test" or "2 tests"."""
+    return f"{count} test{'' if count == 1 else 's'}"
+
+
 def _summary(outcomes: Sequence[CaseOutcome], seconds: float) -> Text:
     count = {
         kind: sum(outcome.outcome == kind for outcome in outcomes)
@@ -77,10 +82,10 @@ def _summary(outcomes: Sequence[CaseOutcome], seconds: float) -> Text:
     }
     text = Text()
     if count["failed"]:
-        text.append(f"{count['failed']} tests failed", style="bold red")
+        text.append(f"{tests(count['failed'])} failed", style="bold red")
         text.append(f", {count['passed']} passed")
     elif count["passed"] or count["expected"]:
-        text.append(f"{count['passed']} tests passed", style="bold green")
+        text.append(f"{tests(count['passed'])} passed", style="bold green")
     else:
         text.append("No test ran", style="bold red")
     if count["expected"]:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import random
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-import numpy as np
-
 from deqcore.abc.backend import Backend
-from deqcore.diagnostics.check.effects import same
+from deqcore.diagnostics.check.effects import PROCESS, restore, same
 
 
 def _set_filters(filters: Any) -> None:
@@ -27,11 +24,11 @@ class Settings:
         values: by name.
 
     Example:
-        >>> import deqcore
+        >>> import deqcore, random
         >>> before = Settings.read(deqcore.get_backend(backend="numpy"))
         >>> random.seed(7)
         >>> before.restore()
-        ["Python's seed"]
+        ['python random state']
     """
 
     backend: Backend
@@ -40,7 +37,7 @@ class Settings:
     @staticmethod
     def read(backend: Backend) -> Settings:
         """Read all of them."""
-        own = {name: read() for name, (read, _) in COMMON.items()}
+        own = {name: read() for name, (read, _) in {**PROCESS, **FILTERS}.items()}
         return Settings(backend, own | backend.harness.global_state())
 
     def restore(self) -> list[str]:
@@ -48,16 +45,13 @@ class Settings:
         now = Settings.read(self.backend).values
         # A setting that an import has registered since does not count.
         changed = {name: value for name, value in self.values.items() if name in now and not same(value, now[name])}
-        for name in changed.keys() & COMMON.keys():
-            COMMON[name][1](changed[name])
-        self.backend.harness.restore_global_state({name: changed[name] for name in changed if name not in COMMON})
+        for name in changed.keys() & FILTERS.keys():
+            FILTERS[name][1](changed[name])
+        restore(self.backend, {name: value for name, value in changed.items() if name not in FILTERS})
         return list(changed)
 
 
-COMMON: Final[Mapping[str, tuple[Callable[[], Any], Callable[[Any], object]]]] = {
-    "NumPy's handling of errors": (np.geterr, lambda state: np.seterr(**state)),
-    "NumPy's seed": (np.random.get_state, np.random.set_state),
-    "Python's seed": (random.getstate, random.setstate),
+FILTERS: Final[Mapping[str, tuple[Callable[[], Any], Callable[[Any], object]]]] = {
     "filters of warnings": (lambda: list(warnings.filters), _set_filters),
 }
-"""How each setting of Python and NumPy is read and set."""
+"""Left out by the check of layers, where the first call may import modules that add filters."""

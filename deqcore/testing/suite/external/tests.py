@@ -222,11 +222,15 @@ class ExternalSolverTests(Conformance):
         if pyplot is not None:
             pyplot.close("all")
         assert not (out + err).strip(), f"it prints {(out + err).strip().splitlines()[0][:200]!r}"
-        assert not figures, f"it opens {len(figures)} figures"
+        assert not figures, f"it opens {len(figures)} figure{'s' * (len(figures) > 1)}"
 
     def test_settings_of_the_process_are_left_alone(self, judge: Judge) -> None:
-        """Let the fixture compare dtypes, precision, grad mode, seeds, NumPy's errors, warnings' filters."""
+        """Let the fixture compare the settings of Python, NumPy and the framework with those before the solve."""
+        streams = sys.stdout, sys.stderr  # pytest sets these again before the fixture ends
         judge.solve(cases.CURVED, "settings of the process must not change")
+        kept = (sys.stdout, sys.stderr) == streams
+        sys.stdout, sys.stderr = streams
+        assert kept, "a solve replaced sys.stdout or sys.stderr"
         if "gradient" in judge.solver.claims:
             judge.gradient(cases.CURVED, "settings of the process must not change")
 
@@ -262,16 +266,23 @@ class Judge:
             if may_raise:
                 return None
             raise
-        self._check(result, len(case.z0))
+        self._check(result, case)
         return result
 
-    def _check(self, result: Any, batch: int) -> None:
+    def _check(self, result: Any, case: Case) -> None:
         assert isinstance(result, ExternalResult), f"solve must return an ExternalResult (got {type(result).__name__})"
         for claim, value in (("status", result.converged), ("evaluations", result.evaluations)):
             assert value is not None or claim not in self.solver.claims, f"{claim} is claimed, but the result has none"
+        shape, (batch, n) = np.shape(self.numpy(result.z)), np.shape(case.z0)
+        assert shape == (batch, n), f"z must have the shape of z0, ({batch}, {n}) (got {shape})"
         if result.converged is not None:
             shape = self.numpy(result.converged).shape
             assert shape == (batch,), f"converged must have the shape ({batch},) (got {shape})"
+        if result.evaluations is not None:
+            given = result.evaluations
+            counts = self.numpy(given) if self.kit.backend.is_array(given) else np.asarray(given)
+            fits = counts.dtype.kind in "iu" and counts.shape in ((), (batch,))
+            assert fits, f"evaluations must be an integer, or an array of integers ({batch},) (got {given!r:.80})"
 
     def memory(self, case: Case) -> float | str:
         """Return how many states a solve holds at once; a solve that the measurement cannot run is not to blame."""
@@ -315,7 +326,8 @@ class Judge:
         except Exception:
             if not may_raise:
                 raise
-            result = None
+            return calls[0], None
+        self._check(result, case)
         return calls[0], result
 
 
