@@ -20,6 +20,7 @@ from deqcore_torch.layout import (
     autocast_dtype,
     batch_axes,
     describe,
+    is_named,
     placeholders,
     rebuilt,
     rows_shape,
@@ -47,7 +48,7 @@ def solve_function(
     leaves: list[Tensor] = []
     read: list[Tensor] = []
     moving: list[Tensor] = []
-    state, chosen = describe(z0, leaves), describe(overrides, moving)
+    state, chosen = describe(z0, leaves, named=True), describe(overrides, moving)
     carrying, given = _described(args, batched_args, read)
     if not takes_functions() or state is None or not given or chosen is None or moving or not leaves:
         return None
@@ -60,7 +61,7 @@ def solve_function(
         # The inputs of the graph are its tensors in the order of their first use.
         used = [tensor.view_as(tensor) for tensor in tensors]
         found: list[Tensor] = []
-        describe(f(rebuilt(z0, used[:count]), *rebuilt(args, used[count:])), found)
+        describe(f(rebuilt(z0, used[:count]), *rebuilt(args, used[count:])), found, named=True)
         like = tensors[0]
         return (*placeholders(like, rows_shape(like, axes)), *found)
 
@@ -79,7 +80,7 @@ def _described(args: tuple[Any, ...], batched_args: tuple[int, ...], read: list[
     plain = all(i in range(len(args)) for i in batched_args)  # an eager call names the error
     for i, arg in enumerate(args):
         found: list[Tensor] = []
-        plain = describe(arg, found) is not None and plain
+        plain = describe(arg, found, named=True) is not None and plain
         for tensor in found:
             if i in batched_args:
                 carrying.append(len(read))
@@ -137,7 +138,7 @@ def _exported(f: Any, z0: Any, args: tuple[Any, ...], call: tuple[Config | None,
     from deqcore_torch import exported
 
     leaves: list[Tensor] = []
-    if describe(z0, leaves) is None or not leaves:
+    if describe(z0, leaves, named=True) is None or not leaves:
         return None
     given = exported.Numbers(*exported.numbers(*call, leaves[0].dtype))
     value, residual, status, steps, evaluations = exported.solve(f, z0, args, given)
@@ -152,7 +153,7 @@ def _solution(like: Any, found: list[Tensor]) -> Solution:
 
 def _reported(value: Any, residual: Tensor, status: Tensor, steps: Tensor, evaluations: Tensor) -> Solution:
     leaves: list[Tensor] = []
-    describe(value, leaves)
+    describe(value, leaves, named=True)
     return Solution(
         value=value,
         residual=residual.detach(),
@@ -184,6 +185,8 @@ def _zeros(tree: Any) -> Any:
         return torch.zeros_like(tree)
     if isinstance(tree, dict):
         return {key: _zeros(value) for key, value in tree.items()}
+    if is_named(tree):
+        return type(tree)(*[_zeros(value) for value in tree])
     if isinstance(tree, list | tuple):
         return type(tree)([_zeros(value) for value in tree])
     return tree

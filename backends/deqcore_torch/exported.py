@@ -212,7 +212,7 @@ def _judged(residual: Tensor, size: Tensor, given: Numbers) -> tuple[Tensor, Ten
 
 def _joined(tree: Any, batch: bool) -> Tensor:
     leaves: list[Tensor] = []
-    describe(tree, leaves)
+    describe(tree, leaves, named=True)
     leaves = [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in leaves]
     parts = [
         (leaf.flatten(1) if leaf.dim() > 1 else leaf[:, None]) if batch else leaf.reshape(1, -1) for leaf in leaves
@@ -222,7 +222,7 @@ def _joined(tree: Any, batch: bool) -> Tensor:
 
 def _split(matrix: Tensor, like: Any, batch: bool) -> Any:
     leaves: list[Tensor] = []
-    describe(like, leaves)
+    describe(like, leaves, named=True)
     found, begin = [], 0
     for leaf in leaves:
         shape = (matrix.shape[0], *leaf.shape[1:]) if batch else tuple(leaf.shape)

@@ -20,12 +20,13 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def describe(tree: Tree, tensors: list[Tensor]) -> str | None:
+def describe(tree: Tree, tensors: list[Tensor], *, named: bool = False) -> str | None:
     """Return the text of a tree, with `...` for each tensor, and append the tensors; None if it holds other objects.
 
     Args:
         tree: tuples, lists, dicts with keys of type str or int, numbers, strings and None.
         tensors: receives the tensors in order.
+        named: named tuples are trees, too, as plain tuples in the text: for a caller that has the tree itself.
     """
     if isinstance(tree, Tensor):
         tensors.append(tree)
@@ -35,16 +36,25 @@ def describe(tree: Tree, tensors: list[Tensor]) -> str | None:
     if isinstance(tree, float):
         return repr(tree) if tree - tree == 0.0 else None
     if type(tree) is dict:
-        parts = [(repr(key), describe(value, tensors)) for key, value in tree.items() if isinstance(key, str | int)]
+        parts = [
+            (repr(key), describe(value, tensors, named=named))
+            for key, value in tree.items()
+            if isinstance(key, str | int)
+        ]
         if len(parts) < len(tree):
             return None
         texts = [None if text is None else f"{key}: {text}" for key, text in parts]
         return _joined("{", texts, "}")
     if type(tree) is list:
-        return _joined("[", [describe(value, tensors) for value in tree], "]")
-    if type(tree) is tuple:
-        return _joined("(", [describe(value, tensors) for value in tree], ",)" if tree else ")")
+        return _joined("[", [describe(value, tensors, named=named) for value in tree], "]")
+    if type(tree) is tuple or (named and is_named(tree)):
+        return _joined("(", [describe(value, tensors, named=named) for value in tree], ",)" if tree else ")")
     return None
+
+
+def is_named(tree: Tree) -> bool:
+    """Return whether this is a named tuple."""
+    return isinstance(tree, tuple) and hasattr(tree, "_fields")
 
 
 def _joined(start: str, texts: list[str | None], end: str) -> str | None:
@@ -76,6 +86,8 @@ def rebuilt(tree: Tree, values: list[Tensor]) -> Any:
         return values.pop(0)
     if isinstance(tree, dict):
         return {key: rebuilt(value, values) for key, value in tree.items()}
+    if is_named(tree):
+        return type(tree)(*[rebuilt(value, values) for value in tree])
     if isinstance(tree, list | tuple):
         return type(tree)([rebuilt(value, values) for value in tree])
     return tree

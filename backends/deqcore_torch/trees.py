@@ -14,6 +14,7 @@ import optree
 from torch import Tensor
 
 from deqcore.types import Tree
+from deqcore_torch.disable_dynamo import untraced
 
 NAMESPACE: Final = "deqcore"
 LEAF: Final = optree.tree_structure(0)  # the structure of a bare tensor, the usual state: found without optree
@@ -23,15 +24,25 @@ def flatten(tree: Tree) -> tuple[list[Any], Any]:
     """Split a tree into its leaves and its structure."""
     if isinstance(tree, Tensor):
         return [tree], LEAF
+    return _flattened(tree)
+
+
+@untraced  # the compiler has an optree of its own, whose structures equal none of the real ones
+def _flattened(tree: Tree) -> tuple[list[Any], Any]:
     leaves, structure = optree.tree_flatten(tree, namespace=NAMESPACE)
     if any(_adopt(type(leaf)) for leaf in leaves if not isinstance(leaf, Tensor)):
-        return flatten(tree)
+        return _flattened(tree)
     return leaves, structure
 
 
 def unflatten(structure: Any, leaves: Sequence[Any]) -> Any:
     """Undo `flatten`."""
-    return leaves[0] if structure is LEAF else optree.tree_unflatten(structure, leaves)
+    return leaves[0] if structure is LEAF else _unflattened(structure, leaves)
+
+
+@untraced
+def _unflattened(structure: Any, leaves: Sequence[Any]) -> Any:
+    return optree.tree_unflatten(structure, leaves)
 
 
 def tree_map(f: Callable[[Any], Any], tree: Tree) -> Any:

@@ -37,6 +37,7 @@ BACKENDS: Final = (
         package="torch",
         extra="torch",
         array_modules=("torch",),
+        compiler=("torch._dynamo", "deqcore_torch.captured"),
     ),
     BackendSpec(
         "jax",

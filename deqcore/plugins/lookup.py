@@ -163,11 +163,23 @@ def _function(target: str) -> Callable[[object], Any]:
 
 def contexts() -> list[Callable[[object], AbstractContextManager[object]]]:
     """Return the contexts that `deqcore.using` enters: those of the backends whose framework is imported."""
-    offered: Iterable[specs.Spec] = BUILTIN["backend"].values()
-    if manager.cache_info().currsize:  # a program that uses built-ins only never pays for discovery
-        offered = backends().values()
-    imported = [record for record in offered if isinstance(record, specs.BackendSpec) and record.package in sys.modules]
+    imported = [record for record in _known_backends() if record.package in sys.modules]
     return [_function(record.context) for record in imported if record.context]
+
+
+def load_compilers() -> None:
+    """Import what backends have for compilers that are imported."""
+    for record in _known_backends():
+        if record.compiler is not None and record.compiler[0] in sys.modules:
+            importlib.import_module(record.compiler[1])
+
+
+def _known_backends() -> list[specs.BackendSpec]:
+    """Return the backends that are known so far: a program that uses built-ins only never pays for discovery."""
+    offered: Iterable[specs.Spec] = BUILTIN["backend"].values()
+    if manager.cache_info().currsize:
+        offered = backends().values()
+    return [record for record in offered if isinstance(record, specs.BackendSpec)]
 
 
 def check_section(name: str, section: Mapping[str, object]) -> None:

@@ -95,6 +95,8 @@ class BackendSpec(Spec):
             a built-in backend owns may also be listed (`"numpy"`): the config then picks between the two.
         context: import string of a function `config -> context manager`, which `deqcore.using` enters if the framework
             is imported, so that code compiled under some settings is not used under others.
+        compiler: two modules: one that is imported once the framework's compiler is, and one that then calls
+            `deqcore.solve.capture.add_compiler`. Compiled code may call `fixed_point` before the backend is loaded.
 
     Example:
         >>> spec = BackendSpec("cupy", "deq_cupy:CupyBackend", package="cupy", array_modules=("cupy",))
@@ -106,6 +108,7 @@ class BackendSpec(Spec):
     extra: str | None = None
     array_modules: tuple[str, ...] = ()
     context: str | None = None
+    compiler: tuple[str, str] | None = None
 
     kind: ClassVar[Kind] = "backend"
 
@@ -120,6 +123,14 @@ class BackendSpec(Spec):
             )
         if self.context is not None:
             _check(self, "context", self.context, TARGET, "an import string, such as 'my_package.jit:context'")
+        modules = self.compiler
+        if modules is not None and not (
+            isinstance(modules, tuple) and len(modules) == 2 and all(isinstance(name, str) and name for name in modules)
+        ):
+            raise PluginError(
+                f"BackendSpec({self.name!r}): compiler must be two names of modules, such as "
+                f"('torch._dynamo', 'deqcore_torch.captured') (got {modules!r})."
+            )
 
 
 @dataclass(frozen=True)

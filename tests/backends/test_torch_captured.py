@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 
@@ -125,6 +127,48 @@ def test_the_report_is_in_tensors_and_a_graph_may_use_it():
         assert torch.equal(getattr(found, name), getattr(expected, name))
         assert getattr(found, name).dtype == getattr(expected, name).dtype
     assert counter.frame_count == 1
+
+
+class Motion(NamedTuple):
+    place: torch.Tensor
+    speed: torch.Tensor
+
+
+@dataclass
+class Registered:
+    place: torch.Tensor
+    speed: torch.Tensor
+
+
+def moving(kind):
+    """A solve for a state of two parts, and where it ends."""
+
+    def fn(x):
+        f = lambda z, x: kind(0.5 * z.place + z.speed, 0.1 * torch.tanh(z.place) + x)
+        return deqcore.fixed_point(f, kind(0.0 * x, 0.0 * x), x, forward__solver="picard").value.place
+
+    return fn
+
+
+def test_a_named_tuple_is_a_state_of_one_graph():
+    run, counter = counting(moving(Motion))
+    x, y = (data().requires_grad_() for _ in range(2))
+    y.data.copy_(x.data)
+    found, expected = run(x), moving(Motion)(y)
+    assert torch.equal(found, expected)
+    assert torch.allclose(*(torch.autograd.grad(each.sum(), given)[0] for each, given in ((found, x), (expected, y))))
+    assert counter.frame_count == 1
+
+
+def test_a_registered_class_is_a_state_across_a_graph_break():
+    """The compiler traces a tree library of its own, whose structures equal none of the real one's."""
+    pytree = torch.utils._pytree
+    if Registered not in pytree.SUPPORTED_NODES:
+        pytree.register_pytree_node(
+            Registered, lambda r: ([r.place, r.speed], None), lambda parts, _: Registered(*parts)
+        )
+    x = data()
+    assert torch.equal(torch.compile(moving(Registered), backend="eager")(x), moving(Registered)(x))
 
 
 @pytest.mark.parametrize("tree", [False, True])
@@ -304,7 +348,7 @@ def test_a_copied_or_restored_layer_is_another_problem(collect_new):
 
 
 FIRST = """
-import torch, deqcore, deqcore_torch.nn
+import torch, deqcore
 x = torch.full((2, 3), 0.5, dtype=torch.float64, requires_grad=True)
 solve = lambda x: deqcore.fixed_point(lambda z, x: 0.5 * z + x, 0 * x, x, forward__rtol=1e-10).value.sum()
 torch.compile(solve, backend="eager", fullgraph=True)(x).backward()

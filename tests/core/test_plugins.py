@@ -499,6 +499,8 @@ def test_records_validate_their_other_fields() -> None:
         StrategySpec("a", "b:c", summary=3)  # type: ignore[arg-type]
     with pytest.raises(errors.PluginError, match="array_modules"):
         BackendSpec("a", "b:c", array_modules="torch")  # type: ignore[arg-type]
+    with pytest.raises(errors.PluginError, match="compiler must be two names of modules"):
+        BackendSpec("a", "b:c", compiler=("torch._dynamo",))  # type: ignore[arg-type]
     with pytest.raises(errors.PluginError, match="the name of a backend"):
         TrainerSpec("a", "b:c", backend="")
 
