@@ -133,7 +133,7 @@ def _mixed(
     value = f(z)
     norm, size = measure(z, value)
     active = state.values.active
-    with np.errstate(invalid="ignore"):  # NaN is not sane
+    with np.errstate(all="ignore"):  # NaN is not sane, and any number is below an infinite limit
         sane = view(norm) <= solver.max_residual_growth * view(state.norm)
     if active is not None:
         sane |= ~view(active)
