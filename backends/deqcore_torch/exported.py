@@ -173,7 +173,7 @@ def _extended(old: State, point: Tensor, failed: Tensor) -> tuple[Tensor, Tensor
     r, _ = _halves(point)
     inner = (residuals * r.unsqueeze(1)).sum(2) * old.valid  # faster on CPUs than the product of a matrix and a vector
     new = point - old.point - torch.bmm((inner - old.inner).unsqueeze(1), old.history).squeeze(1)
-    length = torch.linalg.vector_norm(_halves(new)[0], dim=1)
+    length = _norm(_halves(new)[0], 1).to(new.dtype)
     scale = torch.where(length > ROUNDING * torch.finfo(new.dtype).eps * old.best, length, float("inf"))
     clear = failed.unsqueeze(1)
     new = torch.where(clear, 0.0, new / scale.unsqueeze(1))
@@ -193,13 +193,13 @@ def _measured(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the point of z, ‖f(z) − z‖ and ‖f(z)‖."""
     point = torch.cat([fz - z, fz], 1)
     pairs = point.reshape(point.shape[0], 2, z.shape[1])
-    norms = torch.linalg.vector_norm(pairs.float() if _narrow(pairs.dtype) else pairs, dim=2)
-    residual, size = norms.unbind(1)
+    residual, size = _norm(pairs, 2).to(wide(z.dtype)).unbind(1)
     return point, residual, size
 
 
-def _narrow(dtype: torch.dtype) -> bool:
-    return dtype in (torch.float16, torch.bfloat16)
+def _norm(x: Tensor, dim: int) -> Tensor:
+    """Return norms, summed in float64: squares of float32 numbers leave the range of float32 from 1e-23 and 1e19 on."""
+    return torch.linalg.vector_norm(x, dim=dim, dtype=torch.float64)
 
 
 def _judged(residual: Tensor, size: Tensor, given: Numbers) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 import sys
@@ -124,6 +125,19 @@ def test_more_unknowns_than_differences_take_few_steps(untraced):
     assert steps.max() <= 45  # plain iteration takes more than 500
     error = (value - x / (1 - scale)).norm(dim=1)
     assert (error <= 1e-6 * value.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-25, 1e20, 1e25])
+def test_other_units_give_the_same_steps(untraced, scale, dtype):
+    """Squares of these numbers leave the range of float32."""
+    a, b = 0.8 * torch.linalg.qr(torch.randn(N, N))[0].to(dtype), torch.randn(3, N).to(dtype)
+    given = exported.Numbers(1e-5 if dtype is torch.float32 else 1e-1, 0.0, 60, True, True)
+    f = lambda z, x: z @ a + x
+    one, other = (exported.solve(f, 0 * b, (b * unit,), given) for unit in (1.0, 2.0 ** round(math.log2(scale))))
+    assert torch.equal(other[0] / 2.0 ** round(math.log2(scale)), one[0])
+    assert other[2].tolist() == one[2].tolist() == [Status.CONVERGED] * 3
+    assert other[3].tolist() == one[3].tolist()
 
 
 def test_a_step_that_fails_returns_to_the_best_iterate(untraced):
