@@ -18,14 +18,12 @@ from __future__ import annotations
 
 import argparse
 import ast
-import gc
 import importlib
 import json
 import os
 import sys
 import time
 from collections.abc import Callable
-from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -193,14 +191,12 @@ def two_state(steps: int, damping: float = 0.5) -> tuple[Callable[[], Any], Call
 
 def peak(run: Callable[[], Any]) -> float:
     """Return the peak memory of a step in MB, from the events of PyTorch's allocator."""
-    from torch.profiler import ProfilerActivity, profile
+    from deqcore_torch.study import allocated
 
     run()
-    gc.collect()  # or what earlier steps left is given back in the profile, and lowers its sums
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        run()
-    events = [each for each in seen.profiler.kineto_results.events() if each.name() == "[memory]"]
-    return max(accumulate(each.nbytes() for each in sorted(events, key=lambda each: each.start_ns()))) / 1e6
+    found = allocated(run)
+    assert found is not None, "the profiler saw no allocation"
+    return found / 1e6
 
 
 def reversible(budget: float) -> dict[str, Any]:

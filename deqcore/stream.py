@@ -14,6 +14,7 @@ from deqcore.abc.backend import Backend
 from deqcore.config import Config
 from deqcore.errors import BackendError, ConfigError, ConvergenceError, ConvergenceWarning, ProblemError, described
 from deqcore.solve.dispatch import pick_backend, plan_call
+from deqcore.solve.host import is_read
 from deqcore.solve.plan import Plan
 from deqcore.solve.refill import Arrivals, Budget, Opening, Round, Slots
 from deqcore.solve.sample import Layout, Sample, Unravel
@@ -334,7 +335,7 @@ class _Stream:
 
 def _numpy(backend: Backend, figure: Any) -> Any:
     """Return a figure, which may be on the host already, as a NumPy array."""
-    return backend.to_numpy(figure) if backend.is_array(figure) else figure
+    return figure if is_read(backend, figure) else backend.to_numpy(figure)
 
 
 def _waits(backend: Backend, z0: Tree) -> bool:

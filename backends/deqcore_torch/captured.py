@@ -20,7 +20,7 @@ from deqcore_torch.layout import (
     autocast_dtype,
     batch_axes,
     describe,
-    is_named,
+    mapped,
     placeholders,
     rebuilt,
     rows_shape,
@@ -181,15 +181,7 @@ def takes_functions() -> bool:
 
 
 def _zeros(tree: Any) -> Any:
-    if isinstance(tree, Tensor):
-        return torch.zeros_like(tree)
-    if isinstance(tree, dict):
-        return {key: _zeros(value) for key, value in tree.items()}
-    if is_named(tree):
-        return type(tree)(*[_zeros(value) for value in tree])
-    if isinstance(tree, list | tuple):
-        return type(tree)([_zeros(value) for value in tree])
-    return tree
+    return mapped(torch.zeros_like, tree)
 
 
 if AVAILABLE:

@@ -82,14 +82,19 @@ def _filled(tree: Tree, tensors: Iterator[Tensor]) -> Any:
 
 def rebuilt(tree: Tree, values: list[Tensor]) -> Any:
     """Return a tree like `tree` with the next of `values` for each tensor, which it removes from the list."""
+    return mapped(lambda _: values.pop(0), tree)
+
+
+def mapped(fn: Callable[[Tensor], Any], tree: Tree) -> Any:
+    """Return a tree like `tree` with `fn` of each tensor; a compiler can trace it."""
     if isinstance(tree, Tensor):
-        return values.pop(0)
+        return fn(tree)
     if isinstance(tree, dict):
-        return {key: rebuilt(value, values) for key, value in tree.items()}
+        return {key: mapped(fn, value) for key, value in tree.items()}
     if is_named(tree):
-        return type(tree)(*[rebuilt(value, values) for value in tree])
+        return type(tree)(*[mapped(fn, value) for value in tree])
     if isinstance(tree, list | tuple):
-        return type(tree)([rebuilt(value, values) for value in tree])
+        return type(tree)([mapped(fn, value) for value in tree])
     return tree
 
 

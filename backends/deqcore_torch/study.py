@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -135,10 +136,7 @@ class TorchTrainer(Trainer):
             self.reset_peak()
             self.step(x, y, 0.0)
             return torch.cuda.max_memory_allocated(self._device) - before
-        gc.collect()  # or what earlier steps left is given back in the profile, and lowers its sums
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as run:
-            self.step(x, y, 0.0)
-        return _highest(run)
+        return allocated(partial(self.step, x, y, 0.0))
 
     def _solve(
         self, x: Tensor, config: Config, memory: deqcore.StrategyState | None = None
@@ -181,6 +179,14 @@ class TorchTrainer(Trainer):
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
+
+
+def allocated(task: Callable[[], object]) -> int | None:
+    """Return the highest sum of what a task allocates on the CPU, in bytes; None if the profiler saw nothing."""
+    gc.collect()  # or what earlier tasks left is given back in the profile, and lowers its sums
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as run:
+        task()
+    return _highest(run)
 
 
 def _highest(run: torch.profiler.profile) -> int | None:

@@ -24,7 +24,7 @@ DOUBT: Final = 1.0 + 2.0**-10  # covers the rounding of a quick test: what is cl
 
 def read(backend: Backend, carry: LoopState) -> LoopState | None:
     """Return the loop state with its figures as NumPy arrays, or None if that would cost a wait or a copy."""
-    if _is_read(backend, carry):
+    if is_read(backend, carry.status):
         return carry
     views = {}
     for name in FIGURES:
@@ -36,14 +36,14 @@ def read(backend: Backend, carry: LoopState) -> LoopState | None:
 
 def written(backend: Backend, carry: LoopState) -> LoopState:
     """Undo `read`; return a loop state whose figures are arrays of the backend as it is."""
-    if not _is_read(backend, carry):
+    if not is_read(backend, carry.status):
         return carry
     return carry._replace(**{name: backend.host.from_numpy_view(getattr(carry, name)) for name in FIGURES})
 
 
-def _is_read(backend: Backend, carry: LoopState) -> bool:
-    """Return whether the figures are NumPy arrays that are not arrays of the backend."""
-    return isinstance(carry.status, np.ndarray) and not backend.is_array(carry.status)
+def is_read(backend: Backend, figure: Any) -> bool:
+    """Return whether a figure is a NumPy array that is not an array of the backend."""
+    return isinstance(figure, np.ndarray) and not backend.is_array(figure)
 
 
 class HostLoop:

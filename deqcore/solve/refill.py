@@ -21,7 +21,7 @@ from deqcore.abc.history import History
 from deqcore.abc.solver import Solver, map_state
 from deqcore.linear.norms import residual_norms
 from deqcore.solve.device import DeviceLoop
-from deqcore.solve.host import HostLoop, on_host, read
+from deqcore.solve.host import HostLoop, is_read, on_host, read
 from deqcore.solve.loop import first_figures
 from deqcore.solve.step import masked, merge
 from deqcore.solve.termination import PENDING, spent
@@ -100,7 +100,7 @@ class Opening:
 
 
 class Seats:
-    """The slots of new samples, whose rows are written and read by index, or by a mask if there is no index.
+    """The slots of new samples, whose rows are written and read by index, or by a mask without one.
 
     Attributes:
         rows: see `Arrivals`.
@@ -113,7 +113,7 @@ class Seats:
 
     def put(self, old: Array, new: Any) -> Array:
         """Return `old` with `new`, which has a row for each row of z0 or is a number, in the rows of new samples."""
-        if _on_host(self.backend, old):
+        if is_read(self.backend, old):
             end = old.copy()
             end[self.places] = new
             return end
@@ -127,7 +127,7 @@ class Seats:
         """Return the rows of `x` that belong to the rows of z0."""
         if self.index is None:
             return x
-        return x[self.places] if _on_host(self.backend, x) else self.backend.take(x, self.index)
+        return x[self.places] if is_read(self.backend, x) else self.backend.take(x, self.index)
 
     def apply(self, body: Callable[[Any], Any], carry: Any) -> Any:
         """Return `body(carry)` if there are new samples. With an index there are."""
@@ -161,7 +161,7 @@ class Round:
             seats = Seats(backend, arrivals.rows, arrivals.places, _stacked(backend, arrivals.z0))
             slots = seats.apply(lambda slots: self._seated(slots, seats, arrivals.args), slots)
         carry = read(backend, slots.carry) or slots.carry
-        loop = (HostLoop if _on_host(backend, carry.status) else DeviceLoop)(
+        loop = (HostLoop if is_read(backend, carry.status) else DeviceLoop)(
             backend, self.solver, bind(slots.args), limits, budget.spare
         )
         carry = loop.advance(carry, 1, 1)
@@ -171,7 +171,7 @@ class Round:
             carry = loop.advance(carry, budget.steps - 1, 1 if self.checks else _NO_CHECK)
         carry = self._expired(carry, budget.max_steps)
         carry = carry._replace(state=masked(carry.state, None))
-        steps = backend.host.from_numpy_view(carry.steps) if _on_host(backend, carry.steps) else carry.steps
+        steps = backend.host.from_numpy_view(carry.steps) if is_read(backend, carry.steps) else carry.steps
         return Slots(carry, slots.args), self.solver.evaluations(backend, steps, carry.state)
 
     def _seated(self, slots: Slots, seats: Seats, args: tuple[tuple[Array, ...], ...]) -> Slots:
@@ -196,7 +196,7 @@ class Round:
         backend, z0, xp = self.backend, seats.z0, self.backend.xp
         fz, lost = seats.take(carry.fz), seats.take(carry.since) < 0  # lost: f(z0) is not finite
         norms = [*residual_norms(backend, z0, fz), backend.norm(z0)]
-        if _on_host(backend, lost):
+        if is_read(backend, lost):
             xp, limits, norms = np, on_host(backend, limits), [backend.host.numpy_view(norm) for norm in norms]
         norms[0] = xp.where(lost, xp.full_like(norms[0], float("inf")), norms[0])
         with np.errstate(all="ignore"):
@@ -230,13 +230,13 @@ class Round:
 
         def ended(carry: LoopState) -> LoopState:
             xp, (residual, size) = backend.xp, residual_norms(backend, carry.z, carry.fz)
-            if _on_host(backend, left):
+            if is_read(backend, left):
                 xp, residual, size = np, backend.host.numpy_view(residual), backend.host.numpy_view(size)
             with np.errstate(all="ignore"):
                 status = spent(xp, residual, size, carry.path, carry.steps)
             return carry._replace(status=xp.where(left, status, carry.status))
 
-        if _on_host(backend, left):
+        if is_read(backend, left):
             return ended(carry) if left.any() else carry
         end: LoopState = backend.cond(left, ended, carry)
         return end
@@ -255,11 +255,6 @@ _PENDING: Final = {
     "tried": float("inf"),
 }
 """Figures of a sample of which f has not been evaluated."""
-
-
-def _on_host(backend: Backend, figure: Any) -> bool:
-    """Return whether a figure is a NumPy array, of a backend whose arrays are something else."""
-    return isinstance(figure, np.ndarray) and not backend.is_array(figure)
 
 
 def _stacked(backend: Backend, samples: tuple[tuple[Array, ...], ...]) -> Array:

@@ -272,9 +272,8 @@ class Auto(Solver):
             return self.anderson.returned(backend, rows, usable, start.memory.target, memory)
 
         rows = refused & (start.progress.level == ACCELERATED)
-        memory = backend.cond(
-            refused, back, state.memory
-        )  # plain ones, too: a history may have planned their next point
+        # Where a plain sample is refused, too: a history may have planned the next point of all samples.
+        memory = backend.cond(refused, back, state.memory)
         size = backend.xp.where(refused, start.size, state.size)
         state = AutoState(memory, state.progress, state.newton, size)
         return backend.select(refused, z, moved), backend.select(refused, fz, value), state

@@ -20,7 +20,7 @@ from deqcore_torch.history import TorchHistory
 from deqcore_torch.native import kernels
 from deqcore_torch.native.linear import grow, least_squares, reach, secants
 from deqcore_torch.native.pool import run
-from deqcore_torch.native.views import everywhere, holds, masks, ones, plain, room, view
+from deqcore_torch.native.views import chosen, holds, masks, ones, plain, room, view
 
 __all__ = [
     "arnoldi", "grow", "keep", "least_squares", "measure", "norm", "plain", "probe", "project", "reach", "secants",
@@ -146,7 +146,7 @@ def _mixed(
     following = [room(array) for array in (z, state.system, state.scale, state.target, state.step)]
     ahead = room(z)
     rows, seen = masks(values, after)
-    going = everywhere(z.shape[0]) if running is None else view(running)
+    going = chosen(running, z.shape[0])
     run(
         kernels.anderson,
         z.shape[0],
@@ -212,7 +212,7 @@ def _progressed(
         norm.shape[0],
         norm.shape[0],
         *(view(figure) for figure in (norm, *old)),
-        everywhere(norm.shape[0]) if active is None else view(active),
+        chosen(active, norm.shape[0]),
         *(rules.slow, rules.plain_steps, rules.patience, rules.trial, rules.max_residual_growth),
         *(view(figure) for figure in after),
         event,

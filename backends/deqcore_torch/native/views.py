@@ -47,9 +47,13 @@ def ones(batch: int) -> Any:
     return np.ones(batch)
 
 
+def chosen(rows: Tensor | None, batch: int) -> Any:
+    """Return a mask of rows `(batch,)`; None means all of them."""
+    return everywhere(batch) if rows is None else view(rows)
+
+
 def masks(before: TorchHistory, after: TorchHistory) -> tuple[Any, Any]:
     """Return which rows are active, and which slots each has seen once the new one is written."""
     batch = after.store.batch
-    active = everywhere(batch) if before.active is None else view(before.active)
     seen = everywhere(batch, after.history_size) if after.seen is None else view(after.seen)
-    return active, seen
+    return chosen(before.active, batch), seen
