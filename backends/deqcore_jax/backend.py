@@ -30,7 +30,7 @@ from deqcore_jax.dtypes import single, wide
 from deqcore_jax.harness import JaxHarness
 from deqcore_jax.history import JaxHistory
 from deqcore_jax.kernels import JaxKernels, root
-from deqcore_jax.loop import loop
+from deqcore_jax.loop import is_recorded, loop
 
 pytrees.register()
 
@@ -75,8 +75,8 @@ class JaxBackend(Backend):
 
     @property
     def capabilities(self) -> Capabilities:  # type: ignore[override]
-        """The capabilities now: double precision is a switch of the process (or of a `with` block)."""
-        return replace(_CAPABILITIES, float64=bool(jax.config.jax_enable_x64))
+        """The capabilities now: double precision is a switch of the process, and recorded loops have fixed lengths."""
+        return replace(_CAPABILITIES, float64=bool(jax.config.jax_enable_x64), nested_loops=not is_recorded())
 
     def is_array(self, leaf: object) -> bool:
         return isinstance(leaf, jax.Array)

@@ -113,6 +113,19 @@ class Solver(ABC):
         """
         return self
 
+    def opening(self) -> Solver | None:
+        """Return a cheaper method for the first steps, or None.
+
+        It has the state of this method, takes the same steps, bit for bit, for the samples that it `serves`, and
+        leaves histories alone. Traced code takes its steps in a loop of their own, as long as it serves all samples
+        that run: a loop whose steps may write to a history copies vectors in each of them.
+        """
+        return None
+
+    def serves(self, backend: Backend, state: Any) -> Array | None:
+        """Return the samples `(batch,)` of bool whose next step this method takes as an `opening`; None: all."""
+        return None
+
     def started(self, backend: Backend, z: Array, state: Any) -> Array | None:
         """Return which samples are as after `init` now, if they were `restarted` at z one step ago `(batch,)`.
 

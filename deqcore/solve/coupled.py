@@ -42,15 +42,18 @@ class CoupledLoop(DeviceLoop):
         """Return the loop state before the first step of this loop."""
         return carry._replace(stale=self.backend.xp.zeros_like(carry.status) > 0)
 
-    def _stepped(self, carry: LoopState) -> LoopState:
+    def run(self, carry: LoopState, steps: int | Array, check_every: int | str) -> LoopState:
+        """Return the loop state after at most `steps` steps."""
+        return self.advance(carry, steps, check_every)
+
+    def _stepped(self, carry: LoopState, solver: Solver, active: Array) -> LoopState:
         backend, xp = self.backend, self.backend.xp
-        active = carry.status == int(Status.RUNNING)
         together = self._anywhere(active)  # samples in which any unit runs; the others are final
 
         def at(point: Array) -> Array:
             return self.f(backend.select(active, point, carry.z))
 
-        result = advance(backend, self.solver, at, (carry.z, carry.fz, masked(carry.state, active)))
+        result = advance(backend, solver, at, (carry.z, carry.fz, masked(carry.state, active)))
         state = result.state if result.frozen else freeze(backend, active, result.state, carry.state)
         z = backend.select(active, result.z, carry.z)
         residual, size = self._measured(z, result.fz)

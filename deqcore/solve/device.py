@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 from deqcore.abc.backend import Backend
 from deqcore.abc.solver import Solver
 from deqcore.linear.norms import residual_norms
 from deqcore.solve.step import freeze, masked, refused, shortened, take_step
 from deqcore.solve.termination import spent, verdict
 from deqcore.types import Array, Limits, LoopState, Map, Status
+
+_At: TypeAlias = tuple[Array, LoopState]  # the count of steps, and the loop state after them
 
 
 class DeviceLoop:
@@ -30,12 +34,55 @@ class DeviceLoop:
         self.waits = backend.capabilities.eager and backend.capabilities.accelerator
 
     def run(self, carry: LoopState, steps: int | Array, check_every: int | str) -> LoopState:
-        """Return the loop state after at most `steps` steps."""
-        return self.advance(carry, steps, check_every)
+        """Return the loop state after at most `steps` steps.
+
+        Traced code takes them in stretches, each a loop of its own that ends when a step is refused, because a
+        condition in a step would copy the iterate in each of them.
+        """
+        if not self.backend.capabilities.nested_loops:
+            return self.advance(carry, steps, check_every)
+        backend, opening = self.backend, self.solver.opening()
+        start = backend.xp.sum(backend.xp.zeros_like(carry.steps)), carry
+        if opening is not None:
+            start = self._stretch(opening, start, steps, check_every)
+
+        def goes_on(at: _At) -> Array:
+            return (at[0] < steps) & self.running(at[1])
+
+        def stretch(at: _At) -> _At:
+            done, carry = self._stretch(self.solver, at, steps, check_every)
+            return done, self._shortened(carry)
+
+        end: _At = backend.loop(goes_on, stretch, start, steps, 1)
+        return end[1]
 
     def advance(self, carry: LoopState, steps: int | Array, check_every: int | str) -> LoopState:
-        """Return the same as `run`, as `HostLoop.advance` does on the host."""
+        """Return the loop state after at most `steps` steps in one loop."""
         end: LoopState = self.backend.loop(self.running, self.step, carry, steps, check_every)
+        return end
+
+    def _stretch(self, solver: Solver, at: _At, steps: int | Array, check_every: int | str) -> _At:
+        """Return the count of steps and the loop state after steps of `solver`, `steps` in all.
+
+        It ends when a step is refused, and when a sample runs that `solver` does not serve.
+        """
+        backend, xp = self.backend, self.backend.xp
+
+        def served(carry: LoopState) -> tuple[Array, Array]:
+            running = carry.status == int(Status.RUNNING)
+            rows = solver.serves(backend, carry.state)
+            rows = ~refused(carry) if rows is None else rows & ~refused(carry)
+            return running & rows, running & ~rows
+
+        def goes_on(at: _At) -> Array:
+            return self.running(at[1]) & ~xp.any(served(at[1])[1])
+
+        def step(at: _At) -> _At:
+            done, carry = at
+            rows, _ = served(carry)  # under vmap it may be another batch for which the loop still runs
+            return done + xp.astype(xp.any(rows), done.dtype), self._stepped(carry, solver, rows)
+
+        end: _At = backend.loop(goes_on, step, at, steps - at[0], check_every)
         return end
 
     def running(self, carry: LoopState) -> Array | bool:
@@ -56,7 +103,7 @@ class DeviceLoop:
         if self.pending:
             self.pending = False
             carry = self._shortened(carry)
-        after = self._stepped(carry)
+        after = self._stepped(carry, self.solver, carry.status == int(Status.RUNNING))
         if self.waits:
             return after
         shortened: LoopState = self.backend.cond(refused(after), self._shortened, after)
@@ -65,11 +112,11 @@ class DeviceLoop:
     def _shortened(self, carry: LoopState) -> LoopState:
         return shortened(self.backend, self.solver, carry)
 
-    def _stepped(self, carry: LoopState) -> LoopState:
+    def _stepped(self, carry: LoopState, solver: Solver, active: Array) -> LoopState:
+        """Return the loop state after a step of the samples `active` `(batch,)`."""
         backend, xp = self.backend, self.backend.xp
-        active = carry.status == int(Status.RUNNING)
         start = carry.z, carry.fz, masked(carry.state, active)
-        result, residual, size = take_step(backend, self.solver, self.f, start, self.limits)
+        result, residual, size = take_step(backend, solver, self.f, start, self.limits)
         state = result.state if result.frozen else freeze(backend, active, result.state, carry.state)
         kernels = backend.kernels
         updated = None if kernels is None else kernels.update(carry, result, residual, size, self.limits)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import ClassVar, Final, NamedTuple, TypeAlias
+from typing import ClassVar, Final, TypeAlias
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.inverse_jacobian import InverseJacobian
@@ -15,28 +15,13 @@ from deqcore.errors import BackendError
 from deqcore.linear.gmres import LinearSolution
 from deqcore.linear.norms import residual_norms
 from deqcore.solvers.anderson import Anderson, AndersonState
+from deqcore.solvers.auto_state import AutoState, Moved, kept, skipped
 from deqcore.solvers.levels import ACCELERATED, NEWTON, PLAIN, Progress, Rules, progressed
 from deqcore.solvers.newton_krylov import NewtonKrylov, NewtonState
 from deqcore.types import Array, Map
 
 TRIAL: Final = 3  # histories full of accelerated steps, after which they are compared with plain ones
 HUGE: Final = 1e6  # growth of a refused residual above which its difference has no information on the slope
-
-
-class AutoState(NamedTuple):
-    """The state of Auto.
-
-    Attributes:
-        memory: differences of the accelerated samples; its residual is empty `(batch, 0)`, because f(z) and z give it.
-        progress: what the rules know.
-        newton: forcing terms and products of Newton–Krylov.
-        size: ‖f(z)‖ `(batch,)`.
-    """
-
-    memory: AndersonState
-    progress: Progress
-    newton: NewtonState
-    size: Array
 
 
 _Step: TypeAlias = tuple[Array, Array, AutoState]
@@ -154,22 +139,28 @@ class Auto(Solver):
         if active is not None:  # samples that have stopped need nothing
             level = backend.xp.where(active, level, backend.xp.zeros_like(level))
         if backend.known_all(level == PLAIN):
-            return self._plain(backend, f, z, fz, state)
+            return self.plain_step(backend, f, z, fz, state)
         return self._mixed(backend, f, z, fz, state, level)
 
-    def _plain(self, backend: Backend, f: Map, z: Array, fz: Array, state: AutoState) -> _Step:
-        """Take a plain step with all samples: no pass over a history, and no storage for one."""
+    def plain_step(self, backend: Backend, f: Map, z: Array, fz: Array, state: AutoState) -> _Step:
+        """Take a plain step with all samples: no pass over a history, and no storage for one.
+
+        A sample that refuses the step stays where it was, and accelerates next.
+        """
         value = f(fz)
         norm, size = residual_norms(backend, fz, value)
         progress, refused = progressed(backend, self.rules(backend), norm, state.progress, state.memory.values.active)
-        result = fz, value, AutoState(skipped(state.memory), progress, state.newton, size)
-        return result if refused is None else self.taken_back(backend, refused, norm, (z, fz, state), result)
+        after = AutoState(skipped(state.memory), progress, state.newton, size)
+        if refused is None:
+            return fz, value, after
+        after = after._replace(size=backend.xp.where(refused, state.size, size))
+        return backend.select(refused, z, fz), backend.select(refused, fz, value), after
 
     def _mixed(self, backend: Backend, f: Map, z: Array, fz: Array, state: AutoState, level: Array) -> _Step:
         """Take a step with samples of all levels."""
         accelerated = level == ACCELERATED
         memory = self.opened(backend, z, fz, state, accelerated)
-        moved: list[_Moved] = []
+        moved: list[Moved] = []
 
         def evaluate(point: Array) -> Array:
             moved.append(self._evaluated(backend, f, z, fz, point, state, level == NEWTON))
@@ -204,7 +195,7 @@ class Auto(Solver):
         return memory._replace(values=memory.values.masked(accelerated), residuals=memory.residuals.masked(accelerated))
 
     def _stored(
-        self, backend: Backend, end: _Moved, fz: Array, memory: AndersonState, accelerated: Array
+        self, backend: Backend, end: Moved, fz: Array, memory: AndersonState, accelerated: Array
     ) -> AndersonState:
         """Return the memory with the new differences of accelerated samples."""
         residual = end.fz - end.z
@@ -220,14 +211,14 @@ class Auto(Solver):
             return self.anderson.weighed(backend, memory.norm, length, masked)
 
         weighed: AndersonState = backend.cond(accelerated, weigh, appended)
-        return _kept(backend, accelerated, weighed, memory)
+        return kept(backend, accelerated, weighed, memory)
 
     def _evaluated(
         self, backend: Backend, f: Map, z: Array, fz: Array, point: Array, state: AutoState, rows: Array
-    ) -> _Moved:
+    ) -> Moved:
         """Return `point` and f there, but in `rows` the point of a Newton step that has lowered the residual."""
         if not self._escalates(backend) or backend.known_all(~rows):
-            return _Moved(point, f(point), state.newton)
+            return Moved(point, f(point), state.newton)
         xp, newton, before = backend.xp, state.newton, state.progress.norm
         still = LinearSolution(xp.zeros_like(z), xp.zeros_like(newton.forcing), xp.zeros_like(newton.spent), rows)
 
@@ -242,15 +233,15 @@ class Auto(Solver):
         ahead, inner = backend.cond(rows, aim, (point, still))
         value = f(ahead)
 
-        def search(carry: _Moved) -> _Moved:
+        def search(carry: Moved) -> Moved:
             wanted = xp.where(rows, before, xp.zeros_like(before))
             end = self.newton.searched(backend, f, z, inner.x, wanted, (carry.z, carry.fz))
             after = self.newton.measured(backend, inner, before, end, newton)
-            return _Moved(
+            return Moved(
                 end.z, end.fz, NewtonState(*(xp.where(rows, *pair) for pair in zip(after, newton, strict=True)))
             )
 
-        moved: _Moved = backend.cond(rows, search, _Moved(ahead, value, newton))
+        moved: Moved = backend.cond(rows, search, Moved(ahead, value, newton))
         return moved
 
     def rules(self, backend: Backend) -> Rules:
@@ -277,6 +268,10 @@ class Auto(Solver):
         size = backend.xp.where(refused, start.size, state.size)
         state = AutoState(memory, state.progress, state.newton, size)
         return backend.select(refused, z, moved), backend.select(refused, fz, value), state
+
+    def opening(self) -> Solver:
+        """Return the plain steps alone."""
+        return PlainSteps(**{option.name: getattr(self, option.name) for option in fields(self)})
 
     def for_coupled_units(self) -> Solver:
         """Return the method without Newton–Krylov, which evaluates f several times in a step."""
@@ -316,25 +311,14 @@ class Auto(Solver):
         return self.anderson.inverse_jacobian(backend, state.memory)
 
 
-class _Moved(NamedTuple):
-    """The point of a step, f there, and the figures of Newton–Krylov after it."""
+@dataclass(frozen=True)
+class PlainSteps(Auto):
+    """The plain steps of Auto."""
 
-    z: Array
-    fz: Array
-    newton: NewtonState
+    def serves(self, backend: Backend, state: AutoState) -> Array:
+        """Return the samples that have not accelerated."""
+        return state.progress.level == PLAIN
 
-
-def skipped(memory: AndersonState) -> AndersonState:
-    """Return the memory after a step in which no sample stores a difference."""
-    return memory._replace(values=memory.values.skip(), residuals=memory.residuals.skip())
-
-
-def _kept(backend: Backend, rows: Array, new: AndersonState, old: AndersonState) -> AndersonState:
-    """Return the state `new` with the small arrays of `old` beside `rows`."""
-    where = backend.xp.where
-    return new._replace(
-        system=where(rows[:, None, None], new.system, old.system),
-        scale=where(rows[:, None], new.scale, old.scale),
-        target=where(rows[:, None], new.target, old.target),
-        step=where(rows[:, None], new.step, old.step),
-    )
+    def step(self, backend: Backend, f: Map, z: Array, fz: Array, state: AutoState) -> _Step:
+        """Take a plain step with all samples."""
+        return self.plain_step(backend, f, z, fz, state)

@@ -22,6 +22,7 @@ class Capabilities:
         second_derivatives: gradients of gradients of exact-ift are right.
         compaction: a solve may continue with fewer rows than it began with (shapes are known step by step).
         eager: every call of fixed_point runs its Python code, never code compiled in an earlier call.
+        nested_loops: loops inside loops and budgets that are arrays are worth while now, as in traced code.
 
     Example:
         >>> import deqcore
@@ -40,6 +41,7 @@ class Capabilities:
     second_derivatives: bool = False
     compaction: bool = False
     eager: bool = True
+    nested_loops: bool = False
 
 
 class Figures(Protocol):

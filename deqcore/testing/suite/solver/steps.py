@@ -153,6 +153,30 @@ class StepTests(Conformance):
         scaled = walk_steps(kit, solver, lambda z: 4.0 * f(0.25 * z), kit.array(np.full((3, 6), 4.0)), 4)[-1][0]
         close(0.25 * kit.numpy(scaled), kit.numpy(plain), 1e-6 if kit.eps < 1e-10 else 1e-3, "iterates in other units")
 
+    def test_an_opening_takes_the_steps_of_the_solver(self, kit: Kit, solver: Solver) -> None:
+        """Step samples of all speeds; those that the opening serves must go on in the same way after its step."""
+        opening = solver.opening()
+        if opening is None:
+            pytest.skip("the solver has no opening")
+        rates = kit.array(np.asarray([0.1, 0.4, 0.97, -20.0])[:, None])
+        f = lambda z: rates * z + 1.0  # noqa: E731
+        compiled = kit.backend.harness.jit
+        first, step = (
+            compiled(lambda z, fz, state, s=s: s.step(kit.backend, f, z, fz, state)) for s in (opening, solver)
+        )
+        at = walk_steps(kit, solver, f, kit.array(np.ones((4, 3))), 0)[0]
+        for place in range(6):
+            mask = opening.serves(kit.backend, at[2])
+            rows = np.ones(4, bool) if mask is None else np.asarray(kit.numpy(mask))
+            assert place or rows.any(), "an opening must serve some sample at the start, or it is of no use"
+            after, ahead = step(*at), first(*at)
+            pairs = [(after, ahead), (step(*after), step(*ahead))]
+            for name, (own, other) in zip(("a step", "the step after it"), pairs, strict=True):
+                for part in (0, 1):
+                    ours, theirs = kit.numpy(own[part])[rows], kit.numpy(other[part])[rows]
+                    close(theirs, ours, 4 * kit.eps, f"{('z', 'f(z)')[part]} after {name} of an opening")
+            at = after
+
     def test_f_is_evaluated_as_often_as_declared(self, kit: Kit, solver: Solver) -> None:
         calls = []
         f = kit.map(affine())
