@@ -47,7 +47,7 @@ coverage: $(STAMP)
 	XLA_FLAGS= COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if hasattr(sys, "monitoring") else "ctrace")') \
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=90
 
-# The tables under docs/benchmarks: 14 minutes on 2 quiet cores, torch 11, JAX 3.
+# The tables under docs/benchmarks: 23 minutes on 2 quiet cores, torch 15, JAX 8.
 bench: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -r benchmarks/requirements.txt
 	$(BIN)/python -m benchmarks --out docs/benchmarks

@@ -3,8 +3,9 @@
 A dense tanh cell; the loss is a fixed product with the equilibrium, its gradient is that of the weights and of a shift
 that is added to f. The gradient of the shift is u, the solution of the adjoint equation, so that both residuals are
 measured for every contender: the largest of a sample, ‖f(z) − z‖/‖f(z)‖ and ‖g − u + Jᵀu‖/‖g‖. Each contender gets the
-loosest tolerances with which both are at most 1e-4; its forward tolerance is found first. Then all take turns, one call
-each in every round. Times are those of the wall; *first call* is tracing and compiling, without a cache.
+loosest tolerances with which both are at most 1e-4. The search changes both at once, since each try is a program to
+compile. Then all take turns, one call each in every round. Times are those of the wall; *first call* is tracing and
+compiling, without a cache.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from deqcore.bench.timing import Spread
 
 RESIDUAL: Final = 1e-4
 TOLERANCES: Final = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6)
+START: Final = TOLERANCES.index(RESIDUAL)
 SIZES: Final = ((192, 384), (256, 512))
 STEPS: Final = 100
 COLUMNS: Final = ("cell", "contender", "ms, median", "quartiles", "first call, s", "residual", "adjoint residual")
@@ -121,21 +123,23 @@ def loosest(solve: Any, data: Data) -> tuple[float, float] | None:
 
     A tolerance at which a library raises, as lineax does where its GMRES stagnates, is not reached.
     """
-    chosen = [TOLERANCES[-1], RESIDUAL]
-    for which in (0, 1):
-        for tolerance in TOLERANCES:
-            tried = [*chosen]
-            tried[which] = tolerance
-            try:
-                reached = residuals(data, step(solve, data, *tried)(data.w, data.shift))
-            except jax.errors.JaxRuntimeError:
-                continue
+    places, least, most = [START, START], [0, 0], [len(TOLERANCES)] * 2  # those from `most` on are met or not tried
+    while any(low < high for low, high in zip(least, most, strict=True)):
+        tried = [min(place, len(TOLERANCES) - 1) for place in places]
+        try:
+            reached = residuals(data, step(solve, data, *(TOLERANCES[i] for i in tried))(data.w, data.shift))
+        except jax.errors.JaxRuntimeError:
+            reached = float("inf"), float("inf")
+        for which, place in enumerate(tried):
             if reached[which] <= RESIDUAL:
-                chosen = tried
-                break
-        else:
-            return None
-    return chosen[0], chosen[1]
+                most[which] = min(most[which], place)
+                places[which] = max(least[which], place - 1)
+            else:
+                least[which] = max(least[which], place + 1)
+                places[which] = min(place + 1, most[which])
+    if max(most) == len(TOLERANCES):
+        return None
+    return TOLERANCES[most[0]], TOLERANCES[most[1]]
 
 
 def measure(batch: int, width: int, rounds: int) -> list[dict[str, Any]]:

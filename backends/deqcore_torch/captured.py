@@ -14,7 +14,6 @@ from deqcore.layer import LayerSettings, initial_state
 from deqcore.solution import Solution
 from deqcore.solve.capture import add_compiler
 from deqcore.solve.dispatch import backend_named
-from deqcore_torch.layer_problem import LayerProblem, Solvable
 from deqcore_torch.layout import (
     at_trace_time,
     autocast_dtype,
@@ -28,7 +27,7 @@ from deqcore_torch.layout import (
 )
 
 try:
-    from deqcore_torch import operators
+    from deqcore_torch import operators  # noqa: F401
 except (ImportError, AttributeError):  # PyTorch before 2.6 lacks a part of it
     AVAILABLE = False
 else:
@@ -98,17 +97,12 @@ class Layer(Protocol):
     training: bool
 
 
-def number_of(layer: Solvable) -> int:
-    """Return a new number by which compiled code finds the layer; 0 if this PyTorch has no means for it."""
-    return operators.register(LayerProblem(layer), layer) if AVAILABLE else 0
-
-
 def solve_layer(layer: Layer, inputs: tuple[Any, ...], z0: Any) -> Solution | None:
     """Return the solution of a layer as a graph sees it, or None if its arguments are not trees of plain containers.
 
     The report is in tensors; `state`, `record` and `fz` are None.
     """
-    if not layer.number and not torch.compiler.is_exporting():
+    if not AVAILABLE and not torch.compiler.is_exporting():
         return None
     start = initial_state(layer.cell, inputs, _zeros) if z0 is None else z0
     if torch.compiler.is_exporting():

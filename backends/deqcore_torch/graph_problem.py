@@ -13,20 +13,20 @@ from torch._higher_order_ops.base_hop import BaseHOP
 from deqcore.api import fixed_point
 from deqcore.errors import BackendError
 from deqcore.solution import Solution
-from deqcore_torch import operators
+from deqcore_torch import operators, problems
 from deqcore_torch.layout import arrange, autocast_dtype, batch_axes, describe, rows_shape, wanted
 
 Graph = Callable[..., Any]
 
 
 class GraphProblem:
-    """See `operators.Problem`."""
+    """See `problems.Problem`."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
 
     def rows(self, layout: str, state: Sequence[Tensor]) -> tuple[Any, ...]:
-        """See `operators.Problem`."""
+        """See `problems.Problem`."""
         _, overrides, _ = arrange(layout, iter(state))
         return rows_shape(state[0], batch_axes(overrides.get("forward__batch")))
 
@@ -61,7 +61,7 @@ class Captured:
     """
 
     def __init__(self, graph: fx.GraphModule) -> None:
-        self.number = operators.register(GraphProblem(_function(graph)), self)
+        self.number = problems.register(GraphProblem(_function(graph)), self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
         return self

@@ -25,10 +25,11 @@ from deqcore.layer import (
     stages,
 )
 from deqcore.solution import Solution, SolveState
-from deqcore_torch import cached_starts, captured, functorch, last_equilibrium, saved_tensors, trees
+from deqcore_torch import cached_starts, functorch, last_equilibrium, problems, saved_tensors, trees
 from deqcore_torch.cell_checks import Watch
 from deqcore_torch.cells import begin_solve
 from deqcore_torch.disable_dynamo import untraced
+from deqcore_torch.layer_problem import LayerProblem
 from deqcore_torch.strategy_buffer import BufferState
 
 FORMAT = 1  # version of the settings in a checkpoint
@@ -144,11 +145,11 @@ class DEQ(nn.Module):
         begin = self.settings.strategy_state()
         self.strategy_state: Tensor | None
         self.register_buffer("strategy_state", None if begin is None else torch.tensor(begin, dtype=torch.float32))
-        self.number = captured.number_of(self)
+        self.number = problems.register(LayerProblem(self), self)
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)
-        self.number = captured.number_of(self)  # a copy is a layer of its own for compiled code
+        self.number = problems.register(LayerProblem(self), self)  # a copy is a layer of its own for compiled code
 
     def forward(
         self,
@@ -199,6 +200,8 @@ class DEQ(nn.Module):
         """
         plain = until is None and mask is None and ids is None and changed is None
         if torch.compiler.is_compiling() and plain and not overrides:
+            from deqcore_torch import captured  # with the operator, which nothing else needs
+
             solution = captured.solve_layer(self, inputs, z0)
             if solution is not None:
                 return solution

@@ -16,15 +16,15 @@ import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from deqcore.errors import BackendError, StrategyError
-from deqcore.solution import Solution
 from deqcore_torch.layout import placeholders
+from deqcore_torch.problems import numbered
 
 TWICE = (
     "The gradient of a compiled solve was differentiated again, but PyTorch does not differentiate the backward pass "
@@ -33,27 +33,6 @@ TWICE = (
 GATE = "_GateBackward"  # the node before z, which the solve makes itself
 REPORTS = 4  # residual, status, steps, evaluations
 _numbers = itertools.count(1)
-
-
-class Problem(Protocol):
-    """A layer or a captured function, which an operator solves for tensors."""
-
-    def rows(self, layout: str, state: Sequence[Tensor]) -> tuple[Any, ...]:
-        """Return the shape of the report for the leaves of the initial iterate: that of samples, or of units."""
-
-    def run(self, layout: str, tensors: list[Tensor], warm: bool) -> tuple[Solution, list[Tensor]]:
-        """Return the solution for tensors arranged by `layout`, and the leaves of its value."""
-
-
-_problems: dict[int, Problem] = {}
-
-
-def register(problem: Problem, owner: object) -> int:
-    """Return a new number, by which compiled code finds the problem while `owner` exists."""
-    number = next(_numbers)
-    _problems[number] = problem
-    weakref.finalize(owner, _problems.pop, number, None).atexit = False
-    return number
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,13 +118,13 @@ def solve(
         autocast: the dtype of automatic mixed precision, or None where it is off.
         warm: whether the layer may start from its last equilibrium.
     """
-    if problem not in _problems:
+    if problem not in numbered:
         raise BackendError("The layer of this compiled code must exist (it was deleted). Compile the model again.")
     kind, chosen = tensors[0].device.type, set(wanted)
     with _with_autograd(), torch.set_grad_enabled(recording):
         local = [t.detach().requires_grad_() if i in chosen else t.detach() for i, t in enumerate(tensors)]
         with torch.autocast(kind, dtype=autocast, enabled=autocast is not None):
-            solution, values = _problems[problem].run(layout, local, warm)
+            solution, values = numbered[problem].run(layout, local, warm)
         if recording:
             _check_leaves(values, local)
     token = _token(_Record(values, [local[i] for i in wanted]) if wanted else None)
@@ -155,7 +134,7 @@ def solve(
         *(each.detach().clone() for each in reports),
         *(v.detach().clone(memory_format=torch.contiguous_format) for v in values),
     ]
-    _check_shapes(found, tensors[:leaves], _problems[problem].rows(layout, tensors[:leaves]))
+    _check_shapes(found, tensors[:leaves], numbered[problem].rows(layout, tensors[:leaves]))
     return found
 
 
@@ -197,7 +176,7 @@ def _check_shapes(found: list[Tensor], state: Sequence[Tensor], rows: tuple[int,
 @solve.register_fake
 def _(anchor: Tensor, tensors: list[Tensor], problem: int, layout: str, leaves: int, *_: object) -> list[Tensor]:
     state = tensors[:leaves]
-    rows = _problems[problem].rows(layout, state)
+    rows = numbered[problem].rows(layout, state)
     return [*placeholders(state[0], rows), *(t.new_empty(t.shape) for t in state)]
 
 

@@ -13,7 +13,7 @@ from deqcore.errors import BackendError
 from deqcore.solve import dispatch
 
 torch = pytest.importorskip("torch")
-from deqcore_torch import operators  # noqa: E402
+from deqcore_torch import problems  # noqa: E402
 from deqcore_torch.nn import DEQ  # noqa: E402
 
 pytestmark = [
@@ -47,20 +47,20 @@ def function():
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_captured_function_is_freed_with_its_compiled_code(backend):
     gc.collect()
-    others = set(operators._problems)
+    others = set(problems.numbered)
     fn, weight = function()
     run = torch.compile(fn, backend=backend, fullgraph=True)
     x = torch.randn(2, N)
     run(x).sum().backward()
-    (number,) = set(operators._problems) - others
-    problem = weakref.ref(operators._problems[number])
+    (number,) = set(problems.numbered) - others
+    problem = weakref.ref(problems.numbered[number])
     gc.collect()
     expected = torch.autograd.grad(fn(x).sum(), weight)[0]
     assert torch.equal(torch.autograd.grad(run(x).sum(), weight)[0], expected)  # the code still has its graph
     del run, fn
     torch._dynamo.reset()
     gc.collect()
-    assert set(operators._problems) == others
+    assert set(problems.numbered) == others
     assert problem() is None
 
 
