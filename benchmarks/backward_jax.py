@@ -1,4 +1,6 @@
-"""Value and gradient in JAX beside jaxopt and optimistix: `python -m benchmarks.backward_jax --json FILE` (CPU).
+"""Value and gradient in JAX beside jaxopt and optimistix (CPU).
+
+    python -m benchmarks.backward_jax --json docs/benchmarks/backward_jax.json --page
 
 A dense tanh cell; the loss is a fixed product with the equilibrium, its gradient is that of the weights and of a shift
 that is added to f. The gradient of the shift is u, the solution of the adjoint equation, so that both residuals are
@@ -27,15 +29,18 @@ import optimistix
 
 import deqcore
 from deqcore.bench.machine import describe
-from deqcore.bench.report import markdown
+from deqcore.bench.report import machine_text, markdown
 from deqcore.bench.timing import Spread
 
 RESIDUAL: Final = 1e-4
+PACKAGES: Final = ("jax", "jaxlib", "jaxopt", "optimistix", "lineax")
 TOLERANCES: Final = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6)
 START: Final = TOLERANCES.index(RESIDUAL)
 SIZES: Final = ((192, 384), (256, 512))
 STEPS: Final = 100
-COLUMNS: Final = ("cell", "contender", "ms, median", "quartiles", "first call, s", "residual", "adjoint residual")
+COLUMNS: Final = (
+    "cell", "contender", "ms, median", "quartiles", "of the best peer", "first call, s", "residual", "adjoint residual",
+)  # fmt: skip
 
 
 def f(z: jax.Array, w: jax.Array, x: jax.Array, shift: jax.Array) -> jax.Array:
@@ -60,7 +65,8 @@ def with_jaxopt(w: Any, x: Any, shift: Any, z0: Any, forward: float, backward: f
 
 def with_optimistix(w: Any, x: Any, shift: Any, z0: Any, forward: float, backward: float) -> Any:
     """Solve with optimistix' fixed-point iteration, and lineax' GMRES for the adjoint equation."""
-    adjoint = optimistix.ImplicitAdjoint(linear_solver=lineax.GMRES(rtol=backward, atol=0.0, restart=40))
+    # Its criterion holds for each number, so that a small one of g needs an absolute tolerance.
+    adjoint = optimistix.ImplicitAdjoint(linear_solver=lineax.GMRES(rtol=backward, atol=backward, restart=40))
     solver = optimistix.FixedPointIteration(rtol=forward, atol=forward)
     return optimistix.fixed_point(
         lambda z, args: f(z, *args), solver, z0, (w, x, shift), adjoint=adjoint, max_steps=STEPS, throw=False
@@ -175,23 +181,47 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         spread = Spread.of(row["ms"])
+        peers = [Spread.of(other["ms"]).median for other in rows if other["cell"] == row["cell"] and _is_peer(other)]
         cells = (
             row["cell"], row["contender"], f"{spread.median:.1f}", f"{spread.low:.1f} – {spread.high:.1f}",
-            f"{row['first']:.2f}", f"{row['residual']:.1e}", f"{row['adjoint']:.1e}",
+            f"{spread.median / min(peers):.2f}" if peers else "", f"{row['first']:.2f}",
+            f"{row['residual']:.1e}", f"{row['adjoint']:.1e}",
         )  # fmt: skip
         lines.append(dict(zip(COLUMNS, cells, strict=True)))
     return markdown(lines, COLUMNS)
 
 
+def _is_peer(row: dict[str, Any]) -> bool:
+    return not row["contender"].startswith("deqcore")
+
+
+def page(rows: list[dict[str, Any]], machine: Any) -> str:
+    """Return docs/benchmarks/backward_jax.md."""
+    command, _, rest = (__doc__ or "").partition("\n\n")[2].partition("\n\n")
+    return "\n\n".join(
+        [
+            "# Value and gradient in JAX",
+            f"Written by `{command.strip()}`. {machine_text(machine)}",
+            rest.strip(),
+            table(rows) + "\n",
+        ]
+    )
+
+
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--page", action="store_true", help="write the page beside the file of --json")
     options = parser.parse_args()
-    rows = [row for size in SIZES for row in measure(*size, options.rounds)]
+    if options.page and options.json is None:
+        parser.error("--page needs --json")
+    rows, machine = [row for size in SIZES for row in measure(*size, options.rounds)], describe(PACKAGES)
     if options.json:
-        options.json.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=1, default=str) + "\n")
+        options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1, default=str) + "\n")
+        if options.page:
+            options.json.with_suffix(".md").write_text(page(rows, machine), encoding="utf-8")
     print(table(rows))
 
 
