@@ -398,6 +398,15 @@ STRATEGIES += [
 
 SOLVERS = [
     Fault(
+        "an opening that serves samples which have accelerated",
+        "deqcore.solvers.auto",
+        "return state.progress.level == PLAIN",
+        "return state.progress.level >= PLAIN",
+        "solver auto",
+        "test_an_opening_takes_the_steps_of_the_solver",
+        "of an opening",
+    ),
+    Fault(
         "H instead of its transpose, in the estimate",
         LOWRANK,
         "s * matvec(self.backend, self.pairs, inner), self.steps",

@@ -154,7 +154,7 @@ class StepTests(Conformance):
         close(0.25 * kit.numpy(scaled), kit.numpy(plain), 1e-6 if kit.eps < 1e-10 else 1e-3, "iterates in other units")
 
     def test_an_opening_takes_the_steps_of_the_solver(self, kit: Kit, solver: Solver) -> None:
-        """Step samples of all speeds; those that the opening serves must go on in the same way after its step."""
+        """Step samples of all speeds; those that the opening serves must continue in the same way after its step."""
         opening = solver.opening()
         if opening is None:
             pytest.skip("the solver has no opening")
