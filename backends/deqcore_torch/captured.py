@@ -8,12 +8,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from deqcore.api import fixed_point
 from deqcore.config import Config
 from deqcore.errors import BackendError
 from deqcore.layer import LayerSettings, initial_state
 from deqcore.solution import Solution
 from deqcore.solve.capture import add_compiler
 from deqcore.solve.dispatch import backend_named
+from deqcore_torch import functorch
+from deqcore_torch.disable_dynamo import untraced
 from deqcore_torch.layer_problem import LayerProblem, Solvable
 from deqcore_torch.layout import (
     at_trace_time,
@@ -38,20 +41,22 @@ else:
 def solve_function(
     f: Any, z0: Any, args: tuple[Any, ...], overrides: dict[str, Any], batched_args: tuple[int, ...] = ()
 ) -> Solution | None:
-    """Return the solution of `fixed_point` as a graph sees it, or None if its arguments are not plain trees.
+    """Return the solution of `fixed_point` as a graph sees it; the graph breaks if its arguments are not plain trees.
 
     The compiler traces f as a graph of its own, whose inputs are the tensors of z0 and the arguments, then all tensors
     that f closes over.
     """
     if torch.compiler.is_exporting():
         return _exported(f, z0, args, (None, overrides))
+    if transformed():
+        return _uncaptured(f, z0, args, overrides, batched_args)
     leaves: list[Tensor] = []
     read: list[Tensor] = []
     moving: list[Tensor] = []
     state, chosen = describe(z0, leaves, named=True), describe(overrides, moving)
     carrying, given = _described(args, batched_args, read)
     if not takes_functions() or state is None or not given or chosen is None or moving or not leaves:
-        return None
+        return _uncaptured(f, z0, args, overrides, batched_args)
     from deqcore_torch.graph_problem import solve_graph  # loads the compiler, which runs here anyway
 
     count, axes = len(leaves), batch_axes(overrides.get("forward__batch"))
@@ -69,6 +74,14 @@ def solve_function(
     start = [leaf.clone() for leaf in leaves]
     found = solve_graph(body, *start, *read, layout=f"({state}, {chosen}, {carrying})", leaves=count)
     return _solution(z0, list(found))
+
+
+@untraced
+def _uncaptured(
+    f: Any, z0: Any, args: tuple[Any, ...], overrides: dict[str, Any], batched_args: tuple[int, ...]
+) -> Solution:
+    """Solve in Python: the compiler breaks its graph here, or names the reason."""
+    return fixed_point(f, z0, *args, batched_args=batched_args, **overrides)
 
 
 def _described(args: tuple[Any, ...], batched_args: tuple[int, ...], read: list[Tensor]) -> tuple[list[int], bool]:
@@ -108,7 +121,7 @@ def solve_layer(layer: Layer, inputs: tuple[Any, ...], z0: Any) -> Solution | No
 
     The report is in tensors; `state`, `record` and `fz` are None.
     """
-    if not layer.number and not torch.compiler.is_exporting():
+    if not torch.compiler.is_exporting() and (not layer.number or transformed()):
         return None
     start = initial_state(layer.cell, inputs, _zeros) if z0 is None else z0
     if torch.compiler.is_exporting():
@@ -171,6 +184,16 @@ def own_tensors(cell: Any) -> list[Tensor]:
     if not isinstance(cell, torch.nn.Module):
         return []
     return [p for _, p in cell.named_parameters()] + [b for _, b in cell.named_buffers()]
+
+
+@at_trace_time
+def transformed() -> bool:
+    """Return whether a transform of `torch.func` runs here, inside of the compiled code.
+
+    The operator has no derivative and no batching rule for one. Forward mode would silently give zero tangents. The
+    graph breaks instead, and PyTorch runs the whole transform without compiling it.
+    """
+    return functorch.active()
 
 
 @at_trace_time

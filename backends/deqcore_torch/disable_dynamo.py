@@ -17,8 +17,9 @@ R = TypeVar("R")
 REASON: Final = (
     "a fixed point is solved by a loop that ends when the samples have converged, which no graph holds, and here the "
     "solve is not one operator of the graph either: this needs PyTorch 2.6, inputs that are tensors, numbers, None, "
-    "tuples, lists and dicts, and no until, state, config or settings of the call to a layer. Without fullgraph = True "
-    "what surrounds the solve is compiled, with a graph break here"
+    "tuples, lists and dicts, no until, state, config or settings of the call to a layer, and no transform of torch.func "
+    "(grad, vmap, jvp, …) around it. Without fullgraph = True what surrounds the solve is compiled, with a graph break "
+    "here"
 )
 
 
