@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Any, Protocol
 
@@ -11,12 +12,13 @@ from torch import Tensor
 from deqcore.api import fixed_point
 from deqcore.config import Config
 from deqcore.errors import BackendError
-from deqcore.layer import LayerSettings, initial_state
+from deqcore.layer import LayerSettings, explain_arguments, initial_state
 from deqcore.solution import Solution
 from deqcore.solve.capture import add_compiler
 from deqcore.solve.dispatch import backend_named
 from deqcore_torch import functorch
 from deqcore_torch.disable_dynamo import untraced
+from deqcore_torch.exported_state import leaves_like, moved_leaves
 from deqcore_torch.layer_problem import LayerProblem, Solvable
 from deqcore_torch.layout import (
     at_trace_time,
@@ -65,10 +67,9 @@ def solve_function(
         """Return f(z), behind tensors that stand for the other results of the operator."""
         # The inputs of the graph are its tensors in the order of their first use.
         used = [tensor.view_as(tensor) for tensor in tensors]
-        found: list[Tensor] = []
-        describe(f(rebuilt(z0, used[:count]), *rebuilt(args, used[count:])), found, named=True)
-        like = tensors[0]
-        return (*placeholders(like, rows_shape(like, axes)), *found)
+        z, like = rebuilt(z0, used[:count]), tensors[0]
+        value = leaves_like(f(z, *rebuilt(args, used[count:])), z, checked=False)
+        return (*placeholders(like, rows_shape(like, axes)), *value)
 
     # Equal tensors are one input of the graph, and f may also read those of z0.
     start = [leaf.clone() for leaf in leaves]
@@ -130,7 +131,13 @@ def solve_layer(layer: Layer, inputs: tuple[Any, ...], z0: Any) -> Solution | No
                 "A layer in training mode cannot be exported, because the exported program has no backward pass. Call "
                 "model.eval() first."
             )
-        return _exported(layer.cell, start, inputs, layer.settings.call(False))
+        call = layer.cell.forward if isinstance(layer.cell, torch.nn.Module) else layer.cell
+        with (
+            nullcontext()
+            if torch.compiler.is_dynamo_compiling()
+            else explain_arguments(call, inputs, type(layer.cell).__name__)
+        ):
+            return _exported(layer.cell, start, inputs, layer.settings.call(False))
     leaves: list[Tensor] = []
     read: list[Tensor] = []
     state, given = describe(start, leaves), describe(inputs, read)
@@ -150,11 +157,18 @@ def _exported(f: Any, z0: Any, args: tuple[Any, ...], call: tuple[Config | None,
     """Return the solution as plain operators of an exported program."""
     from deqcore_torch import exported
 
+    if transformed():
+        raise BackendError(
+            "An exported program has no derivative and no batching rule of a solve (got a transform of torch.func "
+            "around it). Export the model alone, or compile the transform with torch.compile instead."
+        )
     leaves: list[Tensor] = []
     if describe(z0, leaves, named=True) is None or not leaves:
         return None
-    given = exported.Numbers(*exported.numbers(*call, leaves[0].dtype))
+    given = exported.Numbers(*exported.numbers(*call, moved_leaves(z0)[0].dtype))
     value, residual, status, steps, evaluations = exported.solve(f, z0, args, given)
+    describe(args, leaves, named=True)
+    value = mapped(lambda leaf: exported.underivable(leaf, leaves), value)
     return _reported(value, residual, status, steps, evaluations)
 
 

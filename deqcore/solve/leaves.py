@@ -104,10 +104,11 @@ def check_rows(shapes: tuple[tuple[int, ...], ...], axes: int) -> None:
     )
 
 
-def check_sizes(shapes: tuple[tuple[int, ...], ...], axes: int) -> None:
+def check_sizes(shapes: tuple[tuple[Any, ...], ...], axes: int) -> None:
     """Raise `InitialIterateError` if a size that solvers plan with is symbolic; that of the batch may be."""
     fixed = [size for shape in shapes for size in shape[min(axes, 1) :]]
-    symbolic = [str(size) for size in fixed if not isinstance(size, int)]
+    # Sizes that are tensors belong to torch.jit.trace, which the backend refuses.
+    symbolic = [str(size) for size in fixed if not isinstance(size, int) and not hasattr(size, "dtype")]
     if symbolic:
         alone = " of forward.batch = true" if axes == 0 else ""
         raise InitialIterateError(
