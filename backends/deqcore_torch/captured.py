@@ -160,7 +160,7 @@ def _exported(f: Any, z0: Any, args: tuple[Any, ...], call: tuple[Config | None,
     if transformed():
         raise BackendError(
             "An exported program has no derivative and no batching rule of a solve (got a transform of torch.func "
-            "around it). Export the model alone, or compile the transform with torch.compile instead."
+            "around it). Leave the transform out of the export, or compile it with torch.compile."
         )
     leaves: list[Tensor] = []
     if describe(z0, leaves, named=True) is None or not leaves:
