@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Any, Protocol
 
@@ -126,18 +125,7 @@ def solve_layer(layer: Layer, inputs: tuple[Any, ...], z0: Any) -> Solution | No
         return None
     start = initial_state(layer.cell, inputs, _zeros) if z0 is None else z0
     if torch.compiler.is_exporting():
-        if layer.training:
-            raise BackendError(
-                "A layer in training mode cannot be exported, because the exported program has no backward pass. Call "
-                "model.eval() first."
-            )
-        call = layer.cell.forward if isinstance(layer.cell, torch.nn.Module) else layer.cell
-        with (
-            nullcontext()
-            if torch.compiler.is_dynamo_compiling()
-            else explain_arguments(call, inputs, type(layer.cell).__name__)
-        ):
-            return _exported(layer.cell, start, inputs, layer.settings.call(False))
+        return _exported_layer(layer, start, inputs)
     leaves: list[Tensor] = []
     read: list[Tensor] = []
     state, given = describe(start, leaves), describe(inputs, read)
@@ -151,6 +139,19 @@ def solve_layer(layer: Layer, inputs: tuple[Any, ...], z0: Any) -> Solution | No
         anchor, tensors, layer.number, layout, len(leaves), wanted(tensors), recording, narrow, z0 is None
     )
     return _solution(start, list(found))
+
+
+def _exported_layer(layer: Layer, start: Any, inputs: tuple[Any, ...]) -> Solution | None:
+    if layer.training:
+        raise BackendError(
+            "A layer in training mode cannot be exported, because the exported program has no backward pass. Call "
+            "model.eval() first."
+        )
+    cell, call = layer.cell, layer.settings.call(False)
+    if torch.compiler.is_dynamo_compiling():
+        return _exported(cell, start, inputs, call)
+    with explain_arguments(getattr(cell, "forward", cell), inputs, type(cell).__name__):
+        return _exported(cell, start, inputs, call)
 
 
 def _exported(f: Any, z0: Any, args: tuple[Any, ...], call: tuple[Config | None, dict[str, Any]]) -> Solution | None:

@@ -113,7 +113,7 @@ def check_sizes(shapes: tuple[tuple[Any, ...], ...], axes: int) -> None:
         alone = " of forward.batch = true" if axes == 0 else ""
         raise InitialIterateError(
             f"Only the batch{alone} may have a symbolic size, because solvers plan with the other sizes of z0 (got "
-            f"{', '.join(dict.fromkeys(symbolic))} in the shapes {list(shapes)}). Give the others numbers when you export."
+            f"{', '.join(dict.fromkeys(symbolic))} in the shapes {list(shapes)}). Give numbers for the others."
         )
 
 
