@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,16 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
+from deqcore.errors import ProblemError
 from deqcore.types import Tree
 from deqcore_jax.jit_cache import intern
+
+UNTRACEABLE: Final = (
+    jax.errors.ConcretizationTypeError,  # also of a branch
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,9 @@ def trace(f: Callable[..., jax.Array], z0: jax.Array, args: tuple[Tree, ...]) ->
 
     Returns:
         The program and its leaves.
+
+    Raises:
+        ProblemError: f needs the values of an array, such as for a branch.
     """
     leaves, structure = jax.tree.flatten(args)
     dynamic = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
@@ -64,7 +76,15 @@ def trace(f: Callable[..., jax.Array], z0: jax.Array, args: tuple[Tree, ...]) ->
         return f(z, *jax.tree.unflatten(structure, merged))
 
     arrays = [leaves[i] for i in dynamic]
-    closed = jax.make_jaxpr(flat)(arrays, z0)
+    try:
+        closed = jax.make_jaxpr(flat)(arrays, z0)
+    except UNTRACEABLE as error:
+        raise ProblemError(
+            f"f must be traceable by JAX, but it needs the values of an array "
+            f"({str(error).partition(chr(10))[0].rstrip('.')}). Write branches on values with jnp.where or "
+            f"jax.lax.cond, loops with jax.lax.fori_loop or jax.lax.scan, and masks with jnp.where. To debug f with "
+            f"values, run under jax.disable_jit()."
+        ) from error
     jaxpr = closed.jaxpr
     program_inputs = [*closed.consts, *arrays]
     pure = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])

@@ -8,12 +8,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from deqcore.api import fixed_point
 from deqcore.config import Config
 from deqcore.errors import BackendError
-from deqcore.layer import LayerSettings, initial_state
+from deqcore.layer import LayerSettings, explain_arguments, initial_state
 from deqcore.solution import Solution
 from deqcore.solve.capture import add_compiler
 from deqcore.solve.dispatch import backend_named
+from deqcore_torch import functorch
+from deqcore_torch.disable_dynamo import untraced
+from deqcore_torch.exported_state import leaves_like, moved_leaves
 from deqcore_torch.layout import (
     at_trace_time,
     autocast_dtype,
@@ -37,20 +41,22 @@ else:
 def solve_function(
     f: Any, z0: Any, args: tuple[Any, ...], overrides: dict[str, Any], batched_args: tuple[int, ...] = ()
 ) -> Solution | None:
-    """Return the solution of `fixed_point` as a graph sees it, or None if its arguments are not plain trees.
+    """Return the solution of `fixed_point` as a graph sees it; the graph breaks if its arguments are not plain trees.
 
     The compiler traces f as a graph of its own, whose inputs are the tensors of z0 and the arguments, then all tensors
     that f closes over.
     """
     if torch.compiler.is_exporting():
         return _exported(f, z0, args, (None, overrides))
+    if transformed():
+        return _uncaptured(f, z0, args, overrides, batched_args)
     leaves: list[Tensor] = []
     read: list[Tensor] = []
     moving: list[Tensor] = []
     state, chosen = describe(z0, leaves, named=True), describe(overrides, moving)
     carrying, given = _described(args, batched_args, read)
     if not takes_functions() or state is None or not given or chosen is None or moving or not leaves:
-        return None
+        return _uncaptured(f, z0, args, overrides, batched_args)
     from deqcore_torch.graph_problem import solve_graph  # loads the compiler, which runs here anyway
 
     count, axes = len(leaves), batch_axes(overrides.get("forward__batch"))
@@ -59,15 +65,22 @@ def solve_function(
         """Return f(z), behind tensors that stand for the other results of the operator."""
         # The inputs of the graph are its tensors in the order of their first use.
         used = [tensor.view_as(tensor) for tensor in tensors]
-        found: list[Tensor] = []
-        describe(f(rebuilt(z0, used[:count]), *rebuilt(args, used[count:])), found, named=True)
-        like = tensors[0]
-        return (*placeholders(like, rows_shape(like, axes)), *found)
+        z, like = rebuilt(z0, used[:count]), tensors[0]
+        value = leaves_like(f(z, *rebuilt(args, used[count:])), z, checked=False)
+        return (*placeholders(like, rows_shape(like, axes)), *value)
 
     # Equal tensors are one input of the graph, and f may also read those of z0.
     start = [leaf.clone() for leaf in leaves]
     found = solve_graph(body, *start, *read, layout=f"({state}, {chosen}, {carrying})", leaves=count)
     return _solution(z0, list(found))
+
+
+@untraced
+def _uncaptured(
+    f: Any, z0: Any, args: tuple[Any, ...], overrides: dict[str, Any], batched_args: tuple[int, ...]
+) -> Solution:
+    """Solve in Python: the compiler breaks its graph here, or names the reason."""
+    return fixed_point(f, z0, *args, batched_args=batched_args, **overrides)
 
 
 def _described(args: tuple[Any, ...], batched_args: tuple[int, ...], read: list[Tensor]) -> tuple[list[int], bool]:
@@ -102,16 +115,11 @@ def solve_layer(layer: Layer, inputs: tuple[Any, ...], z0: Any) -> Solution | No
 
     The report is in tensors; `state`, `record` and `fz` are None.
     """
-    if not AVAILABLE and not torch.compiler.is_exporting():
+    if not torch.compiler.is_exporting() and (not AVAILABLE or transformed()):
         return None
     start = initial_state(layer.cell, inputs, _zeros) if z0 is None else z0
     if torch.compiler.is_exporting():
-        if layer.training:
-            raise BackendError(
-                "A layer in training mode cannot be exported, because the exported program has no backward pass. Call "
-                "model.eval() first."
-            )
-        return _exported(layer.cell, start, inputs, layer.settings.call(False))
+        return _exported_layer(layer, start, inputs)
     leaves: list[Tensor] = []
     read: list[Tensor] = []
     state, given = describe(start, leaves), describe(inputs, read)
@@ -127,15 +135,35 @@ def solve_layer(layer: Layer, inputs: tuple[Any, ...], z0: Any) -> Solution | No
     return _solution(start, list(found))
 
 
+def _exported_layer(layer: Layer, start: Any, inputs: tuple[Any, ...]) -> Solution | None:
+    if layer.training:
+        raise BackendError(
+            "A layer in training mode cannot be exported, because the exported program has no backward pass. Call "
+            "model.eval() first."
+        )
+    cell, call = layer.cell, layer.settings.call(False)
+    if torch.compiler.is_dynamo_compiling():
+        return _exported(cell, start, inputs, call)
+    with explain_arguments(getattr(cell, "forward", cell), inputs, type(cell).__name__):
+        return _exported(cell, start, inputs, call)
+
+
 def _exported(f: Any, z0: Any, args: tuple[Any, ...], call: tuple[Config | None, dict[str, Any]]) -> Solution | None:
     """Return the solution as plain operators of an exported program."""
     from deqcore_torch import exported
 
+    if transformed():
+        raise BackendError(
+            "An exported program has no derivative and no batching rule of a solve (got a transform of torch.func "
+            "around it). Leave the transform out of the export, or compile it with torch.compile."
+        )
     leaves: list[Tensor] = []
     if describe(z0, leaves, named=True) is None or not leaves:
         return None
-    given = exported.Numbers(*exported.numbers(*call, leaves[0].dtype))
+    given = exported.Numbers(*exported.numbers(*call, moved_leaves(z0)[0].dtype))
     value, residual, status, steps, evaluations = exported.solve(f, z0, args, given)
+    describe(args, leaves, named=True)
+    value = mapped(lambda leaf: exported.underivable(leaf, leaves), value)
     return _reported(value, residual, status, steps, evaluations)
 
 
@@ -165,6 +193,16 @@ def own_tensors(cell: Any) -> list[Tensor]:
     if not isinstance(cell, torch.nn.Module):
         return []
     return [p for _, p in cell.named_parameters()] + [b for _, b in cell.named_buffers()]
+
+
+@at_trace_time
+def transformed() -> bool:
+    """Return whether a transform of `torch.func` runs here, inside of the compiled code.
+
+    The operator has no derivative and no batching rule for one. Forward mode would silently give zero tangents. The
+    graph breaks instead, and PyTorch runs the whole transform without compiling it.
+    """
+    return functorch.active()
 
 
 @at_trace_time

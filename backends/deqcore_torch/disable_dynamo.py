@@ -17,8 +17,9 @@ R = TypeVar("R")
 REASON: Final = (
     "a fixed point is solved by a loop that ends when the samples have converged, which no graph holds, and here the "
     "solve is not one operator of the graph either: this needs PyTorch 2.6, inputs that are tensors, numbers, None, "
-    "tuples, lists and dicts, and no until, state, config or settings of the call to a layer. Without fullgraph = True "
-    "what surrounds the solve is compiled, with a graph break here"
+    "tuples, lists and dicts, no until, state, config or settings of the call to a layer, and no transform of "
+    "torch.func (grad, vmap, jvp, …) around it. Without fullgraph = True what surrounds the solve is compiled, with a "
+    "graph break here"
 )
 
 
@@ -59,6 +60,12 @@ def refuse_tracing(z0: torch.Tensor) -> None:
     Raises:
         BackendError: make_fx or torch.jit.trace runs here, or the state is a fake tensor.
     """
+    if torch.compiler.is_exporting():
+        raise BackendError(
+            "An exported solve takes the initial iterate and the inputs alone (got until, mask, ids, changed, state, "
+            "config, a call of vjp or trajectory, or settings of the call to a layer). Give the layer its settings "
+            "by DEQ(cell, evaluation={...}), and leave the others out."
+        )
     proxy = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
     if proxy or hasattr(z0, "fake_mode") or torch.jit.is_tracing():
         raise BackendError(

@@ -23,11 +23,12 @@ from torch import Tensor
 
 from deqcore import config as settings
 from deqcore.config import Config
-from deqcore.errors import BackendError
+from deqcore.errors import BackendError, ProblemError
 from deqcore.linear.norms import default_rtol
 from deqcore.solve.dispatch import backend_named
 from deqcore.types import Status
-from deqcore_torch.layout import at_trace_time, describe, rebuilt, wide
+from deqcore_torch.exported_state import check_state, is_moved, joined, leaves_like, moved_leaves, split
+from deqcore_torch.layout import at_trace_time, wide
 
 HISTORY: Final = 8
 ROUNDING: Final = 64.0  # a difference below this multiple of eps times the best residual is rounding
@@ -85,10 +86,17 @@ def solve(
 
     Raises:
         BackendError: f cannot be traced, because its control flow depends on values.
+        InitialIterateError: z0 is not a state.
+        ProblemError: f(z) is not a tree like z.
     """
     with torch.no_grad():
-        start = _joined(z0, given.batch)
-        at: Map = lambda z: _joined(f(_split(z, z0, given.batch), *args), given.batch)  # noqa: E731
+        check_state(z0, given.batch)
+        start = joined(moved_leaves(z0), given.batch)
+
+        def at(matrix: Tensor) -> Tensor:
+            z = split(matrix, z0, given.batch)
+            return joined(leaves_like(f(z, *args), z), given.batch)
+
         carried = torch.while_loop(
             lambda *carry: State(*carry).running.any() & (State(*carry).step < given.max_steps),
             lambda *carry: tuple(_step(at, State(*carry), given)),
@@ -98,7 +106,32 @@ def solve(
         residual, fz = _halves(end.best_point)
         stopped = torch.where(end.running, int(Status.MAX_STEPS), int(Status.NONFINITE))
         status = torch.where(end.converged, int(Status.CONVERGED), stopped).to(torch.int32)
-        return _split(fz - residual, z0, given.batch), end.best, status, end.steps, end.steps + 1
+        return split(fz - residual, z0, given.batch), end.best, status, end.steps, end.steps + 1
+
+
+class _Underivable(torch.autograd.Function):
+    """Identity whose derivative is refused while the program is traced."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *sources: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        raise BackendError(
+            "An exported program holds no derivative of a solve (got torch.autograd.grad, or a backward pass, inside "
+            "of the exported code). Export the model without it, or compile it by torch.compile instead."
+        )
+
+
+def underivable(value: Tensor, sources: list[Tensor]) -> Tensor:
+    """Return a value whose derivative for one of the sources, inside of exported code, is an error instead of zero."""
+    tracked = [tensor for tensor in sources if tensor.requires_grad]
+    # With strict = True the compiler traces this code, and breaks at a derivative itself.
+    if not tracked or not torch.is_grad_enabled() or not is_moved(value) or torch.compiler.is_dynamo_compiling():
+        return value
+    found: Tensor = _Underivable.apply(value, *tracked)
+    return found
 
 
 def _begin(at: Map, z: Tensor, given: Numbers) -> State:
@@ -123,13 +156,17 @@ def _begin(at: Map, z: Tensor, given: Numbers) -> State:
 
 
 def _traced(at: Map, z: Tensor) -> Tensor:
+    version = 0 if torch.compiler.is_dynamo_compiling() else z._version
     try:
-        return at(z)
+        fz = at(z)
     except torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode as error:
         raise BackendError(
             "The cell cannot be exported, because its control flow depends on values of tensors. Write the branch with "
             "torch.where or torch.cond."
         ) from error
+    if not torch.compiler.is_dynamo_compiling() and z._version != version:
+        raise ProblemError.in_place()
+    return fz
 
 
 def _step(at: Map, old: State, given: Numbers) -> State:
@@ -208,32 +245,3 @@ def _judged(residual: Tensor, size: Tensor, given: Numbers) -> tuple[Tensor, Ten
     finite = residual < float("inf")
     met = (residual <= (goal + given.atol if given.atol else goal)) & finite
     return met, finite ^ met
-
-
-def _joined(tree: Any, batch: bool) -> Tensor:
-    leaves: list[Tensor] = []
-    describe(tree, leaves, named=True)
-    leaves = [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in leaves]
-    parts = [
-        (leaf.flatten(1) if leaf.dim() > 1 else leaf[:, None]) if batch else leaf.reshape(1, -1) for leaf in leaves
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-def _split(matrix: Tensor, like: Any, batch: bool) -> Any:
-    leaves: list[Tensor] = []
-    describe(like, leaves, named=True)
-    found, begin = [], 0
-    for leaf in leaves:
-        shape = (matrix.shape[0], *leaf.shape[1:]) if batch else tuple(leaf.shape)
-        size = 1
-        for extent in leaf.shape[1:] if batch else leaf.shape:
-            size = size * extent
-        if leaf.is_complex():
-            pairs = matrix[:, begin : begin + 2 * size].reshape(*shape, 2)
-            found.append(torch.complex(pairs[..., 0], pairs[..., 1]))
-            size = 2 * size
-        else:
-            found.append(matrix[:, begin : begin + size].reshape(shape))
-        begin = begin + size
-    return rebuilt(like, found)

@@ -35,6 +35,7 @@ from deqcore.abc.backend import Backend
 from deqcore.errors import ProblemError, StrategyError
 from deqcore.types import Map, SolveResult, Tree
 from deqcore_torch.checkpoints import CURE, largest
+from deqcore_torch.disable_dynamo import untraced
 from deqcore_torch.eval_context import Ambient, nothing_recorded
 from deqcore_torch.lanes import Lanes
 from deqcore_torch.wrappers import alive, outlasting
@@ -190,6 +191,7 @@ class _Equation:
         """Return v ↦ J v at z: the transpose of `vjp`."""
         return jvp_of(self.f, z)
 
+    @untraced  # the engine calls it from outside of the solve, in code that torch.compile may run
     def solve(self, z: Tensor, y: Tensor, g: Tensor) -> Tensor:
         """Return u = g + Jᵀu at z, where f(z) was y at the call."""
         u = self._plain(self.adjoint, self._linearized, z, y, g)
@@ -197,6 +199,7 @@ class _Equation:
             return u
         return self._attached(lambda v: alive(g) + self.vjp(alive(z))(v), u, self.adjoint.transposed())
 
+    @untraced
     def solve_forward(self, z: Tensor, y: Tensor, dy: Tensor, dz: Tensor | None) -> Tensor:
         """Return v = b + J v with b = dy − J dz, where f(z) was y at the call."""
         b = dy if dz is None else dy - self.jvp(z)(dz)

@@ -80,6 +80,7 @@ class SolveGraph(BaseHOP):
             BackendError: Dynamo broke its graph in f, and runs this call with a function instead of a graph.
         """
         if not isinstance(subgraph, fx.GraphModule):
+            subgraph(*operands)  # an error of f itself comes first
             raise BackendError(
                 "f of a compiled fixed_point must be one graph (torch.compile cannot trace all of it). Write branches "
                 "on values of tensors with torch.where, or make f the cell of a DEQ layer, which Python runs."

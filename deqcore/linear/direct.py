@@ -42,11 +42,13 @@ def solve_direct(backend: Backend, vjp: Map, g: Array, wanted: Array, before: Di
         before: what is known of all rows.
     """
     batch, n = g.shape
-    size = min(batch, max(1, ENTRIES // max(1, n * n)))
+    size = max(1, ENTRIES // max(1, n * n))
+    # An exported program may have a batch without a size, which is solved at once.
+    parts = max(1, -(-batch // size)) if isinstance(batch, int) else 1
 
     def solved(carry: tuple[Array, Direct]) -> tuple[Array, Direct]:
         waiting, found = carry
-        if size == batch:
+        if parts == 1:
             return waiting & ~waiting, _taken(backend, vjp, g, waiting, _solve(backend, vjp, g, None), found)
         first = backend.xp.argsort(backend.xp.astype(~waiting, backend.xp.int32), stable=True)
         place = backend.xp.argsort(first, stable=True)  # where a row stands among them
@@ -56,7 +58,6 @@ def solve_direct(backend: Backend, vjp: Map, g: Array, wanted: Array, before: Di
         u, size_of = (backend.take(each, own) for each in part)
         return waiting & ~now, _taken(backend, vjp, g, now, (u, size_of), found)
 
-    parts = -(-batch // max(1, size))
     if parts == 1:
         return backend.cond(wanted, solved, (wanted, before))[1]
     return backend.loop(lambda carry: backend.xp.any(carry[0]), solved, (wanted, before), parts, 1)[1]

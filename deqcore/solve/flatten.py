@@ -14,6 +14,7 @@ from deqcore.solve.leaves import (
     Carried,
     check_leaf,
     check_rows,
+    check_sizes,
     complex_call,
     dtype_of,
     floating,
@@ -61,7 +62,8 @@ class RavelSpec:
             batch: as the setting `forward.batch`.
 
         Raises:
-            InitialIterateError: no arrays, integers, mixed precisions, several devices, too few axes, unequal batches.
+            InitialIterateError: no arrays, integers, mixed precisions, several devices, too few axes, unequal batches,
+                symbolic sizes.
         """
         every, structure = backend.flatten(z0)
         kinds = [backend.dtype_name(leaf) if backend.is_array(leaf) else "" for leaf in every]
@@ -88,6 +90,7 @@ class RavelSpec:
             )
         shapes = tuple(tuple(leaf.shape) for leaf in leaves)
         check_rows(shapes, axes)
+        check_sizes(shapes, axes)
         sizes = tuple(math.prod(shape[axes:]) * (2 if pairs and pairs[i] else 1) for i, shape in enumerate(shapes))
         device = backend.device_of(leaves[0])
         rows = math.prod(shapes[0][:axes])

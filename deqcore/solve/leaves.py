@@ -104,6 +104,19 @@ def check_rows(shapes: tuple[tuple[int, ...], ...], axes: int) -> None:
     )
 
 
+def check_sizes(shapes: tuple[tuple[Any, ...], ...], axes: int) -> None:
+    """Raise `InitialIterateError` if a size that solvers plan with is symbolic; that of the batch may be."""
+    fixed = [size for shape in shapes for size in shape[min(axes, 1) :]]
+    # Sizes that are tensors belong to torch.jit.trace, which the backend refuses.
+    symbolic = [str(size) for size in fixed if not isinstance(size, int) and not hasattr(size, "dtype")]
+    if symbolic:
+        alone = " of forward.batch = true" if axes == 0 else ""
+        raise InitialIterateError(
+            f"Only the batch{alone} may have a symbolic size, because solvers plan with the other sizes of z0 (got "
+            f"{', '.join(dict.fromkeys(symbolic))} in the shapes {list(shapes)}). Give numbers for the others."
+        )
+
+
 def dtype_of(kinds: set[str]) -> str:
     """Return the dtype of the matrix for leaves of these dtypes: complex numbers are pairs of real ones.
 

@@ -214,7 +214,7 @@ class Plan:
         backend = self.backend
         z = backend.detach(z)
         differentiated = backend.capabilities.eager or backend.is_traced(value)
-        wanted = differentiated and self.config.backward.on_failure != "ignore" and z.shape[0] > 1
+        wanted = differentiated and self.config.backward.on_failure != "ignore" and z.shape[0] not in (0, 1)
         if wanted and not backend.is_traced(z):
             self.watch(f).verify_steps(lambda: self.coupled_pair(f, args, z))
 

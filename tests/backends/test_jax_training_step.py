@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import deqcore
+from deqcore.errors import InitialIterateError, ProblemError
 
 jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
@@ -108,3 +109,49 @@ def test_a_serialised_program_runs_in_a_fresh_process_without_deqcore(tmp_path):
     subprocess.run([sys.executable, "-c", code, *files], check=True, capture_output=True, timeout=300)
     found = np.load(tmp_path / "found.npz")
     assert np.allclose(found["value"], jax.jit(solved)(W, X), atol=1e-6)
+
+
+@pytest.mark.supports("`jax.export` of a gradient, any batch size", backends="jax", strategies="exact-ift, unrolled")
+@pytest.mark.parametrize("strategy", ["exact-ift", "unrolled"])
+def test_the_program_of_a_gradient_serves_other_batch_sizes(strategy):
+    pytest.importorskip("flatbuffers")
+    from jax import export
+
+    settings = {"forward__solver": "picard", "backward__strategy": strategy}
+    gradient = jax.jit(jax.grad(lambda w, x: jnp.sum(solved(w, x, **settings) ** 2)))
+    (rows,) = export.symbolic_shape("rows")
+    shapes = jax.ShapeDtypeStruct((N, N), "float32"), jax.ShapeDtypeStruct((rows, N), "float32")
+    program = export.deserialize(export.export(gradient)(*shapes).serialize())
+    assert np.allclose(program.call(W, X), gradient(W, X), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch", "named"),
+    [("rows, n", True, "got n in"), ("rows, 3", False, "got rows in"), ("rows, units, 3", 2, "got units in")],
+)
+@pytest.mark.supports(
+    "`jax.export` with symbolic sizes other than the batch", backends="jax", strategies="any", answer="refused"
+)
+def test_only_the_batch_may_be_symbolic(sizes, batch, named):
+    from jax import export
+
+    run = lambda x: deqcore.fixed_point(lambda z, x: 0.5 * z + x, jnp.zeros_like(x), x, forward__batch=batch).value
+    shape = jax.ShapeDtypeStruct(export.symbolic_shape(sizes), "float32")
+    with pytest.raises(InitialIterateError, match=named):
+        export.export(jax.jit(run))(shape)
+
+
+NEEDING_VALUES = {
+    "branch": lambda z, x: 0.5 * z + x if z.sum() > 0 else x,
+    "number": lambda z, x: 0.5 * z + x * float(z.max()),
+    "bound of a loop": lambda z, x: sum(range(z.argmax())) + x,
+    "mask": lambda z, x: 0.5 * z[z[:, 0] > 0] + x,
+    "array of NumPy": lambda z, x: x + np.asarray(z),
+}
+
+
+@pytest.mark.parametrize("name", NEEDING_VALUES)
+@pytest.mark.supports("a cell that branches on values", backends="jax", strategies="any", answer="refused")
+def test_an_f_that_needs_values_is_refused_with_what_to_write(name):
+    with pytest.raises(ProblemError, match=r"jnp\.where.*jax\.disable_jit"):
+        deqcore.fixed_point(NEEDING_VALUES[name], jnp.zeros_like(X), jnp.asarray(X))

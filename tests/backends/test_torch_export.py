@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from deqcore.errors import BackendError
+from deqcore.errors import BackendError, InitialIterateError, ProblemError
 from deqcore.types import Status
 
 torch = pytest.importorskip("torch")
@@ -66,6 +66,14 @@ def shared():
     return model, dynamic(model)
 
 
+@pytest.fixture(scope="module")
+def picard():
+    """The same with plain steps, traced by the compiler's front end (`strict`)."""
+    torch.manual_seed(0)
+    model = Model(Cell(), evaluation={"forward__rtol": 1e-5, "forward__solver": "picard"})
+    return model, dynamic(model, strict=True)
+
+
 @pytest.fixture
 def untraced(monkeypatch):
     """Let Python run the loop, so that `solve` takes the steps of an exported program without the time of tracing."""
@@ -90,10 +98,10 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_one_program_serves_all_batch_sizes_and_each_sample_stops_by_itself(shared, strict):
-    model, program = shared
-    run = (dynamic(model, strict=True) if strict else program).module()
+@pytest.mark.parametrize("name", ["shared", "picard"])
+def test_one_program_serves_all_batch_sizes_and_each_sample_stops_by_itself(request, name):
+    model, program = request.getfixturevalue(name)
+    run = program.module()
     for batch in (1, 3, 8):
         x = torch.randn(batch, N) * torch.logspace(-3, 1, batch)[:, None]
         value, status, steps, residual = run(x)
@@ -170,7 +178,7 @@ def test_trees_and_one_system(untraced):
             return {"b": super().forward(z["b"], x), "a": 0.5 * z["a"] + z["b"][:, None]}
 
     x = torch.randn(3, N)
-    model = Model(Pair(), forward__rtol=1e-5).eval()
+    model = Model(Pair(), forward__rtol=1e-5, forward__solver="picard").eval()
     cell = model.layer.cell
     one = untraced(cell, x, cell.initial_state(x), batch=False, forward__rtol=1e-5)
     assert tuple(one[1].shape) == (1,)
@@ -228,10 +236,95 @@ def test_inductor_makes_a_package_that_runs(shared, tmp_path):
     if shutil.which("g++") is None:
         pytest.skip("no C++ compiler")
     model, program = shared
-    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    quick = {"aot_inductor.compile_wrapper_opt_level": "O0"}  # the C++ compiler takes most of the time
+    path = torch._inductor.aoti_compile_and_package(
+        program, package_path=str(tmp_path / "model.pt2"), inductor_configs=quick
+    )
     run = torch._inductor.aoti_load_package(path)
     for batch in (3, 5):
         x = torch.randn(batch, N)
         value, status, *_ = run(x)
         assert torch.allclose(value, model.layer(x), rtol=1e-3, atol=1e-5)
         assert status.tolist() == [Status.CONVERGED] * batch
+
+
+class Carrying(torch.nn.Module):
+    """Returns its parts in another order, and another count, which is ignored."""
+
+    def initial_state(self, x):
+        return {"n": torch.arange(x.shape[0]), "z": torch.zeros_like(x)}
+
+    def forward(self, z, x):
+        return {"z": 0.5 * torch.tanh(z["z"]) + x * z["n"][:, None], "n": z["n"] + 1}
+
+
+def exported_layer(cell, x, **settings):
+    return torch.export.export(DEQ(cell, forward__solver="picard", **settings).eval(), (x,))
+
+
+def test_integers_are_carried_and_keys_may_have_another_order():
+    layer, x = DEQ(Carrying(), forward__solver="picard", forward__rtol=1e-6).eval(), torch.randn(3, N)
+    found = torch.export.export(layer, (x,)).module()(x)
+    assert found["n"].tolist() == [0, 1, 2]
+    assert torch.allclose(found["z"], layer(x)["z"], atol=1e-5)
+
+
+RETURNS = {
+    "other dtype": (lambda z, x: (0.5 * z + x).half(), "dtype of z"),
+    "integers": (lambda z, x: (0.5 * z + x).long(), "dtype of z"),
+    "fewer columns": (lambda z, x: (0.5 * z + x)[:, :2], "shape of z"),
+    "a tuple": (lambda z, x: (0.5 * z + x,), "tree like z"),
+    "nothing": (lambda z, x: None, "tree like z"),
+    "in place": (lambda z, x: z.mul_(0.5) + x, "in place"),
+}
+
+
+@pytest.mark.parametrize("name", RETURNS)
+@pytest.mark.supports(
+    "`torch.export` of a cell whose value is not like z", backends="torch", strategies="any", answer="refused"
+)
+def test_a_cell_that_returns_something_else_is_refused_at_export(name):
+    cell, words = RETURNS[name]
+    with pytest.raises(ProblemError, match=words):
+        exported_layer(cell, torch.randn(2, N))
+
+
+def test_states_are_checked_at_export_by_the_rules_of_eager_code():
+    half = lambda z, x: 0.5 * z + x
+    with pytest.raises(InitialIterateError, match=r"got the shape \(3,\)"):
+        exported_layer(half, torch.randn(3))
+    with pytest.raises(InitialIterateError, match="floating-point"):
+        exported_layer(half, torch.arange(6).reshape(2, 3))
+
+
+class Around(torch.nn.Module):
+    """A function as a module."""
+
+    def __init__(self, fn, layer):
+        super().__init__()
+        self.fn, self.layer = fn, layer
+
+    def forward(self, x):
+        return self.fn(self.layer, x)
+
+
+def slope(layer, x):
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad((layer(x) + x).sum(), x)[0]
+
+
+@pytest.mark.parametrize(
+    ("fn", "words"),
+    [
+        (slope, "holds no derivative"),
+        (lambda layer, x: torch.func.grad(lambda x: (layer(x) + x).sum())(x), "holds no derivative|has no derivative"),
+        (lambda layer, x: layer(x, mask=torch.ones(2, dtype=torch.bool)), "the initial iterate and the inputs alone"),
+    ],
+    ids=["autograd", "torch.func", "mask"],
+)
+@pytest.mark.supports("derivatives inside of an exported program", backends="torch", strategies="any", answer="refused")
+def test_derivatives_and_masks_inside_of_a_program_are_refused(fn, words):
+    """With a skip connection, the derivative would silently miss the part of the solve."""
+    layer = DEQ(lambda z, x: 0.5 * torch.sin(z) + x, forward__solver="picard").eval()
+    with pytest.raises(BackendError, match=words):
+        torch.export.export(Around(fn, layer), (torch.randn(2, N),))
