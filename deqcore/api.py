@@ -102,14 +102,16 @@ def root(
 
     The solvers, strategies and checks are those of `fixed_point`, applied to z − s g(z). The factor s of each sample
     has the sign and the size of a Newton step along g(z0); it costs one evaluation of g and one product with its
-    Jacobian, which `sol.evaluations` does not count. The gradient −(∂g/∂z)⁻¹ ∂g/∂θ does not depend on s.
+    Jacobian, which `sol.evaluations` does not count, and as much again where the solve has ended. A sample that met the
+    tolerance only because g is steeper at z0 continues with a new factor and a new step budget. In a compiled program
+    of JAX it ends as STALLED instead: solve again from `sol.value`. The gradient −(∂g/∂z)⁻¹ ∂g/∂θ does not depend on s.
 
     Args:
         g: `g(z, *args)` returns a tree like z: as many equations as unknowns. It may close over parameters.
         z0: initial iterate, as in `fixed_point`.
         *args: further arguments of g, any trees. Their arrays get gradients.
         config: as in `fixed_point`. A sample has converged when ‖g‖ ≤ atol + rtol·‖z − s g‖/|s|, so where a Newton step
-            with the slope at z0 changes z by rtol. Where g is flatter than at z0, set a smaller rtol.
+            changes z by rtol. Its slope is that along g(z0), at z0 or, where g is flatter there, at z.
         state: `sol.state` of an earlier solve from the same z0, to continue from.
         **overrides: settings of this call, as in `forward__rtol=1e-6`.
 

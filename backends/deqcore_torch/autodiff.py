@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from deqcore.abc.autodiff import Autodiff
 from deqcore.abc.backend import Backend
 from deqcore.abc.two_state import TwoState
 from deqcore.errors import ConfigError, InitialIterateError
+from deqcore.solve.loop import BoundSolve
 from deqcore.solve.opaque import arrays_in
 from deqcore.types import BackwardRecord, Map, SolveResult, Tree
 from deqcore_torch import functorch, jvp, reversible
@@ -71,7 +73,7 @@ class TorchAutodiff(Autodiff):
             if lanes := Lanes.now():
                 _refuse_compact(solve)
                 with nothing_recorded():
-                    return lanes.solve(lambda z: f(z, *args), z0, solve)
+                    return lanes.solve(lambda z: f(z, *args), z0, _of_rows(solve, lanes))
         with nothing_recorded():
             return solve(run, z0.clone() if z0.is_inference() else z0.detach())
 
@@ -191,6 +193,13 @@ def _refuse_compact(solve: object) -> None:
             "forward.compact must be false inside torch.func.vmap, where rows of several lanes share one solve (got "
             "true). Set forward.compact = false."
         )
+
+
+def _of_rows(solve: Callable[[Map, Tensor], SolveResult], lanes: Lanes) -> Callable[[Map, Tensor], SolveResult]:
+    """Return `solve` with the tolerances of the rows of all lanes, where each sample has one of its own."""
+    if not isinstance(solve, BoundSolve) or not isinstance(solve.control.atol, Tensor) or not solve.control.atol.ndim:
+        return solve
+    return replace(solve, control=solve.control._replace(atol=lanes.flat(solve.control.atol)))
 
 
 def _untracked(y: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ at its own tolerance.
 Python runs the operators of a program one by one, so there are as few as possible. The differences of residuals are
 kept orthonormal, and those of values follow by linearity, so that coefficients are inner products and no equations are
 solved. A step that raises the residual of a sample far above its best one returns to the best iterate and forgets the
-differences.
+differences. A sample that has grown meets the tolerance only if its residual has fallen by more, as in
+`deqcore.solve.termination`.
 
 Source: He, Tang, Ho, Saad & Xi (2024), "nlTGCR: a class of nonlinear acceleration procedures based on conjugate
 residuals", for orthonormal differences.
@@ -26,7 +27,8 @@ from deqcore.config import Config
 from deqcore.errors import BackendError, ProblemError
 from deqcore.linear.norms import default_rtol
 from deqcore.solve.dispatch import backend_named
-from deqcore.types import Status
+from deqcore.solve.termination import BLOW_UP, DROP, FALL
+from deqcore.types import Limits, Status
 from deqcore_torch.exported_state import check_state, is_moved, joined, leaves_like, moved_leaves, split
 from deqcore_torch.layout import at_trace_time, wide
 
@@ -45,12 +47,15 @@ class Numbers(NamedTuple):
     max_steps: int
     mixing: bool
     batch: bool
+    slack: float  # see `deqcore.types.Limits`, and for the two others
+    hidden: float
+    tiny: float
 
 
 @at_trace_time
 def numbers(
     config: Config | None, overrides: dict[str, Any], dtype: torch.dtype
-) -> tuple[float, float, int, bool, bool]:
+) -> tuple[float, float, int, bool, bool, float, float, float]:
     """Return the settings of a call for a state of this dtype; plain numbers, which are constants of the program."""
     forward = settings.resolve(config, overrides)[0].forward
     if forward.batch == 2 and forward.batch is not True:
@@ -60,7 +65,10 @@ def numbers(
         )
     like = torch.empty(0, dtype=wide(dtype) if dtype.is_complex else dtype)
     rtol = default_rtol(backend_named("torch"), like) if isinstance(forward.rtol, str) else forward.rtol
-    return float(rtol), float(forward.atol), int(forward.max_steps), forward.solver != "picard", bool(forward.batch)
+    rtol, atol = float(rtol), float(forward.atol)
+    limits = Limits.of(None, torch.finfo(like.dtype).eps, rtol, atol, forward.patience)
+    method = int(forward.max_steps), forward.solver != "picard", bool(forward.batch)
+    return rtol, atol, *method, limits.slack, limits.hidden, limits.tiny
 
 
 class State(NamedTuple):
@@ -70,6 +78,8 @@ class State(NamedTuple):
     point: Tensor  # `(batch, 2n)`
     best_point: Tensor  # `(batch, 2n)`
     best: Tensor  # its residual
+    peak: Tensor  # the largest residual
+    reference: Tensor  # scale of the start, max(‖z0‖, ‖f(z0)‖)
     history: Tensor  # differences of points `(batch, HISTORY, 2n)`, whose halves of residuals are orthonormal
     valid: Tensor  # 1 for the differences that count, 0 for the others, `(batch, HISTORY)`
     inner: Tensor  # products of the latest residual with those halves `(batch, HISTORY)`
@@ -138,13 +148,16 @@ def _begin(at: Map, z: Tensor, given: Numbers) -> State:
     """Evaluate f at the initial iterate."""
     fz = _traced(at, z)
     point, residual, size = _measured(z, fz)
-    met, going = _judged(residual, size, given)
+    reference = torch.maximum(_norm(z, 1).to(size.dtype), size)
+    met, going = _judged(residual, size, _Way(reference, residual, residual), given)
     kept = HISTORY if given.mixing else 0
     return State(
         step=torch.zeros((), dtype=torch.int64, device=z.device),
         point=point,
         best_point=point + 0,
         best=residual + 0,
+        peak=residual + 0,
+        reference=reference,
         history=z.new_zeros((z.shape[0], kept, 2 * z.shape[1])),
         valid=z.new_zeros((z.shape[0], kept)),
         inner=z.new_zeros((z.shape[0], kept)),
@@ -173,8 +186,9 @@ def _step(at: Map, old: State, given: Numbers) -> State:
     """Take one step. Samples that do not run move, too, but keep their best point, which is the result."""
     z = _mixed(old) if given.mixing else _halves(old.point)[1]
     point, residual, size = _measured(z, at(z))
-    met, going = _judged(residual, size, given)
+    met, going = _judged(residual, size, _Way(old.reference, old.peak, old.best), given)
     better = old.running & ((residual < old.best) | met)
+    sane = BLOW_UP * residual <= old.reference  # a residual far above the start proves no fall
     best_point = torch.where(better[:, None], point, old.best_point)
     if not given.mixing:
         failed, history = torch.zeros_like(met), (old.history + 0, old.valid + 0, old.inner + 0)
@@ -187,6 +201,8 @@ def _step(at: Map, old: State, given: Numbers) -> State:
         point,
         best_point,
         torch.where(better, residual, old.best),
+        torch.where(sane, torch.maximum(residual, old.peak), old.peak),
+        old.reference + 0,
         *history,
         fresh=failed,
         steps=old.steps + old.running.to(torch.int32),
@@ -239,9 +255,28 @@ def _norm(x: Tensor, dim: int) -> Tensor:
     return torch.linalg.vector_norm(x, dim=dim, dtype=torch.float64)
 
 
-def _judged(residual: Tensor, size: Tensor, given: Numbers) -> tuple[Tensor, Tensor]:
-    """Return which samples meet the tolerance, and which are finite and do not."""
-    goal = given.rtol * size
+class _Way(NamedTuple):
+    """What is known of the samples before a point, `(batch,)` each."""
+
+    reference: Tensor
+    peak: Tensor
+    best: Tensor
+
+
+def _judged(residual: Tensor, size: Tensor, way: _Way, given: Numbers) -> tuple[Tensor, Tensor]:
+    """Return which samples meet the tolerance, and which are finite and do not.
+
+    The rounding of f(z) counts as residual where the iterate has grown, since f(z) = z + 1 is z once z is large enough.
+    """
     finite = residual < float("inf")
-    met = (residual <= (goal + given.atol if given.atol else goal)) & finite
+    goal = given.rtol * torch.maximum(size, given.tiny * way.reference)
+    least = torch.maximum(residual, given.hidden * size)
+    still = size <= 2.0 * way.reference
+    growth = (least / way.peak) * (size / torch.maximum(way.peak, way.reference))
+    fallen = (growth <= given.slack) & (residual < way.best)
+    bottom = least <= torch.minimum(way.peak / FALL, way.best / DROP)
+    met = (residual <= goal) & (still | fallen | bottom)
+    if given.atol:
+        met = met | ((residual <= goal + given.atol) & still) | (least <= given.atol)
+    met = met & finite
     return met, finite ^ met

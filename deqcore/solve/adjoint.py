@@ -244,11 +244,22 @@ def vjp_in_units(
     """Return `backend.autodiff.vjp(value, args, g)`, by a cotangent of ordinary size.
 
     The derivative of s f(z/s) multiplies the cotangent by s before it divides by s. A cotangent of the size of s leaves
-    the range there. The scale is a power of two for all rows, because the gradient of an argument may sum over them.
+    the range there. The scale is a power of two for all rows, because the gradient of an argument may sum over them. It
+    is halfway between the largest and the smallest row, which would leave the range in the units of the largest.
     """
-    unit = row_scale(backend, backend.xp.max(backend.norm(g), keepdims=True), g)
+    norm = backend.norm(g)
+    unit = row_scale(backend, _middle(backend, norm), g) if norm.shape[0] else None
     primal, aux, gradients = backend.autodiff.vjp(value, args, divide_rows(backend, g, unit))
     if unit is not None:
         leaves, structure = backend.flatten(gradients)
         gradients = backend.unflatten(structure, [x if x is None else x * backend.cast(unit[0], x) for x in leaves])
     return primal, aux, gradients
+
+
+def _middle(backend: Backend, norms: Array) -> Array:
+    """Return the geometric mean `(1,)` of the largest and the smallest of those norms that are positive and finite."""
+    xp = backend.xp
+    sound = (norms > 0) & xp.isfinite(norms)
+    most = xp.max(xp.where(sound, norms, xp.zeros_like(norms)), keepdims=True)
+    least = xp.min(xp.where(sound, norms, xp.zeros_like(norms) + most), keepdims=True)
+    return xp.sqrt(most) * xp.sqrt(least)

@@ -22,6 +22,7 @@ class Ledger:
         coupled: of these, passes that were reported to couple rows.
         forward: solves that were reported to couple rows.
         unsolved: solves whose failure was reported.
+        uneven: solves without a gradient whose samples stopped at different steps.
         suspect: whether the latest verification contradicted the strategy, so that the next pass is verified as well.
         verified: whether a pass has been verified; only traced code, which cannot know that a pass will run, needs it.
     """
@@ -31,6 +32,7 @@ class Ledger:
     coupled: int = 0
     forward: int = 0
     unsolved: int = 0
+    uneven: int = 0
     suspect: bool = False
     verified: bool = False
 

@@ -24,16 +24,22 @@ from deqcore.types import (
 def report_nondeterminism(
     plan: Plan, f: FlatFunction, args: tuple[Any, ...], forward: SolveResult, record: BackwardRecord | None
 ) -> None:
-    """Warn if f is not deterministic.
+    """Warn if f is not deterministic, or if samples have stopped and f of them has changed since.
 
-    The gradient's own evaluation at z* shows it at no cost; without one, a failed solve pays for one more.
+    The gradient's own evaluation at z* shows it at no cost; without one, a failed solve pays for one more, and so does
+    one of `backward.verify_every` solves whose samples stopped at different steps.
     """
     backend, xp = plan.backend, plan.backend.xp
-    if forward.carry is None or plan.config.forward.on_failure == "ignore" or not backend.capabilities.eager:
+    if forward.carry is None or plan.config.forward.on_failure == "ignore":
+        return
+    if not backend.capabilities.eager and backend.is_traced(forward.z, forward.status):
         return
     nondeterminism = None if record is None else record.nondeterminism
     if nondeterminism is None:
         if _all_converged(plan, forward):
+            if not _frozen_rows_are_due(plan, f, forward):
+                return
+        elif not backend.capabilities.eager:
             return
         with backend.errstate(), backend.guards.keep_random_state(forward.z):
             again = backend.autodiff.forward_only(f, forward.z, args, evaluate_once).z
@@ -53,6 +59,16 @@ def report_nondeterminism(
             f"an argument, and let f change no state of its own.",
             NonDeterministicWarning,
         )
+
+
+def _frozen_rows_are_due(plan: Plan, f: FlatFunction, forward: SolveResult) -> bool:
+    """Return whether to look at samples that stopped while others moved, which would show if f couples them."""
+    every, steps = plan.config.backward.verify_every, forward.steps
+    if not every or len(steps) < 2 or plan.backend.guards.holds(plan.backend.xp.all(steps == steps[:1])):
+        return False
+    counts = plan.account(f).ledger
+    counts.uneven += 1
+    return (counts.uneven - 1) % every == 0 or counts.suspect
 
 
 def _report_coupling(plan: Plan, f: FlatFunction, args: tuple[Any, ...], forward: SolveResult) -> bool:

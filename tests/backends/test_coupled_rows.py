@@ -157,6 +157,31 @@ def test_a_solve_that_drifts_is_not_called_random():
         deqcore.fixed_point(f_of(shifted, "torch"), torch.zeros_like(x), x)
 
 
+@pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
+def test_a_row_that_stopped_too_early_is_named_without_a_gradient(backend):
+    """z = (max(z₁ − 5, 0), 0.9 z₁ + 1): row 0 is at a fixed point, and stops, until row 1 passes 5 on its way to 10."""
+    be = pytest.importorskip("deqcore").get_backend(backend=backend)
+    first, calls = be.asarray([[1.0], [0.0]]), []
+
+    def f(z, share=1.0):
+        calls.append(0)
+        return share * first * be.xp.abs(be.xp.clip(z[1:], min=5.0) - 5.0) + (1 - first) * (0.9 * z + 1.0) + 0 * z
+
+    settings = {"forward__solver": "picard", "forward__rtol": 1e-2}
+    with pytest.warns(CoupledRowsWarning, match="row 0 of f.z. changes when row 1 of z does"):
+        deqcore.fixed_point(f, 0 * first, **settings)
+    for apart in (lambda z: f(z, 0.0), lambda z: 0.9 * z + 1.0):
+        deqcore.fixed_point(apart, 0 * first, **settings)  # warnings are errors in these tests
+    counts = []
+    for every in (1, 0):
+        calls.clear()
+        ledger.forget()
+        sol = deqcore.fixed_point(lambda z: f(z, 0.0), 0 * first, **settings, backward__verify_every=every)
+        counts.append(len(calls))
+    assert len(set(be.to_numpy(sol.steps).tolist())) == 2
+    assert counts[0] - counts[1] == 1
+
+
 def test_an_error_on_request():
     z, _ = truth(shifted)
     x = torch.tensor(X, requires_grad=True)

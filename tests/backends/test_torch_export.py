@@ -140,12 +140,27 @@ def test_more_unknowns_than_differences_take_few_steps(untraced):
 def test_other_units_give_the_same_steps(untraced, scale, dtype):
     """Squares of these numbers leave the range of float32."""
     a, b = 0.8 * torch.linalg.qr(torch.randn(N, N))[0].to(dtype), torch.randn(3, N).to(dtype)
-    given = exported.Numbers(1e-5 if dtype is torch.float32 else 1e-1, 0.0, 60, True, True)
+    settings = {"forward__rtol": 1e-5 if dtype is torch.float32 else 1e-1, "forward__max_steps": 60}
+    given = exported.Numbers(*exported.numbers(None, settings, dtype))
     f = lambda z, x: z @ a + x
     one, other = (exported.solve(f, 0 * b, (b * unit,), given) for unit in (1.0, 2.0 ** round(math.log2(scale))))
     assert torch.equal(other[0] / 2.0 ** round(math.log2(scale)), one[0])
     assert other[2].tolist() == one[2].tolist() == [Status.CONVERGED] * 3
     assert other[3].tolist() == one[3].tolist()
+
+
+@pytest.mark.parametrize("solver", ["auto", "picard"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_growth_of_the_iterate_meets_no_tolerance(untraced, solver, dtype):
+    """Maps without a fixed point, and two whose fixed point is a thousand and a million times the start."""
+    zero = torch.zeros(2, 3, dtype=dtype)
+    given = {"forward__solver": solver, "forward__rtol": 1e-4, "forward__max_steps": 600}
+    for f in (lambda z, x: z + 1 + 0.5 * torch.tanh(z), lambda z, x: z + 1, lambda z, x: 1.01 * z + 0.01 * z.abs() + 1):
+        assert Status.CONVERGED not in untraced(f, zero, **given)[2].tolist()
+    for slope, z in ((0.98, 1e-3), (0.5, 1e6)):
+        value, _, status, *_ = untraced(lambda z, x, a=slope, b=z: a * z + (1 - a) * b, zero, **given)
+        assert status.tolist() == [Status.CONVERGED] * 2
+        assert torch.allclose(value, torch.full_like(value, z), rtol=1e-2)
 
 
 def test_a_step_that_fails_returns_to_the_best_iterate(untraced):

@@ -50,6 +50,49 @@ def test_a_start_far_away_does_not_loosen_the_tolerance(be, solver):
     assert be.to_numpy(sol.value) == pytest.approx(math.sqrt(2.0), abs=1e-6 * 600 * math.sqrt(2.0) / 2)
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_slope_that_falls_on_the_way_does_not_loosen_the_tolerance(be, solver):
+    """exp(z) = 2 from 14: ended in float32 at z = 6.3, where g is 546, as CONVERGED. The other sample needs nothing."""
+    z0, a = np.array([[14.0], [0.5]]), np.array([[2.0], [2.0]])
+    one = lambda rows: be.asarray(a[rows], dtype="float32")
+    sol = deqcore.root(lambda z: be.xp.exp(z) - one([0, 1]), be.asarray(z0, dtype="float32"), forward__solver=solver)
+    assert sol.converged.all()
+    found = be.to_numpy(sol.value).astype(float)
+    assert np.abs(found - math.log(2.0)).max() < 1e-3
+    assert np.allclose(be.to_numpy(sol.residual), np.abs(np.exp(found) - 2.0)[:, 0], atol=1e-6)
+    alone = deqcore.root(lambda z: be.xp.exp(z) - one([1]), be.asarray(z0[1:], dtype="float32"), forward__solver=solver)
+    assert int(sol.steps[1]) == int(alone.steps[0])
+    assert np.array_equal(be.to_numpy(sol.value)[1:], be.to_numpy(alone.value))
+
+
+def test_a_root_that_continued_has_its_gradient():
+    """d log a / da = 1/a, to the second order, also through torch.func.vmap."""
+    torch = pytest.importorskip("torch")
+    a = torch.tensor([[2.0], [9e5]], dtype=torch.float64, requires_grad=True)
+    z0 = torch.full((2, 1), 14.0, dtype=torch.float64)
+    f = lambda a: deqcore.root(lambda z, a: torch.exp(z) - a, z0, a, forward__rtol=1e-9, forward__atol=1e-12).value
+    (grad,) = torch.autograd.grad(f(a).sum(), a, create_graph=True)
+    (second,) = torch.autograd.grad(grad.sum(), a)
+    assert torch.allclose(grad, 1 / a, rtol=1e-6)
+    assert torch.allclose(second, -1 / a**2, rtol=1e-6)
+    both = torch.func.vmap(f)(torch.stack([a.detach(), 2 * a.detach()]))
+    assert torch.allclose(both, torch.stack([a, 2 * a]).log(), rtol=1e-6)
+
+
+def test_a_compiled_root_says_that_the_slope_has_fallen():
+    jax = pytest.importorskip("jax")
+    g = lambda z: jax.numpy.exp(z) - 2.0
+
+    def solve(z):
+        settings = {"forward__solver": "picard", "forward__rtol": 1e-3, "forward__max_steps": 300}
+        sol = deqcore.root(g, z, **settings, forward__on_failure="ignore")
+        return sol.value, sol.status
+
+    value, status = jax.jit(solve)(jax.numpy.full((1, 1), 14.0, jax.numpy.float32))
+    assert int(status[0]) == deqcore.Status.STALLED
+    assert float(value[0, 0]) > 1.0
+
+
 def test_neither_the_unit_of_z_nor_that_of_g_matters_at_a_start_of_zero():
     for z_unit, g_unit in [(1e150, 1e-90), (1e-6, 1e6), (1e6, 1e-6)]:
         g = lambda z, u=z_unit, v=g_unit: v * (np.tanh(z / u) + 0.5 * z / u - 1.0)

@@ -276,6 +276,21 @@ def test_a_norm_in_a_wider_dtype_hides_no_vector_near_the_ends_of_its_range(size
     assert row_scale(backend, np.ones(1), v) is None
 
 
+@pytest.mark.parametrize("strategy", ["phantom", "unrolled", "reversible", "looped"])
+@pytest.mark.parametrize(("name", "dtype", "k"), [("numpy", "float64", 664), ("torch", "float32", 83)])
+def test_rows_of_a_cotangent_keep_their_size(name, dtype, k, strategy):
+    """The gradient of 0.5 z + x is the cotangent times a number that all rows share."""
+    be = deqcore.get_backend(backend=name)
+    g = np.array([[2.0**k], [2.0**-k], [1.0], [0.0]])
+    x, cotangent = be.asarray(np.ones((4, 1)), dtype=dtype), be.asarray(g, dtype=dtype)
+    options = {"depth": 4} if strategy == "looped" else {"steps": 4}
+    settings = {"backward__strategy": strategy, "backward__options": options, "forward__on_failure": "ignore"}
+    _, (dx,) = deqcore.vjp(lambda z, x: 0.5 * z + x, 0 * x, x, cotangent=cotangent, **settings)
+    found = be.to_numpy(dx)[:3] / g[:3]
+    assert found.min() > 0.5
+    assert np.allclose(found, found[2], rtol=1e-5)
+
+
 def test_unrolled_steps():
     torch = pytest.importorskip("torch")
     for solver in ("broyden", "anderson", "picard"):

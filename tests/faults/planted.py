@@ -944,6 +944,16 @@ POINTS = [
         "dot",
     ),
     Fault(
+        "a small row of a cotangent lost beside a large one",
+        "deqcore.solve.adjoint",
+        "    return xp.sqrt(most) * xp.sqrt(least)\n",
+        "    return most\n",
+        "strategy phantom",
+        "test_a_small_row_of_a_cotangent_counts_beside_a_large_one",
+        "gradient of rows in other units",
+        backend="torch",
+    ),
+    Fault(
         "frozen derivative",
         "deqcore.backward.unrolled",
         "    z, fz = backend.select(kept, at.z, chord), backend.select(kept, at.fz, value)\n",

@@ -183,4 +183,31 @@ SILENT = [
     ),
 ]
 
-FAULTS = [*LOOPED, *SILENT]
+ENDS = [
+    Fault(
+        "a root judged by the slope at its start alone",
+        "deqcore.solve.root",
+        "(residual > FLATTER * tolerance)",
+        "(residual > 1e30 * tolerance)",
+        "tests/core/test_root.py::test_a_slope_that_falls_on_the_way_does_not_loosen_the_tolerance[numpy-broyden]",
+        "assert",
+    ),
+    Fault(
+        "an exported criterion met by growth",
+        "deqcore_torch.exported",
+        "    fallen = (growth <= given.slack) & (residual < way.best)\n",
+        "    fallen = residual < way.best\n",
+        f"{BACKENDS}/test_torch_export.py::test_growth_of_the_iterate_meets_no_tolerance[dtype1-auto]",
+        "assert",
+    ),
+    Fault(
+        "a row that stopped too early, without a warning",
+        "deqcore.solve.report",
+        "            if not _frozen_rows_are_due(plan, f, forward):\n",
+        "            if _frozen_rows_are_due(plan, f, forward) or True:\n",
+        f"{BACKENDS}/test_coupled_rows.py::test_a_row_that_stopped_too_early_is_named_without_a_gradient[torch]",
+        "DID NOT WARN",
+    ),
+]
+
+FAULTS = [*LOOPED, *SILENT, *ENDS]

@@ -48,6 +48,23 @@ class StepStrategyTests(Conformance):
 
         close(gradient(2.0 ** (sign * EXPONENTS[dtype])), gradient(1.0), 1e-4, "gradient in other units")
 
+    @several("dtype", DTYPES)
+    @needs("autodiff")
+    def test_a_small_row_of_a_cotangent_counts_beside_a_large_one(
+        self, kit: Kit, steps: StepStrategy, strategy_name: str, settings: Any, dtype: str
+    ) -> None:
+        """Map a cotangent with tiny and huge rows; the gradient of a shared argument sums over them."""
+        problem, g = affine(norm=0.5), np.random.default_rng(6).standard_normal((3, 6))
+        a, xp = kit.array(problem.a, dtype), kit.backend.xp
+        config = kit.config(rtol=1e-4, strategy=strategy_name, strategy_options=settings)
+
+        def gradient(s: Any) -> Any:
+            b, cotangent = kit.array(problem.b, dtype), kit.array(g * s[:, None], dtype)
+            f = lambda z, b: xp.tanh(xp.sum(a * z[:, None, :], axis=2)) + b  # noqa: E731
+            return kit.numpy(deqcore.vjp(f, 0 * b, b, cotangent=cotangent, config=config)[1][0]) / s[:, None]
+
+        close(gradient(scales(3, dtype)), gradient(np.ones(3)), 1e-4, "gradient of rows in other units")
+
     @several("units", ["of z", "of the loss", "of both, inversely"])
     @needs("autodiff")
     def test_a_gradient_by_the_framework_in_other_units(
