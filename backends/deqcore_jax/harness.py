@@ -52,7 +52,10 @@ class JaxHarness(Harness):
 
     @contextmanager
     def preserved(self, module: Any) -> Iterator[Any]:
-        yield jax.tree.unflatten(jax.tree.structure(module), jax.tree.leaves(module))
+        yield self.in_trace(module)
+
+    def in_trace(self, module: Any) -> Any:
+        return jax.tree.unflatten(jax.tree.structure(module), jax.tree.leaves(module))
 
     def module_gradients(
         self, module: Any, call: Callable[..., jax.Array], inputs: tuple[Tree, ...], cotangent: jax.Array

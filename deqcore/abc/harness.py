@@ -49,6 +49,10 @@ class Harness:
         """Enter a module to call freely: after the block, the arrays of the user's own module are as before it."""
         return nullcontext(module)
 
+    def in_trace(self, module: Any) -> Any:
+        """Return a module to call inside a function that is differentiated, where it may write its statistics."""
+        return module
+
     def module_gradients(
         self, module: Any, call: Callable[..., Array], inputs: tuple[Tree, ...], cotangent: Array
     ) -> dict[str, Array] | None:

@@ -21,7 +21,7 @@ from deqcore.cli.output import AsJson, progress_printer, show
 from deqcore.config import Config
 from deqcore.errors import ConfigError, MissingExtraError, described
 from deqcore.pages.template import render
-from deqcore.testing.problem import load_named
+from deqcore.testing.problem import UserFile
 
 if TYPE_CHECKING:
     from deqcore.diagnostics import Claims, LayerReport, LayerUnderTest
@@ -36,11 +36,15 @@ def layer(
         typer.Argument(
             metavar=ARGUMENT,
             help="path/to/file.py:name: a deqcore.diagnostics.LayerUnderTest, a module, a tuple (module, *inputs), or "
-            "a class or function without arguments that gives one of these.",
+            "a class or function without arguments that gives one of these. With --inputs also a function of them.",
         ),
     ],
     cell: Annotated[
-        str | None, typer.Option(help="Name below the layer of f in z = f(z, *inputs), such as deq.cell.")
+        str | None,
+        typer.Option(
+            help="Name below the layer of f in z = f(z, *inputs), such as deq.cell; or of a function in the same file: "
+            "f(layer, z, *inputs), or f(z, *inputs) if the layer is a function."
+        ),
     ] = None,
     state: Annotated[
         str | None, typer.Option(help="Where z is in what the layer returns, such as 0 or z. Default: the whole.")
@@ -128,27 +132,55 @@ def _subject(where: str, cell: str | None, inputs: str | None) -> LayerUnderTest
         ConfigError: the inputs or the cell are not known.
     """
     from deqcore.diagnostics import LayerUnderTest
+    from deqcore.diagnostics.check.naming import is_function
 
-    loaded = load_named(where, ARGUMENT)
-    if inspect.isclass(loaded):
-        loaded = _made(loaded, where)
+    file, name = UserFile.named(where, ARGUMENT)
+    given = None if inputs is None else _inputs(file, inputs)
+    loaded = _loaded(file, name, given is not None)
     if isinstance(loaded, LayerUnderTest):
-        return replace(loaded, **_known({"cell": cell, "inputs": None if inputs is None else _inputs(where, inputs)}))
-    module, given = (loaded[0], loaded[1:]) if isinstance(loaded, tuple) and loaded else (loaded, ())
-    given = _inputs(where, inputs) if inputs is not None else given
+        found = None if cell is None else _cell(file, loaded.layer, cell)
+        return replace(loaded, **_known({"cell": found, "inputs": given}))
+    module, own = (loaded[0], loaded[1:]) if isinstance(loaded, tuple) and loaded else (loaded, ())
+    given = own if given is None else given
     if not callable(module):
         raise ConfigError.bad_value("deqcore check layer", ARGUMENT, described(loaded), "a LayerUnderTest or a module")
     if not given:
         raise ConfigError(
             f"{where} gives a {type(module).__name__} without inputs. Name them with --inputs NAME, which is in the "
-            f"same file, or let {where.rpartition(':')[2]} be a function that returns (module, *inputs)."
+            f"same file, or let {name} be a function that returns (module, *inputs)."
         )
-    if cell is None and not hasattr(module, "cell"):
+    if cell is None and not hasattr(module if not is_function(module) else file.module, "cell"):
         raise ConfigError(
             f"The cell of {type(module).__name__} must be named, because it has no part `cell`. Give --cell NAME, or "
-            f"let {where.rpartition(':')[2]} return a deqcore.diagnostics.LayerUnderTest."
+            f"let {name} return a deqcore.diagnostics.LayerUnderTest."
         )
-    return LayerUnderTest(module, cell or "cell", given)
+    return LayerUnderTest(module, _cell(file, module, cell or "cell"), given)
+
+
+def _loaded(file: UserFile, name: str, with_inputs: bool) -> Any:
+    """Return what the name stands for: a layer, a record, or what its class or function without arguments makes."""
+    loaded = file.get(name, ARGUMENT)
+    if inspect.isclass(loaded):
+        return _made(loaded, f"{file.path}:{name}")
+    is_layer = with_inputs and inspect.isfunction(loaded) and _needs_arguments(loaded)
+    return loaded if is_layer else file.made(name, ARGUMENT)
+
+
+def _needs_arguments(function: Any) -> bool:
+    parameters = inspect.signature(function).parameters.values()
+    return any(each.default is each.empty and each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
+               for each in parameters)  # fmt: skip
+
+
+def _cell(file: UserFile, layer: Any, name: str) -> Any:
+    """Return the name of a part of the layer, or the function that has this name in the layer's file."""
+    from deqcore.diagnostics.check.naming import is_function
+
+    part = name.partition(".")[0]
+    if not is_function(layer) and hasattr(layer, part):
+        return name
+    function = getattr(file.module, name, None)
+    return function if inspect.isfunction(function) or is_function(function) else name
 
 
 def _made(kind: Any, where: str) -> Any:
@@ -161,8 +193,8 @@ def _made(kind: Any, where: str) -> Any:
         ) from error
 
 
-def _inputs(where: str, name: str) -> tuple[Any, ...]:
-    inputs = load_named(f"{where.rpartition(':')[0]}:{name}", "--inputs")
+def _inputs(file: UserFile, name: str) -> tuple[Any, ...]:
+    inputs = file.made(name, "--inputs")
     return inputs if isinstance(inputs, tuple) else (inputs,)
 
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
+import numpy as np
+
 from deqcore.abc.backend import Backend
 from deqcore.abc.history import History
 from deqcore.abc.kernels import Krylov
@@ -92,7 +94,8 @@ def _packing(
     """Return `u ↦` one row `(1, L)` of gradient entries, and the products that it took to know which.
 
     An array that carries the batch, such as an output of an earlier layer, counts as its sum over the batch: so do the
-    parameters that it comes from. An array is of that kind if the first half of u leaves nothing in its second half.
+    parameters that it comes from. An array is of that kind if numbers in the first half of the batch leave nothing in
+    its second half. They are not those of u, which is zero for samples that do not count.
     """
     xp, (batch, n) = backend.xp, u.shape
     if pull is None:
@@ -103,7 +106,8 @@ def _packing(
         parts = pull(v)
         return [backend.to_pairs(p) if "complex" in backend.dtype_name(p) else p for p in parts]
 
-    probe = products(backend.select(half, u, xp.zeros_like(u)))
+    numbers = backend.cast(backend.asarray(np.cos(np.arange(1.0, n + 1.0)), like=u), u)
+    probe = products(backend.select(half, numbers + xp.zeros_like(u), xp.zeros_like(u)))
     carried = [xp.all(part[batch // 2 :] == 0) if part.ndim and part.shape[0] == batch else None for part in probe]
 
     def pack(v: Array) -> Array:

@@ -7,6 +7,7 @@ measured is absent, never zero and never NaN.
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -86,6 +87,22 @@ COUNTERS: Final[tuple[tuple[Metric, str], ...]] = (
 )
 
 SHARE: Final = "_fraction"  # ends the names of shares, which people read as percentages
+
+
+def mean(values: list[float]) -> float:
+    """Return the mean of some numbers, also where their sum is beyond the largest float; inf or NaN if one of them is.
+
+    Example:
+        >>> mean([1e308, 1e308]), mean([1.0, float("inf")])
+        (1e+308, inf)
+    """
+    try:
+        return statistics.fmean(values)
+    except OverflowError:
+        largest = max(map(abs, values))
+        return largest * statistics.fmean(value / largest for value in values)
+    except ValueError:  # inf − inf
+        return sum(values) / len(values)
 
 
 def is_share(name: str) -> bool:

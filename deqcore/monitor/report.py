@@ -16,7 +16,7 @@ import numpy as np
 from deqcore.errors import MissingExtraError
 from deqcore.monitor.depths import depths_by_layer
 from deqcore.monitor.log.reader import Log, series
-from deqcore.monitor.metrics import STANDARD, is_share, readable
+from deqcore.monitor.metrics import STANDARD, is_share, mean, readable
 from deqcore.pages import template
 from deqcore.pages.charts import Canvas, colour, legend
 from deqcore.pages.charts import draw as draw_chart
@@ -179,8 +179,8 @@ def _scale(metric: str) -> float:
 
 def _statistics(values: list[float]) -> dict[str, float]:
     finite = [value for value in values if math.isfinite(value)]
-    mean = statistics.fmean(finite) if finite else math.inf
-    return {"first": values[0], "last": values[-1], "mean": mean, "least": min(values), "most": max(values)}
+    middle = mean(finite) if finite else math.inf
+    return {"first": values[0], "last": values[-1], "mean": middle, "least": min(values), "most": max(values)}
 
 
 def _clock(seconds: float) -> str:

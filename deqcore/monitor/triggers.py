@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from deqcore.errors import ConfigError, did_you_mean, listing
-from deqcore.monitor.metrics import Metrics
+from deqcore.monitor.metrics import Metrics, mean
 
 _CONDITION: Final = re.compile(r"\s*(<=|>=|<|>)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*")
 _COMPARE: Final[Mapping[str, Callable[[float, float], bool]]] = {
@@ -39,7 +39,7 @@ _COMPARE: Final[Mapping[str, Callable[[float, float], bool]]] = {
     ">=": operator.ge,
 }
 _STATISTIC: Final[Mapping[str, Callable[[list[float]], float]]] = {
-    "mean": statistics.fmean,
+    "mean": mean,
     "median": statistics.median,
     "min": min,
     "max": max,

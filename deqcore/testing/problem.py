@@ -16,7 +16,7 @@ from deqcore.abc.backend import Backend
 from deqcore.errors import ProblemError, did_you_mean, listing
 from deqcore.types import Array, Tree
 
-SUBJECTS: Final = {"LAYER": "a LayerUnderTest or a module"}
+SUBJECTS: Final = {"LAYER": "a LayerUnderTest or a module", "--inputs": "an array or a tuple"}
 """What the name in `file.py:name` stands for, by the option of the command."""
 
 
@@ -156,28 +156,66 @@ def load_named(where: str, option: str = "--problem") -> Any:
     Raises:
         ProblemError: no such file or name, or the file or the function raises.
     """
-    path_text, separator, name = where.rpartition(":")
-    if not separator or not name.isidentifier():
-        raise ProblemError(f"{option} must be path/to/file.py:name (got {where!r}).")
-    path = Path(path_text)
-    if not path.is_file():
-        raise ProblemError(f"{option} {where!r}: the file {path_text!r} does not exist in {Path.cwd()}.")
-    module = _execute(path, option)
-    if not hasattr(module, name):
-        public = [key for key in vars(module) if not key.startswith("_")]
-        fitting = [key for key in public if isinstance(getattr(module, key), Problem)]
+    file, name = UserFile.named(where, option)
+    return file.made(name, option)
+
+
+@dataclass(frozen=True)
+class UserFile:
+    """A Python file of a user, executed once, whatever number of its names is asked for.
+
+    Attributes:
+        path: of the file.
+        module: what its execution made.
+    """
+
+    path: Path
+    module: Any
+
+    @classmethod
+    def named(cls, where: str, option: str) -> tuple[UserFile, str]:
+        """Execute the file of `path/to/file.py:name`; return it and the name.
+
+        Raises:
+            ProblemError: no such file, or it raises.
+        """
+        path_text, separator, name = where.rpartition(":")
+        if not separator or not name.isidentifier():
+            raise ProblemError(f"{option} must be path/to/file.py:name (got {where!r}).")
+        path = Path(path_text)
+        if not path.is_file():
+            raise ProblemError(f"{option} {where!r}: the file {path_text!r} does not exist in {Path.cwd()}.")
+        return cls(path, _execute(path, option)), name
+
+    def get(self, name: str, option: str) -> Any:
+        """Return what has this name in the file.
+
+        Raises:
+            ProblemError: nothing has it.
+        """
+        if hasattr(self.module, name):
+            return getattr(self.module, name)
+        public = [key for key in vars(self.module) if not key.startswith("_")]
+        fitting = [key for key in public if isinstance(getattr(self.module, key), Problem)]
         rest = f" Problems in it: {listing(fitting)}." if option == "--problem" else ""
-        raise ProblemError(f"{path} defines no {name!r}.{did_you_mean(name, public)}{rest}")
-    result = getattr(module, name)
-    if not inspect.isroutine(result):
-        return result
-    try:
-        return result()
-    except Exception as error:
-        raise ProblemError(
-            f"{path}:{name}() raised {type(error).__name__}: {error}. It must be {SUBJECTS.get(option, 'a Problem')}, "
-            f"or a function without arguments that returns one."
-        ) from error
+        raise ProblemError(f"{self.path} defines no {name!r}.{did_you_mean(name, public)}{rest}")
+
+    def made(self, name: str, option: str) -> Any:
+        """Return what has this name in the file, or what the function of that name returns.
+
+        Raises:
+            ProblemError: nothing has it, or the function raises.
+        """
+        result = self.get(name, option)
+        if not inspect.isroutine(result):
+            return result
+        try:
+            return result()
+        except Exception as error:
+            raise ProblemError(
+                f"{self.path}:{name}() raised {type(error).__name__}: {error}. It must be "
+                f"{SUBJECTS.get(option, 'a Problem')}, or a function without arguments that returns one."
+            ) from error
 
 
 def _execute(path: Path, option: str) -> Any:

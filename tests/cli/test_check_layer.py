@@ -36,6 +36,19 @@ class Nameless(torch.nn.Module):
         return x
 
 
+def layer(a, x):
+    return x / (1 - a)
+
+
+def cell(z, a, x):
+    return a * z + x
+
+
+def outer(owner, z, x):
+    return owner.a * z + x
+
+
+inputs = (torch.full((2, 1), 0.5, dtype=torch.float64), torch.linspace(-1.0, 1.0, 2, dtype=torch.float64)[:, None])
 x = torch.linspace(-1.0, 1.0, 6, dtype=torch.float64).reshape(2, 3)
 record = LayerUnderTest(Layer(), "cell", (x,), state="z")
 
@@ -78,6 +91,20 @@ def test_a_failing_line_says_what_was_expected_found_and_what_to_do(capsys):
     assert run(capsys, "m.py:record", "--gradient", "approximate")[0] == 0
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("m.py:layer", "--inputs", "inputs"),
+        ("m.py:layer", "--inputs", "inputs", "--cell", "cell"),
+        ("m.py:pair", "--cell", "outer", "--state", "z"),
+    ],
+)
+def test_functions_of_the_file_are_layers_and_cells(capsys, args):
+    code, out, _ = run(capsys, *args)
+    assert code == 0, out
+    assert out.count("loading") == 1  # the file is executed once
+
+
 def test_json_without_the_output_of_the_file(capsys):
     code, out, _ = run(capsys, "m.py:Layer", "--inputs", "x", "--state", "z", "--json")
     assert code == 1
@@ -109,6 +136,9 @@ def test_a_page_that_needs_no_network(capsys, project):
         (("m.py:record", "--state", "y"), "no part 'y'"),
         (("m.py:record", "--gradient", "exat"), "Did you mean 'exact'"),
         (("m.py:record", "--rtol", "-1"), "a number above 0"),
+        (("m.py:record", "--dtype", "float61"), "Did you mean 'float64'"),
+        (("m.py:layer",), "missing 2 required positional arguments"),
+        (("m.py:layer", "--inputs", "inputs", "--cell", "sell"), "no part 'sell'"),
         (("m.py:record", "--report", "no/card.html"), "existing folder"),
         (("m.py:FILE",), "defines no 'FILE'"),
     ],

@@ -15,7 +15,7 @@ import pytest
 
 from deqcore import errors, plugins
 from deqcore.cli import app
-from deqcore.testing.runner import conformance, render
+from deqcore.testing.runner import card, conformance, render
 from deqcore.testing.runner.conformance import CaseOutcome, SuiteRequest
 
 QUICK = ("--backend", "numpy", "-k", "returns_f_of_z")
@@ -274,6 +274,26 @@ def test_the_table_says_what_failed():
     assert "✗ test_one[torch]: off by 3" in text
     assert "1 known to fail" in text
     assert "1 test failed, 1 passed, 1 failed as expected, 1 do not apply" in text
+
+
+def test_tests_that_were_not_run_are_not_counted_as_failures_of_their_property():
+    from rich.console import Console
+
+    hung = [CaseOutcome(f"test_one[{i}]", "numpy", "failed", "no end within 1 s", "", 1.0) for i in range(4)]
+    after = [CaseOutcome(f"test_two[{i}]", "numpy", "failed", "not run: 4 tests before it hung", "", 0.0) for i in "ab"]
+    request = SuiteRequest("solver", "picard")
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(render.table(request, hung + after, 1.0))
+    text = console.export_text()
+    assert "✗ 4 of 4" in text
+    assert "2 of 2" not in text
+    assert "✗ test_one[0] and 3 tests more: no end within 1 s" in text  # one line per message
+    assert "4 tests failed, 2 were not run, 0 passed" in text
+    made = card.card(request, hung + after, 1.0)
+    assert made.verdict == "1 of 2 properties fail: 4 checks. 2 tests after them were not run."
+    assert [row.cells[0].text for row in made.rows] == ["✗ 4 of 4", "not run"]
+    assert {failure.sentence for failure in made.failures} == {"One"}
+    assert not made.ok
 
 
 def test_a_run_in_which_nothing_ran_is_not_ok():

@@ -12,12 +12,10 @@ from deqcore.backward.adaptive import Adaptive
 from deqcore.backward.controller import Signals
 from deqcore.types import PassInputs, Status
 
-BATCH, N = 6, 5
-
 
 def dense(a, g, z, sound, m):
     """Return u, the powers, and the inner products of the gradients Σ u zᵀ of the sound samples, those of u first."""
-    u = np.linalg.solve(np.eye(N) - a.swapaxes(1, 2), g[..., None])[..., 0]
+    u = np.linalg.solve(np.eye(g.shape[1]) - a.swapaxes(1, 2), g[..., None])[..., 0]
     powers = [g]
     for _ in range(m - 1):
         powers.append(np.einsum("bij,bi->bj", a, powers[-1]))
@@ -25,6 +23,7 @@ def dense(a, g, z, sound, m):
     return u, powers, p @ p.T
 
 
+@pytest.mark.parametrize(("batch", "n"), [(6, 5), (6, 6), (2, 2)], ids=str)  # a parameter may look like a batch
 @pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize(
     "options",
@@ -34,19 +33,19 @@ def dense(a, g, z, sound, m):
         {"max_relative_error": 0.9, "audit_every": 5, "max_vjps": 1, "audit_rtol": 1e-10},
     ],
 )
-def test_a_pass_is_what_dense_algebra_makes_of_its_state(options, traced):
+def test_a_pass_is_what_dense_algebra_makes_of_its_state(options, traced, batch, n):
     """Each pass begins with the state that the strategy returned; the same where decisions are made of arrays."""
     backend, rng = deqcore.get_backend(backend="numpy"), np.random.default_rng(0)
     strategy = Adaptive(**options)
     rules, m = strategy.controller, strategy.max_vjps + 1
     values, kinds = np.asarray(strategy.init_state(), np.float32), set()
-    common = rng.standard_normal((N, N))
+    common = rng.standard_normal((n, n))
     common /= np.abs(np.linalg.eigvals(common)).max()
     for number in range(28):
-        a = (0.3 if number < 12 else 0.9) * common * rng.uniform(0.9, 1.0, (BATCH, 1, N))
-        g, z = rng.standard_normal((2, BATCH, N)) + 0.5
-        converged = rng.random(BATCH) < (0.0 if 16 <= number < 20 else 0.95)
-        left = np.where(rng.random(BATCH) < 0.1, np.nan, rng.uniform(1e-4, 1e-2, BATCH))
+        a = (0.3 if number < 12 else 0.9) * common * rng.uniform(0.9, 1.0, (batch, 1, n))
+        g, z = rng.standard_normal((2, batch, n)) + 0.5
+        converged = rng.random(batch) < (0.0 if 16 <= number < 20 else 0.95)
+        left = np.where(rng.random(batch) < 0.1, np.nan, rng.uniform(1e-4, 1e-2, batch))
         inputs = PassInputs(values, converged, left, lambda u, z=z: (u.T @ z,))
         with mock.patch.object(type(backend), "is_traced", return_value=traced), np.errstate(all="ignore"):
             vjp = lambda v, a=a: np.einsum("bij,bi->bj", a, v)
@@ -60,7 +59,7 @@ def test_a_pass_is_what_dense_algebra_makes_of_its_state(options, traced):
             np.testing.assert_allclose(u, exact, rtol=1e-6, atol=1e-6)
             assert (report.status == int(Status.CONVERGED)).all()
             assert ((report.vjps >= m - 1) | ~np.array(audit)).all()
-            assert (report.vjps <= 2 * N + 1).all()
+            assert (report.vjps <= 2 * n + 1).all()
             true = np.linalg.norm(g + np.einsum("bij,bi->bj", a, u) - u, axis=1) / np.linalg.norm(g, axis=1)
             np.testing.assert_allclose(report.residual, true, atol=1e-7)
             assert (true <= 1e-7).all()
@@ -99,3 +98,37 @@ def test_a_pass_is_what_dense_algebra_makes_of_its_state(options, traced):
         kinds.add((bool(audit), bool(solves), bool(counted)))
         values = np.asarray(after, np.float32)
     assert {(True, True, True), (True, True, False), (False, False, False)} <= kinds
+
+
+@pytest.mark.parametrize("slowest", [0.9, 0.9999])
+def test_an_audit_that_one_krylov_space_does_not_solve(slowest):
+    """60 numbers, condition up to 7000: what is reported is what took place, and u is that of a dense solve."""
+    backend, rng = deqcore.get_backend(backend="numpy"), np.random.default_rng(1)
+    q = np.linalg.qr(rng.standard_normal((60, 60)))[0]
+    a, g = q @ np.diag(np.linspace(0.3, slowest, 60)) @ q.T, rng.standard_normal((1, 60))
+    strategy, calls = Adaptive(max_vjps=6, audit_rtol=1e-9), []
+
+    def vjp(v):
+        calls.append(1)
+        return v @ a
+
+    values = np.asarray(strategy.init_state(), np.float32)
+    inputs = PassInputs(values, np.ones(1, bool), np.zeros(1), lambda u: (u.sum(0),))
+    with np.errstate(all="ignore"):
+        u, report, _ = strategy.solve_with_state(backend, vjp, g, None, inputs)
+    left = np.linalg.norm(g + u @ a - u) / np.linalg.norm(g)
+    assert report.vjps[0] == len(calls) > 20
+    assert report.status[0] == int(Status.CONVERGED)
+    assert left <= 2e-9
+    np.testing.assert_allclose(u[0], np.linalg.solve(np.eye(60) - a.T, g[0]), rtol=1e-3, atol=1e-3)
+
+
+def test_an_audit_reaches_all_powers_however_loose_its_tolerance():
+    """The coefficients of k vjps need k dimensions, also where fewer meet the tolerance of the solve."""
+    backend, g = deqcore.get_backend(backend="numpy"), np.random.default_rng(2).standard_normal((3, 20))
+    a = 0.05 * np.random.default_rng(3).standard_normal((20, 20))
+    strategy = Adaptive(max_vjps=6, audit_rtol=0.5)
+    values = np.asarray(strategy.init_state(), np.float32)
+    inputs = PassInputs(values, np.ones(3, bool), np.zeros(3), lambda u: (u.sum(0),))
+    _, report, _ = strategy.solve_with_state(backend, lambda v: v @ a, g, None, inputs)
+    assert (report.vjps == 6).all()

@@ -11,6 +11,7 @@ from scipy import stats
 
 import deqcore
 from deqcore.backward.depth import draw, probabilities
+from deqcore.backward.looped import Looped
 
 
 def law(name, mean, sigma):
@@ -68,3 +69,12 @@ def test_a_draw_is_the_quantile_of_its_hash(name, mean, traced):
                 found = draw(backend, name, mean, 0.5, seed, at, np.zeros(1))
                 assert int(np.squeeze(found)) == expected, (seed, step)
                 assert traced or isinstance(found, int)
+
+
+@pytest.mark.parametrize("name", ["uniform", "poisson", "log-normal-poisson"])
+def test_each_seed_has_its_own_depths(name):
+    backend = deqcore.get_backend(backend="numpy")
+    like = np.zeros((1, 1))
+    strategies = [Looped(depth=8, distribution=name, seed=seed) for seed in range(4)]
+    drawn = {tuple(each.total(backend, step, like) for step in range(20)) for each in strategies}
+    assert len(drawn) == 4

@@ -174,6 +174,39 @@ class Half(Hand):
         return super().cell(z, x) + (0 * z if z.dtype == torch.float64 else 1e-3 * z.sign())
 
 
+class HalfDetached(Hand):
+    """The gradient reaches the weight, but not the input."""
+
+    def forward(self, x, z0=None):
+        return super().forward(x.detach(), z0)
+
+
+class Unrecorded(Hand):
+    """Its cell records nothing, so that a gradient of zero agrees with the cell's own."""
+
+    @torch.no_grad()
+    def cell(self, z, x):
+        return super().cell(z, x)
+
+    def forward(self, x, z0=None):
+        return self.iterate(x, torch.zeros_like(x))
+
+
+class Frozen(Hand):
+    """Its cell is detached from z, so that its J is 0 and one step looks exact."""
+
+    def cell(self, z, x):
+        return super().cell(z.detach(), x)
+
+    def forward(self, x, z0=None):
+        return self.cell(self.iterate(x, torch.zeros_like(x)), x)
+
+
+class ByNumPy(Hand):
+    def cell(self, z, x):
+        return torch.as_tensor(np.tanh(z.numpy() @ self.weight.detach().numpy().T + x.detach().numpy()))
+
+
 def inputs(*shape, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
 
@@ -203,6 +236,9 @@ def test_a_right_layer_fails_nothing():
         (Transposed, "(I − J)u = g"),
         (Detached, "it is zero"),
         (Raising, "the adjoint solve diverged"),
+        (HalfDetached, "none reaches inputs[0]"),
+        (Unrecorded, "autodiff gives 0 times"),
+        (Frozen, "autodiff gives 0 times"),
     ],
 )
 def test_a_wrong_gradient_is_named(layer, words):
@@ -415,6 +451,10 @@ def test_the_cell_and_the_state_may_be_given_in_several_ways():
             return {"z": [super().forward(x, z0)]}, 3
 
     assert checked(Tuple(), state="0.z.0").ok
+    with pytest.raises(ConfigError, match="a dict has no part 'y'. Its parts: z"):
+        checked(Tuple(), state="0.y")
+    with pytest.raises(ProblemError, match="Name the state in it with `state`"):
+        checked(Tuple())
 
 
 @pytest.mark.parametrize(
@@ -431,8 +471,22 @@ def test_the_cell_and_the_state_may_be_given_in_several_ways():
         ({"x": torch.ones(BATCH, 2, dtype=torch.float64)}, ProblemError, "The layer raised RuntimeError"),
         ({"inner": "nothing"}, ConfigError, "no part 'nothing'"),
         ({"x": "text"}, ConfigError, "inputs must hold at least one array"),
+        ({"x": torch.ones(0, SIZE, dtype=torch.float64)}, InitialIterateError, "at least one sample"),
+        ({"start": "z1"}, ConfigError, "no argument 'z1'. Did you mean 'z0'"),
     ],
 )
 def test_bad_input_is_an_error_that_says_what_to_do(more, error, words):
     with pytest.raises(error, match=words.replace("(", r"\(")):
         checked(Hand(), **more)
+
+
+def test_a_cell_that_cannot_be_differentiated_is_an_error():
+    layer = ByNumPy()
+    layer.forward = lambda x: layer.iterate(x, torch.zeros_like(x))
+    with pytest.raises(ProblemError, match="cannot be differentiated"):
+        checked(layer)
+
+
+def test_a_name_that_is_found_in_a_part_is_suggested():
+    with pytest.raises(ConfigError, match=r"Did you mean 'deq.cell'\? Its parts: deq, first, forward, head, training"):
+        checked(Model(), x=inputs(BATCH, 2))

@@ -128,6 +128,28 @@ def test_a_module_of_flax_by_its_names():
     assert "one-step" in found.found
 
 
+def test_statistics_that_a_cell_writes_while_it_is_differentiated():
+    nnx = pytest.importorskip("flax.nnx")
+
+    class Layer(nnx.Module):
+        def __init__(self):
+            self.w, self.mean = nnx.Param(jnp.asarray(W)), nnx.BatchStat(jnp.zeros(4))
+
+        def cell(self, z, x):
+            h = z @ self.w[...] + x
+            mean = jnp.mean(h, 0)
+            self.mean[...] = jax.lax.stop_gradient(mean)
+            return jnp.tanh(h - mean)
+
+        def __call__(self, x):
+            return iterate(lambda z: self.cell(z, x), jnp.zeros_like(x), 10)
+
+    claims = Claims(gradient="none", rtol=1.0, unique=False, dtypes=())
+    report = check_layer(LayerUnderTest(Layer(), "cell", (jnp.asarray(X),), claims=claims))
+    assert [finding.check for finding in report.failures()] == ["batch mates"]
+    assert "mean" in report.finding("side effects").found
+
+
 def test_a_part_of_a_model_of_equinox():
     eqx = pytest.importorskip("equinox")
 
@@ -194,6 +216,8 @@ def test_a_layer_of_torchdeq(ift):
 
 
 def test_a_wrong_record():
+    with pytest.raises(ConfigError, match="Did you mean 'float64'"):
+        Claims(dtypes=("float61",))
     with pytest.raises(ConfigError, match="LayerUnderTest"):
         check_layer(partial(cell))
     with pytest.raises(ConfigError, match="gradient"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 
 import numpy as np
@@ -12,6 +13,7 @@ from deqcore import Config
 from deqcore.errors import ConfigError, MonitorError, MonitorWarning
 from deqcore.monitor import Monitor, Trigger
 from deqcore.monitor.actions import apply_actions
+from deqcore.monitor.metrics import mean
 from deqcore.monitor.triggers import Condition, TriggerState
 
 METRIC = "deq_forward_steps"
@@ -66,6 +68,22 @@ def test_statistics(statistic, value) -> None:
         change = state.see({METRIC: each})
     assert change is not None
     assert change.value == value
+
+
+@pytest.mark.parametrize(
+    ("values", "value"),
+    [
+        ((1e308, 1.5e308, 0.5e308), 1e308),
+        ((1e308, -1e308, 3.0), 1.0),
+        ((1.0, math.inf, 2.0), math.inf),
+        ((-math.inf, math.inf, 2.0), math.nan),
+    ],
+)
+def test_a_mean_of_numbers_whose_sum_is_no_float(values, value) -> None:
+    assert mean(list(values)) == pytest.approx(value, nan_ok=True)
+    state = TriggerState(Trigger(METRIC, "> 1e300", window=3))
+    changes = [state.see({METRIC: each}) for each in values]
+    assert (changes[-1] is not None) == (value > 1e300)
 
 
 def test_an_action_lasts_as_long_as_it_must() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from deqcore.diagnostics.check.report import FAILED, OK, SKIPPED, Finding
 from deqcore.diagnostics.check.subject import Subject, first_line
 from deqcore.diagnostics.linearization import host
+from deqcore.errors import ProblemError
 from deqcore.linear.gmres import gmres
 from deqcore.solve.verification import adjoint_residual
 from deqcore.types import Array, Map
@@ -18,6 +19,7 @@ from deqcore.types import Array, Map
 DENSE: Final = 200  # numbers in a row up to which I − J is formed
 MAX_VJPS: Final = 300
 SEPARATED: Final = 1e-3  # relative distance at which a gradient is recognised as another one
+ROUNDED: Final = 30.0  # units of rounding of f that hide a difference of f
 TERMS: Final = 12  # of Neumann's series that are recognised
 EXPECTED: Final = "the implicit gradient (∂f/∂θ)ᵀ(I − Jᵀ)⁻¹g at its own state"
 
@@ -44,12 +46,16 @@ class ExactAdjoint:
 
 
 def exact_adjoint(subject: Subject) -> ExactAdjoint:
-    """Solve the adjoint equation densely up to `DENSE` numbers in a row, else by GMRES."""
+    """Solve the adjoint equation densely up to `DENSE` numbers in a row, else by GMRES.
+
+    Raises:
+        ProblemError: the cell cannot be differentiated.
+    """
     backend, z = subject.backend, subject.z
     noise = np.random.default_rng(20).standard_normal(z.shape)
     g = backend.cast(backend.asarray(noise, like=z), z)
     with backend.errstate():
-        _, vjp = backend.autodiff.linearize(subject.f, z)
+        vjp = _linearized(subject)
         if z.shape[1] <= DENSE:
             jacobian = _jacobian(subject, vjp)
             eye = np.eye(z.shape[1])
@@ -67,6 +73,20 @@ def exact_adjoint(subject: Subject) -> ExactAdjoint:
             gain = 3 * host(backend, backend.norm(u)) / host(backend, backend.norm(g))
         residual = float(np.max(host(backend, adjoint_residual(backend, vjp, g, u)), initial=0.0))
     return ExactAdjoint(g, u, vjp, gain, residual, jacobian)
+
+
+def _linearized(subject: Subject) -> Map:
+    """Return `v ↦ Jᵀv` at the state."""
+    backend, layer = subject.backend, subject.layer
+    try:
+        _, vjp = backend.autodiff.linearize(lambda z: subject.f(z, layer=backend.harness.in_trace(layer)), subject.z)
+        vjp(subject.z)
+    except Exception as error:  # whatever the user's cell raises
+        raise ProblemError(
+            f"The cell cannot be differentiated: {first_line(error)}. Make it of operations of {backend.name} that "
+            f"autodiff sees, without float(), NumPy or a block that records no gradient."
+        ) from error
+    return vjp
 
 
 def _jacobian(subject: Subject, vjp: Map) -> Any:
@@ -92,6 +112,14 @@ def gradient(subject: Subject, exact: ExactAdjoint) -> Finding:
         found = f"the exact gradient is not known: its adjoint residual is {exact.residual:.1g}"
         remedy = "I − J is near singular at this state. Regularise the cell (spectral norm, Jacobian penalty)."
         return Finding("gradient", FAILED, expected, found, remedy, {"adjoint_residual": exact.residual})
+    share = _derivative_share(subject, exact)
+    if not 0.5 <= share <= 2.0:
+        found = f"autodiff gives {share:.2g} times the change of f(z) with z"
+        remedy = (
+            "The cell must be recorded: without detaching z, NumPy or a block that records no gradient. A cell with "
+            "another derivative on purpose claims gradient='none'."
+        )
+        return Finding("gradient", FAILED, expected, found, remedy, {"derivative_share": share})
     try:
         own = _own(subject, exact.g)
     except Exception as error:  # whatever the user's backward pass raises
@@ -101,6 +129,29 @@ def gradient(subject: Subject, exact: ExactAdjoint) -> Finding:
         return Finding("gradient", FAILED, expected, f"none: {first_line(error)}", remedy)
     truth = _through_cell(subject, exact.u)
     return _compared(subject, exact, own, truth, expected)
+
+
+def _derivative_share(subject: Subject, exact: ExactAdjoint) -> float:
+    """⟨Jᵀd, v⟩ / ‖d‖² of the row where it is farthest from 1, with d = J v by central differences of f.
+
+    1 where J is the derivative of f, 0 where f is detached from z. Rows where rounding hides d count as 1.
+    """
+    backend, z = subject.backend, host(subject.backend, subject.z)
+    eps = backend.eps(subject.z)
+    v = np.random.default_rng(21).standard_normal(z.shape)
+    v = v * (np.sqrt(np.mean(z**2, axis=1, keepdims=True)) + 1e-3)
+    h = eps ** (1 / 3)
+
+    def f(point: Any) -> Any:
+        return host(backend, backend.detach(subject.f(backend.cast(backend.asarray(point, like=subject.z), subject.z))))
+
+    ahead, behind = f(z + h * v), f(z - h * v)
+    d = (ahead - behind) / (2 * h)
+    back = host(backend, exact.vjp(backend.cast(backend.asarray(d, like=subject.z), subject.z)))
+    size = np.sum(d * d, axis=1)
+    seen = np.sqrt(size) > ROUNDED * eps * np.linalg.norm(ahead, axis=1) / h
+    share = np.divide(np.sum(back * v, axis=1), size, out=np.ones_like(size), where=seen & np.isfinite(size))
+    return float(share[np.argmax(np.abs(share - 1.0))])
 
 
 def _compared(
@@ -119,14 +170,14 @@ def _compared(
     good = error <= claims.gradient_rtol if claims.gradient == "exact" else cosine > 0
     if good:
         return Finding("gradient", OK, expected, measured, figures=figures)
-    pattern, remedy = recognised(subject, exact, own)
+    pattern, remedy = recognised(subject, exact, own, truth)
     worst, at = _worst(own, truth)
     where = f"worst in {worst} ({at:.2g})" if len(truth) > 1 else ""
     found = "; ".join(part for part in (measured, pattern, where) if part)
     return Finding("gradient", FAILED, expected, found, remedy, figures)
 
 
-def recognised(subject: Subject, exact: ExactAdjoint, own: dict[str, Any]) -> tuple[str, str]:
+def recognised(subject: Subject, exact: ExactAdjoint, own: dict[str, Any], truth: dict[str, Any]) -> tuple[str, str]:
     """Name the well-known gradient that the layer returns instead of the exact one, and what to do about it."""
     target = _vector(own)
     if not target.any():
@@ -136,6 +187,11 @@ def recognised(subject: Subject, exact: ExactAdjoint, own: dict[str, Any]) -> tu
         size = float(np.linalg.norm(guess))
         if size and np.linalg.norm(target - guess) <= SEPARATED * size:
             return f"it is {name}", remedy
+    if lost := [name for name, value in truth.items() if value.any() and not own[name].any()]:
+        return (
+            f"none reaches {', '.join(lost)}",
+            "Do not detach it in the evaluation of f that is differentiated.",
+        )
     return "", "Solve (I − Jᵀ)u = g at the returned state, to a smaller tolerance, and apply one vjp of f with u."
 
 

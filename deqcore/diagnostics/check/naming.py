@@ -25,9 +25,13 @@ def follow(owner: Any, path: str, what: str) -> Any:
             part = _step(part, name)
         except (AttributeError, LookupError, TypeError) as error:
             names = sorted({label for label, _ in parts(part)} | set(_methods(part)))
+            deeper = [
+                f"{label}.{name}" for label, inner in _walk(part) if label and callable(getattr(inner, name, None))
+            ]
             raise ConfigError(
                 f"{UNKNOWN}: {what} = {path!r}, but {described(part)} has no part {name!r}."
-                f"{did_you_mean(name, names)} Its parts: {listing(names[:20])}."
+                f"{did_you_mean(deeper[0], deeper) if deeper else did_you_mean(name, names)} "
+                f"Its parts: {listing(names[:20])}."
             ) from error
     return part
 
@@ -41,7 +45,9 @@ def _step(part: Any, name: str) -> Any:
 
 
 def parts(owner: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the parts of a module: its attributes, and the modules that torch keeps apart."""
+    """Yield the parts of a module: its attributes, and the modules that torch keeps apart; or those of a container."""
+    if isinstance(owner, dict):
+        yield from ((str(key), item) for key, item in owner.items())
     if isinstance(owner, list | tuple):
         yield from ((str(i), item) for i, item in enumerate(owner))
     for name, part in getattr(owner, "__dict__", {}).items():
@@ -52,8 +58,12 @@ def parts(owner: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _methods(owner: Any) -> list[str]:
+    if isinstance(owner, dict | list | tuple):
+        return []
     kind = type(owner)
-    own = [name for base in kind.__mro__[:2] for name, item in vars(base).items() if inspect.isfunction(item)]
+    package = kind.__module__.partition(".")[0]  # those of the framework's own classes would hide the user's
+    bases = [base for base in kind.__mro__ if base.__module__.partition(".")[0] == package]
+    own = [name for base in bases for name, item in vars(base).items() if inspect.isfunction(item)]
     return [name for name in own if not name.startswith("_")]
 
 
@@ -62,15 +72,15 @@ def locate(owner: Any, part: Any) -> str | None:
     if inspect.ismethod(part) or hasattr(part, "__self__"):
         at = locate(owner, part.__self__)
         return None if at is None else f"{at}.{part.__name__}".lstrip(".")
+    return next((path for path, item in _walk(owner) if item is part), None)
+
+
+def _walk(owner: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the owner and all parts below it with their dotted paths, the nearest first."""
     level = [("", owner)]
     for _ in range(DEPTH + 1):
-        following = []
-        for path, item in level:
-            if item is part:
-                return path
-            following += [(f"{path}.{name}".lstrip("."), inner) for name, inner in parts(item)]
-        level = following
-    return None
+        yield from level
+        level = [(f"{path}.{name}".lstrip("."), inner) for path, item in level for name, inner in parts(item)]
 
 
 def cell_of(layer: Any, cell: Any) -> Callable[..., Any]:
@@ -121,6 +131,20 @@ def state_of(state: Any) -> Callable[[Any], Any]:
     if isinstance(state, int | str) and not isinstance(state, bool):
         return lambda output: follow(output, str(state), "state")
     raise ConfigError.bad_value(UNKNOWN, "state", state, "None, a position, a name such as '0.z', or a function")
+
+
+def check_start(layer: Any, start: str) -> None:
+    """Raise a ConfigError unless the layer has an argument of this name."""
+    try:
+        parameters = inspect.signature(getattr(layer, "forward", layer)).parameters
+    except (TypeError, ValueError):  # a callable without a signature: the call will show it
+        return
+    names = [name for name, each in parameters.items() if each.kind is not each.VAR_POSITIONAL]
+    if start not in names and all(each.kind is not each.VAR_KEYWORD for each in parameters.values()):
+        raise ConfigError(
+            f"{UNKNOWN}: start = {start!r}, but {described(layer)} has no argument {start!r}."
+            f"{did_you_mean(start, names)} Its arguments: {listing(names)}."
+        )
 
 
 def record_call(model: Any, inner: str, inputs: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:

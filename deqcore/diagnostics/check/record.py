@@ -9,6 +9,7 @@ from deqcore.errors import ConfigError
 from deqcore.types import Tree
 
 GRADIENTS: Final = ("exact", "approximate", "none")
+DTYPES: Final = ("float64", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class Claims:
         for name, value in (("rtol", self.rtol), ("gradient_rtol", self.gradient_rtol)):
             if value is not None and not 0.0 < value < float("inf"):
                 raise ConfigError.bad_value("Claims", name, value, "a number above 0")
+        for dtype in self.dtypes or ():
+            if dtype not in DTYPES:
+                raise ConfigError.no_entry("Claims", "dtype", str(dtype), DTYPES)
         if self.causal is not None and self.causal < 0:
             raise ConfigError.bad_value("Claims", "causal", self.causal, "an axis from 0 on, or None")
 

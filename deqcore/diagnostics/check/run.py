@@ -82,6 +82,8 @@ def check_layer(subject: LayerUnderTest, *, say: Callable[[str], object] = lambd
             warnings.simplefilter("ignore")  # a layer's warnings are its own; what they are about is measured here
             layer = naming.follow(subject.layer, subject.inner, "inner")
             cell = naming.cell_of(layer, subject.cell)
+            if subject.start:
+                naming.check_start(layer, subject.start)
             with backend.harness.preserved(subject.layer) as kept:
                 part, inputs, keywords = kept, subject.inputs, dict[str, Any]()
                 if subject.inner:

@@ -94,7 +94,7 @@ def bind(
     Raises:
         ConfigError: the name of the state does not exist.
         ProblemError: the layer or the cell raises, or the cell does not return a tree like the state.
-        InitialIterateError: the state is not a tree of floating-point arrays.
+        InitialIterateError: the state is not a tree of floating-point arrays, or it is empty.
     """
     tree = naming.state_of(record.state)(call(layer, inputs, keywords, watch))
     try:
@@ -106,6 +106,11 @@ def bind(
             f"{described(tree)}). {error} Name the state with `state`, or set batch=False."
         ) from error
     z = backend.detach(space.ravel(tree))
+    if 0 in z.shape:
+        raise InitialIterateError(
+            f"The state must have at least one sample with one number (the layer returned {described(tree)}). Give "
+            f"inputs that are not empty."
+        )
     tree = mapped(backend, tree, backend.detach)
     subject = Subject(record, backend, layer, cell, inputs, keywords, space, z, tree, watch)
     _check_cell(subject)
@@ -122,9 +127,12 @@ def _check_cell(subject: Subject) -> None:
             f"f(layer, z, *inputs)."
         ) from error
     except Exception as error:
+        whole = subject.record.state is None and not subject.backend.is_array(subject.tree)
+        part = " Name the state in it with `state`, if it is a part of that." if whole else ""
         raise ProblemError(
-            f"The cell raised {type(error).__name__}: {error} It is called as f(z, *inputs) with the state that the "
-            f"layer returned and the layer's inputs. Give a function f(layer, z, *inputs) if it takes others."
+            f"The cell raised {first_line(error)}. It is called as f(z, *inputs) with the state that the layer "
+            f"returned ({described(subject.tree)}) and the layer's inputs.{part} Give a function f(layer, z, *inputs) "
+            f"if it takes others."
         ) from error
 
 
@@ -144,7 +152,7 @@ def call(layer: Any, inputs: tuple[Tree, ...], keywords: Mapping[str, Any], watc
 def first_line(error: Exception) -> str:
     """Return an error's type and the first line of its text."""
     lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines[0][:160].rstrip('.')}" if lines else type(error).__name__
 
 
 def mapped(backend: Backend, tree: Tree, change: Callable[[Array], Array]) -> Tree:

@@ -15,7 +15,8 @@ from deqcore import plugins
 from deqcore.errors import MissingExtraError
 from deqcore.pages.template import render
 from deqcore.testing.runner.conformance import BEST, CaseOutcome, SuiteRequest, ok
-from deqcore.testing.runner.render import sentence
+from deqcore.testing.runner.isolation import NOT_RUN
+from deqcore.testing.runner.render import sentence, tests
 
 NOT_CLAIMED: Final = "not claimed"
 
@@ -96,10 +97,12 @@ def card(request: SuiteRequest, outcomes: Sequence[CaseOutcome], seconds: float)
         )
         for check in checks
     ]
-    bad = [case for case in outcomes if case.outcome == "failed"]
+    bad = [case for case in outcomes if case.outcome == "failed" and not case.not_run]
+    left_out = sum(case.not_run for case in outcomes)
     failing = len({case.check for case in bad})
     verdict = (
         f"{failing} of {len(checks)} properties fail: {len(bad)} check{'s' * (len(bad) > 1)}."
+        + f" {tests(left_out)} after them {'was' if left_out == 1 else 'were'} not run." * bool(left_out)
         if bad
         else f"All {len(checks)} properties hold or are not claimed."
     )
@@ -118,9 +121,12 @@ def cell(cases: Iterator[CaseOutcome]) -> Cell:
     """Return the cell of one property in one column."""
     listed = list(cases)
     ran = [case for case in listed if case.outcome != "skipped"]
-    failed = sum(case.outcome == "failed" for case in ran)
+    left_out = sum(case.not_run for case in ran)
+    failed = sum(case.outcome == "failed" for case in ran) - left_out
     if failed:
         return Cell(f"✗ {failed} of {len(ran)}", "no")
+    if left_out:
+        return Cell(NOT_RUN, "none")
     if ran:
         expected = sum(case.outcome == "expected" for case in ran)
         return Cell(f"✓ {len(ran)}" + (f" ({expected} known to fail)" if expected else ""), "go")

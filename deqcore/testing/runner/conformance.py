@@ -49,6 +49,11 @@ class CaseOutcome:
     notes: Mapping[str, object] = field(default_factory=dict)
 
     @property
+    def not_run(self) -> bool:
+        """Whether it counts as failed only because tests before it hung or ended the process."""
+        return self.outcome == "failed" and self.message.startswith(isolation.NOT_RUN)
+
+    @property
     def check(self) -> str:
         """The test's name without parameters."""
         return self.test.partition("[")[0]

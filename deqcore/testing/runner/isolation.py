@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 RESTARTS: Final = 3
+NOT_RUN: Final = "not run"  # what the message of such a test begins with
 START: Final = 300.0  # seconds for imports and collection
 PAUSE: Final = 0.1
 
@@ -78,7 +79,7 @@ def run(arguments: Sequence[str], env: Mapping[str, str], journal: Path, limit: 
         limit: seconds that one test may take; then the process is killed, and the test has failed.
 
     Returns:
-        The entries, with a failed one for each test that hung or killed the process. After three of these, the tests
+        The entries, with a failed one for each test that hung or killed the process. After four of these, the tests
         that are left have failed as "not run".
     """
     for attempt in range(RESTARTS + 1):
@@ -95,7 +96,7 @@ def run(arguments: Sequence[str], env: Mapping[str, str], journal: Path, limit: 
             break
     state = Journal.read(journal)
     rest = [test for test in state.collected if test not in state.entries]
-    why = f"not run: {RESTARTS + 1} tests before it hung or ended the process"
+    why = f"{NOT_RUN}: {RESTARTS + 1} tests before it hung or ended the process"
     return Ended([*state.entries.values(), *(failed(test, why) for test in rest)], code, output)
 
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deqcore.testing.runner.conformance import CaseOutcome, SuiteRequest, ok
+from deqcore.testing.runner.isolation import NOT_RUN
 
 LISTED: Final = 15
 
@@ -52,10 +53,13 @@ def sentence(check: str) -> str:
 
 def _cell(cases: Sequence[CaseOutcome]) -> Text:
     ran = [item for item in cases if item.outcome != "skipped"]
-    failed = sum(item.outcome == "failed" for item in ran)
+    left_out = sum(item.not_run for item in ran)
+    failed = sum(item.outcome == "failed" for item in ran) - left_out
     expected = sum(item.outcome == "expected" for item in ran)
     if failed:
         return Text(f"✗ {failed} of {len(ran)}", style="bold red")
+    if left_out:
+        return Text(NOT_RUN, style="red")
     if not ran:
         return Text("–", style="dim")
     available = f" ({expected} known to fail)" if expected else ""
@@ -63,11 +67,15 @@ def _cell(cases: Sequence[CaseOutcome]) -> Text:
 
 
 def _failures(outcomes: Sequence[CaseOutcome]) -> Iterable[Text]:
-    bad = [outcome for outcome in outcomes if outcome.outcome == "failed"]
-    for item in bad[:LISTED]:
-        yield Text(f"✗ {item.test}: {item.message.removeprefix('AssertionError: ')}", style="red")
-    if len(bad) > LISTED:
-        yield Text(f"… and {len(bad) - LISTED} more (--json lists them all)", style="red")
+    groups: dict[str, list[str]] = {}
+    for item in outcomes:
+        if item.outcome == "failed":
+            groups.setdefault(item.message.removeprefix("AssertionError: "), []).append(item.test)
+    for message, names in list(groups.items())[:LISTED]:
+        others = f" and {tests(len(names) - 1)} more" if len(names) > 1 else ""
+        yield Text(f"✗ {names[0]}{others}: {message}", style="red")
+    if len(groups) > LISTED:
+        yield Text(f"… and {len(groups) - LISTED} more (--json lists them all)", style="red")
 
 
 def tests(count: int) -> str:
@@ -81,8 +89,10 @@ def _summary(outcomes: Sequence[CaseOutcome], seconds: float) -> Text:
         for kind in ("passed", "failed", "expected", "skipped")
     }
     text = Text()
+    left_out = sum(outcome.not_run for outcome in outcomes)
     if count["failed"]:
-        text.append(f"{tests(count['failed'])} failed", style="bold red")
+        text.append(f"{tests(count['failed'] - left_out)} failed", style="bold red")
+        text.append(f", {left_out} were not run" if left_out else "")
         text.append(f", {count['passed']} passed")
     elif count["passed"] or count["expected"]:
         text.append(f"{tests(count['passed'])} passed", style="bold green")
