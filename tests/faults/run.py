@@ -163,7 +163,7 @@ CHECKS = {
 
 SOLVES = ["core/test_counts.py", "core/test_safeguard.py", "core/test_solvers.py"]
 ROUTES = ["core/test_counts.py", "core/test_strategies.py"]
-CERTIFIES = ["core/test_counts.py", "core/test_certified.py"]
+CERTIFIES = ["core/test_counts.py", "core/test_certified_counts.py", "core/test_certified.py"]
 
 TESTS = {
     "deqcore.solvers.picard": SOLVES,
@@ -175,7 +175,7 @@ TESTS = {
     "deqcore.backward.adaptive": ["core/test_adaptive_model.py", "backends/test_adaptive.py"],
     "deqcore.backward.controller": ["core/test_controller.py"],
     "deqcore.backward.depth": ["core/test_depth.py"],
-    "deqcore.backward.looped": ["backends/test_looped.py"],
+    "deqcore.backward.looped": ["core/test_depth.py", "backends/test_looped.py"],
     "deqcore.backward.reversible": ["backends/test_reversible.py"],
     "deqcore.backward.exact_ift": [*ROUTES, "core/test_direct.py"],
     "deqcore.backward.broyden_reuse": [*ROUTES, "backends/test_no_pairs.py"],
