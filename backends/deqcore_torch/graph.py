@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 COMPILED: Final = (
     "CompiledFunctionBackward"  # the node of code that AOTAutograd compiled, with every backend but "eager"
@@ -71,6 +71,22 @@ def outside(y: Tensor, z: Tensor, sources: list[Tensor], made: range) -> Outside
         result.compiled = result.compiled or node.name() == COMPILED
         stack.extend(node.next_functions)
     return result
+
+
+def nested(sources: Sequence[Tensor]) -> bool:
+    """Return whether one of these tensors, which need gradients, is computed from another one."""
+    known = [get_gradient_edge(t) for t in sources]  # a saved leaf is another object with the same edge
+    edges = {(edge.node, edge.output_nr) for edge in known}
+    before: list[Any] = [t.grad_fn for t in sources if t.grad_fn is not None]
+    seen = set(before)
+    for node in before:
+        for earlier, output in node.next_functions:
+            if (earlier, output) in edges:
+                return True
+            if earlier is not None and earlier not in seen:
+                seen.add(earlier)
+                before.append(earlier)
+    return False
 
 
 def sources_of(y: Tensor, z: Tensor, made: range) -> list[GradientEdge]:

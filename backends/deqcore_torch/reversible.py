@@ -22,8 +22,8 @@ from deqcore.types import BoundMap, Map
 from deqcore_torch import functorch
 from deqcore_torch.checkpoints import CURE
 from deqcore_torch.eval_context import Ambient, nothing_recorded
-from deqcore_torch.graph import outside, sequence
-from deqcore_torch.second_order import distinct
+from deqcore_torch.graph import nested, outside, sequence
+from deqcore_torch.second_order import distinct, partial
 
 Result: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
@@ -44,7 +44,8 @@ class _FusedTwoState(TwoState):
 class _Job:
     """What the backward pass needs besides tensors: the map, the rule, and the context of the call."""
 
-    def __init__(self, f: Map, rule: TwoState, steps: int, z0: Tensor) -> None:
+    def __init__(self, backend: Backend, f: Map, rule: TwoState, steps: int, z0: Tensor) -> None:
+        self.backend = backend
         self.f = f
         self.rule = rule
         self.steps = steps
@@ -61,6 +62,8 @@ class _Job:
     def pull(self, y: Tensor, z: Tensor, g: Tensor, sources: Sequence[Tensor]) -> list[Tensor | None]:
         """Undo all steps; return the gradients of the sources."""
         back = _Pass(self.f, self.rule, sources)
+        if back.nested:
+            back.cut(self.backend, z)
         size = torch.linalg.vector_norm(z, dim=1)
         gy, gz = torch.zeros_like(g), g.clone()
         y, z = y.clone(), z.clone()
@@ -93,6 +96,26 @@ class _Pass:
         self.rule = rule
         self.sources = sources
         self.gradients: list[Tensor | None] = [None] * len(sources)
+        self.nested = nested(sources)
+
+    def cut(self, backend: Backend, z: Tensor) -> None:
+        """Give f leaves instead of arguments with a history, if it reads each of them as an argument alone.
+
+        This takes one evaluation of f, at `z` `(batch, n)`. Without it every half step would differentiate the history.
+        """
+        if not isinstance(self.f, BoundMap):
+            return
+        leaves, structure = backend.flatten(self.f.args)
+        mine = {_edge(source): source.detach().requires_grad_() for source in self.sources if not source.is_leaf}
+        given = [mine.get(_edge(leaf), leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        f = BoundMap(self.f.f, tuple(backend.unflatten(structure, given)))
+        sources = [mine.get(_edge(source), source) for source in self.sources]
+        start = sequence()
+        with torch.enable_grad():
+            at = self.rule.down(z).detach().requires_grad_()
+            value = f(at)
+        if not value.requires_grad or outside(value, at, sources, range(start, sequence())).hidden is None:
+            self.f, self.sources, self.nested = f, sources, False
 
     def undo(self, other: Tensor, moved: Tensor, g_other: Tensor, g_moved: Tensor) -> None:
         """Undo `moved ← (1 − β) moved + β f(other)`.
@@ -105,11 +128,17 @@ class _Pass:
             value = self.f(at)
         self.rule.half_back(moved, value.detach())
         if value.requires_grad:
-            pulled = torch.autograd.grad(value, [at, *self.sources], damping * g_moved, allow_unused=True)
+            pulled = self._pulled(value, [at, *self.sources], damping * g_moved)
             if pulled[0] is not None:
                 g_other += pulled[0]
             self._add(pulled[1:])
         g_moved *= 1.0 - damping
+
+    def _pulled(self, value: Tensor, wanted: list[Tensor], g: Tensor) -> Sequence[Tensor | None]:
+        """Return the gradients of f alone, not those by which one source is computed from another."""
+        if self.nested:  # the engine runs that computation in each half step
+            return partial([value], wanted, [g], create_graph=False)
+        return torch.autograd.grad(value, wanted, g, allow_unused=True)
 
     def _add(self, pulled: Sequence[Tensor | None]) -> None:
         for i, part in enumerate(pulled):
@@ -118,6 +147,11 @@ class _Pass:
             own = self.gradients[i]
             # The first one may be memory of the graph that others hold.
             self.gradients[i] = part.clone() if own is None else own.add_(part)
+
+
+def _edge(tensor: Tensor) -> tuple[Any, int]:
+    """Return what tells tensors with a history apart; a saved one is another object."""
+    return tensor.grad_fn, tensor.output_nr
 
 
 class _Reversible(torch.autograd.Function):
@@ -141,7 +175,7 @@ class _Reversible(torch.autograd.Function):
         functorch.refuse_batched(g)
         if torch.is_grad_enabled():
             value = job.ambient.around(job.recorded)()
-            gradients: Any = torch.autograd.grad(value, sources, g, create_graph=True, allow_unused=True)
+            gradients: Any = partial([value], sources, [g], create_graph=True)
         else:
             gradients = job.ambient.around(job.pull)(y, z, g, sources)
         return (None, None, None, *gradients)
@@ -173,7 +207,7 @@ def iterate(
         return value, first, f(value)
     last, sources = _sources(backend, f, value)
     if sources:
-        value = _Reversible.apply(_Job(f, rule, steps, z0), y, z, *sources)
+        value = _Reversible.apply(_Job(backend, f, rule, steps, z0), y, z, *sources)
     return value, first, last
 
 

@@ -159,3 +159,44 @@ def test_torch_func_records_every_step():
     plain = x.clone().requires_grad_()
     (expected,) = torch.autograd.grad(f(plain), plain)
     np.testing.assert_allclose(torch.func.grad(f)(x).numpy(), expected.numpy(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("closed", [False, True], ids=["argument", "closure, too"])
+def test_an_argument_that_is_computed_from_another_counts_once(closed):
+    """The engine continues beyond h to x, which is an argument, too."""
+    w, x = (torch.tensor(a, requires_grad=True) for a in (W, X))
+    h = torch.sin(x @ w)
+    f = lambda z, h_, x_: torch.tanh(z @ w + (h if closed else h_) + x_)
+    value = deqcore.fixed_point(f, 0 * x.detach(), h, x, **settings(6, 0.5)).value
+    expected = by_hand(w, torch.sin(x @ w) + x, 6, 0.5)
+    for found, right in _two_orders(value, expected, (w, x)):
+        torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-12)
+
+
+def _two_orders(value, expected, sources):
+    """Pairs of first and second derivatives."""
+    first = [torch.autograd.grad(each.square().sum(), sources, create_graph=True) for each in (value, expected)]
+    second = [torch.autograd.grad(sum(part.square().sum() for part in parts), sources) for parts in first]
+    return [pair for parts in (first, second) for pair in zip(*parts, strict=True)]
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_two_layers_may_share_a_cell(checkpointed):
+    from deqcore_torch.nn import DEQ
+    from torch.utils.checkpoint import checkpoint
+
+    class Cell(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.tensor(W))
+
+        def forward(self, z, x):
+            return torch.tanh(z @ self.w + x)
+
+    cell = Cell()
+    model = torch.nn.Sequential(DEQ(cell, **settings(6, 0.5)), DEQ(cell, **settings(6, 0.5)))
+    x = torch.tensor(X, requires_grad=True)
+    value = checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
+    expected = by_hand(cell.w, by_hand(cell.w, x, 6, 0.5), 6, 0.5)
+    found, right = (torch.autograd.grad(each.sum(), (cell.w, x)) for each in (value, expected))
+    torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-12)

@@ -81,6 +81,16 @@ ADAPTIVE = "deqcore.backward.adaptive"
 
 STRATEGIES = [
     Fault(
+        "an argument that counts once more through another one",
+        REVERSIBLE_TORCH,
+        "self.nested = nested(sources)",
+        "self.nested = False",
+        "strategy reversible",
+        "test_an_argument_that_is_computed_from_another_counts_once",
+        "backward through the graph a second time",
+        backend="torch",
+    ),
+    Fault(
         "a cotangent that a half step does not damp",
         REVERSIBLE_TORCH,
         "g_moved *= 1.0 - damping",

@@ -116,6 +116,25 @@ class StrategyTests(AdjointTests, ClaimTests, StateTests, StepStrategyTests, Uni
             close(kit.numpy(found), expected, 0.06, f"gradient for {name}")
 
     @needs("autodiff")
+    def test_an_argument_that_is_computed_from_another_counts_once(
+        self, kit: Kit, strategy_name: str, settings: Any
+    ) -> None:
+        """Compare the gradient in x of a solve with h = 2 x and x as arguments with those in both alone."""
+        if not kit.eager:
+            pytest.skip("in traced code arguments are inputs without a history")
+        problem, g = affine(norm=0.5), kit.array(np.random.default_rng(6).standard_normal((3, 6)))
+        a, x, xp = kit.array(problem.a), kit.array(problem.b), kit.backend.xp
+        f = lambda z, h, x: xp.tanh(xp.sum(a * z[:, None, :], axis=2) + h) + x  # noqa: E731
+        config = kit.config(rtol=1e-8, strategy=strategy_name, strategy_options=settings)
+        _, (dh, dx) = deqcore.vjp(f, 0 * x, 2.0 * x, x, cotangent=g, config=config)
+
+        def value(x: Any) -> tuple[Any, None]:
+            return deqcore.fixed_point(f, 0 * x, 2.0 * x, x, config=config).value, None
+
+        _, _, (found,) = kit.backend.autodiff.vjp(value, (x,), g)
+        close(kit.numpy(found), 2.0 * kit.numpy(dh) + kit.numpy(dx), 1e-5, "gradient in x")
+
+    @needs("autodiff")
     @several("dtype", DTYPES)
     def test_a_problem_in_other_units_has_the_same_gradients(
         self, kit: Kit, strategy_name: str, settings: Any, dtype: str
