@@ -86,7 +86,7 @@ def test_a_policy_that_saves_the_equilibrium_by_name_solves_once(strategy):
 
     once = loops(value)
     assert loops(jax.checkpoint(value, policy=NAMED)) == once
-    assert loops(jax.checkpoint(value, policy=POLICIES.nothing_saveable)) == once + 1
+    assert loops(jax.checkpoint(value, policy=POLICIES.nothing_saveable)) == once + 2  # the steps, and their stretches
 
 
 @pytest.mark.supports("`jax.export`", backends="jax", strategies="exact-ift")
