@@ -116,8 +116,8 @@ class Solver(ABC):
     def opening(self) -> Solver | None:
         """Return a cheaper method for the first steps, or None.
 
-        It has the state of this method, takes the same steps, bit for bit, for the samples that it `serves`, and
-        leaves histories alone. Traced code takes its steps in a loop of their own, as long as it serves all samples
+        It has the state of this method, takes the same steps for the samples that it `serves`, and neither reads nor
+        writes histories. Traced code takes its steps in a loop of their own, as long as it serves all samples
         that run: a loop whose steps may write to a history copies vectors in each of them.
         """
         return None

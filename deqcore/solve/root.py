@@ -29,7 +29,7 @@ from deqcore.solve.termination import greater
 from deqcore.types import Array, BackwardRecord, Map, SolveResult, Status, StoppingCriteria, Tree
 
 ALIGNED: Final = 1e-3  # cosine of g and G g below which their product does not give the sign
-NEAR_ZERO: Final = 1e-3  # part of ‖z0‖ below which the tolerance by the new factor is no longer relative to ‖z‖
+NEAR_ZERO: Final = 1e-3  # part of ‖z0‖ for which ‖z‖ counts at least in the tolerance by the new factor
 FLATTER: Final = 2.0  # growth of the factor, and excess over the tolerance by it, that are ignored
 ROUNDS: Final = 12  # solves with a new factor, at most
 

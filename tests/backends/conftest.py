@@ -19,6 +19,17 @@ def collect_new():
 
 
 @pytest.fixture
+def fresh_compiler():
+    """No code that torch.compile kept of an earlier test, and the same random numbers in each."""
+    import torch
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def without(monkeypatch):
     """Runs something with the solvers' own steps, without those of torch's compiled kernels."""
     from deqcore_torch import compiled

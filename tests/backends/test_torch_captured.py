@@ -19,6 +19,7 @@ from deqcore_torch.nn import DEQ  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("fresh_compiler"),
     pytest.mark.filterwarnings("ignore:.*Dynamo:UserWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
@@ -48,14 +49,6 @@ class Model(torch.nn.Module):
 
     def forward(self, x):
         return self.after(torch.relu(self.layer(torch.relu(self.before(x)))))
-
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
 
 
 def counting(fn, backend="aot_eager", **options):

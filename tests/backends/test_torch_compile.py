@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 # The compiler's own warnings: of what it does not trace, of a .grad that it looks at, of what it loads.
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("fresh_compiler"),
     pytest.mark.filterwarnings("ignore:.*Dynamo:UserWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
@@ -48,14 +49,6 @@ class Model(torch.nn.Module):
         x = torch.relu(self.before(x))
         z = self.solve(x) if self.layer else solved(self.solve.cell, x)
         return self.after(torch.relu(z))
-
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -12,20 +12,12 @@ from torch.func import grad, hessian, jvp, vmap  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.usefixtures("quiet_forward_mode"),
+    pytest.mark.usefixtures("quiet_forward_mode", "fresh_compiler"),
     pytest.mark.filterwarnings("ignore:.*Dynamo:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
 ]
 N = 3
 SETTINGS = {"forward__rtol": 1e-12, "backward__options": {"rtol": 1e-12}}
-
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
 
 
 def solved(x):
