@@ -300,8 +300,11 @@ class _Task:
         reach = length * inverse_norm
         if self.judge is not None:
             reach = xp.maximum(reach, JUDGED * f.read(self.backend.to_accum_dtype(self.judge(left))))
-        residual = xp.where(p.unfinished, length / self.norm, found.residual)
-        error = xp.where(p.unfinished, reach / self._norm(found.u), found.error)
+        size = self._norm(found.u)
+        # A singular A lets u grow until rounding hides g: what is measured there may be small by chance.
+        residual = xp.maximum(length, self.backend.eps(found.u) * size) / self.norm
+        residual = xp.where(p.unfinished, residual, found.residual)
+        error = xp.where(p.unfinished, reach / size, found.error)
         met = found.met | (p.unfinished & (residual <= target) & (error <= target))
         vjps = found.vjps + xp.astype(p.unfinished, xp.int32)
         worse = xp.maximum(error, residual)

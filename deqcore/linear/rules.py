@@ -67,7 +67,7 @@ def estimates(
         The residual by the recurrence; what rounding may hide of it; the error; and what `witnessed` multiplies by the
         estimate ‖M' r‖ / ‖u‖ before it takes the root.
     """
-    rounding = eps * column_norm * size
+    rounding = eps * xp.maximum(column_norm * size, whole)  # of a later space that adds little to a large u, too
     age = xp.where(steps > 0, steps, xp.ones_like(steps)) ** rule.aging
     youth = rule.youth * xp.clip(inverse_norm, 1.0, rule.deepest) / age
     slower = xp.clip(latest / best, 1.0, rule.most)
