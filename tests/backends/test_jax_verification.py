@@ -226,14 +226,17 @@ def test_rows_that_are_samples_are_not_suspected(strategy):
 
     def loss(x, figures):
         settings = {"backward__strategy": strategy, "backward__verify_every": 1, "forward__max_steps": 200}
+        if strategy != "broyden-reuse":  # which needs an estimate
+            settings["forward__solver"] = "picard"
         with deqcore_jax.adjoint_tap.reporting(figures):
             return jnp.square(deqcore.fixed_point(f, jnp.zeros_like(x), x, **settings).value).sum()
 
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
     for seed in range(3):
         x = np.random.default_rng(seed).standard_normal((9, 3 * WIDTH)).astype(np.float32)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            _, figures = jax.grad(loss, argnums=(0, 1))(x, deqcore_jax.adjoint_tap.new(9))
+            _, figures = gradient(x, deqcore_jax.adjoint_tap.new(9))
             jax.effects_barrier()
         assert not figures.coupling.any()
         assert (figures.verify_vjps == 2).all()
