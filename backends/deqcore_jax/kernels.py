@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from deqcore.abc.history import History
 from deqcore.abc.kernels import FusedKernels, Krylov
+from deqcore.linear.norms import CANCELLED
 from deqcore_jax import krylov
 from deqcore_jax.dtypes import single
-from deqcore_jax.loop import is_recorded
+from deqcore_jax.loop import anywhere, is_recorded
 
 
 class JaxKernels(FusedKernels):
-    """A projection without a condition, with norms by plain sums of squares."""
+    """A projection with norms by plain sums of squares, repeated where products cancel."""
 
     def orthogonalize(
         self, basis: History, w: jax.Array, twice: bool
@@ -23,11 +25,24 @@ class JaxKernels(FusedKernels):
         )  # w is the product with a unit vector: its square is far from any limit
         h = basis.dot(w)
         w = w - basis.combine(h)
-        if twice:
-            more = basis.dot(w)
+        after = self.be.to_accum_dtype(_plain_norm(w))
+        if not twice:
+            return w, h, before, after
+        enough = after >= CANCELLED * before
+
+        def again(projected: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            w, h, after = projected
+            more = jnp.where(enough[:, None], 0, basis.dot(w))
             w = w - basis.combine(more)
-            h = h + more
-        return w, h, before, self.be.to_accum_dtype(_plain_norm(w))
+            return w, h + more, jnp.where(enough, after, self.be.to_accum_dtype(_plain_norm(w)))
+
+        first = w, h, after
+        # A condition makes the host wait for an accelerator, and several devices for each other.
+        if is_recorded() or jax.default_backend() != "cpu" or jax.device_count() > 1:
+            w, h, after = again(first)
+        else:
+            w, h, after = lax.cond(anywhere(~enough), again, lambda same: same, first)
+        return w, h, before, after
 
     def least_squares(self, space: Krylov, inverse: jax.Array | bool) -> tuple[jax.Array, ...] | None:
         if is_recorded():

@@ -39,7 +39,9 @@ def test_a_loop_that_closes_over_its_parameter_does_so_too():
 
 
 def test_a_root_of_ones_own_solver():
-    solver = deqcore.custom_root(lambda z, a: z**2 - a, backward__options={"rtol": 1e-5})(lambda z0, a: jnp.sqrt(a) + 0 * z0)
+    solver = deqcore.custom_root(lambda z, a: z**2 - a, backward__options={"rtol": 1e-5})(
+        lambda z0, a: jnp.sqrt(a) + 0 * z0
+    )
     assert jax.grad(lambda a: solver(jnp.ones((1, 1)), a).sum())(4.0) == pytest.approx(0.25, abs=1e-5)
 
 
