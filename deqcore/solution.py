@@ -112,6 +112,11 @@ MASKED: Final = -1  # instead of a status, for a tally that does not count the u
 SOLVED: Final = "after at most {steps} steps, residual ‖f(z) − z‖ at most {residual:.3g}. {sentence}"
 
 
+def failed(status: Array) -> Array:
+    """Return which samples did not end as they should, `(batch,)` of bool: fixed steps have no tolerance to meet."""
+    return (status != int(Status.CONVERGED)) & (status != int(Status.FIXED_STEPS))
+
+
 class Tally(NamedTuple):
     """The counts of a batch: for each `Status`, the number of samples and their largest figures.
 
@@ -141,11 +146,11 @@ class Tally(NamedTuple):
         )
 
     def failed(self) -> Any:
-        """Return whether any sample did not converge."""
-        return self.samples.sum() > self.samples[int(Status.CONVERGED)]
+        """Return whether any sample failed, see `failed`."""
+        return self.samples.sum() > self.samples[int(Status.CONVERGED)] + self.samples[int(Status.FIXED_STEPS)]
 
     def notable(self) -> Any:
-        """Return whether any sample did not converge; see `deqcore.types.Figures`."""
+        """Return whether any sample failed; see `deqcore.types.Figures`."""
         return self.failed()
 
     def merged(self, xp: Any) -> Tally:

@@ -53,7 +53,7 @@ class TorchAutodiff(Autodiff):
 
     def jvp(self, f: Map, z: Tensor) -> Map:
         if functorch.active():
-            product = functorch.jvp_of(f, z)
+            product = functorch.jvp_of(f, z)[1]
             return product if torch.is_grad_enabled() else functorch.unrecorded(product)
         return jvp.jvp(f, z)
 

@@ -37,6 +37,7 @@ from deqcore.types import Map, SolveResult, Tree
 from deqcore_torch.checkpoints import CURE, largest
 from deqcore_torch.disable_dynamo import untraced
 from deqcore_torch.eval_context import Ambient, nothing_recorded
+from deqcore_torch.jvp import NEAR_ZERO
 from deqcore_torch.lanes import Lanes
 from deqcore_torch.wrappers import alive, outlasting
 
@@ -100,11 +101,11 @@ def vjp_of(f: Map, z: Tensor) -> tuple[Tensor, Map]:
     return y, lambda u: vjp(u)[0]
 
 
-def jvp_of(f: Map, z: Tensor) -> Map:
-    """Return V ↦ J v."""
+def jvp_of(f: Map, z: Tensor) -> tuple[Tensor, Map]:
+    """Return f(z), and V ↦ J v."""
     y, vjp = vjp_of(f, z)
-    _, jvp = vjp_of(vjp, torch.zeros_like(y))
-    return jvp
+    _, jvp = vjp_of(vjp, torch.full_like(y, NEAR_ZERO))
+    return y, jvp
 
 
 def unrecorded(f: Map) -> Map:
@@ -189,7 +190,7 @@ class _Equation:
 
     def jvp(self, z: Tensor) -> Map:
         """Return v ↦ J v at z: the transpose of `vjp`."""
-        return jvp_of(self.f, z)
+        return jvp_of(self.f, z)[1]
 
     @untraced  # the engine calls it from outside of the solve, in code that torch.compile may run
     def solve(self, z: Tensor, y: Tensor, g: Tensor) -> Tensor:
@@ -216,9 +217,7 @@ class _Equation:
         return vjp_of(self.f, z) if self.adjoint.uses_vjp else (None, _no_vjp)
 
     def _pushed(self, z: Tensor) -> tuple[Tensor | None, Map]:
-        y, vjp = vjp_of(self.f, z)
-        _, jvp = vjp_of(vjp, torch.zeros_like(y))
-        return y, jvp
+        return jvp_of(self.f, z)
 
     def _plain(
         self, adjoint: AdjointSolver, product: Callable[[Tensor], tuple[Any, Map]], z: Tensor, y: Tensor, b: Tensor

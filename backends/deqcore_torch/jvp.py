@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -13,6 +13,10 @@ from deqcore.errors import BackendError
 from deqcore.types import Map
 from deqcore_torch.graph import once_only, sequence
 from deqcore_torch.module_hooks import hooks_made, muted
+
+NEAR_ZERO: Final = 2.0**-10
+"""Cotangent at which u ↦ Jᵀu is differentiated. The backward of logcumsumexp takes logarithms of u, so that its
+derivative at 0 is NaN; a backward that clips u is linear only near 0."""
 
 
 def jvp(f: Map, z: Tensor, fused: bool = True) -> Map:
@@ -70,7 +74,7 @@ def _transposed_twice(f: Map, z: Tensor, reason: str) -> Map:
         y = f(start)
         if not y.requires_grad:
             return torch.zeros_like
-        u = torch.zeros_like(y).requires_grad_()
+        u = torch.full_like(y, NEAR_ZERO).requires_grad_()
         with muted(y, made):
             (pulled,) = torch.autograd.grad(y, start, u, create_graph=True, allow_unused=True)
     if once_only([pulled], begun):

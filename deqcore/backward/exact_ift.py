@@ -186,7 +186,7 @@ class ExactIFT(Strategy):
         """Solve directly where GMRES failed and the budget allows it; keep the solution of GMRES elsewhere."""
         before = Direct(found.x, found.residual, found.products)
         cost = g.shape[1] + 1
-        if g.shape[1] > self.direct or (self.max_steps != "auto" and self.max_steps < cost):
+        if not 0 < g.shape[1] <= self.direct or (self.max_steps != "auto" and self.max_steps < cost):
             return before
         wanted = ~found.converged & backend.xp.isfinite(size)
         if self.max_steps != "auto":

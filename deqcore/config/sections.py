@@ -42,8 +42,9 @@ class Forward:
         coupled: whether f may couple the units of a sample, as attention does; only `batch = 2` reads it. False: units
             are as independent as samples, and the backward pass solves for each alone.
         patience: steps without progress of the residual after which a sample ends as STALLED.
-        on_failure: what happens if a sample does not converge. Code compiled by JAX raises with "raise", and warns
-            only if "warn" is set explicitly: the default compiles no callback in.
+        on_failure: what happens if a sample does not converge; with a strategy of fixed steps, if it is not finite.
+            Code compiled by JAX raises with "raise", and warns only if "warn" is set explicitly: the default compiles
+            no callback in.
         compact: evaluate f only for the samples that still run (eager backends; needs `batched_args`).
         options: fields of the solver's own dataclass.
 

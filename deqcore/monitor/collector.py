@@ -27,7 +27,7 @@ from deqcore.monitor.actions import TriggerSet
 from deqcore.monitor.depths import depths_of
 from deqcore.monitor.drift import DriftDetector, HostArray, Profile, Samples
 from deqcore.monitor.sink import Event, Record, Row
-from deqcore.solution import Solution
+from deqcore.solution import Solution, failed
 from deqcore.types import AdjointReport, Array, BackwardRecord, Status
 
 RECENT: Final = 1000
@@ -152,11 +152,10 @@ def _forward(residual: HostArray, status: HostArray, steps: HostArray, evaluatio
     if unknown.all() and not lost:  # a strategy with fixed steps that has not measured a residual
         return result
     available = np.sort(np.where(unknown, np.inf, residual))
-    missed = (status != int(Status.CONVERGED)) & (status != int(Status.FIXED_STEPS))  # fixed steps have no tolerance
     return result | {
         "deq_forward_residual": _median(available),
         "deq_forward_residual_max": float(available[-1]),
-        "deq_unconverged_fraction": np.count_nonzero(missed) / size,
+        "deq_unconverged_fraction": np.count_nonzero(failed(status)) / size,
     }
 
 

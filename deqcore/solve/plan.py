@@ -279,6 +279,7 @@ class Plan:
         status = xp.full_like(steps, int(Status.FIXED_STEPS))
         if reached is None or reached.fz is None:
             spent = steps if reached is None else reached.evaluations
+            status = xp.where(xp.isfinite(backend.norm(z)), status, xp.full_like(status, int(Status.NONFINITE)))
             return SolveResult(z, None, unknown, status, steps, spent, None)
         with backend.errstate():
             residual = backend.norm(reached.fz - z)

@@ -9,7 +9,7 @@ from deqcore.errors import (
     ConvergenceWarning,
     NonDeterministicWarning,
 )
-from deqcore.solution import MASKED, SAMPLES, UNITS, Tally, summarize
+from deqcore.solution import MASKED, SAMPLES, UNITS, Tally, failed, summarize
 from deqcore.solve.flatten import FlatFunction
 from deqcore.solve.plan import Plan, evaluate_once
 from deqcore.solve.traced_failures import Failures
@@ -79,10 +79,11 @@ def _report_coupling(plan: Plan, f: FlatFunction, args: tuple[Any, ...], forward
 def report_failure(plan: Plan, f: FlatFunction, forward: SolveResult) -> None:
     """Raise each time, or warn at the 1st, 10th, 100th, … failed solve of f, about samples that did not converge.
 
+    With a strategy of fixed steps a sample fails where it is not finite; only `"raise"` waits for a device to see it.
     Traced code does it by `CallGuards.watch`.
     """
     action = plan.config.forward.on_failure
-    if forward.carry is None or action == "ignore":
+    if action == "ignore" or (forward.carry is None and action == "warn" and _would_wait(plan, forward)):
         return
     xp, noun = plan.backend.xp, UNITS if len(plan.space.rows_shape) > 1 else SAMPLES
     status = plan.counted(forward.status, MASKED)
@@ -93,7 +94,7 @@ def report_failure(plan: Plan, f: FlatFunction, forward: SolveResult) -> None:
             compiled = action == "raise" or plan.is_set("forward.on_failure")
             plan.backend.guards.watch(failures, Tally.of(xp, *figures), compiled=compiled)
         return
-    if _all_converged(plan, forward):
+    if plan.backend.guards.holds(xp.all(~failed(forward.status))):
         return
     status, steps, residual = (plan.backend.to_numpy(x).ravel() for x in figures)
     solver = repr(plan.solver)
@@ -113,6 +114,13 @@ def report_failure(plan: Plan, f: FlatFunction, forward: SolveResult) -> None:
 
 def _all_converged(plan: Plan, forward: SolveResult) -> bool:
     return plan.backend.guards.holds(plan.backend.xp.all(forward.status == int(Status.CONVERGED)))
+
+
+def _would_wait(plan: Plan, forward: SolveResult) -> bool:
+    """Return whether reading the status waits for a device, which a strategy of fixed steps does nowhere else."""
+    backend = plan.backend
+    eager = backend.capabilities.eager and backend.capabilities.accelerator
+    return eager and str(backend.device_of(forward.status)) != "cpu"
 
 
 def _circumstances(plan: Plan) -> str:

@@ -60,6 +60,26 @@ def test_products_without_forward_mode_are_those_of_a_dense_jacobian(data, recor
     assert torch.allclose(found[1], 2 * slope * (v @ a.T), rtol=1e-12)
 
 
+def test_products_of_a_backward_that_takes_logarithms_of_its_cotangent(data):
+    a, b, v = data
+
+    def f(z, b):
+        return 0.3 * Tanh.apply((z @ a.T).logcumsumexp(1)) + b
+
+    found = deqcore.get_backend(backend="torch").autodiff.jvp(lambda z: f(z, b), b)(v)
+    step = 1e-5 * v
+    assert torch.allclose(found, (f(b + step, b) - f(b - step, b)) / 2e-5, rtol=1e-7, atol=1e-9)
+
+    def value(b):
+        smooth = lambda z, b: 0.3 * (z @ a.T).logcumsumexp(1) + b
+        return deqcore.fixed_point(smooth, torch.zeros_like(b), b, forward__rtol=1e-13, forward__max_steps=200).value
+
+    found = torch.func.jvp(value, (b,), (v,))[1]
+    with torch.no_grad():
+        differences = (value(b + step) - value(b - step)) / 2e-5
+    assert torch.allclose(found, differences, rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("recording", [False, True])
 def test_products_of_fused_attention_are_those_of_central_differences(data, recording):
     a, b, v = data

@@ -4,10 +4,14 @@ The truths are closed forms: where a component's value is at its solution from t
 series. With the slope s it is (1 − s^k) / (1 − s) after k plain steps.
 """
 
+import warnings
+from functools import partial
+
 import numpy as np
 import pytest
 
 import deqcore
+from deqcore.errors import ConvergenceError, ConvergenceWarning
 from deqcore.types import Status
 
 SOLVERS = ["picard", "anderson", "broyden", "newton-krylov"]
@@ -98,13 +102,21 @@ def test_residual_and_status_are_measured(be, solver):
     assert "CONVERGED" in sol.summary()
 
 
-def test_nan_is_told(be):
+@pytest.mark.parametrize("strategy", ["unrolled", "reversible", "looped"])
+def test_a_sample_that_is_not_finite_fails(be, strategy):
     x = be.asarray(np.array([[0.1, 0.2], [np.nan, 1.0]]))
-    sol = deqcore.fixed_point(
-        lambda z, x: 0.5 * z + x, be.asarray(np.zeros((2, 2))), x, forward__solver="picard",
-        backward__strategy="unrolled", backward__options={"steps": 60},
+    solve = partial(
+        deqcore.fixed_point, lambda z, x: 0.5 * z + x, be.asarray(np.zeros((2, 2))), x, forward__solver="picard",
+        backward__strategy=strategy, backward__verify_every=0,
     )  # fmt: skip
-    assert [Status(int(code)) for code in sol.status] == [Status.CONVERGED, Status.NONFINITE]
+    with pytest.warns(ConvergenceWarning, match="1 of 2 samples NONFINITE"):
+        sol = solve()
+    assert [Status(int(code)) for code in sol.status] == [Status.FIXED_STEPS, Status.NONFINITE]
+    with pytest.raises(ConvergenceError, match="1 of 2 samples NONFINITE"):
+        solve(forward__on_failure="raise")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solve(forward__on_failure="ignore")
 
 
 def test_the_number_of_evaluations_is_what_it_was():

@@ -468,10 +468,11 @@ def test_vjp_keeps_narrow_dtypes(be, dtype):
     assert be.to_numpy(dw).astype(float) == pytest.approx(np.tanh(root) / (1 - slope), rel=tolerance)
 
 
-def test_vjp_of_an_empty_batch(be):
-    z0 = zeros(be, 0, 3)
-    _, (dx,) = deqcore.vjp(lambda z, x: 0.5 * z + x, z0, be.asarray(np.ones((1, 3))), cotangent=z0)
-    assert be.to_numpy(dx).tolist() == [[0.0, 0.0, 0.0]]
+@pytest.mark.parametrize(("batch", "n"), [(0, 3), (4, 0)])
+def test_vjp_of_a_state_without_numbers(every, batch, n):
+    z0 = zeros(every, batch, n)
+    _, (dx,) = deqcore.vjp(lambda z, x: 0.5 * z + x, z0, every.asarray(np.ones((1, n))), cotangent=z0)
+    assert every.to_numpy(dx).tolist() == [[0.0] * n]
 
 
 # -- get_backend ------------------------------------------------------------------------------------------------

@@ -185,6 +185,14 @@ SILENT = [
 
 ENDS = [
     Fault(
+        "fixed steps that end in NaN without a warning",
+        "deqcore.solve.report",
+        'if action == "ignore" or (forward.carry is None and action == "warn" and _would_wait(plan, forward)):',
+        'if action == "ignore" or forward.carry is None:',
+        f"{BACKENDS}/test_unrolled.py::test_a_sample_that_is_not_finite_fails[numpy-looped]",
+        "DID NOT WARN",
+    ),
+    Fault(
         "a root judged by the slope at its start alone",
         "deqcore.solve.root",
         "(residual > FLATTER * tolerance)",
