@@ -135,7 +135,7 @@ def _keep(name: str, folder: Path, *, timed: bool) -> None:
     """Write the results as JSON, CSV and Markdown, without the history of every step."""
     results = _finished(name, folder)
     if not timed:
-        results = [_untimed(result) for result in results]
+        results = [_untimed(result) | {"seconds": None} for result in results]
     if not results:
         return
     about = json.loads((folder / "study.json").read_text())
