@@ -4,17 +4,20 @@
 
 A dense tanh cell; the loss is a fixed product with the equilibrium, its gradient is that of the weights and of a shift
 that is added to f. The gradient of the shift is u, the solution of the adjoint equation, so that both residuals are
-measured for every contender: the largest of a sample, ‖f(z) − z‖/‖f(z)‖ and ‖g − u + Jᵀu‖/‖g‖. Each contender gets the
-loosest tolerances with which both are at most 1e-4. The search changes both at once, since each try is a program to
-compile. Then all take turns, one call each in every round. Times are those of the wall; *first call* is tracing and
-compiling, without a cache.
+measured for every contender: the largest of a sample, ‖f(z) − z‖/‖f(z)‖ and ‖g − u + Jᵀu‖/‖g‖. Both have to be at most
+1e-4. deqcore stops each sample by these residuals, so that its tolerances are 1e-4. The peers stop the whole batch by
+norms of their own. Their tolerances are arguments of the compiled step, and the loosest ones that reach both residuals
+are found by bisection. Then all take turns, one call each in every round. Times are those of the wall; *first call* is
+tracing and compiling, without a cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,10 +37,17 @@ from deqcore.bench.timing import Spread
 
 RESIDUAL: Final = 1e-4
 PACKAGES: Final = ("jax", "jaxlib", "jaxopt", "optimistix", "lineax")
-TOLERANCES: Final = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6)
-START: Final = TOLERANCES.index(RESIDUAL)
+ROUNDING: Final = 1.01
+"""By what the residual that a solve stops at may differ from the one that is measured."""
+LOOSEST, TIGHTEST, HALVINGS = 1e-1, 1e-7, 7
+"""Range of the peers' tolerances, and how often it is halved: to a factor of 1.11."""
 SIZES: Final = ((192, 384), (256, 512))
 STEPS: Final = 100
+RESTART: Final = 20
+"""Dimensions of the peers' GMRES: their default, of which one space is enough here."""
+SPACES: Final = 5
+"""Krylov spaces that jaxopt may take. Its own limit is ten for each unknown; tolerances below rounding take all."""
+QUICK: Final = ((8, 16),)
 COLUMNS: Final = (
     "cell", "contender", "ms, median", "quartiles", "of the best peer", "first call, s", "residual", "adjoint residual",
 )  # fmt: skip
@@ -48,43 +58,59 @@ def f(z: jax.Array, w: jax.Array, x: jax.Array, shift: jax.Array) -> jax.Array:
     return jnp.tanh(z @ w.T + x) + shift
 
 
-def ours(w: Any, x: Any, shift: Any, z0: Any, forward: float, backward: float, **settings: Any) -> Any:
-    """Solve with deqcore; without settings, with its defaults for functions."""
-    options = {"rtol": backward} | {name: settings.pop(name) for name in ("direct",) if name in settings}
+def ours(data: Data, w: Any, shift: Any, tolerances: Any, **settings: Any) -> Any:
+    """Solve with deqcore; without settings, with its defaults for functions but the tolerance."""
     return deqcore.fixed_point(
-        f, z0, w, x, shift, forward__rtol=forward, backward__strategy="exact-ift", backward__options=options, **settings
+        f, data.z0, w, data.x, shift, forward__rtol=RESIDUAL, backward__strategy="exact-ift",
+        backward__options={"rtol": RESIDUAL} | settings.pop("adjoint", {}), **settings,
     ).value  # fmt: skip
 
 
-def with_jaxopt(w: Any, x: Any, shift: Any, z0: Any, forward: float, backward: float, solver: Any = None) -> Any:
-    """Solve with jaxopt, whose tolerance is that of the whole batch, and GMRES for the adjoint equation."""
-    solve = partial(jaxopt.linear_solve.solve_gmres, tol=backward)
-    made = solver(f, maxiter=STEPS, tol=forward * z0.size**0.5, implicit_diff=True, implicit_diff_solve=solve)
-    return made.run(z0, w, x, shift).params
+def with_jaxopt(data: Data, w: Any, shift: Any, tolerances: Any, solver: Any, linear: Any) -> Any:
+    """Solve with jaxopt, whose tolerance is that of the whole batch."""
+    forward, backward = tolerances
+    solve = partial(linear, tol=backward)
+    made = solver(f, maxiter=STEPS, tol=forward * data.z0.size**0.5, implicit_diff=True, implicit_diff_solve=solve)
+    return made.run(data.z0, w, data.x, shift).params
 
 
-def with_optimistix(w: Any, x: Any, shift: Any, z0: Any, forward: float, backward: float) -> Any:
+def with_optimistix(data: Data, w: Any, shift: Any, tolerances: Any) -> Any:
     """Solve with optimistix' fixed-point iteration, and lineax' GMRES for the adjoint equation."""
+    forward, backward = tolerances
     # Its criterion holds for each number, so that a small one of g needs an absolute tolerance.
-    adjoint = optimistix.ImplicitAdjoint(linear_solver=lineax.GMRES(rtol=backward, atol=backward, restart=40))
+    adjoint = optimistix.ImplicitAdjoint(linear_solver=lineax.GMRES(rtol=backward, atol=backward, restart=RESTART))
     solver = optimistix.FixedPointIteration(rtol=forward, atol=forward)
     return optimistix.fixed_point(
-        lambda z, args: f(z, *args), solver, z0, (w, x, shift), adjoint=adjoint, max_steps=STEPS, throw=False
+        lambda z, args: f(z, *args), solver, data.z0, (w, data.x, shift), adjoint=adjoint, max_steps=STEPS, throw=False
     ).value
 
 
-CONTENDERS: Final[dict[str, Any]] = {
+GMRES: Final = partial(jaxopt.linear_solve.solve_gmres, restart=RESTART, maxiter=SPACES)
+EARLY: Final = partial(GMRES, solve_method="incremental")
+"""Ends a space at the tolerance; the default fills it."""
+OURS: Final[dict[str, Any]] = {
     "deqcore, defaults (auto, exact-ift)": ours,
     "deqcore, auto without Newton–Krylov": partial(ours, forward__options={"escalate": False}),
     "deqcore, picard": partial(ours, forward__solver="picard"),
-    "deqcore, picard, without the dense solve": partial(ours, forward__solver="picard", direct=0),
+    "deqcore, picard, without the dense solve": partial(ours, forward__solver="picard", adjoint={"direct": 0}),
     "deqcore, anderson": partial(ours, forward__solver="anderson"),
-    "jaxopt, fixed-point iteration": partial(with_jaxopt, solver=jaxopt.FixedPointIteration),
-    "jaxopt, Anderson": partial(with_jaxopt, solver=jaxopt.AndersonAcceleration),
+}
+PEERS: Final[dict[str, Any]] = {
+    "jaxopt, fixed-point iteration": partial(with_jaxopt, solver=jaxopt.FixedPointIteration, linear=GMRES),
+    "jaxopt, fixed-point iteration, incremental GMRES": partial(
+        with_jaxopt, solver=jaxopt.FixedPointIteration, linear=EARLY
+    ),
+    "jaxopt, fixed-point iteration, BiCGSTAB": partial(
+        with_jaxopt,
+        solver=jaxopt.FixedPointIteration,
+        linear=partial(jaxopt.linear_solve.solve_bicgstab, maxiter=STEPS),
+    ),
+    "jaxopt, Anderson": partial(with_jaxopt, solver=jaxopt.AndersonAcceleration, linear=GMRES),
     "optimistix, fixed-point iteration": with_optimistix,
 }
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Data:
     """Weights, inputs, shift, start and cotangent."""
@@ -104,74 +130,79 @@ class Data:
         return cls(*map(jnp.asarray, (w, x, 0 * x, 0 * x, g)))
 
 
-def step(solve: Any, data: Data, forward: float, backward: float) -> Any:
-    """Return the compiled value and gradient of a contender."""
+def compiled(solve: Any, data: Data) -> tuple[Callable[..., Any], float]:
+    """Return the value and gradient of a contender as a function of its two tolerances, and the seconds it took."""
 
-    def loss(w: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
-        z = solve(w, data.x, shift, data.z0, forward, backward)
+    def loss(w: jax.Array, shift: jax.Array, data: Data, tolerances: jax.Array) -> tuple[jax.Array, jax.Array]:
+        z = solve(data, w, shift, tolerances)
         return jnp.sum(z * data.g), z
 
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    jax.clear_caches()
+    begin, step = time.perf_counter(), jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    program = step.lower(data.w, data.shift, data, jnp.zeros(2)).compile()
+    return partial(program, data.w, data.shift, data), time.perf_counter() - begin
 
 
-def residuals(data: Data, result: Any) -> tuple[float, float]:
-    """Return the largest relative residuals of the two equations."""
-    (_, z), (_, u) = result
+@jax.jit
+def _residuals(data: Data, z: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
     fz, vjp = jax.vjp(lambda z: f(z, data.w, data.x, data.shift), z)
     size = lambda v: jnp.linalg.norm(v, axis=1)  # noqa: E731
-    ahead = size(fz - z) / size(fz)
-    back = size(data.g - u + vjp(u)[0]) / size(data.g)
-    return float(ahead.max()), float(back.max())
+    return (size(fz - z) / size(fz)).max(), (size(data.g - u + vjp(u)[0]) / size(data.g)).max()
 
 
-def loosest(solve: Any, data: Data) -> tuple[float, float] | None:
-    """Return the loosest tolerances with which both residuals are small enough; None if there are none.
+def reached(program: Callable[..., Any], data: Data, tolerances: tuple[float, float]) -> tuple[float, float]:
+    """Return the largest relative residuals of the two equations.
 
     A tolerance at which a library raises, as lineax does where its GMRES stagnates, is not reached.
     """
-    places, least, most = [START, START], [0, 0], [len(TOLERANCES)] * 2  # those from `most` on are met or not tried
-    while any(low < high for low, high in zip(least, most, strict=True)):
-        tried = [min(place, len(TOLERANCES) - 1) for place in places]
-        try:
-            reached = residuals(data, step(solve, data, *(TOLERANCES[i] for i in tried))(data.w, data.shift))
-        except jax.errors.JaxRuntimeError:
-            reached = float("inf"), float("inf")
-        for which, place in enumerate(tried):
-            if reached[which] <= RESIDUAL:
-                most[which] = min(most[which], place)
-                places[which] = max(least[which], place - 1)
-            else:
-                least[which] = max(least[which], place + 1)
-                places[which] = min(place + 1, most[which])
-    if max(most) == len(TOLERANCES):
-        return None
-    return TOLERANCES[most[0]], TOLERANCES[most[1]]
+    try:
+        (_, z), (_, u) = program(jnp.asarray(tolerances, jnp.float32))
+    except jax.errors.JaxRuntimeError:
+        return math.inf, math.inf
+    ahead, back = _residuals(data, z, u)
+    return float(ahead), float(back)
+
+
+def loosest(program: Callable[..., Any], data: Data) -> tuple[float, float] | None:
+    """Return the loosest tolerances with which both residuals are small enough; None if there are none."""
+    found = [LOOSEST, LOOSEST]
+    for which in (0, 1):
+        met, missed = math.log(TIGHTEST), math.log(LOOSEST)
+        for _ in range(HALVINGS):
+            middle = (met + missed) / 2
+            found[which] = math.exp(middle)
+            small = reached(program, data, (found[0], found[1]))[which] <= RESIDUAL
+            met, missed = (middle, missed) if small else (met, middle)
+        found[which] = math.exp(met)
+    tolerances = found[0], found[1]
+    return tolerances if max(reached(program, data, tolerances)) <= RESIDUAL else None
 
 
 def measure(batch: int, width: int, rounds: int) -> list[dict[str, Any]]:
     """Tune and time all contenders on one cell."""
     data, rows, programs = Data.of(batch, width), [], {}
-    for name, solve in CONTENDERS.items():
-        if (tolerances := loosest(solve, data)) is None:
+    for name, solve in (OURS | PEERS).items():
+        program, first = compiled(solve, data)
+        tolerances = (RESIDUAL, RESIDUAL) if name in OURS else loosest(program, data)
+        if tolerances is None:
             print(f"{name}: no tolerance reaches {RESIDUAL:g}", flush=True)
             continue
-        forward, backward = tolerances
-        jax.clear_caches()
-        begin = time.perf_counter()
-        program = step(solve, data, forward, backward).lower(data.w, data.shift).compile()
-        first = time.perf_counter() - begin
-        reached = residuals(data, program(data.w, data.shift))
-        programs[name] = program
+        ahead, back = reached(program, data, tolerances)
+        if max(ahead, back) > ROUNDING * RESIDUAL:
+            print(f"{name}: its residuals are {ahead:.1e} and {back:.1e}", flush=True)
+            continue
+        print(f"{batch}×{width} {name}: {first:.2f} s; tolerances {tolerances}; {ahead:.1e} {back:.1e}", flush=True)
+        programs[name] = partial(program, jnp.asarray(tolerances, jnp.float32))
         rows.append(
             {
-                "cell": f"dense {batch}×{width}", "contender": name, "first": first, "forward": forward,
-                "backward": backward, "residual": reached[0], "adjoint": reached[1], "ms": [],
+                "cell": f"dense {batch}×{width}", "contender": name, "first": first, "tolerances": tolerances,
+                "residual": ahead, "adjoint": back, "ms": [],
             }
         )  # fmt: skip
     for _ in range(rounds):
         for row in rows:
             begin = time.perf_counter()
-            jax.block_until_ready(programs[row["contender"]](data.w, data.shift))
+            jax.block_until_ready(programs[row["contender"]]())
             row["ms"].append(1e3 * (time.perf_counter() - begin))
     return rows
 
@@ -181,7 +212,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         spread = Spread.of(row["ms"])
-        peers = [Spread.of(other["ms"]).median for other in rows if other["cell"] == row["cell"] and _is_peer(other)]
+        peers = [Spread.of(other["ms"]).median for other in rows if _is_peer(other) and other["cell"] == row["cell"]]
         cells = (
             row["cell"], row["contender"], f"{spread.median:.1f}", f"{spread.low:.1f} – {spread.high:.1f}",
             f"{spread.median / min(peers):.2f}" if peers else "", f"{row['first']:.2f}",
@@ -192,7 +223,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _is_peer(row: dict[str, Any]) -> bool:
-    return not row["contender"].startswith("deqcore")
+    return row["contender"] in PEERS
 
 
 def page(rows: list[dict[str, Any]], machine: Any) -> str:
@@ -201,7 +232,7 @@ def page(rows: list[dict[str, Any]], machine: Any) -> str:
     return "\n\n".join(
         [
             "# Value and gradient in JAX",
-            f"Written by `{command.strip()}`. {machine_text(machine)}",
+            f"Written by `{command.strip()}`. {machine_text(machine)} Load before: {machine['load_before'][0]}.",
             rest.strip(),
             table(rows) + "\n",
         ]
@@ -209,20 +240,24 @@ def page(rows: list[dict[str, Any]], machine: Any) -> str:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print; the file of --json is complete after each cell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--quick", action="store_true", help="one small cell")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--page", action="store_true", help="write the page beside the file of --json")
     options = parser.parse_args()
     if options.page and options.json is None:
         parser.error("--page needs --json")
-    rows, machine = [row for size in SIZES for row in measure(*size, options.rounds)], describe(PACKAGES)
-    if options.json:
-        options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1, default=str) + "\n")
+    jax.config.update("jax_enable_compilation_cache", False)
+    rows, machine = [], describe(PACKAGES)
+    for size in QUICK if options.quick else SIZES:
+        rows += measure(*size, options.rounds)
+        print(table(rows), flush=True)
+        if options.json:
+            options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
         if options.page:
             options.json.with_suffix(".md").write_text(page(rows, machine), encoding="utf-8")
-    print(table(rows))
 
 
 if __name__ == "__main__":

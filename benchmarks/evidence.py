@@ -30,9 +30,12 @@ from deqcore.study.settings import read
 from deqcore.study.store import Store
 
 HOME: Final = Path(__file__).resolve().parents[1] / "docs" / "evidence"
-STUDIES: Final = ("slow-torch", "text-torch", "images-torch", "digits-torch", "rounds-torch", "digits-jax")
+STUDIES: Final = (
+    "slow-torch", "text-torch", "images-torch", "digits-torch", "rounds-torch", "digits-jax",
+    "adaptive_digits-torch", "adaptive_digits-jax", "adaptive_images-torch",
+)  # fmt: skip
 ON_GPU: Final = ("cifar-torch",)
-NEEDS: Final = {"images": "cifar10", "cifar": "cifar10", "text": "wikitext-2"}
+NEEDS: Final = {"images": "cifar10", "adaptive_images": "cifar10", "cifar": "cifar10", "text": "wikitext-2"}
 ARCHIVE: Final = "cifar10-jpeg.tar.gz"
 TARGETS: Final = {
     "digits": -1.0,
@@ -40,6 +43,8 @@ TARGETS: Final = {
     "cifar": -0.5,
 }  # points, lower end of the interval, certified against exact
 LIMIT: Final = 1.15  # whole training of certified reuse in units of Jacobian-free
+ADAPTIVE_LIMIT: Final = 1.25  # that of the adaptive strategy
+NEAR: Final = 1.0  # points: an interval within them shows that a strategy ends where exact gradients do
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--tables", action="store_true", help="run nothing: tables from the results kept beside this page"
     )
+    parser.add_argument("--untimed", action="store_true", help="keep no times: the machine was busy with other work")
     given = parser.parse_args(arguments)
     if given.tables:
         for path in sorted(HOME.glob("*.json")):
@@ -68,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _run(name, work, given.jobs)
         for name in chosen:
             if (work / name / "study.json").exists():
-                _keep(name, work / name)
+                _keep(name, work / name, timed=not given.untimed)
         (HOME / "tables.md").write_text(page())
     except DeqcoreError as error:
         print(f"Error: {error}", file=sys.stderr)
@@ -125,9 +131,11 @@ def _run(name: str, work: Path, jobs: int) -> None:
         raise DeqcoreError(f"The study {name!r} ended with code {done.returncode}. See its message above.")
 
 
-def _keep(name: str, folder: Path) -> None:
+def _keep(name: str, folder: Path, *, timed: bool) -> None:
     """Write the results as JSON, CSV and Markdown, without the history of every step."""
     results = _finished(name, folder)
+    if not timed:
+        results = [_untimed(result) | {"seconds": None} for result in results]
     if not results:
         return
     about = json.loads((folder / "study.json").read_text())
@@ -162,11 +170,11 @@ def _alone(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if not any(result.get("serial") for result in results):
         return results
     kept = [result.get("serial") or result["status"] != "ok" for result in results]
-    empty = [
-        {} if keep else {"warm_up": None, "times": dict.fromkeys(result["times"])}
-        for keep, result in zip(kept, results, strict=True)
-    ]
-    return [{**result, **each} for result, each in zip(results, empty, strict=True)]
+    return [result if keep else _untimed(result) for keep, result in zip(kept, results, strict=True)]
+
+
+def _untimed(result: dict[str, Any]) -> dict[str, Any]:
+    return {**result, "warm_up": None, "times": dict.fromkeys(result["times"])}
 
 
 def settings(name: str) -> dict[str, Any]:
@@ -206,6 +214,8 @@ def verdicts(name: str, found: Sequence[SummaryRow]) -> list[str]:
     exact, free, certified, plain = (
         by.get(item) for item in ("exact-ift", "jacobian-free", "broyden-reuse", "plain reuse")
     )
+    if exact is not None and free is not None and "adaptive" in by:
+        return _adaptive(by, exact, free)
     if exact is None or free is None or certified is None or plain is None:
         return []
     gap = exact.against(free, "test_accuracy")
@@ -219,6 +229,25 @@ def verdicts(name: str, found: Sequence[SummaryRow]) -> list[str]:
     if vjps[0] is not None and vjps[1] is not None:
         lines.append(f"- vjps of the slowest sample: certified {vjps[0].mean:.1f}, exact {vjps[1].mean:.1f}.")
     return [*lines, *_times(certified, exact, free), *_rounds(found)]
+
+
+def _adaptive(by: Mapping[str, SummaryRow], exact: SummaryRow, free: SummaryRow) -> list[str]:
+    gap = exact.against(free, "test_accuracy")
+    lines = [f"- Exact gradients against Jacobian-free: {_points(gap)} points{_separated(gap)}."]
+    for label, row in by.items():
+        if row in (exact, free):
+            continue
+        own = row.against(exact, "test_accuracy")
+        lines.append(f"- {label} against exact: {_points(own)} points{_within(own)}.")
+    ratio = by["adaptive"].ratio(free, "training")
+    text = _quick(ratio, "Jacobian-free", f"at most {ADAPTIVE_LIMIT}", ADAPTIVE_LIMIT)
+    return [*lines, f"- Whole training of adaptive: {text}."]
+
+
+def _within(value: Interval | None) -> str:
+    if value is None or value.low is None or value.high is None:
+        return ""
+    return f" (within ±{NEAR:g}: {_met(max(-value.low, value.high) <= NEAR / 100)})"
 
 
 def _times(certified: SummaryRow, exact: SummaryRow, free: SummaryRow) -> list[str]:

@@ -16,6 +16,7 @@ from deqcore.errors import DeqcoreError
 from deqcore.study.report.summary import rows
 
 LABELS = ("exact-ift", "broyden-reuse", "plain reuse", "jacobian-free")
+ADAPTIVE = ("exact-ift", "jacobian-free", "adaptive")
 
 
 def results(accuracy: dict[str, list[float]]) -> list[dict[str, Any]]:
@@ -32,7 +33,7 @@ def results(accuracy: dict[str, list[float]]) -> list[dict[str, Any]]:
                 "seed": seed,
             }
             figures = dict.fromkeys(("evaluations_most", "unconverged", "adjoint_residual", "fallback"))
-            seconds = 1.0 + LABELS.index(label) + 0.1 * seed
+            seconds = 1.0 + [*LABELS, "adaptive"].index(label) + 0.1 * seed
             found.append(
                 {
                     "status": "ok",
@@ -66,6 +67,22 @@ def test_verdicts_are_paired_over_seeds():
     assert "cosine of its gradient 0.500" in lines[1]
     assert "of Jacobian-free (at most 1.15: met)" in lines[4]
     assert "of exact (below 1: MISSED)" in lines[4]
+
+
+def test_adaptive_is_judged_by_its_interval_and_its_time():
+    chosen = {name: ACCURACY[name] for name in ("exact-ift", "jacobian-free")}
+    near = [value + offset for value, offset in zip(ACCURACY["exact-ift"], (0.001, -0.002, 0.002, 0.0), strict=True)]
+    for shift, verdict in ((0.0, "met"), (0.01, "MISSED"), (-0.01, "MISSED")):
+        gaps = np.array(near) + shift
+        found = rows(results(chosen | {"adaptive": list(gaps)}))
+        lines = evidence.verdicts("digits-torch", found)
+        low, high = stats.ttest_rel(gaps, ACCURACY["exact-ift"]).confidence_interval(0.95)
+        words = f"[{100 * low:+.2f}, {100 * high:+.2f}] points (within ±1: {verdict})."
+        assert lines[1].startswith("- adaptive against exact")
+        assert lines[1].endswith(words)
+        assert "of Jacobian-free (at most 1.25: met)" in lines[2]
+    untimed = rows([evidence._untimed(each) for each in results(chosen | {"adaptive": near})])
+    assert evidence.verdicts("digits-torch", untimed)[2].endswith("against Jacobian-free not timed (at most 1.25).")
 
 
 def test_a_task_where_nothing_differs_does_not_count():
@@ -160,5 +177,5 @@ def test_the_settings_are_a_study_with_what_the_verdicts_ask_for(name: str):
     from deqcore.study.settings import read
 
     study = read(evidence.settings(name), name)
-    assert set(LABELS) <= {each.label for each in study.strategies}
+    assert set(ADAPTIVE if name.startswith("adaptive") else LABELS) <= {each.label for each in study.strategies}
     assert len(study.seeds) == 5
