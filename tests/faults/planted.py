@@ -409,12 +409,21 @@ STRATEGIES += [
 SOLVERS = [
     Fault(
         "an opening that serves samples which have accelerated",
-        "deqcore.solvers.auto",
+        "deqcore.solvers.plain_steps",
         "return state.progress.level == PLAIN",
         "return state.progress.level >= PLAIN",
         "solver auto",
         "test_an_opening_takes_the_steps_of_the_solver",
         "of an opening",
+    ),
+    Fault(
+        "a method that forgets the least residual of its opening",
+        "deqcore.solvers.plain_steps",
+        "begun._replace(memory=",
+        "begun._replace(progress=state.progress._replace(best=0 * state.size), memory=",
+        "solver auto",
+        "test_an_opening_takes_the_steps_of_the_solver",
+        "after the step after it of an opening",
     ),
     Fault(
         "H instead of its transpose, in the estimate",
