@@ -657,6 +657,15 @@ SOLVERS = [
 
 BACKENDS = [
     Fault(
+        "a choice that takes the first branch only where all rows are wanted",
+        "deqcore.abc.backend",
+        "(body if bool(self.xp.any(wanted)) else otherwise)",
+        "(body if bool(self.xp.all(wanted)) else otherwise)",
+        "backend numpy",
+        "test_a_choice_takes_one_branch",
+        "the first branch if any row is wanted",
+    ),
+    Fault(
         "a coupled row taken for a sample",
         NUMPY_AUTODIFF,
         "        if coupled_rows(self.backend, f, z) is None:\n",
