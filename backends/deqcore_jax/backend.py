@@ -30,7 +30,7 @@ from deqcore_jax.dtypes import single, wide
 from deqcore_jax.harness import JaxHarness
 from deqcore_jax.history import JaxHistory
 from deqcore_jax.kernels import JaxKernels, root
-from deqcore_jax.loop import is_recorded, loop
+from deqcore_jax.loop import anywhere, is_recorded, loop
 
 pytrees.register()
 
@@ -169,6 +169,12 @@ class JaxBackend(Backend):
         check_every: int | str = "auto",
     ) -> LoopVars:
         return loop(running, body, carry, steps, check_every)
+
+    def choose(
+        self, wanted: jax.Array, body: Callable[[Any], LoopVars], otherwise: Callable[[Any], LoopVars], carry: Any
+    ) -> LoopVars:
+        chosen: LoopVars = lax.cond(anywhere(jnp.any(wanted)), body, otherwise, carry)
+        return chosen
 
     def scan(self, body: Callable[[LoopVars], LoopVars], carry: LoopVars, times: int) -> LoopVars:
         if times == 0:

@@ -142,6 +142,10 @@ class JaxHistory(History):
         rest = lax.rem(jnp.int32(self.history_size) - jnp.asarray(count, jnp.int32), jnp.int32(self.history_size))
         return self._with(self.storage, self.seen, self.written + rest)
 
+    def skip(self, count: int | jax.Array = 1) -> JaxHistory:
+        """Count slots as written that no sample sees."""
+        return self._with(self.storage, self.seen, self.written + jnp.asarray(count, jnp.int32))
+
     def slot(self) -> jax.Array:
         """Return the slot before `written`."""
         last = lax.rem(self.written + (self.history_size - 1), jnp.int32(self.history_size))

@@ -43,7 +43,7 @@ def is_recorded() -> bool:
 
 
 @custom_vmap
-def _anywhere(flag: jax.Array) -> jax.Array:
+def anywhere(flag: jax.Array) -> jax.Array:
     """Return the flag; under vmap, whether it holds in any lane.
 
     With a predicate per lane, JAX would select between the old and the new carry in every step, including histories.
@@ -52,7 +52,7 @@ def _anywhere(flag: jax.Array) -> jax.Array:
     return flag
 
 
-@_anywhere.def_vmap
+@anywhere.def_vmap
 def _anywhere_batched(_axis_size: int, _in_batched: list[bool], flag: jax.Array) -> tuple[jax.Array, bool]:
     return jnp.any(flag), False
 
@@ -73,7 +73,7 @@ def loop(
     if is_recorded():
         return _scan(running, body, carry, int(steps))
     if isinstance(steps, int) and steps == 1:  # a condition: no loop, and no carry to copy
-        once_at_most: LoopVars = lax.cond(_anywhere(running(carry)), body, lambda same: same, carry)
+        once_at_most: LoopVars = lax.cond(anywhere(running(carry)), body, lambda same: same, carry)
         return once_at_most
     chosen = EVERY.get(jax.default_backend(), EVERY_ELSEWHERE) if check_every == "auto" else check_every
     every = int(chosen)
@@ -81,7 +81,7 @@ def loop(
 
     def goes_on(state: tuple[jax.Array, LoopVars]) -> jax.Array:
         done, inner = state
-        return (done < budget) & _anywhere(running(inner))
+        return (done < budget) & anywhere(running(inner))
 
     def once(state: tuple[jax.Array, LoopVars]) -> tuple[jax.Array, LoopVars]:
         done, inner = state

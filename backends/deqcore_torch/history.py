@@ -271,9 +271,9 @@ class TorchHistory(History):
         written = self.written + (self.history_size - int(count)) % self.history_size  # all slots stay in use
         return self._with(self.seen, written, self.active, None)
 
-    def skip(self) -> TorchHistory:
+    def skip(self, count: int | Tensor = 1) -> TorchHistory:
         self.store.gaps = True
-        return self._with(self._mask(), self.written + 1, self.active, None)
+        return self._with(self._mask(), self.written + int(count), self.active, None)
 
     def slot(self) -> Tensor:
         if not self.written:

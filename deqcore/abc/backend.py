@@ -259,6 +259,16 @@ class Backend(ABC):
         """Apply `body` if any of `wanted` `(batch,)` of bool holds: a condition that can be traced."""
         return self.loop(lambda _: self.xp.any(wanted), body, carry, 1, 1)
 
+    def choose(
+        self, wanted: Array, body: Callable[[Any], LoopVars], otherwise: Callable[[Any], LoopVars], carry: Any
+    ) -> LoopVars:
+        """Return `body(carry)` if any of `wanted` `(batch,)` of bool holds, and `otherwise(carry)` if none does.
+
+        Both return one structure with the same shapes and dtypes, which may be another one than that of `carry`. Only
+        one of them runs, also in traced code.
+        """
+        return (body if bool(self.xp.any(wanted)) else otherwise)(carry)
+
     def scan(self, body: Callable[[LoopVars], LoopVars], carry: LoopVars, times: int) -> LoopVars:
         """Apply `body` a fixed number of times; gradients pass. A tracing backend traces it once."""
         for _ in range(times):

@@ -96,12 +96,15 @@ class History(ABC):
                 host waits for the scalar.
         """
 
-    def skip(self) -> History:
-        """Move the next slot on by one, as an append of no sample does, without storage for it.
+    def skip(self, count: int | Array = 1) -> History:
+        """Move the next slot on by `count`, as appends of no sample do, without storage for them.
 
         A method whose samples begin to store at different steps keeps the slot of each step the same in any batch.
+
+        Args:
+            count: at least 0, int or an int32 scalar of the backend, as for `rewind`.
         """
-        return self.rewind(-1)
+        return self.rewind(-count)
 
     @abstractmethod
     def slot(self) -> Array:

@@ -113,17 +113,13 @@ class Solver(ABC):
         """
         return self
 
-    def opening(self) -> Solver | None:
-        """Return a cheaper method for the first steps, or None.
+    def opening(self) -> OpeningSolver | None:
+        """Return a method for the first steps without histories, or None.
 
-        It has the state of this method, takes the same steps for the samples that it `serves`, and neither reads nor
-        writes histories. Traced code takes its steps in a loop of their own, as long as it serves all samples
-        that run: a loop whose steps may write to a history copies vectors in each of them.
+        Traced code begins each solve with it, in a loop of its own that ends when a sample runs which it does not
+        serve. Histories are allocated after that loop, and only if a sample is left: a loop that carries a history
+        allocates it, and one whose steps may write to it copies vectors in each of them.
         """
-        return None
-
-    def serves(self, backend: Backend, state: Any) -> Array | None:
-        """Return the samples `(batch,)` of bool whose next step this method takes as an `opening`; None: all."""
         return None
 
     def started(self, backend: Backend, z: Array, state: Any) -> Array | None:
@@ -177,6 +173,28 @@ class Solver(ABC):
     def evaluations(self, backend: Backend, steps: Array, state: Any) -> Array:
         """Return the evaluations of f per sample after `steps` `(batch,)` int32, including the first one."""
         return 1 + self.evaluations_per_step * steps
+
+
+class OpeningSolver(Solver):
+    """The first steps of another method, which are the same as its own for the samples that this one `serves`.
+
+    Its state has no histories.
+    """
+
+    @abstractmethod
+    def serves(self, backend: Backend, state: Any) -> Array:
+        """Return the samples `(batch,)` of bool whose next step is that of the other method."""
+
+    @abstractmethod
+    def continued(self, backend: Backend, z: Array, fz: Array, state: Any) -> Any:
+        """Return the state with which the other method continues, as if it had taken all steps.
+
+        Args:
+            backend: the backend of these arrays.
+            z: current iterate `(batch, n)`.
+            fz: `f(z)`, `(batch, n)`.
+            state: as `init` or the last step of this method returned it.
+        """
 
 
 def detach_state(backend: Backend, state: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypeAlias
 
 from deqcore.abc.backend import Backend
-from deqcore.abc.solver import Solver
+from deqcore.abc.solver import OpeningSolver, Solver
 from deqcore.linear.norms import residual_norms
 from deqcore.solve.step import freeze, masked, refused, shortened, take_step
 from deqcore.solve.termination import spent, verdict
@@ -41,10 +41,29 @@ class DeviceLoop:
         """
         if not self.backend.capabilities.nested_loops:
             return self.advance(carry, steps, check_every)
-        backend, opening = self.backend, self.solver.opening()
-        start = backend.xp.sum(backend.xp.zeros_like(carry.steps)), carry
-        if opening is not None:
-            start = self._stretch(opening, start, steps, check_every)
+        return self._stretches((self._none(carry), carry), steps, check_every)
+
+    def opened(self, opening: OpeningSolver, carry: LoopState, steps: int | Array, check_every: int | str) -> LoopState:
+        """Return what `run` does, from a loop state with the solver state of `opening`, which takes the first steps."""
+
+        def continued(at: _At) -> LoopState:
+            _, carry = at
+            return carry._replace(state=opening.continued(self.backend, carry.z, carry.fz, carry.state))
+
+        def stretches(at: _At) -> LoopState:
+            return self._stretches((at[0], continued(at)), steps, check_every)
+
+        done, carry = self._stretch(opening, (self._none(carry), carry), steps, check_every)
+        left = (done < steps) & (carry.status == int(Status.RUNNING))
+        end: LoopState = self.backend.choose(left, stretches, continued, (done, carry))
+        return end
+
+    def _none(self, carry: LoopState) -> Array:
+        """Return a count of 0 that varies along the axes of a mesh as `carry` does."""
+        return self.backend.xp.sum(self.backend.xp.zeros_like(carry.steps))
+
+    def _stretches(self, start: _At, steps: int | Array, check_every: int | str) -> LoopState:
+        """Return the loop state after stretches of steps, `steps` in all."""
 
         def goes_on(at: _At) -> Array:
             return (at[0] < steps) & self.running(at[1])
@@ -53,7 +72,7 @@ class DeviceLoop:
             done, carry = self._stretch(self.solver, at, steps, check_every)
             return done, self._shortened(carry)
 
-        end: _At = backend.loop(goes_on, stretch, start, steps, 1)
+        end: _At = self.backend.loop(goes_on, stretch, start, steps, 1)
         return end[1]
 
     def advance(self, carry: LoopState, steps: int | Array, check_every: int | str) -> LoopState:
@@ -64,14 +83,15 @@ class DeviceLoop:
     def _stretch(self, solver: Solver, at: _At, steps: int | Array, check_every: int | str) -> _At:
         """Return the count of steps and the loop state after steps of `solver`, `steps` in all.
 
-        It ends when a step is refused, and when a sample runs that `solver` does not serve.
+        It ends when a step is refused, and when a sample runs that an opening does not serve.
         """
         backend, xp = self.backend, self.backend.xp
 
         def served(carry: LoopState) -> tuple[Array, Array]:
             running = carry.status == int(Status.RUNNING)
-            rows = solver.serves(backend, carry.state)
-            rows = ~refused(carry) if rows is None else rows & ~refused(carry)
+            rows = ~refused(carry)
+            if isinstance(solver, OpeningSolver):
+                rows = rows & solver.serves(backend, carry.state)
             return running & rows, running & ~rows
 
         def goes_on(at: _At) -> Array:

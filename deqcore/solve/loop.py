@@ -62,8 +62,17 @@ def iterate(
     """
     like = z0 if resume is None else resume.z
     limits = Limits.of(backend.xp, backend.eps(like), control.rtol, control.atol, control.patience)
-    start = _begin(backend, solver, f, z0, limits) if resume is None else _resume(backend, solver, f, resume, limits)
-    end = _advanced(backend, solver, f, start, limits, control, narrow)
+    fresh = resume is None and control.units == 1 and backend.capabilities.nested_loops
+    opening = solver.opening() if fresh else None
+    if resume is None:
+        start = _begin(backend, solver if opening is None else opening, f, z0, limits)
+    else:
+        start = _resume(backend, solver, f, resume, limits)
+    if opening is None:
+        end = _advanced(backend, solver, f, start, limits, control, narrow)
+    else:
+        loop = DeviceLoop(backend, solver, f, limits)
+        end = loop.ended(start, loop.opened(opening, written(backend, start), control.max_steps, control.check_every))
     end = end._replace(state=finalized(end.state))
     evaluations = solver.evaluations(backend, end.steps, end.state)
     if resume is not None:

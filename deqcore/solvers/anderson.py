@@ -125,8 +125,9 @@ class Anderson(Solver):
         slots = min(self.history_size, max(1, fz.shape[1]))
         values = backend.history(fz, slots, self.history_dtype)
         residuals = backend.history(fz, slots, self.history_dtype)
-        none = residuals.dot(fz)  # (batch, slots), all zero
-        system = self._empty(backend, none) + none[:, :, None]
+        zero = backend.xp.zeros_like(backend.to_accum_dtype(norm))[:, None]
+        system = zero[:, :, None] + self._empty(backend, zero, slots)
+        none = zero * system[:1, 0]  # (batch, slots)
         return AndersonState(values, residuals, system, none, none, none, fz[:, :0], norm, unit)
 
     def step(self, backend: Backend, f: Map, z: Array, fz: Array, state: AndersonState) -> tuple[Array, Array, Any]:
@@ -244,7 +245,7 @@ class Anderson(Solver):
         return state._replace(
             values=state.values.restart(rows),
             residuals=state.residuals.restart(rows),
-            system=xp.where(rows[:, None, None], self._empty(backend, none), state.system),
+            system=xp.where(rows[:, None, None], self._empty(backend, none, none.shape[1]), state.system),
             scale=xp.where(rows[:, None], none, state.scale),
             target=xp.where(rows[:, None], none, state.target),
         )
@@ -253,9 +254,9 @@ class Anderson(Solver):
         """Return the number to add to the unit diagonal: `ridge`, but more than the rounding of the system's dtype."""
         return max(self.ridge, 10 * eps)
 
-    def _empty(self, backend: Backend, like: Array) -> Array:
+    def _empty(self, backend: Backend, like: Array, slots: int) -> Array:
         """Return the system of a sample without differences: its γ is 0."""
-        return (1.0 + self.relative_ridge(backend.eps(like))) * backend.linalg.eye(like, like.shape[1])[None]
+        return (1.0 + self.relative_ridge(backend.eps(like))) * backend.linalg.eye(like, slots)[None]
 
     def residual_norm(self, backend: Backend, state: AndersonState) -> Array:
         """Return the norm that the safeguard has measured."""

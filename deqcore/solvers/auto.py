@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Final, TypeAlias
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.inverse_jacobian import InverseJacobian
-from deqcore.abc.scaling import divide_rows, row_scale
+from deqcore.abc.scaling import divide_rows
 from deqcore.abc.solver import Solver
 from deqcore.errors import BackendError
 from deqcore.linear.gmres import LinearSolution
@@ -18,6 +18,7 @@ from deqcore.solvers.anderson import Anderson, AndersonState
 from deqcore.solvers.auto_state import AutoState, Moved, kept, skipped
 from deqcore.solvers.levels import ACCELERATED, NEWTON, PLAIN, Progress, Rules, progressed
 from deqcore.solvers.newton_krylov import NewtonKrylov, NewtonState
+from deqcore.solvers.plain_steps import PlainSteps, measured, plain_step
 from deqcore.types import Array, Map
 
 TRIAL: Final = 3  # histories full of accelerated steps, after which they are compared with plain ones
@@ -122,16 +123,13 @@ class Auto(Solver):
         """The method of the last resort."""
         return NewtonKrylov(inner_steps=30)
 
+    @cached_property
+    def _plain(self) -> PlainSteps:
+        return PlainSteps(self._rules(self.escalate), self.anderson, self.newton)
+
     def init(self, backend: Backend, z: Array, fz: Array) -> AutoState:
         """Return the state of a batch of plain samples."""
-        xp = backend.xp
-        norm, size = residual_norms(backend, z, fz)
-        none = xp.zeros_like(norm, dtype=xp.int32)
-        memory = self.anderson.begun(backend, fz, norm, row_scale(backend, norm, fz))
-        forcing = xp.full_like(backend.to_accum_dtype(norm), self.newton.forcing)
-        return AutoState(
-            memory, Progress(none, norm, norm, norm, none, xp.zeros_like(norm)), NewtonState(forcing, none), size
-        )
+        return self._plain.begun(backend, fz, *measured(backend, z, fz))
 
     def step(self, backend: Backend, f: Map, z: Array, fz: Array, state: AutoState) -> _Step:
         """Take one step of each sample's own method."""
@@ -139,22 +137,10 @@ class Auto(Solver):
         if active is not None:  # samples that have stopped need nothing
             level = backend.xp.where(active, level, backend.xp.zeros_like(level))
         if backend.known_all(level == PLAIN):
-            return self.plain_step(backend, f, z, fz, state)
+            start = z, fz, state.progress, state.size
+            z, fz, progress, size = plain_step(backend, self.rules(backend), f, start, active)
+            return z, fz, AutoState(skipped(state.memory), progress, state.newton, size)
         return self._mixed(backend, f, z, fz, state, level)
-
-    def plain_step(self, backend: Backend, f: Map, z: Array, fz: Array, state: AutoState) -> _Step:
-        """Take a plain step with all samples: no pass over a history, and no storage for one.
-
-        A sample that refuses the step stays where it was, and accelerates next.
-        """
-        value = f(fz)
-        norm, size = residual_norms(backend, fz, value)
-        progress, refused = progressed(backend, self.rules(backend), norm, state.progress, state.memory.values.active)
-        after = AutoState(skipped(state.memory), progress, state.newton, size)
-        if refused is None:
-            return fz, value, after
-        after = after._replace(size=backend.xp.where(refused, state.size, size))
-        return backend.select(refused, z, fz), backend.select(refused, fz, value), after
 
     def _mixed(self, backend: Backend, f: Map, z: Array, fz: Array, state: AutoState, level: Array) -> _Step:
         """Take a step with samples of all levels."""
@@ -246,7 +232,10 @@ class Auto(Solver):
 
     def rules(self, backend: Backend) -> Rules:
         """Return the numbers of the rules."""
-        trial, escalates = TRIAL * self.history_size, self._escalates(backend)
+        return self._rules(self._escalates(backend))
+
+    def _rules(self, escalates: bool) -> Rules:
+        trial = TRIAL * self.history_size
         return Rules(self.slow, self.plain_steps, self.patience, self.max_residual_growth, escalates, trial)
 
     def _escalates(self, backend: Backend) -> bool:
@@ -269,9 +258,9 @@ class Auto(Solver):
         state = AutoState(memory, state.progress, state.newton, size)
         return backend.select(refused, z, moved), backend.select(refused, fz, value), state
 
-    def opening(self) -> Solver:
+    def opening(self) -> PlainSteps:
         """Return the plain steps alone."""
-        return PlainSteps(**{option.name: getattr(self, option.name) for option in fields(self)})
+        return self._plain
 
     def for_coupled_units(self) -> Solver:
         """Return the method without Newton–Krylov, which evaluates f several times in a step."""
@@ -309,16 +298,3 @@ class Auto(Solver):
     def inverse_jacobian(self, backend: Backend, state: AutoState) -> InverseJacobian:
         """Return the multi-secant estimate from the differences of accelerated samples, and −I for the others."""
         return self.anderson.inverse_jacobian(backend, state.memory)
-
-
-@dataclass(frozen=True)
-class PlainSteps(Auto):
-    """The plain steps of Auto."""
-
-    def serves(self, backend: Backend, state: AutoState) -> Array:
-        """Return the samples that have not accelerated."""
-        return state.progress.level == PLAIN
-
-    def step(self, backend: Backend, f: Map, z: Array, fz: Array, state: AutoState) -> _Step:
-        """Take a plain step with all samples."""
-        return self.plain_step(backend, f, z, fz, state)

@@ -35,9 +35,9 @@ class Moved(NamedTuple):
     newton: NewtonState
 
 
-def skipped(memory: AndersonState) -> AndersonState:
-    """Return the memory after a step in which no sample stores a difference."""
-    return memory._replace(values=memory.values.skip(), residuals=memory.residuals.skip())
+def skipped(memory: AndersonState, steps: int | Array = 1) -> AndersonState:
+    """Return the memory after steps in which no sample stores a difference."""
+    return memory._replace(values=memory.values.skip(steps), residuals=memory.residuals.skip(steps))
 
 
 def kept(backend: Backend, rows: Array, new: AndersonState, old: AndersonState) -> AndersonState:

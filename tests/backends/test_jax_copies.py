@@ -77,6 +77,16 @@ def test_a_solve_copies_no_history(solver, options):
     assert copied(text, conditional=not restarts) == []
 
 
+def test_a_solve_allocates_no_history_before_a_sample_accelerates():
+    text = program(False, forward__solver="auto", forward__options={"escalate": False})
+    entry = re.search(r"^ENTRY %?([\w.\-]+) ", text, re.MULTILINE)[1]
+    history = re.compile(rf"\[{BATCH},\d+,{N}\]")
+    parts = computations(text)
+    assert any(history.search(line) for lines in parts.values() for line in lines)
+    plain = reached(parts, {entry}, conditional=False)
+    assert [line for name in plain for line in parts.get(name, ()) if history.search(line)] == []
+
+
 @pytest.mark.parametrize("options", [{"direct": 0}, {"direct": 0, "max_relative_error": 0.1}])
 def test_a_step_of_gmres_copies_no_basis(options):
     text = program(True, forward__solver="picard", backward__options=options)

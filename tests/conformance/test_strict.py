@@ -53,7 +53,7 @@ def test_without_their_vices_they_pass_everywhere():
         assert np.allclose(sol.backend.to_numpy(sol.value), 2.0, atol=1e-3)
 
 
-@pytest.mark.parametrize("solver", ["picard", "anderson", "broyden", "newton-krylov"])
+@pytest.mark.parametrize("solver", ["auto", "picard", "anderson", "broyden", "newton-krylov"])
 def test_every_built_in_solver_passes_and_finds_the_same(solver):
     strictly, plainly = solve("strict", solver), solve("numpy", solver)
     assert np.allclose(strictly.backend.to_numpy(strictly.value), plainly.value, rtol=1e-6)

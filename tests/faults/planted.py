@@ -409,12 +409,21 @@ STRATEGIES += [
 SOLVERS = [
     Fault(
         "an opening that serves samples which have accelerated",
-        "deqcore.solvers.auto",
+        "deqcore.solvers.plain_steps",
         "return state.progress.level == PLAIN",
         "return state.progress.level >= PLAIN",
         "solver auto",
         "test_an_opening_takes_the_steps_of_the_solver",
         "of an opening",
+    ),
+    Fault(
+        "a method that forgets the least residual of its opening",
+        "deqcore.solvers.plain_steps",
+        "begun._replace(memory=",
+        "begun._replace(progress=state.progress._replace(best=0 * state.size), memory=",
+        "solver auto",
+        "test_an_opening_takes_the_steps_of_the_solver",
+        "after the step after it of an opening",
     ),
     Fault(
         "H instead of its transpose, in the estimate",
@@ -647,6 +656,15 @@ SOLVERS = [
 ]
 
 BACKENDS = [
+    Fault(
+        "a choice that takes the first branch only where all rows are wanted",
+        "deqcore.abc.backend",
+        "(body if bool(self.xp.any(wanted)) else otherwise)",
+        "(body if bool(self.xp.all(wanted)) else otherwise)",
+        "backend numpy",
+        "test_a_choice_takes_one_branch",
+        "the first branch if any row is wanted",
+    ),
     Fault(
         "a coupled row taken for a sample",
         NUMPY_AUTODIFF,

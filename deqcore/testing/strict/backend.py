@@ -103,7 +103,7 @@ class StrictBackend(Backend):
 
     def __init__(self) -> None:
         self.numpy: Backend = plugins.make_backend("numpy")
-        self.capabilities: Capabilities = replace(self.numpy.capabilities, autodiff=False)
+        self.capabilities: Capabilities = replace(self.numpy.capabilities, autodiff=False, nested_loops=True)
         super().__init__()
 
     def is_array(self, leaf: object) -> bool:
@@ -172,6 +172,14 @@ class StrictBackend(Backend):
                 check_same(carry, after)
                 carry = after
         return carry
+
+    def choose(
+        self, wanted: Array, body: Callable[[Any], LoopVars], otherwise: Callable[[Any], LoopVars], carry: Any
+    ) -> LoopVars:
+        """Trace both branches, and hold them to one structure."""
+        first, second = body(carry), otherwise(carry)
+        check_same(first, second)
+        return first if _condition(XP.any(wanted)) else second
 
     def detach(self, x: Array) -> Array:
         return x

@@ -268,6 +268,18 @@ class ArrayTests(Conformance):
             "a loop whose condition is false at the start must not call its body."
         )
 
+    def test_a_choice_takes_one_branch(self, kit: Kit) -> None:
+        """The branches may return another structure than that of the carry."""
+        start = kit.array(np.asarray([1.0, 2.0]))
+        for wanted, expected in (([False, True], [2.0, 4.0]), ([False, False], [-1.0, -2.0])):
+            doubled, carried = kit.backend.choose(
+                kit.array(np.asarray(wanted)), lambda x: (2.0 * x, x), lambda x: (-x, x), start
+            )
+            assert kit.numpy(doubled).tolist() == expected, (
+                "a choice must return the first branch if any row is wanted, and the second one if none is."
+            )
+            assert kit.numpy(carried).tolist() == [1.0, 2.0], "a choice must pass on what its branch returns."
+
     def _count(self, kit: Kit, limit: int, steps: int, every: int | str) -> Counter:
         start = Counter(kit.array(0, "int32"), kit.array(0.0, "float32"))
 
