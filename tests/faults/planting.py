@@ -4,8 +4,8 @@ Usage: python planting.py PACKAGE…
 
 It imports the packages, none of them ours, and forks a process for each line of its input: a JSON object with `module`,
 `source` (a file with the faulty text), `seconds` (of processor time, at most), `arguments` (of pytest) and `output` (a
-file), and perhaps `chosen` (the tests to run, in order) or `record` (the arguments of `reach.Recorder`). It answers with
-a line, the exit code of that process. So the packages are imported once for all faults, and our own modules are compiled
+file). `chosen` (tests to run, in order) and `record` (arguments of `reach.Recorder`) may be added. It answers with a
+line, the exit code of that process. So the packages are imported once for all faults, and our own modules are compiled
 once: the processes share their bytecode in a folder that is deleted at the end.
 """
 
