@@ -141,7 +141,7 @@ def load(kind: specs.Kind, name: str) -> object:
         raise MissingFrameworkError.of(backend.name, backend.package, backend.extra)
     try:
         return _import(record.target)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that ends itself, too
         raise PluginError(
             f"The {kind} {name!r} has the target {record.target!r}, which cannot be imported: "
             f"{type(error).__name__}: {error}"

@@ -37,7 +37,7 @@ def load_object(option: str, target: str) -> object:
         sys.path.insert(0, str(Path.cwd()))
     try:
         result = import_module(module)
-    except Exception as error:  # the user's module may raise anything on import
+    except (Exception, SystemExit) as error:  # the module may raise anything on import
         raise ConfigError(f"{option} {target!r} cannot be imported: {type(error).__name__}: {error}") from error
     if not hasattr(result, name):
         raise ConfigError(f"{option}: the module {module!r} has no {name!r}.{did_you_mean(name, vars(result))}")

@@ -215,6 +215,8 @@ def test_a_plugins_command_runs(capsys: Capture, tmp_path: Path, monkeypatch: py
     monkeypatch.syspath_prepend(tmp_path)
     for name, target in (("many", "app"), ("one", "single"), ("wrong", "wrong"), ("absent", "absent")):
         plugins.register(CommandSpec(name, f"deq_cli:{target}", summary=f"summary of {name}"))
+    (tmp_path / "deq_script.py").write_text("import sys\nsys.exit(0)\n")
+    plugins.register(CommandSpec("script", "deq_script:main", summary="ends the process"))
     assert run(capsys, "many", "a", "5")[:2] == (0, "got 5\n")
     assert run(capsys, "many", "b")[0] == 1
     assert run(capsys, "one", "--n", "4")[:2] == (0, "single 4\n")
@@ -222,6 +224,7 @@ def test_a_plugins_command_runs(capsys: Capture, tmp_path: Path, monkeypatch: py
     for name, reason in (
         ("wrong", "must be a typer app or a function"),
         ("absent", "cannot be imported"),
+        ("script", "cannot be imported: SystemExit: 0"),
     ):
         code, _, err = run(capsys, name)
         assert code == 2

@@ -14,9 +14,10 @@ import pytest
 import deqcore
 from deqcore import errors
 from deqcore.cli import app
-from deqcore.testing.runner import card, conformance
+from deqcore.testing.runner import card, conformance, isolation
 from deqcore.testing.runner.conformance import CaseOutcome, SuiteRequest
-from deqcore.testing.suite.external.settings import Settings
+from deqcore.testing.runner.isolation import Journal
+from deqcore.testing.suite.process import Settings
 
 Capture = pytest.CaptureFixture[str]
 
@@ -67,6 +68,13 @@ def test_one_that_hangs_is_a_row_and_not_the_end():
         "test_success_means_a_small_residual[0.01]": "no end within 15 s: the process was killed"
     }
     assert len(outcomes) == 3
+
+
+def test_a_process_whose_tests_have_ended_is_not_waited_for():
+    begun, ended = Journal(["a", "b"], entries={"a": {}}), Journal(["a", "b"], entries={"a": {}, "b": {}})
+    assert isolation._allowed(ended, 60.0) == isolation.END
+    assert isolation._allowed(begun, 60.0) == isolation._allowed(Journal(), 60.0) == isolation.START
+    assert isolation._allowed(Journal(["a"], running="a"), 60.0) == 60.0
 
 
 def test_one_that_kills_the_process_is_a_row_and_not_the_end():

@@ -134,6 +134,17 @@ def test_damped_iteration_has_its_closed_form(be, rate, damping):
     assert [float(z[0, 0]) for z in iterates] == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
+@pytest.mark.parametrize("start", [1e20, 1.0, -1e-20])
+def test_undamped_iteration_is_f_itself_to_the_bit(be, start):
+    """z + (f(z) - z) would be 0 at 1e20, or lose the last digits of f(z)."""
+    f = lambda z: be.xp.tanh(z) + 0.3
+    iterates, _ = step_through(be, Picard(), f, np.full((1, 2), start), 4)
+    z = be.asarray(np.full((1, 2), start))
+    for found in iterates:
+        assert np.array_equal(found, be.to_numpy(z))
+        z = f(z)
+
+
 def test_damping_widens_what_converges(be):
     a = np.diag([-3.0, 0.5])  # eigenvalue −3: plain iteration diverges, τ < 1/2 converges
     f = lambda z: z @ be.asarray(a) + 1.0

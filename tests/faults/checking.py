@@ -51,23 +51,14 @@ def check(module: str, text: str, request: SuiteRequest, backend: str) -> list[C
         return [CaseOutcome(**each, backend=backend) for each in entries]
 
 
-def run_tests(module: str, text: str, files: list[Path]) -> str:
-    """Return the first of the tests in these files that fails when `module` has this text, or nothing."""
-    left_out = (
-        "not jax and not torch and not compiled" if all(path.parent.name == "core" for path in files) else "not jax"
-    )
-    code, said = pytest_with(module, text, ["-x", *QUIET, "-k", left_out, *map(str, files)], "torch")
-    lines = said.splitlines()
-    failed = [line.partition(" ")[2] for line in lines if line.startswith(("FAILED ", "ERROR "))]
-    return "" if code == 0 else (failed[0][:160] if failed else f"ended with code {code}: {lines[-1:]}")
-
-
-def pytest_with(module: str, text: str, arguments: list[str], backend: str) -> tuple[int, str]:
-    """Run pytest where `module` has this text; return its exit code and output."""
+def pytest_with(
+    module: str, text: str, arguments: list[str], backend: str, seconds: int = SECONDS, **more: object
+) -> tuple[int, str]:
+    """Run pytest where `module` has this text, with more of `planting.run`; return its exit code and output."""
     with tempfile.TemporaryDirectory(prefix="deqcore-fault-") as name:
         source, output = Path(name) / "planted.py", Path(name) / "output.txt"
         source.write_text(text, encoding="utf-8")
-        task = {"module": module, "source": str(source), "seconds": SECONDS, "output": str(output)}
+        task = {"module": module, "source": str(source), "seconds": seconds, "output": str(output), **more}
         code = run({**task, "arguments": arguments}, backend)
         return code, output.read_text(encoding="utf-8", errors="replace")
 

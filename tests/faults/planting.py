@@ -4,8 +4,9 @@ Usage: python planting.py PACKAGE…
 
 It imports the packages, none of them ours, and forks a process for each line of its input: a JSON object with `module`,
 `source` (a file with the faulty text), `seconds` (of processor time, at most), `arguments` (of pytest) and `output` (a
-file). It answers with a line, the exit code of that process. So the packages are imported once for all faults, and our
-own modules are compiled once: the processes share their bytecode in a folder that is deleted at the end.
+file). `chosen` (tests to run, in order) and `record` (arguments of `reach.Recorder`) may be added. It answers with a
+line, the exit code of that process. So the packages are imported once for all faults, and our own modules are compiled
+once: the processes share their bytecode in a folder that is deleted at the end.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reach
 
 
 class Planter(importlib.abc.MetaPathFinder):
@@ -50,14 +52,23 @@ class Planted(importlib.machinery.SourceFileLoader):
         return compile(self.text, self.path, "exec")
 
 
-def run(module: str, source: str, seconds: int, arguments: list[str], output: str) -> int:
+def run(
+    module: str,
+    source: str,
+    seconds: int,
+    arguments: list[str],
+    output: str,
+    chosen: list[str] | None = None,
+    record: tuple[str, str] | None = None,
+) -> int:
     """Run pytest with the faulty module, in this process."""
     with open(output, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
     sys.meta_path.insert(0, Planter(module, Path(source)))
-    return pytest.main(arguments)
+    plugins = [] if chosen is None else [reach.Chosen(chosen)]
+    return pytest.main(arguments, [*plugins, *([] if record is None else [reach.Recorder(*record)])])
 
 
 def forked(request: dict[str, Any]) -> int:

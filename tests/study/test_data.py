@@ -220,5 +220,8 @@ def test_data_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         data.load(DataChoice(name="own"), "my_study_data:laod")
     with pytest.raises(ConfigError, match="cannot be imported"):
         data.load(DataChoice(name="own"), "no_such_module:load")
+    (tmp_path / "my_script.py").write_text("raise SystemExit(0)\n")
+    with pytest.raises(ConfigError, match="cannot be imported: SystemExit: 0"):
+        data.load(DataChoice(name="own"), "my_script:load")
     with pytest.raises(ConfigError, match="module:attribute"):
         data.load(DataChoice(name="own"), "load")

@@ -15,6 +15,7 @@ from typing import Any, Final
 RESTARTS: Final = 3
 NOT_RUN: Final = "not run"  # what the message of such a test begins with
 START: Final = 300.0  # seconds for imports and collection
+END: Final = 10.0  # seconds for a process to end after its last test; a thread that was left behind may keep it
 PAUSE: Final = 0.1
 
 
@@ -113,7 +114,7 @@ def _watched(arguments: Sequence[str], env: Mapping[str, str], journal: Path, li
                 now = journal.stat().st_size if journal.exists() else 0
                 if now != size:
                     size, since = now, time.monotonic()
-                late = time.monotonic() - since > (limit if Journal.read(journal).running else max(START, limit))
+                late = time.monotonic() - since > _allowed(Journal.read(journal), limit)
                 if late:
                     break
         finally:
@@ -121,6 +122,13 @@ def _watched(arguments: Sequence[str], env: Mapping[str, str], journal: Path, li
                 process.kill()
             process.wait()
     return process.returncode, log.read_text(encoding="utf-8", errors="replace"), late
+
+
+def _allowed(state: Journal, limit: float) -> float:
+    """Return the seconds in which the next event is due."""
+    if state.running:
+        return limit
+    return END if state.collected and state.entries.keys() >= set(state.collected) else max(START, limit)
 
 
 def _cause(code: int) -> str:

@@ -14,6 +14,7 @@ Tests ask for what a backend can do (`deqcore.types.Capabilities`), never for it
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Final, TypeVar
 
@@ -30,11 +31,14 @@ from deqcore.testing import strict
 from deqcore.testing.problems import golden
 from deqcore.testing.runner.processes import installed
 from deqcore.testing.suite.fixtures import Kit
+from deqcore.testing.suite.process import FILTERS, Settings, shown
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 DTYPES: Final = ("float64", "float32")
 NEEDS: Final = "deqcore_needs"
+
+IMPORTS: Final = (*FILTERS, "environment variables")
 
 PLUGIN_MISSING: Final = (
     "The conformance tests need their pytest plugin: write pytest_plugins = ['deqcore.testing.plugin'] into the "
@@ -99,7 +103,8 @@ class Conformance:
 
     @pytest.fixture(autouse=True)
     def _checking(self, request: Any, kit: Kit) -> Iterator[None]:
-        """Full precision, and no test for what the backend cannot do."""
+        """Full precision, and no test for what the backend cannot do. Settings that a test changes are restored."""
+        settings = Settings.read(kit.backend)
         with kit.backend.harness.high_precision():
             for mark in request.node.iter_markers(NEEDS):
                 skip_without(kit.backend, mark.args[0])
@@ -108,6 +113,29 @@ class Conformance:
             if "dtype" in request.fixturenames:
                 skip_without_dtype(kit.backend, request.getfixturevalue("dtype"))
             yield
+        settings.restore()
+
+
+class ProcessTests(Conformance):
+    """What a subject does beside its result. A suite has a fixture `call`, a function that uses its subject once."""
+
+    def test_settings_of_the_process_are_left_alone(self, kit: Kit, call: Callable[[], object]) -> None:
+        """Compare settings of Python, NumPy and the framework. Leave out what the first call may import."""
+        changed: dict[str, None] = {}
+        streams = sys.stdout, sys.stderr  # pytest sets these between the parts of a test
+        for first in (True, False):
+            settings = Settings.read(kit.backend)
+            call()
+            if (sys.stdout, sys.stderr) != streams:
+                changed["sys.stdout or sys.stderr"] = None
+                sys.stdout, sys.stderr = streams
+            changed |= dict.fromkeys(name for name in settings.restore() if not (first and name in IMPORTS))
+        assert not changed, f"it changed {', '.join(changed)}, and did not change it back"
+
+    def test_it_prints_and_plots_nothing(self, call: Callable[[], object], capfd: Any) -> None:
+        call()
+        found = shown(capfd)
+        assert not found, found
 
 
 def claimed(config: Any, own: Mapping[str, int] | None, subject: Any, settings: Mapping[str, object]) -> Any:

@@ -16,8 +16,8 @@ from deqcore.abc.external import CLAIMS, ExternalResult, ExternalSolver
 from deqcore.testing.suite.base import Conformance, chosen, several
 from deqcore.testing.suite.external import cases
 from deqcore.testing.suite.external.cases import Case
-from deqcore.testing.suite.external.settings import Settings
 from deqcore.testing.suite.fixtures import Kit
+from deqcore.testing.suite.process import Settings, shown
 
 CLAIM: Final = "not claimed: "
 GENEROUS: Final = 100.0
@@ -216,13 +216,8 @@ class ExternalSolverTests(Conformance):
 
     def test_it_prints_and_plots_nothing(self, judge: Judge, capfd: Any) -> None:
         judge.solve(cases.CURVED, "nothing may be printed or plotted")
-        out, err = capfd.readouterr()
-        pyplot = sys.modules.get("matplotlib.pyplot")
-        figures = [] if pyplot is None else pyplot.get_fignums()
-        if pyplot is not None:
-            pyplot.close("all")
-        assert not (out + err).strip(), f"it prints {(out + err).strip().splitlines()[0][:200]!r}"
-        assert not figures, f"it opens {len(figures)} figure{'s' * (len(figures) > 1)}"
+        found = shown(capfd)
+        assert not found, found
 
     def test_settings_of_the_process_are_left_alone(self, judge: Judge) -> None:
         """Let the fixture compare the settings of Python, NumPy and the framework with those before the solve."""

@@ -58,6 +58,17 @@ class EstimateTests(Conformance):
             without = ~self._known(kit, h)
             close(self._apply(kit, h, v)[without], -v[without], 0.0, "H v for samples without pairs")
 
+    def test_a_bad_vector_changes_no_bit_of_other_samples(self, kit: Kit, solver: Solver) -> None:
+        """Apply H and Hᵀ to vectors of which one is NaN, as a cotangent may be."""
+        v = np.random.default_rng(8).standard_normal((3, 6))
+        bad = v.copy()
+        bad[1] = np.nan
+        for h, *_ in self._estimates(kit, solver, affine(norm=0.9)):
+            for name in ("apply", "apply_transpose", "apply_transpose_unregularised"):
+                for operator in (h, h.prepared()):
+                    good, beside = (kit.numpy(getattr(operator, name)(kit.array(each)))[[0, 2]] for each in (v, bad))
+                    assert np.array_equal(good, beside), f"{name}: a sample of H depends on a bad vector of another"
+
     def test_the_secant_estimate_keeps_both_pairs(self, kit: Kit, solver: Solver) -> None:
         """Require all secant equations at once up to 1 %, which a recursive update does not satisfy."""
         if type(solver).secant_estimate is Solver.secant_estimate or option_values(solver).get("history_size") == 1:

@@ -12,6 +12,7 @@ from deqcore.abc.solver import Solver
 from deqcore.testing.problems import golden
 from deqcore.testing.suite.base import Conformance
 from deqcore.testing.suite.fixtures import Affine, Kit, affine, close
+from deqcore.testing.suite.scales import scaled, scales
 from deqcore.testing.suite.solver.steps import overshooting, walk_steps
 from deqcore.types import Map
 
@@ -53,6 +54,31 @@ class SearchTests(Conformance):
         for quantity in ("value", "residual", "steps"):
             found, expected = (kit.numpy(getattr(each, quantity))[0] for each in (beside, alone))
             close(found, expected, 1e-6 if kit.eps < 1e-10 else 1e-2, f"{quantity} beside another sample")
+
+    def test_a_search_takes_the_same_steps_in_other_units(self, kit: Kit, solver: Solver) -> None:
+        """Step s f(z/s), s at both ends of the range, where extrapolation leads to far larger residuals.
+
+        Beyond a kink near the root the slope of the residual is 1e2 or 1e9 times as large as before it, so that an
+        extrapolated step may be refused, with a residual that shows the slope or one that is too large for it.
+        """
+        if not kit.eager:
+            pytest.skip("compiling for each scale takes long")
+        dtype, xp = "float64" if kit.eps < 1e-10 else "float32", kit.backend.xp
+        steep = kit.array(np.asarray([1e2, 1e9, 1e2, 1e9])[:, None], dtype)
+
+        def f(z: Any) -> Any:
+            beyond = xp.where(z > 18.0, z - 18.0, xp.zeros_like(z))
+            return z + 0.03 * (20.0 - z) - steep * beyond
+
+        def iterates(s: Any) -> Any:
+            z0 = kit.array(np.linspace(0.0, 1.0, 4)[:, None] * s[:, None], dtype)
+            walked = walk_steps(kit, solver, scaled(kit, f, s, dtype), z0, 12, jit=False)
+            return np.stack([kit.numpy(z) / s[:, None] for z, *_ in walked])
+
+        tiny, huge = np.sort(scales(2, dtype))
+        expected = iterates(np.ones(4))
+        for s in (np.array([tiny, tiny, huge, huge]), np.array([huge, huge, tiny, tiny])):
+            close(iterates(s), expected, 1e-6 if kit.eps < 1e-10 else 1e-3, "iterates in other units")
 
     def _alone(self, kit: Kit, solver: Solver, f: Map, z0: Any, parts: list[tuple[Map, Any]]) -> None:
         together = [kit.numpy(z) for z, *_ in walk_steps(kit, solver, f, z0, 8)]

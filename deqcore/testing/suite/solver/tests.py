@@ -18,7 +18,7 @@ import deqcore
 from deqcore import plugins
 from deqcore.abc.solver import Solver
 from deqcore.testing.problems import golden, names, raveled
-from deqcore.testing.suite.base import DTYPES, chosen, claimed, several
+from deqcore.testing.suite.base import DTYPES, ProcessTests, chosen, claimed, several
 from deqcore.testing.suite.complex_states import ComplexSolverTests
 from deqcore.testing.suite.fixtures import Affine, Kit, affine, close
 from deqcore.testing.suite.scales import scaled, scales, times
@@ -33,7 +33,7 @@ from deqcore.types import Status
 MAX_STEPS: Final = 300
 
 
-class SolverTests(StepTests, SearchTests, EstimateTests, EndTests, UnitTests, ComplexSolverTests):
+class SolverTests(StepTests, SearchTests, EstimateTests, EndTests, UnitTests, ComplexSolverTests, ProcessTests):
     """Subclass it, name your solver, and run pytest.
 
     Attributes:
@@ -72,6 +72,11 @@ class SolverTests(StepTests, SearchTests, EstimateTests, EndTests, UnitTests, Co
     def solver(self, kit: Kit, solver_name: str, settings: Mapping[str, object]) -> Solver:
         """The solver under test."""
         return plugins.make_solver(solver_name, settings)
+
+    @pytest.fixture
+    def call(self, kit: Kit, solver_name: str, settings: Mapping[str, object]) -> Callable[[], object]:
+        """A solve."""
+        return lambda: self._solve(kit, affine(), solver_name, settings)
 
     @several("dtype", DTYPES)
     @several("problem", names())

@@ -131,6 +131,24 @@ class StepStrategyTests(Conformance):
         if steps.solves():
             close(kit.numpy(z), problem.root, 1e-5, "steps from the solution stay there")
 
+    @several("solver", ["picard", "broyden"])
+    def test_its_evaluations_are_the_calls_of_f(
+        self, kit: Kit, steps: StepStrategy, strategy_name: str, settings: Any, solver: str
+    ) -> None:
+        """Count calls where one sample is at its solution after a step, and the other is not for many more."""
+        if not kit.eager or steps.solves():
+            pytest.skip("a traced loop calls f once, or evaluations are those of the solve before the steps")
+        slope, calls = kit.array([[0.0], [0.5]]), []
+
+        def f(z: Array) -> Array:
+            calls.append(z)
+            return kit.backend.xp.tanh(slope * z) + 1.0
+
+        z0 = kit.array(np.zeros((2, 1)))
+        sol = kit.solve(f, z0, solver=solver, rtol=1e-6, strategy=strategy_name, strategy_options=settings)
+        spent = int(kit.numpy(sol.evaluations).max())
+        assert spent == len(calls), f"{spent} evaluations are reported, but f was called {len(calls)} times"
+
     @needs("autodiff")
     def test_every_number_among_its_options_matters(
         self, kit: Kit, steps: StepStrategy, strategy_name: str, settings: Any

@@ -20,7 +20,7 @@ from deqcore import plugins
 from deqcore.abc.backward import StepStrategy, Strategy
 from deqcore.testing.problems import golden
 from deqcore.testing.suite.backend.arguments import check_golden
-from deqcore.testing.suite.base import DTYPES, chosen, needs, several
+from deqcore.testing.suite.base import DTYPES, ProcessTests, chosen, needs, several
 from deqcore.testing.suite.complex_states import ComplexStrategyTests
 from deqcore.testing.suite.fixtures import Kit, affine, close
 from deqcore.testing.suite.scales import scaled, scales
@@ -32,7 +32,9 @@ from deqcore.testing.suite.strategy.units import UnitTests
 from deqcore.testing.tolerances import tolerance
 
 
-class StrategyTests(AdjointTests, ClaimTests, StateTests, StepStrategyTests, UnitTests, ComplexStrategyTests):
+class StrategyTests(
+    AdjointTests, ClaimTests, StateTests, StepStrategyTests, UnitTests, ComplexStrategyTests, ProcessTests
+):
     """Subclass it, name your strategy, and run pytest.
 
     Attributes:
@@ -78,6 +80,13 @@ class StrategyTests(AdjointTests, ClaimTests, StateTests, StepStrategyTests, Uni
         """The options, with the tolerance as small as the widest dtype allows."""
         known = {field.name for field in fields(strategy)}  # type: ignore[arg-type]
         return {"rtol": 1e-12, **settings} if "rtol" in known else settings
+
+    @pytest.fixture
+    def call(self, kit: Kit, strategy_name: str, settings: Mapping[str, object]) -> Callable[[], object]:
+        """A gradient."""
+        b = kit.array(np.ones((2, 3)))
+        config = kit.config(rtol=1e-3, strategy=strategy_name, strategy_options=settings)
+        return lambda: deqcore.vjp(lambda z, b: 0.25 * z + b, 0 * b, b, cotangent=b, config=config)
 
     @several(
         ("name", "dtype"),

@@ -1,7 +1,8 @@
-"""Settings of the process that a solver may change: read before a test, restored after it."""
+"""What a subject may do to its process: settings, read before a test and restored after it, output and figures."""
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -55,3 +56,15 @@ FILTERS: Final[Mapping[str, tuple[Callable[[], Any], Callable[[Any], object]]]] 
     "filters of warnings": (lambda: list(warnings.filters), _set_filters),
 }
 """Left out by the check of layers, where the first call may import modules that add filters."""
+
+
+def shown(capfd: Any) -> str:
+    """Return what was printed or plotted since the last reading, or nothing. Figures are closed."""
+    out, err = capfd.readouterr()
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    figures = 0 if pyplot is None else len(pyplot.get_fignums())
+    if pyplot is not None:
+        pyplot.close("all")
+    lines = (out + err).strip().splitlines()
+    told = [f"it prints {lines[0][:200]!r}"] if lines else []
+    return "; ".join([*told, *([f"it opens {figures} figure{'s' * (figures > 1)}"] if figures else [])])
