@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from deqcore.abc.history import History
 from deqcore.abc.kernels import FusedKernels, Krylov
 from deqcore.linear.norms import CANCELLED
 from deqcore_jax import krylov
 from deqcore_jax.dtypes import single
-from deqcore_jax.loop import anywhere, is_recorded
+from deqcore_jax.loop import is_recorded
 
 
 class JaxKernels(FusedKernels):
@@ -41,7 +40,7 @@ class JaxKernels(FusedKernels):
         if is_recorded() or jax.default_backend() != "cpu" or jax.device_count() > 1:
             w, h, after = again(first)
         else:
-            w, h, after = lax.cond(anywhere(~enough), again, lambda same: same, first)
+            w, h, after = self.be.cond(~enough, again, first)
         return w, h, before, after
 
     def least_squares(self, space: Krylov, inverse: jax.Array | bool) -> tuple[jax.Array, ...] | None:

@@ -57,11 +57,6 @@ def _anywhere_batched(_axis_size: int, _in_batched: list[bool], flag: jax.Array)
     return jnp.any(flag), False
 
 
-def anywhere(flags: jax.Array) -> jax.Array:
-    """Return whether any of `flags` holds, in any lane of a vmap."""
-    return _anywhere(jnp.any(flags))
-
-
 def loop(
     running: Callable[[LoopVars], jax.Array | bool],
     body: Callable[[LoopVars], LoopVars],
