@@ -5,8 +5,9 @@ A vector–Jacobian product returns only its gradients, so the new state comes b
 It passes `jit`, `scan` and layers. Nothing is compiled again when the strategy takes another number of products.
 
 Rules: one state serves one solve; differentiate with respect to it inside the same `jit`; under `vmap` each lane brings
-its own. A step that averages gradients over devices averages the state as well, so that all of them agree. A solve
-with a state has reverse mode of first order only.
+its own. A step that averages gradients over devices averages the state as well, so that all of them agree. `adaptive`
+takes a sum of states (of a state that `scan` or `vmap` shares) as their mean, and makes an exact pass where they differ
+in the number of products. A solve with a state has reverse mode of first order only.
 
 Example:
     >>> import jax, jax.numpy as jnp, deqcore, deqcore_jax.strategy_state as strategy_state

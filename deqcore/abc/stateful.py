@@ -37,7 +37,9 @@ class StatefulStrategy(Strategy):
     """A strategy that keeps numbers from one backward pass to the next, such as what an audit has found.
 
     The state is one vector of float32, so that every framework can store, copy and broadcast it: a buffer in PyTorch,
-    an argument in JAX. `solve_adjoint` is the strategy for a caller that keeps no state, and must be right by itself.
+    an argument in JAX. There a state that several solves share comes back as the sum of their next ones, and devices
+    may average it: a strategy must recognise both. `solve_adjoint` is the strategy for a caller that keeps no state,
+    and must be right by itself.
 
     Example:
         >>> import numpy as np, deqcore

@@ -58,6 +58,9 @@ UNCONVERGED: Final = 0.1
 FLOOR: Final = 1e-4
 """Least error that inner products in float32 can show."""
 
+MIXED: Final = 1e-5
+"""Variance of `chosen`, relative to its square, above which a state is the mean of states with other choices."""
+
 
 class Learned(NamedTuple):
     """The state, unpacked. Scalars have shape `()`; with m = max_vjps + 1 candidates, vectors `(m,)`.
@@ -80,6 +83,7 @@ class Learned(NamedTuple):
         vjps: vector–Jacobian products so far, of the slowest sample of each pass.
         products: products with the parameters that audits took.
         over: audits whose error exceeded the target.
+        square: chosen², which shows that a state is the mean of states with other choices.
         coefficients: of the powers, for `chosen`.
         right: b, averaged, in units of ‖p*‖².
         gram: G `(m, m)`, averaged, in units of ‖p*‖².
@@ -104,6 +108,7 @@ class Learned(NamedTuple):
     vjps: Array
     products: Array
     over: Array
+    square: Array
     coefficients: Array
     right: Array
     level: Array
@@ -143,13 +148,21 @@ class Controller:
         return [0.0] * (SCALARS + self.candidates * (VECTORS + self.candidates))
 
     def unpack(self, xp: Any, values: Array) -> Learned:
-        """Split the vector; one that is not finite counts as `initial`."""
+        """Split the vector; one that is not finite counts as `initial`.
+
+        A sum of states, as the gradient with respect to a state that several solves share, is their mean. Coefficients
+        of different choices have no mean, so that such a state is exact and asks for an audit.
+        """
         m = self.candidates
         values = xp.where(xp.all(xp.isfinite(values)), values, xp.zeros_like(values))
+        values = values / xp.where(values[0] > 0, values[0], xp.ones_like(values[0]))
         ends = [SCALARS + m * (i + 1) for i in range(VECTORS)]
         vectors = [values[end - m : end] for end in ends]
         gram = xp.reshape(values[ends[-1] :], (m, m))
-        return Learned._make([*(values[i] for i in range(SCALARS)), *vectors, gram])
+        s = Learned._make([*(values[i] for i in range(SCALARS)), *vectors, gram])
+        mixed = (s.begun > 0) & (s.square - s.chosen * s.chosen > MIXED * (1.0 + s.square))
+        chosen = xp.where(mixed, m + 0 * s.chosen, xp.floor(s.chosen + 0.5))
+        return s._replace(chosen=chosen, jumped=xp.where(mixed, xp.ones_like(s.jumped), s.jumped))
 
     def pack(self, xp: Any, learned: Learned) -> Array:
         """Undo `unpack`."""
@@ -240,7 +253,9 @@ class Controller:
         more = surprised | (~first & (chosen > old.chosen))
         longer = xp.where(more, old.interval / 4.0, old.interval * 2.0)
         interval = xp.clip(xp.floor(longer), 1.0, float(self.audit_every))
-        return s._replace(chosen=chosen, bound=bound, coefficients=coefficients, interval=interval)
+        return s._replace(
+            chosen=chosen, square=chosen * chosen, bound=bound, coefficients=coefficients, interval=interval
+        )
 
     def exclude(self, xp: Any, s: Learned) -> Learned:
         """Count an audit that shows nothing, and try again after half of the interval."""

@@ -118,7 +118,7 @@ def test_every_pass_is_decided_as_the_rules_say(target, audit_every, m, exact):
     rng = np.random.default_rng(1)
     rules, model = Controller(target, audit_every, m, exact), Model(target, audit_every, m, exact)
     state, eye = rules.unpack(np, np.array(rules.initial())), np.eye(m)
-    fields = [name for name in state._fields if name not in ("passes", "vjps", "products")]
+    fields = [name for name in state._fields if name not in ("passes", "vjps", "products", "square")]
     chosen, jumps = [], 0
     for number in range(160):
         assert bool(rules.due(np, state)) == bool(model.due()), f"pass {number}: an audit is due"
@@ -154,6 +154,30 @@ def test_a_state_that_is_packed_comes_back_and_one_with_nan_is_new():
     assert np.array_equal(rules.pack(np, rules.unpack(np, values)), values)
     values[7] = np.nan
     assert np.array_equal(rules.pack(np, rules.unpack(np, values)), rules.initial())
+
+
+def state_of(rules, seed):
+    """A state after one audit, with other choices for other seeds."""
+    state, eye = rules.unpack(np, np.array(rules.initial())), np.eye(rules.candidates)
+    audited = audit(np.random.default_rng(seed), rules.candidates, 0.2 + 0.1 * seed)
+    learned = rules.learn(np, state, *audited, eye, Signals(np.float64(1e-3), np.float64(0.0)))
+    return rules.pack(np, learned._replace(interval=np.float64(8.0)))
+
+
+@pytest.mark.parametrize("lanes", [2, 3])
+def test_states_that_were_added_or_averaged_change_no_gradient(lanes):
+    rules = Controller(0.5, 10, 4, True)
+    one, other = state_of(rules, 1), state_of(rules, 4)
+    chosen = [float(rules.unpack(np, values).chosen) for values in (one, other)]
+    assert chosen[0] != chosen[1]
+    for same in (lanes * one, one):
+        found = rules.unpack(np, same)
+        assert rules.pack(np, found) == pytest.approx(one, rel=1e-12)
+        assert not rules.due(np, found)
+    for mixed in (one + other, (one + (lanes - 1) * other) / lanes):
+        found = rules.unpack(np, mixed)
+        assert rules.due(np, found)
+        assert found.chosen == rules.candidates  # exact
 
 
 def test_the_sweep_is_least_squares_and_its_errors_are_measured():

@@ -185,6 +185,14 @@ SILENT = [
 
 ENDS = [
     Fault(
+        "a mean of choices taken for a choice",
+        "deqcore.backward.controller",
+        "MIXED * (1.0 + s.square))",
+        "1e9 * (1.0 + s.square))",
+        "tests/core/test_controller.py::test_states_that_were_added_or_averaged_change_no_gradient[2]",
+        "assert",
+    ),
+    Fault(
         "fixed steps that end in NaN without a warning",
         "deqcore.solve.report",
         'if action == "ignore" or (forward.carry is None and action == "warn" and _would_wait(plan, forward)):',
