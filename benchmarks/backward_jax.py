@@ -93,6 +93,7 @@ OURS: Final[dict[str, Any]] = {
     "deqcore, auto without Newton–Krylov": partial(ours, forward__options={"escalate": False}),
     "deqcore, picard": partial(ours, forward__solver="picard"),
     "deqcore, picard, without the dense solve": partial(ours, forward__solver="picard", adjoint={"direct": 0}),
+    "deqcore, picard, adjoint by picard": partial(ours, forward__solver="picard", adjoint={"solver": "picard"}),
     "deqcore, anderson": partial(ours, forward__solver="anderson"),
 }
 PEERS: Final[dict[str, Any]] = {

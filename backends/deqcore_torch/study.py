@@ -93,7 +93,8 @@ class TorchTrainer(Trainer):
             return logits.float().cpu().numpy()
 
     def gradient(self, x: Numbers, y: Numbers, config: Config) -> tuple[float, Numbers]:
-        loss, _ = self._loss(self._move(x), self._move(y), config)
+        memory = deqcore.StrategyState(self._memory.values) if config == self._config else None
+        loss, _ = self._loss(self._move(x), self._move(y), config, memory)
         gradients = torch.autograd.grad(loss, list(self._weights.values()))
         return loss.item(), torch.cat([part.flatten() for part in gradients]).double().cpu().numpy()
 

@@ -127,3 +127,18 @@ def test_attention_does_not_see_the_future():
     one, two = trainer.predict(x), trainer.predict(changed)
     np.testing.assert_allclose(one[:, :-1], two[:, :-1], atol=2e-3)  # up to the solver's tolerance
     assert np.abs(one[:, -1] - two[:, -1]).max() > 0.1
+
+
+def test_an_audit_judges_the_gradient_that_a_state_has_in_force():
+    model, weights, x, y = built("dense")
+    options = {"max_relative_error": 0.9, "max_vjps": 0}
+    forward = {"solver": "picard", "rtol": 1e-5, "max_steps": 60, "on_failure": "ignore"}
+    config = Config(backend="torch", forward=forward, backward={"strategy": "adaptive", "options": options})
+    exact = Config(backend="torch", forward=forward, backward={"strategy": "exact-ift"})
+    trainer = trainers()["torch"](model, weights, config)
+    for _ in range(2):
+        trainer.step(x, y, 0.0)
+    before = trainer.save()["strategy_state"]
+    (_, found), (_, wanted) = trainer.gradient(x, y, config), trainer.gradient(x, y, exact)
+    assert np.linalg.norm(found - wanted) > 1e-2 * np.linalg.norm(wanted)
+    np.testing.assert_array_equal(np.asarray(trainer.save()["strategy_state"]), np.asarray(before))
