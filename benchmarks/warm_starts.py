@@ -35,6 +35,7 @@ ARMS: Final[dict[str, dict[str, Any]]] = {
     "warm, bfloat16": {"capacity": 2000, "dtype": "bfloat16"},
 }
 MODELS: Final = Path(__file__).resolve().parents[1] / "examples" / "models"
+PARTS: Final = ("dipoles", "text", "digits", "adjoint, digits")
 SAMPLES: Final = 400  # of the digits
 BACKEND: Final = deqcore.get_backend(backend="torch")
 
@@ -269,20 +270,21 @@ def texts(seeds: int, epochs: int) -> dict[str, Any]:
     return found
 
 
-def run(seeds: int, epochs: int, steps: int, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Return the figures of all parts, by seed; `save` gets them after each part."""
-    results: dict[str, Any] = {"seeds": seeds, "epochs": epochs, "steps": steps}
+def run(seeds: int, epochs: int, steps: int, only: list[str] | None, earlier: Path | None) -> Iterator[dict[str, Any]]:
+    """Yield the figures by seed after each part; those of parts that are not in `only` are kept from `earlier`."""
+    results: dict[str, Any] = {"seeds": seeds, "steps": steps}
+    if only is not None and earlier is not None and earlier.is_file():
+        results = json.loads(earlier.read_text()) | results
     parts: dict[str, Callable[[], Any]] = {
         "dipoles": lambda: [trajectory(seed, steps) for seed in range(seeds)],
         "text": lambda: texts(seeds, epochs),
         "digits": lambda: {arm: [digits(seed, arm, epochs) for seed in range(seeds)] for arm in ARMS},
         "adjoint, digits": lambda: [adjoints(seed, epochs) for seed in range(seeds)],
     }
-    for part, measure in parts.items():
-        results[part] = measure()
-        save(results)
+    for part in only or parts:
+        results[part] = parts[part]()
         spent(part)
-    return results
+        yield results
 
 
 def spent(part: str) -> None:
@@ -338,14 +340,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=25, help="of the trajectory")
+    parser.add_argument("--part", action="append", choices=PARTS, help="measure only this, keep the rest of the file")
     given = parser.parse_args()
     torch.set_num_threads(1)
-
-    def save(results: dict[str, Any]) -> None:
+    results: dict[str, Any] = {}
+    for results in run(given.seeds, given.epochs, given.steps, given.part, given.json):
         if given.json is not None:
             given.json.write_text(json.dumps(results, indent=1) + "\n")
-
-    results = run(given.seeds, given.epochs, given.steps, save)
     for table in (list(rows(results)), list(adjoint_rows(results))):
         print(markdown(table, tuple(table[0])), end="\n\n")
 

@@ -83,9 +83,21 @@ def shortened(backend: Backend, solver: Solver, carry: LoopState) -> LoopState:
 
 def masked(state: Any, active: Array | None) -> Any:
     """Return the same solver state with `active` set in each of its histories."""
+    return _with_histories(state, lambda history: history.masked(active))
+
+
+def finalized(state: Any) -> Any:
+    """Return the solver state to keep after the solve."""
+    return _with_histories(state, lambda history: history.finalized())
+
+
+def _with_histories(state: Any, change: Callable[[Any], Any]) -> Any:
+    """Return the same solver state with each of its histories changed."""
     if not isinstance(state, tuple):
-        return state.masked(active) if _is_history(type(state)) else state
-    parts = [masked(part, active) if isinstance(part, tuple) or _is_history(type(part)) else part for part in state]
+        return change(state) if _is_history(type(state)) else state
+    parts = [
+        _with_histories(part, change) if isinstance(part, tuple) or _is_history(type(part)) else part for part in state
+    ]
     if all(map(is_, parts, state)):  # as in most steps
         return state
     return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
@@ -93,11 +105,6 @@ def masked(state: Any, active: Array | None) -> Any:
 
 # Asked for each leaf in each step, so remembered: a check against an abstract class takes half a microsecond.
 _is_history: Callable[[Any], bool] = cache(lambda kind: issubclass(kind, History))
-
-
-def finalized(state: Any) -> Any:
-    """Return the solver state to keep after the solve."""
-    return map_state(state, lambda leaf: leaf.finalized() if isinstance(leaf, History) else leaf)
 
 
 def copy_state(state: Any) -> Any:

@@ -205,21 +205,22 @@ def _progressed(
     backend: Backend, solver: Auto, norm: Tensor, old: Progress, active: Tensor | None
 ) -> tuple[Progress, Tensor | None]:
     """Return `deqcore.solvers.levels.progressed`, in one pass where the rules only count."""
-    rules, after = solver.rules(backend), [room(norm), room(norm), room(norm), room(old.since)]
-    event = np.zeros(1, np.bool_)
+    rules, event = solver.rules(backend), np.zeros(1, np.bool_)
+    figures = [view(figure) for figure in (norm, *old)]
+    after = [np.empty_like(figures[0]) for _ in range(3)] + [np.empty_like(view(old.since))]
     run(
         kernels.steady,
         norm.shape[0],
         norm.shape[0],
-        *(view(figure) for figure in (norm, *old)),
+        *figures,
         chosen(active, norm.shape[0]),
         *(rules.slow, rules.plain_steps, rules.patience, rules.trial, rules.max_residual_growth),
-        *(view(figure) for figure in after),
+        *after,
         event,
     )
     if event[0]:
         return progressed(backend, rules, norm, old, active)
-    norm, best, mark, since = after
+    norm, best, mark, since = map(torch.from_numpy, after)
     return Progress(old.level, norm, best, mark, since, old.rate), None
 
 
@@ -235,9 +236,10 @@ def arnoldi(*parts: Any) -> None:
 
 def measure(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
     """Return ‖f(z) − z‖ and ‖f(z)‖ of each row."""
-    residual, size = z.new_empty(z.shape[0]), z.new_empty(z.shape[0])
-    run(kernels.norms, z.shape[0], 2 * z.numel(), view(z), view(fz), view(residual), view(size))
-    return residual, size
+    start, end = view(z), view(fz)
+    residual, size = np.empty(len(start), start.dtype), np.empty(len(start), start.dtype)
+    run(kernels.norms, len(start), 2 * start.size, start, end, residual, size)
+    return torch.from_numpy(residual), torch.from_numpy(size)
 
 
 def norm(v: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def holds(history: Any, like: Tensor) -> bool:
 
 def room(like: Tensor) -> Tensor:
     """Allocate contiguous memory for a result, for any strides of `like`."""
-    return like.new_empty(like.shape)
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def view(x: Tensor) -> Any:

@@ -269,7 +269,7 @@ class ArrayTests(Conformance):
         )
 
     def test_a_choice_takes_one_branch(self, kit: Kit) -> None:
-        """The branches may return another structure than that of the carry."""
+        """Choose between branches that return another structure than that of the carry."""
         start = kit.array(np.asarray([1.0, 2.0]))
         for wanted, expected in (([False, True], [2.0, 4.0]), ([False, False], [-1.0, -2.0])):
             doubled, carried = kit.backend.choose(
