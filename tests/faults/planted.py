@@ -1019,6 +1019,15 @@ POINTS = [
         backend="strict",
     ),
     Fault(
+        "a status that is none",
+        ADAPTIVE,
+        "p.status * 0 + int(Status.NONFINITE)",
+        "p.status * 0 - int(Status.NONFINITE)",
+        "strategy adaptive",
+        "test_a_bad_pass_does_not_spoil_the_state",
+        "a status must be one of",
+    ),
+    Fault(
         "a strategy that prints",
         "deqcore.backward.jacobian_free",
         "        return g, report(backend, g)\n",

@@ -10,7 +10,7 @@ import numpy as np
 
 from deqcore.abc.backward import Strategy
 from deqcore.testing.suite.fixtures import Affine, DenseEstimate, Kit
-from deqcore.types import AdjointReport, Array
+from deqcore.types import AdjointReport, Array, Status
 
 FLAT = -np.stack([np.eye(6)] * 3)
 
@@ -59,7 +59,15 @@ def solve_adjoint(
     assert isinstance(report, AdjointReport), (
         "solve_adjoint must return (u, AdjointReport), such as by deqcore.abc.backward.report."
     )
-    return kit.numpy(u), AdjointReport(*map(kit.numpy, report))
+    found = AdjointReport(*map(kit.numpy, report))
+    check_statuses(found)
+    return kit.numpy(u), found
+
+
+def check_statuses(report: AdjointReport) -> None:
+    """Fail where a status of a report is none of `Status`."""
+    unknown = sorted(set(report.status.tolist()) - {int(code) for code in Status})
+    assert not unknown, f"a status must be one of deqcore.types.Status (got {unknown})"
 
 
 def slow() -> Affine:

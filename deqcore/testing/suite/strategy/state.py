@@ -15,7 +15,8 @@ from deqcore.abc.stateful import StatefulStrategy
 from deqcore.options import option_values
 from deqcore.testing.suite.base import Conformance, several
 from deqcore.testing.suite.fixtures import Affine, Kit, close
-from deqcore.types import AdjointReport, Array, PassInputs
+from deqcore.testing.suite.strategy.equations import check_statuses
+from deqcore.types import AdjointReport, Array, PassInputs, Status
 
 BATCH, N = 12, 8
 
@@ -94,7 +95,9 @@ class Training:
         arrays = (kit.array(each, self.dtype) for each in (batch.g, batch.problem.a, batch.z))
         mask, residual = kit.array(np.full(size, converged), "bool"), kit.array(np.full(size, 1e-6), self.dtype)
         u, report, self.values = _program(kit, self.strategy)(*arrays, mask, residual, self.values)
-        return kit.numpy(u), AdjointReport(*map(kit.numpy, report))
+        found = AdjointReport(*map(kit.numpy, report))
+        check_statuses(found)
+        return kit.numpy(u), found
 
 
 class StateTests(Conformance):
@@ -196,11 +199,13 @@ class StateTests(Conformance):
                 g = 0 * batch.g if harm == "zero" else batch.g.copy()
                 if harm == "nan":
                     g[1] = np.nan
-                u, _ = training.step(Batch(batch.problem, g, batch.z), converged=harm != "unconverged")
+                u, report = training.step(Batch(batch.problem, g, batch.z), converged=harm != "unconverged")
                 assert np.isfinite(u[0]).all(), (
                     f"{harm} in one sample must leave the u of the others finite (got {u[0]})"
                 )
                 assert harm != "nan" or not np.isfinite(u[1]).all(), "a cotangent that is not finite must stay visible"
+                if harm == "nan" and np.isfinite(report.residual[0]):
+                    assert report.status[1] == int(Status.NONFINITE), "what is measured and not finite is NONFINITE"
             else:
                 errors.append(batch.error(training.step(batch)[0]))
             assert np.isfinite(training.kit.numpy(training.values)).all(), f"the state is not finite after {harm}"
