@@ -156,10 +156,7 @@ class Plan:
             primal, forward, record = self.run(f, z0, moved, None)
             return primal, (forward, record)
 
-        if isinstance(self.strategy, StepStrategy):  # the others scale the cotangent row by row in `Adjoint`
-            primal, (forward, record), gradients = vjp_in_units(self.backend, value, args, g)
-        else:
-            primal, (forward, record), gradients = self.backend.autodiff.vjp(value, args, g)
+        primal, (forward, record), gradients = vjp_in_units(self.backend, value, args, g)
         return primal, gradients, forward, record
 
     def differentiate_by_hand(
@@ -188,7 +185,7 @@ class Plan:
             u, report = adjoint(vjp, g, forward.carry.state, None, self._inputs(f, args, forward))
             record = BackwardRecord()
             record.add(report, time.perf_counter() - start)
-        again, _, gradients = self.backend.autodiff.vjp(lambda *moved: (f(forward.z, *moved), None), args, u)
+        again, _, gradients = vjp_in_units(self.backend, lambda *moved: (f(forward.z, *moved), None), args, u)
         with self.backend.errstate():
             record.nondeterminism = self.backend.norm(again - forward.fz)
         return self.backend.guards.unshared(forward.z, z0), gradients, forward, record

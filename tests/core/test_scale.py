@@ -353,3 +353,16 @@ def test_unrolled_newton_steps_to_an_equilibrium_at_zero(dtype):
     z, (dx,) = deqcore.vjp(lambda z, x: (a * z).tanh() + x, start, x, cotangent=g, **settings)
     assert np.abs(host("torch", z)).max() < 1e-30
     assert np.allclose(host("torch", dx), G / (1 - A), rtol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["exact-ift", "unrolled"])
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_an_argument_in_the_units_of_a_state_and_a_cotangent_of_that_size(every, strategy, scale):
+    """z = s (z/2s + sin(x/s)), so that dz/dx = 2 cos(x/s). Its derivative multiplies by s, then divides by s."""
+    sin, x = every.xp.sin, every.asarray(np.full((2, 1), scale), dtype="float32")
+    _, (dx,) = deqcore.vjp(
+        lambda z, x: scale * (0.5 * (z / scale) + sin(x / scale)), 0 * x, x, cotangent=x, forward__max_steps=80,
+        forward__solver="picard", forward__rtol=1e-6, backward__strategy=strategy,
+        backward__options={"steps": 40} if strategy == "unrolled" else {},
+    )  # fmt: skip
+    assert every.to_numpy(dx) / scale == pytest.approx(2 * np.cos(1.0), rel=1e-4)
