@@ -28,11 +28,11 @@ from deqcore.types import Array, Map
 def walk_steps(kit: Kit, solver: Solver, f: Map, z: Any, steps: int, *, jit: bool = True) -> list[tuple[Any, Any, Any]]:
     """`(z, f(z), state)` before the first step and after each, without the loop; compiled where the backend can."""
     compiled = kit.backend.harness.jit if jit else lambda step: step
-    fz = f(z)
     init = compiled(lambda z, fz: solver.init(kit.backend, z, fz))
-    found: list[tuple[Any, Any, Any]] = [(z, fz, init(z, fz))]
     step = compiled(lambda z, fz, state: solver.step(kit.backend, f, z, fz, state))
     with kit.backend.errstate():  # as the loop is
+        fz = f(z)
+        found: list[tuple[Any, Any, Any]] = [(z, fz, init(z, fz))]
         for _ in range(steps):
             found.append(step(*found[-1]))
     return found
