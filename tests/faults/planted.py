@@ -617,6 +617,15 @@ SOLVERS = [
         "depends on a bad vector",
     ),
     Fault(
+        "a prepared estimate with another sign",
+        LOWRANK,
+        "            return -v - self._combined(vecmat(self.backend, self._seen(v), self.kernel))",
+        "            return v - self._combined(vecmat(self.backend, self._seen(v), self.kernel))",
+        "solver broyden",
+        "test_a_prepared_estimate_is_the_estimate",
+        "apply_transpose of the prepared estimate",
+    ),
+    Fault(
         "one sample's stop stops the batch",
         "deqcore.solve.host",
         "carry.status, count > self.spare, stopped == 0",

@@ -69,6 +69,15 @@ class EstimateTests(Conformance):
                     good, beside = (kit.numpy(getattr(operator, name)(kit.array(each)))[[0, 2]] for each in (v, bad))
                     assert np.array_equal(good, beside), f"{name}: a sample of H depends on a bad vector of another"
 
+    def test_a_prepared_estimate_is_the_estimate(self, kit: Kit, solver: Solver) -> None:
+        """Compare H and Hᵀ after `prepared`, which may form a matrix for many products, with those before."""
+        v = kit.array(np.random.default_rng(9).standard_normal((3, 6)))
+        for h, *_ in self._estimates(kit, solver, affine(norm=0.9)):
+            ready = h.prepared()
+            for name in ("apply", "apply_transpose"):
+                found, expected = (kit.numpy(getattr(each, name)(v)) for each in (ready, h))
+                close(found, expected, 1e-6 if kit.eps < 1e-10 else 1e-2, f"{name} of the prepared estimate")
+
     def test_the_secant_estimate_keeps_both_pairs(self, kit: Kit, solver: Solver) -> None:
         """Require all secant equations at once up to 1 %, which a recursive update does not satisfy."""
         if type(solver).secant_estimate is Solver.secant_estimate or option_values(solver).get("history_size") == 1:
