@@ -23,11 +23,15 @@ checking, planted, by_test = load("checking"), load("planted"), load("planted_by
 ROOT = Path(__file__).parents[2]
 
 
+def skip_without(backend: str) -> None:
+    if backend in ("torch", "jax"):
+        pytest.importorskip(backend)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", planted.FAULTS, ids=lambda fault: fault.name)
 def test_the_suite_names_it(fault):
-    if fault.backend != "numpy":
-        pytest.importorskip(fault.backend)
+    skip_without(fault.backend)
     text = fault.planted(checking.source_of(fault.where))
     outcomes = checking.check(fault.where, text, fault.request, fault.backend)
     failed = [each for each in outcomes if each.outcome == "failed"]
@@ -39,8 +43,7 @@ def test_the_suite_names_it(fault):
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", by_test.FAULTS, ids=lambda fault: fault.name)
 def test_its_test_fails(fault):
-    if (backend := fault.where.partition(".")[0].removeprefix("deqcore_")) in ("torch", "jax"):
-        pytest.importorskip(backend)
+    skip_without(fault.where.partition(".")[0].removeprefix("deqcore_"))
     text = checking.source_of(fault.where)
     assert text.count(fault.old) == 1
     test = [*checking.QUIET, str(ROOT / fault.test)]
