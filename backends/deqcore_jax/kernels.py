@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from deqcore.abc.history import History
 from deqcore.abc.kernels import FusedKernels, Krylov
-from deqcore.linear.norms import CANCELLED
+from deqcore.linear.norms import project
 from deqcore_jax import krylov
 from deqcore_jax.dtypes import single
 from deqcore_jax.loop import is_recorded
@@ -19,29 +19,10 @@ class JaxKernels(FusedKernels):
     def orthogonalize(
         self, basis: History, w: jax.Array, twice: bool
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        before = self.be.to_accum_dtype(
-            _plain_norm(w)
-        )  # w is the product with a unit vector: its square is far from any limit
-        h = basis.dot(w)
-        w = w - basis.combine(h)
-        after = self.be.to_accum_dtype(_plain_norm(w))
-        if not twice:
-            return w, h, before, after
-        enough = after >= CANCELLED * before
-
-        def again(projected: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            w, h, after = projected
-            more = jnp.where(enough[:, None], 0, basis.dot(w))
-            w = w - basis.combine(more)
-            return w, h + more, jnp.where(enough, after, self.be.to_accum_dtype(_plain_norm(w)))
-
-        first = w, h, after
-        # A condition makes the host wait for an accelerator, and several devices for each other.
-        if is_recorded() or jax.default_backend() != "cpu" or jax.device_count() > 1:
-            w, h, after = again(first)
-        else:
-            w, h, after = self.be.cond(~enough, again, first)
-        return w, h, before, after
+        # w is the product with a unit vector, so that its square is far from any limit. A condition makes the host wait
+        # for an accelerator, and several devices for each other.
+        free = not is_recorded() and jax.default_backend() == "cpu" and jax.device_count() == 1
+        return project(self.be, basis, w, twice, _plain_norm, conditional=free)
 
     def least_squares(self, space: Krylov, inverse: jax.Array | bool) -> tuple[jax.Array, ...] | None:
         if is_recorded():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.history import History
-from deqcore.types import Array
+from deqcore.types import Array, Map
 
 CANCELLED = 0.5**0.5
 """Part of a norm that a projection must leave. If it leaves less, the rounding of what it took away is large relative
@@ -34,18 +34,38 @@ def orthogonalize(backend: Backend, basis: History, w: Array, twice: bool) -> tu
     Gram-Schmidt QR factorization".
     """
     fused = None if backend.kernels is None else backend.kernels.orthogonalize(basis, w, twice)
-    if fused is not None:
-        return fused
-    before = backend.to_accum_dtype(backend.norm(w))
+    return project(backend, basis, w, twice, backend.norm) if fused is None else fused
+
+
+def project(
+    backend: Backend, basis: History, w: Array, twice: bool, norm: Map, *, conditional: bool = False
+) -> tuple[Array, Array, Array, Array]:
+    """Return what `orthogonalize` does, by operations of the backend.
+
+    Args:
+        backend: whose arrays these are.
+        basis: orthonormal vectors.
+        w: `(batch, n)`.
+        twice: see `orthogonalize`.
+        norm: `v ↦ ‖v‖` of each row `(batch,)`.
+        conditional: trace a condition that leaves the second projection out where no row needs it.
+    """
+    before = backend.to_accum_dtype(norm(w))
     h = basis.dot(w)
     w = w - basis.combine(h)
-    after = backend.to_accum_dtype(backend.norm(w))
-    if twice and not backend.known_all(after >= CANCELLED * before):
-        enough = after >= CANCELLED * before
+    after = backend.to_accum_dtype(norm(w))
+    enough = after >= CANCELLED * before
+    if not twice or backend.known_all(enough):
+        return w, h, before, after
+
+    def again(once: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        w, h, after = once
         more = basis.dot(w)
         w = backend.select(enough, w, w - basis.combine(more))
-        h = backend.select(enough, h, h + more)
-        after = backend.to_accum_dtype(backend.norm(w))
+        return w, backend.select(enough, h, h + more), backend.select(enough, after, backend.to_accum_dtype(norm(w)))
+
+    once = w, h, after
+    w, h, after = backend.cond(~enough, again, once) if conditional else again(once)
     return w, h, before, after
 
 
