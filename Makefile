@@ -9,22 +9,28 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: study test check types unit coverage bench field plugins faults fuzz docs release-check clean
 
 # Install the pinned torch first, so that no later package replaces it by another build.
-$(USABLE): pyproject.toml constraints.txt
+$(VENV)/.torch: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
+	touch $@
+
+$(USABLE): $(VENV)/.torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[all]"
 	touch $@
 
-# Packages that only the checks need.
-$(STAMP): $(USABLE)
+# With the packages that only the checks need.
+$(STAMP): $(VENV)/.torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[all,test]"
-	touch $@
+	touch $(USABLE) $@
 
 # Handwritten digits, one equilibrium model, three backward strategies; report in study-digits/report.html.
 study: $(USABLE)
 	$(BIN)/deqcore study $(ARGS)
 
-test: check types unit plugins
+# What comes before the tests keeps one core busy each.
+test: $(STAMP)
+	$(MAKE) -j2 check plugins
+	$(MAKE) types unit
 
 check: $(STAMP)
 	$(BIN)/ruff check .
