@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -133,10 +134,8 @@ class JaxBackend(Backend):
         return jax.random.normal(key, like.shape, like.dtype)
 
     def norm(self, v: jax.Array) -> jax.Array:
-        if jax.default_backend() != "cpu":
-            return _norm_by_ranges(v.astype(single(v.dtype)))
-        # No condition: with a batch over several devices each would be a collective in every step.
-        return scaled_norm(self, v, self.max_abs(v, jnp.zeros_like(v, single(v.dtype), shape=v.shape[:1])))
+        length: jax.Array = _norm(self, v)
+        return length
 
     def power_of_two(self, x: jax.Array) -> jax.Array:
         kind = jnp.finfo(x.dtype)
@@ -189,6 +188,15 @@ class JaxBackend(Backend):
 _CAPABILITIES = Capabilities(
     jvp=True, jit=True, vmap=True, bfloat16=True, complex=True, accelerator=True, second_derivatives=True, eager=False
 )
+
+
+@partial(jax.jit, static_argnums=0, inline=True)  # eagerly one program, not one for each of thirty operations
+def _norm(backend: JaxBackend, v: jax.Array) -> jax.Array:
+    """Return the 2-norm of each row."""
+    if jax.default_backend() != "cpu":
+        return _norm_by_ranges(v.astype(single(v.dtype)))
+    # No condition: with a batch over several devices each would be a collective in every step.
+    return scaled_norm(backend, v, backend.max_abs(v, jnp.zeros_like(v, single(v.dtype), shape=v.shape[:1])))
 
 
 def _norm_by_ranges(v: jax.Array) -> jax.Array:
