@@ -20,6 +20,8 @@ NOTES: Final = f"""\
 - *evaluations*: of f for the slowest sample, counted from outside on torch (products J v, which Newton–Krylov takes,
   are added as the library counts them), as each library counts its steps on JAX.
 - *overhead*: seconds / (evaluations × seconds of one stand-alone evaluation measured just before and after).
+- *floor*: of a training step, its evaluations of f, vjps and the gradient of the parameters alone, measured in the same
+  rounds without a solver.
 - *memory*: by how much the process grew during a solve, in states.
 - Contenders take turns within each round; rounds in which other processes used more than {100 * SHARE:.0f} % of the
   machine are left out while time allows. Figures are medians, quartiles in parentheses. Compilation and the first
@@ -36,7 +38,9 @@ STEP_COLUMNS: Final = (
     "forward ms",
     "backward ms",
     "step ms (quartiles)",
+    "floor ms",
     "f: forward + backward",
+    "vjps",
     "residual",
     "cosine",
     "gradient error",
@@ -139,7 +143,7 @@ def step_cells(steps: Iterable[Step]) -> list[dict[str, str]]:
 
     rows = []
     for step in steps:
-        forward, backward, whole = ms(step.forward), ms(step.backward), ms(step.step)
+        forward, backward, whole, floor = ms(step.forward), ms(step.backward), ms(step.step), ms(step.floor)
         rows.append(
             {
                 "cell": step.case,
@@ -147,7 +151,9 @@ def step_cells(steps: Iterable[Step]) -> list[dict[str, str]]:
                 "forward ms": f"{forward.median:.3g}" if forward else "",
                 "backward ms": f"{backward.median:.3g}" if backward else "",
                 "step ms (quartiles)": spread(whole) if whole else "",
+                "floor ms": f"{floor.median:.3g}" if floor else "",
                 "f: forward + backward": f"{step.forward_evaluations} + {step.backward_evaluations}",
+                "vjps": "" if step.vjps is None else str(step.vjps),
                 "residual": f"{step.residual:.1e}",
                 "cosine": f"{step.cosine:.4f}",
                 "gradient error": "" if step.error is None else f"{step.error:.2g}",

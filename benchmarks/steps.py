@@ -24,6 +24,8 @@ class Step:
         error: of that gradient, relative to the exact one's norm; None where it was not measured.
         forward: seconds per kept round. `backward`, `step`: the same for these.
         reference: seconds per evaluation of f without gradient, beside `step`.
+        vjps: products of the backward pass, largest of the batch; None where the library does not say.
+        floor: seconds that the step's evaluations, vjps and gradient of the parameters take alone, without a solver.
     """
 
     layer: str
@@ -40,6 +42,8 @@ class Step:
     step: list[float] = field(default_factory=list)
     reference: list[float] = field(default_factory=list)
     disturbance: list[float] = field(default_factory=list)
+    vjps: int | None = None
+    floor: list[float] = field(default_factory=list)
 
     def against(self, other: Step, part: str = "step") -> Spread:
         """Return the seconds of a part over those of another layer, paired by round."""
@@ -48,7 +52,7 @@ class Step:
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Step:
         """Undo `as_dict`."""
-        return cls(**{item.name: plain[item.name] for item in fields(cls)})
+        return cls(**{item.name: plain[item.name] for item in fields(cls) if item.name in plain})
 
     def as_dict(self) -> dict[str, object]:
         """Return plain values for JSON."""

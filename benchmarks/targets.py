@@ -14,6 +14,7 @@ from deqcore.bench.timing import Spread
 
 COLUMNS: Final = ("what", "target", "measured", "peer", "verdict")
 DEFAULT: Final = "deqcore auto"
+COMPACT: Final = " (compact)"
 TORCHDEQ: Final = {"picard": "fixed_point_iter", "anderson": "anderson", "broyden": "broyden"}
 
 
@@ -151,18 +152,35 @@ def _overheads(found: Results) -> list[Target]:
 
 
 def _default(found: Results) -> list[Target]:
-    """Compare the default solver with the best of our others and of the peers, on every problem."""
+    """Compare the default solver with the best of our others and of the peers, on every problem.
+
+    Compaction is a setting that needs to know more of f, so a solve with it is compared with others that have it.
+    """
     made = []
     for framework, case in found.problems():
-        default = found.row(framework, case, DEFAULT)
-        own = found.fastest(framework, case, lambda row: row.library == "deqcore" and row.contender != DEFAULT)
+        default, compact = (found.row(framework, case, DEFAULT + kind) for kind in ("", COMPACT))
+        own, own_compact = (_best_other(found, framework, case, compact) for compact in (False, True))
         peer = found.fastest(framework, case, lambda row: row.library != "deqcore")
         fair = _fair(0.95, default, peer) if default is not None and peer is not None else 0.95
-        for other, limit, kind in ((own, 1.1, "our best other solver"), (peer, fair, "the best peer")):
-            ratio = default.against(other) if default is not None and other is not None else None
-            what = f"default: seconds / {kind}, {framework}, {case}"
+        compared = [
+            ("default", default, own, 1.1, "our best other solver"),
+            ("default", default, peer, fair, "the best peer"),
+        ]
+        if compact is not None:
+            compared.append(("default, compact", compact, own_compact, 1.1, "our best other solver, compact"))
+        for which, ours, other, limit, kind in compared:
+            ratio = ours.against(other) if ours is not None and other is not None else None
+            what = f"{which}: seconds / {kind}, {framework}, {case}"
             made.append(_ratio(what, limit, ratio, "" if other is None else other.contender))
     return made
+
+
+def _best_other(found: Results, framework: str, case: str, compact: bool) -> BenchRow | None:
+    def wanted(row: BenchRow) -> bool:
+        solver, compacts, _ = row.contender.partition(COMPACT)
+        return row.library == "deqcore" and solver != DEFAULT and bool(compacts) == compact
+
+    return found.fastest(framework, case, wanted)
 
 
 def _fair(limit: float, default: BenchRow, peer: BenchRow) -> float:
@@ -332,11 +350,20 @@ def _training(found: Results) -> list[Target]:
     ]
     for case in ("conv", "dense"):
         peer = step("torchdeq defaults", case)
-        for layer, limit in (("defaults", 1.25), ("gradient error 0.1", 1.25)):
+        for layer in ("defaults", "gradient error 0.1", "exact-ift to 0.07"):
             ours = step(f"deqcore, {layer}", case)
-            measured = ours is not None and peer is not None and ours.error is not None and peer.error is not None
-            beside = f"gradient error {ours.error:.2g}, torchdeq's {peer.error:.2g}" if measured else ""
+            beside = _beside(ours, peer) if ours is not None and peer is not None else ""
             made.append(
-                _ratio(f"training step, our {layer} / torchdeq's default, {case}", limit, against(ours, peer), beside)
+                _ratio(f"training step, our {layer} / torchdeq's default, {case}", 1.25, against(ours, peer), beside)
             )
     return [*made, Target("evaluations of f in a training step beyond the solver's", 1, extra)]
+
+
+def _beside(ours: Step, peer: Step) -> str:
+    """Return both gradient errors, and the ratio that is left without any overhead of ours."""
+    parts = []
+    if ours.error is not None and peer.error is not None:
+        parts.append(f"gradient error {ours.error:.2g}, torchdeq's {peer.error:.2g}")
+    if ours.floor:
+        parts.append(f"floor {Spread.of_ratios(ours.floor, peer.step).median:.3g}")
+    return "; ".join(parts)

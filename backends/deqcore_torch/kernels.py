@@ -29,6 +29,11 @@ class TorchKernels(FusedKernels):
         super().__init__(be)
         self.backend = be
 
+    def first_figures(self, z0: Tensor, fz: Tensor, limits: Limits) -> dict[str, Any] | None:
+        steps = native_steps(self.backend.host, z0)
+        figures: dict[str, Any] | None = None if steps is None else steps.first_figures(z0, fz, limits)
+        return figures
+
     def step(self, solver: object, f: Map, z: Tensor, fz: Tensor, state: Any) -> StepResult | None:
         steps = native_steps(self.backend.host, z)
         result: StepResult | None = None if steps is None else steps.step(self.backend, solver, f, z, fz, state)

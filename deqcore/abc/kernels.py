@@ -44,6 +44,10 @@ class FusedKernels:
         """Make the part of the backend `be`."""
         self.be = be
 
+    def first_figures(self, z0: Array, fz: Array, limits: Limits) -> dict[str, Any] | None:
+        """Return what `deqcore.solve.loop.first_figures` gives for z0 and f(z0), as NumPy arrays."""
+        return None
+
     def step(self, solver: object, f: Map, z: Array, fz: Array, state: Any) -> StepResult | None:
         """Return `solver.step(backend, f, z, fz, state)`; `state` is the solver's own."""
         return None

@@ -137,7 +137,10 @@ class HostLoop:
             active = backend.host.from_numpy_view(running)
             z, fz = backend.select(active, z, carry.z), backend.select(active, fz, carry.fz)
         best = z, fz, now
-        if not _all(better):
+        at_best = carry.best_z is carry.z and carry.best_fz is carry.fz
+        if running is not None and at_best and not np.count_nonzero(better != running):
+            best = z, fz, np.where(running, now, carry.best_residual)  # stopped samples are where they were
+        elif not _all(better):
             mask = backend.host.from_numpy_view(better)
             best = (
                 backend.select(mask, z, carry.best_z),

@@ -139,8 +139,10 @@ def _begin_at(backend: Backend, z0: Array, fz: Array, limits: Limits) -> LoopSta
 
     Its figures are NumPy arrays if reading them costs no wait, see `deqcore.solve.host.written`.
     """
-    residual, size = residual_norms(backend, z0, fz)
-    norms = residual, size, backend.norm(z0)
+    fused = None if backend.kernels is None else backend.kernels.first_figures(z0, fz, limits)
+    if fused is not None:
+        return LoopState(z0, fz, None, best_z=z0, best_fz=fz, **fused)
+    norms = *residual_norms(backend, z0, fz), backend.norm(z0)
     views = [backend.host.numpy_view(norm) for norm in norms]
     if any(view is None for view in views):
         return LoopState(z0, fz, None, best_z=z0, best_fz=fz, **first_figures(backend.xp, limits, *norms))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from operator import is_
-from typing import Any
+from typing import Any, Final
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.history import History
@@ -94,17 +93,22 @@ def finalized(state: Any) -> Any:
 def _with_histories(state: Any, change: Callable[[Any], Any]) -> Any:
     """Return the same solver state with each of its histories changed."""
     if not isinstance(state, tuple):
-        return change(state) if _is_history(type(state)) else state
-    parts = [
-        _with_histories(part, change) if isinstance(part, tuple) or _is_history(type(part)) else part for part in state
-    ]
+        return change(state) if issubclass(type(state), History) else state
+    parts = [_with_histories(part, change) if _MAY_HOLD[type(part)] else part for part in state]
     if all(map(is_, parts, state)):  # as in most steps
         return state
     return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
 
 
-# Asked for each leaf in each step, so remembered: a check against an abstract class takes half a microsecond.
-_is_history: Callable[[Any], bool] = cache(lambda kind: issubclass(kind, History))
+class _MayHold(dict[type, bool]):
+    """Whether parts of this type are histories or may hold some, asked for each leaf of each step."""
+
+    def __missing__(self, kind: type) -> bool:
+        self[kind] = issubclass(kind, (tuple, History))
+        return self[kind]
+
+
+_MAY_HOLD: Final = _MayHold()
 
 
 def copy_state(state: Any) -> Any:

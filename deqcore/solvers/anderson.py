@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
+
 from deqcore.abc.backend import Backend
 from deqcore.abc.history import LONGEST, History
 from deqcore.abc.inverse_jacobian import InverseJacobian
@@ -125,9 +127,7 @@ class Anderson(Solver):
         slots = min(self.history_size, max(1, fz.shape[1]))
         values = backend.history(fz, slots, self.history_dtype)
         residuals = backend.history(fz, slots, self.history_dtype)
-        zero = backend.xp.zeros_like(backend.to_accum_dtype(norm))[:, None]
-        system = zero[:, :, None] + self._empty(backend, zero, slots)
-        none = zero * system[:1, 0]  # (batch, slots)
+        system, none = self._blank(backend, norm, slots)
         return AndersonState(values, residuals, system, none, none, none, fz[:, :0], norm, unit)
 
     def step(self, backend: Backend, f: Map, z: Array, fz: Array, state: AndersonState) -> tuple[Array, Array, Any]:
@@ -253,6 +253,19 @@ class Anderson(Solver):
     def relative_ridge(self, eps: float) -> float:
         """Return the number to add to the unit diagonal: `ridge`, but more than the rounding of the system's dtype."""
         return max(self.ridge, 10 * eps)
+
+    def _blank(self, backend: Backend, norm: Array, slots: int) -> tuple[Array, Array]:
+        """Return the systems `(batch, slots, slots)` and coefficients `(batch, slots)` without differences."""
+        wide = backend.to_accum_dtype(norm)
+        view = backend.host.numpy_view(wide)
+        if view is not None:  # NumPy allocates in a fraction of the time
+            blank = np.zeros((len(view), slots * slots), view.dtype)
+            blank[:, :: slots + 1] = 1.0 + self.relative_ridge(backend.eps(wide))
+            parts = blank.reshape(-1, slots, slots), np.zeros((len(view), slots), view.dtype)
+            return backend.host.from_numpy_view(parts[0]), backend.host.from_numpy_view(parts[1])
+        zero = backend.xp.zeros_like(wide)[:, None]
+        system = zero[:, :, None] + self._empty(backend, zero, slots)
+        return system, zero * system[:1, 0]
 
     def _empty(self, backend: Backend, like: Array, slots: int) -> Array:
         """Return the system of a sample without differences: its γ is 0."""

@@ -16,7 +16,7 @@ from deqcore.solvers.auto import Auto
 from deqcore.solvers.broyden import Broyden
 from deqcore.solvers.levels import ACCELERATED, NEWTON, PLAIN, Progress, Rules, judged
 from deqcore.solvers.picard import Picard
-from deqcore.types import StoppingCriteria
+from deqcore.types import Status, StoppingCriteria
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("numba")
@@ -48,9 +48,9 @@ def problem(dtype, batch, n, gain=0.9):
     return (lambda z: torch.tanh(gains * (z @ w) + x)), torch.zeros(batch, n, dtype=dtype)
 
 
-def solve(f, z, solver, rtol=0.0, max_steps=8):
+def solve(f, z, solver, rtol=0.0, max_steps=8, atol=0.0):
     with torch.no_grad():
-        return iterate(TorchBackend(), solver, f, z, StoppingCriteria(rtol=rtol, max_steps=max_steps))
+        return iterate(TorchBackend(), solver, f, z, StoppingCriteria(rtol=rtol, atol=atol, max_steps=max_steps))
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
@@ -63,6 +63,24 @@ def test_steps_are_those_of_the_solver(without, solver, dtype, batch, n, rtol):
     assert torch.equal(found.steps, expected.steps)
     for ours, own in [(found.z, expected.z), (found.fz, expected.fz)]:
         assert float((ours - own).norm() / own.norm()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("rtol", "atol"), [(0.0, 0.0), (1e-2, 0.0), (1e-2, 0.5), (0.0, 0.5)])
+def test_first_figures_are_those_of_the_loop(without, dtype, rtol, atol):
+    nan, inf, huge = float("nan"), float("inf"), 1e30
+    starts = [0.0, 0.0, 1.0, 1.0, 1.0, nan, huge, 1 / huge, huge, 3.0]
+    images = [0.0, 1.0, 1.0, 1.001, nan, 1.0, -huge, 2 / huge, inf, 2.0]
+    z, fz = (torch.tensor(numbers, dtype=dtype)[:, None].expand(-1, 5).contiguous() for numbers in (starts, images))
+    begin = lambda: solve(lambda z: fz.clone(), z, Picard(), rtol, 0, atol).carry
+    found, expected = begin(), without(begin)
+    for name, figure in found._asdict().items():
+        if name not in ("state", "stale"):
+            wanted = getattr(expected, name)
+            assert figure.dtype == wanted.dtype, name
+            assert torch.allclose(figure.double(), wanted.double(), rtol=1e-6, atol=0.0, equal_nan=True), name
+    converged, lost = int(Status.CONVERGED), int(Status.NONFINITE)
+    assert found.status[[0, 2, 4, 5, 8]].tolist() == [converged, converged, lost, lost, lost]
 
 
 @pytest.mark.parametrize("solver", [Broyden(), Anderson(), Auto(slow=0.3)], ids=repr)

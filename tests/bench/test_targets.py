@@ -148,6 +148,31 @@ def test_the_memory_that_is_measured_belongs_to_settings_that_exist() -> None:
     assert set(stored_vectors(quick=True, steps=4)) >= {"steps", "float32", "bfloat16"}
 
 
+def test_a_solve_with_compaction_is_compared_with_others_that_compact() -> None:
+    from benchmarks.targets import targets
+
+    measured = results()
+    for contender, seconds in (("deqcore auto", 0.120), ("deqcore auto (compact)", 0.060)):
+        measured["sections"]["cases-torch"]["rows"].append(timed("torch", "mixed-conv", contender, seconds))
+    ratios = {target.what: target.figure for target in targets(measured)}
+    assert ratios["default: seconds / our best other solver, torch, mixed-conv"] == pytest.approx(1.2)
+    compact = "default, compact: seconds / our best other solver, compact, torch, mixed-conv"
+    assert ratios[compact] == pytest.approx(2.0)
+
+
+def test_the_floor_of_a_step_stands_beside_its_ratio() -> None:
+    from benchmarks.targets import targets
+
+    measured = results()
+    ours, peer = measured["sections"]["training-torch"]["steps"][3:], step("torchdeq defaults", 0.02, 0.0, error=0.6)
+    ours[0].update(vjps=3, floor=[0.025] * 3)
+    measured["sections"]["training-torch"]["steps"].append(peer)
+    (beside,) = [
+        t.peer for t in targets(measured) if t.what == "training step, our defaults / torchdeq's default, conv"
+    ]
+    assert beside == "gradient error 0.08, torchdeq's 0.6; floor 1.25"
+
+
 def test_nothing_measured_is_a_verdict_too() -> None:
     from benchmarks.targets import targets
 

@@ -16,10 +16,12 @@ from numba import carray, njit, types
 from numba.extending import intrinsic
 
 from deqcore.solvers.levels import ACCELERATED, GROWN, HALVED, NEVER, NEWTON, PLAIN
+from deqcore.types import Status
 
 BLOCK: Final = 4096  # numbers
 TOGETHER: Final = 16  # samples
 KEPT: Final = 2**17  # numbers of history that stay in the cache
+CONVERGED, NONFINITE = int(Status.CONVERGED), int(Status.NONFINITE)
 EPS: Final = float(np.finfo(np.float64).eps)
 # Sums may be reordered, but NaN and inf are statuses: no "nnan", no "ninf".
 compiled: Final = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
@@ -106,6 +108,23 @@ def norms(z, fz, residual, size, start, stop):
     for b in range(start, stop):
         residual[b] = _distance(fz[b], z[b])
         size[b] = _norm(fz[b])
+
+
+@compiled
+def first_figures(z, fz, rtol, atol, tiny, figures, counts, start, stop):
+    """Write the figures of the loop state before the first step, in the dtype of the norms."""
+    kind = figures.dtype.type
+    peaks, references, marks, lengths, tried = figures
+    for b in range(start, stop):
+        residual, size, reference = kind(_distance(fz[b], z[b])), kind(_norm(fz[b])), kind(_norm(z[b]))
+        reference = reference if reference > size else size
+        least = kind(tiny) * reference
+        goal = kind(rtol) * (size if size > least else least) if rtol > 0.0 else kind(0.0)
+        finite = np.isfinite(residual)
+        peaks[b], references[b], marks[b] = residual, reference, residual if finite else kind(np.inf)
+        lengths[b], tried[b] = kind(0.5), kind(np.inf)
+        counts[0, b] = NONFINITE if not finite else CONVERGED if residual <= kind(atol) + goal else 0
+        counts[1, b] = 0
 
 
 @compiled

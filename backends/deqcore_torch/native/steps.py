@@ -15,7 +15,7 @@ from deqcore.solvers.anderson import Anderson, AndersonState
 from deqcore.solvers.auto import Auto, AutoState, skipped
 from deqcore.solvers.broyden import Broyden, BroydenState
 from deqcore.solvers.levels import ACCELERATED, NEWTON, PLAIN, Progress, progressed
-from deqcore.types import Map, StepResult
+from deqcore.types import Limits, Map, StepResult
 from deqcore_torch.history import TorchHistory
 from deqcore_torch.native import kernels
 from deqcore_torch.native.linear import grow, least_squares, reach, secants
@@ -23,8 +23,8 @@ from deqcore_torch.native.pool import run
 from deqcore_torch.native.views import chosen, holds, masks, ones, plain, room, view
 
 __all__ = [
-    "arnoldi", "grow", "keep", "least_squares", "measure", "norm", "plain", "probe", "project", "reach", "secants",
-    "solve_positive", "step",
+    "arnoldi", "first_figures", "grow", "keep", "least_squares", "measure", "norm", "plain", "probe", "project",
+    "reach", "secants", "solve_positive", "step",
 ]  # fmt: skip
 
 LARGEST: Final = 64
@@ -240,6 +240,22 @@ def measure(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
     residual, size = np.empty(len(start), start.dtype), np.empty(len(start), start.dtype)
     run(kernels.norms, len(start), 2 * start.size, start, end, residual, size)
     return torch.from_numpy(residual), torch.from_numpy(size)
+
+
+def first_figures(z0: Tensor, fz: Tensor, limits: Limits) -> dict[str, Any] | None:
+    """Return the result of `deqcore.solve.loop.first_figures`; None for tolerances in arrays."""
+    if not (isinstance(limits.rtol, float) and isinstance(limits.atol, float)):
+        return None
+    start, end = view(z0), view(fz)
+    figures, counts = np.empty((5, len(start)), start.dtype), np.empty((2, len(start)), np.int32)
+    tolerances = limits.rtol, limits.atol, limits.tiny
+    run(kernels.first_figures, len(start), 2 * start.size, start, end, *tolerances, figures, counts)
+    peak, reference, mark, length, tried = figures
+    status, none = counts
+    return {
+        "status": status, "steps": none, "best_residual": mark, "reference": reference, "peak": peak, "mark": mark,
+        "since": none, "length": length, "tried": tried, "extra": none,
+    }  # fmt: skip
 
 
 def norm(v: Tensor) -> Tensor:
