@@ -229,8 +229,19 @@ class Plan:
 
     def _narrow(self, f: FlatFunction, args: tuple[Any, ...]) -> RestrictRows | None:
         """Return f for some samples only, if `forward.compact` is set."""
-        if not self.config.forward.compact:
+        if not self.compacts():
             return None
+        f.check_batched(args)
+        return lambda rows: f.on_rows(rows, args)
+
+    def compacts(self) -> bool:
+        """Return whether the solve drops rows that have stopped.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        if not self.config.forward.compact:
+            return False
         if self.space.units > 1:
             raise ConfigError(
                 "forward.compact must be false with forward.batch = 2, because f needs all units of a sample (got "
@@ -241,8 +252,7 @@ class Plan:
                 f"forward.compact must be false for the backend {self.backend.name!r}, which traces its loops, so that "
                 f"a batch keeps its size (got true). Set forward.compact = false."
             )
-        f.check_batched(args)
-        return lambda rows: f.on_rows(rows, args)
+        return True
 
     def _resume(self, state: SolveState | None, z0: Array) -> LoopState | None:
         if state is None:
