@@ -279,10 +279,12 @@ class Plan:
         """Return the result of a strategy of fixed steps: its residual and status where f is known."""
         backend, xp = self.backend, self.backend.xp
         z = backend.detach(value)
-        unknown = unmeasured(backend, z)
+        unknown = unmeasured(backend, z) if reached is None else xp.full_like(reached.residual, float("nan"))
         assert isinstance(self.strategy, StepStrategy)
-        steps = xp.zeros_like(unknown, dtype=xp.int32) + self.strategy.steps
-        steps = steps if reached is None or reached.steps is None else reached.steps
+        if reached is None or reached.steps is None:
+            steps = xp.zeros_like(unknown, dtype=xp.int32) + self.strategy.steps
+        else:
+            steps = reached.steps
         status = xp.full_like(steps, int(Status.FIXED_STEPS))
         if reached is None or reached.fz is None:
             spent = steps if reached is None else reached.evaluations
