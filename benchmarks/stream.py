@@ -3,6 +3,7 @@
     OMP_NUM_THREADS=1 python -m benchmarks.stream                 # torch, and --backend numpy or jax
     OMP_NUM_THREADS=1 python -m benchmarks.stream --maps "matrix 512" cell --json stream.json
     OMP_NUM_THREADS=1 python -m benchmarks.stream --counts --items 512
+    OMP_NUM_THREADS=1 python -m benchmarks.stream --maps cell --solvers picard --compact   # forward.compact = true
 
 Maps, float32, each the same for all items, with an item's own rate and x:
 
@@ -12,7 +13,7 @@ Maps, float32, each the same for all items, with an item's own rate and x:
 
 The depth that plain iteration needs is drawn from a Pareto distribution. For each map and solver:
 
-- *occupied*: evaluations that items needed, divided by slots × evaluations of the batch;
+- *occupied*: evaluations that items needed, divided by the rows that f has evaluated;
 - *throughput*: seconds of an ideal batch, divided by those of the stream. An ideal batch spends the mean depth: the
   evaluations that items needed, divided by the slots, times the seconds of an evaluation in `fixed_point` (its step
   included) on full batches of equal depth. Those are the items in the order of their depth, and the seconds of a call
@@ -53,10 +54,11 @@ class Problem:
         items: `(z0, rate, x)` of each item.
         settings: of all solves.
         calls: how often f has been called.
+        rows: rows in all calls of f.
     """
 
-    def __init__(self, backend: Any, name: str, solver: str, count: int) -> None:
-        self.backend, self.calls = backend, 0
+    def __init__(self, backend: Any, name: str, solver: str, count: int, compact: bool = False) -> None:
+        self.backend, self.compact, self.calls, self.rows = backend, compact, 0, 0
         self.settings = {
             "forward__solver": solver,
             "forward__rtol": RTOL,
@@ -77,11 +79,13 @@ class Problem:
     def f(self, z: Any, rate: Any, x: Any) -> Any:
         """Return f(z) on a batch."""
         self.calls += 1
+        self.rows += z.shape[0]
         return self._map(z, rate, x)
 
     def stream(self, slots: int) -> list[deqcore.StreamResult]:
         """Solve the items in slots."""
-        return list(deqcore.solve_stream(self.f, self.items, slots=slots, **self.settings))
+        settings = {**self.settings, "forward__compact": self.compact}
+        return list(deqcore.solve_stream(self.f, self.items, slots=slots, **settings))
 
     def batches(self, items: Sequence[Item], slots: int, **settings: Any) -> list[int]:
         """Solve one batch after the other; return the evaluations of each batch, those of its deepest item."""
@@ -138,24 +142,24 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def counts(name: str, solver: str, slots: int, count: int) -> dict[str, float]:
+def counts(name: str, solver: str, slots: int, count: int, compact: bool) -> dict[str, float]:
     """Return the figures that are counts of evaluations, the same on any machine, by NumPy."""
-    problem = Problem(deqcore.get_backend(backend="numpy"), name, solver, count)
+    problem = Problem(deqcore.get_backend(backend="numpy"), name, solver, count, compact)
     needed = [result.evaluations for result in problem.stream(slots)]
-    streamed = problem.calls
+    streamed, rows = problem.calls, problem.rows
     return {
         "mean depth": sum(needed) / count,
         "largest depth": float(max(needed)),
-        "occupied": sum(needed) / (slots * streamed),
+        "occupied": sum(needed) / rows,
         "evaluations, batch by batch / stream": sum(problem.batches(problem.items, slots)) / streamed,
     }
 
 
-def measure(backend: str, name: str, solver: str, slots: int, count: int, rounds: int) -> dict[str, Any]:
+def measure(backend: str, name: str, solver: str, slots: int, count: int, rounds: int, compact: bool) -> dict[str, Any]:
     """Return the figures of one backend, map and solver."""
-    problem = Problem(deqcore.get_backend(backend=backend), name, solver, count)
+    problem = Problem(deqcore.get_backend(backend=backend), name, solver, count, compact)
     needed = np.array([result.evaluations for result in problem.stream(slots)])
-    streamed = problem.calls
+    rows = problem.rows
     equal = [problem.items[k] for k in np.argsort(needed, kind="stable")]
     evaluations = sum(problem.batches(equal, slots)) - len(range(0, count, slots))  # the first one is in the call
     full = [problem.backend.xp.stack(part) for part in zip(*equal[:slots], strict=True)]
@@ -181,7 +185,7 @@ def measure(backend: str, name: str, solver: str, slots: int, count: int, rounds
         "largest depth": float(needed.max()),
         "f, ms": 1e3 * np.median(taken["f"]) / 20,
         "step, ms": 1e3 * np.median(step),
-        "occupied": needed.sum() / (slots * streamed) if eager else None,
+        "occupied": needed.sum() / rows if eager else None,
         "throughput": np.median(throughput),
         "quartiles": np.quantile(throughput, [0.25, 0.75]).tolist(),
         "gain": np.median(taken["batches"] / taken["stream"]),
@@ -203,6 +207,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--counts", action="store_true", help="count evaluations only, which load does not change")
+    parser.add_argument("--compact", action="store_true", help="forward.compact = true (torch and numpy)")
     parser.add_argument("--json", type=Path, help="file to which the figures of this backend are added")
     given = parser.parse_args()
     known: dict[str, Any] = json.loads(given.json.read_text()) if given.json and given.json.exists() else {}
@@ -211,10 +216,15 @@ def main() -> None:
             continue  # attention by NumPy is not a case of anyone
         for solver in given.solvers:
             if given.counts:
-                figures: dict[str, Any] = counts(name, solver, given.slots, given.items)
+                figures: dict[str, Any] = counts(name, solver, given.slots, given.items, given.compact)
             else:
-                figures = measure(given.backend, name, solver, given.slots, given.items, given.rounds)
-                figures |= {"slots": given.slots, "items": given.items, "load": os.getloadavg()[0]}
+                figures = measure(given.backend, name, solver, given.slots, given.items, given.rounds, given.compact)
+                figures |= {
+                    "slots": given.slots,
+                    "compact": given.compact,
+                    "items": given.items,
+                    "load": os.getloadavg()[0],
+                }
                 known.setdefault(given.backend, {})[f"{name}, {solver}"] = figures
             shown = {key: np.round(value, 3).tolist() for key, value in figures.items() if value is not None}
             print(f"{name}, {solver}: {shown}", flush=True)

@@ -14,6 +14,7 @@ from deqcore.abc.backend import Backend
 from deqcore.config import Config
 from deqcore.errors import BackendError, ConfigError, ConvergenceError, ConvergenceWarning, ProblemError, described
 from deqcore.solve.dispatch import pick_backend, plan_call
+from deqcore.solve.flatten import RavelSpec
 from deqcore.solve.host import is_read
 from deqcore.solve.plan import Plan
 from deqcore.solve.refill import Arrivals, Budget, Opening, Round, Slots
@@ -73,7 +74,8 @@ def solve_stream(
     A sample that has stopped leaves the batch, and the next item takes its slot, so the batch costs the mean depth of
     its samples and not the largest. f always sees the same shapes: its program is compiled once, also under
     `torch.compile(f)`, and in JAX the whole round is one compiled program. Slots without an item, at the end of the
-    stream, are frozen.
+    stream, are frozen; with `forward.compact = true` (eager backends) they are given up each time that half of them
+    are free, so that f sees fewer rows.
 
     Each item is solved as if alone, with its own budget of `forward.max_steps`; its neighbours do not change it. The
     result is that of `fixed_point` bit for bit where f computes each row in the same way for any batch and the solver
@@ -102,7 +104,8 @@ def solve_stream(
         unless it is "raise".
 
     Raises:
-        ConfigError: `slots` is less than 1, or `forward.batch = false` or `forward.compact = true`.
+        ConfigError: `slots` is less than 1, or `forward.batch = false`, or `forward.compact = true` on a backend
+            that traces its loops.
         ProblemError: an item is not a tuple, or its arrays differ from those of the first item. The error names the
             item. It comes, as does any error of `inputs`, after the results of all items before it.
         ConvergenceError: `on_failure = "raise"` and an item did not converge.
@@ -127,11 +130,6 @@ def solve_stream(
         raise ConfigError(
             f"solve_stream: forward.batch must be true, because each slot holds one sample (got "
             f"{str(resolved.forward.batch).lower()}). Use fixed_point to solve one system at a time."
-        )
-    if resolved.forward.compact:
-        raise ConfigError(
-            "solve_stream: forward.compact must be false, because slots are refilled instead (got true). Set it to "
-            "false."
         )
     source = _Source(inputs, start)
     results = _solved(f, source, slots, resolved, config, overrides)
@@ -247,16 +245,12 @@ class _Stream:
         self.fresh: set[int] = set()
         self.steps = np.zeros(size, np.int64)  # of each slot at the last look
         z0, args = layout.batch(first, size)
-        space, flat = plan.space, plan.space.wrap(f)
+        space, self.f = plan.space, f
+        self.compacts = plan.compacts()
         self.checks = control.check_every == "auto" and not _waits(backend, z0)
         self.every = _steps_in_round(control.check_every, self.checks)
         self.max_steps = int(control.max_steps)
-        self.run = backend.autodiff.staged(
-            lambda z, *leaves: flat(z, *layout.arguments(leaves)),
-            space.ravel(z0),
-            layout.leaves(args),
-            Round(backend, plan.solver, control.patience, single=self.every == 1, checks=self.checks),
-        )
+        self.run = self._staged(space, space.ravel(z0), layout.leaves(args))
         apart = partial(backend.autodiff.staged, lambda z, *leaves: z, space.ravel(z0), layout.leaves(args))
         self.slots: Slots = apart(Opening(backend, plan.solver, size))(first.z0, first.args)
         self.unravel = apart(Unravel(backend, layout.z_kinds))
@@ -271,12 +265,31 @@ class _Stream:
                     break
                 self.owner[slot] = self.last = sample
                 self.fresh.add(slot)
-        return any(owner is not None for owner in self.owner) or not source.ended
+        taken = self._taken()
+        if self.compacts and source.ended and not self.fresh and 0 < 2 * len(taken) <= len(self.owner):
+            self._compact(taken)
+        return bool(taken) or not source.ended
+
+    def _taken(self) -> list[int]:
+        return [slot for slot, owner in enumerate(self.owner) if owner is not None]
+
+    def _staged(self, space: RavelSpec, z: Array, leaves: tuple[Array, ...]) -> Callable[..., Any]:
+        """Return a round of the slots of `space`."""
+        plan, flat, arguments = self.plan, space.wrap(self.f), self.layout.arguments
+        body = Round(plan.backend, plan.solver, plan.control.patience, single=self.every == 1, checks=self.checks)
+        return plan.backend.autodiff.staged(lambda z, *leaves: flat(z, *arguments(leaves)), z, leaves, body)
+
+    def _compact(self, taken: list[int]) -> None:
+        """Give up the slots without an item."""
+        backend = self.plan.backend
+        self.owner, self.steps = [self.owner[slot] for slot in taken], self.steps[taken]
+        self.slots = self.slots.take(backend, backend.asarray(np.array(taken), dtype="int64", like=self.slots.carry.z))
+        self.run = self._staged(self.plan.space.of_rows(len(taken)), self.slots.carry.z, self.slots.args)
 
     def round(self) -> list[StreamResult]:
         """Run one round; return the results of the samples that it has finished."""
         backend, control = self.plan.backend, self.plan.control
-        taken = [slot for slot, owner in enumerate(self.owner) if owner is not None]
+        taken = self._taken()
         if not taken:
             return []
         # The first step of a new sample evaluates f at z0.

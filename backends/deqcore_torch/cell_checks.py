@@ -6,12 +6,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from deqcore.errors import LayerWarning
 from deqcore.layer import batch_norm_text
 from deqcore.solve.user_line import warn
+
+
+def _buffers(modules: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the buffers of modules with their full names."""
+    for path, module in modules:
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                yield (f"{path}.{name}" if path else name), buffer
 
 
 class Watch:
@@ -35,10 +43,11 @@ class Watch:
         if not isinstance(cell, nn.Module):
             yield
             return
-        before = {name: buffer._version for name, buffer in cell.named_buffers()}
+        modules = list(cell.named_modules())  # once, because a walk takes as long as a small solve
+        before = {name: buffer._version for name, buffer in _buffers(modules)}
         yield
-        changed = [name for name, buffer in cell.named_buffers() if before.get(name) != buffer._version]
-        norms = [name for name, module in cell.named_modules() if isinstance(module, _BatchNorm) and module.training]
+        changed = [name for name, buffer in _buffers(modules) if before.get(name) != buffer._version]
+        norms = [name for name, module in modules if isinstance(module, _BatchNorm) and module.training]
         if training and norms:
             self.warn(f"{batch_norm_text(norms)}eval() mode.")
         elif changed:

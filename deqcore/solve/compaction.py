@@ -61,7 +61,7 @@ def solve_compacted(
     if going.shape[0] == 0 or left <= 0:
         return end
     chosen = going if rows is None else backend.take(rows, going)
-    part = _take(backend, end, going)
+    part = take_rows(backend, end, going)
     fewer = narrow(chosen)
     if rows is None:
         _check(backend, fewer, part)
@@ -105,7 +105,9 @@ _REMEDY = (
 )
 
 
-def _take(backend: Backend, carry: Any, rows: Array) -> Any:
+def take_rows(backend: Backend, carry: Any, rows: Array) -> Any:
+    """Return a loop state of the samples `rows` `(k,)` only; leaves without a batch axis stay."""
+
     def taken(leaf: Any) -> Any:
         if isinstance(leaf, History):
             return leaf.take(rows)

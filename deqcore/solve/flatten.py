@@ -39,6 +39,7 @@ class RavelSpec:
         carried: leaves of integers, booleans and anything else that is not an array, by position: f gets them as they
             are in z0, and no solver changes them. The fields above describe the others.
         axes: leading axes of each leaf that number the rows: 0, 1 or 2.
+        bare: the tree is one real array, as in most calls.
     """
 
     backend: Backend
@@ -51,6 +52,7 @@ class RavelSpec:
     complex: tuple[str, ...] = ()
     carried: Carried = field(default=(), compare=False)
     axes: int = 1
+    bare: bool = False
 
     @classmethod
     def of(cls, backend: Backend, z0: Tree, batch: bool | Literal[2]) -> RavelSpec:
@@ -94,7 +96,8 @@ class RavelSpec:
         sizes = tuple(math.prod(shape[axes:]) * (2 if pairs and pairs[i] else 1) for i, shape in enumerate(shapes))
         device = backend.device_of(leaves[0])
         rows = math.prod(shapes[0][:axes])
-        return cls(backend, structure, shapes, sizes, rows, dtype, device, pairs, carried, axes)
+        bare = every[0] is z0 and not pairs and not carried
+        return cls(backend, structure, shapes, sizes, rows, dtype, device, pairs, carried, axes, bare)
 
     @property
     def rows_shape(self) -> tuple[int, ...]:
@@ -158,6 +161,9 @@ class RavelSpec:
     def unravel(self, matrix: Array) -> Tree:
         """Return the tree of a matrix `(batch, n)`."""
         xp = self.backend.xp
+        if self.bare:
+            shape = self.shapes[0]
+            return matrix if matrix.shape == shape else xp.reshape(matrix, shape)
         leaves, start = [], 0
         for i, (shape, size) in enumerate(zip(self.shapes, self.sizes, strict=True)):
             part = matrix if len(self.sizes) == 1 else matrix[:, start : start + size]
@@ -178,6 +184,9 @@ class RavelSpec:
         with self.backend.guards.guard_inplace(z) as guarded:
             tree = self.unravel(guarded)
             value = complex_call(f, tree, args, self._kinds()) if self.complex else f(tree, *args)
+        if self.bare and self._fits(value, z):
+            owned, shape = self.backend.guards.owned([value])[0], (self.batch, self.sizes[0])
+            return owned if owned.shape == shape else self.backend.xp.reshape(owned, shape)
         leaves, structure = self.backend.flatten(value)
         if structure != self.structure:
             raise ProblemError(
@@ -188,6 +197,15 @@ class RavelSpec:
         if len(leaves) == 1:  # several leaves are joined in a new array
             leaves = self.backend.guards.owned(leaves)
         return self._join([self._checked(leaf, i) for i, leaf in enumerate(leaves)])
+
+    def _fits(self, value: Any, z: Array) -> bool:
+        """Return whether f(z) passes every check below for a bare array, by comparisons with the matrix z."""
+        return (
+            type(value) is type(z)
+            and value.dtype == z.dtype
+            and value.shape == self.shapes[0]
+            and self.backend.device_of(value) == self.device
+        )
 
     def _kinds(self) -> str:
         return ", ".join(dict.fromkeys(self._dtype(i) for i in range(len(self.shapes))))

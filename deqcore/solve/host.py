@@ -15,7 +15,7 @@ from deqcore.abc.backend import Backend
 from deqcore.abc.solver import Solver
 from deqcore.linear.norms import residual_norms
 from deqcore.solve.step import freeze, masked, shortened, take_step
-from deqcore.solve.termination import IDLE, PROGRESS, REFUSED, spent, verdict
+from deqcore.solve.termination import IDLE, PROGRESS, REFUSED, judged, spent, verdict
 from deqcore.types import Array, Limits, LoopState, Map, Status, StepResult
 
 FIGURES: Final = ("status", "steps", "best_residual", "reference", "peak", "mark", "since", "length", "tried", "extra")
@@ -63,7 +63,9 @@ class HostLoop:
         self.factor = DOUBT * self.limits.rtol
         self.least: Any = 0.0  # of `_all_progress`: what `goal` adds to rtol‖f(z)‖, at most
         self.known: Any = None  # the array of statuses that `going` and `everyone` are known for
-        self.going = self.everyone = False
+        self.going = False
+        self.mask: Any = None  # which samples run, None: all
+        self.active: Array | None = None  # the same as an array of the backend
         self.norms: tuple[Any, Any] | None = None  # residual and ‖f(z)‖ of the latest step
         self.last: tuple[Any, Any] = (None, None)  # the result of `run`, and the same with NumPy arrays
 
@@ -88,67 +90,95 @@ class HostLoop:
         """Return whether enough samples still run."""
         if carry.status is not self.known:
             stopped = int(np.count_nonzero(carry.status))  # RUNNING is 0
-            count = len(carry.status) - stopped
-            self.known, self.going, self.everyone = carry.status, count > self.spare, stopped == 0
+            self.known, self.going = carry.status, len(carry.status) - stopped > self.spare
+            self.mask = carry.status == int(Status.RUNNING) if stopped else None
+            self.active = self.backend.host.from_numpy_view(self.mask) if stopped else None
         return self.going
 
     def step(self, carry: LoopState) -> LoopState:
         """Take one step, and shorten it where f is not finite at its end."""
         backend = self.backend
         self.running(carry)
-        running = None if self.everyone else carry.status == int(Status.RUNNING)
-        active = None if running is None else backend.host.from_numpy_view(running)
+        running, active = self.mask, self.active
         start = carry.z, carry.fz, masked(carry.state, active)
         result, residual, size = take_step(backend, self.solver, self.f, start, self.asked)
         if active is not None and not result.frozen:
             result = result._replace(state=freeze(backend, active, result.state, carry.state))
         now = backend.host.numpy_view(residual)
         length = None if size is None else backend.host.numpy_view(size)
-        if running is None and self._all_progress(carry, now, length):
-            self.norms = now, length
-            z, fz, state, status = result.z, result.fz, result.state, carry.status  # RUNNING is 0, as `since` is
-            return LoopState(
-                z, fz, state, status, carry.steps + 1, z, fz, now, carry.reference, carry.peak, now, status,
-                carry.length, carry.tried, carry.extra,
-            )  # fmt: skip
-        return self._judged(carry, result, running, now, length)
+        self.norms = now, length
+        z, fz = (result.z, result.fz) if active is None else self._moved(active, result, (carry.z, carry.fz))
+        met = self._all_progress(carry, now, length)
+        if met is None:
+            return self._judged(carry, result, (z, fz), now, length)
+        best = (z, fz) if active is None else self._best(carry, result, (z, fz), active)
+        steps, status, zero = carry.steps + 1, carry.status, carry.status  # RUNNING is 0, as `since` is
+        if running is not None:
+            steps, zero = carry.steps + running, np.zeros_like(zero)
+            now = np.where(running, now, carry.best_residual)
+        if met is not False:
+            status, zero = status + met * np.int32(int(Status.CONVERGED)), np.zeros_like(status)
+        return LoopState(
+            z, fz, result.state, status, steps, *best, now, carry.reference, carry.peak, now, zero, carry.length,
+            carry.tried, carry.extra,
+        )  # fmt: skip
 
-    def _all_progress(self, carry: LoopState, now: Any, length: Any) -> bool:
-        """Return whether every sample surely progresses and none is done, as in most steps of most solves.
+    def _moved(self, rows: Array, result: StepResult, old: tuple[Array, Array]) -> tuple[Array, Array]:
+        """Return iterate and value of the step in `rows`, `old` elsewhere."""
+        return self.backend.select(rows, result.z, old[0]), self.backend.select(rows, result.fz, old[1])
 
-        Then no verdict and no selection is needed: the best residual is at most the mark and the peak.
+    def _best(self, carry: LoopState, result: StepResult, now: tuple[Array, Array], rows: Array) -> tuple[Array, Array]:
+        """Return the best iterate and its value if those of the step are better in `rows`, where samples run."""
+        if carry.best_z is carry.z and carry.best_fz is carry.fz and rows is self.active:
+            return now
+        return self._moved(rows, result, (carry.best_z, carry.best_fz))
+
+    def _all_progress(self, carry: LoopState, now: Any, length: Any) -> Any:
+        """Return None unless all running samples surely progress or converge, as in most steps of most solves.
+
+        Then no verdict and no selection is needed: the best residual is at most the mark and the peak. Return False if
+        none converges, otherwise which ones do `(batch,)`.
         """
         with np.errstate(all="ignore"):  # rtol‖f(z)‖ may leave the range
             bar = self.least if length is None else self.factor * length + self.least
-            return _all((now < PROGRESS * carry.best_residual) & (now > bar))
+            progress = now < PROGRESS * carry.best_residual
+            far = now > bar
+            if self.mask is not None:
+                progress |= ~self.mask
+                far |= ~self.mask
+            if not _all(progress):
+                return None
+            if _all(far):
+                return False
+            if length is None:
+                return None
+            met, escaped = judged(np, self.limits, now, length, carry.reference, carry.peak, carry.mark)
+            if self.mask is not None:
+                met, escaped = met & self.mask, escaped & self.mask
+        return None if np.count_nonzero(escaped) else met
 
-    def _judged(self, carry: LoopState, result: StepResult, running: Any, now: Any, length: Any) -> LoopState:
-        """Return the loop state after a step on which each sample gets a verdict."""
-        backend = self.backend
-        z, fz = result.z, result.fz
+    def _judged(
+        self, carry: LoopState, result: StepResult, moved: tuple[Array, Array], now: Any, length: Any
+    ) -> LoopState:
+        """Return the loop state after a step to `moved` on which each sample gets a verdict."""
+        backend, running = self.backend, self.mask
         if length is None:
-            length = backend.host.numpy_view(backend.norm(fz))
+            length = backend.host.numpy_view(backend.norm(result.fz))
         self.norms = now, length
         with np.errstate(all="ignore"):  # a residual may be NaN or inf
             better, status, since, mark, peak = verdict(np, self.limits, now, length, carry.path)
         taken: Any = 1
         if running is not None:
-            better, status, taken = better & running, np.where(running, status, carry.status), running.astype(np.int32)
-            active = backend.host.from_numpy_view(running)
-            z, fz = backend.select(active, z, carry.z), backend.select(active, fz, carry.fz)
-        best = z, fz, now
-        at_best = carry.best_z is carry.z and carry.best_fz is carry.fz
-        if running is not None and at_best and not np.count_nonzero(better != running):
-            best = z, fz, np.where(running, now, carry.best_residual)  # stopped samples are where they were
-        elif not _all(better):
-            mask = backend.host.from_numpy_view(better)
-            best = (
-                backend.select(mask, z, carry.best_z),
-                backend.select(mask, fz, carry.best_fz),
-                np.where(better, now, carry.best_residual),
-            )
+            status, taken = np.where(running, status, carry.status), running
+            better &= running
+        best = *moved, now
+        if not _all(better):
+            rows = backend.host.from_numpy_view(better)
+            if running is not None and _all(better == running):
+                rows = self.active
+            best = *self._best(carry, result, moved, rows), np.where(better, now, carry.best_residual)
         after = LoopState(
-            z, fz, result.state, status, carry.steps + taken, *best, carry.reference, peak, mark, since, carry.length,
+            *moved, result.state, status, carry.steps + taken, *best, carry.reference, peak, mark, since, carry.length,
             carry.tried, carry.extra,
         )  # fmt: skip
         if not np.count_nonzero(since == REFUSED):

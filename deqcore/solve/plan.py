@@ -232,8 +232,19 @@ class Plan:
 
     def _narrow(self, f: FlatFunction, args: tuple[Any, ...]) -> RestrictRows | None:
         """Return f for some samples only, if `forward.compact` is set."""
-        if not self.config.forward.compact:
+        if not self.compacts():
             return None
+        f.check_batched(args)
+        return lambda rows: f.on_rows(rows, args)
+
+    def compacts(self) -> bool:
+        """Return whether the solve drops rows that have stopped.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        if not self.config.forward.compact:
+            return False
         if self.space.units > 1:
             raise ConfigError(
                 "forward.compact must be false with forward.batch = 2, because f needs all units of a sample (got "
@@ -244,8 +255,7 @@ class Plan:
                 f"forward.compact must be false for the backend {self.backend.name!r}, which traces its loops, so that "
                 f"a batch keeps its size (got true). Set forward.compact = false."
             )
-        f.check_batched(args)
-        return lambda rows: f.on_rows(rows, args)
+        return True
 
     def _resume(self, state: SolveState | None, z0: Array) -> LoopState | None:
         if state is None:
@@ -272,10 +282,12 @@ class Plan:
         """Return the result of a strategy of fixed steps: its residual and status where f is known."""
         backend, xp = self.backend, self.backend.xp
         z = backend.detach(value)
-        unknown = unmeasured(backend, z)
+        unknown = unmeasured(backend, z) if reached is None else xp.full_like(reached.residual, float("nan"))
         assert isinstance(self.strategy, StepStrategy)
-        steps = xp.zeros_like(unknown, dtype=xp.int32) + self.strategy.steps
-        steps = steps if reached is None or reached.steps is None else reached.steps
+        if reached is None or reached.steps is None:
+            steps = xp.zeros_like(unknown, dtype=xp.int32) + self.strategy.steps
+        else:
+            steps = reached.steps
         status = xp.full_like(steps, int(Status.FIXED_STEPS))
         if reached is None or reached.fz is None:
             spent = steps if reached is None else reached.evaluations

@@ -20,8 +20,9 @@ from deqcore.abc.backend import Backend
 from deqcore.abc.history import History
 from deqcore.abc.solver import Solver, map_state
 from deqcore.linear.norms import residual_norms
+from deqcore.solve.compaction import take_rows
 from deqcore.solve.device import DeviceLoop
-from deqcore.solve.host import HostLoop, is_read, on_host, read
+from deqcore.solve.host import HostLoop, is_read, on_host, read, written
 from deqcore.solve.loop import first_figures
 from deqcore.solve.step import masked, merge
 from deqcore.solve.termination import PENDING, spent
@@ -59,6 +60,11 @@ class Slots(NamedTuple):
 
     carry: LoopState
     args: tuple[Array, ...]
+
+    def take(self, backend: Backend, rows: Array) -> Slots:
+        """Return the slots `rows` `(k,)` only. With the capability `compaction` only."""
+        carry = take_rows(backend, written(backend, self.carry), rows)
+        return Slots(carry, tuple(backend.take(leaf, rows) for leaf in self.args))
 
 
 class Arrivals(NamedTuple):
@@ -180,33 +186,37 @@ class Round:
         z = seats.put(carry.z, seats.z0)
         state = merge(backend, seats.rows, solver.init(backend, z, z), carry.state)
         state = _forgotten(solver.restarted(backend, seats.rows, z, state), seats.rows)
-        carry = carry._replace(
-            z=z,
-            fz=seats.put(carry.fz, seats.z0),
-            best_z=seats.put(carry.best_z, seats.z0),
-            best_fz=seats.put(carry.best_fz, seats.z0),
-            state=state,
-            **{name: seats.put(getattr(carry, name), value) for name, value in _PENDING.items()},
-        )
+        fz = seats.put(carry.fz, seats.z0)
+        best = carry.best_z, carry.best_fz  # of new samples `_begun` writes them
+        if best[0] is carry.z and best[1] is carry.fz:
+            best = z, fz
+        figures = {name: seats.put(getattr(carry, name), value) for name, value in _PENDING.items()}
+        carry = carry._replace(z=z, fz=fz, best_z=best[0], best_fz=best[1], state=state, **figures)
         placed = zip(slots.args, zip(*args, strict=True), strict=True)
         return Slots(carry, tuple(seats.put(old, backend.xp.stack(list(new))) for old, new in placed))
 
     def _begun(self, carry: LoopState, seats: Seats, limits: Limits) -> LoopState:
         """Return the loop state in which new samples, evaluated by the last step, are before their first one."""
         backend, z0, xp = self.backend, seats.z0, self.backend.xp
-        fz, lost = seats.take(carry.fz), seats.take(carry.since) < 0  # lost: f(z0) is not finite
-        norms = [*residual_norms(backend, z0, fz), backend.norm(z0)]
+        lost = seats.take(carry.since) < 0  # f(z0) is not finite
+        figures = [*residual_norms(backend, carry.z, carry.fz), backend.norm(z0)]
         if is_read(backend, lost):
-            xp, limits, norms = np, on_host(backend, limits), [backend.host.numpy_view(norm) for norm in norms]
-        norms[0] = xp.where(lost, xp.full_like(norms[0], float("inf")), norms[0])
+            xp, limits = np, on_host(backend, limits)
+            figures = [backend.host.numpy_view(figure) for figure in figures]
+        residual, size, start = seats.take(figures[0]), seats.take(figures[1]), figures[2]
+        residual = xp.where(lost, xp.full_like(residual, float("inf")), residual)
         with np.errstate(all="ignore"):
-            first = first_figures(xp, limits, *norms)
+            first = first_figures(xp, limits, residual, size, start)
         first["status"] = xp.where(lost, xp.full_like(first["status"], int(Status.NONFINITE)), first["status"])
-        z = seats.put(carry.z, z0)
+        z, best_z, best_fz = carry.z, carry.best_z, carry.best_fz
+        if not is_read(backend, lost) or lost.any():
+            z = seats.put(carry.z, z0)
+        if best_z is not z or best_fz is not carry.fz:
+            best_z, best_fz = seats.put(best_z, z0), seats.put(best_fz, seats.take(carry.fz))
         return carry._replace(
             z=z,
-            best_z=seats.put(carry.best_z, z0),
-            best_fz=seats.put(carry.best_fz, fz),
+            best_z=best_z,
+            best_fz=best_fz,
             state=self._renewed(masked(carry.state, None), seats.rows, z, carry.fz),
             **{name: seats.put(getattr(carry, name), value) for name, value in first.items()},
         )

@@ -255,11 +255,33 @@ def test_what_cannot_be_is_refused(be):
             deqcore.solve_stream(f, items, slots=slots)
     with pytest.raises(ConfigError, match=r"forward\.batch must be true"):
         deqcore.solve_stream(f, items, forward__batch=False)
-    with pytest.raises(ConfigError, match=r"forward\.compact must be false"):
-        deqcore.solve_stream(f, items, forward__compact=True)
     for z0 in (be.asarray(np.zeros(3, "int64")), be.asarray(1.0), "z"):
         with pytest.raises(InitialIterateError, match=r"Item 0 .* floating-point"):
             list(deqcore.solve_stream(f, [(z0, *items[0][1:])], backend=be.name))
+
+
+@pytest.mark.parametrize("solver", ["picard", "auto"])
+def test_slots_that_no_item_takes_are_given_up_if_the_solve_compacts(be, solver):
+    f, items = problem(be)
+    seen = []
+
+    def counted(z, *args):
+        seen.append(int(z.shape[0]))
+        return f(z, *args)
+
+    settings = SETTINGS | {"forward__solver": solver}
+    results = list(deqcore.solve_stream(counted, items, slots=5, forward__compact=True, **settings))
+    assert list(dict.fromkeys(seen)) == [5, 2, 1]
+    assert seen == sorted(seen, reverse=True)
+    for one, other in zip(results, deqcore.solve_stream(f, items, slots=5, **settings), strict=True):
+        assert (one.status, one.steps, one.evaluations) == (other.status, other.steps, other.evaluations)
+        np.testing.assert_array_equal(be.to_numpy(one.value), be.to_numpy(other.value))
+
+
+def test_a_traced_stream_cannot_compact():
+    jnp = pytest.importorskip("jax.numpy")
+    with pytest.raises(ConfigError, match=r"forward\.compact must be false for the backend"):
+        next(deqcore.solve_stream(lambda z: z, [(jnp.zeros(2),)], forward__compact=True))
 
 
 def test_failures_are_reported_as_set(be):

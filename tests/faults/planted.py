@@ -628,8 +628,8 @@ SOLVERS = [
     Fault(
         "one sample's stop stops the batch",
         "deqcore.solve.host",
-        "carry.status, count > self.spare, stopped == 0",
-        "carry.status, stopped == 0, stopped == 0",
+        "carry.status, len(carry.status) - stopped > self.spare",
+        "carry.status, stopped == 0",
         "solver picard",
         "test_a_sample_is_solved_in_a_batch_as_alone",
         "alone",
@@ -637,8 +637,8 @@ SOLVERS = [
     Fault(
         "samples that are done continue with the batch",
         "deqcore.solve.host",
-        "        running = None if self.everyone else carry.status == int(Status.RUNNING)\n",
-        "        running = None if self.everyone else carry.status >= int(Status.RUNNING)\n",
+        "self.mask = carry.status == int(Status.RUNNING) if stopped",
+        "self.mask = carry.status >= int(Status.RUNNING) if stopped",
         "solver picard",
         "test_a_sample_is_solved_in_a_batch_as_alone",
         "alone",
