@@ -37,7 +37,7 @@ LOOPS = {
     "looped_text": (["Model.loop", "SETTINGS"], ["ByHand.depth", "ByHand.loop"]),
     "looped_sudoku": (
         ["Model.segment", "Model.best", "Model.halting", "SETTINGS", "HALTING"],
-        ["ByHand.segment", "ByHand.best", "ByHand.halting"],
+        ["ByHand.depth", "ByHand.segment", "ByHand.best", "ByHand.halting"],
     ),
     "attractor": (["Model.refine", "SETTINGS"], ["ByHand.refine"]),
 }
@@ -46,7 +46,7 @@ LOOPS_JAX = {
     "looped_sudoku": (["segment", "SETTINGS"], ["segment_by_hand"]),
     "attractor": (["refine", "SETTINGS"], ["equilibrium", "_forward", "_backward", "refine_by_hand"]),
 }
-DEPTH = 12  # of looped_text: about the largest of a hundred training steps
+DEPTHS = {"looped_text": 12, "looped_sudoku": 2}  # about the largest of a hundred training steps; cycles of a segment
 
 
 def lines(paths: list[Path], names: list[str]) -> int:
@@ -98,18 +98,18 @@ def batch(name: str, example: Any) -> tuple[Any, ...]:
     """Return a training batch of the size that the example trains with."""
     rng = np.random.default_rng(0)
     if name == "looped_sudoku":
-        return (*example.puzzles(rng, example.BATCH), example.starts(rng, example.BATCH))
+        return (*example.puzzles(rng, example.BATCH), example.starts(rng, example.BATCH), np.int32(0))
     text = importlib.import_module("text")
     (windows,) = next(iter(text.batches(rng, text.data()[1]["train"], example.BATCH)))
-    return (windows, np.int32(0)) if name == "looped_text" else (windows,)
+    return windows, np.int32(0)
 
 
 def settings_of(name: str, example: Any) -> dict[str, Any]:
     """Return the settings of the example, at one depth and without a tolerance, so that both ways do the same work."""
-    if name == "looped_text":
-        options = {"depth": DEPTH, "recorded": example.RECORDED}
-        return {**example.SETTINGS, "backward__options": options}
-    return {**example.SETTINGS, "forward__rtol": 0.0} if name == "attractor" else dict(example.SETTINGS)
+    if name == "attractor":
+        return {**example.SETTINGS, "forward__rtol": 0.0}
+    options = {"depth": DEPTHS[name], "recorded": example.SETTINGS["backward__options"]["recorded"]}
+    return {**example.SETTINGS, "backward__options": options}
 
 
 def shared(name: str, example: Any) -> tuple[Any, Any, dict[str, Any]]:
@@ -121,7 +121,7 @@ def in_torch(name: str, budget: float) -> dict[str, Any]:
     """Measure a model in PyTorch."""
     common, example, module = (importlib.import_module(each) for each in ("common", name, f"{name}_torch"))
     weights, data, settings = shared(name, example)
-    module.ByHand.depth = lambda self, step: DEPTH
+    module.ByHand.depth = lambda self, step: DEPTHS[name]
     if name == "attractor":
         module.ByHand.refine.__defaults__ = (example.STEPS, 0.0)
     runs = []
@@ -144,9 +144,9 @@ def in_jax(name: str, budget: float) -> dict[str, Any]:
     common, example, module = (importlib.import_module(each) for each in ("common", name, f"{name}_jax"))
     weights, data, settings = shared(name, example)
     by_hand = {
-        "looped_text": {"loop": lambda p, settings, e, _: module.loop_by_hand(p, settings, e, np.int32(DEPTH))},
-        "looped_sudoku": {"segment": getattr(module, "segment_by_hand", None)},
-        "attractor": {"refine": lambda p, _, h: module.equilibrium(p, h, example.STEPS, 0.0)},
+        "looped_text": {"loop": lambda p, settings, e, _: module.loop_by_hand(p, settings, e, np.int32(DEPTHS[name]))},
+        "looped_sudoku": {"segment": lambda p, _, x, carry, step: module.segment_by_hand(p, x, carry, DEPTHS[name])},
+        "attractor": {"refine": lambda p, _, h, step: module.equilibrium(p, h, example.STEPS, 0.0)},
     }[name]
     runs = []
     for more in (by_hand, {}):

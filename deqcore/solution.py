@@ -181,4 +181,5 @@ def summarize(
     """Describe NumPy arrays `(batch,)` of status, residual and steps of `solver`, one line per status that occurs."""
     if not status.size:
         return "The batch is empty."
-    return Tally.of(np, status, steps, residual).lines(SOLVED, solver, failed_first=failed_first, noun=noun)
+    lines = Tally.of(np, status, steps, residual).lines(SOLVED, solver, failed_first=failed_first, noun=noun)
+    return lines or f"The mask leaves no {noun} to solve."

@@ -15,9 +15,9 @@ from text_jax import cell, layer, norm
 import deqcore
 
 
-def refine(p: Any, settings: Any, h: Array) -> Array:
-    """Return the equilibrium that is reached from h."""
-    return deqcore.fixed_point(cell, h, p, h, **settings).value
+def refine(p: Any, settings: Any, h: Array, step: Any) -> Array:
+    """Return the equilibrium that is reached from h, at a training step."""
+    return deqcore.fixed_point(cell, h, p, h, backward__step=step, **settings).value
 
 
 @jax.custom_vjp
@@ -46,18 +46,18 @@ def _backward(kept: Any, g: Array) -> Any:
 equilibrium.defvjp(_forward, _backward)
 
 
-def refine_by_hand(p: Any, settings: Any, h: Array) -> Array:
+def refine_by_hand(p: Any, settings: Any, h: Array, step: Any) -> Array:
     return equilibrium(p, h)
 
 
-def predict(p: Any, settings: Any, windows: Array, refine: Any = refine) -> Array:
+def predict(p: Any, settings: Any, windows: Array, step: Any = 0, refine: Any = refine) -> Array:
     """Return the negative log-probability of each next character, `(batch, length)`."""
     h = p["embed.weight"][windows[:, :-1]] + p["place"]
     for k in range(LAYERS):
         h = layer(h, part(p, f"cells.{k}."))
-    z = refine(part(p, "deq.cell."), settings, norm(h))
+    z = refine(part(p, "deq.cell."), settings, norm(h), step)
     return cross_entropy(linear(p, "read", z), windows[:, 1:])
 
 
-def loss(p: Any, settings: Any, windows: Array, refine: Any = refine) -> Array:
-    return predict(p, settings, windows, refine).mean()
+def loss(p: Any, settings: Any, windows: Array, step: Array, refine: Any = refine) -> Array:
+    return predict(p, settings, windows, step, refine).mean()

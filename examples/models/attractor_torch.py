@@ -22,23 +22,23 @@ class Model(nn.Module):
         self.deq = DEQ(Cell(width, hidden), **settings)
         self.read = nn.Linear(width, WORDS)
 
-    def refine(self, h: Tensor) -> Tensor:
-        """Return the equilibrium that is reached from h."""
-        return self.deq(h, z0=h)
+    def refine(self, h: Tensor, step: int) -> Tensor:
+        """Return the equilibrium that is reached from h, at a training step."""
+        return self.deq.solve(h, z0=h, backward__step=step).value
 
-    def predict(self, windows: Tensor) -> Tensor:
+    def predict(self, windows: Tensor, step: int = 0) -> Tensor:
         """Return the negative log-probability of each next character, `(batch, length)`."""
         h = norm(self.cells(self.embed(windows[:, :-1]) + self.place))
-        return cross_entropy(self.read(self.refine(h)).transpose(1, 2), windows[:, 1:], reduction="none")
+        return cross_entropy(self.read(self.refine(h, step)).transpose(1, 2), windows[:, 1:], reduction="none")
 
-    def loss(self, windows: Tensor) -> Tensor:
-        return self.predict(windows).mean()
+    def loss(self, windows: Tensor, step: Tensor) -> Tensor:
+        return self.predict(windows, int(step)).mean()
 
 
 class ByHand(Model):
     """The same model without deqcore's solve and gradient."""
 
-    def refine(self, h: Tensor, steps: int = STEPS, rtol: float = RTOL) -> Tensor:
+    def refine(self, h: Tensor, step: int, steps: int = STEPS, rtol: float = RTOL) -> Tensor:
         cell, z = self.deq.cell, h.detach()
         with torch.no_grad():
             for _ in range(steps):

@@ -1,13 +1,14 @@
 """9×9 Sudoku by a small recursive model: a latent and an answer that update each other, with a carry and halting.
 
 One network of a few thousand weights is all that is learnt. A cycle updates the latent twice and the answer once; a
-segment is two cycles, of which the last carries the gradient. Each segment has its own loss and starts, without a
-gradient, where the one before ended (deep supervision with a carry). A head learns to say when a puzzle is solved. Half
-of the puzzles of a batch start at zero and half at random, so that the model can be run from several starts.
+segment is one to four cycles, drawn at random, of which the last carries the gradient. Each segment has its own loss
+and starts, without a gradient, where the one before ended (deep supervision with a carry). No depth is special in the
+training, and the loop comes to rest when it is run deeper. A head learns to say when a puzzle is solved. Half of the
+puzzles of a batch start at zero and half at random, so that the model can be run from several starts.
 
 Each puzzle has exactly one solution. Most puzzles of the training have more clues than those that are scored: what
 follows from what is learnt where few steps suffice, and hard puzzles take more of them. Scored on unseen puzzles at
-several depths, up to eight times the depth of the training, and at several breadths: of several random starts the one
+several depths, up to four times the largest of the training, and at several breadths: of several random starts the one
 that comes to rest best is kept.
 Source: Jolicoeur-Martineau (2025), "Less is more: recursive reasoning with tiny networks", arXiv:2510.04871. The
 network follows Palm, Paquet & Winther (2018), "Recurrent relational networks": sums over rows, columns, boxes, digits.
@@ -19,7 +20,7 @@ network follows Palm, Paquet & Winther (2018), "Recurrent relational networks": 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import common
@@ -27,12 +28,15 @@ import numpy as np
 
 WIDTH, HIDDEN = 16, 64
 SEGMENTS = 3
-CYCLES = 2  # of a segment; a training sees SEGMENTS · CYCLES cycles
+MOST, SEED = 4, 0  # the most cycles of a segment, and what draws them
 CLUES, FEW = (28, 46), (26, 28)  # of the puzzles to train with, and of those to score
-TRAIN, TEST, BATCH = 1500, 100, 8
-STEPS, RATE = 1200, 4e-3
+TRAIN, TEST, BATCH = 2000, 80, 8
+STEPS, RATE = 1000, 4e-3
 DEPTHS, BREADTHS = (3, 6, 12, 24, 48), (1, 4, 16)
-SETTINGS = {"backward__strategy": "looped", "backward__options": {"depth": CYCLES, "recorded": 1}}
+SETTINGS = {
+    "backward__strategy": "looped",
+    "backward__options": {"depth": (1 + MOST) / 2, "recorded": 1, "distribution": "uniform", "seed": SEED},
+}
 HALTING = {
     "forward__solver": "picard",
     "forward__rtol": 0.0,
@@ -151,11 +155,11 @@ def starts(rng: np.random.Generator, count: int) -> Any:
     return rng.standard_normal((count, 9, 9, 9, WIDTH), dtype=np.float32)
 
 
-def batches(rng: np.random.Generator, clues: Any, answers: Any) -> Iterable[tuple[Any, Any, Any]]:
-    """Yield clues, solutions and starts without end; about half of the starts are zero."""
-    for given, right in common.batches(rng, BATCH, clues, answers):
+def batches(rng: np.random.Generator, clues: Any, answers: Any) -> Iterable[tuple[Any, ...]]:
+    """Yield clues, solutions, starts and the training step without end; about half of the starts are zero."""
+    for step, (given, right) in enumerate(common.batches(rng, BATCH, clues, answers)):
         is_random = rng.random((BATCH, 1, 1, 1, 1)) < 0.5
-        yield given, right, starts(rng, BATCH) * is_random.astype(np.float32)
+        yield given, right, starts(rng, BATCH) * is_random.astype(np.float32), np.int32(step)
 
 
 def main(given: list[str] | None = None) -> dict[str, float]:
@@ -177,9 +181,7 @@ def main(given: list[str] | None = None) -> dict[str, float]:
         print(f"{name}: solved {100 * found[name]:.1f} %, cells right {100 * right.mean():.1f} %{more}", flush=True)
 
     module = importlib.import_module(f"looped_sudoku_{options.backend}")
-    runs = [list(module.deepened(side, clues, start, DEPTHS)) for start in from_each]
-    for depth, at_this_depth in zip(DEPTHS, zip(*runs, strict=True), strict=True):
-        guesses, residuals = (np.stack(part) for part in zip(*at_this_depth, strict=True))
+    for depth, (guesses, residuals) in zip(DEPTHS, runs(module, side, clues, from_each), strict=True):
         for breadth in BREADTHS:
             best = residuals[:breadth].argmin(0)
             score(label(depth, breadth), guesses[best, np.arange(TEST)])
@@ -187,6 +189,20 @@ def main(given: list[str] | None = None) -> dict[str, float]:
     score(f"at most {max(DEPTHS)} cycles, halted by the head", guess, f", {taken.mean():.1f} cycles on average")
     common.figure(options, "looped-sudoku", lambda figure: draw(figure, found))
     return found
+
+
+def runs(module: Any, side: Any, clues: Any, from_each: list[Any]) -> Iterator[tuple[Any, Any]]:
+    """Yield digits `(starts, puzzles, 81)` and residuals `(starts, puzzles)` at each depth.
+
+    It runs a few puzzles at a time, whose states fit into the processor's cache.
+    """
+    parts = [
+        [list(module.deepened(side, clues[rows], start[rows], DEPTHS)) for start in from_each]
+        for rows in np.split(np.arange(len(clues)), range(BATCH, len(clues), BATCH))
+    ]
+    for k in range(len(DEPTHS)):
+        digits, residuals = ([[run[k][which] for run in part] for part in parts] for which in (0, 1))
+        yield np.concatenate(digits, axis=1), np.concatenate(residuals, axis=1)
 
 
 def label(depth: int, breadth: int) -> str:
@@ -200,7 +216,7 @@ def draw(figure: Any, found: dict[str, float]) -> None:
     for breadth in BREADTHS:
         name = "one random start" if breadth == 1 else f"best of {breadth} random starts"
         axes.plot(DEPTHS, [100 * found[label(depth, breadth)] for depth in DEPTHS], "o-", label=name)
-    axes.axvline(SEGMENTS * CYCLES, color="0.6", linestyle="--", label="depth of the training")
+    axes.axvspan(SEGMENTS, SEGMENTS * MOST, color="0.9", label="depths of the training")
     axes.set_xscale("log", base=2)
     axes.set_xticks(DEPTHS, [str(depth) for depth in DEPTHS])
     axes.set(xlabel="cycles", ylabel="puzzles solved, %", ylim=(0, 100))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from common import linear, part
 from jax import Array, lax, nn
-from looped_sudoku import CYCLES, HALTING, SEGMENTS, at_depth
+from looped_sudoku import HALTING, SEGMENTS, at_depth
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 import deqcore
@@ -39,25 +39,31 @@ def cell(state: State, p: Any, x: Array) -> State:
     return latent, network(p, latent + answer)
 
 
-def segment(p: Any, settings: Any, x: Array, carry: State) -> tuple[State, State]:
-    """Return the states after one more segment, and the carry into the next: the same without a gradient."""
-    solution = deqcore.fixed_point(cell, carry, part(p, "deq.cell."), x, **settings)
+def segment(p: Any, settings: Any, x: Array, carry: State, step: Array) -> tuple[State, State]:
+    """Return the states after one more segment, and the carry into the next: the same without a gradient.
+
+    `step` counts the segments of the training.
+    """
+    solution = deqcore.fixed_point(cell, carry, part(p, "deq.cell."), x, backward__step=step, **settings)
     return solution.value, solution.z
 
 
-def segment_by_hand(p: Any, settings: Any, x: Array, carry: State) -> tuple[State, State]:
+def segment_by_hand(p: Any, x: Array, carry: State, depth: Array) -> tuple[State, State]:
+    """Run a segment by hand, which takes the depth: NumPy draws it outside the compiled step."""
     p = part(p, "deq.cell.")
     still = lax.stop_gradient((p, x))
-    state = cell(lax.stop_gradient(lax.fori_loop(0, CYCLES - 1, lambda _, z: cell(z, *still), carry)), p, x)
+    state = cell(lax.stop_gradient(lax.fori_loop(0, depth - 1, lambda _, z: cell(z, *still), carry)), p, x)
     return state, lax.stop_gradient(state)
 
 
-def loss(p: Any, settings: Any, clues: Array, answers: Array, start: Array, segment: Any = segment) -> Array:
+def loss(
+    p: Any, settings: Any, clues: Array, answers: Array, start: Array, step: Array, segment: Any = segment
+) -> Array:
     """Return the sum of the losses of all segments, each of which continues where the last one ended."""
     x = linear(p, "inject", clues)
     carry, total = (start, start), jnp.zeros(())
-    for _ in range(SEGMENTS):
-        (_, answer), carry = segment(p, settings, x, carry)
+    for k in range(SEGMENTS):
+        (_, answer), carry = segment(p, settings, x, carry, step * SEGMENTS + k)
         scores = logits(p, answer)
         right = (scores.argmax(-1) == answers).all(1)
         total += cross_entropy(scores, answers).mean() + 0.1 * halting_loss(stop(p, answer), right).mean()

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from deqcore_torch.nn import DEQ
-from looped_sudoku import CYCLES, HALTING, HIDDEN, SEGMENTS, WIDTH, at_depth
+from looped_sudoku import HALTING, HIDDEN, MOST, SEED, SEGMENTS, WIDTH, at_depth
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, relu, rms_norm
 
@@ -49,20 +50,23 @@ class Model(nn.Module):
         self.read = nn.Linear(WIDTH, 1, bias=False)
         self.halt = nn.Linear(2 * WIDTH, 1)
 
-    def loss(self, clues: Tensor, answers: Tensor, start: Tensor) -> Tensor:
+    def loss(self, clues: Tensor, answers: Tensor, start: Tensor, step: Tensor) -> Tensor:
         """Return the sum of the losses of all segments, each of which continues where the last one ended."""
         x = self.inject(clues)
         carry, total = (start, start), x.new_zeros(())
-        for _ in range(SEGMENTS):
-            (_, answer), carry = self.segment(x, carry)
+        for k in range(SEGMENTS):
+            (_, answer), carry = self.segment(x, carry, int(step) * SEGMENTS + k)
             logits = self.logits(answer)
             right = (logits.argmax(1) == answers).all(1)
             total = total + cross_entropy(logits, answers) + 0.1 * halting_loss(self.stop(answer), right).mean()
         return total
 
-    def segment(self, x: Tensor, carry: State) -> tuple[State, State]:
-        """Return the states after one more segment, and the carry into the next: the same without a gradient."""
-        solution = self.deq.solve(x, z0=carry)
+    def segment(self, x: Tensor, carry: State, step: int) -> tuple[State, State]:
+        """Return the states after one more segment, and the carry into the next: the same without a gradient.
+
+        `step` counts the segments of the training.
+        """
+        solution = self.deq.solve(x, z0=carry, backward__step=step)
         return solution.value, solution.z
 
     def predict(self, clues: Tensor, *starts: Tensor) -> Tensor:
@@ -122,9 +126,13 @@ def halted(side: Any, clues: Any, cycles: int) -> tuple[Any, Any]:
 class ByHand(Model):
     """The same model without deqcore's loops."""
 
-    def segment(self, x: Tensor, carry: State) -> tuple[State, State]:
+    def depth(self, step: int) -> int:
+        """Draw the cycles of a segment, the same on all ranks and after a restart."""
+        return int(np.random.default_rng((SEED, step)).integers(1, MOST, endpoint=True))
+
+    def segment(self, x: Tensor, carry: State, step: int) -> tuple[State, State]:
         with torch.no_grad():
-            for _ in range(CYCLES - 1):
+            for _ in range(self.depth(step) - 1):
                 carry = self.deq.cell(carry, x)
         latent, answer = self.deq.cell(carry, x)
         return (latent, answer), (latent.detach(), answer.detach())

@@ -3,7 +3,8 @@
 The prelude encodes the text. The core updates a state that starts at zero, and reads the encoded text in each step
 (input injection). The coda reads the last state. The number of steps is drawn for each training step from a log-normal
 Poisson distribution, and the gradient runs through the last four; so the model works at many depths, and deeper than
-its mean in training. Text and windows are those of `text.py`.
+its mean in training. A second training, always with the mean depth, shows what random depth is for. Text and windows
+are those of `text.py`.
 Source: Geiping et al. (2025), "Scaling up test-time compute with latent reasoning", arXiv:2502.05171.
 
     python examples/models/looped_text.py                   # PyTorch
@@ -26,6 +27,11 @@ SETTINGS = {
     "backward__strategy": "looped",
     "backward__options": {"depth": DEPTH, "recorded": RECORDED, "distribution": "log-normal-poisson", "seed": SEED},
 }
+TRAININGS = {
+    "random depth": ("looped_text", SETTINGS),
+    "fixed depth": ("looped_text_fixed", {**SETTINGS, "backward__options": {"depth": DEPTH, "recorded": RECORDED}}),
+}
+"""The file of the weights, and the settings."""
 
 
 def at_depth(steps: int) -> dict[str, Any]:
@@ -58,19 +64,35 @@ def batches(rng: np.random.Generator, coded: Any) -> Iterable[tuple[Any, ...]]:
 
 
 def main(given: list[str] | None = None) -> dict[str, float]:
-    """Train, and print the perplexity of the test text at several depths."""
+    """Train at random depth and at a fixed one, and print the perplexity of the test text at several depths."""
     options = common.arguments(__doc__ or "", 500, given)
-    rng = np.random.default_rng(options.seed)
     _, coded = text.data()
-    side = common.side(options.backend, "looped_text", common.start(options, weights(rng)), SETTINGS, options.device)
-    side.fit(batches(rng, coded["train"]), options.steps, 8e-3, decay=0.1, memory=0.95)
-    found = {}
-    for depth in DEPTHS:
-        model = common.side(options.backend, "looped_text", side.weights(), at_depth(depth), options.device)
-        found[f"depth {depth}"] = text.perplexity(model, coded["test"])
-        print(f"{depth:3d} steps: test perplexity {found[f'depth {depth}']:.3f}", flush=True)
-    common.finish(options, "looped_text", side.weights())
+    found: dict[str, float] = {}
+    trainings = TRAININGS if options.steps else {"given weights": ("looped_text", SETTINGS)}
+    for name, (file, settings) in trainings.items():
+        rng = np.random.default_rng(options.seed)
+        begin = common.start(options, weights(rng))
+        side = common.side(options.backend, "looped_text", begin, settings, options.device)
+        side.fit(batches(rng, coded["train"]), options.steps, 8e-3, decay=0.1, memory=0.95)
+        common.finish(options, file, side.weights())
+        for depth in DEPTHS:
+            model = common.side(options.backend, "looped_text", side.weights(), at_depth(depth), options.device)
+            found[f"{name}, {depth} steps"] = text.perplexity(model, coded["test"])
+            print(f"{name}, {depth:3d} steps: test perplexity {found[f'{name}, {depth} steps']:.3f}", flush=True)
+    common.figure(options, "looped-text", lambda figure: draw(figure, found))
     return found
+
+
+def draw(figure: Any, found: dict[str, float]) -> None:
+    """Draw the perplexity against the depth of the test."""
+    axes = figure.subplots()
+    for name in dict.fromkeys(key.rpartition(", ")[0] for key in found):
+        axes.plot(DEPTHS, [found[f"{name}, {depth} steps"] for depth in DEPTHS], "o-", label=name)
+    axes.axvline(DEPTH, color="0.6", linestyle="--", label="mean depth of the training")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(DEPTHS, [str(depth) for depth in DEPTHS])
+    axes.set(xlabel="steps", ylabel="test perplexity")
+    axes.legend()
 
 
 if __name__ == "__main__":

@@ -75,6 +75,9 @@ def test_masked_units_never_run_and_never_count(problem):
     assert abs(value[0, :2] - kit.numpy(alone.value)[0]).max() < 1e-5
     _, (db,) = deqcore.vjp(f, z0, b, cotangent=0 * b + 1.0, mask=mask, **PICARD)
     assert (kit.numpy(db)[~mask] == 0).all()
+    idle = deqcore.fixed_point(f, z0 + 1.5, b, mask=np.zeros((2, 4), bool), **PICARD)
+    assert (kit.numpy(idle.value) == 1.5).all()
+    assert idle.summary() == "The mask leaves no units to solve."
 
 
 @pytest.mark.parametrize(

@@ -33,10 +33,11 @@ def _path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def batch(name: str, example: Any) -> tuple[Any, ...]:
     if name == "looped_sudoku":
         clues, answers = example.puzzles(np.random.default_rng(0), 2)
-        return clues.astype(np.float64), answers, example.starts(np.random.default_rng(1), 2).astype(np.float64)
+        start = example.starts(np.random.default_rng(1), 2).astype(np.float64)
+        return clues.astype(np.float64), answers, start, np.int32(STEP)
     text = importlib.import_module("text")
     windows = text.windows(text.data()[1]["train"], 2)
-    return (windows, np.int32(STEP)) if name == "looped_text" else (windows,)
+    return windows, np.int32(STEP)
 
 
 def in_torch(common: Any, module: Any, cls: str, weights: Any, settings: Any, given: Any) -> Any:
@@ -63,9 +64,16 @@ def test_both_loops_and_both_frameworks_give_the_same_gradients(name: str, monke
         weights |= {key: 0.3 * value for key, value in weights.items() if key.startswith("deq.cell.")}
         settings = settings | CLOSE
         monkeypatch.setattr(torch_side.ByHand.refine, "__defaults__", (200, 1e-13))
-        by_hand["refine"] = lambda p, _, h: jax_side.equilibrium(p, h, 200, 1e-13)
+        by_hand["refine"] = lambda p, _, h, step: jax_side.equilibrium(p, h, 200, 1e-13)
     if name == "looped_sudoku":
-        by_hand["segment"] = jax_side.segment_by_hand
+        options, steps = settings["backward__options"], range(STEP * example.SEGMENTS, (STEP + 1) * example.SEGMENTS)
+        cycles = {step: deqcore_depth(options, step) for step in steps}
+        assert len(set(cycles.values())) > 1
+        monkeypatch.setattr(torch_side.ByHand, "depth", lambda self, step: cycles[step])
+        drawn_cycles = jax.numpy.asarray(list(cycles.values()))
+        by_hand["segment"] = lambda p, _, x, carry, step: jax_side.segment_by_hand(
+            p, x, carry, drawn_cycles[step - steps[0]]
+        )
     if name == "looped_text":
         options = settings["backward__options"]
         drawn = deqcore_depth(options, STEP)
@@ -136,7 +144,7 @@ def test_a_short_training_is_scored_at_every_depth(name: str, tmp_path: Path, mo
             monkeypatch.setattr(example, setting, value)
     monkeypatch.setattr(text, "WINDOWS", 64)
     found = example.main(["--steps", "2", "--out", str(tmp_path)])
-    assert len(found) == (5 if name == "looped_sudoku" else 2)
+    assert len(found) == (5 if name == "looped_sudoku" else 4)
     assert all(np.isfinite(value) for value in found.values())
     assert (tmp_path / f"{name}.safetensors").exists()
 
