@@ -22,13 +22,20 @@ from deqcore.testing.suite.strategy.equations import solve_adjoint
 
 RECORD = Path(__file__).with_name("counts.json")
 
-PROBLEMS = ("affine", "expansive", "monotone", "overshoot", "slow-modes", "walled")
+PROBLEMS = (
+    "affine", "divergent", "expansive", "ill-conditioned", "mlp", "monotone", "nan", "overshoot", "slow-modes", "walled"
+)  # fmt: skip
 SOLVERS = {
     "picard": [{}, {"damping": 0.5}],
     "anderson": [{}, {"history_size": 3, "max_residual_growth": 1.5}, {"mixing": 0.5}, {"ridge": 1e-3}],
-    "broyden": [{}, {"history_size": 5}, {"history_size": 3, "max_residual_growth": 2.0}],
-    "newton-krylov": [{"inner_steps": 6, "forcing": 0.3}],
-    "auto": [{}, {"slow": 0.4, "plain_steps": 4, "patience": 3}, {"history_size": 2, "max_residual_growth": 1.5}],
+    "broyden": [{}, {"history_size": 5}, {"history_size": 3, "max_residual_growth": 2.0}, {"history_size": 1}],
+    "newton-krylov": [{"inner_steps": 6, "forcing": 0.3}, {}, {"inner_steps": 2, "forcing": 0.8, "halvings": 1}],
+    "auto": [
+        {},
+        {"slow": 0.4, "plain_steps": 4, "patience": 3},
+        {"history_size": 2, "max_residual_growth": 1.5},
+        {"plain_steps": 1, "patience": 1, "escalate": False},
+    ],
 }
 STRATEGIES = {
     "exact-ift": [
@@ -42,6 +49,10 @@ STRATEGIES = {
         {"max_relative_error": 0.1},
         {"max_relative_error": 1e-4, "reuse": "witness"},
         {"max_relative_error": 0.05, "reuse": "precondition"},
+        {"max_relative_error": 1e-10},
+        {"max_relative_error": 0.5, "max_steps": 7},
+        {"start": "reuse", "max_steps": 9, "direct": 0},
+        {"solver": "broyden", "max_steps": 30, "start": "zero"},
     ],
     "broyden-reuse": [
         {},
@@ -50,6 +61,9 @@ STRATEGIES = {
         {"max_relative_error": 1e-3, "max_refine_vjps": 4, "fallback": "none"},
         {"max_relative_error": 1e-3, "max_refine_vjps": 4, "fallback": "exact-ift"},
         {"max_relative_error": None, "fallback": "none"},
+        {"max_relative_error": 1e-9, "fallback": "none"},
+        {"max_relative_error": 0.3, "reuse": "none", "max_refine_vjps": 12},
+        {"max_relative_error": 0.02, "reuse": "precondition", "max_refine_vjps": 3},
     ],
     "neumann": [{}, {"terms": 0}],
 }
@@ -68,10 +82,11 @@ def forward_counts(name, options, problem, unit=1.0):
     f, z0, args = kit().data(golden(problem), "float64")
     found = []
     for rtol in (1e-3, 1e-9):
-        sol = kit().solve(
-            lambda z, *args: unit * f(z / unit, *args), unit * z0, *args,
-            solver=name, rtol=rtol, max_steps=45, options=options,
-        )  # fmt: skip
+        with np.errstate(all="ignore"):
+            sol = kit().solve(
+                lambda z, *args: unit * f(z / unit, *args), unit * z0, *args,
+                solver=name, rtol=rtol, max_steps=45, options=options,
+            )  # fmt: skip
         found += [*sol.status.tolist(), *sol.steps.tolist(), *sol.evaluations.tolist()]
     return found
 
@@ -154,7 +169,7 @@ def test_a_solve_takes_as_many_steps_and_evaluations_as_it_did(record, name, opt
 @pytest.mark.parametrize(("name", "options"), FORWARD)
 def test_a_solve_in_other_units_takes_as_many_steps(record, name, options):
     """Powers of two change no digit; squares of these numbers are 0, so that each norm and product needs its unit."""
-    for problem in ("affine", "overshoot"):
+    for problem in ("affine", "nan", "overshoot"):
         found = forward_counts(name, options, problem, UNIT)
         assert near(found, record["forward"][label(name, options)][problem]), f"{problem}: {found}"
 
