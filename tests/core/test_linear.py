@@ -155,7 +155,10 @@ def test_figures_of_a_group_are_those_of_its_rows(be, rng, units):
 @pytest.mark.parametrize("total", [1, 3, 4, 5, 9])
 @pytest.mark.parametrize("options", [{}, {"damping": 0.6}, {"noise": 0.1, "start_noise": 0.3, "seed": 4}], ids=str)
 def test_a_depth_that_is_traced_gives_the_steps_of_an_integer(rng, total, options):
-    """As an array the depth takes the loop of compiled code: recorded steps may be idle at the end."""
+    """As an array the depth takes the loop of compiled code: recorded steps may be idle at the end.
+
+    All steps but the last four are taken without a record.
+    """
     be, b, z0 = deqcore.get_backend(backend="numpy"), rng.standard_normal((3, 2)), rng.standard_normal((3, 2))
     strategy, calls = Looped(depth=8, recorded=4, measure=True, **options), []
 
@@ -163,11 +166,14 @@ def test_a_depth_that_is_traced_gives_the_steps_of_an_integer(rng, total, option
         calls.append(1)
         return np.tanh(0.5 * z) + b
 
-    ends = []
+    ends, repeat = [], be.autodiff.repeat
     for depth in (total, np.asarray(total)):
         calls.clear()
-        with mock.patch.object(Looped, "total", return_value=depth):
+        without = mock.patch.object(type(be.autodiff), "repeat", side_effect=repeat)
+        with mock.patch.object(Looped, "total", return_value=depth), without as repeated:
             ends.append(strategy.value_at(be, f, z0, None, None, 3))
+        unrecorded = sum(int(call.args[3]) for call in repeated.call_args_list) - 2  # two measure the residual
+        assert unrecorded == max(total - 4, 0)
         if depth is total:
             assert ends[0].evaluations.tolist() == [len(calls)] * 3 == [total + 2] * 3
     start = z = z0 if "noise" not in options else z0 + 0.3 * be.normal(z0, 4, (3, 0))
