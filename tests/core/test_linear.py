@@ -13,7 +13,8 @@ from deqcore.linear.grouped import Groups
 from deqcore.linear.lowrank import RIDGE, SHARP, multisecant
 from deqcore.linear.norms import CANCELLED, project, residual_norms, unmeasured
 from deqcore.linear.transposed import transposed
-from deqcore.testing.suite.fixtures import DenseEstimate, Kit
+from deqcore.testing import strict
+from deqcore.testing.suite.fixtures import DenseEstimate, Kit, affine
 from deqcore.types import AdjointReport, PassInputs, Status
 
 BATCH, N = 4, 9
@@ -210,3 +211,23 @@ def test_the_value_of_a_loop_is_that_of_training_step_zero():
     depth = int(strategy.total(be, 0, z0))
     assert depth != int(strategy.total(be, 1, z0)), "the test needs two depths"
     assert strategy.value(be, lambda z: z + 1.0, z0, None, None).z.item() == depth
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"history_size": 3, "max_residual_growth": 1.5}, {"history_size": 12}], ids=str
+)
+def test_small_systems_are_positive_where_a_solver_says_so(options):
+    """On the strict backend a system that is not positive definite has no solution, and plain steps follow."""
+    strict.register()
+    ends = []
+    for backend in ("numpy", "strict"):
+        kit = Kit(deqcore.get_backend(backend=backend))
+        for size in (0.6, 3.0):
+            problem = affine(batch=3, n=7, norm=size, seed=2)
+            z0 = kit.array(np.zeros((3, 7)))
+            sol = kit.solve(kit.map(problem), z0, solver="anderson", rtol=1e-8, max_steps=40, options=options)
+            ends.append(kit.numpy(sol.steps).tolist())
+    assert ends[:2] == ends[2:]
+    systems, one = np.stack([np.diag([2.0, 4.0]), np.diag([2.0, -4.0])]), np.ones((2, 2))
+    found = kit.numpy(kit.backend.linalg.solve_positive(kit.array(systems), kit.array(one)))
+    np.testing.assert_array_equal(found, [[0.5, 0.25], [np.nan, np.nan]])
