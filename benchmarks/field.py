@@ -28,6 +28,8 @@ from deqcore.testing.suite.external.cases import MEMORY
 ROOT: Final = Path(__file__).resolve().parents[1]
 ADAPTERS: Final = ROOT / "examples" / "adapters"
 LIMIT: Final = 300
+CARD: Final = 120
+"""Seconds that a whole card should take at most, on a quiet machine."""
 MEASURES: Final = "it_solves_what_plain_iteration_solves"
 ABSENT: Final = {
     "banax": "it needs Python 3.12 or later",
@@ -44,8 +46,7 @@ more in the state, from 256 to 512 numbers. It comes from tracemalloc (NumPy), t
 temporaries and results of the compiled program (JAX), and never from the memory of the process.
 [Failures](failures.md) has a script for each failure, and a text for its authors. The adapters are in
 `examples/adapters`; [Check a solver of another library](adapters.md) says how to write one. The seconds are those of
-the whole card, in brackets those of the processor, on a machine that may have been busy with
-other work. The first table sums up the tables of each property below.
+the whole card, in brackets those of the processor. {time} The first table sums up the tables of each property below.
 
 """
 GROUPS: Final[Mapping[str, Sequence[str]]] = {
@@ -75,14 +76,20 @@ def names() -> list[str]:
 
 def judge(name: str, cards: Path) -> dict[str, Any]:
     """Return the outcomes of one solver: per property and settings, how many checks ran and failed, and why."""
-    start = time.perf_counter()
+    start, load = time.perf_counter(), round(os.getloadavg()[0], 1)
     done = _checked(name, "--report", str(cards / f"{name}.html"))
     seconds = round(time.perf_counter() - start)
     if done.code not in (0, 1):
-        return {"seconds": seconds, "error": (done.errors.strip().splitlines() or ["no message"])[-1], "checks": []}
+        return {
+            "seconds": seconds,
+            "load": load,
+            "error": (done.errors.strip().splitlines() or ["no message"])[-1],
+            "checks": [],
+        }
     tests = json.loads(done.output)["tests"]
     return {
         "seconds": seconds,
+        "load": load,
         "cpu": round(done.cpu),
         "error": "",
         "memory": noted(tests),
@@ -178,6 +185,20 @@ def _time(result: Mapping[str, Any]) -> str:
     return f"{result['seconds']} ({result['cpu']})" if "cpu" in result else str(result["seconds"])
 
 
+def timing(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return how long the cards took, and beside how much other work."""
+    seconds = {name: result["seconds"] for name, result in results.items()}
+    slowest = max(seconds, key=lambda name: seconds[name])
+    within = sum(each <= CARD for each in seconds.values())
+    loads = [result["load"] for result in results.values() if "load" in result]
+    text = f"{within} of {len(seconds)} took at most {CARD} s, and the slowest, `{slowest}`, took {seconds[slowest]} s."
+    if loads:
+        text += f" The load average when a card began was {min(loads)} to {max(loads)}."
+    if others := len(seconds) - len(loads):
+        text += f" {others} were made beside other work, without a record of the load."
+    return text
+
+
 def states(result: Mapping[str, Any]) -> str:
     """Return the memory by default and, if that differs, with the best settings."""
     return " / ".join(dict.fromkeys(map(_short, result.get("memory", {}).values()))) or "not measured"
@@ -251,7 +272,13 @@ def _lower(text: str) -> str:
 def page(results: Mapping[str, Mapping[str, Any]], about: Mapping[str, str]) -> str:
     """Return the whole page."""
     dense = f'<div class="dense" markdown>\n\n{overview(results)}\n</div>\n'
-    return HEADER.format(**about) + dense + failures(results) + "\n## Each property\n\n" + tables(results)
+    return (
+        HEADER.format(**about, time=timing(results))
+        + dense
+        + failures(results)
+        + "\n## Each property\n\n"
+        + tables(results)
+    )
 
 
 def versions(results: Mapping[str, Any]) -> str:

@@ -173,8 +173,8 @@ class _Task:
         """Sum the powers with the coefficients in force, by k vjps."""
         backend, s = self.backend, self.s
         c = backend.cast(backend.asarray(s.coefficients, like=self.g), self.g)
-        # The next coefficient is always the first, so that traced code needs no index.
-        start = self.g, c[0] * self.g, backend.xp.roll(c, -1)
+        # The next coefficient is always the first, so that traced code needs no index; a zero follows the last one.
+        start = self.g, c[0] * self.g, backend.xp.concat([c[1:], 0 * c[:1]])
 
         def step(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             w, u, c = carry
@@ -188,12 +188,14 @@ class _Task:
         return p._replace(u=u, vjps=vjps, state=self.rules.pack(self.xp, after))
 
     def _growth(self, w: Array) -> Array:
-        """Return ‖w‖ / ‖g‖, the mean over samples where it is a number."""
+        """Return ‖w‖ / ‖g‖, the mean over samples where it is a number; without samples, what is known."""
         backend, xp = self.backend, self.backend.xp
+        if not w.shape[0]:
+            return self.s.growth
         each = relative(backend, backend.norm(w), backend.norm(self.g))
         sound = xp.isfinite(each) & (each > 0)
         one, none = xp.ones_like(each), xp.zeros_like(each)
-        count = xp.maximum(xp.sum(xp.where(sound, one, none)), one[0] if each.shape[0] else xp.sum(none))
+        count = xp.maximum(xp.sum(xp.where(sound, one, none)), one[0])
         return self._small(xp.sum(xp.where(sound, each, none)) / count)
 
     def _small(self, x: Array) -> Array:

@@ -228,11 +228,11 @@ class _Task:
     def _judged(self, p: _Pass, before: Array, k: Krylov, known: _Known, asked: Array, old: _Decided) -> _Decided:
         """Decide for the `asked` samples."""
         found = self._estimated(p, before, k, known, asked)
-        look = self._look(p, known, found, old)
+        look = self._look(known, found, asked, old)
         return self._decide(look, known, found, self._witnessed(k, look.wanted, found), old)
 
-    def _look(self, p: _Pass, known: _Known, found: _Estimates, old: _Decided) -> _Look:
-        """Decide which samples are judged."""
+    def _look(self, known: _Known, found: _Estimates, asked: Array, old: _Decided) -> _Look:
+        """Decide which of the `asked` samples are judged."""
         target, left = self.max_relative_error, known.left
         blurred = found.rounding > BLURRED * target
         spent = blurred & (left <= found.rounding * self.norm)
@@ -241,7 +241,7 @@ class _Task:
         closed = ~known.can_grow | spent
         old_enough = (known.steps >= self.rule.least) | (left <= NOTHING_HIDDEN * target * self.norm) | closed
         reached = old_enough & (left <= old.goal)
-        judged = p.unfinished & ~old.met & ~old.unverified & (reached | closed | over)
+        judged = asked & (reached | closed | over)
         hopeful = judged & old_enough & (found.residual <= target) & (found.error <= target)
         wanted = hopeful | (judged & (closed | over))
         return _Look(wanted, hopeful, judged, reached, blurred, spent, over)
@@ -260,7 +260,6 @@ class _Task:
     def _estimated(self, p: _Pass, before: Array, k: Krylov, known: _Known, asked: Array) -> _Estimates:
         """Estimate residual and error of the solution so far, of size `before`, and the space's together."""
         f, xp, space = self.figures, self.figures.xp, self.space
-        # Elsewhere the inverse has norm 1: what only rounding ends there is measured before it counts.
         found = space.least_squares(k, inverse=f.given(asked))
         size, *small = (f.read(each) for each in found[1:])
         # Without M the basis is orthonormal, and no pass is needed; in a later space the sum may be smaller than this.

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+from unittest import mock
+
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("numba")
 
+from deqcore_torch.kernels import TorchKernels  # noqa: E402
 from deqcore_torch.native.linear import Secants  # noqa: E402
 
 import deqcore  # noqa: E402
+from deqcore.abc.kernels import FusedKernels  # noqa: E402
 from deqcore.backward.to_error import solve_to_error  # noqa: E402
-from deqcore.linear.gmres import KrylovSpace  # noqa: E402
+from deqcore.linear.gmres import KrylovSpace, gmres  # noqa: E402
+from deqcore.linear.norms import orthogonalize  # noqa: E402
 from deqcore.solve.loop import iterate  # noqa: E402
 from deqcore.solvers.broyden import Broyden  # noqa: E402
+from deqcore.solvers.picard import Picard  # noqa: E402
 from deqcore.types import StoppingCriteria  # noqa: E402
 
 TORCH, NUMPY = deqcore.get_backend(backend="torch"), deqcore.get_backend(backend="numpy")
@@ -151,3 +158,48 @@ def test_decisions_are_the_same_where_figures_stay_the_backends(monkeypatch, wit
     error = np.linalg.norm(ours.u.numpy() - dense, axis=1) / np.linalg.norm(dense, axis=1)
     assert (error <= 0.03).all()
     assert ours.vjps.max() < 40
+
+
+def test_every_kernel_that_the_host_has_is_taken():
+    """A path that leaves one out gives the same numbers at another cost."""
+    taken = set()
+
+    def spied(name):
+        own = getattr(TorchKernels, name)
+
+        def kernel(self, *args, **options):
+            result = own(self, *args, **options)
+            taken.update([name] if result is not None else [])
+            return result
+
+        return mock.patch.object(TorchKernels, name, kernel)
+
+    matrix, g = systems(4, 20, seed=3)
+    j, g = torch.as_tensor(matrix), torch.as_tensor(g)
+    names = [name for name in vars(FusedKernels) if not name.startswith("_")]
+    f, stop = lambda z: torch.matmul(z[:, None, :], j)[:, 0, :] + g, StoppingCriteria(rtol=1e-2, atol=0.0, max_steps=9)
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(spied(name))
+        for solver, expected in (
+            (Picard(), {"residual_norms"}),
+            (Broyden(), {"step"}),
+        ):
+            taken.clear()
+            end = iterate(TORCH, solver, f, g, stop)
+            assert expected <= taken, f"{solver}: {taken}"
+        taken.clear()
+        estimate = Broyden().secant_estimate(TORCH, end.carry.state)
+        solve_to_error(TORCH, lambda u: torch.matmul(u[:, None, :], j)[:, 0, :], g, estimate, "witness",
+                       max_relative_error=0.01, max_vjps=20)  # fmt: skip
+        assert {"secants", "grow", "least_squares", "reach"} <= taken, taken
+        for every in ("auto", 1):
+            taken.clear()
+            gmres(TORCH, lambda u: torch.matmul(u[:, None, :], j)[:, 0, :], g, rtol=1e-3, max_steps=9,
+                  check_every=every, shifted=True)  # fmt: skip
+            assert "least_squares" in taken
+            assert ("grow" in taken) == (every == "auto")
+        taken.clear()
+        space = space_of(TORCH, matrix)
+        orthogonalize(TORCH, space.begin(g, 4).basis, g, True)
+        assert taken == {"orthogonalize"}

@@ -14,6 +14,7 @@ import pytest
 
 import deqcore
 from deqcore import plugins
+from deqcore.testing import strict
 from deqcore.testing.problems import golden
 from deqcore.testing.suite.fixtures import Affine, Kit, affine
 from deqcore.testing.suite.strategy.cost_bounds import adjoint_of
@@ -21,13 +22,20 @@ from deqcore.testing.suite.strategy.equations import solve_adjoint
 
 RECORD = Path(__file__).with_name("counts.json")
 
-PROBLEMS = ("affine", "expansive", "monotone", "overshoot", "slow-modes", "walled")
+PROBLEMS = (
+    "affine", "divergent", "expansive", "ill-conditioned", "mlp", "monotone", "nan", "overshoot", "slow-modes", "walled"
+)  # fmt: skip
 SOLVERS = {
     "picard": [{}, {"damping": 0.5}],
     "anderson": [{}, {"history_size": 3, "max_residual_growth": 1.5}, {"mixing": 0.5}, {"ridge": 1e-3}],
-    "broyden": [{}, {"history_size": 5}, {"history_size": 3, "max_residual_growth": 2.0}],
-    "newton-krylov": [{"inner_steps": 6, "forcing": 0.3}],
-    "auto": [{}, {"slow": 0.4, "plain_steps": 4, "patience": 3}, {"history_size": 2, "max_residual_growth": 1.5}],
+    "broyden": [{}, {"history_size": 5}, {"history_size": 3, "max_residual_growth": 2.0}, {"history_size": 1}],
+    "newton-krylov": [{"inner_steps": 6, "forcing": 0.3}, {}, {"inner_steps": 2, "forcing": 0.8, "halvings": 1}],
+    "auto": [
+        {},
+        {"slow": 0.4, "plain_steps": 4, "patience": 3},
+        {"history_size": 2, "max_residual_growth": 1.5},
+        {"plain_steps": 1, "patience": 1, "escalate": False},
+    ],
 }
 STRATEGIES = {
     "exact-ift": [
@@ -41,6 +49,10 @@ STRATEGIES = {
         {"max_relative_error": 0.1},
         {"max_relative_error": 1e-4, "reuse": "witness"},
         {"max_relative_error": 0.05, "reuse": "precondition"},
+        {"max_relative_error": 1e-10},
+        {"max_relative_error": 0.5, "max_steps": 7},
+        {"start": "reuse", "max_steps": 9, "direct": 0},
+        {"solver": "broyden", "max_steps": 30, "start": "zero"},
     ],
     "broyden-reuse": [
         {},
@@ -49,21 +61,32 @@ STRATEGIES = {
         {"max_relative_error": 1e-3, "max_refine_vjps": 4, "fallback": "none"},
         {"max_relative_error": 1e-3, "max_refine_vjps": 4, "fallback": "exact-ift"},
         {"max_relative_error": None, "fallback": "none"},
+        {"max_relative_error": 1e-9, "fallback": "none"},
+        {"max_relative_error": 0.3, "reuse": "none", "max_refine_vjps": 12},
+        {"max_relative_error": 0.02, "reuse": "precondition", "max_refine_vjps": 3},
     ],
     "neumann": [{}, {"terms": 0}],
 }
 
 
-def kit():
-    return Kit(deqcore.get_backend(backend="numpy"))
+UNIT = 2.0**-600  # of a state; its square is 0 in float64
 
 
-def forward_counts(name, options, problem):
-    """Status, steps and evaluations of each sample, at a loose and at a tight tolerance."""
+def kit(backend="numpy"):
+    strict.register()
+    return Kit(deqcore.get_backend(backend=backend))
+
+
+def forward_counts(name, options, problem, unit=1.0):
+    """Status, steps and evaluations of each sample, at a loose and at a tight tolerance, for z in other units."""
     f, z0, args = kit().data(golden(problem), "float64")
     found = []
     for rtol in (1e-3, 1e-9):
-        sol = kit().solve(f, z0, *args, solver=name, rtol=rtol, max_steps=45, options=options)
+        with np.errstate(all="ignore"):
+            sol = kit().solve(
+                lambda z, *args: unit * f(z / unit, *args), unit * z0, *args,
+                solver=name, rtol=rtol, max_steps=45, options=options,
+            )  # fmt: skip
         found += [*sol.status.tolist(), *sol.steps.tolist(), *sol.evaluations.tolist()]
     return found
 
@@ -77,22 +100,32 @@ def problems():
         problem.a[:, 0, 0] = radius
         problem.a[:, 1, 1] = -0.9 * radius
         yield f"slow {radius}", problem, np.random.default_rng(4).standard_normal((4, 16))
+    for n in (1, 2):
+        yield f"{n} numbers", affine(batch=2, n=n, norm=0.8), np.ones((2, n))
+    expanding = affine(batch=2, n=8, norm=2.5, seed=6)
+    yield "expanding", expanding, np.random.default_rng(7).standard_normal((2, 8))
+    bad = np.random.default_rng(8).standard_normal((4, 10))
+    bad[0], bad[1, 3] = 0.0, np.nan
+    singular = affine(batch=4, n=10, norm=0.6, seed=9)
+    singular.a[2] = np.eye(10)
+    yield "zero, NaN and singular", singular, bad
 
 
 def estimate_of(problem):
     """An estimate H that is right in most directions and poor in others."""
     n = problem.a.shape[1]
-    h = np.linalg.inv(problem.a - np.eye(n))
+    h = np.linalg.pinv(problem.a - np.eye(n))
     noise = np.random.default_rng(5).standard_normal((n, n)) / n
     return h + h @ noise[None] * 0.5
 
 
-def backward_counts(name, options):
+def backward_counts(name, options, backend="numpy"):
     """Status and vjps of each sample of each problem, and the figures of its report."""
     strategy = plugins.make_strategy(name, options).bind(plugins.make_solver)
     counts, figures = [], []
     for _, problem, g in problems():
-        _, report = solve_adjoint(kit(), strategy, Affine(problem.a, 0 * g), g, estimate_of(problem))
+        with np.errstate(all="ignore"):
+            _, report = solve_adjoint(kit(backend), strategy, Affine(problem.a, 0 * g), g, estimate_of(problem))
         counts += [*report.status.tolist(), *report.vjps.tolist(), *report.fallback.astype(int).tolist()]
         figures += [*report.residual.tolist(), *report.error.tolist()]
     return counts, [None if np.isnan(x) else float(f"{x:.4g}") for x in figures]
@@ -133,10 +166,20 @@ def test_a_solve_takes_as_many_steps_and_evaluations_as_it_did(record, name, opt
         assert near(found, recorded), f"{problem}: {found}, recorded {recorded}"
 
 
+@pytest.mark.parametrize(("name", "options"), FORWARD)
+def test_a_solve_in_other_units_takes_as_many_steps(record, name, options):
+    """Powers of two change no digit; squares of these numbers are 0, so that each norm and product needs its unit."""
+    for problem in ("affine", "nan", "overshoot"):
+        found = forward_counts(name, options, problem, UNIT)
+        assert near(found, record["forward"][label(name, options)][problem]), f"{problem}: {found}"
+
+
+@pytest.mark.parametrize("backend", ["numpy", "strict"])
 @pytest.mark.parametrize(("name", "options"), BACKWARD)
-def test_a_backward_pass_takes_as_many_vjps_and_reports_what_it_did(record, name, options):
+def test_a_backward_pass_takes_as_many_vjps_and_reports_what_it_did(record, name, options, backend):
+    """The strict backend decides as traced code does: nothing is known while the program is made."""
     recorded = record["backward"][label(name, options)]
-    counts, figures = backward_counts(name, options)
+    counts, figures = backward_counts(name, options, backend)
     assert near(counts, recorded["counts"]), f"{counts}, recorded {recorded['counts']}"
     assert [x is None for x in figures] == [x is None for x in recorded["figures"]], "another figure is measured"
     if counts == recorded["counts"]:

@@ -285,6 +285,48 @@ def test_the_space_knows_its_inverse_norm_and_residual_vector(be):
     assert last == pytest.approx(exact, rel=1e-6)
 
 
+@pytest.mark.parametrize("shifted", [False, True])
+def test_figures_of_a_space_are_those_of_dense_algebra(be, shifted):
+    """Samples end at other dimensions: H̄ = Vᵀ A V of each has only its own columns."""
+    a, b = systems(15, 3, 12, spread=0.35)
+    goals = np.array([0.3, 1e-2, 1e-5]) * np.linalg.norm(b, axis=1)
+    space = KrylovSpace(be, product_of(be, np.eye(12) - a if shifted else a), shifted=shifted)
+    k = space.begin(be.asarray(b), 10)
+    left = [be.to_numpy(k.residual)]
+    for _ in range(10):
+        k = space.grow(k, be.asarray(goals), 1)
+        left.append(be.to_numpy(k.residual))
+    found = {name: be.to_numpy(each) for name, each in space.least_squares(k)._asdict().items()}
+    x, rest = be.to_numpy(space.solution(k)), be.to_numpy(space.residual_vector(k))
+    only = be.to_numpy(space.residual_vector(k, be.asarray([False, True, False])))
+    steps = be.to_numpy(k.steps).tolist()
+    assert 1 < steps[0] < steps[1] < steps[2] <= 10
+    for i, count in enumerate(steps):
+        vectors = [b[i]]
+        for _ in range(count):
+            vectors.append(a[i] @ vectors[-1])
+        v = np.linalg.qr(np.stack(vectors).T)[0]
+        h = v.T @ a[i] @ v[:, :count]
+        y = np.linalg.lstsq(h, v.T @ b[i], rcond=None)[0]
+        np.testing.assert_allclose(x[i], v[:, :count] @ y, rtol=1e-7, atol=1e-9)
+        np.testing.assert_allclose(rest[i], b[i] - a[i] @ x[i], rtol=1e-7, atol=1e-9)
+        np.testing.assert_array_equal(only[i], rest[i] if i == 1 else 0 * rest[i])
+        residuals = np.array([each[i] for each in left[: count + 1]])
+        assert residuals[-1] == pytest.approx(np.linalg.norm(b[i] - a[i] @ x[i]), rel=1e-7)
+        assert residuals[-2] > goals[i] >= residuals[-1]
+        falls = residuals[1:] / residuals[:-1]
+        expected = {
+            "size": np.linalg.norm(x[i]),
+            "inverse_norm": 1 / np.linalg.svd(h, compute_uv=False)[-1],
+            "latest": falls[-1],
+            "best": falls[:-1].min(),
+        }
+        for name, value in expected.items():
+            assert found[name][i] == pytest.approx(value, rel=1e-3 if name == "inverse_norm" else 1e-6), name
+        assert found["column_norm"][i] >= np.linalg.norm(h[:, 0]) * (1 - 1e-9)
+        assert found["column_norm"][i] <= np.linalg.norm(h, 2) * (1 + 1e-9)
+
+
 def test_a_space_that_paused_goes_on_as_if_it_had_not(be):
     """Sample 0 waits while the others grow; its next vector is then in a slot far from its last."""
     a, b = systems(14, 3, 24)

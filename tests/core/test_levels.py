@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from deqcore.solvers.levels import ACCELERATED, NEWTON, PLAIN, Progress, Rules, judged
+import deqcore
+from deqcore.solvers.levels import ACCELERATED, NEWTON, PLAIN, Progress, Rules, judged, progressed
 
 
 def by_hand(rules, norm, level, known, best, mark, since, rate):
@@ -77,3 +78,19 @@ def test_a_step_is_judged_as_the_rules_say(rules):
         reached |= set(progress.level.tolist())
     assert returned > 0
     assert reached == ({PLAIN, ACCELERATED, NEWTON} if rules.escalates else {PLAIN, ACCELERATED})
+
+
+@pytest.mark.parametrize("level", [PLAIN, ACCELERATED])
+def test_a_sample_that_has_stopped_keeps_its_progress(level):
+    """Its residual is measured with those of the others, and decides nothing."""
+    backend, rules = deqcore.get_backend(backend="numpy"), Rules(0.7, 16, 10, 2.0, True, 4)
+    one, active = np.ones(6), np.array([True, False] * 3)
+    old = Progress(np.full(6, level, np.int32), one, one, one, np.zeros(6, np.int32), 0 * one)
+    norm = np.array([0.5, 0.5, 0.9, 0.9, 50.0, 50.0])
+    whole, all_refused = progressed(backend, rules, norm, old, None)
+    found, refused = progressed(backend, rules, norm, old, active)
+    for name, each, before, after in zip(old._fields, found, old, whole, strict=True):
+        np.testing.assert_array_equal(each, np.where(active, after, before), err_msg=name)
+    assert all_refused.tolist() == [False] * 4 + [True] * 2
+    assert refused.tolist() == [False] * 4 + [True, False]
+    assert progressed(backend, rules, norm, old, norm < 1)[1] is None

@@ -434,3 +434,16 @@ def test_evaluations_count_what_a_step_costs(be):
 
     forward = iterate(be, CountedPicard(), f, be.asarray(np.zeros((1, 2))), StoppingCriteria(1e-6))
     assert len(calls) == int(forward.evaluations[0]) == 1 + 2 * int(forward.steps[0])
+
+
+def test_a_state_knows_which_samples_have_the_unit_of_a_new_solve(be):
+    """A residual keeps its unit while samples are replaced; one of another size needs another unit."""
+    solver, size = Broyden(), np.array([1.0, 2.0**-600, 2.0**600, 3.0])
+    z = be.asarray(np.zeros((4, 5)))
+    own = solver.init(be, z, be.asarray(size[:, None] * np.ones((4, 5))))
+    assert be.to_numpy(solver.started(be, z, own)).tolist() == [True] * 4
+    ordinary = solver.init(be, z, be.asarray(np.ones((4, 5))))
+    assert be.to_numpy(solver.started(be, z, ordinary)).tolist() == [True] * 4
+    for state, other in ((ordinary, own), (own, ordinary)):
+        changed = solver.started(be, z, state._replace(norm=other.norm))
+        assert be.to_numpy(changed).tolist() == [True, False, False, True]

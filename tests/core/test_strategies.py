@@ -410,6 +410,7 @@ def test_strategies_ask_only_for_what_they_use():
     assert (reuse.uses_vjp(), reuse.wants_estimate()) == (False, True)
     assert made("exact-ift", {"start": "reuse"}).wants_estimate()
     assert made("broyden-reuse").uses_vjp()
+    assert [made("neumann", {"terms": terms}).uses_vjp() for terms in (0, 1, 5)] == [False, True, True]
     assert [made(name).exact for name in ("exact-ift", "broyden-reuse", "jacobian-free", "neumann")] == [True] + [
         False
     ] * 3

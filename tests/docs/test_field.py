@@ -35,6 +35,14 @@ def test_every_failure_has_a_script_and_a_text():
         assert (field.ADAPTERS / "failures" / script).is_file()
 
 
+def test_the_page_says_how_long_the_cards_took_and_beside_what():
+    quick, slow = {"seconds": 40, "load": 0.3}, {"seconds": 130, "load": 1.2}
+    said = field.timing({"a": quick, "b": slow})
+    assert said.startswith("1 of 2 took at most 120 s, and the slowest, `b`, took 130 s.")
+    assert said.endswith("was 0.3 to 1.2.")
+    assert "1 were made beside other work" in field.timing({"a": quick, "b": {"seconds": 50}})
+
+
 @pytest.mark.parametrize(
     ("check", "text"),
     [

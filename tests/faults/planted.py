@@ -207,6 +207,15 @@ STRATEGIES = [
         "",
     ),
     Fault(
+        "the growth of no samples is not a number",
+        ADAPTIVE,
+        "        if not w.shape[0]:\n            return self.s.growth\n",
+        "        if not w.shape[0]:\n            return self.s.growth * float('nan')\n",
+        "strategy adaptive",
+        "test_a_batch_without_samples_makes_it_forget_nothing",
+        "vjps beside empty batches",
+    ),
+    Fault(
         "a coupled row certified",
         "deqcore.solve.verification",
         "    status = xp.where(wrong, xp.full_like(report.status, int(Status.STALLED)), report.status)\n",

@@ -224,6 +224,15 @@ ENDS = [
         f"{BACKENDS}/test_coupled_rows.py::test_a_row_that_stopped_too_early_is_named_without_a_gradient[torch]",
         "DID NOT WARN",
     ),
+    Fault(
+        "a vjp that only watches the cell, and counts",
+        "deqcore.backward.adaptive",
+        "backend.xp.concat([c[1:], 0 * c[:1]])",
+        "backend.xp.roll(c, -1)",
+        "tests/core/test_adaptive_model.py::"
+        "test_a_pass_is_what_dense_algebra_makes_of_its_state[options3-False-6-5-matrix]",
+        "Not equal to tolerance",
+    ),
 ]
 
 FAULTS = [*LOOPED, *SILENT, *ENDS]

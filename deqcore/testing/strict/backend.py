@@ -34,6 +34,13 @@ class StrictLinalg(SmallLinalg):
     def solve(self, a: Array, b: Array) -> Array:
         return wrap(self.numpy.linalg.solve(unwrap(a), unwrap(b)))
 
+    def solve_positive(self, a: Array, b: Array) -> Array:
+        """Give NaN where a factorization without pivots, as backends may use, ends at a pivot below 0."""
+        systems, x = unwrap(a), unwrap(self.solve(a, b))
+        sound = np.isfinite(systems).all(axis=(1, 2))
+        least = np.linalg.eigvalsh(np.where(sound[:, None, None], systems, np.eye(systems.shape[1]))).min(axis=1)
+        return wrap(np.where((least > 0).reshape(-1, *[1] * (x.ndim - 1)), x, np.full_like(x, np.nan)))
+
 
 class StrictAutodiff(Autodiff):
     """NumPy's, on what is hidden."""

@@ -326,6 +326,14 @@ class AdjointTests(Conformance):
             for name, a, b in zip(AdjointReport._fields, report, own, strict=True):
                 assert np.allclose(a[i], b[0], rtol=slack, atol=slack, equal_nan=True), f"{name} of sample {i}"
 
+    def test_an_empty_batch_has_an_empty_answer(self, kit: Kit, strategy: Strategy) -> None:
+        if not kit.eager:
+            pytest.skip("a batch of another size is another program")
+        u, report = solve_adjoint(kit, strategy, affine(batch=0), np.zeros((0, 6)), np.zeros((0, 6, 6)))
+        assert u.shape == (0, 6), f"u of no samples must have the shape (0, 6) (got {u.shape})"
+        shapes = {each.shape for each in report}
+        assert shapes == {(0,)}, f"every field of the report must have the shape (0,) (got {shapes})"
+
     def test_a_cotangent_of_zero_gives_zero(self, kit: Kit, strategy: Strategy) -> None:
         g = cotangent()
         g[1] = 0.0

@@ -245,6 +245,27 @@ class StateTests(Conformance):
         assert np.isfinite(errors).all(), f"u must be finite for every batch size (errors {np.round(errors, 2)})"
         assert np.median(errors) <= target, f"errors {np.round(errors, 2)}"
 
+    def test_a_batch_without_samples_makes_it_forget_nothing(self, training: Training) -> None:
+        """Show an empty batch after each of a few passes: the vjps and errors stay what they are without them."""
+        if not training.kit.eager:
+            pytest.skip("a batch of another size is another program")
+        other, spent, errors = Training(training.kit, training.strategy), [], []
+        for number, batch in zip(range(24), batches(0.4, 13), strict=False):
+            u, report = training.step(batch)
+            v, there = other.step(batch)
+            if number >= 12:
+                u0, empty = training.step(
+                    Batch(Affine(batch.problem.a[:0], batch.problem.b[:0]), batch.g[:0], batch.z[:0])
+                )
+                assert u0.shape == (0, N), f"u of no samples must have the shape (0, {N}) (got {u0.shape})"
+                assert {each.shape for each in empty} == {(0,)}, "every field of its report must have the shape (0,)"
+                spent.append((report.vjps.max(), there.vjps.max()))
+                errors.append((batch.error(u), batch.error(v)))
+        own, plain = np.median(spent, axis=0)
+        assert own <= plain, f"vjps beside empty batches and without them: {spent}"
+        own, plain = np.median(errors, axis=0)
+        assert own <= 1.5 * plain + 1e-3, f"errors beside empty batches and without them: {errors}"
+
     @several("factor", [1e-6, 65536.0])
     def test_the_scale_of_the_loss_changes_no_decision(self, training: Training, factor: float) -> None:
         other = Training(training.kit, training.strategy)
