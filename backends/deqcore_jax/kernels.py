@@ -4,30 +4,48 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from deqcore.abc.history import History
 from deqcore.abc.kernels import FusedKernels, Krylov
 from deqcore.linear.norms import project
 from deqcore_jax import krylov
 from deqcore_jax.dtypes import single
-from deqcore_jax.loop import is_recorded
+from deqcore_jax.loop import anywhere, is_recorded
 
 
 class JaxKernels(FusedKernels):
     """A projection with norms by plain sums of squares, repeated where products cancel."""
 
+    def residual_norms(self, z: jax.Array, fz: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+        if not _conditions_are_free():
+            return None
+        norms = _plain_norm(fz - z), _plain_norm(fz)
+        low = float(jnp.finfo(norms[0].dtype).smallest_normal) ** (1 / 3)
+        extreme = [~((norm > low) & (norm < 1 / low)) for norm in norms]
+        residual, size = lax.cond(
+            anywhere(jnp.any(extreme[0] | extreme[1])),
+            lambda z, fz, _: (self.be.norm(fz - z), self.be.norm(fz)),
+            lambda z, fz, norms: norms,
+            z, fz, norms,
+        )  # fmt: skip
+        return residual, size
+
     def orthogonalize(
         self, basis: History, w: jax.Array, twice: bool
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        # w is the product with a unit vector, so that its square is far from any limit. A condition makes the host wait
-        # for an accelerator, and several devices for each other.
-        free = not is_recorded() and jax.default_backend() == "cpu" and jax.device_count() == 1
-        return project(self.be, basis, w, twice, _plain_norm, conditional=free)
+        # w is the product with a unit vector, so that its square is far from any limit.
+        return project(self.be, basis, w, twice, _plain_norm, conditional=_conditions_are_free())
 
     def least_squares(self, space: Krylov, inverse: jax.Array | bool) -> tuple[jax.Array, ...] | None:
         if is_recorded():
             return None  # loops over the dimensions in use have no reverse mode
         return krylov.least_squares(space, inverse is not False)
+
+
+def _conditions_are_free() -> bool:
+    """Return False where a condition makes the host wait for an accelerator, or several devices for each other."""
+    return not is_recorded() and jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
 def _plain_norm(v: jax.Array) -> jax.Array:
