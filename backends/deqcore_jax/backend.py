@@ -147,7 +147,9 @@ class JaxBackend(Backend):
         return jnp.sum(self.to_accum_dtype(a) * self.to_accum_dtype(b), axis=1)
 
     def select(self, mask: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
-        return jnp.where(mask.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+        # XLA would compute the mask again for each number of a row, except if its last operation counts as expensive.
+        once = jnp.sqrt(mask.astype(jnp.float32)) != 0
+        return jnp.where(once.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
     def history(self, like: jax.Array, history_size: int, dtype: str | None = None) -> JaxHistory:
         return JaxHistory.empty(like, history_size, jnp.dtype(dtype) if dtype else None, wide())

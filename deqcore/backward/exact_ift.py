@@ -14,6 +14,7 @@ from deqcore.backward.to_error import Reuse, check_reuse, solve_to_error, status
 from deqcore.linear.direct import Direct, solve_direct
 from deqcore.linear.gmres import LinearSolution, gmres
 from deqcore.linear.norms import default_rtol
+from deqcore.linear.opening import UNKNOWNS, opened
 from deqcore.solve.loop import iterate
 from deqcore.types import AdjointReport, Array, Map, Status, StoppingCriteria
 
@@ -50,11 +51,12 @@ class ExactIFT(Strategy):
             "witness", it judges the error, which saves vjps; "precondition", it also preconditions GMRES.
         max_steps: steps at most, each of which is a vjp, those of the direct solve included; a solver other than GMRES
             takes one vjp more to begin. "auto" gives GMRES n + 8 and at most 200 of them, and the direct solve its
-            n + 1 more.
+            n + 1 more. In traced code with 128 unknowns or more, "auto" also lets GMRES open with at most 60 plain
+            steps u ← g + Jᵀu, for samples that contract well (`deqcore.linear.opening`).
         start: "zero" (GMRES), "cotangent" (u = g) or "reuse" (u = −Hᵀg, needs a solver with an estimate);
             "auto" is zero for GMRES and cotangent otherwise.
         direct: largest number of unknowns n for which a sample that GMRES cannot solve is solved directly; 0 for none.
-        options: the solver's own.
+        options: the solver's own; of GMRES `reorthogonalize` and `opening`, which is False for no plain steps.
         bound: the solver itself; deqcore fills it in.
 
     Raises:
@@ -105,8 +107,8 @@ class ExactIFT(Strategy):
             raise ValueError(f"direct must be at least 0 (got {self.direct}).")
         if self.start not in ("auto", "zero", "cotangent", "reuse"):
             raise ValueError(f"start must be 'auto', 'zero', 'cotangent' or 'reuse' (got {self.start!r}).")
-        if self.solver == "gmres" and set(self.options) - {"reorthogonalize"}:
-            raise ValueError(f"gmres has only the option 'reorthogonalize' (got {dict(self.options)}).")
+        if self.solver == "gmres" and set(self.options) - {"reorthogonalize", "opening"}:
+            raise ValueError(f"gmres has only the options 'reorthogonalize' and 'opening' (got {dict(self.options)}).")
 
     def _check_target(self) -> None:
         if self.rtol != "auto":
@@ -147,25 +149,24 @@ class ExactIFT(Strategy):
         self, backend: Backend, vjp: Map, g: Array, u0: Array | None, rtol: float
     ) -> tuple[Array, AdjointReport]:
         """Solve by GMRES, and directly where GMRES fails."""
-        steps = self._steps(g.shape[1])
-        found = gmres(
-            backend,
-            vjp,
-            g,
-            u0,
-            rtol=rtol,
-            max_steps=steps,
-            reorthogonalize=bool(self.options.get("reorthogonalize", True)),
-            restart=SPACE,
-            shifted=True,
-        )
-        budget = steps + (0 if u0 is None else 1)
-        ended = backend.xp.where(found.products < budget, int(Status.STALLED), int(Status.MAX_STEPS))
+        steps, twice = self._steps(g.shape[1]), bool(self.options.get("reorthogonalize", True))
+        if u0 is None and self._opens(backend, g):
+            found = opened(backend, vjp, g, rtol=rtol, max_steps=steps, reorthogonalize=twice, restart=SPACE)
+        else:
+            found = gmres(
+                backend, vjp, g, u0, rtol=rtol, max_steps=steps, reorthogonalize=twice, restart=SPACE, shifted=True
+            )
+        ended = backend.xp.where(found.spent, int(Status.MAX_STEPS), int(Status.STALLED))
         size = backend.norm(g)
         u, residual, vjps = self._direct(backend, vjp, g, size, found)
         converged = residual <= rtol * backend.to_accum_dtype(size)
         status = backend.xp.where(converged, int(Status.CONVERGED), ended)
         return u, _reported(backend, g, size, residual, vjps, status)
+
+    def _opens(self, backend: Backend, g: Array) -> bool:
+        """Return whether plain steps come first. With a budget of their own, all vjps are for GMRES."""
+        wanted = self.max_steps == "auto" and bool(self.options.get("opening", True))
+        return wanted and backend.capabilities.nested_loops and g.shape[1] >= UNKNOWNS
 
     def _to_error(
         self, backend: Backend, vjp: Map, g: Array, estimate: InverseJacobian | None, target: float
@@ -175,7 +176,7 @@ class ExactIFT(Strategy):
         norm = backend.to_accum_dtype(size)
         steps = min(self._steps(g.shape[1]), SPACE) if self.max_steps == "auto" else self.max_steps
         found = solve_to_error(backend, vjp, g, estimate, self.reuse, max_relative_error=target, max_vjps=steps)
-        before = LinearSolution(found.u, found.residual * norm, found.vjps, found.met)
+        before = LinearSolution(found.u, found.residual * norm, found.vjps, found.met, ~found.met)
         u, residual, vjps = self._direct(backend, vjp, g, size, before)
         solved = (vjps > found.vjps) & (residual <= default_rtol(backend, g) * norm)
         status = xp.where(solved, int(Status.CONVERGED), statuses(backend, found))

@@ -39,12 +39,14 @@ class LinearSolution(NamedTuple):
         residual: ‖b − A x‖ per sample, by the recurrence, `(batch,)`.
         products: products with A per sample, `(batch,)` int32.
         converged: `(batch,)` of bool.
+        spent: whether the budget is used up, `(batch,)` of bool.
     """
 
     x: Array
     residual: Array
     products: Array
     converged: Array
+    spent: Array
 
 
 def gmres(
@@ -52,6 +54,7 @@ def gmres(
     product: Map,
     b: Array,
     x0: Array | None = None,
+    r0: Array | None = None,
     *,
     rtol: float | Array,
     max_steps: int,
@@ -72,6 +75,7 @@ def gmres(
         b: right-hand side `(batch, n)`.
         x0: start `(batch, n)`, default zero (which saves one product). A sample for which zero is nearer begins there:
             what rounding leaves of a residual is relative to the start, and a poor estimate's may be 1e5 times x.
+        r0: b − A x0 where it is known, which saves the product of a start; no sample then begins at zero.
         rtol: stop when ‖b − A x‖ ≤ rtol·‖b‖.
         max_steps: products at most, without the one that a start takes.
         precondition: `v ↦ M v` with M ≈ A^-1, applied from the right, so that residuals stay true ones.
@@ -91,7 +95,9 @@ def gmres(
     size = backend.norm(b)
     goal = rtol * backend.to_accum_dtype(size)
     r = b
-    if x0 is not None:
+    if r0 is not None:
+        r = r0
+    elif x0 is not None:
         r = b - space.apply(x0)
         nearer = backend.norm(r) <= size  # False for NaN, too
         x0, r = backend.select(nearer, x0, backend.xp.zeros_like(x0)), backend.select(nearer, r, b)
@@ -104,8 +110,9 @@ def gmres(
     return LinearSolution(
         x=_visible(backend, x, size),
         residual=residual,
-        products=products if x0 is None else products + 1,
+        products=products if x0 is None or r0 is not None else products + 1,
         converged=(residual <= goal) & backend.xp.isfinite(residual),
+        spent=products >= max_steps,
     )
 
 

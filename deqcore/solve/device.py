@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from deqcore.abc.backend import Backend
-from deqcore.abc.solver import OpeningSolver, Solver
+from deqcore.abc.solver import OpeningSolver, Solver, map_states
 from deqcore.linear.norms import residual_norms
 from deqcore.solve.step import freeze, masked, refused, shortened, take_step
 from deqcore.solve.termination import spent, verdict
-from deqcore.types import Array, Limits, LoopState, Map, Status
+from deqcore.types import Array, Limits, LoopState, Map, Status, StepResult
 
 _At: TypeAlias = tuple[Array, LoopState]  # the count of steps, and the loop state after them
 
@@ -53,7 +53,7 @@ class DeviceLoop:
         def stretches(at: _At) -> LoopState:
             return self._stretches((at[0], continued(at)), steps, check_every)
 
-        done, carry = self._stretch(opening, (self._none(carry), carry), steps, check_every)
+        done, carry = self._opening(opening, carry, steps, check_every)
         left = (done < steps) & (carry.status == int(Status.RUNNING))
         end: LoopState = self.backend.choose(left, stretches, continued, (done, carry))
         return end
@@ -80,26 +80,45 @@ class DeviceLoop:
         end: LoopState = self.backend.loop(self.running, self.step, carry, steps, check_every)
         return end
 
-    def _stretch(self, solver: Solver, at: _At, steps: int | Array, check_every: int | str) -> _At:
-        """Return the count of steps and the loop state after steps of `solver`, `steps` in all.
+    def _opening(self, opening: OpeningSolver, carry: LoopState, steps: int | Array, check_every: int | str) -> _At:
+        """Return the count of steps and the loop state after steps of `opening`.
 
-        It ends when a step is refused, and when a sample runs that an opening does not serve.
+        It ends when a sample runs that the opening does not serve. While each iterate is the best so far, the loop
+        carries it once. A step that is not better for some sample is left to the solver, which takes it again.
         """
         backend, xp = self.backend, self.backend.xp
 
-        def served(carry: LoopState) -> tuple[Array, Array]:
+        def serves(carry: LoopState) -> Array:
+            return opening.serves(backend, carry.state) & ~refused(carry)
+
+        def goes_on(at: tuple[Array, _At]) -> Array:
+            over, (_, carry) = at
             running = carry.status == int(Status.RUNNING)
-            rows = ~refused(carry)
-            if isinstance(solver, OpeningSolver):
-                rows = rows & solver.serves(backend, carry.state)
-            return running & rows, running & ~rows
+            return xp.any(running) & ~xp.any(running & (over | ~serves(carry)))
+
+        def step(at: tuple[Array, _At]) -> tuple[Array, _At]:
+            over, (done, carry) = at  # under vmap it may be another batch for which the loop still runs
+            rows = (carry.status == int(Status.RUNNING)) & serves(carry) & ~over
+            after = self._stepped(carry, opening, rows)
+            taken = xp.any(after.steps > carry.steps)
+            return over | ~taken, (done + xp.astype(taken, done.dtype), after)
+
+        done = self._none(carry)
+        start = done > 0, (done, carry._replace(best_z=None, best_fz=None))
+        _, (done, carry) = backend.loop(goes_on, step, start, steps, check_every)
+        return done, carry._replace(best_z=carry.z, best_fz=carry.fz)
+
+    def _stretch(self, solver: Solver, at: _At, steps: int | Array, check_every: int | str) -> _At:
+        """Return the count of steps and the loop state after steps of `solver`, `steps` in all, or a refused one."""
+        backend, xp = self.backend, self.backend.xp
 
         def goes_on(at: _At) -> Array:
-            return self.running(at[1]) & ~xp.any(served(at[1])[1])
+            return self.running(at[1]) & ~xp.any(refused(at[1]))
 
         def step(at: _At) -> _At:
             done, carry = at
-            rows, _ = served(carry)  # under vmap it may be another batch for which the loop still runs
+            # Under vmap it may be another batch for which the loop still runs.
+            rows = (carry.status == int(Status.RUNNING)) & ~refused(carry)
             return done + xp.astype(xp.any(rows), done.dtype), self._stepped(carry, solver, rows)
 
         end: _At = backend.loop(goes_on, step, at, steps - at[0], check_every)
@@ -137,26 +156,47 @@ class DeviceLoop:
         backend, xp = self.backend, self.backend.xp
         start = carry.z, carry.fz, masked(carry.state, active)
         result, residual, size = take_step(backend, solver, self.f, start, self.limits)
-        state = result.state if result.frozen else freeze(backend, active, result.state, carry.state)
-        kernels = backend.kernels
+        opens = isinstance(solver, OpeningSolver)
+        kernels = None if opens else backend.kernels
         updated = None if kernels is None else kernels.update(carry, result, residual, size, self.limits)
         if updated is not None:
-            return updated._replace(state=state)
+            return updated._replace(state=self._frozen(active, result, carry))
         size = backend.norm(result.fz) if size is None else size
         better, status, since, mark, peak = verdict(xp, self.limits, residual, size, carry.path)
         better = better & active
+        state = result.state
+        if opens:  # all samples take the step, or none
+            taken = ~xp.any(active & ~better)
+            active, better = active & taken, better & taken
+            state = map_states(
+                lambda new, old: new if new is old or new.ndim else xp.where(taken, new, old), state, carry.state
+            )
+            since, mark, peak = (
+                xp.where(active, new, old)
+                for new, old in ((since, carry.since), (mark, carry.mark), (peak, carry.peak))
+            )
         z, fz = backend.select(active, result.z, carry.z), backend.select(active, result.fz, carry.fz)
-        best = (
-            backend.select(better, z, carry.best_z),
-            backend.select(better, fz, carry.best_fz),
-            xp.where(better, residual, carry.best_residual),
-        )
-        status = xp.where(active, status, carry.status)
-        steps = carry.steps + xp.astype(active, xp.int32)
         return LoopState(
-            z, fz, state, status, steps, *best, carry.reference, peak, mark, since, carry.length, carry.tried,
+            z,
+            fz,
+            self._frozen(active, result, carry),
+            xp.where(active, status, carry.status),
+            carry.steps + xp.astype(active, xp.int32),
+            None if opens else backend.select(better, z, carry.best_z),
+            None if opens else backend.select(better, fz, carry.best_fz),
+            xp.where(better, residual, carry.best_residual),
+            carry.reference,
+            peak,
+            mark,
+            since,
+            carry.length,
+            carry.tried,
             carry.extra,
-        )  # fmt: skip
+        )
+
+    def _frozen(self, active: Array, result: StepResult, carry: LoopState) -> Any:
+        """Return the state of the solver after a step of the samples `active` `(batch,)`."""
+        return result.state if result.frozen else freeze(self.backend, active, result.state, carry.state)
 
     def ended(self, start: LoopState, end: LoopState) -> LoopState:
         """Return the loop state with the statuses of samples that have spent their budget."""

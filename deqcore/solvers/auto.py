@@ -206,7 +206,9 @@ class Auto(Solver):
         if not self._escalates(backend) or backend.known_all(~rows):
             return Moved(point, f(point), state.newton)
         xp, newton, before = backend.xp, state.newton, state.progress.norm
-        still = LinearSolution(xp.zeros_like(z), xp.zeros_like(newton.forcing), xp.zeros_like(newton.spent), rows)
+        still = LinearSolution(
+            xp.zeros_like(z), xp.zeros_like(newton.forcing), xp.zeros_like(newton.spent), rows, ~rows
+        )
 
         def aim(carry: tuple[Array, LinearSolution]) -> tuple[Array, LinearSolution]:
             g = backend.select(rows, fz - z, xp.zeros_like(z))

@@ -7,8 +7,11 @@ import pytest
 
 import deqcore
 from deqcore import plugins
+from deqcore.solve.loop import iterate
 from deqcore.solvers.auto import Auto
 from deqcore.solvers.levels import ACCELERATED, NEWTON, PLAIN
+from deqcore.testing.strict.backend import StrictBackend
+from deqcore.types import StoppingCriteria
 
 QUIET = {"forward__on_failure": "ignore"}
 
@@ -228,3 +231,20 @@ def test_what_is_refused_does_not_depend_on_batch_mates(be):
         return values(sol)[0].tolist(), values(sol, "residual")[0]
 
     assert refuses([[0.0]]) == refuses([[0.0], [5.0]])
+
+
+def test_traced_code_takes_the_steps_of_the_host_where_plain_steps_get_worse():
+    """Samples that accelerate, and one that refuses its first step: the opening leaves such a step to the solver."""
+    rates = np.asarray([[0.2], [0.5], [0.98], [-1.5], [-40.0]]) * np.linspace(0.9, 1.0, 3)
+    solved = []
+    for backend in (deqcore.get_backend(backend="numpy"), StrictBackend()):
+        slopes = backend.asarray(rates)
+        for rows in (slice(0, 2), slice(0, 3), slice(0, 5)):
+            f = lambda z, s=slopes[rows]: s * backend.xp.tanh(z) + 1.0  # noqa: B023
+            start = backend.asarray(np.ones_like(rates)[rows])
+            found = iterate(backend, Auto(), f, start, StoppingCriteria(rtol=1e-8, atol=0.0, max_steps=60))
+            solved.append([backend.to_numpy(part) for part in (found.z, found.fz, found.residual, found.steps)])
+    for host, traced in zip(solved[:3], solved[3:], strict=True):
+        assert traced[3].tolist() == host[3].tolist()
+        for ours, theirs in zip(traced[:2], host[:2], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-7)

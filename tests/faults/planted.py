@@ -302,8 +302,8 @@ STRATEGIES = [
     Fault(
         "a budget that ran out called converged",
         EXACT,
-        "int(Status.STALLED), int(Status.MAX_STEPS))",
-        "int(Status.STALLED), int(Status.CONVERGED))",
+        "int(Status.MAX_STEPS), int(Status.STALLED))",
+        "int(Status.CONVERGED), int(Status.STALLED))",
         "strategy exact-ift",
         "test_a_budget_that_is_too_small_is_reported",
         "CONVERGED, but the equation is not solved",
