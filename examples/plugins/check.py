@@ -22,7 +22,7 @@ PLUGINS = sorted(path.parent for path in HERE.glob("*/pyproject.toml"))
 
 
 def run(*command: object, cwd: Path | None = None) -> None:
-    """Run, and say which command failed. Each process computes on one thread: threads cost more than they bring here."""
+    """Run on one thread, since more cost more than they bring here, and say which command failed."""
     words = [str(word) for word in command]
     done = subprocess.run(words, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
     if done.returncode:
