@@ -233,7 +233,8 @@ def test_what_is_refused_does_not_depend_on_batch_mates(be):
     assert refuses([[0.0]]) == refuses([[0.0], [5.0]])
 
 
-def test_traced_code_takes_the_steps_of_the_host_where_plain_steps_get_worse():
+@pytest.mark.parametrize("budget", [1, 60])
+def test_traced_code_takes_the_steps_of_the_host_where_plain_steps_get_worse(budget):
     """Samples that accelerate, and one that refuses its first step: the opening leaves such a step to the solver."""
     rates = np.asarray([[0.2], [0.5], [0.98], [-1.5], [-40.0]]) * np.linspace(0.9, 1.0, 3)
     solved = []
@@ -242,9 +243,9 @@ def test_traced_code_takes_the_steps_of_the_host_where_plain_steps_get_worse():
         for rows in (slice(0, 2), slice(0, 3), slice(0, 5)):
             f = lambda z, s=slopes[rows]: s * backend.xp.tanh(z) + 1.0  # noqa: B023
             start = backend.asarray(np.ones_like(rates)[rows])
-            found = iterate(backend, Auto(), f, start, StoppingCriteria(rtol=1e-8, atol=0.0, max_steps=60))
-            solved.append([backend.to_numpy(part) for part in (found.z, found.fz, found.residual, found.steps)])
+            found = iterate(backend, Auto(), f, start, StoppingCriteria(rtol=1e-8, atol=0.0, max_steps=budget))
+            solved.append([backend.to_numpy(part) for part in (found.z, found.fz, found.steps)])
     for host, traced in zip(solved[:3], solved[3:], strict=True):
-        assert traced[3].tolist() == host[3].tolist()
+        assert traced[2].tolist() == host[2].tolist()
         for ours, theirs in zip(traced[:2], host[:2], strict=True):
             assert ours == pytest.approx(theirs, rel=1e-7)

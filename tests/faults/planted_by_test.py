@@ -238,7 +238,7 @@ ENDS = [
         "deqcore.solve.device",
         "taken = ~xp.any(active & ~better)",
         "taken = ~xp.any(active & ~active)",
-        "tests/core/test_auto.py::test_traced_code_takes_the_steps_of_the_host_where_plain_steps_get_worse",
+        "tests/core/test_auto.py::test_traced_code_takes_the_steps_of_the_host_where_plain_steps_get_worse[1]",
         "assert",
     ),
     Fault(
