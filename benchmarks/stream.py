@@ -215,19 +215,15 @@ def main() -> None:
         if name == "cell" and (given.counts or given.backend == "numpy"):
             continue  # attention by NumPy is not a case of anyone
         for solver in given.solvers:
+            label = f"{name}, {solver}" + ", compact" * given.compact
             if given.counts:
                 figures: dict[str, Any] = counts(name, solver, given.slots, given.items, given.compact)
             else:
                 figures = measure(given.backend, name, solver, given.slots, given.items, given.rounds, given.compact)
-                figures |= {
-                    "slots": given.slots,
-                    "compact": given.compact,
-                    "items": given.items,
-                    "load": os.getloadavg()[0],
-                }
-                known.setdefault(given.backend, {})[f"{name}, {solver}"] = figures
+                figures |= {"slots": given.slots, "items": given.items, "load": os.getloadavg()[0]}
+                known.setdefault(given.backend, {})[label] = figures
             shown = {key: np.round(value, 3).tolist() for key, value in figures.items() if value is not None}
-            print(f"{name}, {solver}: {shown}", flush=True)
+            print(f"{label}: {shown}", flush=True)
     if given.json is not None:
         given.json.write_text(json.dumps(known, indent=1) + "\n")
 
