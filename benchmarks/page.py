@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.steps import Step
-from benchmarks.targets import COLUMNS, DEFAULT, Results, Target, targets
+from benchmarks.results import Results
+from benchmarks.targets import COLUMNS, DEFAULT, Target, targets
 from deqcore.bench import plots
 from deqcore.bench.report import cells, disturbed, machine_text, markdown, spread
 from deqcore.bench.rows import BenchRow
