@@ -299,6 +299,8 @@ def main() -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     asked.cards.mkdir(parents=True, exist_ok=True)
     file, listed = asked.out / "results.json", names()
+    if unknown := sorted(set(asked.only or ()) - set(listed)):
+        parser.error(f"--only: no adapter is named {', '.join(unknown)}. There are {', '.join(listed)}.")
     stored = json.loads(file.read_text())["results"] if file.exists() else {}
     results = stored if asked.resume or asked.only or asked.memory else {}
     todo = asked.only or [name for name in listed if asked.memory or name not in results]
