@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.steps import Step
 from benchmarks.results import Results
+from benchmarks.steps import Step
 from benchmarks.targets import COLUMNS, DEFAULT, Target, targets
 from deqcore.bench import plots
 from deqcore.bench.report import cells, disturbed, machine_text, markdown, spread
