@@ -25,7 +25,7 @@ costs a batch more than a few more of them."""
 
 
 class _Plain(NamedTuple):
-    x: Array  # (batch, n)
+    x: Array  # (batch, n), of the dtype of norms: a sum of many steps in float16 would round each of them
     r: Array  # b − A x (batch, n)
     norm: Array  # ‖r‖ (batch,)
     products: Array  # (batch,) int32
@@ -37,7 +37,7 @@ def opened(
     product: Map,
     b: Array,
     *,
-    rtol: float | Array,
+    rtol: float,
     max_steps: int,
     reorthogonalize: bool,
     restart: int,
@@ -109,7 +109,7 @@ def _plain_steps(
         planned = xp.where(products <= YOUNG, early, late) - products
         ahead = norm * (norm / at.norm) ** backend.cast(planned, norm)
         return _Plain(
-            backend.select(taken, at.x + at.r, at.x),
+            backend.select(taken, at.x + backend.cast(at.r, at.x), at.x),
             backend.select(taken, image, at.r),
             xp.where(taken, norm, at.norm),
             products,
@@ -118,8 +118,8 @@ def _plain_steps(
 
     r = divide_rows(backend, b, scale)
     norm = xp.sqrt(backend.inner(r, r))
-    start = _Plain(xp.zeros_like(b), r, norm, xp.zeros_like(norm, dtype=xp.int32), norm > goal)
+    start = _Plain(backend.cast(xp.zeros_like(b), size), r, norm, xp.zeros_like(norm, dtype=xp.int32), norm > goal)
     end = backend.loop(lambda at: xp.any(at.running), step, start, late)
     norm = end.norm if scale is None else end.norm * backend.to_accum_dtype(scale)
-    x, r = multiply_rows(backend, end.x, scale), multiply_rows(backend, end.r, scale)
+    x, r = backend.cast(multiply_rows(backend, end.x, scale), b), multiply_rows(backend, end.r, scale)
     return end._replace(x=x, r=r, norm=norm)

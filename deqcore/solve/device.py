@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.solver import OpeningSolver, Solver, map_states
@@ -10,8 +10,6 @@ from deqcore.linear.norms import residual_norms
 from deqcore.solve.step import freeze, masked, refused, shortened, take_step
 from deqcore.solve.termination import spent, verdict
 from deqcore.types import Array, Limits, LoopState, Map, Status, StepResult
-
-_At: TypeAlias = tuple[Array, LoopState]  # the count of steps, and the loop state after them
 
 
 class DeviceLoop:
@@ -41,95 +39,102 @@ class DeviceLoop:
         """
         if not self.backend.capabilities.nested_loops:
             return self.advance(carry, steps, check_every)
-        return self._stretches((self._none(carry), carry), steps, check_every)
+        return self._stretches(carry, carry.steps, steps, check_every)
 
     def opened(self, opening: OpeningSolver, carry: LoopState, steps: int | Array, check_every: int | str) -> LoopState:
         """Return what `run` does, from a loop state with the solver state of `opening`, which takes the first steps."""
+        before = carry.steps
 
-        def continued(at: _At) -> LoopState:
-            _, carry = at
+        def continued(carry: LoopState) -> LoopState:
             return carry._replace(state=opening.continued(self.backend, carry.z, carry.fz, carry.state))
 
-        def stretches(at: _At) -> LoopState:
-            return self._stretches((at[0], continued(at)), steps, check_every)
+        def stretches(carry: LoopState) -> LoopState:
+            return self._stretches(continued(carry), before, steps, check_every)
 
-        done, carry = self._opening(opening, carry, steps, check_every)
-        left = (done < steps) & (carry.status == int(Status.RUNNING))
-        end: LoopState = self.backend.choose(left, stretches, continued, (done, carry))
+        carry = self._opening(opening, carry, steps, check_every)
+        end: LoopState = self.backend.choose(self._due(carry, before, steps), stretches, continued, carry)
         return end
 
-    def _none(self, carry: LoopState) -> Array:
-        """Return a count of 0 that varies along the axes of a mesh as `carry` does."""
-        return self.backend.xp.sum(self.backend.xp.zeros_like(carry.steps))
+    def _due(self, carry: LoopState, before: Array, steps: int | Array) -> Array:
+        """Return the samples `(batch,)` of bool that run and have taken fewer than `steps` steps more than `before`.
 
-    def _stretches(self, start: _At, steps: int | Array, check_every: int | str) -> LoopState:
-        """Return the loop state after stretches of steps, `steps` in all."""
+        A sample may wait while others take steps: it keeps its own budget.
+        """
+        return (carry.status == int(Status.RUNNING)) & (carry.steps - before < steps)
 
-        def goes_on(at: _At) -> Array:
-            return (at[0] < steps) & self.running(at[1])
+    def _stretches(self, start: LoopState, before: Array, steps: int | Array, check_every: int | str) -> LoopState:
+        """Return the loop state after stretches of steps, `steps` of each sample since `before` `(batch,)` at most."""
 
-        def stretch(at: _At) -> _At:
-            done, carry = self._stretch(self.solver, at, steps, check_every)
-            return done, self._shortened(carry)
+        def goes_on(carry: LoopState) -> Array:
+            return self._enough(self._due(carry, before, steps))
 
-        end: _At = self.backend.loop(goes_on, stretch, start, steps, 1)
-        return end[1]
+        def stretch(carry: LoopState) -> LoopState:
+            return self._shortened(self._stretch(carry, before, steps, check_every))
+
+        end: LoopState = self.backend.loop(goes_on, stretch, start, steps, 1)
+        return end
 
     def advance(self, carry: LoopState, steps: int | Array, check_every: int | str) -> LoopState:
         """Return the loop state after at most `steps` steps in one loop."""
         end: LoopState = self.backend.loop(self.running, self.step, carry, steps, check_every)
         return end
 
-    def _opening(self, opening: OpeningSolver, carry: LoopState, steps: int | Array, check_every: int | str) -> _At:
-        """Return the count of steps and the loop state after steps of `opening`.
+    def _opening(
+        self, opening: OpeningSolver, start: LoopState, steps: int | Array, check_every: int | str
+    ) -> LoopState:
+        """Return the loop state after steps of `opening`.
 
         It ends when a sample runs that the opening does not serve. While each iterate is the best so far, the loop
         carries it once. A step that is not better for some sample is left to the solver, which takes it again.
         """
         backend, xp = self.backend, self.backend.xp
 
-        def serves(carry: LoopState) -> Array:
-            return opening.serves(backend, carry.state) & ~refused(carry)
+        def parts(at: tuple[Array, LoopState]) -> tuple[Array, Array]:
+            over, carry = at
+            due = self._due(carry, start.steps, steps)
+            served = due & opening.serves(backend, carry.state) & ~over
+            return served, due & ~served
 
-        def goes_on(at: tuple[Array, _At]) -> Array:
-            over, (_, carry) = at
-            running = carry.status == int(Status.RUNNING)
-            return xp.any(running) & ~xp.any(running & (over | ~serves(carry)))
+        def goes_on(at: tuple[Array, LoopState]) -> Array:
+            served, waiting = parts(at)
+            return xp.any(served) & ~xp.any(waiting)
 
-        def step(at: tuple[Array, _At]) -> tuple[Array, _At]:
-            over, (done, carry) = at  # under vmap it may be another batch for which the loop still runs
-            rows = (carry.status == int(Status.RUNNING)) & serves(carry) & ~over
-            after = self._stepped(carry, opening, rows)
-            taken = xp.any(after.steps > carry.steps)
-            return over | ~taken, (done + xp.astype(taken, done.dtype), after)
+        def step(at: tuple[Array, LoopState]) -> tuple[Array, LoopState]:
+            (over, carry), (served, _) = at, parts(at)
+            after = self._stepped(carry, opening, served)
+            return over | ~xp.any(after.steps > carry.steps), after
 
-        done = self._none(carry)
-        start = done > 0, (done, carry._replace(best_z=None, best_fz=None))
-        _, (done, carry) = backend.loop(goes_on, step, start, steps, check_every)
-        return done, carry._replace(best_z=carry.z, best_fz=carry.fz)
+        none = xp.sum(xp.zeros_like(start.steps)) > 0  # varies along the axes of a mesh as the loop state does
+        begun = none, start._replace(best_z=None, best_fz=None)
+        _, end = backend.loop(goes_on, step, begun, steps, check_every)
+        return end._replace(best_z=end.z, best_fz=end.fz)
 
-    def _stretch(self, solver: Solver, at: _At, steps: int | Array, check_every: int | str) -> _At:
-        """Return the count of steps and the loop state after steps of `solver`, `steps` in all, or a refused one."""
-        backend, xp = self.backend, self.backend.xp
+    def _stretch(self, start: LoopState, before: Array, steps: int | Array, check_every: int | str) -> LoopState:
+        """Return the loop state after steps until one is refused.
 
-        def goes_on(at: _At) -> Array:
-            return self.running(at[1]) & ~xp.any(refused(at[1]))
+        A loop may run on until its next check, or for another batch under vmap. The samples with a refused step wait.
+        """
 
-        def step(at: _At) -> _At:
-            done, carry = at
-            # Under vmap it may be another batch for which the loop still runs.
-            rows = (carry.status == int(Status.RUNNING)) & ~refused(carry)
-            return done + xp.astype(xp.any(rows), done.dtype), self._stepped(carry, solver, rows)
+        def goes_on(carry: LoopState) -> Array:
+            return self._enough(self._due(carry, before, steps)) & ~self.backend.xp.any(refused(carry))
 
-        end: _At = backend.loop(goes_on, step, at, steps - at[0], check_every)
+        def step(carry: LoopState) -> LoopState:
+            return self._stepped(carry, self.solver, self._due(carry, before, steps) & ~refused(carry))
+
+        end: LoopState = self.backend.loop(goes_on, step, start, steps, check_every)
         return end
+
+    def _enough(self, rows: Array) -> Array:
+        """Return whether there are more of these samples `(batch,)` than may be spared."""
+        xp = self.backend.xp
+        none = isinstance(self.spare, int) and self.spare == 0
+        enough: Array = xp.any(rows) if none else xp.sum(xp.astype(rows, xp.int32)) > self.spare
+        return enough
 
     def running(self, carry: LoopState) -> Array | bool:
         """Return whether enough samples still run; on a device the same wait also reads whether steps were refused."""
         backend, xp = self.backend, self.backend.xp
-        running = carry.status == int(Status.RUNNING)
-        none = isinstance(self.spare, int) and self.spare == 0
-        going = xp.any(running) if none else xp.sum(xp.astype(running, xp.int32)) > self.spare
+        going = self._enough(carry.status == int(Status.RUNNING))
         if not self.waits:
             return going
         both = 2 * xp.astype(going, xp.int32) + xp.astype(xp.any(refused(carry)), xp.int32)
@@ -164,17 +169,13 @@ class DeviceLoop:
         size = backend.norm(result.fz) if size is None else size
         better, status, since, mark, peak = verdict(xp, self.limits, residual, size, carry.path)
         better = better & active
-        state = result.state
         if opens:  # all samples take the step, or none
-            taken = ~xp.any(active & ~better)
+            taken = xp.any(active) & ~xp.any(active & ~better)
             active, better = active & taken, better & taken
             state = map_states(
-                lambda new, old: new if new is old or new.ndim else xp.where(taken, new, old), state, carry.state
+                lambda new, old: new if new is old or new.ndim else xp.where(taken, new, old), result.state, carry.state
             )
-            since, mark, peak = (
-                xp.where(active, new, old)
-                for new, old in ((since, carry.since), (mark, carry.mark), (peak, carry.peak))
-            )
+            result = result._replace(state=state)
         z, fz = backend.select(active, result.z, carry.z), backend.select(active, result.fz, carry.fz)
         return LoopState(
             z,
@@ -186,9 +187,9 @@ class DeviceLoop:
             None if opens else backend.select(better, fz, carry.best_fz),
             xp.where(better, residual, carry.best_residual),
             carry.reference,
-            peak,
-            mark,
-            since,
+            xp.where(active, peak, carry.peak),
+            xp.where(active, mark, carry.mark),
+            xp.where(active, since, carry.since),
             carry.length,
             carry.tried,
             carry.extra,

@@ -202,3 +202,18 @@ def test_a_truncated_adjoint_says_so(data):
     assert report.residual.tolist() == pytest.approx(best, rel=1e-6)
     assert report.status.tolist() == [Status.MAX_STEPS] * 2
     assert report.vjps.tolist() == [1, 1]
+
+
+def test_lanes_with_refused_steps_take_the_steps_of_the_host():
+    """One lane waits with a refused step at a wall, while the other one runs on."""
+    rates = np.asarray([[0.5], [0.9], [0.5], [0.3]]) * np.linspace(0.9, 1.0, 4)
+    settings = {"forward__solver": "picard", "forward__rtol": 1e-5, "forward__max_steps": 12}
+    settings["forward__on_failure"] = "ignore"
+
+    def solve(s, xp):
+        return deqcore.fixed_point(lambda z, s: xp.where(z > 3.0, np.nan, s * z + 1.0), xp.ones_like(s), s, **settings)
+
+    host, found = solve(rates, np), jax.vmap(lambda s: solve(s, jnp))(jnp.asarray(rates.reshape(2, 2, 4)))
+    assert found.steps.ravel().tolist() == host.steps.tolist()
+    assert found.status.ravel().tolist() == host.status.tolist()
+    assert np.asarray(found.z).reshape(4, 4) == pytest.approx(host.z, rel=1e-12)

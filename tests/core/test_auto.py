@@ -10,6 +10,7 @@ from deqcore import plugins
 from deqcore.solve.loop import iterate
 from deqcore.solvers.auto import Auto
 from deqcore.solvers.levels import ACCELERATED, NEWTON, PLAIN
+from deqcore.solvers.picard import Picard
 from deqcore.testing.strict.backend import StrictBackend
 from deqcore.types import StoppingCriteria
 
@@ -249,3 +250,24 @@ def test_traced_code_takes_the_steps_of_the_host_where_plain_steps_get_worse(bud
         assert traced[2].tolist() == host[2].tolist()
         for ours, theirs in zip(traced[:2], host[:2], strict=True):
             assert ours == pytest.approx(theirs, rel=1e-7)
+
+
+@pytest.mark.parametrize("solver", [Auto(escalate=False), Picard()], ids=["auto", "picard"])
+def test_a_sample_that_waits_in_traced_code_keeps_its_budget_and_its_bits(solver):
+    """Samples that accelerate, refuse steps at a wall or do neither, while the loop runs on until its next check."""
+    strict = StrictBackend()
+    xp, rates = strict.xp, np.asarray([[0.5], [0.9], [-1.5], [-0.9]]) * np.linspace(0.5, 1.0, 4)
+
+    def solved(rows, every):
+        slopes = strict.asarray(rates[rows])
+
+        def f(z):
+            return xp.where(z > 3.0, xp.full_like(z, float("nan")), slopes * z + 1.0)
+
+        control = StoppingCriteria(rtol=1e-5, atol=0.0, max_steps=10, check_every=every)
+        found = iterate(strict, solver, f, strict.asarray(np.ones_like(rates[rows])), control)
+        return [strict.to_numpy(part) for part in (found.z, found.steps, found.status)]
+
+    alone = [solved(slice(row, row + 1), 1) for row in range(len(rates))]
+    for part, whole in enumerate(solved(slice(None), 7)):
+        assert whole.tolist() == np.concatenate([sample[part] for sample in alone]).tolist()

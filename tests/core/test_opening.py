@@ -140,3 +140,17 @@ def test_the_strategy_opens_in_traced_code_with_enough_unknowns_and_no_budget(mo
     assert run(opening.UNKNOWNS, max_steps=20) == 1
     assert run(opening.UNKNOWNS, options={"opening": False}) == 1
     assert not taken
+
+
+def test_the_residual_of_half_precision_contains_the_rounding_of_the_sum(be):
+    """A slow mode that the cotangent hardly has: the steps become too small to be added in float16."""
+    rates, rng = np.full((8, 128), 0.3), np.random.default_rng(1)
+    rates[:, 0] = np.linspace(0.9, 0.97, 8)
+    b = rng.standard_normal(rates.shape)
+    b[:, 0] = 0.04
+    d, g = be.asarray(rates, dtype="float16"), be.asarray(b, dtype="float16")
+    found = opened(be, lambda v: d * v, g, rtol=2e-3, max_steps=60, reorthogonalize=True, restart=40)
+    d, g, x = (be.to_numpy(each).astype(float) for each in (d, g, found.x))
+    true = np.linalg.norm(g - x + d * x, axis=1)
+    assert be.to_numpy(found.converged).all()
+    assert (true <= np.maximum(1.01 * be.to_numpy(found.residual), 2e-3 * np.linalg.norm(g, axis=1))).all()

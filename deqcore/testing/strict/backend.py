@@ -170,10 +170,11 @@ class StrictBackend(Backend):
         check_every: int | str = "auto",
     ) -> LoopVars:
         """Trace the body once, whether it is needed or not, and hold every step to what came out."""
+        every = 1 if check_every == "auto" else int(check_every)
         with self.errstate():
             check_same(carry, body(carry))
-            for _ in range(int(unwrap(steps))):
-                if not _condition(running(carry)):
+            for step in range(int(unwrap(steps))):
+                if step % every == 0 and not _condition(running(carry)):
                     break
                 after = body(carry)
                 check_same(carry, after)
