@@ -164,17 +164,13 @@ class DeviceLoop:
         size = backend.norm(result.fz) if size is None else size
         better, status, since, mark, peak = verdict(xp, self.limits, residual, size, carry.path)
         better = better & active
-        state = result.state
         if opens:  # all samples take the step, or none
             taken = ~xp.any(active & ~better)
             active, better = active & taken, better & taken
-            state = map_states(
-                lambda new, old: new if new is old or new.ndim else xp.where(taken, new, old), state, carry.state
-            )
-            since, mark, peak = (
-                xp.where(active, new, old)
-                for new, old in ((since, carry.since), (mark, carry.mark), (peak, carry.peak))
-            )
+            kept = lambda new, old: new if new is old or new.ndim else xp.where(taken, new, old)  # noqa: E731
+            result = result._replace(state=map_states(kept, result.state, carry.state))
+        pairs = (since, carry.since), (mark, carry.mark), (peak, carry.peak)
+        since, mark, peak = (xp.where(active, new, old) for new, old in pairs)
         z, fz = backend.select(active, result.z, carry.z), backend.select(active, result.fz, carry.fz)
         return LoopState(
             z,
