@@ -240,7 +240,7 @@ ENDS = [
         "since, mark = np.where(running, since, since), np.where(running, mark, mark)",
         "tests/core/test_loop.py::"
         "test_the_figures_of_a_sample_stop_with_it_and_a_second_solve_is_that_alone[numpy-host]",
-        "since",
+        "mark",
     ),
     Fault(
         "an opening that takes steps that are not better",
