@@ -6,20 +6,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from deqcore.errors import LayerWarning
 from deqcore.layer import batch_norm_text
 from deqcore.solve.user_line import warn
 
 
-def _buffers(modules: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the buffers of modules with their full names."""
+def _versions(modules: list[tuple[str, nn.Module]]) -> dict[str, int]:
+    """Return the version of each buffer of these modules; inference tensors keep none, lazy ones are empty."""
+    versions = {}
     for path, module in modules:
         for name, buffer in module._buffers.items():
-            if buffer is not None:
-                yield (f"{path}.{name}" if path else name), buffer
+            if buffer is not None and not is_lazy(buffer):
+                versions[f"{path}.{name}" if path else name] = -1 if buffer.is_inference() else buffer._version
+    return versions
 
 
 class Watch:
@@ -27,6 +30,7 @@ class Watch:
 
     Batch normalisation in training mode couples the samples and moves its statistics with every evaluation. A write to
     a buffer makes f another function at each step; version counters of the buffers reveal it without reading values.
+    What the cell registers during a solve is watched from the next one on.
     """
 
     def __init__(self) -> None:
@@ -44,9 +48,9 @@ class Watch:
             yield
             return
         modules = list(cell.named_modules())  # once, because a walk takes as long as a small solve
-        before = {name: buffer._version for name, buffer in _buffers(modules)}
+        before = _versions(modules)
         yield
-        changed = [name for name, buffer in _buffers(modules) if before.get(name) != buffer._version]
+        changed = [name for name, version in _versions(modules).items() if before.get(name, version) != version]
         norms = [name for name, module in modules if isinstance(module, _BatchNorm) and module.training]
         if training and norms:
             self.warn(f"{batch_norm_text(norms)}eval() mode.")

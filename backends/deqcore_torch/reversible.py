@@ -65,7 +65,7 @@ class _Job:
         if back.nested:
             back.cut(self.backend, z)
         size = torch.linalg.vector_norm(z, dim=1)
-        gy, gz = torch.zeros_like(g), self.rule.damping * g
+        gy, gz = torch.zeros_like(g), g.clone()
         y, z = y.clone(), z.clone()
         for _ in range(self.steps):
             back.undo(y, z, gy, gz)
@@ -120,7 +120,7 @@ class _Pass:
     def undo(self, other: Tensor, moved: Tensor, g_other: Tensor, g_moved: Tensor) -> None:
         """Undo `moved ← (1 − β) moved + β f(other)`.
 
-        `moved` and both cotangents, which are multiplied by β, become those before, in place.
+        `moved` and both cotangents become those before, in place.
         """
         damping = self.rule.damping
         with torch.enable_grad():
@@ -128,9 +128,9 @@ class _Pass:
             value = self.f(at)
         self.rule.half_back(moved, value.detach())
         if value.requires_grad:
-            pulled = self._pulled(value, [at, *self.sources], g_moved)
+            pulled = self._pulled(value, [at, *self.sources], damping * g_moved)
             if pulled[0] is not None:
-                g_other.add_(pulled[0], alpha=damping)
+                g_other += pulled[0]
             self._add(pulled[1:])
         g_moved *= 1.0 - damping
 

@@ -65,6 +65,7 @@ class HostLoop:
         self.known: Any = None  # the array of statuses that `going` and `everyone` are known for
         self.going = False
         self.mask: Any = None  # which samples run, None: all
+        self.stopped: Any = None  # the others
         self.active: Array | None = None  # the same as an array of the backend
         self.norms: tuple[Any, Any] | None = None  # residual and ‖f(z)‖ of the latest step
         self.last: tuple[Any, Any] = (None, None)  # the result of `run`, and the same with NumPy arrays
@@ -92,6 +93,7 @@ class HostLoop:
             stopped = int(np.count_nonzero(carry.status))  # RUNNING is 0
             self.known, self.going = carry.status, len(carry.status) - stopped > self.spare
             self.mask = carry.status == int(Status.RUNNING) if stopped else None
+            self.stopped = ~self.mask if stopped else None
             self.active = self.backend.host.from_numpy_view(self.mask) if stopped else None
         return self.going
 
@@ -112,14 +114,18 @@ class HostLoop:
         if met is None:
             return self._judged(carry, result, (z, fz), now, length)
         best = (z, fz) if active is None else self._best(carry, result, (z, fz), active)
-        steps, status, zero = carry.steps + 1, carry.status, carry.status  # RUNNING is 0, as `since` is
+        steps, status, since, mark = carry.steps + 1, carry.status, carry.status, now  # RUNNING is 0, as `since` is
         if running is not None:
-            steps, zero = carry.steps + running, np.zeros_like(zero)
-            now = np.where(running, now, carry.best_residual)
+            steps, since = carry.steps + running, carry.since * self.stopped
+            mark = now = np.where(running, now, carry.best_residual)
+            if carry.mark is not carry.best_residual:
+                mark = np.where(running, now, carry.mark)
+        elif met is not False:
+            since = np.zeros_like(status)
         if met is not False:
-            status, zero = status + met * np.int32(int(Status.CONVERGED)), np.zeros_like(status)
+            status = status + met * np.int32(int(Status.CONVERGED))
         return LoopState(
-            z, fz, result.state, status, steps, *best, now, carry.reference, carry.peak, now, zero, carry.length,
+            z, fz, result.state, status, steps, *best, now, carry.reference, carry.peak, mark, since, carry.length,
             carry.tried, carry.extra,
         )  # fmt: skip
 
@@ -144,8 +150,8 @@ class HostLoop:
             progress = now < PROGRESS * carry.best_residual
             far = now > bar
             if self.mask is not None:
-                progress |= ~self.mask
-                far |= ~self.mask
+                progress |= self.stopped
+                far |= self.stopped
             if not _all(progress):
                 return None
             if _all(far):
@@ -170,6 +176,8 @@ class HostLoop:
         taken: Any = 1
         if running is not None:
             status, taken = np.where(running, status, carry.status), running
+            since, mark = np.where(running, since, carry.since), np.where(running, mark, carry.mark)
+            peak = np.where(running, peak, carry.peak)
             better &= running
         best = *moved, now
         if not _all(better):

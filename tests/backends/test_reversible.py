@@ -200,3 +200,36 @@ def test_two_layers_may_share_a_cell(checkpointed):
     expected = by_hand(cell.w, by_hand(cell.w, x, 6, 0.5), 6, 0.5)
     found, right = (torch.autograd.grad(each.sum(), (cell.w, x)) for each in (value, expected))
     torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-12)
+
+
+def test_a_hook_may_keep_the_cotangents_that_it_gets():
+    """They are those of the iteration, and no later half step writes to them."""
+    w, x = (torch.tensor(a, requires_grad=True) for a in (W, X))
+
+    def seen(run):
+        found = []
+
+        def f(z):
+            value = torch.tanh(z @ w + x)
+            if value.requires_grad:
+                value.register_hook(found.append)
+            return value
+
+        value = run(f)
+        found.clear()
+        torch.autograd.grad(value, [w, x], torch.tensor(G))
+        return found
+
+    def by_hand_of(f):
+        y = z = torch.zeros_like(x)
+        for _ in range(4):
+            y = 0.2 * y + 0.8 * f(z)
+            z = 0.2 * z + 0.8 * f(y)
+        return z
+
+    quiet = {"forward__on_failure": "ignore", "backward__verify_every": 0, **settings(4, 0.8)}
+    kept = seen(lambda f: deqcore.fixed_point(lambda z, w, x: f(z), torch.zeros_like(x), w, x, **quiet).value)
+    expected = seen(by_hand_of)
+    assert len(kept) == len(expected) == 8
+    for found, right in zip(kept, expected, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-12)

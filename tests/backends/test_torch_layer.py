@@ -248,6 +248,44 @@ def test_a_cell_that_writes_to_its_buffers_is_named():
         DEQ(Counting())(torch.rand(2, 3))
 
 
+class Registering(torch.nn.Module):
+    """Makes a constant and a module that counts in its first evaluation; a lazy buffer is never filled."""
+
+    def __init__(self, counts):
+        super().__init__()
+        self.counts = counts
+        self.register_buffer("lazy", torch.nn.parameter.UninitializedBuffer())
+
+    def forward(self, z, x):
+        if not hasattr(self, "factor"):
+            self.register_buffer("factor", torch.full((), 0.5))
+            self.inner = Counting()
+        if self.counts:
+            self.inner.calls += 1
+        return self.factor * torch.tanh(z) + x
+
+
+def test_what_a_cell_registers_while_it_runs_is_watched_from_the_next_solve_on(recwarn):
+    for counts in (False, True):
+        layer = DEQ(Registering(counts))
+        for number in range(2):
+            recwarn.clear()
+            layer(torch.rand(2, 3))
+            told = [str(w.message) for w in recwarn if w.category is LayerWarning]
+            assert len(told) == int(counts and number > 0), told
+            assert all("buffers inner.calls" in text for text in told)
+
+
+def test_a_cell_whose_buffers_are_inference_tensors_is_solved():
+    """They keep no version."""
+    with torch.inference_mode():
+        cell = Registering(False)
+        x = torch.rand(2, 3)
+        cell(x, x)
+        assert cell.factor.is_inference()
+        assert torch.isfinite(DEQ(cell).eval()(x)).all()
+
+
 def test_a_cell_that_changes_the_shape_is_refused():
     with pytest.raises(ProblemError, match="must keep the shape"):
         DEQ(lambda z, x: torch.cat([z, x], 1))(torch.rand(2, 3))

@@ -184,6 +184,35 @@ def test_a_bad_sample_changes_no_bit_of_its_neighbours(be, truth, solver, harm):
             assert identical(found_estimate[i], healthy_estimate[i]), i
 
 
+@pytest.mark.parametrize("waits", [False, True], ids=["host", "device"])
+def test_the_figures_of_a_sample_stop_with_it_and_a_second_solve_is_that_alone(be, monkeypatch, waits):
+    """One converges, one is slow, one stalls, one diverges where the step after is not finite, one is not finite."""
+    if waits:
+        monkeypatch.setattr(type(be.host), "numpy_view", lambda self, x: None)
+    rates = np.array([0.1, 0.97, -1.0, 3.0, 2.0])
+    limits = np.array([np.inf, np.inf, np.inf, 2e6, 20.0])
+    figures = ("status", "steps", "best_residual", "reference", "peak", "mark", "since", "length", "tried")
+
+    def solve(rows, resume=None):
+        a, top = be.asarray(rates[rows][:, None]), be.asarray(limits[rows][:, None])
+        f = lambda z: be.xp.where(be.xp.abs(z) > top, be.xp.full_like(z, float("nan")), a * z + 1.0)
+        control = StoppingCriteria(1e-3, max_steps=400, patience=30)
+        forward = iterate(be, Picard(), f, 0 * a, control, None if resume is None else resume.carry)
+        return forward, {name: np.array(be.to_numpy(getattr(forward.carry, name))) for name in figures}
+
+    first, together = solve(slice(None))
+    _, again = solve(slice(None), first)
+    ends = [Status.CONVERGED, Status.CONVERGED, Status.STALLED, Status.DIVERGED, Status.NONFINITE]
+    assert codes(first, be) == ends
+    assert together["steps"].argmax() == 1
+    for i in range(len(rates)):
+        alone, own = solve(slice(i, i + 1))
+        _, own_again = solve(slice(i, i + 1), alone)
+        for name in figures:
+            assert identical(together[name][i], own[name][0]), (i, name)
+            assert identical(again[name][i], own_again[name][0]), (i, name)
+
+
 # -- best iterate --------------------------------------------------------------------------------------------
 
 

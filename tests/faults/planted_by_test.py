@@ -234,6 +234,15 @@ ENDS = [
         "Not equal to tolerance",
     ),
     Fault(
+        "a stopped sample whose figures are those of its next step",
+        "deqcore.solve.host",
+        "since, mark = np.where(running, since, carry.since), np.where(running, mark, carry.mark)",
+        "since, mark = np.where(running, since, since), np.where(running, mark, mark)",
+        "tests/core/test_loop.py::"
+        "test_the_figures_of_a_sample_stop_with_it_and_a_second_solve_is_that_alone[numpy-host]",
+        "mark",
+    ),
+    Fault(
         "an opening that takes steps that are not better",
         "deqcore.solve.device",
         "taken = xp.any(active) & ~xp.any(active & ~better)",

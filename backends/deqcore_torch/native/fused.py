@@ -452,16 +452,16 @@ def keep(
     if part == 0:
         moved = now < progress * marked
         finite = tl.abs(now) < float("inf")
-        waited = tl.where(moved, 0, tl.where(waited < 0, 0, waited) + 1)
-        after = tl.where(met, converged, tl.where(waited < patience, running, stalled))
+        idle = tl.where(moved, 0, tl.where(waited < 0, 0, waited) + 1)
+        after = tl.where(met, converged, tl.where(idle < patience, running, stalled))
         after = tl.where(sane & (escaped == 0), after, diverged)
         after = tl.where(finite, after, running)
         tl.store(next_status + b, tl.where(active, after, before))
         tl.store(next_steps + b, tl.load(steps + b) + active.to(tl.int32))
         tl.store(next_best + b, tl.where(better, now, least))
         tl.store(next_peak + b, tl.where(active & sane & (now > top), now, top))
-        tl.store(next_mark + b, tl.where(moved, now, marked))
-        tl.store(next_since + b, tl.where(finite, waited, refused))
+        tl.store(next_mark + b, tl.where(active & moved, now, marked))
+        tl.store(next_since + b, tl.where(active, tl.where(finite, idle, refused), waited))
     column = part * block + tl.arange(0, block)
     inside = column < n
     at = b * n + column
