@@ -154,7 +154,9 @@ class DeviceLoop:
         return shortened
 
     def _shortened(self, carry: LoopState) -> LoopState:
-        return shortened(self.backend, self.solver, carry)
+        # A sample that has waited since is not active in the histories, which change active samples only.
+        rows = refused(carry)
+        return shortened(self.backend, self.solver, carry._replace(state=masked(carry.state, rows)))
 
     def _stepped(self, carry: LoopState, solver: Solver, active: Array) -> LoopState:
         """Return the loop state after a step of the samples `active` `(batch,)`."""

@@ -46,8 +46,8 @@ def test_left_to_the_compiler_a_step_takes_predicates_only(solver):
     assert "condition pred[]" in found  # is any sample on any device unfinished?
     inside = [each for each in found if each.startswith(("body", "condition"))]
     assert all(each.split()[1].startswith("pred") for each in inside)
-    # An accelerated step asks whether any sample must restart after a refused step, and Broyden whether any is full.
-    assert any(each.startswith("body") for each in inside) == (solver != "picard")
+    # The loop itself asks whether any sample must restart after a refused step; a step of Broyden whether any is full.
+    assert any(each.startswith("body") for each in inside) == (solver == "broyden")
     # Beside loops: the gradient of the weights, and whether any sample needs a fallback.
     assert set(found) - set(inside) - {"outside pred[]"} == {"outside f32[16,16]"}
 
