@@ -239,7 +239,7 @@ class _Stream:
 
     def __init__(self, f: Callable[..., Tree], layout: Layout, first: Sample, size: int, plan: Plan) -> None:
         backend, control = plan.backend, plan.control
-        self.plan, self.layout = plan, layout
+        self.plan, self.layout, self.size = plan, layout, size
         self.owner: list[Sample | None] = [None] * size
         self.waiting: Sample | None = first
         self.fresh: set[int] = set()
@@ -296,7 +296,15 @@ class _Stream:
         left = min(self.max_steps + 1 if slot in self.fresh else self.max_steps - self.steps[slot] for slot in taken)
         spare = len(taken) - max(1, len(self.owner) // SHARE) if self.checks else 0
         budget = Budget(control.rtol, control.atol, control.max_steps, int(min(self.every, left)), max(0, spare))
-        self.slots, evaluations = self.run(self.slots, self._arrivals(), budget)
+        try:
+            self.slots, evaluations = self.run(self.slots, self._arrivals(), budget)
+        except Exception as error:
+            if len(self.owner) < self.size:
+                error.add_note(
+                    f"f raised this when it was evaluated on {len(self.owner)} of {self.size} slots, because "
+                    f"forward.compact = true gives up slots that are free. Set forward.compact = false if f needs them."
+                )
+            raise
         self.fresh.clear()
         carry = self.slots.carry
         status, self.steps = _numpy(backend, carry.status), _numpy(backend, carry.steps)

@@ -278,6 +278,15 @@ def test_slots_that_no_item_takes_are_given_up_if_the_solve_compacts(be, solver)
         np.testing.assert_array_equal(be.to_numpy(one.value), be.to_numpy(other.value))
 
 
+def test_an_f_that_needs_all_slots_is_told_that_the_solve_compacts(be):
+    shift = be.asarray(np.ones((4, 1)))
+    items = [(be.asarray(np.zeros(1)), be.asarray(np.full(1, rate))) for rate in (0.1, 0.2, 0.3, 0.4, 0.9)]
+    results = deqcore.solve_stream(lambda z, rate: rate * z + shift, items, slots=4, forward__compact=True)
+    with pytest.raises(Exception, match="shape|size") as caught:
+        list(results)
+    assert "of 4 slots, because forward.compact = true" in caught.value.__notes__[0]
+
+
 def test_a_traced_stream_cannot_compact():
     jnp = pytest.importorskip("jax.numpy")
     with pytest.raises(ConfigError, match=r"forward\.compact must be false for the backend"):
