@@ -67,9 +67,6 @@ class Plan:
         solve = BoundSolve(self.backend, self.solver, self.control, self._resume(state, z0), self._narrow(f, args))
         if isinstance(self.strategy, StepStrategy):
             value, forward, record = *self._step(self.strategy, f, z0, args, solve), None
-        elif self.backend.capabilities.eager and not self.backend.autodiff.grad_enabled():
-            forward = self.backend.autodiff.forward_only(f, z0, args, solve)
-            value, record = forward.z, None
         else:
             value, forward, record = self.backend.autodiff.implicit(f, z0, args, solve, self.adjoint(f))
         return self.backend.guards.unshared(value, z0), forward, record
