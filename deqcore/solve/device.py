@@ -178,8 +178,6 @@ class DeviceLoop:
                 lambda new, old: new if new is old or new.ndim else xp.where(taken, new, old), result.state, carry.state
             )
             result = result._replace(state=state)
-        pairs = (since, carry.since), (mark, carry.mark), (peak, carry.peak)
-        since, mark, peak = (xp.where(active, new, old) for new, old in pairs)
         z, fz = backend.select(active, result.z, carry.z), backend.select(active, result.fz, carry.fz)
         return LoopState(
             z,
