@@ -67,20 +67,11 @@ def main(given: list[str] | None = None) -> dict[str, float]:
             model = common.side(options.backend, "attractor", side.weights(), stopping, options.device)
             found[f"{name}, {depth} steps"] = text.perplexity(model, coded["test"])
             print(f"{name}, {depth:3d} steps: test perplexity {found[f'{name}, {depth} steps']:.3f}", flush=True)
-    common.figure(options, "attractor", lambda figure: draw(figure, found))
+    line = STEPS, "most steps of the training to rest"
+    common.figure(
+        options, "attractor", lambda figure: text.draw_depths(figure, found, DEPTHS, *line, "steps of refinement")
+    )
     return found
-
-
-def draw(figure: Any, found: dict[str, float]) -> None:
-    """Draw the perplexity against the steps of the test."""
-    axes = figure.subplots()
-    for name in dict.fromkeys(key.rpartition(", ")[0] for key in found):
-        axes.plot(DEPTHS, [found[f"{name}, {depth} steps"] for depth in DEPTHS], "o-", label=name)
-    axes.axvline(STEPS, color="0.6", linestyle="--", label="most steps of the training to rest")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(DEPTHS, [str(depth) for depth in DEPTHS])
-    axes.set(xlabel="steps of refinement", ylabel="test perplexity")
-    axes.legend()
 
 
 if __name__ == "__main__":

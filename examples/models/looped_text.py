@@ -79,20 +79,9 @@ def main(given: list[str] | None = None) -> dict[str, float]:
             model = common.side(options.backend, "looped_text", side.weights(), at_depth(depth), options.device)
             found[f"{name}, {depth} steps"] = text.perplexity(model, coded["test"])
             print(f"{name}, {depth:3d} steps: test perplexity {found[f'{name}, {depth} steps']:.3f}", flush=True)
-    common.figure(options, "looped-text", lambda figure: draw(figure, found))
+    line = DEPTH, "mean depth of the training"
+    common.figure(options, "looped-text", lambda figure: text.draw_depths(figure, found, DEPTHS, *line))
     return found
-
-
-def draw(figure: Any, found: dict[str, float]) -> None:
-    """Draw the perplexity against the depth of the test."""
-    axes = figure.subplots()
-    for name in dict.fromkeys(key.rpartition(", ")[0] for key in found):
-        axes.plot(DEPTHS, [found[f"{name}, {depth} steps"] for depth in DEPTHS], "o-", label=name)
-    axes.axvline(DEPTH, color="0.6", linestyle="--", label="mean depth of the training")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(DEPTHS, [str(depth) for depth in DEPTHS])
-    axes.set(xlabel="steps", ylabel="test perplexity")
-    axes.legend()
 
 
 if __name__ == "__main__":

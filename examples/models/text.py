@@ -90,6 +90,20 @@ def perplexity(side: Any, coded: Any) -> float:
     )
 
 
+def draw_depths(
+    figure: Any, found: dict[str, float], depths: tuple[int, ...], mark: int, label: str, steps: str = "steps"
+) -> None:
+    """Draw the perplexities `found["training, k steps"]` against the steps k in `depths`, with a line at `mark`."""
+    axes = figure.subplots()
+    for name in dict.fromkeys(key.rpartition(", ")[0] for key in found):
+        axes.plot(depths, [found[f"{name}, {depth} steps"] for depth in depths], "o-", label=name)
+    axes.axvline(mark, color="0.6", linestyle="--", label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(depths, [str(depth) for depth in depths])
+    axes.set(xlabel=steps, ylabel="test perplexity")
+    axes.legend()
+
+
 def tuned(
     options: Any, shape: dict[str, int], text: dict[str, Any], grid: Iterable[Setting], settings: dict[str, Any]
 ) -> tuple[Setting, float, float, Any]:
