@@ -62,11 +62,11 @@ class HostLoop:
         self.asked, self.limits = limits, on_host(backend, limits)
         self.factor = DOUBT * self.limits.rtol
         self.least: Any = 0.0  # of `_all_progress`: what `goal` adds to rtol‖f(z)‖, at most
-        self.known: Any = None  # the array of statuses that `going` and `everyone` are known for
+        self.known: Any = None  # the array of statuses that the next four are known for
         self.going = False
         self.mask: Any = None  # which samples run, None: all
-        self.stopped: Any = None  # the others
-        self.active: Array | None = None  # the same as an array of the backend
+        self.active: Array | None = None  # `mask` as an array of the backend
+        self.stopped: Any = None  # the other samples, None: none
         self.norms: tuple[Any, Any] | None = None  # residual and ‖f(z)‖ of the latest step
         self.last: tuple[Any, Any] = (None, None)  # the result of `run`, and the same with NumPy arrays
 
@@ -93,8 +93,8 @@ class HostLoop:
             stopped = int(np.count_nonzero(carry.status))  # RUNNING is 0
             self.known, self.going = carry.status, len(carry.status) - stopped > self.spare
             self.mask = carry.status == int(Status.RUNNING) if stopped else None
-            self.stopped = ~self.mask if stopped else None
             self.active = self.backend.host.from_numpy_view(self.mask) if stopped else None
+            self.stopped = ~self.mask if stopped else None
         return self.going
 
     def step(self, carry: LoopState) -> LoopState:
@@ -170,7 +170,7 @@ class HostLoop:
         backend, running = self.backend, self.mask
         if length is None:
             length = backend.host.numpy_view(backend.norm(result.fz))
-        self.norms = now, length
+            self.norms = now, length
         with np.errstate(all="ignore"):  # a residual may be NaN or inf
             better, status, since, mark, peak = verdict(np, self.limits, now, length, carry.path)
         taken: Any = 1
@@ -181,9 +181,8 @@ class HostLoop:
             better &= running
         best = *moved, now
         if not _all(better):
-            rows = backend.host.from_numpy_view(better)
-            if running is not None and _all(better == running):
-                rows = self.active
+            moved_is_best = running is not None and _all(better == running)
+            rows = self.active if moved_is_best else backend.host.from_numpy_view(better)
             best = *self._best(carry, result, moved, rows), np.where(better, now, carry.best_residual)
         after = LoopState(
             *moved, result.state, status, carry.steps + taken, *best, carry.reference, peak, mark, since, carry.length,

@@ -271,9 +271,9 @@ def test_what_a_cell_registers_while_it_runs_is_watched_from_the_next_solve_on(r
         for number in range(2):
             recwarn.clear()
             layer(torch.rand(2, 3))
-            told = [str(w.message) for w in recwarn if w.category is LayerWarning]
-            assert len(told) == int(counts and number > 0), told
-            assert all("buffers inner.calls" in text for text in told)
+            warned = [str(w.message) for w in recwarn if w.category is LayerWarning]
+            assert len(warned) == int(counts and number > 0), warned
+            assert all("buffers inner.calls" in text for text in warned)
 
 
 def test_a_cell_whose_buffers_are_inference_tensors_is_solved():
