@@ -104,7 +104,7 @@ def _packing(
 
     def products(v: Array) -> list[Array]:
         parts = pull(v)
-        return [backend.to_pairs(p) if "complex" in backend.dtype_name(p) else p for p in parts]
+        return [backend.numbers.to_pairs(p) if "complex" in backend.dtype_name(p) else p for p in parts]
 
     numbers = backend.cast(backend.asarray(np.cos(np.arange(1.0, n + 1.0)), like=u), u)
     probe = products(backend.select(half, numbers + xp.zeros_like(u), xp.zeros_like(u)))

@@ -104,9 +104,9 @@ def _criteria(config: Config, scalars: Mapping[str, object], backend: Backend, l
             DtypeToleranceWarning,
         )
     return StoppingCriteria(
-        rtol=backend.as_scalar(rtol, like),
-        atol=backend.as_scalar(atol, like),
-        max_steps=backend.as_scalar(max_steps, like),
+        rtol=backend.numbers.as_scalar(rtol, like),
+        atol=backend.numbers.as_scalar(atol, like),
+        max_steps=backend.numbers.as_scalar(max_steps, like),
         check_every=forward.check_every,
         patience=forward.patience,
     )

@@ -177,11 +177,11 @@ def test_a_depth_that_is_traced_gives_the_steps_of_an_integer(rng, total, option
         assert unrecorded == max(total - 4, 0)
         if depth is total:
             assert ends[0].evaluations.tolist() == [len(calls)] * 3 == [total + 2] * 3
-    start = z = z0 if "noise" not in options else z0 + 0.3 * be.normal(z0, 4, (3, 0))
+    start = z = z0 if "noise" not in options else z0 + 0.3 * be.numbers.normal(z0, 4, (3, 0))
     first = np.tanh(0.5 * start) + b
     for i in range(total):
         z = z + options.get("damping", 1.0) * (np.tanh(0.5 * z) + b - z)
-        z = z if "noise" not in options else z + 0.1 * be.normal(z, 4, (3, i + 1))
+        z = z if "noise" not in options else z + 0.1 * be.numbers.normal(z, 4, (3, i + 1))
     for end in ends:
         np.testing.assert_allclose(end.z, z, rtol=1e-13)
         np.testing.assert_allclose(end.fz, np.tanh(0.5 * z) + b, rtol=1e-13)

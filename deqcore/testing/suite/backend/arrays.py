@@ -289,6 +289,6 @@ class ArrayTests(Conformance):
         def body(c: Counter) -> Counter:
             return Counter(c.count + 1, c.total + 0.5)
 
-        end = kit.backend.loop(running, body, start, kit.backend.as_scalar(steps, start.total), every)
+        end = kit.backend.loop(running, body, start, kit.backend.numbers.as_scalar(steps, start.total), every)
         assert isinstance(end, Counter), "the loop must return a carry of the type that it began with."
         return Counter(int(kit.numpy(end.count)), float(kit.numpy(end.total)))
