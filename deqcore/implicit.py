@@ -74,8 +74,8 @@ def custom_fixed_point(
             if not plan.backend.is_traced(z, args):  # traced code reports as fixed_point does
                 given["forward__on_failure"] = "ignore"
             solution = fixed_point(f, z, *args, config=config, **given)
-            if plan.config.forward.on_failure != "ignore":
-                _report(solution, plan.config.forward.on_failure)
+            if plan.forward.on_failure != "ignore":
+                _report(solution, plan.forward.on_failure)
             return (solution.value, aux) if has_aux else solution.value
 
         return solved

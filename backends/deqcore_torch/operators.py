@@ -42,7 +42,7 @@ class _Record:
     values: list[Tensor]
     sources: list[Tensor]
 
-    def pull(self, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def vjp(self, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
         pairs = [(v, g) for v, g in zip(self.values, cotangents, strict=True) if g is not None and v.requires_grad]
         if not pairs:
             return [None] * len(self.sources)
@@ -195,7 +195,7 @@ def solve_backward(token: Tensor, cotangents: Sequence[Tensor | None], like: lis
             "The record of a compiled solve must be in this process (got results of another). Solve here."
         )
     with _with_autograd():
-        gradients = record.pull(cotangents)
+        gradients = record.vjp(cotangents)
     return [_shaped(g, t) for g, t in zip(gradients, like, strict=True)]
 
 

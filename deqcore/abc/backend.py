@@ -4,7 +4,7 @@ Read this file first, `solver.py` second, `backward.py` third.
 
 The contract has three layers. Ordinary array mathematics goes through the **array namespace** `Backend.xp` (the array
 API standard). Operations outside that standard are methods of **Backend**: frozen rows, loops, transfers to the host,
-and histories. What only some readers need stands in **parts** of a backend, a file each: `autodiff`, `linalg`,
+and histories. What only some readers need is in **parts** of a backend, a file each: `autodiff`, `linalg`,
 `guards`, `numbers`, `host`, `kernels` and `harness`. The **History** is the only large object in a solver, and its
 products are the only hot loops outside f, so a backend owns its storage.
 

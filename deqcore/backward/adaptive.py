@@ -227,7 +227,7 @@ class _Task:
 
         def audited(q: _Pass) -> _Pass:
             sound = self.inputs.converged & (q.status == int(Status.CONVERGED))
-            gram, products = powers_gram(backend, k, first.null_vector, q.u, sound, m, self.inputs.pull)
+            gram, products = powers_gram(backend, k, first.null_vector, q.u, sound, m, self.inputs.parameter_vjp)
             state = self._learned(self._small(gram))
             return q._replace(products=q.products + products, state=self.rules.pack(self.xp, state))
 

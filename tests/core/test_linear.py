@@ -140,8 +140,8 @@ def test_figures_of_a_group_are_those_of_its_rows(be, rng, units):
     found = groups.inputs(inputs)
     assert be.to_numpy(found.converged).tolist() == done.reshape(count, units).all(1).tolist()
     np.testing.assert_allclose(be.to_numpy(found.residual), np.linalg.norm(left.reshape(count, units), axis=1))
-    np.testing.assert_allclose(be.to_numpy(found.pull(be.asarray(joined))[0]), v.sum(0))
-    assert groups.inputs(inputs._replace(pull=None)).pull is None
+    np.testing.assert_allclose(be.to_numpy(found.parameter_vjp(be.asarray(joined))[0]), v.sum(0))
+    assert groups.inputs(inputs._replace(parameter_vjp=None)).parameter_vjp is None
     figures = np.arange(count)
     report = AdjointReport(
         be.asarray(figures + int(Status.CONVERGED)), be.asarray(2 * figures), be.asarray(0.5 * figures),

@@ -70,8 +70,8 @@ def _program(kit: Kit, strategy: StatefulStrategy) -> Callable[..., Any]:
 
     def routed(g: Array, a: Array, z: Array, converged: Array, residual: Array, values: Array) -> Any:
         xp = kit.backend.xp
-        pull = lambda u: (xp.matmul(xp.permute_dims(u, (1, 0)), z),)  # noqa: E731
-        inputs = PassInputs(values, converged, residual, pull)
+        parameter_vjp = lambda u: (xp.matmul(xp.permute_dims(u, (1, 0)), z),)  # noqa: E731
+        inputs = PassInputs(values, converged, residual, parameter_vjp)
         with kit.backend.errstate():
             return strategy.solve_with_state(kit.backend, kit.vjp(a), g, None, inputs)
 
