@@ -134,8 +134,8 @@ def _after_audits(
         return adjoint.advance(vjp, g, forward.carry.state, None, inputs)
 
     values = backend.asarray(np.asarray(strategy.init_state(), np.float32), dtype="float32", like=g)
-    u, found, _ = backend.scan(one, (g, report(backend, g), values), TURNS)
-    return u, found
+    u, last, _ = backend.scan(one, (g, report(backend, g), values), TURNS)
+    return u, last
 
 
 def vjp_at(plan: Plan, f: Callable[..., Array], args: tuple[Any, ...], forward: SolveResult) -> Map:

@@ -106,8 +106,8 @@ class _Equations:
             return backend.xp.concat([flat(z, *args), along], axis=1)
 
         given = backend.xp.zeros_like(z) if along is None else along
-        found = backend.autodiff.forward_only(beside, z, (given, *self.args), _Slope(backend, own=along is None))
-        return backend.detach(found.z), backend.detach(found.residual)
+        slope = backend.autodiff.forward_only(beside, z, (given, *self.args), _Slope(backend, own=along is None))
+        return backend.detach(slope.z), backend.detach(slope.residual)
 
     def _square(self, z: Tree, *args: Any) -> Tree:
         value = self.g(z, *args)
@@ -173,8 +173,8 @@ class _Equations:
             run = replace(self.bound(xp.where(missed, factor, run.factor)), moved=True)
             moving = self.bound(xp.where(missed, factor, xp.zeros_like(factor)))
             solve = BoundSolve(backend, self.plan.solver, moving.plan.control)
-            found = backend.autodiff.forward_only(moving.raveled, end.z, self.args, solve)
-            end = _merged(backend, missed, found, end)
+            resumed = backend.autodiff.forward_only(moving.raveled, end.z, self.args, solve)
+            end = _merged(backend, missed, resumed, end)
             missed, factor = self.flat(run, end, first)
             if backend.guards.holds(xp.all(~missed)):
                 break
