@@ -10,7 +10,6 @@ import difflib
 from collections.abc import Iterable
 from typing import Final
 
-
 OTHER_NAMES: Final = {
     "growth": "max_residual_growth",
     "memory": "history_size",

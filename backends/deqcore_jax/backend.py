@@ -22,7 +22,7 @@ from deqcore.abc.backend import Backend
 from deqcore.abc.guards import CallGuards
 from deqcore.abc.linalg import SmallLinalg
 from deqcore.abc.numbers import NumberOps
-from deqcore.abc.scaling import scaled_norm
+from deqcore.abc.scaling import least_plain_norm, scaled_norm
 from deqcore.errors import BackendError
 from deqcore.types import Capabilities, Figures, LoopVars, Tree
 from deqcore_jax import batched_linalg, failures, pytrees
@@ -214,7 +214,7 @@ def _norm_by_ranges(v: jax.Array) -> jax.Array:
     program to find the Euclidean norm of a vector".
     """
     factor = 2.0 ** (jnp.finfo(v.dtype).maxexp // 2)
-    low = float(jnp.finfo(v.dtype).smallest_normal) ** (1 / 3)
+    low = least_plain_norm(jnp, v.dtype)
     plain, up, down = (root(jnp.sum(jnp.square(v * scale), axis=1)) for scale in (1.0, factor, 1 / factor))
     return jnp.where(plain > 1 / low, down * factor, jnp.where(plain < low, up / factor, plain))
 

@@ -22,7 +22,7 @@ def guarded_norm(be: ArrayOps, v: Array, plain_norm: Array) -> Array:
     Rows whose norm is too extreme to be squared are scaled and summed a second time. Without such a row (almost
     always) this costs a comparison of `(batch,)` numbers; with zero rows, a search for their largest entry.
     """
-    xp, low = be.xp, _least(be.xp, plain_norm.dtype) ** (1 / 3)
+    xp, low = be.xp, least_plain_norm(be.xp, plain_norm.dtype)
     host = be.host.numpy_view(plain_norm)
     if host is not None:
         doubtful = ~((host > low) & (host < 1 / low))
@@ -41,6 +41,11 @@ def guarded_norm(be: ArrayOps, v: Array, plain_norm: Array) -> Array:
         return be.cond(lost, lambda old: xp.where(lost, scaled_norm(be, v, largest), old), plain_norm)
 
     return be.cond(~safe, again, plain_norm)
+
+
+def least_plain_norm(xp: Any, dtype: Any) -> float:
+    """Return the smallest norm that a plain sum of squares gives to rounding; the largest is its inverse."""
+    return _least(xp, dtype) ** (1 / 3)
 
 
 def scaled_norm(be: ArrayOps, v: Array, largest: Array) -> Array:
