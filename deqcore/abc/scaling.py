@@ -45,7 +45,8 @@ def guarded_norm(be: ArrayOps, v: Array, plain_norm: Array) -> Array:
 
 def least_plain_norm(xp: Any, dtype: Any) -> float:
     """Return the smallest norm that a plain sum of squares gives to rounding; the largest is its inverse."""
-    return _least(xp, dtype) ** (1 / 3)
+    least: float = _least(xp, dtype) ** (1 / 3)
+    return least
 
 
 def scaled_norm(be: ArrayOps, v: Array, largest: Array) -> Array:
